@@ -1,0 +1,51 @@
+"""Learning rates that stay right when the LoRA rank, alpha or init changes, or when you move to full finetuning."""
+
+from .adapters import Factor, Reference, Survey
+from .calibration import Trial, calibrate
+from .errors import (
+    CalibrationError,
+    CheckpointError,
+    InspectionError,
+    InvalidReferenceError,
+    LawError,
+    OptimizerError,
+    RankAwareError,
+    RankAwareWarning,
+    RecipeError,
+)
+from .groups import rank_aware_param_groups
+from .inspection import inspect_model
+from .laws import Constant, Law, LoRAPlus, MuA, Power
+from .optimizer import RankAwareOptimizer
+from .recipe import Rate, Recipe
+from .report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "Constant",
+    "Factor",
+    "InspectionError",
+    "InvalidReferenceError",
+    "Law",
+    "LawError",
+    "LoRAPlus",
+    "MuA",
+    "OptimizerError",
+    "Power",
+    "RankAwareError",
+    "RankAwareOptimizer",
+    "RankAwareWarning",
+    "Rate",
+    "Recipe",
+    "RecipeError",
+    "Reference",
+    "Report",
+    "Survey",
+    "Trial",
+    "calibrate",
+    "inspect_model",
+    "rank_aware_param_groups",
+]

@@ -1,0 +1,197 @@
+"""The nouns every other module speaks of: `Factor`, `Survey`, `Reference`; and the table of conventions.
+
+A frozen weight W of shape (n_out, n_in) is adapted as W + s·B·A with A of shape (r, n_in) and B of shape (n_out, r).
+`scaling` is s, the effective multiplier on B·A: alpha / r in PEFT, alpha / √r with rsLoRA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from .errors import InspectionError, InvalidReferenceError
+
+__all__ = ["CONVENTIONS", "Convention", "Factor", "Init", "Method", "Reference", "Role", "Survey"]
+
+Role = Literal["A", "B", "full"]
+Init = Literal["A", "B", "other", "unknown"]
+Method = Literal["lora", "full"]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One trainable matrix whose rate a law may move.
+
+    `role` is "A" (the first, input-side factor), "B" (the second) or "full" (a whole weight under full finetuning).
+    `rank` is None for "full". `fan_in` and `fan_out` are those of the adapted layer, not of the factor; a
+    convolution's fan-in is channels × kernel. `init` is "A" where A was drawn and B is zero, "B" where B was drawn
+    and A is zero, "other" where neither is zero, "unknown" where it cannot be read.
+    """
+
+    name: str
+    role: Role
+    rank: int | None
+    fan_in: float
+    fan_out: float
+    scaling: float = 1.0
+    init: Init = "A"
+    kind: str = "linear"
+    layer: str = ""
+    adapter: str = ""
+    convention: str = ""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a model trains: its `factors`, and every `other` trainable parameter by name.
+
+    `looked_at` counts the parameters that were looked at, `tried` names the conventions, `notes` are sentences for
+    the report.
+    """
+
+    factors: tuple[Factor, ...] = ()
+    other: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    looked_at: int = 0
+    tried: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def width(self) -> float:
+        """Mean fan-in of the adapted layers, weighted by their weights' size; embeddings are left out."""
+        sizes = {f.layer: (f.fan_in, f.fan_in * f.fan_out) for f in self._dense()}
+        total = sum(size for _, size in sizes.values())
+        return sum(n * size for n, size in sizes.values()) / total if total else 1.0
+
+    @property
+    def largest_width(self) -> float:
+        """Largest fan-in of the adapted layers; it decides full finetuning."""
+        return max((f.fan_in for f in self._dense()), default=1.0)
+
+    def dominant(self) -> Reference:
+        """This model's own most common (rank, scaling, init), counted by pairs, as an unresolved `Reference`."""
+        if any(f.role == "full" for f in self.factors):
+            return Reference(method="full")
+        pairs = {(f.layer, f.adapter, f.convention): f for f in self.factors}.values()
+        keys = [(f.rank, f.scaling, f.init) for f in pairs if f.kind != "embedding"]
+        keys = keys or [(f.rank, f.scaling, f.init) for f in pairs]
+        if not keys:
+            raise InspectionError(
+                "The survey holds no LoRA pair, so it has no most common rank.",
+                "Inspect a model that has adapters, or say method='full'.",
+            )
+        (rank, scaling, init), _ = Counter(keys).most_common(1)[0]
+        return Reference.from_scaling(rank, scaling, init="B" if init == "B" else "A")
+
+    def _dense(self) -> Iterable[Factor]:
+        return (f for f in self.factors if f.kind != "embedding")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The configuration a learning rate was tuned at.
+
+    `alpha` with `rank` and `rslora` give the effective multiplier `scaling`. `fan_in` is the model's width; left
+    out, it is taken from the model the rate is used on. `batch` (examples or tokens a step) is kept for laws that
+    know it. Full finetuning is `Reference(method="full")` and needs neither rank nor alpha.
+
+    >>> Reference(rank=16, alpha=32).scaling
+    2.0
+    >>> Reference(rank=16, alpha=32, rslora=True).scaling
+    8.0
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    rslora: bool = False
+    init: Literal["A", "B"] = "A"
+    fan_in: float | None = None
+    method: Method = "lora"
+    batch: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in ("lora", "full"):
+            raise InvalidReferenceError(
+                f"A reference's method is 'lora' or 'full', not {self.method!r}.", "Give one of the two."
+            )
+        if self.init not in ("A", "B"):
+            raise InvalidReferenceError(
+                f"A reference's init is 'A' (B starts at zero) or 'B' (A starts at zero), not {self.init!r}.",
+                "Give the zero pattern that the rate was tuned with.",
+            )
+        for name in ("rank", "alpha") if self.method == "lora" else ():
+            if getattr(self, name) is None:
+                raise InvalidReferenceError(
+                    f"Reference lacks {name}: a LoRA rate belongs to a rank and an alpha.",
+                    f"Give {name}=..., or method='full' for a rate tuned by full finetuning.",
+                )
+        for name in ("rank", "alpha", "fan_in", "batch"):
+            _check_positive(name, getattr(self, name), whole=name == "rank")
+
+    @classmethod
+    def from_scaling(cls, rank: int | None, scaling: float, *, init: Literal["A", "B"] = "A") -> Reference:
+        """The LoRA reference whose effective multiplier at `rank` is `scaling`."""
+        return cls(rank=rank, alpha=scaling * (rank or 1), init=init)
+
+    @property
+    def scaling(self) -> float:
+        """The effective multiplier s on B·A, dimensionless; 1 for full finetuning."""
+        if self.method == "full" or self.rank is None or self.alpha is None:
+            return 1.0
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def resolve(self, survey: Survey) -> Reference:
+        """This reference with `fan_in` filled in from the surveyed model, unless it was given.
+
+        A LoRA rate is read at the mean width, a full-finetuning rate at the largest.
+        """
+        if self.fan_in is not None:
+            return self
+        return replace(self, fan_in=survey.largest_width if self.method == "full" else survey.width)
+
+    def __str__(self) -> str:
+        if self.method == "full":
+            return "full finetuning"
+        rs = ", rslora" if self.rslora else ""
+        return f"rank {self.rank}, alpha {self.alpha:g}{rs}, Init[{self.init}]"
+
+
+def _check_positive(name: str, value: object, *, whole: bool = False) -> None:
+    if value is None:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 < value < math.inf) or (whole and value != int(value)):  # type: ignore[operator,call-overload]
+        raise InvalidReferenceError(
+            f"Reference got {name}={value!r}.", f"Give a positive {'whole number' if whole else 'number'}."
+        )
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How one library stores a LoRA pair on the module that owns it: a row of the table, imported from nobody.
+
+    `a` and `b` are the owner's attributes, each a parameter, a module with a `weight`, or (`container=True`) a dict
+    of those by adapter name. `rank`, `scaling` and `alpha` are the attributes that may declare those, first found
+    first used; they too may be dicts by adapter name.
+    """
+
+    name: str
+    a: str
+    b: str
+    container: bool = False
+    kind: str | None = None
+    rank: tuple[str, ...] = ("r", "rank", "lora_dim", "dim")
+    scaling: tuple[str, ...] = ("scaling", "scale")
+    alpha: tuple[str, ...] = ("lora_alpha", "alpha")
+
+
+CONVENTIONS: tuple[Convention, ...] = (
+    Convention("peft", "lora_A", "lora_B", container=True),
+    Convention("peft-embedding", "lora_embedding_A", "lora_embedding_B", container=True, kind="embedding"),
+    Convention("lora_A/lora_B", "lora_A", "lora_B"),
+    Convention("lora_a/lora_b", "lora_a", "lora_b"),
+    Convention("lora_down/lora_up", "lora_down", "lora_up"),
+)
+"""Tried in this order on every module; the first row that matches a parameter keeps it."""

@@ -1,0 +1,59 @@
+"""Errors and warnings: every one says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "InspectionError",
+    "LawError",
+    "OptimizerError",
+    "RankAwareError",
+    "RankAwareWarning",
+    "RecipeError",
+    "InvalidReferenceError",
+]
+
+
+class RankAwareError(Exception):
+    """Base of all errors of this package: one sentence of cause, one of cure."""
+
+    def __init__(self, cause: str, cure: str) -> None:
+        super().__init__(cause, cure)
+        self.cause = cause
+        self.cure = cure
+
+    def __str__(self) -> str:
+        return f"{self.cause} {self.cure}"
+
+
+class InspectionError(RankAwareError, ValueError):
+    """The model's adapters cannot be read as they are."""
+
+
+class InvalidReferenceError(RankAwareError, ValueError):
+    """A `Reference` is incomplete or impossible."""
+
+
+class LawError(RankAwareError, ValueError):
+    """A law is unknown, has impossible parameters, or gave no usable multiplier."""
+
+
+class OptimizerError(RankAwareError, ValueError):
+    """The optimizer cannot be built or wrapped as asked."""
+
+
+class CheckpointError(RankAwareError, ValueError):
+    """An optimizer checkpoint does not fit the model."""
+
+
+class RecipeError(RankAwareError, ValueError):
+    """A recipe file is missing, damaged, of another schema, or asked for what it does not hold."""
+
+
+class CalibrationError(RankAwareError, ValueError):
+    """A calibration cannot run or cannot conclude."""
+
+
+class RankAwareWarning(UserWarning):
+    """Something that works, and that a careful user would want to know."""

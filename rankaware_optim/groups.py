@@ -1,0 +1,340 @@
+"""Groups: a survey, a law and a base rate become merged, named, ordered parameter groups.
+
+`Plan` decides for every parameter by name; the functions below it cut the user's groups accordingly. A group holds
+`lr`, `lr_multiplier` and the plain scalars `lora_role`, `lora_rank`, `lora_scale`, `lora_init`, so that checkpoints
+stay loadable with weights_only=True.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .adapters import Factor, Init, Method, Reference, Survey
+from .errors import OptimizerError, RankAwareWarning
+from .inspection import canonical_name, inspect_model
+from .laws import Law, checked_multiplier, get_law, optimizer_family
+
+__all__ = ["Assignment", "Plan", "rank_aware_param_groups"]
+
+GROUP_FORMAT = 1
+
+
+class Assignment(NamedTuple):
+    """What is decided for one parameter. Parameters of equal assignment share a group.
+
+    `multiplier` is of the base rate, dimensionless; `rate` replaces the product by a rate of its own.
+    """
+
+    role: str = "other"
+    rank: int | None = None
+    scaling: float = 1.0
+    init: str | None = None
+    multiplier: float = 1.0
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Law, resolved reference and the user's exceptions: from a factor or a name to an `Assignment`.
+
+    rates: learning rates by name pattern (fnmatch), for any parameter. other_lr: the rate of every other parameter.
+    per_layer_width: give the law each layer's own fan-in in place of the model's. across_inits: let the law carry
+    the rate from the reference's init to another.
+    """
+
+    law: Law
+    reference: Reference
+    method: Method = "lora"
+    width: float = 1.0
+    rates: tuple[tuple[str, float], ...] = ()
+    other_lr: float | None = None
+    per_layer_width: bool = False
+    across_inits: bool = False
+    notes: tuple[str, ...] = ()
+
+    def assign(self, name: str, factor: Factor | None) -> Assignment:
+        """The assignment of the parameter `name`, which is `factor` or, where that is None, an other one."""
+        pinned = next((rate for pattern, rate in self.rates if fnmatchcase(name, pattern)), None)
+        if factor is None:
+            rate = self.other_lr if pinned is None else pinned
+            moved = self.multiplier(self._whole()) if self.method == "full" else 1.0
+            return Assignment(multiplier=1.0 if rate is not None else moved, rate=rate)
+        moved = 1.0 if pinned is not None else self.multiplier(factor)
+        return Assignment(factor.role, factor.rank, factor.scaling, factor.init, moved, pinned)
+
+    def multiplier(self, factor: Factor) -> float:
+        """The law's answer for `factor`, seen at the model's width and along its own init's law.
+
+        Factors with neither half zero keep the base rate. An embedding's input is one-hot, so its width is 1.
+        """
+        if factor.role == "full":
+            seen = factor if self.per_layer_width else replace(factor, fan_in=self.width)
+            return checked_multiplier(self.law, seen, self.reference)
+        if factor.init == "other":
+            return 1.0
+        embedding = factor.kind == "embedding"
+        width = 1.0 if embedding else factor.fan_in if self.per_layer_width else self.width
+        seen = replace(factor, fan_in=width, init="B" if factor.init == "B" else "A")
+        return checked_multiplier(self.law, seen, self._reference_for(seen, embedding))
+
+    def _reference_for(self, seen: Factor, embedding: bool) -> Reference:
+        reference = self.reference
+        if self.across_inits or reference.method == "full" or (seen.init == reference.init and not embedding):
+            return reference
+        fan_in = 1.0 if embedding else reference.fan_in
+        return replace(reference, init=seen.init, fan_in=fan_in)
+
+    def _whole(self) -> Factor:
+        return Factor("other parameters", "full", None, self.width, self.width)
+
+
+def make_plan(
+    survey: Survey,
+    *,
+    law: str | Law = "mua",
+    tuned_at: Reference | None = None,
+    optimizer_class: type | None = None,
+    settings: Mapping[str, Any] | None = None,
+    rates: Mapping[str, float] | None = None,
+    other_lr: float | None = None,
+    per_layer_width: bool = False,
+    across_inits: bool = False,
+) -> Plan:
+    """Bind the law, resolve the reference and check the user's exceptions, before anything is built."""
+    method: Method = "full" if any(f.role == "full" for f in survey.factors) else "lora"
+    reference = (tuned_at or survey.dominant()).resolve(survey)
+    for pattern, rate in (rates or {}).items():
+        check_lr(rate, f"rates[{pattern!r}]")
+        if not any(fnmatchcase(name, pattern) for name in _names(survey)):
+            raise OptimizerError(
+                f"The pattern {pattern!r} of rates= matches none of {len(_names(survey))} trainable parameters.",
+                f"Patterns are those of fnmatch on full names, such as {_names(survey)[-1]!r}.",
+            )
+    if other_lr is not None:
+        check_lr(other_lr, "other_lr")
+    bound = get_law(law)
+    if optimizer_class is not None:
+        bound = bound.bind(optimizer_class, settings or {})
+    return Plan(
+        law=bound,
+        reference=reference,
+        method=method,
+        width=survey.largest_width if method == "full" else survey.width,
+        rates=tuple((rates or {}).items()),
+        other_lr=other_lr,
+        per_layer_width=per_layer_width,
+        across_inits=across_inits,
+        notes=(*survey.notes, *_notes(survey, reference, bound, method, optimizer_class, across_inits)),
+    )
+
+
+def check_lr(lr: object, what: str = "lr") -> float:
+    """`lr` as a positive finite float, from a number or a one-element tensor; an error otherwise."""
+    value = lr.item() if isinstance(lr, torch.Tensor) and lr.numel() == 1 else lr
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise OptimizerError(f"{what} is {lr!r}.", "Give a positive finite number.")
+    return float(value)
+
+
+def _names(survey: Survey) -> list[str]:
+    return [*(f.name for f in survey.factors), *survey.other]
+
+
+def _notes(
+    survey: Survey, reference: Reference, law: Law, method: Method, optimizer_class: type | None, across_inits: bool
+) -> list[str]:
+    notes = []
+    inits = {f.init for f in survey.factors if f.role != "full"}
+    if "other" in inits:
+        notes.append(
+            "Adapters with neither factor zero (PiSSA, OLoRA, LoRA-GA, or trained ones of undeclared init) stay at the "
+            "base rate, since no law covers them: name their init by init='A' or 'B' if you know it."
+        )
+        warnings.warn(notes[-1], RankAwareWarning, stacklevel=5)
+    if "unknown" in inits:
+        notes.append("The init of some adapters could not be read; they count as Init[A].")
+    others = {f.init for f in survey.factors if f.kind != "embedding"} & {"A", "B"} - {reference.init}
+    if method == "lora" and reference.method == "lora" and others and not across_inits:
+        notes.append(
+            f"Adapters at Init[{others.pop()}] are scaled along their own init's law from a rate tuned at "
+            f"Init[{reference.init}]; across_inits=True lets the law carry the rate across."
+        )
+    if method == "full" and reference.method == "lora" and law.name != "power":
+        notes.append(
+            "From a LoRA rate alone the law's point for full finetuning was 0.7 to 1.3 octaves high in small studies: "
+            "start at about half of it, or calibrate."
+        )
+    family = "sign-like" if optimizer_class is None else optimizer_family(optimizer_class)
+    if family != "sign-like" and optimizer_class is not None:
+        kind = "is of an unknown family" if family == "unknown" else f"is {family}"
+        notes.append(f"{optimizer_class.__name__} {kind}; it is scaled as a sign-like optimizer (Adam and kin).")
+    return notes
+
+
+# --- from the user's parameters to groups ---------------------------------------------------------------------------
+
+
+class UserGroup(NamedTuple):
+    """One of the user's groups: its named parameters and its options, without `params`."""
+
+    named: list[tuple[str, torch.Tensor]]
+    options: dict[str, Any]
+
+
+def user_groups(params: Any, model: nn.Module) -> list[UserGroup]:
+    """The user's parameters as named groups: a model, parameters, named parameters, or dicts of them.
+
+    A model stands for its trainable parameters. Raises OptimizerError where a parameter comes twice or none is the
+    model's.
+    """
+    if isinstance(params, nn.Module):
+        params = [p for p in params.parameters() if p.requires_grad]
+    entries = [params] if isinstance(params, torch.Tensor) else list(params)
+    dicts = entries if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
+    names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
+    groups = [_user_group(group, names) for group in dicts]
+    _check_parameters(groups, names)
+    return [group for group in groups if group.named]
+
+
+def _user_group(group: Mapping[str, Any], names: Mapping[int, str]) -> UserGroup:
+    listed = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
+    given = list(group.get("param_names") or [None] * len(listed))
+    named = []
+    for entry, given_name in zip(listed, given, strict=True):
+        name, param = entry if isinstance(entry, tuple) else (given_name, entry)
+        if not isinstance(param, torch.Tensor):
+            raise OptimizerError(
+                f"A parameter group holds a {type(param).__name__}.", "Give tensors, (name, tensor) pairs, or dicts."
+            )
+        named.append((names.get(id(param)) or name or f"unnamed.{len(named)}", param))
+    return UserGroup(named, {k: v for k, v in group.items() if k not in ("params", "param_names")})
+
+
+def _check_parameters(groups: Sequence[UserGroup], names: Mapping[int, str]) -> None:
+    listed = [(name, id(param)) for group in groups for name, param in group.named]
+    seen: set[int] = set()
+    for name, key in listed:
+        if key in seen:
+            raise OptimizerError(f"The parameter {name} is listed twice.", "List every parameter in one group only.")
+        seen.add(key)
+    if not seen:
+        raise OptimizerError(
+            "There is no trainable parameter to optimize.", "Set requires_grad on what should be trained."
+        )
+    if seen.isdisjoint(names):
+        raise OptimizerError(
+            f"None of the {len(seen)} parameters given belongs to the model.",
+            "Pass the model that these parameters come from as model=.",
+        )
+
+
+class PlannedGroup(NamedTuple):
+    """A group to be built: parameters of one user group that share an assignment, with that user group's options."""
+
+    assignment: Assignment
+    named: list[tuple[str, torch.Tensor]]
+    options: dict[str, Any]
+
+    def as_dict(self, *, named: bool = True) -> dict[str, Any]:
+        """The group for torch, its lr still the user's own."""
+        a = self.assignment
+        params: list[Any] = list(self.named) if named else [p for _, p in self.named]
+        tags = {"lora_role": a.role, "lora_rank": a.rank, "lora_scale": a.scaling, "lora_init": a.init}
+        return {
+            "params": params,
+            **self.options,
+            "lr_multiplier": a.multiplier,
+            **tags,
+            "rankaware_format": GROUP_FORMAT,
+        }
+
+
+def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey) -> list[PlannedGroup]:
+    """Cut each user group by assignment, never merging two of the user's; groups at the base rate come first."""
+    factors = {f.name: f for f in survey.factors}
+    planned: list[PlannedGroup] = []
+    for group in groups:
+        cut: dict[Assignment, PlannedGroup] = {}
+        for name, param in group.named:
+            assignment = plan.assign(name, factors.get(name))
+            cut.setdefault(assignment, PlannedGroup(assignment, [], dict(group.options))).named.append((name, param))
+        planned.extend(cut.values())
+    return sorted(planned, key=lambda g: g.assignment.multiplier != 1.0 or g.assignment.rate is not None)
+
+
+def scale_lr(group: dict[str, Any], assignment: Assignment) -> None:
+    """Multiply a built group's lr in place, or set the rate of its own and record the multiplier it amounts to."""
+    base = group["lr"]
+    if assignment.rate is not None:
+        group["lr_multiplier"] = assignment.rate / float(base)
+    if group["lr_multiplier"] != 1.0:
+        group["lr"] = base * group["lr_multiplier"]
+
+
+def rank_aware_param_groups(
+    params: Any,
+    *,
+    lr: float,
+    model: nn.Module | None = None,
+    law: str | Law = "mua",
+    tuned_at: Reference | None = None,
+    optimizer_class: type | None = None,
+    named: bool = True,
+    method: Method = "lora",
+    init: Init | None = None,
+    rates: Mapping[str, float] | None = None,
+    other_lr: float | None = None,
+    per_layer_width: bool = False,
+    across_inits: bool = False,
+) -> list[dict[str, Any]]:
+    """Parameter groups with their rates, for any torch optimizer: the wrapper's work without the wrapper.
+
+    group["lr"] = (the user group's lr, or `lr`) × group["lr_multiplier"]. `params` is a model, or groups with
+    `model=`. named=False leaves the names out, as ZeroRedundancyOptimizer needs.
+
+    >>> pair = torch.nn.Module()
+    >>> pair.lora_A, pair.lora_B = torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(8, 64, bias=False)
+    >>> pair.r, pair.scaling = 8, 1.0
+    >>> _ = torch.nn.init.zeros_(pair.lora_B.weight)
+    >>> groups = rank_aware_param_groups(pair, lr=1e-3, tuned_at=Reference(rank=32, alpha=32))
+    >>> [(g["lora_role"], round(g["lr"], 5)) for g in groups]
+    [('A', 0.00187), ('B', 0.00187)]
+    """
+    model = _model_of(params, model)
+    check_lr(lr)
+    survey = inspect_model(model, method=method, init=init)
+    plan = make_plan(
+        survey,
+        law=law,
+        tuned_at=tuned_at,
+        optimizer_class=optimizer_class,
+        rates=rates,
+        other_lr=other_lr,
+        per_layer_width=per_layer_width,
+        across_inits=across_inits,
+    )
+    groups = []
+    for planned in split(user_groups(params, model), plan, survey):
+        group = {"lr": lr, **planned.as_dict(named=named)}
+        scale_lr(group, planned.assignment)
+        groups.append(group)
+    return groups
+
+
+def _model_of(params: Any, model: nn.Module | None) -> nn.Module:
+    found = params if model is None else model
+    if not isinstance(found, nn.Module):
+        raise OptimizerError(
+            "Parameters alone do not say which of them are LoRA factors.",
+            "Give the model: first argument, or model= beside the parameters.",
+        )
+    return found

@@ -1,0 +1,262 @@
+"""Inspection: from a model to a `Survey` of its trainable LoRA factors, by duck typing and the table of conventions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .adapters import CONVENTIONS, Convention, Factor, Init, Method, Survey
+from .errors import InspectionError
+
+__all__ = ["canonical_name", "inspect_model"]
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
+_SAMPLE = 1024
+# PEFT's init_lora_weights values under which B starts at zero; True too, and every other string starts both non-zero.
+_ZERO_B = {"gaussian", "eva"}
+
+
+class _Half(NamedTuple):
+    name: str  # local to the owner
+    tensor: torch.Tensor
+
+
+def inspect_model(model: nn.Module, *, method: Method = "lora", init: Init | None = None) -> Survey:
+    """Survey what `model` trains: its LoRA pairs, or with method="full" every weight of two or more dimensions.
+
+    Only parameters that require a gradient count, tied ones once. A pair's rank is the declared one, checked against
+    its shapes; its scaling is the declared one, or 1 with a note. Its init is the one declared (PEFT's
+    `init_lora_weights`), else read from at most 1,024 strided entries a factor, else "unknown" (meta tensors);
+    `init` overrides all of it. Nothing about the model is changed.
+
+    Raises:
+        InspectionError: declared rank and shapes disagree, a scaling is not positive, or no pair was found.
+    """
+    if method not in ("lora", "full"):
+        raise InspectionError(f"The method is 'lora' or 'full', not {method!r}.", "Give one of the two.")
+    trainable = {id(p): canonical_name(n) for n, p in model.named_parameters() if p.requires_grad}
+    notes: list[str] = []
+    found = _full_factors(model, trainable) if method == "full" else _lora_factors(model, trainable, init, notes)
+    factors = tuple(found)
+    known = {f.name for f in factors}
+    survey = Survey(
+        factors=factors,
+        other=tuple(name for name in trainable.values() if name not in known),
+        notes=tuple(dict.fromkeys(notes)),
+        looked_at=sum(1 for _ in model.parameters()),
+        tried=tuple(c.name for c in CONVENTIONS),
+    )
+    if not factors:
+        raise _nothing_found(survey, method)
+    return survey
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without the prefixes that DDP, FSDP, torch.compile and checkpointing put into it."""
+    for wrapper in _WRAPPERS[:-1]:
+        name = name.replace(wrapper, "")
+    return name.removeprefix(_WRAPPERS[-1])
+
+
+def _nothing_found(survey: Survey, method: Method) -> InspectionError:
+    if method == "full":
+        return InspectionError(
+            f"None of {survey.looked_at} parameters is a trainable weight of two or more dimensions.",
+            "Set requires_grad on what full finetuning should train.",
+        )
+    return InspectionError(
+        f"No trainable LoRA pair among {survey.looked_at} parameters (conventions tried: {', '.join(survey.tried)}).",
+        "Add adapters and let them require a gradient, or say method='full' for full finetuning.",
+    )
+
+
+def _full_factors(model: nn.Module, trainable: Mapping[int, str]) -> Iterator[Factor]:
+    left = dict(trainable)
+    for prefix, module in model.named_modules():
+        for local, param in module.named_parameters(recurse=False):
+            name = left.pop(id(param), None)
+            if name is None or param.dim() < 2 or _is_embedding(module):
+                continue
+            fan_in, fan_out = _full_fans(module, param)
+            kind = "conv" if param.dim() > 2 and local == "weight" else "linear"
+            yield Factor(name, "full", None, fan_in, fan_out, kind=kind, layer=canonical_name(prefix))
+
+
+def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
+    """Fan-in and fan-out of a whole weight: (out, in), (out, in, k…) for a conv, (…, in) for bare stacked tensors."""
+    shape = tuple(param.shape)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' Conv1D stores (in, out)
+        return float(shape[0]), float(shape[1])
+    if hasattr(module, "kernel_size") or len(shape) == 2:
+        return float(math.prod(shape[1:])), float(shape[0])
+    return float(shape[-1]), float(shape[-2])
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    base = getattr(module, "base_layer", module)
+    return isinstance(base, (nn.Embedding, nn.EmbeddingBag))
+
+
+def _lora_factors(
+    model: nn.Module, trainable: Mapping[int, str], init: Init | None, notes: list[str]
+) -> Iterator[Factor]:
+    declared = _declared_inits(model)
+    left = dict(trainable)
+    for prefix, module in model.named_modules():
+        for convention in CONVENTIONS:
+            for adapter, a, b in _pairs(module, convention):
+                if id(a.tensor) in left or id(b.tensor) in left:
+                    pair = _read_pair(module, prefix, convention, adapter, a, b, notes)
+                    pair_init = init or _init_of(a.tensor, b.tensor, declared.get(adapter), pair["kind"])
+                    for role, half in (("A", a), ("B", b)):
+                        name = left.pop(id(half.tensor), None)
+                        if name is not None:
+                            yield Factor(name=name, role=role, init=pair_init, **pair)  # type: ignore[arg-type]
+
+
+def _pairs(module: nn.Module, convention: Convention) -> Iterator[tuple[str, _Half, _Half]]:
+    """The (adapter, A, B) triples that `module` owns under `convention`; none if it owns only one of the two."""
+    a = _owned(module, convention.a, convention.container)
+    b = _owned(module, convention.b, convention.container) if a else {}
+    for adapter, half in a.items():
+        if adapter in b:
+            yield adapter, half, b[adapter]
+
+
+def _owned(module: nn.Module, attribute: str, container: bool) -> dict[str, _Half]:
+    member = module._parameters.get(attribute)
+    if member is None:
+        member = module._modules.get(attribute)
+    if member is None:
+        return {}
+    if not container:
+        half = _tensor_of(attribute, member)
+        return {} if half is None else {"": half}
+    if not isinstance(member, (nn.ModuleDict, nn.ParameterDict)):
+        return {}
+    halves = {key: _tensor_of(f"{attribute}.{key}", value) for key, value in member.items()}
+    return {key: half for key, half in halves.items() if half is not None}
+
+
+def _tensor_of(name: str, member: object) -> _Half | None:
+    if isinstance(member, torch.Tensor):
+        return _Half(name, member)
+    weight = getattr(member, "weight", None)
+    return _Half(f"{name}.weight", weight) if isinstance(weight, torch.Tensor) else None
+
+
+def _read_pair(
+    module: nn.Module, prefix: str, convention: Convention, adapter: str, a: _Half, b: _Half, notes: list[str]
+) -> dict[str, Any]:
+    """All that the two factors of a pair share."""
+    layer = canonical_name(prefix)
+    kind = convention.kind or ("embedding" if _is_embedding(module) else "conv" if a.tensor.dim() > 2 else "linear")
+    rank = _rank(module, convention, adapter, a, b, layer)
+    scaling = _scaling(module, convention, adapter, rank, layer)
+    if scaling is None:
+        notes.append(f"{layer or type(module).__name__} declares no scaling: 1 is assumed.")
+    fan_in = math.prod(a.tensor.shape[1:])
+    return {
+        "rank": rank,
+        "fan_in": float(fan_in),
+        "fan_out": float(b.tensor.shape[0]),
+        "scaling": 1.0 if scaling is None else scaling,
+        "kind": kind,
+        "layer": layer,
+        "adapter": adapter,
+        "convention": convention.name,
+    }
+
+
+def _rank(module: nn.Module, convention: Convention, adapter: str, a: _Half, b: _Half, layer: str) -> int:
+    groups = getattr(getattr(module, "base_layer", module), "groups", 1)
+    rows = a.tensor.shape[0] if a.tensor.dim() > 1 else None
+    columns = b.tensor.shape[1] * (groups if b.tensor.dim() > 2 else 1) if b.tensor.dim() > 1 else None
+    declared = _declared(module, convention.rank, adapter)
+    rank = rows if declared is None else int(declared)
+    if rank is None or rank != rows or rank != columns:
+        what = "declares no rank" if declared is None else f"declares rank {int(declared)}"
+        raise InspectionError(
+            f"{layer or type(module).__name__} {what} but {a.name} has shape {tuple(a.tensor.shape)} and {b.name} "
+            f"{tuple(b.tensor.shape)}.",
+            "Rebuild the adapter so that A has `rank` rows and B `rank` columns, or set the declared rank right.",
+        )
+    return rank
+
+
+def _scaling(module: nn.Module, convention: Convention, adapter: str, rank: int, layer: str) -> float | None:
+    """The declared multiplier on B·A, else declared alpha / rank, else None."""
+    value = _declared(module, convention.scaling, adapter)
+    if value is None:
+        alpha = _declared(module, convention.alpha, adapter)
+        value = None if alpha is None else alpha / rank
+    if value is not None and not 0 < value < math.inf:
+        raise InspectionError(
+            f"{layer or type(module).__name__} has the scaling {value:g}, so its adapter adds nothing or is undefined.",
+            "Give a positive finite alpha; to switch an adapter off, freeze or delete it instead.",
+        )
+    return value
+
+
+def _declared(module: nn.Module, attributes: tuple[str, ...], adapter: str) -> float | None:
+    """The first of `attributes` that is a number, possibly in a dict by adapter or a one-element tensor."""
+    for attribute in attributes:
+        value = getattr(module, attribute, None)
+        if isinstance(value, Mapping):
+            value = value.get(adapter)
+        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta:
+            value = value.item()
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    return None
+
+
+def _declared_inits(model: nn.Module) -> dict[str, object]:
+    """PEFT's `init_lora_weights` by adapter, from whichever module holds the adapters' configurations."""
+    for module in model.modules():
+        configs = module.__dict__.get("peft_config")
+        if isinstance(configs, Mapping):
+            inits = {name: _config_value(config) for name, config in configs.items()}
+            return {name: value for name, value in inits.items() if value is not None}
+    return {}
+
+
+def _config_value(config: object) -> object:
+    if isinstance(config, Mapping):
+        return config.get("init_lora_weights")
+    return getattr(config, "init_lora_weights", None)
+
+
+def _init_of(a: torch.Tensor, b: torch.Tensor, declared: object, kind: str) -> Init:
+    """Declared first, then the zeros. A declaration falls only to a factor of zeros that it rules out.
+
+    Under a declared Init[A], A is never all zero, trained or not: if it is, the pair was set to Init[B] by hand.
+    """
+    if declared is None:
+        return _sampled_init(a, b)
+    if declared is not True and str(declared).lower() not in _ZERO_B:
+        return "other"
+    expected: Init = "B" if kind == "embedding" else "A"
+    return expected if _is_zero(a if expected == "A" else b) is not True else _sampled_init(a, b)
+
+
+def _sampled_init(a: torch.Tensor, b: torch.Tensor) -> Init:
+    zeros = _is_zero(a), _is_zero(b)
+    known: dict[tuple[bool | None, bool | None], Init] = {
+        (False, True): "A",
+        (True, False): "B",
+        (False, False): "other",
+    }
+    return known.get(zeros, "unknown")
+
+
+def _is_zero(tensor: torch.Tensor) -> bool | None:
+    """Whether a strided sample of at most 1,024 entries is all zero; None where there is nothing to read."""
+    if tensor.is_meta or tensor.numel() == 0:
+        return None
+    flat = tensor.detach().reshape(-1)
+    return not bool(flat[:: max(1, -(-flat.numel() // _SAMPLE))].any())

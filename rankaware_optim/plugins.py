@@ -1,0 +1,59 @@
+"""Things found by name: built-ins first, then entry points, read late and failing softly."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from .errors import RankAwareError, RankAwareWarning
+
+__all__ = ["Registry"]
+
+
+class Registry:
+    """A table of named factories, completed by the entry points of `group` on the first miss.
+
+    A plug-in that fails to import is a warning with its name, never an error for those who do not ask for it.
+    """
+
+    def __init__(self, group: str, what: str, error: type[RankAwareError]) -> None:
+        self._group = group
+        self._what = what
+        self._error = error
+        self._builtin: dict[str, Callable[..., Any]] = {}
+        self._plugins: dict[str, Callable[..., Any]] | None = None
+
+    def register(self, name: str, factory: Callable[..., Any]) -> None:
+        """Make `factory` available under `name`."""
+        self._builtin[name] = factory
+
+    def names(self) -> list[str]:
+        """All names known, built-in and installed, sorted."""
+        return sorted({*self._builtin, *self._installed()})
+
+    def get(self, name: str) -> Callable[..., Any]:
+        """The factory called `name`; an error that lists the known ones if there is none."""
+        if name in self._builtin:
+            return self._builtin[name]
+        if name in self._installed():
+            return self._installed()[name]
+        raise self._error(
+            f"Unknown {self._what} {name!r}.",
+            f"Known are {', '.join(self.names())}; a package adds one by the entry point group {self._group!r}.",
+        )
+
+    def _installed(self) -> dict[str, Callable[..., Any]]:
+        if self._plugins is None:
+            found = ((point.name, _load(point)) for point in entry_points(group=self._group))
+            self._plugins = {name: factory for name, factory in found if factory is not None}
+        return self._plugins
+
+
+def _load(point: EntryPoint) -> Callable[..., Any] | None:
+    try:
+        return point.load()
+    except Exception as error:  # a stranger's package may raise anything on import
+        warnings.warn(f"The plug-in {point.name!r} ({point.value}) could not be loaded: {error}.", RankAwareWarning)
+        return None

@@ -1,0 +1,347 @@
+"""Recipes: what a calibration learned, as TOML for people and safetensors for arrays; `Recipe.at` answers for a rank."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from . import recipe_files
+from .adapters import Factor, Method, Reference
+from .errors import RankAwareError, RankAwareWarning, RecipeError
+from .laws import Power, checked_multiplier, law_from_dict, law_to_dict
+
+__all__ = ["Rate", "Recipe", "Scaling", "infer_scaling"]
+
+Z90 = 1.645
+# What the band grows by where the data do not reach, octaves of rate per octave of rank or of width (rules of thumb
+# after the spread of published sweeps around the law).
+_RANK_DOUBT = 0.1
+_WIDTH_DOUBT = 0.25
+# The share of an Init[A] drift, continued to r = n, that full finetuning's band is widened by.
+_DRIFT_DOUBT = 0.5
+
+Scaling = Literal["fixed", "rslora", "alpha", "unknown"]
+_GAMMA: dict[str, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate and how sure it is.
+
+    `lr` is the rate to use; it may lean below the middle of the band where a cliff is near. `low` and `high` bound
+    the best rate with 90 %. `ceiling` is the smallest rate seen to diverge, moved to this configuration, or None.
+    """
+
+    lr: float
+    low: float
+    high: float
+    ceiling: float | None = None
+    extrapolated: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __float__(self) -> float:
+        return self.lr
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A calibrated base rate with its law, uncertainty and provenance.
+
+    best_lr: the best rate at `reference`, as fitted. lean: octaves by which quoted rates lean below it. law: a
+    `Power` on top of the law calibrated with: drift in rank, factor of full finetuning. covariance: 3 × 3 tensor of
+    (log2 rate at `law.pivot`, drift, log2 full_factor), octaves. scaling_rule: how the effective multiplier followed
+    the ranks seen: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant), or "unknown".
+    tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`, `value`, `diverged`, `curve`.
+    """
+
+    name: str
+    best_lr: float
+    reference: Reference
+    law: Power
+    covariance: torch.Tensor
+    lean: float = 0.0
+    ceiling: float | None = None
+    scaling_rule: Scaling = "unknown"
+    full_fan_in: float | None = None
+    ranks: tuple[int, ...] = ()
+    full_seen: bool = False
+    optimizer: str = "torch.optim.AdamW"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 1
+    batch: float | None = None
+    warmup: float | None = None
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def lr(self) -> float:
+        """The quoted base rate: the best rate at `reference`, leaned by `lean` octaves."""
+        return self.best_lr * 2.0**-self.lean
+
+    @property
+    def full_factor(self) -> float:
+        """What the law's point for full finetuning is multiplied by."""
+        return self.law.full_factor
+
+    def at(
+        self,
+        rank: int | None = None,
+        *,
+        alpha: float | None = None,
+        rslora: bool = False,
+        init: Literal["A", "B"] | None = None,
+        method: Method = "lora",
+        fan_in: float | None = None,
+    ) -> Rate:
+        """The rate at another rank, alpha, init or width, or for full finetuning.
+
+        Without alpha the effective multiplier follows the ranks seen (`scaling_rule`); where no rule fits, alpha is
+        asked for. Without fan_in the width is the recipe's own. Outside what was seen the rate is `extrapolated`,
+        its band wider, and a warning is given once.
+
+        Raises:
+            RecipeError: alpha is needed and was not given, or the target is impossible.
+        """
+        target = self._target(rank, alpha, rslora, init, method, fan_in)
+        factor = _as_factor(target)
+        moved = checked_multiplier(self.law, factor, self.reference)
+        sd, outside = self._spread(target)
+        if outside:
+            self._warn_once(outside)
+        best = self.best_lr * moved
+        return Rate(
+            lr=best * 2.0**-self.lean,
+            low=best * 2.0 ** (-Z90 * sd),
+            high=best * 2.0 ** (Z90 * sd),
+            ceiling=None if self.ceiling is None else self.ceiling * moved,
+            extrapolated=bool(outside),
+            notes=(*outside, *([f"leans {self.lean:.2g} octaves low: a cliff is near"] if self.lean else [])),
+        )
+
+    def _target(
+        self,
+        rank: int | None,
+        alpha: float | None,
+        rslora: bool,
+        init: Literal["A", "B"] | None,
+        method: Method,
+        fan_in: float | None,
+    ) -> Reference:
+        init = init or self.reference.init
+        if method == "full":
+            return Reference(method="full", init=init, fan_in=fan_in or self.full_fan_in or self.reference.fan_in)
+        width = fan_in or self.reference.fan_in
+        if rank is None and self.reference.method == "full":
+            raise RecipeError("This recipe was made by full finetuning alone.", "Give rank= and alpha= for LoRA.")
+        rank = self.reference.rank if rank is None else rank
+        if alpha is not None:
+            return Reference(rank, alpha, rslora, init, width)
+        Reference(rank, 1.0)  # refuses an impossible rank before it is used below
+        return replace(Reference.from_scaling(rank, self._scaling_at(rank or 1), init=init), fan_in=width)
+
+    def _scaling_at(self, rank: int) -> float:
+        if rank == self.reference.rank:
+            return self.reference.scaling
+        if self.scaling_rule not in _GAMMA or self.reference.rank is None:
+            raise RecipeError(
+                f"Recipe {self.name!r} saw no rule by which alpha follows the rank.", "Give alpha= beside the rank."
+            )
+        return float(self.reference.scaling * (rank / self.reference.rank) ** -_GAMMA[self.scaling_rule])
+
+    def _spread(self, target: Reference) -> tuple[float, list[str]]:
+        """Standard deviation of log2 of the best rate at `target`, octaves, and in words what was not seen."""
+        outside = []
+        pivot = self.law.pivot
+        doubts = [0.0]
+        if target.method == "full":
+            reach = math.log2((target.fan_in or pivot) / pivot)
+            x = torch.tensor([1.0, reach if self.law.to_full else 0.0, 1.0], dtype=torch.float64)
+            if not self.full_seen:
+                outside.append("full finetuning was not tried: the rate is the law's, times its prior factor")
+                doubts.append(0.0 if self.law.to_full else _DRIFT_DOUBT * self.law.exponent * reach)
+            own = self.full_fan_in
+        else:
+            rank = float(target.rank or pivot)
+            x = torch.tensor([1.0, math.log2(rank / pivot), 0.0], dtype=torch.float64)
+            beyond = self._beyond(rank)
+            if beyond:
+                outside.append(f"rank {rank:g} lies outside the ranks seen ({', '.join(map(str, self.ranks))})")
+            doubts.append(_RANK_DOUBT * beyond)
+            own = self.reference.fan_in
+        if target.fan_in and own and target.fan_in != own:
+            outside.append(f"fan-in {target.fan_in:g} is not the recipe's own {own:g}")
+            doubts.append(_WIDTH_DOUBT * math.log2(target.fan_in / own))
+        if target.init != self.reference.init:
+            outside.append(f"Init[{target.init}] was not tried: the law carries the rate across inits")
+            doubts.append(1.0)
+        variance = float(x @ self.covariance.double() @ x)
+        return math.sqrt(variance + sum(d * d for d in doubts)), outside
+
+    def _beyond(self, rank: float) -> float:
+        """Octaves between `rank` and the nearest end of the ranks seen; 0 inside."""
+        if not self.ranks:
+            return 1.0
+        return max(0.0, math.log2(min(self.ranks) / rank), math.log2(rank / max(self.ranks)))
+
+    def _warn_once(self, outside: list[str]) -> None:
+        if not self.__dict__.get("_warned"):
+            object.__setattr__(self, "_warned", True)
+            warnings.warn(f"Recipe {self.name!r} extrapolates: {outside[0]}.", RankAwareWarning, stacklevel=3)
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write `path` (TOML) and the safetensors file beside it, atomically; a reader finds both or no recipe.
+
+        Raises:
+            RecipeError: the folder cannot be written, or `path` does not end in .toml.
+        """
+        arrays = {**{f"trial.{key}": value for key, value in self.tensors.items()}, "fit.covariance": self.covariance}
+        return recipe_files.write(path, _header(self.name), _to_toml(self), arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read a recipe, checking every value and the tensors' hash at the door. Nothing is unpickled.
+
+        Raises:
+            RecipeError: a file is missing, cut short, of a newer schema, altered, or holds an impossible value; the
+                message carries the value's path.
+        """
+        take, tensors = recipe_files.read(path)
+        try:
+            return _from_toml(cls, take, tensors)
+        except RecipeError:
+            raise
+        except (RankAwareError, TypeError, ValueError) as error:
+            raise RecipeError(f"The recipe {path} holds an impossible value: {error}", "Make it anew.") from error
+
+
+def infer_scaling(seen: Mapping[int, float]) -> Scaling:
+    """The rule by which the effective multiplier followed the rank, from {rank: scaling}; "unknown" for one rank.
+
+    >>> infer_scaling({4: 1.0, 64: 1.0}), infer_scaling({4: 4.0, 64: 0.25}), infer_scaling({8: 2.0})
+    ('fixed', 'alpha', 'unknown')
+    """
+    if len(seen) < 2:
+        return "unknown"
+    for rule, gamma in _GAMMA.items():
+        constants = [math.log2(s) + gamma * math.log2(r) for r, s in seen.items()]
+        if max(constants) - min(constants) < 1e-3:
+            return rule  # type: ignore[return-value]
+    return "unknown"
+
+
+def _as_factor(target: Reference) -> Factor:
+    role = "full" if target.method == "full" else "A"
+    width = target.fan_in or 1.0
+    return Factor("the target", role, target.rank, width, width, target.scaling, target.init)
+
+
+def resolve_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
+    """The recipe itself, or the one in the file named."""
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+
+
+# --- TOML -----------------------------------------------------------------------------------------------------------
+
+
+def _header(name: str) -> str:
+    return (
+        f"# The learning-rate recipe {name!r} of rankaware_optim, made by ra.calibrate.\n"
+        "# Read a rate: `rankaware lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).\n"
+        "# Rates are per step; octaves are log2 of a rate; the safetensors file beside it holds the trials.\n"
+    )
+
+
+def _to_toml(recipe: Recipe) -> dict[str, Any]:
+    sd = recipe._spread(recipe.reference)[0]
+    r = recipe.reference
+    return {
+        "name": recipe.name,
+        "rate": {
+            "lr": recipe.lr,
+            "best_lr": recipe.best_lr,
+            "band_low": recipe.best_lr * 2.0 ** (-Z90 * sd),
+            "band_high": recipe.best_lr * 2.0 ** (Z90 * sd),
+            "ceiling": recipe.ceiling,
+            "lean_octaves": recipe.lean,
+        },
+        "reference": {
+            "method": r.method,
+            "rank": r.rank,
+            "alpha": r.alpha,
+            "rslora": r.rslora,
+            "init": r.init,
+            "fan_in": r.fan_in,
+            "full_fan_in": recipe.full_fan_in,
+            "batch": r.batch,
+        },
+        "scaling_rule": recipe.scaling_rule,
+        "law": law_to_dict(recipe.law),
+        "optimizer": {"class": recipe.optimizer, "settings": {k: _plain(v) for k, v in recipe.settings.items()}},
+        "horizon": {"steps": recipe.steps, "batch": recipe.batch, "warmup_share": recipe.warmup},
+        "seen": {"ranks": list(recipe.ranks), "full": recipe.full_seen, "seed": recipe.seed},
+        "versions": dict(recipe.versions),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (bool, int, float, str)) else repr(value)
+
+
+def _from_toml(cls: type[Recipe], take: recipe_files.Reader, tensors: dict[str, torch.Tensor]) -> Recipe:
+    law = law_from_dict(take("law", dict))
+    return cls(
+        name=take("name", str),
+        best_lr=take.positive("rate.best_lr"),
+        lean=take.number("rate.lean_octaves", 0.0),
+        ceiling=take.positive("rate.ceiling", None),
+        reference=Reference(
+            rank=take("reference.rank", int, None),
+            alpha=take.positive("reference.alpha", None),
+            rslora=take("reference.rslora", bool, False),
+            init=take("reference.init", str, "A"),
+            fan_in=take.positive("reference.fan_in"),
+            method=take("reference.method", str, "lora"),
+            batch=take.positive("reference.batch", None),
+        ),
+        law=law if isinstance(law, Power) else Power(law=law),
+        covariance=_covariance(tensors.pop("fit.covariance", None), take),
+        scaling_rule=take("scaling_rule", str, "unknown"),
+        full_fan_in=take.positive("reference.full_fan_in", None),
+        ranks=tuple(take("seen.ranks", list, [])),
+        full_seen=take("seen.full", bool, False),
+        optimizer=take("optimizer.class", str),
+        settings=take("optimizer.settings", dict, {}),
+        steps=take("horizon.steps", int),
+        batch=take.positive("horizon.batch", None),
+        warmup=take.number("horizon.warmup_share", None),
+        seed=take("seen.seed", int, 0),
+        versions=take("versions", dict, {}),
+        tensors=_trials(tensors, take),
+    )
+
+
+def _covariance(tensor: torch.Tensor | None, take: recipe_files.Reader) -> torch.Tensor:
+    good = tensor is not None and tensor.shape == (3, 3) and bool(torch.isfinite(tensor).all())
+    if tensor is None or not good or bool((tensor.diagonal() < 0).any()):
+        raise take.error("has no usable 3 × 3 covariance", "fit.covariance")
+    return tensor
+
+
+def _trials(tensors: Mapping[str, torch.Tensor], take: recipe_files.Reader) -> dict[str, torch.Tensor]:
+    trials = {key.removeprefix("trial."): value for key, value in tensors.items() if key.startswith("trial.")}
+    lr = trials.get("lr", torch.ones(1))
+    if not bool((torch.isfinite(lr) & (lr > 0)).all()):
+        raise take.error("has a trial whose rate is not positive", "trial.lr")
+    return trials
