@@ -1,7 +1,7 @@
 """Learning rates that stay right when the LoRA rank, alpha or init changes, or when you move to full finetuning."""
 
 from .adapters import Factor, Reference, Survey
-from .calibration import Trial, calibrate
+from .calibration import CalibrationInterrupted, calibrate
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -19,11 +19,13 @@ from .laws import Constant, Law, LoRAPlus, MuA, Power
 from .optimizer import RankAwareOptimizer
 from .recipe import Rate, Recipe
 from .report import Report
+from .trial import Trial
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CalibrationError",
+    "CalibrationInterrupted",
     "CheckpointError",
     "Constant",
     "Factor",

@@ -90,7 +90,7 @@ class Plan:
         if self.across_inits or reference.method == "full" or (seen.init == reference.init and not embedding):
             return reference
         fan_in = 1.0 if embedding else reference.fan_in
-        return replace(reference, init=seen.init, fan_in=fan_in)
+        return replace(reference, init="B" if seen.init == "B" else "A", fan_in=fan_in)
 
     def _whole(self) -> Factor:
         return Factor("other parameters", "full", None, self.width, self.width)
@@ -198,7 +198,7 @@ def user_groups(params: Any, model: nn.Module) -> list[UserGroup]:
     if isinstance(params, nn.Module):
         params = [p for p in params.parameters() if p.requires_grad]
     entries = [params] if isinstance(params, torch.Tensor) else list(params)
-    dicts = entries if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
+    dicts: list[Any] = entries if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
     names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
     groups = [_user_group(group, names) for group in dicts]
     _check_parameters(groups, names)
@@ -208,7 +208,7 @@ def user_groups(params: Any, model: nn.Module) -> list[UserGroup]:
 def _user_group(group: Mapping[str, Any], names: Mapping[int, str]) -> UserGroup:
     listed = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
     given = list(group.get("param_names") or [None] * len(listed))
-    named = []
+    named: list[tuple[str, torch.Tensor]] = []
     for entry, given_name in zip(listed, given, strict=True):
         name, param = entry if isinstance(entry, tuple) else (given_name, entry)
         if not isinstance(param, torch.Tensor):

@@ -128,9 +128,8 @@ def _pairs(module: nn.Module, convention: Convention) -> Iterator[tuple[str, _Ha
 
 
 def _owned(module: nn.Module, attribute: str, container: bool) -> dict[str, _Half]:
-    member = module._parameters.get(attribute)
-    if member is None:
-        member = module._modules.get(attribute)
+    member: object = module._parameters.get(attribute)
+    member = module._modules.get(attribute) if member is None else member
     if member is None:
         return {}
     if not container:

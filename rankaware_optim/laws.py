@@ -219,7 +219,8 @@ def law_from_dict(data: Mapping[str, Any]) -> Law:
     unknown = sorted(values.keys() - {f.name for f in fields(kind)})
     if unknown:
         raise LawError(f"The law {kind.name!r} has no parameter {unknown[0]!r}.", "Remove it, or update the package.")
-    return kind(**values)
+    made: Law = kind(**values)
+    return made
 
 
 def _to_plain(value: Any) -> Any:
@@ -237,23 +238,21 @@ def _check_parameter(law: Law, name: str, value: object, *, positive: bool = Tru
         raise LawError(f"The law {law.name!r} got {name}={value!r}.", f"Give a {kind} number.")
 
 
-# Family by class name, lower case; what a law is derived for. Anything else is "unknown".
-_FAMILIES: dict[str, str] = {
-    **dict.fromkeys(
-        "adam adamw nadam radam adamax sparseadam rmsprop rprop lion adabelief adabound adamod adamp diffgrad yogi "
-        "qhadam adam8bit adamw8bit adamw4bit adamwfp8 adamwschedulefree nadamw madgrad ranger apollo adan".split(),
-        "sign-like",
-    ),
-    **dict.fromkeys("sgd asgd sgdw sgdp sgd8bit accsgd aggmo qhm pid sgdschedulefree".split(), "gradient-like"),
-    **dict.fromkeys("muon".split(), "spectral"),
-    **dict.fromkeys("lamb lars adafactor".split(), "relative-scale"),
+# Class names by family, lower case: what a law may be derived for. Anything else is "unknown".
+_FAMILIES = {
+    "sign-like": """adam adamw nadam radam adamax sparseadam rmsprop rprop lion adabelief adabound adamod adamp
+        diffgrad yogi qhadam adam8bit adamw8bit adamw4bit adamwfp8 adamwschedulefree nadamw madgrad ranger adan""",
+    "gradient-like": "sgd asgd sgdw sgdp sgd8bit accsgd aggmo qhm pid sgdschedulefree",
+    "spectral": "muon",
+    "relative-scale": "lamb lars adafactor",
 }
+_FAMILY_OF = {name: family for family, names in _FAMILIES.items() for name in names.split()}
 
 
 def optimizer_family(optimizer_class: type) -> str:
     """How an optimizer's step scales: "sign-like", "gradient-like", "spectral", "relative-scale" or "unknown"."""
     names = (base.__name__.lower() for base in optimizer_class.__mro__)
-    return next((_FAMILIES[name] for name in names if name in _FAMILIES), "unknown")
+    return next((_FAMILY_OF[name] for name in names if name in _FAMILY_OF), "unknown")
 
 
 LAWS.register("mua", MuA)

@@ -6,7 +6,6 @@ trainers and checkpoints see what they know. `step` is never overridden.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import weakref
@@ -110,10 +109,7 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         )
         base = _base_lr(native, built, lr)
         planned = split(user_groups(built.param_groups if built else params, model), plan, survey)
-        if built is None:
-            opt = _construct(native, planned, base, settings)
-        else:
-            opt = _regroup(built, native, planned, lr)
+        opt = _construct(native, planned, base, settings) if built is None else _regroup(built, native, planned, lr)
         opt._rankaware_plan = plan
         opt._rankaware_inspect = {"method": method, "init": init}
         opt._rankaware_model = weakref.ref(model)
@@ -161,17 +157,20 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
 _OVERRIDES = ("report", "add_param_group", "load_state_dict", "__getstate__", "__reduce_ex__", "__repr__")
 
 
-@functools.cache
-def _subclass(native: type[Optimizer]) -> type[Optimizer]:
-    """The rank-aware subclass of `native`: its own name and module, ours only what `_OVERRIDES` names."""
-    namespace = {name: RankAwareOptimizer.__dict__[name] for name in _OVERRIDES}
-    namespace |= {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
-    made = type(native)(native.__name__, (native,), namespace)
-    made._rankaware_native = native  # type: ignore[attr-defined]
-    return made
+_SUBCLASSES: dict[type, Any] = {}
 
 
-def _blank(native: type[Optimizer]) -> Optimizer:
+def _subclass(native: type[Optimizer]) -> Any:
+    """The rank-aware subclass of `native`, made once: its own name and module, ours only what `_OVERRIDES` names."""
+    if native not in _SUBCLASSES:
+        namespace: dict[str, Any] = {name: RankAwareOptimizer.__dict__[name] for name in _OVERRIDES}
+        namespace |= {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
+        namespace |= {"_rankaware_native": native}
+        _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
+    return _SUBCLASSES[native]
+
+
+def _blank(native: type[Optimizer]) -> Any:
     """An instance without state, for copy and pickle to fill."""
     made = _subclass(native)
     return made.__new__(made)
@@ -201,7 +200,7 @@ def _find_class(package: str, name: str) -> type[Optimizer]:
     classes = {key.lower(): value for key, value in members.items() if issubclass(value, Optimizer)}
     if name.lower() not in classes:
         known = ", ".join(sorted(value.__name__ for value in set(classes.values()) - {Optimizer}))
-        raise OptimizerError(f"Unknown optimizer {name!r} in {package}.", f"Known are {known}; or name 'package:Class'.")
+        raise OptimizerError(f"Unknown optimizer {name!r} in {package}.", f"Known are {known}; or say 'package:Class'.")
     return classes[name.lower()]
 
 
@@ -223,7 +222,7 @@ def _native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | No
         raise OptimizerError("No optimizer was named.", "Give a class, such as RankAwareOptimizer(model, AdamW, ...).")
     if built is not None and optimizer is not None:
         raise OptimizerError("Both a built optimizer and a class were given.", "Give one of the two.")
-    native = type(built) if built is not None else get_optimizer_class(optimizer)  # type: ignore[arg-type]
+    native = type(built) if built is not None else get_optimizer_class(optimizer)
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError("This optimizer is rank-aware already.", "Use it as it is.")
     if built is not None and hasattr(built.step, "_wrapped_by_lr_sched"):
@@ -270,12 +269,12 @@ def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, se
     """Groups are split before the native __init__, which may snapshot them, and scaled after it."""
     opt = _blank(native)
     given = settings if lr is None else {"lr": lr, **settings}
-    native.__init__(opt, [group.as_dict() for group in planned], **given)  # type: ignore[arg-type]
+    native.__init__(opt, [group.as_dict() for group in planned], **given)
     _scale(opt.param_groups, [group.assignment for group in planned])
     return opt
 
 
-def _regroup(built: Optimizer, native: type[Optimizer], planned: list[PlannedGroup], lr: float | None) -> Any:
+def _regroup(built: Optimizer, native: type[Optimizer], planned: list[PlannedGroup], lr: Any) -> Any:
     """The same object, its groups replaced in place and its class swapped; per-parameter state stays as it is."""
     groups = []
     for group in planned:

@@ -53,7 +53,10 @@ class Registry:
 
 def _load(point: EntryPoint) -> Callable[..., Any] | None:
     try:
-        return point.load()
+        factory: Callable[..., Any] = point.load()
+        return factory
     except Exception as error:  # a stranger's package may raise anything on import
-        warnings.warn(f"The plug-in {point.name!r} ({point.value}) could not be loaded: {error}.", RankAwareWarning)
+        warnings.warn(
+            f"The plug-in {point.name!r} ({point.value}) could not be loaded: {error}.", RankAwareWarning, stacklevel=5
+        )
         return None

@@ -1,4 +1,4 @@
-"""Recipes: what a calibration learned, as TOML for people and safetensors for arrays; `Recipe.at` answers for a rank."""
+"""Recipes: what a calibration learned, as TOML for people and safetensors for arrays; `Recipe.at` gives a rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from . import recipe_files
-from .adapters import Factor, Method, Reference
+from .adapters import Factor, Method, Reference, Role
 from .errors import RankAwareError, RankAwareWarning, RecipeError
 from .laws import Power, checked_multiplier, law_from_dict, law_to_dict
 
@@ -47,7 +47,7 @@ class Rate:
     notes: tuple[str, ...] = ()
 
     def __float__(self) -> float:
-        return self.lr
+        return float(self.lr)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Recipe:
     @property
     def lr(self) -> float:
         """The quoted base rate: the best rate at `reference`, leaned by `lean` octaves."""
-        return self.best_lr * 2.0**-self.lean
+        return float(self.best_lr * 2.0**-self.lean)
 
     @property
     def full_factor(self) -> float:
@@ -240,7 +240,7 @@ def infer_scaling(seen: Mapping[int, float]) -> Scaling:
 
 
 def _as_factor(target: Reference) -> Factor:
-    role = "full" if target.method == "full" else "A"
+    role: Role = "full" if target.method == "full" else "A"
     width = target.fan_in or 1.0
     return Factor("the target", role, target.rank, width, width, target.scaling, target.init)
 

@@ -1,0 +1,177 @@
+"""The fit: from scored trials to a base rate, a drift in rank, a factor of full finetuning, and their covariance.
+
+Two steps. First, the loss over x = log2 of the rate is a Linex bowl per rank,
+
+    loss(x) = c + k·(exp(a·u) − a·u − 1),   u = x − v
+
+gentle below its vertex v and a cliff above it; k and a are shared, c has an offset per seed, and v is integrated on
+a grid. Second, the vertices are shrunk towards the law: v(r) = base + drift·log2(r / pivot), v(full) = base + factor,
+drift and factor of prior mean zero, since x is measured along the prior-centred law.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Fit", "Observation", "Prior", "fit_observations"]
+
+Array = npt.NDArray[np.float64]
+
+_STEEPNESS = np.array([0.5, 1.0, 2.0, 3.0])  # a, per octave: from near a parabola to a cliff within an octave
+_CURVATURE = np.geomspace(0.002, 0.5, 14)  # k, in units of the gain
+_GRID = 0.1  # octaves between candidate vertices
+_REACH = 3.0  # octaves beyond the rates tried that a vertex may lie
+_NOISE = 0.03  # prior noise of a score near the optimum, in units of the gain; away from it 0.3 of the gap is added
+_SEED_NOISE = 0.05  # prior spread of a seed's own offset, in units of the gain
+_MODEL_ERROR = 0.15  # octaves: what an exact vertex would still miss
+_DIVERGED = 0.25  # a run that ends this share of the gain above its start has diverged
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One finished trial. rank: None for full finetuning. x: log2 of the base rate. value: the score, minimised.
+
+    start, tail: first value and mean of the last tenth of what the loop yielded. returned: whether the score was
+    returned rather than that mean. stopped: cut short because it diverged.
+    """
+
+    rank: int | None
+    seed: int
+    x: float
+    value: float
+    start: float
+    tail: float
+    returned: bool = False
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Standard deviations of drift (octaves per octave of rank) and of log2 full_factor, and the drift's pivot rank.
+
+    full_reach: log2(n / pivot) where the drift continues to full finetuning, else 0.
+    """
+
+    drift_sd: float = 0.15
+    full_sd: float = 0.5
+    pivot: float = 16.0
+    full_reach: float = 0.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Posterior mean and covariance of (base, drift, log2 full_factor), octaves, relative to the prior-centred law.
+
+    lean: octaves by which a quoted rate stays low: a·sd²/2, the optimum of the Linex loss under the posterior, and
+    at least what keeps it an octave below the ceiling. ceiling: x of the smallest rate that diverged, or None.
+    vertices: (mean, sd) of each arm's optimum before shrinking. noise: of a score near the optimum.
+    """
+
+    mean: Array
+    covariance: Array
+    lean: float
+    ceiling: float | None
+    vertices: dict[int | None, tuple[float, float]]
+    noise: float
+    gain: float
+
+
+def diverged(observations: Sequence[Observation]) -> list[bool]:
+    """Which runs diverged: cut short, non-finite, or ended above their start by a quarter of the best gain seen."""
+    gains = [o.start - o.tail for o in observations if math.isfinite(o.tail)]
+    margin = _DIVERGED * max([g for g in gains if g > 0], default=0.0)
+    return [
+        o.stopped or not math.isfinite(o.value + o.tail) or (margin > 0 and o.tail > o.start + margin)
+        for o in observations
+    ]
+
+
+def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
+    """Fit all trials at once; None where no run stayed finite."""
+    bad = diverged(observations)
+    good = [o for o, b in zip(observations, bad, strict=True) if not b]
+    if not good:
+        return None
+    ceiling = min((o.x for o, b in zip(observations, bad, strict=True) if b), default=None)
+    gain = _gain(good)
+    arms = {rank: [o for o in good if o.rank == rank] for rank in dict.fromkeys(o.rank for o in good)}
+    vertices, steepness, noise = _vertices(arms, gain, ceiling)
+    mean, covariance = _shrink(vertices, prior)
+    sd = math.sqrt(covariance[0, 0])
+    near = 0.0 if ceiling is None else mean[0] + 1.0 - ceiling
+    lean = min(1.0, max(steepness * sd**2 / 2, near, 0.0))
+    return Fit(mean, covariance, lean, ceiling, vertices, noise * gain, gain)
+
+
+def _gain(good: Sequence[Observation]) -> float:
+    """What training can gain, the unit of curvature and noise: best score against the start, or against a poor one."""
+    values = np.array([o.value for o in good])
+    poor = float(np.quantile(values, 0.75)) if any(o.returned for o in good) else max(o.start for o in good)
+    return max(poor - float(values.min()), 1e-6 * (1.0 + abs(float(values.min()))))
+
+
+def _vertices(
+    arms: dict[int | None, list[Observation]], gain: float, ceiling: float | None
+) -> tuple[dict[int | None, tuple[float, float]], float, float]:
+    """(mean, sd) of every arm's vertex over a, k and the grid; the mean steepness; the noise in units of the gain."""
+    xs = [o.x for arm in arms.values() for o in arm]
+    top = max(xs) + _REACH if ceiling is None else max(ceiling, max(xs))
+    grid = np.arange(min(xs) - _REACH, top + _GRID, _GRID)
+    misfits = {rank: _misfit(arm, grid, gain) for rank, arm in arms.items()}
+    count = len(xs) - len(arms)
+    best = sum(m.min(axis=2) for m in misfits.values()).min()
+    scale2 = (4.0 + best) / (4.0 + max(count - len(arms), 0))  # noise² in units of its prior, four pseudo-trials
+    evidence = sum(np.log(np.exp(-(m - m.min()) / (2 * scale2)).mean(axis=2) + 1e-300) for m in misfits.values())
+    shape = _softmax(np.asarray(evidence))
+    summary = {rank: _moments(m, shape, grid, scale2) for rank, m in misfits.items()}
+    return summary, float((shape.sum(axis=1) * _STEEPNESS).sum()), _NOISE * math.sqrt(scale2)
+
+
+def _misfit(arm: Sequence[Observation], grid: Array, gain: float) -> Array:
+    """Weighted squared misfit of one arm over (a, k, vertex), its level and its seeds' offsets integrated out."""
+    x, y = np.array([o.x for o in arm]), np.array([o.value for o in arm]) / gain
+    gap = np.minimum(y - y.min(), 1.5)
+    seeds = np.array([o.seed for o in arm])
+    noise = np.diag((_NOISE + 0.3 * gap) ** 2) + _SEED_NOISE**2 * (seeds[:, None] == seeds[None, :])
+    precision = np.linalg.inv(noise)
+    ones = precision.sum(axis=1)
+    precision -= np.outer(ones, ones) / ones.sum()
+    u = np.clip(x[None, :] - grid[:, None], -30.0, 10.0)  # (vertex, trial)
+    a = _STEEPNESS[:, None, None]
+    bowl = np.minimum(np.exp(np.minimum(a * u, 20.0)) - a * u - 1.0, 1e4)  # (a, vertex, trial)
+    y = y.min() + gap
+    fb = np.einsum("avt,ts,s->av", bowl, precision, y)
+    ff = np.einsum("avt,ts,avs->av", bowl, precision, bowl)
+    k = _CURVATURE[None, :, None]
+    return np.asarray(y @ precision @ y - 2 * k * fb[:, None, :] + k**2 * ff[:, None, :])
+
+
+def _moments(misfit: Array, shape: Array, grid: Array, scale2: float) -> tuple[float, float]:
+    likelihood = np.exp(-(misfit - misfit.min(axis=2, keepdims=True)) / (2 * scale2))
+    weight = (likelihood / likelihood.sum(axis=2, keepdims=True) * shape[:, :, None]).sum(axis=(0, 1))
+    mean = float((weight * grid).sum())
+    return mean, math.sqrt(float((weight * (grid - mean) ** 2).sum()))
+
+
+def _softmax(logs: Array) -> Array:
+    weights = np.exp(logs - logs.max())
+    return np.asarray(weights / weights.sum())
+
+
+def _shrink(vertices: dict[int | None, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:
+    """Gaussian posterior of (base, drift, factor) given the arms' vertices; exact, three unknowns."""
+    information = np.diag([1e-6, prior.drift_sd**-2, prior.full_sd**-2])
+    score = np.zeros(3)
+    for rank, (mean, sd) in vertices.items():
+        reach = prior.full_reach if rank is None else math.log2(rank / prior.pivot)
+        row = np.array([1.0, reach, 1.0 if rank is None else 0.0])
+        weight = 1.0 / (sd**2 + _MODEL_ERROR**2)
+        information += weight * np.outer(row, row)
+        score += weight * mean * row
+    covariance = np.linalg.inv(information)
+    return covariance @ score, covariance

@@ -1,0 +1,88 @@
+"""Where to try next: an Optuna sampler that brackets the optimum in reference coordinates, then measures around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from .fitting import Observation, Prior, diverged, fit_observations
+
+__all__ = ["BracketSampler", "observations_of"]
+
+PARAMETER = "log2_lr"
+_STRIDE = 2.0  # octaves between the trials that bracket
+_OFFSETS = (0.5, -1.0, 1.25, -2.0)  # octaves around the estimated optimum; a cliff above makes the low side safer
+_CLEARANCE = 0.5  # octaves that are kept below the lowest rate that diverged
+
+
+class BracketSampler(BaseSampler):
+    """Doubles outwards from `start` until the best rate has a worse one on both sides, then refines.
+
+    Refinement puts each trial where its rank has been measured least: at one of four offsets from the fitted
+    optimum. Everything is read from the study, so a resumed study goes on as it would have.
+    """
+
+    def __init__(self, start: float, prior: Prior) -> None:
+        self._start = start
+        self._prior = prior
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> float:
+        low, high = param_distribution.low, param_distribution.high  # type: ignore[attr-defined]
+        seen = observations_of(study)
+        proposed = next_bracket(seen, self._start, low, high)
+        if proposed is None:
+            proposed = next_refinement(seen, trial.user_attrs.get("rank"), self._prior)
+        return float(min(max(proposed, low), high))
+
+
+def observations_of(study: Study) -> list[Observation]:
+    """All finished trials of a study; those pruned for another reason than divergence are left out."""
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    trials = study.get_trials(deepcopy=False, states=states)
+    return [Observation(**t.user_attrs["observation"]) for t in trials if "observation" in t.user_attrs]
+
+
+def next_bracket(seen: Sequence[Observation], start: float, low: float, high: float) -> float | None:
+    """The next rate of the search outwards, or None once the best one has neighbours or lies at the range's edge."""
+    if not seen:
+        return start
+    bad = diverged(seen)
+    good = [o for o, b in zip(seen, bad, strict=True) if not b]
+    if not good:
+        return min(o.x for o in seen) - _STRIDE
+    best = min(good, key=lambda o: o.value).x
+    for step in (_STRIDE, -_STRIDE):
+        target = best + step
+        beyond = any((o.x - best) * step > 0 and abs(o.x - best) < 1.5 * _STRIDE for o in seen)
+        if not beyond and low <= target <= high:
+            return target
+    return None
+
+
+def next_refinement(seen: Sequence[Observation], rank: int | None, prior: Prior) -> float:
+    """The offset from this rank's fitted optimum that is farthest from what this rank has tried."""
+    fit = fit_observations(seen, prior)
+    if fit is None:
+        return min(o.x for o in seen) - _STRIDE
+    reach = prior.full_reach if rank is None else math.log2(rank / prior.pivot)
+    centre = fit.mean[0] + reach * fit.mean[1] + (fit.mean[2] if rank is None else 0.0)
+    tried = [o.x for o in seen if o.rank == rank]
+    top = math.inf if fit.ceiling is None else fit.ceiling - _CLEARANCE
+    options = [min(centre + offset, top) for offset in _OFFSETS]
+    return float(max(options, key=lambda x: min((abs(x - t) for t in tried), default=math.inf)))

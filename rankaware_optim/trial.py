@@ -1,0 +1,180 @@
+"""One run of the user's training loop: what it is told, and what it yields, checked."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from .adapters import Method
+from .errors import CalibrationError
+from .optimizer import RankAwareOptimizer
+
+__all__ = ["Outcome", "Train", "Trial", "run_trial"]
+
+Build = Callable[["Trial", Any, dict[str, Any]], RankAwareOptimizer]
+Train = Callable[["Trial"], Generator[Any, None, Any]]
+
+TAIL = 5  # values at least in the mean that scores a run
+
+
+class Trial:
+    """One run of the user's `train`: which `rank` to build (None for full finetuning), which `seed`, how many `steps`.
+
+    `number` counts from 0. After `optimizer` was called, `lr` is the rate that the reference configuration would
+    have, in the same coordinates as `Recipe.lr`.
+    """
+
+    def __init__(self, rank: int | None, seed: int, steps: int, number: int, build: Build) -> None:
+        self.rank = rank
+        self.seed = seed
+        self.steps = steps
+        self.number = number
+        self.lr: float | None = None
+        self._build = build
+
+    @property
+    def method(self) -> Method:
+        """ "full" where `rank` is None, else "lora"."""
+        return "full" if self.rank is None else "lora"
+
+    def optimizer(self, model: Any, **settings: Any) -> RankAwareOptimizer:
+        """A RankAwareOptimizer at this trial's rate. Call it once; `settings` are the optimizer's own and are recorded.
+
+        `model` is the model, or parameters or groups with `model=`. rates=, other_lr= and the like are passed on.
+        """
+        if self.lr is not None:
+            raise CalibrationError("trial.optimizer was called twice in one trial.", "Call it once, after the model.")
+        given = [name for name in ("lr", "tuned_at", "law", "recipe", "method") if name in settings]
+        if given:
+            raise CalibrationError(f"trial.optimizer got {given[0]}=, which the trial decides.", "Leave it out.")
+        return self._build(self, model, settings)
+
+
+class Outcome(NamedTuple):
+    """What a run gave: its values, the score it returned if any, and how it ended.
+
+    stopped: "" (ran its steps), "diverged" or "pruned". endless: whether the loop went on past its steps; None if
+    not learned.
+    """
+
+    curve: list[float]
+    returned: float | None = None
+    stopped: str = ""
+    endless: bool | None = None
+
+    @property
+    def tail(self) -> float:
+        """Mean of the last tenth of the values, at least 5."""
+        last = self.curve[-max(TAIL, len(self.curve) // 10) :]
+        return sum(last) / len(last)
+
+    @property
+    def score(self) -> float:
+        """The value to minimise."""
+        return math.inf if self.stopped else self.tail if self.returned is None else self.returned
+
+
+def run_trial(
+    train: Train, trial: Trial, *, limit: float, endless: bool | None, watch: Callable[[Trial, list[float]], bool]
+) -> Outcome:
+    """Take `trial.steps` values from `train(trial)`, then close it, so that its `finally` runs.
+
+    limit: how far above its start the mean of recent values may rise before the run counts as diverged. watch: called
+    with every new value; True prunes the run. endless: whether the loop is known to go on past its steps; where it is
+    not known, the loop is resumed once more to learn its return value.
+    """
+    run = train(trial)
+    if not isinstance(run, Generator):
+        raise CalibrationError(
+            f"train returned a {type(run).__name__} where a generator belongs.", "Let it yield a value every step."
+        )
+    curve: list[float] = []
+    try:
+        for value in run:
+            curve.append(_as_float(value, len(curve)))
+            _check_first(trial, curve)
+            if _lost(curve, limit):
+                return Outcome(curve, stopped="diverged")
+            if watch(trial, curve):
+                return Outcome(curve, stopped="pruned")
+            if len(curve) == trial.steps:
+                return _finish(run, curve, endless)
+        raise _ended_early(curve, trial.steps)
+    finally:
+        run.close()
+
+
+def _finish(run: Generator[Any, None, Any], curve: list[float], endless: bool | None) -> Outcome:
+    if endless:
+        return Outcome(curve, endless=True)
+    try:
+        next(run)
+    except StopIteration as stop:
+        returned = None if stop.value is None else _as_float(stop.value, len(curve), "return value")
+        return Outcome(curve, returned, endless=False)
+    return Outcome(curve, endless=True)
+
+
+def _check_first(trial: Trial, curve: list[float]) -> None:
+    if len(curve) > 1:
+        return
+    if not math.isfinite(curve[0]):
+        raise CalibrationError(
+            f"The first value that train yielded is {curve[0]}, before any rate could matter.",
+            "Mend the model or the data: the first loss must be finite.",
+        )
+    if trial.lr is None:
+        raise CalibrationError(
+            "train yielded without calling trial.optimizer.", "Take the optimizer from trial.optimizer(model)."
+        )
+
+
+def _as_float(value: Any, step: int, what: str = "value") -> float:
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CalibrationError(
+            f"train's {what} at step {step} is a {type(value).__name__}.", "Yield a number or a one-element tensor."
+        )
+    return float(value)
+
+
+def _lost(curve: Sequence[float], limit: float) -> bool:
+    """Whether a run is beyond rescue: a non-finite value, or recent values far above the first."""
+    if not math.isfinite(curve[-1]):
+        return True
+    recent = curve[-TAIL:]
+    return len(curve) > TAIL and sum(recent) / len(recent) > curve[0] + limit
+
+
+def _ended_early(curve: Sequence[float], steps: int) -> CalibrationError:
+    if not curve:
+        return CalibrationError("train yielded nothing.", "Yield the loss once a step.")
+    return CalibrationError(
+        f"train ended after {len(curve)} of {steps} steps.", "Let it yield a value for each step, or lower steps=."
+    )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch, random and numpy for one run, and put all three back as they were."""
+    numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
+    python_state = random.getstate()
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if numpy_random:
+            numpy_random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy_random:
+                numpy_random.set_state(numpy_state)
