@@ -65,10 +65,13 @@ class Survey:
         total = sum(size for _, size in sizes.values())
         return sum(n * size for n, size in sizes.values()) / total if total else 1.0
 
-    @property
-    def largest_width(self) -> float:
-        """Largest fan-in of the adapted layers; it decides full finetuning."""
-        return max((f.fan_in for f in self._dense()), default=1.0)
+    def full_width(self, init: Init = "A") -> float:
+        """The width that decides full finetuning, seen from a LoRA rate tuned at `init`.
+
+        The largest fan-in from Init[A], the mean from Init[B], whose own rate falls with the width as full
+        finetuning's does: with these no further factor is needed (benchmarks/results/full_width.md).
+        """
+        return self.width if init == "B" else max((f.fan_in for f in self._dense()), default=1.0)
 
     def dominant(self) -> Reference:
         """This model's own most common (rank, scaling, init), counted by pairs, as an unresolved `Reference`."""
@@ -145,11 +148,11 @@ class Reference:
     def resolve(self, survey: Survey) -> Reference:
         """This reference with `fan_in` filled in from the surveyed model, unless it was given.
 
-        A LoRA rate is read at the mean width, a full-finetuning rate at the largest.
+        A LoRA rate is read at the mean width, a full-finetuning rate at that of `Survey.full_width`.
         """
         if self.fan_in is not None:
             return self
-        return replace(self, fan_in=survey.largest_width if self.method == "full" else survey.width)
+        return replace(self, fan_in=survey.full_width(self.init) if self.method == "full" else survey.width)
 
     def __str__(self) -> str:
         if self.method == "full":

@@ -4,9 +4,13 @@ Two steps. First, the loss over x = log2 of the rate is a Linex bowl per rank,
 
     loss(x) = c + k·(exp(a·u) − a·u − 1),   u = x − v
 
-gentle below its vertex v and a cliff above it; k and a are shared, c has an offset per seed, and v is integrated on
-a grid. Second, the vertices are shrunk towards the law: v(r) = base + drift·log2(r / pivot), v(full) = base + factor,
-drift and factor of prior mean zero, since x is measured along the prior-centred law.
+gentle below its vertex v and a cliff above it, and capped where a run is no better than untrained, so that diverged
+runs say where the cliff is without saying how deep; k and a are shared, c has an offset per seed, and v is integrated
+on a grid. Second, the vertices are shrunk towards the law:
+
+    v(r) = base + drift·log2(r / pivot),   v(full) = base + factor
+
+with drift and factor of prior mean zero, since x is measured along the prior-centred law.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +31,10 @@ _STEEPNESS = np.array([0.5, 1.0, 2.0, 3.0])  # a, per octave: from near a parabo
 _CURVATURE = np.geomspace(0.002, 0.5, 14)  # k, in units of the gain
 _GRID = 0.1  # octaves between candidate vertices
 _REACH = 3.0  # octaves beyond the rates tried that a vertex may lie
-_NOISE = 0.03  # prior noise of a score near the optimum, in units of the gain; away from it 0.3 of the gap is added
-_SEED_NOISE = 0.05  # prior spread of a seed's own offset, in units of the gain
+_CAP = 1.0  # gap to the best, in units of the gain, at which a run counts as no better than untrained
+_NOISE = 0.03  # prior noise of a score near the optimum, in units of the gain
+_GAP_NOISE = 0.3  # and what is added of a run's gap to the best: far from the optimum the shape is only roughly known
+_SEED_NOISE = 0.03  # prior spread of a seed's own offset, in units of the gain
 _MODEL_ERROR = 0.15  # octaves: what an exact vertex would still miss
 _DIVERGED = 0.25  # a run that ends this share of the gain above its start has diverged
 
@@ -58,7 +65,7 @@ class Prior:
     """
 
     drift_sd: float = 0.15
-    full_sd: float = 0.5
+    full_sd: float = 0.4
     pivot: float = 16.0
     full_reach: float = 0.0
 
@@ -94,61 +101,76 @@ def diverged(observations: Sequence[Observation]) -> list[bool]:
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
     """Fit all trials at once; None where no run stayed finite."""
     bad = diverged(observations)
-    good = [o for o, b in zip(observations, bad, strict=True) if not b]
-    if not good:
+    if all(bad):
         return None
-    ceiling = min((o.x for o, b in zip(observations, bad, strict=True) if b), default=None)
-    gain = _gain(good)
-    arms = {rank: [o for o in good if o.rank == rank] for rank in dict.fromkeys(o.rank for o in good)}
-    vertices, steepness, noise = _vertices(arms, gain, ceiling)
+    ceiling = min((float(o.x) for o, b in zip(observations, bad, strict=True) if b), default=None)
+    gain = gain_of([o for o, b in zip(observations, bad, strict=True) if not b])
+    arms = _arms(observations, bad, gain)
+    vertices, steepness, noise = _vertices(arms)
     mean, covariance = _shrink(vertices, prior)
     sd = math.sqrt(covariance[0, 0])
     near = 0.0 if ceiling is None else mean[0] + 1.0 - ceiling
-    lean = min(1.0, max(steepness * sd**2 / 2, near, 0.0))
+    lean = float(min(1.0, max(steepness * sd**2 / 2, near, 0.0)))
     return Fit(mean, covariance, lean, ceiling, vertices, noise * gain, gain)
 
 
-def _gain(good: Sequence[Observation]) -> float:
-    """What training can gain, the unit of curvature and noise: best score against the start, or against a poor one."""
+def gain_of(good: Sequence[Observation]) -> float:
+    """What training can gain, the unit of curvature and noise: the best fall of a curve from its start.
+
+    Where scores were returned and are of another kind than the curve, it is the best score against a poor one.
+    """
     values = np.array([o.value for o in good])
-    poor = float(np.quantile(values, 0.75)) if any(o.returned for o in good) else max(o.start for o in good)
-    return max(poor - float(values.min()), 1e-6 * (1.0 + abs(float(values.min()))))
+    fall = max(o.start - o.tail for o in good)
+    apart = float(np.median([abs(o.value - o.tail) for o in good]))
+    if fall <= 0 or apart > fall / 2:
+        fall = float(np.quantile(values, 0.75) - values.min())
+    return max(fall, 1e-6 * (1.0 + abs(float(values.min()))))
 
 
-def _vertices(
-    arms: dict[int | None, list[Observation]], gain: float, ceiling: float | None
-) -> tuple[dict[int | None, tuple[float, float]], float, float]:
+class _Arm(NamedTuple):
+    """The trials of one rank: rates x, gaps y to its best in units of the gain, capped, and seeds."""
+
+    x: Array
+    y: Array
+    seeds: npt.NDArray[np.int64]
+
+
+def _arms(observations: Sequence[Observation], bad: Sequence[bool], gain: float) -> dict[int | None, _Arm]:
+    arms = {}
+    for rank in dict.fromkeys(o.rank for o in observations):
+        mine = [(o, b) for o, b in zip(observations, bad, strict=True) if o.rank == rank]
+        best = min((o.value for o, b in mine if not b), default=0.0)
+        gaps = [_CAP if b else min((o.value - best) / gain, _CAP) for o, b in mine]
+        arms[rank] = _Arm(np.array([o.x for o, _ in mine]), np.array(gaps), np.array([o.seed for o, _ in mine]))
+    return arms
+
+
+def _vertices(arms: dict[int | None, _Arm]) -> tuple[dict[int | None, tuple[float, float]], float, float]:
     """(mean, sd) of every arm's vertex over a, k and the grid; the mean steepness; the noise in units of the gain."""
-    xs = [o.x for arm in arms.values() for o in arm]
-    top = max(xs) + _REACH if ceiling is None else max(ceiling, max(xs))
-    grid = np.arange(min(xs) - _REACH, top + _GRID, _GRID)
-    misfits = {rank: _misfit(arm, grid, gain) for rank, arm in arms.items()}
-    count = len(xs) - len(arms)
-    best = sum(m.min(axis=2) for m in misfits.values()).min()
-    scale2 = (4.0 + best) / (4.0 + max(count - len(arms), 0))  # noise² in units of its prior, four pseudo-trials
+    xs = np.concatenate([arm.x for arm in arms.values()])
+    grid = np.arange(xs.min() - _REACH, xs.max() + _REACH, _GRID)
+    misfits = {rank: _misfit(arm, grid) for rank, arm in arms.items()}
+    best = float(sum(m.min(axis=2) for m in misfits.values()).min())
+    scale2 = (4.0 + best) / (
+        4.0 + max(len(xs) - 2 * len(arms), 0)
+    )  # noise² in units of its prior, of four trials' weight
     evidence = sum(np.log(np.exp(-(m - m.min()) / (2 * scale2)).mean(axis=2) + 1e-300) for m in misfits.values())
     shape = _softmax(np.asarray(evidence))
     summary = {rank: _moments(m, shape, grid, scale2) for rank, m in misfits.items()}
     return summary, float((shape.sum(axis=1) * _STEEPNESS).sum()), _NOISE * math.sqrt(scale2)
 
 
-def _misfit(arm: Sequence[Observation], grid: Array, gain: float) -> Array:
+def _misfit(arm: _Arm, grid: Array) -> Array:
     """Weighted squared misfit of one arm over (a, k, vertex), its level and its seeds' offsets integrated out."""
-    x, y = np.array([o.x for o in arm]), np.array([o.value for o in arm]) / gain
-    gap = np.minimum(y - y.min(), 1.5)
-    seeds = np.array([o.seed for o in arm])
-    noise = np.diag((_NOISE + 0.3 * gap) ** 2) + _SEED_NOISE**2 * (seeds[:, None] == seeds[None, :])
+    noise = np.diag((_NOISE + _GAP_NOISE * arm.y) ** 2) + _SEED_NOISE**2 * (arm.seeds[:, None] == arm.seeds[None, :])
     precision = np.linalg.inv(noise)
     ones = precision.sum(axis=1)
     precision -= np.outer(ones, ones) / ones.sum()
-    u = np.clip(x[None, :] - grid[:, None], -30.0, 10.0)  # (vertex, trial)
-    a = _STEEPNESS[:, None, None]
-    bowl = np.minimum(np.exp(np.minimum(a * u, 20.0)) - a * u - 1.0, 1e4)  # (a, vertex, trial)
-    y = y.min() + gap
-    fb = np.einsum("avt,ts,s->av", bowl, precision, y)
-    ff = np.einsum("avt,ts,avs->av", bowl, precision, bowl)
-    k = _CURVATURE[None, :, None]
-    return np.asarray(y @ precision @ y - 2 * k * fb[:, None, :] + k**2 * ff[:, None, :])
+    u = arm.x[None, :] - grid[:, None]  # (vertex, trial)
+    au = _STEEPNESS[:, None, None] * u
+    bowl = np.exp(np.minimum(au, 20.0)) - au - 1.0  # (a, vertex, trial)
+    miss = arm.y - np.minimum(_CURVATURE[None, :, None, None] * bowl[:, None], _CAP)  # (a, k, vertex, trial)
+    return np.asarray(((miss @ precision) * miss).sum(axis=-1))
 
 
 def _moments(misfit: Array, shape: Array, grid: Array, scale2: float) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from .adapters import Factor, Init, Method, Reference, Survey
 from .errors import OptimizerError, RankAwareWarning
-from .inspection import canonical_name, inspect_model
+from .inspection import inspect_model, named_parameters
 from .laws import Law, checked_multiplier, get_law, optimizer_family
 
 __all__ = ["Assignment", "Plan", "rank_aware_param_groups"]
@@ -62,7 +62,7 @@ class Plan:
 
     def assign(self, name: str, factor: Factor | None) -> Assignment:
         """The assignment of the parameter `name`, which is `factor` or, where that is None, an other one."""
-        pinned = next((rate for pattern, rate in self.rates if fnmatchcase(name, pattern)), None)
+        pinned = _pinned(name, dict(self.rates))
         if factor is None:
             rate = self.other_lr if pinned is None else pinned
             moved = self.multiplier(self._whole()) if self.method == "full" else 1.0
@@ -110,7 +110,8 @@ def make_plan(
 ) -> Plan:
     """Bind the law, resolve the reference and check the user's exceptions, before anything is built."""
     method: Method = "full" if any(f.role == "full" for f in survey.factors) else "lora"
-    reference = (tuned_at or survey.dominant()).resolve(survey)
+    moved = replace(survey, factors=tuple(f for f in survey.factors if _pinned(f.name, rates or {}) is None))
+    reference = (tuned_at or survey.dominant()).resolve(moved)
     for pattern, rate in (rates or {}).items():
         check_lr(rate, f"rates[{pattern!r}]")
         if not any(fnmatchcase(name, pattern) for name in _names(survey)):
@@ -127,7 +128,7 @@ def make_plan(
         law=bound,
         reference=reference,
         method=method,
-        width=survey.largest_width if method == "full" else survey.width,
+        width=moved.full_width(reference.init) if method == "full" else moved.width,
         rates=tuple((rates or {}).items()),
         other_lr=other_lr,
         per_layer_width=per_layer_width,
@@ -142,6 +143,11 @@ def check_lr(lr: object, what: str = "lr") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise OptimizerError(f"{what} is {lr!r}.", "Give a positive finite number.")
     return float(value)
+
+
+def _pinned(name: str, rates: Mapping[str, float]) -> float | None:
+    """The rate of the first pattern that matches `name`, or None."""
+    return next((rate for pattern, rate in rates.items() if fnmatchcase(name, pattern)), None)
 
 
 def _names(survey: Survey) -> list[str]:
@@ -169,8 +175,8 @@ def _notes(
         )
     if method == "full" and reference.method == "lora" and law.name != "power":
         notes.append(
-            "From a LoRA rate alone the law's point for full finetuning was 0.7 to 1.3 octaves high in small studies: "
-            "start at about half of it, or calibrate."
+            "From a LoRA rate alone the law's point for full finetuning is good to about an octave, and too high costs "
+            "more than too low: start at half of it, or calibrate with full runs."
         )
     family = "sign-like" if optimizer_class is None else optimizer_family(optimizer_class)
     if family != "sign-like" and optimizer_class is not None:
@@ -195,11 +201,13 @@ def user_groups(params: Any, model: nn.Module) -> list[UserGroup]:
     A model stands for its trainable parameters. Raises OptimizerError where a parameter comes twice or none is the
     model's.
     """
+    known = named_parameters(list(model.named_modules()))
     if isinstance(params, nn.Module):
-        params = [p for p in params.parameters() if p.requires_grad]
+        own = known if params is model else named_parameters(list(params.named_modules()))
+        params = [p for _, p in own if p.requires_grad]
     entries = [params] if isinstance(params, torch.Tensor) else list(params)
     dicts: list[Any] = entries if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
-    names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
+    names = {id(p): name for name, p in known}
     groups = [_user_group(group, names) for group in dicts]
     _check_parameters(groups, names)
     return [group for group in groups if group.named]
@@ -208,6 +216,8 @@ def user_groups(params: Any, model: nn.Module) -> list[UserGroup]:
 def _user_group(group: Mapping[str, Any], names: Mapping[int, str]) -> UserGroup:
     listed = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
     given = list(group.get("param_names") or [None] * len(listed))
+    if "lr" in group:
+        check_lr(group["lr"], "A parameter group's lr")
     named: list[tuple[str, torch.Tensor]] = []
     for entry, given_name in zip(listed, given, strict=True):
         name, param = entry if isinstance(entry, tuple) else (given_name, entry)
@@ -307,7 +317,7 @@ def rank_aware_param_groups(
     >>> _ = torch.nn.init.zeros_(pair.lora_B.weight)
     >>> groups = rank_aware_param_groups(pair, lr=1e-3, tuned_at=Reference(rank=32, alpha=32))
     >>> [(g["lora_role"], round(g["lr"], 5)) for g in groups]
-    [('A', 0.00187), ('B', 0.00187)]
+    [('A', 0.00199), ('B', 0.00199)]
     """
     model = _model_of(params, model)
     check_lr(lr)

@@ -20,6 +20,10 @@ _SAMPLE = 1024
 _ZERO_B = {"gaussian", "eva"}
 
 
+Modules = list[tuple[str, nn.Module]]
+"""A model's modules by name, as `list(model.named_modules())`: walked once, since the walk is what costs."""
+
+
 class _Half(NamedTuple):
     name: str  # local to the owner
     tensor: torch.Tensor
@@ -38,16 +42,18 @@ def inspect_model(model: nn.Module, *, method: Method = "lora", init: Init | Non
     """
     if method not in ("lora", "full"):
         raise InspectionError(f"The method is 'lora' or 'full', not {method!r}.", "Give one of the two.")
-    trainable = {id(p): canonical_name(n) for n, p in model.named_parameters() if p.requires_grad}
+    modules = list(model.named_modules())
+    parameters = named_parameters(modules)
+    trainable = {id(p): name for name, p in parameters if p.requires_grad}
     notes: list[str] = []
-    found = _full_factors(model, trainable) if method == "full" else _lora_factors(model, trainable, init, notes)
+    found = _full_factors(modules, trainable) if method == "full" else _lora_factors(modules, trainable, init, notes)
     factors = tuple(found)
     known = {f.name for f in factors}
     survey = Survey(
         factors=factors,
         other=tuple(name for name in trainable.values() if name not in known),
         notes=tuple(dict.fromkeys(notes)),
-        looked_at=sum(1 for _ in model.parameters()),
+        looked_at=len(parameters),
         tried=tuple(c.name for c in CONVENTIONS),
     )
     if not factors:
@@ -62,6 +68,16 @@ def canonical_name(name: str) -> str:
     return name.removeprefix(_WRAPPERS[-1])
 
 
+def named_parameters(modules: Modules) -> list[tuple[str, nn.Parameter]]:
+    """What `model.named_parameters()` gives, under canonical names."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for prefix, module in modules:
+        for local, param in module._parameters.items():
+            if param is not None and id(param) not in found:
+                found[id(param)] = canonical_name(f"{prefix}.{local}" if prefix else local), param
+    return list(found.values())
+
+
 def _nothing_found(survey: Survey, method: Method) -> InspectionError:
     if method == "full":
         return InspectionError(
@@ -74,9 +90,9 @@ def _nothing_found(survey: Survey, method: Method) -> InspectionError:
     )
 
 
-def _full_factors(model: nn.Module, trainable: Mapping[int, str]) -> Iterator[Factor]:
+def _full_factors(modules: Modules, trainable: Mapping[int, str]) -> Iterator[Factor]:
     left = dict(trainable)
-    for prefix, module in model.named_modules():
+    for prefix, module in modules:
         for local, param in module.named_parameters(recurse=False):
             name = left.pop(id(param), None)
             if name is None or param.dim() < 2 or _is_embedding(module):
@@ -102,20 +118,29 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 def _lora_factors(
-    model: nn.Module, trainable: Mapping[int, str], init: Init | None, notes: list[str]
+    modules: Modules, trainable: Mapping[int, str], init: Init | None, notes: list[str]
 ) -> Iterator[Factor]:
-    declared = _declared_inits(model)
+    declared = _declared_inits(modules)
     left = dict(trainable)
-    for prefix, module in model.named_modules():
-        for convention in CONVENTIONS:
-            for adapter, a, b in _pairs(module, convention):
-                if id(a.tensor) in left or id(b.tensor) in left:
-                    pair = _read_pair(module, prefix, convention, adapter, a, b, notes)
-                    pair_init = init or _init_of(a.tensor, b.tensor, declared.get(adapter), pair["kind"])
-                    for role, half in (("A", a), ("B", b)):
-                        name = left.pop(id(half.tensor), None)
-                        if name is not None:
-                            yield Factor(name=name, role=role, init=pair_init, **pair)  # type: ignore[arg-type]
+    for prefix, module, convention in _candidates(modules):
+        for adapter, a, b in _pairs(module, convention):
+            if id(a.tensor) in left or id(b.tensor) in left:
+                pair = _read_pair(module, prefix, convention, adapter, a, b, notes)
+                pair_init = init or _init_of(a.tensor, b.tensor, declared.get(adapter), pair["kind"])
+                for role, half in (("A", a), ("B", b)):
+                    name = left.pop(id(half.tensor), None)
+                    if name is not None:
+                        yield Factor(name=name, role=role, init=pair_init, **pair)  # type: ignore[arg-type]
+
+
+def _candidates(modules: Modules) -> Iterator[tuple[str, nn.Module, Convention]]:
+    """The modules that own something named as a convention's A, with that convention."""
+    firsts = {convention.a for convention in CONVENTIONS}
+    for prefix, module in modules:
+        if not (firsts.isdisjoint(module._modules) and firsts.isdisjoint(module._parameters)):
+            for convention in CONVENTIONS:
+                if convention.a in module._modules or convention.a in module._parameters:
+                    yield prefix, module, convention
 
 
 def _pairs(module: nn.Module, convention: Convention) -> Iterator[tuple[str, _Half, _Half]]:
@@ -214,9 +239,9 @@ def _declared(module: nn.Module, attributes: tuple[str, ...], adapter: str) -> f
     return None
 
 
-def _declared_inits(model: nn.Module) -> dict[str, object]:
+def _declared_inits(modules: Modules) -> dict[str, object]:
     """PEFT's `init_lora_weights` by adapter, from whichever module holds the adapters' configurations."""
-    for module in model.modules():
+    for _, module in modules:
         configs = module.__dict__.get("peft_config")
         if isinstance(configs, Mapping):
             inits = {name: _config_value(config) for name, config in configs.items()}

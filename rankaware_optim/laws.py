@@ -95,9 +95,9 @@ class MuA(Law):
     >>> paper, ours = MuA(tokens=None), MuA()
     >>> at = Reference(rank=16, alpha=16, fan_in=4096)
     >>> round(paper.multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0), at), 2)  # about r^(-1/2)
-    0.47
+    0.48
     >>> round(ours.multiplier(Factor("w", "A", 64, 4096, 4096, scaling=0.25), at), 2)  # alpha kept: the rate rises
-    1.15
+    1.11
     """
 
     tokens: float | None = 8.0
@@ -153,6 +153,8 @@ class Power(Law):
         _check_parameter(self, "exponent", self.exponent, positive=False)
         _check_parameter(self, "full_factor", self.full_factor)
         _check_parameter(self, "pivot", self.pivot)
+        if not isinstance(self.law, Law):
+            raise LawError(f"The law {self.name!r} got law={self.law!r}.", "Give a Law instance, such as MuA().")
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         law = self.law.bind(optimizer_class, settings)
@@ -194,14 +196,17 @@ def get_law(law: str | Law) -> Law:
 
 
 def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
-    """`law.multiplier(factor, reference)`, or a `LawError` where it is not a positive finite number."""
+    """`law.multiplier(factor, reference)`, or a `LawError` where it is not a positive finite number.
+
+    Rounding noise about 1 is 1, so that the reference's own configuration changes nothing, bit for bit.
+    """
     value = law.multiplier(factor, reference)
     if not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise LawError(
             f"The law {law!r} gave {value!r} as the multiplier of {factor.name or factor.role}.",
             "A multiplier is a positive finite number: mend the law, or choose another by law=.",
         )
-    return float(value)
+    return 1.0 if math.isclose(value, 1.0, rel_tol=1e-12) else float(value)
 
 
 def law_to_dict(law: Law) -> dict[str, Any]:

@@ -133,11 +133,12 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
             scale_lr(self.param_groups[-1], planned.assignment)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint after comparing ranks and shapes; torch itself compares neither.
+        """Load a checkpoint by parameter name, after comparing ranks and shapes; torch itself compares none of these.
 
         Raises:
             CheckpointError: a saved rank or state tensor does not fit its parameter; nothing was loaded.
         """
+        state_dict = _in_our_order(self.param_groups, state_dict)
         _check_checkpoint(self.param_groups, state_dict)
         type(self)._rankaware_native.load_state_dict(self, state_dict)  # type: ignore[attr-defined]
 
@@ -222,7 +223,7 @@ def _native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | No
         raise OptimizerError("No optimizer was named.", "Give a class, such as RankAwareOptimizer(model, AdamW, ...).")
     if built is not None and optimizer is not None:
         raise OptimizerError("Both a built optimizer and a class were given.", "Give one of the two.")
-    native = type(built) if built is not None else get_optimizer_class(optimizer)
+    native = type(built) if built is not None else get_optimizer_class(optimizer)  # type: ignore[arg-type]
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError("This optimizer is rank-aware already.", "Use it as it is.")
     if built is not None and hasattr(built.step, "_wrapped_by_lr_sched"):
@@ -230,12 +231,25 @@ def _native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | No
             "A scheduler was built on this optimizer and holds its old groups.",
             "Wrap the optimizer first, then build the scheduler.",
         )
+    if built is not None:
+        _refuse_snapshots(built)
     if "LBFGS" in native.__name__:
         raise OptimizerError(
             f"{native.__name__} takes one parameter group only, so it cannot have a rate per rank.",
             "Use it unwrapped, or choose another optimizer.",
         )
     return native
+
+
+def _refuse_snapshots(built: Optimizer) -> None:
+    """AdaBound keeps its groups' rates in a list: groups added behind its back would never be stepped."""
+    count = len(built.param_groups)
+    for name, value in vars(built).items():
+        if name != "param_groups" and isinstance(value, (list, tuple)) and len(value) == count:
+            raise OptimizerError(
+                f"{type(built).__name__} keeps {name} by group from when it was built, so it cannot be regrouped.",
+                "Give the class and its settings instead of the instance.",
+            )
 
 
 def _from_recipe(
@@ -294,6 +308,26 @@ def _scale(param_groups: Iterable[dict[str, Any]], assignments: Iterable[Assignm
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def _in_our_order(param_groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict` with its groups and their parameters in our order, where both sides name the same groups.
+
+    torch matches by position alone, so groups of equal size in another order would trade their state.
+    """
+    saved = state_dict.get("param_groups")
+    groups = [group for group in saved if group.get("param_names")] if isinstance(saved, list) else []
+    key_of = {name: key for group in groups for name, key in zip(group["param_names"], group["params"], strict=True)}
+    group_of = {frozenset(group["param_names"]): group for group in groups}
+    ours: list[list[str]] = [group.get("param_names", []) for group in param_groups]
+    wanted = [frozenset(names) for names in ours]
+    if len(key_of) != sum(map(len, ours)) or len(wanted) != len(group_of) or set(wanted) != group_of.keys():
+        return state_dict
+    ordered = [
+        {**group_of[key], "params": [key_of[name] for name in names], "param_names": list(names)}
+        for key, names in zip(wanted, ours, strict=True)
+    ]
+    return {**state_dict, "param_groups": ordered}
 
 
 def _check_checkpoint(param_groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:

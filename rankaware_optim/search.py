@@ -11,18 +11,19 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from .fitting import Observation, Prior, diverged, fit_observations
+from .fitting import Observation, Prior, diverged, fit_observations, gain_of
 
 __all__ = ["BracketSampler", "observations_of"]
 
 PARAMETER = "log2_lr"
 _STRIDE = 2.0  # octaves between the trials that bracket
+_CLEARLY = 0.25  # share of the gain that makes a rate above the best clearly worse
 _OFFSETS = (0.5, -1.0, 1.25, -2.0)  # octaves around the estimated optimum; a cliff above makes the low side safer
 _CLEARANCE = 0.5  # octaves that are kept below the lowest rate that diverged
 
 
 class BracketSampler(BaseSampler):
-    """Doubles outwards from `start` until the best rate has a worse one on both sides, then refines.
+    """Strides outwards from `start` until the cliff above and a rate below the best were seen, then refines.
 
     Refinement puts each trial where its rank has been measured least: at one of four offsets from the fitted
     optimum. Everything is read from the study, so a resumed study goes on as it would have.
@@ -59,20 +60,24 @@ def observations_of(study: Study) -> list[Observation]:
 
 
 def next_bracket(seen: Sequence[Observation], start: float, low: float, high: float) -> float | None:
-    """The next rate of the search outwards, or None once the best one has neighbours or lies at the range's edge."""
+    """The next rate of the search outwards; None once a clearly worse rate lies above the best, and any below it.
+
+    Upwards it goes on until the cliff is seen: loss is flat below it, so nothing else says as much of where it is.
+    """
     if not seen:
         return start
     bad = diverged(seen)
     good = [o for o, b in zip(seen, bad, strict=True) if not b]
     if not good:
         return min(o.x for o in seen) - _STRIDE
-    best = min(good, key=lambda o: o.value).x
-    for step in (_STRIDE, -_STRIDE):
-        target = best + step
-        beyond = any((o.x - best) * step > 0 and abs(o.x - best) < 1.5 * _STRIDE for o in seen)
-        if not beyond and low <= target <= high:
-            return target
-    return None
+    best = min(good, key=lambda o: o.value)
+    margin = _CLEARLY * gain_of(good)
+    worse = [o.x for o, b in zip(seen, bad, strict=True) if o.x > best.x and (b or o.value > best.value + margin)]
+    if not worse:
+        target = max(o.x for o in seen) + _STRIDE
+        return target if target <= high else None
+    below = any(o.x < best.x - _STRIDE / 4 for o in seen)
+    return None if below or best.x - _STRIDE < low else best.x - _STRIDE
 
 
 def next_refinement(seen: Sequence[Observation], rank: int | None, prior: Prior) -> float:

@@ -42,8 +42,9 @@ _HALF_RANGE = 4.0  # octaves on either side of the first guess
 _WIDEN = 2.0  # octaves an edge moves out when the best rate sits there
 _EDGE = 1.0  # octaves: how near counts as sitting there
 # Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init. Small studies found
-# Init[B] falling with rank by 0.3 to 0.75, and full finetuning below the law's point by 0.7 to 1.3 octaves.
-_PRIORS = {"A": ((0.0, 0.15), (-0.8, 0.5)), "B": ((-0.45, 0.2), (-0.3, 0.4))}
+# Init[B] falling with rank by 0.3 to 0.75; full finetuning needs no factor at the width of Survey.full_width
+# (benchmarks/results/full_width.md).
+_PRIORS = {"A": ((0.0, 0.15), (0.0, 0.4)), "B": ((-0.45, 0.2), (0.0, 0.4))}
 
 
 @dataclass
@@ -70,13 +71,18 @@ class Study:
         import optuna
 
         self.own_sampler = sampler is None
-        self.study = optuna.create_study(
-            study_name=self.name,
-            storage=storage,
-            sampler=sampler or optuna.samplers.RandomSampler(seed=self.seed),
-            pruner=pruner or optuna.pruners.NopPruner(),
-            load_if_exists=True,
-        )
+        verbosity = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        try:
+            self.study = optuna.create_study(
+                study_name=self.name,
+                storage=storage,
+                sampler=sampler or optuna.samplers.RandomSampler(seed=self.seed),
+                pruner=pruner or optuna.pruners.NopPruner(),
+                load_if_exists=True,
+            )
+        finally:
+            optuna.logging.set_verbosity(verbosity)
         stored = self.study.user_attrs.get("reference")
         if stored is not None:
             self._settle(Reference(**stored), self.study.user_attrs["full_fan_in"])
@@ -194,9 +200,9 @@ class Study:
             )
         handle.set_user_attr("scaling", seen.scaling)
         if self.reference is None:
-            self._settle(replace(seen, batch=self.batch), survey.largest_width)
+            self._settle(replace(seen, batch=self.batch), survey.full_width(seen.init))
             self.study.set_user_attr("reference", asdict(self._settled()))
-            self.study.set_user_attr("full_fan_in", survey.largest_width)
+            self.study.set_user_attr("full_fan_in", self.full_fan_in)
 
     def _settle(self, reference: Reference, full_fan_in: float) -> None:
         """Take the first model's configuration as the reference, and the priors that belong to its init."""

@@ -1,0 +1,5 @@
+"""Entry point of `python -m rankaware_optim`."""
+
+from .cli import main
+
+main(prog_name="rankaware")

@@ -1,0 +1,139 @@
+"""The command `rankaware`, also `python -m rankaware_optim`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .errors import RankAwareError
+from .recipe import Rate, Recipe
+
+__all__ = ["main"]
+
+
+class _Group(click.Group):
+    """Shows this package's errors as one sentence of cause and one of cure, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: click.echo(f"note: {message}", err=True)
+                return super().invoke(ctx)
+        except RankAwareError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rankaware-optim")
+def main() -> None:
+    """Learning rates that stay right when the LoRA rank, alpha or init changes, or for full finetuning."""
+
+
+@main.command()
+@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("rankaware-demo"))
+def demo(out: Path) -> None:
+    """Calibrate and check on real weights and images, offline, in about two minutes."""
+    from rich.console import Console
+
+    from .demo import run_demo, table, verdict
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    _, arms = run_demo(out, console.print)
+    console.print(table(arms))
+    for arm in arms:
+        console.print(verdict(arm), highlight=False)
+    console.print(f"Files: {out}/recipe.toml, {out}/recipe.safetensors, {out}/transfer.png", highlight=False)
+    console.print(f"Next: rankaware lr {out}/recipe.toml --rank 32", highlight=False)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--lr", type=float, help="Base rate: adds a column of rates.")
+@click.option("--law", default="mua", show_default=True)
+@click.option("--tuned-at", help="Where the base rate was tuned, as r=16,alpha=32.")
+def inspect(path: Path, lr: float | None, law: str, tuned_at: str | None) -> None:
+    """Say what adapters PATH holds: a PEFT folder or a .safetensors file, read without the model."""
+    from .adapter_files import inspect_file
+
+    survey = inspect_file(path)
+    click.echo(_survey_table(survey, lr, law, tuned_at))
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+def show(recipe: Path) -> None:
+    """Print what a recipe holds."""
+    from rich.console import Console
+
+    loaded = Recipe.load(recipe)
+    Console(width=None if sys.stdout.isatty() else 100).print(_recipe_table(loaded))
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--rank", type=int)
+@click.option("--alpha", type=float)
+@click.option("--rslora", is_flag=True, help="alpha is divided by √rank.")
+@click.option("--init", type=click.Choice(["A", "B"]))
+@click.option("--full", is_flag=True, help="The rate for full finetuning.")
+@click.option("--fan-in", type=float, help="The model's width, if not the recipe's.")
+def lr(
+    recipe: Path, rank: int | None, alpha: float | None, rslora: bool, init: Any, full: bool, fan_in: float | None
+) -> None:
+    """Print a recipe's rate at a rank, or for full finetuning."""
+    if full == (rank is not None):
+        raise click.UsageError("Give --rank N or --full.")
+    method: Any = "full" if full else "lora"
+    loaded = Recipe.load(recipe)
+    rate = loaded.at(rank, alpha=alpha, rslora=rslora, init=init, method=method, fan_in=fan_in)
+    click.echo(_rate_lines(rate))
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
+def plot(recipe: Path, out: Path) -> None:
+    """Draw a recipe: its trials, and its rates by rank."""
+    from .plots import plot_recipe
+
+    click.echo(plot_recipe(Recipe.load(recipe), out))
+
+
+def _rate_lines(rate: Rate) -> str:
+    lines = [f"lr        {rate.lr:.3g}", f"90 % band {rate.low:.3g} to {rate.high:.3g}"]
+    lines += [] if rate.ceiling is None else [f"ceiling   {rate.ceiling:.3g} (the smallest rate seen to diverge)"]
+    lines += ["extrapolated"] if rate.extrapolated else []
+    return "\n".join([*lines, *(f"note: {note}" for note in rate.notes)])
+
+
+def _recipe_table(recipe: Recipe) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=f"Recipe {recipe.name!r}", title_justify="left", box=box.SIMPLE, show_header=False)
+    own = recipe.at() if recipe.reference.method == "lora" else recipe.at(method="full")
+    rows = {
+        "base rate": f"{recipe.lr:.3g} at {recipe.reference}, width {recipe.reference.fan_in:g}",
+        "90 % band": f"{own.low:.3g} to {own.high:.3g}",
+        "ceiling": "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}",
+        "law": repr(recipe.law),
+        "alpha by rank": recipe.scaling_rule,
+        "optimizer": f"{recipe.optimizer} {dict(recipe.settings)}",
+        "horizon": f"{recipe.steps} steps, batch {recipe.batch or 'not told'}",
+        "seen": f"ranks {', '.join(map(str, recipe.ranks)) or 'none'}{', full finetuning' * recipe.full_seen}; "
+        f"{len(recipe.tensors.get('lr', ()))} trials",
+        "versions": ", ".join(f"{k} {v}" for k, v in recipe.versions.items()),
+    }
+    for key, value in rows.items():
+        made.add_row(key, value)
+    return made
+
+
+def _survey_table(survey: Any, lr: float | None, law: str, tuned_at: str | None) -> str:
+    from .adapter_files import survey_report
+
+    return survey_report(survey, lr=lr, law=law, tuned_at=tuned_at)

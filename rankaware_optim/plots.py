@@ -1,0 +1,150 @@
+"""Figures, by matplotlib (the extra `plots`), imported when one is asked for."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import RankAwareError
+from .recipe import Rate, Recipe
+
+if TYPE_CHECKING:
+    from .demo import Arm
+
+__all__ = ["plot_recipe", "plot_transfer"]
+
+# Okabe and Ito's colours, told apart by readers of every colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+class PlotError(RankAwareError):
+    """matplotlib is not installed, or the file cannot be written."""
+
+
+def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
+    """Draw a recipe: on the left the score of every trial against its own rate, on the right the rate against rank.
+
+    Returns the path written. Raises PlotError where matplotlib is missing or the file cannot be written.
+    """
+    figure, (left, right) = _figure(1, 2, 11.0)
+    _draw_trials(left, recipe)
+    _draw_rates(right, recipe)
+    figure.suptitle(f"Recipe {recipe.name!r}: {recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps} steps")
+    return _save(figure, path)
+
+
+def plot_transfer(recipe: Recipe, arms: Sequence[Arm], factors: Sequence[float], path: str | Path) -> Path:
+    """Draw the demo's check: held-out loss around the recipe's rate at configurations it never saw."""
+    figure, axes = _figure(1, 1 + len(arms), 5.2 * (1 + len(arms)))
+    _draw_trials(axes[0], recipe)
+    for axis, arm in zip(axes[1:], arms, strict=True):
+        _draw_arm(axis, arm, factors)
+    return _save(figure, path)
+
+
+def _figure(rows: int, columns: int, width: float) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotError("Plots need matplotlib.", 'Install it by pip install "rankaware-optim[plots]".') from error
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    return figure, figure.subplots(rows, columns)
+
+
+def _draw_trials(axis: Any, recipe: Recipe) -> None:
+    ranks, rates, values = (recipe.tensors[key].tolist() for key in ("rank", "lr", "value"))
+    shown = sorted(set(ranks), key=lambda r: (r == 0, r))
+    finite = [v for v in values if math.isfinite(v)]
+    top = _top(finite)
+    for rank, colour in zip(shown, _COLOURS, strict=False):
+        moved = _moved(recipe, rank)
+        points = [(lr * moved, v) for r, lr, v in zip(ranks, rates, values, strict=True) if r == rank]
+        inside = [(x, v) for x, v in points if v <= top]
+        beyond = [x for x, v in points if not v <= top]
+        label = f"rank {rank}" if rank else "full finetuning"
+        axis.plot(*zip(*inside, strict=True) if inside else ((), ()), "o", color=colour, label=label, alpha=0.8)
+        axis.plot(beyond, [top] * len(beyond), "^", color=colour, markerfacecolor="none", clip_on=False)
+        axis.axvline(_at(recipe, rank).lr, color=colour, linestyle="--", linewidth=1)
+    _rate_axis(axis)
+    axis.set(ylabel="score, minimised")
+    axis.set_title("Trials (△ diverged or above the frame; dashed: quoted rates)", fontsize=10)
+    axis.legend(frameon=False)
+
+
+def _draw_rates(axis: Any, recipe: Recipe) -> None:
+    if recipe.reference.method == "full" or recipe.scaling_rule == "unknown" or len(recipe.ranks) < 2:
+        axis.text(0.5, 0.5, "one configuration only", ha="center", transform=axis.transAxes)
+        axis.set_axis_off()
+        return
+    low, high = min(recipe.ranks), max(recipe.ranks)
+    ranks = [2.0**e for e in range(max(0, int(math.log2(low)) - 2), int(math.log2(high)) + 3)]
+    rates = [_at(recipe, int(r)) for r in ranks]
+    axis.fill_between(ranks, [r.low for r in rates], [r.high for r in rates], color=_COLOURS[0], alpha=0.2, lw=0)
+    axis.plot(ranks, [r.lr for r in rates], color=_COLOURS[0], label="quoted rate, 90 % band")
+    if rates[0].ceiling is not None:
+        axis.plot(ranks, [r.ceiling for r in rates], color=_COLOURS[1], linestyle=":", label="ceiling")
+    full = _at(recipe, 0)
+    axis.axhspan(full.low, full.high, color=_COLOURS[2], alpha=0.12, lw=0)
+    axis.axhline(full.lr, color=_COLOURS[2], linestyle="--", label="full finetuning")
+    for rank in recipe.ranks:
+        axis.axvline(rank, color="0.8", linewidth=0.8, zorder=0)
+    axis.set(xlabel="rank (grey: calibrated)", ylabel="learning rate, per step", title="Rates by rank")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_yscale("log")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _draw_arm(axis: Any, arm: Arm, factors: Sequence[float]) -> None:
+    rates = [arm.rate.lr * f for f in factors]
+    axis.axvspan(arm.rate.low, arm.rate.high, color=_COLOURS[0], alpha=0.12, lw=0, label="90 % band")
+    for seed, losses in enumerate(zip(*arm.losses, strict=True)):
+        axis.plot(rates, losses, "o", color="0.6", markersize=4, label="each seed" if seed == 0 else None)
+    axis.plot(rates, arm.means, "o-", color=_COLOURS[0], label="mean")
+    axis.axvline(arm.rate.lr, color=_COLOURS[1], linestyle="--", label="the recipe's rate")
+    axis.axhline(arm.start, color="0.8", linewidth=0.8, label="before training")
+    _rate_axis(axis)
+    axis.set(ylabel="held-out loss, nats", ylim=(0.9 * min(map(min, arm.losses)), 1.1 * arm.start))
+    axis.set_title(f"Checked: {arm.label}", fontsize=10)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _rate_axis(axis: Any) -> None:
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:.1g}")
+    axis.set_xlabel("learning rate, per step")
+
+
+def _at(recipe: Recipe, rank: int) -> Rate:
+    """The recipe's rate at a rank, or with 0 for full finetuning; a figure extrapolates on purpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        full = rank == 0 and recipe.reference.method == "lora"
+        return recipe.at(method="full") if full or rank == 0 else recipe.at(rank=rank)
+
+
+def _moved(recipe: Recipe, rank: int) -> float:
+    """Ratio of the rate at `rank` to the base rate."""
+    return _at(recipe, rank).lr / recipe.lr
+
+
+def _top(values: Sequence[float]) -> float:
+    """Where the frame ends: twice as far above the best score as the median is."""
+    ordered = sorted(values)
+    middle = ordered[len(ordered) // 2]
+    return ordered[0] + max(2.0 * (middle - ordered[0]), 1e-9)
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=130)
+    except (OSError, ValueError) as error:
+        raise PlotError(
+            f"The figure {target} cannot be written: {error}.", "Give a writable .png, .svg or .pdf."
+        ) from error
+    return target

@@ -1,0 +1,74 @@
+"""The README's and the docstrings' examples are executed, against the installed package."""
+
+from __future__ import annotations
+
+import doctest
+import pkgutil
+import re
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rankaware_optim
+
+README = Path(__file__).parents[1] / "README.md"
+LEAVES = {"__main__"}
+MODULES = sorted(m.name for m in pkgutil.iter_modules(rankaware_optim.__path__) if m.name not in LEAVES)
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer with a LoRA pair, as the README's `model`."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16) / 4, requires_grad=False)
+        self.lora_A = nn.Parameter(torch.randn(rank, 16) / 4)
+        self.lora_B = nn.Parameter(torch.zeros(16, rank))
+        self.r, self.scaling = rank, 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight + self.scaling * self.lora_B @ self.lora_A).T
+
+
+def build(rank: int, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Adapted(rank)
+
+
+def batches(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        x = torch.randn(8, 16, generator=generator)
+        yield x, x.argmax(dim=1)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name: str) -> None:
+    """Every docstring example gives what it shows."""
+    assert doctest.testmod(import_module(f"rankaware_optim.{name}")).failed == 0
+
+
+def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's Python blocks run in order, as one program."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    names = {"F": F, "build": build, "batches": batches, "model": build(32)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for block in blocks:
+            exec(compile(block, str(README), "exec"), names)
+    assert {w.category for w in caught} <= {rankaware_optim.RankAwareWarning}
+    assert (tmp_path / "recipes" / "digits.safetensors").exists()
+
+
+def test_readme_holds_the_two_commands() -> None:
+    """The first lines that name tox are the two bare commands that a newcomer copies."""
+    lines = [line.strip() for line in README.read_text(encoding="utf-8").splitlines() if "tox run" in line]
+    start = "python3 -m venv .venv && .venv/bin/pip install tox && .venv/bin/tox run"
+    assert lines[:2] == [f"{start} -e demo", start]
