@@ -46,10 +46,11 @@ def main(processes: int, rounds: int, threads: int, worker: bool) -> None:
     if worker:
         print(json.dumps(measure(rounds)))
         return
+    on = machine(threads)
     command = [sys.executable, __file__, "--worker", f"--rounds={rounds}", f"--threads={threads}"]
     runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(processes)]
     rows = [row for name in IMPLEMENTATIONS for row in step_rows(name, runs)] + [build_row(runs)]
-    record("step_cost", "Cost of a step, and of building", rows, machine(threads), notes(processes, rounds))
+    record("step_cost", "Cost of a step, and of building", rows, on, notes(processes, rounds))
     sys.exit(not all(row["met"] for row in rows if row["met"] is not None))
 
 

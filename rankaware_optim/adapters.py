@@ -185,7 +185,7 @@ class Convention:
     b: str
     container: bool = False
     kind: str | None = None
-    rank: tuple[str, ...] = ("r", "rank", "lora_dim", "dim")
+    rank: tuple[str, ...] = ("r", "rank", "lora_dim")
     scaling: tuple[str, ...] = ("scaling", "scale")
     alpha: tuple[str, ...] = ("lora_alpha", "alpha")
 

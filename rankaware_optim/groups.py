@@ -19,7 +19,7 @@ from torch import nn
 
 from .adapters import Factor, Init, Method, Reference, Survey
 from .errors import OptimizerError, RankAwareWarning
-from .inspection import inspect_model, named_parameters
+from .inspection import inspect_model, walk
 from .laws import Law, checked_multiplier, get_law, optimizer_family
 
 __all__ = ["Assignment", "Plan", "rank_aware_param_groups"]
@@ -73,21 +73,23 @@ class Plan:
     def multiplier(self, factor: Factor) -> float:
         """The law's answer for `factor`, seen at the model's width and along its own init's law.
 
-        Factors with neither half zero keep the base rate. An embedding's input is one-hot, so its width is 1.
+        Factors with neither half zero keep the base rate. An embedding's input is one-hot, so its width is 1 and its
+        rate moves along its own init's law alone; from a full-finetuning rate, where that has no start, not at all.
         """
         if factor.role == "full":
             seen = factor if self.per_layer_width else replace(factor, fan_in=self.width)
             return checked_multiplier(self.law, seen, self.reference)
-        if factor.init == "other":
-            return 1.0
         embedding = factor.kind == "embedding"
+        if factor.init == "other" or (embedding and self.reference.method == "full"):
+            return 1.0
         width = 1.0 if embedding else factor.fan_in if self.per_layer_width else self.width
         seen = replace(factor, fan_in=width, init="B" if factor.init == "B" else "A")
         return checked_multiplier(self.law, seen, self._reference_for(seen, embedding))
 
     def _reference_for(self, seen: Factor, embedding: bool) -> Reference:
         reference = self.reference
-        if self.across_inits or reference.method == "full" or (seen.init == reference.init and not embedding):
+        own = seen.init == reference.init or self.across_inits
+        if not embedding and (own or reference.method == "full"):
             return reference
         fan_in = 1.0 if embedding else reference.fan_in
         return replace(reference, init="B" if seen.init == "B" else "A", fan_in=fan_in)
@@ -107,6 +109,7 @@ def make_plan(
     other_lr: float | None = None,
     per_layer_width: bool = False,
     across_inits: bool = False,
+    notes: tuple[str, ...] = (),
 ) -> Plan:
     """Bind the law, resolve the reference and check the user's exceptions, before anything is built."""
     method: Method = "full" if any(f.role == "full" for f in survey.factors) else "lora"
@@ -133,7 +136,7 @@ def make_plan(
         other_lr=other_lr,
         per_layer_width=per_layer_width,
         across_inits=across_inits,
-        notes=(*survey.notes, *_notes(survey, reference, bound, method, optimizer_class, across_inits)),
+        notes=(*survey.notes, *notes, *_notes(survey, reference, bound, method, optimizer_class, across_inits)),
     )
 
 
@@ -164,7 +167,7 @@ def _notes(
             "Adapters with neither factor zero (PiSSA, OLoRA, LoRA-GA, or trained ones of undeclared init) stay at the "
             "base rate, since no law covers them: name their init by init='A' or 'B' if you know it."
         )
-        warnings.warn(notes[-1], RankAwareWarning, stacklevel=5)
+        warnings.warn(notes[-1], RankAwareWarning, stacklevel=4)
     if "unknown" in inits:
         notes.append("The init of some adapters could not be read; they count as Init[A].")
     others = {f.init for f in survey.factors if f.kind != "embedding"} & {"A", "B"} - {reference.init}
@@ -179,7 +182,7 @@ def _notes(
             "more than too low: start at half of it, or calibrate with full runs."
         )
     family = "sign-like" if optimizer_class is None else optimizer_family(optimizer_class)
-    if family != "sign-like" and optimizer_class is not None:
+    if family != "sign-like" and optimizer_class is not None and law.name != "constant":
         kind = "is of an unknown family" if family == "unknown" else f"is {family}"
         notes.append(f"{optimizer_class.__name__} {kind}; it is scaled as a sign-like optimizer (Adam and kin).")
     return notes
@@ -201,9 +204,9 @@ def user_groups(params: Any, model: nn.Module) -> list[UserGroup]:
     A model stands for its trainable parameters. Raises OptimizerError where a parameter comes twice or none is the
     model's.
     """
-    known = named_parameters(list(model.named_modules()))
+    _, known = walk(model)
     if isinstance(params, nn.Module):
-        own = known if params is model else named_parameters(list(params.named_modules()))
+        own = known if params is model else walk(params)[1]
         params = [p for _, p in own if p.requires_grad]
     entries = [params] if isinstance(params, torch.Tensor) else list(params)
     dicts: list[Any] = entries if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
@@ -286,8 +289,9 @@ def scale_lr(group: dict[str, Any], assignment: Assignment) -> None:
     base = group["lr"]
     if assignment.rate is not None:
         group["lr_multiplier"] = assignment.rate / float(base)
-    if group["lr_multiplier"] != 1.0:
-        group["lr"] = base * group["lr_multiplier"]
+        group["lr"] = torch.full_like(base, assignment.rate) if isinstance(base, torch.Tensor) else assignment.rate
+    elif assignment.multiplier != 1.0:
+        group["lr"] = base * assignment.multiplier
 
 
 def rank_aware_param_groups(

@@ -15,6 +15,7 @@ from .errors import InspectionError
 __all__ = ["canonical_name", "inspect_model"]
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
+_WRAPPED = tuple(wrapper.removesuffix(".") for wrapper in _WRAPPERS)
 _SAMPLE = 1024
 # PEFT's init_lora_weights values under which B starts at zero; True too, and every other string starts both non-zero.
 _ZERO_B = {"gaussian", "eva"}
@@ -22,6 +23,7 @@ _ZERO_B = {"gaussian", "eva"}
 
 Modules = list[tuple[str, nn.Module]]
 """A model's modules by name, as `list(model.named_modules())`: walked once, since the walk is what costs."""
+Parameters = list[tuple[str, nn.Parameter]]
 
 
 class _Half(NamedTuple):
@@ -38,14 +40,16 @@ def inspect_model(model: nn.Module, *, method: Method = "lora", init: Init | Non
     `init` overrides all of it. Nothing about the model is changed.
 
     Raises:
-        InspectionError: declared rank and shapes disagree, a scaling is not positive, or no pair was found.
+        InspectionError: declared rank and shapes disagree, a scaling is not positive, no pair was found, or one was
+            where method="full" expects none.
     """
     if method not in ("lora", "full"):
         raise InspectionError(f"The method is 'lora' or 'full', not {method!r}.", "Give one of the two.")
-    modules = list(model.named_modules())
-    parameters = named_parameters(modules)
+    modules, parameters = walk(model)
     trainable = {id(p): name for name, p in parameters if p.requires_grad}
     notes: list[str] = []
+    if method == "full":
+        _refuse_pairs(modules, trainable)
     found = _full_factors(modules, trainable) if method == "full" else _lora_factors(modules, trainable, init, notes)
     factors = tuple(found)
     known = {f.name for f in factors}
@@ -68,14 +72,34 @@ def canonical_name(name: str) -> str:
     return name.removeprefix(_WRAPPERS[-1])
 
 
-def named_parameters(modules: Modules) -> list[tuple[str, nn.Parameter]]:
-    """What `model.named_parameters()` gives, under canonical names."""
+def walk(model: nn.Module) -> tuple[Modules, Parameters]:
+    """The model's modules and parameters under canonical names, or their own where canonical ones would coincide."""
+    modules = list(model.named_modules())
+    if not any(prefix.endswith(_WRAPPED) for prefix, _ in modules):  # the usual case: no name to clean
+        return modules, _parameters_of(modules)
+    clean = [(canonical_name(f"{prefix}.").removesuffix("."), module) for prefix, module in modules]
+    parameters = _parameters_of(clean)
+    if len({name for name, _ in parameters}) < len(parameters):  # a submodule of the user's own is called "module"
+        return modules, _parameters_of(modules)
+    return clean, parameters
+
+
+def _parameters_of(modules: Modules) -> Parameters:
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for prefix, module in modules:
         for local, param in module._parameters.items():
             if param is not None and id(param) not in found:
-                found[id(param)] = canonical_name(f"{prefix}.{local}" if prefix else local), param
+                found[id(param)] = f"{prefix}.{local}" if prefix else local, param
     return list(found.values())
+
+
+def _refuse_pairs(modules: Modules, trainable: Mapping[int, str]) -> None:
+    for prefix, module, convention in _candidates(modules):
+        if any(id(a.tensor) in trainable or id(b.tensor) in trainable for _, a, b in _pairs(module, convention)):
+            raise InspectionError(
+                f"{prefix or type(module).__name__} holds a trainable LoRA pair, so this is no full finetuning.",
+                "Leave method='full' out, or merge the adapters into the weights first.",
+            )
 
 
 def _nothing_found(survey: Survey, method: Method) -> InspectionError:
@@ -99,7 +123,7 @@ def _full_factors(modules: Modules, trainable: Mapping[int, str]) -> Iterator[Fa
                 continue
             fan_in, fan_out = _full_fans(module, param)
             kind = "conv" if param.dim() > 2 and local == "weight" else "linear"
-            yield Factor(name, "full", None, fan_in, fan_out, kind=kind, layer=canonical_name(prefix))
+            yield Factor(name, "full", None, fan_in, fan_out, kind=kind, layer=prefix)
 
 
 def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
@@ -107,6 +131,8 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
     shape = tuple(param.shape)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' Conv1D stores (in, out)
         return float(shape[0]), float(shape[1])
+    if getattr(module, "transposed", False):  # torch's ConvTranspose stores (in, out, k…)
+        return float(math.prod(shape) / shape[1]), float(shape[1])
     if hasattr(module, "kernel_size") or len(shape) == 2:
         return float(math.prod(shape[1:])), float(shape[0])
     return float(shape[-1]), float(shape[-2])
@@ -174,10 +200,9 @@ def _tensor_of(name: str, member: object) -> _Half | None:
 
 
 def _read_pair(
-    module: nn.Module, prefix: str, convention: Convention, adapter: str, a: _Half, b: _Half, notes: list[str]
+    module: nn.Module, layer: str, convention: Convention, adapter: str, a: _Half, b: _Half, notes: list[str]
 ) -> dict[str, Any]:
     """All that the two factors of a pair share."""
-    layer = canonical_name(prefix)
     kind = convention.kind or ("embedding" if _is_embedding(module) else "conv" if a.tensor.dim() > 2 else "linear")
     rank = _rank(module, convention, adapter, a, b, layer)
     scaling = _scaling(module, convention, adapter, rank, layer)

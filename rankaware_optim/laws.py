@@ -8,6 +8,7 @@ arguments all have defaults, so that they survive a round trip through a recipe'
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -237,7 +238,7 @@ def _from_plain(value: Any) -> Any:
 
 
 def _check_parameter(law: Law, name: str, value: object, *, positive: bool = True) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or (positive and value <= 0):  # type: ignore[operator]
         kind = "positive finite" if positive else "finite"
         raise LawError(f"The law {law.name!r} got {name}={value!r}.", f"Give a {kind} number.")

@@ -91,10 +91,13 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         built = params if isinstance(params, Optimizer) else None
         model = _model(params, model)
         native = _native_class(built, optimizer)
+        if built is not None and (settings or lr is not None):
+            _refuse_settings(settings)
         if recipe is not None:
-            lr, tuned_at, law = _from_recipe(recipe, lr, tuned_at, law)
-        if built is not None and (settings or lr is not None) and recipe is None:
-            _refuse_settings(settings, lr)
+            _refuse_beside_recipe(lr=lr, tuned_at=tuned_at, law=law)
+        loaded = None if recipe is None else resolve_recipe(recipe)
+        if loaded is not None:
+            lr, tuned_at, law = loaded.lr, loaded.reference, loaded.law
         survey = inspect_model(model, method=method, init=init)
         plan = make_plan(
             survey,
@@ -106,6 +109,7 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
             other_lr=other_lr,
             per_layer_width=per_layer_width,
             across_inits=across_inits,
+            notes=() if loaded is None else loaded.notes_for(survey, native),
         )
         base = _base_lr(native, built, lr)
         planned = split(user_groups(built.param_groups if built else params, model), plan, survey)
@@ -124,9 +128,14 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         """Add the user's group, split and scaled like those at construction; names are filled in from the model."""
         native = type(self)._rankaware_native  # type: ignore[attr-defined]
         model = self.__dict__.get("_rankaware_model", lambda: None)()
-        if "lr_multiplier" in param_group or model is None:  # built by us, or nothing to inspect any more
+        if "lr_multiplier" in param_group or "_rankaware_plan" not in self.__dict__:  # planned, or inside __init__
             native.add_param_group(self, param_group)
             return
+        if model is None:
+            raise OptimizerError(
+                "This optimizer, a copy or one that outlived it, does not hold its model, so a new group has no rate.",
+                "Wrap again with model=, or add groups made by rank_aware_param_groups.",
+            )
         survey = inspect_model(model, **self._rankaware_inspect)  # type: ignore[attr-defined]
         for planned in split(user_groups([param_group], model), self._rankaware_plan, survey):
             native.add_param_group(self, planned.as_dict(named="param_names" in self.param_groups[0]))
@@ -252,17 +261,12 @@ def _refuse_snapshots(built: Optimizer) -> None:
             )
 
 
-def _from_recipe(
-    recipe: Recipe | str | os.PathLike[str], lr: object, tuned_at: object, law: object
-) -> tuple[float, Reference, Law]:
-    given = [name for name, value in (("lr", lr), ("tuned_at", tuned_at), ("law", law)) if value is not None]
-    if given:
-        raise OptimizerError(f"Both recipe= and {given[0]}= were given.", "A recipe holds all three: give it alone.")
-    loaded = resolve_recipe(recipe)
-    return loaded.lr, loaded.reference, loaded.law
+def _refuse_beside_recipe(**given: object) -> None:
+    for name in (name for name, value in given.items() if value is not None):
+        raise OptimizerError(f"Both recipe= and {name}= were given.", "A recipe holds all three: give it alone.")
 
 
-def _refuse_settings(settings: Mapping[str, Any], lr: object) -> NoReturn:
+def _refuse_settings(settings: Mapping[str, Any]) -> NoReturn:
     name = next(iter(settings), "lr")
     raise OptimizerError(f"{name}= was given for an optimizer that is built already.", "Give it when building it.")
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from . import recipe_files
-from .adapters import Factor, Method, Reference, Role
-from .errors import RankAwareError, RankAwareWarning, RecipeError
+from .adapters import Factor, Method, Reference, Role, Survey
+from .errors import RankAwareWarning, RecipeError
 from .laws import Power, checked_multiplier, law_from_dict, law_to_dict
 
 __all__ = ["Rate", "Recipe", "Scaling", "infer_scaling"]
@@ -108,7 +108,8 @@ class Recipe:
         its band wider, and a warning is given once.
 
         Raises:
-            RecipeError: alpha is needed and was not given, or the target is impossible.
+            RecipeError: alpha is needed and was not given.
+            InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
         """
         target = self._target(rank, alpha, rslora, init, method, fan_in)
         factor = _as_factor(target)
@@ -126,6 +127,23 @@ class Recipe:
             notes=(*outside, *([f"leans {self.lean:.2g} octaves low: a cliff is near"] if self.lean else [])),
         )
 
+    def notes_for(self, survey: Survey, optimizer_class: type) -> tuple[str, ...]:
+        """What a report should say of this recipe on a model: its band there, and what it was not made for.
+
+        Warns once, as `at` does, where the model lies outside what was seen.
+        """
+        own = survey.dominant()
+        if own.method == "full":
+            rate = self.at(method="full")
+        else:
+            rate = self.at(own.rank, alpha=own.alpha, fan_in=survey.width, init=own.init)
+        band = f"recipe {self.name!r}: the best rate lies between {rate.low:.3g} and {rate.high:.3g} with 90 %"
+        notes = [f"{band}, for {self.steps} steps at batch {self.batch or 'unknown'}.", *rate.notes]
+        made_for = self.optimizer.rpartition(".")[2]
+        if made_for != optimizer_class.__name__:
+            notes.append(f"The recipe was made with {made_for}, not {optimizer_class.__name__}: its rates may not fit.")
+        return tuple(notes)
+
     def _target(
         self,
         rank: int | None,
@@ -137,14 +155,15 @@ class Recipe:
     ) -> Reference:
         init = init or self.reference.init
         if method == "full":
-            return Reference(method="full", init=init, fan_in=fan_in or self.full_fan_in or self.reference.fan_in)
-        width = fan_in or self.reference.fan_in
+            width = self.full_fan_in or self.reference.fan_in
+            return Reference(method="full", init=init, fan_in=width if fan_in is None else fan_in)
+        width = self.reference.fan_in if fan_in is None else fan_in
         if rank is None and self.reference.method == "full":
             raise RecipeError("This recipe was made by full finetuning alone.", "Give rank= and alpha= for LoRA.")
         rank = self.reference.rank if rank is None else rank
         if alpha is not None:
-            return Reference(rank, alpha, rslora, init, width)
-        Reference(rank, 1.0)  # refuses an impossible rank before it is used below
+            return Reference(rank, alpha, rslora, init, width, method)
+        Reference(rank, 1.0, method=method)  # refuses an impossible rank before it is used below
         return replace(Reference.from_scaling(rank, self._scaling_at(rank or 1), init=init), fan_in=width)
 
     def _scaling_at(self, rank: int) -> float:
@@ -176,7 +195,7 @@ class Recipe:
                 outside.append(f"rank {rank:g} lies outside the ranks seen ({', '.join(map(str, self.ranks))})")
             doubts.append(_RANK_DOUBT * beyond)
             own = self.reference.fan_in
-        if target.fan_in and own and target.fan_in != own:
+        if target.fan_in and own and not math.isclose(target.fan_in, own, rel_tol=0.01):
             outside.append(f"fan-in {target.fan_in:g} is not the recipe's own {own:g}")
             doubts.append(_WIDTH_DOUBT * math.log2(target.fan_in / own))
         if target.init != self.reference.init:
@@ -215,13 +234,7 @@ class Recipe:
             RecipeError: a file is missing, cut short, of a newer schema, altered, or holds an impossible value; the
                 message carries the value's path.
         """
-        take, tensors = recipe_files.read(path)
-        try:
-            return _from_toml(cls, take, tensors)
-        except RecipeError:
-            raise
-        except (RankAwareError, TypeError, ValueError) as error:
-            raise RecipeError(f"The recipe {path} holds an impossible value: {error}", "Make it anew.") from error
+        return _from_toml(cls, *recipe_files.read(path))
 
 
 def infer_scaling(seen: Mapping[int, float]) -> Scaling:
@@ -300,47 +313,65 @@ def _plain(value: Any) -> Any:
 
 
 def _from_toml(cls: type[Recipe], take: recipe_files.Reader, tensors: dict[str, torch.Tensor]) -> Recipe:
-    law = law_from_dict(take("law", dict))
-    return cls(
+    law = take.build("law", lambda: law_from_dict(take("law", dict)))
+    made = cls(
         name=take("name", str),
         best_lr=take.positive("rate.best_lr"),
         lean=take.number("rate.lean_octaves", 0.0),
         ceiling=take.positive("rate.ceiling", None),
-        reference=Reference(
-            rank=take("reference.rank", int, None),
-            alpha=take.positive("reference.alpha", None),
-            rslora=take("reference.rslora", bool, False),
-            init=take("reference.init", str, "A"),
-            fan_in=take.positive("reference.fan_in"),
-            method=take("reference.method", str, "lora"),
-            batch=take.positive("reference.batch", None),
-        ),
+        reference=take.build("reference", lambda: _reference(take)),
         law=law if isinstance(law, Power) else Power(law=law),
         covariance=_covariance(tensors.pop("fit.covariance", None), take),
-        scaling_rule=take("scaling_rule", str, "unknown"),
+        scaling_rule=take.choice("scaling_rule", (*_GAMMA, "unknown"), "unknown"),
         full_fan_in=take.positive("reference.full_fan_in", None),
-        ranks=tuple(take("seen.ranks", list, [])),
+        ranks=_ranks(take),
         full_seen=take("seen.full", bool, False),
         optimizer=take("optimizer.class", str),
         settings=take("optimizer.settings", dict, {}),
-        steps=take("horizon.steps", int),
+        steps=take.whole("horizon.steps"),
         batch=take.positive("horizon.batch", None),
         warmup=take.number("horizon.warmup_share", None),
         seed=take("seen.seed", int, 0),
         versions=take("versions", dict, {}),
         tensors=_trials(tensors, take),
     )
+    if not math.isclose(take.positive("rate.lr"), made.lr, rel_tol=1e-6):
+        raise take.error("holds another rate than its best one and its lean give", "rate.lr")
+    return made
+
+
+def _reference(take: recipe_files.Reader) -> Reference:
+    return Reference(
+        rank=take.whole("reference.rank", None),
+        alpha=take.positive("reference.alpha", None),
+        rslora=take("reference.rslora", bool, False),
+        init=take.choice("reference.init", ("A", "B"), "A"),
+        fan_in=take.positive("reference.fan_in"),
+        method=take.choice("reference.method", ("lora", "full"), "lora"),
+        batch=take.positive("reference.batch", None),
+    )
+
+
+def _ranks(take: recipe_files.Reader) -> tuple[int, ...]:
+    ranks = take("seen.ranks", list, [])
+    if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
+        raise take.error(f"holds {ranks!r} where positive whole numbers belong", "seen.ranks")
+    return tuple(ranks)
 
 
 def _covariance(tensor: torch.Tensor | None, take: recipe_files.Reader) -> torch.Tensor:
-    good = tensor is not None and tensor.shape == (3, 3) and bool(torch.isfinite(tensor).all())
-    if tensor is None or not good or bool((tensor.diagonal() < 0).any()):
+    if tensor is None or tensor.shape != (3, 3) or not tensor.is_floating_point() or not tensor.isfinite().all():
         raise take.error("has no usable 3 × 3 covariance", "fit.covariance")
+    spectrum = torch.linalg.eigvalsh((tensor + tensor.T).double())
+    if spectrum[0] < -1e-6 * spectrum[-1].abs():
+        raise take.error("has a covariance with a negative variance", "fit.covariance")
     return tensor
 
 
 def _trials(tensors: Mapping[str, torch.Tensor], take: recipe_files.Reader) -> dict[str, torch.Tensor]:
     trials = {key.removeprefix("trial."): value for key, value in tensors.items() if key.startswith("trial.")}
+    if len({len(value) if value.dim() else 0 for value in trials.values()}) > 1:
+        raise take.error("has tensors of different numbers of trials", "trial")
     lr = trials.get("lr", torch.ones(1))
     if not bool((torch.isfinite(lr) & (lr > 0)).all()):
         raise take.error("has a trial whose rate is not positive", "trial.lr")

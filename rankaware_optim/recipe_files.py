@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from .errors import RecipeError
+from .errors import RankAwareError, RecipeError
 
 __all__ = ["SCHEMA", "Reader", "read", "write"]
 
@@ -31,10 +32,9 @@ def write(path: str | os.PathLike[str], header: str, text: dict[str, Any], array
     encoded = (header + tomli_w.dumps(_without_none({"schema": SCHEMA, **text, **hashed}))).encode()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        tensors, toml = _staged(beside, data), _staged(target, encoded)
-        target.unlink(missing_ok=True)  # so that no reader pairs the old text with the new tensors
-        os.replace(tensors, beside)
-        os.replace(toml, target)
+        with _staged(beside, data) as tensors, _staged(target, encoded) as toml:
+            os.replace(tensors, beside)  # until the next line, the old text's hash refuses the new tensors
+            os.replace(toml, target)
     except OSError as error:
         raise RecipeError(f"The recipe {target} cannot be written: {error}.", "Choose a writable folder.") from error
     return target
@@ -54,8 +54,9 @@ def _toml_path(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _staged(target: Path, data: bytes) -> Path:
-    """`data` in a synced temporary file beside `target`, ready to replace it."""
+@contextmanager
+def _staged(target: Path, data: bytes) -> Iterator[Path]:
+    """`data` in a synced temporary file beside `target`, ready to replace it; removed if it did not."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with open(handle, "wb") as file:
@@ -63,10 +64,9 @@ def _staged(target: Path, data: bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
-    except BaseException:
+        yield Path(name)
+    finally:
         Path(name).unlink(missing_ok=True)
-        raise
-    return Path(name)
 
 
 def _without_none(value: Any) -> Any:
@@ -76,6 +76,8 @@ def _without_none(value: Any) -> Any:
 
 
 _MISSING: Any = object()
+_KINDS = {dict: "table", list: "list", str: "text", bool: "true or false", int: "whole number", float: "number"}
+T = TypeVar("T")
 
 
 class Reader:
@@ -92,21 +94,45 @@ class Reader:
             if default is not _MISSING:
                 return default
             raise self.error("lacks a value", path)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.error(f"holds {value!r} where a {kind.__name__} belongs", path)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            raise self.error(f"holds {value!r} where a {_KINDS[kind]} belongs", path)
         return value
 
     def number(self, path: str, default: Any = _MISSING) -> Any:
-        value = self(path, (int, float), default)  # type: ignore[arg-type]
-        if value is not default and not math.isfinite(value):
-            raise self.error(f"holds {value!r}", path)
+        """A finite number that is not negative; no number in a recipe is."""
+        value = self(path, object, default)
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
+            raise self.error(f"holds {value!r} where a finite number belongs that is not negative", path)
         return value
 
     def positive(self, path: str, default: Any = _MISSING) -> Any:
         value = self.number(path, default)
-        if value is not default and value <= 0:
+        if value is not default and value == 0:
             raise self.error(f"holds {value!r} where a positive number belongs", path)
         return value
+
+    def whole(self, path: str, default: Any = _MISSING) -> Any:
+        """A positive whole number."""
+        self.positive(path, default)
+        return self(path, int, default)
+
+    def choice(self, path: str, known: Sequence[str], default: str) -> Any:
+        value = self(path, str, default)
+        if value not in known:
+            raise self.error(f"holds {value!r}, which is none of {', '.join(known)}", path)
+        return value
+
+    def build(self, path: str, make: Callable[[], T]) -> T:
+        """What `make` makes of the values below `path`; what it refuses becomes an error of the recipe."""
+        try:
+            return make()
+        except RecipeError:
+            raise
+        except (RankAwareError, TypeError, ValueError, OverflowError) as error:
+            cause = error.cause if isinstance(error, RankAwareError) else f"{error}."
+            raise self.error(f"holds an impossible value: {cause.removesuffix('.')}", path) from error
 
     def error(self, what: str, path: str) -> RecipeError:
         return RecipeError(f"The recipe {self._target} {what}. @ {path}", "Restore the file, or make it anew.")
@@ -122,7 +148,7 @@ def _read_toml(target: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
         raise RecipeError(f"The recipe {target} cannot be read: {error}.", "Restore it or make it anew.") from error
     schema = data.get("schema")
-    if not isinstance(schema, int) or schema < 1:
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise RecipeError(f"{target} names no schema, so it is no recipe. @ schema", "Give a file made by Recipe.save.")
     if schema > SCHEMA:
         raise RecipeError(

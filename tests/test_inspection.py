@@ -178,14 +178,13 @@ def test_low_rank_attention_is_no_adapter(attribute):
     assert survey.other == ("mla.q_a_proj.weight", "mla.q_b_proj.weight")
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("style", STYLES)
-def test_the_model_is_left_as_found(style, method):
+def test_the_model_is_left_as_found(style):
     """Inspection changes no bit of parameters, gradients, mode or random state."""
     model = mlp((4, 8), style=style).eval()
     model.get_submodule("head").weight.grad = torch.ones(3, 16)
     before, random, flags = snapshot(model), torch.get_rng_state(), [p.requires_grad for p in model.parameters()]
-    inspect_model(model, method=method)
+    inspect_model(model)
     assert same(before, snapshot(model))
     assert torch.equal(random, torch.get_rng_state())
     assert flags == [p.requires_grad for p in model.parameters()]
@@ -311,7 +310,8 @@ def test_width_is_weighted_by_weight_size():
     """The width is the mean fan-in weighted by the adapted weights' size, each layer once, embeddings left out."""
     survey = Survey((*factor("a", 10, 10), *factor("b", 40, 20), *factor("emb", 9999, 9999, kind="embedding")))
     assert survey.width == pytest.approx((10 * 100 + 40 * 800) / 900)
-    assert survey.largest_width == 40
+    assert survey.full_width("A") == 40
+    assert survey.full_width("B") == survey.width
 
 
 def test_dominant_is_the_most_common_by_pairs():
@@ -349,3 +349,15 @@ def test_errors_have_cause_and_cure():
     with pytest.raises(InspectionError) as caught:
         inspect_model(nn.Linear(2, 2))
     assert re.fullmatch(f"{re.escape(caught.value.cause)} {re.escape(caught.value.cure)}", str(caught.value))
+
+
+def test_full_finetuning_refuses_trainable_pairs() -> None:
+    """A model with adapters to train is not taken for full finetuning."""
+    with pytest.raises(InspectionError, match="holds a trainable LoRA pair"):
+        inspect_model(mlp(), method="full")
+
+
+def test_transposed_convolutions_have_their_own_fan_in() -> None:
+    """A ConvTranspose stores (in, out, k, k): its fan-in is in × k²."""
+    (factor,) = inspect_model(nn.ConvTranspose2d(6, 4, 3), method="full").factors
+    assert (factor.fan_in, factor.fan_out) == (54.0, 4.0)

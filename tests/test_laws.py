@@ -307,9 +307,7 @@ def test_a_law_that_is_not_registered_cannot_be_stored():
         law_to_dict(Impostor())
 
 
-BAD_PARAMETERS = [
-    (MuA, {"tokens": value}) for value in (0, -1.0, math.inf, math.nan, "8", True)
-] + [
+BAD_PARAMETERS = [(MuA, {"tokens": value}) for value in (0, -1.0, math.inf, math.nan, "8", True)] + [
     (MuA, {"ratio": 0}),
     (MuA, {"ratio": None}),
     (LoRAPlus, {"ratio": -16}),

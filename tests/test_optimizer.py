@@ -557,8 +557,9 @@ def test_a_trained_model_of_undeclared_init_can_resume():
     opt = by_class(model, torch.optim.AdamW, {}, tuned_at=AT_16)
     train(model, opt)
     again = copy.deepcopy(model)
-    with pytest.warns(ra.RankAwareWarning, match="neither factor zero"):
-        fresh = by_class(again, torch.optim.AdamW, {}, tuned_at=AT_16)
+    with pytest.warns(ra.RankAwareWarning, match="neither factor zero") as caught:
+        fresh = RankAwareOptimizer(again, torch.optim.AdamW, lr=LR, tuned_at=AT_16)
+    assert caught[0].filename == __file__
     resume(again, fresh, model, opt)
     assert same(snapshot(model), snapshot(again))
 

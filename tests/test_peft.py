@@ -63,7 +63,7 @@ LAYERS = [
     ("q", "linear", 16, 16, "A", "peft"),
     ("v", "linear", 16, 24, "A", "peft"),
     ("conv", "conv", 27, 8, "A", "peft"),
-    ("grouped", "conv", None, 8, "A", "peft"),
+    ("grouped", "conv", 72, 8, "A", "peft"),
     ("emb", "embedding", 30, 16, "B", "peft-embedding"),
 ]
 
@@ -75,8 +75,7 @@ def test_layers(layer, kind, fan_in, fan_out, init, convention):
     assert [f.role for f in factors] == ["A", "B"]
     for f in factors:
         assert (f.rank, f.scaling, f.adapter) == (4, 2.0, "default")
-        assert (f.kind, f.fan_out, f.init, f.convention) == (kind, fan_out, init, convention)
-        assert f.fan_in == fan_in or fan_in is None
+        assert (f.kind, f.fan_in, f.fan_out, f.init, f.convention) == (kind, fan_in, fan_out, init, convention)
 
 
 def test_the_peft_model_is_left_as_found():
@@ -231,9 +230,7 @@ def test_a_rank_pattern_is_scaled_around_the_dominant_rank():
     model = wrapped(targets=("q", "v", "conv"), rank_pattern={"v": 16})
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3)
     width = inspect_model(model).width
-    moved = MuA().multiplier(
-        Factor("w", "A", 16, width, width, scaling=0.5), Reference(rank=4, alpha=8, fan_in=width)
-    )
+    moved = MuA().multiplier(Factor("w", "A", 16, width, width, scaling=0.5), Reference(rank=4, alpha=8, fan_in=width))
     found = {(g["lora_rank"], g["lora_role"]): g["lr"] for g in opt.param_groups}
     assert found[4, "A"] == found[4, "B"] == 1e-3
     assert [found[16, "A"], found[16, "B"]] == pytest.approx([1e-3 * moved] * 2)
