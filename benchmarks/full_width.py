@@ -18,7 +18,7 @@ import torch
 from recording import RESULTS, machine
 
 from rankaware_optim import Factor, MuA, Reference
-from rankaware_optim.demo import SEEDS, STEPS, _run
+from rankaware_optim.demo import SEEDS, STEPS, run_at, untrained
 from rankaware_optim.fitting import Observation, Prior, fit_observations
 
 SWEEP = RESULTS / "demo_sweep.csv"
@@ -56,8 +56,8 @@ def sweep() -> None:
             for seed in SEEDS:
                 key = (str(rank or "full"), str(exponent), str(seed))
                 if key not in done:
-                    before, after = _run((rank, 2.0**exponent, seed))
-                    _append([*key, f"{before:.4f}", f"{after:.4f}"])
+                    after = run_at((rank, 2.0**exponent, seed))
+                    _append([*key, f"{untrained(seed):.4f}", f"{after:.4f}"])
 
 
 @main.command()

@@ -170,14 +170,20 @@ def check(recipe: Recipe) -> list[Arm]:
     rates = {CHECKED_RANK: recipe.at(rank=CHECKED_RANK), None: _quietly_full(recipe)}
     jobs = [(rank, rates[rank].lr * f, seed) for rank in rates for f in FACTORS for seed in SEEDS]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as p:
-        results = list(p.map(_run, jobs, chunksize=1))
+        results = list(p.map(run_at, jobs, chunksize=1))
     arms = []
     for rank, rate in rates.items():
         mine = [result for job, result in zip(jobs, results, strict=True) if job[0] == rank]
-        rows = [mine[i : i + len(SEEDS)] for i in range(0, len(mine), len(SEEDS))]
-        start = sum(before for row in rows for before, _ in row) / len(mine)
-        arms.append(Arm(rank, rate, tuple(tuple(after for _, after in row) for row in rows), start))
+        rows = [tuple(mine[i : i + len(SEEDS)]) for i in range(0, len(mine), len(SEEDS))]
+        arms.append(Arm(rank, rate, tuple(rows), sum(map(untrained, SEEDS)) / len(SEEDS)))
     return arms
+
+
+@cache
+def untrained(seed: int) -> float:
+    """Held-out loss of the network with its new classifier, before training; the same for every rank."""
+    torch.manual_seed(seed)
+    return evaluate(build(None))
 
 
 def _quietly_full(recipe: Recipe) -> Rate:
@@ -188,8 +194,8 @@ def _quietly_full(recipe: Recipe) -> Rate:
         return recipe.at(method="full")
 
 
-def _run(job: tuple[int | None, float, int]) -> tuple[float, float]:
-    """Held-out loss before and after one run at an absolute rate."""
+def run_at(job: tuple[int | None, float, int]) -> float:
+    """Held-out loss after one run of (rank, absolute rate, seed); infinite where it diverged."""
     rank, lr, seed = job
     torch.manual_seed(seed)
     model = build(rank)
@@ -202,11 +208,10 @@ def _run(job: tuple[int | None, float, int]) -> tuple[float, float]:
         weight_decay=0.01,
         rates={"*classifier*": HEAD_RATE},
     )
-    before = evaluate(model)
     for _ in fit(model, opt, seed):
         pass
     after = evaluate(model)
-    return before, after if math.isfinite(after) else math.inf
+    return after if math.isfinite(after) else math.inf
 
 
 def verdict(arm: Arm) -> str:
@@ -224,11 +229,15 @@ def verdict(arm: Arm) -> str:
 
 
 def table(arms: Sequence[Arm]) -> Any:
-    """Held-out loss by factor, mean and both seeds, as a rich table."""
+    """Held-out loss by factor, as a rich table."""
     from rich import box
     from rich.table import Table
 
-    made = Table(title="Held-out loss (nats), mean of two seeds (each seed)", box=box.SIMPLE_HEAD, title_justify="left")
+    made = Table(
+        title="Held-out loss in nats: mean of two seeds ± half their difference",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
     made.add_column("checked")
     made.add_column("recipe's lr", justify="right")
     for factor in FACTORS:
@@ -237,7 +246,7 @@ def table(arms: Sequence[Arm]) -> Any:
         best = min(arm.means)
         cells = []
         for mean, row in zip(arm.means, arm.losses, strict=True):
-            cell = f"{mean:.3f} ({', '.join(f'{v:.2f}' for v in row)})"
+            cell = f"{mean:.3f} ± {(max(row) - min(row)) / 2:.2f}"
             cells.append(f"[bold]{cell}[/bold]" if mean == best else cell)
         made.add_row(arm.label, f"{arm.rate.lr:.2g}", *cells)
     return made

@@ -19,7 +19,7 @@ from torch import nn
 
 from .adapters import Factor, Init, Method, Reference, Survey
 from .errors import OptimizerError, RankAwareWarning
-from .inspection import inspect_model, walk
+from .inspection import Walk, survey_of, walk
 from .laws import Law, checked_multiplier, get_law, optimizer_family
 
 __all__ = ["Assignment", "Plan", "rank_aware_param_groups"]
@@ -198,15 +198,15 @@ class UserGroup(NamedTuple):
     options: dict[str, Any]
 
 
-def user_groups(params: Any, model: nn.Module) -> list[UserGroup]:
+def user_groups(params: Any, model: nn.Module, walked: Walk) -> list[UserGroup]:
     """The user's parameters as named groups: a model, parameters, named parameters, or dicts of them.
 
     A model stands for its trainable parameters. Raises OptimizerError where a parameter comes twice or none is the
     model's.
     """
-    _, known = walk(model)
+    known = walked.parameters
     if isinstance(params, nn.Module):
-        own = known if params is model else walk(params)[1]
+        own = known if params is model else walk(params).parameters
         params = [p for _, p in own if p.requires_grad]
     entries = [params] if isinstance(params, torch.Tensor) else list(params)
     dicts: list[Any] = entries if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
@@ -325,7 +325,8 @@ def rank_aware_param_groups(
     """
     model = _model_of(params, model)
     check_lr(lr)
-    survey = inspect_model(model, method=method, init=init)
+    walked = walk(model)
+    survey = survey_of(walked, method=method, init=init)
     plan = make_plan(
         survey,
         law=law,
@@ -337,7 +338,7 @@ def rank_aware_param_groups(
         across_inits=across_inits,
     )
     groups = []
-    for planned in split(user_groups(params, model), plan, survey):
+    for planned in split(user_groups(params, model, walked), plan, survey):
         group = {"lr": lr, **planned.as_dict(named=named)}
         scale_lr(group, planned.assignment)
         groups.append(group)

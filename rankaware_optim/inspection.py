@@ -26,6 +26,13 @@ Modules = list[tuple[str, nn.Module]]
 Parameters = list[tuple[str, nn.Parameter]]
 
 
+class Walk(NamedTuple):
+    """A model walked once, since the walk is what costs: its modules and parameters by name."""
+
+    modules: Modules
+    parameters: Parameters
+
+
 class _Half(NamedTuple):
     name: str  # local to the owner
     tensor: torch.Tensor
@@ -43,9 +50,14 @@ def inspect_model(model: nn.Module, *, method: Method = "lora", init: Init | Non
         InspectionError: declared rank and shapes disagree, a scaling is not positive, no pair was found, or one was
             where method="full" expects none.
     """
+    return survey_of(walk(model), method=method, init=init)
+
+
+def survey_of(walked: Walk, *, method: Method = "lora", init: Init | None = None) -> Survey:
+    """`inspect_model` of a model that was walked already."""
     if method not in ("lora", "full"):
         raise InspectionError(f"The method is 'lora' or 'full', not {method!r}.", "Give one of the two.")
-    modules, parameters = walk(model)
+    modules, parameters = walked
     trainable = {id(p): name for name, p in parameters if p.requires_grad}
     notes: list[str] = []
     if method == "full":
@@ -72,16 +84,16 @@ def canonical_name(name: str) -> str:
     return name.removeprefix(_WRAPPERS[-1])
 
 
-def walk(model: nn.Module) -> tuple[Modules, Parameters]:
+def walk(model: nn.Module) -> Walk:
     """The model's modules and parameters under canonical names, or their own where canonical ones would coincide."""
     modules = list(model.named_modules())
     if not any(prefix.endswith(_WRAPPED) for prefix, _ in modules):  # the usual case: no name to clean
-        return modules, _parameters_of(modules)
+        return Walk(modules, _parameters_of(modules))
     clean = [(canonical_name(f"{prefix}.").removesuffix("."), module) for prefix, module in modules]
     parameters = _parameters_of(clean)
     if len({name for name, _ in parameters}) < len(parameters):  # a submodule of the user's own is called "module"
-        return modules, _parameters_of(modules)
-    return clean, parameters
+        return Walk(modules, _parameters_of(modules))
+    return Walk(clean, parameters)
 
 
 def _parameters_of(modules: Modules) -> Parameters:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from .adapters import Init, Method, Reference
 from .errors import CheckpointError, OptimizerError
 from .groups import Assignment, Plan, PlannedGroup, check_lr, make_plan, scale_lr, split, user_groups
-from .inspection import inspect_model
+from .inspection import survey_of, walk
 from .laws import Law
 from .recipe import Recipe, resolve_recipe
 from .report import Report, make_report
@@ -98,7 +98,8 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         loaded = None if recipe is None else resolve_recipe(recipe)
         if loaded is not None:
             lr, tuned_at, law = loaded.lr, loaded.reference, loaded.law
-        survey = inspect_model(model, method=method, init=init)
+        walked = walk(model)
+        survey = survey_of(walked, method=method, init=init)
         plan = make_plan(
             survey,
             law="mua" if law is None else law,
@@ -112,7 +113,7 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
             notes=() if loaded is None else loaded.notes_for(survey, native),
         )
         base = _base_lr(native, built, lr)
-        planned = split(user_groups(built.param_groups if built else params, model), plan, survey)
+        planned = split(user_groups(built.param_groups if built else params, model, walked), plan, survey)
         opt = _construct(native, planned, base, settings) if built is None else _regroup(built, native, planned, lr)
         opt._rankaware_plan = plan
         opt._rankaware_inspect = {"method": method, "init": init}
@@ -136,8 +137,9 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
                 "This optimizer, a copy or one that outlived it, does not hold its model, so a new group has no rate.",
                 "Wrap again with model=, or add groups made by rank_aware_param_groups.",
             )
-        survey = inspect_model(model, **self._rankaware_inspect)  # type: ignore[attr-defined]
-        for planned in split(user_groups([param_group], model), self._rankaware_plan, survey):
+        walked = walk(model)
+        survey = survey_of(walked, **self._rankaware_inspect)  # type: ignore[attr-defined]
+        for planned in split(user_groups([param_group], model, walked), self._rankaware_plan, survey):
             native.add_param_group(self, planned.as_dict(named="param_names" in self.param_groups[0]))
             scale_lr(self.param_groups[-1], planned.assignment)
 

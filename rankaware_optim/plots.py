@@ -70,7 +70,7 @@ def _draw_trials(axis: Any, recipe: Recipe) -> None:
         axis.axvline(_at(recipe, rank).lr, color=colour, linestyle="--", linewidth=1)
     _rate_axis(axis)
     axis.set(ylabel="score, minimised")
-    axis.set_title("Trials (△ diverged or above the frame; dashed: quoted rates)", fontsize=10)
+    axis.set_title("Trials (△ off the frame; dashed: quoted rates)", fontsize=10)
     axis.legend(frameon=False)
 
 
@@ -113,7 +113,10 @@ def _draw_arm(axis: Any, arm: Arm, factors: Sequence[float]) -> None:
 
 
 def _rate_axis(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator
+
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_locator(LogLocator(base=4))
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:.1g}")
     axis.set_xlabel("learning rate, per step")
 

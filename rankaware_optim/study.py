@@ -254,7 +254,7 @@ class Study:
 
         reference = self._settled()
         lora = [r for r in self.ranks if r is not None]
-        pivot = math.exp(sum(map(math.log, lora)) / len(lora)) if lora else 16.0
+        pivot = round(math.exp(sum(map(math.log, lora)) / len(lora)), 9) if lora else 16.0
         (_, drift_sd), (_, full_sd) = _PRIORS[reference.init]
         continues = reference.init == "B" and reference.method == "lora"
         reach = math.log2((self.full_fan_in or pivot) / pivot) if continues else 0.0

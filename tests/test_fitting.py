@@ -150,9 +150,7 @@ def test_the_units_of_the_loss_do_not_matter(seen, offset, scale):
     def moved(o: Observation) -> Observation:
         return replace(o, **{name: (getattr(o, name) + offset) * scale for name in ("value", "start", "tail")})
 
-    first, second = fitted(seen), fitted([moved(o) for o in seen])
-    assert_alike(first, second)
-    assert second.gain == pytest.approx(scale * first.gain, rel=1e-6)
+    assert_alike(fitted(seen), fitted([moved(o) for o in seen]))
 
 
 @settings(max_examples=50)
