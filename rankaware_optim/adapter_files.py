@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .adapters import Factor, Init, Reference, Survey
 from .errors import InspectionError
@@ -69,7 +69,7 @@ def _pair(
     if second not in shapes:
         return []
     a, b = shapes[key], shapes[second]
-    if len(a) < 2 or len(b) < 2 or b[1] == 0 or a[0] % b[1]:
+    if len(a) < 2 or len(b) < 2 or 0 in (*a, *b) or a[0] % b[1]:
         raise InspectionError(
             f"{path}: {key} has shape {a} and {second} {b}, which is no LoRA pair.", "Save the adapter again."
         )
@@ -103,7 +103,7 @@ def _declared_init(config: Mapping[str, Any], kind: str) -> Init:
 def _scaling(layer: str, rank: int, alphas: Mapping[str, float], config: Mapping[str, Any], path: Path) -> float | None:
     alpha: Any = alphas.get(f"{layer}.alpha")
     if alpha is None and config:
-        patterns = config.get("alpha_pattern") or {}
+        patterns = config.get("alpha_pattern") or {}  # checked by _read_config
         matched = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)]
         alpha = matched[0] if matched else config.get("lora_alpha")
     if alpha is None:
@@ -116,11 +116,18 @@ def _scaling(layer: str, rank: int, alphas: Mapping[str, float], config: Mapping
 def _read_config(path: Path) -> Mapping[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InspectionError(f"{path} cannot be read: {error}.", "Give a folder saved by PEFT.") from error
     rank = config.get("r", 1) if isinstance(config, dict) else None
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise InspectionError(f"{path} has no usable rank. @ r", "Give a folder saved by PEFT.")
+    try:
+        for pattern in dict(config.get("alpha_pattern") or {}):
+            re.compile(pattern)
+    except (TypeError, ValueError, re.error) as error:
+        raise InspectionError(
+            f"{path} has no usable pattern: {error}. @ alpha_pattern", "Give a folder saved by PEFT."
+        ) from error
     return dict(config)
 
 
@@ -132,7 +139,7 @@ def _read_header(path: Path) -> dict[str, Any]:
             if not 2 <= length <= min(_HEADER_LIMIT, path.stat().st_size - 8):
                 raise InspectionError(f"{path} is no whole safetensors file.", "Copy it again, or give another.")
             header = json.loads(file.read(length))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InspectionError):
             raise
         raise InspectionError(
@@ -140,13 +147,24 @@ def _read_header(path: Path) -> dict[str, Any]:
         ) from error
     for key, entry in header.items() if isinstance(header, dict) else [("its header", None)]:
         if key != "__metadata__" and not _is_entry(entry):
-            raise InspectionError(f"{path}: {key} has no usable shape.", "Save the adapter again.")
+            raise InspectionError(f"{path}: {key} has no usable shape or place.", "Save the adapter again.")
+    end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+    if 8 + length + end != path.stat().st_size:
+        raise InspectionError(
+            f"{path} is no whole safetensors file: {end} bytes of tensors belong after its header.", "Copy it again."
+        )
     return dict(header)
 
 
 def _is_entry(entry: object) -> bool:
-    shape = entry.get("shape") if isinstance(entry, dict) else None
-    return isinstance(shape, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
+    if not isinstance(entry, dict):
+        return False
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    return _are_counts(shape) and _are_counts(place) and len(place) == 2 and place[0] <= place[1]
+
+
+def _are_counts(values: object) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
 
 
 def _scalar(path: Path, key: str) -> float:
@@ -204,7 +222,7 @@ def parse_reference(text: str) -> Reference:
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, _, value = part.partition("=")
         try:
-            values |= {"rslora": True} if key == "rslora" else _reference_entry(key, value)
+            values |= {"rslora": True} if part == "rslora" else _reference_entry(key, value)
         except (KeyError, ValueError) as error:
             raise InspectionError(
                 f"{part!r} is no part of a reference.", 'Write it as "r=16,alpha=32", with rslora, init=B, fan_in=4096.'

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
+from .construction import get_optimizer_class
 from .errors import CalibrationError
 from .groups import check_lr
 from .laws import Law, get_law
-from .optimizer import get_optimizer_class
 from .recipe import Recipe
 from .study import Study
 from .trial import Train, Trial
@@ -85,10 +86,10 @@ def calibrate(
         seeds=seeds,
         steps=_check_count("steps", steps),
         lr_range=_check_range(lr_range),
-        batch=batch,
-        warmup=warmup,
-        seed=seed,
-        name=name,
+        batch=_check_number("batch", batch, sys.float_info.max),
+        warmup=_check_number("warmup", warmup, 1.0),
+        seed=_check_seed(seed),
+        name=_check_name(name),
     )
     run.open(sampler, pruner, storage)
     with _interruptible(run, count), _progress(count, progress) as show:
@@ -152,8 +153,9 @@ def _check_ranks(ranks: Sequence[int | None]) -> tuple[int | None, ...]:
 
 
 def _check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    values = tuple(seeds)
-    if not values or not all(isinstance(s, int) for s in values) or len(set(values)) != len(values):
+    values = tuple(seeds) if isinstance(seeds, Sequence) else ()
+    whole = all(isinstance(s, int) and not isinstance(s, bool) and abs(s) < 2**63 for s in values)
+    if not values or not whole or len(set(values)) != len(values):
         raise CalibrationError(f"seeds is {seeds!r}.", "Give distinct whole numbers, such as (0, 1).")
     return values
 
@@ -167,7 +169,31 @@ def _check_count(what: str, value: int) -> int:
 def _check_range(lr_range: tuple[float, float] | None) -> tuple[float, float] | None:
     if lr_range is None:
         return None
-    low, high = (check_lr(lr, "lr_range") for lr in lr_range)
+    low, high = (check_lr(lr, "lr_range") for lr in lr_range) if _is_pair(lr_range) else (1.0, 1.0)
     if low >= high:
-        raise CalibrationError(f"lr_range is {lr_range!r}.", "Give the lower rate first.")
+        raise CalibrationError(f"lr_range is {lr_range!r}.", "Give two rates, the lower first.")
     return math.log2(low), math.log2(high)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+
+
+def _check_number(what: str, value: float | None, most: float) -> float | None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value <= most):
+        least = "a positive number" if most > 1 else "a share of the steps, above 0 and at most 1"
+        raise CalibrationError(f"{what} is {value!r}.", f"Give {least}, or leave it out.")
+    return value
+
+
+def _check_seed(seed: int) -> int:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise CalibrationError(f"seed is {seed!r}.", "Give a whole number from 0 to 2³² - 1.")
+    return seed
+
+
+def _check_name(name: str) -> str:
+    if not isinstance(name, str) or not name:
+        raise CalibrationError(f"name is {name!r}.", "Give a name, such as 'digits'.")
+    return name

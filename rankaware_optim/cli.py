@@ -87,6 +87,10 @@ def lr(
     """Print a recipe's rate at a rank, or for full finetuning."""
     if full == (rank is not None):
         raise click.UsageError("Give --rank N or --full.")
+    if alpha is None and rslora:
+        raise click.UsageError("--rslora says how --alpha is meant: give --alpha too.")
+    if full and alpha is not None:
+        raise click.UsageError("Full finetuning has no --alpha.")
     method: Any = "full" if full else "lora"
     loaded = Recipe.load(recipe)
     rate = loaded.at(rank, alpha=alpha, rslora=rslora, init=init, method=method, fan_in=fan_in)

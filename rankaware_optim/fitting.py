@@ -89,11 +89,17 @@ class Fit:
 
 
 def diverged(observations: Sequence[Observation]) -> list[bool]:
-    """Which runs diverged: cut short, non-finite, or ended above their start by a quarter of the best gain seen."""
+    """Which runs diverged: cut short, non-finite, or ended above their start by a quarter of the best gain seen.
+
+    Where no run gained anything, ending above the start is enough, unless scores were returned: a curve that only
+    rises may then be of another kind.
+    """
     gains = [o.start - o.tail for o in observations if math.isfinite(o.tail)]
     margin = _DIVERGED * max([g for g in gains if g > 0], default=0.0)
     return [
-        o.stopped or not math.isfinite(o.value + o.tail) or (margin > 0 and o.tail > o.start + margin)
+        o.stopped
+        or not math.isfinite(o.value + o.tail)
+        or ((margin > 0 or not o.returned) and o.tail > o.start + margin)
         for o in observations
     ]
 

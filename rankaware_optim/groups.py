@@ -25,6 +25,8 @@ from .laws import Law, checked_multiplier, get_law, optimizer_family
 __all__ = ["Assignment", "Plan", "rank_aware_param_groups"]
 
 GROUP_FORMAT = 1
+# What our groups hold beside torch's own keys: plain scalars, so that checkpoints load with weights_only=True.
+TAGS = ("lr_multiplier", "lora_role", "lora_rank", "lora_scale", "lora_init", "user_group", "rankaware_format")
 
 
 class Assignment(NamedTuple):
@@ -69,6 +71,14 @@ class Plan:
             return Assignment(multiplier=1.0 if rate is not None else moved, rate=rate)
         moved = 1.0 if pinned is not None else self.multiplier(factor)
         return Assignment(factor.role, factor.rank, factor.scaling, factor.init, moved, pinned)
+
+    def has_own_rate(self, group: Mapping[str, Any]) -> bool:
+        """Whether a built group has a rate of its own, by `rates` or `other_lr`."""
+        return self.is_named(group) or (group.get("lora_role") == "other" and self.other_lr is not None)
+
+    def is_named(self, group: Mapping[str, Any]) -> bool:
+        """Whether a pattern of `rates` names a built group's parameters."""
+        return any(_pinned(name, dict(self.rates)) is not None for name in group.get("param_names", ())[:1])
 
     def multiplier(self, factor: Factor) -> float:
         """The law's answer for `factor`, seen at the model's width and along its own init's law.
@@ -256,42 +266,46 @@ class PlannedGroup(NamedTuple):
     assignment: Assignment
     named: list[tuple[str, torch.Tensor]]
     options: dict[str, Any]
+    user_group: int = 0
 
     def as_dict(self, *, named: bool = True) -> dict[str, Any]:
         """The group for torch, its lr still the user's own."""
-        a = self.assignment
         params: list[Any] = list(self.named) if named else [p for _, p in self.named]
-        tags = {"lora_role": a.role, "lora_rank": a.rank, "lora_scale": a.scaling, "lora_init": a.init}
-        return {
-            "params": params,
-            **self.options,
-            "lr_multiplier": a.multiplier,
-            **tags,
-            "rankaware_format": GROUP_FORMAT,
-        }
+        a = self.assignment
+        values = (a.multiplier, a.role, a.rank, a.scaling, a.init, self.user_group, GROUP_FORMAT)
+        return {"params": params, **self.options, **dict(zip(TAGS, values, strict=True))}
 
 
-def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey) -> list[PlannedGroup]:
-    """Cut each user group by assignment, never merging two of the user's; groups at the base rate come first."""
+def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 0) -> list[PlannedGroup]:
+    """Cut each user group by assignment, never merging two of the user's; groups at the base rate come first.
+
+    The user's groups are counted from `first`.
+    """
     factors = {f.name: f for f in survey.factors}
     planned: list[PlannedGroup] = []
-    for group in groups:
+    for number, group in enumerate(groups, first):
         cut: dict[Assignment, PlannedGroup] = {}
         for name, param in group.named:
             assignment = plan.assign(name, factors.get(name))
-            cut.setdefault(assignment, PlannedGroup(assignment, [], dict(group.options))).named.append((name, param))
+            blank = PlannedGroup(assignment, [], dict(group.options), number)
+            cut.setdefault(assignment, blank).named.append((name, param))
         planned.extend(cut.values())
     return sorted(planned, key=lambda g: g.assignment.multiplier != 1.0 or g.assignment.rate is not None)
 
 
-def scale_lr(group: dict[str, Any], assignment: Assignment) -> None:
-    """Multiply a built group's lr in place, or set the rate of its own and record the multiplier it amounts to."""
+def scale_lr(group: dict[str, Any], assignment: Assignment, *, scale_weight_decay: bool = True) -> None:
+    """Multiply a built group's lr in place, or set the rate of its own and record the multiplier it amounts to.
+
+    A decoupled decay is lr × weight_decay: without scale_weight_decay it is divided so that the product stays.
+    """
     base = group["lr"]
     if assignment.rate is not None:
         group["lr_multiplier"] = assignment.rate / float(base)
         group["lr"] = torch.full_like(base, assignment.rate) if isinstance(base, torch.Tensor) else assignment.rate
     elif assignment.multiplier != 1.0:
         group["lr"] = base * assignment.multiplier
+    if not scale_weight_decay and "weight_decay" in group:
+        group["weight_decay"] = group["weight_decay"] / group["lr_multiplier"]
 
 
 def rank_aware_param_groups(

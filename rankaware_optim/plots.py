@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,19 +56,24 @@ def _figure(rows: int, columns: int, width: float) -> tuple[Any, Any]:
 
 
 def _draw_trials(axis: Any, recipe: Recipe) -> None:
+    if not {"rank", "lr", "value"} <= recipe.tensors.keys():
+        raise PlotError(f"The recipe {recipe.name!r} holds no trials to draw.", "Give one made by ra.calibrate.")
     ranks, rates, values = (recipe.tensors[key].tolist() for key in ("rank", "lr", "value"))
     shown = sorted(set(ranks), key=lambda r: (r == 0, r))
     finite = [v for v in values if math.isfinite(v)]
     top = _top(finite)
-    for rank, colour in zip(shown, _COLOURS, strict=False):
-        moved = _moved(recipe, rank)
+    for rank, colour in zip(shown, cycle(_COLOURS), strict=False):
+        quoted = _at(recipe, rank) if _knows(recipe, rank) else None
+        moved = 1.0 if quoted is None else quoted.lr / recipe.lr
         points = [(lr * moved, v) for r, lr, v in zip(ranks, rates, values, strict=True) if r == rank]
         inside = [(x, v) for x, v in points if v <= top]
         beyond = [x for x, v in points if not v <= top]
         label = f"rank {rank}" if rank else "full finetuning"
+        label += "" if quoted else ", by its base rate"
         axis.plot(*zip(*inside, strict=True) if inside else ((), ()), "o", color=colour, label=label, alpha=0.8)
         axis.plot(beyond, [top] * len(beyond), "^", color=colour, markerfacecolor="none", clip_on=False)
-        axis.axvline(_at(recipe, rank).lr, color=colour, linestyle="--", linewidth=1)
+        if quoted is not None:
+            axis.axvline(quoted.lr, color=colour, linestyle="--", linewidth=1)
     _rate_axis(axis)
     axis.set(ylabel="score, minimised")
     axis.set_title("Trials (△ off the frame; dashed: quoted rates)", fontsize=10)
@@ -125,13 +131,12 @@ def _at(recipe: Recipe, rank: int) -> Rate:
     """The recipe's rate at a rank, or with 0 for full finetuning; a figure extrapolates on purpose."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        full = rank == 0 and recipe.reference.method == "lora"
-        return recipe.at(method="full") if full or rank == 0 else recipe.at(rank=rank)
+        return recipe.at(rank=rank) if rank else recipe.at(method="full")
 
 
-def _moved(recipe: Recipe, rank: int) -> float:
-    """Ratio of the rate at `rank` to the base rate."""
-    return _at(recipe, rank).lr / recipe.lr
+def _knows(recipe: Recipe, rank: int) -> bool:
+    """Whether the recipe has a rate at `rank` without being told an alpha."""
+    return rank in (0, recipe.reference.rank) or recipe.scaling_rule != "unknown"
 
 
 def _top(values: Sequence[float]) -> float:

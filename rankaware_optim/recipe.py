@@ -299,16 +299,17 @@ def _to_toml(recipe: Recipe) -> dict[str, Any]:
         },
         "scaling_rule": recipe.scaling_rule,
         "law": law_to_dict(recipe.law),
-        "optimizer": {"class": recipe.optimizer, "settings": {k: _plain(v) for k, v in recipe.settings.items()}},
+        "optimizer": {"class": recipe.optimizer, "settings": {k: plain_setting(v) for k, v in recipe.settings.items()}},
         "horizon": {"steps": recipe.steps, "batch": recipe.batch, "warmup_share": recipe.warmup},
         "seen": {"ranks": list(recipe.ranks), "full": recipe.full_seen, "seed": recipe.seed},
         "versions": dict(recipe.versions),
     }
 
 
-def _plain(value: Any) -> Any:
+def plain_setting(value: Any) -> Any:
+    """An optimizer's setting as TOML can hold it; what it cannot is written as Python would show it."""
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain_setting(v) for v in value]
     return value if isinstance(value, (bool, int, float, str)) else repr(value)
 
 

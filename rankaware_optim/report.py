@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
+from .checkpoints import Carried
 from .groups import Plan
 
 __all__ = ["Report", "Row"]
@@ -29,11 +30,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Per group: role, rank, scaling, init, count, multiplier, rate, and why. `str()` draws it as a table."""
+    """Per group: role, rank, scaling, init, count, multiplier, rate, and why. `str()` draws it as a table.
+
+    carried: per parameter, what the last checkpoint of another rank left of its moments.
+    """
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     title: str
+    carried: tuple[Carried, ...] = ()
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -60,9 +65,22 @@ class Report:
         return table
 
 
-def make_report(param_groups: Iterable[Mapping[str, Any]], plan: Plan, title: str) -> Report:
+def make_report(
+    param_groups: Iterable[Mapping[str, Any]], plan: Plan, title: str, carried: tuple[Carried, ...] = ()
+) -> Report:
     """A report of built groups at their present rates."""
-    return Report(tuple(_row(group, plan) for group in param_groups), plan.notes, title)
+    rows = tuple(_row(group, plan) for group in param_groups)
+    return Report(rows, (*plan.notes, *_carried_notes(carried)), title, carried)
+
+
+def _carried_notes(carried: tuple[Carried, ...]) -> list[str]:
+    """One line for each change of rank: how many parameters, and how many directions of each were kept."""
+    changes = Counter((c.saved_rank, c.rank, c.kept, c.state) for c in carried)
+    return [
+        f"{count} parameters came from a checkpoint of rank {saved}, now {rank}: "
+        + (f"{kept} directions kept in {', '.join(state)}." if kept else "their moments start anew.")
+        for (saved, rank, kept, state), count in changes.items()
+    ]
 
 
 def _row(group: Mapping[str, Any], plan: Plan) -> Row:
@@ -81,11 +99,9 @@ def _row(group: Mapping[str, Any], plan: Plan) -> Row:
 
 
 def _reason(group: Mapping[str, Any], plan: Plan) -> str:
-    role, names = group.get("lora_role", "other"), group.get("param_names", ())
-    if any(fnmatchcase(name, pattern) for name in names[:1] for pattern, _ in plan.rates):
-        return "a rate of its own, by rates="
-    if role == "other" and plan.other_lr is not None:
-        return "a rate of its own, by other_lr="
+    role = group.get("lora_role", "other")
+    if plan.has_own_rate(group):
+        return f"a rate of its own, by {'rates=' if plan.is_named(group) else 'other_lr='}"
     if role == "full" or (role == "other" and plan.method == "full"):
         return f"{plan.law.name}: full finetuning, from {plan.reference}"
     if role == "other":

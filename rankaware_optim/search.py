@@ -45,21 +45,30 @@ class BracketSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> float:
         low, high = param_distribution.low, param_distribution.high  # type: ignore[attr-defined]
-        seen = observations_of(study)
-        proposed = next_bracket(seen, self._start, low, high)
+        seen, pruned = observations_of(study), pruned_of(study)
+        proposed = next_bracket(seen, self._start, low, high, [x for _, x in pruned])
         if proposed is None:
-            proposed = next_refinement(seen, trial.user_attrs.get("rank"), self._prior)
+            rank = trial.user_attrs.get("rank")
+            proposed = next_refinement(seen, rank, self._prior, [x for other, x in pruned if other == rank])
         return float(min(max(proposed, low), high))
 
 
 def observations_of(study: Study) -> list[Observation]:
-    """All finished trials of a study; those pruned for another reason than divergence are left out."""
+    """All trials of a study that ran to their end or diverged."""
     states = (TrialState.COMPLETE, TrialState.PRUNED)
     trials = study.get_trials(deepcopy=False, states=states)
     return [Observation(**t.user_attrs["observation"]) for t in trials if "observation" in t.user_attrs]
 
 
-def next_bracket(seen: Sequence[Observation], start: float, low: float, high: float) -> float | None:
+def pruned_of(study: Study) -> list[tuple[int | None, float]]:
+    """(rank, log2 rate) of the trials that the pruner stopped: worse than others, by how much is not known."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+    return [(t.user_attrs["rank"], t.params[PARAMETER]) for t in trials if "observation" not in t.user_attrs]
+
+
+def next_bracket(
+    seen: Sequence[Observation], start: float, low: float, high: float, pruned: Sequence[float] = ()
+) -> float | None:
     """The next rate of the search outwards; None once a clearly worse rate lies above the best, and any below it.
 
     Upwards it goes on until the cliff is seen: loss is flat below it, so nothing else says as much of where it is.
@@ -73,21 +82,22 @@ def next_bracket(seen: Sequence[Observation], start: float, low: float, high: fl
     best = min(good, key=lambda o: o.value)
     margin = _CLEARLY * gain_of(good)
     worse = [o.x for o, b in zip(seen, bad, strict=True) if o.x > best.x and (b or o.value > best.value + margin)]
+    worse += [x for x in pruned if x > best.x]
     if not worse:
         target = max(o.x for o in seen) + _STRIDE
         return target if target <= high else None
-    below = any(o.x < best.x - _STRIDE / 4 for o in seen)
+    below = any(x < best.x - _STRIDE / 4 for x in (*(o.x for o in seen), *pruned))
     return None if below or best.x - _STRIDE < low else best.x - _STRIDE
 
 
-def next_refinement(seen: Sequence[Observation], rank: int | None, prior: Prior) -> float:
+def next_refinement(seen: Sequence[Observation], rank: int | None, prior: Prior, pruned: Sequence[float] = ()) -> float:
     """The offset from this rank's fitted optimum that is farthest from what this rank has tried."""
     fit = fit_observations(seen, prior)
     if fit is None:
         return min(o.x for o in seen) - _STRIDE
     reach = prior.full_reach if rank is None else math.log2(rank / prior.pivot)
     centre = fit.mean[0] + reach * fit.mean[1] + (fit.mean[2] if rank is None else 0.0)
-    tried = [o.x for o in seen if o.rank == rank]
+    tried = [*(o.x for o in seen if o.rank == rank), *pruned]
     top = math.inf if fit.ceiling is None else fit.ceiling - _CLEARANCE
     options = [min(centre + offset, top) for offset in _OFFSETS]
     return float(max(options, key=lambda x: min((abs(x - t) for t in tried), default=math.inf)))

@@ -24,7 +24,7 @@ from .errors import CalibrationError
 from .inspection import inspect_model
 from .laws import Law, Power, checked_multiplier, optimizer_family
 from .optimizer import RankAwareOptimizer
-from .recipe import Recipe, infer_scaling
+from .recipe import Recipe, infer_scaling, plain_setting
 from .trial import TAIL, Outcome, Train, Trial, run_trial, seeded
 
 if TYPE_CHECKING:
@@ -83,9 +83,30 @@ class Study:
             )
         finally:
             optuna.logging.set_verbosity(verbosity)
-        stored = self.study.user_attrs.get("reference")
-        if stored is not None:
-            self._settle(Reference(**stored), self.study.user_attrs["full_fan_in"])
+        self._check_stored()
+        stored = self.study.user_attrs
+        self.settings = stored.get("settings", {})
+        if "reference" in stored:
+            self._settle(Reference(**stored["reference"]), stored["full_fan_in"])
+
+    def _check_stored(self) -> None:
+        """Refuse to go on with a study whose trials do not compare: other steps, LoRA ranks, law or optimizer."""
+        mine = {
+            "steps": self.steps,
+            "ranks": [rank for rank in self.ranks if rank is not None],
+            "law": repr(self.law),
+            "optimizer": self._optimizer_name(),
+        }
+        stored = self.study.user_attrs.get("made_with", {} if self.study.get_trials(deepcopy=False) else mine)
+        for key in (key for key, value in mine.items() if stored.get(key) != value):
+            raise CalibrationError(
+                f"The stored study {self.name!r} was made with {key}={stored.get(key)!r}, not {mine[key]!r}.",
+                "Give this calibration another name=, or another storage=.",
+            )
+        self.study.set_user_attr("made_with", mine)
+
+    def _optimizer_name(self) -> str:
+        return f"{self.optimizer.__module__}.{self.optimizer.__qualname__}"
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -120,20 +141,32 @@ class Study:
         try:
             with seeded(seed):
                 outcome = run_trial(train, trial, limit=self._limit(), endless=self.endless, watch=watch)
+            self._check_kind(outcome)
         except BaseException:
             self.study.tell(handle, state=optuna.trial.TrialState.FAIL)
             raise
         self._record(handle, trial, outcome)
 
     def _next_cell(self) -> tuple[int | None, int]:
-        """The (rank, seed) tried least, first among runs that did not diverge: paired and balanced."""
+        """The (rank, seed) tried least, first among runs that did not diverge: paired and balanced.
+
+        A run that the pruner stopped was judged, so it counts as one that did not.
+        """
         from .fitting import diverged
 
         seen = self.observations()
-        good = [(o.rank, o.seed) for o, bad in zip(seen, diverged(seen), strict=True) if not bad]
+        lost = [(o.rank, o.seed) for o, bad in zip(seen, diverged(seen), strict=True) if bad]
         tried = [(t.user_attrs["rank"], t.user_attrs["seed"]) for t in self.trials()]
         cells = [(rank, seed) for seed in self.seeds for rank in self.ranks]
-        return min(cells, key=lambda cell: (good.count(cell), tried.count(cell)))
+        return min(cells, key=lambda cell: (tried.count(cell) - lost.count(cell), tried.count(cell)))
+
+    def _check_kind(self, outcome: Outcome) -> None:
+        """Scores compare only if all were returned or none was."""
+        returned = outcome.returned is not None
+        if not outcome.stopped and any(o.returned != returned for o in self.observations() if not o.stopped):
+            raise CalibrationError(
+                "train returned a score in some trials and none in others.", "Return one in every trial, or in none."
+            )
 
     def _limit(self) -> float:
         """How far above its start a run may rise before it is stopped: half the best gain seen; unlimited at first."""
@@ -179,7 +212,8 @@ class Study:
             low, high = self._range()
             trial.lr = 2.0 ** float(handle.suggest_float("log2_lr", low, high))
             own = inspect.signature(RankAwareOptimizer.__new__).parameters
-            self.settings = {key: value for key, value in settings.items() if key not in own}
+            self.settings = {key: plain_setting(value) for key, value in settings.items() if key not in own}
+            self.study.set_user_attr("settings", self.settings)
             return RankAwareOptimizer(  # type: ignore[no-any-return]
                 params,
                 self.optimizer,
@@ -286,9 +320,10 @@ class Study:
         """The recipe of what was seen so far."""
         fit, reference = self.fit(), self._settled()
         if fit is None:
+            runs, seen = self.trials(), self.observations()
             raise CalibrationError(
-                f"Every one of {len(self.observations())} runs diverged.",
-                "Lower lr_range=, or check the loss and the data.",
+                f"Every one of {len(runs)} runs diverged{' or was pruned' * (len(seen) < len(runs))}.",
+                "Lower lr_range=, or check the loss, the data and the pruner.",
             )
         base, drift, factor = (float(v) for v in fit.mean)
         shift = 0.0 if reference.rank is None else drift * math.log2(reference.rank / self.prior.pivot)
@@ -306,7 +341,7 @@ class Study:
             full_fan_in=self.full_fan_in,
             ranks=tuple(rank for rank in self.ranks if rank is not None),
             full_seen=None in self.ranks,
-            optimizer=f"{self.optimizer.__module__}.{self.optimizer.__qualname__}",
+            optimizer=self._optimizer_name(),
             settings=self.settings,
             steps=self.steps,
             batch=self.batch,
@@ -321,7 +356,9 @@ class Study:
         return {a["rank"]: a["scaling"] for a in seen if a["rank"] is not None and "scaling" in a}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Every trial's rank (0: full finetuning), seed, base rate, score and values, padded with NaN."""
+        """Every trial's rank (0: full finetuning), seed, base rate, score, fate and values, padded with NaN."""
+        from .fitting import diverged
+
         trials = [t.user_attrs for t in self.trials() if "observation" in t.user_attrs]
         seen = [t["observation"] for t in trials]
         curves = torch.full((len(trials), self.steps), math.nan)
@@ -332,6 +369,7 @@ class Study:
             "seed": torch.tensor([o["seed"] for o in seen]),
             "lr": torch.tensor([2.0 ** o["x"] for o in seen], dtype=torch.float64),
             "value": torch.tensor([o["value"] for o in seen], dtype=torch.float64),
+            "diverged": torch.tensor(diverged(self.observations()), dtype=torch.bool),
             "curve": curves,
         }
 

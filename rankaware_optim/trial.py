@@ -43,17 +43,17 @@ class Trial:
         """ "full" where `rank` is None, else "lora"."""
         return "full" if self.rank is None else "lora"
 
-    def optimizer(self, model: Any, **settings: Any) -> RankAwareOptimizer:
+    def optimizer(self, params: Any, /, **settings: Any) -> RankAwareOptimizer:
         """A RankAwareOptimizer at this trial's rate. Call it once; `settings` are the optimizer's own and are recorded.
 
-        `model` is the model, or parameters or groups with `model=`. rates=, other_lr= and the like are passed on.
+        `params` is the model, or parameters or groups with `model=`. rates=, other_lr= and the like are passed on.
         """
         if self.lr is not None:
             raise CalibrationError("trial.optimizer was called twice in one trial.", "Call it once, after the model.")
         given = [name for name in ("lr", "tuned_at", "law", "recipe", "method") if name in settings]
         if given:
             raise CalibrationError(f"trial.optimizer got {given[0]}=, which the trial decides.", "Leave it out.")
-        return self._build(self, model, settings)
+        return self._build(self, params, settings)
 
 
 class Outcome(NamedTuple):
@@ -118,6 +118,11 @@ def _finish(run: Generator[Any, None, Any], curve: list[float], endless: bool | 
     except StopIteration as stop:
         returned = None if stop.value is None else _as_float(stop.value, len(curve), "return value")
         return Outcome(curve, returned, endless=False)
+    if endless is False:
+        raise CalibrationError(
+            f"train went on after {len(curve)} steps, where an earlier run ended.",
+            "Let every run end at trial.steps, or none.",
+        )
     return Outcome(curve, endless=True)
 
 

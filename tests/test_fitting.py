@@ -184,9 +184,11 @@ def test_a_run_diverged_that_is_not_finite_or_ends_far_above_its_start(run, lost
     assert diverged([observation(-9.0, 0.3), run]) == [False, lost]
 
 
-def test_without_any_gain_nothing_finite_diverged():
-    """Where no run fell below its start, none that rose is told from the rest."""
-    assert diverged([RISEN, replace(RISEN, value=9.0, tail=9.0)]) == [False, False]
+@pytest.mark.parametrize("returned", [True, False])
+def test_where_no_run_gained_those_that_rose_diverged(returned):
+    """If no run fell below its start, one that rose diverged, unless its score was returned."""
+    level = replace(RISEN, tail=START, value=START, returned=returned)
+    assert diverged([replace(RISEN, returned=returned), level]) == [not returned, False]
 
 
 @pytest.mark.parametrize("seen", [[], [NAN_RUN], [NAN_RUN, observation(-9.0)]], ids=len)
