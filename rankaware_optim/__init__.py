@@ -2,6 +2,7 @@
 
 from .adapters import Factor, Reference, Survey
 from .calibration import CalibrationInterrupted, calibrate
+from .checkpoints import convert_scheduler_state, to_plain_state_dict
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -19,6 +20,7 @@ from .laws import Constant, Law, LoRAPlus, MuA, Power
 from .optimizer import RankAwareOptimizer
 from .recipe import Rate, Recipe
 from .report import Report
+from .schedulers import check_scheduler
 from .trial import Trial
 
 __version__ = "0.1.0"
@@ -48,6 +50,9 @@ __all__ = [
     "Survey",
     "Trial",
     "calibrate",
+    "check_scheduler",
+    "convert_scheduler_state",
     "inspect_model",
     "rank_aware_param_groups",
+    "to_plain_state_dict",
 ]

@@ -199,9 +199,9 @@ def _param_state(
 ) -> tuple[Mapping[str, Any] | None, Carried | None]:
     """The state to load for one parameter, and what was carried where its rank changed."""
     rank = group.get("lora_rank")
-    saved_rank = theirs.get("lora_rank", _rank_in(state, param, group.get("lora_role")))
     tensors = _shaped(state, param)
     fits = not tensors or _fit([tuple(v.shape) for v in tensors.values()], tuple(param.shape))
+    saved_rank = theirs.get("lora_rank", None if fits else _rank_in(state, param, group.get("lora_role")))
     if fits and (saved_rank is None or saved_rank == rank):
         return state, None
     if saved_rank is None or rank is None or saved_rank == rank:
@@ -217,7 +217,8 @@ def _param_state(
         )
     if policy.on_rank_change == "reset" or not tensors:
         return None, Carried(name, saved_rank, rank, 0)
-    resized = {key: _resize(value, param) if key in tensors else value for key, value in (state or {}).items()}
+    factored = any(s == 1 < n for v in tensors.values() for s, n in _off_rank(v, param, group["lora_role"]))
+    resized = {k: _resize(v, param, factored) if k in tensors else v for k, v in (state or {}).items()}
     return resized, Carried(name, saved_rank, rank, min(saved_rank, rank), tuple(tensors))
 
 
@@ -230,11 +231,9 @@ def _rank_in(state: Mapping[str, Any] | None, param: torch.Tensor, role: str | N
     """The rank a plain checkpoint's moments have, read off the axis that differs; None where it cannot be told."""
     if role not in ("A", "B") or param.dim() < 2:
         return None
-    axis = 0 if role == "A" else 1
     for value in _shaped(state, param).values():
-        other = [i for i in range(param.dim()) if i != axis]
-        if all(value.shape[i] == param.shape[i] for i in other):
-            return int(value.shape[axis])
+        if all(saved == own for saved, own in _off_rank(value, param, role)):
+            return int(value.shape[0 if role == "A" else 1])
     return None
 
 
@@ -249,9 +248,15 @@ def _fit(saved: list[tuple[int, ...]], own: tuple[int, ...]) -> bool:
     return reduced and all(any(shape[axis] == n for shape in saved) for axis, n in enumerate(own))
 
 
-def _resize(value: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """`value` truncated or padded with zeros to the parameter's sizes; axes of size 1 (factored) stay."""
-    sizes = [1 if s == 1 else n for s, n in zip(value.shape, param.shape, strict=True)]
+def _off_rank(value: torch.Tensor, param: torch.Tensor, role: str) -> list[tuple[int, int]]:
+    """(saved, own) sizes along the axes other than the rank's."""
+    axis = 0 if role == "A" else 1
+    return [pair for i, pair in enumerate(zip(value.shape, param.shape, strict=True)) if i != axis]
+
+
+def _resize(value: torch.Tensor, param: torch.Tensor, factored: bool) -> torch.Tensor:
+    """`value` truncated or padded with zeros to the parameter's sizes; axes that were reduced to 1 stay."""
+    sizes = [1 if factored and s == 1 else n for s, n in zip(value.shape, param.shape, strict=True)]
     made = value.new_zeros(sizes)
     shared = tuple(slice(0, min(s, n)) for s, n in zip(value.shape, sizes, strict=True))
     made[shared] = value[shared]
@@ -311,7 +316,8 @@ def convert_scheduler_state(
 
     def rates(values: Sequence[Any], scale: bool) -> list[Any]:
         if to == "plain":
-            return [values[firsts[u]] / (sources[firsts[u]][1] if scale else 1) for u in sorted(firsts)]
+            own = [(values[firsts[user]], sources[firsts[user]][1]) for user in sorted(firsts)]
+            return [value / multiplier if scale else value for value, multiplier in own]
         return [values[user] * multiplier if scale else values[user] for user, multiplier in sources]
 
     expected = len(sources) if to == "plain" else len(firsts)

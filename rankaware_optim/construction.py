@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .errors import OptimizerError
 from .groups import UserGroup, check_lr
+from .schedulers import attached_schedulers
 
 __all__ = ["get_optimizer_class"]
 
@@ -65,7 +66,7 @@ def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | Non
     native = type(built) if built is not None else get_optimizer_class(optimizer)  # type: ignore[arg-type]
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError("This optimizer is rank-aware already.", "Use it as it is.")
-    if built is not None and hasattr(built.step, "_wrapped_by_lr_sched"):
+    if built is not None and (hasattr(built.step, "_wrapped_by_lr_sched") or attached_schedulers(built)):
         raise OptimizerError(
             "A scheduler was built on this optimizer and holds its old groups.",
             "Wrap the optimizer first, then build the scheduler.",

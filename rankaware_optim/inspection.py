@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -53,12 +53,12 @@ def inspect_model(model: nn.Module, *, method: Method = "lora", init: Init | Non
     return survey_of(walk(model), method=method, init=init)
 
 
-def survey_of(walked: Walk, *, method: Method = "lora", init: Init | None = None) -> Survey:
-    """`inspect_model` of a model that was walked already."""
+def survey_of(walked: Walk, *, method: Method = "lora", init: Init | None = None, also: Container[int] = ()) -> Survey:
+    """`inspect_model` of a model that was walked already; parameters whose id is in `also` count though frozen."""
     if method not in ("lora", "full"):
         raise InspectionError(f"The method is 'lora' or 'full', not {method!r}.", "Give one of the two.")
     modules, parameters = walked
-    trainable = {id(p): name for name, p in parameters if p.requires_grad}
+    trainable = {id(p): name for name, p in parameters if p.requires_grad or id(p) in also}
     notes: list[str] = []
     if method == "full":
         _refuse_pairs(modules, trainable)

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .adapters import Init, Method, Reference
+from .adapters import Init, Method, Reference, Survey
 from .checkpoints import Carried, OnLawChange, OnRankChange, Policy, fit_checkpoint
 from .construction import base_lr, model_of, native_class, refuse_beside_recipe, refuse_groups, refuse_settings
 from .errors import OptimizerError, RankAwareWarning
-from .groups import Plan, PlannedGroup, check_lr, make_plan, scale_lr, split, user_groups
-from .inspection import survey_of, walk
+from .groups import Plan, PlannedGroup, UserGroup, check_lr, make_plan, scale_lr, split, user_groups
+from .inspection import Walk, survey_of, walk
 from .laws import Law
 from .recipe import Recipe, resolve_recipe
 from .report import Report, make_report
@@ -146,7 +146,7 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         )
         base = base_lr(native, built, lr)
         own = user_groups(built.param_groups if built else params, model, walked)
-        planned = split(own, plan, survey)
+        planned = split(own, plan, _with_frozen(survey, own, walked, method, init))
         refuse_groups(native, own)
         opt = _construct(native, planned, base, settings) if built is None else _regroup(built, native, planned, lr)
         for group, part in zip(opt.param_groups, planned, strict=True):
@@ -220,6 +220,7 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         held = {id(p) for group in self.param_groups for p in group["params"]}
         refuse_groups(native, own, held)
         survey = survey_of(walked, method=wrap.method, init=wrap.init)
+        survey = _with_frozen(survey, own, walked, wrap.method, wrap.init)
         for planned in split(own, wrap.plan, survey, first=len(wrap.order)):
             native.add_param_group(self, planned.as_dict(named="param_names" in self.param_groups[0]))
             scale_lr(self.param_groups[-1], planned.assignment, scale_weight_decay=wrap.scale_weight_decay)
@@ -272,6 +273,14 @@ def _blank(native: type[Optimizer]) -> Any:
     """An instance without state, for copy and pickle to fill."""
     made = _subclass(native)
     return made.__new__(made)
+
+
+def _with_frozen(
+    survey: Survey, groups: Sequence[UserGroup], walked: Walk, method: Method, init: Init | None
+) -> Survey:
+    """The survey, with frozen parameters that the user listed: thawed later, they are to have their own rate."""
+    frozen = {id(p) for group in groups for _, p in group.named if not p.requires_grad}
+    return survey_of(walked, method=method, init=init, also=frozen) if frozen else survey
 
 
 def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, settings: Mapping[str, Any]) -> Any:

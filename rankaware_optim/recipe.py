@@ -134,7 +134,7 @@ class Recipe:
         """
         own = survey.dominant()
         if own.method == "full":
-            rate = self.at(method="full")
+            rate = self.at(method="full", fan_in=survey.full_width(self.reference.init))
         else:
             rate = self.at(own.rank, alpha=own.alpha, fan_in=survey.width, init=own.init)
         band = f"recipe {self.name!r}: the best rate lies between {rate.low:.3g} and {rate.high:.3g} with 90 %"

@@ -58,7 +58,7 @@ def check_scheduler(opt: Any, scheduler: Any) -> tuple[str, ...]:
         OptimizerError: the scheduler belongs to another optimizer.
     """
     owner = getattr(scheduler, "optimizer", opt)
-    if owner is not opt and getattr(owner, "optimizer", opt) is not opt:
+    if owner is not opt and getattr(owner, "optimizer", None) is not opt:
         raise OptimizerError("The scheduler was built for another optimizer.", "Build it with this one.")
     return tuple(sentence for inner in _flat(scheduler) for row in _LIMITS for sentence in _violations(opt, inner, row))
 
@@ -88,9 +88,7 @@ def _violations(opt: Any, scheduler: Any, row: _Limit) -> Iterator[str]:
 
 
 def attached_schedulers(opt: Any) -> list[Any]:
-    """The schedulers that hold `opt`. Asked once, at the first step, and only where one has wrapped `opt.step`."""
-    if not hasattr(opt.step, "_wrapped_by_lr_sched"):
-        return []
+    """The schedulers that hold `opt`, asked of the garbage collector: not every kind leaves a mark on the optimizer."""
     found = {id(owner): owner for owner in _holders(opt) if _is_scheduler(owner, opt)}
     inner = {id(part) for owner in found.values() for part in getattr(owner, "_schedulers", ())}
     return [owner for key, owner in found.items() if key not in inner]

@@ -38,8 +38,11 @@ PUBLIC = [
     "Survey",
     "Trial",
     "calibrate",
+    "check_scheduler",
+    "convert_scheduler_state",
     "inspect_model",
     "rank_aware_param_groups",
+    "to_plain_state_dict",
 ]
 MODULES = [m.name for m in pkgutil.iter_modules(rankaware_optim.__path__) if m.name != "__main__"]
 

@@ -69,6 +69,14 @@ def by_groups(model, kind, options, **own):
 each_form = pytest.mark.parametrize("form", [by_class, by_instance, by_groups])
 
 
+def by_instance_of_all(model):
+    return RankAwareOptimizer(torch.optim.AdamW(model.parameters(), lr=LR), model=model, tuned_at=AT_16)
+
+
+def by_groups_of_all(model):
+    return RankAwareOptimizer(list(model.parameters()), torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16)
+
+
 def by_hand(model, kind, options, reference):
     """The native optimizer, its groups written out by name with the law's multiplier at rank and role."""
     reference = Reference(**{**vars(reference), "fan_in": 16})
@@ -705,3 +713,34 @@ def test_the_model_is_held_weakly():
     opt = by_class(model, torch.optim.AdamW, {})
     del model
     assert opt._rankaware_model() is None
+
+
+# --- parameters that thaw, or are tied ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [by_instance_of_all, by_groups_of_all], ids=["instance", "groups"])
+def test_frozen_factors_that_were_listed_have_their_rate_when_thawed(form):
+    """A frozen adapter among the user's parameters waits in a group of its own rate."""
+    model = mlp((4, 8))
+    model.layer0.lora_A.requires_grad_(False)
+    model.layer0.lora_B.requires_grad_(False)
+    opt = form(model)
+    rates = {name: g["lr"] for g in opt.param_groups for name in g["param_names"]}
+    thawed = mlp((4, 8))
+    expected = by_class(thawed, torch.optim.AdamW, {}, tuned_at=AT_16)
+    assert {n: rates[n] for g in expected.param_groups for n in g["param_names"]} == {
+        n: g["lr"] for g in expected.param_groups for n in g["param_names"]
+    }
+    model.requires_grad_(True)
+    train(model, opt, steps=1)
+
+
+def test_tied_factors_are_one_parameter_of_one_group():
+    """Two layers that share their A have it once, under the first name."""
+    model = mlp((4, 4))
+    model.layer1.lora_A = model.layer0.lora_A
+    opt = by_class(model, torch.optim.AdamW, {}, tuned_at=AT_16)
+    names = [name for group in opt.param_groups for name in group["param_names"]]
+    assert names.count("layer0.lora_A") == 1
+    assert "layer1.lora_A" not in names
+    train(model, opt, steps=2)

@@ -561,3 +561,22 @@ def test_nothing_a_recipe_holds_is_taken_beside_it(beside):
     """lr=, tuned_at= or law= beside recipe= is refused."""
     with pytest.raises(OptimizerError, match=next(iter(beside))):
         RankAwareOptimizer(mlp(), torch.optim.AdamW, recipe=recipe(), **beside)
+
+
+def whole(width: int) -> torch.nn.Sequential:
+    return torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Linear(width, 3))
+
+
+@extrapolates
+@pytest.mark.parametrize("width", [WIDTH, 8 * WIDTH])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_report_quotes_the_band_of_this_model(method, width):
+    """The band that the report names is that of the model's own width, and holds the rate in use."""
+    made = recipe(full_seen=True, lean=0.0)
+    model = whole(width) if method == "full" else mlp((16,), scalings=2.0, width=width)
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=made, method=method)
+    rate = made.at(method=method, fan_in=float(width))
+    assert f"between {rate.low:.3g} and {rate.high:.3g}" in str(opt.report())
+    (used,) = rates(opt, "full" if method == "full" else "A")
+    assert used == pytest.approx(rate.lr, rel=1e-9)
+    assert rate.low < used < rate.high
