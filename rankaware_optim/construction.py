@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from .errors import OptimizerError
 from .groups import UserGroup, check_lr
-from .schedulers import attached_schedulers
 
 __all__ = ["get_optimizer_class"]
 
@@ -66,7 +65,7 @@ def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | Non
     native = type(built) if built is not None else get_optimizer_class(optimizer)  # type: ignore[arg-type]
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError("This optimizer is rank-aware already.", "Use it as it is.")
-    if built is not None and (hasattr(built.step, "_wrapped_by_lr_sched") or attached_schedulers(built)):
+    if built is not None and hasattr(built.step, "_wrapped_by_lr_sched"):
         raise OptimizerError(
             "A scheduler was built on this optimizer and holds its old groups.",
             "Wrap the optimizer first, then build the scheduler.",
@@ -105,9 +104,19 @@ def base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any) -> Any:
         if default is not None and isinstance(default.default, (int, float)):
             return None
         raise OptimizerError(f"{native.__name__} has no default learning rate.", "Give lr=.")
+    if built is not None:
+        refuse_rateless(built)
     for group in built.param_groups if built is not None and lr is None else ({"lr": lr},):
-        check_lr(group.get("lr"))
+        check_lr(group["lr"])
     return lr
+
+
+def refuse_rateless(opt: Optimizer) -> None:
+    if any("lr" not in group for group in opt.param_groups):
+        raise OptimizerError(
+            f"{type(opt).__name__} keeps no rate in its groups, so none can be set by rank.",
+            "Use it unwrapped, or choose another optimizer.",
+        )
 
 
 # Optimizers that cannot have a rate per group, by class name, with the reason.
@@ -119,6 +128,9 @@ _ONE_RATE = {
     "DAdaptAdaGrad": "estimates one rate for all groups and refuses differing ones",
     "DAdaptLion": "estimates one rate for all groups and refuses differing ones",
     "DAdaptAdan": "estimates one rate for all groups and refuses differing ones",
+    "LoRARite": "steps A and B as one pair out of one group",
+    "LOMO": "steps inside the backward pass with one rate",
+    "AdaLOMO": "steps inside the backward pass with one rate",
 }
 
 
@@ -130,6 +142,11 @@ def _refuse_kind(native: type[Optimizer], built: Optimizer | None) -> None:
                 f"{native.__name__} {_ONE_RATE[base.__name__]}, so it cannot have a rate per rank.",
                 "Use it unwrapped, or choose another optimizer.",
             )
+    if built is None and next(iter(inspect.signature(native).parameters), None) == "model":
+        raise OptimizerError(
+            f"{native.__name__} takes a model and cuts it into groups itself.",
+            f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model, ...), model=model).",
+        )
     held = any(isinstance(value, Optimizer) for value in vars(built).values()) if built is not None else False
     if held or {"optimizer", "base_optimizer", "optimizer_class"} & inspect.signature(native).parameters.keys():
         raise OptimizerError(

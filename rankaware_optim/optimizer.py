@@ -19,7 +19,15 @@ from torch.optim import Optimizer
 
 from .adapters import Init, Method, Reference, Survey
 from .checkpoints import Carried, OnLawChange, OnRankChange, Policy, fit_checkpoint
-from .construction import base_lr, model_of, native_class, refuse_beside_recipe, refuse_groups, refuse_settings
+from .construction import (
+    base_lr,
+    model_of,
+    native_class,
+    refuse_beside_recipe,
+    refuse_groups,
+    refuse_rateless,
+    refuse_settings,
+)
 from .errors import OptimizerError, RankAwareWarning
 from .groups import Plan, PlannedGroup, UserGroup, check_lr, make_plan, scale_lr, split, user_groups
 from .inspection import Walk, survey_of, walk
@@ -288,6 +296,7 @@ def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, se
     opt = _blank(native)
     given = settings if lr is None else {"lr": lr, **settings}
     native.__init__(opt, [group.as_dict() for group in planned], **given)
+    refuse_rateless(opt)
     return opt
 
 
@@ -325,6 +334,8 @@ class _FirstStep:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _look_once(opt: Any) -> None:
     _refuse_replaced(opt)
+    if len({group.get("lr_multiplier", 1.0) for group in opt.param_groups}) == 1:
+        return  # no ratios to lose, so the heap need not be searched for schedulers
     for scheduler in attached_schedulers(opt):
         for sentence in check_scheduler(opt, scheduler):
             warnings.warn(sentence, RankAwareWarning, stacklevel=5)

@@ -124,7 +124,7 @@ class Recipe:
             high=best * 2.0 ** (Z90 * sd),
             ceiling=None if self.ceiling is None else self.ceiling * moved,
             extrapolated=bool(outside),
-            notes=(*outside, *([f"leans {self.lean:.2g} octaves low: a cliff is near"] if self.lean else [])),
+            notes=(*outside, *([f"leans {self.lean:.2g} octaves low, since too high costs more"] if self.lean else [])),
         )
 
     def notes_for(self, survey: Survey, optimizer_class: type) -> tuple[str, ...]:
@@ -154,6 +154,11 @@ class Recipe:
         fan_in: float | None,
     ) -> Reference:
         init = init or self.reference.init
+        if (rslora and alpha is None) or (method == "full" and not rank is alpha is None):
+            raise RecipeError(
+                f"rank={rank}, alpha={alpha}, rslora={rslora} do not go together with method={method!r}.",
+                "Give rank and alpha for LoRA, rslora= beside alpha=, and none of them for full finetuning.",
+            )
         if method == "full":
             width = self.full_fan_in or self.reference.fan_in
             return Reference(method="full", init=init, fan_in=width if fan_in is None else fan_in)

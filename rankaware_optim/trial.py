@@ -89,10 +89,10 @@ def run_trial(
     with every new value; True prunes the run. endless: whether the loop is known to go on past its steps; where it is
     not known, the loop is resumed once more to learn its return value.
     """
-    run = train(trial)
+    run = train(trial) if callable(train) else train
     if not isinstance(run, Generator):
         raise CalibrationError(
-            f"train returned a {type(run).__name__} where a generator belongs.", "Let it yield a value every step."
+            f"train gave a {type(run).__name__} where a generator belongs.", "Let it yield a value every step."
         )
     curve: list[float] = []
     try:
@@ -172,7 +172,7 @@ def seeded(seed: int) -> Iterator[None]:
     numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
     python_state = random.getstate()
     numpy_state = numpy_random.get_state() if numpy_random else None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         random.seed(seed)
         if numpy_random:
