@@ -142,16 +142,16 @@ def _refuse_kind(native: type[Optimizer], built: Optimizer | None) -> None:
                 f"{native.__name__} {_ONE_RATE[base.__name__]}, so it cannot have a rate per rank.",
                 "Use it unwrapped, or choose another optimizer.",
             )
-    if built is None and next(iter(inspect.signature(native).parameters), None) == "model":
-        raise OptimizerError(
-            f"{native.__name__} takes a model and cuts it into groups itself.",
-            f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model, ...), model=model).",
-        )
     held = any(isinstance(value, Optimizer) for value in vars(built).values()) if built is not None else False
     if held or {"optimizer", "base_optimizer", "optimizer_class"} & inspect.signature(native).parameters.keys():
         raise OptimizerError(
             f"{native.__name__} holds another optimizer, whose groups would stay as they are.",
             "Wrap the inner one: RankAwareOptimizer(model, AdamW, ...), then put the outer one around it.",
+        )
+    if built is None and next(iter(inspect.signature(native).parameters), None) == "model":
+        raise OptimizerError(
+            f"{native.__name__} takes a model and cuts it into groups itself.",
+            f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model, ...), model=model).",
         )
 
 

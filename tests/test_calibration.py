@@ -429,8 +429,8 @@ def scored_at_times(trial):
 
 
 BAD_LOOPS = [
-    (lambda trial: 1.0, "returned a float where a generator belongs"),
-    (lambda trial: [1.0] * STEPS, "returned a list where a generator belongs"),
+    (lambda trial: 1.0, "gave a float where a generator belongs"),
+    (lambda trial: [1.0] * STEPS, "gave a list where a generator belongs"),
     (never, "without calling trial.optimizer"),
     (twice, "called twice"),
     (given(lr=1e-3), "got lr="),

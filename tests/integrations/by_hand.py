@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import io
 import pickle
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -103,14 +105,13 @@ def multiplier(rank: int | None, width: int = 16) -> float:
 def run(case: Case, model: nn.Module, opt: Any, first: int = 0, last: int = 8) -> None:
     """Steps `first` to `last` of one task, in the optimizer's training mode where it has one, left in the other."""
     torch.manual_seed(first)
+    random.seed(first)
+    numpy.random.seed(first)
     _mode(opt, "train")
     for x in list(batches(last, width=case.width))[first:]:
         loss = _closure(case, model, opt, x)
-        if case.closure:
-            opt.step(loss)
-        else:
-            loss()
-            opt.step()
+        loss()
+        opt.step(*[loss] * case.closure)
     _mode(opt, "eval")
 
 

@@ -1,0 +1,82 @@
+"""Two gloo processes that live as long as a test module, and the functions sent to them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+from .worker import WORLD
+
+START_S, RUN_S = 90, 60
+
+
+class Pair:
+    """Sends a function to both processes and gathers what they return; a hang or an error fails the test.
+
+    ignored: (message, category, module) of warnings by third parties that the processes let pass.
+    """
+
+    def __init__(self, ignored: tuple[tuple[str, type[Warning], str], ...] = (), **environment: str) -> None:
+        self.ignored = ignored
+        self.environment = environment
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.connections: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function(*args)` returned, by rank. It must be a module's own function, its answers picklable."""
+        if not self.processes:
+            self._start()
+        message = pickle.dumps((function, args, self.ignored))
+        for connection in self.connections:
+            connection.send_bytes(message)
+        try:
+            answers = [self._receive(connection) for connection in self.connections]
+        except BaseException:
+            self.stop()
+            raise
+        failures = [f"rank {rank}: {value}" for rank, (fine, value) in enumerate(answers) if not fine]
+        if failures:
+            self.stop()
+            raise AssertionError("\n".join(failures))
+        return [value for _, value in answers]
+
+    def stop(self) -> None:
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.processes, self.connections = [], []
+
+    def _start(self) -> None:
+        key = secrets.token_bytes(16)
+        group_port = _free_port()
+        environment = {**os.environ, **self.environment, "TEST_KEY": key.hex()}
+        with Listener(("127.0.0.1", 0), authkey=key) as listener:
+            listener._listener._socket.settimeout(START_S)  # type: ignore[attr-defined]
+            script = str(Path(__file__).with_name("worker.py"))
+            for rank in range(WORLD):
+                command = [sys.executable, script, str(rank), str(group_port), str(listener.address[1])]
+                self.processes.append(subprocess.Popen(command, env=environment))
+            accepted = [listener.accept() for _ in range(WORLD)]
+        by_rank = {connection.recv(): connection for connection in accepted}
+        self.connections = [by_rank[rank] for rank in range(WORLD)]
+
+    def _receive(self, connection: Connection) -> tuple[bool, Any]:
+        if not connection.poll(RUN_S):
+            raise TimeoutError(f"A process gave no answer within {RUN_S} s.")
+        return pickle.loads(connection.recv_bytes())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
