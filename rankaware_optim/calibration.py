@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -86,8 +85,8 @@ def calibrate(
         seeds=seeds,
         steps=_check_count("steps", steps),
         lr_range=_check_range(lr_range),
-        batch=_check_number("batch", batch, sys.float_info.max),
-        warmup=_check_number("warmup", warmup, 1.0),
+        batch=_check_batch(batch),
+        warmup=_check_warmup(warmup),
         seed=_check_seed(seed),
         name=_check_name(name),
     )
@@ -179,12 +178,20 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
 
 
-def _check_number(what: str, value: float | None, most: float) -> float | None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (number and 0 < value <= most):
-        least = "a positive number" if most > 1 else "a share of the steps, above 0 and at most 1"
-        raise CalibrationError(f"{what} is {value!r}.", f"Give {least}, or leave it out.")
-    return value
+def _check_batch(batch: float | None) -> float | None:
+    if batch is not None and not (_is_number(batch) and 0 < batch < math.inf):
+        raise CalibrationError(f"batch is {batch!r}.", "Give a positive number, or leave it out.")
+    return batch
+
+
+def _check_warmup(warmup: float | None) -> float | None:
+    if warmup is not None and not (_is_number(warmup) and 0 <= warmup <= 1):
+        raise CalibrationError(f"warmup is {warmup!r}.", "Give a share of the steps, 0 to 1, or leave it out.")
+    return warmup
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_seed(seed: int) -> int:

@@ -42,9 +42,10 @@ def inspect_model(model: nn.Module, *, method: Method = "lora", init: Init | Non
     """Survey what `model` trains: its LoRA pairs, or with method="full" every weight of two or more dimensions.
 
     Only parameters that require a gradient count, tied ones once. A pair's rank is the declared one, checked against
-    its shapes; its scaling is the declared one, or 1 with a note. Its init is the one declared (PEFT's
-    `init_lora_weights`), else read from at most 1,024 strided entries a factor, else "unknown" (meta tensors);
-    `init` overrides all of it. Nothing about the model is changed.
+    its (global) shapes; of flat or empty shards (FSDP1) it is believed, and the fans are those that modules declare.
+    Its scaling is the declared one, or 1 with a note. Its init is the one declared (PEFT's `init_lora_weights`), else
+    read from at most 1,024 strided entries a factor, else "unknown" (meta tensors); `init` overrides all of it.
+    Nothing about the model is changed. One sharded by `fully_shard` is to be inspected by all its processes at once.
 
     Raises:
         InspectionError: declared rank and shapes disagree, a scaling is not positive, no pair was found, or one was
@@ -164,7 +165,7 @@ def _lora_factors(
         for adapter, a, b in _pairs(module, convention):
             if id(a.tensor) in left or id(b.tensor) in left:
                 pair = _read_pair(module, prefix, convention, adapter, a, b, notes)
-                pair_init = init or _init_of(a.tensor, b.tensor, declared.get(adapter), pair["kind"])
+                pair_init = init or _init_of(a, b, declared.get(adapter), pair["kind"], prefix)
                 for role, half in (("A", a), ("B", b)):
                     name = left.pop(id(half.tensor), None)
                     if name is not None:
@@ -215,16 +216,16 @@ def _read_pair(
     module: nn.Module, layer: str, convention: Convention, adapter: str, a: _Half, b: _Half, notes: list[str]
 ) -> dict[str, Any]:
     """All that the two factors of a pair share."""
-    kind = convention.kind or ("embedding" if _is_embedding(module) else "conv" if a.tensor.dim() > 2 else "linear")
+    conv = a.tensor.dim() > 2 or hasattr(getattr(module, "base_layer", module), "kernel_size")
+    kind = convention.kind or ("embedding" if _is_embedding(module) else "conv" if conv else "linear")
     rank = _rank(module, convention, adapter, a, b, layer)
     scaling = _scaling(module, convention, adapter, rank, layer)
     if scaling is None:
         notes.append(f"{layer or type(module).__name__} declares no scaling: 1 is assumed.")
-    fan_in = math.prod(a.tensor.shape[1:])
     return {
         "rank": rank,
-        "fan_in": float(fan_in),
-        "fan_out": float(b.tensor.shape[0]),
+        "fan_in": _declared_fan(module, a, 0, layer) if _is_shard(a) else float(math.prod(a.tensor.shape[1:])),
+        "fan_out": _declared_fan(module, b, 1, layer) if _is_shard(b) else float(b.tensor.shape[0]),
         "scaling": 1.0 if scaling is None else scaling,
         "kind": kind,
         "layer": layer,
@@ -234,12 +235,14 @@ def _read_pair(
 
 
 def _rank(module: nn.Module, convention: Convention, adapter: str, a: _Half, b: _Half, layer: str) -> int:
+    """The rank that the declaration and both shapes agree on; of a shard's shape nothing is asked."""
     groups = getattr(getattr(module, "base_layer", module), "groups", 1)
-    rows = a.tensor.shape[0] if a.tensor.dim() > 1 else None
-    columns = b.tensor.shape[1] * (groups if b.tensor.dim() > 2 else 1) if b.tensor.dim() > 1 else None
+    rows = None if _is_shard(a) else a.tensor.shape[0]
+    columns = None if _is_shard(b) else b.tensor.shape[1] * (groups if b.tensor.dim() > 2 else 1)
     declared = _declared(module, convention.rank, adapter)
-    rank = rows if declared is None else int(declared)
-    if rank is None or rank != rows or rank != columns:
+    told = {int(value) for value in (declared, rows, columns) if value is not None}
+    rank = told.pop() if len(told) == 1 else 0
+    if rank < 1:
         what = "declares no rank" if declared is None else f"declares rank {int(declared)}"
         raise InspectionError(
             f"{layer or type(module).__name__} {what} but {a.name} has shape {tuple(a.tensor.shape)} and {b.name} "
@@ -247,6 +250,36 @@ def _rank(module: nn.Module, convention: Convention, adapter: str, a: _Half, b: 
             "Rebuild the adapter so that A has `rank` rows and B `rank` columns, or set the declared rank right.",
         )
     return rank
+
+
+def _is_shard(half: _Half) -> bool:
+    """Whether a factor's shape is that of one process's share: flat under FSDP1, empty under ZeRO-3."""
+    return half.tensor.dim() < 2 or half.tensor.numel() == 0
+
+
+# What modules call their fan-in and fan-out.
+_FANS = (
+    ("in_features", "out_features"),
+    ("in_dim", "out_dim"),
+    ("in_channels", "out_channels"),
+    ("num_embeddings", "embedding_dim"),
+    ("nx", "nf"),
+)
+
+
+def _declared_fan(module: nn.Module, half: _Half, side: int, layer: str) -> float:
+    """The adapted layer's fan-in (side 0) or fan-out (1) as its base, its owner or the factor's module declares it."""
+    inner = half.name.rpartition(".")[0]
+    for owner in (getattr(module, "base_layer", module), module, module.get_submodule(inner)):
+        for names in _FANS:
+            value = getattr(owner, names[side], None)
+            if isinstance(value, int):
+                return float(value * (math.prod(getattr(owner, "kernel_size", ())) if side == 0 else 1))
+    raise InspectionError(
+        f"{layer or type(module).__name__} is sharded, and neither the shape {tuple(half.tensor.shape)} of {half.name} "
+        f"nor a module tells its fan-{('in', 'out')[side]}.",
+        "Set in_features and out_features on the module that owns the pair, or shard with fully_shard.",
+    )
 
 
 def _scaling(module: nn.Module, convention: Convention, adapter: str, rank: int, layer: str) -> float | None:
@@ -292,17 +325,26 @@ def _config_value(config: object) -> object:
     return getattr(config, "init_lora_weights", None)
 
 
-def _init_of(a: torch.Tensor, b: torch.Tensor, declared: object, kind: str) -> Init:
+def _init_of(a: _Half, b: _Half, declared: object, kind: str, layer: str) -> Init:
     """Declared first, then the zeros. A declaration falls only to a factor of zeros that it rules out.
 
     Under a declared Init[A], A is never all zero, trained or not: if it is, the pair was set to Init[B] by hand.
+    Shards show other zeros to every process, which must all come to one rate: there the declaration is all there is.
     """
+    sharded = _is_shard(a) or _is_shard(b)
+    if declared is None and sharded:
+        raise InspectionError(
+            f"{layer or 'The model'} is sharded so that its factors do not show their init, and none is declared.",
+            "Say it: init='A' where B starts at zero (the usual one), init='B' where A does.",
+        )
     if declared is None:
-        return _sampled_init(a, b)
+        return _sampled_init(a.tensor, b.tensor)
     if declared is not True and str(declared).lower() not in _ZERO_B:
         return "other"
     expected: Init = "B" if kind == "embedding" else "A"
-    return expected if _is_zero(a if expected == "A" else b) is not True else _sampled_init(a, b)
+    if sharded or _is_zero(a.tensor if expected == "A" else b.tensor) is not True:
+        return expected
+    return _sampled_init(a.tensor, b.tensor)
 
 
 def _sampled_init(a: torch.Tensor, b: torch.Tensor) -> Init:
@@ -316,8 +358,14 @@ def _sampled_init(a: torch.Tensor, b: torch.Tensor) -> Init:
 
 
 def _is_zero(tensor: torch.Tensor) -> bool | None:
-    """Whether a strided sample of at most 1,024 entries is all zero; None where there is nothing to read."""
+    """Whether a strided sample of at most 1,024 entries is all zero; None where there is nothing to read.
+
+    A DTensor is read whole, over all its processes, so that they come to the same answer.
+    """
     if tensor.is_meta or tensor.numel() == 0:
         return None
+    if hasattr(tensor, "full_tensor"):
+        found: Any = tensor.detach().ne(0).any()
+        return not bool(found.full_tensor())
     flat = tensor.detach().reshape(-1)
     return not bool(flat[:: max(1, -(-flat.numel() // _SAMPLE))].any())

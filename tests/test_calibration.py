@@ -730,3 +730,8 @@ def test_a_storage_may_be_a_url(tmp_path):
     with pytest.raises(CalibrationError):
         calibrate(yields(1.0), trials=3, storage=url)
     assert len(trials_of(calibrate(made_up(), trials=3, storage=url))) == 3
+
+
+def test_no_warmup_is_a_warmup_told():
+    """warmup=0 says that there was none, which is not the same as leaving it out."""
+    assert calibrate(made_up(), trials=2, warmup=0.0).warmup == 0.0
