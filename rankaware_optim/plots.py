@@ -97,7 +97,8 @@ def _draw_rates(axis: Any, recipe: Recipe) -> None:
     axis.axhline(full.lr, color=_COLOURS[2], linestyle="--", label="full finetuning")
     for rank in recipe.ranks:
         axis.axvline(rank, color="0.8", linewidth=0.8, zorder=0)
-    axis.set(xlabel="rank (grey: calibrated)", ylabel="learning rate, per step", title="Rates by rank")
+    axis.set(xlabel="rank (grey: calibrated)", ylabel="learning rate, per step")
+    axis.set_title("Rates by rank", fontsize=10)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axis.set_yscale("log")

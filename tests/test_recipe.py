@@ -320,7 +320,7 @@ TENSORS = [
     ("fit.covariance", torch.eye(2), "@ fit.covariance"),
     ("fit.covariance", -torch.eye(3), "@ fit.covariance"),
     ("fit.covariance", torch.eye(3) - 5 * (1 - torch.eye(3)), "@ fit.covariance"),
-    ("fit.covariance", torch.eye(3, dtype=torch.complex64), "@ fit.covariance"),
+    ("fit.covariance", torch.eye(3, dtype=torch.int64), "@ fit.covariance"),
     ("trial.lr", torch.tensor([1e-3, -1.0]), "@ trial.lr"),
     ("trial.lr", torch.tensor([1e-3, 0.0]), "@ trial.lr"),
     ("trial.lr", torch.tensor([1e-3, NAN]), "@ trial.lr"),
