@@ -16,6 +16,7 @@ from .errors import (
 )
 from .groups import rank_aware_param_groups
 from .inspection import inspect_model
+from .integrations import group_rates, log_rates, trainer_factory
 from .laws import Constant, Law, LoRAPlus, MuA, Power
 from .optimizer import RankAwareOptimizer
 from .recipe import Rate, Recipe
@@ -52,7 +53,10 @@ __all__ = [
     "calibrate",
     "check_scheduler",
     "convert_scheduler_state",
+    "group_rates",
     "inspect_model",
+    "log_rates",
     "rank_aware_param_groups",
     "to_plain_state_dict",
+    "trainer_factory",
 ]

@@ -122,12 +122,12 @@ def refuse_rateless(opt: Optimizer) -> None:
 # Optimizers that cannot have a rate per group, by class name, with the reason.
 _ONE_RATE = {
     "LBFGS": "takes one parameter group only",
-    "Prodigy": "estimates one rate for all groups and refuses differing ones",
-    "DAdaptAdam": "estimates one rate for all groups and refuses differing ones",
-    "DAdaptSGD": "estimates one rate for all groups and refuses differing ones",
-    "DAdaptAdaGrad": "estimates one rate for all groups and refuses differing ones",
-    "DAdaptLion": "estimates one rate for all groups and refuses differing ones",
-    "DAdaptAdan": "estimates one rate for all groups and refuses differing ones",
+    "Prodigy": "estimates one rate for all groups itself",
+    "DAdaptAdam": "estimates one rate for all groups itself",
+    "DAdaptSGD": "estimates one rate for all groups itself",
+    "DAdaptAdaGrad": "estimates one rate for all groups itself",
+    "DAdaptLion": "estimates one rate for all groups itself",
+    "DAdaptAdan": "estimates one rate for all groups itself",
     "LoRARite": "steps A and B as one pair out of one group",
     "LOMO": "steps inside the backward pass with one rate",
     "AdaLOMO": "steps inside the backward pass with one rate",

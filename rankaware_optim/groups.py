@@ -302,7 +302,7 @@ def scale_lr(group: dict[str, Any], assignment: Assignment, *, scale_weight_deca
     if assignment.rate is not None:
         group["lr_multiplier"] = assignment.rate / float(base)
         group["lr"] = torch.full_like(base, assignment.rate) if isinstance(base, torch.Tensor) else assignment.rate
-    elif assignment.multiplier != 1.0:
+    elif assignment.multiplier != 1.0 or isinstance(base, torch.Tensor):  # a tensor is filled in place: never shared
         group["lr"] = base * assignment.multiplier
     if not scale_weight_decay and "weight_decay" in group:
         group["weight_decay"] = group["weight_decay"] / group["lr_multiplier"]

@@ -206,7 +206,8 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
             for key in ("lr", "initial_lr") if move else ():
                 if key in group:
                     group[key] = group[key] * ratio
-        self.defaults["lr"] = lr
+        base = self.defaults["lr"]
+        self.defaults["lr"] = torch.full_like(base, lr) if isinstance(base, torch.Tensor) else lr
         for part in () if scheduler is None else (scheduler, *getattr(scheduler, "_schedulers", ())):
             if hasattr(part, "base_lrs"):
                 part.base_lrs = [b * ratio if move else b for b, move in zip(part.base_lrs, moved, strict=True)]

@@ -40,9 +40,12 @@ PUBLIC = [
     "calibrate",
     "check_scheduler",
     "convert_scheduler_state",
+    "group_rates",
     "inspect_model",
+    "log_rates",
     "rank_aware_param_groups",
     "to_plain_state_dict",
+    "trainer_factory",
 ]
 MODULES = [m.name for m in pkgutil.iter_modules(rankaware_optim.__path__) if m.name != "__main__"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rankaware_optim import OptimizerError, RankAwareOptimizer, RankAwareWarning, Reference
+from rankaware_optim import OptimizerError, Power, RankAwareOptimizer, RankAwareWarning, Recipe, Reference
 from rankaware_optim.integrations import group_rates, log_rates, trainer_factory
 
 from ..models import batches, mlp, same, snapshot
@@ -96,8 +96,8 @@ def by_instance(model):
     return {"optimizers": (RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT_16, **ADAMW), None)}
 
 
-def by_hand(model):
-    """torch's own AdamW with the four groups written out."""
+def by_hand(model, kind=torch.optim.AdamW):
+    """The native class with the four groups written out."""
     groups = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
@@ -105,7 +105,7 @@ def by_hand(model):
             groups.setdefault((rank, "lora_A" in name), {"params": [], "lr": LR * multiplier(rank)})["params"].append(
                 param
             )
-    return {"optimizers": (torch.optim.AdamW(list(groups.values()), lr=LR, **ADAMW), None)}
+    return {"optimizers": (kind(list(groups.values()), lr=LR, **ADAMW), None)}
 
 
 def trained(folder, route, resume=None, kind=transformers.Trainer, **own):
@@ -179,6 +179,28 @@ def test_trainer_clips_and_accumulates(tmp_path):
     assert same(ours, hand)
 
 
+def test_trainer_runs_schedulefree(tmp_path):
+    """Trainer switches a schedule-free optimizer made by the factory to training and back as it does the native one."""
+    kind = pytest.importorskip("schedulefree").AdamWScheduleFree
+    own = {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    _, ours = trained(
+        tmp_path, lambda _: {"optimizer_cls_and_kwargs": trainer_factory(kind, lr=LR, tuned_at=AT_16)}, **own
+    )
+    _, hand = trained(tmp_path, lambda model: by_hand(model, kind), **own)
+    assert same(ours, hand)
+
+
+def test_a_factory_with_a_recipe(tmp_path):
+    """With a recipe in place of a rate, Trainer's optimizer has the rates that the recipe gives."""
+    reference = Reference(rank=4, alpha=4, init="A", fan_in=16)
+    spread = torch.eye(3, dtype=torch.float64) / 100
+    recipe = Recipe("tiny", LR, reference=reference, law=Power(exponent=0.1), covariance=spread, ranks=(4, 8))
+    route = {"optimizer_cls_and_kwargs": trainer_factory("adamw", recipe=recipe)}
+    trainer, _ = trained(tmp_path, lambda _: route, max_steps=1)
+    direct = RankAwareOptimizer(llama(), torch.optim.AdamW, recipe=recipe)
+    assert [g["initial_lr"] for g in trainer.optimizer.param_groups] == [g["lr"] for g in direct.param_groups]
+
+
 def test_the_callback_logs_every_groups_rate(tmp_path):
     """Trainer's logs hold the rate that each role and rank was stepped with, in the law's ratio."""
     trainer, _ = trained(tmp_path, by_factory)
@@ -191,15 +213,25 @@ def test_the_callback_logs_every_groups_rate(tmp_path):
         assert rates["lr/A/r4"] * multiplier(8) == pytest.approx(rates["lr/B/r8"] * multiplier(4))
 
 
-def test_the_callback_in_front_of_the_reporters(tmp_path):
-    """log_rates(trainer) puts the callback before all others, so that reporters see the rates."""
-    trainer, _ = trained(tmp_path, by_factory, max_steps=1)
-    callback = log_rates(trainer)
-    assert trainer.callback_handler.callbacks[0] is callback
+@pytest.mark.parametrize("in_front", [False, True])
+def test_the_callback_in_front_of_the_reporters(tmp_path, in_front):
+    """A reporter that comes first sees the rates where log_rates was given the trainer, which puts it in front."""
+    seen = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, *_, logs, **__):
+            seen.append("lr/A/r4" in logs)
+
+    model = llama()
+    trainer = transformers.Trainer(model, arguments(tmp_path), train_dataset=tokens(), **by_factory(model))
+    trainer.add_callback(Reporter())
+    log_rates(trainer) if in_front else trainer.add_callback(log_rates())
+    trainer.train()
+    assert seen == [in_front] * STEPS + [False]
 
 
 def test_rates_that_share_a_name_are_numbered():
-    """Groups of one role and rank in two of the user's groups are numbered; any optimizer can be asked."""
+    """Groups that share a name are numbered, others are not; any optimizer can be asked."""
     model = mlp((4,), head=False)
     factors = [{"params": [p]} for p in model.parameters() if p.requires_grad]
     opt = RankAwareOptimizer([*factors], torch.optim.SGD, model=model, lr=LR, rates={"*lora_A": 1.0})
