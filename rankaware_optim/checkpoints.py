@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from .errors import CheckpointError, RankAwareWarning
-from .groups import GROUP_FORMAT, TAGS
+from .groups import GROUP_FORMAT, TAGS, shapes_text
+from .inspection import canonical_name
 
 __all__ = ["Carried", "OnLawChange", "OnRankChange", "convert_scheduler_state", "to_plain_state_dict"]
 
@@ -67,11 +68,16 @@ def fit_checkpoint(
     `orders` are orders of names that a checkpoint without names may be in. Nothing is changed in place.
     """
     groups, state = _contents(state_dict)
+    if all(isinstance(key, str) for group in groups for key in group["params"]):
+        _check_distributed(groups)
+    if any(len(group["params"]) != len(group["param_names"]) for group in param_groups):
+        return param_groups, {**state_dict, "param_groups": _flat_groups(param_groups, groups, state, policy)}, ()
     saved = _by_name(param_groups, groups, orders)
     ours = [part for group in param_groups for part in _cut(group, saved, groups)]
     carried: list[Carried] = []
     new_groups: list[Group] = []
-    new_state: dict[Any, Any] = {key: value for key, value in state.items() if not isinstance(key, int)}
+    of_parameters = {key for group in groups for key in group["params"]}
+    new_state: dict[Any, Any] = {k: v for k, v in state.items() if not isinstance(k, int) and k not in of_parameters}
     changed_law = False
     for group in ours:
         names = group["param_names"]
@@ -106,15 +112,68 @@ def _contents(state_dict: Mapping[str, Any]) -> tuple[list[Group], Mapping[Any, 
     return groups, state
 
 
+def _check_distributed(groups: Sequence[Group]) -> None:
+    """torch.distributed.checkpoint gives a saved group's settings to one of the groups it is cut into here: the last.
+
+    The others come without, or (full_state_dict=True) with the rates they had.
+    """
+    if any("lr" not in group for group in groups):
+        raise CheckpointError(
+            "The checkpoint's groups are cut otherwise than this optimizer's, and torch.distributed.checkpoint brings "
+            "the settings of a group to one of its parts only.",
+            "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the saved one was.",
+        )
+    bases: dict[Any, set[float]] = {}
+    for group in groups:
+        base = float(group["lr"]) / group.get("lr_multiplier", 1.0)
+        bases.setdefault(group.get("user_group"), set()).add(float(f"{base:.9g}"))
+    if any(len(rates) > 1 for rates in bases.values()):
+        warnings.warn(
+            "The rates that torch.distributed.checkpoint loaded are not one base rate times the multipliers: a "
+            "schedule erased their ratio, or the checkpoint's groups were cut otherwise than this optimizer's.",
+            RankAwareWarning,
+            stacklevel=4,
+        )
+
+
+def _flat_groups(
+    param_groups: list[Group], groups: list[Group], state: Mapping[Any, Any], policy: Policy
+) -> list[Group]:
+    """The groups to load where a framework (DeepSpeed's ZeRO) put one flat share in place of a group's parameters.
+
+    Nothing in it can be matched by name or resized: the checkpoint must be cut alike.
+    """
+    ours, theirs = ([_cut_of(group) for group in side] for side in (param_groups, groups))
+    pairs = [
+        (p, key)
+        for own, other in zip(param_groups, groups, strict=False)
+        for p, key in zip(own["params"], other["params"], strict=False)
+    ]
+    shapes = all(value.shape == p.shape for p, key in pairs for value in _shaped(state.get(key), p).values())
+    if ours != theirs or not shapes:
+        raise CheckpointError(
+            "A framework has flattened this optimizer's parameters, and the checkpoint's groups are cut otherwise.",
+            "Load it with the ranks, the law and the number of processes it was saved with.",
+        )
+    if policy.on_law_change == "keep" and any(map(_law_differs, param_groups, groups)):
+        _warn_kept()
+    return [
+        _merged(own, other, other["params"], False, policy) for own, other in zip(param_groups, groups, strict=True)
+    ]
+
+
+def _cut_of(group: Group) -> tuple[Any, ...]:
+    return group.get("param_names"), group.get("lora_rank"), len(group["params"])
+
+
 def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequence[Sequence[str]]) -> dict[str, _Saved]:
     """Every parameter of ours in the checkpoint: by name, or by position in the order it was saved in."""
     flat = [_Saved(key, i) for i, group in enumerate(groups) for key in group["params"]]
     ours = [name for group in param_groups for name in group["param_names"]]
-    if all(group.get("param_names") for group in groups):
-        found = dict(zip((n for g in groups for n in g["param_names"]), flat, strict=True))
-        if not found.keys().isdisjoint(ours):
-            _check_names(found.keys(), ours)
-            return found
+    found = dict(zip(_saved_names(groups), flat, strict=False))
+    if len(found) == len(flat) and not found.keys().isdisjoint(ours):
+        _check_names(found.keys(), ours)
+        return found
     tagged = any("lr_multiplier" in group for group in groups)
     same_cut = [len(g["params"]) for g in groups] == [len(g["params"]) for g in param_groups]
     for order in ([ours] if tagged or same_cut else []) + list(orders):
@@ -124,6 +183,18 @@ def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequenc
         f"The checkpoint holds {len(flat)} parameters without names to match, this optimizer {len(ours)}.",
         "Load it into the model it was saved from, with the same parameters in the same order.",
     )
+
+
+def _saved_names(groups: Sequence[Group]) -> list[str]:
+    """The checkpoint's names in the order of its parameters; none where it has none.
+
+    torch.distributed.checkpoint has names for keys. It orders them like the optimizer's own parameters, but leaves
+    `param_names` in the order of the saved ones, so the keys are to be asked first.
+    """
+    keys = [key for group in groups for key in group["params"]]
+    if all(isinstance(key, str) for key in keys):
+        return [canonical_name(key) for key in keys]
+    return [name for group in groups for name in group.get("param_names") or ()]
 
 
 def _check_names(saved: Iterable[str], ours: Iterable[str]) -> None:
@@ -143,14 +214,17 @@ def _cut(group: Group, saved: Mapping[str, _Saved], groups: Sequence[Group]) -> 
     distinct = [_settings(groups[i]) for i in sources]
     if all(settings == distinct[0] for settings in distinct):
         return [group]
-    return [
-        {**group, **{key: [group[key][p] for p in positions] for key in ("params", "param_names")}}
-        for positions in sources.values()
-    ]
+    return [_part(group, positions) for positions in sources.values()]
+
+
+def _part(group: Group, positions: Sequence[int]) -> Group:
+    params = [group["params"][p] for p in positions]
+    names = [group["param_names"][p] for p in positions]
+    return {**group, "params": params, "param_names": names, "param_shapes": shapes_text(params)}
 
 
 def _settings(group: Group) -> Group:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    return {key: value for key, value in group.items() if key not in ("params", "param_names", "param_shapes")}
 
 
 def _merged(group: Group, theirs: Group, keys: list[int], changed_rank: bool, policy: Policy) -> Group:
@@ -200,14 +274,18 @@ def _param_state(
     """The state to load for one parameter, and what was carried where its rank changed."""
     rank = group.get("lora_rank")
     tensors = _shaped(state, param)
-    fits = not tensors or _fit([tuple(v.shape) for v in tensors.values()], tuple(param.shape))
+    saved_shape = _shape_of(name, theirs)
+    if saved_shape is None or len(saved_shape) != param.dim():
+        fits = not tensors or _fit([tuple(v.shape) for v in tensors.values()], tuple(param.shape))
+    else:  # the checkpoint says what its state belongs to, of whatever shape that is
+        fits = saved_shape == tuple(param.shape)
     saved_rank = theirs.get("lora_rank", None if fits else _rank_in(state, param, group.get("lora_role")))
     if fits and (saved_rank is None or saved_rank == rank):
         return state, None
     if saved_rank is None or rank is None or saved_rank == rank:
-        key, value = next(iter(tensors.items()))
+        shape = saved_shape or tuple(next(iter(tensors.values())).shape)
         raise CheckpointError(
-            f"The checkpoint's {key} of {name} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}.",
+            f"The checkpoint's {name} has shape {shape}, the parameter {tuple(param.shape)}.",
             "Load it into the model it was saved from, or start with a fresh optimizer state.",
         )
     if policy.on_rank_change == "raise":
@@ -215,11 +293,25 @@ def _param_state(
             f"The checkpoint's {name} has rank {saved_rank}, the model's has rank {rank}.",
             "Load it into a model of the same rank, or build the optimizer with on_rank_change='reset' or 'resize'.",
         )
+    if policy.on_rank_change == "resize" and param.dim() < 2:  # whether there is state or not: all processes alike
+        raise CheckpointError(
+            f"This process holds a flat share of {name} (FSDP1), whose moments cannot be resized along the rank.",
+            "Build the optimizer with on_rank_change='reset', or shard with fully_shard.",
+        )
     if policy.on_rank_change == "reset" or not tensors:
         return None, Carried(name, saved_rank, rank, 0)
     factored = any(s == 1 < n for v in tensors.values() for s, n in _off_rank(v, param, group["lora_role"]))
     resized = {k: _resize(v, param, factored) if k in tensors else v for k, v in (state or {}).items()}
     return resized, Carried(name, saved_rank, rank, min(saved_rank, rank), tuple(tensors))
+
+
+def _shape_of(name: str, theirs: Group) -> tuple[int, ...] | None:
+    """The shape that our checkpoint wrote down for a parameter; None in a plain one."""
+    names, shapes = theirs.get("param_names") or [], str(theirs.get("param_shapes", "")).split(" ")
+    if len(names) != len(shapes) or name not in names:
+        return None
+    text = shapes[names.index(name)]
+    return tuple(int(n) for n in text.split("x")) if text else ()
 
 
 def _shaped(state: Mapping[str, Any] | None, param: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -26,7 +26,16 @@ __all__ = ["Assignment", "Plan", "rank_aware_param_groups"]
 
 GROUP_FORMAT = 1
 # What our groups hold beside torch's own keys: plain scalars, so that checkpoints load with weights_only=True.
-TAGS = ("lr_multiplier", "lora_role", "lora_rank", "lora_scale", "lora_init", "user_group", "rankaware_format")
+TAGS = (
+    "lr_multiplier",
+    "lora_role",
+    "lora_rank",
+    "lora_scale",
+    "lora_init",
+    "user_group",
+    "rankaware_format",
+    "param_shapes",
+)
 
 
 class Assignment(NamedTuple):
@@ -272,8 +281,14 @@ class PlannedGroup(NamedTuple):
         """The group for torch, its lr still the user's own."""
         params: list[Any] = list(self.named) if named else [p for _, p in self.named]
         a = self.assignment
-        values = (a.multiplier, a.role, a.rank, a.scaling, a.init, self.user_group, GROUP_FORMAT)
+        shapes = shapes_text(p for _, p in self.named)
+        values = (a.multiplier, a.role, a.rank, a.scaling, a.init, self.user_group, GROUP_FORMAT, shapes)
         return {"params": params, **self.options, **dict(zip(TAGS, values, strict=True))}
+
+
+def shapes_text(params: Iterable[torch.Tensor]) -> str:
+    """Shapes as one plain string, "8x64 64x8": a checkpoint says by it what its state belongs to."""
+    return " ".join("x".join(map(str, p.shape)) for p in params)
 
 
 def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 0) -> list[PlannedGroup]:

@@ -328,18 +328,21 @@ class _FirstStep:
 
     def __call__(self, opt: Any, args: Any, kwargs: Any) -> None:
         if not self.done:
-            _look_once(opt)
-            self.done = True
+            self.done = _look_once(opt)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _look_once(opt: Any) -> None:
+def _look_once(opt: Any) -> bool:
+    """Whether this was a step: torch.distributed.checkpoint makes a dry one, at no rate, to have state to fill."""
     _refuse_replaced(opt)
+    if not any(float(group.get("lr", 1.0)) for group in opt.param_groups):
+        return False
     if len({group.get("lr_multiplier", 1.0) for group in opt.param_groups}) == 1:
-        return  # no ratios to lose, so the heap need not be searched for schedulers
+        return True  # no ratios to lose, so the heap need not be searched for schedulers
     for scheduler in attached_schedulers(opt):
         for sentence in check_scheduler(opt, scheduler):
             warnings.warn(sentence, RankAwareWarning, stacklevel=5)
+    return True
 
 
 def _refuse_replaced(opt: Any) -> None:

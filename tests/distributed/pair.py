@@ -59,7 +59,8 @@ class Pair:
     def _start(self) -> None:
         key = secrets.token_bytes(16)
         group_port = _free_port()
-        environment = {**os.environ, **self.environment, "TEST_KEY": key.hex()}
+        path = os.pathsep.join(filter(None, sys.path))
+        environment = {**os.environ, **self.environment, "PYTHONPATH": path, "TEST_KEY": key.hex()}
         with Listener(("127.0.0.1", 0), authkey=key) as listener:
             listener._listener._socket.settimeout(START_S)  # type: ignore[attr-defined]
             script = str(Path(__file__).with_name("worker.py"))

@@ -26,7 +26,7 @@ from .training import (
     weights,
 )
 
-IGNORED = (("`torch.jit.script", DeprecationWarning, "torch"),)  # torch.distributed.optim scripts at import
+IGNORED = (("`torch.jit", DeprecationWarning, "torch"),)  # torch.distributed.optim scripts at import
 
 
 def ours(form: str, kind: str, first: str) -> dict[str, Any]:

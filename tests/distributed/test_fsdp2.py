@@ -13,10 +13,12 @@ from torch.distributed.fsdp import fully_shard
 import rankaware_optim as ra
 from rankaware_optim import OptimizerError
 
-from ..models import BASES, STYLES, adapted, same
+from ..models import BASES, STYLES, adapted, mlp, same
 from .training import (
     FORMS,
     KINDS,
+    RANKS,
+    WIDTH,
     by_class,
     by_hand,
     expected_tags,
@@ -24,6 +26,7 @@ from .training import (
     tagged,
     train,
     weights,
+    whole,
 )
 
 
@@ -71,7 +74,7 @@ def factors(style: str, kind: str, init: str) -> list[Any]:
     layers = nn.ModuleList(adapted(style, kind, rank=rank, init=init) for rank in (4, 1))
     for layer in layers:
         fully_shard(layer)
-    return [asdict(factor) for factor in ra.inspect_model(fully_shard(layers)).factors]
+    return [asdict(factor) for factor in ra.inspect_model(layers).factors]
 
 
 @pytest.mark.parametrize("init", ["A", "B"])
@@ -124,3 +127,22 @@ def test_state_of_shards_resumes(pair):
     """A sharded optimizer's own state_dict loads into a new one, which goes on bit for bit."""
     for straight, broken in pair.run(resumed):
         assert same(straight, broken)
+
+
+def resized(shard: bool) -> dict[str, torch.Tensor]:
+    """The first moments after a checkpoint of other ranks, by name."""
+    models = [mlp(ranks, width=WIDTH, seed=3) for ranks in (RANKS, RANKS[::-1])]
+    old, new = [fully_shard(model) if shard else model for model in models]
+    opt = by_class(old)
+    for param in (p for group in opt.param_groups for p in group["params"]):
+        opt.state[param].update(step=torch.tensor(1.0), exp_avg=param.detach().clone())
+    again = by_class(new, on_rank_change="resize")
+    again.load_state_dict(opt.state_dict())
+    pairs = [(n, p) for g in again.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+    return {name: whole(again.state[param]["exp_avg"]) for name, param in pairs}
+
+
+def test_moments_of_shards_resize_with_the_rank(pair):
+    """Moments of DTensors are resized to another rank as whole ones are."""
+    for sharded_, plain in zip(pair.run(resized, True), pair.run(resized, False), strict=True):
+        assert same(sharded_, plain)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 import rankaware_optim as ra
 from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim.adapters import Factor
+from rankaware_optim.inspection import canonical_name
 
 from ..models import batches, mlp
 from .worker import WORLD
@@ -90,7 +91,7 @@ def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The trained parameters, whole, under the names of the bare model; under FSDP1 what this process holds."""
-    return {ra.canonical_name(name): whole(p) for name, p in model.named_parameters() if p.requires_grad}
+    return {canonical_name(name): whole(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
