@@ -1,6 +1,6 @@
 """Make the recipes in recipes/, each on a real network.
 
-    python benchmarks/make_recipes.py
+python benchmarks/make_recipes.py
 """
 
 from __future__ import annotations
