@@ -364,11 +364,7 @@ COPIES = {
 def _through_a_process(opt):
     context = torch.multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_identity, (opt,))
-
-
-def _identity(opt):
-    return opt
+        return pool.apply_async(copy.copy, (opt,)).get(timeout=100)
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=list(COPIES))
