@@ -119,7 +119,7 @@ def _nothing_found(survey: Survey, method: Method) -> InspectionError:
     if method == "full":
         return InspectionError(
             f"None of {survey.looked_at} parameters is a trainable weight of two or more dimensions.",
-            "Set requires_grad on what full finetuning should train.",
+            "Set requires_grad on what full finetuning should train; FSDP1 flattens every weight, FSDP2 does not.",
         )
     return InspectionError(
         f"No trainable LoRA pair among {survey.looked_at} parameters (conventions tried: {', '.join(survey.tried)}).",
