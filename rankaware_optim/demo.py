@@ -71,16 +71,7 @@ def run_demo(folder: Path, say: Any = print) -> tuple[Recipe, list[Arm]]:
     """Calibrate, check, draw and tell; writes recipe.toml, recipe.safetensors and transfer.png into `folder`."""
     _check_packages()
     say(f"Calibrating at ranks {CALIBRATED_RANKS} by 16 runs of {STEPS} steps.")
-    recipe = calibrate(
-        train,
-        torch.optim.AdamW,
-        ranks=CALIBRATED_RANKS,
-        steps=STEPS,
-        seeds=SEEDS,
-        batch=BATCH,
-        warmup=0.0,
-        name="digits",
-    )
+    recipe = calibrate_digits()
     recipe.save(folder / "recipe.toml")
     say(f"Checking at rank {CHECKED_RANK} and by full finetuning: {2 * len(FACTORS) * len(SEEDS)} runs.")
     arms = check(recipe)
@@ -88,6 +79,20 @@ def run_demo(folder: Path, say: Any = print) -> tuple[Recipe, list[Arm]]:
 
     plot_transfer(recipe, arms, FACTORS, folder / "transfer.png")
     return recipe, arms
+
+
+def calibrate_digits(name: str = "digits") -> Recipe:
+    """The demo's calibration: 16 runs at the two ranks and two seeds."""
+    return calibrate(
+        train,
+        torch.optim.AdamW,
+        ranks=CALIBRATED_RANKS,
+        steps=STEPS,
+        seeds=SEEDS,
+        batch=BATCH,
+        warmup=0.0,
+        name=name,
+    )
 
 
 def train(trial: Trial) -> Generator[Tensor, None, float]:
