@@ -56,6 +56,7 @@ def main() -> None:
     for title, paths in SUITES.items():
         lines += [f"## {title}", "", "| check | ours | native, groups by hand |", "|---|---|---|"]
         lines += [line(row) for path in paths for row in rows(path)] + [""]
+    lines += ["## Limits", "", *(f"* {limit}" for limit in LIMITS), ""]
     lines += ["Versions: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES.split()) + ".", ""]
     lines.append(f"Made by `python benchmarks/compatibility.py` on {machine(torch.get_num_threads())}")
     (RESULTS / "compatibility.md").write_text("\n".join(lines) + "\n")
@@ -66,6 +67,20 @@ LEGEND = (
     "A check passes with all its cases, or names those that are a limit, with the reason. In the native column: what "
     "native torch does in the same accident, probed by this script; «reference» where the check compares ours with the "
     "native class bit for bit; «–» where native has no such thing."
+)
+
+LIMITS = (
+    "FSDP1 flattens parameters: plain LoRA without a declared init needs `init=`, full finetuning is refused, and "
+    "`on_rank_change='resize'` is refused. torch's `FSDP.optim_state_dict` gives all moments one buffer on the CPU, for "
+    "native optimizers too.",
+    "torch's distributed checkpoint cannot cut a plain optimizer's group into several: refused when nested, warned of "
+    "with full_state_dict=True, torch's own KeyError when flattened.",
+    "pytorch_optimizer's AdaShift, Conda, SCION, SCIONLight and ScalableShampoo save objects that weights_only=True does "
+    "not read, natively either.",
+    "Optimizers that estimate one rate for all groups (Prodigy, D-Adaptation) or hold another optimizer (SAM, Lookahead) "
+    "are refused as the inner one; the latter work around ours.",
+    "accelerate enables FSDP for accelerators only: on the CPU the test sets its state by hand, then runs its real code.",
+    "Not run: CUDA, capturable stepping, tensor and expert parallel, ZeRO-3, CPU offload.",
 )
 
 
