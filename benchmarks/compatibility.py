@@ -71,15 +71,16 @@ LEGEND = (
 
 LIMITS = (
     "FSDP1 flattens parameters: plain LoRA without a declared init needs `init=`, full finetuning is refused, and "
-    "`on_rank_change='resize'` is refused. torch's `FSDP.optim_state_dict` gives all moments one buffer on the CPU, for "
-    "native optimizers too.",
-    "torch's distributed checkpoint cannot cut a plain optimizer's group into several: refused when nested, warned of "
-    "with full_state_dict=True, torch's own KeyError when flattened.",
-    "pytorch_optimizer's AdaShift, Conda, SCION, SCIONLight and ScalableShampoo save objects that weights_only=True does "
-    "not read, natively either.",
-    "Optimizers that estimate one rate for all groups (Prodigy, D-Adaptation) or hold another optimizer (SAM, Lookahead) "
-    "are refused as the inner one; the latter work around ours.",
-    "accelerate enables FSDP for accelerators only: on the CPU the test sets its state by hand, then runs its real code.",
+    "`on_rank_change='resize'` is refused. torch's `FSDP.optim_state_dict` gives all moments one buffer on the CPU, "
+    "for native optimizers too.",
+    "torch's distributed checkpoint cannot cut a plain optimizer's group into several: refused when nested, warned "
+    "of with full_state_dict=True, torch's own KeyError when flattened.",
+    "pytorch_optimizer's AdaShift, Conda, SCION, SCIONLight and ScalableShampoo save objects that weights_only=True "
+    "does not read, natively either.",
+    "Optimizers that estimate one rate for all groups (Prodigy, D-Adaptation) or hold another optimizer (SAM, "
+    "Lookahead) are refused as the inner one; the latter work around ours.",
+    "accelerate enables FSDP for accelerators only: on the CPU the test sets its state by hand, then runs its real "
+    "code.",
     "Not run: CUDA, capturable stepping, tensor and expert parallel, ZeRO-3, CPU offload.",
 )
 
