@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from .adapters import Factor, Init, Reference, Survey
+from .adapters import Factor, Reference, Survey
 from .errors import InspectionError
 from .groups import Assignment, check_lr, make_plan
+from .inspection import declared_init
 
 __all__ = ["inspect_file", "survey_report"]
 
@@ -78,26 +79,18 @@ def _pair(
     if scaling is None:
         notes.append("No alpha in the file or beside it: scaling 1 is assumed.")
     kind = "embedding" if first == "lora_embedding_A" else "conv" if len(a) > 2 else "linear"
+    declared = config.get("init_lora_weights")
     shared: dict[str, Any] = {
         "rank": rank,
         "fan_in": float(math.prod(a[1:])),
         "fan_out": float(b[0]),
         "scaling": 1.0 if scaling is None else scaling,
-        "init": _declared_init(config, kind),
+        "init": "unknown" if declared is None else declared_init(declared, kind),
         "kind": kind,
         "layer": layer,
         "convention": _CONVENTION.get(first, "peft" if config else "lora_A/lora_B"),
     }
     return [Factor(key, "A", **shared), Factor(second, "B", **shared)]
-
-
-def _declared_init(config: Mapping[str, Any], kind: str) -> Init:
-    declared = config.get("init_lora_weights")
-    if declared is None:
-        return "unknown"
-    if declared is True or declared in ("gaussian", "eva"):
-        return "B" if kind == "embedding" else "A"
-    return "other"
 
 
 def _scaling(layer: str, rank: int, alphas: Mapping[str, float], config: Mapping[str, Any], path: Path) -> float | None:

@@ -145,6 +145,12 @@ class Reference:
             return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def as_factor(self) -> Factor:
+        """What stands at this configuration, for a law to move a rate to: its A factor, or a whole weight."""
+        role: Role = "full" if self.method == "full" else "A"
+        width = self.fan_in or 1.0
+        return Factor(str(self), role, self.rank, width, width, self.scaling, self.init)
+
     def resolve(self, survey: Survey) -> Reference:
         """This reference with `fan_in` filled in from the surveyed model, unless it was given.
 

@@ -78,14 +78,17 @@ def fit_checkpoint(
     new_groups: list[Group] = []
     of_parameters = {key for group in groups for key in group["params"]}
     new_state: dict[Any, Any] = {k: v for k, v in state.items() if not isinstance(k, int) and k not in of_parameters}
-    changed_law = False
+    shapes = _written_shapes(groups)
+    changed_law, count = False, 0
     for group in ours:
         names = group["param_names"]
         theirs = groups[saved[names[0]].group]
         changed_rank = False
-        keys = range(sum(len(g["params"]) for g in new_groups), sum(len(g["params"]) for g in new_groups) + len(names))
+        keys = range(count, count + len(names))
+        count += len(names)
         for key, name, param in zip(keys, names, group["params"], strict=True):
-            own, note = _param_state(name, param, group, theirs, state.get(saved[name].key), policy)
+            found = state.get(saved[name].key)
+            own, note = _param_state(name, param, group, theirs, found, shapes.get(name), policy)
             if note is not None:
                 carried.append(note)
                 changed_rank = True
@@ -198,7 +201,8 @@ def _saved_names(groups: Sequence[Group]) -> list[str]:
 
 
 def _check_names(saved: Iterable[str], ours: Iterable[str]) -> None:
-    missing = [name for name in ours if name not in set(saved)]
+    known = set(saved)
+    missing = [name for name in ours if name not in known]
     if missing:
         raise CheckpointError(
             f"The checkpoint lacks {len(missing)} of this optimizer's parameters, such as {missing[0]}.",
@@ -269,12 +273,17 @@ def _warn_kept() -> None:
 
 
 def _param_state(
-    name: str, param: torch.Tensor, group: Group, theirs: Group, state: Mapping[str, Any] | None, policy: Policy
+    name: str,
+    param: torch.Tensor,
+    group: Group,
+    theirs: Group,
+    state: Mapping[str, Any] | None,
+    saved_shape: tuple[int, ...] | None,
+    policy: Policy,
 ) -> tuple[Mapping[str, Any] | None, Carried | None]:
     """The state to load for one parameter, and what was carried where its rank changed."""
     rank = group.get("lora_rank")
     tensors = _shaped(state, param)
-    saved_shape = _shape_of(name, theirs)
     if saved_shape is None or len(saved_shape) != param.dim():
         fits = not tensors or _fit([tuple(v.shape) for v in tensors.values()], tuple(param.shape))
     else:  # the checkpoint says what its state belongs to, of whatever shape that is
@@ -305,13 +314,14 @@ def _param_state(
     return resized, Carried(name, saved_rank, rank, min(saved_rank, rank), tuple(tensors))
 
 
-def _shape_of(name: str, theirs: Group) -> tuple[int, ...] | None:
-    """The shape that our checkpoint wrote down for a parameter; None in a plain one."""
-    names, shapes = theirs.get("param_names") or [], str(theirs.get("param_shapes", "")).split(" ")
-    if len(names) != len(shapes) or name not in names:
-        return None
-    text = shapes[names.index(name)]
-    return tuple(int(n) for n in text.split("x")) if text else ()
+def _written_shapes(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
+    """The shapes that our checkpoint wrote down, by parameter name; none in a plain one."""
+    written: dict[str, tuple[int, ...]] = {}
+    for group in groups:
+        names, texts = group.get("param_names") or [], str(group.get("param_shapes", "")).split(" ")
+        if len(names) == len(texts):
+            written |= {n: tuple(map(int, filter(None, t.split("x")))) for n, t in zip(names, texts, strict=True)}
+    return written
 
 
 def _shaped(state: Mapping[str, Any] | None, param: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -57,10 +57,9 @@ def demo(out: Path) -> None:
 @click.option("--tuned-at", help="Where the base rate was tuned, as r=16,alpha=32.")
 def inspect(path: Path, lr: float | None, law: str, tuned_at: str | None) -> None:
     """Say what adapters PATH holds: a PEFT folder or a .safetensors file, read without the model."""
-    from .adapter_files import inspect_file
+    from .adapter_files import inspect_file, survey_report
 
-    survey = inspect_file(path)
-    click.echo(_survey_table(survey, lr, law, tuned_at))
+    click.echo(survey_report(inspect_file(path), lr=lr, law=law, tuned_at=tuned_at))
 
 
 @main.command()
@@ -135,9 +134,3 @@ def _recipe_table(recipe: Recipe) -> Any:
     for key, value in rows.items():
         made.add_row(key, value)
     return made
-
-
-def _survey_table(survey: Any, lr: float | None, law: str, tuned_at: str | None) -> str:
-    from .adapter_files import survey_report
-
-    return survey_report(survey, lr=lr, law=law, tuned_at=tuned_at)

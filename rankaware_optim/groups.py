@@ -73,7 +73,7 @@ class Plan:
 
     def assign(self, name: str, factor: Factor | None) -> Assignment:
         """The assignment of the parameter `name`, which is `factor` or, where that is None, an other one."""
-        pinned = _pinned(name, dict(self.rates))
+        pinned = _pinned(name, self.rates)
         if factor is None:
             rate = self.other_lr if pinned is None else pinned
             moved = self.multiplier(self._whole()) if self.method == "full" else 1.0
@@ -87,7 +87,7 @@ class Plan:
 
     def is_named(self, group: Mapping[str, Any]) -> bool:
         """Whether a pattern of `rates` names a built group's parameters."""
-        return any(_pinned(name, dict(self.rates)) is not None for name in group.get("param_names", ())[:1])
+        return any(_pinned(name, self.rates) is not None for name in group.get("param_names", ())[:1])
 
     def multiplier(self, factor: Factor) -> float:
         """The law's answer for `factor`, seen at the model's width and along its own init's law.
@@ -132,14 +132,16 @@ def make_plan(
 ) -> Plan:
     """Bind the law, resolve the reference and check the user's exceptions, before anything is built."""
     method: Method = "full" if any(f.role == "full" for f in survey.factors) else "lora"
-    moved = replace(survey, factors=tuple(f for f in survey.factors if _pinned(f.name, rates or {}) is None))
+    pairs = tuple((rates or {}).items())
+    moved = replace(survey, factors=tuple(f for f in survey.factors if _pinned(f.name, pairs) is None))
     reference = (tuned_at or survey.dominant()).resolve(moved)
-    for pattern, rate in (rates or {}).items():
+    names = [*(f.name for f in survey.factors), *survey.other]
+    for pattern, rate in pairs:
         check_lr(rate, f"rates[{pattern!r}]")
-        if not any(fnmatchcase(name, pattern) for name in _names(survey)):
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise OptimizerError(
-                f"The pattern {pattern!r} of rates= matches none of {len(_names(survey))} trainable parameters.",
-                f"Patterns are those of fnmatch on full names, such as {_names(survey)[-1]!r}.",
+                f"The pattern {pattern!r} of rates= matches none of {len(names)} trainable parameters.",
+                f"Patterns are those of fnmatch on full names, such as {names[-1]!r}.",
             )
     if other_lr is not None:
         check_lr(other_lr, "other_lr")
@@ -151,7 +153,7 @@ def make_plan(
         reference=reference,
         method=method,
         width=moved.full_width(reference.init) if method == "full" else moved.width,
-        rates=tuple((rates or {}).items()),
+        rates=pairs,
         other_lr=other_lr,
         per_layer_width=per_layer_width,
         across_inits=across_inits,
@@ -167,13 +169,9 @@ def check_lr(lr: object, what: str = "lr") -> float:
     return float(value)
 
 
-def _pinned(name: str, rates: Mapping[str, float]) -> float | None:
+def _pinned(name: str, rates: Iterable[tuple[str, float]]) -> float | None:
     """The rate of the first pattern that matches `name`, or None."""
-    return next((rate for pattern, rate in rates.items() if fnmatchcase(name, pattern)), None)
-
-
-def _names(survey: Survey) -> list[str]:
-    return [*(f.name for f in survey.factors), *survey.other]
+    return next((rate for pattern, rate in rates if fnmatchcase(name, pattern)), None)
 
 
 def _notes(

@@ -325,6 +325,13 @@ def _config_value(config: object) -> object:
     return getattr(config, "init_lora_weights", None)
 
 
+def declared_init(declared: object, kind: str) -> Init:
+    """The init that PEFT's `init_lora_weights` declares; its embeddings draw B where other layers draw A."""
+    if declared is not True and str(declared).lower() not in _ZERO_B:
+        return "other"
+    return "B" if kind == "embedding" else "A"
+
+
 def _init_of(a: _Half, b: _Half, declared: object, kind: str, layer: str) -> Init:
     """Declared first, then the zeros. A declaration falls only to a factor of zeros that it rules out.
 
@@ -339,10 +346,8 @@ def _init_of(a: _Half, b: _Half, declared: object, kind: str, layer: str) -> Ini
         )
     if declared is None:
         return _sampled_init(a.tensor, b.tensor)
-    if declared is not True and str(declared).lower() not in _ZERO_B:
-        return "other"
-    expected: Init = "B" if kind == "embedding" else "A"
-    if sharded or _is_zero(a.tensor if expected == "A" else b.tensor) is not True:
+    expected = declared_init(declared, kind)
+    if expected == "other" or sharded or _is_zero(a.tensor if expected == "A" else b.tensor) is not True:
         return expected
     return _sampled_init(a.tensor, b.tensor)
 

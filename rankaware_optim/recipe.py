@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from . import recipe_files
-from .adapters import Factor, Method, Reference, Role, Survey
+from .adapters import Method, Reference, Survey
 from .errors import RankAwareWarning, RecipeError
 from .laws import Power, checked_multiplier, law_from_dict, law_to_dict
 
@@ -112,8 +112,7 @@ class Recipe:
             InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
         """
         target = self._target(rank, alpha, rslora, init, method, fan_in)
-        factor = _as_factor(target)
-        moved = checked_multiplier(self.law, factor, self.reference)
+        moved = checked_multiplier(self.law, target.as_factor(), self.reference)
         sd, outside = self._spread(target)
         if outside:
             self._warn_once(outside)
@@ -255,12 +254,6 @@ def infer_scaling(seen: Mapping[int, float]) -> Scaling:
         if max(constants) - min(constants) < 1e-3:
             return rule  # type: ignore[return-value]
     return "unknown"
-
-
-def _as_factor(target: Reference) -> Factor:
-    role: Role = "full" if target.method == "full" else "A"
-    width = target.fan_in or 1.0
-    return Factor("the target", role, target.rank, width, width, target.scaling, target.init)
 
 
 def resolve_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .adapters import Factor, Reference, Role, Survey
+from .adapters import Reference, Survey
 from .errors import CalibrationError
 from .inspection import inspect_model
 from .laws import Law, Power, checked_multiplier, optimizer_family
@@ -257,10 +257,7 @@ class Study:
 
     def _first_guess(self) -> float:
         """log2 of the family's usual rate, moved by the law to the reference."""
-        r = self._settled()
-        width = r.fan_in or 1.0
-        role: Role = "full" if r.method == "full" else "A"
-        factor = Factor("the reference", role, r.rank, width, width, r.scaling, r.init)
+        factor = self._settled().as_factor()
         usual = _USUAL_LR.get(optimizer_family(self.optimizer), _USUAL_LR["sign-like"])
         return math.log2(usual * checked_multiplier(self.law.bind(self.optimizer, {}), factor, _USUAL_AT))
 
