@@ -1,4 +1,4 @@
-"""The nouns every other module speaks of: `Factor`, `Survey`, `Reference`; and the table of conventions.
+"""The nouns every other module speaks of: `Factor`, `Survey`, `Reference`.
 
 A frozen weight W of shape (n_out, n_in) is adapted as W + s·B·A with A of shape (r, n_in) and B of shape (n_out, r).
 `scaling` is s, the effective multiplier on B·A: alpha / r in PEFT, alpha / √r with rsLoRA.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .errors import InspectionError, InvalidReferenceError
+from .kinds import other_kind
+from .tables import text_table
 
-__all__ = ["CONVENTIONS", "Convention", "Factor", "Init", "Method", "Reference", "Role", "Survey"]
+__all__ = ["Factor", "Init", "Method", "Rated", "Reference", "Role", "Survey"]
 
 Role = Literal["A", "B", "full"]
 Init = Literal["A", "B", "other", "unknown"]
@@ -44,12 +46,25 @@ class Factor:
     convention: str = ""
 
 
+class Rated(NamedTuple):
+    """A parameter's learning rate, and why it is that, in words."""
+
+    lr: float
+    reason: str
+
+
+_HEADINGS = ("convention", "kind", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors", "lr", "why")
+_MOST_SCALING = 8.0
+_LEAST_SCALING = 1 / 64
+_NO_LAW = "neither factor starts at zero: no law"
+
+
 @dataclass(frozen=True)
 class Survey:
     """What a model trains: its `factors`, and every `other` trainable parameter by name.
 
     `looked_at` counts the parameters that were looked at, `tried` names the conventions, `notes` are sentences for
-    the report.
+    the report. `frozen` names LoRA factors that do not train, `unadapted` frozen expert weights that no pair adapts.
     """
 
     factors: tuple[Factor, ...] = ()
@@ -57,6 +72,8 @@ class Survey:
     notes: tuple[str, ...] = ()
     looked_at: int = 0
     tried: tuple[str, ...] = field(default=(), repr=False)
+    frozen: tuple[str, ...] = field(default=(), repr=False)
+    unadapted: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def width(self) -> float:
@@ -88,8 +105,79 @@ class Survey:
         (rank, scaling, init), _ = Counter(keys).most_common(1)[0]
         return Reference.from_scaling(rank, scaling, init="B" if init == "B" else "A")
 
+    def explain(self, *, per_module: bool = False, rates: Mapping[str, Rated] | None = None) -> str:
+        """A table of what was found and why each is treated so, alike factors on one line, then what to check.
+
+        per_module gives every tensor a line of its own. rates: by parameter name, to fill the columns lr and why.
+        """
+        rated = rates or {}
+        lines = Counter(_factor_line(f, rated.get(f.name), per_module) for f in self.factors)
+        lines.update(_other_line(name, rated.get(name), per_module) for name in self.other)
+        lines.update(_frozen_line(name, per_module) for name in self.frozen)
+        rows = [(*line[:8], str(count), *line[8:]) for line, count in lines.items()]
+        headings = ("module" if per_module else _HEADINGS[0], *_HEADINGS[1:])
+        below = [*(f"check: {line}" for line in self.audit()), *(f"note: {note}" for note in self.notes)]
+        flush = (headings[0], "kind", "role", "init", "why")
+        return text_table(headings, rows, lines=below, left=flush, width=200 if per_module else 140)
+
+    def audit(self) -> tuple[str, ...]:
+        """Known accidents that this survey shows, a sentence each; empty where there is none."""
+        return tuple(_audit(self))
+
     def _dense(self) -> Iterable[Factor]:
         return (f for f in self.factors if f.kind != "embedding")
+
+
+def _factor_line(f: Factor, rated: Rated | None, per_module: bool) -> tuple[str, ...]:
+    scaling = "" if f.role == "full" else f"{f.scaling:g}"
+    fans = (f"{f.fan_in:g}", f"{f.fan_out:g}")
+    shown = (f.name if per_module else f.convention, f.kind, f.role, str(f.rank or ""), scaling, f.init, *fans)
+    reason = _NO_LAW if f.init == "other" else "a LoRA pair" if f.rank else "a whole weight"
+    return (*shown, *_rated_cells(rated, reason))
+
+
+def _other_line(name: str, rated: Rated | None, per_module: bool) -> tuple[str, ...]:
+    kind = other_kind(name)
+    reason = f"{kind}: no law, the base rate" if kind else "no LoRA factor: the base rate"
+    return (name if per_module else "", kind or "", "other", "", "", "", "", "", *_rated_cells(rated, reason))
+
+
+def _frozen_line(name: str, per_module: bool) -> tuple[str, ...]:
+    return (name if per_module else "", "", "frozen", "", "", "", "", "", "", "a LoRA factor that does not train")
+
+
+def _rated_cells(rated: Rated | None, reason: str) -> tuple[str, str]:
+    return ("", reason) if rated is None else (f"{rated.lr:.3g}", rated.reason)
+
+
+def _audit(survey: Survey) -> Iterator[str]:
+    pairs = [f for f in survey.factors if f.role != "full"]
+    if not survey.factors:
+        kinds = sorted({kind for kind in map(other_kind, survey.other) if kind})
+        yield f"0 LoRA pairs matched; what trains is {', '.join(kinds) or 'no adapter'}: the rank moves no rate."
+    if survey.frozen:
+        yield f"{_some(survey.frozen, 'LoRA factor')} not trained: an inactive adapter, or one frozen by mistake."
+    if survey.unadapted:
+        yield (
+            f"{_some(survey.unadapted, 'frozen stack')} not adapted: in PEFT, target_modules does not reach experts "
+            "that are bare parameters, target_parameters does."
+        )
+    for init, words in (("other", "neither factor zero at the start"), ("unknown", "an init that cannot be read")):
+        names = [f.name for f in pairs if f.init == init]
+        if names:
+            yield f"{_some(names, 'factor')} not covered by a law's derivation: {words}."
+    names = [f.name for f in pairs if f.rank and f.kind != "embedding" and f.rank > f.fan_in]
+    if names:
+        yield f"{_some(names, 'factor')} not low-rank: the rank is above the fan-in."
+    names = [f.name for f in pairs if not _LEAST_SCALING <= f.scaling <= _MOST_SCALING]
+    if names:
+        yield f"{_some(names, 'factor')} not scaled as usual: alpha / rank is above 8 or below 1/64."
+
+
+def _some(names: Sequence[str], what: str) -> str:
+    """How many, and which: "2 factors (a, …) are"; the caller's sentence goes on with "not"."""
+    one = len(names) == 1
+    return f"{len(names)} {what}{'' if one else 's'} ({names[0]}{'' if one else ', …'}) {'is' if one else 'are'}"
 
 
 @dataclass(frozen=True)
@@ -175,32 +263,3 @@ def _check_positive(name: str, value: object, *, whole: bool = False) -> None:
         raise InvalidReferenceError(
             f"Reference got {name}={value!r}.", f"Give a positive {'whole number' if whole else 'number'}."
         )
-
-
-@dataclass(frozen=True)
-class Convention:
-    """How one library stores a LoRA pair on the module that owns it: a row of the table, imported from nobody.
-
-    `a` and `b` are the owner's attributes, each a parameter, a module with a `weight`, or (`container=True`) a dict
-    of those by adapter name. `rank`, `scaling` and `alpha` are the attributes that may declare those, first found
-    first used; they too may be dicts by adapter name.
-    """
-
-    name: str
-    a: str
-    b: str
-    container: bool = False
-    kind: str | None = None
-    rank: tuple[str, ...] = ("r", "rank", "lora_dim")
-    scaling: tuple[str, ...] = ("scaling", "scale")
-    alpha: tuple[str, ...] = ("lora_alpha", "alpha")
-
-
-CONVENTIONS: tuple[Convention, ...] = (
-    Convention("peft", "lora_A", "lora_B", container=True),
-    Convention("peft-embedding", "lora_embedding_A", "lora_embedding_B", container=True, kind="embedding"),
-    Convention("lora_A/lora_B", "lora_A", "lora_B"),
-    Convention("lora_a/lora_b", "lora_a", "lora_b"),
-    Convention("lora_down/lora_up", "lora_down", "lora_up"),
-)
-"""Tried in this order on every module; the first row that matches a parameter keeps it."""

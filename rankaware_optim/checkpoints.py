@@ -15,7 +15,7 @@ import torch
 
 from .errors import CheckpointError, RankAwareWarning
 from .groups import GROUP_FORMAT, TAGS, shapes_text
-from .inspection import canonical_name
+from .pairs import canonical_name
 
 __all__ = ["Carried", "OnLawChange", "OnRankChange", "convert_scheduler_state", "to_plain_state_dict"]
 

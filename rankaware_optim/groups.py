@@ -19,8 +19,9 @@ from torch import nn
 
 from .adapters import Factor, Init, Method, Reference, Survey
 from .errors import OptimizerError, RankAwareWarning
-from .inspection import Walk, survey_of, walk
+from .inspection import survey_of
 from .laws import Law, checked_multiplier, get_law, optimizer_family
+from .pairs import Walk, walk
 
 __all__ = ["Assignment", "Plan", "rank_aware_param_groups"]
 
@@ -134,7 +135,8 @@ def make_plan(
     method: Method = "full" if any(f.role == "full" for f in survey.factors) else "lora"
     pairs = tuple((rates or {}).items())
     moved = replace(survey, factors=tuple(f for f in survey.factors if _pinned(f.name, pairs) is None))
-    reference = (tuned_at or survey.dominant()).resolve(moved)
+    fallback = survey.dominant() if survey.factors else Reference(method="full")  # no pair: nothing will be moved
+    reference = (tuned_at or fallback).resolve(moved)
     names = [*(f.name for f in survey.factors), *survey.other]
     for pattern, rate in pairs:
         check_lr(rate, f"rates[{pattern!r}]")

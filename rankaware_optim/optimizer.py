@@ -30,10 +30,11 @@ from .construction import (
 )
 from .errors import OptimizerError, RankAwareWarning
 from .groups import Plan, PlannedGroup, UserGroup, check_lr, make_plan, scale_lr, split, user_groups
-from .inspection import Walk, survey_of, walk
+from .inspection import survey_of
 from .laws import Law
+from .pairs import Walk, walk
 from .recipe import Recipe, resolve_recipe
-from .report import Report, make_report
+from .report import Report, law_words, make_report
 from .schedulers import attached_schedulers, check_scheduler
 
 __all__ = ["RankAwareOptimizer"]
@@ -43,7 +44,8 @@ __all__ = ["RankAwareOptimizer"]
 class _Wrap:
     """What a wrapped optimizer knows beside torch's own: kept by copy and pickle.
 
-    order: names by user group, in the order they were given. carried: what the last checkpoint of another rank left.
+    order: names by user group, in the order they were given. survey: as inspected before training, since a trained
+    pair does not show its init. carried: what the last checkpoint of another rank left.
     """
 
     plan: Plan
@@ -52,6 +54,7 @@ class _Wrap:
     policy: Policy
     scale_weight_decay: bool
     order: tuple[tuple[str, ...], ...]
+    survey: Survey
     carried: tuple[Carried, ...] = ()
 
 
@@ -154,7 +157,8 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         )
         base = base_lr(native, built, lr)
         own = user_groups(built.param_groups if built else params, model, walked)
-        planned = split(own, plan, _with_frozen(survey, own, walked, method, init))
+        survey = _with_frozen(survey, own, walked, method, init)
+        planned = split(own, plan, survey)
         refuse_groups(native, own)
         opt = _construct(native, planned, base, settings) if built is None else _regroup(built, native, planned, lr)
         for group, part in zip(opt.param_groups, planned, strict=True):
@@ -163,16 +167,17 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
             opt.__class__ = native
             return opt
         order = tuple(tuple(name for name, _ in group.named) for group in own)
-        opt._rankaware = _Wrap(plan, method, init, policy, scale_weight_decay, order)
+        opt._rankaware = _Wrap(plan, method, init, policy, scale_weight_decay, order, survey)
         opt._rankaware_model = weakref.ref(model)
         if hasattr(opt, "_optimizer_step_pre_hooks"):
             opt.register_step_pre_hook(_FirstStep())
         return opt
 
-    def report(self) -> Report:
-        """Per group: role, rank, scaling, init, count, multiplier, present rate, and why."""
-        title = f"RankAwareOptimizer({type(self).__name__}), law {self._rankaware.plan.law!r}"
-        return make_report(self.param_groups, self._rankaware.plan, title, self._rankaware.carried)
+    def report(self, *, per_module: bool = False) -> Report:
+        """Per group, or with per_module per tensor: what it is, its present rate, why, and what to check."""
+        wrap = self._rankaware
+        title = f"RankAwareOptimizer({type(self).__name__}), law {law_words(wrap.plan.law)}"
+        return make_report(self.param_groups, wrap.plan, title, wrap.survey, wrap.carried, per_module)
 
     def scaled(self, value: float | Sequence[float]) -> list[float]:
         """`value` for every group, times its multiplier: what a scheduler with an absolute limit should be given.
@@ -233,7 +238,11 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         for planned in split(own, wrap.plan, survey, first=len(wrap.order)):
             native.add_param_group(self, planned.as_dict(named="param_names" in self.param_groups[0]))
             scale_lr(self.param_groups[-1], planned.assignment, scale_weight_decay=wrap.scale_weight_decay)
-        self._rankaware = replace(wrap, order=(*wrap.order, *(tuple(n for n, _ in group.named) for group in own)))
+        order = (*wrap.order, *(tuple(n for n, _ in group.named) for group in own))
+        known = {f.name for f in wrap.survey.factors}
+        added = tuple(f for f in survey.factors if f.name not in known)
+        kept = replace(survey, factors=(*wrap.survey.factors, *added))
+        self._rankaware = replace(wrap, order=order, survey=kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint by parameter name, after comparing ranks and shapes; torch itself compares none of these.

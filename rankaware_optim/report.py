@@ -1,21 +1,27 @@
-"""The report: what every parameter group is, what rate it has, and why."""
+"""The report: what every parameter group is, what rate it has, why, and what to check."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
+from .adapters import Factor, Rated, Survey
 from .checkpoints import Carried
 from .groups import Plan
+from .kinds import other_kind
+from .laws import Law
+from .tables import text_table
 
-__all__ = ["Report", "Row"]
+__all__ = ["Report", "Row", "law_words", "plan_rates"]
+
+_HEADINGS = ("convention", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors", "multiplier", "lr", "why")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One group of the report. `count` is of tensors, `lr` the present rate."""
+    """One group of the report. `count` is of tensors, `lr` the present rate, the fans (smallest, largest)."""
 
     role: str
     rank: int | None
@@ -26,51 +32,96 @@ class Row:
     lr: float
     reason: str
     names: tuple[str, ...] = ()
+    convention: str = ""
+    fan_in: tuple[float, ...] = ()
+    fan_out: tuple[float, ...] = ()
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, in the order of the report's headings."""
+        scaling = "" if self.scaling is None else f"{self.scaling:g}"
+        shown = (self.convention, self.role, str(self.rank or ""), scaling, self.init or "")
+        numbers = (str(self.count), f"{self.multiplier:.4g}", f"{self.lr:.3g}")
+        return (*shown, _span(self.fan_in), _span(self.fan_out), *numbers, self.reason)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Per group: role, rank, scaling, init, count, multiplier, rate, and why. `str()` draws it as a table.
+    """Per group: convention, role, rank, scaling, init, fans, count, multiplier, rate, and why. `str()` draws it.
 
-    carried: per parameter, what the last checkpoint of another rank left of its moments.
+    audit: known accidents that the groups show, a sentence each. carried: per parameter, what the last checkpoint of
+    another rank left of its moments. survey: what was inspected; per_module draws a line for each of its tensors.
     """
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     title: str
     carried: tuple[Carried, ...] = ()
+    audit: tuple[str, ...] = ()
+    survey: Survey = field(default_factory=Survey, repr=False)
+    per_module: bool = False
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, no_color=True, highlight=False, markup=False)
-        with console.capture() as capture:
-            console.print(self.table())
-            for note in self.notes:
-                console.print(f"note: {note}", soft_wrap=True)
-        return capture.get().rstrip()
-
-    def table(self) -> Any:
-        """The rows as a rich table."""
-        from rich import box
-        from rich.table import Table
-
-        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
-        for heading in ("role", "rank", "scaling", "init", "tensors", "multiplier", "lr", "why"):
-            table.add_column(heading, justify="left" if heading in ("role", "init", "why") else "right")
-        for r in self.rows:
-            scaling = "" if r.scaling is None else f"{r.scaling:g}"
-            numbers = (str(r.count), f"{r.multiplier:.4g}", f"{r.lr:.3g}")
-            table.add_row(r.role, str(r.rank or ""), scaling, r.init or "", *numbers, r.reason)
-        return table
+        if self.per_module:
+            rates = {name: Rated(row.lr, row.reason) for row in self.rows for name in row.names}
+            return f"{self.title}\n{self.survey.explain(per_module=True, rates=rates)}"
+        below = [*(f"check: {line}" for line in self.audit), *(f"note: {note}" for note in self.notes)]
+        rows = [row.cells() for row in self.rows]
+        left = ("convention", "role", "init", "why")
+        return text_table(_HEADINGS, rows, lines=below, title=self.title, left=left, width=150)
 
 
 def make_report(
-    param_groups: Iterable[Mapping[str, Any]], plan: Plan, title: str, carried: tuple[Carried, ...] = ()
+    param_groups: Sequence[Mapping[str, Any]],
+    plan: Plan,
+    title: str,
+    survey: Survey,
+    carried: tuple[Carried, ...] = (),
+    per_module: bool = False,
 ) -> Report:
     """A report of built groups at their present rates."""
-    rows = tuple(_row(group, plan) for group in param_groups)
-    return Report(rows, (*plan.notes, *_carried_notes(carried)), title, carried)
+    factors = {f.name: f for f in survey.factors}
+    rows = tuple(_row(group, plan, factors) for group in param_groups)
+    audit = (*survey.audit(), *_audit(param_groups, plan, survey))
+    return Report(rows, (*plan.notes, *_carried_notes(carried)), title, carried, audit, survey, per_module)
+
+
+def plan_rates(plan: Plan, survey: Survey, lr: float) -> dict[str, Rated]:
+    """What `plan` gives every factor of `survey` at the base rate `lr`, for `Survey.explain`."""
+    moved = {f.name: plan.assign(f.name, f) for f in survey.factors}
+    return {
+        name: Rated(
+            lr * a.multiplier if a.rate is None else a.rate,
+            _reason({"lora_role": a.role, "lora_init": a.init, "param_names": [name]}, plan),
+        )
+        for name, a in moved.items()
+    }
+
+
+def law_words(law: Law) -> str:
+    """A law by its class and what differs from its defaults: "MuA(tokens=4)"."""
+    known: tuple[Field[Any], ...] = fields(law) if is_dataclass(law) else ()
+    told = [f"{f.name}={getattr(law, f.name)!r}" for f in known if f.default != getattr(law, f.name)]
+    return f"{type(law).__name__}({', '.join(told)})"
+
+
+def _audit(groups: Iterable[Mapping[str, Any]], plan: Plan, survey: Survey) -> Iterator[str]:
+    """Accidents between the survey and the groups: adapters left out, heads at an adapter's rate."""
+    held = {name for group in groups for name in group.get("param_names", ())}
+    by_adapter: dict[str, set[str]] = {}
+    for f in survey.factors:
+        by_adapter.setdefault(f.adapter, set()).add(f.name)
+    for adapter, names in by_adapter.items():
+        if held and held.isdisjoint(names):
+            yield f"None of the {len(names)} factors of {adapter or 'the adapter'} is in this optimizer."
+    alike = [group for group in groups if group.get("lora_role") == "other" and not plan.has_own_rate(group)]
+    heads = [name for group in alike for name, dims in _names_and_dims(group) if dims > 1 and other_kind(name) is None]
+    if heads and plan.method == "lora" and survey.factors:
+        rest = "" if len(heads) == 1 else f" and {len(heads) - 1} more"
+        yield f"{heads[0]}{rest} trains at the adapters' base rate; a head has its own by other_lr= or rates=."
+
+
+def _names_and_dims(group: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    return ((name, p.dim()) for name, p in zip(group.get("param_names", ()), group["params"], strict=False))
 
 
 def _carried_notes(carried: tuple[Carried, ...]) -> list[str]:
@@ -83,8 +134,10 @@ def _carried_notes(carried: tuple[Carried, ...]) -> list[str]:
     ]
 
 
-def _row(group: Mapping[str, Any], plan: Plan) -> Row:
+def _row(group: Mapping[str, Any], plan: Plan, factors: Mapping[str, Factor]) -> Row:
     role = group.get("lora_role", "other")
+    names = tuple(group.get("param_names", ()))
+    own = [factors[name] for name in names if name in factors]
     return Row(
         role=role,
         rank=group.get("lora_rank"),
@@ -94,8 +147,20 @@ def _row(group: Mapping[str, Any], plan: Plan) -> Row:
         multiplier=group.get("lr_multiplier", 1.0),
         lr=float(group["lr"]),
         reason=_reason(group, plan),
-        names=tuple(group.get("param_names", ())),
+        names=names,
+        convention=", ".join(dict.fromkeys(f.convention for f in own)),
+        fan_in=_ends(f.fan_in for f in own),
+        fan_out=_ends(f.fan_out for f in own),
     )
+
+
+def _ends(values: Iterable[float]) -> tuple[float, ...]:
+    found = set(values)
+    return (min(found), max(found)) if found else ()
+
+
+def _span(ends: tuple[float, ...]) -> str:
+    return "–".join(f"{end:g}" for end in dict.fromkeys(ends))
 
 
 def _reason(group: Mapping[str, Any], plan: Plan) -> str:
@@ -105,7 +170,8 @@ def _reason(group: Mapping[str, Any], plan: Plan) -> str:
     if role == "full" or (role == "other" and plan.method == "full"):
         return f"{plan.law.name}: full finetuning, from {plan.reference}"
     if role == "other":
-        return "no LoRA factor: the base rate"
+        kinds = sorted({kind for kind in map(other_kind, group.get("param_names", ())) if kind})
+        return f"{', '.join(kinds) or 'no LoRA factor'}: the base rate"
     if group.get("lora_init") == "other":
         return "neither factor was zero, so no law covers it: the base rate"
     return f"{plan.law.name}: from {plan.reference}"

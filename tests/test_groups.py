@@ -22,7 +22,6 @@ from rankaware_optim import (
 )
 from rankaware_optim.adapters import Factor
 from rankaware_optim.groups import make_plan
-from rankaware_optim.report import make_report
 
 from .models import adapted, mlp
 
@@ -397,47 +396,3 @@ def test_full_finetuning_from_a_lora_rate_is_noted():
     """Moving a LoRA rate to full finetuning by the law alone is noted as a rough guess."""
     made = make_plan(inspect_model(whole(), method="full"), tuned_at=AT_16)
     assert any("good to about an octave" in note for note in made.notes)
-
-
-def test_the_report_lists_every_group():
-    """A report has one row a group with role, rank, scaling, init, count, multiplier, rate and reason."""
-    model = mlp((4, 8))
-    made = plan(model, tuned_at=AT_16, rates={"head.bias": 0.5})
-    groups = rank_aware_param_groups(model, lr=LR, tuned_at=AT_16, rates={"head.bias": 0.5})
-    for group in groups:
-        group["param_names"] = [name for name, _ in group["params"]]
-    rows = make_report(groups, made, "title").rows
-    seen = [(r.role, r.rank, r.scaling, r.init, r.count) for r in rows]
-    lora = [(role, rank, 1.0, "A", 1) for rank in (4, 8) for role in "AB"]
-    assert seen == [("other", None, None, None, 1), *lora, ("other", None, None, None, 1)]
-    assert [(r.multiplier, r.lr) for r in rows] == [(g["lr_multiplier"], g["lr"]) for g in groups]
-    assert rows[0].reason == "no LoRA factor: the base rate"
-    assert rows[1].reason == "mua: from rank 16, alpha 16, Init[A]"
-    assert rows[-1].reason == "a rate of its own, by rates="
-    assert rows[-1].names == ("head.bias",)
-
-
-REASONS = [
-    ({"other_lr": 0.1}, "A", "other", "a rate of its own, by other_lr="),
-    ({"law": "constant"}, "A", "A", "constant: from rank 4, alpha 4, Init[A]"),
-    ({}, "other", "A", "neither factor was zero, so no law covers it: the base rate"),
-]
-
-
-@pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
-@pytest.mark.parametrize(("options", "init", "role", "reason"), REASONS)
-def test_reasons(options, init, role, reason):
-    """Every row says why its rate is what it is."""
-    model = mlp(init=init)
-    rows = make_report(rank_aware_param_groups(model, lr=LR, **options), plan(model, **options), "").rows
-    assert {row.reason for row in rows if row.role == role} == {reason}
-
-
-def test_the_report_prints_as_a_table():
-    """str() of a report is a table with its title, a line a group, and the notes."""
-    model = mlp((4, 8))
-    made = plan(model, tuned_at=replace(AT_16, init="B"))
-    text = str(make_report(rank_aware_param_groups(model, lr=LR), made, "the title"))
-    assert text.splitlines()[0].strip() == "the title"
-    assert all(word in text for word in ("role", "multiplier", "why", "no LoRA factor", "note: Adapters at Init[A]"))
-    assert max(map(len, text.split("note:")[0].splitlines())) <= 120

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from rankaware_optim import InspectionError, inspect_model
-from rankaware_optim.adapters import CONVENTIONS, Factor, Survey
-from rankaware_optim.inspection import canonical_name
+from rankaware_optim.adapters import Factor, Survey
+from rankaware_optim.conventions import CONVENTIONS
+from rankaware_optim.pairs import canonical_name
 
 from .models import STYLES, PlainLoRA, TuneLoRA, Weight, adapted, mlp, same, snapshot
 
@@ -44,11 +45,6 @@ def test_every_convention_and_layer_kind_is_read(style, kind, material):
         assert factor.init == ("unknown" if material == "meta" else "A")
         assert factor.convention == convention
     assert survey.other == ()
-
-
-def test_every_built_in_convention_has_a_model():
-    """The table of models above covers the table of conventions."""
-    assert {c.name for c in CONVENTIONS} == {*CONVENTION.values(), "peft-embedding"}
 
 
 @pytest.mark.parametrize(("style", "attribute"), [("plain", "r"), ("tune", "rank"), ("kohya", "lora_dim")])

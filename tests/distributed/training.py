@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 import rankaware_optim as ra
 from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim.adapters import Factor
-from rankaware_optim.inspection import canonical_name
+from rankaware_optim.pairs import canonical_name
 
 from ..models import batches, mlp
 from .worker import WORLD

@@ -1,0 +1,34 @@
+"""Plain-text tables, drawn by rich: what every report of this package is printed with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+__all__ = ["text_table"]
+
+
+def text_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    lines: Iterable[str] = (),
+    title: str = "",
+    left: Sequence[str] = (),
+    width: int = 120,
+) -> str:
+    """A table of `rows` under `headings`, those in `left` flush left, with whole `lines` of text below it."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=width, no_color=True, highlight=False, markup=False)
+    with console.capture() as capture:
+        console.print(table)
+        for line in lines:
+            console.print(line, soft_wrap=True)
+    return capture.get().rstrip()
