@@ -1,11 +1,13 @@
-"""litgpt's LoRA linear layer, seen and trained."""
+"""litgpt's LoRA layers, seen and trained."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from rankaware_optim import RankAwareOptimizer, Reference, inspect_model
+from rankaware_optim import RankAwareOptimizer, Reference, check_convention
+
+from ..real_adapters import CASES, read
 
 lora = pytest.importorskip("litgpt.lora", exc_type=ImportError)
 
@@ -17,12 +19,24 @@ def layer(rank: int) -> torch.nn.Module:
     return made
 
 
-@pytest.mark.parametrize("rank", [4, 8])
-def test_the_layer_is_read_as_declared(rank):
-    """Rank, scaling, fan-in and init are those of litgpt's own arguments."""
-    a, b = inspect_model(layer(rank)).factors
-    assert (a.role, b.role) == ("A", "B")
-    assert {(f.rank, f.scaling, f.fan_in, f.init) for f in (a, b)} == {(rank, 8 / rank, 16.0, "A")}
+by_name = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.package == "litgpt"], ids=lambda case: case.name
+)
+
+
+@by_name
+@pytest.mark.parametrize(("rank", "alpha"), [(2, 3.0), (4, 8.0)])
+def test_a_layer_is_read_as_declared(case, rank, alpha):
+    """Convention, rank, fans, scaling, init and the rest's kind are those of litgpt's own arguments."""
+    assert read(case.make(rank, alpha)) == case.expected(rank, alpha)
+
+
+@by_name
+def test_a_layer_computes_and_trains_as_read(case):
+    """The ones-probe moves the output by scaling × rank × fan-in, and reparametrised trainings agree."""
+    found = check_convention(case.make, *case.inputs(), convention=case.convention)
+    assert (found.probe is not None) is case.probed
+    assert found.oracle < 1e-9
 
 
 def test_it_trains_at_the_laws_rates():

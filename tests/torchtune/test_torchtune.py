@@ -6,9 +6,31 @@ import pytest
 import torch
 from torch import nn
 
-from rankaware_optim import RankAwareOptimizer, Reference, inspect_model
+from rankaware_optim import RankAwareOptimizer, Reference, check_convention, inspect_model
+
+from ..real_adapters import CASES, read
 
 peft = pytest.importorskip("torchtune.modules.peft", exc_type=ImportError)
+
+
+by_name = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.package == "torchtune"], ids=lambda case: case.name
+)
+
+
+@by_name
+@pytest.mark.parametrize(("rank", "alpha"), [(2, 3.0), (4, 8.0)])
+def test_a_layer_is_read_as_declared(case, rank, alpha):
+    """Convention, rank, fans, scaling, init and the rest's kind are those of torchtune's own arguments."""
+    assert read(case.make(rank, alpha)) == case.expected(rank, alpha)
+
+
+@by_name
+def test_a_layer_computes_and_trains_as_read(case):
+    """The ones-probe moves the output by scaling × rank × fan-in, and reparametrised trainings agree."""
+    found = check_convention(case.make, *case.inputs(), convention=case.convention)
+    assert (found.probe is not None) is case.probed
+    assert found.oracle < 1e-9
 
 
 class Block(nn.Module):
