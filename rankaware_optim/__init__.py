@@ -3,6 +3,9 @@
 from .adapters import Factor, Reference, Survey
 from .calibration import CalibrationInterrupted, calibrate
 from .checkpoints import convert_scheduler_state, to_plain_state_dict
+from .conformance import check_convention
+from .conventions import Convention, register_convention
+from .convert import Conversion, convert_lr
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -15,6 +18,7 @@ from .errors import (
     RecipeError,
 )
 from .groups import rank_aware_param_groups
+from .initialization import initialize
 from .inspection import inspect_model
 from .integrations import group_rates, log_rates, trainer_factory
 from .laws import Constant, Law, LoRAPlus, MuA, Power
@@ -31,6 +35,8 @@ __all__ = [
     "CalibrationInterrupted",
     "CheckpointError",
     "Constant",
+    "Convention",
+    "Conversion",
     "Factor",
     "InspectionError",
     "InvalidReferenceError",
@@ -51,12 +57,16 @@ __all__ = [
     "Survey",
     "Trial",
     "calibrate",
+    "check_convention",
     "check_scheduler",
+    "convert_lr",
     "convert_scheduler_state",
     "group_rates",
+    "initialize",
     "inspect_model",
     "log_rates",
     "rank_aware_param_groups",
+    "register_convention",
     "to_plain_state_dict",
     "trainer_factory",
 ]

@@ -2,228 +2,208 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections import Counter
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from .adapters import Factor, Reference, Survey
+from .adapter_config import UNSAID, AdapterConfig, Declared, embedded_configs, is_alpha, read_config
+from .adapters import Factor, Survey
+from .convert import parse_reference
 from .errors import InspectionError
-from .groups import Assignment, check_lr, make_plan
+from .file_pairs import FilePair, FileReading, file_pairs, file_reading
+from .groups import check_lr, make_plan
 from .inspection import declared_init
+from .kinds import is_other_adapter
+from .report import plan_rates
+from .safetensors_header import Header, read_header, shown
 
 __all__ = ["inspect_file", "survey_report"]
 
-_HEADER_LIMIT = 100_000_000  # bytes, the safetensors format's own
-_KEY = re.compile(
-    r"^(?P<layer>.*?)\.?(?P<a>lora_embedding_A|lora_A|lora_a|lora_down)(?P<tail>(\.[^.]+)?\.weight|\.[^.]+)?$"
-)
-_SECOND = {"lora_embedding_A": "lora_embedding_B", "lora_A": "lora_B", "lora_a": "lora_b", "lora_down": "lora_up"}
-_CONVENTION = {"lora_embedding_A": "peft-embedding", "lora_a": "lora_a/lora_b", "lora_down": "lora_down/lora_up"}
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SAID = ("ss_network_module", "ss_network_dim", "ss_network_alpha")  # by kohya's scripts
 
 
-def inspect_file(path: Path) -> Survey:
+def inspect_file(path: str | Path) -> Survey:
     """Survey an adapter folder (PEFT's adapter_config.json with its safetensors) or one .safetensors file.
 
-    Rank, fan-in and fan-out come from the shapes; scaling from the PEFT configuration or the file's `alpha`
-    entries, else 1 with a note. An adapter on disk is trained as a rule, so its init is the one declared or unknown.
+    Known are PEFT's keys, kohya's and LyCORIS's (Tucker too), diffusers' old and new ones, torchtune's and loralib's.
+    Fan-in and fan-out come from the shapes, as does the rank, which must be the one that a configuration declares.
+    The scaling is that of the configuration (PEFT's, or the copy in a diffusers file), of the file's `alpha` entries,
+    or of kohya's metadata, else 1 with a note. An adapter on disk is trained as a rule, so its init is the one
+    declared or unknown. Adapters without a law, such as LoHa, are a survey without factors. Nothing is unpickled.
 
     Raises:
         InspectionError: naming the file and the key that is missing, damaged or at odds.
     """
-    config: Mapping[str, Any] = {}
-    if path.is_dir():
-        config = _read_config(path / "adapter_config.json")
-        path = path / "adapter_model.safetensors"
-    header = _read_header(path)
-    shapes = {key: tuple(entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
-    alphas = {
-        key: _scalar(path, key) for key, shape in shapes.items() if key.endswith(".alpha") and shape in ((), (1,))
-    }
+    file, config = _found(Path(path))
+    header = read_header(file)
+    pairs = file_pairs(header)
+    told = _told(header, pairs, config)
     notes: list[str] = []
-    factors = [f for key in shapes for f in _pair(key, shapes, alphas, config, path, notes)]
-    if not factors:
+    factors = tuple(factor for pair in pairs for factor in _factors(header, pair, told[pair.layer], notes))
+    known = {f.name for f in factors}
+    left = [name for name in header.tensors if name not in known]
+    unlawful = [name for name in left if is_other_adapter(name)]
+    alphas = {f"{layer}.alpha" for layer in (*told, *_layers(unlawful))}  # of adapters, not tensors of the model
+    other = tuple(name for name in left if not (name in alphas and _is_scalar(header, name)))
+    if config is not None and not config.is_lora:
+        notes.append(f"The folder's kind is {config.values['peft_type']}, which no law covers.")
+    elif not factors and not unlawful:
         raise InspectionError(
-            f"{path} holds no LoRA pair among {len(shapes)} tensors.", "Give an adapter's file, not a base model's."
+            f"{file} holds no LoRA pair among {len(header.tensors)} tensors.",
+            "Give an adapter's file, not a base model's.",
         )
-    known = {f.name for f in factors} | set(alphas)
-    other = tuple(key for key in shapes if key not in known)
-    return Survey(tuple(factors), other, tuple(dict.fromkeys(notes)), looked_at=len(shapes))
+    notes += _notes(header, config)
+    return Survey(factors, other, tuple(dict.fromkeys(notes)), looked_at=len(header.tensors))
 
 
-def _pair(
-    key: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    alphas: Mapping[str, float],
-    config: Mapping[str, Any],
-    path: Path,
-    notes: list[str],
-) -> list[Factor]:
-    match = _KEY.match(key)
-    if match is None:
-        return []
-    layer, first = match["layer"], match["a"]
-    second = f"{key[: match.start('a')]}{_SECOND[first]}{match['tail'] or ''}"
-    if second not in shapes:
-        return []
-    a, b = shapes[key], shapes[second]
-    if len(a) < 2 or len(b) < 2 or 0 in (*a, *b) or a[0] % b[1]:
-        raise InspectionError(
-            f"{path}: {key} has shape {a} and {second} {b}, which is no LoRA pair.", "Save the adapter again."
-        )
-    rank = a[0]
-    scaling = _scaling(layer, rank, alphas, config, path)
-    if scaling is None:
-        notes.append("No alpha in the file or beside it: scaling 1 is assumed.")
-    kind = "embedding" if first == "lora_embedding_A" else "conv" if len(a) > 2 else "linear"
-    declared = config.get("init_lora_weights")
-    shared: dict[str, Any] = {
-        "rank": rank,
-        "fan_in": float(math.prod(a[1:])),
-        "fan_out": float(b[0]),
-        "scaling": 1.0 if scaling is None else scaling,
-        "init": "unknown" if declared is None else declared_init(declared, kind),
-        "kind": kind,
-        "layer": layer,
-        "convention": _CONVENTION.get(first, "peft" if config else "lora_A/lora_B"),
-    }
-    return [Factor(key, "A", **shared), Factor(second, "B", **shared)]
+# --- which file -----------------------------------------------------------------------------------------------------
 
 
-def _scaling(layer: str, rank: int, alphas: Mapping[str, float], config: Mapping[str, Any], path: Path) -> float | None:
-    alpha: Any = alphas.get(f"{layer}.alpha")
-    if alpha is None and config:
-        patterns = config.get("alpha_pattern") or {}  # checked by _read_config
-        matched = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)]
-        alpha = matched[0] if matched else config.get("lora_alpha")
+def _found(path: Path) -> tuple[Path, AdapterConfig | None]:
+    """The safetensors file that `path` is or holds, and the folder's configuration if there is one."""
+    if not os.path.isdir(path):
+        if path.suffix.lower() in _PICKLES:
+            raise _pickle(path)
+        return path, None
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise InspectionError(f"{path} cannot be read: {error}.", "Give a folder that you may read.") from error
+    config = read_config(path / _CONFIG) if _CONFIG in names else None
+    return path / _weights(path, names, config), config
+
+
+def _weights(path: Path, names: list[str], config: AdapterConfig | None) -> str:
+    """The name of a folder's one safetensors file: PEFT's own beside a configuration, else the only one."""
+    files = [name for name in names if name.endswith(".safetensors")]
+    if len(files) == 1 or (config is not None and _WEIGHTS in files):
+        return _WEIGHTS if _WEIGHTS in files else files[0]
+    pickles = [name for name in names if name.lower().endswith(_PICKLES)]
+    if pickles and not files:
+        raise _pickle(path / pickles[0])
+    raise InspectionError(
+        f"{path} holds {len(files)} .safetensors files"
+        + (f", none of them {_WEIGHTS}." if config is not None else f" and no {_CONFIG}."),
+        "Give one .safetensors file, or a folder saved by PEFT.",
+    )
+
+
+def _pickle(path: Path) -> InspectionError:
+    return InspectionError(
+        f"{path} is a pickle by its name: reading one can run whatever code is in it.",
+        "Save the adapter as .safetensors.",
+    )
+
+
+# --- what is declared -----------------------------------------------------------------------------------------------
+
+
+def _layers(names: Iterable[str]) -> set[str]:
+    """The layers of other adapters' tensors, such as x of x.hada_w1_a or x.b2.weight."""
+    return {name.removesuffix(".weight").rpartition(".")[0] for name in names}
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What the file and its configuration say of one layer besides shapes."""
+
+    config: AdapterConfig | None = None
+    declared: Declared = UNSAID
+    alpha: float | None = None  # the file's own entry
+
+
+def _told(header: Header, pairs: Iterable[FilePair], config: AdapterConfig | None) -> dict[str, _Told]:
+    configs = [config] if config is not None else embedded_configs(header.path, header.metadata)
+    layers = list(dict.fromkeys(pair.layer for pair in pairs))
+    entries = [f"{layer}.alpha" for layer in layers if _is_scalar(header, f"{layer}.alpha")]
+    alphas = header.scalars(entries)
+    told = {layer: _Told(alpha=alphas.get(f"{layer}.alpha")) for layer in layers}
+    for found in reversed(configs):  # the longest prefix last, which so has its say
+        held = [layer for layer in layers if found is config or layer.startswith(found.prefix)]
+        declared = found.declared(held)
+        told |= {layer: _Told(found, declared[layer], alphas.get(f"{layer}.alpha")) for layer in held}
+    return told
+
+
+def _is_scalar(header: Header, name: str) -> bool:
+    return name in header.tensors and header.tensors[name].shape in ((), (1,))
+
+
+def _scaling(header: Header, pair: FilePair, read: FileReading, told: _Told) -> float | None:
+    """The multiplier on B·A: by the file's alpha, the configuration's, or kohya's metadata; None if none says it."""
+    config, alpha, where = told.config, told.alpha, f"{pair.layer}.alpha"
+    if alpha is None and told.declared.alpha is not None and config is not None:
+        return config.scaling(told.declared.alpha, read.rank)
+    if alpha is None and config is None and read.kind == "linear" and "down" in pair.marker:  # not conv_alpha
+        alpha, where = _metadata_alpha(header), "ss_network_alpha in its metadata"
     if alpha is None:
         return None
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-        raise InspectionError(f"{path}: alpha of {layer} is {alpha!r}.", "Save the adapter with a positive alpha.")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if not is_alpha(alpha):
+        raise InspectionError(f"{header.path}: {where} is {alpha!r}.", "Save the adapter with a positive alpha.")
+    return alpha / read.rank
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
+def _metadata_alpha(header: Header) -> float | None:
+    text = header.metadata.get("ss_network_alpha", "None")
+    if text in ("None", "Dynamic"):  # what kohya's scripts write for want of one
+        return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InspectionError(f"{path} cannot be read: {error}.", "Give a folder saved by PEFT.") from error
-    rank = config.get("r", 1) if isinstance(config, dict) else None
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise InspectionError(f"{path} has no usable rank. @ r", "Give a folder saved by PEFT.")
-    try:
-        for pattern in dict(config.get("alpha_pattern") or {}):
-            re.compile(pattern)
-    except (TypeError, ValueError, re.error) as error:
+        return float(text)
+    except ValueError as error:
         raise InspectionError(
-            f"{path} has no usable pattern: {error}. @ alpha_pattern", "Give a folder saved by PEFT."
+            f"{header.path}: ss_network_alpha in its metadata is {shown(text)}.", "Save it with a number there."
         ) from error
-    return dict(config)
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """A safetensors file's header: eight bytes of length, then JSON; checked against the file's size."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_HEADER_LIMIT, path.stat().st_size - 8):
-                raise InspectionError(f"{path} is no whole safetensors file.", "Copy it again, or give another.")
-            header = json.loads(file.read(length))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, InspectionError):
-            raise
-        raise InspectionError(
-            f"{path} cannot be read: {error}.", "Give a PEFT folder or a .safetensors file."
-        ) from error
-    for key, entry in header.items() if isinstance(header, dict) else [("its header", None)]:
-        if key != "__metadata__" and not _is_entry(entry):
-            raise InspectionError(f"{path}: {key} has no usable shape or place.", "Save the adapter again.")
-    end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    if 8 + length + end != path.stat().st_size:
-        raise InspectionError(
-            f"{path} is no whole safetensors file: {end} bytes of tensors belong after its header.", "Copy it again."
-        )
-    return dict(header)
+def _notes(header: Header, config: AdapterConfig | None) -> list[str]:
+    """What else the file says of itself."""
+    told = [f"{key} {shown(header.metadata[key])}" for key in _SAID if key in header.metadata]
+    beside = config is None and os.path.isfile(header.path.with_name(_CONFIG))
+    notes = [f"Its metadata say {', '.join(told)}."] if told else []
+    return [*notes, *([f"{_CONFIG} lies beside the file and was not read: give the folder."] if beside else [])]
 
 
-def _is_entry(entry: object) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    shape, place = entry.get("shape"), entry.get("data_offsets")
-    return _are_counts(shape) and _are_counts(place) and len(place) == 2 and place[0] <= place[1]
+def _factors(header: Header, pair: FilePair, told: _Told, notes: list[str]) -> list[Factor]:
+    read = file_reading(header, pair, told.config, told.declared)
+    scaling = _scaling(header, pair, read, told)
+    if scaling is None:
+        notes.append("No alpha in the file or beside it: scaling 1 is assumed.")
+    shared: dict[str, Any] = {
+        "rank": read.rank,
+        "fan_in": float(read.fan_in),
+        "fan_out": float(read.fan_out),
+        "scaling": 1.0 if scaling is None else scaling,
+        "init": _init(told.config, read.kind),
+        "kind": read.kind,
+        "layer": pair.layer,
+        "adapter": pair.adapter,
+        "convention": read.convention,
+    }
+    return [Factor(pair.a, "A", **shared), Factor(pair.b, "B", **shared)]
 
 
-def _are_counts(values: object) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
-
-
-def _scalar(path: Path, key: str) -> float:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return float(file.get_tensor(key))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InspectionError(f"{path}: {key} cannot be read: {error}.", "Copy the file again.") from error
+def _init(config: AdapterConfig | None, kind: str) -> Any:
+    declared = None if config is None else config.values.get("init_lora_weights")
+    if kind == "adalora":
+        return "other"
+    return "unknown" if declared is None else declared_init(declared, kind)
 
 
 # --- printing -------------------------------------------------------------------------------------------------------
 
 
-def survey_report(survey: Survey, *, lr: float | None = None, law: str = "mua", tuned_at: str | None = None) -> str:
-    """A table of what a survey holds, alike factors on one line; with `lr` their rates too."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
+def survey_report(
+    survey: Survey, *, lr: float | None = None, law: str = "mua", tuned_at: str | None = None, per_module: bool = False
+) -> str:
+    """What a survey holds in words, alike factors on one line unless `per_module`; with a base rate `lr` its rates."""
     reference = None if tuned_at is None else parse_reference(tuned_at)
-    plan = None if lr is None else make_plan(survey, law=law, tuned_at=reference)
-    base = None if lr is None else check_lr(lr)
-    headings = ["convention", "kind", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors"]
-    table = Table(*headings, *(["multiplier", "lr"] if plan else []), box=box.SIMPLE_HEAD)
-    for row, count in Counter(_line(f, plan.assign(f.name, f) if plan else None, base) for f in survey.factors).items():
-        table.add_row(*row[:8], str(count), *row[8:])
-    console = Console(width=140, no_color=True, highlight=False, markup=False)
-    with console.capture() as capture:
-        console.print(table)
-        console.print(f"{len(survey.other)} other tensors" + (f", such as {survey.other[0]}" if survey.other else ""))
-        for note in survey.notes if plan is None else plan.notes:
-            console.print(f"note: {note}", soft_wrap=True)
-    return capture.get().rstrip()
-
-
-def _line(factor: Factor, assignment: Assignment | None, lr: float | None) -> tuple[str, ...]:
-    f = factor
-    shown = (f.convention, f.kind, f.role, str(f.rank), f"{f.scaling:g}", f.init, f"{f.fan_in:g}", f"{f.fan_out:g}")
-    if assignment is None or lr is None:
-        return shown
-    return (*shown, f"{assignment.multiplier:.4g}", f"{lr * assignment.multiplier:.3g}")
-
-
-def parse_reference(text: str) -> Reference:
-    """A reference from words such as "r=16,alpha=32,rslora,init=B", or "full".
-
-    >>> str(parse_reference("r=16,alpha=32"))
-    'rank 16, alpha 32, Init[A]'
-    """
-    if text.strip() == "full":
-        return Reference(method="full")
-    values: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        key, _, value = part.partition("=")
-        try:
-            values |= {"rslora": True} if part == "rslora" else _reference_entry(key, value)
-        except (KeyError, ValueError) as error:
-            raise InspectionError(
-                f"{part!r} is no part of a reference.", 'Write it as "r=16,alpha=32", with rslora, init=B, fan_in=4096.'
-            ) from error
-    return Reference(**values)
-
-
-def _reference_entry(key: str, value: str) -> dict[str, Any]:
-    if key in ("r", "rank"):
-        return {"rank": int(value)}
-    return {"init": value} if key == "init" else {{"alpha": "alpha", "fan_in": "fan_in"}[key]: float(value)}
+    if lr is None:
+        return survey.explain(per_module=per_module)
+    base, plan = check_lr(lr), make_plan(survey, law=law, tuned_at=reference)
+    rates = plan_rates(plan, survey, base)
+    return replace(survey, notes=tuple(plan.notes)).explain(per_module=per_module, rates=rates)

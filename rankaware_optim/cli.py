@@ -55,11 +55,25 @@ def demo(out: Path) -> None:
 @click.option("--lr", type=float, help="Base rate: adds a column of rates.")
 @click.option("--law", default="mua", show_default=True)
 @click.option("--tuned-at", help="Where the base rate was tuned, as r=16,alpha=32.")
-def inspect(path: Path, lr: float | None, law: str, tuned_at: str | None) -> None:
+@click.option("--per-module", is_flag=True, help="A line for every tensor.")
+def inspect(path: Path, lr: float | None, law: str, tuned_at: str | None, per_module: bool) -> None:
     """Say what adapters PATH holds: a PEFT folder or a .safetensors file, read without the model."""
     from .adapter_files import inspect_file, survey_report
 
-    click.echo(survey_report(inspect_file(path), lr=lr, law=law, tuned_at=tuned_at))
+    survey = inspect_file(path)
+    click.echo(survey_report(survey, lr=lr, law=law, tuned_at=tuned_at, per_module=per_module))
+
+
+@main.command()
+@click.argument("lr", type=float)
+@click.option("--from", "from_", required=True, help="Where LR was tuned, as r=16,alpha=32 or full,fan_in=4096.")
+@click.option("--to", required=True, help="Where it is wanted, as r=128,alpha=16,rslora.")
+@click.option("--law", default="mua", show_default=True)
+def convert(lr: float, from_: str, to: str, law: str) -> None:
+    """Say in words what LR, tuned with one rank and alpha, becomes with another."""
+    from .convert import convert_lr
+
+    click.echo(convert_lr(lr, from_=from_, to=to, law=law).explain())
 
 
 @main.command()

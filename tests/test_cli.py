@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from rankaware_optim import Power, Recipe, Reference
 from rankaware_optim.cli import main
+from rankaware_optim.convert import convert_lr
 
 AT_16 = Reference(rank=16, alpha=32, fan_in=64)
 
@@ -67,7 +68,7 @@ def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "rankaware_optim", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: rankaware ")
-    assert all(f"\n  {name} " in done.stdout for name in ("demo", "inspect", "show", "lr", "plot"))
+    assert all(f"\n  {name} " in done.stdout for name in ("demo", "inspect", "convert", "show", "lr", "plot"))
 
 
 def test_the_version_is_told():
@@ -84,8 +85,7 @@ def test_inspect_reads_a_peft_folder(folder):
     assert done.exit_code == 0
     assert re.search(r"peft +linear +A +8 +2 +A +32 +48 +2", done.output)
     assert re.search(r"peft +linear +B +8 +2 +A +32 +48 +2", done.output)
-    assert "1 other tensors, such as base_model.model.score.weight" in done.output
-    assert "multiplier" not in done.output
+    assert re.search(r" other +1 +no LoRA factor: the base rate", done.output)
 
 
 def test_inspect_adds_rates_to_a_base_rate(folder):
@@ -94,13 +94,22 @@ def test_inspect_adds_rates_to_a_base_rate(folder):
     assert own.exit_code == other.exit_code == 0
     assert own.output.count(" 0.0002 ") == 2
     assert other.output.count(" 0.0002 ") == 0
-    assert "multiplier" in other.output
+    assert own.output.count("mua: from rank 8, alpha 16, Init[A]") == 2
+
+
+def test_inspect_names_every_tensor_if_asked(folder):
+    """--per-module gives each factor and other tensor a line of its own."""
+    done = call("inspect", folder, "--per-module")
+    names = [f"base_model.model.{name}.lora_{half}.weight" for name in "qv" for half in "AB"]
+    assert done.exit_code == 0
+    assert all(done.output.count(name) == 1 for name in [*names, "base_model.model.score.weight"])
 
 
 def test_inspect_takes_a_law_by_name(folder):
     """--law loraplus shows B's sixteenfold rate."""
     done = call("inspect", folder, "--lr", "1e-4", "--law", "loraplus")
-    assert re.search(r"peft +linear +B .* 16 +0\.0016", done.output)
+    assert re.search(r"peft +linear +A .* 0\.0001 +loraplus", done.output)
+    assert re.search(r"peft +linear +B .* 0\.0016 +loraplus", done.output)
 
 
 def test_inspect_reads_a_kohya_file(tmp_path):
@@ -111,7 +120,7 @@ def test_inspect_reads_a_kohya_file(tmp_path):
     done = call("inspect", path)
     assert done.exit_code == 0
     assert re.search(r"lora_down/lora_up +linear +A +8 +0\.5 +unknown +32 +48 +1", done.output)
-    assert "0 other tensors" in done.output
+    assert " other " not in done.output
 
 
 @pytest.mark.filterwarnings("default")
@@ -123,6 +132,25 @@ def test_a_warning_is_a_note(folder):
     assert done.exit_code == 0
     assert done.stderr.startswith("note: ")
     assert "Warning" not in done.output
+
+
+# --- convert --------------------------------------------------------------------------------------------------------
+
+
+def test_convert_says_two_rates_where_alpha_alone_changes():
+    """The exact two rates, the one approximate rate, and what becomes of eps and decay, in words."""
+    done = call("convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=16,alpha=16")
+    assert done.exit_code == 0
+    assert "Two rates: 0.0002 for A, 0.0004 for B (exact)." in done.output
+    assert "multiply B's eps by 0.5 and its weight decay by 0.5" in done.output
+
+
+def test_convert_prints_what_convert_lr_gives():
+    """--from, --to and --law are those of `convert_lr`."""
+    words = {"from_": "r=16,alpha=32", "to": "r=128,alpha=16,rslora"}
+    for law in ("mua", "loraplus"):
+        done = call("convert", "2e-4", "--from", words["from_"], "--to", words["to"], "--law", law)
+        assert (done.exit_code, done.output.rstrip("\n")) == (0, convert_lr(2e-4, **words, law=law).explain())
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------
@@ -185,6 +213,12 @@ BAD = [
     (["inspect", "adapter", "--lr", "1e-3", "--law", "unheard-of"], "Known are"),
     (["inspect", "adapter", "--lr", "1e-3", "--tuned-at", "r=8"], "alpha"),
     (["inspect", "adapter", "--tuned-at", "r=x"], "r=x"),
+    (["inspect", "pickled.bin"], "pickled.bin is a pickle"),
+    (["convert", "1e-3", "--from", "r=8", "--to", "r=8,alpha=8"], "alpha"),
+    (["convert", "1e-3", "--from", "r=8,alpha=8", "--to", "r=x"], "r=x"),
+    (["convert", "1e-3", "--from", "r=8,alpha=8", "--to", "full"], "fan_in"),
+    (["convert", "nan", "--from", "r=8,alpha=8", "--to", "r=8,alpha=8"], "lr is nan"),
+    (["convert", "1e-3", "--from", "full", "--to", "full", "--law", "unheard-of"], "Known are"),
     (["show", "nowhere.toml"], "no recipe at nowhere.toml"),
     (["show", "adapter"], "ends in .toml"),
     (["show", "broken.toml"], "cannot be read"),
@@ -218,6 +252,9 @@ USAGE = [
     ["lr", "digits.toml", "--full", "--alpha", "8"],
     ["lr", "digits.toml", "--full", "--rslora"],
     ["lr", "digits.toml", "--rank", "8", "--rslora"],
+    ["convert", "1e-3", "--to", "r=8,alpha=8"],
+    ["convert", "x", "--from", "r=8,alpha=8", "--to", "r=8,alpha=8"],
+    ["convert", "-1", "--from", "r=8,alpha=8", "--to", "r=8,alpha=8"],
     ["plot", "digits.toml"],
     ["unheard-of"],
 ]

@@ -56,13 +56,14 @@ def test_docstring_examples_run(name: str) -> None:
 def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's Python blocks run in order, as one program."""
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)
     names = {"F": F, "build": build, "batches": batches, "model": build(32)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for block in blocks:
             exec(compile(block, str(README), "exec"), names)
+    rankaware_optim.register_convention("mine", remove=True)
     assert {w.category for w in caught} <= {rankaware_optim.RankAwareWarning}
     assert (tmp_path / "recipes" / "digits.safetensors").exists()
 
