@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import math
-from pathlib import Path
 
 import click
 import torch
@@ -19,9 +18,12 @@ from recording import RESULTS, machine
 
 from rankaware_optim import Factor, MuA, Reference
 from rankaware_optim.demo import SEEDS, STEPS, run_at, untrained
-from rankaware_optim.fitting import Observation, Prior, fit_observations
+from rankaware_optim.fitting import Prior, fit_observations
+from rankaware_optim.sweep_arms import observation_of
+from rankaware_optim.sweep_files import Run, read_sweep
+from rankaware_optim.yardstick import DEMO_SWEEP
 
-SWEEP = RESULTS / "demo_sweep.csv"
+MODEL = "efficientnet-lite0, alpha = rank"  # its rows in the package's sweep
 RANKS = (4, 16, 64, None)
 EXPONENTS = range(-15, -3)
 
@@ -48,16 +50,15 @@ def main() -> None:
 
 @main.command()
 def sweep() -> None:
-    """Append every missing run to results/demo_sweep.csv."""
+    """Append every missing run to the package's sweep, rankaware_optim/demo_sweep.csv."""
     torch.set_num_threads(1)
-    done = {(row["rank"], row["log2_lr"], row["seed"]) for row in _rows()}
+    done = {(run.rank, run.lr, run.seed) for run in _runs()}
     for rank in RANKS:
         for exponent in EXPONENTS:
             for seed in SEEDS:
-                key = (str(rank or "full"), str(exponent), str(seed))
+                key = (rank, 2.0**exponent, seed)
                 if key not in done:
-                    after = run_at((rank, 2.0**exponent, seed))
-                    _append([*key, f"{untrained(seed):.4f}", f"{after:.4f}"])
+                    _append(*key, start=untrained(seed), loss=run_at(key))
 
 
 @main.command()
@@ -74,7 +75,9 @@ def table() -> None:
             f"| {name} | {init} | {rank} | {lora:.2f} | {full:.2f} | " + " | ".join(f"{e:+.2f}" for e in errors) + " |"
         )
     lines += ["", f"Made by `python benchmarks/full_width.py table` on {machine(1)}"]
-    lines.append(f"EfficientNet-lite0: {STEPS} steps, seeds {SEEDS}, grid of one octave, `results/demo_sweep.csv`.")
+    lines.append(
+        f"EfficientNet-lite0: {STEPS} steps, seeds {SEEDS}, grid of one octave, `rankaware_optim/demo_sweep.csv`."
+    )
     (RESULTS / "full_width.md").write_text("\n".join(lines) + "\n")
     click.echo("\n".join(lines))
 
@@ -103,28 +106,21 @@ def _error(init: str, rank: int, lora: float, full: float, mean: float, width: f
 
 
 def _demo_vertices() -> dict[int | None, float]:
-    seen = []
-    for row in _rows():
-        rank = None if row["rank"] == "full" else int(row["rank"])
-        start, value = float(row["before"]), float(row["after"])
-        seen.append(Observation(rank, int(row["seed"]), float(row["log2_lr"]), value, start, value))
-    fit = fit_observations(seen, Prior())
+    mine = [run for run in _runs() if run.rank in RANKS and run.seed in SEEDS and math.log2(run.lr) in EXPONENTS]
+    fit = fit_observations([observation_of(run, run.rank, math.log2(run.lr)) for run in mine], Prior())
     assert fit is not None
     return {rank: mean for rank, (mean, _) in fit.vertices.items()}
 
 
-def _rows() -> list[dict[str, str]]:
-    return list(csv.DictReader(SWEEP.open())) if SWEEP.exists() else []
+def _runs() -> list[Run]:
+    return [run for run in read_sweep(DEMO_SWEEP).runs if run.model == MODEL]
 
 
-def _append(values: list[str]) -> None:
-    new = not SWEEP.exists()
-    Path(SWEEP).parent.mkdir(exist_ok=True)
-    with SWEEP.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["rank", "log2_lr", "seed", "before", "after"])
-        writer.writerow(values)
+def _append(rank: int | None, lr: float, seed: int, *, start: float, loss: float) -> None:
+    width = LITE0[2] if rank is None else LITE0[1]
+    row = [MODEL, rank or "full", rank, width, repr(lr), seed, f"{start:.4f}", f"{loss:.4f}"]
+    with DEMO_SWEEP.open("a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerow(row)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from .errors import RankAwareError
+from .law_commands import bench, fit
 from .recipe import Rate, Recipe
+from .suggest_command import suggest
 
 __all__ = ["main"]
 
@@ -120,6 +122,10 @@ def plot(recipe: Path, out: Path) -> None:
     click.echo(plot_recipe(Recipe.load(recipe), out))
 
 
+for _command in (bench, fit, suggest):
+    main.add_command(_command)
+
+
 def _rate_lines(rate: Rate) -> str:
     lines = [f"lr        {rate.lr:.3g}", f"90 % band {rate.low:.3g} to {rate.high:.3g}"]
     lines += [] if rate.ceiling is None else [f"ceiling   {rate.ceiling:.3g} (the smallest rate seen to diverge)"]
@@ -134,15 +140,16 @@ def _recipe_table(recipe: Recipe) -> Any:
     made = Table(title=f"Recipe {recipe.name!r}", title_justify="left", box=box.SIMPLE, show_header=False)
     own = recipe.at() if recipe.reference.method == "lora" else recipe.at(method="full")
     rows = {
-        "base rate": f"{recipe.lr:.3g} at {recipe.reference}, width {recipe.reference.fan_in:g}",
+        "base rate": f"{recipe.lr:.3g} at {recipe.reference}, width {recipe.reference.fan_in or 'unknown'}",
         "90 % band": f"{own.low:.3g} to {own.high:.3g}",
         "ceiling": "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}",
         "law": repr(recipe.law),
         "alpha by rank": recipe.scaling_rule,
         "optimizer": f"{recipe.optimizer} {dict(recipe.settings)}",
-        "horizon": f"{recipe.steps} steps, batch {recipe.batch or 'not told'}",
+        "horizon": f"{recipe.steps or 'untold'} steps, batch {recipe.batch or 'not told'}",
         "seen": f"ranks {', '.join(map(str, recipe.ranks)) or 'none'}{', full finetuning' * recipe.full_seen}; "
         f"{len(recipe.tensors.get('lr', ()))} trials",
+        **({"notes": "; ".join(recipe.notes)} if recipe.notes else {}),
         "versions": ", ".join(f"{k} {v}" for k, v in recipe.versions.items()),
     }
     for key, value in rows.items():

@@ -90,7 +90,9 @@ def convert_lr(lr: float, *, from_: Reference | str, to: Reference | str, law: s
     The tuned pair is (lr, lr × the law's multiplier of B at `from_`). At equal method, rank, init and width, where only
     the effective multiplier s becomes s′, the two-rate form is exact: with q = s/s′, Init[A] keeps η_A and multiplies
     η_B by q, ε_B and λ_B by 1/q; Init[B] does so to A (theory: module docstring). Otherwise the rates are the law's.
-    A width that one reference names holds for both; if neither does, the limit of a large width is taken.
+    A width that one reference names holds for both; if neither does, the limit of a large width is taken. Where both
+    name a batch, every rate is moved by the law's rule for it. For another optimizer than Adam's kind give
+    law=MuA().bind(optimizer_class, settings).
 
     Raises:
         InvalidReferenceError: the words make no reference; the method or the init changes, or the law has no limit, and
@@ -105,6 +107,7 @@ def convert_lr(lr: float, *, from_: Reference | str, to: Reference | str, law: s
     """
     base, bound = check_lr(lr), get_law(law)
     pair = _as_reference(from_), _as_reference(to)
+    base *= _batch_multiplier(*pair, bound)
     origin, target = _at_widths(*pair, _LARGE)
     try:
         made = _convert(base, origin, target, bound)
@@ -177,7 +180,7 @@ def _two_rates(
         **{f"lr_{role}": check_lr(rate, f"The converted lr_{role}") for role, rate in rates.items()},
         **{f"{what}_scale_{zero}": 1.0 / q for what in ("eps", "weight_decay")},
         a_scale=math.sqrt(q),
-        exact=_same_batch(origin, target),
+        exact=_same_batch(origin, target) and _scale_free(law),
         notes=notes,
     )
 
@@ -201,8 +204,20 @@ def _ratio(origin: Reference, target: Reference) -> float:
     return 1.0 if math.isclose(q, 1.0, rel_tol=1e-12) else q
 
 
+def _scale_free(law: Law) -> bool:
+    """Whether the law is for updates that the gradient's scale does not move: what the two-rate form needs."""
+    return getattr(law, "family", "sign-like") in ("sign-like", "unknown")
+
+
 def _same_batch(origin: Reference, target: Reference) -> bool:
     return None in (origin.batch, target.batch) or origin.batch == target.batch
+
+
+def _batch_multiplier(origin: Reference, target: Reference, law: Law) -> float:
+    """What the law says of the batch, where both name one."""
+    if origin.batch is None or target.batch is None:
+        return 1.0
+    return law.batch_multiplier(target.batch / origin.batch)
 
 
 def _notes(origin: Reference, target: Reference, law: Law, changes: list[str]) -> list[str]:
@@ -211,14 +226,17 @@ def _notes(origin: Reference, target: Reference, law: Law, changes: list[str]) -
         notes = [f"With another {' and '.join(_WORDS[c] for c in changes)} the rates follow the law {law.name!r}."]
     elif q == 1.0:
         notes = ["Both sides train alike, so the rates stay."]
-    else:
+    elif _scale_free(law):
         notes = _exact_notes(origin.init, math.sqrt(q))
+    else:
+        notes = ["The two rates are exact for Adam-like optimizers only."]
     if target.fan_in == _LARGE and (changes or q != 1.0):
         notes.append("No width was given: the single rate is the limit of a large one; give fan_in= for your model's.")
     if target.method == "lora" and _rate_b(target, origin, law) != checked_multiplier(law, target.as_factor(), origin):
         notes.append(f"The law {law.name!r} gives B a rate of its own; the single rate is A's.")
     if not _same_batch(origin, target):
-        notes.append(f"The batch goes from {origin.batch:g} to {target.batch:g}, which no law accounts for.")
+        moved = _batch_multiplier(origin, target, law)
+        notes.append(f"The batch goes from {origin.batch:g} to {target.batch:g}: every rate × {moved:.3g}, by a rule.")
     plan = make_plan(Survey((target.as_factor(),)), law=law, tuned_at=origin, across_inits=True)
     return [*notes, *plan.notes]
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Fit", "Observation", "Prior", "fit_observations"]
+__all__ = ["Fit", "MODEL_ERROR", "Observation", "Prior", "fit_observations", "shrink"]
 
 Array = npt.NDArray[np.float64]
 
@@ -35,7 +35,7 @@ _CAP = 1.0  # gap to the best, in units of the gain, at which a run counts as no
 _NOISE = 0.03  # prior noise of a score near the optimum, in units of the gain
 _GAP_NOISE = 0.3  # and what is added of a run's gap to the best: far from the optimum the shape is only roughly known
 _SEED_NOISE = 0.03  # prior spread of a seed's own offset, in units of the gain
-_MODEL_ERROR = 0.15  # octaves: what an exact vertex would still miss
+MODEL_ERROR = 0.15  # octaves: what an exact vertex would still miss
 _DIVERGED = 0.25  # a run that ends this share of the gain above its start has diverged
 
 
@@ -113,7 +113,7 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
     gain = gain_of([o for o, b in zip(observations, bad, strict=True) if not b])
     arms = _arms(observations, bad, gain)
     vertices, steepness, noise = _vertices(arms)
-    mean, covariance = _shrink(vertices, prior)
+    mean, covariance = shrink(vertices, prior)
     sd = math.sqrt(covariance[0, 0])
     near = 0.0 if ceiling is None else mean[0] + 1.0 - ceiling
     lean = float(min(1.0, max(steepness * sd**2 / 2, near, 0.0)))
@@ -191,14 +191,14 @@ def _softmax(logs: Array) -> Array:
     return np.asarray(weights / weights.sum())
 
 
-def _shrink(vertices: dict[int | None, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:
+def shrink(vertices: dict[int | None, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:
     """Gaussian posterior of (base, drift, factor) given the arms' vertices; exact, three unknowns."""
     information = np.diag([1e-6, prior.drift_sd**-2, prior.full_sd**-2])
     score = np.zeros(3)
     for rank, (mean, sd) in vertices.items():
         reach = prior.full_reach if rank is None else math.log2(rank / prior.pivot)
         row = np.array([1.0, reach, 1.0 if rank is None else 0.0])
-        weight = 1.0 / (sd**2 + _MODEL_ERROR**2)
+        weight = 1.0 / (sd**2 + MODEL_ERROR**2)
         information += weight * np.outer(row, row)
         score += weight * mean * row
     covariance = np.linalg.inv(information)

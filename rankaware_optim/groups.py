@@ -20,7 +20,7 @@ from torch import nn
 from .adapters import Factor, Init, Method, Reference, Survey
 from .errors import OptimizerError, RankAwareWarning
 from .inspection import survey_of
-from .laws import Law, checked_multiplier, get_law, optimizer_family
+from .laws import Law, checked_multiplier, get_law, known_family, optimizer_family
 from .pairs import Walk, walk
 
 __all__ = ["Assignment", "Plan", "rank_aware_param_groups"]
@@ -59,7 +59,8 @@ class Plan:
 
     rates: learning rates by name pattern (fnmatch), for any parameter. other_lr: the rate of every other parameter.
     per_layer_width: give the law each layer's own fan-in in place of the model's. across_inits: let the law carry
-    the rate from the reference's init to another.
+    the rate from the reference's init to another. batch_multiplier: what another batch than the reference's multiplies
+    every rate by, other parameters' too.
     """
 
     law: Law
@@ -70,6 +71,7 @@ class Plan:
     other_lr: float | None = None
     per_layer_width: bool = False
     across_inits: bool = False
+    batch_multiplier: float = 1.0
     notes: tuple[str, ...] = ()
 
     def assign(self, name: str, factor: Factor | None) -> Assignment:
@@ -78,8 +80,8 @@ class Plan:
         if factor is None:
             rate = self.other_lr if pinned is None else pinned
             moved = self.multiplier(self._whole()) if self.method == "full" else 1.0
-            return Assignment(multiplier=1.0 if rate is not None else moved, rate=rate)
-        moved = 1.0 if pinned is not None else self.multiplier(factor)
+            return Assignment(multiplier=1.0 if rate is not None else moved * self.batch_multiplier, rate=rate)
+        moved = 1.0 if pinned is not None else self.multiplier(factor) * self.batch_multiplier
         return Assignment(factor.role, factor.rank, factor.scaling, factor.init, moved, pinned)
 
     def has_own_rate(self, group: Mapping[str, Any]) -> bool:
@@ -129,6 +131,8 @@ def make_plan(
     other_lr: float | None = None,
     per_layer_width: bool = False,
     across_inits: bool = False,
+    batch: float | None = None,
+    strict: bool = False,
     notes: tuple[str, ...] = (),
 ) -> Plan:
     """Bind the law, resolve the reference and check the user's exceptions, before anything is built."""
@@ -149,7 +153,10 @@ def make_plan(
         check_lr(other_lr, "other_lr")
     bound = get_law(law)
     if optimizer_class is not None:
+        if strict:
+            known_family(optimizer_class, settings)
         bound = bound.bind(optimizer_class, settings or {})
+    by_batch = _batch_multiplier(bound, reference, batch)
     return Plan(
         law=bound,
         reference=reference,
@@ -159,8 +166,29 @@ def make_plan(
         other_lr=other_lr,
         per_layer_width=per_layer_width,
         across_inits=across_inits,
-        notes=(*survey.notes, *notes, *_notes(survey, reference, bound, method, optimizer_class, across_inits)),
+        batch_multiplier=by_batch,
+        notes=(
+            *survey.notes,
+            *notes,
+            *_notes(survey, reference, bound, method, optimizer_class, settings, across_inits),
+            *_batch_notes(reference, batch, by_batch),
+        ),
     )
+
+
+def _batch_multiplier(law: Law, reference: Reference, batch: float | None) -> float:
+    """The law's rule for the batch, where the reference and this run both name theirs; else 1."""
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, (int, float)) or not 0 < batch < 2**63):
+        raise OptimizerError(f"batch is {batch!r}.", "Give a positive number, or leave it out.")
+    return 1.0 if batch is None or reference.batch is None else law.batch_multiplier(batch / reference.batch)
+
+
+def _batch_notes(reference: Reference, batch: float | None, moved: float) -> list[str]:
+    if batch is not None and reference.batch is None:
+        return ["The reference names no batch, so this run's moves no rate: tuned_at=Reference(..., batch=...)."]
+    if moved == 1.0:
+        return []
+    return [f"From batch {reference.batch:g} to {batch:g} every rate is multiplied by {moved:.3g}, a rule of thumb."]
 
 
 def check_lr(lr: object, what: str = "lr") -> float:
@@ -177,7 +205,13 @@ def _pinned(name: str, rates: Iterable[tuple[str, float]]) -> float | None:
 
 
 def _notes(
-    survey: Survey, reference: Reference, law: Law, method: Method, optimizer_class: type | None, across_inits: bool
+    survey: Survey,
+    reference: Reference,
+    law: Law,
+    method: Method,
+    optimizer_class: type | None,
+    settings: Mapping[str, Any] | None,
+    across_inits: bool,
 ) -> list[str]:
     notes = []
     inits = {f.init for f in survey.factors if f.role != "full"}
@@ -200,11 +234,19 @@ def _notes(
             "From a LoRA rate alone the law's point for full finetuning is good to about an octave, and too high costs "
             "more than too low: start at half of it, or calibrate with full runs."
         )
-    family = "sign-like" if optimizer_class is None else optimizer_family(optimizer_class)
+    family = "sign-like" if optimizer_class is None else optimizer_family(optimizer_class, settings)
     if family != "sign-like" and optimizer_class is not None and law.name != "constant":
-        kind = "is of an unknown family" if family == "unknown" else f"is {family}"
-        notes.append(f"{optimizer_class.__name__} {kind}; it is scaled as a sign-like optimizer (Adam and kin).")
+        notes.append(f"{optimizer_class.__name__} {_family_words(family, law)}.")
     return notes
+
+
+def _family_words(family: str, law: Law) -> str:
+    if family == "unknown":
+        return "is of an unknown family; it is scaled as a sign-like optimizer (Adam and kin)"
+    inner = getattr(law, "law", law)
+    if getattr(inner, "family", None) == family:
+        return f"is {family}: µA's form for that family moves its rates, derived for square layers"
+    return f"is {family}, which the law {law.name!r} does not know of"
 
 
 # --- from the user's parameters to groups ---------------------------------------------------------------------------
@@ -338,6 +380,8 @@ def rank_aware_param_groups(
     other_lr: float | None = None,
     per_layer_width: bool = False,
     across_inits: bool = False,
+    batch: float | None = None,
+    strict: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameter groups with their rates, for any torch optimizer: the wrapper's work without the wrapper.
 
@@ -365,6 +409,8 @@ def rank_aware_param_groups(
         other_lr=other_lr,
         per_layer_width=per_layer_width,
         across_inits=across_inits,
+        batch=batch,
+        strict=strict,
     )
     groups = []
     for planned in split(user_groups(params, model, walked), plan, survey):

@@ -15,7 +15,7 @@ from .errors import InspectionError
 from .kinds import is_other_adapter
 from .pairs import Modules, Pair, Walk, is_embedding, is_shard, pairs_of, reading_of, scaling_of, walk
 
-__all__ = ["declared_init", "inspect_model", "is_zero", "survey_of"]
+__all__ = ["declared_init", "declared_inits", "inspect_model", "is_zero", "survey_of"]
 
 _SAMPLE = 1024
 # PEFT's init_lora_weights values under which B starts at zero; True too, and every other string starts both non-zero.
@@ -116,7 +116,7 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
 def _lora_factors(
     modules: Modules, trainable: Mapping[int, str], init: Init | None, notes: list[str], frozen: list[str]
 ) -> Iterator[Factor]:
-    declared = _declared_inits(modules)
+    declared = declared_inits(modules)
     left, seen = dict(trainable), set[int]()
     for pair in pairs_of(modules):
         ids = [id(pair.a.tensor), id(pair.b.tensor)]
@@ -158,7 +158,7 @@ def _unadapted(walked: Walk) -> tuple[str, ...]:
     return tuple(n for n in stacks if not any(n.startswith(a) and n.endswith(b) for a, b in adapted))
 
 
-def _declared_inits(modules: Modules) -> dict[str, object]:
+def declared_inits(modules: Modules) -> dict[str, object]:
     """PEFT's `init_lora_weights` by adapter, from whichever module holds the adapters' configurations."""
     for _, module in modules:
         configs = module.__dict__.get("peft_config")

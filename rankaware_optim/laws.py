@@ -11,14 +11,15 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from .adapters import Factor, Reference
 from .errors import LawError
+from .families import FORMS, SHAPE_FACTORS, Site, Updates, kappa, known_family, optimizer_family, update_settings
 from .plugins import Registry
 
-__all__ = ["Constant", "Law", "LoRAPlus", "MuA", "Power", "get_law", "kappa", "optimizer_family"]
+__all__ = ["Constant", "Law", "LoRAPlus", "MuA", "Power", "get_law", "kappa", "known_family", "optimizer_family"]
 
 LAWS = Registry("rankaware_optim.laws", "law", LawError)
 
@@ -41,6 +42,10 @@ class Law(ABC):
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         """The law for this optimizer class and its settings; by default itself."""
         return self
+
+    def batch_multiplier(self, ratio: float) -> float:
+        """What every rate is multiplied by where the batch is `ratio` times the reference's; by default 1."""
+        return 1.0
 
     @abstractmethod
     def multiplier(self, factor: Factor, reference: Reference) -> float:
@@ -76,22 +81,35 @@ class LoRAPlus(Law):
 
 @dataclass(frozen=True)
 class MuA(Law):
-    """µA for sign-like updates (Adam and kin), with finitely many effective tokens: the default law.
+    """µA with finitely many effective tokens, in the form of the optimizer's family: the default law.
 
     The best rate is the largest at which a layer's output still moves by Θ(1). With τ = T·η over T steps, s the
-    effective multiplier, r the rank, n the fan-in and λ = `ratio` = η_B / η_A,
+    effective multiplier, r the rank, n the fan-in, b = `tokens` and λ = `ratio` = η_B / η_A, a sign-like optimizer
+    (Adam and kin) has
 
         Init[A]   s·κ(r)·λ·τ·(1 + κ(n)·τ) = 1
         Init[B]   hypot(s·κ(n)·τ, s·κ(n)·κ(r)·λ·τ²) = 1
         full      κ(n)·τ = 1
-        κ(m) = √(m + (2/π)·m²/b),  b = `tokens`;  κ(m) = m for tokens=None, the paper's law
+        κ(m) = √(m + (2/π)·m²/b);  κ(m) = m for tokens=None, the paper's law
 
     κ(m) is the size of a sum of m sign terms that serves b independent tokens at once. Only ratios of τ are used, so
     neither T nor the right-hand side matters. tokens: effective and far below the tokens in a batch; published
     language-model sweeps ask for 8 to 16, small image models for 1 to 3.
 
+    The other families' conditions stand in families.py, at `spectral_terms`, `gradient_rate`, `relative_rate` and
+    `first_step_rate`; there a layer counts as square, since a reference states one width, and tokens=None as one
+    token. `bind` sets `family`, `shape_factor` (Muon's) and `floor` (Adafactor's) by the optimizer; an unknown one is
+    taken as sign-like. `steps` = T matters only where growth compounds (gradient-like, relative-scale): None is many
+    small steps, as in training; the check takes four.
+
+    split=True gives the two factors the rates at which each one's own share of the change is Θ(1): for sign-like
+    updates η_A = σ/n and η_B = λ·σ/(s·r) under Init[A], η_A = σ/(s·n) and η_B = λ·σ/r under Init[B]. The base rate is
+    that of the reference's A factor, and σ solves the condition above, in which s then cancels: a change of s is
+    undone exactly, as it is in training.
+
     Source: Chen, Villar, Hayou, "Learning Rate Scaling across LoRA Ranks and Transfer to Full Finetuning" (ICML
-    2026, arXiv 2602.06204); the finite-token κ is this project's extension.
+    2026, arXiv 2602.06204); the finite-token κ, the families and the split are this project's extension, confirmed by
+    `coordinate_check` (benchmarks/results/exponents.md).
 
     >>> paper, ours = MuA(tokens=None), MuA()
     >>> at = Reference(rank=16, alpha=16, fan_in=4096)
@@ -103,35 +121,53 @@ class MuA(Law):
 
     tokens: float | None = 8.0
     ratio: float = 1.0
+    split: bool = False
+    family: str = "sign-like"
+    shape_factor: str = "original"
+    floor: float | None = None
+    steps: int | None = None
     name: ClassVar[str] = "mua"
 
     def __post_init__(self) -> None:
-        if self.tokens is not None:
-            _check_parameter(self, "tokens", self.tokens)
         _check_parameter(self, "ratio", self.ratio)
+        for name in ("tokens", "floor", "steps"):
+            if getattr(self, name) is not None:
+                _check_parameter(self, name, getattr(self, name))
+        _check_choice(self, "split", self.split, (False, True))
+        _check_choice(self, "family", self.family, tuple(FORMS))
+        _check_choice(self, "shape_factor", self.shape_factor, tuple(SHAPE_FACTORS))
+        if self.split and FORMS[self.family].units is None:
+            raise LawError(f"Two rates are not derived for {self.family} optimizers.", "Leave split=True out.")
+
+    def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
+        return replace(self, **update_settings(optimizer_class, settings))
 
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         init = "full" if factor.role == "full" else "B" if factor.init == "B" else "A"
-        here = self._tau(init, factor.rank, factor.scaling, factor.fan_in)
+        rate_a, rate_b = self._rates(init, factor.rank, factor.scaling, factor.fan_in)
         origin = "full" if reference.method == "full" else reference.init
-        there = self._tau(origin, reference.rank, reference.scaling, reference.fan_in)
-        return here / there * (self.ratio if factor.role == "B" else 1.0)
+        base, _ = self._rates(origin, reference.rank, reference.scaling, reference.fan_in)
+        return (rate_b if factor.role == "B" else rate_a) / base
 
-    def _tau(self, init: str, rank: int | None, scaling: float, fan_in: float | None) -> float:
-        """The root τ of the condition in the class's docstring, in closed form."""
+    def batch_multiplier(self, ratio: float) -> float:
+        return float(ratio ** FORMS[self.family].batch)
+
+    def sigma(self, init: str, rank: int, scaling: float, fan_in: float) -> float:
+        """σ, the shared rate, that meets the family's condition at T = 1, in absolute terms: rough, a first guess."""
+        return self._rates(init, rank, scaling, fan_in)[0]
+
+    def _rates(self, init: str, rank: int | None, scaling: float, fan_in: float | None) -> tuple[float, float]:
+        """η_A and η_B that meet the family's condition at T = 1; a whole weight's rate stands for both."""
         if fan_in is None or (rank is None and init != "full"):
             raise LawError(
                 "The reference was not resolved: it lacks its fan-in or its rank.",
                 "Call reference.resolve(survey), or give fan_in=.",
             )
-        k_n = kappa(fan_in, self.tokens)
-        if init == "full":
-            return 1.0 / k_n
-        k_r = kappa(rank or 1, self.tokens) * self.ratio
-        if init == "A":
-            return 2.0 / (scaling * k_r * (1.0 + math.sqrt(1.0 + 4.0 * k_n / (scaling * k_r))))
-        p = (scaling * k_n) ** 2
-        return math.sqrt(2.0 / (p + math.sqrt(p * p + 4.0 * p * k_r**2)))
+        site, form = Site(init, rank or 1, scaling, fan_in), FORMS[self.family]
+        of = Updates(self.tokens, self.shape_factor, self.floor, self.steps)
+        unit_a, unit_b = form.units(of, site) if self.split and form.units and init != "full" else (1.0, 1.0)
+        sigma = form.rate(of, site, unit_a, unit_b * self.ratio)
+        return unit_a * sigma, unit_b * sigma * self.ratio
 
 
 @dataclass(frozen=True)
@@ -161,6 +197,9 @@ class Power(Law):
         law = self.law.bind(optimizer_class, settings)
         return Power(self.exponent, self.full_factor, self.pivot, self.to_full, law)
 
+    def batch_multiplier(self, ratio: float) -> float:
+        return self.law.batch_multiplier(ratio)
+
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         here = self._correction(factor.role == "full", factor.rank, factor.fan_in)
         there = self._correction(reference.method == "full", reference.rank, reference.fan_in)
@@ -171,17 +210,6 @@ class Power(Law):
             return float((rank or 1) ** self.exponent)
         rank_of_full = (fan_in or self.pivot) if self.to_full else self.pivot
         return float(self.full_factor * rank_of_full**self.exponent)
-
-
-def kappa(m: float, tokens: float | None) -> float:
-    """Size of a sum of m sign terms serving b = `tokens` independent tokens: √(m + (2/π)·m²/b); m where b is None.
-
-    >>> kappa(64, None)
-    64.0
-    >>> round(kappa(64, 8.0), 2)
-    19.75
-    """
-    return float(m) if tokens is None else math.sqrt(m + (2.0 / math.pi) * m * m / tokens)
 
 
 def get_law(law: str | Law) -> Law:
@@ -244,21 +272,10 @@ def _check_parameter(law: Law, name: str, value: object, *, positive: bool = Tru
         raise LawError(f"The law {law.name!r} got {name}={value!r}.", f"Give a {kind} number.")
 
 
-# Class names by family, lower case: what a law may be derived for. Anything else is "unknown".
-_FAMILIES = {
-    "sign-like": """adam adamw nadam radam adamax sparseadam rmsprop rprop lion adabelief adabound adamod adamp
-        diffgrad yogi qhadam adam8bit adamw8bit adamw4bit adamwfp8 adamwschedulefree nadamw madgrad ranger adan""",
-    "gradient-like": "sgd asgd sgdw sgdp sgd8bit accsgd aggmo qhm pid sgdschedulefree",
-    "spectral": "muon",
-    "relative-scale": "lamb lars adafactor",
-}
-_FAMILY_OF = {name: family for family, names in _FAMILIES.items() for name in names.split()}
-
-
-def optimizer_family(optimizer_class: type) -> str:
-    """How an optimizer's step scales: "sign-like", "gradient-like", "spectral", "relative-scale" or "unknown"."""
-    names = (base.__name__.lower() for base in optimizer_class.__mro__)
-    return next((_FAMILY_OF[name] for name in names if name in _FAMILY_OF), "unknown")
+def _check_choice(law: Law, name: str, value: object, choices: tuple[object, ...]) -> None:
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        known = ", ".join(map(repr, choices))
+        raise LawError(f"The law {law.name!r} got {name}={value!r}.", f"Give one of {known}.")
 
 
 LAWS.register("mua", MuA)

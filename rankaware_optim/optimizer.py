@@ -92,6 +92,8 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         other_lr: the rate of every parameter that is no factor; by default the base rate.
         per_layer_width: give the law each layer's own fan-in rather than one width for the model.
         across_inits: let the law carry the rate from the reference's init to another.
+        batch: this run's examples or tokens a step; where `tuned_at` names one too, the law's rule moves every rate.
+        strict: refuse an optimizer of a family that no law is derived for, rather than scale it as Adam's kind.
         scale_weight_decay: a decoupled decay is lr × weight_decay, so a multiplier scales it; False keeps the product.
         on_rank_change: where a checkpoint of another rank is loaded: "raise", "reset" the moments of changed factors,
             or "resize" them along the rank; the rates are derived anew.
@@ -124,6 +126,8 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         other_lr: float | None = None,
         per_layer_width: bool = False,
         across_inits: bool = False,
+        batch: float | None = None,
+        strict: bool = False,
         scale_weight_decay: bool = True,
         on_rank_change: OnRankChange = "raise",
         on_law_change: OnLawChange = "keep",
@@ -140,7 +144,8 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
             refuse_beside_recipe(lr=lr, tuned_at=tuned_at, law=law)
         loaded = None if recipe is None else resolve_recipe(recipe)
         if loaded is not None:
-            lr, tuned_at, law = loaded.lr, loaded.reference, loaded.law
+            tuned_at = replace(loaded.reference, batch=loaded.reference.batch or loaded.batch)
+            lr, law = loaded.lr, loaded.law
         walked = walk(model)
         survey = survey_of(walked, method=method, init=init)
         plan = make_plan(
@@ -148,11 +153,13 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
             law="mua" if law is None else law,
             tuned_at=tuned_at,
             optimizer_class=native,
-            settings=settings,
+            settings=settings if built is None else built.defaults,
             rates=rates,
             other_lr=other_lr,
             per_layer_width=per_layer_width,
             across_inits=across_inits,
+            batch=batch,
+            strict=strict,
             notes=() if loaded is None else loaded.notes_for(survey, native),
         )
         base = base_lr(native, built, lr)

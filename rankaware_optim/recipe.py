@@ -17,18 +17,20 @@ from .adapters import Method, Reference, Survey
 from .errors import RankAwareWarning, RecipeError
 from .laws import Power, checked_multiplier, law_from_dict, law_to_dict
 
-__all__ = ["Rate", "Recipe", "Scaling", "infer_scaling"]
+__all__ = ["RANK_DOUBT", "Rate", "Recipe", "Scaling", "WIDTH_DOUBT", "Z90", "infer_scaling"]
 
 Z90 = 1.645
 # What the band grows by where the data do not reach, octaves of rate per octave of rank or of width (rules of thumb
 # after the spread of published sweeps around the law).
-_RANK_DOUBT = 0.1
-_WIDTH_DOUBT = 0.25
+RANK_DOUBT = 0.1
+WIDTH_DOUBT = 0.25
 # The share of an Init[A] drift, continued to r = n, that full finetuning's band is widened by.
 _DRIFT_DOUBT = 0.5
+ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels between ranks of one init
 
-Scaling = Literal["fixed", "rslora", "alpha", "unknown"]
-_GAMMA: dict[str, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
+Scaling = Literal["fixed", "rslora", "alpha", "as swept", "unknown"]
+# "as swept": the sweep did not say alpha, so the middle of the customs, with a wider drift about it.
+_GAMMA: dict[str, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0, "as swept": 0.5}
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ class Recipe:
     best_lr: the best rate at `reference`, as fitted. lean: octaves by which quoted rates lean below it. law: a
     `Power` on top of the law calibrated with: drift in rank, factor of full finetuning. covariance: 3 × 3 tensor of
     (log2 rate at `law.pivot`, drift, log2 full_factor), octaves. scaling_rule: how the effective multiplier followed
-    the ranks seen: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant), or "unknown".
-    tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`, `value`, `diverged`, `curve`.
+    the ranks seen: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant), "as swept" (a
+    sweep that did not say), or "unknown". steps: None where a sweep did not say. notes: what the data did not
+    determine, in words. tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`, `value`, `diverged`,
+    `curve`.
     """
 
     name: str
@@ -74,11 +78,12 @@ class Recipe:
     full_seen: bool = False
     optimizer: str = "torch.optim.AdamW"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    steps: int = 1
+    steps: int | None = 1
     batch: float | None = None
     warmup: float | None = None
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -108,22 +113,24 @@ class Recipe:
         its band wider, and a warning is given once.
 
         Raises:
-            RecipeError: alpha is needed and was not given.
+            RecipeError: alpha is needed and was not given, or was given where the sweep did not say it; or the rate
+                hangs on a fan-in that nobody told: for full finetuning, or another init.
             InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
         """
-        target = self._target(rank, alpha, rslora, init, method, fan_in)
-        moved = checked_multiplier(self.law, target.as_factor(), self.reference)
+        target, reference = self._at_a_width(self._target(rank, alpha, rslora, init, method, fan_in))
+        moved = checked_multiplier(self.law, target.as_factor(), reference)
         sd, outside = self._spread(target)
         if outside:
             self._warn_once(outside)
         best = self.best_lr * moved
+        leans = [f"leans {self.lean:.2g} octaves low, since too high costs more"] if self.lean else []
         return Rate(
             lr=best * 2.0**-self.lean,
             low=best * 2.0 ** (-Z90 * sd),
             high=best * 2.0 ** (Z90 * sd),
             ceiling=None if self.ceiling is None else self.ceiling * moved,
             extrapolated=bool(outside),
-            notes=(*outside, *([f"leans {self.lean:.2g} octaves low, since too high costs more"] if self.lean else [])),
+            notes=(*outside, *leans, *self.notes),
         )
 
     def notes_for(self, survey: Survey, optimizer_class: type) -> tuple[str, ...]:
@@ -137,7 +144,7 @@ class Recipe:
         else:
             rate = self.at(own.rank, alpha=own.alpha, fan_in=survey.width, init=own.init)
         band = f"recipe {self.name!r}: the best rate lies between {rate.low:.3g} and {rate.high:.3g} with 90 %"
-        notes = [f"{band}, for {self.steps} steps at batch {self.batch or 'unknown'}.", *rate.notes]
+        notes = [f"{band}, for {self.steps or 'unknown'} steps at batch {self.batch or 'unknown'}.", *rate.notes]
         made_for = self.optimizer.rpartition(".")[2]
         if made_for != optimizer_class.__name__:
             notes.append(f"The recipe was made with {made_for}, not {optimizer_class.__name__}: its rates may not fit.")
@@ -165,10 +172,28 @@ class Recipe:
         if rank is None and self.reference.method == "full":
             raise RecipeError("This recipe was made by full finetuning alone.", "Give rank= and alpha= for LoRA.")
         rank = self.reference.rank if rank is None else rank
+        if alpha is not None and self.scaling_rule == "as swept":
+            raise RecipeError(
+                f"The sweep behind recipe {self.name!r} did not say its alpha, so its rates hold as swept only.",
+                "Fit it again with alpha=, or use recipe.at(rank=...).lr as a plain lr=.",
+            )
         if alpha is not None:
             return Reference(rank, alpha, rslora, init, width, method)
         Reference(rank, 1.0, method=method)  # refuses an impossible rank before it is used below
         return replace(Reference.from_scaling(rank, self._scaling_at(rank or 1), init=init), fan_in=width)
+
+    def _at_a_width(self, target: Reference) -> tuple[Reference, Reference]:
+        """`target` and the reference, at the target's fan-in where the recipe knows none."""
+        own = self.reference
+        if own.fan_in is not None:
+            return target, own
+        if target.fan_in is None and (target.method, target.init) != (own.method, own.init):
+            raise RecipeError(
+                f"Recipe {self.name!r} knows no fan-in, on which the rate of {target} hangs.",
+                "Give fan_in=, the model's width.",
+            )
+        width = target.fan_in or ANY_WIDTH
+        return replace(target, fan_in=width), replace(own, fan_in=width)
 
     def _scaling_at(self, rank: int) -> float:
         if rank == self.reference.rank:
@@ -197,11 +222,11 @@ class Recipe:
             beyond = self._beyond(rank)
             if beyond:
                 outside.append(f"rank {rank:g} lies outside the ranks seen ({', '.join(map(str, self.ranks))})")
-            doubts.append(_RANK_DOUBT * beyond)
+            doubts.append(RANK_DOUBT * beyond)
             own = self.reference.fan_in
         if target.fan_in and own and not math.isclose(target.fan_in, own, rel_tol=0.01):
             outside.append(f"fan-in {target.fan_in:g} is not the recipe's own {own:g}")
-            doubts.append(_WIDTH_DOUBT * math.log2(target.fan_in / own))
+            doubts.append(WIDTH_DOUBT * math.log2(target.fan_in / own))
         if target.init != self.reference.init:
             outside.append(f"Init[{target.init}] was not tried: the law carries the rate across inits")
             doubts.append(1.0)
@@ -228,7 +253,7 @@ class Recipe:
             RecipeError: the folder cannot be written, or `path` does not end in .toml.
         """
         arrays = {**{f"trial.{key}": value for key, value in self.tensors.items()}, "fit.covariance": self.covariance}
-        return recipe_files.write(path, _header(self.name), _to_toml(self), arrays)
+        return recipe_files.write(path, _header(self), _to_toml(self), arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -264,9 +289,10 @@ def resolve_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
 # --- TOML -----------------------------------------------------------------------------------------------------------
 
 
-def _header(name: str) -> str:
+def _header(recipe: Recipe) -> str:
+    name, maker = recipe.name, "ra.calibrate" if "curve" in recipe.tensors else "ra.fit_sweep"
     return (
-        f"# The learning-rate recipe {name!r} of rankaware_optim, made by ra.calibrate.\n"
+        f"# The learning-rate recipe {name!r} of rankaware_optim, made by {maker}.\n"
         "# Read a rate: `rankaware lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).\n"
         "# Rates are per step; octaves are log2 of a rate; the safetensors file beside it holds the trials.\n"
     )
@@ -291,15 +317,20 @@ def _to_toml(recipe: Recipe) -> dict[str, Any]:
             "alpha": r.alpha,
             "rslora": r.rslora,
             "init": r.init,
-            "fan_in": r.fan_in,
+            "fan_in": r.fan_in or "unknown",
             "full_fan_in": recipe.full_fan_in,
             "batch": r.batch,
         },
         "scaling_rule": recipe.scaling_rule,
         "law": law_to_dict(recipe.law),
         "optimizer": {"class": recipe.optimizer, "settings": {k: plain_setting(v) for k, v in recipe.settings.items()}},
-        "horizon": {"steps": recipe.steps, "batch": recipe.batch, "warmup_share": recipe.warmup},
-        "seen": {"ranks": list(recipe.ranks), "full": recipe.full_seen, "seed": recipe.seed},
+        "horizon": {"steps": recipe.steps or "unknown", "batch": recipe.batch, "warmup_share": recipe.warmup},
+        "seen": {
+            "ranks": list(recipe.ranks),
+            "full": recipe.full_seen,
+            "seed": recipe.seed,
+            "notes": list(recipe.notes),
+        },
         "versions": dict(recipe.versions),
     }
 
@@ -327,11 +358,12 @@ def _from_toml(cls: type[Recipe], take: recipe_files.Reader, tensors: dict[str, 
         full_seen=take("seen.full", bool, False),
         optimizer=take("optimizer.class", str),
         settings=take("optimizer.settings", dict, {}),
-        steps=take.whole("horizon.steps"),
+        steps=None if take("horizon.steps", object) == "unknown" else take.whole("horizon.steps"),
         batch=take.positive("horizon.batch", None),
         warmup=take.number("horizon.warmup_share", None),
         seed=take("seen.seed", int, 0),
         versions=take("versions", dict, {}),
+        notes=tuple(map(str, take("seen.notes", list, []))),
         tensors=_trials(tensors, take),
     )
     if not math.isclose(take.positive("rate.lr"), made.lr, rel_tol=1e-6):
@@ -345,7 +377,7 @@ def _reference(take: recipe_files.Reader) -> Reference:
         alpha=take.positive("reference.alpha", None),
         rslora=take("reference.rslora", bool, False),
         init=take.choice("reference.init", ("A", "B"), "A"),
-        fan_in=take.positive("reference.fan_in"),
+        fan_in=None if take("reference.fan_in", object) == "unknown" else take.positive("reference.fan_in"),
         method=take.choice("reference.method", ("lora", "full"), "lora"),
         batch=take.positive("reference.batch", None),
     )

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from .fitting import Fit, Observation, Prior
 
-__all__ = ["Study"]
+__all__ = ["Study", "versions_used"]
 
 # A usual rate by optimizer family, per step, and the configuration it is for: the median best AdamW rate at rank 16,
 # alpha 32 over 18 published language models; the others are customary multiples of it.
@@ -218,7 +218,7 @@ class Study:
                 params,
                 self.optimizer,
                 lr=trial.lr,
-                law=self._centred_law(),
+                law=self.centred_law(),
                 tuned_at=self.reference,
                 method=trial.method,
                 **settings,
@@ -291,18 +291,19 @@ class Study:
         reach = math.log2((self.full_fan_in or pivot) / pivot) if continues else 0.0
         return Prior(drift_sd, full_sd, pivot, reach)
 
-    def _centred_law(self, drift: float = 0.0, factor: float = 0.0) -> Power:
-        """The law at its priors' means, plus a fitted `drift` and log2 `factor`."""
+    def centred_law(self, drift: float = 0.0, factor: float = 0.0) -> Power:
+        """The law, bound to the optimizer, at its priors' means, plus a fitted `drift` and log2 `factor`."""
         reference = self._settled()
+        bound = self.law.bind(self.optimizer, self.settings)
         if reference.method == "full":
-            return Power(law=self.law)
+            return Power(law=bound)
         (mean_drift, _), (mean_factor, _) = _PRIORS[reference.init]
         return Power(
             exponent=mean_drift + drift,
             full_factor=2.0 ** (mean_factor + factor),
             pivot=self.prior.pivot,
             to_full=reference.init == "B",
-            law=self.law,
+            law=bound,
         )
 
     # --- the result -------------------------------------------------------------------------------------------------
@@ -330,7 +331,7 @@ class Study:
             name=self.name,
             best_lr=2.0 ** (base + shift),
             reference=reference,
-            law=self._centred_law(drift, factor),
+            law=self.centred_law(drift, factor),
             covariance=torch.from_numpy(fit.covariance),
             lean=fit.lean,
             ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
@@ -344,7 +345,7 @@ class Study:
             batch=self.batch,
             warmup=self.warmup,
             seed=self.seed,
-            versions=_versions(),
+            versions=versions_used(),
             tensors=self._tensors(),
         )
 
@@ -371,6 +372,6 @@ class Study:
         }
 
 
-def _versions() -> dict[str, str]:
+def versions_used() -> dict[str, str]:
     python = ".".join(map(str, sys.version_info[:3]))
     return {"python": python, **{name: version(name) for name in ("rankaware-optim", "torch", "optuna")}}

@@ -117,7 +117,7 @@ ROWS = [
     Row("r=16,alpha=16,fan_in=64", "r=16,alpha=16,fan_in=256,init=B", (B_256 / A_64,) * 2, exact=False),
     Row("r=1,alpha=16,fan_in=4096", "full", (1 / 4096 / A_4096,) * 2, exact=False),
     Row("full,fan_in=4096", "full", (1.0, 1.0)),
-    Row("r=16,alpha=32,batch=8", "r=16,alpha=8,batch=16", (1.0, 4.0), (1.0, 0.25), 2.0, exact=False),
+    Row("r=16,alpha=32,batch=8", "r=16,alpha=8,batch=16", (2**0.5, 4 * 2**0.5), (1.0, 0.25), 2.0, exact=False),
     Row("r=16,alpha=32,batch=8", "r=16,alpha=8", (1.0, 4.0), (1.0, 0.25), 2.0),
 ]
 

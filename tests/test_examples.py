@@ -56,7 +56,7 @@ def test_docstring_examples_run(name: str) -> None:
 def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's Python blocks run in order, as one program."""
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     monkeypatch.chdir(tmp_path)
     names = {"F": F, "build": build, "batches": batches, "model": build(32)}
     with warnings.catch_warnings(record=True) as caught:

@@ -13,6 +13,7 @@ from torch import nn
 
 from rankaware_optim import (
     InspectionError,
+    LawError,
     MuA,
     OptimizerError,
     RankAwareWarning,
@@ -381,8 +382,8 @@ def plan(model, **options):
 NOTES = [
     (torch.optim.AdamW, None),
     (torch.optim.RMSprop, None),
-    (torch.optim.SGD, "SGD is gradient-like"),
-    (torch.optim.Adagrad, "Adagrad is of an unknown family"),
+    (torch.optim.SGD, "SGD is gradient-like: µA's form"),
+    (torch.optim.Adagrad, "Adagrad is of an unknown family; it is scaled as a sign-like"),
 ]
 
 
@@ -390,6 +391,53 @@ NOTES = [
 def test_optimizer_families_are_noted(kind, note):
     """An optimizer that is not sign-like gets a line in the report."""
     assert [n.startswith(note or "-") for n in plan(mlp(), optimizer_class=kind).notes] == ([True] if note else [])
+
+
+def test_a_law_without_families_is_said_to_know_none():
+    """A law that has one form for all is noted as such beside an optimizer of another family."""
+    (note,) = plan(mlp(), optimizer_class=torch.optim.SGD, law="loraplus").notes
+    assert note == "SGD is gradient-like, which the law 'loraplus' does not know of."
+
+
+def test_strict_refuses_unknown_families():
+    """strict=True refuses an optimizer that no law is derived for, and takes those of known families."""
+    with pytest.raises(LawError, match=r"Adagrad is of no family .* Leave strict out"):
+        plan(mlp(), optimizer_class=torch.optim.Adagrad, strict=True)
+    assert plan(mlp(), optimizer_class=torch.optim.SGD, strict=True).law.family == "gradient-like"
+
+
+BATCHES = [
+    (torch.optim.AdamW, 16, 64, 2.0),
+    (torch.optim.AdamW, 16, 16, 1.0),
+    (torch.optim.SGD, 16, 64, 4.0),
+    (torch.optim.AdamW, None, 64, 1.0),
+    (torch.optim.AdamW, 16, None, 1.0),
+]
+
+
+@pytest.mark.parametrize(("kind", "tuned", "batch", "moved"), BATCHES)
+def test_the_batch_moves_every_rate_where_both_sides_name_one(kind, tuned, batch, moved):
+    """Rates go as √batch for Adam's kind and as batch for SGD's, heads too, but only where both batches are told."""
+    at = Reference(rank=4, alpha=4, batch=tuned)
+    groups = rank_aware_param_groups(mlp((4,)), lr=LR, tuned_at=at, optimizer_class=kind, batch=batch)
+    assert {group["lr_multiplier"] for group in groups} == {moved}
+    notes = plan(mlp((4,)), tuned_at=at, optimizer_class=kind, batch=batch).notes
+    assert any("a rule of thumb" in note for note in notes) == (moved != 1.0)
+    assert any("names no batch" in note for note in notes) == (tuned is None)
+
+
+def test_rates_of_their_own_do_not_move_with_the_batch():
+    """A rate given by name or for others is what it was given as, whatever the batch."""
+    at = Reference(rank=4, alpha=4, batch=16)
+    groups = rank_aware_param_groups(mlp((4,)), lr=LR, tuned_at=at, batch=64, other_lr=0.5)
+    assert {group["lora_role"]: group["lr"] for group in groups} == {"other": 0.5, "A": 2 * LR, "B": 2 * LR}
+
+
+@pytest.mark.parametrize("batch", [0, -1, float("nan"), float("inf"), True, "64"])
+def test_an_impossible_batch_is_refused(batch):
+    """A batch that is no positive number is an error."""
+    with pytest.raises(OptimizerError, match=r"^batch is .* Give a positive number"):
+        plan(mlp(), batch=batch)
 
 
 def test_full_finetuning_from_a_lora_rate_is_noted():

@@ -20,6 +20,7 @@ from rankaware_optim.laws import (
     checked_multiplier,
     get_law,
     kappa,
+    known_family,
     law_from_dict,
     law_to_dict,
     optimizer_family,
@@ -32,6 +33,15 @@ LAW_TABLE = {
     "mua-two-rates": MuA(tokens=3.0, ratio=16.0),
     "constant": Constant(),
     "loraplus": LoRAPlus(),
+    "mua-split": MuA(split=True, ratio=2.0),
+    "mua-spectral": MuA(family="spectral"),
+    "mua-spectral-split": MuA(family="spectral", shape_factor="match_rms_adamw", split=True),
+    "mua-gradient": MuA(family="gradient-like", tokens=64.0, ratio=3.0),
+    "mua-gradient-steps": MuA(family="gradient-like", steps=4),
+    "mua-relative": MuA(family="relative-scale", steps=16),
+    "mua-adafactor": MuA(family="relative-scale", floor=1e-3, ratio=0.5),
+    "mua-lars": MuA(family="first-step", ratio=2.0),
+    "mua-unknown": MuA(family="unknown"),
     "power": Power(exponent=-0.3),
     "power-full": Power(exponent=-0.45, full_factor=0.5, pivot=8.0, to_full=True, law=MuA(tokens=4.0)),
     "power-pivot": Power(exponent=0.18, full_factor=2.0, law=MuA(tokens=None)),
@@ -130,9 +140,12 @@ def test_the_base_rate_is_that_of_the_reference(law, point):
     assert move(law, point, point) == pytest.approx(1.0, rel=1e-12)
 
 
-@given(law=laws, to=lora_points, origin=points)
+one_rate_laws = st.sampled_from([law for law in LAW_TABLE.values() if not getattr(law, "split", False)])
+
+
+@given(law=one_rate_laws, to=lora_points, origin=points)
 def test_b_follows_a_at_a_fixed_ratio(law, to, origin):
-    """The rate of B is that of A times the law's ratio, 1 where it has none."""
+    """The rate of B is that of A times the law's ratio, 1 where it has none, unless the law splits the two."""
     ratio = getattr(law, "ratio", 1.0)
     assert law.multiplier(to.factor("B"), origin.reference()) == pytest.approx(ratio * move(law, to, origin))
 
@@ -220,6 +233,118 @@ def test_power_adds_its_exponent(to, origin, drift):
     at, there = Point(to, 1.0, 512), Point(origin, 1.0, 512)
     expected = move(MuA(), at, there) * (to / origin) ** drift
     assert move(Power(drift, full_factor=0.3), at, there) == pytest.approx(expected, rel=1e-9)
+
+
+# --- the families' forms --------------------------------------------------------------------------------------------
+
+PAPER_SPLIT = MuA(tokens=None, split=True)
+
+
+@given(point=lora_points, b=tokens, more=st.floats(0.1, 8.0), family=st.sampled_from(["sign-like", "spectral"]))
+def test_two_rates_undo_a_change_of_scaling_exactly(point, b, more, family):
+    """With split rates a change of s falls on the factor that starts at zero alone, as it does in training."""
+    law, scaled = MuA(tokens=b, split=True, family=family), replace(point, scaling=point.scaling * more)
+    moved = {"B": 1.0, "A": 1.0} | {"B" if point.init == "A" else "A": 1.0 / more}
+    for role in "AB":
+        ratio = law.multiplier(scaled.factor(role), point.reference()) / law.multiplier(
+            point.factor(role), point.reference()
+        )
+        assert ratio == pytest.approx(moved[role], rel=1e-9)
+
+
+@given(to=lora_points, origin=lora_points)
+def test_the_papers_split_is_one_over_each_fan_in(to, origin):
+    """Without token interference σ is constant: under Init[A] η_A follows 1/n and η_B follows 1/(s·r)."""
+    to, origin = replace(to, init="A"), replace(origin, init="A")
+    n, there = to.fan_in, origin.fan_in
+    assert move(PAPER_SPLIT, to, origin) == pytest.approx(there / n)
+    rate_b = PAPER_SPLIT.multiplier(to.factor("B"), origin.reference())
+    assert rate_b == pytest.approx(there / (to.scaling * to.rank))
+
+
+@given(point=lora_points, b=st.floats(0.25, 1e4), ratio=st.floats(0.1, 16.0))
+def test_gradient_roots_satisfy_the_conditions(point, b, ratio):
+    """The rate for SGD is the root of the condition in the form's docstring, in φ and z = sinh²φ."""
+    n, r, s, k = point.fan_in, point.rank, point.scaling, min(b, point.fan_in)
+    tau = MuA(tokens=b, ratio=ratio, family="gradient-like").sigma(point.init, r, s, n)
+    z = math.sinh(s * tau * math.sqrt(ratio * (n * n + 2 * b * n))) ** 2
+    if point.init == "A":
+        moved = s**2 * ratio * z * (1 + z) * r * (r + k + 1) / n**2
+    else:
+        moved = s**2 / ratio * z * ((1 + z) * (1 + (k + 1) / r) + (n - k) / r)
+    assert moved == pytest.approx(1.0, rel=1e-6)
+
+
+@given(scaling=st.floats(0.5, 2.0), n=st.integers(4, 64))
+def test_sgds_small_step_limit(scaling, n):
+    """Where ranks are far above the width, the change asked for is small and SGD's rate goes as 1/(s²·r)."""
+    law = MuA(tokens=1.0, family="gradient-like")
+    low, high = (Point(r, scaling, n) for r in (2**14, 2**16))
+    assert exponent(law, low, high, 2) == pytest.approx(-1.0, abs=0.01)
+    assert move(law, replace(low, scaling=2 * scaling), low) == pytest.approx(0.25, rel=0.01)
+
+
+# Four steps of exact polar factors (singular values 1, no shape factor), 4 tokens, ranks 4 and 64 at n = 512.
+MUON = [("A", 0.0, -0.06), ("A", 1.0, 0.50), ("B", 0.0, 0.48), ("B", 1.0, 1.15)]
+
+
+@pytest.mark.parametrize(("init", "gamma", "expected"), MUON)
+def test_muons_rank_exponents(init, gamma, expected):
+    """The spectral form has the rank exponents that were measured on exact polar factors."""
+    law = MuA(tokens=4.0, family="spectral", shape_factor="none")
+    low, high = (Point(r, float(r) ** -gamma, 512, init) for r in (4, 64))
+    assert exponent(law, low, high, 4) == pytest.approx(expected, abs=0.05)
+
+
+def test_muons_own_factor_moves_the_exponent_by_a_quarter():
+    """torch's default shape factor, √(n / r) on B alone, adds 1/4 to the rank exponent where both factors grow."""
+    low, high = (Point(r, 1.0, 2**20) for r in (4, 64))
+    plain, own = (MuA(tokens=4.0, family="spectral", shape_factor=name) for name in ("none", "original"))
+    assert exponent(own, low, high, 4) - exponent(plain, low, high, 4) == pytest.approx(0.25, abs=0.03)
+
+
+BOUND = [
+    (torch.optim.AdamW, {}, {}),
+    (torch.optim.Muon, {}, {"family": "spectral"}),
+    (torch.optim.Muon, {"adjust_lr_fn": None}, {"family": "spectral"}),
+    (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}, {"family": "spectral", "shape_factor": "match_rms_adamw"}),
+    (torch.optim.SGD, {"momentum": 0.9}, {"family": "gradient-like"}),
+    (torch.optim.Adafactor, {}, {"family": "relative-scale", "floor": 1e-3}),
+    (torch.optim.Adadelta, {}, {"family": "unknown"}),
+    (type("Adafactor", (), {}), {"scale_parameter": False, "relative_step": False}, {"floor": 1e-3}),
+    (type("Lamb", (), {}), {}, {"family": "relative-scale"}),
+    (type("LARS", (), {}), {}, {"family": "first-step"}),
+    (type("LARS", (), {"__module__": "torch_optimizer.lars"}), {}, {"family": "gradient-like"}),
+    (type("LARS", (), {"__module__": "torch_optimizer.lars"}), {"weight_decay": 0.1}, {"family": "first-step"}),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "settings", "expected"), BOUND)
+def test_binding_takes_the_optimizers_form(optimizer, settings, expected):
+    """Bound to an optimizer the law has its family's form, inside `Power` too, and the next one replaces it."""
+    law = MuA(tokens=3.0, ratio=2.0)
+    bound = law.bind(optimizer, settings)
+    assert bound == replace(law, **expected)
+    assert bound.bind(torch.optim.AdamW, {}) == law
+    assert Power(0.1, law=law).bind(optimizer, settings) == Power(0.1, law=bound)
+
+
+def test_an_unknown_family_is_scaled_as_sign_like():
+    """An optimizer of no known family has Adam's multipliers; a strict caller is refused."""
+    low, high = Point(4, 1.0, 512), Point(64, 1.0, 512)
+    assert move(MuA().bind(torch.optim.Adadelta, {}), high, low) == move(MuA(), high, low)
+    assert known_family(torch.optim.SGD) == "gradient-like"
+    with pytest.raises(LawError, match=r"Adadelta is of no family.*Leave strict out"):
+        known_family(torch.optim.Adadelta)
+
+
+@pytest.mark.parametrize("family", ["gradient-like", "relative-scale", "first-step"])
+def test_two_rates_are_refused_where_they_are_not_derived(family):
+    """Splitting the rates for a family without units of its own is an error, when made and when bound."""
+    with pytest.raises(LawError, match=f"not derived for {family}"):
+        MuA(split=True, family=family)
+    with pytest.raises(LawError, match="not derived for gradient-like"):
+        MuA(split=True).bind(torch.optim.SGD, {})
 
 
 @pytest.mark.parametrize(("to_full", "stands_for"), [(False, 16), (True, 4096)])
@@ -310,6 +435,11 @@ def test_a_law_that_is_not_registered_cannot_be_stored():
 BAD_PARAMETERS = [(MuA, {"tokens": value}) for value in (0, -1.0, math.inf, math.nan, "8", True)] + [
     (MuA, {"ratio": 0}),
     (MuA, {"ratio": None}),
+    (MuA, {"split": 1}),
+    (MuA, {"family": "adam"}),
+    (MuA, {"shape_factor": None}),
+    (MuA, {"floor": 0.0}),
+    (MuA, {"steps": -1}),
     (LoRAPlus, {"ratio": -16}),
     (LoRAPlus, {"ratio": math.nan}),
     (Power, {"exponent": math.inf}),
@@ -401,7 +531,7 @@ def test_built_in_laws_do_not_load_plugins(installed):
 
 def test_plugins_are_listed_and_loaded_once(installed):
     """An unknown name lists plug-ins too, and the broken one warns a single time."""
-    with pytest.warns(Warn) as caught, pytest.raises(LawError, match="constant, half, loraplus, mua"):
+    with pytest.warns(Warn) as caught, pytest.raises(LawError, match=r"constant, half, loraplus, (measured, )?mua"):
         get_law("nua")
     assert len(caught) == 1
     assert "broken" not in LAWS.names()

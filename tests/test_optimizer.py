@@ -80,12 +80,13 @@ def by_groups_of_all(model):
 def by_hand(model, kind, options, reference):
     """The native optimizer, its groups written out by name with the law's multiplier at rank and role."""
     reference = Reference(**{**vars(reference), "fan_in": 16})
+    law = ra.MuA().bind(kind, options)
     groups = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
             layer = model.get_submodule(name.split(".")[0])
             rank = getattr(layer, "r", None)
-            moved = ra.MuA().multiplier(Factor(name, "A", rank, 16, 16), reference) if rank else 1.0
+            moved = law.multiplier(Factor(name, "A", rank, 16, 16), reference) if rank else 1.0
             groups.setdefault((name.split(".")[-1], rank), {"params": [], "lr": LR * moved})["params"].append(param)
     return kind(list(groups.values()), lr=LR, **options)
 

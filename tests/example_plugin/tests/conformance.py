@@ -1,0 +1,31 @@
+"""The law and the convention are found by name once the package is installed, and are sound."""
+
+from __future__ import annotations
+
+import torch
+from rankaware_example import Bottleneck, StableProduct
+
+from rankaware_optim import RankAwareOptimizer, Reference
+from rankaware_optim.conformance import check_convention
+from rankaware_optim.law_check import check_law
+
+
+def test_the_law_is_sound() -> None:
+    """The law keeps every property of a law, under the name of its entry point."""
+    found = check_law("example-product")
+    assert found.law == StableProduct()
+    assert found.registered
+
+
+def test_the_convention_is_sound() -> None:
+    """The layer is read right: rank, scaling, fan-in and roles."""
+    found = check_convention(lambda r, alpha: Bottleneck(12, 20, r, alpha), torch.ones(3, 12))
+    assert {factor.convention for factor in found.factors} == {"example-bottleneck"}
+
+
+def test_both_are_used() -> None:
+    """An optimizer on the layer takes the law by name: at four times the rank and the same scaling, half the rate."""
+    model = Bottleneck(12, 20, 8, 8.0)
+    at = Reference(rank=2, alpha=2)
+    optimizer = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, law="example-product", tuned_at=at)
+    assert {round(group["lr"], 9) for group in optimizer.param_groups} == {5e-4}
