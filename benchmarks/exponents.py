@@ -63,7 +63,7 @@ def main() -> None:
 def run(only: str | None, widest: int) -> None:
     """Solve for every missing rate and store it."""
     torch.set_num_threads(1)
-    store = _load()
+    store = load()
     rates = store["log2_rates"]
     for label in OPTIMIZERS:
         if only is not None and only not in label:
@@ -82,18 +82,18 @@ def run(only: str | None, widest: int) -> None:
 @main.command()
 def table() -> None:
     """Write results/exponents.md."""
-    store = _load()
-    rows = [row for label in OPTIMIZERS for row in _rows(label, store["log2_rates"])]
+    store = load()
+    rows = [row for label in OPTIMIZERS for row in rows_of(label, store["log2_rates"])]
     heads = list(rows[0])
     cells = [[value if isinstance(value, str) else f"{value:g}" for value in row.values()] for row in rows]
-    notes = [_summary(rows, label) for label in OPTIMIZERS if any(row["optimizer"] == label for row in rows)]
+    notes = [summary(rows, label) for label in OPTIMIZERS if any(row["optimizer"] == label for row in rows)]
     notes = [__doc__.split("\n\n")[-1].replace("\n", " ").strip(), "\n".join(notes)]
     text = markdown("Exponents of the best rate: formula and check", heads, cells, store["machine"], notes)
     (RESULTS / "exponents.md").write_text(text)
     click.echo("\n\n".join(notes))
 
 
-def _load() -> dict[str, Any]:
+def load() -> dict[str, Any]:
     return json.loads(STORE.read_text()) if STORE.exists() else {"machine": machine(1), "log2_rates": {}}
 
 
@@ -141,7 +141,7 @@ def _batch(width: int, tokens: int, seed: int) -> Batch:
     return synthetic(width, width, tokens, seed)
 
 
-def _rows(label: str, rates: dict[str, float | None]) -> list[dict[str, Any]]:
+def rows_of(label: str, rates: dict[str, float | None]) -> list[dict[str, Any]]:
     rows = []
     for init, gamma, tokens in itertools.product("AB", GAMMAS, TOKENS):
         widths = [w for w in WIDTHS if _key(label, tokens, w, init, gamma, RANKS[-1]) in rates]
@@ -172,7 +172,7 @@ def _exponents(grid: list[tuple[int, int]], log2_rates: list[Any]) -> tuple[floa
     return float(fitted[1]), float(fitted[2])
 
 
-def _summary(rows: list[dict[str, Any]], label: str) -> str:
+def summary(rows: list[dict[str, Any]], label: str) -> str:
     mine = [row for row in rows if row["optimizer"] == label]
     reached = [row for row in mine if row["r: off"] != "not reached"]
     missed = f"; not reached in {len(mine) - len(reached)} of {len(mine)}" if len(reached) < len(mine) else ""

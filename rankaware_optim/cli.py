@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from .coordinate_command import coordcheck
 from .errors import RankAwareError
 from .law_commands import bench, fit
 from .recipe import Rate, Recipe
@@ -122,7 +123,7 @@ def plot(recipe: Path, out: Path) -> None:
     click.echo(plot_recipe(Recipe.load(recipe), out))
 
 
-for _command in (bench, fit, suggest):
+for _command in (bench, coordcheck, fit, suggest):
     main.add_command(_command)
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .adapters import Factor, Init, Reference
 from .errors import LawError
 from .inspection import inspect_model
-from .laws import Law, MuA, checked_multiplier, get_law
+from .laws import Law, MuA, checked_multiplier, get_law, law_words
 from .probe import Batch, Pair, Stepper, change_of, class_of, draw_pair, rates_for, rms_of_product, step_pair, synthetic
 from .tables import text_table
 
@@ -74,7 +74,7 @@ class CoordinateCheck:
         ranks = [row.rank for row in self.rows]
         verdict = "are rank-invariant" if self.ok else "are NOT rank-invariant"
         return (
-            f"Feature updates {verdict} with {self.optimizer} at the rates of the law {self.law.name!r}: over ranks "
+            f"Feature updates {verdict} with {self.optimizer} at the rates of {law_words(self.law)}: over ranks "
             f"{min(ranks)} to {max(ranks)} the output's change goes as r^{worst:+.2f} in {layer}, the "
             f"{'only layer' if len(self.slopes) == 1 else f'worst of {len(self.slopes)}'} (tolerance {self.tolerance})."
         )

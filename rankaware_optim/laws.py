@@ -11,7 +11,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
 from .adapters import Factor, Reference
@@ -19,7 +19,18 @@ from .errors import LawError
 from .families import FORMS, SHAPE_FACTORS, Site, Updates, kappa, known_family, optimizer_family, update_settings
 from .plugins import Registry
 
-__all__ = ["Constant", "Law", "LoRAPlus", "MuA", "Power", "get_law", "kappa", "known_family", "optimizer_family"]
+__all__ = [
+    "Constant",
+    "Law",
+    "LoRAPlus",
+    "MuA",
+    "Power",
+    "get_law",
+    "kappa",
+    "known_family",
+    "law_words",
+    "optimizer_family",
+]
 
 LAWS = Registry("rankaware_optim.laws", "law", LawError)
 
@@ -222,6 +233,13 @@ def get_law(law: str | Law) -> Law:
     if not isinstance(made, Law):
         raise LawError(f"The law {law!r} made a {type(made).__name__}.", "Let its factory return a Law instance.")
     return made
+
+
+def law_words(law: Law) -> str:
+    """A law by its class and what differs from its defaults: "MuA(tokens=4)"."""
+    known: tuple[Field[Any], ...] = fields(law) if is_dataclass(law) else ()
+    told = [f"{f.name}={getattr(law, f.name)!r}" for f in known if f.default != getattr(law, f.name)]
+    return f"{type(law).__name__}({', '.join(told)})"
 
 
 def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:

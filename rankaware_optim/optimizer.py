@@ -31,10 +31,10 @@ from .construction import (
 from .errors import OptimizerError, RankAwareWarning
 from .groups import Plan, PlannedGroup, UserGroup, check_lr, make_plan, scale_lr, split, user_groups
 from .inspection import survey_of
-from .laws import Law
+from .laws import Law, law_words
 from .pairs import Walk, walk
 from .recipe import Recipe, resolve_recipe
-from .report import Report, law_words, make_report
+from .report import Report, make_report
 from .schedulers import attached_schedulers, check_scheduler
 
 __all__ = ["RankAwareOptimizer"]

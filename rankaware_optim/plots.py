@@ -7,18 +7,28 @@ import warnings
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from .errors import RankAwareError
 from .recipe import Rate, Recipe
 
 if TYPE_CHECKING:
+    from .coordinate import CoordinateCheck, CoordinateRow
     from .demo import Arm
 
-__all__ = ["plot_recipe", "plot_transfer"]
+__all__ = ["plot_coordinates", "plot_recipe", "plot_transfer"]
 
 # Okabe and Ito's colours, told apart by readers of every colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Of a coordinate check: field, label and marker.
+_SIZES = (
+    ("from_b", "s·ΔB·A₀·x", "o"),
+    ("from_a", "s·B₀·ΔA·x", "s"),
+    ("from_both", "s·ΔB·ΔA·x", "^"),
+    ("inner", "inner features A·x", "D"),
+)
+_MOST_PANELS = 4
 
 
 class PlotError(RankAwareError):
@@ -30,29 +40,50 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
 
     Returns the path written. Raises PlotError where matplotlib is missing or the file cannot be written.
     """
-    figure, (left, right) = _figure(1, 2, 11.0)
+    figure, (left, right) = _figure(2, 11.0)
     _draw_trials(left, recipe)
     _draw_rates(right, recipe)
-    figure.suptitle(f"Recipe {recipe.name!r}: {recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps} steps")
+    figure.suptitle(f"Recipe {recipe.name!r}: {recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'untold'} steps")
     return _save(figure, path)
 
 
 def plot_transfer(recipe: Recipe, arms: Sequence[Arm], factors: Sequence[float], path: str | Path) -> Path:
     """Draw the demo's check: held-out loss around the recipe's rate at configurations it never saw."""
-    figure, axes = _figure(1, 1 + len(arms), 5.2 * (1 + len(arms)))
+    figure, axes = _figure(1 + len(arms), 5.2 * (1 + len(arms)))
     _draw_trials(axes[0], recipe)
     for axis, arm in zip(axes[1:], arms, strict=True):
         _draw_arm(axis, arm, factors)
     return _save(figure, path)
 
 
-def _figure(rows: int, columns: int, width: float) -> tuple[Any, Any]:
+def plot_coordinates(check: CoordinateCheck, path: str | Path) -> Path:
+    """Draw a coordinate check: sizes (rms) against rank, a panel a layer, the flat line being what does not change.
+
+    Of more than four layers, those whose change goes most with the rank are drawn. A term that is zero at every rank
+    is named as such. Returns the path written. Raises PlotError where matplotlib is missing or the file cannot be
+    written.
+    """
+    worst = sorted(check.slopes, key=lambda pair: -abs(pair[1]))[:_MOST_PANELS]
+    drawn = [pair for pair in check.slopes if pair in worst]
+    width = max(7.0, 3.8 * len(drawn))
+    figure, axes = _figure(len(drawn), width, height=5.0, sharey=True)
+    for axis, (layer, slope) in zip(axes, drawn, strict=True):
+        _draw_sizes(axis, sorted((row for row in check.rows if row.layer == layer), key=lambda row: row.rank))
+        axis.set_title(f"{_short(layer)}: r^{slope:+.2f}", fontsize=10, parse_math=False)
+    axes[0].set_ylabel("rms per entry")
+    figure.suptitle(fill(check.sentence, int(13 * width)), fontsize=10, parse_math=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 if width < 11 else 6, frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def _figure(columns: int, width: float, height: float = 4.2, sharey: bool = False) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotError("Plots need matplotlib.", 'Install it by pip install "rankaware-optim[plots]".') from error
-    figure = Figure(figsize=(width, 4.2), layout="constrained")
-    return figure, figure.subplots(rows, columns)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False, sharey=sharey)[0]
 
 
 def _draw_trials(axis: Any, recipe: Recipe) -> None:
@@ -117,6 +148,26 @@ def _draw_arm(axis: Any, arm: Arm, factors: Sequence[float]) -> None:
     axis.set(ylabel="held-out loss, nats", ylim=(0.9 * min(map(min, arm.losses)), 1.1 * arm.start))
     axis.set_title(f"Checked: {arm.label}", fontsize=10)
     axis.legend(frameon=False, fontsize=8)
+
+
+def _draw_sizes(axis: Any, rows: Sequence[CoordinateRow]) -> None:
+    ranks = [row.rank for row in rows]
+    for (field, label, marker), colour in zip(_SIZES, _COLOURS[1:], strict=False):
+        sizes = [getattr(row, field) for row in rows]
+        shown = (ranks, sizes) if any(sizes) else ((), ())
+        axis.plot(*shown, marker=marker, color=colour, linewidth=1, label=label if any(sizes) else f"{label}: zero")
+    axis.plot(ranks, [row.change for row in rows], "o-", color=_COLOURS[0], linewidth=2.5, label="whole change")
+    axis.axhline(rows[0].change, color="0.5", linestyle="--", linewidth=1, zorder=0, label="flat, as wanted")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.set_xticks(ranks, [str(rank) for rank in ranks])
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}" if y >= 1 else f"1/{1 / y:g}")
+    axis.set_xlabel("rank")
+
+
+def _short(name: str, most: int = 30) -> str:
+    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def _rate_axis(axis: Any) -> None:

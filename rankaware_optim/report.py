@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .adapters import Factor, Rated, Survey
 from .checkpoints import Carried
 from .groups import Plan
 from .kinds import other_kind
-from .laws import Law
 from .tables import text_table
 
-__all__ = ["Report", "Row", "law_words", "plan_rates"]
+__all__ = ["Report", "Row", "plan_rates"]
 
 _HEADINGS = ("convention", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors", "multiplier", "lr", "why")
 
@@ -95,13 +94,6 @@ def plan_rates(plan: Plan, survey: Survey, lr: float) -> dict[str, Rated]:
         )
         for name, a in moved.items()
     }
-
-
-def law_words(law: Law) -> str:
-    """A law by its class and what differs from its defaults: "MuA(tokens=4)"."""
-    known: tuple[Field[Any], ...] = fields(law) if is_dataclass(law) else ()
-    told = [f"{f.name}={getattr(law, f.name)!r}" for f in known if f.default != getattr(law, f.name)]
-    return f"{type(law).__name__}({', '.join(told)})"
 
 
 def _audit(groups: Iterable[Mapping[str, Any]], plan: Plan, survey: Survey) -> Iterator[str]:
