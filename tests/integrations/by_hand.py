@@ -87,16 +87,17 @@ def _parts(case: Case, model: nn.Module) -> list[tuple[float, dict[str, Any]]]:
             layer, role = names[id(param)].split(".")
             rank = getattr(model.get_submodule(layer), "r", None)
             cut.setdefault((rank, role if rank else "other"), []).append(param)
-        parts += [(multiplier(rank, case.width), {**own, "params": params}) for (rank, _), params in cut.items()]
+        parts += [(multiplier(rank, case), {**own, "params": params}) for (rank, _), params in cut.items()]
     return parts
 
 
-def multiplier(rank: int | None, width: int = 16) -> float:
+def multiplier(rank: int | None, case: Case = Case(torch.optim.AdamW)) -> float:
     """What the default law gives a factor of this rank with a rate tuned at rank 16; one for other parameters."""
     if rank is None:
         return 1.0
-    at_16 = Reference(rank=16, alpha=16, fan_in=width)
-    return ra.MuA().multiplier(Factor("by hand", "A", rank, width, width), at_16)
+    at_16 = Reference(rank=16, alpha=16, fan_in=case.width)
+    factor = Factor("by hand", "A", rank, case.width, case.width)
+    return ra.MuA().bind(case.kind, case.settings).multiplier(factor, at_16)
 
 
 # --- training and saving --------------------------------------------------------------------------------------------

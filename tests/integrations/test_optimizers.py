@@ -203,8 +203,8 @@ def test_an_optimizer_that_groups_by_itself_is_wrapped_as_an_instance():
     model = mlp((4, 8))
     opt = RankAwareOptimizer(kind(model, lr=LR), model=model, tuned_at=AT_16)
     rates = {name: group["lr"] for group in opt.param_groups for name in group["param_names"]}
-    assert rates["layer0.lora_A"] == LR * multiplier(4)
-    assert rates["layer1.lora_B"] == LR * multiplier(8)
+    assert rates["layer0.lora_A"] == LR * multiplier(4, Case(kind))
+    assert rates["layer1.lora_B"] == LR * multiplier(8, Case(kind))
     run(Case(kind), model, opt)
 
 

@@ -13,7 +13,7 @@ from torch.optim import swa_utils
 from rankaware_optim import RankAwareOptimizer, RankAwareWarning, Reference
 
 from ..models import batches, mlp, same, snapshot
-from .by_hand import multiplier
+from .by_hand import Case, multiplier
 
 # torch.compile imports parts of torch that warn of other parts of torch.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated:DeprecationWarning")
@@ -37,12 +37,12 @@ def wrapped(model, lr=LR, kind=torch.optim.AdamW, **settings):
 
 def by_hand(model, lr=LR, kind=torch.optim.AdamW, **settings):
     """torch's own class with the groups of `mlp((4, 8))` written out."""
-    return kind(groups_by_hand(model, lr), lr=lr, **settings)
+    return kind(groups_by_hand(model, lr, kind), lr=lr, **settings)
 
 
-def groups_by_hand(model, lr=LR):
+def groups_by_hand(model, lr=LR, kind=torch.optim.AdamW):
     layers = [(model.layer0.lora_A, 4), (model.layer0.lora_B, 4), (model.layer1.lora_A, 8), (model.layer1.lora_B, 8)]
-    groups = [{"params": [p], "lr": lr * multiplier(rank)} for p, rank in layers]
+    groups = [{"params": [p], "lr": lr * multiplier(rank, Case(kind))} for p, rank in layers]
     return [{"params": list(model.head.parameters())}, *groups]
 
 
