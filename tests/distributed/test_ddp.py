@@ -52,7 +52,7 @@ def test_ddp_trains_as_by_hand(pair, form, kind, first):
     expected = pair.run(native, kind)
     for got, hand in zip(pair.run(ours, form, kind, first), expected, strict=True):
         assert same(got["weights"], hand)
-        assert got["tags"] == expected_tags()
+        assert got["tags"] == expected_tags(kind=kind)
 
 
 def test_ddp_trains_as_one_process(pair):
@@ -89,9 +89,9 @@ def zero(kind: str, source: str) -> dict[str, Any]:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     model = DistributedDataParallel(new_model())
-    by_law = ra.rank_aware_param_groups(model, lr=LR, tuned_at=AT_16, named=False)
     cls, settings = KINDS[kind]
-    groups = by_law if source == "law" else hand_groups(model)
+    by_law = ra.rank_aware_param_groups(model, lr=LR, tuned_at=AT_16, named=False, optimizer_class=cls)
+    groups = by_law if source == "law" else hand_groups(model, kind)
     opt = ZeroRedundancyOptimizer(groups, optimizer_class=cls, lr=LR, **settings)
     train(model, opt)
     return {"weights": weights(model), "lrs": sorted({group["lr"] for group in opt.param_groups})}

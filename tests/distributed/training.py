@@ -48,22 +48,23 @@ def by_instance(model: nn.Module, kind: str = "AdamW", **own: Any) -> Any:
 def by_hand(model: nn.Module, kind: str = "AdamW") -> torch.optim.Optimizer:
     """The native class, its groups and their rates written out."""
     native, settings = KINDS[kind]
-    return native(hand_groups(model), **settings)
+    return native(hand_groups(model, kind), **settings)
 
 
-def hand_groups(model: nn.Module) -> list[dict[str, Any]]:
+def hand_groups(model: nn.Module, kind: str = "AdamW") -> list[dict[str, Any]]:
     """One group for the head at the base rate, then one for A and B of every rank at what the law gives it."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": [p for name, p in named if "head" in name], "lr": LR}]
     for i, rank in enumerate(RANKS):
-        rate = LR * multiplier(rank)
+        rate = LR * multiplier(rank, kind=kind)
         groups += [{"params": [p], "lr": rate} for name, p in named if f"layer{i}." in name]
     return groups
 
 
-def multiplier(rank: int, init: str = "A") -> float:
+def multiplier(rank: int, init: str = "A", kind: str = "AdamW") -> float:
     factor = Factor("by hand", "A", rank, WIDTH, WIDTH, init=init)  # type: ignore[arg-type]
-    return ra.MuA().multiplier(factor, Reference(rank=16, alpha=16, fan_in=WIDTH, init=init))  # type: ignore[arg-type]
+    at_16 = Reference(rank=16, alpha=16, fan_in=WIDTH, init=init)  # type: ignore[arg-type]
+    return ra.MuA().bind(*KINDS[kind]).multiplier(factor, at_16)
 
 
 FORMS: dict[str, Callable[..., Any]] = {"class": by_class, "instance": by_instance}
@@ -104,7 +105,7 @@ def tagged(opt: Any) -> dict[str, tuple[float, int | None]]:
     return {n: (g["lr"], g["lora_rank"]) for g in opt.param_groups for n in g["param_names"]}
 
 
-def expected_tags(init: str = "A") -> dict[str, tuple[float, int | None]]:
+def expected_tags(init: str = "A", kind: str = "AdamW") -> dict[str, tuple[float, int | None]]:
     factors = {f"layer{i}.lora_{half}": rank for i, rank in enumerate(RANKS) for half in "AB"}
-    tags = {name: (LR * multiplier(rank, init), rank) for name, rank in factors.items()}
+    tags = {name: (LR * multiplier(rank, init, kind), rank) for name, rank in factors.items()}
     return {**tags, "head.weight": (LR, None), "head.bias": (LR, None)}
