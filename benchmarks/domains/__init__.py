@@ -1,0 +1,60 @@
+"""The benchmarks' tasks, one file each: a frozen network, LoRA on its layers, batches, a loss, a held-out score.
+
+To add one, write `domains/<name>.py` with a `DOMAIN`; nothing else names it. Files with a leading underscore are what
+tasks share. `image_generation.py` is the example.
+"""
+
+from __future__ import annotations
+
+import math
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankaware_optim.errors import RankAwareError
+
+
+class DomainError(RankAwareError):
+    """An unknown domain, or one whose weights or data cannot be had."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A task.
+
+    build(rank, alpha, init, seed): the model, frozen but for LoRA pairs of multiplier alpha / rank at Init[A] or
+    Init[B], or with rank=None the same layers trained whole. batches(seed): endless batches. loss(model, batch): the
+    training loss. evaluate(model): the held-out loss, on the same examples and noise every time. head_rates: the fixed
+    rates, by name pattern, of what is trained beside the adapters. ranks: those that the width allows.
+    """
+
+    name: str
+    steps: int
+    ranks: tuple[int, ...]
+    build: Callable[[int | None, float, str, int], nn.Module]
+    batches: Callable[[int], Iterator[Any]]
+    loss: Callable[[nn.Module, Any], Tensor]
+    evaluate: Callable[[nn.Module], float]
+    head_rates: Mapping[str, float] = field(default_factory=dict)
+
+
+def names() -> list[str]:
+    """Every domain there is."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def get_domain(name: str) -> Domain:
+    """A domain by its file's name."""
+    if name not in names():
+        raise DomainError(f"There is no domain {name!r}.", f"Known are {', '.join(names())}.")
+    found: Domain = import_module(f"{__name__}.{name}").DOMAIN
+    return found
+
+
+def mean_loss(losses: list[float | None]) -> float:
+    """Mean over seeds; infinite where a run diverged (None)."""
+    return math.inf if None in losses else math.fsum(x for x in losses if x is not None) / len(losses)
