@@ -61,9 +61,13 @@ def observations_of(study: Study) -> list[Observation]:
 
 
 def pruned_of(study: Study) -> list[tuple[int | None, float]]:
-    """(rank, log2 rate) of the trials that the pruner stopped: worse than others, by how much is not known."""
+    """(rank, log2 rate) of the trials that the pruner stopped: worse than others, by how much is not known.
+
+    A run that ran out of memory says nothing of its rate.
+    """
     trials = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
-    return [(t.user_attrs["rank"], t.params[PARAMETER]) for t in trials if "observation" not in t.user_attrs]
+    judged = [t for t in trials if "observation" not in t.user_attrs and t.user_attrs.get("stopped") != "memory"]
+    return [(t.user_attrs["rank"], t.params[PARAMETER]) for t in judged if PARAMETER in t.params]
 
 
 def next_bracket(

@@ -180,7 +180,8 @@ class Study:
 
         self.endless = self.endless if outcome.endless is None else outcome.endless
         handle.set_user_attr("curve", outcome.curve)
-        if outcome.stopped == "pruned":
+        if outcome.stopped in ("pruned", "memory"):
+            handle.set_user_attr("stopped", outcome.stopped)
             self.study.tell(handle, state=TrialState.PRUNED)
             return
         seen = Observation(
@@ -316,9 +317,13 @@ class Study:
 
     def recipe(self) -> Recipe:
         """The recipe of what was seen so far."""
+        runs, seen = self.trials(), self.observations()
+        if runs and all(run.user_attrs.get("stopped") == "memory" for run in runs):
+            raise CalibrationError(
+                f"Every one of {len(runs)} runs ran out of memory.", "Lower the batch or the ranks=, or free memory."
+            )
         fit, reference = self.fit(), self._settled()
         if fit is None:
-            runs, seen = self.trials(), self.observations()
             raise CalibrationError(
                 f"Every one of {len(runs)} runs diverged{' or was pruned' * (len(seen) < len(runs))}.",
                 "Lower lr_range=, or check the loss, the data and the pruner.",

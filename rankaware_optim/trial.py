@@ -14,11 +14,12 @@ import torch
 from .adapters import Method
 from .errors import CalibrationError
 from .optimizer import RankAwareOptimizer
+from .out_of_memory import is_out_of_memory, release_memory
 
-__all__ = ["Outcome", "Train", "Trial", "run_trial"]
+__all__ = ["Outcome", "Pushed", "Train", "Trial", "run_trial"]
 
 Build = Callable[["Trial", Any, dict[str, Any]], RankAwareOptimizer]
-Train = Callable[["Trial"], Generator[Any, None, Any]]
+Train = Callable[["Trial"], "Generator[Any, None, Any] | Pushed"]
 
 TAIL = 5  # values at least in the mean that scores a run
 
@@ -59,8 +60,8 @@ class Trial:
 class Outcome(NamedTuple):
     """What a run gave: its values, the score it returned if any, and how it ended.
 
-    stopped: "" (ran its steps), "diverged" or "pruned". endless: whether the loop went on past its steps; None if
-    not learned.
+    stopped: "" (ran its steps), "diverged", "pruned" or "memory" (it ran out). endless: whether the loop went on past
+    its steps; None if not learned.
     """
 
     curve: list[float]
@@ -80,6 +81,36 @@ class Outcome(NamedTuple):
         return math.inf if self.stopped else self.tail if self.returned is None else self.returned
 
 
+class Pushed(NamedTuple):
+    """A run that cannot yield, such as a trainer with callbacks: what a `train` may give in place of a generator.
+
+    `run(report)` calls `report(value)` every step and ends soon after the answer True; what it returns is the score.
+    """
+
+    run: Callable[[Callable[[Any], bool]], Any]
+
+
+class _Curve:
+    """The values of a run so far, and why it is to stop."""
+
+    def __init__(self, trial: Trial, limit: float, watch: Callable[[Trial, list[float]], bool]) -> None:
+        self.trial, self.limit, self.watch = trial, limit, watch
+        self.values: list[float] = []
+        self.stopped = ""
+
+    def take(self, value: Any) -> bool:
+        """Keep `value`; whether the run ends with it: it diverged, was pruned, or has run its steps."""
+        if self.stopped or len(self.values) == self.trial.steps:
+            return True
+        self.values.append(_as_float(value, len(self.values)))
+        _check_first(self.trial, self.values)
+        if _lost(self.values, self.limit):
+            self.stopped = "diverged"
+        elif self.watch(self.trial, self.values):
+            self.stopped = "pruned"
+        return bool(self.stopped) or len(self.values) == self.trial.steps
+
+
 def run_trial(
     train: Train, trial: Trial, *, limit: float, endless: bool | None, watch: Callable[[Trial, list[float]], bool]
 ) -> Outcome:
@@ -87,27 +118,53 @@ def run_trial(
 
     limit: how far above its start the mean of recent values may rise before the run counts as diverged. watch: called
     with every new value; True prunes the run. endless: whether the loop is known to go on past its steps; where it is
-    not known, the loop is resumed once more to learn its return value.
+    not known, the loop is resumed once more to learn its return value. A run that raises optuna.TrialPruned or runs
+    out of memory is pruned.
     """
-    run = train(trial) if callable(train) else train
+    curve = _Curve(trial, limit, watch)
+    try:
+        run = train(trial) if callable(train) else train
+        return _pushed(run, curve) if isinstance(run, Pushed) else _pulled(run, curve, endless)
+    except Exception as error:
+        curve.stopped = _pruning(error)
+        if not curve.stopped:
+            raise
+    if curve.stopped == "memory":
+        release_memory()
+    return Outcome(curve.values, stopped=curve.stopped)
+
+
+def _pruning(error: Exception) -> str:
+    """How a run ends that raises `error`: "pruned", "memory", or "" where the error is the user's to see."""
+    from optuna.exceptions import TrialPruned
+
+    if isinstance(error, TrialPruned):
+        return "pruned"
+    return "memory" if is_out_of_memory(error) else ""
+
+
+def _pulled(run: Any, curve: _Curve, endless: bool | None) -> Outcome:
     if not isinstance(run, Generator):
         raise CalibrationError(
             f"train gave a {type(run).__name__} where a generator belongs.", "Let it yield a value every step."
         )
-    curve: list[float] = []
     try:
         for value in run:
-            curve.append(_as_float(value, len(curve)))
-            _check_first(trial, curve)
-            if _lost(curve, limit):
-                return Outcome(curve, stopped="diverged")
-            if watch(trial, curve):
-                return Outcome(curve, stopped="pruned")
-            if len(curve) == trial.steps:
-                return _finish(run, curve, endless)
-        raise _ended_early(curve, trial.steps)
+            if curve.take(value):
+                ended = bool(curve.stopped)
+                return Outcome(curve.values, stopped=curve.stopped) if ended else _finish(run, curve.values, endless)
+        raise _ended_early(curve.values, curve.trial.steps)
     finally:
         run.close()
+
+
+def _pushed(run: Pushed, curve: _Curve) -> Outcome:
+    returned = run.run(curve.take)
+    if curve.stopped:
+        return Outcome(curve.values, stopped=curve.stopped)
+    if len(curve.values) < curve.trial.steps:
+        raise _ended_early(curve.values, curve.trial.steps)
+    return Outcome(curve.values, None if returned is None else _as_float(returned, curve.trial.steps, "return value"))
 
 
 def _finish(run: Generator[Any, None, Any], curve: list[float], endless: bool | None) -> Outcome:

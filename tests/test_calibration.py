@@ -15,6 +15,7 @@ from torch import nn
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted, InspectionError, OptimizerError, Power
+from rankaware_optim.trial import Pushed
 
 from .models import PlainLoRA
 
@@ -648,6 +649,110 @@ def test_a_pruner_that_prunes_everything_leaves_no_recipe():
     """If every run was pruned, the error says that, rather than that they diverged."""
     with pytest.raises(CalibrationError, match="pruned"):
         calibrate(made_up(), trials=4, pruner=PruneAll())
+
+
+# --- out of memory, pruned from within, pushed ----------------------------------------------------------------------
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: 12 bytes."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: 12 bytes."),
+    MemoryError(),
+]
+
+
+def giving_up(error, loop, *, ranks=(16,), before=False):
+    """The loop, which raises `error` at some ranks: before its optimizer is built, or at its second step."""
+
+    def train(trial):
+        if before and trial.rank in ranks:
+            raise error
+        values = loop(trial)
+        yield next(values)
+        if trial.rank in ranks:
+            raise error
+        yield from values
+
+    return train
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("error", [*OUT_OF_MEMORY, optuna.TrialPruned()], ids=lambda error: type(error).__name__)
+def test_a_run_may_give_up(error, before):
+    """A run that is out of memory or raises Optuna's TrialPruned is pruned; the others make the recipe."""
+    storage = optuna.storages.InMemoryStorage()
+    recipe = calibrate(giving_up(error, made_up(), before=before), trials=16, storage=storage)
+    states = [t.state for t in storage.get_all_trials(0)]
+    assert states.count(optuna.trial.TrialState.PRUNED) >= 8
+    assert len(states) == 16
+    assert abs(math.log2(recipe.best_lr) - BEST) < 1
+
+
+def test_real_memory_runs_out():
+    """An allocation that the machine refuses prunes the run, whatever allocator says it."""
+
+    def train(trial):
+        yield from (torch.empty(2**60) for _ in range(2)) if trial.rank == 16 else made_up()(trial)
+
+    assert calibrate(train, trials=8).lr > 0
+
+
+def test_out_of_memory_says_nothing_of_a_rate():
+    """A rank that never fits moves nothing of what another rank finds, where a pruned rate would count as too high."""
+    alone = calibrate(made_up(), ranks=(4,), trials=6)
+    beside = calibrate(giving_up(MemoryError(), made_up(), before=True), trials=12)
+    assert abs(math.log2(beside.best_lr / alone.best_lr)) < 0.1
+
+
+def test_where_no_run_fits_the_error_says_so():
+    """If every run is out of memory, the error says that rather than that the rates diverged."""
+    with pytest.raises(CalibrationError, match="Every one of 3 runs ran out of memory"):
+        calibrate(giving_up(MemoryError(), made_up(), ranks=(4, 16)), trials=3)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory")])
+def test_other_errors_are_not_taken_for_memory(error):
+    """An error that is no shortage of memory comes out as it is."""
+    with pytest.raises(type(error)) as caught:
+        calibrate(giving_up(error, made_up(), ranks=(4, 16)), trials=3)
+    assert caught.value is error
+
+
+def pushed(loop, log=None, *, ends=None, score=False):
+    """The loop as a run that pushes its values, and goes on for two steps after it was told to stop."""
+
+    def train(trial):
+        def run(report):
+            for step, value in enumerate(loop(trial)):
+                if step == ends:
+                    return None
+                if report(value) and report(value):
+                    break
+            if log is not None:
+                log.append((trial.number, step))
+            return float(value) if score else None
+
+        return Pushed(run)
+
+    return train
+
+
+@pytest.mark.parametrize("options", [{}, {"pruner": optuna.pruners.MedianPruner(2, 5)}], ids=["plain", "pruner"])
+def test_values_may_be_pushed(options):
+    """A run that pushes its values to a callback calibrates as a generator that yields them."""
+    pulled, told = calibrate(made_up(), trials=8, **options), calibrate(pushed(made_up()), trials=8, **options)
+    assert trials_of(pulled) == trials_of(told)
+    assert pulled.best_lr == told.best_lr
+
+
+def test_a_pushed_run_is_held_to_the_contract():
+    """It ends by itself with a score or not, and one that ends too early or gives text is refused."""
+    assert calibrate(pushed(made_up(), score=True), trials=3).lr > 0
+    with pytest.raises(CalibrationError, match=f"ended after 7 of {STEPS} steps"):
+        calibrate(pushed(made_up(), ends=7))
+    with pytest.raises(CalibrationError, match="value at step 0 is a str"):
+        calibrate(pushed(yields("1.0")))
 
 
 # --- stopping and resuming ------------------------------------------------------------------------------------------
