@@ -96,8 +96,7 @@ def fit_checkpoint(
                 new_state[key] = own
         changed_law |= not changed_rank and _law_differs(group, theirs)
         new_groups.append(_merged(group, theirs, list(keys), changed_rank, policy))
-    if changed_law and policy.on_law_change == "keep":
-        _warn_kept()
+    _say_changes(ours, groups, changed_law, policy)
     return ours, {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(carried)
 
 
@@ -158,8 +157,7 @@ def _flat_groups(
             "A framework has flattened this optimizer's parameters, and the checkpoint's groups are cut otherwise.",
             "Load it with the ranks, the law and the number of processes it was saved with.",
         )
-    if policy.on_law_change == "keep" and any(map(_law_differs, param_groups, groups)):
-        _warn_kept()
+    _say_changes(param_groups, groups, any(map(_law_differs, param_groups, groups)), policy)
     return [
         _merged(own, other, other["params"], False, policy) for own, other in zip(param_groups, groups, strict=True)
     ]
@@ -236,6 +234,7 @@ def _merged(group: Group, theirs: Group, keys: list[int], changed_rank: bool, po
     tags = {key: group[key] for key in TAGS if key in group}
     if _init_was_known(group, theirs):
         tags["lora_init"] = theirs["lora_init"]
+    tags["rankaware_recipe"] = theirs.get("rankaware_recipe") or tags.get("rankaware_recipe", "")  # the rate is theirs
     made = {**_settings(theirs), **tags, "params": keys, "param_names": list(group["param_names"])}
     before = theirs.get("lr_multiplier")
     keep = before is not None and not changed_rank and policy.on_law_change == "keep"
@@ -260,13 +259,29 @@ def _init_was_known(group: Group, theirs: Group) -> bool:
     return theirs.get("lora_init") in ("A", "B") and group.get("lora_init") in ("other", "unknown")
 
 
-def _warn_kept() -> None:
-    warnings.warn(
-        "The checkpoint was made under another law or reference at the same rank: its rates are kept. Build the "
-        "optimizer with on_law_change='rederive' for the new law's.",
-        RankAwareWarning,
-        stacklevel=4,
-    )
+def _say_changes(ours: Sequence[Group], theirs: Sequence[Group], changed_law: bool, policy: Policy) -> None:
+    """Warn once where the checkpoint's recipe, or else its law, is not this optimizer's."""
+    (now, name), (before, saved_name) = _recipe_of(ours), _recipe_of(theirs)
+    if now and before and now != before:
+        words = (
+            f"The checkpoint was made under the recipe {saved_name!r} ({before}), this optimizer under {name!r} "
+            f"({now}): the checkpoint's base rate is kept. Build the optimizer with the checkpoint's recipe, or start "
+            "with a fresh state for the new one's."
+        )
+    elif changed_law and policy.on_law_change == "keep":
+        words = (
+            "The checkpoint was made under another law or reference at the same rank: its rates are kept. Build the "
+            "optimizer with on_law_change='rederive' for the new law's."
+        )
+    else:
+        return
+    warnings.warn(words, RankAwareWarning, stacklevel=4)
+
+
+def _recipe_of(groups: Sequence[Group]) -> tuple[str, str]:
+    """Hash and name of the recipe that groups were made under, by their tag "hash name"; empty where there is none."""
+    hashed, _, name = next((str(g["rankaware_recipe"]) for g in groups if g.get("rankaware_recipe")), "").partition(" ")
+    return hashed, name
 
 
 # --- one parameter's state ------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from .coordinate_command import coordcheck
 from .errors import RankAwareError
 from .law_commands import bench, fit
 from .recipe import Rate, Recipe
+from .recipe_commands import diff, plot
 from .suggest_command import suggest
 
 __all__ = ["main"]
@@ -113,17 +114,7 @@ def lr(
     click.echo(_rate_lines(rate))
 
 
-@main.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
-def plot(recipe: Path, out: Path) -> None:
-    """Draw a recipe: its trials, and its rates by rank."""
-    from .plots import plot_recipe
-
-    click.echo(plot_recipe(Recipe.load(recipe), out))
-
-
-for _command in (bench, coordcheck, fit, suggest):
+for _command in (bench, coordcheck, diff, fit, plot, suggest):
     main.add_command(_command)
 
 

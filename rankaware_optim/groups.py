@@ -36,6 +36,7 @@ TAGS = (
     "user_group",
     "rankaware_format",
     "param_shapes",
+    "rankaware_recipe",
 )
 
 
@@ -60,7 +61,7 @@ class Plan:
     rates: learning rates by name pattern (fnmatch), for any parameter. other_lr: the rate of every other parameter.
     per_layer_width: give the law each layer's own fan-in in place of the model's. across_inits: let the law carry
     the rate from the reference's init to another. batch_multiplier: what another batch than the reference's multiplies
-    every rate by, other parameters' too.
+    every rate by, other parameters' too. recipe: the tag of the recipe that the base rate is from, or "".
     """
 
     law: Law
@@ -73,6 +74,7 @@ class Plan:
     across_inits: bool = False
     batch_multiplier: float = 1.0
     notes: tuple[str, ...] = ()
+    recipe: str = ""
 
     def assign(self, name: str, factor: Factor | None) -> Assignment:
         """The assignment of the parameter `name`, which is `factor` or, where that is None, an other one."""
@@ -134,6 +136,7 @@ def make_plan(
     batch: float | None = None,
     strict: bool = False,
     notes: tuple[str, ...] = (),
+    recipe: str = "",
 ) -> Plan:
     """Bind the law, resolve the reference and check the user's exceptions, before anything is built."""
     method: Method = "full" if any(f.role == "full" for f in survey.factors) else "lora"
@@ -173,6 +176,7 @@ def make_plan(
             *_notes(survey, reference, bound, method, optimizer_class, settings, across_inits),
             *_batch_notes(reference, batch, by_batch),
         ),
+        recipe=recipe,
     )
 
 
@@ -318,13 +322,15 @@ class PlannedGroup(NamedTuple):
     named: list[tuple[str, torch.Tensor]]
     options: dict[str, Any]
     user_group: int = 0
+    recipe: str = ""
 
     def as_dict(self, *, named: bool = True) -> dict[str, Any]:
         """The group for torch, its lr still the user's own."""
         params: list[Any] = list(self.named) if named else [p for _, p in self.named]
         a = self.assignment
         shapes = shapes_text(p for _, p in self.named)
-        values = (a.multiplier, a.role, a.rank, a.scaling, a.init, self.user_group, GROUP_FORMAT, shapes)
+        decided = (a.multiplier, a.role, a.rank, a.scaling, a.init)
+        values = (*decided, self.user_group, GROUP_FORMAT, shapes, self.recipe)
         return {"params": params, **self.options, **dict(zip(TAGS, values, strict=True))}
 
 
@@ -344,7 +350,7 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
         cut: dict[Assignment, PlannedGroup] = {}
         for name, param in group.named:
             assignment = plan.assign(name, factors.get(name))
-            blank = PlannedGroup(assignment, [], dict(group.options), number)
+            blank = PlannedGroup(assignment, [], dict(group.options), number, plan.recipe)
             cut.setdefault(assignment, blank).named.append((name, param))
         planned.extend(cut.values())
     return sorted(planned, key=lambda g: g.assignment.multiplier != 1.0 or g.assignment.rate is not None)

@@ -235,6 +235,14 @@ def get_law(law: str | Law) -> Law:
     return made
 
 
+def law_changes(law: Law) -> dict[str, Any]:
+    """A law's name and what differs from its defaults, inner laws alike: parameters added later change nothing."""
+    known: tuple[Field[Any], ...] = fields(law) if is_dataclass(law) else ()
+    values = {f.name: (getattr(law, f.name), f.default) for f in known}
+    told = {key: value for key, (value, default) in values.items() if isinstance(value, Law) or value != default}
+    return {"name": law.name, **{k: law_changes(v) if isinstance(v, Law) else v for k, v in told.items()}}
+
+
 def law_words(law: Law) -> str:
     """A law by its class and what differs from its defaults: "MuA(tokens=4)"."""
     known: tuple[Field[Any], ...] = fields(law) if is_dataclass(law) else ()

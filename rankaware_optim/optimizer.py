@@ -161,6 +161,7 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
             batch=batch,
             strict=strict,
             notes=() if loaded is None else loaded.notes_for(survey, native),
+            recipe="" if loaded is None else loaded.tag,
         )
         base = base_lr(native, built, lr)
         own = user_groups(built.param_groups if built else params, model, walked)

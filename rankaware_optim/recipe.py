@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import warnings
@@ -15,7 +17,7 @@ import torch
 from . import recipe_files
 from .adapters import Method, Reference, Survey
 from .errors import RankAwareWarning, RecipeError
-from .laws import Power, checked_multiplier, law_from_dict, law_to_dict
+from .laws import Power, checked_multiplier, law_changes, law_from_dict, law_to_dict
 
 __all__ = ["RANK_DOUBT", "Rate", "Recipe", "Scaling", "WIDTH_DOUBT", "Z90", "infer_scaling"]
 
@@ -95,6 +97,19 @@ class Recipe:
     def full_factor(self) -> float:
         """What the law's point for full finetuning is multiplied by."""
         return self.law.full_factor
+
+    @property
+    def tag(self) -> str:
+        """The recipe in a line, "hash name", as an optimizer's state carries it.
+
+        The hash is of what decides its rates: base rate, reference, law and the rule for alpha. A copy under another
+        name, or one read by a newer package, keeps it.
+        """
+        r = self.reference
+        at = (r.method, r.rank, r.scaling, r.init, r.fan_in, r.batch)
+        decisive = (self.lr, at, self.scaling_rule, law_changes(self.law))
+        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=repr).encode()).hexdigest()
+        return f"{digest[:12]} {self.name}"
 
     def at(
         self,
@@ -252,8 +267,11 @@ class Recipe:
         Raises:
             RecipeError: the folder cannot be written, or `path` does not end in .toml.
         """
-        arrays = {**{f"trial.{key}": value for key, value in self.tensors.items()}, "fit.covariance": self.covariance}
-        return recipe_files.write(path, _header(self), _to_toml(self), arrays)
+        return recipe_files.write(path, _header(self), to_document(self), self.arrays())
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """What the safetensors file holds, by name."""
+        return {**{f"trial.{key}": value for key, value in self.tensors.items()}, "fit.covariance": self.covariance}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -298,7 +316,8 @@ def _header(recipe: Recipe) -> str:
     )
 
 
-def _to_toml(recipe: Recipe) -> dict[str, Any]:
+def to_document(recipe: Recipe) -> dict[str, Any]:
+    """What the TOML file holds, section by section; None where there is nothing to write."""
     sd = recipe._spread(recipe.reference)[0]
     r = recipe.reference
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
+import re
 import warnings
 from dataclasses import fields, replace
 
@@ -26,10 +27,11 @@ from rankaware_optim import (
     Recipe,
     RecipeError,
     Reference,
+    to_plain_state_dict,
 )
 from rankaware_optim.recipe import infer_scaling
 
-from .models import mlp
+from .models import mlp, train
 
 WIDTH = 16  # that of models.mlp
 AT_16 = Reference(rank=16, alpha=32, fan_in=WIDTH)
@@ -580,3 +582,102 @@ def test_the_report_quotes_the_band_of_this_model(method, width):
     (used,) = rates(opt, "full" if method == "full" else "A")
     assert used == pytest.approx(rate.lr, rel=1e-9)
     assert rate.low < used < rate.high
+
+
+# --- the hash in the optimizer's state ------------------------------------------------------------------------------
+
+
+def tagged(made: Recipe, **options):
+    """A rank-8 model and its optimizer by `made`, after a step."""
+    model = mlp((8,), scalings=1.0)
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=made, **options)
+    train(model, opt, steps=1)
+    return model, opt
+
+
+def hashed(made: Recipe) -> str:
+    return made.tag.partition(" ")[0]
+
+
+def test_the_tag_survives_the_files_and_names_the_recipe(tmp_path):
+    """A recipe read back has the tag it had: a hash of twelve digits, then its name."""
+    made = recipe(name="two words\n")
+    assert Recipe.load(made.save(tmp_path / "r.toml")).tag == made.tag
+    assert re.fullmatch(r"[0-9a-f]{12} two words\n", made.tag)
+
+
+DECISIVE = [
+    {"best_lr": 1e-3},
+    {"lean": 0.0},
+    {"reference": replace(AT_16, rank=8)},
+    {"reference": replace(AT_16, alpha=16)},
+    {"reference": replace(AT_16, init="B")},
+    {"reference": replace(AT_16, fan_in=32)},
+    {"reference": replace(AT_16, batch=8)},
+    {"reference": Reference(method="full", fan_in=WIDTH)},
+    {"law": Power(exponent=0.2, full_factor=1.5)},
+    {"law": Power(exponent=0.1, full_factor=1.5, law=MuA(tokens=4))},
+    {"law": Power(exponent=0.1, full_factor=1.5, law=Constant())},
+    {"scaling_rule": "alpha"},
+]
+
+
+def test_the_hash_is_of_what_decides_the_rates():
+    """Each of rate, reference, law and rule makes another hash; name, trials and provenance do not."""
+    assert len({hashed(recipe(**change)) for change in [{}, *DECISIVE]}) == 1 + len(DECISIVE)
+    same = {"name": "other", "versions": {}, "tensors": {}, "seed": 9, "steps": 7, "notes": ("a",), "ceiling": None}
+    assert hashed(recipe(**same)) == hashed(recipe())
+
+
+def test_the_optimizers_state_carries_the_recipes_tag(tmp_path):
+    """Every group of the state has the tag, in a file that opens without unpickling, also after a resume."""
+    made = recipe()
+    model, opt = tagged(made)
+    torch.save(opt.state_dict(), tmp_path / "opt.pt")
+    state = torch.load(tmp_path / "opt.pt", weights_only=True)
+    assert {group["rankaware_recipe"] for group in state["param_groups"]} == {made.tag}
+    _, again = tagged(made)
+    again.load_state_dict(state)
+    assert {group["rankaware_recipe"] for group in again.state_dict()["param_groups"]} == {made.tag}
+    assert all(not g["rankaware_recipe"] for g in RankAwareOptimizer(model, "adamw", lr=1e-3, init="A").param_groups)
+
+
+def test_torchs_own_optimizer_loads_a_tagged_state():
+    """AdamW itself takes the state, and the plain export holds no tag."""
+    model, opt = tagged(recipe())
+    own = torch.optim.AdamW([{"params": group["params"]} for group in opt.param_groups])
+    own.load_state_dict(opt.state_dict())
+    assert [g["lr"] for g in own.param_groups] == [g["lr"] for g in opt.param_groups]
+    plain = to_plain_state_dict(opt)
+    assert all("rankaware_recipe" not in group for group in plain["param_groups"])
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]).load_state_dict(plain)
+
+
+@pytest.mark.parametrize("change", [{"best_lr": 1e-3}, {"law": Power(exponent=0.4)}], ids=["rate", "law"])
+@pytest.mark.parametrize("policy", ["keep", "rederive"])
+def test_a_resume_under_another_recipe_is_said_once(change, policy):
+    """One warning names both recipes, whatever the number of groups; the base rate goes on, and so does its tag."""
+    first, second = recipe(name="first"), recipe(name="second", **change)
+    _, opt = tagged(first)
+    _, other = tagged(second, on_law_change=policy)
+    with pytest.warns(RankAwareWarning, match=r"recipe 'first' .* under 'second'") as caught:
+        other.load_state_dict(opt.state_dict())
+    assert len(caught) == 1
+    assert all(hashed(made) in str(caught[0].message) for made in (first, second))
+    bases = [g["lr"] / g["lr_multiplier"] for g in other.param_groups]
+    assert bases == pytest.approx([first.lr] * len(bases))
+    assert {g["rankaware_recipe"] for g in other.param_groups} == {first.tag}
+
+
+def test_a_resume_under_the_same_rates_says_nothing():
+    """A recipe renamed, an optimizer without a recipe, and a checkpoint from before there was a tag load in silence."""
+    _, opt = tagged(recipe())
+    state = opt.state_dict()
+    tagged(recipe(name="renamed"))[1].load_state_dict(state)
+    plain = RankAwareOptimizer(mlp((8,), scalings=1.0), "adamw", lr=recipe().lr, tuned_at=AT_16, law=recipe().law)
+    plain.load_state_dict(state)
+    for group in state["param_groups"]:
+        del group["rankaware_recipe"]
+    _, again = tagged(recipe())
+    again.load_state_dict(state)
+    assert {group["rankaware_recipe"] for group in again.param_groups} == {recipe().tag}
