@@ -1,0 +1,98 @@
+"""What a recipe is compared with: ways to pick a rate for every rank and for full finetuning, without a calibration.
+
+Each takes what one configuration's sweeps gave a user who tuned once (nine rates, one seed), and names log2 of its
+rate at every rank, `FULL` for full finetuning. None of them sees the seeds that score it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from domains import Domain
+from domains._configs import LORAPLUS, TUNED, built, tuned_at
+from domains._runs import FULL, Losses, curve
+
+from rankaware_optim import Law, MuA, RankAwareOptimizer, inspect_model
+
+Rates = dict[int, float]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a user has who swept one rank once: the domain, the configuration, its ranks and every run on file."""
+
+    domain: Domain
+    config: str
+    ranks: tuple[int, ...]
+    done: Losses
+
+    def best(self, scheme: str, rank: int) -> float:
+        """log2 of the best rate of a sweep on one seed."""
+        means = curve(self.done, (self.domain.name, scheme, rank), 1)
+        return min(means, key=lambda x: means[x])
+
+
+def one_rate(known: Known) -> Rates:
+    x = known.best(known.config, TUNED)
+    return dict.fromkeys((*known.ranks, FULL), x)
+
+
+def inverse_rank(known: Known) -> Rates:
+    """The rate falls as 1/r; full finetuning stands at r = n."""
+    x, width = known.best(known.config, TUNED), width_of(known.domain)
+    return {rank: x - math.log2((rank or width) / TUNED) for rank in (*known.ranks, FULL)}
+
+
+def loraplus(known: Known) -> Rates:
+    """B at 16 times A's rate, A's kept at every rank; full finetuning has no B and keeps A's."""
+    x = known.best(known.config + LORAPLUS, TUNED)
+    return dict.fromkeys((*known.ranks, FULL), x)
+
+
+def ten_times_full(known: Known) -> Rates:
+    x = known.best("full", FULL)
+    return {**dict.fromkeys(known.ranks, x + math.log2(10)), FULL: x}
+
+
+def by_law(law: Law) -> Callable[[Known], Rates]:
+    """The rate tuned at rank 16, moved by a law to every rank and to full finetuning."""
+
+    def moved(known: Known) -> Rates:
+        x = known.best(known.config, TUNED)
+        return {rank: x + octaves(known.domain, known.config, rank, law) for rank in (*known.ranks, FULL)}
+
+    return moved
+
+
+CONTENDERS: Mapping[str, Callable[[Known], Rates]] = {
+    "one rate everywhere": one_rate,
+    "1/r": inverse_rank,
+    "LoRA+ 16": loraplus,
+    "ten times full": ten_times_full,
+    "the paper's law": by_law(MuA(tokens=None)),
+    "µA at 8 tokens": by_law(MuA()),
+}
+
+
+def octaves(domain: Domain, config: str, rank: int, law: Law) -> float:
+    """log2 of the multiplier that the package gives at a rank, or to full finetuning, to a rate tuned at rank 16."""
+    method: Literal["lora", "full"] = "full" if rank == FULL else "lora"
+    opt = RankAwareOptimizer(
+        built(domain, config, rank, 0),
+        "adamw",
+        lr=1.0,
+        law=law,
+        tuned_at=tuned_at(config),
+        rates=domain.head_rates,
+        method=method,
+    )
+    told = [g["lr_multiplier"] for g in opt.param_groups if g["lora_role"] in ("A", "B", "full")]
+    return math.log2(told[0])
+
+
+def width_of(domain: Domain) -> float:
+    """The fan-in that stands for the model's width."""
+    return float(inspect_model(built(domain, "Init[A], s = 1", TUNED, 0)).width)

@@ -1,0 +1,114 @@
+"""The paper's study at the size of two cores: which rate is best at which rank, by domain and configuration.
+
+    tox run -e bench -- --suite quick                               # five minutes, a small part of it
+    tox run -e bench -- --suite full --domain image_generation      # resumable: every finished run is kept
+    tox run -e bench -- --suite full --tables                       # tables and figures of all that is on file
+
+The recipe is the paper's: AdamW, betas 0.9 and 0.999, epsilon 1e-8, weight decay 0.01, gradients clipped at norm 1, a
+warm-up of 5 % and a cosine to a tenth, heads at a fixed rate of their own. Rates lie an octave apart: a coarse pass of
+one seed, two octaves apart, places each rank's grid of seven, which grows where its best lies at an edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import click
+from domains import DomainError, get_domain, names
+from domains._configs import CONFIGS, LORAPLUS, RSLORA, TWO_RATES, run_at, starts
+from domains._runs import FULL, WARMUP, Cell, Grid, complete, read
+from domains._tables import where
+from recording import RESULTS, machine
+from suite_page import LAWS, tables
+
+from rankaware_optim import Law
+from rankaware_optim.errors import RankAwareError
+from rankaware_optim.yardstick import law_of
+
+STORES = RESULTS / "suite"
+QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
+LOWEST_RANK = 1
+FIRST_CONFIG = next(iter(CONFIGS))
+COARSE = {
+    **{config: range(-13, -2, 2) for config in (*CONFIGS, *RSLORA)},
+    **{FIRST_CONFIG + other: range(-15, -4, 2) for other in (LORAPLUS, TWO_RATES)},
+    "full": range(-15, -4, 2),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Schemes that are swept alike: their ranks, seeds and octaves to either side of the coarse pass's best."""
+
+    schemes: tuple[str, ...]
+    ranks: tuple[int, ...]
+    seeds: int
+    half: int = 3
+
+    def grid(self, domain: str) -> Grid:
+        cells: list[Cell] = [(domain, scheme, rank) for scheme in self.schemes for rank in self.ranks]
+        return Grid(cells, COARSE, lambda cell: cell, self.seeds, self.half)
+
+
+def parts(domain: str, suite: str) -> tuple[Part, ...]:
+    """What a suite runs on a domain, the claims first."""
+    ranks = (LOWEST_RANK, *get_domain(domain).ranks)
+    if suite == "quick":
+        return (Part((FIRST_CONFIG,), (4, 16, 64), 1, 2), Part(("full",), (FULL,), 1, 2))
+    seeds = SEEDS.get(domain, 3)
+    return (
+        Part(tuple(CONFIGS), ranks, seeds),
+        Part(("full",), (FULL,), seeds),
+        Part(tuple(RSLORA), ranks, 1),
+        Part((FIRST_CONFIG + LORAPLUS, FIRST_CONFIG + TWO_RATES), ranks, 1),
+    )
+
+
+SEEDS = {"language_smollm2": 1}  # where a run takes a minute
+
+
+@click.command()
+@click.option("--suite", type=click.Choice(("quick", "full")), default="quick", show_default=True)
+@click.option("--domain", "chosen", multiple=True, help="Some domains; by default all, or the quick ones.")
+@click.option("--workers", default=2, show_default=True, help="Processes of one thread.")
+@click.option("--tables", "only_tables", is_flag=True, help="Only write tables and figures of what is on file.")
+@click.option("--law", "laws", multiple=True, help="A law to compare beside ours: a name, or package.module:Class.")
+def main(suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, laws: tuple[str, ...]) -> None:
+    """Run what is missing, then write the tables and figures."""
+    folder = QUICK_STORES if suite == "quick" else STORES
+    try:
+        compared = {**LAWS, **{name: law_of(name) for name in laws}}
+        todo = [get_domain(name).name for name in chosen or (QUICK_DOMAINS if suite == "quick" else names())]
+        for domain in () if only_tables else todo:
+            sweep(domain, suite, folder / f"{domain}.jsonl", workers)
+        write(folder, compared)
+    except RankAwareError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def sweep(domain: str, suite: str, store: Path, workers: int) -> None:
+    """Append every missing run of a domain."""
+    get_domain(domain).build(4, 4, "A", 0)  # fetches and pretrains once, before any process does
+    asked = parts(domain, suite)
+    for grid in (starts(domain, range(asked[0].seeds)), *(part.grid(domain) for part in asked)):
+        complete(grid, partial(run_at, warmup=WARMUP), store, workers, click.echo)
+
+
+def write(folder: Path, laws: Mapping[str, Law]) -> None:
+    """Tables and figures of every domain on file."""
+    from suite_figures import draw_all
+
+    done = {job: loss for store in sorted(folder.glob("*.jsonl")) for job, loss in read(store).items()}
+    if not done:
+        raise DomainError(f"There is no run in {folder}.", "Run the suite first.")
+    pictures = [f"![{path.stem}]({path.name})" for path in draw_all(done, folder, laws)]
+    text = "\n\n".join([*tables(done, laws), *pictures, where(machine(1))]) + "\n"
+    (folder / "tables.md").write_text(text)
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main()

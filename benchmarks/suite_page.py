@@ -1,0 +1,238 @@
+"""Tables of `suite.py`: exponents, the paper's claims, regret. The rules of verdict were written before any run.
+
+A claim about an exponent in rank is *held* where the measured one lies within 0.1 of it, *held with a drift* where it
+lies within 0.35, else it *did not hold here*. The claim that Init[B]'s rate transfers to full finetuning is *held*
+where the mean over ranks lies within half an octave of full finetuning's best rate, *with a drift* within one.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from typing import NamedTuple
+
+from contenders import width_of
+from domains import get_domain
+from domains._configs import CONFIGS, LORAPLUS, RSLORA, TWO_RATES, built, start_of, tuned_at
+from domains._runs import FULL, Cell, Losses, curve
+from domains._tables import block, losses_at, number
+
+from rankaware_optim import Law, MuA, RankAwareOptimizer
+from rankaware_optim.yardstick import vertex_of
+
+HELD, DRIFT, OCTAVE = 0.1, 0.35, 0.5
+T90 = {2: 6.31, 3: 2.92}  # Student's t, 90 % two-sided, by number of seeds
+LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA at 8 tokens": MuA()}
+
+
+class Optimum(NamedTuple):
+    """The best rate of a cell: log2, by the mean over seeds and seed by seed; None at an edge."""
+
+    x: float | None
+    by_seed: tuple[float | None, ...]
+
+
+def tables(done: Losses, laws: Mapping[str, Law] = LAWS) -> list[str]:
+    every = domains_in(done)
+    exponent_rows = [row for domain in every for row in exponents(done, domain, laws)]
+    claim_rows = [row for domain in every for row in claims(done, domain)]
+    regret_rows = [row for domain in every for row in regrets(done, domain, laws)]
+    heads = ["domain", "configuration", "ranks", "measured", *laws]
+    ways = ["way", "LoRA to LoRA: median", "worst", "LoRA to full: median", "worst"]
+    return [
+        block("Exponent of the best rate in rank, with its 90 % interval over seeds", heads, exponent_rows),
+        block("The paper's claims", ["domain", "claim", "verdict", "numbers"], claim_rows),
+        block("Regret of a rate moved from every rank to every other", ["domain", "configuration", *ways], regret_rows),
+    ]
+
+
+def domains_in(done: Losses) -> list[str]:
+    return sorted({job.domain for job in done})
+
+
+def ranks_in(done: Losses, domain: str, scheme: str) -> list[int]:
+    return sorted({job.rank for job in done if job[:2] == (domain, scheme)})
+
+
+def seeds_in(done: Losses, domain: str, scheme: str) -> int:
+    return len({job.seed for job in done if job[:2] == (domain, scheme)})
+
+
+def optimum(done: Losses, cell: Cell) -> Optimum:
+    seeds = seeds_in(done, *cell[:2])
+    means = curve(done, cell, seeds)
+    single = [{x: losses_at(done, cell, x, seeds)[seed] for x in means} for seed in range(seeds)]
+    return Optimum(*(vertex_of(means), tuple(map(vertex_of, single))) if means else (None, ()))
+
+
+# --- exponents ------------------------------------------------------------------------------------------------------
+
+
+class Exponent(NamedTuple):
+    """Slope of log2 best rate over log2 rank: the mean over seeds, and half its 90 % interval; None for one seed."""
+
+    ranks: tuple[int, ...]
+    slope: float
+    half: float | None
+
+
+def exponent_of(done: Losses, domain: str, scheme: str) -> Exponent | None:
+    """None where fewer than two ranks have their best inside the grid."""
+    found = {rank: optimum(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
+    usable = {rank: best.by_seed for rank, best in found.items() if best.by_seed and None not in best.by_seed}
+    if len(usable) < 2:
+        return None
+    slopes = [slope(usable, seed) for seed in range(len(next(iter(usable.values()))))]
+    spread = T90[len(slopes)] * statistics.stdev(slopes) / math.sqrt(len(slopes)) if len(slopes) in T90 else None
+    return Exponent(tuple(usable), statistics.fmean(slopes), spread)
+
+
+def slope(usable: Mapping[int, Sequence[float | None]], seed: int) -> float:
+    points = [(math.log2(rank), float(best[seed] or 0.0)) for rank, best in usable.items()]
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
+
+
+def exponents(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[str]]:
+    for scheme in (*CONFIGS, *RSLORA):
+        found = exponent_of(done, domain, scheme)
+        if found is not None:
+            by_law = [number(law_slope(domain, scheme, found.ranks, law), 2, sign=True) for law in laws.values()]
+            half = "" if found.half is None else f" ± {found.half:.2f}"
+            ranks = f"{found.ranks[0]} to {found.ranks[-1]}"
+            yield [domain, scheme, ranks, f"{found.slope:+.2f}{half}", *by_law]
+
+
+def law_slope(domain: str, scheme: str, ranks: Sequence[int], law: Law) -> float:
+    moved = [octaves(domain, scheme, rank, law) for rank in ranks]
+    return statistics.linear_regression([math.log2(rank) for rank in ranks], moved).slope
+
+
+@cache
+def octaves(domain: str, config: str, rank: int, law: Law) -> float:
+    """log2 of what the package multiplies a rate tuned at rank 16 by, at a rank or in full."""
+    opt = RankAwareOptimizer(
+        built(get_domain(domain), config, rank, 0),
+        "adamw",
+        lr=1.0,
+        law=law,
+        tuned_at=tuned_at(config),
+        method="full" if rank == FULL else "lora",
+        rates=get_domain(domain).head_rates,
+    )
+    told = (g["lr_multiplier"] for g in opt.param_groups if g["lora_role"] in ("A", "B", "full"))
+    return math.log2(next(told))
+
+
+# --- claims ---------------------------------------------------------------------------------------------------------
+
+CLAIMS = (
+    ("Init[A], s = 1", -0.5, "Init[A], s = 1: the best rate falls as r^-1/2"),
+    ("Init[A], s = 1/r", 0.0, "Init[A], s = 1/r: one rate for every rank"),
+    ("Init[B], s = 1", 0.0, "Init[B], s = 1: one rate for every rank"),
+)
+
+
+def claims(done: Losses, domain: str) -> Iterator[list[str]]:
+    for scheme, claimed, words in CLAIMS:
+        found = exponent_of(done, domain, scheme)
+        if found is not None:
+            half = "" if found.half is None else f" ± {found.half:.2f}"
+            yield [domain, words, verdict(found.slope - claimed, HELD, DRIFT), f"r^({found.slope:+.2f}{half})"]
+    yield from to_full(done, domain)
+
+
+def verdict(apart: float, held: float, drift: float) -> str:
+    if abs(apart) <= held:
+        return "held"
+    return f"held with a drift of {apart:+.2f}" if abs(apart) <= drift else "did not hold here"
+
+
+def to_full(done: Losses, domain: str) -> Iterator[list[str]]:
+    scheme, full = "Init[B], s = 1", optimum(done, (domain, "full", FULL)).x
+    rates = {rank: optimum(done, (domain, scheme, rank)).x for rank in ranks_in(done, domain, scheme)}
+    apart = {rank: x - full for rank, x in rates.items() if x is not None and full is not None}
+    if apart:
+        said = verdict(statistics.fmean(apart.values()), OCTAVE, 2 * OCTAVE)
+        numbers = ", ".join(f"{octaves:+.1f} at r = {rank}" for rank, octaves in apart.items())
+        yield [domain, "Init[B]'s rate is full finetuning's", said, f"octaves above full's: {numbers}"]
+
+
+# --- regret ---------------------------------------------------------------------------------------------------------
+
+Shift = Callable[[int, int], float]  # octaves from a source rank to a target
+
+
+def regrets(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[str]]:
+    """Each way's regret over all ordered pairs of ranks, and from every rank to full finetuning."""
+    for config in CONFIGS:
+        for way, scheme, shift in ways(done, domain, config, laws):
+            sources = {rank: best_at(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
+            moves = [(a, b) for a in sources for b in sources if a != b]
+            lora = [lost(done, (domain, scheme, b), (domain, config, b), sources[a] + shift(a, b)) for a, b in moves]
+            full = (domain, "full", FULL)
+            whole = [lost(done, full, full, x + shift(a, FULL)) for a, x in sources.items()]
+            if lora:
+                yield [domain, config, way, *(percent(f(each)) for each in (lora, whole) for f in FIGURES)]
+
+
+FIGURES: tuple[Callable[[list[float]], float], ...] = (statistics.median, max)
+
+
+def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Iterator[tuple[str, str, Shift]]:
+    """Name, the scheme that is trained, and how it moves a rate."""
+    for name, law in laws.items():
+        yield name, config, partial(by_law, domain, config, law)
+    yield "one rate everywhere", config, lambda a, b: 0.0
+    yield "1/r", config, lambda a, b: -math.log2((b or width(domain)) / a)
+    if full := optimum(done, (domain, "full", FULL)).x:
+        yield "ten times full", config, partial(ten_times_full, done, domain, config, full)
+    yield "LoRA+ 16", config + LORAPLUS, lambda a, b: 0.0
+    yield "two rates", config + TWO_RATES, lambda a, b: 0.0 if b else octaves(domain, config, FULL, MuA())
+
+
+def by_law(domain: str, config: str, law: Law, a: int, b: int) -> float:
+    return octaves(domain, config, b, law) - octaves(domain, config, a, law)
+
+
+def ten_times_full(done: Losses, domain: str, config: str, full: float, a: int, b: int) -> float:
+    """From whatever rate to ten times full finetuning's own."""
+    return full + (math.log2(10) if b else 0.0) - best_at(done, (domain, config, a))
+
+
+@cache
+def width(domain: str) -> float:
+    return width_of(get_domain(domain))
+
+
+def best_at(done: Losses, cell: Cell) -> float:
+    """log2 of a cell's best rate, the grid's where the vertex lies outside."""
+    found = optimum(done, cell).x
+    means = curve(done, cell, seeds_in(done, *cell[:2]))
+    return min(means, key=lambda x: means[x]) if found is None else found
+
+
+def lost(done: Losses, trained: Cell, best: Cell, x: float) -> float:
+    """Regret at 2^x, on straight lines between the rates tried; at the grid's end where x lies beyond it."""
+    seeds = seeds_in(done, *trained[:2])
+    means = curve(done, trained, seeds)
+    lowest = min(curve(done, best, seeds).values())
+    return (between(means, x) - lowest) / (start_of(trained[0], done) - lowest)
+
+
+def between(means: Mapping[float, float], x: float) -> float:
+    grid = sorted(means)
+    x = min(max(x, grid[0]), grid[-1])
+    low, high = max(at for at in grid if at <= x), min(at for at in grid if at >= x)
+    share = 0.0 if low == high else (x - low) / (high - low)
+    return means[low] if not share else (1.0 - share) * means[low] + share * means[high]
+
+
+def percent(share: float) -> str:
+    return "diverged" if not math.isfinite(share) else number(100 * share, 1) + " %"
+
+
+def schemes_in(done: Losses, domain: str) -> list[str]:
+    """The configurations on file, in their order."""
+    return [name for name in (*CONFIGS, *RSLORA) if ranks_in(done, domain, name)]

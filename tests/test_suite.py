@@ -1,0 +1,248 @@
+"""The benchmarks' suite at its doors: what it refuses, what it keeps, and how it reads optima, exponents and regret."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from click.testing import CliRunner
+from filelock import FileLock
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_path() -> Iterator[None]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def job(rank: int, x: float, seed: int = 0, scheme: str = "Init[A], s = 1") -> Any:
+    from domains._runs import Job
+
+    return Job("language", scheme, rank, x, seed)
+
+
+def bowl(rank: int, best: float, seeds: int = 1, scheme: str = "Init[A], s = 1") -> dict[Any, float]:
+    """Losses 1 + (x − best)² / 10 at nine octaves, a tenth of an octave to the right by seed."""
+    middle = round(best)
+    return {
+        job(rank, x, seed, scheme): 1.0 + (x - best - 0.1 * seed) ** 2 / 10
+        for x in range(middle - 4, middle + 5)
+        for seed in range(seeds)
+    }
+
+
+# --- the store ------------------------------------------------------------------------------------------------------
+
+
+def completed(store: Path, jobs: list[Any], ran: list[Any]) -> None:
+    from domains._runs import Listed, complete
+
+    def run(one: Any) -> float:
+        ran.append(one)
+        return float(one.x)
+
+    complete(Listed(jobs), run, store, 1, lambda text: None)
+
+
+def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
+    """A second call runs only what the first did not finish."""
+    ran: list[Any] = []
+    completed(tmp_path / "s.jsonl", [job(4, -5)], ran)
+    completed(tmp_path / "s.jsonl", [job(4, -5), job(4, -6)], ran)
+    assert ran == [job(4, -5), job(4, -6)]
+
+
+def test_a_failing_run_loses_nothing(tmp_path: Path) -> None:
+    """Runs finished before one that raises stay on file."""
+    from domains._runs import Listed, complete, read
+
+    def run(one: Any) -> float:
+        if one.x == -6:
+            raise ValueError("boom")
+        return 1.0
+
+    with pytest.raises(ValueError, match="boom"):
+        complete(Listed([job(4, -5), job(4, -6)]), run, tmp_path / "s.jsonl", 1, lambda text: None)
+    assert read(tmp_path / "s.jsonl") == {job(4, -5): 1.0}
+
+
+@pytest.mark.parametrize("cut", range(2, 60, 7))
+def test_a_file_cut_short_keeps_its_whole_lines(tmp_path: Path, cut: int) -> None:
+    """A line cut short is run again and the next one begins on a line of its own."""
+    from domains._runs import read
+
+    store, ran = tmp_path / "s.jsonl", []
+    completed(store, [job(4, -5), job(4, -6)], ran)
+    store.write_bytes(store.read_bytes()[:-cut])
+    completed(store, [job(4, -5), job(4, -6)], ran)
+    assert ran[2:] == [job(4, -6)]
+    assert read(store) == {job(4, -5): -5.0, job(4, -6): -6.0}
+
+
+def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
+    """Runs of another version are neither read nor appended to."""
+    from domains import DomainError
+
+    store = tmp_path / "s.jsonl"
+    store.write_text(json.dumps({"version": 99}) + "\n")
+    with pytest.raises(DomainError, match="version 99, not"):
+        completed(store, [job(4, -5)], [])
+    assert store.read_text() == json.dumps({"version": 99}) + "\n"
+
+
+def test_two_suites_do_not_write_at_once(tmp_path: Path) -> None:
+    """A store that another process holds is refused with a sentence."""
+    from domains import DomainError
+
+    with FileLock(tmp_path / "s.lock"), pytest.raises(DomainError, match="Another process writes"):
+        completed(tmp_path / "s.jsonl", [job(4, -5)], [])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    """A disk without room ends the suite with a sentence, not a traceback."""
+    from domains import DomainError
+    from domains._runs import _append
+
+    with pytest.raises(DomainError, match=r"cannot be written: .*No space left"):
+        _append(Path("/dev/full"), {"a": 1})
+
+
+# --- weights and data -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An asset whose fetching command is ours: it writes what the test says."""
+    from domains import _assets
+
+    monkeypatch.setattr(_assets, "CACHE", tmp_path / "cache")
+
+    class Fetched(_assets.Asset):
+        command: ClassVar[list[str]] = ["sh", "-c", "printf right > archive"]
+
+    return Fetched
+
+
+def test_a_pinned_archive_is_fetched_once(asset: Any) -> None:
+    """The archive whose hash is the pinned one lands in the cache and is not fetched again."""
+    import hashlib
+
+    one = asset("npm", "some/package@1", hashlib.sha256(b"right").hexdigest())
+    assert one.path().read_bytes() == b"right"
+    type(one).command = ["false"]
+    assert one.path().read_bytes() == b"right"
+
+
+def test_an_archive_of_another_hash_is_refused(asset: Any) -> None:
+    """An archive that is not the one pinned does not reach the cache."""
+    from domains import DomainError, _assets
+
+    with pytest.raises(DomainError, match="served another some/package@1 than the one pinned"):
+        asset("npm", "some/package@1", "0" * 64).path()
+    assert not list(_assets.CACHE.iterdir())
+
+
+@pytest.mark.parametrize("command", [["false"], ["/no/such/program"], ["true"]])
+def test_a_registry_that_is_away_is_said(asset: Any, command: list[str]) -> None:
+    """A fetch that fails names the command to run by hand and where to put the archive."""
+    from domains import DomainError
+
+    one = asset("pypi", "package==1", "0" * 64)
+    type(one).command = command
+    with pytest.raises(DomainError, match="could not fetch package==1") as caught:
+        one.path()
+    assert "put the archive at" in str(caught.value)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (["--domain", "astrology"], "There is no domain 'astrology'. Known are "),
+        (["--suite", "huge"], "'huge' is not one of 'quick', 'full'"),
+        (["--tables", "--law", "no-such-law"], "no-such-law"),
+    ],
+)
+def test_unknown_names_are_refused(told: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown domain, suite or law ends the command with a sentence that names it."""
+    from suite import main
+
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, told)
+    assert result.exit_code != 0
+    assert said in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+# --- what is read from runs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exponent", [-0.5, 0.0, 0.25])
+def test_an_exponent_is_found(exponent: float) -> None:
+    """The exponent of best rates that follow a power of the rank is that power, its interval around it."""
+    from suite_page import exponent_of
+
+    done = {k: v for r in (1, 4, 16, 64) for k, v in bowl(r, -6 + exponent * math.log2(r), 3).items()}
+    found = exponent_of(done, "language", "Init[A], s = 1")
+    assert found is not None
+    assert found.slope == pytest.approx(exponent, abs=1e-6)
+    assert found.half == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_best_rate_at_the_grids_edge_is_left_out() -> None:
+    """A rank whose best rate is the grid's last is not part of an exponent."""
+    from suite_page import exponent_of
+
+    edge = {job(16, x): float(-x) for x in range(-8, -1)}
+    done = {**bowl(1, -6.0), **bowl(4, -7.0), **edge}
+    found = exponent_of(done, "language", "Init[A], s = 1")
+    assert found is not None
+    assert found.ranks == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("apart", "said"),
+    [(0.05, "held"), (-0.1, "held"), (0.3, "held with a drift of +0.30"), (-0.5, "did not hold here")],
+)
+def test_verdicts(apart: float, said: str) -> None:
+    """A claim is held, held with a drift, or not, by the rule written before any run."""
+    from suite_page import DRIFT, HELD, verdict
+
+    assert verdict(apart, HELD, DRIFT) == said
+
+
+def test_regret_is_a_share_of_the_gain() -> None:
+    """Regret is 0 at the grid's best rate, else (loss − best) / (start − best), on a line between rates."""
+    from domains._configs import START
+    from domains._runs import FULL
+    from suite_page import lost
+
+    cell = ("language", "Init[A], s = 1", 4)
+    done = {**bowl(4, -6.0), job(FULL, 0.0, 0, START): 2.0}
+    assert lost(done, cell, cell, -6.0) == 0.0
+    assert lost(done, cell, cell, -5.0) == pytest.approx(0.1)
+    assert lost(done, cell, cell, -4.5) == pytest.approx((0.1 + 0.4) / 2)
+
+
+def test_a_grid_grows_until_its_best_lies_inside(tmp_path: Path) -> None:
+    """A grid whose best rate sits at its edge is extended there by octaves until it does not."""
+    from domains._runs import Grid, complete, read
+
+    cell = ("language", "Init[A], s = 1", 4)
+    grid = Grid([cell], {cell[1]: range(-13, -8, 2)}, lambda c: c, seeds=1, half=1)
+    complete(grid, lambda one: abs(one.x + 6.0), tmp_path / "s.jsonl", 1, lambda text: None)
+    xs = sorted({one.x for one in read(tmp_path / "s.jsonl")})
+    assert -6 in xs
+    assert max(xs) == -5
