@@ -57,7 +57,11 @@ START = "before training"  # a scheme without steps
 
 def run_at(job: Job, warmup: float) -> float | None:
     """The held-out loss of a run at 2^x: AdamW, clipped at 1, heads at rates of their own."""
-    domain = get_domain(job.domain)
+    return run_in(get_domain(job.domain), job, warmup)
+
+
+def run_in(domain: Domain, job: Job, warmup: float) -> float | None:
+    """The same in a domain that may differ from the one named."""
     model = built(domain, config_of(job.scheme), job.rank, job.seed)
     if job.scheme == START:
         return domain.evaluate(model)

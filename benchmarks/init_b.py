@@ -1,0 +1,225 @@
+"""Why does Init[B]'s best rate fall with rank, where stability alone says it should not?
+
+    python benchmarks/init_b.py step                          # no training: the first step against the gradient
+    python benchmarks/init_b.py sweep --domain language       # resumable: horizon, batch and warm-up varied
+    python benchmarks/init_b.py table                         # results/init_b.md and .json
+
+The hypothesis (theory.md, §3.2). At Init[B] the first step of sign-like updates moves a layer's output by
+−η·s·|x|₁·B·sign(Bᵀg), whose size does not depend on the rank r while r ≪ n, and whose cosine with −g is about
+(2r / (π·n))^(1/2). So equal stability asks for a rate of r^0, equal progress a step for r^(-1/2), and what decides is
+how many steps there are: few, and the largest stable rate is best; many, and the rate that arrives in time is.
+
+Predictions, written before any run: (1) the step's size per rate goes as r^0 and its progress per rate, −⟨step, g⟩, as
+r^(1/2); (2) with four times the steps the exponent of the best rate is more negative than with a quarter of them;
+(3) it lies between −1/2 and 0; (4) a larger batch, which makes g less noisy and changes neither of the two, leaves it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import click
+import torch
+from domains import Domain, get_domain, names
+from domains._configs import built, run_in, starts
+from domains._runs import Cell, Grid, Job, Losses, complete, curve, read
+from domains._tables import block, number, where
+from recording import RESULTS, machine
+
+from rankaware_optim import capture
+from rankaware_optim.yardstick import vertex_of
+
+SCHEME, RANKS, SEEDS = "Init[B], s = 1", (4, 64), 2
+STEP, RUNS = RESULTS / "init_b_step.json", RESULTS / "init_b_runs.jsonl"
+COARSE = range(-13, -2, 2)
+
+
+@click.group()
+def main() -> None:
+    """Measure the step, sweep, or write the page."""
+
+
+# --- the step -------------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """A layer's first sign step at Init[B]: its rms output change and its progress per rate, its cosine with −g."""
+
+    size: float
+    progress: float
+    cosine: float
+
+
+@main.command()
+@click.option("--domain", "chosen", multiple=True, help="Some domains; by default all.")
+def step(chosen: tuple[str, ...]) -> None:
+    """Exponents in rank of the first step's size, progress and cosine, the median over layers."""
+    torch.set_num_threads(1)
+    rows = {name: exponents_of(get_domain(name)) for name in chosen or names()}
+    kept = json.loads(STEP.read_text()) if STEP.exists() else {}
+    STEP.write_text(json.dumps({**kept, **rows}, indent=1) + "\n")
+    click.echo(json.dumps(rows, indent=1))
+
+
+def exponents_of(domain: Domain) -> dict[str, Any]:
+    by_rank = {rank: steps_of(domain, rank) for rank in (1, *domain.ranks)}
+    layers = [layer for layer in by_rank[1] if all(layer in steps for steps in by_rank.values())]
+    found = {
+        what: [slope({r: getattr(steps[layer], what) for r, steps in by_rank.items()}) for layer in layers]
+        for what in Step._fields
+    }
+    whole = {rank: statistics.median(steps[layer].cosine for layer in layers) for rank, steps in by_rank.items()}
+    return {
+        "layers": len(layers),
+        "exponents": {what: statistics.median(each) for what, each in found.items()},
+        "quartiles": {what: statistics.quantiles(each, n=4)[::2] for what, each in found.items()},
+        "cosine": whole,
+    }
+
+
+def slope(values: Mapping[int, float]) -> float:
+    """Of log2 value over log2 rank."""
+    return statistics.linear_regression([math.log2(r) for r in values], [math.log2(v) for v in values.values()]).slope
+
+
+def steps_of(domain: Domain, rank: int) -> dict[str, Step]:
+    """Every adapted linear layer's step on one batch."""
+    model, batch = built(domain, SCHEME, rank, 0), next(domain.batches(0))
+    seen = capture(model, lambda m: domain.loss(m, batch))
+    factors = {name: module.lora_B["default"].weight.detach() for name, module in model.named_modules() if name in seen}
+    return {name: step_of(x, g, factors[name]) for name, (x, g) in seen.items() if g.norm() > 0}
+
+
+def step_of(x: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> Step:
+    """The output's change B·ΔA·x with ΔA = −sign(Bᵀ·g·xᵀ), per rate; x (n_in, tokens), g (n_out, tokens)."""
+    change = -b @ (torch.sign(b.T @ g @ x.T) @ x)
+    progress = -float((change * g).sum()) / float(g.norm())
+    size = float(change.norm())
+    return Step(size / math.sqrt(change.numel()), progress, progress / size)
+
+
+# --- the sweep ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Multiples of the domain's own steps and batch, and the warm-up's share of the steps."""
+
+    steps: float = 1.0
+    batch: int = 1
+    warmup: float = 0.05
+
+    @property
+    def scheme(self) -> str:
+        return f"{SCHEME}; {self.steps:g} × steps, {self.batch} × batch, {self.warmup:.0%} warm-up"
+
+
+SETTINGS = {
+    each.scheme: each
+    for each in (Setting(), Setting(steps=0.25), Setting(steps=4), Setting(batch=4), Setting(warmup=0.3))
+}
+
+
+@main.command()
+@click.option("--domain", "name", type=click.Choice(names()), required=True)
+@click.option("--workers", default=2, show_default=True)
+def sweep(name: str, workers: int) -> None:
+    """Append every missing run of a domain."""
+    get_domain(name).build(4, 4, "A", 0)  # pretrains once, before any process does
+    complete(starts(name, range(SEEDS)), run_one, RUNS, workers, click.echo)
+    complete(grid(name), run_one, RUNS, workers, click.echo)
+
+
+def grid(name: str) -> Grid:
+    cells: list[Cell] = [(name, scheme, rank) for scheme in SETTINGS for rank in RANKS]
+    return Grid(cells, dict.fromkeys(SETTINGS, COARSE), lambda cell: cell, SEEDS, half=2)
+
+
+def run_one(job: Job) -> float | None:
+    """A run of the domain at its setting."""
+    setting = SETTINGS.get(job.scheme, Setting())
+    domain = get_domain(job.domain)
+    altered = replace(domain, steps=round(domain.steps * setting.steps), **in_batches_of(domain, setting.batch))
+    return run_in(altered, job, setting.warmup)
+
+
+def in_batches_of(domain: Domain, count: int) -> dict[str, Any]:
+    """The domain's batches by `count` at once, and their mean loss."""
+
+    def batches(seed: int) -> Iterator[list[Any]]:
+        source = domain.batches(seed)
+        while True:
+            yield list(islice(source, count))
+
+    def loss(model: torch.nn.Module, several: Sequence[Any]) -> torch.Tensor:
+        return torch.stack([domain.loss(model, batch) for batch in several]).mean()
+
+    return {"batches": batches, "loss": loss}
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+def table() -> None:
+    """Write results/init_b.md and .json from what is on file."""
+    done, on = read(RUNS), machine(1)
+    rows = [row for name in names() for row in drifts(name, done)]
+    steps = json.loads(STEP.read_text()) if STEP.exists() else {}
+    heads = ["domain", "steps", "batch", "warm-up", *(f"best at r = {r}" for r in RANKS), "exponent", "by seed"]
+    parts = [
+        "# Why Init[B]'s best rate falls with rank",
+        __doc__ or "",
+        block(
+            "The first step: exponents in rank",
+            ["domain", "layers", *Step._fields, "cosine at each rank"],
+            [step_row(name, found) for name, found in steps.items()],
+        ),
+        block("The best rate: log2, and its exponent in rank", heads, [shown(row) for row in rows]),
+        where(on),
+    ]
+    (RESULTS / "init_b.md").write_text("\n\n".join(parts) + "\n")
+    (RESULTS / "init_b.json").write_text(json.dumps({"machine": on, "rows": rows}) + "\n")
+    click.echo("\n\n".join(parts[2:]))
+
+
+def step_row(name: str, found: Mapping[str, Any]) -> list[str]:
+    cosines = ", ".join(f"{value:.2f} ({rank})" for rank, value in found["cosine"].items())
+    return [name, str(found["layers"]), *(f"{found['exponents'][what]:+.2f}" for what in Step._fields), cosines]
+
+
+def drifts(name: str, done: Losses) -> Iterator[dict[str, Any]]:
+    """A row for every setting on file."""
+    for scheme, setting in SETTINGS.items():
+        best = {rank: bests(done, (name, scheme, rank)) for rank in RANKS}
+        if all(best.values()):
+            low, high = (best[rank] for rank in RANKS)
+            octaves = math.log2(RANKS[1] / RANKS[0])
+            slopes = [None if a is None or b is None else (b - a) / octaves for a, b in zip(low, high, strict=True)]
+            yield {"domain": name, "setting": vars(setting), "low": low, "high": high, "slopes": slopes}
+
+
+def bests(done: Losses, cell: Cell) -> list[float | None]:
+    """log2 of the best rate: of the mean over seeds, then seed by seed; none where it was not swept."""
+    means = curve(done, cell, SEEDS)
+    if len(means) < 3:
+        return []
+    single = [{x: done[Job(*cell, x, seed)] for x in means} for seed in range(SEEDS)]
+    return [vertex_of({x: math.inf if y is None else y for x, y in each.items()}) for each in (means, *single)]
+
+
+def shown(row: Mapping[str, Any]) -> list[str]:
+    setting = row["setting"]
+    told = [f"× {setting['steps']:g}", f"× {setting['batch']}", f"{setting['warmup']:.0%}"]
+    first, *by_seed = (number(x, 2, sign=True) for x in row["slopes"])
+    return [row["domain"], *told, number(row["low"][0], 1), number(row["high"][0], 1), first, ", ".join(by_seed)]
+
+
+if __name__ == "__main__":
+    main()
