@@ -99,35 +99,42 @@ def calibrated(**options: Any) -> Callable[[Search, Domain, Arms], Rates]:
     """`ra.calibrate` at two ranks within a budget; the recipe's rates at all."""
 
     def run(of: Search, domain: Domain, arms: Arms) -> Rates:
-        def train(trial: ra.Trial) -> Generator[Any, None, Any]:
-            return clocked(loop(trial), arms, trial.rank or FULL)
-
-        def loop(trial: ra.Trial) -> Generator[float, None, float]:
-            model = built(domain, of.config, trial.rank or FULL, trial.seed)
-            opt = trial.optimizer(model, rates=domain.head_rates, **ADAMW)
-            loss = trained(domain, model, opt, trial.seed, lambda step: shape(step, domain.steps, WARMUP))
-            return (yield from loss)
-
-        recipe = ra.calibrate(
-            train,
-            torch.optim.AdamW,
-            ranks=RANKS_TRIED,
-            steps=domain.steps,
-            budget=budget_of(of, domain),
-            seeds=(10 + 2 * of.seed, 11 + 2 * of.seed),
-            seed=of.seed,
-            warmup=WARMUP,
-            progress=False,
-            **options,
-        )
+        recipe = recipe_of(domain, of.config, of.share, of.seed, arms, **options)
         return {rank: rate_of(recipe, of.config, rank) for rank in (*ranks_of(domain), FULL)}
 
     return run
 
 
-def budget_of(of: Search, domain: Domain) -> int:
+def recipe_of(
+    domain: Domain, config: str, share: float, seed: int, arms: Arms, warmup: float = WARMUP, **options: Any
+) -> ra.Recipe:
+    """A domain's recipe in a configuration, at a share of its sweep's cost."""
+
+    def train(trial: ra.Trial) -> Generator[Any, None, Any]:
+        return clocked(loop(trial), arms, trial.rank or FULL)
+
+    def loop(trial: ra.Trial) -> Generator[float, None, float]:
+        model = built(domain, config, trial.rank or FULL, trial.seed)
+        opt = trial.optimizer(model, rates=domain.head_rates, **ADAMW)
+        return (yield from trained(domain, model, opt, trial.seed, lambda at: shape(at, domain.steps, warmup)))
+
+    return ra.calibrate(
+        train,
+        torch.optim.AdamW,
+        ranks=RANKS_TRIED,
+        steps=domain.steps,
+        budget=budget_of(share, domain),
+        seeds=(10 + 2 * seed, 11 + 2 * seed),
+        seed=seed,
+        warmup=warmup,
+        progress=False,
+        **options,
+    )
+
+
+def budget_of(share: float, domain: Domain) -> int:
     """Training steps: a share of nine rates at every rank and in full, one seed."""
-    return round(of.share * RATES_SWEPT * (len(ranks_of(domain)) + 1) * domain.steps)
+    return round(share * RATES_SWEPT * (len(ranks_of(domain)) + 1) * domain.steps)
 
 
 def rate_of(recipe: ra.Recipe, config: str, rank: int) -> list[float]:
@@ -151,7 +158,7 @@ def by_tpe(of: Search, domain: Domain, arms: Arms) -> Rates:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=of.seed))
-    study.optimize(score, n_trials=max(1, budget_of(of, domain) // domain.steps))
+    study.optimize(score, n_trials=max(1, budget_of(of.share, domain) // domain.steps))
     return dict.fromkeys((*ranks_of(domain), FULL), [2.0 ** study.best_params["log2_lr"]] * 3)
 
 

@@ -18,8 +18,10 @@ from domains import get_domain
 from domains._configs import CONFIGS, LORAPLUS, RSLORA, TWO_RATES, built, start_of, tuned_at
 from domains._runs import FULL, Cell, Losses, curve
 from domains._tables import block, losses_at, number
+from make_recipes import path_of
+from searches import ranks_of, rate_of
 
-from rankaware_optim import Law, MuA, RankAwareOptimizer
+from rankaware_optim import Law, MuA, RankAwareOptimizer, Recipe
 from rankaware_optim.yardstick import vertex_of
 
 HELD, DRIFT, OCTAVE = 0.1, 0.35, 0.5
@@ -184,12 +186,21 @@ def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Ite
     """Name, the scheme that is trained, and how it moves a rate."""
     for name, law in laws.items():
         yield name, config, partial(by_law, domain, config, law)
+    yield from by_recipe(done, domain, config)
     yield "one rate everywhere", config, lambda a, b: 0.0
     yield "1/r", config, lambda a, b: -math.log2((b or width(domain)) / a)
     if full := optimum(done, (domain, "full", FULL)).x:
         yield "ten times full", config, partial(ten_times_full, done, domain, config, full)
     yield "LoRA+ 16", config + LORAPLUS, lambda a, b: 0.0
     yield "two rates", config + TWO_RATES, lambda a, b: 0.0 if b else octaves(domain, config, FULL, MuA())
+
+
+def by_recipe(done: Losses, domain: str, config: str) -> Iterator[tuple[str, str, Shift]]:
+    """The recipe in recipes/, if it was made: its rate at the target, whatever the source."""
+    if path_of(domain, config).exists():
+        recipe = Recipe.load(path_of(domain, config))
+        rates = {rank: math.log2(rate_of(recipe, config, rank)[0]) for rank in (*ranks_of(get_domain(domain)), FULL)}
+        yield "calibrated recipe", config, lambda a, b: rates[b] - best_at(done, (domain, config, a))
 
 
 def by_law(domain: str, config: str, law: Law, a: int, b: int) -> float:
