@@ -186,6 +186,15 @@ def test_unknown_names_are_refused(told: list[str], said: str, tmp_path: Path, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("added", ["", ", LoRA+ 16", ", two rates", ", Prodigy"])
+def test_a_scheme_is_of_one_configuration(added: str) -> None:
+    """A scheme is built in the configuration that its name begins with, though one name begins another's."""
+    from domains._configs import CONFIGS, RSLORA, config_of
+
+    assert {name: config_of(name + added) for name in (*CONFIGS, *RSLORA)} == {n: n for n in (*CONFIGS, *RSLORA)}
+    assert config_of("full" + added) == "full"
+
+
 # --- what is read from runs -----------------------------------------------------------------------------------------
 
 

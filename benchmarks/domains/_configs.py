@@ -41,7 +41,8 @@ RSLORA = {"Init[A], s = r^-1/2": Config("A", 0.5)}
 
 def config_of(scheme: str) -> str:
     """The configuration's name that a scheme's begins with, or "full"."""
-    return next((name for name in {**CONFIGS, **RSLORA} if scheme.startswith(name)), "full")
+    begun = [name for name in {**CONFIGS, **RSLORA} if scheme.startswith(name)]
+    return max(begun, key=len, default="full")  # one name begins another's
 
 
 def built(domain: Domain, config: str, rank: int, seed: int) -> nn.Module:
