@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -11,7 +9,9 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from .errors import RankAwareError
-from .recipe import Rate, Recipe
+from .picture import Arm as PictureArm
+from .picture import Picture, picture_of
+from .recipe import Recipe
 
 if TYPE_CHECKING:
     from .coordinate import CoordinateCheck, CoordinateRow
@@ -36,21 +36,32 @@ class PlotError(RankAwareError):
 
 
 def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
-    """Draw a recipe: on the left the score of every trial against its own rate, on the right the rate against rank.
+    """Draw a recipe: a panel a rank with its trials, the fit, band, ceiling and rate; then the rates by rank.
 
     Returns the path written. Raises PlotError where matplotlib is missing or the file cannot be written.
     """
-    figure, (left, right) = _figure(2, 11.0)
-    _draw_trials(left, recipe)
-    _draw_rates(right, recipe)
-    figure.suptitle(f"Recipe {recipe.name!r}: {recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'untold'} steps")
+    picture = _picture(recipe)
+    rooms = len(picture.arms) + bool(picture.by_rank)
+    columns = min(3, rooms)
+    rows = -(-rooms // columns)
+    figure, axes = _figure(columns, 1.0 + 3.6 * columns, 0.9 + 3.2 * rows, rows)
+    for axis, arm in zip(axes, picture.arms, strict=False):
+        _draw_rank(axis, picture, arm)
+    if picture.by_rank:
+        _draw_rates(axes[rooms - 1], picture, recipe)
+    for axis in axes[rooms:]:
+        axis.set_axis_off()
+    axes[0].set_ylabel("score, minimised")
+    made_by = f"{recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'untold'} steps"
+    figure.suptitle(f"Recipe {_short(recipe.name, 60)!r}: {made_by}", parse_math=False)
+    figure.legend(*_legend(axes), loc="outside lower center", ncols=min(4, 2 * columns), frameon=False, fontsize=9)
     return _save(figure, path)
 
 
 def plot_transfer(recipe: Recipe, arms: Sequence[Arm], factors: Sequence[float], path: str | Path) -> Path:
     """Draw the demo's check: held-out loss around the recipe's rate at configurations it never saw."""
     figure, axes = _figure(1 + len(arms), 5.2 * (1 + len(arms)))
-    _draw_trials(axes[0], recipe)
+    _draw_trials(axes[0], _picture(recipe))
     for axis, arm in zip(axes[1:], arms, strict=True):
         _draw_arm(axis, arm, factors)
     return _save(figure, path)
@@ -77,63 +88,83 @@ def plot_coordinates(check: CoordinateCheck, path: str | Path) -> Path:
     return _save(figure, path)
 
 
-def _figure(columns: int, width: float, height: float = 4.2, sharey: bool = False) -> tuple[Any, Any]:
+def _figure(columns: int, width: float, height: float = 4.2, rows: int = 1, sharey: bool = False) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotError("Plots need matplotlib.", 'Install it by pip install "rankaware-optim[plots]".') from error
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False, sharey=sharey)[0]
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
 
 
-def _draw_trials(axis: Any, recipe: Recipe) -> None:
-    if not {"rank", "lr", "value"} <= recipe.tensors.keys():
+def _picture(recipe: Recipe) -> Picture:
+    picture = picture_of(recipe)
+    if not picture.arms:
         raise PlotError(f"The recipe {recipe.name!r} holds no trials to draw.", "Give one made by ra.calibrate.")
-    ranks, rates, values = (recipe.tensors[key].tolist() for key in ("rank", "lr", "value"))
-    shown = sorted(set(ranks), key=lambda r: (r == 0, r))
-    finite = [v for v in values if math.isfinite(v)]
-    top = _top(finite)
-    for rank, colour in zip(shown, cycle(_COLOURS), strict=False):
-        quoted = _at(recipe, rank) if _knows(recipe, rank) else None
-        moved = 1.0 if quoted is None else quoted.lr / recipe.lr
-        points = [(lr * moved, v) for r, lr, v in zip(ranks, rates, values, strict=True) if r == rank]
-        inside = [(x, v) for x, v in points if v <= top]
-        beyond = [x for x, v in points if not v <= top]
-        label = f"rank {rank}" if rank else "full finetuning"
-        label += "" if quoted else ", by its base rate"
-        axis.plot(*zip(*inside, strict=True) if inside else ((), ()), "o", color=colour, label=label, alpha=0.8)
-        axis.plot(beyond, [top] * len(beyond), "^", color=colour, markerfacecolor="none", clip_on=False)
-        if quoted is not None:
-            axis.axvline(quoted.lr, color=colour, linestyle="--", linewidth=1)
+    return picture
+
+
+def _legend(axes: Any) -> tuple[list[Any], list[str]]:
+    """Handles and labels of all panels, each label once."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    return list(found.values()), list(found)
+
+
+def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
+    """One rank: trials, the fitted curve, and the recipe's rate with band and ceiling."""
+    _draw_points(axis, picture, arm, _COLOURS[0], "trial")
+    if arm.rate is not None:
+        axis.axvspan(arm.rate.low, arm.rate.high, color=_COLOURS[0], alpha=0.12, lw=0, label="90 % band")
+        axis.axvline(arm.rate.lr, color=_COLOURS[1], linestyle="--", label="the recipe's rate")
+        if arm.rate.ceiling is not None:
+            axis.axvline(arm.rate.ceiling, color="0.2", linestyle=":", label="ceiling")
     _rate_axis(axis)
-    axis.set(ylabel="score, minimised")
+    axis.set(xlim=picture.rates, ylim=picture.values)
+    axis.set_title(f"{arm.label[0].upper()}{arm.label[1:]}", fontsize=10)
+
+
+def _draw_points(axis: Any, picture: Picture, arm: PictureArm, colour: str, label: str) -> None:
+    """Trials at the rates they ran at, those above the frame as open triangles at its edge, and the curve."""
+    bottom, top = picture.values
+    edge = top - 0.03 * (top - bottom)
+    inside = [(p.rate, p.value) for p in arm.points if p.value <= top]
+    beyond = [p.rate for p in arm.points if not p.value <= top]
+    curve = zip(*arm.curve, strict=True) if arm.curve else ((), ())
+    axis.plot(*curve, color=colour, linewidth=1.5, label="fit" if label == "trial" else None)
+    axis.plot(*zip(*inside, strict=True) if inside else ((), ()), "o", color=colour, label=label, alpha=0.8)
+    axis.plot(beyond, [edge] * len(beyond), "^", color=colour, markerfacecolor="none")
+
+
+def _draw_trials(axis: Any, picture: Picture) -> None:
+    """All ranks in one panel."""
+    for arm, colour in zip(picture.arms, cycle(_COLOURS), strict=False):
+        _draw_points(axis, picture, arm, colour, arm.label)
+        if arm.rate is not None:
+            axis.axvline(arm.rate.lr, color=colour, linestyle="--", linewidth=1)
+    _rate_axis(axis)
+    axis.set(ylabel="score, minimised", xlim=picture.rates, ylim=picture.values)
     axis.set_title("Trials (△ off the frame; dashed: quoted rates)", fontsize=10)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, fontsize=8)
 
 
-def _draw_rates(axis: Any, recipe: Recipe) -> None:
-    if recipe.reference.method == "full" or recipe.scaling_rule == "unknown" or len(recipe.ranks) < 2:
-        axis.text(0.5, 0.5, "one configuration only", ha="center", transform=axis.transAxes)
-        axis.set_axis_off()
-        return
-    low, high = min(recipe.ranks), max(recipe.ranks)
-    ranks = [2.0**e for e in range(max(0, int(math.log2(low)) - 2), int(math.log2(high)) + 3)]
-    rates = [_at(recipe, int(r)) for r in ranks]
-    axis.fill_between(ranks, [r.low for r in rates], [r.high for r in rates], color=_COLOURS[0], alpha=0.2, lw=0)
-    axis.plot(ranks, [r.lr for r in rates], color=_COLOURS[0], label="quoted rate, 90 % band")
+def _draw_rates(axis: Any, picture: Picture, recipe: Recipe) -> None:
+    """The rate against rank, with its band and ceiling, and full finetuning's as a level."""
+    ranks, rates = zip(*picture.by_rank, strict=True)
+    axis.fill_between(ranks, [r.low for r in rates], [r.high for r in rates], color=_COLOURS[0], alpha=0.12, lw=0)
+    axis.plot(ranks, [r.lr for r in rates], color=_COLOURS[1], linestyle="--")
     if rates[0].ceiling is not None:
-        axis.plot(ranks, [r.ceiling for r in rates], color=_COLOURS[1], linestyle=":", label="ceiling")
-    full = _at(recipe, 0)
-    axis.axhspan(full.low, full.high, color=_COLOURS[2], alpha=0.12, lw=0)
-    axis.axhline(full.lr, color=_COLOURS[2], linestyle="--", label="full finetuning")
+        axis.plot(ranks, [r.ceiling for r in rates], color="0.2", linestyle=":")
+    if picture.full is not None:
+        axis.axhspan(picture.full.low, picture.full.high, color=_COLOURS[2], alpha=0.12, lw=0)
+        axis.axhline(picture.full.lr, color=_COLOURS[2], linestyle="-.", label="full finetuning")
     for rank in recipe.ranks:
         axis.axvline(rank, color="0.8", linewidth=0.8, zorder=0)
-    axis.set(xlabel="rank (grey: calibrated)", ylabel="learning rate, per step")
+    axis.set_xlabel("rank (grey: calibrated)")
+    axis.set_ylabel("learning rate, per step")
     axis.set_title("Rates by rank", fontsize=10)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axis.set_yscale("log")
-    axis.legend(frameon=False, fontsize=8)
 
 
 def _draw_arm(axis: Any, arm: Arm, factors: Sequence[float]) -> None:
@@ -177,25 +208,6 @@ def _rate_axis(axis: Any) -> None:
     axis.xaxis.set_major_locator(LogLocator(base=4))
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:.1g}")
     axis.set_xlabel("learning rate, per step")
-
-
-def _at(recipe: Recipe, rank: int) -> Rate:
-    """The recipe's rate at a rank, or with 0 for full finetuning; a figure extrapolates on purpose."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return recipe.at(rank=rank) if rank else recipe.at(method="full")
-
-
-def _knows(recipe: Recipe, rank: int) -> bool:
-    """Whether the recipe has a rate at `rank` without being told an alpha."""
-    return rank in (0, recipe.reference.rank) or recipe.scaling_rule != "unknown"
-
-
-def _top(values: Sequence[float]) -> float:
-    """Where the frame ends: twice as far above the best score as the median is."""
-    ordered = sorted(values)
-    middle = ordered[len(ordered) // 2]
-    return ordered[0] + max(2.0 * (middle - ordered[0]), 1e-9)
 
 
 def _save(figure: Any, path: str | Path) -> Path:

@@ -16,7 +16,7 @@ import torch
 
 from . import recipe_files
 from .adapters import Method, Reference, Survey
-from .errors import RankAwareWarning, RecipeError
+from .errors import RankAwareError, RankAwareWarning, RecipeError
 from .laws import Power, checked_multiplier, law_changes, law_from_dict, law_to_dict
 
 __all__ = ["RANK_DOUBT", "Rate", "Recipe", "Scaling", "WIDTH_DOUBT", "Z90", "infer_scaling"]
@@ -297,6 +297,16 @@ def infer_scaling(seen: Mapping[int, float]) -> Scaling:
         if max(constants) - min(constants) < 1e-3:
             return rule  # type: ignore[return-value]
     return "unknown"
+
+
+def known_rate(recipe: Recipe, rank: int | None, **where: Any) -> Rate | None:
+    """The rate at a rank, None for full finetuning, without a warning; None where the recipe asks to be told more."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return recipe.at(method="full", **where) if rank is None else recipe.at(rank, **where)
+        except RankAwareError:
+            return None
 
 
 def resolve_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:

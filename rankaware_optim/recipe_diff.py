@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .errors import RankAwareError
-from .recipe import Rate, Recipe, to_document
+from .recipe import Rate, Recipe, known_rate, to_document
 from .tables import text_table
 
 __all__ = ["Difference", "diff_recipes", "diff_text"]
@@ -65,7 +63,7 @@ def _sentence(found: Sequence[Difference]) -> str:
 def _rates(first: Recipe, second: Recipe) -> Iterator[Difference]:
     """The rates at the ranks that either saw and at full finetuning, each as its recipe scales alpha."""
     for rank in (*sorted({*_ranks(first), *_ranks(second)}), None):
-        one, two = _rate(first, rank), _rate(second, rank)
+        one, two = known_rate(first, rank), known_rate(second, rank)
         if one is None or two is None or math.isclose(one.lr, two.lr, rel_tol=_EQUAL):
             continue
         overlap = max(one.low, two.low) <= min(one.high, two.high)
@@ -76,16 +74,6 @@ def _rates(first: Recipe, second: Recipe) -> Iterator[Difference]:
 def _ranks(recipe: Recipe) -> tuple[int, ...]:
     own = recipe.reference.rank
     return recipe.ranks if own is None else (*recipe.ranks, own)
-
-
-def _rate(recipe: Recipe, rank: int | None) -> Rate | None:
-    """The recipe's rate there, or None where it has none without being told more."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return recipe.at(method="full") if rank is None else recipe.at(rank)
-        except RankAwareError:
-            return None
 
 
 def _shown(rate: Rate) -> str:

@@ -279,7 +279,7 @@ class _Job:
             warmup=warmup,
             versions=versions_used(),
             notes=(*notes, *self._notes(result)),
-            tensors=_tensors(seen),
+            tensors=_tensors(seen, self.runs),
         )
 
     def _rule(self) -> Scaling:
@@ -333,13 +333,14 @@ def _bounded(fit: Fit, ends: Mapping[int | None, End], prior: Prior) -> Fit:
     return replace(fit, mean=mean, covariance=covariance, vertices=vertices, lean=min(1.0, max(fit.lean, near)))
 
 
-def _tensors(seen: Sequence[Observation]) -> dict[str, torch.Tensor]:
+def _tensors(seen: Sequence[Observation], runs: Sequence[Run]) -> dict[str, torch.Tensor]:
     from .fitting import diverged
 
     return {
         "rank": torch.tensor([o.rank or 0 for o in seen]),
         "seed": torch.tensor([o.seed for o in seen]),
         "lr": torch.tensor([2.0**o.x for o in seen], dtype=torch.float64),
+        "own_lr": torch.tensor([run.lr for run in runs], dtype=torch.float64),
         "value": torch.tensor([o.value for o in seen], dtype=torch.float64),
         "diverged": torch.tensor(diverged(seen), dtype=torch.bool),
     }
