@@ -97,7 +97,7 @@ def test_a_recipe_without_trials_has_no_arms(tensors):
 
 
 def test_an_older_recipe_is_drawn_along_the_law_its_trials_ran_along():
-    """Without `own_lr` the trials are moved by the law at its prior, and where no alpha is known they are said to be."""
+    """Without `own_lr` trials are moved by the law at its prior; where no alpha is known they are marked as unmoved."""
     made, used = calibrated("B", RANKS, -1.0)
     older = replace(made, tensors={key: value for key, value in made.tensors.items() if key != "own_lr"})
     rates = [point.rate for arm in picture_of(older).arms for point in arm.points]
