@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
@@ -13,7 +15,10 @@ from .construction import get_optimizer_class
 from .errors import CalibrationError
 from .groups import check_lr
 from .laws import Law, get_law
+from .planning import Plan, Target
+from .progress import progress_shown
 from .recipe import Recipe
+from .running import Runner
 from .study import Study
 from .trial import Train, Trial
 
@@ -21,8 +26,6 @@ if TYPE_CHECKING:
     import optuna
 
 __all__ = ["CalibrationInterrupted", "Trial", "calibrate"]
-
-_TRIALS_PER_RANK = 8
 
 
 class CalibrationInterrupted(CalibrationError, KeyboardInterrupt):
@@ -40,11 +43,15 @@ def calibrate(
     name: str = "calibration",
     law: str | Law = "mua",
     trials: int | None = None,
+    budget: int | None = None,
+    until: float | None = None,
+    full_trials: int = 0,
+    target: Target = "lora",
     seeds: Sequence[int] = (0, 1),
     lr_range: tuple[float, float] | None = None,
     sampler: optuna.samplers.BaseSampler | None = None,
     pruner: optuna.pruners.BasePruner | None = None,
-    storage: str | optuna.storages.BaseStorage | None = None,
+    storage: str | os.PathLike[str] | optuna.storages.BaseStorage | None = None,
     batch: float | None = None,
     warmup: float | None = None,
     seed: int = 0,
@@ -55,87 +62,118 @@ def calibrate(
     `train(trial)` is a generator: it builds the model for `trial.rank`, takes `trial.optimizer(model, ...)`, and
     yields a value to minimise every step. `steps` values are taken, then it is closed. A run's score is the
     generator's `return` value if it ends by itself at `trial.steps` with one, else the mean of the last tenth of its
-    values (at least 5). Whether it ends is learned in the first trial, by resuming it once more.
+    values (at least 5). Whether it ends is learned in the first trial, by resuming it once more. It may raise
+    `optuna.TrialPruned` where a run is not worth going on, or does not fit into memory. Draw everything, data too,
+    from `trial.seed`: runs of one rank and seed are then compared without noise, and others are said to be unsteady.
+
+    Trials are spent where they tell most: rates stride outwards until the optimum is bracketed, then measure around it,
+    at ranks and seeds in turn. A run is stopped that diverges, or that clearly lags the best one of its rank and seed
+    at the same step: it then says where the optimum is not.
+
+    **For full finetuning**, `full_trials=3` ends with three full runs around the rate predicted for it, the surest
+    way. From LoRA trials alone, `target="full"` plans for `recipe.at(method="full")`: with Init[B], whose two ranks
+    continued to r = n are the best predictor known, trials go to the ranks as the line to r = n weighs them; with
+    Init[A] it is the law's point, good to about an octave.
+
+    **Stopped and resumed.** With `storage=`, the same call goes on where it stopped, killed or not: finished trials
+    are kept, the half-done one is run again at its rank, seed and rate. Several processes and machines may make the
+    same call with one storage at once; they share the trials, and this host's wait for one another.
+
+    **Under DDP or FSDP** call it on every process. One decides, all see the same rate and prune at the same step,
+    values are averaged over the processes, and all return the same recipe.
 
     Args:
         train: the training loop, as a generator function of a `Trial`.
         optimizer: a torch optimizer class or its name.
-        ranks: LoRA ranks to try, two at least 16 apart tell most; None among them tries full finetuning.
+        ranks: LoRA ranks to try, two at least a factor 16 apart tell most; None among them tries full finetuning.
         steps: training steps a trial.
         name: the study's and the recipe's name.
         law: the law that maps rates between ranks.
-        trials: how many runs in all; default 8 a rank.
+        trials: how many runs at `ranks`; by default as many as `budget` pays for, or 8 a rank.
+        budget: training steps in all, over every trial, pruned and killed ones at what they ran; never exceeded.
+        until: octaves; runs at `ranks` end when the 90 % band of the target is narrower.
+        full_trials: runs of full finetuning after those at `ranks`, around the rate predicted for it.
+        target: "lora", or "full" to plan for full finetuning from LoRA trials.
         seeds: paired across ranks; `trial.seed` seeds torch, numpy and random around each run.
         lr_range: lowest and highest base rate at the first rank; widened when the best sits at an edge.
-        sampler, pruner, storage: Optuna's. The default sampler brackets, then refines; the default pruner none.
+        sampler, pruner: Optuna's. By default a sampler that brackets, then refines, and `PairedPruner`.
+        storage: a file's path for Optuna's journal, an Optuna URL or storage; by default memory.
         batch, warmup: examples a step and share of steps, if told: they are recorded, since the rate belongs to them.
+            Nothing is pruned before the warm-up is over.
         seed: of the sampler.
         progress: show a progress bar; by default where standard error is a terminal.
 
     Raises:
-        CalibrationError: `train` or an argument is unusable, or every run diverged.
+        CalibrationError: `train`, an argument or the storage is unusable, or every run diverged.
         CalibrationInterrupted: Ctrl-C; finished trials stay in `storage`, and `.recipe` holds their fit.
     """
     ranks, seeds = _check_ranks(ranks), _check_seeds(seeds)
-    count = _check_count("trials", trials if trials is not None else _TRIALS_PER_RANK * len(ranks))
-    run = Study(
+    steps, warmup = _check_count("steps", steps), _check_warmup(warmup)
+    plan = Plan(
+        ranks,
+        seeds,
+        steps,
+        trials=None if trials is None else _check_count("trials", trials),
+        budget=_check_budget(budget, steps, full_trials),
+        until=_check_until(until),
+        full_trials=_check_full(full_trials, ranks),
+        target=_check_target(target, ranks),
+    )
+    study = Study(
         optimizer=get_optimizer_class(optimizer),
         law=get_law(law),
         ranks=ranks,
         seeds=seeds,
-        steps=_check_count("steps", steps),
+        steps=steps,
         lr_range=_check_range(lr_range),
         batch=_check_batch(batch),
-        warmup=_check_warmup(warmup),
+        warmup=warmup,
         seed=_check_seed(seed),
         name=_check_name(name),
+        few_full=full_trials > 0,
     )
-    run.open(sampler, pruner, storage)
-    with _interruptible(run, count), _progress(count, progress) as show:
-        while len(run.trials()) < count:
-            run.one(train, show)
-    return run.recipe()
+    with _random_kept():
+        return _run(Runner(study, plan), train, (sampler, pruner, storage), progress)
+
+
+def _run(runner: Runner, train: Train, optunas: tuple[Any, Any, Any], progress: bool | None) -> Recipe:
+    try:
+        runner.open(*optunas)
+        with (
+            _interruptible(runner),
+            progress_shown(runner.study.steps, progress if runner.team.leads else False) as show,
+        ):
+            while (task := runner.begin()) is not None:
+                runner.one(task, train, show)
+        return runner.recipe()
+    finally:
+        runner.team.close()
 
 
 @contextmanager
-def _interruptible(run: Study, count: int) -> Iterator[None]:
+def _random_kept() -> Iterator[None]:
+    """Python's random state as it was: importing rich or optuna and talking to a database may draw from it."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+@contextmanager
+def _interruptible(runner: Runner) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        done = len(run.trials())
+        if not runner.team.leads:
+            raise
+        done, study = len(runner.study.trials()), runner.study
         error = CalibrationInterrupted(
-            f"The calibration was interrupted after {done} of {count} trials.",
+            f"The calibration was interrupted after {done} of {runner.plan.expected()} trials.",
             "Their fit is this error's .recipe; with storage= the same call goes on where it stopped.",
         )
-        error.recipe = run.recipe() if run.fit() is not None else None
+        error.recipe = study.recipe() if study.fit() is not None else None
         raise error from interrupt
-
-
-@contextmanager
-def _progress(total: int, wanted: bool | None) -> Iterator[Callable[..., None]]:
-    """A function that shows where a trial stands: rank, rate, value, time left; or one that does nothing."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not (console.is_terminal if wanted is None else wanted):
-        yield lambda trial, curve: None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    text = TextColumn("trial {task.fields[trial]}/{task.fields[of]} · {task.fields[what]}")
-    with Progress(text, BarColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("calibrate", total=None, trial=0, of=total, what="starting")
-        began: list[int] = []
-
-        def show(trial: Trial, curve: list[float]) -> None:
-            if trial.number not in began:
-                began.append(trial.number)
-            rank = "full" if trial.rank is None else f"rank {trial.rank}"
-            done = (len(began) - 1) * trial.steps + len(curve)
-            what = f"{rank} · base rate {trial.lr:.2g} · value {curve[-1]:.4g}"
-            bar.update(task, completed=done, total=total * trial.steps, trial=len(began), what=what)
-
-        yield show
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
@@ -163,6 +201,43 @@ def _check_count(what: str, value: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CalibrationError(f"{what} is {value!r}.", "Give a whole number of at least 1.")
     return value
+
+
+def _check_budget(budget: int | None, steps: int, full_trials: int) -> int | None:
+    if budget is None:
+        return None
+    least = steps * (1 + (full_trials if isinstance(full_trials, int) else 0))
+    if _check_count("budget", budget) < least:
+        raise CalibrationError(
+            f"budget={budget} does not pay for {least // steps} runs of {steps} steps.",
+            f"Give {least} training steps at least; thirty runs in all are plenty.",
+        )
+    return budget
+
+
+def _check_until(until: float | None) -> float | None:
+    if until is not None and not (_is_number(until) and 0 < until < math.inf):
+        raise CalibrationError(f"until is {until!r}.", "Give octaves, such as 1.0, or leave it out.")
+    return until
+
+
+def _check_full(full_trials: int, ranks: Sequence[int | None]) -> int:
+    if full_trials == 0 and not isinstance(full_trials, bool):
+        return 0
+    if None in ranks:
+        raise CalibrationError(
+            f"full_trials={full_trials!r} comes after trials of LoRA, and None is among the ranks already.",
+            "Leave one of the two out.",
+        )
+    return _check_count("full_trials", full_trials)
+
+
+def _check_target(target: Target, ranks: Sequence[int | None]) -> Target:
+    if target not in ("lora", "full"):
+        raise CalibrationError(f"target is {target!r}.", "Give 'lora' or 'full'.")
+    if target == "full" and ranks == (None,):
+        raise CalibrationError("target='full' plans LoRA trials, and ranks holds none.", "Give two LoRA ranks.")
+    return target
 
 
 def _check_range(lr_range: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -63,8 +63,8 @@ class Recipe:
     (log2 rate at `law.pivot`, drift, log2 full_factor), octaves. scaling_rule: how the effective multiplier followed
     the ranks seen: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant), "as swept" (a
     sweep that did not say), or "unknown". steps: None where a sweep did not say. notes: what the data did not
-    determine, in words. tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`, `value`, `diverged`,
-    `curve`.
+    determine, in words. tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`, `value` (NaN where
+    pruned), `diverged`, `pruned`, `steps` and `curve`.
     """
 
     name: str
@@ -360,8 +360,17 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
             "seed": recipe.seed,
             "notes": list(recipe.notes),
         },
+        "spent": _spent(recipe.tensors),
         "versions": dict(recipe.versions),
     }
+
+
+def _spent(trials: Mapping[str, torch.Tensor]) -> dict[str, int] | None:
+    """Trials, pruned and diverged ones among them, and training steps of all."""
+    if "steps" not in trials:
+        return None
+    counts = {key: int(trials[key].sum()) for key in ("steps", "pruned", "diverged")}
+    return {"trials": len(trials["steps"]), **counts}
 
 
 def plain_setting(value: Any) -> Any:

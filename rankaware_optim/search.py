@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from .fitting import Observation, Prior, diverged, fit_observations, gain_of
+from .fitting import Fit, Observation, Prior, diverged, gain_of
+from .ledger import PARAMETER, cell_of, observations, pruned, running
 
-__all__ = ["BracketSampler", "observations_of"]
+__all__ = ["BracketSampler", "estimate_at"]
 
-PARAMETER = "log2_lr"
 _STRIDE = 2.0  # octaves between the trials that bracket
 _CLEARLY = 0.25  # share of the gain that makes a rate above the best clearly worse
 _OFFSETS = (0.5, -1.0, 1.25, -2.0)  # octaves around the estimated optimum; a cliff above makes the low side safer
 _CLEARANCE = 0.5  # octaves that are kept below the lowest rate that diverged
+_TAKEN = 0.25  # octaves around a rate that another worker is running, in which no second run is begun
+_FULL_STEP = 1.0  # octaves between the few runs of full finetuning
 
 
 class BracketSampler(BaseSampler):
     """Strides outwards from `start` until the cliff above and a rate below the best were seen, then refines.
 
     Refinement puts each trial where its rank has been measured least: at one of four offsets from the fitted
-    optimum. Everything is read from the study, so a resumed study goes on as it would have.
+    optimum. A rate that another worker is running counts as tried. Everything is read from the study, so a resumed
+    study goes on as it would have.
+
+    fit: of observations. few_full: runs of full finetuning begin at the rate predicted for it and step from there.
     """
 
-    def __init__(self, start: float, prior: Prior) -> None:
-        self._start = start
-        self._prior = prior
+    def __init__(
+        self, start: float, prior: Prior, fit: Callable[[list[Observation]], Fit | None], few_full: bool = False
+    ) -> None:
+        self._start, self._prior, self._fit, self._few_full = start, prior, fit, few_full
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -45,29 +51,39 @@ class BracketSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> float:
         low, high = param_distribution.low, param_distribution.high  # type: ignore[attr-defined]
-        seen, pruned = observations_of(study), pruned_of(study)
-        proposed = next_bracket(seen, self._start, low, high, [x for _, x in pruned])
-        if proposed is None:
-            rank = trial.user_attrs.get("rank")
-            proposed = next_refinement(seen, rank, self._prior, [x for other, x in pruned if other == rank])
+        proposed = self._propose(study.get_trials(deepcopy=False), trial, low, high)
         return float(min(max(proposed, low), high))
 
+    def _propose(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, low: float, high: float) -> float:
+        rank, seen, stopped = cell_of(trial).rank, observations(trials), pruned(trials)
+        others = [t for t in running(trials, but=trial.number) if PARAMETER in t.params]
+        fit = self._fit(seen)
+        centre = None if fit is None else estimate_at(fit, rank, self._prior)
+        if rank is None and self._few_full and centre is not None:
+            mine = [t.params[PARAMETER] for t in others if cell_of(t).rank is None]
+            return next_full(seen, centre, [*(x for other, x in stopped if other is None), *mine])
+        busy = [t.params[PARAMETER] for t in others]
+        proposed = next_bracket(seen, self._start, low, high, [x for _, x in stopped])
+        if proposed is not None:
+            return _beside(proposed, busy, low, high)
+        if fit is None or centre is None:
+            return _beside(min(o.x for o in seen) - _STRIDE, busy, low, high)
+        tried = [x for other, x in stopped if other == rank]
+        tried += [t.params[PARAMETER] for t in others if cell_of(t).rank == rank]
+        return next_refinement(seen, rank, centre, fit.ceiling, tried)
 
-def observations_of(study: Study) -> list[Observation]:
-    """All trials of a study that ran to their end or diverged."""
-    states = (TrialState.COMPLETE, TrialState.PRUNED)
-    trials = study.get_trials(deepcopy=False, states=states)
-    return [Observation(**t.user_attrs["observation"]) for t in trials if "observation" in t.user_attrs]
+
+def estimate_at(fit: Fit, rank: int | None, prior: Prior) -> float:
+    """log2 of the base rate at which a rank is estimated to be best, None for full finetuning."""
+    reach = prior.full_reach if rank is None else math.log2(rank / prior.pivot)
+    return float(fit.mean[0] + reach * fit.mean[1] + (fit.mean[2] if rank is None else 0.0))
 
 
-def pruned_of(study: Study) -> list[tuple[int | None, float]]:
-    """(rank, log2 rate) of the trials that the pruner stopped: worse than others, by how much is not known.
-
-    A run that ran out of memory says nothing of its rate.
-    """
-    trials = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
-    judged = [t for t in trials if "observation" not in t.user_attrs and t.user_attrs.get("stopped") != "memory"]
-    return [(t.user_attrs["rank"], t.params[PARAMETER]) for t in judged if PARAMETER in t.params]
+def _beside(proposed: float, busy: Sequence[float], low: float, high: float) -> float:
+    """`proposed`, or the nearest stride from it that no other worker is running, downwards first."""
+    strides = [0.0] + [sign * n * _STRIDE for n in range(1, len(busy) + 2) for sign in (-1, 1)]
+    options = [x for x in (proposed + stride for stride in strides) if low <= x <= high] or [proposed]
+    return next((x for x in options if all(abs(x - b) > _TAKEN for b in busy)), proposed + _TAKEN)
 
 
 def next_bracket(
@@ -94,14 +110,31 @@ def next_bracket(
     return None if below or best.x - _STRIDE < low else best.x - _STRIDE
 
 
-def next_refinement(seen: Sequence[Observation], rank: int | None, prior: Prior, pruned: Sequence[float] = ()) -> float:
-    """The offset from this rank's fitted optimum that is farthest from what this rank has tried."""
-    fit = fit_observations(seen, prior)
-    if fit is None:
-        return min(o.x for o in seen) - _STRIDE
-    reach = prior.full_reach if rank is None else math.log2(rank / prior.pivot)
-    centre = fit.mean[0] + reach * fit.mean[1] + (fit.mean[2] if rank is None else 0.0)
-    tried = [*(o.x for o in seen if o.rank == rank), *pruned]
-    top = math.inf if fit.ceiling is None else fit.ceiling - _CLEARANCE
+def next_refinement(
+    seen: Sequence[Observation], rank: int | None, centre: float, ceiling: float | None, others: Sequence[float] = ()
+) -> float:
+    """The offset from this rank's estimated optimum that is farthest from what this rank has tried."""
+    tried = [*(o.x for o in seen if o.rank == rank), *others]
+    top = math.inf if ceiling is None else ceiling - _CLEARANCE
     options = [min(centre + offset, top) for offset in _OFFSETS]
     return float(max(options, key=lambda x: min((abs(x - t) for t in tried), default=math.inf)))
+
+
+def next_full(seen: Sequence[Observation], centre: float, others: Sequence[float] = ()) -> float:
+    """The predicted rate first, then an octave below the best run, then above it, then between its neighbours.
+
+    Below comes first, since too high costs more; three runs bracket an optimum that was predicted within an octave.
+    """
+    bad = diverged(seen)
+    full = [(o, b) for o, b in zip(seen, bad, strict=True) if o.rank is None]
+    good = [o for o, b in full if not b]
+    tried = sorted([*(o.x for o, _ in full), *others])
+    if not good:
+        return min(tried) - _FULL_STEP if tried else centre
+    best = min(good, key=lambda o: o.value).x
+    below, above = [x for x in tried if x < best], [x for x in tried if x > best]
+    if not below:
+        return best - _FULL_STEP
+    if not above:
+        return best + _FULL_STEP
+    return (best + max(below)) / 2 if best - max(below) > min(above) - best else (best + min(above)) / 2

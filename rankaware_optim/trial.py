@@ -93,16 +93,23 @@ class Pushed(NamedTuple):
 class _Curve:
     """The values of a run so far, and why it is to stop."""
 
-    def __init__(self, trial: Trial, limit: float, watch: Callable[[Trial, list[float]], bool]) -> None:
-        self.trial, self.limit, self.watch = trial, limit, watch
+    def __init__(
+        self, trial: Trial, limit: float, watch: Callable[[Trial, list[float]], bool], mean: Callable[[float], float]
+    ) -> None:
+        self.trial, self.limit, self.watch, self.mean = trial, limit, watch, mean
         self.values: list[float] = []
         self.stopped = ""
+
+    def outcome(self, returned: Any, endless: bool | None = None) -> Outcome:
+        """What a run gave that ran its steps."""
+        score = None if returned is None else self.mean(_as_float(returned, len(self.values), "return value"))
+        return Outcome(self.values, score, endless=endless)
 
     def take(self, value: Any) -> bool:
         """Keep `value`; whether the run ends with it: it diverged, was pruned, or has run its steps."""
         if self.stopped or len(self.values) == self.trial.steps:
             return True
-        self.values.append(_as_float(value, len(self.values)))
+        self.values.append(self.mean(_as_float(value, len(self.values))))
         _check_first(self.trial, self.values)
         if _lost(self.values, self.limit):
             self.stopped = "diverged"
@@ -112,16 +119,22 @@ class _Curve:
 
 
 def run_trial(
-    train: Train, trial: Trial, *, limit: float, endless: bool | None, watch: Callable[[Trial, list[float]], bool]
+    train: Train,
+    trial: Trial,
+    *,
+    limit: float,
+    endless: bool | None,
+    watch: Callable[[Trial, list[float]], bool],
+    mean: Callable[[float], float] = float,
 ) -> Outcome:
     """Take `trial.steps` values from `train(trial)`, then close it, so that its `finally` runs.
 
     limit: how far above its start the mean of recent values may rise before the run counts as diverged. watch: called
     with every new value; True prunes the run. endless: whether the loop is known to go on past its steps; where it is
     not known, the loop is resumed once more to learn its return value. A run that raises optuna.TrialPruned or runs
-    out of memory is pruned.
+    out of memory is pruned. mean: of a value over the processes that train.
     """
-    curve = _Curve(trial, limit, watch)
+    curve = _Curve(trial, limit, watch, mean)
     try:
         run = train(trial) if callable(train) else train
         return _pushed(run, curve) if isinstance(run, Pushed) else _pulled(run, curve, endless)
@@ -152,7 +165,7 @@ def _pulled(run: Any, curve: _Curve, endless: bool | None) -> Outcome:
         for value in run:
             if curve.take(value):
                 ended = bool(curve.stopped)
-                return Outcome(curve.values, stopped=curve.stopped) if ended else _finish(run, curve.values, endless)
+                return Outcome(curve.values, stopped=curve.stopped) if ended else _finish(run, curve, endless)
         raise _ended_early(curve.values, curve.trial.steps)
     finally:
         run.close()
@@ -164,23 +177,22 @@ def _pushed(run: Pushed, curve: _Curve) -> Outcome:
         return Outcome(curve.values, stopped=curve.stopped)
     if len(curve.values) < curve.trial.steps:
         raise _ended_early(curve.values, curve.trial.steps)
-    return Outcome(curve.values, None if returned is None else _as_float(returned, curve.trial.steps, "return value"))
+    return curve.outcome(returned)
 
 
-def _finish(run: Generator[Any, None, Any], curve: list[float], endless: bool | None) -> Outcome:
+def _finish(run: Generator[Any, None, Any], curve: _Curve, endless: bool | None) -> Outcome:
     if endless:
-        return Outcome(curve, endless=True)
+        return curve.outcome(None, endless=True)
     try:
         next(run)
     except StopIteration as stop:
-        returned = None if stop.value is None else _as_float(stop.value, len(curve), "return value")
-        return Outcome(curve, returned, endless=False)
+        return curve.outcome(stop.value, endless=False)
     if endless is False:
         raise CalibrationError(
-            f"train went on after {len(curve)} steps, where an earlier run ended.",
+            f"train went on after {len(curve.values)} steps, where an earlier run ended.",
             "Let every run end at trial.steps, or none.",
         )
-    return Outcome(curve, endless=True)
+    return curve.outcome(None, endless=True)
 
 
 def _check_first(trial: Trial, curve: list[float]) -> None:

@@ -17,75 +17,13 @@ import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted, InspectionError, OptimizerError, Power
 from rankaware_optim.trial import Pushed
 
-from .models import PlainLoRA
-
-DIM = 32
-STEPS = 20
-AdamW = torch.optim.AdamW
-
-
-# --- what is trained ------------------------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    """Two layers, adapted at `rank`, or trained whole where it is None."""
-
-    def __init__(self, rank: int | None, scaling: float = 2.0, init: str = "A") -> None:
-        super().__init__()
-        layers = [nn.Linear(DIM, DIM, bias=False) for _ in range(2)]
-        self.layers = nn.ModuleList(layers if rank is None else [PlainLoRA(w, rank, scaling, init) for w in layers])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x).tanh()
-        return x
-
-
-def losses(model, optimizer, seed):
-    """Train on a random teacher's outputs, for ever."""
-    source = torch.Generator().manual_seed(seed)
-    teacher = torch.randn(DIM, DIM, generator=source) / 6
-    while True:
-        x = torch.randn(DIM, DIM, generator=source)
-        loss = (model(x) - (x @ teacher).tanh()).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        yield loss.detach()
-
-
-def train(trial):
-    model = Net(trial.rank)
-    yield from losses(model, trial.optimizer(model), trial.seed)
-
-
-BEST = -7.0  # log2 of a bowl's best base rate
-
-
-def bowl(u: float) -> float:
-    """A loss u octaves above its optimum: a gentle side, a cliff, and no better than untrained at most."""
-    return min(0.3 + 0.06 * (math.exp(min(2 * u, 20)) - 2 * u - 1), 9.0)
-
-
-def made_up(best=lambda rank: BEST, *, scaling=lambda rank: 2.0, init="A", **settings):
-    """A `train` whose loss falls from 2.3 to a bowl about log2 of the best base rate, with little noise."""
-
-    def train(trial):
-        trial.optimizer(Net(trial.rank, scaling(trial.rank), init), **settings)
-        end = bowl(math.log2(trial.lr) - best(trial.rank))
-        for step in count():
-            yield 2.3 + (end - 2.3) * min(step / 10, 1.0) + 0.01 * random.random()
-
-    return train
-
-
-def calibrate(train, *, ranks=(4, 16), steps=STEPS, optimizer=AdamW, **options):
-    return ra.calibrate(train, optimizer, ranks=ranks, steps=steps, **options)
+from .calibrations import BEST, STEPS, AdamW, Net, bowl, calibrate, losses, made_up, train
 
 
 def trials_of(recipe) -> list[tuple]:
-    """(rank, seed, rate, value) of every trial, NaN-free."""
-    return list(zip(*(recipe.tensors[key].tolist() for key in ("rank", "seed", "lr", "value")), strict=True))
+    """(rank, seed, rate, value) of every trial; -1 for a pruned one's value."""
+    values = recipe.tensors["value"].nan_to_num(nan=-1.0)
+    return list(zip(*(t.tolist() for t in (*(recipe.tensors[k] for k in ("rank", "seed", "lr")), values)), strict=True))
 
 
 # --- what it finds --------------------------------------------------------------------------------------------------
@@ -184,7 +122,8 @@ def test_everything_told_is_recorded(tmp_path):
         assert made.law.law == ra.LoRAPlus()
         assert made.optimizer.endswith("AdamW")
         assert {"python", "torch", "optuna", "rankaware-optim"} <= made.versions.keys()
-        assert {"rank", "seed", "lr", "value", "curve", "diverged"} == made.tensors.keys()
+        assert {"rank", "seed", "lr", "value", "curve", "diverged", "pruned", "steps"} == made.tensors.keys()
+        assert made.tensors["steps"].tolist() == [STEPS] * 4
         assert made.tensors["curve"].shape == (4, STEPS)
 
 
@@ -516,6 +455,10 @@ BAD_ARGUMENTS = [
     {"batch": 0}, {"batch": -1}, {"batch": math.nan}, {"batch": "16"},
     {"warmup": -0.1}, {"warmup": math.nan}, {"warmup": "a"},
     {"seed": -1}, {"seed": "a"}, {"name": 7},
+    {"budget": 0}, {"budget": STEPS - 1}, {"budget": 100.0}, {"budget": 3 * STEPS, "full_trials": 3},
+    {"until": 0}, {"until": -1.0}, {"until": math.nan}, {"until": "1"},
+    {"full_trials": -1}, {"full_trials": True}, {"full_trials": 1.5}, {"full_trials": 2, "ranks": (4, None)},
+    {"target": "all"}, {"target": "full", "ranks": (None,)},
     {"law": "unheard-of"}, {"optimizer": "unheard-of"}, {"optimizer": dict},
 ]  # fmt: skip
 

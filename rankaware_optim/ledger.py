@@ -1,0 +1,139 @@
+"""What the trials of a study say: what ran, what it cost, what was seen; read from Optuna, written into the recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .fitting import Observation, diverged
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+__all__ = [
+    "PARAMETER",
+    "Cell",
+    "cell_of",
+    "counted",
+    "interval",
+    "is_flat",
+    "observations",
+    "pruned",
+    "running",
+    "scalings",
+    "spent",
+    "tensors",
+    "unsteady",
+]
+
+PARAMETER = "log2_lr"  # what Optuna calls the one number of a trial: log2 of the base rate, reference coordinates
+_REPORTS = 10  # reports of a run to the storage, where pruners read them
+_SAME = 1e-3  # relative: how well the first values of two runs of one rank and seed must agree
+
+
+class Cell(NamedTuple):
+    """What is paired across rates: the rank, None for full finetuning, and the seed of draws and data."""
+
+    rank: int | None
+    seed: int
+
+
+def cell_of(trial: FrozenTrial) -> Cell:
+    return Cell(trial.user_attrs.get("rank"), trial.user_attrs.get("seed", 0))
+
+
+def interval(steps: int) -> int:
+    """Steps between two reports of a run."""
+    return max(1, steps // _REPORTS)
+
+
+def counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that count: complete, or stopped because they diverged or a pruner said so."""
+    return [t for t in trials if t.state.name in ("COMPLETE", "PRUNED")]
+
+
+def running(trials: Sequence[FrozenTrial], but: int | None = None) -> list[FrozenTrial]:
+    return [t for t in trials if t.state.name == "RUNNING" and t.number != but]
+
+
+def observations(trials: Sequence[FrozenTrial]) -> list[Observation]:
+    """What the fit sees: the trials that ran to their end or diverged."""
+    return [Observation(**t.user_attrs["observation"]) for t in counted(trials) if "observation" in t.user_attrs]
+
+
+def pruned(trials: Sequence[FrozenTrial]) -> list[tuple[int | None, float]]:
+    """(rank, log2 rate) of the trials that were stopped as worse than others, by how much is not known.
+
+    A run that ran out of memory says nothing of its rate.
+    """
+    ended = [
+        t for t in counted(trials) if "observation" not in t.user_attrs and t.user_attrs.get("stopped") != "memory"
+    ]
+    return [(cell_of(t).rank, t.params[PARAMETER]) for t in ended if PARAMETER in t.params]
+
+
+def spent(trials: Sequence[FrozenTrial], steps: int) -> int:
+    """Training steps of all trials; a running one is counted whole, a killed one up to its next report."""
+    return sum(_steps_of(trial, steps) for trial in trials)
+
+
+def _steps_of(trial: FrozenTrial, steps: int) -> int:
+    if not trial.state.is_finished():
+        return steps
+    if "curve" in trial.user_attrs:
+        return len(trial.user_attrs["curve"])
+    if PARAMETER not in trial.params:
+        return 0
+    return min(steps, max(trial.intermediate_values, default=0) + interval(steps))
+
+
+def scalings(trials: Sequence[FrozenTrial]) -> dict[int, float]:
+    """The effective multiplier that each rank's model was built with."""
+    seen = [t for t in counted(trials) if cell_of(t).rank is not None and "scaling" in t.user_attrs]
+    return {t.user_attrs["rank"]: t.user_attrs["scaling"] for t in seen}
+
+
+def unsteady(trials: Sequence[FrozenTrial]) -> Cell | None:
+    """A rank and seed of which two runs began with different values, though no rate had mattered yet."""
+    first: dict[Cell, float] = {}
+    for trial in counted(trials):
+        curve = trial.user_attrs.get("curve")
+        if not curve:
+            continue
+        start = first.setdefault(cell_of(trial), curve[0])
+        if not math.isclose(start, curve[0], rel_tol=_SAME, abs_tol=1e-9):
+            return cell_of(trial)
+    return None
+
+
+def is_flat(seen: Sequence[Observation]) -> bool:
+    """Whether nothing moved: no run fell below its start, and all scores agree."""
+    ended = [o for o in seen if math.isfinite(o.value + o.tail)]
+    values = [o.value for o in ended]
+    return all(o.tail >= o.start for o in ended) and all(math.isclose(v, values[0], rel_tol=1e-6) for v in values)
+
+
+def tensors(trials: Sequence[FrozenTrial], steps: int) -> dict[str, torch.Tensor]:
+    """Every trial's rank (0: full finetuning), seed, base rate, score, fate, steps and values, padded with NaN.
+
+    A pruned run has no score: NaN.
+    """
+    rows = [t for t in counted(trials) if PARAMETER in t.params]
+    seen = [t.user_attrs.get("observation") for t in rows]
+    lost = iter(diverged(observations(rows)))
+    curves = torch.full((len(rows), steps), math.nan)
+    for row, trial in zip(curves, rows, strict=True):
+        row[: len(trial.user_attrs["curve"])] = torch.tensor(trial.user_attrs["curve"])
+    return {
+        "rank": torch.tensor([cell_of(t).rank or 0 for t in rows]),
+        "seed": torch.tensor([cell_of(t).seed for t in rows]),
+        "lr": torch.tensor([2.0 ** t.params[PARAMETER] for t in rows], dtype=torch.float64),
+        "value": torch.tensor([o["value"] if o else math.nan for o in seen], dtype=torch.float64),
+        "diverged": torch.tensor([bool(o) and next(lost) for o in seen], dtype=torch.bool),
+        "pruned": torch.tensor([not o for o in seen], dtype=torch.bool),
+        "steps": torch.tensor([len(t.user_attrs["curve"]) for t in rows]),
+        "curve": curves,
+    }
