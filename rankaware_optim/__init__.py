@@ -19,6 +19,7 @@ from .errors import (
     RecipeError,
 )
 from .groups import rank_aware_param_groups
+from .in_place import calibrate_in_place
 from .initialization import initialize
 from .inspection import inspect_model
 from .integrations import group_rates, log_rates, trainer_factory
@@ -68,6 +69,7 @@ __all__ = [
     "Trial",
     "bench_law",
     "calibrate",
+    "calibrate_in_place",
     "capture",
     "check_convention",
     "check_law",

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import suppress
-from functools import reduce
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from .adapters import Survey
+from .declarations import Config, configs_of, declare, redeclare, scaling_places
 from .errors import InspectionError
 from .inspection import INIT_MARK, inspect_model
-from .pairs import Half, Modules, Pair, declared_number, is_shard, pairs_of, reading_of, scaling_of, walk
+from .pairs import Half, Pair, declared_number, is_shard, pairs_of, reading_of, scaling_of, walk
 
-__all__ = ["initialize"]
+__all__ = [
+    "Start",
+    "check_start",
+    "each_once",
+    "initialize",
+    "is_merged",
+    "refuse_opposite_ties",
+    "refuse_residual",
+    "start_of",
+    "write_starts",
+]
 
 # PEFT's init_lora_weights values that take the first product of the factors out of the base weight.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# What a declared number may lose in the buffer that holds it: bfloat16 keeps eight bits.
-_ROUNDING = 2.0**-8
 
 
-class _Start(NamedTuple):
+class Start(NamedTuple):
     """What becomes of one pair: which factor is drawn, with which variance and shape of the distribution."""
 
     pair: Pair
@@ -84,24 +90,24 @@ def initialize(
     """
     _check_arguments(init, seed, scaling, variance)
     walked = walk(model)
-    pairs = list(_each_once(pairs_of(walked.modules)))
+    pairs = list(each_once(pairs_of(walked.modules)))
     chosen = [pair for pair in pairs if pair.a.tensor.requires_grad or pair.b.tensor.requires_grad]
     if not chosen:
         raise InspectionError(
             f"No trainable LoRA pair among {len(walked.parameters)} parameters.",
             "Add adapters and let them require a gradient, and initialise before sharding, which hides them.",
         )
-    configs = list(_configs(walked.modules))
+    configs = list(configs_of(walked.modules))
     with torch.no_grad():
-        starts = [_checked(pair, init, variance) for pair in chosen]
-        _refuse_opposite_ties(starts)
+        starts = [check_start(pair, init, variance) for pair in chosen]
+        refuse_opposite_ties(starts)
         for pair in () if force else chosen:
             _refuse_learned(pair, configs)
         if scaling is not None:
-            _set_scaling(starts, float(scaling))
+            declare(place for start in starts for place in scaling_places(start.pair, start.rank, float(scaling)))
             for config in configs:
-                _redeclare(config, pairs, chosen, float(scaling))
-        _write(starts, seed)
+                redeclare(config, pairs, chosen, float(scaling))
+        write_starts(starts, seed)
     return inspect_model(model)
 
 
@@ -123,7 +129,7 @@ def _check_arguments(init: object, seed: object, scaling: object, variance: obje
         )
 
 
-def _each_once(pairs: Iterable[Pair]) -> Iterator[Pair]:
+def each_once(pairs: Iterable[Pair]) -> Iterator[Pair]:
     """Each owner's pairs under the first row that fits; factors tied across owners come once for each owner."""
     seen = set[tuple[int, int, int]]()
     for pair in pairs:
@@ -136,7 +142,7 @@ def _each_once(pairs: Iterable[Pair]) -> Iterator[Pair]:
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-def _checked(pair: Pair, init: Literal["A", "B"], variance: str) -> _Start:
+def check_start(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
     """The pair's new start, where it can have one."""
     if pair.convention.init is not None:
         raise InspectionError(
@@ -145,10 +151,10 @@ def _checked(pair: Pair, init: Literal["A", "B"], variance: str) -> _Start:
         )
     for half in (pair.a, pair.b):
         _refuse_unwritable(pair, half)
-    start = _start(pair, init, variance)
+    start = start_of(pair, init, variance)
     scaling_of(pair, start.rank)
     _refuse_dead(start)
-    if _is_merged(pair) and _adds(pair):
+    if is_merged(pair) and _adds(pair):
         raise InspectionError(
             f"{pair.where} is merged into its base weight, and unmerging it needs the factors as they are.",
             "Unmerge the adapters first.",
@@ -156,16 +162,17 @@ def _checked(pair: Pair, init: Literal["A", "B"], variance: str) -> _Start:
     return start
 
 
-def _start(pair: Pair, init: Literal["A", "B"], variance: str) -> _Start:
+def start_of(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
+    """What init and variance ask of the pair's factors as they are."""
     reading = reading_of(pair)
     rank, one_hot = int(reading.rank_a), reading.kind == "embedding"
     if init == "B":
-        return _Start(pair, rank, "B", 1 / (rank * reading.inner), uniform=False)
+        return Start(pair, rank, "B", 1 / (rank * reading.inner), uniform=False)
     if one_hot:
-        return _Start(pair, rank, "A" if variance == "mua" else "B", 1.0, uniform=False)
+        return Start(pair, rank, "A" if variance == "mua" else "B", 1.0, uniform=False)
     if variance == "mua":
-        return _Start(pair, rank, "A", 1 / reading.fan_in, uniform=False)
-    return _Start(pair, rank, "A", 1 / (3 * reading.fan_in), uniform=True)
+        return Start(pair, rank, "A", 1 / reading.fan_in, uniform=False)
+    return Start(pair, rank, "A", 1 / (3 * reading.fan_in), uniform=True)
 
 
 def _refuse_unwritable(pair: Pair, half: Half) -> None:
@@ -183,7 +190,7 @@ def _refuse_unwritable(pair: Pair, half: Half) -> None:
         raise InspectionError(f"{what} is an inference tensor.", "Build the model outside torch.inference_mode().")
 
 
-def _refuse_dead(start: _Start) -> None:
+def _refuse_dead(start: Start) -> None:
     """Refuse a start that no gradient could leave: a frozen zero factor, or a gate that is zero as well."""
     pair, zeroed = start.pair, start.zeroed
     if not zeroed.tensor.requires_grad:
@@ -198,7 +205,7 @@ def _refuse_dead(start: _Start) -> None:
         )
 
 
-def _refuse_opposite_ties(starts: Iterable[_Start]) -> None:
+def refuse_opposite_ties(starts: Iterable[Start]) -> None:
     drawn = {_memory(start.drawn) for start in starts}
     for start in starts:
         if _memory(start.zeroed) in drawn:
@@ -213,9 +220,18 @@ def _memory(half: Half) -> tuple[str, int]:
     return str(half.tensor.device), half.tensor.data_ptr()
 
 
-def _refuse_learned(pair: Pair, configs: Iterable[_Config]) -> None:
+def _refuse_learned(pair: Pair, configs: Iterable[Config]) -> None:
     if not _adds(pair):
         return
+    refuse_residual(pair, configs)
+    raise InspectionError(
+        f"{pair.where} was trained already, or started with both factors drawn: its adapter adds something.",
+        "Rebuild the adapter, or give force=True to throw away what it holds.",
+    )
+
+
+def refuse_residual(pair: Pair, configs: Iterable[Config]) -> None:
+    """Refuse a pair whose declared init took the product of its factors out of the base weight."""
     declared = next((c.fields.get("init_lora_weights") for c in configs if c.holds(pair)), None)
     if isinstance(declared, str) and declared.lower().startswith(_RESIDUAL):
         raise InspectionError(
@@ -223,10 +239,6 @@ def _refuse_learned(pair: Pair, configs: Iterable[_Config]) -> None:
             "base weight.",
             "Rebuild the adapter on the unchanged base with init_lora_weights=True; force=True would lose that part.",
         )
-    raise InspectionError(
-        f"{pair.where} was trained already, or started with both factors drawn: its adapter adds something.",
-        "Rebuild the adapter, or give force=True to throw away what it holds.",
-    )
 
 
 def _adds(pair: Pair) -> bool:
@@ -246,7 +258,7 @@ def _bias(pair: Pair, half: Half) -> torch.Tensor | None:
     return bias if isinstance(bias, torch.Tensor) else None
 
 
-def _is_merged(pair: Pair) -> bool:
+def is_merged(pair: Pair) -> bool:
     merged: Any = getattr(pair.owner, "merged_adapters", None)
     return pair.adapter in merged if merged is not None else getattr(pair.owner, "merged", False) is True
 
@@ -254,7 +266,7 @@ def _is_merged(pair: Pair) -> bool:
 # --- drawing --------------------------------------------------------------------------------------------------------
 
 
-def _write(starts: Iterable[_Start], seed: int) -> None:
+def write_starts(starts: Iterable[Start], seed: int) -> None:
     written = set[tuple[str, int]]()
     for start in starts:
         pair = start.pair
@@ -267,7 +279,7 @@ def _write(starts: Iterable[_Start], seed: int) -> None:
         setattr(pair.owner, INIT_MARK, {**getattr(pair.owner, INIT_MARK, {}), pair.adapter: start.init})
 
 
-def _draw(start: _Start, seed: int) -> torch.Tensor:
+def _draw(start: Start, seed: int) -> torch.Tensor:
     name = f"{start.pair.layer}.{start.drawn.name}"
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     source = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch's CPU generator takes 32 bits
@@ -276,147 +288,3 @@ def _draw(start: _Start, seed: int) -> torch.Tensor:
     if start.uniform:
         return (2 * values - 1) * math.sqrt(3 * start.variance)
     return values * math.sqrt(start.variance)
-
-
-# --- the multiplier -------------------------------------------------------------------------------------------------
-
-
-class _Place(NamedTuple):
-    """Where a number is declared: an attribute of an object, or an entry of a dict by adapter."""
-
-    holder: Any
-    key: str
-
-    @property
-    def held(self) -> Any:
-        return self.holder[self.key] if isinstance(self.holder, Mapping) else getattr(self.holder, self.key)
-
-    def put(self, value: Any) -> None:
-        """Declare `value`; what is read-only stays, which `holds` then tells."""
-        with suppress(AttributeError, TypeError):
-            if isinstance(self.held, torch.Tensor):
-                self.held.copy_(torch.as_tensor(value))
-            elif isinstance(self.holder, Mapping):
-                self.holder[self.key] = _like(self.held, value)  # type: ignore[index]
-            else:
-                setattr(self.holder, self.key, _like(self.held, value))
-
-    def holds(self, value: float) -> bool:
-        return math.isclose(float(self.held), value, rel_tol=_ROUNDING)
-
-
-def _like(old: object, value: float) -> float:
-    """A whole number stays an int where the old one was: PEFT's alpha is one."""
-    return int(value) if isinstance(old, int) and float(value).is_integer() else value
-
-
-def _set_scaling(starts: Iterable[_Start], scaling: float) -> None:
-    """Set every declared multiplier and alpha, or none where one of them does not take its value."""
-    todo = [(start.pair, place, value) for start in starts for place, value in _declared(start, scaling)]
-    before = [(place, _copied(place.held)) for _, place, _ in todo]
-    for _, place, value in todo:
-        place.put(value)
-    failed = next(((pair, place, value) for pair, place, value in todo if not place.holds(value)), None)
-    if failed is None:
-        return
-    for place, old in before:
-        place.put(old)
-    pair, place, value = failed
-    raise InspectionError(
-        f"{pair.where} cannot declare the scaling {scaling:g}: its {place.key!r} does not take the value {value:g}.",
-        "Rebuild the adapter with that scaling, or leave scaling= out.",
-    )
-
-
-def _copied(held: Any) -> Any:
-    return held.detach().clone() if isinstance(held, torch.Tensor) else held
-
-
-def _declared(start: _Start, scaling: float) -> Iterator[tuple[_Place, float]]:
-    """Where the pair declares its multiplier and its alpha, with the values that say `scaling`."""
-    pair, row = start.pair, start.pair.convention
-    multiplier = _place(pair, row.scaling)
-    alpha = _place(pair, [name for name in row.alpha if name not in row.scaling])
-    if multiplier is None and alpha is None:
-        raise InspectionError(
-            f"{pair.where} declares no scaling, so none can be set.",
-            "Leave scaling= out, or name the attribute that the layer reads in register_convention().",
-        )
-    if multiplier is not None:
-        yield multiplier, scaling
-    if alpha is not None:
-        rooted = multiplier is not None and _is_rooted(pair, float(alpha.held), float(multiplier.held), start.rank)
-        yield alpha, scaling * _divisor(start.rank, rooted)
-
-
-def _divisor(rank: int, rooted: bool) -> float:
-    return math.sqrt(rank) if rooted else rank
-
-
-def _place(pair: Pair, attributes: Iterable[str]) -> _Place | None:
-    """The place that `declared_number` reads."""
-    for attribute in attributes:
-        if declared_number(pair, (attribute,)) is not None:
-            *path, name = attribute.split(".")
-            place = _Place(reduce(getattr, path, pair.owner), name)
-            return _Place(place.held, pair.adapter) if isinstance(place.held, Mapping) else place
-    return None
-
-
-def _is_rooted(pair: Pair, alpha: float, scaling: float, rank: int) -> bool:
-    """Whether the multiplier is alpha / √r: as PEFT says, else where the numbers do and alpha / r does not fit."""
-    flags = getattr(pair.owner, "use_rslora", None)
-    if isinstance(flags, Mapping) and pair.adapter in flags:
-        return bool(flags[pair.adapter])
-    fits = [math.isclose(alpha, scaling * _divisor(rank, rooted), rel_tol=_ROUNDING) for rooted in (False, True)]
-    return fits == [False, True]
-
-
-# --- PEFT's configuration -------------------------------------------------------------------------------------------
-
-
-class _Config(NamedTuple):
-    """An adapter's configuration and the prefix of the model that it describes."""
-
-    prefix: str
-    adapter: str
-    fields: MutableMapping[str, Any]
-
-    def holds(self, pair: Pair) -> bool:
-        return pair.adapter == self.adapter and f"{pair.layer}.".startswith(self.prefix)
-
-    def name(self, pair: Pair) -> str:
-        """The name by which PEFT's patterns know the pair: as in the bare model, its parameter's for experts."""
-        name = pair.layer.removeprefix(self.prefix).split(".base_layer")[0]
-        parameter = getattr(pair.owner, "parameter_name", None)
-        return f"{name}.{parameter}" if parameter else name
-
-
-def _configs(modules: Modules) -> Iterator[_Config]:
-    """Each of PEFT's LoRA configurations once, at the innermost module that holds it."""
-    found: dict[int, _Config] = {}
-    for layer, module in modules:
-        configs = module.__dict__.get("peft_config")
-        for adapter, config in configs.items() if isinstance(configs, Mapping) else ():
-            fields: Any = config if isinstance(config, MutableMapping) else vars(config)
-            if "lora_alpha" in fields and "r" in fields:
-                found[id(config)] = _Config(f"{layer}." if layer else "", adapter, fields)
-    yield from found.values()
-
-
-def _redeclare(config: _Config, pairs: Iterable[Pair], chosen: Iterable[Pair], scaling: float) -> None:
-    """Make an adapter's configuration give every pair the alpha that it has now, as PEFT will match names to it."""
-    if not any(config.holds(pair) for pair in chosen):
-        return
-    fields, rooted = config.fields, bool(config.fields.get("use_rslora"))
-    ranks = {"": fields["r"], **(fields.get("rank_pattern") or {})}
-    alphas = {key: _like(rank, scaling * _divisor(rank, rooted)) for key, rank in ranks.items()}
-    default = alphas.pop("")
-    held = [(config.name(pair), declared_number(pair, ("lora_alpha",))) for pair in pairs if config.holds(pair)]
-    odd = {f"^{re.escape(name)}": alpha for name, alpha in held if alpha not in (None, _matched(alphas, name, default))}
-    fields.update(lora_alpha=default, alpha_pattern=odd | alphas)
-
-
-def _matched(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """PEFT's rule: the first key that is a pattern of the name's end."""
-    return next((alpha for key, alpha in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)

@@ -12,7 +12,7 @@ from torch import nn
 from .conventions import LAYOUTS, Convention, Layout, Reading, conventions
 from .errors import InspectionError
 
-__all__ = ["Half", "Pair", "Walk", "canonical_name", "pairs_of", "reading_of", "scaling_of", "walk"]
+__all__ = ["Half", "Pair", "Walk", "canonical_name", "pairs_of", "read_as", "reading_of", "scaling_of", "walk"]
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
 _WRAPPED = tuple(wrapper.removesuffix(".") for wrapper in _WRAPPERS)
@@ -143,13 +143,13 @@ def reading_of(pair: Pair) -> Reading:
         return _shard_reading(pair, declared)
     named = declared is not None
     for layout in pair.convention.layouts:
-        reading = _try(layout, pair)
+        reading = read_as(layout, pair)
         if reading is not None and {reading.rank_a, reading.rank_b} == {declared if named else reading.rank_a}:
             return reading
     raise _no_reading(pair, declared)
 
 
-def _try(layout: str | Layout, pair: Pair) -> Reading | None:
+def read_as(layout: str | Layout, pair: Pair) -> Reading | None:
     """A layout's reading where it gives positive whole ranks, else None."""
     read = layout if callable(layout) else LAYOUTS[layout]
     try:

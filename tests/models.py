@@ -24,7 +24,6 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Module, rank: int, scaling: float = 1.0, init: str = "A") -> None:
         super().__init__()
         self.base_layer = base.requires_grad_(False)
-        self.multiplier = scaling
         self.put(*_draw(base, rank, init), rank, scaling)
 
     def put(self, a: torch.Tensor, b: torch.Tensor, rank: int, scaling: float) -> None:
@@ -32,6 +31,11 @@ class Adapted(nn.Module):
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
+
+    @property
+    def multiplier(self) -> float:
+        """What the layer declares."""
+        return self.scaling
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self.pair()
@@ -65,6 +69,10 @@ class TuneLoRA(Adapted):
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_a.weight, self.lora_b.weight
 
+    @property
+    def multiplier(self) -> float:
+        return self.alpha / self.rank
+
 
 class KohyaLoRA(Adapted):
     """Submodules `lora_down` and `lora_up` with `lora_dim`, `scale` and a buffer `alpha`, as in kohya's scripts."""
@@ -76,6 +84,10 @@ class KohyaLoRA(Adapted):
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_down.weight, self.lora_up.weight
+
+    @property
+    def multiplier(self) -> float:
+        return self.scale
 
 
 class ContainerLoRA(Adapted):
@@ -93,6 +105,10 @@ class ContainerLoRA(Adapted):
         if isinstance(self.base_layer, nn.Embedding):
             return self.lora_embedding_A["default"], self.lora_embedding_B["default"]
         return self.lora_A["default"].weight, self.lora_B["default"].weight
+
+    @property
+    def multiplier(self) -> float:
+        return self.scaling["default"]
 
 
 STYLES = {"plain": PlainLoRA, "tune": TuneLoRA, "kohya": KohyaLoRA, "container": ContainerLoRA}

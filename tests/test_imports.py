@@ -45,6 +45,7 @@ PUBLIC = [
     "Trial",
     "bench_law",
     "calibrate",
+    "calibrate_in_place",
     "capture",
     "check_convention",
     "check_law",

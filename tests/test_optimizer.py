@@ -228,7 +228,7 @@ def oracle(p: float, q: float, *, init: str = "A", eps: bool = True, decay: bool
         groups.append({"params": [getattr(layer, half) for layer in layers], **own})
         for layer in layers:
             getattr(layer, half).data.mul_(by)
-            layer.scaling = layer.multiplier = layer.multiplier / by
+            layer.scaling /= by
     opt = RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=1e-2, law=Reparametrised(p, q))
     return train(model, opt, steps=30)
 

@@ -1,0 +1,77 @@
+"""Ctrl-C while something is to be put back: let in where it may raise, held back where it must not."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["Interrupts"]
+
+
+class Interrupts:
+    """A context that holds Ctrl-C back except inside `with interrupts.let_in():`.
+
+    The first Ctrl-C inside raises as ever, and shuts the door in the same breath: a second one cannot break into what
+    the first one makes run, wherever that stands. What was held back is delivered when the context ends, unless an
+    interruption is on its way out by then.
+
+        with Interrupts() as interrupts, restored(model):
+            with interrupts.let_in():
+                ...
+
+    It acts in the main thread, and where Ctrl-C has a Python handler; elsewhere no KeyboardInterrupt can come.
+    """
+
+    def __init__(self) -> None:
+        self._open = False
+        self._pending: tuple[int, FrameType | None] | None = None
+        self._before: Callable[[int, FrameType | None], Any] | None = None
+
+    def __enter__(self) -> Interrupts:
+        before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread() and callable(before):
+            self._before = before
+            signal.signal(signal.SIGINT, self._answer)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._open = False
+        if self._before is None:
+            return
+        signal.signal(signal.SIGINT, self._before)
+        if self._pending is not None and not isinstance(error, KeyboardInterrupt):
+            self._before(*self._pending)
+
+    def _answer(self, number: int, frame: FrameType | None) -> None:
+        if not self._open or self._before is None:
+            self._pending = number, frame
+            return
+        self._open = False
+        self._before(number, frame)
+
+    def listen(self) -> None:
+        """Open the door, at once for a Ctrl-C that was held back: also after a caller swallowed the last one."""
+        self._open = True
+        if self._pending is not None and self._before is not None:
+            pending, self._pending, self._open = self._pending, None, False
+            self._before(*pending)
+
+    def let_in(self) -> _LetIn:
+        """A context in which Ctrl-C raises."""
+        return _LetIn(self)
+
+
+class _LetIn:
+    def __init__(self, interrupts: Interrupts) -> None:
+        self._interrupts = interrupts
+
+    def __enter__(self) -> None:
+        self._interrupts.listen()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._interrupts._open = False
