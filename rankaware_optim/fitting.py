@@ -1,41 +1,28 @@
 """The fit: from scored trials to a base rate, a drift in rank, a factor of full finetuning, and their covariance.
 
-Two steps. First, the loss over x = log2 of the rate is a Linex bowl per rank,
+Two steps. First, `bowls` finds each rank's optimum v, under every shape of bowl and size of noise. Second, under each
+shape the optima are shrunk towards the law:
 
-    loss(x) = c + k·(exp(a·u) − a·u − 1),   u = x − v
+    v(r) = base + drift·log2(r / pivot),   v(full) = base + drift·full_reach + factor
 
-gentle below its vertex v and a cliff above it, and capped where a run is no better than untrained, so that diverged
-runs say where the cliff is without saying how deep; k and a are shared, c has an offset per seed, and v is integrated
-on a grid. Second, the vertices are shrunk towards the law:
-
-    v(r) = base + drift·log2(r / pivot),   v(full) = base + factor
-
-with drift and factor of prior mean zero, since x is measured along the prior-centred law.
+with drift and factor of prior mean zero, since x is measured along the prior-centred law. The answer is the mixture
+over shapes, weighed by how well each explains the losses and how well its optima agree.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+
+from .bowls import CAP, Arm, Array, bowls_of
 
 __all__ = ["Fit", "MODEL_ERROR", "Observation", "Prior", "fit_observations", "shrink"]
 
-Array = npt.NDArray[np.float64]
-
-_STEEPNESS = np.array([0.5, 1.0, 2.0, 3.0])  # a, per octave: from near a parabola to a cliff within an octave
-_CURVATURE = np.geomspace(0.002, 0.5, 14)  # k, in units of the gain
-_GRID = 0.1  # octaves between candidate vertices
-_REACH = 3.0  # octaves beyond the rates tried that a vertex may lie
-_CAP = 1.0  # gap to the best, in units of the gain, at which a run counts as no better than untrained
-_NOISE = 0.03  # prior noise of a score near the optimum, in units of the gain
-_GAP_NOISE = 0.3  # and what is added of a run's gap to the best: far from the optimum the shape is only roughly known
-_SEED_NOISE = 0.03  # prior spread of a seed's own offset, in units of the gain
-MODEL_ERROR = 0.15  # octaves: what an exact vertex would still miss
+MODEL_ERROR = 0.1  # octaves by which a rank's own best rate lies off the law
+_BASE_SD = 1e3  # octaves: nothing is believed of the base rate
 _DIVERGED = 0.25  # a run that ends this share of the gain above its start has diverged
 
 
@@ -74,9 +61,10 @@ class Prior:
 class Fit:
     """Posterior mean and covariance of (base, drift, log2 full_factor), octaves, relative to the prior-centred law.
 
-    lean: octaves by which a quoted rate stays low: a·sd²/2, the optimum of the Linex loss under the posterior, and
-    at least what keeps it an octave below the ceiling. ceiling: x of the smallest rate that diverged, or None.
-    vertices: (mean, sd) of each arm's optimum before shrinking. noise: of a score near the optimum.
+    lean: octaves by which a quoted rate stays low: a·sd²/2, the best under a cliff of steepness a, and at least what
+    keeps it an octave below the ceiling. ceiling: x of the smallest rate that diverged, or None. vertices: (mean, sd)
+    of each arm's optimum before shrinking. noise: of a score near the optimum. gain: see `gain_of`; both in units of
+    the loss.
     """
 
     mean: Array
@@ -91,17 +79,23 @@ class Fit:
 def diverged(observations: Sequence[Observation]) -> list[bool]:
     """Which runs diverged: cut short, non-finite, or ended above their start by a quarter of the best gain seen.
 
-    Where no run gained anything, ending above the start is enough, unless scores were returned: a curve that only
-    rises may then be of another kind.
+    All runs start from one model, so a first value that is low by chance is held against none: their median stands
+    for it. Where no run gained anything, ending above the start is enough, unless scores were returned: a curve that
+    only rises may then be of another kind.
     """
-    gains = [o.start - o.tail for o in observations if math.isfinite(o.tail)]
+    usual = _usual_start(observations)
+    gains = [usual - o.tail for o in observations if math.isfinite(o.tail) and o.tail < o.start]
     margin = _DIVERGED * max([g for g in gains if g > 0], default=0.0)
     return [
         o.stopped
         or not math.isfinite(o.value + o.tail)
-        or ((margin > 0 or not o.returned) and o.tail > o.start + margin)
+        or ((margin > 0 or not o.returned) and o.tail > max(o.start, usual) + margin)
         for o in observations
     ]
+
+
+def _usual_start(observations: Sequence[Observation]) -> float:
+    return float(np.median([o.start for o in observations])) if observations else 0.0
 
 
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
@@ -112,78 +106,14 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
     ceiling = min((float(o.x) for o, b in zip(observations, bad, strict=True) if b), default=None)
     gain = gain_of([o for o, b in zip(observations, bad, strict=True) if not b])
     arms = _arms(observations, bad, gain)
-    vertices, steepness, noise = _vertices(arms)
-    mean, covariance = shrink(vertices, prior)
-    sd = math.sqrt(covariance[0, 0])
+    bowls = bowls_of(arms)
+    means, covariances, agreement = _shrunk(_rows(list(arms), prior), bowls.mean, bowls.sd, prior)
+    weights = _softmax(bowls.log_weight + agreement)
+    mean, covariance = _mixed(weights, means, covariances)
+    vertices = {rank: _moments(weights, bowls.mean[:, i], bowls.sd[:, i]) for i, rank in enumerate(arms)}
     near = 0.0 if ceiling is None else mean[0] + 1.0 - ceiling
-    lean = float(min(1.0, max(steepness * sd**2 / 2, near, 0.0)))
-    return Fit(mean, covariance, lean, ceiling, vertices, noise * gain, gain)
-
-
-def gain_of(good: Sequence[Observation]) -> float:
-    """What training can gain, the unit of curvature and noise: the best fall of a curve from its start.
-
-    Where scores were returned and are of another kind than the curve, it is the best score against a poor one.
-    """
-    values = np.array([o.value for o in good])
-    fall = max(o.start - o.tail for o in good)
-    apart = float(np.median([abs(o.value - o.tail) for o in good]))
-    if fall <= 0 or apart > fall / 2:
-        fall = float(np.quantile(values, 0.75) - values.min())
-    return max(fall, 1e-6 * (1.0 + abs(float(values.min()))))
-
-
-class _Arm(NamedTuple):
-    """The trials of one rank: rates x, gaps y to its best in units of the gain, capped, and seeds."""
-
-    x: Array
-    y: Array
-    seeds: npt.NDArray[np.int64]
-
-
-def _arms(observations: Sequence[Observation], bad: Sequence[bool], gain: float) -> dict[int | None, _Arm]:
-    arms = {}
-    for rank in dict.fromkeys(o.rank for o in observations):
-        mine = [(o, b) for o, b in zip(observations, bad, strict=True) if o.rank == rank]
-        best = min((o.value for o, b in mine if not b), default=0.0)
-        gaps = [_CAP if b else min((o.value - best) / gain, _CAP) for o, b in mine]
-        arms[rank] = _Arm(np.array([o.x for o, _ in mine]), np.array(gaps), np.array([o.seed for o, _ in mine]))
-    return arms
-
-
-def _vertices(arms: dict[int | None, _Arm]) -> tuple[dict[int | None, tuple[float, float]], float, float]:
-    """(mean, sd) of every arm's vertex over a, k and the grid; the mean steepness; the noise in units of the gain."""
-    xs = np.concatenate([arm.x for arm in arms.values()])
-    grid = np.arange(xs.min() - _REACH, xs.max() + _REACH, _GRID)
-    misfits = {rank: _misfit(arm, grid) for rank, arm in arms.items()}
-    best = float(sum(m.min(axis=2) for m in misfits.values()).min())
-    scale2 = (4.0 + best) / (
-        4.0 + max(len(xs) - 2 * len(arms), 0)
-    )  # noise² in units of its prior, of four trials' weight
-    evidence = sum(np.log(np.exp(-(m - m.min()) / (2 * scale2)).mean(axis=2) + 1e-300) for m in misfits.values())
-    shape = _softmax(np.asarray(evidence))
-    summary = {rank: _moments(m, shape, grid, scale2) for rank, m in misfits.items()}
-    return summary, float((shape.sum(axis=1) * _STEEPNESS).sum()), _NOISE * math.sqrt(scale2)
-
-
-def _misfit(arm: _Arm, grid: Array) -> Array:
-    """Weighted squared misfit of one arm over (a, k, vertex), its level and its seeds' offsets integrated out."""
-    noise = np.diag((_NOISE + _GAP_NOISE * arm.y) ** 2) + _SEED_NOISE**2 * (arm.seeds[:, None] == arm.seeds[None, :])
-    precision = np.linalg.inv(noise)
-    ones = precision.sum(axis=1)
-    precision -= np.outer(ones, ones) / ones.sum()
-    u = arm.x[None, :] - grid[:, None]  # (vertex, trial)
-    au = _STEEPNESS[:, None, None] * u
-    bowl = np.exp(np.minimum(au, 20.0)) - au - 1.0  # (a, vertex, trial)
-    miss = arm.y - np.minimum(_CURVATURE[None, :, None, None] * bowl[:, None], _CAP)  # (a, k, vertex, trial)
-    return np.asarray(((miss @ precision) * miss).sum(axis=-1))
-
-
-def _moments(misfit: Array, shape: Array, grid: Array, scale2: float) -> tuple[float, float]:
-    likelihood = np.exp(-(misfit - misfit.min(axis=2, keepdims=True)) / (2 * scale2))
-    weight = (likelihood / likelihood.sum(axis=2, keepdims=True) * shape[:, :, None]).sum(axis=(0, 1))
-    mean = float((weight * grid).sum())
-    return mean, math.sqrt(float((weight * (grid - mean) ** 2).sum()))
+    lean = float(min(1.0, max(weights @ bowls.steepness * covariance[0, 0] / 2, near, 0.0)))
+    return Fit(mean, covariance, lean, ceiling, vertices, float(weights @ bowls.noise) * gain, gain)
 
 
 def _softmax(logs: Array) -> Array:
@@ -191,15 +121,65 @@ def _softmax(logs: Array) -> Array:
     return np.asarray(weights / weights.sum())
 
 
-def shrink(vertices: dict[int | None, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:
+def _mixed(weights: Array, means: Array, covariances: Array) -> tuple[Array, Array]:
+    """Mean and covariance of a mixture of Gaussians."""
+    mean = weights @ means
+    about = means - mean
+    spread = np.einsum("s,si,sj->ij", weights, about, about)
+    return mean, np.einsum("s,sij->ij", weights, covariances) + spread
+
+
+def _moments(weights: Array, means: Array, sds: Array) -> tuple[float, float]:
+    mean, variance = _mixed(weights, means[:, None], sds[:, None, None] ** 2)
+    return float(mean[0]), math.sqrt(float(variance[0, 0]))
+
+
+def gain_of(good: Sequence[Observation]) -> float:
+    """What training can gain, the unit of curvature and noise: the best fall of a curve from the usual start.
+
+    Where scores were returned and are of another kind than the curve, it is the best score against a poor one.
+    """
+    values = np.array([o.value for o in good])
+    fall = max((_usual_start(good) - o.tail for o in good if o.tail < o.start), default=0.0)
+    apart = float(np.median([abs(o.value - o.tail) for o in good]))
+    if fall <= 0 or apart > fall / 2:
+        fall = float(np.quantile(values, 0.75) - values.min())
+    return max(fall, 1e-6 * (1.0 + abs(float(values.min()))))
+
+
+def _arms(observations: Sequence[Observation], bad: Sequence[bool], gain: float) -> dict[int | None, Arm]:
+    arms = {}
+    for rank in dict.fromkeys(o.rank for o in observations):
+        mine = [(o, b) for o, b in zip(observations, bad, strict=True) if o.rank == rank]
+        best = min((o.value for o, b in mine if not b), default=0.0)
+        gaps = [CAP if b else min((o.value - best) / gain, CAP) for o, b in mine]
+        arms[rank] = Arm(np.array([o.x for o, _ in mine]), np.array(gaps), np.array([o.seed for o, _ in mine]))
+    return arms
+
+
+def shrink(vertices: Mapping[int | None, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:
     """Gaussian posterior of (base, drift, factor) given the arms' vertices; exact, three unknowns."""
-    information = np.diag([1e-6, prior.drift_sd**-2, prior.full_sd**-2])
-    score = np.zeros(3)
-    for rank, (mean, sd) in vertices.items():
-        reach = prior.full_reach if rank is None else math.log2(rank / prior.pivot)
-        row = np.array([1.0, reach, 1.0 if rank is None else 0.0])
-        weight = 1.0 / (sd**2 + MODEL_ERROR**2)
-        information += weight * np.outer(row, row)
-        score += weight * mean * row
+    means, sds = np.array(list(vertices.values())).T[:, None, :]
+    mean, covariance, _ = _shrunk(_rows(list(vertices), prior), means, sds, prior)
+    return mean[0], covariance[0]
+
+
+def _rows(ranks: Sequence[int | None], prior: Prior) -> Array:
+    """How each rank's optimum hangs on (base, drift, factor)."""
+    reach = [prior.full_reach if rank is None else math.log2(rank / prior.pivot) for rank in ranks]
+    return np.array([[1.0, r, float(rank is None)] for r, rank in zip(reach, ranks, strict=True)])
+
+
+def _shrunk(rows: Array, means: Array, sds: Array, prior: Prior) -> tuple[Array, Array, Array]:
+    """Mean (s, 3), covariance (s, 3, 3) and log evidence (s,) for every shape s of `means` and `sds` (s, arms)."""
+    weights = 1.0 / (sds**2 + MODEL_ERROR**2)
+    known = np.diag([_BASE_SD**-2, prior.drift_sd**-2, prior.full_sd**-2])
+    middle = means.mean()
+    score = (weights * (means - middle)) @ rows
+    information = known + np.einsum("sa,ai,aj->sij", weights, rows, rows)
     covariance = np.linalg.inv(information)
-    return covariance @ score, covariance
+    mean = np.einsum("sij,sj->si", covariance, score)
+    misfit = (weights * (means - middle) ** 2).sum(axis=1) - (mean * score).sum(axis=1)
+    evidence = 0.5 * (np.log(weights).sum(axis=1) - misfit - np.linalg.slogdet(information)[1])
+    mean[:, 0] += middle
+    return mean, covariance, evidence

@@ -33,7 +33,7 @@ _TOKENS = (3.0, 1.5)
 _TOKENS_GRID = np.arange(-2.0, 10.25, 0.5)
 # A best rate at an end of its grid is a bound: octaves by which the optimum may lie off, and below the lowest rate.
 _EDGE_SD, _BELOW = 1.0, 0.5
-_UNSURE = 1.0  # octaves: a base rate less sure than this is said to be open
+_UNSURE = 0.75  # octaves: a base rate less sure than this is said to be open
 _UNTOLD = 0.8  # share of the prior's sd above which the data said little of the drift
 
 

@@ -1,0 +1,130 @@
+"""The loss of a rank over x = log2 of the rate: a bowl of unknown shape and noise, and where its lowest point lies.
+
+Around its optimum v the loss, in units of the gain and capped where a run is no better than untrained, is
+
+    loss(x) = level + k·above(u)   for u = x − v ≥ 0,   above(u) = (exp(a·u) − a·u − 1)/a²   (a = 0: u²/2)
+    loss(x) = level + k·below(u)   for u < 0,           below(u) = h²·(√(1 + (u/h)²) − 1)
+
+k is the curvature at v (per octave²), a the steepness of the cliff above it (per octave), and h how far below it the
+loss goes on as a parabola before it becomes a straight line (octaves). Noise is of four parts: a seed's own level,
+which its rates share; a smooth and a white part about it, of size σ together; and what the true shape differs from this
+one, a share of the gap to the best. No shape (σ, h, a, k) is picked: all on a grid are kept, weighed by their evidence.
+Ranks share one nearly: each has its own, within `_OWN` of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Arm", "Bowls", "bowls_of"]
+
+Array = npt.NDArray[np.float64]
+
+# The grid of shapes.
+NOISE = np.geomspace(0.002, 0.5, 6)  # σ, in units of the gain
+REACH = np.array([0.4, 1.0, 4.0])  # h: from a corner to a parabola
+STEEPNESS = np.array([0.0, 1.5, 3.0, 4.5])  # a: from a parabola to a cliff within half an octave
+CURVATURE = np.geomspace(0.005, 2.0, 10)  # k, in units of the gain
+_USUAL_NOISE, _NOISE_SD = 0.015, 1.2  # prior of σ: its middle, and the standard deviation of its logarithm
+_OWN = (0.5, 0.7, 1.0, 0.7)  # standard deviations of a rank's own log σ, log h, a and log k about the shared ones
+_SEED = 3.0  # standard deviation of a seed's level, in units of σ
+_SMOOTH = 0.5  # share of σ² that is smooth along the rate
+_SHAPE = 0.2  # the bowl's own error, as a share of the gap to the best
+_LENGTH = 1.0  # octaves over which the smooth noises change
+_GRID = 0.125  # octaves between candidate optima
+_BEYOND = 3.0  # octaves beyond the rates tried that an optimum may lie
+_LEAST = 1e-250  # of a likelihood, so that its logarithm is finite
+CAP = 1.0  # gap to the best, in units of the gain, at which a run counts as no better than untrained
+
+
+class Arm(NamedTuple):
+    """The trials of one rank: rates x, gaps y to its best in units of the gain, at most `CAP`, and seeds."""
+
+    x: Array
+    y: Array
+    seeds: npt.NDArray[np.int64]
+
+
+class Bowls(NamedTuple):
+    """Every arm's optimum under every shape on the grid, and how likely the shape is.
+
+    log_weight: (shapes,), of prior and evidence. mean, sd: of the optima, (shapes, arms), octaves. noise, steepness:
+    the shape's σ and a, (shapes,).
+    """
+
+    log_weight: Array
+    mean: Array
+    sd: Array
+    noise: Array
+    steepness: Array
+
+
+def bowls_of(arms: Mapping[int | None, Arm]) -> Bowls:
+    """Fit a bowl to every arm."""
+    xs = np.concatenate([arm.x for arm in arms.values()])
+    grid = np.arange(xs.min() - _BEYOND, xs.max() + _BEYOND, _GRID)
+    fits = [_shared(_log_likelihood(arm, grid), grid) for arm in arms.values()]
+    noise, _, steepness, _ = (at.ravel() for at in np.meshgrid(NOISE, REACH, STEEPNESS, CURVATURE, indexing="ij"))
+    usual = -0.5 * (np.log(noise / _USUAL_NOISE) / _NOISE_SD) ** 2
+    evidence, mean, sd = (np.stack(of_arms, axis=1) for of_arms in zip(*fits, strict=True))
+    return Bowls(usual + evidence.sum(axis=1), mean, sd, noise, steepness)
+
+
+def _log_likelihood(arm: Arm, grid: Array) -> Array:
+    """log p(losses | σ, h, a, k, v), the level integrated out: (σ, h, a, k, v)."""
+    shapes = _bowl(arm.x[None, :] - grid[:, None])  # (h, a, v, trial)
+    miss = arm.y - np.minimum(CURVATURE[:, None, None] * shapes[:, :, None], CAP)  # (h, a, k, v, trial)
+    return np.stack([_gaussian(miss, _covariance(arm, sigma)) for sigma in NOISE])
+
+
+def _bowl(u: Array) -> Array:
+    """Bowls of curvature 1 at octaves u from the optimum: (h, a, *u.shape)."""
+    below = np.stack([h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0) for h in REACH])
+    cliffs = [(np.exp(np.clip(a * u, 0.0, 20.0)) - a * u - 1.0) / a**2 for a in STEEPNESS[1:]]
+    above = np.stack([u**2 / 2, *cliffs])
+    return np.where(u < 0, below[:, None], above[None])
+
+
+def _covariance(arm: Arm, sigma: float) -> Array:
+    apart = arm.x[:, None] - arm.x[None, :]
+    smooth = np.exp(-0.5 * (apart / _LENGTH) ** 2)
+    paired = arm.seeds[:, None] == arm.seeds[None, :]
+    noise = sigma**2 * (paired * (_SEED**2 + _SMOOTH * smooth) + (1.0 - _SMOOTH) * np.eye(len(arm.x)))
+    gap = _SHAPE * arm.y
+    return np.asarray(noise + np.outer(gap, gap) * (smooth + np.eye(len(gap))) / 2)
+
+
+def _gaussian(miss: Array, covariance: Array) -> Array:
+    """log density of `miss`, with a common level of flat prior integrated out, over its last axis."""
+    precision = np.linalg.inv(covariance)
+    ones = precision.sum(axis=1)
+    level = ones.sum()
+    precision -= np.outer(ones, ones) / level
+    logdet = np.linalg.slogdet(covariance)[1] + np.log(level)
+    return np.asarray(-0.5 * (np.einsum("...i,...i", miss @ precision, miss) + logdet))
+
+
+def _shared(log_likelihood: Array, grid: Array) -> tuple[Array, Array, Array]:
+    """An arm's log evidence, mean and sd of its optimum given the *shared* shape, its own being near: (shapes,)."""
+    top, middle = log_likelihood.max(), grid.mean()
+    about = grid - middle
+    powers = (np.exp(log_likelihood - top) + _LEAST) @ np.stack([about**0, about, about**2], axis=1)
+    total, first, second = (_own_shapes() @ powers.reshape(-1, 3)).T
+    mean = first / total
+    variance = np.maximum(second / total - mean**2, (_GRID / 4) ** 2)
+    return np.log(total / len(grid)) + top, mean + middle, np.sqrt(variance)
+
+
+@cache
+def _own_shapes() -> Array:
+    """How likely each shape is an arm's own, given the shared one: (shapes, shapes), rows of sum 1."""
+    kernel = np.ones((1, 1))
+    for at, sd in zip((np.log(NOISE), np.log(REACH), STEEPNESS, np.log(CURVATURE)), _OWN, strict=True):
+        weights = np.exp(-0.5 * ((at[:, None] - at[None, :]) / sd) ** 2)
+        kernel = np.kron(kernel, weights / weights.sum(axis=1, keepdims=True))
+    return kernel
