@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from .calibrate_command import calibrate
 from .coordinate_command import coordcheck
 from .errors import RankAwareError
 from .law_commands import bench, fit
@@ -114,7 +115,7 @@ def lr(
     click.echo(_rate_lines(rate))
 
 
-for _command in (bench, coordcheck, diff, fit, plot, suggest):
+for _command in (bench, calibrate, coordcheck, diff, fit, plot, suggest):
     main.add_command(_command)
 
 

@@ -12,7 +12,7 @@ from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from .errors import CalibrationError
 
@@ -45,13 +45,15 @@ def _by_url(url: str) -> BaseStorage:
             f"The storage {_shown(url)} needs a driver that is not installed: {_line(error)}",
             "Install it, such as psycopg[binary] for postgresql+psycopg://.",
         ) from error
-    except ValueError as error:
+    except (ValueError, ArgumentError) as error:
         raise CalibrationError(
             f"storage={_shown(url)!r} is no storage: {_line(error)}", "Give a URL or a path."
         ) from error
 
 
 def _journal(path: Path) -> BaseStorage:
+    if path.exists() and not path.is_file():
+        raise CalibrationError(f"storage={str(path)!r} is no file.", "Name a file for the journal, or a URL.")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _KernelLock(path)
     _mend(path, lock)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import count, islice
 
@@ -212,12 +215,28 @@ def test_optunas_logging_is_left_as_it_was(level, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_first_import_of_rich_and_optuna_draws_nothing():
+    """In a fresh process, too, a calibration with its bar leaves Python's random state as it was."""
+    code = (
+        "import random, rankaware_optim as ra\nfrom torch import nn\n"
+        "def train(trial):\n    trial.optimizer(nn.Linear(4, 4))\n    yield from [2.0, 1.0, 1.0]\n"
+        "random.seed(3)\nbefore = random.getstate()\n"
+        "ra.calibrate(train, 'adamw', ranks=(None,), steps=3, trials=2, progress=True)\n"
+        "print(random.getstate() == before)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_progress_works_without_a_terminal(capfd):
     """A progress bar can be asked for where standard error is no terminal; by default there is none."""
     calibrate(made_up(), trials=2)
     assert capfd.readouterr() == ("", "")
     calibrate(made_up(), trials=2, progress=True)
-    assert "2/2" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert "2/2" in shown
+    assert "best so far" in shown
 
 
 # --- the loop's contract --------------------------------------------------------------------------------------------
