@@ -1,13 +1,14 @@
 """A calibration to be killed: forks, for every folder it reads, a process that calibrates there and saves a recipe.
 
-Started as a script, so that Python and torch are imported once. It answers each line with the process's number, and
-with its exit status once it has ended.
+Started as a script, so that Python and torch are imported once. A line is a folder, or a folder, a tab and the seconds
+after which the process is killed; the answer is its exit status.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -49,9 +50,12 @@ if __name__ == "__main__":
     import optuna  # noqa: F401
 
     for line in sys.stdin:
+        folder, _, seconds = line.rstrip("\n").partition("\t")
         child = os.fork()
         if not child:
-            main(Path(line.strip()))
+            main(Path(folder))
             os._exit(0)
-        print(child, flush=True)
+        if seconds:
+            time.sleep(float(seconds))
+            os.kill(child, signal.SIGKILL)  # not waited for yet, so the number is still its own
         print(os.waitpid(child, 0)[1], flush=True)
