@@ -32,6 +32,7 @@ from .report import Report
 from .schedulers import check_scheduler
 from .suggestion import Suggestion, suggest_lr
 from .sweeps import fit_sweep
+from .trainers import calibrate_trainer
 from .trial import Trial
 from .yardstick import bench_law
 
@@ -70,6 +71,7 @@ __all__ = [
     "bench_law",
     "calibrate",
     "calibrate_in_place",
+    "calibrate_trainer",
     "capture",
     "check_convention",
     "check_law",

@@ -75,9 +75,9 @@ def calibrate_in_place(
         settings: the optimizer's own arguments, and those of `RankAwareOptimizer` such as rates=.
         schedule: from the optimizer to a scheduler, whose step() is called after every step.
         score: from the trained model to the number to minimise; by default the mean of the last tenth of the losses.
-        full_trains: what full finetuning (None among ranks, or full_trials=) trains: patterns of parameter names, or a predicate of
-            name and parameter; by default the weights that the adapters adapt. Heads and norms that train with the
-            adapters train with these too.
+        full_trains: what full finetuning (None among ranks, or full_trials=) trains: patterns of parameter names, or a
+            predicate of name and parameter; by default the weights that the adapters adapt. Heads and norms that train
+            with the adapters train with these too.
         **options: of `calibrate`: name, trials, budget, full_trials, seeds, storage, batch, warmup, …
 
     A run that is out of memory is pruned, and its memory given back; one that diverges is remembered as that.

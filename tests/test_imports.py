@@ -46,6 +46,7 @@ PUBLIC = [
     "bench_law",
     "calibrate",
     "calibrate_in_place",
+    "calibrate_trainer",
     "capture",
     "check_convention",
     "check_law",
