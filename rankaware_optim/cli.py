@@ -99,9 +99,9 @@ def show(recipe: Path) -> None:
 @click.option("--init", type=click.Choice(["A", "B"]))
 @click.option("--full", is_flag=True, help="The rate for full finetuning.")
 @click.option("--fan-in", type=float, help="The model's width, if not the recipe's.")
-def lr(
-    recipe: Path, rank: int | None, alpha: float | None, rslora: bool, init: Any, full: bool, fan_in: float | None
-) -> None:
+@click.option("--steps", type=int, help="Training steps, if not the recipe's: an extrapolation.")
+@click.option("--batch", type=float, help="Batch, counted as the recipe counts its own: an extrapolation.")
+def lr(recipe: Path, rank: int | None, alpha: float | None, rslora: bool, full: bool, **where: Any) -> None:
     """Print a recipe's rate at a rank, or for full finetuning."""
     if full == (rank is not None):
         raise click.UsageError("Give --rank N or --full.")
@@ -111,7 +111,7 @@ def lr(
         raise click.UsageError("Full finetuning has no --alpha.")
     method: Any = "full" if full else "lora"
     loaded = Recipe.load(recipe)
-    rate = loaded.at(rank, alpha=alpha, rslora=rslora, init=init, method=method, fan_in=fan_in)
+    rate = loaded.at(rank, alpha=alpha, rslora=rslora, method=method, **where)
     click.echo(_rate_lines(rate))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .recipe import Rate, Recipe, known_rate, to_document
+from .recipe import Rate, Recipe, known_rate
+from .recipe_toml import to_document
 from .tables import text_table
 
 __all__ = ["Difference", "diff_recipes", "diff_text"]

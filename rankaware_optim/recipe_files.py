@@ -98,12 +98,18 @@ class Reader:
             raise self.error(f"holds {value!r} where a {_KINDS[kind]} belongs", path)
         return value
 
-    def number(self, path: str, default: Any = _MISSING) -> Any:
-        """A finite number that is not negative; no number in a recipe is."""
+    def signed(self, path: str, default: Any = _MISSING) -> Any:
+        """A finite number."""
         value = self(path, object, default)
-        if value is default:
-            return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not default and not (number and abs(value) <= sys.float_info.max):
+            raise self.error(f"holds {value!r} where a finite number belongs", path)
+        return value
+
+    def number(self, path: str, default: Any = _MISSING) -> Any:
+        """A finite number that is not negative, as most in a recipe are."""
+        value = self.signed(path, default)
+        if value is not default and value < 0:
             raise self.error(f"holds {value!r} where a finite number belongs that is not negative", path)
         return value
 

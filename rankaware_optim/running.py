@@ -19,7 +19,8 @@ from .inspection import inspect_model
 from .laws import Power
 from .optimizer import RankAwareOptimizer
 from .planning import Plan, leverage
-from .recipe import Recipe, plain_setting
+from .recipe import Recipe
+from .recipe_toml import plain_setting
 from .replicas import Replicas
 from .study import Study
 from .trial import TAIL, Outcome, Train, Trial, run_trial, seeded

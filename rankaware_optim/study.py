@@ -19,10 +19,13 @@ from torch.optim import Optimizer
 
 from . import ledger
 from .adapters import Reference, Survey
+from .curves import horizon_of
+from .doubt import Z90
 from .errors import CalibrationError
 from .laws import Law, Power, checked_multiplier, optimizer_family
 from .planning import far_enough
-from .recipe import Z90, Recipe, infer_scaling
+from .recipe import Recipe
+from .scaling_rule import infer_scaling
 from .trial import Trial
 
 if TYPE_CHECKING:
@@ -271,7 +274,7 @@ class Study:
                 f"Every one of {len(runs)} runs diverged{' or was pruned' * (len(seen) < len(runs))}.",
                 "Lower lr_range=, or check the loss, the data and the pruner.",
             )
-        tried = {o.rank for o in seen}
+        tried, tensors = {o.rank for o in seen}, ledger.tensors(self.all_trials(), self.steps)
         base, drift, factor = (float(v) for v in fit.mean)
         shift = 0.0 if reference.rank is None else drift * math.log2(reference.rank / self.prior.pivot)
         if reference.method == "full":
@@ -293,10 +296,11 @@ class Study:
             steps=self.steps,
             batch=self.batch,
             warmup=self.warmup,
+            horizon=horizon_of(tensors, self.prior),
             seed=self.seed,
             versions=versions_used(),
             notes=self._notes(fit),
-            tensors=ledger.tensors(self.all_trials(), self.steps),
+            tensors=tensors,
         )
 
     def _notes(self, fit: Fit) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from .adapters import Reference
 from .construction import get_optimizer_class
 from .errors import CalibrationError
 from .laws import Constant, Law, MuA, Power, checked_multiplier, get_law
-from .recipe import Recipe, Scaling, infer_scaling
+from .recipe import Recipe
+from .scaling_rule import Scaling, infer_scaling
 from .study import Study, versions_used
 from .sweep_arms import End, ends_of, known_alpha, observation_of, selected, site_of
 from .sweep_files import Run, Source, Sweep, read_sweep

@@ -35,6 +35,7 @@ def recipe(tmp_path):
         ranks=(4, 64),
         settings={"weight_decay": 0.01},
         steps=100,
+        batch=16.0,
         versions={"torch": "2.6"},
         tensors={"rank": torch.tensor([4, 64]), "lr": torch.tensor([1e-3, 2e-3]), "value": torch.tensor([0.5, 0.4])},
     )
@@ -175,6 +176,7 @@ RATES = [
     (["--rank", 16, "--init", "B"], {"rank": 16, "init": "B"}),
     (["--full"], {"method": "full"}),
     (["--full", "--fan-in", 4096], {"method": "full", "fan_in": 4096}),
+    (["--rank", 16, "--steps", 5000, "--batch", 256], {"rank": 16, "steps": 5000, "batch": 256}),
 ]
 
 
@@ -226,6 +228,8 @@ BAD = [
     (["lr", "digits.toml", "--rank", "0"], "rank=0"),
     (["lr", "digits.toml", "--rank", "8", "--alpha", "-1"], "alpha=-1"),
     (["lr", "digits.toml", "--rank", "8", "--fan-in", "0"], "fan_in=0"),
+    (["lr", "digits.toml", "--rank", "8", "--steps", "-5"], "steps is -5"),
+    (["lr", "digits.toml", "--rank", "8", "--batch", "nan"], "batch is nan"),
     (["plot", "nowhere.toml", "-o", "out.png"], "no recipe at nowhere.toml"),
 ]
 

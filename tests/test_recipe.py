@@ -29,7 +29,8 @@ from rankaware_optim import (
     Reference,
     to_plain_state_dict,
 )
-from rankaware_optim.recipe import infer_scaling
+from rankaware_optim.horizon import Horizon
+from rankaware_optim.scaling_rule import infer_scaling
 
 from .models import mlp, train
 
@@ -110,6 +111,7 @@ recipes = st.builds(
     steps=st.integers(1, 10**9),
     batch=st.none() | positive,
     warmup=st.none() | st.floats(0, 1),
+    horizon=st.builds(Horizon, slope=st.floats(-9, 9), slope_sd=st.floats(0, 9)),
     seed=st.integers(0, 2**62),
     tensors=st.just({}) | st.just({"lr": torch.ones(1), "curve": torch.tensor([[1.0, math.nan]])}),
 )

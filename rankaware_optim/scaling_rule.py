@@ -1,0 +1,29 @@
+"""The rule by which the effective multiplier s follows the rank: s = c·r^(−γ)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+__all__ = ["GAMMA", "SCALINGS", "Scaling", "infer_scaling"]
+
+Scaling = Literal["fixed", "rslora", "alpha", "as swept", "unknown"]
+SCALINGS: tuple[str, ...] = get_args(Scaling)
+# γ of every rule. "as swept": the sweep did not say alpha, so the middle of the customs, with a wider drift about it.
+GAMMA: dict[str, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0, "as swept": 0.5}
+
+
+def infer_scaling(seen: Mapping[int, float]) -> Scaling:
+    """The rule by which the effective multiplier followed the rank, from {rank: scaling}; "unknown" for one rank.
+
+    >>> infer_scaling({4: 1.0, 64: 1.0}), infer_scaling({4: 4.0, 64: 0.25}), infer_scaling({8: 2.0})
+    ('fixed', 'alpha', 'unknown')
+    """
+    if len(seen) < 2:
+        return "unknown"
+    for rule, gamma in GAMMA.items():
+        constants = [math.log2(s) + gamma * math.log2(r) for r, s in seen.items()]
+        if max(constants) - min(constants) < 1e-3:
+            return rule  # type: ignore[return-value]
+    return "unknown"
