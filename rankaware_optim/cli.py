@@ -14,7 +14,7 @@ from .coordinate_command import coordcheck
 from .errors import RankAwareError
 from .law_commands import bench, fit
 from .recipe import Rate, Recipe
-from .recipe_commands import diff, plot
+from .recipe_commands import diff, plot, report
 from .suggest_command import suggest
 
 __all__ = ["main"]
@@ -115,7 +115,7 @@ def lr(recipe: Path, rank: int | None, alpha: float | None, rslora: bool, full: 
     click.echo(_rate_lines(rate))
 
 
-for _command in (bench, calibrate, coordcheck, diff, fit, plot, suggest):
+for _command in (bench, calibrate, coordcheck, diff, fit, plot, report, suggest):
     main.add_command(_command)
 
 

@@ -1,4 +1,4 @@
-"""The commands on recipes that have a room of their own: `rankaware plot` and `rankaware diff`."""
+"""The commands on recipes that have a room of their own: `rankaware plot`, `report` and `diff`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from .errors import RankAwareError
 from .recipe import Recipe
 
-__all__ = ["diff", "plot"]
+__all__ = ["diff", "plot", "report"]
 
 _RECIPE = click.Path(path_type=Path)
 
@@ -22,6 +22,16 @@ def plot(recipe: Path, out: Path) -> None:
     from .plots import plot_recipe
 
     click.echo(plot_recipe(Recipe.load(recipe), out))
+
+
+@click.command()
+@click.argument("recipe", type=_RECIPE)
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
+def report(recipe: Path, out: Path) -> None:
+    """Write a recipe as one page to open in a browser: its picture, its rates, and a control for rank and alpha."""
+    from .report_page import write_report
+
+    click.echo(write_report(Recipe.load(recipe), out))
 
 
 class _Trouble(click.ClickException):

@@ -15,7 +15,7 @@ import torch
 
 from .errors import RankAwareError, RecipeError
 
-__all__ = ["SCHEMA", "Reader", "read", "write"]
+__all__ = ["SCHEMA", "Reader", "read", "staged", "write"]
 
 SCHEMA = 1
 
@@ -32,7 +32,7 @@ def write(path: str | os.PathLike[str], header: str, text: dict[str, Any], array
     encoded = (header + tomli_w.dumps(_without_none({"schema": SCHEMA, **text, **hashed}))).encode()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _staged(beside, data) as tensors, _staged(target, encoded) as toml:
+        with staged(beside, data) as tensors, staged(target, encoded) as toml:
             os.replace(tensors, beside)  # until the next line, the old text's hash refuses the new tensors
             os.replace(toml, target)
     except OSError as error:
@@ -55,7 +55,7 @@ def _toml_path(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def _staged(target: Path, data: bytes) -> Iterator[Path]:
+def staged(target: Path, data: bytes) -> Iterator[Path]:
     """`data` in a synced temporary file beside `target`, ready to replace it; removed if it did not."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:

@@ -69,7 +69,7 @@ def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "rankaware_optim", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: rankaware ")
-    assert all(f"\n  {name} " in done.stdout for name in ("demo", "inspect", "convert", "show", "lr", "plot", "diff"))
+    assert all(f"\n  {name} " in done.stdout for name in ("demo", "inspect", "convert", "show", "lr", "plot", "diff", "report"))
 
 
 def test_the_version_is_told():

@@ -2,68 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 
 import pytest
-import torch
 
-from rankaware_optim import Power, RankAwareError, Recipe, Reference
+from rankaware_optim import RankAwareError
 from rankaware_optim.coordinate import coordinate_check
 
 pytest.importorskip("matplotlib")
 
 from rankaware_optim.plots import PlotError, plot_coordinates, plot_recipe
 
-VALUES = torch.tensor([0.5, 0.4, math.inf, 0.6, 0.45, 0.7])
-TENSORS = {
-    "rank": torch.tensor([4, 4, 4, 64, 64, 64]),
-    "seed": torch.tensor([0, 1, 0, 0, 1, 0]),
-    "lr": torch.tensor([1e-3, 2e-3, 8e-3, 1e-3, 2e-3, 4e-3]),
-    "value": VALUES,
-}
-RECIPE = Recipe(
-    name="digits",
-    best_lr=2e-3,
-    reference=Reference(rank=4, alpha=8, fan_in=64),
-    law=Power(exponent=0.1),
-    covariance=torch.diag(torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)),
-    ceiling=8e-3,
-    scaling_rule="fixed",
-    full_fan_in=64.0,
-    ranks=(4, 64),
-    tensors=TENSORS,
-)
-FULL = torch.zeros(6, dtype=torch.int64)
-ONE_RANK = {**TENSORS, "rank": FULL + 4}
-KINDS = {
-    "two ranks": RECIPE,
-    "no ceiling": replace(RECIPE, ceiling=None),
-    "full too": replace(RECIPE, full_seen=True, tensors={**TENSORS, "rank": torch.tensor([4, 64, 0, 4, 64, 0])}),
-    "one rank": replace(RECIPE, ranks=(4,), scaling_rule="unknown", tensors=ONE_RANK),
-    "no rule": replace(RECIPE, scaling_rule="unknown", tensors=ONE_RANK),
-    "two ranks, no rule": replace(RECIPE, scaling_rule="unknown"),
-    "full alone": replace(
-        RECIPE,
-        reference=Reference(method="full", fan_in=64),
-        ranks=(),
-        full_seen=True,
-        scaling_rule="unknown",
-        tensors={**TENSORS, "rank": FULL},
-    ),
-    "full and one rank": replace(
-        RECIPE,
-        ranks=(4,),
-        full_seen=True,
-        scaling_rule="unknown",
-        tensors={**TENSORS, "rank": torch.tensor([4, 0] * 3)},
-    ),
-    "all alike": replace(RECIPE, tensors={**TENSORS, "value": torch.ones(6)}),
-    "scores below zero": replace(RECIPE, tensors={**TENSORS, "value": -VALUES}),
-    "rank 1": replace(RECIPE, ranks=(1, 2), tensors={**TENSORS, "rank": torch.tensor([1, 1, 1, 2, 2, 2])}),
-    "seven ranks": replace(RECIPE, ranks=(1, 2, 4, 8, 16, 32, 64)),
-}
+from .recipes import KINDS, RECIPE
 
 
 @pytest.mark.parametrize("kind", KINDS)
