@@ -131,6 +131,7 @@ def tensors(trials: Sequence[FrozenTrial], steps: int) -> dict[str, torch.Tensor
         "rank": torch.tensor([cell_of(t).rank or 0 for t in rows]),
         "seed": torch.tensor([cell_of(t).seed for t in rows]),
         "lr": torch.tensor([2.0 ** t.params[PARAMETER] for t in rows], dtype=torch.float64),
+        "own_lr": torch.tensor([t.user_attrs.get("own_lr", math.nan) for t in rows], dtype=torch.float64),
         "value": torch.tensor([o["value"] if o else math.nan for o in seen], dtype=torch.float64),
         "diverged": torch.tensor([bool(o) and next(lost) for o in seen], dtype=torch.bool),
         "pruned": torch.tensor([not o for o in seen], dtype=torch.bool),

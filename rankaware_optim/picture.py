@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from .recipe import Rate, Recipe, known_rate
 
@@ -29,12 +30,15 @@ _STEPS = 200  # of a curve
 
 
 class Point(NamedTuple):
-    """One trial: the rate its A factors or whole weights had, its score, its seed, and whether it diverged."""
+    """One trial: the rate its A factors or whole weights had, its score, its seed, and how it ended.
+
+    fate: "finished", "diverged", or "pruned", which has no score: NaN.
+    """
 
     rate: float
     value: float
     seed: int
-    diverged: bool
+    fate: str
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,19 @@ def _points(recipe: Recipe) -> dict[int | None, tuple[Point, ...]]:
     if not {"rank", "lr", "value"} <= recipe.tensors.keys():
         return {}
     ranks, base, values = (recipe.tensors[key].tolist() for key in ("rank", "lr", "value"))
-    own = recipe.tensors["own_lr"].tolist() if "own_lr" in recipe.tensors else _moved(recipe, ranks, base)
+    own = recipe.tensors["own_lr"].tolist() if "own_lr" in recipe.tensors else [math.nan] * len(ranks)
+    if any(map(math.isnan, own)):
+        own = _moved(recipe, ranks, base)
     seeds = recipe.tensors["seed"].tolist() if "seed" in recipe.tensors else [0] * len(ranks)
-    unfinished = [not math.isfinite(value) for value in values]
-    lost = recipe.tensors["diverged"].tolist() if "diverged" in recipe.tensors else unfinished
-    rows = list(zip(ranks, map(Point, own, values, seeds, lost), strict=True))
+    rows = list(zip(ranks, map(Point, own, values, seeds, _fates(recipe, values)), strict=True))
     order = sorted(set(ranks), key=lambda rank: (rank == 0, rank))
     return {rank or None: tuple(point for r, point in rows if r == rank) for rank in order}
+
+
+def _fates(recipe: Recipe, values: Sequence[float]) -> list[str]:
+    lost = recipe.tensors.get("diverged", torch.tensor([not math.isfinite(value) for value in values]))
+    cut = recipe.tensors.get("pruned", torch.zeros_like(lost))
+    return ["pruned" if p else "diverged" if d else "finished" for d, p in zip(lost, cut, strict=True)]
 
 
 def _moved(recipe: Recipe, ranks: Sequence[int], base: Sequence[float]) -> list[float]:
@@ -176,7 +186,7 @@ def _seen(arms: Sequence[Arm], lean: float) -> _Seen | None:
         for number, arm in enumerate(arms)
         if arm.rate is not None
         for p in arm.points
-        if math.isfinite(p.value) and not p.diverged
+        if math.isfinite(p.value) and p.fate == "finished"
     ]
     if len(rows) < len(arms) + 2:
         return None

@@ -124,7 +124,7 @@ def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
 
 
 def _draw_points(axis: Any, picture: Picture, arm: PictureArm, colour: str, label: str) -> None:
-    """Trials at the rates they ran at, those above the frame as open triangles at its edge, and the curve."""
+    """Trials at the rates they ran at, those without a place as open triangles at the upper edge, and the curve."""
     bottom, top = picture.values
     edge = top - 0.03 * (top - bottom)
     inside = [(p.rate, p.value) for p in arm.points if p.value <= top]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -178,8 +179,9 @@ def _panel(picture: Picture, arm: Arm) -> dict[str, Any]:
 
 def _panel_words(arm: Arm) -> str:
     finite = [p for p in arm.points if math.isfinite(p.value)]
-    lost = sum(p.diverged for p in arm.points)
-    told = [f"{arm.label}: {len(arm.points)} trials" + f", {lost} diverged" * bool(lost)]
+    fates = Counter(p.fate for p in arm.points)
+    ends = [f"{fates[fate]} {fate}" for fate in ("diverged", "pruned") if fates[fate]]
+    told = [", ".join([f"{arm.label}: {len(arm.points)} trials", *ends])]
     if finite:
         best = min(finite, key=lambda p: p.value)
         told.append(f"the lowest score is {best.value:.3g} at rate {best.rate:.3g}")

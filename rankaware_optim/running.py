@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -16,7 +16,7 @@ from . import ledger
 from .adapters import Reference, Survey
 from .errors import CalibrationError
 from .inspection import inspect_model
-from .laws import Power
+from .laws import Power, checked_multiplier
 from .optimizer import RankAwareOptimizer
 from .planning import Plan, leverage
 from .recipe import Recipe
@@ -293,7 +293,9 @@ class Runner:
             own = inspect.signature(RankAwareOptimizer.__new__).parameters
             self.study.settings = {key: plain_setting(value) for key, value in settings.items() if key not in own}
             self._optuna.set_user_attr("settings", self.study.settings)
-            return _Proposal(2.0 ** self._suggest(), self.study.centred_law(), self.study.settled())
+            proposal = _Proposal(2.0 ** self._suggest(), self.study.centred_law(), self.study.settled())
+            self._handle.set_user_attr("own_lr", _own_lr(proposal, survey))
+            return proposal
 
     def _suggest(self) -> float:
         """log2 of the trial's rate, sampled once."""
@@ -312,3 +314,10 @@ class Runner:
         if self.plan.target != "full" or self.study.reference is None or not self.study.prior.full_reach:
             return {}
         return leverage(self.study.ranks, self.study.full_fan_in or self.study.prior.pivot)
+
+
+def _own_lr(proposal: _Proposal, survey: Survey) -> float:
+    """The rate that the proposal gives this model's most common A factors, or its whole weights."""
+    own, reference = survey.dominant(), proposal.reference
+    width = survey.full_width(reference.init) if own.method == "full" else survey.width
+    return proposal.lr * checked_multiplier(proposal.law, replace(own, fan_in=width).as_factor(), reference)

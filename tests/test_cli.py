@@ -17,6 +17,7 @@ from rankaware_optim import Power, Recipe, Reference
 from rankaware_optim.cli import main
 from rankaware_optim.convert import convert_lr
 
+COMMANDS = ("demo", "inspect", "convert", "show", "lr", "plot", "diff", "report")
 AT_16 = Reference(rank=16, alpha=32, fan_in=64)
 
 
@@ -69,7 +70,7 @@ def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "rankaware_optim", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: rankaware ")
-    assert all(f"\n  {name} " in done.stdout for name in ("demo", "inspect", "convert", "show", "lr", "plot", "diff", "report"))
+    assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
 
 
 def test_the_version_is_told():
