@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from rankaware_optim import Power, Recipe, Reference
 from rankaware_optim.cli import main
+from rankaware_optim.horizon import Horizon
 from rankaware_optim.recipe_diff import diff_recipes, diff_text
 
 RECIPE = Recipe(
@@ -32,7 +33,13 @@ RECIPE = Recipe(
     notes=("one",),
     tensors={"rank": torch.tensor([4, 64]), "lr": torch.tensor([1e-3, 2e-3]), "value": torch.tensor([0.5, math.nan])},
 )
-OTHERS = {"scaling_rule": "alpha", "method": "full", "init": "B", "law": Power(exponent=0.2)}
+OTHERS = {
+    "scaling_rule": "alpha",
+    "method": "full",
+    "init": "B",
+    "law": Power(exponent=0.2),
+    "horizon": Horizon(0.1, 0.2),
+}
 
 
 def other(name, value):
