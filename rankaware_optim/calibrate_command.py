@@ -112,15 +112,18 @@ def _broken(module: str, error: Exception) -> CalibrationError:
 def _work(spec: str, options: Mapping[str, Any], threads: int | None, progress: bool | None = None) -> Recipe:
     """One worker's part: trials until the plan is fulfilled."""
     import torch
+    from optuna import logging
 
     from .calibration import calibrate as run
 
-    before = torch.get_num_threads()
+    before, said = torch.get_num_threads(), logging.get_verbosity()
     torch.set_num_threads(threads or before)
+    logging.set_verbosity(logging.ERROR)  # what Optuna warns of on its way, our error says in a sentence
     try:
         return run(load_train(spec), progress=progress, **options)
     finally:
         torch.set_num_threads(before)
+        logging.set_verbosity(said)
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------

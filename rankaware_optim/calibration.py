@@ -147,7 +147,7 @@ def _run(runner: Runner, train: Train, optunas: tuple[Any, Any, Any], progress: 
                 runner.one(task, train, show)
         return runner.recipe()
     finally:
-        runner.team.close()
+        runner.close()
 
 
 @contextmanager

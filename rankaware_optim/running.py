@@ -78,6 +78,11 @@ class Runner:
         """Create the Optuna study, or go on with the stored one of its name."""
         self.team.agree(lambda: self.study.open(sampler, pruner, storage))
 
+    def close(self) -> None:
+        """Leave the storage and the other processes."""
+        self.study.close()
+        self.team.close()
+
     def recipe(self) -> Recipe:
         """The recipe of what was seen so far."""
         return self.team.agree(self._recipe)

@@ -10,13 +10,13 @@ from typing import Any, cast
 
 from filelock import FileLock
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, get_storage
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from .errors import CalibrationError
 
-__all__ = ["open_storage", "storage_errors"]
+__all__ = ["close_storage", "open_storage", "storage_errors"]
 
 _FAILURES = (OSError, StorageInternalError, SQLAlchemyError)
 
@@ -35,6 +35,14 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
         if isinstance(storage, str) and "://" in storage:
             return _by_url(storage)
         return _journal(Path(storage))
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """Give a database's connections back; other storages hold none."""
+    backend = getattr(storage, "_backend", storage)  # Optuna puts a cache around a database
+    if isinstance(backend, RDBStorage):
+        backend.remove_session()
+        backend.engine.dispose()
 
 
 def _by_url(url: str) -> BaseStorage:

@@ -74,6 +74,7 @@ class Study:
 
     def __post_init__(self) -> None:
         self._fits: dict[int, Fit | None] = {}
+        self._opened: Any = None
 
     def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
         """Create the Optuna study, or go on with the stored one of this name."""
@@ -88,6 +89,7 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
             kept = open_storage(storage)
+            self._opened = kept if isinstance(storage, str) else None
             with self.guard():
                 self.study = optuna.create_study(
                     study_name=self.name,
@@ -100,6 +102,13 @@ class Study:
                 self.recall()
         finally:
             optuna.logging.set_verbosity(verbosity)
+
+    def close(self) -> None:
+        """Give a database's connections back, if they were opened here."""
+        if self._opened is not None:
+            from .storages import close_storage
+
+            close_storage(self._opened)
 
     def _check_stored(self) -> None:
         """Refuse to go on with a study whose trials do not compare: other steps, LoRA ranks, law or optimizer."""

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import rankaware_optim as ra
 from rankaware_optim import ledger
 from rankaware_optim.cli import main
-from rankaware_optim.storages import open_storage
+from rankaware_optim.storages import close_storage, open_storage
 
 LOOP = """
 import math, time
@@ -124,7 +124,11 @@ def ended(process):
 
 
 def trials_of(storage: str, name: str) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name=name, storage=open_storage(storage)).trials
+    opened = open_storage(storage)
+    try:
+        return optuna.load_study(study_name=name, storage=opened).trials
+    finally:
+        close_storage(opened)
 
 
 def assert_shared(trials, count: int) -> None:
@@ -222,7 +226,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(folder):
 
 def test_a_read_only_database_is_said(folder):
     """A database that cannot be written is an error with its cause."""
-    open_storage("sqlite:///made.db")
+    close_storage(open_storage("sqlite:///made.db"))
     done = call("loops:train", *RANKS, "--storage", "sqlite:///file:made.db?mode=ro&uri=true")
     assert done.exit_code == 1
     assert "readonly database" in done.stderr
