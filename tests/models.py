@@ -32,10 +32,12 @@ class Adapted(nn.Module):
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
 
+    held: float | None = None
+
     @property
     def multiplier(self) -> float:
-        """What the layer declares."""
-        return self.scaling
+        """What the layer declares, unless it is held at something else."""
+        return self.scaling if self.held is None else self.held
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self.pair()

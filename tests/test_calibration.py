@@ -125,7 +125,7 @@ def test_everything_told_is_recorded(tmp_path):
         assert made.law.law == ra.LoRAPlus()
         assert made.optimizer.endswith("AdamW")
         assert {"python", "torch", "optuna", "rankaware-optim"} <= made.versions.keys()
-        assert {"rank", "seed", "lr", "value", "curve", "diverged", "pruned", "steps"} == made.tensors.keys()
+        assert {"rank", "seed", "lr", "own_lr", "value", "curve", "diverged", "pruned", "steps"} == made.tensors.keys()
         assert made.tensors["steps"].tolist() == [STEPS] * 4
         assert made.tensors["curve"].shape == (4, STEPS)
 

@@ -147,6 +147,7 @@ def changed(name, value):
 
     def make(rank, alpha):
         layer = adapted("plain", rank=rank, scaling=alpha / rank)
+        layer.held = layer.multiplier
         setattr(layer, name, value(rank, alpha))
         return layer
 
@@ -208,6 +209,7 @@ def test_a_scaling_read_wrongly_fails_the_oracle_where_no_probe_applies():
 
     def lying(rank, alpha):
         model = make(rank, alpha)
+        model[0].held = model[0].multiplier
         model[0].scaling = alpha**2
         return model
 
