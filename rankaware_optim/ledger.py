@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .fitting import Observation, diverged
+from .trial import TAIL
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -27,6 +29,7 @@ __all__ = [
     "spent",
     "tensors",
     "unsteady",
+    "usual_height",
 ]
 
 PARAMETER = "log2_lr"  # what Optuna calls the one number of a trial: log2 of the base rate, reference coordinates
@@ -53,6 +56,13 @@ def interval(steps: int) -> int:
 def counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The trials that count: complete, or stopped because they diverged or a pruner said so."""
     return [t for t in trials if t.state.name in ("COMPLETE", "PRUNED")]
+
+
+def usual_height(trials: Sequence[FrozenTrial]) -> float:
+    """The median over runs of the mean of their first values; 0 where none ran."""
+    begun = [t.user_attrs["curve"][:TAIL] for t in trials if t.user_attrs.get("curve")]
+    means = [math.fsum(values) / len(values) for values in begun]
+    return statistics.median([mean for mean in means if math.isfinite(mean)] or [0.0])
 
 
 def running(trials: Sequence[FrozenTrial], but: int | None = None) -> list[FrozenTrial]:

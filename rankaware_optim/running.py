@@ -244,9 +244,13 @@ class Runner:
             )
 
     def _limit(self) -> float:
-        """How far above its start a run may rise before it is stopped: half the best gain seen; unlimited at first."""
+        """How high recent values may rise before a run is stopped: half the best gain above where runs have been.
+
+        That is the usual height of a run's first values, as many as are averaged later: one alone may be low by chance.
+        """
         gains = [o.start - o.tail for o in self.study.observations() if math.isfinite(o.tail)]
-        return max([g / 2 for g in gains if g > 0], default=math.inf)
+        gain = max([g for g in gains if g > 0], default=math.inf)
+        return ledger.usual_height(self.study.trials()) + gain / 2
 
     def _record(self, trial: Trial, outcome: Outcome) -> None:
         from .fitting import Observation

@@ -129,10 +129,10 @@ def run_trial(
 ) -> Outcome:
     """Take `trial.steps` values from `train(trial)`, then close it, so that its `finally` runs.
 
-    limit: how far above its start the mean of recent values may rise before the run counts as diverged. watch: called
-    with every new value; True prunes the run. endless: whether the loop is known to go on past its steps; where it is
-    not known, the loop is resumed once more to learn its return value. A run that raises optuna.TrialPruned or runs
-    out of memory is pruned. mean: of a value over the processes that train.
+    limit: how high the mean of recent values may rise, where that is above the first, before the run counts as
+    diverged. watch: called with every new value; True prunes the run. endless: whether the loop is known to go on past
+    its steps; where it is not known, the loop is resumed once more to learn its return value. A run that raises
+    optuna.TrialPruned or runs out of memory is pruned. mean: of a value over the processes that train.
     """
     curve = _Curve(trial, limit, watch, mean)
     try:
@@ -220,11 +220,11 @@ def _as_float(value: Any, step: int, what: str = "value") -> float:
 
 
 def _lost(curve: Sequence[float], limit: float) -> bool:
-    """Whether a run is beyond rescue: a non-finite value, or recent values far above the first."""
+    """Whether a run is beyond rescue: a non-finite value, or recent values above `limit` and the first."""
     if not math.isfinite(curve[-1]):
         return True
     recent = curve[-TAIL:]
-    return len(curve) > TAIL and sum(recent) / len(recent) > curve[0] + limit
+    return len(curve) > TAIL and sum(recent) / len(recent) > max(curve[0], limit)
 
 
 def _ended_early(curve: Sequence[float], steps: int) -> CalibrationError:

@@ -549,6 +549,21 @@ def test_a_return_value_that_is_not_finite_is_divergence(value):
     assert recipe.ceiling > 2**BEST > recipe.lr
 
 
+def test_a_first_value_low_by_chance_stops_no_run():
+    """A seed whose first batch is an easy one does not make its slow runs look as if they rose."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        fall = 0.3 * math.exp(-((math.log2(trial.lr) - BEST) ** 2) / 8)
+        for step in count():
+            easy = 0.15 if step == 0 and trial.seed == 0 else 0.0
+            yield 0.75 - easy - fall * min(step / STEPS, 1.0)
+
+    recipe = calibrate(train, trials=10)
+    assert not recipe.tensors["diverged"].any()
+    assert abs(math.log2(recipe.best_lr) - BEST) < 1.0
+
+
 def test_where_every_run_diverges_there_is_no_recipe():
     """If no rate stays finite, the error says so and how many were tried, ever lower."""
     storage = optuna.storages.InMemoryStorage()
