@@ -38,6 +38,9 @@ from rankaware_optim.yardstick import vertex_of
 SCHEME, RANKS, SEEDS = "Init[B], s = 1", (4, 64), 2
 STEP, RUNS = RESULTS / "init_b_step.json", RESULTS / "init_b_runs.jsonl"
 COARSE = range(-13, -2, 2)
+LINEAR = [
+    name for name in names() if name not in ("vision_classification", "digits_vision")
+]  # those adapt convolutions
 
 
 @click.group()
@@ -61,7 +64,7 @@ class Step(NamedTuple):
 def step(chosen: tuple[str, ...]) -> None:
     """Exponents in rank of the first step's size, progress and cosine, the median over layers."""
     torch.set_num_threads(1)
-    rows = {name: exponents_of(get_domain(name)) for name in chosen or names()}
+    rows = {name: exponents_of(get_domain(name)) for name in chosen or LINEAR}
     kept = json.loads(STEP.read_text()) if STEP.exists() else {}
     STEP.write_text(json.dumps({**kept, **rows}, indent=1) + "\n")
     click.echo(json.dumps(rows, indent=1))

@@ -177,7 +177,10 @@ def by_range_test(of: Search, domain: Domain, arms: Arms) -> Rates:
 
 
 def steepest(of: Search, domain: Domain, arms: Arms, rank: int) -> float:
-    """log2 of the rate at which the smoothed loss falls fastest per octave, before its lowest point."""
+    """log2 of the rate at the end of the octave over which the smoothed loss falls most, before its lowest point.
+
+    Over an octave, and not before ten values are averaged: step by step the noise of the first few decides.
+    """
     seed, model = 10 + 2 * of.seed, built(domain, of.config, rank, 10 + 2 * of.seed)
     method, octaves = "full" if rank == FULL else "lora", (HIGH - LOW) / domain.steps
     opt = ra.RankAwareOptimizer(
@@ -190,8 +193,9 @@ def steepest(of: Search, domain: Domain, arms: Arms, rank: int) -> float:
         losses.append(average / (1 - SMOOTHED**step))
         if not losses[-1] < 4 * losses[0]:
             break
-    lowest = max(1, min(range(len(losses)), key=lambda i: losses[i]))
-    return LOW + octaves * min(range(1, lowest + 1), key=lambda i: losses[i] - losses[i - 1])
+    octave, lowest = round(1 / octaves), min(range(len(losses)), key=lambda i: losses[i])
+    ends = range(10 + octave, max(lowest + 1, 11 + octave))
+    return LOW + octaves * min(ends, key=lambda i: losses[min(i, len(losses) - 1)] - losses[i - octave])
 
 
 LORA, WITH_FULL, TO_FULL = "LoRA trials", "LoRA and three full trials", "LoRA trials, planned for full"
