@@ -1,7 +1,7 @@
 """A recipe's rates on a grid of ranks and multipliers, as plain numbers: what a page without Python looks rates up in.
 
-Between the nodes a cubic through the four nearest, in log2 of rank and of the multiplier, gives three digits and more;
-every rank up to 64 is a node. Rates are log2, so that the page adds where the law multiplies.
+Every rank up to 64 is a node, and above there are 32 an octave, few enough to store and near enough for a straight line
+between two; along the multiplier a cubic through the four nearest nodes does. Both are in log2, and give three digits.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .recipe import Rate, Recipe, known_rate
 
 __all__ = ["rate_table"]
 
-_EVERY_RANK, _MOST, _PER_OCTAVE = 64, 8192, 8
-_SCALINGS = [e / 2 for e in range(-28, 17)]  # log2 of s = alpha / rank
+_EVERY_RANK, _MOST, _PER_OCTAVE = 64, 8192, 32
+_SCALINGS = [e / 2 for e in range(-28, 21)]  # log2 of s = alpha / rank
 _NO_RULE = "This recipe saw no rule by which alpha follows the rank: give alpha."
 _AS_SWEPT = "The sweep behind this recipe did not say its alpha, so its rates hold for alpha as it was swept."
 _MEASURED = "This recipe's law is measured, at seconds a rate: for an alpha of your own use recipe.at in Python."
@@ -56,14 +56,16 @@ def _is_measured(recipe: Recipe) -> bool:
 
 
 def _ranks(recipe: Recipe, coarse: bool) -> list[int]:
-    """Every small rank, then eight an octave, with those seen between them: where `outside` begins."""
+    """The nodes, with the ranks seen, where `outside` begins, and those at the width, where some laws have a kink."""
     powers = round(math.log2(_MOST))
     if coarse:
         nodes = {2**e for e in range(powers + 1)}
     else:
         nodes = {*range(1, _EVERY_RANK + 1), *(round(2 ** (e / _PER_OCTAVE)) for e in range(powers * _PER_OCTAVE + 1))}
+    width = recipe.reference.fan_in or 1.0
+    kinks = () if coarse else (math.floor(width), math.ceil(width))
     own = recipe.reference.rank
-    return sorted({*nodes, *recipe.ranks, *(() if own is None else (own,))})
+    return sorted(rank for rank in {*nodes, *recipe.ranks, own, *kinks} if rank and rank <= _MOST)
 
 
 def _row(recipe: Recipe, rank: int) -> list[float | None]:
@@ -82,7 +84,7 @@ def _ratios(rates: Sequence[Rate | None]) -> dict[str, list[float | None]]:
 
 
 def _log(value: float | None) -> float | None:
-    return None if value is None else round(math.log2(value), 5)
+    return None if value is None else round(math.log2(value), 4)
 
 
 def _numbered(rate: Rate | None, rank: int, sentences: list[list[str]]) -> int:

@@ -25,7 +25,7 @@ from .recipe_files import staged
 __all__ = ["report_html", "write_report"]
 
 # A panel's frame in its own units, which the page scales: left, right, top, bottom.
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 352.0, 12.0, 188.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60.0, 360.0, 22.0, 190.0
 _MOST_TICKS = 5
 
 
@@ -132,6 +132,8 @@ def _provenance(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "Optimizer", ", ".join([recipe.optimizer, *(f"{key}={value!r}" for key, value in own)])
     warmup = "unknown" if recipe.warmup is None else f"{recipe.warmup:.0%}"
     yield "Horizon", f"{recipe.steps or 'unknown'} steps, batch {recipe.batch or 'unknown'}, warm-up {warmup}"
+    horizon = recipe.horizon
+    yield "Other steps", f"{horizon.slope:+.2f} ± {horizon.slope_sd:.2f} octaves of rate per octave of steps"
     yield "Trials", f"{len(recipe.tensors.get('lr', ()))}, from seed {recipe.seed}"
     yield "Versions", ", ".join(f"{name} {version}" for name, version in recipe.versions.items()) or "unknown"
     yield "Hash", recipe.tag.partition(" ")[0]

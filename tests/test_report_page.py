@@ -108,19 +108,19 @@ def at(recipe: Recipe, *args, **kwargs):
 
 
 def test_the_table_holds_what_the_recipe_says():
-    """At every tenth node rate, band, ceiling and flag are those of `Recipe.at`, to five digits."""
+    """At every tenth node rate, band, ceiling and flag are those of `Recipe.at`, to four digits."""
     table = rate_table(RECIPE)
     for i in range(0, len(table["ranks"]), 10):
         rank, own = table["ranks"][i], at(RECIPE, table["ranks"][i])
-        assert 2 ** table["own"][i] == pytest.approx(own.lr, rel=1e-5)
+        assert 2 ** table["own"][i] == pytest.approx(own.lr, rel=1e-4)
         for edge in ("low", "high", "ceiling"):
-            assert 2 ** (table["own"][i] + table[edge][i]) == pytest.approx(getattr(own, edge), rel=1e-5)
+            assert 2 ** (table["own"][i] + table[edge][i]) == pytest.approx(getattr(own, edge), rel=1e-4)
         assert table["outside"][i] == own.extrapolated
         notes = table["sentences"][table["notes"][i]]
         assert [note.replace("{rank}", str(rank)) for note in notes] == list(own.notes)
         for j in range(0, len(table["scalings"]), 10):
             there = at(RECIPE, rank, alpha=rank * 2.0 ** table["scalings"][j])
-            assert 2 ** table["lr"][i][j] == pytest.approx(there.lr, rel=1e-5)
+            assert 2 ** table["lr"][i][j] == pytest.approx(there.lr, rel=1e-4)
     assert table["ranks"][:64] == list(range(1, 65))
     assert {*RECIPE.ranks, RECIPE.reference.rank} <= {*table["ranks"]}
 
@@ -138,7 +138,7 @@ def test_alpha_is_refused_where_it_cannot_be_told(recipe, reason):
     table = rate_table(recipe)
     assert reason in table["refused"]
     assert table["lr"] == []
-    assert 2 ** table["own"][table["ranks"].index(64)] == pytest.approx(at(recipe, 64).lr, rel=1e-5)
+    assert 2 ** table["own"][table["ranks"].index(64)] == pytest.approx(at(recipe, 64).lr, rel=1e-4)
 
 
 def test_a_rate_that_hangs_on_more_is_said():

@@ -1,0 +1,52 @@
+"""A headless Chromium: playwright's own where it was downloaded, else the system's.
+
+Run as a script, it installs one where there is none: playwright's, or, where that download is blocked, apt's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+DOWNLOAD_S = 300
+
+
+def found(playwright: Any) -> str | None:
+    """The path of a Chromium on this machine, or None."""
+    own = playwright.chromium.executable_path
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return own if Path(own).exists() else next(filter(None, map(shutil.which, names)), None)
+
+
+def launch(playwright: Any) -> Any:
+    """A browser; Chromium's sandbox refuses root."""
+    path = found(playwright)
+    if path is None:
+        raise FileNotFoundError("There is no Chromium. Run python tests/browser/chromium.py, or install one.")
+    return playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+
+
+def install() -> None:
+    """playwright's download, or else Debian's package; root may do without sudo."""
+    try:
+        download = [sys.executable, "-m", "playwright", "install", "chromium"]
+        if subprocess.run(download, timeout=DOWNLOAD_S).returncode == 0:
+            return
+    except subprocess.TimeoutExpired:
+        print("playwright's download did not come; trying apt.", file=sys.stderr)
+    sudo = [] if os.geteuid() == 0 else ["sudo"]
+    subprocess.run([*sudo, "apt-get", "update", "-q"], check=True)
+    subprocess.run([*sudo, "apt-get", "install", "-q", "-y", "--no-install-recommends", "chromium"], check=True)
+
+
+if __name__ == "__main__":
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as api:
+        missing = found(api) is None
+    if missing:
+        install()
