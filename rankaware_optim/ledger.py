@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PARAMETER",
     "Cell",
+    "carried",
     "cell_of",
     "counted",
     "interval",
@@ -34,6 +36,7 @@ __all__ = [
 
 PARAMETER = "log2_lr"  # what Optuna calls the one number of a trial: log2 of the base rate, reference coordinates
 _REPORTS = 10  # reports of a run to the storage, where pruners read them
+_EARLY = 0.3  # share of its steps in which a run is not judged
 _SAME = 1e-3  # relative: how well the first values of two runs of one rank and seed must agree
 
 
@@ -72,6 +75,33 @@ def running(trials: Sequence[FrozenTrial], but: int | None = None) -> list[Froze
 def observations(trials: Sequence[FrozenTrial]) -> list[Observation]:
     """What the fit sees: the trials that ran to their end or diverged."""
     return [Observation(**t.user_attrs["observation"]) for t in counted(trials) if "observation" in t.user_attrs]
+
+
+def carried(trials: Sequence[FrozenTrial]) -> list[Observation]:
+    """What the fit makes of runs that were stopped as worse: they end as far above the best run of their rank and seed
+    as they lay when they were stopped. Left out, a rate too high would seem never to have been tried. Stopped in its
+    first 30 %, a run says nothing.
+    """
+    done = [t for t in trials if t.state.name == "COMPLETE" and "observation" in t.user_attrs]
+    lost = [t for t in trials if t.user_attrs.get("stopped") == "pruned" and PARAMETER in t.params]
+    pairs = [(t, _best_of([other for other in done if cell_of(other) == cell_of(t)])) for t in lost]
+    return [_carried(t, best) for t, best in pairs if best is not None and _is_judged(t, best)]
+
+
+def _best_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    return min(trials, key=lambda t: t.user_attrs["observation"]["value"], default=None)
+
+
+def _is_judged(trial: FrozenTrial, best: FrozenTrial) -> bool:
+    return len(trial.user_attrs["curve"]) >= max(1.0, _EARLY * len(best.user_attrs["curve"]))
+
+
+def _carried(trial: FrozenTrial, best: FrozenTrial) -> Observation:
+    curve, own = trial.user_attrs["curve"], Observation(**best.user_attrs["observation"])
+    tail = math.fsum(curve[-TAIL:]) / len(curve[-TAIL:])
+    there = best.user_attrs["curve"][: len(curve)][-TAIL:]
+    gap = max(0.0, tail - math.fsum(there) / len(there))
+    return replace(own, x=trial.params[PARAMETER], value=own.value + gap, start=curve[0], tail=own.tail + gap)
 
 
 def pruned(trials: Sequence[FrozenTrial]) -> list[tuple[int | None, float]]:

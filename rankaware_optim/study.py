@@ -235,7 +235,8 @@ class Study:
 
     def fit(self) -> Fit | None:
         """The fit of what was seen so far, or None where every run diverged."""
-        return None if self.reference is None else self._fitted(self.observations())
+        seen = [*self.observations(), *ledger.carried(self.all_trials())]
+        return None if self.reference is None else self._fitted(seen)
 
     def _fitted(self, seen: list[Observation]) -> Fit | None:
         """The fit of `seen`, made once for each number of observations: a study only adds to them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import asdict
 
 import optuna
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import rankaware_optim as ra
 from rankaware_optim import ledger
+from rankaware_optim.fitting import Observation
 from rankaware_optim.planning import Plan, leverage
 from rankaware_optim.pruning import PairedPruner
 
@@ -296,3 +298,32 @@ def test_doubts_are_said(loop, ranks, note):
     """Ranks too near, a loop that its seed does not determine, and a flat loss are notes of the recipe; else none."""
     notes = calibrate(loop, ranks=ranks, trials=12).notes
     assert (notes == ()) if note is None else any(note in said for said in notes)
+
+
+def kept_trial(state, x, curve, seed=0, **attrs):
+    """A trial of rank 4 as a study keeps it."""
+    made = {"rank": 4, "seed": seed, "curve": curve, **attrs}
+    distribution = optuna.distributions.FloatDistribution(-20, 0)
+    return optuna.trial.create_trial(
+        state=state,
+        value=curve[-1] if state.name == "COMPLETE" else None,
+        params={"log2_lr": x},
+        distributions={"log2_lr": distribution},
+        user_attrs=made,
+    )
+
+
+def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
+    """It counts as ending above the best run of its rank and seed by as much as when it was stopped; others do not."""
+    state = optuna.trial.TrialState
+    best = Observation(4, 0, -8.0, 0.3, 1.0, 0.35, returned=True)
+    falling = [1.0 - 0.07 * step for step in range(10)]
+    best_trial = kept_trial(state.COMPLETE, -8.0, falling, observation=asdict(best))
+    lost = kept_trial(state.PRUNED, -6.0, [value + 0.2 for value in falling[:6]], stopped="pruned")
+    elsewhere = kept_trial(state.PRUNED, -6.0, falling[:6], seed=1, stopped="pruned")
+    starved = kept_trial(state.PRUNED, -6.0, falling[:6], stopped="memory")
+    early = kept_trial(state.PRUNED, -6.0, falling[:2], stopped="pruned")
+    unstarted = kept_trial(state.PRUNED, -6.0, [], stopped="pruned")
+    (seen,) = ledger.carried([best_trial, lost, elsewhere, starved, early, unstarted])
+    assert (seen.rank, seen.seed, seen.x, seen.returned, seen.stopped) == (4, 0, -6.0, True, False)
+    assert (seen.value, seen.tail) == pytest.approx((0.5, 0.55))
