@@ -13,7 +13,7 @@ from contenders import CONTENDERS
 from domains import Domain
 from domains._configs import CONFIGS
 from domains._runs import FULL, Cell, Job, Losses, or_inf
-from domains._tables import block, number
+from domains._tables import block, percent
 from matplotlib.figure import Figure
 from scipy.interpolate import PchipInterpolator
 from searches import LORA, RANGE_TEST, RATES_SWEPT, TO_FULL, TPE, WITH_FULL, ranks_of
@@ -133,10 +133,6 @@ def row_of(name: str, mine: Sequence[Score], ranks: Sequence[int], costs: Mappin
     figures = [percent(max(lora)), percent(statistics.median(lora))] if lora else ["–", "–"]
     cells = [percent(statistics.fmean(by_rank[rank])) if by_rank[rank] else "–" for rank in (*ranks, FULL)]
     return [name, "–" if cost is None else f"{cost:.0%}", *figures, *cells]
-
-
-def percent(share: float) -> str:
-    return "diverged" if not math.isfinite(share) else number(100 * share, 1) + " %"
 
 
 def bars(domains: Sequence[Domain], scores: Sequence[Score]) -> list[list[str]]:

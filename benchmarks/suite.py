@@ -22,6 +22,7 @@ from domains._configs import CONFIGS, LORAPLUS, RSLORA, TWO_RATES, run_at, start
 from domains._runs import FULL, WARMUP, Cell, Grid, complete, read
 from domains._tables import where
 from recording import RESULTS, machine
+from searches import ranks_of
 from suite_page import LAWS, tables
 
 from rankaware_optim import Law
@@ -30,7 +31,6 @@ from rankaware_optim.yardstick import law_of
 
 STORES = RESULTS / "suite"
 QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
-LOWEST_RANK = 1
 FIRST_CONFIG = next(iter(CONFIGS))
 COARSE = {
     **{config: range(-13, -2, 2) for config in (*CONFIGS, *RSLORA)},
@@ -55,7 +55,7 @@ class Part:
 
 def parts(domain: str, suite: str) -> tuple[Part, ...]:
     """What a suite runs on a domain, the claims first."""
-    ranks = (LOWEST_RANK, *get_domain(domain).ranks)
+    ranks = ranks_of(get_domain(domain))
     if suite == "quick":
         return (Part((FIRST_CONFIG,), (4, 16, 64), 1, 2), Part(("full",), (FULL,), 1, 2))
     seeds = SEEDS.get(domain, 3)

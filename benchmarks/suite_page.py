@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
-from contenders import width_of
+import contenders
 from domains import get_domain
-from domains._configs import CONFIGS, LORAPLUS, RSLORA, TWO_RATES, built, start_of, tuned_at
+from domains._configs import CONFIGS, LORAPLUS, RSLORA, TWO_RATES, start_of
 from domains._runs import FULL, Cell, Losses, curve
-from domains._tables import block, losses_at, number
+from domains._tables import block, losses_at, number, percent
 from make_recipes import path_of
 from searches import ranks_of, rate_of
 
-from rankaware_optim import Law, MuA, RankAwareOptimizer, Recipe
+from rankaware_optim import Law, MuA, Recipe
 from rankaware_optim.yardstick import vertex_of
 
 HELD, DRIFT, OCTAVE = 0.1, 0.35, 0.5
@@ -113,18 +113,8 @@ def law_slope(domain: str, scheme: str, ranks: Sequence[int], law: Law) -> float
 
 @cache
 def octaves(domain: str, config: str, rank: int, law: Law) -> float:
-    """log2 of what the package multiplies a rate tuned at rank 16 by, at a rank or in full."""
-    opt = RankAwareOptimizer(
-        built(get_domain(domain), config, rank, 0),
-        "adamw",
-        lr=1.0,
-        law=law,
-        tuned_at=tuned_at(config),
-        method="full" if rank == FULL else "lora",
-        rates=get_domain(domain).head_rates,
-    )
-    told = (g["lr_multiplier"] for g in opt.param_groups if g["lora_role"] in ("A", "B", "full"))
-    return math.log2(next(told))
+    """`contenders.octaves` by the domain's name, made once."""
+    return contenders.octaves(get_domain(domain), config, rank, law)
 
 
 # --- claims ---------------------------------------------------------------------------------------------------------
@@ -214,7 +204,7 @@ def ten_times_full(done: Losses, domain: str, config: str, full: float, a: int, 
 
 @cache
 def width(domain: str) -> float:
-    return width_of(get_domain(domain))
+    return contenders.width_of(get_domain(domain))
 
 
 def best_at(done: Losses, cell: Cell) -> float:
@@ -238,10 +228,6 @@ def between(means: Mapping[float, float], x: float) -> float:
     low, high = max(at for at in grid if at <= x), min(at for at in grid if at >= x)
     share = 0.0 if low == high else (x - low) / (high - low)
     return means[low] if not share else (1.0 - share) * means[low] + share * means[high]
-
-
-def percent(share: float) -> str:
-    return "diverged" if not math.isfinite(share) else number(100 * share, 1) + " %"
 
 
 def schemes_in(done: Losses, domain: str) -> list[str]:

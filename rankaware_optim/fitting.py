@@ -12,7 +12,7 @@ over shapes, weighed by how well each explains the losses and how well its optim
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,11 @@ class Prior:
     full_sd: float = 0.4
     pivot: float = 16.0
     full_reach: float = 0.0
+
+    def row(self, rank: int | None) -> Array:
+        """How the optimum at a rank, None for full finetuning, hangs on (base, drift, factor)."""
+        reach = self.full_reach if rank is None else math.log2(rank / self.pivot)
+        return np.array([1.0, reach, float(rank is None)])
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
     gain = gain_of([o for o, b in zip(observations, bad, strict=True) if not b])
     arms = _arms(observations, bad, gain)
     bowls = bowls_of(arms)
-    means, covariances, agreement = _shrunk(_rows(list(arms), prior), bowls.mean, bowls.sd, prior)
+    means, covariances, agreement = _shrunk(_rows(arms, prior), bowls.mean, bowls.sd, prior)
     weights = _softmax(bowls.log_weight + agreement)
     mean, covariance = _mixed(weights, means, covariances)
     vertices = {rank: _moments(weights, bowls.mean[:, i], bowls.sd[:, i]) for i, rank in enumerate(arms)}
@@ -160,14 +165,12 @@ def _arms(observations: Sequence[Observation], bad: Sequence[bool], gain: float)
 def shrink(vertices: Mapping[int | None, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:
     """Gaussian posterior of (base, drift, factor) given the arms' vertices; exact, three unknowns."""
     means, sds = np.array(list(vertices.values())).T[:, None, :]
-    mean, covariance, _ = _shrunk(_rows(list(vertices), prior), means, sds, prior)
+    mean, covariance, _ = _shrunk(_rows(vertices, prior), means, sds, prior)
     return mean[0], covariance[0]
 
 
-def _rows(ranks: Sequence[int | None], prior: Prior) -> Array:
-    """How each rank's optimum hangs on (base, drift, factor)."""
-    reach = [prior.full_reach if rank is None else math.log2(rank / prior.pivot) for rank in ranks]
-    return np.array([[1.0, r, float(rank is None)] for r, rank in zip(reach, ranks, strict=True)])
+def _rows(ranks: Iterable[int | None], prior: Prior) -> Array:
+    return np.array([prior.row(rank) for rank in ranks])
 
 
 def _shrunk(rows: Array, means: Array, sds: Array, prior: Prior) -> tuple[Array, Array, Array]:

@@ -22,10 +22,13 @@ __all__ = [
     "carried",
     "cell_of",
     "counted",
+    "evidence",
+    "EARLY",
     "interval",
     "is_flat",
     "observations",
     "pruned",
+    "rival_of",
     "running",
     "scalings",
     "spent",
@@ -36,7 +39,7 @@ __all__ = [
 
 PARAMETER = "log2_lr"  # what Optuna calls the one number of a trial: log2 of the base rate, reference coordinates
 _REPORTS = 10  # reports of a run to the storage, where pruners read them
-_EARLY = 0.3  # share of its steps in which a run is not judged
+EARLY = 0.3  # share of its steps in which a run is not judged
 _SAME = 1e-3  # relative: how well the first values of two runs of one rank and seed must agree
 
 
@@ -73,8 +76,13 @@ def running(trials: Sequence[FrozenTrial], but: int | None = None) -> list[Froze
 
 
 def observations(trials: Sequence[FrozenTrial]) -> list[Observation]:
-    """What the fit sees: the trials that ran to their end or diverged."""
+    """What the trials showed that ran to their end or diverged."""
     return [Observation(**t.user_attrs["observation"]) for t in counted(trials) if "observation" in t.user_attrs]
+
+
+def evidence(trials: Sequence[FrozenTrial]) -> list[Observation]:
+    """What the fit sees: what trials showed, and what those that were stopped would have."""
+    return [*observations(trials), *carried(trials)]
 
 
 def carried(trials: Sequence[FrozenTrial]) -> list[Observation]:
@@ -82,18 +90,19 @@ def carried(trials: Sequence[FrozenTrial]) -> list[Observation]:
     as they lay when they were stopped. Left out, a rate too high would seem never to have been tried. Stopped in its
     first 30 %, a run says nothing.
     """
-    done = [t for t in trials if t.state.name == "COMPLETE" and "observation" in t.user_attrs]
     lost = [t for t in trials if t.user_attrs.get("stopped") == "pruned" and PARAMETER in t.params]
-    pairs = [(t, _best_of([other for other in done if cell_of(other) == cell_of(t)])) for t in lost]
+    pairs = [(t, rival_of(t, trials)) for t in lost]
     return [_carried(t, best) for t, best in pairs if best is not None and _is_judged(t, best)]
 
 
-def _best_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    return min(trials, key=lambda t: t.user_attrs["observation"]["value"], default=None)
+def rival_of(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """The best finished run of a trial's rank and seed."""
+    mine = [t for t in trials if t.state.name == "COMPLETE" and cell_of(t) == cell_of(trial)]
+    return min(mine, key=lambda t: t.value if t.value is not None else math.inf, default=None)
 
 
 def _is_judged(trial: FrozenTrial, best: FrozenTrial) -> bool:
-    return len(trial.user_attrs["curve"]) >= max(1.0, _EARLY * len(best.user_attrs["curve"]))
+    return len(trial.user_attrs["curve"]) >= max(1.0, EARLY * len(best.user_attrs["curve"]))
 
 
 def _carried(trial: FrozenTrial, best: FrozenTrial) -> Observation:

@@ -10,13 +10,12 @@ from statistics import fmean, stdev
 
 from optuna.pruners import BasePruner
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from .ledger import PARAMETER, cell_of
+from .ledger import EARLY, PARAMETER, rival_of
 
 __all__ = ["PairedPruner"]
 
-_EARLY = 0.3  # share of the steps before which nothing is judged
 _WORSE = 0.5  # share of the best run's gain so far that a run must lag behind
 _NEAR = 1.0  # octaves around the best run and the estimated optimum in which nothing is pruned
 _STANDARD_ERRORS = 3.0
@@ -31,13 +30,13 @@ class PairedPruner(BasePruner):
     """
 
     def __init__(self, steps: int, warmup: float = 0.0) -> None:
-        self._from = max(_EARLY, warmup) * steps
+        self._from = max(EARLY, warmup) * steps
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         step = trial.last_step
         if step is None or step < self._from:
             return False
-        best = _best_rival(study, trial)
+        best = rival_of(trial, study.get_trials(deepcopy=False))
         if best is None or self._is_near(trial, best):
             return False
         return _lags(trial, best)
@@ -45,13 +44,6 @@ class PairedPruner(BasePruner):
     def _is_near(self, trial: FrozenTrial, best: FrozenTrial) -> bool:
         marks = (best.params[PARAMETER], trial.user_attrs.get("estimate"))
         return any(mark is not None and abs(trial.params[PARAMETER] - mark) < _NEAR for mark in marks)
-
-
-def _best_rival(study: Study, trial: FrozenTrial) -> FrozenTrial | None:
-    """The best finished run of the same rank and seed."""
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    mine = [t for t in done if cell_of(t) == cell_of(trial)]
-    return min(mine, key=lambda t: t.value if t.value is not None else math.inf, default=None)
 
 
 def _lags(trial: FrozenTrial, best: FrozenTrial) -> bool:

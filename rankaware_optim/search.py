@@ -31,11 +31,11 @@ class BracketSampler(BaseSampler):
     optimum. A rate that another worker is running counts as tried. Everything is read from the study, so a resumed
     study goes on as it would have.
 
-    fit: of observations. few_full: runs of full finetuning begin at the rate predicted for it and step from there.
+    fit: of a study's trials. few_full: runs of full finetuning begin at the rate predicted for it and step from there.
     """
 
     def __init__(
-        self, start: float, prior: Prior, fit: Callable[[list[Observation]], Fit | None], few_full: bool = False
+        self, start: float, prior: Prior, fit: Callable[[Sequence[FrozenTrial]], Fit | None], few_full: bool = False
     ) -> None:
         self._start, self._prior, self._fit, self._few_full = start, prior, fit, few_full
 
@@ -57,7 +57,7 @@ class BracketSampler(BaseSampler):
     def _propose(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, low: float, high: float) -> float:
         rank, seen, stopped = cell_of(trial).rank, observations(trials), pruned(trials)
         others = [t for t in running(trials, but=trial.number) if PARAMETER in t.params]
-        fit = self._fit(seen)
+        fit = self._fit(trials)
         centre = None if fit is None else estimate_at(fit, rank, self._prior)
         if rank is None and self._few_full and centre is not None:
             mine = [t.params[PARAMETER] for t in others if cell_of(t).rank is None]
@@ -75,8 +75,7 @@ class BracketSampler(BaseSampler):
 
 def estimate_at(fit: Fit, rank: int | None, prior: Prior) -> float:
     """log2 of the base rate at which a rank is estimated to be best, None for full finetuning."""
-    reach = prior.full_reach if rank is None else math.log2(rank / prior.pivot)
-    return float(fit.mean[0] + reach * fit.mean[1] + (fit.mean[2] if rank is None else 0.0))
+    return float(prior.row(rank) @ fit.mean)
 
 
 def _beside(proposed: float, busy: Sequence[float], low: float, high: float) -> float:

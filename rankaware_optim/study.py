@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,6 @@ class Study:
     reference: Reference | None = None
     full_fan_in: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    endless: bool | None = None
     few_full: bool = False
 
     def __post_init__(self) -> None:
@@ -148,7 +147,7 @@ class Study:
         return ledger.counted(self.all_trials())
 
     def observations(self) -> list[Observation]:
-        """What the fit sees: trials that ran their steps or diverged."""
+        """What trials showed that ran their steps or diverged."""
         return ledger.observations(self.all_trials())
 
     def read(self, trial: Trial, handle: Any, survey: Survey) -> None:
@@ -235,13 +234,13 @@ class Study:
 
     def fit(self) -> Fit | None:
         """The fit of what was seen so far, or None where every run diverged."""
-        seen = [*self.observations(), *ledger.carried(self.all_trials())]
-        return None if self.reference is None else self._fitted(seen)
+        return None if self.reference is None else self._fitted(self.all_trials())
 
-    def _fitted(self, seen: list[Observation]) -> Fit | None:
-        """The fit of `seen`, made once for each number of observations: a study only adds to them."""
+    def _fitted(self, trials: Sequence[FrozenTrial]) -> Fit | None:
+        """The fit of what trials say, made once for each number of observations: a study only adds to them."""
         from .fitting import fit_observations
 
+        seen = ledger.evidence(trials)
         if len(seen) not in self._fits:
             self._fits = {len(seen): fit_observations(seen, self.prior)}
         return self._fits[len(seen)]
@@ -256,10 +255,7 @@ class Study:
 
     def _sd(self, fit: Fit, rank: int | None) -> float:
         """Standard deviation of log2 of the best rate at a rank, octaves; None for full finetuning."""
-        import numpy as np
-
-        reach = self.prior.full_reach if rank is None else math.log2(rank / self.prior.pivot)
-        row = np.array([1.0, reach, 1.0 if rank is None else 0.0])
+        row = self.prior.row(rank)
         return math.sqrt(float(row @ fit.covariance @ row))
 
     def standing(self) -> tuple[float, float, float] | None:

@@ -60,6 +60,11 @@ def number(value: float | None, digits: int = 2, sign: bool = False, missing: st
     return missing if value is None or not math.isfinite(value) else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
+def percent(share: float) -> str:
+    """A regret."""
+    return "diverged" if not math.isfinite(share) else number(100 * share, 1) + " %"
+
+
 def rates(row: Mapping[str, Any]) -> str:
     """A best rate with those of its seeds: "−7.9 (−8.0, −7.8, −7.9)"."""
     return f"{number(row['best'], 2)} ({', '.join(number(x, 1) for x in row['by_seed'])})"
