@@ -20,7 +20,7 @@ _STRIDE = 2.0  # octaves between the trials that bracket
 _CLEARLY = 0.25  # share of the gain that makes a rate above the best clearly worse
 _OFFSETS = (0.5, -1.0, 1.25, -2.0)  # octaves around the estimated optimum; a cliff above makes the low side safer
 _CLEARANCE = 0.5  # octaves that are kept below the lowest rate that diverged
-_TAKEN = 0.25  # octaves around a rate that another worker is running, in which no second run is begun
+_TAKEN = 0.25  # octaves around a rate that another worker is running, or this rank has run, kept free of a second run
 _FULL_STEP = 1.0  # octaves between the few runs of full finetuning
 
 
@@ -60,17 +60,17 @@ class BracketSampler(BaseSampler):
         fit = self._fit(trials)
         centre = None if fit is None else estimate_at(fit, rank, self._prior)
         if rank is None and self._few_full and centre is not None:
-            mine = [t.params[PARAMETER] for t in others if cell_of(t).rank is None]
-            return next_full(seen, centre, [*(x for other, x in stopped if other is None), *mine])
-        busy = [t.params[PARAMETER] for t in others]
+            busy = [t.params[PARAMETER] for t in others if cell_of(t).rank is None]
+            return next_full(seen, centre, [*(x for other, x in stopped if other is None), *busy])
+        mine = [x for other, x in stopped if other == rank]
+        mine += [t.params[PARAMETER] for t in others if cell_of(t).rank == rank]
+        taken = [*(t.params[PARAMETER] for t in others), *mine, *(o.x for o in seen if o.rank == rank)]
         proposed = next_bracket(seen, self._start, low, high, [x for _, x in stopped])
         if proposed is not None:
-            return _beside(proposed, busy, low, high)
+            return _beside(proposed, taken, low, high)
         if fit is None or centre is None:
-            return _beside(min(o.x for o in seen) - _STRIDE, busy, low, high)
-        tried = [x for other, x in stopped if other == rank]
-        tried += [t.params[PARAMETER] for t in others if cell_of(t).rank == rank]
-        return next_refinement(seen, rank, centre, fit.ceiling, tried)
+            return _beside(min(o.x for o in seen) - _STRIDE, taken, low, high)
+        return next_refinement(seen, rank, centre, fit.ceiling, mine)
 
 
 def estimate_at(fit: Fit, rank: int | None, prior: Prior) -> float:
@@ -78,11 +78,12 @@ def estimate_at(fit: Fit, rank: int | None, prior: Prior) -> float:
     return float(prior.row(rank) @ fit.mean)
 
 
-def _beside(proposed: float, busy: Sequence[float], low: float, high: float) -> float:
-    """`proposed`, or the nearest stride from it that no other worker is running, downwards first."""
-    strides = [0.0] + [sign * n * _STRIDE for n in range(1, len(busy) + 2) for sign in (-1, 1)]
-    options = [x for x in (proposed + stride for stride in strides) if low <= x <= high] or [proposed]
-    return next((x for x in options if all(abs(x - b) > _TAKEN for b in busy)), proposed + _TAKEN)
+def _beside(proposed: float, taken: Sequence[float], low: float, high: float) -> float:
+    """`proposed`, or the first stride below it, then above, that is not taken; half strides where all are."""
+    sizes = (_STRIDE, _STRIDE / 2)
+    strides = [sign * n * size for size in sizes for sign in (-1, 1) for n in range(1, len(taken) + 2)]
+    options = [x for x in (proposed + stride for stride in (0.0, *strides)) if low <= x <= high] or [proposed]
+    return next((x for x in options if all(abs(x - t) > _TAKEN for t in taken)), proposed + _TAKEN)
 
 
 def next_bracket(

@@ -209,7 +209,7 @@ def _fit(made: tuple[Any, ...], trial: Trial, settings: dict[str, Any], score: S
     _limit(trainer, trial.steps)
     steps = _Steps(report)
 
-    class Reports(callbacks.Callback):  # type: ignore[misc, name-defined]
+    class Reports(callbacks.Callback):  # type: ignore[name-defined]
         """Reports every step, and stops the trainer where the trial ends."""
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
