@@ -33,11 +33,11 @@ from scipy.interpolate import CubicSpline
 from rankaware_optim import MuA, RankAwareWarning, Recipe, Reference
 from rankaware_optim.fitting import Fit, Observation, Prior, fit_observations
 from rankaware_optim.laws import checked_multiplier
-from rankaware_optim.search import estimate_at, next_bracket, next_refinement
+from rankaware_optim.search import estimate_at, next_bracket, next_refinement, under
 from rankaware_optim.study import Study
 
 TRIED, ASKED = (4, 64), (4, 16, 64, 256, None)  # None: full finetuning
-TRIALS, SEEDS = 8, (0, 1)  # a rank; those of `calibrate`
+TRIALS, SEEDS, PER_SEED = 8, (0, 1), 4  # of a rank; those of `calibrate`
 SWEEPS = ("image_generation", "digits_vision")
 WIDTH = 1024.0
 FULL_SD = 0.4
@@ -173,18 +173,18 @@ def searched(world: World, prior: Prior, start: float, low: float, high: float) 
     seen: list[Observation] = []
     for number in range(TRIALS * len(TRIED)):
         rank = TRIED[number % len(TRIED)]
-        seed = SEEDS[number // len(TRIED) % len(SEEDS)]
+        seed = SEEDS[number // (PER_SEED * len(TRIED)) % len(SEEDS)]
         x = next_bracket(seen, start, low, high)
-        x = refined(seen, rank, prior) if x is None else x
+        x = refined(seen, rank, prior, low, high) if x is None else x
         seen.append(world.run(rank, seed, min(max(x, low), high)))
     return seen
 
 
-def refined(seen: Sequence[Observation], rank: int, prior: Prior) -> float:
+def refined(seen: Sequence[Observation], rank: int, prior: Prior, low: float, high: float) -> float:
     fit = fit_observations(seen, prior)
     if fit is None:
         raise RuntimeError("every simulated run diverged")
-    return next_refinement(seen, rank, estimate_at(fit, rank, prior), fit.ceiling)
+    return next_refinement(seen, rank, estimate_at(fit, rank, prior), (low, min(high, under(fit.ceiling))))
 
 
 def recipe_of(study: Study, fit: Fit) -> Recipe:

@@ -30,8 +30,8 @@ _DIVERGED = 0.25  # a run that ends this share of the gain above its start has d
 class Observation:
     """One finished trial. rank: None for full finetuning. x: log2 of the base rate. value: the score, minimised.
 
-    start, tail: first value and mean of the last tenth of what the loop yielded. returned: whether the score was
-    returned rather than that mean. stopped: cut short because it diverged.
+    start, tail: where the curve began (see `ledger.height`) and the mean of its last tenth. returned: whether the score
+    was returned rather than that mean. stopped: cut short because it diverged.
     """
 
     rank: int | None

@@ -22,8 +22,9 @@ __all__ = [
     "carried",
     "cell_of",
     "counted",
-    "evidence",
     "EARLY",
+    "evidence",
+    "height",
     "interval",
     "is_flat",
     "observations",
@@ -62,6 +63,11 @@ def interval(steps: int) -> int:
 def counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The trials that count: complete, or stopped because they diverged or a pruner said so."""
     return [t for t in trials if t.state.name in ("COMPLETE", "PRUNED")]
+
+
+def height(curve: Sequence[float]) -> float:
+    """Where a run begins: its first value, or the median of the first few where its first batch was an easy one."""
+    return max(curve[0], statistics.median(curve[:TAIL]))
 
 
 def usual_height(trials: Sequence[FrozenTrial]) -> float:
@@ -110,7 +116,7 @@ def _carried(trial: FrozenTrial, best: FrozenTrial) -> Observation:
     tail = math.fsum(curve[-TAIL:]) / len(curve[-TAIL:])
     there = best.user_attrs["curve"][: len(curve)][-TAIL:]
     gap = max(0.0, tail - math.fsum(there) / len(there))
-    return replace(own, x=trial.params[PARAMETER], value=own.value + gap, start=curve[0], tail=own.tail + gap)
+    return replace(own, x=trial.params[PARAMETER], value=own.value + gap, start=height(curve), tail=own.tail + gap)
 
 
 def pruned(trials: Sequence[FrozenTrial]) -> list[tuple[int | None, float]]:

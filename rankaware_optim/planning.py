@@ -22,7 +22,7 @@ _FEWEST = 2  # finished trials of every rank before a narrow band is believed
 _HOPELESS = 12  # runs that all diverged, each two octaves lower, after which none will help
 _SHORT_RUNS = 10  # with a budget alone: trials at most, in units of those that it would pay in full
 _APART = 16.0  # the factor between the lowest and the highest rank at which the drift is well told
-_PER_SEED = 4  # full runs of one seed, since only those are compared without the seed's noise
+_PER_SEED = 4  # runs of a rank at one seed before the next: only those are compared without the seed's noise
 
 
 @dataclass(frozen=True)
@@ -96,21 +96,21 @@ class Plan:
         return len(done) >= _HOPELESS and all(diverged(observations(done)))
 
     def _rotate(self, lora: Sequence[FrozenTrial], weights: Mapping[int | None, float]) -> Cell:
-        """The cell tried least for its weight, first among runs that did not diverge: paired and balanced.
+        """Ranks in turn, the one tried least for its weight, four runs of each at a seed before the next seed.
 
-        A run that the pruner stopped was judged, so it counts as one that did not.
+        A run that diverged says little, so it does not count before the others; one that the pruner stopped was judged.
         """
         seen = [t for t in lora if "observation" in t.user_attrs and t.state.is_finished()]
         bad = diverged(observations(seen))
         lost = [cell_of(trial) for trial, b in zip(seen, bad, strict=True) if b]
         tried = [cell_of(trial) for trial in lora]
-        cells = [Cell(rank, seed) for seed in self.seeds for rank in self.ranks]
 
-        def due(cell: Cell) -> tuple[float, float]:
+        def due(cell: Cell) -> tuple[float, ...]:
             weight = weights.get(cell.rank, 1.0)
-            return (tried.count(cell) - lost.count(cell)) / weight, tried.count(cell) / weight
+            fruitful = (tried.count(cell) - lost.count(cell)) / weight
+            return fruitful // _PER_SEED, self.seeds.index(cell.seed), fruitful, tried.count(cell) / weight
 
-        return min(cells, key=due)
+        return min((Cell(rank, seed) for rank in self.ranks for seed in self.seeds), key=due)
 
 
 def leverage(ranks: Sequence[int | None], width: float) -> dict[int | None, float]:

@@ -267,7 +267,7 @@ class Runner:
                 seed=trial.seed,
                 x=self._handle.params[ledger.PARAMETER],
                 value=outcome.score,
-                start=outcome.curve[0],
+                start=ledger.height(outcome.curve),
                 tail=outcome.tail,
                 returned=outcome.returned is not None,
                 stopped=outcome.stopped == "diverged",

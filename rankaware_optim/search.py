@@ -18,7 +18,8 @@ __all__ = ["BracketSampler", "estimate_at"]
 
 _STRIDE = 2.0  # octaves between the trials that bracket
 _CLEARLY = 0.25  # share of the gain that makes a rate above the best clearly worse
-_OFFSETS = (0.5, -1.0, 1.25, -2.0)  # octaves around the estimated optimum; a cliff above makes the low side safer
+# Octaves around the estimated optimum; a cliff above makes the low side safer. Then what lies between them.
+_OFFSETS = ((0.5, -1.0, 1.25, -2.0), (0.0, -0.5, -1.5, 0.85))
 _CLEARANCE = 0.5  # octaves that are kept below the lowest rate that diverged
 _TAKEN = 0.25  # octaves around a rate that another worker is running, or this rank has run, kept free of a second run
 _FULL_STEP = 1.0  # octaves between the few runs of full finetuning
@@ -70,7 +71,7 @@ class BracketSampler(BaseSampler):
             return _beside(proposed, taken, low, high)
         if fit is None or centre is None:
             return _beside(min(o.x for o in seen) - _STRIDE, taken, low, high)
-        return next_refinement(seen, rank, centre, fit.ceiling, mine)
+        return next_refinement(seen, rank, centre, (low, min(high, under(fit.ceiling))), mine)
 
 
 def estimate_at(fit: Fit, rank: int | None, prior: Prior) -> float:
@@ -106,18 +107,32 @@ def next_bracket(
     if not worse:
         target = max(o.x for o in seen) + _STRIDE
         return target if target <= high else None
-    below = any(x < best.x - _STRIDE / 4 for x in (*(o.x for o in seen), *pruned))
-    return None if below or best.x - _STRIDE < low else best.x - _STRIDE
+    lower = any(x < best.x - _STRIDE / 4 for x in (*(o.x for o in seen), *pruned))
+    return None if lower or best.x - _STRIDE < low else best.x - _STRIDE
+
+
+def under(ceiling: float | None) -> float:
+    """The highest rate to refine at."""
+    return math.inf if ceiling is None else ceiling - _CLEARANCE
 
 
 def next_refinement(
-    seen: Sequence[Observation], rank: int | None, centre: float, ceiling: float | None, others: Sequence[float] = ()
+    seen: Sequence[Observation],
+    rank: int | None,
+    centre: float,
+    within: tuple[float, float],
+    others: Sequence[float] = (),
 ) -> float:
-    """The offset from this rank's estimated optimum that is farthest from what this rank has tried."""
+    """The offset from this rank's estimated optimum, kept `within` bounds, that is farthest from what it has tried."""
     tried = [*(o.x for o in seen if o.rank == rank), *others]
-    top = math.inf if ceiling is None else ceiling - _CLEARANCE
-    options = [min(centre + offset, top) for offset in _OFFSETS]
-    return float(max(options, key=lambda x: min((abs(x - t) for t in tried), default=math.inf)))
+    low, high = within
+    for offsets in _OFFSETS:
+        options = [max(min(centre + offset, high), low) for offset in offsets]
+        apart = {x: min((abs(x - t) for t in tried), default=math.inf) for x in options}
+        best = max(options, key=lambda x: apart[x])
+        if apart[best] > _TAKEN:
+            break
+    return float(best)
 
 
 def next_full(seen: Sequence[Observation], centre: float, others: Sequence[float] = ()) -> float:

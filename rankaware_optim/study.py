@@ -39,6 +39,7 @@ __all__ = ["Study", "versions_used"]
 # alpha 32 over 18 published language models; the others are customary multiples of it.
 _USUAL_AT = Reference(rank=16, alpha=32, fan_in=4096)
 _USUAL_LR = {"sign-like": 2.0**-11.8, "gradient-like": 2.0**-4, "spectral": 2.0**-8, "relative-scale": 2.0**-8}
+_ABOVE = 2.0  # octaves above the usual rate: a first run too high stops early and shows the cliff, one too low does not
 _HALF_RANGE = 4.0  # octaves on either side of the first guess
 _WIDEN = 2.0  # octaves an edge moves out when the best rate sits there
 _EDGE = 1.0  # octaves: how near counts as sitting there
@@ -180,10 +181,10 @@ class Study:
         return self.reference
 
     def _first_guess(self) -> float:
-        """log2 of the family's usual rate, moved by the law to the reference."""
+        """log2 of the upper end of the family's usual rates, moved by the law to the reference."""
         factor = self.settled().as_factor()
         usual = _USUAL_LR.get(optimizer_family(self.optimizer), _USUAL_LR["sign-like"])
-        return math.log2(usual * checked_multiplier(self.law.bind(self.optimizer, {}), factor, _USUAL_AT))
+        return _ABOVE + math.log2(usual * checked_multiplier(self.law.bind(self.optimizer, {}), factor, _USUAL_AT))
 
     def range(self) -> tuple[float, float]:
         """The range of log2 rates: as given or around the first guess, widened while the best rate sits at an edge.

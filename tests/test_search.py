@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 
 from rankaware_optim.fitting import Observation, Prior
 from rankaware_optim.ledger import PARAMETER
-from rankaware_optim.search import BracketSampler
+from rankaware_optim.search import BracketSampler, next_refinement
 
 START, LOW, HIGH = -6.5, -10.5, -2.5
 RANGE = {PARAMETER: FloatDistribution(LOW, HIGH)}
@@ -53,3 +53,15 @@ def proposed(*trials: optuna.trial.FrozenTrial, rank: int = 2) -> float:
 def test_no_rank_tries_a_rate_twice_while_others_work(trials, rank, expected):
     """The search outwards skips what others run, and what this rank itself has run."""
     assert proposed(*trials, rank=rank) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("centre", [-9.5, -6.0, -3.0])
+def test_refinement_goes_to_no_rate_twice(centre):
+    """Near an edge of the range too, five refinements of a rank are five new rates, all in the range."""
+    seen = [Observation(2, 0, centre, 0.5, 1.0, 0.5)]
+    for _ in range(5):
+        x = next_refinement(seen, 2, centre, (LOW, HIGH))
+        seen.append(Observation(2, 0, x, 0.6, 1.0, 0.6))
+    rates = [o.x for o in seen]
+    assert len(set(rates)) == len(rates)
+    assert all(LOW <= x <= HIGH for x in rates)
