@@ -66,9 +66,10 @@ def calibrate(
     `optuna.TrialPruned` where a run is not worth going on, or does not fit into memory. Draw everything, data too,
     from `trial.seed`: runs of one rank and seed are then compared without noise, and others are said to be unsteady.
 
-    Trials are spent where they tell most: rates stride outwards until the optimum is bracketed, then measure around it,
-    at ranks and seeds in turn. A run is stopped that diverges, or that clearly lags the best one of its rank and seed
-    at the same step: it then says where the optimum is not.
+    Trials are spent where they tell most: rates stride outwards from the upper end of usual ones until the optimum is
+    bracketed, then measure around it, at the ranks in turn, four runs of each at a seed before the next. A run is
+    stopped that diverges, or that clearly lags the best one of its rank and seed at the same step: it then says where
+    the optimum is not.
 
     **For full finetuning**, `full_trials=3` ends with three full runs around the rate predicted for it, the surest
     way. From LoRA trials alone, `target="full"` plans for `recipe.at(method="full")`: with Init[B], whose two ranks
