@@ -1,0 +1,76 @@
+"""How much faster are two workers of one thread than one? The same calibration, whole commands, in turn.
+
+    python benchmarks/workers.py              # results/workers.json and .md, about ten minutes on two idle cores
+
+Sixteen trials of image generation, 100 steps each, at ranks 4 and 64: rates that do not diverge and a warm-up that
+forbids pruning, so that every trial is as long. The time is of `rankaware calibrate` from its start to its end,
+imports, journal and recipe included. Each round runs one worker and two, in changing order, on a fresh journal.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+from domains import get_domain
+from domains._configs import ADAMW
+from domains._runs import shape
+from recording import machine, record
+from searches import trained
+
+import rankaware_optim as ra
+
+DOMAIN, TRIALS, BAR = "image_generation", 16, 1.8
+RATES = "0.0005,0.004"
+
+
+def train(trial: ra.Trial) -> Iterator[float]:
+    """What both calibrate: a user's loop, and no step is skipped."""
+    domain = get_domain(DOMAIN)
+    model = domain.build(trial.rank, float(trial.rank), "A", trial.seed)
+    opt = trial.optimizer(model, **ADAMW)
+    return trained(domain, model, opt, trial.seed, lambda step: shape(step, domain.steps, 0.3))
+
+
+@click.command()
+@click.option("--rounds", default=3, show_default=True)
+def main(rounds: int) -> None:
+    """Measure, print, and write the result; exit status 1 where the bar is missed."""
+    get_domain(DOMAIN).build(4, 4.0, "A", 0)  # pretrains once, before any clock runs
+    on, rows = machine(1), []
+    for number in range(rounds):
+        seconds = {workers: timed(workers) for workers in ((1, 2) if number % 2 else (2, 1))}
+        rows.append(row(f"round {number + 1}", seconds[1], seconds[2]))
+    rows.append(row("median", *(median(each[key] for each in rows) for key in ("one, s", "two, s"))))
+    record("workers", "Two workers of one thread against one", rows, on, [(__doc__ or "").partition("\n\n    ")[0]])
+    sys.exit(rows[-1]["ratio"] < BAR)
+
+
+def row(name: str, one: float, two: float) -> dict[str, Any]:
+    return {"": name, "one, s": one, "two, s": two, "ratio": one / two, f"≥ {BAR}": one / two >= BAR}
+
+
+def timed(workers: int) -> float:
+    """Seconds of the whole command."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"ranks": "4,64", "steps": get_domain(DOMAIN).steps, "trials": TRIALS, "lr-range": RATES, "warmup": 1}
+        named = [f"--{key}={value}" for key, value in options.items()]
+        command = ["-m", "rankaware_optim", "calibrate", "workers:train", "-o", f"{folder}/r.toml", *named]
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, *command, f"--workers={workers}", "--threads=1"],
+            check=True, cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+        )  # fmt: skip
+        return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
