@@ -71,7 +71,8 @@ class BracketSampler(BaseSampler):
             return _beside(proposed, taken, low, high)
         if fit is None or centre is None:
             return _beside(min(o.x for o in seen) - _STRIDE, taken, low, high)
-        return next_refinement(seen, rank, centre, (low, min(high, under(fit.ceiling))), mine)
+        bottom, top = between([o for o in seen if o.rank == rank], [x for other, x in stopped if other == rank])
+        return next_refinement(seen, rank, centre, (max(low, bottom), min(high, under(fit.ceiling), top)), mine)
 
 
 def estimate_at(fit: Fit, rank: int | None, prior: Prior) -> float:
@@ -111,6 +112,15 @@ def next_bracket(
     return None if lower or best.x - _STRIDE < low else best.x - _STRIDE
 
 
+def between(seen: Sequence[Observation], pruned: Sequence[float]) -> tuple[float, float]:
+    """The nearest rates below and above a rank's best that were pruned: beyond them it is worse still."""
+    if not seen:
+        return -math.inf, math.inf
+    best = min(seen, key=lambda o: o.value).x
+    lower, upper = [x for x in pruned if x < best], [x for x in pruned if x > best]
+    return max(lower, default=-math.inf), min(upper, default=math.inf)
+
+
 def under(ceiling: float | None) -> float:
     """The highest rate to refine at."""
     return math.inf if ceiling is None else ceiling - _CLEARANCE
@@ -126,6 +136,7 @@ def next_refinement(
     """The offset from this rank's estimated optimum, kept `within` bounds, that is farthest from what it has tried."""
     tried = [*(o.x for o in seen if o.rank == rank), *others]
     low, high = within
+    centre = max(min(centre, high), low)
     for offsets in _OFFSETS:
         options = [max(min(centre + offset, high), low) for offset in offsets]
         apart = {x: min((abs(x - t) for t in tried), default=math.inf) for x in options}

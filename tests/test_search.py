@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 
 from rankaware_optim.fitting import Observation, Prior
 from rankaware_optim.ledger import PARAMETER
-from rankaware_optim.search import BracketSampler, next_refinement
+from rankaware_optim.search import BracketSampler, between, next_refinement
 
 START, LOW, HIGH = -6.5, -10.5, -2.5
 RANGE = {PARAMETER: FloatDistribution(LOW, HIGH)}
@@ -65,3 +65,12 @@ def test_refinement_goes_to_no_rate_twice(centre):
     rates = [o.x for o in seen]
     assert len(set(rates)) == len(rates)
     assert all(LOW <= x <= HIGH for x in rates)
+
+
+def test_refinement_stays_between_rates_that_were_pruned():
+    """Wherever the law puts its optimum, a rank tries nothing beyond a rate pruned on that side of its best."""
+    seen, pruned = [Observation(2, 0, -5.0, 0.5, 1.0, 0.5)], [-3.7, -1.1]
+    for _ in range(3):
+        x = next_refinement(seen, 2, -2.0, between(seen, pruned), pruned)
+        assert x < -3.7
+        seen.append(Observation(2, 0, x, 0.6, 1.0, 0.6))
