@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import rankaware_optim as ra
 from rankaware_optim import ledger
-from rankaware_optim.fitting import Observation
+from rankaware_optim.fitting import Observation, Prior, fit_observations
 from rankaware_optim.planning import Plan, leverage
 from rankaware_optim.pruning import PairedPruner
 
@@ -327,3 +327,13 @@ def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
     (seen,) = ledger.carried([best_trial, lost, elsewhere, starved, early, unstarted])
     assert (seen.rank, seen.seed, seen.x, seen.returned, seen.stopped) == (4, 0, -6.0, True, False)
     assert (seen.value, seen.tail) == pytest.approx((0.5, 0.55))
+
+
+def test_the_recipe_is_the_fit_of_every_trial():
+    """However often the sampler has fitted on the way, the recipe's fit is of all that ran, pruned runs among it."""
+    storage = optuna.storages.InMemoryStorage()
+    recipe = calibrate(slow, ranks=(4, 64), steps=100, trials=16, lr_range=WIDE, storage=storage)
+    trials = storage.get_all_trials(0)
+    assert ledger.carried(trials)
+    fit = fit_observations(ledger.evidence(trials), Prior(pivot=16.0))
+    assert recipe.covariance.numpy() == pytest.approx(fit.covariance, rel=1e-12)
