@@ -90,6 +90,15 @@ class Plan:
         """Whether a built group has a rate of its own, by `rates` or `other_lr`."""
         return self.is_named(group) or (group.get("lora_role") == "other" and self.other_lr is not None)
 
+    def base_of(self, groups: Sequence[Mapping[str, Any]]) -> float | None:
+        """The base rate of built groups, before any scheduler; None where every rate is a group's own, or is 0."""
+        rates = [
+            float(group.get("initial_lr", group["lr"])) / group["lr_multiplier"]
+            for group in groups
+            if not self.has_own_rate(group)
+        ]
+        return rates[0] if rates and rates[0] > 0 else None
+
     def is_named(self, group: Mapping[str, Any]) -> bool:
         """Whether a pattern of `rates` names a built group's parameters."""
         return any(_pinned(name, self.rates) is not None for name in group.get("param_names", ())[:1])

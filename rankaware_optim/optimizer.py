@@ -219,8 +219,7 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
             for key in ("lr", "initial_lr") if move else ():
                 if key in group:
                     group[key] = group[key] * ratio
-        base = self.defaults["lr"]
-        self.defaults["lr"] = torch.full_like(base, lr) if isinstance(base, torch.Tensor) else lr
+        _note_base(self, lr)
         for part in () if scheduler is None else (scheduler, *getattr(scheduler, "_schedulers", ())):
             if hasattr(part, "base_lrs"):
                 part.base_lrs = [b * ratio if move else b for b, move in zip(part.base_lrs, moved, strict=True)]
@@ -269,6 +268,9 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
             self.param_groups[:] = groups
         type(self)._rankaware_native.load_state_dict(self, fitted)
         self._rankaware = replace(self._rankaware, carried=carried)
+        base = self._rankaware.plan.base_of(self.param_groups)
+        if base is not None:
+            _note_base(self, base)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**type(self)._rankaware_native.__getstate__(self), "_rankaware": self._rankaware}
@@ -293,6 +295,11 @@ def _subclass(native: type[Optimizer]) -> Any:
         namespace |= {"_rankaware_native": native}
         _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
     return _SUBCLASSES[native]
+
+
+def _note_base(opt: Optimizer, lr: float) -> None:
+    base = opt.defaults["lr"]
+    opt.defaults["lr"] = torch.full_like(base, lr) if isinstance(base, torch.Tensor) else lr
 
 
 def _blank(native: type[Optimizer]) -> Any:

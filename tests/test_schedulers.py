@@ -16,9 +16,9 @@ LR = 0.5
 AT = Reference(rank=16, alpha=16)
 
 
-def wrapped(**options):
+def wrapped(lr=LR, **options):
     model = mlp((4, 8, 16))
-    return model, RankAwareOptimizer(model, torch.optim.SGD, lr=LR, tuned_at=AT, momentum=0.9, **options)
+    return model, RankAwareOptimizer(model, torch.optim.SGD, lr=lr, tuned_at=AT, momentum=0.9, **options)
 
 
 def by_hand(model, opt):
@@ -161,6 +161,21 @@ def test_set_base_lr_moves_every_group_but_pinned_ones():
     expected = [lr if own else lr / 2 for lr, own in zip(before, pinned, strict=True)]
     assert [g["lr"] for g in opt.param_groups] == pytest.approx(expected)
     assert opt.defaults["lr"] == LR / 2
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_set_base_lr_after_another_rates_checkpoint(scheduled):
+    """Once a checkpoint was loaded its base rate is the base, decayed by a scheduler or not, and moves from there."""
+    _, saved = wrapped()
+    if scheduled:
+        scheduler = lr_scheduler.LambdaLR(saved, lambda s: 0.5**s)
+        saved.step()
+        scheduler.step()
+    _, opt = wrapped(lr=4 * LR)
+    opt.load_state_dict(saved.state_dict())
+    assert opt.defaults["lr"] == pytest.approx(LR)
+    opt.set_base_lr(1.0)
+    assert [g["lr"] for g in opt.param_groups] == pytest.approx([m * 0.5**scheduled for m in MULTIPLIERS])
 
 
 def test_set_base_lr_with_a_scheduler():
