@@ -30,6 +30,7 @@ from rankaware_optim.errors import RankAwareError
 from rankaware_optim.yardstick import law_of
 
 STORES = RESULTS / "suite"
+README, BEGIN, END = RESULTS.parent / "README.md", "<!-- tables -->", "<!-- end of tables -->"
 QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
 FIRST_CONFIG = next(iter(CONFIGS))
 COARSE = {
@@ -107,7 +108,15 @@ def write(folder: Path, laws: Mapping[str, Law]) -> None:
     pictures = [f"![{path.stem}]({path.name})" for path in draw_all(done, folder, laws)]
     text = "\n\n".join([*tables(done, laws), *pictures, where(machine(1))]) + "\n"
     (folder / "tables.md").write_text(text)
+    if folder == STORES and laws == LAWS:
+        publish(text.replace("](", f"]({folder.relative_to(README.parent)}/"))
     click.echo(text)
+
+
+def publish(text: str) -> None:
+    """Put the tables and figures into benchmarks/README.md, in the place of those that are there."""
+    before, _, rest = README.read_text().partition(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":
