@@ -39,7 +39,7 @@ SHARES = {  # of the sweep's cost, and seeds, by plan
     LORA: ((0.05, 0.1, 0.2, 0.4), (0, 1)),
     TO_FULL: ((0.05, 0.1, 0.2, 0.4), (0,)),
     WITH_FULL: ((0.1, 0.2, 0.4), (0,)),
-    TPE: ((0.05, 0.1, 0.2, 0.4), (0,)),
+    TPE: ((0.05, 0.1, 0.2), (0,)),
     RANGE_TEST: ((0.11,), (0,)),
 }
 COARSE = {
@@ -108,7 +108,12 @@ def search_all(domain: Domain, workers: int) -> None:
 
 def searches(domain: Domain) -> list[Search]:
     plans = [(plan, share, seed) for plan in PLANS for seed in SHARES[plan][1] for share in SHARES[plan][0]]
-    return [Search(domain.name, config, *plan) for config in CONFIGS for plan in plans]
+    return [
+        Search(domain.name, config, *plan)
+        for config, own in CONFIGS.items()
+        for plan in plans
+        if plan[0] != TO_FULL or own.init == "B"  # from Init[A] the plan for full finetuning is the plain one
+    ]
 
 
 def on_file() -> list[dict[str, Any]]:
