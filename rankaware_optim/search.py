@@ -28,7 +28,7 @@ _FULL_STEP = 1.0  # octaves between the few runs of full finetuning
 class BracketSampler(BaseSampler):
     """Strides outwards from `start` until the cliff above and a rate below the best were seen, then refines.
 
-    Refinement puts each trial where its rank has been measured least: at one of four offsets from the fitted
+    Refinement puts each trial where its rank has been measured least: at one of eight offsets from the fitted
     optimum. A rate that another worker is running counts as tried. Everything is read from the study, so a resumed
     study goes on as it would have.
 
