@@ -71,7 +71,9 @@ def fresh(done: Losses, cell: Cell, x: float) -> float:
 
 
 def fresh_rates(done: Losses, cell: Cell) -> list[float]:
-    return sorted({job.x for job in done if job[:3] == cell and job.seed in SCORING})
+    """Rates that every scoring seed has run; what an earlier search asked for and was stopped is left out."""
+    rates = {job.x for job in done if job[:3] == cell}
+    return sorted(x for x in rates if all(Job(*cell, x, seed) in done for seed in SCORING))
 
 
 def fresh_mean(done: Losses, cell: Cell, x: float) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from torch.optim import Optimizer
 
 import rankaware_optim as ra
 
@@ -79,14 +80,16 @@ def start_of(domain: str, done: Losses) -> float:
     return statistics.fmean(or_inf(loss) for job, loss in done.items() if job[:2] == (domain, START))
 
 
-def optimizer(model: nn.Module, domain: Domain, job: Job) -> ra.RankAwareOptimizer:
-    """AdamW at 2^x for A and B alike, or as the scheme's name says; Prodigy takes one rate for all and scales it.
+def optimizer(model: nn.Module, domain: Domain, job: Job) -> Optimizer:
+    """AdamW at 2^x for A and B alike, or as the scheme's name says; Prodigy, unwrapped, finds one rate for all.
 
     Two rates are a base rate's at rank 16, moved from there by the law.
     """
     method = "full" if job.rank == FULL else "lora"
     if job.scheme.endswith(PRODIGY):
-        return ra.RankAwareOptimizer(model, "pytorch_optimizer:Prodigy", lr=1.0, law="constant", method=method, **ADAMW)
+        from pytorch_optimizer import Prodigy
+
+        return Prodigy([p for p in model.parameters() if p.requires_grad], lr=1.0, **ADAMW)
     own: dict[str, Any] = {"law": ra.LoRAPlus(16.0) if job.scheme.endswith(LORAPLUS) else "constant"}
     if job.scheme.endswith(TWO_RATES):
         own = {"law": ra.MuA(split=True), "tuned_at": tuned_at(config_of(job.scheme))}
