@@ -168,10 +168,12 @@ def study_of(init: Literal["A", "B"]) -> Study:
     return Study(torch.optim.AdamW, MuA(), TRIED, SEEDS, 1, reference=at, full_fan_in=WIDTH)
 
 
-def searched(world: World, prior: Prior, start: float, low: float, high: float) -> list[Observation]:
+def searched(
+    world: World, prior: Prior, start: float, low: float, high: float, trials: int = TRIALS
+) -> list[Observation]:
     """Trials as the default sampler would place them: brackets first, then refines; ranks and seeds take turns."""
     seen: list[Observation] = []
-    for number in range(TRIALS * len(TRIED)):
+    for number in range(trials * len(TRIED)):
         rank = TRIED[number % len(TRIED)]
         seed = SEEDS[number // (PER_SEED * len(TRIED)) % len(SEEDS)]
         x = next_bracket(seen, start, low, high)
@@ -205,14 +207,14 @@ def truth_of(study: Study, case: Case, rng: np.random.Generator) -> dict[int | N
     return {**lora, None: base + factor + (drift - about) * prior.full_reach}
 
 
-def simulated(case: Case, bowls: Mapping[int, Bowl], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+def simulated(case: Case, bowls: Mapping[int, Bowl], trials: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     """One study: by rank asked, whether the band held the truth, its width, and what the quoted rate loses."""
     study = study_of(case.init)
     truth = truth_of(study, case, rng)
     world = World({rank: x for rank, x in truth.items() if rank}, bowls, rng)
     middle = truth[16]
     start = middle + rng.normal(0, GUESS_SD)
-    fit = fit_observations(searched(world, study.prior, start, middle + LOW, middle + HIGH), study.prior)
+    fit = fit_observations(searched(world, study.prior, start, middle + LOW, middle + HIGH, trials), study.prior)
     if fit is None:
         raise RuntimeError("every simulated run diverged")
     recipe = recipe_of(study, fit)
@@ -266,7 +268,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option("--studies", default=1000, show_default=True, help="Of each truth; fewer are a look, not written.")
 @click.option("--seed", default=0, show_default=True)
-def main(studies: int, seed: int) -> None:
+@click.option("--trials", default=TRIALS, show_default=True, help="Of each rank; others than by default are a look.")
+def main(studies: int, seed: int, trials: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RankAwareWarning)  # extrapolations are asked for on purpose
     sweep = json.loads((RESULTS / "two_rates.json").read_text())
@@ -275,12 +278,12 @@ def main(studies: int, seed: int) -> None:
     for number, case in enumerate(CASES):
         found = []
         for i in range(studies):
-            found += list(simulated(case, bowls[i % len(bowls)], np.random.default_rng([seed, number, i])))
+            found += list(simulated(case, bowls[i % len(bowls)], trials, np.random.default_rng([seed, number, i])))
         rows += [row_of(case.name, str(r or "full"), [one for one in found if one["rank"] == r]) for r in ASKED]
         rows.append(row_of(case.name, "all", found))
         everything += found
     rows.append(row_of("all", "all", everything))
-    if studies < 1000:
+    if studies < 1000 or trials != TRIALS:
         click.echo("\n".join("  ".join(map(shown, row.values())) for row in rows))
         click.echo(verdict(rows))
     else:
