@@ -68,9 +68,9 @@ class Fit:
     """Posterior mean and covariance of (base, drift, log2 full_factor), octaves, relative to the prior-centred law.
 
     lean: octaves by which a quoted rate stays low: a·sd²/2, the best under a cliff of steepness a, and at least what
-    keeps it an octave below the ceiling, but half an octave at most. ceiling: x of the smallest rate that diverged, or None. vertices: (mean, sd)
-    of each arm's optimum before shrinking. noise: of a score near the optimum. gain: see `gain_of`; both in units of
-    the loss.
+    keeps it an octave below the ceiling, but half an octave at most. ceiling: x of the smallest rate that diverged, or
+    None. vertices: (mean, sd) of each arm's optimum before shrinking. noise: of a score near the optimum. gain: see
+    `gain_of`; both in units of the loss.
     """
 
     mean: Array
