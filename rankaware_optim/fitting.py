@@ -67,8 +67,8 @@ class Prior:
 class Fit:
     """Posterior mean and covariance of (base, drift, log2 full_factor), octaves, relative to the prior-centred law.
 
-    lean: octaves by which a quoted rate stays low: a·sd²/2, the best under a cliff of steepness a, and at least what
-    keeps it an octave below the ceiling, but half an octave at most. ceiling: x of the smallest rate that diverged, or
+    lean: octaves by which a quoted rate stays low: a·sd²/2, the best under a cliff of steepness a, but half an octave
+    at most, or the more that keeps it an octave below the ceiling. ceiling: x of the smallest rate that diverged, or
     None. vertices: (mean, sd) of each arm's optimum before shrinking. noise: of a score near the optimum. gain: see
     `gain_of`; both in units of the loss.
     """
@@ -118,7 +118,8 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
     mean, covariance = _mixed(weights, means, covariances)
     vertices = {rank: _moments(weights, bowls.mean[:, i], bowls.sd[:, i]) for i, rank in enumerate(arms)}
     near = 0.0 if ceiling is None else mean[0] + 1.0 - ceiling
-    lean = float(min(MOST_LEAN, max(weights @ bowls.steepness * covariance[0, 0] / 2, near, 0.0)))
+    doubt = min(float(weights @ bowls.steepness * covariance[0, 0]) / 2, MOST_LEAN)
+    lean = max(doubt, float(min(near, 1.0)))
     return Fit(mean, covariance, lean, ceiling, vertices, float(weights @ bowls.noise) * gain, gain)
 
 

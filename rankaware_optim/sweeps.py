@@ -320,7 +320,7 @@ def _disagreement(fit: Fit) -> float:
 
 def _bounded(fit: Fit, ends: Mapping[int | None, End], prior: Prior) -> Fit:
     """The fit with the ranks at `ends` as wide bounds. Their errors go one way, so they do not average out."""
-    from .fitting import MODEL_ERROR, MOST_LEAN, shrink
+    from .fitting import MODEL_ERROR, shrink
 
     if not ends:
         return fit
@@ -331,7 +331,7 @@ def _bounded(fit: Fit, ends: Mapping[int | None, End], prior: Prior) -> Fit:
     share = sum(weights[rank] for rank in bounds) / sum(weights.values())
     covariance[0, 0] += (share * _EDGE_SD) ** 2
     near = 0.0 if fit.ceiling is None else float(mean[0]) + 1.0 - fit.ceiling  # an octave below it, as in the fit
-    return replace(fit, mean=mean, covariance=covariance, vertices=vertices, lean=min(MOST_LEAN, max(fit.lean, near)))
+    return replace(fit, mean=mean, covariance=covariance, vertices=vertices, lean=min(1.0, max(fit.lean, near)))
 
 
 def _tensors(seen: Sequence[Observation], runs: Sequence[Run]) -> dict[str, torch.Tensor]:
