@@ -118,7 +118,8 @@ def page(domains: Sequence[Domain], scores: Sequence[Score], start: Mapping[str,
             here = [s for s in mine if s.config == config]
             ranks = ranks_of(domain)
             heads = ["", "cost", "worst", "median", *(f"r = {rank}" for rank in ranks), "full"]
-            rows = [row_of(name, [s for s in here if matches(s.name, name)], ranks, costs) for name in ROWS]
+            by_name = {name: [s for s in here if matches(s.name, name)] for name in ROWS}
+            rows = [row_of(name, found, ranks, costs) for name, found in by_name.items() if found]
             title = f"{domain.name}, {config} (loss before training {start[domain.name]:.3f})"
             parts.append(block(title, heads, rows))
     return [block("The bars", ["bar", "asked", *(d.name for d in domains)], bars(domains, scores)), *parts]
@@ -148,7 +149,8 @@ def bars(domains: Sequence[Domain], scores: Sequence[Score]) -> list[list[str]]:
     ]
     rows = [[what, bar, *(percent(figure(d)) for d in domains)] for what, bar, figure in asked]
     beside = [
-        max(r["beside_training"] for r in on_file() if r["domain"] == d.name and r["plan"] in COLOURS) for d in domains
+        max(r["beside_training"] for r in on_file() if r["domain"] == d.name and r["plan"].startswith("LoRA"))
+        for d in domains
     ]
     return [*rows, ["calibration's own time beside training: worst", "≤ 5 %", *map(percent, beside)]]
 
@@ -178,10 +180,11 @@ def draw(domains: Sequence[Domain], scores: Sequence[Score], path: Path) -> None
                 axis.plot([100 * x for x in xs], ys, marker="o", color=colour, label=plan)
             axis.set_title(f"{domain.name}: {title}", fontsize=9)
             axis.set_yscale("symlog", linthresh=1)
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.set_xlabel("cost, % of the sweep", fontsize=8)
             axis.axhline(0, color="#999999", linewidth=0.8)
         line[0].set_ylabel("regret, %", fontsize=8)
-    axes[0][0].legend(fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -207,6 +210,7 @@ def draw_contenders(domains: Sequence[Domain], scores: Sequence[Score], path: Pa
                 )
         axis.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
         axis.set_xscale("symlog", linthresh=1)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlim(-3, 330)
         axis.set_xlabel("regret, % (300: that or diverged)", fontsize=8)
         axis.set_title(f"{domain.name}: LoRA ranks (blue), full (orange)", fontsize=9)
