@@ -130,7 +130,8 @@ def scoring(domain: Domain, done: Losses) -> list[Job]:
         for cell, x in winners(domain, done)
         for half in range(-round(2 * NEAR), round(2 * NEAR) + 1)
     ]
-    chosen = [at for config in CONFIGS for rates in picks(domain, config, done).values() for at in rates.values()]
+    named = [rates for config in CONFIGS for rates in picks(domain, config, done).values()]
+    chosen = [at for rates in reversed(named) for at in rates.values()]  # the searches' before the contenders'
     best = dict(winners(domain, done))
     cells += [(cell, x) for cell, x in chosen if not is_near(best, cell, x)]
     return [Job(*cell, x, seed) for cell, x in dict.fromkeys(cells) for seed in SCORING]
@@ -177,7 +178,7 @@ def placed(known: Known, best: Mapping[Cell, float], name: str, rank: int, x: fl
 
 @main.command()
 def table() -> None:
-    """Write results/calibration.md, .json and two figures from what is on file."""
+    """Write results/calibration.md, .json and two figures from what is on file; what was not run yet is a dash."""
     import calibration_page as made
 
     done, on = read(RUNS), machine(1)

@@ -40,11 +40,18 @@ def scores_of(domain: Domain, done: Losses, start: float) -> Iterator[Score]:
         for name, rates in chosen.items():
             for rank, (cell, x) in rates:
                 own = cell_of(domain, config, rank)
-                yield Score(domain.name, config, name, rank, regret(done, start, (cell, x), (own, best[own])))
+                if has_run(done, cell, x):
+                    yield Score(domain.name, config, name, rank, regret(done, start, (cell, x), (own, best[own])))
         for rank in (*ranks_of(domain), FULL):
             own = cell_of(domain, config, rank)
             x = min((best[own] + half / 2 for half in range(-3, 4)), key=lambda x: fresh(done, own, x))
             yield Score(domain.name, config, ORACLE, rank, regret(done, start, (own, best[own]), (own, x)))
+
+
+def has_run(done: Losses, cell: Cell, x: float) -> bool:
+    """Whether the runs that score a rate are on file: those at it, or on either side of it."""
+    rates = fresh_rates(done, cell)
+    return bool(rates) and rates[0] <= x <= rates[-1]
 
 
 def cell_of(domain: Domain, config: str, rank: int) -> Cell:
@@ -133,7 +140,8 @@ def row_of(name: str, mine: Sequence[Score], ranks: Sequence[int], costs: Mappin
     by_rank = {rank: [s.regret for s in mine if s.rank == rank] for rank in (*ranks, FULL)}
     lora = [x for rank in ranks for x in by_rank[rank]]
     cost = statistics.fmean(costs[name]) if name in costs else None
-    figures = [percent(max(lora)), percent(statistics.median(lora))] if lora else ["–", "–"]
+    whole = all(by_rank[rank] for rank in ranks)  # no worst and no median of a part
+    figures = [percent(max(lora)), percent(statistics.median(lora))] if whole else ["–", "–"]
     cells = [percent(statistics.fmean(by_rank[rank])) if by_rank[rank] else "–" for rank in (*ranks, FULL)]
     return [name, "–" if cost is None else f"{cost:.0%}", *figures, *cells]
 
