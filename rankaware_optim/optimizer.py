@@ -212,8 +212,11 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
             raise OptimizerError(
                 "A scheduler is attached and would restore its own base rates.", "Pass it: set_base_lr(lr, scheduler)."
             )
-        ratio = lr / float(self.defaults["lr"])
         pinned = self._rankaware.plan
+        base = self.defaults.get("lr", pinned.base_of(self.param_groups))  # some optimizers have no default
+        if base is None:
+            raise OptimizerError("Every group has a rate of its own.", "Set theirs: there is no base rate to move.")
+        ratio = lr / float(base)
         moved = [not pinned.has_own_rate(group) for group in self.param_groups]
         for group, move in zip(self.param_groups, moved, strict=True):
             for key in ("lr", "initial_lr") if move else ():
@@ -298,8 +301,9 @@ def _subclass(native: type[Optimizer]) -> Any:
 
 
 def _note_base(opt: Optimizer, lr: float) -> None:
-    base = opt.defaults["lr"]
-    opt.defaults["lr"] = torch.full_like(base, lr) if isinstance(base, torch.Tensor) else lr
+    base = opt.defaults.get("lr")
+    if base is not None:  # else it is read off the groups
+        opt.defaults["lr"] = torch.full_like(base, lr) if isinstance(base, torch.Tensor) else lr
 
 
 def _blank(native: type[Optimizer]) -> Any:

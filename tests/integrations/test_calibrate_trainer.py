@@ -165,7 +165,7 @@ def test_the_seed_is_the_trials(tmp_path):
         trainer.compute_loss = watched
         return trainer
 
-    calibrate(make, ranks=(2,), trials=4)
+    calibrate(make, ranks=(2,), trials=8)
     assert [len(seen) for seen in losses.values()] == [1, 1]
     assert losses[0] != losses[1]
 
@@ -409,7 +409,7 @@ def test_lightning_is_pruned_and_scored(tmp_path):
         calibrate(lit(tmp_path, Kept), pruner=PruneAt(), trials=2)
     assert [module.trainer.global_step for module in modules] == [3, 3]
     modules.clear()
-    recipe = calibrate(lit(tmp_path, Kept), score="val_loss", trials=2)
+    recipe = calibrate(lit(tmp_path, Kept), score="val_loss", trials=1)
     with torch.no_grad():
         means = [sum(loss_of(m.net, x).item() for x in batches(2)) / 2 for m in modules]
     assert recipe.tensors["value"].tolist() == pytest.approx(means, rel=1e-5)
