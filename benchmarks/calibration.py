@@ -191,18 +191,14 @@ def table() -> None:
     (RESULTS / "calibration.json").write_text(json.dumps(document) + "\n")
     figures = [f"![Regret](calibration-{name}.png)" for name in ("cost", "contenders")]
     left = {domain.name: sum(job not in done for job in scoring(domain, done)) for domain in domains}
-    missing = [f"Not run yet: {n} scoring runs of {name}; its dashes, and 5 % in the figure, wait for them."
-               for name, n in left.items() if n]  # fmt: skip
-    parts = [
-        "# Calibration against the sweep",
-        __doc__ or "",
-        *missing,
-        *made.page(domains, scores, start),
-        *figures,
-        where(on),
+    missing = [
+        f"Not run yet: {n} scoring runs of {name}; its dashes, and 5 % in the figure, wait for them."
+        for name, n in left.items()
+        if n
     ]
-    (RESULTS / "calibration.md").write_text("\n\n".join(parts) + "\n")
-    click.echo("\n\n".join(parts[2 : 3 + len(missing)]))
+    parts = [__doc__ or "", *missing, *made.page(domains, scores, start), *figures, where(on)]
+    (RESULTS / "calibration.md").write_text("\n\n".join(["# Calibration against the sweep", *parts]) + "\n")
+    click.echo("\n\n".join(parts[1 : 2 + len(missing)]))
 
 
 if __name__ == "__main__":
