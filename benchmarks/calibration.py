@@ -196,9 +196,10 @@ def table() -> None:
         for name, n in left.items()
         if n
     ]
-    parts = [__doc__ or "", *missing, *made.page(domains, scores, start), *figures, where(on)]
-    (RESULTS / "calibration.md").write_text("\n\n".join(["# Calibration against the sweep", *parts]) + "\n")
-    click.echo("\n\n".join(parts[1 : 2 + len(missing)]))
+    bars, *rest = made.page(domains, scores, start)
+    parts = ["# Calibration against the sweep", __doc__ or "", *missing, bars, *rest, *figures, where(on)]
+    (RESULTS / "calibration.md").write_text("\n\n".join(parts) + "\n")
+    click.echo("\n\n".join([*missing, bars]))
 
 
 if __name__ == "__main__":

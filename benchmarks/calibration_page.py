@@ -157,7 +157,9 @@ def bars(domains: Sequence[Domain], scores: Sequence[Score]) -> list[list[str]]:
     ]
     rows = [[what, bar, *(percent(figure(d)) for d in domains)] for what, bar, figure in asked]
     beside = [
-        max(r["beside_training"] for r in on_file() if r["domain"] == d.name and r["plan"].startswith("LoRA"))
+        max(
+            r["beside_training"] for r in on_file() if r["domain"] == d.name and r["plan"] in (LORA, TO_FULL, WITH_FULL)
+        )
         for d in domains
     ]
     return [*rows, ["calibration's own time beside training: worst", "≤ 5 %", *map(percent, beside)]]

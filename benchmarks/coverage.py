@@ -33,11 +33,12 @@ from scipy.interpolate import CubicSpline
 from rankaware_optim import MuA, RankAwareWarning, Recipe, Reference
 from rankaware_optim.fitting import Fit, Observation, Prior, fit_observations
 from rankaware_optim.laws import checked_multiplier
+from rankaware_optim.planning import PER_SEED
 from rankaware_optim.search import estimate_at, next_bracket, next_refinement, under
 from rankaware_optim.study import Study
 
 TRIED, ASKED = (4, 64), (4, 16, 64, 256, None)  # None: full finetuning
-TRIALS, SEEDS, PER_SEED = 8, (0, 1), 4  # of a rank; those of `calibrate`
+TRIALS, SEEDS = 8, (0, 1)  # a rank; those of `calibrate`
 SWEEPS = ("image_generation", "digits_vision")
 WIDTH = 1024.0
 FULL_SD = 0.4
@@ -168,9 +169,7 @@ def study_of(init: Literal["A", "B"]) -> Study:
     return Study(torch.optim.AdamW, MuA(), TRIED, SEEDS, 1, reference=at, full_fan_in=WIDTH)
 
 
-def searched(
-    world: World, prior: Prior, start: float, low: float, high: float, trials: int = TRIALS
-) -> list[Observation]:
+def searched(world: World, prior: Prior, start: float, low: float, high: float, trials: int) -> list[Observation]:
     """Trials as the default sampler would place them: brackets first, then refines; ranks and seeds take turns."""
     seen: list[Observation] = []
     for number in range(trials * len(TRIED)):

@@ -19,10 +19,10 @@ import numpy as np
 
 from .bowls import CAP, Arm, Array, bowls_of
 
-__all__ = ["Fit", "MODEL_ERROR", "MOST_LEAN", "Observation", "Prior", "fit_observations", "shrink"]
+__all__ = ["Fit", "MODEL_ERROR", "Observation", "Prior", "fit_observations", "shrink"]
 
 MODEL_ERROR = 0.1  # octaves by which a rank's own best rate lies off the law
-MOST_LEAN = 0.5  # octaves: with few trials, more lost more than it saved (benchmarks/coverage.py --trials 3)
+_MOST_LEAN = 0.5  # octaves: with few trials, more lost more than it saved (benchmarks/coverage.py --trials 3)
 _BASE_SD = 1e3  # octaves: nothing is believed of the base rate
 _DIVERGED = 0.25  # a run that ends this share of the gain above its start has diverged
 
@@ -118,7 +118,7 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
     mean, covariance = _mixed(weights, means, covariances)
     vertices = {rank: _moments(weights, bowls.mean[:, i], bowls.sd[:, i]) for i, rank in enumerate(arms)}
     near = 0.0 if ceiling is None else mean[0] + 1.0 - ceiling
-    doubt = min(float(weights @ bowls.steepness * covariance[0, 0]) / 2, MOST_LEAN)
+    doubt = min(float(weights @ bowls.steepness * covariance[0, 0]) / 2, _MOST_LEAN)
     lean = max(doubt, float(min(near, 1.0)))
     return Fit(mean, covariance, lean, ceiling, vertices, float(weights @ bowls.noise) * gain, gain)
 

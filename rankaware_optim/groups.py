@@ -92,12 +92,9 @@ class Plan:
 
     def base_of(self, groups: Sequence[Mapping[str, Any]]) -> float | None:
         """The base rate of built groups, before any scheduler; None where every rate is a group's own, or is 0."""
-        rates = [
-            float(group.get("initial_lr", group["lr"])) / group["lr_multiplier"]
-            for group in groups
-            if not self.has_own_rate(group)
-        ]
-        return rates[0] if rates and rates[0] > 0 else None
+        scaled = next((group for group in groups if not self.has_own_rate(group)), None)
+        rate = 0.0 if scaled is None else float(scaled.get("initial_lr", scaled["lr"])) / scaled["lr_multiplier"]
+        return rate if rate > 0 else None
 
     def is_named(self, group: Mapping[str, Any]) -> bool:
         """Whether a pattern of `rates` names a built group's parameters."""

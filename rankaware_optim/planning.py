@@ -13,7 +13,7 @@ from .ledger import Cell, cell_of, counted, observations, running, spent
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-__all__ = ["Plan", "Target", "far_enough", "leverage"]
+__all__ = ["PER_SEED", "Plan", "Target", "far_enough", "leverage"]
 
 Target = Literal["lora", "full"]
 
@@ -22,7 +22,7 @@ _FEWEST = 2  # finished trials of every rank before a narrow band is believed
 _HOPELESS = 12  # runs that all diverged, each two octaves lower, after which none will help
 _SHORT_RUNS = 10  # with a budget alone: trials at most, in units of those that it would pay in full
 _APART = 16.0  # the factor between the lowest and the highest rank at which the drift is well told
-_PER_SEED = 4  # runs of a rank at one seed before the next: only those are compared without the seed's noise
+PER_SEED = 4  # runs of a rank at one seed before the next: only those are compared without the seed's noise
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Plan:
         if not self._enough(lora, band) and self._affords(trials, self.full_trials - len(full) + 1):
             return self._rotate(lora, weights or {})
         if len(full) < self.full_trials and self._affords(trials, 1):
-            return Cell(None, self.seeds[(len(full) // _PER_SEED) % len(self.seeds)])
+            return Cell(None, self.seeds[(len(full) // PER_SEED) % len(self.seeds)])
         return None
 
     def _split(self, trials: Sequence[FrozenTrial]) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
@@ -108,7 +108,7 @@ class Plan:
         def due(cell: Cell) -> tuple[float, ...]:
             weight = weights.get(cell.rank, 1.0)
             fruitful = (tried.count(cell) - lost.count(cell)) / weight
-            return fruitful // _PER_SEED, self.seeds.index(cell.seed), fruitful, tried.count(cell) / weight
+            return fruitful // PER_SEED, self.seeds.index(cell.seed), fruitful, tried.count(cell) / weight
 
         return min((Cell(rank, seed) for rank in self.ranks for seed in self.seeds), key=due)
 

@@ -60,18 +60,17 @@ class BracketSampler(BaseSampler):
         others = [t for t in running(trials, but=trial.number) if PARAMETER in t.params]
         fit = self._fit(trials)
         centre = None if fit is None else estimate_at(fit, rank, self._prior)
+        own, lost = [o for o in seen if o.rank == rank], [x for other, x in stopped if other == rank]
+        mine = [*lost, *(t.params[PARAMETER] for t in others if cell_of(t).rank == rank)]
         if rank is None and self._few_full and centre is not None:
-            busy = [t.params[PARAMETER] for t in others if cell_of(t).rank is None]
-            return next_full(seen, centre, [*(x for other, x in stopped if other is None), *busy])
-        mine = [x for other, x in stopped if other == rank]
-        mine += [t.params[PARAMETER] for t in others if cell_of(t).rank == rank]
-        taken = [*(t.params[PARAMETER] for t in others), *mine, *(o.x for o in seen if o.rank == rank)]
+            return next_full(seen, centre, mine)
+        taken = [*(t.params[PARAMETER] for t in others), *mine, *(o.x for o in own)]
         proposed = next_bracket(seen, self._start, low, high, [x for _, x in stopped])
         if proposed is not None:
             return _beside(proposed, taken, low, high)
         if fit is None or centre is None:
             return _beside(min(o.x for o in seen) - _STRIDE, taken, low, high)
-        bottom, top = between([o for o in seen if o.rank == rank], [x for other, x in stopped if other == rank])
+        bottom, top = between(own, lost)
         return next_refinement(seen, rank, centre, (max(low, bottom), min(high, under(fit.ceiling), top)), mine)
 
 
