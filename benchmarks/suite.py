@@ -23,14 +23,14 @@ from domains._runs import FULL, WARMUP, Cell, Grid, complete, read
 from domains._tables import where
 from recording import RESULTS, machine
 from searches import ranks_of
-from suite_page import LAWS, tables
+from suite_page import LAWS, moves, summary, tables
 
 from rankaware_optim import Law
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.yardstick import law_of
 
-STORES = RESULTS / "suite"
-README, BEGIN, END = RESULTS.parent / "README.md", "<!-- tables -->", "<!-- end of tables -->"
+HERE, STORES, SUMMARY = RESULTS.parent, RESULTS / "suite", "summary.png"
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the two READMEs
 QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
 FIRST_CONFIG = next(iter(CONFIGS))
 COARSE = {
@@ -100,23 +100,27 @@ def sweep(domain: str, suite: str, store: Path, workers: int) -> None:
 
 def write(folder: Path, laws: Mapping[str, Law]) -> None:
     """Tables and figures of every domain on file."""
-    from suite_figures import draw_all
+    from suite_figures import draw_all, draw_summary
 
     done = {job: loss for store in sorted(folder.glob("*.jsonl")) for job, loss in read(store).items()}
     if not done:
         raise DomainError(f"There is no run in {folder}.", "Run the suite first.")
     pictures = [f"![{path.stem}]({path.name})" for path in draw_all(done, folder, laws)]
-    text = "\n\n".join([*tables(done, laws), *pictures, where(machine(1))]) + "\n"
-    (folder / "tables.md").write_text(text)
+    moved = moves(done, laws)
+    text = "\n\n".join([*tables(done, moved, laws), *pictures, where(machine(1))])
+    (folder / "tables.md").write_text(text + "\n")
     if folder == STORES and laws == LAWS:
-        publish(text.replace("](", f"]({folder.relative_to(README.parent)}/"))
+        draw_summary(moved).savefig(folder / SUMMARY, dpi=110)
+        publish(HERE / "README.md", text.replace("](", f"]({folder.relative_to(HERE)}/"))
+        picture = f"![Regret of moved rates, by domain]({(folder / SUMMARY).relative_to(HERE.parent)})"
+        publish(HERE.parent / "README.md", f"{picture}\n\n{summary(moved)}")
     click.echo(text)
 
 
-def publish(text: str) -> None:
-    """Put the tables and figures into benchmarks/README.md, in the place of those that are there."""
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")
+def publish(readme: Path, text: str) -> None:
+    """Put text between a README's marks, in the place of what is there."""
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

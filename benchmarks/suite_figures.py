@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -13,11 +14,27 @@ import numpy as np
 from domains._configs import start_of
 from domains._runs import FULL, Losses, curve
 from matplotlib.figure import Figure
-from suite_page import LAWS, domains_in, exponent_of, octaves, optimum, ranks_in, schemes_in, seeds_in
+from suite_page import (
+    COMPARED,
+    LAWS,
+    Moved,
+    domains_in,
+    exponent_of,
+    octaves,
+    optimum,
+    pooled,
+    ranks_in,
+    schemes_in,
+    seeds_in,
+)
 
 from rankaware_optim import Law
 
+MOST = 300.0  # % of the gain, the end of the summary's axis
 RANK_COLOURS = ("#440154", "#3B528B", "#21918C", "#5EC962", "#B5A000")  # dark to light with the rank
+DOMAIN_STYLES = list(
+    zip("os^DvPX", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), strict=True)
+)
 LAW_STYLES = (("--", "#D55E00"), ("-", "#0072B2"), ("-.", "#CC79A7"), ((0, (1, 1)), "#E69F00"))
 
 
@@ -117,3 +134,35 @@ def draw_surface(done: Losses, domain: str) -> Figure:
         figure.colorbar(shown, ax=axis).ax.tick_params(labelsize=6)
     axes[0].set_ylabel("log2 rate", fontsize=8)
     return figure
+
+
+def draw_summary(moved: Sequence[Moved]) -> Figure:
+    """The README's figure: a rate's regret after a move, by way and domain; a median's marker, a line to the worst."""
+    found = {words: pooled(moved, way) for way, words in COMPARED.items()}
+    shown = {words: by_domain for words, by_domain in reversed(found.items()) if by_domain}
+    domains = list(dict.fromkeys(each.domain for each in moved))
+    figure = Figure(figsize=(9.0, 1.0 + 0.5 * len(shown)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for which, (axis, title) in enumerate(zip(axes, ("to another rank", "to full finetuning"), strict=True)):
+        axis.set_title(title, fontsize=10)
+        for number, (style, domain) in enumerate(zip(DOMAIN_STYLES, domains, strict=False)):
+            lift = 0.3 * (0.5 - number / max(1, len(domains) - 1))
+            plot_moves(axis, [of.get(domain, ([], []))[which] for of in shown.values()], lift, *style)
+        axis.set_xscale("symlog", linthresh=1)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlim(-1, MOST)
+        axis.set_xlabel(f"regret, %: median, and a line to the worst ({MOST:g}: that or diverged)", fontsize=8)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(shown)), list(shown), fontsize=9)
+    for (marker, colour), domain in zip(DOMAIN_STYLES, domains, strict=False):
+        axes[1].plot([], [], marker, color=colour, label=domain.replace("_", " "))
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def plot_moves(axis: Any, regrets: Sequence[Sequence[float]], lift: float, marker: str, colour: str) -> None:
+    """A domain's regrets, a list a way: its median a marker, a line to its worst."""
+    for y, shares in enumerate(regrets):
+        ends = [min(100 * x, MOST) for x in (statistics.median(shares), max(shares))] if shares else []
+        axis.plot(ends, [y + lift] * len(ends), color=colour, linewidth=1)
+        axis.plot(ends[:1], [y + lift] * len(ends[:1]), marker, color=colour, markersize=5)

@@ -14,10 +14,10 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import contenders
-from domains import get_domain
+from domains import get_domain, names
 from domains._configs import CONFIGS, LORAPLUS, RSLORA, TWO_RATES, start_of
 from domains._runs import FULL, Cell, Losses, curve
-from domains._tables import block, losses_at, number, percent
+from domains._tables import block, losses_at, number, percent, table_of
 from make_recipes import path_of
 from searches import ranks_of, rate_of
 
@@ -36,22 +36,27 @@ class Optimum(NamedTuple):
     by_seed: tuple[float | None, ...]
 
 
-def tables(done: Losses, laws: Mapping[str, Law] = LAWS) -> list[str]:
+def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS) -> list[str]:
     every = domains_in(done)
     exponent_rows = [row for domain in every for row in exponents(done, domain, laws)]
     claim_rows = [row for domain in every for row in claims(done, domain)]
-    regret_rows = [row for domain in every for row in regrets(done, domain, laws)]
+    regret_rows = [regret_row(each) for each in moved]
     heads = ["domain", "configuration", "ranks", "measured", *laws]
     ways = ["way", "LoRA to LoRA: median", "worst", "LoRA to full: median", "worst"]
     return [
         block("Exponent of the best rate in rank, with its 90 % interval over seeds", heads, exponent_rows),
         block("The paper's claims", ["domain", "claim", "verdict", "numbers"], claim_rows),
-        block("Regret of a rate moved from every rank to every other", ["domain", "configuration", *ways], regret_rows),
+        block(
+            "Regret of a rate moved from every rank to every other; beyond the grid, that of its end",
+            ["domain", "configuration", *ways],
+            regret_rows,
+        ),
     ]
 
 
 def domains_in(done: Losses) -> list[str]:
-    return sorted({job.domain for job in done})
+    found = {job.domain for job in done}
+    return [name for name in names() if name in found]
 
 
 def ranks_in(done: Losses, domain: str, scheme: str) -> list[int]:
@@ -156,20 +161,67 @@ def to_full(done: Losses, domain: str) -> Iterator[list[str]]:
 Shift = Callable[[int, int], float]  # octaves from a source rank to a target
 
 
-def regrets(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[str]]:
-    """Each way's regret over all ordered pairs of ranks, and from every rank to full finetuning."""
+class Moved(NamedTuple):
+    """What a way of moving a rate loses: over all ordered pairs of ranks, and from every rank to full finetuning."""
+
+    domain: str
+    config: str
+    way: str
+    lora: tuple[float, ...]
+    full: tuple[float, ...]
+
+
+def moves(done: Losses, laws: Mapping[str, Law] = LAWS) -> list[Moved]:
+    """Every way in every domain and configuration that was swept at two ranks."""
+    return [each for domain in domains_in(done) for each in moves_in(done, domain, laws)]
+
+
+def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Moved]:
     for config in CONFIGS:
         for way, scheme, shift in ways(done, domain, config, laws):
             sources = {rank: best_at(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
-            moves = [(a, b) for a in sources for b in sources if a != b]
-            lora = [lost(done, (domain, scheme, b), (domain, config, b), sources[a] + shift(a, b)) for a, b in moves]
+            pairs = [(a, b) for a in sources for b in sources if a != b]
+            lora = [lost(done, (domain, scheme, b), (domain, config, b), sources[a] + shift(a, b)) for a, b in pairs]
             full = (domain, "full", FULL)
             whole = [lost(done, full, full, x + shift(a, FULL)) for a, x in sources.items()]
             if lora:
-                yield [domain, config, way, *(percent(f(each)) for each in (lora, whole) for f in FIGURES)]
+                yield Moved(domain, config, way, tuple(lora), tuple(whole))
 
 
-FIGURES: tuple[Callable[[list[float]], float], ...] = (statistics.median, max)
+def regret_row(moved: Moved) -> list[str]:
+    figures = (percent(figure(shares)) for shares in (moved.lora, moved.full) for figure in FIGURES)
+    return [moved.domain, moved.config, moved.way, *figures]
+
+
+FIGURES: tuple[Callable[[Sequence[float]], float], ...] = (statistics.median, max)
+COMPARED = {  # what the README compares, in its words
+    "one rate everywhere": "one rate everywhere",
+    "1/r": "1/r",
+    "LoRA+ 16": "LoRA+ 16",
+    "ten times full": "ten times full finetuning's",
+    "µA at 8 tokens": "this package's default law",
+    "calibrated recipe": "this package, calibrated",
+}
+
+
+def pooled(moved: Sequence[Moved], way: str) -> dict[str, tuple[list[float], list[float]]]:
+    """A way's regrets in every domain, over its configurations: from rank to rank, and to full finetuning."""
+    mine = [each for each in moved if each.way == way]
+    by_domain = {each.domain: [m for m in mine if m.domain == each.domain] for each in mine}
+    return {name: ([x for m in of for x in m.lora], [x for m in of for x in m.full]) for name, of in by_domain.items()}
+
+
+def summary(moved: Sequence[Moved]) -> str:
+    """The README's table: median and worst regret of a rate that is moved, by domain."""
+    every, columns, rows = list(dict.fromkeys(each.domain for each in moved)), ("to another rank", "to full"), []
+    for way, words in COMPARED.items():
+        if found := pooled(moved, way):
+            shares = [found[domain][which] if domain in found else [] for domain in every for which in (0, 1)]
+            rows.append(
+                [words, *(f"{percent(statistics.median(s))} / {percent(max(s))}" if s else "–" for s in shares)]
+            )
+    heads = [f"{domain.replace('_', ' ')}, {column}" for domain in every for column in columns]
+    return table_of(["the rate is moved by", *heads], rows)
 
 
 def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Iterator[tuple[str, str, Shift]]:

@@ -255,3 +255,40 @@ def test_a_grid_grows_until_its_best_lies_inside(tmp_path: Path) -> None:
     xs = sorted({one.x for one in read(tmp_path / "s.jsonl")})
     assert -6 in xs
     assert max(xs) == -5
+
+
+def test_the_readmes_table_pools_a_domains_configurations() -> None:
+    """A way's cell is the median and the worst over every configuration; what a domain lacks is a dash."""
+    from suite_page import Moved, summary
+
+    moved = [
+        Moved("language", "Init[A], s = 1", "1/r", (0.01, 0.02), (0.5,)),
+        Moved("language", "Init[B], s = 1", "1/r", (0.03, math.inf), (0.7,)),
+        Moved("language", "Init[A], s = 1", "one rate everywhere", (0.0, 0.1), (0.2,)),
+        Moved("reinforcement", "Init[A], s = 1", "1/r", (0.04,), (0.05,)),
+        Moved("reinforcement", "Init[A], s = 1", "a way nobody compares", (9.0,), (9.0,)),
+    ]
+    assert summary(moved).splitlines()[2:] == [
+        "| one rate everywhere | 5.0 % / 10.0 % | 20.0 % / 20.0 % | – | – |",
+        "| 1/r | 2.5 % / diverged | 60.0 % / 70.0 % | 4.0 % / 4.0 % | 5.0 % / 5.0 % |",
+    ]
+
+
+def test_a_readme_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:
+    """New tables take the place of the old ones between their marks, and nothing else changes."""
+    from suite import BEGIN, END, publish
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    publish(readme, "new")
+    publish(readme, "newer")
+    assert readme.read_text() == f"before\n{BEGIN}\n\nnewer\n\n{END}\nafter\n"
+
+
+def test_the_studys_domains_come_in_its_order() -> None:
+    """Every domain is named once, the study's seven first."""
+    from domains import names
+
+    assert names()[0] == "image_generation"
+    assert names()[6] == "language_smollm2"
+    assert len(set(names())) == len(names())

@@ -51,8 +51,12 @@ def runs_of(done: Losses) -> list[list[Any]]:
 
 def block(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A heading and a table in markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return f"## {title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in lines)
+    return f"## {title}\n\n{table_of(heads, rows)}"
+
+
+def table_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
 
 
 def number(value: float | None, digits: int = 2, sign: bool = False, missing: str = "–") -> str:

@@ -11,6 +11,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -122,5 +123,12 @@ def gap(model: nn.Module) -> float:
     return float(loss(model, wrong)) - evaluate(model)
 
 
+def mismatched(seed: int) -> Iterator[Batch]:
+    """Every picture with another's caption."""
+    for batch in batches(seed):
+        yield Batch(batch.pictures.roll(1, 0), batch.captions)
+
+
 RATES = {"*projector*": 1e-3}
 DOMAIN = Domain("vision_language", STEPS, (4, 16, 64, 192), build, batches, loss, evaluate, RATES)
+MISMATCHED = replace(DOMAIN, batches=mismatched)
