@@ -11,7 +11,8 @@ how many steps there are: few, and the largest stable rate is best; many, and th
 
 Predictions, written before any run: (1) the step's size per rate goes as r^0 and its progress per rate, −⟨step, g⟩, as
 r^(1/2); (2) with four times the steps the exponent of the best rate is more negative than with a quarter of them;
-(3) it lies between −1/2 and 0; (4) a larger batch, which makes g less noisy and changes neither of the two, leaves it.
+(3) it lies between −1/2 and 0; (4) a larger batch, which makes g less noisy and changes neither of the two, leaves it;
+(5) with B frozen, which takes away the second term of µA's condition, the only one that knows the rank, it stays.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -112,20 +113,29 @@ def step_of(x: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> Step:
 
 @dataclass(frozen=True)
 class Setting:
-    """Multiples of the domain's own steps and batch, and the warm-up's share of the steps."""
+    """Multiples of the domain's own steps and batch, the warm-up's share of the steps, and whether B is trained."""
 
     steps: float = 1.0
     batch: int = 1
     warmup: float = 0.05
+    frozen_b: bool = False
 
     @property
     def scheme(self) -> str:
-        return f"{SCHEME}; {self.steps:g} × steps, {self.batch} × batch, {self.warmup:.0%} warm-up"
+        frozen = ", B frozen" * self.frozen_b
+        return f"{SCHEME}; {self.steps:g} × steps, {self.batch} × batch, {self.warmup:.0%} warm-up{frozen}"
 
 
 SETTINGS = {
     each.scheme: each
-    for each in (Setting(), Setting(steps=0.25), Setting(steps=4), Setting(batch=4), Setting(warmup=0.3))
+    for each in (
+        Setting(),
+        Setting(frozen_b=True),
+        Setting(warmup=0.3),
+        Setting(steps=0.25),
+        Setting(batch=4),
+        Setting(steps=4),
+    )
 }
 
 
@@ -148,8 +158,22 @@ def run_one(job: Job) -> float | None:
     """A run of the domain at its setting."""
     setting = SETTINGS.get(job.scheme, Setting())
     domain = get_domain(job.domain)
-    altered = replace(domain, steps=round(domain.steps * setting.steps), **in_batches_of(domain, setting.batch))
+    steps, build = round(domain.steps * setting.steps), frozen(domain) if setting.frozen_b else domain.build
+    altered = replace(domain, steps=steps, build=build, **in_batches_of(domain, setting.batch))
     return run_in(altered, job, setting.warmup)
+
+
+def frozen(domain: Domain) -> Callable[[int | None, float, str, int], torch.nn.Module]:
+    """The domain's build with every B frozen."""
+
+    def build(rank: int | None, alpha: float, init: str, seed: int) -> torch.nn.Module:
+        model = domain.build(rank, alpha, init, seed)
+        for name, param in model.named_parameters():
+            if "lora_B" in name:
+                param.requires_grad_(False)
+        return model
+
+    return build
 
 
 def in_batches_of(domain: Domain, count: int) -> dict[str, Any]:
@@ -175,7 +199,16 @@ def table() -> None:
     done, on = read(RUNS), machine(1)
     rows = [row for name in names() for row in drifts(name, done)]
     steps = json.loads(STEP.read_text()) if STEP.exists() else {}
-    heads = ["domain", "steps", "batch", "warm-up", *(f"best at r = {r}" for r in RANKS), "exponent", "by seed"]
+    heads = [
+        "domain",
+        "steps",
+        "batch",
+        "warm-up",
+        "trained",
+        *(f"best at r = {r}" for r in RANKS),
+        "exponent",
+        "by seed",
+    ]
     parts = [
         "# Why Init[B]'s best rate falls with rank",
         __doc__ or "",
@@ -220,6 +253,7 @@ def bests(done: Losses, cell: Cell) -> list[float | None]:
 def shown(row: Mapping[str, Any]) -> list[str]:
     setting = row["setting"]
     told = [f"× {setting['steps']:g}", f"× {setting['batch']}", f"{setting['warmup']:.0%}"]
+    told.append("A alone" if setting["frozen_b"] else "A and B")
     first, *by_seed = (number(x, 2, sign=True) for x in row["slopes"])
     return [row["domain"], *told, number(row["low"][0], 1), number(row["high"][0], 1), first, ", ".join(by_seed)]
 
