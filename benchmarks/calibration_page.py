@@ -221,7 +221,7 @@ def draw_contenders(domains: Sequence[Domain], scores: Sequence[Score], path: Pa
         axis.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
         axis.set_xscale("symlog", linthresh=1)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlim(-3, 330)
+        axis.set_xlim(min(-3.0, 130 * min(s.regret for s in scores if s.domain == domain.name)), 330)
         axis.set_xlabel("regret, % (300: that or diverged)", fontsize=8)
         axis.set_title(f"{domain.name}: LoRA ranks (blue), full (orange)", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
