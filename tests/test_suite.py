@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from click.testing import CliRunner
 from filelock import FileLock
 
@@ -162,6 +163,46 @@ def test_a_registry_that_is_away_is_said(asset: Any, command: list[str]) -> None
     with pytest.raises(DomainError, match="could not fetch package==1") as caught:
         one.path()
     assert "put the archive at" in str(caught.value)
+
+
+def test_an_archive_altered_in_the_cache_is_refused(asset: Any) -> None:
+    """An archive that was changed after it was fetched is not used."""
+    import hashlib
+
+    from domains import DomainError, _assets
+
+    one = asset("npm", "some/package@1", hashlib.sha256(b"right").hexdigest())
+    kept = one.path()
+    kept.write_bytes(b"wrong")
+    _assets._check.cache_clear()
+    with pytest.raises(DomainError, match="is not what was kept: its hash is another"):
+        one.path()
+    assert kept.exists()
+
+
+def test_a_pretrained_checkpoint_is_made_once(asset: Any) -> None:
+    """What a seeded function made is read from the cache afterwards, to the bit."""
+    from domains._assets import made_once
+
+    made = {"weight": torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).T}
+    first = made_once("some-net-v1", lambda: made)
+    again = made_once("some-net-v1", dict)
+    assert torch.equal(first["weight"], made["weight"])
+    assert torch.equal(again["weight"], made["weight"])
+
+
+def test_a_checkpoint_of_another_hash_is_refused(asset: Any) -> None:
+    """A checkpoint in the cache that is cut short or altered is named, kept, and not trained from."""
+    from domains import DomainError, _assets
+
+    _assets.made_once("some-net-v2", lambda: {"weight": torch.zeros(3)})
+    path = _assets.CACHE / "some-net-v2.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    for cached in (_assets._kept, _assets._check):
+        cached.cache_clear()
+    with pytest.raises(DomainError, match=r"some-net-v2\.safetensors is not what was kept"):
+        _assets.made_once("some-net-v2", lambda: {"weight": torch.ones(3)})
+    assert path.exists()
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

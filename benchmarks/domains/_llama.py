@@ -41,7 +41,7 @@ def new_llama() -> Any:
 def llama() -> nn.Module:
     """The Llama that has read the Brown corpus, made once: 1,500 steps of 16 × 64 tokens, AdamW at 2e-3."""
     model: nn.Module = new_llama()
-    model.load_state_dict(made_once("llama-brown-v1.pt", _pretrain), strict=False)  # the tied head is not kept
+    model.load_state_dict(made_once("llama-brown-v1", _pretrain), strict=False)  # the tied head is not kept
     return model.requires_grad_(False)
 
 
@@ -79,7 +79,7 @@ def tokens(which: str) -> Tensor:
 
 @cache
 def _all_tokens() -> dict[str, Tensor]:
-    return made_once("tokens-brown-code-v1.pt", _tokenise)
+    return made_once("tokens-brown-code-v1", _tokenise)
 
 
 def _tokenise() -> dict[str, Tensor]:

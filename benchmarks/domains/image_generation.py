@@ -61,7 +61,7 @@ def digits(new: bool) -> tuple[Tensor, Tensor]:
 
 def pretrained() -> dict[str, Tensor]:
     """The transformer's weights after 1,500 steps of AdamW at 1e-3 on the digits 0 to 4."""
-    return made_once("dit-digits-0-4-v1.pt", _pretrain)
+    return made_once("dit-digits-0-4-v1", _pretrain)
 
 
 def _pretrain() -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ def new_model() -> Any:
 
 def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
     model = new_model()
-    model.load_state_dict(made_once("llama-addition-v1.pt", _pretrain))
+    model.load_state_dict(made_once("llama-addition-v1", _pretrain))
     return adapt(model.requires_grad_(False), rank, alpha, init, seed, LAYERS)
 
 

@@ -62,7 +62,7 @@ def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
 @cache
 def examples() -> Batch:
     """Every emoji's features and name, in an order of its own, always the same; made once."""
-    made = made_once("emoji-features-v1.pt", _read)
+    made = made_once("emoji-features-v1", _read)
     return Batch(made["pictures"], made["captions"].long())
 
 
