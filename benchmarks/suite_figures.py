@@ -154,6 +154,7 @@ def draw_summary(moved: Sequence[Moved]) -> Figure:
         axis.set_xlabel(f"regret, %: median, and a line to the worst ({MOST:g}: that or diverged)", fontsize=8)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(shown)), list(shown), fontsize=9)
+    axes[0].set_ylim(-0.5, len(shown) - 0.5)
     for (marker, colour), domain in zip(DOMAIN_STYLES, domains, strict=False):
         axes[1].plot([], [], marker, color=colour, label=domain.replace("_", " "))
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

@@ -60,7 +60,10 @@ def domains_in(done: Losses) -> list[str]:
 
 
 def ranks_in(done: Losses, domain: str, scheme: str) -> list[int]:
-    return sorted({job.rank for job in done if job[:2] == (domain, scheme)})
+    """The ranks that have three rates or more on every seed: of a suite cut short, those it came to."""
+    seeds = seeds_in(done, domain, scheme)
+    ranks = sorted({job.rank for job in done if job[:2] == (domain, scheme)})
+    return [rank for rank in ranks if len(curve(done, (domain, scheme, rank), seeds)) >= 3]
 
 
 def seeds_in(done: Losses, domain: str, scheme: str) -> int:
@@ -183,13 +186,14 @@ def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Mov
             pairs = [(a, b) for a in sources for b in sources if a != b]
             lora = [lost(done, (domain, scheme, b), (domain, config, b), sources[a] + shift(a, b)) for a, b in pairs]
             full = (domain, "full", FULL)
-            whole = [lost(done, full, full, x + shift(a, FULL)) for a, x in sources.items()]
+            to_full = list(sources.items()) if ranks_in(done, domain, "full") else []
+            whole = [lost(done, full, full, x + shift(a, FULL)) for a, x in to_full]
             if lora:
                 yield Moved(domain, config, way, tuple(lora), tuple(whole))
 
 
 def regret_row(moved: Moved) -> list[str]:
-    figures = (percent(figure(shares)) for shares in (moved.lora, moved.full) for figure in FIGURES)
+    figures = (percent(figure(s)) if s else "–" for s in (moved.lora, moved.full) for figure in FIGURES)
     return [moved.domain, moved.config, moved.way, *figures]
 
 

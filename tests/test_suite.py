@@ -273,6 +273,15 @@ def test_verdicts(apart: float, said: str) -> None:
     assert verdict(apart, HELD, DRIFT) == said
 
 
+def test_ranks_without_a_grid_are_left_out() -> None:
+    """Of a suite cut short, tables and figures show the ranks that have three rates on every seed."""
+    from suite_page import ranks_in
+
+    begun = {job(64, x): 1.0 for x in range(-8, -1)}
+    done = {**bowl(4, -6.0, 3), **bowl(16, -7.0, 3), **begun}
+    assert ranks_in(done, "language", "Init[A], s = 1") == [4, 16]
+
+
 def test_regret_is_a_share_of_the_gain() -> None:
     """Regret is 0 at the grid's best rate, else (loss − best) / (start − best), on a line between rates."""
     from domains._configs import START
