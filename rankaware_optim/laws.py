@@ -25,6 +25,7 @@ __all__ = [
     "LoRAPlus",
     "MuA",
     "Power",
+    "Turning",
     "get_law",
     "kappa",
     "known_family",
@@ -49,6 +50,7 @@ class Law(ABC):
     """
 
     name: ClassVar[str] = ""
+    falls_with_rank: ClassVar[bool] = False  # at Init[B], beyond stability: a calibration then expects no more of it
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         """The law for this optimizer class and its settings; by default itself."""
@@ -223,8 +225,52 @@ class Power(Law):
         return float(self.full_factor * rank_of_full**self.exponent)
 
 
+@dataclass(frozen=True)
+class Turning(Law):
+    """Another law, with Init[B]'s fall in rank: a low rank takes a larger rate, since its B must turn.
+
+    Init[B]   law · √((r₀ + n) / (r₀ + min(r, n))), in the reference alike;  Init[A] and full finetuning: the law alone
+
+    Flat up to r₀ = `knee`, then r^(-1/2), and at r = n full finetuning's. B₀ is random, so its r columns are all the
+    outputs that a step can reach: few, and B has to turn, by its own size of r^(-1/2); many, and it need not. Freeze B
+    and a low rank's best rate drops to where the fall is nearly gone. Measured on four small tasks, whose slopes chose
+    the knee (benchmarks/results/init_b.md); no theory fixes it, and the paper's law has none of this.
+
+    >>> at = Reference(rank=16, alpha=16, init="B", fan_in=4096)
+    >>> round(Turning().multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0, init="B"), at), 2)
+    0.54
+    """
+
+    knee: float = 4.0
+    law: Law = field(default_factory=MuA)
+    name: ClassVar[str] = "turning"
+    falls_with_rank: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_parameter(self, "knee", self.knee)
+        if not isinstance(self.law, Law):
+            raise LawError(f"The law {self.name!r} got law={self.law!r}.", "Give a Law instance, such as MuA().")
+
+    def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
+        return replace(self, law=self.law.bind(optimizer_class, settings))
+
+    def batch_multiplier(self, ratio: float) -> float:
+        return self.law.batch_multiplier(ratio)
+
+    def multiplier(self, factor: Factor, reference: Reference) -> float:
+        here = self._lift(factor.init if factor.role != "full" else "full", factor.rank, factor.fan_in)
+        there = self._lift(reference.init if reference.method == "lora" else "full", reference.rank, reference.fan_in)
+        return self.law.multiplier(factor, reference) * here / there
+
+    def _lift(self, init: str | None, rank: int | None, fan_in: float | None) -> float:
+        """How far above full finetuning's the rate at Init[B] lies."""
+        if init != "B" or rank is None or fan_in is None:
+            return 1.0
+        return math.sqrt((self.knee + fan_in) / (self.knee + min(rank, fan_in)))
+
+
 def get_law(law: str | Law) -> Law:
-    """A law by name ("mua", "mua-paper", "constant", "loraplus", "power", or a plug-in's), or the instance given."""
+    """A law by its name, such as "mua", "mua-paper", "turning" or "constant", a plug-in's too, or the one given."""
     if isinstance(law, Law):
         return law
     if not isinstance(law, str):
@@ -309,3 +355,4 @@ LAWS.register("mua-paper", lambda: MuA(tokens=None))
 LAWS.register("constant", Constant)
 LAWS.register("loraplus", LoRAPlus)
 LAWS.register("power", Power)
+LAWS.register("turning", Turning)

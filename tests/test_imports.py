@@ -43,6 +43,7 @@ PUBLIC = [
     "Suggestion",
     "Survey",
     "Trial",
+    "Turning",
     "bench_law",
     "calibrate",
     "calibrate_in_place",
