@@ -233,8 +233,8 @@ class Turning(Law):
 
     Flat up to r₀ = `knee`, then r^(-1/2), and at r = n full finetuning's. B₀ is random, so its r columns are all the
     outputs that a step can reach: few, and B has to turn, by its own size of r^(-1/2); many, and it need not. Freeze B
-    and a low rank's best rate drops to where the fall is nearly gone. Measured on four small tasks, whose slopes chose
-    the knee (benchmarks/results/init_b.md); no theory fixes it, and the paper's law has none of this.
+    and a low rank's best rate drops, and most of the fall is gone. Measured with AdamW on four small tasks, whose
+    slopes chose the knee (benchmarks/results/init_b.md); no theory fixes it, and the paper's law has none of this.
 
     >>> at = Reference(rank=16, alpha=16, init="B", fan_in=4096)
     >>> round(Turning().multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0, init="B"), at), 2)
