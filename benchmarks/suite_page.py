@@ -21,12 +21,12 @@ from domains._tables import block, losses_at, number, percent, table_of
 from make_recipes import path_of
 from searches import ranks_of, rate_of
 
-from rankaware_optim import Law, MuA, Recipe, Turning
+from rankaware_optim import Falling, Law, MuA, Recipe
 from rankaware_optim.yardstick import vertex_of
 
 HELD, DRIFT, OCTAVE = 0.1, 0.35, 0.5
 T90 = {2: 6.31, 3: 2.92}  # Student's t, 90 % two-sided, by number of seeds
-LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA at 8 tokens": MuA(), "µA, B turning": Turning()}
+LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA at 8 tokens": MuA(), "µA, falling at B": Falling()}
 
 
 class Optimum(NamedTuple):
@@ -204,7 +204,7 @@ COMPARED = {  # what the README compares, in its words
     "LoRA+ 16": "LoRA+ 16",
     "ten times full": "ten times full finetuning's",
     "µA at 8 tokens": "this package's default law",
-    "µA, B turning": 'this package, law="turning"',
+    "µA, falling at B": 'this package, law="falling"',
     "calibrated recipe": "this package, calibrated",
 }
 

@@ -24,7 +24,7 @@ from .initialization import initialize
 from .inspection import inspect_model
 from .integrations import group_rates, log_rates, trainer_factory
 from .law_check import LawConformance, check_law
-from .laws import Constant, Law, LoRAPlus, MuA, Power, Turning
+from .laws import Constant, Falling, Law, LoRAPlus, MuA, Power
 from .measured import Measured
 from .optimizer import RankAwareOptimizer
 from .recipe import Rate, Recipe
@@ -47,6 +47,7 @@ __all__ = [
     "Conversion",
     "CoordinateCheck",
     "Factor",
+    "Falling",
     "InspectionError",
     "InvalidReferenceError",
     "Law",
@@ -68,7 +69,6 @@ __all__ = [
     "Suggestion",
     "Survey",
     "Trial",
-    "Turning",
     "bench_law",
     "calibrate",
     "calibrate_in_place",

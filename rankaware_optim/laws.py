@@ -25,7 +25,7 @@ __all__ = [
     "LoRAPlus",
     "MuA",
     "Power",
-    "Turning",
+    "Falling",
     "get_law",
     "kappa",
     "known_family",
@@ -226,24 +226,24 @@ class Power(Law):
 
 
 @dataclass(frozen=True)
-class Turning(Law):
-    """Another law, with Init[B]'s fall in rank: a low rank takes a larger rate, since its B must turn.
+class Falling(Law):
+    """Another law, with the fall in rank that best rates show at Init[B].
 
     Init[B]   law · √((r₀ + n) / (r₀ + min(r, n))), in the reference alike;  Init[A] and full finetuning: the law alone
 
-    Flat up to r₀ = `knee`, then r^(-1/2), and at r = n full finetuning's. B₀ is random, so its r columns are all the
-    outputs that a step can reach: few, and B has to turn, by its own size of r^(-1/2); many, and it need not. Freeze B
-    and a low rank's best rate drops, and most of the fall is gone. Measured with AdamW on four small tasks, whose
-    slopes chose the knee (benchmarks/results/init_b.md); no theory fixes it, and the paper's law has none of this.
+    Flat up to r₀ = `knee`, then r^(-1/2), and at r = n full finetuning's. Two causes were measured with AdamW
+    (benchmarks/results/init_b.md): with B frozen the rate still falls by about r^(-1/4), a step in few random
+    directions being safe where one in all is not; and where B has to turn to be of use, a low rank's gains most by a
+    larger rate. The slopes of four small tasks chose the knee. No theory fixes it; the paper's law has none of this.
 
     >>> at = Reference(rank=16, alpha=16, init="B", fan_in=4096)
-    >>> round(Turning().multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0, init="B"), at), 2)
+    >>> round(Falling().multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0, init="B"), at), 2)
     0.54
     """
 
     knee: float = 4.0
     law: Law = field(default_factory=MuA)
-    name: ClassVar[str] = "turning"
+    name: ClassVar[str] = "falling"
     falls_with_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -270,7 +270,7 @@ class Turning(Law):
 
 
 def get_law(law: str | Law) -> Law:
-    """A law by its name, such as "mua", "mua-paper", "turning" or "constant", a plug-in's too, or the one given."""
+    """A law by its name, such as "mua", "mua-paper", "falling" or "constant", a plug-in's too, or the one given."""
     if isinstance(law, Law):
         return law
     if not isinstance(law, str):
@@ -355,4 +355,4 @@ LAWS.register("mua-paper", lambda: MuA(tokens=None))
 LAWS.register("constant", Constant)
 LAWS.register("loraplus", LoRAPlus)
 LAWS.register("power", Power)
-LAWS.register("turning", Turning)
+LAWS.register("falling", Falling)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 import tomli
 
-from rankaware_optim import Constant, Law, LawError, LoRAPlus, MuA, Power, Turning
+from rankaware_optim import Constant, Falling, Law, LawError, LoRAPlus, MuA, Power
 from rankaware_optim.law_check import check_law
 from rankaware_optim.laws import LAWS
 
@@ -36,7 +36,7 @@ OURS = [
     MuA(family="relative-scale"),
     LoRAPlus(ratio=4.0),
     Power(exponent=-0.45, full_factor=0.5, pivot=8.0, to_full=True, law=MuA(tokens=4.0)),
-    Turning(knee=64.0, law=MuA(family="spectral")),
+    Falling(knee=64.0, law=MuA(family="spectral")),
 ]
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rankaware_optim import (
     Constant,
     Factor,
+    Falling,
     InvalidReferenceError,
     Law,
     LawError,
@@ -22,7 +23,6 @@ from rankaware_optim import (
     MuA,
     Power,
     Reference,
-    Turning,
 )
 from rankaware_optim import RankAwareWarning as Warn
 from rankaware_optim.adapters import Survey
@@ -56,8 +56,8 @@ LAW_TABLE = {
     "power": Power(exponent=-0.3),
     "power-full": Power(exponent=-0.45, full_factor=0.5, pivot=8.0, to_full=True, law=MuA(tokens=4.0)),
     "power-pivot": Power(exponent=0.18, full_factor=2.0, law=MuA(tokens=None)),
-    "turning": Turning(),
-    "turning-knee": Turning(knee=0.5, law=MuA(tokens=4.0)),
+    "falling": Falling(),
+    "falling-knee": Falling(knee=0.5, law=MuA(tokens=4.0)),
 }
 laws = st.sampled_from(list(LAW_TABLE.values()))
 ranks = st.integers(1, 4096)
@@ -382,17 +382,17 @@ def test_an_unresolved_reference_is_refused():
 
 
 @given(point=lora_points, other=lora_points, knee=st.floats(0.01, 1e4))
-def test_turning_moves_init_b_alone(point, other, knee):
-    """Between points of Init[A] and full finetuning `Turning` is the law beneath it."""
-    law, points = Turning(knee), (replace(point, init="A"), replace(other, init="A"), FullPoint(64))
+def test_falling_moves_init_b_alone(point, other, knee):
+    """Between points of Init[A] and full finetuning `Falling` is the law beneath it."""
+    law, points = Falling(knee), (replace(point, init="A"), replace(other, init="A"), FullPoint(64))
     for to in points:
         assert move(law, to, points[0]) == pytest.approx(move(MuA(), to, points[0]), rel=1e-9)
 
 
 @given(rank=ranks, more=st.integers(1, 64), knee=st.floats(0.01, 1e4), width=widths)
-def test_turning_falls_by_no_more_than_the_square_root(rank, more, knee, width):
+def test_falling_falls_by_no_more_than_the_square_root(rank, more, knee, width):
     """At Init[B] the rate falls in rank beyond the law beneath it by r^0 to r^(-1/2), and meets it at r = n."""
-    law, low, high = Turning(knee), Point(rank, 1.0, width, "B"), Point(rank * more, 1.0, width, "B")
+    law, low, high = Falling(knee), Point(rank, 1.0, width, "B"), Point(rank * more, 1.0, width, "B")
     fall = move(law, high, low) / move(MuA(), high, low)
     assert more**-0.5 - 1e-9 <= fall <= 1.0 + 1e-9
     whole = Point(width, 1.0, width, "B")
@@ -407,7 +407,7 @@ NAMED = [
     ("constant", Constant()),
     ("loraplus", LoRAPlus(ratio=16.0)),
     ("power", Power()),
-    ("turning", Turning(knee=4.0)),
+    ("falling", Falling(knee=4.0)),
 ]
 
 
@@ -480,9 +480,9 @@ BAD_PARAMETERS = [(MuA, {"tokens": value}) for value in (0, -1.0, math.inf, math
     (Power, {"pivot": -1}),
     (Power, {"law": "mua"}),
     (Power, {"law": MuA}),
-    (Turning, {"knee": 0.0}),
-    (Turning, {"knee": None}),
-    (Turning, {"law": "mua"}),
+    (Falling, {"knee": 0.0}),
+    (Falling, {"knee": None}),
+    (Falling, {"law": "mua"}),
 ]
 
 
@@ -566,7 +566,7 @@ def test_built_in_laws_do_not_load_plugins(installed):
 
 def test_plugins_are_listed_and_loaded_once(installed):
     """An unknown name lists plug-ins too, and the broken one warns a single time."""
-    with pytest.warns(Warn) as caught, pytest.raises(LawError, match=r"constant, half, loraplus, (measured, )?mua"):
+    with pytest.warns(Warn) as caught, pytest.raises(LawError, match=r"constant, falling, half, loraplus, (measured, )?mua"):
         get_law("nua")
     assert len(caught) == 1
     assert "broken" not in LAWS.names()
