@@ -566,7 +566,10 @@ def test_built_in_laws_do_not_load_plugins(installed):
 
 def test_plugins_are_listed_and_loaded_once(installed):
     """An unknown name lists plug-ins too, and the broken one warns a single time."""
-    with pytest.warns(Warn) as caught, pytest.raises(LawError, match=r"constant, falling, half, loraplus, (measured, )?mua"):
+    with (
+        pytest.warns(Warn) as caught,
+        pytest.raises(LawError, match=r"constant, falling, half, loraplus, (measured, )?mua"),
+    ):
         get_law("nua")
     assert len(caught) == 1
     assert "broken" not in LAWS.names()
