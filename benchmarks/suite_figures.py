@@ -151,7 +151,7 @@ def draw_summary(moved: Sequence[Moved]) -> Figure:
         axis.set_xscale("symlog", linthresh=1)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlim(-1, MOST)
-        axis.set_xlabel(f"regret, %: median, and a line to the worst ({MOST:g}: that or diverged)", fontsize=8)
+        axis.set_xlabel(f"regret, %, from median to worst ({MOST:g}: or diverged)", fontsize=8)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(shown)), list(shown), fontsize=9)
     axes[0].set_ylim(-0.5, len(shown) - 0.5)

@@ -44,10 +44,10 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
     heads = ["domain", "configuration", "ranks", "measured", *laws]
     ways = ["way", "LoRA to LoRA: median", "worst", "LoRA to full: median", "worst"]
     return [
-        block("Exponent of the best rate in rank, with its 90 % interval over seeds", heads, exponent_rows),
-        block("The paper's claims", ["domain", "claim", "verdict", "numbers"], claim_rows),
+        block("(a) Exponent of the best rate in rank, with its 90 % interval over seeds", heads, exponent_rows),
+        block("(b) The paper's claims", ["domain", "claim", "verdict", "numbers"], claim_rows),
         block(
-            "Regret of a rate moved from every rank to every other; beyond the grid, that of its end",
+            "(c) Regret of a rate moved from every rank to every other; beyond the grid, that of its end",
             ["domain", "configuration", *ways],
             regret_rows,
         ),

@@ -342,3 +342,14 @@ def test_the_studys_domains_come_in_its_order() -> None:
     assert names()[0] == "image_generation"
     assert names()[6] == "language_smollm2"
     assert len(set(names())) == len(names())
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS.parent / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_that_is_shipped_is_read(path: Path) -> None:
+    """`rankaware lr` gives a rate of every recipe in recipes/ at a rank that none of them tried, without a warning."""
+    from rankaware_optim.cli import main
+
+    result = CliRunner().invoke(main, ["lr", str(path), "--rank", "32"])
+    assert result.exit_code == 0, result.output
+    assert "90 % band" in result.output
+    assert "outside" not in result.output
