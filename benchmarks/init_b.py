@@ -34,13 +34,12 @@ from typing import Any, NamedTuple
 import click
 import torch
 from domains import Domain, get_domain, names
-from domains._configs import built, run_in, starts
-from domains._runs import Cell, Grid, Job, Losses, complete, curve, read
-from domains._tables import block, number, where
+from domains._configs import built, run_in, start_of, starts
+from domains._runs import Cell, Grid, Job, Losses, complete, curve, or_inf, read
+from domains._tables import best_rate, block, number, where
 from recording import RESULTS, machine
 
 from rankaware_optim import capture
-from rankaware_optim.yardstick import vertex_of
 
 SCHEME, RANKS, SEEDS = "Init[B], s = 1", (4, 64), 2
 STEP, RUNS = RESULTS / "init_b_step.json", RESULTS / "init_b_runs.jsonl"
@@ -253,8 +252,8 @@ def bests(done: Losses, cell: Cell) -> list[float | None]:
     means = curve(done, cell, SEEDS)
     if len(means) < 3:
         return []
-    single = [{x: done[Job(*cell, x, seed)] for x in means} for seed in range(SEEDS)]
-    return [vertex_of({x: math.inf if y is None else y for x, y in each.items()}) for each in (means, *single)]
+    single = [{x: or_inf(done[Job(*cell, x, seed)]) for x in means} for seed in range(SEEDS)]
+    return [best_rate(each, start_of(cell[0], done)) for each in (means, *single)]
 
 
 def shown(row: Mapping[str, Any]) -> list[str]:

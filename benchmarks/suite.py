@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import click
-from domains import DomainError, get_domain, names
+from domains import Domain, DomainError, get_domain, names
 from domains._configs import CONFIGS, LORAPLUS, RSLORA, TWO_RATES, run_at, starts
 from domains._runs import FULL, WARMUP, Cell, Grid, complete, read
 from domains._tables import where
@@ -32,6 +32,7 @@ from rankaware_optim.yardstick import law_of
 HERE, STORES, SUMMARY = RESULTS.parent, RESULTS / "suite", "summary.png"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the two READMEs
 QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
+COMPARISON = Path("bench-laws")  # where tables with further laws are written
 FIRST_CONFIG = next(iter(CONFIGS))
 COARSE = {
     **{config: range(-13, -2, 2) for config in (*CONFIGS, *RSLORA)},
@@ -86,16 +87,22 @@ def main(suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, l
         for domain in () if only_tables else todo:
             sweep(domain, suite, folder / f"{domain}.jsonl", workers)
         write(folder, compared)
-    except RankAwareError as error:
-        raise click.ClickException(str(error)) from error
+    except (RankAwareError, OSError) as error:
+        raise click.ClickException(f"{error} Runs that ended are kept.") from error
 
 
 def sweep(domain: str, suite: str, store: Path, workers: int) -> None:
     """Append every missing run of a domain."""
-    get_domain(domain).build(4, 4, "A", 0)  # fetches and pretrains once, before any process does
+    warm(get_domain(domain))
     asked = parts(domain, suite)
     for grid in (starts(domain, range(asked[0].seeds)), *(part.grid(domain) for part in asked)):
         complete(grid, partial(run_at, warmup=WARMUP), store, workers, click.echo)
+
+
+def warm(domain: Domain) -> None:
+    """Fetch, pretrain and read all that the domain needs, once, before any process does."""
+    domain.evaluate(domain.build(4, 4, "A", 0))
+    next(domain.batches(0))
 
 
 def write(folder: Path, laws: Mapping[str, Law]) -> None:
@@ -105,11 +112,12 @@ def write(folder: Path, laws: Mapping[str, Law]) -> None:
     done = {job: loss for store in sorted(folder.glob("*.jsonl")) for job, loss in read(store).items()}
     if not done:
         raise DomainError(f"There is no run in {folder}.", "Run the suite first.")
-    pictures = [f"![{path.stem}]({path.name})" for path in draw_all(done, folder, laws)]
-    moved = moves(done, laws)
+    moved, ours, into = moves(done, laws), laws == LAWS, folder if laws == LAWS else COMPARISON
+    into.mkdir(parents=True, exist_ok=True)
+    pictures = [f"![{path.stem}]({path.name})" for path in draw_all(done, into, laws)]
     text = "\n\n".join([*tables(done, moved, laws), *pictures, where(machine(1))])
-    (folder / "tables.md").write_text(text + "\n")
-    if folder == STORES and laws == LAWS:
+    (into / "tables.md").write_text(text + "\n")
+    if folder == STORES and ours:
         draw_summary(moved).savefig(folder / SUMMARY, dpi=110)
         publish(HERE / "README.md", text.replace("](", f"]({folder.relative_to(HERE)}/"))
         picture = f"![Regret of moved rates, by domain]({(folder / SUMMARY).relative_to(HERE.parent)})"
@@ -119,8 +127,13 @@ def write(folder: Path, laws: Mapping[str, Law]) -> None:
 
 def publish(readme: Path, text: str) -> None:
     """Put text between a README's marks, in the place of what is there."""
-    before, _, rest = readme.read_text().partition(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise DomainError(f"{readme} lacks {BEGIN} or {END}.", "Put both back, where the tables belong.")
+    partial = readme.with_name(f".{readme.name}.partial")
+    partial.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    partial.replace(readme)
 
 
 if __name__ == "__main__":

@@ -145,17 +145,17 @@ def draw_summary(moved: Sequence[Moved]) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     for which, (axis, title) in enumerate(zip(axes, ("to another rank", "to full finetuning"), strict=True)):
         axis.set_title(title, fontsize=10)
-        for number, (style, domain) in enumerate(zip(DOMAIN_STYLES, domains, strict=False)):
+        for number, (style, domain) in enumerate(zip(cycle(DOMAIN_STYLES), domains, strict=False)):
             lift = 0.3 * (0.5 - number / max(1, len(domains) - 1))
             plot_moves(axis, [of.get(domain, ([], []))[which] for of in shown.values()], lift, *style)
         axis.set_xscale("symlog", linthresh=1)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlim(-1, MOST)
+        axis.set_xlim(min(-1.0, 100 * min(x for each in moved for x in (*each.lora, *each.full))), MOST)
         axis.set_xlabel(f"regret, %, from median to worst ({MOST:g}: or diverged)", fontsize=8)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(shown)), list(shown), fontsize=9)
     axes[0].set_ylim(-0.5, len(shown) - 0.5)
-    for (marker, colour), domain in zip(DOMAIN_STYLES, domains, strict=False):
+    for (marker, colour), domain in zip(cycle(DOMAIN_STYLES), domains, strict=False):
         axes[1].plot([], [], marker, color=colour, label=domain.replace("_", " "))
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure

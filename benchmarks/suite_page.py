@@ -15,18 +15,20 @@ from typing import NamedTuple
 
 import contenders
 from domains import get_domain, names
-from domains._configs import CONFIGS, LORAPLUS, RSLORA, TWO_RATES, start_of
+from domains._configs import CONFIGS, LORAPLUS, RSLORA, START, TWO_RATES, start_of
 from domains._runs import FULL, Cell, Losses, curve
-from domains._tables import block, losses_at, number, percent, table_of
+from domains._tables import best_rate, block, losses_at, number, percent, table_of
 from make_recipes import path_of
 from searches import ranks_of, rate_of
 
 from rankaware_optim import Falling, Law, MuA, Recipe
-from rankaware_optim.yardstick import vertex_of
 
 HELD, DRIFT, OCTAVE = 0.1, 0.35, 0.5
 T90 = {2: 6.31, 3: 2.92}  # Student's t, 90 % two-sided, by number of seeds
 LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA at 8 tokens": MuA(), "µA, falling at B": Falling()}
+
+
+SPLIT = MuA(split=True)  # what "two rates" are moved by, from the rank at which they are tuned
 
 
 class Optimum(NamedTuple):
@@ -47,7 +49,7 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
         block("(a) Exponent of the best rate in rank, with its 90 % interval over seeds", heads, exponent_rows),
         block("(b) The paper's claims", ["domain", "claim", "verdict", "numbers"], claim_rows),
         block(
-            "(c) Regret of a rate moved from every rank to every other; beyond the grid, that of its end",
+            "(c) Regret of a rate moved from every rank to every other",
             ["domain", "configuration", *ways],
             regret_rows,
         ),
@@ -55,8 +57,9 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
 
 
 def domains_in(done: Losses) -> list[str]:
-    found = {job.domain for job in done}
-    return [name for name in names() if name in found]
+    """Those with a loss before training and a configuration with a grid."""
+    begun = {job.domain for job in done if job.scheme == START}
+    return [name for name in names() if name in begun and schemes_in(done, name)]
 
 
 def ranks_in(done: Losses, domain: str, scheme: str) -> list[int]:
@@ -74,7 +77,10 @@ def optimum(done: Losses, cell: Cell) -> Optimum:
     seeds = seeds_in(done, *cell[:2])
     means = curve(done, cell, seeds)
     single = [{x: losses_at(done, cell, x, seeds)[seed] for x in means} for seed in range(seeds)]
-    return Optimum(*(vertex_of(means), tuple(map(vertex_of, single))) if means else (None, ()))
+    start = start_of(cell[0], done)
+    return Optimum(
+        *(best_rate(means, start), tuple(best_rate(each, start) for each in single)) if means else (None, ())
+    )
 
 
 # --- exponents ------------------------------------------------------------------------------------------------------
@@ -239,7 +245,7 @@ def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Ite
     if full := optimum(done, (domain, "full", FULL)).x:
         yield "ten times full", config, partial(ten_times_full, done, domain, config, full)
     yield "LoRA+ 16", config + LORAPLUS, lambda a, b: 0.0
-    yield "two rates", config + TWO_RATES, lambda a, b: 0.0 if b else octaves(domain, config, FULL, MuA())
+    yield "two rates", config + TWO_RATES, lambda a, b: 0.0 if b else octaves(domain, config, FULL, SPLIT)
 
 
 def by_recipe(done: Losses, domain: str, config: str) -> Iterator[tuple[str, str, Shift]]:
@@ -272,11 +278,15 @@ def best_at(done: Losses, cell: Cell) -> float:
 
 
 def lost(done: Losses, trained: Cell, best: Cell, x: float) -> float:
-    """Regret at 2^x, on straight lines between the rates tried; at the grid's end where x lies beyond it."""
+    """Regret at 2^x, on straight lines between the rates tried.
+
+    Beyond the grid of all seeds by the coarse pass of one, and beyond that too by its end.
+    """
     seeds = seeds_in(done, *trained[:2])
     means = curve(done, trained, seeds)
+    coarse = {at: loss for at, loss in curve(done, trained, 1).items() if not min(means) <= at <= max(means)}
     lowest = min(curve(done, best, seeds).values())
-    return (between(means, x) - lowest) / (start_of(trained[0], done) - lowest)
+    return (between({**coarse, **means}, x) - lowest) / (start_of(trained[0], done) - lowest)
 
 
 def between(means: Mapping[float, float], x: float) -> float:

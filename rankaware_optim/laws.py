@@ -50,7 +50,11 @@ class Law(ABC):
     """
 
     name: ClassVar[str] = ""
-    falls_with_rank: ClassVar[bool] = False  # at Init[B], beyond stability: a calibration then expects no more of it
+
+    @property
+    def falls_with_rank(self) -> bool:
+        """Whether Init[B]'s rates fall in rank beyond stability: a calibration then expects no further fall."""
+        return False
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         """The law for this optimizer class and its settings; by default itself."""
@@ -206,6 +210,10 @@ class Power(Law):
         if not isinstance(self.law, Law):
             raise LawError(f"The law {self.name!r} got law={self.law!r}.", "Give a Law instance, such as MuA().")
 
+    @property
+    def falls_with_rank(self) -> bool:
+        return self.law.falls_with_rank
+
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         law = self.law.bind(optimizer_class, settings)
         return Power(self.exponent, self.full_factor, self.pivot, self.to_full, law)
@@ -244,12 +252,15 @@ class Falling(Law):
     knee: float = 4.0
     law: Law = field(default_factory=MuA)
     name: ClassVar[str] = "falling"
-    falls_with_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_parameter(self, "knee", self.knee)
         if not isinstance(self.law, Law):
             raise LawError(f"The law {self.name!r} got law={self.law!r}.", "Give a Law instance, such as MuA().")
+
+    @property
+    def falls_with_rank(self) -> bool:
+        return True
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         return replace(self, law=self.law.bind(optimizer_class, settings))

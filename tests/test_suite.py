@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,6 +42,14 @@ def bowl(rank: int, best: float, seeds: int = 1, scheme: str = "Init[A], s = 1")
     }
 
 
+def untrained(loss: float = 9.0) -> dict[Any, float]:
+    """The loss before training."""
+    from domains._configs import START
+    from domains._runs import FULL
+
+    return {job(FULL, 0.0, 0, START): loss}
+
+
 # --- the store ------------------------------------------------------------------------------------------------------
 
 
@@ -74,6 +83,25 @@ def test_a_failing_run_loses_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="boom"):
         complete(Listed([job(4, -5), job(4, -6)]), run, tmp_path / "s.jsonl", 1, lambda text: None)
     assert read(tmp_path / "s.jsonl") == {job(4, -5): 1.0}
+
+
+def noted(one: Any) -> float:
+    """A run that leaves a file in the folder that is its domain; the first fails."""
+    (Path(one.domain) / str(one.x)).touch()
+    if one.x == 0:
+        raise ValueError("boom")
+    time.sleep(0.2)
+    return 1.0
+
+
+def test_a_failing_run_ends_the_suite(tmp_path: Path) -> None:
+    """With several processes too, a run that raises ends the suite: what waits in the queue is not run."""
+    from domains._runs import Job, Listed, complete
+
+    jobs = [Job(str(tmp_path), "a", 4, x, 0) for x in range(20)]
+    with pytest.raises(ValueError, match="boom"):
+        complete(Listed(jobs), noted, tmp_path / "s.jsonl", 2, lambda text: None)
+    assert len([path for path in tmp_path.iterdir() if path.name.isdigit()]) < 10
 
 
 @pytest.mark.parametrize("cut", range(2, 60, 7))
@@ -244,7 +272,7 @@ def test_an_exponent_is_found(exponent: float) -> None:
     """The exponent of best rates that follow a power of the rank is that power, its interval around it."""
     from suite_page import exponent_of
 
-    done = {k: v for r in (1, 4, 16, 64) for k, v in bowl(r, -6 + exponent * math.log2(r), 3).items()}
+    done = {k: v for r in (1, 4, 16, 64) for k, v in bowl(r, -6 + exponent * math.log2(r), 3).items()} | untrained()
     found = exponent_of(done, "language", "Init[A], s = 1")
     assert found is not None
     assert found.slope == pytest.approx(exponent, abs=1e-6)
@@ -256,7 +284,7 @@ def test_a_best_rate_at_the_grids_edge_is_left_out() -> None:
     from suite_page import exponent_of
 
     edge = {job(16, x): float(-x) for x in range(-8, -1)}
-    done = {**bowl(1, -6.0), **bowl(4, -7.0), **edge}
+    done = {**bowl(1, -6.0), **bowl(4, -7.0), **edge, **untrained()}
     found = exponent_of(done, "language", "Init[A], s = 1")
     assert found is not None
     assert found.ranks == (1, 4)
@@ -280,6 +308,44 @@ def test_ranks_without_a_grid_are_left_out() -> None:
     begun = {job(64, x): 1.0 for x in range(-8, -1)}
     done = {**bowl(4, -6.0, 3), **bowl(16, -7.0, 3), **begun}
     assert ranks_in(done, "language", "Init[A], s = 1") == [4, 16]
+
+
+def test_a_domain_without_a_grid_has_no_tables() -> None:
+    """Of a suite stopped in its first runs there is nothing to show."""
+    from domains._configs import START
+    from domains._runs import FULL
+    from suite_page import domains_in
+
+    begun = {job(FULL, 0.0, 0, START): 2.0, job(4, -5): 1.0}
+    assert domains_in(begun) == []
+    assert domains_in({**begun, **bowl(4, -6.0)}) == ["language"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [((0.5, 0.4, 0.5), -5.0), ((0.5, 0.4, 0.45), -4.833), ((0.5, 0.4, 1.4), -5.0), ((0.5, 0.4), None)],
+)
+def test_a_best_rate_beside_a_cliff_is_the_lowest(losses: tuple[float, ...], best: float | None) -> None:
+    """A parabola's vertex, but the grid's lowest where a neighbour is no better than untrained; none at an edge."""
+    from domains._tables import best_rate
+
+    found = best_rate(dict(zip((-6.0, -5.0, -4.0), losses, strict=False)), start=0.7)
+    assert found == (None if best is None else pytest.approx(best, abs=1e-3))
+
+
+def test_regret_beyond_the_grid_is_the_coarse_passs() -> None:
+    """A rate beyond the grid of all seeds is scored by the coarse pass of one, not by the grid's end."""
+    from domains._configs import START
+    from domains._runs import FULL
+    from suite_page import lost
+
+    cell = ("language", "Init[A], s = 1", 4)
+    done = {**bowl(4, -6.0, 3), job(4, 0.0): 5.0, job(FULL, 0.0, 0, START): 2.0}
+    lowest = lost(done, cell, cell, -6.0)
+    assert lost(done, cell, cell, 0.0) == pytest.approx(
+        lowest + (5.0 - 1.0 - 0.01 * 5 / 30) / (1.0 - 0.01 * 5 / 30), rel=0.01
+    )
+    assert lost(done, cell, cell, 3.0) == lost(done, cell, cell, 0.0)
 
 
 def test_regret_is_a_share_of_the_gain() -> None:
@@ -333,6 +399,18 @@ def test_a_readme_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:
     publish(readme, "new")
     publish(readme, "newer")
     assert readme.read_text() == f"before\n{BEGIN}\n\nnewer\n\n{END}\nafter\n"
+
+
+def test_a_readme_without_its_marks_is_left_alone(tmp_path: Path) -> None:
+    """A README that lost a mark is refused with a sentence, and not changed."""
+    from domains import DomainError
+    from suite import BEGIN, publish
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\nafter\n")
+    with pytest.raises(DomainError, match="lacks"):
+        publish(readme, "new")
+    assert readme.read_text() == f"before\n{BEGIN}\nold\nafter\n"
 
 
 def test_the_studys_domains_come_in_its_order() -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import DomainError
@@ -82,8 +84,10 @@ def made_once(name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[st
         DomainError: the file in the cache is not what was kept there.
     """
     path = CACHE / f"{name}.safetensors"
-    if not (path.exists() and _hash_file(path).exists()):
-        _keep(path, make())
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not (path.exists() and _hash_file(path).exists()):
+            _keep(path, make())
     return _kept(path)
 
 
@@ -94,11 +98,14 @@ def _kept(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _keep(path: Path, made: dict[str, torch.Tensor]) -> None:
-    CACHE.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    save_file({key: value.contiguous() for key, value in made.items()}, partial)
-    _hash_file(path).write_text(_hash_of(partial))
-    partial.replace(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            partial = Path(folder) / path.name
+            save_file({key: value.contiguous() for key, value in made.items()}, partial)
+            _hash_file(path).write_text(_hash_of(partial))
+            partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise DomainError(f"{path} cannot be written: {error}.", "Make room, or set RANKAWARE_CACHE.") from error
 
 
 def _hash_file(path: Path) -> Path:

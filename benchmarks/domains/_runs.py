@@ -229,6 +229,9 @@ def _results(run: Run, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job,
         yield from ((job, run(job)) for job in jobs)
         return
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(run, job): job for job in jobs}
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,))
+    futures = {pool.submit(run, job): job for job in jobs}
+    try:
         yield from ((futures[future], future.result()) for future in as_completed(futures))
+    finally:  # what a failed run or a full disk leaves in the queue is not run
+        pool.shutdown(cancel_futures=True)

