@@ -239,10 +239,11 @@ class Falling(Law):
 
     Init[B]   law · √((r₀ + n) / (r₀ + min(r, n))), in the reference alike;  Init[A] and full finetuning: the law alone
 
-    Flat up to r₀ = `knee`, then r^(-1/2), and at r = n full finetuning's. Two causes were measured with AdamW
-    (benchmarks/results/init_b.md): with B frozen the rate still falls by about r^(-1/4), a step in few random
-    directions being safe where one in all is not; and where B has to turn to be of use, a low rank's gains most by a
-    larger rate. The slopes of four small tasks chose the knee. No theory fixes it; the paper's law has none of this.
+    Flat up to r₀ = `knee`, then r^(-1/2), and at r = n full finetuning's. An empirical form: no theory fixes it, and
+    the paper's law has none of it. The knee was chosen by AdamW's best rates on image generation, vision
+    classification and two further small tasks. Freezing B (benchmarks/results/init_b.md) left r^(-1/4) of the fall on
+    the first two, all that vision has: so part of it is in A's own steps, and part, where there is more, in training
+    B.
 
     >>> at = Reference(rank=16, alpha=16, init="B", fan_in=4096)
     >>> round(Falling().multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0, init="B"), at), 2)
