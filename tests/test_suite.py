@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -85,22 +85,28 @@ def test_a_failing_run_loses_nothing(tmp_path: Path) -> None:
     assert read(tmp_path / "s.jsonl") == {job(4, -5): 1.0}
 
 
-def noted(one: Any) -> float:
-    """A run that leaves a file in the folder that is its domain; the first fails."""
-    (Path(one.domain) / str(one.x)).touch()
+NOTED = """
+import pathlib, time
+
+def noted(one):
+    (pathlib.Path(one.domain) / str(one.x)).touch()
     if one.x == 0:
         raise ValueError("boom")
     time.sleep(0.2)
     return 1.0
+"""
 
 
-def test_a_failing_run_ends_the_suite(tmp_path: Path) -> None:
+def test_a_failing_run_ends_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With several processes too, a run that raises ends the suite: what waits in the queue is not run."""
     from domains._runs import Job, Listed, complete
 
+    (tmp_path / "noted_runs.py").write_text(NOTED)  # where the processes find it too
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = importlib.import_module("noted_runs").noted
     jobs = [Job(str(tmp_path), "a", 4, x, 0) for x in range(20)]
     with pytest.raises(ValueError, match="boom"):
-        complete(Listed(jobs), noted, tmp_path / "s.jsonl", 2, lambda text: None)
+        complete(Listed(jobs), run, tmp_path / "s.jsonl", 2, lambda text: None)
     assert len([path for path in tmp_path.iterdir() if path.name.isdigit()]) < 10
 
 
