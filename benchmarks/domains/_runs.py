@@ -180,11 +180,11 @@ def complete(
     Raises:
         DomainError: another process writes to the store, the disk is full, or the file is of another version.
     """
-    with _held(store):
+    with _held(store), _processes(workers) as pool:
         done = read(store)
         while jobs := grid.wanted(done):
             say(f"{store.stem}: {len(jobs)} runs to go, {len(done)} on file")
-            for job, loss in _results(run, jobs, workers):
+            for job, loss in _results(run, jobs, pool):
                 done[job] = loss
                 _append(store, {**job._asdict(), "loss": loss if loss is None else round(loss, 6)})
 
@@ -222,16 +222,25 @@ def _cut_short(store: Path) -> bool:
         return size > 0 and file.read(1) != b"\n"
 
 
-def _results(run: Run, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, float | None]]:
-    """Results as they come, from processes of one thread each."""
+@contextmanager
+def _processes(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes of one thread each, none for one worker; what an error leaves in the queue is not run."""
     torch.set_num_threads(1)
     if workers == 1:
-        yield from ((job, run(job)) for job in jobs)
+        yield None
         return
     spawn = get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,))
-    futures = {pool.submit(run, job): job for job in jobs}
     try:
-        yield from ((futures[future], future.result()) for future in as_completed(futures))
-    finally:  # what a failed run or a full disk leaves in the queue is not run
+        yield pool
+    finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _results(run: Run, jobs: Sequence[Job], pool: ProcessPoolExecutor | None) -> Iterator[tuple[Job, float | None]]:
+    """Results as they come."""
+    if pool is None or len(jobs) == 1:
+        yield from ((job, run(job)) for job in jobs)
+        return
+    futures = {pool.submit(run, job): job for job in jobs}
+    yield from ((futures[future], future.result()) for future in as_completed(futures))
