@@ -4,8 +4,8 @@
 
 Trials of image generation, 100 steps each, at ranks 4 and 64, with a warm-up that forbids pruning; one that diverges
 ends early. The time is of `rankaware calibrate` from its start to its end: imports, journal and recipe included, and
-the second worker's idle end where the last trial is the first one's. So the ratio grows with the number of trials, here
-of five to seven seconds each. Each round runs one worker and two, in changing order, on a fresh journal.
+the second worker's idle end where the last trial is the first one's. Two workers try other rates than one, so that how
+many runs diverge differs too: the ratio scatters. Each round runs both, in changing order, on a fresh journal.
 """
 
 from __future__ import annotations
