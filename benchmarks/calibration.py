@@ -61,7 +61,7 @@ def main() -> None:
 def run(name: str, workers: int, only: str | None) -> None:
     """Append every missing run and search of a domain to the results."""
     domain = get_domain(name)
-    domain.build(4, 4, "A", 0)  # pretrains once, before any process does
+    domain.warm()
     if only in (None, "sweep"):
         for grid in (starts(name, SCORING), truth(domain), tuned_once(domain)):
             complete(grid, run_one, RUNS, workers, click.echo)

@@ -36,8 +36,8 @@ import click
 import torch
 from domains import Domain, get_domain, names
 from domains._configs import built, run_in, start_of, starts
-from domains._runs import Cell, Grid, Job, Losses, complete, curve, or_inf, read
-from domains._tables import best_rate, block, number, where
+from domains._runs import Cell, Grid, Job, Losses, complete, curve, read
+from domains._tables import best_rate, block, curves_by_seed, number, where
 from recording import RESULTS, machine
 
 from rankaware_optim import Falling, MuA, capture
@@ -152,7 +152,7 @@ SETTINGS = {
 @click.option("--settings", default=len(SETTINGS), show_default=True, help="The first so many only.")
 def sweep(name: str, workers: int, settings: int) -> None:
     """Append every missing run of a domain."""
-    get_domain(name).build(4, 4, "A", 0)  # pretrains once, before any process does
+    get_domain(name).warm()
     complete(starts(name, range(SEEDS)), run_one, RUNS, workers, click.echo)
     complete(grid(name, list(SETTINGS)[:settings]), run_one, RUNS, workers, click.echo)
 
@@ -274,8 +274,8 @@ def bests(done: Losses, cell: Cell) -> list[float | None]:
     means = curve(done, cell, SEEDS)
     if len(means) < 3:
         return []
-    single = [{x: or_inf(done[Job(*cell, x, seed)]) for x in means} for seed in range(SEEDS)]
-    return [best_rate(each, start_of(cell[0], done)) for each in (means, *single)]
+    start = start_of(cell[0], done)
+    return [best_rate(each, start) for each in (means, *curves_by_seed(done, cell, SEEDS))]
 
 
 def shown(row: Mapping[str, Any]) -> list[str]:

@@ -66,7 +66,7 @@ def main() -> None:
 @click.option("--rank", "ranks", type=int, multiple=True, default=(4, 64), show_default=True)
 def run(workers: int, ranks: tuple[int, ...]) -> None:
     """Append every missing run to the store."""
-    get_domain(DOMAIN).build(4, 4, "A", 0)  # pretrains once, before any process does
+    get_domain(DOMAIN).warm()
     coarse = {name: xs for name, (_, _, xs) in OPTIMIZERS.items()}
     grid = Grid(cells(ranks), coarse, placed_by=lambda cell: cell, seeds=SEEDS)
     complete(grid, run_one, STORE, workers, click.echo)

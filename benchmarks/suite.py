@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import click
-from domains import Domain, DomainError, get_domain, names
+from domains import DomainError, get_domain, names
 from domains._configs import CONFIGS, LORAPLUS, RSLORA, TWO_RATES, run_at, starts
 from domains._runs import FULL, WARMUP, Cell, Grid, complete, read
 from domains._tables import where
@@ -95,16 +95,10 @@ def main(suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, l
 
 def sweep(domain: str, suite: str, store: Path, workers: int) -> None:
     """Append every missing run of a domain."""
-    warm(get_domain(domain))
+    get_domain(domain).warm()
     asked = parts(domain, suite)
     for grid in (starts(domain, range(asked[0].seeds)), *(part.grid(domain) for part in asked)):
         complete(grid, partial(run_at, warmup=WARMUP), store, workers, click.echo)
-
-
-def warm(domain: Domain) -> None:
-    """Fetch, pretrain and read all that the domain needs, once, before any process does."""
-    domain.evaluate(domain.build(4, 4, "A", 0))
-    next(domain.batches(0))
 
 
 def write(folder: Path, laws: Mapping[str, Law]) -> None:

@@ -17,7 +17,7 @@ import contenders
 from domains import get_domain, names
 from domains._configs import CONFIGS, LORAPLUS, RSLORA, START, TWO_RATES, start_of
 from domains._runs import FULL, Cell, Losses, curve
-from domains._tables import best_rate, block, losses_at, number, percent, table_of
+from domains._tables import best_rate, block, curves_by_seed, number, percent, table_of
 from make_recipes import path_of
 from searches import ranks_of, rate_of
 
@@ -26,8 +26,6 @@ from rankaware_optim import Falling, Law, MuA, Recipe
 HELD, DRIFT, OCTAVE = 0.1, 0.35, 0.5
 T90 = {2: 6.31, 3: 2.92}  # Student's t, 90 % two-sided, by number of seeds
 LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA at 8 tokens": MuA(), "µA, falling at B": Falling()}
-
-
 SPLIT = MuA(split=True)  # what "two rates" are moved by, from the rank at which they are tuned
 
 
@@ -75,12 +73,10 @@ def seeds_in(done: Losses, domain: str, scheme: str) -> int:
 
 def optimum(done: Losses, cell: Cell) -> Optimum:
     seeds = seeds_in(done, *cell[:2])
-    means = curve(done, cell, seeds)
-    single = [{x: losses_at(done, cell, x, seeds)[seed] for x in means} for seed in range(seeds)]
-    start = start_of(cell[0], done)
-    return Optimum(
-        *(best_rate(means, start), tuple(best_rate(each, start) for each in single)) if means else (None, ())
-    )
+    means, start = curve(done, cell, seeds), start_of(cell[0], done)
+    if not means:
+        return Optimum(None, ())
+    return Optimum(best_rate(means, start), tuple(best_rate(each, start) for each in curves_by_seed(done, cell, seeds)))
 
 
 # --- exponents ------------------------------------------------------------------------------------------------------
@@ -186,14 +182,14 @@ def moves(done: Losses, laws: Mapping[str, Law] = LAWS) -> list[Moved]:
 
 
 def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Moved]:
+    full = (domain, "full", FULL)
+    has_full = bool(ranks_in(done, domain, "full"))
     for config in CONFIGS:
         for way, scheme, shift in ways(done, domain, config, laws):
             sources = {rank: best_at(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
             pairs = [(a, b) for a in sources for b in sources if a != b]
             lora = [lost(done, (domain, scheme, b), (domain, config, b), sources[a] + shift(a, b)) for a, b in pairs]
-            full = (domain, "full", FULL)
-            to_full = list(sources.items()) if ranks_in(done, domain, "full") else []
-            whole = [lost(done, full, full, x + shift(a, FULL)) for a, x in to_full]
+            whole = [lost(done, full, full, x + shift(a, FULL)) for a, x in sources.items() if has_full]
             if lora:
                 yield Moved(domain, config, way, tuple(lora), tuple(whole))
 

@@ -56,7 +56,7 @@ def main() -> None:
 def run(name: str, workers: int) -> None:
     """Append every missing run of a domain to the store."""
     domain = get_domain(name)
-    domain.build(4, 4, "A", 0)  # pretrains once, before any process does
+    domain.warm()
     grid = Grid(cells(domain), COARSE, lambda cell: (*cell[:2], TUNED), SEEDS, HALF)
     complete(grid, run_one, STORE, workers, click.echo)
 

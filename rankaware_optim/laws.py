@@ -21,11 +21,11 @@ from .plugins import Registry
 
 __all__ = [
     "Constant",
+    "Falling",
     "Law",
     "LoRAPlus",
     "MuA",
     "Power",
-    "Falling",
     "get_law",
     "kappa",
     "known_family",
@@ -207,8 +207,7 @@ class Power(Law):
         _check_parameter(self, "exponent", self.exponent, positive=False)
         _check_parameter(self, "full_factor", self.full_factor)
         _check_parameter(self, "pivot", self.pivot)
-        if not isinstance(self.law, Law):
-            raise LawError(f"The law {self.name!r} got law={self.law!r}.", "Give a Law instance, such as MuA().")
+        _check_law(self, self.law)
 
     @property
     def falls_with_rank(self) -> bool:
@@ -256,8 +255,7 @@ class Falling(Law):
 
     def __post_init__(self) -> None:
         _check_parameter(self, "knee", self.knee)
-        if not isinstance(self.law, Law):
-            raise LawError(f"The law {self.name!r} got law={self.law!r}.", "Give a Law instance, such as MuA().")
+        _check_law(self, self.law)
 
     @property
     def falls_with_rank(self) -> bool:
@@ -274,7 +272,7 @@ class Falling(Law):
         there = self._lift(reference.init if reference.method == "lora" else "full", reference.rank, reference.fan_in)
         return self.law.multiplier(factor, reference) * here / there
 
-    def _lift(self, init: str | None, rank: int | None, fan_in: float | None) -> float:
+    def _lift(self, init: str, rank: int | None, fan_in: float | None) -> float:
         """How far above full finetuning's the rate at Init[B] lies."""
         if init != "B" or rank is None or fan_in is None:
             return 1.0
@@ -354,6 +352,11 @@ def _check_parameter(law: Law, name: str, value: object, *, positive: bool = Tru
     if not number or (positive and value <= 0):  # type: ignore[operator]
         kind = "positive finite" if positive else "finite"
         raise LawError(f"The law {law.name!r} got {name}={value!r}.", f"Give a {kind} number.")
+
+
+def _check_law(law: Law, beneath: object) -> None:
+    if not isinstance(beneath, Law):
+        raise LawError(f"The law {law.name!r} got law={beneath!r}.", "Give a Law instance, such as MuA().")
 
 
 def _check_choice(law: Law, name: str, value: object, choices: tuple[object, ...]) -> None:

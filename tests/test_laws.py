@@ -389,6 +389,13 @@ def test_falling_moves_init_b_alone(point, other, knee):
         assert move(law, to, points[0]) == pytest.approx(move(MuA(), to, points[0]), rel=1e-9)
 
 
+def test_falling_takes_no_rank_of_full_finetuning():
+    """A reference of full finetuning that still carries a rank and an init is full finetuning's."""
+    left, plain = (Reference(method="full", fan_in=64, **more) for more in ({"rank": 4, "alpha": 4, "init": "B"}, {}))
+    target = Point(16, 1.0, 64, "B").factor()
+    assert Falling().multiplier(target, left) == Falling().multiplier(target, plain)
+
+
 @given(rank=ranks, more=st.integers(1, 64), knee=st.floats(0.01, 1e4), width=widths)
 def test_falling_falls_by_no_more_than_the_square_root(rank, more, knee, width):
     """At Init[B] the rate falls in rank beyond the law beneath it by r^0 to r^(-1/2), and meets it at r = n."""

@@ -41,6 +41,11 @@ class Domain:
     evaluate: Callable[[nn.Module], float]
     head_rates: Mapping[str, float] = field(default_factory=dict)
 
+    def warm(self) -> None:
+        """Fetch, pretrain and read all that a run needs: once, before any process or clock starts."""
+        self.evaluate(self.build(4, 4.0, "A", 0))
+        next(self.batches(0))
+
 
 _FIRST = (  # the study's, those first that say most for their cost
     "image_generation",

@@ -31,7 +31,7 @@ def best_of(done: Losses, cell: Cell, seeds: int, start: float) -> dict[str, Any
     above = (means.get(lowest + 1, math.inf) - means[lowest]) / (start - means[lowest])
     return {
         "best": vertex_of(means),
-        "by_seed": [vertex_of({x: losses_at(done, cell, x, seeds)[s] for x in means}) for s in range(seeds)],
+        "by_seed": [vertex_of(each) for each in curves_by_seed(done, cell, seeds)],
         "lowest": lowest,
         "loss": means[lowest],
         "spread": statistics.stdev(losses) if math.isfinite(means[lowest]) else None,
@@ -42,6 +42,12 @@ def best_of(done: Losses, cell: Cell, seeds: int, start: float) -> dict[str, Any
 def losses_at(done: Losses, cell: Cell, x: int, seeds: int) -> list[float]:
     """The loss of every seed at a rate, infinite where it diverged."""
     return [or_inf(done[Job(*cell, x, seed)]) for seed in range(seeds)]
+
+
+def curves_by_seed(done: Losses, cell: Cell, seeds: int) -> list[dict[float, float]]:
+    """Every seed's {log2 rate: loss} at the rates that all seeds have run."""
+    xs = curve(done, cell, seeds)
+    return [{x: or_inf(done[Job(*cell, x, seed)]) for x in xs} for seed in range(seeds)]
 
 
 def best_rate(means: Mapping[float, float], start: float) -> float | None:

