@@ -6,13 +6,14 @@
 
 The recipe is the paper's: AdamW, betas 0.9 and 0.999, epsilon 1e-8, weight decay 0.01, gradients clipped at norm 1, a
 warm-up of 5 % and a cosine to a tenth, heads at a fixed rate of their own. Rates lie an octave apart: a coarse pass of
-one seed, two octaves apart, places each rank's grid of seven, which grows where its best lies at an edge.
+one seed, two octaves apart, places each rank's grid of seven, which grows where its best lies at an edge. A large
+domain has one seed and a grid of five, placed by rates three octaves apart: set before any of its runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +35,15 @@ BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the two READMEs
 QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
 COMPARISON = Path("bench-laws")  # where tables with further laws are written
 FIRST_CONFIG = next(iter(CONFIGS))
-COARSE = {
-    **{config: range(-13, -2, 2) for config in (*CONFIGS, *RSLORA)},
-    **{FIRST_CONFIG + other: range(-15, -4, 2) for other in (LORAPLUS, TWO_RATES)},
-    "full": range(-15, -4, 2),
-}
+COMPARISONS = (FIRST_CONFIG + LORAPLUS, FIRST_CONFIG + TWO_RATES)
+
+
+def coarse_pass(lora: range, lower: range) -> dict[str, range]:
+    """log2 rates by scheme; `lower` is tried where rates are lower, in full finetuning and where B's are raised."""
+    return {**dict.fromkeys((*CONFIGS, *RSLORA), lora), **dict.fromkeys((*COMPARISONS, "full"), lower)}
+
+
+COARSE = coarse_pass(range(-13, -2, 2), range(-15, -4, 2))
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class Part:
     schemes: tuple[str, ...]
     ranks: tuple[int, ...]
     seeds: int
-    half: int = 3
-    coarse: Mapping[str, range] = field(default_factory=lambda: COARSE)
+    half: int
+    coarse: Mapping[str, range]
 
     def grid(self, domain: str) -> Grid:
         cells: list[Cell] = [(domain, scheme, rank) for scheme in self.schemes for rank in self.ranks]
@@ -58,20 +63,26 @@ class Part:
 
 def parts(domain: str, suite: str) -> tuple[Part, ...]:
     """What a suite runs on a domain, the claims first."""
-    ranks = ranks_of(get_domain(domain))
+    found = get_domain(domain)
+    ranks = ranks_of(found)
     if suite == "quick":
         quick = {FIRST_CONFIG: range(-11, -4, 2), "full": range(-13, -6, 2)}
         return (Part((FIRST_CONFIG,), (4, 16, 64), 1, 2, quick), Part(("full",), (FULL,), 1, 2, quick))
-    seeds = SEEDS.get(domain, 3)
+    if found.large:
+        return study(ranks[1:], ranks[1::2], 1, 2, coarse_pass(range(-12, -5, 3), range(-15, -8, 3)))
+    return study(ranks, ranks, 3, 3, COARSE)
+
+
+def study(
+    ranks: tuple[int, ...], fewer: tuple[int, ...], seeds: int, half: int, coarse: Mapping[str, range]
+) -> tuple[Part, ...]:
+    """The claims at all ranks, what they are compared with at some."""
     return (
-        Part(tuple(CONFIGS), ranks, seeds),
-        Part(("full",), (FULL,), seeds),
-        Part(tuple(RSLORA), ranks, 1),
-        Part((FIRST_CONFIG + LORAPLUS, FIRST_CONFIG + TWO_RATES), ranks, 1),
+        Part(tuple(CONFIGS), ranks, seeds, half, coarse),
+        Part(("full",), (FULL,), seeds, half, coarse),
+        Part(tuple(RSLORA), fewer, 1, half, coarse),
+        Part(COMPARISONS, fewer, 1, half, coarse),
     )
-
-
-SEEDS = {"language_smollm2": 1}  # where a run takes a minute
 
 
 @click.command()

@@ -428,6 +428,15 @@ def test_the_studys_domains_come_in_its_order() -> None:
     assert len(set(names())) == len(names())
 
 
+@pytest.mark.parametrize(("domain", "seeds"), [("language", [3, 3, 1, 1]), ("language_smollm2", [1, 1, 1, 1])])
+def test_a_large_domain_has_one_seed(domain: str, seeds: list[int]) -> None:
+    """Claims are swept with three seeds, comparisons with one, and a domain whose runs are long with one throughout."""
+    from suite import parts
+
+    assert [part.seeds for part in parts(domain, "full")] == seeds
+    assert {16, 256 if domain == "language_smollm2" else 192} <= set(parts(domain, "full")[0].ranks)
+
+
 @pytest.mark.parametrize("path", sorted((BENCHMARKS.parent / "recipes").glob("*.toml")), ids=lambda path: path.stem)
 def test_a_recipe_that_is_shipped_is_read(path: Path) -> None:
     """`rankaware lr` gives a rate of every recipe in recipes/ at a rank that none of them tried, without a warning."""

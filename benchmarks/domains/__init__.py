@@ -29,7 +29,8 @@ class Domain:
     build(rank, alpha, init, seed): the model, frozen but for LoRA pairs of multiplier alpha / rank at Init[A] or
     Init[B], or with rank=None the same layers trained whole. batches(seed): endless batches. loss(model, batch): the
     training loss. evaluate(model): the held-out loss, on the same examples and noise every time. head_rates: the fixed
-    rates, by name pattern, of what is trained beside the adapters. ranks: those that the width allows.
+    rates, by name pattern, of what is trained beside the adapters. ranks: those that the width allows. large: a run
+    takes more than a minute, so that the study sweeps a smaller grid.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Domain:
     loss: Callable[[nn.Module, Any], Tensor]
     evaluate: Callable[[nn.Module], float]
     head_rates: Mapping[str, float] = field(default_factory=dict)
+    large: bool = False
 
     def warm(self) -> None:
         """Fetch, pretrain and read all that a run needs: once, before any process or clock starts."""
