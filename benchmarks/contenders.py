@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
-from domains import Domain
-from domains._configs import LORAPLUS, TUNED, built, tuned_at
+import torch
+from domains import Domain, get_domain
+from domains._configs import CONFIGS, LORAPLUS, TUNED, built, tuned_at
 from domains._runs import FULL, Losses, curve
 
-from rankaware_optim import Law, MuA, RankAwareOptimizer, inspect_model
+from rankaware_optim import Law, MuA, Survey, inspect_model
+from rankaware_optim.groups import make_plan
 
 Rates = dict[int, float]
 
@@ -79,20 +82,21 @@ CONTENDERS: Mapping[str, Callable[[Known], Rates]] = {
 
 def octaves(domain: Domain, config: str, rank: int, law: Law) -> float:
     """log2 of the multiplier that the package gives at a rank, or to full finetuning, to a rate tuned at rank 16."""
-    method: Literal["lora", "full"] = "full" if rank == FULL else "lora"
-    opt = RankAwareOptimizer(
-        built(domain, config, rank, 0),
-        "adamw",
-        lr=1.0,
-        law=law,
-        tuned_at=tuned_at(config),
-        rates=domain.head_rates,
-        method=method,
+    survey = surveyed(domain.name, config, rank)
+    plan = make_plan(
+        survey, law=law, tuned_at=tuned_at(config), optimizer_class=torch.optim.AdamW, rates=domain.head_rates
     )
-    told = [g["lr_multiplier"] for g in opt.param_groups if g["lora_role"] in ("A", "B", "full")]
-    return math.log2(told[0])
+    told = (plan.assign(factor.name, factor) for factor in survey.factors)
+    return math.log2(next(each.multiplier for each in told if each.rate is None))
+
+
+@cache
+def surveyed(domain: str, config: str, rank: int) -> Survey:
+    """What is trained at a rank; the model is built once for all laws."""
+    method: Literal["lora", "full"] = "full" if rank == FULL else "lora"
+    return inspect_model(built(get_domain(domain), config, rank, 0), method=method)
 
 
 def width_of(domain: Domain) -> float:
     """The fan-in that stands for the model's width."""
-    return float(inspect_model(built(domain, "Init[A], s = 1", TUNED, 0)).width)
+    return float(surveyed(domain.name, next(iter(CONFIGS)), TUNED).width)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from suite_page import (
     COMPARED,
     LAWS,
+    TARGETS,
     Moved,
     domains_in,
     exponent_of,
@@ -141,12 +142,12 @@ def draw_summary(moved: Sequence[Moved]) -> Figure:
     found = {words: pooled(moved, way) for way, words in COMPARED.items()}
     shown = {words: by_domain for words, by_domain in reversed(found.items()) if by_domain}
     domains = list(dict.fromkeys(each.domain for each in moved))
-    figure = Figure(figsize=(9.0, 1.0 + 0.5 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(9.0, 1.0 + len(shown) * (0.26 + 0.12 * len(domains))), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for which, (axis, title) in enumerate(zip(axes, ("to another rank", "to full finetuning"), strict=True)):
-        axis.set_title(title, fontsize=10)
+    for which, (axis, target) in enumerate(zip(axes, TARGETS.values(), strict=True)):
+        axis.set_title(f"to {target}", fontsize=10)
         for number, (style, domain) in enumerate(zip(cycle(DOMAIN_STYLES), domains, strict=False)):
-            lift = 0.3 * (0.5 - number / max(1, len(domains) - 1))
+            lift = 0.7 * (0.5 - (number + 0.5) / len(domains))
             plot_moves(axis, [of.get(domain, ([], []))[which] for of in shown.values()], lift, *style)
         axis.set_xscale("symlog", linthresh=1)
         axis.xaxis.set_major_formatter("{x:g}")

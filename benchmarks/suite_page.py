@@ -218,17 +218,22 @@ def pooled(moved: Sequence[Moved], way: str) -> dict[str, tuple[list[float], lis
     return {name: ([x for m in of for x in m.lora], [x for m in of for x in m.full]) for name, of in by_domain.items()}
 
 
+TARGETS = {"lora": "another rank", "full": "full finetuning"}
+
+
 def summary(moved: Sequence[Moved]) -> str:
-    """The README's table: median and worst regret of a rate that is moved, by domain."""
-    every, columns, rows = list(dict.fromkeys(each.domain for each in moved)), ("to another rank", "to full"), []
-    for way, words in COMPARED.items():
-        if found := pooled(moved, way):
-            shares = [found[domain][which] if domain in found else [] for domain in every for which in (0, 1)]
-            rows.append(
-                [words, *(f"{percent(statistics.median(s))} / {percent(max(s))}" if s else "–" for s in shares)]
-            )
-    heads = [f"{domain.replace('_', ' ')}, {column}" for domain in every for column in columns]
-    return table_of(["the rate is moved by", *heads], rows)
+    """The README's table: median and worst regret of a rate that is moved, a domain a column."""
+    every, rows = list(dict.fromkeys(each.domain for each in moved)), []
+    for which, target in enumerate(TARGETS.values()):
+        for way, words in COMPARED.items():
+            if found := pooled(moved, way):
+                cells = [middle_and_worst(found[domain][which]) if domain in found else "–" for domain in every]
+                rows.append([target, words, *cells])
+    return table_of(["to", "the rate is moved by", *(domain.replace("_", " ") for domain in every)], rows)
+
+
+def middle_and_worst(shares: Sequence[float]) -> str:
+    return f"{percent(statistics.median(shares))} / {percent(max(shares))}" if shares else "–"
 
 
 def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Iterator[tuple[str, str, Shift]]:
@@ -237,7 +242,7 @@ def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Ite
         yield name, config, partial(by_law, domain, config, law)
     yield from by_recipe(done, domain, config)
     yield "one rate everywhere", config, lambda a, b: 0.0
-    yield "1/r", config, lambda a, b: -math.log2((b or width(domain)) / a)
+    yield "1/r", config, lambda a, b: -math.log2((b or contenders.width_of(get_domain(domain))) / a)
     if full := optimum(done, (domain, "full", FULL)).x:
         yield "ten times full", config, partial(ten_times_full, done, domain, config, full)
     yield "LoRA+ 16", config + LORAPLUS, lambda a, b: 0.0
@@ -259,11 +264,6 @@ def by_law(domain: str, config: str, law: Law, a: int, b: int) -> float:
 def ten_times_full(done: Losses, domain: str, config: str, full: float, a: int, b: int) -> float:
     """From whatever rate to ten times full finetuning's own."""
     return full + (math.log2(10) if b else 0.0) - best_at(done, (domain, config, a))
-
-
-@cache
-def width(domain: str) -> float:
-    return contenders.width_of(get_domain(domain))
 
 
 def best_at(done: Losses, cell: Cell) -> float:

@@ -391,8 +391,10 @@ def test_the_readmes_table_pools_a_domains_configurations() -> None:
         Moved("reinforcement", "Init[A], s = 1", "a way nobody compares", (9.0,), (9.0,)),
     ]
     assert summary(moved).splitlines()[2:] == [
-        "| one rate everywhere | 5.0 % / 10.0 % | 20.0 % / 20.0 % | – | – |",
-        "| 1/r | 2.5 % / diverged | 60.0 % / 70.0 % | 4.0 % / 4.0 % | 5.0 % / 5.0 % |",
+        "| another rank | one rate everywhere | 5.0 % / 10.0 % | – |",
+        "| another rank | 1/r | 2.5 % / diverged | 4.0 % / 4.0 % |",
+        "| full finetuning | one rate everywhere | 20.0 % / 20.0 % | – |",
+        "| full finetuning | 1/r | 60.0 % / 70.0 % | 5.0 % / 5.0 % |",
     ]
 
 
