@@ -139,7 +139,8 @@ def _recipe_table(recipe: Recipe) -> Any:
         "law": repr(recipe.law),
         "alpha by rank": recipe.scaling_rule,
         "optimizer": f"{recipe.optimizer} {dict(recipe.settings)}",
-        "horizon": f"{recipe.steps or 'untold'} steps, batch {recipe.batch or 'not told'}",
+        "horizon": f"{recipe.steps or 'untold'} steps, batch {recipe.batch or 'not told'}, "
+        f"warm-up {'not told' if recipe.warmup is None else f'{recipe.warmup:.0%}'}",
         "seen": f"ranks {', '.join(map(str, recipe.ranks)) or 'none'}{', full finetuning' * recipe.full_seen}; "
         f"{len(recipe.tensors.get('lr', ()))} trials",
         **({"notes": "; ".join(recipe.notes)} if recipe.notes else {}),
