@@ -13,7 +13,7 @@ from functools import cache
 from typing import Literal
 
 import torch
-from domains import Domain, get_domain
+from domains import Domain, DomainError, get_domain
 from domains._configs import CONFIGS, LORAPLUS, TUNED, built, tuned_at
 from domains._runs import FULL, Losses, curve
 
@@ -86,8 +86,11 @@ def octaves(domain: Domain, config: str, rank: int, law: Law) -> float:
     plan = make_plan(
         survey, law=law, tuned_at=tuned_at(config), optimizer_class=torch.optim.AdamW, rates=domain.head_rates
     )
-    told = (plan.assign(factor.name, factor) for factor in survey.factors)
-    return math.log2(next(each.multiplier for each in told if each.rate is None))
+    told = [plan.assign(factor.name, factor) for factor in survey.factors]
+    multipliers = [each.multiplier for each in told if each.rate is None]
+    if max(multipliers) > min(multipliers) * (1 + 1e-9):
+        raise DomainError(f"{law} gives A and B different rates.", "The sweeps are of one rate: compare laws of one.")
+    return math.log2(multipliers[0])
 
 
 @cache

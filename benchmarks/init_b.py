@@ -37,7 +37,7 @@ import torch
 from domains import Domain, get_domain, names
 from domains._configs import built, run_in, start_of, starts
 from domains._runs import Cell, Grid, Job, Losses, complete, curve, read
-from domains._tables import best_rate, block, curves_by_seed, number, where
+from domains._tables import best_rate, block, curves_by_seed, number, slope, where
 from recording import RESULTS, machine
 
 from rankaware_optim import Falling, MuA, capture
@@ -82,7 +82,7 @@ def exponents_of(domain: Domain) -> dict[str, Any]:
     by_rank = {rank: steps_of(domain, rank) for rank in (1, *domain.ranks)}
     layers = [layer for layer in by_rank[1] if all(layer in steps for steps in by_rank.values())]
     found = {
-        what: [slope({r: getattr(steps[layer], what) for r, steps in by_rank.items()}) for layer in layers]
+        what: [slope({r: math.log2(getattr(steps[layer], what)) for r, steps in by_rank.items()}) for layer in layers]
         for what in Step._fields
     }
     whole = {rank: statistics.median(steps[layer].cosine for layer in layers) for rank, steps in by_rank.items()}
@@ -92,11 +92,6 @@ def exponents_of(domain: Domain) -> dict[str, Any]:
         "quartiles": {what: statistics.quantiles(each, n=4)[::2] for what, each in found.items()},
         "cosine": whole,
     }
-
-
-def slope(values: Mapping[int, float]) -> float:
-    """Of log2 value over log2 rank."""
-    return statistics.linear_regression([math.log2(r) for r in values], [math.log2(v) for v in values.values()]).slope
 
 
 def steps_of(domain: Domain, rank: int) -> dict[str, Step]:

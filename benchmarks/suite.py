@@ -7,21 +7,22 @@
 The recipe is the paper's: AdamW, betas 0.9 and 0.999, epsilon 1e-8, weight decay 0.01, gradients clipped at norm 1, a
 warm-up of 5 % and a cosine to a tenth, heads at a fixed rate of their own. Rates lie an octave apart: a coarse pass of
 one seed, two octaves apart, places each rank's grid of seven, which grows where its best lies at an edge. A large
-domain has one seed and a grid of five, placed by rates three octaves apart: set before any of its runs.
+domain, where a run takes more than a minute, has one seed, no rank 1, grids of five placed by rates three octaves
+apart, and rsLoRA, LoRA+ and two rates at two ranks only: set for the time it takes, before any of its runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import click
-from domains import DomainError, get_domain, names
-from domains._configs import CONFIGS, LORAPLUS, RSLORA, TWO_RATES, run_at, starts
-from domains._runs import FULL, WARMUP, Cell, Grid, complete, read
-from domains._tables import where
+from domains import STUDY, DomainError, get_domain
+from domains._configs import CONFIGS, LORAPLUS, RSLORA, START, TWO_RATES, run_at, starts
+from domains._runs import FULL, WARMUP, Cell, Grid, Job, Losses, complete, machines, read
+from domains._tables import on_machines
 from recording import RESULTS, machine
 from searches import ranks_of
 from suite_page import LAWS, moves, summary, tables
@@ -34,16 +35,21 @@ HERE, STORES, SUMMARY = RESULTS.parent, RESULTS / "suite", "summary.png"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the two READMEs
 QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
 COMPARISON = Path("bench-laws")  # where tables with further laws are written
+NOTED = ("cpu", "cores", "threads", "torch", "python")  # of the machine that runs, in the file of runs
 FIRST_CONFIG = next(iter(CONFIGS))
 COMPARISONS = (FIRST_CONFIG + LORAPLUS, FIRST_CONFIG + TWO_RATES)
 
 
-def coarse_pass(lora: range, lower: range) -> dict[str, range]:
-    """log2 rates by scheme; `lower` is tried where rates are lower, in full finetuning and where B's are raised."""
-    return {**dict.fromkeys((*CONFIGS, *RSLORA), lora), **dict.fromkeys((*COMPARISONS, "full"), lower)}
+def coarse_pass(lora: range, raised: range, full: range) -> dict[str, range]:
+    """log2 rates by scheme: LoRA's, LoRA's where B's are raised above them, full finetuning's.
+
+    The last reaches as far up as the first, for what a LoRA rate loses in full.
+    """
+    return {**dict.fromkeys((*CONFIGS, *RSLORA), lora), **dict.fromkeys(COMPARISONS, raised), "full": full}
 
 
-COARSE = coarse_pass(range(-13, -2, 2), range(-15, -4, 2))
+COARSE = coarse_pass(range(-13, -2, 2), range(-15, -4, 2), range(-15, -2, 2))
+SPARSE = coarse_pass(range(-13, -2, 3), range(-15, -5, 3), range(-15, -2, 3))
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,10 @@ class Part:
     half: int
     coarse: Mapping[str, range]
 
-    def grid(self, domain: str) -> Grid:
-        cells: list[Cell] = [(domain, scheme, rank) for scheme in self.schemes for rank in self.ranks]
+    def cells(self, domain: str) -> list[Cell]:
+        return [(domain, scheme, rank) for scheme in self.schemes for rank in self.ranks]
+
+    def grid(self, cells: Sequence[Cell]) -> Grid:
         return Grid(cells, self.coarse, lambda cell: cell, self.seeds, self.half)
 
 
@@ -69,14 +77,14 @@ def parts(domain: str, suite: str) -> tuple[Part, ...]:
         quick = {FIRST_CONFIG: range(-11, -4, 2), "full": range(-13, -6, 2)}
         return (Part((FIRST_CONFIG,), (4, 16, 64), 1, 2, quick), Part(("full",), (FULL,), 1, 2, quick))
     if found.large:
-        return study(ranks[1:], ranks[1::2], 1, 2, coarse_pass(range(-12, -5, 3), range(-15, -8, 3)))
+        return study(ranks[1:], ranks[1::2], 1, 2, SPARSE)
     return study(ranks, ranks, 3, 3, COARSE)
 
 
 def study(
     ranks: tuple[int, ...], fewer: tuple[int, ...], seeds: int, half: int, coarse: Mapping[str, range]
 ) -> tuple[Part, ...]:
-    """The claims at all ranks, what they are compared with at some."""
+    """The claims at all ranks, what they are compared with at `fewer`."""
     return (
         Part(tuple(CONFIGS), ranks, seeds, half, coarse),
         Part(("full",), (FULL,), seeds, half, coarse),
@@ -96,10 +104,10 @@ def main(suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, l
     folder = QUICK_STORES if suite == "quick" else STORES
     try:
         compared = {**LAWS, **{name: law_of(name) for name in laws}}
-        todo = [get_domain(name).name for name in chosen or (QUICK_DOMAINS if suite == "quick" else names())]
+        todo = [get_domain(name).name for name in chosen or (QUICK_DOMAINS if suite == "quick" else STUDY)]
         for domain in () if only_tables else todo:
             sweep(domain, suite, folder / f"{domain}.jsonl", workers)
-        write(folder, compared)
+        write(suite, folder, compared)
     except (RankAwareError, OSError) as error:
         raise click.ClickException(f"{error} Runs that ended are kept.") from error
 
@@ -107,24 +115,33 @@ def main(suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, l
 def sweep(domain: str, suite: str, store: Path, workers: int) -> None:
     """Append every missing run of a domain."""
     get_domain(domain).warm()
-    asked = parts(domain, suite)
-    for grid in (starts(domain, range(asked[0].seeds)), *(part.grid(domain) for part in asked)):
-        complete(grid, partial(run_at, warmup=WARMUP), store, workers, click.echo)
+    asked, on = parts(domain, suite), {key: machine(1)[key] for key in NOTED}
+    for grid in (starts(domain, range(asked[0].seeds)), *(part.grid(part.cells(domain)) for part in asked)):
+        complete(grid, partial(run_at, warmup=WARMUP), store, workers, click.echo, on)
 
 
-def write(folder: Path, laws: Mapping[str, Law]) -> None:
+def finished(done: Losses, suite: str) -> dict[Job, float | None]:
+    """The runs of whole grids: half a one has no best rate."""
+    asked = [(name, part) for name in {job.domain for job in done} for part in parts(name, suite)]
+    whole = {cell for name, part in asked for cell in part.cells(name) if not part.grid([cell]).wanted(done)}
+    return {job: loss for job, loss in done.items() if job.scheme == START or job[:3] in whole}
+
+
+def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     """Tables and figures of every domain on file."""
     from suite_figures import draw_all, draw_summary
 
-    done = {job: loss for store in sorted(folder.glob("*.jsonl")) for job, loss in read(store).items()}
+    stores = sorted(folder.glob("*.jsonl"))
+    done = finished({job: loss for store in stores for job, loss in read(store).items()}, suite)
     if not done:
         raise DomainError(f"There is no run in {folder}.", "Run the suite first.")
     moved, ours, into = moves(done, laws), laws == LAWS, folder if laws == LAWS else COMPARISON
     into.mkdir(parents=True, exist_ok=True)
     pictures = [f"![{path.stem}]({path.name})" for path in draw_all(done, into, laws)]
-    text = "\n\n".join([*tables(done, moved, laws), *pictures, where(machine(1))])
+    made = on_machines({store.stem: machines(store) for store in stores})
+    text = "\n\n".join([*tables(done, moved, laws), *pictures, made, f"Command: `{machine(1)['command']}`"])
     (into / "tables.md").write_text(text + "\n")
-    if folder == STORES and ours:
+    if folder == STORES and ours and moved:
         draw_summary(moved).savefig(folder / SUMMARY, dpi=110)
         publish(HERE / "README.md", text.replace("](", f"]({folder.relative_to(HERE)}/"))
         picture = f"![Regret of moved rates, by domain]({(folder / SUMMARY).relative_to(HERE.parent)})"

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,13 @@ from suite_page import (
 
 from rankaware_optim import Law
 
+SHOWN = 0.9  # of the losses: the far ones would flatten the rest
 MOST = 300.0  # % of the gain, the end of the summary's axis
 RANK_COLOURS = ("#440154", "#3B528B", "#21918C", "#5EC962", "#B5A000")  # dark to light with the rank
-DOMAIN_STYLES = list(
-    zip("os^DvPX", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), strict=True)
+DOMAIN_STYLES = list(  # 7 colours, 8 markers: no two of the first 56 alike
+    islice(
+        zip(cycle("os^DvPX*"), cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"))), 56
+    )
 )
 LAW_STYLES = (("--", "#D55E00"), ("-", "#0072B2"), ("-.", "#CC79A7"), ((0, (1, 1)), "#E69F00"))
 
@@ -64,13 +67,15 @@ def panels(done: Losses, domain: str) -> tuple[Figure, list[Any], list[str]]:
 def draw_losses(done: Losses, domain: str) -> Figure:
     """Held-out loss against log2 rate, a line a rank; full finetuning dashed."""
     figure, axes, schemes = panels(done, domain)
-    start = start_of(domain, done)
-    lowest = min(loss for job, loss in done.items() if job.domain == domain and loss is not None)
+    losses = [loss for job, loss in done.items() if job.domain == domain and loss is not None]
+    top, lowest = min(start_of(domain, done), float(np.quantile(losses, SHOWN))), min(losses)
+    every = sorted({rank for scheme in schemes for rank in ranks_in(done, domain, scheme)})
+    colours = dict(zip(every, cycle(RANK_COLOURS), strict=False))
     for axis, scheme in zip(axes, schemes, strict=True):
-        for colour, rank in zip(RANK_COLOURS, ranks_in(done, domain, scheme), strict=False):
-            plot_curve(axis, done, (domain, scheme, rank), color=colour, marker="o", label=f"r = {rank}")
+        for rank in ranks_in(done, domain, scheme):
+            plot_curve(axis, done, (domain, scheme, rank), color=colours[rank], marker="o", label=f"r = {rank}")
         plot_curve(axis, done, (domain, "full", FULL), color="black", linestyle="--", label="full")
-        axis.set_ylim(lowest - 0.05 * (start - lowest), start + 0.02 * (start - lowest))
+        axis.set_ylim(lowest - 0.05 * (top - lowest), top + 0.02 * (top - lowest))
         axis.set_xlabel("log2 rate", fontsize=8)
     axes[0].set_ylabel("held-out loss", fontsize=8)
     axes[0].legend(fontsize=6)

@@ -12,7 +12,7 @@ import contenders
 from domains import get_domain, names
 from domains._configs import CONFIGS, LORAPLUS, RSLORA, START, TWO_RATES, start_of
 from domains._runs import FULL, Cell, Losses, curve
-from domains._tables import best_rate, block, curves_by_seed, number, percent, table_of
+from domains._tables import best_rate, block, curves_by_seed, number, percent, slope, table_of
 from make_recipes import path_of
 from searches import ranks_of, rate_of
 
@@ -26,6 +26,11 @@ RULES = (
 )
 T90 = {2: 6.31, 3: 2.92}  # Student's t, 90 % two-sided, by number of seeds
 LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA at 8 tokens": MuA(), "µA, falling at B": Falling()}
+REGRET = (
+    "Regret is the share of the attainable gain that is lost, by the seeds that chose the best rates, on straight "
+    "lines between the rates tried, beyond them at the last. `calibration.md` has that of two domains on fresh seeds, "
+    "beside what the sweep itself loses on them."
+)
 SPLIT = MuA(split=True)  # what "two rates" are moved by, from the rank at which they are tuned
 
 
@@ -41,8 +46,8 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
     exponent_rows = [row for domain in every for row in exponents(done, domain, laws)]
     claim_rows = [row for domain in every for row in claims(done, domain)]
     regret_rows = [regret_row(each) for each in moved]
-    heads = ["domain", "configuration", "ranks", "measured", *laws]
-    ways = ["way", "LoRA to LoRA: median", "worst", "LoRA to full: median", "worst"]
+    heads = ["domain", "configuration", "ranks", "seeds", "measured", *laws]
+    ways = ["way", "moves", "LoRA to LoRA: median", "worst", "moves", "LoRA to full: median", "worst"]
     return [
         block("(a) Exponent of the best rate in rank, with its 90 % interval over seeds", heads, exponent_rows),
         block("(b) The paper's claims", ["domain", "claim", "verdict", "numbers"], claim_rows),
@@ -52,6 +57,7 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
             ["domain", "configuration", *ways],
             regret_rows,
         ),
+        REGRET,
     ]
 
 
@@ -89,6 +95,10 @@ class Exponent(NamedTuple):
     ranks: tuple[int, ...]
     slope: float
     half: float | None
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.slope:+.2f}" + ("" if self.half is None else f" ± {self.half:.2f}")
 
 
 def exponent_of(done: Losses, domain: str, scheme: str) -> Exponent | None:
@@ -97,14 +107,10 @@ def exponent_of(done: Losses, domain: str, scheme: str) -> Exponent | None:
     usable = {rank: best.by_seed for rank, best in found.items() if best.by_seed and None not in best.by_seed}
     if len(usable) < 2:
         return None
-    slopes = [slope(usable, seed) for seed in range(len(next(iter(usable.values()))))]
+    seeds = range(len(next(iter(usable.values()))))
+    slopes = [slope({rank: best[seed] or 0.0 for rank, best in usable.items()}) for seed in seeds]
     spread = T90[len(slopes)] * statistics.stdev(slopes) / math.sqrt(len(slopes)) if len(slopes) in T90 else None
-    return Exponent(tuple(usable), statistics.fmean(slopes), spread)
-
-
-def slope(usable: Mapping[int, Sequence[float | None]], seed: int) -> float:
-    points = [(math.log2(rank), float(best[seed] or 0.0)) for rank, best in usable.items()]
-    return statistics.linear_regression(*zip(*points, strict=True)).slope
+    return Exponent(tuple(usable), statistics.fmean(slopes), spread, len(slopes))
 
 
 def exponents(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[str]]:
@@ -112,14 +118,11 @@ def exponents(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[li
         found = exponent_of(done, domain, scheme)
         if found is not None:
             by_law = [number(law_slope(domain, scheme, found.ranks, law), 2, sign=True) for law in laws.values()]
-            half = "" if found.half is None else f" ± {found.half:.2f}"
-            ranks = f"{found.ranks[0]} to {found.ranks[-1]}"
-            yield [domain, scheme, ranks, f"{found.slope:+.2f}{half}", *by_law]
+            yield [domain, scheme, ", ".join(map(str, found.ranks)), str(found.seeds), str(found), *by_law]
 
 
 def law_slope(domain: str, scheme: str, ranks: Sequence[int], law: Law) -> float:
-    moved = [octaves(domain, scheme, rank, law) for rank in ranks]
-    return statistics.linear_regression([math.log2(rank) for rank in ranks], moved).slope
+    return slope({rank: octaves(domain, scheme, rank, law) for rank in ranks})
 
 
 @cache
@@ -141,8 +144,7 @@ def claims(done: Losses, domain: str) -> Iterator[list[str]]:
     for scheme, claimed, words in CLAIMS:
         found = exponent_of(done, domain, scheme)
         if found is not None:
-            half = "" if found.half is None else f" ± {found.half:.2f}"
-            yield [domain, words, verdict(found.slope - claimed, HELD, DRIFT), f"r^({found.slope:+.2f}{half})"]
+            yield [domain, words, verdict(found.slope - claimed, HELD, DRIFT), f"r^({found})"]
     yield from to_full(done, domain)
 
 
@@ -196,11 +198,16 @@ def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Mov
 
 
 def regret_row(moved: Moved) -> list[str]:
-    figures = (percent(figure(s)) if s else "–" for s in (moved.lora, moved.full) for figure in FIGURES)
-    return [moved.domain, moved.config, moved.way, *figures]
+    return [moved.domain, moved.config, moved.way, *figures(moved.lora), *figures(moved.full)]
 
 
-FIGURES: tuple[Callable[[Sequence[float]], float], ...] = (statistics.median, max)
+def figures(regrets: Sequence[float]) -> list[str]:
+    """How many, their median and the worst."""
+    if not regrets:
+        return ["0", "–", "–"]
+    return [str(len(regrets)), percent(statistics.median(regrets)), percent(max(regrets))]
+
+
 COMPARED = {  # what the README compares, in its words
     "one rate everywhere": "one rate everywhere",
     "1/r": "1/r",
@@ -245,7 +252,7 @@ def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Ite
     yield from by_recipe(done, domain, config)
     yield "one rate everywhere", config, lambda a, b: 0.0
     yield "1/r", config, lambda a, b: -math.log2((b or contenders.width_of(get_domain(domain))) / a)
-    if full := optimum(done, (domain, "full", FULL)).x:
+    if (full := optimum(done, (domain, "full", FULL)).x) is not None:
         yield "ten times full", config, partial(ten_times_full, done, domain, config, full)
     yield "LoRA+ 16", config + LORAPLUS, lambda a, b: 0.0
     yield "two rates", config + TWO_RATES, lambda a, b: 0.0 if b else octaves(domain, config, FULL, SPLIT)

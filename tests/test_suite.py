@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -208,7 +209,7 @@ def test_an_archive_altered_in_the_cache_is_refused(asset: Any) -> None:
     one = asset("npm", "some/package@1", hashlib.sha256(b"right").hexdigest())
     kept = one.path()
     kept.write_bytes(b"wrong")
-    _assets._check.cache_clear()
+    _assets.check_hash.cache_clear()
     with pytest.raises(DomainError, match="is not what was kept: its hash is another"):
         one.path()
     assert kept.exists()
@@ -232,11 +233,51 @@ def test_a_checkpoint_of_another_hash_is_refused(asset: Any) -> None:
     _assets.made_once("some-net-v2", lambda: {"weight": torch.zeros(3)})
     path = _assets.CACHE / "some-net-v2.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    for cached in (_assets._kept, _assets._check):
+    for cached in (_assets._kept, _assets.check_hash):
         cached.cache_clear()
     with pytest.raises(DomainError, match=r"some-net-v2\.safetensors is not what was kept"):
         _assets.made_once("some-net-v2", lambda: {"weight": torch.ones(3)})
     assert path.exists()
+
+
+def test_a_process_that_is_ended_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system ends a process, for its memory say, the suite ends with a cure and keeps what it has."""
+    from domains import DomainError
+    from domains._runs import Job, Listed, complete, read
+
+    (tmp_path / "ended_runs.py").write_text("import os\n\ndef ended(one):\n    os._exit(9)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run, jobs = importlib.import_module("ended_runs").ended, [Job("d", "a", 4, x, 0) for x in range(3)]
+    completed(tmp_path / "s.jsonl", [job(4, -5)], [])
+    with pytest.raises(DomainError, match="Use --workers 1"):
+        complete(Listed(jobs), run, tmp_path / "s.jsonl", 2, lambda text: None)
+    assert read(tmp_path / "s.jsonl") == {job(4, -5): -5.0}
+
+
+def test_the_machine_is_noted_once(tmp_path: Path) -> None:
+    """Every machine that ran for a file of runs stands in it once, and only if it ran."""
+    from domains._runs import Listed, complete, machines
+
+    store = tmp_path / "s.jsonl"
+    for on, xs in (({"cpu": "a"}, (1, 2)), ({"cpu": "a"}, (3,)), ({"cpu": "b"}, (3,)), ({"cpu": "c"}, (4,))):
+        complete(Listed([job(4, x) for x in xs]), lambda one: 1.0, store, 1, lambda text: None, on)
+    assert machines(store) == [{"cpu": "a"}, {"cpu": "c"}]
+
+
+class Diverged(torch.nn.Module):
+    """A language model whose logits are not numbers."""
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        weight = torch.full((*ids.shape, 12), math.nan, requires_grad=True)
+        return SimpleNamespace(logits=weight)
+
+
+def test_reinforcement_that_diverged_is_a_loss_that_is_none() -> None:
+    """Answers can be drawn from a model that is not finite: its training loss and its score are NaN."""
+    from domains.reinforcement import batches, evaluate, loss
+
+    assert math.isnan(loss(Diverged(), next(batches(0))).item())
+    assert math.isnan(evaluate(Diverged()))
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -307,6 +348,35 @@ def test_verdicts(apart: float, said: str) -> None:
     assert verdict(apart, HELD, DRIFT) == said
 
 
+def test_half_a_grid_is_not_shown(tmp_path: Path) -> None:
+    """A cell is read once its grid is whole: its coarse pass, or a grid that is to grow, has no best rate yet."""
+    from domains._runs import complete, read
+    from suite import finished, parts
+
+    asked = parts("image_generation", "quick")[0]
+    cells = asked.cells("image_generation")[:1]
+    complete(asked.grid(cells), lambda one: abs(one.x + 7.5), tmp_path / "s.jsonl", 1, lambda text: None)
+    done = read(tmp_path / "s.jsonl")
+    assert finished(done, "quick") == done
+    assert finished(dict(list(done.items())[:-1]), "quick") == {}
+
+
+def test_a_law_of_two_rates_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A law that gives A and B different rates is refused: the sweeps are of one."""
+    import contenders
+    from domains import DomainError, get_domain
+    from recording import adapters
+
+    import rankaware_optim as ra
+
+    pair = ra.inspect_model(adapters(1, {"q": (64, 64)}))
+    monkeypatch.setattr(contenders, "surveyed", lambda domain, config, rank: pair)
+    language = get_domain("language")
+    assert contenders.octaves(language, "Init[A], s = 1", 16, ra.MuA()) == pytest.approx(-0.7, abs=0.1)
+    with pytest.raises(DomainError, match="compare laws of one"):
+        contenders.octaves(language, "Init[A], s = 1", 16, ra.LoRAPlus(16.0))
+
+
 def test_ranks_without_a_grid_are_left_out() -> None:
     """Of a suite cut short, tables and figures show the ranks that have three rates on every seed."""
     from suite_page import ranks_in
@@ -329,13 +399,21 @@ def test_a_domain_without_a_grid_has_no_tables() -> None:
 
 @pytest.mark.parametrize(
     ("losses", "best"),
-    [((0.5, 0.4, 0.5), -5.0), ((0.5, 0.4, 0.45), -4.833), ((0.5, 0.4, 1.4), -5.0), ((0.5, 0.4), None)],
+    [
+        ((0.5, 0.4, 0.5), -5.0),
+        ((0.5, 0.4, 0.45), -4.833),
+        ((0.5, 0.4, 1.4), -5.0),
+        ((0.5, 0.4), None),
+        ((0.41, 0.4, 0.6, 0.62), -5.0),
+        ((0.41, 0.4, 0.45, 0.58), -5.333),
+        ((0.41, 0.4, 0.6, math.inf), -5.452),
+    ],
 )
 def test_a_best_rate_beside_a_cliff_is_the_lowest(losses: tuple[float, ...], best: float | None) -> None:
-    """A parabola's vertex, but the grid's lowest where a neighbour is no better than untrained; none at an edge."""
+    """A parabola's vertex, none at an edge; at a cliff, to untrained or to a plateau, the grid's lowest."""
     from domains._tables import best_rate
 
-    found = best_rate(dict(zip((-6.0, -5.0, -4.0), losses, strict=False)), start=0.7)
+    found = best_rate(dict(zip((-6.0, -5.0, -4.0, -3.0), losses, strict=False)), start=0.7)
     assert found == (None if best is None else pytest.approx(best, abs=1e-3))
 
 

