@@ -14,12 +14,13 @@ r^(1/2); (2) with four times the steps the exponent of the best rate is more neg
 (3) it lies between −1/2 and 0; (4) a larger batch, which makes g less noisy and changes neither of the two, leaves it;
 (5) with B frozen, which takes away the second term of µA's condition, the only one that knows the rank, it stays.
 
-Read off these tables on 2026-11-25: (1) holds, on the transformer and on MiniLM. (2) holds from a quarter of the
-steps to as many; four times as many fall no more. (3) fails on image generation, which falls faster than r^(-1/2).
-(4) there a batch four times as large falls by a quarter less. (5) fails there, where frozen B takes more than half of
-the fall away, by a lower best rate at rank 4, and holds on vision. So progress is not all of it: with A alone both
-fall by about r^(-1/4), and in the task whose rank 4 is much worse with B frozen, training B asks for a larger rate at
-low rank. Beside a cliff a best rate is known to an octave. Why A alone falls was not tested.
+Read off these tables on 2026-11-25: (1) holds, on the transformer and on MiniLM. (2) holds from a quarter of the steps
+to as many; four times as many fall no more. (3) fails on image generation, which falls faster than r^(-1/2). (4) there
+a batch four times as large falls by a quarter less, and 30 % of warm-up by a little more. (5) fails there, where
+frozen B takes more than half of the fall away, by a lower best rate at rank 4, and holds on vision. So progress is not
+all of it: with A alone both fall by about r^(-1/4), and in the task whose rank 4 is much worse with B frozen, training
+B asks for a larger rate at low rank. Beside a cliff a best rate is known to an octave. Why A alone falls was not
+tested.
 """
 
 from __future__ import annotations

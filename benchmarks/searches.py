@@ -126,6 +126,7 @@ def recipe_of(
         budget=budget_of(share, domain),
         seeds=(10 + 2 * seed, 11 + 2 * seed),
         seed=seed,
+        batch=domain.batch,
         warmup=warmup,
         progress=False,
         **options,

@@ -30,7 +30,7 @@ class Domain:
     Init[B], or with rank=None the same layers trained whole. batches(seed): endless batches. loss(model, batch): the
     training loss. evaluate(model): the held-out loss, on the same examples and noise every time. head_rates: the fixed
     rates, by name pattern, of what is trained beside the adapters. ranks: those that the width allows. large: a run
-    takes more than a minute, so that the study sweeps a smaller grid.
+    takes more than a minute, so that the study sweeps a smaller grid. batch: examples a step, which recipes record.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Domain:
     evaluate: Callable[[nn.Module], float]
     head_rates: Mapping[str, float] = field(default_factory=dict)
     large: bool = False
+    batch: int | None = None
 
     def warm(self) -> None:
         """Fetch, pretrain and read all that a run needs: once, before any process or clock starts."""

@@ -21,4 +21,4 @@ def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield images[chosen], labels[chosen]
 
 
-DOMAIN = Domain("digits_vision", STEPS, RANKS, build, batches, loss, evaluate, RATES)
+DOMAIN = Domain("digits_vision", STEPS, RANKS, build, batches, loss, evaluate, RATES, batch=BATCH)

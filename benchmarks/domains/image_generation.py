@@ -75,4 +75,4 @@ def _pretrain() -> dict[str, Tensor]:
     return model.state_dict()
 
 
-DOMAIN = Domain("image_generation", 100, (4, 16, 64, 128), build, batches, loss, evaluate)
+DOMAIN = Domain("image_generation", 100, (4, 16, 64, 128), build, batches, loss, evaluate, batch=BATCH)

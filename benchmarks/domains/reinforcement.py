@@ -115,5 +115,5 @@ def evaluate(model: nn.Module) -> float:
     return -float((drawn == batch.answers.repeat(4, 1)).all(1).float().mean())
 
 
-DOMAIN = Domain("reinforcement", STEPS, (4, 16, 64, 128), build, batches, loss, evaluate)
+DOMAIN = Domain("reinforcement", STEPS, (4, 16, 64, 128), build, batches, loss, evaluate, batch=PROMPTS * SAMPLES)
 SHUFFLED = replace(DOMAIN, loss=partial(loss, shuffled=True))

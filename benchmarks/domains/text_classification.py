@@ -81,4 +81,6 @@ def evaluate(model: nn.Module) -> float:
     return float(loss(model, (ids[-HELD_OUT:], classes[-HELD_OUT:])))
 
 
-DOMAIN = Domain("text_classification", STEPS, (4, 16, 64, 256), build, batches, loss, evaluate, {"*classifier*": 1e-3})
+DOMAIN = Domain(
+    "text_classification", STEPS, (4, 16, 64, 256), build, batches, loss, evaluate, {"*classifier*": 1e-3}, batch=BATCH
+)

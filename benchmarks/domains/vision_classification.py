@@ -36,4 +36,4 @@ def evaluate(model: nn.Module) -> float:
     return float(loss(model, (images[-HELD_OUT:], labels[-HELD_OUT:])))
 
 
-DOMAIN = Domain("vision_classification", STEPS, RANKS, build, batches, loss, evaluate, RATES)
+DOMAIN = Domain("vision_classification", STEPS, RANKS, build, batches, loss, evaluate, RATES, batch=BATCH)

@@ -132,5 +132,5 @@ def mismatched(seed: int) -> Iterator[Batch]:
 
 
 RATES = {"*projector*": 1e-3}
-DOMAIN = Domain("vision_language", STEPS, (4, 16, 64, 192), build, batches, loss, evaluate, RATES)
+DOMAIN = Domain("vision_language", STEPS, (4, 16, 64, 192), build, batches, loss, evaluate, RATES, batch=BATCH)
 MISMATCHED = replace(DOMAIN, batches=mismatched)
