@@ -267,9 +267,9 @@ def test_the_machine_is_noted_once(tmp_path: Path) -> None:
 class Diverged(torch.nn.Module):
     """A language model whose logits are not numbers."""
 
-    def forward(self, ids: torch.Tensor) -> Any:
-        weight = torch.full((*ids.shape, 12), math.nan, requires_grad=True)
-        return SimpleNamespace(logits=weight)
+    def forward(self, ids: torch.Tensor, **cached: Any) -> Any:
+        logits = torch.full((*ids.shape, 12), math.nan, requires_grad=True)
+        return SimpleNamespace(logits=logits, past_key_values=SimpleNamespace(batch_select_indices=lambda which: None))
 
 
 def test_reinforcement_that_diverged_is_a_loss_that_is_none() -> None:

@@ -80,7 +80,7 @@ def batches(seed: int, count: int = PROMPTS) -> Iterator[Batch]:
 def loss(model: nn.Module, batch: Batch, shuffled: bool = False) -> Tensor:
     """Policy gradient of answers drawn now: −mean(advantage × log p), so one step from where they were drawn."""
     prompts = batch.prompts.repeat_interleave(SAMPLES, dim=0)
-    drawn = sampled(model, prompts, batch.generator)
+    drawn = sampled(model, batch.prompts, torch.arange(PROMPTS).repeat_interleave(SAMPLES), batch.generator)
     rewards = rewards_of(drawn, batch.answers.repeat_interleave(SAMPLES, dim=0)).view(-1, SAMPLES)
     if shuffled:
         rewards = rewards.flatten()[torch.randperm(rewards.numel(), generator=batch.generator)].view(-1, SAMPLES)
@@ -91,13 +91,21 @@ def loss(model: nn.Module, batch: Batch, shuffled: bool = False) -> Tensor:
 
 
 @torch.no_grad()
-def sampled(model: Any, prompts: Tensor, generator: torch.Generator) -> Tensor:
-    """(n, 3) characters drawn at temperature 1, and alike where the model is not finite, so that the loss tells."""
-    ids = prompts
-    for _ in range(DIGITS):
-        chances = model(ids).logits[:, -1].softmax(-1).nan_to_num(1.0)
-        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
-    return ids[:, -DIGITS:]
+def sampled(model: Any, prompts: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:
+    """(n, 3) characters drawn at temperature 1 for the n prompts `which`; alike likely where the model is not finite.
+
+    A prompt is read once, and every character once.
+    """
+    read = model(prompts, use_cache=True)
+    kept, drawn = read.past_key_values, [_drawn(read.logits[which, -1], generator)]
+    kept.batch_select_indices(which)
+    while len(drawn) < DIGITS:
+        drawn.append(_drawn(model(drawn[-1], past_key_values=kept, use_cache=True).logits[:, -1], generator))
+    return torch.cat(drawn, dim=1)
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.multinomial(logits.softmax(-1).nan_to_num(1.0), 1, generator=generator)
 
 
 def rewards_of(drawn: Tensor, answers: Tensor) -> Tensor:
@@ -106,13 +114,14 @@ def rewards_of(drawn: Tensor, answers: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module) -> float:
+def evaluate(model: Any) -> float:
     """Minus the share of right answers to 512 fixed prompts, four draws each; NaN where the model is not finite."""
     batch = next(batches(1 << 20, SCORED))
-    if not model(batch.prompts).logits.isfinite().all():  # type: ignore[operator]
+    if not model(batch.prompts).logits.isfinite().all():
         return math.nan
-    drawn = sampled(model, batch.prompts.repeat(4, 1), torch.Generator().manual_seed(1))
-    return -float((drawn == batch.answers.repeat(4, 1)).all(1).float().mean())
+    which = torch.arange(SCORED).repeat(4)
+    drawn = sampled(model, batch.prompts, which, torch.Generator().manual_seed(1))
+    return -float((drawn == batch.answers[which]).all(1).float().mean())
 
 
 DOMAIN = Domain("reinforcement", STEPS, (4, 16, 64, 128), build, batches, loss, evaluate, batch=PROMPTS * SAMPLES)
