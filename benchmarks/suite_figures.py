@@ -77,7 +77,7 @@ def draw_losses(done: Losses, domain: str) -> Figure:
         plot_curve(axis, done, (domain, "full", FULL), color="black", linestyle="--", label="full")
         axis.set_ylim(lowest - 0.05 * (top - lowest), top + 0.02 * (top - lowest))
         axis.set_xlabel("log2 rate", fontsize=8)
-    axes[0].set_ylabel("held-out loss", fontsize=8)
+    axes[0].set_ylabel("held-out score, lower is better", fontsize=8)
     axes[0].legend(fontsize=6)
     return figure
 
