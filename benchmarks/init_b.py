@@ -23,8 +23,8 @@ B asks for a larger rate at low rank. Beside a cliff a best rate is known to an 
 tested.
 
 Checked on domains that did not suggest it, read on 2026-11-25: `Falling` at its knee of 4 leaves two fifths of what µA
-alone is off on language, a quarter on GRPO, three fifths on captioning; on language and captioning a knee of 16 would be
-better.
+alone is off on language, a quarter on GRPO, three fifths on captioning; on language and captioning a knee of 16 would
+be better.
 """
 
 from __future__ import annotations
