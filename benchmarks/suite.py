@@ -115,7 +115,8 @@ def main(suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, l
 def sweep(domain: str, suite: str, store: Path, workers: int) -> None:
     """Append every missing run of a domain."""
     get_domain(domain).warm()
-    asked, on = parts(domain, suite), {key: machine(1)[key] for key in NOTED}
+    asked, here = parts(domain, suite), machine(1)
+    on = {key: here[key] for key in NOTED}
     for grid in (starts(domain, range(asked[0].seeds)), *(part.grid(part.cells(domain)) for part in asked)):
         complete(grid, partial(run_at, warmup=WARMUP), store, workers, click.echo, on)
 
@@ -135,7 +136,8 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     done = finished({job: loss for store in stores for job, loss in read(store).items()}, suite)
     if not done:
         raise DomainError(f"There is no run in {folder}.", "Run the suite first.")
-    moved, ours, into = moves(done, laws), laws == LAWS, folder if laws == LAWS else COMPARISON
+    moved, ours = moves(done, laws), laws == LAWS
+    into = folder if ours else COMPARISON
     into.mkdir(parents=True, exist_ok=True)
     pictures = [f"![{path.stem}]({path.name})" for path in draw_all(done, into, laws)]
     made = on_machines({store.stem: machines(store) for store in stores})

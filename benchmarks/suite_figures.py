@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,8 @@ from rankaware_optim import Law
 SHOWN = 0.9  # of the losses: the far ones would flatten the rest
 MOST = 300.0  # % of the gain, the end of the summary's axis
 RANK_COLOURS = ("#440154", "#3B528B", "#21918C", "#5EC962", "#B5A000")  # dark to light with the rank
-DOMAIN_STYLES = list(  # 7 colours, 8 markers: no two of the first 56 alike
-    islice(
-        zip(cycle("os^DvPX*"), cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"))), 56
-    )
-)
+MARKERS = "os^DvPX*"  # one more than the colours: no two of 56 domains look alike
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LAW_STYLES = (("--", "#D55E00"), ("-", "#0072B2"), ("-.", "#CC79A7"), ((0, (1, 1)), "#E69F00"))
 
 
@@ -149,9 +146,9 @@ def draw_summary(moved: Sequence[Moved]) -> Figure:
     domains = list(dict.fromkeys(each.domain for each in moved))
     figure = Figure(figsize=(9.0, 1.0 + len(shown) * (0.26 + 0.12 * len(domains))), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for which, (axis, target) in enumerate(zip(axes, TARGETS.values(), strict=True)):
+    for which, (axis, target) in enumerate(zip(axes, TARGETS, strict=True)):
         axis.set_title(f"to {target}", fontsize=10)
-        for number, (style, domain) in enumerate(zip(cycle(DOMAIN_STYLES), domains, strict=False)):
+        for number, (domain, *style) in enumerate(zip(domains, cycle(MARKERS), cycle(COLOURS), strict=False)):
             lift = 0.7 * (0.5 - (number + 0.5) / len(domains))
             plot_moves(axis, [of.get(domain, ([], []))[which] for of in shown.values()], lift, *style)
         axis.set_xscale("symlog", linthresh=1)
@@ -161,7 +158,7 @@ def draw_summary(moved: Sequence[Moved]) -> Figure:
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(shown)), list(shown), fontsize=9)
     axes[0].set_ylim(-0.5, len(shown) - 0.5)
-    for (marker, colour), domain in zip(cycle(DOMAIN_STYLES), domains, strict=False):
+    for domain, marker, colour in zip(domains, cycle(MARKERS), cycle(COLOURS), strict=False):
         axes[1].plot([], [], marker, color=colour, label=domain.replace("_", " "))
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure

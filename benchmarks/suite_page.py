@@ -198,14 +198,13 @@ def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Mov
 
 
 def regret_row(moved: Moved) -> list[str]:
-    return [moved.domain, moved.config, moved.way, *figures(moved.lora), *figures(moved.full)]
+    told = [[str(len(each)), *(figures(each) or ("–", "–"))] for each in (moved.lora, moved.full)]
+    return [moved.domain, moved.config, moved.way, *told[0], *told[1]]
 
 
 def figures(regrets: Sequence[float]) -> list[str]:
-    """How many, their median and the worst."""
-    if not regrets:
-        return ["0", "–", "–"]
-    return [str(len(regrets)), percent(statistics.median(regrets)), percent(max(regrets))]
+    """Their median and the worst, if there are any."""
+    return [percent(statistics.median(regrets)), percent(max(regrets))] if regrets else []
 
 
 COMPARED = {  # what the README compares, in its words
@@ -227,22 +226,18 @@ def pooled(moved: Sequence[Moved], way: str) -> dict[str, tuple[list[float], lis
     return {name: ([x for m in of for x in m.lora], [x for m in of for x in m.full]) for name, of in by_domain.items()}
 
 
-TARGETS = {"lora": "another rank", "full": "full finetuning"}
+TARGETS = ("another rank", "full finetuning")
 
 
 def summary(moved: Sequence[Moved]) -> str:
     """The README's table: median and worst regret of a rate that is moved, a domain a column."""
     every, rows = list(dict.fromkeys(each.domain for each in moved)), []
-    for which, target in enumerate(TARGETS.values()):
+    for which, target in enumerate(TARGETS):
         for way, words in COMPARED.items():
             if found := pooled(moved, way):
-                cells = [middle_and_worst(found[domain][which]) if domain in found else "–" for domain in every]
-                rows.append([target, words, *cells])
+                shares = [found[domain][which] if domain in found else [] for domain in every]
+                rows.append([target, words, *(" / ".join(figures(each)) or "–" for each in shares)])
     return table_of(["to", "the rate is moved by", *(domain.replace("_", " ") for domain in every)], rows)
-
-
-def middle_and_worst(shares: Sequence[float]) -> str:
-    return f"{percent(statistics.median(shares))} / {percent(max(shares))}" if shares else "–"
 
 
 def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Iterator[tuple[str, str, Shift]]:

@@ -156,8 +156,7 @@ def read(store: Path) -> dict[Job, float | None]:
         DomainError: the file is of another version.
     """
     done: dict[Job, float | None] = {}
-    for line in store.read_text().splitlines() if store.exists() else ():
-        row = _parsed(line)
+    for row in _rows(store):
         if row.get("version", VERSION) != VERSION:
             raise DomainError(f"{store} is of version {row['version']}, not {VERSION}.", "Move it aside.")
         if {*Job._fields, "loss"} <= row.keys():
@@ -167,8 +166,11 @@ def read(store: Path) -> dict[Job, float | None]:
 
 def machines(store: Path) -> list[dict[str, Any]]:
     """Where the runs on file were made, as far as it was noted."""
-    rows = map(_parsed, store.read_text().splitlines() if store.exists() else ())
-    return [row["machine"] for row in rows if "machine" in row]
+    return [row["machine"] for row in _rows(store) if "machine" in row]
+
+
+def _rows(store: Path) -> Iterator[dict[str, Any]]:
+    return map(_parsed, store.read_text().splitlines() if store.exists() else ())
 
 
 def _parsed(line: str) -> dict[str, Any]:
