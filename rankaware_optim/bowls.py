@@ -1,9 +1,12 @@
 """The loss of a rank over x = log2 of the rate: a bowl of unknown shape and noise, and where its lowest point lies.
 
-Around its optimum v the loss, in units of the gain and capped where a run is no better than untrained, is
+Around its optimum v the loss, in units of the gain, is
 
-    loss(x) = level + k·above(u)   for u = x − v ≥ 0,   above(u) = (exp(a·u) − a·u − 1)/a²   (a = 0: u²/2)
-    loss(x) = level + k·below(u)   for u < 0,           below(u) = h²·(√(1 + (u/h)²) − 1)
+    loss(x) = level + min(k·above(u), p)   for u = x − v ≥ 0,   above(u) = (exp(a·u) − a·u − 1)/a²   (a = 0: u²/2)
+    loss(x) = level + min(k·below(u), 1)   for u < 0,           below(u) = h²·(√(1 + (u/h)²) − 1)
+
+p is the plateau of rates that are too high: 1, no better than untrained, or the largest gap that any run shows, where
+all learn the easy part (a language model the frequent tokens) and stall. Both are kept, weighed as shapes are.
 
 k is the curvature at v (per octave²), a the steepness of the cliff above it (per octave), and h how far below it the
 loss goes on as a parabola before it becomes a straight line (octaves). Noise is of four parts: a seed's own level,
@@ -65,20 +68,27 @@ class Bowls(NamedTuple):
 
 
 def bowls_of(arms: Mapping[int | None, Arm]) -> Bowls:
-    """Fit a bowl to every arm."""
+    """Fit a bowl to every arm, under each height of the plateau."""
+    worst = max(float(arm.y.max()) for arm in arms.values())
+    heights = [CAP, worst] if 0 < worst < CAP else [CAP]
+    return Bowls(*map(np.concatenate, zip(*(_bowls_below(arms, height) for height in heights), strict=True)))
+
+
+def _bowls_below(arms: Mapping[int | None, Arm], plateau: float) -> Bowls:
     xs = np.concatenate([arm.x for arm in arms.values()])
     grid = np.arange(xs.min() - _BEYOND, xs.max() + _BEYOND, _GRID)
-    fits = [_shared(_log_likelihood(arm, grid), grid) for arm in arms.values()]
+    fits = [_shared(_log_likelihood(arm, grid, plateau), grid) for arm in arms.values()]
     noise, _, steepness, _ = (at.ravel() for at in np.meshgrid(NOISE, REACH, STEEPNESS, CURVATURE, indexing="ij"))
     usual = -0.5 * (np.log(noise / _USUAL_NOISE) / _NOISE_SD) ** 2
     evidence, mean, sd = (np.stack(of_arms, axis=1) for of_arms in zip(*fits, strict=True))
     return Bowls(usual + evidence.sum(axis=1), mean, sd, noise, steepness)
 
 
-def _log_likelihood(arm: Arm, grid: Array) -> Array:
+def _log_likelihood(arm: Arm, grid: Array, plateau: float) -> Array:
     """log p(losses | σ, h, a, k, v), the level integrated out: (σ, h, a, k, v)."""
-    shapes = _bowl(arm.x[None, :] - grid[:, None])  # (h, a, v, trial)
-    miss = arm.y - np.minimum(CURVATURE[:, None, None] * shapes[:, :, None], CAP)  # (h, a, k, v, trial)
+    u = arm.x[None, :] - grid[:, None]
+    highest = np.where(u < 0, CAP, plateau)  # (v, trial)
+    miss = arm.y - np.minimum(CURVATURE[:, None, None] * _bowl(u)[:, :, None], highest)  # (h, a, k, v, trial)
     return np.stack([_gaussian(miss, _covariance(arm, sigma)) for sigma in NOISE])
 
 

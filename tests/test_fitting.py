@@ -91,6 +91,18 @@ def test_other_bowls_are_found_within_their_bands(bowl, noise):
     assert np.abs(errors).max() < 0.4
 
 
+def stalling(u: float) -> float:
+    """A wall that ends on a plateau at a sixth of the gain: every run learns the easy part, too high a rate no more."""
+    return min(linex(u), 0.3)
+
+
+def test_a_plateau_far_below_the_start_hides_no_optimum():
+    """Where too high a rate stalls after a good part of the gain, 33 of 40 bands hold the base and are narrow."""
+    fits = [fitted(sweep(seed, bowl=stalling, offsets=(*OFFSETS, 3.0, 4.0))) for seed in range(40)]
+    assert sum(abs(fit.mean[0] - BASE) < Z90 * spread(fit)[0] for fit in fits) >= 33
+    assert np.median([spread(fit)[0] for fit in fits]) < 0.4
+
+
 def test_ranks_may_have_bowls_of_their_own():
     """One rank four times as steep as the other: the base rate stays in its band."""
     for seed in range(10):
