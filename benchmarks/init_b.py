@@ -244,11 +244,11 @@ def table() -> None:
 
 def knee_rows() -> Iterator[list[str]]:
     """A row for every domain of the study: how far its best rates at Init[B] lie off the law, for each knee."""
-    from suite import STORES
+    from suite import STORES, finished
     from suite_page import octaves, optimum, ranks_in
 
     for name in names():
-        done = read(STORES / f"{name}.jsonl")
+        done = finished(read(STORES / f"{name}.jsonl"), "full")
         best = {rank: optimum(done, (name, SCHEME, rank)).x for rank in ranks_in(done, name, SCHEME)}
         found = {rank: x for rank, x in best.items() if x is not None}
         if len(found) > 2:
