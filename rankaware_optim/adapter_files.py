@@ -16,6 +16,7 @@ from .file_pairs import FilePair, FileReading, file_pairs, file_reading
 from .groups import check_lr, make_plan
 from .inspection import declared_init
 from .kinds import is_other_adapter
+from .laws import DEFAULT_LAW
 from .report import plan_rates
 from .safetensors_header import Header, read_header, shown
 
@@ -198,7 +199,12 @@ def _init(config: AdapterConfig | None, kind: str) -> Any:
 
 
 def survey_report(
-    survey: Survey, *, lr: float | None = None, law: str = "mua", tuned_at: str | None = None, per_module: bool = False
+    survey: Survey,
+    *,
+    lr: float | None = None,
+    law: str = DEFAULT_LAW,
+    tuned_at: str | None = None,
+    per_module: bool = False,
 ) -> str:
     """What a survey holds in words, alike factors on one line unless `per_module`; with a base rate `lr` its rates."""
     reference = None if tuned_at is None else parse_reference(tuned_at)

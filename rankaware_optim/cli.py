@@ -13,6 +13,7 @@ from .calibrate_command import calibrate
 from .coordinate_command import coordcheck
 from .errors import RankAwareError
 from .law_commands import bench, fit
+from .laws import DEFAULT_LAW
 from .recipe import Rate, Recipe
 from .recipe_commands import diff, plot, report
 from .suggest_command import suggest
@@ -58,7 +59,7 @@ def demo(out: Path) -> None:
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--lr", type=float, help="Base rate: adds a column of rates.")
-@click.option("--law", default="mua", show_default=True)
+@click.option("--law", default=DEFAULT_LAW, show_default=True)
 @click.option("--tuned-at", help="Where the base rate was tuned, as r=16,alpha=32.")
 @click.option("--per-module", is_flag=True, help="A line for every tensor.")
 def inspect(path: Path, lr: float | None, law: str, tuned_at: str | None, per_module: bool) -> None:
@@ -73,7 +74,7 @@ def inspect(path: Path, lr: float | None, law: str, tuned_at: str | None, per_mo
 @click.argument("lr", type=float)
 @click.option("--from", "from_", required=True, help="Where LR was tuned, as r=16,alpha=32 or full,fan_in=4096.")
 @click.option("--to", required=True, help="Where it is wanted, as r=128,alpha=16,rslora.")
-@click.option("--law", default="mua", show_default=True)
+@click.option("--law", default=DEFAULT_LAW, show_default=True)
 def convert(lr: float, from_: str, to: str, law: str) -> None:
     """Say in words what LR, tuned with one rank and alpha, becomes with another."""
     from .convert import convert_lr

@@ -17,7 +17,7 @@ import torch
 from .adapters import Reference, Survey
 from .errors import InvalidReferenceError
 from .groups import check_lr, make_plan
-from .laws import Law, checked_multiplier, get_law
+from .laws import DEFAULT_LAW, Law, checked_multiplier, get_law
 
 __all__ = ["Conversion", "convert_lr", "parse_reference"]
 
@@ -84,7 +84,7 @@ class Conversion(float):
 torch.serialization.add_safe_globals([Conversion])
 
 
-def convert_lr(lr: float, *, from_: Reference | str, to: Reference | str, law: str | Law = "mua") -> Conversion:
+def convert_lr(lr: float, *, from_: Reference | str, to: Reference | str, law: str | Law = DEFAULT_LAW) -> Conversion:
     """The rate at `to` of a rate tuned at `from_`; both are references or words such as "r=16,alpha=32".
 
     The tuned pair is (lr, lr × the law's multiplier of B at `from_`). At equal method, rank, init and width, where only

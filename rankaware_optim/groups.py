@@ -20,7 +20,7 @@ from torch import nn
 from .adapters import Factor, Init, Method, Reference, Survey
 from .errors import OptimizerError, RankAwareWarning
 from .inspection import survey_of
-from .laws import Law, checked_multiplier, get_law, known_family, optimizer_family
+from .laws import DEFAULT_LAW, Law, checked_multiplier, get_law, known_family, optimizer_family
 from .pairs import Walk, walk
 
 __all__ = ["Assignment", "Plan", "rank_aware_param_groups"]
@@ -131,7 +131,7 @@ class Plan:
 def make_plan(
     survey: Survey,
     *,
-    law: str | Law = "mua",
+    law: str | Law = DEFAULT_LAW,
     tuned_at: Reference | None = None,
     optimizer_class: type | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -382,7 +382,7 @@ def rank_aware_param_groups(
     *,
     lr: float,
     model: nn.Module | None = None,
-    law: str | Law = "mua",
+    law: str | Law = DEFAULT_LAW,
     tuned_at: Reference | None = None,
     optimizer_class: type | None = None,
     named: bool = True,

@@ -21,6 +21,7 @@ from .plugins import Registry
 
 __all__ = [
     "Constant",
+    "DEFAULT_LAW",
     "Falling",
     "Law",
     "LoRAPlus",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 LAWS = Registry("rankaware_optim.laws", "law", LawError)
+DEFAULT_LAW = "mua"
 
 
 class Law(ABC):
@@ -239,8 +241,9 @@ class Falling(Law):
     Init[B]   law · √((r₀ + n) / (r₀ + min(r, n))), in the reference alike;  Init[A] and full finetuning: the law alone
 
     Flat up to r₀ = `knee`, then r^(-1/2), and at r = n full finetuning's. An empirical form: no theory fixes it, and
-    the paper's law has none of it. The knee was chosen by AdamW's best rates on image generation, vision
-    classification and two further small tasks. On three that did not choose it, language, GRPO and captioning, it is
+    the paper's law has none of it. It was measured with AdamW: bound to an optimizer of another family than Adam's it
+    is the law alone. The knee was chosen by best rates on image generation, vision classification and two further small
+    tasks. On three that did not choose it, language, GRPO and captioning, it is
     0.28, 0.26 and 0.38 octaves off (rms over ranks) where the law alone is 0.73, 1.05 and 0.63
     (benchmarks/results/init_b.md). Freezing B left r^(-1/4) of the fall on the first two, all that vision has: so part
     of it is in A's own steps, and part, where there is more, in training B.
@@ -263,7 +266,8 @@ class Falling(Law):
         return True
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-        return replace(self, law=self.law.bind(optimizer_class, settings))
+        law, family = self.law.bind(optimizer_class, settings), optimizer_family(optimizer_class, settings)
+        return replace(self, law=law) if family in ("sign-like", "unknown") else law
 
     def batch_multiplier(self, ratio: float) -> float:
         return self.law.batch_multiplier(ratio)
@@ -303,8 +307,13 @@ def law_changes(law: Law) -> dict[str, Any]:
 def law_words(law: Law) -> str:
     """A law by its class and what differs from its defaults: "MuA(tokens=4)"."""
     known: tuple[Field[Any], ...] = fields(law) if is_dataclass(law) else ()
-    told = [f"{f.name}={getattr(law, f.name)!r}" for f in known if f.default != getattr(law, f.name)]
-    return f"{type(law).__name__}({', '.join(told)})"
+    told = {f.name: getattr(law, f.name) for f in known if getattr(law, f.name) != _default_of(f)}
+    words = [f"{name}={law_words(value) if isinstance(value, Law) else repr(value)}" for name, value in told.items()]
+    return f"{type(law).__name__}({', '.join(words)})"
+
+
+def _default_of(known: Field[Any]) -> Any:
+    return known.default_factory() if callable(known.default_factory) else known.default
 
 
 def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:

@@ -31,7 +31,7 @@ from .construction import (
 from .errors import OptimizerError, RankAwareWarning
 from .groups import Plan, PlannedGroup, UserGroup, check_lr, make_plan, scale_lr, split, user_groups
 from .inspection import survey_of
-from .laws import Law, law_words
+from .laws import DEFAULT_LAW, Law, law_words
 from .pairs import Walk, walk
 from .recipe import Recipe, resolve_recipe
 from .report import Report, make_report
@@ -150,7 +150,7 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         survey = survey_of(walked, method=method, init=init)
         plan = make_plan(
             survey,
-            law="mua" if law is None else law,
+            law=DEFAULT_LAW if law is None else law,
             tuned_at=tuned_at,
             optimizer_class=native,
             settings=settings if built is None else built.defaults,

@@ -34,6 +34,7 @@ from rankaware_optim.laws import (
     known_family,
     law_from_dict,
     law_to_dict,
+    law_words,
     optimizer_family,
 )
 from rankaware_optim.plugins import Registry
@@ -404,6 +405,30 @@ def test_falling_falls_by_no_more_than_the_square_root(rank, more, knee, width):
     assert more**-0.5 - 1e-9 <= fall <= 1.0 + 1e-9
     whole = Point(width, 1.0, width, "B")
     assert move(law, whole, FullPoint(width)) == pytest.approx(move(MuA(), whole, FullPoint(width)), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "falls"),
+    [(torch.optim.AdamW, True), (torch.optim.Optimizer, True), (torch.optim.SGD, False), (torch.optim.Muon, False)],
+)
+def test_falling_falls_with_adams_kind_alone(optimizer, falls):
+    """Bound to an optimizer of another family `Falling` is the law beneath it; an unknown one counts as Adam's kind."""
+    law, bound = Falling(), MuA().bind(optimizer, {})
+    assert law.bind(optimizer, {}) == (Falling(law=bound) if falls else bound)
+
+
+WORDS = [
+    (MuA(tokens=4.0), "MuA(tokens=4.0)"),
+    (Falling(), "Falling()"),
+    (Falling(knee=2.0, law=MuA(tokens=None)), "Falling(knee=2.0, law=MuA(tokens=None))"),
+    (Power(exponent=0.1), "Power(exponent=0.1)"),
+]
+
+
+@pytest.mark.parametrize(("law", "words"), WORDS, ids=str)
+def test_words_say_what_differs_from_the_defaults(law, words):
+    """A law in words is its class with what differs from its defaults, inner laws alike."""
+    assert law_words(law) == words
 
 
 # --- by name --------------------------------------------------------------------------------------------------------
