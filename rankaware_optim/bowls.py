@@ -5,8 +5,8 @@ Around its optimum v the loss, in units of the gain, is
     loss(x) = level + min(k·above(u), p)   for u = x − v ≥ 0,   above(u) = (exp(a·u) − a·u − 1)/a²   (a = 0: u²/2)
     loss(x) = level + min(k·below(u), 1)   for u < 0,           below(u) = h²·(√(1 + (u/h)²) − 1)
 
-p is the plateau of rates that are too high: 1, no better than untrained, or the largest gap that any run shows, where
-all learn the easy part (a language model the frequent tokens) and stall. Both are kept, weighed as shapes are.
+p is the plateau of rates that are too high: 1, no better than untrained, or the largest gap that the rank's own runs
+show, where all learn the easy part (a language model the frequent tokens) and stall. Both are kept, weighed as shapes.
 
 k is the curvature at v (per octave²), a the steepness of the cliff above it (per octave), and h how far below it the
 loss goes on as a parabola before it becomes a straight line (octaves). Noise is of four parts: a seed's own level,
@@ -68,16 +68,16 @@ class Bowls(NamedTuple):
 
 
 def bowls_of(arms: Mapping[int | None, Arm]) -> Bowls:
-    """Fit a bowl to every arm, under each height of the plateau."""
-    worst = max(float(arm.y.max()) for arm in arms.values())
-    heights = [CAP, worst] if 0 < worst < CAP else [CAP]
-    return Bowls(*map(np.concatenate, zip(*(_bowls_below(arms, height) for height in heights), strict=True)))
+    """Fit a bowl to every arm: too high a rate ends untrained or, where no run was that bad, perhaps on a plateau."""
+    stalls = [False] if any(arm.y.max() >= CAP for arm in arms.values()) else [False, True]
+    return Bowls(*map(np.concatenate, zip(*(_bowls_where(arms, stall) for stall in stalls), strict=True)))
 
 
-def _bowls_below(arms: Mapping[int | None, Arm], plateau: float) -> Bowls:
+def _bowls_where(arms: Mapping[int | None, Arm], stall: bool) -> Bowls:
     xs = np.concatenate([arm.x for arm in arms.values()])
     grid = np.arange(xs.min() - _BEYOND, xs.max() + _BEYOND, _GRID)
-    fits = [_shared(_log_likelihood(arm, grid, plateau), grid) for arm in arms.values()]
+    plateaus = [float(arm.y.max()) or CAP if stall else CAP for arm in arms.values()]
+    fits = [_shared(_log_likelihood(arm, grid, p), grid) for arm, p in zip(arms.values(), plateaus, strict=True)]
     noise, _, steepness, _ = (at.ravel() for at in np.meshgrid(NOISE, REACH, STEEPNESS, CURVATURE, indexing="ij"))
     usual = -0.5 * (np.log(noise / _USUAL_NOISE) / _NOISE_SD) ** 2
     evidence, mean, sd = (np.stack(of_arms, axis=1) for of_arms in zip(*fits, strict=True))

@@ -103,6 +103,16 @@ def test_a_plateau_far_below_the_start_hides_no_optimum():
     assert np.median([spread(fit)[0] for fit in fits]) < 0.4
 
 
+def test_every_rank_stalls_at_a_height_of_its_own():
+    """A rank that gains little lies nearer the plateau they share: 17 of 20 bands hold the base and are narrow."""
+    offsets, fits = (-3.0, -1.5, 0.0, 1.5, 3.0, 4.5), []
+    for seed in range(20):
+        low = sweep(seed, ranks=(4,), bowl=lambda u: min(linex(u), 0.12), noise=0.01, offsets=offsets)
+        fits.append(fitted([*low, *sweep(seed, ranks=(64,), bowl=lambda u: min(linex(u), 1.2), offsets=offsets)]))
+    assert sum(abs(fit.mean[0] - BASE) < Z90 * spread(fit)[0] for fit in fits) >= 17
+    assert np.median([spread(fit)[0] for fit in fits]) < 0.35
+
+
 def test_ranks_may_have_bowls_of_their_own():
     """One rank four times as steep as the other: the base rate stays in its band."""
     for seed in range(10):
