@@ -25,7 +25,7 @@ from domains._runs import FULL, WARMUP, Cell, Grid, Job, Losses, complete, machi
 from domains._tables import on_machines
 from recording import RESULTS, machine
 from searches import ranks_of
-from suite_page import LAWS, moves, summary, tables
+from suite_page import LAWS, domains_in, moves, summary, tables
 
 from rankaware_optim import Law
 from rankaware_optim.errors import RankAwareError
@@ -140,7 +140,7 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     into = folder if ours else COMPARISON
     into.mkdir(parents=True, exist_ok=True)
     pictures = [f"![{path.stem}]({path.name})" for path in draw_all(done, into, laws)]
-    made = on_machines({store.stem: machines(store) for store in stores})
+    made = on_machines({store.stem: machines(store) for store in stores if store.stem in domains_in(done)})
     text = "\n\n".join([*tables(done, moved, laws), *pictures, made, f"Command: `{machine(1)['command']}`"])
     (into / "tables.md").write_text(text + "\n")
     if folder == STORES and ours and moved:
