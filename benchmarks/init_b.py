@@ -22,11 +22,11 @@ all of it: with A alone both fall by about r^(-1/4), and in the task whose rank 
 B asks for a larger rate at low rank. Beside a cliff a best rate is known to an octave. Why A alone falls was not
 tested.
 
-Checked on domains that did not suggest it, read on 2026-11-25: `Falling` at its knee of 4 leaves two fifths of what µA
-alone is off on language, a quarter on GRPO, three fifths on captioning; on language and captioning a knee of 16 would
-be better.
+Checked on domains that did not suggest it, read on 2026-11-25 and 26: `Falling` at its knee of 4 leaves two fifths of
+what µA alone is off on language and on text classification, a quarter on GRPO, three fifths on captioning; on all but
+GRPO a knee of 16 would be better.
 
-Decided on 2026-11-26, before any run of the two domains left was made: if `Falling` at its knee of 4 is fewer octaves
+Decided on 2026-11-26, before any run of text classification and SmolLM2 at Init[B] was made: if `Falling` at its knee of 4 is fewer octaves
 off than µA alone on both text classification and SmolLM2, it becomes the package's default; if on one, it stays an
 option.
 """
