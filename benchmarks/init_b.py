@@ -26,9 +26,8 @@ Checked on domains that did not suggest it, read on 2026-11-25 and 26: `Falling`
 what µA alone is off on language and on text classification, a quarter on GRPO, three fifths on captioning; on all but
 GRPO a knee of 16 would be better.
 
-Decided on 2026-11-26, before any run of text classification and SmolLM2 at Init[B] was made: if `Falling` at its knee of 4 is fewer octaves
-off than µA alone on both text classification and SmolLM2, it becomes the package's default; if on one, it stays an
-option.
+Decided on 2026-11-26, before any run of text classification and SmolLM2 at Init[B] was made: if `Falling` at its knee
+of 4 is fewer octaves off than µA alone on both, it becomes the package's default; if on one, it stays an option.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ class Falling(Law):
     the paper's law has none of it. It was measured with AdamW: bound to an optimizer of another family than Adam's it
     is the law alone. The knee was chosen by best rates on image generation, vision classification and two further small
     tasks. On four that did not choose it, language, GRPO, captioning and text classification, it is 0.28, 0.26, 0.38
-    and 0.33 octaves off (rms over ranks) where the law alone is 0.73, 1.05, 0.63 and 0.91 (benchmarks/results/init_b.md).
+    and 0.33 octaves off (rms over ranks), the law alone 0.73, 1.05, 0.63 and 0.91 (benchmarks/results/init_b.md).
     Freezing B left r^(-1/4) of the fall on the first two, all that vision has: so part of it is in A's own steps, and
     part, where there is more, in training B.
 
