@@ -224,7 +224,7 @@ class Study:
             return Power(law=bound)
         (mean_drift, _), (mean_factor, _) = _PRIORS[reference.init]
         return Power(
-            exponent=mean_drift * (not self.law.falls_with_rank) + drift,
+            exponent=mean_drift * (not bound.falls_with_rank) + drift,
             full_factor=2.0 ** (mean_factor + factor),
             pivot=self.prior.pivot,
             to_full=reference.init == "B",

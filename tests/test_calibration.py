@@ -85,10 +85,19 @@ def test_full_finetuning_alone_makes_a_recipe():
     assert recipe.at(method="full").lr == recipe.lr
 
 
-@pytest.mark.parametrize(("law", "expected"), [("mua", -0.45), ("falling", 0.0), (ra.Power(law=ra.Falling()), 0.0)])
-def test_a_law_that_falls_with_rank_gets_no_further_prior(law, expected):
-    """From Init[B] the prior's fall in rank is added to a law that has none, and not to one that falls by itself."""
-    recipe = calibrate(made_up(init="B"), law=law, trials=1)  # of which no drift can be learned
+@pytest.mark.parametrize(
+    ("law", "optimizer", "expected"),
+    [
+        ("mua", AdamW, -0.45),
+        ("falling", AdamW, 0.0),
+        (ra.Power(law=ra.Falling()), AdamW, 0.0),
+        ("falling", torch.optim.SGD, -0.45),
+    ],
+)
+def test_a_law_that_falls_with_rank_gets_no_further_prior(law, optimizer, expected):
+    """From Init[B] the prior's fall is added to a law that has none, not to one that falls with that optimizer."""
+    near = (2.0 ** (BEST - 1), 2.0 ** (BEST + 1))
+    recipe = calibrate(made_up(init="B"), law=law, optimizer=optimizer, trials=1, lr_range=near)  # no drift is learned
     assert recipe.law.exponent == pytest.approx(expected, abs=0.02)
 
 
