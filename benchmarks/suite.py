@@ -140,7 +140,8 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     into = folder if ours else COMPARISON
     into.mkdir(parents=True, exist_ok=True)
     pictures = [f"![{path.stem}]({path.name})" for path in draw_all(done, into, laws)]
-    made = on_machines({store.stem: machines(store) for store in stores if store.stem in domains_in(done)})
+    whole = domains_in(done)
+    made = on_machines({store.stem: machines(store) for store in stores if store.stem in whole})
     text = "\n\n".join([*tables(done, moved, laws), *pictures, made, f"Command: `{machine(1)['command']}`"])
     (into / "tables.md").write_text(text + "\n")
     if folder == STORES and ours and moved:

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from rankaware_optim import Power, Recipe, Reference
 from rankaware_optim.cli import main
 from rankaware_optim.convert import convert_lr
-from rankaware_optim.laws import DEFAULT_LAW
 
 COMMANDS = ("demo", "inspect", "convert", "show", "lr", "plot", "diff", "report")
 AT_16 = Reference(rank=16, alpha=32, fan_in=64)
@@ -97,7 +96,7 @@ def test_inspect_adds_rates_to_a_base_rate(folder):
     assert own.exit_code == other.exit_code == 0
     assert own.output.count(" 0.0002 ") == 2
     assert other.output.count(" 0.0002 ") == 0
-    assert own.output.count(f"{DEFAULT_LAW}: from rank 8, alpha 16, Init[A]") == 2
+    assert own.output.count("mua: from rank 8, alpha 16, Init[A]") == 2
 
 
 def test_inspect_names_every_tensor_if_asked(folder):

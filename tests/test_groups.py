@@ -14,6 +14,7 @@ from torch import nn
 from rankaware_optim import (
     InspectionError,
     LawError,
+    MuA,
     OptimizerError,
     RankAwareWarning,
     Reference,
@@ -22,13 +23,11 @@ from rankaware_optim import (
 )
 from rankaware_optim.adapters import Factor
 from rankaware_optim.groups import make_plan
-from rankaware_optim.laws import DEFAULT_LAW, get_law
 
 from .models import adapted, mlp
 
 LR = 1e-3
 AT_16 = Reference(rank=16, alpha=16)
-LAW = get_law(DEFAULT_LAW)
 
 
 def multipliers(groups: list[dict]) -> dict[str, float]:
@@ -39,7 +38,7 @@ def multipliers(groups: list[dict]) -> dict[str, float]:
 def expected(rank: int, scaling: float, reference: Reference, *, width: float = 16, init: str = "A") -> float:
     """The default law's multiplier at a width that both sides share."""
     factor = Factor("w", "A", rank, width, width, scaling, init)
-    return LAW.multiplier(factor, replace(reference, fan_in=reference.fan_in or width))
+    return MuA().multiplier(factor, replace(reference, fan_in=reference.fan_in or width))
 
 
 # --- cutting --------------------------------------------------------------------------------------------------------
@@ -325,7 +324,7 @@ def test_full_finetuning_moves_everything_by_one_multiplier():
     """Under method="full" weights, biases, norms and embeddings move from the mean width to the largest."""
     found = multipliers(rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=AT_16))
     mean = (8 * 8 * 32 + 32 * 32 * 3) / (8 * 32 + 32 * 3)
-    value = LAW.multiplier(Factor("w", "full", None, 32, 32), replace(AT_16, fan_in=mean))
+    value = MuA().multiplier(Factor("w", "full", None, 32, 32), replace(AT_16, fan_in=mean))
     assert list(found.values()) == pytest.approx([value] * 7)
 
 
@@ -340,7 +339,7 @@ def test_full_finetuning_with_exceptions():
     found = {name: group["lr"] for group in groups for name, _ in group["params"]}
     assert [found[n] for n in ("out.weight", "out.bias")] == pytest.approx([0.5, 0.5])
     assert [found[n] for n in ("emb.weight", "in.bias", "norm.weight")] == pytest.approx([0.1] * 3)
-    moved = LAW.multiplier(Factor("w", "full", None, 8, 32), replace(AT_16, fan_in=8))
+    moved = MuA().multiplier(Factor("w", "full", None, 8, 32), replace(AT_16, fan_in=8))
     assert found["in.weight"] == pytest.approx(LR * moved)
 
 
@@ -349,7 +348,7 @@ def test_the_width_of_full_finetuning_follows_the_references_init(init, width):
     """From Init[A] the largest fan-in decides full finetuning, from Init[B] the mean one."""
     at = Reference(rank=16, alpha=16, init=init, fan_in=32)
     found = multipliers(rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=at))
-    assert found["in.weight"] == pytest.approx(LAW.multiplier(Factor("w", "full", None, width, width), at))
+    assert found["in.weight"] == pytest.approx(MuA().multiplier(Factor("w", "full", None, width, width), at))
 
 
 def test_pinned_weights_do_not_count_for_the_width():
@@ -364,7 +363,7 @@ def test_full_finetuning_per_layer():
     at = Reference(method="full", fan_in=32)
     found = multipliers(rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=at, per_layer_width=True))
     assert found["out.weight"] == 1.0
-    assert found["in.weight"] == pytest.approx(LAW.multiplier(Factor("w", "full", None, 8, 32), at))
+    assert found["in.weight"] == pytest.approx(MuA().multiplier(Factor("w", "full", None, 8, 32), at))
 
 
 def test_a_model_without_pairs_needs_method_full():

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import rankaware_optim as ra
 from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim.adapters import Factor
-from rankaware_optim.laws import DEFAULT_LAW, get_law
 from rankaware_optim.pairs import canonical_name
 
 from ..models import batches, mlp
@@ -64,7 +64,7 @@ def hand_groups(model: nn.Module, kind: str = "AdamW") -> list[dict[str, Any]]:
 def multiplier(rank: int, init: str = "A", kind: str = "AdamW") -> float:
     factor = Factor("by hand", "A", rank, WIDTH, WIDTH, init=init)  # type: ignore[arg-type]
     at_16 = Reference(rank=16, alpha=16, fan_in=WIDTH, init=init)  # type: ignore[arg-type]
-    return get_law(DEFAULT_LAW).bind(*KINDS[kind]).multiplier(factor, at_16)
+    return ra.MuA().bind(*KINDS[kind]).multiplier(factor, at_16)
 
 
 FORMS: dict[str, Callable[..., Any]] = {"class": by_class, "instance": by_instance}

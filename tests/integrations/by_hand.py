@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+import rankaware_optim as ra
 from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim.adapters import Factor
-from rankaware_optim.laws import DEFAULT_LAW, get_law
 
 from ..models import batches, mlp
 
@@ -97,7 +97,7 @@ def multiplier(rank: int | None, case: Case = Case(torch.optim.AdamW)) -> float:
         return 1.0
     at_16 = Reference(rank=16, alpha=16, fan_in=case.width)
     factor = Factor("by hand", "A", rank, case.width, case.width)
-    return get_law(DEFAULT_LAW).bind(case.kind, case.settings).multiplier(factor, at_16)
+    return ra.MuA().bind(case.kind, case.settings).multiplier(factor, at_16)
 
 
 # --- training and saving --------------------------------------------------------------------------------------------
