@@ -27,7 +27,8 @@ what µA alone is off on language and on text classification, a quarter on GRPO,
 GRPO a knee of 16 would be better.
 
 Decided on 2026-11-26, before any run of text classification and SmolLM2 at Init[B] was made: if `Falling` at its knee
-of 4 is fewer octaves off than µA alone on both, it becomes the package's default; if on one, it stays an option.
+of 4 is fewer octaves off than µA alone on both, it becomes the package's default; if on one, it stays an option. It is,
+on both, so it is the default. An earlier sweep of SmolLM2 was among the four tasks that chose the knee.
 """
 
 from __future__ import annotations

@@ -213,8 +213,8 @@ COMPARED = {  # what the README compares, in its words
     "LoRA+ 16": "LoRA+ 16",
     "ten times full": "ten times full finetuning's",
     "the paper's law": "the paper's law",
-    "µA at 8 tokens": "this package's default law",
-    "µA, falling at B": 'this package, law="falling"',
+    "µA at 8 tokens": 'this package, law="mua"',
+    "µA, falling at B": "this package's default law",
     "calibrated recipe": "this package, calibrated",
 }
 

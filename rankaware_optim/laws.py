@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 LAWS = Registry("rankaware_optim.laws", "law", LawError)
-DEFAULT_LAW = "mua"
+DEFAULT_LAW = "falling"
 
 
 class Law(ABC):
@@ -100,7 +100,7 @@ class LoRAPlus(Law):
 
 @dataclass(frozen=True)
 class MuA(Law):
-    """µA with finitely many effective tokens, in the form of the optimizer's family: the default law.
+    """µA with finitely many effective tokens, in the form of the optimizer's family.
 
     The best rate is the largest at which a layer's output still moves by Θ(1). With τ = T·η over T steps, s the
     effective multiplier, r the rank, n the fan-in, b = `tokens` and λ = `ratio` = η_B / η_A, a sign-like optimizer
@@ -236,17 +236,18 @@ class Power(Law):
 
 @dataclass(frozen=True)
 class Falling(Law):
-    """Another law, with the fall in rank that best rates show at Init[B].
+    """Another law, with the fall in rank that best rates show at Init[B]; around µA, the default law.
 
     Init[B]   law · √((r₀ + n) / (r₀ + min(r, n))), in the reference alike;  Init[A] and full finetuning: the law alone
 
     Flat up to r₀ = `knee`, then r^(-1/2), and at r = n full finetuning's. An empirical form: no theory fixes it, and
     the paper's law has none of it. It was measured with AdamW: bound to an optimizer of another family than Adam's it
     is the law alone. The knee was chosen by best rates on image generation, vision classification and two further small
-    tasks. On four that did not choose it, language, GRPO, captioning and text classification, it is 0.28, 0.26, 0.38
-    and 0.33 octaves off (rms over ranks), the law alone 0.73, 1.05, 0.63 and 0.91 (benchmarks/results/init_b.md).
-    Freezing B left r^(-1/4) of the fall on the first two, all that vision has: so part of it is in A's own steps, and
-    part, where there is more, in training B.
+    tasks, one an earlier sweep of SmolLM2. On four that did not choose it, language, GRPO, captioning and text
+    classification, it is 0.28, 0.26, 0.38 and 0.33 octaves off (rms over ranks), the law alone 0.73, 1.05, 0.63 and
+    0.91; on our own sweep of SmolLM2 0.12 and 1.00 (benchmarks/results/init_b.md). Networks wider than SmolLM2's 576
+    and runs of more than four hundred steps were not tried. Freezing B left r^(-1/4) of the fall on the first two, all
+    that vision has: so part of it is in A's own steps, and part, where there is more, in training B.
 
     >>> at = Reference(rank=16, alpha=16, init="B", fan_in=4096)
     >>> round(Falling().multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0, init="B"), at), 2)

@@ -84,7 +84,7 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         model: the model that holds the adapters, where `params` is not it. It is held weakly.
         lr: the base rate, per step, tuned at `tuned_at`; by default the optimizer's own default.
         tuned_at: the configuration `lr` was tuned at; by default the model's own most common one.
-        law: a law or its name; default "mua".
+        law: a law or its name; default "falling".
         recipe: a calibrated recipe or its path, in place of `lr`, `tuned_at` and `law`.
         method: "full" for full finetuning of a model without adapters.
         init: names the adapters' init where it cannot be read ("A", "B").

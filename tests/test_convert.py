@@ -245,7 +245,7 @@ SAID = [
     ("r=16,alpha=32", "r=16,alpha=8", r"decoupled weight decay and without gradient clipping"),
     ("r=16,alpha=32", "r=16,alpha=8", r"No width was given"),
     ("r=16,alpha=32", "r=16,alpha=8,rslora", r"One rate for all: 0\.0002 \(exact\)\.\nnote: Both sides train alike"),
-    ("r=16,alpha=32", "r=8,alpha=32", r"With another rank the rates follow the law 'mua'"),
+    ("r=16,alpha=32", "r=8,alpha=32", r"With another rank the rates follow the law 'falling'"),
     ("r=16,alpha=32,fan_in=64", "r=8,alpha=32,init=B", r"With another rank and init the"),
     ("r=16,alpha=32,fan_in=64", "full", r"start at half of it"),
     ("r=16,alpha=32,batch=8", "r=16,alpha=32,batch=64", r"The batch goes from 8 to 64"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rankaware_optim import (
+    Falling,
     InspectionError,
     LawError,
     MuA,
@@ -38,7 +39,7 @@ def multipliers(groups: list[dict]) -> dict[str, float]:
 def expected(rank: int, scaling: float, reference: Reference, *, width: float = 16, init: str = "A") -> float:
     """The default law's multiplier at a width that both sides share."""
     factor = Factor("w", "A", rank, width, width, scaling, init)
-    return MuA().multiplier(factor, replace(reference, fan_in=reference.fan_in or width))
+    return Falling().multiplier(factor, replace(reference, fan_in=reference.fan_in or width))
 
 
 # --- cutting --------------------------------------------------------------------------------------------------------
@@ -348,7 +349,7 @@ def test_the_width_of_full_finetuning_follows_the_references_init(init, width):
     """From Init[A] the largest fan-in decides full finetuning, from Init[B] the mean one."""
     at = Reference(rank=16, alpha=16, init=init, fan_in=32)
     found = multipliers(rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=at))
-    assert found["in.weight"] == pytest.approx(MuA().multiplier(Factor("w", "full", None, width, width), at))
+    assert found["in.weight"] == pytest.approx(Falling().multiplier(Factor("w", "full", None, width, width), at))
 
 
 def test_pinned_weights_do_not_count_for_the_width():

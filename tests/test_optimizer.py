@@ -340,7 +340,7 @@ def test_the_report(form):
     assert [(r.role, r.rank, r.count, r.lr) for r in rows] == [
         (g["lora_role"], g["lora_rank"], len(g["params"]), g["lr"]) for g in opt.param_groups
     ]
-    assert "RankAwareOptimizer(AdamW), law MuA()" in str(opt.report())
+    assert "RankAwareOptimizer(AdamW), law Falling()" in str(opt.report())
     assert "0.125" in str(opt.report())
 
 

@@ -39,7 +39,7 @@ def test_the_report_lists_every_group():
     assert seen == [("other", None, None, None, 1), *lora, ("other", None, None, None, 1)]
     assert [(r.multiplier, r.lr) for r in rows] == [(g["lr_multiplier"], g["lr"]) for g in groups]
     assert rows[0].reason == "no LoRA factor: the base rate"
-    assert rows[1].reason == "mua: from rank 16, alpha 16, Init[A]"
+    assert rows[1].reason == "falling: from rank 16, alpha 16, Init[A]"
     assert rows[-1].reason == "a rate of its own, by rates="
     assert rows[-1].names == ("head.bias",)
 
@@ -88,7 +88,7 @@ def test_per_module_has_a_line_for_every_tensor():
         for name in group["param_names"]:
             (line,) = [line for line in lines if f" {name} " in line]
             assert f"{group['lr']:.3g}" in line
-            assert "mua: from rank 16" in line or "the base rate" in line
+            assert "falling: from rank 16" in line or "the base rate" in line
 
 
 def test_the_report_keeps_the_init_seen_before_training():
@@ -131,7 +131,7 @@ def test_explain_shows_rates_and_reasons():
     rates = plan_rates(make_plan(survey, tuned_at=AT_16, rates={"layer1.lora_B": 0.5}), survey, LR)
     shown = survey.explain(per_module=True, rates=rates)
     assert "a rate of its own, by rates=" in shown
-    assert shown.count("mua: from rank 16, alpha 16, Init[A]") == 3
+    assert shown.count("falling: from rank 16, alpha 16, Init[A]") == 3
     assert survey.explain(rates={"layer0.lora_A": Rated(0.25, "since I say so")}).count("since I say so") == 1
 
 

@@ -64,7 +64,7 @@ def hand_groups(model: nn.Module, kind: str = "AdamW") -> list[dict[str, Any]]:
 def multiplier(rank: int, init: str = "A", kind: str = "AdamW") -> float:
     factor = Factor("by hand", "A", rank, WIDTH, WIDTH, init=init)  # type: ignore[arg-type]
     at_16 = Reference(rank=16, alpha=16, fan_in=WIDTH, init=init)  # type: ignore[arg-type]
-    return ra.MuA().bind(*KINDS[kind]).multiplier(factor, at_16)
+    return ra.Falling().bind(*KINDS[kind]).multiplier(factor, at_16)
 
 
 FORMS: dict[str, Callable[..., Any]] = {"class": by_class, "instance": by_instance}

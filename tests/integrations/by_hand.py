@@ -97,7 +97,7 @@ def multiplier(rank: int | None, case: Case = Case(torch.optim.AdamW)) -> float:
         return 1.0
     at_16 = Reference(rank=16, alpha=16, fan_in=case.width)
     factor = Factor("by hand", "A", rank, case.width, case.width)
-    return ra.MuA().bind(case.kind, case.settings).multiplier(factor, at_16)
+    return ra.Falling().bind(case.kind, case.settings).multiplier(factor, at_16)
 
 
 # --- training and saving --------------------------------------------------------------------------------------------
