@@ -444,4 +444,4 @@ def test_an_impossible_batch_is_refused(batch):
 def test_full_finetuning_from_a_lora_rate_is_noted():
     """Moving a LoRA rate to full finetuning by the law alone is noted as a rough guess."""
     made = make_plan(inspect_model(whole(), method="full"), tuned_at=AT_16)
-    assert any("good to about an octave" in note for note in made.notes)
+    assert any("good to an octave or two" in note for note in made.notes)
