@@ -241,8 +241,8 @@ def _notes(
         )
     if method == "full" and reference.method == "lora" and law.name != "power":
         notes.append(
-            "From a LoRA rate alone the law's point for full finetuning is good to an octave or two, and too high costs "
-            "more than too low: start at half of it, or calibrate with full runs."
+            "From a LoRA rate alone the law's point for full finetuning is good to an octave or two, and too high "
+            "costs more than too low: start at half of it, or calibrate with full runs."
         )
     family = "sign-like" if optimizer_class is None else optimizer_family(optimizer_class, settings)
     if family != "sign-like" and optimizer_class is not None and law.name != "constant":
