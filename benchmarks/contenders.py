@@ -80,11 +80,19 @@ CONTENDERS: Mapping[str, Callable[[Known], Rates]] = {
 }
 
 
-def octaves(domain: Domain, config: str, rank: int, law: Law) -> float:
-    """log2 of the multiplier that the package gives at a rank, or to full finetuning, to a rate tuned at rank 16."""
-    survey = surveyed(domain.name, config, rank)
+def octaves(domain: Domain, config: str, rank: int, law: Law, origin: str | None = None) -> float:
+    """log2 of the multiplier that the package gives at a rank, or to full finetuning, to a rate tuned at rank 16.
+
+    Tuned in the same configuration, or in `origin`.
+    """
+    survey, at = surveyed(domain.name, config, rank), tuned_at(origin or config)
     plan = make_plan(
-        survey, law=law, tuned_at=tuned_at(config), optimizer_class=torch.optim.AdamW, rates=domain.head_rates
+        survey,
+        law=law,
+        tuned_at=at,
+        optimizer_class=torch.optim.AdamW,
+        rates=domain.head_rates,
+        across_inits=origin is not None,
     )
     told = [plan.assign(factor.name, factor) for factor in survey.factors]
     multipliers = [each.multiplier for each in told if each.rate is None]

@@ -31,6 +31,10 @@ REGRET = (
     "lines between the rates tried, beyond them at the last. `calibration.md` has that of two domains on fresh seeds, "
     "beside what the sweep itself loses on them."
 )
+JUMPS = (
+    "Octaves from the best rate there to the rate moved there, at the lowest rank first: above 0 it is too high. From "
+    "Init[A] to Init[B] the rank stays. At Init[B] the default law is µA, falling at B; elsewhere it is µA at 8 tokens."
+)
 SPLIT = MuA(split=True)  # what "two rates" are moved by, from the rank at which they are tuned
 
 
@@ -46,6 +50,7 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
     exponent_rows = [row for domain in every for row in exponents(done, domain, laws)]
     claim_rows = [row for domain in every for row in claims(done, domain)]
     regret_rows = [regret_row(each) for each in moved]
+    jump_rows = [row for domain in every for row in jumps(done, domain, laws)]
     heads = ["domain", "configuration", "ranks", "seeds", "measured", *laws]
     ways = ["way", "moves", "LoRA to LoRA: median", "worst", "moves", "LoRA to full: median", "worst"]
     return [
@@ -58,6 +63,8 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
             regret_rows,
         ),
         REGRET,
+        block("(d) Rates moved to full finetuning, and to the other init", ["domain", "from", "to", *laws], jump_rows),
+        JUMPS,
     ]
 
 
@@ -126,9 +133,9 @@ def law_slope(domain: str, scheme: str, ranks: Sequence[int], law: Law) -> float
 
 
 @cache
-def octaves(domain: str, config: str, rank: int, law: Law) -> float:
+def octaves(domain: str, config: str, rank: int, law: Law, origin: str | None = None) -> float:
     """`contenders.octaves` by the domain's name, made once."""
-    return contenders.octaves(get_domain(domain), config, rank, law)
+    return contenders.octaves(get_domain(domain), config, rank, law, origin)
 
 
 # --- claims ---------------------------------------------------------------------------------------------------------
@@ -295,6 +302,43 @@ def between(means: Mapping[float, float], x: float) -> float:
     low, high = max(at for at in grid if at <= x), min(at for at in grid if at >= x)
     share = 0.0 if low == high else (x - low) / (high - low)
     return means[low] if not share else (1.0 - share) * means[low] + share * means[high]
+
+
+# --- from one configuration to another ------------------------------------------------------------------------------
+
+INITS = ("Init[A], s = 1", "Init[B], s = 1")
+
+
+def jumps(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[str]]:
+    """How far a rate lies off that a law moves to full finetuning, and from Init[A] to Init[B] at its rank."""
+    full = optimum(done, (domain, "full", FULL)).x
+    for scheme in CONFIGS:
+        found = bests(done, domain, scheme)
+        if found and full is not None:
+            moved = [
+                {r: x + by_law(domain, scheme, law, r, FULL) - full for r, x in found.items()} for law in laws.values()
+            ]
+            yield [domain, scheme, "full finetuning", *map(listed, moved)]
+    a, b = (bests(done, domain, scheme) for scheme in INITS)
+    if shared := [rank for rank in a if rank in b]:
+        moved = [{r: a[r] + across(domain, r, law) - b[r] for r in shared} for law in laws.values()]
+        yield [domain, *INITS, *map(listed, moved)]
+
+
+def bests(done: Losses, domain: str, scheme: str) -> dict[int, float]:
+    """log2 of the best rate at every rank that has it inside its grid."""
+    found = {rank: optimum(done, (domain, scheme, rank)).x for rank in ranks_in(done, domain, scheme)}
+    return {rank: x for rank, x in found.items() if x is not None}
+
+
+def across(domain: str, rank: int, law: Law) -> float:
+    """Octaves by which a law moves a rate from Init[A] to Init[B]."""
+    a, b = INITS
+    return octaves(domain, b, rank, law, a) - octaves(domain, a, rank, law)
+
+
+def listed(off: Mapping[int, float]) -> str:
+    return ", ".join(number(octave, 1, sign=True) for octave in off.values())
 
 
 def schemes_in(done: Losses, domain: str) -> list[str]:
