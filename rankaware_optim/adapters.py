@@ -85,7 +85,7 @@ class Survey:
     def full_width(self, init: Init = "A") -> float:
         """The width that decides full finetuning, seen from a LoRA rate tuned at `init`.
 
-        The largest fan-in from Init[A], the mean from Init[B], whose own rate falls with the width as full
+        The largest fan-in from Init[A], the mean from Init[B], whose own rate falls with the width, by theory, as full
         finetuning's does: with these no further factor is needed (benchmarks/results/full_width.md).
         """
         return self.width if init == "B" else max((f.fan_in for f in self._dense()), default=1.0)

@@ -74,7 +74,7 @@ def calibrate(
     **For full finetuning**, `full_trials=3` ends with three full runs around the rate predicted for it, the surest
     way. From LoRA trials alone, `target="full"` plans for `recipe.at(method="full")`: with Init[B], whose two ranks
     continued to r = n are the best predictor known, trials go to the ranks as the line to r = n weighs them; with
-    Init[A] it is the law's point, good to about an octave.
+    Init[A] it is the law's point, good to an octave or two.
 
     **Stopped and resumed.** With `storage=`, the same call goes on where it stopped, killed or not: finished trials
     are kept, the half-done one is run again at its rank, seed and rate. Several processes and machines may make the
@@ -89,7 +89,7 @@ def calibrate(
         ranks: LoRA ranks to try, two at least a factor 16 apart tell most; None among them tries full finetuning.
         steps: training steps a trial.
         name: the study's and the recipe's name.
-        law: the law that maps rates between ranks.
+        law: the law that maps rates between ranks; by default µA alone, the fall at Init[B] being the prior's.
         trials: how many runs at `ranks`; by default as many as `budget` pays for, or 8 a rank.
         budget: training steps in all, over every trial, pruned and killed ones at what they ran; never exceeded.
         until: octaves; runs at `ranks` end when the 90 % band of the target is narrower.

@@ -206,6 +206,9 @@ def _ratio(origin: Reference, target: Reference) -> float:
 
 def _scale_free(law: Law) -> bool:
     """Whether the law is for updates that the gradient's scale does not move: what the two-rate form needs."""
+    inner = getattr(law, "law", None)
+    if isinstance(inner, Law):
+        return _scale_free(inner)
     return getattr(law, "family", "sign-like") in ("sign-like", "unknown")
 
 

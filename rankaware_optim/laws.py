@@ -236,7 +236,7 @@ class Power(Law):
 
 @dataclass(frozen=True)
 class Falling(Law):
-    """Another law, with the fall in rank that best rates show at Init[B]; around µA, the default law.
+    """Another law, with the fall in rank that best rates show at Init[B]. Around µA it is the default law.
 
     Init[B]   law · √((r₀ + n) / (r₀ + min(r, n))), in the reference alike;  Init[A] and full finetuning: the law alone
 
@@ -244,10 +244,13 @@ class Falling(Law):
     the paper's law has none of it. It was measured with AdamW: bound to an optimizer of another family than Adam's it
     is the law alone. The knee was chosen by best rates on image generation, vision classification and two further small
     tasks, one an earlier sweep of SmolLM2. On four that did not choose it, language, GRPO, captioning and text
-    classification, it is 0.28, 0.26, 0.38 and 0.33 octaves off (rms over ranks), the law alone 0.73, 1.05, 0.63 and
-    0.91; on our own sweep of SmolLM2 0.12 and 1.00 (benchmarks/results/init_b.md). Networks wider than SmolLM2's 576
-    and runs of more than four hundred steps were not tried. Freezing B left r^(-1/4) of the fall on the first two, all
-    that vision has: so part of it is in A's own steps, and part, where there is more, in training B.
+    classification, it is 0.28, 0.26, 0.38 and 0.33 octaves off (rms over ranks, about their mean), the law alone 0.73,
+    1.05, 0.63 and 0.91; on our own sweep of SmolLM2 0.12 and 1.00 (benchmarks/results/init_b.md). Its level was not
+    fitted: from Init[A] to Init[B] it was up to three octaves too high, to full finetuning up to two off (table (d) of
+    benchmarks/README.md). That the rate at Init[B] goes as n^(-1/2), not n^(-1), was not tested, nor networks wider
+    than SmolLM2 (layers of 576 and 1,536), nor runs of more than four hundred steps. An embedding, of width 1, does not
+    fall. `coordinate_check`, which is of stability alone, calls the fall a failing. Freezing B left r^(-1/4) of it on
+    the first two, all that vision has: so part of it is in A's own steps, and part, where there is more, in training B.
 
     >>> at = Reference(rank=16, alpha=16, init="B", fan_in=4096)
     >>> round(Falling().multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0, init="B"), at), 2)

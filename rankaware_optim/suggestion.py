@@ -311,7 +311,9 @@ def _lora_steps(case: _Case) -> Iterator[Step]:
     yield from _outside("rank", rank, RANKS, RANK_DOUBT)
     yield Step(0.0, ALPHA_DOUBT * abs(math.log2(at.scaling * rank / (PUBLISHED.alpha or 1.0))))
     if at.init == "B":
-        yield Step(0.0, INIT_DOUBT, "All of them used Init[A]: the law carries the rate to Init[B].")
+        yield Step(
+            0.0, INIT_DOUBT, "All used Init[A]: µA carries the rate to Init[B], where in our tasks low ranks like more."
+        )
     if case.variant:
         yield VARIANTS[case.variant]
     if case.dora:

@@ -66,7 +66,7 @@ def fit_sweep(
         sweep: dicts, or a .csv, .tsv, .json or .jsonl file; the columns are those of `read_sweep`.
         optimizer: what the sweep was run with, a class or a name; decides the law's form.
         name: the recipe's name.
-        law: the law that maps rates between ranks.
+        law: the law that maps rates between ranks; by default µA alone, the fall at Init[B] being the prior's.
         fit: what corrects the law: "drift", a power of the rank, or "tokens", the effective tokens of `MuA`, whose
             effect is bounded.
         model, batch, init: select the rows that say so, where a sweep holds several; fill in where rows say nothing

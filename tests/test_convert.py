@@ -19,12 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankaware_optim import (
+    Falling,
     InvalidReferenceError,
     Law,
     LawError,
     LoRAPlus,
     MuA,
     OptimizerError,
+    Power,
     RankAwareError,
     Reference,
     inspect_model,
@@ -129,6 +131,14 @@ def test_the_two_rates(row):
     assert (c.lr_a, c.lr_b) == pytest.approx([2e-4 * rate for rate in row.rates], rel=1e-9)
     assert (c.eps_scale_a, c.eps_scale_b) == (c.weight_decay_scale_a, c.weight_decay_scale_b) == row.scales
     assert (c.a_scale, c.exact) == (row.a_scale, row.exact)
+
+
+@pytest.mark.parametrize(("family", "exact"), [("sign-like", True), ("gradient-like", False)])
+@pytest.mark.parametrize("around", [lambda law: law, lambda law: Falling(law=law), lambda law: Power(law=law)])
+def test_exactness_is_of_the_innermost_laws_family(around, family, exact):
+    """A change of alpha is exact where the law, or the one within it, is for updates that know no scale."""
+    law = around(MuA(family=family))
+    assert convert_lr(2e-4, from_="r=16,alpha=32,fan_in=64", to="r=16,alpha=8", law=law).exact is exact
 
 
 @given(data=st.data(), init=inits, fan_in=st.none() | st.integers(1, 2**16), law=st.sampled_from(LAWS))

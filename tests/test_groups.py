@@ -262,7 +262,10 @@ def test_inits_are_crossed_only_on_request(init, other, across):
 def test_crossing_inits_is_noted():
     """The report says when factors are of another init than the reference's."""
     assert any("across_inits=True" in note for note in plan(mlp(init="B"), tuned_at=AT_16).notes)
-    assert not plan(mlp(init="B"), tuned_at=AT_16, across_inits=True).notes
+    jump = plan(mlp(init="B"), tuned_at=AT_16, across_inits=True)
+    assert len(jump.notes) == 1
+    assert "up to three octaves too high" in jump.notes[0]
+    assert not plan(mlp(init="B"), tuned_at=AT_16, across_inits=True, law="constant").notes
     assert not plan(mlp(init="B")).notes
 
 
