@@ -377,6 +377,27 @@ def test_a_law_of_two_rates_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> 
         contenders.octaves(language, "Init[A], s = 1", 16, ra.LoRAPlus(16.0))
 
 
+def test_a_jump_is_how_far_the_moved_rate_lies_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Table (d) has octaves above the best rate there, rank by rank, in full finetuning and from Init[A] at Init[B]."""
+    import suite_page
+    from domains._runs import FULL
+
+    import rankaware_optim as ra
+
+    def octaves(domain: str, config: str, rank: int, law: ra.Law, origin: str | None = None) -> float:
+        return -3.0 if rank == FULL else -1.5 if origin else 0.0
+
+    monkeypatch.setattr(suite_page, "octaves", octaves)
+    lora = {**bowl(4, -6.0), **bowl(16, -7.0), **bowl(16, -8.0, scheme="Init[B], s = 1")}
+    done = {**lora, **bowl(FULL, -9.0, scheme="full"), **untrained()}
+    rows = list(suite_page.jumps(done, "language", {"a law": ra.MuA()}))
+    assert rows == [
+        ["language", "Init[A], s = 1", "full finetuning", "+0.0, -1.0"],
+        ["language", "Init[B], s = 1", "full finetuning", "-2.0"],
+        ["language", "Init[A], s = 1", "Init[B], s = 1", "-0.5"],
+    ]
+
+
 def test_ranks_without_a_grid_are_left_out() -> None:
     """Of a suite cut short, tables and figures show the ranks that have three rates on every seed."""
     from suite_page import ranks_in
