@@ -160,8 +160,8 @@ class Study:
         handle.set_user_attr("scaling", seen.scaling)
         if self.reference is None:
             self._settle(replace(seen, batch=self.batch), survey.full_width(seen.init))
-            self.study.set_user_attr("reference", asdict(self.settled()))
             self.study.set_user_attr("full_fan_in", self.full_fan_in)
+            self.study.set_user_attr("reference", asdict(self.settled()))  # last: who finds it takes the width too
 
     def _settle(self, reference: Reference, full_fan_in: float) -> None:
         """Take the first model's configuration as the reference, and the priors that belong to its init."""

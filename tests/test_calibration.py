@@ -811,6 +811,27 @@ def test_a_finished_study_is_read_and_not_run_again(storage):
     )  # fmt: skip
 
 
+class Seen(optuna.storages.InMemoryStorage):
+    """Keeps what another process would find after every write to the study."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def set_study_user_attr(self, study_id, key, value):
+        super().set_study_user_attr(study_id, key, value)
+        self.found.append(self.get_study_user_attrs(study_id).copy())
+
+
+def test_a_reference_is_stored_whole():
+    """Another process that reads between two writes, or after a kill there, finds reference and width, or none."""
+    storage = Seen()
+    calibrate(made_up(), trials=2, storage=storage)
+    settled = [found for found in storage.found if "reference" in found]
+    assert settled
+    assert all("full_fan_in" in found for found in settled)
+
+
 CHANGED = [{"steps": STEPS - 5}, {"steps": STEPS + 5}, {"optimizer": "sgd"}, {"law": "loraplus"}, {"ranks": (4, 64)}]
 
 
