@@ -48,6 +48,7 @@ COMPARED = (
     "loraplus",
     "power?exponent=-1,law=constant",
     "power?exponent=-0.5,law=constant",
+    "falling",
 )
 
 
