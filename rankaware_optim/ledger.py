@@ -22,6 +22,7 @@ __all__ = [
     "carried",
     "cell_of",
     "counted",
+    "curve_beside",
     "EARLY",
     "evidence",
     "height",
@@ -103,8 +104,19 @@ def carried(trials: Sequence[FrozenTrial]) -> list[Observation]:
 
 def rival_of(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
     """The best finished run of a trial's rank and seed."""
-    mine = [t for t in trials if t.state.name == "COMPLETE" and cell_of(t) == cell_of(trial)]
-    return min(mine, key=lambda t: t.value if t.value is not None else math.inf, default=None)
+    return _best([t for t in trials if cell_of(t) == cell_of(trial)])
+
+
+def curve_beside(cell: Cell, trials: Sequence[FrozenTrial]) -> list[float]:
+    """The curve of the best finished run of a seed, of the same rank if there is one; empty where none ended."""
+    mine = [t for t in trials if cell_of(t).seed == cell.seed]
+    best = _best([t for t in mine if cell_of(t) == cell]) or _best(mine)
+    return [] if best is None else list(best.user_attrs["curve"])
+
+
+def _best(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    ended = [t for t in trials if t.state.name == "COMPLETE"]
+    return min(ended, key=lambda t: t.value if t.value is not None else math.inf, default=None)
 
 
 def _is_judged(trial: FrozenTrial, best: FrozenTrial) -> bool:

@@ -23,7 +23,7 @@ from .recipe import Recipe
 from .recipe_toml import plain_setting
 from .replicas import Replicas
 from .study import Study
-from .trial import TAIL, Outcome, Train, Trial, run_trial, seeded
+from .trial import TAIL, Outcome, Train, Trial, recent, run_trial, seeded
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -42,7 +42,7 @@ class Task(NamedTuple):
     number: int
     rank: int | None
     seed: int
-    limit: float
+    limits: list[float]
     endless: bool | None
     done: int
     expected: int
@@ -139,7 +139,7 @@ class Runner:
             self._handle.number,
             self._handle.user_attrs["rank"],
             self._handle.user_attrs["seed"],
-            self._limit(),
+            self._limits(),
             self._endless,
             len(ledger.counted(trials)),
             self.plan.expected(),
@@ -205,7 +205,7 @@ class Runner:
         try:
             with seeded(task.seed):
                 outcome = run_trial(
-                    train, trial, limit=task.limit, endless=task.endless, watch=watch, mean=self.team.mean
+                    train, trial, limits=task.limits, endless=task.endless, watch=watch, mean=self.team.mean
                 )
             self.team.agree(lambda: self._record(trial, outcome))
         except BaseException:
@@ -243,14 +243,19 @@ class Runner:
                 "train returned a score in some trials and none in others.", "Return one in every trial, or in none."
             )
 
-    def _limit(self) -> float:
-        """How high recent values may rise before a run is stopped: half the best gain above where runs have been.
+    def _limits(self) -> list[float]:
+        """How high recent values may rise, step by step, before a run is stopped: half the best gain above where runs
+        have been, or, since batches may be hard ones, above where one that learns nothing would be at that step.
 
-        That is the usual height of a run's first values, as many as are averaged later: one alone may be low by chance.
+        Where runs have been is the usual height of their first values, as many as are averaged later: one alone may be
+        low by chance. What learns nothing lies a gain, at most, above the best run on the same batches.
         """
+        trials = self.study.trials()
         gains = [o.start - o.tail for o in self.study.observations() if math.isfinite(o.tail)]
         gain = max([g for g in gains if g > 0], default=math.inf)
-        return ledger.usual_height(self.study.trials()) + gain / 2
+        flat, steps = ledger.usual_height(trials) + gain / 2, range(self.study.steps)
+        beside = ledger.curve_beside(ledger.cell_of(self._handle), trials)
+        return [max(flat, recent(beside[: step + 1]) + 1.5 * gain) if beside else flat for step in steps]
 
     def _record(self, trial: Trial, outcome: Outcome) -> None:
         from .fitting import Observation

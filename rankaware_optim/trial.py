@@ -94,9 +94,13 @@ class _Curve:
     """The values of a run so far, and why it is to stop."""
 
     def __init__(
-        self, trial: Trial, limit: float, watch: Callable[[Trial, list[float]], bool], mean: Callable[[float], float]
+        self,
+        trial: Trial,
+        limits: Sequence[float],
+        watch: Callable[[Trial, list[float]], bool],
+        mean: Callable[[float], float],
     ) -> None:
-        self.trial, self.limit, self.watch, self.mean = trial, limit, watch, mean
+        self.trial, self.limits, self.watch, self.mean = trial, limits, watch, mean
         self.values: list[float] = []
         self.stopped = ""
 
@@ -111,7 +115,7 @@ class _Curve:
             return True
         self.values.append(self.mean(_as_float(value, len(self.values))))
         _check_first(self.trial, self.values)
-        if _lost(self.values, self.limit):
+        if _lost(self.values, self.limits[len(self.values) - 1]):
             self.stopped = "diverged"
         elif self.watch(self.trial, self.values):
             self.stopped = "pruned"
@@ -122,19 +126,19 @@ def run_trial(
     train: Train,
     trial: Trial,
     *,
-    limit: float,
+    limits: Sequence[float],
     endless: bool | None,
     watch: Callable[[Trial, list[float]], bool],
     mean: Callable[[float], float] = float,
 ) -> Outcome:
     """Take `trial.steps` values from `train(trial)`, then close it, so that its `finally` runs.
 
-    limit: how high the mean of recent values may rise, where that is above the first, before the run counts as
-    diverged. watch: called with every new value; True prunes the run. endless: whether the loop is known to go on past
-    its steps; where it is not known, the loop is resumed once more to learn its return value. A run that raises
-    optuna.TrialPruned or runs out of memory is pruned. mean: of a value over the processes that train.
+    limits: how high the mean of recent values may rise at each step, where that is above the first, before the run
+    counts as diverged. watch: called with every new value; True prunes the run. endless: whether the loop is known to
+    go on past its steps; where it is not known, the loop is resumed once more to learn its return value. A run that
+    raises optuna.TrialPruned or runs out of memory is pruned. mean: of a value over the processes that train.
     """
-    curve = _Curve(trial, limit, watch, mean)
+    curve = _Curve(trial, limits, watch, mean)
     try:
         run = train(trial) if callable(train) else train
         return _pushed(run, curve) if isinstance(run, Pushed) else _pulled(run, curve, endless)
@@ -223,8 +227,13 @@ def _lost(curve: Sequence[float], limit: float) -> bool:
     """Whether a run is beyond rescue: a non-finite value, or recent values above `limit` and the first."""
     if not math.isfinite(curve[-1]):
         return True
-    recent = curve[-TAIL:]
-    return len(curve) > TAIL and sum(recent) / len(recent) > max(curve[0], limit)
+    return len(curve) > TAIL and recent(curve) > max(curve[0], limit)
+
+
+def recent(curve: Sequence[float]) -> float:
+    """Mean of the last few values."""
+    last = curve[-TAIL:]
+    return sum(last) / len(last)
 
 
 def _ended_early(curve: Sequence[float], steps: int) -> CalibrationError:

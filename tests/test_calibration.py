@@ -811,6 +811,20 @@ def test_a_finished_study_is_read_and_not_run_again(storage):
     )  # fmt: skip
 
 
+def on_hard_batches(trial):
+    """`made_up`, whose first batches are easy ones and the next ten as hard as training gains."""
+    for step, value in enumerate(made_up()(trial)):
+        yield value + 2.0 * (5 <= step < 15)
+
+
+def test_hard_batches_are_no_divergence():
+    """Where later batches are harder for every rate, a rate that learns slowly is not said to have diverged."""
+    recipe = calibrate(on_hard_batches, trials=16)
+    rates, diverged = recipe.tensors["lr"], recipe.tensors["diverged"].bool()
+    assert not diverged[rates < 2.0**BEST].any()
+    assert math.log2(recipe.best_lr) == pytest.approx(BEST, abs=0.5)
+
+
 class Seen(optuna.storages.InMemoryStorage):
     """Keeps what another process would find after every write to the study."""
 
