@@ -247,12 +247,11 @@ def table() -> None:
 def knee_rows() -> Iterator[list[str]]:
     """A row for every domain of the study: how far its best rates at Init[B] lie off the law, for each knee."""
     from suite import STORES, finished
-    from suite_page import octaves, optimum, ranks_in
+    from suite_page import best_rates, octaves
 
     for name in names():
         done = finished(read(STORES / f"{name}.jsonl"), "full")
-        best = {rank: optimum(done, (name, SCHEME, rank)).x for rank in ranks_in(done, name, SCHEME)}
-        found = {rank: x for rank, x in best.items() if x is not None}
+        found = best_rates(done, name, SCHEME)
         if len(found) > 2:
             laws = [MuA(), *(Falling(knee) for knee in KNEES)]
             off = [statistics.pstdev(x - octaves(name, SCHEME, rank, law) for rank, x in found.items()) for law in laws]

@@ -22,14 +22,17 @@ import exponents
 from matplotlib.figure import Figure
 from recording import RESULTS, markdown, shown
 
-from rankaware_optim.yardstick import COMPARED, DEMO_SWEEP, Score
+from rankaware_optim.yardstick import DEMO_SWEEP, Score
 from rankaware_optim.yardstick import bench_law as scores_on
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "sft_sweep.csv"
 PUBLISHED_ALPHA = 32.0
-AT_INIT_A = COMPARED[:-1]  # both sweeps are at Init[A], where "falling" is "mua"
 LAWS = dict(
-    zip(AT_INIT_A, ("µA, 8 tokens (the default)", "µA, the paper's", "constant", "LoRA+", "1/r", "r^-1/2"), strict=True)
+    zip(
+        bench_law.AT_INIT_A,
+        ("µA, 8 tokens (the default)", "µA, the paper's", "constant", "LoRA+", "1/r", "r^-1/2"),
+        strict=True,
+    )
 )
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's
 Rows = list[dict[str, Any]]
@@ -207,7 +210,7 @@ def _draw_errors(published: Path, path: Path) -> None:
     figure = Figure(figsize=(1.5 + 5.0 * len(sources), 4.2), layout="constrained")
     axes = figure.subplots(1, len(sources), squeeze=False, sharey=True)[0]
     for axis, (source, alpha) in zip(axes, sources.items(), strict=True):
-        _draw_strips(axis, scores_on(source, AT_INIT_A, alpha=alpha))
+        _draw_strips(axis, scores_on(source, bench_law.AT_INIT_A, alpha=alpha))
         axis.set_title(source.name, fontsize=10)
     axes[0].set_yticks(range(len(LAWS)), list(LAWS.values()))
     axes[0].invert_yaxis()

@@ -163,8 +163,7 @@ def verdict(apart: float, held: float, drift: float) -> str:
 
 def to_full(done: Losses, domain: str) -> Iterator[list[str]]:
     scheme, full = "Init[B], s = 1", optimum(done, (domain, "full", FULL)).x
-    rates = {rank: optimum(done, (domain, scheme, rank)).x for rank in ranks_in(done, domain, scheme)}
-    apart = {rank: x - full for rank, x in rates.items() if x is not None and full is not None}
+    apart = {} if full is None else {rank: x - full for rank, x in best_rates(done, domain, scheme).items()}
     if apart:
         said = verdict(statistics.fmean(apart.values()), OCTAVE, 2 * OCTAVE)
         numbers = ", ".join(f"{octaves:+.1f} at r = {rank}" for rank, octaves in apart.items())
@@ -313,19 +312,17 @@ def jumps(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[s
     """How far a rate lies off that a law moves to full finetuning, and from Init[A] to Init[B] at its rank."""
     full = optimum(done, (domain, "full", FULL)).x
     for scheme in CONFIGS:
-        found = bests(done, domain, scheme)
+        found = best_rates(done, domain, scheme)
         if found and full is not None:
-            moved = [
-                {r: x + by_law(domain, scheme, law, r, FULL) - full for r, x in found.items()} for law in laws.values()
-            ]
-            yield [domain, scheme, "full finetuning", *map(listed, moved)]
-    a, b = (bests(done, domain, scheme) for scheme in INITS)
+            off = [[x + by_law(domain, scheme, law, r, FULL) - full for r, x in found.items()] for law in laws.values()]
+            yield [domain, scheme, "full finetuning", *map(listed, off)]
+    a, b = (best_rates(done, domain, scheme) for scheme in INITS)
     if shared := [rank for rank in a if rank in b]:
-        moved = [{r: a[r] + across(domain, r, law) - b[r] for r in shared} for law in laws.values()]
-        yield [domain, *INITS, *map(listed, moved)]
+        off = [[a[r] + across(domain, r, law) - b[r] for r in shared] for law in laws.values()]
+        yield [domain, *INITS, *map(listed, off)]
 
 
-def bests(done: Losses, domain: str, scheme: str) -> dict[int, float]:
+def best_rates(done: Losses, domain: str, scheme: str) -> dict[int, float]:
     """log2 of the best rate at every rank that has it inside its grid."""
     found = {rank: optimum(done, (domain, scheme, rank)).x for rank in ranks_in(done, domain, scheme)}
     return {rank: x for rank, x in found.items() if x is not None}
@@ -337,8 +334,8 @@ def across(domain: str, rank: int, law: Law) -> float:
     return octaves(domain, b, rank, law, a) - octaves(domain, a, rank, law)
 
 
-def listed(off: Mapping[int, float]) -> str:
-    return ", ".join(number(octave, 1, sign=True) for octave in off.values())
+def listed(off: Sequence[float]) -> str:
+    return ", ".join(number(octave, 1, sign=True) for octave in off)
 
 
 def schemes_in(done: Losses, domain: str) -> list[str]:

@@ -234,12 +234,13 @@ def _notes(
     if "unknown" in inits:
         notes.append("The init of some adapters could not be read; they count as Init[A].")
     others = {f.init for f in survey.factors if f.kind != "embedding"} & {"A", "B"} - {reference.init}
-    if method == "lora" and reference.method == "lora" and others and across_inits and law.falls_with_rank:
+    crossing = method == "lora" and reference.method == "lora" and bool(others)
+    if crossing and across_inits and law.falls_with_rank:
         notes.append(
             "Between the inits the law is a guess, from Init[A] to Init[B] up to three octaves too high in the study's "
             "domains: try a quarter of the rate too, or calibrate there."
         )
-    if method == "lora" and reference.method == "lora" and others and not across_inits:
+    if crossing and not across_inits:
         notes.append(
             f"Adapters at Init[{others.pop()}] are scaled along their own init's law from a rate tuned at "
             f"Init[{reference.init}]; across_inits=True lets the law carry the rate across."

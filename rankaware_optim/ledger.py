@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .fitting import Observation, diverged
-from .trial import TAIL
+from .trial import TAIL, recent
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -125,9 +125,8 @@ def _is_judged(trial: FrozenTrial, best: FrozenTrial) -> bool:
 
 def _carried(trial: FrozenTrial, best: FrozenTrial) -> Observation:
     curve, own = trial.user_attrs["curve"], Observation(**best.user_attrs["observation"])
-    tail = math.fsum(curve[-TAIL:]) / len(curve[-TAIL:])
-    there = best.user_attrs["curve"][: len(curve)][-TAIL:]
-    gap = max(0.0, tail - math.fsum(there) / len(there))
+    tail = recent(curve)
+    gap = max(0.0, tail - recent(best.user_attrs["curve"][: len(curve)]))
     return replace(own, x=trial.params[PARAMETER], value=own.value + gap, start=height(curve), tail=own.tail + gap)
 
 

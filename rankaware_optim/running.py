@@ -213,9 +213,9 @@ class Runner:
             raise
 
     def _report(self, curve: list[float], every: int) -> bool:
-        recent = curve[-max(TAIL, every) :]
+        latest = curve[-max(TAIL, every) :]
         with self.study.guard():
-            self._handle.report(sum(recent) / len(recent), len(curve))
+            self._handle.report(sum(latest) / len(latest), len(curve))
             return len(curve) < self.study.steps and self._handle.should_prune()
 
     def _give_up(self) -> None:
@@ -253,9 +253,10 @@ class Runner:
         trials = self.study.trials()
         gains = [o.start - o.tail for o in self.study.observations() if math.isfinite(o.tail)]
         gain = max([g for g in gains if g > 0], default=math.inf)
-        flat, steps = ledger.usual_height(trials) + gain / 2, range(self.study.steps)
+        flat = ledger.usual_height(trials) + gain / 2
         beside = ledger.curve_beside(ledger.cell_of(self._handle), trials)
-        return [max(flat, recent(beside[: step + 1]) + 1.5 * gain) if beside else flat for step in steps]
+        windows = (beside[max(0, end - TAIL) : end] for end in range(1, self.study.steps + 1))
+        return [max(flat, recent(window) + 1.5 * gain) if window else flat for window in windows]
 
     def _record(self, trial: Trial, outcome: Outcome) -> None:
         from .fitting import Observation
