@@ -25,7 +25,7 @@ import torch
 from recording import RESULTS, machine, markdown
 
 from rankaware_optim import LawError, MuA
-from rankaware_optim.construction import get_optimizer_class
+from rankaware_optim.optimizer_classes import get_optimizer_class
 from rankaware_optim.probe import Batch, Stepper, change_of, draw_pair, rates_for, step_pair, synthetic
 
 RANKS = (4, 8, 16, 32, 64)

@@ -1,7 +1,7 @@
 """Learning rates that stay right when the LoRA rank, alpha or init changes, or when you move to full finetuning."""
 
 from .adapters import Factor, Reference, Survey
-from .calibration import CalibrationInterrupted, calibrate
+from .calibration import calibrate
 from .checkpoints import convert_scheduler_state, to_plain_state_dict
 from .conformance import check_convention
 from .conventions import Convention, register_convention
@@ -9,6 +9,7 @@ from .convert import Conversion, convert_lr
 from .coordinate import CoordinateCheck, capture, coordinate_check
 from .errors import (
     CalibrationError,
+    CalibrationInterrupted,
     CheckpointError,
     InspectionError,
     InvalidReferenceError,

@@ -10,12 +10,13 @@ from typing import Any
 
 from .adapter_config import UNSAID, AdapterConfig, Declared, embedded_configs, is_alpha, read_config
 from .adapters import Factor, Survey
+from .checks import check_lr
 from .convert import parse_reference
 from .errors import InspectionError
 from .file_pairs import FilePair, FileReading, file_pairs, file_reading
-from .groups import check_lr, make_plan
+from .groups import make_plan
 from .inspection import declared_init
-from .kinds import is_other_adapter
+from .kinds import is_other_adapter, unsupported
 from .laws import DEFAULT_LAW
 from .report import plan_rates
 from .safetensors_header import Header, read_header, shown
@@ -59,7 +60,8 @@ def inspect_file(path: str | Path) -> Survey:
             "Give an adapter's file, not a base model's.",
         )
     notes += _notes(header, config)
-    return Survey(factors, other, tuple(dict.fromkeys(notes)), looked_at=len(header.tensors))
+    said = tuple(dict.fromkeys(notes))
+    return Survey(factors, other, said, looked_at=len(header.tensors), unsupported=unsupported(other))
 
 
 # --- which file -----------------------------------------------------------------------------------------------------

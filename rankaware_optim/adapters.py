@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from .errors import InspectionError, InvalidReferenceError
-from .kinds import other_kind
-from .tables import text_table
+from .survey_text import Rated, audit, explain
 
-__all__ = ["Factor", "Init", "Method", "Rated", "Reference", "Role", "Survey"]
+__all__ = ["Factor", "Init", "Method", "Reference", "Role", "Survey"]
 
 Role = Literal["A", "B", "full"]
 Init = Literal["A", "B", "other", "unknown"]
@@ -46,25 +45,13 @@ class Factor:
     convention: str = ""
 
 
-class Rated(NamedTuple):
-    """A parameter's learning rate, and why it is that, in words."""
-
-    lr: float
-    reason: str
-
-
-_HEADINGS = ("convention", "kind", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors", "lr", "why")
-_MOST_SCALING = 8.0
-_LEAST_SCALING = 1 / 64
-_NO_LAW = "neither factor starts at zero: no law"
-
-
 @dataclass(frozen=True)
 class Survey:
     """What a model trains: its `factors`, and every `other` trainable parameter by name.
 
     `looked_at` counts the parameters that were looked at, `tried` names the conventions, `notes` are sentences for
     the report. `frozen` names LoRA factors that do not train, `unadapted` frozen expert weights that no pair adapts.
+    `unsupported` gives the kind of those of `other` that belong to an adapter without a law: {"q.hada_w1_a": "LoHa"}.
     """
 
     factors: tuple[Factor, ...] = ()
@@ -74,6 +61,7 @@ class Survey:
     tried: tuple[str, ...] = field(default=(), repr=False)
     frozen: tuple[str, ...] = field(default=(), repr=False)
     unadapted: tuple[str, ...] = field(default=(), repr=False)
+    unsupported: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 
     @property
     def width(self) -> float:
@@ -110,74 +98,14 @@ class Survey:
 
         per_module gives every tensor a line of its own. rates: by parameter name, to fill the columns lr and why.
         """
-        rated = rates or {}
-        lines = Counter(_factor_line(f, rated.get(f.name), per_module) for f in self.factors)
-        lines.update(_other_line(name, rated.get(name), per_module) for name in self.other)
-        lines.update(_frozen_line(name, per_module) for name in self.frozen)
-        rows = [(*line[:8], str(count), *line[8:]) for line, count in lines.items()]
-        headings = ("module" if per_module else _HEADINGS[0], *_HEADINGS[1:])
-        below = [*(f"check: {line}" for line in self.audit()), *(f"note: {note}" for note in self.notes)]
-        flush = (headings[0], "kind", "role", "init", "why")
-        return text_table(headings, rows, lines=below, left=flush, width=200 if per_module else 140)
+        return explain(self, per_module, rates or {})
 
     def audit(self) -> tuple[str, ...]:
         """Known accidents that this survey shows, a sentence each; empty where there is none."""
-        return tuple(_audit(self))
+        return tuple(audit(self))
 
     def _dense(self) -> Iterable[Factor]:
         return (f for f in self.factors if f.kind != "embedding")
-
-
-def _factor_line(f: Factor, rated: Rated | None, per_module: bool) -> tuple[str, ...]:
-    scaling = "" if f.role == "full" else f"{f.scaling:g}"
-    fans = (f"{f.fan_in:g}", f"{f.fan_out:g}")
-    shown = (f.name if per_module else f.convention, f.kind, f.role, str(f.rank or ""), scaling, f.init, *fans)
-    reason = _NO_LAW if f.init == "other" else "a LoRA pair" if f.rank else "a whole weight"
-    return (*shown, *_rated_cells(rated, reason))
-
-
-def _other_line(name: str, rated: Rated | None, per_module: bool) -> tuple[str, ...]:
-    kind = other_kind(name)
-    reason = f"{kind}: no law, the base rate" if kind else "no LoRA factor: the base rate"
-    return (name if per_module else "", kind or "", "other", "", "", "", "", "", *_rated_cells(rated, reason))
-
-
-def _frozen_line(name: str, per_module: bool) -> tuple[str, ...]:
-    return (name if per_module else "", "", "frozen", "", "", "", "", "", "", "a LoRA factor that does not train")
-
-
-def _rated_cells(rated: Rated | None, reason: str) -> tuple[str, str]:
-    return ("", reason) if rated is None else (f"{rated.lr:.3g}", rated.reason)
-
-
-def _audit(survey: Survey) -> Iterator[str]:
-    pairs = [f for f in survey.factors if f.role != "full"]
-    if not survey.factors:
-        kinds = sorted({kind for kind in map(other_kind, survey.other) if kind})
-        yield f"0 LoRA pairs matched; what trains is {', '.join(kinds) or 'no adapter'}: the rank moves no rate."
-    if survey.frozen:
-        yield f"{_some(survey.frozen, 'LoRA factor')} not trained: an inactive adapter, or one frozen by mistake."
-    if survey.unadapted:
-        yield (
-            f"{_some(survey.unadapted, 'frozen stack')} not adapted: in PEFT, target_modules does not reach experts "
-            "that are bare parameters, target_parameters does."
-        )
-    for init, words in (("other", "neither factor zero at the start"), ("unknown", "an init that cannot be read")):
-        names = [f.name for f in pairs if f.init == init]
-        if names:
-            yield f"{_some(names, 'factor')} not covered by a law's derivation: {words}."
-    names = [f.name for f in pairs if f.rank and f.kind != "embedding" and f.rank > f.fan_in]
-    if names:
-        yield f"{_some(names, 'factor')} not low-rank: the rank is above the fan-in."
-    names = [f.name for f in pairs if not _LEAST_SCALING <= f.scaling <= _MOST_SCALING]
-    if names:
-        yield f"{_some(names, 'factor')} not scaled as usual: alpha / rank is above 8 or below 1/64."
-
-
-def _some(names: Sequence[str], what: str) -> str:
-    """How many, and which: "2 factors (a, …) are"; the caller's sentence goes on with "not"."""
-    one = len(names) == 1
-    return f"{len(names)} {what}{'' if one else 's'} ({names[0]}{'' if one else ', …'}) {'is' if one else 'are'}"
 
 
 @dataclass(frozen=True)

@@ -11,27 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from .construction import get_optimizer_class
-from .errors import CalibrationError
-from .groups import check_lr
+from .checks import check_lr
+from .errors import CalibrationError, CalibrationInterrupted
 from .laws import Law, get_law
+from .optimizer_classes import get_optimizer_class
 from .planning import Plan, Target
 from .progress import progress_shown
 from .recipe import Recipe
 from .running import Runner
 from .study import Study
-from .trial import Train, Trial
+from .trial import Train
 
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["CalibrationInterrupted", "Trial", "calibrate"]
-
-
-class CalibrationInterrupted(CalibrationError, KeyboardInterrupt):
-    """Ctrl-C during a calibration. `recipe` is the fit of the finished trials, or None if there were too few."""
-
-    recipe: Recipe | None = None
+__all__ = ["calibrate"]
 
 
 def calibrate(

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from .adapters import Reference, Survey
+from .checks import check_lr
 from .errors import InvalidReferenceError
-from .groups import check_lr, make_plan
+from .groups import make_plan
 from .laws import DEFAULT_LAW, Law, checked_multiplier, get_law
 
 __all__ = ["Conversion", "convert_lr", "parse_reference"]

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
 __all__ = [
     "CalibrationError",
+    "CalibrationInterrupted",
     "CheckpointError",
     "InspectionError",
     "LawError",
@@ -15,9 +21,7 @@ __all__ = [
 ]
 
 
-class RankAwareError(Exception):
-    """Base of all errors of this package: one sentence of cause, one of cure."""
-
+class _CauseAndCure(BaseException):
     def __init__(self, cause: str, cure: str) -> None:
         super().__init__(cause, cure)
         self.cause = cause
@@ -25,6 +29,10 @@ class RankAwareError(Exception):
 
     def __str__(self) -> str:
         return f"{self.cause} {self.cure}"
+
+
+class RankAwareError(_CauseAndCure, Exception):
+    """Base of all errors of this package: one sentence of cause, one of cure."""
 
 
 class InspectionError(RankAwareError, ValueError):
@@ -53,6 +61,15 @@ class RecipeError(RankAwareError, ValueError):
 
 class CalibrationError(RankAwareError, ValueError):
     """A calibration cannot run or cannot conclude."""
+
+
+class CalibrationInterrupted(_CauseAndCure, KeyboardInterrupt):
+    """Ctrl-C during a calibration. `recipe` is the fit of the finished trials, or None if there were too few.
+
+    A `KeyboardInterrupt` and no `Exception`, so that `except Exception` does not swallow Ctrl-C.
+    """
+
+    recipe: Recipe | None = None
 
 
 class RankAwareWarning(UserWarning):

@@ -7,7 +7,6 @@ stay loadable with weights_only=True.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from .adapters import Factor, Init, Method, Reference, Survey
+from .checks import check_lr
 from .errors import OptimizerError, RankAwareWarning
 from .inspection import survey_of
 from .laws import DEFAULT_LAW, Law, checked_multiplier, get_law, known_family, optimizer_family
@@ -199,14 +199,6 @@ def _batch_notes(reference: Reference, batch: float | None, moved: float) -> lis
     if moved == 1.0:
         return []
     return [f"From batch {reference.batch:g} to {batch:g} every rate is multiplied by {moved:.3g}, a rule of thumb."]
-
-
-def check_lr(lr: object, what: str = "lr") -> float:
-    """`lr` as a positive finite float, from a number or a one-element tensor; an error otherwise."""
-    value = lr.item() if isinstance(lr, torch.Tensor) and lr.numel() == 1 else lr
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise OptimizerError(f"{what} is {lr!r}.", "Give a positive finite number.")
-    return float(value)
 
 
 def _pinned(name: str, rates: Iterable[tuple[str, float]]) -> float | None:

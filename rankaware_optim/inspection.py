@@ -12,7 +12,7 @@ from torch import nn
 from .adapters import Factor, Init, Method, Survey
 from .conventions import conventions
 from .errors import InspectionError
-from .kinds import is_other_adapter
+from .kinds import is_other_adapter, unsupported
 from .pairs import Modules, Pair, Walk, is_embedding, is_shard, pairs_of, reading_of, scaling_of, walk
 
 __all__ = ["declared_init", "declared_inits", "inspect_model", "is_zero", "survey_of"]
@@ -54,14 +54,16 @@ def survey_of(walked: Walk, *, method: Method = "lora", init: Init | None = None
     else:
         factors = tuple(_lora_factors(modules, trainable, init, notes, frozen))
     known = {f.name for f in factors}
+    other = tuple(name for name in trainable.values() if name not in known)
     survey = Survey(
         factors=factors,
-        other=tuple(name for name in trainable.values() if name not in known),
+        other=other,
         notes=tuple(dict.fromkeys(notes)),
         looked_at=len(parameters),
         tried=tuple(dict.fromkeys(c.name for c in conventions())),
         frozen=tuple(frozen),
         unadapted=_unadapted(walked) if method == "lora" else (),
+        unsupported=unsupported(other),
     )
     if not factors and not (method == "lora" and any(map(is_other_adapter, survey.other))):
         raise _nothing_found(survey, method)

@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .construction import get_optimizer_class
 from .errors import OptimizerError
 from .optimizer import RankAwareOptimizer
+from .optimizer_classes import get_optimizer_class
 
 __all__ = ["TrainerFactory", "group_rates", "log_rates", "trainer_factory"]
 

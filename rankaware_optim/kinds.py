@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["is_other_adapter", "other_kind"]
+__all__ = ["is_other_adapter", "other_kind", "unsupported"]
 
 
 class _Kind(NamedTuple):
@@ -79,3 +80,8 @@ def other_kind(name: str) -> str | None:
 def is_other_adapter(name: str) -> bool:
     """Whether a parameter's name is one of an adapter that is no LoRA pair, such as LoHa or IA³."""
     return any(kind.adapter and kind.pattern.search(name) for kind in _KINDS)
+
+
+def unsupported(names: Iterable[str]) -> dict[str, str]:
+    """The kind of every parameter in `names` that belongs to an adapter without a law, by name."""
+    return {name: kind for name in names if (kind := other_kind(name))}

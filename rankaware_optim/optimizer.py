@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from .adapters import Init, Method, Reference, Survey
 from .checkpoints import Carried, OnLawChange, OnRankChange, Policy, fit_checkpoint
+from .checks import check_lr
 from .construction import (
     base_lr,
     model_of,
@@ -29,7 +30,7 @@ from .construction import (
     refuse_settings,
 )
 from .errors import OptimizerError, RankAwareWarning
-from .groups import Plan, PlannedGroup, UserGroup, check_lr, make_plan, scale_lr, split, user_groups
+from .groups import Plan, PlannedGroup, UserGroup, make_plan, scale_lr, split, user_groups
 from .inspection import survey_of
 from .laws import DEFAULT_LAW, Law, law_words
 from .pairs import Walk, walk

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .construction import get_optimizer_class
 from .errors import LawError, RankAwareError
+from .optimizer_classes import get_optimizer_class
 
 __all__ = ["Batch", "Change", "Pair", "Stepper", "change_of", "draw_pair", "rates_for", "step_pair", "synthetic"]
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .adapters import Factor, Rated, Survey
+from .adapters import Factor, Survey
 from .checkpoints import Carried
 from .groups import Plan
 from .kinds import other_kind
+from .survey_text import Rated
 from .tables import text_table
 
 __all__ = ["Report", "Row", "plan_rates"]

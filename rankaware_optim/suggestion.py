@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from .adapters import Method, Reference, Survey
-from .construction import get_optimizer_class
 from .doubt import RANK_DOUBT, WIDTH_DOUBT, Z90
 from .errors import InvalidReferenceError, LawError, OptimizerError
 from .inspection import declared_init, declared_inits, survey_of
 from .kinds import other_kind
 from .laws import MuA, checked_multiplier
+from .optimizer_classes import get_optimizer_class
 from .pairs import walk
 
 __all__ = ["PUBLISHED", "Suggestion", "published_init", "suggest_lr"]

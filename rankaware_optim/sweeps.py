@@ -12,9 +12,9 @@ import torch
 from torch.optim import Optimizer
 
 from .adapters import Reference
-from .construction import get_optimizer_class
 from .errors import CalibrationError
 from .laws import Constant, Law, MuA, Power, checked_multiplier, get_law
+from .optimizer_classes import get_optimizer_class
 from .recipe import Recipe
 from .scaling_rule import Scaling, infer_scaling
 from .study import Study, versions_used

@@ -18,9 +18,9 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from .adapters import Reference
-from .construction import get_optimizer_class
 from .errors import CalibrationError, LawError
 from .laws import Law, checked_multiplier, get_law
+from .optimizer_classes import get_optimizer_class
 from .sweep_arms import curve_of, known_alpha, observation_of, site_of
 from .sweep_files import Run, Source, Sweep, read_sweep
 from .tables import text_table

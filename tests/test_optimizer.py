@@ -19,7 +19,7 @@ from torch.optim import lr_scheduler
 import rankaware_optim as ra
 from rankaware_optim import CheckpointError, OptimizerError, RankAwareError, RankAwareOptimizer, Reference
 from rankaware_optim.adapters import Factor
-from rankaware_optim.construction import get_optimizer_class
+from rankaware_optim.optimizer_classes import get_optimizer_class
 
 from .models import PlainLoRA, mlp, same, snapshot, train
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from rankaware_optim import RankAwareOptimizer, Reference, Survey, inspect_model, rank_aware_param_groups
-from rankaware_optim.adapters import Factor, Rated
+from rankaware_optim.adapters import Factor
 from rankaware_optim.groups import make_plan
 from rankaware_optim.kinds import other_kind
 from rankaware_optim.report import Report, make_report, plan_rates
+from rankaware_optim.survey_text import Rated
 
 from .models import adapted, mlp
 
@@ -176,13 +177,17 @@ def test_kinds_by_name(name, kind):
 
 # --- audit ----------------------------------------------------------------------------------------------------------
 
+LOHA = "m.hada_w1_a"
 PAIR = Factor("up.lora_A", "A", 4, 64, 64, layer="up")
 AUDIT = [
     (Survey((PAIR,)), None),
     (Survey((replace(PAIR, rank=64),)), None),
     (Survey((replace(PAIR, scaling=8.0), replace(PAIR, scaling=1 / 64))), None),
     (Survey((replace(PAIR, kind="embedding", rank=128),)), None),
-    (Survey((), ("m.hada_w1_a", "head.weight")), r"^0 LoRA pairs matched; what trains is LoHa"),
+    (
+        Survey((), ("m.hada_w1_a", "head.weight"), unsupported={"m.hada_w1_a": "LoHa"}),
+        r"^0 LoRA pairs matched; what trains is LoHa",
+    ),
     (Survey((), ("head.weight",)), r"^0 LoRA pairs matched; what trains is no adapter"),
     (Survey((PAIR,), frozen=("a", "b")), r"^2 LoRA factors \(a, …\) are not trained"),
     (

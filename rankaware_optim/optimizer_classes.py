@@ -1,0 +1,42 @@
+"""Torch optimizer classes, found by name."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch.optim import Optimizer
+
+from .errors import OptimizerError
+
+__all__ = ["get_optimizer_class"]
+
+_NO_CLASS = ("Optimizer", "RankAwareOptimizer")  # base and wrapper, which are no optimizers by themselves
+
+
+def get_optimizer_class(optimizer: type[Optimizer] | str) -> type[Optimizer]:
+    """A torch optimizer class, from itself, a name in torch.optim in any case, or "package:Class".
+
+    >>> get_optimizer_class("adamw").__name__
+    'AdamW'
+    """
+    found: Any = optimizer
+    if isinstance(optimizer, str):
+        package, _, name = optimizer.rpartition(":")
+        found = _find_class(package or "torch.optim", name)
+    if not isinstance(found, type) or not issubclass(found, Optimizer) or found.__name__ in _NO_CLASS:
+        raise OptimizerError(f"{found!r} is not a torch optimizer class.", "Give a class such as torch.optim.AdamW.")
+    return found
+
+
+def _find_class(package: str, name: str) -> type[Optimizer]:
+    try:
+        module = import_module(package)
+    except ImportError as error:
+        raise OptimizerError(f"The package {package!r} cannot be imported: {error}.", "Install it.") from error
+    members = {key: value for key, value in vars(module).items() if isinstance(value, type)}
+    classes = {key.lower(): value for key, value in members.items() if issubclass(value, Optimizer)}
+    if name.lower() not in classes:
+        known = ", ".join(sorted(value.__name__ for value in set(classes.values()) - {Optimizer}))
+        raise OptimizerError(f"Unknown optimizer {name!r} in {package}.", f"Known are {known}; or say 'package:Class'.")
+    return classes[name.lower()]
