@@ -11,9 +11,12 @@ __all__ = [
     "CalibrationError",
     "CalibrationInterrupted",
     "CheckpointError",
+    "DemoError",
+    "PageError",
     "InspectionError",
     "LawError",
     "OptimizerError",
+    "PlotError",
     "RankAwareError",
     "RankAwareWarning",
     "RecipeError",
@@ -70,6 +73,18 @@ class CalibrationInterrupted(_CauseAndCure, KeyboardInterrupt):
     """
 
     recipe: Recipe | None = None
+
+
+class PlotError(RankAwareError):
+    """matplotlib is not installed, or the file cannot be written."""
+
+
+class PageError(RankAwareError):
+    """The page cannot be written."""
+
+
+class DemoError(RankAwareError):
+    """The demo lacks a package."""
 
 
 class RankAwareWarning(UserWarning):

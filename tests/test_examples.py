@@ -17,8 +17,9 @@ from torch import nn
 import rankaware_optim
 
 README = Path(__file__).parents[1] / "README.md"
-LEAVES = {"__main__"}
-MODULES = sorted(m.name for m in pkgutil.iter_modules(rankaware_optim.__path__) if m.name not in LEAVES)
+MODULES = sorted(
+    m.name for m in pkgutil.walk_packages(rankaware_optim.__path__, "rankaware_optim.") if "__main__" not in m.name
+)
 
 
 class Adapted(nn.Module):
@@ -50,7 +51,7 @@ def batches(seed: int):
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name: str) -> None:
     """Every docstring example gives what it shows."""
-    assert doctest.testmod(import_module(f"rankaware_optim.{name}")).failed == 0
+    assert doctest.testmod(import_module(name)).failed == 0
 
 
 def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

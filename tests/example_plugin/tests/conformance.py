@@ -6,8 +6,7 @@ import torch
 from rankaware_example import Bottleneck, StableProduct
 
 from rankaware_optim import RankAwareOptimizer, Reference
-from rankaware_optim.conformance import check_convention
-from rankaware_optim.law_check import check_law
+from rankaware_optim.testing import check_convention, check_law
 
 
 def test_the_law_is_sound() -> None:

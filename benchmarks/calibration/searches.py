@@ -1,0 +1,210 @@
+"""Searches that train: our calibration by several plans, Optuna's TPE without a law, an LR range test.
+
+Each names a rate for every rank and for full finetuning, and says what it spent: steps and seconds by arm.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Generator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import optuna
+import torch
+from study.domains import Domain, get_domain
+from study.domains._configs import ADAMW, CONFIGS, TUNED, built
+from study.domains._runs import FULL, shape
+
+import rankaware_optim as ra
+from rankaware_optim.calibration import seeded
+
+WARMUP, RATES_SWEPT, RANKS_TRIED = 0.3, 9, (4, 64)
+LOW, HIGH = -15.0, -2.0  # log2 of the rates that TPE and the range test know of
+SMOOTHED = 0.9  # the range test's moving average of losses
+Rates = dict[int, list[float]]  # lr, low, high by rank
+Arms = dict[int, list[float]]  # steps and seconds by rank
+
+
+class Search(NamedTuple):
+    """One search: where, by which plan, its share of the sweep's cost, its seed."""
+
+    domain: str
+    config: str
+    plan: str
+    share: float
+    seed: int
+
+
+def ranks_of(domain: Domain) -> tuple[int, ...]:
+    return (1, *domain.ranks)
+
+
+def searched(of: Search) -> dict[str, Any]:
+    """Search as a user would: every rate, steps and seconds by arm, and the time spent beside training."""
+    domain, arms = get_domain(of.domain), Arms()
+    start = time.perf_counter()
+    rates = PLANS[of.plan](of, domain, arms)
+    spent, training = time.perf_counter() - start, sum(seconds for _, seconds in arms.values())
+    return {**of._asdict(), "rates": rates, "arms": arms, "beside_training": (spent - training) / training}
+
+
+def clocked(run: Generator[Any, None, Any], arms: Arms, rank: int) -> Generator[Any, None, Any]:
+    """The same run, its steps and seconds added to its arm."""
+    arm = arms.setdefault(rank, [0, 0.0])
+    while True:
+        start = time.perf_counter()
+        try:
+            value = next(run)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            arm[1] += time.perf_counter() - start
+        arm[0] += 1
+        yield value
+
+
+def trained(
+    domain: Domain, model: torch.nn.Module, opt: Any, seed: int, share: Callable[[int], float]
+) -> Generator[float, None, float]:
+    """A user's loop: the training loss every step, the held-out loss at the end."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, share)
+    clipped = [p for p in model.parameters() if p.requires_grad]
+    for batch in islice(domain.batches(seed), domain.steps):
+        opt.zero_grad()
+        loss = domain.loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(clipped, 1.0)
+        opt.step()
+        schedule.step()
+        yield loss.item()
+    return domain.evaluate(model)
+
+
+def at_rate(domain: Domain, config: str, rank: int, x: float, seed: int) -> Generator[float, None, float]:
+    """A run at the rate 2^x."""
+    model, method = built(domain, config, rank, seed), "full" if rank == FULL else "lora"
+    opt = ra.RankAwareOptimizer(
+        model, "adamw", lr=2.0**x, law="constant", method=method, rates=domain.head_rates, **ADAMW
+    )
+    return trained(domain, model, opt, seed, lambda step: shape(step, domain.steps, WARMUP))
+
+
+# --- ours -----------------------------------------------------------------------------------------------------------
+
+
+def calibrated(**options: Any) -> Callable[[Search, Domain, Arms], Rates]:
+    """`ra.calibrate` at two ranks within a budget; the recipe's rates at all."""
+
+    def run(of: Search, domain: Domain, arms: Arms) -> Rates:
+        recipe = recipe_of(domain, of.config, of.share, of.seed, arms, **options)
+        return {rank: rate_of(recipe, of.config, rank) for rank in (*ranks_of(domain), FULL)}
+
+    return run
+
+
+def recipe_of(
+    domain: Domain, config: str, share: float, seed: int, arms: Arms, warmup: float = WARMUP, **options: Any
+) -> ra.Recipe:
+    """A domain's recipe in a configuration, at a share of its sweep's cost."""
+
+    def train(trial: ra.Trial) -> Generator[Any, None, Any]:
+        return clocked(loop(trial), arms, trial.rank or FULL)
+
+    def loop(trial: ra.Trial) -> Generator[float, None, float]:
+        model = built(domain, config, trial.rank or FULL, trial.seed)
+        opt = trial.optimizer(model, rates=domain.head_rates, **ADAMW)
+        return (yield from trained(domain, model, opt, trial.seed, lambda at: shape(at, domain.steps, warmup)))
+
+    return ra.calibrate(
+        train,
+        torch.optim.AdamW,
+        ranks=RANKS_TRIED,
+        steps=domain.steps,
+        budget=budget_of(share, domain),
+        seeds=(10 + 2 * seed, 11 + 2 * seed),
+        seed=seed,
+        batch=domain.batch,
+        warmup=warmup,
+        progress=False,
+        **options,
+    )
+
+
+def budget_of(share: float, domain: Domain) -> int:
+    """Training steps: a share of nine rates at every rank and in full, one seed."""
+    return round(share * RATES_SWEPT * (len(ranks_of(domain)) + 1) * domain.steps)
+
+
+def rate_of(recipe: ra.Recipe, config: str, rank: int) -> list[float]:
+    """The rate and its band at a rank of the configuration, or for full finetuning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ra.RankAwareWarning)
+        rate = recipe.at(method="full") if rank == FULL else recipe.at(rank, alpha=CONFIGS[config].alpha(rank))
+    return [rate.lr, rate.low, rate.high]
+
+
+# --- without a law --------------------------------------------------------------------------------------------------
+
+
+def by_tpe(of: Search, domain: Domain, arms: Arms) -> Rates:
+    """Optuna's TPE spends all at rank 16; its best rate is used everywhere."""
+
+    def score(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("log2_lr", LOW, HIGH)
+        with seeded(10 + 2 * of.seed):
+            return scored(clocked(at_rate(domain, of.config, TUNED, x, 10 + 2 * of.seed), arms, TUNED))
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=of.seed))
+    study.optimize(score, n_trials=max(1, budget_of(of.share, domain) // domain.steps))
+    return dict.fromkeys((*ranks_of(domain), FULL), [2.0 ** study.best_params["log2_lr"]] * 3)
+
+
+def scored(run: Generator[Any, None, float]) -> float:
+    """A run's held-out loss, large where it is not finite."""
+    while True:
+        try:
+            next(run)
+        except StopIteration as stop:
+            return float(stop.value) if math.isfinite(stop.value) else 1e9
+
+
+def by_range_test(of: Search, domain: Domain, arms: Arms) -> Rates:
+    """Smith's test at every arm: the rate rises from 2^-15 to 2^-2 in one run; taken where the loss falls fastest."""
+    return {rank: [2.0 ** steepest(of, domain, arms, rank)] * 3 for rank in (*ranks_of(domain), FULL)}
+
+
+def steepest(of: Search, domain: Domain, arms: Arms, rank: int) -> float:
+    """log2 of the rate at the end of the octave over which the smoothed loss falls most, before its lowest point.
+
+    Over an octave, and not before ten values are averaged: step by step the noise of the first few decides.
+    """
+    seed, model = 10 + 2 * of.seed, built(domain, of.config, rank, 10 + 2 * of.seed)
+    method, octaves = "full" if rank == FULL else "lora", (HIGH - LOW) / domain.steps
+    opt = ra.RankAwareOptimizer(
+        model, "adamw", lr=2.0**LOW, law="constant", method=method, rates=domain.head_rates, **ADAMW
+    )
+    rising = clocked(trained(domain, model, opt, seed, lambda step: 2.0 ** (octaves * step)), arms, rank)
+    losses, average = [], 0.0
+    for step, loss in enumerate(rising, 1):
+        average = SMOOTHED * average + (1 - SMOOTHED) * loss
+        losses.append(average / (1 - SMOOTHED**step))
+        if not losses[-1] < 4 * losses[0]:
+            break
+    octave, lowest = round(1 / octaves), min(range(len(losses)), key=lambda i: losses[i])
+    ends = range(10 + octave, max(lowest + 1, 11 + octave))
+    return LOW + octaves * min(ends, key=lambda i: losses[min(i, len(losses) - 1)] - losses[i - octave])
+
+
+LORA, WITH_FULL, TO_FULL = "LoRA trials", "LoRA and three full trials", "LoRA trials, planned for full"
+TPE, RANGE_TEST = "TPE at rank 16", "LR range test"
+PLANS: dict[str, Callable[[Search, Domain, Arms], Rates]] = {
+    LORA: calibrated(),
+    WITH_FULL: calibrated(full_trials=3),
+    TO_FULL: calibrated(target="full"),
+    TPE: by_tpe,
+    RANGE_TEST: by_range_test,
+}

@@ -1,0 +1,184 @@
+"""Cost of one step: RankAwareOptimizer against native AdamW with the same groups made by hand, and against one group.
+
+448 tensors shaped like an 8B model's rank-16 adapters, every width divided by 8. What is compared shares parameters,
+gradients and moments in one process, and steps by pairs in ABBA order with nothing between them: placement in memory
+and the neighbour in time are each worth up to 5% (native against native). A fresh process repeats this; the table shows
+the median over processes and their range.
+
+    python benchmarks/costs/step_cost.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+import torch
+from recording import LLAMA_8B_EIGHTH, RANK, Pair, adapters, machine, record
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from rankaware_optim import RankAwareOptimizer
+
+IMPLEMENTATIONS = {"foreach": {"foreach": True}, "fused": {"fused": True}, "for-loop": {"foreach": False}}
+LAYOUTS = (2, 16, 448)
+PAIRS = [pair for n in LAYOUTS for pair in ((f"ours {n}", f"native {n}"), (f"ours {n}", "native 1"))]
+PAIRS += [(f"native {n}", "native 1") for n in LAYOUTS] + [("peft", "native 1")]
+SAME_GROUPS, ONE_GROUP, BUILD_MS = 1.03, 1.05, 40.0  # the bars
+SETTINGS: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.01}
+Step = Callable[[], object]
+
+
+@click.command()
+@click.option("--processes", default=5, show_default=True, help="Fresh processes; the median over them is reported.")
+@click.option("--rounds", default=40, show_default=True, help="Steps timed per optimizer and pair, in each process.")
+@click.option("--threads", default=1, show_default=True)
+@click.option("--worker", is_flag=True, hidden=True, help="Be one of the processes: print its figures as JSON.")
+def main(processes: int, rounds: int, threads: int, worker: bool) -> None:
+    """Measure, print, and write results/step_cost.json and .md; exit status 1 where a bar is not met."""
+    torch.set_num_threads(threads)
+    if worker:
+        print(json.dumps(measure(rounds)))
+        return
+    on = machine(threads)
+    command = [sys.executable, __file__, "--worker", f"--rounds={rounds}", f"--threads={threads}"]
+    runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(processes)]
+    rows = [row for name in IMPLEMENTATIONS for row in step_rows(name, runs)] + [build_row(runs)]
+    record("step_cost", "Cost of a step, and of building", rows, on, notes(processes, rounds))
+    sys.exit(not all(row["met"] for row in rows if row["met"] is not None))
+
+
+# --- one process ----------------------------------------------------------------------------------------------------
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """One process's ratios and milliseconds per step, by implementation and pair; and milliseconds to build."""
+    torch.manual_seed(0)
+    model = adapters(32, LLAMA_8B_EIGHTH)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    ratios = {name: measure_pairs(contestants(model, flags), rounds) for name, flags in IMPLEMENTATIONS.items()}
+    return {"ratios": ratios, "build": time_build(adapters(80, LLAMA_8B_EIGHTH))}
+
+
+def measure_pairs(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """The ratio of each pair that is there, by "above / below", and what native takes with one group."""
+    measured = {}
+    for above, below in (pair for pair in PAIRS if pair[0] in steps):
+        times = interleave(steps[above], steps[below], rounds)
+        measured[f"{above} / {below}"] = statistics.median(a / b for a, b in times)
+        measured[f"{below}, ms"] = statistics.median(b for _, b in times)
+    return measured
+
+
+def contestants(model: nn.Module, flags: dict[str, Any]) -> dict[str, Step]:
+    """The step of each optimizer, by name: native with one group, native and ours at each layout, PEFT's LoRA+."""
+    made: dict[str, Optimizer] = {"native 1": AdamW(model.parameters(), **SETTINGS, **flags)}
+    for count in LAYOUTS:
+        spread_scalings(model, count // 2)
+        ours = RankAwareOptimizer(model, AdamW, init="A", **SETTINGS, **flags)
+        assert len(ours.param_groups) == count, f"{len(ours.param_groups)} groups in place of {count}"
+        by_hand = [{"params": group["params"], "lr": group["lr"]} for group in ours.param_groups]
+        made |= {f"native {count}": AdamW(by_hand, **SETTINGS, **flags), f"ours {count}": ours}
+    made |= peft_loraplus(model, flags)
+    for optimizer in made.values():
+        optimizer.state = made["native 1"].state
+    return {name: optimizer.step for name, optimizer in made.items()}
+
+
+def spread_scalings(model: nn.Module, distinct: int) -> None:
+    """Give the pairs `distinct` different scalings, in equal runs: the law then asks for twice as many groups."""
+    pairs = [module for module in model.modules() if isinstance(module, Pair)]
+    for i, pair in enumerate(pairs):
+        pair.scaling["default"] = 32 / RANK * (1 + (i * distinct // len(pairs)) / distinct)
+
+
+def peft_loraplus(model: nn.Module, flags: dict[str, Any]) -> dict[str, Optimizer]:
+    """PEFT's LoRA+ builder, where it is installed: two groups, and two empty ones."""
+    try:
+        from peft.optimizers import create_loraplus_optimizer
+    except ImportError:
+        return {}
+    plus = {"loraplus_lr_ratio": 16.0, "loraplus_weight_decay": SETTINGS["weight_decay"]}
+    return {"peft": create_loraplus_optimizer(model, AdamW, lr=SETTINGS["lr"], **plus, **flags)}
+
+
+def interleave(a: Step, b: Step, rounds: int) -> list[tuple[float, float]]:
+    """Mean milliseconds of both over each ABBA, so that each follows itself as often as the other."""
+    taken = []
+    for _ in range(3 + rounds // 2):  # three to warm up
+        first, second, third, fourth = (milliseconds(step) for step in (a, b, b, a))
+        taken.append(((first + fourth) / 2, (second + third) / 2))
+    return taken[3:]
+
+
+def milliseconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return (time.perf_counter() - start) * 1e3
+
+
+def time_build(model: nn.Module) -> float:
+    """Median time to build the optimizer for 1,120 factors: inspection, grouping and AdamW itself."""
+    assert sum(1 for _ in model.parameters()) == 1120
+    return statistics.median(milliseconds(lambda: RankAwareOptimizer(model, AdamW, lr=1e-4)) for _ in range(21))
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def step_rows(implementation: str, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per layout: medians over processes of the ratios, the range of the first, and whether the bars hold."""
+    ratios = [run["ratios"][implementation] for run in runs]
+    rows = []
+    for n in LAYOUTS:
+        same = [run[f"ours {n} / native {n}"] for run in ratios]
+        one = middle(ratios, f"ours {n} / native 1")
+        rows.append(
+            {
+                "implementation": implementation,
+                "groups": n,
+                "native, one group, ms": middle(ratios, "native 1, ms"),
+                "ours / native, same groups": statistics.median(same),
+                "range": f"{min(same):.3f} to {max(same):.3f}",
+                "native / one group": middle(ratios, f"native {n} / native 1"),
+                "ours / one group": one,
+                "PEFT LoRA+ / one group": middle(ratios, "peft / native 1") if n == 2 else None,
+                "met": statistics.median(same) <= SAME_GROUPS and (n != 2 or one <= ONE_GROUP),
+            }
+        )
+    return rows
+
+
+def middle(ratios: Sequence[dict[str, float]], name: str) -> float | None:
+    """The median over processes of what is called `name`; None where it was not measured."""
+    return statistics.median(run[name] for run in ratios) if name in ratios[0] else None
+
+
+def build_row(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Building, in the columns of a step: milliseconds instead of ratios stand in the range."""
+    taken = [run["build"] for run in runs]
+    typical = statistics.median(taken)
+    columns = dict.fromkeys(step_rows("fused", runs)[0])
+    found = f"{typical:.1f} ms ({min(taken):.1f} to {max(taken):.1f})"
+    return columns | {"implementation": "build, 1,120 factors", "groups": 2, "range": found, "met": typical <= BUILD_MS}
+
+
+def notes(processes: int, rounds: int) -> list[str]:
+    return [
+        "448 tensors shaped like the rank-16 adapters of an 8B model (32 blocks of 7 linear layers), widths divided by "
+        "8. Groups come from distinct scalings (1, 8, 224), so every layout steps the same tensors and moments.",
+        f"Ratios are medians over {rounds // 2} ABBA turns of two optimizers alone, then over {processes} fresh "
+        "processes; the range is that of the processes. 448 groups are one per tensor.",
+        f"Bars: {SAME_GROUPS} at the same groups, {ONE_GROUP} for two groups against one, {BUILD_MS:g} ms to build.",
+    ]
+
+
+if __name__ == "__main__":
+    main()

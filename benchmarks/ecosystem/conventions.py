@@ -1,0 +1,103 @@
+"""Conventions: what inspection reads of each library's own adapters, and whether they compute and train as read.
+
+    PYTHONPATH=. python benchmarks/ecosystem/conventions.py  # once in each environment: integrations, torchtune, litgpt
+
+Runs every builder of tests/helpers/real_adapters.py whose library imports here, and the replicas beside it, and
+updates those rows of results/conventions.json and .md. Rows of libraries that are not here stay as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+import click
+import torch
+from recording import RESULTS, machine, record
+
+from rankaware_optim import RankAwareError, register_convention
+from rankaware_optim.testing import check_convention
+from tests.helpers.real_adapters import CASES, Case, read
+from tests.helpers.replicas import REPLICAS
+
+RANK, ALPHA = 4, 8.0
+ROW_ONLY = "row only: a replica"
+NOTES = (
+    f"Read of a layer built at rank {RANK} and alpha {ALPHA:g}; NO where that is not what the library was told.",
+    "Ones-probe: with every entry of inputs, A and B at 1, how far B·A moves the output from scaling × rank × inner × "
+    "fan-in, relative. A dash where the output is not linear in one B, is blind to ones, or several layers are "
+    "adapted. AdaLoRA divides by rank + 1e-5.",
+    "Oracle: two trainings of 5 AdamW steps at alphas 3 and 8, factors, rates, eps and decays rescaled (theory.md, "
+    "section 4): the largest difference relative to the largest output, in float64, over ranks 2 and 4. Where the "
+    "library computes a norm in float32, a difference below its rounding shows as 0.",
+    "torchtune and litgpt were run in environments of their own, which pin other versions of what they need; the "
+    "machine's line is that of the last run.",
+    "Init «other»: neither Init[A] nor Init[B], so the law leaves the base rate. A row only is held against a replica "
+    "in plain torch, written from the library's documented attributes; it is not the library.",
+)
+
+
+@click.command()
+def main() -> None:
+    """Update results/conventions.json and .md with what can be built here."""
+    warnings.simplefilter("ignore")
+    register_convention("A/B")
+    rows = stored()
+    for case in (*CASES, *REPLICAS):
+        if case in REPLICAS or case.installed():
+            rows[case.name] = measured(case)
+    order = [case.name for case in (*CASES, *REPLICAS)]
+    shown = [rows[name] for name in order if name in rows]
+    record("conventions", "Adapter conventions", shown, machine(torch.get_num_threads()), NOTES)
+
+
+def stored() -> dict[str, dict[str, Any]]:
+    """The rows of earlier runs, by adapter."""
+    file = RESULTS / "conventions.json"
+    document = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    return {row["adapter"]: row for row in document["rows"]}
+
+
+def measured(case: Case) -> dict[str, Any]:
+    """A row of the table."""
+    library = ROW_ONLY if case in REPLICAS else f"{case.package} {version(case.package)}"
+    row = {"adapter": case.name, "convention": case.convention, "library": library}
+    try:
+        torch.manual_seed(0)
+        return row | _read(case) | _checked(case)
+    except RankAwareError as error:
+        return row | dict.fromkeys(COLUMNS, None) | {"found": False, "oracle error": error.cause}
+
+
+COLUMNS = ("found", "rank", "fan-in", "scaling", "init", "ones-probe", "oracle error")
+
+
+def _read(case: Case) -> dict[str, Any]:
+    found, expected = read(case.make(RANK, ALPHA)), case.expected(RANK, ALPHA)
+    columns = {
+        "rank": (found.ranks, expected.ranks),
+        "fan-in": ([fan_in for fan_in, _ in found.fans], [fan_in for fan_in, _ in expected.fans]),
+        "scaling": (found.scalings, expected.scalings),
+        "init": (found.inits, expected.inits),
+    }
+    same = (found.conventions, found.kinds, found.other) == (expected.conventions, expected.kinds, expected.other)
+    return {"found": same} | {name: _cell(*values) for name, values in columns.items()}
+
+
+def _cell(found: Any, expected: Any) -> str:
+    text = ", ".join(f"{value:g}" if isinstance(value, (int, float)) else str(value) for value in found)
+    return text if found == expected else f"NO: {text}"
+
+
+def _checked(case: Case) -> dict[str, Any]:
+    found = check_convention(case.make, *case.inputs(), convention=case.convention)
+    return {
+        "ones-probe": None if found.probe is None else f"{found.probe:.0e}",
+        "oracle error": f"{found.oracle:.0e}",
+    }
+
+
+if __name__ == "__main__":
+    main()

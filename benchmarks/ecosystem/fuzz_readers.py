@@ -1,0 +1,345 @@
+"""Fuzz the readers of adapter files: valid files of every kind, damaged step by step; only our errors may come out.
+
+`python benchmarks/ecosystem/fuzz_readers.py` writes results/fuzz_readers.json and .md, and fails if anything else came.
+Hypothesis draws a kind of file and up to four damages: to its tensors (names, shapes, dtypes, values; the header is
+then made to fit), to its configuration or metadata, to the header's JSON, or to the bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import struct
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from recording import machine, record
+
+from rankaware_optim import InspectionError, inspect_file
+
+BATCH = 5000  # inputs a run of hypothesis, so that its memory of them stays small
+SLOW = 10.0  # seconds, above which an input counts as a hang
+SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8, "U8": 1, "F8_E4M3": 1}
+
+
+@dataclass
+class Made:
+    """A file in the making: tensors by name as (dtype, shape, value), a configuration, metadata, then bytes."""
+
+    tensors: dict[str, tuple[str, tuple[int, ...], float]]
+    config: Any = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)
+    file: bytes = b""
+    config_file: bytes | None = None
+
+    def lay_out(self) -> None:
+        """The header and the bytes that belong to these tensors."""
+        data = b""
+        for name, (dtype, shape, value) in self.tensors.items():
+            size = SIZES.get(dtype, 4) * math.prod(shape)
+            one = struct.pack("<f", value) if dtype == "F32" and size == 4 else bytes(min(size, 10**6))
+            place = [len(data), len(data) + len(one)]
+            self.header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": place}
+            data += one
+        self.header |= {"__metadata__": self.metadata} if self.metadata else {}
+        text = json.dumps(self.header).encode()
+        self.file = len(text).to_bytes(8, "little") + text + data
+        self.config_file = None if self.config is None else json.dumps(self.config).encode()
+
+
+# --- valid files ----------------------------------------------------------------------------------------------------
+
+
+def pair(layer: str, a: str, b: str, rank: int = 4, fan_in: int = 6, fan_out: int = 5) -> dict[str, Any]:
+    return {f"{layer}.{a}": ("F32", (rank, fan_in), 0.0), f"{layer}.{b}": ("F16", (fan_out, rank), 0.0)}
+
+
+def peft() -> Made:
+    at = "base_model.model."
+    tensors = pair(f"{at}q", "lora_A.weight", "lora_B.weight") | pair(f"{at}l.0.v", "lora_A.weight", "lora_B.weight", 2)
+    tensors |= pair(f"{at}e", "lora_embedding_A", "lora_embedding_B")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "init_lora_weights": True, "use_rslora": False}
+    return Made(tensors, {**config, "rank_pattern": {"v": 2}, "alpha_pattern": {"l.0.v": 8}})
+
+
+def experts() -> Made:
+    at = "base_model.model.mlp.experts"
+    tensors = pair(at, "lora_A.weight", "lora_B.weight", 12)
+    tensors |= pair(f"{at}.base_layer", "lora_A.weight", "lora_B.weight", 12)
+    return Made(tensors, {"r": 4, "lora_alpha": 8, "target_parameters": ["experts.up", "experts.down"]})
+
+
+def adalora() -> Made:
+    tensors = pair("base_model.model.q", "lora_A", "lora_B", 3) | {"base_model.model.q.lora_E": ("F32", (3, 1), 0.0)}
+    return Made(tensors, {"peft_type": "ADALORA", "init_r": 4, "r": 8, "lora_alpha": 8, "rank_pattern": {"q": [True]}})
+
+
+def loha() -> Made:
+    names = [f"base_model.model.q.hada_w{i}_{half}" for i in (1, 2) for half in "ab"]
+    return Made(dict.fromkeys(names, ("F32", (4, 4), 0.0)), {"peft_type": "LOHA", "r": 4, "alpha": 8})
+
+
+def kohya() -> Made:
+    tensors = pair("lora_unet_q", "lora_down.weight", "lora_up.weight") | {"lora_unet_q.alpha": ("F32", (), 2.0)}
+    tensors |= {"lora_unet_c.lora_down.weight": ("F32", (2, 3, 1, 1), 0.0), "lora_unet_c.alpha": ("F32", (1,), 1.0)}
+    tensors |= {"lora_unet_c.lora_mid.weight": ("F32", (2, 2, 3, 3), 0.0)}
+    tensors |= {"lora_unet_c.lora_up.weight": ("F32", (4, 2, 1, 1), 0.0)}
+    tensors |= pair("lora_te_v", "lora_down.weight", "lora_up.weight")
+    return Made(tensors, metadata={"ss_network_dim": "4", "ss_network_alpha": "2.0"})
+
+
+def diffusers() -> Made:
+    tensors = pair("unet.q", "lora_A.weight", "lora_B.weight") | pair("te.v", "lora_A.weight", "lora_B.weight", 2)
+    entries = {"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {"q": 2}, "te.r": 2, "te.lora_alpha": 2}
+    return Made(tensors, metadata={"format": "pt", "lora_adapter_metadata": entries})
+
+
+def legacy() -> Made:
+    tensors = pair("unet.a.to_q_lora", "down.weight", "up.weight") | pair("unet.k.lora", "down.weight", "up.weight")
+    return Made(tensors | pair("te.v.lora_linear_layer", "down.weight", "up.weight"))
+
+
+def torchtune() -> Made:
+    return Made(pair("layers.0.q", "lora_a.weight", "lora_b.weight"), {"r": 4, "lora_alpha": 8})
+
+
+def merged() -> Made:
+    tensors = {"h.c.lora_A": ("F32", (8, 6), 0.0), "h.c.lora_B": ("F32", (5, 4), 0.0)}
+    return Made(tensors, {"r": 4, "lora_alpha": 8, "enable_lora": [True, False, True]})
+
+
+KINDS: tuple[Callable[[], Made], ...] = (
+    peft,
+    experts,
+    adalora,
+    loha,
+    kohya,
+    diffusers,
+    legacy,
+    torchtune,
+    merged,
+)
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+VALUES = (None, True, False, 0, 1, -1, 3, 4, 8, 2**63, 10**300, 0.5, -0.0, math.nan, math.inf, 1e-320, "", "4", "x", [])
+VALUES += ([4], [-1], [[]], {}, {"q": 4}, {"q": -1}, {"(": 4}, {"q": "x"}, {"(a|a)*b": 4, ".*": 2}, "\x1b[2J", "\ud800")
+NAMES = (
+    "",
+    "q",
+    "lora_A.weight",
+    "x.lora_A",
+    "x.lora_B",
+    "base_model.model.q.lora_A.default.weight",
+    "q.lora_A.weight",
+)
+NAMES += ("__metadata__", "q.lora_mid.weight", "\x00", "é\n", "x" * 2000, "unet.q.lora_B.weight", "lora_unet_q.alpha")
+DIMS = (0, 1, 2, 3, 4, 5, 8, 12, 64, 2**31)
+SHAPES = ((), (1,), (4,), (4, 6), (5, 4), (4, 6, 1), (4, 6, 3, 3), (5, 2, 1, 1), (1, 1, 1, 1, 1), (0, 0), (3, 4, 6))
+PIECES = (b"", b"\xff", b"{", b"}", b"[" * 3000, b'"', b",", b"null", b"1e999", b"NaN", b"-", b"\x00" * 8, b'"r": 4,')
+
+
+def nth(items: Any, at: int) -> Any:
+    items = list(items)
+    return items[at % len(items)] if items else None
+
+
+def harm_tensor(made: Made, at: int, value: Any) -> None:
+    """One tensor gets another name, shape, dimension, dtype or value, or goes."""
+    name = nth(made.tensors, at)
+    if name is None:
+        return
+    dtype, shape, number = made.tensors[name]
+    match at // 97 % 6:
+        case 0:
+            made.tensors[nth(NAMES, at // 7)] = made.tensors.pop(name)
+        case 1:
+            made.tensors[name] = (dtype, nth(SHAPES, at // 7), number)
+        case 2 if shape:
+            i = at // 7 % len(shape)
+            made.tensors[name] = (dtype, (*shape[:i], nth(DIMS, at // 11), *shape[i + 1 :]), number)
+        case 3:
+            made.tensors[name] = (nth([*SIZES, "F4", "BOOL", "odd"], at // 7), shape, number)
+        case 4:
+            alpha = value if isinstance(value, float) else float(at % 5)
+            made.tensors[f"{name.split('.lora')[0]}.alpha"] = ("F32", (), alpha)
+        case _:
+            del made.tensors[name]
+
+
+def harm_entry(made: Made, at: int, value: Any) -> None:
+    """One entry of the configuration, of the metadata or of diffusers' copy changes or goes."""
+    inner = made.metadata.get("lora_adapter_metadata")
+    tables = [t for t in (made.config, made.metadata, inner, inner) if isinstance(t, dict) and t]
+    table = nth(tables, at)
+    if table is None:
+        return
+    keys = [*table, "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters", "peft_type", "ss_network_alpha"]
+    key = nth(keys, at // 5)
+    if at // 97 % 4:
+        table[key] = value
+    else:
+        table.pop(key, None)
+
+
+def harm_header(made: Made, at: int, value: Any) -> None:
+    """One value in the header's JSON changes, and its length with it."""
+    name = nth(made.header, at)
+    if name is None or len(made.file) < 8:
+        return
+    entry = made.header[name]
+    if isinstance(entry, dict) and entry and at // 5 % 4:
+        entry[nth(entry, at // 7)] = value if at // 11 % 2 else [value, nth(DIMS, at // 13)]
+    else:
+        made.header[name] = value
+    start = 8 + int.from_bytes(made.file[:8], "little")
+    text = json.dumps(made.header).encode()
+    made.file = len(text).to_bytes(8, "little") + text + made.file[start:]
+
+
+def harm_bytes(made: Made, at: int, value: Any) -> None:
+    """Bytes are cut off, overwritten or put in, in the file or in the configuration; or the length lies."""
+    on_config = made.config_file is not None and at % 3 == 0
+    data = (made.config_file if on_config else made.file) or b""
+    i = at % (len(data) + 1) if at // 3 % 2 else at % (min(len(data), 200) + 1)
+    piece = nth(PIECES, at // 7)
+    match at // 97 % 5:
+        case 0:
+            data = data[:i]
+        case 1:
+            data = data[:i] + bytes([at % 256]) + data[i + 1 :]
+        case 2:
+            data = data[:i] + piece + data[i:]
+        case 3:
+            data = nth([0, 1, len(data), 10**8, 2**63, 2**64 - 1], at).to_bytes(8, "little") + data[8:]
+        case _:
+            data = data[: at % 9] + piece
+    made.file, made.config_file = (made.file, data) if on_config else (data, made.config_file)
+
+
+EARLY = {"tensor": harm_tensor, "entry": harm_entry}
+LATE = {"header": harm_header, "bytes": harm_bytes}
+WEIGHTED = ("tensor", "tensor", "entry", "entry", "header", "bytes")
+harms = st.tuples(st.sampled_from(WEIGHTED), st.integers(0, 2**20), st.sampled_from(VALUES))
+cases = st.tuples(st.sampled_from(KINDS), st.lists(harms, min_size=1, max_size=4))
+
+
+def damaged(kind: Callable[[], Made], steps: list[tuple[str, int, Any]]) -> Made:
+    """A file of this kind after these damages."""
+    made = kind()
+    for name, at, value in steps:
+        if name in EARLY:
+            EARLY[name](made, at, copy.deepcopy(value))
+    if isinstance(made.metadata.get("lora_adapter_metadata"), dict):
+        made.metadata["lora_adapter_metadata"] = json.dumps(made.metadata["lora_adapter_metadata"])
+    made.lay_out()
+    for name, at, value in steps:
+        if name in LATE:
+            LATE[name](made, at, copy.deepcopy(value))
+    return made
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+def write(made: Made, folder: Path) -> Path:
+    """The files of `made` in `folder`; what to inspect."""
+    path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    path.write_bytes(made.file)
+    if made.config_file is None:
+        config.unlink(missing_ok=True)
+        return path
+    config.write_bytes(made.config_file)
+    return folder
+
+
+def outcome(path: Path) -> str:
+    """What came of one input: "survey", "InspectionError", or what must not come."""
+    try:
+        survey = inspect_file(path)
+        json.dumps([survey.other, survey.notes, [f.name for f in survey.factors]], allow_nan=False).encode()
+        good = all(f.rank and f.fan_in >= 1 and f.fan_out >= 1 and 0 < f.scaling < math.inf for f in survey.factors)
+        return "survey" if good else f"half-read: {survey}"
+    except InspectionError as error:
+        return "InspectionError" if str(error).isprintable() else f"unprintable: {str(error)!r}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@dataclass
+class Tally:
+    """Outcomes by kind of file, the slowest of each in seconds, and the first few failures."""
+
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    slowest: dict[str, float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, what: str, seconds: float, steps: object) -> None:
+        if seconds > SLOW:
+            what = f"{what} after {seconds:.0f} s"
+        known = what in ("survey", "InspectionError")
+        self.counts[kind, what if known else "failure"] += 1
+        self.slowest[kind] = max(seconds, self.slowest.get(kind, 0.0))
+        if not known and len(self.failures) < 20:
+            self.failures.append(f"{kind} {steps}: {what}"[:500])
+
+    def row(self, kind: str) -> dict[str, Any]:
+        found = {what: self.counts[kind, what] for what in ("survey", "InspectionError", "failure")}
+        return {"file": kind, "inputs": sum(found.values()), **found, "slowest ms": 1000 * self.slowest.get(kind, 0.0)}
+
+
+def fuzz(inputs: int, first_seed: int, folder: Path) -> Tally:
+    """`inputs` damaged files through `inspect_file`, in batches each with a seed of its own."""
+    tally = Tally()
+
+    def one(case: tuple[Callable[[], Made], list[tuple[str, int, Any]]]) -> None:
+        if sum(tally.counts.values()) >= inputs:
+            return
+        kind, steps = case
+        path = write(damaged(kind, steps), folder)
+        began = time.perf_counter()
+        what = outcome(path)
+        tally.add(kind.__name__, what, time.perf_counter() - began, steps)
+
+    quiet = settings(max_examples=BATCH, database=None, deadline=None, phases=[Phase.generate])
+    quiet = settings(quiet, suppress_health_check=list(HealthCheck))
+    batch = 0
+    while sum(tally.counts.values()) < inputs:
+        seed(first_seed + batch)(quiet(given(cases)(one)))()
+        batch += 1
+    return tally
+
+
+@click.command()
+@click.option("--inputs", default=100_000, show_default=True)
+@click.option("--seed", "first_seed", default=0, show_default=True, help="Of the first batch; the next ones count up.")
+@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Where; /dev/shm spares the disk.")
+def main(inputs: int, first_seed: int, folder: Path | None) -> None:
+    """Damage valid adapter files in --inputs ways and count what inspect_file makes of them."""
+    on = machine(threads=1)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        began = time.perf_counter()
+        tally = fuzz(inputs, first_seed, Path(place))
+        minutes = (time.perf_counter() - began) / 60
+    rows = [tally.row(kind.__name__) for kind in KINDS]
+    total = {key: sum(row[key] for row in rows) for key in ("inputs", "survey", "InspectionError", "failure")}
+    rows.append({"file": "all", **total, "slowest ms": max(row["slowest ms"] for row in rows)})
+    notes = [f"Seeds from {first_seed}, one a batch of {BATCH}; {minutes:.1f} minutes.", *tally.failures]
+    notes.append("failure: any other exception, an unprintable message, an impossible survey, or more than 10 s.")
+    record("fuzz_readers", "Damaged adapter files: what inspect_file makes of them", rows, on, notes)
+    if total["failure"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The yardstick for laws: our own sweep made, and laws scored on it and on a published one.
+
+    python benchmarks/laws/bench_law.py sweep                             # every missing run of the package's own sweep
+    python benchmarks/laws/bench_law.py table ../shared/data/sft_sweep.csv  # results/bench_law.json and .md
+
+The sweep is the demo's network (EfficientNet-lite0 on scikit-learn's digits) at two customs of alpha; it lies in the
+package, as `rankaware_optim/sweeps/demo_sweep.csv`, where `rankaware bench-law` reads it by default.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from recording import machine, record
+
+from rankaware_optim import Constant, Law, MuA, Power, RankAwareOptimizer
+from rankaware_optim.cli._demo import HEAD_RATE, SEEDS, build, evaluate, fit, untrained
+from rankaware_optim.sweeps import COMPARED, DEMO_SWEEP, Move, Score
+from rankaware_optim.sweeps._bench import Valley, score_of, valleys_of
+from rankaware_optim.sweeps._io import read_sweep
+
+FOLLOWS, KEPT = "efficientnet-lite0, alpha = rank", "efficientnet-lite0, alpha 16"
+MORE_SEEDS = (2, 3)
+RANKS, ALPHA = (1, 4, 16, 64, 256), 16
+WIDTH = 567  # mean fan-in of the adapted layers: Survey.width
+# Which log2 rates with which seeds: far and wide with two, again near the best rates with two more.
+WIDE = {FOLLOWS: range(-11, -1), KEPT: range(-11, -1)}
+NEAR = {FOLLOWS: range(-13, -5), KEPT: range(-11, -6)}
+NOTES = (
+    "Octaves: log2 of the moved rate over the best one found there, absolute. Loss: on straight lines between the "
+    "rates tried, above the lowest, as a share of it. `off_grid` moves land where no rate was tried: loss not known.",
+    "demo_sweep.csv: EfficientNet-lite0 on digits, AdamW, 40 steps of 16, alpha = rank and alpha 16, two seeds and two "
+    "more near the best rates, held-out loss. sft_sweep.csv: 18 published language models, AdamW, alpha 32.",
+)
+LOWEST = range(-15, -11)  # where rank 256's best rate lies with alpha = rank
+
+
+@click.group()
+def main() -> None:
+    """Make the sweep, or score laws."""
+
+
+@main.command()
+def sweep() -> None:
+    """Append every missing run to the package's sweep."""
+    torch.set_num_threads(1)
+    with DEMO_SWEEP.open(newline="") as file:
+        done = {(row["model"], row["rank"], float(row["lr"]), row["seed"]) for row in csv.DictReader(file)}
+    for model, rank, alpha, lr, seed in _runs():
+        if (model, str(rank), lr, str(seed)) not in done:
+            row = [model, rank, alpha, WIDTH, repr(lr), seed, f"{untrained(seed):.4f}", _trained(rank, alpha, lr, seed)]
+            with DEMO_SWEEP.open("a", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(row)
+
+
+def _runs() -> Iterator[tuple[str, int, int, float, int]]:
+    for seeds, exponents in ((SEEDS, WIDE), (MORE_SEEDS, NEAR)):
+        for rank, model, seed in itertools.product(RANKS, (FOLLOWS, KEPT), seeds):
+            alpha = ALPHA if model == KEPT else rank
+            low = LOWEST if (rank, model, seeds) == (256, FOLLOWS, SEEDS) else ()
+            yield from ((model, rank, alpha, 2.0**exponent, seed) for exponent in (*low, *exponents[model]))
+
+
+@cache
+def _trained(rank: int, alpha: float, lr: float, seed: int) -> str:
+    """Held-out loss after the demo's run at another alpha; "diverged" where it is not finite."""
+    torch.manual_seed(seed)
+    model = build(rank)
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] = alpha / rank
+    rates = {"*classifier*": HEAD_RATE}
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=lr, law="constant", weight_decay=0.01, rates=rates)
+    for _ in fit(model, opt, seed):
+        pass
+    after = evaluate(model)
+    return f"{after:.4f}" if math.isfinite(after) else "diverged"
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+AT_INIT_A = tuple(law for law in COMPARED if law != "falling")  # there it is "mua"
+LAWS = ("mua", "mua?tokens=4", "mua?tokens=16", "mua?tokens=32", *AT_INIT_A[1:])
+# What a leave-one-model-out choice chooses from, by the mean error on the other models.
+FAMILIES: dict[str, list[Law]] = {
+    "tokens of mua": [MuA(tokens=2.0 ** (half / 2)) for half in range(-4, 19)],
+    "a power of the rank": [Power(exponent=step / 50, law=Constant()) for step in range(-30, 31)],
+    "tokens and a power": [
+        Power(exponent=step / 20, law=MuA(tokens=2.0**t)) for step in range(-6, 7) for t in range(-2, 10)
+    ],
+}
+
+
+@main.command()
+@click.argument("published", type=click.Path(exists=True, path_type=Path))
+@click.option("--alpha", default=32.0, show_default=True, help="The published sweep's.")
+def table(published: Path, alpha: float) -> None:
+    """Write results/bench_law.json and .md."""
+    rows: list[dict[str, Any]] = []
+    for source, told in ((DEMO_SWEEP, None), (published, alpha)):
+        for best in ("parabola", "bowl"):
+            valleys = valleys_of(read_sweep(source).runs, best=best, alpha=told)
+            scores = [score_of(law, valleys) for law in LAWS]
+            if len({valley.model for valley in valleys}) > 2:
+                scores += [
+                    _left_out(f"{name}, chosen on the other models", laws, valleys) for name, laws in FAMILIES.items()
+                ]
+            rows += [{"sweep": source.name, "best rate by": best, **score.row()} for score in scores]
+    record("bench_law", "Laws on sweeps: a best rate moved from one rank to another", rows, machine(1), NOTES)
+
+
+def _left_out(label: str, laws: Sequence[Law], valleys: Sequence[Valley]) -> Score:
+    """Every model's moves by the law that errs least on all others: nothing is fitted on what is tested."""
+    scored = [score_of(law, valleys) for law in laws]
+    moves: list[Move] = []
+    for model in dict.fromkeys(valley.model for valley in valleys):
+        others = [[abs(move.octaves) for move in score.moves if move.model != model] for score in scored]
+        best = min(range(len(laws)), key=lambda i: statistics.fmean(others[i]))
+        moves += [move for move in scored[best].moves if move.model == model]
+    return Score(label, laws[0], tuple(moves))
+
+
+if __name__ == "__main__":
+    main()

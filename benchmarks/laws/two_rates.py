@@ -1,0 +1,221 @@
+"""Two rates, `MuA(split=True)`, against one rate and LoRA+ with ratio 16: each at its best, and moved from rank 16.
+
+    python benchmarks/laws/two_rates.py run --domain image_generation    # resumable; kept in ~/.cache/rankaware-optim
+    python benchmarks/laws/two_rates.py run --domain digits_vision
+    python benchmarks/laws/two_rates.py table                            # results/two_rates.json, .md and .png
+
+LoRA by PEFT at Init[A] with alpha = rank. AdamW, betas 0.9 and 0.999, weight decay 0.01, gradients clipped at norm 1,
+5 % warm-up, cosine to a tenth; heads at a fixed rate of their own: the same in all schemes. Every run is at a base rate
+tuned at rank 16, from which the package's own law makes the rank's rates: a scheme that moves perfectly has its best
+base rate in the same place at every rank. Octaves of base rate, three seeds; a coarse pass of one seed at rank 16
+places the grid of all ranks, which grows where its best lies at an edge.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import click
+from recording import RESULTS, machine
+from study.domains import Domain, get_domain
+from study.domains._assets import CACHE
+from study.domains._runs import Cell, Grid, Job, Losses, complete, curve, read, train
+from study.domains._tables import best_of, block, draw, losses_at, number, rates, runs_of, where
+
+from rankaware_optim import Law, LoRAPlus, MuA, RankAwareOptimizer, Reference
+from rankaware_optim.laws import Constant
+from rankaware_optim.sweeps._bench import vertex_of
+
+DOMAINS, SEEDS, TUNED = ("image_generation", "digits_vision"), 3, 16
+SCHEMES = {"one rate": MuA(), "two rates": MuA(split=True), "LoRA+ 16": LoRAPlus(16.0)}
+COARSE = {"one rate": range(-12, -3, 2), "two rates": range(-14, -3, 2), "LoRA+ 16": range(-16, -5, 2)}
+HALF = 2  # octaves to either side, at first
+NOTE = (
+    "Three seeds; means ± standard deviation; differences are paired by seed, ± standard error. The best rate of a "
+    "table of losses is the grid's, an octave apart, by the mean over seeds; the rate moved from rank 16 is the base "
+    "rate best there, run at the other ranks through the package's law. `kept`: LoRA+ and one rate as they are, at "
+    "every rank. Octaves compare vertices of parabolas through the best three means, positive where too high. "
+    "Recipe: AdamW 0.9 / 0.999, decay 0.01, clip 1, 5 % warm-up, cosine to a tenth; Init[A], alpha = rank."
+)
+Rows = Sequence[dict[str, Any]]
+STORE = CACHE / "two_rates.jsonl"
+
+
+@click.group()
+def main() -> None:
+    """Make the missing runs, or the table."""
+
+
+@main.command()
+@click.option("--domain", "name", type=click.Choice(DOMAINS), required=True)
+@click.option("--workers", default=2, show_default=True)
+def run(name: str, workers: int) -> None:
+    """Append every missing run of a domain to the store."""
+    domain = get_domain(name)
+    domain.warm()
+    grid = Grid(cells(domain), COARSE, lambda cell: (*cell[:2], TUNED), SEEDS, HALF)
+    complete(grid, run_one, STORE, workers, click.echo)
+
+
+def cells(domain: Domain) -> list[Cell]:
+    return [(domain.name, scheme, rank) for scheme in SCHEMES for rank in domain.ranks]
+
+
+def run_one(job: Job) -> float | None:
+    """One run at base rate 2^x, tuned at rank 16."""
+    domain = get_domain(job.domain)
+    model = domain.build(job.rank, job.rank, "A", job.seed)
+    return train(domain, model, optimizer(model, domain, job), job.seed, clip=1.0)
+
+
+def optimizer(model: Any, domain: Domain, job: Job) -> RankAwareOptimizer:
+    return RankAwareOptimizer(
+        model,
+        "adamw",
+        lr=2.0**job.x,
+        law=SCHEMES[job.scheme],
+        tuned_at=Reference(rank=TUNED, alpha=TUNED),
+        rates=domain.head_rates,
+        betas=(0.9, 0.999),
+        weight_decay=0.01,
+    )
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+def table() -> None:
+    """Write results/two_rates.json, .md and .png from the store."""
+    done, on = read(STORE), machine(1)
+    domains = [get_domain(name) for name in DOMAINS if any(job.domain == name for job in done)]
+    starts = {domain.name: start_of(domain) for domain in domains}
+    rows = [row for domain in domains for row in rows_of(domain, done, starts[domain.name])]
+    rates_moved = [move for domain in domains for move in moves_of(domain, done)]
+    document = {"machine": on, "starts": starts, "rows": rows, "moves": rates_moved, "runs": runs_of(done)}
+    (RESULTS / "two_rates.json").write_text(json.dumps(document) + "\n")
+    text = "\n\n".join([*page(domains, rows, rates_moved, starts), where(on)]) + "\n"
+    (RESULTS / "two_rates.md").write_text(text)
+    for domain in domains:
+        panels = [(scheme, {rank: (domain.name, scheme, rank) for rank in domain.ranks}) for scheme in SCHEMES]
+        path = RESULTS / f"two_rates_{domain.name}.png"
+        draw(done, panels, SEEDS, starts[domain.name], len(SCHEMES), "base rate at rank 16", path)
+    click.echo(text)
+
+
+def start_of(domain: Domain) -> float:
+    """The loss before training, mean over seeds (a new head is drawn by the seed)."""
+    return statistics.mean(domain.evaluate(domain.build(None, 1, "A", seed)) for seed in range(SEEDS))
+
+
+def rows_of(domain: Domain, done: Losses, start: float) -> Iterator[dict[str, Any]]:
+    """Every cell: its best rate, and its losses by seed there and at the base rate that was best at rank 16."""
+    for cell in cells(domain):
+        at_tuned = curve(done, (*cell[:2], TUNED), SEEDS)
+        found = best_of(done, cell, SEEDS, start)
+        if not found or not at_tuned:
+            continue
+        moved = min(at_tuned, key=lambda x: at_tuned[x])
+        if moved not in curve(done, cell, SEEDS):
+            continue
+        yield {
+            **dict(zip(("domain", "scheme", "rank"), cell, strict=True)),
+            **found,
+            "losses": losses_at(done, cell, found["lowest"], SEEDS),
+            "moved": moved,
+            "moved_losses": losses_at(done, cell, moved, SEEDS),
+        }
+
+
+# How rates move from rank 16: the scheme whose best rates are moved, and the law that moves them.
+MOVERS: dict[str, tuple[str, Law]] = {
+    "one rate, µA": ("one rate", MuA()),
+    "one rate, the paper's µA": ("one rate", MuA(tokens=None)),
+    "one rate, kept": ("one rate", Constant()),
+    "two rates, µA": ("two rates", MuA(split=True)),
+    "LoRA+ 16, kept": ("LoRA+ 16", LoRAPlus(16.0)),
+    "LoRA+ 16, µA": ("LoRA+ 16", MuA(ratio=16.0)),
+}
+
+
+def moves_of(domain: Domain, done: Losses) -> Iterator[dict[str, Any]]:
+    """By how many octaves each way of moving misses the best rate, from rank 16 to every other."""
+    for mover, (scheme, law) in MOVERS.items():
+        best = {rank: vertex_of(curve(done, (domain.name, scheme, rank), SEEDS) or {0: 0.0}) for rank in domain.ranks}
+        for rank in domain.ranks:
+            here, there = best[rank], best[TUNED]
+            if rank != TUNED and here is not None and there is not None:
+                moved = octaves(domain, rank, law) - octaves(domain, rank, SCHEMES[scheme])
+                yield {"domain": domain.name, "mover": mover, "rank": rank, "error": there + moved - here}
+
+
+def octaves(domain: Domain, rank: int, law: Law) -> float:
+    """log2 of A's multiplier at a rank, from a rate tuned at rank 16: the package's own."""
+    model = domain.build(rank, rank, "A", 0)
+    at = Reference(rank=TUNED, alpha=TUNED)
+    opt = RankAwareOptimizer(model, "adamw", lr=1.0, law=law, tuned_at=at, rates=domain.head_rates)
+    return math.log2(next(group["lr_multiplier"] for group in opt.param_groups if group["lora_role"] == "A"))
+
+
+def page(
+    domains: Sequence[Domain],
+    rows: Sequence[dict[str, Any]],
+    moves: Sequence[dict[str, Any]],
+    starts: Mapping[str, float],
+) -> list[str]:
+    """The page's parts."""
+    parts = ["# Two rates against one rate and against LoRA+", NOTE]
+    for domain in domains:
+        mine = {(row["scheme"], row["rank"]): row for row in rows if row["domain"] == domain.name}
+        missed = {(move["mover"], move["rank"]): move["error"] for move in moves if move["domain"] == domain.name}
+        ranks = [rank for rank in domain.ranks if any((scheme, rank) in mine for scheme in SCHEMES)]
+        heads = ["", *(f"rank {rank}" for rank in ranks)]
+        title = f"{domain.name} (loss before training {starts[domain.name]:.3f}): "
+        parts += [
+            block(title + "loss at each one's best rate", heads, grid_of(mine, ranks, "losses")),
+            block(title + "loss at the rate moved from rank 16", heads, grid_of(mine, ranks, "moved_losses")),
+            block(
+                title + "how far the rate moved from rank 16 misses the best, octaves",
+                heads,
+                [[m, *(number(missed.get((m, rank)), 2, sign=True) for rank in ranks)] for m in MOVERS],
+            ),
+            block(title + "log2 of the best base rate, seed by seed", heads, best_cells(mine, ranks)),
+            f"![Held-out loss against log2 base rate](two_rates_{domain.name}.png)",
+        ]
+    return parts
+
+
+def grid_of(mine: Mapping[tuple[str, int], dict[str, Any]], ranks: Sequence[int], key: str) -> list[list[str]]:
+    """Schemes by ranks: mean ± standard deviation over seeds; then each against one rate, paired by seed."""
+    lines = [[scheme, *(spread(mine.get((scheme, rank)), key) for rank in ranks)] for scheme in SCHEMES]
+    for scheme in list(SCHEMES)[1:]:
+        cells = [paired(mine.get((scheme, rank)), mine.get(("one rate", rank)), key) for rank in ranks]
+        lines.append([f"{scheme} − one rate", *cells])
+    return lines
+
+
+def spread(row: Mapping[str, Any] | None, key: str) -> str:
+    losses = row[key] if row else [math.inf]
+    if not all(map(math.isfinite, losses)):
+        return "diverged" if row else "–"
+    return f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+
+
+def paired(row: Mapping[str, Any] | None, other: Mapping[str, Any] | None, key: str) -> str:
+    """Mean difference over seeds ± its standard error."""
+    gaps = [a - b for a, b in zip(row[key], other[key], strict=True)] if row and other else [math.inf]
+    if not all(map(math.isfinite, gaps)):
+        return "–"
+    return f"{statistics.mean(gaps):+.4f} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.4f}"
+
+
+def best_cells(mine: Mapping[tuple[str, int], dict[str, Any]], ranks: Sequence[int]) -> list[list[str]]:
+    return [[s, *(rates(mine[s, rank]) if (s, rank) in mine else "–" for rank in ranks)] for s in SCHEMES]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Vision classification, small: EfficientNet-lite0 learns scikit-learn's digits, as in the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rankaware_optim.cli._demo import STEPS, digits, evaluate
+
+from . import Domain
+from ._efficientnet import BATCH, RANKS, RATES, build, loss
+
+
+def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    images, labels, _, _ = digits()
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        chosen = torch.randint(len(images), (BATCH,), generator=generator)
+        yield images[chosen], labels[chosen]
+
+
+DOMAIN = Domain("digits_vision", STEPS, RANKS, build, batches, loss, evaluate, RATES, batch=BATCH)

@@ -1,0 +1,167 @@
+"""The paper's study at the size of two cores: which rate is best at which rank, by domain and configuration.
+
+    tox run -e bench -- --suite quick                               # five minutes, a small part of it
+    tox run -e bench -- --suite full --domain image_generation      # resumable: every finished run is kept
+    tox run -e bench -- --suite full --tables                       # tables and figures of all that is on file
+
+The recipe is the paper's: AdamW, betas 0.9 and 0.999, epsilon 1e-8, weight decay 0.01, gradients clipped at norm 1, a
+warm-up of 5 % and a cosine to a tenth, heads at a fixed rate of their own. Rates lie an octave apart: a coarse pass of
+one seed, two octaves apart, places each rank's grid of seven, which grows where its best lies at an edge. A large
+domain, where a run takes more than a minute, has one seed, no rank 1, grids of five placed by rates three octaves
+apart, and rsLoRA, LoRA+ and two rates at two ranks only: set for the time it takes, before any of its runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import click
+from calibration.searches import ranks_of
+from recording import RESULTS, machine
+from study.domains import STUDY, DomainError, get_domain
+from study.domains._configs import CONFIGS, LORAPLUS, RSLORA, START, TWO_RATES, run_at, starts
+from study.domains._runs import FULL, WARMUP, Cell, Grid, Job, Losses, complete, machines, read
+from study.domains._tables import on_machines
+from study.tables import LAWS, domains_in, moves, summary, tables
+
+from rankaware_optim import Law
+from rankaware_optim.errors import RankAwareError
+from rankaware_optim.sweeps import law_of
+
+HERE, STORES, SUMMARY = RESULTS.parent, RESULTS / "suite", "summary.png"
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the two READMEs
+QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
+COMPARISON = Path("bench-laws")  # where tables with further laws are written
+NOTED = ("cpu", "cores", "threads", "torch", "python")  # of the machine that runs, in the file of runs
+FIRST_CONFIG = next(iter(CONFIGS))
+COMPARISONS = (FIRST_CONFIG + LORAPLUS, FIRST_CONFIG + TWO_RATES)
+
+
+def coarse_pass(lora: range, raised: range, full: range) -> dict[str, range]:
+    """log2 rates by scheme: LoRA's, LoRA's where B's are raised above them, full finetuning's.
+
+    The last reaches as far up as the first, for what a LoRA rate loses in full.
+    """
+    return {**dict.fromkeys((*CONFIGS, *RSLORA), lora), **dict.fromkeys(COMPARISONS, raised), "full": full}
+
+
+COARSE = coarse_pass(range(-13, -2, 2), range(-15, -4, 2), range(-15, -2, 2))
+SPARSE = coarse_pass(range(-13, -2, 3), range(-15, -5, 3), range(-15, -2, 3))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Schemes that are swept alike: their ranks, seeds and octaves to either side of the coarse pass's best."""
+
+    schemes: tuple[str, ...]
+    ranks: tuple[int, ...]
+    seeds: int
+    half: int
+    coarse: Mapping[str, range]
+
+    def cells(self, domain: str) -> list[Cell]:
+        return [(domain, scheme, rank) for scheme in self.schemes for rank in self.ranks]
+
+    def grid(self, cells: Sequence[Cell]) -> Grid:
+        return Grid(cells, self.coarse, lambda cell: cell, self.seeds, self.half)
+
+
+def parts(domain: str, suite: str) -> tuple[Part, ...]:
+    """What a suite runs on a domain, the claims first."""
+    found = get_domain(domain)
+    ranks = ranks_of(found)
+    if suite == "quick":
+        quick = {FIRST_CONFIG: range(-11, -4, 2), "full": range(-13, -6, 2)}
+        return (Part((FIRST_CONFIG,), (4, 16, 64), 1, 2, quick), Part(("full",), (FULL,), 1, 2, quick))
+    if found.large:
+        return study(ranks[1:], ranks[1::2], 1, 2, SPARSE)
+    return study(ranks, ranks, 3, 3, COARSE)
+
+
+def study(
+    ranks: tuple[int, ...], fewer: tuple[int, ...], seeds: int, half: int, coarse: Mapping[str, range]
+) -> tuple[Part, ...]:
+    """The claims at all ranks, what they are compared with at `fewer`."""
+    return (
+        Part(tuple(CONFIGS), ranks, seeds, half, coarse),
+        Part(("full",), (FULL,), seeds, half, coarse),
+        Part(tuple(RSLORA), fewer, 1, half, coarse),
+        Part(COMPARISONS, fewer, 1, half, coarse),
+    )
+
+
+@click.command()
+@click.option("--suite", type=click.Choice(("quick", "full")), default="quick", show_default=True)
+@click.option("--domain", "chosen", multiple=True, help="Some domains; by default all, or the quick ones.")
+@click.option("--workers", default=2, show_default=True, help="Processes of one thread.")
+@click.option("--tables", "only_tables", is_flag=True, help="Only write tables and figures of what is on file.")
+@click.option("--law", "laws", multiple=True, help="A law to compare beside ours: a name, or package.module:Class.")
+def main(suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, laws: tuple[str, ...]) -> None:
+    """Run what is missing, then write the tables and figures."""
+    folder = QUICK_STORES if suite == "quick" else STORES
+    try:
+        compared = {**LAWS, **{name: law_of(name) for name in laws}}
+        todo = [get_domain(name).name for name in chosen or (QUICK_DOMAINS if suite == "quick" else STUDY)]
+        for domain in () if only_tables else todo:
+            sweep(domain, suite, folder / f"{domain}.jsonl", workers)
+        write(suite, folder, compared)
+    except (RankAwareError, OSError) as error:
+        raise click.ClickException(f"{error} Runs that ended are kept.") from error
+
+
+def sweep(domain: str, suite: str, store: Path, workers: int) -> None:
+    """Append every missing run of a domain."""
+    get_domain(domain).warm()
+    asked, here = parts(domain, suite), machine(1)
+    on = {key: here[key] for key in NOTED}
+    for grid in (starts(domain, range(asked[0].seeds)), *(part.grid(part.cells(domain)) for part in asked)):
+        complete(grid, partial(run_at, warmup=WARMUP), store, workers, click.echo, on)
+
+
+def finished(done: Losses, suite: str) -> dict[Job, float | None]:
+    """The runs of whole grids: half a one has no best rate."""
+    asked = [(name, part) for name in {job.domain for job in done} for part in parts(name, suite)]
+    whole = {cell for name, part in asked for cell in part.cells(name) if not part.grid([cell]).wanted(done)}
+    return {job: loss for job, loss in done.items() if job.scheme == START or job[:3] in whole}
+
+
+def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
+    """Tables and figures of every domain on file."""
+    from study.figures import draw_all, draw_summary
+
+    stores = sorted(folder.glob("*.jsonl"))
+    done = finished({job: loss for store in stores for job, loss in read(store).items()}, suite)
+    if not done:
+        raise DomainError(f"There is no run in {folder}.", "Run the suite first.")
+    moved, ours = moves(done, laws), laws == LAWS
+    into = folder if ours else COMPARISON
+    into.mkdir(parents=True, exist_ok=True)
+    pictures = [f"![{path.stem}]({path.name})" for path in draw_all(done, into, laws)]
+    whole = domains_in(done)
+    made = on_machines({store.stem: machines(store) for store in stores if store.stem in whole})
+    text = "\n\n".join([*tables(done, moved, laws), *pictures, made, f"Command: `{machine(1)['command']}`"])
+    (into / "tables.md").write_text(text + "\n")
+    if folder == STORES and ours and moved:
+        draw_summary(moved).savefig(folder / SUMMARY, dpi=110)
+        publish(HERE / "README.md", text.replace("](", f"]({folder.relative_to(HERE)}/"))
+        picture = f"![Regret of moved rates, by domain]({(folder / SUMMARY).relative_to(HERE.parent)})"
+        publish(HERE.parent / "README.md", f"{picture}\n\n{summary(moved)}")
+    click.echo(text)
+
+
+def publish(readme: Path, text: str) -> None:
+    """Put text between a README's marks, in the place of what is there."""
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise DomainError(f"{readme} lacks {BEGIN} or {END}.", "Put both back, where the tables belong.")
+    partial = readme.with_name(f".{readme.name}.partial")
+    partial.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    partial.replace(readme)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What a survey says in print: its table, and the known accidents that it shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from ._tables import text_table
+
+if TYPE_CHECKING:
+    from ._types import Factor, Survey
+
+__all__ = ["Rated", "audit", "explain"]
+
+
+class Rated(NamedTuple):
+    """A parameter's learning rate, and why it is that, in words."""
+
+    lr: float
+    reason: str
+
+
+_HEADINGS = ("convention", "kind", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors", "lr", "why")
+_MOST_SCALING = 8.0
+_LEAST_SCALING = 1 / 64
+_NO_LAW = "neither factor starts at zero: no law"
+
+
+def explain(survey: Survey, per_module: bool, rates: Mapping[str, Rated]) -> str:
+    """A table of what was found and why each is treated so, alike factors on one line, then what to check."""
+    lines = Counter(_factor_line(f, rates.get(f.name), per_module) for f in survey.factors)
+    lines.update(_other_line(name, survey.unsupported.get(name), rates.get(name), per_module) for name in survey.other)
+    lines.update(_frozen_line(name, per_module) for name in survey.frozen)
+    rows = [(*line[:8], str(count), *line[8:]) for line, count in lines.items()]
+    headings = ("module" if per_module else _HEADINGS[0], *_HEADINGS[1:])
+    below = [*(f"check: {line}" for line in audit(survey)), *(f"note: {note}" for note in survey.notes)]
+    flush = (headings[0], "kind", "role", "init", "why")
+    return text_table(headings, rows, lines=below, left=flush, width=200 if per_module else 140)
+
+
+def _factor_line(f: Factor, rated: Rated | None, per_module: bool) -> tuple[str, ...]:
+    scaling = "" if f.role == "full" else f"{f.scaling:g}"
+    fans = (f"{f.fan_in:g}", f"{f.fan_out:g}")
+    shown = (f.name if per_module else f.convention, f.kind, f.role, str(f.rank or ""), scaling, f.init, *fans)
+    reason = _NO_LAW if f.init == "other" else "a LoRA pair" if f.rank else "a whole weight"
+    return (*shown, *_rated_cells(rated, reason))
+
+
+def _other_line(name: str, kind: str | None, rated: Rated | None, per_module: bool) -> tuple[str, ...]:
+    reason = f"{kind}: no law, the base rate" if kind else "no LoRA factor: the base rate"
+    return (name if per_module else "", kind or "", "other", "", "", "", "", "", *_rated_cells(rated, reason))
+
+
+def _frozen_line(name: str, per_module: bool) -> tuple[str, ...]:
+    return (name if per_module else "", "", "frozen", "", "", "", "", "", "", "a LoRA factor that does not train")
+
+
+def _rated_cells(rated: Rated | None, reason: str) -> tuple[str, str]:
+    return ("", reason) if rated is None else (f"{rated.lr:.3g}", rated.reason)
+
+
+def audit(survey: Survey) -> Iterator[str]:
+    """Known accidents that a survey shows, a sentence each."""
+    pairs = [f for f in survey.factors if f.role != "full"]
+    if not survey.factors:
+        kinds = sorted(set(survey.unsupported.values()))
+        yield f"0 LoRA pairs matched; what trains is {', '.join(kinds) or 'no adapter'}: the rank moves no rate."
+    if survey.frozen:
+        yield f"{_some(survey.frozen, 'LoRA factor')} not trained: an inactive adapter, or one frozen by mistake."
+    if survey.unadapted:
+        yield (
+            f"{_some(survey.unadapted, 'frozen stack')} not adapted: in PEFT, target_modules does not reach experts "
+            "that are bare parameters, target_parameters does."
+        )
+    for init, words in (("other", "neither factor zero at the start"), ("unknown", "an init that cannot be read")):
+        names = [f.name for f in pairs if f.init == init]
+        if names:
+            yield f"{_some(names, 'factor')} not covered by a law's derivation: {words}."
+    names = [f.name for f in pairs if f.rank and f.kind != "embedding" and f.rank > f.fan_in]
+    if names:
+        yield f"{_some(names, 'factor')} not low-rank: the rank is above the fan-in."
+    names = [f.name for f in pairs if not _LEAST_SCALING <= f.scaling <= _MOST_SCALING]
+    if names:
+        yield f"{_some(names, 'factor')} not scaled as usual: alpha / rank is above 8 or below 1/64."
+
+
+def _some(names: Sequence[str], what: str) -> str:
+    """How many, and which: "2 factors (a, …) are"; the caller's sentence goes on with "not"."""
+    one = len(names) == 1
+    return f"{len(names)} {what}{'' if one else 's'} ({names[0]}{'' if one else ', …'}) {'is' if one else 'are'}"

@@ -1,0 +1,165 @@
+"""Where to try next: an Optuna sampler that brackets the optimum in reference coordinates, then measures around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from ._trials import PARAMETER, cell_of, observations, pruned, running
+from .fit._posterior import Fit, Observation, Prior, diverged, gain_of
+
+__all__ = ["BracketSampler", "estimate_at"]
+
+_STRIDE = 2.0  # octaves between the trials that bracket
+_CLEARLY = 0.25  # share of the gain that makes a rate above the best clearly worse
+# Octaves around the estimated optimum; a cliff above makes the low side safer. Then what lies between them.
+_OFFSETS = ((0.5, -1.0, 1.25, -2.0), (0.0, -0.5, -1.5, 0.85))
+_CLEARANCE = 0.5  # octaves that are kept below the lowest rate that diverged
+_TAKEN = 0.25  # octaves around a rate that another worker is running, or this rank has run, kept free of a second run
+_FULL_STEP = 1.0  # octaves between the few runs of full finetuning
+
+
+class BracketSampler(BaseSampler):
+    """Strides outwards from `start` until the cliff above and a rate below the best were seen, then refines.
+
+    Refinement puts each trial where its rank has been measured least: at one of eight offsets from the fitted
+    optimum. A rate that another worker is running counts as tried. Everything is read from the study, so a resumed
+    study goes on as it would have.
+
+    fit: of a study's trials. few_full: runs of full finetuning begin at the rate predicted for it and step from there.
+    """
+
+    def __init__(
+        self, start: float, prior: Prior, fit: Callable[[Sequence[FrozenTrial]], Fit | None], few_full: bool = False
+    ) -> None:
+        self._start, self._prior, self._fit, self._few_full = start, prior, fit, few_full
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> float:
+        low, high = param_distribution.low, param_distribution.high  # type: ignore[attr-defined]
+        proposed = self._propose(study.get_trials(deepcopy=False), trial, low, high)
+        return float(min(max(proposed, low), high))
+
+    def _propose(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, low: float, high: float) -> float:
+        rank, seen, stopped = cell_of(trial).rank, observations(trials), pruned(trials)
+        others = [t for t in running(trials, but=trial.number) if PARAMETER in t.params]
+        fit = self._fit(trials)
+        centre = None if fit is None else estimate_at(fit, rank, self._prior)
+        own, lost = [o for o in seen if o.rank == rank], [x for other, x in stopped if other == rank]
+        mine = [*lost, *(t.params[PARAMETER] for t in others if cell_of(t).rank == rank)]
+        if rank is None and self._few_full and centre is not None:
+            return next_full(seen, centre, mine)
+        taken = [*(t.params[PARAMETER] for t in others), *mine, *(o.x for o in own)]
+        proposed = next_bracket(seen, self._start, low, high, [x for _, x in stopped])
+        if proposed is not None:
+            return _beside(proposed, taken, low, high)
+        if fit is None or centre is None:
+            return _beside(min(o.x for o in seen) - _STRIDE, taken, low, high)
+        bottom, top = between(own, lost)
+        return next_refinement(seen, rank, centre, (max(low, bottom), min(high, under(fit.ceiling), top)), mine)
+
+
+def estimate_at(fit: Fit, rank: int | None, prior: Prior) -> float:
+    """log2 of the base rate at which a rank is estimated to be best, None for full finetuning."""
+    return float(prior.row(rank) @ fit.mean)
+
+
+def _beside(proposed: float, taken: Sequence[float], low: float, high: float) -> float:
+    """`proposed`, or the first stride below it, then above, that is not taken; half strides where all are."""
+    sizes = (_STRIDE, _STRIDE / 2)
+    strides = [sign * n * size for size in sizes for sign in (-1, 1) for n in range(1, len(taken) + 2)]
+    options = [x for x in (proposed + stride for stride in (0.0, *strides)) if low <= x <= high] or [proposed]
+    return next((x for x in options if all(abs(x - t) > _TAKEN for t in taken)), proposed + _TAKEN)
+
+
+def next_bracket(
+    seen: Sequence[Observation], start: float, low: float, high: float, pruned: Sequence[float] = ()
+) -> float | None:
+    """The next rate of the search outwards; None once a clearly worse rate lies above the best, and any below it.
+
+    Upwards it goes on until the cliff is seen: loss is flat below it, so nothing else says as much of where it is.
+    """
+    if not seen:
+        return start
+    bad = diverged(seen)
+    good = [o for o, b in zip(seen, bad, strict=True) if not b]
+    if not good:
+        return min(o.x for o in seen) - _STRIDE
+    best = min(good, key=lambda o: o.value)
+    margin = _CLEARLY * gain_of(good)
+    worse = [o.x for o, b in zip(seen, bad, strict=True) if o.x > best.x and (b or o.value > best.value + margin)]
+    worse += [x for x in pruned if x > best.x]
+    if not worse:
+        target = max(o.x for o in seen) + _STRIDE
+        return target if target <= high else None
+    lower = any(x < best.x - _STRIDE / 4 for x in (*(o.x for o in seen), *pruned))
+    return None if lower or best.x - _STRIDE < low else best.x - _STRIDE
+
+
+def between(seen: Sequence[Observation], pruned: Sequence[float]) -> tuple[float, float]:
+    """The nearest rates below and above a rank's best that were pruned: beyond them it is worse still."""
+    if not seen:
+        return -math.inf, math.inf
+    best = min(seen, key=lambda o: o.value).x
+    lower, upper = [x for x in pruned if x < best], [x for x in pruned if x > best]
+    return max(lower, default=-math.inf), min(upper, default=math.inf)
+
+
+def under(ceiling: float | None) -> float:
+    """The highest rate to refine at."""
+    return math.inf if ceiling is None else ceiling - _CLEARANCE
+
+
+def next_refinement(
+    seen: Sequence[Observation],
+    rank: int | None,
+    centre: float,
+    within: tuple[float, float],
+    others: Sequence[float] = (),
+) -> float:
+    """The offset from this rank's estimated optimum, kept `within` bounds, that is farthest from what it has tried."""
+    tried = [*(o.x for o in seen if o.rank == rank), *others]
+    low, high = within
+    centre = max(min(centre, high), low)
+    for offsets in _OFFSETS:
+        options = [max(min(centre + offset, high), low) for offset in offsets]
+        apart = {x: min((abs(x - t) for t in tried), default=math.inf) for x in options}
+        best = max(options, key=lambda x: apart[x])
+        if apart[best] > _TAKEN:
+            break
+    return float(best)
+
+
+def next_full(seen: Sequence[Observation], centre: float, others: Sequence[float] = ()) -> float:
+    """The predicted rate first, then an octave below the best run, then above it, then between its neighbours.
+
+    Below comes first, since too high costs more; three runs bracket an optimum that was predicted within an octave.
+    """
+    bad = diverged(seen)
+    full = [(o, b) for o, b in zip(seen, bad, strict=True) if o.rank is None]
+    good = [o for o, b in full if not b]
+    tried = sorted([*(o.x for o, _ in full), *others])
+    if not good:
+        return min(tried) - _FULL_STEP if tried else centre
+    best = min(good, key=lambda o: o.value).x
+    below, above = [x for x in tried if x < best], [x for x in tried if x > best]
+    if not below:
+        return best - _FULL_STEP
+    if not above:
+        return best + _FULL_STEP
+    return (best + max(below)) / 2 if best - max(below) > min(above) - best else (best + min(above)) / 2

@@ -1,0 +1,125 @@
+"""Where a study is kept: a journal file by default, any Optuna storage by URL; what goes wrong there, in a sentence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from filelock import FileLock
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage, get_storage
+from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from ..errors import CalibrationError
+
+__all__ = ["close_storage", "open_storage", "storage_errors"]
+
+_FAILURES = (OSError, StorageInternalError, SQLAlchemyError)
+
+
+def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseStorage:
+    """Optuna's storage: itself, one at a URL, a journal file at a path, or memory.
+
+    Raises:
+        CalibrationError: it is away, cannot be written, or lacks its driver.
+    """
+    if storage is None:
+        return InMemoryStorage()
+    if isinstance(storage, BaseStorage):
+        return get_storage(storage)
+    with storage_errors(storage):
+        if isinstance(storage, str) and "://" in storage:
+            return _by_url(storage)
+        return _journal(Path(storage))
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """Give a database's connections back; other storages hold none."""
+    backend = getattr(storage, "_backend", storage)  # Optuna puts a cache around a database
+    if isinstance(backend, RDBStorage):
+        backend.remove_session()
+        backend.engine.dispose()
+
+
+def _by_url(url: str) -> BaseStorage:
+    try:
+        return get_storage(url)
+    except ImportError as error:
+        raise CalibrationError(
+            f"The storage {_shown(url)} needs a driver that is not installed: {_line(error)}",
+            "Install it, such as psycopg[binary] for postgresql+psycopg://.",
+        ) from error
+    except (ValueError, ArgumentError) as error:
+        raise CalibrationError(
+            f"storage={_shown(url)!r} is no storage: {_line(error)}", "Give a URL or a path."
+        ) from error
+
+
+def _journal(path: Path) -> BaseStorage:
+    if path.exists() and not path.is_file():
+        raise CalibrationError(f"storage={str(path)!r} is no file.", "Name a file for the journal, or a URL.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = _KernelLock(path)
+    _mend(path, lock)
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
+
+
+class _KernelLock:
+    """A journal's lock that the kernel frees when its holder is killed; Optuna's own file would stay for 30 s."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = FileLock(f"{path}.lock")
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def _mend(path: Path, lock: _KernelLock) -> None:
+    """Drop a last line that was cut short, by a full disk or a power failure; the journal could not be read."""
+    if not path.is_file():
+        return
+    lock.acquire()
+    try:
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            with path.open("r+b") as file:
+                file.truncate(whole)
+    finally:
+        lock.release()
+
+
+@contextmanager
+def storage_errors(storage: Any = None) -> Iterator[None]:
+    """What a storage raises becomes a sentence with its cure."""
+    try:
+        yield
+    except _FAILURES as error:
+        shown = f" {_shown(str(storage))}" if isinstance(storage, (str, os.PathLike)) else ""
+        raise CalibrationError(
+            f"The study's storage{shown} failed: {_line(error)}",
+            "See that it is there, writable and has space left; then the same call goes on where this one stopped.",
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    """The root's first line: sqlalchemy wraps a driver's error in paragraphs."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".") + "."
+
+
+def _shown(url: str) -> str:
+    """A URL without its password."""
+    scheme, found, rest = url.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}://{user.partition(':')[0]}@{host}" if found and at else url

@@ -1,0 +1,331 @@
+"""The study behind a calibration: Optuna holds the trials, this module what they mean.
+
+Its one parameter is log2 of the base rate in *reference coordinates*: a rate at any rank is mapped back through the
+law at its priors' means, so trials at several ranks inform one fit. All that a resumed study needs is in its
+attributes: the reference, the range, and every trial's observation, curve and scaling.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+from .._scaling_rule import infer_scaling
+from .._types import Reference, Survey
+from ..errors import CalibrationError
+from ..laws import Law, Power, checked_multiplier, optimizer_family
+from ..recipe import Z90, Recipe
+from . import _trials as ledger
+from ._schedule import far_enough
+from ._trial import Trial
+from .fit._horizon_fit import horizon_of
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from .fit._posterior import Fit, Observation, Prior
+
+__all__ = ["Study", "versions_used"]
+
+# A usual rate by optimizer family, per step, and the configuration it is for: the median best AdamW rate at rank 16,
+# alpha 32 over 18 published language models; the others are customary multiples of it.
+_USUAL_AT = Reference(rank=16, alpha=32, fan_in=4096)
+_USUAL_LR = {"sign-like": 2.0**-11.8, "gradient-like": 2.0**-4, "spectral": 2.0**-8, "relative-scale": 2.0**-8}
+_ABOVE = 2.0  # octaves above the usual rate: a first run too high stops early and shows the cliff, one too low does not
+_HALF_RANGE = 4.0  # octaves on either side of the first guess
+_WIDEN = 2.0  # octaves an edge moves out when the best rate sits there
+_EDGE = 1.0  # octaves: how near counts as sitting there
+_UNDETERMINED = 1.2  # octaves: a standard deviation of the base rate, beyond which the data say next to nothing
+# Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init. Small studies found
+# Init[B] falling with rank by 0.3 to 0.75; full finetuning needs no factor at the width of Survey.full_width
+# (benchmarks/results/full_width.md).
+_PRIORS = {"A": ((0.0, 0.15), (0.0, 0.4)), "B": ((-0.45, 0.2), (0.0, 0.4))}
+
+
+@dataclass
+class Study:
+    """One calibration. `reference`, `prior` and the range are learned from the first model built.
+
+    few_full: a few runs of full finetuning follow those at `ranks`, around the rate predicted for it.
+    """
+
+    optimizer: type[Optimizer]
+    law: Law
+    ranks: tuple[int | None, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    lr_range: tuple[float, float] | None = None
+    batch: float | None = None
+    warmup: float | None = None
+    seed: int = 0
+    name: str = "calibration"
+    reference: Reference | None = None
+    full_fan_in: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    few_full: bool = False
+
+    def __post_init__(self) -> None:
+        self._fits: dict[int, Fit | None] = {}
+        self._opened: Any = None
+
+    def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
+        """Create the Optuna study, or go on with the stored one of this name."""
+        import optuna
+
+        from ._pruner import PairedPruner
+        from ._storage import open_storage, storage_errors
+
+        self.own_sampler = sampler is None
+        self.guard = lambda: storage_errors(storage)
+        verbosity = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        try:
+            kept = open_storage(storage)
+            self._opened = kept if isinstance(storage, str) else None
+            with self.guard():
+                self.study = optuna.create_study(
+                    study_name=self.name,
+                    storage=kept,
+                    sampler=sampler or optuna.samplers.RandomSampler(seed=self.seed),
+                    pruner=pruner or PairedPruner(self.steps, self.warmup or 0.0),
+                    load_if_exists=True,
+                )
+                self._check_stored()
+                self.recall()
+        finally:
+            optuna.logging.set_verbosity(verbosity)
+
+    def close(self) -> None:
+        """Give a database's connections back, if they were opened here."""
+        if self._opened is not None:
+            from ._storage import close_storage
+
+            close_storage(self._opened)
+
+    def _check_stored(self) -> None:
+        """Refuse to go on with a study whose trials do not compare: other steps, LoRA ranks, law or optimizer."""
+        mine = {
+            "steps": self.steps,
+            "ranks": [rank for rank in self.ranks if rank is not None],
+            "law": repr(self.law),
+            "optimizer": self._optimizer_name(),
+            "batch": self.batch,
+            "warmup": self.warmup,
+        }
+        stored = self.study.user_attrs.get("made_with", {} if self.study.get_trials(deepcopy=False) else mine)
+        for key in (key for key, value in mine.items() if stored.get(key) != value):
+            raise CalibrationError(
+                f"The stored study {self.name!r} was made with {key}={stored.get(key)!r}, not {mine[key]!r}.",
+                "Give this calibration another name=, or another storage=.",
+            )
+        self.study.set_user_attr("made_with", mine)
+
+    def recall(self) -> None:
+        """Take over what an earlier or another worker's first trial settled."""
+        stored = self.study.user_attrs
+        self.settings = stored.get("settings", self.settings)
+        if self.reference is None and "reference" in stored:
+            self._settle(Reference(**stored["reference"]), stored["full_fan_in"])
+
+    def _optimizer_name(self) -> str:
+        return f"{self.optimizer.__module__}.{self.optimizer.__qualname__}"
+
+    # --- what was tried ---------------------------------------------------------------------------------------------
+
+    def all_trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def trials(self) -> list[FrozenTrial]:
+        """The trials that count: complete, or pruned by us or the pruner."""
+        return ledger.counted(self.all_trials())
+
+    def observations(self) -> list[Observation]:
+        """What trials showed that ran their steps or diverged."""
+        return ledger.observations(self.all_trials())
+
+    def read(self, trial: Trial, handle: Any, survey: Survey) -> None:
+        seen = survey.dominant().resolve(survey)
+        if seen.rank != trial.rank:
+            raise CalibrationError(
+                f"The model built for trial.rank={trial.rank} has rank {seen.rank}.", "Build it at trial.rank."
+            )
+        handle.set_user_attr("scaling", seen.scaling)
+        if self.reference is None:
+            self._settle(replace(seen, batch=self.batch), survey.full_width(seen.init))
+            self.study.set_user_attr("full_fan_in", self.full_fan_in)
+            self.study.set_user_attr("reference", asdict(self.settled()))  # last: who finds it takes the width too
+
+    def _settle(self, reference: Reference, full_fan_in: float) -> None:
+        """Take the first model's configuration as the reference, and the priors that belong to its init."""
+        from ._sampler import BracketSampler
+
+        self.reference, self.full_fan_in = reference, full_fan_in
+        start = self._first_guess()
+        if self.lr_range is not None:
+            start = min(max(start, self.lr_range[0]), self.lr_range[1])
+        self._start = start
+        if self.own_sampler:
+            self.study.sampler = BracketSampler(start, self.prior, self._fitted, self.few_full)
+
+    def settled(self) -> Reference:
+        if self.reference is None:
+            raise CalibrationError("No trial has built its model yet.", "Run at least one trial.")
+        return self.reference
+
+    def _first_guess(self) -> float:
+        """log2 of the upper end of the family's usual rates, moved by the law to the reference."""
+        factor = self.settled().as_factor()
+        usual = _USUAL_LR.get(optimizer_family(self.optimizer), _USUAL_LR["sign-like"])
+        return _ABOVE + math.log2(usual * checked_multiplier(self.law.bind(self.optimizer, {}), factor, _USUAL_AT))
+
+    def range(self) -> tuple[float, float]:
+        """The range of log2 rates: as given or around the first guess, widened while the best rate sits at an edge.
+
+        It is derived from the trials each time, so a resumed study has the range it had.
+        """
+        from .fit._posterior import diverged
+
+        low, high = self.lr_range or (self._start - _HALF_RANGE, self._start + _HALF_RANGE)
+        seen = self.observations()
+        bad = diverged(seen)
+        for end in range(1, len(seen) + 1):
+            good = [o for o, b in zip(seen[:end], bad, strict=False) if not b]
+            best = min(good, key=lambda o: o.value).x if good else min(o.x for o in seen[:end])
+            low -= _WIDEN if best < low + _EDGE else 0.0
+            high += _WIDEN if good and best > high - _EDGE and best >= max(o.x for o in seen[:end]) else 0.0
+        return low, high
+
+    @property
+    def prior(self) -> Prior:
+        """What is believed of drift and full finetuning before any trial."""
+        from .fit._posterior import Prior
+
+        reference = self.settled()
+        lora = [r for r in self.ranks if r is not None]
+        pivot = round(math.exp(sum(map(math.log, lora)) / len(lora)), 9) if lora else 16.0
+        (_, drift_sd), (_, full_sd) = _PRIORS[reference.init]
+        continues = reference.init == "B" and reference.method == "lora"
+        reach = math.log2((self.full_fan_in or pivot) / pivot) if continues else 0.0
+        return Prior(drift_sd, full_sd, pivot, reach)
+
+    def centred_law(self, drift: float = 0.0, factor: float = 0.0) -> Power:
+        """The law, bound to the optimizer, at its priors' means, plus a fitted `drift` and log2 `factor`."""
+        reference = self.settled()
+        bound = self.law.bind(self.optimizer, self.settings)
+        if reference.method == "full":
+            return Power(law=bound)
+        (mean_drift, _), (mean_factor, _) = _PRIORS[reference.init]
+        return Power(
+            exponent=mean_drift * (not bound.falls_with_rank) + drift,
+            full_factor=2.0 ** (mean_factor + factor),
+            pivot=self.prior.pivot,
+            to_full=reference.init == "B",
+            law=bound,
+        )
+
+    # --- the result -------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Fit | None:
+        """The fit of what was seen so far, or None where every run diverged."""
+        return None if self.reference is None else self._fitted(self.all_trials())
+
+    def _fitted(self, trials: Sequence[FrozenTrial]) -> Fit | None:
+        """The fit of what trials say, made once for each number of observations: a study only adds to them."""
+        from .fit._posterior import fit_observations
+
+        seen = ledger.evidence(trials)
+        if len(seen) not in self._fits:
+            self._fits = {len(seen): fit_observations(seen, self.prior)}
+        return self._fits[len(seen)]
+
+    def band(self, full: bool) -> float | None:
+        """Width of the 90 % band, octaves: of the worst of `ranks`, or of full finetuning; None before any fit."""
+        fit = self.fit()
+        if fit is None:
+            return None
+        ranks: tuple[int | None, ...] = (None,) if full else self.ranks
+        return max(2 * Z90 * self._sd(fit, rank) for rank in ranks)
+
+    def _sd(self, fit: Fit, rank: int | None) -> float:
+        """Standard deviation of log2 of the best rate at a rank, octaves; None for full finetuning."""
+        row = self.prior.row(rank)
+        return math.sqrt(float(row @ fit.covariance @ row))
+
+    def standing(self) -> tuple[float, float, float] | None:
+        """(low, best, high) base rates so far, with 90 %; None before any fit."""
+        fit = self.fit()
+        if fit is None:
+            return None
+        half = Z90 * self._sd(fit, self.ranks[0])
+        low, best, high = (2.0 ** (float(fit.mean[0]) + octaves) for octaves in (-half, 0.0, half))
+        return low, best, high
+
+    def recipe(self) -> Recipe:
+        """The recipe of what was seen so far."""
+        runs, seen = self.trials(), self.observations()
+        if runs and all(run.user_attrs.get("stopped") == "memory" for run in runs):
+            raise CalibrationError(
+                f"Every one of {len(runs)} runs ran out of memory.", "Lower the batch or the ranks=, or free memory."
+            )
+        fit, reference = self.fit(), self.settled()
+        if fit is None:
+            raise CalibrationError(
+                f"Every one of {len(runs)} runs diverged{' or was pruned' * (len(seen) < len(runs))}.",
+                "Lower lr_range=, or check the loss, the data and the pruner.",
+            )
+        tried, tensors = {o.rank for o in seen}, ledger.tensors(self.all_trials(), self.steps)
+        base, drift, factor = (float(v) for v in fit.mean)
+        shift = 0.0 if reference.rank is None else drift * math.log2(reference.rank / self.prior.pivot)
+        if reference.method == "full":
+            base, factor = base + factor, 0.0
+        return Recipe(
+            name=self.name,
+            best_lr=2.0 ** (base + shift),
+            reference=reference,
+            law=self.centred_law(drift, factor),
+            covariance=torch.from_numpy(fit.covariance),
+            lean=fit.lean,
+            ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
+            scaling_rule=infer_scaling(ledger.scalings(self.all_trials())),
+            full_fan_in=self.full_fan_in,
+            ranks=tuple(rank for rank in self.ranks if rank in tried and rank is not None),
+            full_seen=None in tried,
+            optimizer=self._optimizer_name(),
+            settings=self.settings,
+            steps=self.steps,
+            batch=self.batch,
+            warmup=self.warmup,
+            horizon=horizon_of(tensors, self.prior),
+            seed=self.seed,
+            versions=versions_used(),
+            notes=self._notes(fit),
+            tensors=tensors,
+        )
+
+    def _notes(self, fit: Fit) -> tuple[str, ...]:
+        """What the data do not determine, or what in the runs casts doubt on them, in words."""
+        trials, notes = self.all_trials(), []
+        lora, cell = [r for r in self.ranks if r is not None], ledger.unsteady(trials)
+        if len(lora) > 1 and not far_enough(lora):
+            notes.append(f"ranks {min(lora)} and {max(lora)} lie less than a factor 16 apart: the drift is hardly told")
+        if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or ledger.is_flat(self.observations()):
+            notes.append("the data do not determine the rate: the loss hardly moved with it")
+        if cell is not None:
+            where = "full finetuning" if cell.rank is None else f"rank {cell.rank}"
+            notes.append(
+                f"train is not reproducible: two runs of {where}, seed {cell.seed}, began with different values, so "
+                "rates are compared less well; draw everything from trial.seed, and yield the loss before the step"
+            )
+        return tuple(notes)
+
+
+def versions_used() -> dict[str, str]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python, **{name: version(name) for name in ("rankaware-optim", "torch", "optuna")}}

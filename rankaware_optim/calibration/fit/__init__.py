@@ -1,0 +1,5 @@
+"""The fit: scored trials become a base rate, a drift in rank, and their covariance."""
+
+from ._posterior import MODEL_ERROR, Fit, Observation, Prior, diverged, fit_observations, shrink
+
+__all__ = ["Fit", "MODEL_ERROR", "Observation", "Prior", "diverged", "fit_observations", "shrink"]

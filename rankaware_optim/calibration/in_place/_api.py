@@ -1,0 +1,270 @@
+"""Calibration of a model that is loaded once: adapters are made anew in place, and all is put back at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ...errors import CalibrationError, InspectionError
+from ...inspection import Walk, other_kind, pairs_of, walk
+from ...recipe import Recipe
+from .._api import calibrate
+from .._trial import Trial, seeded
+from ._resize import Adapters, ScalingRule, base_weight
+from ._signals import Interrupts
+from ._snapshot import ModelState
+
+__all__ = ["calibrate_in_place"]
+
+Step = Callable[[nn.Module, int], Any]
+FullTrains = Sequence[str] | Callable[[str, nn.Parameter], bool]
+_SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
+
+def calibrate_in_place(
+    model: nn.Module,
+    step: Step,
+    optimizer: type[Optimizer] | str,
+    *,
+    ranks: Sequence[int | None],
+    steps: int,
+    init: Literal["A", "B"] | None = None,
+    variance: Literal["mua", "peft"] | None = None,
+    scaling_rule: ScalingRule = "fixed",
+    settings: Mapping[str, Any] | None = None,
+    schedule: Callable[[Optimizer], Any] | None = None,
+    score: Callable[[nn.Module], Any] | None = None,
+    full_trains: FullTrains | None = None,
+    **options: Any,
+) -> Recipe:
+    """`calibrate` on one model that stays loaded: its adapters are made anew at every trial's rank, in place.
+
+        def step(model, i):
+            x, y = batch(i)
+            return F.cross_entropy(model(x), y)
+
+        recipe = ra.calibrate_in_place(model, step, torch.optim.AdamW, ranks=(4, 64), steps=200)
+
+    Each trial starts from the model as found, with fresh adapters, a fresh optimizer, no gradients, and the global
+    random state of the trial's seed. Found adapters may be trained already: they wait aside. When the call ends, by
+    success, an error or Ctrl-C, the model is as it was found, to the bit: parameters (the same objects), gradients,
+    buffers, modes, requires_grad, hooks, attributes and PEFT's configuration; so is the global random state.
+
+    Memory: frozen weights are not copied. What trains beside the adapters (heads, norms), buffers and the weights of
+    `full_trains` are copied once, and the found adapters kept beside the trial's.
+
+    Args:
+        model: holds trainable LoRA pairs, or none where ranks=(None,). It trains in the mode it is found in.
+        step: `step(model, i)` is called for i = 0, 1, … of every trial, the same i with the same batch. It returns
+            the loss: a tensor with a graph, of which the gradient is then taken; or a number or a tensor without one,
+            if the step took the gradients itself (in parts, scaled, clipped). It leaves frozen weights as they are.
+        optimizer, ranks, steps: as in `calibrate`.
+        init: "A" (B zero) or "B" (A zero) for every pair; by default each pair's own, as found.
+        variance: of the factor that is drawn, as in `initialize`; by default the libraries' own, which is "peft" for
+            Init[A] and 1/r for Init[B].
+        scaling_rule: how the multiplier s follows the rank from the one found: "fixed" keeps s, so that alpha follows
+            the rank; "alpha" keeps alpha with s = alpha / r; "rslora" keeps alpha with s = alpha / √r.
+        settings: the optimizer's own arguments, and those of `RankAwareOptimizer` such as rates=.
+        schedule: from the optimizer to a scheduler, whose step() is called after every step.
+        score: from the trained model to the number to minimise; by default the mean of the last tenth of the losses.
+        full_trains: what full finetuning (None among ranks, or full_trials=) trains: patterns of parameter names, or a
+            predicate of name and parameter; by default the weights that the adapters adapt. Heads and norms that train
+            with the adapters train with these too.
+        **options: of `calibrate`: name, trials, budget, full_trials, seeds, storage, batch, warmup, …
+
+    A run that is out of memory is pruned, and its memory given back; one that diverges is remembered as that.
+
+    Raises:
+        InspectionError, CalibrationError: before anything was changed: the model is sharded or wrapped (FSDP,
+            DeepSpeed, DDP), its adapters are merged, of another kind than pairs, or cannot be made at one of the
+            ranks; or as `calibrate`, the model put back.
+        CalibrationInterrupted: Ctrl-C, the model put back; a second Ctrl-C waits until that is done.
+    """
+    _check(model, step, ranks, init, variance, scaling_rule)
+    walked = walk(model)
+    _refuse_sharded(walked)
+    lora = [rank for rank in ranks if rank is not None]
+    adapters = (
+        Adapters(walked, lora, init=init, variance=variance, rule=scaling_rule) if _has_pairs(walked, lora) else None
+    )
+    tries_full = None in ranks or bool(options.get("full_trials"))
+    whole = _whole(walked, adapters, full_trains) if tries_full else []
+    with Interrupts() as interrupts, seeded(0), _found(walked, adapters, whole) as found:
+        run = _InPlace(model, step, walked, adapters, whole, found, interrupts, settings or {}, schedule, score)
+        with interrupts.let_in():
+            return calibrate(run.train, optimizer, ranks=ranks, steps=steps, **options)
+
+
+@contextmanager
+def _found(walked: Walk, adapters: Adapters | None, whole: list[nn.Parameter]) -> Iterator[ModelState]:
+    """The model's state, put back at the end whatever happens."""
+    factors, also = (adapters.factors, adapters.declarations) if adapters else ([], [])
+    found = ModelState(walked, changing=whole, unchanged=factors, also=also)
+    try:
+        yield found
+    finally:
+        found.put_back()
+
+
+@dataclass(frozen=True)
+class _InPlace:
+    """What the trials share."""
+
+    model: nn.Module
+    step: Step
+    walked: Walk
+    adapters: Adapters | None
+    whole: list[nn.Parameter]
+    found: ModelState
+    interrupts: Interrupts
+    settings: Mapping[str, Any]
+    schedule: Callable[[Optimizer], Any] | None
+    score: Callable[[nn.Module], Any] | None
+
+    def train(self, trial: Trial) -> Generator[Any, None, Any]:
+        """One trial, from the model as it was found."""
+        self.found.put_back()
+        self.found.drop_gradients()
+        self._prepare(trial)
+        opt = trial.optimizer(self.model, **self.settings)
+        scheduler = self.schedule(opt) if self.schedule else None
+        _set_mode(opt, "train")
+        for i in range(trial.steps):
+            self.interrupts.listen()
+            loss = self._gradients(i)
+            opt.step()
+            opt.zero_grad()
+            if scheduler is not None:
+                scheduler.step()
+            yield loss
+        _set_mode(opt, "eval")
+        self.found.check_frozen()
+        return self._scored()
+
+    def _prepare(self, trial: Trial) -> None:
+        """Fresh adapters at the trial's rank, or those at the found rank switched off and the whole weights on."""
+        for _, module in self.walked.modules:
+            if vars(module).get("merge_weights") is True:  # loralib's eval() would write into the base weight
+                vars(module)["merge_weights"] = False
+        if self.adapters is None:
+            return
+        factors = self.adapters.remake(trial.rank or self.adapters.rank, trial.seed)
+        if trial.rank is not None:
+            return
+        for param in (*factors, *_parts_of_adapters(self.walked)):
+            param.requires_grad_(False)
+        for param in self.whole:
+            param.requires_grad_(True)
+        for site in self.adapters.sites:
+            if hasattr(site.pair.owner, "_disable_adapters"):  # PEFT: with DoRA even a zero pair changes what W does
+                vars(site.pair.owner)["_disable_adapters"] = True
+
+    def _gradients(self, i: int) -> Any:
+        loss = self.step(self.model, i)
+        if isinstance(loss, torch.Tensor) and loss.requires_grad:
+            if loss.numel() == 1:
+                loss.backward()
+            return loss.detach()
+        if i == 0 and all(param.grad is None for param in self.model.parameters()):
+            raise CalibrationError(
+                f"step returned {_words(loss)} without a graph, and left no gradient.",
+                "Return the loss as the model gives it, or call backward() in the step.",
+            )
+        return loss
+
+    def _scored(self) -> Any:
+        if self.score is None:
+            return None
+        with torch.no_grad():
+            value = self.score(self.model)
+        if value is None:
+            raise CalibrationError("score returned None.", "Return the number to minimise.")
+        return value
+
+
+def _words(loss: Any) -> str:
+    return "a tensor" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+
+
+def _set_mode(opt: Any, mode: str) -> None:
+    """Schedule-free optimizers have modes, between which they move the weights."""
+    if callable(getattr(opt, mode, None)):
+        getattr(opt, mode)()
+
+
+# --- what trains ----------------------------------------------------------------------------------------------------
+
+
+def _has_pairs(walked: Walk, lora: Sequence[int]) -> bool:
+    """Whether adapters train; where only full finetuning is tried there need be none."""
+    pairs = pairs_of(walked.modules)
+    return bool(lora) or any(p.a.tensor.requires_grad or p.b.tensor.requires_grad for p in pairs)
+
+
+def _parts_of_adapters(walked: Walk) -> Iterator[nn.Parameter]:
+    """DoRA's magnitudes and the factors' biases: off where full finetuning is tried."""
+    return (p for name, p in walked.parameters if other_kind(name) in ("DoRA magnitude", "LoRA bias"))
+
+
+def _whole(walked: Walk, adapters: Adapters | None, trains: FullTrains | None) -> list[nn.Parameter]:
+    """What full finetuning trains."""
+    if trains is None:
+        chosen = [(site.pair.where, base_weight(site.pair)) for site in adapters.sites] if adapters else []
+    else:
+        factors = {id(factor) for factor in adapters.factors} if adapters else set()
+        chosen = [(n, p) for n, p in walked.parameters if _is_chosen(n, p, trains) and id(p) not in factors]
+        if not chosen:
+            raise CalibrationError(f"full_trains={trains!r} chooses no parameter.", "See model.named_parameters().")
+    for name, param in chosen:
+        if not isinstance(param, nn.Parameter) or not param.is_floating_point() or param.is_inference():
+            raise CalibrationError(
+                f"The weight of {name} cannot be trained whole: it is quantised, or not where it was looked for.",
+                "Leave None out of ranks=, or name the parameters that full finetuning trains: full_trains=.",
+            )
+    return [param for _, param in chosen if param is not None]  # type: ignore[misc]
+
+
+def _is_chosen(name: str, param: nn.Parameter, trains: FullTrains) -> bool:
+    if callable(trains):
+        return bool(trains(name, param))
+    return any(fnmatchcase(name, pattern) for pattern in trains)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def _check(model: Any, step: Any, ranks: Any, init: Any, variance: Any, rule: Any) -> None:
+    if not isinstance(model, nn.Module) or not callable(step):
+        raise CalibrationError(
+            f"calibrate_in_place got a {type(model).__name__} and a {type(step).__name__}.",
+            "Give the model, then step(model, i).",
+        )
+    if not isinstance(ranks, Sequence) or isinstance(ranks, str):
+        raise CalibrationError(f"ranks is {ranks!r}.", "Give distinct positive whole numbers, such as (4, 64).")
+    if any(rank is not None and (not isinstance(rank, int) or rank < 1) for rank in ranks):
+        raise CalibrationError(f"ranks is {ranks!r}.", "Give distinct positive whole numbers, such as (4, 64).")
+    for what, value, known in (
+        ("init", init, ("A", "B", None)),
+        ("variance", variance, ("mua", "peft", None)),
+        ("scaling_rule", rule, ("fixed", "alpha", "rslora")),
+    ):
+        if value not in known:
+            raise CalibrationError(f"{what} is {value!r}.", f"Known are {', '.join(map(repr, known))}.")
+
+
+def _refuse_sharded(walked: Walk) -> None:
+    wrapped = (type(m).__name__ for _, m in walked.modules if any(c.__name__ in _SHARDED for c in type(m).__mro__))
+    split = (name for name, p in walked.parameters if hasattr(p, "full_tensor") or hasattr(p, "ds_id"))
+    found = next(wrapped, None) or next(split, None)
+    if found is not None:
+        raise InspectionError(
+            f"The model is sharded or wrapped ({found}), so its adapters cannot be made anew in place.",
+            "Calibrate before sharding or wrapping it, or with ra.calibrate, which builds the model in each trial.",
+        )

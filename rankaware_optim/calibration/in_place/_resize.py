@@ -1,0 +1,308 @@
+"""Adapters at another rank, in place: new factors where the found ones stood, freshly drawn, and declared as such.
+
+The found factors are never written: they wait outside the model until somebody puts them back (`ModelState`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import product
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from ..._types import Init, Survey
+from ...errors import InspectionError
+from ...inspection import (
+    Config,
+    Declaration,
+    Half,
+    Pair,
+    Walk,
+    check_start,
+    configs_of,
+    declare,
+    each_once,
+    is_merged,
+    other_kind,
+    pairs_of,
+    place_of,
+    read_as,
+    reading_of,
+    refuse_opposite_ties,
+    refuse_residual,
+    scaling_of,
+    scaling_places,
+    start_of,
+    survey_of,
+    write_starts,
+)
+
+__all__ = ["Adapters", "ScalingRule", "Site", "base_weight"]
+
+ScalingRule = Literal["fixed", "alpha", "rslora"]
+Variance = Literal["mua", "peft"]
+# By rule, the power of (found rank / new rank) that multiplies the effective multiplier s.
+_GAMMA: Mapping[str, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
+# Parts of an adapter beside its pairs that no rank shapes.
+_RANKLESS = {"DoRA magnitude", "LoRA bias", "new tokens", "whole copy (modules_to_save)", "LyCORIS scalar"}
+# What a module that is a factor calls the sizes of its weight, by axis.
+_FIELDS = {0: ("out_features", "out_channels"), 1: ("in_features", "in_channels")}
+
+
+class Site(NamedTuple):
+    """A pair as found: its rank and multiplier, and the init and variance at which it is made anew."""
+
+    pair: Pair
+    rank: int
+    scaling: float | None
+    init: Literal["A", "B"]
+    variance: Variance
+
+
+class Adapters:
+    """The trainable pairs of a model, and how to make them at another rank.
+
+    All ranks keep their proportions: where the model's most common rank is 8 and `rank_pattern` gives some layers 16,
+    trial rank 4 makes them 4 and 8. Multipliers follow `rule`: s kept ("fixed": alpha follows the rank), alpha kept
+    with s = alpha / r ("alpha") or alpha / √r ("rslora").
+
+    Raises:
+        InspectionError: before anything was changed: a pair that cannot be made anew or at one of `ranks`.
+    """
+
+    def __init__(
+        self,
+        walked: Walk,
+        ranks: Collection[int],
+        *,
+        init: Literal["A", "B"] | None = None,
+        variance: Variance | None = None,
+        rule: ScalingRule = "fixed",
+    ) -> None:
+        survey = survey_of(walked, init=init)
+        _refuse_others(survey)
+        pairs = [pair for pair in each_once(pairs_of(walked.modules)) if _trains(pair)]
+        self.rank = survey.dominant().rank or 1
+        self._rule = rule
+        self._configs = [c for c in configs_of(walked.modules) if any(map(c.holds, pairs))]
+        inits = {(f.layer, f.adapter): f.init for f in survey.factors}
+        self.sites = [_site(p, inits[p.layer, p.adapter], init is not None, variance, self._configs) for p in pairs]
+        refuse_opposite_ties(check_start(s.pair, s.init, s.variance) for s in self.sites)
+        _refuse_views(self.sites)
+        for rank in {self.rank, *ranks}:
+            for site in self.sites:
+                _shapes(site, self._rank_of(site, rank))
+        if rule != "fixed":
+            for site in self.sites:
+                list(scaling_places(site.pair, site.rank, 1.0))
+
+    @property
+    def factors(self) -> list[torch.Tensor]:
+        """The factors as found."""
+        return [half.tensor for site in self.sites for half in (site.pair.a, site.pair.b)]
+
+    @property
+    def declarations(self) -> list[Any]:
+        """The configurations' fields, which `remake` changes."""
+        return [config.fields for config in self._configs]
+
+    @torch.no_grad()
+    def remake(self, rank: int, seed: int) -> list[nn.Parameter]:
+        """Replace the found factors by new ones at `rank`, drawn by `seed`; the new factors.
+
+        The model must be as it was found.
+        """
+        declared = [place for site in self.sites for place in self._declared(site, self._rank_of(site, rank))]
+        made: dict[int, nn.Parameter] = {}
+        remade = [self._remade(site, self._rank_of(site, rank), made) for site in self.sites]
+        declare(declared)
+        starts = [start_of(pair, s.init, s.variance) for s, pair in zip(self.sites, remade, strict=True)]
+        write_starts(starts, seed)
+        for config in self._configs:
+            self._redeclare(config, rank)
+        return list(made.values())
+
+    def _rank_of(self, site: Site, rank: int) -> int:
+        own, rest = divmod(site.rank * rank, self.rank)
+        if rest:
+            raise InspectionError(
+                f"{site.pair.where} has rank {site.rank} where most have {self.rank}, so beside rank {rank} it would "
+                f"have {site.rank * rank / self.rank:g}.",
+                "Leave that rank out, or give all layers one rank.",
+            )
+        return own
+
+    def _factor(self, found: int, rank: int) -> float:
+        """What the rule multiplies s by."""
+        return float((found / rank) ** _GAMMA[self._rule])
+
+    def _declared(self, site: Site, rank: int) -> Iterator[Declaration]:
+        """What the pair is to declare at `rank`: read while it still is as found."""
+        pair = site.pair
+        for attribute in pair.convention.rank:
+            place = place_of(pair, (attribute,))
+            if place is not None and place.holds(site.rank):
+                yield pair, place, rank
+        if site.scaling is not None:
+            yield from scaling_places(pair, site.rank, site.scaling * self._factor(site.rank, rank), at=rank)
+
+    def _remade(self, site: Site, rank: int, made: dict[int, nn.Parameter]) -> Pair:
+        pair, (a, b) = site.pair, _shapes(site, rank)
+        return pair._replace(a=_resized(pair, pair.a, a, made), b=_resized(pair, pair.b, b, made))
+
+    def _redeclare(self, config: Config, rank: int) -> None:
+        """Make a configuration say the new ranks and alphas; all of them move by one factor."""
+        fields, grown = config.fields, rank / self.rank
+        root = 0.5 if fields.get("use_rslora") else 1.0
+        alpha = self._factor(self.rank, rank) * grown**root
+        patterns = {"rank_pattern": grown, "alpha_pattern": alpha}
+        for name, factor in {"r": grown, "lora_alpha": alpha}.items():
+            fields[name] = _scaled(fields[name], factor)
+        for name, factor in patterns.items():
+            if fields.get(name):
+                fields[name] = {key: _scaled(value, factor) for key, value in fields[name].items()}
+
+
+def _scaled(value: float, factor: float) -> float:
+    new = value * factor
+    return round(new) if math.isclose(new, round(new), rel_tol=1e-12) and isinstance(value, int) else new
+
+
+def base_weight(pair: Pair) -> torch.Tensor | None:
+    """The weight that a pair adapts, where the pair's owner or the layer it wraps holds one."""
+    base: Any = pair.owner
+    while isinstance(getattr(base, "base_layer", None), nn.Module):
+        base = base.base_layer
+    for holder in (base, getattr(base, "conv", None)):
+        weight = getattr(holder, getattr(pair.owner, "parameter_name", "weight"), None)
+        if isinstance(weight, nn.Parameter):
+            return weight
+    return None
+
+
+# --- what is found --------------------------------------------------------------------------------------------------
+
+
+def _trains(pair: Pair) -> bool:
+    return pair.a.tensor.requires_grad or pair.b.tensor.requires_grad
+
+
+def _site(pair: Pair, found: Init, told: bool, variance: Variance | None, configs: Iterable[Config]) -> Site:
+    refuse_residual(pair, configs)
+    if found not in ("A", "B"):
+        raise InspectionError(
+            f"{pair.where} does not show how it was initialised, so it cannot be made anew.",
+            "Say it: init='A' (B zero) or init='B' (A zero).",
+        )
+    if is_merged(pair):
+        raise InspectionError(f"{pair.where} is merged into its base weight.", "Unmerge the adapters first.")
+    init, variance = _init_of(pair, found, told, variance)
+    start = check_start(pair, init, variance)
+    for half in (pair.a, pair.b):
+        if not isinstance(half.tensor, nn.Parameter):
+            raise InspectionError(f"{half.name} of {pair.where} is no parameter.", "Keep both factors as parameters.")
+    return Site(pair, start.rank, scaling_of(pair, start.rank), init, variance)
+
+
+def _init_of(
+    pair: Pair, wanted: Literal["A", "B"], told: bool, variance: Variance | None
+) -> tuple[Literal["A", "B"], Variance]:
+    """Init and variance as `initialize` takes them; the variance is by default the libraries' own.
+
+    An embedding found at Init[B], rather than told to be, has PEFT's and loralib's B ~ N(0, 1).
+    """
+    embedding = reading_of(pair).kind == "embedding"
+    if wanted == "B":
+        return ("A", "peft") if embedding and not told and variance != "mua" else ("B", "mua")
+    return "A", variance or ("mua" if embedding else "peft")
+
+
+def _refuse_others(survey: Survey) -> None:
+    for name in survey.other:
+        kind = other_kind(name)
+        if kind is not None and kind not in _RANKLESS:
+            raise InspectionError(
+                f"{name} belongs to an adapter ({kind}) that cannot be made at another rank in place.",
+                "Freeze it, or build the model anew in each trial with ra.calibrate.",
+            )
+
+
+def _refuse_views(sites: Iterable[Site]) -> None:
+    """Refuse factors that share memory as different parameters: which of them the other should view is not known."""
+    halves = [(site.pair, half) for site in sites for half in (site.pair.a, site.pair.b)]
+    owners = {(half.tensor.device, half.tensor.data_ptr()): half.tensor for _, half in halves}
+    for pair, half in halves:
+        if owners[half.tensor.device, half.tensor.data_ptr()] is not half.tensor:
+            raise InspectionError(
+                f"{half.name} of {pair.where} shares its memory with another factor.",
+                "Tie factors by making them the same parameter, or untie them.",
+            )
+
+
+# --- what is made ---------------------------------------------------------------------------------------------------
+
+
+def _shapes(site: Site, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A and B at another rank: the layout that reads the found ones reads these, with the same fans."""
+    pair = site.pair
+    for layout in pair.convention.layouts:
+        found = read_as(layout, pair)
+        if found is None or {found.rank_a, found.rank_b} != {site.rank}:
+            continue
+        wanted = found._replace(rank_a=rank, rank_b=rank)
+        options = (_axes_scaled(half.tensor.shape, rank / site.rank) for half in (pair.a, pair.b))
+        for a, b in product(*options):
+            if read_as(layout, _with_shapes(pair, a, b)) == wanted:
+                return a, b
+    raise InspectionError(
+        f"{pair.where} cannot be made at rank {rank}: its shapes {tuple(pair.a.tensor.shape)} and "
+        f"{tuple(pair.b.tensor.shape)} at rank {site.rank} do not grow to it.",
+        "Leave that rank out: a grouped convolution or a block-diagonal factor takes multiples only.",
+    )
+
+
+def _axes_scaled(shape: tuple[int, ...], factor: float) -> list[tuple[int, ...]]:
+    """The shape with one axis multiplied by `factor`, for each axis that stays whole."""
+    grown = [(axis, size * factor) for axis, size in enumerate(shape)]
+    whole = [(axis, round(size)) for axis, size in grown if math.isclose(size, round(size)) and round(size) > 0]
+    return [(*shape[:axis], size, *shape[axis + 1 :]) for axis, size in whole]
+
+
+def _with_shapes(pair: Pair, a: tuple[int, ...], b: tuple[int, ...]) -> Pair:
+    """The pair with factors of other shapes, which hold nothing."""
+    empty = [torch.empty(shape, device="meta") for shape in (a, b)]
+    return pair._replace(a=Half(pair.a.name, empty[0]), b=Half(pair.b.name, empty[1]))
+
+
+def _resized(pair: Pair, half: Half, shape: tuple[int, ...], made: dict[int, nn.Parameter]) -> Half:
+    """The factor's place in the model filled by an empty one of another shape; a tied factor is made once."""
+    found = half.tensor
+    if id(found) not in made:
+        made[id(found)] = _like(found, shape)
+    inner, _, local = half.name.rpartition(".")
+    holder = pair.owner.get_submodule(inner)
+    holder._parameters[local] = made[id(found)]
+    if inner:
+        _resize_holder(holder, tuple(found.shape), shape)
+    return half._replace(tensor=made[id(found)])
+
+
+def _like(found: torch.Tensor, shape: tuple[int, ...]) -> nn.Parameter:
+    new = nn.Parameter(torch.empty(shape, dtype=found.dtype, device=found.device), requires_grad=found.requires_grad)
+    vars(new).update(vars(found))
+    return new
+
+
+def _resize_holder(holder: Any, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Let the module that is a factor declare its new sizes, and have a bias of the new length."""
+    for axis, names in _FIELDS.items():
+        for name in names:
+            size = getattr(holder, name, None)
+            if isinstance(size, int):
+                setattr(holder, name, size * shape[axis] // found[axis])
+    bias = holder._parameters.get("bias")
+    if bias is not None and shape[0] != found[0]:
+        holder._parameters["bias"] = _like(bias, (len(bias) * shape[0] // found[0],))

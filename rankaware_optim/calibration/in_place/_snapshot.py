@@ -1,0 +1,174 @@
+"""A model as it was found: taken down before trials change it, and put back to the bit.
+
+Frozen weights are not copied. What is copied is what a trial may write: parameters that train, buffers, and tensors
+that modules hold as plain attributes. All else (attributes, containers, hooks, modes, gradients, which object is
+which parameter) is kept by reference, so putting it back moves no memory and may be done twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ...errors import CalibrationError
+from ...inspection import Walk
+
+__all__ = ["ModelState"]
+
+# Integer tensors above this size are a quantised weight: as frozen as any, and as large.
+_QUANTISED = 2**16
+
+
+class _Held(NamedTuple):
+    """A container by identity, and what it held."""
+
+    container: Any
+    content: Any
+
+    def put_back(self) -> None:
+        live, content = self.container, self.content
+        if isinstance(live, list):
+            live[:] = content
+        elif isinstance(live, set) or not _is_same(live, content):
+            live.clear()
+            live.update(content)
+
+
+def _is_same(live: Mapping[Any, Any], content: Mapping[Any, Any]) -> bool:
+    """Whether two mappings hold the same objects in the same order."""
+    return list(live) == list(content) and all(live[key] is value for key, value in content.items())
+
+
+class _Param(NamedTuple):
+    """A parameter's switches: what it points at, whether it trains, its gradient and its hooks."""
+
+    param: torch.Tensor
+    data: torch.Tensor
+    requires_grad: bool
+    grad: torch.Tensor | None
+    hooks: tuple[_Held, ...]
+
+    def put_back(self) -> None:
+        if _place(self.param) != _place(self.data):
+            self.param.data = self.data
+        if self.param.requires_grad != self.requires_grad:
+            self.param.requires_grad_(self.requires_grad)
+        if self.param.grad is not self.grad:
+            self.param.grad = self.grad
+        for hooks in self.hooks:
+            hooks.put_back()
+
+
+class ModelState:
+    """What `walked` found, to be put back as often as needed.
+
+    changing: parameters that trials write though they are frozen as found. unchanged: those that trials replace, so
+    that nothing ever writes the ones found. also: other mappings to be put back, such as an adapter's configuration.
+    """
+
+    def __init__(
+        self,
+        walked: Walk,
+        *,
+        changing: Iterable[torch.Tensor] = (),
+        unchanged: Iterable[torch.Tensor] = (),
+        also: Iterable[MutableMapping[str, Any]] = (),
+    ) -> None:
+        written, replaced = {id(p) for p in changing}, {id(p) for p in unchanged}
+        self._modules = walked.modules
+        self._held = [held for _, module in walked.modules for held in _held_by(module)]
+        self._held += [_Held(mapping, dict(mapping)) for mapping in also]
+        self._params = [_switches(param) for _, param in walked.parameters]
+        kept: list[torch.Tensor] = [
+            p for _, p in walked.parameters if (p.requires_grad or id(p) in written) and id(p) not in replaced
+        ]
+        kept += _loose_tensors(walked)
+        self._values = [(tensor, tensor.detach().clone()) for tensor in kept if _is_writable(tensor)]
+        copied = {id(tensor) for tensor, _ in self._values} | replaced
+        self._frozen = [(n, p, _version(p)) for n, p in walked.parameters if id(p) not in copied]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Make the model what it was. Interrupted, it may be called again."""
+        for held in self._held:
+            held.put_back()
+        for param in self._params:
+            param.put_back()
+        for tensor, value in self._values:
+            tensor.copy_(value)
+
+    def drop_gradients(self) -> None:
+        """Part the parameters from the gradients found, so that no trial adds to these."""
+        for entry in self._params:
+            entry.param.grad = None
+
+    def check_frozen(self) -> None:
+        """Refuse to go on where a weight that is frozen, and so was not copied, was written in place.
+
+        Writing through `.data` cannot be seen.
+        """
+        for name, param, version in self._frozen:
+            if _version(param) != version:
+                raise CalibrationError(
+                    f"step wrote the frozen parameter {name}, of which there is no copy to put back.",
+                    "Let it require a gradient, or keep it as a buffer: those are copied.",
+                )
+
+
+def _held_by(module: nn.Module) -> Iterator[_Held]:
+    """A module's own containers one level deep (parameters, buffers, hooks, dicts by adapter), then its attributes."""
+    for value in vars(module).values():
+        if isinstance(value, dict):
+            yield _Held(value, dict(value))
+        elif isinstance(value, (list, set)):
+            yield _Held(value, value.copy())
+    yield _Held(vars(module), dict(vars(module)))
+
+
+def _switches(param: torch.Tensor) -> _Param:
+    hooks: list[Any] = [getattr(param, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")]
+    held = tuple(_Held(live, dict(live)) for live in (*hooks, vars(param)) if isinstance(live, dict))
+    return _Param(param, param.data, param.requires_grad, param.grad, held)
+
+
+def _loose_tensors(walked: Walk) -> Iterator[torch.Tensor]:
+    """Buffers, and tensors that are plain attributes; each once, without quantised weights and views of parameters."""
+    seen = {id(param) for _, param in walked.parameters}
+    memory = {_memory(param) for _, param in walked.parameters}
+    for _, module in walked.modules:
+        for value in (*module._buffers.values(), *vars(module).values()):
+            if not isinstance(value, torch.Tensor) or id(value) in seen or _memory(value) in memory:
+                continue
+            seen.add(id(value))
+            if value.is_floating_point() or value.is_complex() or value.numel() <= _QUANTISED:
+                yield value
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """The storage behind a tensor; a subclass without one, and an empty one, share theirs with nobody."""
+    try:
+        where = tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        where = 0
+    return (tensor.device, where) if where else (id(tensor),)
+
+
+def _is_writable(tensor: torch.Tensor) -> bool:
+    """Whether a trial could write the tensor in place, and we could write it back."""
+    overlapping = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return not (overlapping or tensor.is_meta or tensor.is_inference())
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor's values lie and as what; a subclass without memory of its own is its own place."""
+    try:
+        return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape
+    except RuntimeError:
+        return (tensor.dtype, tensor.device, tensor.shape)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

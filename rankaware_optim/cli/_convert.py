@@ -1,0 +1,20 @@
+"""`rankaware convert`: a rate at another rank, alpha, init or method."""
+
+from __future__ import annotations
+
+import click
+
+from ..laws import DEFAULT_LAW
+from ..transfer import convert_lr
+
+__all__ = ["convert"]
+
+
+@click.command()
+@click.argument("lr", type=float)
+@click.option("--from", "from_", required=True, help="Where LR was tuned, as r=16,alpha=32 or full,fan_in=4096.")
+@click.option("--to", required=True, help="Where it is wanted, as r=128,alpha=16,rslora.")
+@click.option("--law", default=DEFAULT_LAW, show_default=True)
+def convert(lr: float, from_: str, to: str, law: str) -> None:
+    """Say in words what LR, tuned with one rank and alpha, becomes with another."""
+    click.echo(convert_lr(lr, from_=from_, to=to, law=law).explain())

@@ -1,0 +1,33 @@
+"""`rankaware diff`: what differs between two recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..errors import RankAwareError
+from ..recipe import Recipe, diff_recipes, diff_text
+
+__all__ = ["diff"]
+
+
+class _Trouble(click.ClickException):
+    """What stops a comparison ends with 2, as for diff(1): 1 says that the two differ."""
+
+    exit_code = 2
+
+
+@click.command()
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.pass_context
+def diff(ctx: click.Context, first: Path, second: Path) -> None:
+    """Say how recipe SECOND differs from FIRST: rates, law, optimizer, horizon, trials. Exit code 0: not at all."""
+    try:
+        one, two = Recipe.load(first), Recipe.load(second)
+    except RankAwareError as error:
+        raise _Trouble(str(error)) from error
+    found = diff_recipes(one, two)
+    click.echo(diff_text(found))
+    ctx.exit(1 if found else 0)

@@ -1,0 +1,44 @@
+"""`rankaware fit`: a sweep made into a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..sweeps import fit_sweep, law_of
+from ._options import ALPHA, COLUMN, OPTIMIZER
+
+__all__ = ["fit"]
+
+
+@click.command()
+@click.argument("sweep", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the recipe, a .toml file.")
+@click.option("--name", help="The recipe's name; by default the file's.")
+@OPTIMIZER
+@click.option("--law", default="mua", show_default=True, help="As for bench-law.")
+@click.option("--fit", type=click.Choice(["drift", "tokens"]), default="drift", show_default=True)
+@click.option("--model", help="The model to fit, where the sweep holds several.")
+@ALPHA
+@click.option("--init", type=click.Choice(["A", "B"]))
+@click.option("--fan-in", type=float, help="The model's mean fan-in.")
+@click.option("--full-fan-in", type=float, help="Its largest fan-in, for full finetuning.")
+@click.option("--batch", type=float)
+@click.option("--steps", type=int)
+@click.option("--warmup", type=float, help="Share of the steps.")
+@COLUMN
+def fit(sweep: Path, out: Path | None, name: str | None, law: str, **options: Any) -> None:
+    """Make a recipe of SWEEP, a .csv, .tsv, .json or .jsonl file with columns rank, lr, loss and, if known, alpha."""
+    recipe = fit_sweep(sweep, name=name or sweep.stem, law=law_of(law), **options)
+    own = recipe.at() if recipe.reference.method == "lora" else recipe.at(method="full")
+    click.echo(f"lr        {own.lr:.3g} at {recipe.reference}")
+    click.echo(f"90 % band {own.low:.3g} to {own.high:.3g}")
+    if own.ceiling is not None:
+        click.echo(f"ceiling   {own.ceiling:.3g} (the smallest rate seen to diverge)")
+    click.echo(f"law       {recipe.law!r}")
+    for note in own.notes:
+        click.echo(f"note: {note}")
+    if out is not None:
+        click.echo(f"Next: rankaware lr {recipe.save(out)} --rank {max(recipe.ranks, default=16)}")

@@ -1,0 +1,43 @@
+"""`rankaware lr`: a recipe's rate at a rank, or for full finetuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..recipe import Rate, Recipe
+
+__all__ = ["lr"]
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--rank", type=int)
+@click.option("--alpha", type=float)
+@click.option("--rslora", is_flag=True, help="alpha is divided by √rank.")
+@click.option("--init", type=click.Choice(["A", "B"]))
+@click.option("--full", is_flag=True, help="The rate for full finetuning.")
+@click.option("--fan-in", type=float, help="The model's width, if not the recipe's.")
+@click.option("--steps", type=int, help="Training steps, if not the recipe's: an extrapolation.")
+@click.option("--batch", type=float, help="Batch, counted as the recipe counts its own: an extrapolation.")
+def lr(recipe: Path, rank: int | None, alpha: float | None, rslora: bool, full: bool, **where: Any) -> None:
+    """Print a recipe's rate at a rank, or for full finetuning."""
+    if full == (rank is not None):
+        raise click.UsageError("Give --rank N or --full.")
+    if alpha is None and rslora:
+        raise click.UsageError("--rslora says how --alpha is meant: give --alpha too.")
+    if full and alpha is not None:
+        raise click.UsageError("Full finetuning has no --alpha.")
+    method: Any = "full" if full else "lora"
+    loaded = Recipe.load(recipe)
+    rate = loaded.at(rank, alpha=alpha, rslora=rslora, method=method, **where)
+    click.echo(_rate_lines(rate))
+
+
+def _rate_lines(rate: Rate) -> str:
+    lines = [f"lr        {rate.lr:.3g}", f"90 % band {rate.low:.3g} to {rate.high:.3g}"]
+    lines += [] if rate.ceiling is None else [f"ceiling   {rate.ceiling:.3g} (the smallest rate seen to diverge)"]
+    lines += ["extrapolated"] if rate.extrapolated else []
+    return "\n".join([*lines, *(f"note: {note}" for note in rate.notes)])

@@ -1,0 +1,57 @@
+"""The command `rankaware`, also `python -m rankaware_optim`: one file a command, imported when it is asked for."""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from typing import Any
+
+import click
+
+from ..errors import RankAwareError
+
+__all__ = ["main"]
+
+_COMMANDS = (
+    "bench-law",
+    "calibrate",
+    "convert",
+    "coordcheck",
+    "demo",
+    "diff",
+    "fit",
+    "inspect",
+    "lr",
+    "plot",
+    "report",
+    "show",
+    "suggest",
+)
+
+
+class _Commands(click.Group):
+    """Finds a command in the file of its name, and shows this package's errors as cause and cure, no traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        found: click.Command = getattr(import_module(f"{__package__}._{name}"), name)
+        return found
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: click.echo(f"note: {message}", err=True)
+                return super().invoke(ctx)
+        except RankAwareError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rankaware-optim")
+def main() -> None:
+    """Learning rates that stay right when the LoRA rank, alpha or init changes, or for full finetuning."""

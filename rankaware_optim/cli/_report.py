@@ -1,0 +1,19 @@
+"""`rankaware report`: a recipe as one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..recipe import Recipe, write_report
+
+__all__ = ["report"]
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
+def report(recipe: Path, out: Path) -> None:
+    """Write a recipe as one page to open in a browser: its picture, its rates, and a control for rank and alpha."""
+    click.echo(write_report(Recipe.load(recipe), out))

@@ -1,0 +1,63 @@
+"""The command `rankaware suggest`: a rate for an adapter's file, or for a rank and an alpha, without a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .._types import Reference, Survey
+from ..inspection import inspect_file, read_config
+from ..transfer import published_init, suggest_lr
+
+__all__ = ["suggest"]
+
+_INITS = ("A", "B", "pissa", "olora", "lora_ga")
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.option("--rank", type=int)
+@click.option("--alpha", type=float)
+@click.option("--rslora", is_flag=True, help="alpha is divided by √rank.")
+@click.option("--init", type=click.Choice(_INITS), help="What starts at zero (A: B does), or PEFT's init_lora_weights.")
+@click.option("--dora", is_flag=True, help="DoRA: a magnitude beside the pair.")
+@click.option("--full", is_flag=True, help="The rate for full finetuning.")
+@click.option("--fan-in", type=float, help="The model's hidden size; with --full its largest fan-in.")
+@click.option("--optimizer", default="adamw", show_default=True, help="A name, or package:Class.")
+@click.option("--chat", is_flag=True, help="Chat data at a batch near 128 and some 800 steps: a narrower band.")
+def suggest(
+    path: Path | None,
+    rank: int | None,
+    alpha: float | None,
+    rslora: bool,
+    init: str | None,
+    dora: bool,
+    full: bool,
+    fan_in: float | None,
+    optimizer: str,
+    chat: bool,
+) -> None:
+    """Suggest a learning rate and its band from published sweeps: for an adapter's PATH, or for --rank and --alpha."""
+    options: dict[str, Any] = {"init": init, "task": "chat" if chat else "other"}
+    if path is not None:
+        if rank is not None or alpha is not None or rslora or fan_in is not None:
+            raise click.UsageError("PATH says rank, alpha and fan-in by itself: leave these options out.")
+        survey, declared = _read(path)
+        options |= {"method": "full" if full else "lora", "dora": dora or None}
+        options |= {} if init or full else {"init": declared}
+        click.echo(suggest_lr(survey, optimizer, **options))
+        return
+    if full and (rank is not None or alpha is not None or rslora):
+        raise click.UsageError("Full finetuning has no --rank, --alpha or --rslora.")
+    if not full and (rank is None or alpha is None):
+        raise click.UsageError("Give a PATH, or --rank and --alpha, or --full.")
+    reference = Reference(rank, alpha, rslora, fan_in=fan_in, method="full" if full else "lora")
+    click.echo(suggest_lr(reference, optimizer, dora=dora, **options))
+
+
+def _read(path: Path) -> tuple[Survey, str | None]:
+    """An adapter's survey, and the published init that its folder's configuration declares, if any."""
+    survey, config = inspect_file(path), path / "adapter_config.json"
+    return survey, published_init(read_config(config).values.get("init_lora_weights")) if config.is_file() else None

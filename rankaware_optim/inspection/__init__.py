@@ -1,0 +1,54 @@
+"""From a model, or an adapter on disk, to a `Survey` of its LoRA factors."""
+
+from ._conventions import Convention, conventions, register_convention
+from ._declarations import Config, Declaration, configs_of, declare, place_of, scaling_places
+from ._initialize import (
+    check_start,
+    each_once,
+    initialize,
+    is_merged,
+    refuse_opposite_ties,
+    refuse_residual,
+    start_of,
+    write_starts,
+)
+from ._pairs import Half, Pair, Walk, canonical_name, pairs_of, read_as, reading_of, scaling_of, walk
+from ._survey import declared_init, declared_inits, inspect_model, survey_of
+from ._unsupported import other_kind
+from .files import inspect_file, read_config
+
+__all__ = [
+    "Config",
+    "Convention",
+    "Declaration",
+    "Half",
+    "Pair",
+    "Walk",
+    "canonical_name",
+    "check_start",
+    "configs_of",
+    "conventions",
+    "declare",
+    "declared_init",
+    "declared_inits",
+    "each_once",
+    "initialize",
+    "inspect_file",
+    "inspect_model",
+    "is_merged",
+    "other_kind",
+    "pairs_of",
+    "place_of",
+    "read_config",
+    "read_as",
+    "reading_of",
+    "refuse_opposite_ties",
+    "refuse_residual",
+    "register_convention",
+    "scaling_of",
+    "scaling_places",
+    "start_of",
+    "survey_of",
+    "walk",
+    "write_starts",
+]

@@ -1,0 +1,287 @@
+"""The table of conventions: how each library stores a LoRA pair, a row each.
+
+A row names the attributes of the module that owns a pair and the layout of its two tensors. Nothing is imported from
+the libraries: a row is matched by attributes alone.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .._registry import Registry
+from .._types import Init
+from ..errors import InspectionError, RankAwareWarning
+
+__all__ = [
+    "CONVENTIONS",
+    "Convention",
+    "LAYOUTS",
+    "Layout",
+    "Reading",
+    "conventions",
+    "register_convention",
+]
+
+Shape = tuple[int, ...]
+
+
+class Reading(NamedTuple):
+    """What a layout reads off two shapes: the rank by A and by B (one number where they fit), and the layer's fans.
+
+    `inner` is how many inner features one output sums for each unit of rank; `kind` the kind of layer where the
+    layout tells it.
+    """
+
+    rank_a: float
+    rank_b: float
+    fan_in: float
+    fan_out: float
+    inner: float = 1.0
+    kind: str | None = None
+
+
+Layout = Callable[[Any, Shape, Shape], Reading]
+"""From the owner and the shapes of A and B to a `Reading`; a LookupError, AttributeError, TypeError, ValueError or
+ArithmeticError means that the layout does not fit, an InspectionError goes to the user."""
+
+
+def _rows(owner: Any, a: Shape, b: Shape) -> Reading:
+    """A (r, in, k…), B (out, r, 1…): what nearly everybody does; a grouped convolution's B may hold r / groups."""
+    groups = getattr(getattr(owner, "base_layer", owner), "groups", 1) if len(b) > 2 else 1
+    groups = groups if b[1] * groups == a[0] else 1
+    return Reading(a[0], b[1] * groups, math.prod(a[1:]), b[0], 1 / groups)
+
+
+def _blocks(owner: Any, a: Shape, b: Shape) -> Reading:
+    """A (r, in), B (out, r / n): PEFT's `use_bdlora` with a block-diagonal B, n = `nblocks` of its module."""
+    n = max(getattr(module, "nblocks", 0) for module in owner.lora_B.values())
+    return Reading(a[0], b[1] * n, a[1], b[0], 1 / n)
+
+
+def _columns(owner: Any, a: Shape, b: Shape) -> Reading:
+    """A (…, in, r), B (…, r, out): transposed, with or without a leading dimension of experts."""
+    return Reading(a[-1], b[-2], a[-2], b[-1], kind="experts" if len(a) > 2 else None)
+
+
+def _experts(owner: Any, a: Shape, b: Shape) -> Reading:
+    """A (E, r, in), B (E, out, r): a pair for each of E experts."""
+    return Reading(a[-2], b[-1], a[-1], b[-2], kind="experts")
+
+
+def _stacked(owner: Any, a: Shape, b: Shape) -> Reading:
+    """A (r·E, in), B (out, r·E): PEFT's `target_parameters`, with E = `num_experts`."""
+    base = getattr(owner, "get_base_layer", lambda: owner)()
+    if owner.num_experts > 1 and not hasattr(owner, "_did_swap_in_out_features") and _rows_first(base):
+        raise InspectionError(
+            f"This PEFT swaps A and B of experts stored as (experts, out, in), such as {type(base).__name__}'s.",
+            "Install PEFT 0.19 or later, and train such adapters anew.",
+        )
+    return Reading(a[0] / owner.num_experts, b[1] / owner.num_experts, a[1], b[0], kind="experts")
+
+
+def _rows_first(experts: Any) -> bool:
+    """Whether transformers says that these experts are stored as (experts, out, in); older ones say nothing."""
+    return getattr(experts, "is_transposed", True) is False
+
+
+def _merged(owner: Any, a: Shape, b: Shape) -> Reading:
+    """A (r·m, in), B (out, r): one A for each of the m matrices of a fused layer that `enable_lora` names."""
+    return Reading(a[0] / max(1, sum(map(bool, owner.enable_lora))), b[1], a[1], b[0])
+
+
+def _kernel(owner: Any, a: Shape, b: Shape) -> Reading:
+    """A (r·k, in·k), B (out/groups·k, r·k): loralib's convolutions; B·A is reshaped to the kernel."""
+    k = owner.conv.kernel_size[0]
+    return Reading(a[0] / k, b[1] / k, math.prod(owner.conv.weight.shape[1:]), owner.conv.out_channels, k, "conv")
+
+
+def _tucker(owner: Any, a: Shape, b: Shape) -> Reading:
+    """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…): the kernel is the core's, which is left at the base rate."""
+    return Reading(a[0], b[1], a[1] * math.prod(owner.lora_mid.weight.shape[2:]), b[0], kind="conv")
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "rows": _rows,
+    "blocks": _blocks,
+    "columns": _columns,
+    "experts": _experts,
+    "stacked": _stacked,
+    "merged": _merged,
+    "kernel": _kernel,
+    "tucker": _tucker,
+}
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How one library stores a LoRA pair on the module that owns it: a row of the table, imported from nobody.
+
+    `a` (input side) and `b` are the owner's attributes, each a parameter, a module with a `weight`, or
+    (`container=True`) a dict of those by adapter name. `rank`, `scaling` and `alpha` are the attributes, dotted where
+    they lie deeper, that may declare those, first found first used; they too may be dicts by adapter name. `where`
+    are attributes that the owner must have. `layouts` are names of `LAYOUTS` or functions; the first that agrees with
+    the declared rank is taken. `init` is the row's own where zeros cannot tell it. `exact` is False for rows that no
+    test has held against the library itself.
+
+    >>> register_convention(Convention("mine", a="reduce", b="expand", layouts=("columns",), scaling=("gain",)))
+    >>> register_convention("mine", remove=True)
+    """
+
+    name: str
+    a: str
+    b: str
+    container: bool = False
+    kind: str | None = None
+    where: tuple[str, ...] = ()
+    layouts: tuple[str | Layout, ...] = ("rows",)
+    rank: tuple[str, ...] = ("r", "rank", "lora_dim")
+    scaling: tuple[str, ...] = ("scaling", "scale")
+    alpha: tuple[str, ...] = ("lora_alpha", "alpha")
+    init: Init | None = None
+    exact: bool = True
+
+
+_LORA = ("lora_A", "lora_B")
+
+
+def _automodel_experts(part: str) -> Convention:
+    a, b = f"lora_{part}_A", f"lora_{part}_B"
+    return Convention(f"automodel-{part}", a, b, layouts=("columns",), rank=("lora_dim", "dim"), exact=False)
+
+
+CONVENTIONS: tuple[Convention, ...] = (
+    # AdaLoRA: B·diag(E)·A with E zero, `scaling` is alpha, ranks are pruned as it trains: no law covers it.
+    Convention(
+        "peft-adalora",
+        *_LORA,
+        container=True,
+        kind="adalora",
+        where=("lora_E",),
+        scaling=(),
+        alpha=("scaling",),
+        init="other",
+    ),
+    Convention("peft-experts", *_LORA, container=True, where=("num_experts", "parameter_name"), layouts=("stacked",)),
+    Convention("peft", *_LORA, container=True, layouts=("rows", "blocks")),
+    Convention("peft-embedding", "lora_embedding_A", "lora_embedding_B", container=True, kind="embedding"),
+    Convention("merged", *_LORA, where=("enable_lora", "r"), layouts=("merged",)),
+    Convention("loralib-conv", *_LORA, where=("conv",), layouts=("kernel",)),
+    Convention("minLoRA", *_LORA, where=("lora_dropout_mask",), layouts=("rows", "columns"), exact=False),
+    Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",), exact=False),
+    Convention("lora_A/lora_B", *_LORA),
+    Convention("lora_a/lora_b", "lora_a", "lora_b"),
+    Convention("locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)),
+    Convention("lora_down/lora_up", "lora_down", "lora_up"),
+    _automodel_experts("gate_and_up"),
+    _automodel_experts("down"),
+    Convention(
+        "megatron", "linear_in", "linear_out", where=("dim",), layouts=("rows", "experts"), rank=("dim",), exact=False
+    ),
+    Convention(
+        "deepspeed-chat",
+        "lora_right_weight",
+        "lora_left_weight",
+        layouts=("columns",),
+        scaling=("lora_scaling",),
+        exact=False,
+    ),
+    Convention(
+        "deepspeed-linear",
+        "lora_weight_1",
+        "lora_weight_2",
+        rank=("lora_config.lora_r",),
+        scaling=("lora_scaling_factor",),
+    ),
+    Convention("diffusers-legacy", "down", "up", where=("network_alpha", "rank"), alpha=("network_alpha",)),
+)
+"""Tried in this order on every module, after registered ones; the first row that matches a parameter keeps it."""
+
+OPTIONAL: Mapping[str, tuple[Convention, ...]] = {
+    "A/B": (
+        Convention("A/B", "A", "B", where=("rank",), layouts=("columns", "rows"), rank=("rank",), exact=False),
+        Convention("A/B", "A", "B", layouts=("columns",), rank=(), scaling=("scaling", "scale", "alpha"), exact=False),
+    )
+}
+"""Rows whose attributes are too common to be looked for unasked: `register_convention("A/B")` asks.
+
+"A/B" is the pair of tutorials: A (in, r), B (r, out), `alpha` the multiplier itself unless a `rank` is declared.
+"""
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+_PLUGINS = Registry("rankaware_optim.conventions", "convention", InspectionError)
+_REGISTERED: dict[str, tuple[Convention, ...]] = {}
+_LEFT_OUT = set[str]()  # plug-ins that were warned of
+_LOCK = threading.Lock()
+
+
+def register_convention(convention: Convention | str, *, remove: bool = False) -> None:
+    """Let inspection look for `convention` too, before the built-in rows; or for an optional row by its name ("A/B").
+
+    The same row may be registered again; remove=True takes it away. A package registers one for all its users by an
+    entry point in the group "rankaware_optim.conventions" whose object is a `Convention`. `check_convention` tests it.
+
+    Raises:
+        InspectionError: an unknown optional row, a row that is none, or another row of that name.
+    """
+    rows = OPTIONAL.get(convention) if isinstance(convention, str) else (convention,)
+    name = convention if isinstance(convention, str) else getattr(convention, "name", "")
+    with _LOCK:
+        if remove:
+            _REGISTERED.pop(name, None)
+            return
+        if rows is None:
+            raise InspectionError(
+                f"There is no optional convention {convention!r}.",
+                f"Known are {', '.join(OPTIONAL)}; or give a Convention.",
+            )
+        _check(rows[0])
+        if _REGISTERED.get(name, rows) != rows or name in {c.name for c in CONVENTIONS}:
+            raise InspectionError(f"Another convention is called {name!r}.", "Give yours a name of its own.")
+        _REGISTERED[name] = rows
+
+
+def conventions() -> tuple[Convention, ...]:
+    """All rows in the order they are tried: registered ones, those of installed packages, built-in ones."""
+    own = [row for rows in _REGISTERED.values() for row in rows]
+    return (*own, *_installed(), *CONVENTIONS)
+
+
+def _installed() -> Iterable[Convention]:
+    for name in _PLUGINS.names():
+        row: Any = _PLUGINS.get(name)
+        try:
+            _check(row)
+        except InspectionError as error:  # of a package that the user may not even know of
+            if name not in _LEFT_OUT:
+                _LEFT_OUT.add(name)
+                warnings.warn(f"The plug-in convention {name!r} is left out: {error}", RankAwareWarning, stacklevel=2)
+        else:
+            yield row
+
+
+def _check(row: Any) -> None:
+    if not isinstance(row, Convention):
+        raise InspectionError(f"A convention is a Convention or the name of an optional one, not {row!r}.", "Give one.")
+    for name in (row.a, row.b):
+        if not isinstance(name, str) or not name.isidentifier():
+            raise InspectionError(
+                f"The convention {row.name!r} names {name!r} as a factor.", "Give the owner's attribute, as 'lora_A'."
+            )
+    for field in ("where", "layouts", "rank", "scaling", "alpha"):
+        if not isinstance(getattr(row, field), tuple):
+            raise InspectionError(
+                f"The convention {row.name!r} has {field}={getattr(row, field)!r}.", "Give a tuple, as ('rank',)."
+            )
+    for layout in row.layouts:
+        if not callable(layout) and layout not in LAYOUTS:
+            raise InspectionError(
+                f"The convention {row.name!r} has the layout {layout!r}.",
+                f"Known are {', '.join(LAYOUTS)}; or give a function of owner and two shapes.",
+            )

@@ -1,0 +1,256 @@
+"""LoRA pairs in a model: which modules own one under which convention, and what each declares and shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import InspectionError
+from ._conventions import LAYOUTS, Convention, Layout, Reading, conventions
+
+__all__ = ["Half", "Pair", "Walk", "canonical_name", "pairs_of", "read_as", "reading_of", "scaling_of", "walk"]
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
+_WRAPPED = tuple(wrapper.removesuffix(".") for wrapper in _WRAPPERS)
+
+Modules = list[tuple[str, nn.Module]]
+"""A model's modules by name, as `list(model.named_modules())`: walked once, since the walk is what costs."""
+Parameters = list[tuple[str, nn.Parameter]]
+
+
+class Walk(NamedTuple):
+    """A model walked once, since the walk is what costs: its modules and parameters by name."""
+
+    modules: Modules
+    parameters: Parameters
+
+
+class Half(NamedTuple):
+    """One of a pair's two tensors, by its name local to the owner."""
+
+    name: str
+    tensor: torch.Tensor
+
+
+class Pair(NamedTuple):
+    """Two factors as some module owns them: the module, its name, the adapter's, the row that matched, A and B."""
+
+    owner: nn.Module
+    layer: str
+    adapter: str
+    convention: Convention
+    a: Half
+    b: Half
+
+    @property
+    def where(self) -> str:
+        """What an error calls the pair."""
+        return self.layer or type(self.owner).__name__
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without the prefixes that DDP, FSDP, torch.compile and checkpointing put into it."""
+    for wrapper in _WRAPPERS[:-1]:
+        name = name.replace(wrapper, "")
+    return name.removeprefix(_WRAPPERS[-1])
+
+
+def walk(model: nn.Module) -> Walk:
+    """The model's modules and parameters under canonical names, or their own where canonical ones would coincide."""
+    modules = list(model.named_modules())
+    if not any(prefix.endswith(_WRAPPED) for prefix, _ in modules):  # the usual case: no name to clean
+        return Walk(modules, _parameters_of(modules))
+    clean = [(canonical_name(f"{prefix}.").removesuffix("."), module) for prefix, module in modules]
+    parameters = _parameters_of(clean)
+    if len({name for name, _ in parameters}) < len(parameters):  # a submodule of the user's own is called "module"
+        return Walk(modules, _parameters_of(modules))
+    return Walk(clean, parameters)
+
+
+def _parameters_of(modules: Modules) -> Parameters:
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for prefix, module in modules:
+        for local, param in module._parameters.items():
+            if param is not None and id(param) not in found:
+                found[id(param)] = f"{prefix}.{local}" if prefix else local, param
+    return list(found.values())
+
+
+# --- finding --------------------------------------------------------------------------------------------------------
+
+
+def pairs_of(modules: Modules, rows: Sequence[Convention] | None = None) -> Iterator[Pair]:
+    """Every pair under every row that fits its owner, in the model's order, then the table's (`rows`, or all known).
+
+    A module that fits several rows comes once for each: the first is its own.
+    """
+    rows = conventions() if rows is None else rows
+    firsts = {row.a for row in rows}
+    for layer, module in modules:
+        if not (firsts.isdisjoint(module._modules) and firsts.isdisjoint(module._parameters)):
+            for row in rows:
+                if all(hasattr(module, name) for name in row.where):
+                    yield from _pairs(module, layer, row)
+
+
+def _pairs(module: nn.Module, layer: str, convention: Convention) -> Iterator[Pair]:
+    """The pairs that `module` owns under `convention`, one for each adapter; none if it owns only one of the two."""
+    a = _owned(module, convention.a, convention.container)
+    b = _owned(module, convention.b, convention.container) if a else {}
+    for adapter, half in a.items():
+        if adapter in b:
+            yield Pair(module, layer, adapter, convention, half, b[adapter])
+
+
+def _owned(module: nn.Module, attribute: str, container: bool) -> dict[str, Half]:
+    member: object = module._parameters.get(attribute)
+    member = module._modules.get(attribute) if member is None else member
+    if member is None:
+        return {}
+    if not container:
+        half = _tensor_of(attribute, member)
+        return {} if half is None else {"": half}
+    if not isinstance(member, (nn.ModuleDict, nn.ParameterDict)):
+        return {}
+    halves = {key: _tensor_of(f"{attribute}.{key}", value) for key, value in member.items()}
+    return {key: half for key, half in halves.items() if half is not None}
+
+
+def _tensor_of(name: str, member: object) -> Half | None:
+    if isinstance(member, torch.Tensor):
+        return Half(name, member)
+    weight = getattr(member, "weight", None)
+    return Half(f"{name}.weight", weight) if isinstance(weight, torch.Tensor) else None
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def reading_of(pair: Pair) -> Reading:
+    """Rank, fans and kind on which the declaration and both shapes agree, by the first of the row's layouts that does.
+
+    Of a shard's shape nothing is asked: the rank is believed and the fans are those that modules declare.
+
+    Raises:
+        InspectionError: no layout fits the shapes and the declared rank.
+    """
+    declared = declared_number(pair, pair.convention.rank)
+    if is_shard(pair.a) or is_shard(pair.b):
+        return _shard_reading(pair, declared)
+    named = declared is not None
+    for layout in pair.convention.layouts:
+        reading = read_as(layout, pair)
+        if reading is not None and {reading.rank_a, reading.rank_b} == {declared if named else reading.rank_a}:
+            return reading
+    raise _no_reading(pair, declared)
+
+
+def read_as(layout: str | Layout, pair: Pair) -> Reading | None:
+    """A layout's reading where it gives positive whole ranks, else None."""
+    read = layout if callable(layout) else LAYOUTS[layout]
+    try:
+        reading = read(pair.owner, tuple(pair.a.tensor.shape), tuple(pair.b.tensor.shape))
+        whole = all(rank >= 1 and float(rank).is_integer() for rank in (reading.rank_a, reading.rank_b))
+    except InspectionError:  # the layout knows better than that no reading fits
+        raise
+    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
+        return None
+    return reading._replace(kind=pair.convention.kind or reading.kind or _kind(pair)) if whole else None
+
+
+def _shard_reading(pair: Pair, declared: float | None) -> Reading:
+    whole = pair.b if is_shard(pair.a) else pair.a
+    rank = declared
+    if rank is None and not is_shard(whole):
+        rank = whole.tensor.shape[1 if whole is pair.b else 0]
+    if rank is None or rank < 1:
+        raise _no_reading(pair, declared)
+    fan_in, fan_out = _declared_fan(pair, pair.a, 0), _declared_fan(pair, pair.b, 1)
+    return Reading(rank, rank, fan_in, fan_out, kind=pair.convention.kind or _kind(pair))
+
+
+def _kind(pair: Pair) -> str:
+    base = getattr(pair.owner, "base_layer", pair.owner)
+    conv = pair.a.tensor.dim() > 2 or hasattr(base, "kernel_size")
+    return "embedding" if is_embedding(pair.owner) else "conv" if conv else "linear"
+
+
+def _no_reading(pair: Pair, declared: float | None) -> InspectionError:
+    what = "declares no rank" if declared is None else f"declares rank {declared:g}"
+    a, b = pair.a, pair.b
+    return InspectionError(
+        f"{pair.where} {what} but {a.name} has shape {tuple(a.tensor.shape)} and {b.name} {tuple(b.tensor.shape)}.",
+        "Rebuild the adapter so that A has `rank` rows and B `rank` columns, set the declared rank right, or register "
+        "its layout with register_convention().",
+    )
+
+
+def is_shard(half: Half) -> bool:
+    """Whether a factor's shape is that of one process's share: flat under FSDP1, empty under ZeRO-3."""
+    return half.tensor.dim() < 2 or half.tensor.numel() == 0
+
+
+# What modules call their fan-in and fan-out.
+_FANS = (
+    ("in_features", "out_features"),
+    ("in_dim", "out_dim"),
+    ("in_channels", "out_channels"),
+    ("num_embeddings", "embedding_dim"),
+    ("nx", "nf"),
+)
+
+
+def _declared_fan(pair: Pair, half: Half, side: int) -> float:
+    """The adapted layer's fan-in (side 0) or fan-out (1): a whole factor's, else as a module declares it."""
+    if not is_shard(half):
+        shape = half.tensor.shape
+        return float(math.prod(shape[1:]) if side == 0 else shape[0])
+    inner = half.name.rpartition(".")[0]
+    for owner in (getattr(pair.owner, "base_layer", pair.owner), pair.owner, pair.owner.get_submodule(inner)):
+        for names in _FANS:
+            value = getattr(owner, names[side], None)
+            if isinstance(value, int):
+                return float(value * (math.prod(getattr(owner, "kernel_size", ())) if side == 0 else 1))
+    raise InspectionError(
+        f"{pair.where} is sharded, and neither the shape {tuple(half.tensor.shape)} of {half.name} nor a module tells "
+        f"its fan-{('in', 'out')[side]}.",
+        "Set in_features and out_features on the module that owns the pair, or shard with fully_shard.",
+    )
+
+
+def scaling_of(pair: Pair, rank: float) -> float | None:
+    """The declared multiplier on B·A, else declared alpha / rank, else None; an InspectionError if it is impossible."""
+    value = declared_number(pair, pair.convention.scaling)
+    if value is None:
+        alpha = declared_number(pair, pair.convention.alpha)
+        value = None if alpha is None else alpha / rank
+    if value is not None and not 0 < value < math.inf:
+        raise InspectionError(
+            f"{pair.where} has the scaling {value:g}, so its adapter adds nothing or is undefined.",
+            "Give a positive finite alpha; to switch an adapter off, freeze or delete it instead.",
+        )
+    return value
+
+
+def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
+    """The first of the owner's `attributes` that is a number, possibly in a dict by adapter or a one-element tensor."""
+    for attribute in attributes:
+        value: object = pair.owner
+        for part in attribute.split("."):
+            value = getattr(value, part, None)
+        if isinstance(value, Mapping):
+            value = value.get(pair.adapter)
+        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta:
+            value = value.item()
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    return None
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a module, or the one it adapts, looks rows up."""
+    return isinstance(getattr(module, "base_layer", module), (nn.Embedding, nn.EmbeddingBag))

@@ -1,0 +1,232 @@
+"""Inspection: from a model to a `Survey` of its trainable LoRA factors, by duck typing and the table of conventions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._types import Factor, Init, Method, Survey
+from ..errors import InspectionError
+from ._conventions import conventions
+from ._pairs import Modules, Pair, Walk, is_embedding, is_shard, pairs_of, reading_of, scaling_of, walk
+from ._unsupported import is_other_adapter, unsupported
+
+__all__ = ["declared_init", "declared_inits", "inspect_model", "is_zero", "survey_of"]
+
+_SAMPLE = 1024
+# PEFT's init_lora_weights values under which B starts at zero; True too, and every other string starts both non-zero.
+_ZERO_B = {"gaussian", "eva"}
+INIT_MARK = "_rankaware_init"
+"""Where `initialize` notes, on the module that owns a pair, the init it gave by adapter name."""
+
+
+def inspect_model(model: nn.Module, *, method: Method = "lora", init: Init | None = None) -> Survey:
+    """Survey what `model` trains: its LoRA pairs, or with method="full" every weight of two or more dimensions.
+
+    Only parameters that require a gradient count, tied ones once. A pair's rank is the declared one, checked against
+    its (global) shapes; of flat or empty shards (FSDP1) it is believed, and the fans are those that modules declare.
+    Its scaling is the declared one, or 1 with a note. Its init is the one declared (PEFT's `init_lora_weights`), else
+    read from at most 1,024 strided entries a factor, else "unknown" (meta tensors); `init` overrides all of it.
+    Nothing about the model is changed. One sharded by `fully_shard` is to be inspected by all its processes at once.
+
+    Raises:
+        InspectionError: declared rank and shapes disagree, a scaling is not positive, no pair was found, or one was
+            where method="full" expects none.
+    """
+    return survey_of(walk(model), method=method, init=init)
+
+
+def survey_of(walked: Walk, *, method: Method = "lora", init: Init | None = None, also: Container[int] = ()) -> Survey:
+    """`inspect_model` of a model that was walked already; parameters whose id is in `also` count though frozen."""
+    if method not in ("lora", "full"):
+        raise InspectionError(f"The method is 'lora' or 'full', not {method!r}.", "Give one of the two.")
+    modules, parameters = walked
+    trainable = {id(p): name for name, p in parameters if p.requires_grad or id(p) in also}
+    notes: list[str] = []
+    frozen: list[str] = []
+    if method == "full":
+        _refuse_pairs(modules, trainable)
+        factors = tuple(_full_factors(modules, trainable))
+    else:
+        factors = tuple(_lora_factors(modules, trainable, init, notes, frozen))
+    known = {f.name for f in factors}
+    other = tuple(name for name in trainable.values() if name not in known)
+    survey = Survey(
+        factors=factors,
+        other=other,
+        notes=tuple(dict.fromkeys(notes)),
+        looked_at=len(parameters),
+        tried=tuple(dict.fromkeys(c.name for c in conventions())),
+        frozen=tuple(frozen),
+        unadapted=_unadapted(walked) if method == "lora" else (),
+        unsupported=unsupported(other),
+    )
+    if not factors and not (method == "lora" and any(map(is_other_adapter, survey.other))):
+        raise _nothing_found(survey, method)
+    return survey
+
+
+def _refuse_pairs(modules: Modules, trainable: Mapping[int, str]) -> None:
+    for pair in pairs_of(modules):
+        if id(pair.a.tensor) in trainable or id(pair.b.tensor) in trainable:
+            raise InspectionError(
+                f"{pair.where} holds a trainable LoRA pair, so this is no full finetuning.",
+                "Leave method='full' out, or merge the adapters into the weights first.",
+            )
+
+
+def _nothing_found(survey: Survey, method: Method) -> InspectionError:
+    if method == "full":
+        return InspectionError(
+            f"None of {survey.looked_at} parameters is a trainable weight of two or more dimensions.",
+            "Set requires_grad on what full finetuning should train; FSDP1 flattens every weight, FSDP2 does not.",
+        )
+    return InspectionError(
+        f"No trainable LoRA pair among {survey.looked_at} parameters (conventions tried: {', '.join(survey.tried)}).",
+        "Add adapters and let them require a gradient, or say method='full' for full finetuning.",
+    )
+
+
+def _full_factors(modules: Modules, trainable: Mapping[int, str]) -> Iterator[Factor]:
+    left = dict(trainable)
+    for prefix, module in modules:
+        for local, param in module.named_parameters(recurse=False):
+            name = left.pop(id(param), None)
+            if name is None or param.dim() < 2 or is_embedding(module):
+                continue
+            fan_in, fan_out = _full_fans(module, param)
+            kind = "conv" if param.dim() > 2 and local == "weight" else "linear"
+            yield Factor(name, "full", None, fan_in, fan_out, kind=kind, layer=prefix)
+
+
+def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
+    """Fan-in and fan-out of a whole weight: (out, in), (out, in, k…) for a conv, (…, in) for bare stacked tensors."""
+    shape = tuple(param.shape)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' Conv1D stores (in, out)
+        return float(shape[0]), float(shape[1])
+    if getattr(module, "transposed", False):  # torch's ConvTranspose stores (in, out, k…)
+        return float(math.prod(shape) / shape[1]), float(shape[1])
+    if hasattr(module, "kernel_size") or len(shape) == 2:
+        return float(math.prod(shape[1:])), float(shape[0])
+    return float(shape[-1]), float(shape[-2])
+
+
+def _lora_factors(
+    modules: Modules, trainable: Mapping[int, str], init: Init | None, notes: list[str], frozen: list[str]
+) -> Iterator[Factor]:
+    declared = declared_inits(modules)
+    left, seen = dict(trainable), set[int]()
+    for pair in pairs_of(modules):
+        ids = [id(pair.a.tensor), id(pair.b.tensor)]
+        if not left.keys().isdisjoint(ids):
+            shared = _shared(pair, init, declared.get(pair.adapter), notes)
+            for role, half in (("A", pair.a), ("B", pair.b)):
+                name = left.pop(id(half.tensor), None)
+                if name is not None:
+                    yield Factor(name=name, role=role, **shared)  # type: ignore[arg-type]
+        halves = [half for half in (pair.a, pair.b) if id(half.tensor) not in trainable and id(half.tensor) not in seen]
+        frozen += [f"{pair.layer}.{half.name}".removeprefix(".") for half in halves]
+        seen.update(ids)
+
+
+def _shared(pair: Pair, init: Init | None, declared: object, notes: list[str]) -> dict[str, Any]:
+    """All that the two factors of a pair share."""
+    reading = reading_of(pair)
+    kind, rank = reading.kind or "linear", int(reading.rank_a)
+    scaling = scaling_of(pair, rank)
+    if scaling is None:
+        notes.append(f"{pair.where} declares no scaling: 1 is assumed.")
+    return {
+        "rank": rank,
+        "fan_in": float(reading.fan_in),
+        "fan_out": float(reading.fan_out),
+        "scaling": 1.0 if scaling is None else scaling,
+        "init": init or init_of(pair, declared, kind),
+        "kind": kind,
+        "layer": pair.layer,
+        "adapter": pair.adapter,
+        "convention": pair.convention.name,
+    }
+
+
+def _unadapted(walked: Walk) -> tuple[str, ...]:
+    """Frozen stacks of expert weights that no pair adapts: what target_modules alone leaves behind."""
+    adapted = [(f"{name}.", f".{m.parameter_name}") for name, m in walked.modules if hasattr(m, "parameter_name")]
+    stacks = [n for n, p in walked.parameters if p.dim() == 3 and "expert" in n and not p.requires_grad]
+    return tuple(n for n in stacks if not any(n.startswith(a) and n.endswith(b) for a, b in adapted))
+
+
+def declared_inits(modules: Modules) -> dict[str, object]:
+    """PEFT's `init_lora_weights` by adapter, from whichever module holds the adapters' configurations."""
+    for _, module in modules:
+        configs = module.__dict__.get("peft_config")
+        if isinstance(configs, Mapping):
+            inits = {name: _config_value(config) for name, config in configs.items()}
+            return {name: value for name, value in inits.items() if value is not None}
+    return {}
+
+
+def _config_value(config: object) -> object:
+    if isinstance(config, Mapping):
+        return config.get("init_lora_weights")
+    return getattr(config, "init_lora_weights", None)
+
+
+def declared_init(declared: object, kind: str) -> Init:
+    """The init that PEFT's `init_lora_weights` declares; its embeddings draw B where other layers draw A."""
+    if declared is not True and str(declared).lower() not in _ZERO_B:
+        return "other"
+    return "B" if kind == "embedding" else "A"
+
+
+def init_of(pair: Pair, declared: object, kind: str) -> Init:
+    """The row's own init, else `initialize`'s note, else PEFT's declaration, else the zeros.
+
+    PEFT's falls only to a factor of zeros that it rules out: under a declared Init[A], A is never all zero, trained or
+    not; if it is, the pair was set to Init[B] by hand. Shards show other zeros to every process, which must all come
+    to one rate: there the declaration is all there is.
+    """
+    noted: Init | None = getattr(pair.owner, INIT_MARK, {}).get(pair.adapter)
+    if pair.convention.init or noted:
+        return pair.convention.init or noted or "unknown"
+    a, b = pair.a, pair.b
+    sharded = is_shard(a) or is_shard(b)
+    if declared is None and sharded:
+        raise InspectionError(
+            f"{pair.where} is sharded so that its factors do not show their init, and none is declared.",
+            "Say it: init='A' where B starts at zero (the usual one), init='B' where A does.",
+        )
+    if declared is None:
+        return _sampled_init(a.tensor, b.tensor)
+    expected = declared_init(declared, kind)
+    if expected == "other" or sharded or is_zero(a.tensor if expected == "A" else b.tensor) is not True:
+        return expected
+    return _sampled_init(a.tensor, b.tensor)
+
+
+def _sampled_init(a: torch.Tensor, b: torch.Tensor) -> Init:
+    zeros = is_zero(a), is_zero(b)
+    known: dict[tuple[bool | None, bool | None], Init] = {
+        (False, True): "A",
+        (True, False): "B",
+        (False, False): "other",
+    }
+    return known.get(zeros, "unknown")
+
+
+def is_zero(tensor: torch.Tensor) -> bool | None:
+    """Whether a strided sample of at most 1,024 entries is all zero; None where there is nothing to read.
+
+    A DTensor is read whole, over all its processes, so that they come to the same answer.
+    """
+    if tensor.is_meta or tensor.numel() == 0:
+        return None
+    if hasattr(tensor, "full_tensor"):
+        found: Any = tensor.detach().ne(0).any()
+        return not bool(found.full_tensor())
+    flat = tensor.detach().reshape(-1)
+    return not bool(flat[:: max(1, -(-flat.numel() // _SAMPLE))].any())

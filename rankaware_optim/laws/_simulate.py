@@ -1,0 +1,203 @@
+"""One adapted layer under a real optimizer: how far a few steps move its output, and the rate that moves it so far.
+
+Nothing is trained and no frozen weight is needed: with inputs x (n_in, tokens) and output gradients g (n_out, tokens)
+held fixed, the loss's gradients are dL/dA = s·Bᵀ·g·xᵀ and dL/dB = s·g·(A·x)ᵀ, and the layer's output moves by
+s·(B·A − B₀·A₀)·x, where B₀·A₀ = 0. Weight decay is set to 0: it is no answer to the gradient, and four large steps
+would exaggerate it; LARS alone keeps it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .._optimizer_classes import get_optimizer_class
+from ..errors import LawError, RankAwareError
+
+__all__ = ["Batch", "Change", "Pair", "Stepper", "change_of", "draw_pair", "rates_for", "step_pair", "synthetic"]
+
+Change = Callable[[float], float]
+
+_SCALED_BY_DECAY = ("LARS",)  # scales by norms only what it decays
+
+
+class Batch(NamedTuple):
+    """Inputs (n_in, tokens) and output gradients (n_out, tokens) of one layer, entries of rms 1."""
+
+    inputs: torch.Tensor
+    gradients: torch.Tensor
+
+
+class Stepper(NamedTuple):
+    """An optimizer class, its settings other than lr, and the number of steps it takes."""
+
+    optimizer: type[Optimizer]
+    settings: Mapping[str, Any]
+    steps: int = 4
+    seed: int = 0
+
+
+class Pair(NamedTuple):
+    """A (r, n_in) and B (n_out, r), and the effective multiplier s of their product."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+def synthetic(fan_in: int, fan_out: int, tokens: int, seed: int = 0) -> Batch:
+    """Independent random inputs and output gradients, each token's of rms 1; the global generator is not touched."""
+    source = torch.Generator().manual_seed(seed)
+    return Batch(*(_columns(fan, tokens, source) for fan in (fan_in, fan_out)))
+
+
+def one_hot(fan_out: int, tokens: int, seed: int = 0) -> Batch:
+    """An embedding's tokens, all different: its input is one entry wide, and every token has its own column of A."""
+    return Batch(torch.eye(tokens, dtype=torch.float32, device="cpu"), synthetic(1, fan_out, tokens, seed).gradients)
+
+
+def _columns(fan: int, tokens: int, source: torch.Generator) -> torch.Tensor:
+    drawn = torch.randn(fan, tokens, generator=source, dtype=torch.float32, device="cpu")
+    return drawn / drawn.square().mean(dim=0).sqrt()
+
+
+def draw_pair(
+    fan_in: int, fan_out: int, rank: int, scaling: float, init: str, seed: int = 0, variance: float | None = None
+) -> Pair:
+    """Init[A]: A of variance 1/n_in, or as given, and B zero. Init[B]: B of variance 1/r, A zero."""
+    source = torch.Generator().manual_seed(seed + 1)
+    a, b = _zeros(rank, fan_in), _zeros(fan_out, rank)
+    drawn, size = (b, 1.0 / rank) if init == "B" else (a, variance or 1.0 / fan_in)
+    drawn.normal_(generator=source).mul_(math.sqrt(size))
+    return Pair(a, b, scaling)
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+
+def step_pair(batch: Batch, start: Pair, stepper: Stepper, lr_a: float, lr_b: float) -> Pair:
+    """The pair after the optimizer's steps from `start`, which is left as it is."""
+    x, g = batch
+    a, b = nn.Parameter(start.a.clone()), nn.Parameter(start.b.clone())
+
+    def set_gradients() -> None:
+        a.grad = start.scaling * (b.detach().T @ g) @ x.T
+        b.grad = start.scaling * g @ (a.detach() @ x).T
+
+    advance(stepper, [(a, lr_a), (b, lr_b)], set_gradients)
+    return Pair(a.detach(), b.detach(), start.scaling)
+
+
+def advance(stepper: Stepper, rated: list[tuple[nn.Parameter, float]], set_gradients: Callable[[], None]) -> None:
+    """Build the optimizer on the parameters at their rates and take its steps, `set_gradients` before each."""
+    groups = [{"params": [param], "lr": lr} for param, lr in rated]
+    settings = {key: value for key, value in stepper.settings.items() if key != "lr"}
+    with _own_generator(stepper.seed), _optimizer_errors(stepper):
+        build: Callable[..., Any] = stepper.optimizer
+        opt = build(groups, lr=rated[0][1], **settings)
+        getattr(opt, "train", lambda: None)()  # schedule-free optimizers step in training mode only
+        for group in opt.param_groups if stepper.optimizer.__name__ not in _SCALED_BY_DECAY else ():
+            group.update({"weight_decay": 0.0} if "weight_decay" in group else {})
+        for _ in range(stepper.steps):
+            set_gradients()
+            opt.step()
+
+
+@contextmanager
+def _own_generator(seed: int) -> Iterator[None]:
+    """For optimizers that draw numbers: the CPU's global generator is seeded inside and put back."""
+    state = torch.random.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
+
+
+@contextmanager
+def _optimizer_errors(stepper: Stepper) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a stranger's optimizer may raise anything
+        name, shown = stepper.optimizer.__name__, f"{type(error).__name__}: {error}"
+        raise LawError(
+            f"{name} could not step LoRA factors with settings {dict(stepper.settings)!r}: {shown}.",
+            "Give settings= that build it on two matrices and step it without a closure, or choose another law.",
+        ) from error
+
+
+def rms_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Root mean square of left @ right (n_out, tokens), through the smaller Gram matrix of `left` (n_out, r)."""
+    total = torch.sum(right * ((left.T @ left) @ right)).item()
+    return math.sqrt(max(total, 0.0) / (left.shape[0] * right.shape[1])) if math.isfinite(total) else math.inf
+
+
+def change_of(batch: Batch, pair: Pair) -> float:
+    """Root mean square of s·B·A·x, which is the output's whole change since B₀·A₀ = 0."""
+    return float(pair.scaling * rms_of_product(pair.b, pair.a @ batch.inputs))
+
+
+# --- the rate at which the output moves as far as asked -------------------------------------------------------------
+
+_RANGE = 60  # octaves of rate on either side of 1 within which a solution is looked for
+
+
+def rates_for(change: Change, target: float = 1.0, *, start: float = 2.0**-8, what: str = "The output") -> float:
+    """The rate at which `change(rate)`, a rising function, reaches `target`, to 1 % of the target.
+
+    False position on logarithms, halving where it stalls. An overflow counts as too high a rate. Raises LawError where
+    no rate within 2^±60 reaches the target, or where the change jumps past it.
+    """
+    x = math.log2(start)
+    low: tuple[float, float] | None = None
+    high: tuple[float, float] | None = None
+    for turn in range(80):
+        y = _octaves(change(2.0**x), target)
+        if abs(y) < 0.01:
+            return float(2.0**x)
+        low, high = ((x, y), high) if y < 0 else (low, (x, y))
+        if low and high and high[0] - low[0] < 2**-10:  # rounding in the optimizer makes small jumps
+            nearer = min(low, high, key=lambda side: abs(side[1]))
+            if abs(nearer[1]) < 0.1:
+                return float(2.0 ** nearer[0])
+            break
+        x = _next(low, high, turn)
+        if abs(x) > _RANGE:
+            break
+    raise LawError(
+        f"{what} never moves by {target:g} at any rate: nearest were {_shown(low)} and {_shown(high)}.",
+        "Look at the optimizer's settings (a rate of its own, a cap, clipping), or choose another law or target.",
+    )
+
+
+def _octaves(value: float, target: float) -> float:
+    return math.inf if not math.isfinite(value) else math.log2(value / target) if value > 0 else -math.inf
+
+
+def _next(low: tuple[float, float] | None, high: tuple[float, float] | None, turn: int) -> float:
+    """Towards the missing side by what is lacking, at most 8 octaves; between two sides by false position."""
+    if low is None or high is None:
+        x, y = low or high or (0.0, 0.0)
+        return x - math.copysign(min(8.0, max(abs(y) / 1.5, 0.05)), y)
+    if turn % 3 == 2 or not (math.isfinite(low[1]) and math.isfinite(high[1])):
+        return (low[0] + high[0]) / 2
+    return low[0] + (high[0] - low[0]) * low[1] / (low[1] - high[1])
+
+
+def _shown(side: tuple[float, float] | None) -> str:
+    return "none" if side is None else f"2^{side[1]:.1f} of it at 2^{side[0]:.1f}"
+
+
+def class_of(optimizer: type[Optimizer] | str) -> type[Optimizer]:
+    """`get_optimizer_class`, its refusals as a law's."""
+    try:
+        return get_optimizer_class(optimizer)
+    except RankAwareError as error:
+        raise LawError(error.cause, error.cure) from error

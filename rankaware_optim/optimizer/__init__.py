@@ -1,0 +1,18 @@
+"""`RankAwareOptimizer`: parameter groups with their rates, checkpoints, and the report."""
+
+from ._param_groups import make_plan, rank_aware_param_groups
+from ._report import Report, plan_rates
+from ._schedulers import check_scheduler
+from ._state_dict import convert_scheduler_state, to_plain_state_dict
+from ._wrapper import RankAwareOptimizer
+
+__all__ = [
+    "RankAwareOptimizer",
+    "Report",
+    "check_scheduler",
+    "convert_scheduler_state",
+    "make_plan",
+    "plan_rates",
+    "rank_aware_param_groups",
+    "to_plain_state_dict",
+]

@@ -1,0 +1,447 @@
+"""Checkpoints: another optimizer state becomes one that torch may load, or a sentence; torch compares nothing itself.
+
+State is matched by parameter name where both sides have names, else by position. Ranks and shapes are compared before
+torch touches memory. A plain optimizer's checkpoint is adopted: its rates are multiplied.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ..errors import CheckpointError, RankAwareWarning
+from ..inspection import canonical_name
+from ._param_groups import GROUP_FORMAT, TAGS, shapes_text
+
+__all__ = ["Carried", "OnLawChange", "OnRankChange", "convert_scheduler_state", "to_plain_state_dict"]
+
+OnRankChange = Literal["raise", "reset", "resize"]
+OnLawChange = Literal["keep", "rederive"]
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to do where a checkpoint was made at another rank, or under another law.
+
+    on_rank_change: "raise"; "reset" starts the moments of changed factors anew; "resize" truncates or zero-pads them
+    along the rank. on_law_change, at equal rank: "keep" the saved rates and warn, or "rederive" them.
+    """
+
+    on_rank_change: OnRankChange = "raise"
+    on_law_change: OnLawChange = "keep"
+
+    def __post_init__(self) -> None:
+        for name, known in (("on_rank_change", OnRankChange), ("on_law_change", OnLawChange)):
+            value, options = getattr(self, name), known.__args__  # type: ignore[attr-defined]
+            if value not in options:
+                raise CheckpointError(f"{name} is {value!r}.", f"Choose one of {', '.join(map(repr, options))}.")
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a rank-elastic load did with one parameter: the directions kept, and in which state tensors."""
+
+    name: str
+    saved_rank: int | None
+    rank: int | None
+    kept: int
+    state: tuple[str, ...] = ()
+
+
+class _Saved(NamedTuple):
+    """One parameter of a checkpoint: its key in `state`, and its group."""
+
+    key: Any
+    group: int
+
+
+def fit_checkpoint(
+    param_groups: list[Group], state_dict: dict[str, Any], policy: Policy, orders: Sequence[Sequence[str]]
+) -> tuple[list[Group], dict[str, Any], tuple[Carried, ...]]:
+    """What to load: (our groups, split where the checkpoint's cut is finer; a state_dict laid out like them; report).
+
+    `orders` are orders of names that a checkpoint without names may be in. Nothing is changed in place.
+    """
+    groups, state = _contents(state_dict)
+    if all(isinstance(key, str) for group in groups for key in group["params"]):
+        _check_distributed(groups)
+    if any(len(group["params"]) != len(group["param_names"]) for group in param_groups):
+        return param_groups, {**state_dict, "param_groups": _flat_groups(param_groups, groups, state, policy)}, ()
+    saved = _by_name(param_groups, groups, orders)
+    ours = [part for group in param_groups for part in _cut(group, saved, groups)]
+    carried: list[Carried] = []
+    new_groups: list[Group] = []
+    of_parameters = {key for group in groups for key in group["params"]}
+    new_state: dict[Any, Any] = {k: v for k, v in state.items() if not isinstance(k, int) and k not in of_parameters}
+    shapes = _written_shapes(groups)
+    changed_law, count = False, 0
+    for group in ours:
+        names = group["param_names"]
+        theirs = groups[saved[names[0]].group]
+        changed_rank = False
+        keys = range(count, count + len(names))
+        count += len(names)
+        for key, name, param in zip(keys, names, group["params"], strict=True):
+            found = state.get(saved[name].key)
+            own, note = _param_state(name, param, group, theirs, found, shapes.get(name), policy)
+            if note is not None:
+                carried.append(note)
+                changed_rank = True
+            if own is not None:
+                new_state[key] = own
+        changed_law |= not changed_rank and _law_differs(group, theirs)
+        new_groups.append(_merged(group, theirs, list(keys), changed_rank, policy))
+    _say_changes(ours, groups, changed_law, policy)
+    return ours, {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(carried)
+
+
+def _contents(state_dict: Mapping[str, Any]) -> tuple[list[Group], Mapping[Any, Any]]:
+    groups, state = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(groups, list) or not groups or not isinstance(state, Mapping):
+        raise CheckpointError(
+            "This is no optimizer checkpoint: it lacks param_groups or state.", "Give what optimizer.state_dict() made."
+        )
+    newest = max(int(g.get("rankaware_format", 0)) for g in groups)
+    if newest > GROUP_FORMAT:
+        raise CheckpointError(
+            f"The checkpoint is of format {newest}, this package reads up to {GROUP_FORMAT}.", "Update rankaware-optim."
+        )
+    return groups, state
+
+
+def _check_distributed(groups: Sequence[Group]) -> None:
+    """torch.distributed.checkpoint gives a saved group's settings to one of the groups it is cut into here: the last.
+
+    The others come without, or (full_state_dict=True) with the rates they had.
+    """
+    if any("lr" not in group for group in groups):
+        raise CheckpointError(
+            "The checkpoint's groups are cut otherwise than this optimizer's, and torch.distributed.checkpoint brings "
+            "the settings of a group to one of its parts only.",
+            "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the saved one was.",
+        )
+    bases: dict[Any, set[float]] = {}
+    for group in groups:
+        base = float(group["lr"]) / group.get("lr_multiplier", 1.0)
+        bases.setdefault(group.get("user_group"), set()).add(float(f"{base:.9g}"))
+    if any(len(rates) > 1 for rates in bases.values()):
+        warnings.warn(
+            "The rates that torch.distributed.checkpoint loaded are not one base rate times the multipliers: a "
+            "schedule erased their ratio, or the checkpoint's groups were cut otherwise than this optimizer's.",
+            RankAwareWarning,
+            stacklevel=4,
+        )
+
+
+def _flat_groups(
+    param_groups: list[Group], groups: list[Group], state: Mapping[Any, Any], policy: Policy
+) -> list[Group]:
+    """The groups to load where a framework (DeepSpeed's ZeRO) put one flat share in place of a group's parameters.
+
+    Nothing in it can be matched by name or resized: the checkpoint must be cut alike.
+    """
+    ours, theirs = ([_cut_of(group) for group in side] for side in (param_groups, groups))
+    pairs = [
+        (p, key)
+        for own, other in zip(param_groups, groups, strict=False)
+        for p, key in zip(own["params"], other["params"], strict=False)
+    ]
+    shapes = all(value.shape == p.shape for p, key in pairs for value in _shaped(state.get(key), p).values())
+    if ours != theirs or not shapes:
+        raise CheckpointError(
+            "A framework has flattened this optimizer's parameters, and the checkpoint's groups are cut otherwise.",
+            "Load it with the ranks, the law and the number of processes it was saved with.",
+        )
+    _say_changes(param_groups, groups, any(map(_law_differs, param_groups, groups)), policy)
+    return [
+        _merged(own, other, other["params"], False, policy) for own, other in zip(param_groups, groups, strict=True)
+    ]
+
+
+def _cut_of(group: Group) -> tuple[Any, ...]:
+    return group.get("param_names"), group.get("lora_rank"), len(group["params"])
+
+
+def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequence[Sequence[str]]) -> dict[str, _Saved]:
+    """Every parameter of ours in the checkpoint: by name, or by position in the order it was saved in."""
+    flat = [_Saved(key, i) for i, group in enumerate(groups) for key in group["params"]]
+    ours = [name for group in param_groups for name in group["param_names"]]
+    found = dict(zip(_saved_names(groups), flat, strict=False))
+    if len(found) == len(flat) and not found.keys().isdisjoint(ours):
+        _check_names(found.keys(), ours)
+        return found
+    tagged = any("lr_multiplier" in group for group in groups)
+    same_cut = [len(g["params"]) for g in groups] == [len(g["params"]) for g in param_groups]
+    for order in ([ours] if tagged or same_cut else []) + list(orders):
+        if len(order) == len(flat):
+            return dict(zip(order, flat, strict=True))
+    raise CheckpointError(
+        f"The checkpoint holds {len(flat)} parameters without names to match, this optimizer {len(ours)}.",
+        "Load it into the model it was saved from, with the same parameters in the same order.",
+    )
+
+
+def _saved_names(groups: Sequence[Group]) -> list[str]:
+    """The checkpoint's names in the order of its parameters; none where it has none.
+
+    torch.distributed.checkpoint has names for keys. It orders them like the optimizer's own parameters, but leaves
+    `param_names` in the order of the saved ones, so the keys are to be asked first.
+    """
+    keys = [key for group in groups for key in group["params"]]
+    if all(isinstance(key, str) for key in keys):
+        return [canonical_name(key) for key in keys]
+    return [name for group in groups for name in group.get("param_names") or ()]
+
+
+def _check_names(saved: Iterable[str], ours: Iterable[str]) -> None:
+    known = set(saved)
+    missing = [name for name in ours if name not in known]
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint lacks {len(missing)} of this optimizer's parameters, such as {missing[0]}.",
+            "Load it into the model it was saved from.",
+        )
+
+
+def _cut(group: Group, saved: Mapping[str, _Saved], groups: Sequence[Group]) -> list[Group]:
+    """`group`, or its parts where its parameters come from saved groups of other settings."""
+    sources: dict[int, list[int]] = {}
+    for position, name in enumerate(group["param_names"]):
+        sources.setdefault(saved[name].group, []).append(position)
+    distinct = [_settings(groups[i]) for i in sources]
+    if all(settings == distinct[0] for settings in distinct):
+        return [group]
+    return [_part(group, positions) for positions in sources.values()]
+
+
+def _part(group: Group, positions: Sequence[int]) -> Group:
+    params = [group["params"][p] for p in positions]
+    names = [group["param_names"][p] for p in positions]
+    return {**group, "params": params, "param_names": names, "param_shapes": shapes_text(params)}
+
+
+def _settings(group: Group) -> Group:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names", "param_shapes")}
+
+
+def _merged(group: Group, theirs: Group, keys: list[int], changed_rank: bool, policy: Policy) -> Group:
+    """The saved group's settings under our tags, and the rates that the policy asks for."""
+    tags = {key: group[key] for key in TAGS if key in group}
+    if _init_was_known(group, theirs):
+        tags["lora_init"] = theirs["lora_init"]
+    tags["rankaware_recipe"] = theirs.get("rankaware_recipe") or tags.get("rankaware_recipe", "")  # the rate is theirs
+    made = {**_settings(theirs), **tags, "params": keys, "param_names": list(group["param_names"])}
+    before = theirs.get("lr_multiplier")
+    keep = before is not None and not changed_rank and policy.on_law_change == "keep"
+    ratio = 1.0 if keep else tags["lr_multiplier"] / (1.0 if before is None else before)
+    made["lr_multiplier"] = before if keep else tags["lr_multiplier"]
+    if ratio != 1.0:
+        for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if key in theirs:
+                made[key] = theirs[key] * ratio
+    return made
+
+
+def _law_differs(group: Group, theirs: Group) -> bool:
+    before = theirs.get("lr_multiplier")
+    return (
+        before is not None and abs(before / group["lr_multiplier"] - 1.0) > 1e-9 and not _init_was_known(group, theirs)
+    )
+
+
+def _init_was_known(group: Group, theirs: Group) -> bool:
+    """Whether the checkpoint knows an init that trained weights no longer show."""
+    return theirs.get("lora_init") in ("A", "B") and group.get("lora_init") in ("other", "unknown")
+
+
+def _say_changes(ours: Sequence[Group], theirs: Sequence[Group], changed_law: bool, policy: Policy) -> None:
+    """Warn once where the checkpoint's recipe, or else its law, is not this optimizer's."""
+    (now, name), (before, saved_name) = _recipe_of(ours), _recipe_of(theirs)
+    if now and before and now != before:
+        words = (
+            f"The checkpoint was made under the recipe {saved_name!r} ({before}), this optimizer under {name!r} "
+            f"({now}): the checkpoint's base rate is kept. Build the optimizer with the checkpoint's recipe, or start "
+            "with a fresh state for the new one's."
+        )
+    elif changed_law and policy.on_law_change == "keep":
+        words = (
+            "The checkpoint was made under another law or reference at the same rank: its rates are kept. Build the "
+            "optimizer with on_law_change='rederive' for the new law's."
+        )
+    else:
+        return
+    warnings.warn(words, RankAwareWarning, stacklevel=4)
+
+
+def _recipe_of(groups: Sequence[Group]) -> tuple[str, str]:
+    """Hash and name of the recipe that groups were made under, by their tag "hash name"; empty where there is none."""
+    hashed, _, name = next((str(g["rankaware_recipe"]) for g in groups if g.get("rankaware_recipe")), "").partition(" ")
+    return hashed, name
+
+
+# --- one parameter's state ------------------------------------------------------------------------------------------
+
+
+def _param_state(
+    name: str,
+    param: torch.Tensor,
+    group: Group,
+    theirs: Group,
+    state: Mapping[str, Any] | None,
+    saved_shape: tuple[int, ...] | None,
+    policy: Policy,
+) -> tuple[Mapping[str, Any] | None, Carried | None]:
+    """The state to load for one parameter, and what was carried where its rank changed."""
+    rank = group.get("lora_rank")
+    tensors = _shaped(state, param)
+    if saved_shape is None or len(saved_shape) != param.dim():
+        fits = not tensors or _fit([tuple(v.shape) for v in tensors.values()], tuple(param.shape))
+    else:  # the checkpoint says what its state belongs to, of whatever shape that is
+        fits = saved_shape == tuple(param.shape)
+    saved_rank = theirs.get("lora_rank", None if fits else _rank_in(state, param, group.get("lora_role")))
+    if fits and (saved_rank is None or saved_rank == rank):
+        return state, None
+    if saved_rank is None or rank is None or saved_rank == rank:
+        shape = saved_shape or tuple(next(iter(tensors.values())).shape)
+        raise CheckpointError(
+            f"The checkpoint's {name} has shape {shape}, the parameter {tuple(param.shape)}.",
+            "Load it into the model it was saved from, or start with a fresh optimizer state.",
+        )
+    if policy.on_rank_change == "raise":
+        raise CheckpointError(
+            f"The checkpoint's {name} has rank {saved_rank}, the model's has rank {rank}.",
+            "Load it into a model of the same rank, or build the optimizer with on_rank_change='reset' or 'resize'.",
+        )
+    if policy.on_rank_change == "resize" and param.dim() < 2:  # whether there is state or not: all processes alike
+        raise CheckpointError(
+            f"This process holds a flat share of {name} (FSDP1), whose moments cannot be resized along the rank.",
+            "Build the optimizer with on_rank_change='reset', or shard with fully_shard.",
+        )
+    if policy.on_rank_change == "reset" or not tensors:
+        return None, Carried(name, saved_rank, rank, 0)
+    factored = any(s == 1 < n for v in tensors.values() for s, n in _off_rank(v, param, group["lora_role"]))
+    resized = {k: _resize(v, param, factored) if k in tensors else v for k, v in (state or {}).items()}
+    return resized, Carried(name, saved_rank, rank, min(saved_rank, rank), tuple(tensors))
+
+
+def _written_shapes(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
+    """The shapes that our checkpoint wrote down, by parameter name; none in a plain one."""
+    written: dict[str, tuple[int, ...]] = {}
+    for group in groups:
+        names, texts = group.get("param_names") or [], str(group.get("param_shapes", "")).split(" ")
+        if len(names) == len(texts):
+            written |= {n: tuple(map(int, filter(None, t.split("x")))) for n, t in zip(names, texts, strict=True)}
+    return written
+
+
+def _shaped(state: Mapping[str, Any] | None, param: torch.Tensor) -> dict[str, torch.Tensor]:
+    """State tensors of the parameter's number of dimensions: moments and the like."""
+    return {k: v for k, v in (state or {}).items() if isinstance(v, torch.Tensor) and v.dim() == param.dim() > 0}
+
+
+def _rank_in(state: Mapping[str, Any] | None, param: torch.Tensor, role: str | None) -> int | None:
+    """The rank a plain checkpoint's moments have, read off the axis that differs; None where it cannot be told."""
+    if role not in ("A", "B") or param.dim() < 2:
+        return None
+    for value in _shaped(state, param).values():
+        if all(saved == own for saved, own in _off_rank(value, param, role)):
+            return int(value.shape[0 if role == "A" else 1])
+    return None
+
+
+def _fit(saved: list[tuple[int, ...]], own: tuple[int, ...]) -> bool:
+    """Whether state of these shapes can be a parameter's: one has its shape, or they are its factored statistics.
+
+    Factored statistics have size 1 along the axes they were reduced over, and together cover every axis.
+    """
+    if own in saved:
+        return True
+    reduced = all(s in (n, 1) for shape in saved for s, n in zip(shape, own, strict=True))
+    return reduced and all(any(shape[axis] == n for shape in saved) for axis, n in enumerate(own))
+
+
+def _off_rank(value: torch.Tensor, param: torch.Tensor, role: str) -> list[tuple[int, int]]:
+    """(saved, own) sizes along the axes other than the rank's."""
+    axis = 0 if role == "A" else 1
+    return [pair for i, pair in enumerate(zip(value.shape, param.shape, strict=True)) if i != axis]
+
+
+def _resize(value: torch.Tensor, param: torch.Tensor, factored: bool) -> torch.Tensor:
+    """`value` truncated or padded with zeros to the parameter's sizes; axes that were reduced to 1 stay."""
+    sizes = [1 if factored and s == 1 else n for s, n in zip(value.shape, param.shape, strict=True)]
+    made = value.new_zeros(sizes)
+    shared = tuple(slice(0, min(s, n)) for s, n in zip(value.shape, sizes, strict=True))
+    made[shared] = value[shared]
+    return made
+
+
+# --- to and from a plain optimizer ----------------------------------------------------------------------------------
+
+
+def to_plain_state_dict(opt: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The state for a plain optimizer with the user's own groups: rates divided by their multipliers, no tags.
+
+    Parameters come in the order they were given in, so `native.load_state_dict` takes it where the native optimizer
+    was built from the same parameters. names: all names in another order, such as that of model.named_parameters().
+    """
+    state = opt.state_dict()
+    position = {
+        n: (g, key) for g in state["param_groups"] for n, key in zip(g["param_names"], g["params"], strict=True)
+    }
+    order = opt._rankaware.order if names is None else (tuple(names),)
+    groups, made = [], {}
+    count = 0
+    for own in order:
+        present = [n for n in own if n in position]
+        if not present:
+            continue
+        base = _plain_group(position[present[0]][0])
+        groups.append({**base, "params": list(range(count, count + len(own)))})
+        for offset, name in enumerate(own):
+            if name in position and position[name][1] in state["state"]:
+                made[count + offset] = state["state"][position[name][1]]
+        count += len(own)
+    return {**state, "state": made, "param_groups": groups}
+
+
+def _plain_group(group: Group) -> Group:
+    made = {k: v for k, v in _settings(group).items() if k not in TAGS}
+    for key in ("lr", "initial_lr"):
+        if key in made:
+            made[key] = made[key] / group["lr_multiplier"]
+    return made
+
+
+_RATES = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")  # one rate a group
+_FUNCTIONS = ("lr_lambdas",)  # one function a group
+
+
+def convert_scheduler_state(
+    state: Mapping[str, Any], opt: Any, *, to: Literal["rank-aware", "plain"] = "rank-aware"
+) -> dict[str, Any]:
+    """A scheduler's state for the other side: one rate a user group becomes one a group of ours, or back.
+
+    to="rank-aware" takes the state of a scheduler on a plain optimizer, to="plain" one of a scheduler on `opt`.
+    """
+    sources = [(group["user_group"], group["lr_multiplier"]) for group in opt.param_groups]
+    firsts = {user: i for i, (user, _) in reversed(list(enumerate(sources)))}
+
+    def rates(values: Sequence[Any], scale: bool) -> list[Any]:
+        if to == "plain":
+            own = [(values[firsts[user]], sources[firsts[user]][1]) for user in sorted(firsts)]
+            return [value / multiplier if scale else value for value, multiplier in own]
+        return [values[user] * multiplier if scale else values[user] for user, multiplier in sources]
+
+    expected = len(sources) if to == "plain" else len(firsts)
+    made = dict(state)
+    for key, value in state.items():
+        if key == "_schedulers":
+            made[key] = [convert_scheduler_state(inner, opt, to=to) for inner in value]
+        elif isinstance(value, (list, tuple)) and len(value) == expected and key in (*_RATES, *_FUNCTIONS):
+            made[key] = rates(value, scale=key in _RATES)
+    return made

@@ -1,0 +1,131 @@
+"""Two recipes compared: their rates where both have one, then every value that differs, in words and numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._tables import text_table
+from ._recipe import Rate, Recipe, known_rate
+from ._schema import to_document
+
+__all__ = ["Difference", "diff_recipes", "diff_text"]
+
+_ABSENT = "not told"
+# Fields told as a factor by their last name: rates, widths, counts. Other numbers are told as a difference.
+_BY_FACTOR = {
+    *("lr", "best_lr", "band_low", "band_high", "ceiling", "full_factor", "rank", "alpha", "fan_in", "full_fan_in"),
+    *("batch", "steps", "tokens", "pivot"),
+}
+_EQUAL = 1e-9  # relative: rates that differ by less are one rate, computed in another order
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that differs: its path in the file, or "at rank 8"; both values as text; and what lies between."""
+
+    what: str
+    first: str
+    second: str
+    words: str = ""
+
+
+def diff_recipes(first: Recipe, second: Recipe) -> tuple[Difference, ...]:
+    """What differs between two recipes: rates at common ranks first, then every field; empty for equal ones."""
+    return (*_rates(first, second), *_fields(first, second))
+
+
+def diff_text(found: Sequence[Difference]) -> str:
+    """What `diff_recipes` found as a table with a sentence above it; one sentence where nothing differs."""
+    if not found:
+        return "The two recipes hold the same."
+    rows = [(d.what, d.first, d.second, d.words) for d in found]
+    headings = ("what", "first", "second", "second against first")
+    return f"{_sentence(found)}\n{text_table(headings, rows, left=headings, width=150)}"
+
+
+def _sentence(found: Sequence[Difference]) -> str:
+    moved = [d for d in found if d.what.startswith("at ")]
+    if not moved:
+        return "The rates are the same; what differs is below."
+    apart = [d.what.removeprefix("at ") for d in moved if d.words.endswith("bands apart")]
+    if not apart:
+        return "The rates differ; their 90 % bands overlap at every common rank."
+    return f"The rates differ by more than their 90 % bands at {', '.join(apart)}."
+
+
+# --- rates ----------------------------------------------------------------------------------------------------------
+
+
+def _rates(first: Recipe, second: Recipe) -> Iterator[Difference]:
+    """The rates at the ranks that either saw and at full finetuning, each as its recipe scales alpha."""
+    for rank in (*sorted({*_ranks(first), *_ranks(second)}), None):
+        one, two = known_rate(first, rank), known_rate(second, rank)
+        if one is None or two is None or math.isclose(one.lr, two.lr, rel_tol=_EQUAL):
+            continue
+        overlap = max(one.low, two.low) <= min(one.high, two.high)
+        words = f"{_factor(one.lr, two.lr)}, bands {'overlap' if overlap else 'apart'}"
+        yield Difference(f"at rank {rank}" if rank else "at full finetuning", _shown(one), _shown(two), words)
+
+
+def _ranks(recipe: Recipe) -> tuple[int, ...]:
+    own = recipe.reference.rank
+    return recipe.ranks if own is None else (*recipe.ranks, own)
+
+
+def _shown(rate: Rate) -> str:
+    return f"{rate.lr:.3g} ({rate.low:.3g} to {rate.high:.3g})"
+
+
+# --- fields ---------------------------------------------------------------------------------------------------------
+
+
+def _fields(first: Recipe, second: Recipe) -> Iterator[Difference]:
+    """Every field of the TOML file and every tensor of the other one, by its path there."""
+    one, two = (dict(flat(to_document(recipe))) for recipe in (first, second))
+    for path in (*one, *(path for path in two if path not in one)):
+        old, new = one.get(path), two.get(path)
+        if old != new:
+            yield Difference(path, _text(old), _text(new), _change(path, old, new))
+    arrays, others = first.arrays(), second.arrays()
+    for path in (*arrays, *(path for path in others if path not in arrays)):
+        a, b = arrays.get(path), others.get(path)
+        if a is None or b is None or a.shape != b.shape:
+            yield Difference(path, _size(a), _size(b))
+        elif count := int(((a != b) & ~(a.isnan() & b.isnan())).sum()):
+            yield Difference(path, _size(a), _size(b), f"{count} of {a.numel()} values differ")
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested TOML by dotted path, without those that are None."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flat(inner, f"{path}.{key}" if path else key)
+    elif value is not None:
+        yield path, value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return _ABSENT if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _size(tensor: torch.Tensor | None) -> str:
+    return _ABSENT if tensor is None else " × ".join(map(str, tensor.shape)) or "1"
+
+
+def _change(path: str, old: Any, new: Any) -> str:
+    """What takes one number to the other: a factor for rates, widths and counts, else a difference."""
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (old, new)):
+        return ""
+    by_factor = path.rpartition(".")[2] in _BY_FACTOR and old > 0 and new > 0
+    return _factor(old, new) if by_factor else f"{new - old:+.3g}"
+
+
+def _factor(old: float, new: float) -> str:
+    return f"× {new / old:.3g} ({math.log2(new) - math.log2(old):+.2f} octaves)"

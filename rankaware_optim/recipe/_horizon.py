@@ -1,0 +1,71 @@
+"""Another number of steps or another batch than a recipe's own: how far its best rate moves, and how surely."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..errors import RecipeError
+
+__all__ = ["BATCH_DOUBT", "Horizon", "Moved", "SLOPE_SD", "by_batch"]
+
+SLOPE_SD = 0.3  # prior of the slope about 0: small sweeps had -0.1 under Init[A] and +0.3 in full finetuning
+BATCH_DOUBT = 0.15  # octaves of rate per octave of batch about the law's rule: small sweeps had 0.3 to 0.67
+
+
+class Moved(NamedTuple):
+    """Where another length or batch puts the best rate: octaves by which it moves, their sd, and why in words."""
+
+    octaves: float = 0.0
+    sd: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """log2 of the best rate against log2 of the steps: `slope` and its standard deviation, octaves per octave."""
+
+    slope: float = 0.0
+    slope_sd: float = SLOPE_SD
+
+    def by_steps(self, steps: int | None, own: int | None, name: str, told: bool = True) -> Moved:
+        """From a recipe's `own` steps to `steps`. told: whether the slope is of what is asked for, LoRA or full.
+
+        Raises RecipeError where `steps` is no positive whole number, or the recipe does not know its own.
+        """
+        if steps is None:
+            return Moved()
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise RecipeError(f"steps is {steps!r}.", "Give a positive whole number.")
+        octaves = _octaves(steps, own, name, "steps")
+        slope, sd = (self.slope, self.slope_sd) if told else (0.0, max(self.slope_sd, SLOPE_SD))
+        if not octaves:
+            return Moved()
+        why = f"{steps} steps instead of {own}: an extrapolation by {slope:+.2f} ± {sd:.2f} octaves per octave"
+        return Moved(slope * octaves, sd * abs(octaves), (why,))
+
+
+def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> Moved:
+    """From a recipe's `own` batch to `batch`, by `rule` octaves of rate per octave.
+
+    Raises RecipeError where `batch` is no positive number, or the recipe does not know its own.
+    """
+    if batch is None:
+        return Moved()
+    if isinstance(batch, bool) or not isinstance(batch, (int, float)) or not 0 < batch < math.inf:
+        raise RecipeError(f"batch is {batch!r}.", "Give a positive number, counted as the recipe counts its own.")
+    octaves = _octaves(batch, own, name, "batch")
+    if not octaves:
+        return Moved()
+    why = f"batch {batch:g} instead of {own:g}: an extrapolation by {rule:+.2f} ± {BATCH_DOUBT:.2f} octaves per octave"
+    return Moved(rule * octaves, BATCH_DOUBT * abs(octaves), (why,))
+
+
+def _octaves(asked: float, own: float | None, name: str, what: str) -> float:
+    if own is None:
+        raise RecipeError(
+            f"Recipe {name!r} does not say its own {what}, so nothing says how far {asked:g} is from it.",
+            f"Leave {what}= out, or calibrate with {what}=.",
+        )
+    return math.log2(asked / own)

@@ -1,0 +1,109 @@
+"""The picture of a recipe."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from .._figures import COLOURS, figure_of, rate_axis, save, short
+from ..errors import PlotError
+from ._plot_data import Arm as PictureArm
+from ._plot_data import Picture, picture_of
+from ._recipe import Recipe
+
+__all__ = ["draw_trials", "drawable", "plot_recipe"]
+
+
+def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
+    """Draw a recipe: a panel a rank with its trials, the fit, band, ceiling and rate; then the rates by rank.
+
+    Returns the path written. Raises PlotError where matplotlib is missing or the file cannot be written.
+    """
+    picture = drawable(recipe)
+    rooms = len(picture.arms) + bool(picture.by_rank)
+    columns = min(3, rooms)
+    rows = -(-rooms // columns)
+    figure, axes = figure_of(columns, 1.0 + 3.6 * columns, 0.9 + 3.2 * rows, rows)
+    for axis, arm in zip(axes, picture.arms, strict=False):
+        _draw_rank(axis, picture, arm)
+    if picture.by_rank:
+        _draw_rates(axes[rooms - 1], picture, recipe)
+    for axis in axes[rooms:]:
+        axis.set_axis_off()
+    axes[0].set_ylabel("score, minimised")
+    made_by = f"{recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'untold'} steps"
+    figure.suptitle(f"Recipe {short(recipe.name, 60)!r}: {made_by}", parse_math=False)
+    figure.legend(*_legend(axes), loc="outside lower center", ncols=min(4, 2 * columns), frameon=False, fontsize=9)
+    return save(figure, path)
+
+
+def drawable(recipe: Recipe) -> Picture:
+    """What a picture of `recipe` shows; a `PlotError` where it holds no trials."""
+    picture = picture_of(recipe)
+    if not picture.arms:
+        raise PlotError(f"The recipe {recipe.name!r} holds no trials to draw.", "Give one made by ra.calibrate.")
+    return picture
+
+
+def _legend(axes: Any) -> tuple[list[Any], list[str]]:
+    """Handles and labels of all panels, each label once."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    return list(found.values()), list(found)
+
+
+def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
+    """One rank: trials, the fitted curve, and the recipe's rate with band and ceiling."""
+    _draw_points(axis, picture, arm, COLOURS[0], "trial")
+    if arm.rate is not None:
+        axis.axvspan(arm.rate.low, arm.rate.high, color=COLOURS[0], alpha=0.12, lw=0, label="90 % band")
+        axis.axvline(arm.rate.lr, color=COLOURS[1], linestyle="--", label="the recipe's rate")
+        if arm.rate.ceiling is not None:
+            axis.axvline(arm.rate.ceiling, color="0.2", linestyle=":", label="ceiling")
+    rate_axis(axis)
+    axis.set(xlim=picture.rates, ylim=picture.values)
+    axis.set_title(f"{arm.label[0].upper()}{arm.label[1:]}", fontsize=10)
+
+
+def _draw_points(axis: Any, picture: Picture, arm: PictureArm, colour: str, label: str) -> None:
+    """Trials at the rates they ran at, those without a place as open triangles at the upper edge, and the curve."""
+    bottom, top = picture.values
+    edge = top - 0.03 * (top - bottom)
+    inside = [(p.rate, p.value) for p in arm.points if p.value <= top]
+    beyond = [p.rate for p in arm.points if not p.value <= top]
+    curve = zip(*arm.curve, strict=True) if arm.curve else ((), ())
+    axis.plot(*curve, color=colour, linewidth=1.5, label="fit" if label == "trial" else None)
+    axis.plot(*zip(*inside, strict=True) if inside else ((), ()), "o", color=colour, label=label, alpha=0.8)
+    axis.plot(beyond, [edge] * len(beyond), "^", color=colour, markerfacecolor="none")
+
+
+def draw_trials(axis: Any, picture: Picture) -> None:
+    """All ranks in one panel."""
+    for arm, colour in zip(picture.arms, cycle(COLOURS), strict=False):
+        _draw_points(axis, picture, arm, colour, arm.label)
+        if arm.rate is not None:
+            axis.axvline(arm.rate.lr, color=colour, linestyle="--", linewidth=1)
+    rate_axis(axis)
+    axis.set(ylabel="score, minimised", xlim=picture.rates, ylim=picture.values)
+    axis.set_title("Trials (△ off the frame; dashed: quoted rates)", fontsize=10)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _draw_rates(axis: Any, picture: Picture, recipe: Recipe) -> None:
+    """The rate against rank, with its band and ceiling, and full finetuning's as a level."""
+    ranks, rates = zip(*picture.by_rank, strict=True)
+    axis.fill_between(ranks, [r.low for r in rates], [r.high for r in rates], color=COLOURS[0], alpha=0.12, lw=0)
+    axis.plot(ranks, [r.lr for r in rates], color=COLOURS[1], linestyle="--")
+    if rates[0].ceiling is not None:
+        axis.plot(ranks, [r.ceiling for r in rates], color="0.2", linestyle=":")
+    if picture.full is not None:
+        axis.axhspan(picture.full.low, picture.full.high, color=COLOURS[2], alpha=0.12, lw=0)
+        axis.axhline(picture.full.lr, color=COLOURS[2], linestyle="-.", label="full finetuning")
+    for rank in recipe.ranks:
+        axis.axvline(rank, color="0.8", linewidth=0.8, zorder=0)
+    axis.set_xlabel("rank (grey: calibrated)")
+    axis.set_ylabel("learning rate, per step")
+    axis.set_title("Rates by rank", fontsize=10)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_yscale("log")

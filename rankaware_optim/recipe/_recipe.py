@@ -1,0 +1,265 @@
+"""Recipes: what a calibration learned, as TOML for people and safetensors for arrays; `Recipe.at` gives a rate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .._scaling_rule import GAMMA, Scaling
+from .._types import Method, Reference, Survey
+from ..errors import RankAwareError, RankAwareWarning, RecipeError
+from ..laws import Power, checked_multiplier, law_changes
+from . import _io as recipe_files
+from . import _schema as recipe_toml
+from ._horizon import Horizon, by_batch
+from ._uncertainty import Z90, spread
+
+__all__ = ["ANY_WIDTH", "Rate", "Recipe", "known_rate", "resolve_recipe"]
+
+ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels between ranks of one init
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate and how sure it is.
+
+    `lr` is the rate to use; it may lean below the middle of the band where a cliff is near. `low` and `high` bound
+    the best rate with 90 %. `ceiling` is the smallest rate seen to diverge, moved to this configuration, or None.
+    """
+
+    lr: float
+    low: float
+    high: float
+    ceiling: float | None = None
+    extrapolated: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __float__(self) -> float:
+        return float(self.lr)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A calibrated base rate with its law, uncertainty and provenance.
+
+    best_lr: the best rate at `reference`, as fitted. lean: octaves by which quoted rates lean below it. law: a
+    `Power` on top of the law calibrated with: drift in rank, factor of full finetuning. covariance: 3 × 3 tensor of
+    (log2 rate at `law.pivot`, drift, log2 full_factor), octaves. scaling_rule: how the effective multiplier followed
+    the ranks seen: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant), "as swept" (a
+    sweep that did not say), or "unknown". steps: None where a sweep did not say. horizon: how the best rate moves with
+    the steps. notes: what the data did not
+    determine, in words. tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`, `value` (NaN where
+    pruned), `diverged`, `pruned`, `steps` and `curve`.
+    """
+
+    name: str
+    best_lr: float
+    reference: Reference
+    law: Power
+    covariance: torch.Tensor
+    lean: float = 0.0
+    ceiling: float | None = None
+    scaling_rule: Scaling = "unknown"
+    full_fan_in: float | None = None
+    ranks: tuple[int, ...] = ()
+    full_seen: bool = False
+    optimizer: str = "torch.optim.AdamW"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = 1
+    batch: float | None = None
+    warmup: float | None = None
+    horizon: Horizon = field(default_factory=Horizon)
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def lr(self) -> float:
+        """The quoted base rate: the best rate at `reference`, leaned by `lean` octaves."""
+        return float(self.best_lr * 2.0**-self.lean)
+
+    @property
+    def full_factor(self) -> float:
+        """What the law's point for full finetuning is multiplied by."""
+        return self.law.full_factor
+
+    @property
+    def tag(self) -> str:
+        """The recipe in a line, "hash name", as an optimizer's state carries it.
+
+        The hash is of what decides its rates: base rate, reference, law and the rule for alpha. A copy under another
+        name, or one read by a newer package, keeps it.
+        """
+        r = self.reference
+        at = (r.method, r.rank, r.scaling, r.init, r.fan_in, r.batch)
+        decisive = (self.lr, at, self.scaling_rule, law_changes(self.law))
+        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=repr).encode()).hexdigest()
+        return f"{digest[:12]} {self.name}"
+
+    def at(
+        self,
+        rank: int | None = None,
+        *,
+        alpha: float | None = None,
+        rslora: bool = False,
+        init: Literal["A", "B"] | None = None,
+        method: Method = "lora",
+        fan_in: float | None = None,
+        steps: int | None = None,
+        batch: float | None = None,
+    ) -> Rate:
+        """The rate at another rank, alpha, init, width, number of steps or batch, or for full finetuning.
+
+        Without alpha the effective multiplier follows the ranks seen (`scaling_rule`); where no rule fits, alpha is
+        asked for. Without fan_in, steps or batch they are the recipe's own; steps move the rate by `horizon`, the
+        batch by the law's rule (the square root for Adam). Outside what was seen the rate is `extrapolated`, its band
+        the wider the farther, and a warning is given once.
+
+        Raises:
+            RecipeError: alpha is needed and was not given, or was given where the sweep did not say it; or the rate
+                hangs on a fan-in, steps or batch that nobody told the recipe; or steps or batch are impossible.
+            InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
+        """
+        target, reference = self._at_a_width(self._target(rank, alpha, rslora, init, method, fan_in))
+        sd, outside = spread(self, target)
+        longer = self.horizon.by_steps(steps, self.steps, self.name, told=method == reference.method)
+        larger = by_batch(batch, self.batch, math.log2(self.law.batch_multiplier(2.0)), self.name)
+        moved = checked_multiplier(self.law, target.as_factor(), reference) * 2.0 ** (longer.octaves + larger.octaves)
+        sd, outside = math.hypot(sd, longer.sd, larger.sd), [*outside, *longer.notes, *larger.notes]
+        if outside:
+            self._warn_once(outside)
+        best = self.best_lr * moved
+        leans = [f"leans {self.lean:.2g} octaves low, since too high costs more"] if self.lean else []
+        return Rate(
+            lr=best * 2.0**-self.lean,
+            low=best * 2.0 ** (-Z90 * sd),
+            high=best * 2.0 ** (Z90 * sd),
+            ceiling=None if self.ceiling is None else self.ceiling * moved,
+            extrapolated=bool(outside),
+            notes=(*outside, *leans, *self.notes),
+        )
+
+    def notes_for(self, survey: Survey, optimizer_class: type) -> tuple[str, ...]:
+        """What a report should say of this recipe on a model: its band there, and what it was not made for.
+
+        Warns once, as `at` does, where the model lies outside what was seen.
+        """
+        own = survey.dominant()
+        if own.method == "full":
+            rate = self.at(method="full", fan_in=survey.full_width(self.reference.init))
+        else:
+            rate = self.at(own.rank, alpha=own.alpha, fan_in=survey.width, init=own.init)
+        band = f"recipe {self.name!r}: the best rate lies between {rate.low:.3g} and {rate.high:.3g} with 90 %"
+        notes = [f"{band}, for {self.steps or 'unknown'} steps at batch {self.batch or 'unknown'}.", *rate.notes]
+        made_for = self.optimizer.rpartition(".")[2]
+        if made_for != optimizer_class.__name__:
+            notes.append(f"The recipe was made with {made_for}, not {optimizer_class.__name__}: its rates may not fit.")
+        return tuple(notes)
+
+    def _target(
+        self,
+        rank: int | None,
+        alpha: float | None,
+        rslora: bool,
+        init: Literal["A", "B"] | None,
+        method: Method,
+        fan_in: float | None,
+    ) -> Reference:
+        init = init or self.reference.init
+        if (rslora and alpha is None) or (method == "full" and not rank is alpha is None):
+            raise RecipeError(
+                f"rank={rank}, alpha={alpha}, rslora={rslora} do not go together with method={method!r}.",
+                "Give rank and alpha for LoRA, rslora= beside alpha=, and none of them for full finetuning.",
+            )
+        if method == "full":
+            width = self.full_fan_in or self.reference.fan_in
+            return Reference(method="full", init=init, fan_in=width if fan_in is None else fan_in)
+        width = self.reference.fan_in if fan_in is None else fan_in
+        if rank is None and self.reference.method == "full":
+            raise RecipeError("This recipe was made by full finetuning alone.", "Give rank= and alpha= for LoRA.")
+        rank = self.reference.rank if rank is None else rank
+        if alpha is not None and self.scaling_rule == "as swept":
+            raise RecipeError(
+                f"The sweep behind recipe {self.name!r} did not say its alpha, so its rates hold as swept only.",
+                "Fit it again with alpha=, or use recipe.at(rank=...).lr as a plain lr=.",
+            )
+        if alpha is not None:
+            return Reference(rank, alpha, rslora, init, width, method)
+        Reference(rank, 1.0, method=method)  # refuses an impossible rank before it is used below
+        return replace(Reference.from_scaling(rank, self._scaling_at(rank or 1), init=init), fan_in=width)
+
+    def _at_a_width(self, target: Reference) -> tuple[Reference, Reference]:
+        """`target` and the reference, at the target's fan-in where the recipe knows none."""
+        own = self.reference
+        if own.fan_in is not None:
+            return target, own
+        if target.fan_in is None and (target.method, target.init) != (own.method, own.init):
+            raise RecipeError(
+                f"Recipe {self.name!r} knows no fan-in, on which the rate of {target} hangs.",
+                "Give fan_in=, the model's width.",
+            )
+        width = target.fan_in or ANY_WIDTH
+        return replace(target, fan_in=width), replace(own, fan_in=width)
+
+    def _scaling_at(self, rank: int) -> float:
+        if rank == self.reference.rank:
+            return self.reference.scaling
+        if self.scaling_rule not in GAMMA or self.reference.rank is None:
+            raise RecipeError(
+                f"Recipe {self.name!r} saw no rule by which alpha follows the rank.", "Give alpha= beside the rank."
+            )
+        return float(self.reference.scaling * (rank / self.reference.rank) ** -GAMMA[self.scaling_rule])
+
+    def _warn_once(self, outside: list[str]) -> None:
+        if not self.__dict__.get("_warned"):
+            object.__setattr__(self, "_warned", True)
+            warnings.warn(f"Recipe {self.name!r} extrapolates: {outside[0]}.", RankAwareWarning, stacklevel=3)
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write `path` (TOML) and the safetensors file beside it, atomically; a reader finds both or no recipe.
+
+        Raises:
+            RecipeError: the folder cannot be written, or `path` does not end in .toml.
+        """
+        return recipe_files.write(path, recipe_toml.header(self), recipe_toml.to_document(self), self.arrays())
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """What the safetensors file holds, by name."""
+        return {**{f"trial.{key}": value for key, value in self.tensors.items()}, "fit.covariance": self.covariance}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read a recipe, checking every value and the tensors' hash at the door. Nothing is unpickled.
+
+        Raises:
+            RecipeError: a file is missing, cut short, of a newer schema, altered, or holds an impossible value; the
+                message carries the value's path.
+        """
+        return recipe_toml.from_document(cls, *recipe_files.read(path))
+
+
+def known_rate(recipe: Recipe, rank: int | None, **where: Any) -> Rate | None:
+    """The rate at a rank, None for full finetuning, without a warning; None where the recipe asks to be told more."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return recipe.at(method="full", **where) if rank is None else recipe.at(rank, **where)
+        except RankAwareError:
+            return None
+
+
+def resolve_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
+    """The recipe itself, or the one in the file named."""
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)

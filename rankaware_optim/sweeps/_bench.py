@@ -1,0 +1,370 @@
+"""A yardstick for laws: how far each moves a sweep's best rate from the truth, and what that costs in loss.
+
+For every model of a sweep and every ordered pair of its ranks, the best rate found at the first is moved by the law to
+the second and compared with the best rate found there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+
+from .._optimizer_classes import get_optimizer_class
+from .._tables import text_table
+from .._types import Reference
+from ..errors import CalibrationError, LawError
+from ..laws import Law, checked_multiplier, get_law
+from ._io import Run, Source, Sweep, read_sweep
+from ._runs import curve_of, known_alpha, observation_of, site_of
+
+__all__ = [
+    "COMPARED",
+    "DEMO_SWEEP",
+    "Move",
+    "Score",
+    "Valley",
+    "bench_law",
+    "law_of",
+    "score_of",
+    "score_table",
+    "valleys_of",
+    "vertex_of",
+]
+
+Best = Literal["parabola", "bowl"]
+DEMO_SWEEP = Path(__file__).with_name("demo_sweep.csv")
+COMPARED = (
+    "mua",
+    "mua-paper",
+    "constant",
+    "loraplus",
+    "power?exponent=-1,law=constant",
+    "power?exponent=-0.5,law=constant",
+    "falling",
+)
+
+
+@dataclass(frozen=True)
+class Valley:
+    """One rank's loss over the rate. x: log2 of its best rate; at: its configuration; runs: what was tried.
+
+    curve: {log2 rate: mean loss over seeds}, infinite where a run diverged.
+    """
+
+    model: str
+    at: Reference
+    x: float
+    curve: Mapping[float, float]
+    runs: tuple[Run, ...]
+
+    def lost_at(self, x: float) -> float | None:
+        """Loss at log2 rate x above the lowest of the curve, relative to it; None off the grid.
+
+        Between the rates tried it lies on straight lines, so it is rather too high where the curve is a bowl.
+        """
+        grid, best = sorted(self.curve), min(self.curve.values())
+        if not grid[0] <= x <= grid[-1]:
+            return None
+        low, high = max(at for at in grid if at <= x), min(at for at in grid if at >= x)
+        share = 0.0 if low == high else (x - low) / (high - low)
+        loss = self.curve[low] if share == 0.0 else (1.0 - share) * self.curve[low] + share * self.curve[high]
+        return (loss - best) / max(abs(best), 1e-12)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A best rate moved from one rank to another.
+
+    octaves: log2 of the moved rate over the best one there, positive where too high. lost: loss there above the
+    lowest, relative to it; infinite where runs diverged, None where the moved rate lies off the grid.
+    """
+
+    model: str
+    source: Reference
+    target: Reference
+    octaves: float
+    lost: float | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A law's moves. Octaves are absolute; losses are shares of the best loss, of the moves that stay on the grid."""
+
+    label: str
+    law: Law
+    moves: tuple[Move, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(abs(move.octaves) for move in self.moves)
+
+    @property
+    def worst(self) -> float:
+        return max(abs(move.octaves) for move in self.moves)
+
+    @property
+    def lost(self) -> tuple[float, ...]:
+        return tuple(move.lost for move in self.moves if move.lost is not None)
+
+    @property
+    def off_grid(self) -> int:
+        """How many moved rates lie off the grid of the rank they were moved to, so that their loss is not known."""
+        return len(self.moves) - len(self.lost)
+
+    def row(self) -> dict[str, Any]:
+        """What stands in a table: octaves and shares of the loss, None where no move stayed on the grid."""
+        lost = self.lost
+        return {
+            "law": self.label,
+            "median_octaves": self.median,
+            "worst_octaves": self.worst,
+            "median_loss": statistics.median(lost) if lost else None,
+            "worst_loss": max(lost, default=None),
+            "moves": len(self.moves),
+            "off_grid": self.off_grid,
+        }
+
+
+def bench_law(
+    sweep: Source | Sweep = DEMO_SWEEP,
+    laws: Sequence[str | Law] = COMPARED,
+    *,
+    best: Best = "parabola",
+    alpha: float | Literal["rank"] | None = None,
+    fan_in: float | None = None,
+    optimizer: type[Optimizer] | str = "AdamW",
+    columns: Mapping[str, str] | None = None,
+) -> list[Score]:
+    """Score laws on a sweep, a `Score` each: error in octaves and loss lost over every ordered pair of ranks.
+
+    Losses are averaged over seeds. Ranks whose lowest loss sits at an end of their grid are left out, and so is full
+    finetuning. Rows that differ in model, batch or init are not compared with one another.
+
+    Args:
+        sweep: dicts or a file, as for `fit_sweep`; by default the package's own (EfficientNet-lite0 on digits).
+        laws: `Law` instances, or texts as for `law_of`.
+        best: where a rank's best rate lies: "parabola", the vertex through its best three rates in log2, or "bowl",
+            the calibration's fit to all of a model's runs, which noise moves less.
+        alpha: for rows that do not say it: a number, or "rank" where it follows the rank.
+        fan_in: the models' width where rows do not say it; a usual one if left out, since it all but cancels.
+        optimizer: what the sweep was run with.
+        columns: {field: column} where names differ.
+
+    Raises:
+        CalibrationError: a cell cannot be, alpha is not told, or no model has two ranks with a best rate inside.
+        LawError: a law is unknown, or gave no usable multiplier.
+
+    >>> rows = [{"rank": r, "lr": 2.0**x, "loss": 1 + (x + 11) ** 2} for r in (8, 64) for x in range(-14, -8)]
+    >>> [(score.label, round(score.worst, 2)) for score in bench_law(rows, ["constant"], alpha="rank")]
+    [('constant', 0.0)]
+    """
+    valleys = valleys_of(read_sweep(sweep, columns=columns).runs, best=best, alpha=alpha, fan_in=fan_in)
+    return [score_of(law, valleys, optimizer) for law in laws]
+
+
+def score_of(law: str | Law, valleys: Sequence[Valley], optimizer: type[Optimizer] | str = "AdamW") -> Score:
+    """One law's moves between all valleys that may be compared."""
+    found = law_of(law)
+    bound = found.bind(get_optimizer_class(optimizer), {})
+    return Score(law if isinstance(law, str) else repr(law), found, tuple(_moves(bound, valleys)))
+
+
+# --- best rates -----------------------------------------------------------------------------------------------------
+
+
+def valleys_of(
+    runs: Sequence[Run],
+    *,
+    best: Best = "parabola",
+    alpha: float | Literal["rank"] | None = None,
+    fan_in: float | None = None,
+) -> list[Valley]:
+    """Every rank's valley whose best rate lies inside its grid, of the models that have two or more."""
+    if best not in ("parabola", "bowl"):
+        raise CalibrationError(f"best is {best!r}.", "Give 'parabola' or 'bowl'.")
+    arms = _arms(runs, alpha, fan_in)
+    valleys = [valley for (model, at), mine in arms.items() if (valley := _valley(model, at, tuple(mine))) is not None]
+    valleys = [valley for valley in valleys if any(_alike(valley, other) for other in valleys)]
+    if not valleys:
+        raise CalibrationError(
+            "No model of the sweep has two ranks whose best rate lies inside their grid.",
+            "Sweep at least two ranks past their best rate on both sides.",
+        )
+    return _in_bowls(valleys) if best == "bowl" else valleys
+
+
+def _arms(
+    runs: Sequence[Run], alpha: float | Literal["rank"] | None, fan_in: float | None
+) -> dict[tuple[str, Reference], list[Run]]:
+    """The LoRA runs by model and configuration."""
+    lora = known_alpha([run for run in runs if run.rank is not None], alpha)
+    if any(run.alpha is None for run in lora):
+        raise CalibrationError(
+            "The sweep does not say alpha, without which no law says how its rate moves.",
+            "Give alpha= (--alpha): a number, or 'rank' where alpha followed the rank.",
+        )
+    arms: dict[tuple[str, Reference], list[Run]] = {}
+    for run in lora:
+        site = replace(site_of(run, Reference(1, 1, fan_in=fan_in), run.fan_in)[0], batch=run.batch)
+        arms.setdefault((run.model or "", site), []).append(run)
+    return arms
+
+
+def _valley(model: str, at: Reference, runs: tuple[Run, ...]) -> Valley | None:
+    """The valley by its parabola; None where the best rate is at an end of the grid."""
+    curve = curve_of(runs)
+    x = vertex_of(curve)
+    return None if x is None else Valley(model, at, x, curve, runs)
+
+
+def vertex_of(curve: Mapping[float, float]) -> float | None:
+    """Where the parabola through the lowest point and its neighbours is lowest; None at an end of the grid.
+
+    A neighbour above that is infinite (a run that diverged) puts it half a step below the lowest point.
+    """
+    xs = sorted(curve)
+    i = min(range(len(xs)), key=lambda j: curve[xs[j]])
+    if not 0 < i < len(xs) - 1 or not math.isfinite(curve[xs[i - 1]]):
+        return None
+    (x0, y0), (x1, y1), (x2, y2) = ((x, curve[x]) for x in xs[i - 1 : i + 2])
+    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    return x1 if left == right else (x0 + x1) / 2 - left * (x2 - x0) / 2 / (right - left)
+
+
+def _in_bowls(valleys: Sequence[Valley]) -> list[Valley]:
+    """The valleys with their best rates by the calibration's fit, which shares the bowl's shape in a model."""
+    from ..calibration.fit import Prior, fit_observations
+
+    placed = []
+    for model in dict.fromkeys((valley.model, valley.at.batch, valley.at.init) for valley in valleys):
+        mine = [valley for valley in valleys if (valley.model, valley.at.batch, valley.at.init) == model]
+        # Arms are told apart by a number, since two may share a rank.
+        arms = [(number, run) for number, valley in enumerate(mine, 1) for run in valley.runs]
+        fit = fit_observations([observation_of(run, number, math.log2(run.lr)) for number, run in arms], Prior())
+        vertices = {} if fit is None else fit.vertices
+        placed += [replace(valley, x=vertices[number][0]) for number, valley in enumerate(mine, 1)]
+    return placed
+
+
+def _alike(source: Valley, target: Valley) -> bool:
+    """Whether a law is asked to move one's rate to the other: another rank of the same model, batch and init."""
+    return (
+        source.model == target.model
+        and (source.at.batch, source.at.init) == (target.at.batch, target.at.init)
+        and source.at.rank != target.at.rank
+    )
+
+
+def _moves(law: Law, valleys: Sequence[Valley]) -> Iterator[Move]:
+    for source, target in itertools.permutations(valleys, 2):
+        if not _alike(source, target):
+            continue
+        moved = source.x + math.log2(checked_multiplier(law, target.at.as_factor(), source.at))
+        yield Move(source.model, source.at, target.at, moved - target.x, target.lost_at(moved))
+
+
+# --- laws by text ---------------------------------------------------------------------------------------------------
+
+
+def law_of(text: str | Law) -> Law:
+    """A law from a text: a registered name or "package.module:Class", and its parameters after a "?".
+
+    Parameters are parted by commas; a value is a number, true, false, none, a text, or another law, in brackets where
+    it has parameters of its own. The part after the colon may be a class or an instance.
+
+    >>> law_of("mua?tokens=16").tokens
+    16.0
+    >>> law_of("power?exponent=-1,law=constant").law
+    Constant()
+    >>> law_of("power?law=(mua?tokens=none)").law.tokens is None
+    True
+    """
+    if isinstance(text, Law):
+        return text
+    if not isinstance(text, str):
+        return get_law(text)
+    name, parameters = (part.strip() for part in text.partition("?")[::2])
+    law = _imported(name) if ":" in name else get_law(name)
+    values = dict(_parameter(law, part) for part in _parted(parameters))
+    if not values:
+        return law
+    if not is_dataclass(law):
+        raise LawError(f"The law {name!r} has no parameters to set.", "Make it a dataclass, or leave out the '?'.")
+    return replace(law, **values)
+
+
+def _parted(text: str) -> list[str]:
+    """`text` cut at the commas outside brackets."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign == "(") - (sign == ")")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part for part in parts if part.strip()]
+
+
+def _parameter(law: Law, part: str) -> tuple[str, Any]:
+    key, equals, value = (piece.strip() for piece in part.partition("="))
+    known: list[str] = [f.name for f in fields(law)] if is_dataclass(law) else []
+    if not equals or key not in known:
+        raise LawError(
+            f"The law {law.name!r} has no parameter {key!r}.",
+            f"It has {', '.join(known) or 'none'}; write them as in 'mua?tokens=16'.",
+        )
+    return key, law_of(value.removeprefix("(").removesuffix(")")) if key == "law" else _value(value)
+
+
+def _value(text: str) -> Any:
+    plain = {"none": None, "true": True, "false": False}
+    if text.lower() in plain:
+        return plain[text.lower()]
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _imported(name: str) -> Law:
+    package, _, attribute = name.partition(":")
+    try:
+        found: Any = getattr(import_module(package), attribute)
+        made = found() if isinstance(found, type) else found
+    except Exception as error:  # a stranger's module may raise anything on import, and its class too
+        raise LawError(
+            f"The law {name!r} cannot be loaded: {error}.", "Give 'package.module:Class', importable from here."
+        ) from error
+    if not isinstance(made, Law):
+        raise LawError(f"{name!r} is a {type(made).__name__}, not a Law.", "Derive it from rankaware_optim.Law.")
+    return made
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def score_table(scores: Sequence[Score]) -> str:
+    """Scores as a plain table."""
+    heads = ("law", "octaves: median", "worst", "loss lost: median", "worst", "off the grid")
+    rows = []
+    for score in scores:
+        row = score.row()
+        losses = [_share(row["median_loss"]), _share(row["worst_loss"])]
+        off = f"{score.off_grid} of {len(score.moves)}"
+        rows.append([score.label, f"{score.median:.2f}", f"{score.worst:.2f}", *losses, off])
+    moves = scores[0].moves if scores else ()
+    ends = {(move.model, move.source) for move in moves}
+    below = f"{len(moves)} moves between {len(ends)} ranks of {len({model for model, _ in ends})} models"
+    return text_table(heads, rows, lines=[below], left=("law",))
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else "diverged" if math.isinf(value) else f"{value:.2%}"

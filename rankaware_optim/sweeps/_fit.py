@@ -1,0 +1,347 @@
+"""A sweep of one's own becomes a recipe: `fit_sweep`, the calibration's fit on rows from any tool."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from .._optimizer_classes import get_optimizer_class
+from .._scaling_rule import Scaling, infer_scaling
+from .._types import Reference
+from ..calibration import Study, versions_used
+from ..errors import CalibrationError
+from ..laws import Constant, Law, MuA, Power, checked_multiplier, get_law
+from ..recipe import Recipe
+from ._io import Run, Source, Sweep, read_sweep
+from ._runs import End, ends_of, known_alpha, observation_of, selected, site_of
+
+if TYPE_CHECKING:
+    from ..calibration.fit import Fit, Observation, Prior
+
+__all__ = ["fit_sweep"]
+
+# Where alpha is not told: standard deviations of the drift about the middle custom, s ∝ 1/√r, and of full finetuning.
+# The customs s ∝ 1 and s ∝ 1/r lie a quarter of an octave per octave to either side (η ∝ s^(-1/2)).
+_AS_SWEPT_SD = (0.3, 2.0)
+# Prior of log2 of the effective tokens: published language models 8 to 16, small networks 1 to 50.
+_TOKENS = (3.0, 1.5)
+_TOKENS_GRID = np.arange(-2.0, 10.25, 0.5)
+# A best rate at an end of its grid is a bound: octaves by which the optimum may lie off, and below the lowest rate.
+_EDGE_SD, _BELOW = 1.0, 0.5
+_UNSURE = 0.75  # octaves: a base rate less sure than this is said to be open
+_UNTOLD = 0.8  # share of the prior's sd above which the data said little of the drift
+
+
+def fit_sweep(
+    sweep: Source | Sweep,
+    *,
+    optimizer: type[Optimizer] | str = "AdamW",
+    name: str = "sweep",
+    law: str | Law = "mua",
+    fit: Literal["drift", "tokens"] = "drift",
+    model: str | None = None,
+    alpha: float | Literal["rank"] | None = None,
+    init: Literal["A", "B"] | None = None,
+    fan_in: float | None = None,
+    full_fan_in: float | None = None,
+    batch: float | None = None,
+    steps: int | None = None,
+    warmup: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Recipe:
+    """A recipe from a learning-rate sweep that exists already, from any tool: the calibration's fit on its rows.
+
+    Every rank's loss over log2 of the rate is a bowl with a cliff; the best rates are shrunk towards the law. What
+    the data leave open stands in the recipe's `notes` and in its band: a best rate at an edge of its grid, one rank,
+    a loss that hardly moves. Diverged runs set the ceiling.
+
+    Args:
+        sweep: dicts, or a .csv, .tsv, .json or .jsonl file; the columns are those of `read_sweep`.
+        optimizer: what the sweep was run with, a class or a name; decides the law's form.
+        name: the recipe's name.
+        law: the law that maps rates between ranks; by default µA alone, the fall at Init[B] being the prior's.
+        fit: what corrects the law: "drift", a power of the rank, or "tokens", the effective tokens of `MuA`, whose
+            effect is bounded.
+        model, batch, init: select the rows that say so, where a sweep holds several; fill in where rows say nothing
+            (init: "A").
+        alpha: for rows that do not say it; "rank" where alpha follows the rank. Without any, rates hold as swept:
+            the recipe refuses another alpha, and its drift in rank is less sure.
+        fan_in: the model's mean fan-in, for rows that do not say it. Without any, the recipe refuses full finetuning
+            and other inits.
+        full_fan_in: the largest fan-in of the adapted layers, on which the full rate hangs; default `fan_in`.
+        steps, warmup: the horizon and share of warm-up steps the rates belong to, if known.
+        settings: the optimizer's settings, recorded only.
+        columns: {field: column} where names differ.
+
+    Raises:
+        CalibrationError: a cell cannot be, several models, batches or inits are mixed, one rate alone was tried, the
+            loss is the same everywhere, or every run diverged.
+
+    >>> rows = [{"rank": r, "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2} for r in (8, 64) for x in range(-14, -8)]
+    >>> recipe = fit_sweep(rows, alpha="rank", steps=500)
+    >>> 2**-11.5 < recipe.best_lr < 2**-10.5
+    True
+    """
+    read = read_sweep(sweep, columns=columns)
+    chosen = {"model": model, "batch": batch, "init": init, "steps": steps}
+    runs = known_alpha(selected(read.runs, chosen), alpha)
+    _check_enough(runs)
+    job = _Job(runs, get_optimizer_class(optimizer), get_law(law), fan_in, full_fan_in, name)
+    result = job.by_tokens() if _checked(fit, job.law) == "tokens" else job.by_drift()
+    return job.recipe(result, read.notes, warmup, settings or {})
+
+
+# --- what cannot be fitted ------------------------------------------------------------------------------------------
+
+
+def _check_enough(runs: Sequence[Run]) -> None:
+    if all(math.isinf(run.loss) for run in runs):
+        raise CalibrationError(f"Every one of {len(runs)} runs diverged.", "Add lower rates to the sweep.")
+    if all(len({run.lr for run in runs if run.rank == rank}) < 2 for rank in {run.rank for run in runs}):
+        raise CalibrationError(
+            "No rank was tried at more than one rate, so nothing says which is best.", "Sweep at least two, better six."
+        )
+    losses = {run.loss for run in runs}
+    if len(losses) == 1 and len(runs) > 1:
+        raise CalibrationError(
+            f"The loss is {losses.pop():g} at every rate, so nothing says which is best.",
+            "Check which column holds the loss (columns=), and that the runs trained.",
+        )
+
+
+def _checked(fit: str, law: Law) -> str:
+    if fit not in ("drift", "tokens"):
+        raise CalibrationError(f"fit is {fit!r}.", "Give 'drift' or 'tokens'.")
+    if fit == "tokens" and not isinstance(law, MuA):
+        raise CalibrationError(f"The law {law.name!r} has no tokens to fit.", "Give law='mua', or fit='drift'.")
+    return fit
+
+
+# --- the fit --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A fit with the law it is centred on and the covariance of (base, drift, full factor)."""
+
+    fit: Fit
+    law: Power
+    covariance: np.ndarray[Any, Any]
+    drift: float
+    prior: Prior
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One sweep to fit: runs of one model, the optimizer, and what was told beside them."""
+
+    runs: tuple[Run, ...]
+    optimizer: type[Optimizer]
+    law: Law
+    fan_in: float | None
+    full_fan_in: float | None
+    name: str
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(sorted({run.rank for run in self.runs if run.rank is not None}))
+
+    @property
+    def as_swept(self) -> bool:
+        return any(run.rank is not None and run.alpha is None for run in self.runs)
+
+    def width(self, full: bool) -> float | None:
+        """The fan-in of the LoRA or the full rows: as told, else as the rows say; one of the two where both do."""
+        told = self.full_fan_in if full and self.full_fan_in is not None else self.fan_in
+        said = {run.fan_in for run in self.runs if (run.rank is None) == full and run.fan_in is not None}
+        if told is None and len(said) > 1:
+            raise CalibrationError(
+                f"The sweep mixes fan-ins: {', '.join(f'{n:g}' for n in sorted(said))}.",
+                "A recipe is of one model: give its mean fan-in as fan_in=.",
+            )
+        return next(iter(said)) if len(said) == 1 else told
+
+    @property
+    def reference(self) -> Reference:
+        """The middle one of the ranks swept, or full finetuning where there is no other."""
+        if not self.ranks:
+            return Reference(method="full", fan_in=self.width(True), batch=self.runs[0].batch)
+        rank = self.ranks[(len(self.ranks) - 1) // 2]
+        run = next(run for run in self.runs if run.rank == rank)
+        alpha = float(rank) if run.alpha is None else run.alpha
+        return Reference(rank, alpha, run.rslora, run.init or "A", self.width(False), batch=run.batch)  # type: ignore[arg-type]
+
+    def study(self, law: Law) -> Study:
+        """A calibration that never ran: it holds the priors, and the law centred on them."""
+        ranks: tuple[int | None, ...] = (*self.ranks, *([None] if self.full_seen else []))
+        full = self.width(True) or self.width(False)
+        return Study(self.optimizer, law, ranks, (0,), 1, reference=self.reference, full_fan_in=full)
+
+    @property
+    def full_seen(self) -> bool:
+        return any(run.rank is None for run in self.runs)
+
+    def observations(self, law: Law) -> list[Observation]:
+        """Every run at its rate in reference coordinates."""
+        seen, reference = [], self.reference
+        for run in self.runs:
+            here, there = site_of(run, reference, self.width(run.rank is None))
+            x = math.log2(run.lr / checked_multiplier(law, here.as_factor(), there))
+            seen.append(observation_of(run, run.rank, x))
+        return seen
+
+    def _fitted(self, law: Law, prior: Prior) -> Fit:
+        """The fit of the runs along `law`, with best rates at an end of their grid taken as bounds."""
+        from ..calibration.fit import fit_observations
+
+        seen = self.observations(law)
+        made = fit_observations(seen, prior)
+        if made is None:
+            raise CalibrationError(f"Every one of {len(seen)} runs diverged.", "Add lower rates to the sweep.")
+        return _bounded(made, ends_of(seen), prior)
+
+    def by_drift(self) -> _Result:
+        """The calibration's fit: base rate, drift in rank, factor of full finetuning."""
+        study = self.study(self.law.bind(self.optimizer, {}))
+        prior = study.prior
+        if self.as_swept:
+            prior = replace(prior, drift_sd=_AS_SWEPT_SD[0], full_sd=_AS_SWEPT_SD[1])
+        made = self._fitted(study.centred_law(), prior)
+        _, drift, factor = (float(v) for v in made.mean)
+        return _Result(made, study.centred_law(drift, factor), made.covariance, drift, prior)
+
+    def by_tokens(self) -> _Result:
+        """The effective tokens under which the ranks' best rates agree, averaged over a grid; no drift beside them."""
+        bound = self.law.bind(self.optimizer, {})
+        laws = [replace(bound, tokens=float(2.0**t)) for t in _TOKENS_GRID]  # type: ignore[type-var]
+        prior = replace(self.study(bound).prior, drift_sd=1e-3)
+        fits = [self._fitted(self.study(law).centred_law(), prior) for law in laws]
+        belief = -0.5 * ((_TOKENS_GRID - _TOKENS[0]) / _TOKENS[1]) ** 2
+        weights = np.exp([b - m for b, m in zip(belief, map(_disagreement, fits), strict=True)])
+        weights /= weights.sum()
+        best = replace(bound, tokens=float(2.0 ** float(weights @ _TOKENS_GRID)))  # type: ignore[type-var]
+        study = self.study(best)
+        made = self._fitted(study.centred_law(), prior)
+        lines = np.array([self._line(law, best) for law in laws])
+        lines[:, 0] += [fit.mean[0] for fit in fits]
+        about = lines - weights @ lines
+        covariance = made.covariance.copy()
+        covariance[:2, :2] += (weights[:, None] * about).T @ about
+        return _Result(made, study.centred_law(0.0, float(made.mean[2])), covariance, 0.0, prior)
+
+    def _line(self, law: Law, best: Law) -> tuple[float, float]:
+        """How `law` differs from `best` over the ranks swept: octaves at their middle, and octaves per octave."""
+        if not self.ranks:
+            return 0.0, 0.0
+        low, high = (next(run for run in self.runs if run.rank == self.ranks[end]) for end in (0, -1))
+        if low.rank == high.rank:
+            high = replace(high, rank=4 * self.ranks[0])
+        apart = []
+        for run in (low, high):
+            here, there = site_of(run, self.reference, self.width(False))
+            rates = [checked_multiplier(each, here.as_factor(), there) for each in (law, best)]
+            apart.append(math.log2(rates[0] / rates[1]))
+        return sum(apart) / 2, (apart[1] - apart[0]) / math.log2((high.rank or 1) / (low.rank or 1))
+
+    # --- the result -------------------------------------------------------------------------------------------------
+
+    def recipe(
+        self, result: _Result, notes: Sequence[str], warmup: float | None, settings: Mapping[str, Any]
+    ) -> Recipe:
+        fit, reference = result.fit, self.reference
+        base, _, factor = (float(v) for v in fit.mean)
+        octaves = 0.0 if reference.rank is None else math.log2(reference.rank / result.prior.pivot)
+        shift = result.drift * octaves
+        best = base + factor if reference.method == "full" else base + shift
+        seen = self.observations(self.study(result.law.law).centred_law())
+        return Recipe(
+            name=self.name,
+            best_lr=2.0**best,
+            reference=reference,
+            law=result.law,
+            covariance=torch.from_numpy(result.covariance),
+            lean=fit.lean,
+            ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
+            scaling_rule=self._rule(),
+            full_fan_in=self.width(True) or self.width(False),
+            ranks=self.ranks,
+            full_seen=self.full_seen,
+            optimizer=f"{self.optimizer.__module__}.{self.optimizer.__qualname__}",
+            settings=settings,
+            steps=self.runs[0].steps,
+            batch=self.runs[0].batch,
+            warmup=warmup,
+            versions=versions_used(),
+            notes=(*notes, *self._notes(result)),
+            tensors=_tensors(seen, self.runs),
+        )
+
+    def _rule(self) -> Scaling:
+        if self.as_swept:
+            return "as swept"
+        there = {run.rank: site_of(run, self.reference, None)[0].scaling for run in self.runs if run.rank is not None}
+        return infer_scaling({rank: scaling for rank, scaling in there.items() if rank is not None})
+
+    def _notes(self, result: _Result) -> Iterator[str]:
+        for rank, end in ends_of(self.observations(Constant())).items():
+            label, way = f"rank {rank}" if rank else "full finetuning", "below" if end.end == "lowest" else "above"
+            yield f"{label}: the best rate, {2.0**end.x:.3g}, is the {end.end} tried; the optimum may lie {way}"
+        sd = np.sqrt(np.diag(result.covariance))
+        if sd[0] > _UNSURE:
+            yield f"the loss hardly says which rate is best: its band is {2 * 1.645 * sd[0]:.1f} octaves wide"
+        if len(self.ranks) == 1:
+            yield "one rank was swept, so how the rate moves with rank is the law's word alone"
+        elif self.ranks and sd[1] > _UNTOLD * result.prior.drift_sd and result.prior.drift_sd > 1e-3:
+            yield "the ranks swept say little of how the rate moves with rank: it is mostly the law's word"
+        if self.as_swept:
+            yield "the sweep does not say alpha: rates hold for alpha as it was swept"
+        if self.runs[0].steps is None:
+            yield "the sweep does not say its steps, and a rate belongs to them"
+
+
+def _disagreement(fit: Fit) -> float:
+    """Half the weighted squares by which the LoRA ranks' best rates differ from one another."""
+    from ..calibration.fit import MODEL_ERROR
+
+    arms = [arm for rank, arm in fit.vertices.items() if rank is not None]
+    if not arms:
+        return 0.0
+    means, sds = np.array(arms).T
+    weights = 1.0 / (sds**2 + MODEL_ERROR**2)
+    return float(0.5 * weights @ (means - weights @ means / weights.sum()) ** 2)
+
+
+def _bounded(fit: Fit, ends: Mapping[int | None, End], prior: Prior) -> Fit:
+    """The fit with the ranks at `ends` as wide bounds. Their errors go one way, so they do not average out."""
+    from ..calibration.fit import MODEL_ERROR, shrink
+
+    if not ends:
+        return fit
+    bounds = {rank: (x - _BELOW * (end == "lowest"), _EDGE_SD) for rank, (x, end) in ends.items()}
+    vertices = {**fit.vertices, **bounds}
+    mean, covariance = shrink(vertices, prior)
+    weights = {rank: 1.0 / (sd**2 + MODEL_ERROR**2) for rank, (_, sd) in vertices.items()}
+    share = sum(weights[rank] for rank in bounds) / sum(weights.values())
+    covariance[0, 0] += (share * _EDGE_SD) ** 2
+    near = 0.0 if fit.ceiling is None else float(mean[0]) + 1.0 - fit.ceiling  # an octave below it, as in the fit
+    return replace(fit, mean=mean, covariance=covariance, vertices=vertices, lean=min(1.0, max(fit.lean, near)))
+
+
+def _tensors(seen: Sequence[Observation], runs: Sequence[Run]) -> dict[str, torch.Tensor]:
+    from ..calibration.fit import diverged
+
+    return {
+        "rank": torch.tensor([o.rank or 0 for o in seen]),
+        "seed": torch.tensor([o.seed for o in seen]),
+        "lr": torch.tensor([2.0**o.x for o in seen], dtype=torch.float64),
+        "own_lr": torch.tensor([run.lr for run in runs], dtype=torch.float64),
+        "value": torch.tensor([o.value for o in seen], dtype=torch.float64),
+        "diverged": torch.tensor(diverged(seen), dtype=torch.bool),
+    }

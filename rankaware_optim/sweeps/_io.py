@@ -1,0 +1,294 @@
+"""Sweeps of other tools: rows of rank, rate and loss from dicts, CSV or JSON, each cell checked at the door."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import CalibrationError
+
+__all__ = ["ALIASES", "Run", "Sweep", "read_sweep"]
+
+# Every field, and the columns of common tools that mean it; case, blanks, "-", "/" and the prefixes below are passed
+# over. More than one such column is an error, unless columns= says which.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "rank": ("r", "lora_r", "lora_rank"),
+    "lr": ("learning_rate",),
+    "loss": ("eval_loss", "val_loss", "validation_loss", "test_loss", "test_nll", "value"),
+    "alpha": ("lora_alpha",),
+    "rslora": ("use_rslora",),
+    "init": (),
+    "method": (),
+    "fan_in": ("hidden_size",),
+    "seed": (),
+    "model": ("model_name", "model_name_or_path", "base_model"),
+    "batch": ("batch_size",),
+    "steps": ("max_steps",),
+    "start": ("start_loss", "untrained_loss"),
+}
+_PREFIXES = ("params_", "config.", "config_")  # Optuna's dataframe, W&B's config
+_ABSENT = ("", "nan", "none", "null")
+_DIVERGED = ("diverged", "nan", "inf", "infinity", "+inf")
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
+
+Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of a sweep. rank: None for full finetuning. loss: minimised, infinite where the run diverged.
+
+    What a row does not say is None. start: the loss before training. fan_in: of the adapted layers.
+    """
+
+    rank: int | None
+    lr: float
+    loss: float
+    alpha: float | None = None
+    rslora: bool = False
+    init: str | None = None
+    fan_in: float | None = None
+    seed: int = 0
+    model: str | None = None
+    batch: float | None = None
+    steps: int | None = None
+    start: float | None = None
+
+
+class Sweep(NamedTuple):
+    """The runs read, and in words what was left out."""
+
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...] = ()
+
+
+def read_sweep(source: Source | Sweep, *, columns: Mapping[str, str] | None = None) -> Sweep:
+    """Read and check a sweep: dicts, or a file by its ending, .csv, .tsv, .json (a list) or .jsonl.
+
+    Columns rank, lr and loss are needed; alpha, rslora, init ("A", "B"), method ("lora", "full"), fan_in, seed,
+    model, batch, steps and start (the loss before training) are optional, and `ALIASES` lists other names for them.
+    A rank that is empty or "full" is full finetuning. A loss of nan, inf or "diverged" is a run that diverged; a row
+    without a loss is left out and noted; one that repeats another in every cell counts once.
+
+    columns: {field: column} where the names differ, such as {"loss": "final"}.
+
+    Raises:
+        CalibrationError: the file cannot be read, a column is missing or ambiguous, or a cell cannot be: the message
+            names file, line and column.
+    """
+    if isinstance(source, Sweep):
+        return source
+    rows = list(_rows(source))
+    if not rows:
+        raise CalibrationError("The sweep holds no rows.", "Give at least two rates of one rank.")
+    names = _columns(dict.fromkeys(key for _, row in rows for key in row), dict(columns or {}))
+    found = [_run(_Cells(place, row, names)) for place, row in rows]
+    runs = tuple(dict.fromkeys(run for run in found if run is not None))
+    missing = found.count(None)
+    note = f"{missing} of {len(found)} rows have no loss and were left out; write 'diverged' where a run diverged"
+    return Sweep(runs, (note,) if missing else ())
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+Placed = tuple[str, Mapping[str, Any]]
+
+
+def _rows(source: Source) -> Iterator[Placed]:
+    """Every row with its place in words."""
+    if not isinstance(source, (str, os.PathLike)):
+        yield from _listed(source, "")
+        return
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"The sweep {path} cannot be read: {error}.", "Check the path and the file.") from error
+    kind = path.suffix.lower()
+    if kind in (".jsonl", ".ndjson"):
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                place = f"{path.name}, line {number}"
+                yield place, _mapping(_parsed(line, place), place)
+    elif kind == ".json":
+        yield from _listed(_parsed(text, path.name), f"{path.name}, ")
+    else:
+        yield from _csv_rows(path, text, "\t" if kind == ".tsv" else ",")
+
+
+def _listed(rows: Any, file: str) -> Iterator[Placed]:
+    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+        raise CalibrationError(f"A sweep is a list of rows, not a {type(rows).__name__}.", "Give dicts, or a file.")
+    for number, row in enumerate(rows, 1):
+        place = f"{file}row {number}"
+        yield place, _mapping(row, place)
+
+
+def _mapping(row: Any, place: str) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise CalibrationError(
+            f"{place} is a {type(row).__name__}, not a dict.",
+            "Give rows such as {'rank': 16, 'lr': 1e-4, 'loss': 0.5}; of a dataframe, df.to_dict('records').",
+        )
+    return row
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{place} is no JSON: {error}.", "Mend it, or export the sweep anew.") from error
+
+
+def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Placed]:
+    reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            place = f"{path.name}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise CalibrationError(
+                    f"{place} has another number of cells than the header.", "Quote cells that hold a comma."
+                )
+            yield place, row
+    except csv.Error as error:
+        place = f"{path.name}, line {reader.reader.line_num}"
+        raise CalibrationError(f"{place}: {error}.", "Mend the line.") from error
+
+
+# --- columns --------------------------------------------------------------------------------------------------------
+
+
+def _columns(present: Iterable[str], chosen: dict[str, str]) -> dict[str, str]:
+    """{field: column}: those chosen, then a field's own name, then its aliases."""
+    columns = list(present)
+    for field, column in chosen.items():
+        if field not in ALIASES or column not in columns:
+            raise CalibrationError(
+                f"columns says {field}={column}, and the sweep has {', '.join(map(str, columns))}.",
+                f"Name one of its columns for one of {', '.join(ALIASES)}.",
+            )
+    plain: dict[str, list[str]] = {}
+    for column in columns:
+        plain.setdefault(_plain(column), []).append(column)
+    found = {field: _match(field, plain) for field in ALIASES if field not in chosen}
+    names = {**{field: column for field, column in found.items() if column is not None}, **chosen}
+    missing = {"rank", "lr", "loss"} - names.keys() - ({"rank"} if "method" in names else set())
+    if missing:
+        field = min(missing)
+        raise CalibrationError(
+            f"The sweep has no column for {field}; it has {', '.join(map(str, columns))}.",
+            f"Name it {field}, or say which by columns={{{field!r}: ...}} (--column {field}=...).",
+        )
+    return names
+
+
+def _plain(column: object) -> str:
+    name = str(column).strip().lower()
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name.replace("/", "_").replace("-", "_").replace(" ", "_")
+
+
+def _match(field: str, plain: Mapping[str, list[str]]) -> str | None:
+    columns = plain.get(field) or [column for alias in ALIASES[field] for column in plain.get(alias, [])]
+    if len(columns) > 1:
+        raise CalibrationError(
+            f"The columns {' and '.join(columns)} may all be {field}.",
+            f"Say which by columns={{{field!r}: {columns[0]!r}}} (--column {field}={columns[0]}).",
+        )
+    return columns[0] if columns else None
+
+
+# --- cells ----------------------------------------------------------------------------------------------------------
+
+
+class _Cells(NamedTuple):
+    """One row's cells by field; each is checked as it is taken."""
+
+    place: str
+    row: Mapping[str, Any]
+    names: Mapping[str, str]
+
+    def text(self, field: str) -> str | None:
+        """The cell as text, or None where it is absent."""
+        value = self.row.get(self.names.get(field, ""))
+        text = "" if value is None else str(value).strip()
+        return None if text.lower() in _ABSENT else text
+
+    def positive(self, field: str) -> float | None:
+        return self._number(field, "a positive number", lambda value: value > 0)
+
+    def finite(self, field: str) -> float | None:
+        return self._number(field, "a number", lambda value: True)
+
+    def whole(self, field: str, least: int = 1) -> int | None:
+        kind = "a positive whole number" if least else "a whole number, 0 or more"
+        value = self._number(field, kind, lambda value: value >= least and value == int(value))
+        return None if value is None else int(value)
+
+    def choice(self, field: str, known: Mapping[str, Any]) -> Any:
+        text = (self.text(field) or "").lower()
+        if text not in known:
+            raise self.error(field, f"one of {', '.join(key for key in known if key)}")
+        return known[text]
+
+    def loss(self) -> float | None:
+        """Infinite where the run diverged, None where there is no loss."""
+        value = self.row.get(self.names["loss"])
+        text = str(value).strip().lower()
+        if isinstance(value, (Real, str)) and text in _DIVERGED:
+            return math.inf
+        return self.finite("loss")
+
+    def _number(self, field: str, kind: str, fits: Callable[[float], bool]) -> float | None:
+        text = self.text(field)
+        if text is None:
+            return None
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not fits(value):
+            raise self.error(field, kind)
+        return value
+
+    def error(self, field: str, kind: str) -> CalibrationError:
+        column = self.names.get(field, field)
+        value = self.row.get(column)
+        return CalibrationError(
+            f"{self.place}, column {column!r}: {value!r} stands where {kind} belongs.", "Correct the cell."
+        )
+
+
+def _run(cells: _Cells) -> Run | None:
+    """The row as a `Run`; None where it has no loss."""
+    loss = cells.loss()
+    full = cells.choice("method", {"full": True, "lora": False, "": None})
+    rank = None if full or (cells.text("rank") or "full").lower() == "full" else cells.whole("rank")
+    if rank is None and full is False:
+        raise cells.error("rank", "a LoRA run's rank")
+    lr = cells.positive("lr")
+    if lr is None:
+        raise cells.error("lr", "a positive number")
+    run = Run(
+        rank=rank,
+        lr=lr,
+        loss=math.inf if loss is None else loss,
+        alpha=None if rank is None else cells.positive("alpha"),
+        rslora=rank is not None and cells.choice("rslora", _TRUTH),
+        init=cells.choice("init", {"a": "A", "b": "B", "": None}),
+        fan_in=cells.positive("fan_in"),
+        seed=cells.whole("seed", 0) or 0,
+        model=cells.text("model"),
+        batch=cells.positive("batch"),
+        steps=cells.whole("steps"),
+        start=cells.finite("start"),
+    )
+    return None if loss is None else run

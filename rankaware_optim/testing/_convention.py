@@ -1,0 +1,347 @@
+"""Conformance: whether a convention is read right, shown by what the layer itself computes and how it trains."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._types import Factor, Survey
+from ..errors import InspectionError
+from ..inspection import (
+    Convention,
+    Pair,
+    Walk,
+    conventions,
+    inspect_model,
+    other_kind,
+    pairs_of,
+    reading_of,
+    register_convention,
+    scaling_of,
+    survey_of,
+    walk,
+)
+
+__all__ = ["Conformance", "check_convention"]
+
+_LR, _EPS, _DECAY, _STEPS = 1e-2, 1e-3, 0.1, 5
+_SPLIT = 1.5
+"""p, the share of a change of scaling that A₀ takes; B₀ takes the rest."""
+_PROBE_BAR = 1e-5  # AdaLoRA divides by rank + 1e-5; a wrong rank, fan-in or scaling is off by far more
+_ORACLE_BAR = 1e-9
+
+Make = Callable[[int, float], nn.Module]
+Run = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """What `check_convention` found: the factors of the first build, and two relative errors.
+
+    `probe` is how far the ones-probe lay from scaling × rank × inner × fan_in; None where several layers are adapted,
+    or the output is not linear in B or blind to ones. `oracle` is the largest difference between two trainings that
+    ought to be equal.
+    """
+
+    factors: tuple[Factor, ...]
+    builds: int
+    probe: float | None
+    oracle: float
+
+    def __str__(self) -> str:
+        names = ", ".join(dict.fromkeys(f"{f.convention} ({f.kind})" for f in self.factors))
+        probe = "does not apply" if self.probe is None else f"off by {self.probe:.1e}"
+        return (
+            f"{names}: {len(self.factors)} factors found in each of {self.builds} builds. "
+            f"Ones-probe: {probe}. Reparametrised training: off by {self.oracle:.1e}."
+        )
+
+
+def check_convention(
+    make: Make,
+    *inputs: Any,
+    convention: Convention | str | None = None,
+    run: Run | None = None,
+    ranks: Sequence[int] = (2, 4),
+    alphas: Sequence[float] = (3.0, 8.0),
+) -> Conformance:
+    """Check in float64 that inspection reads the layers of `make(rank, alpha)` right: a fresh module at every call.
+
+    1. Every pair is found, under `convention` where one is given, at the rank asked for.
+    2. With every entry of inputs, A and B at 1, B·A moves the output by scaling × rank × inner × fan_in (fan-in 1 for
+       an embedding) from where it is with B at 0: rank, scaling and fan-in are right. Give the layer unequal fans.
+    3. Two alphas train alike when A₀, B₀, rates, eps and decays of the second are scaled by p, q and their inverses,
+       p·q = s/s′: roles and scalings are right. What is no factor keeps its rate; biases of A and B are held at 0.
+
+    A Convention that is not registered, or an optional row's name, is registered for the call. The answer is
+    `module(*inputs)` or `run(module, *inputs)`, a tensor. The global random state is left alone.
+
+    Raises:
+        InspectionError: the first check that fails, by name.
+    """
+    if not ranks or len(alphas) < 2:
+        raise InspectionError(f"Ranks {ranks} and alphas {alphas} are too few.", "Give a rank and two alphas at least.")
+    answer = run or output_of
+    inputs = tuple(_double(value) for value in inputs)
+    with _registered(convention), torch.random.fork_rng(devices=[]):
+        surveys = [_found(make, rank, alpha, convention) for rank, alpha in itertools.product(ranks, alphas)]
+        probes = [_probe(_built(make, r, alpha), inputs, answer) for r, alpha in itertools.product(ranks, alphas)]
+        errors = [
+            _oracle(make, rank, pair, inputs, answer) for rank in ranks for pair in itertools.combinations(alphas, 2)
+        ]
+    known = [error for error in probes if error is not None]
+    return Conformance(surveys[0].factors, len(surveys), max(known, default=None), max(errors))
+
+
+@contextmanager
+def _registered(convention: Convention | str | None) -> Iterator[None]:
+    """The convention registered, and taken away again if it was not before."""
+    name = convention.name if isinstance(convention, Convention) else convention
+    known = {row.name for row in conventions()}
+    if convention is None or (name in known and convention in (name, *conventions())):
+        yield
+        return
+    register_convention(convention)
+    try:
+        yield
+    finally:
+        register_convention(convention, remove=True)
+
+
+def _built(make: Make, rank: int, alpha: float) -> nn.Module:
+    """The same draw at every call."""
+    torch.default_generator.manual_seed(0)
+    module = make(rank, alpha).double()
+    for name, param in module.named_parameters():
+        if other_kind(name) == "LoRA bias":
+            nn.init.zeros_(param.requires_grad_(False))
+    return module
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+# --- found ----------------------------------------------------------------------------------------------------------
+
+
+def _found(make: Make, rank: int, alpha: float, convention: Convention | str | None) -> Survey:
+    try:
+        survey = inspect_model(_built(make, rank, alpha))
+    except InspectionError as error:
+        raise _failed("found", error.cause, error.cure) from error
+    name = convention.name if isinstance(convention, Convention) else convention
+    for f in survey.factors:
+        if name not in (None, f.convention):
+            raise _failed("found", f"{f.name} is read as {f.convention}, not as {name}.", "Order or narrow the rows.")
+        if f.rank != rank:
+            raise _failed("rank", f"{f.name} has rank {f.rank} where {rank} was asked for.", "Name where rank lies.")
+    if not survey.factors:
+        raise _failed("found", "No pair is found, only other adapters.", "Register a Convention for it.")
+    return survey
+
+
+def _failed(check: str, cause: str, cure: str) -> InspectionError:
+    return InspectionError(f"The check {check!r} fails: {cause}", cure)
+
+
+# --- the ones-probe -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _probe(module: nn.Module, inputs: tuple[Any, ...], answer: Run) -> float | None:
+    """The largest relative error of the ones-probe, None where it does not apply."""
+    pairs = list(_trained_pairs(walk(module)))
+    if len({pair.layer for pair in pairs}) > 1:
+        return None
+    ones = tuple(torch.ones_like(v) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in inputs)
+    _set_to_units(module, pairs)
+    errors = []
+    for pair in pairs:
+        outputs = [_with_b(pair, value, module, ones, answer) for value in (0.0, 1.0, 2.0)]
+        once, twice = outputs[1] - outputs[0], outputs[2] - outputs[0]
+        if not once.any() or not torch.allclose(twice, 2 * once, rtol=1e-9, atol=1e-9 * float(twice.abs().max())):
+            return None
+        errors.append(_probe_error(pair, float(once.abs().max())))
+    return max(errors)
+
+
+def _trained_pairs(walked: Walk) -> Iterator[Pair]:
+    """Each trainable pair under the first row that fits it, as the survey takes them."""
+    seen = set[int]()
+    for pair in pairs_of(walked.modules):
+        ids = {id(pair.a.tensor), id(pair.b.tensor)}
+        if seen.isdisjoint(ids) and (pair.a.tensor.requires_grad or pair.b.tensor.requires_grad):
+            seen |= ids
+            yield pair
+
+
+def _set_to_units(module: nn.Module, pairs: Sequence[Pair]) -> None:
+    """Every A at 1, every B at 0, and what else their owners train at one: a square core at the identity."""
+    halves = {id(half.tensor) for pair in pairs for half in (pair.a, pair.b)}
+    for pair in pairs:
+        for param in pair.owner.parameters():
+            if param.requires_grad and id(param) not in halves:
+                param.copy_(_unit(param))
+        pair.a.tensor.fill_(1.0)
+        pair.b.tensor.fill_(0.0)
+
+
+def _unit(param: torch.Tensor) -> torch.Tensor:
+    if param.dim() < 2 or param.shape[0] != param.shape[1]:
+        return torch.ones_like(param)
+    eye = torch.eye(param.shape[0], dtype=param.dtype, device=param.device)
+    return eye.reshape(*eye.shape, *(1 for _ in param.shape[2:])).expand_as(param)
+
+
+def _with_b(pair: Pair, value: float, module: nn.Module, inputs: tuple[Any, ...], answer: Run) -> torch.Tensor:
+    pair.b.tensor.fill_(value)
+    out = answer(module, *inputs).clone()
+    pair.b.tensor.fill_(0.0)
+    return out
+
+
+def _probe_error(pair: Pair, moved: float) -> float:
+    reading = reading_of(pair)
+    rank = reading.rank_a
+    scaling = scaling_of(pair, rank) or 1.0
+    fan_in = 1.0 if reading.kind == "embedding" else reading.fan_in
+    expected = scaling * rank * reading.inner * fan_in
+    error = abs(moved - expected) / expected
+    if not error < _PROBE_BAR:
+        raise _failed(
+            "ones-probe",
+            f"with ones everywhere {pair.where} moves the output by {moved:g}, and scaling {scaling:g} × rank {rank:g} "
+            f"× inner {reading.inner} × fan-in {fan_in:g} is {expected:g}.",
+            "See which of them the convention reads wrongly: the layout, or where rank and scaling are declared.",
+        )
+    return error
+
+
+# --- the reparametrisation oracle -----------------------------------------------------------------------------------
+
+
+def _oracle(make: Make, rank: int, alphas: tuple[float, float], inputs: tuple[Any, ...], answer: Run) -> float:
+    """How far the two trainings of theory.md, section 4, lie apart: relative to the largest output."""
+    first, second = (_built(make, rank, alpha) for alpha in alphas)
+    p, q = _move(first, second)
+    error = distance(*(_trained_at(*side, inputs, answer) for side in ((first, 1.0, 1.0), (second, p, q))))
+    _check_gradients(first)
+    if not error < _ORACLE_BAR:
+        raise _failed(
+            "oracle",
+            f"at rank {rank}, alphas {alphas[0]:g} and {alphas[1]:g} train apart by {error:.1e} though rates, eps, "
+            "decays and initial values make up for the scalings that were read.",
+            "See whether scaling and roles are read right, and whether the layer is a pair with nothing random in it.",
+        )
+    return error
+
+
+def _check_gradients(module: nn.Module) -> None:
+    params = dict(walk(module).parameters)
+    for f in survey_of(walk(module)).factors:
+        grad = params[f.name].grad
+        if grad is None or not grad.any():
+            raise _failed("oracle", f"the answer does not depend on {f.name}.", "Let it run through the adapter.")
+
+
+def _trained_at(module: nn.Module, p: float, q: float, inputs: tuple[Any, ...], answer: Run) -> list[torch.Tensor]:
+    scaled = {"eps_a": _EPS / p, "eps_b": _EPS / q, "decay_a": _DECAY / p, "decay_b": _DECAY / q}
+    settings: dict[str, Any] = {"steps": _STEPS, "other_lr": _LR, "answer": answer, **scaled}
+    return trained(module, inputs, _LR * p, _LR * q, **settings)
+
+
+@torch.no_grad()
+def _move(first: nn.Module, second: nn.Module) -> tuple[float, float]:
+    """Draw `first`'s factors, copy all of it into `second`, factors scaled by p and q; p and q."""
+    surveys = [survey_of(walk(module)) for module in (first, second)]
+    ratios = {f.scaling / g.scaling for f, g in zip(surveys[0].factors, surveys[1].factors, strict=True)}
+    ratio = max(ratios)
+    if ratio - min(ratios) > 1e-12 * ratio:
+        raise _failed("oracle", f"the two alphas move the scalings by {sorted(ratios)}.", "Let one alpha hold for all.")
+    roles = {f.name: f.role for f in surveys[0].factors}
+    p = ratio if "B" not in roles.values() else _SPLIT if "A" in roles.values() else 1.0  # a frozen factor stays
+    q = ratio / p
+    draw = torch.Generator().manual_seed(0)
+    copies = dict(walk(second).parameters)
+    for name, param in walk(first).parameters:
+        if name in roles:
+            param.copy_(torch.randn(param.shape, generator=draw, dtype=torch.float64) / 4)
+        if param.is_floating_point():
+            copies[name].copy_(param * {"A": p, "B": q}.get(roles.get(name, ""), 1.0))
+    return p, q
+
+
+def trained(
+    model: nn.Module,
+    inputs: torch.Tensor | tuple[Any, ...],
+    lr_a: float,
+    lr_b: float,
+    *,
+    eps_a: float = 1e-8,
+    eps_b: float = 1e-8,
+    decay_a: float = 0.0,
+    decay_b: float = 0.0,
+    steps: int = 10,
+    other_lr: float | None = None,
+    answer: Run | None = None,
+    seed: int = 0,
+) -> list[torch.Tensor]:
+    """The outputs of every step and after the last, of `model` trained in place by AdamW towards a random target.
+
+    Roles are those that `inspect_model` reads. What is no factor trains at `other_lr` with AdamW's own eps and decay,
+    or not at all. The loss is the mean square; nothing is clipped; decays are decoupled; the global RNG is left alone.
+    """
+    answer, inputs = answer or output_of, inputs if isinstance(inputs, tuple) else (inputs,)
+    settings = {"A": (lr_a, eps_a, decay_a), "B": (lr_b, eps_b, decay_b)}
+    optimizer = torch.optim.AdamW(_groups(model, settings, other_lr), foreach=False)
+    outputs: list[torch.Tensor] = []
+    target: torch.Tensor | None = None
+    for _ in range(steps):
+        out = answer(model, *inputs)
+        if target is None:
+            source = torch.Generator().manual_seed(seed)
+            target = torch.randn(out.shape, generator=source, dtype=torch.float64).to(out)
+        outputs.append(out.detach())
+        optimizer.zero_grad()
+        (out - target).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        return [*outputs, answer(model, *inputs)]
+
+
+def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+    """The largest difference between two lists of outputs, relative to the largest output."""
+    scale = max(float(t.abs().max()) for t in first)
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True)) / scale
+
+
+def _groups(
+    model: nn.Module, settings: dict[str, tuple[float, float, float]], other_lr: float | None
+) -> list[dict[str, Any]]:
+    survey, params = inspect_model(model), dict(walk(model).parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [params[f.name] for f in survey.factors if f.role == role], "lr": lr, "eps": eps, "weight_decay": wd}
+        for role, (lr, eps, wd) in settings.items()
+    ]
+    if other_lr is not None and survey.other:
+        groups.append({"params": [params[name] for name in survey.other], "lr": other_lr})
+    return groups
+
+
+def output_of(model: nn.Module, *inputs: Any) -> torch.Tensor:
+    """The tensor that a model answers with, whether bare or as a transformers record's logits or last hidden state."""
+    out: Any = model(*inputs)
+    for found in (out, getattr(out, "logits", None), getattr(out, "last_hidden_state", None)):
+        if isinstance(found, torch.Tensor):
+            return found
+    raise InspectionError(
+        f"The module answers with a {type(out).__name__}, which is no tensor.",
+        "Give run=, a function of module and inputs that picks one.",
+    )

@@ -1,0 +1,22 @@
+"""Rates moved to another configuration: converted, suggested, checked."""
+
+from ._convert import Conversion, convert_lr, parse_reference
+from ._coordinate_check import CoordinateCheck, CoordinateRow, capture, coordinate_check
+from ._coordinate_plot import plot_coordinates
+from ._file_rates import survey_report
+from ._suggest import Suggestion, published_init, suggest_lr
+
+__all__ = [
+    "Conversion",
+    "CoordinateCheck",
+    "CoordinateRow",
+    "Suggestion",
+    "capture",
+    "convert_lr",
+    "coordinate_check",
+    "parse_reference",
+    "plot_coordinates",
+    "published_init",
+    "suggest_lr",
+    "survey_report",
+]

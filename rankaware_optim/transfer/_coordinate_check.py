@@ -1,0 +1,338 @@
+"""The coordinate check: whether features move alike at every rank, by a few steps of the real optimizer class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .._tables import text_table
+from .._types import Factor, Init, Reference
+from ..errors import LawError
+from ..inspection import inspect_model
+from ..laws import (
+    Batch,
+    Law,
+    MuA,
+    Pair,
+    Stepper,
+    change_of,
+    checked_multiplier,
+    class_of,
+    draw_pair,
+    get_law,
+    law_words,
+    rates_for,
+    rms_of_product,
+    step_pair,
+    synthetic,
+)
+
+__all__ = ["CoordinateCheck", "CoordinateRow", "capture", "coordinate_check"]
+
+Scaling = float | Callable[[int], float]
+Shapes = Mapping[str, tuple[int, int]] | Sequence[tuple[int, int]]
+Captured = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class CoordinateRow:
+    """Sizes (rms per entry) in one layer at one rank after the steps.
+
+    from_b: s·ΔB·A₀·x; from_a: s·B₀·ΔA·x; from_both: s·ΔB·ΔA·x; inner: the features A·x; change: the output's whole
+    change. lr_a and lr_b are per step.
+    """
+
+    layer: str
+    fan_in: int
+    fan_out: int
+    rank: int
+    scaling: float
+    lr_a: float
+    lr_b: float
+    from_b: float
+    from_a: float
+    from_both: float
+    inner: float
+    change: float
+
+
+@dataclass(frozen=True)
+class CoordinateCheck:
+    """What `coordinate_check` saw: a row per layer and rank, and whether features move alike at every rank.
+
+    slopes: per layer, that of log2 change in log2 rank; lr: the base rate, that of A at the first layer and rank.
+    """
+
+    rows: tuple[CoordinateRow, ...]
+    slopes: tuple[tuple[str, float], ...]
+    lr: float
+    law: Law
+    optimizer: str
+    tolerance: float = 0.25
+
+    @property
+    def ok(self) -> bool:
+        """Whether every layer's slope is within the tolerance."""
+        return all(abs(slope) <= self.tolerance for _, slope in self.slopes)
+
+    @property
+    def sentence(self) -> str:
+        """The finding in one sentence."""
+        layer, worst = max(self.slopes, key=lambda pair: abs(pair[1]))
+        ranks = [row.rank for row in self.rows]
+        verdict = "are rank-invariant" if self.ok else "are NOT rank-invariant"
+        return (
+            f"Feature updates {verdict} with {self.optimizer} at the rates of {law_words(self.law)}: over ranks "
+            f"{min(ranks)} to {max(ranks)} the output's change goes as r^{worst:+.2f} in {layer}, the "
+            f"{'only layer' if len(self.slopes) == 1 else f'worst of {len(self.slopes)}'} (tolerance {self.tolerance})."
+        )
+
+    def __str__(self) -> str:
+        heads = [f.name for f in fields(CoordinateRow)]
+        cells = [[_cell(getattr(row, head)) for head in heads] for row in self.rows]
+        return text_table(heads, cells, lines=[self.sentence], left=("layer",), width=160)
+
+
+def coordinate_check(
+    model_or_shapes: nn.Module | Shapes,
+    optimizer: type[Optimizer] | str,
+    *,
+    ranks: Sequence[int] = (4, 16, 64),
+    widths: Sequence[int] | None = None,
+    tokens: int = 512,
+    lr: float | None = None,
+    law: Law | str | None = None,
+    init: Init = "A",
+    scaling: Scaling = 1.0,
+    steps: int = 4,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    captured: Captured | None = None,
+    tolerance: float = 0.25,
+) -> CoordinateCheck:
+    """Whether features move alike at every rank, by a few steps of the real optimizer on adapters of the real shapes.
+
+    model_or_shapes: a model with adapters, or weights' shapes (n_out, n_in), by layer name or in order; equal shapes
+    are checked once. widths: check every shape at these fan-ins too, its fan-out in proportion. captured: by layer,
+    inputs (n_in, tokens) and output gradients (n_out, tokens) of a real batch, from `capture`, in place of synthetic
+    ones. lr: the rate of A at the first layer and rank; left out, that at which the output there moves by an rms of 1.
+    law: what moves it to the others; left out, µA, at the check's own tokens where they are synthetic. scaling: s, or
+    a function of the rank. settings: the optimizer's, other than lr. tolerance: of the slope of log2 change in log2
+    rank. Weight decay is left out.
+
+    Raises LawError where the optimizer cannot be built or stepped, where the change overflows, or is never reached.
+
+    >>> check = coordinate_check({"q": (64, 64)}, "AdamW", ranks=(4, 16), tokens=64)
+    >>> check.ok, len(check.rows)
+    (True, 2)
+    """
+    _check_request(ranks, tokens, steps, init, lr)
+    kind = class_of(optimizer)
+    stepper = Stepper(kind, settings or {}, steps, seed)
+    own = MuA(steps=steps) if captured is not None else MuA(tokens=tokens, steps=steps)
+    bound = get_law(own if law is None else law).bind(kind, stepper.settings)
+    batches = _batches(_shapes_of(model_or_shapes), widths, tokens, seed, captured)
+    points = [(name, batch, rank, _scaling(scaling, rank)) for name, batch in batches.items() for rank in ranks]
+    reference = _reference(*points[0][1:], init)
+    base = _base_lr(points[0], stepper, bound, reference, init) if lr is None else lr
+    rows = tuple(_row(point, stepper, bound, reference, init, base) for point in points)
+    slopes = tuple((name, _slope([row for row in rows if row.layer == name])) for name in batches)
+    return CoordinateCheck(rows, slopes, base, bound, kind.__name__, tolerance)
+
+
+Point = tuple[str, Batch, int, float]
+
+
+def _check_request(ranks: Sequence[int], tokens: int, steps: int, init: str, lr: float | None) -> None:
+    if len(set(ranks)) < 2 or min(ranks) < 1:
+        raise LawError(f"The check got ranks={tuple(ranks)!r}.", "Give at least two positive ranks, such as (4, 64).")
+    if lr is not None and not 0 < lr < math.inf:
+        raise LawError(f"The check got lr={lr!r}.", "Give a positive finite number, or leave it out.")
+    if tokens < 1 or steps < 1:
+        raise LawError(f"The check got tokens={tokens!r}, steps={steps!r}.", "Give positive whole numbers.")
+    if init not in ("A", "B"):
+        raise LawError(f"The check got init={init!r}.", "Give 'A' (B starts at zero) or 'B' (A starts at zero).")
+
+
+def _shapes_of(given: nn.Module | Shapes) -> dict[str, tuple[int, int]]:
+    """(n_out, n_in) by layer, every shape once."""
+    if isinstance(given, nn.Module):
+        factors = (f for f in inspect_model(given).factors if f.kind != "embedding" and f.role == "A")
+        named: Iterable[tuple[str, tuple[int, int]]] = ((f.layer, (int(f.fan_out), int(f.fan_in))) for f in factors)
+    elif isinstance(given, Mapping):
+        named = given.items()
+    else:
+        named = ((f"{rows}x{columns}", (rows, columns)) for rows, columns in given)
+    once: dict[tuple[int, int], str] = {}
+    for name, shape in named:
+        once.setdefault(shape, name)
+    if not once:
+        raise LawError("There is no layer to check.", "Give a model with adapters, or shapes {name: (n_out, n_in)}.")
+    return {name: shape for shape, name in once.items()}
+
+
+def _batches(
+    shapes: Mapping[str, tuple[int, int]],
+    widths: Sequence[int] | None,
+    tokens: int,
+    seed: int,
+    captured: Captured | None,
+) -> dict[str, Batch]:
+    if captured is not None:
+        return {name: _unit(name, *tensors) for name, tensors in captured.items()}
+    if widths is None:
+        return {name: synthetic(n_in, n_out, tokens, seed) for name, (n_out, n_in) in shapes.items()}
+    return {
+        f"{name} at width {width}": synthetic(width, max(1, round(n_out * width / n_in)), tokens, seed)
+        for name, (n_out, n_in) in shapes.items()
+        for width in widths
+    }
+
+
+def _unit(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> Batch:
+    """A real batch in float32 on the CPU, each side scaled to an rms of 1; tokens without a gradient left out."""
+    x, g = (t.detach().to("cpu", torch.float32) for t in (inputs, gradients))
+    if x.dim() != 2 or g.dim() != 2 or x.shape[1] != g.shape[1]:
+        raise LawError(
+            f"The layer {name} was captured as {tuple(x.shape)} and {tuple(g.shape)}.",
+            "Give inputs (n_in, tokens) and output gradients (n_out, tokens).",
+        )
+    kept = g.abs().amax(dim=0) > 0
+    x, g = x[:, kept], g[:, kept]
+    sizes = [t.square().mean().sqrt().item() if t.numel() else 0.0 for t in (x, g)]
+    if not all(0 < size < math.inf for size in sizes):
+        raise LawError(f"The layer {name} was captured without signal.", "Capture a batch with finite gradients.")
+    return Batch(x / sizes[0], g / sizes[1])
+
+
+def _scaling(scaling: Scaling, rank: int) -> float:
+    return float(scaling(rank) if callable(scaling) else scaling)
+
+
+def _reference(batch: Batch, rank: int, scaling: float, init: Init) -> Reference:
+    at = Reference.from_scaling(rank, scaling, init="B" if init == "B" else "A")
+    return replace(at, fan_in=float(batch.inputs.shape[0]))
+
+
+def _multipliers(point: Point, law: Law, reference: Reference, init: Init) -> tuple[float, float]:
+    """The law's multipliers of A and of B."""
+    name, (x, g), rank, s = point
+    a = Factor(name, "A", rank, float(x.shape[0]), float(g.shape[0]), s, init)
+    return checked_multiplier(law, a, reference), checked_multiplier(law, replace(a, role="B"), reference)
+
+
+def _start(point: Point, init: Init, seed: int) -> Pair:
+    _, (x, g), rank, s = point
+    return draw_pair(x.shape[0], g.shape[0], rank, s, init, seed)
+
+
+def _base_lr(point: Point, stepper: Stepper, law: Law, reference: Reference, init: Init) -> float:
+    m_a, m_b = _multipliers(point, law, reference, init)
+    start, batch = _start(point, init, stepper.seed), point[1]
+    return rates_for(lambda lr: change_of(batch, step_pair(batch, start, stepper, lr * m_a, lr * m_b)))
+
+
+def _row(point: Point, stepper: Stepper, law: Law, reference: Reference, init: Init, lr: float) -> CoordinateRow:
+    name, batch, rank, s = point
+    lr_a, lr_b = (lr * m for m in _multipliers(point, law, reference, init))
+    start = _start(point, init, stepper.seed)
+    end = step_pair(batch, start, stepper, lr_a, lr_b)
+    x, d_a, d_b = batch.inputs, end.a - start.a, end.b - start.b
+    products = ((d_b, start.a), (start.b, d_a), (d_b, d_a))
+    from_b, from_a, from_both = (s * rms_of_product(left, right @ x) for left, right in products)
+    inner, change = (end.a @ x).square().mean().sqrt().item(), change_of(batch, end)
+    if not 0 < change < math.inf or not math.isfinite(inner):
+        raise LawError(
+            f"The output of {name} moves by {change} at rank {rank} and rates {lr_a:.3g}, {lr_b:.3g}.",
+            "Give a rate at which the optimizer takes finite steps, or leave lr= out.",
+        )
+    fans = (x.shape[0], batch.gradients.shape[0])
+    return CoordinateRow(name, *fans, rank, s, lr_a, lr_b, from_b, from_a, from_both, inner, change)
+
+
+def _slope(rows: Sequence[CoordinateRow]) -> float:
+    """Least squares of log2 change on log2 rank."""
+    points = [(math.log2(row.rank), math.log2(row.change)) for row in rows]
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    return float(sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points))
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+# --- a real batch ---------------------------------------------------------------------------------------------------
+
+
+def capture(model: nn.Module, run: Callable[[nn.Module], torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs (n_in, tokens) and output gradients (n_out, tokens) of every adapted linear layer in one real batch.
+
+    run(model) does the forward pass and returns the loss, without a backward pass of its own. Parameters, gradients,
+    buffers, modes and random state are left as they were. Layers that the loss does not reach, convolutions and
+    embeddings are left out; none left is a LawError.
+    """
+    layers = {f.layer: (int(f.fan_in), int(f.fan_out)) for f in inspect_model(model).factors if f.kind == "linear"}
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    with _as_found(model), _watched(model, layers, seen), torch.enable_grad():
+        loss = run(model)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise LawError("run(model) returned no loss to differentiate.", "Return a scalar tensor with a gradient.")
+        wanted = {name: pair for name, pair in seen.items() if pair[1].requires_grad}
+        outputs = [output for _, output in wanted.values()]
+        gradients = torch.autograd.grad(loss.sum(), outputs, allow_unused=True) if outputs else ()
+    found = zip(wanted.items(), gradients, strict=True)
+    kept = {name: (_columns(x), _columns(g)) for (name, (x, _)), g in found if g is not None}
+    if not kept:
+        raise LawError("No adapted linear layer had a gradient.", "Let run(model) use the adapters in its loss.")
+    return kept
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, layers: Mapping[str, tuple[int, int]], seen: dict[str, tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[None]:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            fans = tuple(t.shape[-1] if isinstance(t, torch.Tensor) and t.dim() else 0 for t in (*args[:1], output))
+            if fans == layers[name]:
+                seen[name] = (args[0].detach(), output)
+
+        return keep
+
+    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Gradients, buffers (running statistics), modes and random state come back as they were."""
+    gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    modes = [(m, m.training) for m in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for p, grad, value in gradients:
+                p.grad = grad if grad is None or value is None else grad.copy_(value)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for module, training in modes:
+            module.training = training
+
+
+def _columns(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1, tensor.shape[-1]).T

@@ -1,0 +1,549 @@
+"""The benchmarks' suite at its doors: what it refuses, what it keeps, and how it reads optima, exponents and regret."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from click.testing import CliRunner
+from filelock import FileLock
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_path() -> Iterator[None]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def job(rank: int, x: float, seed: int = 0, scheme: str = "Init[A], s = 1") -> Any:
+    from study.domains._runs import Job
+
+    return Job("language", scheme, rank, x, seed)
+
+
+def bowl(rank: int, best: float, seeds: int = 1, scheme: str = "Init[A], s = 1") -> dict[Any, float]:
+    """Losses 1 + (x − best)² / 10 at nine octaves, a tenth of an octave to the right by seed."""
+    middle = round(best)
+    return {
+        job(rank, x, seed, scheme): 1.0 + (x - best - 0.1 * seed) ** 2 / 10
+        for x in range(middle - 4, middle + 5)
+        for seed in range(seeds)
+    }
+
+
+def untrained(loss: float = 9.0) -> dict[Any, float]:
+    """The loss before training."""
+    from study.domains._configs import START
+    from study.domains._runs import FULL
+
+    return {job(FULL, 0.0, 0, START): loss}
+
+
+# --- the store ------------------------------------------------------------------------------------------------------
+
+
+def completed(store: Path, jobs: list[Any], ran: list[Any]) -> None:
+    from study.domains._runs import Listed, complete
+
+    def run(one: Any) -> float:
+        ran.append(one)
+        return float(one.x)
+
+    complete(Listed(jobs), run, store, 1, lambda text: None)
+
+
+def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
+    """A second call runs only what the first did not finish."""
+    ran: list[Any] = []
+    completed(tmp_path / "s.jsonl", [job(4, -5)], ran)
+    completed(tmp_path / "s.jsonl", [job(4, -5), job(4, -6)], ran)
+    assert ran == [job(4, -5), job(4, -6)]
+
+
+def test_a_failing_run_loses_nothing(tmp_path: Path) -> None:
+    """Runs finished before one that raises stay on file."""
+    from study.domains._runs import Listed, complete, read
+
+    def run(one: Any) -> float:
+        if one.x == -6:
+            raise ValueError("boom")
+        return 1.0
+
+    with pytest.raises(ValueError, match="boom"):
+        complete(Listed([job(4, -5), job(4, -6)]), run, tmp_path / "s.jsonl", 1, lambda text: None)
+    assert read(tmp_path / "s.jsonl") == {job(4, -5): 1.0}
+
+
+NOTED = """
+import pathlib, time
+
+def noted(one):
+    (pathlib.Path(one.domain) / str(one.x)).touch()
+    if one.x == 0:
+        raise ValueError("boom")
+    time.sleep(0.2)
+    return 1.0
+"""
+
+
+def test_a_failing_run_ends_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several processes too, a run that raises ends the suite: what waits in the queue is not run."""
+    from study.domains._runs import Job, Listed, complete
+
+    (tmp_path / "noted_runs.py").write_text(NOTED)  # where the processes find it too
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = importlib.import_module("noted_runs").noted
+    jobs = [Job(str(tmp_path), "a", 4, x, 0) for x in range(20)]
+    with pytest.raises(ValueError, match="boom"):
+        complete(Listed(jobs), run, tmp_path / "s.jsonl", 2, lambda text: None)
+    assert len([path for path in tmp_path.iterdir() if path.name.isdigit()]) < 10
+
+
+@pytest.mark.parametrize("cut", range(2, 60, 7))
+def test_a_file_cut_short_keeps_its_whole_lines(tmp_path: Path, cut: int) -> None:
+    """A line cut short is run again and the next one begins on a line of its own."""
+    from study.domains._runs import read
+
+    store, ran = tmp_path / "s.jsonl", []
+    completed(store, [job(4, -5), job(4, -6)], ran)
+    store.write_bytes(store.read_bytes()[:-cut])
+    completed(store, [job(4, -5), job(4, -6)], ran)
+    assert ran[2:] == [job(4, -6)]
+    assert read(store) == {job(4, -5): -5.0, job(4, -6): -6.0}
+
+
+def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
+    """Runs of another version are neither read nor appended to."""
+    from study.domains import DomainError
+
+    store = tmp_path / "s.jsonl"
+    store.write_text(json.dumps({"version": 99}) + "\n")
+    with pytest.raises(DomainError, match="version 99, not"):
+        completed(store, [job(4, -5)], [])
+    assert store.read_text() == json.dumps({"version": 99}) + "\n"
+
+
+def test_two_suites_do_not_write_at_once(tmp_path: Path) -> None:
+    """A store that another process holds is refused with a sentence."""
+    from study.domains import DomainError
+
+    with FileLock(tmp_path / "s.lock"), pytest.raises(DomainError, match="Another process writes"):
+        completed(tmp_path / "s.jsonl", [job(4, -5)], [])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    """A disk without room ends the suite with a sentence, not a traceback."""
+    from study.domains import DomainError
+    from study.domains._runs import _append
+
+    with pytest.raises(DomainError, match=r"cannot be written: .*No space left"):
+        _append(Path("/dev/full"), {"a": 1})
+
+
+# --- weights and data -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An asset whose fetching command is ours: it writes what the test says."""
+    from study.domains import _assets
+
+    monkeypatch.setattr(_assets, "CACHE", tmp_path / "cache")
+
+    class Fetched(_assets.Asset):
+        command: ClassVar[list[str]] = ["sh", "-c", "printf right > archive"]
+
+    return Fetched
+
+
+def test_a_pinned_archive_is_fetched_once(asset: Any) -> None:
+    """The archive whose hash is the pinned one lands in the cache and is not fetched again."""
+    import hashlib
+
+    one = asset("npm", "some/package@1", hashlib.sha256(b"right").hexdigest())
+    assert one.path().read_bytes() == b"right"
+    type(one).command = ["false"]
+    assert one.path().read_bytes() == b"right"
+
+
+def test_an_archive_of_another_hash_is_refused(asset: Any) -> None:
+    """An archive that is not the one pinned does not reach the cache."""
+    from study.domains import DomainError, _assets
+
+    with pytest.raises(DomainError, match="served another some/package@1 than the one pinned"):
+        asset("npm", "some/package@1", "0" * 64).path()
+    assert not list(_assets.CACHE.iterdir())
+
+
+@pytest.mark.parametrize("command", [["false"], ["/no/such/program"], ["true"]])
+def test_a_registry_that_is_away_is_said(asset: Any, command: list[str]) -> None:
+    """A fetch that fails names the command to run by hand and where to put the archive."""
+    from study.domains import DomainError
+
+    one = asset("pypi", "package==1", "0" * 64)
+    type(one).command = command
+    with pytest.raises(DomainError, match="could not fetch package==1") as caught:
+        one.path()
+    assert "put the archive at" in str(caught.value)
+
+
+def test_an_archive_altered_in_the_cache_is_refused(asset: Any) -> None:
+    """An archive that was changed after it was fetched is not used."""
+    import hashlib
+
+    from study.domains import DomainError, _assets
+
+    one = asset("npm", "some/package@1", hashlib.sha256(b"right").hexdigest())
+    kept = one.path()
+    kept.write_bytes(b"wrong")
+    _assets.check_hash.cache_clear()
+    with pytest.raises(DomainError, match="is not what was kept: its hash is another"):
+        one.path()
+    assert kept.exists()
+
+
+def test_a_pretrained_checkpoint_is_made_once(asset: Any) -> None:
+    """What a seeded function made is read from the cache afterwards, to the bit."""
+    from study.domains._assets import made_once
+
+    made = {"weight": torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).T}
+    first = made_once("some-net-v1", lambda: made)
+    again = made_once("some-net-v1", dict)
+    assert torch.equal(first["weight"], made["weight"])
+    assert torch.equal(again["weight"], made["weight"])
+
+
+def test_a_checkpoint_of_another_hash_is_refused(asset: Any) -> None:
+    """A checkpoint in the cache that is cut short or altered is named, kept, and not trained from."""
+    from study.domains import DomainError, _assets
+
+    _assets.made_once("some-net-v2", lambda: {"weight": torch.zeros(3)})
+    path = _assets.CACHE / "some-net-v2.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    for cached in (_assets._kept, _assets.check_hash):
+        cached.cache_clear()
+    with pytest.raises(DomainError, match=r"some-net-v2\.safetensors is not what was kept"):
+        _assets.made_once("some-net-v2", lambda: {"weight": torch.ones(3)})
+    assert path.exists()
+
+
+def test_a_process_that_is_ended_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system ends a process, for its memory say, the suite ends with a cure and keeps what it has."""
+    from study.domains import DomainError
+    from study.domains._runs import Job, Listed, complete, read
+
+    (tmp_path / "ended_runs.py").write_text("import os\n\ndef ended(one):\n    os._exit(9)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run, jobs = importlib.import_module("ended_runs").ended, [Job("d", "a", 4, x, 0) for x in range(3)]
+    completed(tmp_path / "s.jsonl", [job(4, -5)], [])
+    with pytest.raises(DomainError, match="Use --workers 1"):
+        complete(Listed(jobs), run, tmp_path / "s.jsonl", 2, lambda text: None)
+    assert read(tmp_path / "s.jsonl") == {job(4, -5): -5.0}
+
+
+def test_the_machine_is_noted_once(tmp_path: Path) -> None:
+    """Every machine that ran for a file of runs stands in it once, and only if it ran."""
+    from study.domains._runs import Listed, complete, machines
+
+    store = tmp_path / "s.jsonl"
+    for on, xs in (({"cpu": "a"}, (1, 2)), ({"cpu": "a"}, (3,)), ({"cpu": "b"}, (3,)), ({"cpu": "c"}, (4,))):
+        complete(Listed([job(4, x) for x in xs]), lambda one: 1.0, store, 1, lambda text: None, on)
+    assert machines(store) == [{"cpu": "a"}, {"cpu": "c"}]
+
+
+class Diverged(torch.nn.Module):
+    """A language model whose logits are not numbers."""
+
+    def forward(self, ids: torch.Tensor, **cached: Any) -> Any:
+        logits = torch.full((*ids.shape, 12), math.nan, requires_grad=True)
+        return SimpleNamespace(logits=logits, past_key_values=SimpleNamespace(batch_select_indices=lambda which: None))
+
+
+def test_reinforcement_that_diverged_is_a_loss_that_is_none() -> None:
+    """Answers can be drawn from a model that is not finite: its training loss and its score are NaN."""
+    from study.domains.reinforcement import batches, evaluate, loss
+
+    assert math.isnan(loss(Diverged(), next(batches(0))).item())
+    assert math.isnan(evaluate(Diverged()))
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (["--domain", "astrology"], "There is no domain 'astrology'. Known are "),
+        (["--suite", "huge"], "'huge' is not one of 'quick', 'full'"),
+        (["--tables", "--law", "no-such-law"], "no-such-law"),
+    ],
+)
+def test_unknown_names_are_refused(told: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown domain, suite or law ends the command with a sentence that names it."""
+    from study.suite import main
+
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, told)
+    assert result.exit_code != 0
+    assert said in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("added", ["", ", LoRA+ 16", ", two rates", ", Prodigy"])
+def test_a_scheme_is_of_one_configuration(added: str) -> None:
+    """A scheme is built in the configuration that its name begins with, though one name begins another's."""
+    from study.domains._configs import CONFIGS, RSLORA, config_of
+
+    assert {name: config_of(name + added) for name in (*CONFIGS, *RSLORA)} == {n: n for n in (*CONFIGS, *RSLORA)}
+    assert config_of("full" + added) == "full"
+
+
+# --- what is read from runs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exponent", [-0.5, 0.0, 0.25])
+def test_an_exponent_is_found(exponent: float) -> None:
+    """The exponent of best rates that follow a power of the rank is that power, its interval around it."""
+    from study.tables import exponent_of
+
+    done = {k: v for r in (1, 4, 16, 64) for k, v in bowl(r, -6 + exponent * math.log2(r), 3).items()} | untrained()
+    found = exponent_of(done, "language", "Init[A], s = 1")
+    assert found is not None
+    assert found.slope == pytest.approx(exponent, abs=1e-6)
+    assert found.half == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_best_rate_at_the_grids_edge_is_left_out() -> None:
+    """A rank whose best rate is the grid's last is not part of an exponent."""
+    from study.tables import exponent_of
+
+    edge = {job(16, x): float(-x) for x in range(-8, -1)}
+    done = {**bowl(1, -6.0), **bowl(4, -7.0), **edge, **untrained()}
+    found = exponent_of(done, "language", "Init[A], s = 1")
+    assert found is not None
+    assert found.ranks == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("apart", "said"),
+    [(0.05, "held"), (-0.1, "held"), (0.3, "held with a drift of +0.30"), (-0.5, "did not hold here")],
+)
+def test_verdicts(apart: float, said: str) -> None:
+    """A claim is held, held with a drift, or not, by the rule written before any run."""
+    from study.tables import DRIFT, HELD, verdict
+
+    assert verdict(apart, HELD, DRIFT) == said
+
+
+def test_half_a_grid_is_not_shown(tmp_path: Path) -> None:
+    """A cell is read once its grid is whole: its coarse pass, or a grid that is to grow, has no best rate yet."""
+    from study.domains._runs import complete, read
+    from study.suite import finished, parts
+
+    asked = parts("image_generation", "quick")[0]
+    cells = asked.cells("image_generation")[:1]
+    complete(asked.grid(cells), lambda one: abs(one.x + 7.5), tmp_path / "s.jsonl", 1, lambda text: None)
+    done = read(tmp_path / "s.jsonl")
+    assert finished(done, "quick") == done
+    assert finished(dict(list(done.items())[:-1]), "quick") == {}
+
+
+def test_a_law_of_two_rates_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A law that gives A and B different rates is refused: the sweeps are of one."""
+    from recording import adapters
+    from study import contenders
+    from study.domains import DomainError, get_domain
+
+    import rankaware_optim as ra
+
+    pair = ra.inspect_model(adapters(1, {"q": (64, 64)}))
+    monkeypatch.setattr(contenders, "surveyed", lambda domain, config, rank: pair)
+    language = get_domain("language")
+    assert contenders.octaves(language, "Init[A], s = 1", 16, ra.MuA()) == pytest.approx(-0.7, abs=0.1)
+    with pytest.raises(DomainError, match="compare laws of one"):
+        contenders.octaves(language, "Init[A], s = 1", 16, ra.LoRAPlus(16.0))
+
+
+def test_a_jump_is_how_far_the_moved_rate_lies_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Table (d) has octaves above the best rate there, rank by rank, in full finetuning and from Init[A] at Init[B]."""
+    from study import tables as suite_page
+    from study.domains._runs import FULL
+
+    import rankaware_optim as ra
+
+    def octaves(domain: str, config: str, rank: int, law: ra.Law, origin: str | None = None) -> float:
+        return -3.0 if rank == FULL else -1.5 if origin else 0.0
+
+    monkeypatch.setattr(suite_page, "octaves", octaves)
+    lora = {**bowl(4, -6.0), **bowl(16, -7.0), **bowl(16, -8.0, scheme="Init[B], s = 1")}
+    done = {**lora, **bowl(FULL, -9.0, scheme="full"), **untrained()}
+    rows = list(suite_page.jumps(done, "language", {"a law": ra.MuA()}))
+    assert rows == [
+        ["language", "Init[A], s = 1", "full finetuning", "+0.0, -1.0"],
+        ["language", "Init[B], s = 1", "full finetuning", "-2.0"],
+        ["language", "Init[A], s = 1", "Init[B], s = 1", "-0.5"],
+    ]
+
+
+def test_ranks_without_a_grid_are_left_out() -> None:
+    """Of a suite cut short, tables and figures show the ranks that have three rates on every seed."""
+    from study.tables import ranks_in
+
+    begun = {job(64, x): 1.0 for x in range(-8, -1)}
+    done = {**bowl(4, -6.0, 3), **bowl(16, -7.0, 3), **begun}
+    assert ranks_in(done, "language", "Init[A], s = 1") == [4, 16]
+
+
+def test_a_domain_without_a_grid_has_no_tables() -> None:
+    """Of a suite stopped in its first runs there is nothing to show."""
+    from study.domains._configs import START
+    from study.domains._runs import FULL
+    from study.tables import domains_in
+
+    begun = {job(FULL, 0.0, 0, START): 2.0, job(4, -5): 1.0}
+    assert domains_in(begun) == []
+    assert domains_in({**begun, **bowl(4, -6.0)}) == ["language"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ((0.5, 0.4, 0.5), -5.0),
+        ((0.5, 0.4, 0.45), -4.833),
+        ((0.5, 0.4, 1.4), -5.0),
+        ((0.5, 0.4), None),
+        ((0.41, 0.4, 0.6, 0.62), -5.0),
+        ((0.41, 0.4, 0.45, 0.58), -5.333),
+        ((0.41, 0.4, 0.6, math.inf), -5.452),
+    ],
+)
+def test_a_best_rate_beside_a_cliff_is_the_lowest(losses: tuple[float, ...], best: float | None) -> None:
+    """A parabola's vertex, none at an edge; at a cliff, to untrained or to a plateau, the grid's lowest."""
+    from study.domains._tables import best_rate
+
+    found = best_rate(dict(zip((-6.0, -5.0, -4.0, -3.0), losses, strict=False)), start=0.7)
+    assert found == (None if best is None else pytest.approx(best, abs=1e-3))
+
+
+def test_regret_beyond_the_grid_is_the_coarse_passs() -> None:
+    """A rate beyond the grid of all seeds is scored by the coarse pass of one, not by the grid's end."""
+    from study.domains._configs import START
+    from study.domains._runs import FULL
+    from study.tables import lost
+
+    cell = ("language", "Init[A], s = 1", 4)
+    done = {**bowl(4, -6.0, 3), job(4, 0.0): 5.0, job(FULL, 0.0, 0, START): 2.0}
+    lowest = lost(done, cell, cell, -6.0)
+    assert lost(done, cell, cell, 0.0) == pytest.approx(
+        lowest + (5.0 - 1.0 - 0.01 * 5 / 30) / (1.0 - 0.01 * 5 / 30), rel=0.01
+    )
+    assert lost(done, cell, cell, 3.0) == lost(done, cell, cell, 0.0)
+
+
+def test_regret_is_a_share_of_the_gain() -> None:
+    """Regret is 0 at the grid's best rate, else (loss − best) / (start − best), on a line between rates."""
+    from study.domains._configs import START
+    from study.domains._runs import FULL
+    from study.tables import lost
+
+    cell = ("language", "Init[A], s = 1", 4)
+    done = {**bowl(4, -6.0), job(FULL, 0.0, 0, START): 2.0}
+    assert lost(done, cell, cell, -6.0) == 0.0
+    assert lost(done, cell, cell, -5.0) == pytest.approx(0.1)
+    assert lost(done, cell, cell, -4.5) == pytest.approx((0.1 + 0.4) / 2)
+
+
+def test_a_grid_grows_until_its_best_lies_inside(tmp_path: Path) -> None:
+    """A grid whose best rate sits at its edge is extended there by octaves until it does not."""
+    from study.domains._runs import Grid, complete, read
+
+    cell = ("language", "Init[A], s = 1", 4)
+    grid = Grid([cell], {cell[1]: range(-13, -8, 2)}, lambda c: c, seeds=1, half=1)
+    complete(grid, lambda one: abs(one.x + 6.0), tmp_path / "s.jsonl", 1, lambda text: None)
+    xs = sorted({one.x for one in read(tmp_path / "s.jsonl")})
+    assert -6 in xs
+    assert max(xs) == -5
+
+
+def test_the_readmes_table_pools_a_domains_configurations() -> None:
+    """A way's cell is the median and the worst over every configuration; what a domain lacks is a dash."""
+    from study.tables import Moved, summary
+
+    moved = [
+        Moved("language", "Init[A], s = 1", "1/r", (0.01, 0.02), (0.5,)),
+        Moved("language", "Init[B], s = 1", "1/r", (0.03, math.inf), (0.7,)),
+        Moved("language", "Init[A], s = 1", "one rate everywhere", (0.0, 0.1), (0.2,)),
+        Moved("reinforcement", "Init[A], s = 1", "1/r", (0.04,), (0.05,)),
+        Moved("reinforcement", "Init[A], s = 1", "a way nobody compares", (9.0,), (9.0,)),
+    ]
+    assert summary(moved).splitlines()[2:] == [
+        "| another rank | one rate everywhere | 5.0 % / 10.0 % | – |",
+        "| another rank | 1/r | 2.5 % / diverged | 4.0 % / 4.0 % |",
+        "| full finetuning | one rate everywhere | 20.0 % / 20.0 % | – |",
+        "| full finetuning | 1/r | 60.0 % / 70.0 % | 5.0 % / 5.0 % |",
+    ]
+
+
+def test_a_readme_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:
+    """New tables take the place of the old ones between their marks, and nothing else changes."""
+    from study.suite import BEGIN, END, publish
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    publish(readme, "new")
+    publish(readme, "newer")
+    assert readme.read_text() == f"before\n{BEGIN}\n\nnewer\n\n{END}\nafter\n"
+
+
+def test_a_readme_without_its_marks_is_left_alone(tmp_path: Path) -> None:
+    """A README that lost a mark is refused with a sentence, and not changed."""
+    from study.domains import DomainError
+    from study.suite import BEGIN, publish
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\nafter\n")
+    with pytest.raises(DomainError, match="lacks"):
+        publish(readme, "new")
+    assert readme.read_text() == f"before\n{BEGIN}\nold\nafter\n"
+
+
+def test_the_studys_domains_come_in_its_order() -> None:
+    """Every domain is named once, the study's seven first."""
+    from study.domains import names
+
+    assert names()[0] == "image_generation"
+    assert names()[6] == "language_smollm2"
+    assert len(set(names())) == len(names())
+
+
+@pytest.mark.parametrize(("domain", "seeds"), [("language", [3, 3, 1, 1]), ("language_smollm2", [1, 1, 1, 1])])
+def test_a_large_domain_has_one_seed(domain: str, seeds: list[int]) -> None:
+    """Claims are swept with three seeds, comparisons with one, and a domain whose runs are long with one throughout."""
+    from study.suite import parts
+
+    assert [part.seeds for part in parts(domain, "full")] == seeds
+    assert {16, 256 if domain == "language_smollm2" else 192} <= set(parts(domain, "full")[0].ranks)
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS.parent / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_that_is_shipped_is_read(path: Path) -> None:
+    """`rankaware lr` gives a rate of every recipe in recipes/ at a rank that none of them tried, without a warning."""
+    from rankaware_optim.cli._main import main
+
+    result = CliRunner().invoke(main, ["lr", str(path), "--rank", "32"])
+    assert result.exit_code == 0, result.output
+    assert "90 % band" in result.output
+    assert "outside" not in result.output

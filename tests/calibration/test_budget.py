@@ -1,0 +1,339 @@
+"""How a calibration spends its steps: a budget, a band narrow enough, what is pruned, and a few full runs at last."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict
+
+import optuna
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rankaware_optim as ra
+from rankaware_optim.calibration import _trials as ledger
+from rankaware_optim.calibration._pruner import PairedPruner
+from rankaware_optim.calibration._schedule import Plan, leverage
+from rankaware_optim.calibration.fit import Observation, Prior, fit_observations
+
+from ..helpers.calibrations import BEST, STEPS, Net, bowl, calibrate, made_up
+
+# --- budget ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [STEPS, 3 * STEPS - 1, 7 * STEPS, 12 * STEPS + 3])
+@pytest.mark.parametrize("noise", [0.01, 0.3])
+def test_the_budget_is_never_exceeded(budget, noise):
+    """Steps of all trials, pruned ones at what they ran, stay within the budget, and no whole run is left unspent."""
+    storage = optuna.storages.InMemoryStorage()
+    recipe = calibrate(made_up(noise=noise), budget=budget, storage=storage)
+    taken = int(recipe.tensors["steps"].sum())
+    assert budget - STEPS < taken <= budget
+    assert optuna.load_study(study_name="calibration", storage=storage).user_attrs["spent"]["steps"] == taken
+
+
+def test_failed_runs_are_paid_too():
+    """A run that raised is not counted as a trial, but its steps are spent."""
+    storage = optuna.storages.InMemoryStorage()
+
+    def broken(trial):
+        yield from (v for v, _ in zip(made_up()(trial), range(15), strict=False))
+
+    with pytest.raises(ra.CalibrationError, match="ended after 15"):
+        calibrate(broken, budget=4 * STEPS, storage=storage)
+    calibrate(made_up(), budget=4 * STEPS, storage=storage)
+    trials = storage.get_all_trials(0)
+    assert trials[0].state.name == "FAIL"
+    assert 15 <= ledger.spent(trials[:1], STEPS) <= STEPS
+    assert 3 * STEPS < ledger.spent(trials, STEPS) <= 4 * STEPS
+
+
+def test_a_budget_of_runs_that_diverge_at_once_ends():
+    """Where nothing stays finite, a budget that would pay for thousands of short runs is not spent on them."""
+
+    def diverging(trial):
+        trial.optimizer(Net(trial.rank))
+        yield 1.0
+        yield math.nan
+
+    with pytest.raises(ra.CalibrationError, match="Every one of 12 runs diverged"):
+        calibrate(diverging, budget=10_000 * STEPS)
+
+
+def test_spent_is_written_into_the_file(tmp_path):
+    """The recipe's TOML says how many trials and steps were spent, and how many were pruned."""
+    recipe = calibrate(made_up(), trials=12)
+    text = recipe.save(tmp_path / "r.toml").read_text()
+    assert f"steps = {int(recipe.tensors['steps'].sum())}" in text
+    assert f"pruned = {int(recipe.tensors['pruned'].sum())}" in text
+    assert ra.Recipe.load(tmp_path / "r.toml").tensors["pruned"].dtype == torch.bool
+
+
+# --- enough ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("until", [3.0, 1.5])
+def test_trials_end_when_the_band_is_narrow_enough(until):
+    """With until=, trials end once the 90 % band at every rank is that narrow, and not before."""
+    recipe = calibrate(made_up(), ranks=(4, 64), trials=40, until=until)
+    count = len(recipe.tensors["lr"])
+    assert count < 40
+    assert max(band(recipe, rank) for rank in (4, 64)) < until
+    before = calibrate(made_up(), ranks=(4, 64), trials=count - 1)
+    tried = before.tensors["rank"].tolist()
+    assert min(tried.count(4), tried.count(64)) < 2 or max(band(before, rank) for rank in (4, 64)) >= until
+
+
+def band(recipe, rank):
+    rate = recipe.at(rank=rank)
+    return math.log2(rate.high / rate.low)
+
+
+@given(
+    trials=st.none() | st.integers(1, 30),
+    budget=st.none() | st.integers(1, 30),
+    full=st.integers(0, 3),
+    lengths=st.lists(st.integers(1, 10), min_size=40, max_size=40),
+)
+def test_a_plan_keeps_to_its_counts(trials, budget, full, lengths):
+    """Whatever runs are cut short at, no plan spends more than its budget or runs more trials than it says."""
+    plan = Plan((4, 64), (0, 1), 10, trials, budget and 10 * budget, full_trials=full)
+    done = []
+    while len(done) < len(lengths) and (cell := plan.next(done)) is not None:
+        done.append(finished(cell, len(done), lengths[len(done)]))
+    cells = [ledger.cell_of(trial) for trial in done]
+    assert ledger.spent(done, 10) <= (math.inf if budget is None else 10 * budget)
+    assert sum(cell.rank is not None for cell in cells) <= plan.total
+    assert sum(cell.rank is None for cell in cells) <= full
+    if len(done) < len(lengths) and (budget is None or budget > full):
+        assert sum(cell.rank is None for cell in cells) == full
+
+
+def finished(cell, number, length, value=1.0):
+    seen = {"rank": cell.rank, "seed": cell.seed, "x": -7.0, "value": value, "start": 2.0, "tail": value}
+    attrs = {**cell._asdict(), "curve": [2.0] * length, "observation": seen}
+    made = optuna.trial.create_trial(value=value, user_attrs=attrs)
+    made.number = number
+    return made
+
+
+# --- full finetuning ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [-0.8, 0.0, 0.8])
+@pytest.mark.parametrize("full_trials", [1, 3])
+def test_full_trials_come_last_around_the_predicted_rate(factor, full_trials):
+    """They follow the LoRA trials, share one seed, and bracket an optimum that is off the prediction."""
+    best = {4: BEST, 64: BEST, None: BEST + factor}
+    recipe = calibrate(made_up(best.get), ranks=(4, 64), trials=10, full_trials=full_trials)
+    ranks, rates = recipe.tensors["rank"].tolist(), recipe.tensors["lr"].tolist()
+    assert ranks[10:] == [0] * full_trials
+    assert set(recipe.tensors["seed"][10:].tolist()) == {0}
+    assert recipe.full_seen
+    assert recipe.ranks == (4, 64)
+    octaves = [math.log2(lr) - BEST - factor for lr in rates[10:]]
+    assert min(map(abs, octaves)) < (1.2 if full_trials == 1 else 0.75)
+    if full_trials == 3:
+        assert len({round(x, 3) for x in octaves}) == 3
+        assert math.log2(recipe.full_factor) * factor >= 0
+
+
+def test_for_full_finetuning_trials_go_where_they_count():
+    """With Init[B] and target="full" the higher rank, nearer to r = n, gets more of the trials; with Init[A] not."""
+    shares = {}
+    for init in "AB":
+        recipe = calibrate(made_up(init=init), ranks=(2, 16), trials=16, target="full")
+        ranks = recipe.tensors["rank"].tolist()
+        shares[init] = ranks.count(16) / len(ranks)
+    assert 0.4 < shares["A"] < 0.6 < 0.65 < shares["B"] < 0.95
+
+
+@pytest.mark.parametrize(("ranks", "width"), [((4, 64), 576.0), ((4, 64), 64.0), ((4, 16, 64), 1024.0), ((8,), 512.0)])
+def test_leverage_is_that_of_the_line(ranks, width):
+    """The two end ranks' shares are the coefficients of the line through them at r = n; none is below a fifth."""
+    shares = leverage(ranks, width)
+    assert set(shares) == set(ranks)
+    assert min(shares.values()) >= 0.2
+    if len(ranks) > 1:
+        low, high = math.log2(ranks[0]), math.log2(ranks[-1])
+        assert shares[ranks[-1]] == pytest.approx((math.log2(width) - low) / (high - low))
+
+
+# --- pruning --------------------------------------------------------------------------------------------------------
+
+
+def run(x, curve, *, number=0, rank=4, seed=0, state="RUNNING", estimate=None):
+    """A trial at log2 rate x whose reports were `curve`, ten steps apart."""
+    space = {"log2_lr": optuna.distributions.FloatDistribution(-20, 0)}
+    attrs = {"rank": rank, "seed": seed, "observation": {"start": 2.0}}
+    attrs |= {} if estimate is None else {"estimate": estimate}
+    return optuna.trial.create_trial(
+        state=optuna.trial.TrialState[state],
+        value=curve[-1] if state == "COMPLETE" else None,
+        params={"log2_lr": x},
+        distributions=space,
+        user_attrs=attrs,
+        intermediate_values={10 * (i + 1): v for i, v in enumerate(curve)},
+    )
+
+
+BEST_CURVE = [1.6, 1.3, 1.1, 1.0, 0.95, 0.9, 0.88, 0.86, 0.85, 0.85]
+JUDGED = [
+    ("far behind", {"x": -11.0, "curve": [1.95, 1.9, 1.88, 1.85]}, True),
+    ("too early", {"x": -11.0, "curve": [1.95, 1.9]}, False),
+    ("another rank", {"x": -11.0, "curve": [1.95, 1.9, 1.88, 1.85], "rank": 64}, False),
+    ("another seed", {"x": -11.0, "curve": [1.95, 1.9, 1.88, 1.85], "seed": 1}, False),
+    ("near the best", {"x": -7.5, "curve": [1.95, 1.9, 1.88, 1.85]}, False),
+    ("near the estimate", {"x": -9.5, "curve": [1.95, 1.9, 1.88, 1.85], "estimate": -9.0}, False),
+    ("a little behind", {"x": -11.0, "curve": [1.8, 1.5, 1.3, 1.2]}, False),
+    ("noise explains it", {"x": -11.0, "curve": [1.6, 1.66, 8.0, 1.61]}, False),
+    ("ahead", {"x": -11.0, "curve": [1.2, 1.1, 1.0, 0.9]}, False),
+    ("risen", {"x": -4.0, "curve": [2.4, 2.5, 2.6, 2.7]}, True),
+]
+
+
+@pytest.mark.parametrize(("why", "of", "expected"), JUDGED, ids=[row[0] for row in JUDGED])
+def test_what_the_paired_pruner_stops(why, of, expected):
+    """A run is stopped that clearly lags the best of its rank and seed at the same step, and no other."""
+    study = optuna.create_study()
+    study.add_trial(run(-7.0, BEST_CURVE, state="COMPLETE"))
+    study.add_trial(run(-12.0, [1.99] * 10, state="COMPLETE"))
+    assert PairedPruner(steps=100).prune(study, run(**of)) is expected
+
+
+@pytest.mark.parametrize(("warmup", "expected"), [(0.0, True), (0.39, True), (0.41, False)])
+def test_nothing_is_pruned_before_the_warmup_is_over(warmup, expected):
+    """At 40 of 100 steps a hopeless run is stopped, unless the warm-up still lasts."""
+    study = optuna.create_study()
+    study.add_trial(run(-7.0, BEST_CURVE, state="COMPLETE"))
+    assert PairedPruner(steps=100, warmup=warmup).prune(study, run(-11.0, [1.95, 1.9, 1.88, 1.85])) is expected
+
+
+def test_without_a_rival_nothing_is_pruned():
+    """The first run of a rank and seed is never stopped."""
+    assert not PairedPruner(steps=10).prune(optuna.create_study(), run(-11.0, [2.0] * 10))
+
+
+def slow(trial):
+    """A loss that falls as fast as the rate lets it, and rises an octave above the best: hopeless rates show early."""
+    trial.optimizer(Net(trial.rank))
+    u = math.log2(trial.lr) - BEST
+    for step in range(trial.steps):
+        gain = 2.0 * (1 - math.exp(-3 * 2**u * (step + 1) / trial.steps)) if u < 1 else -0.01 * step
+        yield 2.3 - gain + 0.01 * random.random()
+
+
+def test_pruning_saves_steps_and_loses_no_rate():
+    """The default pruner spends less than no pruner on as many trials, and finds the same rate."""
+    plain, lean = (
+        calibrate(
+            slow, ranks=(4, 64), steps=100, trials=24, lr_range=WIDE, pruner=pruner,
+            sampler=optuna.samplers.RandomSampler(seed=0),
+        )
+        for pruner in (optuna.pruners.NopPruner(), None)
+    )  # fmt: skip
+    assert lean.tensors["pruned"].any()
+    assert lean.tensors["steps"].sum() < plain.tensors["steps"].sum()
+    assert lean.tensors["steps"][lean.tensors["pruned"]].min() >= 30
+    assert lean.tensors["value"][lean.tensors["pruned"]].isnan().all()
+    assert abs(math.log2(lean.at(rank=16).lr / plain.at(rank=16).lr)) < 0.4
+    away = [abs(math.log2(lr) - BEST) for lr in lean.tensors["lr"][lean.tensors["pruned"]].tolist()]
+    assert min(away) > 0.9
+
+
+WIDE = (2.0 ** (BEST - 8), 2.0 ** (BEST + 3))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_loop_may_prune_its_run(first):
+    """optuna.TrialPruned in train ends the run as pruned, before its first value or after; the study goes on."""
+
+    def train(trial):
+        if first and trial.number == 1:
+            raise optuna.TrialPruned
+        trial.optimizer(Net(trial.rank))
+        for step in range(trial.steps):
+            if trial.number == 1 and step == 3:
+                raise optuna.TrialPruned
+            yield 2.3 + (bowl(math.log2(trial.lr) - BEST) - 2.3) * min(step / 10, 1)
+
+    storage = optuna.storages.InMemoryStorage()
+    recipe = calibrate(train, trials=8, storage=storage)
+    states = [trial.state.name for trial in storage.get_all_trials(0)]
+    assert states[1] == "PRUNED"
+    assert len(states) == 8
+    if not first:
+        assert recipe.tensors["steps"][1] == 3
+
+
+# --- what is said ---------------------------------------------------------------------------------------------------
+
+
+def unsteady(trial):
+    """Draws its first loss from nowhere in particular."""
+    trial.optimizer(Net(trial.rank))
+    start = 2.3 + 0.1 * trial.number
+    for step in range(trial.steps):
+        yield start + (bowl(math.log2(trial.lr) - BEST) - start) * min(step / 10, 1)
+
+
+def flat(trial):
+    trial.optimizer(Net(trial.rank))
+    yield from [1.0] * trial.steps
+
+
+SAID = [
+    (made_up(), (4, 64), None),
+    (made_up(), (16,), None),
+    (made_up(), (4, 16), "less than a factor 16 apart"),
+    (unsteady, (4, 64), "not reproducible: two runs of rank"),
+    (flat, (4, 64), "do not determine the rate"),
+]
+
+
+@pytest.mark.parametrize(("loop", "ranks", "note"), SAID, ids=lambda v: str(v)[:20])
+def test_doubts_are_said(loop, ranks, note):
+    """Ranks too near, a loop that its seed does not determine, and a flat loss are notes of the recipe; else none."""
+    notes = calibrate(loop, ranks=ranks, trials=12).notes
+    assert (notes == ()) if note is None else any(note in said for said in notes)
+
+
+def kept_trial(state, x, curve, seed=0, **attrs):
+    """A trial of rank 4 as a study keeps it."""
+    made = {"rank": 4, "seed": seed, "curve": curve, **attrs}
+    distribution = optuna.distributions.FloatDistribution(-20, 0)
+    return optuna.trial.create_trial(
+        state=state,
+        value=curve[-1] if state.name == "COMPLETE" else None,
+        params={"log2_lr": x},
+        distributions={"log2_lr": distribution},
+        user_attrs=made,
+    )
+
+
+def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
+    """It counts as ending above the best run of its rank and seed by as much as when it was stopped; others do not."""
+    state = optuna.trial.TrialState
+    best = Observation(4, 0, -8.0, 0.3, 1.0, 0.35, returned=True)
+    falling = [1.0 - 0.07 * step for step in range(10)]
+    best_trial = kept_trial(state.COMPLETE, -8.0, falling, observation=asdict(best))
+    lost = kept_trial(state.PRUNED, -6.0, [value + 0.2 for value in falling[:6]], stopped="pruned")
+    elsewhere = kept_trial(state.PRUNED, -6.0, falling[:6], seed=1, stopped="pruned")
+    starved = kept_trial(state.PRUNED, -6.0, falling[:6], stopped="memory")
+    early = kept_trial(state.PRUNED, -6.0, falling[:2], stopped="pruned")
+    unstarted = kept_trial(state.PRUNED, -6.0, [], stopped="pruned")
+    (seen,) = ledger.carried([best_trial, lost, elsewhere, starved, early, unstarted])
+    assert (seen.rank, seen.seed, seen.x, seen.returned, seen.stopped) == (4, 0, -6.0, True, False)
+    assert (seen.value, seen.tail) == pytest.approx((0.5, 0.55))
+
+
+def test_the_recipe_is_the_fit_of_every_trial():
+    """However often the sampler has fitted on the way, the recipe's fit is of all that ran, pruned runs among it."""
+    storage = optuna.storages.InMemoryStorage()
+    recipe = calibrate(slow, ranks=(4, 64), steps=100, trials=16, lr_range=WIDE, storage=storage)
+    trials = storage.get_all_trials(0)
+    assert ledger.carried(trials)
+    fit = fit_observations(ledger.evidence(trials), Prior(pivot=16.0))
+    assert recipe.covariance.numpy() == pytest.approx(fit.covariance, rel=1e-12)

@@ -1,0 +1,872 @@
+"""Calibration on a tiny teacher and on made-up bowls: what it finds, what it asks of `train`, how it resumes."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import count, islice
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from torch import nn
+
+import rankaware_optim as ra
+from rankaware_optim import CalibrationError, CalibrationInterrupted, InspectionError, OptimizerError, Power
+from rankaware_optim.calibration import Pushed
+
+from ..helpers.calibrations import BEST, STEPS, AdamW, Net, bowl, calibrate, losses, made_up, train
+
+
+def trials_of(recipe) -> list[tuple]:
+    """(rank, seed, rate, value) of every trial; -1 for a pruned one's value."""
+    values = recipe.tensors["value"].nan_to_num(nan=-1.0)
+    return list(zip(*(t.tolist() for t in (*(recipe.tensors[k] for k in ("rank", "seed", "lr")), values)), strict=True))
+
+
+# --- what it finds --------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_at_a_rank_never_tried_is_near_that_of_a_dense_sweep():
+    """Calibrated at ranks 4 and 16, the rate at rank 8 is within an octave of a dense sweep's best, and as good."""
+    rate = calibrate(train).at(rank=8)
+
+    def loss_at(lr: float, seed: int) -> float:
+        torch.manual_seed(seed)
+        model = Net(8)
+        run = losses(model, AdamW([p for p in model.parameters() if p.requires_grad], lr=lr), seed)
+        return float(sum(list(islice(run, STEPS))[-5:]))
+
+    grid = [2.0**e for e in np.arange(-8, -2.5, 0.5)]
+    means = [sum(loss_at(lr, seed) for seed in range(3)) for lr in grid]
+    best = grid[int(np.argmin(means))]
+    assert best / 2 < rate.lr < best * 2
+    assert sum(loss_at(rate.lr, seed) for seed in range(3)) < 1.1 * min(means)
+    assert not rate.extrapolated
+    assert rate.ceiling > rate.lr
+
+
+@pytest.mark.parametrize("drift", [-0.15, 0.0, 0.15])
+@pytest.mark.parametrize("factor", [-0.4, 0.4])
+def test_a_known_optimum_is_found(drift, factor):
+    """Base rate, drift in rank and the factor of full finetuning that the losses were made from are recovered."""
+    best = {4: BEST - 2 * drift, 64: BEST + 2 * drift, None: BEST + factor}
+    recipe = calibrate(made_up(best.get), ranks=(64, None, 4))
+    law = Power(exponent=drift, full_factor=2.0**factor, pivot=16.0)
+    truth = recipe_like(recipe, law, 2.0 ** best[4])
+    for target in ({"rank": 4}, {"rank": 16}, {"rank": 64}, {"method": "full"}):
+        assert abs(math.log2(recipe.at(**target).lr / truth.at(**target).lr)) < 0.35, target
+    assert recipe.full_seen
+    assert recipe.ranks == (4, 64)
+
+
+def recipe_like(recipe, law, best_lr):
+    """The recipe with another law and rate, without lean."""
+    return replace(recipe, law=law, best_lr=best_lr, lean=0.0)
+
+
+def test_full_finetuning_alone_makes_a_recipe():
+    """ranks=(None,) calibrates full finetuning, whose rate is the recipe's own."""
+    methods = set()
+
+    def train(trial):
+        methods.add((trial.rank, trial.method))
+        yield from made_up()(trial)
+
+    recipe = calibrate(train, ranks=(None,))
+    assert methods == {(None, "full")}
+    assert recipe.reference.method == "full"
+    assert abs(math.log2(recipe.lr) - BEST) < 0.35
+    assert recipe.at(method="full").lr == recipe.lr
+
+
+@pytest.mark.parametrize(
+    ("law", "optimizer", "expected"),
+    [
+        ("mua", AdamW, -0.45),
+        ("falling", AdamW, 0.0),
+        (ra.Power(law=ra.Falling()), AdamW, 0.0),
+        ("falling", torch.optim.SGD, -0.45),
+    ],
+)
+def test_a_law_that_falls_with_rank_gets_no_further_prior(law, optimizer, expected):
+    """From Init[B] the prior's fall is added to a law that has none, not to one that falls with that optimizer."""
+    near = (2.0 ** (BEST - 1), 2.0 ** (BEST + 1))
+    recipe = calibrate(made_up(init="B"), law=law, optimizer=optimizer, trials=1, lr_range=near)  # no drift is learned
+    assert recipe.law.exponent == pytest.approx(expected, abs=0.02)
+
+
+def test_an_init_b_model_is_calibrated_along_its_own_law():
+    """The zero pattern is read off the first model, and with it the prior: Init[B] falls with rank."""
+    recipe = calibrate(made_up(init="B"))
+    assert recipe.reference.init == "B"
+    assert recipe.law.to_full
+    assert recipe.law.exponent < -0.2
+
+
+RULES = [
+    ("fixed", lambda rank: 2.0),
+    ("alpha", lambda rank: 32.0 / rank),
+    ("rslora", lambda rank: 8.0 / math.sqrt(rank)),
+    ("unknown", lambda rank: {4: 1.0, 8: 1.0, 16: 3.0}[rank]),
+]
+
+
+@pytest.mark.parametrize(("rule", "scaling"), RULES)
+def test_the_scaling_rule_is_inferred(rule, scaling):
+    """How alpha follows rank is read off the models built."""
+    recipe = calibrate(made_up(scaling=scaling), ranks=(4, 8, 16), trials=6)
+    assert recipe.scaling_rule == rule
+    assert recipe.reference.scaling == scaling(recipe.reference.rank)
+
+
+def test_everything_told_is_recorded(tmp_path):
+    """Name, ranks, steps, batch, warm-up, seed, settings and versions are in the recipe and survive its files."""
+    recipe = calibrate(
+        made_up(weight_decay=0.01, betas=(0.9, 0.95), other_lr=1e-3),
+        name="digits", trials=4, batch=16, warmup=0.1, seed=7, law="loraplus",
+    )  # fmt: skip
+    loaded = ra.Recipe.load(recipe.save(tmp_path / "digits.toml"))
+    for made in (recipe, loaded):
+        assert (made.name, made.ranks, made.steps, made.batch) == ("digits", (4, 16), STEPS, 16)
+        assert (made.warmup, made.seed, made.reference.batch) == (0.1, 7, 16)
+        assert made.settings["weight_decay"] == 0.01
+        assert list(made.settings["betas"]) == [0.9, 0.95]
+        assert "other_lr" not in made.settings
+        assert made.law.law == ra.LoRAPlus()
+        assert made.optimizer.endswith("AdamW")
+        assert {"python", "torch", "optuna", "rankaware-optim"} <= made.versions.keys()
+        assert {"rank", "seed", "lr", "own_lr", "value", "curve", "diverged", "pruned", "steps"} == made.tensors.keys()
+        assert made.tensors["steps"].tolist() == [STEPS] * 4
+        assert made.tensors["curve"].shape == (4, STEPS)
+
+
+@pytest.mark.parametrize("name", ["adamw", "AdamW", "SGD", "Adafactor"])
+def test_the_optimizer_may_be_named(name):
+    """An optimizer's name does as well as its class."""
+    recipe = calibrate(made_up(), optimizer=name, trials=2, lr_range=(2.0 ** (BEST - 1), 2.0 ** (BEST + 1)))
+    assert recipe.optimizer.lower().endswith(name.lower())
+
+
+# --- the same again -------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_study():
+    """Two runs of one worker agree bit for bit, whatever the global generators hold."""
+    first = calibrate(train, trials=6)
+    torch.manual_seed(99)
+    random.seed(99)
+    second = calibrate(train, trials=6)
+    assert first.best_lr == second.best_lr
+    for key, value in first.tensors.items():
+        assert torch.equal(value.nan_to_num(), second.tensors[key].nan_to_num()), key
+
+
+def noisy(trial):
+    np.random.random(3)
+    random.random()
+    torch.rand(3)
+    yield from made_up()(trial)
+
+
+def interrupted(trial):
+    yield from noisy(trial) if trial.number < 2 else interrupt()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+    yield
+
+
+@pytest.mark.parametrize("loop", [noisy, interrupted])
+def test_the_global_generators_are_left_alone(loop):
+    """The state of torch's, random's and numpy's generators is the same after a calibration, interrupted or not."""
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        calibrate(loop, trials=3)
+    except CalibrationInterrupted:
+        assert loop is interrupted
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    assert torch.equal(before[0], after[0])
+    assert before[1] == after[1]
+    assert all(np.array_equal(one, two) for one, two in zip(before[2], after[2], strict=True))
+
+
+def test_every_trial_is_seeded():
+    """A trial's seed seeds torch, random and numpy, so trials of one seed see the same draws."""
+    draws = {}
+
+    def train(trial):
+        drawn = (torch.rand(1).item(), random.random(), np.random.random())
+        draws.setdefault(trial.seed, set()).add(drawn)
+        yield from made_up()(trial)
+
+    calibrate(train, seeds=(3, 5), trials=12)
+    assert sorted(draws) == [3, 5]
+    assert all(len(seen) == 1 for seen in draws.values())
+    assert draws[3] != draws[5]
+
+
+def test_ranks_take_turns_and_seeds_follow_each_other():
+    """Of the runs that do not diverge, each rank has four at a seed before the next seed."""
+    cells = [(rank, seed) for rank, seed, _, value in trials_of(calibrate(made_up(), trials=16)) if value < 9]
+    assert all(cells[:8].count((rank, 0)) == 4 for rank in (4, 16))
+    assert {seed for _, seed in cells[8:]} == {1}
+
+
+@pytest.mark.parametrize("level", [optuna.logging.DEBUG, optuna.logging.ERROR])
+def test_optunas_logging_is_left_as_it_was(level, capfd):
+    """Optuna's verbosity is the user's, and it says nothing of ours."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(level)
+    try:
+        calibrate(made_up(), trials=2, progress=False)
+        assert optuna.logging.get_verbosity() == level
+    finally:
+        optuna.logging.set_verbosity(before)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_first_import_of_rich_and_optuna_draws_nothing():
+    """In a fresh process, too, a calibration with its bar leaves Python's random state as it was."""
+    code = (
+        "import random, rankaware_optim as ra\nfrom torch import nn\n"
+        "def train(trial):\n    trial.optimizer(nn.Linear(4, 4))\n    yield from [2.0, 1.0, 1.0]\n"
+        "random.seed(3)\nbefore = random.getstate()\n"
+        "ra.calibrate(train, 'adamw', ranks=(None,), steps=3, trials=2, progress=True)\n"
+        "print(random.getstate() == before)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_progress_works_without_a_terminal(capfd):
+    """A progress bar can be asked for where standard error is no terminal; by default there is none."""
+    calibrate(made_up(), trials=2)
+    assert capfd.readouterr() == ("", "")
+    calibrate(made_up(), trials=2, progress=True)
+    shown = capfd.readouterr().err
+    assert "2/2" in shown
+    assert "best so far" in shown
+
+
+# --- the loop's contract --------------------------------------------------------------------------------------------
+
+
+def logged(log, *, length=None, returned=None):
+    """A `train` that logs how many values it computed, endless or ended after `length`, and that it was closed."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        taken = 0
+        try:
+            for taken in count(1) if length is None else range(1, length + 1):
+                yield torch.tensor([bowl(math.log2(trial.lr) - BEST) + 1 / taken])
+            return returned
+        finally:
+            log.append(taken)
+
+    return train
+
+
+LENGTHS = [
+    (None, [STEPS + 1, STEPS, STEPS, STEPS]),  # the first is resumed once more, to learn whether it ends
+    (STEPS + 5, [STEPS + 1, STEPS, STEPS, STEPS]),
+    (STEPS, [STEPS] * 4),
+]
+
+
+@pytest.mark.parametrize(("length", "taken"), LENGTHS)
+def test_the_steps_are_taken_and_the_generator_is_closed(length, taken):
+    """Endless or ending, a loop is asked for `steps` values and its `finally` runs before the next trial begins."""
+    log = []
+    recipe = calibrate(logged(log, length=length), trials=4)
+    assert log == taken
+    assert not recipe.tensors["curve"].isnan().any()
+
+
+@pytest.mark.parametrize(("steps", "last"), [(1, 1), (3, 3), (20, 5), (50, 5), (100, 10), (120, 12)])
+def test_the_score_is_the_mean_of_the_last_tenth(steps, last):
+    """Without a return value a run's score is the mean of the last tenth of its values, at least 5."""
+    recipe = calibrate(logged([]), steps=steps, trials=3)
+    assert recipe.tensors["value"] == pytest.approx(recipe.tensors["curve"][:, -last:].double().mean(1), rel=1e-6)
+
+
+@pytest.mark.parametrize("returned", [-3.0, 4, torch.tensor(0.25), torch.tensor([2.0])])
+def test_a_returned_score_is_taken(returned):
+    """A loop that ends at its steps with a value is scored by it, number or tensor, positive or not."""
+    recipe = calibrate(logged([], length=STEPS, returned=returned), trials=2)
+    assert recipe.tensors["value"].tolist() == [float(returned)] * 2
+
+
+def test_a_value_may_carry_a_gradient():
+    """A loss that still requires its gradient is taken as it is."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        while True:
+            yield nn.Parameter(torch.tensor(bowl(math.log2(trial.lr) - BEST)))
+
+    assert calibrate(train, trials=2).lr > 0
+
+
+def test_the_optimizer_is_the_users_at_the_trials_rate():
+    """trial.optimizer gives a RankAwareOptimizer of the class asked for, whose A rate is the law's from trial.lr."""
+    seen = []
+
+    def train(trial):
+        model = Net(trial.rank)
+        assert trial.lr is None
+        opt = trial.optimizer(model.parameters(), model=model, weight_decay=0.5)
+        seen.append((trial, opt))
+        yield from made_up_after(trial)
+
+    def made_up_after(trial):
+        while True:
+            yield bowl(math.log2(trial.lr) - BEST)
+
+    recipe = calibrate(train, trials=4)
+    for trial, opt in seen:
+        assert isinstance(opt, AdamW)
+        assert isinstance(opt, ra.RankAwareOptimizer)
+        assert opt.defaults["weight_decay"] == 0.5
+        (used,) = {g["lr"] for g in opt.param_groups if g["lora_role"] == "A"}
+        by_law = recipe_like(recipe, Power(pivot=8.0), trial.lr)
+        assert used == pytest.approx(by_law.at(rank=trial.rank).lr, rel=1e-9)
+
+
+def never(trial):
+    yield 1.0
+
+
+def twice(trial):
+    trial.optimizer(Net(trial.rank))
+    yield 1.0
+    trial.optimizer(Net(trial.rank))
+    yield 1.0
+
+
+def given(**settings):
+    def train(trial):
+        trial.optimizer(Net(trial.rank), **settings)
+        yield 1.0
+
+    return train
+
+
+def without_model(trial):
+    trial.optimizer(list(Net(trial.rank).parameters()))
+    yield 1.0
+
+
+def of_rank(rank):
+    def train(trial):
+        trial.optimizer(Net(rank))
+        yield 1.0
+
+    return train
+
+
+def yields(*values):
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        yield from values
+
+    return train
+
+
+def returns(value):
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        yield from [1.0] * trial.steps
+        return value
+
+    return train
+
+
+def changing(first: int | None, later: int | None):
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        yield from islice(count(1.0, -0.01), (later if trial.number else first))
+
+    return train
+
+
+def scored_at_times(trial):
+    trial.optimizer(Net(trial.rank))
+    yield from [1.0] * trial.steps
+    return None if trial.number else 0.5
+
+
+BAD_LOOPS = [
+    (lambda trial: 1.0, "gave a float where a generator belongs"),
+    (lambda trial: [1.0] * STEPS, "gave a list where a generator belongs"),
+    (never, "without calling trial.optimizer"),
+    (twice, "called twice"),
+    (given(lr=1e-3), "got lr="),
+    (given(tuned_at=ra.Reference(16, 16)), "got tuned_at="),
+    (given(law="mua"), "got law="),
+    (given(recipe="r.toml"), "got recipe="),
+    (given(method="full"), "got method="),
+    (without_model, "no model"),
+    (of_rank(5), "trial.rank=4 has rank 5"),
+    (yields(), "yielded nothing"),
+    (yields(1.0), f"ended after 1 of {STEPS} steps"),
+    (yields(*[1.0] * (STEPS - 1)), f"ended after {STEPS - 1} of {STEPS} steps"),
+    (yields(math.nan), "first value that train yielded is nan"),
+    (yields(math.inf), "first value that train yielded is inf"),
+    (yields(torch.tensor(-math.inf)), "first value that train yielded is -inf"),
+    (yields("1.0"), "value at step 0 is a str"),
+    (yields(1.0, None), "value at step 1 is a NoneType"),
+    (yields(1j), "value at step 0 is a complex"),
+    (yields(True), "value at step 0 is a bool"),
+    (yields(torch.tensor(1j)), "value at step 0 is a Tensor"),
+    (yields(torch.ones(2)), "value at step 0 is a Tensor"),
+    (yields(torch.tensor(True)), "value at step 0 is a"),
+    (returns("good"), "return value at step 20 is a str"),
+    (returns(torch.ones(2)), "return value at step 20 is a Tensor"),
+    (changing(STEPS, STEPS - 5), f"ended after {STEPS - 5} of {STEPS} steps"),
+    (changing(STEPS, STEPS + 5), "went on"),
+    (changing(STEPS, None), "went on"),
+    (changing(None, STEPS - 1), f"ended after {STEPS - 1} of {STEPS} steps"),
+    (scored_at_times, "returned a score"),
+]
+
+
+@pytest.mark.parametrize(("loop", "message"), BAD_LOOPS)
+def test_a_loop_that_breaks_the_contract_is_refused(loop, message):
+    """Every breach of the contract is an error that says what `train` did; its trial is recorded as failed."""
+    storage = optuna.storages.InMemoryStorage()
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(loop, trials=4, storage=storage)
+    *_, last = storage.get_all_trials(0)
+    assert last.state == optuna.trial.TrialState.FAIL
+
+
+@pytest.mark.parametrize(("rank", "wrong"), [(4, None), (None, 4)])
+def test_lora_and_full_finetuning_are_not_mistaken_for_each_other(rank, wrong):
+    """A model without adapters at a rank, or with them where trial.rank is None, is an error."""
+    with pytest.raises((CalibrationError, InspectionError)):
+        calibrate(of_rank(wrong), ranks=(rank,))
+
+
+class Boom(Exception):
+    """The user's own error."""
+
+
+def test_an_error_in_the_loop_is_the_users_own():
+    """An exception in `train` comes out unchanged, its `finally` has run, and the trial counts as failed."""
+    storage, closed, boom = optuna.storages.InMemoryStorage(), [], Boom("mine")
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        try:
+            yield 1.0
+            raise boom
+        finally:
+            closed.append(trial.number)
+
+    with pytest.raises(Boom) as caught:
+        calibrate(train, storage=storage)
+    assert caught.value is boom
+    assert closed == [0]
+    assert [t.state for t in storage.get_all_trials(0)] == [optuna.trial.TrialState.FAIL]
+
+
+BAD_ARGUMENTS = [
+    {"ranks": ()}, {"ranks": (0,)}, {"ranks": (-4,)}, {"ranks": (4, 4)}, {"ranks": (1.5,)}, {"ranks": "46"},
+    {"ranks": 4}, {"ranks": (True,)}, {"ranks": None},
+    {"seeds": ()}, {"seeds": (0, 0)}, {"seeds": (0.5,)}, {"seeds": "ab"}, {"seeds": 3}, {"seeds": (True, False)},
+    {"steps": 0}, {"steps": -1}, {"steps": 1.5}, {"steps": "20"}, {"steps": True},
+    {"trials": 0}, {"trials": 2.5},
+    {"lr_range": (1e-3, 1e-4)}, {"lr_range": (1e-3, 1e-3)}, {"lr_range": (0.0, 1.0)}, {"lr_range": (-1.0, 1.0)},
+    {"lr_range": (math.nan, 1.0)}, {"lr_range": (1e-3, math.inf)}, {"lr_range": (1e-3,)}, {"lr_range": 1e-3},
+    {"lr_range": ("a", "b")},
+    {"batch": 0}, {"batch": -1}, {"batch": math.nan}, {"batch": "16"},
+    {"warmup": -0.1}, {"warmup": math.nan}, {"warmup": "a"},
+    {"seed": -1}, {"seed": "a"}, {"name": 7},
+    {"budget": 0}, {"budget": STEPS - 1}, {"budget": 100.0}, {"budget": 3 * STEPS, "full_trials": 3},
+    {"until": 0}, {"until": -1.0}, {"until": math.nan}, {"until": "1"},
+    {"full_trials": -1}, {"full_trials": True}, {"full_trials": 1.5}, {"full_trials": 2, "ranks": (4, None)},
+    {"target": "all"}, {"target": "full", "ranks": (None,)},
+    {"law": "unheard-of"}, {"optimizer": "unheard-of"}, {"optimizer": dict},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BAD_ARGUMENTS, ids=str)
+def test_bad_arguments_are_refused_before_anything_runs(options):
+    """An impossible argument is an error of ours, and `train` was never called."""
+    called = []
+    with pytest.raises(ra.RankAwareError):
+        calibrate(called.append, **options)
+    assert not called
+
+
+def test_an_unknown_optimizer_lists_the_known():
+    """The error for an unknown name lists the known ones."""
+    with pytest.raises(OptimizerError, match="AdamW"):
+        calibrate(train, optimizer="unheard-of")
+
+
+# --- the cliff ------------------------------------------------------------------------------------------------------
+
+
+def with_cliff(how, taken):
+    """A bowl whose runs `how` (yield or return) once the base rate is an octave above the best."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        u = math.log2(trial.lr) - BEST
+        for step in range(trial.steps):
+            taken[trial.number] = step + 1
+            yield how(step) if u > 1 and step else 2.3 + (bowl(min(u, 1)) - 2.3) * min(step / 10, 1.0)
+
+    return train
+
+
+CLIFFS = [
+    (lambda step: math.nan, 2),
+    (lambda step: math.inf, 2),
+    (lambda step: -math.inf, 2),
+    (lambda step: torch.tensor(math.nan), 2),
+    (lambda step: 2.3 + step, 10),
+]
+
+
+@pytest.mark.parametrize(("how", "most"), CLIFFS)
+def test_diverging_runs_are_cut_short_and_are_the_ceiling(how, most):
+    """A run that diverges is stopped early, and the lowest such rate is the recipe's ceiling."""
+    taken = {}
+    recipe = calibrate(with_cliff(how, taken), ranks=(16,), trials=10)
+    rates, lost = recipe.tensors["lr"], recipe.tensors["diverged"]
+    assert lost.any()
+    assert all(taken[i] <= most for i in lost.nonzero().flatten().tolist())
+    assert recipe.ceiling == pytest.approx(rates[lost].min().item())
+    assert recipe.lr < recipe.ceiling
+    assert recipe.tensors["value"][lost].isinf().all()
+    assert abs(math.log2(recipe.lr) - BEST) < 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_return_value_that_is_not_finite_is_divergence(value):
+    """A loop whose returned score is not finite is remembered as diverged."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        yield from [2.0, *[1.0] * (trial.steps - 1)]
+        return value if math.log2(trial.lr) > BEST else bowl(math.log2(trial.lr) - BEST)
+
+    recipe = calibrate(train, ranks=(16,))
+    assert recipe.ceiling > 2**BEST > recipe.lr
+
+
+def test_a_first_value_low_by_chance_stops_no_run():
+    """A seed whose first batch is an easy one does not make its slow runs look as if they rose."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        fall = 0.3 * math.exp(-((math.log2(trial.lr) - BEST) ** 2) / 8)
+        for step in count():
+            easy = 0.15 if step == 0 and trial.seed == 0 else 0.0
+            yield 0.75 - easy - fall * min(step / STEPS, 1.0)
+
+    recipe = calibrate(train, trials=10)
+    assert not recipe.tensors["diverged"].any()
+    assert abs(math.log2(recipe.best_lr) - BEST) < 1.0
+
+
+def test_where_every_run_diverges_there_is_no_recipe():
+    """If no rate stays finite, the error says so and how many were tried, ever lower."""
+    storage = optuna.storages.InMemoryStorage()
+    with pytest.raises(CalibrationError, match="Every one of 5 runs diverged"):
+        calibrate(yields(1.0, math.nan), trials=5, storage=storage)
+    rates = [t.params["log2_lr"] for t in storage.get_all_trials(0)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] - rates[-1] > 6
+
+
+# --- search ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lr_range", [(2.0**-22, 2.0**-18), (2.0**-4, 2.0**-1), (2.0**-8, 2.0**-6)])
+def test_the_range_widens_where_the_best_sits_at_its_edge(lr_range):
+    """Rates start inside lr_range and leave it only towards an optimum beyond; they reach it."""
+    recipe = calibrate(made_up(), lr_range=lr_range, trials=24)
+    rates = recipe.tensors["lr"].tolist()
+    assert lr_range[0] <= rates[0] <= lr_range[1]
+    assert abs(math.log2(recipe.at(rank=4).lr) - BEST) < 0.5
+
+
+def test_a_range_around_the_best_is_kept():
+    """Where the best rate lies well inside, no rate outside lr_range is tried."""
+    low, high = 2.0 ** (BEST - 4), 2.0 ** (BEST + 4)
+    rates = calibrate(made_up(), lr_range=(low, high)).tensors["lr"]
+    assert low <= rates.min() < rates.max() <= high
+
+
+MEDIAN = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": optuna.samplers.TPESampler(seed=0)},
+        {"sampler": optuna.samplers.RandomSampler(seed=0)},
+        {"pruner": MEDIAN},
+        {"sampler": optuna.samplers.TPESampler(seed=0), "pruner": MEDIAN},
+        {"pruner": optuna.pruners.SuccessiveHalvingPruner()},
+    ],
+    ids=lambda o: "+".join(type(v).__name__ for v in o.values()),
+)
+def test_optunas_samplers_and_pruners_work(options):
+    """A sampler or pruner of Optuna's finds the optimum too, if less surely; pruned runs count as trials."""
+    storage = optuna.storages.InMemoryStorage()
+    recipe = calibrate(made_up(), trials=24, lr_range=(2.0**-12, 2.0**-3), storage=storage, **options)
+    assert abs(math.log2(recipe.best_lr) - BEST) < 1
+    assert len(storage.get_all_trials(0)) == 24
+
+
+class PruneAll(optuna.pruners.BasePruner):
+    """Prunes every run at once."""
+
+    def prune(self, study, trial):
+        return True
+
+
+def test_a_pruner_that_prunes_everything_leaves_no_recipe():
+    """If every run was pruned, the error says that, rather than that they diverged."""
+    with pytest.raises(CalibrationError, match="pruned"):
+        calibrate(made_up(), trials=4, pruner=PruneAll())
+
+
+# --- out of memory, pruned from within, pushed ----------------------------------------------------------------------
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: 12 bytes."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: 12 bytes."),
+    MemoryError(),
+]
+
+
+def giving_up(error, loop, *, ranks=(16,), before=False):
+    """The loop, which raises `error` at some ranks: before its optimizer is built, or at its second step."""
+
+    def train(trial):
+        if before and trial.rank in ranks:
+            raise error
+        values = loop(trial)
+        yield next(values)
+        if trial.rank in ranks:
+            raise error
+        yield from values
+
+    return train
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("error", [*OUT_OF_MEMORY, optuna.TrialPruned()], ids=lambda error: type(error).__name__)
+def test_a_run_may_give_up(error, before):
+    """A run that is out of memory or raises Optuna's TrialPruned is pruned; the others make the recipe."""
+    storage = optuna.storages.InMemoryStorage()
+    recipe = calibrate(giving_up(error, made_up(), before=before), trials=16, storage=storage)
+    states = [t.state for t in storage.get_all_trials(0)]
+    assert states.count(optuna.trial.TrialState.PRUNED) >= 8
+    assert len(states) == 16
+    assert abs(math.log2(recipe.best_lr) - BEST) < 1
+
+
+def test_real_memory_runs_out():
+    """An allocation that the machine refuses prunes the run, whatever allocator says it."""
+
+    def train(trial):
+        yield from (torch.empty(2**60) for _ in range(2)) if trial.rank == 16 else made_up()(trial)
+
+    assert calibrate(train, trials=8).lr > 0
+
+
+def test_out_of_memory_says_nothing_of_a_rate():
+    """A rank that never fits moves nothing of what another rank finds, where a pruned rate would count as too high."""
+    alone = calibrate(made_up(), ranks=(4,), trials=6)
+    beside = calibrate(giving_up(MemoryError(), made_up(), before=True), trials=12)
+    assert abs(math.log2(beside.best_lr / alone.best_lr)) < 0.1
+
+
+def test_where_no_run_fits_the_error_says_so():
+    """If every run is out of memory, the error says that rather than that the rates diverged."""
+    with pytest.raises(CalibrationError, match="Every one of 3 runs ran out of memory"):
+        calibrate(giving_up(MemoryError(), made_up(), ranks=(4, 16)), trials=3)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory")])
+def test_other_errors_are_not_taken_for_memory(error):
+    """An error that is no shortage of memory comes out as it is."""
+    with pytest.raises(type(error)) as caught:
+        calibrate(giving_up(error, made_up(), ranks=(4, 16)), trials=3)
+    assert caught.value is error
+
+
+def pushed(loop, log=None, *, ends=None, score=False):
+    """The loop as a run that pushes its values, and goes on for two steps after it was told to stop."""
+
+    def train(trial):
+        def run(report):
+            for step, value in enumerate(loop(trial)):
+                if step == ends:
+                    return None
+                if report(value) and report(value):
+                    break
+            if log is not None:
+                log.append((trial.number, step))
+            return float(value) if score else None
+
+        return Pushed(run)
+
+    return train
+
+
+@pytest.mark.parametrize("options", [{}, {"pruner": optuna.pruners.MedianPruner(2, 5)}], ids=["plain", "pruner"])
+def test_values_may_be_pushed(options):
+    """A run that pushes its values to a callback calibrates as a generator that yields them."""
+    pulled, told = calibrate(made_up(), trials=8, **options), calibrate(pushed(made_up()), trials=8, **options)
+    assert trials_of(pulled) == trials_of(told)
+    assert pulled.best_lr == told.best_lr
+
+
+def test_a_pushed_run_is_held_to_the_contract():
+    """It ends by itself with a score or not, and one that ends too early or gives text is refused."""
+    assert calibrate(pushed(made_up(), score=True), trials=3).lr > 0
+    with pytest.raises(CalibrationError, match=f"ended after 7 of {STEPS} steps"):
+        calibrate(pushed(made_up(), ends=7))
+    with pytest.raises(CalibrationError, match="value at step 0 is a str"):
+        calibrate(pushed(yields("1.0")))
+
+
+# --- stopping and resuming ------------------------------------------------------------------------------------------
+
+
+def stopping_at(number: int, loop=train):
+    """The loop, interrupted in the middle of trial `number`."""
+
+    def stopped(trial):
+        for step, value in enumerate(loop(trial)):
+            if (trial.number, step) == (number, 3):
+                raise KeyboardInterrupt
+            yield value
+
+    return stopped
+
+
+@pytest.fixture
+def storage(tmp_path):
+    made = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")
+    yield made
+    made.engine.dispose()
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped(storage):
+    """Ctrl-C keeps the finished trials; the same call runs the rest alone, and ends as an uninterrupted one would."""
+    with pytest.raises(CalibrationInterrupted, match="after 3 of 8 trials") as caught:
+        calibrate(stopping_at(3), trials=8, storage=storage)
+    assert len(caught.value.recipe.tensors["lr"]) == 3
+    numbers = []
+
+    def counted(trial):
+        numbers.append(trial.number)
+        yield from train(trial)
+
+    resumed = calibrate(counted, trials=8, storage=storage)
+    assert numbers == [4, 5, 6, 7, 8]
+    straight = calibrate(train, trials=8)
+    assert trials_of(resumed) == trials_of(straight)
+    assert resumed.best_lr == straight.best_lr
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_ctrl_c_is_still_ctrl_c(number):
+    """The interruption is a KeyboardInterrupt with the fit of what was done, or None if that was nothing."""
+    with pytest.raises(KeyboardInterrupt) as caught:
+        calibrate(stopping_at(number, made_up()))
+    assert isinstance(caught.value, CalibrationInterrupted)
+    assert not isinstance(caught.value, Exception)
+    assert (caught.value.recipe is None) == (number == 0)
+
+
+def test_a_finished_study_is_read_and_not_run_again(storage):
+    """With nothing left to run, the same call gives the same recipe, settings included, without a trial."""
+    first = calibrate(made_up(weight_decay=0.25), trials=4, storage=storage)
+    called = []
+    again = calibrate(called.append, trials=4, storage=storage)
+    assert not called
+    assert again.best_lr == first.best_lr
+    assert again.settings == first.settings == {"weight_decay": 0.25}
+    assert (again.scaling_rule, again.reference, again.full_fan_in) == (
+        first.scaling_rule, first.reference, first.full_fan_in,
+    )  # fmt: skip
+
+
+def on_hard_batches(trial):
+    """`made_up`, whose first batches are easy ones and the next ten as hard as training gains."""
+    for step, value in enumerate(made_up()(trial)):
+        yield value + 2.0 * (5 <= step < 15)
+
+
+def test_hard_batches_are_no_divergence():
+    """Where later batches are harder for every rate, a rate that learns slowly is not said to have diverged."""
+    recipe = calibrate(on_hard_batches, trials=16)
+    rates, diverged = recipe.tensors["lr"], recipe.tensors["diverged"].bool()
+    assert not diverged[rates < 2.0**BEST].any()
+    assert math.log2(recipe.best_lr) == pytest.approx(BEST, abs=0.5)
+
+
+class Seen(optuna.storages.InMemoryStorage):
+    """Keeps what another process would find after every write to the study."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def set_study_user_attr(self, study_id, key, value):
+        super().set_study_user_attr(study_id, key, value)
+        self.found.append(self.get_study_user_attrs(study_id).copy())
+
+
+def test_a_reference_is_stored_whole():
+    """Another process that reads between two writes, or after a kill there, finds reference and width, or none."""
+    storage = Seen()
+    calibrate(made_up(), trials=2, storage=storage)
+    settled = [found for found in storage.found if "reference" in found]
+    assert settled
+    assert all("full_fan_in" in found for found in settled)
+
+
+CHANGED = [{"steps": STEPS - 5}, {"steps": STEPS + 5}, {"optimizer": "sgd"}, {"law": "loraplus"}, {"ranks": (4, 64)}]
+
+
+@pytest.mark.parametrize("changed", CHANGED, ids=str)
+def test_another_calibration_does_not_go_on_with_a_stored_one(changed, storage):
+    """A stored study of this name with other steps, ranks, law or optimizer is refused: its trials do not compare."""
+    calibrate(made_up(), trials=2, storage=storage)
+    with pytest.raises(CalibrationError, match=next(iter(changed))):
+        calibrate(made_up(), trials=4, storage=storage, **changed)
+    assert len(trials_of(calibrate(made_up(), trials=8, storage=storage, name="another", **changed))) == 8
+
+
+def test_a_storage_may_be_a_url(tmp_path):
+    """storage= takes Optuna's URLs; a failed trial in it does not count."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    with pytest.raises(CalibrationError):
+        calibrate(yields(1.0), trials=3, storage=url)
+    assert len(trials_of(calibrate(made_up(), trials=3, storage=url))) == 3
+
+
+def test_no_warmup_is_a_warmup_told():
+    """warmup=0 says that there was none, which is not the same as leaving it out."""
+    assert calibrate(made_up(), trials=2, warmup=0.0).warmup == 0.0

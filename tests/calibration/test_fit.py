@@ -1,0 +1,298 @@
+"""The fit on synthetic sweeps whose optimum is known, and what must not change it."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankaware_optim.calibration.fit import Fit, Observation, Prior, diverged, fit_observations
+
+Z90 = 1.645
+BASE = -9.0  # log2 of the true best rate at the pivot
+START = 2.3
+OFFSETS = (-3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+
+
+def linex(u: float) -> float:
+    return 0.06 * (math.exp(2 * u) - 2 * u - 1)
+
+
+def quadratic(u: float) -> float:
+    return 0.1 * u * u
+
+
+def sweep(
+    seed: int = 0, *, drift=0.0, factor=0.0, ranks=(4, 64), bowl=linex, noise=0.02, offsets=OFFSETS, base=BASE
+) -> list[Observation]:
+    """A study of every rank at `offsets` about `base`, its loss a bowl about the rank's own optimum, plus noise."""
+    rng = np.random.default_rng(seed)
+    shift = rng.uniform(-0.5, 0.5)
+    own = rng.normal(0, noise, 2)
+    seen = []
+    for rank in ranks:
+        best = base + (factor if rank is None else drift * math.log2(rank / Prior().pivot))
+        for i, offset in enumerate(offsets):
+            x = base + offset + shift
+            loss = 0.3 + bowl(x - best) + own[i % 2] + rng.normal(0, noise)
+            seen.append(observation(x, loss, rank=rank, seed=i % 2))
+    return seen
+
+
+def observation(x: float, loss: float = math.inf, *, rank: int | None = 4, seed: int = 0) -> Observation:
+    """A run at log2 rate x that ended at `loss`, or diverged where that is far above its start."""
+    lost = loss > START + 1
+    value = math.inf if lost else loss
+    return Observation(rank, seed, x, value, START, value, stopped=lost)
+
+
+def fitted(seen, prior=None) -> Fit:
+    fit = fit_observations(seen, prior or Prior())
+    assert fit is not None
+    return fit
+
+
+def spread(fit: Fit) -> np.ndarray:
+    return np.sqrt(np.diag(fit.covariance))
+
+
+# --- what it finds --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drift", [-0.2, 0.0, 0.15])
+@pytest.mark.parametrize("noise", [0.005, 0.02, 0.06])
+def test_base_and_drift_are_recovered_within_their_bands(drift, noise):
+    """In at least 30 of 40 studies the 90 % bands of base rate and drift cover the truth, and the errors are small."""
+    fits = [fitted(sweep(seed, drift=drift, noise=noise)) for seed in range(40)]
+    errors = np.array([fit.mean[:2] - (BASE, drift) for fit in fits])
+    covered = np.abs(errors) < Z90 * np.array([spread(fit)[:2] for fit in fits])
+    assert (covered.sum(axis=0) >= 30).all()
+    assert np.abs(errors.mean(axis=0)) == pytest.approx([0, 0], abs=0.12)
+
+
+def saturating(u: float) -> float:
+    """A wall above the optimum, and below it a loss that flattens towards the untrained one."""
+    return 0.07 * (math.expm1(3 * u) / 3 - u) if u > 0 else 0.2 * (math.sqrt(1 + u * u) - 1)
+
+
+@pytest.mark.parametrize("bowl", [quadratic, saturating])
+@pytest.mark.parametrize("noise", [0.003, 0.02])
+def test_other_bowls_are_found_within_their_bands(bowl, noise):
+    """A parabola, and a wall with a plateau below it: 33 of 40 bands hold the base rate, and its bias is small."""
+    fits = [fitted(sweep(seed, bowl=bowl, noise=noise)) for seed in range(40)]
+    errors = np.array([fit.mean[0] - BASE for fit in fits])
+    assert (np.abs(errors) < Z90 * np.array([spread(fit)[0] for fit in fits])).sum() >= 33
+    assert abs(errors.mean()) < 0.08
+    assert np.abs(errors).max() < 0.4
+
+
+def stalling(u: float) -> float:
+    """A wall that ends on a plateau at a sixth of the gain: every run learns the easy part, too high a rate no more."""
+    return min(linex(u), 0.3)
+
+
+def test_a_plateau_far_below_the_start_hides_no_optimum():
+    """Where too high a rate stalls after a good part of the gain, 33 of 40 bands hold the base and are narrow."""
+    fits = [fitted(sweep(seed, bowl=stalling, offsets=(*OFFSETS, 3.0, 4.0))) for seed in range(40)]
+    assert sum(abs(fit.mean[0] - BASE) < Z90 * spread(fit)[0] for fit in fits) >= 33
+    assert np.median([spread(fit)[0] for fit in fits]) < 0.4
+
+
+def test_every_rank_stalls_at_a_height_of_its_own():
+    """A rank that gains little lies nearer the plateau they share: 17 of 20 bands hold the base and are narrow."""
+    offsets, fits = (-3.0, -1.5, 0.0, 1.5, 3.0, 4.5), []
+    for seed in range(20):
+        low = sweep(seed, ranks=(4,), bowl=lambda u: min(linex(u), 0.12), noise=0.01, offsets=offsets)
+        fits.append(fitted([*low, *sweep(seed, ranks=(64,), bowl=lambda u: min(linex(u), 1.2), offsets=offsets)]))
+    assert sum(abs(fit.mean[0] - BASE) < Z90 * spread(fit)[0] for fit in fits) >= 17
+    assert np.median([spread(fit)[0] for fit in fits]) < 0.35
+
+
+def test_ranks_may_have_bowls_of_their_own():
+    """One rank four times as steep as the other: the base rate stays in its band."""
+    for seed in range(10):
+        steep = [replace(o, value=0.3 + 4 * (o.value - 0.3)) for o in sweep(seed, ranks=(64,), noise=0.005)]
+        fit = fitted([*sweep(seed, ranks=(4,), noise=0.02), *steep])
+        assert abs(fit.mean[0] - BASE) < 2 * spread(fit)[0]
+
+
+def test_a_seeds_own_level_is_not_noise():
+    """What one seed's runs have in common, four times the noise, hardly widens the band: its rates are compared."""
+    for seed in range(5):
+        seen = sweep(seed, noise=0.01)
+        apart = [replace(o, value=o.value + 0.08 * o.seed) for o in seen]
+        assert spread(fitted(apart))[0] < 1.5 * spread(fitted(seen))[0]
+        assert fitted(apart).mean[0] == pytest.approx(fitted(seen).mean[0], abs=0.2)
+
+
+@pytest.mark.parametrize("factor", [-0.6, 0.0, 0.6])
+def test_full_trials_settle_the_full_factor(factor):
+    """With trials of full finetuning its factor is found in its band, which they narrow by a third at least."""
+    fits = [fitted(sweep(seed, ranks=(4, 64, None), factor=factor)) for seed in range(40)]
+    inside = [abs(fit.mean[2] - factor) < Z90 * spread(fit)[2] for fit in fits]
+    assert sum(inside) >= 30
+    assert all(spread(fit)[2] < 2 / 3 * Prior().full_sd for fit in fits)
+
+
+def test_what_was_not_tried_stays_at_its_prior():
+    """One rank at the pivot says nothing of drift, and LoRA nothing of full finetuning: both keep mean 0 and prior."""
+    fit = fitted(sweep(ranks=(16,)))
+    assert fit.mean[1:] == pytest.approx([0, 0], abs=1e-9)
+    assert spread(fit)[1:] == pytest.approx([Prior().drift_sd, Prior().full_sd])
+
+
+def test_drift_is_shrunk_towards_the_law():
+    """A narrower prior leaves less of a drift, in the same direction."""
+    drifts = [fitted(sweep(drift=0.3), Prior(drift_sd=sd)).mean[1] for sd in (0.02, 0.15, 1.0)]
+    assert 0 < drifts[0] < drifts[1] < drifts[2] < 0.35
+    assert drifts[0] < 0.1
+
+
+def test_ranks_further_apart_tell_more_of_the_drift():
+    """The drift between 4 and 64 is surer than that between 16 and 32."""
+    wide, narrow = (spread(fitted(sweep(ranks=ranks)))[1] for ranks in ((4, 64), (16, 32)))
+    assert wide < 0.7 * narrow
+
+
+def test_more_trials_are_surer():
+    """The band narrows as trials come in."""
+    bands = [spread(fitted(sweep(offsets=OFFSETS[::step])))[0] for step in (4, 2, 1)]
+    assert bands == sorted(bands, reverse=True)
+
+
+# --- what changes nothing -------------------------------------------------------------------------------------------
+
+
+def assert_alike(first: Fit, second: Fit) -> None:
+    assert second.mean == pytest.approx(first.mean, abs=1e-6)
+    assert second.covariance == pytest.approx(first.covariance, rel=1e-6, abs=1e-12)
+    assert (second.lean, second.ceiling) == (pytest.approx(first.lean, abs=1e-6), first.ceiling)
+
+
+studies = st.builds(
+    sweep,
+    seed=st.integers(0, 1000),
+    drift=st.floats(-0.3, 0.3),
+    ranks=st.sampled_from([(4,), (4, 64), (8, 32, None), (None,)]),
+    noise=st.floats(0.001, 0.1),
+    offsets=st.lists(st.floats(-4, 4), min_size=1, max_size=8, unique=True).map(tuple),
+).map(lambda seen: [*seen, observation(BASE - 5, 1.0)] if all(diverged(seen)) else seen)
+
+
+@settings(max_examples=50)
+@given(seen=studies, seed=st.integers(0, 100))
+def test_the_order_of_trials_does_not_matter(seen, seed):
+    """Any order of the same observations gives the same fit."""
+    assert_alike(fitted(seen), fitted(random.Random(seed).sample(seen, len(seen))))
+
+
+@settings(max_examples=50)
+@given(seen=studies, offset=st.floats(-100, 100), scale=st.floats(1e-3, 1e3))
+def test_the_units_of_the_loss_do_not_matter(seen, offset, scale):
+    """Adding a constant to every value, or measuring it in other units, changes no rate."""
+
+    def moved(o: Observation) -> Observation:
+        return replace(o, **{name: (getattr(o, name) + offset) * scale for name in ("value", "start", "tail")})
+
+    assert_alike(fitted(seen), fitted([moved(o) for o in seen]))
+
+
+@settings(max_examples=50)
+@given(seen=studies, octaves=st.floats(-20, 20))
+def test_the_units_of_the_rate_do_not_matter(seen, octaves):
+    """Shifting all rates by some octaves shifts the base rate by as many, and nothing else."""
+    first, second = fitted(seen), fitted([replace(o, x=o.x + octaves) for o in seen])
+    assert second.mean == pytest.approx(first.mean + np.array([octaves, 0, 0]), abs=1e-2)
+    assert second.lean == pytest.approx(first.lean, abs=1e-2)
+
+
+# --- the cliff ------------------------------------------------------------------------------------------------------
+
+NAN_RUN = Observation(4, 0, -6.0, math.nan, START, math.nan)
+RISEN = Observation(4, 0, -6.0, 3.0, START, 3.0)
+LOST = [
+    (observation(-6.0), True),
+    (NAN_RUN, True),
+    (replace(NAN_RUN, value=0.5), True),  # a returned score cannot hide a curve that ended in NaN
+    (replace(NAN_RUN, tail=1.0), True),
+    (RISEN, True),
+    (replace(RISEN, value=0.5), True),
+    (replace(RISEN, tail=2.4), False),
+    (observation(-6.0, 2.2), False),
+]
+
+
+@pytest.mark.parametrize(("run", "lost"), LOST)
+def test_a_run_diverged_that_is_not_finite_or_ends_far_above_its_start(run, lost):
+    """Cut short, NaN anywhere, or a quarter of the best gain above the start: that is divergence."""
+    assert diverged([observation(-9.0, 0.3), run]) == [False, lost]
+
+
+@pytest.mark.parametrize("returned", [True, False])
+def test_where_no_run_gained_those_that_rose_diverged(returned):
+    """If no run fell below its start, one that rose diverged, unless its score was returned."""
+    level = replace(RISEN, tail=START, value=START, returned=returned)
+    assert diverged([replace(RISEN, returned=returned), level]) == [not returned, False]
+
+
+@pytest.mark.parametrize("start", [START - 1.2, START + 5])
+def test_one_odd_first_value_is_held_against_no_run(start):
+    """A first value low by chance does not make its run diverge, and one high by chance is no gain."""
+    seen = [observation(x, loss) for x, loss in ((-10, 2.0), (-9, 1.5), (-8, 1.4), (-7, 1.6))]
+    odd = [*seen[:3], replace(seen[3], start=start)]
+    assert diverged(odd) == [False] * 4
+    assert fitted(odd).gain == pytest.approx(fitted(seen).gain)
+
+
+@pytest.mark.parametrize("seen", [[], [NAN_RUN], [NAN_RUN, observation(-9.0)]], ids=len)
+def test_without_a_finite_run_there_is_no_fit(seen):
+    """Nothing seen, or everything diverged, is no fit."""
+    assert fit_observations(seen, Prior()) is None
+
+
+@pytest.mark.parametrize("lost", [[-6.0], [-5.0, -6.0], [-6.0, -4.0, -5.5]])
+def test_the_ceiling_is_the_smallest_rate_that_diverged(lost):
+    """However many runs diverge, the lowest of them is the ceiling."""
+    assert fitted(sweep(offsets=OFFSETS[:-1]) + [observation(x) for x in lost]).ceiling == -6.0
+    assert fitted(sweep(offsets=OFFSETS[:-1])).ceiling is None
+
+
+@settings(max_examples=100)
+@given(
+    good=st.lists(st.tuples(st.floats(-14, -7), st.floats(0.3, 2.2)), min_size=1, max_size=8),
+    lost=st.lists(st.floats(-6.5, 0), min_size=1, max_size=4),
+    rank=st.sampled_from([4, 16, 64]),
+)
+def test_no_fit_lies_above_the_ceiling(good, lost, rank):
+    """Whatever the good runs below it look like, the optimum is put below the lowest rate that diverged."""
+    seen = [observation(x, loss, rank=rank) for x, loss in good] + [observation(x, rank=rank) for x in lost]
+    fit = fitted(seen, Prior(pivot=float(rank)))
+    assert fit.mean[0] < fit.ceiling == min(lost)
+
+
+@settings(max_examples=100)
+@given(seen=studies, lost=st.floats(-12, 0))
+def test_the_quoted_rate_keeps_an_octave_below_the_ceiling(seen, lost):
+    """The lean is between 0 and 1 octave, and below 1 it leaves the quoted rate an octave below the ceiling."""
+    fit = fitted([*seen, observation(lost)])
+    assert 0 <= fit.lean <= 1
+    assert fit.lean == 1 or fit.mean[0] - fit.lean <= fit.ceiling - 1 + 1e-9
+
+
+def test_the_less_is_known_the_lower_it_leans():
+    """Fewer and noisier trials lean lower, and a well measured optimum hardly at all."""
+    leans = [fitted(sweep(offsets=OFFSETS[::step], ranks=(16,), noise=0.05)).lean for step in (1, 2, 4)]
+    assert leans == sorted(leans)
+    assert leans[0] < 0.2 < leans[-1]
+
+
+def test_scores_of_another_kind_than_the_curve_are_fitted_by_their_own_spread():
+    """A returned accuracy is fitted as well as the loss it follows, whatever its scale."""
+    seen = sweep(noise=0.005, ranks=(16,))
+    scored = [replace(o, value=-100 + 5 * o.value, returned=True) for o in seen]
+    assert fitted(scored).mean[0] == pytest.approx(fitted(seen).mean[0], abs=0.5)

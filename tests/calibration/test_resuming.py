@@ -1,0 +1,177 @@
+"""Killed at any moment, a calibration goes on as if it had not been; what lives elsewhere is left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+import rankaware_optim as ra
+from rankaware_optim.calibration import _trials as ledger
+from rankaware_optim.calibration._liveness import bury_dead, disown, new_owner
+from rankaware_optim.calibration._storage import open_storage
+
+from ..helpers.calibrations import STEPS, calibrate, made_up
+from ..helpers.killed import STEPS as RUN
+from ..helpers.killed import TRIALS
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked and killed")
+
+KILLS = 20
+
+
+class Forked:
+    """Starts calibrations in folders, each in a process of its own."""
+
+    def __init__(self) -> None:
+        script = str(Path(__file__).parents[1] / "helpers" / "killed.py")
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        pipe = subprocess.PIPE
+        self.server = subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def run(self, folder: Path, kill_after: float | None = None) -> float:
+        """Calibrate in `folder`, killed after so many seconds; how long it took. It must end well if not killed."""
+        start = time.perf_counter()
+        self.server.stdin.write(f"{folder}\t{kill_after}\n" if kill_after is not None else f"{folder}\n")
+        self.server.stdin.flush()
+        status = int(self.server.stdout.readline())
+        assert status == 0 or (kill_after is not None and status == signal.SIGKILL)
+        return time.perf_counter() - start
+
+    def stop(self) -> None:
+        self.server.stdin.close()
+        self.server.wait(timeout=30)
+        self.server.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def forked():
+    made = Forked()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def straight(forked, tmp_path_factory):
+    """The recipe of a calibration that nobody killed, and how long it took."""
+    folder = tmp_path_factory.mktemp("straight")
+    seconds = forked.run(folder)
+    return (folder / "recipe.toml").read_text(), seconds
+
+
+def trials_in(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name="calibration", storage=open_storage(folder / "study.journal")).trials
+
+
+@pytest.mark.parametrize("kill", range(KILLS))
+def test_killed_at_any_moment_it_goes_on(kill, forked, straight, tmp_path):
+    """After SIGKILL the same call keeps what was finished, runs the half-done trial again, and ends as if unkilled."""
+    expected, seconds = straight
+    forked.run(tmp_path, kill_after=random.Random(kill).uniform(0.0, 1.1 * seconds))
+    if (tmp_path / "recipe.toml").exists():
+        assert ra.Recipe.load(tmp_path / "recipe.toml")
+    before = trials_in(tmp_path) if (tmp_path / "study.journal").exists() and studied(tmp_path) else []
+    forked.run(tmp_path)
+    assert (tmp_path / "recipe.toml").read_text() == expected
+    after = trials_in(tmp_path)
+    kept = [trial for trial in before if trial.state.is_finished()]
+    assert [trial.datetime_complete for trial in after[: len(kept)]] == [trial.datetime_complete for trial in kept]
+    assert len(ledger.counted(after)) == TRIALS
+    assert not ledger.running(after)
+    assert_retried(after)
+
+
+def studied(folder: Path) -> bool:
+    return bool(optuna.get_all_study_names(open_storage(folder / "study.journal")))
+
+
+def assert_retried(trials) -> None:
+    """Every killed trial was run again, once, with its rank, seed and rate."""
+    for killed in (trial for trial in trials if "killed" in trial.user_attrs):
+        (again,) = [trial for trial in trials if trial.user_attrs.get("retry_of") == killed.number]
+        assert ledger.cell_of(again) == ledger.cell_of(killed)
+        if killed.params and again.params:
+            assert again.params == killed.params
+
+
+def test_killed_again_and_again_it_ends(forked, straight, tmp_path):
+    """Killed many times in one study, it still ends with the same recipe, and no step was spent twice but the lost."""
+    expected, seconds = straight
+    chance = random.Random(0)
+    for _ in range(8):
+        forked.run(tmp_path, kill_after=chance.uniform(0.1, 0.5) * seconds)
+    forked.run(tmp_path)
+    assert (tmp_path / "recipe.toml").read_text() == expected
+    trials = trials_in(tmp_path)
+    assert_retried(trials)
+    assert ledger.spent(trials, RUN) <= RUN * len(trials)
+
+
+# --- whose trial ----------------------------------------------------------------------------------------------------
+
+
+def a_running_trial(study, **owner):
+    made = study.ask()
+    made.set_user_attr("owner", {**new_owner(), **owner})
+    return made
+
+
+ENDED = subprocess.Popen(["true"]) if os.name == "posix" else None
+OWNERS = [
+    ("this process, at work", {}, True),
+    ("this process, no longer at work", {"token": "of an earlier run"}, False),
+    ("another host", {"host": "elsewhere", "pid": 1, "started": "0"}, True),
+    ("before a reboot", {"boot": "another"}, False),
+    ("a number used again", {"pid": os.getppid(), "started": "1"}, False),
+    ("a process that ended", {"pid": ENDED and ENDED.pid}, False),
+]
+
+
+@pytest.mark.parametrize(("whose", "owner", "lives"), OWNERS, ids=[row[0] for row in OWNERS])
+def test_the_dead_of_this_host_are_failed(whose, owner, lives):
+    """A running trial of a process of this host that is gone is failed; others' live ones are untouched."""
+    ENDED.wait()
+    study = optuna.create_study()
+    trial = a_running_trial(study, **owner)
+    bury_dead(study)
+    state = study.get_trials()[trial.number].state.name
+    assert state == ("RUNNING" if lives else "FAIL")
+
+
+def test_an_ended_trial_is_no_longer_owned():
+    """What a process disowned is dead to it."""
+    study, owner = optuna.create_study(), new_owner()
+    study.ask().set_user_attr("owner", owner)
+    disown(owner)
+    bury_dead(study)
+    assert study.trials[0].state.name == "FAIL"
+
+
+def test_a_trial_elsewhere_holds_its_place():
+    """A trial that another host runs counts as tried and as spent, and is not waited for."""
+    storage = optuna.storages.InMemoryStorage()
+    calibrate(made_up(), trials=2, storage=storage)
+    study = optuna.load_study(study_name="calibration", storage=storage)
+    trial = a_running_trial(study, host="elsewhere")
+    trial.set_user_attr("rank", 4)
+    trial.set_user_attr("seed", 1)
+    trial.suggest_float("log2_lr", -7.0, -6.9)
+    recipe = calibrate(made_up(), trials=6, budget=4 * STEPS, storage=storage)
+    assert len(recipe.tensors["lr"]) == 3
+    assert study.trials[trial.number].state.name == "RUNNING"
+
+
+def test_a_journal_cut_short_is_mended(tmp_path):
+    """A last line that a full disk or a power failure cut is dropped; the trial it belonged to runs again."""
+    path = tmp_path / "study.journal"
+    calibrate(made_up(), trials=3, storage=path)
+    with path.open("ab") as file:
+        file.write(b'{"op_code":4,"trial')
+    assert len(calibrate(made_up(), trials=5, storage=path).tensors["lr"]) == 5

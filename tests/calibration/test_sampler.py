@@ -1,0 +1,76 @@
+"""Where the sampler sends the next trial, given what a study holds: finished runs and those of other workers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState, create_trial
+
+from rankaware_optim.calibration._sampler import BracketSampler, between, next_refinement
+from rankaware_optim.calibration._trials import PARAMETER
+from rankaware_optim.calibration.fit import Observation, Prior
+
+START, LOW, HIGH = -6.5, -10.5, -2.5
+RANGE = {PARAMETER: FloatDistribution(LOW, HIGH)}
+
+
+def trial_of(rank: int, x: float, value: float | None = None) -> optuna.trial.FrozenTrial:
+    """A finished run, or without a value one that another worker has under way."""
+    attributes = {"rank": rank, "seed": 0}
+    if value is None:
+        return create_trial(state=TrialState.RUNNING, params={PARAMETER: x}, distributions=RANGE, user_attrs=attributes)
+    seen = Observation(rank, 0, x, value, start=1.0, tail=value)
+    attributes |= {"observation": asdict(seen), "curve": [1.0, value]}
+    return create_trial(value=value, params={PARAMETER: x}, distributions=RANGE, user_attrs=attributes)
+
+
+def proposed(*trials: optuna.trial.FrozenTrial, rank: int = 2) -> float:
+    """The rate that a trial at `rank` gets."""
+    study = optuna.create_study(sampler=BracketSampler(START, Prior(0.15, 0.4, 8.0, 0.0), lambda trials: None))
+    for trial in trials:
+        study.add_trial(trial)
+    asked = study.ask()
+    asked.set_user_attr("rank", rank)
+    asked.set_user_attr("seed", 0)
+    return asked.suggest_float(PARAMETER, LOW, HIGH)
+
+
+@pytest.mark.parametrize(
+    ("trials", "rank", "expected"),
+    [
+        ((), 2, START),
+        ((trial_of(2, START),), 2, START - 2),
+        ((trial_of(2, START),), 32, START - 2),
+        ((trial_of(2, START, 0.5),), 32, START + 2),
+        ((trial_of(2, START, 0.5), trial_of(32, START + 2)), 2, START - 2),
+        ((trial_of(32, START, 0.5), trial_of(32, START + 2)), 2, START),
+        ((trial_of(2, START, 0.5), trial_of(2, START - 2, 0.6), trial_of(32, START + 2)), 2, START - 4),
+    ],
+)
+def test_no_rank_tries_a_rate_twice_while_others_work(trials, rank, expected):
+    """The search outwards skips what others run, and what this rank itself has run."""
+    assert proposed(*trials, rank=rank) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("centre", [-9.5, -6.0, -3.0])
+def test_refinement_goes_to_no_rate_twice(centre):
+    """Near an edge of the range too, five refinements of a rank are five new rates, all in the range."""
+    seen = [Observation(2, 0, centre, 0.5, 1.0, 0.5)]
+    for _ in range(5):
+        x = next_refinement(seen, 2, centre, (LOW, HIGH))
+        seen.append(Observation(2, 0, x, 0.6, 1.0, 0.6))
+    rates = [o.x for o in seen]
+    assert len(set(rates)) == len(rates)
+    assert all(LOW <= x <= HIGH for x in rates)
+
+
+def test_refinement_stays_between_rates_that_were_pruned():
+    """Wherever the law puts its optimum, a rank tries nothing beyond a rate pruned on that side of its best."""
+    seen, pruned = [Observation(2, 0, -5.0, 0.5, 1.0, 0.5)], [-3.7, -1.1]
+    for _ in range(3):
+        x = next_refinement(seen, 2, -2.0, between(seen, pruned), pruned)
+        assert x < -3.7
+        seen.append(Observation(2, 0, x, 0.6, 1.0, 0.6))

@@ -1,0 +1,232 @@
+"""`rankaware calibrate`: a module's function becomes a recipe, by one process or several, and resumed by itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from click.testing import CliRunner
+
+import rankaware_optim as ra
+from rankaware_optim.calibration import _trials as ledger
+from rankaware_optim.calibration._storage import close_storage, open_storage
+from rankaware_optim.cli._main import main
+
+LOOP = """
+import math, time
+import torch
+from torch import nn
+
+
+class Pair(nn.Module):
+    def __init__(self, rank):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8), requires_grad=rank is None)
+        if rank is not None:
+            self.lora_A = nn.Parameter(torch.randn(rank, 8))
+            self.lora_B = nn.Parameter(torch.zeros(8, rank))
+            self.r, self.scaling = rank, 1.0
+
+
+def train(trial):
+    trial.optimizer(Pair(trial.rank))
+    u = math.log2(trial.lr) + 7
+    for step in range(trial.steps):
+        time.sleep(PAUSE)
+        yield 2.3 - step * 0.2 / (1 + u * u) + 0.01 * torch.rand(1).item()
+
+
+NUMBER = 7
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current directory, with loops in modules, one broken."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "loops", raising=False)
+    (tmp_path / "loops.py").write_text(LOOP.replace("PAUSE", "0"))
+    (tmp_path / "slow_loops.py").write_text(LOOP.replace("PAUSE", "0.04"))
+    (tmp_path / "broken_loops.py").write_text("import not_there_at_all\n")
+    (tmp_path / "raising_loops.py").write_text("1 / 0\n")
+    return tmp_path
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, ["calibrate", *map(str, arguments)])
+
+
+QUICK = ["loops:train", "--steps", 10, "-o", "made/r.toml"]
+
+
+def test_it_writes_the_recipe(folder):
+    """The recipe, its journal beside it and what was spent; the file's name is the study's."""
+    done = call(*QUICK, "--ranks", "2,4", "--trials", 6, "--batch", 8, "--warmup", 0.1, "--seed", 3)
+    assert done.exit_code == 0, done.output
+    recipe = ra.Recipe.load("made/r.toml")
+    assert (recipe.name, recipe.ranks, recipe.steps, recipe.batch, recipe.warmup) == ("r", (2, 4), 10, 8, 0.1)
+    assert (recipe.seed, len(recipe.tensors["lr"])) == (3, 6)
+    assert "6 trials" in done.output
+    assert f"base rate {recipe.lr:.3g}" in done.output
+    assert "note: ranks 2 and 4 lie less than a factor 16 apart" in done.output
+    assert Path("made/r.journal").is_file()
+    assert CliRunner().invoke(main, ["lr", "made/r.toml", "--rank", "4"]).exit_code == 0
+
+
+def test_every_option_reaches_the_calibration(folder):
+    """Budget, full runs, seeds, range, optimizer, law, name and storage are those asked for."""
+    options = ["--budget", 60, "--full-trials", 1, "--seeds", "5", "--lr-range", "1e-4,1e-1", "--optimizer", "sgd"]
+    more = ["--law", "loraplus", "--name", "mine", "--storage", "kept/here.journal", "--ranks", "2,8", "--until", 0.01]
+    done = call(*QUICK, *options, *more)
+    assert done.exit_code == 0, done.output
+    recipe = ra.Recipe.load("made/r.toml")
+    assert recipe.name == "mine"
+    assert recipe.optimizer.endswith("SGD")
+    assert recipe.law.law == ra.LoRAPlus()
+    assert recipe.tensors["rank"].tolist()[-1] == 0
+    assert recipe.tensors["steps"].sum() <= 60
+    assert set(recipe.tensors["seed"].tolist()) == {5}
+    assert Path("kept/here.journal").is_file()
+
+
+def test_the_same_command_goes_on(folder):
+    """Run again it changes nothing; with more trials it adds those alone."""
+    assert call(*QUICK, "--ranks", "2,4", "--trials", 3).exit_code == 0
+    first = Path("made/r.toml").read_bytes()
+    assert call(*QUICK, "--ranks", "2,4", "--trials", 3).exit_code == 0
+    assert Path("made/r.toml").read_bytes() == first
+    assert call(*QUICK, "--ranks", "2,4", "--trials", 5).exit_code == 0
+    assert len(ra.Recipe.load("made/r.toml").tensors["lr"]) == 5
+
+
+def test_full_finetuning_is_a_rank(folder):
+    """--ranks 2,full tries both."""
+    assert call(*QUICK, "--ranks", "2,full", "--trials", 4).exit_code == 0
+    assert ra.Recipe.load("made/r.toml").full_seen
+
+
+def started(*arguments):
+    """The command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "rankaware_optim", "calibrate", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def trials_of(storage: str, name: str) -> list[optuna.trial.FrozenTrial]:
+    opened = open_storage(storage)
+    try:
+        return optuna.load_study(study_name=name, storage=opened).trials
+    finally:
+        close_storage(opened)
+
+
+def assert_shared(trials, count: int) -> None:
+    """Two processes ran `count` trials between them, no point twice."""
+    ran = ledger.counted(trials)
+    assert len(ran) == count
+    assert len({trial.user_attrs["owner"]["pid"] for trial in ran}) == 2
+    points = [(*ledger.cell_of(trial), trial.params["log2_lr"]) for trial in ran]
+    assert len(set(points)) == count
+    assert not ledger.running(trials)
+
+
+def test_two_workers_share_the_trials(folder):
+    """--workers 2 runs the number asked for in two processes, and no rank, seed and rate twice."""
+    ended(started("slow_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 24, "--workers", 2))
+    assert_shared(trials_of("r.journal", "r"), 24)
+    assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 24
+
+
+def test_the_same_command_elsewhere_joins(folder):
+    """Two commands with one storage share the trials, and both write the whole recipe."""
+    common = ["slow_loops:train", "--steps", 10, "--ranks", "2,32", "--trials", 24, "--storage", "s.journal"]
+    pair = [started(*common, "--name", "shared", "-o", f"{i}.toml") for i in range(2)]
+    for process in pair:
+        ended(process)
+    assert_shared(trials_of("s.journal", "shared"), 24)
+    first, second = (ra.Recipe.load(f"{i}.toml") for i in range(2))
+    assert len(first.tensors["lr"]) == len(second.tensors["lr"]) == 24
+    assert first.best_lr == second.best_lr
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+RANKS = ["--ranks", "2,4", "--steps", 10, "-o", "r.toml"]
+BAD = [
+    (["loops", *RANKS], "names no function"),
+    ([":train", *RANKS], "names no function"),
+    (["nowhere:train", *RANKS], "no module 'nowhere'"),
+    (["loops.py:train", *RANKS], "without .py"),
+    (["loops:trian", *RANKS], "Its own are: Pair, train"),
+    (["loops:NUMBER", *RANKS], "no function 'NUMBER'"),
+    (["broken_loops:train", *RANKS], "not_there_at_all"),
+    (["raising_loops:train", *RANKS], "ZeroDivisionError"),
+    (["loops:train", *RANKS[:-1], "r.yaml"], "ends in .toml"),
+    (["loops:train", *RANKS, "--budget", 5], "does not pay for"),
+    (["loops:train", *RANKS, "--optimizer", "unheard-of"], "Unknown optimizer"),
+    (["loops:train", *RANKS, "--storage", "no-such-db://here"], "is no storage"),
+    (["loops:train", *RANKS, "--storage", "/proc/nowhere/s.journal"], "storage /proc/nowhere/s.journal failed"),
+    (["loops:train", *RANKS, "--storage", "/dev/full"], "is no file"),
+    (["loops:train", *RANKS, "--storage", "."], "is no file"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda v: v if isinstance(v, str) else "")
+def test_an_error_is_a_sentence(arguments, message, folder):
+    """Bad input ends with code 1 and one line that says what is wrong, and no recipe is written."""
+    done = call(*arguments)
+    assert (done.exit_code, done.stdout) == (1, ""), done.output
+    assert done.stderr.startswith("Error: ")
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not Path("r.toml").exists()
+
+
+@pytest.mark.parametrize("wrong", [["--ranks", "2;4"], ["--lr-range", "low,high"], ["--workers", 0]], ids=str)
+def test_wrong_usage_shows_the_usage(wrong, folder):
+    """Text where numbers belong ends with code 2."""
+    done = call("loops:train", *RANKS, *wrong)
+    assert done.exit_code == 2
+    assert "Usage: " in done.stderr
+
+
+def test_another_configuration_of_the_same_name_is_refused(folder):
+    """A journal of other steps is not gone on with."""
+    assert call(*QUICK, "--ranks", "2,4", "--trials", 2).exit_code == 0
+    done = call("loops:train", "--steps", 20, "-o", "made/r.toml", "--ranks", "2,4")
+    assert done.exit_code == 1
+    assert "was made with steps=10, not 20" in done.stderr
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(folder):
+    """Where the journal cannot grow, the error says so; with room again the same command goes on."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    arguments = ["loops:train", *map(str, RANKS), "--trials", "6"]
+    limited = f"ulimit -f 12; exec {sys.executable} -m rankaware_optim calibrate {' '.join(arguments)}"
+    done = subprocess.run(["bash", "-c", limited], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: The study's storage r.journal failed: [Errno 27] File too large")
+    assert not Path("r.toml").exists()
+    before = len(ledger.counted(trials_of("r.journal", "r")))
+    assert 0 < before < 6
+    assert call(*arguments).exit_code == 0
+    assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 6
+
+
+def test_a_read_only_database_is_said(folder):
+    """A database that cannot be written is an error with its cause."""
+    close_storage(open_storage("sqlite:///made.db"))
+    done = call("loops:train", *RANKS, "--storage", "sqlite:///file:made.db?mode=ro&uri=true")
+    assert done.exit_code == 1
+    assert "readonly database" in done.stderr

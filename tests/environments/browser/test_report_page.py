@@ -1,0 +1,226 @@
+"""The page of a recipe in a real browser: its control gives what `Recipe.at` gives, and everyone can use it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rankaware_optim import Constant, LoRAPlus, MuA, Power, Recipe, RecipeError, Reference
+from rankaware_optim.recipe._html import report_html
+from rankaware_optim.recipe._rate_table import rate_table
+
+from ...helpers.recipes import KINDS, RECIPE
+
+AT_A = Reference(rank=16, alpha=32, fan_in=768)
+AT_B = replace(AT_A, init="B")
+MUON = MuA().bind(torch.optim.Muon, {}) if hasattr(torch.optim, "Muon") else MuA(family="spectral")
+
+
+def recipe(law, reference=AT_A, **changes) -> Recipe:
+    """A recipe as a calibration at ranks 4 and 64 would leave it."""
+    wide = replace(RECIPE, reference=reference, full_fan_in=3072.0, lean=0.25, law=law, notes=("as told",))
+    return replace(wide, **changes)
+
+
+RECIPES = {
+    "two ranks": RECIPE,
+    "finite tokens": recipe(Power(0.1, 1.5)),
+    "the paper's law": recipe(Power(0.1, law=MuA(tokens=None)), scaling_rule="alpha"),
+    "Init[B]": recipe(Power(-0.45, to_full=True), AT_B),
+    "Muon": recipe(Power(0.2, law=MUON), scaling_rule="rslora"),
+    "SGD": recipe(Power(law=MuA(family="gradient-like"))),
+    "Adafactor": recipe(Power(law=MuA(family="relative-scale", floor=1e-3))),
+    "LARS": recipe(Power(law=MuA(family="first-step")), AT_B),
+    "two rates": recipe(Power(law=MuA(split=True))),
+    "LoRA+": recipe(Power(0.3, law=LoRAPlus())),
+    "constant": recipe(Power(law=Constant()), ceiling=None),
+    "full seen": recipe(Power(), full_seen=True),
+    "no rule": recipe(Power(), scaling_rule="unknown"),
+    "as swept": recipe(Power(), scaling_rule="as swept"),
+    "no width": recipe(Power(), replace(AT_A, fan_in=None), full_fan_in=None),
+    "full alone": KINDS["full alone"],
+}
+# rank, alpha, rslora; None for full finetuning
+TARGETS = [
+    *((rank, None, False) for rank in (1, 3, 4, 16, 63, 64, 65, 100, 256, 1000)),
+    *((rank, alpha, False) for rank in (1, 7, 16, 64, 100, 777) for alpha in (0.5, 16, 33.3, 512)),
+    *((rank, alpha, True) for rank in (4, 100) for alpha in (1, 32)),
+    None,
+]
+
+
+def expected(made: Recipe, target):
+    """`Recipe.at`'s rate, or its error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if target is None:
+                return made.at(method="full")
+            rank, alpha, rslora = target
+            return made.at(rank, alpha=alpha, rslora=rslora)
+        except RecipeError as error:
+            return error
+
+
+def ask(page, target) -> None:
+    """Fill the control in."""
+    page.get_by_role("radio", name="LoRA" if target else "full finetuning", exact=True).check()
+    if target:
+        rank, alpha, rslora = target
+        page.get_by_label("Rank", exact=True).fill(str(rank))
+        if page.get_by_label("Alpha", exact=True).is_enabled():
+            page.get_by_label("Alpha", exact=True).fill("" if alpha is None else str(alpha))
+        if alpha is not None:
+            page.get_by_label("rsLoRA").set_checked(rslora)
+
+
+def told(page, name: str) -> str:
+    return page.locator(f"#answer [data-is={name}]").inner_text()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_control_gives_what_the_recipe_gives(name, visit):
+    """Rate, band, ceiling, flag and notes are those of `Recipe.at` to three digits, and where it refuses, none is."""
+    made = RECIPES[name]
+    page = visit(report_html(made))
+    refused = bool(rate_table(made)["refused"])
+    for target in TARGETS:
+        rate = expected(made, target)
+        if refused and target and target[1] is not None:
+            continue
+        ask(page, target)
+        if isinstance(rate, RecipeError):
+            assert page.locator("#answer dl").count() == 0
+            assert len(page.locator("#answer").inner_text()) > 20
+            continue
+        low, high = told(page, "band").split(" to ")
+        shown = (told(page, "lr"), low, high)
+        assert list(map(float, shown)) == pytest.approx([rate.lr, rate.low, rate.high], rel=5.1e-3), target
+        ceiling = told(page, "ceiling")
+        assert (ceiling == "none seen") == (rate.ceiling is None)
+        assert rate.ceiling is None or float(ceiling) == pytest.approx(rate.ceiling, rel=5.1e-3)
+        assert told(page, "known") == ("extrapolated" if rate.extrapolated else "within what was tried"), target
+        assert page.locator("#answer li").all_inner_texts() == list(rate.notes)
+
+
+def test_three_digits_are_right(visit):
+    """Away from rounding's edge, the three digits shown are those of Python."""
+    made = RECIPES["finite tokens"]
+    page = visit(report_html(made))
+    alike = 0
+    for target in TARGETS[:30]:
+        ask(page, target)
+        alike += float(told(page, "lr")) == float(f"{expected(made, target).lr:.3g}")
+    assert alike >= 29
+
+
+def test_the_line_of_python_gives_the_rate(visit):
+    """What the page says to write in Python gives what it shows."""
+    made = RECIPES["finite tokens"]
+    page = visit(report_html(made))
+    for target in [(16, None, False), (100, 33.3, True), (8, 16, False), None]:
+        ask(page, target)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rate = eval(told(page, "python"), {"recipe": made})
+        assert float(told(page, "lr")) == pytest.approx(rate.lr, rel=5.1e-3)
+
+
+IMPOSSIBLE = [
+    *(("", ""), ("0", ""), ("-4", ""), ("1.5", ""), ("9000", "")),
+    *(("8", "0"), ("8", "-1"), ("8", "1e30"), ("8", "1e-30")),
+]
+
+
+@pytest.mark.parametrize(("rank", "alpha"), IMPOSSIBLE)
+def test_impossible_values_are_a_sentence(rank, alpha, visit):
+    """No rate is shown for what cannot be, and the next possible value has one again."""
+    page = visit(report_html(RECIPE))
+    page.get_by_label("Rank", exact=True).fill(rank)
+    page.get_by_label("Alpha", exact=True).fill(alpha)
+    assert page.locator("#answer dl").count() == 0
+    assert page.locator("#answer p").inner_text().endswith(".")
+    ask(page, (8, 16, False))
+    assert float(told(page, "lr")) > 0
+
+
+@pytest.mark.parametrize("width", [320, 360, 768, 1400])
+@pytest.mark.parametrize("kind", ["two ranks", "seven ranks", "full alone"])
+def test_no_width_needs_scrolling_sideways(width, kind, visit):
+    """The page is as wide as the window, whatever its names and notes; only tables scroll, within themselves."""
+    made = replace(KINDS[kind], name="a-very-long-name_" * 20, notes=("x" * 400,))
+    page = visit(report_html(made), viewport={"width": width, "height": 700})
+    ask(page, (100, None, False) if made.ranks else None)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    sizes = page.locator("section").evaluate_all("all => all.map(s => [s.scrollWidth, s.clientWidth])")
+    assert all(inner <= outer for inner, outer in sizes)
+
+
+def test_hostile_names_stay_text(visit):
+    """A recipe's words are shown as they are and run as nothing."""
+    words = """</script><script>alert("x")</script><img src=x onerror=alert(1)> & {{ 7 * 7 }} ${alert(2)}"""
+    made = replace(RECIPE, name=words, settings={words: words}, notes=(words,), versions={words: words})
+    page = visit(report_html(made))
+    assert page.locator("h1").inner_text() == f"Recipe {words}"
+    assert words in page.locator("#answer li").all_inner_texts()
+    assert page.locator("img").count() == 0
+    assert page.title() == f"Recipe {words}"
+
+
+def test_the_keyboard_is_enough(visit):
+    """Tab goes through the control in order, each stop visible; arrows change the method."""
+    page = visit(report_html(RECIPE))
+    page.keyboard.press("Tab")
+    seen = []
+    for key in ("ArrowRight", "ArrowLeft", "Tab", "Tab", "Tab"):
+        seen.append(page.evaluate("document.activeElement.value || document.activeElement.id"))
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+        page.keyboard.press(key)
+    assert seen[:3] == ["lora", "full", "lora"]
+    assert seen[3:] == [str(RECIPE.reference.rank), "alpha"]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of a colour as WCAG defines it."""
+    channels = [int(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast_in_light_and_dark(scheme, visit):
+    """Text stands out from its card by 4.5 to 1 at least, in either scheme, and the schemes differ."""
+    page = visit(report_html(RECIPE), color_scheme=scheme)
+    card = page.locator("section").first.evaluate("e => getComputedStyle(e).backgroundColor")
+    assert (luminance(card) > 0.5) == (scheme == "light")
+    for selector, name in ((".soft", "color"), ("dd.big", "color"), ("h2", "color"), ("svg text", "fill")):
+        ink = page.locator(selector).first.evaluate(f"e => getComputedStyle(e).{name}")
+        light, dark = sorted((luminance(ink), luminance(card)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, selector
+
+
+def test_the_answer_is_announced(visit):
+    """The rate is in a live region, and every drawing has a name for those who do not see it."""
+    page = visit(report_html(RECIPE))
+    assert page.get_by_role("status").inner_text().count("90 % band") == 1
+    for label in page.get_by_role("img").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))"):
+        assert len(label) > 30
+    assert page.get_by_role("img").count() == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drawings_stay_in_their_frames(kind, visit):
+    """Every mark of every drawing lies within its own box."""
+    page = visit(report_html(KINDS[kind]))
+    outside = """all => all.map(svg => {
+        const box = svg.viewBox.baseVal;
+        const far = b => b.x < -1 || b.y < -1 || b.x + b.width > box.width + 1 || b.y + b.height > box.height + 1;
+        return [...svg.querySelectorAll("circle, line, rect, polyline, polygon, path, text")]
+            .filter(e => far(e.getBBox())).length;
+    })"""
+    counts = page.locator("svg[role=img]").evaluate_all(outside)
+    assert counts
+    assert not any(counts)

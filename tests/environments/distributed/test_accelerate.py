@@ -1,0 +1,89 @@
+"""accelerate's `prepare` in two processes: DDP, and FSDP2, where it swaps the optimizer's parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ...helpers.models import batches, same
+from .training import FORMS, WIDTH, by_class, by_hand, expected_tags, loss, new_model, tagged, train, weights
+
+pytest.importorskip("accelerate")
+
+
+def accelerator(kind: str, accumulate: int = 1) -> Any:
+    """accelerate takes FSDP for accelerators alone: on CPU its own state has to be told that this is one."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    made = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    if kind == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1)
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    return made
+
+
+def trained(kind: str, form: str, accumulate: int = 1) -> dict[str, Any]:
+    acc = accelerator(kind, accumulate)
+    model = new_model()
+    opt = by_hand(model) if form == "hand" else FORMS[form](model)
+    loader = torch.utils.data.DataLoader(torch.cat(list(batches(4, width=WIDTH))), batch_size=4)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)
+    model, opt, loader, scheduler = acc.prepare(model, opt, loader, scheduler)
+    for x in loader:
+        with acc.accumulate(model):
+            acc.backward(loss(model, x))
+            acc.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+            scheduler.step()
+            opt.zero_grad()
+    lrs = sorted({group["lr"] for group in opt.param_groups})
+    return {"weights": weights(model), "lrs": lrs, "type": type(model).__name__}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_prepared_trains_as_by_hand(pair, kind, form, accumulate):
+    """Prepared by accelerate, clipped, scheduled and accumulated, every weight is the native one bit for bit."""
+    wrapper = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPSequential"}[kind]
+    hand = pair.run(trained, kind, "hand", accumulate)
+    for got, expected in zip(pair.run(trained, kind, form, accumulate), hand, strict=True):
+        assert same(got["weights"], expected["weights"])
+        assert got["lrs"] == expected["lrs"]
+        assert got["type"] == expected["type"] == wrapper
+
+
+def resumed(kind: str, folder: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], bool]:
+    """Six steps, and three with three more by newly prepared objects that loaded what the first saved."""
+    straight, opt = accelerator(kind).prepare(*built())
+    train(straight, opt, 0, 6)
+    acc = accelerator(kind)
+    broken, opt = acc.prepare(*built())
+    train(broken, opt, 0, 3)
+    acc.save_state(folder)
+    tags = tagged(opt)
+    acc = accelerator(kind)
+    again, opt = acc.prepare(*built())
+    acc.load_state(folder)
+    train(again, opt, 3, 6)
+    return weights(straight), weights(again), tags == tagged(opt) == expected_tags()
+
+
+def built() -> tuple[nn.Module, Any]:
+    model = new_model()
+    return model, by_class(model)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_state_of_accelerate_resumes(pair, kind, tmp_path):
+    """save_state and load_state go on bit for bit, with rates and ranks by name."""
+    for straight, again, tags in pair.run(resumed, kind, str(tmp_path)):
+        assert same(straight, again)
+        assert tags

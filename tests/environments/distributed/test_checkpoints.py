@@ -1,0 +1,167 @@
+"""torch.distributed.checkpoint: nested and flattened, in memory and through files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from rankaware_optim import CheckpointError, RankAwareOptimizer, RankAwareWarning
+
+from ...helpers.models import mlp, same
+from .training import AT_16, KINDS, LR, RANKS, WIDTH, by_class, new_model, tagged, train, weights
+
+WRAPPERS = {"ddp": DistributedDataParallel, "fsdp2": fully_shard}
+OPTIONS = {
+    "nested": {},
+    "flattened": {"flatten_optimizer_state_dict": True},
+    "nested, whole": {"full_state_dict": True},
+}
+Both = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+each_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
+each_option = pytest.mark.parametrize("options", OPTIONS)
+
+
+def new(wrapper: str) -> nn.Module:
+    return WRAPPERS[wrapper](new_model())
+
+
+def resumed(wrapper: str, options: str, kind: str, folder: str = "", reverse: bool = False) -> dict[str, Any]:
+    """Six steps, and three with three more after a checkpoint; with a folder the state goes through files."""
+    straight, broken = new(wrapper), new(wrapper)
+    train(straight, by_class(straight, kind), 0, 6)
+    opt = by_class(broken, kind)
+    train(broken, opt, 0, 3)
+    how = StateDictOptions(**OPTIONS[options])
+    state = get_optimizer_state_dict(broken, opt, options=how)
+    again = from_parameters(broken, kind, reverse)
+    if folder:
+        dcp.save({"optimizer": state}, checkpoint_id=folder)
+        state = get_optimizer_state_dict(broken, again, options=how)
+        dcp.load(held := {"optimizer": state}, checkpoint_id=folder)
+        state = held["optimizer"]
+    set_optimizer_state_dict(broken, again, state, options=how)
+    keys = [type(key).__name__ for key in again.state]
+    train(broken, again, 3, 6)
+    return {"both": (weights(straight), weights(broken)), "tags": (tagged(opt), tagged(again)), "keys": set(keys)}
+
+
+def from_parameters(model: nn.Module, kind: str, reverse: bool) -> Any:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    native, settings = KINDS[kind]
+    params = trained[::-1] if reverse else trained
+    return RankAwareOptimizer(params, native, model=model, lr=LR, tuned_at=AT_16, init="A", **settings)
+
+
+def check(answers: list[dict[str, Any]]) -> None:
+    for got in answers:
+        assert same(*got["both"])
+        assert got["tags"][0] == got["tags"][1]
+        assert "str" not in got["keys"]
+
+
+@each_option
+@each_wrapper
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_state_set_again_resumes(pair, kind, wrapper, options):
+    """get_ and set_optimizer_state_dict carry the state over bit for bit, with rates and tags."""
+    check(pair.run(resumed, wrapper, options, kind))
+
+
+@each_option
+@each_wrapper
+def test_state_through_files_resumes(pair, wrapper, options, tmp_path):
+    """dcp.save and dcp.load bring the state back bit for bit into a fresh optimizer."""
+    check(pair.run(resumed, wrapper, options, "AdamW", str(tmp_path / "saved")))
+
+
+@each_option
+@each_wrapper
+def test_state_is_matched_by_name(pair, wrapper, options):
+    """Parameters listed in another order get their own state back, not that of their place."""
+    check(pair.run(resumed, wrapper, options, "AdamW", "", True))
+
+
+# --- what does not fit ----------------------------------------------------------------------------------------------
+
+
+def refused(wrapper: str, options: str) -> str:
+    """The sentence for a checkpoint of other ranks."""
+    other = WRAPPERS[wrapper](mlp(RANKS[::-1], width=WIDTH, seed=3))
+    opt = by_class(other)
+    train(other, opt, 0, 1)
+    how = StateDictOptions(**OPTIONS[options])
+    state = get_optimizer_state_dict(other, opt, options=how)
+    model = new(wrapper)
+    try:
+        set_optimizer_state_dict(model, by_class(model), state, options=how)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("options", ["nested", "flattened"])
+@each_wrapper
+def test_state_of_other_ranks_is_refused(pair, wrapper, options):
+    """A distributed checkpoint of other ranks is refused with both numbers, on both processes."""
+    for sentence in pair.run(refused, wrapper, options):
+        assert "has rank" in sentence
+        assert "on_rank_change='reset'" in sentence
+
+
+def plain_taken(wrapper: str, options: str) -> str:
+    """What is said of a plain optimizer's checkpoint, whose one group is several here."""
+    model = new(wrapper)
+    plain = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2 * LR)
+    train(model, plain, 0, 1)
+    how = StateDictOptions(**OPTIONS[options])
+    state = get_optimizer_state_dict(model, plain, options=how)
+    try:
+        set_optimizer_state_dict(model, by_class(model, init="A"), state, options=how)
+    except (CheckpointError, RankAwareWarning, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+SAYINGS = {  # torch gives a saved group's settings to one of its parts only: see what each way makes of that
+    "nested": "CheckpointError: The checkpoint's groups are cut otherwise",
+    "nested, whole": "RankAwareWarning: The rates that torch.distributed.checkpoint loaded are not one base rate",
+    "flattened": "KeyError: 'param_groups.head.weight.lr_multiplier'",  # torch's own, before ours is asked
+}
+
+
+@each_option
+@each_wrapper
+def test_plain_distributed_checkpoint_is_not_taken_silently(pair, wrapper, options):
+    """torch cannot cut a plain optimizer's distributed checkpoint into more groups, and that is said."""
+    for saying in pair.run(plain_taken, wrapper, options):
+        assert saying.startswith(SAYINGS[options])
+
+
+def warned_after(wrapper: str) -> str:
+    model = new(wrapper)
+    opt = by_class(model)
+    set_optimizer_state_dict(model, opt, get_optimizer_state_dict(model, opt))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 10, eta_min=LR / 10)
+    try:
+        train(model, opt, 0, 1)
+    except RankAwareWarning as warning:
+        return f"{type(scheduler).__name__}: {warning}"
+    return ""
+
+
+@each_wrapper
+def test_dry_step_is_no_first_step(pair, wrapper):
+    """The step without a rate that torch takes to fill a checkpoint does not use up the look at the first step."""
+    for saying in pair.run(warned_after, wrapper):
+        assert "eta_min is the same for every group" in saying

@@ -1,0 +1,111 @@
+"""What both processes do: the same small model, half of every batch each, and the native optimizer by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import rankaware_optim as ra
+from rankaware_optim import RankAwareOptimizer, Reference
+from rankaware_optim._types import Factor
+from rankaware_optim.inspection import canonical_name
+
+from ...helpers.models import batches, mlp
+from .worker import WORLD
+
+LR = 1e-2
+AT_16 = Reference(rank=16, alpha=16)
+RANKS = (4, 8, 3, 1)  # two processes divide 3 unevenly, and of 1 one of them holds nothing
+WIDTH = 16
+
+KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "AdamW": (torch.optim.AdamW, {"weight_decay": 0.1}),
+    "AdamW foreach": (torch.optim.AdamW, {"foreach": True}),
+    "SGD": (torch.optim.SGD, {"momentum": 0.9}),
+}
+
+
+def new_model(style: str = "plain", init: str = "A") -> nn.Sequential:
+    return mlp(RANKS, width=WIDTH, style=style, init=init, seed=3)
+
+
+def by_class(model: nn.Module, kind: str = "AdamW", **own: Any) -> Any:
+    native, settings = KINDS[kind]
+    return RankAwareOptimizer(model, native, lr=LR, tuned_at=AT_16, **own, **settings)
+
+
+def by_instance(model: nn.Module, kind: str = "AdamW", **own: Any) -> Any:
+    native, settings = KINDS[kind]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return RankAwareOptimizer(native(trained, lr=LR, **settings), model=model, tuned_at=AT_16, **own)
+
+
+def by_hand(model: nn.Module, kind: str = "AdamW") -> torch.optim.Optimizer:
+    """The native class, its groups and their rates written out."""
+    native, settings = KINDS[kind]
+    return native(hand_groups(model, kind), **settings)
+
+
+def hand_groups(model: nn.Module, kind: str = "AdamW") -> list[dict[str, Any]]:
+    """One group for the head at the base rate, then one for A and B of every rank at what the law gives it."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [p for name, p in named if "head" in name], "lr": LR}]
+    for i, rank in enumerate(RANKS):
+        rate = LR * multiplier(rank, kind=kind)
+        groups += [{"params": [p], "lr": rate} for name, p in named if f"layer{i}." in name]
+    return groups
+
+
+def multiplier(rank: int, init: str = "A", kind: str = "AdamW") -> float:
+    factor = Factor("by hand", "A", rank, WIDTH, WIDTH, init=init)  # type: ignore[arg-type]
+    at_16 = Reference(rank=16, alpha=16, fan_in=WIDTH, init=init)  # type: ignore[arg-type]
+    return ra.Falling().bind(*KINDS[kind]).multiplier(factor, at_16)
+
+
+FORMS: dict[str, Callable[..., Any]] = {"class": by_class, "instance": by_instance}
+
+
+# --- a task ---------------------------------------------------------------------------------------------------------
+
+
+def train(model: nn.Module, opt: Any, first: int = 0, last: int = 4, backward: Any = torch.Tensor.backward) -> None:
+    """Steps `first` to `last` of one task, on this process's half of every batch."""
+    for x in list(batches(last, width=WIDTH))[first:]:
+        backward(loss(model, half(x)))
+        opt.step()
+        opt.zero_grad()
+
+
+def half(x: torch.Tensor) -> torch.Tensor:
+    return x.chunk(WORLD)[dist.get_rank()] if dist.is_initialized() else x
+
+
+def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    out = model(x)
+    return (out - x[:, : out.shape[1]].sin()).square().mean()
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The trained parameters, whole, under the names of the bare model; under FSDP1 what this process holds."""
+    return {canonical_name(name): whole(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().clone()
+
+
+def tagged(opt: Any) -> dict[str, tuple[float, int | None]]:
+    """Every parameter's rate and declared rank, by name."""
+    return {n: (g["lr"], g["lora_rank"]) for g in opt.param_groups for n in g["param_names"]}
+
+
+def expected_tags(init: str = "A", kind: str = "AdamW") -> dict[str, tuple[float, int | None]]:
+    factors = {f"layer{i}.lora_{half}": rank for i, rank in enumerate(RANKS) for half in "AB"}
+    tags = {name: (LR * multiplier(rank, init, kind), rank) for name, rank in factors.items()}
+    return {**tags, "head.weight": (LR, None), "head.bias": (LR, None)}

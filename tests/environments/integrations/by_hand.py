@@ -1,0 +1,153 @@
+"""The native class with the same groups written by hand: what every optimizer of ours is compared with."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import pickle
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import rankaware_optim as ra
+from rankaware_optim import RankAwareOptimizer, Reference
+from rankaware_optim._types import Factor
+
+from ...helpers.models import batches, mlp
+
+LR = 1e-3
+AT_16 = Reference(rank=16, alpha=16)
+RANKS = (4, 8, 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An optimizer class, its settings, and what it asks of groups and loop.
+
+    groups: "all" trainable parameters at once; "matrices", the factors alone; "muon", factors and the rest in two
+    groups told apart by `use_muon`. graph: gradients keep their graph. sparse: gradients are made sparse.
+    """
+
+    kind: type[Optimizer]
+    settings: dict[str, Any] = field(default_factory=dict)
+    groups: str = "all"
+    closure: bool = False
+    graph: bool = False
+    sparse: bool = False
+    width: int = 16
+
+    def model(self) -> nn.Module:
+        return mlp(RANKS, width=self.width, head=self.groups != "matrices", seed=3)
+
+    @property
+    def rate(self) -> dict[str, float]:
+        return {"lr": LR} if "lr" in inspect.signature(self.kind).parameters else {}
+
+    def own(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The user's own groups."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if self.groups != "muon":
+            return [{"params": trained}]
+        head = list(model.get_submodule("head").parameters())
+        matrices = [p for p in trained if all(p is not q for q in head)]
+        return [{"params": matrices, "use_muon": True}, {"params": head, "use_muon": False}]
+
+
+def by_class(case: Case, model: nn.Module) -> Any:
+    params = model if case.groups != "muon" else case.own(model)
+    return RankAwareOptimizer(params, case.kind, model=model, tuned_at=AT_16, **case.rate, **case.settings)
+
+
+def by_instance(case: Case, model: nn.Module) -> Any:
+    built = case.kind(case.own(model), **case.rate, **case.settings)
+    return RankAwareOptimizer(built, model=model, tuned_at=AT_16)
+
+
+def native(case: Case, model: nn.Module) -> Any:
+    """Built at the plain rate with the groups written out, the one at the base rate first; then scaled by the law."""
+    parts = sorted(_parts(case, model), key=lambda part: part[0] != 1.0)
+    opt = case.kind([group for _, group in parts], **case.rate, **case.settings)
+    for group, (multiplier, _) in zip(opt.param_groups, parts, strict=True):
+        group["lr"] = group["lr"] * multiplier
+    return opt
+
+
+def _parts(case: Case, model: nn.Module) -> list[tuple[float, dict[str, Any]]]:
+    """Each of the user's groups cut by role and rank, with its multiplier."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    parts = []
+    for own in case.own(model):
+        cut: dict[Any, list[nn.Parameter]] = {}
+        for param in own["params"]:
+            layer, role = names[id(param)].split(".")
+            rank = getattr(model.get_submodule(layer), "r", None)
+            cut.setdefault((rank, role if rank else "other"), []).append(param)
+        parts += [(multiplier(rank, case), {**own, "params": params}) for (rank, _), params in cut.items()]
+    return parts
+
+
+def multiplier(rank: int | None, case: Case = Case(torch.optim.AdamW)) -> float:
+    """What the default law gives a factor of this rank with a rate tuned at rank 16; one for other parameters."""
+    if rank is None:
+        return 1.0
+    at_16 = Reference(rank=16, alpha=16, fan_in=case.width)
+    factor = Factor("by hand", "A", rank, case.width, case.width)
+    return ra.Falling().bind(case.kind, case.settings).multiplier(factor, at_16)
+
+
+# --- training and saving --------------------------------------------------------------------------------------------
+
+
+def run(case: Case, model: nn.Module, opt: Any, first: int = 0, last: int = 8) -> None:
+    """Steps `first` to `last` of one task, in the optimizer's training mode where it has one, left in the other."""
+    torch.manual_seed(first)
+    random.seed(first)
+    numpy.random.seed(first)
+    _mode(opt, "train")
+    for x in list(batches(last, width=case.width))[first:]:
+        loss = _closure(case, model, opt, x)
+        loss()
+        opt.step(*[loss] * case.closure)
+    _mode(opt, "eval")
+
+
+def _closure(case: Case, model: nn.Module, opt: Any, x: torch.Tensor) -> Any:
+    @torch.enable_grad()
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        out = model(x)
+        loss = (out - x[:, : out.shape[1]].sin()).square().mean()
+        loss.backward(create_graph=case.graph)
+        for p in model.parameters() if case.sparse else ():
+            if p.grad is not None:
+                p.grad = p.grad.to_sparse()
+        return loss.detach()
+
+    return closure
+
+
+def _mode(opt: Any, name: str) -> None:
+    if hasattr(opt, name):
+        getattr(opt, name)()
+
+
+def loads_safely(opt: Any) -> bool:
+    """Whether the optimizer's saved state loads with weights_only=True."""
+    try:
+        through_file(opt, weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
+
+
+def through_file(opt: Any, *, weights_only: bool) -> Any:
+    """The optimizer's state after a round through torch.save and torch.load."""
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)

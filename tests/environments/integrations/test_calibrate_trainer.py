@@ -1,0 +1,439 @@
+"""Calibration through real trainers: transformers', TRL's and Lightning's, of a few steps each."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import random
+import signal
+import threading
+import warnings
+
+import numpy as np
+import optuna
+import pytest
+import torch
+
+import rankaware_optim as ra
+from rankaware_optim import CalibrationError, CalibrationInterrupted, RankAwareOptimizer
+
+from ...helpers.models import batches, mlp
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from .test_trainers import arguments, datasets, lightning, peft, transformers, trl
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),  # peft, trl
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),  # lightning
+]
+
+STEPS = 6
+AdamW = torch.optim.AdamW
+
+
+def llama(rank):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=32, max_position_embeddings=16, num_key_value_heads=2, **sizes)
+    model = transformers.LlamaForCausalLM(config)
+    if rank is None:
+        return model
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"]))
+
+
+def sayings(count):
+    """Rows that a model can learn: most say 7, some another number, all of them over and over."""
+    rows = [[7 if i % 4 else i % 32] * 8 for i in range(count)]
+    return datasets.Dataset.from_dict({"input_ids": rows, "labels": rows, "attention_mask": [[1] * 8] * count})
+
+
+class Watch(transformers.TrainerCallback):
+    """Keeps what each run logged, and the trainer's state at its end."""
+
+    def __init__(self):
+        self.runs = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.runs.append({"args": args, "optimizer": kwargs["optimizer"], "rates": []})
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.runs[-1]["rates"].append(kwargs["optimizer"].param_groups[0]["lr"])
+
+    def on_train_end(self, args, state, control, **kwargs):
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        self.runs[-1] |= {"steps": state.global_step, "losses": losses}
+
+
+def maker(folder, watch=None, *, kind=transformers.Trainer, **own):
+    """A `make_trainer` of tiny Llamas; it keeps the arguments of the last trainer."""
+
+    def make(trial):
+        args = arguments(folder, **{"max_steps": -1, "save_strategy": "steps", "save_steps": 1, **own})
+        make.args, make.found = args, copy.copy(args)
+        callbacks = [] if watch is None else [watch]
+        return kind(llama(trial.rank), args, train_dataset=sayings(64), eval_dataset=sayings(8), callbacks=callbacks)
+
+    return make
+
+
+def calibrate(make, *, ranks=(2, 4), steps=STEPS, trials=3, optimizer=AdamW, **options):
+    return ra.calibrate_trainer(make, optimizer, ranks=ranks, steps=steps, trials=trials, **options)
+
+
+@pytest.mark.parametrize("own", [{}, {"gradient_accumulation_steps": 2}, {"lr_scheduler_type": "constant"}], ids=str)
+def test_transformers_values_are_those_that_it_logs(tmp_path, own):
+    """Each step's value is the loss that Trainer logs for it, accumulated too; each run has its own optimizer."""
+    watch = Watch()
+    recipe = calibrate(maker(tmp_path, watch, **own), settings={"weight_decay": 0.25})
+    assert [run["steps"] for run in watch.runs] == [STEPS] * 3
+    for run, curve in zip(watch.runs, recipe.tensors["curve"].tolist(), strict=True):
+        assert curve == pytest.approx(run["losses"], rel=1e-5)
+        assert isinstance(run["optimizer"].optimizer, RankAwareOptimizer)
+    assert recipe.settings == {"weight_decay": 0.25}
+    assert recipe.ranks == (2, 4)
+
+
+def test_full_finetuning_through_transformers(tmp_path):
+    """Where trial.rank is None, make_trainer builds the whole model."""
+    assert calibrate(maker(tmp_path), ranks=(2, None), trials=2).full_seen
+
+
+@pytest.mark.parametrize(("max_steps", "span"), [(-1, STEPS), (12, 12)])
+def test_the_schedule_is_the_trainers(tmp_path, max_steps, span):
+    """Cosine with two steps of warm-up over the steps of the trial, or over the max_steps that the arguments name."""
+    watch = Watch()
+    calibrate(maker(tmp_path, watch, max_steps=max_steps), trials=1)
+    (rates,) = (run["rates"] for run in watch.runs)
+    plain = AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = transformers.get_cosine_schedule_with_warmup(plain, 2, span)
+    wanted = []
+    for _ in range(STEPS):
+        wanted.append(plain.param_groups[0]["lr"])
+        plain.step()
+        schedule.step()
+    assert len(rates) == STEPS
+    assert [rate / max(rates) for rate in rates] == pytest.approx([w / max(wanted) for w in wanted])
+
+
+class PruneAt(optuna.pruners.BasePruner):
+    """Prunes every run at its third step."""
+
+    def prune(self, study, trial):
+        return trial.last_step >= 3
+
+
+def test_a_pruned_trainer_stops(tmp_path):
+    """The pruner's word ends the run at that step, and no evaluation is made of it."""
+    watch = Watch()
+    storage = optuna.storages.InMemoryStorage()
+    with pytest.raises(CalibrationError, match="pruned"):
+        calibrate(maker(tmp_path, watch), pruner=PruneAt(), score="eval_loss", storage=storage, trials=2)
+    assert [run["steps"] for run in watch.runs] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "score", ["eval_loss", lambda trainer: trainer.evaluate()["eval_loss"]], ids=["name", "function"]
+)
+def test_an_evaluation_may_be_the_score(tmp_path, score):
+    """The metric after the last step, by name or by a function of the trainer, is what is minimised."""
+    trainers = []
+
+    def make(trial):
+        trainers.append(maker(tmp_path)(trial))
+        return trainers[-1]
+
+    recipe = calibrate(make, score=score)
+    evaluated = [trainer.evaluate()["eval_loss"] for trainer in trainers]
+    assert recipe.tensors["value"].tolist() == pytest.approx(evaluated, rel=1e-6)
+
+
+def test_the_seed_is_the_trials(tmp_path):
+    """Trials of one rank and seed see the same data, whatever seed the arguments name; others see others."""
+    losses = {}
+
+    def make(trial):
+        make_one = maker(tmp_path, seed=11)
+        trainer = make_one(trial)
+        inner = trainer.compute_loss
+
+        def watched(model, inputs, *args, **kwargs):
+            if trainer.state.global_step == 0:
+                losses.setdefault(trial.seed, set()).add(str(inputs["input_ids"].tolist()))
+            return inner(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = watched
+        return trainer
+
+    calibrate(make, ranks=(2,), trials=8)
+    assert [len(seen) for seen in losses.values()] == [1, 1]
+    assert losses[0] != losses[1]
+
+
+def surroundings():
+    loggers = {name: x.level for name, x in logging.root.manager.loggerDict.items() if isinstance(x, logging.Logger)}
+    state = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+    return dict(os.environ), loggers, list(warnings.filters), state, threading.active_count(), os.getcwd()
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_nothing_around_is_changed(tmp_path, ends):
+    """Files, arguments, the environment, loggers, filters, generators and threads are as before, however it ends."""
+    calibrate(maker(tmp_path), trials=1)  # what importing sets up once is there by now
+
+    class Boom(Exception):
+        pass
+
+    class Loud(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            os.environ["RANKAWARE_TEST"] = "1"
+            logging.getLogger("transformers").setLevel(logging.CRITICAL)
+            warnings.filterwarnings("ignore", "nothing that anybody says")
+            random.random()
+            if ends == "badly" and state.global_step == 2:
+                raise Boom
+
+    make = maker(tmp_path, Loud(), log_level="debug")
+    before = surroundings()
+    if ends == "well":
+        calibrate(make)
+    else:
+        with pytest.raises(Boom):
+            calibrate(make)
+    assert surroundings() == before
+    assert not any(path.name.startswith("checkpoint") for path in tmp_path.rglob("*"))
+    assert vars(make.args) == vars(make.found)
+
+
+def test_ctrl_c_comes_through(tmp_path):
+    """Ctrl-C in the middle of a run is a CalibrationInterrupted with the fit of the finished ones."""
+
+    class Stop(transformers.TrainerCallback):
+        ends = 0
+
+        def on_train_end(self, *args, **kwargs):
+            self.ends += 1
+
+        def on_step_end(self, *args, **kwargs):
+            if self.ends == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(CalibrationInterrupted) as caught:
+        calibrate(maker(tmp_path, Stop()), trials=4)
+    assert len(caught.value.recipe.tensors["lr"]) == 2
+
+
+def test_trl(tmp_path):
+    """SFTTrainer calibrates as Trainer does, on text that it prepares itself."""
+    rows = datasets.Dataset.from_dict({"input_ids": [[1 + i % 30] * 8 for i in range(32)]})
+
+    def make(trial):
+        args = arguments(tmp_path, trl.SFTConfig, max_steps=-1, max_length=8, bf16=False)
+        words = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer(), pad_token="a", eos_token="b")
+        watch.trial = trial
+        return trl.SFTTrainer(llama(trial.rank), args, train_dataset=rows, processing_class=words, callbacks=[watch])
+
+    watch = Watch()
+    recipe = calibrate(make, trials=2)
+    for run, curve in zip(watch.runs, recipe.tensors["curve"].tolist(), strict=True):
+        assert curve == pytest.approx(run["losses"], rel=1e-5)
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({"a": 0, "b": 1, **{str(i): i for i in range(2, 32)}}, unk_token="a"))
+
+
+def with_optimizer(folder):
+    def make(trial):
+        trainer = maker(folder)(trial)
+        trainer.create_optimizer()
+        return trainer
+
+    return make
+
+
+BAD = [
+    (lambda folder: None, {}, "got make_trainer=None"),
+    (lambda folder: maker(folder), {"score": 3}, "score=3"),
+    (lambda folder: lambda trial: trial, {}, "no trainer that is known"),
+    (lambda folder: lambda trial: (trial, trial), {}, "no trainer that is known"),
+    (with_optimizer, {}, "has an optimizer of its own"),
+    (lambda folder: maker(folder, max_steps=3), {}, "max_steps is 3, less than the trial's 6"),
+    (lambda folder: maker(folder), {"score": "eval_f1", "trials": 1}, "gave no 'eval_f1'"),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "message"), BAD)
+def test_bad_input_is_a_sentence(tmp_path, make, options, message):
+    """What is no trainer, or none that can be calibrated, is an error that says what to return."""
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(make(tmp_path), **options)
+
+
+# --- Lightning ------------------------------------------------------------------------------------------------------
+
+
+def loss_of(net, x):
+    return (net(x) - x[:, :3].sin()).square().mean()
+
+
+class Bare(lightning.LightningModule):
+    """Without an optimizer of its own."""
+
+    def __init__(self, trial, stop=None):
+        super().__init__()
+        self.trial, self.stop, self.net = trial, stop, mlp((trial.rank, trial.rank), seed=trial.seed)
+
+    def training_step(self, batch, index):
+        if self.stop is not None and self.trial.number == 2 and index == self.stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss_of(self.net, batch[0])
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", loss_of(self.net, batch[0]))
+
+
+class Scheduled(Bare):
+    """With its own schedule over the trial's optimizer."""
+
+    def configure_optimizers(self):
+        opt = self.trial.optimizer(self, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": opt, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class ByHand(Scheduled):
+    """Optimized by hand."""
+
+    def __init__(self, trial):
+        super().__init__(trial)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        opt = self.optimizers()
+        opt.zero_grad()
+        loss = loss_of(self.net, batch[0])
+        self.manual_backward(loss)
+        opt.step()
+        self.lr_schedulers().step()
+        return loss
+
+
+def loader(count=4):
+    data = torch.utils.data.TensorDataset(torch.cat(list(batches(count))))
+    return torch.utils.data.DataLoader(data, batch_size=8, num_workers=0)
+
+
+class Data(lightning.LightningDataModule):
+    def train_dataloader(self):
+        return loader()
+
+    def val_dataloader(self):
+        return loader(2)
+
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+
+
+def lit(folder, kind=Scheduled, data=lambda: (loader(), loader(2)), **own):
+    """A `make_trainer` of Lightning; checkpoints are on, as by default."""
+
+    def make(trial):
+        options = {"max_epochs": 1, "num_sanity_val_steps": 0, **QUIET, **own}
+        made = data()
+        parts = made if isinstance(made, tuple) else (made,)
+        return lightning.Trainer(default_root_dir=str(folder), **options), kind(trial), *parts
+
+    return make
+
+
+def by_hand(trial):
+    """What Lightning does with `Scheduled` and four batches an epoch."""
+    net = mlp((trial.rank, trial.rank), seed=trial.seed)
+    opt = trial.optimizer(net, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, trial.steps)
+    for i in range(trial.steps):
+        loss = loss_of(net, list(batches(4))[i % 4])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
+        yield loss
+
+
+@pytest.mark.parametrize(
+    "data", [lambda: loader(), lambda: (loader(), loader(2)), Data], ids=["train", "both", "module"]
+)
+@pytest.mark.parametrize("kind", [Scheduled, ByHand])
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_lightning_is_as_a_loop_of_ones_own(tmp_path, kind, data):
+    """Whatever its epochs, Lightning gives the losses and the recipe of the same loop written by hand, to the bit."""
+    through = calibrate(lit(tmp_path, kind, data), trials=4)
+    own = ra.calibrate(by_hand, AdamW, ranks=(2, 4), steps=STEPS, trials=4)
+    assert torch.equal(through.tensors["curve"].nan_to_num(), own.tensors["curve"].nan_to_num())
+    assert through.best_lr == own.best_lr
+    assert through.settings == own.settings == {"weight_decay": 0.1}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lightning_accumulates(tmp_path):
+    """With accumulation a step's value is the mean over its batches, and steps are counted as optimizer steps."""
+    recipe = calibrate(lit(tmp_path, accumulate_grad_batches=2), trials=1)
+    first = mlp((2, 2), seed=0)
+    xs = list(batches(4))
+    mean = (loss_of(first, xs[0]) + loss_of(first, xs[1])) / 2
+    assert recipe.tensors["curve"].shape == (1, STEPS)
+    assert recipe.tensors["curve"][0, 0].item() == pytest.approx(mean.item())
+
+
+def test_a_module_without_an_optimizer_is_given_one(tmp_path):
+    """configure_optimizers may be left out: the trial's optimizer is used, with `settings`."""
+    recipe = calibrate(lit(tmp_path, Bare), trials=2, settings={"weight_decay": 0.5})
+    assert recipe.settings == {"weight_decay": 0.5}
+    with pytest.raises(CalibrationError, match="Scheduled configures its optimizer itself"):
+        calibrate(lit(tmp_path, Scheduled), settings={"weight_decay": 0.5})
+
+
+def test_lightning_is_pruned_and_scored(tmp_path):
+    """The pruner stops `fit` at its step; a validation metric by name is the score of runs that end."""
+    modules = []
+
+    class Kept(Scheduled):
+        def __init__(self, trial):
+            super().__init__(trial)
+            modules.append(self)
+
+    with pytest.raises(CalibrationError, match="pruned"):
+        calibrate(lit(tmp_path, Kept), pruner=PruneAt(), trials=2)
+    assert [module.trainer.global_step for module in modules] == [3, 3]
+    modules.clear()
+    recipe = calibrate(lit(tmp_path, Kept), score="val_loss", trials=1)
+    with torch.no_grad():
+        means = [sum(loss_of(m.net, x).item() for x in batches(2)) / 2 for m in modules]
+    assert recipe.tensors["value"].tolist() == pytest.approx(means, rel=1e-5)
+
+
+def test_ctrl_c_in_lightning_is_ctrl_c(tmp_path):
+    """Lightning would leave the process: the interruption comes out instead, and the handler stays as it was."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(CalibrationInterrupted) as caught:
+        calibrate(lit(tmp_path, lambda trial: Bare(trial, stop=1)), trials=4)
+    assert len(caught.value.recipe.tensors["lr"]) == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_lightning_errors(tmp_path):
+    """A module that takes no optimizer from the trial, or a trainer that stops too early, is an error that says so."""
+
+    class Own(Bare):
+        def configure_optimizers(self):
+            return AdamW(self.parameters(), lr=1e-3)
+
+    with pytest.raises(CalibrationError, match=r"without calling trial\.optimizer"):
+        calibrate(lit(tmp_path, Own))
+    with pytest.raises(CalibrationError, match="max_steps is 3"):
+        calibrate(lit(tmp_path, max_steps=3))
+    with pytest.raises(CalibrationError, match="a Linear where Lightning's module belongs"):
+        calibrate(lit(tmp_path, lambda trial: torch.nn.Linear(2, 2)))

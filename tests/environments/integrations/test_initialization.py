@@ -1,0 +1,265 @@
+"""Initialisation of the libraries' own layers: the output keeps every bit, and what they save says the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rankaware_optim import InspectionError, inspect_model
+from rankaware_optim.inspection import initialize
+from rankaware_optim.testing._convention import output_of
+
+from ...helpers.models import same, snapshot
+from ...helpers.real_adapters import CASES, Attention, Case, Experts
+
+# Libraries warn of what these tests do on purpose: tied or grouped layers, deprecated ones, rslora with a pattern.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error::rankaware_optim.RankAwareWarning"),
+]
+RANK, ALPHA = 4, 12
+PLAIN = [case for case in CASES if case.init in "AB"]
+OTHERS = [case for case in CASES if case.init == "other"]
+
+
+def built(case: Case) -> nn.Module:
+    if not case.installed():
+        pytest.skip(f"{case.package} is not installed")
+    torch.manual_seed(0)
+    return case.make(RANK, ALPHA)
+
+
+def steps(model: nn.Module, inputs: tuple[torch.Tensor, ...], lr: float = 1e-2, count: int = 3) -> None:
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(count):
+        (output_of(model, *inputs) - 1).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+
+@pytest.mark.parametrize("init", ["A", "B"])
+@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
+def test_a_library_s_layer(case, init):
+    """The output keeps every bit, the survey gives the init and the multiplier 1, and training keeps the init known."""
+    model, inputs = built(case), case.inputs()
+    before = output_of(model, *inputs).clone()
+    survey = initialize(model, init, scaling=1.0)
+    assert torch.equal(before, output_of(model, *inputs))
+    assert {(f.init, f.scaling) for f in survey.factors} == {(init, 1.0)}
+    assert [(f.fan_in, f.fan_out) for f in survey.factors if f.role == "A"] == list(case.fans)
+    start = snapshot(model)
+    steps(model, inputs)
+    factors = inspect_model(model).factors
+    assert {f.init for f in factors} == {init}
+    assert not any(torch.equal(model.get_parameter(f.name), start[f.name]) for f in factors)
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
+def test_a_library_s_own_init_is_refused(case):
+    """What starts with both factors drawn, or has an init of its own, is refused and stays as it is."""
+    model = built(case)
+    before = snapshot(model)
+    with pytest.raises(InspectionError, match=r"has an init of its own|both factors drawn|`scalar` of zero"):
+        initialize(model, "B")
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.7])
+@pytest.mark.parametrize("case", [c for c in PLAIN if c.package == "lycoris-lora"], ids=lambda case: case.name)
+def test_what_lycoris_saves_agrees_with_its_forward(case, scaling):
+    """The alpha that a saved file holds is the multiplier of the forward pass times the rank."""
+    model, inputs = built(case), case.inputs()
+    initialize(model, "B", scaling=scaling)
+    steps(model, inputs)
+    saved = model.adapter.custom_state_dict()
+    assert float(saved["alpha"]) == pytest.approx(scaling * RANK)
+    assert model.adapter.scale == scaling
+
+
+# --- PEFT -----------------------------------------------------------------------------------------------------------
+
+
+class Deep(nn.Module):
+    """Two blocks of two linear layers, stacked experts and an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb = nn.Embedding(30, 12)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(12, 12), "v": nn.Linear(12, 12)}) for _ in range(2))
+        self.experts, self.mix = Experts(False, ("up", "down")), Attention()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.emb(tokens)
+        for block in self.blocks:
+            x = x + block["v"](block["q"](x).tanh())
+        return self.experts(self.mix(x))
+
+
+TOKENS = (torch.randint(30, (3, 5), generator=torch.Generator().manual_seed(2)),)
+TARGETS = {"target_modules": ["q", "v", "emb", "attn"], "target_parameters": ["experts.up", "experts.down"]}
+
+
+def peft_model(**options) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(Deep(), peft.LoraConfig(**{"r": RANK, "lora_alpha": ALPHA, **TARGETS, **options}))
+
+
+PATTERN = {"rank_pattern": {"blocks.1.q": 8, "v": 2, "attn": 6, "experts.up": 3, "emb": 5}}
+CONFIGS = {
+    "uniform": {},
+    "rslora": {"use_rslora": True},
+    "ranks": PATTERN,
+    "ranks, rslora": {**PATTERN, "use_rslora": True},
+    "alphas": {"alpha_pattern": {"q": 5, "experts.down": 7}},
+    "ranks, alphas": {**PATTERN, "alpha_pattern": {"v": 5, "blocks.0.q": 9}},
+}
+
+
+def reloaded(model: nn.Module, folder, **options) -> nn.Module:
+    import peft
+
+    model.save_pretrained(folder)
+    return peft.PeftModel.from_pretrained(Deep(), folder, is_trainable=True, **options)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.7, 16])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_saved_adapter_comes_back_with_its_scaling(config, scaling, tmp_path):
+    """save_pretrained and from_pretrained give every layer the multiplier and the output that it had."""
+    model = peft_model(**CONFIGS[config])
+    before = output_of(model, *TOKENS).clone()
+    survey = initialize(model, "B", scaling=scaling)
+    assert torch.equal(before, output_of(model, *TOKENS))
+    steps(model, TOKENS)
+    other = reloaded(model, tmp_path)
+    found = {f.name: (f.rank, f.scaling) for f in inspect_model(other).factors}
+    assert found.keys() == {f.name for f in survey.factors}
+    for f in survey.factors:
+        assert f.scaling == scaling
+        assert found[f.name] == (f.rank, pytest.approx(scaling, rel=1e-15 if scaling == 1 else 1e-12))
+    assert torch.allclose(output_of(model, *TOKENS), output_of(other, *TOKENS), atol=1e-6)
+    assert not any(key.startswith("^") for key in model.peft_config["default"].alpha_pattern)
+
+
+def test_a_frozen_layer_keeps_its_scaling_when_saved(tmp_path):
+    """Layers of the adapter that do not train keep their own alpha, in the saved configuration too."""
+    model = peft_model(**PATTERN)
+    for name, param in model.named_parameters():
+        if "blocks.1" in name or "experts" in name:
+            param.requires_grad_(False)
+    kept = {name: module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "scaling")}
+    initialize(model, "A", scaling=1.0)
+    now = {name: m.scaling["default"] for name, m in model.named_modules() if hasattr(m, "scaling")}
+    still = {name for name in kept if "blocks.1" in name or "experts" in name}
+    assert now == {name: kept[name] if name in still else 1.0 for name in kept}
+    assert still
+    assert still != kept.keys()
+    other = reloaded(model, tmp_path)
+    assert now == {name: m.scaling["default"] for name, m in other.named_modules() if hasattr(m, "scaling")}
+
+
+def test_another_adapter_is_left_alone():
+    """An inactive adapter keeps factors, multiplier and configuration, and starts where it was."""
+    import peft
+
+    model = peft_model()
+    model.add_adapter("wide", peft.LoraConfig(r=8, lora_alpha=4, **TARGETS))
+    config, before = str(model.peft_config["wide"]), snapshot(model)
+    initialize(model, "B", scaling=1.0)
+    after = snapshot(model)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved
+    assert not any("wide" in name for name in moved)
+    assert str(model.peft_config["wide"]) == config
+    model.set_adapter("wide")
+    inits = {(f.init, f.scaling) for f in inspect_model(model).factors if f.kind != "embedding"}
+    assert inits == {("A", 0.5)}
+    initialize(model, "A", scaling=2.0)
+    assert (model.peft_config["default"].lora_alpha, model.peft_config["wide"].lora_alpha) == (RANK, 16)
+
+
+def test_the_tuner_and_an_injected_model_are_configured_too():
+    """A LoraModel and a model with injected adapters have their configurations set as a PeftModel has."""
+    import peft
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q", "v"], rank_pattern={"v": 2})
+    injected = peft.inject_adapter_in_model(config, Deep())
+    tuner = peft_model(rank_pattern={"v": 2}, target_modules=["q", "v"], target_parameters=None).base_model
+    for model in (injected, tuner):
+        initialize(model, "B", scaling=1.0)
+        found = model.peft_config["default"]
+        assert (found.lora_alpha, found.alpha_pattern) == (RANK, {"v": 2})
+
+
+@pytest.mark.parametrize("declared", ["pissa", "pissa_niter_2", "olora"])
+def test_inits_that_change_the_base_weight(declared):
+    """PiSSA and its kin are refused with the reason; force=True starts over from the base weight they left."""
+    options = {"target_modules": ["q", "v"], "target_parameters": None}
+    model = peft_model(init_lora_weights=declared, **options)
+    with pytest.raises(InspectionError, match=rf"its init '{declared}' took their product out of the base weight"):
+        initialize(model, "B")
+    assert {f.init for f in initialize(model, "B", force=True).factors} == {"B"}
+    with model.disable_adapter():
+        base = output_of(model, *TOKENS)
+    assert torch.equal(base, output_of(model, *TOKENS))
+
+
+def test_mica_trains_a_alone_and_starts_at_init_b_only():
+    """MiCA freezes B, so Init[A], whose B is zero, is refused, and Init[B] draws B."""
+    options = {"target_modules": ["q"], "target_parameters": None}
+    model = peft_model(init_lora_weights="mica", **options)
+    with pytest.raises(InspectionError, match=r"^lora_B.default.weight of .* is frozen"):
+        initialize(model, "A")
+    before = output_of(model, *TOKENS).clone()
+    initialize(model, "B")
+    assert torch.equal(before, output_of(model, *TOKENS))
+
+
+def test_merged_adapters():
+    """A merged adapter that adds something is refused even with force=True; one that adds nothing is initialised."""
+    options = {"target_modules": ["q", "v"], "target_parameters": None}
+    model = peft_model(**options)
+    model.merge_adapter()
+    before = output_of(model, *TOKENS).clone()
+    initialize(model, "B")
+    model.unmerge_adapter()
+    assert torch.equal(before, output_of(model, *TOKENS))
+    steps(model, TOKENS)
+    model.merge_adapter()
+    with pytest.raises(InspectionError, match=r"is merged into its base weight"):
+        initialize(model, "B", force=True)
+    model.add_adapter("other", model.peft_config["default"])
+    model.merge_adapter(["default"])
+    for name, param in model.named_parameters():
+        param.requires_grad_(".other." in name)
+        if ".other." in name:
+            nn.init.ones_(param)
+    assert {(f.adapter, f.init) for f in initialize(model, "B", force=True).factors} == {("other", "B")}
+
+
+def test_two_peft_models_in_one():
+    """Each model's configuration follows its own pairs, though both call their adapter the same."""
+    options = {"target_modules": ["q", "v"], "target_parameters": None}
+    both = nn.ModuleDict({"one": peft_model(r=8, **options), "two": peft_model(**options)})
+    initialize(both, "B", scaling=1.0)
+    configs = [model.peft_config["default"] for model in both.values()]
+    assert [(c.lora_alpha, c.alpha_pattern) for c in configs] == [(8, {}), (RANK, {})]
+    both["two"].requires_grad_(False)
+    initialize(both, "B", scaling=2.0)
+    assert [(c.lora_alpha, c.alpha_pattern) for c in configs] == [(16, {}), (RANK, {})]
+
+
+def test_an_embedding_tied_to_the_head_is_refused():
+    """PEFT's tied pair holds one memory in opposite roles, which no one init can start."""
+    peft = pytest.importorskip("peft")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=30, tie_word_embeddings=True, **sizes))
+    names = ["embed_tokens", "lm_head"]
+    config = peft.LoraConfig(r=4, target_modules=names, ensure_weight_tying=True)
+    model = peft.get_peft_model(base, config)
+    with pytest.raises(InspectionError, match="is tied to a factor that would be drawn"):
+        initialize(model, "B")

@@ -1,0 +1,431 @@
+"""Real runs of a few steps: transformers, TRL, Lightning, accelerate, and a loop of one's own."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from rankaware_optim import OptimizerError, Power, RankAwareOptimizer, RankAwareWarning, Recipe, Reference
+from rankaware_optim.integrations import group_rates, log_rates, trainer_factory
+
+from ...helpers.models import batches, mlp, same, snapshot
+from .by_hand import multiplier
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    datasets = pytest.importorskip("datasets")
+    lightning = pytest.importorskip("lightning")
+    accelerate = pytest.importorskip("accelerate")
+    trl = pytest.importorskip("trl")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),  # peft, trl
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),  # lightning
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # lightning
+]
+
+LR = 1e-2
+STEPS = 6
+AT_16 = Reference(rank=16, alpha=16)
+ADAMW = {"weight_decay": 0.0}
+
+
+# --- transformers and TRL -------------------------------------------------------------------------------------------
+
+
+def llama():
+    """A two-layer language model from a configuration, with adapters of ranks 4 and 8."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=32, max_position_embeddings=16, num_key_value_heads=2, **sizes)
+    model = transformers.LlamaForCausalLM(config)
+    lora = peft.LoraConfig(
+        r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 8}, alpha_pattern={"v_proj": 8}
+    )
+    return peft.get_peft_model(model, lora)
+
+
+def tokens(count=24):
+    source = torch.Generator().manual_seed(1)
+    rows = torch.randint(32, (count, 8), generator=source).tolist()
+    return datasets.Dataset.from_dict({"input_ids": rows, "labels": rows, "attention_mask": [[1] * 8] * count})
+
+
+def arguments(folder, kind=transformers.TrainingArguments, **own):
+    settings = {
+        "max_steps": STEPS,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": LR,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 3,
+        "weight_decay": 0.0,
+    }
+    return kind(output_dir=str(folder), **{**settings, **own})
+
+
+def adapters(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def by_class(model):
+    """Trainer's own groups, the model taken out of the settings."""
+    settings = {"model": model, "optimizer": torch.optim.AdamW, "lr": LR, "tuned_at": AT_16, **ADAMW}
+    return {"optimizer_cls_and_kwargs": (RankAwareOptimizer, settings)}
+
+
+def by_factory(model):
+    return {"optimizer_cls_and_kwargs": trainer_factory(torch.optim.AdamW, lr=LR, tuned_at=AT_16, **ADAMW)}
+
+
+def by_instance(model):
+    return {"optimizers": (RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT_16, **ADAMW), None)}
+
+
+def by_hand(model, kind=torch.optim.AdamW):
+    """The native class with the four groups written out."""
+    groups = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            rank = 4 if "q_proj" in name else 8
+            groups.setdefault((rank, "lora_A" in name), {"params": [], "lr": LR * multiplier(rank)})["params"].append(
+                param
+            )
+    return {"optimizers": (kind(list(groups.values()), lr=LR, **ADAMW), None)}
+
+
+def trained(folder, route, resume=None, kind=transformers.Trainer, **own):
+    """A trainer after its run, and the adapters it left."""
+    model = llama()
+    config = (
+        arguments(folder, trl.SFTConfig, max_length=None, **own) if kind is trl.SFTTrainer else arguments(folder, **own)
+    )
+    extra = {"processing_class": tokenizer()} if kind is trl.SFTTrainer else {}
+    trainer = kind(model=model, args=config, train_dataset=tokens(), callbacks=[log_rates()], **extra, **route(model))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def tokenizer():
+    """A tokenizer of 32 words, made in memory."""
+    from tokenizers import Tokenizer, models
+
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 32)}}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "w2")), pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+@contextmanager
+def counted():
+    """A list that grows by one with every optimizer step."""
+    steps = []
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    yield steps
+    hook.remove()
+
+
+each_route = pytest.mark.parametrize("route", [by_class, by_factory, by_instance])
+each_trainer = pytest.mark.parametrize("kind", [transformers.Trainer, trl.SFTTrainer])
+
+
+@each_trainer
+@each_route
+def test_trainer_trains_as_with_groups_by_hand(tmp_path, kind, route):
+    """By every route Trainer leaves the weights of torch's own class with groups written out, bit for bit."""
+    trainer, ours = trained(tmp_path / "ours", route, kind=kind)
+    _, hand = trained(tmp_path / "hand", by_hand, kind=kind)
+    assert isinstance(trainer.optimizer.optimizer, RankAwareOptimizer)
+    assert same(ours, hand)
+
+
+@each_trainer
+@each_route
+def test_trainer_resumes(tmp_path, kind, route):
+    """A run resumed from its middle checkpoint takes the other half and ends at the same weights, bit for bit."""
+    _, whole = trained(tmp_path, route, kind=kind)
+    with counted() as steps:
+        _, resumed = trained(tmp_path, route, resume=str(tmp_path / "checkpoint-3"), kind=kind)
+    assert len(steps) == STEPS - 3
+    assert same(whole, resumed)
+
+
+def test_the_rates_matter_in_these_runs(tmp_path):
+    """Trainer's weights at the rates of each rank differ from those at one rate, so the tests above can fail."""
+    _, ours = trained(tmp_path, by_factory)
+    _, plain = trained(tmp_path, lambda model: {"optimizers": (torch.optim.AdamW(adapters(model), lr=LR), None)})
+    assert not same(ours, plain)
+
+
+def test_trainer_clips_and_accumulates(tmp_path):
+    """Gradient clipping, accumulation and weight decay give the weights of groups written out."""
+    own = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
+    _, ours = trained(tmp_path, by_factory, **own)
+    _, hand = trained(tmp_path, by_hand, **own)
+    assert same(ours, hand)
+
+
+def test_trainer_runs_schedulefree(tmp_path):
+    """Trainer switches a schedule-free optimizer made by the factory to training and back as it does the native one."""
+    kind = pytest.importorskip("schedulefree").AdamWScheduleFree
+    own = {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    _, ours = trained(
+        tmp_path, lambda _: {"optimizer_cls_and_kwargs": trainer_factory(kind, lr=LR, tuned_at=AT_16)}, **own
+    )
+    _, hand = trained(tmp_path, lambda model: by_hand(model, kind), **own)
+    assert same(ours, hand)
+
+
+def test_a_factory_with_a_recipe(tmp_path):
+    """With a recipe in place of a rate, Trainer's optimizer has the rates that the recipe gives."""
+    reference = Reference(rank=4, alpha=4, init="A", fan_in=16)
+    spread = torch.eye(3, dtype=torch.float64) / 100
+    recipe = Recipe("tiny", LR, reference=reference, law=Power(exponent=0.1), covariance=spread, ranks=(4, 8))
+    route = {"optimizer_cls_and_kwargs": trainer_factory("adamw", recipe=recipe)}
+    trainer, _ = trained(tmp_path, lambda _: route, max_steps=1)
+    direct = RankAwareOptimizer(llama(), torch.optim.AdamW, recipe=recipe)
+    assert [g["initial_lr"] for g in trainer.optimizer.param_groups] == [g["lr"] for g in direct.param_groups]
+
+
+def test_the_callback_logs_every_groups_rate(tmp_path):
+    """Trainer's logs hold the rate that each role and rank was stepped with, in the law's ratio."""
+    trainer, _ = trained(tmp_path, by_factory)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == STEPS
+    assert [entry["learning_rate"] for entry in logs] == [entry["lr/A/r4"] for entry in logs]
+    for entry in logs:
+        rates = {name: rate for name, rate in entry.items() if name.startswith("lr/")}
+        assert rates.keys() == {"lr/A/r4", "lr/B/r4", "lr/A/r8", "lr/B/r8"}
+        assert rates["lr/A/r4"] * multiplier(8) == pytest.approx(rates["lr/B/r8"] * multiplier(4))
+
+
+@pytest.mark.parametrize("in_front", [False, True])
+def test_the_callback_in_front_of_the_reporters(tmp_path, in_front):
+    """A reporter that comes first sees the rates where log_rates was given the trainer, which puts it in front."""
+    seen = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, *_, logs, **__):
+            seen.append("lr/A/r4" in logs)
+
+    model = llama()
+    trainer = transformers.Trainer(model, arguments(tmp_path), train_dataset=tokens(), **by_factory(model))
+    trainer.add_callback(Reporter())
+    log_rates(trainer) if in_front else trainer.add_callback(log_rates())
+    trainer.train()
+    assert seen == [in_front] * STEPS + [False]
+
+
+def test_rates_that_share_a_name_are_numbered():
+    """Groups that share a name are numbered, others are not; any optimizer can be asked."""
+    model = mlp((4,), head=False)
+    factors = [{"params": [p]} for p in model.parameters() if p.requires_grad]
+    opt = RankAwareOptimizer([*factors], torch.optim.SGD, model=model, lr=LR, rates={"*lora_A": 1.0})
+    assert group_rates(opt) == {"lr/A/r4": 1.0, "lr/B/r4": LR}
+    plain = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": 2.0}], lr=1.0)
+    assert group_rates(plain) == {"lr/other/0": 1.0, "lr/other/1": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: trainer_factory(torch.optim.AdamW), "trainer_factory was given no rate"),
+        (lambda: trainer_factory("adamwx", lr=LR), "Unknown optimizer 'adamwx'"),
+        (lambda: trainer_factory("adamw", lr=LR)[0]([{"params": []}]), "Trainer handed a list to a factory"),
+    ],
+)
+def test_a_factory_that_cannot_work_is_refused(call, sentence):
+    """No rate, an unknown optimizer, or a Trainer too old to know factories: a sentence each."""
+    with pytest.raises(OptimizerError, match=sentence):
+        call()
+
+
+# --- Lightning ------------------------------------------------------------------------------------------------------
+
+
+class Lit(lightning.LightningModule):
+    """A mixed-rank model with a schedule, stepped by Lightning or by hand."""
+
+    def __init__(self, make, *, manual=False):
+        super().__init__()
+        self.net, self.make = mlp((4, 8), seed=3), make
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch, _):
+        x = batch[0]
+        loss = (self.net(x) - x[:, :3].sin()).square().mean()
+        if not self.automatic_optimization:
+            opt = self.optimizers()
+            opt.zero_grad()
+            self.manual_backward(loss)
+            opt.step()
+            self.lr_schedulers().step()
+        return loss
+
+    def configure_optimizers(self):
+        opt = self.make(self.net)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 2 * STEPS)
+        return {"optimizer": opt, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def rank_aware(model):
+    """Lightning loads weights before it asks for the optimizer, so the adapters' init is named."""
+    return RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT_16, init="A")
+
+
+def of_unknown_init(model):
+    return RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT_16)
+
+
+def handmade(model):
+    """torch's own AdamW with the groups of `mlp((4, 8))` written out."""
+    layers = [(model.layer0.lora_A, 4), (model.layer0.lora_B, 4), (model.layer1.lora_A, 8), (model.layer1.lora_B, 8)]
+    groups = [{"params": [p], "lr": LR * multiplier(rank)} for p, rank in layers]
+    return torch.optim.AdamW([{"params": list(model.head.parameters())}, *groups], lr=LR)
+
+
+def loader():
+    data = torch.utils.data.TensorDataset(torch.cat(list(batches(STEPS))))
+    return torch.utils.data.DataLoader(data, batch_size=8, num_workers=0)
+
+
+def fit(folder, make, *, manual=False, resume=None, epochs=1, **options):
+    """The module after its epochs, and the trainer."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = lightning.Trainer(
+        max_epochs=epochs, accelerator="cpu", default_root_dir=str(folder), **{**quiet, **options}
+    )
+    module = Lit(make, manual=manual)
+    trainer.fit(module, loader(), ckpt_path=resume)
+    return module, trainer
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"manual": True}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 0.01}], ids=str
+)
+def test_lightning_trains_as_with_groups_by_hand(tmp_path, options):
+    """Automatic and manual optimization, bf16 and clipping leave the weights of groups written out, bit for bit."""
+    ours, trainer = fit(tmp_path, rank_aware, **options)
+    hand, _ = fit(tmp_path, handmade, **options)
+    assert isinstance(trainer.optimizers[0], RankAwareOptimizer)
+    assert same(snapshot(ours.net), snapshot(hand.net))
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_lightning_resumes(tmp_path, manual):
+    """A run resumed after its first epoch ends at the weights of the uninterrupted one, bit for bit."""
+    whole, _ = fit(tmp_path, rank_aware, manual=manual, epochs=2)
+    _, trainer = fit(tmp_path, rank_aware, manual=manual)
+    trainer.save_checkpoint(tmp_path / "middle.ckpt")
+    with counted() as steps:
+        resumed, _ = fit(tmp_path, rank_aware, manual=manual, epochs=2, resume=tmp_path / "middle.ckpt")
+    assert len(steps) == STEPS
+    assert same(snapshot(whole.net), snapshot(resumed.net))
+
+
+@pytest.mark.filterwarnings("default::rankaware_optim.RankAwareWarning")
+def test_lightning_resumes_adapters_of_unknown_init(tmp_path):
+    """Where loaded weights no longer show the adapters' init, a warning says so and the checkpoint restores it."""
+    whole, _ = fit(tmp_path, of_unknown_init, epochs=2)
+    _, trainer = fit(tmp_path, of_unknown_init)
+    trainer.save_checkpoint(tmp_path / "middle.ckpt")
+    with pytest.warns(RankAwareWarning, match="name their init"):
+        resumed, _ = fit(tmp_path, of_unknown_init, epochs=2, resume=tmp_path / "middle.ckpt")
+    assert same(snapshot(whole.net), snapshot(resumed.net))
+
+
+def test_lightnings_monitor_logs_every_group(tmp_path):
+    """LearningRateMonitor logs every group under the native class's name, in the law's ratios."""
+    monitor = lightning.pytorch.callbacks.LearningRateMonitor(logging_interval="step")
+    logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
+    fit(tmp_path, rank_aware, callbacks=[monitor], logger=logger, log_every_n_steps=1)
+    rates = {name: values[0] for name, values in monitor.lrs.items() if values}
+    assert list(rates) == [f"lr-AdamW/pg{i}" for i in range(1, 6)]
+    expected = [LR * multiplier(rank) for rank in (None, 4, 4, 8, 8)]
+    assert list(rates.values()) == pytest.approx(expected)
+
+
+# --- accelerate and a loop of one's own -----------------------------------------------------------------------------
+
+
+def accelerated(make, folder=None):
+    """A model trained through accelerate, two batches a step; where a folder is named, stopped and resumed halfway."""
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = mlp((4, 8), seed=3)
+    opt = make(model)
+    parts = accelerator.prepare(model, opt, loader(), torch.optim.lr_scheduler.CosineAnnealingLR(opt, STEPS))
+    for epoch in range(2):
+        if epoch and folder is not None:
+            accelerator.save_state(str(folder))
+            nn.init.ones_(parts[0].head.weight)
+            accelerator.load_state(str(folder))
+        _epoch(accelerator, *parts)
+    return snapshot(accelerator.unwrap_model(parts[0]))
+
+
+def _epoch(accelerator, model, opt, data, schedule):
+    for (x,) in data:
+        with accelerator.accumulate(model):
+            accelerator.backward((model(x) - x[:, :3].sin()).square().mean())
+            accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            opt.step()
+            schedule.step()
+            opt.zero_grad()
+
+
+def test_accelerate_trains_as_with_groups_by_hand():
+    """Prepared by accelerate, with accumulation and clipping, it leaves the weights of groups written out."""
+    assert same(accelerated(rank_aware), accelerated(handmade))
+
+
+def test_accelerate_saves_and_loads(tmp_path):
+    """accelerate's save_state and load_state in the middle of a run change nothing."""
+    assert same(accelerated(rank_aware), accelerated(rank_aware, tmp_path))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_loop_of_ones_own(resume):
+    """A loop with warm-up, clipping and a checkpoint in the middle leaves the weights of groups written out."""
+    ends = []
+    for make in (rank_aware, handmade):
+        model = mlp((4, 8), seed=3)
+        opt, schedule = _with_warmup(make(model))
+        _loop(model, opt, schedule, 0, STEPS)
+        if resume:
+            state = (opt.state_dict(), schedule.state_dict())
+            fresh = mlp((4, 8), seed=3)
+            opt, schedule = _with_warmup(make(fresh))
+            fresh.load_state_dict(model.state_dict())
+            model = fresh
+            opt.load_state_dict(state[0])
+            schedule.load_state_dict(state[1])
+        _loop(model, opt, schedule, STEPS, 2 * STEPS)
+        ends.append(snapshot(model))
+    assert same(*ends)
+
+
+def _with_warmup(opt):
+    return opt, torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=STEPS)
+
+
+def _loop(model, opt, schedule, first, last):
+    for x in list(batches(last))[first:]:
+        opt.zero_grad()
+        functional.mse_loss(model(x), x[:, :3].sin()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        opt.step()
+        schedule.step()

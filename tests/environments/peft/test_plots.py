@@ -1,0 +1,89 @@
+"""Figures: every kind of recipe can be drawn, and what cannot be written is said."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from rankaware_optim import RankAwareError
+from rankaware_optim.transfer import coordinate_check
+
+pytest.importorskip("matplotlib")
+
+from rankaware_optim.errors import PlotError
+from rankaware_optim.recipe import plot_recipe
+from rankaware_optim.transfer import plot_coordinates
+
+from ...helpers.recipes import KINDS, RECIPE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_every_recipe_can_be_drawn(kind, suffix, tmp_path):
+    """Whatever was calibrated, a figure is written where it was asked for, without a warning."""
+    path = plot_recipe(KINDS[kind], tmp_path / "figures" / f"out.{suffix}")
+    assert path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["out.unheard-of", "file/out.png"])
+def test_a_figure_that_cannot_be_written_is_said(name, tmp_path):
+    """An unknown format or a place that is no folder is an error of ours."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PlotError, match="cannot be written"):
+        plot_recipe(RECIPE, tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_recipe_without_trials_is_refused(tmp_path):
+    """Without its trials' tensors there is nothing to draw."""
+    with pytest.raises(RankAwareError, match="trial"):
+        plot_recipe(replace(RECIPE, tensors={}), tmp_path / "out.png")
+
+
+# --- the coordinate check -------------------------------------------------------------------------------------------
+
+NAMES = ("q", "base_model.model.model.layers.31.self_attn.q_proj", "$half math", "100 %", "up", "down")
+LAYERS = {name: (16 * n, 16) for n, name in enumerate(NAMES, 1)}
+CHECKS = {
+    "one layer": ({"q": (32, 32)}, {}),
+    "A starts at zero": ({"q": (32, 32)}, {"init": "B"}),
+    "many layers, odd names": (LAYERS, {}),
+    "ranks out of order": (LAYERS, {"ranks": (64, 1, 8)}),
+    "a wrong law": (LAYERS, {"law": "constant", "scaling": lambda r: 16 / r}),
+    "tiny changes": ({"q": (32, 32)}, {"lr": 1e-9}),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKS)
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_every_check_can_be_drawn(kind, suffix, tmp_path):
+    """Whatever was checked, a figure is written where it was asked for, without a warning."""
+    layers, options = CHECKS[kind]
+    check = coordinate_check(layers, "AdamW", tokens=32, **options)
+    path = plot_coordinates(check, tmp_path / "figures" / f"out.{suffix}")
+    assert path.stat().st_size > 10_000
+
+
+def test_the_layers_that_change_most_are_drawn(tmp_path):
+    """Of many layers four have a panel, the worst among them, and a term that is zero is named so."""
+    check = coordinate_check(LAYERS, "AdamW", tokens=32, law="constant")
+    drawn = texts(plot_coordinates(check, tmp_path / "out.svg"))
+    ordered = sorted(check.slopes, key=lambda pair: abs(pair[1]))
+    panels = [name for name, slope in check.slopes if any(f"{name[-20:]}: r^{slope:+.2f}" in text for text in drawn)]
+    assert len(panels) == 4
+    assert not {name for name, _ in ordered[:2]} & set(panels)
+    assert "s·B₀·ΔA·x: zero" in drawn
+    assert "NOT rank-invariant" in " ".join(drawn)
+
+
+def texts(path) -> list[str]:
+    """What a figure of ours says: matplotlib writes each text of an .svg into a comment."""
+    return [comment.strip() for comment in re.findall(r"<!--(.*?)-->", path.read_text(encoding="utf-8"), re.DOTALL)]
+
+
+def test_a_check_that_cannot_be_written_is_said(tmp_path):
+    """An unknown format is an error of ours."""
+    with pytest.raises(PlotError, match="cannot be written"):
+        plot_coordinates(coordinate_check({"q": (8, 8)}, "AdamW", tokens=8, ranks=(1, 2)), tmp_path / "out.unheard-of")

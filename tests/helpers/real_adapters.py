@@ -1,0 +1,587 @@
+"""Adapters built by the libraries themselves, a case each: what inspection must read, and a builder for the oracle.
+
+Libraries are imported inside the builders, so the table can be read where none is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from rankaware_optim import inspect_model
+from rankaware_optim.inspection import other_kind
+
+
+def per_rank(rank: int, alpha: float) -> float:
+    return alpha / rank
+
+
+def rslora(rank: int, alpha: float) -> float:
+    return alpha / math.sqrt(rank)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer of `package` at (rank, alpha), and what the survey must say of it.
+
+    `fans` are fan-in and fan-out of each pair, in the model's order. `probed` is False where the output is not linear
+    in one B (a norm over it, a softmax, several layers). `other` is the kind of what else trains.
+    """
+
+    name: str
+    package: str
+    convention: str
+    make: Callable[[int, float], nn.Module]
+    inputs: Callable[[], tuple[torch.Tensor, ...]]
+    fans: tuple[tuple[float, float], ...]
+    kind: str = "linear"
+    init: str = "A"
+    scaling: Callable[[int, float], float] = per_rank
+    probed: bool = True
+    other: str | None = None
+
+    def installed(self) -> bool:
+        """Whether the case's library imports here."""
+        try:
+            importlib.import_module(MODULES.get(self.package, self.package))
+        except ImportError:
+            return False
+        return True
+
+    def expected(self, rank: int, alpha: float) -> Read:
+        """What `read` must give of a layer built at (rank, alpha)."""
+        return Read(
+            {self.convention},
+            {rank},
+            self.fans,
+            {self.scaling(rank, alpha)},
+            {self.init},
+            {self.kind},
+            {self.other} - {None},
+        )
+
+
+class Read(NamedTuple):
+    """A survey in short: what its factors are said to be, the fans of each A, and the kinds of what else trains."""
+
+    conventions: set[str]
+    ranks: set[int | None]
+    fans: tuple[tuple[float, float], ...]
+    scalings: set[float]
+    inits: set[str]
+    kinds: set[str]
+    other: set[str | None]
+
+
+def read(model: nn.Module) -> Read:
+    """The survey of `model` in short, after a check that its factors come as pairs of A and B."""
+    survey = inspect_model(model)
+    roles = [f.role for f in survey.factors]
+    assert roles == ["A", "B"] * (len(roles) // 2), roles
+    fields = zip(*((f.convention, f.rank, f.scaling, f.init, f.kind) for f in survey.factors), strict=True)
+    conventions, ranks, scalings, inits, kinds = map(set, fields)
+    fans = tuple((f.fan_in, f.fan_out) for f in survey.factors if f.role == "A")
+    others = {other_kind(name) for name in survey.other}
+    return Read(conventions, ranks, fans, scalings, inits, kinds, others)
+
+
+MODULES = {"lycoris-lora": "lycoris.modules", "torchtune": "torchtune.modules.peft", "litgpt": "litgpt.lora"}
+IN, OUT = 12, 20
+DENSE = ((IN, OUT),)
+
+
+def drawn(*shape: int) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """One input of this shape, the same at every call."""
+    return lambda: (torch.randn(*shape, generator=torch.Generator().manual_seed(1)),)
+
+
+def tokens() -> tuple[torch.Tensor, ...]:
+    return (torch.randint(30, (4, 5), generator=torch.Generator().manual_seed(1)),)
+
+
+# --- PEFT -----------------------------------------------------------------------------------------------------------
+
+
+class One(nn.Module):
+    """A model of one layer `q`, and a trainable-by-request `head` that does not touch the answer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.q = layer
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.q(*inputs)
+
+
+class Attention(nn.Module):
+    """torch's attention over one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(IN, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+class Experts(nn.Module):
+    """Stacked matrices, (experts, in, out) where `is_transposed`, else (experts, out, in)."""
+
+    def __init__(self, transposed: bool, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.is_transposed, self.names = transposed, names
+        for name, (fan_in, fan_out) in zip(names, ((IN, OUT), (OUT, 10)), strict=False):
+            shape = (fan_in, fan_out) if transposed else (fan_out, fan_in)
+            self.register_parameter(name, nn.Parameter(torch.randn(3, *shape) / 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in self.names:
+            weight = getattr(self, name)
+            x = torch.bmm(x, weight if self.is_transposed else weight.transpose(1, 2))
+        return x
+
+
+def peft(layer: Callable[[], nn.Module], **options: Any) -> Callable[[int, float], nn.Module]:
+    """PEFT's adapter on layer `q`; options may be functions of rank and alpha."""
+
+    def make(rank: int, alpha: float) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        own = {k: v(rank, alpha) if callable(v) else v for k, v in options.items()}
+        settings = {"r": rank, "lora_alpha": alpha, "target_modules": ["q"]} | own
+        return get_peft_model(One(layer()), LoraConfig(**settings))
+
+    return make
+
+
+def peft_attention(*targets: str) -> Callable[[int, float], nn.Module]:
+    def make(rank: int, alpha: float) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(Attention(), LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
+
+    return make
+
+
+def peft_experts(transposed: bool, *names: str) -> Callable[[int, float], nn.Module]:
+    return peft(
+        lambda: Experts(transposed, names), target_modules=[], target_parameters=[f"q.{name}" for name in names]
+    )
+
+
+def peft_adalora(rank: int, alpha: float) -> nn.Module:
+    from peft import AdaLoraConfig, get_peft_model
+
+    config = AdaLoraConfig(init_r=rank, lora_alpha=alpha, target_modules=["q"], total_step=100)
+    return get_peft_model(One(nn.Linear(IN, OUT)), config)
+
+
+def peft_two(rank: int, alpha: float) -> nn.Module:
+    """Two adapters, both active."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q"])
+    model = get_peft_model(One(nn.Linear(IN, OUT)), config)
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+def conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(OUT, IN)
+
+
+def dense() -> nn.Module:
+    return nn.Linear(IN, OUT)
+
+
+def unet(rank: int, alpha: float) -> nn.Module:
+    """A tiny UNet of diffusers, with PEFT's layers put in by diffusers' own method."""
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    blocks: dict[str, Any] = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    model = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        cross_attention_dim=12,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        **blocks,
+    )
+    model.requires_grad_(False)
+    targets = r"down_blocks.*attn2\.to_k"
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    return Sampled(model)
+
+
+class Sampled(nn.Module):
+    """A UNet's answer at one time step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.unet = model
+
+    def forward(self, sample: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        return self.unet(sample, 3, words).sample
+
+
+def legacy(rank: int, alpha: float) -> nn.Module:
+    import warnings
+
+    from diffusers.models.lora import LoRALinearLayer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still in old checkpoints' loaders
+        return LoRALinearLayer(IN, OUT, rank=rank, network_alpha=alpha)
+
+
+def mixture(rank: int, alpha: float) -> nn.Module:
+    """A tiny Mixtral of transformers, its experts adapted by `target_parameters`."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=30,
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        experts_implementation="eager",
+        use_cache=False,
+    )
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[], target_parameters=targets)
+    return get_peft_model(MixtralForCausalLM(config), lora)
+
+
+def _peft_cases() -> list[Case]:
+    def case(name: str, layer: Any = dense, inputs: Any = None, fans: Any = DENSE, **rest: Any) -> Case:
+        own = {"convention": "peft", **{k: rest.pop(k) for k in list(rest) if k in Case.__dataclass_fields__}}
+        make = rest.pop("make_", None) or peft(layer, **rest)
+        return Case(f"PEFT {name}", "peft", make=make, inputs=inputs or drawn(4, IN), fans=fans, **own)
+
+    images = drawn(2, 4, 6, 6)
+    conv = {"kind": "conv", "fans": ((36, 8),), "inputs": images}
+    heads = {"inputs": drawn(2, 5, IN), "probed": False}
+    bias, dora = "LoRA bias", "DoRA magnitude"
+    rest: list[Case] = [
+        case("Linear"),
+        case("Linear, rsLoRA", use_rslora=True, scaling=rslora),
+        case("Linear, rank_pattern", r=1, rank_pattern=lambda rank, _: {"q": rank}),
+        case("Linear, alpha_pattern", lora_alpha=1, alpha_pattern=lambda _, alpha: {"q": alpha}),
+        case("Linear, lora_bias", lora_bias=True, other=bias),
+        case("Linear, modules_to_save", modules_to_save=["head"], other="whole copy (modules_to_save)"),
+        case("Linear, gaussian", init_lora_weights="gaussian"),
+        *(
+            case(f"Linear, {name}", init_lora_weights=name, init="other")
+            for name in (False, "pissa", "olora", "orthogonal")
+        ),
+        case("Linear, DoRA", use_dora=True, probed=False, other=dora),
+        case("Linear, two adapters", make_=peft_two, fans=DENSE * 2),
+        case("Conv1D of transformers", conv1d, fan_in_fan_out=True),
+        case(
+            "Embedding",
+            lambda: nn.Embedding(30, 8),
+            tokens,
+            ((30, 8),),
+            convention="peft-embedding",
+            kind="embedding",
+            init="B",
+        ),
+        case("Conv1d", lambda: nn.Conv1d(4, 8, 3), drawn(2, 4, 9), ((12, 8),), kind="conv"),
+        case("Conv2d", lambda: nn.Conv2d(4, 8, 3, padding=1), **conv),
+        case("Conv2d, two groups", lambda: nn.Conv2d(4, 8, 3, padding=1, groups=2), **conv),
+        case("Conv2d, DoRA", lambda: nn.Conv2d(4, 8, 3), use_dora=True, probed=False, other=dora, **conv),
+        case("Conv3d", lambda: nn.Conv3d(4, 8, 3), drawn(2, 4, 4, 4, 4), ((108, 8),), kind="conv"),
+        case("MultiheadAttention", make_=peft_attention("attn"), fans=((IN, 36), (IN, IN)), **heads),
+        case(
+            "AdaLoRA",
+            make_=peft_adalora,
+            convention="peft-adalora",
+            kind="adalora",
+            init="other",
+            other="AdaLoRA's singular values",
+        ),
+    ]
+    experts = {"convention": "peft-experts", "kind": "experts", "inputs": drawn(3, 4, IN)}
+    return [
+        *rest,
+        case("experts (E, in, out)", make_=peft_experts(True, "up"), **experts),
+        case("experts (E, out, in)", make_=peft_experts(False, "up"), **experts),
+        case(
+            "experts, two parameters",
+            make_=peft_experts(False, "up", "down"),
+            fans=((OUT, 10), (IN, OUT)),
+            probed=False,
+            **experts,
+        ),
+        case(
+            "experts of transformers' Mixtral",
+            make_=mixture,
+            probed=False,
+            **{**experts, "inputs": tokens, "fans": ((20, 12), (12, 40))},
+        ),
+    ]
+
+
+def _diffusers_cases() -> list[Case]:
+    def unet_inputs() -> tuple[torch.Tensor, ...]:
+        source = torch.Generator().manual_seed(1)
+        return torch.randn(2, 4, 8, 8, generator=source), torch.randn(2, 5, 12, generator=source)
+
+    return [
+        Case("diffusers UNet, through PEFT", "diffusers", "peft", unet, unet_inputs, ((12, 8),), probed=False),
+        Case("diffusers LoRALinearLayer (legacy)", "diffusers", "diffusers-legacy", legacy, drawn(4, IN), DENSE),
+    ]
+
+
+# --- loralib --------------------------------------------------------------------------------------------------------
+
+
+def loralib(name: str, *sizes: int, **options: Any) -> Callable[[int, float], nn.Module]:
+    def make(rank: int, alpha: float) -> nn.Module:
+        import loralib as lora
+
+        layer: nn.Module = getattr(lora, name)(*sizes, r=rank, lora_alpha=alpha, **options)
+        lora.mark_only_lora_as_trainable(layer)
+        return layer
+
+    return make
+
+
+def _loralib_cases() -> list[Case]:
+    def case(name: str, convention: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any) -> Case:
+        return Case(f"loralib {name}", "loralib", convention, make, inputs or drawn(4, IN), fans, **own)
+
+    images, plain = drawn(2, 4, 6, 6), "lora_A/lora_B"
+    enabled = {"q": [True, False, False], "qv": [True, False, True], "qkv": [True, True, True]}
+    return [
+        case("Linear", plain, loralib("Linear", IN, OUT)),
+        case("Linear, transposed", plain, loralib("Linear", IN, OUT, fan_in_fan_out=True)),
+        *(
+            case(
+                f"MergedLinear, {name}",
+                "merged",
+                loralib("MergedLinear", IN, 30, enable_lora=parts),
+                fans=((IN, 10 * sum(parts)),),
+            )
+            for name, parts in enabled.items()
+        ),
+        case("Embedding", plain, loralib("Embedding", 30, 8), tokens, ((30, 8),), kind="embedding", init="B"),
+        case("Conv2d", "loralib-conv", loralib("Conv2d", 4, 8, 3), images, ((36, 8),), kind="conv"),
+        case(
+            "Conv2d, two groups",
+            "loralib-conv",
+            loralib("Conv2d", 4, 8, 3, groups=2),
+            images,
+            ((18, 8),),
+            kind="conv",
+        ),
+    ]
+
+
+# --- LyCORIS --------------------------------------------------------------------------------------------------------
+
+
+class Beside(nn.Module):
+    """A frozen layer whose forward LyCORIS's module has taken over, and that module."""
+
+    def __init__(self, base: nn.Module, module: str, rank: int, alpha: float, **options: Any) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.adapter = getattr(importlib.import_module("lycoris.modules"), module)(
+            "lora_q", base, 1.0, rank, alpha, **options
+        )
+        self.adapter.apply_to()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x)
+
+
+def lycoris(module: str, base: Callable[[], nn.Module] = dense, **options: Any) -> Callable[[int, float], nn.Module]:
+    return lambda rank, alpha: Beside(base(), module, rank, alpha, **options)
+
+
+def _lycoris_cases() -> list[Case]:
+    def case(name: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any) -> Case:
+        convention = own.pop("convention", "lora_down/lora_up")
+        return Case(f"LyCORIS LoCon, {name}", "lycoris-lora", convention, make, inputs or drawn(4, IN), fans, **own)
+
+    images, conv = drawn(2, 4, 6, 6), lambda: nn.Conv2d(4, 8, 3, padding=1)
+    scalar, dora, core = "LyCORIS scalar", "DoRA magnitude", "Tucker core"
+    return [
+        case("linear", lycoris("LoConModule")),
+        case("linear, bypass", lycoris("LoConModule", bypass_mode=True)),
+        case("linear, rs_lora", lycoris("LoConModule", rs_lora=True), scaling=rslora),
+        case("linear, use_scalar", lycoris("LoConModule", use_scalar=True), init="other", other=scalar),
+        case("linear, DoRA", lycoris("LoConModule", weight_decompose=True), probed=False, other=dora),
+        case("Conv1d", lycoris("LoConModule", lambda: nn.Conv1d(4, 8, 3)), drawn(2, 4, 9), ((12, 8),), kind="conv"),
+        case("Conv2d", lycoris("LoConModule", conv), images, ((36, 8),), kind="conv"),
+        case(
+            "Conv2d, two groups",
+            lycoris("LoConModule", lambda: nn.Conv2d(4, 8, 3, groups=2)),
+            images,
+            ((18, 8),),
+            kind="conv",
+        ),
+        case(
+            "Conv2d, Tucker",
+            lycoris("LoConModule", conv, use_tucker=True),
+            images,
+            ((36, 8),),
+            kind="conv",
+            convention="locon-tucker",
+            other=core,
+        ),
+        case(
+            "Conv2d, DoRA",
+            lycoris("LoConModule", conv, weight_decompose=True),
+            images,
+            ((36, 8),),
+            kind="conv",
+            probed=False,
+            other=dora,
+        ),
+    ]
+
+
+# --- torchtune, litgpt, DeepSpeed -----------------------------------------------------------------------------------
+
+
+def torchtune(name: str) -> Callable[[int, float], nn.Module]:
+    def make(rank: int, alpha: float) -> nn.Module:
+        from torchtune.modules import peft as tune
+
+        layer: nn.Module = getattr(tune, name)(IN, OUT, rank=rank, alpha=alpha)
+        if hasattr(layer, "initialize_dora_magnitude"):
+            layer.initialize_dora_magnitude()
+        tune.set_trainable_params(layer, tune.get_adapter_params(layer))
+        return layer
+
+    return make
+
+
+def litgpt(name: str, *sizes: int, **options: Any) -> Callable[[int, float], nn.Module]:
+    def make(rank: int, alpha: float) -> nn.Module:
+        from litgpt import lora
+
+        layer: nn.Module = getattr(lora, name)(*sizes, r=rank, lora_alpha=alpha, **options)
+        if isinstance(layer, lora.LoRAQKVLinear):
+            layer.reset_parameters()
+        lora.mark_only_lora_as_trainable(layer)
+        return layer
+
+    return make
+
+
+def deepspeed(rank: int, alpha: float) -> nn.Module:
+    from deepspeed.linear.config import LoRAConfig
+    from deepspeed.linear.optimized_linear import LoRAOptimizedLinear
+
+    config = LoRAConfig(lora_r=rank, lora_alpha=alpha)
+    return LoRAOptimizedLinear(IN, OUT, lora_config=config, device="cpu", dtype=torch.float32)
+
+
+def _other_cases() -> list[Case]:
+    x, words = drawn(4, IN), drawn(2, 5, IN)
+    heads = {"q": (True, False, False), "qv": (True, False, True), "qkv": (True, True, True)}
+
+    def qkv(name: str, groups: int) -> Case:
+        """Two heads of 5; `groups` of keys and values."""
+        parts = heads[name]
+        make = litgpt("LoRAQKVLinear", IN, 10 + 10 * groups, 5, 2, groups, enable_lora=parts)
+        fan_out = 5 * (2 * parts[0] + groups * (parts[1] + parts[2]))
+        title = f"litgpt LoRAQKVLinear, {name}, {groups} query group{'s' * (groups > 1)}"
+        return Case(title, "litgpt", "merged", make, words, ((IN, fan_out),))
+
+    tune, plain = "lora_a/lora_b", "lora_A/lora_B"
+    return [
+        Case("torchtune LoRALinear", "torchtune", tune, torchtune("LoRALinear"), x, DENSE),
+        Case(
+            "torchtune DoRALinear",
+            "torchtune",
+            tune,
+            torchtune("DoRALinear"),
+            x,
+            DENSE,
+            probed=False,
+            other="DoRA magnitude",
+        ),
+        Case("litgpt LoRALinear", "litgpt", plain, litgpt("LoRALinear", IN, OUT), x, DENSE),
+        *(qkv(name, groups) for name in heads for groups in (1, 2)),
+        Case("DeepSpeed LoRAOptimizedLinear", "deepspeed", "deepspeed-linear", deepspeed, x, DENSE),
+    ]
+
+
+# --- adapters that are no LoRA pair ---------------------------------------------------------------------------------
+
+# PEFT's method: the kind its parameters are named, and what it needs on a layer of 64 × 64.
+OTHER_TUNERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LOHA": ("LoHa", {}),
+    "LOKR": ("LoKr", {}),
+    "VERA": ("VeRA", {}),
+    "PVERA": ("PVeRA", {}),
+    "IA3": ("IA³", {"feedforward_modules": []}),
+    "OFT": ("OFT", {"oft_block_size": 4, "r": 0}),
+    "BOFT": ("BOFT", {"boft_block_size": 4}),
+    "PSOFT": ("PSOFT", {}),
+    "HRA": ("HRA", {}),
+    "VBLORA": ("VB-LoRA", {"num_vectors": 8, "vector_length": 4, "topk": 2}),
+    "RANDLORA": ("RandLoRA", {"r": 2}),
+    "MISS": ("MiSS", {"r": 8}),
+    "SHIRA": ("SHiRA", {"r": 2}),
+    "C3A": ("C³A", {"block_size": 4}),
+    "FOURIERFT": ("FourierFT", {"n_frequency": 10}),
+    "WAVEFT": ("WaveFT", {"n_frequency": 10}),
+    "POLY": ("Poly", {}),
+    "GLORA": ("GLoRA", {}),
+    "GRALORA": ("GraLoRA", {}),
+    "DELORA": ("DeLoRA", {}),
+    "HIRA": ("HiRA", {}),
+    "LILY": ("Lily", {}),
+    "TINYLORA": ("TinyLoRA", {}),
+    "UNILORA": ("Uni-LoRA", {}),
+    "PEANUT": ("PEANuT", {}),
+    "FROD": ("FRoD", {}),
+    "DEFT": ("DEFT", {}),
+    "OSF": ("OSF", {}),
+    "SUPERTUNING": ("SuperTuning", {}),
+    "ROAD": ("RoAd", {}),
+    "BEFT": ("BEFT", {}),
+    "LN_TUNING": ("LN tuning", {}),
+}
+OTHER_MODULES = {
+    "LohaModule": "LoHa",
+    "LokrModule": "LoKr",
+    "DyLoraModule": "DyLoRA",
+    "GLoRAModule": "GLoRA",
+    "DiagOFTModule": "OFT",
+    "ButterflyOFTModule": "OFT",
+    "TLoraModule": "T-LoRA",
+}
+
+
+def other_tuner(name: str) -> nn.Module:
+    """A layer under PEFT's method of this name."""
+    from peft import get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
+
+    config = next(config for kind, config in CONFIGS.items() if kind.value == name)
+    model = One(nn.Linear(64, 64))
+    return get_peft_model(model, config(target_modules=["q"], **OTHER_TUNERS[name][1]))
+
+
+CASES = [*_peft_cases(), *_diffusers_cases(), *_loralib_cases(), *_lycoris_cases(), *_other_cases()]

@@ -1,0 +1,470 @@
+"""The table of conventions: replicas of libraries that no test environment has, rows of strangers, what is no pair."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import rankaware_optim as ra
+from rankaware_optim import Convention, InspectionError, inspect_model, register_convention
+from rankaware_optim.inspection import conventions, other_kind
+from rankaware_optim.inspection._conventions import CONVENTIONS, Reading
+from rankaware_optim.inspection._unsupported import is_other_adapter
+from rankaware_optim.testing import check_convention
+
+from ..helpers.models import STYLES, adapted
+from ..helpers.real_adapters import CASES, IN, OUT, read
+from ..helpers.replicas import (
+    REPLICAS,
+    Replica,
+    deepspeed_chat,
+    direct,
+    drawn,
+    images,
+    megatron,
+    tutorial,
+    tutorial_of_rank,
+    x,
+    zeros,
+)
+
+
+@pytest.fixture
+def registered():
+    """Registers conventions for one test."""
+    names = []
+
+    def register(row):
+        register_convention(row)
+        names.append(row if isinstance(row, str) else row.name)
+
+    yield register
+    for name in names:
+        register_convention(name, remove=True)
+
+
+@pytest.mark.parametrize("case", REPLICAS, ids=lambda case: case.name)
+def test_a_replica_is_read_and_trains_as_read(case, registered):
+    """A replica's row gives rank, fans, scaling, kind and init, and passes the ones-probe and the oracle."""
+    if case.convention == "A/B":
+        registered("A/B")
+    assert read(case.make(4, 8.0)) == case.expected(4, 8.0)
+    found = check_convention(case.make, *case.inputs(), convention=case.convention)
+    assert found.probe is not None
+    assert found.probe < 1e-9
+    assert found.oracle < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_models_of_these_tests_conform(style, kind):
+    """Every style of tests/models.py passes the ones-probe and the oracle."""
+    inputs = {"linear": x, "conv": images[:, :3], "embedding": torch.arange(12).reshape(3, 4)}[kind]
+    found = check_convention(lambda r, alpha: adapted(style, kind, rank=r, scaling=alpha / r), inputs)
+    assert found.probe == pytest.approx(0.0, abs=1e-12)
+    assert found.oracle < 1e-12
+
+
+@pytest.mark.parametrize("make", [tutorial, tutorial_of_rank])
+def test_tutorials_are_looked_for_only_when_asked(make):
+    """A and B are too common as names: no pair is found until register_convention("A/B"), nor after its removal."""
+    layer = make(4, 8.0)
+    for _ in range(2):
+        with pytest.raises(InspectionError, match="No trainable LoRA pair"):
+            inspect_model(layer)
+        register_convention("A/B")
+        assert {f.convention for f in inspect_model(layer).factors} == {"A/B"}
+        register_convention("A/B", remove=True)
+
+
+def test_check_convention_registers_for_the_call_alone():
+    """An optional row or an own Convention is looked for during the check, and no longer after it."""
+    before = conventions()
+    check_convention(tutorial, x, convention="A/B")
+    assert conventions() == before
+
+
+def test_the_check_leaves_the_random_state_alone():
+    """The global generator is where it was."""
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    check_convention(megatron, x)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_a_frozen_factor_stays_as_it_is(frozen):
+    """Where only one of the two factors trains, as in LoRA-FA, that one takes the whole change of scaling."""
+
+    def make(rank, alpha):
+        layer = adapted(rank=rank, scaling=alpha / rank, init="other")
+        getattr(layer, frozen).requires_grad_(False)
+        return layer
+
+    found = check_convention(make, x)
+    assert len(found.factors) == 1
+    assert found.probe < 1e-12
+    assert found.oracle < 1e-12
+
+
+def test_a_layer_that_answers_with_more_than_a_tensor_needs_run():
+    """A tuple is an error with a cure, and `run` picks the tensor from it."""
+
+    def make(rank, alpha):
+        layer = adapted(rank=rank, scaling=alpha / rank)
+        layer.register_forward_hook(lambda m, args, out: (out, None))
+        return layer
+
+    with pytest.raises(InspectionError, match="answers with a tuple"):
+        check_convention(make, x)
+    assert check_convention(make, x, run=lambda module, x: module(x)[0]).oracle < 1e-12
+
+
+@pytest.mark.parametrize("few", [{"ranks": ()}, {"alphas": (3.0,)}])
+def test_too_few_builds_are_refused(few):
+    """Without a rank, or two alphas, there is nothing to compare."""
+    with pytest.raises(InspectionError, match="too few"):
+        check_convention(megatron, x, **few)
+
+
+def test_a_conformance_is_printable():
+    """It names convention, kind and both errors in a sentence."""
+    text = str(check_convention(deepspeed_chat, x))
+    assert text.startswith("deepspeed-chat (linear): 2 factors found in each of 4 builds. Ones-probe: off by ")
+    assert "Reparametrised training: off by " in text
+
+
+# --- what the check must not let pass -------------------------------------------------------------------------------
+
+
+def changed(name, value):
+    """The PEFT-like layer with one attribute that lies."""
+
+    def make(rank, alpha):
+        layer = adapted("plain", rank=rank, scaling=alpha / rank)
+        layer.held = layer.multiplier
+        setattr(layer, name, value(rank, alpha))
+        return layer
+
+    return make
+
+
+def swapped_fans(owner, a, b):
+    return Reading(a[0], b[1], b[0], a[1])
+
+
+def noisy(rank, alpha):
+    return Replica(
+        nn.Linear(IN, OUT),
+        lambda m, x: m.scaling * (x @ m.lora_A.T @ m.lora_B.T) + 1e-3 * torch.randn(OUT),
+        lora_A=drawn(rank, IN),
+        lora_B=zeros(OUT, rank),
+        r=rank,
+        scaling=alpha / rank,
+    )
+
+
+def dead(rank, alpha):
+    layer = adapted("plain", rank=rank, scaling=alpha / rank)
+    layer.pair = lambda: (layer.lora_A.detach() * 0, layer.lora_B.detach())
+    layer.gate = nn.Parameter(torch.ones(()))
+    layer.register_forward_hook(lambda m, args, out: out * m.gate)
+    return layer
+
+
+LIES = {
+    "a rank that is another": (lambda r, alpha: adapted(rank=r + 1), None, "'rank'.*rank 3 where 2 was asked for"),
+    "no pair": (lambda r, alpha: nn.Linear(IN, OUT), None, "'found' fails: No trainable LoRA pair"),
+    "another row": (lambda r, alpha: adapted(rank=r), "kohya", "There is no optional convention 'kohya'"),
+    "the wrong row": (lambda r, alpha: adapted(rank=r), "peft", "'found'.*read as lora_A/lora_B, not as peft"),
+    "a scaling that is alpha": (changed("scaling", direct), None, "'ones-probe'.*scaling 3 × rank 2"),
+    "an adapter that does nothing": (dead, None, r"'oracle'.*does not depend on lora_A"),
+    "an answer that is random": (noisy, None, "'ones-probe'|'oracle'"),
+    "fans the wrong way round": (
+        lambda r, alpha: adapted(rank=r, scaling=alpha / r),
+        Convention("turned", "lora_A", "lora_B", layouts=(swapped_fans,)),
+        "'ones-probe'.*fan-in 20",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_the_check_names_what_fails(lie):
+    """A convention that is read wrongly is an error that names the check and the numbers."""
+    make, row, sentence = LIES[lie]
+    with pytest.raises(InspectionError, match=sentence):
+        check_convention(make, x, convention=row)
+
+
+def test_a_scaling_read_wrongly_fails_the_oracle_where_no_probe_applies():
+    """Behind a nonlinearity there is no ones-probe; two trainings then tell a scaling that is not alpha's."""
+
+    def make(rank, alpha):
+        return nn.Sequential(adapted(rank=rank, scaling=alpha / rank), nn.Tanh())
+
+    def lying(rank, alpha):
+        model = make(rank, alpha)
+        model[0].held = model[0].multiplier
+        model[0].scaling = alpha**2
+        return model
+
+    assert check_convention(make, x).probe is None
+    with pytest.raises(InspectionError, match=r"'oracle'.*at rank 2, alphas 3 and 8 train apart"):
+        check_convention(lying, x)
+
+
+# --- rows of strangers ----------------------------------------------------------------------------------------------
+
+
+class Gain(nn.Module):
+    """A stranger's layer: reduce (in, r), expand (r, out), `gain` the multiplier."""
+
+    def __init__(self, rank, alpha):
+        super().__init__()
+        self.base = nn.Linear(IN, OUT).requires_grad_(False)
+        self.reduce, self.expand = drawn(IN, rank), zeros(rank, OUT)
+        self.width, self.gain = rank, alpha / rank
+
+    def forward(self, x):
+        return self.base(x) + self.gain * x @ self.reduce @ self.expand
+
+
+STRANGER = Convention("gain", "reduce", "expand", layouts=("columns",), rank=("width",), scaling=("gain",))
+
+
+def test_a_strangers_convention_in_five_lines(registered):
+    """A row that is registered and checked is read like the built-in ones, by the optimizer too."""
+    assert check_convention(Gain, x, convention=STRANGER).oracle < 1e-12
+    registered(STRANGER)
+    model = Gain(4, 8.0)
+    assert [(f.role, f.rank, f.fan_in, f.scaling) for f in inspect_model(model).factors] == [
+        ("A", 4, IN, 2.0),
+        ("B", 4, IN, 2.0),
+    ]
+    opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at=ra.Reference(rank=16, alpha=16))
+    assert {g["lora_role"] for g in opt.param_groups if g.get("lora_role")} == {"A", "B"}
+
+
+def test_a_registered_row_goes_before_built_in_ones(registered):
+    """Where a registered row and a built-in one fit the same attributes, the registered one reads them."""
+    registered(Convention("mine", "lora_A", "lora_B", kind="mine"))
+    assert {(f.convention, f.kind) for f in inspect_model(adapted()).factors} == {("mine", "mine")}
+
+
+BAD_ROWS = {
+    "text": ("nothing", "There is no optional convention 'nothing'. Known are A/B"),
+    "no row": ({"name": "x"}, "not {'name': 'x'}"),
+    "a dotted factor": (replace(STRANGER, a="inner.reduce"), "names 'inner.reduce' as a factor"),
+    "no factor": (replace(STRANGER, b=None), "names None as a factor"),
+    "unknown layout": (replace(STRANGER, layouts=("diagonal",)), "has the layout 'diagonal'. Known are rows"),
+    "text for a tuple": (replace(STRANGER, rank="width"), r"has rank='width'. Give a tuple"),
+    "a built-in's name": (replace(STRANGER, name="peft"), "Another convention is called 'peft'"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_rows_that_make_no_sense_are_refused(bad):
+    """What is no row, or one that could never match, is an error at registration, and nothing is registered."""
+    row, sentence = BAD_ROWS[bad]
+    before = conventions()
+    with pytest.raises(InspectionError) as caught:
+        register_convention(row)
+    assert sentence in str(caught.value)
+    assert conventions() == before
+
+
+def test_the_same_row_may_be_registered_again_but_no_other_of_its_name(registered):
+    """Registering is idempotent; a second row of the name is an error, and fine after the first is removed."""
+    registered(STRANGER)
+    register_convention(STRANGER)
+    with pytest.raises(InspectionError, match="Another convention is called 'gain'"):
+        register_convention(replace(STRANGER, b="other"))
+    register_convention("gain", remove=True)
+    register_convention(replace(STRANGER, b="other"))
+
+
+def test_removing_what_is_not_there_is_fine():
+    """Taking away a row that nobody registered changes nothing."""
+    register_convention("gain", remove=True)
+
+
+PLUGIN = """
+from rankaware_optim import Convention
+ROW = Convention("gain", "reduce", "expand", layouts=("columns",), rank=("width",), scaling=("gain",))
+WRONG = Convention("wrong", "re.duce", "expand")
+"""
+USE = """
+import sys, warnings
+import torch
+from torch import nn
+sys.path.insert(0, sys.argv[1])
+from rankaware_optim import inspect_model
+layer = nn.Module()
+layer.reduce, layer.expand = nn.Parameter(torch.ones(12, 4)), nn.Parameter(torch.zeros(4, 20))
+layer.width, layer.gain = 4, 2.0
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        survey = inspect_model(layer)
+print([(f.convention, f.rank, f.fan_in, f.scaling) for f in survey.factors])
+for warning in caught:
+    print(warning.message)
+"""
+
+
+def test_a_convention_by_entry_point(tmp_path):
+    """An installed package's row is found unasked; broken ones of other packages warn once and are left out."""
+    (tmp_path / "gain_rows.py").write_text(PLUGIN)
+    info = tmp_path / "gain_rows-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gain-rows\nVersion: 1.0\n")
+    points = [
+        "gain = gain_rows:ROW",
+        "broken = not_there_at_all:ROW",
+        "wrong = gain_rows:WRONG",
+        "none = builtins:dict",
+    ]
+    (info / "entry_points.txt").write_text("\n".join(["[rankaware_optim.conventions]", *points, ""]))
+    run = subprocess.run([sys.executable, "-c", USE, str(tmp_path)], capture_output=True, text=True, check=True)
+    factors, *warned = run.stdout.splitlines()
+    assert factors == "[('gain', 4, 12.0, 2.0), ('gain', 4, 12.0, 2.0)]"
+    assert len(warned) == 3
+    assert sum("'broken' (not_there_at_all:ROW) could not be loaded" in line for line in warned) == 1
+    assert sum("'wrong' is left out" in line and "'re.duce'" in line for line in warned) == 1
+    assert sum("'none' is left out" in line for line in warned) == 1
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+sizes = st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple)
+junk = st.one_of(
+    st.none(),
+    st.integers(-2, 6),
+    st.floats(),
+    st.text(max_size=2),
+    st.lists(st.booleans(), max_size=3),
+    st.builds(dict),
+)
+
+
+@given(
+    row=st.sampled_from(CONVENTIONS), shapes=st.tuples(sizes, sizes), values=st.lists(junk, min_size=12, max_size=12)
+)
+def test_any_shapes_and_declarations_give_a_reading_or_our_error(row, shapes, values):
+    """Whatever a module declares, its pair has positive rank, fans and scaling, or inspection raises its own error."""
+    owner, left = nn.Module(), iter(values)
+    for name in (*row.where, *row.rank, *row.scaling, *row.alpha):
+        setattr(owner, name.partition(".")[0], next(left))
+    for name, shape in ((row.a, shapes[0]), (row.b, shapes[1])):
+        param = nn.Parameter(torch.ones(shape))
+        setattr(owner, name, nn.ParameterDict({"default": param}) if row.container else param)
+    try:
+        factors = inspect_model(owner).factors
+    except InspectionError:
+        return
+    for f in factors:
+        assert f.rank >= 1
+        assert f.fan_in > 0
+        assert f.fan_out > 0
+        assert 0 < f.scaling < float("inf")
+
+
+def test_a_declared_rank_of_zero_is_at_odds_with_factors():
+    """A rank of 0 beside factors of rank 4 is an error, not an undeclared rank."""
+    layer = adapted()
+    layer.r = 0
+    with pytest.raises(InspectionError, match="declares rank 0 but lora_A has shape"):
+        inspect_model(layer)
+
+
+def refusing(owner, a, b):
+    raise InspectionError("This layout knows why.", "Ask it.")
+
+
+def test_a_layouts_own_error_reaches_the_user(registered):
+    """An InspectionError that a layout raises is not taken for a reading that does not fit."""
+    registered(Convention("refusing", "lora_A", "lora_B", layouts=(refusing, "rows")))
+    with pytest.raises(InspectionError, match=r"This layout knows why\. Ask it\."):
+        inspect_model(adapted())
+
+
+BAD_LAYOUTS = [lambda owner, a, b: None, lambda owner, a, b: (4, 4), lambda owner, a, b: {}["rank"]]
+
+
+@pytest.mark.parametrize("layout", BAD_LAYOUTS)
+def test_a_layout_that_gives_no_reading_does_not_fit(layout):
+    """A stranger's layout that returns something else, or raises, is an error that names the layer and the shapes."""
+    row = Convention("bad layout", "lora_A", "lora_B", layouts=(layout,))
+    with pytest.raises(InspectionError, match=r"declares rank 2 but lora_A has shape \(2, 12\)"):
+        check_convention(lambda r, alpha: adapted(rank=r), x, convention=row)
+
+
+# --- what is no pair ------------------------------------------------------------------------------------------------
+
+
+def test_gates_called_lora_are_no_adapter():
+    """A base model's trainable gate named `lora`, a Sequential of two linear layers, is not taken for a pair."""
+    gate = nn.Sequential(nn.Linear(IN, 4), nn.Tanh(), nn.Linear(4, OUT))
+    with pytest.raises(InspectionError, match="No trainable LoRA pair"):
+        inspect_model(nn.ModuleDict({"lora": gate}))
+    survey = inspect_model(nn.ModuleDict({"lora": gate, "up": adapted()}))
+    assert {f.layer for f in survey.factors} == {"up"}
+    assert len(survey.other) == 4
+    assert {other_kind(name) for name in survey.other} == {None}
+
+
+FEED_FORWARD = [("down", "up"), ("A", "B"), ("linear_in", "linear_out"), ("down_proj", "up_proj")]
+
+
+@pytest.mark.parametrize("names", FEED_FORWARD, ids=str)
+def test_ordinary_layers_are_no_adapter(names):
+    """Two linear layers with common names and nothing that declares a rank are not taken for a pair."""
+    block = nn.ModuleDict({names[0]: nn.Linear(IN, 4), names[1]: nn.Linear(4, OUT)})
+    with pytest.raises(InspectionError, match="No trainable LoRA pair"):
+        inspect_model(block)
+
+
+KINDS = [
+    ("q.hada_w1_a.default", "LoHa", True),
+    ("q.lokr_w2", "LoKr", True),
+    ("q.vera_lambda_d.default", "VeRA", True),
+    ("q.pvera_lambda_b.default", "PVeRA", True),
+    ("q.lora_A.3", "DyLoRA", True),
+    ("q.up_list.0", "DyLoRA", True),
+    ("q.glora_E.default.none", "GLoRA", True),
+    ("q.a1.weight", "GLoRA", True),
+    ("q.oft_R.default.weight", "OFT", True),
+    ("q.boft_R.default", "BOFT", True),
+    ("q.ia3_l.default", "IA³", True),
+    ("q.lora_E.default", "AdaLoRA's singular values", False),
+    ("q.lora_magnitude_vector.default.weight", "DoRA magnitude", False),
+    ("q.lora_magnitude", "DoRA magnitude", False),
+    ("q.magnitude", "DoRA magnitude", False),
+    ("q.dora_scale", "DoRA magnitude", False),
+    ("q.lora_B.default.bias", "LoRA bias", False),
+    ("head.modules_to_save.default.weight", "whole copy (modules_to_save)", False),
+    ("q.lora_A.default.weight", None, False),
+    ("head.weight", None, False),
+    ("block.layer1.weight", None, False),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "adapter"), KINDS)
+def test_other_kinds_are_named(name, kind, adapter):
+    """A parameter's name tells the kind of adapter it belongs to, and whether that is a method of its own."""
+    assert other_kind(name) == kind
+    assert is_other_adapter(name) is adapter
+
+
+def test_rows_without_a_real_library_are_marked():
+    """Every row is held against the real library, or is exact=False and held against a replica."""
+    real = {case.convention for case in CASES}
+    assert {row.name for row in CONVENTIONS if row.exact} == real
+    assert {row.name for row in CONVENTIONS if not row.exact} == {case.convention for case in REPLICAS} - {"A/B"} - real

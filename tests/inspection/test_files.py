@@ -1,0 +1,726 @@
+"""Adapter files: what is read from their headers, and that no file, however damaged, raises an error but ours."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import struct
+import time
+import tracemalloc
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from rankaware_optim import InspectionError, RankAwareError
+from rankaware_optim.inspection import inspect_file
+from rankaware_optim.inspection.files import _patterns as patterns
+from rankaware_optim.transfer import survey_report
+
+RANK = 8
+LAYER = "base_model.model.layers.0.q_proj"
+CONFIG = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "init_lora_weights": True, "use_rslora": False}
+
+
+def pair(layer: str = LAYER, rank: int = RANK, *, fan_in=32, fan_out=48, kernel=()) -> dict[str, torch.Tensor]:
+    """One adapted layer as PEFT saves it."""
+    a = torch.zeros(rank, fan_in, *kernel)
+    return {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": torch.zeros(fan_out, rank, *(1 for _ in kernel))}
+
+
+def kohya(layer: str, rank: int, alpha: float | None) -> dict[str, torch.Tensor]:
+    """One adapted layer as kohya's scripts save it."""
+    made = {f"{layer}.lora_down.weight": torch.zeros(rank, 32), f"{layer}.lora_up.weight": torch.zeros(48, rank)}
+    return made if alpha is None else {**made, f"{layer}.alpha": torch.tensor(alpha)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Makes a PEFT folder of these tensors, with `changes` to its configuration; None drops a key."""
+
+    def make(tensors=None, **changes):
+        save_file(pair() if tensors is None else tensors, tmp_path / "adapter_model.safetensors")
+        config = {key: value for key, value in {**CONFIG, **changes}.items() if value is not None}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return make
+
+
+def write_raw(path, header: bytes, data: bytes = b"", length: int | None = None):
+    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+    return path
+
+
+def entry(*shape: int, dtype="F32", offsets=None) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": offsets or [0, 4 * math.prod(shape)]}
+
+
+def only_our_errors(path) -> None:
+    try:
+        survey = inspect_file(path)
+    except RankAwareError:
+        return
+    assert survey.factors or survey.other
+
+
+# --- what is read ---------------------------------------------------------------------------------------------------
+
+
+def test_a_peft_folder_is_surveyed(folder):
+    """Rank, fans and role come from the shapes; scaling and init from the configuration."""
+    survey = inspect_file(folder({**pair(), "base_model.model.score.weight": torch.zeros(2, 2)}))
+    assert [(f.role, f.rank, f.fan_in, f.fan_out) for f in survey.factors] == [("A", 8, 32, 48), ("B", 8, 32, 48)]
+    assert {(f.scaling, f.init, f.layer, f.convention) for f in survey.factors} == {(2.0, "A", LAYER, "peft")}
+    assert survey.other == ("base_model.model.score.weight",)
+    assert survey.looked_at == 3
+    assert survey.notes == ()
+
+
+def test_the_file_of_a_folder_is_read_without_its_configuration(folder):
+    """The .safetensors file alone has no alpha: scaling 1, with a note, and an unknown init."""
+    survey = inspect_file(folder() / "adapter_model.safetensors")
+    assert {(f.scaling, f.init) for f in survey.factors} == {(1.0, "unknown")}
+    assert any("scaling 1 is assumed" in note for note in survey.notes)
+
+
+CONFIGS = [
+    ({"use_rslora": True}, 16 / math.sqrt(8), "A"),
+    ({"lora_alpha": 4}, 0.5, "A"),
+    ({"alpha_pattern": {"q_proj": 32}}, 4.0, "A"),
+    ({"alpha_pattern": {"layers.0.q_proj": 32}}, 4.0, "A"),
+    ({"alpha_pattern": {"v_proj": 32}}, 2.0, "A"),
+    ({"rank_pattern": {"q_proj": 8}, "r": 64}, 2.0, "A"),
+    ({"rank_pattern": {"q_proj": 8}, "r": 64, "alpha_pattern": {"q_proj": 4}, "use_rslora": True}, math.sqrt(2), "A"),
+    ({"alpha_pattern": {"v_proj": 4, "proj": 4, r".*\.0\..*": 8, "q_proj": 32}}, 1.0, "A"),
+    ({"alpha_pattern": {"^layers.0.q_proj": 32}}, 4.0, "A"),
+    ({"alpha_pattern": {r"layers\.[0-9]+\.(q|k)_proj": 32}}, 4.0, "A"),
+    ({"alpha_pattern": {"layers|q_proj": 32}}, 4.0, "A"),
+    ({"alpha_pattern": {"base_model.model.layers.0.q_proj": 32}}, 2.0, "A"),
+    ({"alpha_pattern": {}}, 2.0, "A"),
+    ({"init_lora_weights": "gaussian"}, 2.0, "A"),
+    ({"init_lora_weights": "pissa"}, 2.0, "other"),
+    ({"init_lora_weights": False}, 2.0, "other"),
+    ({"init_lora_weights": None}, 2.0, "unknown"),
+]
+
+
+@pytest.mark.parametrize(("changes", "scaling", "init"), CONFIGS)
+def test_the_configuration_decides_scaling_and_init(changes, scaling, init, folder):
+    """alpha, its patterns, rsLoRA and the declared init are PEFT's."""
+    for factor in inspect_file(folder(**changes)).factors:
+        assert (factor.scaling, factor.init) == (pytest.approx(scaling), init)
+
+
+STACK = {"target_parameters": ["e.up"]}
+PRUNED = {"peft_type": "ADALORA", "init_r": 8, "rank_pattern": {"x.lora_E": [True, False]}}
+READINGS = [
+    ("x.lora_A", (8, 32), "x.lora_B", (48, 8), {}, (8, 32, 48, "linear", "peft")),
+    ("x.lora_A.d.weight", (8, 32), "x.lora_B.d.weight", (48, 8), {}, (8, 32, 48, "linear", "peft")),
+    ("x.lora_a.weight", (8, 32), "x.lora_b.weight", (48, 8), {}, (8, 32, 48, "linear", "lora_a/lora_b")),
+    ("x.lora_A.weight", (8, 4, 3), "x.lora_B.weight", (48, 8, 1), {}, (8, 12, 48, "conv", "peft")),
+    ("x.lora_A.weight", (8, 4, 3, 3), "x.lora_B.weight", (6, 4, 1, 1), {}, (8, 36, 6, "conv", "peft")),
+    ("x.lora_A", (16, 32), "x.lora_B", (48, 8), {"enable_lora": [True, True]}, (8, 32, 48, "linear", "merged")),
+    ("e.lora_A.weight", (24, 32), "e.lora_B.weight", (48, 24), STACK, (8, 32, 48, "experts", "peft-experts")),
+    ("m.e.base_layer.lora_A", (8, 32), "m.e.base_layer.lora_B", (48, 8), STACK, (8, 32, 48, "experts", "peft-experts")),
+    ("x.lora_A", (6, 32), "x.lora_B", (48, 6), PRUNED, (6, 32, 48, "adalora", "peft-adalora")),
+    ("q_lora.down.weight", (8, 32), "q_lora.up.weight", (48, 8), {}, (8, 32, 48, "linear", "diffusers-legacy")),
+    ("q.lora.down.weight", (8, 32), "q.lora.up.weight", (48, 8), {}, (8, 32, 48, "linear", "diffusers-legacy")),
+]
+LINEAR_LAYER = ("q.lora_linear_layer.down.weight", (8, 32), "q.lora_linear_layer.up.weight", (48, 8))
+READINGS.append((*LINEAR_LAYER, {}, (8, 32, 48, "linear", "diffusers-legacy")))
+
+
+@pytest.mark.parametrize(("first", "a", "second", "b", "changes", "expected"), READINGS)
+def test_every_layout_is_read(first, a, second, b, changes, expected, folder):
+    """Rank, fans, kind and convention of each library's keys and shapes, with what the configuration adds."""
+    survey = inspect_file(folder({first: torch.zeros(a), second: torch.zeros(b)}, **changes))
+    found = {(f.rank, f.fan_in, f.fan_out, f.kind, f.convention) for f in survey.factors}
+    assert (found, len(survey.factors)) == ({expected}, 2)
+
+
+def test_a_tucker_core_gives_the_kernel(folder):
+    """Between two 1 × 1 convolutions the core (r, r, k, k) is no factor, and its kernel counts for the fan-in."""
+    shapes = {"x.lora_down.weight": (8, 4, 1, 1), "x.lora_mid.weight": (8, 8, 3, 3), "x.lora_up.weight": (6, 8, 1, 1)}
+    survey = inspect_file(folder({key: torch.zeros(shape) for key, shape in shapes.items()}))
+    found = {(f.rank, f.fan_in, f.fan_out, f.kind, f.convention) for f in survey.factors}
+    assert found == {(8, 36, 6, "conv", "locon-tucker")}
+    assert survey.other == ("x.lora_mid.weight",)
+
+
+OTHERS = [
+    (["x.hada_w1_a", "x.hada_w2_b", "x.alpha"], {"peft_type": "LOHA"}),
+    (["x.lokr_w1", "x.alpha"], {"peft_type": "LOKR"}),
+    (["x.vera_lambda_b"], {"peft_type": "VERA", "r": None}),
+    (["x.gralora_A"], {"peft_type": "GRALORA", "r": 0}),
+    (["prompt_embeddings"], {"peft_type": "PROMPT_TUNING", "r": "none"}),
+]
+
+
+@pytest.mark.parametrize(("keys", "changes"), OTHERS)
+def test_an_adapter_without_a_law_is_a_survey_without_factors(keys, changes, folder):
+    """LoHa, LoKr, VeRA and what only the configuration names are listed, not refused; their alpha is no tensor."""
+    survey = inspect_file(folder({key: torch.zeros(() if "alpha" in key else (4, 4)) for key in keys}, **changes))
+    assert survey.factors == ()
+    assert survey.other == tuple(key for key in keys if key != "x.alpha")
+    assert any(changes["peft_type"] in note for note in survey.notes)
+
+
+def test_an_alpha_of_the_model_is_no_setting(tmp_path):
+    """A model's own `alpha`, of a layer without a pair or of several numbers, is one of the other tensors."""
+    own = {"snake.alpha": torch.tensor(math.nan), "y.alpha": torch.ones(3)}
+    save_file({**kohya("x", 8, 4.0), **kohya("y", 8, None), **own}, tmp_path / "lora.safetensors")
+    survey = inspect_file(tmp_path / "lora.safetensors")
+    assert set(survey.other) == set(own)
+    assert {f.layer: f.scaling for f in survey.factors} == {"x": 0.5, "y": 1.0}
+
+
+METADATA = [
+    ({"ss_network_alpha": "4", "ss_network_dim": "8", "ss_network_module": "networks.lora"}, 0.5),
+    ({"ss_network_alpha": "None"}, None),
+    ({"ss_network_alpha": "Dynamic"}, None),
+    ({}, None),
+]
+
+
+@pytest.mark.parametrize(("metadata", "scaling"), METADATA)
+def test_kohyas_metadata_stand_in_for_a_missing_alpha(metadata, scaling, tmp_path):
+    """ss_network_alpha counts where a layer has no alpha of its own; what the metadata say is a note."""
+    save_file(kohya("x", 8, None) | kohya("y", 8, 16.0), tmp_path / "lora.safetensors", metadata)
+    survey = inspect_file(tmp_path / "lora.safetensors")
+    assert {f.layer: f.scaling for f in survey.factors} == {"x": scaling or 1.0, "y": 2.0}
+    assert any("scaling 1 is assumed" in note for note in survey.notes) == (scaling is None)
+    assert all(any(value in note for note in survey.notes) for value in metadata.values())
+
+
+def test_a_diffusers_file_carries_its_configurations(tmp_path):
+    """Each part of the pipeline has its own entries in the metadata; the part's name is no part of a pattern's."""
+    entries = {"unet.r": 8, "unet.lora_alpha": 16, "unet.init_lora_weights": True, "unet.alpha_pattern": {"^b.q": 4}}
+    entries |= {"te.r": 4, "te.lora_alpha": 4, "te.use_rslora": True, "te.rank_pattern": {"v": 2}}
+    tensors = pair("unet.a.q") | pair("unet.b.q") | pair("te.q", 4) | pair("te.v", 2) | pair("vae.q")
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(entries)})
+    survey = inspect_file(tmp_path / "x.safetensors")
+    found = {f.layer: (f.scaling, f.init, f.convention) for f in survey.factors}
+    assert found == {
+        "unet.a.q": (2.0, "A", "peft"),
+        "unet.b.q": (0.5, "A", "peft"),
+        "te.q": (2.0, "unknown", "peft"),
+        "te.v": (pytest.approx(4 / math.sqrt(2)), "unknown", "peft"),
+        "vae.q": (1.0, "unknown", "lora_A/lora_B"),
+    }
+
+
+def test_a_folder_with_one_file_needs_no_configuration(folder):
+    """Without adapter_config.json the only .safetensors file is read, whatever its name."""
+    made = folder()
+    (made / "adapter_config.json").unlink()
+    (made / "adapter_model.safetensors").rename(made / "pytorch_lora_weights.safetensors")
+    assert len(inspect_file(str(made)).factors) == 2
+
+
+def test_peft_s_own_file_is_taken_among_several(folder):
+    """Beside a configuration, adapter_model.safetensors is the one; without, several are an error."""
+    made = folder()
+    save_file({"w": torch.zeros(1)}, made / "another.safetensors")
+    assert len(inspect_file(made).factors) == 2
+    (made / "adapter_config.json").unlink()
+    with pytest.raises(InspectionError, match=r"2 \.safetensors files and no adapter_config"):
+        inspect_file(made)
+
+
+def test_kinds_of_layers_are_told_apart(folder):
+    """A convolution's fan-in is channels × kernel; an embedding has its own convention and starts at Init[B]."""
+    embedding = {"e.lora_embedding_A": torch.zeros(8, 100), "e.lora_embedding_B": torch.zeros(32, 8)}
+    survey = inspect_file(folder({**pair("c", fan_in=3, kernel=(3, 3)), **embedding}))
+    found = {(f.layer, f.kind, f.init, f.fan_in, f.fan_out) for f in survey.factors}
+    assert found == {("c", "conv", "A", 27.0, 48.0), ("e", "embedding", "B", 100.0, 32.0)}
+
+
+def test_a_kohya_file_carries_its_own_alpha(tmp_path):
+    """alpha entries give each layer its scaling, and are no other tensors."""
+    path = tmp_path / "lora.safetensors"
+    save_file({**kohya("lora_unet_a", 8, 4.0), **kohya("lora_unet_b", 16, 32.0)}, path)
+    survey = inspect_file(path)
+    assert {(f.layer, f.rank, f.scaling) for f in survey.factors} == {("lora_unet_a", 8, 0.5), ("lora_unet_b", 16, 2.0)}
+    assert {f.convention for f in survey.factors} == {"lora_down/lora_up"}
+    assert survey.other == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+def test_alpha_of_any_dtype_is_read(dtype, tmp_path):
+    """alpha may be stored at any precision."""
+    save_file({**kohya("x", 8, None), "x.alpha": torch.tensor(4, dtype=dtype)}, tmp_path / "lora.safetensors")
+    assert inspect_file(tmp_path / "lora.safetensors").factors[0].scaling == 0.5
+
+
+def test_a_hundred_gigabytes_are_surveyed_in_a_second(tmp_path):
+    """Only the header and the alphas are read, of a sparse file of 100 GB in 6,000 tensors."""
+    layers, rows, columns = 2000, 16, 800_000
+    header: dict[str, dict] = {}
+    end = 0
+    for i in range(layers):
+        for name, shape in (("lora_down.weight", (rows, columns)), ("lora_up.weight", (64, rows)), ("alpha", ())):
+            size = 4 * math.prod(shape)
+            header[f"lora_unet_{i}.{name}"] = entry(*shape, offsets=[end, end + size])
+            end += size
+    encoded = json.dumps(header).encode()
+    path = write_raw(tmp_path / "big.safetensors", encoded)
+    try:
+        with path.open("r+b") as file:
+            file.truncate(8 + len(encoded) + end)
+            for i in range(layers):
+                file.seek(8 + len(encoded) + header[f"lora_unet_{i}.alpha"]["data_offsets"][0])
+                file.write(struct.pack("<f", 8.0))
+    except OSError as error:
+        pytest.skip(f"no sparse file here: {error}")
+    began = time.process_time()
+    survey = inspect_file(path)
+    assert time.process_time() - began < 1
+    assert end > 100e9
+    assert {(f.rank, f.fan_in, f.scaling) for f in survey.factors} == {(rows, columns, 0.5)}
+    assert len(survey.factors) == 2 * layers
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+GOOD_HEADER = json.dumps({"x.lora_A.weight": entry(2, 4), "x.lora_B.weight": entry(4, 2, offsets=[32, 64])}).encode()
+RAW = [
+    (b"", None, b"", "no whole safetensors file"),
+    (b"{}", 3, b"", "no whole safetensors file"),
+    (b"{}", 1, b"", "no whole safetensors file"),
+    (b"{}", 10**8, b"", "no whole safetensors file"),
+    (b"{}", 2**64 - 1, b"", "no whole safetensors file"),
+    (b"{}", None, b"", "no LoRA pair among 0 tensors"),
+    (b"not json", None, b"", "cannot be read"),
+    (b"\xff\xff", None, b"", "cannot be read"),
+    (b"[]", None, b"", "no usable"),
+    (b"null", None, b"", "no usable"),
+    (b"[" * 100_000, None, b"", "cannot be read"),
+    (b'{"a": ' + b"1" * 5000 + b"}", None, b"", "a has no usable|cannot be read"),
+    (b'{"a": 1}', None, b"", "a has no usable"),
+    (b'{"a": {}}', None, b"", "a has no usable"),
+    (b'{"a": {"shape": "8"}}', None, b"", "a has no usable"),
+    (b'{"a": {"shape": [-8, 8]}}', None, b"", "a has no usable"),
+    (b'{"a": {"shape": [true, 8]}}', None, b"", "a has no usable"),
+    (b'{"a": {"shape": [1.5, 8]}}', None, b"", "a has no usable"),
+    (b'{"a": {"shape": [8, 8]}}', None, b"", "a has no usable"),
+    (b'{"a": {"shape": [2], "data_offsets": [0, "8"]}}', None, b"", "a has no usable"),
+    (b'{"a": {"shape": [1e1], "data_offsets": [0, 8]}}', None, b"", "a has no usable"),
+    (b'{"a": {"shape": [9223372036854775808], "data_offsets": [0, 0]}}', None, b"", "a has no usable"),
+    (json.dumps({"a": entry(1, offsets=[4, 0])}).encode(), None, bytes(4), "a has no usable"),
+    (json.dumps({"a": entry(*[1] * 65)}).encode(), None, bytes(4), "a has no usable"),
+    (json.dumps({"a": entry(2, dtype="F128")}).encode(), None, bytes(8), "a has the unknown dtype 'F128'"),
+    (json.dumps({"a": entry(2, dtype=None)}).encode(), None, bytes(8), "a has the unknown dtype None"),
+    (
+        json.dumps({"a": entry(2, dtype="F16")}).encode(),
+        None,
+        bytes(8),
+        "a of shape .2,. and dtype F16 cannot fill its 8",
+    ),
+    (json.dumps({"a": entry(2), "b": entry(2)}).encode(), None, bytes(8), "b overlaps"),
+    (json.dumps({"a": entry(2), "b": entry(2, offsets=[4, 12])}).encode(), None, bytes(12), "b overlaps"),
+    (json.dumps({"a": entry(2), "b": entry(2, offsets=[12, 20])}).encode(), None, bytes(20), "b begins after a hole"),
+    (json.dumps({"a": entry(2, offsets=[8, 16])}).encode(), None, bytes(16), "a begins after a hole"),
+    (json.dumps({"a\x1b[2J": entry(1)}).encode(), None, bytes(4), r"a tensor is called 'a.x1b\[2J'"),
+    (json.dumps({"a\ud800": entry(1)}).encode(), None, bytes(4), "a tensor is called"),
+    (json.dumps({"a" * 1001: entry(1)}).encode(), None, bytes(4), "a tensor is called 'aaa"),
+    (b'{"a": {"dtype": "U8", "dtype": "I8"}}', None, b"", "the key 'dtype' comes twice"),
+    (b'{"a": {}, "a": {}}', None, b"", "the key 'a' comes twice"),
+    (b'{"__metadata__": {"a": 1}}', None, b"", "__metadata__ is no table of strings"),
+    (b'{"__metadata__": null}', None, b"", "__metadata__ is no table of strings"),
+    ("{}".encode("utf-16"), None, b"", "cannot be read"),
+    (b"\xef\xbb\xbf{}", None, b"", "cannot be read"),
+    (GOOD_HEADER, None, bytes(63), "no whole safetensors file"),
+    (GOOD_HEADER, None, bytes(10), "no whole safetensors file"),
+    (GOOD_HEADER[:-1], None, bytes(64), "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("header", "length", "data", "message"), RAW)
+def test_damaged_files_are_refused(header, length, data, message, tmp_path):
+    """A file cut short, of another format, or with a header that lies is an error naming the file."""
+    path = write_raw(tmp_path / "x.safetensors", header, data, length)
+    with pytest.raises(InspectionError, match=message) as caught:
+        inspect_file(path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_header_of_those_files_is_otherwise_good(tmp_path):
+    """The table above is of near misses: with all its data the file is surveyed."""
+    assert len(inspect_file(write_raw(tmp_path / "x.safetensors", GOOD_HEADER, bytes(64))).factors) == 2
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 20])
+def test_a_file_cut_short_anywhere_is_refused(size, folder):
+    """However little of the file is left, the error is ours."""
+    path = folder() / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(InspectionError):
+        inspect_file(path)
+
+
+def test_a_header_of_a_hundred_megabytes_is_refused_unread(tmp_path):
+    """A header of 100 MB, which the format allows, is refused unread, though the file is large enough."""
+    path = write_raw(tmp_path / "x.safetensors", b"{}", length=10**8)
+    with path.open("r+b") as file:
+        file.truncate(10**9)
+    tracemalloc.start()
+    with pytest.raises(InspectionError, match=f"a header of {10**8} bytes, above"):
+        inspect_file(path)
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "lora.pt", "lora.ckpt", "lora.PTH"])
+def test_a_pickle_is_refused_unread(name, tmp_path):
+    """A pickle, alone or as all that a folder holds, is refused by its name; nothing in it is run."""
+    (tmp_path / name).write_bytes(pickle.dumps({"x": [1, 2, 3] * 100}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(InspectionError, match=f"{name} is a pickle"):
+            inspect_file(path)
+
+
+def test_a_pickle_under_a_false_name_is_refused(tmp_path):
+    """A pickle called .safetensors has no such header."""
+    (tmp_path / "x.safetensors").write_bytes(pickle.dumps({"x": [1, 2, 3] * 100}))
+    with pytest.raises(InspectionError, match="no whole safetensors file"):
+        inspect_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    """A pipe, which nobody may ever write to, is no file."""
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(InspectionError, match="There is no file"):
+        inspect_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("path", ["nowhere", "x" * 5000, "x\0y"])
+def test_a_path_that_cannot_be_is_refused(path):
+    """Missing, too long or with a zero in it: an error of ours."""
+    with pytest.raises(InspectionError, match="There is no file"):
+        inspect_file(path)
+
+
+MISFITS = [
+    {"x.lora_A.weight": (8,), "x.lora_B.weight": (4, 8)},
+    {"x.lora_A.weight": (8, 4), "x.lora_B.weight": (8,)},
+    {"x.lora_A.weight": (8, 4), "x.lora_B.weight": (4, 3)},
+    {"x.lora_A.weight": (8, 4), "x.lora_B.weight": (4, 16)},
+    {"x.lora_A.weight": (8, 4), "x.lora_B.weight": (4, 0)},
+    {"x.lora_A.weight": (0, 4), "x.lora_B.weight": (4, 8)},
+    {"x.lora_A.weight": (0, 4), "x.lora_B.weight": (4, 0)},
+    {"x.lora_A.weight": (8, 0), "x.lora_B.weight": (4, 8)},
+    {"x.lora_A.weight": (8, 4), "x.lora_B.weight": (0, 8)},
+    {"x.lora_A.weight": (8, 4), "x.lora_B.weight": (4, 4)},
+    {"x.lora_A.weight": (4, 8, 5), "x.lora_B.weight": (4, 6, 8)},
+    {"x.lora_A.weight": (8,), "x.lora_B.weight": ()},
+]
+
+
+@pytest.mark.parametrize("shapes", MISFITS, ids=str)
+def test_shapes_that_fit_no_pair_are_refused(shapes, folder):
+    """Two halves whose shapes make no pair are an error that names both."""
+    path = folder({key: torch.zeros(shape) for key, shape in shapes.items()})
+    with pytest.raises(InspectionError, match=r"lora_A\.weight has .*lora_B\.weight .* no LoRA pair"):
+        inspect_file(path)
+
+
+CORES = [((8, 8, 3, 3), (8, 4, 3, 3)), ((4, 8, 3, 3), (8, 4, 1, 1)), ((8,), (8, 4, 1, 1)), ((8, 8, 0), (8, 4, 1, 1))]
+
+
+@pytest.mark.parametrize(("core", "down"), CORES)
+def test_a_core_that_does_not_fit_its_pair_is_refused(core, down, folder):
+    """Tucker's core is (r, r, k…) between two 1 × 1 convolutions."""
+    tensors = {"x.lora_mid.weight": torch.zeros(core), "x.lora_down.weight": torch.zeros(down)}
+    with pytest.raises(InspectionError, match="no LoRA pair"):
+        inspect_file(folder({**tensors, "x.lora_up.weight": torch.zeros(5, 8, 1, 1)}))
+
+
+@pytest.mark.parametrize("keys", [["x.weight"], ["x.lora_a", "x.lora_b"], ["x.lora_A.0", "x.lora_B.0"], []])
+def test_a_file_without_a_pair_is_refused(keys, folder):
+    """A base model, MLX's transposed pairs or nothing at all is an error that says how much was looked at."""
+    path = folder({key: torch.zeros(8, 8) for key in keys}) / "adapter_model.safetensors"
+    if "x.lora_A.0" in keys:  # DyLoRA's slices are an adapter, though no pair
+        assert inspect_file(path).factors == ()
+        return
+    with pytest.raises(InspectionError, match=f"no LoRA pair among {len(keys)} tensors"):
+        inspect_file(path)
+
+
+@pytest.mark.parametrize("key", ["x.lora_A.weight", "x.lora_B.weight", "y.lora_up.weight", "x.lora.down.weight"])
+def test_half_a_pair_is_refused(key, folder):
+    """A factor whose other half is missing is named, though other pairs are whole."""
+    with pytest.raises(InspectionError, match=f"{key} lacks the other half"):
+        inspect_file(folder({**pair("z"), key: torch.zeros(8, 8)}))
+
+
+COLLISIONS = [
+    ("x.lora_A.default.weight", "x.lora_B.default.weight"),
+    ("base_model.model.x.lora_A.weight", "base_model.model.x.lora_B.weight"),
+    ("base_model.model.x.lora_A.default.weight", "base_model.model.x.lora_B.default.weight"),
+    ("x.lora_A", "x.lora_B"),
+    ("x.lora_down.weight", "x.lora_up.weight"),
+    ("x.lora_A", "other.weight"),
+]
+
+
+@pytest.mark.parametrize("keys", COLLISIONS)
+def test_keys_that_collide_are_refused(keys, folder):
+    """One layer's pair given twice, with and without an adapter's name, a prefix or another marker, names both."""
+    with pytest.raises(InspectionError, match=r"x\.lora_A.* collide"):
+        inspect_file(folder(pair("x") | {keys[0]: torch.zeros(8, 32), keys[1]: torch.zeros(48, 8)}))
+
+
+def test_two_adapters_of_one_layer_do_not_collide(folder):
+    """A model's whole state may hold several adapters by name."""
+    two = {k.replace("weight", f"{name}.weight"): v for name in ("a", "b") for k, v in pair("x").items()}
+    assert {f.adapter for f in inspect_file(folder(two)).factors} == {"a", "b"}
+
+
+def test_a_declared_rank_at_odds_with_the_shapes_is_refused(folder):
+    """The error names both files, the key and both numbers."""
+    made = folder(r=16, rank_pattern={"k_proj": 8})
+    with pytest.raises(InspectionError) as caught:
+        inspect_file(made)
+    for part in ("adapter_model.safetensors", f"{LAYER}.lora_A.weight", "rank 8", "adapter_config.json", "16", "@ r"):
+        assert part in str(caught.value)
+
+
+def test_a_stack_whose_rank_cannot_be_told_is_refused(folder):
+    """Where two target_parameters of a module have two ranks, the file does not say which level has which."""
+    tensors = pair("e", 24) | pair("e.base_layer", 24)
+    patterns = {"target_parameters": ["e.up", "e.down"], "rank_pattern": {"e.up": 4}}
+    with pytest.raises(InspectionError, match=r"adapter_config\.json: .*several ranks"):
+        inspect_file(folder(tensors, **patterns))
+
+
+BAD_CONFIGS = [
+    ({"r": -8}, "@ r"),
+    ({"r": 0}, "@ r"),
+    ({"r": "8"}, "@ r"),
+    ({"r": 8.5}, "@ r"),
+    ({"r": True}, "@ r"),
+    ({"r": [8]}, "@ r"),
+    ({"lora_alpha": -1}, "is -1. @ lora_alpha"),
+    ({"lora_alpha": 0}, "is 0. @ lora_alpha"),
+    ({"lora_alpha": "16"}, "is '16'. @ lora_alpha"),
+    ({"lora_alpha": math.nan}, "is nan. @ lora_alpha"),
+    ({"lora_alpha": math.inf}, "is inf. @ lora_alpha"),
+    ({"lora_alpha": True}, "is True. @ lora_alpha"),
+    ({"lora_alpha": [16]}, "is a list. @ lora_alpha"),
+    ({"alpha_pattern": {"q_proj": "x"}}, "is 'x'. @ alpha_pattern.'q_proj'"),
+    ({"alpha_pattern": {"q_proj(": 32}}, "@ alpha_pattern"),
+    ({"alpha_pattern": [16]}, "@ alpha_pattern"),
+    ({"alpha_pattern": "q_proj"}, "@ alpha_pattern"),
+    ({"alpha_pattern": {"q_proj": math.inf}}, "@ alpha_pattern.'q_proj'"),
+    ({"alpha_pattern": {"q_proj": -1}}, "@ alpha_pattern.'q_proj'"),
+    ({"alpha_pattern": {"\\q": 1}}, "bad escape.* @ alpha_pattern"),
+    ({"alpha_pattern": {"[z-a]": 1}}, "bad character range.* @ alpha_pattern"),
+    ({"alpha_pattern": {"x" * 1001: 1}}, "@ alpha_pattern"),
+    ({"rank_pattern": {"q_proj(": 8}}, "@ rank_pattern"),
+    ({"rank_pattern": {"q_proj": 8.0}}, "is 8.0. @ rank_pattern.'q_proj'"),
+    ({"rank_pattern": {"q_proj": True}}, "@ rank_pattern"),
+    ({"rank_pattern": ["q_proj"]}, "@ rank_pattern"),
+    ({"r": None}, "is None. @ r"),
+    ({"r": 10**300}, "@ r"),
+    ({"peft_type": "ADALORA"}, "@ init_r"),
+    ({"peft_type": 7}, "@ peft_type"),
+    ({"peft_type": "\x1b[2J"}, "@ peft_type"),
+    ({"lora_alpha": 1e-320}, "@ lora_alpha"),
+    ({"lora_alpha": 10**300}, "@ lora_alpha"),
+    ({"use_rslora": "yes"}, "is 'yes'. @ use_rslora"),
+    ({"init_lora_weights": [True]}, "@ init_lora_weights"),
+    ({"target_parameters": "experts.up"}, "@ target_parameters"),
+    ({"target_parameters": [1]}, "@ target_parameters"),
+    ({"target_parameters": ["e.up"] * 1001}, "@ target_parameters"),
+    ({"enable_lora": [1]}, "@ enable_lora"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_CONFIGS)
+def test_an_unusable_configuration_is_refused(changes, message, folder):
+    """A rank or alpha that cannot be is an error naming where it stands."""
+    with pytest.raises(InspectionError, match=message):
+        inspect_file(folder(**changes))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "not json", "[]", "null", "7", "\0", "[" * 100_000, '{"r": 8, "r": 8}', "\ufeff{}"]
+)
+def test_a_configuration_that_is_no_json_object_is_refused(text, folder):
+    """adapter_config.json must be one JSON object."""
+    made = folder()
+    (made / "adapter_config.json").write_text(text)
+    with pytest.raises(InspectionError, match=r"adapter_config\.json"):
+        inspect_file(made)
+
+
+def test_a_configuration_of_more_than_ten_megabytes_is_refused(folder):
+    """A file that no PEFT writes is not read to its end."""
+    made = folder()
+    (made / "adapter_config.json").write_text(json.dumps({**CONFIG, "x": "y" * 10**7}))
+    with pytest.raises(InspectionError, match="longer than"):
+        inspect_file(made)
+
+
+def test_a_configuration_of_another_encoding_is_refused(folder):
+    """UTF-16 is no UTF-8."""
+    made = folder()
+    (made / "adapter_config.json").write_text(json.dumps(CONFIG), encoding="utf-16")
+    with pytest.raises(InspectionError, match=r"adapter_config\.json cannot be read"):
+        inspect_file(made)
+
+
+HOSTILE = [r"(a+)+b", r"(a|a)*b", "(.*)*" * 8 + "b", "a?" * 300 + "a" * 300]
+
+
+@pytest.mark.parametrize("pattern", HOSTILE, ids=lambda p: p[:12])
+def test_a_hostile_pattern_ends_in_an_error(pattern, folder, monkeypatch):
+    """A regex whose match would take for ever is given up on, naming the key."""
+    monkeypatch.setattr(patterns, "_SECONDS", 0.5)
+    made = folder(pair("a" * 400), alpha_pattern={pattern: 1})
+    began = time.perf_counter()
+    with pytest.raises(InspectionError, match=r"adapter_config\.json .* take more than 0.5 seconds .* @ alpha_pattern"):
+        inspect_file(made)
+    assert time.perf_counter() - began < 5
+
+
+def test_many_patterns_are_matched_apart(folder, monkeypatch):
+    """However patterns are matched, here or in a process of their own, the first that fits counts."""
+    changes = {"alpha_pattern": {"v_proj": 4, "q_proj": 32, "layers.0.q_proj": 64}}
+    here = inspect_file(folder(**changes))
+    monkeypatch.setattr(patterns, "_PAIRS", 0)
+    assert inspect_file(folder(**changes)) == here
+
+
+EMBEDDED = [
+    ("{", "cannot be read"),
+    ("[]", "no JSON object"),
+    ('{"unet.r": -1}', "@ r"),
+    ('{"unet.r": 8, "unet.lora_alpha": "x"}', "@ lora_alpha"),
+    ('{"unet.r": 4}', "declares 4"),
+    ("[" * 100_000, "cannot be read"),
+    (json.dumps({f"{i}.r": 8 for i in range(17)}), "configures 17 parts"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), EMBEDDED)
+def test_an_unusable_configuration_in_the_metadata_is_refused(text, message, tmp_path):
+    """diffusers' copy of the configuration is checked as PEFT's own file is."""
+    save_file(pair("unet.q"), tmp_path / "x.safetensors", {"lora_adapter_metadata": text})
+    with pytest.raises(InspectionError, match=f"lora_adapter_metadata.*{message}"):
+        inspect_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("text", ["x", "nan", "-1", "0", "1e400", ""])
+def test_an_alpha_in_the_metadata_that_cannot_be_is_refused(text, tmp_path):
+    """ss_network_alpha must be a positive number where a layer needs it."""
+    save_file(kohya("x", 8, None), tmp_path / "x.safetensors", {"ss_network_alpha": text})
+    with pytest.raises(InspectionError, match="ss_network_alpha"):
+        inspect_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
+def test_an_alpha_in_the_file_that_cannot_be_is_refused(alpha, tmp_path):
+    """alpha of zero, below, or not finite is an error that names the layer."""
+    save_file(kohya("lora_unet_a", 8, alpha), tmp_path / "lora.safetensors")
+    with pytest.raises(InspectionError, match=r"lora_unet_a\.alpha is"):
+        inspect_file(tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        ("C64", 8),
+        ("BOOL", 1),
+        ("U16", 2),
+        ("F8_E8M0", 1),
+        ("F8_E4M3", 1),
+        ("F4", 1),
+        ("nonsense", 4),
+        (7, 4),
+        ("F32", 2),
+    ],
+)
+def test_an_alpha_of_an_odd_kind_raises_no_error_but_ours(dtype, size, tmp_path):
+    """An alpha of any kind that the format knows, or does not, is read or refused by an error of ours."""
+    alpha = {"dtype": dtype, "shape": [1], "data_offsets": [64, 64 + size]}
+    header = json.dumps({**json.loads(GOOD_HEADER), "x.alpha": alpha}).encode()
+    only_our_errors(write_raw(tmp_path / "x.safetensors", header, bytes(64 + size)))
+
+
+def test_a_folder_without_weights_is_refused(folder):
+    """A configuration alone is an error that names what is missing."""
+    made = folder()
+    (made / "adapter_model.safetensors").unlink()
+    with pytest.raises(InspectionError, match=r"0 \.safetensors files, none of them adapter_model\.safetensors"):
+        inspect_file(made)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+values = st.recursive(scalars, st.lists, max_leaves=4)
+entries = values | st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "I64", "F8_E4M3", "F4", "nonsense"]) | values,
+        "shape": st.lists(st.integers(0, 9) | values, max_size=4) | values,
+        "data_offsets": st.tuples(st.integers(-2, 64), st.integers(-2, 64)) | values,
+    }
+)
+keys = st.sampled_from(
+    ["x.lora_A.weight", "x.lora_B.weight", "x.lora_down", "x.lora_up", "x.alpha", "__metadata__", ""]
+)
+
+
+fuzz = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@fuzz
+@given(header=st.dictionaries(keys, entries, max_size=5), data=st.binary(max_size=64))
+@example(header={"x.lora_A.weight": entry(2, 2), "x.lora_B.weight": entry(2, 2), "x.alpha": entry(1)}, data=bytes(16))
+def test_no_header_raises_an_error_but_ours(header, data, tmp_path):
+    """Any JSON where a header belongs, before any bytes, is surveyed or refused by an error of ours."""
+    only_our_errors(write_raw(tmp_path / "x.safetensors", json.dumps(header).encode(), data))
+
+
+@fuzz
+@given(noise=st.binary(max_size=200), kept=st.integers(0, 120))
+def test_no_bytes_raise_an_error_but_ours(noise, kept, tmp_path):
+    """Random bytes after a valid beginning are refused by an error of ours."""
+    whole = write_raw(tmp_path / "x.safetensors", GOOD_HEADER, bytes(64)).read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(whole[:kept] + noise)
+    only_our_errors(tmp_path / "x.safetensors")
+
+
+@fuzz
+@given(changes=st.dictionaries(st.sampled_from([*CONFIG, "alpha_pattern"]), values, max_size=4))
+def test_no_configuration_raises_an_error_but_ours(changes, tmp_path):
+    """Any JSON in a configuration's values is used or refused by an error of ours."""
+    save_file(pair(), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**CONFIG, **changes}))
+    only_our_errors(tmp_path)
+
+
+# --- printing -------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_counts_like_factors_on_one_line(folder):
+    """A hundred like layers take two lines, with their rates if a base rate is given."""
+    survey = inspect_file(folder({k: v for i in range(100) for k, v in pair(f"layers.{i}.q").items()}))
+    plain, rated = survey_report(survey), survey_report(survey, lr=2e-4, tuned_at="r=8,alpha=16")
+    assert plain.count("100") == 2
+    assert "0.0002" not in plain
+    assert rated.count("0.0002") == 2
+
+
+def test_the_report_gives_every_tensor_a_line_if_asked(folder):
+    """per_module names each tensor, with its rate."""
+    survey = inspect_file(folder({k: v for i in range(3) for k, v in pair(f"layers.{i}.q").items()}))
+    report = survey_report(survey, lr=2e-4, tuned_at="r=8,alpha=16", per_module=True)
+    assert all(f.name in report for f in survey.factors)
+    assert report.count("0.0002") == 6

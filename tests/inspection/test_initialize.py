@@ -1,0 +1,539 @@
+"""Initialisation: what is drawn, what is declared, what is kept to the last bit, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rankaware_optim import InspectionError, inspect_model
+from rankaware_optim.inspection import Convention, initialize, register_convention
+
+from ..helpers.models import BASES, STYLES, Weight, adapted, mlp, same, snapshot, train
+
+SCALES = {"plain": "scaling", "kohya": "scale", "container": "scaling"}
+
+
+def inputs(kind: str) -> torch.Tensor:
+    source = torch.Generator().manual_seed(5)
+    if kind == "embedding":
+        return torch.randint(30, (4, 6), generator=source)
+    return torch.randn(*{"linear": (4, 12), "conv": (2, 3, 6, 6)}[kind], generator=source)
+
+
+@pytest.mark.parametrize("before", ["A", "B"])
+@pytest.mark.parametrize("variance", ["mua", "peft"])
+@pytest.mark.parametrize("init", ["A", "B"])
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("style", STYLES)
+def test_every_style_and_layer_kind(style, kind, init, variance, before):
+    """From either untrained start a pair gets the init asked for, while the layer's output keeps every bit."""
+    if (init, variance) == ("B", "peft"):
+        with pytest.raises(InspectionError, match=r"Init\[B\] has no variance 'peft'"):
+            initialize(adapted(style, kind), init, variance=variance)
+        return
+    layer, x = adapted(style, kind, init=before), inputs(kind)
+    output = layer(x)
+    survey = initialize(layer, init, variance=variance)
+    expected = "B" if (kind, variance) == ("embedding", "peft") else init
+    assert [f.init for f in survey.factors] == [expected] * 2
+    assert survey == inspect_model(layer)
+    assert torch.equal(output, layer(x))
+    a, b = layer.pair()
+    zero, drawn = (b, a) if expected == "A" else (a, b)
+    assert not zero.any()
+    assert drawn.all()
+
+
+# --- the draw -------------------------------------------------------------------------------------------------------
+
+
+def owner(a: tuple[int, ...], b: tuple[int, ...], names: tuple[str, str] = ("lora_A", "lora_B"), **others) -> nn.Module:
+    """A module that owns two zero factors of these shapes and has some attributes."""
+    module = nn.Module()
+    for name, shape in zip(names, (a, b), strict=True):
+        setattr(module, name, nn.Parameter(torch.zeros(shape)))
+    for name, value in others.items():
+        setattr(module, name, value)
+    return module
+
+
+def stacked() -> nn.Module:
+    """PEFT's pair for a stack of experts."""
+    module = nn.Module()
+    module.num_experts, module.parameter_name, module.r = 8, "weight", {"x": 16}
+    module.lora_A = nn.ParameterDict({"x": nn.Parameter(torch.zeros(16 * 8, 64))})
+    module.lora_B = nn.ParameterDict({"x": nn.Parameter(torch.zeros(96, 16 * 8))})
+    return module
+
+
+def of_embedding() -> nn.Module:
+    return owner((16, 500), (128, 16), base_layer=nn.Embedding(500, 128).requires_grad_(False))
+
+
+TUCKER, CONV = (Weight(torch.ones(16, 16, 3, 3)), nn.Conv2d(32, 64, 3).requires_grad_(False))
+LAYOUTS = {
+    # the owner, the variance of A under Init[A], that of B under Init[B]
+    "rows": (lambda: owner((16, 128), (256, 16)), 1 / 128, 1 / 16),
+    "embedding": (of_embedding, 1.0, 1 / 16),
+    "conv": (lambda: owner((16, 32, 3, 3), (256, 16, 1, 1)), 1 / 288, 1 / 16),
+    "grouped": (lambda: owner((16, 32, 3, 3), (256, 4, 1, 1), groups=4), 1 / 288, 1 / 4),
+    "merged": (lambda: owner((32, 128), (256, 16), enable_lora=[True, False, True], r=16), 1 / 128, 1 / 16),
+    "kernel": (lambda: owner((48, 96), (192, 48), conv=CONV, r=16), 1 / 288, 1 / 48),
+    "columns": (lambda: owner((128, 16), (16, 256), ("lora_right_weight", "lora_left_weight")), 1 / 128, 1 / 16),
+    "experts": (lambda: owner((8, 16, 64), (8, 96, 16), ("linear_in", "linear_out"), dim=16), 1 / 64, 1 / 16),
+    "experts transposed": (
+        lambda: owner((8, 64, 16), (8, 16, 96), ("lora_down_A", "lora_down_B")),
+        1 / 64,
+        1 / 16,
+    ),
+    "stacked": (stacked, 1 / 64, 1 / 16),
+    "tucker": (
+        lambda: owner((16, 32, 1, 1), (256, 16, 1, 1), ("lora_down", "lora_up"), lora_mid=TUCKER),
+        1 / 288,
+        1 / 16,
+    ),
+}
+
+
+@pytest.mark.parametrize("init", ["A", "B"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_variance_of_every_layout(layout, init):
+    """The drawn factor is normal of variance 1/fan_in, or one over the inner features that an output sums."""
+    make, of_a, of_b = LAYOUTS[layout]
+    model = nn.ModuleDict({"up": make()})
+    roles = {f.role: model.get_parameter(f.name) for f in initialize(model, init).factors}
+    drawn, zero = (roles["A"], roles["B"]) if init == "A" else (roles["B"], roles["A"])
+    unit = drawn.detach() / math.sqrt(of_a if init == "A" else of_b)
+    count = unit.numel()
+    assert abs(unit.mean()) < 5 / math.sqrt(count)
+    assert unit.square().mean() == pytest.approx(1, abs=5 * math.sqrt(2 / count))
+    assert (unit.abs() > 1.96).float().mean() == pytest.approx(0.05, abs=5 * math.sqrt(0.05 / count))
+    assert not zero.any()
+
+
+def test_the_variance_of_peft_is_uniform_within_one_over_the_root_of_the_fan_in():
+    """variance="peft" draws as torch's own layers do: uniform, of variance 1/(3·fan_in)."""
+    model = owner((16, 400), (8, 16))
+    initialize(model, "A", variance="peft")
+    unit = model.lora_A.detach() * 20
+    assert 0.99 < unit.abs().max() <= 1
+    assert unit.square().mean() == pytest.approx(1 / 3, abs=0.02)
+    assert unit.square().square().mean() == pytest.approx(1 / 5, abs=0.02)
+
+
+def test_embeddings_under_the_variance_of_peft():
+    """PEFT's embeddings start at Init[B] with B of variance 1, and that is what variance="peft" restores."""
+    model = of_embedding()
+    survey = initialize(model, "A", variance="peft")
+    assert {f.init for f in survey.factors} == {"B"}
+    assert model.lora_B.detach().var() == pytest.approx(1, abs=0.2)
+    assert not model.lora_A.any()
+
+
+def drawn(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in snapshot(model).items() if "lora" in name}
+
+
+def test_the_seed_decides_the_draw():
+    """The same seed gives the same factors whatever the global random state, another seed gives others."""
+    models = [mlp(seed=seed) for seed in (0, 1, 2)]
+    for model, seed in zip(models, (3, 3, 4), strict=True):
+        initialize(model, "B", seed=seed)
+    assert same(drawn(models[0]), drawn(models[1]))
+    assert not torch.equal(models[0].layer0.lora_B, models[2].layer0.lora_B)
+    assert not torch.equal(models[0].layer0.lora_B, models[0].layer1.lora_B)
+
+
+def test_hundreds_of_layers_have_draws_of_their_own():
+    """No two layers of a large model share a draw."""
+    model = nn.ModuleDict({f"l{i}": owner((2, 2), (2, 2)) for i in range(600)})
+    initialize(model, "B")
+    assert len({tuple(layer.lora_B.flatten().tolist()) for layer in model.values()}) == 600
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_every_dtype_gets_the_same_numbers(dtype):
+    """The draw is made in float32 and rounded to the factors' dtype."""
+    single, other = mlp(), mlp(dtype=dtype)
+    initialize(single, "B")
+    initialize(other, "B")
+    assert torch.equal(single.layer0.lora_B.to(dtype), other.layer0.lora_B)
+
+
+def test_torch_s_defaults_do_not_reach_the_draw():
+    """A default device or dtype of the user's changes no number."""
+    first, second = mlp(), mlp()
+    initialize(first, "B")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            initialize(second, "B")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(drawn(first), drawn(second))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.permutations(["q", "k", "v", "o"]), st.sets(st.sampled_from(["a", "z", "head"])), st.sampled_from(["A", "B"]))
+def test_order_and_added_layers_do_not_move_a_draw(order, added, init):
+    """A factor's draw depends on the seed and its own name alone."""
+    first, second = (nn.ModuleDict({n: adapted() for n in names}) for names in ("qkvo", [*order, *sorted(added)]))
+    initialize(first, init)
+    initialize(second, init)
+    for name, value in drawn(first).items():
+        assert torch.equal(value, second.get_parameter(name))
+
+
+def test_a_wrapper_does_not_move_a_draw():
+    """DDP and torch.compile put prefixes into the names, which the draw does not see."""
+    plain, wrapped = mlp(), nn.ModuleDict({"module": mlp()})
+    initialize(plain, "B")
+    initialize(wrapped, "B")
+    assert same(drawn(plain), drawn(wrapped["module"]))
+
+
+# --- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def test_nothing_else_changes():
+    """The random state, gradients, modes, requires_grad, the head and frozen pairs are left as found."""
+    model = mlp((4, 4, 4)).eval()
+    model.act0.train()
+    model.layer1.requires_grad_(False)
+    model(torch.ones(2, 16)).sum().backward()
+    before = [snapshot(model), torch.get_rng_state(), [m.training for m in model.modules()]]
+    gradients = {n: (p.requires_grad, None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()}
+    initialize(model, "B", scaling=0.5)
+    after = snapshot(model)
+    moved = {name for name, value in after.items() if not torch.equal(value, before[0][name])}
+    assert moved == {f"layer{i}.lora_{half}" for i in (0, 2) for half in "AB"}
+    assert torch.equal(before[1], torch.get_rng_state())
+    assert before[2] == [m.training for m in model.modules()]
+    assert model.layer1.scaling == 1.0
+    for name, param in model.named_parameters():
+        wanted, gradient = gradients[name]
+        assert param.requires_grad == wanted
+        assert param.grad is gradient or torch.equal(param.grad, gradient)
+
+
+@pytest.mark.parametrize("init", ["A", "B"])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_init_is_known_after_training(style, init):
+    """After some steps both factors are drawn over, and inspection still says how they started."""
+    model = mlp(style=style, init="A" if init == "B" else "B")
+    initialize(model, init)
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    for found in (model, copy.deepcopy(model)):
+        assert {f.init for f in inspect_model(found).factors} == {init}
+    fresh = mlp(style=style)
+    initialize(fresh, init)
+    fresh.load_state_dict(model.state_dict())
+    assert {f.init for f in inspect_model(fresh).factors} == {init}
+
+
+def test_it_learns_from_init_b():
+    """At Init[B] the first step moves A alone, the second both."""
+    model = mlp(head=False)
+    initialize(model, "B", scaling=1.0)
+    start = snapshot(model)
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-1)
+    train(model, opt, steps=1)
+    assert not torch.equal(model.layer0.lora_A, start["layer0.lora_A"])
+    assert torch.equal(model.layer0.lora_B, start["layer0.lora_B"])
+    train(model, opt, steps=1)
+    assert not torch.equal(model.layer0.lora_B, start["layer0.lora_B"])
+
+
+def test_tied_factors_are_drawn_once():
+    """A shared factor keeps the draw of its first name, and the pairs that share it are all noted and scaled."""
+    model = mlp()
+    model.layer1.lora_B = model.layer0.lora_B
+    alone = mlp((4,))
+    survey = initialize(model, "B", scaling=0.5)
+    initialize(alone, "B")
+    assert torch.equal(model.layer1.lora_B, alone.layer0.lora_B)
+    assert {(f.init, f.scaling) for f in survey.factors} == {("B", 0.5)}
+    assert model.layer1.scaling == 0.5
+
+
+def test_a_pair_shared_by_two_owners_is_scaled_in_both():
+    """Two layers over one pair of factors both get the multiplier."""
+    model = nn.ModuleDict({"first": adapted(), "second": adapted()})
+    model["second"].lora_A, model["second"].lora_B = model["first"].lora_A, model["first"].lora_B
+    initialize(model, "B", scaling=1.0)
+    assert model["first"].scaling == model["second"].scaling == 1.0
+
+
+def test_a_bias_of_the_inner_layer_is_zeroed():
+    """Under Init[B] a bias behind A would show through B, so it goes, and the output stays."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_a, self.lora_b = nn.Linear(8, 4), nn.Linear(4, 8, bias=False)
+            nn.init.zeros_(self.lora_b.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.lora_b(self.lora_a(x))
+
+    model, x = Biased(), torch.randn(3, 8)
+    output = model(x)
+    initialize(model, "B")
+    assert torch.equal(output, model(x))
+
+
+# --- the multiplier -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaling", [1, 1.0, 0.3, 16])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_scaling_is_set_where_it_is_declared(style, scaling):
+    """Every style declares the multiplier that was asked for, and an alpha that agrees with it."""
+    model = mlp((4, 8), style=style, scalings=2.0)
+    survey = initialize(model, "B", scaling=scaling)
+    assert {f.scaling for f in survey.factors} == {scaling}
+    for layer, rank in ((model.layer0, 4), (model.layer1, 8)):
+        if style in ("tune", "kohya"):
+            assert float(layer.alpha) == pytest.approx(scaling * rank)
+        if style in SCALES:
+            held = getattr(layer, SCALES[style])
+            assert (held["default"] if style == "container" else held) == scaling
+
+
+def test_no_scaling_keeps_what_is_declared():
+    """Without scaling= the multipliers stay."""
+    assert {f.scaling for f in initialize(mlp(scalings=3.0), "B").factors} == {3.0}
+
+
+def test_a_buffer_is_written_in_place():
+    """kohya's alpha stays the same tensor, which a saved file holds, of its own dtype."""
+    model = adapted("kohya").bfloat16()
+    buffer = model.alpha
+    initialize(model, "B", scaling=1.0)
+    assert model.alpha is buffer
+    assert (float(buffer), buffer.dtype, model.scale) == (4.0, torch.bfloat16, 1.0)
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(8.0, 4.0), (4.0, 2.0)])
+def test_an_alpha_over_the_root_of_the_rank_stays_one(alpha, expected):
+    """Where alpha is the multiplier times √r (rsLoRA), it stays so; else it is times r."""
+    model = adapted(scaling=2.0)
+    model.lora_alpha = alpha
+    initialize(model, "B", scaling=1.0)
+    assert model.lora_alpha == expected
+
+
+def test_a_multiplier_computed_from_alpha_is_set_through_it():
+    """A read-only property follows the alpha that it is computed from."""
+
+    class Computed(nn.Module):
+        scale = property(lambda self: self.alpha / self.dim)
+
+    model = Computed()
+    model.linear_in, model.linear_out = Weight(torch.zeros(4, 12)), Weight(torch.zeros(20, 4))
+    model.alpha, model.dim = 32, 4
+    assert {f.scaling for f in initialize(model, "B", scaling=1).factors} == {1.0}
+    assert (model.alpha, type(model.alpha)) == (4, int)
+
+
+def test_a_dotted_alpha_is_set():
+    """An alpha that lies deeper, or in a dict, is set where it lies."""
+    row = Convention("deep", "reduce", "expand", rank=(), scaling=(), alpha=("config.alpha",))
+    register_convention(row)
+    try:
+        model = owner((4, 12), (20, 4), ("reduce", "expand"), config=nn.Module())
+        model.config.alpha = 8
+        assert {f.scaling for f in initialize(model, "B", scaling=1).factors} == {1.0}
+        assert model.config.alpha == 4
+    finally:
+        register_convention(row, remove=True)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def trained(model: nn.Module, name: str = "lora_B") -> None:
+    getattr(model["up"], name).data.view(-1)[-2] = 1e-3
+
+
+def undeclared(model: nn.Module) -> None:
+    del model["up"].scaling
+
+
+def impossible(model: nn.Module) -> None:
+    model["up"].scaling = -1.0
+
+
+def fixed(model: nn.Module) -> None:
+    """A multiplier that no attribute moves."""
+    model["up"].__class__ = type("Fixed", (type(model["up"]),), {"scaling": property(lambda self: 2.0)})
+    del model["up"].__dict__["scaling"]
+
+
+def whole(model: nn.Module) -> None:
+    model["up"].register_buffer("alpha", torch.tensor(8))
+
+
+def adalora(model: nn.Module) -> None:
+    model["up"] = up = nn.Module()
+    up.r, up.scaling = {"x": 4}, {"x": 2.0}
+    for name, shape in (("lora_A", (4, 12)), ("lora_B", (20, 4)), ("lora_E", (4, 1))):
+        setattr(up, name, nn.ParameterDict({"x": nn.Parameter(torch.zeros(shape))}))
+
+
+def gated(model: nn.Module) -> None:
+    model["up"].scalar = nn.Parameter(torch.tensor(0.0))
+
+
+def tied(model: nn.Module) -> None:
+    model["down"] = owner((4, 20), (12, 4), scaling=1.0)
+    model["down"].lora_A = nn.Parameter(model["up"].lora_B.detach().T)
+
+
+def merged(model: nn.Module) -> None:
+    trained(model)
+    model["up"].merged = True
+
+
+def integers(model: nn.Module) -> None:
+    model["up"].lora_A = nn.Parameter(torch.zeros(4, 12, dtype=torch.int8), requires_grad=False)
+
+
+def parametrized(model: nn.Module) -> None:
+    model["up"] = adapted("tune")
+    nn.utils.parametrize.register_parametrization(model["up"].lora_a, "weight", nn.Tanh())
+
+
+def misshaped(model: nn.Module) -> None:
+    model["up"].r = 5
+
+
+def flat(model: nn.Module) -> None:
+    model["up"].lora_A = nn.Parameter(torch.zeros(24))
+
+
+def partitioned(model: nn.Module) -> None:
+    model["up"].lora_B = nn.Parameter(torch.zeros(0))
+
+
+def inferred(model: nn.Module) -> None:
+    with torch.inference_mode():
+        model["up"].lora_A = nn.Parameter(torch.zeros(4, 12))
+
+
+def without(half: str):
+    return lambda model: getattr(model["up"], half).requires_grad_(False)
+
+
+KEPT = {"scaling": None}
+REFUSED = [
+    (trained, {"init": "A"}, r"^up was trained already, .* give force=True"),
+    (trained, {"init": "B"}, r"^up was trained already"),
+    (merged, {"force": True}, r"^up is merged into its base weight, .* Unmerge"),
+    (adalora, KEPT, r"^up has an init of its own, .*'peft-adalora'"),
+    (gated, {"force": True}, r"^up multiplies its adapter by a `scalar` of zero"),
+    (tied, {}, r"^lora_[AB] of (up|down) is tied to a factor that would be drawn"),
+    (without("lora_A"), {"init": "B", "force": True}, r"^lora_A of up is frozen, .* use Init\[A\]"),
+    (without("lora_B"), {"init": "A"}, r"^lora_B of up is frozen, .* use Init\[B\]"),
+    (lambda model: model.requires_grad_(False), {}, r"^No trainable LoRA pair among \d+ parameters"),
+    (integers, {}, r"^lora_A of up cannot be drawn"),
+    (parametrized, {"init": "A"}, r"^lora_a.weight of up cannot be drawn"),
+    (inferred, {}, r"^lora_A of up is an inference tensor"),
+    (misshaped, {}, r"^up declares rank 5 but"),
+    (flat, {}, r"^lora_A of up is sharded\. Initialise before sharding"),
+    (partitioned, {}, r"^lora_B of up is sharded"),
+    (lambda model: model["up"].to("meta"), {}, r"^lora_A of up is on the meta device\. Materialise"),
+    (impossible, KEPT, r"^up has the scaling -1"),
+    (undeclared, {}, r"^up declares no scaling, so none can be set"),
+    (fixed, {}, r"^up cannot be set anew: its 'scaling' does not take the value 0.6"),
+    (whole, {}, r"^up cannot be set anew: its 'alpha' does not take the value 2.4"),
+    (None, {"init": "C"}, r"^An adapter is initialised at 'A' \(B zero\) or 'B' \(A zero\), not 'C'"),
+    (None, {"init": "A", "variance": "xavier"}, r"^Init\[A\] has no variance 'xavier'"),
+    (None, {"seed": 1.5}, r"^The seed 1.5 is no whole number"),
+    (None, {"scaling": 0}, r"^The scaling 0 is no positive finite number"),
+    (None, {"scaling": math.nan}, r"^The scaling nan"),
+    (None, {"scaling": "1"}, r"^The scaling '1'"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_what_is_refused_before_anything_changes(number):
+    """Each impossible start is an error that says why, and leaves factors, multipliers and notes as they were."""
+    spoil, options, message = REFUSED[number]
+    model = nn.ModuleDict({"first": adapted(init="A"), "up": adapted(init="A")})
+    if spoil is not None:
+        spoil(model)
+    before = {name: value.clone() for name, value in snapshot(model).items()}
+    with pytest.raises(InspectionError, match=message):
+        initialize(model, **{"init": "B", "scaling": 0.6, **options})
+    after = snapshot(model)
+    assert after.keys() == before.keys()
+    assert all(value.is_meta or torch.equal(value, before[name]) for name, value in after.items())
+    assert model["first"].scaling == 2.0
+    assert not any("_rankaware_init" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("init", ["A", "B"])
+@pytest.mark.parametrize("entry", [1, -2])
+def test_one_entry_among_many_is_enough_to_refuse(entry, init):
+    """A factor counts as zero only if all of it is, not the sample that inspection reads."""
+    model = owner((4, 4000), (4000, 4))
+    with torch.no_grad():
+        model.lora_A.normal_()
+        model.lora_B.view(-1)[entry] = 1e-6
+    assert {f.init for f in inspect_model(model).factors} == {"A"}
+    with pytest.raises(InspectionError, match="was trained already"):
+        initialize(model, init)
+
+
+def test_a_bias_behind_a_zero_factor_adds_something():
+    """At A = 0 a bias of A still reaches the output through B, so the pair is no untrained one."""
+    model = nn.Module()
+    model.lora_a, model.lora_b = nn.Linear(8, 4), nn.Linear(4, 8, bias=False)
+    nn.init.zeros_(model.lora_a.weight)
+    with pytest.raises(InspectionError, match="its adapter adds something"):
+        initialize(model, "A")
+
+
+@pytest.mark.parametrize("init", ["A", "B"])
+def test_force_starts_a_trained_adapter_over(init):
+    """With force=True a trained model is the base model again."""
+    model = mlp(head=False)
+    base = model(torch.ones(2, 16))
+    train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1))
+    assert not torch.equal(base, model(torch.ones(2, 16)))
+    survey = initialize(model, init, force=True)
+    assert torch.equal(base, model(torch.ones(2, 16)))
+    assert {f.init for f in survey.factors} == {init}
+
+
+def test_a_frozen_drawn_factor_is_drawn():
+    """A pair of which only the zero factor trains (LoRA-FA) can start there."""
+    model = mlp()
+    for layer in (model.layer0, model.layer1):
+        layer.lora_A.requires_grad_(False)
+    before = model.layer0.lora_A.clone()
+    initialize(model, "A")
+    assert not torch.equal(before, model.layer0.lora_A)
+
+
+def test_a_dtensor_is_refused(tmp_path):
+    """A factor spread over processes is refused: initialise before sharding."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DeviceMesh, Replicate, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = adapted()
+        spread = distribute_tensor(model.lora_A.detach(), DeviceMesh("cpu", [0]), [Replicate()])
+        model.lora_A = nn.Parameter(spread)
+        with pytest.raises(InspectionError, match=r"is sharded\. Initialise before sharding"):
+            initialize(model, "B")
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,702 @@
+"""Laws: the equations they solve, how they compose, and how they are found, stored and refused."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from rankaware_optim import (
+    Constant,
+    Factor,
+    Falling,
+    InvalidReferenceError,
+    Law,
+    LawError,
+    LoRAPlus,
+    MuA,
+    Power,
+    Reference,
+)
+from rankaware_optim import RankAwareWarning as Warn
+from rankaware_optim._registry import Registry
+from rankaware_optim._types import Survey
+from rankaware_optim.laws import (
+    LAWS,
+    checked_multiplier,
+    get_law,
+    known_family,
+    law_from_dict,
+    law_to_dict,
+    law_words,
+    optimizer_family,
+)
+from rankaware_optim.laws._base import kappa
+
+LAW_TABLE = {
+    "mua": MuA(),
+    "mua-paper": MuA(tokens=None),
+    "mua-two-rates": MuA(tokens=3.0, ratio=16.0),
+    "constant": Constant(),
+    "loraplus": LoRAPlus(),
+    "mua-split": MuA(split=True, ratio=2.0),
+    "mua-spectral": MuA(family="spectral"),
+    "mua-spectral-split": MuA(family="spectral", shape_factor="match_rms_adamw", split=True),
+    "mua-gradient": MuA(family="gradient-like", tokens=64.0, ratio=3.0),
+    "mua-gradient-steps": MuA(family="gradient-like", steps=4),
+    "mua-relative": MuA(family="relative-scale", steps=16),
+    "mua-adafactor": MuA(family="relative-scale", floor=1e-3, ratio=0.5),
+    "mua-lars": MuA(family="first-step", ratio=2.0),
+    "mua-unknown": MuA(family="unknown"),
+    "power": Power(exponent=-0.3),
+    "power-full": Power(exponent=-0.45, full_factor=0.5, pivot=8.0, to_full=True, law=MuA(tokens=4.0)),
+    "power-pivot": Power(exponent=0.18, full_factor=2.0, law=MuA(tokens=None)),
+    "falling": Falling(),
+    "falling-knee": Falling(knee=0.5, law=MuA(tokens=4.0)),
+}
+laws = st.sampled_from(list(LAW_TABLE.values()))
+ranks = st.integers(1, 4096)
+scalings = st.floats(2.0**-10, 2.0**6)
+widths = st.integers(1, 2**16)
+tokens = st.none() | st.floats(0.25, 1e5)
+inits = st.sampled_from("AB")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A configuration, seen as a factor and as a resolved reference."""
+
+    rank: int
+    scaling: float
+    fan_in: int
+    init: str = "A"
+
+    def factor(self, role: str = "A") -> Factor:
+        return Factor("w", role, self.rank, self.fan_in, 64, self.scaling, self.init)
+
+    def reference(self) -> Reference:
+        return replace(Reference.from_scaling(self.rank, self.scaling, init=self.init), fan_in=self.fan_in)
+
+
+@dataclass(frozen=True)
+class FullPoint:
+    """Full finetuning at a width."""
+
+    fan_in: int
+
+    def factor(self, role: str = "full") -> Factor:
+        return Factor("w", "full", None, self.fan_in, 64)
+
+    def reference(self) -> Reference:
+        return Reference(method="full", fan_in=self.fan_in)
+
+
+lora_points = st.builds(Point, ranks, scalings, widths, inits)
+points = lora_points | st.builds(FullPoint, widths)
+
+
+def move(law: Law, to: Point | FullPoint, origin: Point | FullPoint) -> float:
+    """The multiplier of `to`'s base rate for a rate tuned at `origin`."""
+    return law.multiplier(to.factor(), origin.reference())
+
+
+def exponent(law: Law, low: Point | FullPoint, high: Point | FullPoint, octaves: float) -> float:
+    """The slope of log2 rate from `low` to `high`, which are `octaves` apart."""
+    return math.log2(move(law, high, low)) / octaves
+
+
+# --- the equations --------------------------------------------------------------------------------------------------
+
+
+@given(point=lora_points, b=tokens, ratio=st.floats(0.1, 32.0))
+def test_lora_roots_satisfy_the_conditions(point, b, ratio):
+    """From full finetuning's τ = 1 / κ(n), the multiplier leads to the root of the condition of each init."""
+    law = MuA(tokens=b, ratio=ratio)
+    tau = move(law, point, FullPoint(100)) / kappa(100, b)
+    k_n, k_r, s = kappa(point.fan_in, b), kappa(point.rank, b), point.scaling
+    if point.init == "A":
+        moved = s * k_r * ratio * tau * (1 + k_n * tau)
+    else:
+        moved = math.hypot(s * k_n * tau, s * k_n * k_r * ratio * tau**2)
+    assert moved == pytest.approx(1.0, rel=1e-9)
+
+
+@given(m=st.floats(1e-3, 1e9), b=st.floats(1e-2, 1e6))
+def test_kappa_lies_between_its_limits(m, b):
+    """κ is the root of m + (2/π)·m²/b: √m for many tokens, proportional to m for few, and m itself for None."""
+    assert kappa(m, b) ** 2 == pytest.approx(m + 2 / math.pi * m * m / b)
+    assert kappa(m, b) >= math.sqrt(m)
+    assert kappa(m, None) == m
+
+
+@given(law=laws, to=points, origin=points)
+def test_multipliers_are_positive_and_finite(law, to, origin):
+    """A multiplier between any two configurations is a positive finite number."""
+    assert 0 < move(law, to, origin) < math.inf
+    assert checked_multiplier(law, to.factor(), origin.reference()) > 0
+
+
+@given(law=laws, a=points, b=points, c=points)
+def test_multipliers_compose(law, a, b, c):
+    """A rate moved from a to b and then to c is the rate moved from a to c, through full finetuning too."""
+    assert move(law, b, a) * move(law, c, b) == pytest.approx(move(law, c, a), rel=1e-9)
+
+
+@given(law=laws, point=points)
+def test_the_base_rate_is_that_of_the_reference(law, point):
+    """At the reference itself the multiplier of A, or of the whole weight, is 1."""
+    assert move(law, point, point) == pytest.approx(1.0, rel=1e-12)
+
+
+one_rate_laws = st.sampled_from([law for law in LAW_TABLE.values() if not getattr(law, "split", False)])
+
+
+@given(law=one_rate_laws, to=lora_points, origin=points)
+def test_b_follows_a_at_a_fixed_ratio(law, to, origin):
+    """The rate of B is that of A times the law's ratio, 1 where it has none, unless the law splits the two."""
+    ratio = getattr(law, "ratio", 1.0)
+    assert law.multiplier(to.factor("B"), origin.reference()) == pytest.approx(ratio * move(law, to, origin))
+
+
+@given(point=lora_points, b=tokens, more=st.floats(1.01, 8.0))
+def test_rates_fall_with_scaling_width_and_rank(point, b, more):
+    """At either init the rate falls as scaling or width grows, and never rises with rank at a fixed scaling."""
+    law = MuA(tokens=b)
+    assert move(law, replace(point, scaling=point.scaling * more), point) < 1
+    assert move(law, replace(point, fan_in=math.ceil(point.fan_in * more)), point) < 1
+    assert move(law, replace(point, rank=math.ceil(point.rank * more)), point) <= 1
+
+
+@given(point=lora_points, b=tokens, more=st.floats(1.01, 8.0))
+def test_ratio_acts_only_through_its_product_with_scaling(point, b, more):
+    """Under Init[A], λ and s appear only as s·λ: raising one and lowering the other leaves A's rate."""
+    point = replace(point, init="A")
+    origin, other = FullPoint(64), replace(point, scaling=point.scaling / more)
+    assert move(MuA(b, ratio=more), other, origin) == pytest.approx(move(MuA(b), point, origin), rel=1e-9)
+
+
+# theory.md, section 1: exponents of rate in rank where s = r^(-γ), and in width. Asymptotic, so far from any corner.
+PAPER, MANY, FEW = None, 1e9, 1e-6
+RANK_EXPONENTS = [
+    # init, gamma, tokens, width, exponent
+    ("A", 0.0, PAPER, 2**40, -0.5),
+    ("A", 0.5, PAPER, 2**40, -0.25),
+    ("A", 1.0, PAPER, 2**40, 0.0),
+    ("A", 0.0, MANY, 2**40, -0.25),
+    ("A", 0.5, MANY, 2**40, 0.0),
+    ("A", 1.0, MANY, 2**40, 0.25),
+    ("A", 0.0, FEW, 2**40, -0.5),
+    ("A", 1.0, FEW, 2**40, 0.0),
+    ("B", 0.0, PAPER, 2**40, 0.0),
+    ("B", 0.5, PAPER, 2**40, 0.5),
+    ("B", 1.0, PAPER, 2**60, 1.0),
+    ("B", 0.0, PAPER, 2, -0.5),
+]
+
+
+@pytest.mark.parametrize(("init", "gamma", "b", "width", "expected"), RANK_EXPONENTS)
+def test_rank_exponents(init, gamma, b, width, expected):
+    """The rank exponent of each init and scaling rule is the one of the theory's first section."""
+    low, high = (Point(r, r**-gamma, width, init) for r in (2**8, 2**10))
+    assert exponent(MuA(tokens=b), low, high, 2) == pytest.approx(expected, abs=0.02)
+
+
+WIDTH_EXPONENTS = [("A", -0.5), ("B", -1.0), ("full", -1.0)]
+
+
+@pytest.mark.parametrize(("init", "expected"), WIDTH_EXPONENTS)
+def test_width_exponents_of_the_paper(init, expected):
+    """The paper's law falls as n^(-1/2) under Init[A], as 1/n under Init[B] and full finetuning."""
+    low, high = (FullPoint(n) if init == "full" else Point(4, 1.0, n, init) for n in (2**20, 2**22))
+    assert exponent(MuA(tokens=None), low, high, 2) == pytest.approx(expected, abs=0.01)
+
+
+@given(n=st.integers(2**20, 2**24), r=st.integers(1, 16), b=tokens)
+def test_init_b_at_scaling_one_is_full_finetuning(n, r, b):
+    """While r ≪ n, a rate tuned at Init[B] with s = 1 is full finetuning's, and at another s it is 1/s of it."""
+    assert move(MuA(tokens=None), FullPoint(n), Point(r, 1.0, n, "B")) == pytest.approx(1.0, rel=1e-3)
+    assert move(MuA(tokens=None), Point(r, 4.0, n, "B"), FullPoint(n)) == pytest.approx(0.25, rel=1e-3)
+    assert move(MuA(tokens=b), FullPoint(n), Point(r, 1.0, n, "B")) >= 1.0
+
+
+def test_published_ratio_of_full_to_lora():
+    """At n = 4096, s = 1 and 8 tokens, full finetuning's rate is 1/13 and 1/10 of that of ranks 16 and 32."""
+    ratios = [1 / move(MuA(), FullPoint(4096), Point(r, 1.0, 4096)) for r in (16, 32)]
+    assert ratios == pytest.approx([13, 10], rel=0.05)
+
+
+# theory.md, section 3: octaves from the lowest to the highest rank, as read off κ for the small transformer.
+SWEEP = [(4.0, 2.65), (8.0, 2.5)]
+
+
+@pytest.mark.parametrize(("b", "octaves"), SWEEP)
+def test_the_transformer_sweep_is_reproduced(b, octaves):
+    """From r = 1 to 64 at width 128 and s = 1 the rate falls by the octaves that the theory's table quotes."""
+    assert -math.log2(move(MuA(tokens=b), Point(64, 1.0, 128), Point(1, 1.0, 128))) == pytest.approx(octaves, abs=0.1)
+
+
+@given(to=ranks, origin=ranks, drift=st.floats(-1, 1))
+def test_power_adds_its_exponent(to, origin, drift):
+    """Among LoRA ranks `Power` is the law beneath it times the ratio of ranks to the exponent."""
+    at, there = Point(to, 1.0, 512), Point(origin, 1.0, 512)
+    expected = move(MuA(), at, there) * (to / origin) ** drift
+    assert move(Power(drift, full_factor=0.3), at, there) == pytest.approx(expected, rel=1e-9)
+
+
+# --- the families' forms --------------------------------------------------------------------------------------------
+
+PAPER_SPLIT = MuA(tokens=None, split=True)
+
+
+@given(point=lora_points, b=tokens, more=st.floats(0.1, 8.0), family=st.sampled_from(["sign-like", "spectral"]))
+def test_two_rates_undo_a_change_of_scaling_exactly(point, b, more, family):
+    """With split rates a change of s falls on the factor that starts at zero alone, as it does in training."""
+    law, scaled = MuA(tokens=b, split=True, family=family), replace(point, scaling=point.scaling * more)
+    moved = {"B": 1.0, "A": 1.0} | {"B" if point.init == "A" else "A": 1.0 / more}
+    for role in "AB":
+        ratio = law.multiplier(scaled.factor(role), point.reference()) / law.multiplier(
+            point.factor(role), point.reference()
+        )
+        assert ratio == pytest.approx(moved[role], rel=1e-9)
+
+
+@given(to=lora_points, origin=lora_points)
+def test_the_papers_split_is_one_over_each_fan_in(to, origin):
+    """Without token interference σ is constant: under Init[A] η_A follows 1/n and η_B follows 1/(s·r)."""
+    to, origin = replace(to, init="A"), replace(origin, init="A")
+    n, there = to.fan_in, origin.fan_in
+    assert move(PAPER_SPLIT, to, origin) == pytest.approx(there / n)
+    rate_b = PAPER_SPLIT.multiplier(to.factor("B"), origin.reference())
+    assert rate_b == pytest.approx(there / (to.scaling * to.rank))
+
+
+@given(point=lora_points, b=st.floats(0.25, 1e4), ratio=st.floats(0.1, 16.0))
+def test_gradient_roots_satisfy_the_conditions(point, b, ratio):
+    """The rate for SGD is the root of the condition in the form's docstring, in φ and z = sinh²φ."""
+    n, r, s, k = point.fan_in, point.rank, point.scaling, min(b, point.fan_in)
+    tau = MuA(tokens=b, ratio=ratio, family="gradient-like").sigma(point.init, r, s, n)
+    z = math.sinh(s * tau * math.sqrt(ratio * (n * n + 2 * b * n))) ** 2
+    if point.init == "A":
+        moved = s**2 * ratio * z * (1 + z) * r * (r + k + 1) / n**2
+    else:
+        moved = s**2 / ratio * z * ((1 + z) * (1 + (k + 1) / r) + (n - k) / r)
+    assert moved == pytest.approx(1.0, rel=1e-6)
+
+
+@given(scaling=st.floats(0.5, 2.0), n=st.integers(4, 64))
+def test_sgds_small_step_limit(scaling, n):
+    """Where ranks are far above the width, the change asked for is small and SGD's rate goes as 1/(s²·r)."""
+    law = MuA(tokens=1.0, family="gradient-like")
+    low, high = (Point(r, scaling, n) for r in (2**14, 2**16))
+    assert exponent(law, low, high, 2) == pytest.approx(-1.0, abs=0.01)
+    assert move(law, replace(low, scaling=2 * scaling), low) == pytest.approx(0.25, rel=0.01)
+
+
+# Four steps of exact polar factors (singular values 1, no shape factor), 4 tokens, ranks 4 and 64 at n = 512.
+MUON = [("A", 0.0, -0.06), ("A", 1.0, 0.50), ("B", 0.0, 0.48), ("B", 1.0, 1.15)]
+
+
+@pytest.mark.parametrize(("init", "gamma", "expected"), MUON)
+def test_muons_rank_exponents(init, gamma, expected):
+    """The spectral form has the rank exponents that were measured on exact polar factors."""
+    law = MuA(tokens=4.0, family="spectral", shape_factor="none")
+    low, high = (Point(r, float(r) ** -gamma, 512, init) for r in (4, 64))
+    assert exponent(law, low, high, 4) == pytest.approx(expected, abs=0.05)
+
+
+def test_muons_own_factor_moves_the_exponent_by_a_quarter():
+    """torch's default shape factor, √(n / r) on B alone, adds 1/4 to the rank exponent where both factors grow."""
+    low, high = (Point(r, 1.0, 2**20) for r in (4, 64))
+    plain, own = (MuA(tokens=4.0, family="spectral", shape_factor=name) for name in ("none", "original"))
+    assert exponent(own, low, high, 4) - exponent(plain, low, high, 4) == pytest.approx(0.25, abs=0.03)
+
+
+BOUND = [
+    (torch.optim.AdamW, {}, {}),
+    (torch.optim.Muon, {}, {"family": "spectral"}),
+    (torch.optim.Muon, {"adjust_lr_fn": None}, {"family": "spectral"}),
+    (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}, {"family": "spectral", "shape_factor": "match_rms_adamw"}),
+    (torch.optim.SGD, {"momentum": 0.9}, {"family": "gradient-like"}),
+    (torch.optim.Adafactor, {}, {"family": "relative-scale", "floor": 1e-3}),
+    (torch.optim.Adadelta, {}, {"family": "unknown"}),
+    (type("Adafactor", (), {}), {"scale_parameter": False, "relative_step": False}, {"floor": 1e-3}),
+    (type("Lamb", (), {}), {}, {"family": "relative-scale"}),
+    (type("LARS", (), {}), {}, {"family": "first-step"}),
+    (type("LARS", (), {"__module__": "torch_optimizer.lars"}), {}, {"family": "gradient-like"}),
+    (type("LARS", (), {"__module__": "torch_optimizer.lars"}), {"weight_decay": 0.1}, {"family": "first-step"}),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "settings", "expected"), BOUND)
+def test_binding_takes_the_optimizers_form(optimizer, settings, expected):
+    """Bound to an optimizer the law has its family's form, inside `Power` too, and the next one replaces it."""
+    law = MuA(tokens=3.0, ratio=2.0)
+    bound = law.bind(optimizer, settings)
+    assert bound == replace(law, **expected)
+    assert bound.bind(torch.optim.AdamW, {}) == law
+    assert Power(0.1, law=law).bind(optimizer, settings) == Power(0.1, law=bound)
+
+
+def test_an_unknown_family_is_scaled_as_sign_like():
+    """An optimizer of no known family has Adam's multipliers; a strict caller is refused."""
+    low, high = Point(4, 1.0, 512), Point(64, 1.0, 512)
+    assert move(MuA().bind(torch.optim.Adadelta, {}), high, low) == move(MuA(), high, low)
+    assert known_family(torch.optim.SGD) == "gradient-like"
+    with pytest.raises(LawError, match=r"Adadelta is of no family.*Leave strict out"):
+        known_family(torch.optim.Adadelta)
+
+
+@pytest.mark.parametrize("family", ["gradient-like", "relative-scale", "first-step"])
+def test_two_rates_are_refused_where_they_are_not_derived(family):
+    """Splitting the rates for a family without units of its own is an error, when made and when bound."""
+    with pytest.raises(LawError, match=f"not derived for {family}"):
+        MuA(split=True, family=family)
+    with pytest.raises(LawError, match="not derived for gradient-like"):
+        MuA(split=True).bind(torch.optim.SGD, {})
+
+
+@pytest.mark.parametrize(("to_full", "stands_for"), [(False, 16), (True, 4096)])
+def test_power_at_full_finetuning(to_full, stands_for):
+    """For full finetuning the rank stands for the pivot, or the fan-in where the drift continues."""
+    law = Power(-0.45, full_factor=0.5, to_full=to_full)
+    expected = move(MuA(), FullPoint(4096), Point(4, 1.0, 4096)) * 0.5 * (stands_for / 4) ** -0.45
+    assert move(law, FullPoint(4096), Point(4, 1.0, 4096)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("role", "expected"), [("A", 1.0), ("B", 16.0), ("full", 1.0)])
+def test_loraplus_is_constant(role, expected):
+    """LoRA+ gives B its ratio and everything else 1, at any rank."""
+    factor = Factor("w", role, None if role == "full" else 128, 64, 64)
+    assert LoRAPlus().multiplier(factor, Point(4, 1.0, 999).reference()) == expected
+
+
+def test_an_unresolved_reference_is_refused():
+    """A law that needs the width says so where the reference was not resolved."""
+    with pytest.raises(LawError, match=r"not resolved.*reference.resolve"):
+        MuA().multiplier(Point(4, 1.0, 64).factor(), Reference(rank=4, alpha=4))
+
+
+@given(point=lora_points, other=lora_points, knee=st.floats(0.01, 1e4))
+def test_falling_moves_init_b_alone(point, other, knee):
+    """Between points of Init[A] and full finetuning `Falling` is the law beneath it."""
+    law, points = Falling(knee), (replace(point, init="A"), replace(other, init="A"), FullPoint(64))
+    for to in points:
+        assert move(law, to, points[0]) == pytest.approx(move(MuA(), to, points[0]), rel=1e-9)
+
+
+def test_falling_takes_no_rank_of_full_finetuning():
+    """A reference of full finetuning that still carries a rank and an init is full finetuning's."""
+    left, plain = (Reference(method="full", fan_in=64, **more) for more in ({"rank": 4, "alpha": 4, "init": "B"}, {}))
+    target = Point(16, 1.0, 64, "B").factor()
+    assert Falling().multiplier(target, left) == Falling().multiplier(target, plain)
+
+
+@given(rank=ranks, more=st.integers(1, 64), knee=st.floats(0.01, 1e4), width=widths)
+def test_falling_falls_by_no_more_than_the_square_root(rank, more, knee, width):
+    """At Init[B] the rate falls in rank beyond the law beneath it by r^0 to r^(-1/2), and meets it at r = n."""
+    law, low, high = Falling(knee), Point(rank, 1.0, width, "B"), Point(rank * more, 1.0, width, "B")
+    fall = move(law, high, low) / move(MuA(), high, low)
+    assert more**-0.5 - 1e-9 <= fall <= 1.0 + 1e-9
+    whole = Point(width, 1.0, width, "B")
+    assert move(law, whole, FullPoint(width)) == pytest.approx(move(MuA(), whole, FullPoint(width)), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "falls"),
+    [(torch.optim.AdamW, True), (torch.optim.Optimizer, True), (torch.optim.SGD, False), (torch.optim.Muon, False)],
+)
+def test_falling_falls_with_adams_kind_alone(optimizer, falls):
+    """Bound to an optimizer of another family `Falling` is the law beneath it; an unknown one counts as Adam's kind."""
+    law, bound = Falling(), MuA().bind(optimizer, {})
+    assert law.bind(optimizer, {}) == (Falling(law=bound) if falls else bound)
+
+
+WORDS = [
+    (MuA(tokens=4.0), "MuA(tokens=4.0)"),
+    (Falling(), "Falling()"),
+    (Falling(knee=2.0, law=MuA(tokens=None)), "Falling(knee=2.0, law=MuA(tokens=None))"),
+    (Power(exponent=0.1), "Power(exponent=0.1)"),
+]
+
+
+@pytest.mark.parametrize(("law", "words"), WORDS, ids=str)
+def test_words_say_what_differs_from_the_defaults(law, words):
+    """A law in words is its class with what differs from its defaults, inner laws alike."""
+    assert law_words(law) == words
+
+
+# --- by name --------------------------------------------------------------------------------------------------------
+
+NAMED = [
+    ("mua", MuA(tokens=8.0)),
+    ("mua-paper", MuA(tokens=None)),
+    ("constant", Constant()),
+    ("loraplus", LoRAPlus(ratio=16.0)),
+    ("power", Power()),
+    ("falling", Falling(knee=4.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "law"), NAMED)
+def test_laws_by_name(name, law):
+    """A name gives the law with its defaults; an instance is given back."""
+    assert get_law(name) == law
+    assert get_law(law) is law
+    assert law.bind(torch.optim.AdamW, {}) == law
+
+
+def test_an_unknown_law_lists_the_known():
+    """An unknown name is an error that lists every known one."""
+    with pytest.raises(LawError, match="Unknown law 'nua'") as caught:
+        get_law("nua")
+    assert all(name in str(caught.value) for name, _ in NAMED)
+
+
+@pytest.mark.parametrize("law", [None, 3, MuA])
+def test_what_is_no_law_is_refused(law):
+    """Neither a name nor an instance is an error."""
+    with pytest.raises(LawError, match="a name or a Law instance"):
+        get_law(law)
+
+
+@pytest.mark.parametrize("law", LAW_TABLE.values(), ids=LAW_TABLE)
+def test_laws_survive_a_dict_of_plain_values(law):
+    """A law written as TOML and read back is equal, nested ones too."""
+    tomli_w, tomli = pytest.importorskip("tomli_w"), pytest.importorskip("tomli")
+    assert law_from_dict(tomli.loads(tomli_w.dumps(law_to_dict(law)))) == law
+
+
+BROKEN_DICTS = [
+    ({"name": "nua"}, "Unknown law 'nua'"),
+    ({}, "Unknown law 'None'"),
+    ({"name": "mua", "token": 8.0}, "no parameter 'token'"),
+    ({"name": "mua", "tokens": -8.0}, "tokens=-8.0"),
+    ({"name": "mua", "tokens": "many"}, "tokens='many'"),
+    ({"name": "power", "law": {"name": "mua", "beta": 1}}, "no parameter 'beta'"),
+    ({"name": "power", "law": "mua"}, "law='mua'"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), BROKEN_DICTS)
+def test_broken_dicts_are_refused(data, message):
+    """An unknown law or parameter, or an impossible value, is an error that names it."""
+    with pytest.raises(LawError, match=message):
+        law_from_dict(data)
+
+
+def test_a_law_that_is_not_registered_cannot_be_stored():
+    """Only a law that can be read back by its name is written."""
+    with pytest.raises(LawError, match="not the one registered"):
+        law_to_dict(Impostor())
+
+
+BAD_PARAMETERS = [(MuA, {"tokens": value}) for value in (0, -1.0, math.inf, math.nan, "8", True)] + [
+    (MuA, {"ratio": 0}),
+    (MuA, {"ratio": None}),
+    (MuA, {"split": 1}),
+    (MuA, {"family": "adam"}),
+    (MuA, {"shape_factor": None}),
+    (MuA, {"floor": 0.0}),
+    (MuA, {"steps": -1}),
+    (LoRAPlus, {"ratio": -16}),
+    (LoRAPlus, {"ratio": math.nan}),
+    (Power, {"exponent": math.inf}),
+    (Power, {"exponent": None}),
+    (Power, {"full_factor": 0.0}),
+    (Power, {"pivot": -1}),
+    (Power, {"law": "mua"}),
+    (Power, {"law": MuA}),
+    (Falling, {"knee": 0.0}),
+    (Falling, {"knee": None}),
+    (Falling, {"law": "mua"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "arguments"), BAD_PARAMETERS)
+def test_bad_parameters_are_refused(kind, arguments):
+    """A parameter that is not the number it should be is an error that names the law and the parameter."""
+    with pytest.raises(LawError, match=f"{kind.name}.*{next(iter(arguments))}="):
+        kind(**arguments)
+
+
+@dataclass(frozen=True)
+class Impostor(Law):
+    """A law of our name that is not ours."""
+
+    value: object = 1.0
+    name: ClassVar[str] = "mua"
+
+    def multiplier(self, factor, reference):
+        return self.value
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, None, "1"])
+def test_unusable_multipliers_are_refused(value):
+    """A stranger's law that gives no positive finite number is an error that names the law and the factor."""
+    with pytest.raises(LawError, match=r"Impostor.*as the multiplier of w"):
+        checked_multiplier(Impostor(value), Point(4, 1.0, 8).factor(), Point(4, 1.0, 8).reference())
+
+
+@given(alpha=st.integers(1, 64), rank=ranks, width=widths, init=inits, b=tokens)
+@example(alpha=16, rank=20, width=512, init="A", b=8.0)
+def test_the_own_configuration_is_exactly_one(alpha, rank, width, init, b):
+    """Through a reference made from a scaling, rounding noise does not move the multiplier off 1."""
+    point = Point(rank, alpha / math.sqrt(rank), width, init)
+    assert checked_multiplier(MuA(tokens=b), point.factor(), point.reference()) == 1.0
+
+
+# --- plug-ins -------------------------------------------------------------------------------------------------------
+
+PLUGIN = """
+from dataclasses import dataclass
+from rankaware_optim import Law
+
+@dataclass(frozen=True)
+class Half(Law):
+    share: float = 0.5
+    name = "half"
+
+    def multiplier(self, factor, reference):
+        return self.share
+"""
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A real distribution with one good entry point, one broken and one that makes no law, on the path."""
+    (tmp_path / "half_law.py").write_text(PLUGIN)
+    (tmp_path / "broken_law.py").write_text("import not_there_at_all\n")
+    info = tmp_path / "half_law-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: half-law\nVersion: 1.0\n")
+    points = ["half = half_law:Half", "broken = broken_law:Law", "nothing = builtins:dict"]
+    (info / "entry_points.txt").write_text("\n".join(["[rankaware_optim.laws]", *points, ""]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(LAWS, "_plugins", None)
+    yield
+    sys.modules.pop("half_law", None)
+
+
+def test_a_plugged_in_law_is_found(installed):
+    """A law of another distribution is found by its entry point, stored and read back; a broken one only warns."""
+    with pytest.warns(Warn, match=r"plug-in 'broken' \(broken_law:Law\) could not be loaded: No module named"):
+        law = get_law("half")
+    assert law.multiplier(Point(4, 1.0, 8).factor(), Point(8, 1.0, 8).reference()) == 0.5
+    assert law_from_dict(law_to_dict(replace(law, share=0.25))) == replace(law, share=0.25)
+
+
+def test_built_in_laws_do_not_load_plugins(installed):
+    """Nobody who asks for a built-in law is warned of a broken plug-in."""
+    assert get_law("mua") == MuA()
+
+
+def test_plugins_are_listed_and_loaded_once(installed):
+    """An unknown name lists plug-ins too, and the broken one warns a single time."""
+    with (
+        pytest.warns(Warn) as caught,
+        pytest.raises(LawError, match=r"constant, falling, half, loraplus, (measured, )?mua"),
+    ):
+        get_law("nua")
+    assert len(caught) == 1
+    assert "broken" not in LAWS.names()
+
+
+def test_a_plugin_that_makes_no_law_is_refused(installed):
+    """A factory that returns something else is an error that says what."""
+    with pytest.warns(Warn), pytest.raises(LawError, match="'nothing' made a dict"):
+        get_law("nothing")
+
+
+def test_a_registry_prefers_what_is_registered():
+    """A registered name is found without looking for entry points."""
+    registry = Registry("rankaware_optim.nobody", "thing", LawError)
+    registry.register("one", dict)
+    assert registry.get("one") is dict
+    assert registry.names() == ["one"]
+
+
+# --- families -------------------------------------------------------------------------------------------------------
+
+FAMILIES = [
+    ("Adam", "sign-like"),
+    ("AdamW", "sign-like"),
+    ("NAdam", "sign-like"),
+    ("RAdam", "sign-like"),
+    ("Adamax", "sign-like"),
+    ("RMSprop", "sign-like"),
+    ("Rprop", "sign-like"),
+    ("SparseAdam", "sign-like"),
+    ("SGD", "gradient-like"),
+    ("ASGD", "gradient-like"),
+    ("Adadelta", "unknown"),
+    ("Adagrad", "unknown"),
+]
+
+
+@pytest.mark.parametrize(("name", "family"), FAMILIES)
+def test_optimizer_families(name, family):
+    """A torch optimizer's family is read off its class, and a subclass belongs to its base's."""
+    kind = getattr(torch.optim, name)
+    assert optimizer_family(kind) == optimizer_family(type("Mine", (kind,), {})) == family
+
+
+# --- references -----------------------------------------------------------------------------------------------------
+
+BAD_REFERENCES = [
+    ({}, "lacks rank"),
+    ({"rank": 4}, "lacks alpha"),
+    ({"alpha": 4}, "lacks rank"),
+    ({"rank": 0, "alpha": 4}, "rank=0"),
+    ({"rank": -4, "alpha": 4}, "rank=-4"),
+    ({"rank": 4.5, "alpha": 4}, "rank=4.5"),
+    ({"rank": True, "alpha": 4}, "rank=True"),
+    ({"rank": "4", "alpha": 4}, "rank='4'"),
+    ({"rank": math.inf, "alpha": 4}, "rank=inf"),
+    ({"rank": 4, "alpha": 0}, "alpha=0"),
+    ({"rank": 4, "alpha": -1.0}, "alpha=-1.0"),
+    ({"rank": 4, "alpha": math.nan}, "alpha=nan"),
+    ({"rank": 4, "alpha": 4, "fan_in": 0}, "fan_in=0"),
+    ({"rank": 4, "alpha": 4, "batch": -1}, "batch=-1"),
+    ({"rank": 4, "alpha": 4, "init": "C"}, "not 'C'"),
+    ({"rank": 4, "alpha": 4, "method": "qlora"}, "not 'qlora'"),
+    ({"method": "full", "fan_in": -1}, "fan_in=-1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_REFERENCES)
+def test_bad_references_are_refused(arguments, message):
+    """An incomplete or impossible reference is an error that names what is wrong with it."""
+    with pytest.raises(InvalidReferenceError, match=message):
+        Reference(**arguments)
+
+
+SCALINGS = [
+    ({"rank": 16, "alpha": 32}, 2.0, "rank 16, alpha 32, Init[A]"),
+    ({"rank": 16, "alpha": 32, "rslora": True, "init": "B"}, 8.0, "rank 16, alpha 32, rslora, Init[B]"),
+    ({"method": "full"}, 1.0, "full finetuning"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "scaling", "text"), SCALINGS)
+def test_references_have_a_scaling_and_a_text(arguments, scaling, text):
+    """A reference's scaling is alpha / rank, or alpha / √rank with rslora; its text is short."""
+    assert Reference(**arguments).scaling == scaling
+    assert str(Reference(**arguments)) == text
+
+
+WIDTHS = [("lora", 25.0), ("full", 30.0)]
+
+
+@pytest.mark.parametrize(("method", "width"), WIDTHS)
+def test_resolving_fills_in_the_width(method, width):
+    """A LoRA reference takes the mean width of the model, a full one the largest, and a given one stays."""
+    survey = Survey(tuple(Factor(f"{n}.A", "A", 4, n, 100 / n, layer=f"{n}") for n in (20, 30)))
+    reference = Reference(rank=4, alpha=4, method=method)
+    assert reference.resolve(survey).fan_in == pytest.approx(width)
+    assert replace(reference, fan_in=7).resolve(survey).fan_in == 7

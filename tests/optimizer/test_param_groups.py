@@ -1,0 +1,450 @@
+"""Groups: which parameter gets which multiplier, how groups are cut and ordered, and what the report says of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rankaware_optim import (
+    Falling,
+    InspectionError,
+    LawError,
+    MuA,
+    OptimizerError,
+    RankAwareWarning,
+    Reference,
+    inspect_model,
+    rank_aware_param_groups,
+)
+from rankaware_optim._types import Factor
+from rankaware_optim.optimizer import make_plan
+
+from ..helpers.models import adapted, mlp
+
+LR = 1e-3
+AT_16 = Reference(rank=16, alpha=16)
+
+
+def multipliers(groups: list[dict]) -> dict[str, float]:
+    """Multiplier by parameter name."""
+    return {name: group["lr_multiplier"] for group in groups for name, _ in group["params"]}
+
+
+def expected(rank: int, scaling: float, reference: Reference, *, width: float = 16, init: str = "A") -> float:
+    """The default law's multiplier at a width that both sides share."""
+    factor = Factor("w", "A", rank, width, width, scaling, init)
+    return Falling().multiplier(factor, replace(reference, fan_in=reference.fan_in or width))
+
+
+# --- cutting --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [1, 3, 12])
+def test_a_uniform_model_has_three_groups(layers):
+    """A uniform model has one group of A, one of B and one of other parameters, however many layers."""
+    groups = rank_aware_param_groups(mlp((4,) * layers), lr=LR, tuned_at=AT_16)
+    assert [(g["lora_role"], len(g["params"])) for g in groups] == [("other", 2), ("A", layers), ("B", layers)]
+
+
+@given(
+    ranks=st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=4).map(tuple),
+    scaling=st.sampled_from([0.25, 1.0, 2.0]),
+    init=st.sampled_from("AB"),
+    lr=st.floats(1e-6, 1.0),
+    reference=st.none() | st.builds(Reference, rank=st.integers(1, 64), alpha=st.integers(1, 64)),
+)
+@settings(max_examples=50)
+def test_groups_hold_everything_once_at_their_rate(ranks, scaling, init, lr, reference):
+    """Every trainable parameter is in one group; none is empty; base-rate groups lead; lr = base × multiplier."""
+    model = mlp(ranks, scalings=scaling, init=init)
+    groups = rank_aware_param_groups(model, lr=lr, tuned_at=reference)
+    listed = [name for group in groups for name, _ in group["params"]]
+    assert sorted(listed) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    assert all(group["params"] for group in groups)
+    assert all(group["lr"] == pytest.approx(lr * group["lr_multiplier"]) for group in groups)
+    moved = [group["lr_multiplier"] != 1.0 for group in groups]
+    assert moved == sorted(moved)
+
+
+@pytest.mark.parametrize("reference", [None, AT_16, Reference(rank=4, alpha=16), Reference(rank=8, alpha=8, fan_in=64)])
+@pytest.mark.parametrize("scalings", [1.0, (1.0, 0.5, 1.0)])
+def test_multipliers_are_the_laws(scalings, reference):
+    """A factor's multiplier is the law's at the model's width; by default from the model's dominant configuration."""
+    ranks, each = (4, 8, 4), scalings if isinstance(scalings, tuple) else (scalings,) * 3
+    found = multipliers(rank_aware_param_groups(mlp(ranks, scalings=scalings), lr=LR, tuned_at=reference))
+    for i, (rank, scaling) in enumerate(zip(ranks, each, strict=True)):
+        value = expected(rank, scaling, reference or Reference(rank=4, alpha=4))
+        assert found[f"layer{i}.lora_A"] == found[f"layer{i}.lora_B"] == pytest.approx(value)
+    assert found["head.weight"] == found["head.bias"] == 1.0
+
+
+def test_a_mixed_model_is_scaled_around_its_dominant_rank():
+    """Without tuned_at the most common rank keeps the base rate, a higher one gets less, a lower one more."""
+    found = multipliers(rank_aware_param_groups(mlp((4, 2, 4, 8)), lr=LR))
+    assert found["layer0.lora_A"] == found["layer2.lora_B"] == 1.0
+    assert found["layer3.lora_A"] < 1.0 < found["layer1.lora_A"]
+
+
+def test_users_groups_are_split_and_never_merged():
+    """Two groups of the user's with equal options stay two; each keeps its options, and its own rate is multiplied."""
+    model = mlp((4, 8))
+    first, second = list(model.get_submodule("layer0").parameters()), list(model.get_submodule("layer1").parameters())
+    users = [
+        {"params": first, "lr": 5e-4, "weight_decay": 0.3},
+        {"params": second, "weight_decay": 0.3, "betas": (0.5, 0.6)},
+        {"params": list(model.get_submodule("head").parameters()), "weight_decay": 0.3},
+    ]
+    for group in users:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    groups = rank_aware_param_groups(users, lr=LR, model=model, tuned_at=AT_16)
+    assert {g["weight_decay"] for g in groups} == {0.3}
+    found = {g["params"][0][0]: g for g in groups}
+    assert found.keys() == {"layer0.lora_A", "layer0.lora_B", "layer1.lora_A", "layer1.lora_B", "head.weight"}
+    assert found["layer0.lora_A"]["lr"] == pytest.approx(5e-4 * expected(4, 1.0, AT_16))
+    assert found["layer1.lora_B"]["lr"] == pytest.approx(LR * expected(8, 1.0, AT_16))
+    assert found["layer1.lora_B"]["betas"] == (0.5, 0.6)
+    assert "betas" not in found["layer0.lora_A"]
+
+
+def test_the_users_groups_are_not_changed():
+    """The dicts and lists that the user passes are left as they were."""
+    model = mlp()
+    params = [p for p in model.parameters() if p.requires_grad]
+    users = [{"params": params, "lr": LR}]
+    rank_aware_param_groups(users, lr=1.0, model=model, tuned_at=AT_16)
+    assert users == [{"params": params, "lr": LR}]
+    assert len(params) == 6
+
+
+FORMS = {
+    "model": lambda model: model,
+    "parameters": lambda model: (p for p in model.parameters() if p.requires_grad),
+    "named": lambda model: ((n, p) for n, p in model.named_parameters() if p.requires_grad),
+    "dicts": lambda model: [{"params": [p for p in model.parameters() if p.requires_grad]}],
+    "named dicts": lambda model: [{"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad]}],
+    "generator": lambda model: ({"params": p} for p in [[p for p in model.parameters() if p.requires_grad]]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_parameters_is_taken(form):
+    """A model, parameters, named parameters and dicts of them give the same groups."""
+    model = mlp((4, 8))
+    expect = rank_aware_param_groups(model, lr=LR)
+    assert str(rank_aware_param_groups(FORMS[form](model), model=model, lr=LR)) == str(expect)
+
+
+def test_a_single_tensor_is_taken():
+    """A group of one bare tensor is a group."""
+    model = mlp()
+    (group,) = rank_aware_param_groups([{"params": model.get_parameter("layer0.lora_A")}], model=model, lr=LR)
+    assert [name for name, _ in group["params"]] == ["layer0.lora_A"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_names_can_be_left_out(named):
+    """With named=False groups hold bare tensors; either kind is accepted by a torch optimizer."""
+    groups = rank_aware_param_groups(mlp(), lr=LR, named=named)
+    assert isinstance(groups[0]["params"][0], tuple) is named
+    assert len(torch.optim.AdamW(groups).param_groups) == 3
+
+
+def test_group_values_are_plain():
+    """Beside parameters, groups hold only what torch.load(weights_only=True) accepts."""
+    for group in rank_aware_param_groups(mlp(), lr=LR):
+        values = [value for key, value in group.items() if key != "params"]
+        assert all(value is None or isinstance(value, (int, float, str)) for value in values)
+
+
+# --- the user's exceptions ------------------------------------------------------------------------------------------
+
+
+def test_rates_by_pattern():
+    """rates= gives any parameter a rate of its own; the first pattern that matches wins."""
+    rates = {"layer0.lora_B": 0.7, "layer0.*": 0.5, "head.*": 0.25}
+    groups = rank_aware_param_groups(mlp((4, 8)), lr=LR, tuned_at=AT_16, rates=rates)
+    found = {name: group["lr"] for group in groups for name, _ in group["params"]}
+    assert [found[f"layer0.lora_{role}"] for role in "AB"] == pytest.approx([0.5, 0.7])
+    assert [found["head.weight"], found["head.bias"]] == pytest.approx([0.25, 0.25])
+    assert found["layer1.lora_A"] == pytest.approx(LR * expected(8, 1.0, AT_16))
+
+
+def test_other_lr():
+    """other_lr= is the rate of all that is no factor, except where a pattern says another."""
+    groups = rank_aware_param_groups(mlp(), lr=LR, other_lr=0.1, rates={"*bias": 0.2})
+    found = {name: group["lr"] for group in groups for name, _ in group["params"]}
+    assert [found["head.weight"], found["head.bias"], found["layer0.lora_A"]] == pytest.approx([0.1, 0.2, LR])
+
+
+def test_groups_at_the_base_rate_come_before_pinned_ones():
+    """A rate of its own puts a group behind those at the base rate, whatever the model's order."""
+    groups = rank_aware_param_groups(mlp(), lr=LR, rates={"layer0.*": 0.5})
+    assert [g["lr"] == LR for g in groups] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1e-3", True, None])
+def test_bad_rates_are_refused(value):
+    """A rate that is no positive finite number is an error that names where it stands."""
+    with pytest.raises(OptimizerError, match=r"^rates\['head\.\*'\] is"):
+        rank_aware_param_groups(mlp(), lr=LR, rates={"head.*": value})
+    with pytest.raises(OptimizerError, match=r"^lr is"):
+        rank_aware_param_groups(mlp(), lr=value)
+    if value is not None:
+        with pytest.raises(OptimizerError, match=r"^other_lr is"):
+            rank_aware_param_groups(mlp(), lr=LR, other_lr=value)
+
+
+@pytest.mark.parametrize("pattern", ["classifier*", "layer0", "layer9.*", "layer0.base_layer.*"])
+def test_a_pattern_without_a_match_is_refused(pattern):
+    """A pattern that matches no trainable parameter is an error that shows a real name."""
+    with pytest.raises(OptimizerError, match=r"matches none of 6 trainable parameters.*'head\.bias'"):
+        rank_aware_param_groups(mlp(), lr=LR, rates={pattern: 1e-3})
+
+
+PARAMS_ERRORS = [
+    (lambda m: [*_trained(m), _trained(m)[0]], r"layer0\.lora_A is listed twice"),
+    (lambda m: [{"params": _trained(m)}, {"params": _trained(m)[-1:]}], r"head\.bias is listed twice"),
+    (lambda m: _trained(mlp()), r"None of the 6 parameters given belongs to the model"),
+    (lambda m: [], r"no trainable parameter"),
+    (lambda m: [{"params": []}], r"no trainable parameter"),
+    (lambda m: [1.0], r"holds a float"),
+    (lambda m: ["head.weight"], r"holds a str"),
+    (lambda m: [{"params": _trained(m), "lr": 0.0}], r"lr is 0\.0"),
+    (lambda m: [{"params": _trained(m), "lr": -1.0}], r"lr is -1\.0"),
+    (lambda m: [{"params": _trained(m), "lr": math.nan}], r"lr is nan"),
+]
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize(("params", "message"), PARAMS_ERRORS)
+def test_bad_parameters_are_refused(params, message):
+    """Parameters listed twice, of another model, none at all, no tensors, or at an impossible rate are an error."""
+    model = mlp()
+    with pytest.raises(OptimizerError, match=message):
+        rank_aware_param_groups(params(model), model=model, lr=LR)
+
+
+def test_parameters_without_a_model_are_refused():
+    """Parameters alone do not tell factors."""
+    with pytest.raises(OptimizerError, match="Parameters alone"):
+        rank_aware_param_groups(mlp().parameters(), lr=LR)
+
+
+def test_strangers_beside_the_models_parameters_are_other():
+    """A parameter that is not the model's, such as a loss's own, is other and keeps the base rate."""
+    model, stranger = mlp(), nn.Parameter(torch.ones(()))
+    groups = rank_aware_param_groups([*_trained(model), stranger], model=model, lr=LR, tuned_at=AT_16)
+    assert [g["lr"] for g in groups for _, p in g["params"] if p is stranger] == [LR]
+
+
+# --- inits, embeddings, widths --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("init", "other"), ["AB", "BA"])
+def test_inits_are_crossed_only_on_request(init, other, across):
+    """A factor of another init than the reference's is scaled along its own init's law, or carried over on request."""
+    reference = replace(AT_16, init=other, fan_in=16)
+    found = multipliers(rank_aware_param_groups(mlp(init=init), lr=LR, tuned_at=reference, across_inits=across))
+    origin = reference if across else replace(reference, init=init)
+    assert found["layer0.lora_A"] == pytest.approx(expected(4, 1.0, origin, init=init))
+
+
+def test_crossing_inits_is_noted():
+    """The report says when factors are of another init than the reference's."""
+    assert any("across_inits=True" in note for note in plan(mlp(init="B"), tuned_at=AT_16).notes)
+    jump = plan(mlp(init="B"), tuned_at=AT_16, across_inits=True)
+    assert len(jump.notes) == 1
+    assert "up to three octaves too high" in jump.notes[0]
+    assert not plan(mlp(init="B"), tuned_at=AT_16, across_inits=True, law="constant").notes
+    assert not plan(mlp(init="B")).notes
+
+
+def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
+    """PiSSA and kin keep the base rate, with a warning that says why."""
+    model = mlp((4, 8), init="other")
+    with pytest.warns(RankAwareWarning, match=r"neither factor zero .* init='A' or 'B'") as caught:
+        groups = rank_aware_param_groups(model, lr=LR, tuned_at=AT_16)
+    assert caught[0].filename == __file__
+    assert set(multipliers(groups).values()) == {1.0}
+
+
+@pytest.mark.parametrize("init", ["A", "B"])
+def test_a_named_init_is_scaled_without_a_warning(init):
+    """Naming the init of such adapters scales them by that init's law."""
+    found = multipliers(
+        rank_aware_param_groups(mlp(init="other"), lr=LR, init=init, tuned_at=replace(AT_16, init=init))
+    )
+    assert found["layer0.lora_A"] == pytest.approx(expected(4, 1.0, replace(AT_16, init=init), init=init))
+
+
+def test_unknown_inits_count_as_a():
+    """On the meta device adapters count as Init[A], with a note."""
+    model = nn.Sequential(adapted(device="meta"))
+    found = multipliers(rank_aware_param_groups(model, lr=LR, tuned_at=AT_16))
+    assert found["0.lora_A"] == pytest.approx(expected(4, 2.0, AT_16, width=12))
+    assert "count as Init[A]" in plan(model).notes[0]
+
+
+@pytest.mark.parametrize("init", ["A", "B"])
+def test_embeddings_are_scaled_along_their_own_law_at_width_one(init):
+    """An embedding is scaled from its own init at width 1: by rank and scaling, never by the vocabulary."""
+    embedding = adapted(kind="embedding", scaling=1.0, init=init)
+    model = nn.ModuleDict({"lin": adapted(scaling=1.0), "emb": embedding})
+    found = multipliers(rank_aware_param_groups(model, lr=LR, tuned_at=AT_16))
+    value = expected(4, 1.0, replace(AT_16, init=init, fan_in=1), width=1, init=init)
+    assert found["emb.lora_A"] == pytest.approx(value)
+    assert multipliers(rank_aware_param_groups(model, lr=LR))["emb.lora_A"] == 1.0
+
+
+def test_one_width_or_each_layers_own():
+    """By default the law sees one width for the whole model; per_layer_width=True gives it each layer's own."""
+    model = nn.Sequential(adapted(scaling=1.0), adapted(kind="conv", scaling=1.0))
+    at = replace(AT_16, fan_in=64)
+    one = multipliers(rank_aware_param_groups(model, lr=LR, tuned_at=at))
+    own = multipliers(rank_aware_param_groups(model, lr=LR, tuned_at=at, per_layer_width=True))
+    assert one["0.lora_A"] == one["1.lora_A"] == pytest.approx(expected(4, 1.0, at, width=inspect_model(model).width))
+    assert [own["0.lora_A"], own["1.lora_A"]] == pytest.approx([expected(4, 1.0, at, width=n) for n in (12, 27)])
+
+
+# --- full finetuning ------------------------------------------------------------------------------------------------
+
+
+def whole() -> nn.Module:
+    layers = {"emb": nn.Embedding(9, 8), "in": nn.Linear(8, 32), "norm": nn.LayerNorm(32), "out": nn.Linear(32, 3)}
+    return nn.ModuleDict(layers)
+
+
+def test_full_finetuning_moves_everything_by_one_multiplier():
+    """Under method="full" weights, biases, norms and embeddings move from the mean width to the largest."""
+    found = multipliers(rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=AT_16))
+    mean = (8 * 8 * 32 + 32 * 32 * 3) / (8 * 32 + 32 * 3)
+    value = MuA().multiplier(Factor("w", "full", None, 32, 32), replace(AT_16, fan_in=mean))
+    assert list(found.values()) == pytest.approx([value] * 7)
+
+
+def test_full_finetuning_at_its_own_reference_changes_nothing():
+    """Without tuned_at a full-finetuning rate is the model's own."""
+    assert set(multipliers(rank_aware_param_groups(whole(), lr=LR, method="full")).values()) == {1.0}
+
+
+def test_full_finetuning_with_exceptions():
+    """rates= and other_lr= hold under full finetuning too, where biases, norms and embeddings are other."""
+    groups = rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=AT_16, rates={"out.*": 0.5}, other_lr=0.1)
+    found = {name: group["lr"] for group in groups for name, _ in group["params"]}
+    assert [found[n] for n in ("out.weight", "out.bias")] == pytest.approx([0.5, 0.5])
+    assert [found[n] for n in ("emb.weight", "in.bias", "norm.weight")] == pytest.approx([0.1] * 3)
+    moved = MuA().multiplier(Factor("w", "full", None, 8, 32), replace(AT_16, fan_in=8))
+    assert found["in.weight"] == pytest.approx(LR * moved)
+
+
+@pytest.mark.parametrize(("init", "width"), [("A", 32), ("B", (8 * 8 * 32 + 32 * 32 * 3) / (8 * 32 + 32 * 3))])
+def test_the_width_of_full_finetuning_follows_the_references_init(init, width):
+    """From Init[A] the largest fan-in decides full finetuning, from Init[B] the mean one."""
+    at = Reference(rank=16, alpha=16, init=init, fan_in=32)
+    found = multipliers(rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=at))
+    assert found["in.weight"] == pytest.approx(Falling().multiplier(Factor("w", "full", None, width, width), at))
+
+
+def test_pinned_weights_do_not_count_for_the_width():
+    """A weight with a rate of its own has no say in the width that the others are read at."""
+    model = nn.Sequential(adapted(scaling=1.0), adapted(kind="conv", scaling=1.0))
+    found = multipliers(rank_aware_param_groups(model, lr=LR, tuned_at=replace(AT_16, fan_in=64), rates={"1.*": 1.0}))
+    assert found["0.lora_A"] == pytest.approx(expected(4, 1.0, replace(AT_16, fan_in=64), width=12))
+
+
+def test_full_finetuning_per_layer():
+    """per_layer_width=True gives every whole weight the rate of its own fan-in."""
+    at = Reference(method="full", fan_in=32)
+    found = multipliers(rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=at, per_layer_width=True))
+    assert found["out.weight"] == 1.0
+    assert found["in.weight"] == pytest.approx(MuA().multiplier(Factor("w", "full", None, 8, 32), at))
+
+
+def test_a_model_without_pairs_needs_method_full():
+    """Without adapters and without method="full" the error says both ways out."""
+    with pytest.raises(InspectionError, match=r"Add adapters .* method='full'"):
+        rank_aware_param_groups(whole(), lr=LR)
+
+
+# --- notes and the report -------------------------------------------------------------------------------------------
+
+
+def plan(model, **options):
+    return make_plan(inspect_model(model), **options)
+
+
+NOTES = [
+    (torch.optim.AdamW, None),
+    (torch.optim.RMSprop, None),
+    (torch.optim.SGD, "SGD is gradient-like: µA's form"),
+    (torch.optim.Adagrad, "Adagrad is of an unknown family; it is scaled as a sign-like"),
+]
+
+
+@pytest.mark.parametrize(("kind", "note"), NOTES)
+def test_optimizer_families_are_noted(kind, note):
+    """An optimizer that is not sign-like gets a line in the report."""
+    assert [n.startswith(note or "-") for n in plan(mlp(), optimizer_class=kind).notes] == ([True] if note else [])
+
+
+def test_a_law_without_families_is_said_to_know_none():
+    """A law that has one form for all is noted as such beside an optimizer of another family."""
+    (note,) = plan(mlp(), optimizer_class=torch.optim.SGD, law="loraplus").notes
+    assert note == "SGD is gradient-like, which the law 'loraplus' does not know of."
+
+
+def test_strict_refuses_unknown_families():
+    """strict=True refuses an optimizer that no law is derived for, and takes those of known families."""
+    with pytest.raises(LawError, match=r"Adagrad is of no family .* Leave strict out"):
+        plan(mlp(), optimizer_class=torch.optim.Adagrad, strict=True)
+    assert plan(mlp(), optimizer_class=torch.optim.SGD, strict=True).law.family == "gradient-like"
+
+
+BATCHES = [
+    (torch.optim.AdamW, 16, 64, 2.0),
+    (torch.optim.AdamW, 16, 16, 1.0),
+    (torch.optim.SGD, 16, 64, 4.0),
+    (torch.optim.AdamW, None, 64, 1.0),
+    (torch.optim.AdamW, 16, None, 1.0),
+]
+
+
+@pytest.mark.parametrize(("kind", "tuned", "batch", "moved"), BATCHES)
+def test_the_batch_moves_every_rate_where_both_sides_name_one(kind, tuned, batch, moved):
+    """Rates go as √batch for Adam's kind and as batch for SGD's, heads too, but only where both batches are told."""
+    at = Reference(rank=4, alpha=4, batch=tuned)
+    groups = rank_aware_param_groups(mlp((4,)), lr=LR, tuned_at=at, optimizer_class=kind, batch=batch)
+    assert {group["lr_multiplier"] for group in groups} == {moved}
+    notes = plan(mlp((4,)), tuned_at=at, optimizer_class=kind, batch=batch).notes
+    assert any("a rule of thumb" in note for note in notes) == (moved != 1.0)
+    assert any("names no batch" in note for note in notes) == (tuned is None)
+
+
+def test_rates_of_their_own_do_not_move_with_the_batch():
+    """A rate given by name or for others is what it was given as, whatever the batch."""
+    at = Reference(rank=4, alpha=4, batch=16)
+    groups = rank_aware_param_groups(mlp((4,)), lr=LR, tuned_at=at, batch=64, other_lr=0.5)
+    assert {group["lora_role"]: group["lr"] for group in groups} == {"other": 0.5, "A": 2 * LR, "B": 2 * LR}
+
+
+@pytest.mark.parametrize("batch", [0, -1, float("nan"), float("inf"), True, "64"])
+def test_an_impossible_batch_is_refused(batch):
+    """A batch that is no positive number is an error."""
+    with pytest.raises(OptimizerError, match=r"^batch is .* Give a positive number"):
+        plan(mlp(), batch=batch)
+
+
+def test_full_finetuning_from_a_lora_rate_is_noted():
+    """Moving a LoRA rate to full finetuning by the law alone is noted as a rough guess."""
+    made = make_plan(inspect_model(whole(), method="full"), tuned_at=AT_16)
+    assert any("good to an octave or two" in note for note in made.notes)

@@ -1,0 +1,240 @@
+"""The report and the survey's explanation: what is shown, why, and which accidents are pointed out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from rankaware_optim import RankAwareOptimizer, Reference, Survey, inspect_model, rank_aware_param_groups
+from rankaware_optim._survey_text import Rated
+from rankaware_optim._types import Factor
+from rankaware_optim.inspection import other_kind
+from rankaware_optim.inspection._unsupported import unsupported
+from rankaware_optim.optimizer import Report, make_plan, plan_rates
+from rankaware_optim.optimizer._report import make_report
+
+from ..helpers.models import adapted, mlp
+
+LR = 1e-3
+AT_16 = Reference(rank=16, alpha=16)
+
+
+def report_of(model: nn.Module, **options) -> Report:
+    """The report of the groups that `options` make of `model`."""
+    survey = inspect_model(model)
+    return make_report(rank_aware_param_groups(model, lr=LR, **options), make_plan(survey, **options), "", survey)
+
+
+def test_the_report_lists_every_group():
+    """A report has one row a group with role, rank, scaling, init, count, multiplier, rate and reason."""
+    model = mlp((4, 8))
+    made = make_plan(inspect_model(model), tuned_at=AT_16, rates={"head.bias": 0.5})
+    groups = rank_aware_param_groups(model, lr=LR, tuned_at=AT_16, rates={"head.bias": 0.5})
+    for group in groups:
+        group["param_names"], group["params"] = zip(*group["params"], strict=True)
+    rows = make_report(groups, made, "title", inspect_model(model)).rows
+    seen = [(r.role, r.rank, r.scaling, r.init, r.count) for r in rows]
+    lora = [(role, rank, 1.0, "A", 1) for rank in (4, 8) for role in "AB"]
+    assert seen == [("other", None, None, None, 1), *lora, ("other", None, None, None, 1)]
+    assert [(r.multiplier, r.lr) for r in rows] == [(g["lr_multiplier"], g["lr"]) for g in groups]
+    assert rows[0].reason == "no LoRA factor: the base rate"
+    assert rows[1].reason == "falling: from rank 16, alpha 16, Init[A]"
+    assert rows[-1].reason == "a rate of its own, by rates="
+    assert rows[-1].names == ("head.bias",)
+
+
+REASONS = [
+    ({"other_lr": 0.1}, "A", "other", "a rate of its own, by other_lr="),
+    ({"law": "constant"}, "A", "A", "constant: from rank 4, alpha 4, Init[A]"),
+    ({}, "other", "A", "neither factor was zero, so no law covers it: the base rate"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
+@pytest.mark.parametrize(("options", "init", "role", "reason"), REASONS)
+def test_reasons(options, init, role, reason):
+    """Every row says why its rate is what it is."""
+    model = mlp(init=init)
+    rows = report_of(model, **options).rows
+    assert {row.reason for row in rows if row.role == role} == {reason}
+
+
+def test_the_report_prints_as_a_table():
+    """str() of a report is a table with its title, a line a group, and the notes."""
+    model = mlp((4, 8))
+    made = make_plan(inspect_model(model), tuned_at=replace(AT_16, init="B"))
+    text = str(make_report(rank_aware_param_groups(model, lr=LR), made, "the title", inspect_model(model)))
+    assert text.splitlines()[0].strip() == "the title"
+    assert all(word in text for word in ("role", "multiplier", "why", "no LoRA factor", "note: Adapters at Init[A]"))
+    assert max(map(len, text.split("note:")[0].splitlines())) <= 150
+
+
+def test_a_row_shows_convention_and_fans():
+    """A group's row names its conventions and the smallest and largest fan-in of its tensors."""
+    model = nn.ModuleDict({"narrow": adapted(rank=4), "wide": mlp((4,), width=64, scalings=2.0, head=False)})
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=LR)
+    (row,) = [r for r in opt.report().rows if r.role == "A"]
+    assert (row.convention, row.fan_in, row.fan_out) == ("lora_A/lora_B", (12, 64), (20, 64))
+    assert "12–64" in str(opt.report())
+
+
+def test_per_module_has_a_line_for_every_tensor():
+    """report(per_module=True) lists every parameter by name with its rate and reason."""
+    model = mlp((4, 8))
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT_16)
+    lines = str(opt.report(per_module=True)).splitlines()
+    for group in opt.param_groups:
+        for name in group["param_names"]:
+            (line,) = [line for line in lines if f" {name} " in line]
+            assert f"{group['lr']:.3g}" in line
+            assert "falling: from rank 16" in line or "the base rate" in line
+
+
+def test_the_report_keeps_the_init_seen_before_training():
+    """A report after training tells the init that the pairs started from, not what trained weights look like."""
+    model = mlp((4,), init="B")
+    opt = RankAwareOptimizer(model, torch.optim.SGD, lr=LR)
+    with torch.no_grad():
+        model.layer0.lora_A.add_(1.0)
+    assert "other" not in {f.init for f in opt.report().survey.factors}
+
+
+def test_later_groups_join_the_survey():
+    """A group that is added later is explained like the first ones."""
+    model = nn.ModuleDict({"one": adapted(), "two": adapted()})
+    opt = RankAwareOptimizer([model["one"].lora_A, model["one"].lora_B], torch.optim.SGD, model=model, lr=LR)
+    opt.add_param_group({"params": [model["two"].lora_A, model["two"].lora_B]})
+    shown = str(opt.report(per_module=True))
+    assert "one.lora_A" in shown
+    assert "two.lora_B" in shown
+
+
+# --- explain --------------------------------------------------------------------------------------------------------
+
+
+def test_explain_merges_alike_factors():
+    """Without per_module alike factors share a line with their count."""
+    shown = inspect_model(mlp((4, 4, 8))).explain()
+    lines = [line.split() for line in shown.splitlines() if line.strip().startswith("lora_A/lora_B")]
+    assert [(line[2], line[3], line[8]) for line in lines] == [
+        ("A", "4", "2"),
+        ("B", "4", "2"),
+        ("A", "8", "1"),
+        ("B", "8", "1"),
+    ]
+
+
+def test_explain_shows_rates_and_reasons():
+    """Rates given by name fill the columns lr and why."""
+    survey = inspect_model(mlp((4, 8)))
+    rates = plan_rates(make_plan(survey, tuned_at=AT_16, rates={"layer1.lora_B": 0.5}), survey, LR)
+    shown = survey.explain(per_module=True, rates=rates)
+    assert "a rate of its own, by rates=" in shown
+    assert shown.count("falling: from rank 16, alpha 16, Init[A]") == 3
+    assert survey.explain(rates={"layer0.lora_A": Rated(0.25, "since I say so")}).count("since I say so") == 1
+
+
+def test_explain_names_what_has_no_law():
+    """Other parameters are shown by the kind of adapter they belong to, frozen factors as such."""
+    names = ("q.vera_lambda_b.default", "q.lora_magnitude_vector.d.weight", "head.weight")
+    survey = Survey((), names, frozen=("q.lora_A",), unsupported=unsupported(names))
+    shown = survey.explain()
+    for words in ("VeRA: no law", "DoRA magnitude: no law", "no LoRA factor: the base rate", "does not train"):
+        assert words in shown
+
+
+KINDS = [
+    ("m.hada_w1_a.default", "LoHa"),
+    ("m.lokr_w2_b.default", "LoKr"),
+    ("m.vera_lambda_d.default", "VeRA"),
+    ("m.lora_E.default", "AdaLoRA's singular values"),
+    ("m.lora_A.3", "DyLoRA"),
+    ("m.up_list.0", "DyLoRA"),
+    ("m.ia3_l.default", "IA³"),
+    ("m.oft_R.default.weight", "OFT"),
+    ("m.boft_R.default", "BOFT"),
+    ("m.dora_scale", "DoRA magnitude"),
+    ("m.magnitude", "DoRA magnitude"),
+    ("m.lora_mid.weight", "Tucker core"),
+    ("m.lora_B.default.bias", "LoRA bias"),
+    ("score.modules_to_save.default.weight", "whole copy (modules_to_save)"),
+    ("m.lora_A.default.weight", None),
+    ("m.lora_A.default", None),
+    ("magnitudes.weight", None),
+    ("head.weight", None),
+    ("soft.weight", None),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_kinds_by_name(name, kind):
+    """A parameter's name tells the kind of adapter without a law that it belongs to, or that it belongs to none."""
+    assert other_kind(name) == kind
+
+
+# --- audit ----------------------------------------------------------------------------------------------------------
+
+LOHA = "m.hada_w1_a"
+PAIR = Factor("up.lora_A", "A", 4, 64, 64, layer="up")
+AUDIT = [
+    (Survey((PAIR,)), None),
+    (Survey((replace(PAIR, rank=64),)), None),
+    (Survey((replace(PAIR, scaling=8.0), replace(PAIR, scaling=1 / 64))), None),
+    (Survey((replace(PAIR, kind="embedding", rank=128),)), None),
+    (
+        Survey((), ("m.hada_w1_a", "head.weight"), unsupported={"m.hada_w1_a": "LoHa"}),
+        r"^0 LoRA pairs matched; what trains is LoHa",
+    ),
+    (Survey((), ("head.weight",)), r"^0 LoRA pairs matched; what trains is no adapter"),
+    (Survey((PAIR,), frozen=("a", "b")), r"^2 LoRA factors \(a, …\) are not trained"),
+    (
+        Survey((PAIR,), unadapted=("mlp.experts.up",)),
+        r"^1 frozen stack \(mlp\.experts\.up\) is not .*target_parameters",
+    ),
+    (Survey((replace(PAIR, init="other"),)), r"^1 factor \(up\.lora_A\) is not covered .* neither factor zero"),
+    (Survey((replace(PAIR, init="unknown"),)), r"an init that cannot be read"),
+    (Survey((replace(PAIR, rank=65),)), r"not low-rank: the rank is above the fan-in"),
+    (Survey((replace(PAIR, scaling=8.5),)), r"above 8 or below 1/64"),
+    (Survey((replace(PAIR, scaling=1 / 65),)), r"above 8 or below 1/64"),
+]
+
+
+@pytest.mark.parametrize(("survey", "sentence"), AUDIT)
+def test_the_audit_points_out_accidents(survey, sentence):
+    """Each known accident has its sentence, in audit() and under the table, and a sound survey has none."""
+    found = survey.audit()
+    assert len(found) == (sentence is not None)
+    if sentence is not None:
+        with pytest.raises(ValueError, match=sentence):
+            raise ValueError(found[0])
+        assert f"check: {found[0]}" in survey.explain()
+
+
+def test_a_head_at_the_adapters_rate_is_pointed_out():
+    """A whole weight at the base rate is an accident until it is given a rate of its own."""
+    model = mlp((4,))
+    (line,) = RankAwareOptimizer(model, torch.optim.SGD, lr=LR).report().audit
+    assert line.startswith("head.weight trains at the adapters' base rate")
+    assert RankAwareOptimizer(model, torch.optim.SGD, lr=LR, other_lr=0.1).report().audit == ()
+
+
+def test_an_adapter_outside_the_optimizer_is_pointed_out():
+    """An adapter that trains in the model and of which no factor is in the optimizer is named."""
+    model = nn.ModuleDict({"one": adapted("container"), "two": adapted("container")})
+    for attribute in ("lora_A", "lora_B", "r", "scaling"):
+        held = getattr(model["two"], attribute)
+        held["second"] = held.pop("default")
+    params = [p for p in model["one"].parameters() if p.requires_grad]
+    opt = RankAwareOptimizer(params, torch.optim.SGD, model=model, lr=LR)
+    assert opt.report().audit == ("None of the 2 factors of second is in this optimizer.",)
+
+
+def test_frozen_experts_are_pointed_out():
+    """A frozen three-dimensional stack of expert weights that no pair adapts is found by inspection."""
+    model = nn.ModuleDict({"up": adapted(), "experts": nn.Module()})
+    model["experts"].gate_up_proj = nn.Parameter(torch.ones(4, 8, 8), requires_grad=False)
+    assert inspect_model(model).unadapted == ("experts.gate_up_proj",)
+    assert any("target_parameters" in line for line in inspect_model(model).audit())

@@ -1,0 +1,747 @@
+"""The optimizer: what it leaves alone, what it scales, what it saves, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import io
+import math
+import pickle
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+import rankaware_optim as ra
+from rankaware_optim import CheckpointError, OptimizerError, RankAwareError, RankAwareOptimizer, Reference
+from rankaware_optim._optimizer_classes import get_optimizer_class
+from rankaware_optim._types import Factor
+
+from ..helpers.models import PlainLoRA, mlp, same, snapshot, train
+
+LR = 1e-2
+AT_16 = Reference(rank=16, alpha=16)
+
+OPTIMIZERS = [
+    (torch.optim.AdamW, {}),
+    (torch.optim.AdamW, {"foreach": True}),
+    (torch.optim.AdamW, {"foreach": False}),
+    (torch.optim.AdamW, {"fused": True}),
+    (torch.optim.AdamW, {"amsgrad": True, "weight_decay": 0.1, "betas": (0.8, 0.9)}),
+    (torch.optim.Adam, {}),
+    (torch.optim.SGD, {"momentum": 0.9}),
+    (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "foreach": True}),
+    (torch.optim.Adagrad, {}),
+    (torch.optim.RMSprop, {"momentum": 0.5}),
+    (torch.optim.NAdam, {}),
+    (torch.optim.RAdam, {}),
+    (torch.optim.Adamax, {}),
+    (torch.optim.Adadelta, {}),
+    (torch.optim.ASGD, {}),
+    (torch.optim.Rprop, {}),
+    (torch.optim.Adafactor, {}),
+]
+each_optimizer = pytest.mark.parametrize(
+    ("kind", "options"), OPTIMIZERS, ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(v) or "default"
+)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def by_class(model, kind, options, **own):
+    return RankAwareOptimizer(model, kind, lr=LR, **own, **options)
+
+
+def by_instance(model, kind, options, **own):
+    return RankAwareOptimizer(kind(trained(model), lr=LR, **options), model=model, **own)
+
+
+def by_groups(model, kind, options, **own):
+    return RankAwareOptimizer([{"params": trained(model)}], kind, model=model, lr=LR, **own, **options)
+
+
+each_form = pytest.mark.parametrize("form", [by_class, by_instance, by_groups])
+
+
+def by_instance_of_all(model):
+    return RankAwareOptimizer(torch.optim.AdamW(model.parameters(), lr=LR), model=model, tuned_at=AT_16)
+
+
+def by_groups_of_all(model):
+    return RankAwareOptimizer(list(model.parameters()), torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16)
+
+
+def by_hand(model, kind, options, reference):
+    """The native optimizer, its groups written out by name with the law's multiplier at rank and role."""
+    reference = Reference(**{**vars(reference), "fan_in": 16})
+    law = ra.MuA().bind(kind, options)
+    groups = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            layer = model.get_submodule(name.split(".")[0])
+            rank = getattr(layer, "r", None)
+            moved = law.multiplier(Factor(name, "A", rank, 16, 16), reference) if rank else 1.0
+            groups.setdefault((name.split(".")[-1], rank), {"params": [], "lr": LR * moved})["params"].append(param)
+    return kind(list(groups.values()), lr=LR, **options)
+
+
+# --- what stays native ----------------------------------------------------------------------------------------------
+
+
+@each_form
+@each_optimizer
+def test_training_equals_the_native_class_with_groups_by_hand(kind, options, form):
+    """With a mixed-rank model training is that of the native class with hand-made groups, bit for bit."""
+    ours, native = mlp((4, 8, 4)), mlp((4, 8, 4))
+    out = train(ours, form(ours, kind, options, tuned_at=AT_16))
+    expect = train(native, by_hand(native, kind, options, AT_16))
+    assert all(torch.equal(a, b) for a, b in zip(out, expect, strict=True))
+    assert same(snapshot(ours), snapshot(native))
+
+
+@each_form
+@each_optimizer
+def test_swapping_the_optimizer_on_a_uniform_model_changes_nothing(kind, options, form):
+    """Without tuned_at a uniform model trains as under the native optimizer with one group, bit for bit."""
+    ours, native = mlp((20, 20), scalings=16 / math.sqrt(20)), mlp((20, 20), scalings=16 / math.sqrt(20))
+    train(ours, form(ours, kind, options))
+    train(native, kind(trained(native), lr=LR, **options))
+    assert same(snapshot(ours), snapshot(native))
+
+
+@each_form
+@each_optimizer
+def test_it_is_an_instance_of_both(kind, options, form):
+    """The object is an instance of the user's class and of RankAwareOptimizer, under the user's class's name."""
+    opt = form(mlp(), kind, options)
+    assert isinstance(opt, kind)
+    assert isinstance(opt, RankAwareOptimizer)
+    assert issubclass(type(opt), RankAwareOptimizer)
+    assert (type(opt).__name__, type(opt).__module__, type(opt).__bases__) == (kind.__name__, kind.__module__, (kind,))
+    assert repr(opt).startswith(f"RankAware{kind.__name__} (")
+
+
+def test_native_instances_are_not_rank_aware():
+    """A plain optimizer, and any other object, is no RankAwareOptimizer."""
+    assert not isinstance(torch.optim.AdamW(trained(mlp())), RankAwareOptimizer)
+    assert not isinstance(3, RankAwareOptimizer)
+    assert not issubclass(torch.optim.AdamW, RankAwareOptimizer)
+
+
+@each_form
+@each_optimizer
+def test_step_is_the_native_one_and_hooks_run_once(kind, options, form):
+    """step is not overridden, so that every hook runs once a step."""
+    model, calls = mlp(), []
+    opt = form(model, kind, options)
+    assert inspect.unwrap(type(opt).step) is inspect.unwrap(kind.step)
+    opt.register_step_pre_hook(lambda *_: calls.append("pre"))
+    opt.register_step_post_hook(lambda *_: calls.append("post"))
+    train(model, opt, steps=2)
+    assert calls == ["pre", "post"] * 2
+
+
+def test_the_class_is_made_once():
+    """Two optimizers of one class share their type."""
+    assert type(by_class(mlp(), torch.optim.AdamW, {})) is type(by_instance(mlp(), torch.optim.AdamW, {}))
+
+
+def test_the_instance_form_gives_the_same_object_back():
+    """Wrapping an instance keeps the object, its state and its defaults."""
+    model = mlp((4, 8))
+    native = torch.optim.AdamW(trained(model), lr=LR)
+    train(model, native)
+    state = dict(native.state)
+    opt = RankAwareOptimizer(native, model=model, init="A")
+    assert opt is native
+    assert opt.state.keys() == state.keys()
+    assert all(opt.state[p] is state[p] for p in state)
+    assert opt.defaults["lr"] == LR
+    train(model, opt)
+
+
+def test_a_wrapped_instance_keeps_its_momentum():
+    """On a uniform model, wrapping in the middle of training changes nothing."""
+    ours, native = mlp(), mlp()
+    first, second = (torch.optim.AdamW(trained(m), lr=LR) for m in (ours, native))
+    train(ours, first)
+    train(native, second)
+    train(ours, RankAwareOptimizer(first, model=ours, init="A"))
+    train(native, second)
+    assert same(snapshot(ours), snapshot(native))
+
+
+@each_form
+def test_the_default_rate_stays_the_base_rate(form):
+    """defaults["lr"] is the base rate, which schedules read."""
+    assert form(mlp(), torch.optim.AdamW, {}, tuned_at=AT_16).defaults["lr"] == LR
+
+
+def test_the_optimizers_own_default_rate():
+    """Without lr= the base rate is the optimizer's own default."""
+    assert RankAwareOptimizer(mlp(), torch.optim.AdamW).defaults["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("form", [by_class, by_groups])
+def test_a_tensor_as_rate(form):
+    """A base rate given as a tensor stays one in every group, multiplied; training equals that at a number."""
+    ours, plain = mlp((4, 8), dtype=torch.float64), mlp((4, 8), dtype=torch.float64)
+    rate = torch.tensor(LR, dtype=torch.float64)
+    opt = RankAwareOptimizer(ours if form is by_class else trained(ours), torch.optim.AdamW, model=ours, lr=rate)
+    assert all(isinstance(g["lr"], torch.Tensor) for g in opt.param_groups)
+    assert rate.item() == LR
+    train(ours, opt)
+    train(plain, RankAwareOptimizer(plain, torch.optim.AdamW, lr=LR))
+    for name, value in snapshot(ours).items():
+        torch.testing.assert_close(value, snapshot(plain)[name], rtol=1e-12, atol=1e-12)
+
+
+# --- the exact oracle (theory.md, section 4) ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reparametrised(ra.Law):
+    """p for A, q for B."""
+
+    p: float = 1.0
+    q: float = 1.0
+    name: ClassVar[str] = "reparametrised"
+
+    def multiplier(self, factor, reference):
+        return {"A": self.p, "B": self.q}[factor.role]
+
+
+def oracle(p: float, q: float, *, init: str = "A", eps: bool = True, decay: bool = True) -> list[torch.Tensor]:
+    """30 steps of a model whose s, A₀, B₀, η, ε and λ are reparametrised by p and q (ε or λ left alone if False)."""
+    model = mlp((4, 8), scalings=2.0, init=init, dtype=torch.float64, seed=3)
+    halves = {"lora_A": p, "lora_B": q}
+    groups = [{"params": list(model.get_submodule("head").parameters()), "eps": 1e-3, "weight_decay": 0.1}]
+    for half, by in halves.items():
+        layers = [module for module in model if isinstance(module, PlainLoRA)]
+        own = {"eps": 1e-3 / (by if eps else 1.0), "weight_decay": 0.1 / (by if decay else 1.0)}
+        groups.append({"params": [getattr(layer, half) for layer in layers], **own})
+        for layer in layers:
+            getattr(layer, half).data.mul_(by)
+            layer.scaling /= by
+    opt = RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=1e-2, law=Reparametrised(p, q))
+    return train(model, opt, steps=30)
+
+
+def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("init", ["A", "B"])
+@pytest.mark.parametrize(("p", "q"), [(4.0, 1.0), (1.0, 0.5), (3.0, 0.1), (0.7, 1.3)])
+def test_the_exact_oracle(p, q, init):
+    """Reparametrised by p and q, with rates by role and per-group ε and decay, training is unchanged to rounding."""
+    assert distance(oracle(p, q, init=init), oracle(1.0, 1.0, init=init)) < 1e-11
+
+
+@pytest.mark.parametrize("left_alone", ["eps", "decay"])
+def test_the_oracle_can_fail(left_alone):
+    """Leaving ε or the decay alone breaks the oracle, so it does see the groups' own options."""
+    assert distance(oracle(4.0, 0.5, **{left_alone: False}), oracle(1.0, 1.0)) > 1e-6
+
+
+@pytest.mark.parametrize(("init", "role"), [("A", "B"), ("B", "A")])
+def test_scaling_is_undone_by_the_rate_of_the_zero_factor(init, role):
+    """At equal rank and init a change of s is exactly undone by scaling the rate of the factor that starts at zero."""
+    change = {"A": (4.0, 1.0), "B": (1.0, 4.0)}[role]
+    outputs = []
+    for p, q in ((1.0, 1.0), change):
+        model = mlp(scalings=2.0 / (p * q), init=init, dtype=torch.float64)
+        law = Reparametrised(p, q)
+        outputs.append(
+            train(model, RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, law=law, eps=1e-300, weight_decay=0.0), 30)
+        )
+    assert distance(*outputs) < 1e-11
+
+
+# --- groups of a built optimizer ------------------------------------------------------------------------------------
+
+
+@each_form
+def test_groups_are_merged_named_and_ordered(form):
+    """Groups are one a role, rank and scaling, never empty, named, with the multiplier-1 group first."""
+    opt = form(mlp((4, 8, 4, 8)), torch.optim.AdamW, {})
+    assert [(g["lora_role"], g["lora_rank"], g["lora_scale"], len(g["params"])) for g in opt.param_groups] == [
+        ("A", 4, 1.0, 2),
+        ("B", 4, 1.0, 2),
+        ("other", None, 1.0, 2),
+        ("A", 8, 1.0, 2),
+        ("B", 8, 1.0, 2),
+    ]
+    assert [g["lr_multiplier"] == 1.0 for g in opt.param_groups] == [True, True, True, False, False]
+    assert opt.param_groups[2]["param_names"] == ["head.weight", "head.bias"]
+    assert all(g["lr"] == LR * g["lr_multiplier"] for g in opt.param_groups)
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_users_groups_keep_their_options(built):
+    """The user's groups are split, never merged; their own rate is multiplied and their other options are kept."""
+    model = mlp((4, 8))
+    groups = [
+        {"params": [model.layer0.lora_A, model.layer0.lora_B], "lr": 0.5, "betas": (0.1, 0.2)},
+        {"params": [model.layer1.lora_A], "weight_decay": 0.25},
+        {"params": [model.layer1.lora_B], "weight_decay": 0.25},
+        {"params": list(model.head.parameters()), "eps": 1e-4},
+    ]
+    if built:
+        opt = RankAwareOptimizer(torch.optim.AdamW(groups, lr=LR), model=model, law=Reparametrised(2.0, 4.0))
+    else:
+        opt = RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=LR, law=Reparametrised(2.0, 4.0))
+    seen = {g["param_names"][0]: (g["lr"], g["betas"], g["weight_decay"], g["eps"]) for g in opt.param_groups}
+    beta = (0.9, 0.999)
+    assert seen == {
+        "head.weight": (LR, beta, 0.01, 1e-4),
+        "layer0.lora_A": (1.0, (0.1, 0.2), 0.01, 1e-8),
+        "layer0.lora_B": (2.0, (0.1, 0.2), 0.01, 1e-8),
+        "layer1.lora_A": (2 * LR, beta, 0.25, 1e-8),
+        "layer1.lora_B": (4 * LR, beta, 0.25, 1e-8),
+    }
+    train(model, opt)
+
+
+@each_form
+def test_exceptions_of_the_user(form):
+    """rates=, other_lr=, law= and per_layer_width= are taken by every form."""
+    options = {"rates": {"head.bias": 0.5}, "other_lr": 0.25, "law": "loraplus", "per_layer_width": True}
+    opt = form(mlp(), torch.optim.AdamW, {}, **options)
+    rates = {name: g["lr"] for g in opt.param_groups for name in g["param_names"]}
+    assert rates["layer1.lora_B"] == 16 * LR
+    assert [rates["layer0.lora_A"], rates["head.weight"], rates["head.bias"]] == pytest.approx([LR, 0.25, 0.5])
+
+
+@each_form
+def test_full_finetuning(form):
+    """With method="full" a model without adapters is trained at the transferred rate."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+    opt = form(model, torch.optim.AdamW, {}, method="full", tuned_at=AT_16)
+    at = Reference(rank=16, alpha=16, fan_in=16)
+    moved = ra.MuA().multiplier(Factor("w", "full", None, 16, 16), at)
+    assert [g["lr"] for g in opt.param_groups] == pytest.approx([LR * moved] * 2)
+    train(model, opt)
+
+
+@each_form
+def test_the_report(form):
+    """report() has a row for every group at its present rate, and prints as a table."""
+    opt = form(mlp((4, 8)), torch.optim.AdamW, {}, tuned_at=AT_16)
+    lr_scheduler.StepLR(opt, 1, 0.5)
+    opt.param_groups[0]["lr"] = 0.125
+    rows = opt.report().rows
+    assert [(r.role, r.rank, r.count, r.lr) for r in rows] == [
+        (g["lora_role"], g["lora_rank"], len(g["params"]), g["lr"]) for g in opt.param_groups
+    ]
+    assert "RankAwareOptimizer(AdamW), law Falling()" in str(opt.report())
+    assert "0.125" in str(opt.report())
+
+
+# --- classes by name ------------------------------------------------------------------------------------------------
+
+NAMES = [
+    ("adamw", torch.optim.AdamW),
+    ("AdamW", torch.optim.AdamW),
+    ("SGD", torch.optim.SGD),
+    ("torch.optim:radam", torch.optim.RAdam),
+    (torch.optim.NAdam, torch.optim.NAdam),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), NAMES)
+def test_classes_by_name(name, kind):
+    """A class is given by itself, by a name in torch.optim in any case, or as package:Class."""
+    assert get_optimizer_class(name) is kind
+    assert isinstance(RankAwareOptimizer(mlp(), name, lr=LR), kind)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["Lamb", "Yogi", "DiffGrad", "AdaBound", "Shampoo"])
+def test_classes_of_another_package(name):
+    """A class of torch_optimizer by name trains, and its checkpoint loads into a fresh one."""
+    pytest.importorskip("torch_optimizer")
+    model, again = mlp((4, 8)), mlp((4, 8))
+    opt, fresh = (RankAwareOptimizer(m, f"torch_optimizer:{name}", lr=LR) for m in (model, again))
+    train(model, opt)
+    resume(again, fresh, model, opt)
+    assert same(snapshot(model), snapshot(again))
+    before = mlp((4, 8)).state_dict()
+    assert not any(torch.equal(value, before[n]) for n, value in snapshot(model).items() if "lora" in n)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_optimizer_that_keeps_lists_by_group_is_refused():
+    """AdaBound snapshots its groups when it is built, so a built one cannot be regrouped; the class can be given."""
+    torch_optimizer = pytest.importorskip("torch_optimizer")
+    model = mlp((4, 8))
+    native = torch_optimizer.AdaBound(trained(model), lr=LR)
+    with pytest.raises(OptimizerError, match=r"AdaBound keeps base_lrs.*Give the class"):
+        RankAwareOptimizer(native, model=model)
+    assert type(native) is torch_optimizer.AdaBound
+    assert len(native.param_groups) == 1
+
+
+UNKNOWN = [
+    ("adamx", r"Unknown optimizer 'adamx' in torch\.optim\. Known are .*AdamW.*SGD"),
+    ("torch.optim:Lamb", r"Unknown optimizer 'Lamb'"),
+    ("no_such_package:Lamb", r"'no_such_package' cannot be imported"),
+    (nn.Linear, r"is not a torch optimizer class"),
+    (torch.optim.Optimizer, r"is not a torch optimizer class"),
+    (RankAwareOptimizer, r"is not a torch optimizer class"),
+    (3, r"is not a torch optimizer class"),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "message"), UNKNOWN)
+def test_unknown_optimizers_are_refused(optimizer, message):
+    """An unknown name lists the known ones; what is no optimizer class is an error."""
+    with pytest.raises(OptimizerError, match=message):
+        RankAwareOptimizer(mlp(), optimizer, lr=LR)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    (lambda m: RankAwareOptimizer(m, lr=LR), r"No optimizer was named"),
+    (lambda m: RankAwareOptimizer(trained(m), torch.optim.AdamW, lr=LR), r"Parameters alone"),
+    (lambda m: RankAwareOptimizer(m, torch.optim.LBFGS, lr=LR), r"LBFGS takes one parameter group"),
+    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, recipe="r.toml"), r"Both recipe= and lr="),
+    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, law="mua", recipe="r.toml"), r"Both recipe= and law="),
+    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, tuned_at=AT_16, recipe="r"), r"Both recipe= and tuned_at="),
+    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, recipe="no_such.toml"), r"no_such\.toml"),
+    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, law="nua"), r"Unknown law 'nua'"),
+    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, rates={"x*": 1.0}), r"matches none"),
+    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, other_lr=0), r"other_lr is 0"),
+    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, method="none"), r"not 'none'"),
+    (lambda m: RankAwareOptimizer(m.head, torch.optim.AdamW, lr=LR), r"No trainable LoRA pair"),
+    (lambda m: RankAwareOptimizer(m, type(by_class(m, torch.optim.AdamW, {})), lr=LR), r"rank-aware already"),
+    (lambda m: RankAwareOptimizer(m, NoDefault), r"NoDefault has no default learning rate"),
+    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=torch.ones(2)), r"lr is tensor"),
+    *(
+        (lambda m, lr=lr: RankAwareOptimizer(m, torch.optim.AdamW, lr=lr), r"lr is")
+        for lr in (0, -LR, math.nan, math.inf, "1e-3", True)
+    ),
+]
+
+
+class NoDefault(torch.optim.SGD):
+    """An optimizer whose rate has no default."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED)
+def test_bad_input_is_refused(make, message):
+    """Bad input is an error of ours with cause and cure, and the model is as it was."""
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(RankAwareError, match=message) as caught:
+        make(model)
+    assert caught.value.cause.endswith(".")
+    assert caught.value.cure.endswith(".")
+    assert same(before, snapshot(model))
+
+
+def _scheduled(model):
+    opt = torch.optim.AdamW(trained(model), lr=LR)
+    lr_scheduler.StepLR(opt, 1)
+    return opt
+
+
+REFUSED_INSTANCES = [
+    (lambda m: torch.optim.AdamW(trained(m), lr=0.0), {}, r"lr is 0\.0"),
+    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"lr": LR}, r"lr= was given for an optimizer that is built"),
+    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"eps": 1.0}, r"eps= was given"),
+    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"optimizer": torch.optim.AdamW}, r"Both a built optimizer"),
+    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"model": None}, r"Parameters alone"),
+    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"law": "nua"}, r"Unknown law"),
+    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"other_lr": -1}, r"other_lr is -1"),
+    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"rates": {"x": 1.0}}, r"matches none"),
+    (lambda m: torch.optim.AdamW(trained(mlp()), lr=LR), {}, r"None of the 6 parameters"),
+    (lambda m: torch.optim.LBFGS(trained(m), lr=LR), {}, r"LBFGS takes one parameter group"),
+    (lambda m: by_class(m, torch.optim.AdamW, {}), {}, r"rank-aware already"),
+    (_scheduled, {}, r"A scheduler was built"),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "message"), REFUSED_INSTANCES)
+def test_a_refused_instance_is_left_as_it_was(make, options, message):
+    """A built optimizer that is refused keeps its class, its defaults and its very groups."""
+    model = mlp()
+    opt = make(model)
+    before = type(opt), dict(opt.defaults), [dict(g) for g in opt.param_groups]
+    with pytest.raises(RankAwareError, match=message):
+        RankAwareOptimizer(opt, **{"model": model, **options})
+    assert before == (type(opt), dict(opt.defaults), [dict(g) for g in opt.param_groups])
+
+
+# --- schedulers -----------------------------------------------------------------------------------------------------
+
+SCHEDULERS = {
+    "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
+    "step": lambda opt: lr_scheduler.StepLR(opt, 2, gamma=0.3),
+    "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, 20),
+    "linear": lambda opt: lr_scheduler.LinearLR(opt, 0.1, total_iters=4),
+    "exponential": lambda opt: lr_scheduler.ExponentialLR(opt, 0.7),
+    "restarts": lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 4),
+    "polynomial": lambda opt: lr_scheduler.PolynomialLR(opt, 20),
+    "sequential": lambda opt: lr_scheduler.SequentialLR(
+        opt, [lr_scheduler.LinearLR(opt, 0.1, total_iters=3), lr_scheduler.CosineAnnealingLR(opt, 20)], [3]
+    ),
+}
+
+
+@each_form
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers_keep_the_ratios(scheduler, form):
+    """A multiplicative schedule moves every group alike, so each rate stays base rate × multiplier."""
+    model = mlp((4, 8))
+    opt = form(model, torch.optim.AdamW, {}, tuned_at=AT_16)
+    schedule = SCHEDULERS[scheduler](opt)
+    rates = []
+    for _ in range(6):
+        train(model, opt, steps=1)
+        schedule.step()
+        bases = [g["lr"] / g["lr_multiplier"] for g in opt.param_groups]
+        assert bases == pytest.approx([bases[0]] * len(bases))
+        rates.append(bases[0])
+    assert len(set(rates)) > 1
+
+
+# --- state ----------------------------------------------------------------------------------------------------------
+
+
+def through_torch_save(state):
+    """The state as torch.load(weights_only=True) gives it back."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@each_form
+@each_optimizer
+def test_a_checkpoint_resumes_bit_for_bit(kind, options, form):
+    """A saved state loads into a fresh optimizer of any form, and training goes on as if uninterrupted."""
+    model, again = mlp((4, 8)), mlp((4, 8))
+    opt, fresh = by_class(model, kind, options, tuned_at=AT_16), form(again, kind, options, tuned_at=AT_16)
+    train(model, opt)
+    resume(again, fresh, model, opt)
+    assert [g["lr"] for g in fresh.param_groups] == [g["lr"] for g in opt.param_groups]
+    assert same(snapshot(model), snapshot(again))
+
+
+def test_state_is_matched_by_name():
+    """Groups listed in another order, though of equal sizes, get their own state and not their neighbour's."""
+    model, again = mlp((4, 4), head=False), mlp((4, 4), head=False)
+    groups = [[{"params": trained(layer)} for layer in m.children() if trained(layer)] for m in (model, again)]
+    opt = RankAwareOptimizer(groups[0], torch.optim.AdamW, model=model, lr=LR)
+    fresh = RankAwareOptimizer(groups[1][::-1], torch.optim.AdamW, model=again, lr=LR)
+    train(model, opt)
+    resume(again, fresh, model, opt)
+    assert same(snapshot(model), snapshot(again))
+
+
+def test_a_resume_under_another_law_keeps_the_saved_rates():
+    """A checkpoint of the same ranks loads though the groups' order differs, and brings its rates along."""
+    model, again = mlp((4, 8)), mlp((4, 8))
+    opt = by_class(model, torch.optim.AdamW, {}, tuned_at=AT_16)
+    fresh = by_class(again, torch.optim.AdamW, {}, law="constant")
+    train(model, opt)
+    with pytest.warns(ra.RankAwareWarning, match="another law"):
+        resume(again, fresh, model, opt)
+    assert same(snapshot(model), snapshot(again))
+
+
+def test_a_trained_model_of_undeclared_init_can_resume():
+    """Trained adapters whose init nobody declares are warned of; their checkpoint brings the rates back."""
+    model = mlp((4, 8))
+    opt = by_class(model, torch.optim.AdamW, {}, tuned_at=AT_16)
+    train(model, opt)
+    again = copy.deepcopy(model)
+    with pytest.warns(ra.RankAwareWarning, match="neither factor zero") as caught:
+        fresh = RankAwareOptimizer(again, torch.optim.AdamW, lr=LR, tuned_at=AT_16)
+    assert caught[0].filename == __file__
+    resume(again, fresh, model, opt)
+    assert same(snapshot(model), snapshot(again))
+
+
+def resume(again, fresh, model, opt):
+    """Load model and optimizer into others, and train both pairs on."""
+    again.load_state_dict(model.state_dict())
+    fresh.load_state_dict(state_dict=through_torch_save(opt.state_dict()))
+    train(model, opt)
+    train(again, fresh)
+
+
+def _by_pickle(both):
+    return pickle.loads(pickle.dumps(both))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _by_pickle])
+@pytest.mark.parametrize("stepped", [False, True])
+@each_form
+def test_copies_go_on_alike(form, stepped, copied):
+    """A deep copy or a pickle of model and optimizer trains on bit for bit, and still reports and checks."""
+    model = mlp((4, 8))
+    opt = form(model, torch.optim.AdamW, {}, tuned_at=AT_16)
+    if stepped:
+        train(model, opt)
+    twin, twin_opt = copied((model, opt))
+    assert type(twin_opt) is type(opt)
+    assert str(twin_opt.report()) == str(opt.report())
+    train(model, opt)
+    train(twin, twin_opt)
+    assert same(snapshot(model), snapshot(twin))
+    with pytest.raises(CheckpointError):
+        twin_opt.load_state_dict(stepped_state((2, 8)))
+
+
+def stepped_state(ranks, *, tags: bool = True, kind=torch.optim.AdamW):
+    """The state of an optimizer that has stepped on a model of these ranks, without our group keys if tags=False."""
+    model = mlp(ranks)
+    opt = by_class(model, kind, {})
+    train(model, opt, steps=1)
+    state = opt.state_dict()
+    ours = {"lr_multiplier", "lora_role", "lora_rank", "lora_scale", "lora_init", "rankaware_format", "param_names"}
+    for group in state["param_groups"] if not tags else ():
+        for key in ours & group.keys():
+            del group[key]
+    return state
+
+
+REFUSED_STATES = [
+    ((4, 4), (8, 8), True, r"rank 4, the model's has rank 8"),
+    ((8, 8), (4, 4), True, r"rank 8, the model's has rank 4"),
+    ((4, 4), (8, 8), False, r"layer0\.lora_A has rank 4, the model's has rank 8"),
+    ((8, 8), (4, 4), False, r"layer0\.lora_A has rank 8, the model's has rank 4"),
+    ((16, 16), (4, 4), False, r"rank 16, the model's has rank 4"),
+    ((1, 1), (4, 4), False, r"rank 1, the model's has rank 4"),
+]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor, torch.optim.RMSprop])
+@pytest.mark.parametrize(("saved", "own", "tags", "message"), REFUSED_STATES)
+def test_a_checkpoint_of_another_rank_is_refused(saved, own, tags, message, kind):
+    """State of another rank, ours or a plain optimizer's, is an error with both numbers; nothing is loaded."""
+    model = mlp(own)
+    opt = by_class(model, kind, {})
+    train(model, opt, steps=2)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(CheckpointError, match=message if tags or kind is not torch.optim.Adafactor else "rank|shape"):
+        opt.load_state_dict(stepped_state(saved, tags=tags, kind=kind))
+    assert str(before) == str(opt.state_dict())
+    train(model, opt)
+
+
+def test_a_checkpoint_of_other_groups_is_refused():
+    """A checkpoint with another number of groups, since its ranks differ, is refused by rank."""
+    with pytest.raises(CheckpointError, match="has rank 4, the model's has rank 8"):
+        by_class(mlp((4, 8)), torch.optim.AdamW, {}).load_state_dict(stepped_state((4, 4)))
+
+
+# --- later groups ---------------------------------------------------------------------------------------------------
+
+
+@each_form
+def test_a_later_group_is_split_and_scaled(form):
+    """add_param_group splits, names and scales a new adapter as construction would; its own rate is multiplied."""
+    model = mlp((4,), head=False)
+    opt = form(model, torch.optim.AdamW, {}, tuned_at=AT_16)
+    model.layer9 = PlainLoRA(nn.Linear(16, 16), 8, 1.0)
+    opt.add_param_group({"params": trained(model.layer9), "lr": 0.5, "weight_decay": 0.2})
+    expect = ra.MuA().multiplier(Factor("w", "A", 8, 16, 16), Reference(rank=16, alpha=16, fan_in=16))
+    new = opt.param_groups[-2:]
+    assert [(g["lora_role"], g["lora_rank"], g["weight_decay"]) for g in new] == [("A", 8, 0.2), ("B", 8, 0.2)]
+    assert [g["lr"] for g in new] == pytest.approx([0.5 * expect] * 2)
+    assert [g["param_names"] for g in new] == [["layer9.lora_A"], ["layer9.lora_B"]]
+    train(model, opt)
+
+
+def test_a_later_group_takes_the_base_rate():
+    """A later group without a rate starts from the base rate."""
+    model = mlp((4,))
+    opt = by_class(model, torch.optim.AdamW, {})
+    model.layer9 = PlainLoRA(nn.Linear(16, 16), 8, 1.0)
+    opt.add_param_group({"params": trained(model.layer9)})
+    assert opt.param_groups[-1]["lr"] == LR * opt.param_groups[-1]["lr_multiplier"]
+    assert opt.param_groups[-1]["lr_multiplier"] < 1
+
+
+LATER = [
+    (lambda m: {"params": [m.layer0.lora_A]}, OptimizerError, "in this optimizer already"),
+    (lambda m: {"params": [nn.Parameter(torch.ones(2))], "lr": 0.0}, OptimizerError, "lr is 0"),
+]
+
+
+@pytest.mark.parametrize(("group", "error", "message"), LATER)
+def test_bad_later_groups_are_refused(group, error, message):
+    """A parameter that is there already, or an impossible rate, is refused, and the groups stay."""
+    model = mlp()
+    opt = by_class(model, torch.optim.AdamW, {})
+    before = [dict(g) for g in opt.param_groups]
+    with pytest.raises(error, match=message):
+        opt.add_param_group(group(model))
+    assert before == [dict(g) for g in opt.param_groups]
+
+
+@pytest.mark.parametrize("lose", [lambda model, opt: copy.deepcopy(opt), lambda model, opt: opt])
+def test_a_later_group_needs_the_model(lose):
+    """A copy, or an optimizer whose model is gone, cannot scale a new group and refuses it; a planned one is taken."""
+    model = mlp()
+    opt = lose(model, by_class(model, torch.optim.AdamW, {}))
+    del model
+    gc.collect()
+    layer = nn.ModuleDict({"new": PlainLoRA(nn.Linear(16, 16), 8, 1.0)})
+    with pytest.raises(OptimizerError, match=r"does not hold its model.*rank_aware_param_groups"):
+        opt.add_param_group({"params": trained(layer)})
+    for group in ra.rank_aware_param_groups(layer, lr=LR, tuned_at=AT_16):
+        opt.add_param_group(group)
+    assert [g["lora_role"] for g in opt.param_groups[-2:]] == ["A", "B"]
+
+
+def test_the_model_is_held_weakly():
+    """The optimizer does not keep the model object alive."""
+    model = mlp()
+    opt = by_class(model, torch.optim.AdamW, {})
+    del model
+    assert opt._rankaware_model() is None
+
+
+# --- parameters that thaw, or are tied ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [by_instance_of_all, by_groups_of_all], ids=["instance", "groups"])
+def test_frozen_factors_that_were_listed_have_their_rate_when_thawed(form):
+    """A frozen adapter among the user's parameters waits in a group of its own rate."""
+    model = mlp((4, 8))
+    model.layer0.lora_A.requires_grad_(False)
+    model.layer0.lora_B.requires_grad_(False)
+    opt = form(model)
+    rates = {name: g["lr"] for g in opt.param_groups for name in g["param_names"]}
+    thawed = mlp((4, 8))
+    expected = by_class(thawed, torch.optim.AdamW, {}, tuned_at=AT_16)
+    assert {n: rates[n] for g in expected.param_groups for n in g["param_names"]} == {
+        n: g["lr"] for g in expected.param_groups for n in g["param_names"]
+    }
+    model.requires_grad_(True)
+    train(model, opt, steps=1)
+
+
+def test_tied_factors_are_one_parameter_of_one_group():
+    """Two layers that share their A have it once, under the first name."""
+    model = mlp((4, 4))
+    model.layer1.lora_A = model.layer0.lora_A
+    opt = by_class(model, torch.optim.AdamW, {}, tuned_at=AT_16)
+    names = [name for group in opt.param_groups for name in group["param_names"]]
+    assert names.count("layer0.lora_A") == 1
+    assert "layer1.lora_A" not in names
+    train(model, opt, steps=2)

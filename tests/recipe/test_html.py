@@ -1,0 +1,177 @@
+"""The page of a recipe: self-contained, escaped, and its table of rates is `Recipe.at`'s. The browser tests read it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from rankaware_optim import RankAwareError, Recipe
+from rankaware_optim.cli._main import main
+from rankaware_optim.laws import Measured
+from rankaware_optim.recipe import write_report
+from rankaware_optim.recipe._html import report_html
+from rankaware_optim.recipe._rate_table import rate_table
+
+from ..helpers.recipes import KINDS, RECIPE
+
+HOSTILE = """</script><script>alert("x")</script><img src=x onerror=alert(1)>' & {{ 7 * 7 }} \u2028"""
+VOID = {"meta", "link", "input", "img"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes in order, and what was left open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_recipe_has_a_page(kind):
+    """Whatever was calibrated, there is a well-formed page with a heading and a control, the same each time."""
+    text = report_html(KINDS[kind])
+    page = Page(text)
+    assert page.open == []
+    assert [tag for tag, _ in page.tags].count("h1") == 1
+    values = [value for _, attributes in page.tags for value in attributes.values() if value]
+    assert not any(re.search(r"nan|None", value) for value in values)
+    assert report_html(KINDS[kind]) == text
+
+
+def test_a_recipe_without_trials_has_a_page_without_drawings():
+    """The rates are there without the picture of trials."""
+    text = report_html(replace(RECIPE, tensors={}))
+    assert "Loss against rate" not in text
+    assert "Rates by rank" in text
+
+
+def test_nothing_is_loaded_from_anywhere():
+    """No tag of the page names an address, and its policy forbids the browser to ask for one."""
+    page = Page(report_html(RECIPE))
+    addresses = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href", "action", "data", "srcset")]
+    assert addresses == ["data:,"]
+    (policy,) = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
+    assert policy.startswith("default-src 'none';")
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttp", report_html(RECIPE))
+
+
+def test_whatever_a_recipe_says_is_escaped():
+    """Names, settings, versions and notes cannot open a tag, close the script, or run as a template."""
+    clean = report_html(replace(RECIPE, versions={"a": "b"}, settings={"a": "b"}, notes=("b",)))
+    made = replace(RECIPE, name=HOSTILE, versions={HOSTILE: HOSTILE}, settings={HOSTILE: HOSTILE}, notes=(HOSTILE,))
+    text = report_html(replace(made, optimizer=f"{HOSTILE}.{HOSTILE}", scaling_rule="fixed"))
+    tags = [tag for tag, _ in Page(text).tags]
+    assert tags == [tag for tag, _ in Page(clean).tags]
+    assert "<img" not in text
+    assert "49" not in re.search(r"<h1>(.*?)</h1>", text, re.S)[1].replace("&#39;", "").replace("&#34;", "")
+
+
+def test_the_page_can_be_read_aloud():
+    """Every input has a label, every drawing a sentence, every table a caption, and the page a language."""
+    text = report_html(RECIPE)
+    page = Page(text)
+    named = {label["for"] for label in page.all("label") if "for" in label}
+    fields = [field for field in page.all("input") if "id" in field and field["type"] == "number"]
+    assert {field["id"] for field in fields} <= named
+    assert all(drawing["aria-label"] for drawing in page.all("svg") if drawing.get("role") == "img")
+    assert text.count("<table>") == text.count("<caption>")
+    assert page.all("html") == [{"lang": "en"}]
+    assert "rank 4: 3 trials, 1 diverged; the lowest score is 0.4 at rate 0.002" in text
+
+
+def at(recipe: Recipe, *args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return recipe.at(*args, **kwargs)
+
+
+def test_the_table_holds_what_the_recipe_says():
+    """At every tenth node rate, band, ceiling and flag are those of `Recipe.at`, to four digits."""
+    table = rate_table(RECIPE)
+    for i in range(0, len(table["ranks"]), 10):
+        rank, own = table["ranks"][i], at(RECIPE, table["ranks"][i])
+        assert 2 ** table["own"][i] == pytest.approx(own.lr, rel=1e-4)
+        for edge in ("low", "high", "ceiling"):
+            assert 2 ** (table["own"][i] + table[edge][i]) == pytest.approx(getattr(own, edge), rel=1e-4)
+        assert table["outside"][i] == own.extrapolated
+        notes = table["sentences"][table["notes"][i]]
+        assert [note.replace("{rank}", str(rank)) for note in notes] == list(own.notes)
+        for j in range(0, len(table["scalings"]), 10):
+            there = at(RECIPE, rank, alpha=rank * 2.0 ** table["scalings"][j])
+            assert 2 ** table["lr"][i][j] == pytest.approx(there.lr, rel=1e-4)
+    assert table["ranks"][:64] == list(range(1, 65))
+    assert {*RECIPE.ranks, RECIPE.reference.rank} <= {*table["ranks"]}
+
+
+MEASURED = replace(RECIPE.law, law=Measured(steps=2))
+REFUSED = [
+    (replace(RECIPE, scaling_rule="as swept"), "did not say its alpha"),
+    (replace(RECIPE, law=MEASURED, reference=replace(RECIPE.reference, fan_in=8)), "measured"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
+def test_alpha_is_refused_where_it_cannot_be_told(recipe, reason):
+    """Where no alpha can be given the table holds the recipe's own rates alone, and says why."""
+    table = rate_table(recipe)
+    assert reason in table["refused"]
+    assert table["lr"] == []
+    assert 2 ** table["own"][table["ranks"].index(64)] == pytest.approx(at(recipe, 64).lr, rel=1e-4)
+
+
+def test_a_rate_that_hangs_on_more_is_said():
+    """Without a rule for alpha only the reference's own rank has a rate; without a width, full finetuning has none."""
+    table = rate_table(replace(RECIPE, scaling_rule="unknown"))
+    assert [rank for rank, own in zip(table["ranks"], table["own"], strict=True) if own is not None] == [4]
+    assert all(math.isfinite(value) for row in table["lr"] for value in row)
+    lost = replace(RECIPE, reference=replace(RECIPE.reference, fan_in=None), full_fan_in=None)
+    assert "fan_in" in rate_table(lost)["full"]["error"]
+
+
+def test_the_table_is_json_in_the_page():
+    """The page's script reads the very table, whatever the notes hold."""
+    made = replace(RECIPE, notes=(HOSTILE,))
+    (block,) = re.findall(r'<script id="table" type="application/json">(.*?)</script>', report_html(made), re.S)
+    assert json.loads(block) == rate_table(made)
+
+
+def test_the_command_writes_the_page(tmp_path):
+    """report prints where it wrote; a place that cannot be written is one sentence, and nothing stays behind."""
+    path = RECIPE.save(tmp_path / "r.toml")
+    done = CliRunner().invoke(main, ["report", str(path), "-o", str(tmp_path / "pages" / "r.html")])
+    assert (done.exit_code, done.output.strip()) == (0, str(tmp_path / "pages" / "r.html"))
+    assert (tmp_path / "pages" / "r.html").read_text(encoding="utf-8") == report_html(RECIPE)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RankAwareError, match="cannot be written"):
+        write_report(RECIPE, tmp_path / "file" / "r.html")
+    assert sorted(p.name for p in (tmp_path / "pages").iterdir()) == ["r.html"]
+
+
+def test_infinite_scores_stand_at_the_frames_edge():
+    """Every trial is drawn once: inside the frame, or as a mark at its upper edge."""
+    text = report_html(RECIPE)
+    drawn = text.count('<circle class="trial" cx') + text.count('<path class="beyond" d="M') - 2  # the key's own
+    assert drawn == len(RECIPE.tensors["lr"]) == torch.isfinite(RECIPE.tensors["value"]).sum() + 1

@@ -1,0 +1,685 @@
+"""Recipes: what survives the two files, what is refused at the door, and the rates quoted from them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+import re
+import warnings
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from rankaware_optim import (
+    Constant,
+    LoRAPlus,
+    MuA,
+    OptimizerError,
+    Power,
+    RankAwareError,
+    RankAwareOptimizer,
+    RankAwareWarning,
+    Recipe,
+    RecipeError,
+    Reference,
+    to_plain_state_dict,
+)
+from rankaware_optim._scaling_rule import infer_scaling
+from rankaware_optim.recipe import Horizon
+
+from ..helpers.models import mlp, train
+
+WIDTH = 16  # that of models.mlp
+AT_16 = Reference(rank=16, alpha=32, fan_in=WIDTH)
+extrapolates = pytest.mark.filterwarnings("ignore::rankaware_optim.errors.RankAwareWarning")
+
+
+def recipe(**changes) -> Recipe:
+    """A recipe as a calibration at ranks 4 and 64 would leave it, with `changes`."""
+    values = {
+        "name": "digits",
+        "best_lr": 2e-3,
+        "reference": AT_16,
+        "law": Power(exponent=0.1, full_factor=1.5),
+        "covariance": torch.diag(torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)),
+        "lean": 0.25,
+        "ceiling": 3e-2,
+        "scaling_rule": "fixed",
+        "full_fan_in": float(WIDTH),
+        "ranks": (4, 64),
+        "settings": {"weight_decay": 0.01, "betas": [0.9, 0.99], "foreach": True},
+        "steps": 100,
+        "batch": 16.0,
+        "warmup": 0.05,
+        "seed": 3,
+        "versions": {"torch": "2.6"},
+        "tensors": {"rank": torch.tensor([4, 64]), "lr": torch.tensor([1e-3, 2e-3]), "value": torch.tensor([0.5, 0.4])},
+    }
+    return Recipe(**{**values, **changes})
+
+
+def assert_same(first: Recipe, second: Recipe) -> None:
+    for f in fields(Recipe):
+        one, two = getattr(first, f.name), getattr(second, f.name)
+        if f.name == "tensors":
+            assert one.keys() == two.keys()
+            assert all(torch.equal(one[key].nan_to_num(-1.0), two[key].nan_to_num(-1.0)) for key in one)
+        elif f.name == "covariance":
+            assert torch.equal(one, two)
+        else:
+            assert one == two, f.name
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+positive = st.floats(1e-9, 1e6)
+references = st.builds(
+    Reference,
+    rank=st.integers(1, 4096),
+    alpha=positive,
+    rslora=st.booleans(),
+    init=st.sampled_from("AB"),
+    fan_in=positive,
+    batch=st.none() | positive,
+) | st.builds(Reference, method=st.just("full"), fan_in=positive)
+laws = st.builds(
+    Power,
+    exponent=st.floats(-2, 2),
+    full_factor=st.floats(0.01, 100),
+    pivot=st.floats(1, 1024),
+    to_full=st.booleans(),
+    law=st.builds(MuA, tokens=st.none() | positive, ratio=positive) | st.just(Constant()) | st.builds(LoRAPlus),
+)
+recipes = st.builds(
+    recipe,
+    name=st.text(st.characters(codec="utf-8")),
+    best_lr=positive,
+    reference=references,
+    law=laws,
+    lean=st.floats(0, 1),
+    ceiling=st.none() | positive,
+    scaling_rule=st.sampled_from(["fixed", "rslora", "alpha", "unknown"]),
+    full_fan_in=st.none() | positive,
+    ranks=st.lists(st.integers(1, 4096), unique=True).map(tuple),
+    full_seen=st.booleans(),
+    settings=st.dictionaries(st.text("abc_", min_size=1), st.booleans() | st.integers(0, 9) | positive | st.text("ab")),
+    steps=st.integers(1, 10**9),
+    batch=st.none() | positive,
+    warmup=st.none() | st.floats(0, 1),
+    horizon=st.builds(Horizon, slope=st.floats(-9, 9), slope_sd=st.floats(0, 9)),
+    seed=st.integers(0, 2**62),
+    tensors=st.just({}) | st.just({"lr": torch.ones(1), "curve": torch.tensor([[1.0, math.nan]])}),
+)
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(made=recipes)
+def test_a_saved_recipe_loads_as_it_was(made, tmp_path):
+    """Every value and tensor survives the two files bit for bit."""
+    assert_same(made, Recipe.load(made.save(tmp_path / "r.toml")))
+
+
+def test_the_toml_introduces_itself(tmp_path):
+    """The file opens with three comment lines and its schema, and names the tensors beside it."""
+    lines = recipe().save(tmp_path / "r.toml").read_text().splitlines()
+    assert [line[0] for line in lines[:3]] == ["#"] * 3
+    assert lines[3] == "schema = 1"
+    assert 'file = "r.safetensors"' in lines
+
+
+def test_saving_leaves_two_files_and_nothing_else(tmp_path):
+    """Saving, in a folder that is made, and saving again, leave no temporary file."""
+    target = tmp_path / "deep" / "r.toml"
+    for name in ("first", "second"):
+        recipe(name=name).save(target)
+    assert sorted(p.name for p in target.parent.iterdir()) == ["r.safetensors", "r.toml"]
+    assert Recipe.load(target).name == "second"
+
+
+def test_an_unwritable_place_is_refused_and_left_alone(tmp_path):
+    """A recipe that cannot be written raises our error and leaves what was there."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RecipeError, match="cannot be written"):
+        recipe().save(tmp_path / "file" / "r.toml")
+    (tmp_path / "r.safetensors").mkdir()
+    with pytest.raises(RecipeError, match="cannot be written"):
+        recipe().save(tmp_path / "r.toml")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "r.safetensors"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_failed_save_keeps_the_older_recipe(tmp_path):
+    """A save that fails half-way leaves the recipe that was there readable."""
+    made = recipe()
+    target = made.save(tmp_path / "r.toml")
+    (tmp_path / "r.safetensors").rename(tmp_path / "kept")
+    (tmp_path / "r.safetensors").mkdir()
+    with pytest.raises(RecipeError, match="cannot be written"):
+        recipe(name="new").save(target)
+    (tmp_path / "r.safetensors").rmdir()
+    (tmp_path / "kept").rename(tmp_path / "r.safetensors")
+    assert_same(made, Recipe.load(target))
+
+
+@pytest.mark.parametrize("name", ["r.tml", "r", "r.toml.txt", "r.safetensors"])
+@pytest.mark.parametrize("act", [lambda path: recipe().save(path), Recipe.load], ids=["save", "load"])
+def test_only_toml_files_are_recipes(name, act, tmp_path):
+    """Another suffix than .toml is refused, for reading and for writing."""
+    with pytest.raises(RecipeError, match=r"ends in \.toml"):
+        act(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def replace_by_pickle(path):
+    path.write_bytes(pickle.dumps(Unpicklable()))
+
+
+class Unpicklable:
+    def __reduce__(self):
+        return (warnings.warn, ("unpickled",))  # an error under pytest's filters
+
+
+DAMAGE = [
+    ("r.toml", lambda p: p.unlink(), "There is no recipe at"),
+    ("r.toml", cut, "cannot be read"),
+    ("r.toml", lambda p: p.write_bytes(b"\xff\xfe"), "cannot be read"),
+    ("r.toml", replace_by_pickle, "cannot be read"),
+    ("r.toml", lambda p: p.write_text(""), "no schema.* @ schema"),
+    ("r.safetensors", lambda p: p.unlink(), "tensors .* cannot be read"),
+    ("r.safetensors", cut, "do not match.* @ tensors.sha256"),
+    ("r.safetensors", lambda p: p.write_bytes(save({"x": torch.ones(1)})), "do not match.* @ tensors.sha256"),
+    ("r.safetensors", replace_by_pickle, "do not match.* @ tensors.sha256"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
+def test_damaged_files_are_refused(name, damage, message, tmp_path):
+    """A missing, cut, altered or foreign file is an error that says which file."""
+    target = recipe().save(tmp_path / "r.toml")
+    damage(tmp_path / name)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(target)
+
+
+def edit(path, line: str, new: str) -> None:
+    """Replace the one line of the TOML that begins with `line`; "section:line" looks below [section]."""
+    section, _, key = line.rpartition(":")
+    lines = path.read_text().splitlines()
+    start = lines.index(f"[{section}]") if section else 0
+    index = next(i for i, text in enumerate(lines) if i >= start and text.startswith(f"{key} ="))
+    end = lines.index("]", index) if lines[index].endswith("[") else index
+    lines[index : end + 1] = [new]
+    path.write_text("\n".join(lines) + "\n")
+
+
+NUMBERS = ["nan", "inf", "-1.0", "0.0", '"text"', "true", "[]", "1" + "0" * 400, None]
+POSITIVE = [
+    "rate:lr",
+    "rate:best_lr",
+    "rate:ceiling",
+    "reference:rank",
+    "reference:alpha",
+    "reference:fan_in",
+    "reference:full_fan_in",
+    "horizon:steps",
+    "horizon:batch",
+    "law:full_factor",
+    "law:pivot",
+    "law.law:tokens",
+    "law.law:ratio",
+]
+OPTIONAL = {
+    "rate:ceiling", "reference:full_fan_in", "horizon:batch",
+    "law:full_factor", "law:pivot", "law.law:tokens", "law.law:ratio",
+}  # fmt: skip
+
+
+BAD_NUMBERS = [
+    pytest.param(key, value, id=f"{key}={(value or 'missing')[:9]}")
+    for key in POSITIVE
+    for value in NUMBERS
+    if value is not None or key not in OPTIONAL
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_NUMBERS)
+def test_a_number_that_cannot_be_is_refused_with_its_path(key, value, tmp_path):
+    """NaN, infinite, negative, zero, text or missing where a positive number belongs: an error with its path.
+
+    A law's and a reference's own checks name the parameter, and the path is their table's.
+    """
+    target = recipe().save(tmp_path / "r.toml")
+    edit(target, key, "" if value is None else f"{key.rpartition(':')[2]} = {value}")
+    table, _, name = key.partition(":")
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(target)
+    said = caught.value.cause
+    assert said.endswith(f"@ {table}.{name}") or (name in said and said.endswith(f"@ {table.partition('.')[0]}"))
+
+
+OTHER_VALUES = [
+    ("schema", "schema = 2", "@ schema"),
+    ("schema", 'schema = "1"', "@ schema"),
+    ("schema", "schema = true", "@ schema"),
+    ("schema", "schema = 0", "@ schema"),
+    ("schema", "", "@ schema"),
+    ("name", "name = 7", "@ name"),
+    ("name", "", "@ name"),
+    ("rate:lean_octaves", "lean_octaves = nan", "@ rate.lean_octaves"),
+    ("rate:lean_octaves", "lean_octaves = -0.5", "@ rate.lean_octaves"),
+    ("reference:rank", "rank = 1.5", "@ reference.rank"),
+    ("reference:method", 'method = "lore"', "@ reference"),
+    ("reference:init", 'init = "C"', "@ reference"),
+    ("reference:init", "init = 1", "@ reference.init"),
+    ("reference:rslora", 'rslora = "no"', "@ reference.rslora"),
+    ("scaling_rule", 'scaling_rule = "banana"', "@ scaling_rule"),
+    ("law:name", 'name = "unheard-of"', "Unknown law 'unheard-of'.* @ law"),
+    ("law:name", "", "@ law"),
+    ("law:exponent", "exponent = nan", "exponent.* @ law"),
+    ("law:exponent", 'exponent = "text"', "exponent.* @ law"),
+    ("law:exponent", "exponents = 1.0", "no parameter 'exponents'.* @ law"),
+    ("law.law:name", 'name = "unheard-of"', "Unknown law 'unheard-of'.* @ law"),
+    ("law.law:tokens", "token = 8.0", "no parameter 'token'.* @ law"),
+    ("seen:ranks", "ranks = [4, 0]", "@ seen.ranks"),
+    ("seen:ranks", 'ranks = ["4"]', "@ seen.ranks"),
+    ("seen:ranks", "ranks = 4", "@ seen.ranks"),
+    ("seen:full", 'full = "yes"', "@ seen.full"),
+    ("optimizer:class", "", "@ optimizer.class"),
+    ("tensors:file", "", "@ tensors.file"),
+    ("tensors:sha256", "", "@ tensors.sha256"),
+    ("tensors:sha256", 'sha256 = "0"', "@ tensors.sha256"),
+]
+
+
+@pytest.mark.parametrize(("key", "line", "message"), OTHER_VALUES)
+def test_other_impossible_values_are_refused_with_their_path(key, line, message, tmp_path):
+    """A newer schema, an unknown law or parameter, and any value of the wrong kind name their place."""
+    target = recipe().save(tmp_path / "r.toml")
+    edit(target, key, line)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(target)
+
+
+def test_a_rate_edited_by_hand_is_refused(tmp_path):
+    """The quoted rate follows from the best one and the lean, so an edited one is an error, not ignored."""
+    target = recipe().save(tmp_path / "r.toml")
+    edit(target, "rate:lr", "lr = 5e-3")
+    with pytest.raises(RecipeError, match=r"@ rate\.lr"):
+        Recipe.load(target)
+
+
+NAN = math.nan
+TENSORS = [
+    ("fit.covariance", None, "@ fit.covariance"),
+    ("fit.covariance", torch.full((3, 3), NAN), "@ fit.covariance"),
+    ("fit.covariance", torch.eye(2), "@ fit.covariance"),
+    ("fit.covariance", -torch.eye(3), "@ fit.covariance"),
+    ("fit.covariance", torch.eye(3) - 5 * (1 - torch.eye(3)), "@ fit.covariance"),
+    ("fit.covariance", torch.eye(3, dtype=torch.int64), "@ fit.covariance"),
+    ("trial.lr", torch.tensor([1e-3, -1.0]), "@ trial.lr"),
+    ("trial.lr", torch.tensor([1e-3, 0.0]), "@ trial.lr"),
+    ("trial.lr", torch.tensor([1e-3, NAN]), "@ trial.lr"),
+    ("trial.lr", torch.tensor([1e-3]), "@ trial"),
+]
+
+
+def with_tensor(target, key: str, value: torch.Tensor | None) -> None:
+    """Change one tensor of a saved recipe and its hash with it."""
+    beside = target.with_suffix(".safetensors")
+    arrays = load(beside.read_bytes()) | ({} if value is None else {key: value})
+    if value is None:
+        del arrays[key]
+    beside.write_bytes(save(arrays))
+    edit(target, "tensors:sha256", f'sha256 = "{hashlib.sha256(beside.read_bytes()).hexdigest()}"')
+
+
+@pytest.mark.parametrize(("key", "value", "message"), TENSORS)
+def test_impossible_tensors_are_refused(key, value, message, tmp_path):
+    """Tensors that match their hash are still checked: a covariance is one, and trials' rates are positive."""
+    target = recipe().save(tmp_path / "r.toml")
+    with_tensor(target, key, value)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(target)
+
+
+def test_tensors_are_read_as_safetensors_only(tmp_path):
+    """A pickle or cut file whose hash is right is refused, and nothing is unpickled."""
+    target = recipe().save(tmp_path / "r.toml")
+    beside = tmp_path / "r.safetensors"
+    for data in (pickle.dumps(Unpicklable()), beside.read_bytes()[:-8], b""):
+        beside.write_bytes(data)
+        edit(target, "tensors:sha256", f'sha256 = "{hashlib.sha256(data).hexdigest()}"')
+        with pytest.raises(RecipeError, match="cannot be read"):
+            Recipe.load(target)
+
+
+def test_the_tensors_are_looked_for_beside_the_recipe_only(tmp_path):
+    """A path in tensors.file leads nowhere but to the recipe's own folder."""
+    target = recipe().save(tmp_path / "in" / "r.toml")
+    (tmp_path / "in" / "r.safetensors").rename(tmp_path / "r.safetensors")
+    edit(target, "tensors:file", 'file = "../r.safetensors"')
+    with pytest.raises(RecipeError, match=r"in/r\.safetensors .* cannot be read"):
+        Recipe.load(target)
+
+
+# --- rates ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [4, 5, 16, 33, 64])
+def test_inside_the_ranks_seen_nothing_is_extrapolated(rank):
+    """A rank between those seen gets a rate inside its band, without a warning."""
+    rate = recipe().at(rank=rank)
+    assert not rate.extrapolated
+    assert rate.low < rate.lr < rate.high < rate.ceiling
+    assert float(rate) == rate.lr
+
+
+def test_the_reference_gets_the_base_rate():
+    """At its own reference the recipe quotes its own rate and ceiling, exactly."""
+    made = recipe()
+    assert made.at() == made.at(rank=16) == made.at(rank=16, alpha=32)
+    assert (made.at().lr, made.at().ceiling) == (made.lr, made.ceiling)
+    assert made.lr == made.best_lr * 2**-0.25
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(4, 2), (4, 1), (64, 128), (64, 4096)])
+def test_outside_the_band_is_wider_and_flagged(inside, outside):
+    """A rank beyond those seen is flagged, noted and warned about, and its band is wider than the fit's alone."""
+    made = recipe(law=Power(), covariance=torch.diag(torch.tensor([0.04, 0.0, 0.0])))
+    near = made.at(rank=inside)
+    with pytest.warns(RankAwareWarning, match=f"rank {outside} lies outside"):
+        far = made.at(rank=outside)
+    assert far.extrapolated
+    assert any("outside the ranks seen (4, 64)" in note for note in far.notes)
+    assert far.high / far.low > near.high / near.low
+
+
+def test_a_recipe_warns_once():
+    """Of any number of extrapolations of one recipe only the first warns; another recipe warns again."""
+    for made in (recipe(), recipe()):
+        with pytest.warns(RankAwareWarning) as caught:
+            assert all(made.at(rank=rank).extrapolated for rank in (128, 256, 1))
+        assert len(caught) == 1
+
+
+TARGETS = [
+    ({"fan_in": 2.0 * WIDTH}, "fan-in"),
+    ({"rank": 16, "init": "B"}, "Init"),
+    ({"method": "full"}, "not tried"),
+    ({"method": "full", "fan_in": 4096.0}, "not tried"),
+]
+
+
+@extrapolates
+@pytest.mark.parametrize(("target", "note"), TARGETS)
+def test_whatever_else_was_not_seen_is_flagged_too(target, note):
+    """Another width, init or method than the recipe's own is flagged, noted, and no surer than its own."""
+    made = recipe()
+    rate, own = made.at(**target), made.at()
+    assert rate.extrapolated
+    assert any(note in line for line in rate.notes)
+    assert rate.high / rate.low > own.high / own.low
+
+
+def test_full_finetuning_that_was_tried_is_not_extrapolated():
+    """Full trials settle full finetuning: no flag, no warning."""
+    rate = recipe(full_seen=True).at(method="full")
+    assert not rate.extrapolated
+    assert rate.lr / rate.low == pytest.approx(2 ** (-0.25 + 1.645 * math.sqrt(0.04 + 0.09)))
+
+
+RULES = [("fixed", {4: 2.0, 64: 2.0}), ("rslora", {4: 4.0, 64: 1.0}), ("alpha", {4: 8.0, 64: 0.5})]
+
+
+@pytest.mark.parametrize(("rule", "scalings"), RULES)
+def test_alpha_left_out_follows_the_rule(rule, scalings):
+    """Without alpha the multiplier follows the ranks seen, as if alpha had been given accordingly."""
+    made = recipe(scaling_rule=rule)
+    for rank, scaling in scalings.items():
+        assert made.at(rank=rank).lr == pytest.approx(made.at(rank=rank, alpha=scaling * rank).lr, rel=1e-12)
+
+
+def test_rslora_divides_alpha_by_the_root_of_the_rank():
+    """alpha with rslora is the multiplier alpha / √rank."""
+    made = recipe()
+    assert made.at(rank=64, alpha=16, rslora=True) == made.at(rank=64, alpha=128)
+
+
+def test_an_unknown_rule_asks_for_alpha():
+    """Where no rule fits, another rank needs alpha; the reference's own does not."""
+    made = recipe(scaling_rule="unknown")
+    with pytest.raises(RecipeError, match="alpha="):
+        made.at(rank=8)
+    assert made.at(rank=16) == made.at()
+    assert made.at(rank=8, alpha=16).lr == recipe().at(rank=8).lr
+
+
+def test_the_law_and_the_drift_compose():
+    """A recipe's rates are its law's, times the drift in rank."""
+    plain, drifting = (recipe(law=Power(exponent=e, law=Constant()), lean=0.0) for e in (0.0, 0.5))
+    assert plain.at(rank=64).lr == plain.best_lr
+    assert drifting.at(rank=64).lr == pytest.approx(2 * drifting.best_lr)
+
+
+IMPOSSIBLE = [
+    {"rank": 0}, {"rank": -4}, {"rank": 1.5}, {"rank": "16"}, {"rank": math.nan}, {"rank": True},
+    {"rank": 0, "alpha": 1.0}, {"rank": 8, "alpha": 0}, {"rank": 8, "alpha": -1.0}, {"rank": 8, "alpha": math.nan},
+    {"rank": 8, "init": "C"}, {"rank": 8, "fan_in": 0}, {"rank": 8, "fan_in": -1.0}, {"rank": 8, "fan_in": math.inf},
+    {"method": "full", "fan_in": 0}, {"method": "full", "fan_in": -1.0}, {"method": "Full"}, {"method": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", IMPOSSIBLE, ids=str)
+def test_impossible_targets_are_refused(target):
+    """A rank, alpha, init, width or method that cannot be is an error of ours, never a rate."""
+    with pytest.raises(RankAwareError):
+        recipe(full_seen=True).at(**target)
+
+
+def test_a_recipe_of_full_finetuning_alone_asks_for_rank_and_alpha():
+    """Without LoRA trials there is no rank to fall back on, and no rule for alpha."""
+    made = recipe(reference=Reference(method="full", fan_in=WIDTH), ranks=(), full_seen=True, scaling_rule="unknown")
+    assert made.at(method="full").lr == made.lr
+    for target in ({}, {"rank": 8}):
+        with pytest.raises(RecipeError, match="alpha="):
+            made.at(**target)
+    with pytest.warns(RankAwareWarning, match="outside"):
+        assert made.at(rank=8, alpha=8).extrapolated
+
+
+@given(rank=st.integers(1, 4096), alpha=st.floats(0.01, 1e4), fan_in=st.none() | st.floats(1, 1e5))
+@extrapolates
+def test_every_rate_lies_in_its_band(rank, alpha, fan_in):
+    """Wherever it is asked, a rate without lean lies in a finite positive band."""
+    rate = recipe(lean=0.0).at(rank, alpha=alpha, fan_in=fan_in)
+    assert 0 < rate.low <= rate.lr <= rate.high < math.inf
+
+
+SCALINGS = [
+    ({4: 1.0, 64: 1.0}, "fixed"),
+    ({4: 2.0, 16: 2.0, 64: 2.0}, "fixed"),
+    ({4: 4.0, 64: 0.25}, "alpha"),
+    ({4: 8.0, 16: 4.0, 64: 2.0}, "rslora"),
+    ({4: 1.0, 16: 1.0, 64: 2.0}, "unknown"),
+    ({8: 2.0}, "unknown"),
+    ({}, "unknown"),
+]
+
+
+@pytest.mark.parametrize(("seen", "rule"), SCALINGS)
+def test_the_scaling_rule_is_read_off_the_ranks_seen(seen, rule):
+    """s, s·√r or s·r constant over two ranks or more name the rule; anything else is unknown."""
+    assert infer_scaling(seen) == rule
+
+
+# --- with the optimizer ---------------------------------------------------------------------------------------------
+
+
+def rates(optimizer, role: str) -> set[float]:
+    return {g["lr"] for g in optimizer.param_groups if g["lora_role"] == role}
+
+
+@pytest.mark.parametrize("law", [Power(0.1, 1.5), Power(law=Constant()), Power(-0.4, law=MuA(tokens=None, ratio=4))])
+@pytest.mark.parametrize(("rank", "scaling"), [(4, 2.0), (8, 0.5), (16, 2.0), (64, 1.0)])
+@pytest.mark.parametrize("init", ["A", "B"])
+def test_the_optimizer_uses_the_rate_that_is_quoted(rank, scaling, init, law):
+    """For a uniform model the A factors' rate is `Recipe.at` of its rank and alpha; everything else keeps the base."""
+    made = recipe(law=law, reference=replace(AT_16, init=init))
+    opt = RankAwareOptimizer(mlp((rank, rank), scalings=scaling, init=init), torch.optim.AdamW, recipe=made)
+    (used,) = rates(opt, "A")
+    assert used == pytest.approx(made.at(rank=rank, alpha=scaling * rank).lr, rel=1e-9)
+    assert rates(opt, "other") == {made.lr}
+
+
+@extrapolates
+@pytest.mark.parametrize("law", [Power(0.1, 1.5), Power(-0.4, 1.5, to_full=True), Power(law=Constant())])
+@pytest.mark.parametrize("reference", [AT_16, Reference(method="full", fan_in=WIDTH)], ids=["lora", "full"])
+def test_the_optimizer_uses_the_full_rate_that_is_quoted(law, reference):
+    """Full finetuning at the recipe's own width trains at `Recipe.at(method="full")`, biases too."""
+    made = recipe(law=law, reference=reference, full_seen=True)
+    model = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, 3))
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=made, method="full")
+    assert [g["lr"] for g in opt.param_groups] == pytest.approx([made.at(method="full").lr] * 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
+def test_a_recipe_is_taken_by_path(kind, tmp_path):
+    """recipe= takes a path as it takes the recipe."""
+    made = recipe()
+    path = made.save(tmp_path / "r.toml")
+    by_path, by_recipe = (RankAwareOptimizer(mlp((8,)), "adamw", recipe=r) for r in (kind(path), made))
+    assert [g["lr"] for g in by_path.param_groups] == [g["lr"] for g in by_recipe.param_groups]
+
+
+@pytest.mark.parametrize("beside", [{"lr": 1e-3}, {"tuned_at": AT_16}, {"law": "mua"}], ids=str)
+def test_nothing_a_recipe_holds_is_taken_beside_it(beside):
+    """lr=, tuned_at= or law= beside recipe= is refused."""
+    with pytest.raises(OptimizerError, match=next(iter(beside))):
+        RankAwareOptimizer(mlp(), torch.optim.AdamW, recipe=recipe(), **beside)
+
+
+def whole(width: int) -> torch.nn.Sequential:
+    return torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Linear(width, 3))
+
+
+@extrapolates
+@pytest.mark.parametrize("width", [WIDTH, 8 * WIDTH])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_report_quotes_the_band_of_this_model(method, width):
+    """The band that the report names is that of the model's own width, and holds the rate in use."""
+    made = recipe(full_seen=True, lean=0.0)
+    model = whole(width) if method == "full" else mlp((16,), scalings=2.0, width=width)
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=made, method=method)
+    rate = made.at(method=method, fan_in=float(width))
+    assert f"between {rate.low:.3g} and {rate.high:.3g}" in str(opt.report())
+    (used,) = rates(opt, "full" if method == "full" else "A")
+    assert used == pytest.approx(rate.lr, rel=1e-9)
+    assert rate.low < used < rate.high
+
+
+# --- the hash in the optimizer's state ------------------------------------------------------------------------------
+
+
+def tagged(made: Recipe, **options):
+    """A rank-8 model and its optimizer by `made`, after a step."""
+    model = mlp((8,), scalings=1.0)
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=made, **options)
+    train(model, opt, steps=1)
+    return model, opt
+
+
+def hashed(made: Recipe) -> str:
+    return made.tag.partition(" ")[0]
+
+
+def test_the_tag_survives_the_files_and_names_the_recipe(tmp_path):
+    """A recipe read back has the tag it had: a hash of twelve digits, then its name."""
+    made = recipe(name="two words\n")
+    assert Recipe.load(made.save(tmp_path / "r.toml")).tag == made.tag
+    assert re.fullmatch(r"[0-9a-f]{12} two words\n", made.tag)
+
+
+DECISIVE = [
+    {"best_lr": 1e-3},
+    {"lean": 0.0},
+    {"reference": replace(AT_16, rank=8)},
+    {"reference": replace(AT_16, alpha=16)},
+    {"reference": replace(AT_16, init="B")},
+    {"reference": replace(AT_16, fan_in=32)},
+    {"reference": replace(AT_16, batch=8)},
+    {"reference": Reference(method="full", fan_in=WIDTH)},
+    {"law": Power(exponent=0.2, full_factor=1.5)},
+    {"law": Power(exponent=0.1, full_factor=1.5, law=MuA(tokens=4))},
+    {"law": Power(exponent=0.1, full_factor=1.5, law=Constant())},
+    {"scaling_rule": "alpha"},
+]
+
+
+def test_the_hash_is_of_what_decides_the_rates():
+    """Each of rate, reference, law and rule makes another hash; name, trials and provenance do not."""
+    assert len({hashed(recipe(**change)) for change in [{}, *DECISIVE]}) == 1 + len(DECISIVE)
+    same = {"name": "other", "versions": {}, "tensors": {}, "seed": 9, "steps": 7, "notes": ("a",), "ceiling": None}
+    assert hashed(recipe(**same)) == hashed(recipe())
+
+
+def test_the_optimizers_state_carries_the_recipes_tag(tmp_path):
+    """Every group of the state has the tag, in a file that opens without unpickling, also after a resume."""
+    made = recipe()
+    model, opt = tagged(made)
+    torch.save(opt.state_dict(), tmp_path / "opt.pt")
+    state = torch.load(tmp_path / "opt.pt", weights_only=True)
+    assert {group["rankaware_recipe"] for group in state["param_groups"]} == {made.tag}
+    _, again = tagged(made)
+    again.load_state_dict(state)
+    assert {group["rankaware_recipe"] for group in again.state_dict()["param_groups"]} == {made.tag}
+    assert all(not g["rankaware_recipe"] for g in RankAwareOptimizer(model, "adamw", lr=1e-3, init="A").param_groups)
+
+
+def test_torchs_own_optimizer_loads_a_tagged_state():
+    """AdamW itself takes the state, and the plain export holds no tag."""
+    model, opt = tagged(recipe())
+    own = torch.optim.AdamW([{"params": group["params"]} for group in opt.param_groups])
+    own.load_state_dict(opt.state_dict())
+    assert [g["lr"] for g in own.param_groups] == [g["lr"] for g in opt.param_groups]
+    plain = to_plain_state_dict(opt)
+    assert all("rankaware_recipe" not in group for group in plain["param_groups"])
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]).load_state_dict(plain)
+
+
+@pytest.mark.parametrize("change", [{"best_lr": 1e-3}, {"law": Power(exponent=0.4)}], ids=["rate", "law"])
+@pytest.mark.parametrize("policy", ["keep", "rederive"])
+def test_a_resume_under_another_recipe_is_said_once(change, policy):
+    """One warning names both recipes, whatever the number of groups; the base rate goes on, and so does its tag."""
+    first, second = recipe(name="first"), recipe(name="second", **change)
+    _, opt = tagged(first)
+    _, other = tagged(second, on_law_change=policy)
+    with pytest.warns(RankAwareWarning, match=r"recipe 'first' .* under 'second'") as caught:
+        other.load_state_dict(opt.state_dict())
+    assert len(caught) == 1
+    assert all(hashed(made) in str(caught[0].message) for made in (first, second))
+    bases = [g["lr"] / g["lr_multiplier"] for g in other.param_groups]
+    assert bases == pytest.approx([first.lr] * len(bases))
+    assert {g["rankaware_recipe"] for g in other.param_groups} == {first.tag}
+
+
+def test_a_resume_under_the_same_rates_says_nothing():
+    """A recipe renamed, an optimizer without a recipe, and a checkpoint from before there was a tag load in silence."""
+    _, opt = tagged(recipe())
+    state = opt.state_dict()
+    tagged(recipe(name="renamed"))[1].load_state_dict(state)
+    plain = RankAwareOptimizer(mlp((8,), scalings=1.0), "adamw", lr=recipe().lr, tuned_at=AT_16, law=recipe().law)
+    plain.load_state_dict(state)
+    for group in state["param_groups"]:
+        del group["rankaware_recipe"]
+    _, again = tagged(recipe())
+    again.load_state_dict(state)
+    assert {group["rankaware_recipe"] for group in again.param_groups} == {recipe().tag}

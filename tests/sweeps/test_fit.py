@@ -1,0 +1,504 @@
+"""Sweeps of one's own: rows from any tool are read and checked, and fitted to a recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankaware_optim import CalibrationError, MuA, RankAwareOptimizer, Recipe, RecipeError, Reference
+from rankaware_optim.cli._fit import fit as fit_command
+from rankaware_optim.laws import Law, Power
+from rankaware_optim.sweeps import fit_sweep
+from rankaware_optim.sweeps._io import ALIASES, Run, read_sweep
+
+from ..helpers.models import mlp
+
+extrapolates = pytest.mark.filterwarnings("ignore::rankaware_optim.errors.RankAwareWarning")
+
+AT_16, WIDTH = -9.0, 1024.0  # log2 of the true best rate at rank 16, alpha 16
+REFERENCE = Reference(16, 16.0, fan_in=WIDTH)
+
+
+def alpha_of(rank: int, custom: str) -> float:
+    """alpha by a custom, all of them 16 at rank 16."""
+    return float(rank if custom == "rank" else 16)
+
+
+def best_of(law: Law, rank: int, custom: str = "rank") -> float:
+    """log2 of the true best rate, rank 0 for full finetuning."""
+    there = Reference(rank, alpha_of(rank, custom), fan_in=WIDTH) if rank else Reference(method="full", fan_in=WIDTH)
+    return AT_16 + math.log2(law.multiplier(there.as_factor(), REFERENCE))
+
+
+def drawn(
+    law: Law | None = None,
+    *,
+    ranks=(4, 16, 64),
+    custom: str = "rank",
+    offsets=(-3.2, -2.1, -1.2, -0.3, 0.6, 1.7),
+    noise: float = 0.003,
+    seeds: int = 2,
+    cliff: float | None = None,
+    draw: int = 0,
+) -> list[dict]:
+    """A sweep drawn from a law: at every rank a bowl about its true best rate, diverged from `cliff` octaves above."""
+    rng = np.random.default_rng(draw)
+    rows = []
+    for rank in ranks:
+        best = best_of(law or MuA(), rank, custom)
+        for offset in offsets:
+            for seed in range(seeds):
+                loss = 1.0 + 0.06 * (math.exp(1.2 * offset) - 1.2 * offset - 1.0) + rng.normal(0, noise)
+                lost = cliff is not None and offset >= cliff
+                row = {"rank": rank or "full", "lr": 2.0 ** (best + offset), "loss": "diverged" if lost else loss}
+                rows.append({**row, "seed": seed, "alpha": alpha_of(rank, custom) if rank else ""})
+    return rows
+
+
+def log2_at(recipe: Recipe, rank: int, **target) -> float:
+    """log2 of the recipe's best rate at a rank: its quoted rate without the lean."""
+    rate = recipe.at(**target) if not rank else recipe.at(rank, **target)
+    return math.log2(rate.lr) + recipe.lean
+
+
+# --- what it finds --------------------------------------------------------------------------------------------------
+
+TRUE_LAWS = [
+    (MuA(), 0.0),
+    (MuA(tokens=None), 0.0),
+    (MuA(tokens=64.0), 0.0),
+    (Power(exponent=0.15, law=MuA()), 0.15),
+    (Power(exponent=-0.15, law=MuA()), -0.15),
+]
+
+
+@extrapolates
+@pytest.mark.parametrize("custom", ["rank", "kept"])
+@pytest.mark.parametrize(("law", "drift"), TRUE_LAWS, ids=lambda v: repr(v)[:44])
+def test_a_sweep_drawn_from_a_law_gives_its_rates_back(law, drift, custom):
+    """At every rank swept, and at one between, the recipe is within a quarter of an octave of the truth."""
+    recipe = fit_sweep(drawn(law, custom=custom), fan_in=WIDTH, steps=100)
+    for rank in (4, 8, 16, 64):
+        at = log2_at(recipe, rank, alpha=alpha_of(rank, custom))
+        assert at == pytest.approx(best_of(law, rank, custom), abs=0.25)
+    if isinstance(law, Power):
+        assert recipe.law.exponent == pytest.approx(drift, abs=0.06)
+
+
+@pytest.mark.parametrize("tokens", [1.0, 4.0, 16.0, 64.0])
+def test_tokens_are_recovered(tokens):
+    """fit="tokens" finds the effective tokens of the law the sweep was drawn from within a factor of two and a half."""
+    rows = drawn(MuA(tokens=tokens), ranks=(2, 8, 32, 128), noise=0.001)
+    recipe = fit_sweep(rows, fit="tokens", fan_in=WIDTH, steps=100)
+    found = recipe.law.law
+    assert isinstance(found, MuA)
+    assert abs(math.log2(found.tokens / tokens)) < math.log2(2.5)
+    assert recipe.law.exponent == 0.0
+
+
+@pytest.mark.parametrize("fit", ["drift", "tokens"])
+def test_the_band_covers_the_truth(fit):
+    """In at least 24 of 30 noisy sweeps the 90 % band holds the true best rate at the ranks swept."""
+    held = []
+    for draw in range(10):
+        recipe = fit_sweep(drawn(noise=0.01, draw=draw), fit=fit, fan_in=WIDTH, steps=100)
+        rates = {rank: recipe.at(rank) for rank in (4, 16, 64)}
+        held += [rate.low < 2.0 ** best_of(MuA(), rank) < rate.high for rank, rate in rates.items()]
+    assert sum(held) >= 24
+
+
+def test_full_rows_settle_full_finetuning():
+    """Rows without a rank are full finetuning; its rate is then no extrapolation."""
+    law = Power(full_factor=0.7)
+    recipe = fit_sweep(drawn(law, ranks=(4, 64, 0)), fan_in=WIDTH, steps=100)
+    assert recipe.full_seen
+    assert log2_at(recipe, 0, method="full") == pytest.approx(best_of(law, 0), abs=0.25)
+    assert not recipe.at(method="full").extrapolated
+
+
+def test_full_finetuning_alone_needs_no_fan_in():
+    """A sweep of full finetuning gives its own best rate, and asks for what LoRA needs."""
+    recipe = fit_sweep(drawn(ranks=(0,)), steps=100)
+    assert log2_at(recipe, 0, method="full") == pytest.approx(best_of(MuA(), 0), abs=0.2)
+    with pytest.raises(RecipeError, match="fan-in"):
+        recipe.at(16, alpha=16)
+
+
+def test_the_ceiling_is_the_smallest_rate_that_diverged():
+    """Diverged cells set the ceiling, at every rank by the law, and the recipe stays below it."""
+    recipe = fit_sweep(drawn(cliff=1.5), fan_in=WIDTH, steps=100)
+    assert math.log2(recipe.at(16).ceiling) == pytest.approx(best_of(MuA(), 16) + 1.7, abs=0.01)
+    assert all(recipe.at(rank).lr < recipe.at(rank).ceiling / 2 for rank in (4, 16, 64))
+    assert fit_sweep(drawn(), fan_in=WIDTH).ceiling is None
+
+
+def test_missing_cells_do_not_move_the_answer():
+    """With a quarter of the cells gone, some rows without a loss, the rates stay within a fifth of an octave."""
+    rows = drawn()
+    kept = [row for i, row in enumerate(rows) if i % 4]
+    kept[0] = {**kept[0], "loss": ""}
+    whole, part = fit_sweep(rows, fan_in=WIDTH), fit_sweep(kept, fan_in=WIDTH)
+    assert math.log2(part.best_lr / whole.best_lr) == pytest.approx(0, abs=0.2)
+    assert any("1 of 27 rows have no loss" in note for note in part.notes)
+
+
+@pytest.mark.parametrize("ranks", [(4, 64), (16,)])
+@pytest.mark.parametrize(("offsets", "end"), [((-4.0, -3.0, -2.0, -1.0), "highest"), ((0.7, 1.5, 2.3), "lowest")])
+def test_a_best_rate_at_an_end_of_the_grid_is_a_bound(offsets, end, ranks):
+    """Where every rank's best is an end of its grid the band widens until it holds the truth, and a note says so."""
+    inside = fit_sweep(drawn(ranks=ranks), fan_in=WIDTH)
+    recipe = fit_sweep(drawn(ranks=ranks, offsets=offsets), fan_in=WIDTH)
+    rate, own = recipe.at(), inside.at()
+    rank = recipe.reference.rank
+    assert rate.low < 2.0 ** best_of(MuA(), rank) < rate.high
+    assert math.log2(rate.high / rate.low) > 2 * math.log2(own.high / own.low)
+    said = [note for note in rate.notes if f"is the {end} tried" in note]
+    assert len(said) == len(ranks)
+    assert not any("tried" in note for note in inside.notes)
+
+
+def test_one_rank_at_an_end_leaves_the_others_in_charge():
+    """A rank cut off at its grid's end moves the others' answer by less than a tenth of an octave."""
+    rows = drawn(ranks=(4, 16))
+    cut = [row for row in drawn(ranks=(64,)) if row["lr"] < 2.0 ** (best_of(MuA(), 64) - 1)]
+    alone, both = fit_sweep(rows, fan_in=WIDTH), fit_sweep([*rows, *cut], fan_in=WIDTH)
+    assert log2_at(both, 16) == pytest.approx(log2_at(alone, 16), abs=0.1)
+    assert any(note.startswith("rank 64") for note in both.notes)
+
+
+def test_ties_lie_between():
+    """Two rates that tie as best put the optimum between them."""
+    losses = {-12: 1.3, -11: 1.1, -10: 1.0, -9: 1.0, -8: 1.1, -7: 1.5}
+    rows = [{"rank": rank, "lr": 2.0**x, "loss": loss} for rank in (8, 64) for x, loss in losses.items()]
+    assert -10 < math.log2(fit_sweep(rows, alpha=16.0, law="constant").best_lr) < -9
+
+
+# --- what the data do not determine ---------------------------------------------------------------------------------
+
+
+def test_one_rank_says_nothing_of_the_drift():
+    """One rank leaves the drift at the law's word, says so, and needs alpha elsewhere."""
+    recipe = fit_sweep(drawn(ranks=(16,)), fan_in=WIDTH)
+    assert recipe.law.exponent == pytest.approx(0.0, abs=1e-6)
+    assert any("one rank was swept" in note for note in recipe.notes)
+    with pytest.raises(RecipeError, match="alpha="):
+        recipe.at(8)
+
+
+def test_a_loss_that_hardly_moves_is_said():
+    """Pure noise gives a wide band and a note."""
+    rng = np.random.default_rng(0)
+    rows = [{"rank": r, "lr": 2.0**-x, "loss": 1 + rng.normal(0, 1e-3)} for r in (4, 64) for x in range(8, 14)]
+    recipe = fit_sweep(rows, alpha="rank")
+    assert any("hardly says which rate is best" in note for note in recipe.notes)
+    assert recipe.at(16).high / recipe.at(16).low > 8
+
+
+@extrapolates
+@pytest.mark.parametrize("custom", ["rank", "kept"])
+def test_without_alpha_rates_hold_as_swept(custom, tmp_path):
+    """Without alpha the ranks swept are met whichever custom was used; another alpha, and a model's, are refused."""
+    rows = [{**row, "alpha": None} for row in drawn(custom=custom)]
+    recipe = Recipe.load(fit_sweep(rows, fan_in=WIDTH, steps=9).save(tmp_path / "r.toml"))
+    assert recipe.scaling_rule == "as swept"
+    assert any("does not say alpha" in note for note in recipe.at().notes)
+    for rank in (4, 16, 64):
+        assert log2_at(recipe, rank) == pytest.approx(best_of(MuA(), rank, custom), abs=0.3)
+    with pytest.raises(RecipeError, match=r"did not say its alpha.*alpha="):
+        recipe.at(8, alpha=16)
+    with pytest.raises(RecipeError, match="did not say its alpha"):
+        RankAwareOptimizer(mlp(), torch.optim.AdamW, recipe=recipe)
+
+
+@extrapolates
+def test_without_fan_in_only_what_hangs_on_it_is_refused(tmp_path):
+    """Without a fan-in ranks are served as with one; full finetuning and another init need it, and take it."""
+    known = fit_sweep(drawn(), fan_in=4096.0, steps=9)
+    recipe = Recipe.load(fit_sweep(drawn(), steps=9).save(tmp_path / "r.toml"))
+    assert recipe.reference.fan_in is None
+    assert recipe.at(8).lr == pytest.approx(known.at(8).lr, rel=1e-9)
+    for target in ({"method": "full"}, {"rank": 16, "init": "B"}):
+        with pytest.raises(RecipeError, match=r"knows no fan-in.*fan_in="):
+            recipe.at(**target)
+        assert recipe.at(**target, fan_in=4096.0).lr == pytest.approx(known.at(**target).lr, rel=1e-9)
+
+
+def test_steps_that_nobody_told_are_unknown(tmp_path):
+    """Without steps the recipe says so, in its file too; a column tells them."""
+    recipe = Recipe.load(fit_sweep(drawn()).save(tmp_path / "r.toml"))
+    assert recipe.steps is None
+    assert any("steps" in note for note in recipe.notes)
+    told = fit_sweep([{**row, "max_steps": 780} for row in drawn()])
+    assert (told.steps, any("steps" in note for note in told.notes)) == (780, False)
+
+
+def test_a_saved_recipe_gives_the_same_rates(tmp_path):
+    """Rates, bands and notes survive the file."""
+    recipe = fit_sweep(drawn(cliff=1.5), fan_in=WIDTH, steps=100, batch=128, warmup=0.1)
+    loaded = Recipe.load(recipe.save(tmp_path / "r.toml"))
+    assert loaded.at(8) == recipe.at(8)
+    assert loaded.notes == recipe.notes
+    assert "made by ra.sweeps.fit_sweep" in (tmp_path / "r.toml").read_text()
+
+
+def test_a_recipe_of_a_sweep_drives_an_optimizer():
+    """On a model of a rank swept, the optimizer's LoRA rate is the recipe's, with the fan-in told or not."""
+    for told in (16.0, None):
+        recipe = fit_sweep(drawn(ranks=(4, 8)), fan_in=told)
+        opt = RankAwareOptimizer(mlp((8,), head=False), torch.optim.AdamW, recipe=recipe)
+        rates = {group["lr"] for group in opt.param_groups}
+        assert sorted(rates) == pytest.approx([recipe.at(8, fan_in=16.0).lr], rel=1e-9)
+
+
+def test_the_optimizer_decides_the_laws_form():
+    """A sweep of SGD is fitted along the gradient-like law, which the recipe keeps."""
+    assert fit_sweep(drawn(), optimizer="SGD").law.law == MuA(family="gradient-like")
+
+
+# --- what changes nothing -------------------------------------------------------------------------------------------
+
+sweeps = st.builds(
+    drawn,
+    ranks=st.sampled_from([(16,), (4, 64), (8, 16, 32)]),
+    custom=st.sampled_from(["rank", "kept"]),
+    offsets=st.lists(st.integers(-40, 20), min_size=3, max_size=6, unique=True).map(
+        lambda xs: tuple(x / 10 for x in xs)
+    ),
+    noise=st.floats(0.001, 0.05),
+    cliff=st.none() | st.floats(1.0, 2.0),
+    draw=st.integers(0, 1000),
+).filter(lambda rows: any(row["loss"] != "diverged" for row in rows))
+
+
+def assert_alike(first: Recipe, second: Recipe, factor: float = 1.0) -> None:
+    assert second.best_lr == pytest.approx(first.best_lr * factor, rel=1e-4)
+    assert second.law.exponent == pytest.approx(first.law.exponent, abs=1e-4)
+    assert second.covariance.numpy() == pytest.approx(first.covariance.numpy(), rel=1e-3, abs=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=sweeps, seed=st.integers(0, 99))
+def test_the_order_of_rows_does_not_matter(rows, seed):
+    """Any order of the same rows gives the same recipe."""
+    assert_alike(fit_sweep(rows), fit_sweep(random.Random(seed).sample(rows, len(rows))))
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=sweeps, offset=st.floats(-5, 5), scale=st.floats(0.1, 100))
+def test_the_units_of_the_loss_do_not_matter(rows, offset, scale):
+    """A constant added to every loss, or another unit, changes no rate."""
+    moved = [r if r["loss"] == "diverged" else {**r, "loss": offset + scale * r["loss"]} for r in rows]
+    assert_alike(fit_sweep(rows), fit_sweep(moved))
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=sweeps, times=st.integers(2, 4))
+def test_repeated_rows_and_seeds_by_other_names_do_not_matter(rows, times):
+    """Rows exported several times count once, and seeds may be called anything."""
+    renamed = [{**row, "seed": 100 + 7 * row["seed"]} for row in rows]
+    assert_alike(fit_sweep(rows), fit_sweep(renamed * times))
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"rank": 4, "lr": 1e-4, "loss": 0.75, "alpha": 8},
+    {"rank": None, "lr": 2e-5, "loss": math.inf},
+    {"rank": 4, "lr": 3e-4, "loss": 0.5, "alpha": 8},
+]
+RUNS = (Run(4, 1e-4, 0.75, 8.0), Run(None, 2e-5, math.inf), Run(4, 3e-4, 0.5, 8.0))
+FILES = {
+    "s.csv": "rank,lr,loss,alpha\n4,1e-4,0.75,8\nfull,2e-5,diverged,\n4,3e-4,0.5,8\n",
+    "bom.csv": "\ufeffrank,lr,loss,alpha\n4.0,1e-4,0.75,8\n,2e-5,NaN,\n4.0,3e-4,0.5,8\n",
+    "wandb.csv": '"Name","lora_r","learning_rate","lora_alpha","eval/loss"\n'
+    '"a","4","0.0001","8","0.75"\n"b","","2e-05","","Infinity"\n"c","4","0.0003","8","0.5"\n',
+    "optuna.csv": "number,value,params_learning_rate,params_lora_r,params_lora_alpha\n"
+    "0,0.75,1e-4,4,8\n1,inf,2e-5,,\n2,0.5,3e-4,4,8\n",
+    "s.tsv": "Rank\tLR\tval-loss\tAlpha\n4\t1e-4\t0.75\t8\n\t2e-5\tnan\t\n4\t3e-4\t0.5\t8\n",
+    "{s}.json": json.dumps(ROWS),
+    "s.jsonl": "\n".join(map(json.dumps, ROWS)) + "\n\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_sweep_reads_alike_from_every_tool(name, tmp_path):
+    """Dicts, CSV, TSV, JSON and JSON lines of one sweep are the same runs."""
+    path = tmp_path / name
+    path.write_text(FILES[name], encoding="utf-8")
+    assert read_sweep(path).runs == read_sweep(str(path)).runs == RUNS
+    assert read_sweep(ROWS).runs == RUNS
+
+
+@pytest.mark.parametrize(("field", "alias"), [(f, a) for f, names in ALIASES.items() for a in names])
+def test_every_alias_means_its_field(field, alias):
+    """A column by another name reads as one by its own."""
+    values = {"rank": 4, "lr": 1e-4, "loss": 0.5, "alpha": 8, "rslora": True, "fan_in": 64, "model": "m"}
+    plain = {**values, "batch": 2, "steps": 10, "start": 1.5}
+    named = {alias if key == field else key: value for key, value in plain.items()}
+    assert read_sweep([named]).runs == read_sweep([plain]).runs
+
+
+def test_columns_names_what_has_no_alias():
+    """columns= settles what is ambiguous or unheard-of."""
+    row = {"rank": 4, "lr": 1e-4, "eval_loss": 0.75, "val_loss": 0.5, "alpha": 8}
+    with pytest.raises(CalibrationError, match=r"eval_loss and val_loss may all be loss.*columns="):
+        read_sweep([row])
+    assert read_sweep([row], columns={"loss": "val_loss"}).runs == (Run(4, 1e-4, 0.5, 8.0),)
+
+
+def test_numpy_numbers_are_numbers():
+    """Rows of a dataframe hold numpy's scalars."""
+    row = {"rank": np.int64(4), "lr": np.float32(0.25), "loss": np.float64("nan"), "rslora": np.bool_(True)}
+    assert read_sweep([row]).runs == (Run(4, 0.25, math.inf, rslora=True),)
+
+
+BAD_CELLS = [
+    ("rank", "sixteen", "positive whole number"), ("rank", "0", "positive whole number"),
+    ("rank", "1.5", "positive whole number"), ("rank", "-4", "positive whole number"),
+    ("lr", "fast", "positive number"), ("lr", "0", "positive number"), ("lr", "-1e-4", "positive number"),
+    ("lr", "inf", "positive number"), ("lr", "", "positive number"), ("lr", "1,5e-4", "positive number"),
+    ("loss", "low", "a number"), ("loss", "-inf", "a number"), ("alpha", "x", "positive number"),
+    ("alpha", "0", "positive number"), ("rslora", "maybe", "one of true"), ("init", "C", "one of a, b"),
+    ("method", "dora", "one of full, lora"), ("fan_in", "wide", "positive number"), ("seed", "1.5", "whole number"),
+    ("seed", "one", "whole number"), ("batch", "-1", "positive number"), ("steps", "0.5", "whole number"),
+    ("start", "inf", "a number"),
+]  # fmt: skip
+GOOD = {"rank": "4", "lr": "1e-4", "loss": "0.5", "alpha": "8", "method": ""}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "rows"])
+@pytest.mark.parametrize(("field", "text", "belongs"), BAD_CELLS)
+def test_a_cell_that_cannot_be_is_named(field, text, belongs, kind, tmp_path):
+    """The error says file, line and column, what stands there, and what belongs there."""
+    rows = [{**GOOD, field: GOOD.get(field, "")}, {**GOOD, field: text}]
+    source, place = rows, "row 2"
+    if kind == "csv":
+        source, place = tmp_path / "s.csv", "s.csv, line 3"
+        lines = [",".join(rows[0]), *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
+        source.write_text("\n".join(lines))
+    elif kind == "jsonl":
+        source, place = tmp_path / "s.jsonl", "s.jsonl, line 2"
+        source.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(CalibrationError) as caught:
+        read_sweep(source)
+    expected = rf"{re.escape(place)}, column '{field}': {re.escape(repr(text))} stands where .*{belongs}"
+    assert re.search(expected, caught.value.cause)
+
+
+BAD_FILES = [
+    ("nowhere.csv", None, "cannot be read"),
+    ("s.csv", b"\xff\xfe\x00", "cannot be read"),
+    ("s.csv", b"", "holds no rows"),
+    ("s.csv", b"rank,lr,loss\n", "holds no rows"),
+    ("s.csv", b"rank,lr\n4,1e-4\n", "no column for loss; it has rank, lr"),
+    ("s.csv", b"lr,loss\n1e-4,1\n", "no column for rank"),
+    ("s.csv", b"rank,lr,loss\n4,1e-4,1,7\n", "line 2 has another number of cells"),
+    ("s.csv", b"rank,lr,loss\n4,1e-4\n", "line 2 has another number of cells"),
+    ("s.csv", b'rank,lr,loss\n4,"1e-4"x,1\n', "line 2"),
+    ("s.csv", b"rank,r,learning_rate,lr,eval_loss,loss\n4,4,1,x,1,1\n", "column 'lr'"),
+    ("s.json", b"{", "s.json is no JSON"),
+    ("s.json", b'{"rank": 4}', "list of rows"),
+    ("s.json", b"[4]", "row 1 is a int"),
+    ("s.jsonl", b'{"rank": 4, "lr": 1, "loss": 1}\nx\n', "line 2 is no JSON"),
+    ("s.jsonl", b'{"rank": 4, "lr": 1, "loss": 1}\n[1]\n', "line 2 is a list"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "message"), BAD_FILES)
+def test_a_file_that_cannot_be_read_is_said(name, data, message, tmp_path):
+    """Missing, undecodable, empty, ragged or without a column: an error with the file's name or its columns."""
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(CalibrationError, match=message):
+        read_sweep(tmp_path / name)
+
+
+def one(**changes) -> list[dict]:
+    return [{**row, **changes} for row in drawn()]
+
+
+BAD_SWEEPS = [
+    (lambda: one(loss="nan"), {}, "Every one of 36 runs diverged.*lower rates"),
+    (lambda: one(loss=0.5), {}, "loss is 0.5 at every rate"),
+    (lambda: one(lr=1e-4), {}, "No rank was tried at more than one rate"),
+    (lambda: [*one(model="a"), *one(model="b")], {}, "mixes 2 values of model: a, b.*choose by model="),
+    (lambda: one(model="a"), {"model": "b"}, "No row of the sweep has model='b'.*It has a"),
+    (lambda: [*one(batch=8), *one(batch=32)], {}, "mixes 2 values of batch: 8.0, 32.0.*batch="),
+    (lambda: [*one(init="A"), *one(init="B")], {}, "mixes 2 values of init"),
+    (lambda: [*one(steps=8), *one(steps=9)], {}, "mixes 2 values of steps"),
+    (lambda: [*one(fan_in=8), *one(fan_in=9)], {}, "mixes fan-ins: 8, 9.*fan_in="),
+    (lambda: [*one(), *one(alpha=None)], {}, "Some rows say alpha.*alpha="),
+    (lambda: drawn(ranks=(4, 0)), {}, "full finetuning beside LoRA.*fan_in="),
+    (drawn, {"alpha": "double"}, "alpha is 'double'"),
+    (drawn, {"alpha": -1.0}, "alpha is -1.0"),
+    (drawn, {"fit": "guess"}, "fit is 'guess'"),
+    (drawn, {"fit": "tokens", "law": "constant"}, "'constant' has no tokens"),
+    (drawn, {"columns": {"loss": "accuracy"}}, "columns says loss=accuracy"),
+    (drawn, {"columns": {"losses": "loss"}}, "columns says losses=loss"),
+    (lambda: {"rank": [4], "lr": [1e-4], "loss": [1.0]}, {}, "list of rows, not a dict"),
+    (lambda: [], {}, "no rows"),
+    (lambda: [(4, 1e-4, 1.0)], {}, r"row 1 is a tuple.*to_dict\('records'\)"),
+]
+
+
+@pytest.mark.parametrize(("rows", "options", "message"), BAD_SWEEPS, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_sweep_that_says_nothing_is_refused(rows, options, message):
+    """What cannot be fitted is an error of ours with its cure."""
+    with pytest.raises(CalibrationError, match=message):
+        fit_sweep(rows(), **options)
+
+
+@pytest.mark.parametrize("name", ["model", "batch", "init"])
+def test_a_mixed_sweep_is_fitted_by_choice(name):
+    """Choosing one of several models, batches or inits fits its rows alone."""
+    values = {"model": ("a", "b"), "batch": (8.0, 32.0), "init": ("A", "B")}[name]
+    other = [{**row, "lr": row["lr"] * 16} for row in drawn(draw=1)]
+    rows = [*({**row, name: values[0]} for row in drawn()), *({**row, name: values[1]} for row in other)]
+    assert_alike(fit_sweep(one(**{name: values[0]})), fit_sweep(rows, **{name: values[0]}))
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep_csv(tmp_path):
+    """A sweep in a CSV file, without alpha."""
+    path = tmp_path / "mine.csv"
+    lines = [f"{row['rank']},{row['lr']!r},{row['loss']!r},{row['seed']}" for row in drawn()]
+    path.write_text("\n".join(["rank,lr,final,seed", *lines]))
+    return path
+
+
+def test_fit_writes_the_recipe_of_fit_sweep(sweep_csv, tmp_path):
+    """`fit` prints rate, band and notes, and writes the recipe that fit_sweep gives."""
+    out = tmp_path / "made" / "r.toml"
+    options = ["--column", "loss=final", "--alpha", "rank", "--steps", "100", "--fan-in", str(WIDTH), "-o", str(out)]
+    done = CliRunner().invoke(fit_command, [str(sweep_csv), *options], catch_exceptions=False)
+    assert done.exit_code == 0
+    made = fit_sweep(drawn(), fan_in=WIDTH, steps=100)
+    assert Recipe.load(out).at(8) == made.at(8)
+    assert f"lr        {made.at().lr:.3g} at rank 16, alpha 16" in done.output
+    assert f"rankaware lr {out} --rank 64" in done.output
+
+
+def test_fit_says_what_is_open(sweep_csv):
+    """Without alpha and steps the command notes both."""
+    done = CliRunner().invoke(fit_command, [str(sweep_csv), "--column", "loss=final"], catch_exceptions=False)
+    assert "note: the sweep does not say alpha" in done.output
+    assert "note: the sweep does not say its steps" in done.output
+
+
+@pytest.mark.parametrize("options", [["--column", "loss"], ["--alpha", "x"], ["--fit", "y"]], ids=" ".join)
+def test_wrong_options_show_the_usage(options, sweep_csv):
+    """An option that cannot be read ends with code 2 and the usage."""
+    done = CliRunner().invoke(fit_command, [str(sweep_csv), *options])
+    assert (done.exit_code, "Usage:" in done.output) == (2, True)

@@ -1,0 +1,406 @@
+"""suggest_lr: where its rates come from, how the band widens, what is refused, and the command that prints it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from rankaware_optim import (
+    InspectionError,
+    InvalidReferenceError,
+    LawError,
+    MuA,
+    OptimizerError,
+    RankAwareOptimizer,
+    Reference,
+)
+from rankaware_optim.cli._suggest import suggest
+from rankaware_optim.inspection import inspect_model
+from rankaware_optim.transfer import published_init, suggest_lr
+from rankaware_optim.transfer._suggest import LEAN, PUBLISHED, RULES
+
+from ..helpers.models import PlainLoRA
+
+references = st.builds(
+    Reference,
+    rank=st.integers(1, 4096),
+    alpha=st.floats(0.5, 512),
+    rslora=st.booleans(),
+    init=st.sampled_from("AB"),
+    fan_in=st.integers(16, 2**16),
+) | st.builds(Reference, method=st.just("full"), fan_in=st.integers(16, 2**16))
+
+
+def middle(suggestion) -> float:
+    """log2 of the band's middle."""
+    return math.log2(suggestion.low * suggestion.high) / 2
+
+
+def reach(suggestion) -> float:
+    """Octaves from the band's middle to its ends."""
+    return math.log2(suggestion.high / suggestion.low) / 2
+
+
+# --- the rate -------------------------------------------------------------------------------------------------------
+
+# Medians of the published best rates (theory.md, section 5), log2; edges of the grids are left out there, which lowers
+# them at the higher ranks.
+MEDIANS = [(1, -12.4), (4, -12.0), (16, -11.8), (64, -11.6), (128, -11.5)]
+
+
+@pytest.mark.parametrize(("rank", "median"), MEDIANS)
+def test_published_medians_are_met(rank, median):
+    """At the published configurations the middle is the published median to half an octave, well inside the band."""
+    found = suggest_lr(Reference(rank, 32, fan_in=4096), task="chat")
+    assert middle(found) == pytest.approx(median, abs=0.5)
+    assert found.low < 2.0**median < found.high
+
+
+@given(reference=references)
+def test_the_law_moves_the_rate(reference):
+    """Between two configurations the middle moves as the law does, and nothing else moves it."""
+    moved = math.log2(MuA().multiplier(reference.as_factor(), PUBLISHED))
+    assert middle(suggest_lr(reference)) - middle(suggest_lr(PUBLISHED)) == pytest.approx(moved, abs=1e-9)
+
+
+@given(reference=references, task=st.sampled_from(["chat", "other"]))
+def test_the_rate_leans_low_inside_its_band(reference, task):
+    """The rate is a positive number half an octave below the middle of a band that holds it."""
+    found = suggest_lr(reference, task=task)
+    assert 0 < found.low < found.lr < found.high
+    assert math.log2(found.lr) == pytest.approx(middle(found) - LEAN)
+    assert float(found) == found.lr
+
+
+INITS = [("pissa", 10), ("pissa_niter_16", 10), ("olora", 18), ("lora_ga", 18), ("lora-ga", 18), ("eva", 1), (True, 1)]
+
+
+@pytest.mark.parametrize(("init", "factor"), INITS)
+def test_documented_inits_have_their_factor(init, factor):
+    """A non-zero init divides the rate by its published factor and widens the band; PEFT's zero inits are Init[A]."""
+    plain, found = suggest_lr(PUBLISHED), suggest_lr(PUBLISHED, init=init)
+    assert plain.lr / found.lr == pytest.approx(factor)
+    assert (reach(found) > reach(plain)) == (factor > 1)
+
+
+def test_dora_has_its_factor():
+    """DoRA divides the rate by 1.8, on top of an init's factor."""
+    assert suggest_lr(PUBLISHED).lr / suggest_lr(PUBLISHED, dora=True).lr == pytest.approx(1.8)
+    assert suggest_lr(PUBLISHED).lr / suggest_lr(PUBLISHED, dora=True, init="pissa").lr == pytest.approx(18)
+
+
+# --- the band -------------------------------------------------------------------------------------------------------
+
+AT = Reference(rank=16, alpha=32, fan_in=4096)
+WIDER = [
+    (AT, replace(AT, rank=512, alpha=32)),
+    (AT, replace(AT, rank=256, alpha=32)),
+    (AT, replace(AT, alpha=256)),
+    (AT, replace(AT, rslora=True)),
+    (AT, replace(AT, fan_in=1024)),
+    (replace(AT, fan_in=1024), replace(AT, fan_in=128)),
+    (AT, replace(AT, fan_in=16384)),
+    (AT, replace(AT, fan_in=None)),
+    (AT, replace(AT, init="B")),
+    (AT, Reference(method="full", fan_in=4096)),
+]
+
+
+@pytest.mark.parametrize(("near", "far"), WIDER)
+def test_the_band_widens_with_distance(near, far):
+    """What the published sweeps did not see makes the band wider."""
+    assert reach(suggest_lr(far)) > reach(suggest_lr(near)) + 0.005
+
+
+def test_the_task_widens_the_band_most():
+    """On chat data the band is that between models, under an octave each way; on another task twice that."""
+    assert 0.7 < reach(suggest_lr(AT, task="chat")) < 1.0
+    assert reach(suggest_lr(AT)) > 2 * reach(suggest_lr(AT, task="chat"))
+
+
+def test_inside_what_was_seen_the_band_is_the_same():
+    """At a published rank, alpha and width, nothing but the models' spread and the task counts."""
+    same = {round(reach(suggest_lr(Reference(r, 32, fan_in=n))), 9) for r in (1, 16, 128) for n in (2048, 8192)}
+    assert len(same) == 1
+
+
+# --- the optimizer --------------------------------------------------------------------------------------------------
+
+
+def kind(name: str) -> type:
+    """A torch optimizer class of that name, as other packages have."""
+    return type(name, (torch.optim.Optimizer,), {})
+
+
+OPTIMIZERS = [
+    (torch.optim.AdamW, 1, 1),
+    (torch.optim.Adam, 1, 1),
+    (kind("PagedAdamW8bit"), 1, 1),
+    (type("Mine", (torch.optim.AdamW,), {}), 1, 1),
+    (torch.optim.NAdam, 1, 1),
+    (kind("Lion"), 1 / 3, 1 / 10),
+    ("lion", 1 / 3, 1 / 10),
+    (kind("AdamWScheduleFree"), 10, 1),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "most", "least"), OPTIMIZERS)
+def test_documented_rules_lead_to_other_optimizers(optimizer, most, least):
+    """The band's middle is AdamW's times the middle of the documented range, and the band holds all of that range."""
+    plain, found = suggest_lr(AT, task="chat"), suggest_lr(AT, optimizer, task="chat")
+    assert 2 ** (middle(found) - middle(plain)) == pytest.approx(math.sqrt(most * least))
+    assert found.low <= 2 ** middle(plain) * least <= 2 ** middle(plain) * most <= found.high
+    assert ("no published rate" in str(found)) == (reach(found) > reach(plain))
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", torch.optim.SGD, torch.optim.Adagrad, kind("LAMB"), kind("Muon")])
+def test_without_a_rule_there_is_no_suggestion(optimizer):
+    """An optimizer that no documented rule ties to AdamW is refused, with what to do instead."""
+    with pytest.raises(OptimizerError, match=r"No published rate is known for \w+,.*ra.calibrate"):
+        suggest_lr(AT, optimizer)
+
+
+def test_muon_that_matches_adamw_takes_its_rate():
+    """Muon is answered for only where its shape factor is made to reuse AdamW's rates."""
+    found = suggest_lr(AT, kind("Muon"), settings={"adjust_lr_fn": "match_rms_adamw"})
+    assert found.lr == suggest_lr(AT).lr
+    assert reach(found) > reach(suggest_lr(AT))
+    with pytest.raises(OptimizerError, match="match_rms_adamw"):
+        suggest_lr(AT, kind("Muon"), settings={"adjust_lr_fn": "original"})
+
+
+def test_every_rule_is_reached_by_its_name():
+    """Each name in the table gives a suggestion that names the optimizer."""
+    assert all(name in str(suggest_lr(AT, name)).lower() for name in RULES)
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def model_of(*pairs: tuple[int, int], init: str = "A", width: int = 64) -> nn.Module:
+    """PlainLoRA layers of (rank, fan-in)."""
+    return nn.ModuleList(PlainLoRA(nn.Linear(n, width, bias=False), r, 2.0, init) for r, n in pairs)
+
+
+@pytest.mark.parametrize("init", "AB")
+def test_a_model_is_answered_at_its_own_configuration(init):
+    """Rank, scaling and init are the model's commonest, the width its commonest fan-in; the other ranks are said."""
+    found = suggest_lr(model_of((8, 64), (8, 64), (4, 256), init=init))
+    assert (found.reference, found.fan_in) == (Reference(rank=8, alpha=16, init=init), 64)
+    assert found.lr == suggest_lr(replace(found.reference, fan_in=64)).lr
+    assert "holds 2 ranks or scalings" in str(found)
+    assert "holds" not in str(suggest_lr(model_of((8, 64))))
+
+
+def test_a_survey_is_answered_like_its_model():
+    """The model and its survey give the same rate."""
+    model = model_of((8, 64))
+    assert suggest_lr(inspect_model(model)) == suggest_lr(model)
+
+
+def test_the_rest_of_a_model_follows_by_the_law():
+    """Used with its reference, the rate stands at the commonest rank and the law moves it to the others."""
+    model = model_of((8, 64), (8, 64), (2, 64))
+    found = suggest_lr(model)
+    optimizer = RankAwareOptimizer(model, torch.optim.AdamW, lr=found.lr, tuned_at=found.reference)
+    rates = {group["lora_rank"]: group["lr"] for group in optimizer.param_groups}
+    assert rates[8] == pytest.approx(found.lr)
+    assert rates[2] == pytest.approx(suggest_lr(replace(found.reference, rank=2, alpha=4, fan_in=64)).lr)
+
+
+def test_on_its_own_model_the_rate_is_used_as_it_is():
+    """With its reference the rate stands at every group of that model, also where the layers are unequal."""
+    model = model_of((8, 64), (8, 64), (8, 256))
+    found = suggest_lr(model)
+    optimizer = RankAwareOptimizer(model, torch.optim.AdamW, lr=found.lr, tuned_at=found.reference)
+    assert {group["lr"] for group in optimizer.param_groups} == {found.lr}
+
+
+def test_full_finetuning_takes_the_largest_fan_in():
+    """A plain model under method="full" is answered at its largest fan-in, with its caution; a survey of LoRA too."""
+    plain = nn.Sequential(nn.Linear(32, 128), nn.Linear(128, 32))
+    found = suggest_lr(plain, method="full")
+    assert (found.reference, found.fan_in) == (Reference(method="full"), 128)
+    assert "the law's point" in str(found)
+    assert (
+        suggest_lr(model_of((8, 64), (8, 256)), init="A").lr
+        > suggest_lr(inspect_model(model_of((8, 64), (8, 256))), method="full").lr
+    )
+
+
+def nonzero() -> nn.Module:
+    """A layer with neither factor at zero."""
+    model = model_of((8, 64))
+    nn.init.ones_(model[0].lora_B)
+    return model
+
+
+def test_neither_factor_at_zero_asks_for_the_init():
+    """Adapters with neither factor zero are refused until their init is said."""
+    with pytest.raises(LawError, match=r"Neither factor.*'pissa'"):
+        suggest_lr(nonzero())
+    assert suggest_lr(nonzero(), init="pissa").lr == pytest.approx(suggest_lr(model_of((8, 64))).lr / 10)
+
+
+def test_a_declared_init_is_read():
+    """PEFT's declaration is taken where neither factor is zero, and refused where no rate of it is published."""
+    model = nonzero()
+    model.peft_config = {"": {"init_lora_weights": "pissa_niter_4"}}
+    assert suggest_lr(model).lr == pytest.approx(suggest_lr(model_of((8, 64))).lr / 10)
+    model.peft_config = {"": {"init_lora_weights": "corda"}}
+    with pytest.raises(LawError, match="declare no init of which a rate is published"):
+        suggest_lr(model)
+
+
+def test_a_magnitude_is_read_as_dora():
+    """A DoRA magnitude beside the pairs divides the rate; dora=False overrules it."""
+    model = model_of((8, 64))
+    plain = suggest_lr(model)
+    model[0].lora_magnitude_vector = nn.Parameter(torch.ones(64))
+    assert plain.lr / suggest_lr(model).lr == pytest.approx(1.8)
+    assert suggest_lr(model, dora=False) == plain
+
+
+def test_real_peft_models_are_read():
+    """PiSSA and DoRA as PEFT makes them are found without being named."""
+    peft = pytest.importorskip("peft")
+
+    def wrapped(**options):
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], **options)
+        return peft.get_peft_model(nn.Sequential(nn.Linear(64, 64)), config)
+
+    plain = suggest_lr(wrapped())
+    assert (plain.reference, plain.fan_in) == (Reference(rank=4, alpha=8), 64)
+    assert plain.lr / suggest_lr(wrapped(init_lora_weights="pissa")).lr == pytest.approx(10)
+    assert plain.lr / suggest_lr(wrapped(init_lora_weights="olora")).lr == pytest.approx(18)
+    assert plain.lr / suggest_lr(wrapped(use_dora=True)).lr == pytest.approx(1.8)
+
+
+REFUSED = [
+    (Reference(16, 32), {"init": "corda"}, LawError, "init 'corda'"),
+    (Reference(16, 32), {"init": False}, LawError, "init False"),
+    (Reference(16, 32), {"method": "full"}, InvalidReferenceError, "method='full', fan_in"),
+    (Reference(16, 32), {"task": "code"}, InvalidReferenceError, "not 'code'"),
+    (Reference(method="full"), {"init": "pissa"}, InvalidReferenceError, "neither an init nor DoRA"),
+    (Reference(method="full"), {"dora": True}, InvalidReferenceError, "neither an init nor DoRA"),
+    (16, {}, InvalidReferenceError, "not for 16"),
+    (nn.Linear(4, 4), {}, InspectionError, "No trainable LoRA pair"),
+    (AT, {"optimizer": int}, OptimizerError, "not a torch optimizer class"),
+]
+
+
+@pytest.mark.parametrize(("model", "options", "error", "message"), REFUSED)
+def test_bad_input_is_refused(model, options, error, message):
+    """What cannot be answered is one of our errors, with its cure."""
+    with pytest.raises(error, match=message):
+        suggest_lr(model, **options)
+
+
+@pytest.mark.parametrize(("declared", "name"), [("PiSSA_niter_8", "pissa"), (True, None), (None, None), ("eva", None)])
+def test_published_inits_by_their_declaration(declared, name):
+    """A value of init_lora_weights names a published non-zero init or none."""
+    assert published_init(declared) == name
+
+
+# --- in words -------------------------------------------------------------------------------------------------------
+
+
+def test_printed_it_is_one_paragraph():
+    """Printed: rate, band, sources, what widens the band, and how to narrow it, in one short paragraph."""
+    text = str(suggest_lr(AT, "lion", init="B"))
+    assert "\n" not in text
+    assert len(text) < 1000
+    for part in (
+        "lr ",
+        "with about 90 %",
+        "tinker-cookbook",
+        "rule of thumb",
+        "Init[B]",
+        "ra.calibrate",
+        "ra.sweeps.fit_sweep",
+    ):
+        assert part in text
+
+
+def call(*arguments):
+    return CliRunner().invoke(suggest, [str(a) for a in arguments])
+
+
+COMMANDS = [
+    (("--rank", 16, "--alpha", 32), Reference(16, 32), {}),
+    (("--rank", 16, "--alpha", 32, "--rslora", "--fan-in", 768), Reference(16, 32, rslora=True, fan_in=768), {}),
+    (("--rank", 16, "--alpha", 32, "--init", "B", "--chat"), Reference(16, 32, init="B"), {"task": "chat"}),
+    (("--rank", 16, "--alpha", 32, "--init", "pissa", "--dora"), Reference(16, 32), {"init": "pissa", "dora": True}),
+    (("--full", "--fan-in", 4096), Reference(method="full", fan_in=4096), {}),
+    (("--rank", 8, "--alpha", 8, "--optimizer", "Lion"), Reference(8, 8), {"optimizer": "Lion"}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "reference", "options"), COMMANDS)
+def test_the_command_says_what_the_call_does(arguments, reference, options):
+    """`rankaware suggest` prints the suggestion of the same arguments."""
+    done = call(*arguments)
+    assert done.exit_code == 0, done.output
+    assert done.output.strip() == str(suggest_lr(reference, **options))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Saves a PEFT folder of rank 8 on fan-in 32, with entries of its configuration."""
+
+    def save(**config):
+        save_file({"q.lora_A.weight": torch.ones(8, 32), "q.lora_B.weight": torch.ones(48, 8)}, tmp_path / "m.sf")
+        (tmp_path / "m.sf").rename(tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16, **config}))
+        return tmp_path
+
+    return save
+
+
+FOLDERS = [
+    ({"init_lora_weights": True}, (), Reference(8, 16, fan_in=32), {}),
+    ({"init_lora_weights": "pissa"}, (), Reference(8, 16, fan_in=32), {"init": "pissa"}),
+    ({"init_lora_weights": "corda"}, ("--init", "A"), Reference(8, 16, fan_in=32), {}),
+    ({"use_rslora": True, "init_lora_weights": True}, (), Reference(8, 16, rslora=True, fan_in=32), {}),
+    ({"init_lora_weights": "pissa"}, ("--full",), Reference(method="full", fan_in=32), {}),
+]
+
+
+@pytest.mark.parametrize(("config", "arguments", "reference", "options"), FOLDERS)
+def test_the_command_reads_an_adapter(folder, config, arguments, reference, options):
+    """For an adapter's folder the configuration comes from its files, its declared init too."""
+    done = call(folder(**config), *arguments)
+    assert done.exit_code == 0, done.output
+    assert f"lr {suggest_lr(reference, **options).lr:.1e};" in done.output
+
+
+def test_an_unreadable_init_is_said(folder):
+    """A folder that declares no init counts as Init[A], and the text says so."""
+    done = call(folder())
+    assert "The init could not be read" in done.output
+
+
+BAD_COMMANDS = [
+    ((), "Give a PATH, or --rank and --alpha, or --full."),
+    (("--rank", 16), "Give a PATH"),
+    (("--full", "--rank", 16), "Full finetuning has no --rank"),
+    (("adapter", "--rank", 16), "PATH says rank"),
+    (("--rank", 16, "--alpha", 32, "--init", "corda"), "'corda' is not one of"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_COMMANDS)
+def test_bad_commands_are_refused(arguments, message):
+    """Options that do not go together are a usage error."""
+    done = call(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output
