@@ -143,7 +143,7 @@ def test_the_own_sweep_is_the_default():
     assert {move.source.rank for move in scores[0].moves} == {1, 4, 16, 64, 256}
     by_label = {score.label: score.worst for score in scores}
     assert by_label["mua"] < by_label["constant"]
-    assert DEMO_SWEEP.parent.name == "rankaware_optim"
+    assert DEMO_SWEEP.parent.name == "sweeps"
 
 
 # --- what changes nothing -------------------------------------------------------------------------------------------
