@@ -11,7 +11,7 @@ from .._survey_text import Rated
 from .._tables import text_table
 from .._types import Factor, Survey
 from ..inspection import other_kind
-from ._param_groups import Plan
+from ._plan import Plan
 from ._state_dict import Carried
 
 __all__ = ["Report", "Row", "plan_rates"]

@@ -1,12 +1,11 @@
-"""What an optimizer may be built from: classes by name, and what is refused before anything is changed."""
+"""What an optimizer may be built from, and what is refused before anything is changed."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import check_lr
@@ -14,48 +13,63 @@ from .._optimizer_classes import get_optimizer_class
 from ..errors import OptimizerError
 from ._param_groups import UserGroup
 
-__all__ = [
-    "base_lr",
-    "model_of",
-    "native_class",
-    "refuse_beside_recipe",
-    "refuse_groups",
-    "refuse_rateless",
-    "refuse_settings",
-]
+__all__ = ["base_lr", "native_class", "refuse_beside_recipe", "refuse_groups", "refuse_rateless", "refuse_settings"]
 
-
-def model_of(params: Any, model: nn.Module | None) -> nn.Module:
-    found = params if isinstance(params, nn.Module) else model
-    if not isinstance(found, nn.Module):
-        raise OptimizerError(
-            "Parameters alone do not say which of them are LoRA factors.",
-            "Give the model: as the first argument, or as model= beside parameters or an optimizer.",
-        )
-    return found
+# Optimizers that cannot have a rate per group, by class name, with the reason.
+_OF_THEIR_OWN = ("Prodigy", "DAdaptAdam", "DAdaptSGD", "DAdaptAdaGrad", "DAdaptLion", "DAdaptAdan")
+_ONE_RATE = {
+    "LBFGS": "takes one parameter group only",
+    **dict.fromkeys(_OF_THEIR_OWN, "estimates one rate for all groups itself"),
+    "LoRARite": "steps A and B as one pair out of one group",
+    **dict.fromkeys(("LOMO", "AdaLOMO"), "steps inside the backward pass with one rate"),
+}
 
 
 def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | None) -> type[Optimizer]:
-    if built is None and optimizer is None:
-        raise OptimizerError("No optimizer was named.", "Give a class, such as RankAwareOptimizer(model, AdamW, ...).")
+    """The class to wrap: that of the built optimizer, or the one named. Refuses what cannot have a rate per rank."""
     if built is not None and optimizer is not None:
         raise OptimizerError("Both a built optimizer and a class were given.", "Give one of the two.")
-    native = type(built) if built is not None else get_optimizer_class(optimizer)  # type: ignore[arg-type]
+    if built is not None:
+        native = type(built)
+    elif optimizer is not None:
+        native = get_optimizer_class(optimizer)
+    else:
+        raise OptimizerError("No optimizer was named.", "Give a class, such as RankAwareOptimizer(model, AdamW, ...).")
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError("This optimizer is rank-aware already.", "Use it as it is.")
-    if built is not None and hasattr(built.step, "_wrapped_by_lr_sched"):
+    if built is not None:
+        _refuse_held_groups(built)
+    for base in native.__mro__:
+        if base.__name__ in _ONE_RATE:
+            raise OptimizerError(
+                f"{native.__name__} {_ONE_RATE[base.__name__]}, so it cannot have a rate per rank.",
+                "Use it unwrapped, or choose another optimizer.",
+            )
+    takes = inspect.signature(native).parameters.keys()
+    held = built is not None and any(isinstance(value, Optimizer) for value in vars(built).values())
+    if held or {"optimizer", "base_optimizer", "optimizer_class"} & takes:
+        raise OptimizerError(
+            f"{native.__name__} holds another optimizer, whose groups would stay as they are.",
+            "Wrap the inner one: RankAwareOptimizer(model, AdamW, ...), then put the outer one around it.",
+        )
+    if built is None and next(iter(takes), None) == "model":
+        raise OptimizerError(
+            f"{native.__name__} takes a model and cuts it into groups itself.",
+            f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model, ...), model=model).",
+        )
+    return native
+
+
+def _refuse_held_groups(built: Optimizer) -> None:
+    """Refuse an instance whose old groups are held by something: a scheduler, or a list of its own by group.
+
+    AdaBound keeps its groups' rates in a list: groups added behind its back would never be stepped.
+    """
+    if hasattr(built.step, "_wrapped_by_lr_sched"):
         raise OptimizerError(
             "A scheduler was built on this optimizer and holds its old groups.",
             "Wrap the optimizer first, then build the scheduler.",
         )
-    if built is not None:
-        _refuse_snapshots(built)
-    _refuse_kind(native, built)
-    return native
-
-
-def _refuse_snapshots(built: Optimizer) -> None:
-    """AdaBound keeps its groups' rates in a list: groups added behind its back would never be stepped."""
     count = len(built.param_groups)
     for name, value in vars(built).items():
         if name != "param_groups" and isinstance(value, (list, tuple)) and len(value) == count:
@@ -70,9 +84,10 @@ def refuse_beside_recipe(**given: object) -> None:
         raise OptimizerError(f"Both recipe= and {name}= were given.", "A recipe holds all three: give it alone.")
 
 
-def refuse_settings(settings: Mapping[str, Any]) -> NoReturn:
-    name = next(iter(settings), "lr")
-    raise OptimizerError(f"{name}= was given for an optimizer that is built already.", "Give it when building it.")
+def refuse_settings(lr: object, settings: Mapping[str, Any]) -> None:
+    """Refuse a rate or settings for an optimizer that is built already."""
+    for name in (*settings, *(() if lr is None else ("lr",))):
+        raise OptimizerError(f"{name}= was given for an optimizer that is built already.", "Give it when building it.")
 
 
 def base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any) -> Any:
@@ -94,42 +109,6 @@ def refuse_rateless(opt: Optimizer) -> None:
         raise OptimizerError(
             f"{type(opt).__name__} keeps no rate in its groups, so none can be set by rank.",
             "Use it unwrapped, or choose another optimizer.",
-        )
-
-
-# Optimizers that cannot have a rate per group, by class name, with the reason.
-_ONE_RATE = {
-    "LBFGS": "takes one parameter group only",
-    "Prodigy": "estimates one rate for all groups itself",
-    "DAdaptAdam": "estimates one rate for all groups itself",
-    "DAdaptSGD": "estimates one rate for all groups itself",
-    "DAdaptAdaGrad": "estimates one rate for all groups itself",
-    "DAdaptLion": "estimates one rate for all groups itself",
-    "DAdaptAdan": "estimates one rate for all groups itself",
-    "LoRARite": "steps A and B as one pair out of one group",
-    "LOMO": "steps inside the backward pass with one rate",
-    "AdaLOMO": "steps inside the backward pass with one rate",
-}
-
-
-def _refuse_kind(native: type[Optimizer], built: Optimizer | None) -> None:
-    """Refuse what cannot have a rate per rank, and what holds another optimizer whose groups ours would not be."""
-    for base in native.__mro__:
-        if base.__name__ in _ONE_RATE:
-            raise OptimizerError(
-                f"{native.__name__} {_ONE_RATE[base.__name__]}, so it cannot have a rate per rank.",
-                "Use it unwrapped, or choose another optimizer.",
-            )
-    held = any(isinstance(value, Optimizer) for value in vars(built).values()) if built is not None else False
-    if held or {"optimizer", "base_optimizer", "optimizer_class"} & inspect.signature(native).parameters.keys():
-        raise OptimizerError(
-            f"{native.__name__} holds another optimizer, whose groups would stay as they are.",
-            "Wrap the inner one: RankAwareOptimizer(model, AdamW, ...), then put the outer one around it.",
-        )
-    if built is None and next(iter(inspect.signature(native).parameters), None) == "model":
-        raise OptimizerError(
-            f"{native.__name__} takes a model and cuts it into groups itself.",
-            f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model, ...), model=model).",
         )
 
 

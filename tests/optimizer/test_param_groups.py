@@ -23,7 +23,7 @@ from rankaware_optim import (
     rank_aware_param_groups,
 )
 from rankaware_optim._types import Factor
-from rankaware_optim.optimizer import make_plan
+from rankaware_optim.optimizer import PlanOptions, make_plan
 
 from ..helpers.models import adapted, mlp
 
@@ -379,8 +379,8 @@ def test_a_model_without_pairs_needs_method_full():
 # --- notes and the report -------------------------------------------------------------------------------------------
 
 
-def plan(model, **options):
-    return make_plan(inspect_model(model), **options)
+def plan(model, optimizer_class=None, **options):
+    return make_plan(inspect_model(model), PlanOptions(**options), optimizer_class=optimizer_class)
 
 
 NOTES = [
@@ -446,5 +446,5 @@ def test_an_impossible_batch_is_refused(batch):
 
 def test_full_finetuning_from_a_lora_rate_is_noted():
     """Moving a LoRA rate to full finetuning by the law alone is noted as a rough guess."""
-    made = make_plan(inspect_model(whole(), method="full"), tuned_at=AT_16)
+    made = make_plan(inspect_model(whole(), method="full"), PlanOptions(tuned_at=AT_16))
     assert any("good to an octave or two" in note for note in made.notes)

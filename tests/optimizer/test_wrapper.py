@@ -344,6 +344,14 @@ def test_the_report(form):
     assert "0.125" in str(opt.report())
 
 
+def test_a_part_of_the_model_is_named_by_the_whole():
+    """A module given beside model= trains alone, under its names in the model and from the model's own reference."""
+    model = mlp((4, 4, 8))
+    opt = RankAwareOptimizer(model.layer2, torch.optim.AdamW, model=model, lr=LR)
+    assert [group["param_names"] for group in opt.param_groups] == [["layer2.lora_A"], ["layer2.lora_B"]]
+    assert {group["lr_multiplier"] < 1 for group in opt.param_groups} == {True}
+
+
 # --- classes by name ------------------------------------------------------------------------------------------------
 
 NAMES = [
