@@ -19,18 +19,7 @@ from ..inspection import Walk, survey_of, walk
 from ..laws import DEFAULT_LAW, Law
 from ._plan import Assignment, Plan, PlanOptions, make_plan
 
-__all__ = [
-    "GROUP_FORMAT",
-    "PlannedGroup",
-    "TAGS",
-    "UserGroup",
-    "model_of",
-    "rank_aware_param_groups",
-    "scale_lr",
-    "shapes_text",
-    "split",
-    "user_groups",
-]
+__all__ = ["PlannedGroup", "UserGroup", "model_of", "rank_aware_param_groups", "scale_lr", "split", "user_groups"]
 
 GROUP_FORMAT = 1
 # What our groups hold beside torch's own keys: plain scalars, so that checkpoints load with weights_only=True.
@@ -122,14 +111,14 @@ class PlannedGroup(NamedTuple):
     named: list[tuple[str, torch.Tensor]]
     options: dict[str, Any]
     user_group: int = 0
-    recipe: str = ""
+    recipe_tag: str = ""
 
     def as_dict(self, *, named: bool = True) -> dict[str, Any]:
         """The group for torch, its lr still the user's own."""
         params = [p for _, p in self.named]
         a = self.assignment
         decided = (a.multiplier, a.role, a.rank, a.scaling, a.init)
-        values = (*decided, self.user_group, GROUP_FORMAT, shapes_text(params), self.recipe)
+        values = (*decided, self.user_group, GROUP_FORMAT, shapes_text(params), self.recipe_tag)
         tags = dict(zip(TAGS, values, strict=True))
         return {"params": list(self.named) if named else params, **self.options, **tags}
 
@@ -150,7 +139,7 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
         cut: dict[Assignment, PlannedGroup] = {}
         for name, param in group.named:
             assignment = plan.assign(name, factors.get(name))
-            blank = PlannedGroup(assignment, [], dict(group.options), number, plan.recipe)
+            blank = PlannedGroup(assignment, [], dict(group.options), number, plan.recipe_tag)
             cut.setdefault(assignment, blank).named.append((name, param))
         planned.extend(cut.values())
     return sorted(planned, key=lambda g: g.assignment.multiplier != 1.0 or g.assignment.rate is not None)
@@ -216,7 +205,7 @@ def rank_aware_param_groups(
     )
     walked = walk(model)
     survey = survey_of(walked, method=method, init=init)
-    plan = make_plan(survey, options, optimizer_class=optimizer_class)
+    plan = make_plan(survey, options, optimizer_class)
     groups = []
     for planned in split(user_groups(params, model, walked), plan, survey):
         group = {"lr": lr, **planned.as_dict(named=named)}

@@ -12,19 +12,14 @@ from .._checks import check_lr
 from .._types import Factor, Method, Reference, Survey
 from ..errors import OptimizerError, RankAwareWarning
 from ..laws import DEFAULT_LAW, Law, checked_multiplier, get_law, known_family, optimizer_family
+from ..recipe import Recipe
 
 __all__ = ["Assignment", "Plan", "PlanOptions", "make_plan"]
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the user says about rates beside the base rate: checked once, passed whole.
-
-    tuned_at: where the base rate was tuned, by default the model's own most common configuration. rates: learning
-    rates by name pattern (fnmatch), for any parameter. other_lr: the rate of every other parameter. per_layer_width:
-    give the law each layer's own fan-in in place of the model's. across_inits: let the law carry the rate from the
-    reference's init to another. batch: this run's. strict: refuse an optimizer of a family that no law is derived for.
-    """
+    """What the user says about rates beside the base rate, as `RankAwareOptimizer` takes it: checked once."""
 
     law: str | Law = DEFAULT_LAW
     tuned_at: Reference | None = None
@@ -68,7 +63,7 @@ class Plan:
     """What the options come to for one model and optimizer: from a factor or a name to an `Assignment`.
 
     law: bound to the optimizer. reference: resolved. width: the model's. batch_multiplier: what another batch than the
-    reference's multiplies every rate by, other parameters' too. recipe: the tag of the recipe that the base rate is
+    reference's multiplies every rate by, other parameters' too. recipe_tag: that of the recipe that the base rate is
     from, or "".
     """
 
@@ -79,7 +74,7 @@ class Plan:
     width: float
     batch_multiplier: float = 1.0
     notes: tuple[str, ...] = ()
-    recipe: str = ""
+    recipe_tag: str = ""
 
     def assign(self, name: str, factor: Factor | None) -> Assignment:
         """The assignment of the parameter `name`, which is `factor` or, where that is None, an other one."""
@@ -131,11 +126,9 @@ class Plan:
 def make_plan(
     survey: Survey,
     options: PlanOptions,
-    *,
     optimizer_class: type | None = None,
     settings: Mapping[str, Any] | None = None,
-    notes: tuple[str, ...] = (),
-    recipe: str = "",
+    recipe: Recipe | None = None,
 ) -> Plan:
     """Bind the law, resolve the reference and match the user's patterns, before anything is built."""
     names = [*(f.name for f in survey.factors), *survey.other]
@@ -150,16 +143,21 @@ def make_plan(
     fallback = survey.dominant() if survey.factors else Reference(method="full")  # no pair: nothing will be moved
     reference = (options.tuned_at or fallback).resolve(moved)
     law = get_law(options.law)
+    of_recipe: tuple[str, ...] = ()
     if optimizer_class is not None:
         if options.strict:
             known_family(optimizer_class, settings)
         law = law.bind(optimizer_class, settings or {})
+        if recipe is not None:
+            of_recipe = recipe.notes_for(survey, optimizer_class)
     width = moved.full_width(reference.init) if method == "full" else moved.width
-    one_batch = options.batch is None or reference.batch is None
-    by_batch = 1.0 if one_batch else law.batch_multiplier(options.batch / reference.batch)  # type: ignore[operator]
-    plan = Plan(options, law, reference, method, width, by_batch, recipe=recipe)
+    by_batch = 1.0
+    if options.batch is not None and reference.batch is not None:
+        by_batch = law.batch_multiplier(options.batch / reference.batch)
+    tag = "" if recipe is None else recipe.tag
+    plan = Plan(options, law, reference, method, width, by_batch, recipe_tag=tag)
     own_notes = _notes(plan, survey, optimizer_class, settings)
-    return replace(plan, notes=(*survey.notes, *notes, *own_notes))
+    return replace(plan, notes=(*survey.notes, *of_recipe, *own_notes))
 
 
 def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: Mapping[str, Any] | None) -> list[str]:

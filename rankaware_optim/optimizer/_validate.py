@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch.optim import Optimizer
 
 from .._checks import check_lr
 from .._optimizer_classes import get_optimizer_class
+from .._types import Reference
 from ..errors import OptimizerError
+from ..laws import DEFAULT_LAW, Law
+from ..recipe import Recipe, resolve_recipe
 from ._param_groups import UserGroup
 
-__all__ = ["base_lr", "native_class", "refuse_beside_recipe", "refuse_groups", "refuse_rateless", "refuse_settings"]
+__all__ = ["check_base_lr", "from_recipe", "native_class", "refuse_groups", "refuse_rateless", "refuse_settings"]
 
 # Optimizers that cannot have a rate per group, by class name, with the reason.
 _OF_THEIR_OWN = ("Prodigy", "DAdaptAdam", "DAdaptSGD", "DAdaptAdaGrad", "DAdaptLion", "DAdaptAdan")
@@ -79,29 +84,38 @@ def _refuse_held_groups(built: Optimizer) -> None:
             )
 
 
-def refuse_beside_recipe(**given: object) -> None:
-    for name in (name for name, value in given.items() if value is not None):
-        raise OptimizerError(f"Both recipe= and {name}= were given.", "A recipe holds all three: give it alone.")
+def from_recipe(
+    recipe: Recipe | str | os.PathLike[str] | None, lr: Any, tuned_at: Reference | None, law: str | Law | None
+) -> tuple[Recipe | None, Any, Reference | None, str | Law]:
+    """The recipe with its base rate, reference and law, or without one those that were given."""
+    if recipe is None:
+        return None, lr, tuned_at, DEFAULT_LAW if law is None else law
+    for name, value in (("lr", lr), ("tuned_at", tuned_at), ("law", law)):
+        if value is not None:
+            raise OptimizerError(f"Both recipe= and {name}= were given.", "A recipe holds all three: give it alone.")
+    loaded = resolve_recipe(recipe)
+    return loaded, loaded.lr, replace(loaded.reference, batch=loaded.reference.batch or loaded.batch), loaded.law
 
 
-def refuse_settings(lr: object, settings: Mapping[str, Any]) -> None:
-    """Refuse a rate or settings for an optimizer that is built already."""
-    for name in (*settings, *(() if lr is None else ("lr",))):
+def refuse_settings(built: Optimizer | None, lr: object, settings: Mapping[str, Any]) -> None:
+    """Refuse settings, or a rate, for an optimizer that is built already."""
+    if built is not None and (settings or lr is not None):
+        name = next(iter(settings), "lr")
         raise OptimizerError(f"{name}= was given for an optimizer that is built already.", "Give it when building it.")
 
 
-def base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any) -> Any:
-    """The base rate: as given (a number or a tensor), checked; None leaves it to the optimizer's own default."""
-    if lr is None and built is None:
-        default = inspect.signature(native).parameters.get("lr")
-        if default is not None and isinstance(default.default, (int, float)):
-            return None
-        raise OptimizerError(f"{native.__name__} has no default learning rate.", "Give lr=.")
+def check_base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any) -> None:
+    """Check the base rate that is given, a number or a tensor, or else the rates that the optimizer comes with."""
+    if lr is not None:
+        check_lr(lr)
     if built is not None:
         refuse_rateless(built)
-    for group in built.param_groups if built is not None and lr is None else ({"lr": lr},):
-        check_lr(group["lr"])
-    return lr
+        for group in built.param_groups if lr is None else ():
+            check_lr(group["lr"])
+    elif lr is None:
+        default = inspect.signature(native).parameters.get("lr")
+        if default is None or not isinstance(default.default, (int, float)):
+            raise OptimizerError(f"{native.__name__} has no default learning rate.", "Give lr=.")
 
 
 def refuse_rateless(opt: Optimizer) -> None:

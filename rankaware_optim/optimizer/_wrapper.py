@@ -21,14 +21,14 @@ from .._checks import check_lr
 from .._types import Init, Method, Reference, Survey
 from ..errors import OptimizerError, RankAwareWarning
 from ..inspection import survey_of, walk
-from ..laws import DEFAULT_LAW, Law, law_words
-from ..recipe import Recipe, resolve_recipe
+from ..laws import Law, law_words
+from ..recipe import Recipe
 from ._param_groups import PlannedGroup, UserGroup, model_of, scale_lr, split, user_groups
 from ._plan import Plan, PlanOptions, make_plan
 from ._report import Report, make_report
 from ._schedulers import attached_schedulers, check_scheduler
 from ._state_dict import Carried, OnLawChange, OnRankChange, Policy, fit_checkpoint
-from ._validate import base_lr, native_class, refuse_beside_recipe, refuse_groups, refuse_rateless, refuse_settings
+from ._validate import check_base_lr, from_recipe, native_class, refuse_groups, refuse_rateless, refuse_settings
 
 __all__ = ["RankAwareOptimizer"]
 
@@ -140,16 +140,10 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         model = model_of(params, model)
         native = native_class(built, optimizer)
         policy = Policy(on_rank_change, on_law_change)
-        if built is not None:
-            refuse_settings(lr, settings)
-        loaded = None
-        if recipe is not None:
-            refuse_beside_recipe(lr=lr, tuned_at=tuned_at, law=law)
-            loaded = resolve_recipe(recipe)
-            tuned_at = replace(loaded.reference, batch=loaded.reference.batch or loaded.batch)
-            lr, law = loaded.lr, loaded.law
+        refuse_settings(built, lr, settings)
+        loaded, lr, tuned_at, law = from_recipe(recipe, lr, tuned_at, law)
         options = PlanOptions(
-            law=DEFAULT_LAW if law is None else law,
+            law=law,
             tuned_at=tuned_at,
             rates=dict(rates or {}),
             other_lr=other_lr,
@@ -160,22 +154,16 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         )
         walked = walk(model)
         survey = survey_of(walked, method=method, init=init)
-        plan = make_plan(
-            survey,
-            options,
-            optimizer_class=native,
-            settings=settings if built is None else built.defaults,
-            notes=() if loaded is None else loaded.notes_for(survey, native),
-            recipe="" if loaded is None else loaded.tag,
-        )
-        base = base_lr(native, built, lr)
-        own = user_groups(built.param_groups if built else params, model, walked)
-        frozen = _frozen(own)
-        survey = survey_of(walked, method=method, init=init, also=frozen) if frozen else survey
+        given = settings if built is None else built.defaults
+        plan = make_plan(survey, options, native, given, loaded)
+        check_base_lr(native, built, lr)
+        own = user_groups(params if built is None else built.param_groups, model, walked)
+        also = _frozen(own)
+        survey = survey_of(walked, method=method, init=init, also=also) if also else survey
         planned = split(own, plan, survey)
         refuse_groups(native, own)
         opt: RankAwareOptimizer = (
-            _construct(native, planned, base, settings) if built is None else _regroup(built, native, planned, lr)
+            _construct(native, planned, lr, settings) if built is None else _regroup(built, native, planned, lr)
         )
         for group, part in zip(opt.param_groups, planned, strict=True):
             scale_lr(group, part.assignment, scale_weight_decay=scale_weight_decay)
@@ -358,12 +346,10 @@ class _FirstStep:
     It stays registered and only tests a flag: a hook cannot remove itself while another follows.
     """
 
-    def __init__(self) -> None:
-        self.done = False
+    done = False
 
     def __call__(self, opt: Any, args: Any, kwargs: Any) -> None:
-        if not self.done:
-            self.done = _look_once(opt)
+        self.done = self.done or _look_once(opt)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -372,9 +358,8 @@ def _look_once(opt: Any) -> bool:
     _refuse_replaced(opt)
     if not any(float(group.get("lr", 1.0)) for group in opt.param_groups):
         return False
-    if len({group.get("lr_multiplier", 1.0) for group in opt.param_groups}) == 1:
-        return True  # no ratios to lose, so the heap need not be searched for schedulers
-    for scheduler in attached_schedulers(opt):
+    ratios = len({group.get("lr_multiplier", 1.0) for group in opt.param_groups}) > 1
+    for scheduler in attached_schedulers(opt) if ratios else ():  # it searches the heap
         for sentence in check_scheduler(opt, scheduler):
             warnings.warn(sentence, RankAwareWarning, stacklevel=5)
     return True
