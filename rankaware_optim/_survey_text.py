@@ -66,7 +66,7 @@ def _other_line(name: str, kind: str | None, rated: Rated | None, per_module: bo
 
 
 def reason_of_other(kinds: Sequence[str]) -> str:
-    """Why a parameter that is no factor has the base rate; `kinds` of adapters without a law that it belongs to."""
+    """Why a parameter that is no factor has the base rate. `kinds`: the adapters without a law that it belongs to."""
     return f"{', '.join(kinds)}: no law, the base rate" if kinds else "no LoRA factor: the base rate"
 
 

@@ -129,7 +129,7 @@ def shapes_text(params: Iterable[torch.Tensor]) -> str:
 
 
 def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 0) -> list[PlannedGroup]:
-    """Cut each user group by assignment, never merging two of the user's; groups at the base rate come first.
+    """Cut each user group by assignment, never merging two of the user's. Groups at the base rate come first.
 
     The user's groups are counted from `first`.
     """

@@ -47,7 +47,7 @@ class PlanOptions:
 class Assignment(NamedTuple):
     """What is decided for one parameter. Parameters of equal assignment share a group.
 
-    `multiplier` is of the base rate, dimensionless; `rate` replaces the product by a rate of its own.
+    `multiplier` is of the base rate, dimensionless. `rate` replaces the product by a rate of its own.
     """
 
     role: str = "other"
@@ -92,7 +92,7 @@ class Plan:
         return self.is_named(group) or (group.get("lora_role") == "other" and self.options.other_lr is not None)
 
     def base_of(self, groups: Sequence[Mapping[str, Any]]) -> float | None:
-        """The base rate of built groups, before any scheduler; None where every rate is a group's own, or is 0."""
+        """The base rate of built groups, before any scheduler. None where every rate is a group's own, or is 0."""
         scaled = next((group for group in groups if not self.has_own_rate(group)), None)
         rate = 0.0 if scaled is None else float(scaled.get("initial_lr", scaled["lr"])) / scaled["lr_multiplier"]
         return rate if rate > 0 else None
@@ -105,7 +105,7 @@ class Plan:
         """The law's answer for `factor`, seen at the model's width and along its own init's law.
 
         Factors with neither half zero keep the base rate. An embedding's input is one-hot, so its width is 1 and its
-        rate moves along its own init's law alone; from a full-finetuning rate, where that has no start, not at all.
+        rate moves along its own init's law alone. From a full-finetuning rate, which has no start, it does not move.
         """
         reference, own_width = self.reference, self.options.per_layer_width
         if factor.role == "full":

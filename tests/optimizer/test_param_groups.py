@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rankaware_optim import (
     LawError,
     MuA,
     OptimizerError,
+    RankAwareOptimizer,
     RankAwareWarning,
     Reference,
     inspect_model,
@@ -381,6 +383,12 @@ def test_a_model_without_pairs_needs_method_full():
 
 def plan(model, optimizer_class=None, **options):
     return make_plan(inspect_model(model), PlanOptions(**options), optimizer_class=optimizer_class)
+
+
+@pytest.mark.parametrize("takes", [RankAwareOptimizer.__new__, rank_aware_param_groups])
+def test_every_planning_option_can_be_given(takes):
+    """Each of the options that decide a plan is a keyword of the optimizer and of the function for groups."""
+    assert {option.name for option in fields(PlanOptions)} <= inspect.signature(takes).parameters.keys()
 
 
 NOTES = [

@@ -63,6 +63,16 @@ def test_reasons(options, init, role, reason):
     assert {row.reason for row in rows if row.role == role} == {reason}
 
 
+def test_a_report_and_a_survey_give_one_reason():
+    """An adapter without a law has the same words in a report's row as in a survey's table."""
+    model = mlp((4,), head=False)
+    model.vera_lambda_b = nn.Parameter(torch.zeros(3))
+    opt = RankAwareOptimizer(model, torch.optim.SGD, lr=LR)
+    (row,) = [row for row in opt.report().rows if row.role == "other"]
+    assert row.reason == "VeRA: no law, the base rate"
+    assert row.reason in inspect_model(model).explain()
+
+
 def test_the_report_prints_as_a_table():
     """str() of a report is a table with its title, a line a group, and the notes."""
     model = mlp((4, 8))
