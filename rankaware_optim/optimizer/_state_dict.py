@@ -7,6 +7,7 @@ torch touches memory. A plain optimizer's checkpoint is adopted: its rates are m
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -135,10 +136,9 @@ def _check_distributed(groups: Sequence[Group]) -> None:
             "the settings of a group to one of its parts only.",
             "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the saved one was.",
         )
-    bases: dict[Any, set[float]] = {}
+    bases: dict[Any, set[str]] = defaultdict(set)
     for group in groups:
-        base = float(group["lr"]) / group.get("lr_multiplier", 1.0)
-        bases.setdefault(group.get("user_group"), set()).add(float(f"{base:.9g}"))
+        bases[group.get("user_group")].add(f"{float(group['lr']) / group.get('lr_multiplier', 1.0):.9g}")
     if any(len(rates) > 1 for rates in bases.values()):
         warnings.warn(
             "The rates that torch.distributed.checkpoint loaded are not one base rate times the multipliers: a "
@@ -204,9 +204,9 @@ def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequenc
 
 def _cut(group: Group, saved: Mapping[str, _Saved], groups: Sequence[Group]) -> list[Group]:
     """`group`, or its parts where its parameters come from saved groups of other settings."""
-    sources: dict[int, list[int]] = {}
+    sources: dict[int, list[int]] = defaultdict(list)
     for position, name in enumerate(group["param_names"]):
-        sources.setdefault(saved[name].group, []).append(position)
+        sources[saved[name].group].append(position)
     distinct = [_without_params(groups[i]) for i in sources]
     if all(settings == distinct[0] for settings in distinct):
         return [group]
@@ -331,10 +331,8 @@ def _rank_in(tensors: Mapping[str, torch.Tensor], param: torch.Tensor, role: str
     """The rank a plain checkpoint's moments have, read off the axis that differs; None where it cannot be told."""
     if role not in ("A", "B") or param.dim() < 2:
         return None
-    for value in tensors.values():
-        if all(saved == own for saved, own in _off_rank(value, param, role)):
-            return int(value.shape[0 if role == "A" else 1])
-    return None
+    fitting = (v for v in tensors.values() if all(saved == own for saved, own in _off_rank(v, param, role)))
+    return next((int(value.shape[0 if role == "A" else 1]) for value in fitting), None)
 
 
 def _fit(saved: list[tuple[int, ...]], own: tuple[int, ...]) -> bool:
