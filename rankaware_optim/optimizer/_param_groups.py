@@ -193,16 +193,7 @@ def rank_aware_param_groups(
     """
     model = model_of(params, model)
     check_lr(lr)
-    options = PlanOptions(
-        law=law,
-        tuned_at=tuned_at,
-        rates=dict(rates or {}),
-        other_lr=other_lr,
-        per_layer_width=per_layer_width,
-        across_inits=across_inits,
-        batch=batch,
-        strict=strict,
-    )
+    options = PlanOptions(law, tuned_at, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
     walked = walk(model)
     survey = survey_of(walked, method=method, init=init)
     plan = make_plan(survey, options, optimizer_class)

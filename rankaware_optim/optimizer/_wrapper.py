@@ -142,16 +142,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         policy = Policy(on_rank_change, on_law_change)
         refuse_settings(built, lr, settings)
         loaded, lr, tuned_at, law = from_recipe(recipe, lr, tuned_at, law)
-        options = PlanOptions(
-            law=law,
-            tuned_at=tuned_at,
-            rates=dict(rates or {}),
-            other_lr=other_lr,
-            per_layer_width=per_layer_width,
-            across_inits=across_inits,
-            batch=batch,
-            strict=strict,
-        )
+        options = PlanOptions(law, tuned_at, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
         walked = walk(model)
         survey = survey_of(walked, method=method, init=init)
         given = settings if built is None else built.defaults

@@ -20,6 +20,7 @@ import rankaware_optim as ra
 from rankaware_optim import CheckpointError, OptimizerError, RankAwareError, RankAwareOptimizer, Reference
 from rankaware_optim._optimizer_classes import get_optimizer_class
 from rankaware_optim._types import Factor
+from rankaware_optim.optimizer import PlanOptions
 
 from ..helpers.models import PlainLoRA, mlp, same, snapshot, train
 
@@ -317,6 +318,17 @@ def test_exceptions_of_the_user(form):
     rates = {name: g["lr"] for g in opt.param_groups for name in g["param_names"]}
     assert rates["layer1.lora_B"] == 16 * LR
     assert [rates["layer0.lora_A"], rates["head.weight"], rates["head.bias"]] == pytest.approx([LR, 0.25, 0.5])
+
+
+OPTIONS = {"law": "loraplus", "tuned_at": AT_16, "rates": {"head.bias": 0.5}, "other_lr": 0.25, "batch": 8}
+
+
+@pytest.mark.parametrize("switched", ["per_layer_width", "across_inits", "strict"])
+def test_every_planning_option_arrives(switched):
+    """The optimizer's plan is made with the options it was given, each under its own name."""
+    given = {**OPTIONS, switched: True}
+    opt = RankAwareOptimizer(mlp(), torch.optim.AdamW, lr=LR, **given)
+    assert opt._rankaware.plan.options == PlanOptions(**given)
 
 
 @each_form
