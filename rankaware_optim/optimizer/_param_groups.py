@@ -1,7 +1,7 @@
 """Groups: a plan cuts the user's parameters into merged, named, ordered parameter groups.
 
-A group holds `lr`, `lr_multiplier` and the plain scalars `lora_role`, `lora_rank`, `lora_scale`, `lora_init`, so that
-checkpoints stay loadable with weights_only=True.
+A group holds `lr`, the base rate, `rank_multiplier` and the plain scalars `lora_role`, `lora_rank`, `lora_scale`,
+`lora_init`, so that checkpoints stay loadable with weights_only=True.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from ..inspection import Walk, survey_of, walk
 from ..laws import DEFAULT_LAW, Law
 from ._plan import Assignment, Plan, PlanOptions, make_plan
 
-__all__ = ["PlannedGroup", "UserGroup", "model_of", "rank_aware_param_groups", "scale_lr", "split", "user_groups"]
-
-GROUP_FORMAT = 1
+GROUP_FORMAT = 2  # 1: rates were multiplied, and "rank_multiplier" was called "lr_multiplier"
 # What our groups hold beside torch's own keys: plain scalars, so that checkpoints load with weights_only=True.
 TAGS = (
-    "lr_multiplier",
+    "rank_multiplier",
     "lora_role",
     "lora_rank",
     "lora_scale",
@@ -58,7 +56,7 @@ class UserGroup(NamedTuple):
         return tuple(name for name, _ in self.named)
 
 
-def user_groups(params: Any, model: nn.Module, walked: Walk) -> list[UserGroup]:
+def user_groups(params: Any, model: nn.Module, walked: Walk, first: int = 0) -> list[UserGroup]:
     """The user's parameters as named groups: a model, parameters, named parameters, or dicts of them.
 
     A model stands for its trainable parameters. Raises OptimizerError where a parameter comes twice or none is the
@@ -70,7 +68,7 @@ def user_groups(params: Any, model: nn.Module, walked: Walk) -> list[UserGroup]:
     entries = [params] if isinstance(params, torch.Tensor) else list(params)
     dicts: list[Any] = entries if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
     names = {id(p): name for name, p in walked.parameters}
-    groups = [_user_group(group, names) for group in dicts]
+    groups = [_user_group(group, number, names) for number, group in enumerate(dicts, first)]
     seen: set[int] = set()
     for name, param in (pair for group in groups for pair in group.named):
         if id(param) in seen:
@@ -88,20 +86,39 @@ def user_groups(params: Any, model: nn.Module, walked: Walk) -> list[UserGroup]:
     return [group for group in groups if group.named]
 
 
-def _user_group(group: Mapping[str, Any], names: Mapping[int, str]) -> UserGroup:
+def _user_group(group: Mapping[str, Any], number: int, names: Mapping[int, str]) -> UserGroup:
+    group = _own_settings(group)
     listed = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
     given = list(group.get("param_names") or [None] * len(listed))
     if "lr" in group:
         check_lr(group["lr"], "A parameter group's lr")
     named: list[tuple[str, torch.Tensor]] = []
+    taken = set(names.values())
     for entry, given_name in zip(listed, given, strict=True):
         name, param = entry if isinstance(entry, tuple) else (given_name, entry)
         if not isinstance(param, torch.Tensor):
             raise OptimizerError(
                 f"A parameter group holds a {type(param).__name__}.", "Give tensors, (name, tensor) pairs, or dicts."
             )
-        named.append((names.get(id(param)) or name or f"unnamed.{len(named)}", param))
+        if id(param) not in names and (name is None or name in taken):  # outside the model: never the model's name
+            name = f"group{number}.{name or 'unnamed'}.{len(named)}"
+        named.append((names.get(id(param), name), param))
     return UserGroup(named, {k: v for k, v in group.items() if k not in ("params", "param_names")})
+
+
+def _own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group as its user means it: what this package wrote into it is taken out, its rate the base rate again."""
+    ours = "rankaware_format" in group
+    clash = next((key for key in TAGS if key in group), None)
+    if clash is not None and not ours:
+        raise OptimizerError(
+            f"A parameter group holds {clash!r}, a key under which this package keeps what it decides.",
+            "Give your own key another name.",
+        )
+    made = {key: value for key, value in group.items() if key not in (*TAGS, "rank_multiplied")}
+    if group.get("rank_multiplied"):
+        made |= {key: made[key] / group["rank_multiplier"] for key in ("lr", "initial_lr") if key in made}
+    return made
 
 
 class PlannedGroup(NamedTuple):
@@ -129,10 +146,7 @@ def shapes_text(params: Iterable[torch.Tensor]) -> str:
 
 
 def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 0) -> list[PlannedGroup]:
-    """Cut each user group by assignment, never merging two of the user's. Groups at the base rate come first.
-
-    The user's groups are counted from `first`.
-    """
+    """Cut each user group by assignment, in the user's order, never merging two. They are counted from `first`."""
     factors = {f.name: f for f in survey.factors}
     planned: list[PlannedGroup] = []
     for number, group in enumerate(groups, first):
@@ -142,22 +156,29 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
             blank = PlannedGroup(assignment, [], dict(group.options), number, plan.recipe_tag)
             cut.setdefault(assignment, blank).named.append((name, param))
         planned.extend(cut.values())
-    return sorted(planned, key=lambda g: g.assignment.multiplier != 1.0 or g.assignment.rate is not None)
+    return planned
 
 
-def scale_lr(group: dict[str, Any], assignment: Assignment, *, scale_weight_decay: bool = True) -> None:
-    """Multiply a built group's lr in place, or set the rate of its own and record the multiplier it amounts to.
+def set_ratio(group: dict[str, Any], assignment: Assignment) -> None:
+    """Make a rate of its own a ratio to the group's base rate, so that schedules move it too."""
+    if assignment.rate is not None:
+        group["rank_multiplier"] = assignment.rate / float(group["lr"])
+
+
+def effective_lr(group: Mapping[str, Any]) -> float:
+    """The rate that a group trains at: base rate × multiplier, or what a native optimizer's group holds."""
+    multiplied = group.get("rank_multiplied", False)
+    return float(group["lr"]) * (1.0 if multiplied else group.get("rank_multiplier", 1.0))
+
+
+def multiply_for_native(group: dict[str, Any], scale_weight_decay: bool = True) -> None:
+    """Multiply a group's rate once, for an optimizer whose step is torch's own, and say so in the group.
 
     A decoupled decay is lr × weight_decay: without scale_weight_decay it is divided so that the product stays.
     """
-    base = group["lr"]
-    if assignment.rate is not None:
-        group["lr_multiplier"] = assignment.rate / float(base)
-        group["lr"] = torch.full_like(base, assignment.rate) if isinstance(base, torch.Tensor) else assignment.rate
-    elif assignment.multiplier != 1.0 or isinstance(base, torch.Tensor):  # a tensor is filled in place: never shared
-        group["lr"] = base * assignment.multiplier
+    group["lr"], group["rank_multiplied"] = group["lr"] * group["rank_multiplier"], True
     if not scale_weight_decay and "weight_decay" in group:
-        group["weight_decay"] = group["weight_decay"] / group["lr_multiplier"]
+        group["weight_decay"] = group["weight_decay"] / group["rank_multiplier"]
 
 
 def rank_aware_param_groups(
@@ -168,6 +189,7 @@ def rank_aware_param_groups(
     law: str | Law = DEFAULT_LAW,
     tuned_at: Reference | None = None,
     optimizer_class: type | None = None,
+    settings: Mapping[str, Any] | None = None,
     named: bool = True,
     method: Method = "lora",
     init: Init | None = None,
@@ -180,8 +202,10 @@ def rank_aware_param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups with their rates, for any torch optimizer: the wrapper's work without the wrapper.
 
-    group["lr"] = (the user group's lr, or `lr`) × group["lr_multiplier"]. `params` is a model, or groups with
-    `model=`. named=False leaves the names out, as ZeroRedundancyOptimizer needs.
+    group["lr"] = (the user group's lr, or `lr`) × group["rank_multiplier"]. There is no step of ours, so a scheduler
+    that sets rates outright erases the multipliers. `params` is a model, or groups with `model=`. optimizer_class and
+    its settings decide the law's form: Muon's adjust_lr_fn and Adafactor's scale_parameter matter. named=False leaves
+    the names out, as ZeroRedundancyOptimizer needs.
 
     >>> pair = torch.nn.Module()
     >>> pair.lora_A, pair.lora_B = torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(8, 64, bias=False)
@@ -196,10 +220,11 @@ def rank_aware_param_groups(
     options = PlanOptions(law, tuned_at, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
     walked = walk(model)
     survey = survey_of(walked, method=method, init=init)
-    plan = make_plan(survey, options, optimizer_class)
+    plan = make_plan(survey, options, optimizer_class, settings)
     groups = []
     for planned in split(user_groups(params, model, walked), plan, survey):
         group = {"lr": lr, **planned.as_dict(named=named)}
-        scale_lr(group, planned.assignment)
+        set_ratio(group, planned.assignment)
+        multiply_for_native(group)
         groups.append(group)
     return groups

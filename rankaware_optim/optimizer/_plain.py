@@ -1,69 +1,48 @@
-"""To a plain optimizer: the state of ours, and of a scheduler on it, for the user's own groups."""
+"""To a plain optimizer: the state of ours for native groups, its rates multiplied, or for the user's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 from ._param_groups import TAGS
 
-__all__ = ["convert_scheduler_state", "to_plain_state_dict"]
 
+def to_plain_state_dict(opt: Any, names: Sequence[str] | None = None, *, own_groups: bool = False) -> dict[str, Any]:
+    """The state for a native optimizer, whose step does not multiply.
 
-def to_plain_state_dict(opt: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The state for a plain optimizer with the user's own groups: rates divided by their multipliers, no tags.
+    By default its groups are cut as here and hold the rates that are trained at, base rate × multiplier: load it into
+    a native optimizer built from `rank_aware_param_groups`. Every group is there, and no key of ours.
 
-    Parameters come in the order they were given in, so `native.load_state_dict` takes it where the native optimizer
-    was built from the same parameters. names: all names in another order, such as that of model.named_parameters().
+    Args:
+        opt: a `RankAwareOptimizer`.
+        names: all parameter names in the order of a native optimizer with one group, such as those of
+            model.named_parameters(). It implies own_groups.
+        own_groups: cut the groups as the user's own, at their base rates. So the law is left behind.
     """
     state = opt.state_dict()
-    position = {
-        n: (g, key) for g in state["param_groups"] for n, key in zip(g["param_names"], g["params"], strict=True)
-    }
-    order = opt._rankaware.order if names is None else (tuple(names),)
+    if names is None and not own_groups:
+        groups = [_native(group) for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+    place = {n: (g, key) for g in state["param_groups"] for n, key in zip(g["param_names"], g["params"], strict=True)}
     groups, made, count = [], {}, 0
-    for own in order:
-        present = [n for n in own if n in position]
+    for own in opt._rankaware.order if names is None else (tuple(names),):
+        present = [n for n in own if n in place]
         if not present:
             continue
-        group = position[present[0]][0]
+        group = place[present[0]][0]
         base = {k: v for k, v in group.items() if k not in (*TAGS, "params", "param_names")}
-        for key in ("lr", "initial_lr"):
-            if key in base:
-                base[key] = base[key] / group["lr_multiplier"]
         groups.append({**base, "params": list(range(count, count + len(own)))})
-        for offset, name in enumerate(own):
-            if name in position and position[name][1] in state["state"]:
-                made[count + offset] = state["state"][position[name][1]]
+        for number, name in enumerate(own, count):
+            if name in place and place[name][1] in state["state"]:
+                made[number] = state["state"][place[name][1]]
         count += len(own)
     return {**state, "state": made, "param_groups": groups}
 
 
-_RATES = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")  # one rate a group
-_FUNCTIONS = ("lr_lambdas",)  # one function a group
-
-
-def convert_scheduler_state(
-    state: Mapping[str, Any], opt: Any, *, to: Literal["rank-aware", "plain"] = "rank-aware"
-) -> dict[str, Any]:
-    """A scheduler's state for the other side: one rate a user group becomes one a group of ours, or back.
-
-    to="rank-aware" takes the state of a scheduler on a plain optimizer, to="plain" one of a scheduler on `opt`.
-    """
-    sources = [(group["user_group"], group["lr_multiplier"]) for group in opt.param_groups]
-    firsts = {user: i for i, (user, _) in reversed(list(enumerate(sources)))}
-
-    def rates(values: Sequence[Any], scale: bool) -> list[Any]:
-        if to == "plain":
-            own = [(values[firsts[user]], sources[firsts[user]][1]) for user in sorted(firsts)]
-            return [value / multiplier if scale else value for value, multiplier in own]
-        return [values[user] * multiplier if scale else values[user] for user, multiplier in sources]
-
-    expected = len(sources) if to == "plain" else len(firsts)
-    made = dict(state)
-    for key, value in state.items():
-        if key == "_schedulers":
-            made[key] = [convert_scheduler_state(inner, opt, to=to) for inner in value]
-        elif isinstance(value, (list, tuple)) and len(value) == expected and key in (*_RATES, *_FUNCTIONS):
-            made[key] = rates(value, scale=key in _RATES)
+def _native(group: dict[str, Any]) -> dict[str, Any]:
+    made = {key: value for key, value in group.items() if key not in TAGS}
+    for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+        if key in made:
+            made[key] = made[key] * group["rank_multiplier"]
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
@@ -90,12 +90,6 @@ class Plan:
     def has_own_rate(self, group: Mapping[str, Any]) -> bool:
         """Whether a built group has a rate of its own, by `rates` or `other_lr`."""
         return self.is_named(group) or (group.get("lora_role") == "other" and self.options.other_lr is not None)
-
-    def base_of(self, groups: Sequence[Mapping[str, Any]]) -> float | None:
-        """The base rate of built groups, before any scheduler. None where every rate is a group's own, or is 0."""
-        scaled = next((group for group in groups if not self.has_own_rate(group)), None)
-        rate = 0.0 if scaled is None else float(scaled.get("initial_lr", scaled["lr"])) / scaled["lr_multiplier"]
-        return rate if rate > 0 else None
 
     def is_named(self, group: Mapping[str, Any]) -> bool:
         """Whether a pattern of `rates` names a built group's parameters."""

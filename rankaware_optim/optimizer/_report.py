@@ -10,23 +10,26 @@ from typing import Any
 from .._survey_text import NO_LAW, Rated, noted_table, reason_of_other
 from .._types import Factor, Survey
 from ..inspection import other_kind
+from ._param_groups import effective_lr
 from ._plan import Plan
 from ._state_dict import Carried
 
 __all__ = ["Report", "Row", "plan_rates"]
 
-_HEADINGS = ("convention", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors", "multiplier", "lr", "why")
+_PAIR = ("convention", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors")
+_HEADINGS = (*_PAIR, "base lr", "multiplier", "lr", "why")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One group of the report. `count` is of tensors, `lr` the present rate, the fans (smallest, largest)."""
+    """One group of the report: base_lr × multiplier = lr, at present. `count` is of tensors, fans are (least, most)."""
 
     role: str
     rank: int | None
     scaling: float | None
     init: str | None
     count: int
+    base_lr: float
     multiplier: float
     lr: float
     reason: str
@@ -40,7 +43,8 @@ class Row:
         scaling = "" if self.scaling is None else f"{self.scaling:g}"
         shown = (self.convention, self.role, str(self.rank or ""), scaling, self.init or "")
         fans = ("–".join(f"{end:g}" for end in dict.fromkeys(ends)) for ends in (self.fan_in, self.fan_out))
-        return (*shown, *fans, str(self.count), f"{self.multiplier:.4g}", f"{self.lr:.3g}", self.reason)
+        rates = (f"{self.base_lr:.3g}", f"{self.multiplier:.4g}", f"{self.lr:.3g}")
+        return (*shown, *fans, str(self.count), *rates, self.reason)
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,9 @@ def _row(group: Mapping[str, Any], plan: Plan, factors: Mapping[str, Factor]) ->
         scaling=group.get("lora_scale") if role in ("A", "B") else None,
         init=group.get("lora_init") if role in ("A", "B") else None,
         count=len(group["params"]),
-        multiplier=group.get("lr_multiplier", 1.0),
-        lr=float(group["lr"]),
+        base_lr=float(group["lr"]),
+        multiplier=group.get("rank_multiplier", 1.0),
+        lr=effective_lr(group),
         reason=_reason(group, plan),
         names=names,
         convention=", ".join(dict.fromkeys(f.convention for f in own)),

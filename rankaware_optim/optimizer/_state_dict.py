@@ -1,12 +1,12 @@
 """Checkpoints: another optimizer state becomes one that torch may load, or a sentence; torch compares nothing itself.
 
 State is matched by parameter name where both sides have names, else by position. Ranks and shapes are compared before
-torch touches memory. A plain optimizer's checkpoint is adopted: its rates are multiplied.
+torch touches memory. Rates in a checkpoint are base rates. Those of the format before, which were multiplied, are
+divided back.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,33 +15,20 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ..errors import CheckpointError, RankAwareWarning
+from .._warn import warn
+from ..errors import CheckpointError
 from ..inspection import canonical_name
 from ._param_groups import GROUP_FORMAT, TAGS, shapes_text
 
-__all__ = ["Carried", "OnLawChange", "OnRankChange", "Policy", "fit_checkpoint"]
-
 OnRankChange = Literal["raise", "reset", "resize"]
-OnLawChange = Literal["keep", "rederive"]
 Group = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Policy:
-    """What to do where a checkpoint was made at another rank, or under another law.
-
-    on_rank_change: "raise"; "reset" starts the moments of changed factors anew; "resize" truncates or zero-pads them
-    along the rank. on_law_change, at equal rank: "keep" the saved rates and warn, or "rederive" them.
-    """
-
-    on_rank_change: OnRankChange = "raise"
-    on_law_change: OnLawChange = "keep"
-
-    def __post_init__(self) -> None:
-        for name, known in (("on_rank_change", OnRankChange), ("on_law_change", OnLawChange)):
-            value, options = getattr(self, name), known.__args__  # type: ignore[attr-defined]
-            if value not in options:
-                raise CheckpointError(f"{name} is {value!r}.", f"Choose one of {', '.join(map(repr, options))}.")
+def check_on_rank_change(value: object) -> None:
+    """Refuse what says nothing of a checkpoint of another rank."""
+    known = OnRankChange.__args__  # type: ignore[attr-defined]
+    if value not in known:
+        raise CheckpointError(f"on_rank_change is {value!r}.", f"Choose one of {', '.join(map(repr, known))}.")
 
 
 @dataclass(frozen=True)
@@ -74,17 +61,22 @@ class _Match(NamedTuple):
 
 
 def fit_checkpoint(
-    param_groups: list[Group], state_dict: dict[str, Any], policy: Policy, orders: Sequence[Sequence[str]]
+    param_groups: list[Group], state_dict: dict[str, Any], on_rank_change: OnRankChange, orders: Sequence[Sequence[str]]
 ) -> tuple[list[Group], dict[str, Any], tuple[Carried, ...]]:
     """What to load: (our groups, split where the checkpoint's cut is finer; a state_dict laid out like them; report).
 
     `orders` are orders of names that a checkpoint without names may be in. Nothing is changed in place.
     """
     groups, state = _contents(state_dict)
-    if all(isinstance(key, str) for group in groups for key in group["params"]):
-        _check_distributed(groups)
+    if any("lr" not in group for group in groups):
+        raise CheckpointError(
+            "The checkpoint's groups are cut otherwise than this optimizer's, and torch.distributed.checkpoint brings "
+            "the settings of a group to one of its parts only.",
+            "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the saved one was.",
+        )
     if any(len(group["params"]) != len(group["param_names"]) for group in param_groups):
-        return param_groups, {**state_dict, "param_groups": _flat_groups(param_groups, groups, state, policy)}, ()
+        return param_groups, {**state_dict, "param_groups": _flat_groups(param_groups, groups, state)}, ()
+    _check_user_groups(param_groups, groups)
     saved = _by_name(param_groups, groups, orders)
     ours = [part for group in param_groups for part in _cut(group, saved, groups)]
     shapes = _written_shapes(groups)
@@ -98,7 +90,7 @@ def fit_checkpoint(
         keys, before = [], len(carried)
         for name, param in zip(group["param_names"], group["params"], strict=True):
             match = _Match(name, param, group, theirs, state.get(saved[name].key), shapes.get(name))
-            own, note = _param_state(match, policy)
+            own, note = _param_state(match, on_rank_change)
             keys.append(next(numbers))
             if own is not None:
                 new_state[keys[-1]] = own
@@ -106,8 +98,8 @@ def fit_checkpoint(
                 carried.append(note)
         changed_rank = len(carried) > before
         changed_law |= not changed_rank and _law_differs(group, theirs)
-        new_groups.append(_merged(group, theirs, keys, changed_rank, policy))
-    _say_changes(ours, groups, changed_law, policy)
+        new_groups.append(_merged(group, theirs, keys))
+    _say_changes(ours, groups, changed_law)
     return ours, {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(carried)
 
 
@@ -122,35 +114,31 @@ def _contents(state_dict: Mapping[str, Any]) -> tuple[list[Group], Mapping[Any, 
         raise CheckpointError(
             f"The checkpoint is of format {newest}, this package reads up to {GROUP_FORMAT}.", "Update rankaware-optim."
         )
-    return groups, state
+    return [_at_base_rate(group) for group in groups], state
 
 
-def _check_distributed(groups: Sequence[Group]) -> None:
-    """torch.distributed.checkpoint gives a saved group's settings to one of the groups it is cut into here: the last.
+def _at_base_rate(group: Group) -> Group:
+    """A saved group with the base rate: format 1 and groups for native optimizers hold multiplied ones."""
+    if group.get("rankaware_format") == 1:
+        group = {**group, "rank_multiplier": group.get("lr_multiplier", 1.0), "rank_multiplied": True}
+    multiplier = group["rank_multiplier"] if group.get("rank_multiplied") else 1.0
+    rates: Group = {key: group[key] / multiplier for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in group}
+    made = {key: value for key, value in group.items() if key not in ("lr_multiplier", "rank_multiplied")}
+    return group if multiplier == 1.0 == group.get("lr_multiplier", 1.0) and made == group else {**made, **rates}
 
-    The others come without, or (full_state_dict=True) with the rates they had.
-    """
-    if any("lr" not in group for group in groups):
+
+def _check_user_groups(param_groups: list[Group], groups: Sequence[Group]) -> None:
+    """As torch does, refuse a checkpoint of another number of the user's own groups."""
+    ours = len({group["user_group"] for group in param_groups})
+    theirs = len({group.get("user_group", number) for number, group in enumerate(groups)})
+    if ours != theirs and any("user_group" in group for group in groups):
         raise CheckpointError(
-            "The checkpoint's groups are cut otherwise than this optimizer's, and torch.distributed.checkpoint brings "
-            "the settings of a group to one of its parts only.",
-            "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the saved one was.",
-        )
-    bases: dict[Any, set[str]] = defaultdict(set)
-    for group in groups:
-        bases[group.get("user_group")].add(f"{float(group['lr']) / group.get('lr_multiplier', 1.0):.9g}")
-    if any(len(rates) > 1 for rates in bases.values()):
-        warnings.warn(
-            "The rates that torch.distributed.checkpoint loaded are not one base rate times the multipliers: a "
-            "schedule erased their ratio, or the checkpoint's groups were cut otherwise than this optimizer's.",
-            RankAwareWarning,
-            stacklevel=4,
+            f"The checkpoint is of an optimizer built from {theirs} groups, this one from {ours}.",
+            "Build it from the same groups, whose rates and decays the checkpoint holds.",
         )
 
 
-def _flat_groups(
-    param_groups: list[Group], groups: list[Group], state: Mapping[Any, Any], policy: Policy
-) -> list[Group]:
+def _flat_groups(param_groups: list[Group], groups: list[Group], state: Mapping[Any, Any]) -> list[Group]:
     """The groups to load where a framework (DeepSpeed's ZeRO) put one flat share in place of a group's parameters.
 
     Nothing in it can be matched by name or resized: the checkpoint must be cut alike.
@@ -166,8 +154,8 @@ def _flat_groups(
             "A framework has flattened this optimizer's parameters, and the checkpoint's groups are cut otherwise.",
             "Load it with the ranks, the law and the number of processes it was saved with.",
         )
-    _say_changes(param_groups, groups, any(map(_law_differs, param_groups, groups)), policy)
-    return [_merged(*both, both[1]["params"], False, policy) for both in zip(param_groups, groups, strict=True)]
+    _say_changes(param_groups, groups, any(map(_law_differs, param_groups, groups)))
+    return [_merged(*both, both[1]["params"]) for both in zip(param_groups, groups, strict=True)]
 
 
 def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequence[Sequence[str]]) -> dict[str, _Saved]:
@@ -191,9 +179,8 @@ def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequenc
                 "Load it into the model it was saved from.",
             )
         return found
-    tagged = any("lr_multiplier" in group for group in groups)
     same_cut = [len(g["params"]) for g in groups] == [len(g["params"]) for g in param_groups]
-    for order in ([ours] if tagged or same_cut else []) + list(orders):
+    for order in ([ours] if same_cut else []) + list(orders):
         if len(order) == len(flat):
             return dict(zip(order, flat, strict=True))
     raise CheckpointError(
@@ -222,25 +209,17 @@ def _without_params(group: Group) -> Group:
     return {key: value for key, value in group.items() if key not in ("params", "param_names", "param_shapes")}
 
 
-def _merged(group: Group, theirs: Group, keys: list[int], changed_rank: bool, policy: Policy) -> Group:
-    """The saved group's settings under our tags, and the rates that the policy asks for."""
+def _merged(group: Group, theirs: Group, keys: list[int]) -> Group:
+    """The saved group's settings, its base rate among them, under our tags."""
     tags = {key: group[key] for key in TAGS if key in group}
-    if _init_was_known(group, theirs):
-        tags["lora_init"] = theirs["lora_init"]
+    if _init_was_known(group, theirs):  # trained weights no longer show it, and its multiplier was that init's
+        tags |= {"lora_init": theirs["lora_init"], "rank_multiplier": theirs["rank_multiplier"]}
     tags["rankaware_recipe"] = theirs.get("rankaware_recipe") or tags.get("rankaware_recipe", "")  # the rate is theirs
-    made = {**_without_params(theirs), **tags, "params": keys, "param_names": list(group["param_names"])}
-    before = theirs.get("lr_multiplier", 1.0)
-    if "lr_multiplier" in theirs and not changed_rank and policy.on_law_change == "keep":
-        made["lr_multiplier"] = before
-    if made["lr_multiplier"] != before:
-        for key in ("lr", "initial_lr", "max_lr", "min_lr"):
-            if key in theirs:
-                made[key] = theirs[key] * (made["lr_multiplier"] / before)
-    return made
+    return {**_without_params(theirs), **tags, "params": keys, "param_names": list(group["param_names"])}
 
 
 def _law_differs(group: Group, theirs: Group) -> bool:
-    ratio = theirs.get("lr_multiplier", group["lr_multiplier"]) / group["lr_multiplier"]
+    ratio = theirs.get("rank_multiplier", group["rank_multiplier"]) / group["rank_multiplier"]
     return abs(ratio - 1.0) > 1e-9 and not _init_was_known(group, theirs)
 
 
@@ -249,23 +228,20 @@ def _init_was_known(group: Group, theirs: Group) -> bool:
     return theirs.get("lora_init") in ("A", "B") and group.get("lora_init") in ("other", "unknown")
 
 
-def _say_changes(ours: Sequence[Group], theirs: Sequence[Group], changed_law: bool, policy: Policy) -> None:
+def _say_changes(ours: Sequence[Group], theirs: Sequence[Group], changed_law: bool) -> None:
     """Warn once where the checkpoint's recipe, or else its law, is not this optimizer's."""
     (now, name), (before, saved_name) = _recipe_of(ours), _recipe_of(theirs)
     if now and before and now != before:
-        words = (
+        warn(
             f"The checkpoint was made under the recipe {saved_name!r} ({before}), this optimizer under {name!r} "
             f"({now}): the checkpoint's base rate is kept. Build the optimizer with the checkpoint's recipe, or start "
             "with a fresh state for the new one's."
         )
-    elif changed_law and policy.on_law_change == "keep":
-        words = (
-            "The checkpoint was made under another law or reference at the same rank: its rates are kept. Build the "
-            "optimizer with on_law_change='rederive' for the new law's."
+    elif changed_law:
+        warn(
+            "The checkpoint was made under another law or reference at the same rank: its base rate is kept, and this "
+            "optimizer's law multiplies it. Build the optimizer as the saved one was for the same rates."
         )
-    else:
-        return
-    warnings.warn(words, RankAwareWarning, stacklevel=4)
 
 
 def _recipe_of(groups: Sequence[Group]) -> tuple[str, str]:
@@ -277,7 +253,7 @@ def _recipe_of(groups: Sequence[Group]) -> tuple[str, str]:
 # --- one parameter's state ------------------------------------------------------------------------------------------
 
 
-def _param_state(match: _Match, policy: Policy) -> tuple[Mapping[str, Any] | None, Carried | None]:
+def _param_state(match: _Match, on_rank_change: OnRankChange) -> tuple[Mapping[str, Any] | None, Carried | None]:
     """The state to load for one parameter, and what was carried where its rank changed."""
     name, param, state = match.name, match.param, match.state
     rank, role, own = match.group.get("lora_rank"), match.group.get("lora_role"), tuple(param.shape)
@@ -295,17 +271,18 @@ def _param_state(match: _Match, policy: Policy) -> tuple[Mapping[str, Any] | Non
             f"The checkpoint's {name} has shape {shape}, the parameter {own}.",
             "Load it into the model it was saved from, or start with a fresh optimizer state.",
         )
-    if policy.on_rank_change == "raise":
+    if on_rank_change == "raise":
         raise CheckpointError(
             f"The checkpoint's {name} has rank {saved_rank}, the model's has rank {rank}.",
             "Load it into a model of the same rank, or build the optimizer with on_rank_change='reset' or 'resize'.",
         )
-    if policy.on_rank_change == "resize" and param.dim() < 2:  # whether there is state or not: all processes alike
+    if on_rank_change == "resize" and param.dim() < 2:  # whether there is state or not: all processes alike
         raise CheckpointError(
             f"This process holds a flat share of {name} (FSDP1), whose moments cannot be resized along the rank.",
             "Build the optimizer with on_rank_change='reset', or shard with fully_shard.",
         )
-    if policy.on_rank_change == "reset" or not tensors:
+    stacked = rank not in (own[0 if role == "A" else -1], own[-1 if role == "A" else 0])  # experts, merged projections
+    if on_rank_change == "reset" or not tensors or stacked:
         return None, Carried(name, saved_rank, rank, 0)
     factored = any(s == 1 < n for v in tensors.values() for s, n in _off_rank(v, param, role))
     resized = {k: _resize(v, param, factored) if k in tensors else v for k, v in (state or {}).items()}
@@ -353,9 +330,14 @@ def _off_rank(value: torch.Tensor, param: torch.Tensor, role: str | None) -> lis
 
 
 def _resize(value: torch.Tensor, param: torch.Tensor, factored: bool) -> torch.Tensor:
-    """`value` truncated or padded with zeros to the parameter's sizes; axes that were reduced to 1 stay."""
+    """`value` truncated or padded to the parameter's sizes. Axes that were reduced to 1 stay.
+
+    New directions get zeros, and in what is nowhere negative the mean of the others: a second moment of zero beside a
+    large step counter would let them move five times as far as a fresh Adam does.
+    """
     sizes = [1 if factored and s == 1 else n for s, n in zip(value.shape, param.shape, strict=True)]
-    made = value.new_zeros(sizes)
+    squared = value.is_floating_point() and value.numel() > 0 and bool((value >= 0).all())
+    made = value.new_full(sizes, value.mean().item()) if squared else value.new_zeros(sizes)
     shared = tuple(slice(0, min(s, n)) for s, n in zip(value.shape, sizes, strict=True))
     made[shared] = value[shared]
     return made

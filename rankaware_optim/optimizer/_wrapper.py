@@ -1,36 +1,37 @@
 """`RankAwareOptimizer`: any torch optimizer, with a rate for every group from a base rate and a law.
 
 The object is an instance of a cached, direct subclass of the user's own optimizer class, so schedulers, scalers,
-trainers and checkpoints see what they know. `step` is never overridden.
+trainers and checkpoints see what they know. Its groups hold the base rate, which anyone may set: `step` multiplies it.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import check_lr
 from .._types import Init, Method, Reference, Survey
-from ..errors import OptimizerError, RankAwareWarning
+from .._warn import warn
+from ..errors import CheckpointError, OptimizerError
 from ..inspection import survey_of, walk
 from ..laws import Law, law_words
 from ..recipe import Recipe
-from ._param_groups import PlannedGroup, UserGroup, model_of, scale_lr, split, user_groups
+from ._param_groups import PlannedGroup, UserGroup, model_of, multiply_for_native, set_ratio, split, user_groups
 from ._plan import Plan, PlanOptions, make_plan
 from ._report import Report, make_report
-from ._schedulers import attached_schedulers, check_scheduler
-from ._state_dict import Carried, OnLawChange, OnRankChange, Policy, fit_checkpoint
+from ._state_dict import Carried, OnRankChange, check_on_rank_change, fit_checkpoint
 from ._validate import check_base_lr, from_recipe, native_class, refuse_groups, refuse_rateless, refuse_settings
 
 __all__ = ["RankAwareOptimizer"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class _Wrap:
 
     plan: Plan
     init: Init | None
-    policy: Policy
+    on_rank_change: OnRankChange
     scale_weight_decay: bool
     order: tuple[tuple[str, ...], ...]
     survey: Survey
@@ -77,8 +78,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=2e-4)
         RankAwareOptimizer(torch.optim.AdamW(model.parameters(), lr=2e-4), model=model)      # the same object back
 
-    group["lr"] = base rate × group["lr_multiplier"]; a user's own groups are split, never merged, and their rates
-    multiplied. The object is an instance of the optimizer class given.
+    group["lr"] is the base rate: what you, a scheduler or a trainer set. `step` trains at group["lr"] ×
+    group["rank_multiplier"]. Your own groups are split in their order, never merged. The object is an instance of the
+    optimizer class given.
 
     Args:
         params: a model (its trainable parameters), parameters or groups with `model=`, or a built optimizer.
@@ -98,10 +100,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         strict: refuse an optimizer of a family that no law is derived for, rather than scale it as Adam's kind.
         scale_weight_decay: a decoupled decay is lr × weight_decay, so a multiplier scales it; False keeps the product.
         on_rank_change: where a checkpoint of another rank is loaded: "raise", "reset" the moments of changed factors,
-            or "resize" them along the rank; the rates are derived anew.
-        on_law_change: where a checkpoint of another law is loaded at equal rank: "keep" its rates, or "rederive".
-        native_type: give an instance of the class itself, for frameworks that test the exact type (DeepSpeed); its
-            groups are scaled, checkpoints and later groups are torch's own affair.
+            or "resize" them along the rank.
+        native_type: give an instance of the class itself, for frameworks that test the exact type (DeepSpeed). It has
+            no step of ours: its groups' rates are multiplied once, checkpoints and later groups are torch's own affair.
         **settings: the optimizer's own arguments.
 
     Raises:
@@ -132,14 +133,13 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         strict: bool = False,
         scale_weight_decay: bool = True,
         on_rank_change: OnRankChange = "raise",
-        on_law_change: OnLawChange = "keep",
         native_type: bool = False,
         **settings: Any,
     ) -> RankAwareOptimizer:
         built = params if isinstance(params, Optimizer) else None
         model = model_of(params, model)
         native = native_class(built, optimizer)
-        policy = Policy(on_rank_change, on_law_change)
+        check_on_rank_change(on_rank_change)
         refuse_settings(built, lr, settings)
         loaded, lr, tuned_at, law = from_recipe(recipe, lr, tuned_at, law)
         options = PlanOptions(law, tuned_at, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
@@ -157,15 +157,16 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             _construct(native, planned, lr, settings) if built is None else _regroup(built, native, planned, lr)
         )
         for group, part in zip(opt.param_groups, planned, strict=True):
-            scale_lr(group, part.assignment, scale_weight_decay=scale_weight_decay)
+            set_ratio(group, part.assignment)
+            if native_type:
+                multiply_for_native(group, scale_weight_decay)
         if native_type:
             opt.__class__ = native  # type: ignore[assignment]
             return opt
         order = tuple(group.names for group in own)
-        opt._rankaware = _Wrap(plan, init, policy, scale_weight_decay, order, survey)
+        opt._rankaware = _Wrap(plan, init, on_rank_change, scale_weight_decay, order, survey)
         opt._rankaware_model = weakref.ref(model)
-        if hasattr(opt, "_optimizer_step_pre_hooks"):
-            opt.register_step_pre_hook(_FirstStep())
+        _LIVE.add(opt)
         return opt
 
     def report(self, *, per_module: bool = False) -> Report:
@@ -174,50 +175,26 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         title = f"RankAwareOptimizer({type(self).__name__}), law {law_words(wrap.plan.law)}"
         return make_report(self.param_groups, wrap.plan, title, wrap.survey, wrap.carried, per_module)
 
-    def scaled(self, value: float | Sequence[float]) -> list[float]:
-        """`value` for every group, times its multiplier: what a scheduler with an absolute limit should be given.
+    def expand(self, values: Sequence[T]) -> list[T]:
+        """One value for each of the user's own groups, as one for each group here: for schedulers that take a list.
 
-        A sequence holds one value for each of the user's own groups.
+        >>> model = torch.nn.Module()
+        >>> model.lora_A, model.lora_B = torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(8, 64, bias=False)
+        >>> model.r, model.scaling, _ = 8, 1.0, torch.nn.init.zeros_(model.lora_B.weight)
+        >>> RankAwareOptimizer(model, "adamw", lr=1e-3).expand([2e-3])
+        [0.002, 0.002]
         """
-        groups = self.param_groups
-        if isinstance(value, (int, float)):
-            return [value * group["lr_multiplier"] for group in groups]
-        if len(value) != len(self._rankaware.order):
+        if len(values) != len(self._rankaware.order):
             raise OptimizerError(
-                f"{len(value)} values were given for {len(self._rankaware.order)} groups of the user's own.",
-                "Give one number, or one for each group the optimizer was built from.",
+                f"{len(values)} values were given for {len(self._rankaware.order)} groups of the user's own.",
+                "Give one for each group that the optimizer was built from.",
             )
-        return [value[group["user_group"]] * group["lr_multiplier"] for group in groups]
-
-    def set_base_lr(self, lr: float, scheduler: Any = None) -> None:
-        """Move the base rate; every group keeps its multiplier, those with a rate of their own keep that.
-
-        A scheduler holds base rates of its own: give it, and they are moved too.
-        """
-        check_lr(lr)
-        if scheduler is None and attached_schedulers(self):
-            raise OptimizerError(
-                "A scheduler is attached and would restore its own base rates.", "Pass it: set_base_lr(lr, scheduler)."
-            )
-        pinned = self._rankaware.plan
-        base = self.defaults.get("lr", pinned.base_of(self.param_groups))  # some optimizers have no default
-        if base is None:
-            raise OptimizerError("Every group has a rate of its own.", "Set theirs: there is no base rate to move.")
-        ratio = lr / float(base)
-        moved = [not pinned.has_own_rate(group) for group in self.param_groups]
-        for group, move in zip(self.param_groups, moved, strict=True):
-            for key in ("lr", "initial_lr") if move else ():
-                if key in group:
-                    group[key] = group[key] * ratio
-        _note_base(self, lr)
-        for part in () if scheduler is None else (scheduler, *getattr(scheduler, "_schedulers", ())):
-            if hasattr(part, "base_lrs"):
-                part.base_lrs = [b * ratio if move else b for b, move in zip(part.base_lrs, moved, strict=True)]
+        return [values[group["user_group"]] for group in self.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the user's group, split and scaled like those at construction; names are filled in from the model."""
         native = type(self)._rankaware_native
-        if "lr_multiplier" in param_group or "_rankaware" not in self.__dict__:  # planned, or inside __init__
+        if "_rankaware" not in self.__dict__:  # inside __init__, whose groups are planned
             native.add_param_group(self, param_group)
             return
         model = _held_model(self)
@@ -227,22 +204,23 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 "Wrap again with model=, or add groups made by rank_aware_param_groups.",
             )
         wrap, walked = self._rankaware, walk(model)
-        own = user_groups([param_group], model, walked)
+        own = user_groups([param_group], model, walked, first=len(wrap.order))
         refuse_groups(native, own, held={id(p) for group in self.param_groups for p in group["params"]})
         survey = survey_of(walked, method=wrap.plan.method, init=wrap.init, also=_frozen(own))
         for planned in split(own, wrap.plan, survey, first=len(wrap.order)):
             native.add_param_group(self, planned.as_dict(named="param_names" in self.param_groups[0]))
-            scale_lr(self.param_groups[-1], planned.assignment, scale_weight_decay=wrap.scale_weight_decay)
+            set_ratio(self.param_groups[-1], planned.assignment)
         known = {f.name for f in wrap.survey.factors}
         added = (f for f in survey.factors if f.name not in known)
         order = (*wrap.order, *(group.names for group in own))
         self._rankaware = replace(wrap, order=order, survey=replace(survey, factors=(*wrap.survey.factors, *added)))
+        self._rankaware_unchecked = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint by parameter name, after comparing ranks and shapes; torch itself compares none of these.
 
-        A plain optimizer's checkpoint is adopted and its rates multiplied. Another rank or law is treated as
-        `on_rank_change` and `on_law_change` say.
+        Rates in it are base rates, a plain optimizer's too, and the multipliers are this optimizer's: a warning says
+        where the checkpoint's were others. Another rank is treated as `on_rank_change` says.
 
         Raises:
             CheckpointError: the checkpoint does not fit; nothing was loaded.
@@ -251,14 +229,21 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         orders = [[name for group in wrap.order for name in group]]
         if model is not None:
             orders.append([name for name, _ in walk(model).parameters])
-        groups, fitted, carried = fit_checkpoint(self.param_groups, state_dict, wrap.policy, orders)
+        groups, fitted, carried = fit_checkpoint(self.param_groups, state_dict, wrap.on_rank_change, orders)
         if len(groups) != len(self.param_groups):
+            if hasattr(self.step, "_wrapped_by_lr_sched"):
+                raise CheckpointError(
+                    f"The checkpoint cuts {len(self.param_groups)} groups into {len(groups)}, and a scheduler holds "
+                    "their rates.",
+                    "Load the optimizer's state first, then build the scheduler and load its state.",
+                )
             self.param_groups[:] = groups
         type(self)._rankaware_native.load_state_dict(self, fitted)
         self._rankaware = replace(wrap, carried=carried)
-        base = wrap.plan.base_of(self.param_groups)
-        if base is not None:
-            _note_base(self, base)
+        self._rankaware_unchecked = True
+        base = next((group.get("initial_lr", group["lr"]) for group in self.param_groups), None)
+        if self.defaults.get("lr") is not None and base is not None and float(base) > 0:
+            self.defaults["lr"] = base.clone() if isinstance(base, torch.Tensor) else base
 
     def __getstate__(self) -> dict[str, Any]:
         return {**type(self)._rankaware_native.__getstate__(self), "_rankaware": self._rankaware}
@@ -270,25 +255,20 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         return f"RankAware{type(self)._rankaware_native.__repr__(self)}"
 
 
-_OVERRIDES = ("add_param_group", "load_state_dict", "__getstate__", "__reduce_ex__", "__repr__")
-_ADDITIONS = ("report", "scaled", "set_base_lr")
+_OVERRIDES = ("add_param_group", "load_state_dict", "__getstate__", "__reduce_ex__", "__repr__", "report", "expand")
 _SUBCLASSES: dict[type, Any] = {}
+_LIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # built, not copied: whose parameters are held somewhere
 
 
 def _subclass(native: type[Optimizer]) -> Any:
     """The rank-aware subclass of `native`, made once: its own name and module, ours only what is listed above."""
     if native not in _SUBCLASSES:
-        namespace: dict[str, Any] = {name: RankAwareOptimizer.__dict__[name] for name in (*_OVERRIDES, *_ADDITIONS)}
+        namespace: dict[str, Any] = {name: RankAwareOptimizer.__dict__[name] for name in _OVERRIDES}
         namespace |= {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
-        namespace |= {"_rankaware_native": native}
+        namespace |= {"_rankaware_native": native, "step": _step_of(native)}
+        namespace |= {"_rankaware_stepping": False, "_rankaware_unchecked": True, "_rankaware_idle": False}
         _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
     return _SUBCLASSES[native]
-
-
-def _note_base(opt: Optimizer, lr: float) -> None:
-    base = opt.defaults.get("lr")
-    if base is not None:  # else it is read off the groups
-        opt.defaults["lr"] = torch.full_like(base, lr) if isinstance(base, torch.Tensor) else lr
 
 
 def _blank(native: type[Optimizer]) -> Any:
@@ -318,55 +298,128 @@ def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, se
 
 
 def _regroup(built: Optimizer, native: type[Optimizer], planned: list[PlannedGroup], lr: Any) -> Any:
-    """The same object, its groups replaced in place and its class swapped; per-parameter state stays as it is."""
+    """The same object, its groups replaced in place and its class swapped. Per-parameter state stays as it is."""
     given = {} if lr is None else {"lr": lr}
     built.defaults.update(given)
     built.param_groups[:] = [
         {**group.as_dict(named=False), "param_names": [name for name, _ in group.named], **given} for group in planned
     ]
     built.__class__ = _subclass(native)
+    built._patch_step_function()  # torch hooks `step` by class
     return built
 
 
-# --- the first step -------------------------------------------------------------------------------------------------
+# --- the step -------------------------------------------------------------------------------------------------------
+
+Held = list[tuple[dict[str, Any], Any, Any, Any]]  # group, its base rate, the rate put in its place, its weight decay
 
 
-class _FirstStep:
-    """A step pre-hook that looks once, at the first step, for two accidents that train wrongly in silence.
+def _step_of(native: type[Optimizer]) -> Callable[..., Any]:
+    """`native.step` at multiplied rates. It is called without torch's hooks, which this one has of its own."""
+    stepped = native.step.__wrapped__ if getattr(native.step, "hooked", False) else native.step  # type: ignore[attr-defined]
 
-    It stays registered and only tests a flag: a hook cannot remove itself while another follows.
+    @wraps(stepped)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._rankaware_stepping:  # the native step calls self.step
+            return stepped(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            idle = self.param_groups[-1]["params"][-1].grad is None
+            if self._rankaware_unchecked or (idle and not self._rankaware_idle):
+                _check_parameters(self)
+            self._rankaware_idle = idle
+        held: Held = []
+        closure = args[0] if args else kwargs.get("closure")
+        if closure is not None:
+            at_base = _at_base_rates(self, closure, held)
+            args, kwargs = ((at_base, *args[1:]), kwargs) if args else ((), {**kwargs, "closure": at_base})
+        self._rankaware_stepping = True
+        try:
+            _multiply(self, held)
+            return stepped(self, *args, **kwargs)
+        finally:
+            _put_back(held)
+            self._rankaware_stepping = False
+
+    return step
+
+
+def _multiply(opt: Any, held: Held) -> None:
+    """Put base rate × multiplier in place in every group."""
+    groups, keep_decay = opt.param_groups, not opt._rankaware.scale_weight_decay
+    bases = [group["lr"] for group in groups]
+    multipliers = [group.get("rank_multiplier", 1.0) for group in groups]
+    rates: Sequence[Any]
+    if all(isinstance(base, torch.Tensor) for base in bases):
+        rates = torch._foreach_mul(bases, multipliers)  # one call for all groups
+    else:
+        rates = [base * multiplier for base, multiplier in zip(bases, multipliers, strict=True)]
+    for group, base, rate, multiplier in zip(groups, bases, rates, multipliers, strict=True):
+        held.append((group, base, rate, group.get("weight_decay")))
+        group["lr"] = rate
+        if keep_decay and "weight_decay" in group:
+            group["weight_decay"] = group["weight_decay"] / multiplier
+
+
+def _put_back(held: Held) -> None:
+    """The base rates again. A rate that the optimizer wrote by itself stays, divided by the multiplier."""
+    for group, base, rate, decay in held:
+        now = group["lr"]
+        group["lr"] = base if now is rate else now / group.get("rank_multiplier", 1.0)
+        if decay is not None:
+            group["weight_decay"] = decay
+    held.clear()
+
+
+def _at_base_rates(opt: Any, closure: Callable[..., Any], held: Held) -> Callable[..., Any]:
+    """The closure, run at base rates, which it may set. Lightning runs a whole training step in it."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        _put_back(held)
+        opt._rankaware_stepping = False
+        try:
+            return closure(*args, **kwargs)
+        finally:
+            opt._rankaware_stepping = True
+            _multiply(opt, held)
+
+    return run
+
+
+def _check_parameters(opt: Any) -> None:
+    """Refuse to train nothing in silence: do the parameters held here get the gradients that the model's get?
+
+    fully_shard on a model or on its blocks and an adapter made again leave other tensors under the names held here.
+    Another adapter made active leaves those held here idle. A dry step without rates, as torch.distributed.checkpoint
+    makes, is not looked at, nor are parameters that another optimizer of ours holds.
     """
-
-    done = False
-
-    def __call__(self, opt: Any, args: Any, kwargs: Any) -> None:
-        self.done = self.done or _look_once(opt)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _look_once(opt: Any) -> bool:
-    """Whether this was a step: torch.distributed.checkpoint makes a dry one, at no rate, to have state to fill."""
-    _refuse_replaced(opt)
-    if not any(float(group.get("lr", 1.0)) for group in opt.param_groups):
-        return False
-    ratios = len({group.get("lr_multiplier", 1.0) for group in opt.param_groups}) > 1
-    for scheduler in attached_schedulers(opt) if ratios else ():  # it searches the heap
-        for sentence in check_scheduler(opt, scheduler):
-            warnings.warn(sentence, RankAwareWarning, stacklevel=5)
-    return True
-
-
-def _refuse_replaced(opt: Any) -> None:
-    """fully_shard after the optimizer was built replaces the model's parameters: the old ones never get a gradient."""
     model = _held_model(opt)
-    held = [p for group in opt.param_groups for p in group["params"]]
-    if model is None or any(p.grad is not None for p in held):
+    if not any(float(group["lr"]) for group in opt.param_groups):
         return
-    ours = {id(p) for p in held}
-    lost = [name for name, p in walk(model).parameters if p.grad is not None and id(p) not in ours]
-    if lost:
+    opt._rankaware_unchecked = False
+    if model is None:
+        return
+    held = {id(p): p for group in opt.param_groups for p in group["params"] if p.requires_grad}
+    if all(p.grad is not None for p in held.values()):
+        return
+    elsewhere = {id(p) for other in _LIVE if other is not opt for group in other.param_groups for p in group["params"]}
+    walked = walk(model)
+    lost = {n: p for n, p in walked.parameters if p.grad is not None and id(p) not in held.keys() | elsewhere}
+    named = [pair for g in opt.param_groups for pair in zip(g.get("param_names", ()), g["params"], strict=False)]
+    replaced = [name for name, p in named if name in lost and p.grad is None]
+    idle = not any(p.grad is not None for p in held.values())
+    if replaced or (idle and lost):
+        name = next(iter(replaced or lost))
         raise OptimizerError(
-            f"No parameter of this optimizer has a gradient, while the model's {lost[0]} has: the model's parameters "
-            "were replaced after the optimizer was built.",
-            "Shard or wrap the model first (fully_shard, FSDP), then build the optimizer.",
+            f"The model's {name} has a gradient and is not held by this optimizer, "
+            + ("whose own tensor of that name has none" if replaced else "none of whose parameters has one")
+            + ": the model's parameters were replaced or another adapter was made active after it was built.",
+            "Shard or wrap the model (fully_shard, FSDP) and add adapters first, then build the optimizer.",
+        )
+    factors = {id(p) for g in opt.param_groups if g.get("lora_role") in ("A", "B") for p in g["params"]}
+    adapters_idle = factors and all(p.grad is None for key, p in held.items() if key in factors)
+    new = [f.name for f in survey_of(walked).factors if f.name in lost] if adapters_idle and lost else []
+    if new:
+        warn(
+            f"None of the adapters that this optimizer holds has a gradient, while {new[0]}, which it does not hold, "
+            "has one: it does not train here. Build the optimizer after the adapter was added and made active."
         )
