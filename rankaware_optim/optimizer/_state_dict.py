@@ -7,7 +7,6 @@ divided back.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -18,7 +17,7 @@ import torch
 from .._warn import warn
 from ..errors import CheckpointError
 from ..inspection import canonical_name
-from ._param_groups import GROUP_FORMAT, TAGS, shapes_text
+from ._param_groups import GROUP_FORMAT, TAGS
 
 OnRankChange = Literal["raise", "reset", "resize"]
 Group = dict[str, Any]
@@ -62,8 +61,8 @@ class _Match(NamedTuple):
 
 def fit_checkpoint(
     param_groups: list[Group], state_dict: dict[str, Any], on_rank_change: OnRankChange, orders: Sequence[Sequence[str]]
-) -> tuple[list[Group], dict[str, Any], tuple[Carried, ...]]:
-    """What to load: (our groups, split where the checkpoint's cut is finer; a state_dict laid out like them; report).
+) -> tuple[dict[str, Any], tuple[Carried, ...]]:
+    """What to load: a state_dict laid out like our groups, and what became of parameters of another rank.
 
     `orders` are orders of names that a checkpoint without names may be in. Nothing is changed in place.
     """
@@ -75,32 +74,31 @@ def fit_checkpoint(
             "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the saved one was.",
         )
     if any(len(group["params"]) != len(group["param_names"]) for group in param_groups):
-        return param_groups, {**state_dict, "param_groups": _flat_groups(param_groups, groups, state)}, ()
+        return {**state_dict, "param_groups": _flat_groups(param_groups, groups, state)}, ()
     _check_user_groups(param_groups, groups)
     saved = _by_name(param_groups, groups, orders)
-    ours = [part for group in param_groups for part in _cut(group, saved, groups)]
     shapes = _written_shapes(groups)
     of_parameters = {key for group in groups for key in group["params"]}
     new_state: dict[Any, Any] = {k: v for k, v in state.items() if not isinstance(k, int) and k not in of_parameters}
     new_groups: list[Group] = []
     carried: list[Carried] = []
     changed_law, numbers = False, count()
-    for group in ours:
-        theirs = groups[saved[group["param_names"][0]].group]
+    for group in param_groups:
+        theirs = _source(group, [groups[number] for number in {saved[name].group: 0 for name in group["param_names"]}])
         keys, before = [], len(carried)
         for name, param in zip(group["param_names"], group["params"], strict=True):
-            match = _Match(name, param, group, theirs, state.get(saved[name].key), shapes.get(name))
+            source = groups[saved[name].group]
+            match = _Match(name, param, group, source, state.get(saved[name].key), shapes.get(name))
             own, note = _param_state(match, on_rank_change)
             keys.append(next(numbers))
             if own is not None:
                 new_state[keys[-1]] = own
             if note is not None:
                 carried.append(note)
-        changed_rank = len(carried) > before
-        changed_law |= not changed_rank and _law_differs(group, theirs)
+            changed_law |= note is None and _law_differs(group, source)
         new_groups.append(_merged(group, theirs, keys))
-    _say_changes(ours, groups, changed_law)
-    return ours, {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(carried)
+    _say_changes(param_groups, groups, changed_law)
+    return {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(carried)
 
 
 def _contents(state_dict: Mapping[str, Any]) -> tuple[list[Group], Mapping[Any, Any]]:
@@ -189,24 +187,20 @@ def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequenc
     )
 
 
-def _cut(group: Group, saved: Mapping[str, _Saved], groups: Sequence[Group]) -> list[Group]:
-    """`group`, or its parts where its parameters come from saved groups of other settings."""
-    sources: dict[int, list[int]] = defaultdict(list)
-    for position, name in enumerate(group["param_names"]):
-        sources[saved[name].group].append(position)
-    distinct = [_without_params(groups[i]) for i in sources]
-    if all(settings == distinct[0] for settings in distinct):
-        return [group]
-    parts = []
-    for positions in sources.values():
-        params = [group["params"][p] for p in positions]
-        names = [group["param_names"][p] for p in positions]
-        parts.append({**group, "params": params, "param_names": names, "param_shapes": shapes_text(params)})
-    return parts
+def _source(group: Group, sources: Sequence[Group]) -> Group:
+    """The saved group whose settings one of ours takes. Where it takes from several, theirs must be the same."""
+    settings = [{k: v for k, v in source.items() if k not in (*TAGS, *_LISTS)} for source in sources]
+    differing = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
+    if differing:
+        raise CheckpointError(
+            f"Parameters of one group here, such as {group['param_names'][0]}, come from saved groups of different "
+            f"{differing[0]}.",
+            "Build the optimizer from the groups that the saved one was built from.",
+        )
+    return sources[0]
 
 
-def _without_params(group: Group) -> Group:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names", "param_shapes")}
+_LISTS = ("params", "param_names")
 
 
 def _merged(group: Group, theirs: Group, keys: list[int]) -> Group:
@@ -215,7 +209,8 @@ def _merged(group: Group, theirs: Group, keys: list[int]) -> Group:
     if _init_was_known(group, theirs):  # trained weights no longer show it, and its multiplier was that init's
         tags |= {"lora_init": theirs["lora_init"], "rank_multiplier": theirs["rank_multiplier"]}
     tags["rankaware_recipe"] = theirs.get("rankaware_recipe") or tags.get("rankaware_recipe", "")  # the rate is theirs
-    return {**_without_params(theirs), **tags, "params": keys, "param_names": list(group["param_names"])}
+    settings = {key: value for key, value in theirs.items() if key not in (*TAGS, *_LISTS)}
+    return {**settings, **tags, "params": keys, "param_names": list(group["param_names"])}
 
 
 def _law_differs(group: Group, theirs: Group) -> bool:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from .._types import Init, Method, Reference, Survey
 from .._warn import warn
-from ..errors import CheckpointError, OptimizerError
+from ..errors import OptimizerError
 from ..inspection import survey_of, walk
 from ..laws import Law, law_words
 from ..recipe import Recipe
@@ -229,15 +229,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         orders = [[name for group in wrap.order for name in group]]
         if model is not None:
             orders.append([name for name, _ in walk(model).parameters])
-        groups, fitted, carried = fit_checkpoint(self.param_groups, state_dict, wrap.on_rank_change, orders)
-        if len(groups) != len(self.param_groups):
-            if hasattr(self.step, "_wrapped_by_lr_sched"):
-                raise CheckpointError(
-                    f"The checkpoint cuts {len(self.param_groups)} groups into {len(groups)}, and a scheduler holds "
-                    "their rates.",
-                    "Load the optimizer's state first, then build the scheduler and load its state.",
-                )
-            self.param_groups[:] = groups
+        fitted, carried = fit_checkpoint(self.param_groups, state_dict, wrap.on_rank_change, orders)
         type(self)._rankaware_native.load_state_dict(self, fitted)
         self._rankaware = replace(wrap, carried=carried)
         self._rankaware_unchecked = True
