@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from .._checks import check_lr
+from .._optimizers import optimizer_family
 from .._types import Factor, Init, Method, Reference, Survey
 from ..errors import OptimizerError, RankAwareWarning
 from ..inspection import Walk, survey_of, walk
-from ..laws import DEFAULT_LAW, Law, checked_multiplier, get_law, known_family, optimizer_family
+from ..laws import DEFAULT_LAW, Law, checked_multiplier, get_law, known_family
 
 __all__ = ["Assignment", "Plan", "rank_aware_param_groups"]
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from .._checks import check_lr
 from .._optimizer_classes import get_optimizer_class
+from .._optimizers import known_optimizer
 from ..errors import OptimizerError
 from ._param_groups import UserGroup
 
@@ -97,29 +98,14 @@ def refuse_rateless(opt: Optimizer) -> None:
         )
 
 
-# Optimizers that cannot have a rate per group, by class name, with the reason.
-_ONE_RATE = {
-    "LBFGS": "takes one parameter group only",
-    "Prodigy": "estimates one rate for all groups itself",
-    "DAdaptAdam": "estimates one rate for all groups itself",
-    "DAdaptSGD": "estimates one rate for all groups itself",
-    "DAdaptAdaGrad": "estimates one rate for all groups itself",
-    "DAdaptLion": "estimates one rate for all groups itself",
-    "DAdaptAdan": "estimates one rate for all groups itself",
-    "LoRARite": "steps A and B as one pair out of one group",
-    "LOMO": "steps inside the backward pass with one rate",
-    "AdaLOMO": "steps inside the backward pass with one rate",
-}
-
-
 def _refuse_kind(native: type[Optimizer], built: Optimizer | None) -> None:
     """Refuse what cannot have a rate per rank, and what holds another optimizer whose groups ours would not be."""
-    for base in native.__mro__:
-        if base.__name__ in _ONE_RATE:
-            raise OptimizerError(
-                f"{native.__name__} {_ONE_RATE[base.__name__]}, so it cannot have a rate per rank.",
-                "Use it unwrapped, or choose another optimizer.",
-            )
+    why = known_optimizer(native)[1].one_rate
+    if why:
+        raise OptimizerError(
+            f"{native.__name__} {why}, so it cannot have a rate per rank.",
+            "Use it unwrapped, or choose another optimizer.",
+        )
     held = any(isinstance(value, Optimizer) for value in vars(built).values()) if built is not None else False
     if held or {"optimizer", "base_optimizer", "optimizer_class"} & inspect.signature(native).parameters.keys():
         raise OptimizerError(
