@@ -1,4 +1,4 @@
-"""Hypothesis without deadlines and with fixed examples, so that neither a busy machine nor a lucky draw fails a test."""
+"""Hypothesis without deadlines and with fixed examples, SIGINT as Python has it, and fixtures that rooms share."""
 
 import signal
 import sys
