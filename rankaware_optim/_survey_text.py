@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._tables import text_table
@@ -11,7 +11,7 @@ from ._tables import text_table
 if TYPE_CHECKING:
     from ._types import Factor, Survey
 
-__all__ = ["Rated", "audit", "explain"]
+__all__ = ["NO_LAW", "Rated", "audit", "explain", "noted_table", "reason_of_other"]
 
 
 class Rated(NamedTuple):
@@ -24,7 +24,7 @@ class Rated(NamedTuple):
 _HEADINGS = ("convention", "kind", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors", "lr", "why")
 _MOST_SCALING = 8.0
 _LEAST_SCALING = 1 / 64
-_NO_LAW = "neither factor starts at zero: no law"
+NO_LAW = "neither factor was zero, so no law covers it: the base rate"
 
 
 def explain(survey: Survey, per_module: bool, rates: Mapping[str, Rated]) -> str:
@@ -34,22 +34,40 @@ def explain(survey: Survey, per_module: bool, rates: Mapping[str, Rated]) -> str
     lines.update(_frozen_line(name, per_module) for name in survey.frozen)
     rows = [(*line[:8], str(count), *line[8:]) for line, count in lines.items()]
     headings = ("module" if per_module else _HEADINGS[0], *_HEADINGS[1:])
-    below = [*(f"check: {line}" for line in audit(survey)), *(f"note: {note}" for note in survey.notes)]
-    flush = (headings[0], "kind", "role", "init", "why")
-    return text_table(headings, rows, lines=below, left=flush, width=200 if per_module else 140)
+    return noted_table(headings, rows, audit(survey), survey.notes, width=200 if per_module else 140)
+
+
+def noted_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    checks: Iterable[str],
+    notes: Iterable[str],
+    *,
+    width: int,
+    title: str = "",
+) -> str:
+    """A table of what is trained, with what to check and what to know below it."""
+    lines = [*(f"check: {check}" for check in checks), *(f"note: {note}" for note in notes)]
+    words = ("module", "convention", "kind", "role", "init", "why")
+    return text_table(headings, rows, lines=lines, title=title, left=words, width=width)
 
 
 def _factor_line(f: Factor, rated: Rated | None, per_module: bool) -> tuple[str, ...]:
     scaling = "" if f.role == "full" else f"{f.scaling:g}"
     fans = (f"{f.fan_in:g}", f"{f.fan_out:g}")
     shown = (f.name if per_module else f.convention, f.kind, f.role, str(f.rank or ""), scaling, f.init, *fans)
-    reason = _NO_LAW if f.init == "other" else "a LoRA pair" if f.rank else "a whole weight"
+    reason = NO_LAW if f.init == "other" else "a LoRA pair" if f.rank else "a whole weight"
     return (*shown, *_rated_cells(rated, reason))
 
 
 def _other_line(name: str, kind: str | None, rated: Rated | None, per_module: bool) -> tuple[str, ...]:
-    reason = f"{kind}: no law, the base rate" if kind else "no LoRA factor: the base rate"
-    return (name if per_module else "", kind or "", "other", "", "", "", "", "", *_rated_cells(rated, reason))
+    cells = _rated_cells(rated, reason_of_other([kind] if kind else []))
+    return (name if per_module else "", kind or "", "other", "", "", "", "", "", *cells)
+
+
+def reason_of_other(kinds: Sequence[str]) -> str:
+    """Why a parameter that is no factor has the base rate. `kinds`: the adapters without a law that it belongs to."""
+    return f"{', '.join(kinds)}: no law, the base rate" if kinds else "no LoRA factor: the base rate"
 
 
 def _frozen_line(name: str, per_module: bool) -> tuple[str, ...]:

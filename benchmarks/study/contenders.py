@@ -18,7 +18,7 @@ from study.domains._configs import CONFIGS, LORAPLUS, TUNED, built, tuned_at
 from study.domains._runs import FULL, Losses, curve
 
 from rankaware_optim import Law, MuA, Survey, inspect_model
-from rankaware_optim.optimizer import make_plan
+from rankaware_optim.optimizer import PlanOptions, make_plan
 
 Rates = dict[int, float]
 
@@ -86,14 +86,8 @@ def octaves(domain: Domain, config: str, rank: int, law: Law, origin: str | None
     Tuned in the same configuration, or in `origin`.
     """
     survey, at = surveyed(domain.name, config, rank), tuned_at(origin or config)
-    plan = make_plan(
-        survey,
-        law=law,
-        tuned_at=at,
-        optimizer_class=torch.optim.AdamW,
-        rates=domain.head_rates,
-        across_inits=origin is not None,
-    )
+    options = PlanOptions(law, tuned_at=at, rates=domain.head_rates, across_inits=origin is not None)
+    plan = make_plan(survey, options, optimizer_class=torch.optim.AdamW)
     told = [plan.assign(factor.name, factor) for factor in survey.factors]
     multipliers = [each.multiplier for each in told if each.rate is None]
     if max(multipliers) > min(multipliers) * (1 + 1e-9):

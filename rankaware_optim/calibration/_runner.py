@@ -291,7 +291,7 @@ class Runner:
         survey = inspect_model(model, method=trial.method, init=settings.get("init"))
         proposal = self.team.agree(lambda: self._propose(trial, survey, settings))
         trial.lr = proposal.lr
-        return RankAwareOptimizer(  # type: ignore[no-any-return]
+        return RankAwareOptimizer(
             params,
             self.study.optimizer,
             lr=proposal.lr,

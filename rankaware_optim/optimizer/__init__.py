@@ -1,12 +1,14 @@
 """`RankAwareOptimizer`: parameter groups with their rates, checkpoints, and the report."""
 
-from ._param_groups import make_plan, rank_aware_param_groups
+from ._param_groups import rank_aware_param_groups
+from ._plain import convert_scheduler_state, to_plain_state_dict
+from ._plan import PlanOptions, make_plan
 from ._report import Report, plan_rates
 from ._schedulers import check_scheduler
-from ._state_dict import convert_scheduler_state, to_plain_state_dict
 from ._wrapper import RankAwareOptimizer
 
 __all__ = [
+    "PlanOptions",
     "RankAwareOptimizer",
     "Report",
     "check_scheduler",

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._survey_text import Rated
-from .._tables import text_table
+from .._survey_text import NO_LAW, Rated, noted_table, reason_of_other
 from .._types import Factor, Survey
 from ..inspection import other_kind
-from ._param_groups import Plan
+from ._plan import Plan
 from ._state_dict import Carried
 
 __all__ = ["Report", "Row", "plan_rates"]
@@ -40,8 +39,8 @@ class Row:
         """The row as text, in the order of the report's headings."""
         scaling = "" if self.scaling is None else f"{self.scaling:g}"
         shown = (self.convention, self.role, str(self.rank or ""), scaling, self.init or "")
-        numbers = (str(self.count), f"{self.multiplier:.4g}", f"{self.lr:.3g}")
-        return (*shown, _span(self.fan_in), _span(self.fan_out), *numbers, self.reason)
+        fans = ("–".join(f"{end:g}" for end in dict.fromkeys(ends)) for ends in (self.fan_in, self.fan_out))
+        return (*shown, *fans, str(self.count), f"{self.multiplier:.4g}", f"{self.lr:.3g}", self.reason)
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,8 @@ class Report:
         if self.per_module:
             rates = {name: Rated(row.lr, row.reason) for row in self.rows for name in row.names}
             return f"{self.title}\n{self.survey.explain(per_module=True, rates=rates)}"
-        below = [*(f"check: {line}" for line in self.audit), *(f"note: {note}" for note in self.notes)]
         rows = [row.cells() for row in self.rows]
-        left = ("convention", "role", "init", "why")
-        return text_table(_HEADINGS, rows, lines=below, title=self.title, left=left, width=150)
+        return noted_table(_HEADINGS, rows, self.audit, self.notes, width=150, title=self.title)
 
 
 def make_report(
@@ -87,14 +84,12 @@ def make_report(
 
 def plan_rates(plan: Plan, survey: Survey, lr: float) -> dict[str, Rated]:
     """What `plan` gives every factor of `survey` at the base rate `lr`, for `Survey.explain`."""
-    moved = {f.name: plan.assign(f.name, f) for f in survey.factors}
-    return {
-        name: Rated(
-            lr * a.multiplier if a.rate is None else a.rate,
-            _reason({"lora_role": a.role, "lora_init": a.init, "param_names": [name]}, plan),
-        )
-        for name, a in moved.items()
-    }
+    rates = {}
+    for f in survey.factors:
+        a = plan.assign(f.name, f)
+        reason = _reason({"lora_role": a.role, "lora_init": a.init, "param_names": [f.name]}, plan)
+        rates[f.name] = Rated(lr * a.multiplier if a.rate is None else a.rate, reason)
+    return rates
 
 
 def _audit(groups: Iterable[Mapping[str, Any]], plan: Plan, survey: Survey) -> Iterator[str]:
@@ -106,15 +101,14 @@ def _audit(groups: Iterable[Mapping[str, Any]], plan: Plan, survey: Survey) -> I
     for adapter, names in by_adapter.items():
         if held and held.isdisjoint(names):
             yield f"None of the {len(names)} factors of {adapter or 'the adapter'} is in this optimizer."
+    if plan.method == "full" or not survey.factors:
+        return
     alike = [group for group in groups if group.get("lora_role") == "other" and not plan.has_own_rate(group)]
-    heads = [name for group in alike for name, dims in _names_and_dims(group) if dims > 1 and other_kind(name) is None]
-    if heads and plan.method == "lora" and survey.factors:
+    named = [pair for group in alike for pair in zip(group.get("param_names", ()), group["params"], strict=False)]
+    heads = [name for name, param in named if param.dim() > 1 and other_kind(name) is None]
+    if heads:
         rest = "" if len(heads) == 1 else f" and {len(heads) - 1} more"
         yield f"{heads[0]}{rest} trains at the adapters' base rate; a head has its own by other_lr= or rates=."
-
-
-def _names_and_dims(group: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    return ((name, p.dim()) for name, p in zip(group.get("param_names", ()), group["params"], strict=False))
 
 
 def _carried_notes(carried: tuple[Carried, ...]) -> list[str]:
@@ -152,10 +146,6 @@ def _ends(values: Iterable[float]) -> tuple[float, ...]:
     return (min(found), max(found)) if found else ()
 
 
-def _span(ends: tuple[float, ...]) -> str:
-    return "–".join(f"{end:g}" for end in dict.fromkeys(ends))
-
-
 def _reason(group: Mapping[str, Any], plan: Plan) -> str:
     role = group.get("lora_role", "other")
     if plan.has_own_rate(group):
@@ -163,8 +153,7 @@ def _reason(group: Mapping[str, Any], plan: Plan) -> str:
     if role == "full" or (role == "other" and plan.method == "full"):
         return f"{plan.law.name}: full finetuning, from {plan.reference}"
     if role == "other":
-        kinds = sorted({kind for kind in map(other_kind, group.get("param_names", ())) if kind})
-        return f"{', '.join(kinds) or 'no LoRA factor'}: the base rate"
+        return reason_of_other(sorted({kind for kind in map(other_kind, group.get("param_names", ())) if kind}))
     if group.get("lora_init") == "other":
-        return "neither factor was zero, so no law covers it: the base rate"
+        return NO_LAW
     return f"{plan.law.name}: from {plan.reference}"

@@ -7,8 +7,10 @@ torch touches memory. A plain optimizer's checkpoint is adopted: its rates are m
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from ..errors import CheckpointError, RankAwareWarning
 from ..inspection import canonical_name
 from ._param_groups import GROUP_FORMAT, TAGS, shapes_text
 
-__all__ = ["Carried", "OnLawChange", "OnRankChange", "convert_scheduler_state", "to_plain_state_dict"]
+__all__ = ["Carried", "OnLawChange", "OnRankChange", "Policy", "fit_checkpoint"]
 
 OnRankChange = Literal["raise", "reset", "resize"]
 OnLawChange = Literal["keep", "rederive"]
@@ -54,10 +56,21 @@ class Carried:
 
 
 class _Saved(NamedTuple):
-    """One parameter of a checkpoint: its key in `state`, and its group."""
+    """One parameter of a checkpoint: its key in `state`, and the number of its group."""
 
     key: Any
     group: int
+
+
+class _Match(NamedTuple):
+    """One parameter beside what the checkpoint holds of it: its group there, its state, its shape if written down."""
+
+    name: str
+    param: torch.Tensor
+    group: Group
+    theirs: Group
+    state: Mapping[str, Any] | None
+    shape: tuple[int, ...] | None
 
 
 def fit_checkpoint(
@@ -74,28 +87,26 @@ def fit_checkpoint(
         return param_groups, {**state_dict, "param_groups": _flat_groups(param_groups, groups, state, policy)}, ()
     saved = _by_name(param_groups, groups, orders)
     ours = [part for group in param_groups for part in _cut(group, saved, groups)]
-    carried: list[Carried] = []
-    new_groups: list[Group] = []
+    shapes = _written_shapes(groups)
     of_parameters = {key for group in groups for key in group["params"]}
     new_state: dict[Any, Any] = {k: v for k, v in state.items() if not isinstance(k, int) and k not in of_parameters}
-    shapes = _written_shapes(groups)
-    changed_law, count = False, 0
+    new_groups: list[Group] = []
+    carried: list[Carried] = []
+    changed_law, numbers = False, count()
     for group in ours:
-        names = group["param_names"]
-        theirs = groups[saved[names[0]].group]
-        changed_rank = False
-        keys = range(count, count + len(names))
-        count += len(names)
-        for key, name, param in zip(keys, names, group["params"], strict=True):
-            found = state.get(saved[name].key)
-            own, note = _param_state(name, param, group, theirs, found, shapes.get(name), policy)
+        theirs = groups[saved[group["param_names"][0]].group]
+        keys, before = [], len(carried)
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            match = _Match(name, param, group, theirs, state.get(saved[name].key), shapes.get(name))
+            own, note = _param_state(match, policy)
+            keys.append(next(numbers))
+            if own is not None:
+                new_state[keys[-1]] = own
             if note is not None:
                 carried.append(note)
-                changed_rank = True
-            if own is not None:
-                new_state[key] = own
+        changed_rank = len(carried) > before
         changed_law |= not changed_rank and _law_differs(group, theirs)
-        new_groups.append(_merged(group, theirs, list(keys), changed_rank, policy))
+        new_groups.append(_merged(group, theirs, keys, changed_rank, policy))
     _say_changes(ours, groups, changed_law, policy)
     return ours, {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(carried)
 
@@ -125,10 +136,9 @@ def _check_distributed(groups: Sequence[Group]) -> None:
             "the settings of a group to one of its parts only.",
             "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the saved one was.",
         )
-    bases: dict[Any, set[float]] = {}
+    bases: dict[Any, set[str]] = defaultdict(set)
     for group in groups:
-        base = float(group["lr"]) / group.get("lr_multiplier", 1.0)
-        bases.setdefault(group.get("user_group"), set()).add(float(f"{base:.9g}"))
+        bases[group.get("user_group")].add(f"{float(group['lr']) / group.get('lr_multiplier', 1.0):.9g}")
     if any(len(rates) > 1 for rates in bases.values()):
         warnings.warn(
             "The rates that torch.distributed.checkpoint loaded are not one base rate times the multipliers: a "
@@ -145,35 +155,41 @@ def _flat_groups(
 
     Nothing in it can be matched by name or resized: the checkpoint must be cut alike.
     """
-    ours, theirs = ([_cut_of(group) for group in side] for side in (param_groups, groups))
-    pairs = [
-        (p, key)
-        for own, other in zip(param_groups, groups, strict=False)
-        for p, key in zip(own["params"], other["params"], strict=False)
-    ]
-    shapes = all(value.shape == p.shape for p, key in pairs for value in _shaped(state.get(key), p).values())
-    if ours != theirs or not shapes:
+    alike = len(param_groups) == len(groups)
+    for own, other in zip(param_groups, groups, strict=False):
+        alike &= all(own.get(key) == other.get(key) for key in ("param_names", "lora_rank"))
+        alike &= len(own["params"]) == len(other["params"])
+        for param, key in zip(own["params"], other["params"], strict=False):
+            alike &= all(value.shape == param.shape for value in _shaped(state.get(key), param).values())
+    if not alike:
         raise CheckpointError(
             "A framework has flattened this optimizer's parameters, and the checkpoint's groups are cut otherwise.",
             "Load it with the ranks, the law and the number of processes it was saved with.",
         )
     _say_changes(param_groups, groups, any(map(_law_differs, param_groups, groups)), policy)
-    return [
-        _merged(own, other, other["params"], False, policy) for own, other in zip(param_groups, groups, strict=True)
-    ]
-
-
-def _cut_of(group: Group) -> tuple[Any, ...]:
-    return group.get("param_names"), group.get("lora_rank"), len(group["params"])
+    return [_merged(*both, both[1]["params"], False, policy) for both in zip(param_groups, groups, strict=True)]
 
 
 def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequence[Sequence[str]]) -> dict[str, _Saved]:
-    """Every parameter of ours in the checkpoint: by name, or by position in the order it was saved in."""
+    """Every parameter of ours in the checkpoint: by name, or by position in the order it was saved in.
+
+    torch.distributed.checkpoint has names for keys. It orders them like the optimizer's own parameters, but leaves
+    `param_names` in the order of the saved ones, so the keys are asked first.
+    """
     flat = [_Saved(key, i) for i, group in enumerate(groups) for key in group["params"]]
     ours = [name for group in param_groups for name in group["param_names"]]
-    found = dict(zip(_saved_names(groups), flat, strict=False))
+    if all(isinstance(saved.key, str) for saved in flat):
+        names = [canonical_name(saved.key) for saved in flat]
+    else:
+        names = [name for group in groups for name in group.get("param_names") or ()]
+    found = dict(zip(names, flat, strict=False))
     if len(found) == len(flat) and not found.keys().isdisjoint(ours):
-        _check_names(found.keys(), ours)
+        missing = [name for name in ours if name not in found]
+        if missing:
+            raise CheckpointError(
+                f"The checkpoint lacks {len(missing)} of this optimizer's parameters, such as {missing[0]}.",
+                "Load it into the model it was saved from.",
+            )
         return found
     tagged = any("lr_multiplier" in group for group in groups)
     same_cut = [len(g["params"]) for g in groups] == [len(g["params"]) for g in param_groups]
@@ -186,46 +202,23 @@ def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequenc
     )
 
 
-def _saved_names(groups: Sequence[Group]) -> list[str]:
-    """The checkpoint's names in the order of its parameters; none where it has none.
-
-    torch.distributed.checkpoint has names for keys. It orders them like the optimizer's own parameters, but leaves
-    `param_names` in the order of the saved ones, so the keys are to be asked first.
-    """
-    keys = [key for group in groups for key in group["params"]]
-    if all(isinstance(key, str) for key in keys):
-        return [canonical_name(key) for key in keys]
-    return [name for group in groups for name in group.get("param_names") or ()]
-
-
-def _check_names(saved: Iterable[str], ours: Iterable[str]) -> None:
-    known = set(saved)
-    missing = [name for name in ours if name not in known]
-    if missing:
-        raise CheckpointError(
-            f"The checkpoint lacks {len(missing)} of this optimizer's parameters, such as {missing[0]}.",
-            "Load it into the model it was saved from.",
-        )
-
-
 def _cut(group: Group, saved: Mapping[str, _Saved], groups: Sequence[Group]) -> list[Group]:
     """`group`, or its parts where its parameters come from saved groups of other settings."""
-    sources: dict[int, list[int]] = {}
+    sources: dict[int, list[int]] = defaultdict(list)
     for position, name in enumerate(group["param_names"]):
-        sources.setdefault(saved[name].group, []).append(position)
-    distinct = [_settings(groups[i]) for i in sources]
+        sources[saved[name].group].append(position)
+    distinct = [_without_params(groups[i]) for i in sources]
     if all(settings == distinct[0] for settings in distinct):
         return [group]
-    return [_part(group, positions) for positions in sources.values()]
+    parts = []
+    for positions in sources.values():
+        params = [group["params"][p] for p in positions]
+        names = [group["param_names"][p] for p in positions]
+        parts.append({**group, "params": params, "param_names": names, "param_shapes": shapes_text(params)})
+    return parts
 
 
-def _part(group: Group, positions: Sequence[int]) -> Group:
-    params = [group["params"][p] for p in positions]
-    names = [group["param_names"][p] for p in positions]
-    return {**group, "params": params, "param_names": names, "param_shapes": shapes_text(params)}
-
-
-def _settings(group: Group) -> Group:
+def _without_params(group: Group) -> Group:
     return {key: value for key, value in group.items() if key not in ("params", "param_names", "param_shapes")}
 
 
@@ -235,23 +228,20 @@ def _merged(group: Group, theirs: Group, keys: list[int], changed_rank: bool, po
     if _init_was_known(group, theirs):
         tags["lora_init"] = theirs["lora_init"]
     tags["rankaware_recipe"] = theirs.get("rankaware_recipe") or tags.get("rankaware_recipe", "")  # the rate is theirs
-    made = {**_settings(theirs), **tags, "params": keys, "param_names": list(group["param_names"])}
-    before = theirs.get("lr_multiplier")
-    keep = before is not None and not changed_rank and policy.on_law_change == "keep"
-    ratio = 1.0 if keep else tags["lr_multiplier"] / (1.0 if before is None else before)
-    made["lr_multiplier"] = before if keep else tags["lr_multiplier"]
-    if ratio != 1.0:
+    made = {**_without_params(theirs), **tags, "params": keys, "param_names": list(group["param_names"])}
+    before = theirs.get("lr_multiplier", 1.0)
+    if "lr_multiplier" in theirs and not changed_rank and policy.on_law_change == "keep":
+        made["lr_multiplier"] = before
+    if made["lr_multiplier"] != before:
         for key in ("lr", "initial_lr", "max_lr", "min_lr"):
             if key in theirs:
-                made[key] = theirs[key] * ratio
+                made[key] = theirs[key] * (made["lr_multiplier"] / before)
     return made
 
 
 def _law_differs(group: Group, theirs: Group) -> bool:
-    before = theirs.get("lr_multiplier")
-    return (
-        before is not None and abs(before / group["lr_multiplier"] - 1.0) > 1e-9 and not _init_was_known(group, theirs)
-    )
+    ratio = theirs.get("lr_multiplier", group["lr_multiplier"]) / group["lr_multiplier"]
+    return abs(ratio - 1.0) > 1e-9 and not _init_was_known(group, theirs)
 
 
 def _init_was_known(group: Group, theirs: Group) -> bool:
@@ -287,29 +277,22 @@ def _recipe_of(groups: Sequence[Group]) -> tuple[str, str]:
 # --- one parameter's state ------------------------------------------------------------------------------------------
 
 
-def _param_state(
-    name: str,
-    param: torch.Tensor,
-    group: Group,
-    theirs: Group,
-    state: Mapping[str, Any] | None,
-    saved_shape: tuple[int, ...] | None,
-    policy: Policy,
-) -> tuple[Mapping[str, Any] | None, Carried | None]:
+def _param_state(match: _Match, policy: Policy) -> tuple[Mapping[str, Any] | None, Carried | None]:
     """The state to load for one parameter, and what was carried where its rank changed."""
-    rank = group.get("lora_rank")
+    name, param, state = match.name, match.param, match.state
+    rank, role, own = match.group.get("lora_rank"), match.group.get("lora_role"), tuple(param.shape)
     tensors = _shaped(state, param)
-    if saved_shape is None or len(saved_shape) != param.dim():
-        fits = not tensors or _fit([tuple(v.shape) for v in tensors.values()], tuple(param.shape))
+    if match.shape is None or len(match.shape) != len(own):
+        fits = not tensors or _fit([tuple(v.shape) for v in tensors.values()], own)
     else:  # the checkpoint says what its state belongs to, of whatever shape that is
-        fits = saved_shape == tuple(param.shape)
-    saved_rank = theirs.get("lora_rank", None if fits else _rank_in(state, param, group.get("lora_role")))
+        fits = match.shape == own
+    saved_rank = match.theirs.get("lora_rank", None if fits else _rank_in(tensors, param, role))
     if fits and (saved_rank is None or saved_rank == rank):
         return state, None
     if saved_rank is None or rank is None or saved_rank == rank:
-        shape = saved_shape or tuple(next(iter(tensors.values())).shape)
+        shape = match.shape or tuple(next(iter(tensors.values())).shape)
         raise CheckpointError(
-            f"The checkpoint's {name} has shape {shape}, the parameter {tuple(param.shape)}.",
+            f"The checkpoint's {name} has shape {shape}, the parameter {own}.",
             "Load it into the model it was saved from, or start with a fresh optimizer state.",
         )
     if policy.on_rank_change == "raise":
@@ -324,7 +307,7 @@ def _param_state(
         )
     if policy.on_rank_change == "reset" or not tensors:
         return None, Carried(name, saved_rank, rank, 0)
-    factored = any(s == 1 < n for v in tensors.values() for s, n in _off_rank(v, param, group["lora_role"]))
+    factored = any(s == 1 < n for v in tensors.values() for s, n in _off_rank(v, param, role))
     resized = {k: _resize(v, param, factored) if k in tensors else v for k, v in (state or {}).items()}
     return resized, Carried(name, saved_rank, rank, min(saved_rank, rank), tuple(tensors))
 
@@ -344,14 +327,12 @@ def _shaped(state: Mapping[str, Any] | None, param: torch.Tensor) -> dict[str, t
     return {k: v for k, v in (state or {}).items() if isinstance(v, torch.Tensor) and v.dim() == param.dim() > 0}
 
 
-def _rank_in(state: Mapping[str, Any] | None, param: torch.Tensor, role: str | None) -> int | None:
+def _rank_in(tensors: Mapping[str, torch.Tensor], param: torch.Tensor, role: str | None) -> int | None:
     """The rank a plain checkpoint's moments have, read off the axis that differs; None where it cannot be told."""
     if role not in ("A", "B") or param.dim() < 2:
         return None
-    for value in _shaped(state, param).values():
-        if all(saved == own for saved, own in _off_rank(value, param, role)):
-            return int(value.shape[0 if role == "A" else 1])
-    return None
+    fitting = (v for v in tensors.values() if all(saved == own for saved, own in _off_rank(v, param, role)))
+    return next((int(value.shape[0 if role == "A" else 1]) for value in fitting), None)
 
 
 def _fit(saved: list[tuple[int, ...]], own: tuple[int, ...]) -> bool:
@@ -365,7 +346,7 @@ def _fit(saved: list[tuple[int, ...]], own: tuple[int, ...]) -> bool:
     return reduced and all(any(shape[axis] == n for shape in saved) for axis, n in enumerate(own))
 
 
-def _off_rank(value: torch.Tensor, param: torch.Tensor, role: str) -> list[tuple[int, int]]:
+def _off_rank(value: torch.Tensor, param: torch.Tensor, role: str | None) -> list[tuple[int, int]]:
     """(saved, own) sizes along the axes other than the rank's."""
     axis = 0 if role == "A" else 1
     return [pair for i, pair in enumerate(zip(value.shape, param.shape, strict=True)) if i != axis]
@@ -377,71 +358,4 @@ def _resize(value: torch.Tensor, param: torch.Tensor, factored: bool) -> torch.T
     made = value.new_zeros(sizes)
     shared = tuple(slice(0, min(s, n)) for s, n in zip(value.shape, sizes, strict=True))
     made[shared] = value[shared]
-    return made
-
-
-# --- to and from a plain optimizer ----------------------------------------------------------------------------------
-
-
-def to_plain_state_dict(opt: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The state for a plain optimizer with the user's own groups: rates divided by their multipliers, no tags.
-
-    Parameters come in the order they were given in, so `native.load_state_dict` takes it where the native optimizer
-    was built from the same parameters. names: all names in another order, such as that of model.named_parameters().
-    """
-    state = opt.state_dict()
-    position = {
-        n: (g, key) for g in state["param_groups"] for n, key in zip(g["param_names"], g["params"], strict=True)
-    }
-    order = opt._rankaware.order if names is None else (tuple(names),)
-    groups, made = [], {}
-    count = 0
-    for own in order:
-        present = [n for n in own if n in position]
-        if not present:
-            continue
-        base = _plain_group(position[present[0]][0])
-        groups.append({**base, "params": list(range(count, count + len(own)))})
-        for offset, name in enumerate(own):
-            if name in position and position[name][1] in state["state"]:
-                made[count + offset] = state["state"][position[name][1]]
-        count += len(own)
-    return {**state, "state": made, "param_groups": groups}
-
-
-def _plain_group(group: Group) -> Group:
-    made = {k: v for k, v in _settings(group).items() if k not in TAGS}
-    for key in ("lr", "initial_lr"):
-        if key in made:
-            made[key] = made[key] / group["lr_multiplier"]
-    return made
-
-
-_RATES = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")  # one rate a group
-_FUNCTIONS = ("lr_lambdas",)  # one function a group
-
-
-def convert_scheduler_state(
-    state: Mapping[str, Any], opt: Any, *, to: Literal["rank-aware", "plain"] = "rank-aware"
-) -> dict[str, Any]:
-    """A scheduler's state for the other side: one rate a user group becomes one a group of ours, or back.
-
-    to="rank-aware" takes the state of a scheduler on a plain optimizer, to="plain" one of a scheduler on `opt`.
-    """
-    sources = [(group["user_group"], group["lr_multiplier"]) for group in opt.param_groups]
-    firsts = {user: i for i, (user, _) in reversed(list(enumerate(sources)))}
-
-    def rates(values: Sequence[Any], scale: bool) -> list[Any]:
-        if to == "plain":
-            own = [(values[firsts[user]], sources[firsts[user]][1]) for user in sorted(firsts)]
-            return [value / multiplier if scale else value for value, multiplier in own]
-        return [values[user] * multiplier if scale else values[user] for user, multiplier in sources]
-
-    expected = len(sources) if to == "plain" else len(firsts)
-    made = dict(state)
-    for key, value in state.items():
-        if key == "_schedulers":
-            made[key] = [convert_scheduler_state(inner, opt, to=to) for inner in value]
-        elif isinstance(value, (list, tuple)) and len(value) == expected and key in (*_RATES, *_FUNCTIONS):
-            made[key] = rates(value, scale=key in _RATES)
     return made

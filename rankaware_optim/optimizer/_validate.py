@@ -1,62 +1,72 @@
-"""What an optimizer may be built from: classes by name, and what is refused before anything is changed."""
+"""What an optimizer may be built from, and what is refused before anything is changed."""
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import check_lr
 from .._optimizer_classes import get_optimizer_class
 from .._optimizers import known_optimizer
+from .._types import Reference
 from ..errors import OptimizerError
+from ..laws import DEFAULT_LAW, Law
+from ..recipe import Recipe, resolve_recipe
 from ._param_groups import UserGroup
 
-__all__ = [
-    "base_lr",
-    "model_of",
-    "native_class",
-    "refuse_beside_recipe",
-    "refuse_groups",
-    "refuse_rateless",
-    "refuse_settings",
-]
-
-
-def model_of(params: Any, model: nn.Module | None) -> nn.Module:
-    found = params if isinstance(params, nn.Module) else model
-    if not isinstance(found, nn.Module):
-        raise OptimizerError(
-            "Parameters alone do not say which of them are LoRA factors.",
-            "Give the model: as the first argument, or as model= beside parameters or an optimizer.",
-        )
-    return found
+__all__ = ["check_base_lr", "from_recipe", "native_class", "refuse_groups", "refuse_rateless", "refuse_settings"]
 
 
 def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | None) -> type[Optimizer]:
-    if built is None and optimizer is None:
-        raise OptimizerError("No optimizer was named.", "Give a class, such as RankAwareOptimizer(model, AdamW, ...).")
+    """The class to wrap: that of the built optimizer, or the one named. Refuses what cannot have a rate per rank."""
     if built is not None and optimizer is not None:
         raise OptimizerError("Both a built optimizer and a class were given.", "Give one of the two.")
-    native = type(built) if built is not None else get_optimizer_class(optimizer)  # type: ignore[arg-type]
+    if built is not None:
+        native = type(built)
+    elif optimizer is not None:
+        native = get_optimizer_class(optimizer)
+    else:
+        raise OptimizerError("No optimizer was named.", "Give a class, such as RankAwareOptimizer(model, AdamW, ...).")
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError("This optimizer is rank-aware already.", "Use it as it is.")
-    if built is not None and hasattr(built.step, "_wrapped_by_lr_sched"):
+    if built is not None:
+        _refuse_held_groups(built)
+    why = known_optimizer(native)[1].one_rate
+    if why:
+        raise OptimizerError(
+            f"{native.__name__} {why}, so it cannot have a rate per rank.",
+            "Use it unwrapped, or choose another optimizer.",
+        )
+    takes = inspect.signature(native).parameters.keys()
+    held = built is not None and any(isinstance(value, Optimizer) for value in vars(built).values())
+    if held or {"optimizer", "base_optimizer", "optimizer_class"} & takes:
+        raise OptimizerError(
+            f"{native.__name__} holds another optimizer, whose groups would stay as they are.",
+            "Wrap the inner one: RankAwareOptimizer(model, AdamW, ...), then put the outer one around it.",
+        )
+    if built is None and next(iter(takes), None) == "model":
+        raise OptimizerError(
+            f"{native.__name__} takes a model and cuts it into groups itself.",
+            f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model, ...), model=model).",
+        )
+    return native
+
+
+def _refuse_held_groups(built: Optimizer) -> None:
+    """Refuse an instance whose old groups are held by something: a scheduler, or a list of its own by group.
+
+    AdaBound keeps its groups' rates in a list: groups added behind its back would never be stepped.
+    """
+    if hasattr(built.step, "_wrapped_by_lr_sched"):
         raise OptimizerError(
             "A scheduler was built on this optimizer and holds its old groups.",
             "Wrap the optimizer first, then build the scheduler.",
         )
-    if built is not None:
-        _refuse_snapshots(built)
-    _refuse_kind(native, built)
-    return native
-
-
-def _refuse_snapshots(built: Optimizer) -> None:
-    """AdaBound keeps its groups' rates in a list: groups added behind its back would never be stepped."""
     count = len(built.param_groups)
     for name, value in vars(built).items():
         if name != "param_groups" and isinstance(value, (list, tuple)) and len(value) == count:
@@ -66,28 +76,38 @@ def _refuse_snapshots(built: Optimizer) -> None:
             )
 
 
-def refuse_beside_recipe(**given: object) -> None:
-    for name in (name for name, value in given.items() if value is not None):
-        raise OptimizerError(f"Both recipe= and {name}= were given.", "A recipe holds all three: give it alone.")
+def from_recipe(
+    recipe: Recipe | str | os.PathLike[str] | None, lr: Any, tuned_at: Reference | None, law: str | Law | None
+) -> tuple[Recipe | None, Any, Reference | None, str | Law]:
+    """The recipe with its base rate, reference and law, or without one those that were given."""
+    if recipe is None:
+        return None, lr, tuned_at, DEFAULT_LAW if law is None else law
+    for name, value in (("lr", lr), ("tuned_at", tuned_at), ("law", law)):
+        if value is not None:
+            raise OptimizerError(f"Both recipe= and {name}= were given.", "A recipe holds all three: give it alone.")
+    loaded = resolve_recipe(recipe)
+    return loaded, loaded.lr, replace(loaded.reference, batch=loaded.reference.batch or loaded.batch), loaded.law
 
 
-def refuse_settings(settings: Mapping[str, Any]) -> NoReturn:
-    name = next(iter(settings), "lr")
-    raise OptimizerError(f"{name}= was given for an optimizer that is built already.", "Give it when building it.")
+def refuse_settings(built: Optimizer | None, lr: object, settings: Mapping[str, Any]) -> None:
+    """Refuse settings, or a rate, for an optimizer that is built already."""
+    if built is not None and (settings or lr is not None):
+        name = next(iter(settings), "lr")
+        raise OptimizerError(f"{name}= was given for an optimizer that is built already.", "Give it when building it.")
 
 
-def base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any) -> Any:
-    """The base rate: as given (a number or a tensor), checked; None leaves it to the optimizer's own default."""
-    if lr is None and built is None:
-        default = inspect.signature(native).parameters.get("lr")
-        if default is not None and isinstance(default.default, (int, float)):
-            return None
-        raise OptimizerError(f"{native.__name__} has no default learning rate.", "Give lr=.")
+def check_base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any) -> None:
+    """Check the base rate that is given, a number or a tensor, or else the rates that the optimizer comes with."""
+    if lr is not None:
+        check_lr(lr)
     if built is not None:
         refuse_rateless(built)
-    for group in built.param_groups if built is not None and lr is None else ({"lr": lr},):
-        check_lr(group["lr"])
-    return lr
+        for group in built.param_groups if lr is None else ():
+            check_lr(group["lr"])
+    elif lr is None:
+        default = inspect.signature(native).parameters.get("lr")
+        if default is None or not isinstance(default.default, (int, float)):
+            raise OptimizerError(f"{native.__name__} has no default learning rate.", "Give lr=.")
 
 
 def refuse_rateless(opt: Optimizer) -> None:
@@ -95,27 +115,6 @@ def refuse_rateless(opt: Optimizer) -> None:
         raise OptimizerError(
             f"{type(opt).__name__} keeps no rate in its groups, so none can be set by rank.",
             "Use it unwrapped, or choose another optimizer.",
-        )
-
-
-def _refuse_kind(native: type[Optimizer], built: Optimizer | None) -> None:
-    """Refuse what cannot have a rate per rank, and what holds another optimizer whose groups ours would not be."""
-    why = known_optimizer(native)[1].one_rate
-    if why:
-        raise OptimizerError(
-            f"{native.__name__} {why}, so it cannot have a rate per rank.",
-            "Use it unwrapped, or choose another optimizer.",
-        )
-    held = any(isinstance(value, Optimizer) for value in vars(built).values()) if built is not None else False
-    if held or {"optimizer", "base_optimizer", "optimizer_class"} & inspect.signature(native).parameters.keys():
-        raise OptimizerError(
-            f"{native.__name__} holds another optimizer, whose groups would stay as they are.",
-            "Wrap the inner one: RankAwareOptimizer(model, AdamW, ...), then put the outer one around it.",
-        )
-    if built is None and next(iter(inspect.signature(native).parameters), None) == "model":
-        raise OptimizerError(
-            f"{native.__name__} takes a model and cuts it into groups itself.",
-            f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model, ...), model=model).",
         )
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,22 +20,15 @@ from torch.optim import Optimizer
 from .._checks import check_lr
 from .._types import Init, Method, Reference, Survey
 from ..errors import OptimizerError, RankAwareWarning
-from ..inspection import Walk, survey_of, walk
-from ..laws import DEFAULT_LAW, Law, law_words
-from ..recipe import Recipe, resolve_recipe
-from ._param_groups import Plan, PlannedGroup, UserGroup, make_plan, scale_lr, split, user_groups
+from ..inspection import survey_of, walk
+from ..laws import Law, law_words
+from ..recipe import Recipe
+from ._param_groups import PlannedGroup, UserGroup, model_of, scale_lr, split, user_groups
+from ._plan import Plan, PlanOptions, make_plan
 from ._report import Report, make_report
 from ._schedulers import attached_schedulers, check_scheduler
 from ._state_dict import Carried, OnLawChange, OnRankChange, Policy, fit_checkpoint
-from ._validate import (
-    base_lr,
-    model_of,
-    native_class,
-    refuse_beside_recipe,
-    refuse_groups,
-    refuse_rateless,
-    refuse_settings,
-)
+from ._validate import check_base_lr, from_recipe, native_class, refuse_groups, refuse_rateless, refuse_settings
 
 __all__ = ["RankAwareOptimizer"]
 
@@ -49,7 +42,6 @@ class _Wrap:
     """
 
     plan: Plan
-    method: Method
     init: Init | None
     policy: Policy
     scale_weight_decay: bool
@@ -68,7 +60,17 @@ class _Meta(type):
         return subclass is cls or hasattr(subclass, "_rankaware_native")
 
 
-class RankAwareOptimizer(Optimizer, metaclass=_Meta):
+if TYPE_CHECKING:
+
+    class _Base(Optimizer):
+        """Takes any arguments, so that checkers which read `__init__` beside `__new__` go by `__new__` alone."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+else:
+    _Base = Optimizer
+
+
+class RankAwareOptimizer(_Base, metaclass=_Meta):
     """Wrap a torch optimizer so that every LoRA factor, at whatever rank, gets the rate its law gives it.
 
         RankAwareOptimizer(model, torch.optim.AdamW, lr=2e-4, tuned_at=Reference(rank=16, alpha=32), weight_decay=0.01)
@@ -133,49 +135,34 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         on_law_change: OnLawChange = "keep",
         native_type: bool = False,
         **settings: Any,
-    ) -> Any:
+    ) -> RankAwareOptimizer:
         built = params if isinstance(params, Optimizer) else None
         model = model_of(params, model)
         native = native_class(built, optimizer)
         policy = Policy(on_rank_change, on_law_change)
-        if built is not None and (settings or lr is not None):
-            refuse_settings(settings)
-        if recipe is not None:
-            refuse_beside_recipe(lr=lr, tuned_at=tuned_at, law=law)
-        loaded = None if recipe is None else resolve_recipe(recipe)
-        if loaded is not None:
-            tuned_at = replace(loaded.reference, batch=loaded.reference.batch or loaded.batch)
-            lr, law = loaded.lr, loaded.law
+        refuse_settings(built, lr, settings)
+        loaded, lr, tuned_at, law = from_recipe(recipe, lr, tuned_at, law)
+        options = PlanOptions(law, tuned_at, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
         walked = walk(model)
         survey = survey_of(walked, method=method, init=init)
-        plan = make_plan(
-            survey,
-            law=DEFAULT_LAW if law is None else law,
-            tuned_at=tuned_at,
-            optimizer_class=native,
-            settings=settings if built is None else built.defaults,
-            rates=rates,
-            other_lr=other_lr,
-            per_layer_width=per_layer_width,
-            across_inits=across_inits,
-            batch=batch,
-            strict=strict,
-            notes=() if loaded is None else loaded.notes_for(survey, native),
-            recipe="" if loaded is None else loaded.tag,
-        )
-        base = base_lr(native, built, lr)
-        own = user_groups(built.param_groups if built else params, model, walked)
-        survey = _with_frozen(survey, own, walked, method, init)
+        given = settings if built is None else built.defaults
+        plan = make_plan(survey, options, native, given, loaded)
+        check_base_lr(native, built, lr)
+        own = user_groups(params if built is None else built.param_groups, model, walked)
+        also = _frozen(own)
+        survey = survey_of(walked, method=method, init=init, also=also) if also else survey
         planned = split(own, plan, survey)
         refuse_groups(native, own)
-        opt = _construct(native, planned, base, settings) if built is None else _regroup(built, native, planned, lr)
+        opt: RankAwareOptimizer = (
+            _construct(native, planned, lr, settings) if built is None else _regroup(built, native, planned, lr)
+        )
         for group, part in zip(opt.param_groups, planned, strict=True):
             scale_lr(group, part.assignment, scale_weight_decay=scale_weight_decay)
         if native_type:
-            opt.__class__ = native
+            opt.__class__ = native  # type: ignore[assignment]
             return opt
-        order = tuple(tuple(name for name, _ in group.named) for group in own)
-        opt._rankaware = _Wrap(plan, method, init, policy, scale_weight_decay, order, survey)
+        order = tuple(group.names for group in own)
+        opt._rankaware = _Wrap(plan, init, policy, scale_weight_decay, order, survey)
         opt._rankaware_model = weakref.ref(model)
         if hasattr(opt, "_optimizer_step_pre_hooks"):
             opt.register_step_pre_hook(_FirstStep())
@@ -233,7 +220,7 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         if "lr_multiplier" in param_group or "_rankaware" not in self.__dict__:  # planned, or inside __init__
             native.add_param_group(self, param_group)
             return
-        model = self.__dict__.get("_rankaware_model", lambda: None)()
+        model = _held_model(self)
         if model is None:
             raise OptimizerError(
                 "This optimizer, a copy or one that outlived it, does not hold its model, so a new group has no rate.",
@@ -241,18 +228,15 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
             )
         wrap, walked = self._rankaware, walk(model)
         own = user_groups([param_group], model, walked)
-        held = {id(p) for group in self.param_groups for p in group["params"]}
-        refuse_groups(native, own, held)
-        survey = survey_of(walked, method=wrap.method, init=wrap.init)
-        survey = _with_frozen(survey, own, walked, wrap.method, wrap.init)
+        refuse_groups(native, own, held={id(p) for group in self.param_groups for p in group["params"]})
+        survey = survey_of(walked, method=wrap.plan.method, init=wrap.init, also=_frozen(own))
         for planned in split(own, wrap.plan, survey, first=len(wrap.order)):
             native.add_param_group(self, planned.as_dict(named="param_names" in self.param_groups[0]))
             scale_lr(self.param_groups[-1], planned.assignment, scale_weight_decay=wrap.scale_weight_decay)
-        order = (*wrap.order, *(tuple(n for n, _ in group.named) for group in own))
         known = {f.name for f in wrap.survey.factors}
-        added = tuple(f for f in survey.factors if f.name not in known)
-        kept = replace(survey, factors=(*wrap.survey.factors, *added))
-        self._rankaware = replace(wrap, order=order, survey=kept)
+        added = (f for f in survey.factors if f.name not in known)
+        order = (*wrap.order, *(group.names for group in own))
+        self._rankaware = replace(wrap, order=order, survey=replace(survey, factors=(*wrap.survey.factors, *added)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint by parameter name, after comparing ranks and shapes; torch itself compares none of these.
@@ -263,15 +247,16 @@ class RankAwareOptimizer(Optimizer, metaclass=_Meta):
         Raises:
             CheckpointError: the checkpoint does not fit; nothing was loaded.
         """
-        model = self.__dict__.get("_rankaware_model", lambda: None)()
-        names = [[name for name, _ in walk(model).parameters]] if isinstance(model, nn.Module) else []
-        orders = [[name for group in self._rankaware.order for name in group], *names]
-        groups, fitted, carried = fit_checkpoint(self.param_groups, state_dict, self._rankaware.policy, orders)
+        wrap, model = self._rankaware, _held_model(self)
+        orders = [[name for group in wrap.order for name in group]]
+        if model is not None:
+            orders.append([name for name, _ in walk(model).parameters])
+        groups, fitted, carried = fit_checkpoint(self.param_groups, state_dict, wrap.policy, orders)
         if len(groups) != len(self.param_groups):
             self.param_groups[:] = groups
         type(self)._rankaware_native.load_state_dict(self, fitted)
-        self._rankaware = replace(self._rankaware, carried=carried)
-        base = self._rankaware.plan.base_of(self.param_groups)
+        self._rankaware = replace(wrap, carried=carried)
+        base = wrap.plan.base_of(self.param_groups)
         if base is not None:
             _note_base(self, base)
 
@@ -312,12 +297,15 @@ def _blank(native: type[Optimizer]) -> Any:
     return made.__new__(made)
 
 
-def _with_frozen(
-    survey: Survey, groups: Sequence[UserGroup], walked: Walk, method: Method, init: Init | None
-) -> Survey:
-    """The survey, with frozen parameters that the user listed: thawed later, they are to have their own rate."""
-    frozen = {id(p) for group in groups for _, p in group.named if not p.requires_grad}
-    return survey_of(walked, method=method, init=init, also=frozen) if frozen else survey
+def _held_model(opt: Optimizer) -> nn.Module | None:
+    """The model, unless it is gone or the optimizer is a copy."""
+    found: nn.Module | None = vars(opt).get("_rankaware_model", lambda: None)()
+    return found
+
+
+def _frozen(groups: Iterable[UserGroup]) -> set[int]:
+    """Frozen parameters that the user listed, by id: thawed later, they are to have their own rate."""
+    return {id(p) for group in groups for _, p in group.named if not p.requires_grad}
 
 
 def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, settings: Mapping[str, Any]) -> Any:
@@ -331,13 +319,11 @@ def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, se
 
 def _regroup(built: Optimizer, native: type[Optimizer], planned: list[PlannedGroup], lr: Any) -> Any:
     """The same object, its groups replaced in place and its class swapped; per-parameter state stays as it is."""
-    groups = []
-    for group in planned:
-        made = {**group.as_dict(named=False), "param_names": [name for name, _ in group.named]}
-        groups.append(made if lr is None else {**made, "lr": lr})
-    if lr is not None:
-        built.defaults["lr"] = lr
-    built.param_groups[:] = groups
+    given = {} if lr is None else {"lr": lr}
+    built.defaults.update(given)
+    built.param_groups[:] = [
+        {**group.as_dict(named=False), "param_names": [name for name, _ in group.named], **given} for group in planned
+    ]
     built.__class__ = _subclass(native)
     return built
 
@@ -351,12 +337,10 @@ class _FirstStep:
     It stays registered and only tests a flag: a hook cannot remove itself while another follows.
     """
 
-    def __init__(self) -> None:
-        self.done = False
+    done = False
 
     def __call__(self, opt: Any, args: Any, kwargs: Any) -> None:
-        if not self.done:
-            self.done = _look_once(opt)
+        self.done = self.done or _look_once(opt)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -365,9 +349,8 @@ def _look_once(opt: Any) -> bool:
     _refuse_replaced(opt)
     if not any(float(group.get("lr", 1.0)) for group in opt.param_groups):
         return False
-    if len({group.get("lr_multiplier", 1.0) for group in opt.param_groups}) == 1:
-        return True  # no ratios to lose, so the heap need not be searched for schedulers
-    for scheduler in attached_schedulers(opt):
+    ratios = len({group.get("lr_multiplier", 1.0) for group in opt.param_groups}) > 1
+    for scheduler in attached_schedulers(opt) if ratios else ():  # it searches the heap
         for sentence in check_scheduler(opt, scheduler):
             warnings.warn(sentence, RankAwareWarning, stacklevel=5)
     return True
@@ -375,7 +358,7 @@ def _look_once(opt: Any) -> bool:
 
 def _refuse_replaced(opt: Any) -> None:
     """fully_shard after the optimizer was built replaces the model's parameters: the old ones never get a gradient."""
-    model = opt._rankaware_model()
+    model = _held_model(opt)
     held = [p for group in opt.param_groups for p in group["params"]]
     if model is None or any(p.grad is not None for p in held):
         return

@@ -18,7 +18,7 @@ from .._checks import check_lr
 from .._types import Reference, Survey
 from ..errors import InvalidReferenceError
 from ..laws import DEFAULT_LAW, Law, checked_multiplier, get_law
-from ..optimizer import make_plan
+from ..optimizer import PlanOptions, make_plan
 
 __all__ = ["Conversion", "convert_lr", "parse_reference"]
 
@@ -241,7 +241,7 @@ def _notes(origin: Reference, target: Reference, law: Law, changes: list[str]) -
     if not _same_batch(origin, target):
         moved = _batch_multiplier(origin, target, law)
         notes.append(f"The batch goes from {origin.batch:g} to {target.batch:g}: every rate × {moved:.3g}, by a rule.")
-    plan = make_plan(Survey((target.as_factor(),)), law=law, tuned_at=origin, across_inits=True)
+    plan = make_plan(Survey((target.as_factor(),)), PlanOptions(law, tuned_at=origin, across_inits=True))
     return [*notes, *plan.notes]
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from .._checks import check_lr
 from .._types import Survey
 from ..laws import DEFAULT_LAW
-from ..optimizer import make_plan, plan_rates
+from ..optimizer import PlanOptions, make_plan, plan_rates
 from ._convert import parse_reference
 
 __all__ = ["survey_report"]
@@ -25,6 +25,6 @@ def survey_report(
     reference = None if tuned_at is None else parse_reference(tuned_at)
     if lr is None:
         return survey.explain(per_module=per_module)
-    base, plan = check_lr(lr), make_plan(survey, law=law, tuned_at=reference)
+    base, plan = check_lr(lr), make_plan(survey, PlanOptions(law, tuned_at=reference))
     rates = plan_rates(plan, survey, base)
     return replace(survey, notes=tuple(plan.notes)).explain(per_module=per_module, rates=rates)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -17,13 +18,14 @@ from rankaware_optim import (
     LawError,
     MuA,
     OptimizerError,
+    RankAwareOptimizer,
     RankAwareWarning,
     Reference,
     inspect_model,
     rank_aware_param_groups,
 )
 from rankaware_optim._types import Factor
-from rankaware_optim.optimizer import make_plan
+from rankaware_optim.optimizer import PlanOptions, make_plan
 
 from ..helpers.models import adapted, mlp
 
@@ -379,8 +381,14 @@ def test_a_model_without_pairs_needs_method_full():
 # --- notes and the report -------------------------------------------------------------------------------------------
 
 
-def plan(model, **options):
-    return make_plan(inspect_model(model), **options)
+def plan(model, optimizer_class=None, **options):
+    return make_plan(inspect_model(model), PlanOptions(**options), optimizer_class=optimizer_class)
+
+
+@pytest.mark.parametrize("takes", [RankAwareOptimizer.__new__, rank_aware_param_groups])
+def test_every_planning_option_can_be_given(takes):
+    """Each of the options that decide a plan is a keyword of the optimizer and of the function for groups."""
+    assert {option.name for option in fields(PlanOptions)} <= inspect.signature(takes).parameters.keys()
 
 
 NOTES = [
@@ -446,5 +454,5 @@ def test_an_impossible_batch_is_refused(batch):
 
 def test_full_finetuning_from_a_lora_rate_is_noted():
     """Moving a LoRA rate to full finetuning by the law alone is noted as a rough guess."""
-    made = make_plan(inspect_model(whole(), method="full"), tuned_at=AT_16)
+    made = make_plan(inspect_model(whole(), method="full"), PlanOptions(tuned_at=AT_16))
     assert any("good to an octave or two" in note for note in made.notes)

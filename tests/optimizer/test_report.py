@@ -13,7 +13,7 @@ from rankaware_optim._survey_text import Rated
 from rankaware_optim._types import Factor
 from rankaware_optim.inspection import other_kind
 from rankaware_optim.inspection._unsupported import unsupported
-from rankaware_optim.optimizer import Report, make_plan, plan_rates
+from rankaware_optim.optimizer import PlanOptions, Report, make_plan, plan_rates
 from rankaware_optim.optimizer._report import make_report
 
 from ..helpers.models import adapted, mlp
@@ -25,13 +25,14 @@ AT_16 = Reference(rank=16, alpha=16)
 def report_of(model: nn.Module, **options) -> Report:
     """The report of the groups that `options` make of `model`."""
     survey = inspect_model(model)
-    return make_report(rank_aware_param_groups(model, lr=LR, **options), make_plan(survey, **options), "", survey)
+    made = make_plan(survey, PlanOptions(**options))
+    return make_report(rank_aware_param_groups(model, lr=LR, **options), made, "", survey)
 
 
 def test_the_report_lists_every_group():
     """A report has one row a group with role, rank, scaling, init, count, multiplier, rate and reason."""
     model = mlp((4, 8))
-    made = make_plan(inspect_model(model), tuned_at=AT_16, rates={"head.bias": 0.5})
+    made = make_plan(inspect_model(model), PlanOptions(tuned_at=AT_16, rates={"head.bias": 0.5}))
     groups = rank_aware_param_groups(model, lr=LR, tuned_at=AT_16, rates={"head.bias": 0.5})
     for group in groups:
         group["param_names"], group["params"] = zip(*group["params"], strict=True)
@@ -62,10 +63,20 @@ def test_reasons(options, init, role, reason):
     assert {row.reason for row in rows if row.role == role} == {reason}
 
 
+def test_a_report_and_a_survey_give_one_reason():
+    """An adapter without a law has the same words in a report's row as in a survey's table."""
+    model = mlp((4,), head=False)
+    model.vera_lambda_b = nn.Parameter(torch.zeros(3))
+    opt = RankAwareOptimizer(model, torch.optim.SGD, lr=LR)
+    (row,) = [row for row in opt.report().rows if row.role == "other"]
+    assert row.reason == "VeRA: no law, the base rate"
+    assert row.reason in inspect_model(model).explain()
+
+
 def test_the_report_prints_as_a_table():
     """str() of a report is a table with its title, a line a group, and the notes."""
     model = mlp((4, 8))
-    made = make_plan(inspect_model(model), tuned_at=replace(AT_16, init="B"))
+    made = make_plan(inspect_model(model), PlanOptions(tuned_at=replace(AT_16, init="B")))
     text = str(make_report(rank_aware_param_groups(model, lr=LR), made, "the title", inspect_model(model)))
     assert text.splitlines()[0].strip() == "the title"
     assert all(word in text for word in ("role", "multiplier", "why", "no LoRA factor", "note: Adapters at Init[A]"))
@@ -130,7 +141,8 @@ def test_explain_merges_alike_factors():
 def test_explain_shows_rates_and_reasons():
     """Rates given by name fill the columns lr and why."""
     survey = inspect_model(mlp((4, 8)))
-    rates = plan_rates(make_plan(survey, tuned_at=AT_16, rates={"layer1.lora_B": 0.5}), survey, LR)
+    made = make_plan(survey, PlanOptions(tuned_at=AT_16, rates={"layer1.lora_B": 0.5}))
+    rates = plan_rates(made, survey, LR)
     shown = survey.explain(per_module=True, rates=rates)
     assert "a rate of its own, by rates=" in shown
     assert shown.count("falling: from rank 16, alpha 16, Init[A]") == 3

@@ -20,6 +20,7 @@ import rankaware_optim as ra
 from rankaware_optim import CheckpointError, OptimizerError, RankAwareError, RankAwareOptimizer, Reference
 from rankaware_optim._optimizer_classes import get_optimizer_class
 from rankaware_optim._types import Factor
+from rankaware_optim.optimizer import PlanOptions
 
 from ..helpers.models import PlainLoRA, mlp, same, snapshot, train
 
@@ -319,6 +320,17 @@ def test_exceptions_of_the_user(form):
     assert [rates["layer0.lora_A"], rates["head.weight"], rates["head.bias"]] == pytest.approx([LR, 0.25, 0.5])
 
 
+OPTIONS = {"law": "loraplus", "tuned_at": AT_16, "rates": {"head.bias": 0.5}, "other_lr": 0.25, "batch": 8}
+
+
+@pytest.mark.parametrize("switched", ["per_layer_width", "across_inits", "strict"])
+def test_every_planning_option_arrives(switched):
+    """The optimizer's plan is made with the options it was given, each under its own name."""
+    given = {**OPTIONS, switched: True}
+    opt = RankAwareOptimizer(mlp(), torch.optim.AdamW, lr=LR, **given)
+    assert opt._rankaware.plan.options == PlanOptions(**given)
+
+
 @each_form
 def test_full_finetuning(form):
     """With method="full" a model without adapters is trained at the transferred rate."""
@@ -342,6 +354,14 @@ def test_the_report(form):
     ]
     assert "RankAwareOptimizer(AdamW), law Falling()" in str(opt.report())
     assert "0.125" in str(opt.report())
+
+
+def test_a_part_of_the_model_is_named_by_the_whole():
+    """A module given beside model= trains alone, under its names in the model and from the model's own reference."""
+    model = mlp((4, 4, 8))
+    opt = RankAwareOptimizer(model.layer2, torch.optim.AdamW, model=model, lr=LR)
+    assert [group["param_names"] for group in opt.param_groups] == [["layer2.lora_A"], ["layer2.lora_B"]]
+    assert {group["lr_multiplier"] < 1 for group in opt.param_groups} == {True}
 
 
 # --- classes by name ------------------------------------------------------------------------------------------------

@@ -1,0 +1,215 @@
+"""The plan: from a survey, a law and the user's options to the rate of every parameter, by name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
+
+from .._checks import check_lr
+from .._optimizers import optimizer_family
+from .._types import Factor, Method, Reference, Survey
+from ..errors import OptimizerError, RankAwareWarning
+from ..laws import DEFAULT_LAW, Law, checked_multiplier, get_law, known_family
+from ..recipe import Recipe
+
+__all__ = ["Assignment", "Plan", "PlanOptions", "make_plan"]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the user says about rates beside the base rate, as `RankAwareOptimizer` takes it: checked once."""
+
+    law: str | Law = DEFAULT_LAW
+    tuned_at: Reference | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
+    other_lr: float | None = None
+    per_layer_width: bool = False
+    across_inits: bool = False
+    batch: float | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for pattern, rate in self.rates.items():
+            check_lr(rate, f"rates[{pattern!r}]")
+        if self.other_lr is not None:
+            check_lr(self.other_lr, "other_lr")
+        batch = 1 if self.batch is None else self.batch
+        if isinstance(batch, bool) or not isinstance(batch, (int, float)) or not 0 < batch < 2**63:
+            raise OptimizerError(f"batch is {batch!r}.", "Give a positive number, or leave it out.")
+
+    def rate_of(self, name: str) -> float | None:
+        """The rate of the first pattern that matches `name`, or None."""
+        return next((rate for pattern, rate in self.rates.items() if fnmatchcase(name, pattern)), None)
+
+
+class Assignment(NamedTuple):
+    """What is decided for one parameter. Parameters of equal assignment share a group.
+
+    `multiplier` is of the base rate, dimensionless. `rate` replaces the product by a rate of its own.
+    """
+
+    role: str = "other"
+    rank: int | None = None
+    scaling: float = 1.0
+    init: str | None = None
+    multiplier: float = 1.0
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the options come to for one model and optimizer: from a factor or a name to an `Assignment`.
+
+    law: bound to the optimizer. reference: resolved. width: the model's. batch_multiplier: what another batch than the
+    reference's multiplies every rate by, other parameters' too. recipe_tag: that of the recipe that the base rate is
+    from, or "".
+    """
+
+    options: PlanOptions
+    law: Law
+    reference: Reference
+    method: Method
+    width: float
+    batch_multiplier: float = 1.0
+    notes: tuple[str, ...] = ()
+    recipe_tag: str = ""
+
+    def assign(self, name: str, factor: Factor | None) -> Assignment:
+        """The assignment of the parameter `name`, which is `factor` or, where that is None, an other one."""
+        pinned = self.options.rate_of(name)
+        if factor is None:
+            rate = self.options.other_lr if pinned is None else pinned
+            whole = Factor("other parameters", "full", None, self.width, self.width)
+            moved = self.multiplier(whole) if self.method == "full" else 1.0
+            return Assignment(multiplier=1.0 if rate is not None else moved * self.batch_multiplier, rate=rate)
+        moved = 1.0 if pinned is not None else self.multiplier(factor) * self.batch_multiplier
+        return Assignment(factor.role, factor.rank, factor.scaling, factor.init, moved, pinned)
+
+    def has_own_rate(self, group: Mapping[str, Any]) -> bool:
+        """Whether a built group has a rate of its own, by `rates` or `other_lr`."""
+        return self.is_named(group) or (group.get("lora_role") == "other" and self.options.other_lr is not None)
+
+    def base_of(self, groups: Sequence[Mapping[str, Any]]) -> float | None:
+        """The base rate of built groups, before any scheduler. None where every rate is a group's own, or is 0."""
+        scaled = next((group for group in groups if not self.has_own_rate(group)), None)
+        rate = 0.0 if scaled is None else float(scaled.get("initial_lr", scaled["lr"])) / scaled["lr_multiplier"]
+        return rate if rate > 0 else None
+
+    def is_named(self, group: Mapping[str, Any]) -> bool:
+        """Whether a pattern of `rates` names a built group's parameters."""
+        return any(self.options.rate_of(name) is not None for name in group.get("param_names", ())[:1])
+
+    def multiplier(self, factor: Factor) -> float:
+        """The law's answer for `factor`, seen at the model's width and along its own init's law.
+
+        Factors with neither half zero keep the base rate. An embedding's input is one-hot, so its width is 1 and its
+        rate moves along its own init's law alone. From a full-finetuning rate, which has no start, it does not move.
+        """
+        reference, own_width = self.reference, self.options.per_layer_width
+        if factor.role == "full":
+            seen = factor if own_width else replace(factor, fan_in=self.width)
+            return checked_multiplier(self.law, seen, reference)
+        embedding = factor.kind == "embedding"
+        if factor.init == "other" or (embedding and reference.method == "full"):
+            return 1.0
+        init: Literal["A", "B"] = "B" if factor.init == "B" else "A"
+        width = 1.0 if embedding else factor.fan_in if own_width else self.width
+        if embedding:
+            reference = replace(reference, init=init, fan_in=1.0)
+        elif reference.method == "lora" and not self.options.across_inits:
+            reference = replace(reference, init=init)
+        return checked_multiplier(self.law, replace(factor, fan_in=width, init=init), reference)
+
+
+def make_plan(
+    survey: Survey,
+    options: PlanOptions,
+    optimizer_class: type | None = None,
+    settings: Mapping[str, Any] | None = None,
+    recipe: Recipe | None = None,
+) -> Plan:
+    """Bind the law, resolve the reference and match the user's patterns, before anything is built."""
+    names = [*(f.name for f in survey.factors), *survey.other]
+    for pattern in options.rates:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise OptimizerError(
+                f"The pattern {pattern!r} of rates= matches none of {len(names)} trainable parameters.",
+                f"Patterns are those of fnmatch on full names, such as {names[-1]!r}.",
+            )
+    method: Method = "full" if any(f.role == "full" for f in survey.factors) else "lora"
+    moved = replace(survey, factors=tuple(f for f in survey.factors if options.rate_of(f.name) is None))
+    fallback = survey.dominant() if survey.factors else Reference(method="full")  # no pair: nothing will be moved
+    reference = (options.tuned_at or fallback).resolve(moved)
+    law = get_law(options.law)
+    of_recipe: tuple[str, ...] = ()
+    if optimizer_class is not None:
+        if options.strict:
+            known_family(optimizer_class, settings)
+        law = law.bind(optimizer_class, settings or {})
+        if recipe is not None:
+            of_recipe = recipe.notes_for(survey, optimizer_class)
+    width = moved.full_width(reference.init) if method == "full" else moved.width
+    by_batch = 1.0
+    if options.batch is not None and reference.batch is not None:
+        by_batch = law.batch_multiplier(options.batch / reference.batch)
+    tag = "" if recipe is None else recipe.tag
+    plan = Plan(options, law, reference, method, width, by_batch, recipe_tag=tag)
+    own_notes = _notes(plan, survey, optimizer_class, settings)
+    return replace(plan, notes=(*survey.notes, *of_recipe, *own_notes))
+
+
+def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: Mapping[str, Any] | None) -> list[str]:
+    """What the report should say of the plan: what no law covers, what is a guess, and what was not asked for."""
+    law, reference, options = plan.law, plan.reference, plan.options
+    notes = []
+    inits = {f.init for f in survey.factors if f.role != "full"}
+    if "other" in inits:
+        notes.append(
+            "Adapters with neither factor zero (PiSSA, OLoRA, LoRA-GA, or trained ones of undeclared init) stay at the "
+            "base rate, since no law covers them: name their init by init='A' or 'B' if you know it."
+        )
+        warnings.warn(notes[-1], RankAwareWarning, stacklevel=4)
+    if "unknown" in inits:
+        notes.append("The init of some adapters could not be read; they count as Init[A].")
+    others = {f.init for f in survey.factors if f.kind != "embedding"} & {"A", "B"} - {reference.init}
+    crossing = bool(others) and plan.method == reference.method == "lora"
+    if crossing and options.across_inits and law.falls_with_rank:
+        notes.append(
+            "Between the inits the law is a guess, from Init[A] to Init[B] up to three octaves too high in the study's "
+            "domains: try a quarter of the rate too, or calibrate there."
+        )
+    if crossing and not options.across_inits:
+        notes.append(
+            f"Adapters at Init[{others.pop()}] are scaled along their own init's law from a rate tuned at "
+            f"Init[{reference.init}]; across_inits=True lets the law carry the rate across."
+        )
+    if plan.method == "full" and reference.method == "lora" and law.name != "power":
+        notes.append(
+            "From a LoRA rate alone the law's point for full finetuning is good to an octave or two, and too high "
+            "costs more than too low: start at half of it, or calibrate with full runs."
+        )
+    if optimizer_class is not None and law.name != "constant":
+        notes += _family_notes(law, optimizer_class, settings)
+    if options.batch is not None and reference.batch is None:
+        notes.append("The reference names no batch, so this run's moves no rate: tuned_at=Reference(..., batch=...).")
+    elif plan.batch_multiplier != 1.0:
+        change = f"From batch {reference.batch:g} to {options.batch:g}"
+        notes.append(f"{change} every rate is multiplied by {plan.batch_multiplier:.3g}, a rule of thumb.")
+    return notes
+
+
+def _family_notes(law: Law, optimizer_class: type, settings: Mapping[str, Any] | None) -> list[str]:
+    """A line on an optimizer that is not sign-like: whether its law has a form for its family."""
+    family = optimizer_family(optimizer_class, settings)
+    if family == "sign-like":
+        return []
+    if family == "unknown":
+        words = "is of an unknown family; it is scaled as a sign-like optimizer, such as Adam"
+    elif getattr(getattr(law, "law", law), "family", None) == family:
+        words = f"is {family}: µA's form for that family moves its rates, derived for square layers"
+    else:
+        words = f"is {family}, which the law {law.name!r} does not know of"
+    return [f"{optimizer_class.__name__} {words}."]

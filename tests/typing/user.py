@@ -1,0 +1,43 @@
+"""A user's file, as a type checker reads it: `mypy tests/typing/user.py`. Nothing runs it."""
+
+from __future__ import annotations
+
+from typing import Any, assert_type
+
+import torch
+from torch import nn
+
+import rankaware_optim as ra
+from rankaware_optim.optimizer import Report
+
+
+def of_torch(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Takes any torch optimizer."""
+    return torch.optim.lr_scheduler.StepLR(optimizer, 10)
+
+
+def train(model: nn.Module, built: torch.optim.SGD, trial: ra.Trial) -> None:
+    """What a user does with an optimizer, of each form."""
+    at = ra.Reference(rank=16, alpha=32)
+    opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr=2e-4, tuned_at=at, weight_decay=0.01)
+    assert_type(opt, ra.RankAwareOptimizer)
+    assert_type(opt.report(), Report)
+    assert_type(opt.step(lambda: 0.5), float)
+    assert_type(opt.param_groups, list[dict[str, Any]])
+    assert_type(opt.state_dict(), dict[str, Any])
+    of_torch(opt).step()
+    opt.zero_grad()
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    opt.add_param_group({"params": list(model.parameters())})
+    assert_type(ra.RankAwareOptimizer(built, model=model), ra.RankAwareOptimizer)
+    assert_type(ra.RankAwareOptimizer(model.parameters(), "adamw", model=model, lr=1e-3), ra.RankAwareOptimizer)
+    assert_type(trial.optimizer(model, weight_decay=0.01), ra.RankAwareOptimizer)
+
+
+def mistakes(model: nn.Module) -> None:
+    """What a checker finds. Under `strict` an ignore that nothing needs is an error itself."""
+    opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr="2e-4")  # type: ignore[arg-type]
+    ra.RankAwareOptimizer(model, torch.optim.AdamW, on_rank_change="rescale")  # type: ignore[arg-type]
+    opt.reports()  # type: ignore[attr-defined]
+    of_torch(model)  # type: ignore[arg-type]
