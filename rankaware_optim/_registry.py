@@ -25,8 +25,11 @@ class Registry:
         self._builtin: dict[str, Callable[..., Any]] = {}
         self._plugins: dict[str, Callable[..., Any]] | None = None
 
-    def register(self, name: str, factory: Callable[..., Any]) -> None:
-        """Make `factory` available under `name`."""
+    def register(self, name: str, factory: Callable[..., Any] | str) -> None:
+        """Make `factory`, or what "module:name" says where it lies, available under `name`."""
+        if isinstance(factory, str):
+            place = EntryPoint(name, factory, self._group)
+            factory = lambda: place.load()()  # noqa: E731
         self._builtin[name] = factory
 
     def names(self) -> list[str]:

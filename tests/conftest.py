@@ -1,7 +1,9 @@
-"""Hypothesis without deadlines and with fixed examples: a busy machine must not fail a test, nor a lucky draw."""
+"""Hypothesis without deadlines and with fixed examples, SIGINT as Python has it, and fixtures that rooms share."""
 
 import signal
+import sys
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
@@ -9,3 +11,28 @@ settings.load_profile("steady")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module of one's own in the folder one stands in, with a law and things that are none."""
+    source = [
+        "from dataclasses import dataclass",
+        "from rankaware_optim import Constant, Power",
+        "HALF, WORD = Power(exponent=-0.5), 'word'",
+        "class Bare(Constant.__mro__[1]):",
+        "    name = 'bare'",
+        "    def multiplier(self, factor, reference):",
+        "        return 1.0",
+        "class Needs(Bare):",
+        "    def __init__(self, what): ...",
+        "class Negative(Bare):",
+        "    def multiplier(self, factor, reference):",
+        "        return -1.0",
+    ]
+    (tmp_path / "test_law_module.py").write_text("\n".join(source))
+    (tmp_path / "test_broken_module.py").write_text("raise RuntimeError('no weights here')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("test_law_module", None)

@@ -29,7 +29,7 @@ from study.tables import LAWS, domains_in, moves, summary, tables
 
 from rankaware_optim import Law
 from rankaware_optim.errors import RankAwareError
-from rankaware_optim.sweeps import law_of
+from rankaware_optim.laws import get_law
 
 HERE, STORES, SUMMARY = RESULTS.parent, RESULTS / "suite", "summary.png"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the two READMEs
@@ -103,7 +103,7 @@ def main(suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, l
     """Run what is missing, then write the tables and figures."""
     folder = QUICK_STORES if suite == "quick" else STORES
     try:
-        compared = {**LAWS, **{name: law_of(name) for name in laws}}
+        compared = {**LAWS, **{name: get_law(name) for name in laws}}
         todo = [get_domain(name).name for name in chosen or (QUICK_DOMAINS if suite == "quick" else STUDY)]
         for domain in () if only_tables else todo:
             sweep(domain, suite, folder / f"{domain}.jsonl", workers)

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from .._optimizers import optimizer_family
 from .._scaling_rule import infer_scaling
 from .._types import Reference, Survey
 from ..errors import CalibrationError
-from ..laws import Law, Power, checked_multiplier, optimizer_family
+from ..laws import Law, Power, checked_multiplier
 from ..recipe import Z90, Recipe
 from . import _trials as ledger
 from ._schedule import far_enough

@@ -13,7 +13,6 @@ import click
 from .._types import Reference
 from ..errors import LawError
 from ..inspection import inspect_file
-from ..sweeps import law_of
 from ..transfer import CoordinateCheck, coordinate_check, plot_coordinates
 
 __all__ = ["coordcheck"]
@@ -97,8 +96,7 @@ def _check(
     _refuse_huge(layers, max(ranks), tokens)
     sys.path.insert(0, "")  # a law or optimizer of one's own lies in the folder one stands in, as under python -m
     try:
-        found = None if law is None else law_of(law)
-        return coordinate_check(layers, ranks=ranks, tokens=tokens, law=found, **options)
+        return coordinate_check(layers, ranks=ranks, tokens=tokens, law=law, **options)
     finally:
         sys.path.remove("")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..sweeps import fit_sweep, law_of
+from ..sweeps import fit_sweep
 from ._options import ALPHA, COLUMN, OPTIMIZER
 
 __all__ = ["fit"]
@@ -31,7 +31,7 @@ __all__ = ["fit"]
 @COLUMN
 def fit(sweep: Path, out: Path | None, name: str | None, law: str, **options: Any) -> None:
     """Make a recipe of SWEEP, a .csv, .tsv, .json or .jsonl file with columns rank, lr, loss and, if known, alpha."""
-    recipe = fit_sweep(sweep, name=name or sweep.stem, law=law_of(law), **options)
+    recipe = fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
     own = recipe.at() if recipe.reference.method == "lora" else recipe.at(method="full")
     click.echo(f"lr        {own.lr:.3g} at {recipe.reference}")
     click.echo(f"90 % band {own.low:.3g} to {own.high:.3g}")

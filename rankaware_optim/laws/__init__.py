@@ -3,22 +3,18 @@
 from ._base import (
     DEFAULT_LAW,
     LAWS,
-    Constant,
-    Falling,
     Law,
-    LoRAPlus,
-    MuA,
-    Power,
     checked_multiplier,
     get_law,
-    known_family,
     law_changes,
     law_from_dict,
     law_to_dict,
     law_words,
-    optimizer_family,
 )
+from ._constant import Constant, LoRAPlus
+from ._corrections import Falling, Power
 from ._measured import Measured
+from ._mua import MuA
 from ._simulate import (
     Batch,
     Pair,
@@ -31,6 +27,7 @@ from ._simulate import (
     step_pair,
     synthetic,
 )
+from ._updates import kappa, known_family
 
 __all__ = [
     "Batch",
@@ -50,12 +47,12 @@ __all__ = [
     "class_of",
     "draw_pair",
     "get_law",
+    "kappa",
     "known_family",
     "law_changes",
     "law_from_dict",
     "law_to_dict",
     "law_words",
-    "optimizer_family",
     "rates_for",
     "rms_of_product",
     "step_pair",

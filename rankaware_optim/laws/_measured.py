@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
+from .._optimizers import optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
-from ._base import LAWS, Law, MuA, optimizer_family
+from ._base import Law
+from ._mua import MuA
 from ._simulate import (
     Batch,
     Change,
@@ -185,6 +187,3 @@ def _full_change(batch: Batch, stepper: Stepper) -> Change:
         return size if math.isfinite(size) else math.inf
 
     return change
-
-
-LAWS.register("measured", Measured)

@@ -18,13 +18,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._optimizer_classes import get_optimizer_class
+from .._optimizers import known_optimizer
 from ..errors import LawError, RankAwareError
 
 __all__ = ["Batch", "Change", "Pair", "Stepper", "change_of", "draw_pair", "rates_for", "step_pair", "synthetic"]
 
 Change = Callable[[float], float]
-
-_SCALED_BY_DECAY = ("LARS",)  # scales by norms only what it decays
 
 
 class Batch(NamedTuple):
@@ -103,7 +102,7 @@ def advance(stepper: Stepper, rated: list[tuple[nn.Parameter, float]], set_gradi
         build: Callable[..., Any] = stepper.optimizer
         opt = build(groups, lr=rated[0][1], **settings)
         getattr(opt, "train", lambda: None)()  # schedule-free optimizers step in training mode only
-        for group in opt.param_groups if stepper.optimizer.__name__ not in _SCALED_BY_DECAY else ():
+        for group in opt.param_groups if not known_optimizer(stepper.optimizer)[1].needs_decay else ():
             group.update({"weight_decay": 0.0} if "weight_decay" in group else {})
         for _ in range(stepper.steps):
             set_gradients()

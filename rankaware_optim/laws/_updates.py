@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from .._optimizers import known_optimizer, optimizer_family
 from ..errors import LawError
 
 __all__ = ["FORMS", "SHAPE_FACTORS", "Form", "Site", "Updates", "kappa", "known_family", "optimizer_family"]
@@ -238,31 +239,6 @@ SHAPE_FACTORS: dict[str, Callable[[float, float], float]] = {
     "none": lambda rows, cols: 1.0,
 }
 
-# Class names by family, lower case: what a law may be derived for. Anything else is "unknown".
-_FAMILIES = {
-    "sign-like": """adam adamw nadam radam adamax sparseadam rmsprop rprop lion adabelief adabound adamod adamp
-        adopt diffgrad yogi qhadam adam8bit adamw8bit adamw4bit adamwfp8 adamwschedulefree nadamw madgrad ranger
-        adan""",
-    "gradient-like": "sgd asgd sgdw sgdp sgd8bit accsgd aggmo qhm pid sgdschedulefree",
-    "spectral": "muon",
-    "relative-scale": "lamb lamb8bit adafactor",
-    "first-step": "lars lars8bit",
-}
-_FAMILY_OF = {name: family for family, names in _FAMILIES.items() for name in names.split()}
-
-
-def optimizer_family(optimizer_class: type, settings: Mapping[str, Any] | None = None) -> str:
-    """How an optimizer's step scales: a key of `FORMS`, "unknown" where no class name along its bases is known.
-
-    Adafactor with `scale_parameter=False` (transformers', fairseq's) is sign-like; torch's has no such setting.
-    torch_optimizer's LARS without weight decay is SGD: it scales by norms only what it decays.
-    """
-    name, settings = _known_name(optimizer_class), settings or {}
-    if name == "adafactor" and settings.get("scale_parameter") is False:
-        return "sign-like"
-    plain = optimizer_class.__module__.startswith("torch_optimizer") and not settings.get("weight_decay")
-    return "gradient-like" if name == "lars" and plain else _FAMILY_OF.get(name, "unknown")
-
 
 def known_family(optimizer_class: type, settings: Mapping[str, Any] | None = None) -> str:
     """`optimizer_family`, or a `LawError` where it is unknown: what strict=True asks for."""
@@ -275,16 +251,10 @@ def known_family(optimizer_class: type, settings: Mapping[str, Any] | None = Non
     return family
 
 
-def _known_name(optimizer_class: type) -> str:
-    """The first class name in the table along the optimizer's bases, in lower case; empty where there is none."""
-    names = (base.__name__.lower() for base in optimizer_class.__mro__)
-    return next((name for name in names if name in _FAMILY_OF), "")
-
-
 def update_settings(optimizer_class: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `MuA` that an optimizer decides: family, Muon's shape factor, Adafactor's floor."""
     return {
         "family": optimizer_family(optimizer_class, settings),
         "shape_factor": settings.get("adjust_lr_fn") or "original",
-        "floor": 1e-3 if _known_name(optimizer_class) == "adafactor" else None,
+        "floor": known_optimizer(optimizer_class)[1].floor,
     }

@@ -9,9 +9,10 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
 from .._checks import check_lr
+from .._optimizers import optimizer_family
 from .._types import Factor, Method, Reference, Survey
 from ..errors import OptimizerError, RankAwareWarning
-from ..laws import DEFAULT_LAW, Law, checked_multiplier, get_law, known_family, optimizer_family
+from ..laws import DEFAULT_LAW, Law, checked_multiplier, get_law, known_family
 from ..recipe import Recipe
 
 __all__ = ["Assignment", "Plan", "PlanOptions", "make_plan"]

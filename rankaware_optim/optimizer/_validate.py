@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .._checks import check_lr
 from .._optimizer_classes import get_optimizer_class
+from .._optimizers import known_optimizer
 from .._types import Reference
 from ..errors import OptimizerError
 from ..laws import DEFAULT_LAW, Law
@@ -19,15 +20,6 @@ from ..recipe import Recipe, resolve_recipe
 from ._param_groups import UserGroup
 
 __all__ = ["check_base_lr", "from_recipe", "native_class", "refuse_groups", "refuse_rateless", "refuse_settings"]
-
-# Optimizers that cannot have a rate per group, by class name, with the reason.
-_OF_THEIR_OWN = ("Prodigy", "DAdaptAdam", "DAdaptSGD", "DAdaptAdaGrad", "DAdaptLion", "DAdaptAdan")
-_ONE_RATE = {
-    "LBFGS": "takes one parameter group only",
-    **dict.fromkeys(_OF_THEIR_OWN, "estimates one rate for all groups itself"),
-    "LoRARite": "steps A and B as one pair out of one group",
-    **dict.fromkeys(("LOMO", "AdaLOMO"), "steps inside the backward pass with one rate"),
-}
 
 
 def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | None) -> type[Optimizer]:
@@ -44,12 +36,12 @@ def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | Non
         raise OptimizerError("This optimizer is rank-aware already.", "Use it as it is.")
     if built is not None:
         _refuse_held_groups(built)
-    for base in native.__mro__:
-        if base.__name__ in _ONE_RATE:
-            raise OptimizerError(
-                f"{native.__name__} {_ONE_RATE[base.__name__]}, so it cannot have a rate per rank.",
-                "Use it unwrapped, or choose another optimizer.",
-            )
+    why = known_optimizer(native)[1].one_rate
+    if why:
+        raise OptimizerError(
+            f"{native.__name__} {why}, so it cannot have a rate per rank.",
+            "Use it unwrapped, or choose another optimizer.",
+        )
     takes = inspect.signature(native).parameters.keys()
     held = built is not None and any(isinstance(value, Optimizer) for value in vars(built).values())
     if held or {"optimizer", "base_optimizer", "optimizer_class"} & takes:

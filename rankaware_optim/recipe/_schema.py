@@ -23,7 +23,7 @@ __all__ = ["from_document", "header", "plain_setting", "to_document"]
 
 def header(recipe: Recipe) -> str:
     """Three comment lines by which the file introduces itself."""
-    name, maker = recipe.name, "ra.calibrate" if "curve" in recipe.tensors else "ra.fit_sweep"
+    name, maker = recipe.name, "ra.calibrate" if "curve" in recipe.tensors else "ra.sweeps.fit_sweep"
     return (
         f"# The learning-rate recipe {name!r} of rankaware_optim, made by {maker}.\n"
         "# Read a rate: `rankaware lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).\n"

@@ -10,8 +10,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from importlib import import_module
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 from .._optimizer_classes import get_optimizer_class
 from .._tables import text_table
 from .._types import Reference
-from ..errors import CalibrationError, LawError
+from ..errors import CalibrationError
 from ..laws import Law, checked_multiplier, get_law
 from ._io import Run, Source, Sweep, read_sweep
 from ._runs import curve_of, known_alpha, observation_of, site_of
@@ -32,7 +31,6 @@ __all__ = [
     "Score",
     "Valley",
     "bench_law",
-    "law_of",
     "score_of",
     "score_table",
     "valleys_of",
@@ -150,7 +148,7 @@ def bench_law(
 
     Args:
         sweep: dicts or a file, as for `fit_sweep`; by default the package's own (EfficientNet-lite0 on digits).
-        laws: `Law` instances, or texts as for `law_of`.
+        laws: `Law` instances, or texts as for `get_law`.
         best: where a rank's best rate lies: "parabola", the vertex through its best three rates in log2, or "bowl",
             the calibration's fit to all of a model's runs, which noise moves less.
         alpha: for rows that do not say it: a number, or "rank" where it follows the rank.
@@ -172,7 +170,7 @@ def bench_law(
 
 def score_of(law: str | Law, valleys: Sequence[Valley], optimizer: type[Optimizer] | str = "AdamW") -> Score:
     """One law's moves between all valleys that may be compared."""
-    found = law_of(law)
+    found = get_law(law)
     bound = found.bind(get_optimizer_class(optimizer), {})
     return Score(law if isinstance(law, str) else repr(law), found, tuple(_moves(bound, valleys)))
 
@@ -269,83 +267,6 @@ def _moves(law: Law, valleys: Sequence[Valley]) -> Iterator[Move]:
             continue
         moved = source.x + math.log2(checked_multiplier(law, target.at.as_factor(), source.at))
         yield Move(source.model, source.at, target.at, moved - target.x, target.lost_at(moved))
-
-
-# --- laws by text ---------------------------------------------------------------------------------------------------
-
-
-def law_of(text: str | Law) -> Law:
-    """A law from a text: a registered name or "package.module:Class", and its parameters after a "?".
-
-    Parameters are parted by commas; a value is a number, true, false, none, a text, or another law, in brackets where
-    it has parameters of its own. The part after the colon may be a class or an instance.
-
-    >>> law_of("mua?tokens=16").tokens
-    16.0
-    >>> law_of("power?exponent=-1,law=constant").law
-    Constant()
-    >>> law_of("power?law=(mua?tokens=none)").law.tokens is None
-    True
-    """
-    if isinstance(text, Law):
-        return text
-    if not isinstance(text, str):
-        return get_law(text)
-    name, parameters = (part.strip() for part in text.partition("?")[::2])
-    law = _imported(name) if ":" in name else get_law(name)
-    values = dict(_parameter(law, part) for part in _parted(parameters))
-    if not values:
-        return law
-    if not is_dataclass(law):
-        raise LawError(f"The law {name!r} has no parameters to set.", "Make it a dataclass, or leave out the '?'.")
-    return replace(law, **values)
-
-
-def _parted(text: str) -> list[str]:
-    """`text` cut at the commas outside brackets."""
-    parts, depth = [""], 0
-    for sign in text:
-        depth += (sign == "(") - (sign == ")")
-        if sign == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += sign
-    return [part for part in parts if part.strip()]
-
-
-def _parameter(law: Law, part: str) -> tuple[str, Any]:
-    key, equals, value = (piece.strip() for piece in part.partition("="))
-    known: list[str] = [f.name for f in fields(law)] if is_dataclass(law) else []
-    if not equals or key not in known:
-        raise LawError(
-            f"The law {law.name!r} has no parameter {key!r}.",
-            f"It has {', '.join(known) or 'none'}; write them as in 'mua?tokens=16'.",
-        )
-    return key, law_of(value.removeprefix("(").removesuffix(")")) if key == "law" else _value(value)
-
-
-def _value(text: str) -> Any:
-    plain = {"none": None, "true": True, "false": False}
-    if text.lower() in plain:
-        return plain[text.lower()]
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _imported(name: str) -> Law:
-    package, _, attribute = name.partition(":")
-    try:
-        found: Any = getattr(import_module(package), attribute)
-        made = found() if isinstance(found, type) else found
-    except Exception as error:  # a stranger's module may raise anything on import, and its class too
-        raise LawError(
-            f"The law {name!r} cannot be loaded: {error}.", "Give 'package.module:Class', importable from here."
-        ) from error
-    if not isinstance(made, Law):
-        raise LawError(f"{name!r} is a {type(made).__name__}, not a Law.", "Derive it from rankaware_optim.Law.")
-    return made
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

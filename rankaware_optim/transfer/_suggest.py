@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .._optimizer_classes import get_optimizer_class
+from .._optimizers import known_optimizer
 from .._types import Method, Reference, Survey
 from ..errors import InvalidReferenceError, LawError, OptimizerError
 from ..inspection import declared_init, declared_inits, other_kind, survey_of, walk
@@ -39,7 +40,8 @@ _SOURCE = (
     "780 steps, alpha 32, ranks 1 to 128, hidden sizes 2048 to 8192), moved here by the law"
 )
 _NARROW = (
-    "To narrow it, calibrate on your own task (ra.calibrate), or fit runs you have (ra.fit_sweep, `rankaware fit`)."
+    "To narrow it, calibrate on your own task (ra.calibrate), or fit runs you have (ra.sweeps.fit_sweep, "
+    "`rankaware fit`)."
 )
 
 
@@ -60,7 +62,9 @@ VARIANTS = {
 DORA = Step(-math.log2(1.8), 0.5, f"DoRA's {_ONE_STUDY.format(1.8)}")
 
 _AS_ADAMW = Step(0.0, 0.0)
-_KIN = Step(0.0, 0.5, "{} has no published rate of its own: it is taken as AdamW, whose steps have the same size.")
+_SAME_SIZE = Step(
+    0.0, 0.5, "{} has no published rate of its own: it is taken as AdamW, whose steps have the same size."
+)
 _LION = Step(
     -math.log2(30) / 2,
     math.log2(10 / 3) / 2,
@@ -74,15 +78,13 @@ _SCHEDULE_FREE = Step(
 _MATCHED_MUON = Step(
     0.0, 1.0, "{} has no published rate: torch's documentation reuses AdamW's with match_rms_adamw, on whole weights."
 )
-# By class name, lower case: how another optimizer's rate is got from AdamW's. A name that is not here is refused.
-_BY_NAME = {
-    _AS_ADAMW: """adam adamw adam8bit adamw8bit adam4bit adamw4bit adamfp8 adamwfp8 adam32bit adamw32bit
-        pagedadam pagedadamw pagedadam8bit pagedadamw8bit pagedadam32bit pagedadamw32bit""",
-    _KIN: "nadam nadamw radam",
-    _LION: "lion lion8bit lion32bit pagedlion pagedlion8bit pagedlion32bit",
-    _SCHEDULE_FREE: "adamwschedulefree",
+# How another optimizer's rate follows from AdamW's, by the table of optimizers. Muon's is decided by its settings.
+RULES: dict[str, Step] = {
+    "as AdamW": _AS_ADAMW,
+    "steps of AdamW's size": _SAME_SIZE,
+    "Lion's rule": _LION,
+    "schedule-free's rule": _SCHEDULE_FREE,
 }
-RULES = {name: step for step, names in _BY_NAME.items() for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -171,22 +173,19 @@ def suggest_lr(
 
 
 def _rule(optimizer: type[torch.optim.Optimizer] | str, settings: Mapping[str, Any]) -> tuple[str, Step]:
-    """The optimizer's name and how its rate follows from AdamW's; a subclass follows its base."""
-    if isinstance(optimizer, str) and optimizer.lower() in RULES:
-        name = "AdamW" if optimizer.lower() == "adamw" else optimizer
-        return name, RULES[optimizer.lower()]
-    kind = get_optimizer_class(optimizer)
-    names = [base.__name__.lower() for base in kind.__mro__]
-    if "muon" in names and settings.get("adjust_lr_fn") == "match_rms_adamw":
-        return kind.__name__, _MATCHED_MUON
-    found = next((RULES[name] for name in names if name in RULES), None)
-    if found is None:
-        muon = " With adjust_lr_fn='match_rms_adamw' in settings Muon reuses AdamW's." if "muon" in names else ""
+    """The optimizer's name and how its rate follows from AdamW's. A subclass follows its base."""
+    by_name = isinstance(optimizer, str) and known_optimizer(optimizer)[1].relation  # its package need not be there
+    kind = optimizer if by_name else get_optimizer_class(optimizer)
+    (known, row), name = known_optimizer(kind), kind if isinstance(kind, str) else kind.__name__
+    if known == "muon" and settings.get("adjust_lr_fn") == "match_rms_adamw":
+        return name, _MATCHED_MUON
+    if not row.relation:
+        muon = " With adjust_lr_fn='match_rms_adamw' in settings Muon reuses AdamW's." if known == "muon" else ""
         raise OptimizerError(
-            f"No published rate is known for {kind.__name__}, and no documented rule leads to it from AdamW's.",
-            f"Calibrate it (ra.calibrate), or fit runs you have (ra.fit_sweep).{muon}",
+            f"No published rate is known for {name}, and no documented rule leads to it from AdamW's.",
+            f"Calibrate it (ra.calibrate), or fit runs you have (ra.sweeps.fit_sweep).{muon}",
         )
-    return kind.__name__, found
+    return "AdamW" if name.lower() == "adamw" else name, RULES[row.relation]
 
 
 # --- the configuration ----------------------------------------------------------------------------------------------

@@ -25,19 +25,19 @@ from rankaware_optim import (
     Reference,
 )
 from rankaware_optim import RankAwareWarning as Warn
+from rankaware_optim._optimizers import optimizer_family
 from rankaware_optim._registry import Registry
 from rankaware_optim._types import Survey
 from rankaware_optim.laws import (
     LAWS,
     checked_multiplier,
     get_law,
+    kappa,
     known_family,
     law_from_dict,
     law_to_dict,
     law_words,
-    optimizer_family,
 )
-from rankaware_optim.laws._base import kappa
 
 LAW_TABLE = {
     "mua": MuA(),
@@ -609,7 +609,7 @@ def test_plugins_are_listed_and_loaded_once(installed):
 
 def test_a_plugin_that_makes_no_law_is_refused(installed):
     """A factory that returns something else is an error that says what."""
-    with pytest.warns(Warn), pytest.raises(LawError, match="'nothing' made a dict"):
+    with pytest.warns(Warn), pytest.raises(LawError, match="'nothing' is a dict"):
         get_law("nothing")
 
 

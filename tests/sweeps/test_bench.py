@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankaware_optim import CalibrationError, Constant, Falling, LawError, LoRAPlus, MuA, Power, Reference
+from rankaware_optim import CalibrationError, Constant, Falling, LawError, MuA, Power, Reference
 from rankaware_optim.cli._bench_law import bench_law as bench
 from rankaware_optim.laws import DEFAULT_LAW
-from rankaware_optim.sweeps import COMPARED, DEMO_SWEEP, bench_law, law_of, score_table
+from rankaware_optim.sweeps import COMPARED, DEMO_SWEEP, bench_law, score_table
 from rankaware_optim.sweeps._bench import vertex_of
 
 LAWS = [MuA(), MuA(tokens=None), Constant(), Power(exponent=-0.5, law=Constant()), Power(exponent=0.25)]
@@ -162,85 +162,6 @@ def test_order_units_and_the_unit_of_the_rate_do_not_matter(rows, seed, offset, 
     moved = [{**row, "loss": scale * (row["loss"] + offset), "lr": row["lr"] * 3} for row in rows]
     shuffled = random.Random(seed).sample(moved, len(moved))
     assert octaves_of(shuffled) == pytest.approx(octaves_of(rows), abs=1e-6)
-
-
-# --- laws by text ---------------------------------------------------------------------------------------------------
-
-TEXTS = [
-    ("mua", MuA()),
-    ("mua-paper", MuA(tokens=None)),
-    (" mua ? tokens = 16 ", MuA(tokens=16.0)),
-    ("mua?tokens=none,ratio=2", MuA(tokens=None, ratio=2.0)),
-    ("mua?split=true", MuA(split=True)),
-    ("loraplus?ratio=4", LoRAPlus(4.0)),
-    ("power?exponent=-1,law=constant", Power(exponent=-1.0, law=Constant())),
-    ("power?exponent=-1,law=(mua?tokens=4,ratio=2)", Power(exponent=-1.0, law=MuA(tokens=4.0, ratio=2.0))),
-    ("power?law=(power?exponent=1,law=(mua?tokens=4))", Power(law=Power(exponent=1.0, law=MuA(tokens=4.0)))),
-    ("rankaware_optim:MuA", MuA()),
-    ("rankaware_optim.laws:LoRAPlus?ratio=2", LoRAPlus(2.0)),
-    ("test_law_module:HALF", Power(exponent=-0.5)),
-    ("test_law_module:HALF?exponent=2", Power(exponent=2.0)),
-]
-
-
-@pytest.fixture
-def own_module(tmp_path, monkeypatch):
-    """A module of one's own in the folder one stands in, with a law and things that are none."""
-    source = [
-        "from dataclasses import dataclass",
-        "from rankaware_optim import Constant, Power",
-        "HALF, WORD = Power(exponent=-0.5), 'word'",
-        "class Bare(Constant.__mro__[1]):",
-        "    name = 'bare'",
-        "    def multiplier(self, factor, reference):",
-        "        return 1.0",
-        "class Needs(Bare):",
-        "    def __init__(self, what): ...",
-        "class Negative(Bare):",
-        "    def multiplier(self, factor, reference):",
-        "        return -1.0",
-    ]
-    (tmp_path / "test_law_module.py").write_text("\n".join(source))
-    (tmp_path / "test_broken_module.py").write_text("raise RuntimeError('no weights here')")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
-    sys.modules.pop("test_law_module", None)
-
-
-@pytest.mark.parametrize(("text", "law"), TEXTS)
-def test_a_law_is_named_by_text(text, law, own_module):
-    """A registered name or package.module:Class, with parameters after "?"."""
-    assert law_of(text) == law
-    assert law_of(law) is law
-
-
-BAD_TEXTS = [
-    ("unheard-of", "Unknown law 'unheard-of'.*Known are"),
-    ("", "Unknown law ''"),
-    (7, "not 7"),
-    ("mua?token=16", "no parameter 'token'.*It has tokens"),
-    ("mua?tokens", "no parameter 'tokens'.*as in"),
-    ("mua?tokens=-1", "tokens=-1"),
-    ("mua?tokens=many", "tokens='many'"),
-    ("constant?x=1", "no parameter 'x'.*It has none"),
-    ("power?law=unheard-of", "Unknown law 'unheard-of'"),
-    ("nowhere_at_all:Law", "cannot be loaded: No module named 'nowhere_at_all'"),
-    ("rankaware_optim:NoSuchLaw", "cannot be loaded.*NoSuchLaw"),
-    ("rankaware_optim:Reference", "cannot be loaded"),
-    ("rankaware_optim:Survey", "is a Survey, not a Law.*Derive it"),
-    ("test_law_module:WORD", "is a str, not a Law"),
-    ("test_law_module:Needs", "cannot be loaded.*what"),
-    ("test_law_module:Bare?x=1", "no parameter 'x'.*It has none"),
-    ("test_broken_module:Law", "cannot be loaded: no weights here"),
-]
-
-
-@pytest.mark.parametrize(("text", "message"), BAD_TEXTS)
-def test_a_text_that_names_no_law_is_refused(text, message, own_module):
-    """Unknown names, parameters and modules are a law's errors, with what is known."""
-    with pytest.raises(LawError, match=message):
-        law_of(text)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from rankaware_optim import (
     Reference,
     inspect_model,
 )
-from rankaware_optim.laws._base import kappa
+from rankaware_optim.laws import kappa
 from rankaware_optim.testing._convention import distance, trained
 from rankaware_optim.transfer import Conversion, convert_lr, parse_reference
 

@@ -1,0 +1,38 @@
+"""Laws whose multipliers do not depend on the rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .._types import Factor, Reference
+from ._base import Law, check_parameter
+
+__all__ = ["Constant", "LoRAPlus"]
+
+
+@dataclass(frozen=True)
+class Constant(Law):
+    """One rate for everything: multiplier 1."""
+
+    name: ClassVar[str] = "constant"
+
+    def multiplier(self, factor: Factor, reference: Reference) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class LoRAPlus(Law):
+    """LoRA+: B learns `ratio` times as fast as A, at every rank; all else at the base rate.
+
+    η_A = η, η_B = ratio·η. Source: Hayou, Ghosh, Yu, "LoRA+" (ICML 2024), which recommends 16.
+    """
+
+    ratio: float = 16.0
+    name: ClassVar[str] = "loraplus"
+
+    def __post_init__(self) -> None:
+        check_parameter(self, "ratio", self.ratio)
+
+    def multiplier(self, factor: Factor, reference: Reference) -> float:
+        return self.ratio if factor.role == "B" else 1.0

@@ -1,0 +1,56 @@
+"""The table of optimizers: a class is known by its name along its bases, in every form that it comes in."""
+
+from __future__ import annotations
+
+import pytest
+
+from rankaware_optim._optimizers import _KNOWN, known_name, known_optimizer, optimizer_family
+from rankaware_optim.laws._updates import FORMS
+from rankaware_optim.transfer._suggest import RULES
+
+
+def named(name: str, *bases: type) -> type:
+    return type(name, bases or (object,), {})
+
+
+VARIANTS = [
+    ("PagedAdamW8bit", "adamw", "sign-like"),
+    ("PagedAdamW32bit", "adamw", "sign-like"),
+    ("PagedAdam", "adam", "sign-like"),
+    ("AdamW4bit", "adamw", "sign-like"),
+    ("AdamWFp8", "adamw", "sign-like"),
+    ("Lion8bit", "lion", "sign-like"),
+    ("PagedLion32bit", "lion", "sign-like"),
+    ("RMSprop8bit", "rmsprop", "sign-like"),
+    ("SGD8bit", "sgd", "gradient-like"),
+    ("LAMB8bit", "lamb", "relative-scale"),
+    ("LARS8bit", "lars", "first-step"),
+    ("AdamWScheduleFree", "adamwschedulefree", "sign-like"),
+    ("Muon", "muon", "spectral"),
+    ("AdamMini", "", "unknown"),
+]
+
+
+@pytest.mark.parametrize(("name", "known", "family"), VARIANTS)
+def test_what_keeps_its_state_in_fewer_bits_is_its_base(name, known, family):
+    """8-bit, 4-bit, fp8 and paged variants are of their base's family, and so are their subclasses."""
+    assert known_name(name) == known
+    assert optimizer_family(named(name)) == optimizer_family(named("Mine", named(name))) == family
+
+
+def test_settings_decide_where_the_class_does_not():
+    """Adafactor without parameter scale is sign-like, and torch_optimizer's LARS without decay is SGD."""
+    lars = type("LARS", (), {"__module__": "torch_optimizer.lars"})
+    assert optimizer_family(named("Adafactor")) == "relative-scale"
+    assert optimizer_family(named("Adafactor"), {"scale_parameter": False}) == "sign-like"
+    assert optimizer_family(lars) == "gradient-like"
+    assert optimizer_family(lars, {"weight_decay": 0.1}) == optimizer_family(named("LARS")) == "first-step"
+
+
+@pytest.mark.parametrize("name", _KNOWN)
+def test_every_row_speaks_of_what_exists(name):
+    """A row's family has a form, and its relation to AdamW has a rule; one that cannot have rates says why."""
+    row = known_optimizer(name)[1]
+    assert row.family in FORMS
+    assert not row.relation or row.relation in RULES
+    assert bool(row.one_rate) == (row.family == "unknown")
