@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from .errors import RankAwareError, RankAwareWarning
+from ._warn import warn
+from .errors import RankAwareError
 
 __all__ = ["Registry"]
 
@@ -59,7 +59,5 @@ def _load(point: EntryPoint) -> Callable[..., Any] | None:
         factory: Callable[..., Any] = point.load()
         return factory
     except Exception as error:  # a stranger's package may raise anything on import
-        warnings.warn(
-            f"The plug-in {point.name!r} ({point.value}) could not be loaded: {error}.", RankAwareWarning, stacklevel=5
-        )
+        warn(f"The plug-in {point.name!r} ({point.value}) could not be loaded: {error}.")
         return None

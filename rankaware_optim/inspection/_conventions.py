@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .._registry import Registry
 from .._types import Init
-from ..errors import InspectionError, RankAwareWarning
+from .._warn import warn
+from ..errors import InspectionError
 
 __all__ = [
     "CONVENTIONS",
@@ -261,7 +261,7 @@ def _installed() -> Iterable[Convention]:
         except InspectionError as error:  # of a package that the user may not even know of
             if name not in _LEFT_OUT:
                 _LEFT_OUT.add(name)
-                warnings.warn(f"The plug-in convention {name!r} is left out: {error}", RankAwareWarning, stacklevel=2)
+                warn(f"The plug-in convention {name!r} is left out: {error}")
         else:
             yield row
 

@@ -87,7 +87,7 @@ def user_groups(params: Any, model: nn.Module, walked: Walk, first: int = 0) -> 
 
 
 def _user_group(group: Mapping[str, Any], number: int, names: Mapping[int, str]) -> UserGroup:
-    group = _own_settings(group)
+    group = own_settings(group)
     listed = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
     given = list(group.get("param_names") or [None] * len(listed))
     if "lr" in group:
@@ -106,7 +106,7 @@ def _user_group(group: Mapping[str, Any], number: int, names: Mapping[int, str])
     return UserGroup(named, {k: v for k, v in group.items() if k not in ("params", "param_names")})
 
 
-def _own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+def own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group as its user means it: what this package wrote into it is taken out, its rate the base rate again."""
     ours = "rankaware_format" in group
     clash = next((key for key in TAGS if key in group), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -11,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 from .._checks import check_lr
 from .._optimizers import optimizer_family
 from .._types import Factor, Method, Reference, Survey
-from ..errors import OptimizerError, RankAwareWarning
+from .._warn import warn
+from ..errors import OptimizerError
 from ..laws import DEFAULT_LAW, Law, checked_multiplier, get_law, known_family
 from ..recipe import Recipe
 
@@ -165,7 +165,7 @@ def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: M
             "Adapters with neither factor zero (PiSSA, OLoRA, LoRA-GA, or trained ones of undeclared init) stay at the "
             "base rate, since no law covers them: name their init by init='A' or 'B' if you know it."
         )
-        warnings.warn(notes[-1], RankAwareWarning, stacklevel=4)
+        warn(notes[-1])
     if "unknown" in inits:
         notes.append("The init of some adapters could not be read; they count as Init[A].")
     others = {f.init for f in survey.factors if f.kind != "embedding"} & {"A", "B"} - {reference.init}

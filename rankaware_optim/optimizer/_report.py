@@ -135,7 +135,7 @@ def _row(group: Mapping[str, Any], plan: Plan, factors: Mapping[str, Factor]) ->
         scaling=group.get("lora_scale") if role in ("A", "B") else None,
         init=group.get("lora_init") if role in ("A", "B") else None,
         count=len(group["params"]),
-        base_lr=float(group["lr"]),
+        base_lr=effective_lr(group) / group.get("rank_multiplier", 1.0),
         multiplier=group.get("rank_multiplier", 1.0),
         lr=effective_lr(group),
         reason=_reason(group, plan),

@@ -85,7 +85,7 @@ def fit_checkpoint(
     changed_law, numbers = False, count()
     for group in param_groups:
         theirs = _source(group, [groups[number] for number in {saved[name].group: 0 for name in group["param_names"]}])
-        keys, before = [], len(carried)
+        keys = []
         for name, param in zip(group["param_names"], group["params"], strict=True):
             source = groups[saved[name].group]
             match = _Match(name, param, group, source, state.get(saved[name].key), shapes.get(name))

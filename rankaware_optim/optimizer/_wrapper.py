@@ -23,7 +23,17 @@ from ..errors import OptimizerError
 from ..inspection import survey_of, walk
 from ..laws import Law, law_words
 from ..recipe import Recipe
-from ._param_groups import PlannedGroup, UserGroup, model_of, multiply_for_native, set_ratio, split, user_groups
+from ._param_groups import (
+    TAGS,
+    PlannedGroup,
+    UserGroup,
+    model_of,
+    multiply_for_native,
+    own_settings,
+    set_ratio,
+    split,
+    user_groups,
+)
 from ._plan import Plan, PlanOptions, make_plan
 from ._report import Report, make_report
 from ._state_dict import Carried, OnRankChange, check_on_rank_change, fit_checkpoint
@@ -112,6 +122,11 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     _rankaware: _Wrap
     _rankaware_native: type[Optimizer]
     _rankaware_model: weakref.ref[nn.Module]
+    _rankaware_step: Callable[..., Any]
+    _rankaware_stepping: bool  # inside a step, whose native step may call self.step
+    _rankaware_unchecked: bool  # since it was built, loaded or extended: are the parameters those that train?
+    _rankaware_watched: int  # the number of a group of adapters
+    _rankaware_idle: bool  # its first parameter had no gradient at the last step
 
     def __new__(
         cls,
@@ -166,6 +181,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         order = tuple(group.names for group in own)
         opt._rankaware = _Wrap(plan, init, on_rank_change, scale_weight_decay, order, survey)
         opt._rankaware_model = weakref.ref(model)
+        adapters = [i for i, group in enumerate(opt.param_groups) if group["lora_role"] in ("A", "B")]
+        opt._rankaware_watched = adapters[0] if adapters else 0
         _LIVE.add(opt)
         return opt
 
@@ -198,6 +215,10 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             native.add_param_group(self, param_group)
             return
         model = _held_model(self)
+        if model is None and "rankaware_format" in param_group:
+            tags = {key: param_group[key] for key in TAGS if key in param_group}
+            native.add_param_group(self, {**own_settings(param_group), **tags})
+            return
         if model is None:
             raise OptimizerError(
                 "This optimizer, a copy or one that outlived it, does not hold its model, so a new group has no rate.",
@@ -259,6 +280,7 @@ def _subclass(native: type[Optimizer]) -> Any:
         namespace |= {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
         namespace |= {"_rankaware_native": native, "step": _step_of(native)}
         namespace |= {"_rankaware_stepping": False, "_rankaware_unchecked": True, "_rankaware_idle": False}
+        namespace |= {"_rankaware_watched": 0}
         _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
     return _SUBCLASSES[native]
 
@@ -315,7 +337,7 @@ def _step_of(native: type[Optimizer]) -> Callable[..., Any]:
         if self._rankaware_stepping:  # the native step calls self.step
             return stepped(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            idle = self.param_groups[-1]["params"][-1].grad is None
+            idle = self.param_groups[self._rankaware_watched]["params"][0].grad is None
             if self._rankaware_unchecked or (idle and not self._rankaware_idle):
                 _check_parameters(self)
             self._rankaware_idle = idle
@@ -341,8 +363,8 @@ def _multiply(opt: Any, held: Held) -> None:
     bases = [group["lr"] for group in groups]
     multipliers = [group.get("rank_multiplier", 1.0) for group in groups]
     rates: Sequence[Any]
-    if all(isinstance(base, torch.Tensor) for base in bases):
-        rates = torch._foreach_mul(bases, multipliers)  # one call for all groups
+    if not torch.compiler.is_compiling() and all(isinstance(base, torch.Tensor) for base in bases):
+        rates = torch._foreach_mul(bases, multipliers)  # one call for all groups; compiled, a graph of its own
     else:
         rates = [base * multiplier for base, multiplier in zip(bases, multipliers, strict=True)]
     for group, base, rate, multiplier in zip(groups, bases, rates, multipliers, strict=True):

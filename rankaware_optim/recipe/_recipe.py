@@ -16,7 +16,8 @@ import torch
 
 from .._scaling_rule import GAMMA, Scaling
 from .._types import Method, Reference, Survey
-from ..errors import RankAwareError, RankAwareWarning, RecipeError
+from .._warn import warn
+from ..errors import RankAwareError, RecipeError
 from ..laws import Power, checked_multiplier, law_changes
 from . import _io as recipe_files
 from . import _schema as recipe_toml
@@ -223,7 +224,7 @@ class Recipe:
     def _warn_once(self, outside: list[str]) -> None:
         if not self.__dict__.get("_warned"):
             object.__setattr__(self, "_warned", True)
-            warnings.warn(f"Recipe {self.name!r} extrapolates: {outside[0]}.", RankAwareWarning, stacklevel=3)
+            warn(f"Recipe {self.name!r} extrapolates: {outside[0]}.")
 
     # --- files ------------------------------------------------------------------------------------------------------
 

@@ -39,10 +39,11 @@ def test_the_report_lists_every_group():
     rows = make_report(groups, made, "title", inspect_model(model)).rows
     seen = [(r.role, r.rank, r.scaling, r.init, r.count) for r in rows]
     lora = [(role, rank, 1.0, "A", 1) for rank in (4, 8) for role in "AB"]
-    assert seen == [("other", None, None, None, 1), *lora, ("other", None, None, None, 1)]
-    assert [(r.multiplier, r.lr) for r in rows] == [(g["lr_multiplier"], g["lr"]) for g in groups]
-    assert rows[0].reason == "no LoRA factor: the base rate"
-    assert rows[1].reason == "falling: from rank 16, alpha 16, Init[A]"
+    assert seen == [*lora, ("other", None, None, None, 1), ("other", None, None, None, 1)]
+    assert [(r.multiplier, r.lr) for r in rows] == [(g["rank_multiplier"], g["lr"]) for g in groups]
+    assert [r.base_lr for r in rows] == pytest.approx([LR] * len(rows))
+    assert rows[0].reason == "falling: from rank 16, alpha 16, Init[A]"
+    assert rows[-2].reason == "no LoRA factor: the base rate"
     assert rows[-1].reason == "a rate of its own, by rates="
     assert rows[-1].names == ("head.bias",)
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from rankaware_optim import CheckpointError, RankAwareOptimizer, RankAwareWarning, Reference, to_plain_state_dict
-from rankaware_optim.optimizer import convert_scheduler_state
+from rankaware_optim.optimizer import rank_aware_param_groups
 
 from ..helpers.models import mlp, same, snapshot, train
 
@@ -29,17 +29,13 @@ KINDS = [
 SCHEDULES = [
     lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
     lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=20),
-    lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=scaled(opt, 0.1), total_steps=30, cycle_momentum=False),
+    lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=30, cycle_momentum=False),
     lambda opt: lr_scheduler.SequentialLR(
         opt, [lr_scheduler.LinearLR(opt, 0.1, total_iters=3), lr_scheduler.ExponentialLR(opt, 0.9)], milestones=[3]
     ),
 ]
 each_kind = pytest.mark.parametrize(("kind", "options"), KINDS)
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=["lambda", "cosine", "onecycle", "sequential"])
-
-
-def scaled(opt, value):
-    return opt.scaled(value) if isinstance(opt, RankAwareOptimizer) else value
 
 
 def ours(model, kind=torch.optim.AdamW, **options):
@@ -103,8 +99,8 @@ GIVEN = {
 
 @pytest.mark.parametrize("given", GIVEN.values(), ids=list(GIVEN))
 @each_kind
-def test_a_plain_checkpoint_is_adopted_and_multiplied(kind, options, given):
-    """A native optimizer's checkpoint brings its moments, and its rates are multiplied group by group."""
+def test_a_plain_checkpoint_is_adopted(kind, options, given):
+    """A native optimizer's checkpoint brings its moments, and its rates are base rates."""
     model = mlp((4, 8))
     native = kind(given(model), lr=0.25, **options)
     train(model, native, steps=3)
@@ -114,22 +110,38 @@ def test_a_plain_checkpoint_is_adopted_and_multiplied(kind, options, given):
     base = {p: group["lr"] for group in native.param_groups for p in group["params"]}
     for group in opt.param_groups:
         for param in group["params"]:
-            assert group["lr"] == base[param] * group["lr_multiplier"]
+            assert group["lr"] == base[param]
             assert alike(dict(opt.state[param]), dict(native.state[param]))
     train(model, opt, steps=1)
 
 
 @each_kind
-def test_the_way_back_to_a_plain_optimizer(kind, options):
-    """to_plain_state_dict loads into the native class, which then holds the base rate and the same moments."""
+def test_the_way_back_to_a_native_optimizer(kind, options):
+    """Loaded into native groups, the plain state goes on as the rank-aware optimizer does, step by step."""
+    model = mlp((4, 8))
+    opt = ours(model, kind, **options)
+    scheduler = lr_scheduler.ExponentialLR(opt, 0.5)
+    step(model, opt, scheduler, 3)
+    again = copy.deepcopy(model)
+    native = kind(rank_aware_param_groups(again, lr=1.0, tuned_at=AT, init="A"), lr=1.0, **options)
+    native.load_state_dict(saved(to_plain_state_dict(opt)))
+    assert not {"rank_multiplier", "lora_rank", "user_group"} & native.param_groups[0].keys()
+    train(model, opt, steps=1)
+    train(again, native, steps=1)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@each_kind
+def test_the_way_back_to_groups_of_ones_own(kind, options):
+    """own_groups=True gives the user's own groups at the base rate, with the same moments."""
     model = mlp((4, 8))
     opt = ours(model, kind, **options)
     train(model, opt, steps=3)
     native = kind(trainable(model), lr=1.0, **options)
-    native.load_state_dict(saved(to_plain_state_dict(opt)))
-    assert [group["lr"] for group in native.param_groups] == [pytest.approx(LR, rel=1e-12)]
+    native.load_state_dict(saved(to_plain_state_dict(opt, own_groups=True)))
+    assert [group["lr"] for group in native.param_groups] == [LR]
     assert all(alike(native.state[p], opt.state[p]) for p in trainable(model))
-    assert not {"lr_multiplier", "lora_rank", "user_group"} & native.param_groups[0].keys()
 
 
 def test_the_way_back_in_the_order_of_all_parameters():
@@ -142,41 +154,35 @@ def test_the_way_back_in_the_order_of_all_parameters():
     assert all(alike(native.state[p], opt.state[p]) for p in trainable(model))
 
 
-def test_there_and_back_changes_no_bit_of_state():
-    """Ours to plain to ours keeps moments to the bit and rates to rounding."""
+def test_there_and_back_changes_no_bit():
+    """Ours to the user's own groups to ours keeps moments and rates to the bit."""
     model = mlp((4, 8))
     opt = ours(model)
     train(model, opt, steps=3)
     again = ours(model)
-    again.load_state_dict(to_plain_state_dict(opt))
-    assert alike(again.state_dict()["state"], opt.state_dict()["state"])
-    rates = [[group["lr"] for group in o.param_groups] for o in (opt, again)]
-    assert rates[0] == pytest.approx(rates[1], rel=1e-12)
+    again.load_state_dict(to_plain_state_dict(opt, own_groups=True))
+    assert alike(again.state_dict(), opt.state_dict())
 
 
 @each_schedule
-def test_a_schedulers_state_moves_both_ways(schedule):
-    """A plain scheduler's state, converted, continues on ours as if it had been there, and comes back."""
+def test_a_plain_runs_scheduler_goes_on(schedule):
+    """A plain optimizer's state and its scheduler's load as they are, and every rate is the plain run's × the law's."""
     model = mlp((4, 8))
     native = torch.optim.AdamW(trainable(model), lr=LR)
     plain = schedule(native)
+    step(model, native, plain, 4)
     opt = ours(model)
     mine = schedule(opt)
-    for _ in range(4):
-        for scheduler in (plain, mine):
-            scheduler.optimizer.step()
-            scheduler.step()
-    fresh = ours(model)
-    moved = schedule(fresh)
-    fresh.load_state_dict(native.state_dict())
-    moved.load_state_dict(convert_scheduler_state(plain.state_dict(), fresh))
-    for scheduler in (moved, mine):
+    opt.load_state_dict(saved(native.state_dict()))
+    state = plain.state_dict()
+    for part in (state, *state.get("_schedulers", ())):
+        for key in {"base_lrs", "_last_lr", "lr_lambdas"} & part.keys():
+            part[key] = opt.expand(part[key])
+    mine.load_state_dict(state)
+    for scheduler in (plain, mine):
         scheduler.optimizer.step()
         scheduler.step()
-    assert [g["lr"] for g in fresh.param_groups] == pytest.approx([g["lr"] for g in opt.param_groups], rel=1e-12)
-    back = convert_scheduler_state(convert_scheduler_state(plain.state_dict(), opt), opt, to="plain")
-    assert back["last_epoch"] == plain.state_dict()["last_epoch"]
-    assert back.get("base_lrs", [LR]) == pytest.approx(plain.state_dict().get("base_lrs", [LR]), rel=1e-12)
+    assert {g["lr"] for g in opt.param_groups} == {native.param_groups[0]["lr"]}
 
 
 # --- another rank ---------------------------------------------------------------------------------------------------
@@ -202,17 +208,18 @@ def test_another_rank_is_refused_with_both_numbers(kind, options, before, after)
 @pytest.mark.parametrize("tags", [True, False], ids=["ours", "plain"])
 @each_rank
 def test_resize_carries_the_shared_directions(before, after, tags):
-    """Moments are truncated or padded with zeros along the rank, and unchanged parameters keep theirs."""
+    """Moments are truncated or padded along the rank, second moments by their mean. Other parameters keep theirs."""
     model, wider = mlp((before, 8)), mlp((after, 8))
     opt = ours(model)
     train(model, opt, steps=3)
     other = ours(wider, on_rank_change="resize")
-    other.load_state_dict(opt.state_dict() if tags else to_plain_state_dict(opt))
+    other.load_state_dict(opt.state_dict() if tags else to_plain_state_dict(opt, own_groups=True))
     both = min(before, after)
     for key in ("exp_avg", "exp_avg_sq"):
         a, b = opt.state[model.layer0.lora_A][key], other.state[wider.layer0.lora_A][key]
         assert torch.equal(a[:both], b[:both])
-        assert not b[both:].any()
+        new = a.mean() if key == "exp_avg_sq" else torch.zeros(())
+        torch.testing.assert_close(b[both:], new.expand_as(b[both:]))
         a, b = opt.state[model.layer0.lora_B][key], other.state[wider.layer0.lora_B][key]
         assert torch.equal(a[:, :both], b[:, :both])
         assert torch.equal(opt.state[model.layer1.lora_A][key], other.state[wider.layer1.lora_A][key])
@@ -224,16 +231,16 @@ def test_resize_carries_the_shared_directions(before, after, tags):
 
 @pytest.mark.parametrize("policy", ["reset", "resize"])
 @each_kind
-def test_rates_are_derived_anew_at_another_rank(kind, options, policy):
-    """After a change of rank every rate is the schedule's factor times what a fresh optimizer has."""
+def test_multipliers_are_of_the_new_rank(kind, options, policy):
+    """After a change of rank the base rate is the schedule's, and every multiplier what a fresh optimizer has."""
     model = mlp((4, 8))
     opt = ours(model, kind, **options)
     scheduler = lr_scheduler.ExponentialLR(opt, 0.5)
     step(model, opt, scheduler, 2)
     other = ours(mlp((16, 8)), kind, on_rank_change=policy, **options)
-    expected = [group["lr"] / 4 for group in other.param_groups]
+    expected = [(LR / 4, group["rank_multiplier"]) for group in other.param_groups]
     other.load_state_dict(saved(opt.state_dict()))
-    assert [group["lr"] for group in other.param_groups] == pytest.approx(expected, rel=1e-12)
+    assert [(group["lr"], group["rank_multiplier"]) for group in other.param_groups] == expected
 
 
 def test_reset_starts_changed_factors_anew():
@@ -252,47 +259,53 @@ def test_reset_starts_changed_factors_anew():
 # --- another law ----------------------------------------------------------------------------------------------------
 
 
-def test_another_law_keeps_the_saved_rates_and_says_so():
-    """At equal rank a resume is bit-identical under whatever law, with a warning."""
-    model = mlp((4, 8))
-    opt = ours(model)
-    train(model, opt, steps=2)
-    again = copy.deepcopy(model)
-    other = ours(again, law="loraplus")
-    with pytest.warns(RankAwareWarning, match="another law"):
-        other.load_state_dict(saved(opt.state_dict()))
-    train(model, opt, steps=2)
-    train(again, other, steps=2)
-    assert same(snapshot(model), snapshot(again))
-
-
-def test_another_law_rederives_on_request():
-    """on_law_change="rederive" gives the new law's rates, times the schedule's factor."""
+def test_another_law_multiplies_the_saved_base_rate_and_says_so():
+    """At equal rank the base rate is the checkpoint's, the multipliers are this optimizer's, and a warning says so."""
     model = mlp((4, 8))
     opt = ours(model)
     for group in opt.param_groups:
         group["lr"] *= 0.5
-    other = ours(mlp((4, 8)), law="loraplus", on_law_change="rederive")
-    expected = {g["param_names"][0]: g["lr"] / 2 for g in other.param_groups}
-    train(model, opt, steps=1)
-    other.load_state_dict(saved(opt.state_dict()))
-    assert {g["param_names"][0]: g["lr"] for g in other.param_groups} == pytest.approx(expected, rel=1e-12)
+    train(model, opt, steps=2)
+    other = ours(mlp((4, 8)), law="loraplus")
+    expected = [group["rank_multiplier"] for group in other.param_groups]
+    with pytest.warns(RankAwareWarning, match="another law") as caught:
+        other.load_state_dict(saved(opt.state_dict()))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert {group["lr"] for group in other.param_groups} == {LR / 2}
+    assert [group["rank_multiplier"] for group in other.param_groups] == expected
 
 
-def test_a_finer_cut_is_kept():
-    """Rates saved layer by layer survive in an optimizer that would merge the layers."""
+def test_a_checkpoint_of_the_format_before_is_read():
+    """Rates of format 1 were multiplied: they are divided back, scheduler keys too, and training goes on the same."""
+    model = mlp((4, 8))
+    opt = ours(model)
+    train(model, opt, steps=2)
+    old = saved(opt.state_dict())
+    for group in old["param_groups"]:
+        multiplier = group.pop("rank_multiplier")
+        group |= {"lr_multiplier": multiplier, "lr": LR * multiplier, "rankaware_format": 1}
+        group["initial_lr"] = 2 * LR * multiplier
+    other = ours(copy.deepcopy(model))
+    other.load_state_dict(old)
+    for group, own in zip(other.param_groups, opt.param_groups, strict=True):
+        assert group["lr"] == pytest.approx(LR, rel=1e-12)
+        assert group["initial_lr"] == pytest.approx(2 * LR, rel=1e-12)
+        assert group["rank_multiplier"] == own["rank_multiplier"]
+        assert "lr_multiplier" not in group
+
+
+def test_saved_groups_that_differ_are_not_merged():
+    """Parameters that had two rates are not put into one group with one of them."""
     wide = nn.Sequential(mlp((4,), head=False), nn.Linear(16, 32), mlp((4,), width=32, head=False), nn.Linear(32, 3))
     opt = ours(wide, per_layer_width=True)
     train(wide, opt, steps=2)
-    again = copy.deepcopy(wide)
-    other = ours(again)
-    count = len(other.param_groups)
+    other = ours(copy.deepcopy(wide))
     with pytest.warns(RankAwareWarning, match="another law"):
         other.load_state_dict(saved(opt.state_dict()))
-    assert len(other.param_groups) > count
-    train(wide, opt, steps=2)
-    train(again, other, steps=2)
-    assert same(snapshot(wide), snapshot(again))
+    opt.param_groups[0]["lr"] /= 2
+    with pytest.raises(CheckpointError, match="come from saved groups of different lr"):
+        ours(copy.deepcopy(wide)).load_state_dict(saved(opt.state_dict()))
 
 
 # --- bad checkpoints ------------------------------------------------------------------------------------------------
@@ -330,7 +343,7 @@ def test_bad_checkpoints_are_refused(make, message):
     assert alike(before, opt.state_dict())
 
 
-@pytest.mark.parametrize("option", ["on_rank_change", "on_law_change"])
+@pytest.mark.parametrize("option", ["on_rank_change"])
 def test_unknown_policies_are_refused(option):
     """A policy that does not exist is refused at construction, with those that do."""
     with pytest.raises(CheckpointError, match=f"{option} is 'guess'.*Choose one of"):
@@ -370,7 +383,7 @@ def test_copies_keep_plan_policies_and_checks(copied):
     twin = copied(opt)
     assert isinstance(twin, torch.optim.AdamW)
     assert str(twin.report()) == str(opt.report())
-    assert twin.scaled(1.0) == opt.scaled(1.0)
+    assert twin.expand([1.0]) == opt.expand([1.0])
     source = mlp((16, 8))
     wider = ours(source)
     train(source, wider, steps=1)

@@ -666,7 +666,7 @@ def test_a_resume_under_another_recipe_is_said_once(change, policy):
         other.load_state_dict(opt.state_dict())
     assert len(caught) == 1
     assert all(hashed(made) in str(caught[0].message) for made in (first, second))
-    bases = [g["lr"] / g["lr_multiplier"] for g in other.param_groups]
+    bases = [g["lr"] / g["rank_multiplier"] for g in other.param_groups]
     assert bases == pytest.approx([first.lr] * len(bases))
     assert {g["rankaware_recipe"] for g in other.param_groups} == {first.tag}
 

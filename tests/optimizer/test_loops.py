@@ -1,0 +1,489 @@
+"""The step multiplies: whoever sets rates, by a scheduler or by hand, parameters move at base rate × the law's."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
+
+from rankaware_optim import (
+    Constant,
+    OptimizerError,
+    Power,
+    RankAwareOptimizer,
+    RankAwareWarning,
+    Reference,
+    rank_aware_param_groups,
+)
+from rankaware_optim._warn import warn
+from rankaware_optim.optimizer import effective_lr
+
+from ..helpers.models import PlainLoRA, mlp, train
+
+LR, STEPS = 0.5, 8
+LAW = {"law": Power(exponent=-0.5, law=Constant()), "tuned_at": Reference(rank=4, alpha=4), "init": "A"}
+WANTED = {"small": 1.0, "large": 0.25, "head": 1.0}
+
+
+class Model(nn.Module):
+    """Pairs of rank 4 and 64 and a head, in float64. All gradients will be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = (PlainLoRA(nn.Linear(8, 8), rank).double() for rank in (4, 64))
+        self.head = nn.Linear(8, 2, bias=False, dtype=torch.float64)
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def moved(model, opt, closure=None):
+    """How far each parameter moved in one step with gradients of one: SGD's rate."""
+    named = trained(model)
+    before = {name: p.detach().clone() for name, p in named.items()}
+    for p in named.values():
+        p.grad = torch.ones_like(p)
+    opt.step() if closure is None else opt.step(closure)
+    return {name: (before[name] - p.detach()).flatten()[0].item() for name, p in named.items()}
+
+
+def assert_at(model, rates, base):
+    """Every parameter moved by the base rate times what the law says of its rank."""
+    wanted = {name: base * WANTED[name.partition(".")[0]] for name in trained(model)}
+    assert rates == pytest.approx(wanted, rel=1e-9)
+
+
+def by_class(model, kind=torch.optim.SGD, **options):
+    return RankAwareOptimizer(model, kind, **{"lr": LR, **LAW} | options)
+
+
+def by_instance(model, kind=torch.optim.SGD, **options):
+    lr = options.pop("lr", LR)
+    return RankAwareOptimizer(kind(trained(model).values(), lr=lr), model=model, **LAW | options)
+
+
+each_form = pytest.mark.parametrize("form", [by_class, by_instance])
+
+
+# --- schedulers and hand-written loops ------------------------------------------------------------------------------
+
+
+def stepped(make):
+    """A scheduler that is stepped after the optimizer."""
+
+    def start(opt):
+        scheduler = make(opt)
+        return lambda step: scheduler.step()
+
+    return start
+
+
+def plateau(opt):
+    scheduler = lr_scheduler.ReduceLROnPlateau(opt, factor=0.5, patience=0, min_lr=LR / 4)
+    return lambda step: scheduler.step(1.0)
+
+
+def filled(opt):
+    shared = torch.tensor(LR, dtype=torch.float64)
+    for group in opt.param_groups:
+        group["lr"] = shared
+    return lambda step: shared.fill_(LR / (2 + step))
+
+
+def assigned(opt):
+    def set_rates(step):
+        for group in opt.param_groups:
+            group["lr"] = LR * math.cos(step / STEPS)
+
+    return set_rates
+
+
+def multiplied(opt):
+    def set_rates(step):
+        for group in opt.param_groups:
+            group["lr"] *= 0.9
+
+    return set_rates
+
+
+def sequence(opt):
+    parts = [lr_scheduler.LinearLR(opt, total_iters=3), SWALR(opt, swa_lr=LR / 10)]
+    return lr_scheduler.SequentialLR(opt, parts, [3])
+
+
+LOOPS = {
+    "LambdaLR": stepped(lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))),
+    "CosineAnnealingLR": stepped(lambda opt: lr_scheduler.CosineAnnealingLR(opt, STEPS, eta_min=LR / 10)),
+    "restarts": stepped(lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 3, eta_min=LR / 10)),
+    "OneCycleLR": stepped(lambda opt: lr_scheduler.OneCycleLR(opt, 2 * LR, STEPS + 1, cycle_momentum=False)),
+    "CyclicLR": stepped(lambda opt: lr_scheduler.CyclicLR(opt, LR / 10, LR, 3, cycle_momentum=False)),
+    "PolynomialLR": stepped(lambda opt: lr_scheduler.PolynomialLR(opt, STEPS + 1)),
+    "SWALR after a warm-up": stepped(sequence),
+    "ReduceLROnPlateau": plateau,
+    "a tensor filled in place": filled,
+    "rates assigned": assigned,
+    "rates multiplied": multiplied,
+}
+
+
+@each_form
+@pytest.mark.parametrize("loop", LOOPS)
+def test_parameters_move_at_the_laws_rate_in_every_loop(loop, form):
+    """The base rate is what the loop gives a plain group. Each parameter moves at it times the law's multiplier."""
+    model, lone = Model(), nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    opt, plain = form(model), torch.optim.SGD([lone], lr=LR)
+    advance, beside = LOOPS[loop](opt), LOOPS[loop](plain)
+    for step in range(STEPS):
+        before = lone.item()
+        lone.grad = torch.ones_like(lone)
+        plain.step()
+        assert_at(model, moved(model, opt), before - lone.item())
+        advance(step)
+        beside(step)
+
+
+def test_native_groups_lose_the_law_where_rates_are_set():
+    """The check can fail: groups multiplied by hand, under a loop that assigns rates, no longer follow the law."""
+    model = Model()
+    opt = torch.optim.SGD(rank_aware_param_groups(model, lr=LR, **LAW), lr=LR)
+    assert_at(model, moved(model, opt), LR)
+    assigned(opt)(0)
+    with pytest.raises(AssertionError):
+        assert_at(model, moved(model, opt), LR)
+
+
+def test_rates_of_their_own_are_scheduled_too():
+    """A rate by pattern is a ratio to the base rate, and moves with it."""
+    model = Model()
+    opt = by_class(model, rates={"head*": LR / 8})
+    for group in opt.param_groups:
+        group["lr"] = LR / 2
+    rates = moved(model, opt)
+    assert rates["head.weight"] == pytest.approx(LR / 16)
+    assert rates["large.lora_A"] == pytest.approx(LR / 8)
+
+
+def test_a_list_of_the_users_groups():
+    """Groups keep the user's order, and `expand` makes of a list for them one for the groups here."""
+    model = Model()
+    pairs, head = [*model.large.parameters(), *model.small.parameters()], [model.head.weight]
+    groups = [{"params": head}, {"params": [p for p in pairs if p.requires_grad], "lr": LR / 2}]
+    opt = RankAwareOptimizer(groups, torch.optim.SGD, model=model, lr=LR, **LAW)
+    assert [g["user_group"] for g in opt.param_groups] == [0, 1, 1, 1, 1]
+    lr_scheduler.LambdaLR(opt, opt.expand([lambda step: 1.0, lambda step: 0.5]))
+    rates = moved(model, opt)
+    assert rates["head.weight"] == pytest.approx(LR)
+    assert rates["large.lora_A"] == pytest.approx(LR / 16)
+    with pytest.raises(OptimizerError, match="3 values were given for 2 groups"):
+        opt.expand([1, 2, 3])
+
+
+# --- the step -------------------------------------------------------------------------------------------------------
+
+
+@each_form
+def test_a_closure_runs_at_base_rates_and_may_set_them(form):
+    """A closure sees the base rates, what it sets is trained at, and the base rates are there afterwards."""
+    model, seen = Model(), []
+    opt = form(model)
+
+    def closure():
+        seen.append({group["lr"] for group in opt.param_groups})
+        for group in opt.param_groups:
+            group["lr"] = LR / 4
+        return torch.zeros(())
+
+    assert_at(model, moved(model, opt, closure), LR / 4)
+    assert seen == [{LR}]
+    assert {group["lr"] for group in opt.param_groups} == {LR / 4}
+
+
+@pytest.mark.parametrize("where", ["step", "closure"])
+def test_an_exception_leaves_the_base_rates(where):
+    """After an error inside the step or its closure the groups hold what they held, and the next step is right."""
+    model = Model()
+    opt = by_class(model, Failing)
+
+    def closure():
+        raise ValueError("stop")
+
+    Failing.fails = where == "step"
+    with pytest.raises(ValueError, match="stop"):
+        opt.step(closure if where == "closure" else None)
+    Failing.fails = False
+    assert {group["lr"] for group in opt.param_groups} == {LR}
+    assert_at(model, moved(model, opt), LR)
+
+
+class Failing(torch.optim.SGD):
+    fails = False
+
+    def step(self, closure=None):
+        if self.fails:
+            raise ValueError("stop")
+        return super().step(closure)
+
+
+class Twice(torch.optim.SGD):
+    """Its step calls self.step once more for half of the way, as some line searches do."""
+
+    inner = False
+
+    def step(self, closure=None):
+        if self.inner:
+            return super().step(closure)
+        self.inner = True
+        try:
+            return self.step(closure)
+        finally:
+            self.inner = False
+
+
+def test_a_step_that_calls_itself_multiplies_once():
+    """An optimizer whose step calls self.step moves at the multiplier, not at its square."""
+    model = Model()
+    assert_at(model, moved(model, by_class(model, Twice)), LR)
+
+
+class Decaying(torch.optim.SGD):
+    """Halves its own rate in every step, after using it."""
+
+    def step(self, closure=None):
+        done = super().step(closure)
+        for group in self.param_groups:
+            group["lr"] = group["lr"] / 2
+        return done
+
+
+def test_what_the_optimizer_writes_itself_is_kept():
+    """A rate that the native step writes is the next base rate."""
+    model = Model()
+    opt = by_class(model, Decaying)
+    assert_at(model, moved(model, opt), LR)
+    assert_at(model, moved(model, opt), LR / 2)
+
+
+@each_form
+def test_hooks_run_once(form):
+    """Every pre- and post-hook of a step runs once, also where the native class was stepped before."""
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR).step()
+    model, calls = Model(), []
+    opt = form(model)
+    opt.register_step_pre_hook(lambda *_: calls.append("before"))
+    opt.register_step_post_hook(lambda *_: calls.append("after"))
+    moved(model, opt)
+    assert calls == ["before", "after"]
+
+
+def test_a_tensor_rate_keeps_its_identity():
+    """One tensor rate shared by all groups is the same tensor with the same value after a step."""
+    model = Model()
+    rate = torch.tensor(LR, dtype=torch.float64)
+    opt = by_class(model, lr=rate)
+    held = [group["lr"] for group in opt.param_groups]
+    assert_at(model, moved(model, opt), LR)
+    assert all(group["lr"] is one for group, one in zip(opt.param_groups, held, strict=True))
+    assert {float(one) for one in held} == {LR}
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_weight_decay_by_product_or_not(scaled):
+    """A decoupled decay is lr × weight_decay: it follows the multiplier, or with scale_weight_decay=False does not."""
+    model = mlp((4, 64), head=False)
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1, scale_weight_decay=scaled, **LAW)
+    named = trained(model)
+    with torch.no_grad():
+        for p in named.values():
+            p.fill_(1.0)
+            p.grad = torch.zeros_like(p)
+    opt.step()
+    shrunk = {name: 1 - p.flatten()[0].item() for name, p in named.items()}
+    assert shrunk["layer0.lora_A"] == pytest.approx(1e-3, rel=1e-3)
+    assert shrunk["layer1.lora_A"] == pytest.approx(1e-3 * (0.25 if scaled else 1.0), rel=1e-3)
+    assert {group["weight_decay"] for group in opt.param_groups} == {0.1}
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda opt: pickle.loads(pickle.dumps(opt))}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_multiplies_too(copied):
+    """A copied optimizer's step multiplies as its original's does."""
+    model = Model()
+    twin = COPIES[copied](by_class(model))
+    params = [p for group in twin.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    twin.step()
+    rates = [effective_lr(group) for group in twin.param_groups for _ in group["params"]]
+    assert [(a - b).flatten()[0].item() for a, b in zip(before, params, strict=True)] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("rate", [LR, torch.tensor(LR)], ids=["float", "tensor"])
+@pytest.mark.filterwarnings("ignore")
+def test_compiling_the_step_makes_no_more_graphs(rate):
+    """torch.compile(opt.step) makes as many graphs as for native groups, and trains the same."""
+
+    def graphs(build):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model, count = mlp((4, 64)), []
+        opt = build(model)
+        step = torch.compile(opt.step, backend=lambda graph, inputs: (count.append(graph), graph.forward)[1])
+        for _ in range(3):
+            model(torch.ones(2, 16)).square().mean().backward()
+            step()
+            opt.zero_grad()
+        return len(count), [p.detach().clone() for p in model.parameters()]
+
+    native, there = graphs(
+        lambda m: torch.optim.AdamW(rank_aware_param_groups(m, lr=copy.deepcopy(rate), **LAW), lr=1.0)
+    )
+    ours, here = graphs(lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=copy.deepcopy(rate), **LAW))
+    assert ours <= native
+    for a, b in zip(here, there, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# --- groups of ours, given again ------------------------------------------------------------------------------------
+
+
+def test_groups_of_ours_are_not_multiplied_twice():
+    """Groups made by `rank_aware_param_groups`, and those of a rank-aware optimizer, are wrapped at their base rate."""
+    model = Model()
+    for groups in (rank_aware_param_groups(model, lr=LR, **LAW), by_class(model).param_groups):
+        opt = RankAwareOptimizer(groups, torch.optim.SGD, model=model, lr=LR, **LAW)
+        assert_at(model, moved(model, opt), LR)
+
+
+def test_a_users_key_of_our_name_is_refused():
+    """A key of the user's own under a name of ours is neither taken for ours nor overwritten."""
+    model = Model()
+    with pytest.raises(OptimizerError, match=r"'lora_rank'.*another name"):
+        RankAwareOptimizer([{"params": [model.head.weight], "lora_rank": 7}], torch.optim.SGD, model=model, lr=LR)
+
+
+def test_parameters_of_other_networks_keep_their_own_state():
+    """Two groups outside the model, and a second network with equal names, load what they saved."""
+    model, critic = Model(), nn.ModuleDict({"head": nn.Linear(8, 2, bias=False, dtype=torch.float64)})
+    strangers = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))]
+
+    def build():
+        groups = [
+            {"params": list(trained(model).items())},
+            {"params": list(critic.named_parameters())},
+            *({"params": [p]} for p in strangers),
+        ]
+        return RankAwareOptimizer(groups, torch.optim.SGD, model=model, lr=LR, momentum=0.9, **LAW)
+
+    opt = build()
+    listed = [name for group in opt.param_groups for name in group["param_names"]]
+    assert len(set(listed)) == len(listed)
+    for count, p in enumerate(p for group in opt.param_groups for p in group["params"]):
+        p.grad = torch.full_like(p, float(count + 1))
+    opt.step()
+    again = build()
+    again.load_state_dict(opt.state_dict())
+    for p, state in opt.state.items():
+        assert torch.equal(again.state[p]["momentum_buffer"], state["momentum_buffer"])
+
+
+# --- parameters that never train ------------------------------------------------------------------------------------
+
+
+def backward(model):
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.ones_like(p)
+
+
+def test_a_replaced_adapter_is_refused_though_a_head_trains():
+    """An adapter made again after the optimizer leaves a tensor that never gets a gradient, which the step says."""
+    model = Model()
+    opt = by_class(model)
+    model.large = PlainLoRA(nn.Linear(8, 8), 64).double()
+    backward(model)
+    with pytest.raises(OptimizerError, match=r"large.lora_A has a gradient.*whose own tensor.*Shard or wrap"):
+        opt.step()
+
+
+def test_an_adapter_made_active_later_is_said():
+    """Where another adapter trains in place of those held, at whatever step, one warning names it."""
+    model = Model()
+    opt = by_class(model)
+    moved(model, opt)
+    opt.zero_grad()
+    for layer in (model.small, model.large):
+        layer.requires_grad_(False)
+    model.added = PlainLoRA(nn.Linear(8, 8), 4).double()
+    backward(model)
+    with pytest.warns(RankAwareWarning, match=r"added.lora_A, which it does not hold") as caught:
+        opt.step()
+    opt.step()
+    assert len(caught) == 1
+
+
+def test_two_optimizers_with_an_adapter_each_are_fine():
+    """An optimizer whose adapter rests while another's trains is not warned of."""
+    model = Model()
+    first = RankAwareOptimizer([model.small.lora_A, model.small.lora_B], torch.optim.SGD, model=model, lr=LR)
+    second = RankAwareOptimizer([model.large.lora_A, model.large.lora_B], torch.optim.SGD, model=model, lr=LR)
+    for p in (model.large.lora_A, model.large.lora_B):
+        p.grad = torch.ones_like(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first.step()
+        second.step()
+
+
+# --- warnings that are seen -----------------------------------------------------------------------------------------
+
+
+FILTERS = ["warnings.simplefilter('ignore')", "warnings.filterwarnings('ignore', category=UserWarning)", ""]
+
+
+@pytest.mark.parametrize("others", FILTERS)
+def test_a_warning_reaches_a_person(others, tmp_path):
+    """Other people's filters do not hide it, it is said once, and it points at the user's line."""
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import warnings, torch\n"
+        f"{others}\n"
+        "from rankaware_optim import RankAwareOptimizer\n"
+        "model = torch.nn.Module()\n"
+        "model.lora_A, model.lora_B = torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(4, 8, bias=False)\n"
+        "model.r, model.scaling = 4, 1.0\n"
+        "opt = RankAwareOptimizer(model, torch.optim.SGD, lr=0.1)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert done.stderr.count("RankAwareWarning") == 1
+    assert "mine.py:7: RankAwareWarning" in done.stderr
+
+
+def test_a_filter_that_names_it_holds():
+    """Who silences RankAwareWarning by name has silence."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore", RankAwareWarning)
+        warn("not to be seen")
+    assert not caught
+
+
+def test_training_goes_on_through_it_all():
+    """A whole small training with a schedule lowers the loss."""
+    model = mlp((4, 8))
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-2)
+    schedule = lr_scheduler.OneCycleLR(opt, 1e-2, total_steps=30)
+    for _ in range(20):
+        train(model, opt, steps=1)
+        schedule.step()
