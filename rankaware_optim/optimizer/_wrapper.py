@@ -357,14 +357,15 @@ def _step_of(native: type[Optimizer]) -> Callable[..., Any]:
     return step
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # with tensor rates it would be a graph of its own
 def _multiply(opt: Any, held: Held) -> None:
     """Put base rate × multiplier in place in every group."""
     groups, keep_decay = opt.param_groups, not opt._rankaware.scale_weight_decay
     bases = [group["lr"] for group in groups]
     multipliers = [group.get("rank_multiplier", 1.0) for group in groups]
     rates: Sequence[Any]
-    if not torch.compiler.is_compiling() and all(isinstance(base, torch.Tensor) for base in bases):
-        rates = torch._foreach_mul(bases, multipliers)  # one call for all groups; compiled, a graph of its own
+    if all(isinstance(base, torch.Tensor) for base in bases):
+        rates = torch._foreach_mul(bases, multipliers)  # one call for all groups
     else:
         rates = [base * multiplier for base, multiplier in zip(bases, multipliers, strict=True)]
     for group, base, rate, multiplier in zip(groups, bases, rates, multipliers, strict=True):
@@ -412,7 +413,7 @@ def _check_parameters(opt: Any) -> None:
     opt._rankaware_unchecked = False
     if model is None:
         return
-    held = {id(p): p for group in opt.param_groups for p in group["params"] if p.requires_grad}
+    held = {id(p): p for group in opt.param_groups for p in group["params"]}
     if all(p.grad is not None for p in held.values()):
         return
     elsewhere = {id(p) for other in _LIVE if other is not opt for group in other.param_groups for p in group["params"]}
