@@ -11,8 +11,8 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from ._trials import PARAMETER, cell_of, observations, pruned, running
-from .fit._posterior import Fit, Observation, Prior, diverged, gain_of
+from ._trials import TrialRecord, observations, pruned, read_trial, read_trials, running
+from .fit import Fit, Observation, Prior, diverged, gain_of
 
 __all__ = ["BracketSampler", "estimate_at"]
 
@@ -36,7 +36,7 @@ class BracketSampler(BaseSampler):
     """
 
     def __init__(
-        self, start: float, prior: Prior, fit: Callable[[Sequence[FrozenTrial]], Fit | None], few_full: bool = False
+        self, start: float, prior: Prior, fit: Callable[[Sequence[TrialRecord]], Fit | None], few_full: bool = False
     ) -> None:
         self._start, self._prior, self._fit, self._few_full = start, prior, fit, few_full
 
@@ -52,19 +52,19 @@ class BracketSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> float:
         low, high = param_distribution.low, param_distribution.high  # type: ignore[attr-defined]
-        proposed = self._propose(study.get_trials(deepcopy=False), trial, low, high)
+        proposed = self._propose(read_trials(study.get_trials(deepcopy=False)), read_trial(trial), low, high)
         return float(min(max(proposed, low), high))
 
-    def _propose(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, low: float, high: float) -> float:
-        rank, seen, stopped = cell_of(trial).rank, observations(trials), pruned(trials)
-        others = [t for t in running(trials, but=trial.number) if PARAMETER in t.params]
+    def _propose(self, trials: Sequence[TrialRecord], trial: TrialRecord, low: float, high: float) -> float:
+        rank, seen, stopped = trial.rank, observations(trials), pruned(trials)
+        others = [(t.rank, t.x) for t in running(trials, but=trial.number) if t.x is not None]
         fit = self._fit(trials)
         centre = None if fit is None else estimate_at(fit, rank, self._prior)
         own, lost = [o for o in seen if o.rank == rank], [x for other, x in stopped if other == rank]
-        mine = [*lost, *(t.params[PARAMETER] for t in others if cell_of(t).rank == rank)]
+        mine = [*lost, *(x for other, x in others if other == rank)]
         if rank is None and self._few_full and centre is not None:
             return next_full(seen, centre, mine)
-        taken = [*(t.params[PARAMETER] for t in others), *mine, *(o.x for o in own)]
+        taken = [*(x for _, x in others), *mine, *(o.x for o in own)]
         proposed = next_bracket(seen, self._start, low, high, [x for _, x in stopped])
         if proposed is not None:
             return _beside(proposed, taken, low, high)
