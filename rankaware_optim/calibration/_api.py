@@ -23,7 +23,6 @@ from ._runner import Runner
 from ._schedule import Schedule
 from ._study import Study
 from ._trial import Train
-from ._trials import counted
 
 __all__ = ["calibrate", "check_argument"]
 
@@ -144,7 +143,7 @@ def _run(runner: Runner, train: Train, progress: bool | None) -> None:
         if not leads:
             raise
         error = CalibrationInterrupted(
-            f"The calibration was interrupted after {len(counted(study.trials()))} of {runner.schedule.expected()} "
+            f"The calibration was interrupted after {len(study.trials().counted())} of {runner.schedule.expected()} "
             "trials.",
             "Their fit is this error's .recipe; with storage= the same call goes on where it stopped.",
         )

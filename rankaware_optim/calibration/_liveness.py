@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from ._optuna import fail_trial
-from ._trials import Owner, TrialRecord, changed_attributes, read_trial
+from ._trials import Owner, TrialRecord, Trials
 
 __all__ = ["fail_dead_trials", "is_elsewhere", "new_owner", "release", "to_repeat"]
 
@@ -44,12 +43,12 @@ def is_elsewhere(trial: TrialRecord) -> bool:
 def fail_dead_trials(study: Study) -> None:
     """Fail this host's trials whose process is gone; their rank, seed and rate are to be tried again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        record = read_trial(trial)
+        record = TrialRecord.read(trial)
         if record.owner is not None and not is_elsewhere(record) and not _is_alive(record.owner):
-            fail_trial(study, trial, changed_attributes(record, replace(record, killed=True)))
+            fail_trial(study, trial, replace(record, killed=True).changes_since(record))
 
 
-def to_repeat(trials: Sequence[TrialRecord]) -> TrialRecord | None:
+def to_repeat(trials: Trials) -> TrialRecord | None:
     """The first killed trial that no other repeats."""
     repeated = {trial.retry_of for trial in trials}
     killed = (trial for trial in trials if trial.killed and trial.state == TrialState.FAIL)

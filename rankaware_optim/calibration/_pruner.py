@@ -12,7 +12,7 @@ from optuna.pruners import BasePruner
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from ._trials import EARLY, TrialRecord, read_trial, read_trials, rival_of
+from ._trials import EARLY, TrialRecord, Trials
 
 __all__ = ["PairedPruner"]
 
@@ -35,8 +35,8 @@ class PairedPruner(BasePruner):
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         if trial.last_step is None or trial.last_step < self._from:
             return False
-        record = read_trial(trial)
-        best = rival_of(record, read_trials(study.get_trials(deepcopy=False)))
+        record = TrialRecord.read(trial)
+        best = Trials.read(study.get_trials(deepcopy=False)).rival_of(record)
         if best is None or record.x is None:
             return False
         is_near = any(mark is not None and abs(record.x - mark) < _NEAR for mark in (best.x, record.estimate))

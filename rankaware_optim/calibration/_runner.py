@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import optuna
 from optuna.trial import TrialState
@@ -27,21 +27,7 @@ from ._sampler import estimate_at
 from ._schedule import Schedule, leverage
 from ._study import Study
 from ._trial import TAIL, Outcome, Train, Trial, recent, run_trial, seeded
-from ._trials import (
-    PARAMETER,
-    Cell,
-    TrialRecord,
-    attributes_of,
-    changed_attributes,
-    counted,
-    curve_beside,
-    height,
-    interval,
-    observations,
-    running,
-    spent,
-    usual_height,
-)
+from ._trials import PARAMETER, Cell, TrialRecord, Trials, height, interval
 from .fit import Observation
 
 __all__ = ["NextTrial", "Runner", "Show"]
@@ -64,6 +50,7 @@ class NextTrial(NamedTuple):
 
 
 Show = Callable[[NextTrial, Trial, "list[float]"], None]
+T = TypeVar("T")
 
 
 class Runner:
@@ -88,26 +75,30 @@ class Runner:
         self.study.close()
         self.team.close()
 
+    def _agree(self, decide: Callable[[], T]) -> T:
+        """What the leading process decides on the storage, on every process."""
+
+        def guarded() -> T:
+            with self.study.guard():
+                return decide()
+
+        return self.team.agree(guarded)
+
     def recipe(self) -> Recipe:
         """The recipe of what was seen so far."""
-        return self.team.agree(self._recipe)
-
-    def _recipe(self) -> Recipe:
-        with self.study.guard():
-            return self.study.recipe()
+        return self._agree(self.study.recipe)
 
     def begin(self) -> NextTrial | None:
         """The next trial, written down as this process's own; None once the schedule is fulfilled."""
-        return self.team.agree(self._begin)
+        return self._agree(self._begin)
 
     def _begin(self) -> NextTrial | None:
-        with self.study.guard():
-            while True:
-                fail_dead_trials(self.study.optuna)
-                begun = self._try_to_begin()
-                if begun is not None or all(map(is_elsewhere, running(self.study.trials()))):
-                    return begun
-                time.sleep(_POLL_S)  # another's trial may yet die, and be this one's to run
+        while True:
+            fail_dead_trials(self.study.optuna)
+            begun = self._try_to_begin()
+            if begun is not None or all(map(is_elsewhere, self.study.trials().running())):
+                return begun
+            time.sleep(_POLL_S)  # another's trial may yet die, and be this one's to run
 
     def _try_to_begin(self) -> NextTrial | None:
         """A running trial that from its first moment says whose it is and what it tries."""
@@ -118,7 +109,7 @@ class Runner:
         rank, seed = cell if killed is None else killed.cell
         self._record = TrialRecord(rank, seed, new_owner(), None if killed is None else killed.number)
         params = {} if killed is None or killed.x is None else {PARAMETER: killed.x}
-        self._handle = begin_trial(self.study.optuna, attributes_of(self._record), params)
+        self._handle = begin_trial(self.study.optuna, self._record.attributes(), params)
         self._record = replace(self._record, number=self._handle.number)
         try:
             return self._prepare(killed)
@@ -129,7 +120,7 @@ class Runner:
     def _prepare(self, killed: TrialRecord | None) -> NextTrial | None:
         """Give way to workers that began before, then take a rate; the first trial of a study gets its own later."""
         trials, mine = self.study.trials(), self._record
-        earlier = [t for t in trials if t.state.is_finished() or t.number < mine.number]
+        earlier = Trials(t for t in trials if t.state.is_finished() or t.number < mine.number)
         taken = killed is not None and any(t.retry_of == killed.number for t in earlier)
         if taken or self._next(earlier) is None:
             self._close(TrialState.FAIL)
@@ -138,10 +129,10 @@ class Runner:
         if self.study.reference is not None:
             self._take_rate()
         expected, standing = self.schedule.expected(), self.study.standing()
-        done = len(counted(trials))
+        done = len(trials.counted())
         return NextTrial(mine.number, mine.rank, mine.seed, self._limits(), self._endless, done, expected, standing)
 
-    def _next(self, trials: Sequence[TrialRecord]) -> Cell | None:
+    def _next(self, trials: Trials) -> Cell | None:
         """The next rank and seed. For full finetuning from Init[B], trials go where the line to r = n is sharpened."""
         study, to_full = self.study, self.schedule.target == "full"
         band = None if self.schedule.until is None else study.band(to_full)
@@ -158,7 +149,7 @@ class Runner:
         until = time.monotonic() + _PATIENCE_S
         while time.monotonic() < until:
             self.study.recall()
-            if all(t.x is not None or t.number >= self._record.number for t in running(self.study.trials())):
+            if all(t.x is not None or t.number >= self._record.number for t in self.study.trials().running()):
                 return
             time.sleep(_POLL_S)
             fail_dead_trials(self.study.optuna)
@@ -170,11 +161,11 @@ class Runner:
         Where runs have been is the usual height of their first values, as many as are averaged later: one alone may be
         low by chance. What learns nothing lies a gain, at most, above the best run on the same batches.
         """
-        trials = counted(self.study.trials())
-        gains = [o.start - o.tail for o in observations(trials) if math.isfinite(o.tail)]
+        trials = self.study.trials().counted()
+        gains = [o.start - o.tail for o in trials.observations() if math.isfinite(o.tail)]
         gain = max([g for g in gains if g > 0], default=math.inf)
-        flat = usual_height(trials) + gain / 2
-        beside = curve_beside(self._record.cell, trials)
+        flat = trials.usual_height() + gain / 2
+        beside = trials.curve_beside(self._record.cell)
         windows = (beside[max(0, end - TAIL) : end] for end in range(1, self.study.steps + 1))
         return [max(flat, recent(window) + 1.5 * gain) if window else flat for window in windows]
 
@@ -189,55 +180,52 @@ class Runner:
             show(begun, trial, curve)
             if len(curve) % every and len(curve) != self.study.steps:
                 return False
-            return self.team.agree(lambda: self._report(curve, every))
+            return self._agree(lambda: self._report(curve, every))
 
         try:
             with seeded(begun.seed):
                 outcome = run_trial(
                     train, trial, limits=begun.limits, endless=begun.endless, watch=watch, mean=self.team.mean
                 )
-            self.team.agree(lambda: self._end(outcome))
+            self._agree(lambda: self._end(outcome))
         except BaseException:
             self._give_up()
             raise
 
     def _report(self, curve: list[float], every: int) -> bool:
         latest = curve[-max(TAIL, every) :]
-        with self.study.guard():
-            self._handle.report(sum(latest) / len(latest), len(curve))
-            return len(curve) < self.study.steps and self._handle.should_prune()
+        self._handle.report(sum(latest) / len(latest), len(curve))
+        return len(curve) < self.study.steps and self._handle.should_prune()
 
     def _end(self, outcome: Outcome) -> None:
         """Write down what a run gave. Scores compare only if all were returned or none was."""
         returned, record, stopped = outcome.returned is not None, self._record, outcome.stopped
-        with self.study.guard():
-            others = [o for o in observations(self.study.trials()) if not o.stopped]
-            if not stopped and any(o.returned != returned for o in others):
-                raise CalibrationError(
-                    "train returned a score in some trials and none in others.",
-                    "Return one in every trial, or in none.",
-                )
-            self._endless = self._endless if outcome.endless is None else outcome.endless
-            if stopped in ("pruned", "memory"):
-                self._write(replace(record, curve=outcome.curve, stopped=stopped))
-                return self._close(TrialState.PRUNED)
-            seen = Observation(
-                rank=record.rank,
-                seed=record.seed,
-                x=self._take_rate(),
-                value=outcome.score,
-                start=height(outcome.curve),
-                tail=outcome.tail,
-                returned=returned,
-                stopped=stopped == "diverged",
+        others = [o for o in self.study.trials().observations() if not o.stopped]
+        if not stopped and any(o.returned != returned for o in others):
+            raise CalibrationError(
+                "train returned a score in some trials and none in others.", "Return one in every trial, or in none."
             )
-            self._write(replace(record, curve=outcome.curve, observation=seen))
-            finite = math.isfinite(seen.value)
-            self._close(TrialState.COMPLETE if finite else TrialState.PRUNED, seen.value if finite else None)
+        self._endless = self._endless if outcome.endless is None else outcome.endless
+        if stopped in ("pruned", "memory"):
+            self._write(replace(record, curve=outcome.curve, stopped=stopped))
+            return self._close(TrialState.PRUNED)
+        seen = Observation(
+            rank=record.rank,
+            seed=record.seed,
+            x=self._take_rate(),
+            value=outcome.score,
+            start=height(outcome.curve),
+            tail=outcome.tail,
+            returned=returned,
+            stopped=stopped == "diverged",
+        )
+        self._write(replace(record, curve=outcome.curve, observation=seen))
+        finite = math.isfinite(seen.value)
+        self._close(TrialState.COMPLETE if finite else TrialState.PRUNED, seen.value if finite else None)
 
     def _write(self, record: TrialRecord) -> None:
         """Keep what is new of this trial."""
-        for name, value in changed_attributes(self._record, record).items():
+        for name, value in record.changes_since(self._record).items():
             self._handle.set_user_attr(name, value)
         self._record = record
 
@@ -246,7 +234,7 @@ class Runner:
             release(self._record.owner)
         self.study.optuna.tell(self._handle, value, state=state, skip_if_finished=True)
         trials = self.study.trials()
-        total = {"steps": spent(trials, self.study.steps), "trials": len(counted(trials))}
+        total = {"steps": trials.spent(self.study.steps), "trials": len(trials.counted())}
         self.study.optuna.set_user_attr("spent", total)
 
     def _give_up(self) -> None:
@@ -263,7 +251,7 @@ class Runner:
         if not isinstance(model, nn.Module):
             raise CalibrationError("trial.optimizer got no model.", "Pass it, or model= beside its parameters.")
         survey = inspect_model(model, method=trial.method, init=settings.get("init"))
-        trial.lr, law, reference = self.team.agree(lambda: self._propose(survey, settings))
+        trial.lr, law, reference = self._agree(lambda: self._propose(survey, settings))
         return RankAwareOptimizer(  # type: ignore[no-any-return]
             params,
             self.study.optimizer,
@@ -281,17 +269,16 @@ class Runner:
             raise CalibrationError(
                 f"The model built for trial.rank={self._record.rank} has rank {found.rank}.", "Build it at trial.rank."
             )
-        with study.guard():
-            self._write(replace(self._record, scaling=found.scaling))
-            study.learn(found, survey)
-            own = inspect.signature(RankAwareOptimizer.__new__).parameters
-            study.settings = {key: plain_setting(value) for key, value in settings.items() if key not in own}
-            study.optuna.set_user_attr("settings", study.settings)
-            lr, law, reference = 2.0 ** self._take_rate(), study.centred_law(), study.settled()
-            width = survey.full_width(reference.init) if found.method == "full" else survey.width
-            own_lr = lr * checked_multiplier(law, replace(found, fan_in=width).as_factor(), reference)
-            self._write(replace(self._record, own_lr=own_lr))
-            return lr, law, reference
+        self._write(replace(self._record, scaling=found.scaling))
+        study.learn(found, survey)
+        own = inspect.signature(RankAwareOptimizer.__new__).parameters
+        study.settings = {key: plain_setting(value) for key, value in settings.items() if key not in own}
+        study.optuna.set_user_attr("settings", study.settings)
+        lr, law, reference = 2.0 ** self._take_rate(), study.centred_law(), study.settled()
+        width = survey.full_width(reference.init) if found.method == "full" else survey.width
+        own_lr = lr * checked_multiplier(law, replace(found, fan_in=width).as_factor(), reference)
+        self._write(replace(self._record, own_lr=own_lr))
+        return lr, law, reference
 
     def _take_rate(self) -> float:
         """log2 of the trial's rate, sampled once."""

@@ -11,7 +11,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from ._trials import TrialRecord, observations, pruned, read_trial, read_trials, running
+from ._trials import TrialRecord, Trials
 from .fit import Fit, Observation, Prior, diverged, gain_of
 
 __all__ = ["BracketSampler", "estimate_at"]
@@ -35,9 +35,7 @@ class BracketSampler(BaseSampler):
     fit: of a study's trials. few_full: runs of full finetuning begin at the rate predicted for it and step from there.
     """
 
-    def __init__(
-        self, start: float, prior: Prior, fit: Callable[[Sequence[TrialRecord]], Fit | None], few_full: bool = False
-    ) -> None:
+    def __init__(self, start: float, prior: Prior, fit: Callable[[Trials], Fit | None], few_full: bool = False) -> None:
         self._start, self._prior, self._fit, self._few_full = start, prior, fit, few_full
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -52,12 +50,12 @@ class BracketSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> float:
         low, high = param_distribution.low, param_distribution.high  # type: ignore[attr-defined]
-        proposed = self._propose(read_trials(study.get_trials(deepcopy=False)), read_trial(trial), low, high)
+        proposed = self._propose(Trials.read(study.get_trials(deepcopy=False)), TrialRecord.read(trial), low, high)
         return float(min(max(proposed, low), high))
 
-    def _propose(self, trials: Sequence[TrialRecord], trial: TrialRecord, low: float, high: float) -> float:
-        rank, seen, stopped = trial.rank, observations(trials), pruned(trials)
-        others = [(t.rank, t.x) for t in running(trials, but=trial.number) if t.x is not None]
+    def _propose(self, trials: Trials, trial: TrialRecord, low: float, high: float) -> float:
+        rank, seen, stopped = trial.rank, trials.observations(), trials.pruned()
+        others = [(t.rank, t.x) for t in trials.running(but=trial.number) if t.x is not None]
         fit = self._fit(trials)
         centre = None if fit is None else estimate_at(fit, rank, self._prior)
         own, lost = [o for o in seen if o.rank == rank], [x for other, x in stopped if other == rank]

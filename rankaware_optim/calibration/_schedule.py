@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .._types import Method
-from ._trials import Cell, TrialRecord, counted, observations, running, spent
+from ._trials import Cell, Trials
 from .fit import diverged
 
 __all__ = ["PER_SEED", "Schedule", "leverage"]
@@ -51,7 +51,7 @@ class Schedule:
 
     def next(
         self,
-        trials: Sequence[TrialRecord],
+        trials: Trials,
         band: float | None = None,
         weights: Mapping[int | None, float] | None = None,
     ) -> Cell | None:
@@ -59,28 +59,28 @@ class Schedule:
 
         band: octaves of the 90 % band so far. weights: the share of trials that each rank deserves.
         """
-        done = counted(trials)
-        if len(done) >= _HOPELESS and all(diverged(observations(done))):
+        done = trials.counted()
+        if len(done) >= _HOPELESS and all(diverged(done.observations())):
             return None
-        tried = [*done, *running(trials)]
+        tried = (*done, *trials.running())
         full = [t for t in tried if self.full_trials and t.rank is None]
-        lora = [t for t in tried if not self.full_trials or t.rank is not None]
-        payable = math.inf if self.budget is None else (self.budget - spent(trials, self.steps)) // self.steps
+        lora = Trials(t for t in tried if not self.full_trials or t.rank is not None)
+        payable = math.inf if self.budget is None else (self.budget - trials.spent(self.steps)) // self.steps
         if not self._enough(lora, band) and payable > self.full_trials - len(full):
             return self._rotate(lora, weights or {})
         if len(full) < self.full_trials and payable >= 1:
             return Cell(None, self.seeds[(len(full) // PER_SEED) % len(self.seeds)])
         return None
 
-    def _enough(self, lora: Sequence[TrialRecord], band: float | None) -> bool:
+    def _enough(self, lora: Trials, band: float | None) -> bool:
         if len(lora) >= self.total:
             return True
         if self.until is None or band is None or band >= self.until:
             return False
-        done = [trial.rank for trial in counted(lora)]
+        done = [trial.rank for trial in lora.counted()]
         return all(done.count(rank) >= _FEWEST for rank in self.ranks)
 
-    def _rotate(self, lora: Sequence[TrialRecord], weights: Mapping[int | None, float]) -> Cell:
+    def _rotate(self, lora: Trials, weights: Mapping[int | None, float]) -> Cell:
         """Ranks in turn, the one tried least for its weight, four runs of each at a seed before the next seed.
 
         A run that diverged says little, so it does not count before the others; one that the pruner stopped was judged.

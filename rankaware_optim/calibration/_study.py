@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -27,7 +27,7 @@ from ._optuna import close_database
 from ._pruner import PairedPruner
 from ._sampler import BracketSampler
 from ._storage import open_storage, storage_errors
-from ._trials import TrialRecord, counted, evidence, is_flat, observations, read_trials, tensors, unsteady
+from ._trials import Trials, is_flat
 from .fit import Fit, Prior, diverged, fit_observations, horizon_of
 
 __all__ = ["Study", "versions_used"]
@@ -126,9 +126,9 @@ class Study:
         if self.reference is None and "reference" in stored:
             self._settle(Reference(**stored["reference"]), stored["full_fan_in"])
 
-    def trials(self) -> list[TrialRecord]:
+    def trials(self) -> Trials:
         """Every trial so far, of all workers."""
-        return read_trials(self.optuna.get_trials(deepcopy=False))
+        return Trials.read(self.optuna.get_trials(deepcopy=False))
 
     def learn(self, seen: Reference, survey: Survey) -> None:
         """Take the first model's configuration as the reference, and store it."""
@@ -161,7 +161,7 @@ class Study:
         It is derived from the trials each time, so a resumed study has the range it had.
         """
         low, high = self.lr_range or (self._start - _HALF_RANGE, self._start + _HALF_RANGE)
-        seen = observations(self.trials())
+        seen = self.trials().observations()
         bad = diverged(seen)
         for end in range(1, len(seen) + 1):
             good = [o for o, b in zip(seen[:end], bad, strict=False) if not b]
@@ -202,9 +202,9 @@ class Study:
         """The fit of what was seen so far, or None where every run diverged."""
         return None if self.reference is None else self._fitted(self.trials())
 
-    def _fitted(self, trials: Sequence[TrialRecord]) -> Fit | None:
+    def _fitted(self, trials: Trials) -> Fit | None:
         """The fit of what trials say, made once for each number of observations: a study only adds to them."""
-        seen = evidence(trials)
+        seen = trials.evidence()
         if len(seen) not in self._fits:
             self._fits = {len(seen): fit_observations(seen, self.prior)}
         return self._fits[len(seen)]
@@ -233,13 +233,13 @@ class Study:
 
     def recipe(self) -> Recipe:
         """The recipe of what was seen so far."""
-        trials = counted(self.trials())
-        fit, reference, tried = self._fit_or_raise(trials), self.settled(), {o.rank for o in observations(trials)}
+        trials = self.trials().counted()
+        fit, reference, tried = self._fit_or_raise(trials), self.settled(), {o.rank for o in trials.observations()}
         base, drift, factor = (float(v) for v in fit.mean)
         shift = 0.0 if reference.rank is None else drift * math.log2(reference.rank / self.prior.pivot)
         if reference.method == "full":
             base, factor = base + factor, 0.0
-        curves = tensors(trials, self.steps)
+        tensors = trials.tensors(self.steps)
         scalings = {t.rank: t.scaling for t in trials if t.rank is not None and t.scaling is not None}
         return Recipe(
             name=self.name,
@@ -258,33 +258,33 @@ class Study:
             steps=self.steps,
             batch=self.batch,
             warmup=self.warmup,
-            horizon=horizon_of(curves, self.prior),
+            horizon=horizon_of(tensors, self.prior),
             seed=self.seed,
             versions=versions_used(),
             notes=self._notes(fit, trials),
-            tensors=curves,
+            tensors=tensors,
         )
 
-    def _fit_or_raise(self, trials: Sequence[TrialRecord]) -> Fit:
+    def _fit_or_raise(self, trials: Trials) -> Fit:
         if trials and all(trial.stopped == "memory" for trial in trials):
             raise CalibrationError(
                 f"Every one of {len(trials)} runs ran out of memory.", "Lower the batch or the ranks=, or free memory."
             )
         fit = self._fitted(trials)
         if fit is None:
-            some_pruned = len(observations(trials)) < len(trials)
+            some_pruned = len(trials.observations()) < len(trials)
             raise CalibrationError(
                 f"Every one of {len(trials)} runs diverged{' or was pruned' * some_pruned}.",
                 "Lower lr_range=, or check the loss, the data and the pruner.",
             )
         return fit
 
-    def _notes(self, fit: Fit, trials: Sequence[TrialRecord]) -> tuple[str, ...]:
+    def _notes(self, fit: Fit, trials: Trials) -> tuple[str, ...]:
         """What the data do not determine, or what in the runs casts doubt on them, in words."""
-        lora, cell, notes = [r for r in self.ranks if r is not None], unsteady(trials), []
+        lora, cell, notes = [r for r in self.ranks if r is not None], trials.unsteady(), []
         if len(lora) > 1 and max(lora) < _APART * min(lora):
             notes.append(f"ranks {min(lora)} and {max(lora)} lie less than a factor 16 apart: the drift is hardly told")
-        if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or is_flat(observations(trials)):
+        if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or is_flat(trials.observations()):
             notes.append("the data do not determine the rate: the loss hardly moved with it")
         if cell is not None:
             where = "full finetuning" if cell.rank is None else f"rank {cell.rank}"

@@ -14,32 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ._trial import TAIL, recent
 from .fit import Observation, diverged
 
-__all__ = [
-    "EARLY",
-    "PARAMETER",
-    "Cell",
-    "Owner",
-    "TrialRecord",
-    "attributes_of",
-    "carried",
-    "changed_attributes",
-    "counted",
-    "curve_beside",
-    "evidence",
-    "height",
-    "interval",
-    "is_flat",
-    "observations",
-    "pruned",
-    "read_trial",
-    "read_trials",
-    "rival_of",
-    "running",
-    "spent",
-    "tensors",
-    "unsteady",
-    "usual_height",
-]
+__all__ = ["Cell", "EARLY", "Owner", "PARAMETER", "TrialRecord", "Trials", "height", "interval", "is_flat"]
 
 PARAMETER = "log2_lr"  # what Optuna calls the one number of a trial: log2 of the base rate, reference coordinates
 _REPORTS = 10  # reports of a run to the storage, where pruners read them
@@ -94,6 +69,25 @@ class TrialRecord:
     value: float | None = None
     reports: Mapping[int, float] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, trial: FrozenTrial) -> TrialRecord:
+        """What Optuna holds of a trial."""
+        kept = {name: trial.user_attrs[name] for name in _ATTRIBUTES if name in trial.user_attrs}
+        for name, kind in (("owner", Owner), ("observation", Observation)):
+            if name in kept:
+                kept[name] = kind(**kept[name])
+        x, reports = trial.params.get(PARAMETER), trial.intermediate_values
+        return cls(**kept, number=trial.number, state=trial.state, x=x, value=trial.value, reports=reports)
+
+    def attributes(self) -> dict[str, Any]:
+        """What is stored as user attributes: rank and seed, and what else is known."""
+        return {**self.cell._asdict(), **self.changes_since(TrialRecord())}
+
+    def changes_since(self, before: TrialRecord) -> dict[str, Any]:
+        """The user attributes that are others than `before`."""
+        old, new = asdict(before), asdict(self)
+        return {name: new[name] for name in _ATTRIBUTES if new[name] != old[name]}
+
     @property
     def cell(self) -> Cell:
         return Cell(self.rank, self.seed)
@@ -103,29 +97,119 @@ _OPTUNAS_OWN = {"number", "state", "x", "value", "reports"}
 _ATTRIBUTES = [f.name for f in fields(TrialRecord) if f.name not in _OPTUNAS_OWN]
 
 
-def read_trial(trial: FrozenTrial) -> TrialRecord:
-    """What Optuna holds of a trial."""
-    kept = {name: trial.user_attrs[name] for name in _ATTRIBUTES if name in trial.user_attrs}
-    for name, kind in (("owner", Owner), ("observation", Observation)):
-        if name in kept:
-            kept[name] = kind(**kept[name])
-    x, reports = trial.params.get(PARAMETER), trial.intermediate_values
-    return TrialRecord(**kept, number=trial.number, state=trial.state, x=x, value=trial.value, reports=reports)
+class Trials(tuple[TrialRecord, ...]):
+    """The trials of a study, of all workers, or some of them."""
 
+    @classmethod
+    def read(cls, trials: Iterable[FrozenTrial]) -> Trials:
+        return cls(map(TrialRecord.read, trials))
 
-def read_trials(trials: Iterable[FrozenTrial]) -> list[TrialRecord]:
-    return [read_trial(trial) for trial in trials]
+    def counted(self) -> Trials:
+        """Those that count: complete, or stopped because they diverged or a pruner said so."""
+        return Trials(t for t in self if t.state in (TrialState.COMPLETE, TrialState.PRUNED))
 
+    def running(self, but: int | None = None) -> Trials:
+        return Trials(t for t in self if t.state == TrialState.RUNNING and t.number != but)
 
-def attributes_of(trial: TrialRecord) -> dict[str, Any]:
-    """The user attributes of a trial: its rank and seed, and what else is known."""
-    return {**trial.cell._asdict(), **changed_attributes(TrialRecord(), trial)}
+    def observations(self) -> list[Observation]:
+        """What those showed that ran to their end or diverged."""
+        return [t.observation for t in self.counted() if t.observation is not None]
 
+    def evidence(self) -> list[Observation]:
+        """What the fit sees: what trials showed, and what those that were stopped would have."""
+        return [*self.observations(), *self.carried()]
 
-def changed_attributes(before: TrialRecord, after: TrialRecord) -> dict[str, Any]:
-    """The user attributes in which two records of a trial differ, as the second has them."""
-    old, new = asdict(before), asdict(after)
-    return {name: new[name] for name in _ATTRIBUTES if new[name] != old[name]}
+    def carried(self) -> list[Observation]:
+        """What the fit makes of runs that were stopped as worse: they end as far above the best run of their rank and
+        seed as they lay when they were stopped. Left out, a rate too high would seem never to have been tried. Stopped
+        in its first 30 %, a run says nothing.
+        """
+        seen = []
+        for trial in self.counted():
+            curve = trial.curve
+            if trial.stopped != "pruned" or trial.x is None or not curve:
+                continue
+            best = self.rival_of(trial)
+            if best is None or best.observation is None or best.curve is None or len(curve) < EARLY * len(best.curve):
+                continue
+            own, tail = best.observation, recent(curve)
+            gap = max(0.0, tail - recent(best.curve[: len(curve)]))
+            seen.append(replace(own, x=trial.x, value=own.value + gap, start=height(curve), tail=own.tail + gap))
+        return seen
+
+    def pruned(self) -> list[tuple[int | None, float]]:
+        """(rank, log2 rate) of those that were stopped as worse than others, by how much is not known.
+
+        A run that ran out of memory says nothing of its rate.
+        """
+        ended = [t for t in self.counted() if t.observation is None and t.stopped != "memory"]
+        return [(t.rank, t.x) for t in ended if t.x is not None]
+
+    def rival_of(self, trial: TrialRecord) -> TrialRecord | None:
+        """The best finished run of a trial's rank and seed."""
+        return Trials(t for t in self if t.cell == trial.cell)._best()
+
+    def curve_beside(self, cell: Cell) -> list[float]:
+        """The curve of the best finished run of a seed, of the same rank if there is one; empty where none ended."""
+        mine = Trials(t for t in self if t.seed == cell.seed)
+        best = Trials(t for t in mine if t.cell == cell)._best() or mine._best()
+        return [] if best is None else best.curve or []
+
+    def _best(self) -> TrialRecord | None:
+        ended = [t for t in self if t.state == TrialState.COMPLETE]
+        return min(ended, key=lambda t: t.value if t.value is not None else math.inf, default=None)
+
+    def usual_height(self) -> float:
+        """The median over runs of the mean of their first values; 0 where none ran."""
+        begun = [t.curve[:TAIL] for t in self if t.curve]
+        means = [math.fsum(values) / len(values) for values in begun]
+        return statistics.median([mean for mean in means if math.isfinite(mean)] or [0.0])
+
+    def spent(self, steps: int) -> int:
+        """Training steps of all; a running trial is counted whole, a killed one up to its next report."""
+        total = 0
+        for trial in self:
+            if not trial.state.is_finished():
+                total += steps
+            elif trial.curve is not None:
+                total += len(trial.curve)
+            elif trial.x is not None:
+                total += min(steps, max(trial.reports, default=0) + interval(steps))
+        return total
+
+    def unsteady(self) -> Cell | None:
+        """A rank and seed of which two runs began with different values, though no rate had mattered yet."""
+        first: dict[Cell, float] = {}
+        for trial in self.counted():
+            if not trial.curve:
+                continue
+            start = first.setdefault(trial.cell, trial.curve[0])
+            if not math.isclose(start, trial.curve[0], rel_tol=_SAME, abs_tol=1e-9):
+                return trial.cell
+        return None
+
+    def tensors(self, steps: int) -> dict[str, torch.Tensor]:
+        """Every trial's rank (0: full finetuning), seed, base rate, score, fate, steps and values, padded with NaN.
+
+        A pruned run has no score: NaN.
+        """
+        rows = [(t, t.x, t.curve or [], t.observation) for t in self.counted() if t.x is not None]
+        lost = iter(diverged([seen for *_, seen in rows if seen]))
+        curves = torch.full((len(rows), steps), math.nan)
+        for row, (_, _, curve, _) in zip(curves, rows, strict=True):
+            row[: len(curve)] = torch.tensor(curve)
+        double = torch.float64
+        return {
+            "rank": torch.tensor([t.rank or 0 for t, *_ in rows]),
+            "seed": torch.tensor([t.seed for t, *_ in rows]),
+            "lr": torch.tensor([2.0**x for _, x, _, _ in rows], dtype=double),
+            "own_lr": torch.tensor([math.nan if t.own_lr is None else t.own_lr for t, *_ in rows], dtype=double),
+            "value": torch.tensor([seen.value if seen else math.nan for *_, seen in rows], dtype=double),
+            "diverged": torch.tensor([seen is not None and next(lost) for *_, seen in rows], dtype=torch.bool),
+            "pruned": torch.tensor([seen is None for *_, seen in rows], dtype=torch.bool),
+            "steps": torch.tensor([len(curve) for _, _, curve, _ in rows]),
+            "curve": curves,
+        }
 
 
 def interval(steps: int) -> int:
@@ -133,105 +217,9 @@ def interval(steps: int) -> int:
     return max(1, steps // _REPORTS)
 
 
-def counted(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials that count: complete, or stopped because they diverged or a pruner said so."""
-    return [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-
-
-def running(trials: Sequence[TrialRecord], but: int | None = None) -> list[TrialRecord]:
-    return [t for t in trials if t.state == TrialState.RUNNING and t.number != but]
-
-
 def height(curve: Sequence[float]) -> float:
     """Where a run begins: its first value, or the median of the first few where its first batch was an easy one."""
     return max(curve[0], statistics.median(curve[:TAIL]))
-
-
-def usual_height(trials: Sequence[TrialRecord]) -> float:
-    """The median over runs of the mean of their first values; 0 where none ran."""
-    begun = [t.curve[:TAIL] for t in trials if t.curve]
-    means = [math.fsum(values) / len(values) for values in begun]
-    return statistics.median([mean for mean in means if math.isfinite(mean)] or [0.0])
-
-
-def observations(trials: Sequence[TrialRecord]) -> list[Observation]:
-    """What the trials showed that ran to their end or diverged."""
-    return [t.observation for t in counted(trials) if t.observation is not None]
-
-
-def evidence(trials: Sequence[TrialRecord]) -> list[Observation]:
-    """What the fit sees: what trials showed, and what those that were stopped would have."""
-    return [*observations(trials), *carried(trials)]
-
-
-def carried(trials: Sequence[TrialRecord]) -> list[Observation]:
-    """What the fit makes of runs that were stopped as worse: they end as far above the best run of their rank and seed
-    as they lay when they were stopped. Left out, a rate too high would seem never to have been tried. Stopped in its
-    first 30 %, a run says nothing.
-    """
-    seen = []
-    for trial in counted(trials):
-        curve = trial.curve
-        if trial.stopped != "pruned" or trial.x is None or not curve:
-            continue
-        best = rival_of(trial, trials)
-        if best is None or best.observation is None or best.curve is None or len(curve) < EARLY * len(best.curve):
-            continue
-        own, tail = best.observation, recent(curve)
-        gap = max(0.0, tail - recent(best.curve[: len(curve)]))
-        seen.append(replace(own, x=trial.x, value=own.value + gap, start=height(curve), tail=own.tail + gap))
-    return seen
-
-
-def rival_of(trial: TrialRecord, trials: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The best finished run of a trial's rank and seed."""
-    return _best([t for t in trials if t.cell == trial.cell])
-
-
-def curve_beside(cell: Cell, trials: Sequence[TrialRecord]) -> list[float]:
-    """The curve of the best finished run of a seed, of the same rank if there is one; empty where none ended."""
-    mine = [t for t in trials if t.seed == cell.seed]
-    best = _best([t for t in mine if t.cell == cell]) or _best(mine)
-    return [] if best is None else best.curve or []
-
-
-def _best(trials: Sequence[TrialRecord]) -> TrialRecord | None:
-    ended = [t for t in trials if t.state == TrialState.COMPLETE]
-    return min(ended, key=lambda t: t.value if t.value is not None else math.inf, default=None)
-
-
-def pruned(trials: Sequence[TrialRecord]) -> list[tuple[int | None, float]]:
-    """(rank, log2 rate) of the trials that were stopped as worse than others, by how much is not known.
-
-    A run that ran out of memory says nothing of its rate.
-    """
-    ended = [t for t in counted(trials) if t.observation is None and t.stopped != "memory"]
-    return [(t.rank, t.x) for t in ended if t.x is not None]
-
-
-def spent(trials: Sequence[TrialRecord], steps: int) -> int:
-    """Training steps of all trials; a running one is counted whole, a killed one up to its next report."""
-    total = 0
-    for trial in trials:
-        if not trial.state.is_finished():
-            total += steps
-        elif trial.curve is not None:
-            total += len(trial.curve)
-        elif trial.x is not None:
-            total += min(steps, max(trial.reports, default=0) + interval(steps))
-    return total
-
-
-def unsteady(trials: Sequence[TrialRecord]) -> Cell | None:
-    """A rank and seed of which two runs began with different values, though no rate had mattered yet."""
-    first: dict[Cell, float] = {}
-    for trial in counted(trials):
-        if not trial.curve:
-            continue
-        start = first.setdefault(trial.cell, trial.curve[0])
-        if not math.isclose(start, trial.curve[0], rel_tol=_SAME, abs_tol=1e-9):
-            return trial.cell
-    return None
 
 
 def is_flat(seen: Sequence[Observation]) -> bool:
@@ -239,27 +227,3 @@ def is_flat(seen: Sequence[Observation]) -> bool:
     ended = [o for o in seen if math.isfinite(o.value + o.tail)]
     values = [o.value for o in ended]
     return all(o.tail >= o.start for o in ended) and all(math.isclose(v, values[0], rel_tol=1e-6) for v in values)
-
-
-def tensors(trials: Sequence[TrialRecord], steps: int) -> dict[str, torch.Tensor]:
-    """Every trial's rank (0: full finetuning), seed, base rate, score, fate, steps and values, padded with NaN.
-
-    A pruned run has no score: NaN.
-    """
-    rows = [(t, t.x, t.curve or [], t.observation) for t in counted(trials) if t.x is not None]
-    lost = iter(diverged([seen for *_, seen in rows if seen]))
-    curves = torch.full((len(rows), steps), math.nan)
-    for row, (_, _, curve, _) in zip(curves, rows, strict=True):
-        row[: len(curve)] = torch.tensor(curve)
-    double = torch.float64
-    return {
-        "rank": torch.tensor([t.rank or 0 for t, *_ in rows]),
-        "seed": torch.tensor([t.seed for t, *_ in rows]),
-        "lr": torch.tensor([2.0**x for _, x, _, _ in rows], dtype=double),
-        "own_lr": torch.tensor([math.nan if t.own_lr is None else t.own_lr for t, *_ in rows], dtype=double),
-        "value": torch.tensor([seen.value if seen else math.nan for *_, seen in rows], dtype=double),
-        "diverged": torch.tensor([seen is not None and next(lost) for *_, seen in rows], dtype=torch.bool),
-        "pruned": torch.tensor([seen is None for *_, seen in rows], dtype=torch.bool),
-        "steps": torch.tensor([len(curve) for _, _, curve, _ in rows]),
-        "curve": curves,
-    }

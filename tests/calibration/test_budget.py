@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import rankaware_optim as ra
 from rankaware_optim.calibration._pruner import PairedPruner
 from rankaware_optim.calibration._schedule import Schedule, leverage
-from rankaware_optim.calibration._trials import TrialRecord, carried, evidence, read_trials, spent
+from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.calibration.fit import Observation, Prior, fit_observations
 
 from ..helpers.calibrations import BEST, STEPS, Net, bowl, calibrate, made_up
@@ -44,10 +44,10 @@ def test_failed_runs_are_paid_too():
     with pytest.raises(ra.CalibrationError, match="ended after 15"):
         calibrate(broken, budget=4 * STEPS, storage=storage)
     calibrate(made_up(), budget=4 * STEPS, storage=storage)
-    trials = read_trials(storage.get_all_trials(0))
+    trials = Trials.read(storage.get_all_trials(0))
     assert trials[0].state.name == "FAIL"
-    assert 15 <= spent(trials[:1], STEPS) <= STEPS
-    assert 3 * STEPS < spent(trials, STEPS) <= 4 * STEPS
+    assert 15 <= Trials(trials[:1]).spent(STEPS) <= STEPS
+    assert 3 * STEPS < trials.spent(STEPS) <= 4 * STEPS
 
 
 def test_a_budget_of_runs_that_diverge_at_once_ends():
@@ -101,10 +101,10 @@ def test_a_schedule_keeps_to_its_counts(trials, budget, full, lengths):
     """Whatever runs are cut short at, no schedule spends more than its budget or runs more trials than it says."""
     schedule = Schedule((4, 64), (0, 1), 10, trials, budget and 10 * budget, full_trials=full)
     done = []
-    while len(done) < len(lengths) and (cell := schedule.next(done)) is not None:
+    while len(done) < len(lengths) and (cell := schedule.next(Trials(done))) is not None:
         done.append(finished(cell, len(done), lengths[len(done)]))
     cells = [trial.cell for trial in done]
-    assert spent(done, 10) <= (math.inf if budget is None else 10 * budget)
+    assert Trials(done).spent(10) <= (math.inf if budget is None else 10 * budget)
     assert sum(cell.rank is not None for cell in cells) <= schedule.total
     assert sum(cell.rank is None for cell in cells) <= full
     if len(done) < len(lengths) and (budget is None or budget > full):
@@ -324,7 +324,7 @@ def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
     early = kept_trial(state.PRUNED, -6.0, falling[:2], stopped="pruned")
     unstarted = kept_trial(state.PRUNED, -6.0, [], stopped="pruned")
     killed = kept_trial(state.FAIL, -5.0, falling[:6], stopped="pruned", killed=True)  # and run again since
-    (seen,) = carried(read_trials([best_trial, lost, elsewhere, starved, early, unstarted, killed]))
+    (seen,) = Trials.read([best_trial, lost, elsewhere, starved, early, unstarted, killed]).carried()
     assert (seen.rank, seen.seed, seen.x, seen.returned, seen.stopped) == (4, 0, -6.0, True, False)
     assert (seen.value, seen.tail) == pytest.approx((0.5, 0.55))
 
@@ -333,7 +333,7 @@ def test_the_recipe_is_the_fit_of_every_trial():
     """However often the sampler has fitted on the way, the recipe's fit is of all that ran, pruned runs among it."""
     storage = optuna.storages.InMemoryStorage()
     recipe = calibrate(slow, ranks=(4, 64), steps=100, trials=16, lr_range=WIDE, storage=storage)
-    trials = read_trials(storage.get_all_trials(0))
-    assert carried(trials)
-    fit = fit_observations(evidence(trials), Prior(pivot=16.0))
+    trials = Trials.read(storage.get_all_trials(0))
+    assert trials.carried()
+    fit = fit_observations(trials.evidence(), Prior(pivot=16.0))
     assert recipe.covariance.numpy() == pytest.approx(fit.covariance, rel=1e-12)

@@ -17,7 +17,7 @@ import pytest
 import rankaware_optim as ra
 from rankaware_optim.calibration._liveness import fail_dead_trials, new_owner, release
 from rankaware_optim.calibration._storage import open_storage
-from rankaware_optim.calibration._trials import counted, read_trial, read_trials, running, spent
+from rankaware_optim.calibration._trials import TrialRecord, Trials
 
 from ..helpers.calibrations import STEPS, calibrate, made_up
 from ..helpers.killed import STEPS as RUN
@@ -84,8 +84,8 @@ def test_killed_at_any_moment_it_goes_on(kill, forked, straight, tmp_path):
     after = trials_in(tmp_path)
     kept = [trial for trial in before if trial.state.is_finished()]
     assert [trial.datetime_complete for trial in after[: len(kept)]] == [trial.datetime_complete for trial in kept]
-    assert len(counted(read_trials(after))) == TRIALS
-    assert not running(read_trials(after))
+    assert len(Trials.read(after).counted()) == TRIALS
+    assert not Trials.read(after).running()
     assert_retried(after)
 
 
@@ -97,7 +97,7 @@ def assert_retried(trials) -> None:
     """Every killed trial was run again, once, with its rank, seed and rate."""
     for killed in (trial for trial in trials if "killed" in trial.user_attrs):
         (again,) = [trial for trial in trials if trial.user_attrs.get("retry_of") == killed.number]
-        assert read_trial(again).cell == read_trial(killed).cell
+        assert TrialRecord.read(again).cell == TrialRecord.read(killed).cell
         if killed.params and again.params:
             assert again.params == killed.params
 
@@ -112,7 +112,7 @@ def test_killed_again_and_again_it_ends(forked, straight, tmp_path):
     assert (tmp_path / "recipe.toml").read_text() == expected
     trials = trials_in(tmp_path)
     assert_retried(trials)
-    assert spent(read_trials(trials), RUN) <= RUN * len(trials)
+    assert Trials.read(trials).spent(RUN) <= RUN * len(trials)
 
 
 # --- whose trial ----------------------------------------------------------------------------------------------------

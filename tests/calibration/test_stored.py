@@ -15,7 +15,7 @@ import optuna
 import pytest
 
 from rankaware_optim.calibration._storage import open_storage
-from rankaware_optim.calibration._trials import attributes_of, read_trial, read_trials
+from rankaware_optim.calibration._trials import TrialRecord, Trials
 
 from ..helpers.calibrations import BEST, Net, calibrate
 
@@ -51,13 +51,13 @@ def test_a_record_is_stored_as_it_was_read(journal):
         "observation",
     }  # fmt: skip
     for trial in trials:
-        assert attributes_of(read_trial(trial)) == trial.user_attrs
-        assert read_trial(trial).x == trial.params.get("log2_lr")
+        assert TrialRecord.read(trial).attributes() == trial.user_attrs
+        assert TrialRecord.read(trial).x == trial.params.get("log2_lr")
 
 
 def test_records_say_what_became_of_the_trials(journal):
     """Fates, the trial that repeats a killed one, and the trial of full finetuning are told apart."""
-    records = read_trials(stored_trials(journal))
+    records = Trials.read(stored_trials(journal))
     assert Counter(record.state.name for record in records) == {"COMPLETE": 5, "PRUNED": 8, "FAIL": 2}
     assert Counter(record.stopped for record in records) == {"": 9, "pruned": 5, "memory": 1}
     assert [(r.number, r.x) for r in records if r.killed] == [(2, records[3].x)]

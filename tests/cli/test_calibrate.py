@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import rankaware_optim as ra
 from rankaware_optim.calibration._optuna import close_database
 from rankaware_optim.calibration._storage import open_storage
-from rankaware_optim.calibration._trials import counted, read_trials, running
+from rankaware_optim.calibration._trials import Trials
 from rankaware_optim.cli._main import main
 
 LOOP = """
@@ -134,13 +134,12 @@ def trials_of(storage: str, name: str) -> list[optuna.trial.FrozenTrial]:
 
 def assert_shared(trials, count: int) -> None:
     """Two processes ran `count` trials between them, no point twice."""
-    records = read_trials(trials)
-    ran = counted(records)
+    ran = Trials.read(trials).counted()
     assert len(ran) == count
     assert len({trial.owner.pid for trial in ran}) == 2
     points = [(*trial.cell, trial.x) for trial in ran]
     assert len(set(points)) == count
-    assert not running(records)
+    assert not Trials.read(trials).running()
 
 
 def test_two_workers_share_the_trials(folder):
@@ -220,7 +219,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(folder):
     assert done.returncode == 1
     assert done.stderr.startswith("Error: The study's storage r.journal failed: [Errno 27] File too large")
     assert not Path("r.toml").exists()
-    before = len(counted(read_trials(trials_of("r.journal", "r"))))
+    before = len(Trials.read(trials_of("r.journal", "r")).counted())
     assert 0 < before < 6
     assert call(*arguments).exit_code == 0
     assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 6

@@ -7,7 +7,7 @@ which parameter) is kept by reference, so putting it back moves no memory and ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,14 +32,12 @@ class _Held(NamedTuple):
         live, content = self.container, self.content
         if isinstance(live, list):
             live[:] = content
-        elif isinstance(live, set) or not _is_same(live, content):
-            live.clear()
-            live.update(content)
-
-
-def _is_same(live: Mapping[Any, Any], content: Mapping[Any, Any]) -> bool:
-    """Whether two mappings hold the same objects in the same order."""
-    return list(live) == list(content) and all(live[key] is value for key, value in content.items())
+            return
+        is_dict = not isinstance(live, set)
+        if is_dict and list(live) == list(content) and all(live[key] is value for key, value in content.items()):
+            return
+        live.clear()
+        live.update(content)
 
 
 class _Param(NamedTuple):

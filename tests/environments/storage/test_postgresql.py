@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import TrialState
 
 import rankaware_optim as ra
-from rankaware_optim.calibration._trials import counted, read_trials
+from rankaware_optim.calibration._trials import Trials
 
 from ...cli.test_calibrate import LOOP, assert_shared, call, ended, started, trials_of
 from ...helpers.calibrations import calibrate, made_up
@@ -58,8 +58,8 @@ def test_killed_it_goes_on(server, folder):
     ended(started(*command))
     after = trials_of(server.url, "killed")
     assert [t.datetime_complete for t in after[: len(before)]] == [t.datetime_complete for t in before]
-    records = read_trials(after)
-    assert len(counted(records)) == 8
+    records = Trials.read(after)
+    assert len(records.counted()) == 8
     killed = [trial for trial in records if trial.killed]
     assert len(killed) <= 1
     assert [t.cell for t in records if t.retry_of is not None] == [t.cell for t in killed]
@@ -95,4 +95,4 @@ def test_a_server_that_goes_away_is_said_and_nothing_is_lost(server, folder):
     assert "a-secret" not in refused.output
     server.start()
     ended(started(*command))
-    assert len(counted(read_trials(trials_of(server.url, "away")))) == 8
+    assert len(Trials.read(trials_of(server.url, "away")).counted()) == 8
