@@ -193,8 +193,7 @@ class Runner:
             raise
 
     def _report(self, curve: list[float], every: int) -> bool:
-        latest = curve[-max(TAIL, every) :]
-        self._handle.report(sum(latest) / len(latest), len(curve))
+        self._handle.report(recent(curve, max(TAIL, every)), len(curve))
         return len(curve) < self.study.steps and self._handle.should_prune()
 
     def _end(self, outcome: Outcome) -> None:

@@ -1,14 +1,16 @@
-"""One run of the user's training loop: what it is told, and what it yields, checked."""
+"""One run of the user's training loop: what it is given, and what it yields, checked."""
 
 from __future__ import annotations
 
+import gc
 import math
 import random
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from optuna.exceptions import TrialPruned
 
@@ -16,16 +18,18 @@ from .._checks import is_number
 from .._types import Method
 from ..errors import CalibrationError
 from ..optimizer import RankAwareOptimizer
-from ._memory import is_out_of_memory, release_memory
 
-__all__ = ["Outcome", "Pushed", "Train", "Trial", "run_trial"]
+__all__ = ["Outcome", "Pushed", "Train", "Trial", "recent", "release_memory", "run_trial", "seeded"]
 
 Build = Callable[["Trial", Any, dict[str, Any]], RankAwareOptimizer]
 Train = Callable[["Trial"], "Generator[Any, None, Any] | Pushed"]
 
 TAIL = 5  # values at least in the mean that scores a run
+# What torch says on the CPU (Linux, Windows), on MPS and in cuBLAS, where the error is a plain RuntimeError.
+_SAID = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")
 
 
+@dataclass(eq=False)
 class Trial:
     """One run of the user's `train`: which `rank` to build (None for full finetuning), which `seed`, how many `steps`.
 
@@ -33,13 +37,12 @@ class Trial:
     have, in the same coordinates as `Recipe.lr`.
     """
 
-    def __init__(self, rank: int | None, seed: int, steps: int, number: int, build: Build) -> None:
-        self.rank = rank
-        self.seed = seed
-        self.steps = steps
-        self.number = number
-        self.lr: float | None = None
-        self._build = build
+    rank: int | None
+    seed: int
+    steps: int
+    number: int
+    _build: Build = field(repr=False)
+    lr: float | None = None
 
     @property
     def method(self) -> Method:
@@ -74,8 +77,7 @@ class Outcome(NamedTuple):
     @property
     def tail(self) -> float:
         """Mean of the last tenth of the values, at least 5."""
-        last = self.curve[-max(TAIL, len(self.curve) // 10) :]
-        return sum(last) / len(last)
+        return recent(self.curve, max(TAIL, len(self.curve) // 10))
 
     @property
     def score(self) -> float:
@@ -92,19 +94,16 @@ class Pushed(NamedTuple):
     run: Callable[[Callable[[Any], bool]], Any]
 
 
+@dataclass
 class _Values:
     """The values of a run so far, and why it is to stop."""
 
-    def __init__(
-        self,
-        trial: Trial,
-        limits: Sequence[float],
-        watch: Callable[[Trial, list[float]], bool],
-        mean: Callable[[float], float],
-    ) -> None:
-        self.trial, self.limits, self.watch, self.mean = trial, limits, watch, mean
-        self.curve: list[float] = []
-        self.stopped = ""
+    trial: Trial
+    limits: Sequence[float]
+    watch: Callable[[Trial, list[float]], bool]
+    mean: Callable[[float], float]
+    curve: list[float] = field(default_factory=list)
+    stopped: str = ""
 
     def take(self, value: Any) -> bool:
         """Keep `value`; whether the run ends with it: it diverged, was pruned, or has run its steps."""
@@ -209,26 +208,43 @@ def _as_float(value: Any, step: int, what: str = "value") -> float:
     return float(value)
 
 
-def recent(curve: Sequence[float]) -> float:
+def recent(curve: Sequence[float], count: int = TAIL) -> float:
     """Mean of the last few values."""
-    last = curve[-TAIL:]
+    last = curve[-count:]
     return sum(last) / len(last)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch, random and numpy for one run, and put all three back as they were."""
-    numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
-    python_state = random.getstate()
-    numpy_state = numpy_random.get_state() if numpy_random else None
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         random.seed(seed)
-        if numpy_random:
-            numpy_random.seed(seed % 2**32)
+        np.random.seed(seed % 2**32)
         try:
             yield
         finally:
             random.setstate(python_state)
-            if numpy_random:
-                numpy_random.set_state(numpy_state)
+            np.random.set_state(numpy_state)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."))
+    True
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID)
+
+
+def release_memory() -> None:
+    """Collect what only cycles hold, and give the accelerator's cached blocks back.
+
+    Call it once the error is gone: its traceback holds the frames, and they hold the tensors.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

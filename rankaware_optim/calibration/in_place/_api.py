@@ -192,16 +192,12 @@ def _set_mode(opt: Any, mode: str) -> None:
 
 def _whole(walked: Walk, adapters: Adapters | None, trains: FullTrains | None) -> list[nn.Parameter]:
     """What full finetuning trains."""
-
-    def is_chosen(name: str, param: nn.Parameter) -> bool:
-        if callable(trains):
-            return bool(trains(name, param))
-        return any(fnmatchcase(name, pattern) for pattern in trains or ())
-
     chosen: list[tuple[str, Any]]
     if trains is None:
         chosen = [(found.pair.where, base_weight(found.pair)) for found in adapters.found] if adapters else []
     else:
+        patterns = () if callable(trains) else tuple(trains)
+        is_chosen = trains if callable(trains) else lambda name, _: any(fnmatchcase(name, p) for p in patterns)
         factors = {id(factor) for factor in adapters.factors} if adapters else set()
         chosen = [(n, p) for n, p in walked.parameters if is_chosen(n, p) and id(p) not in factors]
         if not chosen:
