@@ -108,7 +108,9 @@ def calibrate(
     for what, value in given.items():
         check_argument(what, value)
     tried = tuple(sorted(ranks, key=lambda r: (r is None, r or 0)))
-    schedule = Schedule(tried, tuple(seeds), steps, trials, budget, until, full_trials, target)
+    schedule = Schedule(
+        tried, tuple(seeds), steps, trials=trials, budget=budget, until=until, full_trials=full_trials, target=target
+    )
     _check_schedule(schedule)
     study = Study(
         optimizer=get_optimizer_class(optimizer),

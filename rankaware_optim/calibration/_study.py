@@ -280,7 +280,7 @@ class Study:
         return fit
 
     def _notes(self, fit: Fit, trials: Trials) -> tuple[str, ...]:
-        """What the data do not determine, or what in the runs casts doubt on them, in words."""
+        """What the data do not determine, or what in the runs speaks against them, in words."""
         lora, cell, notes = [r for r in self.ranks if r is not None], trials.unsteady(), []
         if len(lora) > 1 and max(lora) < _APART * min(lora):
             notes.append(f"ranks {min(lora)} and {max(lora)} lie less than a factor 16 apart: the drift is hardly told")

@@ -69,7 +69,7 @@ class Adapters:
     with s = alpha / r ("alpha") or alpha / √r ("rslora").
 
     Raises:
-        InspectionError: before anything was changed: a pair that cannot be made anew or at one of `ranks`.
+        InspectionError: before anything was changed: a pair that cannot be made at one of `ranks`.
     """
 
     def __init__(
