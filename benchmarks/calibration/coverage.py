@@ -166,7 +166,7 @@ CASES = (
 def study_of(init: Literal["A", "B"]) -> Study:
     """A study that never opened: it holds the priors, and the law centred on them."""
     at = Reference(TRIED[0], float(TRIED[0]), init=init, fan_in=WIDTH)
-    return Study(torch.optim.AdamW, MuA(), TRIED, SEEDS, 1, reference=at, full_fan_in=WIDTH)
+    return Study(torch.optim.AdamW, MuA(), TRIED, 1, reference=at, full_fan_in=WIDTH)
 
 
 def searched(world: World, prior: Prior, start: float, low: float, high: float, trials: int) -> list[Observation]:

@@ -182,7 +182,7 @@ class _Job:
         """A calibration that never ran: it holds the priors, and the law centred on them."""
         ranks: tuple[int | None, ...] = (*self.ranks, *([None] if self.full_seen else []))
         full = self.width(True) or self.width(False)
-        return Study(self.optimizer, law, ranks, (0,), 1, reference=self.reference, full_fan_in=full)
+        return Study(self.optimizer, law, ranks, 1, reference=self.reference, full_fan_in=full)
 
     @property
     def full_seen(self) -> bool:
