@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from .. import sweeps
-from ..sweeps import COMPARED, DEMO_SWEEP, Move, Score, score_table
+from ..sweeps import COMPARED, DEMO_SWEEP, LawScore, Move, score_table
 from ._options import ALPHA, COLUMN, OPTIMIZER
 
 __all__ = ["bench_law"]
@@ -46,7 +46,7 @@ def bench_law(sweep: Path | None, laws: tuple[str, ...], out: Path | None, **opt
         out.write_text(_as_json(scores) if out.suffix == ".json" else _as_csv(scores), encoding="utf-8")
 
 
-def _as_json(scores: Sequence[Score]) -> str:
+def _as_json(scores: Sequence[LawScore]) -> str:
     """Every law's row with its moves; a loss that diverged is the text "inf"."""
     documents = [{**_plain(score.row()), "each": [_plain(_move(move)) for move in score.moves]} for score in scores]
     return json.dumps(documents, indent=1) + "\n"
@@ -58,7 +58,7 @@ def _move(move: Move) -> dict[str, Any]:
     return {**ends, **alphas, "octaves": move.octaves, "loss_lost": move.lost}
 
 
-def _as_csv(scores: Sequence[Score]) -> str:
+def _as_csv(scores: Sequence[LawScore]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(scores[0].row()), lineterminator="\n")
     writer.writeheader()
