@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..errors import CalibrationError
 __all__ = ["TrainerRun"]
 
 
+@dataclass
 class TrainerRun:
     """The trial, the optimizer's settings, what scores the run, and the loss of the step under way.
 
@@ -20,16 +22,12 @@ class TrainerRun:
     report: takes a step's loss and answers whether the run is to end.
     """
 
-    def __init__(
-        self,
-        trial: Trial,
-        settings: Mapping[str, Any],
-        metric: str | Callable[[Any], Any] | None,
-        report: Callable[[Any], bool],
-    ) -> None:
-        self.trial, self.settings, self.steps_taken = trial, dict(settings), 0
-        self._metric, self._report = metric, report
-        self._loss: Any = 0.0
+    trial: Trial
+    settings: Mapping[str, Any]
+    metric: str | Callable[[Any], Any] | None
+    report: Callable[[Any], bool]
+    steps_taken: int = 0
+    _loss: Any = 0.0
 
     def optimizer(self, model: Any) -> Any:
         """The trial's optimizer over the model."""
@@ -51,15 +49,15 @@ class TrainerRun:
         """Report the step's loss. The answer is whether the run is to end."""
         loss, self._loss = self._loss, 0.0
         self.steps_taken += 1
-        return self._report(loss)
+        return self.report(loss)
 
     def score(self, trainer: Any, evaluate: Callable[[], Mapping[str, Any]]) -> Any:
         """The score of a run that took all its steps; None where there is none to take."""
-        if self._metric is None or self.steps_taken < self.trial.steps:
+        if self.metric is None or self.steps_taken < self.trial.steps:
             return None
-        if callable(self._metric):
-            return self._metric(trainer)
+        if callable(self.metric):
+            return self.metric(trainer)
         found = evaluate()
-        if self._metric not in found:
-            raise CalibrationError(f"The evaluation gave no {self._metric!r}.", f"It gave {', '.join(sorted(found))}.")
-        return found[self._metric]
+        if self.metric not in found:
+            raise CalibrationError(f"The evaluation gave no {self.metric!r}.", f"It gave {', '.join(sorted(found))}.")
+        return found[self.metric]

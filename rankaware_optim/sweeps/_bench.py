@@ -34,6 +34,7 @@ __all__ = [
     "Move",
     "bench_law",
     "law_of",
+    "loss_between",
     "loss_curves",
     "score_of",
     "score_table",
@@ -71,17 +72,25 @@ class LossCurve:
 
         Between the rates tried it lies on straight lines, so it is rather too high where the curve is a bowl.
         """
-        grid, lowest = sorted(self.losses), min(self.losses.values())
-        if not grid[0] <= x <= grid[-1]:
+        if not min(self.losses) <= x <= max(self.losses):
             return None
-        low, high = max(at for at in grid if at <= x), min(at for at in grid if at >= x)
-        share = 0.0 if low == high else (x - low) / (high - low)
-        loss = self.losses[low] if share == 0.0 else (1.0 - share) * self.losses[low] + share * self.losses[high]
-        return (loss - lowest) / max(abs(lowest), 1e-12)
+        lowest = min(self.losses.values())
+        return (loss_between(self.losses, x) - lowest) / max(abs(lowest), 1e-12)
+
+    @property
+    def group(self) -> tuple[str, float | None, str]:
+        """Model, batch and init: a law is asked to move a rate between the ranks that share these."""
+        return self.model, self.at.batch, self.at.init
 
     def compares_with(self, other: LossCurve) -> bool:
-        """Whether a law is asked to move one's rate to the other: another rank of the same model, batch and init."""
-        return _group_of(self) == _group_of(other) and self.at.rank != other.at.rank
+        return self.group == other.group and self.at.rank != other.at.rank
+
+
+def loss_between(losses: Mapping[float, float], x: float) -> float:
+    """The loss at log2 rate x, on a straight line between the two rates tried beside it."""
+    low, high = max(at for at in losses if at <= x), min(at for at in losses if at >= x)
+    share = 0.0 if low == high else (x - low) / (high - low)
+    return losses[low] if share == 0.0 else (1.0 - share) * losses[low] + share * losses[high]
 
 
 @dataclass(frozen=True)
@@ -240,19 +249,14 @@ def vertex_of(curve: Mapping[float, float]) -> float | None:
 def _best_by_bowls(curves: Sequence[LossCurve]) -> list[LossCurve]:
     """The curves with their best rates by the calibration's fit, which shares the bowl's shape in a model."""
     placed = []
-    for group in dict.fromkeys(map(_group_of, curves)):
-        mine = [curve for curve in curves if _group_of(curve) == group]
+    for group in dict.fromkeys(curve.group for curve in curves):
+        mine = [curve for curve in curves if curve.group == group]
         # Curves are told apart by a number, since two may share a rank.
         seen = [observation_of(run, i, math.log2(run.lr)) for i, curve in enumerate(mine, 1) for run in curve.runs]
         fit = fit_observations(seen, Prior())
         vertices = {} if fit is None else fit.vertices
         placed += [replace(curve, best=vertices[i][0]) for i, curve in enumerate(mine, 1)]
     return placed
-
-
-def _group_of(curve: LossCurve) -> tuple[str, float | None, str]:
-    """The curves that may be compared share this."""
-    return curve.model, curve.at.batch, curve.at.init
 
 
 # --- laws by text ---------------------------------------------------------------------------------------------------

@@ -39,6 +39,12 @@ _PREFIXES = ("params_", "config.", "config_")  # Optuna's dataframe, W&B's confi
 _ABSENT = ("", "nan", "none", "null")
 _DIVERGED = ("diverged", "nan", "inf", "infinity", "+inf")
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
+_KINDS: dict[str, Callable[[float], bool]] = {
+    "a number": lambda value: True,
+    "a positive number": lambda value: value > 0,
+    "a positive whole number": lambda value: value >= 1 and value == int(value),
+    "a whole number, 0 or more": lambda value: value >= 0 and value == int(value),
+}
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
@@ -206,15 +212,21 @@ class _Cells(NamedTuple):
         text = "" if value is None else str(value).strip()
         return None if text.lower() in _ABSENT else text
 
-    def positive(self, field: str) -> float | None:
-        return self._number(field, "a positive number", lambda value: value > 0)
+    def number(self, field: str, kind: str = "a positive number") -> float | None:
+        """The cell as a number of this kind, or None where it is absent."""
+        text = self.text(field)
+        if text is None:
+            return None
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not _KINDS[kind](value):
+            raise self.error(field, kind)
+        return value
 
-    def finite(self, field: str) -> float | None:
-        return self._number(field, "a number", lambda value: True)
-
-    def whole(self, field: str, least: int = 1) -> int | None:
-        kind = "a positive whole number" if least else "a whole number, 0 or more"
-        value = self._number(field, kind, lambda value: value >= least and value == int(value))
+    def whole(self, field: str, kind: str = "a positive whole number") -> int | None:
+        value = self.number(field, kind)
         return None if value is None else int(value)
 
     def choice(self, field: str, known: Mapping[str, Any]) -> Any:
@@ -229,19 +241,7 @@ class _Cells(NamedTuple):
         text = str(value).strip().lower()
         if isinstance(value, (Real, str)) and text in _DIVERGED:
             return math.inf
-        return self.finite("loss")
-
-    def _number(self, field: str, kind: str, fits: Callable[[float], bool]) -> float | None:
-        text = self.text(field)
-        if text is None:
-            return None
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not fits(value):
-            raise self.error(field, kind)
-        return value
+        return self.number("loss", "a number")
 
     def error(self, field: str, kind: str) -> CalibrationError:
         column = self.names.get(field, field)
@@ -258,21 +258,21 @@ def _run_of(cells: _Cells) -> SweepRun | None:
     rank = None if full or (cells.text("rank") or "full").lower() == "full" else cells.whole("rank")
     if rank is None and full is False:
         raise cells.error("rank", "a LoRA run's rank")
-    lr = cells.positive("lr")
+    lr = cells.number("lr")
     if lr is None:
         raise cells.error("lr", "a positive number")
     run = SweepRun(
         rank=rank,
         lr=lr,
         loss=math.inf if loss is None else loss,
-        alpha=None if rank is None else cells.positive("alpha"),
+        alpha=None if rank is None else cells.number("alpha"),
         rslora=rank is not None and cells.choice("rslora", _TRUTH),
         init=cells.choice("init", {"a": "A", "b": "B", "": None}),
-        fan_in=cells.positive("fan_in"),
-        seed=cells.whole("seed", 0) or 0,
+        fan_in=cells.number("fan_in"),
+        seed=cells.whole("seed", "a whole number, 0 or more") or 0,
         model=cells.text("model"),
-        batch=cells.positive("batch"),
+        batch=cells.number("batch"),
         steps=cells.whole("steps"),
-        start=cells.finite("start"),
+        start=cells.number("start", "a number"),
     )
     return None if loss is None else run
