@@ -16,8 +16,9 @@ from typing import Any
 
 import click
 import torch
+from llama_shapes import LLAMA_70B, RANK
 from peft import LoraConfig, get_peft_model
-from recording import LLAMA_70B, RANK, machine, record
+from recording import machine, record
 from torch import nn
 
 from rankaware_optim import inspect_model, rank_aware_param_groups

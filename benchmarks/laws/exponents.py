@@ -22,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from recording import RESULTS, machine, markdown
+from recording import RESULTS, machine, page
 
 from rankaware_optim import LawError, MuA
 from rankaware_optim._optimizer_classes import get_optimizer_class
@@ -88,7 +88,7 @@ def table() -> None:
     cells = [[value if isinstance(value, str) else f"{value:g}" for value in row.values()] for row in rows]
     notes = [summary(rows, label) for label in OPTIMIZERS if any(row["optimizer"] == label for row in rows)]
     notes = [__doc__.split("\n\n")[-1].replace("\n", " ").strip(), "\n".join(notes)]
-    text = markdown("Exponents of the best rate: formula and check", heads, cells, store["machine"], notes)
+    text = page("Exponents of the best rate: formula and check", heads, cells, store["machine"], notes)
     (RESULTS / "exponents.md").write_text(text)
     click.echo("\n\n".join(notes))
 
