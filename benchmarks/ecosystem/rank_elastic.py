@@ -46,7 +46,8 @@ def run(change: tuple[int, int], seed: int) -> list[dict]:
     torch.manual_seed(seed)
     model = build(before)
     opt = optimizer(model)
-    train(model, opt, 40, seed)
+    for _ in fit(model, opt, seed):  # the demo's 40 steps
+        pass
     rows = []
     for policy in POLICIES:
         torch.manual_seed(seed)
@@ -65,17 +66,12 @@ def optimizer(model: nn.Module, **options: str) -> RankAwareOptimizer:
     return RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT, weight_decay=0.01, rates=rates, **options)
 
 
-def train(model: nn.Module, opt: RankAwareOptimizer, steps: int, seed: int) -> None:
-    """The first `steps` of the demo's own run."""
-    for _ in islice(fit(model, opt, seed), steps):
-        pass
-
-
 def train_and_check(model: nn.Module, opt: RankAwareOptimizer, seed: int) -> list[float]:
     """Held-out loss after 1, 3, 10 and 40 steps."""
     losses, done = [], 0
     for check in CHECKS:
-        train(model, opt, check - done, seed=1000 * (seed + 1) + done)
+        for _ in islice(fit(model, opt, 1000 * (seed + 1) + done), check - done):
+            pass
         losses.append(evaluate(model))
         done = check
     return losses

@@ -96,8 +96,8 @@ def run_one(job: Job) -> float | None:
 @main.command()
 def table() -> None:
     """Write results/law_check.json, .md and .png from the store; it is to hold whole grids."""
-    ranks = tuple(sorted({job.rank for job in read(STORE)})) or RANKS
     try:
+        ranks = tuple(sorted({job.rank for job in read(STORE)})) or RANKS
         done = whole(STORE, grid(ranks), "python benchmarks/laws/law_check.py run")
     except DomainError as error:
         raise click.ClickException(str(error)) from error
@@ -158,7 +158,7 @@ def page(bests: Mapping[tuple[str, int], dict[str, Any]], moves: list[dict[str, 
     found = {(m["optimizer"], m["from"], m["to"], m["law"]): m for m in moves}
     shifts = [shift_cells(key, found) for key in pairs if key[1] < key[2]]
     costs = [[key[0], f"{key[1]} → {key[2]}", *(lost_cell(found[(*key, law)]) for law in LAWS)] for key in pairs]
-    optima = [[name, str(rank), in_words(row), *loss_cells(row)] for (name, rank), row in bests.items()]
+    optima = [[name, str(rank), *optimum_cells(row)] for (name, rank), row in bests.items()]
     heads = ["law", "seven optimizers: median", "worst", "the four of other families: median", "worst"]
     return [
         "# Laws that know the optimizer, against a real sweep",
@@ -190,9 +190,9 @@ def error_cells(law: str, moves: list[dict[str, Any]]) -> list[str]:
     return [law, *(number(f(x)) for x in (every, others) for f in (statistics.median, max))]
 
 
-def loss_cells(row: Mapping[str, Any]) -> list[str]:
-    above = row["octave_above"]
-    return [number(row["loss"], 4), number(row["spread"], 4), "diverged" if above is None else f"{100 * above:.0f} %"]
+def optimum_cells(row: Mapping[str, Any]) -> list[str]:
+    above = "diverged" if row["octave_above"] is None else f"{100 * row['octave_above']:.0f} %"
+    return [in_words(row), number(row["loss"], 4), number(row["spread"], 4), above]
 
 
 if __name__ == "__main__":

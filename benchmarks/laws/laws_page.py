@@ -42,7 +42,8 @@ Rows = list[dict[str, Any]]
 def main(published: Path) -> None:
     """Write results/laws.md and its figures."""
     _make_missing(published)
-    found = _exponent_rows()
+    rates = exponents.load()["log2_rates"]
+    found = [row for label in exponents.OPTIMIZERS for row in exponents.rows_of(label, rates)]
     _draw_exponents(found, RESULTS / "laws-exponents.png")
     _draw_errors(published, RESULTS / "laws-errors.png")
     parts = ["# The laws, shown", *_exponents_page(found), *_made_elsewhere(), *_yardstick_page()]
@@ -68,11 +69,6 @@ def _demoted(text: str) -> str:
 
 
 # --- exponents ------------------------------------------------------------------------------------------------------
-
-
-def _exponent_rows() -> Rows:
-    rates = exponents.load()["log2_rates"]
-    return [row for label in exponents.OPTIMIZERS for row in exponents.rows_of(label, rates)]
 
 
 def _exponents_page(rows: Rows) -> Iterator[str]:

@@ -45,7 +45,6 @@ NOTE = (
     "every rank. Octaves compare vertices of parabolas through the best three means, positive where too high. "
     "Recipe: AdamW 0.9 / 0.999, decay 0.01, clip 1, 5 % warm-up, cosine to a tenth; Init[A], alpha = rank."
 )
-Rows = Sequence[dict[str, Any]]
 STORE = CACHE / "two_rates.jsonl"
 
 
@@ -165,6 +164,7 @@ def page(
         missed = {(move["mover"], move["rank"]): move["error"] for move in moves if move["domain"] == domain.name}
         ranks = [rank for rank in domain.ranks if any((scheme, rank) in mine for scheme in SCHEMES)]
         heads = ["", *(f"rank {rank}" for rank in ranks)]
+        best = [[s, *(in_words(mine[s, rank]) if (s, rank) in mine else "–" for rank in ranks)] for s in SCHEMES]
         title = f"{domain.name} (loss before training {starts[domain.name]:.3f}): "
         parts += [
             block(title + "loss at each one's best rate", heads, grid_of(mine, ranks, "losses")),
@@ -174,7 +174,7 @@ def page(
                 heads,
                 [[m, *(number(missed.get((m, rank)), 2, sign=True) for rank in ranks)] for m in MOVERS],
             ),
-            block(title + "log2 of the best base rate, seed by seed", heads, best_cells(mine, ranks)),
+            block(title + "log2 of the best base rate, seed by seed", heads, best),
             f"![Held-out loss against log2 base rate](two_rates_{domain.name}.png)",
         ]
     return parts
@@ -202,10 +202,6 @@ def paired(row: Mapping[str, Any] | None, other: Mapping[str, Any] | None, key: 
     if not all(map(math.isfinite, gaps)):
         return "–"
     return f"{statistics.mean(gaps):+.4f} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.4f}"
-
-
-def best_cells(mine: Mapping[tuple[str, int], dict[str, Any]], ranks: Sequence[int]) -> list[list[str]]:
-    return [[s, *(in_words(mine[s, rank]) if (s, rank) in mine else "–" for rank in ranks)] for s in SCHEMES]
 
 
 if __name__ == "__main__":

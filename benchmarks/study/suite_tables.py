@@ -35,7 +35,10 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
     every = domains_in(done)
     exponent_rows = [row for domain in every for row in exponents(done, domain, laws)]
     claim_rows = [row for domain in every for row in claims(done, domain)]
-    regret_rows = [regret_row(each) for each in moved]
+    regret_rows = []
+    for each in moved:
+        lora, full = ([str(len(x)), *(median_and_worst(x) or ("–", "–"))] for x in (each.lora, each.full))
+        regret_rows.append([each.domain, each.config, each.way, *lora, *full])
     jump_rows = [row for domain in every for row in jumps(done, domain, laws)]
     heads = ["domain", "configuration", "ranks", "seeds", "measured", *laws]
     ways = ["way", "moves", "LoRA to LoRA: median", "worst", "moves", "LoRA to full: median", "worst"]
@@ -96,11 +99,6 @@ def to_full(done: Losses, domain: str) -> Iterator[list[str]]:
 
 
 # --- regret ---------------------------------------------------------------------------------------------------------
-
-
-def regret_row(moved: Moved) -> list[str]:
-    cells = [[str(len(each)), *(median_and_worst(each) or ("–", "–"))] for each in (moved.lora, moved.full)]
-    return [moved.domain, moved.config, moved.way, *cells[0], *cells[1]]
 
 
 def median_and_worst(regrets: Sequence[float]) -> list[str]:

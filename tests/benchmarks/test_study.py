@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -349,6 +350,21 @@ def test_a_script_says_how_it_is_run(path: Path) -> None:
     usage = f"python {path.relative_to(BENCHMARKS.parent)}"
     told = "tox run -e bench" if path.stem == "suite" else usage
     assert told in (ast.get_docstring(ast.parse(path.read_text())) or "")
+
+
+def test_the_guide_names_every_script() -> None:
+    """The README's table has a script a question, and leaves none out."""
+    guide = (BENCHMARKS / "README.md").read_text().partition("<!-- tables -->")[0]
+    named = set(re.findall(r"`([a-z_]+/[a-z_]+\.py)`", guide.partition("## Running")[0]))
+    assert named == {str(path.relative_to(BENCHMARKS)) for path in SCRIPTS}
+
+
+def test_what_native_torch_does_stands_beside_tests_that_there_are() -> None:
+    """Every probe of compatibility.py belongs to a test of its suites, by file and name."""
+    from ecosystem.compatibility import NATIVE, SUITES, docstrings, files
+
+    found = [file for paths in SUITES.values() for path in paths for file in files(path)]
+    assert set(NATIVE) <= {f"{file.stem}::{name}" for file in found for name in docstrings(file)}
 
 
 # --- what is read from runs -----------------------------------------------------------------------------------------
