@@ -1,17 +1,33 @@
-"""Checks of arguments that more than one stage takes, each an error of cause and cure."""
+"""Checks of arguments that more than one stage takes."""
 
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 from .errors import OptimizerError
 
-__all__ = ["check_lr"]
+__all__ = ["check_lr", "is_number", "is_positive", "is_whole"]
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is an int or a float; a bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_positive(value: object) -> TypeGuard[float]:
+    """Whether `value` is a positive finite number."""
+    return is_number(value) and 0 < value < math.inf
+
+
+def is_whole(value: object, least: int = 1) -> TypeGuard[int]:
+    """Whether `value` is an int of at least `least`; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def check_lr(lr: object, what: str = "lr") -> float:
     """`lr` as a positive finite float, from a number or a one-element tensor; an `OptimizerError` otherwise."""
     value = lr.item() if getattr(lr, "numel", lambda: 0)() == 1 else lr  # type: ignore[attr-defined]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if not is_positive(value):
         raise OptimizerError(f"{what} is {lr!r}.", "Give a positive finite number.")
     return float(value)

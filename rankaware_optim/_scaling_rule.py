@@ -6,12 +6,21 @@ import math
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-__all__ = ["GAMMA", "SCALINGS", "Scaling", "infer_scaling"]
+__all__ = ["GAMMA", "SCALINGS", "Scaling", "infer_scaling", "scaling_factor"]
 
 Scaling = Literal["fixed", "rslora", "alpha", "as swept", "unknown"]
 SCALINGS: tuple[str, ...] = get_args(Scaling)
 # γ of every rule. "as swept": the sweep did not say alpha, so the middle of the customs, with a wider drift about it.
 GAMMA: dict[str, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0, "as swept": 0.5}
+
+
+def scaling_factor(rule: str, found: float, rank: float) -> float:
+    """What a rule of known γ multiplies s by where the rank changes from `found` to `rank`.
+
+    >>> scaling_factor("alpha", 4, 8), scaling_factor("fixed", 4, 8)
+    (0.5, 1.0)
+    """
+    return float((found / rank) ** GAMMA[rule])
 
 
 def infer_scaling(seen: Mapping[int, float]) -> Scaling:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from ._checks import is_positive
 from ._survey_text import Rated, audit, explain
 from .errors import InspectionError, InvalidReferenceError
 
@@ -186,8 +187,7 @@ class Reference:
 def _check_positive(name: str, value: object, *, whole: bool = False) -> None:
     if value is None:
         return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (0 < value < math.inf) or (whole and value != int(value)):  # type: ignore[operator,call-overload]
+    if not is_positive(value) or (whole and value != int(value)):
         raise InvalidReferenceError(
             f"Reference got {name}={value!r}.", f"Give a positive {'whole number' if whole else 'number'}."
         )

@@ -1,118 +1,21 @@
-"""The page of `calibration.py`: regret by contender, by cost, and whether each bar was met."""
+"""The page of `against_sweep.py`: regret by contender, by cost, and whether each bar was met."""
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from calibration.against_sweep import SCORING, SHARES, on_file, picks, winners
-from calibration.searches import LORA, RANGE_TEST, RATES_SWEPT, TO_FULL, TPE, WITH_FULL, ranks_of
+from calibration.against_sweep_scores import ORACLE, SHARES, Score, costs_of, named, on_file
+from calibration.searches import LORA, RANGE_TEST, TO_FULL, TPE, WITH_FULL
 from matplotlib.figure import Figure
-from scipy.interpolate import PchipInterpolator
+from recording import block, percent
+from study.configurations import CONFIGS
 from study.contenders import CONTENDERS
 from study.domains import Domain
-from study.domains._configs import CONFIGS
-from study.domains._runs import FULL, Cell, Job, Losses, or_inf
-from study.domains._tables import block, percent
+from study.grids import FULL
 
 COLOURS = {LORA: "#0072B2", TO_FULL: "#009E73", WITH_FULL: "#D55E00", TPE: "#CC79A7"}  # Okabe and Ito's
-ORACLE = "the sweep itself"
-
-
-class Score(NamedTuple):
-    """A contender's regret at one rank, a share; infinite where a run diverged."""
-
-    domain: str
-    config: str
-    name: str
-    rank: int
-    regret: float
-
-
-def scores_of(domain: Domain, done: Losses, start: float) -> Iterator[Score]:
-    """Every contender at every rank; the sweep itself against the best of its neighbours on the scoring seeds."""
-    best = dict(winners(domain, done))
-    for config in CONFIGS:
-        chosen = {name: list(rates.items()) for name, rates in picks(domain, config, done).items()}
-        for name, rates in chosen.items():
-            for rank, (cell, x) in rates:
-                own = cell_of(domain, config, rank)
-                if has_run(done, cell, x):
-                    yield Score(domain.name, config, name, rank, regret(done, start, (cell, x), (own, best[own])))
-        for rank in (*ranks_of(domain), FULL):
-            own = cell_of(domain, config, rank)
-            x = min((best[own] + half / 2 for half in range(-3, 4)), key=lambda x: fresh(done, own, x))
-            yield Score(domain.name, config, ORACLE, rank, regret(done, start, (own, best[own]), (own, x)))
-
-
-def has_run(done: Losses, cell: Cell, x: float) -> bool:
-    """Whether the runs that score a rate are on file: those at it, or on either side of it."""
-    rates = fresh_rates(done, cell)
-    return bool(rates) and rates[0] <= x <= rates[-1]
-
-
-def cell_of(domain: Domain, config: str, rank: int) -> Cell:
-    return (domain.name, "full" if rank == FULL else config, rank)
-
-
-def regret(done: Losses, start: float, at: tuple[Cell, float], best: tuple[Cell, float]) -> float:
-    """(loss at a rate − loss at the best) / (loss before training − loss at the best), means over the scoring seeds."""
-    lowest = fresh(done, *best)
-    return (fresh(done, *at) - lowest) / (start - lowest)
-
-
-def fresh(done: Losses, cell: Cell, x: float) -> float:
-    """Mean loss over the scoring seeds at 2^x: as run, or by a monotone spline between runs; infinite beside one that
-    diverged."""
-    means = {at: fresh_mean(done, cell, at) for at in fresh_rates(done, cell)}
-    if x in means:
-        return means[x]
-    below, above = max(at for at in means if at < x), min(at for at in means if at > x)
-    if not math.isfinite(means[below] + means[above]):
-        return math.inf
-    grid = [at for at in sorted(means) if math.isfinite(means[at])]
-    return float(PchipInterpolator(grid, [means[at] for at in grid])(x))
-
-
-def fresh_rates(done: Losses, cell: Cell) -> list[float]:
-    """Rates that every scoring seed has run; what an earlier search asked for and was stopped is left out."""
-    rates = {job.x for job in done if job[:3] == cell}
-    return sorted(x for x in rates if all(Job(*cell, x, seed) in done for seed in SCORING))
-
-
-def fresh_mean(done: Losses, cell: Cell, x: float) -> float:
-    return statistics.fmean(or_inf(done[Job(*cell, x, seed)]) for seed in SCORING)
-
-
-# --- cost -----------------------------------------------------------------------------------------------------------
-
-
-def costs_of(domain: Domain) -> dict[str, list[float]]:
-    """What each search spent, by name: steps weighted by the arm's step time, as a share of the sweep's."""
-    rows = [row for row in on_file() if row["domain"] == domain.name]
-    seconds = {rank: step_time(rows, rank) for rank in (*ranks_of(domain), FULL)}
-    sweep = RATES_SWEPT * domain.steps * sum(seconds.values())
-    costs: dict[str, list[float]] = {}
-    for row in rows:
-        spent = sum(steps * seconds[int(rank)] for rank, (steps, _) in row["arms"].items())
-        costs.setdefault(named(row["plan"], row["share"]), []).append(spent / sweep)
-    return costs
-
-
-def step_time(rows: Iterable[Mapping[str, Any]], rank: int) -> float:
-    """Median seconds a step of an arm."""
-    return statistics.median(s / n for row in rows for arm, (n, s) in row["arms"].items() if int(arm) == rank and n)
-
-
-def named(plan: str, share: float) -> str:
-    return f"{plan}, {share:.0%}"
-
-
-# --- the page -------------------------------------------------------------------------------------------------------
-
 ROWS = [ORACLE, *(named(plan, share) for plan in SHARES for share in SHARES[plan][0]), *CONTENDERS, "Prodigy"]
 
 
@@ -123,7 +26,7 @@ def page(domains: Sequence[Domain], scores: Sequence[Score], start: Mapping[str,
         mine, costs = [s for s in scores if s.domain == domain.name], costs_of(domain)
         for config in CONFIGS:
             here = [s for s in mine if s.config == config]
-            ranks = ranks_of(domain)
+            ranks = domain.ranks_swept
             heads = ["", "cost", "worst", "median", *(f"r = {rank}" for rank in ranks), "full"]
             by_name = {name: [s for s in here if matches(s.name, name)] for name in ROWS}
             rows = [row_of(name, found, ranks, costs) for name, found in by_name.items() if found]
@@ -173,7 +76,7 @@ def regrets(scores: Iterable[Score], domain: Domain, plan: str, share: float, fu
 # --- figures --------------------------------------------------------------------------------------------------------
 
 
-def draw(domains: Sequence[Domain], scores: Sequence[Score], path: Path) -> None:
+def draw_costs(domains: Sequence[Domain], scores: Sequence[Score], path: Path) -> None:
     """Regret against cost: worst and median over LoRA ranks and configurations, and full finetuning's worst."""
     figure = Figure(figsize=(9.5, 3.1 * len(domains)), layout="constrained")
     axes = figure.subplots(len(domains), 3, squeeze=False, sharex=True)

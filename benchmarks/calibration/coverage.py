@@ -166,7 +166,7 @@ CASES = (
 def study_of(init: Literal["A", "B"]) -> Study:
     """A study that never opened: it holds the priors, and the law centred on them."""
     at = Reference(TRIED[0], float(TRIED[0]), init=init, fan_in=WIDTH)
-    return Study(torch.optim.AdamW, MuA(), TRIED, SEEDS, 1, reference=at, full_fan_in=WIDTH)
+    return Study(torch.optim.AdamW, MuA(), TRIED, 1, reference=at, full_fan_in=WIDTH)
 
 
 def searched(world: World, prior: Prior, start: float, low: float, high: float, trials: int) -> list[Observation]:
@@ -176,16 +176,18 @@ def searched(world: World, prior: Prior, start: float, low: float, high: float, 
         rank = TRIED[number % len(TRIED)]
         seed = SEEDS[number // (PER_SEED * len(TRIED)) % len(SEEDS)]
         x = next_bracket(seen, start, low, high)
-        x = refined(seen, rank, prior, low, high) if x is None else x
+        if x is None:
+            fit = fitted(seen, prior)
+            x = next_refinement(seen, rank, estimate_at(fit, rank, prior), (low, min(high, under(fit.ceiling))))
         seen.append(world.run(rank, seed, min(max(x, low), high)))
     return seen
 
 
-def refined(seen: Sequence[Observation], rank: int, prior: Prior, low: float, high: float) -> float:
+def fitted(seen: Sequence[Observation], prior: Prior) -> Fit:
     fit = fit_observations(seen, prior)
     if fit is None:
         raise RuntimeError("every simulated run diverged")
-    return next_refinement(seen, rank, estimate_at(fit, rank, prior), (low, min(high, under(fit.ceiling))))
+    return fit
 
 
 def recipe_of(study: Study, fit: Fit) -> Recipe:
@@ -213,10 +215,8 @@ def simulated(case: Case, bowls: Mapping[int, Bowl], trials: int, rng: np.random
     world = World({rank: x for rank, x in truth.items() if rank}, bowls, rng)
     middle = truth[16]
     start = middle + rng.normal(0, GUESS_SD)
-    fit = fit_observations(searched(world, study.prior, start, middle + LOW, middle + HIGH, trials), study.prior)
-    if fit is None:
-        raise RuntimeError("every simulated run diverged")
-    recipe = recipe_of(study, fit)
+    seen = searched(world, study.prior, start, middle + LOW, middle + HIGH, trials)
+    recipe = recipe_of(study, fitted(seen, study.prior))
     for rank, x in truth.items():
         rate = recipe.at(rank) if rank else recipe.at(method="full")
         target = replace(study.reference, rank=rank, alpha=rank, method="lora" if rank else "full")

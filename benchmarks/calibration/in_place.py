@@ -23,7 +23,8 @@ from typing import Any
 
 import click
 import torch
-from recording import LLAMA_8B_EIGHTH, RANK, machine, record
+from llama_shapes import LLAMA_8B_EIGHTH, RANK
+from recording import in_fresh_process, machine, record
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -45,7 +46,7 @@ def main(interruptions: int, threads: int, worker: str) -> None:
         print(json.dumps(WORKERS[worker]()))
         return
     on = machine(threads)
-    found = {name: run_worker(name, threads) for name in WORKERS}
+    found = {name: in_fresh_process(__file__, f"--worker={name}", f"--threads={threads}") for name in WORKERS}
     rows = [
         *time_rows(found["time"]),
         *memory_rows(found),
@@ -53,12 +54,6 @@ def main(interruptions: int, threads: int, worker: str) -> None:
     ]
     record("in_place", "Calibration in place", rows, on, notes())
     sys.exit(not all(row["met"] for row in rows if row["met"] is not None))
-
-
-def run_worker(name: str, threads: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, f"--worker={name}", f"--threads={threads}"]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    return found
 
 
 # --- the model ------------------------------------------------------------------------------------------------------

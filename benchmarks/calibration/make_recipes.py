@@ -14,9 +14,9 @@ from pathlib import Path
 import click
 import torch
 from calibration.searches import recipe_of
+from study.configurations import CONFIGS
 from study.domains import get_domain, names
-from study.domains._configs import CONFIGS
-from study.domains._runs import WARMUP
+from study.training import WARMUP
 
 from rankaware_optim.cli._demo import calibrate_digits
 
@@ -29,13 +29,12 @@ SHARE, FULL_TRIALS = 0.2, 3
     "--domain", "chosen", multiple=True, type=click.Choice(names()), help="Of the study, instead of the demo."
 )
 def main(chosen: tuple[str, ...]) -> None:
-    """Calibrate and save; a recipe that is there already is made anew."""
+    """Calibrate and save; a recipe that is there already is replaced."""
     torch.set_num_threads(1)
     for name in chosen:
         for config in CONFIGS:
-            recipe = recipe_of(
-                get_domain(name), config, SHARE, 0, {}, WARMUP, full_trials=FULL_TRIALS, name=file_name(name, config)
-            )
+            own = {"full_trials": FULL_TRIALS, "name": file_name(name, config)}
+            recipe = recipe_of(get_domain(name), config, SHARE, 0, {}, WARMUP, **own)
             click.echo(recipe.save(path_of(name, config)))
     if not chosen:
         recipe = calibrate_digits("efficientnet-lite0-digits")
@@ -49,8 +48,8 @@ def path_of(domain: str, config: str) -> Path:
 
 def file_name(domain: str, config: str) -> str:
     """Init[A], s = 1/r, of image_generation is image-generation-a-inverse-rank."""
-    told = {"Init[A], s = 1": "a", "Init[A], s = 1/r": "a-inverse-rank", "Init[B], s = 1": "b"}
-    return f"{domain.replace('_', '-')}-{told[config]}"
+    short = {"Init[A], s = 1": "a", "Init[A], s = 1/r": "a-inverse-rank", "Init[B], s = 1": "b"}
+    return f"{domain.replace('_', '-')}-{short[config]}"
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator
-from itertools import islice
+from functools import partial
 from typing import Any, NamedTuple
 
 import optuna
 import torch
+from study.configurations import ADAMW, CONFIGS, TUNED, built, optimizer
 from study.domains import Domain, get_domain
-from study.domains._configs import ADAMW, CONFIGS, TUNED, built
-from study.domains._runs import FULL, shape
+from study.grids import FULL, Job
+from study.training import shape, trained
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import seeded
@@ -36,10 +37,6 @@ class Search(NamedTuple):
     plan: str
     share: float
     seed: int
-
-
-def ranks_of(domain: Domain) -> tuple[int, ...]:
-    return (1, *domain.ranks)
 
 
 def searched(of: Search) -> dict[str, Any]:
@@ -66,32 +63,6 @@ def clocked(run: Generator[Any, None, Any], arms: Arms, rank: int) -> Generator[
         yield value
 
 
-def trained(
-    domain: Domain, model: torch.nn.Module, opt: Any, seed: int, share: Callable[[int], float]
-) -> Generator[float, None, float]:
-    """A user's loop: the training loss every step, the held-out loss at the end."""
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, share)
-    clipped = [p for p in model.parameters() if p.requires_grad]
-    for batch in islice(domain.batches(seed), domain.steps):
-        opt.zero_grad()
-        loss = domain.loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(clipped, 1.0)
-        opt.step()
-        schedule.step()
-        yield loss.item()
-    return domain.evaluate(model)
-
-
-def at_rate(domain: Domain, config: str, rank: int, x: float, seed: int) -> Generator[float, None, float]:
-    """A run at the rate 2^x."""
-    model, method = built(domain, config, rank, seed), "full" if rank == FULL else "lora"
-    opt = ra.RankAwareOptimizer(
-        model, "adamw", lr=2.0**x, law="constant", method=method, rates=domain.head_rates, **ADAMW
-    )
-    return trained(domain, model, opt, seed, lambda step: shape(step, domain.steps, WARMUP))
-
-
 # --- ours -----------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +71,7 @@ def calibrated(**options: Any) -> Callable[[Search, Domain, Arms], Rates]:
 
     def run(of: Search, domain: Domain, arms: Arms) -> Rates:
         recipe = recipe_of(domain, of.config, of.share, of.seed, arms, **options)
-        return {rank: rate_of(recipe, of.config, rank) for rank in (*ranks_of(domain), FULL)}
+        return {rank: rate_of(recipe, of.config, rank) for rank in (*domain.ranks_swept, FULL)}
 
     return run
 
@@ -116,7 +87,7 @@ def recipe_of(
     def loop(trial: ra.Trial) -> Generator[float, None, float]:
         model = built(domain, config, trial.rank or FULL, trial.seed)
         opt = trial.optimizer(model, rates=domain.head_rates, **ADAMW)
-        return (yield from trained(domain, model, opt, trial.seed, lambda at: shape(at, domain.steps, warmup)))
+        return (yield from trained(domain, model, opt, trial.seed, partial(shape, steps=domain.steps, warmup=warmup)))
 
     return ra.calibrate(
         train,
@@ -135,7 +106,7 @@ def recipe_of(
 
 def budget_of(share: float, domain: Domain) -> int:
     """Training steps: a share of nine rates at every rank and in full, one seed."""
-    return round(share * RATES_SWEPT * (len(ranks_of(domain)) + 1) * domain.steps)
+    return round(share * RATES_SWEPT * (len(domain.ranks_swept) + 1) * domain.steps)
 
 
 def rate_of(recipe: ra.Recipe, config: str, rank: int) -> list[float]:
@@ -153,14 +124,17 @@ def by_tpe(of: Search, domain: Domain, arms: Arms) -> Rates:
     """Optuna's TPE spends all at rank 16; its best rate is used everywhere."""
 
     def score(trial: optuna.Trial) -> float:
-        x = trial.suggest_float("log2_lr", LOW, HIGH)
-        with seeded(10 + 2 * of.seed):
-            return scored(clocked(at_rate(domain, of.config, TUNED, x, 10 + 2 * of.seed), arms, TUNED))
+        x, seed = trial.suggest_float("log2_lr", LOW, HIGH), 10 + 2 * of.seed
+        with seeded(seed):
+            model = built(domain, of.config, TUNED, seed)
+            opt = optimizer(model, domain, Job(domain.name, of.config, TUNED, x, seed))
+            share = partial(shape, steps=domain.steps, warmup=WARMUP)
+            return scored(clocked(trained(domain, model, opt, seed, share), arms, TUNED))
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=of.seed))
     study.optimize(score, n_trials=max(1, budget_of(of.share, domain) // domain.steps))
-    return dict.fromkeys((*ranks_of(domain), FULL), [2.0 ** study.best_params["log2_lr"]] * 3)
+    return dict.fromkeys((*domain.ranks_swept, FULL), [2.0 ** study.best_params["log2_lr"]] * 3)
 
 
 def scored(run: Generator[Any, None, float]) -> float:
@@ -174,7 +148,7 @@ def scored(run: Generator[Any, None, float]) -> float:
 
 def by_range_test(of: Search, domain: Domain, arms: Arms) -> Rates:
     """Smith's test at every arm: the rate rises from 2^-15 to 2^-2 in one run; taken where the loss falls fastest."""
-    return {rank: [2.0 ** steepest(of, domain, arms, rank)] * 3 for rank in (*ranks_of(domain), FULL)}
+    return {rank: [2.0 ** steepest(of, domain, arms, rank)] * 3 for rank in (*domain.ranks_swept, FULL)}
 
 
 def steepest(of: Search, domain: Domain, arms: Arms, rank: int) -> float:
@@ -182,11 +156,9 @@ def steepest(of: Search, domain: Domain, arms: Arms, rank: int) -> float:
 
     Over an octave, and not before ten values are averaged: step by step the noise of the first few decides.
     """
-    seed, model = 10 + 2 * of.seed, built(domain, of.config, rank, 10 + 2 * of.seed)
-    method, octaves = "full" if rank == FULL else "lora", (HIGH - LOW) / domain.steps
-    opt = ra.RankAwareOptimizer(
-        model, "adamw", lr=2.0**LOW, law="constant", method=method, rates=domain.head_rates, **ADAMW
-    )
+    seed, octaves = 10 + 2 * of.seed, (HIGH - LOW) / domain.steps
+    model = built(domain, of.config, rank, seed)
+    opt = optimizer(model, domain, Job(domain.name, of.config, rank, LOW, seed))
     rising = clocked(trained(domain, model, opt, seed, lambda step: 2.0 ** (octaves * step)), arms, rank)
     losses, average = [], 0.0
     for step, loss in enumerate(rising, 1):
@@ -194,7 +166,7 @@ def steepest(of: Search, domain: Domain, arms: Arms, rank: int) -> float:
         losses.append(average / (1 - SMOOTHED**step))
         if not losses[-1] < 4 * losses[0]:
             break
-    octave, lowest = round(1 / octaves), min(range(len(losses)), key=lambda i: losses[i])
+    octave, lowest = round(1 / octaves), losses.index(min(losses))
     ends = range(10 + octave, max(lowest + 1, 11 + octave))
     return LOW + octaves * min(ends, key=lambda i: losses[min(i, len(losses) - 1)] - losses[i - octave])
 

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from calibration.searches import trained
 from recording import machine, record
+from study.configurations import ADAMW
 from study.domains import get_domain
-from study.domains._configs import ADAMW
-from study.domains._runs import shape
+from study.training import shape, trained
 
 import rankaware_optim as ra
 

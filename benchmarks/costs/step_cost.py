@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,8 @@ from typing import Any
 
 import click
 import torch
-from recording import LLAMA_8B_EIGHTH, RANK, Pair, adapters, machine, record
+from llama_shapes import LLAMA_8B_EIGHTH, RANK, Pair, adapters
+from recording import in_fresh_process, machine, record
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -47,8 +47,8 @@ def main(processes: int, rounds: int, threads: int, worker: bool) -> None:
         print(json.dumps(measure(rounds)))
         return
     on = machine(threads)
-    command = [sys.executable, __file__, "--worker", f"--rounds={rounds}", f"--threads={threads}"]
-    runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(processes)]
+    options = ("--worker", f"--rounds={rounds}", f"--threads={threads}")
+    runs = [in_fresh_process(__file__, *options) for _ in range(processes)]
     rows = [row for name in IMPLEMENTATIONS for row in step_rows(name, runs)] + [build_row(runs)]
     record("step_cost", "Cost of a step, and of building", rows, on, notes(processes, rounds))
     sys.exit(not all(row["met"] for row in rows if row["met"] is not None))

@@ -16,8 +16,9 @@ from typing import Any
 
 import click
 import torch
+from llama_shapes import LLAMA_70B, RANK
 from peft import LoraConfig, get_peft_model
-from recording import LLAMA_70B, RANK, machine, record
+from recording import machine, record
 from torch import nn
 
 from rankaware_optim import inspect_model, rank_aware_param_groups
@@ -64,12 +65,9 @@ def device_rows(device: str, repeats: int) -> list[dict[str, Any]]:
 
 def adapted(blocks: int, device: str) -> nn.Module:
     """A PEFT model of `blocks` blocks."""
-    base = nn.Sequential(*(block(device) for _ in range(blocks)))
+    layers = [{name: frozen_linear(*fans, device) for name, fans in LLAMA_70B.items()} for _ in range(blocks)]
+    base = nn.Sequential(*map(nn.ModuleDict, layers))
     return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(LLAMA_70B)))
-
-
-def block(device: str) -> nn.Module:
-    return nn.ModuleDict({name: frozen_linear(*fans, device) for name, fans in LLAMA_70B.items()})
 
 
 def frozen_linear(fan_in: int, fan_out: int, device: str) -> nn.Linear:

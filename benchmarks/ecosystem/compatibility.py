@@ -95,7 +95,7 @@ def rows(path: str) -> list[Row]:
         command = [sys.executable, "-m", "pytest", path, f"--junitxml={report}", "-q", "--tb=no"]
         subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         cases = list(ET.parse(report).iter("testcase"))
-    sentences = {name: text for file in _files(path) for name, text in _docstrings(file).items()}
+    sentences = {name: text for file in files(path) for name, text in docstrings(file).items()}
     grouped: dict[str, list[ET.Element]] = defaultdict(list)
     for case in cases:
         file = case.get("classname", "").rpartition(".")[2]
@@ -121,12 +121,12 @@ def line(row: Row) -> str:
     return f"| {row.sentence} | {cell} | {native} |"
 
 
-def _files(path: str) -> list[Path]:
+def files(path: str) -> list[Path]:
     found = ROOT / path
     return sorted(found.glob("test_*.py")) if found.is_dir() else [found]
 
 
-def _docstrings(file: Path) -> dict[str, str]:
+def docstrings(file: Path) -> dict[str, str]:
     functions = (n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef))
     return {f.name: " ".join((ast.get_docstring(f) or f.name).split()) for f in functions}
 
@@ -184,9 +184,9 @@ def _one_limit() -> str:
 
 
 NATIVE = {
-    "test_checkpoints::test_another_rank_is_refused_with_both_numbers": _another_rank,
-    "test_optimizer::test_a_checkpoint_of_another_rank_is_refused": _another_rank,
-    "test_optimizer::test_state_is_matched_by_name": _reversed_groups,
+    "test_state_dict::test_another_rank_is_refused_with_both_numbers": _another_rank,
+    "test_wrapper::test_a_checkpoint_of_another_rank_is_refused": _another_rank,
+    "test_wrapper::test_state_is_matched_by_name": _reversed_groups,
     "test_schedulers::test_schedulers_with_one_limit_for_all_are_named_with_the_cure": _one_limit,
 }
 

@@ -1,9 +1,10 @@
 """Conventions: what inspection reads of each library's own adapters, and whether they compute and train as read.
 
-    PYTHONPATH=. python benchmarks/ecosystem/conventions.py  # once in each environment: integrations, torchtune, litgpt
+    PYTHONPATH=benchmarks:. python benchmarks/ecosystem/conventions.py
 
-Runs every builder of tests/helpers/real_adapters.py whose library imports here, and the replicas beside it, and
-updates those rows of results/conventions.json and .md. Rows of libraries that are not here stay as they were.
+To run once in each of tox's environments integrations, torchtune and litgpt. Runs every builder of
+tests/helpers/real_adapters.py whose library imports here, and the replicas beside it, and updates those rows of
+results/conventions.json and .md. Rows of libraries that are not here stay as they were.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ NOTES = (
     "Ones-probe: with every entry of inputs, A and B at 1, how far B·A moves the output from scaling × rank × inner × "
     "fan-in, relative. A dash where the output is not linear in one B, is blind to ones, or several layers are "
     "adapted. AdaLoRA divides by rank + 1e-5.",
-    "Oracle: two trainings of 5 AdamW steps at alphas 3 and 8, factors, rates, eps and decays rescaled (theory.md, "
-    "section 4): the largest difference relative to the largest output, in float64, over ranks 2 and 4. Where the "
-    "library computes a norm in float32, a difference below its rounding shows as 0.",
+    "Oracle: two trainings of 5 AdamW steps at alphas 3 and 8, factors, rates, eps and decays rescaled (as "
+    "check_convention does): the largest difference relative to the largest output, in float64, over ranks 2 and 4. "
+    "Where the library computes a norm in float32, a difference below its rounding shows as 0.",
     "torchtune and litgpt were run in environments of their own, which pin other versions of what they need; the "
     "machine's line is that of the last run.",
     "Init «other»: neither Init[A] nor Init[B], so the law leaves the base rate. A row only is held against a replica "
@@ -66,7 +67,9 @@ def measured(case: Case) -> dict[str, Any]:
     row = {"adapter": case.name, "convention": case.convention, "library": library}
     try:
         torch.manual_seed(0)
-        return row | _read(case) | _checked(case)
+        found = check_convention(case.make, *case.inputs(), convention=case.convention)
+        probe = None if found.probe is None else f"{found.probe:.0e}"
+        return row | _read(case) | {"ones-probe": probe, "oracle error": f"{found.oracle:.0e}"}
     except RankAwareError as error:
         return row | dict.fromkeys(COLUMNS, None) | {"found": False, "oracle error": error.cause}
 
@@ -83,20 +86,11 @@ def _read(case: Case) -> dict[str, Any]:
         "init": (found.inits, expected.inits),
     }
     same = (found.conventions, found.kinds, found.other) == (expected.conventions, expected.kinds, expected.other)
-    return {"found": same} | {name: _cell(*values) for name, values in columns.items()}
-
-
-def _cell(found: Any, expected: Any) -> str:
-    text = ", ".join(f"{value:g}" if isinstance(value, (int, float)) else str(value) for value in found)
-    return text if found == expected else f"NO: {text}"
-
-
-def _checked(case: Case) -> dict[str, Any]:
-    found = check_convention(case.make, *case.inputs(), convention=case.convention)
-    return {
-        "ones-probe": None if found.probe is None else f"{found.probe:.0e}",
-        "oracle error": f"{found.oracle:.0e}",
-    }
+    cells = {}
+    for name, (values, wanted) in columns.items():
+        text = ", ".join(f"{value:g}" if isinstance(value, (int, float)) else str(value) for value in values)
+        cells[name] = text if values == wanted else f"NO: {text}"
+    return {"found": same} | cells
 
 
 if __name__ == "__main__":

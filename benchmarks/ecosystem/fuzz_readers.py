@@ -1,6 +1,7 @@
 """Fuzz the readers of adapter files: valid files of every kind, damaged step by step; only our errors may come out.
 
-`python benchmarks/ecosystem/fuzz_readers.py` writes results/fuzz_readers.json and .md, and fails if anything else came.
+    python benchmarks/ecosystem/fuzz_readers.py    # results/fuzz_readers.json and .md; fails if anything else came
+
 Hypothesis draws a kind of file and up to four damages: to its tensors (names, shapes, dtypes, values; the header is
 then made to fit), to its configuration or metadata, to the header's JSON, or to the bytes.
 """

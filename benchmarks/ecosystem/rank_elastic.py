@@ -1,4 +1,4 @@
-"""Rank-elastic resume: are moments carried to another rank better than moments started anew?
+"""Rank-elastic resume: are moments carried to another rank better than new ones?
 
     python benchmarks/ecosystem/rank_elastic.py
 
@@ -12,18 +12,19 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from itertools import islice
 
 import click
 import torch
-import torch.nn.functional as F
 from recording import RESULTS, machine
 from torch import nn
 
 from rankaware_optim import RankAwareOptimizer, Reference
-from rankaware_optim.cli._demo import BATCH, HEAD_RATE, build, digits, evaluate
+from rankaware_optim.cli._demo import HEAD_RATE, build, evaluate, fit
 
 CHANGES = ((8, 32), (32, 8))
 CHECKS = (1, 3, 10, 40)
+POLICIES = ("resize", "reset")
 LR, AT = 2e-3, Reference(rank=8, alpha=8)
 
 
@@ -45,9 +46,10 @@ def run(change: tuple[int, int], seed: int) -> list[dict]:
     torch.manual_seed(seed)
     model = build(before)
     opt = optimizer(model)
-    train(model, opt, 40, seed)
+    for _ in fit(model, opt, seed):  # the demo's 40 steps
+        pass
     rows = []
-    for policy in ("resize", "reset"):
+    for policy in POLICIES:
         torch.manual_seed(seed)
         other = build(after)
         copy_adapters(model, other)
@@ -64,22 +66,12 @@ def optimizer(model: nn.Module, **options: str) -> RankAwareOptimizer:
     return RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT, weight_decay=0.01, rates=rates, **options)
 
 
-def train(model: nn.Module, opt: RankAwareOptimizer, steps: int, seed: int) -> None:
-    """Cross-entropy on random batches."""
-    images, labels, _, _ = digits()
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        batch = torch.randint(len(images), (BATCH,), generator=generator)
-        F.cross_entropy(model(images[batch]), labels[batch]).backward()
-        opt.step()
-        opt.zero_grad()
-
-
 def train_and_check(model: nn.Module, opt: RankAwareOptimizer, seed: int) -> list[float]:
     """Held-out loss after 1, 3, 10 and 40 steps."""
     losses, done = [], 0
     for check in CHECKS:
-        train(model, opt, check - done, seed=1000 * (seed + 1) + done)
+        for _ in islice(fit(model, opt, 1000 * (seed + 1) + done), check - done):
+            pass
         losses.append(evaluate(model))
         done = check
     return losses
@@ -117,8 +109,6 @@ def table(rows: list[dict], seeds: int) -> list[str]:
     ]
     return lines
 
-
-POLICIES = ("resize", "reset")
 
 if __name__ == "__main__":
     main()

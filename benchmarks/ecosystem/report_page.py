@@ -1,6 +1,6 @@
 """Take the picture of `rankaware report`'s page: two ranks, an alpha of one's own, in headless Chromium.
 
-python benchmarks/ecosystem/report_page.py
+    python benchmarks/ecosystem/report_page.py
 
 It needs playwright, and a Chromium: python tests/environments/browser/chromium.py.
 """

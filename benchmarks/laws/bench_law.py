@@ -24,8 +24,8 @@ from recording import machine, record
 
 from rankaware_optim import Constant, Law, MuA, Power, RankAwareOptimizer
 from rankaware_optim.cli._demo import HEAD_RATE, SEEDS, build, evaluate, fit, untrained
-from rankaware_optim.sweeps import COMPARED, DEMO_SWEEP, Move, Score
-from rankaware_optim.sweeps._bench import Valley, score_of, valleys_of
+from rankaware_optim.sweeps import COMPARED, DEMO_SWEEP, LawScore, Move
+from rankaware_optim.sweeps._bench import LossCurve, loss_curves, score_of
 from rankaware_optim.sweeps._io import read_sweep
 
 FOLLOWS, KEPT = "efficientnet-lite0, alpha = rank", "efficientnet-lite0, alpha 16"
@@ -57,9 +57,14 @@ def sweep() -> None:
         done = {(row["model"], row["rank"], float(row["lr"]), row["seed"]) for row in csv.DictReader(file)}
     for model, rank, alpha, lr, seed in _runs():
         if (model, str(rank), lr, str(seed)) not in done:
-            row = [model, rank, alpha, WIDTH, repr(lr), seed, f"{untrained(seed):.4f}", _trained(rank, alpha, lr, seed)]
-            with DEMO_SWEEP.open("a", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(row)
+            append(model, rank, alpha, WIDTH, lr, seed, _trained(rank, alpha, lr, seed))
+
+
+def append(model: str, rank: int | str, alpha: float | None, width: int, lr: float, seed: int, loss: str) -> None:
+    """Append a run to the package's sweep."""
+    with DEMO_SWEEP.open("a", newline="") as file:
+        row = [model, rank, alpha, width, repr(lr), seed, f"{untrained(seed):.4f}", loss]
+        csv.writer(file, lineterminator="\n").writerow(row)
 
 
 def _runs() -> Iterator[tuple[str, int, int, float, int]]:
@@ -106,27 +111,27 @@ FAMILIES: dict[str, list[Law]] = {
 def table(published: Path, alpha: float) -> None:
     """Write results/bench_law.json and .md."""
     rows: list[dict[str, Any]] = []
-    for source, told in ((DEMO_SWEEP, None), (published, alpha)):
+    for source, given in ((DEMO_SWEEP, None), (published, alpha)):
         for best in ("parabola", "bowl"):
-            valleys = valleys_of(read_sweep(source).runs, best=best, alpha=told)
-            scores = [score_of(law, valleys) for law in LAWS]
-            if len({valley.model for valley in valleys}) > 2:
+            curves = loss_curves(read_sweep(source).runs, best=best, alpha=given)
+            scores = [score_of(law, curves) for law in LAWS]
+            if len({curve.model for curve in curves}) > 2:
                 scores += [
-                    _left_out(f"{name}, chosen on the other models", laws, valleys) for name, laws in FAMILIES.items()
+                    _left_out(f"{name}, chosen on the other models", laws, curves) for name, laws in FAMILIES.items()
                 ]
             rows += [{"sweep": source.name, "best rate by": best, **score.row()} for score in scores]
     record("bench_law", "Laws on sweeps: a best rate moved from one rank to another", rows, machine(1), NOTES)
 
 
-def _left_out(label: str, laws: Sequence[Law], valleys: Sequence[Valley]) -> Score:
+def _left_out(label: str, laws: Sequence[Law], curves: Sequence[LossCurve]) -> LawScore:
     """Every model's moves by the law that errs least on all others: nothing is fitted on what is tested."""
-    scored = [score_of(law, valleys) for law in laws]
+    scored = [score_of(law, curves) for law in laws]
     moves: list[Move] = []
-    for model in dict.fromkeys(valley.model for valley in valleys):
+    for model in dict.fromkeys(curve.model for curve in curves):
         others = [[abs(move.octaves) for move in score.moves if move.model != model] for score in scored]
         best = min(range(len(laws)), key=lambda i: statistics.fmean(others[i]))
         moves += [move for move in scored[best].moves if move.model == model]
-    return Score(label, laws[0], tuple(moves))
+    return LawScore(label, laws[0], tuple(moves))
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from recording import RESULTS, machine, markdown
+from recording import RESULTS, machine, page
 
 from rankaware_optim import LawError, MuA
 from rankaware_optim._optimizer_classes import get_optimizer_class
@@ -69,7 +68,8 @@ def run(only: str | None, widest: int) -> None:
         if only is not None and only not in label:
             continue
         for tokens, width in itertools.product(TOKENS, [w for w in WIDTHS if w <= widest]):
-            missing = [key for key in _points(label, tokens, width) if _key(*key) not in rates]
+            points = [(label, tokens, width, *rest) for rest in itertools.product("AB", GAMMAS, RANKS)]
+            missing = [key for key in points if _key(*key) not in rates]
             for key in missing:
                 rate = _solve(*key)
                 rates[_key(*key)] = None if rate is None else round(rate, 3)
@@ -88,20 +88,13 @@ def table() -> None:
     cells = [[value if isinstance(value, str) else f"{value:g}" for value in row.values()] for row in rows]
     notes = [summary(rows, label) for label in OPTIMIZERS if any(row["optimizer"] == label for row in rows)]
     notes = [__doc__.split("\n\n")[-1].replace("\n", " ").strip(), "\n".join(notes)]
-    text = markdown("Exponents of the best rate: formula and check", heads, cells, store["machine"], notes)
+    text = page("Exponents of the best rate: formula and check", heads, cells, store["machine"], notes)
     (RESULTS / "exponents.md").write_text(text)
     click.echo("\n\n".join(notes))
 
 
 def load() -> dict[str, Any]:
     return json.loads(STORE.read_text()) if STORE.exists() else {"machine": machine(1), "log2_rates": {}}
-
-
-Key = tuple[str, int, int, str, float, int]
-
-
-def _points(label: str, tokens: int, width: int) -> list[Key]:
-    return [(label, tokens, width, *rest) for rest in itertools.product("AB", GAMMAS, RANKS)]
 
 
 def _key(*parts: object) -> str:
@@ -120,20 +113,15 @@ def _solve(label: str, tokens: int, width: int, init: str, gamma: float, rank: i
     name, settings = OPTIMIZERS[label]
     stepper, scaling = Stepper(get_optimizer_class(name), settings, STEPS.get(label, 4)), rank**-gamma
     guess = _law(label, tokens).sigma(init, rank, scaling, width) / stepper.steps
+
+    def log2_rate(seed: int) -> float:
+        batch, start = _batch(width, tokens, seed), draw_pair(width, width, rank, scaling, init, seed)
+        return math.log2(rates_for(lambda lr: change_of(batch, step_pair(batch, start, stepper, lr, lr)), start=guess))
+
     try:
-        return statistics.fmean(
-            math.log2(rates_for(_change(tokens, width, init, rank, scaling, stepper, seed), start=guess))
-            for seed in range(SEEDS[tokens])
-        )
+        return statistics.fmean(map(log2_rate, range(SEEDS[tokens])))
     except LawError:
         return None
-
-
-def _change(
-    tokens: int, width: int, init: str, rank: int, scaling: float, stepper: Stepper, seed: int
-) -> Callable[[float], float]:
-    batch, start = _batch(width, tokens, seed), draw_pair(width, width, rank, scaling, init, seed)
-    return lambda lr: change_of(batch, step_pair(batch, start, stepper, lr, lr))
 
 
 @lru_cache(maxsize=6)

@@ -9,21 +9,20 @@ transformer and a DiT of width 128 with 4-fold MLPs, and SmolLM2-135M (width 576
 
 from __future__ import annotations
 
-import csv
 import math
 
 import click
 import torch
+from laws.bench_law import FOLLOWS, append
 from recording import RESULTS, machine
 
 from rankaware_optim import Factor, MuA, Reference
 from rankaware_optim.calibration.fit import Prior, fit_observations
-from rankaware_optim.cli._demo import SEEDS, STEPS, run_at, untrained
+from rankaware_optim.cli._demo import SEEDS, STEPS, run_at
 from rankaware_optim.sweeps import DEMO_SWEEP
-from rankaware_optim.sweeps._io import Run, read_sweep
+from rankaware_optim.sweeps._io import SweepRun, read_sweep
 from rankaware_optim.sweeps._runs import observation_of
 
-MODEL = "efficientnet-lite0, alpha = rank"  # its rows in the package's sweep
 RANKS = (4, 16, 64, None)
 EXPONENTS = range(-15, -3)
 
@@ -56,9 +55,10 @@ def sweep() -> None:
     for rank in RANKS:
         for exponent in EXPONENTS:
             for seed in SEEDS:
-                key = (rank, 2.0**exponent, seed)
-                if key not in done:
-                    _append(*key, start=untrained(seed), loss=run_at(key))
+                run = (rank, 2.0**exponent, seed)
+                if run not in done:
+                    width = LITE0[2] if rank is None else LITE0[1]
+                    append(FOLLOWS, rank or "full", rank, width, run[1], seed, f"{run_at(run):.4f}")
 
 
 @main.command()
@@ -112,15 +112,8 @@ def _demo_vertices() -> dict[int | None, float]:
     return {rank: mean for rank, (mean, _) in fit.vertices.items()}
 
 
-def _runs() -> list[Run]:
-    return [run for run in read_sweep(DEMO_SWEEP).runs if run.model == MODEL]
-
-
-def _append(rank: int | None, lr: float, seed: int, *, start: float, loss: float) -> None:
-    width = LITE0[2] if rank is None else LITE0[1]
-    row = [MODEL, rank or "full", rank, width, repr(lr), seed, f"{start:.4f}", f"{loss:.4f}"]
-    with DEMO_SWEEP.open("a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerow(row)
+def _runs() -> list[SweepRun]:
+    return [run for run in read_sweep(DEMO_SWEEP).runs if run.model == FOLLOWS]
 
 
 if __name__ == "__main__":

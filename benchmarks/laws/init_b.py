@@ -45,11 +45,15 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from recording import RESULTS, machine
+from recording import RESULTS, block, machine, made_on, number
+from study.best_rates import best_rate, slope
+from study.configurations import built, run_in, start_of, starts
 from study.domains import Domain, get_domain, names
-from study.domains._configs import built, run_in, start_of, starts
-from study.domains._runs import Cell, Grid, Job, Losses, complete, curve, read
-from study.domains._tables import best_rate, block, curves_by_seed, number, slope, where
+from study.grids import Cell, Grid, Job, Losses, curve, curves_by_seed
+from study.moving import octaves
+from study.optima import best_rates
+from study.runs_on_file import complete, read
+from study.suite import STORES, finished
 
 from rankaware_optim import Falling, MuA
 from rankaware_optim.transfer import capture
@@ -166,7 +170,7 @@ def sweep(name: str, workers: int, settings: int) -> None:
 
 def grid(name: str, schemes: Sequence[str]) -> Grid:
     cells: list[Cell] = [(name, scheme, rank) for scheme in schemes for rank in RANKS]
-    return Grid(cells, dict.fromkeys(SETTINGS, COARSE), lambda cell: cell, SEEDS, half=2)
+    return Grid(cells, dict.fromkeys(SETTINGS, COARSE), SEEDS, half=2)
 
 
 def run_one(job: Job) -> float | None:
@@ -238,7 +242,7 @@ def table() -> None:
             ["domain", "no fall", *(f"r₀ = {knee:g}" for knee in KNEES)],
             list(knee_rows()),
         ),
-        where(on),
+        made_on(on),
     ]
     (RESULTS / "init_b.md").write_text("\n\n".join(parts) + "\n")
     (RESULTS / "init_b.json").write_text(json.dumps({"machine": on, "rows": rows}) + "\n")
@@ -247,9 +251,6 @@ def table() -> None:
 
 def knee_rows() -> Iterator[list[str]]:
     """A row for every domain of the study: how far its best rates at Init[B] lie off the law, for each knee."""
-    from study.suite import STORES, finished
-    from study.tables import best_rates, octaves
-
     for name in names():
         done = finished(read(STORES / f"{name}.jsonl"), "full")
         found = best_rates(done, name, SCHEME)
@@ -286,10 +287,10 @@ def bests(done: Losses, cell: Cell) -> list[float | None]:
 
 def shown(row: Mapping[str, Any]) -> list[str]:
     setting = row["setting"]
-    told = [f"× {setting['steps']:g}", f"× {setting['batch']}", f"{setting['warmup']:.0%}"]
-    told.append("A alone" if setting["frozen_b"] else "A and B")
+    how = [f"× {setting['steps']:g}", f"× {setting['batch']}", f"{setting['warmup']:.0%}"]
+    how.append("A alone" if setting["frozen_b"] else "A and B")
     first, *by_seed = (number(x, 2, sign=True) for x in row["slopes"])
-    return [row["domain"], *told, number(row["low"][0], 1), number(row["high"][0], 1), first, ", ".join(by_seed)]
+    return [row["domain"], *how, number(row["low"][0], 1), number(row["high"][0], 1), first, ", ".join(by_seed)]
 
 
 if __name__ == "__main__":

@@ -11,25 +11,29 @@ three seeds each, which grows where its best lies at an edge. Needs pytorch_opti
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import click
-from recording import RESULTS, machine
-from study.domains import get_domain
+from laws.loss_figure import draw
+from recording import RESULTS, block, machine, made_on, number
+from study.best_rates import best_of, in_words
+from study.configurations import before_training
+from study.domains import DomainError, get_domain
 from study.domains._assets import CACHE
-from study.domains._runs import Cell, Grid, Job, Losses, complete, curve, read, train
-from study.domains._tables import best_of, block, draw, number, rates, runs_of, where
+from study.grids import Cell, Grid, Job, Losses, curve
+from study.runs_on_file import complete, read, rounded, whole
+from study.training import train
 
-from rankaware_optim import Law, Measured, MuA, RankAwareOptimizer, Reference
-from rankaware_optim.laws import Constant
-from rankaware_optim.sweeps._bench import Valley, vertex_of
+from rankaware_optim import Constant, Law, Measured, MuA, RankAwareOptimizer, Reference
+from rankaware_optim.sweeps._bench import LossCurve, vertex_of
 
-DOMAIN, SEEDS = "image_generation", 3
+DOMAIN, SEEDS, RANKS = "image_generation", 3, (4, 64)
 STORE = CACHE / "law_check.jsonl"
 # Optimizer, settings and log2 rates of the coarse pass.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any], range]] = {
@@ -63,16 +67,18 @@ def main() -> None:
 
 @main.command()
 @click.option("--workers", default=2, show_default=True)
-@click.option("--rank", "ranks", type=int, multiple=True, default=(4, 64), show_default=True)
+@click.option("--rank", "ranks", type=int, multiple=True, default=RANKS, show_default=True)
 def run(workers: int, ranks: tuple[int, ...]) -> None:
     """Append every missing run to the store."""
     get_domain(DOMAIN).warm()
-    coarse = {name: xs for name, (_, _, xs) in OPTIMIZERS.items()}
-    grid = Grid(cells(ranks), coarse, placed_by=lambda cell: cell, seeds=SEEDS)
-    complete(grid, run_one, STORE, workers, click.echo)
+    complete(grid(ranks), run_one, STORE, workers, click.echo)
 
 
-def cells(ranks: tuple[int, ...]) -> list[Cell]:
+def grid(ranks: Sequence[int]) -> Grid:
+    return Grid(cells(ranks), {name: xs for name, (_, _, xs) in OPTIMIZERS.items()}, SEEDS)
+
+
+def cells(ranks: Sequence[int]) -> list[Cell]:
     return [(DOMAIN, name, rank) for name in OPTIMIZERS for rank in ranks]
 
 
@@ -89,17 +95,19 @@ def run_one(job: Job) -> float | None:
 
 @main.command()
 def table() -> None:
-    """Write results/law_check.json, .md and .png from the store."""
-    done, domain = read(STORE), get_domain(DOMAIN)
-    ranks = tuple(sorted({job.rank for job in done}))
-    start = domain.evaluate(domain.build(None, 1, "A", 0))
+    """Write results/law_check.json, .md and .png from the store; it is to hold whole grids."""
+    try:
+        ranks = tuple(sorted({job.rank for job in read(STORE)})) or RANKS
+        done = whole(STORE, grid(ranks), "python benchmarks/laws/law_check.py run")
+    except DomainError as error:
+        raise click.ClickException(str(error)) from error
+    on, start = machine(1), before_training(get_domain(DOMAIN), 1)
     bests = {cell[1:]: row for cell in cells(ranks) if (row := best_of(done, cell, SEEDS, start))}
     moves = [move for name in OPTIMIZERS for move in moves_of(name, done, start)]
-    on = machine(1)
     rows = [{"optimizer": name, "rank": rank, **row} for (name, rank), row in bests.items()]
-    document = {"machine": on, "start": start, "best": rows, "moves": moves, "runs": runs_of(done)}
+    document = {"machine": on, "start": start, "best": rows, "moves": moves, "runs": rounded(done)}
+    text = "\n\n".join([*page(bests, moves, start), made_on(on)]) + "\n"
     (RESULTS / "law_check.json").write_text(json.dumps(document) + "\n")
-    text = "\n\n".join([*page(bests, moves, start), where(on)]) + "\n"
     (RESULTS / "law_check.md").write_text(text)
     panels = [(name, {rank: (DOMAIN, name, rank) for rank in ranks}) for name in OPTIMIZERS]
     draw(done, panels, SEEDS, start, 4, "rate", RESULTS / "law_check.png")
@@ -108,27 +116,26 @@ def table() -> None:
 
 def moves_of(name: str, done: Losses, start: float) -> list[dict[str, Any]]:
     """Every law's move of the best rate, between every ordered pair of ranks whose best lies inside its grid."""
-    valleys = []
+    curves = []
     for rank in sorted({job.rank for job in done}):
         means = curve(done, (DOMAIN, name, rank), SEEDS)
         if means and (x := vertex_of(means)) is not None:
-            valleys.append(Valley(name, Reference(rank=rank, alpha=rank), x, means, ()))
-    pairs = [(a, b) for a in valleys for b in valleys if a is not b]
-    return [move_of(name, law, a, b, start) for a, b in pairs for law in LAWS]
+            curves.append(LossCurve(name, Reference(rank=rank, alpha=rank), x, means, ()))
+    return [move_of(law, a, b, start) for a, b in itertools.permutations(curves, 2) for law in LAWS]
 
 
-def move_of(name: str, law: str, source: Valley, target: Valley, start: float) -> dict[str, Any]:
+def move_of(law: str, source: LossCurve, target: LossCurve, start: float) -> dict[str, Any]:
     """How far a law's rate lands from the best one, in octaves, and the share of the gain from `start` lost there."""
-    shift = predicted(name, law, int(source.at.rank or 0), int(target.at.rank or 0))
-    lost, best = target.lost_at(source.x + shift), min(target.curve.values())
+    shift = predicted(source.model, law, int(source.at.rank or 0), int(target.at.rank or 0))
+    lost, best = target.lost_at(source.best + shift), min(target.losses.values())
     return {
-        "optimizer": name,
+        "optimizer": source.model,
         "law": law,
         "from": source.at.rank,
         "to": target.at.rank,
-        "measured": target.x - source.x,
+        "measured": target.best - source.best,
         "predicted": shift,
-        "error": source.x + shift - target.x,
+        "error": source.best + shift - target.best,
         "off_grid": lost is None,
         "lost": None if lost is None or not math.isfinite(lost) else lost * best / (start - best),
     }
@@ -151,7 +158,7 @@ def page(bests: Mapping[tuple[str, int], dict[str, Any]], moves: list[dict[str, 
     found = {(m["optimizer"], m["from"], m["to"], m["law"]): m for m in moves}
     shifts = [shift_cells(key, found) for key in pairs if key[1] < key[2]]
     costs = [[key[0], f"{key[1]} → {key[2]}", *(lost_cell(found[(*key, law)]) for law in LAWS)] for key in pairs]
-    optima = [[name, str(rank), rates(row), *loss_cells(row)] for (name, rank), row in bests.items()]
+    optima = [[name, str(rank), *optimum_cells(row)] for (name, rank), row in bests.items()]
     heads = ["law", "seven optimizers: median", "worst", "the four of other families: median", "worst"]
     return [
         "# Laws that know the optimizer, against a real sweep",
@@ -183,9 +190,9 @@ def error_cells(law: str, moves: list[dict[str, Any]]) -> list[str]:
     return [law, *(number(f(x)) for x in (every, others) for f in (statistics.median, max))]
 
 
-def loss_cells(row: Mapping[str, Any]) -> list[str]:
-    above = row["octave_above"]
-    return [number(row["loss"], 4), number(row["spread"], 4), "diverged" if above is None else f"{100 * above:.0f} %"]
+def optimum_cells(row: Mapping[str, Any]) -> list[str]:
+    above = "diverged" if row["octave_above"] is None else f"{100 * row['octave_above']:.0f} %"
+    return [in_words(row), number(row["loss"], 4), number(row["spread"], 4), above]
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from typing import Any
 import click
 from laws import bench_law, exponents
 from matplotlib.figure import Figure
-from recording import RESULTS, markdown, shown
+from recording import RESULTS, page, shown
 
-from rankaware_optim.sweeps import DEMO_SWEEP, Score
+from rankaware_optim._figures import COLOURS
+from rankaware_optim.sweeps import DEMO_SWEEP, LawScore
 from rankaware_optim.sweeps import bench_law as scores_on
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "sft_sweep.csv"
@@ -33,7 +34,6 @@ LAWS = dict(
         strict=True,
     )
 )
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's
 Rows = list[dict[str, Any]]
 
 
@@ -42,7 +42,8 @@ Rows = list[dict[str, Any]]
 def main(published: Path) -> None:
     """Write results/laws.md and its figures."""
     _make_missing(published)
-    found = _exponent_rows()
+    rates = exponents.load()["log2_rates"]
+    found = [row for label in exponents.OPTIMIZERS for row in exponents.rows_of(label, rates)]
     _draw_exponents(found, RESULTS / "laws-exponents.png")
     _draw_errors(published, RESULTS / "laws-errors.png")
     parts = ["# The laws, shown", *_exponents_page(found), *_made_elsewhere(), *_yardstick_page()]
@@ -62,17 +63,12 @@ def _make_missing(published: Path) -> None:
         bench_law.table.callback(published=published, alpha=PUBLISHED_ALPHA)
 
 
-def _demoted(page: str) -> str:
+def _demoted(text: str) -> str:
     """A result's page as a section of this one."""
-    return re.sub(r"^(#+ )", r"#\1", page.strip(), flags=re.MULTILINE)
+    return re.sub(r"^(#+ )", r"#\1", text.strip(), flags=re.MULTILINE)
 
 
 # --- exponents ------------------------------------------------------------------------------------------------------
-
-
-def _exponent_rows() -> Rows:
-    rates = exponents.load()["log2_rates"]
-    return [row for label in exponents.OPTIMIZERS for row in exponents.rows_of(label, rates)]
 
 
 def _exponents_page(rows: Rows) -> Iterator[str]:
@@ -86,23 +82,23 @@ def _exponents_page(rows: Rows) -> Iterator[str]:
         "![Exponents: formula against check](laws-exponents.png)",
     ]
     title = "Exponents of the best rate: formula against check"
-    yield _demoted(markdown(title, heads, _worst_cells(rows), exponents.load()["machine"], notes))
+    yield _demoted(page(title, heads, _worst_cells(rows), exponents.load()["machine"], notes))
 
 
 def _worst_cells(rows: Rows) -> list[list[str]]:
     cells = []
     for family in dict.fromkeys(row["family"] for row in rows):
         mine = [row for row in rows if row["family"] == family]
-        start = [family, str(len({row["optimizer"] for row in mine})), _bar(family)]
+        start = [
+            family,
+            str(len({row["optimizer"] for row in mine})),
+            f"{exponents.BARS[family]:g}" if family in exponents.BARS else "–",
+        ]
         for init, gamma in itertools.product("AB", exponents.GAMMAS):
             at = [row for row in mine if (row["init"], row["gamma"]) == (init, gamma)]
             worst = [_worst([row for row in at if row["tokens"] == tokens]) for tokens in exponents.TOKENS]
             cells.append([*start, init, f"{gamma:g}", *worst])
     return cells
-
-
-def _bar(family: str) -> str:
-    return f"{exponents.BARS[family]:g}" if family in exponents.BARS else "–"
 
 
 def _worst(rows: Rows) -> str:
@@ -156,9 +152,9 @@ def _draw_family(axis: Any, family: str, rows: Rows) -> None:
 def _made_elsewhere() -> Iterator[str]:
     """Their pages as they stand, or how to make them."""
     for name, title in (("law_check", "The laws on a small real sweep"), ("two_rates", "Two rates against one")):
-        page, script = RESULTS / f"{name}.md", f"python benchmarks/{name}.py"
+        made, script = RESULTS / f"{name}.md", f"python benchmarks/laws/{name}.py"
         missing = f"## {title}\n\nNot measured yet: `{script} run` measures it and `{script} table` writes it."
-        yield _demoted(page.read_text()) if page.exists() else missing
+        yield _demoted(made.read_text()) if made.exists() else missing
 
 
 # --- the yardstick --------------------------------------------------------------------------------------------------
@@ -177,7 +173,7 @@ def _yardstick_page() -> Iterator[str]:
     ]
     for sweep in dict.fromkeys(row["sweep"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["sweep"] == sweep]
-        yield _demoted(markdown(f"Laws on {sweep}", *_yardstick_cells(rows), document["machine"], notes))
+        yield _demoted(page(f"Laws on {sweep}", *_yardstick_cells(rows), document["machine"], notes))
         notes = []  # said once
 
 
@@ -219,7 +215,7 @@ def _draw_errors(published: Path, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _draw_strips(axis: Any, scores: Sequence[Score]) -> None:
+def _draw_strips(axis: Any, scores: Sequence[LawScore]) -> None:
     """Moves to higher ranks only, since the way back errs as far to the other side; linear within an octave."""
     for y, score in enumerate(scores):
         errors = sorted(move.octaves for move in score.moves if move.target.rank > move.source.rank)

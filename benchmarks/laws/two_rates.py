@@ -20,17 +20,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
-from recording import RESULTS, machine
-from study.domains import Domain, get_domain
+from laws.loss_figure import draw
+from recording import RESULTS, block, machine, made_on, number
+from study.best_rates import best_of, in_words
+from study.configurations import ADAMW, CLIP, TUNED, before_training, tuned_at
+from study.domains import Domain, DomainError, get_domain
 from study.domains._assets import CACHE
-from study.domains._runs import Cell, Grid, Job, Losses, complete, curve, read, train
-from study.domains._tables import best_of, block, draw, losses_at, number, rates, runs_of, where
+from study.grids import Cell, Grid, Job, Losses, curve, losses_at, lowest
+from study.moving import octaves_by_role
+from study.runs_on_file import complete, rounded, whole
+from study.training import train
 
-from rankaware_optim import Law, LoRAPlus, MuA, RankAwareOptimizer, Reference
-from rankaware_optim.laws import Constant
+from rankaware_optim import Constant, Law, LoRAPlus, MuA, RankAwareOptimizer
 from rankaware_optim.sweeps._bench import vertex_of
 
-DOMAINS, SEEDS, TUNED = ("image_generation", "digits_vision"), 3, 16
+DOMAINS, SEEDS, CONFIG = ("image_generation", "digits_vision"), 3, "Init[A], s = 1"
 SCHEMES = {"one rate": MuA(), "two rates": MuA(split=True), "LoRA+ 16": LoRAPlus(16.0)}
 COARSE = {"one rate": range(-12, -3, 2), "two rates": range(-14, -3, 2), "LoRA+ 16": range(-16, -5, 2)}
 HALF = 2  # octaves to either side, at first
@@ -41,7 +45,6 @@ NOTE = (
     "every rank. Octaves compare vertices of parabolas through the best three means, positive where too high. "
     "Recipe: AdamW 0.9 / 0.999, decay 0.01, clip 1, 5 % warm-up, cosine to a tenth; Init[A], alpha = rank."
 )
-Rows = Sequence[dict[str, Any]]
 STORE = CACHE / "two_rates.jsonl"
 
 
@@ -57,8 +60,12 @@ def run(name: str, workers: int) -> None:
     """Append every missing run of a domain to the store."""
     domain = get_domain(name)
     domain.warm()
-    grid = Grid(cells(domain), COARSE, lambda cell: (*cell[:2], TUNED), SEEDS, HALF)
-    complete(grid, run_one, STORE, workers, click.echo)
+    complete(grid(domain), run_one, STORE, workers, click.echo)
+
+
+def grid(*domains: Domain) -> Grid:
+    every = [cell for domain in domains for cell in cells(domain)]
+    return Grid(every, COARSE, SEEDS, HALF, placed_at=TUNED)
 
 
 def cells(domain: Domain) -> list[Cell]:
@@ -67,22 +74,10 @@ def cells(domain: Domain) -> list[Cell]:
 
 def run_one(job: Job) -> float | None:
     """One run at base rate 2^x, tuned at rank 16."""
-    domain = get_domain(job.domain)
-    model = domain.build(job.rank, job.rank, "A", job.seed)
-    return train(domain, model, optimizer(model, domain, job), job.seed, clip=1.0)
-
-
-def optimizer(model: Any, domain: Domain, job: Job) -> RankAwareOptimizer:
-    return RankAwareOptimizer(
-        model,
-        "adamw",
-        lr=2.0**job.x,
-        law=SCHEMES[job.scheme],
-        tuned_at=Reference(rank=TUNED, alpha=TUNED),
-        rates=domain.head_rates,
-        betas=(0.9, 0.999),
-        weight_decay=0.01,
-    )
+    domain, law = get_domain(job.domain), SCHEMES[job.scheme]
+    model, rates = domain.build(job.rank, job.rank, "A", job.seed), domain.head_rates
+    opt = RankAwareOptimizer(model, "adamw", lr=2.0**job.x, law=law, tuned_at=tuned_at(CONFIG), rates=rates, **ADAMW)
+    return train(domain, model, opt, job.seed, CLIP)
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -90,26 +85,24 @@ def optimizer(model: Any, domain: Domain, job: Job) -> RankAwareOptimizer:
 
 @main.command()
 def table() -> None:
-    """Write results/two_rates.json, .md and .png from the store."""
-    done, on = read(STORE), machine(1)
-    domains = [get_domain(name) for name in DOMAINS if any(job.domain == name for job in done)]
-    starts = {domain.name: start_of(domain) for domain in domains}
+    """Write results/two_rates.json, .md and .png from the store; it is to hold whole grids of both domains."""
+    domains = [get_domain(name) for name in DOMAINS]
+    try:
+        done = whole(STORE, grid(*domains), "python benchmarks/laws/two_rates.py run --domain, for both domains")
+    except DomainError as error:
+        raise click.ClickException(str(error)) from error
+    on, starts = machine(1), {domain.name: before_training(domain, SEEDS) for domain in domains}
     rows = [row for domain in domains for row in rows_of(domain, done, starts[domain.name])]
-    rates_moved = [move for domain in domains for move in moves_of(domain, done)]
-    document = {"machine": on, "starts": starts, "rows": rows, "moves": rates_moved, "runs": runs_of(done)}
+    moves = [move for domain in domains for move in moves_of(domain, done)]
+    document = {"machine": on, "starts": starts, "rows": rows, "moves": moves, "runs": rounded(done)}
+    text = "\n\n".join([*page(domains, rows, moves, starts), made_on(on)]) + "\n"
     (RESULTS / "two_rates.json").write_text(json.dumps(document) + "\n")
-    text = "\n\n".join([*page(domains, rows, rates_moved, starts), where(on)]) + "\n"
     (RESULTS / "two_rates.md").write_text(text)
     for domain in domains:
         panels = [(scheme, {rank: (domain.name, scheme, rank) for rank in domain.ranks}) for scheme in SCHEMES]
         path = RESULTS / f"two_rates_{domain.name}.png"
         draw(done, panels, SEEDS, starts[domain.name], len(SCHEMES), "base rate at rank 16", path)
     click.echo(text)
-
-
-def start_of(domain: Domain) -> float:
-    """The loss before training, mean over seeds (a new head is drawn by the seed)."""
-    return statistics.mean(domain.evaluate(domain.build(None, 1, "A", seed)) for seed in range(SEEDS))
 
 
 def rows_of(domain: Domain, done: Losses, start: float) -> Iterator[dict[str, Any]]:
@@ -119,7 +112,7 @@ def rows_of(domain: Domain, done: Losses, start: float) -> Iterator[dict[str, An
         found = best_of(done, cell, SEEDS, start)
         if not found or not at_tuned:
             continue
-        moved = min(at_tuned, key=lambda x: at_tuned[x])
+        moved = lowest(at_tuned)
         if moved not in curve(done, cell, SEEDS):
             continue
         yield {
@@ -149,16 +142,13 @@ def moves_of(domain: Domain, done: Losses) -> Iterator[dict[str, Any]]:
         for rank in domain.ranks:
             here, there = best[rank], best[TUNED]
             if rank != TUNED and here is not None and there is not None:
-                moved = octaves(domain, rank, law) - octaves(domain, rank, SCHEMES[scheme])
+                moved = octaves_of_a(domain, rank, law) - octaves_of_a(domain, rank, SCHEMES[scheme])
                 yield {"domain": domain.name, "mover": mover, "rank": rank, "error": there + moved - here}
 
 
-def octaves(domain: Domain, rank: int, law: Law) -> float:
+def octaves_of_a(domain: Domain, rank: int, law: Law) -> float:
     """log2 of A's multiplier at a rank, from a rate tuned at rank 16: the package's own."""
-    model = domain.build(rank, rank, "A", 0)
-    at = Reference(rank=TUNED, alpha=TUNED)
-    opt = RankAwareOptimizer(model, "adamw", lr=1.0, law=law, tuned_at=at, rates=domain.head_rates)
-    return math.log2(next(group["lr_multiplier"] for group in opt.param_groups if group["lora_role"] == "A"))
+    return octaves_by_role(domain.name, CONFIG, rank, law)["A"][0]
 
 
 def page(
@@ -174,6 +164,7 @@ def page(
         missed = {(move["mover"], move["rank"]): move["error"] for move in moves if move["domain"] == domain.name}
         ranks = [rank for rank in domain.ranks if any((scheme, rank) in mine for scheme in SCHEMES)]
         heads = ["", *(f"rank {rank}" for rank in ranks)]
+        best = [[s, *(in_words(mine[s, rank]) if (s, rank) in mine else "–" for rank in ranks)] for s in SCHEMES]
         title = f"{domain.name} (loss before training {starts[domain.name]:.3f}): "
         parts += [
             block(title + "loss at each one's best rate", heads, grid_of(mine, ranks, "losses")),
@@ -183,7 +174,7 @@ def page(
                 heads,
                 [[m, *(number(missed.get((m, rank)), 2, sign=True) for rank in ranks)] for m in MOVERS],
             ),
-            block(title + "log2 of the best base rate, seed by seed", heads, best_cells(mine, ranks)),
+            block(title + "log2 of the best base rate, seed by seed", heads, best),
             f"![Held-out loss against log2 base rate](two_rates_{domain.name}.png)",
         ]
     return parts
@@ -211,10 +202,6 @@ def paired(row: Mapping[str, Any] | None, other: Mapping[str, Any] | None, key: 
     if not all(map(math.isfinite, gaps)):
         return "–"
     return f"{statistics.mean(gaps):+.4f} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.4f}"
-
-
-def best_cells(mine: Mapping[tuple[str, int], dict[str, Any]], ranks: Sequence[int]) -> list[list[str]]:
-    return [[s, *(rates(mine[s, rank]) if (s, rank) in mine else "–" for rank in ranks)] for s in SCHEMES]
 
 
 if __name__ == "__main__":

@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal
 
-import torch
-from study.domains import Domain, DomainError, get_domain
-from study.domains._configs import CONFIGS, LORAPLUS, TUNED, built, tuned_at
-from study.domains._runs import FULL, Losses, curve
+from study.configurations import LORAPLUS, TUNED
+from study.domains import Domain
+from study.grids import FULL, Losses, curve, lowest
+from study.moving import Shift, by_inverse_rank, by_law, kept
 
-from rankaware_optim import Law, MuA, Survey, inspect_model
-from rankaware_optim.optimizer import PlanOptions, make_plan
+from rankaware_optim import MuA
 
 Rates = dict[int, float]
 
@@ -34,25 +31,12 @@ class Known:
 
     def best(self, scheme: str, rank: int) -> float:
         """log2 of the best rate of a sweep on one seed."""
-        means = curve(self.done, (self.domain.name, scheme, rank), 1)
-        return min(means, key=lambda x: means[x])
+        return lowest(curve(self.done, (self.domain.name, scheme, rank), 1))
 
-
-def one_rate(known: Known) -> Rates:
-    x = known.best(known.config, TUNED)
-    return dict.fromkeys((*known.ranks, FULL), x)
-
-
-def inverse_rank(known: Known) -> Rates:
-    """The rate falls as 1/r; full finetuning stands at r = n."""
-    x, width = known.best(known.config, TUNED), width_of(known.domain)
-    return {rank: x - math.log2((rank or width) / TUNED) for rank in (*known.ranks, FULL)}
-
-
-def loraplus(known: Known) -> Rates:
-    """B at 16 times A's rate, A's kept at every rank; full finetuning has no B and keeps A's."""
-    x = known.best(known.config + LORAPLUS, TUNED)
-    return dict.fromkeys((*known.ranks, FULL), x)
+    def moved(self, shift: Shift, added: str = "") -> Rates:
+        """The best rate at the rank tuned at, of the configuration with `added` to it, moved everywhere."""
+        x = self.best(self.config + added, TUNED)
+        return {rank: x + shift(TUNED, rank) for rank in (*self.ranks, FULL)}
 
 
 def ten_times_full(known: Known) -> Rates:
@@ -60,48 +44,11 @@ def ten_times_full(known: Known) -> Rates:
     return {**dict.fromkeys(known.ranks, x + math.log2(10)), FULL: x}
 
 
-def by_law(law: Law) -> Callable[[Known], Rates]:
-    """The rate tuned at rank 16, moved by a law to every rank and to full finetuning."""
-
-    def moved(known: Known) -> Rates:
-        x = known.best(known.config, TUNED)
-        return {rank: x + octaves(known.domain, known.config, rank, law) for rank in (*known.ranks, FULL)}
-
-    return moved
-
-
 CONTENDERS: Mapping[str, Callable[[Known], Rates]] = {
-    "one rate everywhere": one_rate,
-    "1/r": inverse_rank,
-    "LoRA+ 16": loraplus,
+    "one rate everywhere": lambda known: known.moved(kept),
+    "1/r": lambda known: known.moved(by_inverse_rank(known.domain.name)),
+    "LoRA+ 16": lambda known: known.moved(kept, LORAPLUS),  # A's rate; full finetuning has no B and keeps it
     "ten times full": ten_times_full,
-    "the paper's law": by_law(MuA(tokens=None)),
-    "µA at 8 tokens": by_law(MuA()),
+    "the paper's law": lambda known: known.moved(by_law(known.domain.name, known.config, MuA(tokens=None))),
+    "µA at 8 tokens": lambda known: known.moved(by_law(known.domain.name, known.config, MuA())),
 }
-
-
-def octaves(domain: Domain, config: str, rank: int, law: Law, origin: str | None = None) -> float:
-    """log2 of the multiplier that the package gives at a rank, or to full finetuning, to a rate tuned at rank 16.
-
-    Tuned in the same configuration, or in `origin`.
-    """
-    survey, at = surveyed(domain.name, config, rank), tuned_at(origin or config)
-    options = PlanOptions(law, tuned_at=at, rates=domain.head_rates, across_inits=origin is not None)
-    plan = make_plan(survey, options, optimizer_class=torch.optim.AdamW)
-    told = [plan.assign(factor.name, factor) for factor in survey.factors]
-    multipliers = [each.multiplier for each in told if each.rate is None]
-    if max(multipliers) > min(multipliers) * (1 + 1e-9):
-        raise DomainError(f"{law} gives A and B different rates.", "The sweeps are of one rate: compare laws of one.")
-    return math.log2(multipliers[0])
-
-
-@cache
-def surveyed(domain: str, config: str, rank: int) -> Survey:
-    """What is trained at a rank; the model is built once for all laws."""
-    method: Literal["lora", "full"] = "full" if rank == FULL else "lora"
-    return inspect_model(built(get_domain(domain), config, rank, 0), method=method)
-
-
-def width_of(domain: Domain) -> float:
-    """The fan-in that stands for the model's width."""
-    return float(surveyed(domain.name, next(iter(CONFIGS)), TUNED).width)

@@ -17,13 +17,14 @@ from typing import Any
 import click
 import torch
 from recording import machine, record
+from study.configurations import START, run_in
 from study.domains import Domain
-from study.domains._configs import START, run_in
-from study.domains._runs import FULL, WARMUP, Job, or_inf
 from study.domains.reinforcement import DOMAIN as REINFORCEMENT
 from study.domains.reinforcement import SHUFFLED
 from study.domains.vision_language import DOMAIN as VISION_LANGUAGE
 from study.domains.vision_language import MISMATCHED, gap
+from study.grids import FULL, Job, or_inf
+from study.training import WARMUP
 
 SCHEME, RANK, X, SEEDS = "Init[A], s = 1", 16, -10.0, 3
 ACCURACY, GAP = "accuracy", "gap, nats a token"
@@ -51,13 +52,8 @@ def row(domain: Domain, what: str, measure: str, sign: float, scheme: str = SCHE
     rank = FULL if scheme == START else RANK
     found = [sign * or_inf(run_in(domain, Job(domain.name, scheme, rank, X, seed), WARMUP)) for seed in range(SEEDS)]
     by_seed = ", ".join(f"{value:.3f}" for value in found)
-    return {
-        "domain": domain.name,
-        "what": what,
-        "measure": measure,
-        "mean": statistics.fmean(found),
-        "by seed": by_seed,
-    }
+    mean = statistics.fmean(found)
+    return {"domain": domain.name, "what": what, "measure": measure, "mean": mean, "by seed": by_seed}
 
 
 if __name__ == "__main__":

@@ -13,19 +13,21 @@ apart, and rsLoRA, LoRA+ and two rates at two ranks only: set for the time it ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import click
-from calibration.searches import ranks_of
 from recording import RESULTS, machine
+from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, TWO_RATES, run_at, starts
 from study.domains import STUDY, DomainError, get_domain
-from study.domains._configs import CONFIGS, LORAPLUS, RSLORA, START, TWO_RATES, run_at, starts
-from study.domains._runs import FULL, WARMUP, Cell, Grid, Job, Losses, complete, machines, read
-from study.domains._tables import on_machines
-from study.tables import LAWS, domains_in, moves, summary, tables
+from study.grids import FULL, Cell, Grid, Job, Losses
+from study.optima import domains_in
+from study.regret import LAWS, moves
+from study.runs_on_file import complete, machines, read
+from study.suite_tables import summary, tables
+from study.training import WARMUP
 
 from rankaware_optim import Law
 from rankaware_optim.errors import RankAwareError
@@ -66,13 +68,13 @@ class Part:
         return [(domain, scheme, rank) for scheme in self.schemes for rank in self.ranks]
 
     def grid(self, cells: Sequence[Cell]) -> Grid:
-        return Grid(cells, self.coarse, lambda cell: cell, self.seeds, self.half)
+        return Grid(cells, self.coarse, self.seeds, self.half)
 
 
 def parts(domain: str, suite: str) -> tuple[Part, ...]:
     """What a suite runs on a domain, the claims first."""
     found = get_domain(domain)
-    ranks = ranks_of(found)
+    ranks = found.ranks_swept
     if suite == "quick":
         quick = {FIRST_CONFIG: range(-11, -4, 2), "full": range(-13, -6, 2)}
         return (Part((FIRST_CONFIG,), (4, 16, 64), 1, 2, quick), Part(("full",), (FULL,), 1, 2, quick))
@@ -130,7 +132,7 @@ def finished(done: Losses, suite: str) -> dict[Job, float | None]:
 
 def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     """Tables and figures of every domain on file."""
-    from study.figures import draw_all, draw_summary
+    from study.suite_figures import draw_all, draw_summary
 
     stores = sorted(folder.glob("*.jsonl"))
     done = finished({job: loss for store in stores for job, loss in read(store).items()}, suite)
@@ -141,7 +143,7 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     into.mkdir(parents=True, exist_ok=True)
     pictures = [f"![{path.stem}]({path.name})" for path in draw_all(done, into, laws)]
     whole = domains_in(done)
-    made = on_machines({store.stem: machines(store) for store in stores if store.stem in whole})
+    made = on_machines(store for store in stores if store.stem in whole)
     text = "\n\n".join([*tables(done, moved, laws), *pictures, made, f"Command: `{machine(1)['command']}`"])
     (into / "tables.md").write_text(text + "\n")
     if folder == STORES and ours and moved:
@@ -150,6 +152,15 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
         picture = f"![Regret of moved rates, by domain]({(folder / SUMMARY).relative_to(HERE.parent)})"
         publish(HERE.parent / "README.md", f"{picture}\n\n{summary(moved)}")
     click.echo(text)
+
+
+def on_machines(stores: Iterable[Path]) -> str:
+    """Where each domain's runs were made."""
+    said: dict[str, list[str]] = {}
+    for store in stores:
+        for on in machines(store) or [{"cpu": "not noted"}]:
+            said.setdefault(", ".join(f"{key} {value}" for key, value in on.items()), []).append(store.stem)
+    return "\n\n".join(f"Machine: {on}: {', '.join(domains)}." for on, domains in said.items())
 
 
 def publish(readme: Path, text: str) -> None:

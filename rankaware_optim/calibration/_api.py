@@ -5,27 +5,26 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 from torch.optim import Optimizer
 
-from .._checks import check_lr
+from .._checks import check_lr, is_number, is_positive, is_whole
 from .._optimizer_classes import get_optimizer_class
+from .._types import Method
 from ..errors import CalibrationError, CalibrationInterrupted
 from ..laws import Law, get_law
 from ..recipe import Recipe
 from ._progress import progress_shown
 from ._runner import Runner
-from ._schedule import Plan, Target
+from ._schedule import Schedule
 from ._study import Study
 from ._trial import Train
 
-if TYPE_CHECKING:
-    import optuna
-
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "check_argument"]
 
 
 def calibrate(
@@ -40,7 +39,7 @@ def calibrate(
     budget: int | None = None,
     until: float | None = None,
     full_trials: int = 0,
-    target: Target = "lora",
+    target: Method = "lora",
     seeds: Sequence[int] = (0, 1),
     lr_range: tuple[float, float] | None = None,
     sampler: optuna.samplers.BaseSampler | None = None,
@@ -93,7 +92,7 @@ def calibrate(
         lr_range: lowest and highest base rate at the first rank; widened when the best sits at an edge.
         sampler, pruner: Optuna's. By default a sampler that brackets, then refines, and `PairedPruner`.
         storage: a file's path for Optuna's journal, an Optuna URL or storage; by default memory.
-        batch, warmup: examples a step and share of steps, if told: they are recorded, since the rate belongs to them.
+        batch, warmup: examples a step and share of steps, where known. The rate belongs to them, so they are recorded.
             Nothing is pruned before the warm-up is over.
         seed: of the sampler.
         progress: show a progress bar; by default where standard error is a terminal.
@@ -102,52 +101,61 @@ def calibrate(
         CalibrationError: `train`, an argument or the storage is unusable, or every run diverged.
         CalibrationInterrupted: Ctrl-C; finished trials stay in `storage`, and `.recipe` holds their fit.
     """
-    ranks, seeds = _check_ranks(ranks), _check_seeds(seeds)
-    steps, warmup = _check_count("steps", steps), _check_warmup(warmup)
-    plan = Plan(
-        ranks,
-        seeds,
-        steps,
-        trials=None if trials is None else _check_count("trials", trials),
-        budget=_check_budget(budget, steps, full_trials),
-        until=_check_until(until),
-        full_trials=_check_full(full_trials, ranks),
-        target=_check_target(target, ranks),
+    given = {
+        "ranks": ranks, "seeds": seeds, "steps": steps, "trials": trials, "budget": budget, "until": until,
+        "full_trials": full_trials, "target": target, "batch": batch, "warmup": warmup, "seed": seed, "name": name,
+    }  # fmt: skip
+    for what, value in given.items():
+        check_argument(what, value)
+    tried = tuple(sorted(ranks, key=lambda r: (r is None, r or 0)))
+    schedule = Schedule(
+        tried, tuple(seeds), steps, trials=trials, budget=budget, until=until, full_trials=full_trials, target=target
     )
+    _check_schedule(schedule)
     study = Study(
         optimizer=get_optimizer_class(optimizer),
         law=get_law(law),
-        ranks=ranks,
-        seeds=seeds,
+        ranks=tried,
         steps=steps,
-        lr_range=_check_range(lr_range),
-        batch=_check_batch(batch),
+        lr_range=_octaves(lr_range),
+        batch=batch,
         warmup=warmup,
-        seed=_check_seed(seed),
-        name=_check_name(name),
+        seed=seed,
+        name=name,
         few_full=full_trials > 0,
     )
     with _random_kept():
-        return _run(Runner(study, plan), train, (sampler, pruner, storage), progress)
+        runner = Runner(study, schedule)
+        try:
+            runner.open(sampler, pruner, storage)
+            _run(runner, train, progress)
+            return runner.recipe()
+        finally:
+            runner.close()
 
 
-def _run(runner: Runner, train: Train, optunas: tuple[Any, Any, Any], progress: bool | None) -> Recipe:
+def _run(runner: Runner, train: Train, progress: bool | None) -> None:
+    """Run the trials. Ctrl-C is an error that says how far they came, and holds their recipe."""
+    study, leads = runner.study, runner.team.leads
     try:
-        runner.open(*optunas)
-        with (
-            _interruptible(runner),
-            progress_shown(runner.study.steps, progress if runner.team.leads else False) as show,
-        ):
-            while (task := runner.begin()) is not None:
-                runner.one(task, train, show)
-        return runner.recipe()
-    finally:
-        runner.close()
+        with progress_shown(study.steps, progress if leads else False) as show:
+            while (begun := runner.begin()) is not None:
+                runner.one(begun, train, show)
+    except KeyboardInterrupt as interrupt:
+        if not leads:
+            raise
+        error = CalibrationInterrupted(
+            f"The calibration was interrupted after {len(study.trials().counted())} of {runner.schedule.expected()} "
+            "trials.",
+            "Their fit is this error's .recipe; with storage= the same call goes on where it stopped.",
+        )
+        error.recipe = study.recipe() if study.fit() is not None else None
+        raise error from interrupt
 
 
 @contextmanager
 def _random_kept() -> Iterator[None]:
-    """Python's random state as it was: importing rich or optuna and talking to a database may draw from it."""
+    """Python's random state as it was: importing rich and talking to a database may draw from it."""
     state = random.getstate()
     try:
         yield
@@ -155,122 +163,72 @@ def _random_kept() -> Iterator[None]:
         random.setstate(state)
 
 
-@contextmanager
-def _interruptible(runner: Runner) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        if not runner.team.leads:
-            raise
-        done, study = len(runner.study.trials()), runner.study
-        error = CalibrationInterrupted(
-            f"The calibration was interrupted after {done} of {runner.plan.expected()} trials.",
-            "Their fit is this error's .recipe; with storage= the same call goes on where it stopped.",
-        )
-        error.recipe = study.recipe() if study.fit() is not None else None
-        raise error from interrupt
-
-
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 
-def _check_ranks(ranks: Sequence[int | None]) -> tuple[int | None, ...]:
-    values = tuple(ranks) if isinstance(ranks, Sequence) else ()
-    whole = all(r is None or (isinstance(r, int) and not isinstance(r, bool) and r > 0) for r in values)
-    if not values or not whole or len(set(values)) != len(values):
+def _is_distinct(values: object, fits: Callable[[Any], bool]) -> bool:
+    """Whether `values` is a sequence of distinct values that all fit, one at least."""
+    return isinstance(values, Sequence) and 0 < len(values) == len({*filter(fits, values)})
+
+
+# What an argument must be, and what to give instead.
+_COUNT = (is_whole, "Give a whole number of at least 1.")
+_COUNT_OR_NONE = (lambda v: v is None or is_whole(v), _COUNT[1])
+_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "ranks": (
+        lambda v: _is_distinct(v, lambda rank: rank is None or is_whole(rank)),
+        "Give distinct positive whole numbers, such as (4, 64), and None for full.",
+    ),
+    "seeds": (
+        lambda v: _is_distinct(v, lambda seed: is_whole(seed, -(2**63) + 1) and seed < 2**63),
+        "Give distinct whole numbers, such as (0, 1).",
+    ),
+    "steps": _COUNT,
+    "trials": _COUNT_OR_NONE,
+    "budget": _COUNT_OR_NONE,
+    "full_trials": (lambda v: is_whole(v, 0), _COUNT[1]),
+    "until": (lambda v: v is None or is_positive(v), "Give octaves, such as 1.0, or leave it out."),
+    "target": (lambda v: v in ("lora", "full"), "Give 'lora' or 'full'."),
+    "batch": (lambda v: v is None or is_positive(v), "Give a positive number, or leave it out."),
+    "warmup": (
+        lambda v: v is None or (is_number(v) and 0 <= v <= 1),
+        "Give a share of the steps, 0 to 1, or leave it out.",
+    ),
+    "seed": (lambda v: is_whole(v, 0) and v < 2**32, "Give a whole number from 0 to 2³² - 1."),
+    "name": (lambda v: isinstance(v, str) and v != "", "Give a name, such as 'digits'."),
+}
+
+
+def check_argument(what: str, value: object) -> None:
+    """Refuse what an argument of `calibrate` cannot be by itself."""
+    fits, cure = _ARGUMENTS[what]
+    if not fits(value):
+        raise CalibrationError(f"{what} is {value!r}.", cure)
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    """Refuse arguments that do not go together."""
+    steps, runs = schedule.steps, 1 + schedule.full_trials
+    if schedule.budget is not None and schedule.budget < runs * steps:
         raise CalibrationError(
-            f"ranks is {ranks!r}.", "Give distinct positive whole numbers, such as (4, 64), and None for full."
+            f"budget={schedule.budget} does not pay for {runs} runs of {steps} steps.",
+            f"Give {runs * steps} training steps at least; thirty runs in all are plenty.",
         )
-    return tuple(sorted(values, key=lambda r: (r is None, r or 0)))
-
-
-def _check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    values = tuple(seeds) if isinstance(seeds, Sequence) else ()
-    whole = all(isinstance(s, int) and not isinstance(s, bool) and abs(s) < 2**63 for s in values)
-    if not values or not whole or len(set(values)) != len(values):
-        raise CalibrationError(f"seeds is {seeds!r}.", "Give distinct whole numbers, such as (0, 1).")
-    return values
-
-
-def _check_count(what: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CalibrationError(f"{what} is {value!r}.", "Give a whole number of at least 1.")
-    return value
-
-
-def _check_budget(budget: int | None, steps: int, full_trials: int) -> int | None:
-    if budget is None:
-        return None
-    least = steps * (1 + (full_trials if isinstance(full_trials, int) else 0))
-    if _check_count("budget", budget) < least:
+    if schedule.full_trials and None in schedule.ranks:
         raise CalibrationError(
-            f"budget={budget} does not pay for {least // steps} runs of {steps} steps.",
-            f"Give {least} training steps at least; thirty runs in all are plenty.",
-        )
-    return budget
-
-
-def _check_until(until: float | None) -> float | None:
-    if until is not None and not (_is_number(until) and 0 < until < math.inf):
-        raise CalibrationError(f"until is {until!r}.", "Give octaves, such as 1.0, or leave it out.")
-    return until
-
-
-def _check_full(full_trials: int, ranks: Sequence[int | None]) -> int:
-    if full_trials == 0 and not isinstance(full_trials, bool):
-        return 0
-    if None in ranks:
-        raise CalibrationError(
-            f"full_trials={full_trials!r} comes after trials of LoRA, and None is among the ranks already.",
+            f"full_trials={schedule.full_trials} comes after trials of LoRA, and None is among the ranks already.",
             "Leave one of the two out.",
         )
-    return _check_count("full_trials", full_trials)
-
-
-def _check_target(target: Target, ranks: Sequence[int | None]) -> Target:
-    if target not in ("lora", "full"):
-        raise CalibrationError(f"target is {target!r}.", "Give 'lora' or 'full'.")
-    if target == "full" and ranks == (None,):
+    if schedule.target == "full" and schedule.ranks == (None,):
         raise CalibrationError("target='full' plans LoRA trials, and ranks holds none.", "Give two LoRA ranks.")
-    return target
 
 
-def _check_range(lr_range: tuple[float, float] | None) -> tuple[float, float] | None:
+def _octaves(lr_range: tuple[float, float] | None) -> tuple[float, float] | None:
+    """log2 of the two rates."""
     if lr_range is None:
         return None
-    low, high = (check_lr(lr, "lr_range") for lr in lr_range) if _is_pair(lr_range) else (1.0, 1.0)
+    is_pair = isinstance(lr_range, Sequence) and not isinstance(lr_range, str) and len(lr_range) == 2
+    low, high = (check_lr(lr, "lr_range") for lr in lr_range) if is_pair else (1.0, 1.0)
     if low >= high:
         raise CalibrationError(f"lr_range is {lr_range!r}.", "Give two rates, the lower first.")
     return math.log2(low), math.log2(high)
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
-
-
-def _check_batch(batch: float | None) -> float | None:
-    if batch is not None and not (_is_number(batch) and 0 < batch < math.inf):
-        raise CalibrationError(f"batch is {batch!r}.", "Give a positive number, or leave it out.")
-    return batch
-
-
-def _check_warmup(warmup: float | None) -> float | None:
-    if warmup is not None and not (_is_number(warmup) and 0 <= warmup <= 1):
-        raise CalibrationError(f"warmup is {warmup!r}.", "Give a share of the steps, 0 to 1, or leave it out.")
-    return warmup
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_seed(seed: int) -> int:
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise CalibrationError(f"seed is {seed!r}.", "Give a whole number from 0 to 2³² - 1.")
-    return seed
-
-
-def _check_name(name: str) -> str:
-    if not isinstance(name, str) or not name:
-        raise CalibrationError(f"name is {name!r}.", "Give a name, such as 'digits'.")
-    return name

@@ -32,18 +32,17 @@ class Replicas:
         """What `decide` returns or raises on the leading process, on every process."""
         if self._group is None:
             return decide()
-        message: list[Any] = [self._decided(decide) if self.leads else None]
+        message: list[Any] = [None]
+        if self.leads:
+            try:
+                message = [(decide(), None)]
+            except BaseException as raised:
+                message = [(None, raised)]
         dist.broadcast_object_list(message, src=0, group=self._group)
         value, error = message[0]
         if error is not None:
             raise error
         return value  # type: ignore[no-any-return]
-
-    def _decided(self, decide: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-        try:
-            return decide(), None
-        except BaseException as error:
-            return None, error
 
     def mean(self, value: float) -> float:
         """The mean of a value over all processes, each of which saw its own part of the batch."""

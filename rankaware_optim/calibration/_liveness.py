@@ -1,7 +1,7 @@
-"""Whose trial is it: host, boot, process and its start, written on every trial, so that a killed one is known as dead.
+"""Whose trial is it: every trial names the process that runs it, so that a killed one is known as dead.
 
 A trial whose process was killed stays RUNNING in Optuna's storage for ever. This host's dead are failed when the next
-trial begins; what runs on other hosts cannot be seen from here and is left alone.
+trial begins. What runs on other hosts cannot be seen from here and is left alone.
 """
 
 from __future__ import annotations
@@ -9,83 +9,66 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-__all__ = ["bury_dead", "disown", "is_elsewhere", "new_owner", "unretried"]
+from ._optuna import fail_trial
+from ._trials import Owner, TrialRecord, Trials
 
-Owner = dict[str, Any]
+__all__ = ["fail_dead_trials", "is_elsewhere", "new_owner", "release", "to_repeat"]
 
 _AT_WORK: set[str] = set()  # tokens of the trials that this process runs
 
 
 def new_owner() -> Owner:
     """This process, as the owner of a trial that is about to begin."""
-    token = uuid.uuid4().hex
+    token, pid = uuid.uuid4().hex, os.getpid()
     _AT_WORK.add(token)
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _started(pid), "token": token}
+    return Owner(socket.gethostname(), _boot(), pid, _started(pid), token)
 
 
-def disown(owner: Owner) -> None:
-    """The trial has ended."""
-    _AT_WORK.discard(owner["token"])
+def release(owner: Owner) -> None:
+    """The owner's trial has ended."""
+    _AT_WORK.discard(owner.token)
 
 
-def is_elsewhere(trial: FrozenTrial) -> bool:
+def is_elsewhere(trial: TrialRecord) -> bool:
     """Whether a trial belongs to another host, of whose processes nothing is known here."""
-    return _owner(trial).get("host") != socket.gethostname()
+    return trial.owner is None or trial.owner.host != socket.gethostname()
 
 
-def bury_dead(study: Study) -> None:
+def fail_dead_trials(study: Study) -> None:
     """Fail this host's trials whose process is gone; their rank, seed and rate are to be tried again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not is_elsewhere(trial) and not _is_alive(_owner(trial)):
-            _fail(study, trial)
+        record = TrialRecord.read(trial)
+        if record.owner is not None and not is_elsewhere(record) and not _is_alive(record.owner):
+            fail_trial(study, trial, replace(record, killed=True).changes_since(record))
 
 
-def unretried(trials: list[FrozenTrial]) -> FrozenTrial | None:
-    """The first killed trial that no other has taken up."""
-    taken = {trial.user_attrs.get("retry_of") for trial in trials}
-    killed = (t for t in trials if t.state == TrialState.FAIL and "killed" in t.user_attrs)
-    return next((trial for trial in killed if trial.number not in taken), None)
-
-
-def _fail(study: Study, trial: FrozenTrial) -> None:
-    from optuna.exceptions import UpdateFinishedTrialError
-
-    try:
-        study._storage.set_trial_user_attr(trial._trial_id, "killed", True)
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-    except UpdateFinishedTrialError:
-        return  # another worker was first
-
-
-def _owner(trial: FrozenTrial) -> Owner:
-    return dict(trial.user_attrs.get("owner", {}))
+def to_repeat(trials: Trials) -> TrialRecord | None:
+    """The first killed trial that no other repeats."""
+    repeated = {trial.retry_of for trial in trials}
+    killed = (trial for trial in trials if trial.killed and trial.state == TrialState.FAIL)
+    return next((trial for trial in killed if trial.number not in repeated), None)
 
 
 def _is_alive(owner: Owner) -> bool:
-    if owner["boot"] != _boot():
+    if owner.boot != _boot():
         return False
-    if owner["pid"] == os.getpid():
-        return owner["token"] in _AT_WORK
-    return _runs(owner["pid"]) and _started(owner["pid"]) == owner["started"]
-
-
-def _runs(pid: int) -> bool:
+    if owner.pid == os.getpid():
+        return owner.token in _AT_WORK
     if os.name != "posix":
         return True  # os.kill would end it there; what cannot be known to be dead is left alone
     try:
-        os.kill(pid, 0)
+        os.kill(owner.pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass  # another user's
+    return _started(owner.pid) == owner.started
 
 
 def _boot() -> str:

@@ -12,7 +12,7 @@ from optuna.pruners import BasePruner
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from ._trials import EARLY, PARAMETER, rival_of
+from ._trials import EARLY, TrialRecord, Trials
 
 __all__ = ["PairedPruner"]
 
@@ -33,26 +33,22 @@ class PairedPruner(BasePruner):
         self._from = max(EARLY, warmup) * steps
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        step = trial.last_step
-        if step is None or step < self._from:
+        if trial.last_step is None or trial.last_step < self._from:
             return False
-        best = rival_of(trial, study.get_trials(deepcopy=False))
-        if best is None or self._is_near(trial, best):
+        record = TrialRecord.read(trial)
+        best = Trials.read(study.get_trials(deepcopy=False)).rival_of(record)
+        if best is None or record.x is None:
             return False
-        return _lags(trial, best)
-
-    def _is_near(self, trial: FrozenTrial, best: FrozenTrial) -> bool:
-        marks = (best.params[PARAMETER], trial.user_attrs.get("estimate"))
-        return any(mark is not None and abs(trial.params[PARAMETER] - mark) < _NEAR for mark in marks)
+        is_near = any(mark is not None and abs(record.x - mark) < _NEAR for mark in (best.x, record.estimate))
+        return not is_near and _lags(record, best)
 
 
-def _lags(trial: FrozenTrial, best: FrozenTrial) -> bool:
+def _lags(trial: TrialRecord, best: TrialRecord) -> bool:
     """Whether the last paired differences exceed the margin, each of them, and their mean what noise explains."""
-    steps = sorted(trial.intermediate_values.keys() & best.intermediate_values.keys())[-_JUDGED:]
-    if len(steps) < 2:
+    steps = sorted(trial.reports.keys() & best.reports.keys())[-_JUDGED:]
+    if len(steps) < 2 or best.observation is None:
         return False
-    start = best.user_attrs["observation"]["start"]
-    gaps = [trial.intermediate_values[s] - best.intermediate_values[s] for s in steps]
-    gains = [start - best.intermediate_values[s] for s in steps]
+    gaps = [trial.reports[s] - best.reports[s] for s in steps]
+    gains = [best.observation.start - best.reports[s] for s in steps]
     clearly = all(gain > 0 and gap > _WORSE * gain for gap, gain in zip(gaps, gains, strict=True))
     return clearly and fmean(gaps) > _STANDARD_ERRORS * stdev(gaps) / math.sqrt(len(gaps))

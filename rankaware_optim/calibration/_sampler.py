@@ -11,8 +11,8 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from ._trials import PARAMETER, cell_of, observations, pruned, running
-from .fit._posterior import Fit, Observation, Prior, diverged, gain_of
+from ._trials import TrialRecord, Trials
+from .fit import Fit, Observation, Prior, diverged, gain_of
 
 __all__ = ["BracketSampler", "estimate_at"]
 
@@ -35,9 +35,7 @@ class BracketSampler(BaseSampler):
     fit: of a study's trials. few_full: runs of full finetuning begin at the rate predicted for it and step from there.
     """
 
-    def __init__(
-        self, start: float, prior: Prior, fit: Callable[[Sequence[FrozenTrial]], Fit | None], few_full: bool = False
-    ) -> None:
+    def __init__(self, start: float, prior: Prior, fit: Callable[[Trials], Fit | None], few_full: bool = False) -> None:
         self._start, self._prior, self._fit, self._few_full = start, prior, fit, few_full
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -52,19 +50,19 @@ class BracketSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> float:
         low, high = param_distribution.low, param_distribution.high  # type: ignore[attr-defined]
-        proposed = self._propose(study.get_trials(deepcopy=False), trial, low, high)
+        proposed = self._propose(Trials.read(study.get_trials(deepcopy=False)), TrialRecord.read(trial), low, high)
         return float(min(max(proposed, low), high))
 
-    def _propose(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, low: float, high: float) -> float:
-        rank, seen, stopped = cell_of(trial).rank, observations(trials), pruned(trials)
-        others = [t for t in running(trials, but=trial.number) if PARAMETER in t.params]
+    def _propose(self, trials: Trials, trial: TrialRecord, low: float, high: float) -> float:
+        rank, seen, stopped = trial.rank, trials.observations(), trials.pruned()
+        others = [(t.rank, t.x) for t in trials.running(but=trial.number) if t.x is not None]
         fit = self._fit(trials)
         centre = None if fit is None else estimate_at(fit, rank, self._prior)
         own, lost = [o for o in seen if o.rank == rank], [x for other, x in stopped if other == rank]
-        mine = [*lost, *(t.params[PARAMETER] for t in others if cell_of(t).rank == rank)]
+        mine = [*lost, *(x for other, x in others if other == rank)]
         if rank is None and self._few_full and centre is not None:
             return next_full(seen, centre, mine)
-        taken = [*(t.params[PARAMETER] for t in others), *mine, *(o.x for o in own)]
+        taken = [*(x for _, x in others), *mine, *(o.x for o in own)]
         proposed = next_bracket(seen, self._start, low, high, [x for _, x in stopped])
         if proposed is not None:
             return _beside(proposed, taken, low, high)

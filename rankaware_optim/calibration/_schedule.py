@@ -5,28 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
-from ._trials import Cell, cell_of, counted, observations, running, spent
-from .fit._posterior import diverged
+from .._types import Method
+from ._trials import Cell, Trials
+from .fit import diverged
 
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
-__all__ = ["PER_SEED", "Plan", "Target", "far_enough", "leverage"]
-
-Target = Literal["lora", "full"]
+__all__ = ["PER_SEED", "Schedule", "leverage"]
 
 _TRIALS_PER_RANK = 8
 _FEWEST = 2  # finished trials of every rank before a narrow band is believed
 _HOPELESS = 12  # runs that all diverged, each two octaves lower, after which none will help
 _SHORT_RUNS = 10  # with a budget alone: trials at most, in units of those that it would pay in full
-_APART = 16.0  # the factor between the lowest and the highest rank at which the drift is well told
 PER_SEED = 4  # runs of a rank at one seed before the next: only those are compared without the seed's noise
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """How a calibration spends its steps: `trials` at `ranks` and `seeds` in turn, then `full_trials` in full.
 
     budget: training steps in all, never exceeded. until: octaves; LoRA trials end when the 90 % band is narrower.
@@ -39,7 +33,7 @@ class Plan:
     budget: int | None = None
     until: float | None = None
     full_trials: int = 0
-    target: Target = "lora"
+    target: Method = "lora"
 
     @property
     def total(self) -> int:
@@ -57,7 +51,7 @@ class Plan:
 
     def next(
         self,
-        trials: Sequence[FrozenTrial],
+        trials: Trials,
         band: float | None = None,
         weights: Mapping[int | None, float] | None = None,
     ) -> Cell | None:
@@ -65,45 +59,36 @@ class Plan:
 
         band: octaves of the 90 % band so far. weights: the share of trials that each rank deserves.
         """
-        lora, full = self._split(trials)
-        if self._hopeless(trials):
+        done = trials.counted()
+        if len(done) >= _HOPELESS and all(diverged(done.observations())):
             return None
-        if not self._enough(lora, band) and self._affords(trials, self.full_trials - len(full) + 1):
+        tried = (*done, *trials.running())
+        full = [t for t in tried if self.full_trials and t.rank is None]
+        lora = Trials(t for t in tried if not self.full_trials or t.rank is not None)
+        payable = math.inf if self.budget is None else (self.budget - trials.spent(self.steps)) // self.steps
+        if not self._enough(lora, band) and payable > self.full_trials - len(full):
             return self._rotate(lora, weights or {})
-        if len(full) < self.full_trials and self._affords(trials, 1):
+        if len(full) < self.full_trials and payable >= 1:
             return Cell(None, self.seeds[(len(full) // PER_SEED) % len(self.seeds)])
         return None
 
-    def _split(self, trials: Sequence[FrozenTrial]) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
-        """Counted and running trials: those at `ranks`, and those of full finetuning asked for beside them."""
-        tried = [*counted(trials), *running(trials)]
-        full = [t for t in tried if self.full_trials and cell_of(t).rank is None]
-        return [t for t in tried if t not in full], full
-
-    def _affords(self, trials: Sequence[FrozenTrial], runs: int) -> bool:
-        return self.budget is None or spent(trials, self.steps) + runs * self.steps <= self.budget
-
-    def _enough(self, lora: Sequence[FrozenTrial], band: float | None) -> bool:
+    def _enough(self, lora: Trials, band: float | None) -> bool:
         if len(lora) >= self.total:
             return True
         if self.until is None or band is None or band >= self.until:
             return False
-        done = [cell_of(trial).rank for trial in counted(lora)]
+        done = [trial.rank for trial in lora.counted()]
         return all(done.count(rank) >= _FEWEST for rank in self.ranks)
 
-    def _hopeless(self, trials: Sequence[FrozenTrial]) -> bool:
-        done = counted(trials)
-        return len(done) >= _HOPELESS and all(diverged(observations(done)))
-
-    def _rotate(self, lora: Sequence[FrozenTrial], weights: Mapping[int | None, float]) -> Cell:
+    def _rotate(self, lora: Trials, weights: Mapping[int | None, float]) -> Cell:
         """Ranks in turn, the one tried least for its weight, four runs of each at a seed before the next seed.
 
         A run that diverged says little, so it does not count before the others; one that the pruner stopped was judged.
         """
-        seen = [t for t in lora if "observation" in t.user_attrs and t.state.is_finished()]
-        bad = diverged(observations(seen))
-        lost = [cell_of(trial) for trial, b in zip(seen, bad, strict=True) if b]
-        tried = [cell_of(trial) for trial in lora]
+        seen = [(t.cell, t.observation) for t in lora if t.observation is not None and t.state.is_finished()]
+        bad = diverged([observation for _, observation in seen])
+        lost = [cell for (cell, _), b in zip(seen, bad, strict=True) if b]
+        tried = [trial.cell for trial in lora]
 
         def due(cell: Cell) -> tuple[float, ...]:
             weight = weights.get(cell.rank, 1.0)
@@ -116,7 +101,7 @@ class Plan:
 def leverage(ranks: Sequence[int | None], width: float) -> dict[int | None, float]:
     """How much each rank's optimum counts in the line continued to r = n, over log2 of the rank; at least 0.2.
 
-    The line through (r1, v1) and (r2, v2) gives v(n) = (1 + ρ)·v2 − ρ·v1 with ρ = log(n/r2) / log(r2/r1); its
+    The line through (r1, v1) and (r2, v2) gives v(n) = (1 + ρ)·v2 − ρ·v1 with ρ = log(n/r2) / log(r2/r1). Its
     variance is least when trials are shared as the two coefficients are.
 
     >>> {rank: round(share, 2) for rank, share in leverage((4, 64), 576.0).items()}
@@ -128,9 +113,3 @@ def leverage(ranks: Sequence[int | None], width: float) -> dict[int | None, floa
         beyond = max(0.0, math.log(width / lora[-1]) / math.log(lora[-1] / lora[0]))
         shares |= {lora[0]: max(0.2, beyond), lora[-1]: 1.0 + beyond}
     return shares
-
-
-def far_enough(ranks: Sequence[int | None]) -> bool:
-    """Whether the drift in rank is told: the highest LoRA rank is 16 times the lowest at least, or there is none."""
-    lora = [r for r in ranks if r is not None]
-    return not lora or max(lora) >= _APART * min(lora)

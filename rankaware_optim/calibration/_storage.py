@@ -10,13 +10,13 @@ from typing import Any, cast
 
 from filelock import FileLock
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage, get_storage
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from ..errors import CalibrationError
 
-__all__ = ["close_storage", "open_storage", "storage_errors"]
+__all__ = ["open_storage", "storage_errors"]
 
 _FAILURES = (OSError, StorageInternalError, SQLAlchemyError)
 
@@ -37,14 +37,6 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
         return _journal(Path(storage))
 
 
-def close_storage(storage: BaseStorage) -> None:
-    """Give a database's connections back; other storages hold none."""
-    backend = getattr(storage, "_backend", storage)  # Optuna puts a cache around a database
-    if isinstance(backend, RDBStorage):
-        backend.remove_session()
-        backend.engine.dispose()
-
-
 def _by_url(url: str) -> BaseStorage:
     try:
         return get_storage(url)
@@ -60,41 +52,21 @@ def _by_url(url: str) -> BaseStorage:
 
 
 def _journal(path: Path) -> BaseStorage:
+    """A journal whose lock the kernel frees when its holder is killed. Optuna's own lock file would stay for 30 s.
+
+    A last line that was cut short, by a full disk or a power failure, is dropped: the journal could not be read.
+    """
     if path.exists() and not path.is_file():
         raise CalibrationError(f"storage={str(path)!r} is no file.", "Name a file for the journal, or a URL.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _KernelLock(path)
-    _mend(path, lock)
+    lock = FileLock(f"{path}.lock")
+    if path.is_file():
+        with lock:
+            data = path.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                os.truncate(path, whole)
     return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
-
-
-class _KernelLock:
-    """A journal's lock that the kernel frees when its holder is killed; Optuna's own file would stay for 30 s."""
-
-    def __init__(self, path: Path) -> None:
-        self._lock = FileLock(f"{path}.lock")
-
-    def acquire(self) -> bool:
-        self._lock.acquire()
-        return True
-
-    def release(self) -> None:
-        self._lock.release()
-
-
-def _mend(path: Path, lock: _KernelLock) -> None:
-    """Drop a last line that was cut short, by a full disk or a power failure; the journal could not be read."""
-    if not path.is_file():
-        return
-    lock.acquire()
-    try:
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with path.open("r+b") as file:
-                file.truncate(whole)
-    finally:
-        lock.release()
 
 
 @contextmanager

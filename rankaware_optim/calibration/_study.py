@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 import torch
 from torch.optim import Optimizer
 
@@ -23,15 +24,12 @@ from .._types import Reference, Survey
 from ..errors import CalibrationError
 from ..laws import Law, Power, checked_multiplier
 from ..recipe import Z90, Recipe
-from . import _trials as ledger
-from ._schedule import far_enough
-from ._trial import Trial
-from .fit._horizon_fit import horizon_of
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
-    from .fit._posterior import Fit, Observation, Prior
+from ._optuna import close_database
+from ._pruner import PairedPruner
+from ._sampler import BracketSampler
+from ._storage import open_storage, storage_errors
+from ._trials import Trials, is_flat
+from .fit import Fit, Prior, diverged, fit_observations, horizon_of
 
 __all__ = ["Study", "versions_used"]
 
@@ -44,6 +42,7 @@ _HALF_RANGE = 4.0  # octaves on either side of the first guess
 _WIDEN = 2.0  # octaves an edge moves out when the best rate sits there
 _EDGE = 1.0  # octaves: how near counts as sitting there
 _UNDETERMINED = 1.2  # octaves: a standard deviation of the base rate, beyond which the data say next to nothing
+_APART = 16  # the factor between the lowest and the highest rank at which the drift is well measured
 # Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init. Small studies found
 # Init[B] falling with rank by 0.3 to 0.75; full finetuning needs no factor at the width of Survey.full_width
 # (benchmarks/results/full_width.md).
@@ -60,7 +59,6 @@ class Study:
     optimizer: type[Optimizer]
     law: Law
     ranks: tuple[int | None, ...]
-    seeds: tuple[int, ...]
     steps: int
     lr_range: tuple[float, float] | None = None
     batch: float | None = None
@@ -74,16 +72,12 @@ class Study:
 
     def __post_init__(self) -> None:
         self._fits: dict[int, Fit | None] = {}
-        self._opened: Any = None
+        self._opened: optuna.storages.BaseStorage | None = None
+        self._optimizer_name = f"{self.optimizer.__module__}.{self.optimizer.__qualname__}"
 
     def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
         """Create the Optuna study, or go on with the stored one of this name."""
-        import optuna
-
-        from ._pruner import PairedPruner
-        from ._storage import open_storage, storage_errors
-
-        self.own_sampler = sampler is None
+        self._brackets = sampler is None
         self.guard = lambda: storage_errors(storage)
         verbosity = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -91,7 +85,7 @@ class Study:
             kept = open_storage(storage)
             self._opened = kept if isinstance(storage, str) else None
             with self.guard():
-                self.study = optuna.create_study(
+                self.optuna = optuna.create_study(
                     study_name=self.name,
                     storage=kept,
                     sampler=sampler or optuna.samplers.RandomSampler(seed=self.seed),
@@ -106,9 +100,7 @@ class Study:
     def close(self) -> None:
         """Give a database's connections back, if they were opened here."""
         if self._opened is not None:
-            from ._storage import close_storage
-
-            close_storage(self._opened)
+            close_database(self._opened)
 
     def _check_stored(self) -> None:
         """Refuse to go on with a study whose trials do not compare: other steps, LoRA ranks, law or optimizer."""
@@ -116,85 +108,61 @@ class Study:
             "steps": self.steps,
             "ranks": [rank for rank in self.ranks if rank is not None],
             "law": repr(self.law),
-            "optimizer": self._optimizer_name(),
+            "optimizer": self._optimizer_name,
             "batch": self.batch,
             "warmup": self.warmup,
         }
-        stored = self.study.user_attrs.get("made_with", {} if self.study.get_trials(deepcopy=False) else mine)
+        stored = self.optuna.user_attrs.get("made_with", {} if self.trials() else mine)
         for key in (key for key, value in mine.items() if stored.get(key) != value):
             raise CalibrationError(
                 f"The stored study {self.name!r} was made with {key}={stored.get(key)!r}, not {mine[key]!r}.",
                 "Give this calibration another name=, or another storage=.",
             )
-        self.study.set_user_attr("made_with", mine)
+        self.optuna.set_user_attr("made_with", mine)
 
     def recall(self) -> None:
         """Take over what an earlier or another worker's first trial settled."""
-        stored = self.study.user_attrs
+        stored = self.optuna.user_attrs
         self.settings = stored.get("settings", self.settings)
         if self.reference is None and "reference" in stored:
             self._settle(Reference(**stored["reference"]), stored["full_fan_in"])
 
-    def _optimizer_name(self) -> str:
-        return f"{self.optimizer.__module__}.{self.optimizer.__qualname__}"
+    def trials(self) -> Trials:
+        """Every trial so far, of all workers."""
+        return Trials.read(self.optuna.get_trials(deepcopy=False))
 
-    # --- what was tried ---------------------------------------------------------------------------------------------
-
-    def all_trials(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
-
-    def trials(self) -> list[FrozenTrial]:
-        """The trials that count: complete, or pruned by us or the pruner."""
-        return ledger.counted(self.all_trials())
-
-    def observations(self) -> list[Observation]:
-        """What trials showed that ran their steps or diverged."""
-        return ledger.observations(self.all_trials())
-
-    def read(self, trial: Trial, handle: Any, survey: Survey) -> None:
-        seen = survey.dominant().resolve(survey)
-        if seen.rank != trial.rank:
-            raise CalibrationError(
-                f"The model built for trial.rank={trial.rank} has rank {seen.rank}.", "Build it at trial.rank."
-            )
-        handle.set_user_attr("scaling", seen.scaling)
+    def learn(self, seen: Reference, survey: Survey) -> None:
+        """Take the first model's configuration as the reference, and store it."""
         if self.reference is None:
             self._settle(replace(seen, batch=self.batch), survey.full_width(seen.init))
-            self.study.set_user_attr("full_fan_in", self.full_fan_in)
-            self.study.set_user_attr("reference", asdict(self.settled()))  # last: who finds it takes the width too
+            self.optuna.set_user_attr("full_fan_in", self.full_fan_in)
+            self.optuna.set_user_attr("reference", asdict(self.settled()))  # last: who finds it takes the width too
 
     def _settle(self, reference: Reference, full_fan_in: float) -> None:
-        """Take the first model's configuration as the reference, and the priors that belong to its init."""
-        from ._sampler import BracketSampler
+        """Take a reference, the priors that belong to its init, and a first guess.
 
+        The guess is the upper end of the family's usual rates, moved by the law to the reference.
+        """
         self.reference, self.full_fan_in = reference, full_fan_in
-        start = self._first_guess()
-        if self.lr_range is not None:
-            start = min(max(start, self.lr_range[0]), self.lr_range[1])
-        self._start = start
-        if self.own_sampler:
-            self.study.sampler = BracketSampler(start, self.prior, self._fitted, self.few_full)
+        usual = _USUAL_LR.get(optimizer_family(self.optimizer), _USUAL_LR["sign-like"])
+        moved = checked_multiplier(self.law.bind(self.optimizer, {}), reference.as_factor(), _USUAL_AT)
+        low, high = self.lr_range or (-math.inf, math.inf)
+        self._start = min(max(_ABOVE + math.log2(usual * moved), low), high)
+        if self._brackets:
+            self.optuna.sampler = BracketSampler(self._start, self.prior, self._fitted, self.few_full)
 
     def settled(self) -> Reference:
         if self.reference is None:
             raise CalibrationError("No trial has built its model yet.", "Run at least one trial.")
         return self.reference
 
-    def _first_guess(self) -> float:
-        """log2 of the upper end of the family's usual rates, moved by the law to the reference."""
-        factor = self.settled().as_factor()
-        usual = _USUAL_LR.get(optimizer_family(self.optimizer), _USUAL_LR["sign-like"])
-        return _ABOVE + math.log2(usual * checked_multiplier(self.law.bind(self.optimizer, {}), factor, _USUAL_AT))
-
     def range(self) -> tuple[float, float]:
         """The range of log2 rates: as given or around the first guess, widened while the best rate sits at an edge.
 
         It is derived from the trials each time, so a resumed study has the range it had.
         """
-        from .fit._posterior import diverged
-
         low, high = self.lr_range or (self._start - _HALF_RANGE, self._start + _HALF_RANGE)
-        seen = self.observations()
+        seen = self.trials().observations()
         bad = diverged(seen)
         for end in range(1, len(seen) + 1):
             good = [o for o, b in zip(seen[:end], bad, strict=False) if not b]
@@ -206,8 +174,6 @@ class Study:
     @property
     def prior(self) -> Prior:
         """What is believed of drift and full finetuning before any trial."""
-        from .fit._posterior import Prior
-
         reference = self.settled()
         lora = [r for r in self.ranks if r is not None]
         pivot = round(math.exp(sum(map(math.log, lora)) / len(lora)), 9) if lora else 16.0
@@ -235,13 +201,11 @@ class Study:
 
     def fit(self) -> Fit | None:
         """The fit of what was seen so far, or None where every run diverged."""
-        return None if self.reference is None else self._fitted(self.all_trials())
+        return None if self.reference is None else self._fitted(self.trials())
 
-    def _fitted(self, trials: Sequence[FrozenTrial]) -> Fit | None:
+    def _fitted(self, trials: Trials) -> Fit | None:
         """The fit of what trials say, made once for each number of observations: a study only adds to them."""
-        from .fit._posterior import fit_observations
-
-        seen = ledger.evidence(trials)
+        seen = trials.evidence()
         if len(seen) not in self._fits:
             self._fits = {len(seen): fit_observations(seen, self.prior)}
         return self._fits[len(seen)]
@@ -270,22 +234,14 @@ class Study:
 
     def recipe(self) -> Recipe:
         """The recipe of what was seen so far."""
-        runs, seen = self.trials(), self.observations()
-        if runs and all(run.user_attrs.get("stopped") == "memory" for run in runs):
-            raise CalibrationError(
-                f"Every one of {len(runs)} runs ran out of memory.", "Lower the batch or the ranks=, or free memory."
-            )
-        fit, reference = self.fit(), self.settled()
-        if fit is None:
-            raise CalibrationError(
-                f"Every one of {len(runs)} runs diverged{' or was pruned' * (len(seen) < len(runs))}.",
-                "Lower lr_range=, or check the loss, the data and the pruner.",
-            )
-        tried, tensors = {o.rank for o in seen}, ledger.tensors(self.all_trials(), self.steps)
+        trials = self.trials().counted()
+        fit, reference, tried = self._fit_or_raise(trials), self.settled(), {o.rank for o in trials.observations()}
         base, drift, factor = (float(v) for v in fit.mean)
         shift = 0.0 if reference.rank is None else drift * math.log2(reference.rank / self.prior.pivot)
         if reference.method == "full":
             base, factor = base + factor, 0.0
+        tensors = trials.tensors(self.steps)
+        scalings = {t.rank: t.scaling for t in trials if t.rank is not None and t.scaling is not None}
         return Recipe(
             name=self.name,
             best_lr=2.0 ** (base + shift),
@@ -294,11 +250,11 @@ class Study:
             covariance=torch.from_numpy(fit.covariance),
             lean=fit.lean,
             ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
-            scaling_rule=infer_scaling(ledger.scalings(self.all_trials())),
+            scaling_rule=infer_scaling(scalings),
             full_fan_in=self.full_fan_in,
             ranks=tuple(rank for rank in self.ranks if rank in tried and rank is not None),
             full_seen=None in tried,
-            optimizer=self._optimizer_name(),
+            optimizer=self._optimizer_name,
             settings=self.settings,
             steps=self.steps,
             batch=self.batch,
@@ -306,17 +262,30 @@ class Study:
             horizon=horizon_of(tensors, self.prior),
             seed=self.seed,
             versions=versions_used(),
-            notes=self._notes(fit),
+            notes=self._notes(fit, trials),
             tensors=tensors,
         )
 
-    def _notes(self, fit: Fit) -> tuple[str, ...]:
-        """What the data do not determine, or what in the runs casts doubt on them, in words."""
-        trials, notes = self.all_trials(), []
-        lora, cell = [r for r in self.ranks if r is not None], ledger.unsteady(trials)
-        if len(lora) > 1 and not far_enough(lora):
+    def _fit_or_raise(self, trials: Trials) -> Fit:
+        if trials and all(trial.stopped == "memory" for trial in trials):
+            raise CalibrationError(
+                f"Every one of {len(trials)} runs ran out of memory.", "Lower the batch or the ranks=, or free memory."
+            )
+        fit = self._fitted(trials)
+        if fit is None:
+            some_pruned = len(trials.observations()) < len(trials)
+            raise CalibrationError(
+                f"Every one of {len(trials)} runs diverged{' or was pruned' * some_pruned}.",
+                "Lower lr_range=, or check the loss, the data and the pruner.",
+            )
+        return fit
+
+    def _notes(self, fit: Fit, trials: Trials) -> tuple[str, ...]:
+        """What the data do not determine, or what in the runs speaks against them, in words."""
+        lora, cell, notes = [r for r in self.ranks if r is not None], trials.unsteady(), []
+        if len(lora) > 1 and max(lora) < _APART * min(lora):
             notes.append(f"ranks {min(lora)} and {max(lora)} lie less than a factor 16 apart: the drift is hardly told")
-        if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or ledger.is_flat(self.observations()):
+        if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or is_flat(trials.observations()):
             notes.append("the data do not determine the rate: the loss hardly moved with it")
         if cell is not None:
             where = "full finetuning" if cell.rank is None else f"rank {cell.rank}"

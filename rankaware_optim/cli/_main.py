@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from importlib import import_module
 from typing import Any
@@ -43,12 +44,17 @@ class _Commands(click.Group):
         return found
 
     def invoke(self, ctx: click.Context) -> Any:
+        sys.path.insert(
+            0, ""
+        )  # a law or an optimizer of one's own lies in the folder one stands in, as under python -m
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_: click.echo(f"note: {message}", err=True)
                 return super().invoke(ctx)
         except RankAwareError as error:
             raise click.ClickException(str(error)) from error
+        finally:
+            sys.path.remove("")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,21 +1,36 @@
-"""Options that more than one command takes."""
+"""Options that more than one command takes, and how their texts are read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import click
 
-__all__ = ["ALPHA", "COLUMN", "OPTIMIZER"]
+__all__ = ["ALPHA", "COLUMN", "OPTIMIZER", "number_or_rank", "numbers"]
 
 
-def _number_or_rank(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
-    if value is None or value == "rank":
-        return value
+def numbers(kind: Callable[..., Any], named: Mapping[str, Any] | None = None) -> Callable[..., tuple[Any, ...] | None]:
+    """A callback that reads "4,64" as a tuple of numbers; a word in `named` stands for its value."""
+
+    def read(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[Any, ...] | None:
+        if text is None:
+            return None
+        words = [word.strip() for word in text.split(",")]
+        try:
+            return tuple(named[word] if named and word in named else kind(word, param, ctx) for word in words)
+        except click.BadParameter as error:
+            raise click.BadParameter(f"{error.message} Part numbers by commas, as in 4,64.", ctx, param) from None
+
+    return read
+
+
+def number_or_rank(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
+    """A callback that reads a number, or the word "rank"."""
     try:
-        return float(value)
+        return value if value in (None, "rank") else float(value)
     except ValueError as error:
-        raise click.BadParameter(f"{value!r} is neither a number nor 'rank'.") from error
+        raise click.BadParameter(f"{value!r} is not a valid float, nor 'rank'.") from error
 
 
 def _columns(ctx: click.Context, param: click.Parameter, pairs: Sequence[str]) -> dict[str, str]:
@@ -26,7 +41,7 @@ def _columns(ctx: click.Context, param: click.Parameter, pairs: Sequence[str]) -
 
 
 ALPHA = click.option(
-    "--alpha", callback=_number_or_rank, help="For rows that do not say it; 'rank' where it follows the rank."
+    "--alpha", callback=number_or_rank, help="For rows that do not say it; 'rank' where it follows the rank."
 )
 COLUMN = click.option("--column", "columns", multiple=True, callback=_columns, help="FIELD=COLUMN, repeatable.")
 OPTIMIZER = click.option("--optimizer", default="AdamW", show_default=True, help="A name, or package:Class.")

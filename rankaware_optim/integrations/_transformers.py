@@ -1,37 +1,39 @@
-"""For transformers' `Trainer`: the optimizer as a factory, and every group's rate in the logs.
+"""For transformers' `Trainer`, and TRL's, which subclass it: the optimizer as a factory, rates in the logs, a trial.
 
-Importing this module imports no transformers; `log_rates` does.
+Importing this module imports no transformers: its functions do.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from .._optimizer_classes import get_optimizer_class
-from ..errors import OptimizerError
+from ..errors import CalibrationError, OptimizerError
 from ..optimizer import RankAwareOptimizer
+from ._trainer_run import TrainerRun
 
-__all__ = ["TrainerFactory", "group_rates", "log_rates", "trainer_factory"]
+__all__ = ["TrainerFactory", "group_rates", "log_rates", "train", "trainer_factory"]
 
 
 class TrainerFactory:
-    """What `Trainer` calls to make its optimizer, made by `trainer_factory`.
+    """What `Trainer` calls to make its optimizer; `make(model)` does.
 
     Trainer calls a factory without arguments, and what that gives with the model as it has wrapped it: both are
     answered here.
     """
 
-    def __init__(self, optimizer: type[Optimizer] | str, settings: Mapping[str, Any]) -> None:
-        self.optimizer = optimizer
-        self.settings = dict(settings)
+    def __init__(self, make: Callable[..., Optimizer]) -> None:
+        self.make = make
 
     def __call__(self, model: Any = None, **settings: Any) -> Any:
-        """This factory where no model is given, else a `RankAwareOptimizer` over the model's trainable parameters."""
+        """This factory where no model is given, else an optimizer over the model's trainable parameters."""
         if model is None:
             return self
         if not isinstance(model, nn.Module):
@@ -39,7 +41,7 @@ class TrainerFactory:
                 f"Trainer handed a {type(model).__name__} to a factory, which needs the model.",
                 "Update transformers to a release whose Trainer knows factories, or pass optimizers=(opt, None).",
             )
-        return RankAwareOptimizer(model, self.optimizer, **{**self.settings, **settings})
+        return self.make(model, **settings)
 
 
 def trainer_factory(optimizer: type[Optimizer] | str, **settings: Any) -> tuple[TrainerFactory, dict[str, Any]]:
@@ -60,7 +62,7 @@ def trainer_factory(optimizer: type[Optimizer] | str, **settings: Any) -> tuple[
     get_optimizer_class(optimizer)
     if settings.get("lr") is None and settings.get("recipe") is None:
         raise OptimizerError("trainer_factory was given no rate.", "Give lr= with tuned_at=, or recipe=.")
-    return TrainerFactory(optimizer, settings), {}
+    return TrainerFactory(partial(RankAwareOptimizer, optimizer=optimizer, **settings)), {}
 
 
 def group_rates(opt: Any) -> dict[str, float]:
@@ -68,18 +70,15 @@ def group_rates(opt: Any) -> dict[str, float]:
 
     `opt` may be a framework's wrapper: its `param_groups` are read.
     """
-    names = [_group_name(group) for group in opt.param_groups]
-    total, seen = Counter(names), Counter[str]()
-    rates = {}
+    names = [
+        f"lr/{group.get('lora_role', 'other')}" + ("" if group.get("lora_rank") is None else f"/r{group['lora_rank']}")
+        for group in opt.param_groups
+    ]
+    total, seen, rates = Counter(names), Counter[str](), {}
     for name, group in zip(names, opt.param_groups, strict=True):
         rates[f"{name}/{seen[name]}" if total[name] > 1 else name] = float(group["lr"])
         seen[name] += 1
     return rates
-
-
-def _group_name(group: Mapping[str, Any]) -> str:
-    rank = group.get("lora_rank")
-    return f"lr/{group.get('lora_role', 'other')}" + ("" if rank is None else f"/r{rank}")
 
 
 def log_rates(trainer: Any = None) -> Any:
@@ -99,25 +98,58 @@ def log_rates(trainer: Any = None) -> Any:
     except ImportError as error:
         raise OptimizerError("log_rates is for transformers, which is not installed.", "Install it.") from error
 
-    callback = type("LogRates", (_LogRates, TrainerCallback), {"__doc__": _LogRates.__doc__})()
+    class LogRates(TrainerCallback):
+        """Adds to what is logged while training the rates of the step just taken, as Trainer does for group 0."""
+
+        def __init__(self) -> None:
+            self.rates: dict[str, float] = {}
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.rates = group_rates(kwargs["optimizer"])
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            logs = kwargs.get("logs") or {}
+            if "learning_rate" in logs:
+                for entry in (logs, *state.log_history[-1:]):
+                    entry.update(self.rates)
+
+    callback = LogRates()
     if trainer is not None:
         trainer.callback_handler.callbacks.insert(0, callback)
     return callback
 
 
-class _LogRates:
-    """Adds to what is logged while training the rates of the step just taken, as Trainer does for group 0."""
+def train(trainer: Any, run: TrainerRun) -> Any:
+    """Run a trial of a calibration by `trainer.train`; its score, or None where there is none to take."""
+    from transformers import TrainerCallback, set_seed
 
-    def __init__(self) -> None:
-        self.rates: dict[str, float] = {}
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        raise CalibrationError(
+            "The trainer that make_trainer returned has an optimizer of its own.",
+            "Leave optimizers= and optimizer_cls_and_kwargs= out: the trial's is handed to it.",
+        )
+    trainer.args = args = copy.copy(trainer.args)
+    args.max_steps = run.steps_of(args.max_steps if args.max_steps > 0 else None)
+    args.seed = run.trial.seed % 2**32
+    args.save_strategy = type(args.save_strategy)("no")
+    args.load_best_model_at_end = args.push_to_hub = False
+    trainer.optimizer_cls_and_kwargs = (TrainerFactory(run.optimizer), {})
+    training_step = trainer.training_step
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.rates = group_rates(kwargs["optimizer"])
+    def watched_step(*args: Any, **kwargs: Any) -> Any:
+        loss = training_step(*args, **kwargs)
+        run.add(loss)
+        return loss
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs.get("logs") or {}
-        if "learning_rate" not in logs:
-            return
-        logs.update(self.rates)
-        if state.log_history:
-            state.log_history[-1].update(self.rates)
+    class Reports(TrainerCallback):
+        """Reports every step, and stops the trainer where the trial ends."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if run.end_step():
+                control.should_training_stop = True
+
+    trainer.training_step = watched_step
+    trainer.add_callback(Reports())
+    set_seed(args.seed)  # the trainer's constructor set that of its arguments
+    trainer.train()
+    return run.score(trainer, trainer.evaluate)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
+from .._checks import is_positive, is_whole
 from .._optimizers import optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
@@ -75,11 +76,11 @@ class Measured(Law):
     def __post_init__(self) -> None:
         for name in ("tokens", "steps", "seed"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < (0 if name == "seed" else 1):
+            if not is_whole(value, 0 if name == "seed" else 1):
                 raise LawError(f"The law 'measured' got {name}={value!r}.", "Give a positive whole number.")
         for name in ("target", "ratio"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if not is_positive(value):
                 raise LawError(f"The law 'measured' got {name}={value!r}.", "Give a positive finite number.")
         if not isinstance(self.optimizer, str) or not isinstance(_parsed(self.settings), dict):
             raise LawError(

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .._checks import is_positive, is_whole
 from ..errors import RecipeError
 
 __all__ = ["BATCH_DOUBT", "Horizon", "Moved", "SLOPE_SD", "by_batch"]
@@ -36,7 +37,7 @@ class Horizon:
         """
         if steps is None:
             return Moved()
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        if not is_whole(steps):
             raise RecipeError(f"steps is {steps!r}.", "Give a positive whole number.")
         octaves = _octaves(steps, own, name, "steps")
         slope, sd = (self.slope, self.slope_sd) if told else (0.0, max(self.slope_sd, SLOPE_SD))
@@ -53,7 +54,7 @@ def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> 
     """
     if batch is None:
         return Moved()
-    if isinstance(batch, bool) or not isinstance(batch, (int, float)) or not 0 < batch < math.inf:
+    if not is_positive(batch):
         raise RecipeError(f"batch is {batch!r}.", "Give a positive number, counted as the recipe counts its own.")
     octaves = _octaves(batch, own, name, "batch")
     if not octaves:

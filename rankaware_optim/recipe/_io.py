@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from .._checks import is_number, is_whole
 from ..errors import RankAwareError, RecipeError
 
 __all__ = ["SCHEMA", "Reader", "read", "staged", "write"]
@@ -101,8 +102,7 @@ class Reader:
     def signed(self, path: str, default: Any = _MISSING) -> Any:
         """A finite number."""
         value = self(path, object, default)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not default and not (number and abs(value) <= sys.float_info.max):
+        if value is not default and not (is_number(value) and abs(value) <= sys.float_info.max):
             raise self.error(f"holds {value!r} where a finite number belongs", path)
         return value
 
@@ -154,7 +154,7 @@ def _read_toml(target: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
         raise RecipeError(f"The recipe {target} cannot be read: {error}.", "Restore it or make it anew.") from error
     schema = data.get("schema")
-    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+    if not is_whole(schema):
         raise RecipeError(f"{target} names no schema, so it is no recipe. @ schema", "Give a file made by Recipe.save.")
     if schema > SCHEMA:
         raise RecipeError(

@@ -1,6 +1,6 @@
 """Sweeps of other tools: read, fitted to a recipe, and laws scored on them."""
 
-from ._bench import COMPARED, DEMO_SWEEP, Move, Score, bench_law, score_table
+from ._bench import COMPARED, DEMO_SWEEP, LawScore, Move, bench_law, score_table
 from ._fit import fit_sweep
 
-__all__ = ["COMPARED", "DEMO_SWEEP", "Move", "Score", "bench_law", "fit_sweep", "score_table"]
+__all__ = ["COMPARED", "DEMO_SWEEP", "LawScore", "Move", "bench_law", "fit_sweep", "score_table"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,21 +19,23 @@ from torch.optim import Optimizer
 from .._optimizer_classes import get_optimizer_class
 from .._tables import text_table
 from .._types import Reference
+from ..calibration.fit import Prior, fit_observations
 from ..errors import CalibrationError
 from ..laws import Law, checked_multiplier, get_law
-from ._io import Run, Source, Sweep, read_sweep
-from ._runs import curve_of, known_alpha, observation_of, site_of
+from ._io import Source, Sweep, SweepRun, read_sweep
+from ._runs import known_alpha, mean_losses, observation_of, site_of
 
 __all__ = [
     "COMPARED",
     "DEMO_SWEEP",
+    "LawScore",
+    "LossCurve",
     "Move",
-    "Score",
-    "Valley",
     "bench_law",
+    "loss_between",
+    "loss_curves",
     "score_of",
     "score_table",
-    "valleys_of",
     "vertex_of",
 ]
 
@@ -51,30 +53,42 @@ COMPARED = (
 
 
 @dataclass(frozen=True)
-class Valley:
-    """One rank's loss over the rate. x: log2 of its best rate; at: its configuration; runs: what was tried.
+class LossCurve:
+    """One rank's loss over the rate. best: log2 of its best rate; at: its configuration; runs: what was tried.
 
-    curve: {log2 rate: mean loss over seeds}, infinite where a run diverged.
+    losses: {log2 rate: mean loss over seeds}, infinite where a run diverged.
     """
 
     model: str
     at: Reference
-    x: float
-    curve: Mapping[float, float]
-    runs: tuple[Run, ...]
+    best: float
+    losses: Mapping[float, float]
+    runs: tuple[SweepRun, ...]
 
     def lost_at(self, x: float) -> float | None:
         """Loss at log2 rate x above the lowest of the curve, relative to it; None off the grid.
 
         Between the rates tried it lies on straight lines, so it is rather too high where the curve is a bowl.
         """
-        grid, best = sorted(self.curve), min(self.curve.values())
-        if not grid[0] <= x <= grid[-1]:
+        if not min(self.losses) <= x <= max(self.losses):
             return None
-        low, high = max(at for at in grid if at <= x), min(at for at in grid if at >= x)
-        share = 0.0 if low == high else (x - low) / (high - low)
-        loss = self.curve[low] if share == 0.0 else (1.0 - share) * self.curve[low] + share * self.curve[high]
-        return (loss - best) / max(abs(best), 1e-12)
+        lowest = min(self.losses.values())
+        return (loss_between(self.losses, x) - lowest) / max(abs(lowest), 1e-12)
+
+    @property
+    def group(self) -> tuple[str, float | None, str]:
+        """Model, batch and init: a law is asked to move a rate between the ranks that share these."""
+        return self.model, self.at.batch, self.at.init
+
+    def compares_with(self, other: LossCurve) -> bool:
+        return self.group == other.group and self.at.rank != other.at.rank
+
+
+def loss_between(losses: Mapping[float, float], x: float) -> float:
+    """The loss at log2 rate x, on a straight line between the two rates tried beside it."""
+    low, high = max(at for at in losses if at <= x), min(at for at in losses if at >= x)
+    share = 0.0 if low == high else (x - low) / (high - low)
+    return losses[low] if share == 0.0 else (1.0 - share) * losses[low] + share * losses[high]
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Score:
+class LawScore:
     """A law's moves. Octaves are absolute; losses are shares of the best loss, of the moves that stay on the grid."""
 
     label: str
@@ -140,8 +154,8 @@ def bench_law(
     fan_in: float | None = None,
     optimizer: type[Optimizer] | str = "AdamW",
     columns: Mapping[str, str] | None = None,
-) -> list[Score]:
-    """Score laws on a sweep, a `Score` each: error in octaves and loss lost over every ordered pair of ranks.
+) -> list[LawScore]:
+    """Score laws on a sweep, a `LawScore` each: error in octaves and loss lost over every ordered pair of ranks.
 
     Losses are averaged over seeds. Ranks whose lowest loss sits at an end of their grid are left out, and so is full
     finetuning. Rows that differ in model, batch or init are not compared with one another.
@@ -157,70 +171,63 @@ def bench_law(
         columns: {field: column} where names differ.
 
     Raises:
-        CalibrationError: a cell cannot be, alpha is not told, or no model has two ranks with a best rate inside.
+        CalibrationError: a cell cannot be, alpha is unknown, or no model has two ranks with a best rate inside.
         LawError: a law is unknown, or gave no usable multiplier.
 
     >>> rows = [{"rank": r, "lr": 2.0**x, "loss": 1 + (x + 11) ** 2} for r in (8, 64) for x in range(-14, -8)]
     >>> [(score.label, round(score.worst, 2)) for score in bench_law(rows, ["constant"], alpha="rank")]
     [('constant', 0.0)]
     """
-    valleys = valleys_of(read_sweep(sweep, columns=columns).runs, best=best, alpha=alpha, fan_in=fan_in)
-    return [score_of(law, valleys, optimizer) for law in laws]
+    curves = loss_curves(read_sweep(sweep, columns=columns).runs, best=best, alpha=alpha, fan_in=fan_in)
+    return [score_of(law, curves, optimizer) for law in laws]
 
 
-def score_of(law: str | Law, valleys: Sequence[Valley], optimizer: type[Optimizer] | str = "AdamW") -> Score:
-    """One law's moves between all valleys that may be compared."""
-    found = get_law(law)
+def score_of(law: str | Law, curves: Sequence[LossCurve], optimizer: type[Optimizer] | str = "AdamW") -> LawScore:
+    """One law's moves between all ranks that may be compared."""
+    found, moves = get_law(law), []
     bound = found.bind(get_optimizer_class(optimizer), {})
-    return Score(law if isinstance(law, str) else repr(law), found, tuple(_moves(bound, valleys)))
+    for source, target in itertools.permutations(curves, 2):
+        if source.compares_with(target):
+            moved = source.best + math.log2(checked_multiplier(bound, target.at.as_factor(), source.at))
+            moves.append(Move(source.model, source.at, target.at, moved - target.best, target.lost_at(moved)))
+    return LawScore(law if isinstance(law, str) else repr(law), found, tuple(moves))
 
 
 # --- best rates -----------------------------------------------------------------------------------------------------
 
 
-def valleys_of(
-    runs: Sequence[Run],
+def loss_curves(
+    runs: Sequence[SweepRun],
     *,
     best: Best = "parabola",
     alpha: float | Literal["rank"] | None = None,
     fan_in: float | None = None,
-) -> list[Valley]:
-    """Every rank's valley whose best rate lies inside its grid, of the models that have two or more."""
+) -> list[LossCurve]:
+    """Every rank's curve whose best rate lies inside its grid, of the models that have two or more."""
     if best not in ("parabola", "bowl"):
         raise CalibrationError(f"best is {best!r}.", "Give 'parabola' or 'bowl'.")
-    arms = _arms(runs, alpha, fan_in)
-    valleys = [valley for (model, at), mine in arms.items() if (valley := _valley(model, at, tuple(mine))) is not None]
-    valleys = [valley for valley in valleys if any(_alike(valley, other) for other in valleys)]
-    if not valleys:
-        raise CalibrationError(
-            "No model of the sweep has two ranks whose best rate lies inside their grid.",
-            "Sweep at least two ranks past their best rate on both sides.",
-        )
-    return _in_bowls(valleys) if best == "bowl" else valleys
-
-
-def _arms(
-    runs: Sequence[Run], alpha: float | Literal["rank"] | None, fan_in: float | None
-) -> dict[tuple[str, Reference], list[Run]]:
-    """The LoRA runs by model and configuration."""
     lora = known_alpha([run for run in runs if run.rank is not None], alpha)
     if any(run.alpha is None for run in lora):
         raise CalibrationError(
             "The sweep does not say alpha, without which no law says how its rate moves.",
             "Give alpha= (--alpha): a number, or 'rank' where alpha followed the rank.",
         )
-    arms: dict[tuple[str, Reference], list[Run]] = {}
+    tried: dict[tuple[str, Reference], list[SweepRun]] = {}
     for run in lora:
         site = replace(site_of(run, Reference(1, 1, fan_in=fan_in), run.fan_in)[0], batch=run.batch)
-        arms.setdefault((run.model or "", site), []).append(run)
-    return arms
-
-
-def _valley(model: str, at: Reference, runs: tuple[Run, ...]) -> Valley | None:
-    """The valley by its parabola; None where the best rate is at an end of the grid."""
-    curve = curve_of(runs)
-    x = vertex_of(curve)
-    return None if x is None else Valley(model, at, x, curve, runs)
+        tried.setdefault((run.model or "", site), []).append(run)
+    curves = []
+    for (model, at), mine in tried.items():
+        losses = mean_losses((math.log2(run.lr), run.loss) for run in mine)
+        if (x := vertex_of(losses)) is not None:
+            curves.append(LossCurve(model, at, x, losses, tuple(mine)))
+    curves = [curve for curve in curves if any(map(curve.compares_with, curves))]
+    if not curves:
+        raise CalibrationError(
+            "No model of the sweep has two ranks whose best rate lies inside their grid.",
+            "Sweep at least two ranks past their best rate on both sides.",
+        )
+    return _best_by_bowls(curves) if best == "bowl" else curves
 
 
 def vertex_of(curve: Mapping[float, float]) -> float | None:
@@ -237,55 +244,30 @@ def vertex_of(curve: Mapping[float, float]) -> float | None:
     return x1 if left == right else (x0 + x1) / 2 - left * (x2 - x0) / 2 / (right - left)
 
 
-def _in_bowls(valleys: Sequence[Valley]) -> list[Valley]:
-    """The valleys with their best rates by the calibration's fit, which shares the bowl's shape in a model."""
-    from ..calibration.fit import Prior, fit_observations
-
+def _best_by_bowls(curves: Sequence[LossCurve]) -> list[LossCurve]:
+    """The curves with their best rates by the calibration's fit, which shares the bowl's shape in a model."""
     placed = []
-    for model in dict.fromkeys((valley.model, valley.at.batch, valley.at.init) for valley in valleys):
-        mine = [valley for valley in valleys if (valley.model, valley.at.batch, valley.at.init) == model]
-        # Arms are told apart by a number, since two may share a rank.
-        arms = [(number, run) for number, valley in enumerate(mine, 1) for run in valley.runs]
-        fit = fit_observations([observation_of(run, number, math.log2(run.lr)) for number, run in arms], Prior())
+    for group in dict.fromkeys(curve.group for curve in curves):
+        mine = [curve for curve in curves if curve.group == group]
+        # Curves are told apart by a number, since two may share a rank.
+        seen = [observation_of(run, i, math.log2(run.lr)) for i, curve in enumerate(mine, 1) for run in curve.runs]
+        fit = fit_observations(seen, Prior())
         vertices = {} if fit is None else fit.vertices
-        placed += [replace(valley, x=vertices[number][0]) for number, valley in enumerate(mine, 1)]
+        placed += [replace(curve, best=vertices[i][0]) for i, curve in enumerate(mine, 1)]
     return placed
 
 
-def _alike(source: Valley, target: Valley) -> bool:
-    """Whether a law is asked to move one's rate to the other: another rank of the same model, batch and init."""
-    return (
-        source.model == target.model
-        and (source.at.batch, source.at.init) == (target.at.batch, target.at.init)
-        and source.at.rank != target.at.rank
-    )
-
-
-def _moves(law: Law, valleys: Sequence[Valley]) -> Iterator[Move]:
-    for source, target in itertools.permutations(valleys, 2):
-        if not _alike(source, target):
-            continue
-        moved = source.x + math.log2(checked_multiplier(law, target.at.as_factor(), source.at))
-        yield Move(source.model, source.at, target.at, moved - target.x, target.lost_at(moved))
-
-
-# --- the table ------------------------------------------------------------------------------------------------------
-
-
-def score_table(scores: Sequence[Score]) -> str:
+def score_table(scores: Sequence[LawScore]) -> str:
     """Scores as a plain table."""
     heads = ("law", "octaves: median", "worst", "loss lost: median", "worst", "off the grid")
     rows = []
     for score in scores:
         row = score.row()
-        losses = [_share(row["median_loss"]), _share(row["worst_loss"])]
+        lost = [row["median_loss"], row["worst_loss"]]
+        shares = ["" if x is None else "diverged" if math.isinf(x) else f"{x:.2%}" for x in lost]
         off = f"{score.off_grid} of {len(score.moves)}"
-        rows.append([score.label, f"{score.median:.2f}", f"{score.worst:.2f}", *losses, off])
+        rows.append([score.label, f"{score.median:.2f}", f"{score.worst:.2f}", *shares, off])
     moves = scores[0].moves if scores else ()
     ends = {(move.model, move.source) for move in moves}
     below = f"{len(moves)} moves between {len(ends)} ranks of {len({model for model, _ in ends})} models"
     return text_table(heads, rows, lines=[below], left=("law",))
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else "diverged" if math.isinf(value) else f"{value:.2%}"

@@ -5,28 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.optim import Optimizer
 
 from .._optimizer_classes import get_optimizer_class
-from .._scaling_rule import Scaling, infer_scaling
+from .._scaling_rule import infer_scaling
 from .._types import Reference
 from ..calibration import Study, versions_used
+from ..calibration.fit import MODEL_ERROR, Fit, Observation, Prior, diverged, fit_observations, shrink
 from ..errors import CalibrationError
 from ..laws import Constant, Law, MuA, Power, checked_multiplier, get_law
 from ..recipe import Recipe
-from ._io import Run, Source, Sweep, read_sweep
-from ._runs import End, ends_of, known_alpha, observation_of, selected, site_of
-
-if TYPE_CHECKING:
-    from ..calibration.fit import Fit, Observation, Prior
+from ._io import Source, Sweep, SweepRun, read_sweep
+from ._runs import GridEnd, ends_of, known_alpha, observation_of, selected, site_of
 
 __all__ = ["fit_sweep"]
 
-# Where alpha is not told: standard deviations of the drift about the middle custom, s ∝ 1/√r, and of full finetuning.
+# Where alpha is unknown: standard deviations of the drift about the middle custom, s ∝ 1/√r, and of full finetuning.
 # The customs s ∝ 1 and s ∝ 1/r lie a quarter of an octave per octave to either side (η ∝ s^(-1/2)).
 _AS_SWEPT_SD = (0.3, 2.0)
 # Prior of log2 of the effective tokens: published language models 8 to 16, small networks 1 to 50.
@@ -34,8 +32,8 @@ _TOKENS = (3.0, 1.5)
 _TOKENS_GRID = np.arange(-2.0, 10.25, 0.5)
 # A best rate at an end of its grid is a bound: octaves by which the optimum may lie off, and below the lowest rate.
 _EDGE_SD, _BELOW = 1.0, 0.5
-_UNSURE = 0.75  # octaves: a base rate less sure than this is said to be open
-_UNTOLD = 0.8  # share of the prior's sd above which the data said little of the drift
+_UNSURE = 0.75  # octaves: a base rate less sure than this gets a note
+_OPEN = 0.8  # share of the prior's sd above which the data said little of the drift
 
 
 def fit_sweep(
@@ -93,15 +91,19 @@ def fit_sweep(
     chosen = {"model": model, "batch": batch, "init": init, "steps": steps}
     runs = known_alpha(selected(read.runs, chosen), alpha)
     _check_enough(runs)
-    job = _Job(runs, get_optimizer_class(optimizer), get_law(law), fan_in, full_fan_in, name)
-    result = job.by_tokens() if _checked(fit, job.law) == "tokens" else job.by_drift()
-    return job.recipe(result, read.notes, warmup, settings or {})
+    found = get_law(law)
+    if fit not in ("drift", "tokens"):
+        raise CalibrationError(f"fit is {fit!r}.", "Give 'drift' or 'tokens'.")
+    if fit == "tokens" and not isinstance(found, MuA):
+        raise CalibrationError(f"The law {found.name!r} has no tokens to fit.", "Give law='mua', or fit='drift'.")
+    rows = _Rows(runs, get_optimizer_class(optimizer), found, fan_in, full_fan_in)
+    fitted = rows.by_tokens() if fit == "tokens" else rows.by_drift()
+    notes = (*read.notes, *rows.notes(fitted))
+    return rows.recipe(fitted, name=name, warmup=warmup, settings=settings or {}, notes=notes)
 
 
-# --- what cannot be fitted ------------------------------------------------------------------------------------------
-
-
-def _check_enough(runs: Sequence[Run]) -> None:
+def _check_enough(runs: Sequence[SweepRun]) -> None:
+    """Refuse what cannot be fitted."""
     if all(math.isinf(run.loss) for run in runs):
         raise CalibrationError(f"Every one of {len(runs)} runs diverged.", "Add lower rates to the sweep.")
     if all(len({run.lr for run in runs if run.rank == rank}) < 2 for rank in {run.rank for run in runs}):
@@ -116,19 +118,8 @@ def _check_enough(runs: Sequence[Run]) -> None:
         )
 
 
-def _checked(fit: str, law: Law) -> str:
-    if fit not in ("drift", "tokens"):
-        raise CalibrationError(f"fit is {fit!r}.", "Give 'drift' or 'tokens'.")
-    if fit == "tokens" and not isinstance(law, MuA):
-        raise CalibrationError(f"The law {law.name!r} has no tokens to fit.", "Give law='mua', or fit='drift'.")
-    return fit
-
-
-# --- the fit --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class _Result:
+class _LawFit:
     """A fit with the law it is centred on and the covariance of (base, drift, full factor)."""
 
     fit: Fit
@@ -139,15 +130,14 @@ class _Result:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One sweep to fit: runs of one model, the optimizer, and what was told beside them."""
+class _Rows:
+    """The rows to fit: runs of one model, the optimizer, the law, and the fan-ins given beside them."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[SweepRun, ...]
     optimizer: type[Optimizer]
     law: Law
     fan_in: float | None
     full_fan_in: float | None
-    name: str
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -158,15 +148,15 @@ class _Job:
         return any(run.rank is not None and run.alpha is None for run in self.runs)
 
     def width(self, full: bool) -> float | None:
-        """The fan-in of the LoRA or the full rows: as told, else as the rows say; one of the two where both do."""
-        told = self.full_fan_in if full and self.full_fan_in is not None else self.fan_in
+        """The fan-in of the LoRA or the full rows: as given, else as the rows say; one of the two where both do."""
+        given = self.full_fan_in if full and self.full_fan_in is not None else self.fan_in
         said = {run.fan_in for run in self.runs if (run.rank is None) == full and run.fan_in is not None}
-        if told is None and len(said) > 1:
+        if given is None and len(said) > 1:
             raise CalibrationError(
                 f"The sweep mixes fan-ins: {', '.join(f'{n:g}' for n in sorted(said))}.",
                 "A recipe is of one model: give its mean fan-in as fan_in=.",
             )
-        return next(iter(said)) if len(said) == 1 else told
+        return next(iter(said)) if len(said) == 1 else given
 
     @property
     def reference(self) -> Reference:
@@ -182,7 +172,7 @@ class _Job:
         """A calibration that never ran: it holds the priors, and the law centred on them."""
         ranks: tuple[int | None, ...] = (*self.ranks, *([None] if self.full_seen else []))
         full = self.width(True) or self.width(False)
-        return Study(self.optimizer, law, ranks, (0,), 1, reference=self.reference, full_fan_in=full)
+        return Study(self.optimizer, law, ranks, 1, reference=self.reference, full_fan_in=full)
 
     @property
     def full_seen(self) -> bool:
@@ -199,15 +189,13 @@ class _Job:
 
     def _fitted(self, law: Law, prior: Prior) -> Fit:
         """The fit of the runs along `law`, with best rates at an end of their grid taken as bounds."""
-        from ..calibration.fit import fit_observations
-
         seen = self.observations(law)
         made = fit_observations(seen, prior)
         if made is None:
             raise CalibrationError(f"Every one of {len(seen)} runs diverged.", "Add lower rates to the sweep.")
         return _bounded(made, ends_of(seen), prior)
 
-    def by_drift(self) -> _Result:
+    def by_drift(self) -> _LawFit:
         """The calibration's fit: base rate, drift in rank, factor of full finetuning."""
         study = self.study(self.law.bind(self.optimizer, {}))
         prior = study.prior
@@ -215,9 +203,9 @@ class _Job:
             prior = replace(prior, drift_sd=_AS_SWEPT_SD[0], full_sd=_AS_SWEPT_SD[1])
         made = self._fitted(study.centred_law(), prior)
         _, drift, factor = (float(v) for v in made.mean)
-        return _Result(made, study.centred_law(drift, factor), made.covariance, drift, prior)
+        return _LawFit(made, study.centred_law(drift, factor), made.covariance, drift, prior)
 
-    def by_tokens(self) -> _Result:
+    def by_tokens(self) -> _LawFit:
         """The effective tokens under which the ranks' best rates agree, averaged over a grid; no drift beside them."""
         bound = self.law.bind(self.optimizer, {})
         laws = [replace(bound, tokens=float(2.0**t)) for t in _TOKENS_GRID]  # type: ignore[type-var]
@@ -234,7 +222,7 @@ class _Job:
         about = lines - weights @ lines
         covariance = made.covariance.copy()
         covariance[:2, :2] += (weights[:, None] * about).T @ about
-        return _Result(made, study.centred_law(0.0, float(made.mean[2])), covariance, 0.0, prior)
+        return _LawFit(made, study.centred_law(0.0, float(made.mean[2])), covariance, 0.0, prior)
 
     def _line(self, law: Law, best: Law) -> tuple[float, float]:
         """How `law` differs from `best` over the ranks swept: octaves at their middle, and octaves per octave."""
@@ -250,55 +238,56 @@ class _Job:
             apart.append(math.log2(rates[0] / rates[1]))
         return sum(apart) / 2, (apart[1] - apart[0]) / math.log2((high.rank or 1) / (low.rank or 1))
 
-    # --- the result -------------------------------------------------------------------------------------------------
-
-    def recipe(
-        self, result: _Result, notes: Sequence[str], warmup: float | None, settings: Mapping[str, Any]
-    ) -> Recipe:
-        fit, reference = result.fit, self.reference
+    def recipe(self, fitted: _LawFit, **rest: Any) -> Recipe:
+        """The recipe of a fit; `rest` are the fields that the rows do not decide."""
+        fit, reference = fitted.fit, self.reference
         base, _, factor = (float(v) for v in fit.mean)
-        octaves = 0.0 if reference.rank is None else math.log2(reference.rank / result.prior.pivot)
-        shift = result.drift * octaves
+        octaves = 0.0 if reference.rank is None else math.log2(reference.rank / fitted.prior.pivot)
+        shift = fitted.drift * octaves
         best = base + factor if reference.method == "full" else base + shift
-        seen = self.observations(self.study(result.law.law).centred_law())
+        sites = {run.rank: site_of(run, reference, None)[0] for run in self.runs if run.rank is not None}
+        scalings = {rank: site.scaling for rank, site in sites.items()}
         return Recipe(
-            name=self.name,
             best_lr=2.0**best,
             reference=reference,
-            law=result.law,
-            covariance=torch.from_numpy(result.covariance),
+            law=fitted.law,
+            covariance=torch.from_numpy(fitted.covariance),
             lean=fit.lean,
             ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
-            scaling_rule=self._rule(),
+            scaling_rule="as swept" if self.as_swept else infer_scaling(scalings),
             full_fan_in=self.width(True) or self.width(False),
             ranks=self.ranks,
             full_seen=self.full_seen,
             optimizer=f"{self.optimizer.__module__}.{self.optimizer.__qualname__}",
-            settings=settings,
             steps=self.runs[0].steps,
             batch=self.runs[0].batch,
-            warmup=warmup,
             versions=versions_used(),
-            notes=(*notes, *self._notes(result)),
-            tensors=_tensors(seen, self.runs),
+            tensors=self._tensors(fitted.law.law),
+            **rest,
         )
 
-    def _rule(self) -> Scaling:
-        if self.as_swept:
-            return "as swept"
-        there = {run.rank: site_of(run, self.reference, None)[0].scaling for run in self.runs if run.rank is not None}
-        return infer_scaling({rank: scaling for rank, scaling in there.items() if rank is not None})
+    def _tensors(self, law: Law) -> dict[str, torch.Tensor]:
+        seen = self.observations(self.study(law).centred_law())
+        return {
+            "rank": torch.tensor([o.rank or 0 for o in seen]),
+            "seed": torch.tensor([o.seed for o in seen]),
+            "lr": torch.tensor([2.0**o.x for o in seen], dtype=torch.float64),
+            "own_lr": torch.tensor([run.lr for run in self.runs], dtype=torch.float64),
+            "value": torch.tensor([o.value for o in seen], dtype=torch.float64),
+            "diverged": torch.tensor(diverged(seen), dtype=torch.bool),
+        }
 
-    def _notes(self, result: _Result) -> Iterator[str]:
+    def notes(self, fitted: _LawFit) -> Iterator[str]:
+        """What the rows leave open."""
         for rank, end in ends_of(self.observations(Constant())).items():
             label, way = f"rank {rank}" if rank else "full finetuning", "below" if end.end == "lowest" else "above"
             yield f"{label}: the best rate, {2.0**end.x:.3g}, is the {end.end} tried; the optimum may lie {way}"
-        sd = np.sqrt(np.diag(result.covariance))
+        sd = np.sqrt(np.diag(fitted.covariance))
         if sd[0] > _UNSURE:
             yield f"the loss hardly says which rate is best: its band is {2 * 1.645 * sd[0]:.1f} octaves wide"
         if len(self.ranks) == 1:
             yield "one rank was swept, so how the rate moves with rank is the law's word alone"
-        elif self.ranks and sd[1] > _UNTOLD * result.prior.drift_sd and result.prior.drift_sd > 1e-3:
+        elif self.ranks and sd[1] > _OPEN * fitted.prior.drift_sd and fitted.prior.drift_sd > 1e-3:
             yield "the ranks swept say little of how the rate moves with rank: it is mostly the law's word"
         if self.as_swept:
             yield "the sweep does not say alpha: rates hold for alpha as it was swept"
@@ -308,20 +297,16 @@ class _Job:
 
 def _disagreement(fit: Fit) -> float:
     """Half the weighted squares by which the LoRA ranks' best rates differ from one another."""
-    from ..calibration.fit import MODEL_ERROR
-
-    arms = [arm for rank, arm in fit.vertices.items() if rank is not None]
-    if not arms:
+    vertices = [vertex for rank, vertex in fit.vertices.items() if rank is not None]
+    if not vertices:
         return 0.0
-    means, sds = np.array(arms).T
+    means, sds = np.array(vertices).T
     weights = 1.0 / (sds**2 + MODEL_ERROR**2)
     return float(0.5 * weights @ (means - weights @ means / weights.sum()) ** 2)
 
 
-def _bounded(fit: Fit, ends: Mapping[int | None, End], prior: Prior) -> Fit:
+def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd], prior: Prior) -> Fit:
     """The fit with the ranks at `ends` as wide bounds. Their errors go one way, so they do not average out."""
-    from ..calibration.fit import MODEL_ERROR, shrink
-
     if not ends:
         return fit
     bounds = {rank: (x - _BELOW * (end == "lowest"), _EDGE_SD) for rank, (x, end) in ends.items()}
@@ -332,16 +317,3 @@ def _bounded(fit: Fit, ends: Mapping[int | None, End], prior: Prior) -> Fit:
     covariance[0, 0] += (share * _EDGE_SD) ** 2
     near = 0.0 if fit.ceiling is None else float(mean[0]) + 1.0 - fit.ceiling  # an octave below it, as in the fit
     return replace(fit, mean=mean, covariance=covariance, vertices=vertices, lean=min(1.0, max(fit.lean, near)))
-
-
-def _tensors(seen: Sequence[Observation], runs: Sequence[Run]) -> dict[str, torch.Tensor]:
-    from ..calibration.fit import diverged
-
-    return {
-        "rank": torch.tensor([o.rank or 0 for o in seen]),
-        "seed": torch.tensor([o.seed for o in seen]),
-        "lr": torch.tensor([2.0**o.x for o in seen], dtype=torch.float64),
-        "own_lr": torch.tensor([run.lr for run in runs], dtype=torch.float64),
-        "value": torch.tensor([o.value for o in seen], dtype=torch.float64),
-        "diverged": torch.tensor(diverged(seen), dtype=torch.bool),
-    }

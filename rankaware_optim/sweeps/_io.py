@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import os
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..errors import CalibrationError
 
-__all__ = ["ALIASES", "Run", "Sweep", "read_sweep"]
+__all__ = ["ALIASES", "Sweep", "SweepRun", "read_sweep"]
 
 # Every field, and the columns of common tools that mean it; case, blanks, "-", "/" and the prefixes below are passed
 # over. More than one such column is an error, unless columns= says which.
@@ -37,12 +39,18 @@ _PREFIXES = ("params_", "config.", "config_")  # Optuna's dataframe, W&B's confi
 _ABSENT = ("", "nan", "none", "null")
 _DIVERGED = ("diverged", "nan", "inf", "infinity", "+inf")
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
+_KINDS: dict[str, Callable[[float], bool]] = {
+    "a number": lambda value: True,
+    "a positive number": lambda value: value > 0,
+    "a positive whole number": lambda value: value >= 1 and value == int(value),
+    "a whole number, 0 or more": lambda value: value >= 0 and value == int(value),
+}
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Run:
+class SweepRun:
     """One row of a sweep. rank: None for full finetuning. loss: minimised, infinite where the run diverged.
 
     What a row does not say is None. start: the loss before training. fan_in: of the adapted layers.
@@ -65,7 +73,7 @@ class Run:
 class Sweep(NamedTuple):
     """The runs read, and in words what was left out."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[SweepRun, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -88,8 +96,14 @@ def read_sweep(source: Source | Sweep, *, columns: Mapping[str, str] | None = No
     rows = list(_rows(source))
     if not rows:
         raise CalibrationError("The sweep holds no rows.", "Give at least two rates of one rank.")
+    for place, row in rows:
+        if not isinstance(row, Mapping):
+            raise CalibrationError(
+                f"{place} is a {type(row).__name__}, not a dict.",
+                "Give rows such as {'rank': 16, 'lr': 1e-4, 'loss': 0.5}; of a dataframe, df.to_dict('records').",
+            )
     names = _columns(dict.fromkeys(key for _, row in rows for key in row), dict(columns or {}))
-    found = [_run(_Cells(place, row, names)) for place, row in rows]
+    found = [_run_of(_Cells(place, row, names)) for place, row in rows]
     runs = tuple(dict.fromkeys(run for run in found if run is not None))
     missing = found.count(None)
     note = f"{missing} of {len(found)} rows have no loss and were left out; write 'diverged' where a run diverged"
@@ -98,10 +112,8 @@ def read_sweep(source: Source | Sweep, *, columns: Mapping[str, str] | None = No
 
 # --- rows -----------------------------------------------------------------------------------------------------------
 
-Placed = tuple[str, Mapping[str, Any]]
 
-
-def _rows(source: Source) -> Iterator[Placed]:
+def _rows(source: Source) -> Iterator[tuple[str, Any]]:
     """Every row with its place in words."""
     if not isinstance(source, (str, os.PathLike)):
         yield from _listed(source, "")
@@ -116,38 +128,27 @@ def _rows(source: Source) -> Iterator[Placed]:
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
                 place = f"{path.name}, line {number}"
-                yield place, _mapping(_parsed(line, place), place)
+                yield place, _parsed(line, place)
     elif kind == ".json":
         yield from _listed(_parsed(text, path.name), f"{path.name}, ")
     else:
         yield from _csv_rows(path, text, "\t" if kind == ".tsv" else ",")
 
 
-def _listed(rows: Any, file: str) -> Iterator[Placed]:
+def _listed(rows: Any, file: str) -> Iterator[tuple[str, Any]]:
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         raise CalibrationError(f"A sweep is a list of rows, not a {type(rows).__name__}.", "Give dicts, or a file.")
-    for number, row in enumerate(rows, 1):
-        place = f"{file}row {number}"
-        yield place, _mapping(row, place)
-
-
-def _mapping(row: Any, place: str) -> Mapping[str, Any]:
-    if not isinstance(row, Mapping):
-        raise CalibrationError(
-            f"{place} is a {type(row).__name__}, not a dict.",
-            "Give rows such as {'rank': 16, 'lr': 1e-4, 'loss': 0.5}; of a dataframe, df.to_dict('records').",
-        )
-    return row
+    return ((f"{file}row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise CalibrationError(f"{place} is no JSON: {error}.", "Mend it, or export the sweep anew.") from error
+        raise CalibrationError(f"{place} is no JSON: {error}.", "Correct it, or export the sweep again.") from error
 
 
-def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Placed]:
+def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
     reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
     try:
         for row in reader:
@@ -158,27 +159,33 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Placed]:
                 )
             yield place, row
     except csv.Error as error:
-        place = f"{path.name}, line {reader.reader.line_num}"
-        raise CalibrationError(f"{place}: {error}.", "Mend the line.") from error
-
-
-# --- columns --------------------------------------------------------------------------------------------------------
+        raise CalibrationError(f"{path.name}, line {reader.reader.line_num}: {error}.", "Correct the line.") from error
 
 
 def _columns(present: Iterable[str], chosen: dict[str, str]) -> dict[str, str]:
     """{field: column}: those chosen, then a field's own name, then its aliases."""
-    columns = list(present)
+    columns, by_name = list(present), defaultdict(list)
     for field, column in chosen.items():
         if field not in ALIASES or column not in columns:
             raise CalibrationError(
                 f"columns says {field}={column}, and the sweep has {', '.join(map(str, columns))}.",
                 f"Name one of its columns for one of {', '.join(ALIASES)}.",
             )
-    plain: dict[str, list[str]] = {}
     for column in columns:
-        plain.setdefault(_plain(column), []).append(column)
-    found = {field: _match(field, plain) for field in ALIASES if field not in chosen}
-    names = {**{field: column for field, column in found.items() if column is not None}, **chosen}
+        name = str(column).strip().lower()
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        by_name[re.sub("[-/ ]", "_", name)].append(column)
+    names = dict(chosen)
+    for field in (field for field in ALIASES if field not in chosen):
+        found = by_name[field] or [column for alias in ALIASES[field] for column in by_name[alias]]
+        if len(found) > 1:
+            raise CalibrationError(
+                f"The columns {' and '.join(found)} may all be {field}.",
+                f"Say which by columns={{{field!r}: {found[0]!r}}} (--column {field}={found[0]}).",
+            )
+        if found:
+            names[field] = found[0]
     missing = {"rank", "lr", "loss"} - names.keys() - ({"rank"} if "method" in names else set())
     if missing:
         field = min(missing)
@@ -187,23 +194,6 @@ def _columns(present: Iterable[str], chosen: dict[str, str]) -> dict[str, str]:
             f"Name it {field}, or say which by columns={{{field!r}: ...}} (--column {field}=...).",
         )
     return names
-
-
-def _plain(column: object) -> str:
-    name = str(column).strip().lower()
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name.replace("/", "_").replace("-", "_").replace(" ", "_")
-
-
-def _match(field: str, plain: Mapping[str, list[str]]) -> str | None:
-    columns = plain.get(field) or [column for alias in ALIASES[field] for column in plain.get(alias, [])]
-    if len(columns) > 1:
-        raise CalibrationError(
-            f"The columns {' and '.join(columns)} may all be {field}.",
-            f"Say which by columns={{{field!r}: {columns[0]!r}}} (--column {field}={columns[0]}).",
-        )
-    return columns[0] if columns else None
 
 
 # --- cells ----------------------------------------------------------------------------------------------------------
@@ -222,15 +212,21 @@ class _Cells(NamedTuple):
         text = "" if value is None else str(value).strip()
         return None if text.lower() in _ABSENT else text
 
-    def positive(self, field: str) -> float | None:
-        return self._number(field, "a positive number", lambda value: value > 0)
+    def number(self, field: str, kind: str = "a positive number") -> float | None:
+        """The cell as a number of this kind, or None where it is absent."""
+        text = self.text(field)
+        if text is None:
+            return None
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not _KINDS[kind](value):
+            raise self.error(field, kind)
+        return value
 
-    def finite(self, field: str) -> float | None:
-        return self._number(field, "a number", lambda value: True)
-
-    def whole(self, field: str, least: int = 1) -> int | None:
-        kind = "a positive whole number" if least else "a whole number, 0 or more"
-        value = self._number(field, kind, lambda value: value >= least and value == int(value))
+    def whole(self, field: str, kind: str = "a positive whole number") -> int | None:
+        value = self.number(field, kind)
         return None if value is None else int(value)
 
     def choice(self, field: str, known: Mapping[str, Any]) -> Any:
@@ -245,19 +241,7 @@ class _Cells(NamedTuple):
         text = str(value).strip().lower()
         if isinstance(value, (Real, str)) and text in _DIVERGED:
             return math.inf
-        return self.finite("loss")
-
-    def _number(self, field: str, kind: str, fits: Callable[[float], bool]) -> float | None:
-        text = self.text(field)
-        if text is None:
-            return None
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not fits(value):
-            raise self.error(field, kind)
-        return value
+        return self.number("loss", "a number")
 
     def error(self, field: str, kind: str) -> CalibrationError:
         column = self.names.get(field, field)
@@ -267,28 +251,28 @@ class _Cells(NamedTuple):
         )
 
 
-def _run(cells: _Cells) -> Run | None:
-    """The row as a `Run`; None where it has no loss."""
+def _run_of(cells: _Cells) -> SweepRun | None:
+    """The row as a run; None where it has no loss."""
     loss = cells.loss()
     full = cells.choice("method", {"full": True, "lora": False, "": None})
     rank = None if full or (cells.text("rank") or "full").lower() == "full" else cells.whole("rank")
     if rank is None and full is False:
         raise cells.error("rank", "a LoRA run's rank")
-    lr = cells.positive("lr")
+    lr = cells.number("lr")
     if lr is None:
         raise cells.error("lr", "a positive number")
-    run = Run(
+    run = SweepRun(
         rank=rank,
         lr=lr,
         loss=math.inf if loss is None else loss,
-        alpha=None if rank is None else cells.positive("alpha"),
+        alpha=None if rank is None else cells.number("alpha"),
         rslora=rank is not None and cells.choice("rslora", _TRUTH),
         init=cells.choice("init", {"a": "A", "b": "B", "": None}),
-        fan_in=cells.positive("fan_in"),
-        seed=cells.whole("seed", 0) or 0,
+        fan_in=cells.number("fan_in"),
+        seed=cells.whole("seed", "a whole number, 0 or more") or 0,
         model=cells.text("model"),
-        batch=cells.positive("batch"),
+        batch=cells.number("batch"),
         steps=cells.whole("steps"),
-        start=cells.finite("start"),
+        start=cells.number("start", "a number"),
     )
     return None if loss is None else run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
@@ -22,10 +22,7 @@ _RANKS = (1, 4, 64)
 _INITS = ("A", "B")
 _ALPHAS = (16.0, 2.0)
 
-Table = Mapping[tuple[Factor, Reference], float]
-
-
-_PLAIN = "Let fields be numbers, texts, booleans or laws."
+Answers = Mapping[tuple[Factor, Reference], float]
 
 
 @dataclass(frozen=True)
@@ -62,29 +59,30 @@ def check_law(
     """
     law = get_law(law)
     _check_form(law)
-    registered = _check_name(law)
+    registered = law.name in LAWS.names()
     widths = (float(fan_in),) if isinstance(fan_in, (int, float)) else tuple(map(float, fan_in))
     references = tuple(_references(widths))
-    asked = [(f, at) for at in references for origin in references for f in _factors(origin)]
-    table = {pair: _ask(law, *pair) for pair in asked}
-    _check_again(law, table, "deterministic", asked)
-    _check_again(law, table, "order", asked[::-1])
-    _check_own(law, references, table, tolerance)
-    _check_composition(law, references, table, tolerance)
+    own = [at.as_factor() for at in references]
+    factors = [f for a in own for f in ((a,) if a.role == "full" else (a, replace(a, role="B")))]
+    pairs = [(f, at) for at in references for f in factors]
+    answers = {pair: _ask(law, *pair) for pair in pairs}
+    _check_same(law, answers, "deterministic", pairs)
+    _check_same(law, answers, "order", pairs[::-1])
+    _check_ratios(law, references, answers, tolerance)
     if registered:
-        _check_toml(law, table)
-    _check_bind(law)
-    return LawConformance(law, registered, len(table))
+        _check_toml(law, answers)
+    bound: object = law.bind(torch.optim.AdamW, {})
+    if not isinstance(bound, Law):
+        raise _failed("bind", law, f"bind gives {bound!r}.", "Return a law, by default the law itself.")
+    return LawConformance(law, registered, len(answers))
 
 
 def _failed(check: str, law: Law, cause: str, cure: str) -> LawError:
     return LawError(f"The check {check!r} fails for the law {law!r}: {cause}", cure)
 
 
-# --- what it is -----------------------------------------------------------------------------------------------------
-
-
 def _check_form(law: Law) -> None:
+    """A frozen dataclass with defaults, whose name is its own."""
     kind: Any = type(law)
     own: Any = vars(kind).get("__dataclass_params__")  # of the class itself: a base's do not cover new fields
     if own is None or not own.frozen:
@@ -92,22 +90,13 @@ def _check_form(law: Law) -> None:
     for f in fields(kind):
         if f.init and f.default is MISSING and f.default_factory is MISSING:
             raise _failed("form", law, f"its field {f.name!r} has no default.", "Give every field a default.")
-
-
-def _check_name(law: Law) -> bool:
-    """Whether the law is registered under its name; an error where it has none, or another's."""
     if not law.name or not isinstance(law.name, str):
         raise _failed("name", law, f"its name is {law.name!r}.", "Set name: ClassVar[str] to a short word.")
-    if law.name not in LAWS.names():
-        return False
-    try:
-        law_to_dict(law)
-    except LawError as error:
-        raise _failed("name", law, error.cause, error.cure) from error
-    return True
-
-
-# --- what it answers ------------------------------------------------------------------------------------------------
+    if law.name in LAWS.names():
+        try:
+            law_to_dict(law)
+        except LawError as error:
+            raise _failed("name", law, error.cause, error.cure) from error
 
 
 def _references(widths: Iterable[float]) -> Iterable[Reference]:
@@ -117,14 +106,8 @@ def _references(widths: Iterable[float]) -> Iterable[Reference]:
             yield Reference(rank, alpha, init=init, fan_in=width)  # type: ignore[arg-type]
 
 
-def _factors(at: Reference) -> Iterable[Factor]:
-    """The factors of a layer at this configuration: a whole weight, or A and B."""
-    own = at.as_factor()
-    return (own,) if own.role == "full" else (own, replace(own, role="B"))
-
-
 def _ask(law: Law, factor: Factor, reference: Reference) -> float:
-    where = f"for {_named(factor)}, tuned at {_at(reference)}"
+    where = _where(factor, reference)
     try:
         value = law.multiplier(factor, reference)
     except Exception as error:  # a stranger's law may raise anything
@@ -134,67 +117,48 @@ def _ask(law: Law, factor: Factor, reference: Reference) -> float:
     return float(value)
 
 
-def _named(factor: Factor) -> str:
-    return f"{'a whole weight' if factor.role == 'full' else factor.role} at {factor.name}, fan-in {factor.fan_in:g}"
+def _where(factor: Factor, reference: Reference) -> str:
+    role = "a whole weight" if factor.role == "full" else factor.role
+    return f"for {role} at {factor.name}, fan-in {factor.fan_in:g}, tuned at {_at(reference)}"
 
 
 def _at(reference: Reference) -> str:
     return f"{reference}, fan-in {reference.fan_in:g}"
 
 
-def _check_again(law: Law, table: Table, check: str, order: Iterable[tuple[Factor, Reference]]) -> None:
+def _check_same(law: Law, answers: Answers, check: str, order: Iterable[tuple[Factor, Reference]]) -> None:
+    """Asked again in this order, the law says the same."""
     for pair in order:
         again = _ask(law, *pair)
-        if again != table[pair]:
-            factor, reference = pair
+        if again != answers[pair]:
+            cause = f"{_where(*pair)}, it gives {answers[pair]!r} and then {again!r}."
             raise _failed(
-                check,
-                law,
-                f"for {_named(factor)}, tuned at {_at(reference)}, it gives {table[pair]!r} and then {again!r}.",
-                "Let the answer depend on factor, reference and the law's own fields alone.",
+                check, law, cause, "Let the answer depend on factor, reference and the law's own fields alone."
             )
 
 
-def _check_own(law: Law, references: Iterable[Reference], table: Table, tolerance: float) -> None:
+def _check_ratios(law: Law, references: Sequence[Reference], answers: Answers, tolerance: float) -> None:
+    """The multiplier is 1 at its own reference, and a → b → c is a → c."""
     for at in references:
-        value = table[at.as_factor(), at]
+        value = answers[at.as_factor(), at]
         if not math.isclose(value, 1.0, rel_tol=tolerance):
-            raise _failed(
-                "own reference",
-                law,
-                f"for {_named(at.as_factor())}, tuned at {_at(at)}, it gives {value!r}.",
-                "Divide by the law's rate at the reference: the base rate is that of the reference's A factor.",
-            )
-
-
-def _check_composition(law: Law, references: Iterable[Reference], table: Table, tolerance: float) -> None:
+            cause = f"{_where(at.as_factor(), at)}, it gives {value!r}."
+            cure = "Divide by the law's rate at the reference: the base rate is that of the reference's A factor."
+            raise _failed("own reference", law, cause, cure)
     for a, b, c in itertools.product(references, repeat=3):
-        via, direct = table[b.as_factor(), a] * table[c.as_factor(), b], table[c.as_factor(), a]
+        via, direct = answers[b.as_factor(), a] * answers[c.as_factor(), b], answers[c.as_factor(), a]
         if not math.isclose(via, direct, rel_tol=tolerance):
-            raise _failed(
-                "composes",
-                law,
-                f"for {_named(c.as_factor())}, tuned at {_at(a)}, it gives {direct:g}, and {via:g} by way of {_at(b)}.",
-                "Write the multiplier as a rate at the factor divided by the same rate at the reference.",
-            )
+            cause = f"{_where(c.as_factor(), a)}, it gives {direct:g}, and {via:g} by way of {_at(b)}."
+            cure = "Write the multiplier as a rate at the factor divided by the same rate at the reference."
+            raise _failed("composes", law, cause, cure)
 
 
-# --- where it goes --------------------------------------------------------------------------------------------------
-
-
-def _check_toml(law: Law, table: Table) -> None:
+def _check_toml(law: Law, answers: Answers) -> None:
+    plain = "Let fields be numbers, texts, booleans or laws."
     try:
         read = law_from_dict(tomli.loads(tomli_w.dumps(law_to_dict(law))))
     except Exception as error:  # tomli_w refuses a value by a TypeError, a law's own check by anything
-        raise _failed(
-            "toml", law, f"it raises {error!r}.", "Let fields be numbers, texts, booleans or laws."
-        ) from error
+        raise _failed("toml", law, f"it raises {error!r}.", plain) from error
     if read != law:
-        raise _failed("toml", law, f"it is read back as {read!r}.", _PLAIN)
-    _check_again(read, table, "toml", table)
-
-
-def _check_bind(law: Law) -> None:
-    bound: object = law.bind(torch.optim.AdamW, {})
-    if not isinstance(bound, Law):
-        raise _failed("bind", law, f"bind gives {bound!r}.", "Return a law, by default the law itself.")
+        raise _failed("toml", law, f"it is read back as {read!r}.", plain)
+    _check_same(read, answers, "toml", answers)

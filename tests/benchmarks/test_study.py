@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +30,7 @@ def _on_path() -> Iterator[None]:
 
 
 def job(rank: int, x: float, seed: int = 0, scheme: str = "Init[A], s = 1") -> Any:
-    from study.domains._runs import Job
+    from study.grids import Job
 
     return Job("language", scheme, rank, x, seed)
 
@@ -45,8 +47,8 @@ def bowl(rank: int, best: float, seeds: int = 1, scheme: str = "Init[A], s = 1")
 
 def untrained(loss: float = 9.0) -> dict[Any, float]:
     """The loss before training."""
-    from study.domains._configs import START
-    from study.domains._runs import FULL
+    from study.configurations import START
+    from study.grids import FULL
 
     return {job(FULL, 0.0, 0, START): loss}
 
@@ -55,7 +57,8 @@ def untrained(loss: float = 9.0) -> dict[Any, float]:
 
 
 def completed(store: Path, jobs: list[Any], ran: list[Any]) -> None:
-    from study.domains._runs import Listed, complete
+    from study.grids import Listed
+    from study.runs_on_file import complete
 
     def run(one: Any) -> float:
         ran.append(one)
@@ -74,7 +77,8 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
 
 def test_a_failing_run_loses_nothing(tmp_path: Path) -> None:
     """Runs finished before one that raises stay on file."""
-    from study.domains._runs import Listed, complete, read
+    from study.grids import Listed
+    from study.runs_on_file import complete, read
 
     def run(one: Any) -> float:
         if one.x == -6:
@@ -100,7 +104,8 @@ def noted(one):
 
 def test_a_failing_run_ends_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With several processes too, a run that raises ends the suite: what waits in the queue is not run."""
-    from study.domains._runs import Job, Listed, complete
+    from study.grids import Job, Listed
+    from study.runs_on_file import complete
 
     (tmp_path / "noted_runs.py").write_text(NOTED)  # where the processes find it too
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -114,7 +119,7 @@ def test_a_failing_run_ends_the_suite(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("cut", range(2, 60, 7))
 def test_a_file_cut_short_keeps_its_whole_lines(tmp_path: Path, cut: int) -> None:
     """A line cut short is run again and the next one begins on a line of its own."""
-    from study.domains._runs import read
+    from study.runs_on_file import read
 
     store, ran = tmp_path / "s.jsonl", []
     completed(store, [job(4, -5), job(4, -6)], ran)
@@ -147,7 +152,7 @@ def test_two_suites_do_not_write_at_once(tmp_path: Path) -> None:
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
     """A disk without room ends the suite with a sentence, not a traceback."""
     from study.domains import DomainError
-    from study.domains._runs import _append
+    from study.runs_on_file import _append
 
     with pytest.raises(DomainError, match=r"cannot be written: .*No space left"):
         _append(Path("/dev/full"), {"a": 1})
@@ -243,7 +248,8 @@ def test_a_checkpoint_of_another_hash_is_refused(asset: Any) -> None:
 def test_a_process_that_is_ended_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system ends a process, for its memory say, the suite ends with a cure and keeps what it has."""
     from study.domains import DomainError
-    from study.domains._runs import Job, Listed, complete, read
+    from study.grids import Job, Listed
+    from study.runs_on_file import complete, read
 
     (tmp_path / "ended_runs.py").write_text("import os\n\ndef ended(one):\n    os._exit(9)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -256,7 +262,8 @@ def test_a_process_that_is_ended_is_said(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_machine_is_noted_once(tmp_path: Path) -> None:
     """Every machine that ran for a file of runs stands in it once, and only if it ran."""
-    from study.domains._runs import Listed, complete, machines
+    from study.grids import Listed
+    from study.runs_on_file import complete, machines
 
     store = tmp_path / "s.jsonl"
     for on, xs in (({"cpu": "a"}, (1, 2)), ({"cpu": "a"}, (3,)), ({"cpu": "b"}, (3,)), ({"cpu": "c"}, (4,))):
@@ -305,10 +312,59 @@ def test_unknown_names_are_refused(told: list[str], said: str, tmp_path: Path, m
 @pytest.mark.parametrize("added", ["", ", LoRA+ 16", ", two rates", ", Prodigy"])
 def test_a_scheme_is_of_one_configuration(added: str) -> None:
     """A scheme is built in the configuration that its name begins with, though one name begins another's."""
-    from study.domains._configs import CONFIGS, RSLORA, config_of
+    from study.configurations import CONFIGS, RSLORA, config_of
 
     assert {name: config_of(name + added) for name in (*CONFIGS, *RSLORA)} == {n: n for n in (*CONFIGS, *RSLORA)}
     assert config_of("full" + added) == "full"
+
+
+@pytest.mark.parametrize("on_file", [0, 1], ids=["empty", "begun"])
+@pytest.mark.parametrize("script", ["law_check", "two_rates"])
+def test_a_table_of_missing_runs_is_refused(
+    script: str, on_file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where runs are missing, the results that are published stay as they are, and a sentence says how to make them."""
+    module = importlib.import_module(f"laws.{script}")
+    results, store = tmp_path / "results", tmp_path / "runs.jsonl"
+    results.mkdir()
+    (results / f"{script}.md").write_text("published")
+    monkeypatch.setattr(module, "RESULTS", results)
+    monkeypatch.setattr(module, "STORE", store)
+    scheme = {"law_check": "AdamW", "two_rates": "one rate"}[script]
+    rows = [{"domain": "image_generation", "scheme": scheme, "rank": 16, "x": -7, "seed": 0, "loss": 1.0}]
+    store.write_text("".join(json.dumps(row) + "\n" for row in [{"version": 1}, *rows[:on_file]]))
+    result = CliRunner().invoke(module.main, ["table"])
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    said = " ".join(result.output.split())
+    assert f"holds {on_file} runs" in said
+    assert f"python benchmarks/laws/{script}.py run" in said
+    assert {path.name: path.read_text() for path in results.iterdir()} == {f"{script}.md": "published"}
+
+
+SCRIPTS = [path for path in sorted(BENCHMARKS.rglob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_says_how_it_is_run(path: Path) -> None:
+    """Every script's usage names the path at which it lies."""
+    usage = f"python {path.relative_to(BENCHMARKS.parent)}"
+    told = "tox run -e bench" if path.stem == "suite" else usage
+    assert told in (ast.get_docstring(ast.parse(path.read_text())) or "")
+
+
+def test_the_guide_names_every_script() -> None:
+    """The README's table has a script a question, and leaves none out."""
+    guide = (BENCHMARKS / "README.md").read_text().partition("<!-- tables -->")[0]
+    named = set(re.findall(r"`([a-z_]+/[a-z_]+\.py)`", guide.partition("## Running")[0]))
+    assert named == {str(path.relative_to(BENCHMARKS)) for path in SCRIPTS}
+
+
+def test_what_native_torch_does_stands_beside_tests_that_there_are() -> None:
+    """Every probe of compatibility.py belongs to a test of its suites, by file and name."""
+    from ecosystem.compatibility import NATIVE, SUITES, docstrings, files
+
+    found = [file for paths in SUITES.values() for path in paths for file in files(path)]
+    assert set(NATIVE) <= {f"{file.stem}::{name}" for file in found for name in docstrings(file)}
 
 
 # --- what is read from runs -----------------------------------------------------------------------------------------
@@ -317,7 +373,7 @@ def test_a_scheme_is_of_one_configuration(added: str) -> None:
 @pytest.mark.parametrize("exponent", [-0.5, 0.0, 0.25])
 def test_an_exponent_is_found(exponent: float) -> None:
     """The exponent of best rates that follow a power of the rank is that power, its interval around it."""
-    from study.tables import exponent_of
+    from study.optima import exponent_of
 
     done = {k: v for r in (1, 4, 16, 64) for k, v in bowl(r, -6 + exponent * math.log2(r), 3).items()} | untrained()
     found = exponent_of(done, "language", "Init[A], s = 1")
@@ -328,7 +384,7 @@ def test_an_exponent_is_found(exponent: float) -> None:
 
 def test_a_best_rate_at_the_grids_edge_is_left_out() -> None:
     """A rank whose best rate is the grid's last is not part of an exponent."""
-    from study.tables import exponent_of
+    from study.optima import exponent_of
 
     edge = {job(16, x): float(-x) for x in range(-8, -1)}
     done = {**bowl(1, -6.0), **bowl(4, -7.0), **edge, **untrained()}
@@ -343,14 +399,14 @@ def test_a_best_rate_at_the_grids_edge_is_left_out() -> None:
 )
 def test_verdicts(apart: float, said: str) -> None:
     """A claim is held, held with a drift, or not, by the rule written before any run."""
-    from study.tables import DRIFT, HELD, verdict
+    from study.suite_tables import DRIFT, HELD, verdict
 
     assert verdict(apart, HELD, DRIFT) == said
 
 
 def test_half_a_grid_is_not_shown(tmp_path: Path) -> None:
     """A cell is read once its grid is whole: its coarse pass, or a grid that is to grow, has no best rate yet."""
-    from study.domains._runs import complete, read
+    from study.runs_on_file import complete, read
     from study.suite import finished, parts
 
     asked = parts("image_generation", "quick")[0]
@@ -363,34 +419,34 @@ def test_half_a_grid_is_not_shown(tmp_path: Path) -> None:
 
 def test_a_law_of_two_rates_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """A law that gives A and B different rates is refused: the sweeps are of one."""
-    from recording import adapters
-    from study import contenders
-    from study.domains import DomainError, get_domain
+    from llama_shapes import adapters
+    from study import moving
+    from study.domains import DomainError
 
     import rankaware_optim as ra
 
     pair = ra.inspect_model(adapters(1, {"q": (64, 64)}))
-    monkeypatch.setattr(contenders, "surveyed", lambda domain, config, rank: pair)
-    language = get_domain("language")
-    assert contenders.octaves(language, "Init[A], s = 1", 16, ra.MuA()) == pytest.approx(-0.7, abs=0.1)
+    monkeypatch.setattr(moving, "surveyed", lambda domain, config, rank: pair)
+    octaves = moving.octaves.__wrapped__  # without the cache, which other tests share
+    assert octaves("language", "Init[A], s = 1", 16, ra.MuA()) == pytest.approx(-0.7, abs=0.1)
     with pytest.raises(DomainError, match="compare laws of one"):
-        contenders.octaves(language, "Init[A], s = 1", 16, ra.LoRAPlus(16.0))
+        octaves("language", "Init[A], s = 1", 16, ra.LoRAPlus(16.0))
 
 
 def test_a_jump_is_how_far_the_moved_rate_lies_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Table (d) has octaves above the best rate there, rank by rank, in full finetuning and from Init[A] at Init[B]."""
-    from study import tables as suite_page
-    from study.domains._runs import FULL
+    from study import moving, suite_tables
+    from study.grids import FULL
 
     import rankaware_optim as ra
 
     def octaves(domain: str, config: str, rank: int, law: ra.Law, origin: str | None = None) -> float:
         return -3.0 if rank == FULL else -1.5 if origin else 0.0
 
-    monkeypatch.setattr(suite_page, "octaves", octaves)
+    monkeypatch.setattr(moving, "octaves", octaves)
     lora = {**bowl(4, -6.0), **bowl(16, -7.0), **bowl(16, -8.0, scheme="Init[B], s = 1")}
     done = {**lora, **bowl(FULL, -9.0, scheme="full"), **untrained()}
-    rows = list(suite_page.jumps(done, "language", {"a law": ra.MuA()}))
+    rows = list(suite_tables.jumps(done, "language", {"a law": ra.MuA()}))
     assert rows == [
         ["language", "Init[A], s = 1", "full finetuning", "+0.0, -1.0"],
         ["language", "Init[B], s = 1", "full finetuning", "-2.0"],
@@ -400,7 +456,7 @@ def test_a_jump_is_how_far_the_moved_rate_lies_off(monkeypatch: pytest.MonkeyPat
 
 def test_ranks_without_a_grid_are_left_out() -> None:
     """Of a suite cut short, tables and figures show the ranks that have three rates on every seed."""
-    from study.tables import ranks_in
+    from study.optima import ranks_in
 
     begun = {job(64, x): 1.0 for x in range(-8, -1)}
     done = {**bowl(4, -6.0, 3), **bowl(16, -7.0, 3), **begun}
@@ -409,9 +465,9 @@ def test_ranks_without_a_grid_are_left_out() -> None:
 
 def test_a_domain_without_a_grid_has_no_tables() -> None:
     """Of a suite stopped in its first runs there is nothing to show."""
-    from study.domains._configs import START
-    from study.domains._runs import FULL
-    from study.tables import domains_in
+    from study.configurations import START
+    from study.grids import FULL
+    from study.optima import domains_in
 
     begun = {job(FULL, 0.0, 0, START): 2.0, job(4, -5): 1.0}
     assert domains_in(begun) == []
@@ -432,7 +488,7 @@ def test_a_domain_without_a_grid_has_no_tables() -> None:
 )
 def test_a_best_rate_beside_a_cliff_is_the_lowest(losses: tuple[float, ...], best: float | None) -> None:
     """A parabola's vertex, none at an edge; at a cliff, to untrained or to a plateau, the grid's lowest."""
-    from study.domains._tables import best_rate
+    from study.best_rates import best_rate
 
     found = best_rate(dict(zip((-6.0, -5.0, -4.0, -3.0), losses, strict=False)), start=0.7)
     assert found == (None if best is None else pytest.approx(best, abs=1e-3))
@@ -440,9 +496,9 @@ def test_a_best_rate_beside_a_cliff_is_the_lowest(losses: tuple[float, ...], bes
 
 def test_regret_beyond_the_grid_is_the_coarse_passs() -> None:
     """A rate beyond the grid of all seeds is scored by the coarse pass of one, not by the grid's end."""
-    from study.domains._configs import START
-    from study.domains._runs import FULL
-    from study.tables import lost
+    from study.configurations import START
+    from study.grids import FULL
+    from study.regret import lost
 
     cell = ("language", "Init[A], s = 1", 4)
     done = {**bowl(4, -6.0, 3), job(4, 0.0): 5.0, job(FULL, 0.0, 0, START): 2.0}
@@ -455,9 +511,9 @@ def test_regret_beyond_the_grid_is_the_coarse_passs() -> None:
 
 def test_regret_is_a_share_of_the_gain() -> None:
     """Regret is 0 at the grid's best rate, else (loss − best) / (start − best), on a line between rates."""
-    from study.domains._configs import START
-    from study.domains._runs import FULL
-    from study.tables import lost
+    from study.configurations import START
+    from study.grids import FULL
+    from study.regret import lost
 
     cell = ("language", "Init[A], s = 1", 4)
     done = {**bowl(4, -6.0), job(FULL, 0.0, 0, START): 2.0}
@@ -468,10 +524,11 @@ def test_regret_is_a_share_of_the_gain() -> None:
 
 def test_a_grid_grows_until_its_best_lies_inside(tmp_path: Path) -> None:
     """A grid whose best rate sits at its edge is extended there by octaves until it does not."""
-    from study.domains._runs import Grid, complete, read
+    from study.grids import Grid
+    from study.runs_on_file import complete, read
 
     cell = ("language", "Init[A], s = 1", 4)
-    grid = Grid([cell], {cell[1]: range(-13, -8, 2)}, lambda c: c, seeds=1, half=1)
+    grid = Grid([cell], {cell[1]: range(-13, -8, 2)}, seeds=1, half=1)
     complete(grid, lambda one: abs(one.x + 6.0), tmp_path / "s.jsonl", 1, lambda text: None)
     xs = sorted({one.x for one in read(tmp_path / "s.jsonl")})
     assert -6 in xs
@@ -480,7 +537,8 @@ def test_a_grid_grows_until_its_best_lies_inside(tmp_path: Path) -> None:
 
 def test_the_readmes_table_pools_a_domains_configurations() -> None:
     """A way's cell is the median and the worst over every configuration; what a domain lacks is a dash."""
-    from study.tables import Moved, summary
+    from study.regret import Moved
+    from study.suite_tables import summary
 
     moved = [
         Moved("language", "Init[A], s = 1", "1/r", (0.01, 0.02), (0.5,)),

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import _trials as ledger
 from rankaware_optim.calibration._pruner import PairedPruner
-from rankaware_optim.calibration._schedule import Plan, leverage
+from rankaware_optim.calibration._schedule import Schedule, leverage
+from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.calibration.fit import Observation, Prior, fit_observations
 
 from ..helpers.calibrations import BEST, STEPS, Net, bowl, calibrate, made_up
@@ -44,10 +44,10 @@ def test_failed_runs_are_paid_too():
     with pytest.raises(ra.CalibrationError, match="ended after 15"):
         calibrate(broken, budget=4 * STEPS, storage=storage)
     calibrate(made_up(), budget=4 * STEPS, storage=storage)
-    trials = storage.get_all_trials(0)
+    trials = Trials.read(storage.get_all_trials(0))
     assert trials[0].state.name == "FAIL"
-    assert 15 <= ledger.spent(trials[:1], STEPS) <= STEPS
-    assert 3 * STEPS < ledger.spent(trials, STEPS) <= 4 * STEPS
+    assert 15 <= Trials(trials[:1]).spent(STEPS) <= STEPS
+    assert 3 * STEPS < trials.spent(STEPS) <= 4 * STEPS
 
 
 def test_a_budget_of_runs_that_diverge_at_once_ends():
@@ -97,26 +97,24 @@ def band(recipe, rank):
     full=st.integers(0, 3),
     lengths=st.lists(st.integers(1, 10), min_size=40, max_size=40),
 )
-def test_a_plan_keeps_to_its_counts(trials, budget, full, lengths):
-    """Whatever runs are cut short at, no plan spends more than its budget or runs more trials than it says."""
-    plan = Plan((4, 64), (0, 1), 10, trials, budget and 10 * budget, full_trials=full)
+def test_a_schedule_keeps_to_its_counts(trials, budget, full, lengths):
+    """Whatever runs are cut short at, no schedule spends more than its budget or runs more trials than it says."""
+    schedule = Schedule((4, 64), (0, 1), 10, trials, budget and 10 * budget, full_trials=full)
     done = []
-    while len(done) < len(lengths) and (cell := plan.next(done)) is not None:
+    while len(done) < len(lengths) and (cell := schedule.next(Trials(done))) is not None:
         done.append(finished(cell, len(done), lengths[len(done)]))
-    cells = [ledger.cell_of(trial) for trial in done]
-    assert ledger.spent(done, 10) <= (math.inf if budget is None else 10 * budget)
-    assert sum(cell.rank is not None for cell in cells) <= plan.total
+    cells = [trial.cell for trial in done]
+    assert Trials(done).spent(10) <= (math.inf if budget is None else 10 * budget)
+    assert sum(cell.rank is not None for cell in cells) <= schedule.total
     assert sum(cell.rank is None for cell in cells) <= full
     if len(done) < len(lengths) and (budget is None or budget > full):
         assert sum(cell.rank is None for cell in cells) == full
 
 
 def finished(cell, number, length, value=1.0):
-    seen = {"rank": cell.rank, "seed": cell.seed, "x": -7.0, "value": value, "start": 2.0, "tail": value}
-    attrs = {**cell._asdict(), "curve": [2.0] * length, "observation": seen}
-    made = optuna.trial.create_trial(value=value, user_attrs=attrs)
-    made.number = number
-    return made
+    seen = Observation(cell.rank, cell.seed, -7.0, value, start=2.0, tail=value)
+    state = optuna.trial.TrialState.COMPLETE
+    return TrialRecord(*cell, curve=[2.0] * length, observation=seen, number=number, state=state, value=value)
 
 
 # --- full finetuning ------------------------------------------------------------------------------------------------
@@ -167,7 +165,8 @@ def test_leverage_is_that_of_the_line(ranks, width):
 def run(x, curve, *, number=0, rank=4, seed=0, state="RUNNING", estimate=None):
     """A trial at log2 rate x whose reports were `curve`, ten steps apart."""
     space = {"log2_lr": optuna.distributions.FloatDistribution(-20, 0)}
-    attrs = {"rank": rank, "seed": seed, "observation": {"start": 2.0}}
+    seen = Observation(rank, seed, x, curve[-1], start=2.0, tail=curve[-1])
+    attrs = {"rank": rank, "seed": seed, "observation": asdict(seen)}
     attrs |= {} if estimate is None else {"estimate": estimate}
     return optuna.trial.create_trial(
         state=optuna.trial.TrialState[state],
@@ -324,7 +323,8 @@ def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
     starved = kept_trial(state.PRUNED, -6.0, falling[:6], stopped="memory")
     early = kept_trial(state.PRUNED, -6.0, falling[:2], stopped="pruned")
     unstarted = kept_trial(state.PRUNED, -6.0, [], stopped="pruned")
-    (seen,) = ledger.carried([best_trial, lost, elsewhere, starved, early, unstarted])
+    killed = kept_trial(state.FAIL, -5.0, falling[:6], stopped="pruned", killed=True)  # and run again since
+    (seen,) = Trials.read([best_trial, lost, elsewhere, starved, early, unstarted, killed]).carried()
     assert (seen.rank, seen.seed, seen.x, seen.returned, seen.stopped) == (4, 0, -6.0, True, False)
     assert (seen.value, seen.tail) == pytest.approx((0.5, 0.55))
 
@@ -333,7 +333,7 @@ def test_the_recipe_is_the_fit_of_every_trial():
     """However often the sampler has fitted on the way, the recipe's fit is of all that ran, pruned runs among it."""
     storage = optuna.storages.InMemoryStorage()
     recipe = calibrate(slow, ranks=(4, 64), steps=100, trials=16, lr_range=WIDE, storage=storage)
-    trials = storage.get_all_trials(0)
-    assert ledger.carried(trials)
-    fit = fit_observations(ledger.evidence(trials), Prior(pivot=16.0))
+    trials = Trials.read(storage.get_all_trials(0))
+    assert trials.carried()
+    fit = fit_observations(trials.evidence(), Prior(pivot=16.0))
     assert recipe.covariance.numpy() == pytest.approx(fit.covariance, rel=1e-12)

@@ -8,15 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import optuna
 import pytest
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import _trials as ledger
-from rankaware_optim.calibration._liveness import bury_dead, disown, new_owner
+from rankaware_optim.calibration._liveness import fail_dead_trials, new_owner, release
 from rankaware_optim.calibration._storage import open_storage
+from rankaware_optim.calibration._trials import TrialRecord, Trials
 
 from ..helpers.calibrations import STEPS, calibrate, made_up
 from ..helpers.killed import STEPS as RUN
@@ -83,8 +84,8 @@ def test_killed_at_any_moment_it_goes_on(kill, forked, straight, tmp_path):
     after = trials_in(tmp_path)
     kept = [trial for trial in before if trial.state.is_finished()]
     assert [trial.datetime_complete for trial in after[: len(kept)]] == [trial.datetime_complete for trial in kept]
-    assert len(ledger.counted(after)) == TRIALS
-    assert not ledger.running(after)
+    assert len(Trials.read(after).counted()) == TRIALS
+    assert not Trials.read(after).running()
     assert_retried(after)
 
 
@@ -96,7 +97,7 @@ def assert_retried(trials) -> None:
     """Every killed trial was run again, once, with its rank, seed and rate."""
     for killed in (trial for trial in trials if "killed" in trial.user_attrs):
         (again,) = [trial for trial in trials if trial.user_attrs.get("retry_of") == killed.number]
-        assert ledger.cell_of(again) == ledger.cell_of(killed)
+        assert TrialRecord.read(again).cell == TrialRecord.read(killed).cell
         if killed.params and again.params:
             assert again.params == killed.params
 
@@ -111,7 +112,7 @@ def test_killed_again_and_again_it_ends(forked, straight, tmp_path):
     assert (tmp_path / "recipe.toml").read_text() == expected
     trials = trials_in(tmp_path)
     assert_retried(trials)
-    assert ledger.spent(trials, RUN) <= RUN * len(trials)
+    assert Trials.read(trials).spent(RUN) <= RUN * len(trials)
 
 
 # --- whose trial ----------------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def test_killed_again_and_again_it_ends(forked, straight, tmp_path):
 
 def a_running_trial(study, **owner):
     made = study.ask()
-    made.set_user_attr("owner", {**new_owner(), **owner})
+    made.set_user_attr("owner", {**asdict(new_owner()), **owner})
     return made
 
 
@@ -140,17 +141,17 @@ def test_the_dead_of_this_host_are_failed(whose, owner, lives):
     ENDED.wait()
     study = optuna.create_study()
     trial = a_running_trial(study, **owner)
-    bury_dead(study)
+    fail_dead_trials(study)
     state = study.get_trials()[trial.number].state.name
     assert state == ("RUNNING" if lives else "FAIL")
 
 
 def test_an_ended_trial_is_no_longer_owned():
-    """What a process disowned is dead to it."""
+    """A trial that its process released, and that still runs in the storage, is dead."""
     study, owner = optuna.create_study(), new_owner()
-    study.ask().set_user_attr("owner", owner)
-    disown(owner)
-    bury_dead(study)
+    study.ask().set_user_attr("owner", asdict(owner))
+    release(owner)
+    fail_dead_trials(study)
     assert study.trials[0].state.name == "FAIL"
 
 

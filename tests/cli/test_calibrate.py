@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import _trials as ledger
-from rankaware_optim.calibration._storage import close_storage, open_storage
+from rankaware_optim.calibration._optuna import close_database
+from rankaware_optim.calibration._storage import open_storage
+from rankaware_optim.calibration._trials import Trials
 from rankaware_optim.cli._main import main
 
 LOOP = """
@@ -128,17 +129,17 @@ def trials_of(storage: str, name: str) -> list[optuna.trial.FrozenTrial]:
     try:
         return optuna.load_study(study_name=name, storage=opened).trials
     finally:
-        close_storage(opened)
+        close_database(opened)
 
 
 def assert_shared(trials, count: int) -> None:
     """Two processes ran `count` trials between them, no point twice."""
-    ran = ledger.counted(trials)
+    ran = Trials.read(trials).counted()
     assert len(ran) == count
-    assert len({trial.user_attrs["owner"]["pid"] for trial in ran}) == 2
-    points = [(*ledger.cell_of(trial), trial.params["log2_lr"]) for trial in ran]
+    assert len({trial.owner.pid for trial in ran}) == 2
+    points = [(*trial.cell, trial.x) for trial in ran]
     assert len(set(points)) == count
-    assert not ledger.running(trials)
+    assert not Trials.read(trials).running()
 
 
 def test_two_workers_share_the_trials(folder):
@@ -218,7 +219,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(folder):
     assert done.returncode == 1
     assert done.stderr.startswith("Error: The study's storage r.journal failed: [Errno 27] File too large")
     assert not Path("r.toml").exists()
-    before = len(ledger.counted(trials_of("r.journal", "r")))
+    before = len(Trials.read(trials_of("r.journal", "r")).counted())
     assert 0 < before < 6
     assert call(*arguments).exit_code == 0
     assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 6
@@ -226,7 +227,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(folder):
 
 def test_a_read_only_database_is_said(folder):
     """A database that cannot be written is an error with its cause."""
-    close_storage(open_storage("sqlite:///made.db"))
+    close_database(open_storage("sqlite:///made.db"))
     done = call("loops:train", *RANKS, "--storage", "sqlite:///file:made.db?mode=ro&uri=true")
     assert done.exit_code == 1
     assert "readonly database" in done.stderr

@@ -18,7 +18,7 @@ from rankaware_optim import CalibrationError, MuA, RankAwareOptimizer, Recipe, R
 from rankaware_optim.cli._fit import fit as fit_command
 from rankaware_optim.laws import Law, Power
 from rankaware_optim.sweeps import fit_sweep
-from rankaware_optim.sweeps._io import ALIASES, Run, read_sweep
+from rankaware_optim.sweeps._io import ALIASES, SweepRun, read_sweep
 
 from ..helpers.models import mlp
 
@@ -315,7 +315,7 @@ ROWS = [
     {"rank": None, "lr": 2e-5, "loss": math.inf},
     {"rank": 4, "lr": 3e-4, "loss": 0.5, "alpha": 8},
 ]
-RUNS = (Run(4, 1e-4, 0.75, 8.0), Run(None, 2e-5, math.inf), Run(4, 3e-4, 0.5, 8.0))
+RUNS = (SweepRun(4, 1e-4, 0.75, 8.0), SweepRun(None, 2e-5, math.inf), SweepRun(4, 3e-4, 0.5, 8.0))
 FILES = {
     "s.csv": "rank,lr,loss,alpha\n4,1e-4,0.75,8\nfull,2e-5,diverged,\n4,3e-4,0.5,8\n",
     "bom.csv": "\ufeffrank,lr,loss,alpha\n4.0,1e-4,0.75,8\n,2e-5,NaN,\n4.0,3e-4,0.5,8\n",
@@ -352,13 +352,13 @@ def test_columns_names_what_has_no_alias():
     row = {"rank": 4, "lr": 1e-4, "eval_loss": 0.75, "val_loss": 0.5, "alpha": 8}
     with pytest.raises(CalibrationError, match=r"eval_loss and val_loss may all be loss.*columns="):
         read_sweep([row])
-    assert read_sweep([row], columns={"loss": "val_loss"}).runs == (Run(4, 1e-4, 0.5, 8.0),)
+    assert read_sweep([row], columns={"loss": "val_loss"}).runs == (SweepRun(4, 1e-4, 0.5, 8.0),)
 
 
 def test_numpy_numbers_are_numbers():
     """Rows of a dataframe hold numpy's scalars."""
     row = {"rank": np.int64(4), "lr": np.float32(0.25), "loss": np.float64("nan"), "rslora": np.bool_(True)}
-    assert read_sweep([row]).runs == (Run(4, 0.25, math.inf, rslora=True),)
+    assert read_sweep([row]).runs == (SweepRun(4, 0.25, math.inf, rslora=True),)
 
 
 BAD_CELLS = [

@@ -6,7 +6,6 @@ are what tasks share. `vision_classification.py` is the example.
 
 from __future__ import annotations
 
-import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +43,10 @@ class Domain:
     large: bool = False
     batch: int | None = None
 
+    @property
+    def ranks_swept(self) -> tuple[int, ...]:
+        return (1, *self.ranks)
+
     def warm(self) -> None:
         """Fetch, pretrain and read all that a run needs: once, before any process or clock starts."""
         self.evaluate(self.build(4, 4.0, "A", 0))
@@ -73,8 +76,3 @@ def get_domain(name: str) -> Domain:
         raise DomainError(f"There is no domain {name!r}.", f"Known are {', '.join(names())}.")
     found: Domain = import_module(f"{__name__}.{name}").DOMAIN
     return found
-
-
-def mean_loss(losses: list[float | None]) -> float:
-    """Mean over seeds; infinite where a run diverged (None)."""
-    return math.inf if None in losses else math.fsum(x for x in losses if x is not None) / len(losses)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from rankaware_optim.cli._demo import STEPS, digits, evaluate
 
 from . import Domain
 from ._efficientnet import BATCH, RANKS, RATES, build, loss
+from ._mnist import drawn
 
 
 def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     images, labels, _, _ = digits()
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        chosen = torch.randint(len(images), (BATCH,), generator=generator)
+    for chosen in drawn(len(images), BATCH, seed):
         yield images[chosen], labels[chosen]
 
 

@@ -72,7 +72,8 @@ def _read() -> dict[str, Tensor]:
     from PIL import Image
 
     with tarfile.open(EMOJI.path()) as archive:
-        files = {m.name.removeprefix("package/"): archive.extractfile(m).read() for m in archive if _wanted(m.name)}  # type: ignore[union-attr]
+        wanted = [m for m in archive if m.name.startswith(("package/emoji.json", "package/img/twitter/64/"))]
+        files = {m.name.removeprefix("package/"): archive.extractfile(m).read() for m in wanted}  # type: ignore[union-attr]
     rows = [row for row in json.loads(files["emoji.json"]) if f"img/twitter/64/{row['image']}" in files]
     shown = [Image.open(io.BytesIO(files[f"img/twitter/64/{row['image']}"])).convert("RGBA") for row in rows]
     whole = torch.stack([_on_white(image) for image in shown])
@@ -81,10 +82,6 @@ def _read() -> dict[str, Tensor]:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     captions = torch.stack([_caption(row["name"].lower()) for row in rows])
     return {"pictures": maps.flatten(2).transpose(1, 2)[order], "captions": captions.to(torch.int16)[order]}
-
-
-def _wanted(name: str) -> bool:
-    return name == "package/emoji.json" or name.startswith("package/img/twitter/64/")
 
 
 def _on_white(image: Any) -> Tensor:

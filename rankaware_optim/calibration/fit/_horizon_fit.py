@@ -35,7 +35,15 @@ def horizon_of(trials: Mapping[str, torch.Tensor], prior: Prior) -> Horizon:
     at = [steps // share for share in _SHARES if steps // share >= _FEWEST]
     fits = [(end, fit_observations(list(_read(trials, end)), prior)) for end in at]
     points = [(math.log2(end / steps), fit.mean[0], fit.covariance[0, 0]) for end, fit in fits if fit is not None]
-    return Horizon() if len(points) < 2 else _line(points)
+    if len(points) < 2:
+        return Horizon()
+    weights = [1.0 / variance for _, _, variance in points]
+    middle = sum(w * x for w, (x, _, _) in zip(weights, points, strict=True)) / sum(weights)
+    lever = sum(w * (x - middle) ** 2 for w, (x, _, _) in zip(weights, points, strict=True))
+    slope = sum(w * (x - middle) * y for w, (x, y, _) in zip(weights, points, strict=True)) / lever
+    variance = 1.0 / lever + _WITHIN_RUN**2
+    share = SLOPE_SD**2 / (SLOPE_SD**2 + variance)
+    return Horizon(float(share * slope), math.sqrt(float(share * variance)))
 
 
 def _read(trials: Mapping[str, torch.Tensor], end: int) -> Iterator[Observation]:
@@ -49,14 +57,3 @@ def _read(trials: Mapping[str, torch.Tensor], end: int) -> Iterator[Observation]
         if lost or math.isfinite(value):
             score = math.inf if lost else value
             yield Observation(rank or None, seed, math.log2(lr), score, curve[0], score, stopped=lost)
-
-
-def _line(points: list[tuple[float, float, float]]) -> Horizon:
-    """The slope through (octaves of steps, log2 rate, variance), shrunk towards the prior."""
-    weights = [1.0 / variance for _, _, variance in points]
-    middle = sum(w * x for w, (x, _, _) in zip(weights, points, strict=True)) / sum(weights)
-    lever = sum(w * (x - middle) ** 2 for w, (x, _, _) in zip(weights, points, strict=True))
-    slope = sum(w * (x - middle) * y for w, (x, y, _) in zip(weights, points, strict=True)) / lever
-    variance = 1.0 / lever + _WITHIN_RUN**2
-    share = SLOPE_SD**2 / (SLOPE_SD**2 + variance)
-    return Horizon(float(share * slope), math.sqrt(float(share * variance)))

@@ -1,9 +1,8 @@
-"""Calibration of a model that is loaded once: adapters are made anew in place, and all is put back at the end."""
+"""Calibration of a model that is loaded once: adapters are replaced in place, and all is put back at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from ...errors import CalibrationError, InspectionError
 from ...inspection import Walk, other_kind, pairs_of, walk
 from ...recipe import Recipe
-from .._api import calibrate
+from .._api import calibrate, check_argument
 from .._trial import Trial, seeded
 from ._resize import Adapters, ScalingRule, base_weight
 from ._signals import Interrupts
@@ -23,14 +22,14 @@ from ._snapshot import ModelState
 
 __all__ = ["calibrate_in_place"]
 
-Step = Callable[[nn.Module, int], Any]
+StepFunction = Callable[[nn.Module, int], Any]
 FullTrains = Sequence[str] | Callable[[str, nn.Parameter], bool]
 _SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def calibrate_in_place(
     model: nn.Module,
-    step: Step,
+    step: StepFunction,
     optimizer: type[Optimizer] | str,
     *,
     ranks: Sequence[int | None],
@@ -44,7 +43,7 @@ def calibrate_in_place(
     full_trains: FullTrains | None = None,
     **options: Any,
 ) -> Recipe:
-    """`calibrate` on one model that stays loaded: its adapters are made anew at every trial's rank, in place.
+    """`calibrate` on one model that stays loaded: its adapters are replaced by fresh ones at every trial's rank.
 
         def step(model, i):
             x, y = batch(i)
@@ -91,26 +90,20 @@ def calibrate_in_place(
     walked = walk(model)
     _refuse_sharded(walked)
     lora = [rank for rank in ranks if rank is not None]
-    adapters = (
-        Adapters(walked, lora, init=init, variance=variance, rule=scaling_rule) if _has_pairs(walked, lora) else None
-    )
+    adapters = None
+    if lora or any(p.a.tensor.requires_grad or p.b.tensor.requires_grad for p in pairs_of(walked.modules)):
+        adapters = Adapters(walked, lora, init=init, variance=variance, rule=scaling_rule)
     tries_full = None in ranks or bool(options.get("full_trials"))
     whole = _whole(walked, adapters, full_trains) if tries_full else []
-    with Interrupts() as interrupts, seeded(0), _found(walked, adapters, whole) as found:
-        run = _InPlace(model, step, walked, adapters, whole, found, interrupts, settings or {}, schedule, score)
-        with interrupts.let_in():
-            return calibrate(run.train, optimizer, ranks=ranks, steps=steps, **options)
-
-
-@contextmanager
-def _found(walked: Walk, adapters: Adapters | None, whole: list[nn.Parameter]) -> Iterator[ModelState]:
-    """The model's state, put back at the end whatever happens."""
     factors, also = (adapters.factors, adapters.declarations) if adapters else ([], [])
-    found = ModelState(walked, changing=whole, unchanged=factors, also=also)
-    try:
-        yield found
-    finally:
-        found.put_back()
+    with Interrupts() as interrupts, seeded(0):
+        found = ModelState(walked, changing=whole, unchanged=factors, also=also)
+        run = _InPlace(model, step, walked, adapters, whole, found, interrupts, settings or {}, schedule, score)
+        try:
+            with interrupts.let_in():
+                return calibrate(run.train, optimizer, ranks=ranks, steps=steps, **options)
+        finally:
+            found.put_back()
 
 
 @dataclass(frozen=True)
@@ -118,7 +111,7 @@ class _InPlace:
     """What the trials share."""
 
     model: nn.Module
-    step: Step
+    step: StepFunction
     walked: Walk
     adapters: Adapters | None
     whole: list[nn.Parameter]
@@ -146,7 +139,13 @@ class _InPlace:
             yield loss
         _set_mode(opt, "eval")
         self.found.check_frozen()
-        return self._scored()
+        if self.score is None:
+            return None
+        with torch.no_grad():
+            value = self.score(self.model)
+        if value is None:
+            raise CalibrationError("score returned None.", "Return the number to minimise.")
+        return value
 
     def _prepare(self, trial: Trial) -> None:
         """Fresh adapters at the trial's rank, or those at the found rank switched off and the whole weights on."""
@@ -158,13 +157,14 @@ class _InPlace:
         factors = self.adapters.remake(trial.rank or self.adapters.rank, trial.seed)
         if trial.rank is not None:
             return
-        for param in (*factors, *_parts_of_adapters(self.walked)):
+        parts = [p for name, p in self.walked.parameters if other_kind(name) in ("DoRA magnitude", "LoRA bias")]
+        for param in (*factors, *parts):
             param.requires_grad_(False)
         for param in self.whole:
             param.requires_grad_(True)
-        for site in self.adapters.sites:
-            if hasattr(site.pair.owner, "_disable_adapters"):  # PEFT: with DoRA even a zero pair changes what W does
-                vars(site.pair.owner)["_disable_adapters"] = True
+        for found in self.adapters.found:
+            if hasattr(found.pair.owner, "_disable_adapters"):  # PEFT: with DoRA even a zero pair changes what W does
+                vars(found.pair.owner)["_disable_adapters"] = True
 
     def _gradients(self, i: int) -> Any:
         loss = self.step(self.model, i)
@@ -173,24 +173,12 @@ class _InPlace:
                 loss.backward()
             return loss.detach()
         if i == 0 and all(param.grad is None for param in self.model.parameters()):
+            what = "tensor" if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise CalibrationError(
-                f"step returned {_words(loss)} without a graph, and left no gradient.",
+                f"step returned a {what} without a graph, and left no gradient.",
                 "Return the loss as the model gives it, or call backward() in the step.",
             )
         return loss
-
-    def _scored(self) -> Any:
-        if self.score is None:
-            return None
-        with torch.no_grad():
-            value = self.score(self.model)
-        if value is None:
-            raise CalibrationError("score returned None.", "Return the number to minimise.")
-        return value
-
-
-def _words(loss: Any) -> str:
-    return "a tensor" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
 
 
 def _set_mode(opt: Any, mode: str) -> None:
@@ -202,24 +190,16 @@ def _set_mode(opt: Any, mode: str) -> None:
 # --- what trains ----------------------------------------------------------------------------------------------------
 
 
-def _has_pairs(walked: Walk, lora: Sequence[int]) -> bool:
-    """Whether adapters train; where only full finetuning is tried there need be none."""
-    pairs = pairs_of(walked.modules)
-    return bool(lora) or any(p.a.tensor.requires_grad or p.b.tensor.requires_grad for p in pairs)
-
-
-def _parts_of_adapters(walked: Walk) -> Iterator[nn.Parameter]:
-    """DoRA's magnitudes and the factors' biases: off where full finetuning is tried."""
-    return (p for name, p in walked.parameters if other_kind(name) in ("DoRA magnitude", "LoRA bias"))
-
-
 def _whole(walked: Walk, adapters: Adapters | None, trains: FullTrains | None) -> list[nn.Parameter]:
     """What full finetuning trains."""
+    chosen: list[tuple[str, Any]]
     if trains is None:
-        chosen = [(site.pair.where, base_weight(site.pair)) for site in adapters.sites] if adapters else []
+        chosen = [(found.pair.where, base_weight(found.pair)) for found in adapters.found] if adapters else []
     else:
+        patterns = () if callable(trains) else tuple(trains)
+        is_chosen = trains if callable(trains) else lambda name, _: any(fnmatchcase(name, p) for p in patterns)
         factors = {id(factor) for factor in adapters.factors} if adapters else set()
-        chosen = [(n, p) for n, p in walked.parameters if _is_chosen(n, p, trains) and id(p) not in factors]
+        chosen = [(n, p) for n, p in walked.parameters if is_chosen(n, p) and id(p) not in factors]
         if not chosen:
             raise CalibrationError(f"full_trains={trains!r} chooses no parameter.", "See model.named_parameters().")
     for name, param in chosen:
@@ -228,13 +208,7 @@ def _whole(walked: Walk, adapters: Adapters | None, trains: FullTrains | None) -
                 f"The weight of {name} cannot be trained whole: it is quantised, or not where it was looked for.",
                 "Leave None out of ranks=, or name the parameters that full finetuning trains: full_trains=.",
             )
-    return [param for _, param in chosen if param is not None]  # type: ignore[misc]
-
-
-def _is_chosen(name: str, param: nn.Parameter, trains: FullTrains) -> bool:
-    if callable(trains):
-        return bool(trains(name, param))
-    return any(fnmatchcase(name, pattern) for pattern in trains)
+    return [param for _, param in chosen]
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -246,10 +220,7 @@ def _check(model: Any, step: Any, ranks: Any, init: Any, variance: Any, rule: An
             f"calibrate_in_place got a {type(model).__name__} and a {type(step).__name__}.",
             "Give the model, then step(model, i).",
         )
-    if not isinstance(ranks, Sequence) or isinstance(ranks, str):
-        raise CalibrationError(f"ranks is {ranks!r}.", "Give distinct positive whole numbers, such as (4, 64).")
-    if any(rank is not None and (not isinstance(rank, int) or rank < 1) for rank in ranks):
-        raise CalibrationError(f"ranks is {ranks!r}.", "Give distinct positive whole numbers, such as (4, 64).")
+    check_argument("ranks", ranks)
     for what, value, known in (
         ("init", init, ("A", "B", None)),
         ("variance", variance, ("mua", "peft", None)),
@@ -265,6 +236,6 @@ def _refuse_sharded(walked: Walk) -> None:
     found = next(wrapped, None) or next(split, None)
     if found is not None:
         raise InspectionError(
-            f"The model is sharded or wrapped ({found}), so its adapters cannot be made anew in place.",
+            f"The model is sharded or wrapped ({found}), so its adapters cannot be replaced in place.",
             "Calibrate before sharding or wrapping it, or with ra.calibrate, which builds the model in each trial.",
         )

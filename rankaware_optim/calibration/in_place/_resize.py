@@ -6,14 +6,15 @@ The found factors are never written: they wait outside the model until somebody 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from ..._types import Init, Survey
+from ..._scaling_rule import scaling_factor
+from ..._types import Init
 from ...errors import InspectionError
 from ...inspection import (
     Config,
@@ -40,20 +41,18 @@ from ...inspection import (
     write_starts,
 )
 
-__all__ = ["Adapters", "ScalingRule", "Site", "base_weight"]
+__all__ = ["Adapters", "FoundPair", "ScalingRule", "base_weight"]
 
 ScalingRule = Literal["fixed", "alpha", "rslora"]
 Variance = Literal["mua", "peft"]
-# By rule, the power of (found rank / new rank) that multiplies the effective multiplier s.
-_GAMMA: Mapping[str, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
 # Parts of an adapter beside its pairs that no rank shapes.
 _RANKLESS = {"DoRA magnitude", "LoRA bias", "new tokens", "whole copy (modules_to_save)", "LyCORIS scalar"}
 # What a module that is a factor calls the sizes of its weight, by axis.
 _FIELDS = {0: ("out_features", "out_channels"), 1: ("in_features", "in_channels")}
 
 
-class Site(NamedTuple):
-    """A pair as found: its rank and multiplier, and the init and variance at which it is made anew."""
+class FoundPair(NamedTuple):
+    """A pair as found: its rank and multiplier, and the init and variance at which fresh factors are drawn."""
 
     pair: Pair
     rank: int
@@ -70,7 +69,7 @@ class Adapters:
     with s = alpha / r ("alpha") or alpha / √r ("rslora").
 
     Raises:
-        InspectionError: before anything was changed: a pair that cannot be made anew or at one of `ranks`.
+        InspectionError: before anything was changed: a pair that cannot be made at one of `ranks`.
     """
 
     def __init__(
@@ -83,26 +82,32 @@ class Adapters:
         rule: ScalingRule = "fixed",
     ) -> None:
         survey = survey_of(walked, init=init)
-        _refuse_others(survey)
-        pairs = [pair for pair in each_once(pairs_of(walked.modules)) if _trains(pair)]
+        for name in survey.other:
+            kind = other_kind(name)
+            if kind is not None and kind not in _RANKLESS:
+                raise InspectionError(
+                    f"{name} belongs to an adapter ({kind}) that cannot be made at another rank in place.",
+                    "Freeze it, or build the model in each trial with ra.calibrate.",
+                )
+        pairs = [p for p in each_once(pairs_of(walked.modules)) if p.a.tensor.requires_grad or p.b.tensor.requires_grad]
         self.rank = survey.dominant().rank or 1
         self._rule = rule
         self._configs = [c for c in configs_of(walked.modules) if any(map(c.holds, pairs))]
         inits = {(f.layer, f.adapter): f.init for f in survey.factors}
-        self.sites = [_site(p, inits[p.layer, p.adapter], init is not None, variance, self._configs) for p in pairs]
-        refuse_opposite_ties(check_start(s.pair, s.init, s.variance) for s in self.sites)
-        _refuse_views(self.sites)
-        for rank in {self.rank, *ranks}:
-            for site in self.sites:
-                _shapes(site, self._rank_of(site, rank))
-        if rule != "fixed":
-            for site in self.sites:
-                list(scaling_places(site.pair, site.rank, 1.0))
+        self.found = [
+            _found(pair, inits[pair.layer, pair.adapter], init is not None, variance, self._configs) for pair in pairs
+        ]
+        refuse_opposite_ties(check_start(f.pair, f.init, f.variance) for f in self.found)
+        _refuse_views(self.found)
+        for rank, found in product({self.rank, *ranks}, self.found):
+            _shapes(found, self._rank_of(found, rank))
+        for found in self.found if rule != "fixed" else ():
+            list(scaling_places(found.pair, found.rank, 1.0))
 
     @property
     def factors(self) -> list[torch.Tensor]:
         """The factors as found."""
-        return [half.tensor for site in self.sites for half in (site.pair.a, site.pair.b)]
+        return [half.tensor for found in self.found for half in (found.pair.a, found.pair.b)]
 
     @property
     def declarations(self) -> list[Any]:
@@ -115,58 +120,54 @@ class Adapters:
 
         The model must be as it was found.
         """
-        declared = [place for site in self.sites for place in self._declared(site, self._rank_of(site, rank))]
+        ranks = [self._rank_of(found, rank) for found in self.found]
+        declared = [place for found, own in zip(self.found, ranks, strict=True) for place in self._declared(found, own)]
         made: dict[int, nn.Parameter] = {}
-        remade = [self._remade(site, self._rank_of(site, rank), made) for site in self.sites]
+        starts = []
+        for found, own in zip(self.found, ranks, strict=True):
+            pair, (a, b) = found.pair, _shapes(found, own)
+            resized = pair._replace(a=_resized(pair, pair.a, a, made), b=_resized(pair, pair.b, b, made))
+            starts.append((resized, found.init, found.variance))
         declare(declared)
-        starts = [start_of(pair, s.init, s.variance) for s, pair in zip(self.sites, remade, strict=True)]
-        write_starts(starts, seed)
+        write_starts([start_of(*start) for start in starts], seed)
         for config in self._configs:
             self._redeclare(config, rank)
         return list(made.values())
 
-    def _rank_of(self, site: Site, rank: int) -> int:
-        own, rest = divmod(site.rank * rank, self.rank)
+    def _rank_of(self, found: FoundPair, rank: int) -> int:
+        own, rest = divmod(found.rank * rank, self.rank)
         if rest:
             raise InspectionError(
-                f"{site.pair.where} has rank {site.rank} where most have {self.rank}, so beside rank {rank} it would "
-                f"have {site.rank * rank / self.rank:g}.",
+                f"{found.pair.where} has rank {found.rank} where most have {self.rank}, so beside rank {rank} it would "
+                f"have {found.rank * rank / self.rank:g}.",
                 "Leave that rank out, or give all layers one rank.",
             )
         return own
 
-    def _factor(self, found: int, rank: int) -> float:
-        """What the rule multiplies s by."""
-        return float((found / rank) ** _GAMMA[self._rule])
-
-    def _declared(self, site: Site, rank: int) -> Iterator[Declaration]:
+    def _declared(self, found: FoundPair, rank: int) -> Iterator[Declaration]:
         """What the pair is to declare at `rank`: read while it still is as found."""
-        pair = site.pair
+        pair = found.pair
         for attribute in pair.convention.rank:
             place = place_of(pair, (attribute,))
-            if place is not None and place.holds(site.rank):
+            if place is not None and place.holds(found.rank):
                 yield pair, place, rank
-        if site.scaling is not None:
-            yield from scaling_places(pair, site.rank, site.scaling * self._factor(site.rank, rank), at=rank)
-
-    def _remade(self, site: Site, rank: int, made: dict[int, nn.Parameter]) -> Pair:
-        pair, (a, b) = site.pair, _shapes(site, rank)
-        return pair._replace(a=_resized(pair, pair.a, a, made), b=_resized(pair, pair.b, b, made))
+        if found.scaling is not None:
+            scaling = found.scaling * scaling_factor(self._rule, found.rank, rank)
+            yield from scaling_places(pair, found.rank, scaling, at=rank)
 
     def _redeclare(self, config: Config, rank: int) -> None:
         """Make a configuration say the new ranks and alphas; all of them move by one factor."""
         fields, grown = config.fields, rank / self.rank
-        root = 0.5 if fields.get("use_rslora") else 1.0
-        alpha = self._factor(self.rank, rank) * grown**root
-        patterns = {"rank_pattern": grown, "alpha_pattern": alpha}
+        alpha = scaling_factor(self._rule, self.rank, rank) * grown ** (0.5 if fields.get("use_rslora") else 1.0)
         for name, factor in {"r": grown, "lora_alpha": alpha}.items():
             fields[name] = _scaled(fields[name], factor)
-        for name, factor in patterns.items():
+        for name, factor in {"rank_pattern": grown, "alpha_pattern": alpha}.items():
             if fields.get(name):
                 fields[name] = {key: _scaled(value, factor) for key, value in fields[name].items()}
 
 
 def _scaled(value: float, factor: float) -> float:
+    """A whole number stays an int where the old one was."""
     new = value * factor
     return round(new) if math.isclose(new, round(new), rel_tol=1e-12) and isinstance(value, int) else new
 
@@ -186,53 +187,33 @@ def base_weight(pair: Pair) -> torch.Tensor | None:
 # --- what is found --------------------------------------------------------------------------------------------------
 
 
-def _trains(pair: Pair) -> bool:
-    return pair.a.tensor.requires_grad or pair.b.tensor.requires_grad
+def _found(pair: Pair, seen: Init, given: bool, variance: Variance | None, configs: Iterable[Config]) -> FoundPair:
+    """The pair as it is to be remade at Init `seen`, which the user has `given` or the pair shows.
 
-
-def _site(pair: Pair, found: Init, told: bool, variance: Variance | None, configs: Iterable[Config]) -> Site:
+    By default the variance is the libraries' own: an embedding that shows Init[B] has PEFT's and loralib's B ~ N(0, 1).
+    """
     refuse_residual(pair, configs)
-    if found not in ("A", "B"):
+    if seen not in ("A", "B"):
         raise InspectionError(
-            f"{pair.where} does not show how it was initialised, so it cannot be made anew.",
+            f"{pair.where} does not show how it was initialised, so fresh factors cannot be drawn.",
             "Say it: init='A' (B zero) or init='B' (A zero).",
         )
     if is_merged(pair):
         raise InspectionError(f"{pair.where} is merged into its base weight.", "Unmerge the adapters first.")
-    init, variance = _init_of(pair, found, told, variance)
-    start = check_start(pair, init, variance)
+    is_embedding = reading_of(pair).kind == "embedding"
+    init, drawn = seen, variance or ("mua" if is_embedding else "peft")
+    if seen == "B":
+        init, drawn = ("A", "peft") if is_embedding and not given and variance != "mua" else ("B", "mua")
+    start = check_start(pair, init, drawn)
     for half in (pair.a, pair.b):
         if not isinstance(half.tensor, nn.Parameter):
             raise InspectionError(f"{half.name} of {pair.where} is no parameter.", "Keep both factors as parameters.")
-    return Site(pair, start.rank, scaling_of(pair, start.rank), init, variance)
+    return FoundPair(pair, start.rank, scaling_of(pair, start.rank), init, drawn)
 
 
-def _init_of(
-    pair: Pair, wanted: Literal["A", "B"], told: bool, variance: Variance | None
-) -> tuple[Literal["A", "B"], Variance]:
-    """Init and variance as `initialize` takes them; the variance is by default the libraries' own.
-
-    An embedding found at Init[B], rather than told to be, has PEFT's and loralib's B ~ N(0, 1).
-    """
-    embedding = reading_of(pair).kind == "embedding"
-    if wanted == "B":
-        return ("A", "peft") if embedding and not told and variance != "mua" else ("B", "mua")
-    return "A", variance or ("mua" if embedding else "peft")
-
-
-def _refuse_others(survey: Survey) -> None:
-    for name in survey.other:
-        kind = other_kind(name)
-        if kind is not None and kind not in _RANKLESS:
-            raise InspectionError(
-                f"{name} belongs to an adapter ({kind}) that cannot be made at another rank in place.",
-                "Freeze it, or build the model anew in each trial with ra.calibrate.",
-            )
-
-
-def _refuse_views(sites: Iterable[Site]) -> None:
+def _refuse_views(pairs: Iterable[FoundPair]) -> None:
     """Refuse factors that share memory as different parameters: which of them the other should view is not known."""
-    halves = [(site.pair, half) for site in sites for half in (site.pair.a, site.pair.b)]
+    halves = [(found.pair, half) for found in pairs for half in (found.pair.a, found.pair.b)]
     owners = {(half.tensor.device, half.tensor.data_ptr()): half.tensor for _, half in halves}
     for pair, half in halves:
         if owners[half.tensor.device, half.tensor.data_ptr()] is not half.tensor:
@@ -245,21 +226,23 @@ def _refuse_views(sites: Iterable[Site]) -> None:
 # --- what is made ---------------------------------------------------------------------------------------------------
 
 
-def _shapes(site: Site, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shapes(found: FoundPair, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B at another rank: the layout that reads the found ones reads these, with the same fans."""
-    pair = site.pair
+    pair = found.pair
     for layout in pair.convention.layouts:
-        found = read_as(layout, pair)
-        if found is None or {found.rank_a, found.rank_b} != {site.rank}:
+        read = read_as(layout, pair)
+        if read is None or {read.rank_a, read.rank_b} != {found.rank}:
             continue
-        wanted = found._replace(rank_a=rank, rank_b=rank)
-        options = (_axes_scaled(half.tensor.shape, rank / site.rank) for half in (pair.a, pair.b))
+        wanted = read._replace(rank_a=rank, rank_b=rank)
+        options = (_axes_scaled(half.tensor.shape, rank / found.rank) for half in (pair.a, pair.b))
         for a, b in product(*options):
-            if read_as(layout, _with_shapes(pair, a, b)) == wanted:
+            empty = [torch.empty(shape, device="meta") for shape in (a, b)]
+            resized = pair._replace(a=Half(pair.a.name, empty[0]), b=Half(pair.b.name, empty[1]))
+            if read_as(layout, resized) == wanted:
                 return a, b
     raise InspectionError(
         f"{pair.where} cannot be made at rank {rank}: its shapes {tuple(pair.a.tensor.shape)} and "
-        f"{tuple(pair.b.tensor.shape)} at rank {site.rank} do not grow to it.",
+        f"{tuple(pair.b.tensor.shape)} at rank {found.rank} do not grow to it.",
         "Leave that rank out: a grouped convolution or a block-diagonal factor takes multiples only.",
     )
 
@@ -269,12 +252,6 @@ def _axes_scaled(shape: tuple[int, ...], factor: float) -> list[tuple[int, ...]]
     grown = [(axis, size * factor) for axis, size in enumerate(shape)]
     whole = [(axis, round(size)) for axis, size in grown if math.isclose(size, round(size)) and round(size) > 0]
     return [(*shape[:axis], size, *shape[axis + 1 :]) for axis, size in whole]
-
-
-def _with_shapes(pair: Pair, a: tuple[int, ...], b: tuple[int, ...]) -> Pair:
-    """The pair with factors of other shapes, which hold nothing."""
-    empty = [torch.empty(shape, device="meta") for shape in (a, b)]
-    return pair._replace(a=Half(pair.a.name, empty[0]), b=Half(pair.b.name, empty[1]))
 
 
 def _resized(pair: Pair, half: Half, shape: tuple[int, ...], made: dict[int, nn.Parameter]) -> Half:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 __all__ = ["Interrupts"]
@@ -59,19 +60,11 @@ class Interrupts:
             pending, self._pending, self._open = self._pending, None, False
             self._before(*pending)
 
-    def let_in(self) -> _LetIn:
+    @contextmanager
+    def let_in(self) -> Iterator[None]:
         """A context in which Ctrl-C raises."""
-        return _LetIn(self)
-
-
-class _LetIn:
-    def __init__(self, interrupts: Interrupts) -> None:
-        self._interrupts = interrupts
-
-    def __enter__(self) -> None:
-        self._interrupts.listen()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._interrupts._open = False
+        self.listen()
+        try:
+            yield
+        finally:
+            self._open = False

@@ -7,7 +7,7 @@ which parameter) is kept by reference, so putting it back moves no memory and ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,14 +32,12 @@ class _Held(NamedTuple):
         live, content = self.container, self.content
         if isinstance(live, list):
             live[:] = content
-        elif isinstance(live, set) or not _is_same(live, content):
-            live.clear()
-            live.update(content)
-
-
-def _is_same(live: Mapping[Any, Any], content: Mapping[Any, Any]) -> bool:
-    """Whether two mappings hold the same objects in the same order."""
-    return list(live) == list(content) and all(live[key] is value for key, value in content.items())
+            return
+        is_dict = not isinstance(live, set)
+        if is_dict and list(live) == list(content) and all(live[key] is value for key, value in content.items()):
+            return
+        live.clear()
+        live.update(content)
 
 
 class _Param(NamedTuple):
@@ -78,15 +76,12 @@ class ModelState:
         also: Iterable[MutableMapping[str, Any]] = (),
     ) -> None:
         written, replaced = {id(p) for p in changing}, {id(p) for p in unchanged}
-        self._modules = walked.modules
         self._held = [held for _, module in walked.modules for held in _held_by(module)]
         self._held += [_Held(mapping, dict(mapping)) for mapping in also]
         self._params = [_switches(param) for _, param in walked.parameters]
-        kept: list[torch.Tensor] = [
-            p for _, p in walked.parameters if (p.requires_grad or id(p) in written) and id(p) not in replaced
-        ]
-        kept += _loose_tensors(walked)
-        self._values = [(tensor, tensor.detach().clone()) for tensor in kept if _is_writable(tensor)]
+        changed = (p for _, p in walked.parameters if (p.requires_grad or id(p) in written) and id(p) not in replaced)
+        kept = filter(_is_writable, (*changed, *_loose_tensors(walked)))
+        self._values = [(tensor, tensor.detach().clone()) for tensor in kept]
         copied = {id(tensor) for tensor, _ in self._values} | replaced
         self._frozen = [(n, p, _version(p)) for n, p in walked.parameters if id(p) not in copied]
 

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import _trials as ledger
+from rankaware_optim.calibration._trials import Trials
 
 from ...cli.test_calibrate import LOOP, assert_shared, call, ended, started, trials_of
 from ...helpers.calibrations import calibrate, made_up
@@ -57,17 +58,18 @@ def test_killed_it_goes_on(server, folder):
     ended(started(*command))
     after = trials_of(server.url, "killed")
     assert [t.datetime_complete for t in after[: len(before)]] == [t.datetime_complete for t in before]
-    assert len(ledger.counted(after)) == 8
-    killed = [trial for trial in after if "killed" in trial.user_attrs]
+    records = Trials.read(after)
+    assert len(records.counted()) == 8
+    killed = [trial for trial in records if trial.killed]
     assert len(killed) <= 1
-    assert [ledger.cell_of(t) for t in after if "retry_of" in t.user_attrs] == [ledger.cell_of(t) for t in killed]
+    assert [t.cell for t in records if t.retry_of is not None] == [t.cell for t in killed]
 
 
 def wait_for_trials(server, name, count):
     until = time.monotonic() + 60
     while time.monotonic() < until:
         try:
-            done = ledger.counted(trials_of(server.url, name))
+            done = [t for t in trials_of(server.url, name) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
         except KeyError:  # no study of this name yet
             done = []
         if len(done) >= count:
@@ -93,4 +95,4 @@ def test_a_server_that_goes_away_is_said_and_nothing_is_lost(server, folder):
     assert "a-secret" not in refused.output
     server.start()
     ended(started(*command))
-    assert len(ledger.counted(trials_of(server.url, "away"))) == 8
+    assert len(Trials.read(trials_of(server.url, "away")).counted()) == 8

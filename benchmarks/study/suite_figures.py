@@ -12,30 +12,21 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from study.domains._configs import start_of
-from study.domains._runs import FULL, Losses, curve
-from study.tables import (
-    COMPARED,
-    LAWS,
-    TARGETS,
-    Moved,
-    domains_in,
-    exponent_of,
-    octaves,
-    optimum,
-    pooled,
-    ranks_in,
-    schemes_in,
-    seeds_in,
-)
+from study.configurations import start_of
+from study.grids import FULL, Losses, curve, lowest
+from study.moving import octaves
+from study.optima import domains_in, exponent_of, optimum, ranks_in, schemes_in, seeds_in
+from study.regret import LAWS, Moved, pooled
+from study.suite_tables import COMPARED, TARGETS
 
 from rankaware_optim import Law
+from rankaware_optim._figures import COLOURS as PALETTE
 
 SHOWN = 0.9  # of the losses: the far ones would flatten the rest
 MOST = 300.0  # % of the gain, the end of the summary's axis
 RANK_COLOURS = ("#440154", "#3B528B", "#21918C", "#5EC962", "#B5A000")  # dark to light with the rank
 MARKERS = "os^DvPX*"  # one more than the colours: no two of 56 domains look alike
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = (*PALETTE, "#000000")
 LAW_STYLES = (("--", "#D55E00"), ("-", "#0072B2"), ("-.", "#CC79A7"), ((0, (1, 1)), "#E69F00"))
 
 
@@ -65,14 +56,14 @@ def draw_losses(done: Losses, domain: str) -> Figure:
     """Held-out loss against log2 rate, a line a rank; full finetuning dashed."""
     figure, axes, schemes = panels(done, domain)
     losses = [loss for job, loss in done.items() if job.domain == domain and loss is not None]
-    top, lowest = min(start_of(domain, done), float(np.quantile(losses, SHOWN))), min(losses)
+    top, bottom = min(start_of(domain, done), float(np.quantile(losses, SHOWN))), min(losses)
     every = sorted({rank for scheme in schemes for rank in ranks_in(done, domain, scheme)})
     colours = dict(zip(every, cycle(RANK_COLOURS), strict=False))
     for axis, scheme in zip(axes, schemes, strict=True):
         for rank in ranks_in(done, domain, scheme):
             plot_curve(axis, done, (domain, scheme, rank), color=colours[rank], marker="o", label=f"r = {rank}")
         plot_curve(axis, done, (domain, "full", FULL), color="black", linestyle="--", label="full")
-        axis.set_ylim(lowest - 0.05 * (top - lowest), top + 0.02 * (top - lowest))
+        axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.02 * (top - bottom))
         axis.set_xlabel("log2 rate", fontsize=8)
     axes[0].set_ylabel("held-out score, lower is better", fontsize=8)
     axes[0].legend(fontsize=6)
@@ -130,8 +121,7 @@ def draw_surface(done: Losses, domain: str) -> Figure:
         xs = sorted({x for each in means for x in each})
         values = np.array([[min(each.get(x, math.nan), start) for each in means] for x in xs])
         shown = axis.pcolormesh(range(len(ranks)), xs, values, shading="nearest", cmap="viridis_r")
-        lowest = [min(each, key=lambda x, each=each: each[x]) for each in means]
-        axis.plot(range(len(ranks)), lowest, "o-", color="white", markersize=4)
+        axis.plot(range(len(ranks)), list(map(lowest, means)), "o-", color="white", markersize=4)
         axis.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
         axis.set_xlabel("rank", fontsize=8)
         figure.colorbar(shown, ax=axis).ax.tick_params(labelsize=6)

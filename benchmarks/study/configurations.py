@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from study.domains import Domain, get_domain
+from study.grids import FULL, Job, Listed, Losses, or_inf
+from study.training import train
 from torch import nn
 from torch.optim import Optimizer
 
 import rankaware_optim as ra
-
-from . import Domain, get_domain
-from ._runs import FULL, Job, Listed, Losses, or_inf, train
 
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01}
 CLIP, TUNED = 1.0, 16
@@ -76,8 +76,13 @@ def starts(domain: str, seeds: Sequence[int]) -> Listed:
 
 
 def start_of(domain: str, done: Losses) -> float:
-    """Mean loss before training."""
+    """Mean loss before training, of the runs on file."""
     return statistics.fmean(or_inf(loss) for job, loss in done.items() if job[:2] == (domain, START))
+
+
+def before_training(domain: Domain, seeds: int) -> float:
+    """Mean loss before training, computed: where no run of `starts` is on file."""
+    return statistics.fmean(domain.evaluate(built(domain, "full", FULL, seed)) for seed in range(seeds))
 
 
 def optimizer(model: nn.Module, domain: Domain, job: Job) -> Optimizer:

@@ -1,0 +1,195 @@
+"""What `against_sweep.py` compares: the sweep, the searches on file, the rates of each, and their regret.
+
+Regret is scored on fresh seeds. See `against_sweep.py` for how.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from calibration.searches import LORA, PLANS, RANGE_TEST, RATES_SWEPT, TO_FULL, TPE, WITH_FULL, Search
+from recording import RESULTS
+from scipy.interpolate import PchipInterpolator
+from study.configurations import CONFIGS, LORAPLUS, PRODIGY, TUNED
+from study.contenders import CONTENDERS, Known
+from study.domains import Domain
+from study.grids import FULL, Cell, Grid, Job, Losses, curve, lowest, or_inf
+
+SEEDS, SCORING, NEAR = 3, (3, 4, 5), 1.5
+SEARCHES = RESULTS / "calibration_searches.jsonl"
+ORACLE = "the sweep itself"
+At = tuple[Cell, float]  # what is trained, and log2 of its rate
+SHARES = {  # of the sweep's cost, and seeds, by plan
+    LORA: ((0.05, 0.1, 0.2, 0.4), (0, 1)),
+    TO_FULL: ((0.05, 0.1, 0.2, 0.4), (0,)),
+    WITH_FULL: ((0.1, 0.2, 0.4), (0,)),
+    TPE: ((0.05, 0.1, 0.2), (0,)),
+    RANGE_TEST: ((0.11,), (0,)),
+}
+COARSE = {
+    **{config: range(-13, -2, 2) for config in CONFIGS},
+    **{config + LORAPLUS: range(-15, -4, 2) for config in CONFIGS},
+    "full": range(-15, -4, 2),
+}
+
+
+# --- the sweep, and the searches ------------------------------------------------------------------------------------
+
+
+def truth(domain: Domain) -> Grid:
+    """Every configuration and rank, and full finetuning, on three seeds."""
+    cells = [(domain.name, config, rank) for config in CONFIGS for rank in domain.ranks_swept]
+    return Grid([*cells, (domain.name, "full", FULL)], COARSE, SEEDS, half=2)
+
+
+def tuned_once(domain: Domain) -> Grid:
+    """LoRA+ at the rank at which a user tunes once, on one seed."""
+    cells = [(domain.name, config + LORAPLUS, TUNED) for config in CONFIGS]
+    return Grid(cells, COARSE, 1, half=2)
+
+
+def searches(domain: Domain) -> list[Search]:
+    plans = [(plan, share, seed) for plan in PLANS for seed in SHARES[plan][1] for share in SHARES[plan][0]]
+    return [
+        Search(domain.name, config, *plan)
+        for config, own in CONFIGS.items()
+        for plan in plans
+        if plan[0] != TO_FULL or own.init == "B"  # from Init[A] the plan for full finetuning is the plain one
+    ]
+
+
+def on_file() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in SEARCHES.read_text().splitlines()] if SEARCHES.exists() else []
+
+
+# --- rates ----------------------------------------------------------------------------------------------------------
+
+
+def scoring(domain: Domain, done: Losses) -> list[Job]:
+    """The runs on fresh seeds: half octaves around the sweep's best rates, and contenders' rates farther away."""
+    cells = [
+        (cell, x + half / 2)
+        for cell, x in winners(domain, done)
+        for half in range(-round(2 * NEAR), round(2 * NEAR) + 1)
+    ]
+    named = [rates for config in CONFIGS for rates in picks(domain, config, done).values()]
+    chosen = [at for rates in reversed(named) for at in rates.values()]  # the searches' before the contenders'
+    best = dict(winners(domain, done))
+    cells += [(cell, x) for cell, x in chosen if not is_near(best, cell, x)]
+    return [Job(*cell, x, seed) for cell, x in dict.fromkeys(cells) for seed in SCORING]
+
+
+def winners(domain: Domain, done: Losses) -> Iterator[At]:
+    """Every cell with the best rate of its sweep on three seeds."""
+    for cell in truth(domain).cells:
+        yield cell, lowest(curve(done, cell, SEEDS))
+
+
+def is_near(best: Mapping[Cell, float], cell: Cell, x: float) -> bool:
+    """Whether a rate lies where the scoring seeds were run every half octave."""
+    return cell in best and abs(x - best[cell]) <= NEAR
+
+
+def picks(domain: Domain, config: str, done: Losses) -> dict[str, dict[int, At]]:
+    """What each contender and each search trains at every rank."""
+    known = Known(domain, config, domain.ranks_swept, done)
+    rates = {name: pick(known) for name, pick in CONTENDERS.items()}
+    rates["Prodigy"] = dict.fromkeys((*known.ranks, FULL), 0.0)
+    for row in on_file():
+        if (row["domain"], row["config"]) == (domain.name, config):
+            name = f"{row['plan']}, {row['share']:.0%}, seed {row['seed']}"
+            rates[name] = {int(rank): math.log2(rate[0]) for rank, rate in row["rates"].items()}
+    best = dict(winners(domain, done))
+    return {name: {rank: placed(known, best, name, rank, x) for rank, x in of.items()} for name, of in rates.items()}
+
+
+def placed(known: Known, best: Mapping[Cell, float], name: str, rank: int, x: float) -> At:
+    """The cell and the rate: as it is near the sweep's best, to the nearest half octave elsewhere."""
+    scheme = "full" if rank == FULL else known.config
+    own = {"Prodigy": PRODIGY, "LoRA+ 16": "" if rank == FULL else LORAPLUS}.get(name, "")
+    cell = (known.domain.name, scheme + own, rank)
+    return (cell, x) if is_near(best, cell, x) else (cell, round(2 * x) / 2)
+
+
+# --- regret ---------------------------------------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """A contender's regret at one rank, a share; infinite where a run diverged."""
+
+    domain: str
+    config: str
+    name: str
+    rank: int
+    regret: float
+
+
+def scores_of(domain: Domain, done: Losses, start: float) -> Iterator[Score]:
+    """Every contender at every rank; the sweep itself against the best of its neighbours on the scoring seeds."""
+    best = dict(winners(domain, done))
+    for config in CONFIGS:
+        for name, rates in picks(domain, config, done).items():
+            for rank, (cell, x) in rates.items():
+                own, run = cell_of(domain, config, rank), fresh_curve(done, cell)
+                if run and min(run) <= x <= max(run):
+                    yield Score(domain.name, config, name, rank, regret(done, start, (cell, x), (own, best[own])))
+        for rank in (*domain.ranks_swept, FULL):
+            own = cell_of(domain, config, rank)
+            x = min((best[own] + half / 2 for half in range(-3, 4)), key=lambda x: fresh(done, own, x))
+            yield Score(domain.name, config, ORACLE, rank, regret(done, start, (own, best[own]), (own, x)))
+
+
+def cell_of(domain: Domain, config: str, rank: int) -> Cell:
+    return (domain.name, "full" if rank == FULL else config, rank)
+
+
+def regret(done: Losses, start: float, at: At, best: At) -> float:
+    """(loss at a rate − loss at the best) / (loss before training − loss at the best), means over the scoring seeds."""
+    at_best = fresh(done, *best)
+    return (fresh(done, *at) - at_best) / (start - at_best)
+
+
+def fresh(done: Losses, cell: Cell, x: float) -> float:
+    """Mean loss over the scoring seeds at 2^x: as run, or by a monotone spline between runs; infinite beside one that
+    diverged."""
+    means = fresh_curve(done, cell)
+    if x in means:
+        return means[x]
+    below, above = max(at for at in means if at < x), min(at for at in means if at > x)
+    if not math.isfinite(means[below] + means[above]):
+        return math.inf
+    grid = [at for at in means if math.isfinite(means[at])]
+    return float(PchipInterpolator(grid, [means[at] for at in grid])(x))
+
+
+def fresh_curve(done: Losses, cell: Cell) -> dict[float, float]:
+    """{log2 rate: mean loss} of the rates that every scoring seed has run, by rising rate."""
+    jobs = {x: [Job(*cell, x, seed) for seed in SCORING] for x in sorted({job.x for job in done if job[:3] == cell})}
+    whole = [x for x, each in jobs.items() if all(job in done for job in each)]
+    return {x: statistics.fmean(or_inf(done[job]) for job in jobs[x]) for x in whole}
+
+
+# --- cost -----------------------------------------------------------------------------------------------------------
+
+
+def costs_of(domain: Domain) -> dict[str, list[float]]:
+    """What each search spent, by name: steps weighted by the arm's step time, as a share of the sweep's."""
+    rows = [row for row in on_file() if row["domain"] == domain.name]
+    seconds = {  # median seconds a step of every arm
+        rank: statistics.median(s / n for row in rows for arm, (n, s) in row["arms"].items() if int(arm) == rank and n)
+        for rank in (*domain.ranks_swept, FULL)
+    }
+    sweep = RATES_SWEPT * domain.steps * sum(seconds.values())
+    costs: dict[str, list[float]] = {}
+    for row in rows:
+        spent = sum(steps * seconds[int(rank)] for rank, (steps, _) in row["arms"].items())
+        costs.setdefault(named(row["plan"], row["share"]), []).append(spent / sweep)
+    return costs
+
+
+def named(plan: str, share: float) -> str:
+    return f"{plan}, {share:.0%}"

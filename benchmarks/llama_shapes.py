@@ -1,0 +1,38 @@
+"""Adapters as wide as a Llama's, in PEFT's layout: what the benchmarks of cost build."""
+
+from __future__ import annotations
+
+from torch import nn
+
+RANK = 16
+
+
+def projections(hidden: int, kv: int, intermediate: int) -> dict[str, tuple[int, int]]:
+    """Fan-in and fan-out of the seven linear layers in a Llama block."""
+    narrow, up = (hidden, kv), (hidden, intermediate)
+    return {"q": (hidden, hidden), "k": narrow, "v": narrow, "o": (hidden, hidden)} | {
+        "gate": up,
+        "up": up,
+        "down": (intermediate, hidden),
+    }
+
+
+LLAMA_8B_EIGHTH = projections(512, 128, 1792)  # 32 blocks; every width divided by 8
+LLAMA_70B = projections(8192, 1024, 28672)  # 80 blocks
+
+
+class Pair(nn.Module):
+    """A LoRA pair named and declared as PEFT does it, without the frozen weight beside it."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(fan_in, RANK, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(RANK, fan_out, bias=False)})
+        self.r = {"default": RANK}
+        self.scaling = {"default": 2.0}
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+
+def adapters(blocks: int, shapes: dict[str, tuple[int, int]]) -> nn.Module:
+    """A model of LoRA pairs alone: `blocks` times `shapes`."""
+    return nn.ModuleList(nn.ModuleDict({name: Pair(*fans) for name, fans in shapes.items()}) for _ in range(blocks))

@@ -1,0 +1,68 @@
+"""The best rate of a grid of runs: of one rank, and how it moves with the rank."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from recording import number
+from study.grids import Cell, Losses, curve, curves_by_seed, losses_at, lowest
+
+from rankaware_optim.sweeps._bench import vertex_of
+
+
+def best_of(done: Losses, cell: Cell, seeds: int, start: float) -> dict[str, Any] | None:
+    """A cell's best rate; None where it has no grid yet.
+
+    best: log2, the vertex of the parabola through the best three of the mean over seeds, None at an edge. by_seed: the
+    same seed by seed. lowest: the grid's best rate; loss and spread: mean and standard deviation there. octave_above:
+    what the next octave loses, as a share of the gain from `start`; None where it diverged.
+    """
+    means = curve(done, cell, seeds)
+    if len(means) < 3:
+        return None
+    x = lowest(means)
+    above = (means.get(x + 1, math.inf) - means[x]) / (start - means[x])
+    return {
+        "best": vertex_of(means),
+        "by_seed": [vertex_of(each) for each in curves_by_seed(done, cell, seeds)],
+        "lowest": x,
+        "loss": means[x],
+        "spread": statistics.stdev(losses_at(done, cell, x, seeds)) if math.isfinite(means[x]) else None,
+        "octave_above": above if math.isfinite(above) else None,
+    }
+
+
+def in_words(row: Mapping[str, Any]) -> str:
+    """A best rate with those of its seeds: "−7.9 (−8.0, −7.8, −7.9)"."""
+    return f"{number(row['best'], 2)} ({', '.join(number(x, 1) for x in row['by_seed'])})"
+
+
+def best_rate(means: Mapping[float, float], start: float) -> float | None:
+    """log2 of a curve's best rate: the parabola's vertex, None at an edge of the grid.
+
+    At a cliff a parabola says nothing: there it is the lowest.
+    """
+    vertex, xs = vertex_of(means), sorted(means)
+    if vertex is None:
+        return None
+    i = xs.index(lowest(means))
+    untrained = max(means[xs[i - 1]], means[xs[i + 1]]) >= start
+    return xs[i] if untrained or jumps([means[x] for x in xs[i:]]) else vertex
+
+
+def jumps(upward: Sequence[float]) -> bool:
+    """Whether the loss, from its lowest to higher rates, rises at once to about where it then stays.
+
+    That is: the first octave loses more than half of what any further one does. A parabola's loses a third at most,
+    where its vertex lies half an octave below the lowest.
+    """
+    risen = [loss - upward[0] for loss in upward[1:] if math.isfinite(loss)]
+    return len(risen) > 1 and risen[0] > max(risen) / 2
+
+
+def slope(octaves: Mapping[int, float]) -> float:
+    """Of octaves over log2 rank."""
+    return statistics.linear_regression([math.log2(rank) for rank in octaves], list(octaves.values())).slope

@@ -1,0 +1,72 @@
+"""How rates move: the octaves between two configurations by a law, and ways that know none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
+import torch
+from study.configurations import CONFIGS, TUNED, built, tuned_at
+from study.domains import DomainError, get_domain
+from study.grids import FULL
+
+from rankaware_optim import Law, Survey, inspect_model
+from rankaware_optim.optimizer import PlanOptions, make_plan
+
+INITS = ("Init[A], s = 1", "Init[B], s = 1")
+Shift = Callable[[int, int], float]  # octaves from a source rank to a target, `FULL` for full finetuning
+
+
+def kept(a: int, b: int) -> float:
+    """One rate everywhere."""
+    return 0.0
+
+
+def by_inverse_rank(domain: str) -> Shift:
+    """The rate falls as 1/r; full finetuning stands at r = n, the model's width."""
+    return lambda a, b: -math.log2((b or surveyed(domain, next(iter(CONFIGS)), TUNED).width) / a)
+
+
+def by_law(domain: str, config: str, law: Law) -> Shift:
+    return lambda a, b: octaves(domain, config, b, law) - octaves(domain, config, a, law)
+
+
+def across_inits(domain: str, rank: int, law: Law) -> float:
+    """Octaves by which a law moves a rate from Init[A] to Init[B]."""
+    a, b = INITS
+    return octaves(domain, b, rank, law, a) - octaves(domain, a, rank, law)
+
+
+@cache
+def octaves(domain: str, config: str, rank: int, law: Law, origin: str | None = None) -> float:
+    """log2 of the multiplier that the package gives at a rank, or to full finetuning, to a rate tuned at rank 16.
+
+    Tuned in the same configuration, or in `origin`.
+    """
+    found = [x for each in octaves_by_role(domain, config, rank, law, origin).values() for x in each]
+    if max(found) - min(found) > 1e-9:
+        raise DomainError(f"{law} gives A and B different rates.", "The sweeps are of one rate: compare laws of one.")
+    return found[0]
+
+
+def octaves_by_role(domain: str, config: str, rank: int, law: Law, origin: str | None = None) -> dict[str, list[float]]:
+    """The same for every factor that the law moves, by its role: "A", "B" or "full"."""
+    survey = surveyed(domain, config, rank)
+    at, heads = tuned_at(origin or config), get_domain(domain).head_rates
+    options = PlanOptions(law, tuned_at=at, rates=heads, across_inits=origin is not None)
+    plan = make_plan(survey, options, optimizer_class=torch.optim.AdamW)
+    found: dict[str, list[float]] = {}
+    for factor in survey.factors:
+        assigned = plan.assign(factor.name, factor)
+        if assigned.rate is None:
+            found.setdefault(factor.role, []).append(math.log2(assigned.multiplier))
+    return found
+
+
+@cache
+def surveyed(domain: str, config: str, rank: int) -> Survey:
+    """What is trained at a rank; the model is built once for all laws."""
+    method: Literal["lora", "full"] = "full" if rank == FULL else "lora"
+    return inspect_model(built(get_domain(domain), config, rank, 0), method=method)

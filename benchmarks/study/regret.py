@@ -1,0 +1,98 @@
+"""Regret: the share of the attainable gain that a rate loses which was best at one rank and is moved to another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from calibration.make_recipes import path_of
+from calibration.searches import rate_of
+from study.configurations import CONFIGS, LORAPLUS, TWO_RATES, start_of
+from study.domains import get_domain
+from study.grids import FULL, Cell, Losses, curve, lowest
+from study.moving import Shift, by_inverse_rank, by_law, kept, octaves
+from study.optima import domains_in, optimum, ranks_in, seeds_in
+
+from rankaware_optim import Falling, Law, MuA, Recipe
+from rankaware_optim.sweeps._bench import loss_between
+
+LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA at 8 tokens": MuA(), "µA, falling at B": Falling()}
+SPLIT = MuA(split=True)  # what "two rates" are moved by, from the rank at which they are tuned
+
+
+class Moved(NamedTuple):
+    """What a way of moving a rate loses: over all ordered pairs of ranks, and from every rank to full finetuning."""
+
+    domain: str
+    config: str
+    way: str
+    lora: tuple[float, ...]
+    full: tuple[float, ...]
+
+
+def moves(done: Losses, laws: Mapping[str, Law] = LAWS) -> list[Moved]:
+    """Every way in every domain and configuration that was swept at two ranks."""
+    return [each for domain in domains_in(done) for each in moves_in(done, domain, laws)]
+
+
+def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Moved]:
+    full = (domain, "full", FULL)
+    has_full = bool(ranks_in(done, domain, "full"))
+    for config in CONFIGS:
+        for way, scheme, shift in ways(done, domain, config, laws):
+            sources = {rank: best_at(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
+            pairs = [(a, b) for a in sources for b in sources if a != b]
+            lora = [lost(done, (domain, scheme, b), (domain, config, b), sources[a] + shift(a, b)) for a, b in pairs]
+            whole = [lost(done, full, full, x + shift(a, FULL)) for a, x in sources.items() if has_full]
+            if lora:
+                yield Moved(domain, config, way, tuple(lora), tuple(whole))
+
+
+def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Iterator[tuple[str, str, Shift]]:
+    """Name, the scheme that is trained, and how it moves a rate."""
+    for name, law in laws.items():
+        yield name, config, by_law(domain, config, law)
+    if path_of(domain, config).exists():  # the recipe's rate at the target, whatever the source
+        recipe = Recipe.load(path_of(domain, config))
+        rates = {rank: math.log2(rate_of(recipe, config, rank)[0]) for rank in (*get_domain(domain).ranks_swept, FULL)}
+        yield "calibrated recipe", config, lambda a, b: rates[b] - best_at(done, (domain, config, a))
+    yield "one rate everywhere", config, kept
+    yield "1/r", config, by_inverse_rank(domain)
+    full = optimum(done, (domain, "full", FULL)).x
+    if full is not None:  # from whatever rate to ten times full finetuning's own
+        ten = {True: full + math.log2(10), False: full}
+        yield "ten times full", config, lambda a, b: ten[b != FULL] - best_at(done, (domain, config, a))
+    yield "LoRA+ 16", config + LORAPLUS, kept
+    yield "two rates", config + TWO_RATES, lambda a, b: 0.0 if b else octaves(domain, config, FULL, SPLIT)
+
+
+def best_at(done: Losses, cell: Cell) -> float:
+    """log2 of a cell's best rate, the grid's where the vertex lies outside."""
+    found = optimum(done, cell).x
+    return lowest(curve(done, cell, seeds_in(done, *cell[:2]))) if found is None else found
+
+
+def lost(done: Losses, trained: Cell, best: Cell, x: float) -> float:
+    """Regret at 2^x, on straight lines between the rates tried.
+
+    Beyond the grid of all seeds by the coarse pass of one, and beyond that too by its end.
+    """
+    seeds = seeds_in(done, *trained[:2])
+    means = curve(done, trained, seeds)
+    coarse = {at: loss for at, loss in curve(done, trained, 1).items() if not min(means) <= at <= max(means)}
+    tried = {**coarse, **means}
+    there = loss_between(tried, min(max(x, min(tried)), max(tried)))
+    at_best = min(curve(done, best, seeds).values())
+    return (there - at_best) / (start_of(trained[0], done) - at_best)
+
+
+def pooled(moved: Sequence[Moved], way: str) -> dict[str, tuple[list[float], list[float]]]:
+    """A way's regrets in every domain, over its configurations: from rank to rank, and to full finetuning."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for each in moved:
+        if each.way == way:
+            lora, full = found.setdefault(each.domain, ([], []))
+            lora.extend(each.lora)
+            full.extend(each.full)
+    return found

@@ -1,0 +1,150 @@
+"""Tables of `suite.py`: exponents, the paper's claims, regret. The rules of verdict were written before any run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+
+from recording import block, number, percent, table_of
+from study.configurations import CONFIGS, RSLORA
+from study.grids import FULL, Losses
+from study.moving import INITS, across_inits, by_law
+from study.optima import best_rates, domains_in, exponent_of, law_slope, optimum
+from study.regret import LAWS, Moved, pooled
+
+from rankaware_optim import Law
+
+HELD, DRIFT, OCTAVE = 0.1, 0.35, 0.5
+RULES = (
+    f"An exponent within {HELD} of the claimed one held, within {DRIFT} it held with a drift, else it did not hold. "
+    f"Init[B]'s rate is full finetuning's where its mean over ranks lies within {OCTAVE} octaves, with a drift within "
+    f"{2 * OCTAVE:g}: the mean, so look at the ranks too. These rules were written before any run."
+)
+REGRET = (
+    "Regret is the share of the attainable gain that is lost, by the seeds that chose the best rates, on straight "
+    "lines between the rates tried, beyond them at the last. `calibration.md` has that of two domains on fresh seeds, "
+    "beside what the sweep itself loses on them."
+)
+JUMPS = (
+    "Octaves from the best rate there to the rate moved there, at the lowest rank first: above 0 it is too high. From "
+    "Init[A] to Init[B] the rank stays. At Init[B] the default law is µA, falling at B; elsewhere it is µA at 8 tokens."
+)
+
+
+def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS) -> list[str]:
+    every = domains_in(done)
+    exponent_rows = [row for domain in every for row in exponents(done, domain, laws)]
+    claim_rows = [row for domain in every for row in claims(done, domain)]
+    regret_rows = []
+    for each in moved:
+        lora, full = ([str(len(x)), *(median_and_worst(x) or ("–", "–"))] for x in (each.lora, each.full))
+        regret_rows.append([each.domain, each.config, each.way, *lora, *full])
+    jump_rows = [row for domain in every for row in jumps(done, domain, laws)]
+    heads = ["domain", "configuration", "ranks", "seeds", "measured", *laws]
+    ways = ["way", "moves", "LoRA to LoRA: median", "worst", "moves", "LoRA to full: median", "worst"]
+    return [
+        block("(a) Exponent of the best rate in rank, with its 90 % interval over seeds", heads, exponent_rows),
+        block("(b) The paper's claims", ["domain", "claim", "verdict", "numbers"], claim_rows),
+        RULES,
+        block(
+            "(c) Regret of a rate moved from every rank to every other",
+            ["domain", "configuration", *ways],
+            regret_rows,
+        ),
+        REGRET,
+        block("(d) Rates moved to full finetuning, and to the other init", ["domain", "from", "to", *laws], jump_rows),
+        JUMPS,
+    ]
+
+
+# --- exponents and claims -------------------------------------------------------------------------------------------
+
+
+def exponents(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[str]]:
+    for scheme in (*CONFIGS, *RSLORA):
+        found = exponent_of(done, domain, scheme)
+        if found is not None:
+            by_laws = [number(law_slope(domain, scheme, found.ranks, law), 2, sign=True) for law in laws.values()]
+            yield [domain, scheme, ", ".join(map(str, found.ranks)), str(found.seeds), str(found), *by_laws]
+
+
+CLAIMS = (
+    ("Init[A], s = 1", -0.5, "Init[A], s = 1: the best rate falls as r^-1/2"),
+    ("Init[A], s = 1/r", 0.0, "Init[A], s = 1/r: one rate for every rank"),
+    ("Init[B], s = 1", 0.0, "Init[B], s = 1: one rate for every rank"),
+)
+
+
+def claims(done: Losses, domain: str) -> Iterator[list[str]]:
+    for scheme, claimed, words in CLAIMS:
+        found = exponent_of(done, domain, scheme)
+        if found is not None:
+            yield [domain, words, verdict(found.slope - claimed, HELD, DRIFT), f"r^({found})"]
+    yield from to_full(done, domain)
+
+
+def verdict(apart: float, held: float, drift: float) -> str:
+    if abs(apart) <= held:
+        return "held"
+    return f"held with a drift of {apart:+.2f}" if abs(apart) <= drift else "did not hold here"
+
+
+def to_full(done: Losses, domain: str) -> Iterator[list[str]]:
+    scheme, full = "Init[B], s = 1", optimum(done, (domain, "full", FULL)).x
+    apart = {} if full is None else {rank: x - full for rank, x in best_rates(done, domain, scheme).items()}
+    if apart:
+        said = verdict(statistics.fmean(apart.values()), OCTAVE, 2 * OCTAVE)
+        numbers = ", ".join(f"{x:+.1f} at r = {rank}" for rank, x in apart.items())
+        yield [domain, "Init[B]'s rate is full finetuning's, in the mean", said, f"octaves above full's: {numbers}"]
+
+
+# --- regret ---------------------------------------------------------------------------------------------------------
+
+
+def median_and_worst(regrets: Sequence[float]) -> list[str]:
+    return [percent(statistics.median(regrets)), percent(max(regrets))] if regrets else []
+
+
+COMPARED = {  # what the README compares, in its words
+    "one rate everywhere": "one rate everywhere",
+    "1/r": "1/r",
+    "LoRA+ 16": "LoRA+ 16",
+    "ten times full": "ten times full finetuning's",
+    "the paper's law": "the paper's law",
+    "µA at 8 tokens": 'this package, law="mua"',
+    "µA, falling at B": "this package's default law",
+    "calibrated recipe": "this package, calibrated",
+}
+TARGETS = ("another rank", "full finetuning")
+
+
+def summary(moved: Sequence[Moved]) -> str:
+    """The README's table: median and worst regret of a rate that is moved, a domain a column."""
+    every, rows = list(dict.fromkeys(each.domain for each in moved)), []
+    for which, target in enumerate(TARGETS):
+        for way, words in COMPARED.items():
+            if found := pooled(moved, way):
+                shares = [found[domain][which] if domain in found else [] for domain in every]
+                rows.append([target, words, *(" / ".join(median_and_worst(each)) or "–" for each in shares)])
+    return table_of(["to", "the rate is moved by", *(domain.replace("_", " ") for domain in every)], rows)
+
+
+# --- from one configuration to another ------------------------------------------------------------------------------
+
+
+def jumps(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[str]]:
+    """How far a rate lies off that a law moves to full finetuning, and from Init[A] to Init[B] at its rank."""
+    full = optimum(done, (domain, "full", FULL)).x
+    for scheme in CONFIGS:
+        found = best_rates(done, domain, scheme)
+        if found and full is not None:
+            off = [[x + by_law(domain, scheme, law)(r, FULL) - full for r, x in found.items()] for law in laws.values()]
+            yield [domain, scheme, "full finetuning", *map(listed, off)]
+    a, b = (best_rates(done, domain, scheme) for scheme in INITS)
+    if shared := [rank for rank in a if rank in b]:
+        off = [[a[r] + across_inits(domain, r, law) - b[r] for r in shared] for law in laws.values()]
+        yield [domain, *INITS, *map(listed, off)]
+
+
+def listed(off: Sequence[float]) -> str:
+    return ", ".join(number(octave, 1, sign=True) for octave in off)

@@ -1,0 +1,85 @@
+"""A trial run by Lightning's `Trainer`, of `lightning` or `pytorch_lightning`. Importing this imports neither."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from ..errors import CalibrationError
+from ._trainer_run import TrainerRun
+
+__all__ = ["fit"]
+
+
+def fit(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun) -> Any:
+    """Run the trial by `trainer.fit`; its score, or None where there is none to take."""
+    base = next((c for c in type(module).__mro__ if c.__name__ == "LightningModule"), None)
+    if base is None:
+        raise CalibrationError(
+            f"make_trainer returned a {type(module).__name__} where Lightning's module belongs.",
+            "Return (trainer, module, loaders or datamodule).",
+        )
+    callbacks = import_module(f"{base.__module__.rpartition('.core')[0]}.callbacks")
+    _set_optimizer(module, base, run)
+    _set_steps(trainer.fit_loop, run)
+
+    class Reports(callbacks.Callback):  # type: ignore[name-defined]
+        """Reports every step, and stops the trainer where the trial ends."""
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            if not isinstance(loss, torch.Tensor):
+                raise CalibrationError(
+                    "The module's training_step returned no loss.", "Return it, optimized by hand or not."
+                )
+            run.add(loss)
+            if trainer.global_step > run.steps_taken and run.end_step():
+                trainer.should_stop = True
+
+    def validated() -> dict[str, Any]:
+        """The metrics of the datamodule, or of the loaders that follow the training ones."""
+        loaders = data[1:2] if len(data) > 1 else data
+        found = trainer.validate(module, *loaders, verbose=False)
+        return {name: value for metrics in found for name, value in metrics.items()}
+
+    kept = [callback for callback in trainer.callbacks if not isinstance(callback, callbacks.Checkpoint)]
+    trainer.callbacks = [*kept, Reports()]
+    with _interrupts_come_out():
+        trainer.fit(module, *data)
+        return run.score(trainer, validated)
+
+
+def _set_optimizer(module: Any, base: Any, run: TrainerRun) -> None:
+    """Hand the trial's optimizer to a module that configures none."""
+    if type(module).configure_optimizers is base.configure_optimizers:
+        module.configure_optimizers = lambda: run.optimizer(module)
+    elif run.settings:
+        raise CalibrationError(
+            f"settings= were given, and {type(module).__name__} configures its optimizer itself.",
+            "Give them there: trial.optimizer(self, ...).",
+        )
+
+
+def _set_steps(loop: Any, run: TrainerRun) -> None:
+    """Let the steps decide when the trainer ends, and no epochs."""
+    own = loop.epoch_loop.max_steps
+    loop.epoch_loop.max_steps = run.steps_of(own if own >= 0 else None)
+    loop.max_epochs, loop.min_epochs, loop.epoch_loop.min_steps = -1, None, None
+
+
+@contextmanager
+def _interrupts_come_out() -> Iterator[None]:
+    """Lightning answers Ctrl-C by leaving the process, deaf to further ones: give the interrupt to the caller."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from end
