@@ -1,7 +1,7 @@
-"""The table of conventions: how each library stores a LoRA pair, a row each.
+"""The table of conventions: how each library stores a LoRA pair, in a model and in a file, a row each.
 
 A row names the attributes of the module that owns a pair and the layout of its two tensors. Nothing is imported from
-the libraries: a row is matched by attributes alone.
+the libraries: a row is matched by attributes alone, in a file by names.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
+from .._checks import check_init
 from .._registry import Registry
 from .._types import Init
 from ..errors import InspectionError, RankAwareWarning
@@ -20,12 +21,15 @@ from ..errors import InspectionError, RankAwareWarning
 __all__ = [
     "CONVENTIONS",
     "Convention",
+    "KEYS",
     "LAYOUTS",
     "Layout",
     "Reading",
     "conventions",
     "register_convention",
 ]
+
+KEYS = ("{}", "{}.weight")
 
 Shape = tuple[int, ...]
 
@@ -46,12 +50,17 @@ class Reading(NamedTuple):
 
 
 Layout = Callable[[Any, Shape, Shape], Reading]
-"""From the owner and the shapes of A and B to a `Reading`; a LookupError, AttributeError, TypeError, ValueError or
-ArithmeticError means that the layout does not fit, an InspectionError goes to the user."""
+"""From the owner and the shapes of A and B to a `Reading`.
+
+A LookupError, AttributeError, TypeError, ValueError or ArithmeticError means that the layout does not fit. An
+InspectionError goes to the user. In a file the owner has the attributes that the row names and the file tells.
+"""
 
 
 def _rows(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in, k…), B (out, r, 1…): what nearly everybody does; a grouped convolution's B may hold r / groups."""
+    if math.prod(b[2:]) != 1:
+        raise ValueError("B has a kernel of its own")
     groups = getattr(getattr(owner, "base_layer", owner), "groups", 1) if len(b) > 2 else 1
     groups = groups if b[1] * groups == a[0] else 1
     return Reading(a[0], b[1] * groups, math.prod(a[1:]), b[0], 1 / groups)
@@ -76,17 +85,13 @@ def _experts(owner: Any, a: Shape, b: Shape) -> Reading:
 def _stacked(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r·E, in), B (out, r·E): PEFT's `target_parameters`, with E = `num_experts`."""
     base = getattr(owner, "get_base_layer", lambda: owner)()
-    if owner.num_experts > 1 and not hasattr(owner, "_did_swap_in_out_features") and _rows_first(base):
+    rows_first = getattr(base, "is_transposed", True) is False  # as transformers says; older ones say nothing
+    if rows_first and owner.num_experts > 1 and not hasattr(owner, "_did_swap_in_out_features"):
         raise InspectionError(
             f"This PEFT swaps A and B of experts stored as (experts, out, in), such as {type(base).__name__}'s.",
             "Install PEFT 0.19 or later, and train such adapters anew.",
         )
     return Reading(a[0] / owner.num_experts, b[1] / owner.num_experts, a[1], b[0], kind="experts")
-
-
-def _rows_first(experts: Any) -> bool:
-    """Whether transformers says that these experts are stored as (experts, out, in); older ones say nothing."""
-    return getattr(experts, "is_transposed", True) is False
 
 
 def _merged(owner: Any, a: Shape, b: Shape) -> Reading:
@@ -102,7 +107,10 @@ def _kernel(owner: Any, a: Shape, b: Shape) -> Reading:
 
 def _tucker(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…): the kernel is the core's, which is left at the base rate."""
-    return Reading(a[0], b[1], a[1] * math.prod(owner.lora_mid.weight.shape[2:]), b[0], kind="conv")
+    core = tuple(owner.lora_mid.weight.shape)
+    if core[:2] != (a[0], b[1]) or math.prod((*a[2:], *b[2:])) != 1:
+        raise ValueError("the core does not fit")
+    return Reading(a[0], b[1], a[1] * math.prod(core[2:]), b[0], kind="conv")
 
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -119,7 +127,7 @@ LAYOUTS: Mapping[str, Layout] = {
 
 @dataclass(frozen=True)
 class Convention:
-    """How one library stores a LoRA pair on the module that owns it: a row of the table, imported from nobody.
+    """How one library stores a LoRA pair, on the module that owns it and in a file: a row of the table.
 
     `a` (input side) and `b` are the owner's attributes, each a parameter, a module with a `weight`, or
     (`container=True`) a dict of those by adapter name. `rank`, `scaling` and `alpha` are the attributes, dotted where
@@ -127,6 +135,10 @@ class Convention:
     are attributes that the owner must have. `layouts` are names of `LAYOUTS` or functions; the first that agrees with
     the declared rank is taken. `init` is the row's own where zeros cannot tell it. `exact` is False for rows that no
     test has held against the library itself.
+
+    A file is read by the same row. Its names are the owner's, a dot and one of `keys`, where {} is `a` or `b`. A key
+    that begins with _ follows the owner's name without a dot. Other attributes are other entries of the owner, numbers
+    those of one element. Keys of a row's own stand in for `where`.
 
     >>> register_convention(Convention("mine", a="reduce", b="expand", layouts=("columns",), scaling=("gain",)))
     >>> register_convention("mine", remove=True)
@@ -144,6 +156,7 @@ class Convention:
     alpha: tuple[str, ...] = ("lora_alpha", "alpha")
     init: Init | None = None
     exact: bool = True
+    keys: tuple[str, ...] = KEYS
 
 
 _LORA = ("lora_A", "lora_B")
@@ -167,14 +180,14 @@ CONVENTIONS: tuple[Convention, ...] = (
         init="other",
     ),
     Convention("peft-experts", *_LORA, container=True, where=("num_experts", "parameter_name"), layouts=("stacked",)),
+    Convention("merged", *_LORA, where=("enable_lora", "r"), layouts=("merged",)),
     Convention("peft", *_LORA, container=True, layouts=("rows", "blocks")),
     Convention("peft-embedding", "lora_embedding_A", "lora_embedding_B", container=True, kind="embedding"),
-    Convention("merged", *_LORA, where=("enable_lora", "r"), layouts=("merged",)),
     Convention("loralib-conv", *_LORA, where=("conv",), layouts=("kernel",)),
     Convention("minLoRA", *_LORA, where=("lora_dropout_mask",), layouts=("rows", "columns"), exact=False),
     Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",), exact=False),
     Convention("lora_A/lora_B", *_LORA),
-    Convention("lora_a/lora_b", "lora_a", "lora_b"),
+    Convention("lora_a/lora_b", "lora_a", "lora_b", keys=("{}.weight",)),  # MLX writes a bare lora_a, transposed
     Convention("locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)),
     Convention("lora_down/lora_up", "lora_down", "lora_up"),
     _automodel_experts("gate_and_up"),
@@ -197,9 +210,16 @@ CONVENTIONS: tuple[Convention, ...] = (
         rank=("lora_config.lora_r",),
         scaling=("lora_scaling_factor",),
     ),
-    Convention("diffusers-legacy", "down", "up", where=("network_alpha", "rank"), alpha=("network_alpha",)),
+    Convention(
+        "diffusers-legacy",
+        "down",
+        "up",
+        where=("network_alpha", "rank"),
+        alpha=("network_alpha", "alpha"),
+        keys=("lora.{}.weight", "_lora.{}.weight", "lora_linear_layer.{}.weight"),
+    ),
 )
-"""Tried in this order on every module, after registered ones; the first row that matches a parameter keeps it."""
+"""Tried in this order on every module or layer of a file, after registered ones; the first that matches keeps it."""
 
 OPTIONAL: Mapping[str, tuple[Convention, ...]] = {
     "A/B": (
@@ -274,7 +294,7 @@ def _check(row: Any) -> None:
             raise InspectionError(
                 f"The convention {row.name!r} names {name!r} as a factor.", "Give the owner's attribute, as 'lora_A'."
             )
-    for field in ("where", "layouts", "rank", "scaling", "alpha"):
+    for field in ("where", "layouts", "rank", "scaling", "alpha", "keys"):
         if not isinstance(getattr(row, field), tuple):
             raise InspectionError(
                 f"The convention {row.name!r} has {field}={getattr(row, field)!r}.", "Give a tuple, as ('rank',)."
@@ -285,3 +305,10 @@ def _check(row: Any) -> None:
                 f"The convention {row.name!r} has the layout {layout!r}.",
                 f"Known are {', '.join(LAYOUTS)}; or give a function of owner and two shapes.",
             )
+    for key in row.keys:
+        if not isinstance(key, str) or key.split(".").count("{}") != 1:
+            raise InspectionError(
+                f"The convention {row.name!r} has the key {key!r}.",
+                "Write {} once, between dots, as in 'adapter.{}.weight'.",
+            )
+    check_init(row.init, f"The init of the convention {row.name!r} is", known=(*get_args(Init), None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,16 +30,19 @@ class Walk(NamedTuple):
 
 
 class Half(NamedTuple):
-    """One of a pair's two tensors, by its name local to the owner."""
+    """One of a pair's two tensors, by its name local to the owner. In a file: by its whole name, with a shape alone."""
 
     name: str
     tensor: torch.Tensor
 
 
 class Pair(NamedTuple):
-    """Two factors as some module owns them: the module, its name, the adapter's, the row that matched, A and B."""
+    """Two factors as some module owns them: the module, its name, the adapter's, the row that matched, A and B.
 
-    owner: nn.Module
+    Of a file the owner is a namespace of what the file tells.
+    """
+
+    owner: Any
     layer: str
     adapter: str
     convention: Convention
@@ -175,7 +178,7 @@ def _shard_reading(pair: Pair, declared: float | None) -> Reading:
 
 def _kind(pair: Pair) -> str:
     base = getattr(pair.owner, "base_layer", pair.owner)
-    conv = pair.a.tensor.dim() > 2 or hasattr(base, "kernel_size")
+    conv = len(pair.a.tensor.shape) > 2 or hasattr(base, "kernel_size")
     return "embedding" if is_embedding(pair.owner) else "conv" if conv else "linear"
 
 
@@ -191,7 +194,7 @@ def _no_reading(pair: Pair, declared: float | None) -> InspectionError:
 
 def is_shard(half: Half) -> bool:
     """Whether a factor's shape is that of one process's share: flat under FSDP1, empty under ZeRO-3."""
-    return half.tensor.dim() < 2 or half.tensor.numel() == 0
+    return len(half.tensor.shape) < 2 or 0 in half.tensor.shape
 
 
 # What modules call their fan-in and fan-out.

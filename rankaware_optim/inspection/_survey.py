@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from .._checks import check_init
 from .._types import Factor, Init, Method, Survey
 from ..errors import InspectionError
-from ._conventions import conventions
+from ._conventions import Reading, conventions
 from ._pairs import Modules, Pair, Walk, is_embedding, is_shard, pairs_of, reading_of, scaling_of, walk
 from ._unsupported import is_other_adapter, unsupported
 
-__all__ = ["declared_init", "declared_inits", "inspect_model", "is_zero", "survey_of"]
+__all__ = ["declared_init", "declared_inits", "factor_fields", "inspect_model", "is_zero", "survey_of"]
 
 _SAMPLE = 1024
 # PEFT's init_lora_weights values under which B starts at zero; True too, and every other string starts both non-zero.
@@ -44,6 +45,7 @@ def survey_of(walked: Walk, *, method: Method = "lora", init: Init | None = None
     """`inspect_model` of a model that was walked already; parameters whose id is in `also` count though frozen."""
     if method not in ("lora", "full"):
         raise InspectionError(f"The method is 'lora' or 'full', not {method!r}.", "Give one of the two.")
+    check_init(init, known=(*get_args(Init), None))
     modules, parameters = walked
     trainable = {id(p): name for name, p in parameters if p.requires_grad or id(p) in also}
     notes: list[str] = []
@@ -123,30 +125,30 @@ def _lora_factors(
     for pair in pairs_of(modules):
         ids = [id(pair.a.tensor), id(pair.b.tensor)]
         if not left.keys().isdisjoint(ids):
-            shared = _shared(pair, init, declared.get(pair.adapter), notes)
+            reading = reading_of(pair)
+            scaling = scaling_of(pair, reading.rank_a)
+            if scaling is None:
+                notes.append(f"{pair.where} declares no scaling: 1 is assumed.")
+            found = init or init_of(pair, declared.get(pair.adapter), reading.kind or "linear")
+            fields = factor_fields(pair, reading, scaling, found)
             for role, half in (("A", pair.a), ("B", pair.b)):
                 name = left.pop(id(half.tensor), None)
                 if name is not None:
-                    yield Factor(name=name, role=role, **shared)  # type: ignore[arg-type]
+                    yield Factor(name=name, role=role, **fields)  # type: ignore[arg-type]
         halves = [half for half in (pair.a, pair.b) if id(half.tensor) not in trainable and id(half.tensor) not in seen]
         frozen += [f"{pair.layer}.{half.name}".removeprefix(".") for half in halves]
         seen.update(ids)
 
 
-def _shared(pair: Pair, init: Init | None, declared: object, notes: list[str]) -> dict[str, Any]:
+def factor_fields(pair: Pair, reading: Reading, scaling: float | None, init: Init) -> dict[str, Any]:
     """All that the two factors of a pair share."""
-    reading = reading_of(pair)
-    kind, rank = reading.kind or "linear", int(reading.rank_a)
-    scaling = scaling_of(pair, rank)
-    if scaling is None:
-        notes.append(f"{pair.where} declares no scaling: 1 is assumed.")
     return {
-        "rank": rank,
+        "rank": int(reading.rank_a),
         "fan_in": float(reading.fan_in),
         "fan_out": float(reading.fan_out),
         "scaling": 1.0 if scaling is None else scaling,
-        "init": init or init_of(pair, declared, kind),
-        "kind": kind,
+        "init": init,
+        "kind": reading.kind or "linear",
         "layer": pair.layer,
         "adapter": pair.adapter,
         "convention": pair.convention.name,
