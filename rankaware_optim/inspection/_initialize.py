@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from .._checks import check_init
 from .._types import Survey
 from ..errors import InspectionError
 from ._declarations import Config, configs_of, declare, redeclare, scaling_places
@@ -112,10 +113,7 @@ def initialize(
 
 
 def _check_arguments(init: object, seed: object, scaling: object, variance: object) -> None:
-    if init not in ("A", "B"):
-        raise InspectionError(
-            f"An adapter is initialised at 'A' (B zero) or 'B' (A zero), not {init!r}.", "Give one of the two."
-        )
+    check_init(init, "An adapter is initialised at")
     if variance not in ("mua", "peft") or (variance == "peft" and init == "B"):
         raise InspectionError(
             f"Init[{init}] has no variance {variance!r}.", "Init[A] knows 'mua' and 'peft', Init[B] only 'mua'."
