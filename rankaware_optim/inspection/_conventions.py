@@ -18,16 +18,7 @@ from .._registry import Registry
 from .._types import Init
 from ..errors import InspectionError, RankAwareWarning
 
-__all__ = [
-    "CONVENTIONS",
-    "Convention",
-    "KEYS",
-    "LAYOUTS",
-    "Layout",
-    "Reading",
-    "conventions",
-    "register_convention",
-]
+__all__ = ["CONVENTIONS", "Convention", "KEYS", "LAYOUTS", "Layout", "Reading", "conventions", "register_convention"]
 
 KEYS = ("{}", "{}.weight")
 
@@ -113,16 +104,8 @@ def _tucker(owner: Any, a: Shape, b: Shape) -> Reading:
     return Reading(a[0], b[1], a[1] * math.prod(core[2:]), b[0], kind="conv")
 
 
-LAYOUTS: Mapping[str, Layout] = {
-    "rows": _rows,
-    "blocks": _blocks,
-    "columns": _columns,
-    "experts": _experts,
-    "stacked": _stacked,
-    "merged": _merged,
-    "kernel": _kernel,
-    "tucker": _tucker,
-}
+_NAMED = (_rows, _blocks, _columns, _experts, _stacked, _merged, _kernel, _tucker)
+LAYOUTS: Mapping[str, Layout] = {layout.__name__[1:]: layout for layout in _NAMED}
 
 
 @dataclass(frozen=True)

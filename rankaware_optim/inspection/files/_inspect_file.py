@@ -13,7 +13,7 @@ from ..._types import Factor, Survey
 from ...errors import InspectionError
 from .._conventions import KEYS, Convention, Reading
 from .._pairs import Half, Pair, is_shard, read_as
-from .._survey import declared_init, factor_fields
+from .._survey import declared_init, factors_of
 from .._unsupported import is_other_adapter, unsupported
 from ._keys import NamedPair, named_pairs, refuse_collisions
 from ._peft_config import AdapterConfig, Declared, embedded_configs, is_alpha, read_config
@@ -185,7 +185,7 @@ def _row(pair: NamedPair, owner: object, config: AdapterConfig | None) -> Conven
 # --- what is read ---------------------------------------------------------------------------------------------------
 
 
-def _factors(found: _FilePair, notes: list[str]) -> list[Factor]:
+def _factors(found: _FilePair, notes: list[str]) -> tuple[Factor, Factor]:
     pair, config = found.pair, found.config
     reading = _reading(found)
     scaling = _scaling(found, reading)
@@ -195,8 +195,7 @@ def _factors(found: _FilePair, notes: list[str]) -> list[Factor]:
     init = pair.convention.init or (
         "unknown" if declared is None else declared_init(declared, reading.kind or "linear")
     )
-    fields = factor_fields(pair, reading, scaling, init)
-    return [Factor(pair.a.name, "A", **fields), Factor(pair.b.name, "B", **fields)]
+    return factors_of(pair, reading, scaling, init)
 
 
 def _reading(found: _FilePair) -> Reading:
