@@ -4,7 +4,6 @@ from ._conventions import Convention, conventions, register_convention
 from ._declarations import Config, Declaration, configs_of, declare, place_of, scaling_places
 from ._initialize import (
     check_start,
-    each_once,
     initialize,
     is_merged,
     refuse_opposite_ties,
@@ -31,7 +30,6 @@ __all__ = [
     "declare",
     "declared_init",
     "declared_inits",
-    "each_once",
     "initialize",
     "inspect_file",
     "inspect_model",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, get_args
 
 from .._checks import check_init
@@ -220,7 +221,6 @@ OPTIONAL: Mapping[str, tuple[Convention, ...]] = {
 
 _PLUGINS = Registry("rankaware_optim.conventions", "convention", InspectionError)
 _REGISTERED: dict[str, tuple[Convention, ...]] = {}
-_LEFT_OUT = set[str]()  # plug-ins that were warned of
 _LOCK = threading.Lock()
 
 
@@ -256,17 +256,18 @@ def conventions() -> tuple[Convention, ...]:
     return (*own, *_installed(), *CONVENTIONS)
 
 
-def _installed() -> Iterable[Convention]:
+@cache
+def _installed() -> tuple[Convention, ...]:
+    """The rows of installed packages; those that make no sense are warned of once."""
+    rows: list[Convention] = []
     for name in _PLUGINS.names():
         row: Any = _PLUGINS.get(name)
         try:
             _check(row)
+            rows.append(row)
         except InspectionError as error:  # of a package that the user may not even know of
-            if name not in _LEFT_OUT:
-                _LEFT_OUT.add(name)
-                warnings.warn(f"The plug-in convention {name!r} is left out: {error}", RankAwareWarning, stacklevel=2)
-        else:
-            yield row
+            warnings.warn(f"The plug-in convention {name!r} is left out: {error}", RankAwareWarning, stacklevel=2)
+    return tuple(rows)
 
 
 def _check(row: Any) -> None:

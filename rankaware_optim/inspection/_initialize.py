@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +20,6 @@ from ._survey import INIT_MARK, inspect_model
 __all__ = [
     "Start",
     "check_start",
-    "each_once",
     "initialize",
     "is_merged",
     "refuse_opposite_ties",
@@ -39,16 +38,10 @@ class Start(NamedTuple):
     pair: Pair
     rank: int
     init: Literal["A", "B"]
+    drawn: Half
+    zeroed: Half
     variance: float
     uniform: bool
-
-    @property
-    def drawn(self) -> Half:
-        return self.pair.a if self.init == "A" else self.pair.b
-
-    @property
-    def zeroed(self) -> Half:
-        return self.pair.b if self.init == "A" else self.pair.a
 
 
 def initialize(
@@ -102,7 +95,7 @@ def initialize(
             f"The scaling {scaling!r} is no positive finite number.", "Give one, or None to keep what is declared."
         )
     walked = walk(model)
-    pairs = list(each_once(pairs_of(walked.modules)))
+    pairs = list(pairs_of(walked.modules))
     chosen = [pair for pair in pairs if pair.trains]
     if not chosen:
         raise InspectionError(
@@ -125,16 +118,6 @@ def initialize(
                 redeclare(config, pairs, chosen, float(scaling))
         write_starts(starts, seed)
     return inspect_model(model)
-
-
-def each_once(pairs: Iterable[Pair]) -> Iterator[Pair]:
-    """Each owner's pairs under the first row that fits; factors tied across owners come once for each owner."""
-    seen = set[tuple[int, int, int]]()
-    for pair in pairs:
-        key = id(pair.owner), id(pair.a.tensor), id(pair.b.tensor)
-        if key not in seen:
-            seen.add(key)
-            yield pair
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -173,14 +156,16 @@ def check_start(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
 def start_of(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
     """What init and variance ask of the pair's factors as they are."""
     reading = reading_of(pair)
-    rank, one_hot = int(reading.rank_a), reading.kind == "embedding"
+    rank, spread = int(reading.rank_a), 1 / reading.fan_in
     if init == "B":
-        return Start(pair, rank, "B", 1 / (rank * reading.inner), uniform=False)
-    if one_hot:
-        return Start(pair, rank, "A" if variance == "mua" else "B", 1.0, uniform=False)
-    if variance == "mua":
-        return Start(pair, rank, "A", 1 / reading.fan_in, uniform=False)
-    return Start(pair, rank, "A", 1 / (3 * reading.fan_in), uniform=True)
+        spread = 1 / (rank * reading.inner)
+    elif reading.kind == "embedding":  # its input is one-hot
+        init, spread = "A" if variance == "mua" else "B", 1.0
+    elif variance == "peft":
+        spread = 1 / (3 * reading.fan_in)
+    drawn, zeroed = (pair.a, pair.b) if init == "A" else (pair.b, pair.a)
+    uniform = variance == "peft" and init == "A"
+    return Start(pair, rank, init, drawn, zeroed, spread, uniform)
 
 
 def _refuse_unwritable(pair: Pair, half: Half) -> None:

@@ -89,18 +89,19 @@ def _parameters_of(modules: Modules) -> Parameters:
 
 
 def pairs_of(modules: Modules) -> Iterator[Pair]:
-    """Every pair under every row that fits its owner, in the model's order, then the table's.
-
-    A module that fits several rows comes once for each: the first is its own.
-    """
+    """Every pair under the first row that fits its owner, in the model's order; tied ones come once for each owner."""
     rows = conventions()
     firsts = {row.a for row in rows}
     for layer, module in modules:
         if not (firsts.isdisjoint(module._modules) and firsts.isdisjoint(module._parameters)):
+            found: dict[tuple[int, int], Pair] = {}
             for row in rows:
                 if all(hasattr(module, name) for name in row.where):
-                    a, b = (_owned(module, name, row.container) for name in (row.a, row.b))
-                    yield from (Pair(module, layer, key, row, a[key], b[key]) for key in a if key in b)
+                    first, second = (_owned(module, name, row.container) for name in (row.a, row.b))
+                    for adapter in filter(second.__contains__, first):
+                        a, b = first[adapter], second[adapter]
+                        found.setdefault((id(a.tensor), id(b.tensor)), Pair(module, layer, adapter, row, a, b))
+            yield from found.values()
 
 
 def _owned(module: nn.Module, attribute: str, container: bool) -> dict[str, Half]:

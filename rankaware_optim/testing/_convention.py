@@ -17,7 +17,6 @@ from ..inspection import (
     Convention,
     Pair,
     conventions,
-    each_once,
     inspect_model,
     other_kind,
     pairs_of,
@@ -101,8 +100,8 @@ def check_convention(
 def _registered(convention: Convention | str | None) -> Iterator[str | None]:
     """The convention's name, registered, and taken away again if it was not before."""
     name = convention.name if isinstance(convention, Convention) else convention
-    known = {row.name for row in conventions()}
-    if convention is None or (name in known and convention in (name, *conventions())):
+    known = conventions()
+    if convention is None or convention in (*known, *(row.name for row in known)):
         yield name
         return
     register_convention(convention)
@@ -157,7 +156,7 @@ class _Layer:
     def probe(self, rank: int, alpha: float) -> float | None:
         """The largest relative error of the ones-probe, None where it does not apply."""
         module = self.build(rank, alpha)
-        pairs = [pair for pair in each_once(pairs_of(walk(module).modules)) if pair.trains]
+        pairs = [pair for pair in pairs_of(walk(module).modules) if pair.trains]
         if len({pair.layer for pair in pairs}) > 1:
             return None
         ones = tuple(torch.ones_like(value) if _is_floating(value) else value for value in self.inputs)

@@ -24,7 +24,6 @@ from ...inspection import (
     check_start,
     configs_of,
     declare,
-    each_once,
     is_merged,
     other_kind,
     pairs_of,
@@ -84,7 +83,7 @@ class Adapters:
     ) -> None:
         survey = survey_of(walked, init=init)
         _refuse_others(survey)
-        pairs = [pair for pair in each_once(pairs_of(walked.modules)) if _trains(pair)]
+        pairs = [pair for pair in pairs_of(walked.modules) if _trains(pair)]
         self.rank = survey.dominant().rank or 1
         self._rule = rule
         self._configs = [c for c in configs_of(walked.modules) if any(map(c.holds, pairs))]

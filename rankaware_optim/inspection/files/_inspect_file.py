@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,27 +229,18 @@ def _scaling(found: _FilePair, reading: Reading) -> float | None:
     """The multiplier on B·A: by the file's numbers, the configuration, or kohya's metadata; None if none says it."""
     row, config, rank = found.pair.convention, found.config, reading.rank_a
     name = next((name for name in (*row.scaling, *row.alpha) if name in found.numbers), None)
-    value: float | None = None
+    value: Any = None
     if name is not None:
         where, value = found.numbers[name]
     elif config is not None and found.declared.alpha is not None:
         return config.scaling(found.declared.alpha, rank)
     elif config is None and reading.kind == "linear" and row.a.endswith("down"):  # not conv_alpha
-        where, value = "ss_network_alpha in its metadata", _metadata_alpha(found.header)
+        where, value = "ss_network_alpha in its metadata", found.header.metadata.get("ss_network_alpha")
+        with suppress(ValueError):
+            value = None if value in (None, "None", "Dynamic") else float(value)  # words for want of one
     if value is None:
         return None
     if not is_alpha(value):
-        raise InspectionError(f"{found.header.path}: {where} is {value!r}.", "Save the adapter with a positive alpha.")
-    return value if name in row.scaling else value / rank
-
-
-def _metadata_alpha(header: Header) -> float | None:
-    text = header.metadata.get("ss_network_alpha", "None")
-    if text in ("None", "Dynamic"):  # what kohya's scripts write for want of one
-        return None
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InspectionError(
-            f"{header.path}: ss_network_alpha in its metadata is {shown(text)}.", "Save it with a number there."
-        ) from error
+        cure = "Save the adapter with a positive alpha."
+        raise InspectionError(f"{found.header.path}: {where} is {shown(value)}.", cure)
+    return float(value) if name in row.scaling else float(value / rank)

@@ -45,26 +45,25 @@ def named_pairs(header: Header) -> list[NamedPair]:
         says_lora = "lora" in f"{row.a} {row.keys}"
         spelling = _Spelling(row.a, row.b, row.keys, says_lora, says_lora or row.container)
         rows.setdefault(spelling, []).append(row)
-    patterns: dict[str, list[tuple[_Spelling, str, re.Pattern[str]]]] = {}
+    patterns: dict[str, list[tuple[_Spelling, re.Pattern[str]]]] = {}
     for spelling in rows:
         for factor in (spelling.a, spelling.b):
             known = patterns.setdefault(factor, [])
-            known += [(spelling, key.partition("{}")[0], _pattern(key, factor, spelling)) for key in spelling.keys]
+            known += [(spelling, _pattern(key, factor, spelling)) for key in spelling.keys]
 
-    places: dict[tuple[_Spelling, str, str, str], dict[str, str]] = {}
+    places: dict[tuple[_Spelling, str, str], dict[str, str]] = {}
     for name in header.tensors:
         for factor in name.split("."):
-            for spelling, start, pattern in patterns.get(factor, ()):
+            for spelling, pattern in patterns.get(factor, ()):
                 match = pattern.match(name)
                 if match is not None:
-                    place = spelling, start, match["layer"] or "", match["adapter"] or ""
-                    held = places.setdefault(place, {})
+                    held = places.setdefault((spelling, match["layer"] or "", match["adapter"] or ""), {})
                     if held.setdefault(factor, name) != name:
                         raise _collision(header, held[factor], name)
 
     pairs: list[NamedPair] = []
     taken = set[str]()
-    for (spelling, _, layer, adapter), held in places.items():
+    for (spelling, layer, adapter), held in places.items():
         if len(held) == 2 and taken.isdisjoint(held.values()):
             taken.update(held.values())
             pairs.append(NamedPair(layer, adapter, rows[spelling], held[spelling.a], held[spelling.b]))

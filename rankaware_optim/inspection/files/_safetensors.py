@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -48,25 +48,24 @@ class Header:
         Raises:
             InspectionError: a dtype that holds no such number, or a file that has become shorter.
         """
+        values: dict[str, float] = {}
         try:
             with self.path.open("rb", buffering=0) as file:
-                return {name: self._scalar(file, name) for name in names}
+                for name in names:
+                    tensor = self.tensors[name]
+                    file.seek(tensor.begin)
+                    data, code = file.read(tensor.end - tensor.begin), _CODES.get(tensor.dtype)
+                    if tensor.dtype == "BF16":  # the upper half of a float32
+                        data = b"\0\0" + data
+                    if code is None or len(data) != struct.calcsize(code):
+                        raise InspectionError(
+                            f"{self.path}: {name} of dtype {tensor.dtype} cannot be read as a number.",
+                            "Save it as a float of 16, 32 or 64 bits.",
+                        )
+                    values[name] = float(struct.unpack(code, data)[0])
         except OSError as error:
             raise InspectionError(f"{self.path} cannot be read: {error}.", "Copy the file again.") from error
-
-    def _scalar(self, file: BinaryIO, name: str) -> float:
-        tensor = self.tensors[name]
-        file.seek(tensor.begin)
-        data = file.read(tensor.end - tensor.begin)
-        code = _CODES.get(tensor.dtype)
-        if tensor.dtype == "BF16":  # the upper half of a float32
-            data = b"\0\0" + data
-        if code is None or len(data) != struct.calcsize(code):
-            raise InspectionError(
-                f"{self.path}: {name} of dtype {tensor.dtype} cannot be read as a number.",
-                "Save it as a float of 16, 32 or 64 bits.",
-            )
-        return float(struct.unpack(code, data)[0])
+        return values
 
 
 def read_header(path: Path) -> Header:
@@ -97,14 +96,16 @@ def read_header(path: Path) -> Header:
     metadata = document.pop("__metadata__", {})
     if metadata is None:
         raise InspectionError(f"{path}: __metadata__ is no table of strings.", "Save the adapter again.")
-    for name in document:
+    tensors: dict[str, Tensor] = {}
+    for name, entry in document.items():
         if not name.isprintable() or len(name) > _NAME_LIMIT:
             raise InspectionError(
                 f"{path}: a tensor is called {shown(name)}.",
                 f"Give every tensor a name of at most {_NAME_LIMIT} printable characters.",
             )
-    start = 8 + length
-    return Header(path, {name: _tensor(entry, start) for name, entry in document.items()}, metadata)
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), begin, end)
+    return Header(path, tensors, metadata)
 
 
 def _length(path: Path, first: bytes, size: int) -> int:
@@ -116,11 +117,6 @@ def _length(path: Path, first: bytes, size: int) -> int:
             f"{path} has a header of {length} bytes, above this reader's {_LIMIT}.", "Give an adapter's own file."
         )
     return length
-
-
-def _tensor(entry: Mapping[str, Any], start: int) -> Tensor:
-    begin, end = entry["data_offsets"]
-    return Tensor(entry["dtype"], tuple(entry["shape"]), start + begin, start + end)
 
 
 def parse_json(text: bytes) -> Any:
