@@ -273,26 +273,21 @@ def _installed() -> tuple[Convention, ...]:
 def _check(row: Any) -> None:
     if not isinstance(row, Convention):
         raise InspectionError(f"A convention is a Convention or the name of an optional one, not {row!r}.", "Give one.")
+
+    def require(good: bool, what: str, cure: str) -> None:
+        if not good:
+            raise InspectionError(f"The convention {row.name!r} {what}.", cure)
+
     for name in (row.a, row.b):
-        if not isinstance(name, str) or not name.isidentifier():
-            raise InspectionError(
-                f"The convention {row.name!r} names {name!r} as a factor.", "Give the owner's attribute, as 'lora_A'."
-            )
+        good = isinstance(name, str) and name.isidentifier()
+        require(good, f"names {name!r} as a factor", "Give the owner's attribute, as 'lora_A'.")
     for field in ("where", "layouts", "rank", "scaling", "alpha", "keys"):
-        if not isinstance(getattr(row, field), tuple):
-            raise InspectionError(
-                f"The convention {row.name!r} has {field}={getattr(row, field)!r}.", "Give a tuple, as ('rank',)."
-            )
+        value = getattr(row, field)
+        require(isinstance(value, tuple), f"has {field}={value!r}", "Give a tuple, as ('rank',).")
+    known = f"Known are {', '.join(LAYOUTS)}; or give a function of owner and two shapes."
     for layout in row.layouts:
-        if not callable(layout) and layout not in LAYOUTS:
-            raise InspectionError(
-                f"The convention {row.name!r} has the layout {layout!r}.",
-                f"Known are {', '.join(LAYOUTS)}; or give a function of owner and two shapes.",
-            )
+        require(callable(layout) or layout in LAYOUTS, f"has the layout {layout!r}", known)
     for key in row.keys:
-        if not isinstance(key, str) or key.split(".").count("{}") != 1:
-            raise InspectionError(
-                f"The convention {row.name!r} has the key {key!r}.",
-                "Write {} once, between dots, as in 'adapter.{}.weight'.",
-            )
+        good = isinstance(key, str) and key.split(".").count("{}") == 1
+        require(good, f"has the key {key!r}", "Write {} once, between dots, as in 'adapter.{}.weight'.")
     check_init(row.init, f"The init of the convention {row.name!r} is", known=(*get_args(Init), None))

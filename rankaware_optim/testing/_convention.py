@@ -170,7 +170,18 @@ class _Layer:
             once, twice = outputs[0] - outputs[2], outputs[1] - outputs[2]
             if not once.any() or not torch.allclose(twice, 2 * once, rtol=1e-9, atol=1e-9 * float(twice.abs().max())):
                 return None
-            errors.append(_probe_error(pair, float(once.abs().max())))
+            moved, reading = float(once.abs().max()), reading_of(pair)
+            scaling = scaling_of(pair, reading.rank_a) or 1.0
+            fan_in = 1.0 if reading.kind == "embedding" else reading.fan_in
+            expected = scaling * reading.rank_a * reading.inner * fan_in
+            errors.append(abs(moved - expected) / expected)
+            if not errors[-1] < _PROBE_BAR:
+                raise _failed(
+                    "ones-probe",
+                    f"with ones everywhere {pair.where} moves the output by {moved:g}, and scaling {scaling:g} × rank "
+                    f"{reading.rank_a:g} × inner {reading.inner} × fan-in {fan_in:g} is {expected:g}.",
+                    "See which of them the convention reads wrongly: its layout, or where rank and scaling stand.",
+                )
         return max(errors)
 
     def oracle(self, rank: int, alphas: tuple[float, float]) -> float:
@@ -203,9 +214,6 @@ class _Layer:
         return error
 
 
-# --- the ones-probe -------------------------------------------------------------------------------------------------
-
-
 def _set_to_units(pairs: Sequence[Pair]) -> None:
     """Every A at 1, every B at 0, and what else their owners train at one: a square core at the identity."""
     halves = {id(half.tensor) for pair in pairs for half in (pair.a, pair.b)}
@@ -218,26 +226,6 @@ def _set_to_units(pairs: Sequence[Pair]) -> None:
                     param.copy_(eye.reshape(*eye.shape, *(1 for _ in param.shape[2:])).expand_as(param))
         pair.a.tensor.fill_(1.0)
         pair.b.tensor.fill_(0.0)
-
-
-def _probe_error(pair: Pair, moved: float) -> float:
-    reading = reading_of(pair)
-    rank = reading.rank_a
-    scaling = scaling_of(pair, rank) or 1.0
-    fan_in = 1.0 if reading.kind == "embedding" else reading.fan_in
-    expected = scaling * rank * reading.inner * fan_in
-    error = abs(moved - expected) / expected
-    if not error < _PROBE_BAR:
-        raise _failed(
-            "ones-probe",
-            f"with ones everywhere {pair.where} moves the output by {moved:g}, and scaling {scaling:g} × rank {rank:g} "
-            f"× inner {reading.inner} × fan-in {fan_in:g} is {expected:g}.",
-            "See which of them the convention reads wrongly: the layout, or where rank and scaling are declared.",
-        )
-    return error
-
-
-# --- the reparametrisation oracle -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()

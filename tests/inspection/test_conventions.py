@@ -17,8 +17,8 @@ from torch import nn
 import rankaware_optim as ra
 from rankaware_optim import Convention, InspectionError, inspect_file, inspect_model, register_convention
 from rankaware_optim.cli import main
-from rankaware_optim.inspection import conventions, other_kind
-from rankaware_optim.inspection._conventions import CONVENTIONS, Reading
+from rankaware_optim.inspection import Reading, conventions, other_kind
+from rankaware_optim.inspection._conventions import CONVENTIONS
 from rankaware_optim.inspection._unsupported import is_other_adapter
 from rankaware_optim.testing import check_convention
 

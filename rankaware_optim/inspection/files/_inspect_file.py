@@ -17,7 +17,7 @@ from .._pairs import Half, Pair, is_shard, read_as
 from .._survey import declared_init, factors_of
 from .._unsupported import is_other_adapter, unsupported
 from ._keys import NamedPair, named_pairs, refuse_collisions
-from ._peft_config import AdapterConfig, Declared, embedded_configs, is_alpha, read_config
+from ._peft_config import LORA_TYPES, AdapterConfig, Declared, embedded_configs, is_alpha, read_config
 from ._safetensors import Header, read_header, shown
 
 __all__ = ["inspect_file"]
@@ -53,8 +53,9 @@ def inspect_file(path: str | Path) -> Survey:
     numbers = {entry for found in pairs for entry, _ in found.numbers.values()}  # of adapters, not of the model
     numbers |= {f"{name.removesuffix('.weight').rpartition('.')[0]}.alpha" for name in unlawful}  # as of x.hada_w1_a
     other = tuple(name for name in left if not (name in numbers and header.is_scalar(name)))
-    if config is not None and not config.is_lora:
-        notes.append(f"The folder's kind is {config.values['peft_type']}, which no law covers.")
+    kind = None if config is None else config.values.get("peft_type")
+    if kind not in LORA_TYPES:
+        notes.append(f"The folder's kind is {kind}, which no law covers.")
     elif not factors and not unlawful:
         raise InspectionError(
             f"{file} holds no LoRA pair among {len(header.tensors)} tensors.",
@@ -116,7 +117,6 @@ class _FilePair:
     header: Header
     pair: Pair
     numbers: Mapping[str, tuple[str, float]]
-    config: AdapterConfig | None
     declared: Declared
 
 
@@ -126,30 +126,27 @@ def _file_pairs(header: Header, config: AdapterConfig | None) -> Iterator[_FileP
     entries = [_entries(header, pair) for pair in named]
     values = header.scalars({name for found in entries for name in found.values() if header.is_scalar(name)})
     for found, held in zip(named, entries, strict=True):
-        layer_config, declared = layers[found.layer]
+        declared = layers[found.layer]
         a, b = (Half(name, header.tensors[name]) for name in (found.a, found.b))  # type: ignore[arg-type]
-        owner = SimpleNamespace(**_told(layer_config, declared, a.tensor.shape, b.tensor.shape))
+        owner = SimpleNamespace(**_told(declared, a.tensor.shape, b.tensor.shape))
         for attribute, entry in held.items():
             tensor = header.tensors[entry]
             whole = SimpleNamespace(weight=tensor) if entry.endswith(".weight") else tensor
             setattr(owner, attribute, values.get(entry, whole))
-        row = _row(found, owner, layer_config)
+        row = _row(found, owner, declared)
         if row is not None:
             asked = [name for name in (*row.rank, *row.scaling, *row.alpha) if held.get(name) in values]
             numbers = {name: (held[name], values[held[name]]) for name in asked}
             pair = Pair(owner, found.layer, found.adapter, row, a, b)
-            yield _FilePair(header, pair, numbers, layer_config, declared)
+            yield _FilePair(header, pair, numbers, declared)
 
 
-def _declared(
-    header: Header, layers: Sequence[str], config: AdapterConfig | None
-) -> dict[str, tuple[AdapterConfig | None, Declared]]:
-    """Each layer's configuration, and what that declares of it."""
+def _declared(header: Header, layers: Sequence[str], config: AdapterConfig | None) -> dict[str, Declared]:
+    """What its configuration declares of each layer."""
     configs = [config] if config is not None else embedded_configs(header.path, header.metadata)
-    made: dict[str, tuple[AdapterConfig | None, Declared]] = dict.fromkeys(layers, (None, Declared()))
+    made = dict.fromkeys(layers, Declared())
     for found in reversed(configs):  # the longest prefix last, which so has its say
-        held = [layer for layer in layers if found is config or layer.startswith(found.prefix)]
-        made |= {layer: (found, declared) for layer, declared in found.declared(held).items()}
+        made |= found.declared([layer for layer in layers if found is config or layer.startswith(found.prefix)])
     return made
 
 
@@ -162,11 +159,11 @@ def _entries(header: Header, pair: NamedPair) -> dict[str, str]:
     return {name: entry for name, entry in names if entry in header.tensors}
 
 
-def _told(config: AdapterConfig | None, declared: Declared, a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
+def _told(declared: Declared, a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
     """The owner's attributes by the configuration and the shapes."""
     if len(a) < 2 or len(b) < 2 or 0 in (*a, *b):
         return {}
-    told: dict[str, Any] = {"base_layer": SimpleNamespace(groups=max(1, a[0] // b[1]))}
+    config, told = declared.config, dict[str, Any](base_layer=SimpleNamespace(groups=max(1, a[0] // b[1])))
     if config is not None and config.is_adalora:
         told["lora_E"] = None
     if declared.experts and declared.rank and a[0] == b[1] and a[0] % declared.rank == 0:
@@ -176,10 +173,10 @@ def _told(config: AdapterConfig | None, declared: Declared, a: Sequence[int], b:
     return told
 
 
-def _row(pair: NamedPair, owner: object, config: AdapterConfig | None) -> Convention | None:
+def _row(pair: NamedPair, owner: object, declared: Declared) -> Convention | None:
     """The first row whose other attributes the owner has; a dict by adapter shows in names or in a configuration."""
     rows = [row for row in pair.rows if row.keys != KEYS or all(hasattr(owner, name) for name in row.where)]
-    shown = (row for row in rows if not row.container or row.where or pair.adapter or config is not None)
+    shown = (row for row in rows if not row.container or row.where or pair.adapter or declared.config is not None)
     return next(shown, rows[0] if rows else None)
 
 
@@ -187,8 +184,7 @@ def _row(pair: NamedPair, owner: object, config: AdapterConfig | None) -> Conven
 
 
 def _factors(found: _FilePair, notes: list[str]) -> tuple[Factor, Factor]:
-    pair, config = found.pair, found.config
-    reading = _reading(found)
+    pair, config, reading = found.pair, found.declared.config, _reading(found)
     scaling = _scaling(found, reading)
     if scaling is None:
         notes.append("No alpha in the file or beside it: scaling 1 is assumed.")
@@ -216,7 +212,7 @@ def _reading(found: _FilePair) -> Reading:
     reading = next((reading for reading in readings if reading.rank_a == declared), readings[0])
     pruned = reading.kind == "adalora" and reading.rank_a < (declared or 0)
     if declared not in (None, reading.rank_a) and not pruned:
-        config = getattr(found.config, "where", "")
+        config = getattr(found.declared.config, "where", "")
         odds = f"{config} declares {declared}. @ r" if own is None else f"{own[0]} is {declared:g}."
         raise InspectionError(
             f"{path}: {pair.a.name} has rank {reading.rank_a:g} by its shape {a}, but {odds}",
@@ -227,14 +223,14 @@ def _reading(found: _FilePair) -> Reading:
 
 def _scaling(found: _FilePair, reading: Reading) -> float | None:
     """The multiplier on B·A: by the file's numbers, the configuration, or kohya's metadata; None if none says it."""
-    row, config, rank = found.pair.convention, found.config, reading.rank_a
+    row, declared, rank = found.pair.convention, found.declared, reading.rank_a
     name = next((name for name in (*row.scaling, *row.alpha) if name in found.numbers), None)
     value: Any = None
     if name is not None:
         where, value = found.numbers[name]
-    elif config is not None and found.declared.alpha is not None:
-        return config.scaling(found.declared.alpha, rank)
-    elif config is None and reading.kind == "linear" and row.a.endswith("down"):  # not conv_alpha
+    elif declared.config is not None:
+        return None if declared.alpha is None else declared.config.scaling(declared.alpha, rank)
+    elif reading.kind == "linear" and row.a.endswith("down"):  # not conv_alpha
         where, value = "ss_network_alpha in its metadata", found.header.metadata.get("ss_network_alpha")
         with suppress(ValueError):
             value = None if value in (None, "None", "Dynamic") else float(value)  # words for want of one

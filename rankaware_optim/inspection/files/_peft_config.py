@@ -17,25 +17,17 @@ from typing import Any, NamedTuple
 from ...errors import InspectionError
 from ._safetensors import one_line, parse_json, shown
 
-__all__ = ["AdapterConfig", "Declared", "embedded_configs", "first_matches", "is_alpha", "read_config"]
+__all__ = ["AdapterConfig", "Declared", "LORA_TYPES", "embedded_configs", "first_matches", "is_alpha", "read_config"]
 
 _LIMIT = 10_000_000  # bytes
 _PATTERN_LIMIT = 1000  # characters
 _LIST_LIMIT = 1000  # entries
 _PARTS_LIMIT = 16  # of a pipeline
 _PEFT_PREFIX = "base_model.model."
-_LORA = ("LORA", "ADALORA")
+LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is one of LoRA
 _FROM_PEFT = "Give a folder saved by PEFT."
 
 Check = Callable[[Any], bool]
-
-
-class Declared(NamedTuple):
-    """What a configuration says of one layer: its rank, its alpha, and whether it is a `target_parameters` stack."""
-
-    rank: int | None = None
-    alpha: float | None = None
-    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,11 +37,6 @@ class AdapterConfig:
     where: str
     values: Mapping[str, Any]
     prefix: str = _PEFT_PREFIX
-
-    @property
-    def is_lora(self) -> bool:
-        """Whether it configures LoRA, or AdaLoRA; an absent `peft_type` counts as LoRA."""
-        return self.values.get("peft_type") in (None, *_LORA)
 
     @property
     def is_adalora(self) -> bool:
@@ -84,7 +71,7 @@ class AdapterConfig:
                     "target_parameters it adapts is not saved.",
                     "Inspect the model itself with inspect_model.",
                 )
-            made[layer] = Declared(*said.pop(), experts=bool(stacks[path]))
+            made[layer] = Declared(*said.pop(), bool(stacks[path]), self)
         return made
 
     def _by_pattern(self, key: str, names: Sequence[str]) -> dict[str, Any]:
@@ -95,6 +82,15 @@ class AdapterConfig:
         except ValueError as error:
             raise InspectionError(f"{self.where} has no usable pattern: {error}. @ {key}", _FROM_PEFT) from error
         return {name: values[i] for name, i in zip(names, first, strict=True) if i is not None}
+
+
+class Declared(NamedTuple):
+    """What a configuration says of one layer: its rank, its alpha, and whether it is a `target_parameters` stack."""
+
+    rank: int | None = None
+    alpha: float | None = None
+    experts: bool = False
+    config: AdapterConfig | None = None
 
 
 def _targeted(targets: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
@@ -206,10 +202,10 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
 def _checked(where: str, values: object, prefix: str = _PEFT_PREFIX) -> AdapterConfig:
     if not isinstance(values, dict):
         raise InspectionError(f"{where} is no JSON object.", _FROM_PEFT)
-    kind = "LORA" if values.get("peft_type") is None else values["peft_type"]
-    if not isinstance(kind, str) or not re.fullmatch(r"[A-Z0-9_]{1,40}", kind):
+    kind = values.get("peft_type")
+    if kind is not None and not (isinstance(kind, str) and re.fullmatch(r"[A-Z0-9_]{1,40}", kind)):
         raise InspectionError(f"{where} has the peft_type {shown(kind)}. @ peft_type", _FROM_PEFT)
-    if kind not in _LORA:
+    if kind not in LORA_TYPES:
         return AdapterConfig(where, {"peft_type": kind}, prefix)  # nothing else in it is read
     checks = {"init_r" if kind == "ADALORA" else "r": ("rank", _is_rank), **_CHECKS}
     for key, (what, is_good) in checks.items():
