@@ -334,6 +334,8 @@ RAW = [
     (json.dumps({"a\x1b[2J": entry(1)}).encode(), None, bytes(4), r"a tensor is called 'a.x1b\[2J'"),
     (json.dumps({"a\ud800": entry(1)}).encode(), None, bytes(4), "no usable header: .* hex escape"),
     (json.dumps({"a" * 1001: entry(1)}).encode(), None, bytes(4), "a tensor is called 'aaa"),
+    (b'{"a": ["F32", [2], [0, 8]]}', None, bytes(8), "no usable header: a is no plain entry"),
+    (json.dumps({"a": entry(2, dtype={"F32": None})}).encode(), None, bytes(8), "header: a is no plain entry"),
     (b'{"a": {"dtype": "U8", "dtype": "I8"}}', None, b"", "the key 'dtype' comes twice"),
     (b'{"a": {}, "a": {}}', None, b"", "the key 'a' comes twice"),
     (b'{"__metadata__": {"a": 1}}', None, b"", "no usable header: .* expected a string"),
@@ -673,7 +675,7 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 values = st.recursive(scalars, st.lists, max_leaves=4)
 entries = values | st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from(["F32", "BF16", "I64", "F8_E4M3", "F4", "nonsense"]) | values,
+        "dtype": st.sampled_from(["F32", "BF16", "I64", "F8_E4M3", "F4", "nonsense", {"F32": None}]) | values,
         "shape": st.lists(st.integers(0, 9) | values, max_size=4) | values,
         "data_offsets": st.tuples(st.integers(-2, 64), st.integers(-2, 64)) | values,
     }

@@ -103,6 +103,8 @@ def read_header(path: Path) -> Header:
                 f"{path}: a tensor is called {shown(name)}.",
                 f"Give every tensor a name of at most {_NAME_LIMIT} printable characters.",
             )
+        if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):  # safe_open reads lists and enums too
+            raise InspectionError(f"{path} has no usable header: {name} is no plain entry.", "Save the adapter again.")
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), begin, end)
     return Header(path, tensors, metadata)
