@@ -97,7 +97,8 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
             found: dict[tuple[int, int], Pair] = {}
             for row in rows:
                 if all(hasattr(module, name) for name in row.where):
-                    first, second = (_owned(module, name, row.container) for name in (row.a, row.b))
+                    first = _owned(module, row.a, row.container)
+                    second = _owned(module, row.b, row.container) if first else {}
                     for adapter in filter(second.__contains__, first):
                         a, b = first[adapter], second[adapter]
                         found.setdefault((id(a.tensor), id(b.tensor)), Pair(module, layer, adapter, row, a, b))
@@ -108,11 +109,11 @@ def _owned(module: nn.Module, attribute: str, container: bool) -> dict[str, Half
     """The tensors that `attribute` holds, by adapter: a parameter, a module's weight, or a dict of those."""
     parameter = module._parameters.get(attribute)
     member: Any = module._modules.get(attribute) if parameter is None else parameter
-    members: dict[str, Any] = {"": member}
-    if container:
-        members = dict(member.items()) if isinstance(member, (nn.ModuleDict, nn.ParameterDict)) else {}
+    is_dict = isinstance(member, (nn.ModuleDict, nn.ParameterDict))
+    if member is None or is_dict is not container:
+        return {}
     halves: dict[str, Half] = {}
-    for key, value in members.items():
+    for key, value in member.items() if container else [("", member)]:
         name = f"{attribute}.{key}" if container else attribute
         if isinstance(value, torch.Tensor):
             halves[key] = Half(name, value)

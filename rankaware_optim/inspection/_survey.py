@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from .._checks import check_init
-from .._types import Factor, Init, Method, Survey
+from .._types import Factor, Init, Method, Role, Survey
 from ..errors import InspectionError
 from ._conventions import Reading, conventions
 from ._pairs import Modules, Pair, Walk, is_embedding, is_shard, pairs_of, reading_of, scaling_of, walk
 from ._unsupported import is_other_adapter, unsupported
 
-__all__ = ["declared_init", "declared_inits", "factors_of", "inspect_model", "is_zero", "survey_of"]
+__all__ = ["declared_init", "declared_inits", "factor_of", "inspect_model", "is_zero", "survey_of"]
 
 _SAMPLE = 1024
 # PEFT's init_lora_weights values under which B starts at zero; True too, and every other string starts both non-zero.
@@ -123,22 +122,21 @@ def _lora_factors(
             if scaling is None:
                 notes.append(f"{pair.where} declares no scaling: 1 is assumed.")
             found = init or init_of(pair, declared.get(pair.adapter), reading.kind or "linear")
-            for factor, key in zip(factors_of(pair, reading, scaling, found), ids, strict=True):
+            roles: tuple[Role, Role] = "A", "B"
+            for role, key in zip(roles, ids, strict=True):
                 name = left.pop(key, None)
                 if name is not None:
-                    yield replace(factor, name=name)
+                    yield factor_of(pair, role, name, reading, scaling, found)
         halves = [half for half in (pair.a, pair.b) if id(half.tensor) not in trainable and id(half.tensor) not in seen]
         frozen += [f"{pair.layer}.{half.name}".removeprefix(".") for half in halves]
         seen.update(ids)
 
 
-def factors_of(pair: Pair, reading: Reading, scaling: float | None, init: Init) -> tuple[Factor, Factor]:
-    """A pair's two factors, called as the pair calls them."""
+def factor_of(pair: Pair, role: Role, name: str, reading: Reading, scaling: float | None, init: Init) -> Factor:
     rank, fan_in, fan_out = int(reading.rank_a), float(reading.fan_in), float(reading.fan_out)
     scaling, kind = 1.0 if scaling is None else scaling, reading.kind or "linear"
     belongs = pair.layer, pair.adapter, pair.convention.name
-    a = Factor(pair.a.name, "A", rank, fan_in, fan_out, scaling, init, kind, *belongs)
-    return a, replace(a, name=pair.b.name, role="B")
+    return Factor(name, role, rank, fan_in, fan_out, scaling, init, kind, *belongs)
 
 
 def _unadapted(walked: Walk) -> tuple[str, ...]:

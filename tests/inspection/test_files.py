@@ -143,6 +143,21 @@ def test_every_layout_is_read(first, a, second, b, changes, expected, folder):
     assert (found, len(survey.factors)) == ({expected}, 2)
 
 
+ALONE = [
+    ({"x.lora_A.weight": (8, 32), "x.lora_B.weight": (48, 8)}, ("linear", "unknown", "lora_A/lora_B")),
+    ({"x.lora_A.one.weight": (8, 32), "x.lora_B.one.weight": (48, 8)}, ("linear", "unknown", "peft")),
+    ({"x.lora_embedding_A": (8, 32), "x.lora_embedding_B": (48, 8)}, ("embedding", "unknown", "peft-embedding")),
+    ({"x.lora_A": (8, 32), "x.lora_B": (48, 8), "x.lora_E": (8, 1)}, ("adalora", "other", "peft-adalora")),
+]
+
+
+@pytest.mark.parametrize(("shapes", "expected"), ALONE)
+def test_a_file_alone_shows_its_convention_by_its_entries(shapes, expected, tmp_path):
+    """Without a configuration an adapter's name or another entry of the layer tells which row has written the pair."""
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "x.safetensors")
+    assert {(f.kind, f.init, f.convention) for f in inspect_file(tmp_path / "x.safetensors").factors} == {expected}
+
+
 def test_a_tucker_core_gives_the_kernel(folder):
     """Between two 1 × 1 convolutions the core (r, r, k, k) is no factor, and its kernel counts for the fan-in."""
     shapes = {"x.lora_down.weight": (8, 4, 1, 1), "x.lora_mid.weight": (8, 8, 3, 3), "x.lora_up.weight": (6, 8, 1, 1)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from ..._types import Factor, Survey
 from ...errors import InspectionError
 from .._conventions import KEYS, Convention, Reading
 from .._pairs import Half, Pair, is_shard, read_as
-from .._survey import declared_init, factors_of
+from .._survey import declared_init, factor_of
 from .._unsupported import is_other_adapter, unsupported
 from ._keys import NamedPair, named_pairs, refuse_collisions
 from ._peft_config import LORA_TYPES, AdapterConfig, Declared, embedded_configs, is_alpha, read_config
@@ -192,7 +192,8 @@ def _factors(found: _FilePair, notes: list[str]) -> tuple[Factor, Factor]:
     init = pair.convention.init or (
         "unknown" if declared is None else declared_init(declared, reading.kind or "linear")
     )
-    return factors_of(pair, reading, scaling, init)
+    a = factor_of(pair, "A", pair.a.name, reading, scaling, init)
+    return a, replace(a, name=pair.b.name, role="B")
 
 
 def _reading(found: _FilePair) -> Reading:
