@@ -120,9 +120,10 @@ class Convention:
     the declared rank is taken. `init` is the row's own where zeros cannot tell it. `exact` is False for rows that no
     test has held against the library itself.
 
-    A file is read by the same row. Its names are the owner's, a dot and one of `keys`, where {} is `a` or `b`. A key
-    that begins with _ follows the owner's name without a dot. Other attributes are other entries of the owner, numbers
-    those of one element. Keys of a row's own stand in for `where`.
+    A file is read by the same row. A factor's name there is the owner's, a dot and one of `keys`, where {} is `a` or
+    `b`, with the adapter's name after it in a dict. A key that begins with _ follows the owner's name without a dot.
+    Other attributes are other entries of the owner, numbers those of one element. Keys of a row's own stand in for
+    `where`.
 
     >>> register_convention(Convention("mine", a="reduce", b="expand", layouts=("columns",), scaling=("gain",)))
     >>> register_convention("mine", remove=True)

@@ -128,7 +128,7 @@ def _file_pairs(header: Header, config: AdapterConfig | None) -> Iterator[_FileP
     for found, held in zip(named, entries, strict=True):
         declared = layers[found.layer]
         a, b = (Half(name, header.tensors[name]) for name in (found.a, found.b))  # type: ignore[arg-type]
-        owner = SimpleNamespace(**_told(declared, a.tensor.shape, b.tensor.shape))
+        owner = SimpleNamespace(**_attributes(declared, a.tensor.shape, b.tensor.shape))
         for attribute, entry in held.items():
             tensor = header.tensors[entry]
             whole = SimpleNamespace(weight=tensor) if entry.endswith(".weight") else tensor
@@ -159,18 +159,19 @@ def _entries(header: Header, pair: NamedPair) -> dict[str, str]:
     return {name: entry for name, entry in names if entry in header.tensors}
 
 
-def _told(declared: Declared, a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
+def _attributes(declared: Declared, a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
     """The owner's attributes by the configuration and the shapes."""
     if len(a) < 2 or len(b) < 2 or 0 in (*a, *b):
         return {}
-    config, told = declared.config, dict[str, Any](base_layer=SimpleNamespace(groups=max(1, a[0] // b[1])))
+    config = declared.config
+    found: dict[str, Any] = {"base_layer": SimpleNamespace(groups=max(1, a[0] // b[1]))}
     if config is not None and config.is_adalora:
-        told["lora_E"] = None
+        found["lora_E"] = None
     if declared.experts and declared.rank and a[0] == b[1] and a[0] % declared.rank == 0:
-        told |= {"parameter_name": None, "num_experts": a[0] // declared.rank}
+        found |= {"parameter_name": None, "num_experts": a[0] // declared.rank}
     if config is not None and config.enabled and a[0] == b[1] * config.enabled:
-        told |= {"r": b[1], "enable_lora": [True] * config.enabled}
-    return told
+        found |= {"r": b[1], "enable_lora": [True] * config.enabled}
+    return found
 
 
 def _row(pair: NamedPair, owner: object, declared: Declared) -> Convention | None:
