@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeGuard
 
-from .errors import OptimizerError
+from .errors import InspectionError, OptimizerError, RankAwareError
 
-__all__ = ["check_lr", "is_number", "is_positive", "is_whole"]
+__all__ = ["check_init", "check_lr", "is_number", "is_positive", "is_whole"]
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -23,6 +24,19 @@ def is_positive(value: object) -> TypeGuard[float]:
 def is_whole(value: object, least: int = 1) -> TypeGuard[int]:
     """Whether `value` is an int of at least `least`; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_init(
+    init: object,
+    what: str = "The init is",
+    error: type[RankAwareError] = InspectionError,
+    *,
+    known: Sequence[object] = ("A", "B"),
+) -> None:
+    """Refuse an init that is none of `known`, by an `error` whose sentence begins with `what`."""
+    if not (init is None or isinstance(init, str)) or init not in known:
+        others = "".join(f", {other!r}" for other in known[2:])
+        raise error(f"{what} 'A' (B zero) or 'B' (A zero){others}, not {init!r}.", "Give one of them.")
 
 
 def check_lr(lr: object, what: str = "lr") -> float:

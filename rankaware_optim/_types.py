@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ._checks import is_positive
+from ._checks import check_init, is_positive
 from ._survey_text import Rated, audit, explain
 from .errors import InspectionError, InvalidReferenceError
 
@@ -136,11 +136,7 @@ class Reference:
             raise InvalidReferenceError(
                 f"A reference's method is 'lora' or 'full', not {self.method!r}.", "Give one of the two."
             )
-        if self.init not in ("A", "B"):
-            raise InvalidReferenceError(
-                f"A reference's init is 'A' (B starts at zero) or 'B' (A starts at zero), not {self.init!r}.",
-                "Give the zero pattern that the rate was tuned with.",
-            )
+        check_init(self.init, "A reference's init is", InvalidReferenceError)
         for name in ("rank", "alpha") if self.method == "lora" else ():
             if getattr(self, name) is None:
                 raise InvalidReferenceError(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .. import sweeps
-from ..sweeps import COMPARED, DEMO_SWEEP, LawScore, score_table
+from ..sweeps import COMPARED, DEMO_SWEEP, Move, score_table
 from ._options import ALPHA, COLUMN, OPTIMIZER
 
 __all__ = ["bench_law"]
@@ -38,37 +36,26 @@ def bench_law(sweep: Path, laws: tuple[str, ...], out: Path | None, **options: A
         raise click.UsageError("--out ends in .json or .csv.")
     scores = sweeps.bench_law(sweep, laws or COMPARED, **options)
     click.echo(score_table(scores))
-    if out is not None:
-        out.write_text(_as_json(scores) if out.suffix == ".json" else _as_csv(scores), encoding="utf-8")
-
-
-def _as_json(scores: Sequence[LawScore]) -> str:
-    """Every law's row with its moves; a loss that diverged is the text "inf"."""
-    documents = []
-    for score in scores:
-        moves = [
-            {
-                "model": move.model,
-                "from_rank": move.source.rank,
-                "to_rank": move.target.rank,
-                "from_alpha": move.source.alpha,
-                "to_alpha": move.target.alpha,
-                "octaves": move.octaves,
-                "loss_lost": move.lost,
-            }
-            for move in score.moves
+    rows = [score.row() for score in scores]
+    if out is not None and out.suffix == ".csv":
+        with out.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif out is not None:
+        documents = [
+            {**_plain(row), "each": [_plain(_columns_of(move)) for move in score.moves]}
+            for row, score in zip(rows, scores, strict=True)
         ]
-        documents.append({**_plain(score.row()), "each": [_plain(move) for move in moves]})
-    return json.dumps(documents, indent=1) + "\n"
+        out.write_text(json.dumps(documents, indent=1) + "\n", encoding="utf-8")
 
 
-def _as_csv(scores: Sequence[LawScore]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(scores[0].row()), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(score.row() for score in scores)
-    return text.getvalue()
+def _columns_of(move: Move) -> dict[str, Any]:
+    ends = {"model": move.model, "from_rank": move.source.rank, "to_rank": move.target.rank}
+    alphas = {"from_alpha": move.source.alpha, "to_alpha": move.target.alpha}
+    return {**ends, **alphas, "octaves": move.octaves, "loss_lost": move.lost}
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with a loss that diverged as the text "inf", which JSON can hold."""
     return {key: "inf" if value == math.inf else value for key, value in row.items()}

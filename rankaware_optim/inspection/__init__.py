@@ -1,10 +1,9 @@
 """From a model, or an adapter on disk, to a `Survey` of its LoRA factors."""
 
-from ._conventions import Convention, conventions, register_convention
+from ._conventions import Convention, Reading, conventions, register_convention
 from ._declarations import Config, Declaration, configs_of, declare, place_of, scaling_places
 from ._initialize import (
     check_start,
-    each_once,
     initialize,
     is_merged,
     refuse_opposite_ties,
@@ -23,6 +22,7 @@ __all__ = [
     "Declaration",
     "Half",
     "Pair",
+    "Reading",
     "Walk",
     "canonical_name",
     "check_start",
@@ -31,7 +31,6 @@ __all__ = [
     "declare",
     "declared_init",
     "declared_inits",
-    "each_once",
     "initialize",
     "inspect_file",
     "inspect_model",

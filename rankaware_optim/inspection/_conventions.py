@@ -1,31 +1,27 @@
-"""The table of conventions: how each library stores a LoRA pair, a row each.
+"""The table of conventions: how each library stores a LoRA pair, in a model and in a file, a row each.
 
 A row names the attributes of the module that owns a pair and the layout of its two tensors. Nothing is imported from
-the libraries: a row is matched by attributes alone.
+the libraries: a row is matched by attributes alone, in a file by names.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, NamedTuple, get_args
 
+from .._checks import check_init
 from .._registry import Registry
 from .._types import Init
 from .._warn import warn
 from ..errors import InspectionError
 
-__all__ = [
-    "CONVENTIONS",
-    "Convention",
-    "LAYOUTS",
-    "Layout",
-    "Reading",
-    "conventions",
-    "register_convention",
-]
+__all__ = ["CONVENTIONS", "Convention", "KEYS", "LAYOUTS", "Layout", "Reading", "conventions", "register_convention"]
+
+KEYS = ("{}", "{}.weight")
 
 Shape = tuple[int, ...]
 
@@ -46,12 +42,17 @@ class Reading(NamedTuple):
 
 
 Layout = Callable[[Any, Shape, Shape], Reading]
-"""From the owner and the shapes of A and B to a `Reading`; a LookupError, AttributeError, TypeError, ValueError or
-ArithmeticError means that the layout does not fit, an InspectionError goes to the user."""
+"""From the owner and the shapes of A and B to a `Reading`.
+
+A LookupError, AttributeError, TypeError, ValueError or ArithmeticError means that the layout does not fit. An
+InspectionError goes to the user. In a file the owner has the attributes that the row names and the file tells.
+"""
 
 
 def _rows(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in, k…), B (out, r, 1…): what nearly everybody does; a grouped convolution's B may hold r / groups."""
+    if math.prod(b[2:]) != 1:
+        raise ValueError("B has a kernel of its own")
     groups = getattr(getattr(owner, "base_layer", owner), "groups", 1) if len(b) > 2 else 1
     groups = groups if b[1] * groups == a[0] else 1
     return Reading(a[0], b[1] * groups, math.prod(a[1:]), b[0], 1 / groups)
@@ -76,17 +77,13 @@ def _experts(owner: Any, a: Shape, b: Shape) -> Reading:
 def _stacked(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r·E, in), B (out, r·E): PEFT's `target_parameters`, with E = `num_experts`."""
     base = getattr(owner, "get_base_layer", lambda: owner)()
-    if owner.num_experts > 1 and not hasattr(owner, "_did_swap_in_out_features") and _rows_first(base):
+    rows_first = getattr(base, "is_transposed", True) is False  # as transformers says; older ones say nothing
+    if rows_first and owner.num_experts > 1 and not hasattr(owner, "_did_swap_in_out_features"):
         raise InspectionError(
             f"This PEFT swaps A and B of experts stored as (experts, out, in), such as {type(base).__name__}'s.",
             "Install PEFT 0.19 or later, and train such adapters anew.",
         )
     return Reading(a[0] / owner.num_experts, b[1] / owner.num_experts, a[1], b[0], kind="experts")
-
-
-def _rows_first(experts: Any) -> bool:
-    """Whether transformers says that these experts are stored as (experts, out, in); older ones say nothing."""
-    return getattr(experts, "is_transposed", True) is False
 
 
 def _merged(owner: Any, a: Shape, b: Shape) -> Reading:
@@ -102,24 +99,19 @@ def _kernel(owner: Any, a: Shape, b: Shape) -> Reading:
 
 def _tucker(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…): the kernel is the core's, which is left at the base rate."""
-    return Reading(a[0], b[1], a[1] * math.prod(owner.lora_mid.weight.shape[2:]), b[0], kind="conv")
+    core = tuple(owner.lora_mid.weight.shape)
+    if core[:2] != (a[0], b[1]) or math.prod((*a[2:], *b[2:])) != 1:
+        raise ValueError("the core does not fit")
+    return Reading(a[0], b[1], a[1] * math.prod(core[2:]), b[0], kind="conv")
 
 
-LAYOUTS: Mapping[str, Layout] = {
-    "rows": _rows,
-    "blocks": _blocks,
-    "columns": _columns,
-    "experts": _experts,
-    "stacked": _stacked,
-    "merged": _merged,
-    "kernel": _kernel,
-    "tucker": _tucker,
-}
+_NAMED = (_rows, _blocks, _columns, _experts, _stacked, _merged, _kernel, _tucker)
+LAYOUTS: Mapping[str, Layout] = {layout.__name__[1:]: layout for layout in _NAMED}
 
 
 @dataclass(frozen=True)
 class Convention:
-    """How one library stores a LoRA pair on the module that owns it: a row of the table, imported from nobody.
+    """How one library stores a LoRA pair, on the module that owns it and in a file: a row of the table.
 
     `a` (input side) and `b` are the owner's attributes, each a parameter, a module with a `weight`, or
     (`container=True`) a dict of those by adapter name. `rank`, `scaling` and `alpha` are the attributes, dotted where
@@ -127,6 +119,11 @@ class Convention:
     are attributes that the owner must have. `layouts` are names of `LAYOUTS` or functions; the first that agrees with
     the declared rank is taken. `init` is the row's own where zeros cannot tell it. `exact` is False for rows that no
     test has held against the library itself.
+
+    A file is read by the same row. A factor's name there is the owner's, a dot and one of `keys`, where {} is `a` or
+    `b`, with the adapter's name after it in a dict. A key that begins with _ follows the owner's name without a dot.
+    Other attributes are other entries of the owner, numbers those of one element. Keys of a row's own stand in for
+    `where`.
 
     >>> register_convention(Convention("mine", a="reduce", b="expand", layouts=("columns",), scaling=("gain",)))
     >>> register_convention("mine", remove=True)
@@ -144,6 +141,7 @@ class Convention:
     alpha: tuple[str, ...] = ("lora_alpha", "alpha")
     init: Init | None = None
     exact: bool = True
+    keys: tuple[str, ...] = KEYS
 
 
 _LORA = ("lora_A", "lora_B")
@@ -167,14 +165,14 @@ CONVENTIONS: tuple[Convention, ...] = (
         init="other",
     ),
     Convention("peft-experts", *_LORA, container=True, where=("num_experts", "parameter_name"), layouts=("stacked",)),
+    Convention("merged", *_LORA, where=("enable_lora", "r"), layouts=("merged",)),
     Convention("peft", *_LORA, container=True, layouts=("rows", "blocks")),
     Convention("peft-embedding", "lora_embedding_A", "lora_embedding_B", container=True, kind="embedding"),
-    Convention("merged", *_LORA, where=("enable_lora", "r"), layouts=("merged",)),
     Convention("loralib-conv", *_LORA, where=("conv",), layouts=("kernel",)),
     Convention("minLoRA", *_LORA, where=("lora_dropout_mask",), layouts=("rows", "columns"), exact=False),
     Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",), exact=False),
     Convention("lora_A/lora_B", *_LORA),
-    Convention("lora_a/lora_b", "lora_a", "lora_b"),
+    Convention("lora_a/lora_b", "lora_a", "lora_b", keys=("{}.weight",)),  # MLX writes a bare lora_a, transposed
     Convention("locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)),
     Convention("lora_down/lora_up", "lora_down", "lora_up"),
     _automodel_experts("gate_and_up"),
@@ -197,9 +195,16 @@ CONVENTIONS: tuple[Convention, ...] = (
         rank=("lora_config.lora_r",),
         scaling=("lora_scaling_factor",),
     ),
-    Convention("diffusers-legacy", "down", "up", where=("network_alpha", "rank"), alpha=("network_alpha",)),
+    Convention(
+        "diffusers-legacy",
+        "down",
+        "up",
+        where=("network_alpha", "rank"),
+        alpha=("network_alpha", "alpha"),
+        keys=("lora.{}.weight", "_lora.{}.weight", "lora_linear_layer.{}.weight"),
+    ),
 )
-"""Tried in this order on every module, after registered ones; the first row that matches a parameter keeps it."""
+"""Tried in this order on every module or layer of a file, after registered ones; the first that matches keeps it."""
 
 OPTIONAL: Mapping[str, tuple[Convention, ...]] = {
     "A/B": (
@@ -217,7 +222,6 @@ OPTIONAL: Mapping[str, tuple[Convention, ...]] = {
 
 _PLUGINS = Registry("rankaware_optim.conventions", "convention", InspectionError)
 _REGISTERED: dict[str, tuple[Convention, ...]] = {}
-_LEFT_OUT = set[str]()  # plug-ins that were warned of
 _LOCK = threading.Lock()
 
 
@@ -253,35 +257,38 @@ def conventions() -> tuple[Convention, ...]:
     return (*own, *_installed(), *CONVENTIONS)
 
 
-def _installed() -> Iterable[Convention]:
+@cache
+def _installed() -> tuple[Convention, ...]:
+    """The rows of installed packages; those that make no sense are warned of once."""
+    rows: list[Convention] = []
     for name in _PLUGINS.names():
         row: Any = _PLUGINS.get(name)
         try:
             _check(row)
+            rows.append(row)
         except InspectionError as error:  # of a package that the user may not even know of
-            if name not in _LEFT_OUT:
-                _LEFT_OUT.add(name)
-                warn(f"The plug-in convention {name!r} is left out: {error}")
-        else:
-            yield row
+            warn(f"The plug-in convention {name!r} is left out: {error}")
+    return tuple(rows)
 
 
 def _check(row: Any) -> None:
     if not isinstance(row, Convention):
         raise InspectionError(f"A convention is a Convention or the name of an optional one, not {row!r}.", "Give one.")
+
+    def require(good: bool, what: str, cure: str) -> None:
+        if not good:
+            raise InspectionError(f"The convention {row.name!r} {what}.", cure)
+
     for name in (row.a, row.b):
-        if not isinstance(name, str) or not name.isidentifier():
-            raise InspectionError(
-                f"The convention {row.name!r} names {name!r} as a factor.", "Give the owner's attribute, as 'lora_A'."
-            )
-    for field in ("where", "layouts", "rank", "scaling", "alpha"):
-        if not isinstance(getattr(row, field), tuple):
-            raise InspectionError(
-                f"The convention {row.name!r} has {field}={getattr(row, field)!r}.", "Give a tuple, as ('rank',)."
-            )
+        good = isinstance(name, str) and name.isidentifier()
+        require(good, f"names {name!r} as a factor", "Give the owner's attribute, as 'lora_A'.")
+    for field in ("where", "layouts", "rank", "scaling", "alpha", "keys"):
+        value = getattr(row, field)
+        require(isinstance(value, tuple), f"has {field}={value!r}", "Give a tuple, as ('rank',).")
+    known = f"Known are {', '.join(LAYOUTS)}; or give a function of owner and two shapes."
     for layout in row.layouts:
-        if not callable(layout) and layout not in LAYOUTS:
-            raise InspectionError(
-                f"The convention {row.name!r} has the layout {layout!r}.",
-                f"Known are {', '.join(LAYOUTS)}; or give a function of owner and two shapes.",
-            )
+        require(callable(layout) or layout in LAYOUTS, f"has the layout {layout!r}", known)
+    for key in row.keys:
+        good = isinstance(key, str) and key.split(".").count("{}") == 1
+        require(good, f"has the key {key!r}", "Write {} once, between dots, as in 'adapter.{}.weight'.")
+    check_init(row.init, f"The init of the convention {row.name!r} is", known=(*get_args(Init), None))

@@ -55,23 +55,18 @@ def _like(old: object, value: float) -> float:
 def declare(todo: Iterable[Declaration]) -> None:
     """Set every number, or none where one of the places does not take its value."""
     todo = list(todo)
-    before = [(place, _copied(place.held)) for _, place, _ in todo]
+    held = [place.held for _, place, _ in todo]
+    before = [value.detach().clone() if isinstance(value, torch.Tensor) else value for value in held]
     for _, place, value in todo:
         place.put(value)
-    failed = next((entry for entry in todo if not entry[1].holds(entry[2])), None)
-    if failed is None:
-        return
-    for place, old in before:
-        place.put(old)
-    pair, place, value = failed
-    raise InspectionError(
-        f"{pair.where} cannot be set anew: its {place.key!r} does not take the value {value:g}.",
-        "Rebuild the adapter with that scaling and rank, or ask for what it declares.",
-    )
-
-
-def _copied(held: Any) -> Any:
-    return held.detach().clone() if isinstance(held, torch.Tensor) else held
+    for pair, place, value in todo:
+        if not place.holds(value):
+            for (_, changed, _), old in zip(todo, before, strict=True):
+                changed.put(old)
+            raise InspectionError(
+                f"{pair.where} cannot be set anew: its {place.key!r} does not take the value {value:g}.",
+                "Rebuild the adapter with that scaling and rank, or ask for what it declares.",
+            )
 
 
 def scaling_places(pair: Pair, rank: int, scaling: float, at: int | None = None) -> Iterator[Declaration]:
@@ -91,11 +86,8 @@ def scaling_places(pair: Pair, rank: int, scaling: float, at: int | None = None)
         yield pair, multiplier, scaling
     if alpha is not None:
         rooted = multiplier is not None and _is_rooted(pair, float(alpha.held), float(multiplier.held), rank)
-        yield pair, alpha, scaling * _divisor(rank if at is None else at, rooted)
-
-
-def _divisor(rank: int, rooted: bool) -> float:
-    return math.sqrt(rank) if rooted else rank
+        at = rank if at is None else at
+        yield pair, alpha, scaling * (math.sqrt(at) if rooted else at)
 
 
 def place_of(pair: Pair, attributes: Iterable[str]) -> Place | None:
@@ -113,8 +105,8 @@ def _is_rooted(pair: Pair, alpha: float, scaling: float, rank: int) -> bool:
     flags = getattr(pair.owner, "use_rslora", None)
     if isinstance(flags, Mapping) and pair.adapter in flags:
         return bool(flags[pair.adapter])
-    fits = [math.isclose(alpha, scaling * _divisor(rank, rooted), rel_tol=_ROUNDING) for rooted in (False, True)]
-    return fits == [False, True]
+    plain, rooted = (math.isclose(alpha, scaling * by, rel_tol=_ROUNDING) for by in (rank, math.sqrt(rank)))
+    return rooted and not plain
 
 
 # --- PEFT's configuration -------------------------------------------------------------------------------------------
@@ -155,13 +147,11 @@ def redeclare(config: Config, pairs: Iterable[Pair], chosen: Iterable[Pair], sca
         return
     fields, rooted = config.fields, bool(config.fields.get("use_rslora"))
     ranks = {"": fields["r"], **(fields.get("rank_pattern") or {})}
-    alphas = {key: _like(rank, scaling * _divisor(rank, rooted)) for key, rank in ranks.items()}
-    default = alphas.pop("")
-    held = [(config.name(pair), declared_number(pair, ("lora_alpha",))) for pair in pairs if config.holds(pair)]
-    odd = {f"^{re.escape(name)}": alpha for name, alpha in held if alpha not in (None, _matched(alphas, name, default))}
+    alphas = {key: _like(rank, scaling * (math.sqrt(rank) if rooted else rank)) for key, rank in ranks.items()}
+    default, odd = alphas.pop(""), dict[str, Any]()
+    for pair in filter(config.holds, pairs):
+        name, alpha = config.name(pair), declared_number(pair, ("lora_alpha",))
+        matched = (value for key, value in alphas.items() if re.match(rf"(.*\.)?({key})$", name))  # PEFT's rule
+        if alpha not in (None, next(matched, default)):
+            odd[f"^{re.escape(name)}"] = alpha
     fields.update(lora_alpha=default, alpha_pattern=odd | alphas)
-
-
-def _matched(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """PEFT's rule: the first key that is a pattern of the name's end."""
-    return next((alpha for key, alpha in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
+from .._checks import check_init
 from .._types import Survey
 from ..errors import InspectionError
 from ._declarations import Config, configs_of, declare, redeclare, scaling_places
@@ -19,7 +20,6 @@ from ._survey import INIT_MARK, inspect_model
 __all__ = [
     "Start",
     "check_start",
-    "each_once",
     "initialize",
     "is_merged",
     "refuse_opposite_ties",
@@ -38,16 +38,10 @@ class Start(NamedTuple):
     pair: Pair
     rank: int
     init: Literal["A", "B"]
+    drawn: Half
+    zeroed: Half
     variance: float
     uniform: bool
-
-    @property
-    def drawn(self) -> Half:
-        return self.pair.a if self.init == "A" else self.pair.b
-
-    @property
-    def zeroed(self) -> Half:
-        return self.pair.b if self.init == "A" else self.pair.a
 
 
 def initialize(
@@ -88,10 +82,21 @@ def initialize(
             sharded or has no values yet, has an init of its own (AdaLoRA), could never learn from that start, or
             declares no scaling where one is to be set.
     """
-    _check_arguments(init, seed, scaling, variance)
+    check_init(init, "An adapter is initialised at")
+    if variance not in ("mua", "peft") or (variance == "peft" and init == "B"):
+        raise InspectionError(
+            f"Init[{init}] has no variance {variance!r}.", "Init[A] knows 'mua' and 'peft', Init[B] only 'mua'."
+        )
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise InspectionError(f"The seed {seed!r} is no whole number.", "Give a whole number.")
+    is_number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+    if scaling is not None and not (is_number and 0 < scaling < math.inf):
+        raise InspectionError(
+            f"The scaling {scaling!r} is no positive finite number.", "Give one, or None to keep what is declared."
+        )
     walked = walk(model)
-    pairs = list(each_once(pairs_of(walked.modules)))
-    chosen = [pair for pair in pairs if pair.a.tensor.requires_grad or pair.b.tensor.requires_grad]
+    pairs = list(pairs_of(walked.modules))
+    chosen = [pair for pair in pairs if pair.trains]
     if not chosen:
         raise InspectionError(
             f"No trainable LoRA pair among {len(walked.parameters)} parameters.",
@@ -101,42 +106,18 @@ def initialize(
     with torch.no_grad():
         starts = [check_start(pair, init, variance) for pair in chosen]
         refuse_opposite_ties(starts)
-        for pair in () if force else chosen:
-            _refuse_learned(pair, configs)
+        for pair in () if force else filter(_adds, chosen):
+            refuse_residual(pair, configs)
+            raise InspectionError(
+                f"{pair.where} was trained already, or started with both factors drawn: its adapter adds something.",
+                "Rebuild the adapter, or give force=True to throw away what it holds.",
+            )
         if scaling is not None:
             declare(place for start in starts for place in scaling_places(start.pair, start.rank, float(scaling)))
             for config in configs:
                 redeclare(config, pairs, chosen, float(scaling))
         write_starts(starts, seed)
     return inspect_model(model)
-
-
-def _check_arguments(init: object, seed: object, scaling: object, variance: object) -> None:
-    if init not in ("A", "B"):
-        raise InspectionError(
-            f"An adapter is initialised at 'A' (B zero) or 'B' (A zero), not {init!r}.", "Give one of the two."
-        )
-    if variance not in ("mua", "peft") or (variance == "peft" and init == "B"):
-        raise InspectionError(
-            f"Init[{init}] has no variance {variance!r}.", "Init[A] knows 'mua' and 'peft', Init[B] only 'mua'."
-        )
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise InspectionError(f"The seed {seed!r} is no whole number.", "Give a whole number.")
-    number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
-    if scaling is not None and not (number and 0 < scaling < math.inf):  # type: ignore[operator]
-        raise InspectionError(
-            f"The scaling {scaling!r} is no positive finite number.", "Give one, or None to keep what is declared."
-        )
-
-
-def each_once(pairs: Iterable[Pair]) -> Iterator[Pair]:
-    """Each owner's pairs under the first row that fits; factors tied across owners come once for each owner."""
-    seen = set[tuple[int, int, int]]()
-    for pair in pairs:
-        key = id(pair.owner), id(pair.a.tensor), id(pair.b.tensor)
-        if key not in seen:
-            seen.add(key)
-            yield pair
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -153,7 +134,17 @@ def check_start(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
         _refuse_unwritable(pair, half)
     start = start_of(pair, init, variance)
     scaling_of(pair, start.rank)
-    _refuse_dead(start)
+    zeroed = start.zeroed
+    if not zeroed.tensor.requires_grad:
+        raise InspectionError(
+            f"{zeroed.name} of {pair.where} is frozen, so with zeros the pair could never learn.",
+            f"Unfreeze it, or use Init[{'B' if start.init == 'A' else 'A'}].",
+        )
+    if declared_number(pair, ("scalar",)) == 0:
+        raise InspectionError(
+            f"{pair.where} multiplies its adapter by a `scalar` of zero, so beside a zero factor it could never learn.",
+            "Build it without the scalar (use_scalar=False).",
+        )
     if is_merged(pair) and _adds(pair):
         raise InspectionError(
             f"{pair.where} is merged into its base weight, and unmerging it needs the factors as they are.",
@@ -165,14 +156,16 @@ def check_start(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
 def start_of(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
     """What init and variance ask of the pair's factors as they are."""
     reading = reading_of(pair)
-    rank, one_hot = int(reading.rank_a), reading.kind == "embedding"
+    rank, spread = int(reading.rank_a), 1 / reading.fan_in
     if init == "B":
-        return Start(pair, rank, "B", 1 / (rank * reading.inner), uniform=False)
-    if one_hot:
-        return Start(pair, rank, "A" if variance == "mua" else "B", 1.0, uniform=False)
-    if variance == "mua":
-        return Start(pair, rank, "A", 1 / reading.fan_in, uniform=False)
-    return Start(pair, rank, "A", 1 / (3 * reading.fan_in), uniform=True)
+        spread = 1 / (rank * reading.inner)
+    elif reading.kind == "embedding":  # its input is one-hot
+        init, spread = "A" if variance == "mua" else "B", 1.0
+    elif variance == "peft":
+        spread = 1 / (3 * reading.fan_in)
+    drawn, zeroed = (pair.a, pair.b) if init == "A" else (pair.b, pair.a)
+    uniform = variance == "peft" and init == "A"
+    return Start(pair, rank, init, drawn, zeroed, spread, uniform)
 
 
 def _refuse_unwritable(pair: Pair, half: Half) -> None:
@@ -190,21 +183,6 @@ def _refuse_unwritable(pair: Pair, half: Half) -> None:
         raise InspectionError(f"{what} is an inference tensor.", "Build the model outside torch.inference_mode().")
 
 
-def _refuse_dead(start: Start) -> None:
-    """Refuse a start that no gradient could leave: a frozen zero factor, or a gate that is zero as well."""
-    pair, zeroed = start.pair, start.zeroed
-    if not zeroed.tensor.requires_grad:
-        raise InspectionError(
-            f"{zeroed.name} of {pair.where} is frozen, so with zeros the pair could never learn.",
-            f"Unfreeze it, or use Init[{'B' if start.init == 'A' else 'A'}].",
-        )
-    if declared_number(pair, ("scalar",)) == 0:
-        raise InspectionError(
-            f"{pair.where} multiplies its adapter by a `scalar` of zero, so beside a zero factor it could never learn.",
-            "Build it without the scalar (use_scalar=False).",
-        )
-
-
 def refuse_opposite_ties(starts: Iterable[Start]) -> None:
     drawn = {_memory(start.drawn) for start in starts}
     for start in starts:
@@ -218,16 +196,6 @@ def refuse_opposite_ties(starts: Iterable[Start]) -> None:
 def _memory(half: Half) -> tuple[str, int]:
     """Where a factor lies: tied ones may be two parameters over the same memory, one transposed."""
     return str(half.tensor.device), half.tensor.data_ptr()
-
-
-def _refuse_learned(pair: Pair, configs: Iterable[Config]) -> None:
-    if not _adds(pair):
-        return
-    refuse_residual(pair, configs)
-    raise InspectionError(
-        f"{pair.where} was trained already, or started with both factors drawn: its adapter adds something.",
-        "Rebuild the adapter, or give force=True to throw away what it holds.",
-    )
 
 
 def refuse_residual(pair: Pair, configs: Iterable[Config]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,11 +14,9 @@ from ._conventions import LAYOUTS, Convention, Layout, Reading, conventions
 
 __all__ = ["Half", "Pair", "Walk", "canonical_name", "pairs_of", "read_as", "reading_of", "scaling_of", "walk"]
 
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
-_WRAPPED = tuple(wrapper.removesuffix(".") for wrapper in _WRAPPERS)
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
 
 Modules = list[tuple[str, nn.Module]]
-"""A model's modules by name, as `list(model.named_modules())`: walked once, since the walk is what costs."""
 Parameters = list[tuple[str, nn.Parameter]]
 
 
@@ -30,16 +28,19 @@ class Walk(NamedTuple):
 
 
 class Half(NamedTuple):
-    """One of a pair's two tensors, by its name local to the owner."""
+    """One of a pair's two tensors, by its name local to the owner. In a file: by its whole name, with a shape alone."""
 
     name: str
     tensor: torch.Tensor
 
 
 class Pair(NamedTuple):
-    """Two factors as some module owns them: the module, its name, the adapter's, the row that matched, A and B."""
+    """Two factors as some module owns them: the module, its name, the adapter's, the row that matched, A and B.
 
-    owner: nn.Module
+    Of a file the owner is a namespace of what the file tells.
+    """
+
+    owner: Any
     layer: str
     adapter: str
     convention: Convention
@@ -51,18 +52,22 @@ class Pair(NamedTuple):
         """What an error calls the pair."""
         return self.layer or type(self.owner).__name__
 
+    @property
+    def trains(self) -> bool:
+        return self.a.tensor.requires_grad or self.b.tensor.requires_grad
+
 
 def canonical_name(name: str) -> str:
     """A parameter's name without the prefixes that DDP, FSDP, torch.compile and checkpointing put into it."""
     for wrapper in _WRAPPERS[:-1]:
-        name = name.replace(wrapper, "")
-    return name.removeprefix(_WRAPPERS[-1])
+        name = name.replace(f"{wrapper}.", "")
+    return name.removeprefix("module.")
 
 
 def walk(model: nn.Module) -> Walk:
     """The model's modules and parameters under canonical names, or their own where canonical ones would coincide."""
     modules = list(model.named_modules())
-    if not any(prefix.endswith(_WRAPPED) for prefix, _ in modules):  # the usual case: no name to clean
+    if not any(prefix.endswith(_WRAPPERS) for prefix, _ in modules):  # the usual case: no name to clean
         return Walk(modules, _parameters_of(modules))
     clean = [(canonical_name(f"{prefix}.").removesuffix("."), module) for prefix, module in modules]
     parameters = _parameters_of(clean)
@@ -83,48 +88,38 @@ def _parameters_of(modules: Modules) -> Parameters:
 # --- finding --------------------------------------------------------------------------------------------------------
 
 
-def pairs_of(modules: Modules, rows: Sequence[Convention] | None = None) -> Iterator[Pair]:
-    """Every pair under every row that fits its owner, in the model's order, then the table's (`rows`, or all known).
-
-    A module that fits several rows comes once for each: the first is its own.
-    """
-    rows = conventions() if rows is None else rows
+def pairs_of(modules: Modules) -> Iterator[Pair]:
+    """Every pair under the first row that fits its owner, in the model's order; tied ones come once for each owner."""
+    rows = conventions()
     firsts = {row.a for row in rows}
     for layer, module in modules:
         if not (firsts.isdisjoint(module._modules) and firsts.isdisjoint(module._parameters)):
+            found: dict[tuple[int, int], Pair] = {}
             for row in rows:
                 if all(hasattr(module, name) for name in row.where):
-                    yield from _pairs(module, layer, row)
-
-
-def _pairs(module: nn.Module, layer: str, convention: Convention) -> Iterator[Pair]:
-    """The pairs that `module` owns under `convention`, one for each adapter; none if it owns only one of the two."""
-    a = _owned(module, convention.a, convention.container)
-    b = _owned(module, convention.b, convention.container) if a else {}
-    for adapter, half in a.items():
-        if adapter in b:
-            yield Pair(module, layer, adapter, convention, half, b[adapter])
+                    first = _owned(module, row.a, row.container)
+                    second = _owned(module, row.b, row.container) if first else {}
+                    for adapter in filter(second.__contains__, first):
+                        a, b = first[adapter], second[adapter]
+                        found.setdefault((id(a.tensor), id(b.tensor)), Pair(module, layer, adapter, row, a, b))
+            yield from found.values()
 
 
 def _owned(module: nn.Module, attribute: str, container: bool) -> dict[str, Half]:
-    member: object = module._parameters.get(attribute)
-    member = module._modules.get(attribute) if member is None else member
-    if member is None:
+    """The tensors that `attribute` holds, by adapter: a parameter, a module's weight, or a dict of those."""
+    parameter = module._parameters.get(attribute)
+    member: Any = module._modules.get(attribute) if parameter is None else parameter
+    is_dict = isinstance(member, (nn.ModuleDict, nn.ParameterDict))
+    if member is None or is_dict is not container:
         return {}
-    if not container:
-        half = _tensor_of(attribute, member)
-        return {} if half is None else {"": half}
-    if not isinstance(member, (nn.ModuleDict, nn.ParameterDict)):
-        return {}
-    halves = {key: _tensor_of(f"{attribute}.{key}", value) for key, value in member.items()}
-    return {key: half for key, half in halves.items() if half is not None}
-
-
-def _tensor_of(name: str, member: object) -> Half | None:
-    if isinstance(member, torch.Tensor):
-        return Half(name, member)
-    weight = getattr(member, "weight", None)
-    return Half(f"{name}.weight", weight) if isinstance(weight, torch.Tensor) else None
+    halves: dict[str, Half] = {}
+    for key, value in member.items() if container else [("", member)]:
+        name = f"{attribute}.{key}" if container else attribute
+        if isinstance(value, torch.Tensor):
+            halves[key] = Half(name, value)
+        elif isinstance(getattr(value, "weight", None), torch.Tensor):
+            halves[key] = Half(f"{name}.weight", value.weight)
+    return halves
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -139,14 +134,18 @@ def reading_of(pair: Pair) -> Reading:
         InspectionError: no layout fits the shapes and the declared rank.
     """
     declared = declared_number(pair, pair.convention.rank)
-    if is_shard(pair.a) or is_shard(pair.b):
-        return _shard_reading(pair, declared)
-    named = declared is not None
-    for layout in pair.convention.layouts:
-        reading = read_as(layout, pair)
-        if reading is not None and {reading.rank_a, reading.rank_b} == {declared if named else reading.rank_a}:
+    a, b = pair.a, pair.b
+    readings = (read_as(layout, pair) for layout in pair.convention.layouts)
+    for reading in [_shard_reading(pair, declared)] if is_shard(a) or is_shard(b) else readings:
+        rank = reading.rank_a if reading is not None and declared is None else declared
+        if reading is not None and reading.rank_a == reading.rank_b == rank:
             return reading
-    raise _no_reading(pair, declared)
+    what = "declares no rank" if declared is None else f"declares rank {declared:g}"
+    raise InspectionError(
+        f"{pair.where} {what} but {a.name} has shape {tuple(a.tensor.shape)} and {b.name} {tuple(b.tensor.shape)}.",
+        "Rebuild the adapter so that A has `rank` rows and B `rank` columns, set the declared rank right, or register "
+        "its layout with register_convention().",
+    )
 
 
 def read_as(layout: str | Layout, pair: Pair) -> Reading | None:
@@ -162,45 +161,31 @@ def read_as(layout: str | Layout, pair: Pair) -> Reading | None:
     return reading._replace(kind=pair.convention.kind or reading.kind or _kind(pair)) if whole else None
 
 
-def _shard_reading(pair: Pair, declared: float | None) -> Reading:
+def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:
     whole = pair.b if is_shard(pair.a) else pair.a
-    rank = declared
     if rank is None and not is_shard(whole):
         rank = whole.tensor.shape[1 if whole is pair.b else 0]
     if rank is None or rank < 1:
-        raise _no_reading(pair, declared)
+        return None
     fan_in, fan_out = _declared_fan(pair, pair.a, 0), _declared_fan(pair, pair.b, 1)
     return Reading(rank, rank, fan_in, fan_out, kind=pair.convention.kind or _kind(pair))
 
 
 def _kind(pair: Pair) -> str:
     base = getattr(pair.owner, "base_layer", pair.owner)
-    conv = pair.a.tensor.dim() > 2 or hasattr(base, "kernel_size")
+    conv = len(pair.a.tensor.shape) > 2 or hasattr(base, "kernel_size")
     return "embedding" if is_embedding(pair.owner) else "conv" if conv else "linear"
-
-
-def _no_reading(pair: Pair, declared: float | None) -> InspectionError:
-    what = "declares no rank" if declared is None else f"declares rank {declared:g}"
-    a, b = pair.a, pair.b
-    return InspectionError(
-        f"{pair.where} {what} but {a.name} has shape {tuple(a.tensor.shape)} and {b.name} {tuple(b.tensor.shape)}.",
-        "Rebuild the adapter so that A has `rank` rows and B `rank` columns, set the declared rank right, or register "
-        "its layout with register_convention().",
-    )
 
 
 def is_shard(half: Half) -> bool:
     """Whether a factor's shape is that of one process's share: flat under FSDP1, empty under ZeRO-3."""
-    return half.tensor.dim() < 2 or half.tensor.numel() == 0
+    return len(half.tensor.shape) < 2 or 0 in half.tensor.shape
 
 
 # What modules call their fan-in and fan-out.
 _FANS = (
-    ("in_features", "out_features"),
-    ("in_dim", "out_dim"),
-    ("in_channels", "out_channels"),
-    ("num_embeddings", "embedding_dim"),
-    ("nx", "nf"),
+    ("in_features", "in_dim", "in_channels", "num_embeddings", "nx"),
+    ("out_features", "out_dim", "out_channels", "embedding_dim", "nf"),
 )
 
 
@@ -211,8 +196,8 @@ def _declared_fan(pair: Pair, half: Half, side: int) -> float:
         return float(math.prod(shape[1:]) if side == 0 else shape[0])
     inner = half.name.rpartition(".")[0]
     for owner in (getattr(pair.owner, "base_layer", pair.owner), pair.owner, pair.owner.get_submodule(inner)):
-        for names in _FANS:
-            value = getattr(owner, names[side], None)
+        for name in _FANS[side]:
+            value = getattr(owner, name, None)
             if isinstance(value, int):
                 return float(value * (math.prod(getattr(owner, "kernel_size", ())) if side == 0 else 1))
     raise InspectionError(

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from .._types import Factor, Init, Method, Survey
+from .._checks import check_init
+from .._types import Factor, Init, Method, Role, Survey
 from ..errors import InspectionError
-from ._conventions import conventions
+from ._conventions import Reading, conventions
 from ._pairs import Modules, Pair, Walk, is_embedding, is_shard, pairs_of, reading_of, scaling_of, walk
 from ._unsupported import is_other_adapter, unsupported
 
-__all__ = ["declared_init", "declared_inits", "inspect_model", "is_zero", "survey_of"]
+__all__ = ["declared_init", "declared_inits", "factor_of", "inspect_model", "is_zero", "survey_of"]
 
 _SAMPLE = 1024
 # PEFT's init_lora_weights values under which B starts at zero; True too, and every other string starts both non-zero.
@@ -44,54 +45,47 @@ def survey_of(walked: Walk, *, method: Method = "lora", init: Init | None = None
     """`inspect_model` of a model that was walked already; parameters whose id is in `also` count though frozen."""
     if method not in ("lora", "full"):
         raise InspectionError(f"The method is 'lora' or 'full', not {method!r}.", "Give one of the two.")
+    check_init(init, known=(*get_args(Init), None))
     modules, parameters = walked
     trainable = {id(p): name for name, p in parameters if p.requires_grad or id(p) in also}
     notes: list[str] = []
     frozen: list[str] = []
     if method == "full":
-        _refuse_pairs(modules, trainable)
         factors = tuple(_full_factors(modules, trainable))
     else:
         factors = tuple(_lora_factors(modules, trainable, init, notes, frozen))
     known = {f.name for f in factors}
     other = tuple(name for name in trainable.values() if name not in known)
-    survey = Survey(
+    tried = tuple(dict.fromkeys(row.name for row in conventions()))
+    if not factors and method == "full":
+        raise InspectionError(
+            f"None of {len(parameters)} parameters is a trainable weight of two or more dimensions.",
+            "Set requires_grad on what full finetuning should train; FSDP1 flattens every weight, FSDP2 does not.",
+        )
+    if not factors and not any(map(is_other_adapter, other)):
+        raise InspectionError(
+            f"No trainable LoRA pair among {len(parameters)} parameters (conventions tried: {', '.join(tried)}).",
+            "Add adapters and let them require a gradient, or say method='full' for full finetuning.",
+        )
+    return Survey(
         factors=factors,
         other=other,
         notes=tuple(dict.fromkeys(notes)),
         looked_at=len(parameters),
-        tried=tuple(dict.fromkeys(c.name for c in conventions())),
+        tried=tried,
         frozen=tuple(frozen),
         unadapted=_unadapted(walked) if method == "lora" else (),
         unsupported=unsupported(other),
     )
-    if not factors and not (method == "lora" and any(map(is_other_adapter, survey.other))):
-        raise _nothing_found(survey, method)
-    return survey
 
 
-def _refuse_pairs(modules: Modules, trainable: Mapping[int, str]) -> None:
+def _full_factors(modules: Modules, trainable: Mapping[int, str]) -> Iterator[Factor]:
     for pair in pairs_of(modules):
         if id(pair.a.tensor) in trainable or id(pair.b.tensor) in trainable:
             raise InspectionError(
                 f"{pair.where} holds a trainable LoRA pair, so this is no full finetuning.",
                 "Leave method='full' out, or merge the adapters into the weights first.",
             )
-
-
-def _nothing_found(survey: Survey, method: Method) -> InspectionError:
-    if method == "full":
-        return InspectionError(
-            f"None of {survey.looked_at} parameters is a trainable weight of two or more dimensions.",
-            "Set requires_grad on what full finetuning should train; FSDP1 flattens every weight, FSDP2 does not.",
-        )
-    return InspectionError(
-        f"No trainable LoRA pair among {survey.looked_at} parameters (conventions tried: {', '.join(survey.tried)}).",
-        "Add adapters and let them require a gradient, or say method='full' for full finetuning.",
-    )
-
-
-def _full_factors(modules: Modules, trainable: Mapping[int, str]) -> Iterator[Factor]:
     left = dict(trainable)
     for prefix, module in modules:
         for local, param in module.named_parameters(recurse=False):
@@ -123,34 +117,26 @@ def _lora_factors(
     for pair in pairs_of(modules):
         ids = [id(pair.a.tensor), id(pair.b.tensor)]
         if not left.keys().isdisjoint(ids):
-            shared = _shared(pair, init, declared.get(pair.adapter), notes)
-            for role, half in (("A", pair.a), ("B", pair.b)):
-                name = left.pop(id(half.tensor), None)
+            reading = reading_of(pair)
+            scaling = scaling_of(pair, reading.rank_a)
+            if scaling is None:
+                notes.append(f"{pair.where} declares no scaling: 1 is assumed.")
+            found = init or init_of(pair, declared.get(pair.adapter), reading.kind or "linear")
+            roles: tuple[Role, Role] = "A", "B"
+            for role, key in zip(roles, ids, strict=True):
+                name = left.pop(key, None)
                 if name is not None:
-                    yield Factor(name=name, role=role, **shared)  # type: ignore[arg-type]
+                    yield factor_of(pair, role, name, reading, scaling, found)
         halves = [half for half in (pair.a, pair.b) if id(half.tensor) not in trainable and id(half.tensor) not in seen]
         frozen += [f"{pair.layer}.{half.name}".removeprefix(".") for half in halves]
         seen.update(ids)
 
 
-def _shared(pair: Pair, init: Init | None, declared: object, notes: list[str]) -> dict[str, Any]:
-    """All that the two factors of a pair share."""
-    reading = reading_of(pair)
-    kind, rank = reading.kind or "linear", int(reading.rank_a)
-    scaling = scaling_of(pair, rank)
-    if scaling is None:
-        notes.append(f"{pair.where} declares no scaling: 1 is assumed.")
-    return {
-        "rank": rank,
-        "fan_in": float(reading.fan_in),
-        "fan_out": float(reading.fan_out),
-        "scaling": 1.0 if scaling is None else scaling,
-        "init": init or init_of(pair, declared, kind),
-        "kind": kind,
-        "layer": pair.layer,
-        "adapter": pair.adapter,
-        "convention": pair.convention.name,
-    }
+def factor_of(pair: Pair, role: Role, name: str, reading: Reading, scaling: float | None, init: Init) -> Factor:
+    rank, fan_in, fan_out = int(reading.rank_a), float(reading.fan_in), float(reading.fan_out)
+    scaling, kind = 1.0 if scaling is None else scaling, reading.kind or "linear"
+    belongs = pair.layer, pair.adapter, pair.convention.name
+    return Factor(name, role, rank, fan_in, fan_out, scaling, init, kind, *belongs)
 
 
 def _unadapted(walked: Walk) -> tuple[str, ...]:
@@ -162,18 +148,13 @@ def _unadapted(walked: Walk) -> tuple[str, ...]:
 
 def declared_inits(modules: Modules) -> dict[str, object]:
     """PEFT's `init_lora_weights` by adapter, from whichever module holds the adapters' configurations."""
+    key = "init_lora_weights"
     for _, module in modules:
         configs = module.__dict__.get("peft_config")
         if isinstance(configs, Mapping):
-            inits = {name: _config_value(config) for name, config in configs.items()}
-            return {name: value for name, value in inits.items() if value is not None}
+            found = {n: c.get(key) if isinstance(c, Mapping) else getattr(c, key, None) for n, c in configs.items()}
+            return {name: value for name, value in found.items() if value is not None}
     return {}
-
-
-def _config_value(config: object) -> object:
-    if isinstance(config, Mapping):
-        return config.get("init_lora_weights")
-    return getattr(config, "init_lora_weights", None)
 
 
 def declared_init(declared: object, kind: str) -> Init:
@@ -190,32 +171,22 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
     not; if it is, the pair was set to Init[B] by hand. Shards show other zeros to every process, which must all come
     to one rate: there the declaration is all there is.
     """
-    noted: Init | None = getattr(pair.owner, INIT_MARK, {}).get(pair.adapter)
-    if pair.convention.init or noted:
-        return pair.convention.init or noted or "unknown"
-    a, b = pair.a, pair.b
-    sharded = is_shard(a) or is_shard(b)
+    own: Init | None = pair.convention.init or getattr(pair.owner, INIT_MARK, {}).get(pair.adapter)
+    if own is not None:
+        return own
+    a, b = pair.a.tensor, pair.b.tensor
+    sharded = is_shard(pair.a) or is_shard(pair.b)
     if declared is None and sharded:
         raise InspectionError(
             f"{pair.where} is sharded so that its factors do not show their init, and none is declared.",
             "Say it: init='A' where B starts at zero (the usual one), init='B' where A does.",
         )
-    if declared is None:
-        return _sampled_init(a.tensor, b.tensor)
-    expected = declared_init(declared, kind)
-    if expected == "other" or sharded or is_zero(a.tensor if expected == "A" else b.tensor) is not True:
-        return expected
-    return _sampled_init(a.tensor, b.tensor)
-
-
-def _sampled_init(a: torch.Tensor, b: torch.Tensor) -> Init:
-    zeros = is_zero(a), is_zero(b)
-    known: dict[tuple[bool | None, bool | None], Init] = {
-        (False, True): "A",
-        (True, False): "B",
-        (False, False): "other",
-    }
-    return known.get(zeros, "unknown")
+    if declared is not None:
+        expected = declared_init(declared, kind)
+        if expected == "other" or sharded or is_zero(a if expected == "A" else b) is not True:
+            return expected
+    known: dict[object, Init] = {(False, True): "A", (True, False): "B", (False, False): "other"}
+    return known.get((is_zero(a), is_zero(b)), "unknown")
 
 
 def is_zero(tensor: torch.Tensor) -> bool | None:

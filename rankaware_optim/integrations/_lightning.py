@@ -4,16 +4,42 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, OptimizerError
+from ._rates import group_rates
 from ._trainer_run import TrainerRun
 
-__all__ = ["fit"]
+__all__ = ["fit", "lightning_rates"]
+
+
+def lightning_rates() -> Any:
+    """A callback for Lightning's `Trainer` that logs what every group trains at. LearningRateMonitor logs base rates.
+
+        trainer = Trainer(callbacks=[LearningRateMonitor(), lightning_rates()])
+
+    Raises:
+        OptimizerError: neither lightning nor pytorch_lightning is installed.
+    """
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        with suppress(ImportError):
+            callbacks = import_module(f"{package}.callbacks")
+            break
+    else:
+        raise OptimizerError("lightning_rates is for Lightning, which is not installed.", "Install it.")
+
+    class Rates(callbacks.Callback):  # type: ignore[name-defined]
+        """Logs the rates of the step that comes."""
+
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            for logger in trainer.loggers:
+                logger.log_metrics(group_rates(optimizer), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    return Rates()
 
 
 def fit(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun) -> Any:

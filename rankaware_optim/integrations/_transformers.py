@@ -6,7 +6,6 @@ Importing this module imports no transformers: its functions do.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from .._optimizer_classes import get_optimizer_class
 from ..errors import CalibrationError, OptimizerError
 from ..optimizer import RankAwareOptimizer
+from ._rates import group_rates
 from ._trainer_run import TrainerRun
 
 __all__ = ["TrainerFactory", "group_rates", "log_rates", "train", "trainer_factory"]
@@ -65,24 +65,8 @@ def trainer_factory(optimizer: type[Optimizer] | str, **settings: Any) -> tuple[
     return TrainerFactory(partial(RankAwareOptimizer, optimizer=optimizer, **settings)), {}
 
 
-def group_rates(opt: Any) -> dict[str, float]:
-    """Every group's present rate by name, for any logger: "lr/A/r8", "lr/other"; numbered where a name recurs.
-
-    `opt` may be a framework's wrapper: its `param_groups` are read.
-    """
-    names = [
-        f"lr/{group.get('lora_role', 'other')}" + ("" if group.get("lora_rank") is None else f"/r{group['lora_rank']}")
-        for group in opt.param_groups
-    ]
-    total, seen, rates = Counter(names), Counter[str](), {}
-    for name, group in zip(names, opt.param_groups, strict=True):
-        rates[f"{name}/{seen[name]}" if total[name] > 1 else name] = float(group["lr"])
-        seen[name] += 1
-    return rates
-
-
 def log_rates(trainer: Any = None) -> Any:
-    """A callback for transformers' `Trainer` that logs every group's rate; Trainer itself logs that of group 0 alone.
+    """A callback for transformers' `Trainer` that logs what every group trains at. Trainer logs group 0's base rate.
 
         trainer = Trainer(model, args, callbacks=[log_rates()])     # log history, console
         log_rates(trainer)                                          # reporters such as TensorBoard too

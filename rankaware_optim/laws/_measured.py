@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import is_positive, is_whole
+from .._checks import check_init, is_positive, is_whole
 from .._optimizers import optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
@@ -111,6 +111,7 @@ class Measured(Law):
 
     def rate(self, init: str, rank: int | None, scaling: float, fan_in: float | None) -> float:
         """η_A, per step, at which the output of a square layer of this fan-in moves by `target`."""
+        check_init(init, "A law's init is", LawError, known=("A", "B", "full"))
         if fan_in is None or (rank is None and init != "full"):
             raise LawError(
                 "The reference was not resolved: it lacks its fan-in or its rank.",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from .._checks import check_init
 from .._types import Factor, Reference
 from ..errors import LawError
 from ._base import Law, check_choice, check_parameter
@@ -89,6 +90,7 @@ class MuA(Law):
 
     def sigma(self, init: str, rank: int, scaling: float, fan_in: float) -> float:
         """σ, the shared rate, that meets the family's condition at T = 1, in absolute terms: rough, a first guess."""
+        check_init(init, "A law's init is", LawError, known=("A", "B", "full"))
         return self._rates(init, rank, scaling, fan_in)[0]
 
     def _rates(self, init: str, rank: int | None, scaling: float, fan_in: float | None) -> tuple[float, float]:

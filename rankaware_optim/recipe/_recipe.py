@@ -176,7 +176,7 @@ class Recipe:
         method: Method,
         fan_in: float | None,
     ) -> Reference:
-        init = init or self.reference.init
+        init = self.reference.init if init is None else init
         if (rslora and alpha is None) or (method == "full" and not rank is alpha is None):
             raise RecipeError(
                 f"rank={rank}, alpha={alpha}, rslora={rslora} do not go together with method={method!r}.",

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from .._checks import check_init
 from .._optimizer_classes import get_optimizer_class
 from .._scaling_rule import infer_scaling
 from .._types import Reference
@@ -87,6 +88,7 @@ def fit_sweep(
     >>> 2**-11.5 < recipe.best_lr < 2**-10.5
     True
     """
+    check_init(init, "The sweep's init is", CalibrationError, known=("A", "B", None))
     read = read_sweep(sweep, columns=columns)
     chosen = {"model": model, "batch": batch, "init": init, "steps": steps}
     runs = known_alpha(selected(read.runs, chosen), alpha)

@@ -16,7 +16,6 @@ from ..errors import InspectionError
 from ..inspection import (
     Convention,
     Pair,
-    Walk,
     conventions,
     inspect_model,
     other_kind,
@@ -87,174 +86,146 @@ def check_convention(
     """
     if not ranks or len(alphas) < 2:
         raise InspectionError(f"Ranks {ranks} and alphas {alphas} are too few.", "Give a rank and two alphas at least.")
-    answer = run or output_of
-    inputs = tuple(_double(value) for value in inputs)
-    with _registered(convention), torch.random.fork_rng(devices=[]):
-        surveys = [_found(make, rank, alpha, convention) for rank, alpha in itertools.product(ranks, alphas)]
-        probes = [_probe(_built(make, r, alpha), inputs, answer) for r, alpha in itertools.product(ranks, alphas)]
-        errors = [
-            _oracle(make, rank, pair, inputs, answer) for rank in ranks for pair in itertools.combinations(alphas, 2)
-        ]
+    layer = _Layer(make, tuple(v.double() if _is_floating(v) else v for v in inputs), run or output_of)
+    builds = list(itertools.product(ranks, alphas))
+    with _registered(convention) as name, torch.random.fork_rng(devices=[]):
+        surveys = [layer.found(rank, alpha, name) for rank, alpha in builds]
+        probes = [layer.probe(rank, alpha) for rank, alpha in builds]
+        errors = [layer.oracle(rank, pair) for rank in ranks for pair in itertools.combinations(alphas, 2)]
     known = [error for error in probes if error is not None]
     return Conformance(surveys[0].factors, len(surveys), max(known, default=None), max(errors))
 
 
 @contextmanager
-def _registered(convention: Convention | str | None) -> Iterator[None]:
-    """The convention registered, and taken away again if it was not before."""
+def _registered(convention: Convention | str | None) -> Iterator[str | None]:
+    """The convention's name, registered, and taken away again if it was not before."""
     name = convention.name if isinstance(convention, Convention) else convention
-    known = {row.name for row in conventions()}
-    if convention is None or (name in known and convention in (name, *conventions())):
-        yield
+    known = conventions()
+    if convention is None or convention in (*known, *(row.name for row in known)):
+        yield name
         return
     register_convention(convention)
     try:
-        yield
+        yield name
     finally:
         register_convention(convention, remove=True)
-
-
-def _built(make: Make, rank: int, alpha: float) -> nn.Module:
-    """The same draw at every call."""
-    torch.default_generator.manual_seed(0)
-    module = make(rank, alpha).double()
-    for name, param in module.named_parameters():
-        if other_kind(name) == "LoRA bias":
-            nn.init.zeros_(param.requires_grad_(False))
-    return module
-
-
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-# --- found ----------------------------------------------------------------------------------------------------------
-
-
-def _found(make: Make, rank: int, alpha: float, convention: Convention | str | None) -> Survey:
-    try:
-        survey = inspect_model(_built(make, rank, alpha))
-    except InspectionError as error:
-        raise _failed("found", error.cause, error.cure) from error
-    name = convention.name if isinstance(convention, Convention) else convention
-    for f in survey.factors:
-        if name not in (None, f.convention):
-            raise _failed("found", f"{f.name} is read as {f.convention}, not as {name}.", "Order or narrow the rows.")
-        if f.rank != rank:
-            raise _failed("rank", f"{f.name} has rank {f.rank} where {rank} was asked for.", "Name where rank lies.")
-    if not survey.factors:
-        raise _failed("found", "No pair is found, only other adapters.", "Register a Convention for it.")
-    return survey
 
 
 def _failed(check: str, cause: str, cure: str) -> InspectionError:
     return InspectionError(f"The check {check!r} fails: {cause}", cure)
 
 
-# --- the ones-probe -------------------------------------------------------------------------------------------------
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-@torch.no_grad()
-def _probe(module: nn.Module, inputs: tuple[Any, ...], answer: Run) -> float | None:
-    """The largest relative error of the ones-probe, None where it does not apply."""
-    pairs = list(_trained_pairs(walk(module)))
-    if len({pair.layer for pair in pairs}) > 1:
-        return None
-    ones = tuple(torch.ones_like(v) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in inputs)
-    _set_to_units(module, pairs)
-    errors = []
-    for pair in pairs:
-        outputs = [_with_b(pair, value, module, ones, answer) for value in (0.0, 1.0, 2.0)]
-        once, twice = outputs[1] - outputs[0], outputs[2] - outputs[0]
-        if not once.any() or not torch.allclose(twice, 2 * once, rtol=1e-9, atol=1e-9 * float(twice.abs().max())):
+@dataclass(frozen=True)
+class _Layer:
+    """What is checked: how the layer is built, and how it answers to which inputs."""
+
+    make: Make
+    inputs: tuple[Any, ...]
+    run: Run
+
+    def build(self, rank: int, alpha: float) -> nn.Module:
+        """The same draw at every call."""
+        torch.default_generator.manual_seed(0)
+        module = self.make(rank, alpha).double()
+        for name, param in module.named_parameters():
+            if other_kind(name) == "LoRA bias":
+                nn.init.zeros_(param.requires_grad_(False))
+        return module
+
+    def found(self, rank: int, alpha: float, name: str | None) -> Survey:
+        try:
+            survey = inspect_model(self.build(rank, alpha))
+        except InspectionError as error:
+            raise _failed("found", error.cause, error.cure) from error
+        for f in survey.factors:
+            if name not in (None, f.convention):
+                cause = f"{f.name} is read as {f.convention}, not as {name}."
+                raise _failed("found", cause, "Order or narrow the rows.")
+            if f.rank != rank:
+                cause = f"{f.name} has rank {f.rank} where {rank} was asked for."
+                raise _failed("rank", cause, "Name where rank lies.")
+        if not survey.factors:
+            raise _failed("found", "No pair is found, only other adapters.", "Register a Convention for it.")
+        return survey
+
+    @torch.no_grad()
+    def probe(self, rank: int, alpha: float) -> float | None:
+        """The largest relative error of the ones-probe, None where it does not apply."""
+        module = self.build(rank, alpha)
+        pairs = [pair for pair in pairs_of(walk(module).modules) if pair.trains]
+        if len({pair.layer for pair in pairs}) > 1:
             return None
-        errors.append(_probe_error(pair, float(once.abs().max())))
-    return max(errors)
+        ones = tuple(torch.ones_like(value) if _is_floating(value) else value for value in self.inputs)
+        _set_to_units(pairs)
+        errors = []
+        for pair in pairs:
+            outputs = []
+            for value in (1.0, 2.0, 0.0):
+                pair.b.tensor.fill_(value)
+                outputs.append(self.run(module, *ones).clone())
+            once, twice = outputs[0] - outputs[2], outputs[1] - outputs[2]
+            if not once.any() or not torch.allclose(twice, 2 * once, rtol=1e-9, atol=1e-9 * float(twice.abs().max())):
+                return None
+            moved, reading = float(once.abs().max()), reading_of(pair)
+            scaling = scaling_of(pair, reading.rank_a) or 1.0
+            fan_in = 1.0 if reading.kind == "embedding" else reading.fan_in
+            expected = scaling * reading.rank_a * reading.inner * fan_in
+            errors.append(abs(moved - expected) / expected)
+            if not errors[-1] < _PROBE_BAR:
+                raise _failed(
+                    "ones-probe",
+                    f"with ones everywhere {pair.where} moves the output by {moved:g}, and scaling {scaling:g} × rank "
+                    f"{reading.rank_a:g} × inner {reading.inner} × fan-in {fan_in:g} is {expected:g}.",
+                    "See which of them the convention reads wrongly: its layout, or where rank and scaling stand.",
+                )
+        return max(errors)
+
+    def oracle(self, rank: int, alphas: tuple[float, float]) -> float:
+        """How far two trainings that ought to be equal lie apart, relative to the largest output.
+
+        An adapter at another scaling trains alike where rates, eps, decays and initial values make up for it (Chen,
+        Villar, Hayou, arXiv 2602.06204).
+        """
+        first, second = (self.build(rank, alpha) for alpha in alphas)
+        p, q = _move(first, second)
+        outputs = []
+        for module, by_a, by_b in ((first, 1.0, 1.0), (second, p, q)):
+            scaled = {"eps_a": _EPS / by_a, "eps_b": _EPS / by_b, "decay_a": _DECAY / by_a, "decay_b": _DECAY / by_b}
+            settings: dict[str, Any] = {"steps": _STEPS, "other_lr": _LR, "answer": self.run, **scaled}
+            outputs.append(trained(module, self.inputs, _LR * by_a, _LR * by_b, **settings))
+        walked = walk(first)
+        gradients = {name: param.grad for name, param in walked.parameters}
+        for f in survey_of(walked).factors:
+            gradient = gradients[f.name]
+            if gradient is None or not gradient.any():
+                raise _failed("oracle", f"the answer does not depend on {f.name}.", "Let it run through the adapter.")
+        error = distance(*outputs)
+        if not error < _ORACLE_BAR:
+            raise _failed(
+                "oracle",
+                f"at rank {rank}, alphas {alphas[0]:g} and {alphas[1]:g} train apart by {error:.1e} though rates, eps, "
+                "decays and initial values make up for the scalings that were read.",
+                "See whether scaling and roles are read right, and whether the layer is a pair and nothing random.",
+            )
+        return error
 
 
-def _trained_pairs(walked: Walk) -> Iterator[Pair]:
-    """Each trainable pair under the first row that fits it, as the survey takes them."""
-    seen = set[int]()
-    for pair in pairs_of(walked.modules):
-        ids = {id(pair.a.tensor), id(pair.b.tensor)}
-        if seen.isdisjoint(ids) and (pair.a.tensor.requires_grad or pair.b.tensor.requires_grad):
-            seen |= ids
-            yield pair
-
-
-def _set_to_units(module: nn.Module, pairs: Sequence[Pair]) -> None:
+def _set_to_units(pairs: Sequence[Pair]) -> None:
     """Every A at 1, every B at 0, and what else their owners train at one: a square core at the identity."""
     halves = {id(half.tensor) for pair in pairs for half in (pair.a, pair.b)}
     for pair in pairs:
         for param in pair.owner.parameters():
             if param.requires_grad and id(param) not in halves:
-                param.copy_(_unit(param))
+                param.fill_(1.0)
+                if param.dim() > 1 and param.shape[0] == param.shape[1]:
+                    eye = torch.eye(param.shape[0], dtype=param.dtype, device=param.device)
+                    param.copy_(eye.reshape(*eye.shape, *(1 for _ in param.shape[2:])).expand_as(param))
         pair.a.tensor.fill_(1.0)
         pair.b.tensor.fill_(0.0)
-
-
-def _unit(param: torch.Tensor) -> torch.Tensor:
-    if param.dim() < 2 or param.shape[0] != param.shape[1]:
-        return torch.ones_like(param)
-    eye = torch.eye(param.shape[0], dtype=param.dtype, device=param.device)
-    return eye.reshape(*eye.shape, *(1 for _ in param.shape[2:])).expand_as(param)
-
-
-def _with_b(pair: Pair, value: float, module: nn.Module, inputs: tuple[Any, ...], answer: Run) -> torch.Tensor:
-    pair.b.tensor.fill_(value)
-    out = answer(module, *inputs).clone()
-    pair.b.tensor.fill_(0.0)
-    return out
-
-
-def _probe_error(pair: Pair, moved: float) -> float:
-    reading = reading_of(pair)
-    rank = reading.rank_a
-    scaling = scaling_of(pair, rank) or 1.0
-    fan_in = 1.0 if reading.kind == "embedding" else reading.fan_in
-    expected = scaling * rank * reading.inner * fan_in
-    error = abs(moved - expected) / expected
-    if not error < _PROBE_BAR:
-        raise _failed(
-            "ones-probe",
-            f"with ones everywhere {pair.where} moves the output by {moved:g}, and scaling {scaling:g} × rank {rank:g} "
-            f"× inner {reading.inner} × fan-in {fan_in:g} is {expected:g}.",
-            "See which of them the convention reads wrongly: the layout, or where rank and scaling are declared.",
-        )
-    return error
-
-
-# --- the reparametrisation oracle -----------------------------------------------------------------------------------
-
-
-def _oracle(make: Make, rank: int, alphas: tuple[float, float], inputs: tuple[Any, ...], answer: Run) -> float:
-    """How far the two trainings of theory.md, section 4, lie apart: relative to the largest output."""
-    first, second = (_built(make, rank, alpha) for alpha in alphas)
-    p, q = _move(first, second)
-    error = distance(*(_trained_at(*side, inputs, answer) for side in ((first, 1.0, 1.0), (second, p, q))))
-    _check_gradients(first)
-    if not error < _ORACLE_BAR:
-        raise _failed(
-            "oracle",
-            f"at rank {rank}, alphas {alphas[0]:g} and {alphas[1]:g} train apart by {error:.1e} though rates, eps, "
-            "decays and initial values make up for the scalings that were read.",
-            "See whether scaling and roles are read right, and whether the layer is a pair with nothing random in it.",
-        )
-    return error
-
-
-def _check_gradients(module: nn.Module) -> None:
-    params = dict(walk(module).parameters)
-    for f in survey_of(walk(module)).factors:
-        grad = params[f.name].grad
-        if grad is None or not grad.any():
-            raise _failed("oracle", f"the answer does not depend on {f.name}.", "Let it run through the adapter.")
-
-
-def _trained_at(module: nn.Module, p: float, q: float, inputs: tuple[Any, ...], answer: Run) -> list[torch.Tensor]:
-    scaled = {"eps_a": _EPS / p, "eps_b": _EPS / q, "decay_a": _DECAY / p, "decay_b": _DECAY / q}
-    settings: dict[str, Any] = {"steps": _STEPS, "other_lr": _LR, "answer": answer, **scaled}
-    return trained(module, inputs, _LR * p, _LR * q, **settings)
 
 
 @torch.no_grad()
@@ -299,8 +270,14 @@ def trained(
     or not at all. The loss is the mean square; nothing is clipped; decays are decoupled; the global RNG is left alone.
     """
     answer, inputs = answer or output_of, inputs if isinstance(inputs, tuple) else (inputs,)
-    settings = {"A": (lr_a, eps_a, decay_a), "B": (lr_b, eps_b, decay_b)}
-    optimizer = torch.optim.AdamW(_groups(model, settings, other_lr), foreach=False)
+    survey, params = inspect_model(model), dict(walk(model).parameters)
+    groups: list[dict[str, Any]] = []
+    for role, lr, eps, decay in (("A", lr_a, eps_a, decay_a), ("B", lr_b, eps_b, decay_b)):
+        factors = [params[f.name] for f in survey.factors if f.role == role]
+        groups.append({"params": factors, "lr": lr, "eps": eps, "weight_decay": decay})
+    if other_lr is not None and survey.other:
+        groups.append({"params": [params[name] for name in survey.other], "lr": other_lr})
+    optimizer = torch.optim.AdamW(groups, foreach=False)
     outputs: list[torch.Tensor] = []
     target: torch.Tensor | None = None
     for _ in range(steps):
@@ -320,19 +297,6 @@ def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
     """The largest difference between two lists of outputs, relative to the largest output."""
     scale = max(float(t.abs().max()) for t in first)
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True)) / scale
-
-
-def _groups(
-    model: nn.Module, settings: dict[str, tuple[float, float, float]], other_lr: float | None
-) -> list[dict[str, Any]]:
-    survey, params = inspect_model(model), dict(walk(model).parameters)
-    groups: list[dict[str, Any]] = [
-        {"params": [params[f.name] for f in survey.factors if f.role == role], "lr": lr, "eps": eps, "weight_decay": wd}
-        for role, (lr, eps, wd) in settings.items()
-    ]
-    if other_lr is not None and survey.other:
-        groups.append({"params": [params[name] for name in survey.other], "lr": other_lr})
-    return groups
 
 
 def output_of(model: nn.Module, *inputs: Any) -> torch.Tensor:

@@ -8,14 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 import rankaware_optim as ra
-from rankaware_optim import Convention, InspectionError, inspect_model, register_convention
-from rankaware_optim.inspection import conventions, other_kind
-from rankaware_optim.inspection._conventions import CONVENTIONS, Reading
+from rankaware_optim import Convention, InspectionError, inspect_file, inspect_model, register_convention
+from rankaware_optim.cli import main
+from rankaware_optim.inspection import Reading, conventions, other_kind
+from rankaware_optim.inspection._conventions import CONVENTIONS
 from rankaware_optim.inspection._unsupported import is_other_adapter
 from rankaware_optim.testing import check_convention
 
@@ -266,6 +269,10 @@ BAD_ROWS = {
     "unknown layout": (replace(STRANGER, layouts=("diagonal",)), "has the layout 'diagonal'. Known are rows"),
     "text for a tuple": (replace(STRANGER, rank="width"), r"has rank='width'. Give a tuple"),
     "a built-in's name": (replace(STRANGER, name="peft"), "Another convention is called 'peft'"),
+    "a text for keys": (replace(STRANGER, keys="{}"), "has keys='{}'. Give a tuple"),
+    "a key without a factor": (replace(STRANGER, keys=("weight",)), "has the key 'weight'. Write {} once"),
+    "a key of half a word": (replace(STRANGER, keys=("my_{}",)), "has the key 'my_{}'. Write {} once, between dots"),
+    "an init that cannot be": (replace(STRANGER, init="C"), "The init of the convention 'gain' is 'A' (B zero)"),
 }
 
 
@@ -295,6 +302,159 @@ def test_removing_what_is_not_there_is_fine():
     register_convention("gain", remove=True)
 
 
+# --- files of strangers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Writes tensors of these shapes, numbers as they are, to a .safetensors file; its path."""
+
+    def write(**entries):
+        tensors = {k: torch.zeros(v) if isinstance(v, tuple) else torch.tensor(v) for k, v in entries.items()}
+        save_file({name.replace("__", "."): tensor for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+        return tmp_path / "x.safetensors"
+
+    return write
+
+
+README_ROW = Convention("mine", a="reduce", b="expand", layouts=("columns",), rank=("k",), scaling=("gain",))
+
+
+def test_a_registered_row_reads_files_too(registered, saved):
+    """README's row alone makes a file readable, to inspect_file and to `rankaware inspect`, until it is taken away."""
+    path = saved(up__reduce=(IN, 4), up__expand=(4, OUT), up__gain=2.0, up__k=4, head__weight=(3, 3))
+    for _ in range(2):
+        with pytest.raises(InspectionError, match="holds no LoRA pair among 5 tensors"):
+            inspect_file(path)
+        register_convention(README_ROW)
+        survey = inspect_file(path)
+        done = CliRunner().invoke(main, ["inspect", str(path)])
+        register_convention("mine", remove=True)
+        found = [(f.name, f.role, f.rank, f.fan_in, f.fan_out, f.scaling, f.convention) for f in survey.factors]
+        assert found == [
+            ("up.reduce", "A", 4, IN, OUT, 2.0, "mine"),
+            ("up.expand", "B", 4, IN, OUT, 2.0, "mine"),
+        ]
+        assert survey.other == ("head.weight",)
+        assert (done.exit_code, done.output.count("mine")) == (0, 2)
+
+
+STRANGERS = {
+    "nothing declared": (README_ROW, {"reduce": (IN, 4), "expand": (4, OUT)}, {(4, IN, OUT, 1.0)}),
+    "modules": (README_ROW, {"reduce__weight": (IN, 4), "expand__weight": (4, OUT)}, {(4, IN, OUT, 1.0)}),
+    "alpha": (
+        replace(README_ROW, scaling=(), alpha=("strength",)),
+        {"reduce": (IN, 4), "expand": (4, OUT), "strength": 8.0},
+        {(4, IN, OUT, 2.0)},
+    ),
+    "the rank chooses the layout": (
+        replace(README_ROW, layouts=("rows", "columns")),
+        {"reduce": (6, 4), "expand": (4, 6), "k": 4},
+        {(4, 6, 6, 1.0)},
+    ),
+    "a dict by adapter": (
+        replace(README_ROW, container=True),
+        {"reduce__one__weight": (IN, 4), "expand__one__weight": (4, OUT), "gain__one": 3.0},
+        {(4, IN, OUT, 3.0)},
+    ),
+    "keys of its own": (
+        replace(README_ROW, keys=("adapter.{}.weight",), where=("never_saved",)),
+        {"adapter__reduce__weight": (IN, 4), "adapter__expand__weight": (4, OUT), "gain": 5.0},
+        {(4, IN, OUT, 5.0)},
+    ),
+    "a layout of its own": (
+        replace(README_ROW, layouts=(lambda owner, a, b: Reading(a[1], b[0], a[0] * owner.parts, b[1]),)),
+        {"reduce": (IN, 4), "expand": (4, OUT)},
+        "has shape",
+    ),
+    "another entry": (
+        replace(README_ROW, where=("core",), layouts=(lambda owner, a, b: Reading(4, 4, owner.core.shape[0], b[1]),)),
+        {"reduce": (IN, 4), "expand": (4, OUT), "core": (9, 9)},
+        {(4, 9, OUT, 1.0)},
+    ),
+    "an entry that is missing": (
+        replace(README_ROW, where=("core",)),
+        {"reduce": (IN, 4), "expand": (4, OUT)},
+        "no LoRA pair among 2 tensors",
+    ),
+    "an adapter's name in no dict": (
+        README_ROW,
+        {"reduce__one__weight": (IN, 4), "expand__one__weight": (4, OUT)},
+        "no LoRA pair among 2 tensors",
+    ),
+    "half a pair": (README_ROW, {"reduce": (IN, 4)}, "no LoRA pair among 1 tensors"),
+    "another rank": (README_ROW, {"reduce": (IN, 4), "expand": (4, OUT), "k": 8}, "rank 4 by its shape .*up.k is 8"),
+    "no scaling": (README_ROW, {"reduce": (IN, 4), "expand": (4, OUT), "gain": 0.0}, "up.gain is 0.0"),
+    "both": (README_ROW, {"reduce": (IN, 4), "reduce__weight": (IN, 4), "expand": (4, OUT)}, "up.reduce.* collide"),
+    "other shapes": (README_ROW, {"reduce": (IN, 4), "expand": (5, OUT)}, "up.expand .* no LoRA pair"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGERS)
+def test_every_field_of_a_row_holds_for_files(case, registered, saved):
+    """Layouts, declarations, dicts by adapter, other entries and keys are read from a file as from a module."""
+    row, entries, expected = STRANGERS[case]
+    registered(row)
+    path = saved(**{f"up__{name}": value for name, value in entries.items()})
+    if isinstance(expected, str):
+        with pytest.raises(InspectionError, match=expected):
+            inspect_file(path)
+        return
+    survey = inspect_file(path)
+    assert {(f.rank, f.fan_in, f.fan_out, f.scaling) for f in survey.factors} == expected
+    assert ([f.role for f in survey.factors], {f.layer for f in survey.factors}) == (["A", "B"], {"up"})
+
+
+def test_an_owner_of_several_pairs_is_read_from_a_file(registered, saved):
+    """Registered rows that adapt several matrices of one owner do not collide in a file, nor do built-in stacks."""
+    for part in ("gate", "up"):
+        registered(Convention(f"mine-{part}", f"{part}_a", f"{part}_b"))
+    survey = inspect_file(saved(x__gate_a=(4, IN), x__gate_b=(OUT, 4), x__up_a=(2, IN), x__up_b=(OUT, 2)))
+    assert [(f.convention, f.rank) for f in survey.factors] == [("mine-gate", 4)] * 2 + [("mine-up", 2)] * 2
+    stacks = {"lora_gate_and_up_A": (3, IN, 4), "lora_gate_and_up_B": (3, 4, OUT)}
+    stacks |= {"lora_down_A": (3, IN, 4), "lora_down_B": (3, 4, OUT)}
+    survey = inspect_file(saved(**{f"experts__{name}": shape for name, shape in stacks.items()}))
+    assert {(f.convention, f.rank, f.fan_in, f.kind) for f in survey.factors} == {
+        ("automodel-gate_and_up", 4, IN, "experts"),
+        ("automodel-down", 4, IN, "experts"),
+    }
+
+
+def test_a_registered_row_goes_before_built_in_ones_in_files(registered, saved):
+    """MLX writes a bare lora_a, transposed: no built-in row reads it, a registered one does, and torchtune's stays."""
+    path = saved(x__lora_a=(IN, 4), x__lora_b=(4, OUT), y__lora_a__weight=(4, IN), y__lora_b__weight=(OUT, 4))
+    assert {f.layer for f in inspect_file(path).factors} == {"y"}
+    registered(Convention("mlx", "lora_a", "lora_b", layouts=("columns",), keys=("{}",)))
+    assert {(f.layer, f.convention, f.rank, f.fan_in) for f in inspect_file(path).factors} == {
+        ("x", "mlx", 4, IN),
+        ("y", "lora_a/lora_b", 4, IN),
+    }
+
+
+# What a state_dict does not tell: attributes that a row's `where` asks for.
+UNSAVED = {"Automodel": "lora_A/lora_B", "Megatron": None, "Megatron, grouped experts": None}
+
+
+@pytest.mark.parametrize("case", REPLICAS, ids=lambda case: case.name)
+def test_a_replicas_file_is_read_as_the_replica(case, registered, tmp_path):
+    """The state_dict of a replica, saved, gives the rank, fans, kind and convention that the module gives."""
+    if case.convention == "A/B":
+        registered("A/B")
+    model = nn.ModuleDict({"up": case.make(4, 8.0)})
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    convention = UNSAVED.get(case.name, case.convention)
+    if convention is None:
+        with pytest.raises(InspectionError, match="holds no LoRA pair"):
+            inspect_file(tmp_path / "x.safetensors")
+        return
+    live, file = inspect_model(model), inspect_file(tmp_path / "x.safetensors")
+    for a, b in zip(live.factors, file.factors, strict=True):
+        assert (a.name, a.rank, a.fan_in, a.fan_out, a.kind) == (b.name, b.rank, b.fan_in, b.fan_out, b.kind)
+        assert b.convention == convention
+
+
+# --- rows of installed packages -------------------------------------------------------------------------------------
+
 PLUGIN = """
 from rankaware_optim import Convention
 ROW = Convention("gain", "reduce", "expand", layouts=("columns",), rank=("width",), scaling=("gain",))
@@ -319,8 +479,9 @@ for warning in caught:
 """
 
 
-def test_a_convention_by_entry_point(tmp_path):
-    """An installed package's row is found unasked; broken ones of other packages warn once and are left out."""
+@pytest.fixture
+def installed(tmp_path):
+    """A folder that holds an installed package of one good row and three broken ones."""
     (tmp_path / "gain_rows.py").write_text(PLUGIN)
     info = tmp_path / "gain_rows-1.0.dist-info"
     info.mkdir()
@@ -332,13 +493,27 @@ def test_a_convention_by_entry_point(tmp_path):
         "none = builtins:dict",
     ]
     (info / "entry_points.txt").write_text("\n".join(["[rankaware_optim.conventions]", *points, ""]))
-    run = subprocess.run([sys.executable, "-c", USE, str(tmp_path)], capture_output=True, text=True, check=True)
+    return tmp_path
+
+
+def test_a_convention_by_entry_point(installed):
+    """An installed package's row is found unasked; broken ones of other packages warn once and are left out."""
+    run = subprocess.run([sys.executable, "-c", USE, str(installed)], capture_output=True, text=True, check=True)
     factors, *warned = run.stdout.splitlines()
     assert factors == "[('gain', 4, 12.0, 2.0), ('gain', 4, 12.0, 2.0)]"
     assert len(warned) == 3
     assert sum("'broken' (not_there_at_all:ROW) could not be loaded" in line for line in warned) == 1
     assert sum("'wrong' is left out" in line and "'re.duce'" in line for line in warned) == 1
     assert sum("'none' is left out" in line for line in warned) == 1
+
+
+def test_a_convention_by_entry_point_reads_files(installed, saved):
+    """`rankaware inspect` of a file knows an installed package's row unasked."""
+    path = saved(x__reduce=(IN, 4), x__expand=(4, OUT), x__gain=0.5)
+    use = f"import sys; sys.path.insert(0, {str(installed)!r}); from rankaware_optim.cli import main; main()"
+    run = subprocess.run([sys.executable, "-c", use, "inspect", str(path)], capture_output=True, text=True, check=True)
+    assert run.stdout.count("gain") == 2
+    assert "0.5" in run.stdout
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from rankaware_optim import InspectionError, RankAwareError
 from rankaware_optim.inspection import inspect_file
-from rankaware_optim.inspection.files import _patterns as patterns
+from rankaware_optim.inspection.files import _peft_config as patterns
 from rankaware_optim.transfer import survey_report
 
 RANK = 8
@@ -141,6 +141,21 @@ def test_every_layout_is_read(first, a, second, b, changes, expected, folder):
     survey = inspect_file(folder({first: torch.zeros(a), second: torch.zeros(b)}, **changes))
     found = {(f.rank, f.fan_in, f.fan_out, f.kind, f.convention) for f in survey.factors}
     assert (found, len(survey.factors)) == ({expected}, 2)
+
+
+ALONE = [
+    ({"x.lora_A.weight": (8, 32), "x.lora_B.weight": (48, 8)}, ("linear", "unknown", "lora_A/lora_B")),
+    ({"x.lora_A.one.weight": (8, 32), "x.lora_B.one.weight": (48, 8)}, ("linear", "unknown", "peft")),
+    ({"x.lora_embedding_A": (8, 32), "x.lora_embedding_B": (48, 8)}, ("embedding", "unknown", "peft-embedding")),
+    ({"x.lora_A": (8, 32), "x.lora_B": (48, 8), "x.lora_E": (8, 1)}, ("adalora", "other", "peft-adalora")),
+]
+
+
+@pytest.mark.parametrize(("shapes", "expected"), ALONE)
+def test_a_file_alone_shows_its_convention_by_its_entries(shapes, expected, tmp_path):
+    """Without a configuration an adapter's name or another entry of the layer tells which row has written the pair."""
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "x.safetensors")
+    assert {(f.kind, f.init, f.convention) for f in inspect_file(tmp_path / "x.safetensors").factors} == {expected}
 
 
 def test_a_tucker_core_gives_the_kernel(folder):
@@ -297,40 +312,48 @@ RAW = [
     (b"{}", None, b"", "no LoRA pair among 0 tensors"),
     (b"not json", None, b"", "cannot be read"),
     (b"\xff\xff", None, b"", "cannot be read"),
-    (b"[]", None, b"", "no usable"),
-    (b"null", None, b"", "no usable"),
+    (b"[]", None, b"", "no usable header"),
+    (b"null", None, b"", "no usable header"),
     (b"[" * 100_000, None, b"", "cannot be read"),
-    (b'{"a": ' + b"1" * 5000 + b"}", None, b"", "a has no usable|cannot be read"),
-    (b'{"a": 1}', None, b"", "a has no usable"),
-    (b'{"a": {}}', None, b"", "a has no usable"),
-    (b'{"a": {"shape": "8"}}', None, b"", "a has no usable"),
-    (b'{"a": {"shape": [-8, 8]}}', None, b"", "a has no usable"),
-    (b'{"a": {"shape": [true, 8]}}', None, b"", "a has no usable"),
-    (b'{"a": {"shape": [1.5, 8]}}', None, b"", "a has no usable"),
-    (b'{"a": {"shape": [8, 8]}}', None, b"", "a has no usable"),
-    (b'{"a": {"shape": [2], "data_offsets": [0, "8"]}}', None, b"", "a has no usable"),
-    (b'{"a": {"shape": [1e1], "data_offsets": [0, 8]}}', None, b"", "a has no usable"),
-    (b'{"a": {"shape": [9223372036854775808], "data_offsets": [0, 0]}}', None, b"", "a has no usable"),
-    (json.dumps({"a": entry(1, offsets=[4, 0])}).encode(), None, bytes(4), "a has no usable"),
-    (json.dumps({"a": entry(*[1] * 65)}).encode(), None, bytes(4), "a has no usable"),
-    (json.dumps({"a": entry(2, dtype="F128")}).encode(), None, bytes(8), "a has the unknown dtype 'F128'"),
-    (json.dumps({"a": entry(2, dtype=None)}).encode(), None, bytes(8), "a has the unknown dtype None"),
+    (b'{"a": ' + b"1" * 5000 + b"}", None, b"", "cannot be read|no usable header"),
+    (b'{"a": 1}', None, b"", "no usable header"),
+    (b'{"a": {}}', None, b"", "no usable header"),
+    (b'{"a": {"shape": "8"}}', None, b"", "no usable header"),
+    (b'{"a": {"shape": [-8, 8]}}', None, b"", "no usable header"),
+    (b'{"a": {"shape": [true, 8]}}', None, b"", "no usable header"),
+    (b'{"a": {"shape": [1.5, 8]}}', None, b"", "no usable header"),
+    (b'{"a": {"shape": [8, 8]}}', None, b"", "no usable header"),
+    (b'{"a": {"shape": [2], "data_offsets": [0, "8"]}}', None, b"", "no usable header"),
+    (b'{"a": {"shape": [1e1], "data_offsets": [0, 8]}}', None, b"", "no usable header"),
+    (b'{"a": {"shape": [9223372036854775808], "data_offsets": [0, 0]}}', None, b"", "no usable header"),
+    (json.dumps({"a": entry(1, offsets=[4, 0])}).encode(), None, bytes(4), "offset for tensor `a`"),
+    (json.dumps({"a": entry(*[1] * 65)}).encode(), None, bytes(4), "no LoRA pair among 1 tensors"),
+    (json.dumps({"a": entry(2, dtype="F128")}).encode(), None, bytes(8), "no usable header: .* unknown variant `F128`"),
+    (json.dumps({"a": entry(2, dtype=None)}).encode(), None, bytes(8), "no usable header"),
+    (json.dumps({"a": entry(2, dtype="\x1b[2J")}).encode(), None, bytes(8), r"unknown variant `.x1b\[2J`"),
+    (json.dumps({"a": entry(2, dtype="F16")}).encode(), None, bytes(8), "invalid shape, data type, or offset"),
+    (json.dumps({"a": entry(2), "b": entry(2)}).encode(), None, bytes(8), "offset for tensor `[ab]`"),
     (
-        json.dumps({"a": entry(2, dtype="F16")}).encode(),
+        json.dumps({"a": entry(2), "b": entry(2, offsets=[4, 12])}).encode(),
         None,
-        bytes(8),
-        "a of shape .2,. and dtype F16 cannot fill its 8",
+        bytes(12),
+        "offset for tensor `b`",
     ),
-    (json.dumps({"a": entry(2), "b": entry(2)}).encode(), None, bytes(8), "b overlaps"),
-    (json.dumps({"a": entry(2), "b": entry(2, offsets=[4, 12])}).encode(), None, bytes(12), "b overlaps"),
-    (json.dumps({"a": entry(2), "b": entry(2, offsets=[12, 20])}).encode(), None, bytes(20), "b begins after a hole"),
-    (json.dumps({"a": entry(2, offsets=[8, 16])}).encode(), None, bytes(16), "a begins after a hole"),
+    (
+        json.dumps({"a": entry(2), "b": entry(2, offsets=[12, 20])}).encode(),
+        None,
+        bytes(20),
+        "offset for tensor `b`",
+    ),
+    (json.dumps({"a": entry(2, offsets=[8, 16])}).encode(), None, bytes(16), "offset for tensor `a`"),
     (json.dumps({"a\x1b[2J": entry(1)}).encode(), None, bytes(4), r"a tensor is called 'a.x1b\[2J'"),
-    (json.dumps({"a\ud800": entry(1)}).encode(), None, bytes(4), "a tensor is called"),
+    (json.dumps({"a\ud800": entry(1)}).encode(), None, bytes(4), "no usable header: .* hex escape"),
     (json.dumps({"a" * 1001: entry(1)}).encode(), None, bytes(4), "a tensor is called 'aaa"),
+    (b'{"a": ["F32", [2], [0, 8]]}', None, bytes(8), "no usable header: a is no plain entry"),
+    (json.dumps({"a": entry(2, dtype={"F32": None})}).encode(), None, bytes(8), "header: a is no plain entry"),
     (b'{"a": {"dtype": "U8", "dtype": "I8"}}', None, b"", "the key 'dtype' comes twice"),
     (b'{"a": {}, "a": {}}', None, b"", "the key 'a' comes twice"),
-    (b'{"__metadata__": {"a": 1}}', None, b"", "__metadata__ is no table of strings"),
+    (b'{"__metadata__": {"a": 1}}', None, b"", "no usable header: .* expected a string"),
     (b'{"__metadata__": null}', None, b"", "__metadata__ is no table of strings"),
     ("{}".encode("utf-16"), None, b"", "cannot be read"),
     (b"\xef\xbb\xbf{}", None, b"", "cannot be read"),
@@ -667,7 +690,7 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 values = st.recursive(scalars, st.lists, max_leaves=4)
 entries = values | st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from(["F32", "BF16", "I64", "F8_E4M3", "F4", "nonsense"]) | values,
+        "dtype": st.sampled_from(["F32", "BF16", "I64", "F8_E4M3", "F4", "nonsense", {"F32": None}]) | values,
         "shape": st.lists(st.integers(0, 9) | values, max_size=4) | values,
         "data_offsets": st.tuples(st.integers(-2, 64), st.integers(-2, 64)) | values,
     }

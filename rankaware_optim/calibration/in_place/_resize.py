@@ -25,7 +25,6 @@ from ...inspection import (
     check_start,
     configs_of,
     declare,
-    each_once,
     is_merged,
     other_kind,
     pairs_of,
@@ -89,7 +88,7 @@ class Adapters:
                     f"{name} belongs to an adapter ({kind}) that cannot be made at another rank in place.",
                     "Freeze it, or build the model in each trial with ra.calibrate.",
                 )
-        pairs = [p for p in each_once(pairs_of(walked.modules)) if p.a.tensor.requires_grad or p.b.tensor.requires_grad]
+        pairs = [p for p in pairs_of(walked.modules) if p.a.tensor.requires_grad or p.b.tensor.requires_grad]
         self.rank = survey.dominant().rank or 1
         self._rule = rule
         self._configs = [c for c in configs_of(walked.modules) if any(map(c.holds, pairs))]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..._types import Factor, Survey
 from ...errors import InspectionError
-from .._survey import declared_init
+from .._conventions import KEYS, Convention, Reading
+from .._pairs import Half, Pair, is_shard, read_as
+from .._survey import declared_init, factor_of
 from .._unsupported import is_other_adapter, unsupported
-from ._keys import FilePair, FileReading, file_pairs, file_reading
-from ._peft_config import UNSAID, AdapterConfig, Declared, embedded_configs, is_alpha, read_config
+from ._keys import NamedPair, named_pairs, refuse_collisions
+from ._peft_config import LORA_TYPES, AdapterConfig, Declared, embedded_configs, is_alpha, read_config
 from ._safetensors import Header, read_header, shown
 
 __all__ = ["inspect_file"]
@@ -27,36 +31,43 @@ _SAID = ("ss_network_module", "ss_network_dim", "ss_network_alpha")  # by kohya'
 def inspect_file(path: str | Path) -> Survey:
     """Survey an adapter folder (PEFT's adapter_config.json with its safetensors) or one .safetensors file.
 
-    Known are PEFT's keys, kohya's and LyCORIS's (Tucker too), diffusers' old and new ones, torchtune's and loralib's.
-    Fan-in and fan-out come from the shapes, as does the rank, which must be the one that a configuration declares.
-    The scaling is that of the configuration (PEFT's, or the copy in a diffusers file), of the file's `alpha` entries,
-    or of kohya's metadata, else 1 with a note. An adapter on disk is trained as a rule, so its init is the one
-    declared or unknown. Adapters without a law, such as LoHa, are a survey without factors. Nothing is unpickled.
+    Known are the names of every convention, registered ones too: PEFT's, kohya's and LyCORIS's (Tucker too), diffusers'
+    old and new ones, torchtune's and loralib's. Fan-in and fan-out come from the shapes, as does the rank, which must
+    be the one that the file or a configuration declares. The scaling is that of the file's own entries (kohya's
+    `alpha`), of the configuration (PEFT's, or the copy in a diffusers file), or of kohya's metadata, else 1 with a
+    note. An adapter on disk is trained as a rule, so its init is the one declared or unknown. Adapters without a law,
+    such as LoHa, are a survey without factors. Nothing is unpickled.
 
     Raises:
         InspectionError: naming the file and the key that is missing, damaged or at odds.
     """
     file, config = _found(Path(path))
     header = read_header(file)
-    pairs = file_pairs(header)
-    told = _told(header, pairs, config)
+    pairs = list(_file_pairs(header, config))
+    refuse_collisions(header, (found.pair for found in pairs))
     notes: list[str] = []
-    factors = tuple(factor for pair in pairs for factor in _factors(header, pair, told[pair.layer], notes))
+    factors = tuple(factor for found in pairs for factor in _factors(found, notes))
     known = {f.name for f in factors}
     left = [name for name in header.tensors if name not in known]
     unlawful = [name for name in left if is_other_adapter(name)]
-    alphas = {f"{layer}.alpha" for layer in (*told, *_layers(unlawful))}  # of adapters, not tensors of the model
-    other = tuple(name for name in left if not (name in alphas and _is_scalar(header, name)))
-    if config is not None and not config.is_lora:
-        notes.append(f"The folder's kind is {config.values['peft_type']}, which no law covers.")
+    numbers = {entry for found in pairs for entry, _ in found.numbers.values()}  # of adapters, not of the model
+    numbers |= {f"{name.removesuffix('.weight').rpartition('.')[0]}.alpha" for name in unlawful}  # as of x.hada_w1_a
+    other = tuple(name for name in left if not (name in numbers and header.is_scalar(name)))
+    kind = None if config is None else config.values.get("peft_type")
+    if kind not in LORA_TYPES:
+        notes.append(f"The folder's kind is {kind}, which no law covers.")
     elif not factors and not unlawful:
         raise InspectionError(
             f"{file} holds no LoRA pair among {len(header.tensors)} tensors.",
             "Give an adapter's file, not a base model's.",
         )
-    notes += _notes(header, config)
-    said = tuple(dict.fromkeys(notes))
-    return Survey(factors, other, said, looked_at=len(header.tensors), unsupported=unsupported(other))
+    said = [f"{key} {shown(header.metadata[key])}" for key in _SAID if key in header.metadata]
+    if said:
+        notes.append(f"Its metadata say {', '.join(said)}.")
+    if config is None and os.path.isfile(file.with_name(_CONFIG)):
+        notes.append(f"{_CONFIG} lies beside the file and was not read: give the folder.")
+    notes = list(dict.fromkeys(notes))
+    return Survey(factors, other, tuple(notes), looked_at=len(header.tensors), unsupported=unsupported(other))
 
 
 # --- which file -----------------------------------------------------------------------------------------------------
@@ -73,14 +84,9 @@ def _found(path: Path) -> tuple[Path, AdapterConfig | None]:
     except OSError as error:
         raise InspectionError(f"{path} cannot be read: {error}.", "Give a folder that you may read.") from error
     config = read_config(path / _CONFIG) if _CONFIG in names else None
-    return path / _weights(path, names, config), config
-
-
-def _weights(path: Path, names: list[str], config: AdapterConfig | None) -> str:
-    """The name of a folder's one safetensors file: PEFT's own beside a configuration, else the only one."""
     files = [name for name in names if name.endswith(".safetensors")]
     if len(files) == 1 or (config is not None and _WEIGHTS in files):
-        return _WEIGHTS if _WEIGHTS in files else files[0]
+        return path / (_WEIGHTS if _WEIGHTS in files else files[0]), config
     pickles = [name for name in names if name.lower().endswith(_PICKLES)]
     if pickles and not files:
         raise _pickle(path / pickles[0])
@@ -98,95 +104,141 @@ def _pickle(path: Path) -> InspectionError:
     )
 
 
-# --- what is declared -----------------------------------------------------------------------------------------------
-
-
-def _layers(names: Iterable[str]) -> set[str]:
-    """The layers of other adapters' tensors, such as x of x.hada_w1_a or x.b2.weight."""
-    return {name.removesuffix(".weight").rpartition(".")[0] for name in names}
+# --- pairs ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What the file and its configuration say of one layer besides shapes."""
+class _FilePair:
+    """A pair of a file, whose owner has the attributes that its rows name and file or configuration tell.
 
-    config: AdapterConfig | None = None
-    declared: Declared = UNSAID
-    alpha: float | None = None  # the file's own entry
+    `numbers` are the file's own for its rank, scaling or alpha: by attribute, the entry and its value.
+    """
+
+    header: Header
+    pair: Pair
+    numbers: Mapping[str, tuple[str, float]]
+    declared: Declared
 
 
-def _told(header: Header, pairs: Iterable[FilePair], config: AdapterConfig | None) -> dict[str, _Told]:
+def _file_pairs(header: Header, config: AdapterConfig | None) -> Iterator[_FilePair]:
+    named = named_pairs(header)
+    layers = _declared(header, list(dict.fromkeys(pair.layer for pair in named)), config)
+    entries = [_entries(header, pair) for pair in named]
+    values = header.scalars({name for found in entries for name in found.values() if header.is_scalar(name)})
+    for found, held in zip(named, entries, strict=True):
+        declared = layers[found.layer]
+        a, b = (Half(name, header.tensors[name]) for name in (found.a, found.b))  # type: ignore[arg-type]
+        owner = SimpleNamespace(**_attributes(declared, a.tensor.shape, b.tensor.shape))
+        for attribute, entry in held.items():
+            tensor = header.tensors[entry]
+            whole = SimpleNamespace(weight=tensor) if entry.endswith(".weight") else tensor
+            setattr(owner, attribute, values.get(entry, whole))
+        row = _row(found, owner, declared)
+        if row is not None:
+            asked = [name for name in (*row.rank, *row.scaling, *row.alpha) if held.get(name) in values]
+            numbers = {name: (held[name], values[held[name]]) for name in asked}
+            pair = Pair(owner, found.layer, found.adapter, row, a, b)
+            yield _FilePair(header, pair, numbers, declared)
+
+
+def _declared(header: Header, layers: Sequence[str], config: AdapterConfig | None) -> dict[str, Declared]:
+    """What its configuration declares of each layer."""
     configs = [config] if config is not None else embedded_configs(header.path, header.metadata)
-    layers = list(dict.fromkeys(pair.layer for pair in pairs))
-    entries = [f"{layer}.alpha" for layer in layers if _is_scalar(header, f"{layer}.alpha")]
-    alphas = header.scalars(entries)
-    told = {layer: _Told(alpha=alphas.get(f"{layer}.alpha")) for layer in layers}
+    made = dict.fromkeys(layers, Declared())
     for found in reversed(configs):  # the longest prefix last, which so has its say
-        held = [layer for layer in layers if found is config or layer.startswith(found.prefix)]
-        declared = found.declared(held)
-        told |= {layer: _Told(found, declared[layer], alphas.get(f"{layer}.alpha")) for layer in held}
-    return told
+        made |= found.declared([layer for layer in layers if found is config or layer.startswith(found.prefix)])
+    return made
 
 
-def _is_scalar(header: Header, name: str) -> bool:
-    return name in header.tensors and header.tensors[name].shape in ((), (1,))
+def _entries(header: Header, pair: NamedPair) -> dict[str, str]:
+    """The file's entries for what the pair's rows ask of its owner, by attribute."""
+    attributes = {name for row in pair.rows for name in (*row.where, *row.rank, *row.scaling, *row.alpha)}
+    ends = ("", ".weight", f".{pair.adapter}", f".{pair.adapter}.weight") if pair.adapter else ("", ".weight")
+    start = f"{pair.layer}." if pair.layer else ""
+    names = ((name, f"{start}{name}{end}") for name in attributes for end in ends)
+    return {name: entry for name, entry in names if entry in header.tensors}
 
 
-def _scaling(header: Header, pair: FilePair, read: FileReading, told: _Told) -> float | None:
-    """The multiplier on B·A: by the file's alpha, the configuration's, or kohya's metadata; None if none says it."""
-    config, alpha, where = told.config, told.alpha, f"{pair.layer}.alpha"
-    if alpha is None and told.declared.alpha is not None and config is not None:
-        return config.scaling(told.declared.alpha, read.rank)
-    if alpha is None and config is None and read.kind == "linear" and "down" in pair.marker:  # not conv_alpha
-        alpha, where = _metadata_alpha(header), "ss_network_alpha in its metadata"
-    if alpha is None:
-        return None
-    if not is_alpha(alpha):
-        raise InspectionError(f"{header.path}: {where} is {alpha!r}.", "Save the adapter with a positive alpha.")
-    return alpha / read.rank
+def _attributes(declared: Declared, a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
+    """The owner's attributes by the configuration and the shapes."""
+    if len(a) < 2 or len(b) < 2 or 0 in (*a, *b):
+        return {}
+    config = declared.config
+    found: dict[str, Any] = {"base_layer": SimpleNamespace(groups=max(1, a[0] // b[1]))}
+    if config is not None and config.is_adalora:
+        found["lora_E"] = None
+    if declared.experts and declared.rank and a[0] == b[1] and a[0] % declared.rank == 0:
+        found |= {"parameter_name": None, "num_experts": a[0] // declared.rank}
+    if config is not None and config.enabled and a[0] == b[1] * config.enabled:
+        found |= {"r": b[1], "enable_lora": [True] * config.enabled}
+    return found
 
 
-def _metadata_alpha(header: Header) -> float | None:
-    text = header.metadata.get("ss_network_alpha", "None")
-    if text in ("None", "Dynamic"):  # what kohya's scripts write for want of one
-        return None
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InspectionError(
-            f"{header.path}: ss_network_alpha in its metadata is {shown(text)}.", "Save it with a number there."
-        ) from error
+def _row(pair: NamedPair, owner: object, declared: Declared) -> Convention | None:
+    """The first row whose other attributes the owner has; a dict by adapter shows in names or in a configuration."""
+    rows = [row for row in pair.rows if row.keys != KEYS or all(hasattr(owner, name) for name in row.where)]
+    shown = (row for row in rows if not row.container or row.where or pair.adapter or declared.config is not None)
+    return next(shown, rows[0] if rows else None)
 
 
-def _notes(header: Header, config: AdapterConfig | None) -> list[str]:
-    """What else the file says of itself."""
-    told = [f"{key} {shown(header.metadata[key])}" for key in _SAID if key in header.metadata]
-    beside = config is None and os.path.isfile(header.path.with_name(_CONFIG))
-    notes = [f"Its metadata say {', '.join(told)}."] if told else []
-    return [*notes, *([f"{_CONFIG} lies beside the file and was not read: give the folder."] if beside else [])]
+# --- what is read ---------------------------------------------------------------------------------------------------
 
 
-def _factors(header: Header, pair: FilePair, told: _Told, notes: list[str]) -> list[Factor]:
-    read = file_reading(header, pair, told.config, told.declared)
-    scaling = _scaling(header, pair, read, told)
+def _factors(found: _FilePair, notes: list[str]) -> tuple[Factor, Factor]:
+    pair, config, reading = found.pair, found.declared.config, _reading(found)
+    scaling = _scaling(found, reading)
     if scaling is None:
         notes.append("No alpha in the file or beside it: scaling 1 is assumed.")
-    shared: dict[str, Any] = {
-        "rank": read.rank,
-        "fan_in": float(read.fan_in),
-        "fan_out": float(read.fan_out),
-        "scaling": 1.0 if scaling is None else scaling,
-        "init": _init(told.config, read.kind),
-        "kind": read.kind,
-        "layer": pair.layer,
-        "adapter": pair.adapter,
-        "convention": read.convention,
-    }
-    return [Factor(pair.a, "A", **shared), Factor(pair.b, "B", **shared)]
-
-
-def _init(config: AdapterConfig | None, kind: str) -> Any:
     declared = None if config is None else config.values.get("init_lora_weights")
-    if kind == "adalora":
-        return "other"
-    return "unknown" if declared is None else declared_init(declared, kind)
+    init = pair.convention.init or (
+        "unknown" if declared is None else declared_init(declared, reading.kind or "linear")
+    )
+    a = factor_of(pair, "A", pair.a.name, reading, scaling, init)
+    return a, replace(a, name=pair.b.name, role="B")
+
+
+def _reading(found: _FilePair) -> Reading:
+    """The reading of a pair on which both shapes and the declared rank agree, by the first of the row's layouts."""
+    pair, path = found.pair, found.header.path
+    a, b = pair.a.tensor.shape, pair.b.tensor.shape
+    layouts = () if is_shard(pair.a) or is_shard(pair.b) else pair.convention.layouts
+    readings = [r for r in (read_as(layout, pair) for layout in layouts) if r is not None and r.rank_a == r.rank_b]
+    readings = [reading for reading in readings if reading.fan_in > 0 and reading.fan_out > 0]
+    if not readings:
+        raise InspectionError(
+            f"{path}: {pair.a.name} has shape {a} and {pair.b.name} {b}, which is no LoRA pair.",
+            "Save the adapter again, or register its layout with register_convention().",
+        )
+    own = next((found.numbers[name] for name in pair.convention.rank if name in found.numbers), None)
+    declared = found.declared.rank if own is None else own[1]
+    reading = next((reading for reading in readings if reading.rank_a == declared), readings[0])
+    pruned = reading.kind == "adalora" and reading.rank_a < (declared or 0)
+    if declared not in (None, reading.rank_a) and not pruned:
+        config = getattr(found.declared.config, "where", "")
+        odds = f"{config} declares {declared}. @ r" if own is None else f"{own[0]} is {declared:g}."
+        raise InspectionError(
+            f"{path}: {pair.a.name} has rank {reading.rank_a:g} by its shape {a}, but {odds}",
+            "Put the configuration and the file of one adapter together.",
+        )
+    return reading
+
+
+def _scaling(found: _FilePair, reading: Reading) -> float | None:
+    """The multiplier on B·A: by the file's numbers, the configuration, or kohya's metadata; None if none says it."""
+    row, declared, rank = found.pair.convention, found.declared, reading.rank_a
+    name = next((name for name in (*row.scaling, *row.alpha) if name in found.numbers), None)
+    value: Any = None
+    if name is not None:
+        where, value = found.numbers[name]
+    elif declared.config is not None:
+        return None if declared.alpha is None else declared.config.scaling(declared.alpha, rank)
+    elif reading.kind == "linear" and row.a.endswith("down"):  # not conv_alpha
+        where, value = "ss_network_alpha in its metadata", found.header.metadata.get("ss_network_alpha")
+        with suppress(ValueError):
+            value = None if value in (None, "None", "Dynamic") else float(value)  # words for want of one
+    if value is None:
+        return None
+    if not is_alpha(value):
+        cure = "Save the adapter with a positive alpha."
+        raise InspectionError(f"{found.header.path}: {where} is {shown(value)}.", cure)
+    return float(value) if name in row.scaling else float(value / rank)

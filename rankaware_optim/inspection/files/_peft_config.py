@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import InspectionError
-from ._patterns import first_matches
-from ._safetensors import parse_json, shown
+from ._safetensors import one_line, parse_json, shown
 
-__all__ = ["UNSAID", "AdapterConfig", "Declared", "embedded_configs", "is_alpha", "read_config"]
+__all__ = ["AdapterConfig", "Declared", "LORA_TYPES", "embedded_configs", "first_matches", "is_alpha", "read_config"]
 
 _LIMIT = 10_000_000  # bytes
 _PATTERN_LIMIT = 1000  # characters
 _LIST_LIMIT = 1000  # entries
 _PARTS_LIMIT = 16  # of a pipeline
-_WHOLE = (1, 2**31 - 1)
 _PEFT_PREFIX = "base_model.model."
-_LORA = ("LORA", "ADALORA")
+LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is one of LoRA
+_FROM_PEFT = "Give a folder saved by PEFT."
 
-
-class Declared(NamedTuple):
-    """What a configuration says of one layer: its rank, its alpha, and whether it is a `target_parameters` stack."""
-
-    rank: int | None = None
-    alpha: float | None = None
-    experts: bool = False
-
-
-UNSAID = Declared()
+Check = Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
@@ -45,11 +39,6 @@ class AdapterConfig:
     prefix: str = _PEFT_PREFIX
 
     @property
-    def is_lora(self) -> bool:
-        """Whether it configures LoRA, or AdaLoRA; an absent `peft_type` counts as LoRA."""
-        return self.values.get("peft_type") in (None, *_LORA)
-
-    @property
     def is_adalora(self) -> bool:
         return self.values.get("peft_type") == "ADALORA"
 
@@ -58,7 +47,7 @@ class AdapterConfig:
         """How many matrices of a fused layer are adapted (`enable_lora` of loralib and litgpt); 0 if unsaid."""
         return sum(self.values.get("enable_lora") or ())
 
-    def scaling(self, alpha: float, rank: int) -> float:
+    def scaling(self, alpha: float, rank: float) -> float:
         """alpha / rank, or alpha / √rank under `use_rslora`."""
         return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
 
@@ -69,26 +58,21 @@ class AdapterConfig:
             InspectionError: a pattern is no regex or takes too long, or a stack's rank cannot be told.
         """
         paths = {layer: layer.removeprefix(self.prefix).partition(".base_layer")[0] for layer in layers}
-        targets = _by_module(self.values.get("target_parameters") or [])
-        stacks = {path: _held(path, targets) for path in paths.values()}
-        keys = {path: [f"{path}.{name}" for name in found] or [path] for path, found in stacks.items()}
-        names = [key for found in keys.values() for key in found]
+        stacks = _targeted(self.values.get("target_parameters") or [], paths.values())
+        names = [name for path, found in stacks.items() for name in found or [path]]
         ranks, alphas = self._by_pattern("rank_pattern", names), self._by_pattern("alpha_pattern", names)
         r, alpha = self.values.get("init_r" if self.is_adalora else "r"), self.values.get("lora_alpha")
-        said = {key: (ranks.get(key, r), alphas.get(key, alpha)) for key in names}
-        return {
-            layer: Declared(*self._one(layer, {said[key] for key in keys[path]}), experts=bool(stacks[path]))
-            for layer, path in paths.items()
-        }
-
-    def _one(self, layer: str, found: set[tuple[int | None, float | None]]) -> tuple[int | None, float | None]:
-        if len(found) > 1:
-            raise InspectionError(
-                f"{self.where}: its patterns give {layer} several ranks or alphas, and which of the target_parameters "
-                "it adapts is not saved.",
-                "Inspect the model itself with inspect_model.",
-            )
-        return found.pop()
+        made: dict[str, Declared] = {}
+        for layer, path in paths.items():
+            said = {(ranks.get(name, r), alphas.get(name, alpha)) for name in stacks[path] or [path]}
+            if len(said) > 1:
+                raise InspectionError(
+                    f"{self.where}: its patterns give {layer} several ranks or alphas, and which of the "
+                    "target_parameters it adapts is not saved.",
+                    "Inspect the model itself with inspect_model.",
+                )
+            made[layer] = Declared(*said.pop(), bool(stacks[path]), self)
+        return made
 
     def _by_pattern(self, key: str, names: Sequence[str]) -> dict[str, Any]:
         patterns: dict[str, Any] = {} if self.is_adalora else self.values.get(key) or {}  # AdaLoRA's are masks
@@ -96,24 +80,82 @@ class AdapterConfig:
         try:
             first = first_matches(list(patterns), names)
         except ValueError as error:
-            raise InspectionError(
-                f"{self.where} has no usable pattern: {error}. @ {key}", "Give a folder saved by PEFT."
-            ) from error
+            raise InspectionError(f"{self.where} has no usable pattern: {error}. @ {key}", _FROM_PEFT) from error
         return {name: values[i] for name, i in zip(names, first, strict=True) if i is not None}
 
 
-def _by_module(targets: Iterable[str]) -> dict[str, list[str]]:
-    """The names of parameters by the end of their module's name, from entries such as "experts.gate_up_proj"."""
-    made: dict[str, list[str]] = {}
+class Declared(NamedTuple):
+    """What a configuration says of one layer: its rank, its alpha, and whether it is a `target_parameters` stack."""
+
+    rank: int | None = None
+    alpha: float | None = None
+    experts: bool = False
+    config: AdapterConfig | None = None
+
+
+def _targeted(targets: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
+    """Of every module in `paths` the parameters that entries such as "experts.gate_up_proj" target."""
+    by_module: dict[str, list[str]] = {}
     for module, _, name in (target.rpartition(".") for target in dict.fromkeys(targets)):
-        made.setdefault(module, []).append(name)
+        by_module.setdefault(module, []).append(name)
+    made: dict[str, list[str]] = {}
+    for path in paths:
+        parts = path.split(".")[::-1] if by_module else ()
+        ends = accumulate(parts, lambda end, part: f"{part}.{end}")
+        made[path] = [f"{path}.{name}" for end in ends for name in by_module.get(end, ())]
     return made
 
 
-def _held(path: str, targets: Mapping[str, list[str]]) -> list[str]:
-    """The targeted parameters of the module `path`."""
-    parts = path.split(".") if targets else []
-    return [name for i in range(len(parts)) for name in targets.get(".".join(parts[i:]), ())]
+# --- patterns -------------------------------------------------------------------------------------------------------
+
+_SECONDS = 5.0
+_PATTERNS = 1000  # that are matched here at most,
+_PAIRS = 200_000  # with so many patterns × names
+_CHILD = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+compiled = [re.compile(pattern) for pattern in patterns]
+first = [next((i for i, pattern in enumerate(compiled) if pattern.match(name)), None) for name in names]
+json.dump(first, sys.stdout)
+"""
+
+
+def first_matches(patterns: Sequence[str], names: Sequence[str]) -> Sequence[int | None]:
+    """For each name the index of the first key of `rank_pattern` or `alpha_pattern` that PEFT would find in it.
+
+    That is the first for which the regex (.*\\.)?(key)$ matches. Keys come from strangers, and the match of a regex
+    can take for ever. Those with groups, classes or repeats are matched in a process of its own, which is ended after
+    five seconds. The others take a time linear in the name's length.
+
+    Raises:
+        ValueError: a pattern is no regex, or they take more than five seconds.
+    """
+    if not patterns or not names:
+        return [None] * len(names)
+    wrapped = [rf"(.*\.)?({pattern})$" for pattern in patterns]
+    few = len(patterns) <= _PATTERNS and len(patterns) * len(names) <= _PAIRS
+    if not few or any(character in pattern for pattern in patterns for character in "*+?{(["):
+        return _matched_apart(wrapped, names)
+    try:
+        compiled = [re.compile(pattern) for pattern in wrapped]
+    except re.error as error:
+        raise ValueError(one_line(str(error))) from error
+    return [next((i for i, pattern in enumerate(compiled) if pattern.match(name)), None) for name in names]
+
+
+def _matched_apart(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", _CHILD]
+    text = json.dumps([patterns, names])
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"the patterns take more than {_SECONDS:g} seconds to match") from error
+    except OSError as error:
+        raise ValueError(f"no process could be started to match them: {error}") from error
+    if done.returncode:
+        raise ValueError(one_line(done.stderr) or f"matching them ended with code {done.returncode}")
+    found: list[int | None] = json.loads(done.stdout)
+    return found
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -126,7 +168,7 @@ def read_config(path: Path) -> AdapterConfig:
         InspectionError: it is missing, no JSON object, or one of the entries that matter is of the wrong kind.
     """
     if not os.path.isfile(path):
-        raise InspectionError(f"There is no file {path}.", "Give a folder saved by PEFT.")
+        raise InspectionError(f"There is no file {path}.", _FROM_PEFT)
     try:
         with path.open("rb") as file:
             text = file.read(_LIMIT + 1)
@@ -134,7 +176,7 @@ def read_config(path: Path) -> AdapterConfig:
             raise ValueError(f"it is longer than {_LIMIT} bytes")
         values = parse_json(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise InspectionError(f"{path} cannot be read: {error}.", "Give a folder saved by PEFT.") from error
+        raise InspectionError(f"{path} cannot be read: {error}.", _FROM_PEFT) from error
     return _checked(str(path), values)
 
 
@@ -153,56 +195,31 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
     prefixes = sorted({key[:-1] for key in values if key == "r" or key.endswith(".r")}, key=len, reverse=True)
     if len(prefixes) > _PARTS_LIMIT:
         raise InspectionError(f"{where} configures {len(prefixes)} parts.", f"Save at most {_PARTS_LIMIT} in one file.")
-    return [_checked(where, _under(values, prefix), prefix) for prefix in prefixes]
-
-
-def _under(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    parts = {p: {k.removeprefix(p): value for k, value in values.items() if k.startswith(p)} for p in prefixes}
+    return [_checked(where, part, prefix) for prefix, part in parts.items()]
 
 
 def _checked(where: str, values: object, prefix: str = _PEFT_PREFIX) -> AdapterConfig:
     if not isinstance(values, dict):
-        raise InspectionError(f"{where} is no JSON object.", "Give a folder saved by PEFT.")
-    kind = _kind(where, values)
-    if kind not in _LORA:
+        raise InspectionError(f"{where} is no JSON object.", _FROM_PEFT)
+    kind = values.get("peft_type")
+    if kind is not None and not (isinstance(kind, str) and re.fullmatch(r"[A-Z0-9_]{1,40}", kind)):
+        raise InspectionError(f"{where} has the peft_type {shown(kind)}. @ peft_type", _FROM_PEFT)
+    if kind not in LORA_TYPES:
         return AdapterConfig(where, {"peft_type": kind}, prefix)  # nothing else in it is read
-    required = "init_r" if kind == "ADALORA" else "r"
-    _require(_is_rank(values.get(required)), where, required, "rank", values.get(required))
-    if values.get("lora_alpha") is not None:
-        _require(is_alpha(values["lora_alpha"]), where, "lora_alpha", "alpha", values["lora_alpha"])
-    _check_lora(where, values)
+    checks = {"init_r" if kind == "ADALORA" else "r": ("rank", _is_rank), **_CHECKS}
+    for key, (what, is_good) in checks.items():
+        _require(what, where, key, values.get(key), is_good)
+    _check_patterns("alpha", where, "alpha_pattern", values.get("alpha_pattern"), is_alpha)
+    if kind != "ADALORA":
+        _check_patterns("rank", where, "rank_pattern", values.get("rank_pattern"), _is_rank)
     return AdapterConfig(where, values, prefix)
 
 
-def _kind(where: str, values: Mapping[str, Any]) -> str:
-    kind = values.get("peft_type")
-    if kind is None:
-        return "LORA"
-    if isinstance(kind, str) and re.fullmatch(r"[A-Z0-9_]{1,40}", kind):
-        return kind
-    raise InspectionError(f"{where} has the peft_type {shown(kind)}. @ peft_type", "Give a folder saved by PEFT.")
-
-
-def _check_lora(where: str, values: Mapping[str, Any]) -> None:
-    for key in ("use_rslora", "use_dora"):
-        _require(isinstance(values.get(key), (bool, type(None))), where, key, "truth value", values.get(key))
-    declared = values.get("init_lora_weights")
-    _require(isinstance(declared, (bool, str, type(None))), where, "init_lora_weights", "init", declared)
-    for key, kind in (("target_parameters", str), ("enable_lora", bool)):
-        entries = values.get(key) or []
-        good = isinstance(entries, list) and all(isinstance(entry, kind) for entry in entries[:_LIST_LIMIT])
-        good = good and len(entries) <= _LIST_LIMIT
-        _require(good, where, key, "list", entries)
-    _check_patterns(where, "alpha_pattern", values.get("alpha_pattern"), is_alpha)
-    if values.get("peft_type") != "ADALORA":
-        _check_patterns(where, "rank_pattern", values.get("rank_pattern"), _is_rank)
-
-
-def _check_patterns(where: str, key: str, patterns: object, is_good: Any) -> None:
-    _require(not patterns or isinstance(patterns, dict), where, key, "table of patterns", patterns)
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        what = "rank" if key == "rank_pattern" else "alpha"
-        _require(is_good(value), where, f"{key}.{shown(pattern)}", what, value)
+def _check_patterns(what: str, where: str, key: str, patterns: Any, is_good: Check) -> None:
+    _require("table of patterns", where, key, patterns, lambda found: not found or isinstance(found, dict))
+    for pattern, value in (patterns or {}).items():
+        _require(what, where, f"{key}.{shown(pattern)}", value, is_good)
         if len(pattern) > _PATTERN_LIMIT:
             raise InspectionError(
                 f"{where} has a pattern of {len(pattern)} characters, above this reader's {_PATTERN_LIMIT}. @ {key}",
@@ -210,17 +227,32 @@ def _check_patterns(where: str, key: str, patterns: object, is_good: Any) -> Non
             )
 
 
-def _require(good: bool, where: str, key: str, what: str, value: object) -> None:
-    if not good:
+def _require(what: str, where: str, key: str, value: Any, is_good: Check) -> None:
+    if not is_good(value):
         raise InspectionError(
             f"{where} has no usable {what}: it is {shown(value)}. @ {key}", "Give an adapter as PEFT saves it."
         )
 
 
 def _is_rank(value: object) -> bool:
-    return type(value) is int and _WHOLE[0] <= value <= _WHOLE[1]
+    return type(value) is int and 1 <= value < 2**31
 
 
 def is_alpha(value: object) -> bool:
     """Whether `value` is a positive number whose quotients by a rank stay well within a float's range."""
     return type(value) in (int, float) and 1e-30 <= value <= 1e30  # type: ignore[operator]
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    good = isinstance(value, list) and len(value) <= _LIST_LIMIT and all(isinstance(entry, kind) for entry in value)
+    return not value or good
+
+
+_CHECKS: Mapping[str, tuple[str, Check]] = {
+    "lora_alpha": ("alpha", lambda value: value is None or is_alpha(value)),
+    "use_rslora": ("truth value", lambda value: isinstance(value, (bool, type(None)))),
+    "use_dora": ("truth value", lambda value: isinstance(value, (bool, type(None)))),
+    "init_lora_weights": ("init", lambda value: isinstance(value, (bool, str, type(None)))),
+    "target_parameters": ("list", lambda value: _is_list_of(str, value)),
+    "enable_lora": ("list", lambda value: _is_list_of(bool, value)),
+}

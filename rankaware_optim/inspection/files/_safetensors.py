@@ -1,37 +1,32 @@
-"""The header of a safetensors file, held against the file's size: names, shapes and places; no tensor is loaded."""
+"""The header of a safetensors file: names, shapes and places, held against the file's size; no tensor is loaded."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
 
 from ...errors import InspectionError
 
-__all__ = ["Header", "Shape", "Tensor", "parse_json", "read_header", "shown"]
-
-Shape = tuple[int, ...]
+__all__ = ["Header", "Tensor", "one_line", "parse_json", "read_header", "shown"]
 
 _LIMIT = 25_000_000  # bytes, as of some 150,000 tensors; the format itself allows 100 million
 _NAME_LIMIT = 1000
-_BITS = {"BOOL": 8, "BF16": 16, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F16": 16, "F32": 32, "F64": 64, "C64": 64}
-_BITS |= {f"{kind}{bits}": bits for kind in "IU" for bits in (8, 16, 32, 64)}
-_BITS |= {f"F8_{kind}": 8 for kind in ("E4M3", "E5M2", "E8M0", "E4M3FNUZ", "E5M2FNUZ")}
 _CODES = {"F16": "<e", "F32": "<f", "F64": "<d", "I8": "<b", "I16": "<h", "I32": "<i", "I64": "<q"}
-_CODES |= {"U8": "<B", "U16": "<H", "U32": "<I", "U64": "<Q"}
+_CODES |= {"U8": "<B", "U16": "<H", "U32": "<I", "U64": "<Q", "BF16": "<f"}
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One tensor's entry: dtype, shape, and where its bytes begin and end in the file."""
 
     dtype: str
-    shape: Shape
+    shape: tuple[int, ...]
     begin: int
     end: int
 
@@ -42,7 +37,10 @@ class Header:
 
     path: Path
     tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str]
+
+    def is_scalar(self, name: str) -> bool:
+        return name in self.tensors and self.tensors[name].shape in ((), (1,))
 
     def scalars(self, names: Iterable[str]) -> dict[str, float]:
         """The values of tensors of one element, in any real dtype of 16 bits or more: each is sought and read alone.
@@ -50,28 +48,24 @@ class Header:
         Raises:
             InspectionError: a dtype that holds no such number, or a file that has become shorter.
         """
-        wanted = list(names)
-        if not wanted:
-            return {}
+        values: dict[str, float] = {}
         try:
             with self.path.open("rb", buffering=0) as file:
-                return {name: self._scalar(file, name) for name in wanted}
+                for name in names:
+                    tensor = self.tensors[name]
+                    file.seek(tensor.begin)
+                    data, code = file.read(tensor.end - tensor.begin), _CODES.get(tensor.dtype)
+                    if tensor.dtype == "BF16":  # the upper half of a float32
+                        data = b"\0\0" + data
+                    if code is None or len(data) != struct.calcsize(code):
+                        raise InspectionError(
+                            f"{self.path}: {name} of dtype {tensor.dtype} cannot be read as a number.",
+                            "Save it as a float of 16, 32 or 64 bits.",
+                        )
+                    values[name] = float(struct.unpack(code, data)[0])
         except OSError as error:
             raise InspectionError(f"{self.path} cannot be read: {error}.", "Copy the file again.") from error
-
-    def _scalar(self, file: BinaryIO, name: str) -> float:
-        tensor = self.tensors[name]
-        file.seek(tensor.begin)
-        data = file.read(tensor.end - tensor.begin)
-        code = _CODES.get(tensor.dtype)
-        if tensor.dtype == "BF16":  # the upper half of a float32
-            code, data = "<f", b"\0\0" + data
-        if code is None or len(data) != struct.calcsize(code):
-            raise InspectionError(
-                f"{self.path}: {name} of dtype {tensor.dtype} cannot be read as a number.",
-                "Save it as a float of 16, 32 or 64 bits.",
-            )
-        return float(struct.unpack(code, data)[0])
+        return values
 
 
 def read_header(path: Path) -> Header:
@@ -84,21 +78,35 @@ def read_header(path: Path) -> Header:
         raise InspectionError(f"There is no file {path}.", "Give a PEFT folder or a .safetensors file.")
     try:
         with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            text = file.read(_length(path, file.read(8), size))
-        document = parse_json(text)
+            length = _length(path, file.read(8), os.fstat(file.fileno()).st_size)
+            document = parse_json(file.read(length))  # for safe_open takes a key that comes twice
+        with safe_open(path, framework="np"):  # "pt" would reserve memory for the whole file
+            pass
+    except InspectionError:
+        raise
+    except SafetensorError as error:
+        why = one_line(str(error).removeprefix("Error while deserializing header: "))
+        raise InspectionError(
+            f"{path} is no whole safetensors file, or has no usable header: {why}.", "Copy it again, or give another."
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, InspectionError):
-            raise
         raise InspectionError(
             f"{path} cannot be read: {error}.", "Give a PEFT folder or a .safetensors file."
         ) from error
-    if not isinstance(document, dict):
-        raise InspectionError(f"{path} has no usable header: it is no JSON object.", "Save the adapter again.")
-    metadata = _metadata(path, document.pop("__metadata__", {}))
-    start = 8 + len(text)
-    tensors = {_name(path, name): _tensor(path, name, entry, start) for name, entry in document.items()}
-    _check_places(path, tensors, start, size)
+    metadata = document.pop("__metadata__", {})
+    if metadata is None:
+        raise InspectionError(f"{path}: __metadata__ is no table of strings.", "Save the adapter again.")
+    tensors: dict[str, Tensor] = {}
+    for name, entry in document.items():
+        if not name.isprintable() or len(name) > _NAME_LIMIT:
+            raise InspectionError(
+                f"{path}: a tensor is called {shown(name)}.",
+                f"Give every tensor a name of at most {_NAME_LIMIT} printable characters.",
+            )
+        if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):  # safe_open reads lists and enums too
+            raise InspectionError(f"{path} has no usable header: {name} is no plain entry.", "Save the adapter again.")
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), begin, end)
     return Header(path, tensors, metadata)
 
 
@@ -119,11 +127,11 @@ def parse_json(text: bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shown(twice)} comes twice")
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"the key {shown(key)} comes twice")
+        made[key] = value
     return made
 
 
@@ -135,52 +143,6 @@ def shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _metadata(path: Path, metadata: object) -> Mapping[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InspectionError(f"{path}: __metadata__ is no table of strings.", "Save the adapter again.")
-    return metadata
-
-
-def _name(path: Path, name: str) -> str:
-    if not name.isprintable() or len(name) > _NAME_LIMIT:
-        raise InspectionError(
-            f"{path}: a tensor is called {shown(name)}.",
-            f"Give every tensor a name of at most {_NAME_LIMIT} printable characters.",
-        )
-    return name
-
-
-def _tensor(path: Path, name: str, entry: object, start: int) -> Tensor:
-    """An entry with counts for a shape and a place that has room for just that many elements."""
-    found: dict[str, Any] = entry if isinstance(entry, dict) else {}
-    dtype, shape, place = (found.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not (_are_counts(shape) and _are_counts(place) and len(place) == 2 and place[0] <= place[1]):
-        raise InspectionError(f"{path}: {name} has no usable shape or place.", "Save the adapter again.")
-    if not isinstance(dtype, str) or dtype not in _BITS:
-        raise InspectionError(f"{path}: {name} has the unknown dtype {shown(dtype)}.", "Save the adapter again.")
-    if math.prod(shape) * _BITS[dtype] != 8 * (place[1] - place[0]):
-        raise InspectionError(
-            f"{path}: {name} of shape {tuple(shape)} and dtype {dtype} cannot fill its {place[1] - place[0]} bytes.",
-            "Save the adapter again.",
-        )
-    return Tensor(dtype, tuple(shape), start + place[0], start + place[1])
-
-
-def _are_counts(values: object) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and len(values) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in values)
-
-
-def _check_places(path: Path, tensors: Mapping[str, Tensor], start: int, size: int) -> None:
-    """The tensors lie one after another, without a hole or an overlap, up to the file's end."""
-    end = start
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if tensor.begin != end:
-            what = "overlaps the tensor before it" if tensor.begin < end else "begins after a hole"
-            raise InspectionError(f"{path}: {name} {what}.", "Save the adapter again.")
-        end = tensor.end
-    if end != size:
-        raise InspectionError(
-            f"{path} is no whole safetensors file: {end - start} bytes of tensors belong after its header, "
-            f"{size - start} are there.",
-            "Copy it again.",
-        )
+def one_line(text: str) -> str:
+    """The last line of an error's text, printable and short."""
+    return ascii(text.strip().rpartition("\n")[2][:200])[1:-1]

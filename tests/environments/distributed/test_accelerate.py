@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from rankaware_optim.optimizer import effective_lr
+
 from ...helpers.models import batches, same
 from .training import FORMS, WIDTH, by_class, by_hand, expected_tags, loss, new_model, tagged, train, weights
 
@@ -43,7 +45,7 @@ def trained(kind: str, form: str, accumulate: int = 1) -> dict[str, Any]:
             opt.step()
             scheduler.step()
             opt.zero_grad()
-    lrs = sorted({group["lr"] for group in opt.param_groups})
+    lrs = sorted({effective_lr(group) for group in opt.param_groups})
     return {"weights": weights(model), "lrs": lrs, "type": type(model).__name__}
 
 

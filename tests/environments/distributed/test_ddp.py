@@ -9,6 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import rankaware_optim as ra
+from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import same
 from .training import (
@@ -94,7 +95,7 @@ def zero(kind: str, source: str) -> dict[str, Any]:
     groups = by_law if source == "law" else hand_groups(model, kind)
     opt = ZeroRedundancyOptimizer(groups, optimizer_class=cls, lr=LR, **settings)
     train(model, opt)
-    return {"weights": weights(model), "lrs": sorted({group["lr"] for group in opt.param_groups})}
+    return {"weights": weights(model), "lrs": sorted({effective_lr(group) for group in opt.param_groups})}
 
 
 @pytest.mark.parametrize("kind", KINDS)

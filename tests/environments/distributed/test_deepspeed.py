@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import rankaware_optim as ra
+from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import batches, same
 from .training import AT_16, FORMS, LR, WIDTH, by_class, by_hand, half, loss, new_model, train, weights
@@ -57,7 +58,7 @@ def run(engine: Any, first: int = 0, last: int = 4) -> None:
 def trained(form: str, stage: int, native_type: bool = False) -> dict[str, Any]:
     engine = engine_of(form, stage, **({"native_type": True} if native_type else {}))
     run(engine)
-    return {"weights": weights(engine), "lrs": sorted({group["lr"] for group in engine.optimizer.param_groups})}
+    return {"weights": weights(engine), "lrs": sorted({effective_lr(group) for group in engine.optimizer.param_groups})}
 
 
 @pytest.mark.parametrize("native_type", [False, True])

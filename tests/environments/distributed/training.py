@@ -52,13 +52,13 @@ def by_hand(model: nn.Module, kind: str = "AdamW") -> torch.optim.Optimizer:
 
 
 def hand_groups(model: nn.Module, kind: str = "AdamW") -> list[dict[str, Any]]:
-    """One group for the head at the base rate, then one for A and B of every rank at what the law gives it."""
+    """One group for A and B of every rank at what the law gives it, then one for the head at the base rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": [p for name, p in named if "head" in name], "lr": LR}]
+    groups: list[dict[str, Any]] = []
     for i, rank in enumerate(RANKS):
         rate = LR * multiplier(rank, kind=kind)
         groups += [{"params": [p], "lr": rate} for name, p in named if f"layer{i}." in name]
-    return groups
+    return [*groups, {"params": [p for name, p in named if "head" in name], "lr": LR}]
 
 
 def multiplier(rank: int, init: str = "A", kind: str = "AdamW") -> float:

@@ -69,8 +69,8 @@ def by_instance(case: Case, model: nn.Module) -> Any:
 
 
 def native(case: Case, model: nn.Module) -> Any:
-    """Built at the plain rate with the groups written out, the one at the base rate first; then scaled by the law."""
-    parts = sorted(_parts(case, model), key=lambda part: part[0] != 1.0)
+    """Built at the plain rate with the groups written out, then scaled by the law."""
+    parts = _parts(case, model)
     opt = case.kind([group for _, group in parts], **case.rate, **case.settings)
     for group, (multiplier, _) in zip(opt.param_groups, parts, strict=True):
         group["lr"] = group["lr"] * multiplier

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rankaware_optim import OptimizerError, Power, RankAwareOptimizer, RankAwareWarning, Recipe, Reference
-from rankaware_optim.integrations import group_rates, log_rates, trainer_factory
+from rankaware_optim.integrations import group_rates, lightning_rates, log_rates, trainer_factory
 
 from ...helpers.models import batches, mlp, same, snapshot
 from .by_hand import multiplier
@@ -206,8 +206,9 @@ def test_the_callback_logs_every_groups_rate(tmp_path):
     trainer, _ = trained(tmp_path, by_factory)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == STEPS
-    assert [entry["learning_rate"] for entry in logs] == [entry["lr/A/r4"] for entry in logs]
+    assert [entry["learning_rate"] for entry in logs] == [entry["base_lr/A/r4"] for entry in logs]
     for entry in logs:
+        assert entry["lr/A/r4"] == pytest.approx(entry["base_lr/A/r4"] * entry["rank_multiplier/A/r4"])
         rates = {name: rate for name, rate in entry.items() if name.startswith("lr/")}
         assert rates.keys() == {"lr/A/r4", "lr/B/r4", "lr/A/r8", "lr/B/r8"}
         assert rates["lr/A/r4"] * multiplier(8) == pytest.approx(rates["lr/B/r8"] * multiplier(4))
@@ -235,9 +236,11 @@ def test_rates_that_share_a_name_are_numbered():
     model = mlp((4,), head=False)
     factors = [{"params": [p]} for p in model.parameters() if p.requires_grad]
     opt = RankAwareOptimizer([*factors], torch.optim.SGD, model=model, lr=LR, rates={"*lora_A": 1.0})
-    assert group_rates(opt) == {"lr/A/r4": 1.0, "lr/B/r4": LR}
+    found = group_rates(opt)
+    assert {name: rate for name, rate in found.items() if name.startswith("lr/")} == {"lr/A/r4": 1.0, "lr/B/r4": LR}
+    assert (found["base_lr/A/r4"], found["rank_multiplier/A/r4"]) == (pytest.approx(LR), pytest.approx(1.0 / LR))
     plain = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": 2.0}], lr=1.0)
-    assert group_rates(plain) == {"lr/other/0": 1.0, "lr/other/1": 2.0}
+    assert [group_rates(plain)[f"lr/other/{number}"] for number in (0, 1)] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -349,14 +352,16 @@ def test_lightning_resumes_adapters_of_unknown_init(tmp_path):
 
 
 def test_lightnings_monitor_logs_every_group(tmp_path):
-    """LearningRateMonitor logs every group under the native class's name, in the law's ratios."""
+    """LearningRateMonitor logs every group's base rate, and our callback what it trains at, in the law's ratios."""
     monitor = lightning.pytorch.callbacks.LearningRateMonitor(logging_interval="step")
     logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
-    fit(tmp_path, rank_aware, callbacks=[monitor], logger=logger, log_every_n_steps=1)
+    fit(tmp_path, rank_aware, callbacks=[monitor, lightning_rates()], logger=logger, log_every_n_steps=1)
     rates = {name: values[0] for name, values in monitor.lrs.items() if values}
     assert list(rates) == [f"lr-AdamW/pg{i}" for i in range(1, 6)]
-    expected = [LR * multiplier(rank) for rank in (None, 4, 4, 8, 8)]
-    assert list(rates.values()) == pytest.approx(expected)
+    assert list(rates.values()) == pytest.approx([LR] * 5)
+    logged = logger.experiment.metrics[0]
+    for rank in (4, 8):
+        assert logged[f"lr/A/r{rank}"] == pytest.approx(LR * multiplier(rank))
 
 
 # --- accelerate and a loop of one's own -----------------------------------------------------------------------------

@@ -1,0 +1,29 @@
+"""Every group's rates by name, for any logger."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from ..optimizer import effective_lr
+
+
+def group_rates(opt: Any) -> dict[str, float]:
+    """What every group trains at: "lr/A/r8" = "base_lr/A/r8" × "rank_multiplier/A/r8", numbered where a name recurs.
+
+    The base rate is what schedulers and trainers set and log. `opt` may be a framework's wrapper: its `param_groups`
+    are read.
+    """
+    names = [
+        group.get("lora_role", "other") + ("" if group.get("lora_rank") is None else f"/r{group['lora_rank']}")
+        for group in opt.param_groups
+    ]
+    total, seen, rates = Counter(names), Counter[str](), {}
+    for name, group in zip(names, opt.param_groups, strict=True):
+        shown = f"{name}/{seen[name]}" if total[name] > 1 else name
+        seen[name] += 1
+        multiplier = float(group.get("rank_multiplier", 1.0))
+        rates[f"lr/{shown}"] = effective_lr(group)
+        rates[f"base_lr/{shown}"] = effective_lr(group) / multiplier
+        rates[f"rank_multiplier/{shown}"] = multiplier
+    return rates
