@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .._checks import check_lr
+from .._checks import check_lr, plain_lr
+from .._rate import Rate
 from .._types import Factor, Init, Method, Reference, Survey
 from ..errors import OptimizerError, RankAwareWarning
 from ..inspection import Walk, survey_of, walk
@@ -134,8 +135,8 @@ def make_plan(
     tuned_at: Reference | None = None,
     optimizer_class: type | None = None,
     settings: Mapping[str, Any] | None = None,
-    rates: Mapping[str, float] | None = None,
-    other_lr: float | None = None,
+    rates: Mapping[str, float | Rate] | None = None,
+    other_lr: float | Rate | None = None,
     per_layer_width: bool = False,
     across_inits: bool = False,
     batch: float | None = None,
@@ -145,7 +146,7 @@ def make_plan(
 ) -> Plan:
     """Bind the law, resolve the reference and check the user's exceptions, before anything is built."""
     method: Method = "full" if any(f.role == "full" for f in survey.factors) else "lora"
-    pairs = tuple((rates or {}).items())
+    pairs = tuple((pattern, plain_lr(rate)) for pattern, rate in (rates or {}).items())
     moved = replace(survey, factors=tuple(f for f in survey.factors if _pinned(f.name, pairs) is None))
     fallback = survey.dominant() if survey.factors else Reference(method="full")  # no pair: nothing will be moved
     reference = (tuned_at or fallback).resolve(moved)
@@ -171,7 +172,7 @@ def make_plan(
         method=method,
         width=moved.full_width(reference.init) if method == "full" else moved.width,
         rates=pairs,
-        other_lr=other_lr,
+        other_lr=plain_lr(other_lr),
         per_layer_width=per_layer_width,
         across_inits=across_inits,
         batch_multiplier=by_batch,
@@ -297,7 +298,7 @@ def _user_group(group: Mapping[str, Any], names: Mapping[int, str]) -> UserGroup
                 f"A parameter group holds a {type(param).__name__}.", "Give tensors, (name, tensor) pairs, or dicts."
             )
         named.append((names.get(id(param)) or name or f"unnamed.{len(named)}", param))
-    return UserGroup(named, {k: v for k, v in group.items() if k not in ("params", "param_names")})
+    return UserGroup(named, {k: plain_lr(v) for k, v in group.items() if k not in ("params", "param_names")})
 
 
 def _check_parameters(groups: Sequence[UserGroup], names: Mapping[int, str]) -> None:
@@ -377,7 +378,7 @@ def scale_lr(group: dict[str, Any], assignment: Assignment, *, scale_weight_deca
 def rank_aware_param_groups(
     params: Any,
     *,
-    lr: float,
+    lr: float | Rate,
     model: nn.Module | None = None,
     law: str | Law = DEFAULT_LAW,
     tuned_at: Reference | None = None,
@@ -385,8 +386,8 @@ def rank_aware_param_groups(
     named: bool = True,
     method: Method = "lora",
     init: Init | None = None,
-    rates: Mapping[str, float] | None = None,
-    other_lr: float | None = None,
+    rates: Mapping[str, float | Rate] | None = None,
+    other_lr: float | Rate | None = None,
     per_layer_width: bool = False,
     across_inits: bool = False,
     batch: float | None = None,
@@ -423,7 +424,7 @@ def rank_aware_param_groups(
     )
     groups = []
     for planned in split(user_groups(params, model, walked), plan, survey):
-        group = {"lr": lr, **planned.as_dict(named=named)}
+        group = {"lr": plain_lr(lr), **planned.as_dict(named=named)}
         scale_lr(group, planned.assignment)
         groups.append(group)
     return groups

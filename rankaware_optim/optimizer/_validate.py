@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import check_lr
+from .._checks import check_lr, plain_lr
 from .._optimizer_classes import get_optimizer_class
 from ..errors import OptimizerError
 from ._param_groups import UserGroup
@@ -76,7 +76,7 @@ def refuse_settings(settings: Mapping[str, Any]) -> NoReturn:
 
 
 def base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any) -> Any:
-    """The base rate: as given (a number or a tensor), checked; None leaves it to the optimizer's own default."""
+    """The base rate, checked: a number, or a tensor as given; None leaves it to the optimizer's own default."""
     if lr is None and built is None:
         default = inspect.signature(native).parameters.get("lr")
         if default is not None and isinstance(default.default, (int, float)):
@@ -86,7 +86,7 @@ def base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any) -> Any:
         refuse_rateless(built)
     for group in built.param_groups if built is not None and lr is None else ({"lr": lr},):
         check_lr(group["lr"])
-    return lr
+    return plain_lr(lr)
 
 
 def refuse_rateless(opt: Optimizer) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 
 from .._figures import COLOURS, figure_of, rate_axis, save, short
 from ..errors import PlotError
-from ._plot_data import Arm as PictureArm
-from ._plot_data import Picture, picture_of
+from ._plot_data import Picture, PictureArm, picture_of
 from ._recipe import Recipe
 
 __all__ = ["draw_trials", "drawable", "plot_recipe"]
@@ -32,7 +31,7 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
     for axis in axes[rooms:]:
         axis.set_axis_off()
     axes[0].set_ylabel("score, minimised")
-    made_by = f"{recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'untold'} steps"
+    made_by = f"{recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'unknown'} steps"
     figure.suptitle(f"Recipe {short(recipe.name, 60)!r}: {made_by}", parse_math=False)
     figure.legend(*_legend(axes), loc="outside lower center", ncols=min(4, 2 * columns), frameon=False, fontsize=9)
     return save(figure, path)
@@ -62,7 +61,7 @@ def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
             axis.axvline(arm.rate.ceiling, color="0.2", linestyle=":", label="ceiling")
     rate_axis(axis)
     axis.set(xlim=picture.rates, ylim=picture.values)
-    axis.set_title(f"{arm.label[0].upper()}{arm.label[1:]}", fontsize=10)
+    axis.set_title(arm.title, fontsize=10)
 
 
 def _draw_points(axis: Any, picture: Picture, arm: PictureArm, colour: str, label: str) -> None:
