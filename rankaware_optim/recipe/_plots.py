@@ -33,7 +33,10 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
     axes[0].set_ylabel("score, minimised")
     made_by = f"{recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'unknown'} steps"
     figure.suptitle(f"Recipe {short(recipe.name, 60)!r}: {made_by}", parse_math=False)
-    figure.legend(*_legend(axes), loc="outside lower center", ncols=min(4, 2 * columns), frameon=False, fontsize=9)
+    drawn = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes)
+    each = {label: handle for pairs in drawn for handle, label in pairs}  # once, of all panels
+    ncols = min(4, 2 * columns)
+    figure.legend(each.values(), each, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
     return save(figure, path)
 
 
@@ -43,12 +46,6 @@ def drawable(recipe: Recipe) -> Picture:
     if not picture.arms:
         raise PlotError(f"The recipe {recipe.name!r} holds no trials to draw.", "Give one made by ra.calibrate.")
     return picture
-
-
-def _legend(axes: Any) -> tuple[list[Any], list[str]]:
-    """Handles and labels of all panels, each label once."""
-    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    return list(found.values()), list(found)
 
 
 def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:

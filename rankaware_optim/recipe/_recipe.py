@@ -165,19 +165,20 @@ class Recipe:
         fan_in: float | None = None,
     ) -> Reference:
         """What `at` is asked for, as a reference: what is left out is the recipe's own."""
-        init = init or self.reference.init
+        own = self.reference
+        init = init or own.init
         if (rslora and alpha is None) or (method == "full" and not rank is alpha is None):
             raise RecipeError(
                 f"rank={rank}, alpha={alpha}, rslora={rslora} do not go together with method={method!r}.",
                 "Give rank and alpha for LoRA, rslora= beside alpha=, and none of them for full finetuning.",
             )
         if method == "full":
-            width = self.full_fan_in or self.reference.fan_in
+            width = self.full_fan_in or own.fan_in
             return Reference(method="full", init=init, fan_in=width if fan_in is None else fan_in)
-        width = self.reference.fan_in if fan_in is None else fan_in
-        if rank is None and self.reference.method == "full":
+        width = own.fan_in if fan_in is None else fan_in
+        if rank is None and own.method == "full":
             raise RecipeError("This recipe was made by full finetuning alone.", "Give rank= and alpha= for LoRA.")
-        rank = self.reference.rank if rank is None else rank
+        rank = own.rank if rank is None else rank
         if alpha is not None and self.scaling_rule == "as swept":
             raise RecipeError(
                 f"The sweep behind recipe {self.name!r} did not say its alpha, so its rates hold as swept only.",
@@ -186,7 +187,14 @@ class Recipe:
         if alpha is not None:
             return Reference(rank, alpha, rslora, init, width, method)
         Reference(rank, 1.0, method=method)  # refuses an impossible rank before it is used below
-        return replace(Reference.from_scaling(rank, self._scaling_at(rank or 1), init=init), fan_in=width)
+        scaling = own.scaling
+        if rank != own.rank:
+            if self.scaling_rule not in GAMMA or own.rank is None or rank is None:
+                raise RecipeError(
+                    f"Recipe {self.name!r} saw no rule by which alpha follows the rank.", "Give alpha= beside the rank."
+                )
+            scaling *= float((rank / own.rank) ** -GAMMA[self.scaling_rule])
+        return replace(Reference.from_scaling(rank, scaling, init=init), fan_in=width)
 
     def _at_a_width(self, target: Reference) -> tuple[Reference, Reference]:
         """`target` and the reference, at the target's fan-in where the recipe knows none."""
@@ -200,15 +208,6 @@ class Recipe:
             )
         width = target.fan_in or ANY_WIDTH
         return replace(target, fan_in=width), replace(own, fan_in=width)
-
-    def _scaling_at(self, rank: int) -> float:
-        if rank == self.reference.rank:
-            return self.reference.scaling
-        if self.scaling_rule not in GAMMA or self.reference.rank is None:
-            raise RecipeError(
-                f"Recipe {self.name!r} saw no rule by which alpha follows the rank.", "Give alpha= beside the rank."
-            )
-        return float(self.reference.scaling * (rank / self.reference.rank) ** -GAMMA[self.scaling_rule])
 
     def explain(self) -> str:
         """What the recipe holds: its rate with band and ceiling, its law, and what it was made with, a fact a line."""
@@ -244,10 +243,12 @@ class Recipe:
 
 def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> Rate | None:
     """The rate at a rank, None for full finetuning, without a warning; None where the recipe asks to be told more."""
-    try:
-        return recipe._quoted(recipe._target(rank, alpha, method="full" if rank is None else "lora"))
-    except RankAwareError:
-        return None
+    with warnings.catch_warnings():  # of a real optimizer, which a measured law steps
+        warnings.simplefilter("ignore")
+        try:
+            return recipe._quoted(recipe._target(rank, alpha, method="full" if rank is None else "lora"))
+        except RankAwareError:
+            return None
 
 
 def resolve_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:

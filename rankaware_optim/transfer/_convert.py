@@ -91,14 +91,19 @@ def convert_lr(
     move = _Move(*_at_widths(origin, target, _LARGE), bound)
     try:
         made = move.convert(base)
-        if move.target.fan_in == _LARGE:
-            half = _Move(*_at_widths(origin, target, _LARGE / 2), bound).convert(base)
-            _check_limit(made, half, bound)
-        return made
+        if move.target.fan_in != _LARGE:
+            return made
+        half = _Move(*_at_widths(origin, target, _LARGE / 2), bound).convert(base)
     except ArithmeticError as error:
         raise InvalidReferenceError(
             f"From {origin} to {target} a rate leaves the range of floating point.", "Check the alphas and ranks."
         ) from error
+    rates = zip((made.lr, made.lr_a, made.lr_b), (half.lr, half.lr_a, half.lr_b), strict=True)
+    if not all(math.isclose(rate, other, rel_tol=1e-9) for rate, other in rates):
+        raise InvalidReferenceError(
+            f"The law {bound.name!r} has no limit at a large width here.", "Give fan_in=, such as 4096, in a reference."
+        )
+    return made
 
 
 def _at_widths(origin: Reference, target: Reference, large: float) -> tuple[Reference, Reference]:
@@ -112,15 +117,6 @@ def _at_widths(origin: Reference, target: Reference, large: float) -> tuple[Refe
         )
     width = known or large
     return replace(origin, fan_in=width), replace(target, fan_in=target.fan_in or width)
-
-
-def _check_limit(made: Conversion, at_half: Conversion, law: Law) -> None:
-    """Refuse rates that still move with the width at the large one that stands for none."""
-    rates = zip((made.lr, made.lr_a, made.lr_b), (at_half.lr, at_half.lr_a, at_half.lr_b), strict=True)
-    if not all(math.isclose(rate, other, rel_tol=1e-9) for rate, other in rates):
-        raise InvalidReferenceError(
-            f"The law {law.name!r} has no limit at a large width here.", "Give fan_in=, such as 4096, in a reference."
-        )
 
 
 @dataclass(frozen=True)
