@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .._checks import check_lr
+from .._checks import check_lr, plain_lr
+from .._rate import Rate
 from .._types import Init, Method, Reference, Survey
 from ..errors import OptimizerError
 from ..inspection import Walk, survey_of, walk
@@ -101,7 +102,7 @@ def _user_group(group: Mapping[str, Any], names: Mapping[int, str]) -> UserGroup
                 f"A parameter group holds a {type(param).__name__}.", "Give tensors, (name, tensor) pairs, or dicts."
             )
         named.append((names.get(id(param)) or name or f"unnamed.{len(named)}", param))
-    return UserGroup(named, {k: v for k, v in group.items() if k not in ("params", "param_names")})
+    return UserGroup(named, {k: plain_lr(v) for k, v in group.items() if k not in ("params", "param_names")})
 
 
 class PlannedGroup(NamedTuple):
@@ -163,7 +164,7 @@ def scale_lr(group: dict[str, Any], assignment: Assignment, *, scale_weight_deca
 def rank_aware_param_groups(
     params: Any,
     *,
-    lr: float,
+    lr: float | Rate,
     model: nn.Module | None = None,
     law: str | Law = DEFAULT_LAW,
     tuned_at: Reference | None = None,
@@ -171,8 +172,8 @@ def rank_aware_param_groups(
     named: bool = True,
     method: Method = "lora",
     init: Init | None = None,
-    rates: Mapping[str, float] | None = None,
-    other_lr: float | None = None,
+    rates: Mapping[str, float | Rate] | None = None,
+    other_lr: float | Rate | None = None,
     per_layer_width: bool = False,
     across_inits: bool = False,
     batch: float | None = None,
@@ -199,7 +200,7 @@ def rank_aware_param_groups(
     plan = make_plan(survey, options, optimizer_class)
     groups = []
     for planned in split(user_groups(params, model, walked), plan, survey):
-        group = {"lr": lr, **planned.as_dict(named=named)}
+        group = {"lr": plain_lr(lr), **planned.as_dict(named=named)}
         scale_lr(group, planned.assignment)
         groups.append(group)
     return groups

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import check_lr
+from .._checks import check_lr, plain_lr
+from .._rate import Rate
 from .._types import Init, Method, Reference, Survey
 from ..errors import OptimizerError, RankAwareWarning
 from ..inspection import survey_of, walk
@@ -118,14 +119,14 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         optimizer: type[Optimizer] | str | None = None,
         *,
         model: nn.Module | None = None,
-        lr: float | torch.Tensor | None = None,
+        lr: float | Rate | torch.Tensor | None = None,
         tuned_at: Reference | None = None,
         law: str | Law | None = None,
         recipe: Recipe | str | os.PathLike[str] | None = None,
         method: Method = "lora",
         init: Init | None = None,
-        rates: Mapping[str, float] | None = None,
-        other_lr: float | None = None,
+        rates: Mapping[str, float | Rate] | None = None,
+        other_lr: float | Rate | None = None,
         per_layer_width: bool = False,
         across_inits: bool = False,
         batch: float | None = None,
@@ -141,7 +142,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         native = native_class(built, optimizer)
         policy = Policy(on_rank_change, on_law_change)
         refuse_settings(built, lr, settings)
-        loaded, lr, tuned_at, law = from_recipe(recipe, lr, tuned_at, law)
+        loaded, lr, tuned_at, law = from_recipe(recipe, plain_lr(lr), tuned_at, law)
         options = PlanOptions(law, tuned_at, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
         walked = walk(model)
         survey = survey_of(walked, method=method, init=init)
@@ -179,7 +180,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
 
         A sequence holds one value for each of the user's own groups.
         """
-        groups = self.param_groups
+        groups, value = self.param_groups, plain_lr(value)
         if isinstance(value, (int, float)):
             return [value * group["lr_multiplier"] for group in groups]
         if len(value) != len(self._rankaware.order):
@@ -189,12 +190,12 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             )
         return [value[group["user_group"]] * group["lr_multiplier"] for group in groups]
 
-    def set_base_lr(self, lr: float, scheduler: Any = None) -> None:
+    def set_base_lr(self, lr: float | Rate, scheduler: Any = None) -> None:
         """Move the base rate; every group keeps its multiplier, those with a rate of their own keep that.
 
         A scheduler holds base rates of its own: give it, and they are moved too.
         """
-        check_lr(lr)
+        lr = check_lr(lr)
         if scheduler is None and attached_schedulers(self):
             raise OptimizerError(
                 "A scheduler is attached and would restore its own base rates.", "Pass it: set_base_lr(lr, scheduler)."
