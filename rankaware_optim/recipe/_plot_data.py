@@ -191,7 +191,10 @@ def _curves(trials: Trials, best: Mapping[int | None, float], x: Array) -> dict[
 
 
 def _observations(rank: int | None, points: Sequence[Point], best: float) -> Iterator[tuple[Observation, bool]]:
-    """What the fit sees of a rank's trials, in octaves above its best rate, and whether they diverged."""
+    """What the fit sees of a rank's trials, in octaves above its best rate, and whether they diverged.
+
+    A pruned one ends as far above the best of its seed as it lay when it was stopped.
+    """
     ended: list[tuple[Observation, list[float]]] = []
     for point in sorted(points, key=lambda point: point.fate == "pruned"):
         x, curve = math.log2(point.rate) - best, point.curve
@@ -201,9 +204,9 @@ def _observations(rank: int | None, points: Sequence[Point], best: float) -> Ite
             carried = rival and carried_on(x, curve, *rival)
             if carried:
                 yield carried, False
-        elif point.fate == "diverged" or not math.isfinite(point.value):
-            yield Observation(rank, point.seed, x, math.inf, math.inf, math.inf), True
-        else:
+        elif math.isfinite(point.value):
             tail = recent(curve, max(TAIL, len(curve) // 10))
             ended.append((Observation(rank, point.seed, x, point.value, height(curve), tail), curve))
-            yield ended[-1][0], False
+            yield ended[-1][0], point.fate == "diverged"
+        else:
+            yield Observation(rank, point.seed, x, math.inf, math.inf, math.inf), True
