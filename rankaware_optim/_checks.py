@@ -9,8 +9,6 @@ from typing import Any, TypeGuard
 from ._rate import Rate
 from .errors import InspectionError, OptimizerError, RankAwareError
 
-__all__ = ["check_init", "check_lr", "is_number", "is_positive", "is_whole", "plain_lr"]
-
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether `value` is an int or a float; a bool is none."""

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Rate"]
-
 
 @dataclass(frozen=True)
 class Rate:

@@ -9,8 +9,6 @@ from typing import Any
 
 from .errors import RankAwareError, RankAwareWarning
 
-__all__ = ["Registry"]
-
 
 class Registry:
     """A table of named factories, completed by the entry points of `group` on the first miss.

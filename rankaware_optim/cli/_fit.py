@@ -11,8 +11,6 @@ from ..laws import law_words
 from ..sweeps import fit_sweep
 from ._options import ALPHA, COLUMN, OPTIMIZER
 
-__all__ = ["fit"]
-
 
 @click.command()
 @click.argument("sweep", type=click.Path(path_type=Path))

@@ -9,8 +9,6 @@ import click
 
 from ..recipe import Recipe
 
-__all__ = ["lr"]
-
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))

@@ -8,8 +8,6 @@ import click
 
 from ..recipe import Recipe
 
-__all__ = ["show"]
-
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))

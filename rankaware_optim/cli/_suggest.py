@@ -11,8 +11,6 @@ from .._types import Reference
 from ..inspection import inspect_file, read_config
 from ..transfer import published_init, suggest_lr
 
-__all__ = ["suggest"]
-
 _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 
 

@@ -19,8 +19,6 @@ from .._registry import Registry
 from .._types import Init
 from ..errors import InspectionError, RankAwareWarning
 
-__all__ = ["CONVENTIONS", "Convention", "KEYS", "LAYOUTS", "Layout", "Reading", "conventions", "register_convention"]
-
 KEYS = ("{}", "{}.weight")
 
 Shape = tuple[int, ...]

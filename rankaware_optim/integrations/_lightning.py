@@ -13,8 +13,6 @@ import torch
 from ..errors import CalibrationError
 from ._trainer_run import TrainerRun
 
-__all__ = ["fit"]
-
 
 def fit(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun) -> Any:
     """Run the trial by `trainer.fit`; its score, or None where there is none to take."""

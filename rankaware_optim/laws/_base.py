@@ -19,21 +19,6 @@ from .._registry import Registry
 from .._types import Factor, Reference
 from ..errors import LawError
 
-__all__ = [
-    "DEFAULT_LAW",
-    "LAWS",
-    "Law",
-    "check_choice",
-    "check_law",
-    "check_parameter",
-    "checked_multiplier",
-    "get_law",
-    "law_changes",
-    "law_from_dict",
-    "law_to_dict",
-    "law_words",
-]
-
 LAWS = Registry("rankaware_optim.laws", "law", LawError)
 LAWS.register("mua", "rankaware_optim.laws._mua:MuA")
 LAWS.register("mua-paper", "rankaware_optim.laws._mua:paper")

@@ -20,8 +20,6 @@ from ..inspection import Walk, survey_of, walk
 from ..laws import DEFAULT_LAW, Law
 from ._plan import Assignment, Plan, PlanOptions, make_plan
 
-__all__ = ["PlannedGroup", "UserGroup", "model_of", "rank_aware_param_groups", "scale_lr", "split", "user_groups"]
-
 GROUP_FORMAT = 1
 # What our groups hold beside torch's own keys: plain scalars, so that checkpoints load with weights_only=True.
 TAGS = (

@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 from ._param_groups import TAGS
 
-__all__ = ["convert_scheduler_state", "to_plain_state_dict"]
-
 
 def to_plain_state_dict(opt: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
     """The state for a plain optimizer with the user's own groups: rates divided by their multipliers, no tags.

@@ -16,8 +16,6 @@ from ..errors import OptimizerError, RankAwareWarning
 from ..laws import DEFAULT_LAW, Law, checked_multiplier, get_law, known_family
 from ..recipe import Recipe
 
-__all__ = ["Assignment", "Plan", "PlanOptions", "make_plan"]
-
 
 @dataclass(frozen=True)
 class PlanOptions:

@@ -13,8 +13,6 @@ from ..inspection import other_kind
 from ._plan import Plan
 from ._state_dict import Carried
 
-__all__ = ["Report", "Row", "plan_rates"]
-
 _HEADINGS = ("convention", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors", "multiplier", "lr", "why")
 
 

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 from ..errors import OptimizerError
 
-__all__ = ["check_scheduler"]
-
 
 class _Limit(NamedTuple):
     """A scheduler's absolute limit: its class, its argument, how to read it per group, and whether a list is taken."""

@@ -19,8 +19,6 @@ from ..errors import CheckpointError, RankAwareWarning
 from ..inspection import canonical_name
 from ._param_groups import GROUP_FORMAT, TAGS, shapes_text
 
-__all__ = ["Carried", "OnLawChange", "OnRankChange", "Policy", "fit_checkpoint"]
-
 OnRankChange = Literal["raise", "reset", "resize"]
 OnLawChange = Literal["keep", "rederive"]
 Group = dict[str, Any]

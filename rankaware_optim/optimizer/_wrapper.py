@@ -31,8 +31,6 @@ from ._schedulers import attached_schedulers, check_scheduler
 from ._state_dict import Carried, OnLawChange, OnRankChange, Policy, fit_checkpoint
 from ._validate import check_base_lr, from_recipe, native_class, refuse_groups, refuse_rateless, refuse_settings
 
-__all__ = ["RankAwareOptimizer"]
-
 
 @dataclass(frozen=True)
 class _Wrap:

@@ -13,8 +13,6 @@ from .._tables import text_table
 from ._recipe import Recipe, known_rate
 from ._schema import to_document
 
-__all__ = ["Difference", "diff_recipes", "diff_text"]
-
 _ABSENT = "not told"
 # Fields told as a factor by their last name: rates, widths, counts. Other numbers are told as a difference.
 _BY_FACTOR = {

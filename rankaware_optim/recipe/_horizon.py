@@ -9,8 +9,6 @@ from typing import NamedTuple
 from .._checks import is_positive, is_whole
 from ..errors import RecipeError
 
-__all__ = ["BATCH_SD", "Horizon", "Moved", "SLOPE_SD", "by_batch"]
-
 SLOPE_SD = 0.3  # prior of the slope about 0: small sweeps had -0.1 under Init[A] and +0.3 in full finetuning
 BATCH_SD = 0.15  # octaves of rate per octave of batch about the law's rule: small sweeps had 0.3 to 0.67
 

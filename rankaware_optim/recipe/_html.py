@@ -25,8 +25,6 @@ from ._plot_data import Picture, PictureArm, picture_of
 from ._recipe import Recipe, known_rate
 from ._recipe_text import facts, lead
 
-__all__ = ["rate_table", "report_html", "write_report"]
-
 
 def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
     """Write the recipe's page to `path`, atomically. Raises PageError where it cannot be written."""

@@ -20,8 +20,6 @@ from safetensors.torch import load, save
 from .._checks import is_number, is_whole
 from ..errors import RankAwareError, RecipeError
 
-__all__ = ["SCHEMA", "Reader", "read", "staged", "write"]
-
 SCHEMA = 1
 
 

@@ -24,8 +24,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CAP", "Arm", "Bowls", "bowls_of", "curves_of"]
-
 Array = npt.NDArray[np.float64]
 
 # The grid of shapes.

@@ -10,8 +10,6 @@ import numpy as np
 
 from ._loss_model import CAP, Arm
 
-__all__ = ["EARLY", "TAIL", "Observation", "arms_of", "carried_on", "gain_of", "height", "recent", "usual_start"]
-
 TAIL = 5  # values at least in the mean that scores a run
 EARLY = 0.3  # share of its steps in which a run is not judged
 

@@ -20,8 +20,6 @@ from ._loss_model import curves_of
 from ._observations import TAIL, Observation, arms_of, carried_on, gain_of, height, recent
 from ._recipe import Recipe, known_rate
 
-__all__ = ["Picture", "PictureArm", "Point", "picture_of"]
-
 # The drift that trials of recipes without `trial.own_lr` ran along, by init: the prior's mean at that time.
 _FORMER_DRIFT = {"A": 0.0, "B": -0.45}
 _MARGIN = 2.0**0.5  # left and right of the rates drawn

@@ -11,8 +11,6 @@ from ..errors import PlotError
 from ._plot_data import Picture, PictureArm, picture_of
 from ._recipe import Recipe
 
-__all__ = ["draw_trials", "drawable", "plot_recipe"]
-
 
 def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
     """Draw a recipe: a panel a rank with its trials, the fit, band, ceiling and rate; then the rates by rank.

@@ -25,8 +25,6 @@ from . import _schema as recipe_toml
 from ._horizon import Horizon, by_batch
 from ._uncertainty import Z90, spread
 
-__all__ = ["ANY_WIDTH", "Recipe", "known_rate", "resolve_recipe"]
-
 ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels between ranks of one init
 
 

@@ -12,8 +12,6 @@ from ._uncertainty import own_band
 if TYPE_CHECKING:
     from ._recipe import Recipe
 
-__all__ = ["explain", "facts", "lead"]
-
 
 def lead(recipe: Recipe) -> str:
     """The recipe in a sentence: its optimizer, its horizon, and where it was calibrated."""

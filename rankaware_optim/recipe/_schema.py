@@ -18,8 +18,6 @@ from ._uncertainty import own_band
 if TYPE_CHECKING:
     from ._recipe import Recipe
 
-__all__ = ["from_document", "header", "plain_setting", "to_document"]
-
 
 def header(recipe: Recipe) -> str:
     """Three comment lines by which the file introduces itself."""

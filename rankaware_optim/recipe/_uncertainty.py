@@ -13,8 +13,6 @@ from .._types import Reference
 if TYPE_CHECKING:
     from ._recipe import Recipe
 
-__all__ = ["INIT_SD", "RANK_SD", "WIDTH_SD", "Z90", "own_band", "spread"]
-
 Z90 = 1.645
 # Standard deviations that the band grows by where the data do not reach, octaves of rate per octave of rank or of width
 # (rules of thumb after the spread of published sweeps around the law).

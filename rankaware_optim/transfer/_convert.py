@@ -20,8 +20,6 @@ from ..laws import DEFAULT_LAW, Law, checked_multiplier, get_law
 from ..optimizer import PlanOptions, make_plan
 from ._references import as_reference
 
-__all__ = ["Conversion", "convert_lr"]
-
 _LARGE = 2.0**200  # a width at which every law has reached its limit, to rounding, and its squares stay finite
 _WORDS = {"method": "method", "rank": "rank", "init": "init", "fan_in": "width"}
 

@@ -35,8 +35,6 @@ from ..laws import (
     synthetic,
 )
 
-__all__ = ["CoordinateCheck", "CoordinateRow", "capture", "coordinate_check"]
-
 Scaling = float | Callable[[int], float]
 Shapes = Mapping[str, tuple[int, int]] | Sequence[tuple[int, int]]
 Captured = Mapping[str, tuple[torch.Tensor, torch.Tensor]]

@@ -10,8 +10,6 @@ from ..laws import DEFAULT_LAW
 from ..optimizer import PlanOptions, make_plan, plan_rates
 from ._references import parse_reference
 
-__all__ = ["survey_report"]
-
 
 def survey_report(
     survey: Survey,

@@ -7,8 +7,6 @@ from typing import Any
 from .._types import Reference
 from ..errors import InvalidReferenceError
 
-__all__ = ["as_reference", "parse_reference"]
-
 # What can be written: key, the field of `Reference` that it names, and the type of the value.
 _KEYS: dict[str, tuple[str, type]] = {
     "r": ("rank", int),

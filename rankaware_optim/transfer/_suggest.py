@@ -20,8 +20,6 @@ from ..inspection import declared_init, declared_inits, other_kind, survey_of, w
 from ..laws import MuA, checked_multiplier
 from ..recipe import INIT_SD, RANK_SD, WIDTH_SD, Z90
 
-__all__ = ["PUBLISHED", "Suggestion", "published_init", "suggest_lr"]
-
 Task = Literal["chat", "other"]
 
 NO_WIDTH = 4096.0  # theirs in the middle: taken where none is given

@@ -75,7 +75,7 @@ def test_a_curve_passes_near_its_trials():
 
 
 def test_a_rank_whose_trials_were_all_pruned_has_no_curve():
-    """Trials that were stopped for being worse are told as pruned, and without a finished run beside them shape none."""
+    """Trials stopped for being worse are shown as pruned, and shape no curve where no run of their rank finished."""
     made, _ = calibrated("A", RANKS, 0.0)
     cut = made.tensors["rank"] == 2
     value = made.tensors["value"].where(~cut, torch.nan)

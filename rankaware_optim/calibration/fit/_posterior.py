@@ -20,8 +20,6 @@ import numpy.typing as npt
 
 from ...recipe import Observation, arms_of, bowls_of, gain_of, usual_start
 
-__all__ = ["Fit", "MODEL_ERROR", "Observation", "Prior", "diverged", "fit_observations", "gain_of", "shrink"]
-
 Array = npt.NDArray[np.float64]
 
 MODEL_ERROR = 0.1  # octaves by which a rank's own best rate lies off the law
