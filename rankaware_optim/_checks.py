@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
+from ._rate import Rate
 from .errors import InspectionError, OptimizerError, RankAwareError
-
-__all__ = ["check_init", "check_lr", "is_number", "is_positive", "is_whole"]
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -39,8 +38,14 @@ def check_init(
         raise error(f"{what} 'A' (B zero) or 'B' (A zero){others}, not {init!r}.", "Give one of them.")
 
 
+def plain_lr(lr: Any) -> Any:
+    """What an optimizer keeps of the rate it is given: the float of a `Rate`, anything else as it is."""
+    return float(lr) if isinstance(lr, Rate) else lr
+
+
 def check_lr(lr: object, what: str = "lr") -> float:
-    """`lr` as a positive finite float, from a number or a one-element tensor; an `OptimizerError` otherwise."""
+    """`lr` as a positive finite float, from a number, a `Rate` or a one-element tensor; else an `OptimizerError`."""
+    lr = plain_lr(lr)
     value = lr.item() if getattr(lr, "numel", lambda: 0)() == 1 else lr  # type: ignore[attr-defined]
     if not is_positive(value):
         raise OptimizerError(f"{what} is {lr!r}.", "Give a positive finite number.")

@@ -7,8 +7,6 @@ from typing import Any
 
 from .errors import PlotError
 
-__all__ = ["COLOURS", "figure_of", "rate_axis", "save", "short"]
-
 # Okabe and Ito's colours, told apart by readers of every colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 

@@ -9,8 +9,6 @@ from torch.optim import Optimizer
 
 from .errors import OptimizerError
 
-__all__ = ["get_optimizer_class"]
-
 _NO_CLASS = ("Optimizer", "RankAwareOptimizer")  # base and wrapper, which are no optimizers by themselves
 
 

@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Known", "known_name", "known_optimizer", "optimizer_family"]
-
 
 class Known(NamedTuple):
     """What is known of an optimizer class.

@@ -9,8 +9,6 @@ from typing import Any
 from ._warn import warn
 from .errors import RankAwareError
 
-__all__ = ["Registry"]
-
 
 class Registry:
     """A table of named factories, completed by the entry points of `group` on the first miss.

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-__all__ = ["GAMMA", "SCALINGS", "Scaling", "infer_scaling", "scaling_factor"]
-
 Scaling = Literal["fixed", "rslora", "alpha", "as swept", "unknown"]
 SCALINGS: tuple[str, ...] = get_args(Scaling)
 # γ of every rule. "as swept": the sweep did not say alpha, so the middle of the customs, with a wider drift about it.

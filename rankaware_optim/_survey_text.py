@@ -11,8 +11,6 @@ from ._tables import text_table
 if TYPE_CHECKING:
     from ._types import Factor, Survey
 
-__all__ = ["NO_LAW", "Rated", "audit", "explain", "noted_table", "reason_of_other"]
-
 
 class Rated(NamedTuple):
     """A parameter's learning rate, and why it is that, in words."""

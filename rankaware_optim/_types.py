@@ -16,8 +16,6 @@ from ._checks import check_init, is_positive
 from ._survey_text import Rated, audit, explain
 from .errors import InspectionError, InvalidReferenceError
 
-__all__ = ["Factor", "Init", "Method", "Reference", "Role", "Survey"]
-
 Role = Literal["A", "B", "full"]
 Init = Literal["A", "B", "other", "unknown"]
 Method = Literal["lora", "full"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-import rankaware_optim
+import rankaware_optim as ra
 
 HEAVY = ("torch", "optuna", "scipy", "pandas", "matplotlib", "peft", "transformers", "lightning", "torch_optimizer")
 
@@ -63,9 +65,7 @@ PUBLIC = [
     "suggest_lr",
     "to_plain_state_dict",
 ]
-MODULES = [
-    m.name for m in pkgutil.walk_packages(rankaware_optim.__path__, "rankaware_optim.") if "__main__" not in m.name
-]
+FACES = [package for _, package, is_package in pkgutil.walk_packages(ra.__path__, "rankaware_optim.") if is_package]
 
 
 def imported_by(code: str) -> set[str]:
@@ -89,13 +89,25 @@ def test_the_check_can_fail(heavy):
 
 def test_the_public_names():
     """The package offers exactly these names and packages, and all of them resolve."""
-    assert rankaware_optim.__all__ == sorted(PUBLIC + PACKAGES)
-    assert all(hasattr(rankaware_optim, name) for name in rankaware_optim.__all__)
+    assert ra.__all__ == sorted(PUBLIC + PACKAGES)
+    assert all(hasattr(ra, name) for name in ra.__all__)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_every_module_offers_what_it_says(name):
-    """Every name in a module's __all__ resolves, and every module has one."""
-    module = importlib.import_module(name)
-    assert module.__all__
-    assert all(hasattr(module, public) for public in module.__all__)
+@pytest.mark.parametrize("name", FACES)
+def test_every_package_offers_what_it_says(name):
+    """What a package offers stands in its __all__, sorted, and resolves."""
+    package = importlib.import_module(name)
+    assert package.__all__
+    assert sorted(package.__all__) == sorted(set(package.__all__))
+    assert all(hasattr(package, offered) for offered in package.__all__)
+
+
+def test_stages_meet_at_their_faces():
+    """A stage takes from another what it offers, and never a private module of it: root modules aside."""
+    root = Path(ra.__file__).parent
+    taken = {
+        f"{path.relative_to(root)}: {found}"
+        for path in root.rglob("*.py")
+        for found in re.findall(r"from (\.{2,}\w[\w.]*\._\w+) import", path.read_text(encoding="utf-8"))
+    }
+    assert not taken

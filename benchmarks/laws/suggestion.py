@@ -26,7 +26,7 @@ from rankaware_optim import MuA, Reference
 from rankaware_optim.laws import checked_multiplier
 from rankaware_optim.sweeps._bench import vertex_of
 from rankaware_optim.transfer import suggest_lr
-from rankaware_optim.transfer._suggest import LEAN, LOG2_RATE, PUBLISHED, SPREAD, TASK_DOUBT, Z90
+from rankaware_optim.transfer._suggest import LEAN, LOG2_RATE, PUBLISHED, SPREAD, TASK_SD, Z90
 
 # Hidden sizes, from the models' published configurations.
 HIDDEN = {
@@ -120,8 +120,8 @@ def left_out(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for model in HIDDEN:
         middle, spread = fit([c for c in cells if c.model != model])
-        for kind, doubt in (("chat", 0.0), ("other", TASK_DOUBT)):
-            half = Z90 * math.hypot(spread, doubt)
+        for kind, sd in (("chat", 0.0), ("other", TASK_SD)):
+            half = Z90 * math.hypot(spread, sd)
             for cell in (c for c in cells if c.model == model):
                 error = outside(cell, middle)
                 where = "seen" if cell.low == cell.high else "at an edge"

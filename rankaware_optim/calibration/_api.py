@@ -24,8 +24,6 @@ from ._schedule import Schedule
 from ._study import Study
 from ._trial import Train
 
-__all__ = ["calibrate", "check_argument"]
-
 
 def calibrate(
     train: Train,

@@ -18,8 +18,6 @@ from optuna.trial import TrialState
 from ._optuna import fail_trial
 from ._trials import Owner, TrialRecord, Trials
 
-__all__ = ["fail_dead_trials", "is_elsewhere", "new_owner", "release", "to_repeat"]
-
 _AT_WORK: set[str] = set()  # tokens of the trials that this process runs
 
 

@@ -19,8 +19,6 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-__all__ = ["begin_trial", "close_database", "fail_trial"]
-
 
 def begin_trial(study: Study, attributes: Mapping[str, Any], params: Mapping[str, float]) -> Trial:
     """A running trial that has `attributes` from the start, and is going to have `params` where they are given."""

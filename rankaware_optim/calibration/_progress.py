@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from ._runner import NextTrial, Show
 from ._trial import Trial
 
-__all__ = ["progress_shown"]
-
 
 @contextmanager
 def progress_shown(steps: int, wanted: bool | None) -> Iterator[Show]:

@@ -14,8 +14,6 @@ from optuna.trial import FrozenTrial
 
 from ._trials import EARLY, TrialRecord, Trials
 
-__all__ = ["PairedPruner"]
-
 _WORSE = 0.5  # share of the best run's gain so far that a run must lag behind
 _NEAR = 1.0  # octaves around the best run and the estimated optimum in which nothing is pruned
 _STANDARD_ERRORS = 3.0

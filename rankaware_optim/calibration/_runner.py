@@ -30,8 +30,6 @@ from ._trial import TAIL, Outcome, Train, Trial, recent, run_trial, seeded
 from ._trials import PARAMETER, Cell, TrialRecord, Trials, height, interval
 from .fit import Observation
 
-__all__ = ["NextTrial", "Runner", "Show"]
-
 _POLL_S = 0.05
 _PATIENCE_S = 600.0  # how long the first model of another worker may take to be built
 

@@ -14,8 +14,6 @@ from optuna.trial import FrozenTrial
 from ._trials import TrialRecord, Trials
 from .fit import Fit, Observation, Prior, diverged, gain_of
 
-__all__ = ["BracketSampler", "estimate_at"]
-
 _STRIDE = 2.0  # octaves between the trials that bracket
 _CLEARLY = 0.25  # share of the gain that makes a rate above the best clearly worse
 # Octaves around the estimated optimum; a cliff above makes the low side safer. Then what lies between them.

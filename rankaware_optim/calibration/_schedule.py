@@ -10,8 +10,6 @@ from .._types import Method
 from ._trials import Cell, Trials
 from .fit import diverged
 
-__all__ = ["PER_SEED", "Schedule", "leverage"]
-
 _TRIALS_PER_RANK = 8
 _FEWEST = 2  # finished trials of every rank before a narrow band is believed
 _HOPELESS = 12  # runs that all diverged, each two octaves lower, after which none will help

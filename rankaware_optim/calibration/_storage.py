@@ -16,8 +16,6 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from ..errors import CalibrationError
 
-__all__ = ["open_storage", "storage_errors"]
-
 _FAILURES = (OSError, StorageInternalError, SQLAlchemyError)
 
 

@@ -31,8 +31,6 @@ from ._storage import open_storage, storage_errors
 from ._trials import Trials, is_flat
 from .fit import Fit, Prior, diverged, fit_observations, horizon_of
 
-__all__ = ["Study", "versions_used"]
-
 # A usual rate by optimizer family, per step, and the configuration it is for: the median best AdamW rate at rank 16,
 # alpha 32 over 18 published language models; the others are customary multiples of it.
 _USUAL_AT = Reference(rank=16, alpha=32, fan_in=4096)

@@ -19,8 +19,6 @@ from .._types import Method
 from ..errors import CalibrationError
 from ..optimizer import RankAwareOptimizer
 
-__all__ = ["Outcome", "Pushed", "Train", "Trial", "recent", "release_memory", "run_trial", "seeded"]
-
 Build = Callable[["Trial", Any, dict[str, Any]], RankAwareOptimizer]
 Train = Callable[["Trial"], "Generator[Any, None, Any] | Pushed"]
 

@@ -14,8 +14,6 @@ from optuna.trial import FrozenTrial, TrialState
 from ._trial import TAIL, recent
 from .fit import Observation, diverged
 
-__all__ = ["Cell", "EARLY", "Owner", "PARAMETER", "TrialRecord", "Trials", "height", "interval", "is_flat"]
-
 PARAMETER = "log2_lr"  # what Optuna calls the one number of a trial: log2 of the base rate, reference coordinates
 _REPORTS = 10  # reports of a run to the storage, where pruners read them
 EARLY = 0.3  # share of its steps in which a run is not judged

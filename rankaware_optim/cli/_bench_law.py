@@ -14,8 +14,6 @@ from .. import sweeps
 from ..sweeps import COMPARED, DEMO_SWEEP, Move, score_table
 from ._options import ALPHA, COLUMN, OPTIMIZER
 
-__all__ = ["bench_law"]
-
 
 @click.command("bench-law")
 @click.argument("sweep", type=click.Path(path_type=Path), default=DEMO_SWEEP)

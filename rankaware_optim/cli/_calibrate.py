@@ -22,8 +22,6 @@ from ..errors import CalibrationError, RankAwareError, RecipeError
 from ..recipe import Recipe
 from ._options import OPTIMIZER, numbers
 
-__all__ = ["calibrate", "load_train"]
-
 
 @click.command()
 @click.argument("spec", metavar="MODULE:TRAIN")

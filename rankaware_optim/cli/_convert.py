@@ -7,8 +7,6 @@ import click
 from ..laws import DEFAULT_LAW
 from ..transfer import convert_lr
 
-__all__ = ["convert"]
-
 
 @click.command()
 @click.argument("lr", type=float)

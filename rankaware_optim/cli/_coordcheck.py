@@ -15,8 +15,6 @@ from ..inspection import inspect_file
 from ..transfer import coordinate_check, plot_coordinates
 from ._options import OPTIMIZER, number_or_rank, numbers
 
-__all__ = ["coordcheck"]
-
 Shape = tuple[int, int]
 _MOST_NUMBERS = 2**28  # a layer's inputs, gradients and factors: 1 GiB; the optimizer's state comes on top
 

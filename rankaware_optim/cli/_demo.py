@@ -35,8 +35,6 @@ from ..errors import DemoError
 from ..optimizer import RankAwareOptimizer
 from ..recipe import Rate, Recipe, draw_trials, drawable
 
-__all__ = ["TransferCheck", "calibrate_digits", "demo"]
-
 STEPS, BATCH, PIXELS, SEEDS = 40, 16, 32, (0, 1)
 CALIBRATED_RANKS, CHECKED_RANK = (4, 64), 16
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)

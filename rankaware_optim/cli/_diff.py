@@ -9,8 +9,6 @@ import click
 from ..errors import RankAwareError
 from ..recipe import Recipe, diff_recipes, diff_text
 
-__all__ = ["diff"]
-
 
 class _Trouble(click.ClickException):
     """What stops a comparison ends with 2, as for diff(1): 1 says that the two differ."""

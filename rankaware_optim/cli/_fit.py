@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
+from ..laws import law_words
 from ..sweeps import fit_sweep
 from ._options import ALPHA, COLUMN, OPTIMIZER
-
-__all__ = ["fit"]
 
 
 @click.command()
@@ -32,13 +31,7 @@ __all__ = ["fit"]
 def fit(sweep: Path, out: Path | None, name: str | None, law: str, **options: Any) -> None:
     """Make a recipe of SWEEP, a .csv, .tsv, .json or .jsonl file with columns rank, lr, loss and, if known, alpha."""
     recipe = fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
-    own = recipe.at() if recipe.reference.method == "lora" else recipe.at(method="full")
-    click.echo(f"lr        {own.lr:.3g} at {recipe.reference}")
-    click.echo(f"90 % band {own.low:.3g} to {own.high:.3g}")
-    if own.ceiling is not None:
-        click.echo(f"ceiling   {own.ceiling:.3g} (the smallest rate seen to diverge)")
-    click.echo(f"law       {recipe.law!r}")
-    for note in own.notes:
-        click.echo(f"note: {note}")
+    number, *rest = str(recipe.at(method=recipe.reference.method)).splitlines()
+    click.echo("\n".join([f"{number} at {recipe.reference}", f"law       {law_words(recipe.law)}", *rest]))
     if out is not None:
         click.echo(f"Next: rankaware lr {recipe.save(out)} --rank {max(recipe.ranks, default=16)}")

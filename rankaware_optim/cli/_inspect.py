@@ -10,8 +10,6 @@ from ..inspection import inspect_file
 from ..laws import DEFAULT_LAW
 from ..transfer import survey_report
 
-__all__ = ["inspect"]
-
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))

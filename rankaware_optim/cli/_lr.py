@@ -7,9 +7,7 @@ from typing import Any
 
 import click
 
-from ..recipe import Rate, Recipe
-
-__all__ = ["lr"]
+from ..recipe import Recipe
 
 
 @click.command()
@@ -31,13 +29,4 @@ def lr(recipe: Path, rank: int | None, alpha: float | None, rslora: bool, full: 
     if full and alpha is not None:
         raise click.UsageError("Full finetuning has no --alpha.")
     method: Any = "full" if full else "lora"
-    loaded = Recipe.load(recipe)
-    rate = loaded.at(rank, alpha=alpha, rslora=rslora, method=method, **where)
-    click.echo(_rate_lines(rate))
-
-
-def _rate_lines(rate: Rate) -> str:
-    lines = [f"lr        {rate.lr:.3g}", f"90 % band {rate.low:.3g} to {rate.high:.3g}"]
-    lines += [] if rate.ceiling is None else [f"ceiling   {rate.ceiling:.3g} (the smallest rate seen to diverge)"]
-    lines += ["extrapolated"] if rate.extrapolated else []
-    return "\n".join([*lines, *(f"note: {note}" for note in rate.notes)])
+    click.echo(Recipe.load(recipe).at(rank, alpha=alpha, rslora=rslora, method=method, **where))

@@ -11,8 +11,6 @@ import click
 
 from ..errors import RankAwareError
 
-__all__ = ["main"]
-
 _COMMANDS = (
     "bench-law",
     "calibrate",

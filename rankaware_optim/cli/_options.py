@@ -7,8 +7,6 @@ from typing import Any
 
 import click
 
-__all__ = ["ALPHA", "COLUMN", "OPTIMIZER", "number_or_rank", "numbers"]
-
 
 def numbers(kind: Callable[..., Any], named: Mapping[str, Any] | None = None) -> Callable[..., tuple[Any, ...] | None]:
     """A callback that reads "4,64" as a tuple of numbers; a word in `named` stands for its value."""

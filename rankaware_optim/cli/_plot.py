@@ -8,8 +8,6 @@ import click
 
 from ..recipe import Recipe, plot_recipe
 
-__all__ = ["plot"]
-
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))

@@ -8,8 +8,6 @@ import click
 
 from ..recipe import Recipe, write_report
 
-__all__ = ["report"]
-
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))

@@ -7,11 +7,9 @@ from typing import Any
 
 import click
 
-from .._types import Reference, Survey
+from .._types import Reference
 from ..inspection import inspect_file, read_config
 from ..transfer import published_init, suggest_lr
-
-__all__ = ["suggest"]
 
 _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 
@@ -44,9 +42,10 @@ def suggest(
     if path is not None:
         if rank is not None or alpha is not None or rslora or fan_in is not None:
             raise click.UsageError("PATH says rank, alpha and fan-in by itself: leave these options out.")
-        survey, declared = _read(path)
+        survey, config = inspect_file(path), path / "adapter_config.json"
+        if not init and not full and config.is_file():
+            options["init"] = published_init(read_config(config).values.get("init_lora_weights"))
         options |= {"method": "full" if full else "lora", "dora": dora or None}
-        options |= {} if init or full else {"init": declared}
         click.echo(suggest_lr(survey, optimizer, **options))
         return
     if full and (rank is not None or alpha is not None or rslora):
@@ -55,9 +54,3 @@ def suggest(
         raise click.UsageError("Give a PATH, or --rank and --alpha, or --full.")
     reference = Reference(rank, alpha, rslora, fan_in=fan_in, method="full" if full else "lora")
     click.echo(suggest_lr(reference, optimizer, dora=dora, **options))
-
-
-def _read(path: Path) -> tuple[Survey, str | None]:
-    """An adapter's survey, and the published init that its folder's configuration declares, if any."""
-    survey, config = inspect_file(path), path / "adapter_config.json"
-    return survey, published_init(read_config(config).values.get("init_lora_weights")) if config.is_file() else None

@@ -19,8 +19,6 @@ from .._types import Init
 from .._warn import warn
 from ..errors import InspectionError
 
-__all__ = ["CONVENTIONS", "Convention", "KEYS", "LAYOUTS", "Layout", "Reading", "conventions", "register_convention"]
-
 KEYS = ("{}", "{}.weight")
 
 Shape = tuple[int, ...]

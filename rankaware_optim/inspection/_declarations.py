@@ -14,8 +14,6 @@ import torch
 from ..errors import InspectionError
 from ._pairs import Modules, Pair, declared_number
 
-__all__ = ["Config", "Place", "configs_of", "declare", "place_of", "redeclare", "scaling_places"]
-
 # What a declared number may lose in the buffer that holds it: bfloat16 keeps eight bits.
 _ROUNDING = 2.0**-8
 

@@ -17,17 +17,6 @@ from ._declarations import Config, configs_of, declare, redeclare, scaling_place
 from ._pairs import Half, Pair, declared_number, is_shard, pairs_of, reading_of, scaling_of, walk
 from ._survey import INIT_MARK, inspect_model
 
-__all__ = [
-    "Start",
-    "check_start",
-    "initialize",
-    "is_merged",
-    "refuse_opposite_ties",
-    "refuse_residual",
-    "start_of",
-    "write_starts",
-]
-
 # PEFT's init_lora_weights values that take the first product of the factors out of the base weight.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 

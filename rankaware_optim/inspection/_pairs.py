@@ -12,8 +12,6 @@ from torch import nn
 from ..errors import InspectionError
 from ._conventions import LAYOUTS, Convention, Layout, Reading, conventions
 
-__all__ = ["Half", "Pair", "Walk", "canonical_name", "pairs_of", "read_as", "reading_of", "scaling_of", "walk"]
-
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
 
 Modules = list[tuple[str, nn.Module]]

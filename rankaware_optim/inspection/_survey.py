@@ -16,8 +16,6 @@ from ._conventions import Reading, conventions
 from ._pairs import Modules, Pair, Walk, is_embedding, is_shard, pairs_of, reading_of, scaling_of, walk
 from ._unsupported import is_other_adapter, unsupported
 
-__all__ = ["declared_init", "declared_inits", "factor_of", "inspect_model", "is_zero", "survey_of"]
-
 _SAMPLE = 1024
 # PEFT's init_lora_weights values under which B starts at zero; True too, and every other string starts both non-zero.
 _ZERO_B = {"gaussian", "eva"}

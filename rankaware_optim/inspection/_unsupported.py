@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["is_other_adapter", "other_kind", "unsupported"]
-
-
 # Ways of finetuning of their own, by the names of their parameters.
 _ADAPTERS = {
     "LoHa": r"hada_[wt]\d",

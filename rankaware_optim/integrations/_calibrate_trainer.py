@@ -22,8 +22,6 @@ from ._lightning import fit
 from ._trainer_run import TrainerRun
 from ._transformers import train
 
-__all__ = ["calibrate_trainer"]
-
 
 def calibrate_trainer(
     make_trainer: Callable[[Trial], Any],

@@ -14,8 +14,6 @@ from ..errors import CalibrationError, OptimizerError
 from ._rates import group_rates
 from ._trainer_run import TrainerRun
 
-__all__ = ["fit", "lightning_rates"]
-
 
 def lightning_rates() -> Any:
     """A callback for Lightning's `Trainer` that logs what every group trains at. LearningRateMonitor logs base rates.

@@ -11,8 +11,6 @@ import torch
 from ..calibration import Trial
 from ..errors import CalibrationError
 
-__all__ = ["TrainerRun"]
-
 
 @dataclass
 class TrainerRun:

@@ -19,8 +19,6 @@ from ..optimizer import RankAwareOptimizer
 from ._rates import group_rates
 from ._trainer_run import TrainerRun
 
-__all__ = ["TrainerFactory", "group_rates", "log_rates", "train", "trainer_factory"]
-
 
 class TrainerFactory:
     """What `Trainer` calls to make its optimizer; `make(model)` does.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar
@@ -18,21 +18,6 @@ from typing import Any, ClassVar
 from .._registry import Registry
 from .._types import Factor, Reference
 from ..errors import LawError
-
-__all__ = [
-    "DEFAULT_LAW",
-    "LAWS",
-    "Law",
-    "check_choice",
-    "check_law",
-    "check_parameter",
-    "checked_multiplier",
-    "get_law",
-    "law_changes",
-    "law_from_dict",
-    "law_to_dict",
-    "law_words",
-]
 
 LAWS = Registry("rankaware_optim.laws", "law", LawError)
 LAWS.register("mua", "rankaware_optim.laws._mua:MuA")
@@ -153,23 +138,32 @@ def _parameter(law: Law, part: str) -> tuple[str, Any]:
 
 
 def law_changes(law: Law) -> dict[str, Any]:
-    """A law's name and what differs from its defaults, inner laws alike: parameters added later change nothing."""
-    known: tuple[Field[Any], ...] = fields(law) if is_dataclass(law) else ()
-    values = {f.name: (getattr(law, f.name), f.default) for f in known}
-    told = {key: value for key, (value, default) in values.items() if isinstance(value, Law) or value != default}
+    """A law's name and what differs from its defaults, which is what recipes are hashed by.
+
+    Laws within are always named, so a parameter that a later version adds changes nothing.
+    """
+    told = {name: value for name, value, changed in _parameters(law) if changed or isinstance(value, Law)}
     return {"name": law.name, **{k: law_changes(v) if isinstance(v, Law) else v for k, v in told.items()}}
 
 
 def law_words(law: Law) -> str:
-    """A law by its class and what differs from its defaults: "MuA(tokens=4)"."""
+    """A law by its class and what differs from its defaults, to four digits: "MuA(tokens=4.0)"."""
+    told = {name: value for name, value, changed in _parameters(law) if changed}
+    return f"{type(law).__name__}({', '.join(f'{name}={_in_words(value)}' for name, value in told.items())})"
+
+
+def _parameters(law: Law) -> Iterator[tuple[str, Any, bool]]:
+    """A law's parameters: name, value, and whether it differs from its default."""
     known: tuple[Field[Any], ...] = fields(law) if is_dataclass(law) else ()
-    told = {f.name: getattr(law, f.name) for f in known if getattr(law, f.name) != _default_of(f)}
-    words = [f"{name}={law_words(value) if isinstance(value, Law) else repr(value)}" for name, value in told.items()]
-    return f"{type(law).__name__}({', '.join(words)})"
+    for f in known:
+        value = getattr(law, f.name)
+        yield f.name, value, value != (f.default_factory() if callable(f.default_factory) else f.default)
 
 
-def _default_of(known: Field[Any]) -> Any:
-    return known.default_factory() if callable(known.default_factory) else known.default
+def _in_words(value: Any) -> str:
+    if isinstance(value, Law):
+        return law_words(value)
+    return repr(float(f"{value:.4g}") if isinstance(value, float) else value)
 
 
 def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:

@@ -8,8 +8,6 @@ from typing import ClassVar
 from .._types import Factor, Reference
 from ._base import Law, check_parameter
 
-__all__ = ["Constant", "LoRAPlus"]
-
 
 @dataclass(frozen=True)
 class Constant(Law):

@@ -12,8 +12,6 @@ from .._types import Factor, Reference
 from ._base import Law, check_law, check_parameter
 from ._mua import MuA
 
-__all__ = ["Falling", "Power"]
-
 
 @dataclass(frozen=True)
 class Power(Law):

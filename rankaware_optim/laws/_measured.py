@@ -32,8 +32,6 @@ from ._simulate import (
     synthetic,
 )
 
-__all__ = ["Measured"]
-
 _ROWS = 1024  # outputs that stand for more where only the fan-in matters, while r is well below them
 _ROWS_FULL = 128  # the same for whole weights, where they do not matter at all
 # Widths above these are continued along the exponent of the last two octaves, to stay at a second a rate or below.

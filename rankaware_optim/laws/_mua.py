@@ -12,8 +12,6 @@ from ..errors import LawError
 from ._base import Law, check_choice, check_parameter
 from ._updates import FORMS, SHAPE_FACTORS, Site, Updates, update_settings
 
-__all__ = ["MuA", "paper"]
-
 
 @dataclass(frozen=True)
 class MuA(Law):

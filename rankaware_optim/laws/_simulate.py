@@ -21,8 +21,6 @@ from .._optimizer_classes import get_optimizer_class
 from .._optimizers import known_optimizer
 from ..errors import LawError, RankAwareError
 
-__all__ = ["Batch", "Change", "Pair", "Stepper", "change_of", "draw_pair", "rates_for", "step_pair", "synthetic"]
-
 Change = Callable[[float], float]
 
 

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 from .._optimizers import known_optimizer, optimizer_family
 from ..errors import LawError
 
-__all__ = ["FORMS", "SHAPE_FACTORS", "Form", "Site", "Updates", "kappa", "known_family", "optimizer_family"]
-
 
 class Site(NamedTuple):
     """Where a rate is wanted: init "A", "B" or "full", rank r, effective multiplier s, fan-in n."""

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .._checks import check_lr
+from .._checks import check_lr, plain_lr
+from .._rate import Rate
 from .._types import Init, Method, Reference, Survey
 from ..errors import OptimizerError
 from ..inspection import Walk, survey_of, walk
@@ -103,7 +104,7 @@ def _user_group(group: Mapping[str, Any], number: int, names: Mapping[int, str])
         if id(param) not in names and (name is None or name in taken):  # outside the model: never the model's name
             name = f"group{number}.{name or 'unnamed'}.{len(named)}"
         named.append((names.get(id(param), name), param))
-    return UserGroup(named, {k: v for k, v in group.items() if k not in ("params", "param_names")})
+    return UserGroup(named, {k: plain_lr(v) for k, v in group.items() if k not in ("params", "param_names")})
 
 
 def own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def multiply_for_native(group: dict[str, Any], scale_weight_decay: bool = True) 
 def rank_aware_param_groups(
     params: Any,
     *,
-    lr: float,
+    lr: float | Rate,
     model: nn.Module | None = None,
     law: str | Law = DEFAULT_LAW,
     tuned_at: Reference | None = None,
@@ -193,8 +194,8 @@ def rank_aware_param_groups(
     named: bool = True,
     method: Method = "lora",
     init: Init | None = None,
-    rates: Mapping[str, float] | None = None,
-    other_lr: float | None = None,
+    rates: Mapping[str, float | Rate] | None = None,
+    other_lr: float | Rate | None = None,
     per_layer_width: bool = False,
     across_inits: bool = False,
     batch: float | None = None,
@@ -223,7 +224,7 @@ def rank_aware_param_groups(
     plan = make_plan(survey, options, optimizer_class, settings)
     groups = []
     for planned in split(user_groups(params, model, walked), plan, survey):
-        group = {"lr": lr, **planned.as_dict(named=named)}
+        group = {"lr": plain_lr(lr), **planned.as_dict(named=named)}
         set_ratio(group, planned.assignment)
         multiply_for_native(group)
         groups.append(group)

@@ -7,15 +7,14 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
-from .._checks import check_lr
+from .._checks import check_lr, plain_lr
 from .._optimizers import optimizer_family
+from .._rate import Rate
 from .._types import Factor, Method, Reference, Survey
 from .._warn import warn
 from ..errors import OptimizerError
 from ..laws import DEFAULT_LAW, Law, checked_multiplier, get_law, known_family
 from ..recipe import Recipe
-
-__all__ = ["Assignment", "Plan", "PlanOptions", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class PlanOptions:
 
     law: str | Law = DEFAULT_LAW
     tuned_at: Reference | None = None
-    rates: Mapping[str, float] = field(default_factory=dict)
-    other_lr: float | None = None
+    rates: Mapping[str, float | Rate] = field(default_factory=dict)
+    other_lr: float | Rate | None = None
     per_layer_width: bool = False
     across_inits: bool = False
     batch: float | None = None
@@ -42,7 +41,7 @@ class PlanOptions:
 
     def rate_of(self, name: str) -> float | None:
         """The rate of the first pattern that matches `name`, or None."""
-        return next((rate for pattern, rate in self.rates.items() if fnmatchcase(name, pattern)), None)
+        return plain_lr(next((rate for pattern, rate in self.rates.items() if fnmatchcase(name, pattern)), None))  # type: ignore[no-any-return]
 
 
 class Assignment(NamedTuple):
@@ -81,7 +80,7 @@ class Plan:
         """The assignment of the parameter `name`, which is `factor` or, where that is None, an other one."""
         pinned = self.options.rate_of(name)
         if factor is None:
-            rate = self.options.other_lr if pinned is None else pinned
+            rate = plain_lr(self.options.other_lr) if pinned is None else pinned
             whole = Factor("other parameters", "full", None, self.width, self.width)
             moved = self.multiplier(whole) if self.method == "full" else 1.0
             return Assignment(multiplier=1.0 if rate is not None else moved * self.batch_multiplier, rate=rate)

@@ -14,8 +14,6 @@ from ._param_groups import effective_lr
 from ._plan import Plan
 from ._state_dict import Carried
 
-__all__ = ["Report", "Row", "plan_rates"]
-
 _PAIR = ("convention", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors")
 _HEADINGS = (*_PAIR, "base lr", "multiplier", "lr", "why")
 

@@ -19,8 +19,6 @@ from ..laws import DEFAULT_LAW, Law
 from ..recipe import Recipe, resolve_recipe
 from ._param_groups import UserGroup
 
-__all__ = ["check_base_lr", "from_recipe", "native_class", "refuse_groups", "refuse_rateless", "refuse_settings"]
-
 
 def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | None) -> type[Optimizer]:
     """The class to wrap: that of the built optimizer, or the one named. Refuses what cannot have a rate per rank."""

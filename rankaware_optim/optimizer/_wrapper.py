@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .._checks import plain_lr
+from .._rate import Rate
 from .._types import Init, Method, Reference, Survey
 from .._warn import warn
 from ..errors import OptimizerError
@@ -38,8 +40,6 @@ from ._plan import Plan, PlanOptions, make_plan
 from ._report import Report, make_report
 from ._state_dict import Carried, OnRankChange, check_on_rank_change, fit_checkpoint
 from ._validate import check_base_lr, from_recipe, native_class, refuse_groups, refuse_rateless, refuse_settings
-
-__all__ = ["RankAwareOptimizer"]
 
 T = TypeVar("T")
 
@@ -134,14 +134,14 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         optimizer: type[Optimizer] | str | None = None,
         *,
         model: nn.Module | None = None,
-        lr: float | torch.Tensor | None = None,
+        lr: float | Rate | torch.Tensor | None = None,
         tuned_at: Reference | None = None,
         law: str | Law | None = None,
         recipe: Recipe | str | os.PathLike[str] | None = None,
         method: Method = "lora",
         init: Init | None = None,
-        rates: Mapping[str, float] | None = None,
-        other_lr: float | None = None,
+        rates: Mapping[str, float | Rate] | None = None,
+        other_lr: float | Rate | None = None,
         per_layer_width: bool = False,
         across_inits: bool = False,
         batch: float | None = None,
@@ -156,7 +156,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         native = native_class(built, optimizer)
         check_on_rank_change(on_rank_change)
         refuse_settings(built, lr, settings)
-        loaded, lr, tuned_at, law = from_recipe(recipe, lr, tuned_at, law)
+        loaded, lr, tuned_at, law = from_recipe(recipe, plain_lr(lr), tuned_at, law)
         options = PlanOptions(law, tuned_at, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
         walked = walk(model)
         survey = survey_of(walked, method=method, init=init)

@@ -1,28 +1,37 @@
-"""Recipes: what a calibration learned, its files, its uncertainty, its pictures."""
+"""Recipes: what a calibration learned, its files, its uncertainty, its pictures; and the loss over the rate."""
 
+from .._rate import Rate
 from ._diff import diff_recipes, diff_text
 from ._horizon import SLOPE_SD, Horizon
 from ._html import write_report
+from ._loss_model import bowls_of
+from ._observations import Observation, arms_of, gain_of, usual_start
 from ._plots import draw_trials, drawable, plot_recipe
-from ._recipe import ANY_WIDTH, Rate, Recipe, resolve_recipe
+from ._recipe import ANY_WIDTH, Recipe, resolve_recipe
 from ._schema import plain_setting
-from ._uncertainty import RANK_DOUBT, WIDTH_DOUBT, Z90
+from ._uncertainty import INIT_SD, RANK_SD, WIDTH_SD, Z90
 
 __all__ = [
     "ANY_WIDTH",
     "Horizon",
-    "RANK_DOUBT",
+    "INIT_SD",
+    "Observation",
+    "RANK_SD",
     "Rate",
     "Recipe",
     "SLOPE_SD",
-    "WIDTH_DOUBT",
+    "WIDTH_SD",
     "Z90",
+    "arms_of",
+    "bowls_of",
     "diff_recipes",
     "diff_text",
-    "plain_setting",
     "draw_trials",
     "drawable",
+    "gain_of",
+    "plain_setting",
     "plot_recipe",
     "resolve_recipe",
+    "usual_start",
     "write_report",
 ]

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 
 from .._tables import text_table
-from ._recipe import Rate, Recipe, known_rate
+from ._recipe import Recipe, known_rate
 from ._schema import to_document
-
-__all__ = ["Difference", "diff_recipes", "diff_text"]
 
 _ABSENT = "not told"
 # Fields told as a factor by their last name: rates, widths, counts. Other numbers are told as a difference.
@@ -63,22 +61,15 @@ def _sentence(found: Sequence[Difference]) -> str:
 
 def _rates(first: Recipe, second: Recipe) -> Iterator[Difference]:
     """The rates at the ranks that either saw and at full finetuning, each as its recipe scales alpha."""
-    for rank in (*sorted({*_ranks(first), *_ranks(second)}), None):
+    ranks = {rank for recipe in (first, second) for rank in (*recipe.ranks, recipe.reference.rank) if rank}
+    for rank in (*sorted(ranks), None):
         one, two = known_rate(first, rank), known_rate(second, rank)
         if one is None or two is None or math.isclose(one.lr, two.lr, rel_tol=_EQUAL):
             continue
         overlap = max(one.low, two.low) <= min(one.high, two.high)
         words = f"{_factor(one.lr, two.lr)}, bands {'overlap' if overlap else 'apart'}"
-        yield Difference(f"at rank {rank}" if rank else "at full finetuning", _shown(one), _shown(two), words)
-
-
-def _ranks(recipe: Recipe) -> tuple[int, ...]:
-    own = recipe.reference.rank
-    return recipe.ranks if own is None else (*recipe.ranks, own)
-
-
-def _shown(rate: Rate) -> str:
-    return f"{rate.lr:.3g} ({rate.low:.3g} to {rate.high:.3g})"
+        old, new = (f"{rate.lr:.3g} ({rate.band})" for rate in (one, two))
+        yield Difference(f"at rank {rank}" if rank else "at full finetuning", old, new, words)
 
 
 # --- fields ---------------------------------------------------------------------------------------------------------

@@ -9,10 +9,8 @@ from typing import NamedTuple
 from .._checks import is_positive, is_whole
 from ..errors import RecipeError
 
-__all__ = ["BATCH_DOUBT", "Horizon", "Moved", "SLOPE_SD", "by_batch"]
-
 SLOPE_SD = 0.3  # prior of the slope about 0: small sweeps had -0.1 under Init[A] and +0.3 in full finetuning
-BATCH_DOUBT = 0.15  # octaves of rate per octave of batch about the law's rule: small sweeps had 0.3 to 0.67
+BATCH_SD = 0.15  # octaves of rate per octave of batch about the law's rule: small sweeps had 0.3 to 0.67
 
 
 class Moved(NamedTuple):
@@ -39,12 +37,8 @@ class Horizon:
             return Moved()
         if not is_whole(steps):
             raise RecipeError(f"steps is {steps!r}.", "Give a positive whole number.")
-        octaves = _octaves(steps, own, name, "steps")
         slope, sd = (self.slope, self.slope_sd) if told else (0.0, max(self.slope_sd, SLOPE_SD))
-        if not octaves:
-            return Moved()
-        why = f"{steps} steps instead of {own}: an extrapolation by {slope:+.2f} ± {sd:.2f} octaves per octave"
-        return Moved(slope * octaves, sd * abs(octaves), (why,))
+        return _moved(steps, own, slope, sd, name, "steps", f"{steps} steps instead of {own}")
 
 
 def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> Moved:
@@ -56,17 +50,15 @@ def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> 
         return Moved()
     if not is_positive(batch):
         raise RecipeError(f"batch is {batch!r}.", "Give a positive number, counted as the recipe counts its own.")
-    octaves = _octaves(batch, own, name, "batch")
-    if not octaves:
-        return Moved()
-    why = f"batch {batch:g} instead of {own:g}: an extrapolation by {rule:+.2f} ± {BATCH_DOUBT:.2f} octaves per octave"
-    return Moved(rule * octaves, BATCH_DOUBT * abs(octaves), (why,))
+    return _moved(batch, own, rule, BATCH_SD, name, "batch", f"batch {batch:g} instead of {own or 0:g}")
 
 
-def _octaves(asked: float, own: float | None, name: str, what: str) -> float:
+def _moved(asked: float, own: float | None, slope: float, sd: float, name: str, what: str, words: str) -> Moved:
     if own is None:
         raise RecipeError(
             f"Recipe {name!r} does not say its own {what}, so nothing says how far {asked:g} is from it.",
             f"Leave {what}= out, or calibrate with {what}=.",
         )
-    return math.log2(asked / own)
+    octaves = math.log2(asked / own)
+    why = f"{words}: an extrapolation by {slope:+.2f} ± {sd:.2f} octaves per octave"
+    return Moved(slope * octaves, sd * abs(octaves), (why,)) if octaves else Moved()

@@ -11,21 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomli
+import tomli_w
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from .._checks import is_number, is_whole
 from ..errors import RankAwareError, RecipeError
-
-__all__ = ["SCHEMA", "Reader", "read", "staged", "write"]
 
 SCHEMA = 1
 
 
 def write(path: str | os.PathLike[str], header: str, text: dict[str, Any], arrays: Mapping[str, torch.Tensor]) -> Path:
     """Write the TOML file `path` and the safetensors file beside it; a reader finds both or no recipe."""
-    import tomli_w
-    from safetensors.torch import save
-
     target = _toml_path(path)
     beside = target.with_suffix(".safetensors")
     data = save({key: value.contiguous() for key, value in arrays.items()})
@@ -145,8 +144,6 @@ class Reader:
 
 
 def _read_toml(target: Path) -> dict[str, Any]:
-    import tomli
-
     try:
         data = tomli.loads(target.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -165,9 +162,6 @@ def _read_toml(target: Path) -> dict[str, Any]:
 
 
 def _read_tensors(target: Path, name: str, sha256: str) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     path = target.parent / Path(name).name
     try:
         data = path.read_bytes()

@@ -1,12 +1,13 @@
 """What a picture of a recipe shows, as numbers: per rank its trials, the fitted curve, the rate with band and ceiling.
 
-Two rooms draw it: `plots` by matplotlib, `report_page` as a page.
+`_plots` draws it by matplotlib, `_html` as a page.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,38 +15,38 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ._recipe import Rate, Recipe, known_rate
-
-__all__ = ["Arm", "Picture", "Point", "picture_of"]
-
-Array = npt.NDArray[np.float64]
+from .._rate import Rate
+from ._loss_model import curves_of
+from ._observations import TAIL, Observation, arms_of, carried_on, gain_of, height, recent
+from ._recipe import Recipe, known_rate
 
 # The drift that trials of recipes without `trial.own_lr` ran along, by init: the prior's mean at that time.
 _FORMER_DRIFT = {"A": 0.0, "B": -0.45}
-_STEEPNESS = np.array([0.5, 1.0, 2.0, 3.0])  # a, per octave, as in the fit
-_CURVATURE = np.geomspace(1e-3, 3.0, 30)  # k, in units of the scores' spread
-_NOISE, _GAP_NOISE = 0.05, 0.3  # of a score, and of its gap to the best, in units of the spread
-_MARGIN = 0.5  # octaves of rate left and right of what is drawn
+_MARGIN = 2.0**0.5  # left and right of the rates drawn
 _STEPS = 200  # of a curve
+
+Array = npt.NDArray[np.float64]
+Trials = Mapping["int | None", Sequence["Point"]]
 
 
 class Point(NamedTuple):
-    """One trial: the rate its A factors or whole weights had, its score, its seed, and how it ended.
+    """One trial: the rate its A factors or whole weights had, its score, its seed, how it ended, and its curve.
 
-    fate: "finished", "diverged", or "pruned", which has no score: NaN.
+    fate: "finished", "diverged", or "pruned", which has no score: NaN. A sweep's run has its score for a curve.
     """
 
     rate: float
     value: float
     seed: int
     fate: str
+    curve: list[float]
 
 
 @dataclass(frozen=True)
-class Arm:
+class PictureArm:
     """What was tried at one rank, None for full finetuning. rate: the recipe's, None where it would need an alpha.
 
-    curve: (rate, score) along the bowl of the fit, its optimum where the recipe puts it. by_base: the points stand at
+    curve: (rate, score) along the loss model's mean, its optimum where the recipe puts it. by_base: the points stand at
     their base rates, since the rates they ran at are not known.
     """
 
@@ -60,6 +61,24 @@ class Arm:
         name = "full finetuning" if self.rank is None else f"rank {self.rank}"
         return f"{name}, by base rate" if self.by_base else name
 
+    @property
+    def title(self) -> str:
+        return self.label[0].upper() + self.label[1:]
+
+    @property
+    def words(self) -> str:
+        """What the arm's picture shows, in a sentence."""
+        fates = Counter(point.fate for point in self.points)
+        ends = [f"{fates[fate]} {fate}" for fate in ("diverged", "pruned") if fates[fate]]
+        told = [", ".join([f"{self.label}: {len(self.points)} trials", *ends])]
+        finite = [point for point in self.points if math.isfinite(point.value)]
+        if finite:
+            best = min(finite, key=lambda point: point.value)
+            told.append(f"the lowest score is {best.value:.3g} at rate {best.rate:.3g}")
+        if self.rate is not None:
+            told.append(f"the recipe's rate is {self.rate.lr:.3g}, 90 % band {self.rate.band}")
+        return "; ".join(told) + "."
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -68,7 +87,7 @@ class Picture:
     rates, values: (low, high) of the frame. Scores above it are to be drawn at its edge.
     """
 
-    arms: tuple[Arm, ...]
+    arms: tuple[PictureArm, ...]
     rates: tuple[float, float]
     values: tuple[float, float]
     by_rank: tuple[tuple[int, Rate], ...]
@@ -77,19 +96,27 @@ class Picture:
 
 def picture_of(recipe: Recipe) -> Picture:
     """The picture of a recipe; without arms where it holds no trials."""
-    arms = [_arm(recipe, rank, points) for rank, points in _points(recipe).items()]
-    values = _frame([p.value for arm in arms for p in arm.points if math.isfinite(p.value)])
-    edges = [p.rate for arm in arms for p in arm.points]
-    edges += [edge for arm in arms if arm.rate for edge in (arm.rate.low, arm.rate.lr, arm.rate.high)]
-    margin = 2.0**_MARGIN
-    rates = (min(edges) / margin, max(edges) * margin) if edges else (1e-4, 1e-2)
-    drawn = _with_curves(arms, recipe.lean, rates, values[1])
-    return Picture(tuple(drawn), rates, values, _by_rank(recipe), known_rate(recipe, None))
-
-
-def _arm(recipe: Recipe, rank: int | None, points: tuple[Point, ...]) -> Arm:
-    rate = known_rate(recipe, rank)
-    return Arm(rank, points, rate, by_base=rate is None and "own_lr" not in recipe.tensors)
+    trials = _trials(recipe)
+    rates = {rank: known_rate(recipe, rank) for rank in trials}
+    points = [point for of_rank in trials.values() for point in of_rank]
+    edges = [point.rate for point in points]
+    edges += [edge for rate in rates.values() if rate for edge in (rate.low, rate.lr, rate.high)]
+    across = (min(edges) / _MARGIN, max(edges) * _MARGIN) if edges else (1e-4, 1e-2)
+    values = _frame([point.value for point in points if math.isfinite(point.value)])
+    best = {rank: math.log2(rate.lr) + recipe.lean for rank, rate in rates.items() if rate}
+    x = np.linspace(math.log2(across[0]), math.log2(across[1]), _STEPS)
+    curves = _curves(trials, best, x)
+    arms = tuple(
+        PictureArm(
+            rank,
+            tuple(of_rank),
+            rates[rank],
+            curve=tuple((2.0**u, y) for u, y in zip(x, curves.get(rank, ()), strict=False) if y <= values[1]),
+            by_base=rates[rank] is None and "own_lr" not in recipe.tensors,
+        )
+        for rank, of_rank in trials.items()
+    )
+    return Picture(arms, across, values, _by_rank(recipe), known_rate(recipe, None))
 
 
 def _by_rank(recipe: Recipe) -> tuple[tuple[int, Rate], ...]:
@@ -102,24 +129,37 @@ def _by_rank(recipe: Recipe) -> tuple[tuple[int, Rate], ...]:
     return known if len(known) == len(rates) else ()
 
 
-def _points(recipe: Recipe) -> dict[int | None, tuple[Point, ...]]:
+def _frame(values: Sequence[float]) -> tuple[float, float]:
+    """From a little below the best score to twice as far above it as the median is."""
+    if not values:
+        return 0.0, 1.0
+    ordered = sorted(values)
+    size = max(2.2 * (ordered[len(ordered) // 2] - ordered[0]), 1e-9 + 1e-6 * abs(ordered[0]))
+    return ordered[0] - 0.1 * size, ordered[0] + size
+
+
+# --- the trials -----------------------------------------------------------------------------------------------------
+
+
+def _trials(recipe: Recipe) -> dict[int | None, list[Point]]:
     """The trials by rank, ascending, full finetuning last, each at the rate it ran at."""
-    if not {"rank", "lr", "value"} <= recipe.tensors.keys():
+    held = recipe.tensors
+    if not {"rank", "lr", "value"} <= held.keys():
         return {}
-    ranks, base, values = (recipe.tensors[key].tolist() for key in ("rank", "lr", "value"))
-    own = recipe.tensors["own_lr"].tolist() if "own_lr" in recipe.tensors else [math.nan] * len(ranks)
+    ranks, base, values = (held[key].tolist() for key in ("rank", "lr", "value"))
+    own = held["own_lr"].tolist() if "own_lr" in held else [math.nan] * len(ranks)
     if any(map(math.isnan, own)):
         own = _moved(recipe, ranks, base)
-    seeds = recipe.tensors["seed"].tolist() if "seed" in recipe.tensors else [0] * len(ranks)
-    rows = list(zip(ranks, map(Point, own, values, seeds, _fates(recipe, values)), strict=True))
+    seeds = held["seed"].tolist() if "seed" in held else [0] * len(ranks)
+    lost = held.get("diverged", torch.tensor([not math.isfinite(value) for value in values]))
+    cut = held.get("pruned", torch.zeros_like(lost))
+    fates = ["pruned" if p else "diverged" if d else "finished" for d, p in zip(lost, cut, strict=True)]
+    curves = [[value] if math.isfinite(value) else [] for value in values]
+    if {"curve", "steps"} <= held.keys():
+        curves = [curve[:n] for curve, n in zip(held["curve"].tolist(), held["steps"].tolist(), strict=True)]
+    rows = list(zip(ranks, map(Point, own, values, seeds, fates, curves), strict=True))
     order = sorted(set(ranks), key=lambda rank: (rank == 0, rank))
-    return {rank or None: tuple(point for r, point in rows if r == rank) for rank in order}
-
-
-def _fates(recipe: Recipe, values: Sequence[float]) -> list[str]:
-    lost = recipe.tensors.get("diverged", torch.tensor([not math.isfinite(value) for value in values]))
-    cut = recipe.tensors.get("pruned", torch.zeros_like(lost))
-    return ["pruned" if p else "diverged" if d else "finished" for d, p in zip(lost, cut, strict=True)]
+    return {rank or None: [point for r, point in rows if r == rank] for rank in order}
 
 
 def _moved(recipe: Recipe, ranks: Sequence[int], base: Sequence[float]) -> list[float]:
@@ -130,84 +170,41 @@ def _moved(recipe: Recipe, ranks: Sequence[int], base: Sequence[float]) -> list[
     return [lr * (r.lr / along.lr if (r := rates[rank]) else 1.0) for rank, lr in zip(ranks, base, strict=True)]
 
 
-def _frame(values: Sequence[float]) -> tuple[float, float]:
-    """From a little below the best score to twice as far above it as the median is."""
-    if not values:
-        return 0.0, 1.0
-    ordered = sorted(values)
-    height = max(2.2 * (ordered[len(ordered) // 2] - ordered[0]), 1e-9 + 1e-6 * abs(ordered[0]))
-    return ordered[0] - 0.1 * height, ordered[0] + height
-
-
 # --- the curve ------------------------------------------------------------------------------------------------------
 
 
-class _Seen(NamedTuple):
-    """Scores that make a curve: which arm, octaves above its optimum, the score, and its weight."""
+def _curves(trials: Trials, best: Mapping[int | None, float], x: Array) -> dict[int | None, Array]:
+    """Scores at log2 rates x along the loss model's mean curve of every rank, its optimum at `best`.
 
-    arm: npt.NDArray[np.int64]
-    u: Array
-    y: Array
-    weight: Array
-
-
-def _with_curves(arms: list[Arm], lean: float, rates: tuple[float, float], top: float) -> list[Arm]:
-    """Every arm with the curve loss(x) = c + k·(exp(a·u) − a·u − 1), u octaves above the recipe's best rate there.
-
-    k and a are shared and c is each arm's own, by weighted least squares over a grid; without enough scores, no curve.
+    A rank without a best rate, or without a finite score, has none.
     """
-    seen = _seen(arms, lean)
-    if seen is None:
-        return arms
-    a, k, levels = _shape(seen, len(arms))
-    made = []
-    for number, arm in enumerate(arms):
-        if arm.rate is None or not (seen.arm == number).any():
-            made.append(arm)
-            continue
-        x = np.linspace(math.log2(rates[0]), math.log2(rates[1]), _STEPS)
-        y = levels[number] + k * _bowl(a, x - _optimum(arm.rate, lean))
-        made.append(replace(arm, curve=tuple((2.0**u, float(v)) for u, v in zip(x, y, strict=True) if v <= top)))
-    return made
+    seen = [pair for rank in best for pair in _observations(rank, trials[rank], best[rank])]
+    good = [observation for observation, lost in seen if not lost]
+    if not good:
+        return {}
+    gain, floors = gain_of(good), {o.rank: o.value for o in sorted(good, key=lambda o: -o.value)}
+    arms = arms_of([observation for observation, _ in seen], [lost for _, lost in seen], gain)
+    gaps = curves_of(arms, {rank: x - best[rank] for rank in arms})
+    return {rank: floor + gain * gaps[rank] for rank, floor in floors.items()}
 
 
-def _optimum(rate: Rate, lean: float) -> float:
-    return math.log2(rate.lr) + lean
+def _observations(rank: int | None, points: Sequence[Point], best: float) -> Iterator[tuple[Observation, bool]]:
+    """What the fit sees of a rank's trials, in octaves above its best rate, and whether they diverged.
 
-
-def _bowl(a: float | Array, u: Array) -> Array:
-    au = a * u
-    return np.asarray(np.exp(np.minimum(au, 50.0)) - au - 1.0)
-
-
-def _seen(arms: Sequence[Arm], lean: float) -> _Seen | None:
-    rows = [
-        (number, math.log2(p.rate) - _optimum(arm.rate, lean), p.value)
-        for number, arm in enumerate(arms)
-        if arm.rate is not None
-        for p in arm.points
-        if math.isfinite(p.value) and p.fate == "finished"
-    ]
-    if len(rows) < len(arms) + 2:
-        return None
-    number, u, y = np.array([r[0] for r in rows]), np.array([r[1] for r in rows]), np.array([r[2] for r in rows])
-    spread = max(float(np.ptp(y)), 1e-12)
-    best = np.array([y[number == n].min() for n in number])
-    return _Seen(number, u, y, (_NOISE * spread + _GAP_NOISE * (y - best)) ** -2.0)
-
-
-def _shape(seen: _Seen, arms: int) -> tuple[float, float, Array]:
-    """Steepness a, curvature k and every arm's level c, of the least weighted squared misfit."""
-    spread = max(float(np.ptp(seen.y)), 1e-12)
-    total = np.maximum(np.bincount(seen.arm, seen.weight, arms), 1e-300)
-    best: tuple[float, float, float, Array] | None = None
-    for a in _STEEPNESS:
-        bowl = _bowl(a, seen.u)
-        for k in _CURVATURE * spread:
-            rest = seen.y - k * bowl
-            levels = np.bincount(seen.arm, seen.weight * rest, arms) / total
-            misfit = float(seen.weight @ (rest - levels[seen.arm]) ** 2)
-            if best is None or misfit < best[0]:
-                best = misfit, float(a), float(k), levels
-    assert best is not None
-    return best[1:]
+    A pruned one ends as far above the best of its seed as it lay when it was stopped.
+    """
+    ended: list[tuple[Observation, list[float]]] = []
+    for point in sorted(points, key=lambda point: point.fate == "pruned"):
+        x, curve = math.log2(point.rate) - best, point.curve
+        if point.fate == "pruned":
+            rivals = [pair for pair in ended if pair[0].seed == point.seed]
+            rival = min(rivals, key=lambda pair: pair[0].value, default=None)
+            carried = rival and carried_on(x, curve, *rival)
+            if carried:
+                yield carried, False
+        elif math.isfinite(point.value):
+            tail = recent(curve, max(TAIL, len(curve) // 10))
+            ended.append((Observation(rank, point.seed, x, point.value, height(curve), tail), curve))
+            yield ended[-1][0], point.fate == "diverged"
+        else:
+            yield Observation(rank, point.seed, x, math.inf, math.inf, math.inf), True

@@ -8,11 +8,8 @@ from typing import Any
 
 from .._figures import COLOURS, figure_of, rate_axis, save, short
 from ..errors import PlotError
-from ._plot_data import Arm as PictureArm
-from ._plot_data import Picture, picture_of
+from ._plot_data import Picture, PictureArm, picture_of
 from ._recipe import Recipe
-
-__all__ = ["draw_trials", "drawable", "plot_recipe"]
 
 
 def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
@@ -32,9 +29,12 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
     for axis in axes[rooms:]:
         axis.set_axis_off()
     axes[0].set_ylabel("score, minimised")
-    made_by = f"{recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'untold'} steps"
+    made_by = f"{recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'unknown'} steps"
     figure.suptitle(f"Recipe {short(recipe.name, 60)!r}: {made_by}", parse_math=False)
-    figure.legend(*_legend(axes), loc="outside lower center", ncols=min(4, 2 * columns), frameon=False, fontsize=9)
+    drawn = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes)
+    each = {label: handle for pairs in drawn for handle, label in pairs}  # once, of all panels
+    ncols = min(4, 2 * columns)
+    figure.legend(each.values(), each, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
     return save(figure, path)
 
 
@@ -44,12 +44,6 @@ def drawable(recipe: Recipe) -> Picture:
     if not picture.arms:
         raise PlotError(f"The recipe {recipe.name!r} holds no trials to draw.", "Give one made by ra.calibrate.")
     return picture
-
-
-def _legend(axes: Any) -> tuple[list[Any], list[str]]:
-    """Handles and labels of all panels, each label once."""
-    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    return list(found.values()), list(found)
 
 
 def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
@@ -62,7 +56,7 @@ def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
             axis.axvline(arm.rate.ceiling, color="0.2", linestyle=":", label="ceiling")
     rate_axis(axis)
     axis.set(xlim=picture.rates, ylim=picture.values)
-    axis.set_title(f"{arm.label[0].upper()}{arm.label[1:]}", fontsize=10)
+    axis.set_title(arm.title, fontsize=10)
 
 
 def _draw_points(axis: Any, picture: Picture, arm: PictureArm, colour: str, label: str) -> None:

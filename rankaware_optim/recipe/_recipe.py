@@ -14,38 +14,19 @@ from typing import Any, Literal
 
 import torch
 
+from .._rate import Rate
 from .._scaling_rule import GAMMA, Scaling
 from .._types import Method, Reference, Survey
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
 from ..laws import Power, checked_multiplier, law_changes
 from . import _io as recipe_files
+from . import _recipe_text as words
 from . import _schema as recipe_toml
 from ._horizon import Horizon, by_batch
 from ._uncertainty import Z90, spread
 
-__all__ = ["ANY_WIDTH", "Rate", "Recipe", "known_rate", "resolve_recipe"]
-
 ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels between ranks of one init
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A learning rate and how sure it is.
-
-    `lr` is the rate to use; it may lean below the middle of the band where a cliff is near. `low` and `high` bound
-    the best rate with 90 %. `ceiling` is the smallest rate seen to diverge, moved to this configuration, or None.
-    """
-
-    lr: float
-    low: float
-    high: float
-    ceiling: float | None = None
-    extrapolated: bool = False
-    notes: tuple[str, ...] = ()
-
-    def __float__(self) -> float:
-        return float(self.lr)
 
 
 @dataclass(frozen=True)
@@ -131,14 +112,20 @@ class Recipe:
                 hangs on a fan-in, steps or batch that nobody told the recipe; or steps or batch are impossible.
             InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
         """
-        target, reference = self._at_a_width(self._target(rank, alpha, rslora, init, method, fan_in))
+        rate = self._quoted(self._target(rank, alpha, rslora, init, method, fan_in), steps, batch)
+        if rate.extrapolated and not self.__dict__.get("_warned"):
+            object.__setattr__(self, "_warned", True)
+            warn(f"Recipe {self.name!r} extrapolates: {rate.notes[0]}.")
+        return rate
+
+    def _quoted(self, target: Reference, steps: int | None = None, batch: float | None = None) -> Rate:
+        """The rate at a reference, without a warning; its first notes say what was not seen."""
+        target, reference = self._at_a_width(target)
         sd, outside = spread(self, target)
-        longer = self.horizon.by_steps(steps, self.steps, self.name, told=method == reference.method)
+        longer = self.horizon.by_steps(steps, self.steps, self.name, told=target.method == reference.method)
         larger = by_batch(batch, self.batch, math.log2(self.law.batch_multiplier(2.0)), self.name)
         moved = checked_multiplier(self.law, target.as_factor(), reference) * 2.0 ** (longer.octaves + larger.octaves)
         sd, outside = math.hypot(sd, longer.sd, larger.sd), [*outside, *longer.notes, *larger.notes]
-        if outside:
-            self._warn_once(outside)
         best = self.best_lr * moved
         leans = [f"leans {self.lean:.2g} octaves low, since too high costs more"] if self.lean else []
         return Rate(
@@ -169,26 +156,28 @@ class Recipe:
 
     def _target(
         self,
-        rank: int | None,
-        alpha: float | None,
-        rslora: bool,
-        init: Literal["A", "B"] | None,
-        method: Method,
-        fan_in: float | None,
+        rank: int | None = None,
+        alpha: float | None = None,
+        rslora: bool = False,
+        init: Literal["A", "B"] | None = None,
+        method: Method = "lora",
+        fan_in: float | None = None,
     ) -> Reference:
-        init = self.reference.init if init is None else init
+        """What `at` is asked for, as a reference: what is left out is the recipe's own."""
+        own = self.reference
+        init = own.init if init is None else init
         if (rslora and alpha is None) or (method == "full" and not rank is alpha is None):
             raise RecipeError(
                 f"rank={rank}, alpha={alpha}, rslora={rslora} do not go together with method={method!r}.",
                 "Give rank and alpha for LoRA, rslora= beside alpha=, and none of them for full finetuning.",
             )
         if method == "full":
-            width = self.full_fan_in or self.reference.fan_in
+            width = self.full_fan_in or own.fan_in
             return Reference(method="full", init=init, fan_in=width if fan_in is None else fan_in)
-        width = self.reference.fan_in if fan_in is None else fan_in
-        if rank is None and self.reference.method == "full":
+        width = own.fan_in if fan_in is None else fan_in
+        if rank is None and own.method == "full":
             raise RecipeError("This recipe was made by full finetuning alone.", "Give rank= and alpha= for LoRA.")
-        rank = self.reference.rank if rank is None else rank
+        rank = own.rank if rank is None else rank
         if alpha is not None and self.scaling_rule == "as swept":
             raise RecipeError(
                 f"The sweep behind recipe {self.name!r} did not say its alpha, so its rates hold as swept only.",
@@ -197,7 +186,14 @@ class Recipe:
         if alpha is not None:
             return Reference(rank, alpha, rslora, init, width, method)
         Reference(rank, 1.0, method=method)  # refuses an impossible rank before it is used below
-        return replace(Reference.from_scaling(rank, self._scaling_at(rank or 1), init=init), fan_in=width)
+        scaling = own.scaling
+        if rank != own.rank:
+            if self.scaling_rule not in GAMMA or own.rank is None or rank is None:
+                raise RecipeError(
+                    f"Recipe {self.name!r} saw no rule by which alpha follows the rank.", "Give alpha= beside the rank."
+                )
+            scaling *= float((rank / own.rank) ** -GAMMA[self.scaling_rule])
+        return replace(Reference.from_scaling(rank, scaling, init=init), fan_in=width)
 
     def _at_a_width(self, target: Reference) -> tuple[Reference, Reference]:
         """`target` and the reference, at the target's fan-in where the recipe knows none."""
@@ -212,19 +208,12 @@ class Recipe:
         width = target.fan_in or ANY_WIDTH
         return replace(target, fan_in=width), replace(own, fan_in=width)
 
-    def _scaling_at(self, rank: int) -> float:
-        if rank == self.reference.rank:
-            return self.reference.scaling
-        if self.scaling_rule not in GAMMA or self.reference.rank is None:
-            raise RecipeError(
-                f"Recipe {self.name!r} saw no rule by which alpha follows the rank.", "Give alpha= beside the rank."
-            )
-        return float(self.reference.scaling * (rank / self.reference.rank) ** -GAMMA[self.scaling_rule])
+    def explain(self) -> str:
+        """What the recipe holds: its rate with band and ceiling, its law, and what it was made with, a fact a line."""
+        return words.explain(self)
 
-    def _warn_once(self, outside: list[str]) -> None:
-        if not self.__dict__.get("_warned"):
-            object.__setattr__(self, "_warned", True)
-            warn(f"Recipe {self.name!r} extrapolates: {outside[0]}.")
+    def __str__(self) -> str:
+        return self.explain()
 
     # --- files ------------------------------------------------------------------------------------------------------
 
@@ -251,12 +240,12 @@ class Recipe:
         return recipe_toml.from_document(cls, *recipe_files.read(path))
 
 
-def known_rate(recipe: Recipe, rank: int | None, **where: Any) -> Rate | None:
+def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> Rate | None:
     """The rate at a rank, None for full finetuning, without a warning; None where the recipe asks to be told more."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # of a real optimizer, which a measured law steps
         warnings.simplefilter("ignore")
         try:
-            return recipe.at(method="full", **where) if rank is None else recipe.at(rank, **where)
+            return recipe._quoted(recipe._target(rank, alpha, method="full" if rank is None else "lora"))
         except RankAwareError:
             return None
 

@@ -13,12 +13,10 @@ from .._types import Reference
 from ..laws import Power, law_from_dict, law_to_dict
 from ._horizon import SLOPE_SD, Horizon
 from ._io import Reader
-from ._uncertainty import Z90, spread
+from ._uncertainty import own_band
 
 if TYPE_CHECKING:
     from ._recipe import Recipe
-
-__all__ = ["from_document", "header", "plain_setting", "to_document"]
 
 
 def header(recipe: Recipe) -> str:
@@ -33,15 +31,15 @@ def header(recipe: Recipe) -> str:
 
 def to_document(recipe: Recipe) -> dict[str, Any]:
     """What the TOML file holds, section by section; None where there is nothing to write."""
-    sd = spread(recipe, recipe.reference)[0]
     r = recipe.reference
+    low, high = own_band(recipe)
     return {
         "name": recipe.name,
         "rate": {
             "lr": recipe.lr,
             "best_lr": recipe.best_lr,
-            "band_low": recipe.best_lr * 2.0 ** (-Z90 * sd),
-            "band_high": recipe.best_lr * 2.0 ** (Z90 * sd),
+            "band_low": low,
+            "band_high": high,
             "ceiling": recipe.ceiling,
             "lean_octaves": recipe.lean,
         },

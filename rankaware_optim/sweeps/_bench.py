@@ -25,20 +25,6 @@ from ..laws import Law, checked_multiplier, get_law
 from ._io import Source, Sweep, SweepRun, read_sweep
 from ._runs import known_alpha, mean_losses, observation_of, site_of
 
-__all__ = [
-    "COMPARED",
-    "DEMO_SWEEP",
-    "LawScore",
-    "LossCurve",
-    "Move",
-    "bench_law",
-    "loss_between",
-    "loss_curves",
-    "score_of",
-    "score_table",
-    "vertex_of",
-]
-
 Best = Literal["parabola", "bowl"]
 DEMO_SWEEP = Path(__file__).with_name("demo_sweep.csv")
 COMPARED = (

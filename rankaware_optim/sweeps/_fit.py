@@ -23,8 +23,6 @@ from ..recipe import Recipe
 from ._io import Source, Sweep, SweepRun, read_sweep
 from ._runs import GridEnd, ends_of, known_alpha, observation_of, selected, site_of
 
-__all__ = ["fit_sweep"]
-
 # Where alpha is unknown: standard deviations of the drift about the middle custom, s ∝ 1/√r, and of full finetuning.
 # The customs s ∝ 1 and s ∝ 1/r lie a quarter of an octave per octave to either side (η ∝ s^(-1/2)).
 _AS_SWEPT_SD = (0.3, 2.0)

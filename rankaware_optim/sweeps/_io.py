@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 from ..errors import CalibrationError
 
-__all__ = ["ALIASES", "Sweep", "SweepRun", "read_sweep"]
-
 # Every field, and the columns of common tools that mean it; case, blanks, "-", "/" and the prefixes below are passed
 # over. More than one such column is an error, unless columns= says which.
 ALIASES: dict[str, tuple[str, ...]] = {

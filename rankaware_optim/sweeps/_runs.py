@@ -13,8 +13,6 @@ from ..errors import CalibrationError
 from ..recipe import ANY_WIDTH
 from ._io import SweepRun
 
-__all__ = ["GridEnd", "ends_of", "known_alpha", "mean_losses", "observation_of", "selected", "site_of"]
-
 
 def selected(runs: Sequence[SweepRun], chosen: Mapping[str, Any]) -> tuple[SweepRun, ...]:
     """The runs of one model, batch, init and number of steps, each filled in where a row does not say it."""

@@ -27,8 +27,6 @@ from ..inspection import (
     walk,
 )
 
-__all__ = ["Conformance", "check_convention"]
-
 _LR, _EPS, _DECAY, _STEPS = 1e-2, 1e-3, 0.1, 5
 _SPLIT = 1.5
 """p, the share of a change of scaling that A₀ takes; B₀ takes the rest."""

@@ -16,8 +16,6 @@ from .._types import Factor, Reference
 from ..errors import LawError
 from ..laws import LAWS, Law, get_law, law_from_dict, law_to_dict
 
-__all__ = ["LawConformance", "check_law"]
-
 _RANKS = (1, 4, 64)
 _INITS = ("A", "B")
 _ALPHAS = (16.0, 2.0)

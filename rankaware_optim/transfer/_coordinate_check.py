@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .._rate import Rate
 from .._tables import text_table
 from .._types import Factor, Init, Reference
 from ..errors import LawError
@@ -33,8 +34,6 @@ from ..laws import (
     step_pair,
     synthetic,
 )
-
-__all__ = ["CoordinateCheck", "CoordinateRow", "capture", "coordinate_check"]
 
 Scaling = float | Callable[[int], float]
 Shapes = Mapping[str, tuple[int, int]] | Sequence[tuple[int, int]]
@@ -96,7 +95,8 @@ class CoordinateCheck:
 
     def __str__(self) -> str:
         heads = [f.name for f in fields(CoordinateRow)]
-        cells = [[_cell(getattr(row, head)) for head in heads] for row in self.rows]
+        values = [[getattr(row, head) for head in heads] for row in self.rows]
+        cells = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in values]
         return text_table(heads, cells, lines=[self.sentence], left=("layer",), width=160)
 
 
@@ -107,7 +107,7 @@ def coordinate_check(
     ranks: Sequence[int] = (4, 16, 64),
     widths: Sequence[int] | None = None,
     tokens: int = 512,
-    lr: float | None = None,
+    lr: float | Rate | None = None,
     law: Law | str | None = None,
     init: Init = "A",
     scaling: Scaling = 1.0,
@@ -133,21 +133,21 @@ def coordinate_check(
     >>> check.ok, len(check.rows)
     (True, 2)
     """
-    _check_request(ranks, tokens, steps, init, lr)
+    base = None if lr is None else float(lr)
+    _check_request(ranks, tokens, steps, init, base)
     kind = class_of(optimizer)
     stepper = Stepper(kind, settings or {}, steps, seed)
     own = MuA(steps=steps) if captured is not None else MuA(tokens=tokens, steps=steps)
     bound = get_law(own if law is None else law).bind(kind, stepper.settings)
     batches = _batches(_shapes_of(model_or_shapes), widths, tokens, seed, captured)
-    points = [(name, batch, rank, _scaling(scaling, rank)) for name, batch in batches.items() for rank in ranks]
-    reference = _reference(*points[0][1:], init)
-    base = _base_lr(points[0], stepper, bound, reference, init) if lr is None else lr
-    rows = tuple(_row(point, stepper, bound, reference, init, base) for point in points)
+    s_of = {rank: float(scaling(rank) if callable(scaling) else scaling) for rank in ranks}
+    points = [_Point(name, batch, rank, s_of[rank]) for name, batch in batches.items() for rank in ranks]
+    at = Reference.from_scaling(ranks[0], s_of[ranks[0]], init="B" if init == "B" else "A")
+    probe = _Probe(stepper, bound, replace(at, fan_in=float(len(points[0].batch.inputs))), init)
+    base = probe.base_lr(points[0]) if base is None else base
+    rows = tuple(probe.row(point, base) for point in points)
     slopes = tuple((name, _slope([row for row in rows if row.layer == name])) for name in batches)
     return CoordinateCheck(rows, slopes, base, bound, kind.__name__, tolerance)
-
-
-Point = tuple[str, Batch, int, float]
 
 
 def _check_request(ranks: Sequence[int], tokens: int, steps: int, init: str, lr: float | None) -> None:
@@ -212,49 +212,56 @@ def _unit(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> Batch:
     return Batch(x / sizes[0], g / sizes[1])
 
 
-def _scaling(scaling: Scaling, rank: int) -> float:
-    return float(scaling(rank) if callable(scaling) else scaling)
+class _Point(NamedTuple):
+    """One layer at one rank."""
+
+    layer: str
+    batch: Batch
+    rank: int
+    scaling: float
 
 
-def _reference(batch: Batch, rank: int, scaling: float, init: Init) -> Reference:
-    at = Reference.from_scaling(rank, scaling, init="B" if init == "B" else "A")
-    return replace(at, fan_in=float(batch.inputs.shape[0]))
+@dataclass(frozen=True)
+class _Probe:
+    """What every layer and rank is checked by."""
 
+    stepper: Stepper
+    law: Law
+    reference: Reference
+    init: Init
 
-def _multipliers(point: Point, law: Law, reference: Reference, init: Init) -> tuple[float, float]:
-    """The law's multipliers of A and of B."""
-    name, (x, g), rank, s = point
-    a = Factor(name, "A", rank, float(x.shape[0]), float(g.shape[0]), s, init)
-    return checked_multiplier(law, a, reference), checked_multiplier(law, replace(a, role="B"), reference)
+    def rates(self, point: _Point, lr: float) -> tuple[float, float]:
+        """The rates of A and of B at a base rate."""
+        n_in, n_out = (float(len(t)) for t in point.batch)
+        a = Factor(point.layer, "A", point.rank, n_in, n_out, point.scaling, self.init)
+        m_a, m_b = (checked_multiplier(self.law, f, self.reference) for f in (a, replace(a, role="B")))
+        return lr * m_a, lr * m_b
 
+    def start(self, point: _Point) -> Pair:
+        x, g = point.batch
+        return draw_pair(len(x), len(g), point.rank, point.scaling, self.init, self.stepper.seed)
 
-def _start(point: Point, init: Init, seed: int) -> Pair:
-    _, (x, g), rank, s = point
-    return draw_pair(x.shape[0], g.shape[0], rank, s, init, seed)
+    def base_lr(self, point: _Point) -> float:
+        """The base rate at which the output moves by an rms of 1."""
+        start, batch = self.start(point), point.batch
+        return rates_for(lambda lr: change_of(batch, step_pair(batch, start, self.stepper, *self.rates(point, lr))))
 
-
-def _base_lr(point: Point, stepper: Stepper, law: Law, reference: Reference, init: Init) -> float:
-    m_a, m_b = _multipliers(point, law, reference, init)
-    start, batch = _start(point, init, stepper.seed), point[1]
-    return rates_for(lambda lr: change_of(batch, step_pair(batch, start, stepper, lr * m_a, lr * m_b)))
-
-
-def _row(point: Point, stepper: Stepper, law: Law, reference: Reference, init: Init, lr: float) -> CoordinateRow:
-    name, batch, rank, s = point
-    lr_a, lr_b = (lr * m for m in _multipliers(point, law, reference, init))
-    start = _start(point, init, stepper.seed)
-    end = step_pair(batch, start, stepper, lr_a, lr_b)
-    x, d_a, d_b = batch.inputs, end.a - start.a, end.b - start.b
-    products = ((d_b, start.a), (start.b, d_a), (d_b, d_a))
-    from_b, from_a, from_both = (s * rms_of_product(left, right @ x) for left, right in products)
-    inner, change = (end.a @ x).square().mean().sqrt().item(), change_of(batch, end)
-    if not 0 < change < math.inf or not math.isfinite(inner):
-        raise LawError(
-            f"The output of {name} moves by {change} at rank {rank} and rates {lr_a:.3g}, {lr_b:.3g}.",
-            "Give a rate at which the optimizer takes finite steps, or leave lr= out.",
-        )
-    fans = (x.shape[0], batch.gradients.shape[0])
-    return CoordinateRow(name, *fans, rank, s, lr_a, lr_b, from_b, from_a, from_both, inner, change)
+    def row(self, point: _Point, lr: float) -> CoordinateRow:
+        """The sizes after the steps at a base rate."""
+        name, (x, g), rank, s = point
+        lr_a, lr_b = self.rates(point, lr)
+        start = self.start(point)
+        end = step_pair(point.batch, start, self.stepper, lr_a, lr_b)
+        d_a, d_b = end.a - start.a, end.b - start.b
+        products = ((d_b, start.a), (start.b, d_a), (d_b, d_a))
+        from_b, from_a, from_both = (s * rms_of_product(left, right @ x) for left, right in products)
+        inner, change = (end.a @ x).square().mean().sqrt().item(), change_of(point.batch, end)
+        if not 0 < change < math.inf or not math.isfinite(inner):
+            raise LawError(
+                f"The output of {name} moves by {change} at rank {rank} and rates {lr_a:.3g}, {lr_b:.3g}.",
+                "Give a rate at which the optimizer takes finite steps, or leave lr= out.",
+            )
+        return CoordinateRow(name, len(x), len(g), rank, s, lr_a, lr_b, from_b, from_a, from_both, inner, change)
 
 
 def _slope(rows: Sequence[CoordinateRow]) -> float:
@@ -262,10 +269,6 @@ def _slope(rows: Sequence[CoordinateRow]) -> float:
     points = [(math.log2(row.rank), math.log2(row.change)) for row in rows]
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
     return float(sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points))
-
-
-def _cell(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 # --- a real batch ---------------------------------------------------------------------------------------------------
@@ -288,7 +291,8 @@ def capture(model: nn.Module, run: Callable[[nn.Module], torch.Tensor]) -> dict[
         outputs = [output for _, output in wanted.values()]
         gradients = torch.autograd.grad(loss.sum(), outputs, allow_unused=True) if outputs else ()
     found = zip(wanted.items(), gradients, strict=True)
-    kept = {name: (_columns(x), _columns(g)) for (name, (x, _)), g in found if g is not None}
+    pairs = {name: (x, g.detach()) for (name, (x, _)), g in found if g is not None}
+    kept = {name: (x.reshape(-1, x.shape[-1]).T, g.reshape(-1, g.shape[-1]).T) for name, (x, g) in pairs.items()}
     if not kept:
         raise LawError("No adapted linear layer had a gradient.", "Let run(model) use the adapters in its loss.")
     return kept
@@ -332,7 +336,3 @@ def _as_found(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
         for module, training in modes:
             module.training = training
-
-
-def _columns(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().reshape(-1, tensor.shape[-1]).T

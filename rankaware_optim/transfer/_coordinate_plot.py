@@ -10,8 +10,6 @@ from typing import Any
 from .._figures import COLOURS, figure_of, save, short
 from ._coordinate_check import CoordinateCheck, CoordinateRow
 
-__all__ = ["plot_coordinates"]
-
 # Field, label and marker.
 _SIZES = (
     ("from_b", "s·ΔB·A₀·x", "o"),

@@ -8,9 +8,7 @@ from .._checks import check_lr
 from .._types import Survey
 from ..laws import DEFAULT_LAW
 from ..optimizer import PlanOptions, make_plan, plan_rates
-from ._convert import parse_reference
-
-__all__ = ["survey_report"]
+from ._references import parse_reference
 
 
 def survey_report(

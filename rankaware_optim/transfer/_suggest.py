@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -13,13 +13,12 @@ from torch import nn
 
 from .._optimizer_classes import get_optimizer_class
 from .._optimizers import known_optimizer
+from .._rate import Rate
 from .._types import Method, Reference, Survey
 from ..errors import InvalidReferenceError, LawError, OptimizerError
 from ..inspection import declared_init, declared_inits, other_kind, survey_of, walk
 from ..laws import MuA, checked_multiplier
-from ..recipe import RANK_DOUBT, WIDTH_DOUBT, Z90
-
-__all__ = ["PUBLISHED", "Suggestion", "published_init", "suggest_lr"]
+from ..recipe import INIT_SD, RANK_SD, WIDTH_SD, Z90
 
 Task = Literal["chat", "other"]
 
@@ -31,9 +30,9 @@ LOG2_RATE, SPREAD = -11.45, 0.50
 RANKS, WIDTHS = (1, 128), (2048, 8192)
 # Octaves by which a rate quoted lies below the middle of its band: one too low costs little, one too high everything.
 LEAN = 0.5
-# Rules of thumb, octaves: another task, batch and horizon (small sweeps of narrow networks lie 0.5 to 2.5 away);
-# each octave of alpha away from 32; a width left out; Init[B] seen from Init[A]; full finetuning seen from LoRA.
-TASK_DOUBT, ALPHA_DOUBT, NO_WIDTH_DOUBT, INIT_DOUBT, FULL_DOUBT = 1.0, 0.1, 0.5, 1.0, 0.5
+# Standard deviations, octaves, by rules of thumb: another task, batch and horizon (small sweeps of narrow networks lie
+# 0.5 to 2.5 away); each octave of alpha away from 32; a width left out; full finetuning seen from LoRA.
+TASK_SD, ALPHA_SD, NO_WIDTH_SD, FULL_SD = 1.0, 0.1, 0.5, 0.5
 
 _SOURCE = (
     "It stands on published sweeps of 18 language models (tinker-cookbook: AdamW, Tulu 3 chat data, batch 128, about "
@@ -46,11 +45,15 @@ _NARROW = (
 
 
 class Step(NamedTuple):
-    """One move of the published rate, in octaves, the doubt that it adds (a standard deviation), and why in words."""
+    """One move of the published rate, in octaves, the standard deviation that it adds, and why in words.
+
+    outside: whether it leads outside what was published.
+    """
 
     octaves: float
-    doubt: float
+    sd: float
     why: str = ""
+    outside: bool = False
 
 
 _ONE_STUDY = "published best rate is plain LoRA's divided by {} (one 0.6B model)."
@@ -87,27 +90,21 @@ RULES: dict[str, Step] = {
 }
 
 
-@dataclass(frozen=True)
-class Suggestion:
-    """A rate to start from. `low` and `high` bound the best rate with about 90 %; `lr` leans half an octave low in it.
+@dataclass(frozen=True, kw_only=True)
+class Suggestion(Rate):
+    """A rate to start from. `low` and `high` bound the best rate with about 90 %; `lr` lies half an octave low in it.
 
     `reference` is the configuration it is for, on the model it was asked for and therefore without a fan-in:
     `RankAwareOptimizer(model, AdamW, lr=s.lr, tuned_at=s.reference)`. `fan_in` is the width it was seen at.
     `notes` are what widens the band or moved the rate, a sentence each; printed, all of it is a short paragraph.
     """
 
-    lr: float
-    low: float
-    high: float
     optimizer: str
     reference: Reference
     fan_in: float
-    notes: tuple[str, ...] = ()
 
-    def __float__(self) -> float:
-        return self.lr
-
-    def __str__(self) -> str:
+    def explain(self) -> str:
+        """What it is for, the rate, its band, what stands behind it, and how to narrow it, in a paragraph."""
         where = f"{self.optimizer}, {self.reference}, fan-in {self.fan_in:g}"
         band = f"the best rate lies between {self.low:.1e} and {self.high:.1e} with about 90 %"
         return " ".join([f"{where}: start with lr {self.lr:.1e}; {band}.", *self.notes, _NARROW])
@@ -135,7 +132,7 @@ def suggest_lr(
     """A learning rate for a model's rank, alpha, init and width, or for a `Reference`, without a single run.
 
     lr = 2^(-11.45 - 0.5) · law(model; rank 16, alpha 32, fan-in 4096) · factors, the law being `MuA()`. The 90 % band
-    is ± 1.645·√(sum of squared doubts), octaves: 0.5 between published models, 1.0 for another task, batch and
+    is ± 1.645·√(sum of variances), octaves: 0.5 between published models, 1.0 for another task, batch and
     horizon than theirs (none with task="chat"), and what the notes name. The model's own width is its commonest
     fan-in, which is the hidden size; full finetuning takes the largest. A model of several ranks is answered for the
     commonest: let `tuned_at=suggestion.reference` move the rate to the others.
@@ -157,12 +154,13 @@ def suggest_lr(
     case = _case(model, method, init, dora)
     steps = [*_steps(case, task), rule._replace(why=rule.why.format(name))]
     middle = LOG2_RATE + sum(step.octaves for step in steps)
-    reach = Z90 * math.hypot(SPREAD, *(step.doubt for step in steps))
+    reach = Z90 * math.hypot(SPREAD, *(step.sd for step in steps))
     return Suggestion(
         lr=2.0 ** (middle - LEAN),
         low=2.0 ** (middle - reach),
         high=2.0 ** (middle + reach),
         optimizer=name,
+        extrapolated=any(step.outside for step in steps),
         reference=replace(case.reference, fan_in=None),
         fan_in=case.reference.fan_in or NO_WIDTH,
         notes=(f"{_SOURCE}, half an octave low.", *(step.why for step in steps if step.why), *case.notes),
@@ -228,20 +226,15 @@ def _surveyed(survey: Survey, method: Method, init: str | bool | None, dora: boo
     if init is None and any(f.init == "unknown" for f in survey.factors):
         notes.append("The init could not be read: Init[A] is assumed.")
     has_dora = any(other_kind(name) == "DoRA magnitude" for name in survey.other) if dora is None else dora
-    found = replace(reference, fan_in=_hidden_size(survey))
+    # The commonest fan-in of the adapted layers: what is known of the published models is their hidden size.
+    layers = {f.layer: f.fan_in for f in survey.factors if f.kind != "embedding"}
+    found = replace(reference, fan_in=Counter(layers.values()).most_common(1)[0][0] if layers else 1.0)
     return _with_init(_Case(found, dora=has_dora, notes=tuple(notes)), init)
 
 
 def _neither_zero(survey: Survey) -> bool:
     """Whether most pairs start with neither factor at zero."""
-    inits = [f.init == "other" for f in survey.factors]
-    return 2 * sum(inits) > len(inits)
-
-
-def _hidden_size(survey: Survey) -> float:
-    """The commonest fan-in of the adapted layers: what is known of the published models is their hidden size."""
-    layers = {f.layer: f.fan_in for f in survey.factors if f.kind != "embedding"}
-    return Counter(layers.values()).most_common(1)[0][0] if layers else 1.0
+    return 2 * sum(f.init == "other" for f in survey.factors) > len(survey.factors)
 
 
 def _with_init(case: _Case, init: str | bool | None) -> _Case:
@@ -280,36 +273,33 @@ def _steps(case: _Case, task: Task) -> Iterator[Step]:
     at = case.reference
     if at.fan_in is None:
         at = replace(at, fan_in=NO_WIDTH)
-        yield Step(0.0, NO_WIDTH_DOUBT, f"No width was given: fan-in {NO_WIDTH:g} is assumed.")
+        yield Step(0.0, NO_WIDTH_SD, f"No width was given: fan-in {NO_WIDTH:g} is assumed.")
     yield Step(math.log2(checked_multiplier(MuA(), at.as_factor(), PUBLISHED)), 0.0)
     if task == "other":
-        yield Step(0.0, TASK_DOUBT, "Your task, batch and horizon are not theirs, which widens the band most.")
-    case = case._replace(reference=at)
-    yield from _full_steps(case) if at.method == "full" else _lora_steps(case)
-
-
-def _full_steps(case: _Case) -> Iterator[Step]:
+        yield Step(0.0, TASK_SD, "Your task, batch and horizon are not theirs, which widens the band most.")
+    if at.method == "lora":
+        yield from _lora_steps(case, at.rank or 1, at.fan_in or 1.0)
+        return
     if case.variant or case.dora:
         raise InvalidReferenceError("Full finetuning has neither an init nor DoRA.", "Leave init= and dora= out.")
     low, high = WIDTHS
-    yield from _outside("fan-in", case.reference.fan_in or 1.0, (low, 4 * high), WIDTH_DOUBT)  # of feed-forward layers
+    yield from _outside("fan-in", at.fan_in or 1.0, (low, 4 * high), WIDTH_SD)  # of feed-forward layers
     yield Step(
         0.0,
-        FULL_DOUBT,
+        FULL_SD,
         "For full finetuning it is the law's point, seen from LoRA: no sweep of it stands behind this, and too high "
         "costs more than too low.",
     )
 
 
-def _lora_steps(case: _Case) -> Iterator[Step]:
+def _lora_steps(case: _Case, rank: int, fan_in: float) -> Iterator[Step]:
     at = case.reference
-    rank = at.rank or 1
-    yield from _outside("fan-in", at.fan_in or 1.0, WIDTHS, WIDTH_DOUBT)
-    yield from _outside("rank", rank, RANKS, RANK_DOUBT)
-    yield Step(0.0, ALPHA_DOUBT * abs(math.log2(at.scaling * rank / (PUBLISHED.alpha or 1.0))))
+    yield from _outside("fan-in", fan_in, WIDTHS, WIDTH_SD)
+    yield from _outside("rank", rank, RANKS, RANK_SD)
+    yield Step(0.0, ALPHA_SD * abs(math.log2(at.scaling * rank / (PUBLISHED.alpha or 1.0))))
     if at.init == "B":
         yield Step(
-            0.0, INIT_DOUBT, "All used Init[A]: µA carries the rate to Init[B], where in our tasks low ranks like more."
+            0.0, INIT_SD, "All used Init[A]: µA carries the rate to Init[B], where in our tasks low ranks like more."
         )
     if case.variant:
         yield VARIANTS[case.variant]
@@ -317,8 +307,8 @@ def _lora_steps(case: _Case) -> Iterator[Step]:
         yield DORA
 
 
-def _outside(what: str, value: float, known: Iterable[float], doubt: float) -> Iterator[Step]:
+def _outside(what: str, value: float, known: tuple[float, float], sd: float) -> Iterator[Step]:
     low, high = known
     octaves = max(0.0, math.log2(low / value), math.log2(value / high))
     if octaves:
-        yield Step(0.0, doubt * octaves, f"The {what} {value:g} lies outside theirs ({low:g} to {high:g}).")
+        yield Step(0.0, sd * octaves, f"The {what} {value:g} lies outside theirs ({low:g} to {high:g}).", outside=True)

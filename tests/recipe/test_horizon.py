@@ -14,7 +14,7 @@ from rankaware_optim import Power, RankAwareWarning, Recipe, RecipeError, Refere
 from rankaware_optim.calibration.fit import Prior
 from rankaware_optim.calibration.fit._horizon_fit import horizon_of
 from rankaware_optim.recipe import SLOPE_SD, Horizon
-from rankaware_optim.recipe._horizon import BATCH_DOUBT
+from rankaware_optim.recipe._horizon import BATCH_SD
 
 from ..helpers.models import mlp
 
@@ -62,7 +62,7 @@ def test_a_batch_moves_the_rate_by_the_laws_rule():
     """Four times the batch double an Adam recipe's rate, with 0.15 octaves of doubt for each octave."""
     own, far = recipe().at(), recipe().at(batch=4 * BATCH)
     assert far.lr == pytest.approx(2 * own.lr)
-    assert sd_of(far) == pytest.approx(math.hypot(0.2, 2 * BATCH_DOUBT))
+    assert sd_of(far) == pytest.approx(math.hypot(0.2, 2 * BATCH_SD))
 
 
 @pytest.mark.parametrize("where", [{"steps": 5000}, {"batch": 256}, {"steps": 20, "batch": 1}], ids=str)

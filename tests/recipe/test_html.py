@@ -17,8 +17,7 @@ from rankaware_optim import RankAwareError, Recipe
 from rankaware_optim.cli._main import main
 from rankaware_optim.laws import Measured
 from rankaware_optim.recipe import write_report
-from rankaware_optim.recipe._html import report_html
-from rankaware_optim.recipe._rate_table import rate_table
+from rankaware_optim.recipe._html import rate_table, report_html
 
 from ..helpers.recipes import KINDS, RECIPE
 

@@ -74,8 +74,8 @@ def test_a_curve_passes_near_its_trials():
             assert near[1] == pytest.approx(point.value, abs=0.1) or point.value > arm.curve[0][1]
 
 
-def test_a_pruned_trial_has_no_score_and_shapes_no_curve():
-    """A trial that was stopped for being worse is drawn at the edge and told as pruned."""
+def test_a_rank_whose_trials_were_all_pruned_has_no_curve():
+    """Trials stopped for being worse are shown as pruned, and shape no curve where no run of their rank finished."""
     made, _ = calibrated("A", RANKS, 0.0)
     cut = made.tensors["rank"] == 2
     value = made.tensors["value"].where(~cut, torch.nan)

@@ -1,4 +1,4 @@
-"""Conversions: closed forms, a float in every use, and training that the two-rate form leaves unchanged."""
+"""Conversions: closed forms, a rate in every use, and training that the two-rate form leaves unchanged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import io
 import itertools
-import json
 import math
 import pickle
 import re
@@ -28,14 +27,18 @@ from rankaware_optim import (
     OptimizerError,
     Power,
     RankAwareError,
+    RankAwareOptimizer,
+    Rate,
     Reference,
     inspect_model,
+    rank_aware_param_groups,
+    suggest_lr,
 )
 from rankaware_optim.laws import kappa
 from rankaware_optim.testing._convention import distance, trained
 from rankaware_optim.transfer import Conversion, convert_lr, parse_reference
 
-from ..helpers.models import BASES, STYLES, adapted
+from ..helpers.models import BASES, STYLES, adapted, mlp
 from ..helpers.real_adapters import CASES
 
 LAWS = ["mua", "mua-paper", "constant", "loraplus", MuA(tokens=3.0, ratio=4.0)]
@@ -66,7 +69,7 @@ def test_without_a_width_the_rate_is_the_limit(law, tokens, init):
     for rank, s in itertools.product(range(1, 4097, 3), (1 / 4096, 1.0, 4096.0)):
         to = Reference.from_scaling(rank, s, init=init)
         expected = limit(to, tokens) / limit(start, tokens)
-        assert convert_lr(1.0, from_=start, to=to, law=law) == pytest.approx(expected, rel=1e-12)
+        assert convert_lr(1.0, from_=start, to=to, law=law).lr == pytest.approx(expected, rel=1e-12)
 
 
 FORMS = [
@@ -86,8 +89,8 @@ FORMS = [
 
 @pytest.mark.parametrize(("from_", "to", "law", "ratio"), FORMS)
 def test_the_laws_single_rate(from_, to, law, ratio):
-    """The float is the rate times the law's closed form, scale by scale."""
-    assert convert_lr(2e-4, from_=from_, to=to, law=law) == pytest.approx(2e-4 * ratio, rel=1e-4)
+    """The single rate is the one given times the law's closed form, scale by scale."""
+    assert convert_lr(2e-4, from_=from_, to=to, law=law).lr == pytest.approx(2e-4 * ratio, rel=1e-4)
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,9 @@ def test_conversions_compose(data, init, fan_in, law):
     """Going by way of a third configuration gives the same rate, and back again the first."""
     a, b, c = (data.draw(references(init, fan_in)) for _ in range(3))
     there = convert_lr(2e-4, from_=a, to=b, law=law)
-    assert convert_lr(there, from_=b, to=c, law=law) == pytest.approx(convert_lr(2e-4, from_=a, to=c, law=law))
-    assert convert_lr(there, from_=b, to=a, law=law) == pytest.approx(2e-4)
+    direct = convert_lr(2e-4, from_=a, to=c, law=law)
+    assert convert_lr(there, from_=b, to=c, law=law).lr == pytest.approx(direct.lr)
+    assert convert_lr(there, from_=b, to=a, law=law).lr == pytest.approx(2e-4)
 
 
 @given(data=st.data(), init=inits, law=st.sampled_from(LAWS), lr=st.floats(1e-8, 1.0))
@@ -155,7 +159,7 @@ def test_the_same_configuration_keeps_the_rate(data, init, law, lr):
     """Converted to itself a rate is the same to the last bit, exact, with nothing to scale."""
     a = data.draw(references(init))
     c = convert_lr(lr, from_=a, to=a, law=law)
-    assert (c, c.lr_a, c.a_scale, c.eps_scale_a, c.eps_scale_b, c.exact) == (lr, lr, 1.0, 1.0, 1.0, True)
+    assert (c.lr, c.lr_a, c.a_scale, c.eps_scale_a, c.eps_scale_b, c.exact) == (lr, lr, 1.0, 1.0, 1.0, True)
 
 
 @given(data=st.data(), init=inits)
@@ -186,20 +190,25 @@ def test_a_law_without_a_limit_asks_for_the_width():
     assert "'wide-b' gives B a rate of its own" in c.explain()
 
 
-# --- a float --------------------------------------------------------------------------------------------------------
+# --- a rate ---------------------------------------------------------------------------------------------------------
 
 CONVERTED = convert_lr(2e-4, from_="r=16,alpha=32", to="r=16,alpha=8")
 
 
-def test_it_is_a_float_in_arithmetic():
-    """Sums, products, comparison, hash, formatting and JSON are those of its lr, and results are plain floats."""
-    plain = float(CONVERTED)
-    assert type(plain) is float
-    assert plain == CONVERTED == CONVERTED.lr
-    assert (CONVERTED * 2, 1 + CONVERTED, -CONVERTED, hash(CONVERTED)) == (plain * 2, 1 + plain, -plain, hash(plain))
-    assert type(CONVERTED * 2) is float
-    assert math.log2(CONVERTED) == math.log2(plain)
-    assert (str(CONVERTED), f"{CONVERTED:.3g}", json.dumps(CONVERTED)) == (repr(plain), f"{plain:.3g}", repr(plain))
+def test_it_is_a_rate_and_no_float():
+    """It is a `Rate` whose float is its lr, without a band, and printed it explains itself."""
+    assert isinstance(CONVERTED, Rate)
+    assert not isinstance(CONVERTED, float)
+    assert type(float(CONVERTED)) is float
+    assert float(CONVERTED) == CONVERTED.lr == pytest.approx(4e-4)
+    assert (CONVERTED.low, CONVERTED.high, CONVERTED.ceiling) == (0.0, math.inf, None)
+    assert str(CONVERTED) == CONVERTED.explain()
+
+
+def test_torch_trusts_no_class_of_ours():
+    """Importing the package leaves torch's list of safe globals alone."""
+    trusted = torch.serialization.get_safe_globals()
+    assert not [kind for kind in trusted if getattr(kind, "__module__", "").startswith("rankaware_optim")]
 
 
 COPIES = [
@@ -212,7 +221,7 @@ COPIES = [
 
 @pytest.mark.parametrize("copied", COPIES)
 def test_copies_and_pickles_keep_everything(copied):
-    """A copy is equal as a float and in every attribute."""
+    """A copy is equal in every attribute."""
     other = copied(CONVERTED)
     assert other == CONVERTED
     assert dataclasses.asdict(other) == dataclasses.asdict(CONVERTED)
@@ -225,23 +234,65 @@ def test_attributes_are_read_only(name):
         setattr(CONVERTED, name, 1.0)
 
 
-def test_an_optimizer_takes_it_as_its_rate():
-    """AdamW trains as at the plain float, schedulers multiply it, and its checkpoint loads with weights_only=True."""
-    weights = []
-    for lr in (CONVERTED, float(CONVERTED)):
-        weight = torch.nn.Parameter(torch.ones(3))
-        optimizer = torch.optim.AdamW([weight], lr=lr)
+def adamw(weights: torch.nn.Module, lr: Rate) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(weights.parameters(), lr=float(lr))
+
+
+def wrapped(weights: torch.nn.Module, lr: Rate) -> torch.optim.Optimizer:
+    """Ours, which takes a `Rate` wherever it takes a rate, and makes no difference between factors here."""
+    return RankAwareOptimizer(weights, torch.optim.AdamW, lr=lr, law="constant")
+
+
+RATES = [CONVERTED, suggest_lr(Reference(rank=16, alpha=32, fan_in=4096)), Rate(4e-4)]
+
+
+@pytest.mark.parametrize("build", [adamw, wrapped])
+@pytest.mark.parametrize("rate", RATES, ids=lambda rate: type(rate).__name__)
+def test_an_optimizer_takes_it_as_its_rate(build, rate):
+    """It trains as at the plain float, schedulers multiply it, and its checkpoint loads with weights_only=True."""
+    states = []
+    for lr in (rate, Rate(float(rate))):
+        torch.manual_seed(0)
+        model = mlp((4,))
+        optimizer = build(model, lr)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         for _ in range(3):
-            weight.square().sum().backward()
+            sum(p.square().sum() for p in model.parameters() if p.requires_grad).backward()
             optimizer.step()
             scheduler.step()
-        weights.append(weight.detach())
+        states.append([param.detach() for param in model.parameters()])
         file = io.BytesIO()
         torch.save(optimizer.state_dict(), file)
         file.seek(0)
-        assert torch.load(file, weights_only=True)["param_groups"][0]["initial_lr"] == CONVERTED
-    assert torch.equal(*weights)
+        for group in torch.load(file, weights_only=True)["param_groups"]:
+            assert (type(group["lr"]), group["initial_lr"]) == (float, float(rate))
+    assert all(map(torch.equal, *states))
+
+
+def test_a_rate_is_taken_wherever_an_optimizer_takes_one():
+    """`rates=`, `other_lr=`, groups, `set_base_lr`, `scaled` and `rank_aware_param_groups` keep plain floats of it."""
+    model = mlp((4,))
+    (name, *_), rate = [name for name, p in model.named_parameters() if p.requires_grad], Rate(2e-4)
+    options = {"rates": {name: Rate(3e-4)}, "other_lr": Rate(5e-4), "law": "constant"}
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}]
+    for optimizer in (
+        RankAwareOptimizer(model, torch.optim.AdamW, lr=rate, **options),
+        RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=1e-3, **options),
+    ):
+        assert {type(group["lr"]) for group in optimizer.param_groups} == {float}
+        assert {group["lr"] for group in optimizer.param_groups} == {2e-4, 3e-4, 5e-4}
+    optimizer = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, law="constant")
+    optimizer.set_base_lr(rate)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-4] * 3)
+    assert optimizer.scaled(rate) == optimizer.scaled(2e-4)
+    assert {type(group["lr"]) for group in rank_aware_param_groups(model, lr=rate)} == {float}
+
+
+@pytest.mark.parametrize("bad", [Rate(0.0), Rate(math.nan), Rate(-1e-3)], ids=lambda rate: str(rate.lr))
+def test_an_impossible_rate_is_refused(bad):
+    """A `Rate` is checked like the number that it is."""
+    with pytest.raises(OptimizerError, match="positive finite"):
+        RankAwareOptimizer(mlp((4,)), torch.optim.AdamW, lr=bad)
 
 
 # --- words ----------------------------------------------------------------------------------------------------------

@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from ...recipe import SLOPE_SD, Horizon
-from ._posterior import Observation, Prior, fit_observations
-
-__all__ = ["horizon_of"]
+from ...recipe import SLOPE_SD, Horizon, Observation
+from ._posterior import Prior, fit_observations
 
 _WITHIN_RUN = 0.3  # octaves per octave by which a slope read inside runs may miss that of whole, shorter runs
 _SHARES = (1, 2, 4)  # curves are read at their end, half and quarter

@@ -1,7 +1,7 @@
 """The fit: from scored trials to a base rate, a drift in rank, a factor of full finetuning, and their covariance.
 
-Two steps. First, `bowls` finds each rank's optimum v, under every shape of bowl and size of noise. Second, under each
-shape the optima are shrunk towards the law:
+Two steps. First, `bowls_of` finds each rank's optimum v, under every shape of bowl and size of noise. Second, under
+each shape the optima are shrunk towards the law:
 
     v(r) = base + drift·log2(r / pivot),   v(full) = base + drift·full_reach + factor
 
@@ -16,10 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from ._loss_model import CAP, Arm, Array, bowls_of
+from ...recipe import Observation, arms_of, bowls_of, gain_of, usual_start
 
-__all__ = ["Fit", "MODEL_ERROR", "Observation", "Prior", "fit_observations", "shrink"]
+Array = npt.NDArray[np.float64]
 
 MODEL_ERROR = 0.1  # octaves by which a rank's own best rate lies off the law
 _MOST_LEAN = (
@@ -27,24 +28,6 @@ _MOST_LEAN = (
 )
 _BASE_SD = 1e3  # octaves: nothing is believed of the base rate
 _DIVERGED = 0.25  # a run that ends this share of the gain above its start has diverged
-
-
-@dataclass(frozen=True)
-class Observation:
-    """One finished trial. rank: None for full finetuning. x: log2 of the base rate. value: the score, minimised.
-
-    start, tail: where the curve began (see `ledger.height`) and the mean of its last tenth. returned: whether the score
-    was returned rather than that mean. stopped: cut short because it diverged.
-    """
-
-    rank: int | None
-    seed: int
-    x: float
-    value: float
-    start: float
-    tail: float
-    returned: bool = False
-    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +74,7 @@ def diverged(observations: Sequence[Observation]) -> list[bool]:
     for it. Where no run gained anything, ending above the start is enough, unless scores were returned: a curve that
     only rises may then be of another kind.
     """
-    usual = _usual_start(observations)
+    usual = usual_start(observations)
     gains = [usual - o.tail for o in observations if math.isfinite(o.tail) and o.tail < o.start]
     margin = _DIVERGED * max([g for g in gains if g > 0], default=0.0)
     return [
@@ -102,10 +85,6 @@ def diverged(observations: Sequence[Observation]) -> list[bool]:
     ]
 
 
-def _usual_start(observations: Sequence[Observation]) -> float:
-    return float(np.median([o.start for o in observations])) if observations else 0.0
-
-
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
     """Fit all trials at once; None where no run stayed finite."""
     bad = diverged(observations)
@@ -113,7 +92,7 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
         return None
     ceiling = min((float(o.x) for o, b in zip(observations, bad, strict=True) if b), default=None)
     gain = gain_of([o for o, b in zip(observations, bad, strict=True) if not b])
-    arms = _arms(observations, bad, gain)
+    arms = arms_of(observations, bad, gain)
     bowls = bowls_of(arms)
     means, covariances, agreement = _shrunk(_rows(arms, prior), bowls.mean, bowls.sd, prior)
     weights = _softmax(bowls.log_weight + agreement)
@@ -141,29 +120,6 @@ def _mixed(weights: Array, means: Array, covariances: Array) -> tuple[Array, Arr
 def _moments(weights: Array, means: Array, sds: Array) -> tuple[float, float]:
     mean, variance = _mixed(weights, means[:, None], sds[:, None, None] ** 2)
     return float(mean[0]), math.sqrt(float(variance[0, 0]))
-
-
-def gain_of(good: Sequence[Observation]) -> float:
-    """What training can gain, the unit of curvature and noise: the best fall of a curve from the usual start.
-
-    Where scores were returned and are of another kind than the curve, it is the best score against a poor one.
-    """
-    values = np.array([o.value for o in good])
-    fall = max((_usual_start(good) - o.tail for o in good if o.tail < o.start), default=0.0)
-    apart = float(np.median([abs(o.value - o.tail) for o in good]))
-    if fall <= 0 or apart > fall / 2:
-        fall = float(np.quantile(values, 0.75) - values.min())
-    return max(fall, 1e-6 * (1.0 + abs(float(values.min()))))
-
-
-def _arms(observations: Sequence[Observation], bad: Sequence[bool], gain: float) -> dict[int | None, Arm]:
-    arms = {}
-    for rank in dict.fromkeys(o.rank for o in observations):
-        mine = [(o, b) for o, b in zip(observations, bad, strict=True) if o.rank == rank]
-        best = min((o.value for o, b in mine if not b), default=0.0)
-        gaps = [CAP if b else min((o.value - best) / gain, CAP) for o, b in mine]
-        arms[rank] = Arm(np.array([o.x for o, _ in mine]), np.array(gaps), np.array([o.seed for o, _ in mine]))
-    return arms
 
 
 def shrink(vertices: Mapping[int | None, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:

@@ -20,8 +20,6 @@ from ._resize import Adapters, ScalingRule, base_weight
 from ._signals import Interrupts
 from ._snapshot import ModelState
 
-__all__ = ["calibrate_in_place"]
-
 StepFunction = Callable[[nn.Module, int], Any]
 FullTrains = Sequence[str] | Callable[[str, nn.Parameter], bool]
 _SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")

@@ -40,8 +40,6 @@ from ...inspection import (
     write_starts,
 )
 
-__all__ = ["Adapters", "FoundPair", "ScalingRule", "base_weight"]
-
 ScalingRule = Literal["fixed", "alpha", "rslora"]
 Variance = Literal["mua", "peft"]
 # Parts of an adapter beside its pairs that no rank shapes.

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupts"]
-
 
 class Interrupts:
     """A context that holds Ctrl-C back except inside `with interrupts.let_in():`.

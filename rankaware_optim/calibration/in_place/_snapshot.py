@@ -16,8 +16,6 @@ from torch import nn
 from ...errors import CalibrationError
 from ...inspection import Walk
 
-__all__ = ["ModelState"]
-
 # Integer tensors above this size are a quantised weight: as frozen as any, and as large.
 _QUANTISED = 2**16
 

@@ -20,8 +20,6 @@ from ._keys import NamedPair, named_pairs, refuse_collisions
 from ._peft_config import LORA_TYPES, AdapterConfig, Declared, embedded_configs, is_alpha, read_config
 from ._safetensors import Header, read_header, shown
 
-__all__ = ["inspect_file"]
-
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -11,8 +11,6 @@ from .._conventions import CONVENTIONS, Convention, conventions
 from .._pairs import Pair
 from ._safetensors import Header
 
-__all__ = ["NamedPair", "named_pairs", "refuse_collisions"]
-
 
 class NamedPair(NamedTuple):
     """Two tensors by their names `a` and `b`: the layer and adapter they belong to, and the rows that name them so."""

@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 from ...errors import InspectionError
 from ._safetensors import one_line, parse_json, shown
 
-__all__ = ["AdapterConfig", "Declared", "LORA_TYPES", "embedded_configs", "first_matches", "is_alpha", "read_config"]
-
 _LIMIT = 10_000_000  # bytes
 _PATTERN_LIMIT = 1000  # characters
 _LIST_LIMIT = 1000  # entries

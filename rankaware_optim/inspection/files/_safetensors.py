@@ -14,8 +14,6 @@ from safetensors import SafetensorError, safe_open
 
 from ...errors import InspectionError
 
-__all__ = ["Header", "Tensor", "one_line", "parse_json", "read_header", "shown"]
-
 _LIMIT = 25_000_000  # bytes, as of some 150,000 tensors; the format itself allows 100 million
 _NAME_LIMIT = 1000
 _CODES = {"F16": "<e", "F32": "<f", "F64": "<d", "I8": "<b", "I16": "<h", "I32": "<i", "I64": "<q"}

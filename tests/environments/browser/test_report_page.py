@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from rankaware_optim import Constant, LoRAPlus, MuA, Power, Recipe, RecipeError, Reference
-from rankaware_optim.recipe._html import report_html
-from rankaware_optim.recipe._rate_table import rate_table
+from rankaware_optim.recipe._html import rate_table, report_html
 
 from ...helpers.recipes import KINDS, RECIPE
 

@@ -17,14 +17,12 @@ Ranks share one nearly: each has its own, within `_OWN` of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-
-__all__ = ["Arm", "Bowls", "bowls_of"]
 
 Array = npt.NDArray[np.float64]
 
@@ -69,27 +67,41 @@ class Bowls(NamedTuple):
 
 def bowls_of(arms: Mapping[int | None, Arm]) -> Bowls:
     """Fit a bowl to every arm: too high a rate ends untrained or, where no run was that bad, perhaps on a plateau."""
-    stalls = [False] if any(arm.y.max() >= CAP for arm in arms.values()) else [False, True]
-    return Bowls(*map(np.concatenate, zip(*(_bowls_where(arms, stall) for stall in stalls), strict=True)))
+    return Bowls(*map(np.concatenate, zip(*(_bowls_where(arms, p) for p in _plateaus(arms)), strict=True)))
 
 
-def _bowls_where(arms: Mapping[int | None, Arm], stall: bool) -> Bowls:
+def _plateaus(arms: Mapping[int | None, Arm]) -> list[list[float]]:
+    """Every arm's plateau of rates that are too high, in each way that the runs allow."""
+    untrained = [CAP] * len(arms)
+    if any(arm.y.max() >= CAP for arm in arms.values()):
+        return [untrained]
+    return [untrained, [float(arm.y.max()) or CAP for arm in arms.values()]]
+
+
+def _bowls_where(arms: Mapping[int | None, Arm], plateaus: Sequence[float]) -> Bowls:
     xs = np.concatenate([arm.x for arm in arms.values()])
     grid = np.arange(xs.min() - _BEYOND, xs.max() + _BEYOND, _GRID)
-    plateaus = [float(arm.y.max()) or CAP if stall else CAP for arm in arms.values()]
     fits = [_shared(_log_likelihood(arm, grid, p), grid) for arm, p in zip(arms.values(), plateaus, strict=True)]
     noise, _, steepness, _ = (at.ravel() for at in np.meshgrid(NOISE, REACH, STEEPNESS, CURVATURE, indexing="ij"))
-    usual = -0.5 * (np.log(noise / _USUAL_NOISE) / _NOISE_SD) ** 2
     evidence, mean, sd = (np.stack(of_arms, axis=1) for of_arms in zip(*fits, strict=True))
-    return Bowls(usual + evidence.sum(axis=1), mean, sd, noise, steepness)
+    return Bowls(_log_prior(noise) + evidence.sum(axis=1), mean, sd, noise, steepness)
+
+
+def _log_prior(noise: Array) -> Array:
+    return np.asarray(-0.5 * (np.log(noise / _USUAL_NOISE) / _NOISE_SD) ** 2)
 
 
 def _log_likelihood(arm: Arm, grid: Array, plateau: float) -> Array:
     """log p(losses | σ, h, a, k, v), the level integrated out: (σ, h, a, k, v)."""
-    u = arm.x[None, :] - grid[:, None]
-    highest = np.where(u < 0, CAP, plateau)  # (v, trial)
-    miss = arm.y - np.minimum(CURVATURE[:, None, None] * _bowl(u)[:, :, None], highest)  # (h, a, k, v, trial)
+    miss = arm.y - _gaps(arm.x[None, :] - grid[:, None], plateau)
     return np.stack([_gaussian(miss, _covariance(arm, sigma)) for sigma in NOISE])
+
+
+def _gaps(u: Array, plateau: float) -> Array:
+    """The loss above its lowest, under every shape, at octaves u from the optimum: (h, a, k, *u.shape)."""
+    highest = np.where(u < 0, CAP, plateau)
+    by_curvature = CURVATURE.reshape(-1, *(1 for _ in u.shape))
+    return np.asarray(np.minimum(by_curvature * _bowl(u)[:, :, None], highest))
 
 
 def _bowl(u: Array) -> Array:
@@ -138,3 +150,43 @@ def _own_shapes() -> Array:
         weights = np.exp(-0.5 * ((at[:, None] - at[None, :]) / sd) ** 2)
         kernel = np.kron(kernel, weights / weights.sum(axis=1, keepdims=True))
     return kernel
+
+
+# --- the curves of a fit ----------------------------------------------------------------------------------------------
+
+
+def curves_of(arms: Mapping[int | None, Arm], u: Mapping[int | None, Array]) -> dict[int | None, Array]:
+    """Every arm's expected gap at octaves `u` from its optimum, if the optima are where their x is 0.
+
+    This is the mean over the posterior of shapes, noises and levels that `bowls_of` weighs, given the optima.
+    """
+    logs, parts = zip(*(_curves_where(arms, plateaus, u) for plateaus in _plateaus(arms)), strict=True)
+    weights = np.exp(np.array(logs) - max(logs))
+    weights /= weights.sum()
+    return {rank: sum(w * part[rank] for w, part in zip(weights, parts, strict=True)) for rank in arms}
+
+
+def _curves_where(
+    arms: Mapping[int | None, Arm], plateaus: Sequence[float], u: Mapping[int | None, Array]
+) -> tuple[float, dict[int | None, Array]]:
+    """Under these plateaus, the log evidence of the optima, and every arm's mean curve."""
+    pairs = list(zip(arms.values(), plateaus, strict=True))
+    logs = np.stack([_log_likelihood(arm, np.zeros(1), plateau).ravel() for arm, plateau in pairs])
+    own = np.exp(logs - logs.max(axis=1, keepdims=True))  # how likely a shape is as an arm's own: (arms, shapes)
+    near = own @ _own_shapes().T + _LEAST  # and as the one that is shared nearly
+    log_shared = _log_prior(np.repeat(NOISE, own.shape[1] // len(NOISE))) + np.log(near).sum(axis=0)
+    shared = np.exp(log_shared - log_shared.max())
+    belief = own * ((shared / near) @ _own_shapes())
+    belief /= belief.sum(axis=1, keepdims=True)
+    curves = [_mean_curve(*pair, b, u[rank]) for rank, pair, b in zip(arms, pairs, belief, strict=True)]
+    evidence = np.log(shared.sum()) + log_shared.max() + logs.max(axis=1).sum()
+    return float(evidence), dict(zip(arms, curves, strict=True))
+
+
+def _mean_curve(arm: Arm, plateau: float, belief: Array, u: Array) -> Array:
+    """An arm's mean curve over its shapes, each at the level that the trials put it at."""
+    miss = arm.y - _gaps(arm.x, plateau)
+    precisions = [np.linalg.inv(_covariance(arm, sigma)).sum(axis=1) for sigma in NOISE]
+    levels = np.stack([miss @ weights / weights.sum() for weights in precisions])
+    by_bowl = belief.reshape(len(NOISE), -1).sum(axis=0)
+    return np.asarray(belief @ levels.ravel() + by_bowl @ _gaps(u, plateau).reshape(len(by_bowl), -1))

@@ -1,0 +1,55 @@
+"""A recipe in words: what printing it, `rankaware show` and its page say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from textwrap import fill
+from typing import TYPE_CHECKING
+
+from ..laws import law_words
+from ._uncertainty import own_band
+
+if TYPE_CHECKING:
+    from ._recipe import Recipe
+
+
+def lead(recipe: Recipe) -> str:
+    """The recipe in a sentence: its optimizer, its horizon, and where it was calibrated."""
+    optimizer, steps, batch = recipe.optimizer.rpartition(".")[2], recipe.steps or "unknown", _number(recipe.batch)
+    return f"{optimizer}, {steps} steps at batch {batch}, calibrated at {_tried(recipe)}."
+
+
+def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What a recipe holds, as pairs of a name and a text."""
+    at, horizon = recipe.reference, recipe.horizon
+    warmup = "unknown" if recipe.warmup is None else f"{recipe.warmup:.0%}"
+    settings = (f"{name}={value!r}" for name, value in recipe.settings.items())
+    yield "base rate", f"{recipe.lr:.3g} at {at}, width {_number(at.fan_in)}"
+    yield "best fitted", f"{recipe.best_lr:.3g}, {recipe.lean:.2g} octaves above the base rate"
+    yield "90 % band", "{:.3g} to {:.3g}".format(*own_band(recipe))
+    yield "ceiling", "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}"
+    yield "full width", _number(recipe.full_fan_in)
+    yield "law", law_words(recipe.law)
+    yield "alpha by rank", recipe.scaling_rule
+    yield "optimizer", ", ".join([recipe.optimizer, *settings])
+    yield "horizon", f"{recipe.steps or 'unknown'} steps, batch {_number(recipe.batch)}, warm-up {warmup}"
+    yield "other steps", f"{horizon.slope:+.2f} ± {horizon.slope_sd:.2f} octaves of rate per octave of steps"
+    yield "seen", f"{_tried(recipe)}; {len(recipe.tensors.get('lr', ()))} trials, from seed {recipe.seed}"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in recipe.versions.items()) or "unknown"
+    yield "hash", recipe.tag.partition(" ")[0]
+    yield from (("note", note) for note in recipe.notes)
+
+
+def explain(recipe: Recipe) -> str:
+    """The facts, one a line."""
+    lines = [fill(f"{name:<14}{text}", 100, subsequent_indent=" " * 14) for name, text in facts(recipe)]
+    return "\n".join([f"Recipe {recipe.name!r}", *lines])
+
+
+def _tried(recipe: Recipe) -> str:
+    ranks = f"ranks {', '.join(map(str, recipe.ranks))}" if recipe.ranks else ""
+    return " and ".join(filter(None, (ranks, "full finetuning" if recipe.full_seen else ""))) or "nothing"
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:g}"

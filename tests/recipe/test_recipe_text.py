@@ -1,0 +1,91 @@
+"""What a recipe and its rates say of themselves: once, wherever it is printed."""
+
+from __future__ import annotations
+
+import html
+import math
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from rankaware_optim import Rate, Recipe, Reference
+from rankaware_optim.cli._main import main
+from rankaware_optim.recipe._html import report_html
+from rankaware_optim.recipe._recipe_text import facts, lead
+
+from ..helpers.recipes import KINDS, RECIPE
+
+FULL = replace(
+    RECIPE,
+    lean=0.25,
+    horizon=replace(RECIPE.horizon, slope=-0.1),
+    settings={"weight_decay": 0.01, "betas": [0.9, 0.99]},
+    batch=16.0,
+    warmup=0.05,
+    versions={"torch": "2.6"},
+    notes=("first", "second"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_it_holds_a_recipe_prints_itself(kind):
+    """Every recipe has a text of one fact a line, none of them empty or None."""
+    made = KINDS[kind]
+    assert str(made) == made.explain()
+    assert "None" not in str(made)
+    assert all(name and text for name, text in facts(made))
+
+
+def test_a_recipe_says_what_it_holds():
+    """Rate, reference, band, law, optimizer, horizon, what was seen, versions, hash and notes each have a line."""
+    said = dict(facts(FULL))
+    assert said["base rate"] == f"{FULL.lr:.3g} at rank 4, alpha 8, Init[A], width 64"
+    assert said["90 % band"] == FULL.at().band
+    assert said["law"] == "Power(exponent=0.1)"
+    assert said["optimizer"] == "torch.optim.AdamW, weight_decay=0.01, betas=[0.9, 0.99]"
+    assert said["horizon"] == "1 steps, batch 16, warm-up 5%"
+    assert said["seen"] == "ranks 4, 64; 6 trials, from seed 0"
+    assert said["hash"] == FULL.tag.split()[0]
+    assert [text for name, text in facts(FULL) if name == "note"] == ["first", "second"]
+
+
+@pytest.mark.parametrize("made", [FULL, *KINDS.values()])
+def test_the_page_says_what_printing_says(made):
+    """The page opens with the recipe's sentence and holds every fact that printing it shows."""
+    page = html.unescape(report_html(made))
+    assert lead(made) in page
+    for name, text in facts(made):
+        assert f"<dt>{name.capitalize()}</dt><dd>{text}</dd>" in page
+
+
+def test_the_commands_print_the_objects_own_text(tmp_path):
+    """`show` prints the recipe, and `lr` its rate."""
+    path = str(FULL.save(tmp_path / "r.toml"))
+    done = [CliRunner().invoke(main, words) for words in (["show", path], ["lr", path, "--rank", "8"])]
+    assert [one.output.rstrip("\n") for one in done] == [str(Recipe.load(path)), str(FULL.at(8))]
+
+
+RATES = [
+    (Rate(1e-3), ["lr        0.001"]),
+    (Rate(1e-3, 5e-4, 2e-3), ["lr        0.001", "90 % band 0.0005 to 0.002"]),
+    (Rate(1e-3, 5e-4, 2e-3, 8e-3), [..., ..., "ceiling   0.008 (the smallest rate seen to diverge)"]),
+    (Rate(1e-3, 5e-4, 2e-3, None, True, ("far", "low")), [..., ..., "extrapolated", "note: far", "note: low"]),
+]
+
+
+@pytest.mark.parametrize(("rate", "lines"), RATES)
+def test_a_rate_explains_itself(rate, lines):
+    """Printed, a rate is a fact a line: what is not known of it has none."""
+    said = str(rate).splitlines()
+    assert said == [one if line is ... else line for line, one in zip(lines, said, strict=True)]
+    assert float(rate) == rate.lr
+
+
+def test_looking_at_a_recipe_does_not_use_up_its_warning():
+    """A page or a printed recipe asks for rates far outside and warns of none; the user's own asking still warns."""
+    made = replace(RECIPE, reference=Reference(rank=4, alpha=8, fan_in=64))
+    report_html(made)
+    str(made)
+    with pytest.warns(match="extrapolates"):
+        assert math.isfinite(made.at(1024).lr)
