@@ -29,7 +29,7 @@ SUITES = {
     "Optimizers": ["tests/environments/integrations/test_optimizers.py", "tests/optimizer/test_wrapper.py"],
     "State": ["tests/optimizer/test_state_dict.py"],
     "Schedulers": [
-        "tests/optimizer/test_schedulers.py",
+        "tests/optimizer/test_loops.py",
         "tests/environments/integrations/test_schedules_of_transformers.py",
     ],
     "What wraps around": ["tests/environments/integrations/test_wrappers.py"],
@@ -187,7 +187,7 @@ NATIVE = {
     "test_state_dict::test_another_rank_is_refused_with_both_numbers": _another_rank,
     "test_wrapper::test_a_checkpoint_of_another_rank_is_refused": _another_rank,
     "test_wrapper::test_state_is_matched_by_name": _reversed_groups,
-    "test_schedulers::test_schedulers_with_one_limit_for_all_are_named_with_the_cure": _one_limit,
+    "test_loops::test_parameters_move_at_the_laws_rate_in_every_loop": _one_limit,
 }
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ TAGS = (
     "rankaware_format",
     "param_shapes",
     "rankaware_recipe",
+    "rankaware_lr",
 )
+_OF_LR = "the base rate: our step multiplies it, to_plain_state_dict(opt) is for native optimizers"
 
 
 def model_of(params: Any, model: nn.Module | None) -> nn.Module:
@@ -136,7 +138,7 @@ class PlannedGroup(NamedTuple):
         params = [p for _, p in self.named]
         a = self.assignment
         decided = (a.multiplier, a.role, a.rank, a.scaling, a.init)
-        values = (*decided, self.user_group, GROUP_FORMAT, shapes_text(params), self.recipe_tag)
+        values = (*decided, self.user_group, GROUP_FORMAT, shapes_text(params), self.recipe_tag, _OF_LR)
         tags = dict(zip(TAGS, values, strict=True))
         return {"params": list(self.named) if named else params, **self.options, **tags}
 
@@ -178,6 +180,7 @@ def multiply_for_native(group: dict[str, Any], scale_weight_decay: bool = True) 
     A decoupled decay is lr × weight_decay: without scale_weight_decay it is divided so that the product stays.
     """
     group["lr"], group["rank_multiplied"] = group["lr"] * group["rank_multiplier"], True
+    del group["rankaware_lr"]
     if not scale_weight_decay and "weight_decay" in group:
         group["weight_decay"] = group["weight_decay"] / group["rank_multiplier"]
 

@@ -19,6 +19,7 @@ from torch import nn
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted, InspectionError, OptimizerError, Power
 from rankaware_optim.calibration import Pushed
+from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.calibrations import BEST, STEPS, AdamW, Net, bowl, calibrate, losses, made_up, train
 
@@ -336,7 +337,7 @@ def test_the_optimizer_is_the_users_at_the_trials_rate():
         assert isinstance(opt, AdamW)
         assert isinstance(opt, ra.RankAwareOptimizer)
         assert opt.defaults["weight_decay"] == 0.5
-        (used,) = {g["lr"] for g in opt.param_groups if g["lora_role"] == "A"}
+        (used,) = {effective_lr(g) for g in opt.param_groups if g["lora_role"] == "A"}
         by_law = recipe_like(recipe, Power(pivot=8.0), trial.lr)
         assert used == pytest.approx(by_law.at(rank=trial.rank).lr, rel=1e-9)
 

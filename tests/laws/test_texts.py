@@ -10,6 +10,7 @@ import rankaware_optim as ra
 from rankaware_optim import Constant, LawError, LoRAPlus, MuA, Power
 from rankaware_optim.cli import main
 from rankaware_optim.laws import get_law
+from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import PlainLoRA
 
@@ -69,10 +70,8 @@ def test_the_optimizer_and_convert_take_the_same_words():
     """A text with parameters, or of a law of one's own, is a law for the wrapper, for groups and for `convert_lr`."""
     model, text, law = PlainLoRA(torch.nn.Linear(64, 64), 16), "mua?tokens=2", MuA(tokens=2.0)
     options = {"lr": 1e-3, "tuned_at": ra.Reference(rank=4, alpha=4)}
-    rates = [
-        [group["lr"] for group in ra.RankAwareOptimizer(model, torch.optim.AdamW, law=named, **options).param_groups]
-        for named in (text, law, "mua")
-    ]
+    opts = [ra.RankAwareOptimizer(model, "adamw", law=named, **options) for named in (text, law, "mua")]
+    rates = [[effective_lr(group) for group in opt.param_groups] for opt in opts]
     assert rates[0] == rates[1] != rates[2]
     assert [g["lr"] for g in ra.rank_aware_param_groups(model, law=text, **options)] == rates[0]
     a, b = "r=4,alpha=4,fan_in=64", "r=64,alpha=64"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rankaware_optim import Power, RankAwareWarning, Recipe, RecipeError, Reference, calibrate
 from rankaware_optim.calibration.fit import Prior
 from rankaware_optim.calibration.fit._horizon_fit import horizon_of
+from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.recipe import SLOPE_SD, Horizon
 from rankaware_optim.recipe._horizon import BATCH_SD
 
@@ -178,7 +179,7 @@ def test_a_calibration_records_its_horizon(tmp_path):
 
     def train(trial):
         opt = trial.optimizer(mlp((trial.rank, trial.rank), seed=trial.seed))
-        off = math.log2(opt.param_groups[0]["lr"]) + 9
+        off = math.log2(effective_lr(opt.param_groups[0])) + 9
         for step in range(trial.steps):
             yield 1 + 0.05 * off**2 - step / trial.steps
 

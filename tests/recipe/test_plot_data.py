@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rankaware_optim as ra
+from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.recipe._plot_data import picture_of
 
 from ..helpers.models import mlp
@@ -24,7 +25,7 @@ def calibrated(init, ranks, drift):
         model = mlp((trial.rank, trial.rank) if trial.rank else (), init=init, width=32)
         opt = trial.optimizer(model)
         role = "A" if trial.rank else "full"
-        (rate,) = {group["lr"] for group in opt.param_groups if group["lora_role"] == role}
+        (rate,) = {effective_lr(group) for group in opt.param_groups if group["lora_role"] == role}
         used.append((trial.rank, trial.seed, rate))
         u = math.log2(rate) + 7 - drift * math.log2((trial.rank or 32) / 8)
         for step in range(trial.steps):

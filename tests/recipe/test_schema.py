@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import rankaware_optim as ra
+from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import mlp
 
@@ -35,7 +36,7 @@ def calibrated() -> ra.Recipe:
     def train(trial):
         opt = trial.optimizer(mlp((trial.rank, trial.rank), seed=trial.seed), weight_decay=0.01)
         for _ in range(trial.steps):
-            yield float(opt.param_groups[0]["lr"]) + trial.seed
+            yield effective_lr(opt.param_groups[0]) + trial.seed
 
     return ra.calibrate(train, torch.optim.AdamW, ranks=(2, 4), steps=3, trials=2, batch=8, warmup=0.1)
 

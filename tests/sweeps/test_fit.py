@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from rankaware_optim import CalibrationError, MuA, RankAwareOptimizer, Recipe, RecipeError, Reference
 from rankaware_optim.cli._fit import fit as fit_command
 from rankaware_optim.laws import Law, Power
+from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.sweeps import fit_sweep
 from rankaware_optim.sweeps._io import ALIASES, SweepRun, read_sweep
 
@@ -255,7 +256,7 @@ def test_a_recipe_of_a_sweep_drives_an_optimizer():
     for told in (16.0, None):
         recipe = fit_sweep(drawn(ranks=(4, 8)), fan_in=told)
         opt = RankAwareOptimizer(mlp((8,), head=False), torch.optim.AdamW, recipe=recipe)
-        rates = {group["lr"] for group in opt.param_groups}
+        rates = {effective_lr(group) for group in opt.param_groups}
         assert sorted(rates) == pytest.approx([recipe.at(8, fan_in=16.0).lr], rel=1e-9)
 
 

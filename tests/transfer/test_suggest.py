@@ -26,6 +26,7 @@ from rankaware_optim import (
 from rankaware_optim._optimizers import _KNOWN
 from rankaware_optim.cli._suggest import suggest
 from rankaware_optim.inspection import inspect_model
+from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.transfer import published_init, suggest_lr
 from rankaware_optim.transfer._suggest import LEAN, PUBLISHED
 
@@ -213,7 +214,7 @@ def test_the_rest_of_a_model_follows_by_the_law():
     model = model_of((8, 64), (8, 64), (2, 64))
     found = suggest_lr(model)
     optimizer = RankAwareOptimizer(model, torch.optim.AdamW, lr=found.lr, tuned_at=found.reference)
-    rates = {group["lora_rank"]: group["lr"] for group in optimizer.param_groups}
+    rates = {group["lora_rank"]: effective_lr(group) for group in optimizer.param_groups}
     assert rates[8] == pytest.approx(found.lr)
     assert rates[2] == pytest.approx(suggest_lr(replace(found.reference, rank=2, alpha=4, fan_in=64)).lr)
 

@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from rankaware_optim import OptimizerError, RankAwareOptimizer
+from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import mlp, same, snapshot
 from .by_hand import AT_16, LR, Case, by_class, by_instance, loads_safely, multiplier, native, run, through_file
@@ -202,7 +203,7 @@ def test_an_optimizer_that_groups_by_itself_is_wrapped_as_an_instance():
     kind = pytest.importorskip("pytorch_optimizer").AdamMini
     model = mlp((4, 8))
     opt = RankAwareOptimizer(kind(model, lr=LR), model=model, tuned_at=AT_16)
-    rates = {name: group["lr"] for group in opt.param_groups for name in group["param_names"]}
+    rates = {name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]}
     assert rates["layer0.lora_A"] == LR * multiplier(4, Case(kind))
     assert rates["layer1.lora_B"] == LR * multiplier(8, Case(kind))
     run(Case(kind), model, opt)

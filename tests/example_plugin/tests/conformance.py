@@ -6,6 +6,7 @@ import torch
 from rankaware_example import Bottleneck, StableProduct
 
 from rankaware_optim import RankAwareOptimizer, Reference
+from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.testing import check_convention, check_law
 
 
@@ -27,4 +28,4 @@ def test_both_are_used() -> None:
     model = Bottleneck(12, 20, 8, 8.0)
     at = Reference(rank=2, alpha=2)
     optimizer = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, law="example-product", tuned_at=at)
-    assert {round(group["lr"], 9) for group in optimizer.param_groups} == {5e-4}
+    assert {round(effective_lr(group), 9) for group in optimizer.param_groups} == {5e-4}
