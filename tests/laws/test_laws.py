@@ -181,7 +181,7 @@ def test_ratio_acts_only_through_its_product_with_scaling(point, b, more):
     assert move(MuA(b, ratio=more), other, origin) == pytest.approx(move(MuA(b), point, origin), rel=1e-9)
 
 
-# theory.md, section 1: exponents of rate in rank where s = r^(-γ), and in width. Asymptotic, so far from any corner.
+# Exponents of rate in rank where s = r^(-γ), and in width. Asymptotic, so far from any corner.
 PAPER, MANY, FEW = None, 1e9, 1e-6
 RANK_EXPONENTS = [
     # init, gamma, tokens, width, exponent
@@ -231,7 +231,7 @@ def test_published_ratio_of_full_to_lora():
     assert ratios == pytest.approx([13, 10], rel=0.05)
 
 
-# theory.md, section 3: octaves from the lowest to the highest rank, as read off κ for the small transformer.
+# Octaves from the lowest to the highest rank, as read off κ for the small transformer.
 SWEEP = [(4.0, 2.65), (8.0, 2.5)]
 
 

@@ -203,7 +203,7 @@ def test_a_tensor_as_rate(form):
         torch.testing.assert_close(value, snapshot(plain)[name], rtol=1e-12, atol=1e-12)
 
 
-# --- the exact oracle (theory.md, section 4) ------------------------------------------------------------------------
+# --- the exact oracle: a change of s undone by two rates ------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -440,7 +440,7 @@ def test_any_text_is_a_reference_or_our_error(text):
         assert isinstance(parse_reference(text), Reference)
 
 
-# --- the exact oracle (theory.md, section 4) ------------------------------------------------------------------------
+# --- the exact oracle: a change of s undone by two rates ------------------------------------------------------------
 
 
 @dataclass(frozen=True)

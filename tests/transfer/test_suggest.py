@@ -54,7 +54,7 @@ def reach(suggestion) -> float:
 
 # --- the rate -------------------------------------------------------------------------------------------------------
 
-# Medians of the published best rates (theory.md, section 5), log2; edges of the grids are left out there, which lowers
+# Medians of the published best rates of 18 models, log2. Edges of the grids are left out there, which lowers
 # them at the higher ranks.
 MEDIANS = [(1, -12.4), (4, -12.0), (16, -11.8), (64, -11.6), (128, -11.5)]
 
