@@ -40,7 +40,7 @@ _ROWS = {
     "lars": Known("first-step", needs_decay=True),
     "prodigy dadaptadam dadaptsgd dadaptadagrad dadaptlion dadaptadan": Known(one_rate=_ESTIMATES),
     "lbfgs": Known(one_rate="takes one parameter group only"),
-    "lorarite": Known(one_rate="steps A and B as one pair out of one group"),
+    "lorarite lorafaoptimizer": Known(one_rate="steps A and B as one pair out of one group"),
     "lomo adalomo": Known(one_rate=_IN_BACKWARD),
 }
 _KNOWN = {name: row for names, row in _ROWS.items() for name in names.split()}

@@ -11,9 +11,10 @@ from torch import nn
 
 from .._checks import check_init
 from .._types import Factor, Init, Method, Role, Survey
+from .._warn import warn
 from ..errors import InspectionError
 from ._conventions import Reading, conventions
-from ._pairs import Modules, Pair, Walk, is_embedding, is_shard, pairs_of, reading_of, scaling_of, walk
+from ._pairs import Modules, Pair, Walk, declared_number, is_embedding, is_shard, pairs_of, reading_of, scaling_of, walk
 from ._unsupported import is_other_adapter, unsupported
 
 _SAMPLE = 1024
@@ -116,6 +117,7 @@ def _lora_factors(
         ids = [id(pair.a.tensor), id(pair.b.tensor)]
         if not left.keys().isdisjoint(ids):
             reading = reading_of(pair)
+            _warn_of_transposed(pair, reading)
             scaling = scaling_of(pair, reading.rank_a)
             if scaling is None:
                 notes.append(f"{pair.where} declares no scaling: 1 is assumed.")
@@ -128,6 +130,17 @@ def _lora_factors(
         halves = [half for half in (pair.a, pair.b) if id(half.tensor) not in trainable and id(half.tensor) not in seen]
         frozen += [f"{pair.layer}.{half.name}".removeprefix(".") for half in halves]
         seen.update(ids)
+
+
+def _warn_of_transposed(pair: Pair, reading: Reading) -> None:
+    """Say that a pair whose rank nobody declares may be stored the other way round: (64, 4) and (4, 64)."""
+    rank, other = reading.rank_a, reading.fan_in
+    square = tuple(pair.a.tensor.shape) == tuple(pair.b.tensor.shape)[::-1] == (rank, other)
+    if square and rank > other and declared_number(pair, pair.convention.rank) is None:
+        warn(
+            f"{pair.where} declares no rank: its factors are read as rank {rank:g} on a layer of width {other:g}. If "
+            f"they are stored transposed it is rank {other:g} on width {rank:g}: set the attribute that declares it."
+        )
 
 
 def factor_of(pair: Pair, role: Role, name: str, reading: Reading, scaling: float | None, init: Init) -> Factor:

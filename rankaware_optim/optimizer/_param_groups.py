@@ -154,10 +154,14 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
     planned: list[PlannedGroup] = []
     for number, group in enumerate(groups, first):
         cut: dict[Assignment, PlannedGroup] = {}
-        for name, param in group.named:
+        listed = [k for k, v in group.options.items() if isinstance(v, list) and len(v) == len(group.named) > 1]
+        for position, (name, param) in enumerate(group.named):
             assignment = plan.assign(name, factors.get(name))
-            blank = PlannedGroup(assignment, [], dict(group.options), number, plan.recipe_tag)
-            cut.setdefault(assignment, blank).named.append((name, param))
+            options = {**group.options, **{key: [] for key in listed}}
+            part = cut.setdefault(assignment, PlannedGroup(assignment, [], options, number, plan.recipe_tag))
+            part.named.append((name, param))
+            for key in listed:  # one value a parameter, as PEFT's LoRA-FA and some of pytorch_optimizer keep
+                part.options[key].append(group.options[key][position])
         planned.extend(cut.values())
     return planned
 

@@ -24,7 +24,8 @@ def to_plain_state_dict(opt: Any, names: Sequence[str] | None = None, *, own_gro
     if names is None and not own_groups:
         groups = [_native(group) for group in state["param_groups"]]
         return {**state, "param_groups": groups}
-    place = {n: (g, key) for g in state["param_groups"] for n, key in zip(g["param_names"], g["params"], strict=True)}
+    named = [(g, zip(g.get("param_names", ()), g["params"], strict=False)) for g in state["param_groups"]]
+    place = {name: (group, key) for group, pairs in named for name, key in pairs}
     groups, made, count = [], {}, 0
     for own in opt._rankaware.order if names is None else (tuple(names),):
         present = [n for n in own if n in place]
@@ -44,5 +45,5 @@ def _native(group: dict[str, Any]) -> dict[str, Any]:
     made = {key: value for key, value in group.items() if key not in TAGS}
     for key in ("lr", "initial_lr", "max_lr", "min_lr"):
         if key in made:
-            made[key] = made[key] * group["rank_multiplier"]
+            made[key] = made[key] * group.get("rank_multiplier", 1.0)
     return made

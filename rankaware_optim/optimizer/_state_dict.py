@@ -67,6 +67,11 @@ def fit_checkpoint(
     `orders` are orders of names that a checkpoint without names may be in. Nothing is changed in place.
     """
     groups, state = _contents(state_dict)
+    if any("param_names" not in group or "user_group" not in group for group in param_groups):
+        raise CheckpointError(
+            "A group was put into param_groups by hand, so this optimizer does not know its parameters.",
+            "Add it by add_param_group.",
+        )
     if any("lr" not in group for group in groups):
         raise CheckpointError(
             "The checkpoint's groups are cut otherwise than this optimizer's, and torch.distributed.checkpoint brings "

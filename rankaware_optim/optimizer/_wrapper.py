@@ -278,7 +278,9 @@ def _subclass(native: type[Optimizer]) -> Any:
     if native not in _SUBCLASSES:
         namespace: dict[str, Any] = {name: RankAwareOptimizer.__dict__[name] for name in _OVERRIDES}
         namespace |= {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
-        namespace |= {"_rankaware_native": native, "step": _step_of(native)}
+        steps = [name for name in dir(native) if name.endswith("_step") and not hasattr(Optimizer, name)]
+        steps = ["step", *(name for name in steps if not name.startswith("_"))]  # BSAM's third_step moves too
+        namespace |= {"_rankaware_native": native, **{name: _step_of(getattr(native, name)) for name in steps}}
         namespace |= {"_rankaware_stepping": False, "_rankaware_unchecked": True, "_rankaware_idle": False}
         namespace |= {"_rankaware_watched": 0}
         _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
@@ -328,9 +330,9 @@ def _regroup(built: Optimizer, native: type[Optimizer], planned: list[PlannedGro
 Held = list[tuple[dict[str, Any], Any, Any, Any]]  # group, its base rate, the rate put in its place, its weight decay
 
 
-def _step_of(native: type[Optimizer]) -> Callable[..., Any]:
-    """`native.step` at multiplied rates. It is called without torch's hooks, which this one has of its own."""
-    stepped = native.step.__wrapped__ if getattr(native.step, "hooked", False) else native.step  # type: ignore[attr-defined]
+def _step_of(native: Any) -> Callable[..., Any]:
+    """A native step at multiplied rates. It is called without torch's hooks, which this one has of its own."""
+    stepped = native.__wrapped__ if getattr(native, "hooked", False) else native
 
     @wraps(stepped)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from rankaware_optim import (
+    CheckpointError,
     Constant,
     OptimizerError,
     Power,
@@ -397,6 +398,66 @@ def test_parameters_of_other_networks_keep_their_own_state():
     again.load_state_dict(opt.state_dict())
     for p, state in opt.state.items():
         assert torch.equal(again.state[p]["momentum_buffer"], state["momentum_buffer"])
+
+
+def test_lists_with_a_value_a_parameter_are_split_along():
+    """An option that holds one value for each parameter of the user's group is cut as its parameters are."""
+    model = Model()
+    params = [p for p in model.parameters() if p.requires_grad]
+    opt = RankAwareOptimizer([{"params": params, "marks": list("abcde")}], torch.optim.SGD, model=model, lr=LR, **LAW)
+    order = {id(p): mark for p, mark in zip(params, "abcde", strict=True)}
+    assert all(group["marks"] == [order[id(p)] for p in group["params"]] for group in opt.param_groups)
+
+
+def test_a_group_put_in_by_hand_is_said():
+    """A group that was appended to param_groups trains at its rate, and a checkpoint says how to add it."""
+    model, lone = Model(), nn.Parameter(torch.zeros(1))
+    opt = by_class(model)
+    state = opt.state_dict()
+    opt.param_groups.append({**torch.optim.SGD([lone], lr=LR).param_groups[0]})
+    lone.grad = torch.ones_like(lone)
+    opt.step()
+    assert lone.item() == pytest.approx(-LR)
+    with pytest.raises(CheckpointError, match=r"by hand.*add_param_group"):
+        opt.load_state_dict(state)
+
+
+SETTINGS = [
+    (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}),
+    (torch.optim.Muon, {}),
+    (torch.optim.Adafactor, {}),
+    (torch.optim.AdamW, {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), SETTINGS, ids=lambda value: str(value)[-40:])
+def test_groups_for_native_classes_know_the_settings(kind, settings):
+    """rank_aware_param_groups with an optimizer's class and settings gives the wrapper's multipliers."""
+    model = mlp((4, 64), head=False)
+    opt = RankAwareOptimizer(model, kind, lr=LR, tuned_at=Reference(rank=16, alpha=16), **settings)
+    groups = rank_aware_param_groups(
+        model, lr=LR, tuned_at=Reference(rank=16, alpha=16), optimizer_class=kind, settings=settings
+    )
+    assert [g["rank_multiplier"] for g in groups] == [g["rank_multiplier"] for g in opt.param_groups]
+
+
+class Parted(torch.optim.SGD):
+    """Steps in parts that may be called one by one, as BSAM does."""
+
+    def third_step(self):
+        super().step()
+
+    def step(self, closure=None):
+        self.third_step()
+
+
+@pytest.mark.parametrize("call", ["step", "third_step"])
+def test_a_step_under_another_name_multiplies_once(call):
+    """A public method named like a step multiplies, called by itself or from the step."""
+    model = Model()
+    opt = by_class(model, Parted)
+    opt.step = getattr(opt, call)
+    assert_at(model, moved(model, opt), LR)
 
 
 # --- parameters that never train ------------------------------------------------------------------------------------

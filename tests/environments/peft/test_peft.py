@@ -11,6 +11,7 @@ from torch import nn
 
 from rankaware_optim import MuA, RankAwareOptimizer, RankAwareWarning, Reference, inspect_model
 from rankaware_optim._types import Factor
+from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import same, snapshot
 
@@ -131,8 +132,9 @@ def test_the_rest_is_other(options, parts):
     assert survey.other
     assert all(any(part in name for part in parts) for name in survey.other)
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at=AT_16)
-    assert opt.param_groups[0]["param_names"] == list(survey.other)
-    assert opt.param_groups[0]["lr"] == 1e-3
+    (group,) = (group for group in opt.param_groups if group["lora_role"] == "other")
+    assert group["param_names"] == list(survey.other)
+    assert effective_lr(group) == 1e-3
 
 
 INITS = [
@@ -158,9 +160,9 @@ def test_inits_without_a_law_stay_at_the_base_rate(declared):
     model = wrapped(init_lora_weights=declared)
     with pytest.warns(RankAwareWarning, match="PiSSA, OLoRA"):
         opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at=AT_16)
-    assert {g["lr"] for g in opt.param_groups} == {1e-3}
+    assert {effective_lr(g) for g in opt.param_groups} == {1e-3}
     named = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at=AT_16, init="A")
-    assert {g["lr"] for g in named.param_groups} != {1e-3}
+    assert {effective_lr(g) for g in named.param_groups} != {1e-3}
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("emb", "q", "conv", "grouped")])
@@ -231,7 +233,7 @@ def test_a_rank_pattern_is_scaled_around_the_dominant_rank():
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3)
     width = inspect_model(model).width
     moved = MuA().multiplier(Factor("w", "A", 16, width, width, scaling=0.5), Reference(rank=4, alpha=8, fan_in=width))
-    found = {(g["lora_rank"], g["lora_role"]): g["lr"] for g in opt.param_groups}
+    found = {(g["lora_rank"], g["lora_role"]): effective_lr(g) for g in opt.param_groups}
     assert found[4, "A"] == found[4, "B"] == 1e-3
     assert [found[16, "A"], found[16, "B"]] == pytest.approx([1e-3 * moved] * 2)
     train(model, opt)
