@@ -13,7 +13,7 @@ class Known(NamedTuple):
     family: how far its updates move a layer, a key of the laws' forms. relation: how its best rate follows from
     AdamW's, a key of `suggest_lr`'s rules, "" where nothing is published. one_rate: why it cannot have a rate per
     group, "" where it can. floor: the least size that a relative-scale step takes a parameter for. needs_decay: it
-    scales by norms only what it decays.
+    scales by norms only what it decays. steps: public methods beside `step` that move parameters.
     """
 
     family: str = "unknown"
@@ -21,6 +21,7 @@ class Known(NamedTuple):
     one_rate: str = ""
     floor: float | None = None
     needs_decay: bool = False
+    steps: tuple[str, ...] = ()
 
 
 _ESTIMATES = "estimates one rate for all groups itself"
@@ -41,6 +42,7 @@ _ROWS = {
     "prodigy dadaptadam dadaptsgd dadaptadagrad dadaptlion dadaptadan": Known(one_rate=_ESTIMATES),
     "lbfgs": Known(one_rate="takes one parameter group only"),
     "lorarite lorafaoptimizer": Known(one_rate="steps A and B as one pair out of one group"),
+    "bsam": Known(steps=("third_step",)),
     "lomo adalomo": Known(one_rate=_IN_BACKWARD),
 }
 _KNOWN = {name: row for names, row in _ROWS.items() for name in names.split()}

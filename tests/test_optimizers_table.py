@@ -53,4 +53,4 @@ def test_every_row_speaks_of_what_exists(name):
     row = known_optimizer(name)[1]
     assert row.family in FORMS
     assert not row.relation or row.relation in RULES
-    assert bool(row.one_rate) == (row.family == "unknown")
+    assert bool(row.one_rate or row.steps) == (row.family == "unknown")

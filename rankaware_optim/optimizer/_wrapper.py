@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import plain_lr
+from .._optimizers import known_optimizer
 from .._rate import Rate
 from .._types import Init, Method, Reference, Survey
 from .._warn import warn
@@ -278,8 +279,7 @@ def _subclass(native: type[Optimizer]) -> Any:
     if native not in _SUBCLASSES:
         namespace: dict[str, Any] = {name: RankAwareOptimizer.__dict__[name] for name in _OVERRIDES}
         namespace |= {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
-        steps = [name for name in dir(native) if name.endswith("_step") and not hasattr(Optimizer, name)]
-        steps = ["step", *(name for name in steps if not name.startswith("_"))]  # BSAM's third_step moves too
+        steps = ("step", *known_optimizer(native)[1].steps)
         namespace |= {"_rankaware_native": native, **{name: _step_of(getattr(native, name)) for name in steps}}
         namespace |= {"_rankaware_stepping": False, "_rankaware_unchecked": True, "_rankaware_idle": False}
         namespace |= {"_rankaware_watched": 0}

@@ -441,8 +441,8 @@ def test_groups_for_native_classes_know_the_settings(kind, settings):
     assert [g["rank_multiplier"] for g in groups] == [g["rank_multiplier"] for g in opt.param_groups]
 
 
-class Parted(torch.optim.SGD):
-    """Steps in parts that may be called one by one, as BSAM does."""
+class BSAM(torch.optim.SGD):
+    """Steps in parts that may be called one by one, as pytorch_optimizer's does."""
 
     def third_step(self):
         super().step()
@@ -453,9 +453,9 @@ class Parted(torch.optim.SGD):
 
 @pytest.mark.parametrize("call", ["step", "third_step"])
 def test_a_step_under_another_name_multiplies_once(call):
-    """A public method named like a step multiplies, called by itself or from the step."""
+    """Another method that the table names as a step multiplies, called by itself or from the step."""
     model = Model()
-    opt = by_class(model, Parted)
+    opt = by_class(model, BSAM)
     opt.step = getattr(opt, call)
     assert_at(model, moved(model, opt), LR)
 

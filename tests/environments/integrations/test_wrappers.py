@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -374,3 +377,25 @@ def sharpness_aware(model, make):
 
         closure()
         opt.step(closure)
+
+
+# --- warnings -------------------------------------------------------------------------------------------------------
+
+
+def test_a_warning_is_seen_where_frameworks_are_loaded(tmp_path):
+    """With accelerate, transformers and Lightning imported a warning is said once, at the user's line."""
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import accelerate, lightning, transformers, torch\n"
+        "from rankaware_optim import RankAwareOptimizer\n"
+        "model = torch.nn.Module()\n"
+        "model.lora_A, model.lora_B = torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(4, 8, bias=False)\n"
+        "model.r, model.scaling = 4, 1.0\n"
+        "opt = RankAwareOptimizer(model, torch.optim.SGD, lr=0.1)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+    )
+    assert done.stderr.count("RankAwareWarning") == 1
+    assert "mine.py:6: RankAwareWarning" in done.stderr
