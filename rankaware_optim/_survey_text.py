@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ._tables import text_table
 
 if TYPE_CHECKING:
-    from ._types import Factor, Survey
+    from ._types import Survey
 
 
 class Rated(NamedTuple):
@@ -27,9 +27,22 @@ NO_LAW = "neither factor was zero, so no law covers it: the base rate"
 
 def explain(survey: Survey, per_module: bool, rates: Mapping[str, Rated]) -> str:
     """A table of what was found and why each is treated so, alike factors on one line, then what to check."""
-    lines = Counter(_factor_line(f, rates.get(f.name), per_module) for f in survey.factors)
-    lines.update(_other_line(name, survey.unsupported.get(name), rates.get(name), per_module) for name in survey.other)
-    lines.update(_frozen_line(name, per_module) for name in survey.frozen)
+    lines = Counter[tuple[str, ...]]()
+
+    def add(name: str, convention: str, cells: tuple[str, ...], reason: str, rated: Rated | None) -> None:
+        why = ("", reason) if rated is None else (f"{rated.lr:.3g}", rated.reason)
+        lines[(name if per_module else convention, *cells, *why)] += 1
+
+    for f in survey.factors:
+        scaling = "" if f.role == "full" else f"{f.scaling:g}"
+        cells = (f.kind, f.role, str(f.rank or ""), scaling, f.init, f"{f.fan_in:g}", f"{f.fan_out:g}")
+        reason = NO_LAW if f.init == "other" else "a LoRA pair" if f.rank else "a whole weight"
+        add(f.name, f.convention, cells, reason, rates.get(f.name))
+    for name in survey.other:
+        kind = survey.unsupported.get(name, "")
+        add(name, "", (kind, "other", *[""] * 5), reason_of_other([kind] if kind else []), rates.get(name))
+    for name in survey.frozen:
+        add(name, "", ("", "frozen", *[""] * 5), "a LoRA factor that does not train", None)
     rows = [(*line[:8], str(count), *line[8:]) for line, count in lines.items()]
     headings = ("module" if per_module else _HEADINGS[0], *_HEADINGS[1:])
     return noted_table(headings, rows, audit(survey), survey.notes, width=200 if per_module else 140)
@@ -50,30 +63,9 @@ def noted_table(
     return text_table(headings, rows, lines=lines, title=title, left=words, width=width)
 
 
-def _factor_line(f: Factor, rated: Rated | None, per_module: bool) -> tuple[str, ...]:
-    scaling = "" if f.role == "full" else f"{f.scaling:g}"
-    fans = (f"{f.fan_in:g}", f"{f.fan_out:g}")
-    shown = (f.name if per_module else f.convention, f.kind, f.role, str(f.rank or ""), scaling, f.init, *fans)
-    reason = NO_LAW if f.init == "other" else "a LoRA pair" if f.rank else "a whole weight"
-    return (*shown, *_rated_cells(rated, reason))
-
-
-def _other_line(name: str, kind: str | None, rated: Rated | None, per_module: bool) -> tuple[str, ...]:
-    cells = _rated_cells(rated, reason_of_other([kind] if kind else []))
-    return (name if per_module else "", kind or "", "other", "", "", "", "", "", *cells)
-
-
 def reason_of_other(kinds: Sequence[str]) -> str:
     """Why a parameter that is no factor has the base rate. `kinds`: the adapters without a law that it belongs to."""
     return f"{', '.join(kinds)}: no law, the base rate" if kinds else "no LoRA factor: the base rate"
-
-
-def _frozen_line(name: str, per_module: bool) -> tuple[str, ...]:
-    return (name if per_module else "", "", "frozen", "", "", "", "", "", "", "a LoRA factor that does not train")
-
-
-def _rated_cells(rated: Rated | None, reason: str) -> tuple[str, str]:
-    return ("", reason) if rated is None else (f"{rated.lr:.3g}", rated.reason)
 
 
 def audit(survey: Survey) -> Iterator[str]:

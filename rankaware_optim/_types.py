@@ -142,7 +142,9 @@ class Reference:
                     f"Give {name}=..., or method='full' for a rate tuned by full finetuning.",
                 )
         for name in ("rank", "alpha", "fan_in", "batch"):
-            _check_positive(name, getattr(self, name), whole=name == "rank")
+            value, kind = getattr(self, name), "whole number" if name == "rank" else "number"
+            if value is not None and not (is_positive(value) and (name != "rank" or value == int(value))):
+                raise InvalidReferenceError(f"Reference got {name}={value!r}.", f"Give a positive {kind}.")
 
     @classmethod
     def from_scaling(cls, rank: int | None, scaling: float, *, init: Literal["A", "B"] = "A") -> Reference:
@@ -176,12 +178,3 @@ class Reference:
             return "full finetuning"
         rs = ", rslora" if self.rslora else ""
         return f"rank {self.rank}, alpha {self.alpha:g}{rs}, Init[{self.init}]"
-
-
-def _check_positive(name: str, value: object, *, whole: bool = False) -> None:
-    if value is None:
-        return
-    if not is_positive(value) or (whole and value != int(value)):
-        raise InvalidReferenceError(
-            f"Reference got {name}={value!r}.", f"Give a positive {'whole number' if whole else 'number'}."
-        )

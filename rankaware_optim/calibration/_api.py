@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
@@ -122,14 +121,15 @@ def calibrate(
         name=name,
         few_full=full_trials > 0,
     )
-    with _random_kept():
-        runner = Runner(study, schedule)
-        try:
-            runner.open(sampler, pruner, storage)
-            _run(runner, train, progress)
-            return runner.recipe()
-        finally:
-            runner.close()
+    state = random.getstate()  # importing rich and talking to a database may draw from it
+    runner = Runner(study, schedule)
+    try:
+        runner.open(sampler, pruner, storage)
+        _run(runner, train, progress)
+        return runner.recipe()
+    finally:
+        runner.close()
+        random.setstate(state)
 
 
 def _run(runner: Runner, train: Train, progress: bool | None) -> None:
@@ -149,16 +149,6 @@ def _run(runner: Runner, train: Train, progress: bool | None) -> None:
         )
         error.recipe = study.recipe() if study.fit() is not None else None
         raise error from interrupt
-
-
-@contextmanager
-def _random_kept() -> Iterator[None]:
-    """Python's random state as it was: importing rich and talking to a database may draw from it."""
-    state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

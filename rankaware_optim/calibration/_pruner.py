@@ -12,7 +12,8 @@ from optuna.pruners import BasePruner
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from ._trials import EARLY, TrialRecord, Trials
+from ..recipe import EARLY
+from ._trials import TrialRecord, Trials
 
 _WORSE = 0.5  # share of the best run's gain so far that a run must lag behind
 _NEAR = 1.0  # octaves around the best run and the estimated optimum in which nothing is pruned
@@ -38,15 +39,11 @@ class PairedPruner(BasePruner):
         if best is None or record.x is None:
             return False
         is_near = any(mark is not None and abs(record.x - mark) < _NEAR for mark in (best.x, record.estimate))
-        return not is_near and _lags(record, best)
-
-
-def _lags(trial: TrialRecord, best: TrialRecord) -> bool:
-    """Whether the last paired differences exceed the margin, each of them, and their mean what noise explains."""
-    steps = sorted(trial.reports.keys() & best.reports.keys())[-_JUDGED:]
-    if len(steps) < 2 or best.observation is None:
-        return False
-    gaps = [trial.reports[s] - best.reports[s] for s in steps]
-    gains = [best.observation.start - best.reports[s] for s in steps]
-    clearly = all(gain > 0 and gap > _WORSE * gain for gap, gain in zip(gaps, gains, strict=True))
-    return clearly and fmean(gaps) > _STANDARD_ERRORS * stdev(gaps) / math.sqrt(len(gaps))
+        steps = sorted(record.reports.keys() & best.reports.keys())[-_JUDGED:]
+        if is_near or len(steps) < 2 or best.observation is None:
+            return False
+        # The last paired differences must exceed the margin, each of them, and their mean what noise explains.
+        gaps = [record.reports[s] - best.reports[s] for s in steps]
+        gains = [best.observation.start - best.reports[s] for s in steps]
+        clearly = all(gain > 0 and gap > _WORSE * gain for gap, gain in zip(gaps, gains, strict=True))
+        return clearly and fmean(gaps) > _STANDARD_ERRORS * stdev(gaps) / math.sqrt(len(gaps))

@@ -19,15 +19,15 @@ from ..errors import CalibrationError
 from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
-from ..recipe import Recipe, plain_setting
+from ..recipe import TAIL, Recipe, height, plain_setting, recent
 from ._distributed import Replicas
 from ._liveness import fail_dead_trials, is_elsewhere, new_owner, release, to_repeat
 from ._optuna import begin_trial
 from ._sampler import estimate_at
 from ._schedule import Schedule, leverage
 from ._study import Study
-from ._trial import TAIL, Outcome, Train, Trial, recent, run_trial, seeded
-from ._trials import PARAMETER, Cell, TrialRecord, Trials, height, interval
+from ._trial import Outcome, Train, Trial, run_trial, seeded
+from ._trials import PARAMETER, Cell, TrialRecord, Trials, interval
 from .fit import Observation
 
 _POLL_S = 0.05
@@ -88,15 +88,16 @@ class Runner:
 
     def begin(self) -> NextTrial | None:
         """The next trial, written down as this process's own; None once the schedule is fulfilled."""
-        return self._agree(self._begin)
 
-    def _begin(self) -> NextTrial | None:
-        while True:
-            fail_dead_trials(self.study.optuna)
-            begun = self._try_to_begin()
-            if begun is not None or all(map(is_elsewhere, self.study.trials().running())):
-                return begun
-            time.sleep(_POLL_S)  # another's trial may yet die, and be this one's to run
+        def decide() -> NextTrial | None:
+            while True:
+                fail_dead_trials(self.study.optuna)
+                begun = self._try_to_begin()
+                if begun is not None or all(map(is_elsewhere, self.study.trials().running())):
+                    return begun
+                time.sleep(_POLL_S)  # another's trial may yet die, and be this one's to run
+
+        return self._agree(decide)
 
     def _try_to_begin(self) -> NextTrial | None:
         """A running trial that from its first moment says whose it is and what it tries."""

@@ -48,10 +48,7 @@ class Schedule:
         return int(min(self.total + self.full_trials, paid))
 
     def next(
-        self,
-        trials: Trials,
-        band: float | None = None,
-        weights: Mapping[int | None, float] | None = None,
+        self, trials: Trials, band: float | None = None, weights: Mapping[int | None, float] | None = None
     ) -> Cell | None:
         """The rank and seed to try next, or None if it is enough.
 
@@ -64,19 +61,14 @@ class Schedule:
         full = [t for t in tried if self.full_trials and t.rank is None]
         lora = Trials(t for t in tried if not self.full_trials or t.rank is not None)
         payable = math.inf if self.budget is None else (self.budget - trials.spent(self.steps)) // self.steps
-        if not self._enough(lora, band) and payable > self.full_trials - len(full):
+        narrow = self.until is not None and band is not None and band < self.until
+        ran = [trial.rank for trial in lora.counted()]
+        believed = narrow and all(ran.count(rank) >= _FEWEST for rank in self.ranks)
+        if len(lora) < self.total and not believed and payable > self.full_trials - len(full):
             return self._rotate(lora, weights or {})
         if len(full) < self.full_trials and payable >= 1:
             return Cell(None, self.seeds[(len(full) // PER_SEED) % len(self.seeds)])
         return None
-
-    def _enough(self, lora: Trials, band: float | None) -> bool:
-        if len(lora) >= self.total:
-            return True
-        if self.until is None or band is None or band >= self.until:
-            return False
-        done = [trial.rank for trial in lora.counted()]
-        return all(done.count(rank) >= _FEWEST for rank in self.ranks)
 
     def _rotate(self, lora: Trials, weights: Mapping[int | None, float]) -> Cell:
         """Ranks in turn, the one tried least for its weight, four runs of each at a seed before the next seed.

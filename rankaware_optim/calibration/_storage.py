@@ -30,23 +30,18 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
     if isinstance(storage, BaseStorage):
         return get_storage(storage)
     with storage_errors(storage):
-        if isinstance(storage, str) and "://" in storage:
-            return _by_url(storage)
-        return _journal(Path(storage))
-
-
-def _by_url(url: str) -> BaseStorage:
-    try:
-        return get_storage(url)
-    except ImportError as error:
-        raise CalibrationError(
-            f"The storage {_shown(url)} needs a driver that is not installed: {_line(error)}",
-            "Install it, such as psycopg[binary] for postgresql+psycopg://.",
-        ) from error
-    except (ValueError, ArgumentError) as error:
-        raise CalibrationError(
-            f"storage={_shown(url)!r} is no storage: {_line(error)}", "Give a URL or a path."
-        ) from error
+        if not (isinstance(storage, str) and "://" in storage):
+            return _journal(Path(storage))
+        try:
+            return get_storage(storage)
+        except ImportError as error:
+            raise CalibrationError(
+                f"The storage {_shown(storage)} needs a driver that is not installed: {_line(error)}",
+                "Install it, such as psycopg[binary] for postgresql+psycopg://.",
+            ) from error
+        except (ValueError, ArgumentError) as error:
+            cause = f"storage={_shown(storage)!r} is no storage: {_line(error)}"
+            raise CalibrationError(cause, "Give a URL or a path.") from error
 
 
 def _journal(path: Path) -> BaseStorage:

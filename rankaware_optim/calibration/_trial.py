@@ -18,11 +18,11 @@ from .._checks import is_number
 from .._types import Method
 from ..errors import CalibrationError
 from ..optimizer import RankAwareOptimizer
+from ..recipe import TAIL, recent
 
 Build = Callable[["Trial", Any, dict[str, Any]], RankAwareOptimizer]
 Train = Callable[["Trial"], "Generator[Any, None, Any] | Pushed"]
 
-TAIL = 5  # values at least in the mean that scores a run
 # What torch says on the CPU (Linux, Windows), on MPS and in cuBLAS, where the error is a plain RuntimeError.
 _SAID = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")
 
@@ -204,12 +204,6 @@ def _as_float(value: Any, step: int, what: str = "value") -> float:
             f"train's {what} at step {step} is a {type(value).__name__}.", "Yield a number or a one-element tensor."
         )
     return float(value)
-
-
-def recent(curve: Sequence[float], count: int = TAIL) -> float:
-    """Mean of the last few values."""
-    last = curve[-count:]
-    return sum(last) / len(last)
 
 
 @contextmanager

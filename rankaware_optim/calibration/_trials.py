@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from ._trial import TAIL, recent
+from ..recipe import TAIL, carried_on
 from .fit import Observation, diverged
 
 PARAMETER = "log2_lr"  # what Optuna calls the one number of a trial: log2 of the base rate, reference coordinates
 _REPORTS = 10  # reports of a run to the storage, where pruners read them
-EARLY = 0.3  # share of its steps in which a run is not judged
 _SAME = 1e-3  # relative: how well the first values of two runs of one rank and seed must agree
 
 
@@ -118,22 +117,13 @@ class Trials(tuple[TrialRecord, ...]):
         return [*self.observations(), *self.carried()]
 
     def carried(self) -> list[Observation]:
-        """What the fit makes of runs that were stopped as worse: they end as far above the best run of their rank and
-        seed as they lay when they were stopped. Left out, a rate too high would seem never to have been tried. Stopped
-        in its first 30 %, a run says nothing.
-        """
+        """What the fit makes of runs that were stopped as worse than the best run of their rank and seed."""
         seen = []
         for trial in self.counted():
-            curve = trial.curve
-            if trial.stopped != "pruned" or trial.x is None or not curve:
-                continue
-            best = self.rival_of(trial)
-            if best is None or best.observation is None or best.curve is None or len(curve) < EARLY * len(best.curve):
-                continue
-            own, tail = best.observation, recent(curve)
-            gap = max(0.0, tail - recent(best.curve[: len(curve)]))
-            seen.append(replace(own, x=trial.x, value=own.value + gap, start=height(curve), tail=own.tail + gap))
-        return seen
+            best = self.rival_of(trial) if trial.stopped == "pruned" else None
+            if best is not None and best.observation is not None and best.curve is not None and trial.x is not None:
+                seen.append(carried_on(trial.x, trial.curve or [], best.observation, best.curve))
+        return [observation for observation in seen if observation is not None]
 
     def pruned(self) -> list[tuple[int | None, float]]:
         """(rank, log2 rate) of those that were stopped as worse than others, by how much is not known.
@@ -213,11 +203,6 @@ class Trials(tuple[TrialRecord, ...]):
 def interval(steps: int) -> int:
     """Steps between two reports of a run."""
     return max(1, steps // _REPORTS)
-
-
-def height(curve: Sequence[float]) -> float:
-    """Where a run begins: its first value, or the median of the first few where its first batch was an easy one."""
-    return max(curve[0], statistics.median(curve[:TAIL]))
 
 
 def is_flat(seen: Sequence[Observation]) -> bool:

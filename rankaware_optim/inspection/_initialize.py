@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from .._checks import check_init
+from .._checks import check_init, is_positive
 from .._types import Survey
 from ..errors import InspectionError
 from ._declarations import Config, configs_of, declare, redeclare, scaling_places
@@ -78,8 +78,7 @@ def initialize(
         )
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise InspectionError(f"The seed {seed!r} is no whole number.", "Give a whole number.")
-    is_number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
-    if scaling is not None and not (is_number and 0 < scaling < math.inf):
+    if scaling is not None and not is_positive(scaling):
         raise InspectionError(
             f"The scaling {scaling!r} is no positive finite number.", "Give one, or None to keep what is declared."
         )

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar
 
+from .._checks import is_number
 from .._registry import Registry
 from .._types import Factor, Reference
 from ..errors import LawError
@@ -148,8 +149,11 @@ def law_changes(law: Law) -> dict[str, Any]:
 
 def law_words(law: Law) -> str:
     """A law by its class and what differs from its defaults, to four digits: "MuA(tokens=4.0)"."""
-    told = {name: value for name, value, changed in _parameters(law) if changed}
-    return f"{type(law).__name__}({', '.join(f'{name}={_in_words(value)}' for name, value in told.items())})"
+    words = []
+    for name, value, changed in _parameters(law):
+        short = float(f"{value:.4g}") if isinstance(value, float) else value
+        words += [f"{name}={law_words(value) if isinstance(value, Law) else repr(short)}"] if changed else []
+    return f"{type(law).__name__}({', '.join(words)})"
 
 
 def _parameters(law: Law) -> Iterator[tuple[str, Any, bool]]:
@@ -158,12 +162,6 @@ def _parameters(law: Law) -> Iterator[tuple[str, Any, bool]]:
     for f in known:
         value = getattr(law, f.name)
         yield f.name, value, value != (f.default_factory() if callable(f.default_factory) else f.default)
-
-
-def _in_words(value: Any) -> str:
-    if isinstance(value, Law):
-        return law_words(value)
-    return repr(float(f"{value:.4g}") if isinstance(value, float) else value)
 
 
 def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
@@ -185,12 +183,14 @@ def law_to_dict(law: Law) -> dict[str, Any]:
     if LAWS.get(law.name)().__class__ is not type(law):
         raise LawError(f"The law {law!r} is not the one registered as {law.name!r}.", "Register it under its own name.")
     values = {f.name: getattr(law, f.name) for f in fields(law)}  # type: ignore[arg-type]
-    return {"name": law.name, **{key: _to_plain(value) for key, value in values.items()}}
+    plain = {k: law_to_dict(v) if isinstance(v, Law) else "none" if v is None else v for k, v in values.items()}
+    return {"name": law.name, **plain}
 
 
 def law_from_dict(data: Mapping[str, Any]) -> Law:
     """The inverse of `law_to_dict`; an error names an unknown law or field."""
-    values = {key: _from_plain(value) for key, value in data.items() if key != "name"}
+    plain = {key: None if value == "none" else value for key, value in data.items() if key != "name"}
+    values = {key: law_from_dict(value) if isinstance(value, Mapping) else value for key, value in plain.items()}
     kind = type(LAWS.get(str(data.get("name")))())
     unknown = sorted(values.keys() - {f.name for f in fields(kind)})
     if unknown:
@@ -199,19 +199,12 @@ def law_from_dict(data: Mapping[str, Any]) -> Law:
     return made
 
 
-def _to_plain(value: Any) -> Any:
-    return law_to_dict(value) if isinstance(value, Law) else "none" if value is None else value
-
-
-def _from_plain(value: Any) -> Any:
-    return law_from_dict(value) if isinstance(value, Mapping) else None if value == "none" else value
-
-
-def check_parameter(law: Law, name: str, value: object, *, positive: bool = True) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if not number or (positive and value <= 0):  # type: ignore[operator]
-        kind = "positive finite" if positive else "finite"
-        raise LawError(f"The law {law.name!r} got {name}={value!r}.", f"Give a {kind} number.")
+def check_parameters(law: Law, *names: str, positive: bool = True) -> None:
+    for name in names:
+        value = getattr(law, name)
+        if not (is_number(value) and abs(value) <= sys.float_info.max) or (positive and value <= 0):
+            kind = "positive finite" if positive else "finite"
+            raise LawError(f"The law {law.name!r} got {name}={value!r}.", f"Give a {kind} number.")
 
 
 def check_law(law: Law, beneath: object) -> None:
@@ -219,7 +212,8 @@ def check_law(law: Law, beneath: object) -> None:
         raise LawError(f"The law {law.name!r} got law={beneath!r}.", "Give a Law instance, such as MuA().")
 
 
-def check_choice(law: Law, name: str, value: object, choices: tuple[object, ...]) -> None:
+def check_choice(law: Law, name: str, choices: Iterable[object]) -> None:
+    value, choices = getattr(law, name), tuple(choices)
     if not any(value == choice and type(value) is type(choice) for choice in choices):
         known = ", ".join(map(repr, choices))
         raise LawError(f"The law {law.name!r} got {name}={value!r}.", f"Give one of {known}.")

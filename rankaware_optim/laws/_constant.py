@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .._types import Factor, Reference
-from ._base import Law, check_parameter
+from ._base import Law, check_parameters
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LoRAPlus(Law):
     name: ClassVar[str] = "loraplus"
 
     def __post_init__(self) -> None:
-        check_parameter(self, "ratio", self.ratio)
+        check_parameters(self, "ratio")
 
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         return self.ratio if factor.role == "B" else 1.0

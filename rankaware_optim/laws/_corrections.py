@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from .._optimizers import optimizer_family
 from .._types import Factor, Reference
-from ._base import Law, check_law, check_parameter
+from ._base import Law, check_law, check_parameters
 from ._mua import MuA
 
 
@@ -30,9 +30,8 @@ class Power(Law):
     name: ClassVar[str] = "power"
 
     def __post_init__(self) -> None:
-        check_parameter(self, "exponent", self.exponent, positive=False)
-        check_parameter(self, "full_factor", self.full_factor)
-        check_parameter(self, "pivot", self.pivot)
+        check_parameters(self, "exponent", positive=False)
+        check_parameters(self, "full_factor", "pivot")
         check_law(self, self.law)
 
     @property
@@ -40,8 +39,7 @@ class Power(Law):
         return self.law.falls_with_rank
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-        law = self.law.bind(optimizer_class, settings)
-        return Power(self.exponent, self.full_factor, self.pivot, self.to_full, law)
+        return replace(self, law=self.law.bind(optimizer_class, settings))
 
     def batch_multiplier(self, ratio: float) -> float:
         return self.law.batch_multiplier(ratio)
@@ -86,7 +84,7 @@ class Falling(Law):
     name: ClassVar[str] = "falling"
 
     def __post_init__(self) -> None:
-        check_parameter(self, "knee", self.knee)
+        check_parameters(self, "knee")
         check_law(self, self.law)
 
     @property

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import check_init, is_positive, is_whole
+from .._checks import check_init, is_whole
 from .._optimizers import optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
-from ._base import Law
+from ._base import Law, check_parameters
 from ._mua import MuA
 from ._simulate import (
     Batch,
@@ -76,10 +76,7 @@ class Measured(Law):
             value = getattr(self, name)
             if not is_whole(value, 0 if name == "seed" else 1):
                 raise LawError(f"The law 'measured' got {name}={value!r}.", "Give a positive whole number.")
-        for name in ("target", "ratio"):
-            value = getattr(self, name)
-            if not is_positive(value):
-                raise LawError(f"The law 'measured' got {name}={value!r}.", "Give a positive finite number.")
+        check_parameters(self, "target", "ratio")
         if not isinstance(self.optimizer, str) or not isinstance(_parsed(self.settings), dict):
             raise LawError(
                 f"The law 'measured' got optimizer={self.optimizer!r}, settings={self.settings!r}.",

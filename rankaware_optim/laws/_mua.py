@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from .._checks import check_init
 from .._types import Factor, Reference
 from ..errors import LawError
-from ._base import Law, check_choice, check_parameter
+from ._base import Law, check_choice, check_parameters
 from ._updates import FORMS, SHAPE_FACTORS, Site, Updates, update_settings
 
 
@@ -63,13 +63,10 @@ class MuA(Law):
     name: ClassVar[str] = "mua"
 
     def __post_init__(self) -> None:
-        check_parameter(self, "ratio", self.ratio)
-        for name in ("tokens", "floor", "steps"):
-            if getattr(self, name) is not None:
-                check_parameter(self, name, getattr(self, name))
-        check_choice(self, "split", self.split, (False, True))
-        check_choice(self, "family", self.family, tuple(FORMS))
-        check_choice(self, "shape_factor", self.shape_factor, tuple(SHAPE_FACTORS))
+        given = [name for name in ("tokens", "floor", "steps") if getattr(self, name) is not None]
+        check_parameters(self, "ratio", *given)
+        for name, choices in (("split", (False, True)), ("family", FORMS), ("shape_factor", SHAPE_FACTORS)):
+            check_choice(self, name, choices)
         if self.split and FORMS[self.family].units is None:
             raise LawError(f"Two rates are not derived for {self.family} optimizers.", "Leave split=True out.")
 

@@ -9,8 +9,7 @@ would exaggerate it; LARS alone keeps it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -96,38 +95,23 @@ def advance(stepper: Stepper, rated: list[tuple[nn.Parameter, float]], set_gradi
     """Build the optimizer on the parameters at their rates and take its steps, `set_gradients` before each."""
     groups = [{"params": [param], "lr": lr} for param, lr in rated]
     settings = {key: value for key, value in stepper.settings.items() if key != "lr"}
-    with _own_generator(stepper.seed), _optimizer_errors(stepper):
-        build: Callable[..., Any] = stepper.optimizer
-        opt = build(groups, lr=rated[0][1], **settings)
-        getattr(opt, "train", lambda: None)()  # schedule-free optimizers step in training mode only
-        for group in opt.param_groups if not known_optimizer(stepper.optimizer)[1].needs_decay else ():
-            group.update({"weight_decay": 0.0} if "weight_decay" in group else {})
-        for _ in range(stepper.steps):
-            set_gradients()
-            opt.step()
-
-
-@contextmanager
-def _own_generator(seed: int) -> Iterator[None]:
-    """For optimizers that draw numbers: the CPU's global generator is seeded inside and put back."""
-    state = torch.random.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(state)
-
-
-@contextmanager
-def _optimizer_errors(stepper: Stepper) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a stranger's optimizer may raise anything
-        name, shown = stepper.optimizer.__name__, f"{type(error).__name__}: {error}"
-        raise LawError(
-            f"{name} could not step LoRA factors with settings {dict(stepper.settings)!r}: {shown}.",
-            "Give settings= that build it on two matrices and step it without a closure, or choose another law.",
-        ) from error
+    build: Callable[..., Any] = stepper.optimizer
+    with torch.random.fork_rng(devices=()):  # for optimizers that draw numbers
+        torch.default_generator.manual_seed(stepper.seed)
+        try:
+            opt = build(groups, lr=rated[0][1], **settings)
+            getattr(opt, "train", lambda: None)()  # schedule-free optimizers step in training mode only
+            for group in opt.param_groups if not known_optimizer(stepper.optimizer)[1].needs_decay else ():
+                group.update({"weight_decay": 0.0} if "weight_decay" in group else {})
+            for _ in range(stepper.steps):
+                set_gradients()
+                opt.step()
+        except Exception as error:  # a stranger's optimizer may raise anything
+            name, shown = stepper.optimizer.__name__, f"{type(error).__name__}: {error}"
+            raise LawError(
+                f"{name} could not step LoRA factors with settings {dict(stepper.settings)!r}: {shown}.",
+                "Give settings= that build it on two matrices and step it without a closure, or choose another law.",
+            ) from error
 
 
 def rms_of_product(left: torch.Tensor, right: torch.Tensor) -> float:

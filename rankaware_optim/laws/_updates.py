@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from .._optimizers import known_optimizer, optimizer_family
@@ -31,6 +32,9 @@ class Updates(NamedTuple):
     shape_factor: str = "original"
     floor: float | None = None
     steps: int | None = None
+
+
+Terms = Callable[[Updates, Site], tuple[float, float]]
 
 
 def kappa(m: float, tokens: float | None) -> float:
@@ -176,17 +180,11 @@ def _rising_root(change: Callable[[float], float], most: float) -> float:
     return math.exp(high)
 
 
-def _polynomial(
-    terms: Callable[[Updates, Site], tuple[float, float]],
-) -> Callable[[Updates, Site, float, float], float]:
+def _polynomial(terms: Terms, of: Updates, at: Site, a: float, b: float) -> float:
     """The root σ of p·σ + q·σ² = 1, in quadrature under Init[B]: there the two are nearly orthogonal."""
-
-    def rate(of: Updates, at: Site, a: float, b: float) -> float:
-        p, q = terms(of, at)
-        p, q = p * (b if at.init == "A" else a if at.init == "B" else 1.0), q * a * b
-        return _in_quadrature(p, q) if at.init == "B" else 2.0 / (p + math.sqrt(p * p + 4.0 * q))
-
-    return rate
+    p, q = terms(of, at)
+    p, q = p * (b if at.init == "A" else a if at.init == "B" else 1.0), q * a * b
+    return _in_quadrature(p, q) if at.init == "B" else 2.0 / (p + math.sqrt(p * p + 4.0 * q))
 
 
 def _in_quadrature(p: float, q: float) -> float:
@@ -217,14 +215,14 @@ class Form(NamedTuple):
     """
 
     rate: Callable[[Updates, Site, float, float], float]
-    units: Callable[[Updates, Site], tuple[float, float]] | None = None
+    units: Terms | None = None
     batch: float = 0.5
 
 
-_SIGN_LIKE = Form(_polynomial(sign_terms), sign_units)
+_SIGN_LIKE = Form(partial(_polynomial, sign_terms), sign_units)
 FORMS = {
     "sign-like": _SIGN_LIKE,
-    "spectral": Form(_polynomial(spectral_terms), spectral_units),
+    "spectral": Form(partial(_polynomial, spectral_terms), spectral_units),
     "gradient-like": Form(gradient_rate, batch=1.0),
     "relative-scale": Form(relative_rate),
     "first-step": Form(first_step_rate),

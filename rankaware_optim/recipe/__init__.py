@@ -5,7 +5,7 @@ from ._diff import diff_recipes, diff_text
 from ._horizon import SLOPE_SD, Horizon
 from ._html import write_report
 from ._loss_model import bowls_of
-from ._observations import Observation, arms_of, gain_of, usual_start
+from ._observations import EARLY, TAIL, Observation, arms_of, carried_on, gain_of, height, recent, usual_start
 from ._plots import draw_trials, drawable, plot_recipe
 from ._recipe import ANY_WIDTH, Recipe, resolve_recipe
 from ._schema import plain_setting
@@ -13,6 +13,7 @@ from ._uncertainty import INIT_SD, RANK_SD, WIDTH_SD, Z90
 
 __all__ = [
     "ANY_WIDTH",
+    "EARLY",
     "Horizon",
     "INIT_SD",
     "Observation",
@@ -20,17 +21,21 @@ __all__ = [
     "Rate",
     "Recipe",
     "SLOPE_SD",
+    "TAIL",
     "WIDTH_SD",
     "Z90",
     "arms_of",
     "bowls_of",
+    "carried_on",
     "diff_recipes",
     "diff_text",
     "draw_trials",
     "drawable",
     "gain_of",
+    "height",
     "plain_setting",
     "plot_recipe",
+    "recent",
     "resolve_recipe",
     "usual_start",
     "write_report",

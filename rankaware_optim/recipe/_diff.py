@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._checks import is_number
 from .._tables import text_table
 from ._recipe import Recipe, known_rate
 from ._schema import to_document
@@ -81,7 +82,11 @@ def _fields(first: Recipe, second: Recipe) -> Iterator[Difference]:
     for path in (*one, *(path for path in two if path not in one)):
         old, new = one.get(path), two.get(path)
         if old != new:
-            yield Difference(path, _text(old), _text(new), _change(path, old, new))
+            words = ""
+            if is_number(old) and is_number(new):
+                by_factor = path.rpartition(".")[2] in _BY_FACTOR and old > 0 and new > 0
+                words = _factor(old, new) if by_factor else f"{new - old:+.3g}"
+            yield Difference(path, _text(old), _text(new), words)
     arrays, others = first.arrays(), second.arrays()
     for path in (*arrays, *(path for path in others if path not in arrays)):
         a, b = arrays.get(path), others.get(path)
@@ -108,14 +113,6 @@ def _text(value: Any) -> str:
 
 def _size(tensor: torch.Tensor | None) -> str:
     return _ABSENT if tensor is None else " × ".join(map(str, tensor.shape)) or "1"
-
-
-def _change(path: str, old: Any, new: Any) -> str:
-    """What takes one number to the other: a factor for rates, widths and counts, else a difference."""
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (old, new)):
-        return ""
-    by_factor = path.rpartition(".")[2] in _BY_FACTOR and old > 0 and new > 0
-    return _factor(old, new) if by_factor else f"{new - old:+.3g}"
 
 
 def _factor(old: float, new: float) -> str:

@@ -99,17 +99,13 @@ def _log_likelihood(arm: Arm, grid: Array, plateau: float) -> Array:
 
 def _gaps(u: Array, plateau: float) -> Array:
     """The loss above its lowest, under every shape, at octaves u from the optimum: (h, a, k, *u.shape)."""
-    highest = np.where(u < 0, CAP, plateau)
-    by_curvature = CURVATURE.reshape(-1, *(1 for _ in u.shape))
-    return np.asarray(np.minimum(by_curvature * _bowl(u)[:, :, None], highest))
-
-
-def _bowl(u: Array) -> Array:
-    """Bowls of curvature 1 at octaves u from the optimum: (h, a, *u.shape)."""
     below = np.stack([h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0) for h in REACH])
     cliffs = [(np.exp(np.clip(a * u, 0.0, 20.0)) - a * u - 1.0) / a**2 for a in STEEPNESS[1:]]
     above = np.stack([u**2 / 2, *cliffs])
-    return np.where(u < 0, below[:, None], above[None])
+    bowls = np.where(u < 0, below[:, None], above[None])  # of curvature 1: (h, a, *u.shape)
+    highest = np.where(u < 0, CAP, plateau)
+    by_curvature = CURVATURE.reshape(-1, *(1 for _ in u.shape))
+    return np.asarray(np.minimum(by_curvature * bowls[:, :, None], highest))
 
 
 def _covariance(arm: Arm, sigma: float) -> Array:

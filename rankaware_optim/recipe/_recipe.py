@@ -112,7 +112,10 @@ class Recipe:
                 hangs on a fan-in, steps or batch that nobody told the recipe; or steps or batch are impossible.
             InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
         """
-        rate = self._quoted(self._target(rank, alpha, rslora, init, method, fan_in), steps, batch)
+        target = self._target(rank, alpha, method, rslora)
+        given = {"init": init, "fan_in": fan_in}
+        target = replace(target, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+        rate = self._quoted(target, steps, batch)
         if rate.extrapolated and not self.__dict__.get("_warned"):
             object.__setattr__(self, "_warned", True)
             warn(f"Recipe {self.name!r} extrapolates: {rate.notes[0]}.")
@@ -120,7 +123,15 @@ class Recipe:
 
     def _quoted(self, target: Reference, steps: int | None = None, batch: float | None = None) -> Rate:
         """The rate at a reference, without a warning; its first notes say what was not seen."""
-        target, reference = self._at_a_width(target)
+        reference = self.reference
+        if reference.fan_in is None:
+            if target.fan_in is None and (target.method, target.init) != (reference.method, reference.init):
+                raise RecipeError(
+                    f"Recipe {self.name!r} knows no fan-in, on which the rate of {target} hangs.",
+                    "Give fan_in=, the model's width.",
+                )
+            width = target.fan_in or ANY_WIDTH
+            target, reference = replace(target, fan_in=width), replace(reference, fan_in=width)
         sd, outside = spread(self, target)
         longer = self.horizon.by_steps(steps, self.steps, self.name, told=target.method == reference.method)
         larger = by_batch(batch, self.batch, math.log2(self.law.batch_multiplier(2.0)), self.name)
@@ -154,27 +165,16 @@ class Recipe:
             notes.append(f"The recipe was made with {made_for}, not {optimizer_class.__name__}: its rates may not fit.")
         return tuple(notes)
 
-    def _target(
-        self,
-        rank: int | None = None,
-        alpha: float | None = None,
-        rslora: bool = False,
-        init: Literal["A", "B"] | None = None,
-        method: Method = "lora",
-        fan_in: float | None = None,
-    ) -> Reference:
-        """What `at` is asked for, as a reference: what is left out is the recipe's own."""
+    def _target(self, rank: int | None, alpha: float | None, method: Method, rslora: bool = False) -> Reference:
+        """What `at` is asked for, as a reference at the recipe's own init and width."""
         own = self.reference
-        init = own.init if init is None else init
         if (rslora and alpha is None) or (method == "full" and not rank is alpha is None):
             raise RecipeError(
                 f"rank={rank}, alpha={alpha}, rslora={rslora} do not go together with method={method!r}.",
                 "Give rank and alpha for LoRA, rslora= beside alpha=, and none of them for full finetuning.",
             )
         if method == "full":
-            width = self.full_fan_in or own.fan_in
-            return Reference(method="full", init=init, fan_in=width if fan_in is None else fan_in)
-        width = own.fan_in if fan_in is None else fan_in
+            return Reference(method="full", init=own.init, fan_in=self.full_fan_in or own.fan_in)
         if rank is None and own.method == "full":
             raise RecipeError("This recipe was made by full finetuning alone.", "Give rank= and alpha= for LoRA.")
         rank = own.rank if rank is None else rank
@@ -184,7 +184,7 @@ class Recipe:
                 "Fit it again with alpha=, or use recipe.at(rank=...).lr as a plain lr=.",
             )
         if alpha is not None:
-            return Reference(rank, alpha, rslora, init, width, method)
+            return Reference(rank, alpha, rslora, own.init, own.fan_in, method)
         Reference(rank, 1.0, method=method)  # refuses an impossible rank before it is used below
         scaling = own.scaling
         if rank != own.rank:
@@ -193,20 +193,7 @@ class Recipe:
                     f"Recipe {self.name!r} saw no rule by which alpha follows the rank.", "Give alpha= beside the rank."
                 )
             scaling *= float((rank / own.rank) ** -GAMMA[self.scaling_rule])
-        return replace(Reference.from_scaling(rank, scaling, init=init), fan_in=width)
-
-    def _at_a_width(self, target: Reference) -> tuple[Reference, Reference]:
-        """`target` and the reference, at the target's fan-in where the recipe knows none."""
-        own = self.reference
-        if own.fan_in is not None:
-            return target, own
-        if target.fan_in is None and (target.method, target.init) != (own.method, own.init):
-            raise RecipeError(
-                f"Recipe {self.name!r} knows no fan-in, on which the rate of {target} hangs.",
-                "Give fan_in=, the model's width.",
-            )
-        width = target.fan_in or ANY_WIDTH
-        return replace(target, fan_in=width), replace(own, fan_in=width)
+        return replace(Reference.from_scaling(rank, scaling, init=own.init), fan_in=own.fan_in)
 
     def explain(self) -> str:
         """What the recipe holds: its rate with band and ceiling, its law, and what it was made with, a fact a line."""
@@ -245,7 +232,7 @@ def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> 
     with warnings.catch_warnings():  # of a real optimizer, which a measured law steps
         warnings.simplefilter("ignore")
         try:
-            return recipe._quoted(recipe._target(rank, alpha, method="full" if rank is None else "lora"))
+            return recipe._quoted(recipe._target(rank, alpha, "full" if rank is None else "lora"))
         except RankAwareError:
             return None
 

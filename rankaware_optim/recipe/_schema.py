@@ -31,8 +31,10 @@ def header(recipe: Recipe) -> str:
 
 def to_document(recipe: Recipe) -> dict[str, Any]:
     """What the TOML file holds, section by section; None where there is nothing to write."""
-    r = recipe.reference
+    r, trials = recipe.reference, recipe.tensors
     low, high = own_band(recipe)
+    # Training steps of all trials, and the pruned and diverged ones among them.
+    spent = {key: int(trials[key].sum()) for key in ("steps", "pruned", "diverged") if "steps" in trials}
     return {
         "name": recipe.name,
         "rate": {
@@ -69,17 +71,9 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
             "seed": recipe.seed,
             "notes": list(recipe.notes),
         },
-        "spent": _spent(recipe.tensors),
+        "spent": None if "steps" not in trials else {"trials": len(trials["steps"]), **spent},
         "versions": dict(recipe.versions),
     }
-
-
-def _spent(trials: Mapping[str, torch.Tensor]) -> dict[str, int] | None:
-    """Trials, pruned and diverged ones among them, and training steps of all."""
-    if "steps" not in trials:
-        return None
-    counts = {key: int(trials[key].sum()) for key in ("steps", "pruned", "diverged")}
-    return {"trials": len(trials["steps"]), **counts}
 
 
 def plain_setting(value: Any) -> Any:
@@ -92,6 +86,9 @@ def plain_setting(value: Any) -> Any:
 def from_document(cls: type[Recipe], take: Reader, tensors: dict[str, torch.Tensor]) -> Recipe:
     """The recipe in both files, every value checked."""
     law = take.build("law", lambda: law_from_dict(take("law", dict)))
+    ranks = take("seen.ranks", list, [])
+    if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
+        raise take.error(f"holds {ranks!r} where positive whole numbers belong", "seen.ranks")
     made = cls(
         name=take("name", str),
         best_lr=take.positive("rate.best_lr"),
@@ -102,7 +99,7 @@ def from_document(cls: type[Recipe], take: Reader, tensors: dict[str, torch.Tens
         covariance=_covariance(tensors.pop("fit.covariance", None), take),
         scaling_rule=take.choice("scaling_rule", SCALINGS, "unknown"),
         full_fan_in=take.positive("reference.full_fan_in", None),
-        ranks=_ranks(take),
+        ranks=tuple(ranks),
         full_seen=take("seen.full", bool, False),
         optimizer=take("optimizer.class", str),
         settings=take("optimizer.settings", dict, {}),
@@ -130,13 +127,6 @@ def _reference(take: Reader) -> Reference:
         method=take.choice("reference.method", ("lora", "full"), "lora"),
         batch=take.positive("reference.batch", None),
     )
-
-
-def _ranks(take: Reader) -> tuple[int, ...]:
-    ranks = take("seen.ranks", list, [])
-    if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
-        raise take.error(f"holds {ranks!r} where positive whole numbers belong", "seen.ranks")
-    return tuple(ranks)
 
 
 def _covariance(tensor: torch.Tensor | None, take: Reader) -> torch.Tensor:

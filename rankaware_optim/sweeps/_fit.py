@@ -245,8 +245,9 @@ class _Rows:
         octaves = 0.0 if reference.rank is None else math.log2(reference.rank / fitted.prior.pivot)
         shift = fitted.drift * octaves
         best = base + factor if reference.method == "full" else base + shift
-        sites = {run.rank: site_of(run, reference, None)[0] for run in self.runs if run.rank is not None}
-        scalings = {rank: site.scaling for rank, site in sites.items()}
+        lora = ((run.rank, run) for run in self.runs if run.rank is not None)
+        scalings = {rank: site_of(run, reference, None)[0].scaling for rank, run in lora}
+        seen = self.observations(self.study(fitted.law.law).centred_law())
         return Recipe(
             best_lr=2.0**best,
             reference=reference,
@@ -262,20 +263,16 @@ class _Rows:
             steps=self.runs[0].steps,
             batch=self.runs[0].batch,
             versions=versions_used(),
-            tensors=self._tensors(fitted.law.law),
+            tensors={
+                "rank": torch.tensor([o.rank or 0 for o in seen]),
+                "seed": torch.tensor([o.seed for o in seen]),
+                "lr": torch.tensor([2.0**o.x for o in seen], dtype=torch.float64),
+                "own_lr": torch.tensor([run.lr for run in self.runs], dtype=torch.float64),
+                "value": torch.tensor([o.value for o in seen], dtype=torch.float64),
+                "diverged": torch.tensor(diverged(seen), dtype=torch.bool),
+            },
             **rest,
         )
-
-    def _tensors(self, law: Law) -> dict[str, torch.Tensor]:
-        seen = self.observations(self.study(law).centred_law())
-        return {
-            "rank": torch.tensor([o.rank or 0 for o in seen]),
-            "seed": torch.tensor([o.seed for o in seen]),
-            "lr": torch.tensor([2.0**o.x for o in seen], dtype=torch.float64),
-            "own_lr": torch.tensor([run.lr for run in self.runs], dtype=torch.float64),
-            "value": torch.tensor([o.value for o in seen], dtype=torch.float64),
-            "diverged": torch.tensor(diverged(seen), dtype=torch.bool),
-        }
 
     def notes(self, fitted: _LawFit) -> Iterator[str]:
         """What the rows leave open."""

@@ -243,10 +243,8 @@ class _Cells(NamedTuple):
 
     def error(self, field: str, kind: str) -> CalibrationError:
         column = self.names.get(field, field)
-        value = self.row.get(column)
-        return CalibrationError(
-            f"{self.place}, column {column!r}: {value!r} stands where {kind} belongs.", "Correct the cell."
-        )
+        cause = f"{self.place}, column {column!r}: {self.row.get(column)!r} stands where {kind} belongs."
+        return CalibrationError(cause, "Correct the cell.")
 
 
 def _run_of(cells: _Cells) -> SweepRun | None:

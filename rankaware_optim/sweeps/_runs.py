@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from .._checks import is_positive
 from .._types import Reference
 from ..calibration.fit import Observation
 from ..errors import CalibrationError
@@ -34,8 +35,7 @@ def selected(runs: Sequence[SweepRun], chosen: Mapping[str, Any]) -> tuple[Sweep
 
 def known_alpha(runs: Sequence[SweepRun], alpha: float | str | None) -> tuple[SweepRun, ...]:
     """The runs with `alpha` filled in where a LoRA row does not say it; "rank": its rank."""
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and 0 < alpha < math.inf
-    if alpha not in (None, "rank") and not number:
+    if alpha not in (None, "rank") and not is_positive(alpha):
         raise CalibrationError(f"alpha is {alpha!r}.", "Give a positive number, or 'rank' where it follows the rank.")
     made = tuple(
         replace(run, alpha=float(run.rank if alpha == "rank" else alpha))

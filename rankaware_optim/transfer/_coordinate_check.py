@@ -139,7 +139,14 @@ def coordinate_check(
     stepper = Stepper(kind, settings or {}, steps, seed)
     own = MuA(steps=steps) if captured is not None else MuA(tokens=tokens, steps=steps)
     bound = get_law(own if law is None else law).bind(kind, stepper.settings)
-    batches = _batches(_shapes_of(model_or_shapes), widths, tokens, seed, captured)
+    shapes = _shapes_of(model_or_shapes)
+    if captured is not None:
+        batches = {name: _unit(name, *tensors) for name, tensors in captured.items()}
+    else:
+        if widths is not None:
+            of_width = ((f"{name} at width {w}", shape, w) for name, shape in shapes.items() for w in widths)
+            shapes = {name: (max(1, round(n_out * w / n_in)), w) for name, (n_out, n_in), w in of_width}
+        batches = {name: synthetic(n_in, n_out, tokens, seed) for name, (n_out, n_in) in shapes.items()}
     s_of = {rank: float(scaling(rank) if callable(scaling) else scaling) for rank in ranks}
     points = [_Point(name, batch, rank, s_of[rank]) for name, batch in batches.items() for rank in ranks]
     at = Reference.from_scaling(ranks[0], s_of[ranks[0]], init="B" if init == "B" else "A")
@@ -176,24 +183,6 @@ def _shapes_of(given: nn.Module | Shapes) -> dict[str, tuple[int, int]]:
     if not once:
         raise LawError("There is no layer to check.", "Give a model with adapters, or shapes {name: (n_out, n_in)}.")
     return {name: shape for shape, name in once.items()}
-
-
-def _batches(
-    shapes: Mapping[str, tuple[int, int]],
-    widths: Sequence[int] | None,
-    tokens: int,
-    seed: int,
-    captured: Captured | None,
-) -> dict[str, Batch]:
-    if captured is not None:
-        return {name: _unit(name, *tensors) for name, tensors in captured.items()}
-    if widths is None:
-        return {name: synthetic(n_in, n_out, tokens, seed) for name, (n_out, n_in) in shapes.items()}
-    return {
-        f"{name} at width {width}": synthetic(width, max(1, round(n_out * width / n_in)), tokens, seed)
-        for name, (n_out, n_in) in shapes.items()
-        for width in widths
-    }
 
 
 def _unit(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> Batch:

@@ -64,29 +64,25 @@ VARIANTS = {
 }
 DORA = Step(-math.log2(1.8), 0.5, f"DoRA's {_ONE_STUDY.format(1.8)}")
 
-_AS_ADAMW = Step(0.0, 0.0)
-_SAME_SIZE = Step(
-    0.0, 0.5, "{} has no published rate of its own: it is taken as AdamW, whose steps have the same size."
-)
-_LION = Step(
-    -math.log2(30) / 2,
-    math.log2(10 / 3) / 2,
-    "{} has no published rate: rule of thumb of its authors (Chen et al. 2023), AdamW's divided by 3 to 10.",
-)
-_SCHEDULE_FREE = Step(
-    math.log2(10) / 2,
-    math.log2(10) / 2,
-    "{} has no published rate: rule of thumb of its authors' README, 1 to 10 times AdamW's.",
-)
 _MATCHED_MUON = Step(
     0.0, 1.0, "{} has no published rate: torch's documentation reuses AdamW's with match_rms_adamw, on whole weights."
 )
 # How another optimizer's rate follows from AdamW's, by the table of optimizers. Muon's is decided by its settings.
 RULES: dict[str, Step] = {
-    "as AdamW": _AS_ADAMW,
-    "steps of AdamW's size": _SAME_SIZE,
-    "Lion's rule": _LION,
-    "schedule-free's rule": _SCHEDULE_FREE,
+    "as AdamW": Step(0.0, 0.0),
+    "steps of AdamW's size": Step(
+        0.0, 0.5, "{} has no published rate of its own: it is taken as AdamW, whose steps have the same size."
+    ),
+    "Lion's rule": Step(
+        -math.log2(30) / 2,
+        math.log2(10 / 3) / 2,
+        "{} has no published rate: rule of thumb of its authors (Chen et al. 2023), AdamW's divided by 3 to 10.",
+    ),
+    "schedule-free's rule": Step(
+        math.log2(10) / 2,
+        math.log2(10) / 2,
+        "{} has no published rate: rule of thumb of its authors' README, 1 to 10 times AdamW's.",
+    ),
 }
 
 

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from ...recipe import SLOPE_SD, Horizon, Observation
+from ...recipe import SLOPE_SD, TAIL, Horizon, Observation, recent
 from ._posterior import Prior, fit_observations
 
 _WITHIN_RUN = 0.3  # octaves per octave by which a slope read inside runs may miss that of whole, shorter runs
 _SHARES = (1, 2, 4)  # curves are read at their end, half and quarter
 _WINDOW = 5  # a reading is the mean of the last fifth of the values so far
-_FEWEST = 5  # values in a reading at least
 
 
 def horizon_of(trials: Mapping[str, torch.Tensor], prior: Prior) -> Horizon:
@@ -30,7 +29,7 @@ def horizon_of(trials: Mapping[str, torch.Tensor], prior: Prior) -> Horizon:
     if not {"rank", "seed", "lr", "diverged", "curve"} <= trials.keys():
         return Horizon()
     steps = trials["curve"].shape[1]
-    at = [steps // share for share in _SHARES if steps // share >= _FEWEST]
+    at = [steps // share for share in _SHARES if steps // share >= TAIL]
     fits = [(end, fit_observations(list(_read(trials, end)), prior)) for end in at]
     points = [(math.log2(end / steps), fit.mean[0], fit.covariance[0, 0]) for end, fit in fits if fit is not None]
     if len(points) < 2:
@@ -48,9 +47,7 @@ def _read(trials: Mapping[str, torch.Tensor], end: int) -> Iterator[Observation]
     """Every run as if it had ended after `end` steps; without those stopped before, unless they diverged."""
     rows = zip(*(trials[key].tolist() for key in ("rank", "seed", "lr", "diverged", "curve")), strict=True)
     for rank, seed, lr, diverged, curve in rows:
-        values = curve[:end]
-        recent = values[-max(_FEWEST, end // _WINDOW) :]
-        value = sum(recent) / len(recent)
+        value = recent(curve[:end], max(TAIL, end // _WINDOW))
         lost = diverged and not math.isfinite(value)
         if lost or math.isfinite(value):
             score = math.inf if lost else value

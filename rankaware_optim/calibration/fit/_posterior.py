@@ -23,9 +23,8 @@ from ...recipe import Observation, arms_of, bowls_of, gain_of, usual_start
 Array = npt.NDArray[np.float64]
 
 MODEL_ERROR = 0.1  # octaves by which a rank's own best rate lies off the law
-_MOST_LEAN = (
-    0.5  # octaves: with few trials, more lost more than it saved (benchmarks/calibration/coverage.py --trials 3)
-)
+# Octaves: with few trials, more lost more than it saved (benchmarks/calibration/coverage.py --trials 3).
+_MOST_LEAN = 0.5
 _BASE_SD = 1e3  # octaves: nothing is believed of the base rate
 _DIVERGED = 0.25  # a run that ends this share of the gain above its start has diverged
 
@@ -95,18 +94,15 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
     arms = arms_of(observations, bad, gain)
     bowls = bowls_of(arms)
     means, covariances, agreement = _shrunk(_rows(arms, prior), bowls.mean, bowls.sd, prior)
-    weights = _softmax(bowls.log_weight + agreement)
+    logs = bowls.log_weight + agreement
+    weights = np.exp(logs - logs.max())
+    weights /= weights.sum()
     mean, covariance = _mixed(weights, means, covariances)
     vertices = {rank: _moments(weights, bowls.mean[:, i], bowls.sd[:, i]) for i, rank in enumerate(arms)}
     near = 0.0 if ceiling is None else mean[0] + 1.0 - ceiling
     doubt = min(float(weights @ bowls.steepness * covariance[0, 0]) / 2, _MOST_LEAN)
     lean = max(doubt, float(min(near, 1.0)))
     return Fit(mean, covariance, lean, ceiling, vertices, float(weights @ bowls.noise) * gain, gain)
-
-
-def _softmax(logs: Array) -> Array:
-    weights = np.exp(logs - logs.max())
-    return np.asarray(weights / weights.sum())
 
 
 def _mixed(weights: Array, means: Array, covariances: Array) -> tuple[Array, Array]:

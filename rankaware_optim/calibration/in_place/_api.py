@@ -84,9 +84,7 @@ def calibrate_in_place(
             ranks; or as `calibrate`, the model put back.
         CalibrationInterrupted: Ctrl-C, the model put back; a second Ctrl-C waits until that is done.
     """
-    _check(model, step, ranks, init, variance, scaling_rule)
-    walked = walk(model)
-    _refuse_sharded(walked)
+    walked = _checked(model, step, ranks, init, variance, scaling_rule)
     lora = [rank for rank in ranks if rank is not None]
     adapters = None
     if lora or any(p.a.tensor.requires_grad or p.b.tensor.requires_grad for p in pairs_of(walked.modules)):
@@ -212,7 +210,7 @@ def _whole(walked: Walk, adapters: Adapters | None, trains: FullTrains | None) -
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-def _check(model: Any, step: Any, ranks: Any, init: Any, variance: Any, rule: Any) -> None:
+def _checked(model: Any, step: Any, ranks: Any, init: Any, variance: Any, rule: Any) -> Walk:
     if not isinstance(model, nn.Module) or not callable(step):
         raise CalibrationError(
             f"calibrate_in_place got a {type(model).__name__} and a {type(step).__name__}.",
@@ -226,9 +224,7 @@ def _check(model: Any, step: Any, ranks: Any, init: Any, variance: Any, rule: An
     ):
         if value not in known:
             raise CalibrationError(f"{what} is {value!r}.", f"Known are {', '.join(map(repr, known))}.")
-
-
-def _refuse_sharded(walked: Walk) -> None:
+    walked = walk(model)
     wrapped = (type(m).__name__ for _, m in walked.modules if any(c.__name__ in _SHARDED for c in type(m).__mro__))
     split = (name for name, p in walked.parameters if hasattr(p, "full_tensor") or hasattr(p, "ds_id"))
     found = next(wrapped, None) or next(split, None)
@@ -237,3 +233,4 @@ def _refuse_sharded(walked: Walk) -> None:
             f"The model is sharded or wrapped ({found}), so its adapters cannot be replaced in place.",
             "Calibrate before sharding or wrapping it, or with ra.calibrate, which builds the model in each trial.",
         )
+    return walked

@@ -121,16 +121,16 @@ def _length(path: Path, first: bytes, size: int) -> int:
 
 def parse_json(text: bytes) -> Any:
     """UTF-8 JSON in which no key comes twice; a ValueError or RecursionError says what is wrong."""
-    return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in made:
+                raise ValueError(f"the key {shown(key)} comes twice")
+            made[key] = value
+        return made
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in made:
-            raise ValueError(f"the key {shown(key)} comes twice")
-        made[key] = value
-    return made
+    return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
 
 
 def shown(value: object) -> str:
