@@ -7,6 +7,7 @@ divided back.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -77,6 +78,14 @@ def fit_checkpoint(
             "The checkpoint's groups are cut otherwise than this optimizer's, and torch.distributed.checkpoint brings "
             "the settings of a group to one of its parts only.",
             "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the saved one was.",
+        )
+    bases: dict[Any, set[float]] = defaultdict(set)
+    for group in groups if all(isinstance(key, str) for g in groups for key in g["params"]) else ():
+        bases[group.get("user_group")].add(float(group["lr"]))
+    if any(len(rates) > 1 for rates in bases.values()):  # full_state_dict=True: the other parts keep what they had
+        warn(
+            "torch.distributed.checkpoint loaded several base rates into the parts of one group: it gives a saved "
+            "group's settings to one of them only. Set group['lr'] of all to the saved one."
         )
     if any(len(group["params"]) != len(group["param_names"]) for group in param_groups):
         return {**state_dict, "param_groups": _flat_groups(param_groups, groups, state)}, ()
@@ -336,8 +345,10 @@ def _resize(value: torch.Tensor, param: torch.Tensor, factored: bool) -> torch.T
     large step counter would let them move five times as far as a fresh Adam does.
     """
     sizes = [1 if factored and s == 1 else n for s, n in zip(value.shape, param.shape, strict=True)]
-    squared = value.is_floating_point() and value.numel() > 0 and bool((value >= 0).all())
-    made = value.new_full(sizes, value.mean().item()) if squared else value.new_zeros(sizes)
+    made = value.new_zeros(sizes)
+    known = value.full_tensor() if hasattr(value, "full_tensor") else value
+    if known.is_floating_point() and known.numel() and bool((known >= 0).all()):
+        made += known.mean().item()
     shared = tuple(slice(0, min(s, n)) for s, n in zip(value.shape, sizes, strict=True))
     made[shared] = value[shared]
     return made

@@ -430,7 +430,7 @@ def _check_parameters(opt: Any) -> None:
             f"The model's {name} has a gradient and is not held by this optimizer, "
             + ("whose own tensor of that name has none" if replaced else "none of whose parameters has one")
             + ": the model's parameters were replaced or another adapter was made active after it was built.",
-            "Shard or wrap the model (fully_shard, FSDP) and add adapters first, then build the optimizer.",
+            "Shard or wrap the model first (fully_shard, FSDP), with its adapters, then build the optimizer.",
         )
     factors = {id(p) for g in opt.param_groups if g.get("lora_role") in ("A", "B") for p in g["params"]}
     adapters_idle = factors and all(p.grad is None for key, p in held.items() if key in factors)

@@ -14,6 +14,7 @@ import rankaware_optim as ra
 from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim._types import Factor
 from rankaware_optim.inspection import canonical_name
+from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import batches, mlp
 from .worker import WORLD
@@ -102,7 +103,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def tagged(opt: Any) -> dict[str, tuple[float, int | None]]:
     """Every parameter's rate and declared rank, by name."""
-    return {n: (g["lr"], g["lora_rank"]) for g in opt.param_groups for n in g["param_names"]}
+    return {n: (effective_lr(g), g["lora_rank"]) for g in opt.param_groups for n in g["param_names"]}
 
 
 def expected_tags(init: str = "A", kind: str = "AdamW") -> dict[str, tuple[float, int | None]]:
