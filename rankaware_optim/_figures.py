@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import PlotError
 
-# Okabe and Ito's colours, told apart by readers of every colour vision.
+# Okabe and Ito's colours, distinct to readers of every colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 

@@ -59,7 +59,7 @@ def initialize(
     layers' draws do not move when one is added. Tied factors are drawn once. Frozen pairs (another adapter's) and all
     other parameters stay, and so do gradients, modes and the global random state; a bias of the factors is zeroed.
     The init is noted on the model, so that `inspect_model` still knows it after training; a fresh process that loads
-    a trained adapter has to be told, by `init=` of `inspect_model` or by initialising before it loads the weights.
+    a trained adapter has to be given, by `init=` of `inspect_model` or by initialising before it loads the weights.
 
     Call it before the optimizer is built: a `RankAwareOptimizer` keeps the rates of the init and scaling it found.
     `force=True` starts trained pairs over, which changes the function; DoRA's magnitudes and weights that PiSSA and

@@ -1,4 +1,4 @@
-"""Trainable parameters that belong to an adapter and have no law: told by their names, left at the base rate."""
+"""Trainable parameters that belong to an adapter and have no law: known by their names, left at the base rate."""
 
 from __future__ import annotations
 

@@ -143,8 +143,8 @@ def law_changes(law: Law) -> dict[str, Any]:
 
     Laws within are always named, so a parameter that a later version adds changes nothing.
     """
-    told = {name: value for name, value, changed in _parameters(law) if changed or isinstance(value, Law)}
-    return {"name": law.name, **{k: law_changes(v) if isinstance(v, Law) else v for k, v in told.items()}}
+    kept = {name: value for name, value, changed in _parameters(law) if changed or isinstance(value, Law)}
+    return {"name": law.name, **{k: law_changes(v) if isinstance(v, Law) else v for k, v in kept.items()}}
 
 
 def law_words(law: Law) -> str:

@@ -19,7 +19,7 @@ class MuA(Law):
 
     The best rate is the largest at which a layer's output still moves by Θ(1). With τ = T·η over T steps, s the
     effective multiplier, r the rank, n the fan-in, b = `tokens` and λ = `ratio` = η_B / η_A, a sign-like optimizer
-    (Adam and kin) has
+    (Adam and its variants) has
 
         Init[A]   s·κ(r)·λ·τ·(1 + κ(n)·τ) = 1
         Init[B]   hypot(s·κ(n)·τ, s·κ(n)·κ(r)·λ·τ²) = 1

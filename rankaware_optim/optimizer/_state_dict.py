@@ -314,7 +314,7 @@ def _shaped(state: Mapping[str, Any] | None, param: torch.Tensor) -> dict[str, t
 
 
 def _rank_in(tensors: Mapping[str, torch.Tensor], param: torch.Tensor, role: str | None) -> int | None:
-    """The rank a plain checkpoint's moments have, read off the axis that differs; None where it cannot be told."""
+    """The rank a plain checkpoint's moments have, read off the axis that differs; None where it is ambiguous."""
     if role not in ("A", "B") or param.dim() < 2:
         return None
     fitting = (v for v in tensors.values() if all(saved == own for saved, own in _off_rank(v, param, role)))

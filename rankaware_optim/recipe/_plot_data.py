@@ -70,14 +70,14 @@ class PictureArm:
         """What the arm's picture shows, in a sentence."""
         fates = Counter(point.fate for point in self.points)
         ends = [f"{fates[fate]} {fate}" for fate in ("diverged", "pruned") if fates[fate]]
-        told = [", ".join([f"{self.label}: {len(self.points)} trials", *ends])]
+        parts = [", ".join([f"{self.label}: {len(self.points)} trials", *ends])]
         finite = [point for point in self.points if math.isfinite(point.value)]
         if finite:
             best = min(finite, key=lambda point: point.value)
-            told.append(f"the lowest score is {best.value:.3g} at rate {best.rate:.3g}")
+            parts.append(f"the lowest score is {best.value:.3g} at rate {best.rate:.3g}")
         if self.rate is not None:
-            told.append(f"the recipe's rate is {self.rate.lr:.3g}, 90 % band {self.rate.band}")
-        return "; ".join(told) + "."
+            parts.append(f"the recipe's rate is {self.rate.lr:.3g}, 90 % band {self.rate.band}")
+        return "; ".join(parts) + "."
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,7 @@ def _best_by_bowls(curves: Sequence[LossCurve]) -> list[LossCurve]:
     placed = []
     for group in dict.fromkeys(curve.group for curve in curves):
         mine = [curve for curve in curves if curve.group == group]
-        # Curves are told apart by a number, since two may share a rank.
+        # Curves are distinguished by a number, since two may share a rank.
         seen = [observation_of(run, i, math.log2(run.lr)) for i, curve in enumerate(mine, 1) for run in curve.runs]
         fit = fit_observations(seen, Prior())
         vertices = {} if fit is None else fit.vertices

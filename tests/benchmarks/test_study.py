@@ -291,19 +291,21 @@ def test_reinforcement_that_diverged_is_a_loss_that_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("arguments", "said"),
     [
         (["--domain", "astrology"], "There is no domain 'astrology'. Known are "),
         (["--suite", "huge"], "'huge' is not one of 'quick', 'full'"),
         (["--tables", "--law", "no-such-law"], "no-such-law"),
     ],
 )
-def test_unknown_names_are_refused(told: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_names_are_refused(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An unknown domain, suite or law ends the command with a sentence that names it."""
     from study.suite import main
 
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, told)
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code != 0
     assert said in " ".join(result.output.split())
     assert not list(tmp_path.iterdir())
@@ -348,8 +350,8 @@ SCRIPTS = [path for path in sorted(BENCHMARKS.rglob("*.py")) if "__main__" in pa
 def test_a_script_says_how_it_is_run(path: Path) -> None:
     """Every script's usage names the path at which it lies."""
     usage = f"python {path.relative_to(BENCHMARKS.parent)}"
-    told = "tox run -e bench" if path.stem == "suite" else usage
-    assert told in (ast.get_docstring(ast.parse(path.read_text())) or "")
+    command = "tox run -e bench" if path.stem == "suite" else usage
+    assert command in (ast.get_docstring(ast.parse(path.read_text())) or "")
 
 
 def test_the_guide_names_every_script() -> None:

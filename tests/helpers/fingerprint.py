@@ -17,23 +17,23 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         seen[f"{name} itself"] = id(module)
         for key, value in vars(module).items():
-            seen[f"{name}.{key}"] = told(value)
-    seen["random"] = (bits(torch.get_rng_state()), random.getstate(), told(np.random.get_state()))
+            seen[f"{name}.{key}"] = contents(value)
+    seen["random"] = (bits(torch.get_rng_state()), random.getstate(), contents(np.random.get_state()))
     return seen
 
 
-def told(value: Any, depth: int = 3) -> Any:
+def contents(value: Any, depth: int = 3) -> Any:
     """A value with the identity of what can be shared, and the bits of tensors and their gradients."""
     if isinstance(value, torch.Tensor):
         grad = None if value.grad is None else (id(value.grad), bits(value.grad))
         hooks = len(getattr(value, "_backward_hooks", None) or ())
         return id(value), bits(value), value.requires_grad, grad, hooks, tuple(vars(value))
     if isinstance(value, Mapping) and depth:
-        return id(value), [(key, told(inner, depth - 1)) for key, inner in value.items()]
+        return id(value), [(key, contents(inner, depth - 1)) for key, inner in value.items()]
     if isinstance(value, (list, tuple, set)) and depth:
-        return type(value), [told(inner, depth - 1) for inner in value]
+        return type(value), [contents(inner, depth - 1) for inner in value]
     if hasattr(value, "init_lora_weights"):
-        return id(value), told(vars(value), depth - 1)
+        return id(value), contents(vars(value), depth - 1)
     if isinstance(value, (int, float, str, bytes, bool, type(None))):
         return value
     return repr(value) if isinstance(value, np.ndarray) else id(value)

@@ -585,3 +585,8 @@ def other_tuner(name: str) -> nn.Module:
 
 
 CASES = [*_peft_cases(), *_diffusers_cases(), *_loralib_cases(), *_lycoris_cases(), *_other_cases()]
+
+
+def cases_of(package: str) -> list[Case]:
+    """The layers of one package, for the environment that installs it alone."""
+    return [case for case in CASES if case.package == package]

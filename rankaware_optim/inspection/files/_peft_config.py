@@ -53,7 +53,7 @@ class AdapterConfig:
         """What is declared of each of these layers, called as in the file.
 
         Raises:
-            InspectionError: a pattern is no regex or takes too long, or a stack's rank cannot be told.
+            InspectionError: a pattern is no regex or takes too long, or a stack's rank is ambiguous.
         """
         paths = {layer: layer.removeprefix(self.prefix).partition(".base_layer")[0] for layer in layers}
         stacks = _targeted(self.values.get("target_parameters") or [], paths.values())

@@ -8,7 +8,7 @@ import torch
 from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim.testing import check_convention
 
-from ...helpers.real_adapters import CASES, read
+from ...helpers.real_adapters import cases_of, read
 
 lora = pytest.importorskip("litgpt.lora", exc_type=ImportError)
 
@@ -20,9 +20,7 @@ def layer(rank: int) -> torch.nn.Module:
     return made
 
 
-by_name = pytest.mark.parametrize(
-    "case", [case for case in CASES if case.package == "litgpt"], ids=lambda case: case.name
-)
+by_name = pytest.mark.parametrize("case", cases_of("litgpt"), ids=lambda case: case.name)
 
 
 @by_name

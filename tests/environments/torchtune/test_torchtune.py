@@ -9,14 +9,12 @@ from torch import nn
 from rankaware_optim import RankAwareOptimizer, Reference, inspect_model
 from rankaware_optim.testing import check_convention
 
-from ...helpers.real_adapters import CASES, read
+from ...helpers.real_adapters import cases_of, read
 
 peft = pytest.importorskip("torchtune.modules.peft", exc_type=ImportError)
 
 
-by_name = pytest.mark.parametrize(
-    "case", [case for case in CASES if case.package == "torchtune"], ids=lambda case: case.name
-)
+by_name = pytest.mark.parametrize("case", cases_of("torchtune"), ids=lambda case: case.name)
 
 
 @by_name
