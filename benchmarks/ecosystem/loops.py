@@ -3,10 +3,10 @@
     python benchmarks/ecosystem/loops.py     # results/loops.json and .md, a few seconds
 
 A model has LoRA pairs of rank 4 and 64 and a head. All gradients are one, so plain SGD moves every entry by the rate it
-used, in float64. The law is r^(-1/2) from rank 4: 1, 1/4 and 1 times the base rate. The base rate is what the same loop
-gives a plain SGD of one group. A row is a loop: the largest error of a rate over the base rate times the multiplier,
-over twelve steps and all parameters, for `RankAwareOptimizer`, and for native SGD with groups whose rates were
-multiplied by hand.
+used, in float64; schedule-free SGD by that times a factor that depends on the step alone. The law is r^(-1/2) from rank
+4: 1, 1/4 and 1 times the base rate. The base rate is what the same loop gives the native optimizer with one group. A
+row is a loop: the largest error of a rate over the base rate times the multiplier, over twelve steps and all
+parameters, for `RankAwareOptimizer`, and for the native optimizer with groups whose rates were multiplied by hand.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ class Loop(NamedTuple):
     name: str
     start: Callable[[Any], Advance]
     before: bool = False
+    optimizer: str = "torch.optim:SGD"
 
 
 def main() -> None:
@@ -54,8 +56,11 @@ def main() -> None:
 
 
 def row(loop: Loop) -> dict[str, Any]:
-    wanted = moves(loop, lambda model: SGD([model.head.weight], lr=BASE))["head.weight"]
-    found = {"ours": error(loop, wrapped, wanted), "native groups, multiplied by hand": error(loop, by_hand, wanted)}
+    module, _, name = loop.optimizer.partition(":")
+    native = getattr(import_module(module), name)
+    wanted = moves(loop, lambda model: native([model.head.weight], lr=BASE))["head.weight"]
+    builders = {"ours": wrapped, "native groups, multiplied by hand": by_hand}
+    found = {name: error(loop, partial(build, native), wanted) for name, build in builders.items()}
     return {"package": loop.package, "loop": loop.name, **found, f"ours ≤ {BAR:g}": found["ours"] <= BAR}
 
 
@@ -78,12 +83,12 @@ class Model(nn.Module):
         self.head = nn.Linear(8, 2, bias=False, dtype=torch.float64)
 
 
-def wrapped(model: nn.Module) -> Optimizer:
-    return ra.RankAwareOptimizer(model, SGD, lr=BASE, law=LAW, tuned_at=AT)
+def wrapped(native: type[Optimizer], model: nn.Module) -> Optimizer:
+    return ra.RankAwareOptimizer(model, native, lr=BASE, law=LAW, tuned_at=AT)
 
 
-def by_hand(model: nn.Module) -> Optimizer:
-    return SGD(ra.rank_aware_param_groups(model, lr=BASE, law=LAW, tuned_at=AT), lr=BASE)
+def by_hand(native: type[Optimizer], model: nn.Module) -> Optimizer:
+    return native(ra.rank_aware_param_groups(model, lr=BASE, law=LAW, tuned_at=AT), lr=BASE)
 
 
 def moves(loop: Loop, build: Callable[[Any], Optimizer]) -> dict[str, list[float]]:
@@ -329,6 +334,18 @@ def closure_sets(opt: Any) -> Advance:
     return lambda step: None
 
 
+def without_schedule(by_hand: bool = False) -> Callable[[Any], Advance]:
+    """schedule-free's own warm-up, with a constant rate or under nanoGPT's loop."""
+
+    def start(opt: Any) -> Advance:
+        opt.train()
+        for group in opt.param_groups:
+            group["warmup_steps"] = 4
+        return nanogpt(opt) if by_hand else lambda step: None
+
+    return start
+
+
 LOOPS = (
     *(scheduled("torch", name, build) for name, build in TORCH.items()),
     Loop("torch", "ReduceLROnPlateau, min_lr", plateau),
@@ -342,6 +359,11 @@ LOOPS = (
             ("deepspeed", "deepspeed.runtime.lr_schedules", DEEPSPEED),
         )
         for name, options in table.items()
+    ),
+    *(
+        Loop(package, f"{name}, {words}", without_schedule(by_hand), True, f"{package}:{name}")
+        for package, name in (("schedulefree", "SGDScheduleFree"), ("pytorch_optimizer", "ScheduleFreeSGD"))
+        for words, by_hand in (("its warm-up", False), ("nanoGPT's get_lr", True))
     ),
     Loop("by hand", "nanoGPT's get_lr", nanogpt, before=True),
     Loop("by hand", "DINOv2's, its own lr_multiplier", dinov2, before=True),

@@ -81,7 +81,8 @@ def make_report(
     factors = {f.name: f for f in survey.factors}
     rows = tuple(_row(group, plan, factors) for group in param_groups)
     audit = (*survey.audit(), *_audit(param_groups, plan, survey))
-    return Report(rows, (*plan.notes, *_carried_notes(carried)), title, carried, audit, survey, per_module)
+    notes = (*plan.notes, *_split_note(param_groups), *_carried_notes(carried))
+    return Report(rows, notes, title, carried, audit, survey, per_module)
 
 
 def plan_rates(plan: Plan, survey: Survey, lr: float) -> dict[str, Rated]:
@@ -111,6 +112,13 @@ def _audit(groups: Iterable[Mapping[str, Any]], plan: Plan, survey: Survey) -> I
     if heads:
         rest = "" if len(heads) == 1 else f" and {len(heads) - 1} more"
         yield f"{heads[0]}{rest} trains at the adapters' base rate; a head has its own by other_lr= or rates=."
+
+
+def _split_note(groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What to give a scheduler that takes a list, where the user has several groups and one was split."""
+    own = {group.get("user_group") for group in groups}
+    if 1 < len(own) < len(groups):
+        yield f"Your {len(own)} groups are {len(groups)} here: give schedulers that take a list opt.expand(values)."
 
 
 def _carried_notes(carried: tuple[Carried, ...]) -> list[str]:

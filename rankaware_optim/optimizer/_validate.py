@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,11 @@ from ..errors import OptimizerError
 from ..laws import DEFAULT_LAW, Law
 from ..recipe import Recipe, resolve_recipe
 from ._param_groups import UserGroup
+
+_ZERO = (
+    "Give it the native class and groups made by rank_aware_param_groups(model, ..., named=False): "
+    "they hold multiplied rates."
+)
 
 
 def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | None) -> type[Optimizer]:
@@ -53,6 +59,17 @@ def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | Non
             f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model, ...), model=model).",
         )
     return native
+
+
+def refuse_inside_zero() -> None:
+    """Refuse to be built by `ZeroRedundancyOptimizer`, which has one group for each of its inner optimizer's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
+            raise OptimizerError(
+                "ZeroRedundancyOptimizer cannot hold a RankAwareOptimizer, which splits groups.", _ZERO
+            )
 
 
 def _refuse_held_groups(built: Optimizer) -> None:

@@ -40,7 +40,15 @@ from ._param_groups import (
 from ._plan import Plan, PlanOptions, make_plan
 from ._report import Report, make_report
 from ._state_dict import Carried, OnRankChange, check_on_rank_change, fit_checkpoint
-from ._validate import check_base_lr, from_recipe, native_class, refuse_groups, refuse_rateless, refuse_settings
+from ._validate import (
+    check_base_lr,
+    from_recipe,
+    native_class,
+    refuse_groups,
+    refuse_inside_zero,
+    refuse_rateless,
+    refuse_settings,
+)
 
 T = TypeVar("T")
 
@@ -155,6 +163,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         built = params if isinstance(params, Optimizer) else None
         model = model_of(params, model)
         native = native_class(built, optimizer)
+        refuse_inside_zero()
         check_on_rank_change(on_rank_change)
         refuse_settings(built, lr, settings)
         loaded, lr, tuned_at, law = from_recipe(recipe, plain_lr(lr), tuned_at, law)
@@ -280,11 +289,29 @@ def _subclass(native: type[Optimizer]) -> Any:
         namespace: dict[str, Any] = {name: RankAwareOptimizer.__dict__[name] for name in _OVERRIDES}
         namespace |= {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
         steps = ("step", *known_optimizer(native)[1].steps)
-        namespace |= {"_rankaware_native": native, **{name: _step_of(getattr(native, name)) for name in steps}}
+        namespace |= {
+            "_rankaware_native": native,
+            "__init__": _refusing(native),
+            **{name: _step_of(getattr(native, name)) for name in steps},
+        }
         namespace |= {"_rankaware_stepping": False, "_rankaware_unchecked": True, "_rankaware_idle": False}
         namespace |= {"_rankaware_watched": 0}
         _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
     return _SUBCLASSES[native]
+
+
+def _refusing(native: type[Optimizer]) -> Callable[..., None]:
+    """An `__init__` for whoever builds another optimizer by `type(opt)(...)`, which would have no plan."""
+
+    @wraps(native.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_inside_zero()
+        raise OptimizerError(
+            f"The class of a RankAwareOptimizer cannot be called: a new {native.__name__} of it would have no rates.",
+            f"Build RankAwareOptimizer(model, {native.__name__}, ...), or a plain {native.__name__}.",
+        )
+
+    return __init__
 
 
 def _blank(native: type[Optimizer]) -> Any:

@@ -187,6 +187,7 @@ def test_a_list_of_the_users_groups():
     assert rates["large.lora_A"] == pytest.approx(LR / 16)
     with pytest.raises(OptimizerError, match="3 values were given for 2 groups"):
         opt.expand([1, 2, 3])
+    assert any("opt.expand(values)" in note for note in opt.report().notes)
 
 
 # --- the step -------------------------------------------------------------------------------------------------------

@@ -408,6 +408,14 @@ def test_an_optimizer_that_keeps_lists_by_group_is_refused():
     assert len(native.param_groups) == 1
 
 
+def test_the_class_of_an_instance_cannot_build_another():
+    """A framework that calls type(opt) on parameters is refused, for they would have no rates; its signature stays."""
+    opt = by_class(mlp((4, 64)), torch.optim.AdamW, {}, tuned_at=AT_16)
+    with pytest.raises(OptimizerError, match=r"cannot be called.*Build RankAwareOptimizer\(model, AdamW"):
+        type(opt)(trained(mlp((4, 64))), lr=LR)
+    assert inspect.signature(type(opt)) == inspect.signature(torch.optim.AdamW)
+
+
 UNKNOWN = [
     ("adamx", r"Unknown optimizer 'adamx' in torch\.optim\. Known are .*AdamW.*SGD"),
     ("torch.optim:Lamb", r"Unknown optimizer 'Lamb'"),

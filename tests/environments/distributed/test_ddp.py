@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import rankaware_optim as ra
+from rankaware_optim import OptimizerError, RankAwareOptimizer
 from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import same
@@ -106,3 +108,21 @@ def test_zero_redundancy_trains_as_by_hand(pair, kind):
         assert got["lrs"] == hand["lrs"]
         assert same(got["weights"], hand["weights"])
         assert same(got["weights"], expected)
+
+
+def zero_refuses(make: str) -> str:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = new_model()
+    built = RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT_16)
+    cls = type(built) if make == "type" else partial(RankAwareOptimizer, optimizer="adamw", model=model)
+    with pytest.raises(OptimizerError) as refused:
+        ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, lr=LR)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("make", ["class", "type"])
+def test_zero_redundancy_of_ours_is_refused(pair, make):
+    """ZeroRedundancyOptimizer cannot hold our class, or that of an instance of it, and the error says what it takes."""
+    for message in pair.run(zero_refuses, make):
+        assert "rank_aware_param_groups(model, ..., named=False)" in message
