@@ -35,7 +35,7 @@ class PairedPruner(BasePruner):
         if trial.last_step is None or trial.last_step < self._from:
             return False
         record = TrialRecord.read(trial)
-        best = Trials.read(study.get_trials(deepcopy=False)).rival_of(record)
+        best = Trials.read(study.get_trials(deepcopy=False), record.cell).rival_of(record)
         if best is None or record.x is None:
             return False
         is_near = any(mark is not None and abs(record.x - mark) < _NEAR for mark in (best.x, record.estimate))

@@ -28,7 +28,7 @@ from ._optuna import close_database
 from ._pruner import PairedPruner
 from ._sampler import BracketSampler
 from ._storage import open_storage, storage_errors
-from ._trials import Trials, is_flat
+from ._trials import TrialRecord, Trials, is_flat
 from .fit import Fit, Prior, diverged, fit_observations, horizon_of
 
 # A usual rate by optimizer family, per step, and the configuration it is for: the median best AdamW rate at rank 16,
@@ -40,6 +40,7 @@ _HALF_RANGE = 4.0  # octaves on either side of the first guess
 _WIDEN = 2.0  # octaves an edge moves out when the best rate sits there
 _EDGE = 1.0  # octaves: how near counts as sitting there
 _UNDETERMINED = 1.2  # octaves: a standard deviation of the base rate, beyond which the data say next to nothing
+_TOGETHER = 50  # trials, times which new ones wait for the next fit
 _APART = 16  # the factor between the lowest and the highest rank at which the drift is well measured
 # Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init. Small studies found
 # Init[B] falling with rank by 0.3 to 0.75; full finetuning needs no factor at the width of Survey.full_width
@@ -70,6 +71,7 @@ class Study:
 
     def __post_init__(self) -> None:
         self._fits: dict[int, Fit | None] = {}
+        self._ended: dict[int, TrialRecord] = {}
         self._opened: optuna.storages.BaseStorage | None = None
         self._optimizer_name = f"{self.optimizer.__module__}.{self.optimizer.__qualname__}"
 
@@ -126,8 +128,12 @@ class Study:
             self._settle(Reference(**stored["reference"]), stored["full_fan_in"])
 
     def trials(self) -> Trials:
-        """Every trial so far, of all workers."""
-        return Trials.read(self.optuna.get_trials(deepcopy=False))
+        """Every trial so far, of all workers. One that has ended does not change, so it is read once."""
+        found = self.optuna.get_trials(deepcopy=False)
+        new = Trials.read(t for t in found if t.number not in self._ended)
+        self._ended |= {t.number: t for t in new if t.state.is_finished()}
+        going = (t for t in new if not t.state.is_finished())
+        return Trials(sorted((*self._ended.values(), *going), key=lambda t: t.number))
 
     def learn(self, seen: Reference, survey: Survey) -> None:
         """Take the first model's configuration as the reference, and store it."""
@@ -160,13 +166,14 @@ class Study:
         It is derived from the trials each time, so a resumed study has the range it had.
         """
         low, high = self.lr_range or (self._start - _HALF_RANGE, self._start + _HALF_RANGE)
-        seen = self.trials().observations()
-        bad = diverged(seen)
-        for end in range(1, len(seen) + 1):
-            good = [o for o, b in zip(seen[:end], bad, strict=False) if not b]
-            best = min(good, key=lambda o: o.value).x if good else min(o.x for o in seen[:end])
-            low -= _WIDEN if best < low + _EDGE else 0.0
-            high += _WIDEN if good and best > high - _EDGE and best >= max(o.x for o in seen[:end]) else 0.0
+        seen, best = self.trials().observations(), None
+        lowest, highest = math.inf, -math.inf
+        for o, bad in zip(seen, diverged(seen), strict=True):
+            lowest, highest = min(lowest, o.x), max(highest, o.x)
+            best = o if not bad and (best is None or o.value < best.value) else best
+            at = lowest if best is None else best.x
+            low -= _WIDEN if at < low + _EDGE else 0.0
+            high += _WIDEN if best is not None and at > high - _EDGE and at >= highest else 0.0
         return low, high
 
     @property
@@ -202,8 +209,12 @@ class Study:
         return None if self.reference is None else self._fitted(self.trials())
 
     def _fitted(self, trials: Trials) -> Fit | None:
-        """The fit of what trials say, made once for each number of observations: a study only adds to them."""
-        seen = trials.evidence()
+        """The fit of what trials say, made once for each number of observations: a study only adds to them.
+
+        Of hundreds of trials the last few wait for one fit together: a fiftieth of the evidence moves nothing.
+        """
+        done = trials.counted()
+        seen = Trials(done[: len(done) - len(done) % max(1, len(done) // _TOGETHER)]).evidence()
         if len(seen) not in self._fits:
             self._fits = {len(seen): fit_observations(seen, self.prior)}
         return self._fits[len(seen)]
@@ -269,7 +280,7 @@ class Study:
             raise CalibrationError(
                 f"Every one of {len(trials)} runs ran out of memory.", "Lower the batch or the ranks=, or free memory."
             )
-        fit = self._fitted(trials)
+        fit = fit_observations(trials.evidence(), self.prior)
         if fit is None:
             some_pruned = len(trials.observations()) < len(trials)
             raise CalibrationError(

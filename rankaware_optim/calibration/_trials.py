@@ -69,7 +69,8 @@ class TrialRecord:
     @classmethod
     def read(cls, trial: FrozenTrial) -> TrialRecord:
         """What Optuna holds of a trial."""
-        kept = {name: trial.user_attrs[name] for name in _ATTRIBUTES if name in trial.user_attrs}
+        attributes = trial.user_attrs
+        kept = {name: attributes[name] for name in _ATTRIBUTES if name in attributes}
         for name, kind in (("owner", Owner), ("observation", Observation)):
             if name in kept:
                 kept[name] = kind(**kept[name])
@@ -98,8 +99,11 @@ class Trials(tuple[TrialRecord, ...]):
     """The trials of a study, of all workers, or some of them."""
 
     @classmethod
-    def read(cls, trials: Iterable[FrozenTrial]) -> Trials:
-        return cls(map(TrialRecord.read, trials))
+    def read(cls, trials: Iterable[FrozenTrial], cell: Cell | None = None) -> Trials:
+        """What Optuna holds of these trials, or of those of one cell among them."""
+        pairs = ((trial, trial.user_attrs) for trial in trials)
+        mine = (trial for trial, kept in pairs if cell in (None, (kept.get("rank"), kept.get("seed", 0))))
+        return cls(map(TrialRecord.read, mine))
 
     def counted(self) -> Trials:
         """Those that count: complete, or stopped because they diverged or a pruner said so."""

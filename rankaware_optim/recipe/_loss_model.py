@@ -93,8 +93,7 @@ def _log_prior(noise: Array) -> Array:
 
 def _log_likelihood(arm: Arm, grid: Array, plateau: float) -> Array:
     """log p(losses | σ, h, a, k, v), the level integrated out: (σ, h, a, k, v)."""
-    miss = arm.y - _gaps(arm.x[None, :] - grid[:, None], plateau)
-    return np.stack([_gaussian(miss, _covariance(arm, sigma)) for sigma in NOISE])
+    return _levelled(arm, _gaps(arm.x[None, :] - grid[:, None], plateau))[0]
 
 
 def _gaps(u: Array, plateau: float) -> Array:
@@ -108,23 +107,33 @@ def _gaps(u: Array, plateau: float) -> Array:
     return np.asarray(np.minimum(by_curvature * bowls[:, :, None], highest))
 
 
-def _covariance(arm: Arm, sigma: float) -> Array:
+def _covariances(arm: Arm) -> tuple[Array, Array]:
+    """Of the losses: σ² times the first, and the second, which is what the true shape differs by."""
     apart = arm.x[:, None] - arm.x[None, :]
     smooth = np.exp(-0.5 * (apart / _LENGTH) ** 2)
     paired = arm.seeds[:, None] == arm.seeds[None, :]
-    noise = sigma**2 * (paired * (_SEED**2 + _SMOOTH * smooth) + (1.0 - _SMOOTH) * np.eye(len(arm.x)))
+    noise = paired * (_SEED**2 + _SMOOTH * smooth) + (1.0 - _SMOOTH) * np.eye(len(arm.x))
     gap = _SHAPE * arm.y
-    return np.asarray(noise + np.outer(gap, gap) * (smooth + np.eye(len(gap))) / 2)
+    return noise, np.outer(gap, gap) * (smooth + np.eye(len(gap))) / 2
 
 
-def _gaussian(miss: Array, covariance: Array) -> Array:
-    """log density of `miss`, with a common level of flat prior integrated out, over its last axis."""
-    precision = np.linalg.inv(covariance)
-    ones = precision.sum(axis=1)
-    level = ones.sum()
-    precision -= np.outer(ones, ones) / level
-    logdet = np.linalg.slogdet(covariance)[1] + np.log(level)
-    return np.asarray(-0.5 * (np.einsum("...i,...i", miss @ precision, miss) + logdet))
+def _levelled(arm: Arm, gaps: Array) -> tuple[Array, Array]:
+    """log density of the losses about `gaps` and a common level of flat prior, and that level's mean: (σ, ...).
+
+    `gaps`: (..., trials). One basis makes both covariances diagonal, so every σ costs no more than the first.
+    """
+    noise, shape = _covariances(arm)
+    whiten = np.linalg.inv(np.linalg.cholesky(noise))
+    variances, basis = np.linalg.eigh(whiten @ shape @ whiten.T)
+    basis = whiten.T @ basis
+    precision = 1.0 / (NOISE**2 + np.maximum(variances, 0.0)[:, None])  # (trials, σ)
+    ones = basis.sum(axis=0)[:, None]
+    miss = arm.y @ basis - gaps @ basis
+    of_level = (ones**2 * precision).sum(axis=0)
+    along = miss @ (ones * precision)
+    logdet = np.linalg.slogdet(noise)[1] - np.log(precision).sum(axis=0) + np.log(of_level)
+    logs = -0.5 * (np.square(miss) @ precision - along**2 / of_level + logdet)
+    return np.moveaxis(logs, -1, 0), np.moveaxis(along / of_level, -1, 0)
 
 
 def _shared(log_likelihood: Array, grid: Array) -> tuple[Array, Array, Array]:
@@ -181,8 +190,6 @@ def _curves_where(
 
 def _mean_curve(arm: Arm, plateau: float, belief: Array, u: Array) -> Array:
     """An arm's mean curve over its shapes, each at the level that the trials put it at."""
-    miss = arm.y - _gaps(arm.x, plateau)
-    precisions = [np.linalg.inv(_covariance(arm, sigma)).sum(axis=1) for sigma in NOISE]
-    levels = np.stack([miss @ weights / weights.sum() for weights in precisions])
+    levels = _levelled(arm, _gaps(arm.x, plateau))[1]
     by_bowl = belief.reshape(len(NOISE), -1).sum(axis=0)
     return np.asarray(belief @ levels.ravel() + by_bowl @ _gaps(u, plateau).reshape(len(by_bowl), -1))

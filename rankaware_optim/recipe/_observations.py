@@ -72,7 +72,8 @@ def gain_of(good: Sequence[Observation]) -> float:
     Where scores were returned and are of another kind than the curve, it is the best score against a poor one.
     """
     values = np.array([o.value for o in good])
-    fall = max((usual_start(good) - o.tail for o in good if o.tail < o.start), default=0.0)
+    usual = usual_start(good)
+    fall = max((usual - o.tail for o in good if o.tail < o.start), default=0.0)
     apart = float(np.median([abs(o.value - o.tail) for o in good]))
     if fall <= 0 or apart > fall / 2:
         fall = float(np.quantile(values, 0.75) - values.min())

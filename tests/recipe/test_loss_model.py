@@ -24,7 +24,8 @@ def arm(u, **shape):
 
 def of_one_shape(arm, sigma, noise, curve):
     """log density of an arm's gaps about `curve` + a level of flat prior, and the level's mean: by a dense formula."""
-    covariance = model._covariance(arm, sigma)
+    per_noise, shape = model._covariances(arm)
+    covariance = sigma**2 * per_noise + shape
     precision = np.linalg.inv(covariance)
     ones, miss = np.ones(len(arm.x)), arm.y - curve
     level = ones @ precision @ miss / (ones @ precision @ ones)
