@@ -7,14 +7,17 @@ divided back.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 
+from .._checks import is_number, is_positive
 from .._warn import warn
 from ..errors import CheckpointError
 from ..inspection import canonical_name
@@ -22,6 +25,7 @@ from ._param_groups import GROUP_FORMAT, TAGS
 
 OnRankChange = Literal["raise", "reset", "resize"]
 Group = dict[str, Any]
+_CURE = "Give what optimizer.state_dict() made."
 
 
 def check_on_rank_change(value: object) -> None:
@@ -80,7 +84,7 @@ def fit_checkpoint(
             "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the saved one was.",
         )
     bases: dict[Any, set[float]] = defaultdict(set)
-    for group in groups if all(isinstance(key, str) for g in groups for key in g["params"]) else ():
+    for group in groups if _by_key(groups) else ():
         bases[group.get("user_group")].add(float(group["lr"]))
     if any(len(rates) > 1 for rates in bases.values()):  # full_state_dict=True: the other parts keep what they had
         warn(
@@ -106,7 +110,7 @@ def fit_checkpoint(
             own, note = _param_state(match, on_rank_change)
             keys.append(next(numbers))
             if own is not None:
-                new_state[keys[-1]] = own
+                new_state[keys[-1]] = {k: _laid_out(v, param) for k, v in own.items()}
             if note is not None:
                 carried.append(note)
             changed_law |= note is None and _law_differs(group, source)
@@ -119,14 +123,39 @@ def _contents(state_dict: Mapping[str, Any]) -> tuple[list[Group], Mapping[Any, 
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
     if not isinstance(groups, list) or not groups or not isinstance(state, Mapping):
         raise CheckpointError(
-            "This is no optimizer checkpoint: it lacks param_groups or state.", "Give what optimizer.state_dict() made."
+            "This is no optimizer checkpoint: it lacks param_groups or state.", _CURE
         )
     newest = max(int(g.get("rankaware_format", 0)) for g in groups)
     if newest > GROUP_FORMAT:
         raise CheckpointError(
             f"The checkpoint is of format {newest}, this package reads up to {GROUP_FORMAT}.", "Update rankaware-optim."
         )
+    for group in groups:
+        _check_group(group)
+    keys = [key for group in groups for key in group["params"]]
+    names = [] if _by_key(groups) else [name for group in groups for name in group.get("param_names") or ()]
+    if len(set(keys)) != len(keys) or len(set(names)) != len(names):
+        raise CheckpointError("The checkpoint's groups list a parameter twice.", _CURE)
     return [_at_base_rate(group) for group in groups], state
+
+
+def _check_group(group: Group) -> None:
+    """Refuse what would be read wrongly in silence."""
+    for key in ("lr", "initial_lr", "rank_multiplier", "lr_multiplier"):
+        value = group.get(key, 1.0)
+        value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+        if not is_positive(value) and not (key.endswith("lr") and is_number(value) and value == 0):  # a warmup's start
+            raise CheckpointError(f"A group of the checkpoint has {key}={group[key]!r}.", _CURE)
+    names = group.get("param_names")
+    if names and not _by_key([group]) and len(names) != len(group["params"]):
+        raise CheckpointError(
+            f"A group of the checkpoint has {len(group['params'])} parameters and {len(names)} names.", _CURE
+        )
+
+
+def _by_key(groups: Iterable[Group]) -> bool:
+    """Whether names are the keys of the state, as in torch.distributed.checkpoint."""
+    return all(isinstance(key, str) for group in groups for key in group["params"])
 
 
 def _at_base_rate(group: Group) -> Group:
@@ -178,7 +207,7 @@ def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequenc
     """
     flat = [_Saved(key, i) for i, group in enumerate(groups) for key in group["params"]]
     ours = [name for group in param_groups for name in group["param_names"]]
-    if all(isinstance(saved.key, str) for saved in flat):
+    if _by_key(groups):
         names = [canonical_name(saved.key) for saved in flat]
     else:
         names = [name for group in groups for name in group.get("param_names") or ()]
@@ -293,6 +322,12 @@ def _param_state(match: _Match, on_rank_change: OnRankChange) -> tuple[Mapping[s
     stacked = rank not in (own[0 if role == "A" else -1], own[-1 if role == "A" else 0])  # experts, merged projections
     if on_rank_change == "reset" or not tensors or stacked:
         return None, Carried(name, saved_rank, rank, 0)
+    sizes = {pair for v in tensors.values() for pair in zip(v.shape, own, strict=True)}
+    if any(s not in (n, 1) and (s, n) != (saved_rank, rank) for s, n in sizes):
+        raise CheckpointError(
+            f"The checkpoint's state of {name} differs from the parameter's shape {own} in more than its rank.",
+            "Load it into the model it was saved from, or build the optimizer with on_rank_change='reset'.",
+        )
     factored = any(s == 1 < n for v in tensors.values() for s, n in _off_rank(v, param, role))
     resized = {k: _resize(v, param, factored) if k in tensors else v for k, v in (state or {}).items()}
     return resized, Carried(name, saved_rank, rank, min(saved_rank, rank), tuple(tensors))
@@ -352,3 +387,14 @@ def _resize(value: torch.Tensor, param: torch.Tensor, factored: bool) -> torch.T
     shared = tuple(slice(0, min(s, n)) for s, n in zip(value.shape, sizes, strict=True))
     made[shared] = value[shared]
     return made
+
+
+def _laid_out(value: Any, param: torch.Tensor) -> Any:
+    """`value` laid out in memory as torch itself would: a fused kernel takes it for dense, in the parameter's order."""
+    plain = (torch.Tensor, nn.Parameter)
+    if type(value) not in plain or value.layout != torch.strided:
+        return value
+    like = param if type(param) in plain and param.shape == value.shape else value
+    if value.stride() == torch.empty_like(like, device="meta").stride():
+        return value
+    return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)

@@ -22,7 +22,7 @@ from .._optimizers import known_optimizer
 from .._rate import Rate
 from .._types import Init, Method, Reference, Survey
 from .._warn import warn
-from ..errors import OptimizerError
+from ..errors import CheckpointError, OptimizerError
 from ..inspection import survey_of, walk
 from ..laws import Law, law_words
 from ..recipe import Recipe
@@ -38,6 +38,7 @@ from ._param_groups import (
     user_groups,
 )
 from ._plan import Plan, PlanOptions, make_plan
+from ._rehearsal import check_loadable
 from ._report import Report, make_report
 from ._state_dict import Carried, OnRankChange, check_on_rank_change, fit_checkpoint
 from ._validate import (
@@ -256,12 +257,23 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         Raises:
             CheckpointError: the checkpoint does not fit; nothing was loaded.
         """
-        wrap, model = self._rankaware, _held_model(self)
+        wrap, model, native, before = self._rankaware, _held_model(self), type(self)._rankaware_native, dict(vars(self))
         orders = [[name for group in wrap.order for name in group]]
         if model is not None:
             orders.append([name for name, _ in walk(model).parameters])
-        fitted, carried = fit_checkpoint(self.param_groups, state_dict, wrap.on_rank_change, orders)
-        type(self)._rankaware_native.load_state_dict(self, fitted)
+        try:
+            fitted, carried = fit_checkpoint(self.param_groups, state_dict, wrap.on_rank_change, orders)
+            check_loadable(native, self.defaults, self.param_groups, fitted)
+            native.load_state_dict(self, fitted)
+        except BaseException as error:
+            vars(self).clear()
+            vars(self).update(before)
+            if isinstance(error, (CheckpointError, Warning)) or not isinstance(error, Exception):
+                raise
+            raise CheckpointError(
+                f"The checkpoint cannot be loaded: {error!r}.",
+                "Give what optimizer.state_dict() made, of the same optimizer class.",
+            ) from error
         self._rankaware = replace(wrap, carried=carried)
         self._rankaware_unchecked = True
         base = next((group.get("initial_lr", group["lr"]) for group in self.param_groups), None)

@@ -1,0 +1,148 @@
+"""A checkpoint tried on stand-ins of a few numbers before it is loaded, since torch checks next to nothing.
+
+torch loads a moment of any shape: its fused kernels then write past the end of it, others raise in `step`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..errors import CheckpointError
+
+Group = dict[str, Any]
+Shape = tuple[int, ...]
+_MOST = 2**22  # numbers in stand-ins of full size, which other packages' optimizers need
+_CURE = "Load a checkpoint of the same optimizer class and model, or start with a fresh optimizer state."
+
+
+def check_loadable(
+    native: type[Optimizer], defaults: Mapping[str, Any], groups: Sequence[Group], fitted: Mapping[str, Any]
+) -> None:
+    """Refuse a checkpoint, laid out like `groups`, that an optimizer of class `native` could not hold or step with.
+
+    Where the step is torch's own, stand-ins of all parameters take one with the checkpoint's settings, then one with
+    its state. Another package's state may have any shape: a tensor of another shape than its parameter's is refused
+    where the optimizer itself makes it of the parameter's.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    if not native.step.__module__.startswith("torch.optim"):
+        _check_odd_shapes(native, defaults, groups, fitted)
+        return
+    layout = {"state": {}, "param_groups": fitted["param_groups"]}
+    try:
+        made = _stepped(native, defaults, groups, _small, layout)
+    except Exception as error:
+        try:
+            _stepped(native, defaults, groups, _small)
+        except Exception:  # nor without a checkpoint: SparseAdam, differentiable=True
+            return
+        raise CheckpointError(f"No step can be taken with the checkpoint's settings: {error!r}.", _CURE) from error
+    state = {
+        key: {k: _stand_in(f"{k} of {name}", v, param, own.get(k)) for k, v in saved.items()}
+        for (name, param, key, saved), own in zip(_matched(groups, fitted), made, strict=True)
+    }
+    try:
+        _stepped(native, defaults, groups, _small, {**layout, "state": {k: v for k, v in state.items() if v}})
+    except Exception as error:
+        raise CheckpointError(f"No step can be taken with the checkpoint's state: {error!r}.", _CURE) from error
+
+
+def _matched(groups: Sequence[Group], fitted: Mapping[str, Any]) -> list[tuple[str, torch.Tensor, Any, Mapping[str, Any]]]:
+    """Name, parameter, its key in the checkpoint and its state there, for every parameter."""
+    keys = chain.from_iterable(group["params"] for group in fitted["param_groups"])
+    named = chain.from_iterable(zip(g["param_names"], g["params"], strict=False) for g in groups)  # flat: of the first
+    return [(name, p, key, fitted["state"].get(key) or {}) for (name, p), key in zip(named, keys, strict=True)]
+
+
+def _small(shape: Shape) -> Shape:
+    """The shape of a stand-in: sizes that differ by axis, so that a state's axes are recognised."""
+    return tuple(min(size, 2 + axis) for axis, size in enumerate(shape))
+
+
+def _stepped(
+    native: type[Optimizer],
+    defaults: Mapping[str, Any],
+    groups: Sequence[Group],
+    shape_of: Callable[[Shape], Shape],
+    checkpoint: Mapping[str, Any] | None = None,
+) -> list[Mapping[str, Any]]:
+    """The state that a step makes of stand-ins for the parameters of `groups`, in a fresh optimizer like theirs.
+
+    No hook runs. Raises what the load or the step raises, and ArithmeticError where the step gives no finite numbers.
+    """
+    settings = [deepcopy({key: value for key, value in group.items() if key != "params"}) for group in groups]
+    params = [[_ones(shape_of(tuple(p.shape)), p) for p in group["params"]] for group in groups]
+    made = native.__new__(native)
+    own = [{"params": each, **group} for each, group in zip(params, settings, strict=True)]
+    made.__setstate__({"defaults": dict(defaults), "state": defaultdict(dict), "param_groups": own})
+    if checkpoint is not None:
+        native.load_state_dict(made, dict(checkpoint))
+    stood = [param for each in params for param in each]
+    for param in stood:
+        param.grad = torch.ones_like(param)
+    with torch.random.fork_rng(devices={p.device for p in stood if p.device.type == "cuda"}):
+        getattr(native.step, "__wrapped__", native.step)(made)
+    if not all(bool(param.isfinite().all()) for param in stood):
+        raise ArithmeticError("it gives parameters that are not finite")
+    return [made.state.get(param, {}) for param in stood]
+
+
+def _ones(shape: Shape, param: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.ones(shape, dtype=param.dtype, device=param.device))
+
+
+def _stand_in(what: str, value: Any, param: torch.Tensor, made: Any) -> Any:
+    """What stands for `value`, a parameter's state: zeros of the shape that the step `made` of the stand-in's.
+
+    Single numbers, such as step counters, are themselves. Another shape is refused.
+    """
+    if not isinstance(value, torch.Tensor):
+        return deepcopy(value)
+    own, small, shape = tuple(param.shape), _small(tuple(param.shape)), tuple(value.shape)
+    to_be = tuple(made.shape) if isinstance(made, torch.Tensor) else small if shape else ()
+    expected = to_be
+    if len(to_be) == len(own):
+        expected = tuple(n if m == s else m for m, s, n in zip(to_be, small, own, strict=True))
+    single = value.numel() == math.prod(expected) == 1
+    if shape != expected and not single:
+        raise _shape_error(what, shape, expected)
+    if not single:
+        return torch.zeros(to_be, dtype=value.dtype, device=param.device)
+    return (value.to_local() if hasattr(value, "to_local") else value).detach().clone()
+
+
+def _check_odd_shapes(
+    native: type[Optimizer], defaults: Mapping[str, Any], groups: Sequence[Group], fitted: Mapping[str, Any]
+) -> None:
+    """The check of another package's optimizer, by a step of full-sized stand-ins for the parameters in question."""
+    odd = {}
+    for name, param, _, saved in _matched(groups, fitted):
+        tensors = {k: v for k, v in saved.items() if isinstance(v, torch.Tensor) and v.dim() == param.dim()}
+        if any(v.shape != param.shape for v in tensors.values()):
+            odd[id(param)] = name, param, tensors
+    if not odd or sum(param.numel() for _, param, _ in odd.values()) > _MOST:
+        return
+    cut = [{**group, "params": [p for p in group["params"] if id(p) in odd]} for group in groups]
+    try:
+        made = _stepped(native, defaults, [group for group in cut if group["params"]], lambda shape: shape)
+    except Exception:  # it steps otherwise: by a closure, on another device, with what its constructor made
+        return
+    for (name, param, tensors), own in zip(odd.values(), made, strict=True):
+        for key, value in tensors.items():
+            if value.shape != param.shape == getattr(own.get(key), "shape", None):
+                raise _shape_error(f"{key} of {name}", tuple(value.shape), tuple(param.shape))
+
+
+def _shape_error(what: str, shape: Shape, expected: Shape) -> CheckpointError:
+    return CheckpointError(f"The checkpoint's {what} has shape {shape}, where {expected} is needed.", _CURE)
