@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -47,6 +48,6 @@ def check_lr(lr: object, what: str = "lr") -> float:
     """`lr` as a positive finite float, from a number, a `Rate` or a one-element tensor; else an `OptimizerError`."""
     lr = plain_lr(lr)
     value = lr.item() if getattr(lr, "numel", lambda: 0)() == 1 else lr  # type: ignore[attr-defined]
-    if not is_positive(value):
+    if not is_positive(value) or value > sys.float_info.max:  # an int may be larger
         raise OptimizerError(f"{what} is {lr!r}.", "Give a positive finite number.")
     return float(value)

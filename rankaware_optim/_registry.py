@@ -56,6 +56,6 @@ def _load(point: EntryPoint) -> Callable[..., Any] | None:
     try:
         factory: Callable[..., Any] = point.load()
         return factory
-    except Exception as error:  # a stranger's package may raise anything on import
+    except (Exception, SystemExit) as error:  # a stranger's package may raise anything on import, or exit
         warn(f"The plug-in {point.name!r} ({point.value}) could not be loaded: {error}.")
         return None

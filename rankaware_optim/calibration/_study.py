@@ -22,7 +22,7 @@ from .._optimizers import optimizer_family
 from .._scaling_rule import infer_scaling
 from .._types import Reference, Survey
 from ..errors import CalibrationError
-from ..laws import Law, Power, checked_multiplier
+from ..laws import Law, Power, bound_law, checked_multiplier
 from ..recipe import Z90, Recipe
 from ._optuna import close_database
 from ._pruner import PairedPruner
@@ -149,7 +149,7 @@ class Study:
         """
         self.reference, self.full_fan_in = reference, full_fan_in
         usual = _USUAL_LR.get(optimizer_family(self.optimizer), _USUAL_LR["sign-like"])
-        moved = checked_multiplier(self.law.bind(self.optimizer, {}), reference.as_factor(), _USUAL_AT)
+        moved = checked_multiplier(bound_law(self.law, self.optimizer, {}), reference.as_factor(), _USUAL_AT)
         low, high = self.lr_range or (-math.inf, math.inf)
         self._start = min(max(_ABOVE + math.log2(usual * moved), low), high)
         if self._brackets:
@@ -190,7 +190,7 @@ class Study:
     def centred_law(self, drift: float = 0.0, factor: float = 0.0) -> Power:
         """The law, bound to the optimizer, at its priors' means, plus a fitted `drift` and log2 `factor`."""
         reference = self.settled()
-        bound = self.law.bind(self.optimizer, self.settings)
+        bound = bound_law(self.law, self.optimizer, self.settings)
         if reference.method == "full":
             return Power(law=bound)
         (mean_drift, _), (mean_factor, _) = _PRIORS[reference.init]

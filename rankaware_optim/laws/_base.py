@@ -15,10 +15,10 @@ from dataclasses import Field, fields, is_dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar
 
-from .._checks import is_number
+from .._checks import is_number, is_positive
 from .._registry import Registry
 from .._types import Factor, Reference
-from ..errors import LawError
+from ..errors import LawError, RankAwareError
 
 LAWS = Registry("rankaware_optim.laws", "law", LawError)
 LAWS.register("mua", "rankaware_optim.laws._mua:MuA")
@@ -85,7 +85,7 @@ def get_law(law: str | Law) -> Law:
     if not isinstance(law, str):
         raise LawError(f"A law is a name or a Law instance, not {law!r}.", f"Known are {', '.join(LAWS.names())}.")
     name, parameters = (part.strip() for part in law.partition("?")[::2])
-    made = _imported(name) if ":" in name else LAWS.get(name)()
+    made = _made(name)
     if not isinstance(made, Law):
         raise LawError(f"{name!r} is a {type(made).__name__}, not a Law.", "Derive it from rankaware_optim.Law.")
     values = dict(_parameter(made, part) for part in _parted(parameters))
@@ -96,12 +96,13 @@ def get_law(law: str | Law) -> Law:
     return replace(made, **values)
 
 
-def _imported(name: str) -> Any:
-    package, _, attribute = name.partition(":")
+def _made(name: str) -> Any:
+    package, colon, attribute = name.partition(":")
+    factory = None if colon else LAWS.get(name)
     try:
-        found: Any = getattr(import_module(package), attribute)
-        return found() if isinstance(found, type) else found
-    except Exception as error:  # a stranger's module may raise anything on import, and its class too
+        found: Any = factory or getattr(import_module(package), attribute)
+        return found() if factory or isinstance(found, type) else found
+    except (Exception, SystemExit) as error:  # a stranger's module may raise anything on import, and its class too
         raise LawError(
             f"The law {name!r} cannot be loaded: {error}.", "Give 'package.module:Class', importable from here."
         ) from error
@@ -169,13 +170,43 @@ def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
 
     Rounding noise about 1 is 1, so that the reference's own configuration changes nothing, bit for bit.
     """
-    value = law.multiplier(factor, reference)
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    value = _answer(law, "multiplier", factor, reference)
+    value = _usable(law, value, factor.name or factor.role)
+    return 1.0 if math.isclose(value, 1.0, rel_tol=1e-12) else value
+
+
+def checked_batch_multiplier(law: Law, ratio: float) -> float:
+    """`law.batch_multiplier(ratio)`, or a `LawError` where it is not a positive finite number."""
+    return _usable(law, _answer(law, "batch_multiplier", ratio), f"{ratio:g} times the batch")
+
+
+def _usable(law: Law, value: object, what: str) -> float:
+    if not is_positive(value) or value > sys.float_info.max:
         raise LawError(
-            f"The law {law!r} gave {value!r} as the multiplier of {factor.name or factor.role}.",
+            f"The law {law!r} gave {value!r} as the multiplier of {what}.",
             "A multiplier is a positive finite number: mend the law, or choose another by law=.",
         )
-    return 1.0 if math.isclose(value, 1.0, rel_tol=1e-12) else float(value)
+    return float(value)
+
+
+def bound_law(law: Law, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
+    """`law.bind(optimizer_class, settings)`, or a `LawError` where that is no law."""
+    bound = _answer(law, "bind", optimizer_class, settings)
+    if not isinstance(bound, Law):
+        raise LawError(f"The law {law!r} gave {bound!r} when it was bound.", "Return a law, by default the law itself.")
+    return bound
+
+
+def _answer(law: Law, method: str, *question: Any) -> Any:
+    """What the law's method says; whatever a stranger's law raises is a `LawError`."""
+    try:
+        return getattr(law, method)(*question)
+    except (RankAwareError, Warning):
+        raise
+    except Exception as error:
+        raise LawError(
+            f"The law {law!r} failed in {method}(): {error!r}.", "Mend the law, or choose another by law=."
+        ) from error
 
 
 def law_to_dict(law: Law) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A group holds `lr`, the base rate, `rank_multiplier` and the plain scalars `lora
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ from torch import nn
 from .._checks import check_lr, plain_lr
 from .._rate import Rate
 from .._types import Init, Method, Reference, Survey
-from ..errors import OptimizerError
+from .._warn import warn
+from ..errors import OptimizerError, RankAwareError
 from ..inspection import Walk, survey_of, walk
 from ..laws import DEFAULT_LAW, Law
 from ._plan import Assignment, Plan, PlanOptions, make_plan
@@ -34,6 +36,7 @@ TAGS = (
     "rankaware_recipe",
     "rankaware_lr",
 )
+_FAR = 1e4  # multipliers beyond it, or below its inverse, are warned of
 _OF_LR = "the base rate: our step multiplies it, to_plain_state_dict(opt) is for native optimizers"
 
 
@@ -163,13 +166,32 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
             for key in listed:  # one value a parameter, as PEFT's LoRA-FA and some of pytorch_optimizer keep
                 part.options[key].append(group.options[key][position])
         planned.extend(cut.values())
+    moved = [(part.assignment.multiplier, part.named[0][0]) for part in planned if part.assignment.rate is None]
+    far = next(((by, name) for by, name in moved if not 1 / _FAR <= by <= _FAR), None)
+    if far is not None:
+        warn(
+            f"The law multiplies the base rate by {far[0]:.3g} for {far[1]}, beyond {1 / _FAR:g} to {_FAR:g}, where "
+            "nothing was ever tried: look at rank, alpha and tuned_at=."
+        )
     return planned
 
 
 def set_ratio(group: dict[str, Any], assignment: Assignment) -> None:
-    """Make a rate of its own a ratio to the group's base rate, so that schedules move it too."""
+    """Make a rate of its own a ratio to the group's base rate, so that schedules move it too, and check the product."""
     if assignment.rate is not None:
         group["rank_multiplier"] = assignment.rate / float(group["lr"])
+    check_product(group)
+
+
+def check_product(group: Mapping[str, Any], error: type[RankAwareError] = OptimizerError) -> None:
+    """Refuse a base rate whose product with the multiplier, in numbers of its own kind, is 0 or infinite."""
+    base, multiplier = group["lr"], group["rank_multiplier"]
+    rate = float(base * multiplier)
+    if float(base) and not 0 < rate < math.inf:
+        raise error(
+            f"The base rate {base!r} times the multiplier {multiplier:.3g} of a group is {rate}.",
+            "Give a rate whose products are positive finite numbers, a tensor in float32.",
+        )
 
 
 def effective_lr(group: Mapping[str, Any]) -> float:

@@ -13,7 +13,15 @@ from .._rate import Rate
 from .._types import Factor, Method, Reference, Survey
 from .._warn import warn
 from ..errors import OptimizerError
-from ..laws import DEFAULT_LAW, Law, checked_multiplier, get_law, known_family
+from ..laws import (
+    DEFAULT_LAW,
+    Law,
+    bound_law,
+    checked_batch_multiplier,
+    checked_multiplier,
+    get_law,
+    known_family,
+)
 from ..recipe import Recipe
 
 
@@ -141,13 +149,13 @@ def make_plan(
     if optimizer_class is not None:
         if options.strict:
             known_family(optimizer_class, settings)
-        law = law.bind(optimizer_class, settings or {})
+        law = bound_law(law, optimizer_class, settings or {})
         if recipe is not None:
             of_recipe = recipe.notes_for(survey, optimizer_class)
     width = moved.full_width(reference.init) if method == "full" else moved.width
     by_batch = 1.0
     if options.batch is not None and reference.batch is not None:
-        by_batch = law.batch_multiplier(options.batch / reference.batch)
+        by_batch = checked_batch_multiplier(law, options.batch / reference.batch)
     tag = "" if recipe is None else recipe.tag
     plan = Plan(options, law, reference, method, width, by_batch, recipe_tag=tag)
     own_notes = _notes(plan, survey, optimizer_class, settings)

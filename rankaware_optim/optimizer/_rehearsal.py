@@ -17,9 +17,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError
+from ._param_groups import check_product
 
 Group = dict[str, Any]
 Shape = tuple[int, ...]
+Matched = tuple[str, torch.Tensor, Any, Mapping[str, Any]]
 _MOST = 2**22  # numbers in stand-ins of full size, which other packages' optimizers need
 _CURE = "Load a checkpoint of the same optimizer class and model, or start with a fresh optimizer state."
 
@@ -29,13 +31,15 @@ def check_loadable(
 ) -> None:
     """Refuse a checkpoint, laid out like `groups`, that an optimizer of class `native` could not hold or step with.
 
-    Where the step is torch's own, stand-ins of all parameters take one with the checkpoint's settings, then one with
+    Where the step is torch's own, stand-ins of all parameters take steps with the checkpoint's settings, then with
     its state. Another package's state may have any shape: a tensor of another shape than its parameter's is refused
     where the optimizer itself makes it of the parameter's.
 
     Raises:
         CheckpointError: it does not fit.
     """
+    for group in fitted["param_groups"]:
+        check_product(group, CheckpointError)
     if not native.step.__module__.startswith("torch.optim"):
         _check_odd_shapes(native, defaults, groups, fitted)
         return
@@ -58,7 +62,7 @@ def check_loadable(
         raise CheckpointError(f"No step can be taken with the checkpoint's state: {error!r}.", _CURE) from error
 
 
-def _matched(groups: Sequence[Group], fitted: Mapping[str, Any]) -> list[tuple[str, torch.Tensor, Any, Mapping[str, Any]]]:
+def _matched(groups: Sequence[Group], fitted: Mapping[str, Any]) -> list[Matched]:
     """Name, parameter, its key in the checkpoint and its state there, for every parameter."""
     keys = chain.from_iterable(group["params"] for group in fitted["param_groups"])
     named = chain.from_iterable(zip(g["param_names"], g["params"], strict=False) for g in groups)  # flat: of the first
@@ -77,7 +81,7 @@ def _stepped(
     shape_of: Callable[[Shape], Shape],
     checkpoint: Mapping[str, Any] | None = None,
 ) -> list[Mapping[str, Any]]:
-    """The state that a step makes of stand-ins for the parameters of `groups`, in a fresh optimizer like theirs.
+    """The state that two steps make of stand-ins for the parameters of `groups`, in a fresh optimizer like theirs.
 
     No hook runs. Raises what the load or the step raises, and ArithmeticError where the step gives no finite numbers.
     """
@@ -92,7 +96,8 @@ def _stepped(
     for param in stood:
         param.grad = torch.ones_like(param)
     with torch.random.fork_rng(devices={p.device for p in stood if p.device.type == "cuda"}):
-        getattr(native.step, "__wrapped__", native.step)(made)
+        for _ in range(2):  # the first makes what the second uses: SGD's dampening
+            getattr(native.step, "__wrapped__", native.step)(made)
     if not all(bool(param.isfinite().all()) for param in stood):
         raise ArithmeticError("it gives parameters that are not finite")
     return [made.state.get(param, {}) for param in stood]

@@ -7,7 +7,6 @@ divided back.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,9 +121,7 @@ def fit_checkpoint(
 def _contents(state_dict: Mapping[str, Any]) -> tuple[list[Group], Mapping[Any, Any]]:
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
     if not isinstance(groups, list) or not groups or not isinstance(state, Mapping):
-        raise CheckpointError(
-            "This is no optimizer checkpoint: it lacks param_groups or state.", _CURE
-        )
+        raise CheckpointError("This is no optimizer checkpoint: it lacks param_groups or state.", _CURE)
     newest = max(int(g.get("rankaware_format", 0)) for g in groups)
     if newest > GROUP_FORMAT:
         raise CheckpointError(

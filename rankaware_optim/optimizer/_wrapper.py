@@ -182,11 +182,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         opt: RankAwareOptimizer = (
             _construct(native, planned, lr, settings) if built is None else _regroup(built, native, planned, lr)
         )
-        for group, part in zip(opt.param_groups, planned, strict=True):
-            set_ratio(group, part.assignment)
-            if native_type:
-                multiply_for_native(group, scale_weight_decay)
         if native_type:
+            for group in opt.param_groups:
+                multiply_for_native(group, scale_weight_decay)
             opt.__class__ = native  # type: ignore[assignment]
             return opt
         order = tuple(group.names for group in own)
@@ -239,9 +237,12 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         own = user_groups([param_group], model, walked, first=len(wrap.order))
         refuse_groups(native, own, held={id(p) for group in self.param_groups for p in group["params"]})
         survey = survey_of(walked, method=wrap.plan.method, init=wrap.init, also=_frozen(own))
+        made = []
         for planned in split(own, wrap.plan, survey, first=len(wrap.order)):
-            native.add_param_group(self, planned.as_dict(named="param_names" in self.param_groups[0]))
-            set_ratio(self.param_groups[-1], planned.assignment)
+            made.append({"lr": self.defaults.get("lr"), **planned.as_dict(named="param_names" in self.param_groups[0])})
+            set_ratio(made[-1], planned.assignment)
+        for group in made:
+            native.add_param_group(self, group)
         known = {f.name for f in wrap.survey.factors}
         added = (f for f in survey.factors if f.name not in known)
         order = (*wrap.order, *(group.names for group in own))
@@ -349,16 +350,28 @@ def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, se
     given = settings if lr is None else {"lr": lr, **settings}
     native.__init__(opt, [group.as_dict() for group in planned], **given)
     refuse_rateless(opt)
+    placed = {tuple(id(p) for _, p in part.named): part for part in planned}
+    parts = [placed.pop(tuple(map(id, group["params"])), None) for group in opt.param_groups]
+    for group, part in zip(opt.param_groups, parts, strict=True):
+        if placed or part is None or group.get("rank_multiplier") != part.assignment.multiplier:
+            raise OptimizerError(
+                f"{native.__name__} rearranges its groups when it is built, so its rates would be other groups'.",
+                f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model.parameters(), ...), model=model).",
+            )
+        set_ratio(group, part.assignment)
     return opt
 
 
 def _regroup(built: Optimizer, native: type[Optimizer], planned: list[PlannedGroup], lr: Any) -> Any:
     """The same object, its groups replaced in place and its class swapped. Per-parameter state stays as it is."""
     given = {} if lr is None else {"lr": lr}
-    built.defaults.update(given)
-    built.param_groups[:] = [
-        {**group.as_dict(named=False), "param_names": [name for name, _ in group.named], **given} for group in planned
+    groups = [
+        {**part.as_dict(named=False), "param_names": [name for name, _ in part.named], **given} for part in planned
     ]
+    for group, part in zip(groups, planned, strict=True):
+        set_ratio(group, part.assignment)
+    built.defaults.update(given)
+    built.param_groups[:] = groups
     built.__class__ = _subclass(native)
     built._patch_step_function()  # torch hooks `step` by class
     return built

@@ -19,7 +19,7 @@ from .._scaling_rule import GAMMA, Scaling
 from .._types import Method, Reference, Survey
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
-from ..laws import Power, checked_multiplier, law_changes
+from ..laws import Power, checked_batch_multiplier, checked_multiplier, law_changes
 from . import _io as recipe_files
 from . import _recipe_text as words
 from . import _schema as recipe_toml
@@ -134,7 +134,7 @@ class Recipe:
             target, reference = replace(target, fan_in=width), replace(reference, fan_in=width)
         sd, outside = spread(self, target)
         longer = self.horizon.by_steps(steps, self.steps, self.name, told=target.method == reference.method)
-        larger = by_batch(batch, self.batch, math.log2(self.law.batch_multiplier(2.0)), self.name)
+        larger = by_batch(batch, self.batch, math.log2(checked_batch_multiplier(self.law, 2.0)), self.name)
         moved = checked_multiplier(self.law, target.as_factor(), reference) * 2.0 ** (longer.octaves + larger.octaves)
         sd, outside = math.hypot(sd, longer.sd, larger.sd), [*outside, *longer.notes, *larger.notes]
         best = self.best_lr * moved

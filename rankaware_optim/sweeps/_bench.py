@@ -21,7 +21,7 @@ from .._tables import text_table
 from .._types import Reference
 from ..calibration.fit import Prior, fit_observations
 from ..errors import CalibrationError
-from ..laws import Law, checked_multiplier, get_law
+from ..laws import Law, bound_law, checked_multiplier, get_law
 from ._io import Source, Sweep, SweepRun, read_sweep
 from ._runs import known_alpha, mean_losses, observation_of, site_of
 
@@ -171,7 +171,7 @@ def bench_law(
 def score_of(law: str | Law, curves: Sequence[LossCurve], optimizer: type[Optimizer] | str = "AdamW") -> LawScore:
     """One law's moves between all ranks that may be compared."""
     found, moves = get_law(law), []
-    bound = found.bind(get_optimizer_class(optimizer), {})
+    bound = bound_law(found, get_optimizer_class(optimizer), {})
     for source, target in itertools.permutations(curves, 2):
         if source.compares_with(target):
             moved = source.best + math.log2(checked_multiplier(bound, target.at.as_factor(), source.at))

@@ -18,7 +18,7 @@ from .._types import Reference
 from ..calibration import Study, versions_used
 from ..calibration.fit import MODEL_ERROR, Fit, Observation, Prior, diverged, fit_observations, shrink
 from ..errors import CalibrationError
-from ..laws import Constant, Law, MuA, Power, checked_multiplier, get_law
+from ..laws import Constant, Law, MuA, Power, bound_law, checked_multiplier, get_law
 from ..recipe import Recipe
 from ._io import Source, Sweep, SweepRun, read_sweep
 from ._runs import GridEnd, ends_of, known_alpha, observation_of, selected, site_of
@@ -197,7 +197,7 @@ class _Rows:
 
     def by_drift(self) -> _LawFit:
         """The calibration's fit: base rate, drift in rank, factor of full finetuning."""
-        study = self.study(self.law.bind(self.optimizer, {}))
+        study = self.study(bound_law(self.law, self.optimizer, {}))
         prior = study.prior
         if self.as_swept:
             prior = replace(prior, drift_sd=_AS_SWEPT_SD[0], full_sd=_AS_SWEPT_SD[1])
@@ -207,7 +207,7 @@ class _Rows:
 
     def by_tokens(self) -> _LawFit:
         """The effective tokens under which the ranks' best rates agree, averaged over a grid; no drift beside them."""
-        bound = self.law.bind(self.optimizer, {})
+        bound = bound_law(self.law, self.optimizer, {})
         laws = [replace(bound, tokens=float(2.0**t)) for t in _TOKENS_GRID]  # type: ignore[type-var]
         prior = replace(self.study(bound).prior, drift_sd=1e-3)
         fits = [self._fitted(self.study(law).centred_law(), prior) for law in laws]

@@ -15,8 +15,8 @@ from functools import cached_property
 from .._checks import check_lr
 from .._rate import Rate
 from .._types import Reference, Survey
-from ..errors import InvalidReferenceError
-from ..laws import DEFAULT_LAW, Law, checked_multiplier, get_law
+from ..errors import InvalidReferenceError, LawError
+from ..laws import DEFAULT_LAW, Law, checked_batch_multiplier, checked_multiplier, get_law
 from ..optimizer import PlanOptions, make_plan
 from ._references import as_reference
 
@@ -92,7 +92,9 @@ def convert_lr(
         if move.target.fan_in != _LARGE:
             return made
         half = _Move(*_at_widths(origin, target, _LARGE / 2), bound).convert(base)
-    except ArithmeticError as error:
+    except (ArithmeticError, LawError) as error:
+        if not isinstance(error.__cause__ or error, ArithmeticError):
+            raise
         raise InvalidReferenceError(
             f"From {origin} to {target} a rate leaves the range of floating point.", "Check the alphas and ranks."
         ) from error
@@ -186,7 +188,7 @@ class _Move:
         """What the law says of the batch, where both name one."""
         if self.origin.batch is None or self.target.batch is None:
             return 1.0
-        return self.law.batch_multiplier(self.target.batch / self.origin.batch)
+        return checked_batch_multiplier(self.law, self.target.batch / self.origin.batch)
 
     def notes(self) -> Iterator[str]:
         changes, law = self.changes, self.law.name

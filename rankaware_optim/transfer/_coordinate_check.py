@@ -23,6 +23,7 @@ from ..laws import (
     MuA,
     Pair,
     Stepper,
+    bound_law,
     change_of,
     checked_multiplier,
     class_of,
@@ -138,7 +139,7 @@ def coordinate_check(
     kind = class_of(optimizer)
     stepper = Stepper(kind, settings or {}, steps, seed)
     own = MuA(steps=steps) if captured is not None else MuA(tokens=tokens, steps=steps)
-    bound = get_law(own if law is None else law).bind(kind, stepper.settings)
+    bound = bound_law(get_law(own if law is None else law), kind, stepper.settings)
     shapes = _shapes_of(model_or_shapes)
     if captured is not None:
         batches = {name: _unit(name, *tensors) for name, tensors in captured.items()}

@@ -575,7 +575,10 @@ def installed(tmp_path, monkeypatch):
     info = tmp_path / "half_law-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: half-law\nVersion: 1.0\n")
+    (tmp_path / "exits_law.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "raises_law.py").write_text("class Raises:\n    def __init__(self): raise OSError('no disk')\n")
     points = ["half = half_law:Half", "broken = broken_law:Law", "nothing = builtins:dict"]
+    points += ["exits = exits_law:Law", "raises = raises_law:Raises"]
     (info / "entry_points.txt").write_text("\n".join(["[rankaware_optim.laws]", *points, ""]))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(LAWS, "_plugins", None)
@@ -603,14 +606,22 @@ def test_plugins_are_listed_and_loaded_once(installed):
         pytest.raises(LawError, match=r"constant, falling, half, loraplus, (measured, )?mua"),
     ):
         get_law("nua")
-    assert len(caught) == 1
-    assert "broken" not in LAWS.names()
+    assert len(caught) == 2
+    assert {"broken", "exits"}.isdisjoint(LAWS.names())
 
 
 def test_a_plugin_that_makes_no_law_is_refused(installed):
     """A factory that returns something else is an error that says what."""
     with pytest.warns(Warn), pytest.raises(LawError, match="'nothing' is a dict"):
         get_law("nothing")
+
+
+def test_a_plugin_that_raises_or_exits_is_a_sentence(installed):
+    """A plug-in whose law cannot be made, and a module that ends the interpreter on import, are errors of ours."""
+    with pytest.warns(Warn), pytest.raises(LawError, match="'raises' cannot be loaded: no disk"):
+        get_law("raises")
+    with pytest.raises(LawError, match="'exits_law:Law' cannot be loaded: 3"):
+        get_law("exits_law:Law")
 
 
 def test_a_registry_prefers_what_is_registered():

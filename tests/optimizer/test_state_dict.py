@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -348,6 +349,113 @@ def test_unknown_policies_are_refused(option):
     """A policy that does not exist is refused at construction, with those that do."""
     with pytest.raises(CheckpointError, match=f"{option} is 'guess'.*Choose one of"):
         ours(mlp(), **{option: "guess"})
+
+
+def in_state(value, key="exp_avg_sq"):
+    """The state of a stepped optimizer, with `value`, or what it makes of the tensor there, as one of its moments."""
+    model = mlp((4, 8))
+    opt = ours(model)
+    train(model, opt, steps=2)
+    state = copy.deepcopy(opt.state_dict())
+    entry = state["state"][0]
+    entry[key] = value(entry[key]) if callable(value) else value
+    return state
+
+
+def in_groups(**keys):
+    state = in_state(lambda moment: moment)
+    state["param_groups"][0] |= keys
+    return state
+
+
+def stepped_by(state, fused):
+    """The state with torch's fused step or without: a checkpoint's settings are the optimizer's after a load."""
+    for group in filter(lambda group: isinstance(group, dict), state["param_groups"]):
+        group["fused"] = fused
+    return state
+
+
+DAMAGED = [
+    (lambda: in_state(torch.zeros(1, 1)), r"exp_avg_sq of layer0.lora_A has shape \(1, 1\), where \(4, 16\) is needed"),
+    (lambda: in_state(torch.zeros(())), r"has shape \(\), where"),
+    (lambda: in_state(torch.zeros(64)), r"has shape \(64,\), where"),
+    (lambda: in_state(torch.zeros(4, 16), "step"), r"step of layer0.lora_A has shape \(4, 16\), where \(\) is needed"),
+    (lambda: in_state("text", "step"), r"No step can be taken with the checkpoint's state"),
+    (lambda: in_state(torch.tensor(math.nan), "step"), r"state: .*not finite"),
+    (lambda: in_groups(betas=None), r"No step can be taken with the checkpoint's settings: TypeError"),
+    (lambda: in_groups(params=[0, 0]), r"has 2 parameters and 1 names"),
+    (lambda: in_groups(params=[1]), r"list a parameter twice"),
+    (lambda: in_groups(param_names=["a", "b"]), r"has 1 parameters and 2 names"),
+    (lambda: in_groups(param_names=["layer0.lora_B"]), r"list a parameter twice"),
+    (lambda: in_groups(rank_multiplier=0.0), r"has rank_multiplier=0.0"),
+    (lambda: in_groups(lr=math.nan), r"has lr=nan"),
+    (lambda: in_groups(initial_lr="x"), r"has initial_lr='x'"),
+    (lambda: in_groups(lr=1.5e308), r"times the multiplier 1.94 of a group is inf"),
+    (lambda: without(in_groups(), "params"), r"cannot be loaded: KeyError\('params'\)"),
+    (lambda: {"param_groups": [3], "state": {}}, r"cannot be loaded: AttributeError"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), DAMAGED)
+@pytest.mark.parametrize("fused", [False, True])
+def test_damaged_checkpoints_are_refused(make, message, fused):
+    """A moment of another shape, a setting or a group that makes no sense is refused before torch has seen it."""
+    opt = ours(mlp((4, 8)))
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(CheckpointError, match=message):
+        opt.load_state_dict(stepped_by(make(), fused))
+    assert alike(before, opt.state_dict())
+
+
+LAYOUTS = [
+    lambda moment: moment.T.contiguous().T,
+    lambda moment: moment.repeat_interleave(2, 1)[:, ::2],
+    lambda moment: moment.mean().expand(moment.shape),
+]
+
+
+@pytest.mark.parametrize("laid_out", LAYOUTS, ids=["transposed", "every second", "expanded"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_moment_is_read_by_its_numbers_however_it_lies_in_memory(laid_out, fused):
+    """Strides of a saved tensor, which a fused kernel does not look at, do not change what is trained."""
+    ends = []
+    for made in (laid_out, lambda moment: laid_out(moment).contiguous().clone()):
+        model = mlp((4, 8))
+        opt = ours(model)
+        opt.load_state_dict(saved(stepped_by(in_state(made), fused)))
+        train(model, opt, steps=3)
+        ends.append(snapshot(model))
+    assert same(*ends)
+
+
+class Undecided(torch.optim.SGD):
+    """An optimizer whose own load fails after it has begun."""
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.param_groups[0]["lr"] = 0.5
+        if any(p.requires_grad and p.numel() > 12 for p in self.param_groups[0]["params"]):  # no stand-in
+            raise OSError("the disk is gone")
+
+
+def test_a_load_that_fails_midway_changes_nothing():
+    """Where the optimizer's own load raises, state, groups and attributes are those of before."""
+    model = mlp((4, 8))
+    opt = ours(model, Undecided)
+    state, held = copy.deepcopy(opt.state_dict()), (opt.state, opt.param_groups)
+    with pytest.raises(CheckpointError, match="OSError"):
+        opt.load_state_dict(ours(mlp((4, 8)), torch.optim.SGD, momentum=0.9).state_dict())
+    assert (opt.state, opt.param_groups) == held
+    assert alike(state, opt.state_dict())
+
+
+def test_another_width_is_not_resized():
+    """A checkpoint of another rank and another width is refused: only the rank is resized."""
+    small = mlp((4, 8))
+    opt = ours(small)
+    train(small, opt, steps=1)
+    with pytest.raises(CheckpointError, match="in more than its rank"):
+        ours(mlp((8, 16), width=32), on_rank_change="resize").load_state_dict(opt.state_dict())
 
 
 def test_architectures_of_other_shapes_are_refused():

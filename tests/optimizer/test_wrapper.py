@@ -436,6 +436,32 @@ def test_unknown_optimizers_are_refused(optimizer, message):
 
 # --- refusals -------------------------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class Strange(ra.Law):
+    """A stranger's law that answers as it is given, or raises that."""
+
+    by_batch: object = 1.0
+    bound: object = "itself"
+    moved: object = 1.0
+    name: ClassVar[str] = "strange"
+
+    def bind(self, optimizer_class, settings):
+        return self if self.bound == "itself" else _said(self.bound)
+
+    def batch_multiplier(self, ratio):
+        return _said(self.by_batch)
+
+    def multiplier(self, factor, reference):
+        return _said(self.moved)
+
+
+def _said(answer):
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
 REFUSED = [
     (lambda m: RankAwareOptimizer(m, lr=LR), r"No optimizer was named"),
     (lambda m: RankAwareOptimizer(trained(m), torch.optim.AdamW, lr=LR), r"Parameters alone"),
@@ -454,7 +480,28 @@ REFUSED = [
     (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=torch.ones(2)), r"lr is tensor"),
     *(
         (lambda m, lr=lr: RankAwareOptimizer(m, torch.optim.AdamW, lr=lr), r"lr is")
-        for lr in (0, -LR, math.nan, math.inf, "1e-3", True)
+        for lr in (0, -LR, math.nan, math.inf, "1e-3", True, 10**400)
+    ),
+    *(
+        (lambda m, kw=kw: RankAwareOptimizer(m, torch.optim.AdamW, **{"lr": LR, "tuned_at": AT_16, **kw}), message)
+        for kw, message in (
+            ({"lr": 5e-324, "law": "power?exponent=2"}, r"base rate 5e-324 times the multiplier .* is 0\.0"),
+            ({"lr": 1e308, "law": "power?exponent=-2"}, r"base rate 1e\+308 times the multiplier .* is inf"),
+            (
+                {"lr": torch.tensor(6e4, dtype=torch.float16), "law": "power?exponent=-2"},
+                r"times the multiplier .* inf",
+            ),
+            ({"lr": 5e-324, "other_lr": 1.0}, r"times the multiplier inf"),
+            ({"law": Strange(math.nan)}, r"Strange.* gave nan as the multiplier of 2 times the batch"),
+            ({"law": Strange(-1.0)}, r"gave -1\.0 as the multiplier of 2 times"),
+            ({"law": Strange(0)}, r"gave 0 as the multiplier of 2 times"),
+            ({"law": Strange(10**400)}, r"as the multiplier of 2 times"),
+            ({"law": Strange(1.0, bound=None)}, r"Strange.* gave None when it was bound"),
+            ({"law": Strange(1.0, bound=OSError("no disk"))}, r"failed in bind\(\): OSError\('no disk'\)"),
+            ({"law": Strange(OSError("no disk"))}, r"failed in batch_multiplier\(\): OSError"),
+            ({"law": Strange(1.0, moved=ZeroDivisionError())}, r"failed in multiplier\(\): ZeroDivisionError"),
+        )
+        for kw in [kw | ({"batch": 2, "tuned_at": Reference(16, 16, batch=1)} if "law" in kw else {})]
     ),
 ]
 
@@ -478,6 +525,64 @@ def test_bad_input_is_refused(make, message):
     assert same(before, snapshot(model))
 
 
+class Sorted(torch.optim.SGD):
+    """An optimizer whose constructor puts its groups into another order, all keys with them."""
+
+    def __init__(self, params, lr=LR):
+        super().__init__(params, lr)
+        self.param_groups.reverse()
+
+
+class Dealt(torch.optim.SGD):
+    """An optimizer whose constructor deals its parameters out among its groups again."""
+
+    def __init__(self, params, lr=LR):
+        super().__init__(params, lr)
+        dealt = [group["params"] for group in self.param_groups]
+        for group, other in zip(self.param_groups, dealt[::-1], strict=True):
+            group["params"] = other
+
+
+class Forgetful(torch.optim.SGD):
+    """An optimizer whose constructor drops the keys it does not know."""
+
+    def __init__(self, params, lr=LR):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            del group["rank_multiplier"]
+
+
+@pytest.mark.parametrize("kind", [Dealt, Forgetful])
+def test_an_optimizer_that_rearranges_its_groups_is_refused(kind):
+    """Where the constructor parts parameters from the rate decided for them, that is an error and not a wrong rate."""
+    with pytest.raises(OptimizerError, match=rf"{kind.__name__} rearranges its groups.*Build it, then wrap it"):
+        RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, tuned_at=AT_16)
+
+
+def test_groups_in_another_order_keep_their_rates():
+    """A constructor that reorders whole groups changes no parameter's rate, one of its own included."""
+    rates = [
+        {
+            name: effective_lr(group)
+            for group in RankAwareOptimizer(
+                mlp((4, 64)), kind, lr=LR, rates={"head.*": 0.5, "layer1*": 0.25}
+            ).param_groups
+            for name in group["param_names"]
+        }
+        for kind in (torch.optim.SGD, Sorted)
+    ]
+    assert rates[0] == rates[1]
+    assert set(rates[0].values()) > {0.5, 0.25}
+
+
+@pytest.mark.parametrize("form", [by_class, by_instance, by_groups])
+def test_a_multiplier_out_of_all_range_is_warned_of(form):
+    """An alpha of 1e-12 makes a rate that nobody meant: it is said with the number, and a usual one is not."""
+    with pytest.warns(ra.RankAwareWarning, match=r"by \de\+06 for layer0.lora_A, beyond 0.0001 to 10000.*alpha"):
+        form(mlp((4, 4), scalings=1e-12 / 4), torch.optim.AdamW, {}, tuned_at=AT_16)
+    form(mlp((4, 4), scalings=1e-2), torch.optim.AdamW, {}, tuned_at=AT_16)
+
+
 def _scheduled(model):
     opt = torch.optim.AdamW(trained(model), lr=LR)
     lr_scheduler.StepLR(opt, 1)
@@ -486,6 +591,11 @@ def _scheduled(model):
 
 REFUSED_INSTANCES = [
     (lambda m: torch.optim.AdamW(trained(m), lr=0.0), {}, r"lr is 0\.0"),
+    (
+        lambda m: torch.optim.AdamW(trained(m), lr=5e-324),
+        {"law": "power?exponent=2", "tuned_at": AT_16},
+        r"times the mult",
+    ),
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"lr": LR}, r"lr= was given for an optimizer that is built"),
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"eps": 1.0}, r"eps= was given"),
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"optimizer": torch.optim.AdamW}, r"Both a built optimizer"),
@@ -671,9 +781,16 @@ def test_a_later_group_takes_the_base_rate():
     assert opt.param_groups[-1]["rank_multiplier"] < 1
 
 
+def _later_layer(model):
+    """A further parameter, and a further adapter whose rate is out of range: neither may be added."""
+    model.layer9 = PlainLoRA(nn.Linear(16, 16), 1, 1e-3)
+    return {"params": [nn.Parameter(torch.ones(2)), *trained(model.layer9)], "lr": 1e308}
+
+
 LATER = [
     (lambda m: {"params": [m.layer0.lora_A]}, OptimizerError, "in this optimizer already"),
     (lambda m: {"params": [nn.Parameter(torch.ones(2))], "lr": 0.0}, OptimizerError, "lr is 0"),
+    (_later_layer, OptimizerError, r"rate 1e\+308 times the multiplier"),
 ]
 
 
