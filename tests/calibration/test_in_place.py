@@ -140,6 +140,80 @@ def test_the_check_can_fail():
     assert any(name.endswith("_parameters") for name in found)
 
 
+class Fragile(torch.Tensor):
+    """A buffer that breaks off so many of the writes that put it back."""
+
+    breaks: int | float = 0
+    error: BaseException = RuntimeError("no memory")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.copy_ and isinstance(args[0], Fragile) and args[0].breaks > 0:
+            args[0].breaks -= 1
+            raise args[0].error
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Reluctant(dict):
+    """An attribute that cannot be cleared once it was written to."""
+
+    def clear(self):
+        raise RuntimeError("kept")
+
+
+def breaking(error, breaks=1):
+    """A step that at its end leaves the model's buffer `fragile` changed and about to fail."""
+
+    def taken(model, i):
+        if i == STEPS - 1:
+            model.fragile.add_(1)
+            model.fragile.breaks, model.fragile.error = breaks, error
+        return messy(model, i)
+
+    return taken
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
+def test_a_put_back_that_is_broken_off_is_done_again(error):
+    """An exception in the middle of the last put-back leaves nothing between two states; an exit still exits."""
+    model = Everything()
+    model.register_buffer("fragile", torch.zeros(3).as_subclass(Fragile))
+    before = fingerprint(model)
+    with nullcontext() if isinstance(error, Exception) else pytest.raises(type(error)):
+        calibrate(model, breaking(error), trials=1, init="A")
+    model.fragile.__dict__.clear()
+    assert changed(before, fingerprint(model)) == []
+
+
+def test_what_cannot_be_put_back_is_named():
+    """Where a second try fails too, the error names the tensor and the attribute, and all else is as it was."""
+    model = Everything()
+    model.register_buffer("fragile", torch.zeros(3).as_subclass(Fragile))
+    model.first.notes = Reluctant(a=1)
+
+    def taken(model, i):
+        model.first.notes["b"] = 2
+        return breaking(RuntimeError("no memory"), math.inf)(model, i)
+
+    before = fingerprint(model)
+    with pytest.raises(CalibrationError, match=r"could not be put back, all others were: first\.notes, fragile\. Load"):
+        calibrate(model, taken, trials=1, init="A")
+    assert set(changed(before, fingerprint(model))) == {"._buffers", "first.notes"}
+
+
+def test_a_buffer_that_was_given_other_memory_is_as_it_was():
+    """A step that gives a buffer other numbers in another shape does not change what the buffer is afterwards."""
+    model = Everything()
+    before = fingerprint(model)
+
+    def taken(model, i):
+        model.seen.data = torch.ones(3)
+        return step(model, i)
+
+    calibrate(model, taken, trials=1, init="A")
+    assert changed(before, fingerprint(model)) == []
+
+
 def test_training_goes_on_as_if_nothing_had_been():
     """An optimizer of the user's own, in the middle of its run, gives the same bits after a calibration as without."""
     ends = []
@@ -385,9 +459,9 @@ def test_frozen_weights_are_not_copied():
     walked = walk(model)
     factors = [p for n, p in model.named_parameters() if "lora" in n]
     copied = ModelState(walked, unchanged=factors)._values
-    assert {id(tensor) for tensor, _ in copied} == {id(model.head.weight), id(model.head.bias)}
+    assert {id(entry.tensor) for entry in copied} == {id(model.head.weight), id(model.head.bias)}
     base = model.layer0.base_layer.weight
-    assert id(base) in {id(tensor) for tensor, _ in ModelState(walked, changing=[base])._values}
+    assert id(base) in {id(entry.tensor) for entry in ModelState(walked, changing=[base])._values}
 
 
 def writes_frozen(model, i):

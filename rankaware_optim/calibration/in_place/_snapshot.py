@@ -23,6 +23,7 @@ _QUANTISED = 2**16
 class _Held(NamedTuple):
     """A container by identity, and what it held."""
 
+    name: str
     container: Any
     content: Any
 
@@ -41,6 +42,7 @@ class _Held(NamedTuple):
 class _Param(NamedTuple):
     """A parameter's switches: what it points at, whether it trains, its gradient and its hooks."""
 
+    name: str
     param: torch.Tensor
     data: torch.Tensor
     requires_grad: bool
@@ -56,6 +58,20 @@ class _Param(NamedTuple):
             self.param.grad = self.grad
         for hooks in self.hooks:
             hooks.put_back()
+
+
+class _Value(NamedTuple):
+    """A tensor that trials may write: where its numbers lay, and a copy of them."""
+
+    name: str
+    tensor: torch.Tensor
+    data: torch.Tensor
+    value: torch.Tensor
+
+    def put_back(self) -> None:
+        if _place(self.tensor) != _place(self.data):
+            self.tensor.data = self.data
+        self.tensor.copy_(self.value)
 
 
 class ModelState:
@@ -74,24 +90,42 @@ class ModelState:
         also: Iterable[MutableMapping[str, Any]] = (),
     ) -> None:
         written, replaced = {id(p) for p in changing}, {id(p) for p in unchanged}
-        self._held = [held for _, module in walked.modules for held in _held_by(module)]
-        self._held += [_Held(mapping, dict(mapping)) for mapping in also]
-        self._params = [_switches(param) for _, param in walked.parameters]
-        changed = (p for _, p in walked.parameters if (p.requires_grad or id(p) in written) and id(p) not in replaced)
-        kept = filter(_is_writable, (*changed, *_loose_tensors(walked)))
-        self._values = [(tensor, tensor.detach().clone()) for tensor in kept]
-        copied = {id(tensor) for tensor, _ in self._values} | replaced
+        self._held = [held for name, module in walked.modules for held in _held_by(name, module)]
+        self._held += [_Held("an adapter's configuration", mapping, dict(mapping)) for mapping in also]
+        self._params = [_switches(name, param) for name, param in walked.parameters]
+        changes = ((n, p) for n, p in walked.parameters if p.requires_grad or id(p) in written)
+        kept = [*((n, p) for n, p in changes if id(p) not in replaced), *_loose_tensors(walked)]
+        self._values = [_Value(n, t, t.data, t.detach().clone()) for n, t in kept if _is_writable(t)]
+        copied = {id(entry.tensor) for entry in self._values} | replaced
         self._frozen = [(n, p, _version(p)) for n, p in walked.parameters if id(p) not in copied]
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Make the model what it was. Interrupted, it may be called again."""
-        for held in self._held:
-            held.put_back()
-        for param in self._params:
-            param.put_back()
-        for tensor, value in self._values:
-            tensor.copy_(value)
+        """Make the model what it was. Where that is broken off, all of it is done once more, each part by itself.
+
+        Raises:
+            CalibrationError: it names what could not be put back.
+        """
+        entries: list[_Held | _Param | _Value] = [*self._held, *self._params, *self._values]
+        try:
+            for entry in entries:
+                entry.put_back()
+            return
+        except BaseException as error:
+            first = error
+        left = []
+        for entry in entries:
+            try:
+                entry.put_back()
+            except Exception:
+                left.append(entry.name)
+        if left:
+            raise CalibrationError(
+                f"These parts of the model could not be put back, all others were: {', '.join(dict.fromkeys(left))}.",
+                "Load the model again, or give these parts their values by hand.",
+            ) from first
+        if not isinstance(first, Exception):
+            raise first
 
     def drop_gradients(self) -> None:
         """Part the parameters from the gradients found, so that no trial adds to these."""
@@ -111,33 +145,33 @@ class ModelState:
                 )
 
 
-def _held_by(module: nn.Module) -> Iterator[_Held]:
+def _held_by(name: str, module: nn.Module) -> Iterator[_Held]:
     """A module's own containers one level deep (parameters, buffers, hooks, dicts by adapter), then its attributes."""
-    for value in vars(module).values():
+    for key, value in vars(module).items():
         if isinstance(value, dict):
-            yield _Held(value, dict(value))
+            yield _Held(f"{name}.{key}".lstrip("."), value, dict(value))
         elif isinstance(value, (list, set)):
-            yield _Held(value, value.copy())
-    yield _Held(vars(module), dict(vars(module)))
+            yield _Held(f"{name}.{key}".lstrip("."), value, value.copy())
+    yield _Held(f"the attributes of {name or 'the model'}", vars(module), dict(vars(module)))
 
 
-def _switches(param: torch.Tensor) -> _Param:
-    hooks: list[Any] = [getattr(param, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")]
-    held = tuple(_Held(live, dict(live)) for live in (*hooks, vars(param)) if isinstance(live, dict))
-    return _Param(param, param.data, param.requires_grad, param.grad, held)
+def _switches(name: str, param: torch.Tensor) -> _Param:
+    hooks: list[Any] = [getattr(param, key, None) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")]
+    held = tuple(_Held(name, live, dict(live)) for live in (*hooks, vars(param)) if isinstance(live, dict))
+    return _Param(name, param, param.data, param.requires_grad, param.grad, held)
 
 
-def _loose_tensors(walked: Walk) -> Iterator[torch.Tensor]:
+def _loose_tensors(walked: Walk) -> Iterator[tuple[str, torch.Tensor]]:
     """Buffers, and tensors that are plain attributes; each once, without quantised weights and views of parameters."""
     seen = {id(param) for _, param in walked.parameters}
     memory = {_memory(param) for _, param in walked.parameters}
-    for _, module in walked.modules:
-        for value in (*module._buffers.values(), *vars(module).values()):
+    for name, module in walked.modules:
+        for key, value in (*module._buffers.items(), *vars(module).items()):
             if not isinstance(value, torch.Tensor) or id(value) in seen or _memory(value) in memory:
                 continue
             seen.add(id(value))
             if value.is_floating_point() or value.is_complex() or value.numel() <= _QUANTISED:
-                yield value
+                yield f"{name}.{key}".lstrip("."), value
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
