@@ -30,8 +30,10 @@ def get_optimizer_class(optimizer: type[Optimizer] | str) -> type[Optimizer]:
 def _find_class(package: str, name: str) -> type[Optimizer]:
     try:
         module = import_module(package)
-    except ImportError as error:
-        raise OptimizerError(f"The package {package!r} cannot be imported: {error}.", "Install it.") from error
+    except (Exception, SystemExit) as error:  # a stranger's module may raise anything on import, or exit
+        raise OptimizerError(
+            f"The package {package!r} cannot be imported: {error}.", "Install it, or mend it."
+        ) from error
     members = {key: value for key, value in vars(module).items() if isinstance(value, type)}
     classes = {key.lower(): value for key, value in members.items() if issubclass(value, Optimizer)}
     if name.lower() not in classes:

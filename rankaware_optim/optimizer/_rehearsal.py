@@ -95,7 +95,7 @@ def _stepped(
     stood = [param for each in params for param in each]
     for param in stood:
         param.grad = torch.ones_like(param)
-    with torch.random.fork_rng(devices={p.device for p in stood if p.device.type == "cuda"}):
+    with torch.random.fork_rng(devices={p.device.index for p in stood if p.device.type == "cuda"}):
         for _ in range(2):  # the first makes what the second uses: SGD's dampening
             getattr(native.step, "__wrapped__", native.step)(made)
     if not all(bool(param.isfinite().all()) for param in stood):

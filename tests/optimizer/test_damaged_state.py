@@ -40,6 +40,21 @@ class EightBit(torch.optim.Optimizer):
                 param -= group["lr"] * mean.sign()
 
 
+class Preconditioned(torch.optim.Optimizer):
+    """A square matrix beside each parameter, and a scale per row: state of shapes that are no parameter's."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state, grad = self.state[param], param.grad.reshape(len(param), -1)
+            state["left"] = state.get("left", 0) + grad @ grad.T
+            state["rows"] = grad.square().mean(1, keepdim=True)
+            param -= 1e-3 * (state["left"] @ grad / (state["rows"].sum() + 1)).reshape(param.shape)
+
+
 KINDS = {
     "adamw": (torch.optim.AdamW, {}),
     "adamw-fused": (torch.optim.AdamW, {"fused": True}),
@@ -77,6 +92,28 @@ def checkpoint(kind, ranks, plain):
         for key in [k for k in group if k.startswith(("lora_", "rank", "param_", "user_"))]:
             del group[key]
     return state
+
+
+def test_state_of_other_shapes_is_the_optimizers_own_affair():
+    """An optimizer whose state has other shapes than its parameters resumes, bit for bit."""
+    models = [mlp((4, 8)) for _ in range(2)]
+    first, second = (RankAwareOptimizer(model, Preconditioned, lr=1e-2, init="A") for model in models)
+    for steps in (3, 2):
+        train(models[0], first, steps=steps)
+        models[1].load_state_dict(models[0].state_dict())
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, opt in zip(models, (first, second), strict=True):
+        train(model, opt, steps=2)
+    assert same(*map(snapshot, models))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 1), (2, 16), (16, 4)])
+def test_bytes_of_another_shape_are_refused(shape):
+    """A moment that the optimizer makes of its parameter's shape must have it, other packages' too."""
+    state = checkpoint("eight bits", (4, 8), plain=False)
+    state["state"][0]["state1"] = torch.zeros(shape, dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match=r"state1 of layer0.lora_A has shape .*, where \(4, 16\) is needed"):
+        built("eight bits")[1].load_state_dict(state)
 
 
 NUMBERS = [math.nan, math.inf, -1.0, 0, 0.0, 1e300, 5e-324, True, "1e-3", "x", "", None, [], {}, (1, 2), b"x", 10**400]

@@ -427,6 +427,15 @@ UNKNOWN = [
 ]
 
 
+@pytest.mark.parametrize("source", ["raise SystemExit(3)", "raise OSError(3)"])
+def test_a_package_that_exits_on_import_is_refused(source, tmp_path, monkeypatch):
+    """A package that ends the interpreter, or raises, while it is imported is an error of ours."""
+    (tmp_path / "exits_optimizer.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(OptimizerError, match="'exits_optimizer' cannot be imported: 3"):
+        RankAwareOptimizer(mlp(), "exits_optimizer:Lamb", lr=LR)
+
+
 @pytest.mark.parametrize(("optimizer", "message"), UNKNOWN)
 def test_unknown_optimizers_are_refused(optimizer, message):
     """An unknown name lists the known ones; what is no optimizer class is an error."""
