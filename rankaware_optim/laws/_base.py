@@ -29,6 +29,7 @@ LAWS.register("power", "rankaware_optim.laws._corrections:Power")
 LAWS.register("falling", "rankaware_optim.laws._corrections:Falling")
 LAWS.register("measured", "rankaware_optim.laws._measured:Measured")
 DEFAULT_LAW = "falling"
+_FAR = 1e4
 
 
 class Law(ABC):
@@ -173,6 +174,15 @@ def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
     value = _answer(law, "multiplier", factor, reference)
     value = _usable(law, value, factor.name or factor.role)
     return 1.0 if math.isclose(value, 1.0, rel_tol=1e-12) else value
+
+
+def caution_of(multiplier: float) -> str:
+    """What to say of a multiplier beyond 1e-4 to 1e4, which no run of ours ever had, "" of another."""
+    if 1 / _FAR <= multiplier <= _FAR:
+        return ""
+    return (
+        f"The law multiplies the rate by {multiplier:.3g}, beyond {1 / _FAR:g} to {_FAR:g}: look at ranks and alphas."
+    )
 
 
 def checked_batch_multiplier(law: Law, ratio: float) -> float:

@@ -19,7 +19,7 @@ from .._types import Init, Method, Reference, Survey
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
 from ..inspection import Walk, survey_of, walk
-from ..laws import DEFAULT_LAW, Law
+from ..laws import DEFAULT_LAW, Law, caution_of
 from ._plan import Assignment, Plan, PlanOptions, make_plan
 
 GROUP_FORMAT = 2  # 1: rates were multiplied, and "rank_multiplier" was called "lr_multiplier"
@@ -36,7 +36,6 @@ TAGS = (
     "rankaware_recipe",
     "rankaware_lr",
 )
-_FAR = 1e4  # multipliers beyond it, or below its inverse, are warned of
 _OF_LR = "the base rate: our step multiplies it, to_plain_state_dict(opt) is for native optimizers"
 
 
@@ -166,13 +165,10 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
             for key in listed:  # one value a parameter, as PEFT's LoRA-FA and some of pytorch_optimizer keep
                 part.options[key].append(group.options[key][position])
         planned.extend(cut.values())
-    moved = [(part.assignment.multiplier, part.named[0][0]) for part in planned if part.assignment.rate is None]
-    far = next(((by, name) for by, name in moved if not 1 / _FAR <= by <= _FAR), None)
+    moved = [part for part in planned if part.assignment.rate is None]
+    far = next((part for part in moved if caution_of(part.assignment.multiplier)), None)
     if far is not None:
-        warn(
-            f"The law multiplies the base rate by {far[0]:.3g} for {far[1]}, beyond {1 / _FAR:g} to {_FAR:g}, where "
-            "nothing was ever tried: look at rank, alpha and tuned_at=."
-        )
+        warn(f"{far.named[0][0]}: {caution_of(far.assignment.multiplier)}")
     return planned
 
 

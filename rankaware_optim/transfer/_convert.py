@@ -16,7 +16,7 @@ from .._checks import check_lr
 from .._rate import Rate
 from .._types import Reference, Survey
 from ..errors import InvalidReferenceError, LawError
-from ..laws import DEFAULT_LAW, Law, checked_batch_multiplier, checked_multiplier, get_law
+from ..laws import DEFAULT_LAW, Law, caution_of, checked_batch_multiplier, checked_multiplier, get_law
 from ..optimizer import PlanOptions, make_plan
 from ._references import as_reference
 
@@ -206,6 +206,9 @@ class _Move:
             yield "Exactness holds for Adam-like optimizers with decoupled weight decay and without gradient clipping."
         else:
             yield "The two rates are exact for Adam-like optimizers only."
+        caution = caution_of(self._of_a(self.target))
+        if caution:
+            yield caution
         if self.target.fan_in == _LARGE and (changes or self.ratio != 1.0):
             yield "No width was given: the single rate is the limit of a large one; give fan_in= for your model's."
         if self.target.method == "lora" and self._of_b(self.target) != self._of_a(self.target):
