@@ -177,7 +177,7 @@ def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
 
 
 def caution_of(multiplier: float) -> str:
-    """What to say of a multiplier beyond 1e-4 to 1e4, which no run of ours ever had, "" of another."""
+    """What to say of a multiplier beyond 1e-4 to 1e4, further than ranks and alphas in use reach; "" of another."""
     if 1 / _FAR <= multiplier <= _FAR:
         return ""
     return (

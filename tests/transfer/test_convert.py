@@ -583,6 +583,6 @@ def test_the_libraries_own_adapters_convert_exactly(case):
 
 @pytest.mark.parametrize(("alpha", "said"), [(16, False), (1e-2, False), (1e-12, True), (1e12, True)])
 def test_a_rate_out_of_all_range_says_so(alpha, said):
-    """A conversion that multiplies the rate by more than anything ever tried carries a note with the number."""
+    """A conversion that multiplies the rate by more than 1e4, or less than 1e-4, carries a note with the number."""
     made = convert_lr(2e-4, from_="r=16,alpha=16", to=f"r=16,alpha={alpha:g}")
     assert any("beyond 0.0001 to 10000" in note for note in made.notes) is said
