@@ -22,7 +22,7 @@ from ._param_groups import check_product
 Group = dict[str, Any]
 Shape = tuple[int, ...]
 Matched = tuple[str, torch.Tensor, Any, Mapping[str, Any]]
-_MOST = 2**22  # numbers in stand-ins of full size, which other packages' optimizers need
+_MOST = 2**24  # numbers in a stand-in of full size, which another package's optimizer needs
 _CURE = "Load a checkpoint of the same optimizer class and model, or start with a fresh optimizer state."
 
 
@@ -130,22 +130,20 @@ def _stand_in(what: str, value: Any, param: torch.Tensor, made: Any) -> Any:
 def _check_odd_shapes(
     native: type[Optimizer], defaults: Mapping[str, Any], groups: Sequence[Group], fitted: Mapping[str, Any]
 ) -> None:
-    """The check of another package's optimizer, by a step of full-sized stand-ins for the parameters in question."""
-    odd = {}
-    for name, param, _, saved in _matched(groups, fitted):
+    """The check of another package's optimizer, by a step of a full-sized stand-in for each shape in question."""
+    made: dict[Any, Mapping[str, Any]] = {}
+    owners = [(number, group) for number, group in enumerate(groups) for _ in group["params"]]
+    for (number, group), (name, param, _, saved) in zip(owners, _matched(groups, fitted), strict=True):
         tensors = {k: v for k, v in saved.items() if isinstance(v, torch.Tensor) and v.dim() == param.dim()}
-        if any(v.shape != param.shape for v in tensors.values()):
-            odd[id(param)] = name, param, tensors
-    if not odd or sum(param.numel() for _, param, _ in odd.values()) > _MOST:
-        return
-    cut = [{**group, "params": [p for p in group["params"] if id(p) in odd]} for group in groups]
-    try:
-        made = _stepped(native, defaults, [group for group in cut if group["params"]], lambda shape: shape)
-    except Exception:  # it steps otherwise: by a closure, on another device, with what its constructor made
-        return
-    for (name, param, tensors), own in zip(odd.values(), made, strict=True):
-        for key, value in tensors.items():
-            if value.shape != param.shape == getattr(own.get(key), "shape", None):
+        odd = {k: v for k, v in tensors.items() if v.shape != param.shape}
+        at = number, param.shape
+        if odd and at not in made and param.numel() <= _MOST:
+            try:
+                (made[at],) = _stepped(native, defaults, [{**group, "params": [param]}], lambda shape: shape)
+            except Exception:  # it steps otherwise: by a closure, on another device, with what its constructor made
+                made[at] = {}
+        for key, value in odd.items():
+            if param.shape == getattr(made.get(at, {}).get(key), "shape", None):
                 raise _shape_error(f"{key} of {name}", tuple(value.shape), tuple(param.shape))
 
 
