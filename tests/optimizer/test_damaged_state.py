@@ -63,9 +63,10 @@ KINDS = {
     "sgd-fused": (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
     "adagrad-fused": (torch.optim.Adagrad, {"fused": True}),
     "adafactor": (torch.optim.Adafactor, {}),
-    "muon": (torch.optim.Muon, {}),
     "eight bits": (EightBit, {}),
 }
+if hasattr(torch.optim, "Muon"):  # since torch 2.9
+    KINDS["muon"] = (torch.optim.Muon, {})
 
 
 def built(kind, ranks=(4, 8), policy="raise"):
