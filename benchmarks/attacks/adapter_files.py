@@ -1,9 +1,7 @@
-"""Fuzz the readers of adapter files: valid files of every kind, damaged step by step; only our errors may come out.
+"""Damaged adapter files of every kind, through `inspect_file`.
 
-    python benchmarks/ecosystem/fuzz_readers.py    # results/fuzz_readers.json and .md; fails if anything else came
-
-Hypothesis draws a kind of file and up to four damages: to its tensors (names, shapes, dtypes, values; the header is
-then made to fit), to its configuration or metadata, to the header's JSON, or to the bytes.
+A valid file gets up to four damages: to its tensors (names, shapes, dtypes, values; the header is then made to fit), to
+its configuration or metadata, to the header's JSON, or to the bytes.
 """
 
 from __future__ import annotations
@@ -11,24 +9,17 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 import struct
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import click
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
-from recording import machine, record
+from attacks.outcomes import Attack, Outcomes
 
 from rankaware_optim import InspectionError, inspect_file
 
-BATCH = 5000  # inputs a run of hypothesis, so that its memory of them stays small
-SLOW = 10.0  # seconds, above which an input counts as a hang
 SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8, "U8": 1, "F8_E4M3": 1}
 
 
@@ -231,8 +222,19 @@ def harm_bytes(made: Made, at: int, value: Any) -> None:
 EARLY = {"tensor": harm_tensor, "entry": harm_entry}
 LATE = {"header": harm_header, "bytes": harm_bytes}
 WEIGHTED = ("tensor", "tensor", "entry", "entry", "header", "bytes")
-harms = st.tuples(st.sampled_from(WEIGHTED), st.integers(0, 2**20), st.sampled_from(VALUES))
-cases = st.tuples(st.sampled_from(KINDS), st.lists(harms, min_size=1, max_size=4))
+
+
+def run(seed: int, count: int, folder: Path) -> Outcomes:
+    chance, outcomes = random.Random(seed), Outcomes()
+    for number in range(count):
+        kind = chance.choice(KINDS)
+        harms = [
+            (chance.choice(WEIGHTED), chance.randrange(2**20), chance.choice(VALUES))
+            for _ in range(chance.randint(1, 4))
+        ]
+        path = write(damaged(kind, harms), folder)
+        outcomes.attempt((seed, number, kind.__name__), lambda path=path: use(path), InspectionError)
+    return outcomes
 
 
 def damaged(kind: Callable[[], Made], steps: list[tuple[str, int, Any]]) -> Made:
@@ -264,83 +266,12 @@ def write(made: Made, folder: Path) -> Path:
     return folder
 
 
-def outcome(path: Path) -> str:
-    """What came of one input: "survey", "InspectionError", or what must not come."""
-    try:
-        survey = inspect_file(path)
-        json.dumps([survey.other, survey.notes, [f.name for f in survey.factors]], allow_nan=False).encode()
-        good = all(f.rank and f.fan_in >= 1 and f.fan_out >= 1 and 0 < f.scaling < math.inf for f in survey.factors)
-        return "survey" if good else f"half-read: {survey}"
-    except InspectionError as error:
-        return "InspectionError" if str(error).isprintable() else f"unprintable: {str(error)!r}"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+def use(path: Path) -> None:
+    """The survey is whole: it can be written as JSON, and every factor has usable numbers."""
+    survey = inspect_file(path)
+    json.dumps([survey.other, survey.notes, [f.name for f in survey.factors]], allow_nan=False).encode()
+    if not all(f.rank and f.fan_in >= 1 and f.fan_out >= 1 and 0 < f.scaling < math.inf for f in survey.factors):
+        raise AssertionError(f"half-read: {survey}")
 
 
-@dataclass
-class Tally:
-    """Outcomes by kind of file, the slowest of each in seconds, and the first few failures."""
-
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    slowest: dict[str, float] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-
-    def add(self, kind: str, what: str, seconds: float, steps: object) -> None:
-        if seconds > SLOW:
-            what = f"{what} after {seconds:.0f} s"
-        known = what in ("survey", "InspectionError")
-        self.counts[kind, what if known else "failure"] += 1
-        self.slowest[kind] = max(seconds, self.slowest.get(kind, 0.0))
-        if not known and len(self.failures) < 20:
-            self.failures.append(f"{kind} {steps}: {what}"[:500])
-
-    def row(self, kind: str) -> dict[str, Any]:
-        found = {what: self.counts[kind, what] for what in ("survey", "InspectionError", "failure")}
-        return {"file": kind, "inputs": sum(found.values()), **found, "slowest ms": 1000 * self.slowest.get(kind, 0.0)}
-
-
-def fuzz(inputs: int, first_seed: int, folder: Path) -> Tally:
-    """`inputs` damaged files through `inspect_file`, in batches each with a seed of its own."""
-    tally = Tally()
-
-    def one(case: tuple[Callable[[], Made], list[tuple[str, int, Any]]]) -> None:
-        if sum(tally.counts.values()) >= inputs:
-            return
-        kind, steps = case
-        path = write(damaged(kind, steps), folder)
-        began = time.perf_counter()
-        what = outcome(path)
-        tally.add(kind.__name__, what, time.perf_counter() - began, steps)
-
-    quiet = settings(max_examples=BATCH, database=None, deadline=None, phases=[Phase.generate])
-    quiet = settings(quiet, suppress_health_check=list(HealthCheck))
-    batch = 0
-    while sum(tally.counts.values()) < inputs:
-        seed(first_seed + batch)(quiet(given(cases)(one)))()
-        batch += 1
-    return tally
-
-
-@click.command()
-@click.option("--inputs", default=100_000, show_default=True)
-@click.option("--seed", "first_seed", default=0, show_default=True, help="Of the first batch; the next ones count up.")
-@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Where; /dev/shm spares the disk.")
-def main(inputs: int, first_seed: int, folder: Path | None) -> None:
-    """Damage valid adapter files in --inputs ways and count what inspect_file makes of them."""
-    on = machine(threads=1)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        began = time.perf_counter()
-        tally = fuzz(inputs, first_seed, Path(place))
-        minutes = (time.perf_counter() - began) / 60
-    rows = [tally.row(kind.__name__) for kind in KINDS]
-    total = {key: sum(row[key] for row in rows) for key in ("inputs", "survey", "InspectionError", "failure")}
-    rows.append({"file": "all", **total, "slowest ms": max(row["slowest ms"] for row in rows)})
-    notes = [f"Seeds from {first_seed}, one a batch of {BATCH}; {minutes:.1f} minutes.", *tally.failures]
-    notes.append("failure: any other exception, an unprintable message, an impossible survey, or more than 10 s.")
-    record("fuzz_readers", "Damaged adapter files: what inspect_file makes of them", rows, on, notes)
-    if total["failure"]:
-        raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()
+ATTACKS = (Attack("damaged adapter files", 15_000, 1000, run),)

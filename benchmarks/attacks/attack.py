@@ -1,0 +1,114 @@
+"""The package under attack: kills, interrupts, errors from below, and damaged files of every kind that it reads.
+
+    python benchmarks/attacks/attack.py                    # all, about an hour on two cores; goes on where it stopped
+    python benchmarks/attacks/attack.py --only recipes     # attacks whose name holds a word
+    python benchmarks/attacks/attack.py --tables           # results/attack.json and .md, of what is on file
+
+PostgreSQL is attacked where RANKAWARE_POSTGRESQL holds the URL of a database that may be written. An attack is run in
+pieces, each in a process of its own with a seed of its own and a limit on its memory, and appended to
+results/attack.jsonl when it ends; pieces on file are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+from attacks import adapter_files, checkpoints, exceptions, interrupts, journals, kills, recipes, sweeps
+from attacks.outcomes import FAILED, HELD, REFUSED, Attack
+from recording import RESULTS, machine, record
+
+MODULES = (kills, interrupts, exceptions, recipes, checkpoints, sweeps, journals, adapter_files)
+ATTACKS: dict[str, Attack] = {attack.name: attack for module in MODULES for attack in module.ATTACKS}
+FILE = RESULTS / "attack.jsonl"
+FIRST_SEED = 20261126
+MEMORY = 8 * 2**30  # bytes a piece may map
+NOTES = (
+    "held: it went well, and what the attack's docstring asks for was true. refused: an error of ours, in printable "
+    "words, with nothing changed. failed: any other exception, a loss, a tear, a rate that is not finite and positive, "
+    "or more than 5 s. The slowest in seconds.",
+)
+
+
+@click.command()
+@click.option("--only", default="", help="A word that the attacks' names hold.")
+@click.option("--workers", default=2, show_default=True)
+@click.option("--share", default=1.0, show_default=True, help="Of every attack's attempts, for a quick look.")
+@click.option("--tables", is_flag=True, help="Write the page of what is on file.")
+@click.option("--piece", nargs=2, type=str, hidden=True, help="An attack and a seed: run one piece, print JSON.")
+@click.option("--size", type=int, hidden=True)
+def main(only: str, workers: int, share: float, tables: bool, piece: tuple[str, str] | None, size: int) -> None:
+    """Attack the package, and count what came of it."""
+    if piece:
+        print(json.dumps(run_piece(ATTACKS[piece[0]], int(piece[1]), size)))
+        return
+    if not tables:
+        seen = {(row["attack"], row["seed"]) for row in on_file()}
+        todo = [work for work in pieces(share) if only in work[0].name and (work[0].name, work[1]) not in seen]
+        with ThreadPoolExecutor(workers) as pool, FILE.open("a") as file:
+            for row in pool.map(lambda work: in_process(*work), todo):
+                print(json.dumps(row)[:500], flush=True)
+                print(json.dumps(row), file=file, flush=True)
+    write_table()
+
+
+def pieces(share: float) -> list[tuple[Attack, int, int]]:
+    """Every piece: the attack, its seed, how many attempts."""
+    made = []
+    for attack in ATTACKS.values():
+        total = max(1, round(share * attack.total))
+        sizes = [min(attack.piece, total - done) for done in range(0, total, attack.piece)]
+        made += [(attack, FIRST_SEED + number, size) for number, size in enumerate(sizes)]
+    return made
+
+
+def in_process(attack: Attack, seed: int, size: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--piece", attack.name, str(seed), "--size", str(size)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    found: dict[str, Any] = {"counts": {FAILED: size}, "slowest": 0.0}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=attack.patience)
+        if done.returncode:
+            found["failures"] = [f"the process ended with {done.returncode}: {done.stderr[-300:]}"]
+        else:
+            found = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        found["failures"] = [f"the process took more than {attack.patience:g} s"]
+    return {"attack": attack.name, "seed": seed, **found}
+
+
+def run_piece(attack: Attack, seed: int, size: int) -> dict[str, Any]:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    memory = Path("/dev/shm")  # SIGKILL loses nothing of a page cache, so a file system in memory attacks as well
+    with tempfile.TemporaryDirectory(prefix="attack-", dir=memory if memory.is_dir() else None) as folder:
+        return attack.run(seed, size, Path(folder)).as_dict()
+
+
+def on_file() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+
+
+def write_table() -> None:
+    rows, failures = [], []
+    for name in ATTACKS:
+        mine = [row for row in on_file() if row["attack"] == name]
+        counts = sum((Counter(row["counts"]) for row in mine), Counter())
+        failures += [f"{name}: {words}" for row in mine for words in row["failures"]]
+        shown = {outcome: counts[outcome] for outcome in (HELD, REFUSED, FAILED)}
+        slowest = max((row["slowest"] for row in mine), default=0.0)
+        rows.append({"attack": name, "attempts": counts.total(), **shown, "slowest s": slowest})
+    notes = [*NOTES, f"Seeds from {FIRST_SEED}, one a piece.", *failures[:40]]
+    record("attack", "The package under attack", rows, machine(threads=1), notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Errors from below at any moment: of a tensor operation while a model is calibrated in place, of the file system while
+a recipe is saved, of the storage while a study runs.
+
+Each is raised once, at a call drawn among all calls that an undisturbed run makes. The model must be as it was found
+(or the error must name the tensors that are not), the recipe on disk the old or the new one, and the study must go on
+by the same call.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from attacks.outcomes import Attack, Outcomes
+from attacks.victim import SHIPPED, TRIALS, Pair, calibration
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rankaware_optim as ra
+
+
+class Injected(RuntimeError):
+    """What is raised from below."""
+
+
+# --- in place -------------------------------------------------------------------------------------------------------
+
+
+class RaisesAt(TorchDispatchMode):
+    """Counts tensor operations, and raises at one of them, once."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.count = at, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count == self.at:
+            raise Injected(f"injected at operation {self.at}, {func}")
+        return func(*args, **(kwargs or {}))
+
+
+class Net(nn.Module):
+    """Two pairs around a norm and a head, on a layer of 8 × 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second, self.head = Pair(4), nn.BatchNorm1d(8), Pair(4), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for pair in (self.first, self.second):
+            x = self.norm(x @ pair.weight.T + pair.scaling * (x @ pair.lora_A.T) @ pair.lora_B.T)
+        return self.head(x)
+
+
+def step(model: nn.Module, i: int) -> torch.Tensor:
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(i % 4))
+    loss: torch.Tensor = (model(x) - x[:, :2]).square().mean()
+    return loss
+
+
+def in_place(model: nn.Module, at: int) -> int:
+    """A calibration in place with an error at an operation; how many there were."""
+    with RaisesAt(at) as mode:
+        ra.calibrate_in_place(
+            model, step, "adamw", ranks=(2, 8, None), steps=6, trials=5, progress=False, full_trains=["*.weight"]
+        )
+    return mode.count
+
+
+def values(model: nn.Module) -> dict[str, Any]:
+    """Every tensor by name, with the object that it is, gradients, and modes."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    found: dict[str, Any] = {
+        name: (id(t), t.detach().clone(), t.requires_grad, None if t.grad is None else t.grad.clone())
+        for name, t in tensors
+    }
+    return found | {f"mode of {name}": module.training for name, module in model.named_modules()}
+
+
+def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    def alike(a: Any, b: Any) -> bool:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            return torch.equal(a, b)
+        return all(map(alike, a, b)) if isinstance(a, tuple) and isinstance(b, tuple) else bool(a == b)
+
+    return [
+        key
+        for key in {**before, **after}
+        if key not in before or key not in after or not alike(before[key], after[key])
+    ]
+
+
+def run_in_place(seed: int, count: int, folder: Path) -> Outcomes:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    chance, outcomes = random.Random(seed), Outcomes()
+    torch.manual_seed(0)
+    model = Net()
+    step(model, 0).backward()
+    total = in_place(model, 0)
+    for number in range(count):
+        # half of them in the last stretch, where the model is put back
+        at = chance.randint(max(1, total - 200), total) if number % 2 else chance.randint(1, total)
+        outcomes.attempt((seed, number, at), lambda at=at: put_back(model, at))
+    return outcomes
+
+
+def put_back(model: nn.Module, at: int) -> None:
+    before, state, said = values(model), torch.get_rng_state(), ""
+    try:
+        in_place(model, at)
+    except (Injected, ra.RankAwareError) as error:
+        said = str(error)
+    found = differing(before, values(model))
+    if not torch.equal(torch.get_rng_state(), state):
+        found.append("the global random state")
+    unsaid = [name for name in found if name not in said]
+    if unsaid:
+        raise AssertionError(f"left changed, and not said ({said!r}): {unsaid}")
+
+
+# --- files and storages ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def failing(names: list[str], at: int) -> Iterator[Callable[[], int]]:
+    """The functions of `os` of these names raise OSError at the `at`-th call of all of them, once."""
+    count = 0
+
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == at:
+                raise OSError(28, "No space left on device (injected)")
+            return real(*args, **kwargs)
+
+        return called
+
+    with patch.multiple(os, **{name: wrap(getattr(os, name)) for name in names}):
+        yield lambda: count
+
+
+SAVING = ["open", "fsync", "replace", "chmod", "unlink", "stat"]
+STORING = ["open", "fsync", "stat"]
+
+
+def run_saves(seed: int, count: int, folder: Path) -> Outcomes:
+    chance, outcomes = random.Random(seed), Outcomes()
+    recipe = ra.Recipe.load(SHIPPED)
+    with failing(SAVING, 0) as calls:
+        recipe.save(folder / "recipe.toml")
+        total = calls()
+    for number in range(count):
+        at = chance.randint(1, total)
+        outcomes.attempt((seed, number, at), lambda at=at: saved(folder / "recipe.toml", recipe, at))
+    return outcomes
+
+
+def saved(path: Path, recipe: ra.Recipe, at: int) -> None:
+    with failing(SAVING, at), suppress(ra.RecipeError):
+        recipe.save(path)
+    if ra.Recipe.load(path).tag != recipe.tag:
+        raise AssertionError("another recipe")
+    recipe.save(path)
+    left = sorted(file.name for file in path.parent.iterdir() if not file.name.endswith(".lock"))
+    if len(left) != 2:
+        raise AssertionError(f"left beside it: {left}")
+
+
+def run_storages(seed: int, count: int, folder: Path) -> Outcomes:
+    warnings.simplefilter("ignore")
+    chance, outcomes = random.Random(seed), Outcomes()
+    with failing(STORING, 0) as calls:
+        calibration(folder / "straight.journal", pause=0.0)
+        total = calls()
+    for number in range(count):
+        at = chance.randint(1, total)
+        path = folder / f"{seed}-{number}.journal"
+        outcomes.attempt((seed, number, at), lambda path=path, at=at: gone_on(path, at))
+    return outcomes
+
+
+def gone_on(path: Path, at: int) -> None:
+    with failing(STORING, at), suppress(ra.CalibrationError):
+        calibration(path, pause=0.0)
+    if (found := len(calibration(path, pause=0.0).tensors["lr"])) != TRIALS:
+        raise AssertionError(f"{found} trials of {TRIALS}")
+
+
+ATTACKS = (
+    Attack("errors, in place", 300, 50, run_in_place),
+    Attack("errors, saving", 150, 50, run_saves),
+    Attack("errors, storage", 150, 50, run_storages),
+)

@@ -1,0 +1,83 @@
+"""Ctrl-C at any moment, then the same call in the same process: it must go on at once, and end as it should.
+
+A process calibrates and says "go"; a timer of its own sends it SIGINT at a moment drawn from the length of a whole
+calibration. The call after it must end within `HANG_S`, with every trial counted and none left running.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from attacks.outcomes import HANG_S, Attack, Outcomes
+from attacks.victim import TRIALS, calibration
+
+import rankaware_optim as ra
+from rankaware_optim.calibration._storage import open_storage
+from rankaware_optim.calibration._trials import Trials
+
+
+def run_on(url: str) -> Any:
+    def run(seed: int, count: int, folder: Path) -> Outcomes:
+        torch.set_num_threads(1)
+        chance, outcomes = random.Random(seed), Outcomes()
+        began = time.perf_counter()
+        calibration(storage_in(folder, url), name="straight")  # imports too, which Ctrl-C would leave half done
+        calibration(storage_in(folder, url), name="again")
+        seconds = (time.perf_counter() - began) / 2
+        handles = open_files()
+        for number in range(count):
+            delay = chance.uniform(0.0, 1.1 * seconds)
+            name = f"study-{seed}-{number}"
+            outcomes.attempt((seed, number), lambda name=name, delay=delay: interrupted(folder, url, name, delay))
+        if open_files() > handles + 5:
+            outcomes.attempt("files left open", lambda: 1 / 0)
+        return outcomes
+
+    return run
+
+
+def storage_in(folder: Path, url: str) -> Any:
+    return url.format(folder=folder) if url else folder / "study.journal"
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def interrupted(folder: Path, url: str, name: str, delay: float) -> None:
+    storage, verbosity = storage_in(folder, url), optuna.logging.get_verbosity()
+    timer = threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        timer.start()
+        try:
+            calibration(storage, name=name)
+        except ra.CalibrationInterrupted:
+            pass
+        finally:
+            timer.cancel()
+            timer.join()
+        time.sleep(0)  # a signal that came last is raised here
+    except KeyboardInterrupt:
+        pass
+    if optuna.logging.get_verbosity() != verbosity:
+        raise AssertionError("Optuna's verbosity was left changed")
+    signal.alarm(int(HANG_S) + 1)  # ends the process, and fails its piece, where the call waits for ever
+    recipe = calibration(storage, name=name)
+    signal.alarm(0)
+    trials = Trials.read(optuna.load_study(study_name=name, storage=open_storage(storage)).trials)
+    if len(trials.counted()) != TRIALS or trials.running() or len(recipe.tensors["lr"]) != TRIALS:
+        raise AssertionError(f"counted {len(trials.counted())} of {TRIALS}, running {len(trials.running())}")
+
+
+ATTACKS = (
+    Attack("interrupts, journal", 100, 25, run_on("")),
+    Attack("interrupts, SQLite", 100, 25, run_on("sqlite:///{folder}/study.db")),
+)

@@ -1,0 +1,113 @@
+"""Damaged journals, and files that are none, given as storage: refused untouched, or gone on with."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import sqlite3
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from attacks.damage import damaged_bytes, damaged_values
+from attacks.outcomes import Attack, Outcomes
+from attacks.victim import calibration
+from safetensors.torch import save_file
+
+import rankaware_optim as ra
+
+
+def run(seed: int, count: int, folder: Path) -> Outcomes:
+    warnings.simplefilter("ignore")
+    chance, outcomes = random.Random(seed), Outcomes()
+    whole = folder / "whole.journal"
+    calibration(whole, pause=0.0)
+    for number in range(count):
+        path = folder / "study.journal"
+        path.write_bytes(damaged_journal(whole.read_bytes(), chance))
+        outcomes.attempt((seed, number), lambda path=path: use(path), ra.CalibrationError)
+    return outcomes
+
+
+def damaged_journal(data: bytes, chance: random.Random) -> bytes:
+    if chance.random() < 0.4:
+        return damaged_bytes(data, chance)
+    lines = data.splitlines(keepends=True)
+    for _ in range(chance.randint(1, 2)):
+        i = chance.randrange(len(lines))
+        match chance.randrange(4):
+            case 0:
+                lines.pop(i)
+            case 1:
+                lines.insert(chance.randrange(len(lines) + 1), lines[i])
+            case _:
+                lines[i] = json.dumps(damaged_values(json.loads(lines[i]), chance)).encode() + b"\n"
+        lines = lines or [b"\n"]
+    return b"".join(lines)
+
+
+def use(path: Path) -> None:
+    """The same call as before; where it is refused, the file is as it was but for an incomplete last line."""
+    before = path.read_bytes()
+    try:
+        recipe = calibration(path, pause=0.0)
+    except ra.CalibrationError as error:
+        after = path.read_bytes()
+        if after not in (before, before[: before.rfind(b"\n") + 1]) and not after.startswith(before):
+            raise AssertionError(f"refused ({error}) and changed") from error
+        raise
+    if not 0 < recipe.lr < math.inf:
+        raise AssertionError(f"rate {recipe.lr}")
+
+
+# --- other people's files -------------------------------------------------------------------------------------------
+
+
+def other_files(folder: Path, chance: random.Random) -> Iterator[Path]:
+    """Files of other kinds, under any name."""
+    made = folder / f"file-{chance.randrange(10**9)}"
+    match chance.randrange(7):
+        case 0:
+            made.write_bytes(chance.randbytes(chance.randrange(1, 10**6)))
+        case 1:
+            made.write_bytes(b"x" * chance.randrange(1, 10**6))
+        case 2:
+            with sqlite3.connect(made) as database:
+                database.execute("create table t (a integer)")
+        case 3:
+            save_file({"a": torch.zeros(chance.randrange(1, 100))}, made)
+        case 4:
+            shutil.copy(Path(__file__), made)
+        case 5:
+            made.write_text(json.dumps({"rows": list(range(chance.randrange(1000)))}))
+        case _:
+            made.write_text("a,b\n" + "1,2\n" * chance.randrange(1000) + "3,")
+    yield made
+
+
+def run_others(seed: int, count: int, folder: Path) -> Outcomes:
+    chance, outcomes = random.Random(seed), Outcomes()
+    for number in range(count):
+        for path in other_files(folder, chance):
+            outcomes.attempt((seed, number), lambda path=path: refuse(path), ra.CalibrationError)
+    return outcomes
+
+
+def refuse(path: Path) -> Any:
+    before = path.read_bytes()
+    try:
+        calibration(path, pause=0.0)
+    finally:
+        if path.read_bytes() != before:
+            raise AssertionError("another's file was changed")
+    raise AssertionError("another's file was taken for a journal")
+
+
+ATTACKS = (
+    Attack("damaged journals", 10_000, 250, run),
+    Attack("other files as storage", 1000, 500, run_others),
+)

@@ -1,0 +1,61 @@
+"""What came of attacks: counted by kind, the failures kept in words, the slowest in seconds."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+HELD, REFUSED, FAILED = "held", "refused", "failed"
+HANG_S = 5.0  # an attempt that takes longer has hung
+_KEPT = 20  # failures that are kept in words
+
+
+@dataclass
+class Outcomes:
+    """Attempts by what came of them: held, refused by an error of ours, or failed."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+
+    def attempt(
+        self, what: object, call: Callable[[], Any], refusals: type[Exception] | tuple[()] = (), limit: float = HANG_S
+    ) -> None:
+        """Count what `call` does within `limit` seconds: it returns, raises one of `refusals` in printable words, or
+        fails.
+        """
+        began, failure = time.perf_counter(), ""
+        try:
+            call()
+            outcome = HELD
+        except refusals as error:
+            outcome = REFUSED
+            failure = "" if str(error).replace("\n", "").isprintable() else f"unprintable: {str(error)!r}"
+        except Exception as error:
+            outcome, failure = FAILED, f"{type(error).__name__}: {error}"
+        self.slowest = max(self.slowest, seconds := time.perf_counter() - began)
+        if seconds > limit:
+            failure = failure or f"took {seconds:.0f} s"
+        self.counts[FAILED if failure else outcome] += 1
+        if failure and len(self.failures) < _KEPT:
+            self.failures.append(f"{what}: {failure}"[:400])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"counts": dict(self.counts), "failures": self.failures, "slowest": self.slowest}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """`run(seed, count, folder)` makes `count` attempts. A piece of `piece` of them is run in a process of its own.
+
+    One that dies, or takes longer than `patience` seconds, is a failure of its whole piece.
+    """
+
+    name: str
+    total: int
+    piece: int
+    run: Callable[[int, int, Any], Outcomes]
+    patience: float = 900.0

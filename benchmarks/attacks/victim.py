@@ -1,0 +1,92 @@
+"""What is attacked: a small calibration in a storage, and a server that forks it, to be killed or interrupted.
+
+Started as a script, Python and torch are imported once. A line of JSON is a job: {"what", "storage" or "folder",
+"kill" (seconds, or null)}; the answer is the exit status.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import rankaware_optim as ra
+
+STEPS, TRIALS = 10, 6
+SHIPPED = Path(__file__).parents[2] / "recipes" / "efficientnet-lite0-digits.toml"
+
+
+class Pair(nn.Module):
+    """A LoRA pair on a layer of 8 × 8."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+        self.lora_A = nn.Parameter(torch.randn(rank, 8))
+        self.lora_B = nn.Parameter(torch.zeros(8, rank))
+        self.r, self.scaling = rank, 1.0
+
+
+def calibration(storage: Any, *, pause: float = 0.002, **options: Any) -> ra.Recipe:
+    """Six runs of ten steps around 2^-7; `pause` seconds a step, so that a kill may come anywhere."""
+
+    def train(trial: Any) -> Iterator[float]:
+        trial.optimizer(Pair(trial.rank))
+        u = math.log2(trial.lr) + 7
+        for step in range(trial.steps):
+            time.sleep(pause)
+            yield 2.3 - step * 0.2 / (1 + u * u) + 0.01 * torch.rand(1).item()
+
+    options = {"ranks": (2, 4), "steps": STEPS, "trials": TRIALS, "storage": storage, "progress": False, **options}
+    return ra.calibrate(train, "adamw", **options)
+
+
+def saves(folder: Path) -> None:
+    """Two recipes of different content, saved in turn under one name, for ever."""
+    recipe = ra.Recipe.load(SHIPPED)
+    path = folder / "recipe.toml"
+    while True:
+        recipe.save(path)
+        other = replace(recipe, name="other", tensors={name: t.clone() for name, t in recipe.tensors.items()})
+        other.tensors["lr"].mul_(2.0)  # type: ignore[index]
+        other.save(path)
+
+
+def do(job: dict[str, Any]) -> None:
+    """One job, in a process of its own."""
+    if job["what"] == "save":
+        saves(Path(job["folder"]))
+    storage = job["storage"]
+    recipe = calibration(storage if "://" in storage else Path(storage), name=job.get("name", "calibration"))
+    recipe.save(Path(job["folder"]) / "recipe.toml")
+
+
+def main() -> None:
+    """Fork a process for every line of standard input."""
+    torch.set_num_threads(1)
+    calibration(None, pause=0.0)  # imports everything that a victim needs
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if not child:
+            do(job)
+            os._exit(0)
+        if job["kill"] is not None:
+            time.sleep(job["kill"])
+            os.kill(child, signal.SIGKILL)  # not waited for yet, so the number is still its own
+        print(os.waitpid(child, 0)[1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
