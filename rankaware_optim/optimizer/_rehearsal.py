@@ -114,6 +114,8 @@ def _stand_in(what: str, value: Any, param: torch.Tensor, made: Any) -> Any:
     """
     if not isinstance(value, torch.Tensor):
         return deepcopy(value)
+    if isinstance(made, torch.Tensor) and value.layout != made.layout:
+        raise CheckpointError(f"The checkpoint's {what} is {value.layout}, where {made.layout} is needed.", _CURE)
     own, small, shape = tuple(param.shape), _small(tuple(param.shape)), tuple(value.shape)
     to_be = tuple(made.shape) if isinstance(made, torch.Tensor) else small if shape else ()
     expected = to_be

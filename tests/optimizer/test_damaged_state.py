@@ -144,6 +144,7 @@ def other_tensor(value, draw):
                 lambda: torch.zeros(shape, dtype=torch.float64),
                 lambda: torch.zeros(shape, dtype=torch.bool),
                 lambda: torch.zeros(shape, device="meta"),
+                lambda: torch.zeros(shape).to_sparse(),
                 lambda: nn.Parameter(torch.zeros(shape)),
             ]
         )

@@ -379,6 +379,7 @@ DAMAGED = [
     (lambda: in_state(torch.zeros(1, 1)), r"exp_avg_sq of layer0.lora_A has shape \(1, 1\), where \(4, 16\) is needed"),
     (lambda: in_state(torch.zeros(())), r"has shape \(\), where"),
     (lambda: in_state(torch.zeros(64)), r"has shape \(64,\), where"),
+    (lambda: in_state(torch.zeros(4, 16).to_sparse()), r"exp_avg_sq of layer0.lora_A is torch.sparse_coo"),
     (lambda: in_state(torch.zeros(4, 16), "step"), r"step of layer0.lora_A has shape \(4, 16\), where \(\) is needed"),
     (lambda: in_state("text", "step"), r"No step can be taken with the checkpoint's state"),
     (lambda: in_state(torch.tensor(math.nan), "step"), r"state: .*not finite"),
