@@ -125,30 +125,31 @@ def calibrate(
     runner = Runner(study, schedule)
     try:
         runner.open(sampler, pruner, storage)
-        _run(runner, train, progress)
-        return runner.recipe()
+        return _run(runner, train, progress)
     finally:
         runner.close()
         random.setstate(state)
 
 
-def _run(runner: Runner, train: Train, progress: bool | None) -> None:
-    """Run the trials. Ctrl-C is an error that says how far they came, and holds their recipe."""
+def _run(runner: Runner, train: Train, progress: bool | None) -> Recipe:
+    """Run the trials, for their recipe. Ctrl-C is an error that says how far they came, and holds their recipe."""
     study, leads = runner.study, runner.team.leads
     try:
         with progress_shown(study.steps, progress if leads else False) as show:
             while (begun := runner.begin()) is not None:
                 runner.one(begun, train, show)
+        return runner.recipe()
     except KeyboardInterrupt as interrupt:
         if not leads:
             raise
-        error = CalibrationInterrupted(
-            f"The calibration was interrupted after {len(study.trials().counted())} of {runner.schedule.expected()} "
-            "trials.",
-            "Their fit is this error's .recipe; with storage= the same call goes on where it stopped.",
-        )
-        error.recipe = study.recipe() if study.fit() is not None else None
-        raise error from interrupt
+        with study.guard():
+            error = CalibrationInterrupted(
+                f"The calibration was interrupted after {len(study.trials().counted())} of "
+                f"{runner.schedule.expected()} trials.",
+                "Their fit is this error's .recipe; with storage= the same call goes on where it stopped.",
+            )
+            error.recipe = study.recipe() if study.fit() is not None else None
+            raise error from interrupt
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

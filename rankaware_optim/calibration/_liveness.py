@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +19,19 @@ from optuna.trial import TrialState
 from ._optuna import fail_trial
 from ._trials import Owner, TrialRecord, Trials
 
-_AT_WORK: set[str] = set()  # tokens of the trials that this process runs
+_AT_WORK: dict[str, threading.Thread] = {}  # by token of its trial: the thread of this process that runs it
 
 
 def new_owner() -> Owner:
     """This process, as the owner of a trial that is about to begin."""
     token, pid = uuid.uuid4().hex, os.getpid()
-    _AT_WORK.add(token)
+    _AT_WORK[token] = threading.current_thread()
     return Owner(socket.gethostname(), _boot(), pid, _started(pid), token)
 
 
 def release(owner: Owner) -> None:
     """The owner's trial has ended."""
-    _AT_WORK.discard(owner.token)
+    _AT_WORK.pop(owner.token, None)
 
 
 def is_elsewhere(trial: TrialRecord) -> bool:
@@ -38,11 +39,14 @@ def is_elsewhere(trial: TrialRecord) -> bool:
     return trial.owner is None or trial.owner.host != socket.gethostname()
 
 
-def fail_dead_trials(study: Study) -> None:
-    """Fail this host's trials whose process is gone; their rank, seed and rate are to be tried again."""
+def fail_dead_trials(study: Study, mine: Owner | None = None) -> None:
+    """Fail this host's trials whose process is gone; their rank, seed and rate are to be tried again.
+
+    So are those of this thread, but for `mine`: it is here, and no longer at what an interrupt had it leave behind.
+    """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         record = TrialRecord.read(trial)
-        if record.owner is not None and not is_elsewhere(record) and not _is_alive(record.owner):
+        if record.owner is not None and record.owner != mine and not is_elsewhere(record) and not _is_alive(record.owner):
             fail_trial(study, trial, replace(record, killed=True).changes_since(record))
 
 
@@ -57,7 +61,8 @@ def _is_alive(owner: Owner) -> bool:
     if owner.boot != _boot():
         return False
     if owner.pid == os.getpid():
-        return owner.token in _AT_WORK
+        thread = _AT_WORK.get(owner.token, threading.current_thread())
+        return thread.is_alive() and thread is not threading.current_thread()
     if os.name != "posix":
         return True  # os.kill would end it there; what cannot be known to be dead is left alone
     try:

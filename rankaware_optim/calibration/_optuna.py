@@ -2,20 +2,24 @@
 
 Trials of several processes meet in one storage, and a process may die at any moment. So a trial says whose it is from
 its first moment, which `Study.ask` cannot do: its attributes come later. A trial whose process died is marked and
-failed by another process, where `Study.tell` would raise if a third had been first. And the connections of a database
-that was opened by its URL are given back: Optuna puts a cache around the storage that holds them.
+failed by another process, where `Study.tell` would raise if a third had been first. And what was opened is given back,
+a database's connections and a journal's lock: both lie under what Optuna puts around them.
 
 tests/calibration/test_optuna.py fails where one of these moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -40,9 +44,27 @@ def fail_trial(study: Study, trial: FrozenTrial, attributes: Mapping[str, Any]) 
         return
 
 
-def close_database(storage: BaseStorage) -> None:
-    """Give a database's connections back; other storages hold none."""
+def close_storage(storage: BaseStorage) -> None:
+    """Give back a database's connections, or a journal's lock that an interrupt left held."""
     held = getattr(storage, "_backend", storage)
     if isinstance(held, RDBStorage):
         held.remove_session()
         held.engine.dispose()
+    elif isinstance(held, JournalFileBackend):
+        held._lock.release(force=True)
+
+
+_QUIET = threading.Lock()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Optuna says nothing below a warning; its level is as it was afterwards, also where threads do this at once."""
+    logger = logging.getLogger("optuna")
+    with _QUIET:
+        before = logger.level
+        logger.setLevel(max(before, logging.WARNING))
+        try:
+            yield
+        finally:
+            logger.setLevel(before)

@@ -69,9 +69,17 @@ class Runner:
         self.team.agree(lambda: self.study.open(sampler, pruner, storage))
 
     def close(self) -> None:
-        """Leave the storage and the other processes."""
-        self.study.close()
-        self.team.close()
+        """Fail the trial at hand, and leave the storage and the other processes.
+
+        Where the storage is what failed, the next start finds the trial's owner gone.
+        """
+        try:
+            if self._record.owner is not None:
+                with suppress(CalibrationError), self.study.guard():
+                    self._close(TrialState.FAIL)
+        finally:
+            self.study.close()
+            self.team.close()
 
     def _agree(self, decide: Callable[[], T]) -> T:
         """What the leading process decides on the storage, on every process."""
@@ -95,7 +103,7 @@ class Runner:
                 begun = self._try_to_begin()
                 if begun is not None or all(map(is_elsewhere, self.study.trials().running())):
                     return begun
-                time.sleep(_POLL_S)  # another's trial may yet die, and be this one's to run
+                self.study.pause(_POLL_S)  # another's trial may yet die, and be this one's to run
 
         return self._agree(decide)
 
@@ -106,15 +114,11 @@ class Runner:
         if cell is None:
             return None
         rank, seed = cell if killed is None else killed.cell
-        self._record = TrialRecord(rank, seed, new_owner(), None if killed is None else killed.number)
+        mine = TrialRecord(rank, seed, new_owner(), None if killed is None else killed.number)
         params = {} if killed is None or killed.x is None else {PARAMETER: killed.x}
-        self._handle = begin_trial(self.study.optuna, self._record.attributes(), params)
-        self._record = replace(self._record, number=self._handle.number)
-        try:
-            return self._prepare(killed)
-        except BaseException:
-            self._give_up()
-            raise
+        self._handle = begin_trial(self.study.optuna, mine.attributes(), params)
+        self._record = replace(mine, number=self._handle.number)
+        return self._prepare(killed)
 
     def _prepare(self, killed: TrialRecord | None) -> NextTrial | None:
         """Give way to workers that began before, then take a rate; the first trial of a study gets its own later."""
@@ -150,8 +154,8 @@ class Runner:
             self.study.recall()
             if all(t.x is not None or t.number >= self._record.number for t in self.study.trials().running()):
                 return
-            time.sleep(_POLL_S)
-            fail_dead_trials(self.study.optuna)
+            self.study.pause(_POLL_S)
+            fail_dead_trials(self.study.optuna, self._record.owner)
 
     def _limits(self) -> list[float]:
         """How high recent values may rise, step by step, before a run is stopped: half the best gain above where runs
@@ -171,7 +175,7 @@ class Runner:
     # --- one trial --------------------------------------------------------------------------------------------------
 
     def one(self, begun: NextTrial, train: Train, show: Show) -> None:
-        """Run and record one trial; a run that raises is recorded as failed and does not count."""
+        """Run and record one trial; one that raises is at hand when this runner closes, which fails it."""
         trial = Trial(begun.rank, begun.seed, self.study.steps, begun.number, self._build)
         every = interval(self.study.steps)
 
@@ -181,15 +185,11 @@ class Runner:
                 return False
             return self._agree(lambda: self._report(curve, every))
 
-        try:
-            with seeded(begun.seed):
-                outcome = run_trial(
-                    train, trial, limits=begun.limits, endless=begun.endless, watch=watch, mean=self.team.mean
-                )
-            self._agree(lambda: self._end(outcome))
-        except BaseException:
-            self._give_up()
-            raise
+        with seeded(begun.seed):
+            outcome = run_trial(
+                train, trial, limits=begun.limits, endless=begun.endless, watch=watch, mean=self.team.mean
+            )
+        self._agree(lambda: self._end(outcome))
 
     def _report(self, curve: list[float], every: int) -> bool:
         self._handle.report(recent(curve, max(TAIL, every)), len(curve))
@@ -234,12 +234,7 @@ class Runner:
         trials = self.study.trials()
         total = {"steps": trials.spent(self.study.steps), "trials": len(trials.counted())}
         self.study.optuna.set_user_attr("spent", total)
-
-    def _give_up(self) -> None:
-        """Fail the trial; where the storage is what failed, the next start finds its owner gone."""
-        if self.team.leads:
-            with suppress(CalibrationError), self.study.guard():
-                self._close(TrialState.FAIL)
+        self._record = TrialRecord()
 
     # --- the trial's optimizer --------------------------------------------------------------------------------------
 

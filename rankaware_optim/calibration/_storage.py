@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,18 +15,20 @@ from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from ..errors import CalibrationError
 
 _FAILURES = (OSError, StorageInternalError, SQLAlchemyError)
+_ATTEMPTS = 30  # at a database that others create too: each that fails found one of its 13 tables made meanwhile
+_OPERATION = b'{"op_code":'  # how every line of a journal begins
 
 
 def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseStorage:
     """Optuna's storage: itself, one at a URL, a journal file at a path, or memory.
 
     Raises:
-        CalibrationError: it is away, cannot be written, or lacks its driver.
+        CalibrationError: it is away, cannot be written, lacks its driver, or is a file that holds no study.
     """
     if storage is None:
         return InMemoryStorage()
@@ -33,7 +38,7 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
         if not (isinstance(storage, str) and "://" in storage):
             return _journal(Path(storage))
         try:
-            return get_storage(storage)
+            return _database(storage)
         except ImportError as error:
             raise CalibrationError(
                 f"The storage {_shown(storage)} needs a driver that is not installed: {_line(error)}",
@@ -44,22 +49,70 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
             raise CalibrationError(cause, "Give a URL or a path.") from error
 
 
-def _journal(path: Path) -> BaseStorage:
-    """A journal whose lock the kernel frees when its holder is killed. Optuna's own lock file would stay for 30 s.
+def _database(url: str, attempts: int = _ATTEMPTS) -> BaseStorage:
+    """The database at a URL. Where another process creates a table of it at the same moment, it is opened again."""
+    try:
+        return get_storage(url)
+    except (IntegrityError, OperationalError, ProgrammingError) as error:
+        if attempts == 1 or (isinstance(error, OperationalError) and "already exists" not in str(error)):
+            raise
+    time.sleep(0.05)
+    return _database(url, attempts - 1)
 
-    A last line that was cut short, by a full disk or a power failure, is dropped: the journal could not be read.
-    """
+
+def _journal(path: Path) -> BaseStorage:
+    """A journal whose lock the kernel frees when its holder is killed. Optuna's own lock file would stay for 30 s."""
     if path.exists() and not path.is_file():
         raise CalibrationError(f"storage={str(path)!r} is no file.", "Name a file for the journal, or a URL.")
+    path = Path(os.path.realpath(path))  # a journal has one lock, by whatever link it is reached
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
-    if path.is_file():
+    if path.is_file() and path.stat().st_size:
+        _check_journal(path)
         with lock:
-            data = path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                os.truncate(path, whole)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
+            _mend(path)
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
+    except OSError:
+        raise
+    except Exception as error:  # whatever Optuna stumbles over in a damaged line
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _check_journal(path: Path) -> None:
+    """Refuse a file that does not begin as a journal does."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head.startswith(b"SQLite format 3"):
+        cause = f"storage={str(path)!r} is an SQLite database, and a path names a journal."
+        raise CalibrationError(cause, f"Give storage='sqlite:///{path}'.")
+    if not head.startswith(_OPERATION):
+        cause = f"storage={str(path)!r} is a file of something else than a study, and was left as it is."
+        raise CalibrationError(cause, "Name a new file, or the journal of a study.")
+
+
+def _mend(path: Path) -> None:
+    """Drop a last line that was cut short, by a full disk or a power failure: Optuna could not read the journal."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        whole = data.rfind(b"\n") + 1
+        rest = data[whole:]
+    begun = rest.rstrip(b"\0")  # of a file that grew before its data came
+    if not begun.startswith(_OPERATION[: len(begun)]):
+        raise _damaged(path, "its last line is none of Optuna's")
+    try:
+        json.loads(rest or "{}")
+    except ValueError:
+        os.truncate(path, whole)
+    else:
+        with path.open("ab") as file:
+            file.write(b"\n" if rest else b"")
+
+
+def _damaged(path: Path, what: str) -> CalibrationError:
+    return CalibrationError(
+        f"The journal {str(path)!r} is damaged ({what}), and was left as it is.",
+        "Restore it from a copy, or name a new file.",
+    )
 
 
 @contextmanager

@@ -8,8 +8,11 @@ attributes: the reference, the range, and every trial's observation, curve and s
 from __future__ import annotations
 
 import math
+import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -24,9 +27,10 @@ from .._types import Reference, Survey
 from ..errors import CalibrationError
 from ..laws import Law, Power, bound_law, checked_multiplier
 from ..recipe import Z90, Recipe
-from ._optuna import close_database
+from ._optuna import close_storage, quiet
 from ._pruner import PairedPruner
 from ._sampler import BracketSampler
+from ._signals import Interrupts
 from ._storage import open_storage, storage_errors
 from ._trials import TrialRecord, Trials, is_flat
 from .fit import Fit, Prior, diverged, fit_observations, horizon_of
@@ -78,13 +82,11 @@ class Study:
     def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
         """Create the Optuna study, or go on with the stored one of this name."""
         self._brackets = sampler is None
-        self.guard = lambda: storage_errors(storage)
-        verbosity = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        try:
+        self._storage = storage
+        with self.guard():
             kept = open_storage(storage)
-            self._opened = kept if isinstance(storage, str) else None
-            with self.guard():
+            self._opened = kept if isinstance(storage, (str, os.PathLike)) else None
+            with quiet():
                 self.optuna = optuna.create_study(
                     study_name=self.name,
                     storage=kept,
@@ -92,15 +94,24 @@ class Study:
                     pruner=pruner or PairedPruner(self.steps, self.warmup or 0.0),
                     load_if_exists=True,
                 )
-                self._check_stored()
-                self.recall()
-        finally:
-            optuna.logging.set_verbosity(verbosity)
+            self._check_stored()
+            self.recall()
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around what reads or writes the storage: its errors become ours, and Ctrl-C raises when this is done."""
+        with Interrupts(once=True) as self._interrupts, storage_errors(self._storage):
+            yield
+
+    def pause(self, seconds: float) -> None:
+        """Wait inside the guard, where Ctrl-C raises at once."""
+        with self._interrupts.let_in():
+            time.sleep(seconds)
 
     def close(self) -> None:
-        """Give a database's connections back, if they were opened here."""
+        """Give back what was opened here: a database's connections, a journal's lock."""
         if self._opened is not None:
-            close_database(self._opened)
+            close_storage(self._opened)
 
     def _check_stored(self) -> None:
         """Refuse to go on with a study whose trials do not compare: other steps, LoRA ranks, law or optimizer."""

@@ -12,7 +12,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.trial import TrialState
 
 import rankaware_optim
-from rankaware_optim.calibration._optuna import begin_trial, close_database, fail_trial
+from rankaware_optim.calibration._optuna import begin_trial, close_storage, fail_trial
 
 PRIVATE = {"_storage", "_study_id", "_trial_id", "_backend"}
 
@@ -26,7 +26,7 @@ def test_optunas_private_names_are_where_they_were():
     assert study._storage.get_trial(study.trials[0]._trial_id).value == 1.0
     opened = optuna.storages.get_storage("sqlite://")
     assert isinstance(opened._backend, RDBStorage)
-    close_database(opened)
+    close_storage(opened)
 
 
 def test_optunas_private_signatures_are_what_they_were():
@@ -51,7 +51,7 @@ def test_a_trial_begins_with_its_attributes_and_its_rate(url):
     assert trial.suggest_float("x", -9.0, -1.0) == -7.5
     study.tell(trial, 1.0)
     assert study.trials[0].params == {"x": -7.5}
-    close_database(storage)
+    close_storage(storage)
 
 
 @pytest.mark.parametrize("ended", [False, True])

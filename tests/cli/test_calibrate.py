@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import rankaware_optim as ra
-from rankaware_optim.calibration._optuna import close_database
+from rankaware_optim.calibration._optuna import close_storage
 from rankaware_optim.calibration._storage import open_storage
 from rankaware_optim.calibration._trials import Trials
 from rankaware_optim.cli._main import main
@@ -129,7 +129,7 @@ def trials_of(storage: str, name: str) -> list[optuna.trial.FrozenTrial]:
     try:
         return optuna.load_study(study_name=name, storage=opened).trials
     finally:
-        close_database(opened)
+        close_storage(opened)
 
 
 def assert_shared(trials, count: int) -> None:
@@ -227,7 +227,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(folder):
 
 def test_a_read_only_database_is_said(folder):
     """A database that cannot be written is an error with its cause."""
-    close_database(open_storage("sqlite:///made.db"))
+    close_storage(open_storage("sqlite:///made.db"))
     done = call("loops:train", *RANKS, "--storage", "sqlite:///file:made.db?mode=ro&uri=true")
     assert done.exit_code == 1
     assert "readonly database" in done.stderr

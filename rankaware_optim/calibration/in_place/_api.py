@@ -15,9 +15,9 @@ from ...errors import CalibrationError, InspectionError
 from ...inspection import Walk, other_kind, pairs_of, walk
 from ...recipe import Recipe
 from .._api import calibrate, check_argument
+from .._signals import Interrupts
 from .._trial import Trial, seeded
 from ._resize import Adapters, ScalingRule, base_weight
-from ._signals import Interrupts
 from ._snapshot import ModelState
 
 StepFunction = Callable[[nn.Module, int], Any]

@@ -1,4 +1,4 @@
-"""Ctrl-C while something is to be put back: let in where it may raise, held back where it must not."""
+"""Ctrl-C while something must not stay half done: let in where it may raise, held back where it must not."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ class Interrupts:
             with interrupts.let_in():
                 ...
 
+    With `once`, only the first Ctrl-C is held back: a second one raises at once, since what runs may wait for another
+    process or a server.
+
     It acts in the main thread, and where Ctrl-C has a Python handler; elsewhere no KeyboardInterrupt can come.
     """
 
-    def __init__(self) -> None:
-        self._open = False
+    def __init__(self, once: bool = False) -> None:
+        self._open, self._once = False, once
         self._pending: tuple[int, FrameType | None] | None = None
         self._before: Callable[[int, FrameType | None], Any] | None = None
 
@@ -45,7 +48,7 @@ class Interrupts:
             self._before(*self._pending)
 
     def _answer(self, number: int, frame: FrameType | None) -> None:
-        if not self._open or self._before is None:
+        if self._before is None or not (self._open or (self._once and self._pending is not None)):
             self._pending = number, frame
             return
         self._open = False
