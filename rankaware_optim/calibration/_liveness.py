@@ -46,7 +46,7 @@ def fail_dead_trials(study: Study, mine: Owner | None = None) -> None:
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         record = TrialRecord.read(trial)
-        if record.owner is not None and record.owner != mine and not is_elsewhere(record) and not _is_alive(record.owner):
+        if record.owner not in (None, mine) and not (is_elsewhere(record) or _is_alive(record.owner)):
             fail_trial(study, trial, replace(record, killed=True).changes_since(record))
 
 
@@ -57,8 +57,8 @@ def to_repeat(trials: Trials) -> TrialRecord | None:
     return next((trial for trial in killed if trial.number not in repeated), None)
 
 
-def _is_alive(owner: Owner) -> bool:
-    if owner.boot != _boot():
+def _is_alive(owner: Owner | None) -> bool:
+    if owner is None or owner.boot != _boot():
         return False
     if owner.pid == os.getpid():
         thread = _AT_WORK.get(owner.token, threading.current_thread())

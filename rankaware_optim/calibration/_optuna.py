@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
@@ -51,7 +51,7 @@ def close_storage(storage: BaseStorage) -> None:
         held.remove_session()
         held.engine.dispose()
     elif isinstance(held, JournalFileBackend):
-        held._lock.release(force=True)
+        cast(Any, held._lock).release(force=True)
 
 
 _QUIET = threading.Lock()

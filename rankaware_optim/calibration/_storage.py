@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
         return InMemoryStorage()
     if isinstance(storage, BaseStorage):
         return get_storage(storage)
+    if not isinstance(storage, (str, os.PathLike)) or "\0" in str(storage):
+        cause = f"storage={_shown(str(storage))!r} is no storage."
+        raise CalibrationError(cause, "Give a path, a URL, or a storage of Optuna's.")
     with storage_errors(storage):
         if not (isinstance(storage, str) and "://" in storage):
             return _journal(Path(storage))
@@ -41,11 +45,11 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
             return _database(storage)
         except ImportError as error:
             raise CalibrationError(
-                f"The storage {_shown(storage)} needs a driver that is not installed: {_line(error)}",
+                f"The storage {_shown(storage)} needs a driver that is not installed: {_line(error, storage)}",
                 "Install it, such as psycopg[binary] for postgresql+psycopg://.",
             ) from error
         except (ValueError, ArgumentError) as error:
-            cause = f"storage={_shown(storage)!r} is no storage: {_line(error)}"
+            cause = f"storage={_shown(storage)!r} is no storage: {_line(error, storage)}"
             raise CalibrationError(cause, "Give a URL or a path.") from error
 
 
@@ -104,8 +108,8 @@ def _mend(path: Path) -> None:
     except ValueError:
         os.truncate(path, whole)
     else:
-        with path.open("ab") as file:
-            file.write(b"\n" if rest else b"")
+        with path.open("ab") as end:
+            end.write(b"\n" if rest else b"")
 
 
 def _damaged(path: Path, what: str) -> CalibrationError:
@@ -121,23 +125,27 @@ def storage_errors(storage: Any = None) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        shown = f" {_shown(str(storage))}" if isinstance(storage, (str, os.PathLike)) else ""
+        given = str(storage) if isinstance(storage, (str, os.PathLike)) else ""
         raise CalibrationError(
-            f"The study's storage{shown} failed: {_line(error)}",
+            f"The study's storage{' ' * bool(given)}{_shown(given)} failed: {_line(error, given)}",
             "See that it is there, writable and has space left; then the same call goes on where this one stopped.",
         ) from error
 
 
-def _line(error: BaseException) -> str:
-    """The root's first line: sqlalchemy wraps a driver's error in paragraphs."""
+def _line(error: BaseException, url: str) -> str:
+    """The root's first line, without what may be of the password: sqlalchemy wraps a driver's error in paragraphs."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".") + "."
+    line = (text[0] if text else type(error).__name__).rstrip(".") + "."
+    user = url.partition("://")[2].rpartition("@")[0]
+    for part in re.split("[@:/?]", user.partition(":")[2]):  # an @ that was not escaped moves the rest into the host
+        line = line.replace(part, "…") if part else line
+    return line
 
 
 def _shown(url: str) -> str:
-    """A URL without its password."""
+    """A path, or a URL without its password and its query, where a password may stand too."""
     scheme, found, rest = url.partition("://")
     user, at, host = rest.rpartition("@")
-    return f"{scheme}://{user.partition(':')[0]}@{host}" if found and at else url
+    return f"{scheme}://{user.partition(':')[0]}{at}{host.partition('?')[0]}" if found else url

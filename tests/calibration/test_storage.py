@@ -1,0 +1,214 @@
+"""What is given as storage: a study goes on in it, or it is refused in a sentence and stays as it was."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+import rankaware_optim as ra
+from rankaware_optim import CalibrationError
+from rankaware_optim.calibration._storage import open_storage
+
+from ..helpers.calibrations import calibrate, made_up
+
+TRIALS = 3
+
+
+@pytest.fixture
+def journal(tmp_path):
+    path = tmp_path / "study.journal"
+    calibrate(made_up(), trials=TRIALS, storage=path)
+    return path
+
+
+# --- files of something else ----------------------------------------------------------------------------------------
+
+
+def an_sqlite_database(path: Path) -> None:
+    with sqlite3.connect(path) as database:
+        database.execute("create table mine (x)")
+    database.close()
+
+
+def a_recipes_tensors(path: Path) -> None:
+    calibrate(made_up(), trials=2).save(path.with_suffix(".toml")).with_suffix(".safetensors").replace(path)
+
+
+def holding(data: bytes):
+    return lambda path: path.write_bytes(data)
+
+
+OTHERS = {
+    "data without a newline": holding(b"\1" * 1_000_000),
+    "text": holding(b"a line\nand one that does not end"),
+    "JSON lines": holding(b'{"loss": 1}\n{"loss": 2}'),
+    "an open brace": holding(b"{"),
+    "nothing but zeros": holding(bytes(100)),
+    "UTF-16": holding('{"op_code":0,'.encode("utf-16")),
+    "an SQLite database": an_sqlite_database,
+    "a recipe's tensors": a_recipes_tensors,
+}
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_a_file_of_something_else_is_refused(make, tmp_path):
+    """It is left to the byte, nothing is put beside it, and the error says what to give instead."""
+    path = tmp_path / "given"
+    make(path)
+    before = path.read_bytes(), sorted(tmp_path.iterdir())
+    cure = f"Give storage='sqlite:///{path}'." if make is an_sqlite_database else "Name a new file"
+    with pytest.raises(CalibrationError, match=cure):
+        calibrate(made_up(), trials=2, storage=path)
+    assert (path.read_bytes(), sorted(tmp_path.iterdir())) == before
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_refused(make, tmp_path):
+    """A folder, a pipe that nobody writes to, and a device are not opened."""
+    make(tmp_path / "given")
+    with pytest.raises(CalibrationError, match="is no file"):
+        calibrate(made_up(), trials=2, storage=tmp_path / "given")
+
+
+@pytest.mark.parametrize("storage", [3, b"study.journal", "\0", ["study.journal"], "", "://"])
+def test_what_names_nothing_is_refused(storage):
+    """Values of other types and impossible names are an error of ours."""
+    with pytest.raises(CalibrationError):
+        calibrate(made_up(), trials=2, storage=storage)
+
+
+# --- journals -------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_file_is_a_new_journal(tmp_path):
+    """As `mktemp` makes one."""
+    (tmp_path / "given").touch()
+    calibrate(made_up(), trials=2, storage=tmp_path / "given")
+    assert len(calibrate(made_up(), trials=TRIALS, storage=tmp_path / "given").tensors["lr"]) == TRIALS
+
+
+ENDS = {
+    "cut in its last line": lambda data: data + b'{"op_code":4,"trial',
+    "cut at once": lambda data: data + b"{",
+    "grown before its data came": lambda data: data + b'{"op_code":4,' + bytes(5000),
+    "without its last newline": lambda data: data[:-1],
+    "with the line ends of Windows": lambda data: data.replace(b"\n", b"\r\n"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_a_journal_goes_on_where_it_is_whole(end, journal):
+    """A last line that a full disk or a power failure cut is dropped; every line that is whole is kept."""
+    whole = journal.read_bytes()
+    journal.write_bytes(end(whole))
+    assert len(calibrate(made_up(), trials=TRIALS + 2, storage=journal).tensors["lr"]) == TRIALS + 2
+    kept = journal.read_bytes().replace(b"\r\n", b"\n")
+    assert kept.startswith(whole)
+    assert all(json.loads(line) for line in kept.splitlines())
+
+
+def test_a_journal_of_which_nothing_is_whole_begins_again(tmp_path):
+    """Cut in its first line, it holds nothing to lose."""
+    path = tmp_path / "study.journal"
+    path.write_bytes(b'{"op_code":0,"worker_id":"5f')
+    assert len(calibrate(made_up(), trials=TRIALS, storage=path).tensors["lr"]) == TRIALS
+
+
+def line(**changed):
+    """The trial's line of a journal with other values; None takes one out."""
+
+    def change(data: bytes) -> bytes:
+        lines = data.splitlines(keepends=True)
+        at = next(i for i, text in enumerate(lines) if json.loads(text)["op_code"] == 4)
+        made = {key: value for key, value in {**json.loads(lines[at]), **changed}.items() if value is not None}
+        return b"".join([*lines[:at], json.dumps(made).encode() + b"\n", *lines[at + 1 :]])
+
+    return change
+
+
+DAMAGED = {
+    "no JSON": lambda data: data.replace(b'"op_code":4', b'"op_code":,', 1),
+    "two lines in one": lambda data: data.replace(b"}\n{", b"}{", 1),
+    "not UTF-8": lambda data: data.replace(b'"rank"', b'"r\xffnk"', 1),
+    "no object": lambda data: data.replace(b"\n", b"\n[]\n", 1),
+    "brackets without end": lambda data: data.replace(b"\n", b"\n" + b"[" * 100_000 + b"\n", 1),
+    "another file's end": lambda data: data + b"and more",
+    "an operation of none": line(op_code=99),
+    "an operation that lacks what it needs": line(study_id=None),
+    "a state of none": line(state=17),
+    "a time of none": line(datetime_start="yesterday"),
+    "an owner of none": line(user_attrs={"rank": 4, "seed": 0, "owner": {"host": "mine"}}),
+    "a rank that is a word": line(user_attrs={"rank": "four", "seed": 0}),
+    "attributes that are none": line(user_attrs=[]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_journal_is_refused(damage, journal):
+    """One error says that it is damaged, and it is left as it is."""
+    journal.write_bytes(damage(journal.read_bytes()))
+    before = journal.read_bytes()
+    with pytest.raises(CalibrationError, match="is damaged"):
+        calibrate(made_up(), trials=TRIALS + 1, storage=journal)
+    assert journal.read_bytes() == before
+
+
+def test_a_journal_has_one_lock_by_whatever_name(journal, tmp_path):
+    """Reached by a link, it is locked where it lies, so that all its users exclude each other."""
+    link = tmp_path / "elsewhere" / "link"
+    link.parent.mkdir()
+    link.symlink_to(journal)
+    assert len(calibrate(made_up(), trials=TRIALS + 1, storage=link).tensors["lr"]) == TRIALS + 1
+    assert list(link.parent.iterdir()) == [link]
+
+
+# --- databases ------------------------------------------------------------------------------------------------------
+
+URLS = [
+    "no-such-db://me:a-secret@here/there",
+    "postgresql+psycopg://me:a-secret@127.0.0.1:1/there",
+    "postgresql+psycopg://me:a-secret@127.0.0.1:port/there",
+    "postgresql+psycopg://me:a-sec@ret:a-secret@127.0.0.1:1/there",
+    "postgresql+psycopg://127.0.0.1:1/there?user=me&password=a-secret",
+    "postgresql+nothing://me:a-secret@here/there",
+    "://me:a-secret@here",
+    "postgresql+psycopg://me:a-sec@ret-secret@127.0.0.1/there",
+]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_password_stays_out_of_messages(url):
+    """Whatever is wrong with a URL, its password and its query are not shown."""
+    with pytest.raises(CalibrationError) as raised:
+        calibrate(made_up(), trials=2, storage=url)
+    assert "secret" not in str(raised.value)
+    assert url.partition("://")[0] in str(raised.value)
+
+
+def open_together(url: str, barrier, ends) -> None:
+    barrier.wait()
+    try:
+        open_storage(url)
+        ends.put("opened")
+    except ra.RankAwareError as error:
+        ends.put(str(error))
+
+
+def test_workers_that_start_together_create_one_database(tmp_path):
+    """Of many processes that open a fresh database at the same moment, all succeed."""
+    fork, count = multiprocessing.get_context("fork"), 12
+    open_storage("sqlite://")  # imports what a storage needs, so that the processes differ by nothing
+    barrier, ends = fork.Barrier(count), fork.SimpleQueue()
+    workers = [
+        fork.Process(target=open_together, args=(f"sqlite:///{tmp_path}/s.db", barrier, ends)) for _ in range(count)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [ends.get() for _ in workers] == ["opened"] * count
