@@ -36,6 +36,8 @@ def rate_axis(axis: Any) -> None:
 def save(figure: Any, path: str | Path) -> Path:
     target = Path(path)
     try:
+        if not target.suffix:
+            raise ValueError("its name has no suffix")
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=130)
     except (OSError, ValueError) as error:

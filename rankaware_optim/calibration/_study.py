@@ -111,7 +111,8 @@ class Study:
     def close(self) -> None:
         """Give back what was opened here: a database's connections, a journal's lock."""
         if self._opened is not None:
-            close_storage(self._opened)
+            with self.guard():
+                close_storage(self._opened)
 
     def _check_stored(self) -> None:
         """Refuse to go on with a study whose trials do not compare: other steps, LoRA ranks, law or optimizer."""

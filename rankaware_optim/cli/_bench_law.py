@@ -12,7 +12,7 @@ import click
 
 from .. import sweeps
 from ..sweeps import COMPARED, DEMO_SWEEP, Move, score_table
-from ._options import ALPHA, COLUMN, OPTIMIZER
+from ._options import ALPHA, COLUMN, OPTIMIZER, out_option
 
 
 @click.command("bench-law")
@@ -23,7 +23,7 @@ from ._options import ALPHA, COLUMN, OPTIMIZER
 @click.option("--fan-in", type=float, help="The models' width, where rows do not say it.")
 @OPTIMIZER
 @COLUMN
-@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write .json, every move, or .csv.")
+@out_option(help="Write .json, every move, or .csv.")
 def bench_law(sweep: Path, laws: tuple[str, ...], out: Path | None, **options: Any) -> None:
     """Score laws on SWEEP: each rank's best rate moved to every other, against the best one there.
 

@@ -20,14 +20,14 @@ import torch
 from .. import calibration
 from ..errors import CalibrationError, RankAwareError, RecipeError
 from ..recipe import Recipe
-from ._options import OPTIMIZER, numbers
+from ._options import OPTIMIZER, numbers, out_option
 
 
 @click.command()
 @click.argument("spec", metavar="MODULE:TRAIN")
 @click.option("--ranks", required=True, callback=numbers(click.INT, {"full": None}), help="As 4,64, or 4,64,full.")
 @click.option("--steps", type=int, required=True, help="Training steps a trial.")
-@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The recipe's .toml.")
+@out_option(required=True, help="The recipe's .toml.")
 @OPTIMIZER
 @click.option("--law", default="mua", show_default=True)
 @click.option("--trials", type=int, help="Runs at the ranks; by default what the budget pays for, or 8 a rank.")

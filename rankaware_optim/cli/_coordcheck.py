@@ -13,7 +13,7 @@ from .._types import Reference
 from ..errors import LawError
 from ..inspection import inspect_file
 from ..transfer import coordinate_check, plot_coordinates
-from ._options import OPTIMIZER, number_or_rank, numbers
+from ._options import OPTIMIZER, number_or_rank, numbers, out_option
 
 Shape = tuple[int, int]
 _MOST_NUMBERS = 2**28  # a layer's inputs, gradients and factors: 1 GiB; the optimizer's state comes on top
@@ -43,7 +43,7 @@ def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) ->
 @click.option("--rslora", is_flag=True, help="alpha is divided by √rank.")
 @click.option("--tokens", type=int, default=512, show_default=True)
 @click.option("--steps", type=int, default=4, show_default=True)
-@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Draw it: a .png, .svg or .pdf.")
+@out_option(help="Draw it: a .png, .svg or .pdf.")
 @click.option("--strict", is_flag=True, help="Exit with 1 where feature updates are not rank-invariant.")
 def coordcheck(
     path: Path | None,

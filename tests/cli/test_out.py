@@ -1,0 +1,91 @@
+"""`-o`: a command writes over what one like it wrote, and over nothing else."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from click.testing import CliRunner
+
+from rankaware_optim.cli._main import main
+from rankaware_optim.sweeps import DEMO_SWEEP
+
+from ..helpers.calibrations import calibrate, made_up
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return calibrate(made_up(), trials=6).save(tmp_path_factory.mktemp("recipe") / "made.toml")
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+TEXT = b"Notes of many years.\n"
+PICTURE = b"\x89PNG\r\n\x1a\n"
+FIT = ["fit", DEMO_SWEEP, "--model", "efficientnet-lite0, alpha = rank"]
+CALIBRATE = ["calibrate", "loops:train", "--ranks", "2,4", "--steps", 5]
+OTHERS = [
+    (CALIBRATE, "pyproject.toml", b'[project]\nname = "mine"\n'),
+    (CALIBRATE, "settings.toml", b"schema = 1\n[server]\n"),
+    (FIT, "pyproject.toml", b'[project]\nname = "mine"\n'),
+    (["report", None], "index.html", b"<!doctype html><title>Mine</title>"),
+    (["report", None], "made.toml", TEXT),
+    (["plot", None], "made.png", TEXT),
+    (["plot", None], "made.svg", PICTURE),
+    (["plot", None], "made.jpg", b"\xff\xd8\xff"),
+    (["coordcheck"], "made.pdf", PICTURE),
+    (["bench-law"], "made.csv", b"rank,lr,loss\n4,1e-3,2.0\n"),
+    (["bench-law"], "made.json", b'{"model": 1}'),
+]
+
+
+@pytest.mark.parametrize(("command", "name", "data"), OTHERS, ids=[f"{c[0]} {name}" for c, name, _ in OTHERS])
+def test_what_is_not_recognised_is_left(command, name, data, recipe, tmp_path):
+    """A file of another kind stays as it is; the error comes before any work, in one sentence with its cure."""
+    out = tmp_path / name
+    out.write_bytes(data)
+    done = call(*(recipe if part is None else part for part in command), "-o", out)
+    assert done.exit_code == 1
+    assert (
+        done.stderr == f"Error: {out} holds something else, and was left as it is. Name another file, or remove it.\n"
+    )
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.read_bytes() == data
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no pipes among the files")
+def test_a_pipe_is_left(recipe, tmp_path):
+    """A pipe that nobody writes to is not opened."""
+    os.mkfifo(tmp_path / "made.png")
+    assert "holds something else" in call("plot", recipe, "-o", tmp_path / "made.png").stderr
+
+
+AGAIN = [
+    (["report", None], "made.html"),
+    (["plot", None], "made.png"),
+    (["plot", None], "made.svg"),
+    (["plot", None], "made.pdf"),
+    (["coordcheck", "--shape", "8x8", "--tokens", 8, "--ranks", "1,2"], "made.png"),
+    (["bench-law", "--law", "mua"], "made.csv"),
+    (["bench-law", "--law", "mua"], "made.json"),
+    (FIT, "made.toml"),
+]
+
+
+@pytest.mark.parametrize(("command", "name"), AGAIN, ids=[f"{c[0]} {name}" for c, name in AGAIN])
+def test_the_same_command_writes_again(command, name, recipe, tmp_path):
+    """An empty file and what the command itself wrote are written over."""
+    out = tmp_path / name
+    arguments = [*(recipe if part is None else part for part in command), "-o", out]
+    out.touch()
+    for _ in range(2):
+        assert call(*arguments).exit_code == 0
+        assert out.stat().st_size
+
+
+def test_a_figure_without_a_suffix_is_refused(recipe, tmp_path):
+    """It would be written under another name than the one given."""
+    assert "no suffix" in call("plot", recipe, "-o", tmp_path / "made").stderr
+    assert not list(tmp_path.iterdir())
