@@ -32,7 +32,7 @@ from ._pruner import PairedPruner
 from ._sampler import BracketSampler
 from ._signals import Interrupts
 from ._storage import open_storage, storage_errors
-from ._trials import TrialRecord, Trials, is_flat
+from ._trials import TrialRecord, Trials, is_flat, is_typed
 from .fit import Fit, Prior, diverged, fit_observations, horizon_of
 
 # A usual rate by optimizer family, per step, and the configuration it is for: the median best AdamW rate at rank 16,
@@ -86,6 +86,8 @@ class Study:
         with self.guard():
             kept = open_storage(storage)
             self._opened = kept if isinstance(storage, (str, os.PathLike)) else None
+            if self.name in optuna.get_all_study_names(kept):
+                self._check_whole(optuna.load_study(study_name=self.name, storage=kept))
             with quiet():
                 self.optuna = optuna.create_study(
                     study_name=self.name,
@@ -113,6 +115,24 @@ class Study:
         if self._opened is not None:
             with self.guard():
                 close_storage(self._opened)
+
+    def _check_whole(self, stored: optuna.Study) -> None:
+        """Refuse a damaged study, before anything is written to it."""
+        try:
+            for record in Trials.read(stored.get_trials(deepcopy=False)):
+                if not is_typed(record, TrialRecord):
+                    raise TypeError(f"trial {record.number} holds a value of another type")
+            known = stored.user_attrs
+            if not all(isinstance(known.get(key, {}), dict) for key in ("made_with", "settings")):
+                raise TypeError("an attribute holds a value of another type")
+            if "reference" in known:
+                Reference(**known["reference"])
+                math.log2(known["full_fan_in"])
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CalibrationError(
+                f"The stored study {self.name!r} is damaged ({type(error).__name__}: {error}), and was left as it is.",
+                "Restore its storage from a copy, or give this calibration another name=, or another storage=.",
+            ) from error
 
     def _check_stored(self) -> None:
         """Refuse to go on with a study whose trials do not compare: other steps, LoRA ranks, law or optimizer."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
+from .._checks import is_number
 from ..recipe import TAIL, carried_on
 from .fit import Observation, diverged
 
@@ -89,6 +91,22 @@ class TrialRecord:
     @property
     def cell(self) -> Cell:
         return Cell(self.rank, self.seed)
+
+
+def is_typed(value: Any, hint: Any) -> bool:
+    """Whether a value from a storage is of a hint's type, inside as well; a float may be a whole number."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is UnionType:
+        return any(is_typed(value, part) for part in parts)
+    if kind is float:
+        return is_number(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        return False
+    if is_dataclass(kind):
+        return all(is_typed(getattr(value, name), inner) for name, inner in get_type_hints(kind).items())
+    if isinstance(value, Mapping):
+        return all(is_typed(key, parts[0]) and is_typed(item, parts[1]) for key, item in value.items())
+    return kind is not list or all(is_typed(item, parts[0]) for item in value)
 
 
 _OPTUNAS_OWN = {"number", "state", "x", "value", "reports"}
