@@ -99,17 +99,23 @@ def _mend(path: Path) -> None:
     """Drop a last line that was cut short, by a full disk or a power failure: Optuna could not read the journal."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         whole = data.rfind(b"\n") + 1
-        rest = data[whole:]
+        last, rest = data[data.rfind(b"\n", 0, max(whole - 1, 0)) + 1 : whole], data[whole:]
     begun = rest.rstrip(b"\0")  # of a file that grew before its data came
-    if not begun.startswith(_OPERATION[: len(begun)]):
+    if not begun.startswith(_OPERATION[: len(begun)]) or (last and not _is_json(last)):
         raise _damaged(path, "its last line is none of Optuna's")
-    try:
-        json.loads(rest or "{}")
-    except ValueError:
-        os.truncate(path, whole)
-    else:
+    if _is_json(rest):
         with path.open("ab") as end:
-            end.write(b"\n" if rest else b"")
+            end.write(b"\n")
+    elif rest:
+        os.truncate(path, whole)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _damaged(path: Path, what: str) -> CalibrationError:

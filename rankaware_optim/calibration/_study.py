@@ -45,6 +45,7 @@ _WIDEN = 2.0  # octaves an edge moves out when the best rate sits there
 _EDGE = 1.0  # octaves: how near counts as sitting there
 _UNDETERMINED = 1.2  # octaves: a standard deviation of the base rate, beyond which the data say next to nothing
 _TOGETHER = 50  # trials, times which new ones wait for the next fit
+_MOST = 1000.0  # octaves: no rate that a float holds lies farther from 1
 _APART = 16  # the factor between the lowest and the highest rank at which the drift is well measured
 # Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init. Small studies found
 # Init[B] falling with rank by 0.3 to 0.75; full finetuning needs no factor at the width of Survey.full_width
@@ -120,15 +121,16 @@ class Study:
         """Refuse a damaged study, before anything is written to it."""
         try:
             for record in Trials.read(stored.get_trials(deepcopy=False)):
-                if not is_typed(record, TrialRecord):
-                    raise TypeError(f"trial {record.number} holds a value of another type")
+                rates = record.x, record.observation and record.observation.x
+                if not is_typed(record, TrialRecord) or any(abs(x or 0) > _MOST for x in rates):
+                    raise TypeError(f"trial {record.number} holds an impossible value")
             known = stored.user_attrs
             if not all(isinstance(known.get(key, {}), dict) for key in ("made_with", "settings")):
-                raise TypeError("an attribute holds a value of another type")
+                raise TypeError("an attribute holds an impossible value")
             if "reference" in known:
                 Reference(**known["reference"])
                 math.log2(known["full_fan_in"])
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
             raise CalibrationError(
                 f"The stored study {self.name!r} is damaged ({type(error).__name__}: {error}), and was left as it is.",
                 "Restore its storage from a copy, or give this calibration another name=, or another storage=.",
@@ -275,6 +277,7 @@ class Study:
 
     def recipe(self) -> Recipe:
         """The recipe of what was seen so far."""
+        self.recall()  # where other workers ran every trial
         trials = self.trials().counted()
         fit, reference, tried = self._fit_or_raise(trials), self.settled(), {o.rank for o in trials.observations()}
         base, drift, factor = (float(v) for v in fit.mean)

@@ -98,6 +98,8 @@ def is_typed(value: Any, hint: Any) -> bool:
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind is UnionType:
         return any(is_typed(value, part) for part in parts)
+    if kind in (int, float) and isinstance(value, int) and abs(value) >= 2**63:
+        return False  # too large for an array
     if kind is float:
         return is_number(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

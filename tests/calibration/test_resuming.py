@@ -19,9 +19,11 @@ import pytest
 import rankaware_optim as ra
 from rankaware_optim.calibration._liveness import fail_dead_trials, new_owner, release
 from rankaware_optim.calibration._storage import open_storage
+from rankaware_optim.calibration._study import Study
 from rankaware_optim.calibration._trials import TrialRecord, Trials
+from rankaware_optim.laws import get_law
 
-from ..helpers.calibrations import STEPS, calibrate, made_up
+from ..helpers.calibrations import STEPS, AdamW, calibrate, made_up
 from ..helpers.interrupted import CtrlC
 from ..helpers.killed import STEPS as RUN
 from ..helpers.killed import TRIALS
@@ -182,6 +184,15 @@ def test_a_trial_elsewhere_holds_its_place():
     assert study.trials[trial.number].state.name == "RUNNING"
 
 
+def test_a_worker_that_comes_too_late_has_the_recipe(tmp_path):
+    """Where others ran every trial after it had opened the study, it gives the same recipe."""
+    late = Study(AdamW, get_law("mua"), ranks=(4, 16), steps=STEPS)
+    late.open(None, None, tmp_path / "s.journal")
+    recipe = calibrate(made_up(), trials=6, storage=tmp_path / "s.journal")
+    assert late.recipe().best_lr == recipe.best_lr
+    late.close()
+
+
 # --- Ctrl-C ---------------------------------------------------------------------------------------------------------
 
 MOMENTS = [
@@ -220,6 +231,18 @@ def opened_in(folder: Path) -> set[str]:
     return {link.readlink().name for link in links if link.readlink().is_relative_to(folder)}
 
 
+def in_time(call, seconds=30):
+    """What `call` returns; a failure where it waits for ever."""
+    guard = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    guard.start()
+    try:
+        return call()
+    except KeyboardInterrupt:
+        pytest.fail(f"It did not end within {seconds} s.")
+    finally:
+        guard.cancel()
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_interrupted_at_any_moment_the_same_call_goes_on(times, interrupted, tmp_path):
     """In the same process, the error kept, it ends as if uninterrupted; level, locks and files are as they were."""
@@ -230,10 +253,7 @@ def test_interrupted_at_any_moment_the_same_call_goes_on(times, interrupted, tmp
     assert kept.value
     assert logging.getLogger("optuna").level == level
     assert times > 1 or not opened_in(tmp_path)
-    guard = threading.Timer(30, os.kill, (os.getpid(), signal.SIGINT))
-    guard.start()
-    recipe = small(storage)
-    guard.cancel()
+    recipe = in_time(lambda: small(storage))
     assert recipe.best_lr == expected.best_lr
     assert recipe.tensors["lr"].tolist() == expected.tensors["lr"].tolist()
 

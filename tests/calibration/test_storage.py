@@ -138,6 +138,7 @@ DAMAGED = {
     "no object": lambda data: data.replace(b"\n", b"\n[]\n", 1),
     "brackets without end": lambda data: data.replace(b"\n", b"\n" + b"[" * 100_000 + b"\n", 1),
     "another file's end": lambda data: data + b"and more",
+    "another file's last line": lambda data: data + b'{"op_code":4,and more\n',
     "an operation of none": line(op_code=99),
     "an operation that lacks what it needs": line(study_id=None),
     "a state of none": line(state=17),
@@ -145,6 +146,7 @@ DAMAGED = {
     "an owner of none": line(user_attrs={"rank": 4, "seed": 0, "owner": {"host": "mine"}}),
     "a rank that is a word": line(user_attrs={"rank": "four", "seed": 0}),
     "attributes that are none": line(user_attrs=[]),
+    "a seed of 400 digits": line(user_attrs={"rank": 4, "seed": 10**400}),
 }
 
 
