@@ -83,7 +83,7 @@ class Study:
     def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
         """Create the Optuna study, or go on with the stored one of this name."""
         self._brackets = sampler is None
-        self._storage = storage
+        self._given = storage
         with self.guard():
             kept = open_storage(storage)
             self._opened = kept if isinstance(storage, (str, os.PathLike)) else None
@@ -103,7 +103,7 @@ class Study:
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Around what reads or writes the storage: its errors become ours, and Ctrl-C raises when this is done."""
-        with Interrupts(once=True) as self._interrupts, storage_errors(self._storage):
+        with Interrupts(once=True) as self._interrupts, storage_errors(self._given):
             yield
 
     def pause(self, seconds: float) -> None:

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from filelock import FileLock
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 import rankaware_optim
 from rankaware_optim.calibration._optuna import begin_trial, close_storage, fail_trial
 
-PRIVATE = {"_storage", "_study_id", "_trial_id", "_backend"}
+PRIVATE = {"_storage", "_study_id", "_trial_id", "_backend", "_lock"}
 
 
-def test_optunas_private_names_are_where_they_were():
+def test_optunas_private_names_are_where_they_were(tmp_path):
     """A study has its storage and number, a trial its number, and a storage that was opened by its URL a backend."""
     study = optuna.create_study()
     study.add_trial(optuna.trial.create_trial(value=1.0))
@@ -27,6 +29,11 @@ def test_optunas_private_names_are_where_they_were():
     opened = optuna.storages.get_storage("sqlite://")
     assert isinstance(opened._backend, RDBStorage)
     close_storage(opened)
+    lock = FileLock(tmp_path / "lock")
+    journal = JournalStorage(JournalFileBackend(str(tmp_path / "journal"), lock_obj=lock))
+    lock.acquire()
+    close_storage(journal)
+    assert not lock.is_locked
 
 
 def test_optunas_private_signatures_are_what_they_were():
