@@ -68,7 +68,8 @@ def calibrate(
 
     **Stopped and resumed.** With `storage=`, the same call goes on where it stopped, killed or not: finished trials
     are kept, the half-done one is run again at its rank, seed and rate. Several processes and machines may make the
-    same call with one storage at once; they share the trials, and this host's wait for one another.
+    same call with one storage at once: they share the trials, and wait for one another. A killed one's trial is run
+    again by another process of its host at once, by another host after five minutes without a sign of life.
 
     **Under DDP or FSDP** call it on every process. One decides, all see the same rate and prune at the same step,
     values are averaged over the processes, and all return the same recipe.

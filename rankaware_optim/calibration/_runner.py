@@ -11,17 +11,19 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from torch import nn
 
 from .._types import Reference, Survey
+from .._warn import warn
 from ..errors import CalibrationError
 from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
 from ..recipe import TAIL, Recipe, height, plain_setting, recent
 from ._distributed import Replicas
-from ._liveness import fail_dead_trials, is_elsewhere, new_owner, release, to_repeat
+from ._liveness import fail_dead_trials, is_awaited, keep_beating, new_owner, release, to_repeat
 from ._optuna import begin_trial
 from ._sampler import estimate_at
 from ._schedule import Schedule, leverage
@@ -30,7 +32,7 @@ from ._trial import Outcome, Train, Trial, run_trial, seeded
 from ._trials import PARAMETER, Cell, TrialRecord, Trials, interval
 from .fit import Observation
 
-_POLL_S = 0.05
+_POLL_S, _SLOW_POLL_S = 0.05, 2.0  # at first, and while another's long trial is waited for
 _PATIENCE_S = 600.0  # how long the first model of another worker may take to be built
 
 
@@ -90,12 +92,15 @@ class Runner:
         """The next trial, written down as this process's own; None once the schedule is fulfilled."""
 
         def decide() -> NextTrial | None:
+            poll = _POLL_S
             while True:
                 fail_dead_trials(self.study.optuna)
-                begun = self._try_to_begin()
-                if begun is not None or all(map(is_elsewhere, self.study.trials().running())):
-                    return begun
-                time.sleep(_POLL_S)  # another's trial may yet die, and be this one's to run
+                with suppress(UpdateFinishedTrialError):  # silent before it ran: another host has it
+                    begun = self._try_to_begin()
+                    if begun is not None or not any(map(is_awaited, self.study.trials().running())):
+                        return begun
+                time.sleep(poll)  # another's trial may yet die, and be this one's to run
+                poll = min(2 * poll, _SLOW_POLL_S)
 
         return self._agree(decide)
 
@@ -106,9 +111,11 @@ class Runner:
         if cell is None:
             return None
         rank, seed = cell if killed is None else killed.cell
-        self._record = TrialRecord(rank, seed, new_owner(), None if killed is None else killed.number)
+        owner, again = new_owner(), None if killed is None else killed.number
+        self._record = TrialRecord(rank, seed, owner, heartbeat=0, retry_of=again)
         params = {} if killed is None or killed.x is None else {PARAMETER: killed.x}
         self._handle = begin_trial(self.study.optuna, self._record.attributes(), params)
+        keep_beating(self._handle, owner)
         self._record = replace(self._record, number=self._handle.number)
         try:
             return self._prepare(killed)
@@ -187,6 +194,12 @@ class Runner:
                     train, trial, limits=begun.limits, endless=begun.endless, watch=watch, mean=self.team.mean
                 )
             self._agree(lambda: self._end(outcome))
+        except UpdateFinishedTrialError:
+            self._give_up()
+            warn(
+                f"Trial {begun.number} gave no sign of life for so long that another host has taken it over: its run "
+                "here does not count."
+            )
         except BaseException:
             self._give_up()
             raise

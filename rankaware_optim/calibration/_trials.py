@@ -44,14 +44,15 @@ class TrialRecord:
     number, state, x (log2 of the base rate), value and reports (recent mean by step) are Optuna's own. All others are
     the trial's user attributes in Optuna, under the names of the fields: stored studies have these names.
 
-    retry_of: the number of the killed trial that this one repeats. estimate: log2 of the rate that was thought best
-    for the rank before the trial. own_lr: the rate of the model's most common A factors, or of its whole weights.
+    heartbeat: counts signs of life, for other hosts. retry_of: the number of the killed trial that this one repeats.
+    estimate: log2 of the rate that was thought best for the rank before the trial. own_lr: the rate of the model's most common A factors, or of its whole weights.
     stopped: "pruned" or "memory" where the run says nothing of its end.
     """
 
     rank: int | None = None
     seed: int = 0
     owner: Owner | None = None
+    heartbeat: int | None = None
     retry_of: int | None = None
     killed: bool = False
     estimate: float | None = None
