@@ -17,6 +17,7 @@ from .._types import Method
 from ..errors import CalibrationError, CalibrationInterrupted
 from ..laws import Law, get_law
 from ..recipe import Recipe
+from ._comparison import train_source
 from ._progress import progress_shown
 from ._runner import Runner
 from ._schedule import Schedule
@@ -115,6 +116,8 @@ def calibrate(
         law=get_law(law),
         ranks=tried,
         steps=steps,
+        seeds=tuple(seeds),
+        train=train_source(train),
         lr_range=_octaves(lr_range),
         batch=batch,
         warmup=warmup,

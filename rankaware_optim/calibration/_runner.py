@@ -22,6 +22,7 @@ from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
 from ..recipe import TAIL, Recipe, height, plain_setting, recent
+from ._comparison import built_with
 from ._distributed import Replicas
 from ._liveness import fail_dead_trials, is_awaited, keep_beating, new_owner, release, to_repeat
 from ._optuna import begin_trial
@@ -263,7 +264,7 @@ class Runner:
             raise CalibrationError("trial.optimizer got no model.", "Pass it, or model= beside its parameters.")
         survey = inspect_model(model, method=trial.method, init=settings.get("init"))
         trial.lr, law, reference = self._agree(lambda: self._propose(survey, settings))
-        return RankAwareOptimizer(
+        made = RankAwareOptimizer(
             params,
             self.study.optimizer,
             lr=trial.lr,
@@ -272,6 +273,14 @@ class Runner:
             method=trial.method,
             **settings,
         )
+        found = survey.dominant().resolve(survey)
+        self._agree(lambda: self._keep_built(built_with(made, self.study.optimizer, settings, found)))
+        return made
+
+    def _keep_built(self, built: dict[str, Any]) -> None:
+        self.study.compare(self._record, built)
+        self._write(replace(self._record, built=built))
+        self.study.optuna.set_user_attr("settings", self.study.settings)
 
     def _propose(self, survey: Survey, settings: dict[str, Any]) -> tuple[float, Power, Reference]:
         """The trial's base rate, the law centred on its priors, and the reference that the two belong to."""
@@ -284,7 +293,6 @@ class Runner:
         study.learn(found, survey)
         own = inspect.signature(RankAwareOptimizer.__new__).parameters
         study.settings = {key: plain_setting(value) for key, value in settings.items() if key not in own}
-        study.optuna.set_user_attr("settings", study.settings)
         lr, law, reference = 2.0 ** self._take_rate(), study.centred_law(), study.settled()
         width = survey.full_width(reference.init) if found.method == "full" else survey.width
         own_lr = lr * checked_multiplier(law, replace(found, fan_in=width).as_factor(), reference)

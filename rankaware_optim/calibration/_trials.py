@@ -16,6 +16,7 @@ from .fit import Observation, diverged
 
 PARAMETER = "log2_lr"  # what Optuna calls the one number of a trial: log2 of the base rate, reference coordinates
 _REPORTS = 10  # reports of a run to the storage, where pruners read them
+SCHEMA = 1  # of what is stored, raised where an earlier version would misread it
 _SAME = 1e-3  # relative: how well the first values of two runs of one rank and seed must agree
 
 
@@ -45,7 +46,8 @@ class TrialRecord:
     the trial's user attributes in Optuna, under the names of the fields: stored studies have these names.
 
     heartbeat: counts signs of life, for other hosts. retry_of: the number of the killed trial that this one repeats.
-    estimate: log2 of the rate that was thought best for the rank before the trial. own_lr: the rate of the model's most common A factors, or of its whole weights.
+    estimate: log2 of the rate that was thought best for the rank before the trial. built: what its model and settings
+    were. own_lr: the rate of the model's most common A factors, or of its whole weights.
     stopped: "pruned" or "memory" where the run says nothing of its end.
     """
 
@@ -57,6 +59,7 @@ class TrialRecord:
     killed: bool = False
     estimate: float | None = None
     scaling: float | None = None
+    built: dict[str, Any] | None = None
     own_lr: float | None = None
     curve: list[float] | None = None
     stopped: str = ""

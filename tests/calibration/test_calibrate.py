@@ -772,6 +772,7 @@ def storage(tmp_path):
     made.engine.dispose()
 
 
+@pytest.mark.filterwarnings("ignore:The stored study .* was made with train=")
 def test_an_interrupted_study_goes_on_where_it_stopped(storage):
     """Ctrl-C keeps the finished trials; the same call runs the rest alone, and ends as an uninterrupted one would."""
     with pytest.raises(CalibrationInterrupted, match="after 3 of 8 trials") as caught:
@@ -800,6 +801,7 @@ def test_ctrl_c_is_still_ctrl_c(number):
     assert (caught.value.recipe is None) == (number == 0)
 
 
+@pytest.mark.filterwarnings("ignore:The stored study .* was made with train=")
 def test_a_finished_study_is_read_and_not_run_again(storage):
     """With nothing left to run, the same call gives the same recipe, settings included, without a trial."""
     first = calibrate(made_up(weight_decay=0.25), trials=4, storage=storage)
@@ -848,7 +850,14 @@ def test_a_reference_is_stored_whole():
     assert all("full_fan_in" in found for found in settled)
 
 
-CHANGED = [{"steps": STEPS - 5}, {"steps": STEPS + 5}, {"optimizer": "sgd"}, {"law": "loraplus"}, {"ranks": (4, 64)}]
+CHANGED = [
+    {"steps": STEPS - 5},
+    {"steps": STEPS + 5},
+    {"optimizer": "sgd"},
+    {"law": "loraplus"},
+    {"ranks": (4, 64)},
+    {"seeds": (0, 2)},
+]
 
 
 @pytest.mark.parametrize("changed", CHANGED, ids=str)

@@ -1,7 +1,7 @@
 """A calibration by a process that thinks it is another host, whose signs of life come often and are soon missed.
 
 Its arguments are the host's name, the storage, and how long the one long step of its first trial takes, in seconds. It
-begins when it reads a line, says "step" when that step begins, and at last what its recipe is and what it was warned of.
+begins when it reads a line, says "step" when that step begins, and at last what its recipe is and the warnings.
 """
 
 from __future__ import annotations
