@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import random
 import signal
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 
 import rankaware_optim as ra
 from rankaware_optim.calibration._liveness import fail_dead_trials, new_owner, release
@@ -20,7 +23,7 @@ from rankaware_optim.calibration._optuna import close_database
 from rankaware_optim.calibration._storage import open_storage
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 
-from ..helpers.calibrations import STEPS, calibrate, made_up
+from ..helpers.calibrations import BEST, STEPS, Net, calibrate, made_up
 from ..helpers.elsewhere import SILENT_S
 from ..helpers.killed import STEPS as RUN
 from ..helpers.killed import TRIALS
@@ -115,6 +118,32 @@ def test_killed_again_and_again_it_ends(forked, straight, tmp_path):
     trials = trials_in(tmp_path)
     assert_retried(trials)
     assert Trials.read(trials).spent(RUN) <= RUN * len(trials)
+
+
+def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(tmp_path):
+    """Cut after any write of a trial that is pruned, a journal gives, resumed, the recipe of one that was never cut."""
+
+    def falling(trial):
+        trial.optimizer(Net(trial.rank))
+        u = math.log2(trial.lr) - BEST
+        for step in range(trial.steps):
+            gain = 2.0 * (1 - math.exp(-3 * 2**u * (step + 1) / trial.steps)) if u < 1 else -0.01 * step
+            yield 2.3 - gain
+
+    whole = tmp_path / "whole.journal"
+    options = {"ranks": (4, 64), "steps": 10, "trials": 7}
+    recipe = calibrate(falling, storage=whole, **options)
+    pruned = next(t.number for t in Trials.read(stored(tmp_path, str(whole))) if t.stopped == "pruned")
+    lines = whole.read_bytes().splitlines(keepends=True)
+    of_it = [number for number, line in enumerate(lines) if json.loads(line).get("trial_id") == pruned]
+    assert b'"stopped":"pruned"' in b"".join(lines[of_it[0] : of_it[-1]])
+    for end in (of_it[0], *(number + 1 for number in of_it)):
+        cut = tmp_path / f"{end}.journal"
+        cut.write_bytes(b"".join(lines[:end]))
+        again = calibrate(falling, storage=cut, **options)
+        assert again.best_lr == recipe.best_lr
+        assert torch.equal(again.covariance, recipe.covariance)
+        assert again.tensors["lr"].tolist() == recipe.tensors["lr"].tolist()
 
 
 # --- whose trial ----------------------------------------------------------------------------------------------------
