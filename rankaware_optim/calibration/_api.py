@@ -18,7 +18,7 @@ from ..errors import CalibrationError, CalibrationInterrupted
 from ..laws import Law, get_law
 from ..recipe import Recipe
 from ._comparison import train_source
-from ._progress import progress_shown
+from ._progress import TrialLog, progress_shown
 from ._runner import Runner
 from ._schedule import Schedule
 from ._study import Study
@@ -94,7 +94,8 @@ def calibrate(
         batch, warmup: examples a step and share of steps, where known. The rate belongs to them, so they are recorded.
             Nothing is pruned before the warm-up is over.
         seed: of the sampler.
-        progress: show a progress bar; by default where standard error is a terminal.
+        progress: show a progress bar; by default where standard error is a terminal. The logger
+            "rankaware_optim.calibration" has a line for every trial that ended, at INFO.
 
     Raises:
         CalibrationError: `train`, an argument or the storage is unusable, or every run diverged.
@@ -140,9 +141,10 @@ def _run(runner: Runner, train: Train, progress: bool | None) -> None:
     """Run the trials. Ctrl-C is an error that says how far they came, and holds their recipe."""
     study, leads = runner.study, runner.team.leads
     try:
+        log = TrialLog(logs=leads)
         with progress_shown(study.steps, progress if leads else False) as show:
             while (begun := runner.begin()) is not None:
-                runner.one(begun, train, show)
+                runner.one(begun, train, show, log.ended)
     except KeyboardInterrupt as interrupt:
         if not leads:
             raise

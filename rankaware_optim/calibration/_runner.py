@@ -51,6 +51,7 @@ class NextTrial(NamedTuple):
 
 
 Show = Callable[[NextTrial, Trial, "list[float]"], None]
+Ended = Callable[[NextTrial, Trial, Outcome], None]
 T = TypeVar("T")
 
 
@@ -178,7 +179,7 @@ class Runner:
 
     # --- one trial --------------------------------------------------------------------------------------------------
 
-    def one(self, begun: NextTrial, train: Train, show: Show) -> None:
+    def one(self, begun: NextTrial, train: Train, show: Show, ended: Ended) -> None:
         """Run and record one trial; a run that raises is recorded as failed and does not count."""
         trial = Trial(begun.rank, begun.seed, self.study.steps, begun.number, self._build)
         every = interval(self.study.steps)
@@ -195,6 +196,7 @@ class Runner:
                     train, trial, limits=begun.limits, endless=begun.endless, watch=watch, mean=self.team.mean
                 )
             self._agree(lambda: self._end(outcome))
+            ended(begun, trial, outcome)
         except UpdateFinishedTrialError:
             self._give_up()
             warn(
