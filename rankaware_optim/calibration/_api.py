@@ -17,7 +17,8 @@ from .._types import Method
 from ..errors import CalibrationError, CalibrationInterrupted
 from ..laws import Law, get_law
 from ..recipe import Recipe
-from ._progress import progress_shown
+from ._comparison import train_source
+from ._progress import TrialLog, progress_shown
 from ._runner import Runner
 from ._schedule import Schedule
 from ._study import Study
@@ -68,7 +69,8 @@ def calibrate(
 
     **Stopped and resumed.** With `storage=`, the same call goes on where it stopped, killed or not: finished trials
     are kept, the half-done one is run again at its rank, seed and rate. Several processes and machines may make the
-    same call with one storage at once; they share the trials, and this host's wait for one another.
+    same call with one storage at once: they share the trials, and wait for one another. A killed one's trial is run
+    again by another process of its host at once, by another host after five minutes without a sign of life.
 
     **Under DDP or FSDP** call it on every process. One decides, all see the same rate and prune at the same step,
     values are averaged over the processes, and all return the same recipe.
@@ -92,7 +94,8 @@ def calibrate(
         batch, warmup: examples a step and share of steps, where known. The rate belongs to them, so they are recorded.
             Nothing is pruned before the warm-up is over.
         seed: of the sampler.
-        progress: show a progress bar; by default where standard error is a terminal.
+        progress: show a progress bar; by default where standard error is a terminal. The logger
+            "rankaware_optim.calibration" has a line for every trial that ended, at INFO.
 
     Raises:
         CalibrationError: `train`, an argument or the storage is unusable, or every run diverged.
@@ -114,6 +117,8 @@ def calibrate(
         law=get_law(law),
         ranks=tried,
         steps=steps,
+        seeds=tuple(seeds),
+        train=train_source(train),
         lr_range=_octaves(lr_range),
         batch=batch,
         warmup=warmup,
@@ -135,9 +140,10 @@ def _run(runner: Runner, train: Train, progress: bool | None) -> Recipe:
     """Run the trials, for their recipe. Ctrl-C is an error that says how far they came, and holds their recipe."""
     study, leads = runner.study, runner.team.leads
     try:
+        log = TrialLog(logs=leads)
         with progress_shown(study.steps, progress if leads else False) as show:
             while (begun := runner.begin()) is not None:
-                runner.one(begun, train, show)
+                runner.one(begun, train, show, log.ended)
         return runner.recipe()
     except KeyboardInterrupt as interrupt:
         if not leads:

@@ -1,13 +1,18 @@
-"""How far a calibration is, by rich: trial, rank, rate, value, time left, and the estimate so far."""
+"""How far a calibration is: trial, rank, rate, value, time left; by rich on a terminal, a line a trial by logging."""
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from ._runner import NextTrial, Show
-from ._trial import Trial
+from ._trial import Outcome, Trial
+
+_LOG = logging.getLogger(__package__)
 
 
 @contextmanager
@@ -30,11 +35,38 @@ def progress_shown(steps: int, wanted: bool | None) -> Iterator[Show]:
 
         def show(begun: NextTrial, trial: Trial, curve: list[float]) -> None:
             total, done = max(begun.expected, begun.done + 1), begun.done * steps + len(curve)
-            rank = "full" if begun.rank is None else f"rank {begun.rank}"
-            what = f"{rank} · base rate {trial.lr or math.nan:.2g} · value {curve[-1]:.4g}"
+            what = f"{_rank(begun)} · base rate {trial.lr or math.nan:.2g} · value {curve[-1]:.4g}"
             if begun.estimate is not None:
                 low, best, high = begun.estimate
                 what += f" · best so far {best:.2g} ({low:.2g} to {high:.2g})"
             bar.update(shown, completed=done, total=total * steps, trial=f"{begun.done + 1}/{total}", what=what)
 
         yield show
+
+
+class TrialLog:
+    """Logs ended trials, with the time that is left at the pace since this was made, all workers' trials counted.
+
+    logs: on one of several processes that train together.
+    """
+
+    def __init__(self, logs: bool) -> None:
+        self._start, self._before, self._logs = time.monotonic(), -1, logs
+
+    def ended(self, begun: NextTrial, trial: Trial, outcome: Outcome) -> None:
+        if not self._logs:
+            return
+        self._before = begun.done if self._before < 0 else self._before
+        done, curve = begun.done + 1, outcome.curve
+        value = (curve[-1] if curve else math.nan) if outcome.stopped else outcome.score
+        pace = (time.monotonic() - self._start) / (done - self._before)
+        _LOG.info(
+            "trial %d/%d · %s · base rate %.2g · value %.4g%s · %s left",
+            *(done, max(begun.expected, done), _rank(begun), trial.lr or math.nan, value),
+            f" ({outcome.stopped.replace('memory', 'out of memory')})" if outcome.stopped else "",
+            timedelta(seconds=round(pace * max(begun.expected - done, 0))),
+        )
+
+
+def _rank(begun: NextTrial) -> str:
+    return "full" if begun.rank is None else f"rank {begun.rank}"

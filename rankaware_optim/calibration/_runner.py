@@ -11,17 +11,20 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from torch import nn
 
 from .._types import Reference, Survey
+from .._warn import warn
 from ..errors import CalibrationError
 from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
 from ..recipe import TAIL, Recipe, height, plain_setting, recent
+from ._comparison import built_with
 from ._distributed import Replicas
-from ._liveness import fail_dead_trials, is_elsewhere, new_owner, release, to_repeat
+from ._liveness import fail_dead_trials, is_awaited, keep_beating, new_owner, release, to_repeat
 from ._optuna import begin_trial
 from ._sampler import estimate_at
 from ._schedule import Schedule, leverage
@@ -30,7 +33,7 @@ from ._trial import Outcome, Train, Trial, run_trial, seeded
 from ._trials import PARAMETER, Cell, TrialRecord, Trials, interval
 from .fit import Observation
 
-_POLL_S = 0.05
+_POLL_S, _SLOW_POLL_S = 0.05, 2.0  # at first, and while another's long trial is waited for
 _PATIENCE_S = 600.0  # how long the first model of another worker may take to be built
 
 
@@ -48,6 +51,7 @@ class NextTrial(NamedTuple):
 
 
 Show = Callable[[NextTrial, Trial, "list[float]"], None]
+Ended = Callable[[NextTrial, Trial, Outcome], None]
 T = TypeVar("T")
 
 
@@ -98,12 +102,15 @@ class Runner:
         """The next trial, written down as this process's own; None once the schedule is fulfilled."""
 
         def decide() -> NextTrial | None:
+            poll = _POLL_S
             while True:
                 fail_dead_trials(self.study.optuna)
-                begun = self._try_to_begin()
-                if begun is not None or all(map(is_elsewhere, self.study.trials().running())):
-                    return begun
-                self.study.pause(_POLL_S)  # another's trial may yet die, and be this one's to run
+                with suppress(UpdateFinishedTrialError):  # silent before it ran: another host has it
+                    begun = self._try_to_begin()
+                    if begun is not None or not any(map(is_awaited, self.study.trials().running())):
+                        return begun
+                self.study.pause(poll)  # another's trial may yet die, and be this one's to run
+                poll = min(2 * poll, _SLOW_POLL_S)
 
         return self._agree(decide)
 
@@ -114,10 +121,12 @@ class Runner:
         if cell is None:
             return None
         rank, seed = cell if killed is None else killed.cell
-        mine = TrialRecord(rank, seed, new_owner(), None if killed is None else killed.number)
+        owner, again = new_owner(), None if killed is None else killed.number
+        mine = TrialRecord(rank, seed, owner, heartbeat=0, retry_of=again)
         params = {} if killed is None or killed.x is None else {PARAMETER: killed.x}
         self._handle = begin_trial(self.study.optuna, mine.attributes(), params)
         self._record = replace(mine, number=self._handle.number)
+        keep_beating(self._handle, owner)
         return self._prepare(killed)
 
     def _prepare(self, killed: TrialRecord | None) -> NextTrial | None:
@@ -174,7 +183,7 @@ class Runner:
 
     # --- one trial --------------------------------------------------------------------------------------------------
 
-    def one(self, begun: NextTrial, train: Train, show: Show) -> None:
+    def one(self, begun: NextTrial, train: Train, show: Show, ended: Ended) -> None:
         """Run and record one trial; one that raises is at hand when this runner closes, which fails it."""
         trial = Trial(begun.rank, begun.seed, self.study.steps, begun.number, self._build)
         every = interval(self.study.steps)
@@ -185,11 +194,20 @@ class Runner:
                 return False
             return self._agree(lambda: self._report(curve, every))
 
-        with seeded(begun.seed):
-            outcome = run_trial(
-                train, trial, limits=begun.limits, endless=begun.endless, watch=watch, mean=self.team.mean
+        try:
+            with seeded(begun.seed):
+                outcome = run_trial(
+                    train, trial, limits=begun.limits, endless=begun.endless, watch=watch, mean=self.team.mean
+                )
+            self._agree(lambda: self._end(outcome))
+        except UpdateFinishedTrialError:
+            self._agree(lambda: self._close(TrialState.FAIL))
+            warn(
+                f"Trial {begun.number} gave no sign of life for so long that another host has taken it over: its run "
+                "here does not count."
             )
-        self._agree(lambda: self._end(outcome))
+        else:
+            ended(begun, trial, outcome)
 
     def _report(self, curve: list[float], every: int) -> bool:
         self._handle.report(recent(curve, max(TAIL, every)), len(curve))
@@ -245,7 +263,7 @@ class Runner:
             raise CalibrationError("trial.optimizer got no model.", "Pass it, or model= beside its parameters.")
         survey = inspect_model(model, method=trial.method, init=settings.get("init"))
         trial.lr, law, reference = self._agree(lambda: self._propose(survey, settings))
-        return RankAwareOptimizer(
+        made = RankAwareOptimizer(
             params,
             self.study.optimizer,
             lr=trial.lr,
@@ -254,6 +272,14 @@ class Runner:
             method=trial.method,
             **settings,
         )
+        found = survey.dominant().resolve(survey)
+        self._agree(lambda: self._keep_built(built_with(made, self.study.optimizer, settings, found)))
+        return made
+
+    def _keep_built(self, built: dict[str, Any]) -> None:
+        self.study.compare(self._record, built)
+        self._write(replace(self._record, built=built))
+        self.study.optuna.set_user_attr("settings", self.study.settings)
 
     def _propose(self, survey: Survey, settings: dict[str, Any]) -> tuple[float, Power, Reference]:
         """The trial's base rate, the law centred on its priors, and the reference that the two belong to."""
@@ -266,7 +292,6 @@ class Runner:
         study.learn(found, survey)
         own = inspect.signature(RankAwareOptimizer.__new__).parameters
         study.settings = {key: plain_setting(value) for key, value in settings.items() if key not in own}
-        study.optuna.set_user_attr("settings", study.settings)
         lr, law, reference = 2.0 ** self._take_rate(), study.centred_law(), study.settled()
         width = survey.full_width(reference.init) if found.method == "full" else survey.width
         own_lr = lr * checked_multiplier(law, replace(found, fan_in=width).as_factor(), reference)

@@ -24,15 +24,17 @@ from torch.optim import Optimizer
 from .._optimizers import optimizer_family
 from .._scaling_rule import infer_scaling
 from .._types import Reference, Survey
+from .._warn import warn
 from ..errors import CalibrationError
 from ..laws import Law, Power, bound_law, checked_multiplier
 from ..recipe import Z90, Recipe
+from ._comparison import SAME_RATE, differences, law_values
 from ._optuna import close_storage, quiet
 from ._pruner import PairedPruner
 from ._sampler import BracketSampler
 from ._signals import Interrupts
 from ._storage import open_storage, storage_errors
-from ._trials import TrialRecord, Trials, is_flat, is_typed
+from ._trials import SCHEMA, TrialRecord, Trials, is_flat, is_typed
 from .fit import Fit, Prior, diverged, fit_observations, horizon_of
 
 # A usual rate by optimizer family, per step, and the configuration it is for: the median best AdamW rate at rank 16,
@@ -46,6 +48,7 @@ _EDGE = 1.0  # octaves: how near counts as sitting there
 _UNDETERMINED = 1.2  # octaves: a standard deviation of the base rate, beyond which the data say next to nothing
 _TOGETHER = 50  # trials, times which new ones wait for the next fit
 _MOST = 1000.0  # octaves: no rate that a float holds lies farther from 1
+_TOGETHER = 50  # trials, times which new ones wait for the next fit
 _APART = 16  # the factor between the lowest and the highest rank at which the drift is well measured
 # Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init. Small studies found
 # Init[B] falling with rank by 0.3 to 0.75; full finetuning needs no factor at the width of Survey.full_width
@@ -57,13 +60,16 @@ _PRIORS = {"A": ((0.0, 0.15), (0.0, 0.4)), "B": ((-0.45, 0.2), (0.0, 0.4))}
 class Study:
     """One calibration. `reference`, `prior` and the range are learned from the first model built.
 
-    few_full: a few runs of full finetuning follow those at `ranks`, around the rate predicted for it.
+    train: the name and source of the loop. few_full: a few runs of full finetuning follow those at `ranks`, around the
+    rate predicted for it.
     """
 
     optimizer: type[Optimizer]
     law: Law
     ranks: tuple[int | None, ...]
     steps: int
+    seeds: tuple[int, ...] = (0, 1)
+    train: Mapping[str, str] = field(default_factory=dict)
     lr_range: tuple[float, float] | None = None
     batch: float | None = None
     warmup: float | None = None
@@ -137,22 +143,45 @@ class Study:
             ) from error
 
     def _check_stored(self) -> None:
-        """Refuse to go on with a study whose trials do not compare: other steps, LoRA ranks, law or optimizer."""
+        """Refuse to go on with a study whose trials do not compare; warn where they may not."""
         mine = {
+            "schema": SCHEMA,
             "steps": self.steps,
             "ranks": [rank for rank in self.ranks if rank is not None],
+            "seeds": sorted(self.seeds),
             "law": repr(self.law),
             "optimizer": self._optimizer_name,
             "batch": self.batch,
             "warmup": self.warmup,
         }
-        stored = self.optuna.user_attrs.get("made_with", {} if self.trials() else mine)
-        for key in (key for key, value in mine.items() if stored.get(key) != value):
+        values = {"multipliers": law_values(self.law, self.optimizer, self.ranks)}
+        maker = {**self.train, "rankaware-optim": version("rankaware-optim")}
+        stored = self.optuna.user_attrs.get("made_with", {"schema": None})
+        if self.trials():
+            self._refuse(differences(stored, mine))
+            law = differences(stored.get("multipliers", {}), values["multipliers"], SAME_RATE)
+            self._refuse(law, "other code of the law: ")
+        changed = differences(stored, maker) if self.trials().counted() else ""
+        if changed:
+            warn(
+                f"The stored study {self.name!r} was made with {changed}. Its trials compare with new ones only if "
+                "nothing of what is trained has changed: else give this calibration another name."
+            )
+        self.optuna.set_user_attr("made_with", {**mine, **values, **maker})
+
+    def _refuse(self, difference: str, what: str = "") -> None:
+        if difference:
             raise CalibrationError(
-                f"The stored study {self.name!r} was made with {key}={stored.get(key)!r}, not {mine[key]!r}.",
+                f"The stored study {self.name!r} was made with {what}{difference}.",
                 "Give this calibration another name=, or another storage=.",
             )
-        self.optuna.set_user_attr("made_with", mine)
+
+    def compare(self, trial: TrialRecord, built: Mapping[str, Any]) -> None:
+        """Refuse a trial whose model or settings are others than those of an earlier trial of its rank."""
+        at = self.reference
+        known = {} if at is None or at.rank != trial.rank else {"width": at.fan_in, "alpha": at.alpha, "init": at.init}
+        earlier = (t.built for t in self.trials() if t.built and t.rank == trial.rank and t.number < trial.number)
+        self._refuse(differences(next(earlier, known), built))
 
     def recall(self) -> None:
         """Take over what an earlier or another worker's first trial settled."""

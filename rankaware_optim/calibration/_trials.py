@@ -18,6 +18,7 @@ from .fit import Observation, diverged
 
 PARAMETER = "log2_lr"  # what Optuna calls the one number of a trial: log2 of the base rate, reference coordinates
 _REPORTS = 10  # reports of a run to the storage, where pruners read them
+SCHEMA = 1  # of what is stored, raised where an earlier version would misread it
 _SAME = 1e-3  # relative: how well the first values of two runs of one rank and seed must agree
 
 
@@ -46,18 +47,21 @@ class TrialRecord:
     number, state, x (log2 of the base rate), value and reports (recent mean by step) are Optuna's own. All others are
     the trial's user attributes in Optuna, under the names of the fields: stored studies have these names.
 
-    retry_of: the number of the killed trial that this one repeats. estimate: log2 of the rate that was thought best
-    for the rank before the trial. own_lr: the rate of the model's most common A factors, or of its whole weights.
+    heartbeat: counts signs of life, for other hosts. retry_of: the number of the killed trial that this one repeats.
+    estimate: log2 of the rate that was thought best for the rank before the trial. built: what its model and settings
+    were. own_lr: the rate of the model's most common A factors, or of its whole weights.
     stopped: "pruned" or "memory" where the run says nothing of its end.
     """
 
     rank: int | None = None
     seed: int = 0
     owner: Owner | None = None
+    heartbeat: int | None = None
     retry_of: int | None = None
     killed: bool = False
     estimate: float | None = None
     scaling: float | None = None
+    built: dict[str, Any] | None = None
     own_lr: float | None = None
     curve: list[float] | None = None
     stopped: str = ""
@@ -96,6 +100,8 @@ class TrialRecord:
 def is_typed(value: Any, hint: Any) -> bool:
     """Whether a value from a storage is of a hint's type, inside as well; a float may be a whole number."""
     kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
     if kind is UnionType:
         return any(is_typed(value, part) for part in parts)
     if kind in (int, float) and isinstance(value, int) and abs(value) >= 2**63:

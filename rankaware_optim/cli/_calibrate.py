@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,7 +22,7 @@ import torch
 from .. import calibration
 from ..errors import CalibrationError, RankAwareError, RecipeError
 from ..recipe import Recipe
-from ._options import OPTIMIZER, numbers, out_option
+from ._options import OPTIMIZER, in_options, numbers, out_option
 
 
 @click.command()
@@ -108,16 +110,17 @@ class _Worker:
 
     def run(self, progress: bool | None = None) -> Recipe:
         """Run trials until the plan is fulfilled."""
-        from optuna import logging
+        from optuna.logging import ERROR, get_verbosity, set_verbosity
 
-        before, said = torch.get_num_threads(), logging.get_verbosity()
+        before, said = torch.get_num_threads(), get_verbosity()
         torch.set_num_threads(self.threads or before)
-        logging.set_verbosity(logging.ERROR)  # what Optuna warns of on its way, our error says in a sentence
+        set_verbosity(ERROR)  # what Optuna warns of on its way, our error says in a sentence
         try:
-            return calibration.calibrate(load_train(self.spec), progress=progress, **self.options)
+            with _logged():
+                return calibration.calibrate(load_train(self.spec), progress=progress, **self.options)
         finally:
             torch.set_num_threads(before)
-            logging.set_verbosity(said)
+            set_verbosity(said)
 
     def help(self) -> None:
         """Run as a process beside the command's own. Where that is killed, this ends: the trial is run again later."""
@@ -132,22 +135,45 @@ class _Worker:
         try:
             self.run(progress=False)
         except RankAwareError as error:
-            click.echo(f"note: a worker stopped: {error}", err=True)
+            click.echo(f"note: a worker stopped: {in_options(str(error), calibrate)}", err=True)
             sys.exit(1)
 
 
 @contextmanager
+def _logged() -> Iterator[None]:
+    """Where standard error is no terminal, a line there for every trial that ended."""
+    if sys.stderr.isatty():
+        yield
+        return
+    log, handler = logging.getLogger("rankaware_optim.calibration"), logging.StreamHandler()
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+@contextmanager
 def _helpers(worker: _Worker, count: int) -> Iterator[None]:
-    """`count` further processes that work on the same study until it is done, or this one fails."""
+    """`count` further processes that work on the same study until it is done, or this one fails.
+
+    They ignore Ctrl-C from their first moment, as started by a process that does: this one hears it and ends them.
+    """
     spawn = get_context("spawn")
     made = [spawn.Process(target=worker.help, name=f"worker {i + 2}") for i in range(count)]
-    before = os.environ.get("OMP_NUM_THREADS")
+    before, interrupted = os.environ.get("OMP_NUM_THREADS"), signal.signal(signal.SIGINT, signal.SIG_IGN)
     if worker.threads:
         os.environ["OMP_NUM_THREADS"] = str(worker.threads)  # torch reads it when it is imported
     try:
         for process in made:
             process.start()
     finally:
+        signal.signal(signal.SIGINT, interrupted)
         os.environ.pop("OMP_NUM_THREADS", None)
         os.environ.update({} if before is None else {"OMP_NUM_THREADS": before})
     try:

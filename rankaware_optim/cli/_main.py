@@ -9,7 +9,10 @@ from typing import Any
 
 import click
 
-from ..errors import RankAwareError
+from ..errors import CalibrationInterrupted, RankAwareError
+from ._options import in_options
+
+_INTERRUPTED = 130  # what shells give for SIGINT
 
 _COMMANDS = (
     "bench-law",
@@ -45,12 +48,23 @@ class _Commands(click.Group):
         sys.path.insert(
             0, ""
         )  # a law or an optimizer of one's own lies in the folder one stands in, as under python -m
+
+        def words(message: Any) -> str:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            return in_options(str(message), command or self)
+
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_: click.echo(f"note: {message}", err=True)
+                warnings.showwarning = lambda message, *_: click.echo(f"note: {words(message)}", err=True)
                 return super().invoke(ctx)
         except RankAwareError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(words(error)) from error
+        except CalibrationInterrupted as error:
+            click.echo(f"{error.cause.rstrip('.')}; the same command goes on where it stopped.", err=True)
+            ctx.exit(_INTERRUPTED)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(_INTERRUPTED)
         finally:
             sys.path.remove("")
 

@@ -25,6 +25,20 @@ def numbers(kind: Callable[..., Any], named: Mapping[str, Any] | None = None) ->
     return read
 
 
+def in_options(text: str, command: click.Command) -> str:
+    """A message that names Python arguments, in the options of a command: "another storage=" as "another --storage"."""
+    options = {param.name: max(param.opts, key=len) for param in command.params if isinstance(param, click.Option)}
+    names = "|".join(name for name in options if name)
+    # A call, such as a law's repr, is left as it is; it may hold another.
+    argument = rf"\w\((?:[^()]|\([^()]*\))*\)|(?:(?<![\w.-])({names})=|^({names})(?= is ))(?=([\w\[('\"-])?)"
+
+    def option(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        return found[0] if name is None else options[name] + (" " if found[1] and found[3] else "")
+
+    return re.sub(argument, option, text) if names else text
+
+
 def number_or_rank(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
     """A callback that reads a number, or the word "rank"."""
     try:

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from torch.optim import Optimizer
@@ -71,6 +72,7 @@ def calibrate_trainer(
             "Give a function of the trial, and the name of a metric or a function of the trainer.",
         )
 
+    @wraps(make_trainer)
     def pushed(trial: Trial) -> Pushed:
         return Pushed(lambda report: _run(make_trainer, TrainerRun(trial, settings or {}, score, report)))
 

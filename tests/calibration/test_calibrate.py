@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -255,6 +257,29 @@ def test_progress_works_without_a_terminal(capfd):
     shown = capfd.readouterr().err
     assert "2/2" in shown
     assert "best so far" in shown
+
+
+def test_every_trial_is_logged(caplog):
+    """At INFO a line a trial says which it was, its rank, rate, value, how it ended and what time is left."""
+    caplog.set_level(logging.INFO, logger="rankaware_optim.calibration")
+
+    def some_give_up(trial):
+        trial.optimizer(Net(trial.rank))
+        for step in range(trial.steps):
+            if trial.number == 1 and step == 3:
+                raise optuna.TrialPruned
+            yield 2.0 - 0.05 * step
+
+    recipe = calibrate(some_give_up, trials=3)
+    lines = [record.getMessage() for record in caplog.records if record.name == "rankaware_optim.calibration"]
+    rates = recipe.tensors["lr"].tolist()
+    assert [line.rpartition(" · ")[0] for line in lines] == [
+        f"trial 1/3 · rank 4 · base rate {rates[0]:.2g} · value 1.15",
+        f"trial 2/3 · rank 16 · base rate {rates[1]:.2g} · value 1.9 (pruned)",
+        f"trial 3/3 · rank 4 · base rate {rates[2]:.2g} · value 1.15",
+    ]
+    assert all(re.fullmatch(r"\d+:\d\d:\d\d left", line.rpartition(" · ")[2]) for line in lines)
+    assert lines[-1].endswith("0:00:00 left")
 
 
 # --- the loop's contract --------------------------------------------------------------------------------------------
@@ -772,6 +797,7 @@ def storage(tmp_path):
     made.engine.dispose()
 
 
+@pytest.mark.filterwarnings("ignore:The stored study .* was made with train=")
 def test_an_interrupted_study_goes_on_where_it_stopped(storage):
     """Ctrl-C keeps the finished trials; the same call runs the rest alone, and ends as an uninterrupted one would."""
     with pytest.raises(CalibrationInterrupted, match="after 3 of 8 trials") as caught:
@@ -800,6 +826,7 @@ def test_ctrl_c_is_still_ctrl_c(number):
     assert (caught.value.recipe is None) == (number == 0)
 
 
+@pytest.mark.filterwarnings("ignore:The stored study .* was made with train=")
 def test_a_finished_study_is_read_and_not_run_again(storage):
     """With nothing left to run, the same call gives the same recipe, settings included, without a trial."""
     first = calibrate(made_up(weight_decay=0.25), trials=4, storage=storage)
@@ -848,7 +875,14 @@ def test_a_reference_is_stored_whole():
     assert all("full_fan_in" in found for found in settled)
 
 
-CHANGED = [{"steps": STEPS - 5}, {"steps": STEPS + 5}, {"optimizer": "sgd"}, {"law": "loraplus"}, {"ranks": (4, 64)}]
+CHANGED = [
+    {"steps": STEPS - 5},
+    {"steps": STEPS + 5},
+    {"optimizer": "sgd"},
+    {"law": "loraplus"},
+    {"ranks": (4, 64)},
+    {"seeds": (0, 2)},
+]
 
 
 @pytest.mark.parametrize("changed", CHANGED, ids=str)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import random
 import signal
@@ -15,15 +17,18 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 
 import rankaware_optim as ra
 from rankaware_optim.calibration._liveness import fail_dead_trials, new_owner, release
+from rankaware_optim.calibration._optuna import close_storage
 from rankaware_optim.calibration._storage import open_storage
 from rankaware_optim.calibration._study import Study
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.laws import get_law
 
-from ..helpers.calibrations import STEPS, AdamW, calibrate, made_up
+from ..helpers.calibrations import BEST, STEPS, AdamW, Net, calibrate, made_up
+from ..helpers.elsewhere import SILENT_S
 from ..helpers.interrupted import CtrlC
 from ..helpers.killed import STEPS as RUN
 from ..helpers.killed import TRIALS
@@ -120,6 +125,32 @@ def test_killed_again_and_again_it_ends(forked, straight, tmp_path):
     assert Trials.read(trials).spent(RUN) <= RUN * len(trials)
 
 
+def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(tmp_path):
+    """Cut after any write of a trial that is pruned, a journal gives, resumed, the recipe of one that was never cut."""
+
+    def falling(trial):
+        trial.optimizer(Net(trial.rank))
+        u = math.log2(trial.lr) - BEST
+        for step in range(trial.steps):
+            gain = 2.0 * (1 - math.exp(-3 * 2**u * (step + 1) / trial.steps)) if u < 1 else -0.01 * step
+            yield 2.3 - gain
+
+    whole = tmp_path / "whole.journal"
+    options = {"ranks": (4, 64), "steps": 10, "trials": 7}
+    recipe = calibrate(falling, storage=whole, **options)
+    pruned = next(t.number for t in Trials.read(stored(tmp_path, str(whole))) if t.stopped == "pruned")
+    lines = whole.read_bytes().splitlines(keepends=True)
+    of_it = [number for number, line in enumerate(lines) if json.loads(line).get("trial_id") == pruned]
+    assert b'"stopped":"pruned"' in b"".join(lines[of_it[0] : of_it[-1]])
+    for end in (of_it[0], *(number + 1 for number in of_it)):
+        cut = tmp_path / f"{end}.journal"
+        cut.write_bytes(b"".join(lines[:end]))
+        again = calibrate(falling, storage=cut, **options)
+        assert again.best_lr == recipe.best_lr
+        assert torch.equal(again.covariance, recipe.covariance)
+        assert again.tensors["lr"].tolist() == recipe.tensors["lr"].tolist()
+
+
 # --- whose trial ----------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +202,7 @@ def test_a_trial_is_its_threads():
 
 
 def test_a_trial_elsewhere_holds_its_place():
-    """A trial that another host runs counts as tried and as spent, and is not waited for."""
+    """A trial that another host runs counts as tried and as spent; without signs of life it is not waited for."""
     storage = optuna.storages.InMemoryStorage()
     calibrate(made_up(), trials=2, storage=storage)
     study = optuna.load_study(study_name="calibration", storage=storage)
@@ -273,3 +304,91 @@ def test_a_second_ctrl_c_ends_a_wait_for_the_lock(tmp_path):
         small(path)
     holder.communicate(b"\n")
     assert len(small(path).tensors["lr"]) == 3
+
+
+# --- other hosts ----------------------------------------------------------------------------------------------------
+
+
+class Host(subprocess.Popen):
+    """A process that is to calibrate as a host of a name, its first trial with a step of so many seconds."""
+
+    def __init__(self, name: str, storage: str, seconds: float) -> None:
+        command = [sys.executable, "-m", "tests.helpers.elsewhere", name, storage, str(seconds)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        pipe = subprocess.PIPE
+        super().__init__(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment)
+
+    def begin(self) -> None:
+        """Calibrate, and be in the long step when this returns."""
+        print(file=self.stdin, flush=True)
+        assert self.stdout.readline() == "step\n"
+
+    def result(self) -> str:
+        """What it said of its recipe; it calibrates where it has not begun."""
+        said = self.communicate("\n", timeout=120)[0].splitlines()
+        assert self.returncode == 0
+        return said[-1]
+
+
+ROOT = Path(__file__).parents[2]
+STORAGES = ["{}/study.journal", "sqlite:///{}/study.db"]
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """Two hosts that share a storage, started at once."""
+    begun = []
+
+    def start(seconds: float, storage: str = STORAGES[0]) -> list[Host]:
+        begun.extend(
+            Host(*host) for host in (("one", storage.format(tmp_path), seconds), ("other", storage.format(tmp_path), 0))
+        )
+        return begun
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+def stored(folder: Path, storage: str = STORAGES[0]) -> list[optuna.trial.FrozenTrial]:
+    opened = open_storage(storage.format(folder))
+    try:
+        return optuna.load_study(study_name="calibration", storage=opened).trials
+    finally:
+        close_storage(opened)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_trial_that_died_on_another_host_is_taken_over(storage, hosts, tmp_path):
+    """A trial of a host that gives no more signs of life is failed and run again, at its rank, seed and rate."""
+    dead, other = hosts(60, storage)
+    dead.begin()
+    dead.kill()
+    assert other.result().startswith(f"{TRIALS} ")
+    trials = stored(tmp_path, storage)
+    assert [trial.number for trial in trials if "killed" in trial.user_attrs] == [0]
+    assert_retried(trials)
+    assert not Trials.read(trials).running()
+
+
+def test_a_trial_that_lives_on_another_host_is_waited_for(hosts, tmp_path):
+    """However long its step takes, a live trial of another host is not taken over, and both recipes hold it."""
+    slow, other = hosts(3 * SILENT_S)
+    slow.begin()
+    result = other.result()
+    assert result.startswith(f"{TRIALS} ")
+    assert result == slow.result()
+    assert not any("killed" in trial.user_attrs for trial in stored(tmp_path))
+
+
+def test_a_run_that_was_taken_over_does_not_count(hosts, tmp_path):
+    """A process that was suspended until its trial was taken over says so when it goes on, and joins in the rest."""
+    suspended, other = hosts(0.5)
+    suspended.begin()
+    suspended.send_signal(signal.SIGSTOP)
+    result = other.result()
+    suspended.send_signal(signal.SIGCONT)
+    late = suspended.result()
+    assert late.startswith(f"{result} Trial 0 gave no sign of life")
+    assert_retried(stored(tmp_path))

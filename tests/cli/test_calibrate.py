@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import optuna
@@ -15,7 +19,9 @@ import rankaware_optim as ra
 from rankaware_optim.calibration._optuna import close_storage
 from rankaware_optim.calibration._storage import open_storage
 from rankaware_optim.calibration._trials import Trials
+from rankaware_optim.cli._calibrate import calibrate
 from rankaware_optim.cli._main import main
+from rankaware_optim.cli._options import in_options
 
 LOOP = """
 import math, time
@@ -111,11 +117,12 @@ def test_full_finetuning_is_a_rank(folder):
     assert ra.Recipe.load("made/r.toml").full_seen
 
 
-def started(*arguments):
+def started(*arguments, **options):
     """The command in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "rankaware_optim", "calibrate", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, **options)
 
 
 def ended(process):
@@ -161,6 +168,46 @@ def test_the_same_command_elsewhere_joins(folder):
     assert first.best_lr == second.best_lr
 
 
+def test_without_a_terminal_every_trial_is_a_line(folder):
+    """Standard error has a line a trial, and logging is as it was afterwards."""
+    log = logging.getLogger("rankaware_optim.calibration")
+    before = log.level, log.propagate, list(log.handlers)
+    done = call(*QUICK, "--ranks", "2,32", "--trials", 3)
+    assert [line.partition(" · ")[0] for line in done.stderr.splitlines()] == [f"trial {i}/3" for i in (1, 2, 3)]
+    assert (log.level, log.propagate, log.handlers) == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a terminal's Ctrl-C is sent to a group of processes")
+@pytest.mark.parametrize("busy", [1, 2], ids=["while the other worker starts", "while both work"])
+def test_ctrl_c_ends_all_workers_in_a_sentence(busy, folder):
+    """A terminal's Ctrl-C, which every worker gets, ends them with one sentence, no traceback, and code 130."""
+    arguments = ["slow_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 500, "--workers", 2]
+    process = started(*arguments, start_new_session=True)
+    wait_until(lambda: len({trial.owner.pid for trial in running_or_done("r.journal", "r")}) >= busy)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)  # until every worker has closed it
+    said = [line for line in err.splitlines() if not line.startswith("trial ")]
+    assert process.returncode == 130, err
+    assert len(said) == 1, err
+    assert re.fullmatch(
+        r"The calibration was interrupted after \d+ of 500 trials; the same command goes on where it stopped\.", said[0]
+    )
+
+
+def running_or_done(storage: str, name: str) -> Trials:
+    """The trials of a study, none before it is there."""
+    if not Path(storage).is_file() or name not in optuna.get_all_study_names(open_storage(storage)):
+        return Trials()
+    return Trials.read(trials_of(storage, name))
+
+
+def wait_until(condition) -> None:
+    until = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 RANKS = ["--ranks", "2,4", "--steps", 10, "-o", "r.toml"]
@@ -174,7 +221,9 @@ BAD = [
     (["broken_loops:train", *RANKS], "not_there_at_all"),
     (["raising_loops:train", *RANKS], "ZeroDivisionError"),
     (["loops:train", *RANKS[:-1], "r.yaml"], "ends in .toml"),
-    (["loops:train", *RANKS, "--budget", 5], "does not pay for"),
+    (["loops:train", *RANKS, "--budget", 5], "--budget 5 does not pay for"),
+    (["loops:train", *RANKS, "--trials", 0], "Error: --trials is 0."),
+    (["loops:train", *RANKS, "--lr-range", "1,1"], "Error: --lr-range is"),
     (["loops:train", *RANKS, "--optimizer", "unheard-of"], "Unknown optimizer"),
     (["loops:train", *RANKS, "--storage", "no-such-db://here"], "is no storage"),
     (["loops:train", *RANKS, "--storage", "/proc/nowhere/s.journal"], "storage /proc/nowhere/s.journal failed"),
@@ -207,7 +256,30 @@ def test_another_configuration_of_the_same_name_is_refused(folder):
     assert call(*QUICK, "--ranks", "2,4", "--trials", 2).exit_code == 0
     done = call("loops:train", "--steps", 20, "-o", "made/r.toml", "--ranks", "2,4")
     assert done.exit_code == 1
-    assert "was made with steps=10, not 20" in done.stderr
+    assert "was made with --steps 10, not 20." in done.stderr
+    assert "Give this calibration another --name, or another --storage." in done.stderr
+
+
+MESSAGES = [
+    ("Give another name=, or another storage=.", "Give another --name, or another --storage."),
+    ("It was made with lr_range=[1, 2]; batch=8.", "It was made with --lr-range [1, 2]; --batch 8."),
+    ("seeds is (0, 0). The name is text.", "--seeds is (0, 0). The name is text."),
+    ("law=Power(law=MuA(steps=None)), steps=2", "--law Power(law=MuA(steps=None)), --steps 2"),
+    ("weight_decay=0.1, my_steps=2, x.seed=3", "weight_decay=0.1, my_steps=2, x.seed=3"),
+]
+
+
+@pytest.mark.parametrize(("python", "options"), MESSAGES)
+def test_messages_speak_of_options(python, options):
+    """What a message calls by the argument of a Python function, the command calls by its option."""
+    assert in_options(python, calibrate) == options
+
+
+def test_ctrl_c_at_any_other_moment_is_a_word(folder):
+    """Where no calibration had begun there is nothing to say but that it was interrupted, with code 130."""
+    Path("stopped_loops.py").write_text("raise KeyboardInterrupt\n")
+    done = call("stopped_loops:train", *RANKS)
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
 
 
 def test_a_full_disk_is_said_and_nothing_is_lost(folder):
@@ -217,7 +289,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(folder):
     limited = f"ulimit -f 12; exec {sys.executable} -m rankaware_optim calibrate {' '.join(arguments)}"
     done = subprocess.run(["bash", "-c", limited], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: The study's storage r.journal failed: [Errno 27] File too large")
+    assert "Error: The study's storage r.journal failed: [Errno 27] File too large" in done.stderr
     assert not Path("r.toml").exists()
     before = len(Trials.read(trials_of("r.journal", "r")).counted())
     assert 0 < before < 6

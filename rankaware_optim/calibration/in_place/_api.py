@@ -97,7 +97,7 @@ def calibrate_in_place(
         run = _InPlace(model, step, walked, adapters, whole, found, interrupts, settings or {}, schedule, score)
         try:
             with interrupts.let_in():
-                return calibrate(run.train, optimizer, ranks=ranks, steps=steps, **options)
+                return calibrate(run, optimizer, ranks=ranks, steps=steps, **options)
         finally:
             found.put_back()
 
@@ -117,7 +117,12 @@ class _InPlace:
     schedule: Callable[[Optimizer], Any] | None
     score: Callable[[nn.Module], Any] | None
 
-    def train(self, trial: Trial) -> Generator[Any, None, Any]:
+    @property
+    def __wrapped__(self) -> StepFunction:
+        """What a stored study knows of the loop: the user's part of it."""
+        return self.step
+
+    def __call__(self, trial: Trial) -> Generator[Any, None, Any]:
         """One trial, from the model as it was found."""
         self.found.put_back()
         self.found.drop_gradients()

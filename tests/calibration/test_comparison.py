@@ -1,0 +1,225 @@
+"""Trials of one study compare: what changes the answer is refused and named, what may change it is a warning."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import torch
+
+import rankaware_optim as ra
+from rankaware_optim import CalibrationError, RankAwareWarning
+from rankaware_optim.calibration._storage import open_storage
+from rankaware_optim.calibration._trials import Trials
+
+from ..helpers import calibrations
+from ..helpers.calibrations import Net, calibrate, made_up
+
+
+@pytest.fixture
+def journal(tmp_path):
+    return tmp_path / "study.journal"
+
+
+def study_in(journal: Path) -> optuna.Study:
+    return optuna.load_study(study_name="calibration", storage=open_storage(journal))
+
+
+def grouped(*decays):
+    """A `train` whose groups, one a layer, have weight decays of their own."""
+
+    def train(trial):
+        model = Net(trial.rank)
+        groups = [
+            {"params": [p for p in layer.parameters() if p.requires_grad], "weight_decay": decay}
+            for layer, decay in zip(model.layers, decays, strict=True)
+        ]
+        trial.optimizer(groups, model=model)
+        yield from (2.0 - 0.05 * step for step in range(trial.steps))
+
+    return train
+
+
+OTHER = [
+    (made_up(), made_up(weight_decay=0.25), "weight_decay=0.01, not 0.25"),
+    (made_up(betas=(0.9, 0.95)), made_up(), "betas=[0.9, 0.95], not [0.9, 0.999]"),
+    (made_up(weight_decay=torch.tensor(0.1)), made_up(weight_decay=torch.tensor(0.10001)), "weight_decay=0.1"),
+    (made_up(rates={"*.1.*": 1e-3}), made_up(), "rates={'*.1.*': 0.001}, not None"),
+    (made_up(), made_up(scaling=lambda rank: 4.0), "alpha=32.0, not 64.0"),
+    (made_up(), made_up(init="B"), "init='A', not 'B'"),
+    (grouped(0.0, 0.1), grouped(0.0, 0.2), "weight_decay=[0.0, 0.1], not [0.0, 0.2]"),
+]
+
+
+@pytest.mark.parametrize(("first", "then", "message"), OTHER, ids=[row[2] for row in OTHER])
+def test_other_settings_or_models_are_refused(first, then, message, journal):
+    """A model or settings other than those of a rank's stored trials end the call before the run; both are named."""
+    recipe = calibrate(first, trials=2, storage=journal)
+    with pytest.raises(CalibrationError) as caught:
+        calibrate(then, trials=3, storage=journal)
+    assert message in str(caught.value)
+    again = calibrate(first, trials=2, storage=journal)
+    assert (again.best_lr, again.settings) == (recipe.best_lr, recipe.settings)
+    assert len(Trials.read(study_in(journal).trials).counted()) == 2
+
+
+def test_another_width_is_refused(journal, monkeypatch):
+    """Layers of another width are other models, even at a rank and alpha that are the same."""
+    calibrate(made_up(), trials=2, storage=journal)
+    monkeypatch.setattr(calibrations, "DIM", 64)
+    with pytest.raises(CalibrationError, match=r"width=32\.0, not 64\.0"):
+        calibrate(made_up(), trials=3, storage=journal)
+
+
+ALIKE = [
+    (made_up(), made_up(weight_decay=0.01)),
+    (made_up(betas=(0.9, 0.999)), made_up(betas=[0.9, 0.999])),
+    (made_up(weight_decay=0.1 + 0.2), made_up(weight_decay=0.3)),
+    (made_up(weight_decay=0.1), made_up(weight_decay=torch.tensor(0.1))),
+    (made_up(weight_decay=np.float32(0.1)), made_up(weight_decay=0.1)),
+    (made_up(weight_decay=1), made_up(weight_decay=1.0)),
+    (made_up(foreach=True), made_up(foreach=False)),
+    (grouped(0.1, 0.1), grouped(0.1, 0.1)),
+]
+
+
+@pytest.mark.parametrize(("first", "then"), ALIKE)
+def test_the_same_settings_go_on(first, then, journal):
+    """Defaults that are given, tuples read as lists, tensors of a number and ways to compute the same are no change."""
+    calibrate(first, trials=2, storage=journal)
+    assert len(calibrate(then, trials=3, storage=journal).tensors["lr"]) == 3
+
+
+def test_settings_may_depend_on_the_rank(journal):
+    """What one rank is built with says nothing of another rank's."""
+
+    def loop(trial):
+        trial.optimizer(Net(trial.rank), weight_decay=0.1 / trial.rank)
+        yield from (2.0 - 0.05 * step for step in range(trial.steps))
+
+    calibrate(loop, trials=3, storage=journal)
+    assert len(calibrate(loop, trials=5, storage=journal).tensors["lr"]) == 5
+
+
+def a_law(exponent: float):
+    """A law whose code has a number that its repr does not show."""
+
+    @dataclass(frozen=True)
+    class Mine(ra.Law):
+        name = "mine"
+
+        def multiplier(self, factor, reference):
+            return (factor.rank / reference.rank) ** exponent
+
+    return Mine()
+
+
+def test_a_law_of_other_code_is_refused(journal):
+    """Two laws that print alike and give other multipliers are other laws, also where no trial is left to run."""
+    law, other = a_law(-0.5), a_law(-0.6)
+    assert repr(law) == repr(other)
+    calibrate(made_up(), trials=2, storage=journal, law=law)
+    with pytest.raises(CalibrationError, match=r"other code of the law: rank 4, A, Init\[A\]=2\.0, not 2\.297"):
+        calibrate(made_up(), trials=2, storage=journal, law=other)
+    assert len(calibrate(made_up(), trials=3, storage=journal, law=a_law(-0.5)).tensors["lr"]) == 3
+
+
+# --- who made it ----------------------------------------------------------------------------------------------------
+
+
+def stepping(trial):
+    trial.optimizer(Net(trial.rank))
+    yield from (2.0 - 0.05 * step for step in range(trial.steps))
+
+
+named = stepping
+
+
+def stepping(trial):
+    trial.optimizer(Net(trial.rank))
+    yield from (2.0 - 0.06 * step for step in range(trial.steps))
+
+
+@pytest.mark.parametrize(
+    ("then", "said"), [(stepping, "its source's hash="), (grouped(0.01, 0.01), "train='stepping'")]
+)
+def test_another_loop_is_a_warning(then, said, journal):
+    """A loop of another name or source goes on with the stored trials, and a warning says so, once."""
+    calibrate(named, trials=2, storage=journal)
+    with pytest.warns(RankAwareWarning, match=said):
+        calibrate(then, trials=3, storage=journal)
+    assert len(calibrate(then, trials=4, storage=journal).tensors["lr"]) == 4
+
+
+WRAPPED = [functools.partial(named), functools.wraps(named)(lambda trial: named(trial))]
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_a_wrapped_loop_is_known_by_what_it_wraps(wrapped, journal):
+    """functools.partial and decorated functions are the function within."""
+    calibrate(named, trials=2, storage=journal)
+    assert len(calibrate(wrapped, trials=3, storage=journal).tensors["lr"]) == 3
+
+
+def test_a_loop_that_was_mended_before_any_run_is_no_other_loop(journal):
+    """Where no trial counts yet, there is nothing that might not compare."""
+
+    def broken(trial):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        calibrate(broken, trials=2, storage=journal)
+    assert len(calibrate(named, trials=2, storage=journal).tensors["lr"]) == 2
+
+
+def test_a_loop_in_place_is_known_by_its_step(journal):
+    """calibrate_in_place with another step is a warning, and with the same step it is none."""
+
+    def step(model, i):
+        return model(torch.ones(1, calibrations.DIM)).square().mean()
+
+    def other(model, i):
+        return model(torch.ones(2, calibrations.DIM)).square().mean()
+
+    options = {"ranks": (2, 32), "steps": 5, "storage": journal, "lr_range": (1e-4, 1e-1), "init": "B"}
+    ra.calibrate_in_place(Net(4), step, torch.optim.AdamW, trials=2, **options)
+    ra.calibrate_in_place(Net(4), step, torch.optim.AdamW, trials=3, **options)
+    with pytest.warns(RankAwareWarning, match="not 'test_a_loop_in_place_is_known_by_its_step.<locals>.other'"):
+        ra.calibrate_in_place(Net(4), other, torch.optim.AdamW, trials=4, **options)
+
+
+def made_with(journal: Path, **changed) -> None:
+    """Let a stored study be one of another version."""
+    study = study_in(journal)
+    study.set_user_attr("made_with", {**study.user_attrs["made_with"], **changed})
+
+
+def test_another_version_is_a_warning(journal):
+    """A study of another version of the package goes on, with a warning that names both."""
+    calibrate(named, trials=2, storage=journal)
+    made_with(journal, **{"rankaware-optim": "0.0.1"})
+    with pytest.warns(RankAwareWarning, match=r"rankaware-optim='0\.0\.1', not"):
+        calibrate(named, trials=3, storage=journal)
+
+
+def test_another_schema_is_refused(journal):
+    """A study that is stored in a way that this version does not know is left alone."""
+    calibrate(named, trials=2, storage=journal)
+    made_with(journal, schema=99)
+    with pytest.raises(CalibrationError, match="schema=99, not 1"):
+        calibrate(named, trials=3, storage=journal)
+    assert study_in(journal).user_attrs["made_with"]["schema"] == 99
+    assert len(study_in(journal).trials) == 2
+
+
+def test_a_study_of_the_first_version_is_compared_by_its_reference(tmp_path):
+    """Of trials that do not say what they were built with, the stored reference does."""
+    stored = shutil.copy(Path(__file__).parent / "stored" / "calibration.journal", tmp_path)
+    options = {"ranks": (4, 64), "steps": 10, "full_trials": 1, "batch": 8, "seeds": (0,)}
+    with pytest.raises(CalibrationError, match=r"alpha=8\.0, not 16\.0"):
+        calibrate(made_up(scaling=lambda rank: 4.0), trials=16, storage=stored, **options)
