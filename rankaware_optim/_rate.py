@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ._printable import printable
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -39,7 +41,7 @@ class Rate:
 
     def explain(self) -> str:
         """The rate in words, a fact a line: the number, what bounds it, and the notes."""
-        return "\n".join([*self._facts(), *(f"note: {note}" for note in self.notes)])
+        return printable("\n".join([*self._facts(), *(f"note: {note}" for note in self.notes)]))
 
     @property
     def band(self) -> str:

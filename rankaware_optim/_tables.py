@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ._printable import printable
+
 
 def text_table(
     headings: Sequence[str],
@@ -29,4 +31,4 @@ def text_table(
         console.print(table)
         for line in lines:
             console.print(line, soft_wrap=True)
-    return capture.get().rstrip()
+    return printable(capture.get()).rstrip()

@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from ._printable import printable
 from .errors import RankAwareWarning
 
 __all__ = ["warn"]
@@ -20,7 +21,7 @@ def warn(message: str) -> None:
     accelerate, transformers and Lightning silence warnings by module or altogether. Filters that name RankAwareWarning
     and options of the command line hold. Others do not hide it.
     """
-    level, frame = 1, sys._getframe(1)
+    message, level, frame = printable(message), 1, sys._getframe(1)
     while frame.f_back is not None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]
         if package not in _FRAMEWORKS and not frame.f_code.co_filename.startswith(_OWN):

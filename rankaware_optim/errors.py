@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ._printable import printable
+
 if TYPE_CHECKING:
     from .recipe import Recipe
 
@@ -31,7 +33,7 @@ class _CauseAndCure(BaseException):
         self.cure = cure
 
     def __str__(self) -> str:
-        return f"{self.cause} {self.cure}"
+        return printable(f"{self.cause} {self.cure}")
 
 
 class RankAwareError(_CauseAndCure, Exception):

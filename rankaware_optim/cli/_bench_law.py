@@ -12,6 +12,7 @@ import click
 
 from .. import sweeps
 from ..sweeps import COMPARED, DEMO_SWEEP, Move, score_table
+from ._echo import echo
 from ._options import ALPHA, COLUMN, OPTIMIZER, out_option
 
 
@@ -33,19 +34,24 @@ def bench_law(sweep: Path, laws: tuple[str, ...], out: Path | None, **options: A
     if out is not None and out.suffix not in (".json", ".csv"):
         raise click.UsageError("--out ends in .json or .csv.")
     scores = sweeps.bench_law(sweep, laws or COMPARED, **options)
-    click.echo(score_table(scores))
+    echo(score_table(scores))
     rows = [score.row() for score in scores]
     if out is not None and out.suffix == ".csv":
         with out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     elif out is not None:
         documents = [
             {**_plain(row), "each": [_plain(_columns_of(move)) for move in score.moves]}
             for row, score in zip(rows, scores, strict=True)
         ]
         out.write_text(json.dumps(documents, indent=1) + "\n", encoding="utf-8")
+
+
+def _cell(value: Any) -> Any:
+    """The value with a quote before a text that a spreadsheet would run as a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _columns_of(move: Move) -> dict[str, Any]:

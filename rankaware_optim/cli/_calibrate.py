@@ -22,6 +22,7 @@ import torch
 from .. import calibration
 from ..errors import CalibrationError, RankAwareError, RecipeError
 from ..recipe import Recipe
+from ._echo import echo
 from ._options import OPTIMIZER, in_options, numbers, out_option
 
 
@@ -60,12 +61,10 @@ def calibrate(spec: str, out: Path, workers: int, threads: int | None, **options
         recipe = worker.run()
     own = recipe.at() if recipe.reference.method == "lora" else recipe.at(method="full")
     trials, steps = recipe.tensors["pruned"], int(recipe.tensors["steps"].sum())
-    click.echo(f"{recipe.save(out)}: base rate {recipe.lr:.3g} at {recipe.reference}")
-    click.echo(
-        f"90 % band {own.low:.3g} to {own.high:.3g}; {len(trials)} trials, {steps} steps, {int(trials.sum())} pruned"
-    )
+    echo(f"{recipe.save(out)}: base rate {recipe.lr:.3g} at {recipe.reference}")
+    echo(f"90 % band {own.low:.3g} to {own.high:.3g}; {len(trials)} trials, {steps} steps, {int(trials.sum())} pruned")
     for note in recipe.notes:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def load_train(spec: str) -> Any:
@@ -135,7 +134,7 @@ class _Worker:
         try:
             self.run(progress=False)
         except RankAwareError as error:
-            click.echo(f"note: a worker stopped: {in_options(str(error), calibrate)}", err=True)
+            echo(f"note: a worker stopped: {in_options(str(error), calibrate)}", err=True)
             sys.exit(1)
 
 
@@ -187,4 +186,4 @@ def _helpers(worker: _Worker, count: int) -> Iterator[None]:
             process.join()
     for process in made:
         if process.exitcode:
-            click.echo(f"note: {process.name} ended early, with code {process.exitcode}.", err=True)
+            echo(f"note: {process.name} ended early, with code {process.exitcode}.", err=True)

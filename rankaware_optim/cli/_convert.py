@@ -6,6 +6,7 @@ import click
 
 from ..laws import DEFAULT_LAW
 from ..transfer import convert_lr
+from ._echo import echo
 
 
 @click.command()
@@ -15,4 +16,4 @@ from ..transfer import convert_lr
 @click.option("--law", default=DEFAULT_LAW, show_default=True)
 def convert(lr: float, from_: str, to: str, law: str) -> None:
     """Say in words what LR, tuned with one rank and alpha, becomes with another."""
-    click.echo(convert_lr(lr, from_=from_, to=to, law=law).explain())
+    echo(convert_lr(lr, from_=from_, to=to, law=law).explain())

@@ -13,6 +13,7 @@ from .._types import Reference
 from ..errors import LawError
 from ..inspection import inspect_file
 from ..transfer import coordinate_check, plot_coordinates
+from ._echo import echo
 from ._options import OPTIMIZER, number_or_rank, numbers, out_option
 
 Shape = tuple[int, int]
@@ -71,9 +72,9 @@ def coordcheck(
         scaling=lambda rank: Reference(rank, rank if alpha == "rank" else alpha, rslora).scaling,
         **options,
     )
-    click.echo(str(check))
+    echo(str(check))
     if out is not None:
-        click.echo(f"Figure: {plot_coordinates(check, out)}")
+        echo(f"Figure: {plot_coordinates(check, out)}")
     if strict and not check.ok:
         click.get_current_context().exit(1)
 

@@ -89,7 +89,7 @@ def demo(out: Path) -> None:
     checks = check(recipe)
     draw(recipe, checks, out / "transfer.png")
     console.print(table(checks))
-    files = f"Files: {out}/recipe.toml, {out}/recipe.safetensors, {out}/transfer.png"
+    files = f"Files: {out}/recipe.toml, its tensors beside it, {out}/transfer.png"
     then = f"Next: rankaware lr {out}/recipe.toml --rank 32"
     console.print(*map(verdict, checks), files, then, sep="\n", highlight=False)
 

@@ -8,6 +8,7 @@ import click
 
 from ..errors import RankAwareError
 from ..recipe import Recipe, diff_recipes, diff_text
+from ._echo import echo
 
 
 class _Trouble(click.ClickException):
@@ -27,5 +28,5 @@ def diff(ctx: click.Context, first: Path, second: Path) -> None:
     except RankAwareError as error:
         raise _Trouble(str(error)) from error
     found = diff_recipes(one, two)
-    click.echo(diff_text(found))
+    echo(diff_text(found))
     ctx.exit(1 if found else 0)

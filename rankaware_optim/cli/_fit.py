@@ -9,6 +9,7 @@ import click
 
 from ..laws import law_words
 from ..sweeps import fit_sweep
+from ._echo import echo
 from ._options import ALPHA, COLUMN, OPTIMIZER, out_option
 
 
@@ -32,6 +33,6 @@ def fit(sweep: Path, out: Path | None, name: str | None, law: str, **options: An
     """Make a recipe of SWEEP, a .csv, .tsv, .json or .jsonl file with columns rank, lr, loss and, if known, alpha."""
     recipe = fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
     number, *rest = str(recipe.at(method=recipe.reference.method)).splitlines()
-    click.echo("\n".join([f"{number} at {recipe.reference}", f"law       {law_words(recipe.law)}", *rest]))
+    echo("\n".join([f"{number} at {recipe.reference}", f"law       {law_words(recipe.law)}", *rest]))
     if out is not None:
-        click.echo(f"Next: rankaware lr {recipe.save(out)} --rank {max(recipe.ranks, default=16)}")
+        echo(f"Next: rankaware lr {recipe.save(out)} --rank {max(recipe.ranks, default=16)}")

@@ -9,6 +9,7 @@ import click
 from ..inspection import inspect_file
 from ..laws import DEFAULT_LAW
 from ..transfer import survey_report
+from ._echo import echo
 
 
 @click.command()
@@ -20,4 +21,4 @@ from ..transfer import survey_report
 def inspect(path: Path, lr: float | None, law: str, tuned_at: str | None, per_module: bool) -> None:
     """Say what adapters PATH holds: a PEFT folder or a .safetensors file, read without the model."""
     survey = inspect_file(path)
-    click.echo(survey_report(survey, lr=lr, law=law, tuned_at=tuned_at, per_module=per_module))
+    echo(survey_report(survey, lr=lr, law=law, tuned_at=tuned_at, per_module=per_module))

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..recipe import Recipe
+from ._echo import echo
 
 
 @click.command()
@@ -29,4 +30,4 @@ def lr(recipe: Path, rank: int | None, alpha: float | None, rslora: bool, full: 
     if full and alpha is not None:
         raise click.UsageError("Full finetuning has no --alpha.")
     method: Any = "full" if full else "lora"
-    click.echo(Recipe.load(recipe).at(rank, alpha=alpha, rslora=rslora, method=method, **where))
+    echo(Recipe.load(recipe).at(rank, alpha=alpha, rslora=rslora, method=method, **where))

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..errors import CalibrationInterrupted, RankAwareError
+from ._echo import echo
 from ._options import in_options
 
 _INTERRUPTED = 130  # what shells give for SIGINT
@@ -55,15 +56,15 @@ class _Commands(click.Group):
 
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_: click.echo(f"note: {words(message)}", err=True)
+                warnings.showwarning = lambda message, *_: echo(f"note: {words(message)}", err=True)
                 return super().invoke(ctx)
         except RankAwareError as error:
             raise click.ClickException(words(error)) from error
         except CalibrationInterrupted as error:
-            click.echo(f"{error.cause.rstrip('.')}; the same command goes on where it stopped.", err=True)
+            echo(f"{error.cause.rstrip('.')}; the same command goes on where it stopped.", err=True)
             ctx.exit(_INTERRUPTED)
         except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
+            echo("Interrupted.", err=True)
             ctx.exit(_INTERRUPTED)
         finally:
             sys.path.remove("")

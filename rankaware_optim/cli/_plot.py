@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..recipe import Recipe, plot_recipe
+from ._echo import echo
 from ._options import out_option
 
 
@@ -15,4 +16,4 @@ from ._options import out_option
 @out_option(required=True)
 def plot(recipe: Path, out: Path) -> None:
     """Draw a recipe: its trials, and its rates by rank."""
-    click.echo(plot_recipe(Recipe.load(recipe), out))
+    echo(plot_recipe(Recipe.load(recipe), out))

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..recipe import Recipe, write_report
+from ._echo import echo
 from ._options import out_option
 
 
@@ -15,4 +16,4 @@ from ._options import out_option
 @out_option("page", required=True)
 def report(recipe: Path, out: Path) -> None:
     """Write a recipe as one page to open in a browser: its picture, its rates, and a control for rank and alpha."""
-    click.echo(write_report(Recipe.load(recipe), out))
+    echo(write_report(Recipe.load(recipe), out))

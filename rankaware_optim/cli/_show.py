@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from ..recipe import Recipe
+from ._echo import echo
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 def show(recipe: Path) -> None:
     """Print what a recipe holds."""
-    click.echo(Recipe.load(recipe))
+    echo(Recipe.load(recipe))

@@ -10,6 +10,7 @@ import click
 from .._types import Reference
 from ..inspection import inspect_file, read_config
 from ..transfer import published_init, suggest_lr
+from ._echo import echo
 
 _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 
@@ -46,11 +47,11 @@ def suggest(
         if not init and not full and config.is_file():
             options["init"] = published_init(read_config(config).values.get("init_lora_weights"))
         options |= {"method": "full" if full else "lora", "dora": dora or None}
-        click.echo(suggest_lr(survey, optimizer, **options))
+        echo(suggest_lr(survey, optimizer, **options))
         return
     if full and (rank is not None or alpha is not None or rslora):
         raise click.UsageError("Full finetuning has no --rank, --alpha or --rslora.")
     if not full and (rank is None or alpha is None):
         raise click.UsageError("Give a PATH, or --rank and --alpha, or --full.")
     reference = Reference(rank, alpha, rslora, fan_in=fan_in, method="full" if full else "lora")
-    click.echo(suggest_lr(reference, optimizer, dora=dora, **options))
+    echo(suggest_lr(reference, optimizer, dora=dora, **options))

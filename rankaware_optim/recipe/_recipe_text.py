@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from textwrap import fill
 from typing import TYPE_CHECKING
 
+from .._printable import printable
 from ..laws import law_words
 from ._uncertainty import own_band
 
@@ -43,7 +44,7 @@ def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def explain(recipe: Recipe) -> str:
     """The facts, one a line."""
     lines = [fill(f"{name:<14}{text}", 100, subsequent_indent=" " * 14) for name, text in facts(recipe)]
-    return "\n".join([f"Recipe {recipe.name!r}", *lines])
+    return printable("\n".join([f"Recipe {recipe.name!r}", *lines]))
 
 
 def _tried(recipe: Recipe) -> str:

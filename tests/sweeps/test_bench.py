@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankaware_optim import CalibrationError, Constant, Falling, LawError, MuA, Power, Reference
+from rankaware_optim.cli._bench_law import _cell
 from rankaware_optim.cli._bench_law import bench_law as bench
 from rankaware_optim.laws import DEFAULT_LAW
 from rankaware_optim.sweeps import COMPARED, DEMO_SWEEP, bench_law, score_table
@@ -237,6 +238,13 @@ def test_bench_law_writes_json_and_csv(sweep_csv, tmp_path):
         assert float(row["worst_octaves"]) == document["worst_octaves"]
         assert len(document["each"]) == int(row["moves"]) == 6
         assert max(abs(move["octaves"]) for move in document["each"]) == document["worst_octaves"]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-x", "@sum", "\t=1", "-1", "mua"])
+def test_no_cell_is_a_formula(text):
+    """A text that a spreadsheet would run begins with a quote; other texts, and numbers below zero, stay."""
+    assert _cell(text) == (text if text == "mua" else f"'{text}")
+    assert _cell(-1.5) == -1.5
 
 
 def test_bench_law_needs_no_sweep():
