@@ -4,11 +4,62 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from ._rate import Rate
 from .errors import InspectionError, OptimizerError, RankAwareError
+
+# What a number may be, lowest and highest, by its name in recipes, references, laws and sweeps. Ints are of whole ones.
+RANGES: Mapping[str, tuple[float, float]] = {
+    "lr": (1e-30, 1e6),
+    "trial_lr": (1e-100, 1e100),  # moved to a reference, or from it
+    "octaves": (0.0, 10.0),  # by which rates stay below the best one; a standard deviation
+    "slope": (-10.0, 10.0),  # octaves per octave
+    "rank": (1, 2**31 - 1),
+    "alpha": (1e-12, 1e12),
+    "fan_in": (1e-9, 1e61),  # 2^200 stands for the limit of a large one
+    "batch": (1e-9, 1e15),
+    "steps": (1, 10**15),
+    "share": (0.0, 1.0),
+    "seed": (-(2**63), 2**63 - 1),
+    "loss": (-1e30, 1e30),
+    # parameters of laws
+    "exponent": (-10.0, 10.0),
+    "full_factor": (1e-9, 1e9),
+    "pivot": (1e-9, 1e15),
+    "knee": (1e-9, 1e12),
+    "tokens": (1e-9, 1e12),
+    "ratio": (1e-9, 1e9),
+    "floor": (1e-30, 1e6),
+    "target": (1e-9, 1e9),
+}
+MOST_TRIALS = 2000  # of a recipe or a sweep: the time of a fit or a picture grows with their cube
+
+
+def is_within(name: str, value: object) -> TypeGuard[float]:
+    """Whether `value` is a number in the range of `name`."""
+    low, high = RANGES[name]
+    return is_number(value) and low <= value <= high and (isinstance(low, float) or value == int(value))
+
+
+def range_of(name: str) -> str:
+    """The range of `name` in words.
+
+    >>> range_of("rank"), range_of("share")
+    ('a whole number from 1 to 2147483647', 'a number from 0 to 1')
+    """
+    low, high = RANGES[name]
+    return f"a number from {low:g} to {high:g}" if isinstance(low, float) else f"a whole number from {low} to {high}"
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: its repr, cut short."""
+    try:
+        text = repr(value)
+    except Exception:  # an int of more than 4,300 digits, a list within itself thousands deep
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def is_number(value: object) -> TypeGuard[float]:

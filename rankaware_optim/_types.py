@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ._checks import check_init, is_positive
+from ._checks import check_init, is_within, range_of, shown
 from ._survey_text import Rated, audit, explain
 from .errors import InspectionError, InvalidReferenceError
 
@@ -142,9 +142,9 @@ class Reference:
                     f"Give {name}=..., or method='full' for a rate tuned by full finetuning.",
                 )
         for name in ("rank", "alpha", "fan_in", "batch"):
-            value, kind = getattr(self, name), "whole number" if name == "rank" else "number"
-            if value is not None and not (is_positive(value) and (name != "rank" or value == int(value))):
-                raise InvalidReferenceError(f"Reference got {name}={value!r}.", f"Give a positive {kind}.")
+            value = getattr(self, name)
+            if value is not None and not is_within(name, value):
+                raise InvalidReferenceError(f"Reference got {name}={shown(value)}.", f"Give {range_of(name)}.")
 
     @classmethod
     def from_scaling(cls, rank: int | None, scaling: float, *, init: Literal["A", "B"] = "A") -> Reference:

@@ -8,14 +8,13 @@ arguments all have defaults, so that they survive a round trip through a recipe'
 from __future__ import annotations
 
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar
 
-from .._checks import is_number, is_positive
+from .._checks import is_number, is_positive, is_within, range_of, shown
 from .._registry import Registry
 from .._types import Factor, Reference
 from ..errors import LawError, RankAwareError
@@ -30,6 +29,7 @@ LAWS.register("falling", "rankaware_optim.laws._corrections:Falling")
 LAWS.register("measured", "rankaware_optim.laws._measured:Measured")
 DEFAULT_LAW = "falling"
 _FAR = 1e4
+_MOST = 1e30  # of a parameter in a file, if the law itself does not say less
 
 
 class Law(ABC):
@@ -162,8 +162,13 @@ def _parameters(law: Law) -> Iterator[tuple[str, Any, bool]]:
     """A law's parameters: name, value, and whether it differs from its default."""
     known: tuple[Field[Any], ...] = fields(law) if is_dataclass(law) else ()
     for f in known:
-        value = getattr(law, f.name)
+        value = _as_float(getattr(law, f.name), f)
         yield f.name, value, value != (f.default_factory() if callable(f.default_factory) else f.default)
+
+
+def _as_float(value: Any, of: Field[Any]) -> Any:
+    """A parameter's value, a float where its default is one: powers of whole numbers have no bound."""
+    return float(value) if is_number(value) and isinstance(of.default, float) else value
 
 
 def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
@@ -228,24 +233,32 @@ def law_to_dict(law: Law) -> dict[str, Any]:
     return {"name": law.name, **plain}
 
 
-def law_from_dict(data: Mapping[str, Any]) -> Law:
-    """The inverse of `law_to_dict`; an error names an unknown law or field."""
-    plain = {key: None if value == "none" else value for key, value in data.items() if key != "name"}
-    values = {key: law_from_dict(value) if isinstance(value, Mapping) else value for key, value in plain.items()}
+def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
+    """The inverse of `law_to_dict`; an error names an unknown law or field. depth: of laws within laws, at most."""
     kind = type(LAWS.get(str(data.get("name")))())
-    unknown = sorted(values.keys() - {f.name for f in fields(kind)})
-    if unknown:
-        raise LawError(f"The law {kind.name!r} has no parameter {unknown[0]!r}.", "Remove it, or update the package.")
+    known, values = {f.name: f for f in fields(kind)}, {}
+    for key, value in data.items():
+        if key == "name":
+            continue
+        if key not in known:
+            raise LawError(f"The law {kind.name!r} has no parameter {key!r}.", "Remove it, or update the package.")
+        if isinstance(value, Mapping):
+            if not depth:
+                raise LawError("Too many laws lie within laws.", "Take some of them out.")
+            value = law_from_dict(value, depth=depth - 1)
+        elif is_number(value) and not abs(value) <= _MOST:
+            raise LawError(f"The law {kind.name!r} got {key}={shown(value)}.", f"Give a number up to {_MOST:g}.")
+        values[key] = None if value == "none" else _as_float(value, known[key])
     made: Law = kind(**values)
     return made
 
 
-def check_parameters(law: Law, *names: str, positive: bool = True) -> None:
+def check_parameters(law: Law, *names: str) -> None:
+    """Refuse a parameter that is outside the range of its name."""
     for name in names:
         value = getattr(law, name)
-        if not (is_number(value) and abs(value) <= sys.float_info.max) or (positive and value <= 0):
-            kind = "positive finite" if positive else "finite"
-            raise LawError(f"The law {law.name!r} got {name}={value!r}.", f"Give a {kind} number.")
+        if not is_within(name, value):
+            raise LawError(f"The law {law.name!r} got {name}={shown(value)}.", f"Give {range_of(name)}.")
 
 
 def check_law(law: Law, beneath: object) -> None:

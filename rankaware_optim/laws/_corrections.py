@@ -30,8 +30,7 @@ class Power(Law):
     name: ClassVar[str] = "power"
 
     def __post_init__(self) -> None:
-        check_parameters(self, "exponent", positive=False)
-        check_parameters(self, "full_factor", "pivot")
+        check_parameters(self, "exponent", "full_factor", "pivot")
         check_law(self, self.law)
 
     @property
@@ -51,9 +50,9 @@ class Power(Law):
 
     def _correction(self, full: bool, rank: int | None, fan_in: float | None) -> float:
         if not full:
-            return float((rank or 1) ** self.exponent)
+            return math.pow(rank or 1, self.exponent)
         rank_of_full = (fan_in or self.pivot) if self.to_full else self.pivot
-        return float(self.full_factor * rank_of_full**self.exponent)
+        return self.full_factor * math.pow(rank_of_full, self.exponent)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import check_init, is_whole
+from .._checks import check_init, is_whole, shown
 from .._optimizers import optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
@@ -36,6 +36,7 @@ _ROWS = 1024  # outputs that stand for more where only the fan-in matters, while
 _ROWS_FULL = 128  # the same for whole weights, where they do not matter at all
 # Widths above these are continued along the exponent of the last two octaves, to stay at a second a rate or below.
 _CAPS = {"sign-like": 4096, "gradient-like": 2048, "first-step": 2048, "relative-scale": 1024}
+_MOST_RANK = 2**15  # half a gigabyte a factor
 _CAP, _CAP_FULL = 512, 256  # of other families; of whole weights of all but sign-like ones
 
 
@@ -72,10 +73,12 @@ class Measured(Law):
     name: ClassVar[str] = "measured"
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "steps", "seed"):
+        for name, least, most in (("tokens", 1, 4096), ("steps", 1, 4096), ("seed", 0, 2**62)):
             value = getattr(self, name)
-            if not is_whole(value, 0 if name == "seed" else 1):
-                raise LawError(f"The law 'measured' got {name}={value!r}.", "Give a positive whole number.")
+            if not is_whole(value, least) or value > most:
+                raise LawError(
+                    f"The law 'measured' got {name}={shown(value)}.", f"Give a whole number from {least} to {most}."
+                )
         check_parameters(self, "target", "ratio")
         if not isinstance(self.optimizer, str) or not isinstance(_parsed(self.settings), dict):
             raise LawError(
@@ -112,6 +115,8 @@ class Measured(Law):
                 "The reference was not resolved: it lacks its fan-in or its rank.",
                 "Call reference.resolve(survey), or give fan_in=.",
             )
+        if rank is not None and rank > _MOST_RANK:
+            raise LawError(f"Rank {rank} is too large to be measured.", f"Ask for at most {_MOST_RANK}.")
         width, full = max(1, round(fan_in)), init == "full"
         at = (self, init, 1 if full or rank is None else rank, 1.0 if full else scaling)
         family = _family(self)
@@ -128,7 +133,7 @@ _REMEMBERED: dict[str, type[Optimizer]] = {}  # by name, so that a class made in
 def _parsed(settings: object) -> object:
     try:
         return json.loads(settings) if isinstance(settings, str) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .._checks import is_positive, is_whole
+from .._checks import is_within, range_of, shown
 from ..errors import RecipeError
 
 SLOPE_SD = 0.3  # prior of the slope about 0: small sweeps had -0.1 under Init[A] and +0.3 in full finetuning
@@ -35,8 +35,8 @@ class Horizon:
         """
         if steps is None:
             return Moved()
-        if not is_whole(steps):
-            raise RecipeError(f"steps is {steps!r}.", "Give a positive whole number.")
+        if not isinstance(steps, int) or not is_within("steps", steps):
+            raise RecipeError(f"steps is {shown(steps)}.", f"Give {range_of('steps')}.")
         slope, sd = (self.slope, self.slope_sd) if told else (0.0, max(self.slope_sd, SLOPE_SD))
         return _moved(steps, own, slope, sd, name, "steps", f"{steps} steps instead of {own}")
 
@@ -48,8 +48,10 @@ def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> 
     """
     if batch is None:
         return Moved()
-    if not is_positive(batch):
-        raise RecipeError(f"batch is {batch!r}.", "Give a positive number, counted as the recipe counts its own.")
+    if not is_within("batch", batch):
+        raise RecipeError(
+            f"batch is {shown(batch)}.", f"Give {range_of('batch')}, counted as the recipe counts its own."
+        )
     return _moved(batch, own, rule, BATCH_SD, name, "batch", f"batch {batch:g} instead of {own or 0:g}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import ClassVar
 
 import pytest
@@ -195,7 +196,7 @@ RANK_EXPONENTS = [
     ("A", 1.0, FEW, 2**40, 0.0),
     ("B", 0.0, PAPER, 2**40, 0.0),
     ("B", 0.5, PAPER, 2**40, 0.5),
-    ("B", 1.0, PAPER, 2**60, 1.0),
+    ("B", 1.0, PAPER, 2**49, 1.0),
     ("B", 0.0, PAPER, 2, -0.5),
 ]
 
@@ -480,6 +481,9 @@ BROKEN_DICTS = [
     ({"name": "mua", "tokens": "many"}, "tokens='many'"),
     ({"name": "power", "law": {"name": "mua", "beta": 1}}, "no parameter 'beta'"),
     ({"name": "power", "law": "mua"}, "law='mua'"),
+    ({"name": "power", "exponent": 10**400}, "exponent=1000"),
+    ({"name": "constant", "law": 1}, "no parameter 'law'"),
+    (reduce(lambda law, _: {"name": "power", "law": law}, range(5000), {}), "laws lie within laws"),
 ]
 
 
@@ -512,6 +516,10 @@ BAD_PARAMETERS = [(MuA, {"tokens": value}) for value in (0, -1.0, math.inf, math
     (Power, {"pivot": -1}),
     (Power, {"law": "mua"}),
     (Power, {"law": MuA}),
+    (Power, {"exponent": 10**9}),
+    (Power, {"exponent": 10**5000}),
+    (Power, {"pivot": 5e-324}),
+    (MuA, {"tokens": 1e300}),
     (Falling, {"knee": 0.0}),
     (Falling, {"knee": None}),
     (Falling, {"law": "mua"}),
@@ -670,6 +678,9 @@ BAD_REFERENCES = [
     ({"rank": True, "alpha": 4}, "rank=True"),
     ({"rank": "4", "alpha": 4}, "rank='4'"),
     ({"rank": math.inf, "alpha": 4}, "rank=inf"),
+    ({"rank": 2**31, "alpha": 4}, "rank=2147483648.*whole number from 1 to 2147483647"),
+    ({"rank": 10**5000, "alpha": 4}, "rank=a int"),
+    ({"rank": 4, "alpha": 1e300}, "alpha=1e.300.*number from 1e-12"),
     ({"rank": 4, "alpha": 0}, "alpha=0"),
     ({"rank": 4, "alpha": -1.0}, "alpha=-1.0"),
     ({"rank": 4, "alpha": math.nan}, "alpha=nan"),

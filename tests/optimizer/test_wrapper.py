@@ -420,6 +420,7 @@ UNKNOWN = [
     ("adamx", r"Unknown optimizer 'adamx' in torch\.optim\. Known are .*AdamW.*SGD"),
     ("torch.optim:Lamb", r"Unknown optimizer 'Lamb'"),
     ("no_such_package:Lamb", r"'no_such_package' cannot be imported"),
+    ("..:Lamb", r"'..' cannot be imported: the .package. argument"),
     (nn.Linear, r"is not a torch optimizer class"),
     (torch.optim.Optimizer, r"is not a torch optimizer class"),
     (RankAwareOptimizer, r"is not a torch optimizer class"),
