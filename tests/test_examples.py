@@ -66,7 +66,7 @@ def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             exec(compile(block, str(README), "exec"), names)
     rankaware_optim.register_convention("mine", remove=True)
     assert {w.category for w in caught} <= {rankaware_optim.RankAwareWarning}
-    assert (tmp_path / "recipes" / "digits.safetensors").exists()
+    assert rankaware_optim.Recipe.load(tmp_path / "recipes" / "digits.toml").name == "digits"
 
 
 def test_readme_holds_the_two_commands() -> None:

@@ -8,6 +8,7 @@ arguments all have defaults, so that they survive a round trip through a recipe'
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass, replace

@@ -17,10 +17,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .._files import replace_bytes
 from .._rate import Rate
 from ..errors import PageError, RankAwareError
 from ..laws import Measured
-from ._io import staged
 from ._plot_data import Picture, PictureArm, picture_of
 from ._recipe import Recipe, known_rate
 from ._recipe_text import facts, lead
@@ -32,8 +32,7 @@ def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
     text = report_html(recipe).encode()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with staged(target, text) as made:
-            os.replace(made, target)
+        replace_bytes(target, text)
     except OSError as error:
         raise PageError(f"The page {target} cannot be written: {error}.", "Choose a writable folder.") from error
     return target

@@ -1,50 +1,75 @@
-"""The two files of a recipe: TOML for people, safetensors for arrays; checked at the door, written atomically."""
+"""The two files of a recipe: TOML for people, safetensors for arrays; a reader finds both of one recipe, or none."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tomli
 import tomli_w
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load, save
 
-from .._checks import is_number, is_whole
-from ..errors import RankAwareError, RecipeError
+from .._files import read_bytes, replace_bytes
+from ..errors import RecipeError
+from ._document import SCHEMA, Document, checked
 
-SCHEMA = 1
+_MOST_TEXT, _MOST_TENSORS = 10_000_000, 1_000_000_000  # bytes
+_PATIENCE = 10.0  # seconds that a save waits for another one
 
 
-def write(path: str | os.PathLike[str], header: str, text: dict[str, Any], arrays: Mapping[str, torch.Tensor]) -> Path:
-    """Write the TOML file `path` and the safetensors file beside it; a reader finds both or no recipe."""
-    target = _toml_path(path)
-    beside = target.with_suffix(".safetensors")
+def write(
+    path: str | os.PathLike[str],
+    header: str,
+    text: dict[str, Any],
+    arrays: Mapping[str, torch.Tensor],
+    read_again: Callable[[Document], object],
+) -> Path:
+    """Write the tensors under a name of their hash, then the TOML that names them, then clear what it named before.
+
+    Nothing is written unless `read_again`, given the document as a reader would have it, raises no error.
+    """
+    named = _toml_path(path)
+    target = Path(os.path.realpath(named))
     data = save({key: value.contiguous() for key, value in arrays.items()})
-    hashed = {"tensors": {"file": beside.name, "sha256": hashlib.sha256(data).hexdigest()}}
-    encoded = (header + tomli_w.dumps(_without_none({"schema": SCHEMA, **text, **hashed}))).encode()
+    sha256 = hashlib.sha256(data).hexdigest()
+    beside = target.with_name(f"{target.stem}.{sha256[:12]}.safetensors")
+    whole = _without_none({"schema": SCHEMA, **text, "tensors": {"file": beside.name, "sha256": sha256}})
     try:
+        encoded = (header + tomli_w.dumps(whole)).encode()
+        read_again(checked(_parsed(encoded, named), named))
         target.parent.mkdir(parents=True, exist_ok=True)
-        with staged(beside, data) as tensors, staged(target, encoded) as toml:
-            os.replace(tensors, beside)  # until the next line, the old text's hash refuses the new tensors
-            os.replace(toml, target)
-    except OSError as error:
-        raise RecipeError(f"The recipe {target} cannot be written: {error}.", "Choose a writable folder.") from error
-    return target
+        with _alone(target.parent) as alone:
+            _refuse_newer(target)
+            replace_bytes(beside, data, like=target)
+            replace_bytes(target, encoded)
+            for left in _leftovers(target, beside) if alone else ():
+                left.unlink(missing_ok=True)
+    except (OSError, TypeError, UnicodeEncodeError) as error:
+        cure = "Choose a writable folder, and settings that are plain numbers and texts."
+        raise RecipeError(f"The recipe {named} cannot be written: {error}.", cure) from error
+    return named
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Reader, dict[str, torch.Tensor]]:
-    """Read both files: a `Reader` over the TOML, and the tensors, which match the hash in it."""
+def read(path: str | os.PathLike[str]) -> tuple[Document, dict[str, torch.Tensor]]:
+    """The checked TOML, and the tensors, which match the hash in it; once more where a save came between the two."""
     target = _toml_path(path)
-    take = Reader(_read_toml(target), target)
-    return take, _read_tensors(target, take("tensors.file", str), take("tensors.sha256", str))
+    text = _read_text(target)
+    while True:
+        try:
+            document = checked(_parsed(text, target), target)
+            return document, _read_tensors(target, document.tensors.file, document.tensors.sha256)
+        except RecipeError:
+            before, text = text, _read_text(target)
+            if text == before:
+                raise
 
 
 def _toml_path(path: str | os.PathLike[str]) -> Path:
@@ -54,117 +79,93 @@ def _toml_path(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-@contextmanager
-def staged(target: Path, data: bytes) -> Iterator[Path]:
-    """`data` in a synced temporary file beside `target`, ready to replace it; removed if it did not."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_none(v) for k, v in value.items() if v is not None}
     return value
 
 
-_MISSING: Any = object()
-_KINDS = {dict: "table", list: "list", str: "text", bool: "true or false", int: "whole number", float: "number"}
-T = TypeVar("T")
+# --- saving beside others -------------------------------------------------------------------------------------------
 
 
-class Reader:
-    """Takes values out of nested TOML by path, each checked, with the path in every error."""
-
-    def __init__(self, data: Mapping[str, Any], target: Path) -> None:
-        self._data, self._target = data, target
-
-    def __call__(self, path: str, kind: type, default: Any = _MISSING) -> Any:
-        value: Any = self._data
-        for key in path.split("."):
-            value = value.get(key, _MISSING) if isinstance(value, Mapping) else _MISSING
-        if value is _MISSING:
-            if default is not _MISSING:
-                return default
-            raise self.error("lacks a value", path)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-            raise self.error(f"holds {value!r} where a {_KINDS[kind]} belongs", path)
-        return value
-
-    def signed(self, path: str, default: Any = _MISSING) -> Any:
-        """A finite number."""
-        value = self(path, object, default)
-        if value is not default and not (is_number(value) and abs(value) <= sys.float_info.max):
-            raise self.error(f"holds {value!r} where a finite number belongs", path)
-        return value
-
-    def number(self, path: str, default: Any = _MISSING) -> Any:
-        """A finite number that is not negative, as most in a recipe are."""
-        value = self.signed(path, default)
-        if value is not default and value < 0:
-            raise self.error(f"holds {value!r} where a finite number belongs that is not negative", path)
-        return value
-
-    def positive(self, path: str, default: Any = _MISSING) -> Any:
-        value = self.number(path, default)
-        if value is not default and value == 0:
-            raise self.error(f"holds {value!r} where a positive number belongs", path)
-        return value
-
-    def whole(self, path: str, default: Any = _MISSING) -> Any:
-        """A positive whole number."""
-        self.positive(path, default)
-        return self(path, int, default)
-
-    def choice(self, path: str, known: Sequence[str], default: str) -> Any:
-        value = self(path, str, default)
-        if value not in known:
-            raise self.error(f"holds {value!r}, which is none of {', '.join(known)}", path)
-        return value
-
-    def build(self, path: str, make: Callable[[], T]) -> T:
-        """What `make` makes of the values below `path`; what it refuses becomes an error of the recipe."""
-        try:
-            return make()
-        except RecipeError:
-            raise
-        except (RankAwareError, TypeError, ValueError, OverflowError) as error:
-            cause = error.cause if isinstance(error, RankAwareError) else f"{error}."
-            raise self.error(f"holds an impossible value: {cause.removesuffix('.')}", path) from error
-
-    def error(self, what: str, path: str) -> RecipeError:
-        return RecipeError(f"The recipe {self._target} {what}. @ {path}", "Restore the file, or make it anew.")
-
-
-def _read_toml(target: Path) -> dict[str, Any]:
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Let no other save into `folder`, by a lock that ends with the process. False where folders have no locks."""
     try:
-        data = tomli.loads(target.read_text(encoding="utf-8"))
+        import fcntl
+    except ImportError:  # Windows
+        yield False
+        return
+    handle, end = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
+    try:
+        locked = None
+        while locked is None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise OSError(f"another save in its folder goes on for {_PATIENCE:g} s") from None
+                time.sleep(0.005)
+            except OSError:  # some network file systems
+                locked = False
+        yield locked
+    finally:
+        os.close(handle)
+
+
+def _refuse_newer(target: Path) -> None:
+    try:
+        schema = tomli.loads(read_bytes(target, _MOST_TEXT).decode()).get("schema")
+    except (OSError, ValueError, RecursionError):
+        return  # there is no recipe, or none that can be read
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise RecipeError(f"The recipe at {target} is of a newer schema, {schema}.", "Update, or name another file.")
+
+
+def _leftovers(target: Path, beside: Path) -> Iterator[Path]:
+    """What earlier saves left: the tensors of other versions, and temporary files of those that were killed."""
+    stem, digits = re.escape(target.stem), "[0-9a-f]{12}"
+    tensors = re.compile(rf"{stem}\.{digits}\.safetensors")
+    staged = re.compile(rf"\.{stem}(\.toml|(\.{digits})?\.safetensors)\.[0-9a-z_]{{8}}")
+    names = os.listdir(target.parent)
+    yield from (
+        target.with_name(n) for n in names if staged.fullmatch(n) or (tensors.fullmatch(n) and n != beside.name)
+    )
+    former = target.with_name(f"{target.stem}.safetensors")  # schema 1 once named them so
+    try:
+        with safe_open(former, framework="np") as file:
+            if "fit.covariance" in file.keys():  # noqa: SIM118
+                yield former
+    except Exception:  # none there, or somebody else's
+        return
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _read_text(target: Path) -> bytes:
+    try:
+        return read_bytes(target, _MOST_TEXT)
     except FileNotFoundError as error:
         raise RecipeError(f"There is no recipe at {target}.", "Check the path, or make one by ra.calibrate.") from error
-    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
-        raise RecipeError(f"The recipe {target} cannot be read: {error}.", "Restore it or make it anew.") from error
-    schema = data.get("schema")
-    if not is_whole(schema):
-        raise RecipeError(f"{target} names no schema, so it is no recipe. @ schema", "Give a file made by Recipe.save.")
-    if schema > SCHEMA:
-        raise RecipeError(
-            f"The recipe {target} is of schema {schema}, this package reads up to {SCHEMA}. @ schema",
-            "Update rankaware-optim.",
-        )
-    return data
+    except OSError as error:
+        raise RecipeError(f"The recipe {target} cannot be read: {error}.", "Restore or remake it.") from error
+
+
+def _parsed(text: bytes, target: Path) -> dict[str, Any]:
+    try:
+        return tomli.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"The recipe {target} cannot be read: {error}.", "Restore or remake it.") from error
 
 
 def _read_tensors(target: Path, name: str, sha256: str) -> dict[str, torch.Tensor]:
     path = target.parent / Path(name).name
+    if not os.path.lexists(path):  # a link to the TOML alone
+        path = Path(os.path.realpath(target)).parent / path.name
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, _MOST_TENSORS)
     except OSError as error:
         raise RecipeError(f"The tensors {path} of the recipe cannot be read: {error}.", "Copy both files.") from error
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -173,5 +174,5 @@ def _read_tensors(target: Path, name: str, sha256: str) -> dict[str, torch.Tenso
         )
     try:
         return load(data)
-    except SafetensorError as error:
-        raise RecipeError(f"The tensors {path} cannot be read: {error}.", "Make the recipe anew.") from error
+    except Exception as error:  # safetensors raises its own, KeyError, TypeError and more, by what is damaged
+        raise RecipeError(f"The tensors {path} cannot be read: {error}.", "Remake the recipe.") from error

@@ -24,6 +24,7 @@ from ._recipe import Recipe, known_rate
 _FORMER_DRIFT = {"A": 0.0, "B": -0.45}
 _MARGIN = 2.0**0.5  # left and right of the rates drawn
 _STEPS = 200  # of a curve
+_MOST = 1e100  # of a score that is drawn
 
 Array = npt.NDArray[np.float64]
 Trials = Mapping["int | None", Sequence["Point"]]
@@ -147,6 +148,7 @@ def _trials(recipe: Recipe) -> dict[int | None, list[Point]]:
     if not {"rank", "lr", "value"} <= held.keys():
         return {}
     ranks, base, values = (held[key].tolist() for key in ("rank", "lr", "value"))
+    values = [math.inf if abs(value) > _MOST else value for value in values]
     own = held["own_lr"].tolist() if "own_lr" in held else [math.nan] * len(ranks)
     if any(map(math.isnan, own)):
         own = _moved(recipe, ranks, base)
@@ -156,10 +158,15 @@ def _trials(recipe: Recipe) -> dict[int | None, list[Point]]:
     fates = ["pruned" if p else "diverged" if d else "finished" for d, p in zip(lost, cut, strict=True)]
     curves = [[value] if math.isfinite(value) else [] for value in values]
     if {"curve", "steps"} <= held.keys():
-        curves = [curve[:n] for curve, n in zip(held["curve"].tolist(), held["steps"].tolist(), strict=True)]
+        ran = [curve[:n] for curve, n in zip(held["curve"].tolist(), held["steps"].tolist(), strict=True)]
+        curves = [mine if mine and all(map(_is_drawn, mine)) else one for mine, one in zip(ran, curves, strict=True)]
     rows = list(zip(ranks, map(Point, own, values, seeds, fates, curves), strict=True))
     order = sorted(set(ranks), key=lambda rank: (rank == 0, rank))
     return {rank or None: [point for r, point in rows if r == rank] for rank in order}
+
+
+def _is_drawn(value: float) -> bool:
+    return abs(value) <= _MOST
 
 
 def _moved(recipe: Recipe, ranks: Sequence[int], base: Sequence[float]) -> list[float]:

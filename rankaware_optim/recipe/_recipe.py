@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,8 +110,10 @@ class Recipe:
 
         Raises:
             RecipeError: alpha is needed and was not given, or was given where the sweep did not say it; or the rate
-                hangs on a fan-in, steps or batch that nobody told the recipe; or steps or batch are impossible.
+                depends on a fan-in, steps or batch that the recipe does not know; or steps or batch are impossible; or
+                the rate would not be a positive finite number.
             InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
+            LawError: the law has no usable multiplier there.
         """
         target = self._target(rank, alpha, method, rslora)
         given = {"init": init, "fan_in": fan_in}
@@ -135,18 +138,29 @@ class Recipe:
         sd, outside = spread(self, target)
         longer = self.horizon.by_steps(steps, self.steps, self.name, told=target.method == reference.method)
         larger = by_batch(batch, self.batch, math.log2(checked_batch_multiplier(self.law, 2.0)), self.name)
-        moved = checked_multiplier(self.law, target.as_factor(), reference) * 2.0 ** (longer.octaves + larger.octaves)
         sd, outside = math.hypot(sd, longer.sd, larger.sd), [*outside, *longer.notes, *larger.notes]
+        try:
+            moved = checked_multiplier(self.law, target.as_factor(), reference)
+            moved *= 2.0 ** (longer.octaves + larger.octaves)
+            width = 2.0 ** (Z90 * sd)
+        except OverflowError:
+            moved = width = math.inf
         best = self.best_lr * moved
         leans = [f"leans {self.lean:.2g} octaves low, since too high costs more"] if self.lean else []
-        return Rate(
+        rate = Rate(
             lr=best * 2.0**-self.lean,
-            low=best * 2.0 ** (-Z90 * sd),
-            high=best * 2.0 ** (Z90 * sd),
+            low=best / width,
+            high=best * width,
             ceiling=None if self.ceiling is None else self.ceiling * moved,
             extrapolated=bool(outside),
             notes=(*outside, *leans, *self.notes),
         )
+        if not all(edge is None or 0 < edge < math.inf for edge in (rate.lr, rate.low, rate.high, rate.ceiling)):
+            raise RecipeError(
+                f"Recipe {self.name!r} gives {target} a rate or a band that is not positive and finite.",
+                "Ask for a configuration nearer to its own, or restore the recipe.",
+            )
+        return rate
 
     def notes_for(self, survey: Survey, optimizer_class: type) -> tuple[str, ...]:
         """What a report should say of this recipe on a model: its band there, and what it was not made for.
@@ -205,12 +219,18 @@ class Recipe:
     # --- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write `path` (TOML) and the safetensors file beside it, atomically; a reader finds both or no recipe.
+        """Write `path` (TOML) and the safetensors file beside it; at any time a reader finds the old or the new recipe.
+
+        The tensors lie beside it under a name with their hash; those of an earlier version go last. A file keeps its
+        mode, a link stays one.
 
         Raises:
-            RecipeError: the folder cannot be written, or `path` does not end in .toml.
+            RecipeError: the folder cannot be written, `path` does not end in .toml, a newer package's recipe is there,
+                or a value of this one could not be read again.
         """
-        return recipe_files.write(path, recipe_toml.header(self), recipe_toml.to_document(self), self.arrays())
+        header, text, arrays = recipe_toml.header(self), recipe_toml.to_document(self), self.arrays()
+        read_again = partial(recipe_toml.from_document, type(self), tensors=arrays, target=path)
+        return recipe_files.write(path, header, text, arrays, read_again)
 
     def arrays(self) -> dict[str, torch.Tensor]:
         """What the safetensors file holds, by name."""
@@ -224,7 +244,7 @@ class Recipe:
             RecipeError: a file is missing, cut short, of a newer schema, altered, or holds an impossible value; the
                 message carries the value's path.
         """
-        return recipe_toml.from_document(cls, *recipe_files.read(path))
+        return recipe_toml.from_document(cls, *recipe_files.read(path), path)
 
 
 def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> Rate | None:

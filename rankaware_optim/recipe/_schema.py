@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._scaling_rule import SCALINGS
+from .._checks import MOST_TRIALS, RANGES
 from .._types import Reference
+from ..errors import InvalidReferenceError, RankAwareError
 from ..laws import Power, law_from_dict, law_to_dict
-from ._horizon import SLOPE_SD, Horizon
-from ._io import Reader
+from ._document import Document, impossible
+from ._horizon import Horizon
 from ._uncertainty import own_band
 
 if TYPE_CHECKING:
     from ._recipe import Recipe
+
+_MOST_VARIANCE = 1e4  # octaves², of rates that are known to within a hundred octaves
+_WHOLE, _FLOAT, _BOOL = (torch.int64,), (torch.float32, torch.float64), (torch.bool,)
+_ANY = (*_WHOLE, *_FLOAT, *_BOOL)
+
+
+def _within(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    low, high = RANGES[name]
+    return lambda value: (value.double() >= low) & (value.double() <= high)
+
+
+# Tensors of trials: dtypes, axes, and what their numbers may be.
+_TRIAL: Mapping[str, tuple[tuple[torch.dtype, ...], int, Callable[[torch.Tensor], torch.Tensor] | None]] = {
+    "rank": (_WHOLE, 1, lambda value: (value == 0) | _within("rank")(value)),
+    "seed": (_WHOLE, 1, None),
+    "lr": (_FLOAT, 1, _within("trial_lr")),
+    "own_lr": (_FLOAT, 1, lambda value: value.isnan() | _within("trial_lr")(value)),
+    "value": (_FLOAT, 1, None),
+    "diverged": (_BOOL, 1, None),
+    "pruned": (_BOOL, 1, None),
+    "steps": (_WHOLE, 1, lambda value: (value == 0) | _within("steps")(value)),
+    "curve": (_FLOAT, 2, None),
+}
 
 
 def header(recipe: Recipe) -> str:
@@ -34,7 +60,8 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
     r, trials = recipe.reference, recipe.tensors
     low, high = own_band(recipe)
     # Training steps of all trials, and the pruned and diverged ones among them.
-    spent = {key: int(trials[key].sum()) for key in ("steps", "pruned", "diverged") if "steps" in trials}
+    counted = [key for key in ("steps", "pruned", "diverged") if key in trials and "steps" in trials]
+    spent = {key: int(trials[key].sum()) for key in counted}
     return {
         "name": recipe.name,
         "rate": {
@@ -83,66 +110,73 @@ def plain_setting(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else repr(value)
 
 
-def from_document(cls: type[Recipe], take: Reader, tensors: dict[str, torch.Tensor]) -> Recipe:
-    """The recipe in both files, every value checked."""
-    law = take.build("law", lambda: law_from_dict(take("law", dict)))
-    ranks = take("seen.ranks", list, [])
-    if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
-        raise take.error(f"holds {ranks!r} where positive whole numbers belong", "seen.ranks")
+def from_document(
+    cls: type[Recipe], found: Document, tensors: Mapping[str, torch.Tensor], target: str | os.PathLike[str]
+) -> Recipe:
+    """The recipe in both files; what no type can say of their values is checked here."""
+    path, at, seen, horizon = Path(target), found.reference, found.seen, found.horizon
+    try:
+        law = law_from_dict(found.law)
+    except Exception as error:  # a stranger's law may raise anything
+        cause = error.cause if isinstance(error, RankAwareError) else f"{type(error).__name__}: {error}"
+        raise impossible(path, cause.removesuffix("."), "law") from error
+    try:
+        width = None if at.fan_in == "unknown" else at.fan_in
+        reference = Reference(at.rank, at.alpha, at.rslora, at.init, width, at.method, at.batch)
+    except InvalidReferenceError as error:
+        raise impossible(path, error.cause.removesuffix("."), "reference") from error
     made = cls(
-        name=take("name", str),
-        best_lr=take.positive("rate.best_lr"),
-        lean=take.number("rate.lean_octaves", 0.0),
-        ceiling=take.positive("rate.ceiling", None),
-        reference=take.build("reference", lambda: _reference(take)),
+        name=found.name,
+        best_lr=found.rate.best_lr,
+        lean=found.rate.lean_octaves,
+        ceiling=found.rate.ceiling,
+        reference=reference,
         law=law if isinstance(law, Power) else Power(law=law),
-        covariance=_covariance(tensors.pop("fit.covariance", None), take),
-        scaling_rule=take.choice("scaling_rule", SCALINGS, "unknown"),
-        full_fan_in=take.positive("reference.full_fan_in", None),
-        ranks=tuple(ranks),
-        full_seen=take("seen.full", bool, False),
-        optimizer=take("optimizer.class", str),
-        settings=take("optimizer.settings", dict, {}),
-        steps=None if take("horizon.steps", object) == "unknown" else take.whole("horizon.steps"),
-        batch=take.positive("horizon.batch", None),
-        warmup=take.number("horizon.warmup_share", None),
-        horizon=Horizon(take.signed("horizon.slope", 0.0), take.number("horizon.slope_sd", SLOPE_SD)),
-        seed=take("seen.seed", int, 0),
-        versions=take("versions", dict, {}),
-        notes=tuple(map(str, take("seen.notes", list, []))),
-        tensors=_trials(tensors, take),
+        covariance=_covariance(tensors.get("fit.covariance"), path),
+        scaling_rule=found.scaling_rule,
+        full_fan_in=at.full_fan_in,
+        ranks=seen.ranks,
+        full_seen=seen.full,
+        optimizer=found.optimizer.name,
+        settings=found.optimizer.settings,
+        steps=None if horizon.steps == "unknown" else horizon.steps,
+        batch=horizon.batch,
+        warmup=horizon.warmup_share,
+        horizon=Horizon(horizon.slope, horizon.slope_sd),
+        seed=seen.seed,
+        versions=found.versions,
+        notes=seen.notes,
+        tensors=_trials(tensors, path),
     )
-    if not math.isclose(take.positive("rate.lr"), made.lr, rel_tol=1e-6):
-        raise take.error("holds another rate than its best one and its lean give", "rate.lr")
+    try:
+        own_band(made)
+    except OverflowError as error:
+        raise impossible(path, "its band has no bounds", "fit.covariance") from error
+    if not math.isclose(found.rate.lr, made.lr, rel_tol=1e-6):
+        raise impossible(path, "it is another rate than the best one and the octaves below it give", "rate.lr")
     return made
 
 
-def _reference(take: Reader) -> Reference:
-    return Reference(
-        rank=take.whole("reference.rank", None),
-        alpha=take.positive("reference.alpha", None),
-        rslora=take("reference.rslora", bool, False),
-        init=take.choice("reference.init", ("A", "B"), "A"),
-        fan_in=None if take("reference.fan_in", object) == "unknown" else take.positive("reference.fan_in"),
-        method=take.choice("reference.method", ("lora", "full"), "lora"),
-        batch=take.positive("reference.batch", None),
-    )
-
-
-def _covariance(tensor: torch.Tensor | None, take: Reader) -> torch.Tensor:
-    if tensor is None or tensor.shape != (3, 3) or not tensor.is_floating_point() or not tensor.isfinite().all():
-        raise take.error("has no usable 3 × 3 covariance", "fit.covariance")
+def _covariance(tensor: torch.Tensor | None, target: Path) -> torch.Tensor:
+    where = "fit.covariance"
+    if tensor is None or tensor.shape != (3, 3) or tensor.dtype not in (torch.float32, torch.float64):
+        raise impossible(target, "there is no 3 × 3 covariance of floats", where)
+    if not bool((tensor.abs() <= _MOST_VARIANCE).all()):
+        raise impossible(target, f"it is not finite, or above {_MOST_VARIANCE:g}", where)
     spectrum = torch.linalg.eigvalsh((tensor + tensor.T).double())
     if spectrum[0] < -1e-6 * spectrum[-1].abs():
-        raise take.error("has a covariance with a negative variance", "fit.covariance")
+        raise impossible(target, "a variance is negative", where)
     return tensor
 
 
-def _trials(tensors: Mapping[str, torch.Tensor], take: Reader) -> dict[str, torch.Tensor]:
+def _trials(tensors: Mapping[str, torch.Tensor], target: Path) -> dict[str, torch.Tensor]:
     trials = {key.removeprefix("trial."): value for key, value in tensors.items() if key.startswith("trial.")}
-    if len({len(value) if value.dim() else 0 for value in trials.values()}) > 1:
-        raise take.error("has tensors of different numbers of trials", "trial")
-    lr = trials.get("lr", torch.ones(1))
-    if not bool((torch.isfinite(lr) & (lr > 0)).all()):
-        raise take.error("has a trial whose rate is not positive", "trial.lr")
+    for key, value in trials.items():
+        kinds, axes, good = _TRIAL.get(key, (_ANY, value.dim() or 1, None))
+        if value.dtype not in kinds or value.dim() != axes:
+            raise impossible(target, f"it is of {value.dtype} with {value.dim()} axes", f"trial.{key}")
+        if good is not None and not bool(good(value).all()):
+            raise impossible(target, "a trial has a number out of range", f"trial.{key}")
+    if len(counts := {len(value) for value in trials.values()}) > 1 or max(counts, default=0) > MOST_TRIALS:
+        raise impossible(target, f"tensors are of different numbers of trials, or of more than {MOST_TRIALS}", "trial")
     return trials

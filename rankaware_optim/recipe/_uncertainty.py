@@ -26,7 +26,7 @@ _DRIFT_SHARE = 0.5
 def own_band(recipe: Recipe) -> tuple[float, float]:
     """Low and high of the 90 % band of the best rate at the recipe's reference."""
     octaves = Z90 * spread(recipe, recipe.reference)[0]
-    return recipe.best_lr * 2.0**-octaves, recipe.best_lr * 2.0**octaves
+    return recipe.best_lr / 2.0**octaves, recipe.best_lr * 2.0**octaves
 
 
 def spread(recipe: Recipe, target: Reference) -> tuple[float, list[str]]:
@@ -35,7 +35,7 @@ def spread(recipe: Recipe, target: Reference) -> tuple[float, list[str]]:
     octaves = math.log2(((target.fan_in if full else target.rank) or pivot) / pivot)
     # How log2 of the rate moves with what the covariance is of: base, drift, factor of full finetuning.
     x = torch.tensor([1.0, octaves if recipe.law.to_full or not full else 0.0, float(full)], dtype=torch.float64)
-    variance = float(x @ recipe.covariance.double() @ x)
+    variance = max(0.0, float(x @ recipe.covariance.double() @ x))
     unseen = list(_unseen(recipe, target))
     return math.sqrt(variance + sum(sd**2 for sd, _ in unseen)), [words for _, words in unseen]
 

@@ -1,10 +1,12 @@
-"""Recipes of every kind that there is to draw or print."""
+"""Recipes of every kind that there is to draw or print, and where their tensors lie."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import tomli
 import torch
 
 from rankaware_optim import Power, Recipe, Reference
@@ -52,8 +54,22 @@ KINDS = {
         scaling_rule="unknown",
         tensors={**TENSORS, "rank": torch.tensor([4, 0] * 3)},
     ),
+    "damaged curves": replace(
+        RECIPE,
+        tensors={
+            **TENSORS,
+            "steps": torch.tensor([0, 2, 2, 2, 2, 2]),
+            "curve": torch.tensor([[0.9, 0.5]] * 5 + [[math.nan, 0.7]]),
+        },
+    ),
+    "scores beyond floats": replace(RECIPE, tensors={**TENSORS, "value": VALUES.double() * 1e307}),
     "all alike": replace(RECIPE, tensors={**TENSORS, "value": torch.ones(6)}),
     "scores below zero": replace(RECIPE, tensors={**TENSORS, "value": -VALUES}),
     "rank 1": replace(RECIPE, ranks=(1, 2), tensors={**TENSORS, "rank": torch.tensor([1, 1, 1, 2, 2, 2])}),
     "seven ranks": replace(RECIPE, ranks=(1, 2, 4, 8, 16, 32, 64)),
 }
+
+
+def tensors_of(path: Path) -> Path:
+    """The safetensors file that a saved recipe names."""
+    return path.with_name(tomli.loads(path.read_text(encoding="utf-8"))["tensors"]["file"])

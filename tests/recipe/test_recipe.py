@@ -34,6 +34,7 @@ from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.recipe import Horizon
 
 from ..helpers.models import mlp, train
+from ..helpers.recipes import tensors_of
 
 WIDTH = 16  # that of models.mlp
 AT_16 = Reference(rank=16, alpha=32, fan_in=WIDTH)
@@ -130,7 +131,7 @@ def test_the_toml_introduces_itself(tmp_path):
     lines = recipe().save(tmp_path / "r.toml").read_text().splitlines()
     assert [line[0] for line in lines[:3]] == ["#"] * 3
     assert lines[3] == "schema = 1"
-    assert 'file = "r.safetensors"' in lines
+    assert f'file = "{tensors_of(tmp_path / "r.toml").name}"' in lines
 
 
 def test_saving_leaves_two_files_and_nothing_else(tmp_path):
@@ -138,7 +139,7 @@ def test_saving_leaves_two_files_and_nothing_else(tmp_path):
     target = tmp_path / "deep" / "r.toml"
     for name in ("first", "second"):
         recipe(name=name).save(target)
-    assert sorted(p.name for p in target.parent.iterdir()) == ["r.safetensors", "r.toml"]
+    assert set(target.parent.iterdir()) == {target, tensors_of(target)}
     assert Recipe.load(target).name == "second"
 
 
@@ -147,23 +148,22 @@ def test_an_unwritable_place_is_refused_and_left_alone(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RecipeError, match="cannot be written"):
         recipe().save(tmp_path / "file" / "r.toml")
-    (tmp_path / "r.safetensors").mkdir()
+    (tmp_path / "r.toml").mkdir()
     with pytest.raises(RecipeError, match="cannot be written"):
         recipe().save(tmp_path / "r.toml")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "r.safetensors"]
+    assert (tmp_path / "r.toml").is_dir()
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_failed_save_keeps_the_older_recipe(tmp_path):
-    """A save that fails half-way leaves the recipe that was there readable."""
-    made = recipe()
+    """A save that fails half-way, where its tensors cannot be placed, leaves the recipe that was there."""
+    made, new = recipe(), recipe(tensors={})
     target = made.save(tmp_path / "r.toml")
-    (tmp_path / "r.safetensors").rename(tmp_path / "kept")
-    (tmp_path / "r.safetensors").mkdir()
+    tensors_of(new.save(tmp_path / "other" / "r.toml")).rename(tmp_path / "kept")
+    in_the_way = tmp_path / tensors_of(tmp_path / "other" / "r.toml").name
+    in_the_way.mkdir()
     with pytest.raises(RecipeError, match="cannot be written"):
-        recipe(name="new").save(target)
-    (tmp_path / "r.safetensors").rmdir()
-    (tmp_path / "kept").rename(tmp_path / "r.safetensors")
+        new.save(target)
     assert_same(made, Recipe.load(target))
 
 
@@ -195,10 +195,10 @@ DAMAGE = [
     ("r.toml", lambda p: p.write_bytes(b"\xff\xfe"), "cannot be read"),
     ("r.toml", replace_by_pickle, "cannot be read"),
     ("r.toml", lambda p: p.write_text(""), "no schema.* @ schema"),
-    ("r.safetensors", lambda p: p.unlink(), "tensors .* cannot be read"),
-    ("r.safetensors", cut, "do not match.* @ tensors.sha256"),
-    ("r.safetensors", lambda p: p.write_bytes(save({"x": torch.ones(1)})), "do not match.* @ tensors.sha256"),
-    ("r.safetensors", replace_by_pickle, "do not match.* @ tensors.sha256"),
+    ("tensors", lambda p: p.unlink(), "tensors .* cannot be read"),
+    ("tensors", cut, "do not match.* @ tensors.sha256"),
+    ("tensors", lambda p: p.write_bytes(save({"x": torch.ones(1)})), "do not match.* @ tensors.sha256"),
+    ("tensors", replace_by_pickle, "do not match.* @ tensors.sha256"),
 ]
 
 
@@ -206,7 +206,7 @@ DAMAGE = [
 def test_damaged_files_are_refused(name, damage, message, tmp_path):
     """A missing, cut, altered or foreign file is an error that says which file."""
     target = recipe().save(tmp_path / "r.toml")
-    damage(tmp_path / name)
+    damage(tensors_of(target) if name == "tensors" else target)
     with pytest.raises(RecipeError, match=message):
         Recipe.load(target)
 
@@ -268,6 +268,28 @@ def test_a_number_that_cannot_be_is_refused_with_its_path(key, value, tmp_path):
 
 
 OTHER_VALUES = [
+    ("rate:best_lr", "best_lr = 1e-320", "best_lr"),
+    ("rate:lean_octaves", "lean_octaves = 11", "<= 10.* @ rate.lean_octaves"),
+    ("reference:rank", "rank = 2147483648", "<= 2147483647.* @ reference.rank"),
+    ("reference:fan_in", "fan_in = 1e300", "@ reference.fan_in"),
+    ("horizon:slope", "slope = -1e24", ">= -10.* @ horizon.slope"),
+    ("horizon:batch", "batch = 1e-320", "@ horizon.batch"),
+    ("horizon:warmup_share", "warmup_share = 2", "<= 1.* @ horizon.warmup_share"),
+    ("law:exponent", "exponent = 1000000000", "exponent=1000000000.0.* @ law"),
+    ("law:exponent", "exponent = -10.5", "exponent.* @ law"),
+    ("law:pivot", "pivot = 5e-324", "pivot.* @ law"),
+    ("law.law:tokens", "tokens = 1e300", "tokens.* @ law"),
+    ("law:name", 'name = "measured"\nsteps = 1000000', "no parameter|steps=1000000"),
+    ("seen:seed", "seed = 9223372036854775808", "@ seen.seed"),
+    ("seen:notes", "notes = [1]", r"@ seen.notes\[0\]"),
+    ("optimizer.settings:foreach", "foreach = 0x" + "f" * 100, "@ optimizer.settings"),
+    ("optimizer.settings:foreach", "foreach = {a = 1}", "@ optimizer.settings"),
+    ("versions:torch", "torch = 2.6", "@ versions"),
+    ("name", "name = " + "[" * 5000, "cannot be read"),
+    ("name", "name = " + "9" * 5000, "cannot be read"),
+    ("law:name", 'name = "power"\n[law.law.law.law.law.law.law.law.law.law.law.law]\nname = "mua"', "law"),
+    ("tensors:file", 'file = "a\\u0000b"', "cannot be read"),
+    ("tensors:file", 'file = ""', "cannot be read"),
     ("schema", "schema = 2", "@ schema"),
     ("schema", 'schema = "1"', "@ schema"),
     ("schema", "schema = true", "@ schema"),
@@ -320,6 +342,19 @@ def test_a_rate_edited_by_hand_is_refused(tmp_path):
 
 NAN = math.nan
 TENSORS = [
+    ("fit.covariance", torch.eye(3).to(torch.float8_e4m3fn), "@ fit.covariance"),
+    ("fit.covariance", torch.eye(3) * 1e300, "@ fit.covariance"),
+    ("trial.lr", torch.tensor([1e-3, 1e300], dtype=torch.float64), "@ trial.lr"),
+    ("trial.lr", torch.ones(2, dtype=torch.float8_e4m3fn), "@ trial.lr"),
+    ("trial.lr", torch.ones(2, dtype=torch.complex64), "@ trial.lr"),
+    ("trial.lr", torch.ones(2, 1), "@ trial.lr"),
+    ("trial.rank", torch.tensor([4, -64]), "@ trial.rank"),
+    ("trial.rank", torch.tensor([4.0, 64.0]), "@ trial.rank"),
+    ("trial.steps", torch.tensor([4, -1]), "@ trial.steps"),
+    ("trial.curve", torch.ones(2), "@ trial.curve"),
+    ("trial.diverged", torch.ones(2), "@ trial.diverged"),
+    ("trial.value", torch.ones(1), "different numbers of trials.* @ trial"),
+    ("trial.unheard", torch.ones(2, dtype=torch.bfloat16), "@ trial.unheard"),
     ("fit.covariance", None, "@ fit.covariance"),
     ("fit.covariance", torch.full((3, 3), NAN), "@ fit.covariance"),
     ("fit.covariance", torch.eye(2), "@ fit.covariance"),
@@ -335,7 +370,7 @@ TENSORS = [
 
 def with_tensor(target, key: str, value: torch.Tensor | None) -> None:
     """Change one tensor of a saved recipe and its hash with it."""
-    beside = target.with_suffix(".safetensors")
+    beside = tensors_of(target)
     arrays = load(beside.read_bytes()) | ({} if value is None else {key: value})
     if value is None:
         del arrays[key]
@@ -355,7 +390,7 @@ def test_impossible_tensors_are_refused(key, value, message, tmp_path):
 def test_tensors_are_read_as_safetensors_only(tmp_path):
     """A pickle or cut file whose hash is right is refused, and nothing is unpickled."""
     target = recipe().save(tmp_path / "r.toml")
-    beside = tmp_path / "r.safetensors"
+    beside = tensors_of(target)
     for data in (pickle.dumps(Unpicklable()), beside.read_bytes()[:-8], b""):
         beside.write_bytes(data)
         edit(target, "tensors:sha256", f'sha256 = "{hashlib.sha256(data).hexdigest()}"')
@@ -366,10 +401,56 @@ def test_tensors_are_read_as_safetensors_only(tmp_path):
 def test_the_tensors_are_looked_for_beside_the_recipe_only(tmp_path):
     """A path in tensors.file leads nowhere but to the recipe's own folder."""
     target = recipe().save(tmp_path / "in" / "r.toml")
-    (tmp_path / "in" / "r.safetensors").rename(tmp_path / "r.safetensors")
+    tensors_of(target).rename(tmp_path / "r.safetensors")
     edit(target, "tensors:file", 'file = "../r.safetensors"')
     with pytest.raises(RecipeError, match=r"in/r\.safetensors .* cannot be read"):
         Recipe.load(target)
+
+
+def test_a_law_written_in_whole_numbers_is_of_floats(tmp_path):
+    """Whole numbers in a law's table are read as floats, and the recipe's hash is the same before and after."""
+    made = recipe(law=Power(exponent=1, law=MuA(tokens=4)))
+    found = Recipe.load(made.save(tmp_path / "r.toml"))
+    assert (type(found.law.exponent), type(found.law.law.tokens)) == (float, float)
+    assert found.tag == made.tag
+
+
+@extrapolates
+@settings(deadline=None, max_examples=200)
+@given(
+    exponent=st.sampled_from([-10, 10.0]) | st.floats(-10, 10),
+    lr=st.sampled_from([1e-30, 1e6]),
+    slope=st.floats(-10, 10),
+    variance=st.floats(0, 1e4),
+    fan_in=st.sampled_from([None, 1e-9, 1.0, 1e12]),
+    target=st.fixed_dictionaries(
+        {},
+        optional={
+            "rank": st.sampled_from([1, 64, 2**31 - 1]),
+            "alpha": st.sampled_from([1e-12, 1.0, 1e12]),
+            "fan_in": st.sampled_from([1e-9, 1e12]),
+            "steps": st.sampled_from([1, 10**15]),
+            "batch": st.sampled_from([1e-9, 1e15]),
+        },
+    )
+    | st.fixed_dictionaries({"method": st.just("full")}, optional={"fan_in": st.sampled_from([1e-9, 1e12])}),
+)
+def test_a_rate_is_positive_and_finite_or_an_error(exponent, lr, slope, variance, fan_in, target):
+    """At the ends of every range a rate, its band and its ceiling are positive finite numbers, or our error says so."""
+    made = recipe(
+        best_lr=lr,
+        ceiling=lr,
+        law=Power(exponent=exponent, pivot=1e-9, law=MuA(tokens=None)),
+        covariance=torch.eye(3) * variance,
+        horizon=Horizon(slope, 0.3),
+        reference=replace(AT_16, fan_in=fan_in),
+    )
+    try:
+        rate = made.at(**target)
+    except RankAwareError:
+        return
+    assert 0 < rate.low <= rate.high < math.inf
+    assert all(0 < value < math.inf for value in (rate.lr, rate.ceiling))
 
 
 # --- rates ----------------------------------------------------------------------------------------------------------

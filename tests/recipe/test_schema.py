@@ -15,6 +15,7 @@ import rankaware_optim as ra
 from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import mlp
+from ..helpers.recipes import tensors_of
 
 PAGE = Path(__file__).parents[2] / "recipes" / "SCHEMA.md"
 ROW = re.compile(r"^\| `([^`]+)` \| ([^|]+) \| ([^|]*)\| ([^|]+) \| (\d+) \|$", re.M)
@@ -59,7 +60,7 @@ def written(tmp_path_factory) -> dict:
     for number, made in enumerate((calibrated(), swept())):
         for kind, recipe in enumerate((made, replace(filled(made), reference=filled(made.reference)))):
             path = recipe.save(tmp_path_factory.mktemp("schema") / f"{number}{kind}.toml")
-            found |= dict(flat(tomli.loads(path.read_text()))) | load_file(path.with_suffix(".safetensors"))
+            found |= dict(flat(tomli.loads(path.read_text()))) | load_file(tensors_of(path))
     return found
 
 

@@ -1,0 +1,48 @@
+"""Whole files: only regular ones are read, and one is replaced at once or left as it was."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The bytes of a regular file of at most `most`; everything else is an OSError. A pipe might never end."""
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("it is no regular file")
+            if status.st_size > most:
+                raise OSError(f"it is longer than {most:,} bytes")
+            return file.read()
+    except ValueError as error:  # a name with a NUL in it
+        raise OSError(str(error)) from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def replace_bytes(path: Path, data: bytes, *, like: Path | None = None) -> None:
+    """Make `data` the content of `path`, or of what it links to, at once; an OSError leaves it as it was.
+
+    The file keeps its mode, or has that of `like`; a new one has what the umask leaves.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise OSError("it is no regular file")
+    made = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        with open(made, "xb") as file:
+            with suppress(FileNotFoundError):
+                os.chmod(made, stat.S_IMODE(os.stat(like or target).st_mode))
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(made, target)
+    finally:
+        made.unlink(missing_ok=True)

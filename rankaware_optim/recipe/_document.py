@@ -1,0 +1,118 @@
+"""A recipe's TOML as types: every section and field, and what a value may be. msgspec holds a file against them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from .._checks import RANGES, shown
+from .._scaling_rule import Scaling
+from ..errors import RecipeError
+from ._horizon import SLOPE_SD
+
+SCHEMA = 1
+
+
+def _of(name: str, kind: type = float) -> Meta:
+    low, high = RANGES[name]
+    return Meta(ge=low, le=high) if kind is float else Meta(ge=math.ceil(low), le=min(int(high), 2**63 - 1))
+
+
+Lr = Annotated[float, _of("lr")]
+Octaves = Annotated[float, _of("octaves")]
+Rank = Annotated[int, _of("rank", int)]
+Steps = Annotated[int, _of("steps", int)]
+Seed = Annotated[int, _of("seed", int)]
+# A whole number stays one: the hash of a recipe is of it.
+FanIn = Annotated[int, _of("fan_in", int)] | Annotated[float, _of("fan_in")]
+Batch = Annotated[int, _of("batch", int)] | Annotated[float, _of("batch")]
+Plain = bool | Seed | float | str
+Unknown = Literal["unknown"]
+
+
+class RateSection(Struct, frozen=True):
+    lr: Lr
+    best_lr: Lr
+    ceiling: Lr | None = None
+    lean_octaves: Octaves = 0.0
+
+
+class ReferenceSection(Struct, frozen=True):
+    fan_in: FanIn | Unknown
+    method: Literal["lora", "full"] = "lora"
+    rank: Rank | None = None
+    alpha: Annotated[float, _of("alpha")] | None = None
+    rslora: bool = False
+    init: Literal["A", "B"] = "A"
+    full_fan_in: FanIn | None = None
+    batch: Batch | None = None
+
+
+class OptimizerSection(Struct, frozen=True, rename={"name": "class"}):
+    name: str
+    settings: dict[str, Plain | list[Plain | list[Plain]]] = {}
+
+
+class HorizonSection(Struct, frozen=True):
+    steps: Steps | Unknown
+    batch: Batch | None = None
+    warmup_share: Annotated[float, _of("share")] | None = None
+    slope: Annotated[float, _of("slope")] = 0.0
+    slope_sd: Octaves = SLOPE_SD
+
+
+class SeenSection(Struct, frozen=True):
+    ranks: Annotated[tuple[Rank, ...], Meta(max_length=1000)] = ()
+    full: bool = False
+    seed: Seed = 0
+    notes: tuple[str, ...] = ()
+
+
+class TensorsSection(Struct, frozen=True):
+    file: str
+    sha256: str
+
+
+class Document(Struct, frozen=True):
+    """What is read of the TOML; what is written for people alone, as `band_low`, is not in it."""
+
+    name: str
+    rate: RateSection
+    reference: ReferenceSection
+    law: dict[str, Any]
+    optimizer: OptimizerSection
+    horizon: HorizonSection
+    tensors: TensorsSection
+    scaling_rule: Scaling = "unknown"
+    seen: SeenSection = SeenSection()
+    versions: dict[str, str] = {}
+
+
+def checked(data: Mapping[str, Any], target: Path) -> Document:
+    """The document in nested plain values. Raises a RecipeError with the path of what is missing or impossible."""
+    schema = data.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise RecipeError(f"{target} names no schema, so it is no recipe. @ schema", "Give a file made by Recipe.save.")
+    if schema > SCHEMA:
+        raise RecipeError(
+            f"The recipe {target} is of schema {shown(schema)}, this package knows up to {SCHEMA}. @ schema",
+            "Update rankaware-optim, or name another file.",
+        )
+    try:
+        return msgspec.convert(data, Document)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).removesuffix("`").partition(" - at `$.")
+        lacking = re.search("missing required field `([^`]+)", what)
+        path = ".".join(filter(None, (path, lacking and lacking[1])))
+        raise impossible(target, what, path) from error
+
+
+def impossible(target: Path, what: str, path: str) -> RecipeError:
+    """The error of a value that cannot be, with its path."""
+    return RecipeError(f"The recipe {target} has an impossible value: {what}. @ {path}", "Restore or remake the file.")

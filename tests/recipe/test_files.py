@@ -1,0 +1,147 @@
+"""A recipe's two files: what is there after a kill, beside another save or reader, and what a save leaves alone."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankaware_optim import Recipe, RecipeError
+from rankaware_optim._files import read_bytes
+
+from ..helpers.recipes import RECIPE, TENSORS, tensors_of
+
+ROOT = Path(__file__).parents[2]
+HANG = 120  # seconds
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory) -> list[list[str]]:
+    """The lines of helpers/torn_saves.py."""
+    command = [sys.executable, "-m", "tests.helpers.torn_saves", str(tmp_path_factory.mktemp("torn"))]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    assert not ended.returncode, ended.stderr
+    return [line.split() for line in ended.stdout.splitlines()]
+
+
+def test_a_killed_save_leaves_one_whole_recipe(attacked):
+    """Killed before any of its file operations, a save leaves the old recipe or the new one, and the next clears up."""
+    names = [name for kind, _, name, _ in attacked if kind == "killed"]
+    assert names == sorted(names, reverse=True)
+    assert set(names) == {"old", "new"}
+    assert {files for kind, _, _, files in attacked if kind == "killed"} == {"2"}
+
+
+def test_a_reader_finds_one_whole_recipe(attacked):
+    """A save between any two of a reader's file operations gives it the new recipe or the old one, no error."""
+    names = [name for kind, _, name, _ in attacked if kind == "read"]
+    assert len(names) >= 2
+    assert set(names) == {"old", "new"}
+
+
+def test_two_saves_at_once_leave_one_whole_recipe(tmp_path):
+    """Of different recipes saved over one path at the same time one stays, with its own tensors and no other file."""
+    target, kinds = tmp_path / "r.toml", [replace(RECIPE, name=name) for name in "ab"]
+    kinds += [replace(made, tensors={**TENSORS, "seed": TENSORS["seed"] + 1}) for made in kinds]
+    for number in range(20):
+        pair = kinds[number % 4], kinds[(number + 1 + number // 4) % 4]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda made: made.save(target), pair, timeout=HANG))
+        found = Recipe.load(target)
+        assert any(made.name == found.name and made.tensors["seed"].equal(found.tensors["seed"]) for made in pair)
+        assert set(tmp_path.iterdir()) == {target, tensors_of(target)}
+
+
+def test_a_recipe_of_the_former_names_is_read_and_replaced(tmp_path):
+    """Tensors called as the recipe are read; the next save removes them, and leaves somebody's own weights alone."""
+    target = RECIPE.save(tmp_path / "r.toml")
+    hashed = tensors_of(target)
+    target.write_text(target.read_text().replace(hashed.name, "r.safetensors"))
+    hashed.rename(tmp_path / "r.safetensors")
+    assert Recipe.load(target).tag == RECIPE.tag
+    RECIPE.save(target)
+    assert set(tmp_path.iterdir()) == {target, hashed}
+    theirs = tmp_path / "r.safetensors"
+    theirs.write_bytes(b"weights")
+    RECIPE.save(target)
+    assert theirs.read_bytes() == b"weights"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+@pytest.mark.parametrize(
+    ("umask", "former", "then"), [(0o077, None, 0o600), (0o002, None, 0o664), (0o022, 0o640, 0o640)]
+)
+def test_files_have_the_mode_that_they_should(umask, former, then, tmp_path):
+    """New files have what the umask leaves, and a recipe saved over keeps its mode, its tensors too."""
+    target, before = tmp_path / "r.toml", os.umask(umask)
+    try:
+        if former is not None:
+            RECIPE.save(target).chmod(former)
+        replace(RECIPE, tensors={}).save(target)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (target, tensors_of(target))} == {then}
+
+
+def test_a_link_stays_a_link(tmp_path):
+    """Saving through a symlink writes the recipe that it points to, and reading through it finds the tensors there."""
+    (tmp_path / "store").mkdir()
+    link, made = tmp_path / "r.toml", tmp_path / "store" / "v1.toml"
+    link.symlink_to(made)
+    for name in ("first", "second"):
+        assert replace(RECIPE, name=name).save(link) == link
+        assert link.is_symlink()
+        assert Recipe.load(link).name == Recipe.load(made).name == name
+    assert set((tmp_path / "store").iterdir()) == {made, tensors_of(made)}
+
+
+def test_a_newer_recipe_is_not_overwritten(tmp_path):
+    """A recipe of a newer schema is refused with its number, and both its files stay as they are."""
+    target = RECIPE.save(tmp_path / "r.toml")
+    target.write_text(target.read_text().replace("schema = 1", "schema = 7"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RecipeError, match="newer schema, 7"):
+        RECIPE.save(target)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+UNREADABLE = [{"best_lr": 1e-40}, {"notes": (3,)}, {"settings": {"x": 2**70}}, {"steps": -1}]
+UNREADABLE += [{"covariance": torch.eye(3) * math.nan}, {"tensors": {"lr": torch.zeros(2)}}]
+
+
+@pytest.mark.parametrize("change", UNREADABLE)
+def test_what_could_not_be_read_again_is_not_saved(change, tmp_path):
+    """A value that `load` would refuse is refused by `save`, and the recipe that was there stays."""
+    target = RECIPE.save(tmp_path / "r.toml")
+    with pytest.raises(RecipeError, match="impossible value"):
+        replace(RECIPE, **change).save(target)
+    assert Recipe.load(target).tag == RECIPE.tag
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
+def test_a_pipe_is_no_recipe(tmp_path):
+    """A pipe in the place of either file is an error at once, for nobody writes to it."""
+    target = RECIPE.save(tmp_path / "r.toml")
+    for path in (tensors_of(target), target):
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(RecipeError, match="no regular file"):
+            Recipe.load(target)
+    with pytest.raises(RecipeError, match="no regular file"):
+        RECIPE.save(target)
+
+
+def test_a_file_is_read_up_to_a_size(tmp_path):
+    """What is longer than asked for is an OSError with the size, not memory."""
+    (tmp_path / "x").write_bytes(b"1234")
+    assert read_bytes(tmp_path / "x", 4) == b"1234"
+    with pytest.raises(OSError, match="longer than 3 bytes"):
+        read_bytes(tmp_path / "x", 3)
