@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from .._checks import check_init
+from .._checks import check_init, is_within, range_of, shown
 from .._optimizer_classes import get_optimizer_class
 from .._scaling_rule import infer_scaling
 from .._types import Reference
@@ -87,6 +87,11 @@ def fit_sweep(
     True
     """
     check_init(init, "The sweep's init is", CalibrationError, known=("A", "B", None))
+    given = {"fan_in": fan_in, "full_fan_in": full_fan_in, "batch": batch, "steps": steps, "warmup": warmup}
+    for key, value in given.items():
+        kind = {"full_fan_in": "fan_in", "warmup": "share"}.get(key, key)
+        if value is not None and not is_within(kind, value):
+            raise CalibrationError(f"{key} is {shown(value)}.", f"Give {range_of(kind)}.")
     read = read_sweep(sweep, columns=columns)
     chosen = {"model": model, "batch": batch, "init": init, "steps": steps}
     runs = known_alpha(selected(read.runs, chosen), alpha)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .._checks import MOST_TRIALS, is_within, range_of, shown
+from .._files import read_bytes
 from ..errors import CalibrationError
 
 # Every field, and the columns of common tools that mean it; case, blanks, "-", "/" and the prefixes below are passed
@@ -37,12 +41,7 @@ _PREFIXES = ("params_", "config.", "config_")  # Optuna's dataframe, W&B's confi
 _ABSENT = ("", "nan", "none", "null")
 _DIVERGED = ("diverged", "nan", "inf", "infinity", "+inf")
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
-_KINDS: dict[str, Callable[[float], bool]] = {
-    "a number": lambda value: True,
-    "a positive number": lambda value: value > 0,
-    "a positive whole number": lambda value: value >= 1 and value == int(value),
-    "a whole number, 0 or more": lambda value: value >= 0 and value == int(value),
-}
+_MOST = 100_000_000  # bytes of a file
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
@@ -91,9 +90,11 @@ def read_sweep(source: Source | Sweep, *, columns: Mapping[str, str] | None = No
     """
     if isinstance(source, Sweep):
         return source
-    rows = list(_rows(source))
+    rows = list(islice(_rows(source), MOST_TRIALS + 1))
     if not rows:
         raise CalibrationError("The sweep holds no rows.", "Give at least two rates of one rank.")
+    if len(rows) > MOST_TRIALS:
+        raise CalibrationError(f"The sweep holds more than {MOST_TRIALS} rows.", "Give those of one model and task.")
     for place, row in rows:
         if not isinstance(row, Mapping):
             raise CalibrationError(
@@ -118,12 +119,12 @@ def _rows(source: Source) -> Iterator[tuple[str, Any]]:
         return
     path = Path(source)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path, _MOST).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"The sweep {path} cannot be read: {error}.", "Check the path and the file.") from error
     kind = path.suffix.lower()
     if kind in (".jsonl", ".ndjson"):
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 place = f"{path.name}, line {number}"
                 yield place, _parsed(line, place)
@@ -142,13 +143,17 @@ def _listed(rows: Any, file: str) -> Iterator[tuple[str, Any]]:
 def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{place} is no JSON: {error}.", "Correct it, or export the sweep again.") from error
 
 
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        columns = Counter(reader.fieldnames or ())
+        if any(count > 1 for count in columns.values()):
+            twice = columns.most_common(1)[0][0]
+            raise CalibrationError(f"{path.name} has two columns {twice!r}.", "Name each column once.")
         for row in reader:
             place = f"{path.name}, line {reader.line_num}"
             if None in row or None in row.values():
@@ -179,7 +184,7 @@ def _columns(present: Iterable[str], chosen: dict[str, str]) -> dict[str, str]:
         found = by_name[field] or [column for alias in ALIASES[field] for column in by_name[alias]]
         if len(found) > 1:
             raise CalibrationError(
-                f"The columns {' and '.join(found)} may all be {field}.",
+                f"The columns {' and '.join(map(str, found))} may all be {field}.",
                 f"Say which by columns={{{field!r}: {found[0]!r}}} (--column {field}={found[0]}).",
             )
         if found:
@@ -207,24 +212,27 @@ class _Cells(NamedTuple):
     def text(self, field: str) -> str | None:
         """The cell as text, or None where it is absent."""
         value = self.row.get(self.names.get(field, ""))
-        text = "" if value is None else str(value).strip()
+        try:
+            text = "" if value is None else str(value).strip()
+        except ValueError:  # an int of more than 4,300 digits
+            raise self.error(field, "a short text or number") from None
         return None if text.lower() in _ABSENT else text
 
-    def number(self, field: str, kind: str = "a positive number") -> float | None:
-        """The cell as a number of this kind, or None where it is absent."""
-        text = self.text(field)
+    def number(self, field: str, range_: str = "") -> float | None:
+        """The cell as a number in the range of this name, by default the field's, or None where it is absent."""
+        text, range_ = self.text(field), range_ or field
         if text is None:
             return None
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or not _KINDS[kind](value):
-            raise self.error(field, kind)
+        if not is_within(range_, value):
+            raise self.error(field, range_of(range_))
         return value
 
-    def whole(self, field: str, kind: str = "a positive whole number") -> int | None:
-        value = self.number(field, kind)
+    def whole(self, field: str) -> int | None:
+        value = self.number(field)
         return None if value is None else int(value)
 
     def choice(self, field: str, known: Mapping[str, Any]) -> Any:
@@ -236,14 +244,13 @@ class _Cells(NamedTuple):
     def loss(self) -> float | None:
         """Infinite where the run diverged, None where there is no loss."""
         value = self.row.get(self.names["loss"])
-        text = str(value).strip().lower()
-        if isinstance(value, (Real, str)) and text in _DIVERGED:
+        if isinstance(value, (Real, str)) and not isinstance(value, int) and str(value).strip().lower() in _DIVERGED:
             return math.inf
-        return self.number("loss", "a number")
+        return self.number("loss")
 
     def error(self, field: str, kind: str) -> CalibrationError:
         column = self.names.get(field, field)
-        cause = f"{self.place}, column {column!r}: {self.row.get(column)!r} stands where {kind} belongs."
+        cause = f"{self.place}, column {column!r}: {shown(self.row.get(column))} stands where {kind} belongs."
         return CalibrationError(cause, "Correct the cell.")
 
 
@@ -256,7 +263,7 @@ def _run_of(cells: _Cells) -> SweepRun | None:
         raise cells.error("rank", "a LoRA run's rank")
     lr = cells.number("lr")
     if lr is None:
-        raise cells.error("lr", "a positive number")
+        raise cells.error("lr", range_of("lr"))
     run = SweepRun(
         rank=rank,
         lr=lr,
@@ -265,10 +272,10 @@ def _run_of(cells: _Cells) -> SweepRun | None:
         rslora=rank is not None and cells.choice("rslora", _TRUTH),
         init=cells.choice("init", {"a": "A", "b": "B", "": None}),
         fan_in=cells.number("fan_in"),
-        seed=cells.whole("seed", "a whole number, 0 or more") or 0,
+        seed=cells.whole("seed") or 0,
         model=cells.text("model"),
         batch=cells.number("batch"),
         steps=cells.whole("steps"),
-        start=cells.number("start", "a number"),
+        start=cells.number("start", "loss"),
     )
     return None if loss is None else run

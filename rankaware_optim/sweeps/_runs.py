@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from .._checks import is_positive
+from .._checks import is_within, range_of, shown
 from .._types import Reference
 from ..calibration.fit import Observation
 from ..errors import CalibrationError
@@ -35,8 +35,8 @@ def selected(runs: Sequence[SweepRun], chosen: Mapping[str, Any]) -> tuple[Sweep
 
 def known_alpha(runs: Sequence[SweepRun], alpha: float | str | None) -> tuple[SweepRun, ...]:
     """The runs with `alpha` filled in where a LoRA row does not say it; "rank": its rank."""
-    if alpha not in (None, "rank") and not is_positive(alpha):
-        raise CalibrationError(f"alpha is {alpha!r}.", "Give a positive number, or 'rank' where it follows the rank.")
+    if alpha not in (None, "rank") and not is_within("alpha", alpha):
+        raise CalibrationError(f"alpha is {shown(alpha)}.", f"Give {range_of('alpha')}, or 'rank' where it follows it.")
     made = tuple(
         replace(run, alpha=float(run.rank if alpha == "rank" else alpha))
         if run.rank is not None and run.alpha is None and alpha is not None

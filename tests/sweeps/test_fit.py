@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 
@@ -363,15 +364,18 @@ def test_numpy_numbers_are_numbers():
 
 
 BAD_CELLS = [
-    ("rank", "sixteen", "positive whole number"), ("rank", "0", "positive whole number"),
-    ("rank", "1.5", "positive whole number"), ("rank", "-4", "positive whole number"),
-    ("lr", "fast", "positive number"), ("lr", "0", "positive number"), ("lr", "-1e-4", "positive number"),
-    ("lr", "inf", "positive number"), ("lr", "", "positive number"), ("lr", "1,5e-4", "positive number"),
-    ("loss", "low", "a number"), ("loss", "-inf", "a number"), ("alpha", "x", "positive number"),
-    ("alpha", "0", "positive number"), ("rslora", "maybe", "one of true"), ("init", "C", "one of a, b"),
-    ("method", "dora", "one of full, lora"), ("fan_in", "wide", "positive number"), ("seed", "1.5", "whole number"),
-    ("seed", "one", "whole number"), ("batch", "-1", "positive number"), ("steps", "0.5", "whole number"),
-    ("start", "inf", "a number"),
+    ("rank", "sixteen", "whole number from 1"), ("rank", "0", "whole number from 1"),
+    ("rank", "1.5", "whole number from 1"), ("rank", "-4", "whole number from 1"), ("rank", "1e10", "to 2147483647"),
+    ("lr", "fast", "from 1e-30"), ("lr", "0", "from 1e-30"), ("lr", "-1e-4", "from 1e-30"),
+    ("lr", "1e-320", "from 1e-30"),
+    ("lr", "inf", "from 1e-30"), ("lr", "", "from 1e-30"), ("lr", "1,5e-4", r"to 1e\+06"), ("lr", "1e7", r"to 1e\+06"),
+    ("loss", "low", "a number from"), ("loss", "-inf", "a number from"), ("loss", "1e300", r"to 1e\+30"),
+    ("alpha", "x", "a number from"), ("alpha", "1e300", r"to 1e\+12"),
+    ("alpha", "0", "a number from"), ("rslora", "maybe", "one of true"), ("init", "C", "one of a, b"),
+    ("method", "dora", "one of full, lora"), ("fan_in", "wide", "a number"), ("fan_in", "1e300", "a number"),
+    ("seed", "1.5", "whole number"), ("seed", "1e300", "whole number"),
+    ("seed", "one", "whole number"), ("batch", "-1", "a number"), ("batch", "1e-320", "a number"),
+    ("steps", "0.5", "whole number"), ("start", "inf", "a number"), ("start", "1e300", "a number"),
 ]  # fmt: skip
 GOOD = {"rank": "4", "lr": "1e-4", "loss": "0.5", "alpha": "8", "method": ""}
 
@@ -395,18 +399,39 @@ def test_a_cell_that_cannot_be_is_named(field, text, belongs, kind, tmp_path):
     assert re.search(expected, caught.value.cause)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
+def test_a_pipe_is_no_sweep(tmp_path):
+    """A pipe is an error at once, for nobody writes to it."""
+    os.mkfifo(tmp_path / "s.csv")
+    with pytest.raises(CalibrationError, match="no regular file"):
+        read_sweep(tmp_path / "s.csv")
+
+
+@pytest.mark.parametrize("option", ["fan_in", "full_fan_in", "batch", "steps", "warmup"])
+def test_an_option_out_of_its_range_is_named(option):
+    """A width, batch, length or share of warm-up that cannot be is refused before anything is fitted."""
+    with pytest.raises(CalibrationError, match=rf"^{option} is 1e\+300"):
+        fit_sweep([{"rank": 4, "lr": lr, "loss": lr} for lr in (1e-3, 1e-2)], **{option: 1e300})
+
+
 BAD_FILES = [
     ("nowhere.csv", None, "cannot be read"),
     ("s.csv", b"\xff\xfe\x00", "cannot be read"),
     ("s.csv", b"", "holds no rows"),
     ("s.csv", b"rank,lr,loss\n", "holds no rows"),
     ("s.csv", b"rank,lr\n4,1e-4\n", "no column for loss; it has rank, lr"),
+    ("s.csv", b"rank,lr,loss\n" + b"4,1e-4,1\n" * 2001, "more than 2000 rows"),
     ("s.csv", b"lr,loss\n1e-4,1\n", "no column for rank"),
     ("s.csv", b"rank,lr,loss\n4,1e-4,1,7\n", "line 2 has another number of cells"),
     ("s.csv", b"rank,lr,loss\n4,1e-4\n", "line 2 has another number of cells"),
     ("s.csv", b'rank,lr,loss\n4,"1e-4"x,1\n', "line 2"),
     ("s.csv", b"rank,r,learning_rate,lr,eval_loss,loss\n4,4,1,x,1,1\n", "column 'lr'"),
+    ("s.csv", b"rank,lr,loss,lr\n4,1e-4,1,1\n", "two columns 'lr'"),
+    ("s\0.csv", None, "cannot be read"),
     ("s.json", b"{", "s.json is no JSON"),
+    ("s.json", b"[" * 100_000, "s.json is no JSON"),
+    ("s.json", b"[" + b"9" * 5000 + b"]", "s.json is no JSON"),
+    ("s.jsonl", b'{"a": ' * 100_000, "line 1 is no JSON"),
     ("s.json", b'{"rank": 4}', "list of rows"),
     ("s.json", b"[4]", "row 1 is a int"),
     ("s.jsonl", b'{"rank": 4, "lr": 1, "loss": 1}\nx\n', "line 2 is no JSON"),
