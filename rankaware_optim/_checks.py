@@ -34,7 +34,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "floor": (1e-30, 1e6),
     "target": (1e-9, 1e9),
 }
-MOST_TRIALS = 2000  # of a recipe or a sweep: the time of a fit or a picture grows with their cube
+MOST_TRIALS = 2000  # of a recipe or a fit, whose time grows with their cube
 
 
 def is_within(name: str, value: object) -> TypeGuard[float]:

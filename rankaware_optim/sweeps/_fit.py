@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from .._checks import check_init, is_within, range_of, shown
+from .._checks import MOST_TRIALS, check_init, is_within, range_of, shown
 from .._optimizer_classes import get_optimizer_class
 from .._scaling_rule import infer_scaling
 from .._types import Reference
@@ -108,7 +108,11 @@ def fit_sweep(
 
 
 def _check_enough(runs: Sequence[SweepRun]) -> None:
-    """Refuse what cannot be fitted."""
+    """Refuse what cannot be fitted, or not in a minute."""
+    if len(runs) > MOST_TRIALS:
+        raise CalibrationError(
+            f"{len(runs)} runs are more than the {MOST_TRIALS} of a fit.", "Select those near the best rates."
+        )
     if all(math.isinf(run.loss) for run in runs):
         raise CalibrationError(f"Every one of {len(runs)} runs diverged.", "Add lower rates to the sweep.")
     if all(len({run.lr for run in runs if run.rank == rank}) < 2 for rank in {run.rank for run in runs}):

@@ -11,12 +11,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .._checks import MOST_TRIALS, is_within, range_of, shown
+from .._checks import is_within, range_of, shown
 from .._files import read_bytes
 from ..errors import CalibrationError
 
@@ -90,11 +89,9 @@ def read_sweep(source: Source | Sweep, *, columns: Mapping[str, str] | None = No
     """
     if isinstance(source, Sweep):
         return source
-    rows = list(islice(_rows(source), MOST_TRIALS + 1))
+    rows = list(_rows(source))
     if not rows:
         raise CalibrationError("The sweep holds no rows.", "Give at least two rates of one rank.")
-    if len(rows) > MOST_TRIALS:
-        raise CalibrationError(f"The sweep holds more than {MOST_TRIALS} rows.", "Give those of one model and task.")
     for place, row in rows:
         if not isinstance(row, Mapping):
             raise CalibrationError(
