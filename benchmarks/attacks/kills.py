@@ -34,9 +34,12 @@ from rankaware_optim.calibration._trials import Trials
 def victims() -> Iterator[Any]:
     """Runs a job in a forked process; the seconds it took. It must end well where it is not killed."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    script = str(Path(__file__).with_name("victim.py"))
     with subprocess.Popen(
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", "from attacks.victim import main; main()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as server:
         assert server.stdin is not None
         assert server.stdout is not None

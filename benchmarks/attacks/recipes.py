@@ -77,10 +77,11 @@ def damaged_tensors(data: bytes, chance: random.Random) -> bytes:
                 shapes = ((-1,), (1, -1), (-1, 1, 1))
                 tensors[name] = tensor.reshape(chance.choice(shapes))[: chance.randrange(3)].clone()
             case 4 if tensor.numel() and tensor.is_floating_point():
-                tensor.view(-1)[chance.randrange(tensor.numel())] = chance.choice(NUMBERS)
+                number = torch.tensor(chance.choice(NUMBERS), dtype=torch.float64).to(tensor.dtype)
+                tensor.view(-1)[chance.randrange(tensor.numel())] = number
             case _:
                 if tensor.numel():
-                    tensor.view(-1)[chance.randrange(tensor.numel())] = chance.choice((0, 1, -1, 100))
+                    tensor.view(-1)[chance.randrange(tensor.numel())] = chance.choice((0, 1, 2, 100))
     return bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 

@@ -1,6 +1,6 @@
 """What is attacked: a small calibration in a storage, and a server that forks it, to be killed or interrupted.
 
-Started as a script, Python and torch are imported once. A line of JSON is a job: {"what", "storage" or "folder",
+The server is a process of its own, so that Python and torch are imported once. A line of JSON is a job: {"what", "storage" or "folder",
 "kill" (seconds, or null)}; the answer is the exit status.
 """
 
@@ -86,7 +86,3 @@ def main() -> None:
             time.sleep(job["kill"])
             os.kill(child, signal.SIGKILL)  # not waited for yet, so the number is still its own
         print(os.waitpid(child, 0)[1], flush=True)
-
-
-if __name__ == "__main__":
-    main()
