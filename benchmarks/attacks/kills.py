@@ -26,6 +26,7 @@ from attacks.outcomes import FAILED, HANG_S, HELD, Attack, Outcomes
 from attacks.victim import SHIPPED, TRIALS
 
 import rankaware_optim as ra
+from rankaware_optim.calibration._optuna import close_storage
 from rankaware_optim.calibration._storage import open_storage
 from rankaware_optim.calibration._trials import Trials
 
@@ -60,10 +61,12 @@ def kill_calibrations(url: str, seed: int, count: int, folder: Path) -> Outcomes
     """`url` with {folder} and {name} in it; "" is a journal."""
     chance, outcomes = random.Random(seed), Outcomes()
     with victims() as run:
-        straight = folder / "straight"
-        straight.mkdir(parents=True)
-        storage = (url or "{folder}/study.journal").format(folder=straight)
-        seconds = run(what="calibrate", storage=storage, folder=str(straight), name=f"straight-{seed}")
+        for number in range(2):  # the first waits for the server's imports too
+            straight = folder / f"straight-{number}"
+            straight.mkdir(parents=True)
+            storage = (url or "{folder}/study.journal").format(folder=straight)
+            name = f"straight-{seed}-{number}"
+            seconds = run(what="calibrate", storage=storage, folder=str(straight), name=name)
         expected = recipe_of(straight)
         kills = 0
         while kills < count:
@@ -106,8 +109,11 @@ def trials_of(job: dict[str, Any]) -> list[optuna.trial.FrozenTrial]:
     if "://" not in storage and not Path(storage).exists():
         return []
     held = open_storage(storage if "://" in storage else Path(storage))
-    names = optuna.get_all_study_names(held)
-    return optuna.load_study(study_name=job["name"], storage=held).trials if job["name"] in names else []
+    try:
+        names = optuna.get_all_study_names(held)
+        return optuna.load_study(study_name=job["name"], storage=held).trials if job["name"] in names else []
+    finally:
+        close_storage(held)
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------

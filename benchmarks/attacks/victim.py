@@ -1,7 +1,7 @@
 """What is attacked: a small calibration in a storage, and a server that forks it, to be killed or interrupted.
 
-The server is a process of its own, so that Python and torch are imported once. A line of JSON is a job: {"what", "storage" or "folder",
-"kill" (seconds, or null)}; the answer is the exit status.
+The server is a process of its own, so that Python and torch are imported once. A line of JSON is a job: {"what",
+"storage" or "folder", "kill" (seconds, or null)}; the answer is the exit status.
 """
 
 from __future__ import annotations
