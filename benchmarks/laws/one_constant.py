@@ -17,9 +17,9 @@ The ratio law keeps c = 1 and ratios of rates alone, so that all configurations 
 5 and 30 %, one at a time. Seed 0 at whole octaves around the study's best rate, growing at an edge; then three seeds at
 five half octaves around the lowest. Everything else is the study's.
 
-**Two estimators** of log2 of a best rate, each with all rates tried: the middle of the basin, where the loss lies within
-1 % of the gain, or within two standard errors of the lowest mean, above the lowest; and the cliff, the rate above it at
-which 10 % of the gain is lost.
+**Two estimators** of log2 of a best rate, each with all rates tried: the middle of the basin, where the loss lies
+above its lowest by at most 1 % of the gain or two standard errors of the lowest mean; and the cliff, the rate above it
+at which 10 % of the gain is lost.
 
 **Rules**, committed before the runs. Errors are in octaves, over domains and the five changes:
 
