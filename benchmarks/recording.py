@@ -21,8 +21,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Where, with what and by which command the figures were made."""
+    """Where, with what, from which commit and by which command the figures were made."""
     return {
+        "commit": commit(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": threads,
@@ -32,6 +33,18 @@ def machine(threads: int) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
     }
+
+
+def commit() -> str:
+    """The commit of the working tree, marked where the code differs from it; "unknown" outside a clone."""
+    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--abbrev=8", "--exclude=*"]
+    code = [":/rankaware_optim", ":/benchmarks/*.py"]
+    try:
+        found = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+        differs = subprocess.run([*git[:3], "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found + " and changes" * (differs != 0)
 
 
 def cpu_model() -> str:

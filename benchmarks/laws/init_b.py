@@ -112,7 +112,7 @@ def exponents_of(domain: Domain) -> dict[str, Any]:
 
 def steps_of(domain: Domain, rank: int) -> dict[str, Step]:
     """Every adapted linear layer's step on one batch."""
-    model, batch = built(domain, SCHEME, rank, 0), next(domain.batches(0))
+    model, batch = built(domain, SCHEME, rank, 0), next(domain.batches(0, domain.batch))
     seen = capture(model, lambda m: domain.loss(m, batch))
     factors = {name: module.lora_B["default"].weight.detach() for name, module in model.named_modules() if name in seen}
     return {name: step_of(x, g, factors[name]) for name, (x, g) in seen.items() if g.norm() > 0}
@@ -198,8 +198,8 @@ def frozen(domain: Domain) -> Callable[[int | None, float, str, int], torch.nn.M
 def in_batches_of(domain: Domain, count: int) -> dict[str, Any]:
     """The domain's batches by `count` at once, and their mean loss."""
 
-    def batches(seed: int) -> Iterator[list[Any]]:
-        source = domain.batches(seed)
+    def batches(seed: int, batch: int) -> Iterator[list[Any]]:
+        source = domain.batches(seed, batch)
         while True:
             yield list(islice(source, count))
 

@@ -80,7 +80,7 @@ def complete(
 ) -> None:
     """Run what the grid wants until it wants no more; every finished run is appended to `store` at once.
 
-    machine: noted in the store before its first run there.
+    machine: where, with what and from which commit, noted in the store before the runs that it made.
 
     Raises:
         DomainError: another process writes to the store, the disk is full, or the file is of another version.
@@ -89,7 +89,7 @@ def complete(
         done = read(store)
         while jobs := grid.wanted(done):
             say(f"{store.stem}: {len(jobs)} runs to go, {len(done)} on file")
-            if machine and machine not in machines(store):
+            if machine and machines(store)[-1:] != [machine]:
                 _append(store, {"machine": machine})
             for job, loss in _results(run, jobs, pool):
                 done[job] = loss

@@ -16,12 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import click
 from recording import RESULTS, machine
 from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, TWO_RATES, run_at, starts
-from study.domains import STUDY, DomainError, get_domain
+from study.domains import STUDY, DomainError, get_domain, weights_hash
 from study.grids import FULL, Cell, Grid, Job, Losses
 from study.optima import domains_in
 from study.regret import LAWS, moves
@@ -37,7 +39,7 @@ HERE, STORES, SUMMARY = RESULTS.parent, RESULTS / "suite", "summary.png"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the two READMEs
 QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
 COMPARISON = Path("bench-laws")  # where tables with further laws are written
-NOTED = ("cpu", "cores", "threads", "torch", "python")  # of the machine that runs, in the file of runs
+NOTED = ("cpu", "cores", "threads", "torch", "python")  # of the machine that runs, in tables
 FIRST_CONFIG = next(iter(CONFIGS))
 COMPARISONS = (FIRST_CONFIG + LORAPLUS, FIRST_CONFIG + TWO_RATES)
 
@@ -116,11 +118,17 @@ def main(suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, l
 
 def sweep(domain: str, suite: str, store: Path, workers: int) -> None:
     """Append every missing run of a domain."""
-    get_domain(domain).warm()
-    asked, here = parts(domain, suite), machine(1)
-    on = {key: here[key] for key in NOTED}
+    asked, on = parts(domain, suite), provenance(domain)
     for grid in (starts(domain, range(asked[0].seeds)), *(part.grid(part.cells(domain)) for part in asked)):
         complete(grid, partial(run_at, warmup=WARMUP), store, workers, click.echo, on)
+
+
+def provenance(domain: str) -> dict[str, Any]:
+    """What a store says of the runs that follow: commit, machine, versions, and the network's hash before training."""
+    found, here = get_domain(domain), machine(1)
+    found.warm()
+    packages = {name: version(name) for name in ("optuna", "peft", "transformers", "timm")}
+    return {**{key: here[key] for key in ("commit", *NOTED)}, **packages, "weights": weights_hash(found)}
 
 
 def finished(done: Losses, suite: str) -> dict[Job, float | None]:
@@ -159,7 +167,8 @@ def on_machines(stores: Iterable[Path]) -> str:
     said: dict[str, list[str]] = {}
     for store in stores:
         for on in machines(store) or [{"cpu": "not noted"}]:
-            said.setdefault(", ".join(f"{key} {value}" for key, value in on.items()), []).append(store.stem)
+            named = said.setdefault(", ".join(f"{key} {on[key]}" for key in NOTED if key in on), [])
+            named += [store.stem] * (store.stem not in named)
     return "\n\n".join(f"Machine: {on}: {', '.join(domains)}." for on, domains in said.items())
 
 

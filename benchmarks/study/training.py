@@ -32,7 +32,7 @@ def trained(
     if free:
         opt.train()
     clipped = [p for p in model.parameters() if p.requires_grad]
-    for batch in islice(domain.batches(seed), domain.steps):
+    for batch in islice(domain.batches(seed, domain.batch), domain.steps):
         opt.zero_grad()
         loss = domain.loss(model, batch)
         loss.backward()

@@ -283,7 +283,7 @@ def test_reinforcement_that_diverged_is_a_loss_that_is_none() -> None:
     """Answers can be drawn from a model that is not finite: its training loss and its score are NaN."""
     from study.domains.reinforcement import batches, evaluate, loss
 
-    assert math.isnan(loss(Diverged(), next(batches(0))).item())
+    assert math.isnan(loss(Diverged(), next(batches(0, 128))).item())
     assert math.isnan(evaluate(Diverged()))
 
 

@@ -6,12 +6,14 @@ are what tasks share. `vision_classification.py` is the example.
 
 from __future__ import annotations
 
+import hashlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rankaware_optim.errors import RankAwareError
@@ -26,22 +28,23 @@ class Domain:
     """A task.
 
     build(rank, alpha, init, seed): the model, frozen but for LoRA pairs of multiplier alpha / rank at Init[A] or
-    Init[B], or with rank=None the same layers trained whole. batches(seed): endless batches. loss(model, batch): the
-    training loss. evaluate(model): the held-out loss, on the same examples and noise every time. head_rates: the fixed
-    rates, by name pattern, of what is trained beside the adapters. ranks: those that the width allows. large: a run
-    takes more than a minute, so that the study sweeps a smaller grid. batch: examples a step, which recipes record.
+    Init[B], or with rank=None the same layers trained whole. batches(seed, batch): endless batches of so many
+    examples. loss(model, batch): the training loss. evaluate(model): the held-out loss, on the same examples and noise
+    every time. head_rates: the fixed rates, by name pattern, of what is trained beside the adapters. ranks: those that
+    the width allows. large: a run takes more than a minute, so that the study sweeps a smaller grid. batch: examples a
+    step, which recipes record.
     """
 
     name: str
     steps: int
     ranks: tuple[int, ...]
     build: Callable[[int | None, float, str, int], nn.Module]
-    batches: Callable[[int], Iterator[Any]]
+    batches: Callable[[int, int], Iterator[Any]]
     loss: Callable[[nn.Module, Any], Tensor]
     evaluate: Callable[[nn.Module], float]
+    batch: int
     head_rates: Mapping[str, float] = field(default_factory=dict)
     large: bool = False
-    batch: int | None = None
 
     @property
     def ranks_swept(self) -> tuple[int, ...]:
@@ -50,7 +53,7 @@ class Domain:
     def warm(self) -> None:
         """Fetch, pretrain and read all that a run needs: once, before any process or clock starts."""
         self.evaluate(self.build(4, 4.0, "A", 0))
-        next(self.batches(0))
+        next(self.batches(0, self.batch))
 
 
 STUDY = (  # its domains, those first that say most for their cost
@@ -62,6 +65,14 @@ STUDY = (  # its domains, those first that say most for their cost
     "text_classification",
     "language_smollm2",
 )
+
+
+def weights_hash(domain: Domain) -> str:
+    """sha256 of the network before training, of seed 0, in 16 digits."""
+    digest = hashlib.sha256()
+    for name, tensor in domain.build(None, 1.0, "A", 0).state_dict().items():
+        digest.update(name.encode() + tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def names() -> list[str]:

@@ -13,10 +13,10 @@ from ._efficientnet import BATCH, RANKS, RATES, build, loss
 from ._mnist import drawn
 
 
-def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(seed: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     images, labels, _, _ = digits()
-    for chosen in drawn(len(images), BATCH, seed):
+    for chosen in drawn(len(images), batch, seed):
         yield images[chosen], labels[chosen]
 
 
-DOMAIN = Domain("digits_vision", STEPS, RANKS, build, batches, loss, evaluate, RATES, batch=BATCH)
+DOMAIN = Domain("digits_vision", STEPS, RANKS, build, batches, loss, evaluate, BATCH, RATES)

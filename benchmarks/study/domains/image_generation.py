@@ -35,10 +35,10 @@ def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
     return adapt(model.requires_grad_(False), rank, alpha, init, seed, LAYERS)
 
 
-def batches(seed: int, new: bool = True) -> Iterator[Batch]:
+def batches(seed: int, batch: int, new: bool = True) -> Iterator[Batch]:
     images, labels = digits(new)
     generator = torch.Generator().manual_seed(seed)
-    for chosen in drawn(len(images) - HELD_OUT, BATCH, seed):
+    for chosen in drawn(len(images) - HELD_OUT, batch, seed):
         yield Batch(images[chosen], labels[chosen], generator)
 
 
@@ -68,11 +68,11 @@ def _pretrain() -> dict[str, Tensor]:
     with seeded(0):
         model = DiT()
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _, batch in zip(range(PRETRAINING), batches(0, new=False), strict=False):
+    for _, batch in zip(range(PRETRAINING), batches(0, BATCH, new=False), strict=False):
         opt.zero_grad()
         loss(model, batch).backward()
         opt.step()
     return model.state_dict()
 
 
-DOMAIN = Domain("image_generation", 100, (4, 16, 64, 128), build, batches, loss, evaluate, batch=BATCH)
+DOMAIN = Domain("image_generation", 100, (4, 16, 64, 128), build, batches, loss, evaluate, BATCH)

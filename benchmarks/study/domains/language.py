@@ -18,9 +18,9 @@ def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
     return adapt(llama(), rank, alpha, init, seed, LAYERS)
 
 
-def batches(seed: int) -> Iterator[Tensor]:
+def batches(seed: int, batch: int) -> Iterator[Tensor]:
     written = tokens("code")
-    yield from windows(written[: len(written) * 9 // 10], BATCH, seed)
+    yield from windows(written[: len(written) * 9 // 10], batch, seed)
 
 
 @torch.no_grad()
@@ -30,4 +30,4 @@ def evaluate(model: nn.Module) -> float:
     return float(token_loss(model, next(windows(written[len(written) * 9 // 10 :], HELD_OUT, 1))))
 
 
-DOMAIN = Domain("language", STEPS, (4, 16, 64, 192), build, batches, token_loss, evaluate, batch=BATCH)
+DOMAIN = Domain("language", STEPS, (4, 16, 64, 192), build, batches, token_loss, evaluate, BATCH)

@@ -74,8 +74,8 @@ def definitions() -> Tensor:
     return ids[: EXAMPLES * LENGTH].view(EXAMPLES, LENGTH)
 
 
-def batches(seed: int) -> Iterator[Tensor]:
-    for chosen in drawn(EXAMPLES - HELD_OUT, BATCH, seed):
+def batches(seed: int, batch: int) -> Iterator[Tensor]:
+    for chosen in drawn(EXAMPLES - HELD_OUT, batch, seed):
         yield definitions()[chosen]
 
 
@@ -84,6 +84,4 @@ def evaluate(model: nn.Module) -> float:
     return float(token_loss(model, definitions()[-HELD_OUT:]))
 
 
-DOMAIN = Domain(
-    "language_smollm2", STEPS, (4, 16, 64, 256), build, batches, token_loss, evaluate, large=True, batch=BATCH
-)
+DOMAIN = Domain("language_smollm2", STEPS, (4, 16, 64, 256), build, batches, token_loss, evaluate, BATCH, large=True)

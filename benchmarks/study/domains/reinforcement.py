@@ -59,7 +59,7 @@ def _pretrain() -> dict[str, Tensor]:
     with seeded(0):
         model = new_model()
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for batch, _ in zip(batches(0, 64), range(PRETRAINING), strict=False):
+    for batch, _ in zip(sums(0, 64), range(PRETRAINING), strict=False):
         opt.zero_grad()
         logits = model(torch.cat([batch.prompts, batch.answers[:, :-1]], dim=1)).logits[:, -DIGITS:]
         F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten()).backward()
@@ -67,7 +67,12 @@ def _pretrain() -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def batches(seed: int, count: int = PROMPTS) -> Iterator[Batch]:
+def batches(seed: int, batch: int) -> Iterator[Batch]:
+    """Of `batch` answers, `SAMPLES` to a prompt."""
+    return sums(seed, batch // SAMPLES)
+
+
+def sums(seed: int, count: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         a, b = torch.randint(100, (2, count), generator=generator)
@@ -80,7 +85,7 @@ def batches(seed: int, count: int = PROMPTS) -> Iterator[Batch]:
 def loss(model: nn.Module, batch: Batch, shuffled: bool = False) -> Tensor:
     """Policy gradient of answers drawn now: −mean(advantage × log p), so one step from where they were drawn."""
     prompts = batch.prompts.repeat_interleave(SAMPLES, dim=0)
-    drawn = sampled(model, batch.prompts, torch.arange(PROMPTS).repeat_interleave(SAMPLES), batch.generator)
+    drawn = sampled(model, batch.prompts, torch.arange(len(batch.prompts)).repeat_interleave(SAMPLES), batch.generator)
     rewards = rewards_of(drawn, batch.answers.repeat_interleave(SAMPLES, dim=0)).view(-1, SAMPLES)
     if shuffled:
         rewards = rewards.flatten()[torch.randperm(rewards.numel(), generator=batch.generator)].view(-1, SAMPLES)
@@ -116,7 +121,7 @@ def rewards_of(drawn: Tensor, answers: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(model: Any) -> float:
     """Minus the share of right answers to 512 fixed prompts, four draws each; NaN where the model is not finite."""
-    batch = next(batches(1 << 20, SCORED))
+    batch = next(sums(1 << 20, SCORED))
     if not model(batch.prompts).logits.isfinite().all():
         return math.nan
     which = torch.arange(SCORED).repeat(4)
@@ -124,5 +129,5 @@ def evaluate(model: Any) -> float:
     return -float((drawn == batch.answers[which]).all(1).float().mean())
 
 
-DOMAIN = Domain("reinforcement", STEPS, (4, 16, 64, 128), build, batches, loss, evaluate, batch=PROMPTS * SAMPLES)
+DOMAIN = Domain("reinforcement", STEPS, (4, 16, 64, 128), build, batches, loss, evaluate, PROMPTS * SAMPLES)
 SHUFFLED = replace(DOMAIN, loss=partial(loss, shuffled=True))

@@ -64,9 +64,9 @@ def examples() -> Batch:
     return ids, torch.tensor([number for _, _, number in chosen])
 
 
-def batches(seed: int) -> Iterator[Batch]:
+def batches(seed: int, batch: int) -> Iterator[Batch]:
     ids, classes = examples()
-    for chosen in drawn(len(ids) - HELD_OUT, BATCH, seed):
+    for chosen in drawn(len(ids) - HELD_OUT, batch, seed):
         yield ids[chosen], classes[chosen]
 
 
@@ -82,5 +82,5 @@ def evaluate(model: nn.Module) -> float:
 
 
 DOMAIN = Domain(
-    "text_classification", STEPS, (4, 16, 64, 256), build, batches, loss, evaluate, {"*classifier*": 1e-3}, batch=BATCH
+    "text_classification", STEPS, (4, 16, 64, 256), build, batches, loss, evaluate, BATCH, {"*classifier*": 1e-3}
 )

@@ -24,9 +24,9 @@ def pictures() -> tuple[Tensor, Tensor]:
     return ((larger - 127) / 128).expand(-1, 3, -1, -1), labels
 
 
-def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(seed: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     images, labels = pictures()
-    for chosen in drawn(len(images) - HELD_OUT, BATCH, seed):
+    for chosen in drawn(len(images) - HELD_OUT, batch, seed):
         yield images[chosen], labels[chosen]
 
 
@@ -36,4 +36,4 @@ def evaluate(model: nn.Module) -> float:
     return float(loss(model, (images[-HELD_OUT:], labels[-HELD_OUT:])))
 
 
-DOMAIN = Domain("vision_classification", STEPS, RANKS, build, batches, loss, evaluate, RATES, batch=BATCH)
+DOMAIN = Domain("vision_classification", STEPS, RANKS, build, batches, loss, evaluate, BATCH, RATES)

@@ -97,9 +97,9 @@ def _caption(name: str) -> Tensor:
     return torch.tensor(ids + [0] * (LENGTH + 1 - len(ids)))
 
 
-def batches(seed: int) -> Iterator[Batch]:
+def batches(seed: int, batch: int) -> Iterator[Batch]:
     every = examples()
-    for chosen in drawn(len(every.captions) - HELD_OUT, BATCH, seed):
+    for chosen in drawn(len(every.captions) - HELD_OUT, batch, seed):
         yield Batch(every.pictures[chosen], every.captions[chosen])
 
 
@@ -122,12 +122,12 @@ def gap(model: nn.Module) -> float:
     return float(loss(model, wrong)) - evaluate(model)
 
 
-def mismatched(seed: int) -> Iterator[Batch]:
+def mismatched(seed: int, size: int) -> Iterator[Batch]:
     """Every picture with another's caption."""
-    for batch in batches(seed):
+    for batch in batches(seed, size):
         yield Batch(batch.pictures.roll(1, 0), batch.captions)
 
 
 RATES = {"*projector*": 1e-3}
-DOMAIN = Domain("vision_language", STEPS, (4, 16, 64, 192), build, batches, loss, evaluate, RATES, batch=BATCH)
+DOMAIN = Domain("vision_language", STEPS, (4, 16, 64, 192), build, batches, loss, evaluate, BATCH, RATES)
 MISMATCHED = replace(DOMAIN, batches=mismatched)

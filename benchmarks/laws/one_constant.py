@@ -1,0 +1,385 @@
+"""Does one constant a task carry a rate across batch, length, warm-up, init and to full finetuning?
+
+    python benchmarks/laws/one_constant.py run --domain image_generation    # resumable: runs are kept as they end
+    python benchmarks/laws/one_constant.py table                            # results/one_constant.json and .md
+
+**Hypothesis.** With τ = T·η, κ(m) = √(m + (2/π)·m²/b), s the effective multiplier, r the rank and n the mean fan-in of
+the adapted layers, the best rate η of every configuration meets
+
+    Init[A]   s·κ(r)·τ·(1 + κ(n)·τ) = c
+    Init[B]   hypot(s·κ(n)·τ, s·κ(n)·κ(r)·τ²) = c
+    full      κ(n)·τ = c
+
+with one c for the task: its network, data, batch, length and warm-up. T = 2 and b = 8 are fixed here, before any run.
+The ratio law keeps c = 1 and ratios of rates alone, so that all configurations move by the same octaves.
+
+**Runs.** Init[A] r = 16 with s = 1 and s = 1/r, Init[B] r = 64, full; batch × 1/4 and × 4, steps × 1/4 and × 4, warm-up
+5 and 30 %, one at a time. Seed 0 at whole octaves around the study's best rate, growing at an edge; then three seeds at
+five half octaves around the lowest. Everything else is the study's.
+
+**Two estimators** of log2 of a best rate, each with all rates tried: the middle of the basin, where the loss lies
+above its lowest by at most 1 % of the gain or two standard errors of the lowest mean; and the cliff, the rate above it
+at which 10 % of the gain is lost.
+
+**Rules**, committed before the runs. Errors are in octaves, over domains and the five changes:
+
+1. Shifts. Each configuration's shift is predicted from that of Init[A], s = 1. The constant holds for shifts if its rms
+   error is below the ratio law's in all but one domain at most, by both estimators, and at most .1 above that of a free
+   slope a configuration, fitted on the other domains.
+2. Levels. Each configuration's rate is predicted from that of Init[A], s = 1, under the same batch, length and warm-up.
+   The constant holds for levels if its rms error is below the ratio law's in all but one domain at most, by both.
+3. Moves. Every configuration's own rate is moved to the other batches and lengths: c by one exponent in the batch and
+   one in the steps (or, in its place, the rate by two exponents a configuration), the mean of the other domains'. The
+   constant becomes a law of the package if it holds for shifts and levels, and such a move loses 5 % of the gain at
+   worst. If it does not, and exponents a configuration lose 5 % at worst, the package gets these.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import click
+from recording import RESULTS, machine, record
+from study.configurations import CLIP, CONFIGS, built, optimizer, start_of, starts
+from study.domains import Domain, get_domain
+from study.grids import FULL, Job, Losses, curve, losses_at, lowest, or_inf
+from study.optima import best_rates
+from study.runs_on_file import complete, read
+from study.suite import STORES, provenance
+from study.training import WARMUP, train
+
+from rankaware_optim import inspect_model
+from rankaware_optim.laws._updates import kappa
+from rankaware_optim.sweeps._bench import loss_between
+
+DOMAINS = ("image_generation", "vision_classification", "language", "reinforcement")
+STORE = RESULTS / "one_constant"
+SEEDS, WIDE = 3, 2  # seeds of the half octaves, whole octaves to either side at first
+T, TOKENS = 2.0, 8.0
+NEAR, CLIFF = 0.01, 0.1  # shares of the gain
+
+
+class Arm(NamedTuple):
+    """A change of the task: factors of batch and steps, and the warm-up's share."""
+
+    batch: float = 1.0
+    steps: float = 1.0
+    warmup: float = WARMUP
+
+
+ARMS = {  # those first that cost least
+    "as it is": Arm(),
+    "steps / 4": Arm(steps=0.25),
+    "batch / 4": Arm(batch=0.25),
+    "warm-up 30 %": Arm(warmup=0.3),
+    "batch × 4": Arm(batch=4.0),
+    "steps × 4": Arm(steps=4.0),
+}
+BASE, *CHANGES = ARMS
+SOURCE, BY_RANK, AT_B = CONFIGS
+RANKS = {SOURCE: 16, BY_RANK: 16, AT_B: 64, "full": FULL}
+
+
+def cell_of(domain: str, config: str, arm: str) -> tuple[str, str, int]:
+    return domain, f"{config} | {arm}", RANKS[config]
+
+
+def changed(domain: Domain, arm: Arm) -> Domain:
+    return replace(domain, steps=round(domain.steps * arm.steps), batch=round(domain.batch * arm.batch))
+
+
+def run_one(job: Job) -> float | None:
+    """The held-out loss of a run; None where it diverged."""
+    config, _, arm = job.scheme.partition(" | ")
+    domain, own = get_domain(job.domain), ARMS.get(arm, Arm())
+    model = built(domain, config, job.rank, job.seed)
+    if not arm:  # before training
+        return domain.evaluate(model)
+    plain = job._replace(scheme=config)
+    return train(changed(domain, own), model, optimizer(model, domain, plain), job.seed, CLIP, own.warmup)
+
+
+@dataclass(frozen=True)
+class Around:
+    """Whole octaves of seed 0 around a first guess, growing at an edge; then half octaves of every seed."""
+
+    cell: tuple[str, str, int]
+    guess: int
+
+    def wanted(self, done: Losses) -> list[Job]:
+        low, high = self.guess - WIDE, self.guess + WIDE
+        while True:
+            jobs = [Job(*self.cell, float(x), 0) for x in range(low, high + 1)]
+            if missing := [job for job in jobs if job not in done]:
+                return missing
+            best = lowest({job.x: or_inf(done[job]) for job in jobs})
+            if low < best < high or high - low > 4 * WIDE:
+                break
+            low, high = low - (best <= low), high + (best >= high)
+        fine = [Job(*self.cell, best + half / 2, seed) for half in range(-2, 3) for seed in range(SEEDS)]
+        return [job for job in fine if job not in done]
+
+
+# --- estimates ------------------------------------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """log2 of a best rate by both estimators, None where its runs do not reach that far, and all means by rate."""
+
+    middle: float | None
+    cliff: float | None
+    means: Mapping[float, float]
+
+
+def estimate(done: Losses, cell: tuple[str, str, int], start: float) -> Estimate | None:
+    """None where a cell's half octaves are not whole."""
+    means = curve(done, cell, SEEDS)
+    if len(means) < 5:
+        return None
+    best = lowest(means)
+    at_best = losses_at(done, cell, best, SEEDS)
+    shift = means[best] - at_best[0]  # of seed 0 against all, so that its own octaves stand beside the means
+    tried = {x: loss + shift for x, loss in curve(done, cell, 1).items()} | means
+    gain, noise = start - means[best], statistics.stdev(at_best) / math.sqrt(SEEDS)
+    bottom = means[best] + max(NEAR * gain, 2 * noise)
+    left, right = crossing(tried, best, bottom, -1), crossing(tried, best, bottom, 1)
+    middle = None if left is None or right is None else (left + right) / 2
+    return Estimate(middle, crossing(tried, best, means[best] + CLIFF * gain, 1), tried)
+
+
+def crossing(tried: Mapping[float, float], best: float, level: float, way: int) -> float | None:
+    """Where the loss, from its lowest in one direction, first reaches a level; None where it does not.
+
+    On straight lines; half way to a rate that diverged.
+    """
+    xs = sorted((x for x in tried if (x - best) * way >= 0), reverse=way < 0)
+    for near, far in pairwise(xs):
+        if tried[far] >= level:
+            share = (level - tried[near]) / (tried[far] - tried[near]) if math.isfinite(tried[far]) else 0.5
+            return near + share * (far - near)
+    return None
+
+
+# --- predictions ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def width(domain: str) -> float:
+    """The mean fan-in of the adapted layers."""
+    return statistics.fmean(
+        f.fan_in for f in inspect_model(built(get_domain(domain), SOURCE, 4, 0)).factors if f.role == "A"
+    )
+
+
+def terms(domain: str, config: str) -> tuple[float, float]:
+    """(p, q) of the condition p·τ + q·τ² = c, in quadrature at Init[B]."""
+    k_n, k_r = kappa(width(domain), TOKENS), kappa(RANKS[config] or 1, TOKENS)
+    if config == "full":
+        return k_n, 0.0
+    s = 1.0 / RANKS[config] if config == BY_RANK else 1.0
+    return s * (k_n if config == AT_B else k_r), s * k_n * k_r
+
+
+def constant_of(domain: str, config: str, x: float) -> float:
+    """c of a configuration at the rate 2^x."""
+    (p, q), tau = terms(domain, config), T * 2.0**x
+    return math.hypot(p * tau, q * tau**2) if config == AT_B else p * tau + q * tau**2
+
+
+def rate_at(domain: str, config: str, c: float) -> float:
+    """log2 of the rate at which a configuration's condition is c."""
+    p, q = (term / c for term in terms(domain, config))
+    in_quadrature = config == AT_B
+    tau = (
+        math.sqrt(2.0 / (p * p + math.sqrt(p**4 + 4 * q * q)))
+        if in_quadrature
+        else 2.0 / (p + math.sqrt(p * p + 4 * q))
+    )
+    return math.log2(tau / T)
+
+
+def one_constant(domain: str, config: str, x: float) -> float:
+    """log2 of a configuration's rate, from 2^x at Init[A], s = 1."""
+    return rate_at(domain, config, constant_of(domain, SOURCE, x))
+
+
+def ratio(domain: str, config: str, x: float) -> float:
+    """The same with c = 1: the ratio law."""
+    return x + rate_at(domain, config, 1.0) - rate_at(domain, SOURCE, 1.0)
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+@click.group()
+def main() -> None:
+    """Is there one constant a task?"""
+
+
+@main.command()
+@click.option("--domain", "chosen", multiple=True, default=DOMAINS, show_default=True)
+@click.option("--arm", "arms", multiple=True, default=tuple(ARMS), show_default=True)
+@click.option("--workers", default=2, show_default=True)
+def run(chosen: tuple[str, ...], arms: tuple[str, ...], workers: int) -> None:
+    """Run what is missing, an arm of every domain before the next arm."""
+    made = {domain: provenance(domain) for domain in chosen}
+    for arm in arms:
+        for domain in chosen:
+            store = STORE / f"{domain}.jsonl"
+            cells = [Around(cell_of(domain, config, arm), guess(domain, config)) for config in RANKS]
+            for task in (starts(domain, range(SEEDS)), *cells):
+                complete(task, run_one, store, workers, click.echo, made[domain])
+
+
+def guess(domain: str, config: str) -> int:
+    """The study's best rate, to the octave."""
+    return round(best_rates(read(STORES / f"{domain}.jsonl"), domain, config)[RANKS[config]])
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """A configuration under a change: what was found there."""
+
+    domain: str
+    config: str
+    arm: str
+    found: Estimate
+
+
+def cells() -> Iterator[Cell]:
+    for domain in DOMAINS:
+        done = read(STORE / f"{domain}.jsonl")
+        for config in RANKS:
+            for arm in ARMS:
+                found = estimate(done, cell_of(domain, config, arm), start_of(domain, done)) if done else None
+                if found is not None:
+                    yield Cell(domain, config, arm, found)
+
+
+@main.command()
+def table() -> None:
+    """Write the tables of what is on file."""
+    rows = [
+        {
+            "domain": cell.domain,
+            "configuration": cell.config,
+            "task": cell.arm,
+            "middle": cell.found.middle,
+            "cliff": cell.found.cliff,
+            "lowest loss": min(cell.found.means.values()),
+        }
+        for cell in cells()
+    ]
+    record("one_constant", "Best rates by batch, length and warm-up", rows, machine(1), list(verdicts()))
+
+
+def verdicts() -> Iterator[str]:
+    """Rules 1 and 2 in words: errors in octaves by domain, for both estimators."""
+    found = {(cell.domain, cell.config, cell.arm): cell.found for cell in cells()}
+    for which in ("middle", "cliff"):
+        x = {key: value for key, each in found.items() if (value := getattr(each, which)) is not None}
+        for name, errors in (("shifts", partial(shift_errors, x)), ("levels", partial(level_errors, x))):
+            for domain in DOMAINS:
+                said = [
+                    f"{law} {rms(list(errors(domain, law))):.2f}" for law in ("one constant", "ratio", "free slope")
+                ]
+                yield f"{name}, by the {which}, {domain}: rms error {', '.join(said)}."
+    for way, name in (("kept", "the rate as it is"), ("c", "c by one rule"), ("rate", "exponents a configuration")):
+        losses = [lost for *_, lost in moves(found, way)]
+        if losses:
+            median, worst = statistics.median(losses), max(losses)
+            yield f"moves to another batch or length, {name}: loses {median:.1%} in the median, {worst:.1%} at worst."
+
+
+LAWS = {"one constant": one_constant, "ratio": ratio}
+Rates = Mapping[tuple[str, str, str], float]
+
+
+def rms(errors: list[float]) -> float:
+    return math.sqrt(statistics.fmean(e * e for e in errors)) if errors else math.nan
+
+
+def shift_errors(x: Rates, domain: str, law: str) -> Iterator[float]:
+    for config in RANKS:
+        for arm in CHANGES:
+            keys = [(domain, which, at) for which in (SOURCE, config) for at in (arm, BASE)]
+            if config == SOURCE or not x.keys() >= set(keys):
+                continue
+            source, source_base, there, there_base = (x[key] for key in keys)
+            if law == "free slope":
+                predicted = free_slope(x, domain, config) * (source - source_base)
+            else:
+                predicted = LAWS[law](domain, config, source) - LAWS[law](domain, config, source_base)
+            yield predicted - (there - there_base)
+
+
+def free_slope(x: Rates, domain: str, config: str) -> float:
+    """Least squares of a configuration's shifts on Init[A]'s, over the other domains."""
+    pairs = [
+        (x[other, SOURCE, arm] - x[other, SOURCE, BASE], x[other, config, arm] - x[other, config, BASE])
+        for other in DOMAINS
+        for arm in CHANGES
+        if other != domain and x.keys() >= {(other, c, at) for c in (SOURCE, config) for at in (arm, BASE)}
+    ]
+    total = sum(a * a for a, _ in pairs)
+    return sum(a * b for a, b in pairs) / total if total else 1.0
+
+
+def level_errors(x: Rates, domain: str, law: str) -> Iterator[float]:
+    for config in RANKS:
+        for arm in ARMS:
+            if law in LAWS and config != SOURCE and x.keys() >= {(domain, SOURCE, arm), (domain, config, arm)}:
+                yield LAWS[law](domain, config, x[domain, SOURCE, arm]) - x[domain, config, arm]
+
+
+# --- moves to another batch or length -------------------------------------------------------------------------------
+
+SCALED = {"steps / 4": ("steps", -2), "batch / 4": ("batch", -2), "batch × 4": ("batch", 2), "steps × 4": ("steps", 2)}
+Found = Mapping[tuple[str, str, str], Estimate]
+
+
+def moves(found: Found, way: str) -> Iterator[tuple[str, str, str, float]]:
+    """(domain, configuration, task, share of the gain lost) by rule 3; `way` "c", "rate", or "kept" as it is."""
+    for (domain, config, arm), there in found.items():
+        home = found.get((domain, config, BASE))
+        if arm not in SCALED or home is None or home.middle is None:
+            continue
+        what, octaves = SCALED[arm]
+        x = home.middle
+        if way == "rate":
+            x += octaves * exponent(found, what, domain, lambda d, c, x: x, config)
+        if way == "c":
+            moved = octaves * exponent(found, what, domain, log_constant)
+            x = rate_at(domain, config, constant_of(domain, config, x) * 2.0**moved)
+        best, start = min(there.means.values()), start_of(domain, read(STORE / f"{domain}.jsonl"))
+        lost = loss_between(dict(there.means), min(max(x, min(there.means)), max(there.means))) - best
+        yield domain, config, arm, lost / (start - best)
+
+
+def log_constant(domain: str, config: str, x: float) -> float:
+    return math.log2(constant_of(domain, config, x))
+
+
+def exponent(
+    found: Found, what: str, but: str, of: Callable[[str, str, float], float], only: str | None = None
+) -> float:
+    """Octaves of `of` an octave of batch or steps: the mean over all other domains, and configurations or one."""
+    slopes = [
+        (of(domain, config, there.middle) - of(domain, config, home.middle)) / SCALED[arm][1]
+        for (domain, config, arm), there in found.items()
+        if domain != but and SCALED.get(arm, ("",))[0] == what and only in (None, config) and there.middle is not None
+        if (home := found.get((domain, config, BASE))) is not None and home.middle is not None
+    ]
+    return statistics.fmean(slopes) if slopes else 0.0
+
+
+if __name__ == "__main__":
+    main()
