@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import rankaware_optim as ra
+from rankaware_optim._checks import RANGES
 from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import mlp
@@ -84,6 +85,13 @@ def test_every_field_has_a_row_and_every_row_is_a_field(written):
     page = rows()
     assert [path for path in written if row_of(path, page) is None] == []
     assert [row for row in page if row not in {row_of(path, page) for path in written}] == []
+
+
+def test_the_page_lists_the_ranges_that_are_checked():
+    """Its first table is the one of `_checks`."""
+    listed = re.findall(r"^\| (\w+) \| (\S+) \| (\S+) \|.*\|$", PAGE.read_text(encoding="utf-8"), re.M)
+    ranges = [(name, f"{low:g}", f"{high:g}") for name, (low, high) in RANGES.items()]
+    assert [row for row in listed if row[0] != "number"] == ranges
 
 
 def test_every_row_is_whole():
