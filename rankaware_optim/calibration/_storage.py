@@ -70,7 +70,7 @@ def _journal(path: Path) -> BaseStorage:
         raise CalibrationError(f"storage={str(path)!r} is no file.", "Name a file for the journal, or a URL.")
     path = Path(os.path.realpath(path))  # a journal has one lock, by whatever link it is reached
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock")
+    lock = FileLock(f"{path}.rankaware.lock")  # emptied when it is opened: poetry.lock is somebody else's
     if path.is_file() and path.stat().st_size:
         _check_journal(path)
         with lock:

@@ -294,7 +294,7 @@ def test_a_second_ctrl_c_ends_a_wait_for_the_lock(tmp_path):
     path = tmp_path / "s.journal"
     small(path, trials=1)
     program = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
-    command, pipe = [sys.executable, "-c", program, f"{path}.lock"], subprocess.PIPE
+    command, pipe = [sys.executable, "-c", program, f"{path}.rankaware.lock"], subprocess.PIPE
     holder = subprocess.Popen(command, stdin=pipe, stdout=pipe)
     holder.stdout.readline()
     guards = [threading.Timer(wait, os.kill, (os.getpid(), signal.SIGINT)) for wait in (0.3, 0.6)]

@@ -68,6 +68,13 @@ def test_a_file_of_something_else_is_refused(make, tmp_path):
     assert (path.read_bytes(), sorted(tmp_path.iterdir())) == before
 
 
+def test_a_lock_file_of_another_program_is_left_alone(tmp_path):
+    """A study named like a project does not empty that project's lock file."""
+    (tmp_path / "poetry.lock").write_text("content")
+    calibrate(made_up(), trials=2, storage=tmp_path / "poetry")
+    assert (tmp_path / "poetry.lock").read_text() == "content"
+
+
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
 def test_what_is_no_file_is_refused(make, tmp_path):
     """A folder, a pipe that nobody writes to, and a device are not opened."""
