@@ -18,7 +18,7 @@ The ratio law keeps c = 1 and ratios of rates alone, so that all configurations 
 five half octaves around the lowest. Everything else is the study's.
 
 **Two estimators** of log2 of a best rate, each with all rates tried: the middle of the basin, where the loss lies
-above its lowest by at most 1 % of the gain or two standard errors of the lowest mean; and the cliff, the rate above it
+above its lowest by at most 1 % of the gain or two standard errors of what half an octave changes; and the cliff, the rate above it
 at which 10 % of the gain is lost.
 
 **Rules**, committed before the runs. Errors are in octaves, over domains and the five changes:
@@ -146,11 +146,23 @@ def estimate(done: Losses, cell: tuple[str, str, int], start: float) -> Estimate
     at_best = losses_at(done, cell, best, SEEDS)
     shift = means[best] - at_best[0]  # of seed 0 against all, so that its own octaves stand beside the means
     tried = {x: loss + shift for x, loss in curve(done, cell, 1).items()} | means
-    gain, noise = start - means[best], statistics.stdev(at_best) / math.sqrt(SEEDS)
-    bottom = means[best] + max(NEAR * gain, 2 * noise)
+    gain = start - means[best]
+    bottom = means[best] + max(NEAR * gain, 2 * standard_error(done, cell, best))
     left, right = crossing(tried, best, bottom, -1), crossing(tried, best, bottom, 1)
     middle = None if left is None or right is None else (left + right) / 2
     return Estimate(middle, crossing(tried, best, means[best] + CLIFF * gain, 1), tried)
+
+
+def standard_error(done: Losses, cell: tuple[str, str, int], best: float) -> float:
+    """Of the mean change of loss over half an octave from the lowest, seed by seed; 0 where both sides diverged."""
+    at_best, beside = losses_at(done, cell, best, SEEDS), (best - 0.5, best + 0.5)
+    changes = [
+        [there - here for there, here in zip(losses_at(done, cell, x, SEEDS), at_best, strict=True)]
+        for x in beside
+        if Job(*cell, x, SEEDS - 1) in done
+    ]
+    finite = [statistics.stdev(change) for change in changes if math.isfinite(sum(change))]
+    return max(finite, default=0.0) / math.sqrt(SEEDS)
 
 
 def crossing(tried: Mapping[float, float], best: float, level: float, way: int) -> float | None:
