@@ -18,8 +18,8 @@ The ratio law keeps c = 1 and ratios of rates alone, so that all configurations 
 five half octaves around the lowest. Everything else is the study's.
 
 **Two estimators** of log2 of a best rate, each with all rates tried: the middle of the basin, where the loss lies
-above its lowest by at most 1 % of the gain or two standard errors of what half an octave changes; and the cliff, the rate above it
-at which 10 % of the gain is lost.
+above its lowest by at most 1 % of the gain or two standard errors of what half an octave changes; and the cliff, the
+rate above it at which 10 % of the gain is lost.
 
 **Rules**, committed before the runs. Errors are in octaves, over domains and the five changes:
 
