@@ -51,13 +51,16 @@ def damaged_journal(data: bytes, chance: random.Random) -> bytes:
 
 
 def use(path: Path) -> None:
-    """The same call as before; where it is refused, the file is as it was but for an incomplete last line."""
+    """The same call as before; where it is refused, what the file held is there, but for an incomplete last line.
+
+    Optuna appends a line when it opens a study.
+    """
     before = path.read_bytes()
     try:
         recipe = calibration(path, pause=0.0)
     except ra.CalibrationError as error:
         after = path.read_bytes()
-        if after not in (before, before[: before.rfind(b"\n") + 1]) and not after.startswith(before):
+        if not after.startswith(before[: before.rfind(b"\n") + 1]):
             raise AssertionError(f"refused ({error}) and changed") from error
         raise
     if not 0 < recipe.lr < math.inf:

@@ -33,7 +33,7 @@ class Outcomes:
             outcome = HELD
         except refusals as error:
             outcome = REFUSED
-            failure = "" if str(error).replace("\n", "").isprintable() else f"unprintable: {str(error)!r}"
+            failure = "" if str(error).translate({9: "", 10: ""}).isprintable() else f"unprintable: {str(error)!r}"
         except Exception as error:
             outcome, failure = FAILED, f"{type(error).__name__}: {error}"
         self.slowest = max(self.slowest, seconds := time.perf_counter() - began)

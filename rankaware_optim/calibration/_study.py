@@ -21,6 +21,7 @@ import optuna
 import torch
 from torch.optim import Optimizer
 
+from .._checks import is_positive
 from .._optimizers import optimizer_family
 from .._scaling_rule import infer_scaling
 from .._types import Reference, Survey
@@ -128,15 +129,18 @@ class Study:
         try:
             for record in Trials.read(stored.get_trials(deepcopy=False)):
                 rates = record.x, record.observation and record.observation.x
-                if not is_typed(record, TrialRecord) or any(abs(x or 0) > _MOST for x in rates):
+                positive = (v for v in (record.rank, record.scaling, record.own_lr) if v is not None)
+                typed = is_typed(record, TrialRecord) and all(map(is_positive, positive))
+                if not typed or any(abs(x or 0) > _MOST for x in rates):
                     raise TypeError(f"trial {record.number} holds an impossible value")
             known = stored.user_attrs
-            if not all(isinstance(known.get(key, {}), dict) for key in ("made_with", "settings")):
+            tables = (known.get(key, {}) for key in ("made_with", "settings"))
+            if len(stored.directions) > 1 or not all(isinstance(table, dict) for table in tables):
                 raise TypeError("an attribute holds an impossible value")
             if "reference" in known:
                 Reference(**known["reference"])
                 math.log2(known["full_fan_in"])
-        except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CalibrationError(
                 f"The stored study {self.name!r} is damaged ({type(error).__name__}: {error}), and was left as it is.",
                 "Restore its storage from a copy, or give this calibration another name=, or another storage=.",

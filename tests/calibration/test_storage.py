@@ -154,6 +154,8 @@ DAMAGED = {
     "an owner of none": line(user_attrs={"rank": 4, "seed": 0, "owner": {"host": "mine"}}),
     "a rank that is a word": line(user_attrs={"rank": "four", "seed": 0}),
     "attributes that are none": line(user_attrs=[]),
+    "a scaling below zero": lambda data: data.replace(b'"scaling":', b'"scaling":-', 1),
+    "a study of two objectives": lambda data: data.replace(b'"directions":[1]', b'"directions":[1,1]', 1),
     "a seed of 400 digits": line(user_attrs={"rank": 4, "seed": 10**400}),
 }
 
