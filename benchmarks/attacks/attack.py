@@ -30,7 +30,7 @@ from recording import RESULTS, machine, record
 MODULES = (kills, interrupts, exceptions, recipes, checkpoints, sweeps, journals, adapter_files)
 ATTACKS: dict[str, Attack] = {attack.name: attack for module in MODULES for attack in module.ATTACKS}
 FILE = RESULTS / "attack.jsonl"
-FIRST_SEED = 20261126
+FIRST_SEED = 20261200
 MEMORY = 8 * 2**30  # bytes a piece may map
 NOTES = (
     "held: it went well, and what the attack's docstring asks for was true. refused: an error of ours, in printable "
