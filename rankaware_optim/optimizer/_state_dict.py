@@ -70,7 +70,8 @@ def fit_checkpoint(
 
     `orders` are orders of names that a checkpoint without names may be in. Nothing is changed in place.
     """
-    groups, state = _contents(state_dict)
+    flat = any(len(group["params"]) != len(group.get("param_names", ())) for group in param_groups)
+    groups, state = _contents(state_dict, flat)
     if any("param_names" not in group or "user_group" not in group for group in param_groups):
         raise CheckpointError(
             "A group was put into param_groups by hand, so this optimizer does not know its parameters.",
@@ -90,7 +91,7 @@ def fit_checkpoint(
             "torch.distributed.checkpoint loaded several base rates into the parts of one group: it gives a saved "
             "group's settings to one of them only. Set group['lr'] of all to the saved one."
         )
-    if any(len(group["params"]) != len(group["param_names"]) for group in param_groups):
+    if flat:
         return {**state_dict, "param_groups": _flat_groups(param_groups, groups, state)}, ()
     _check_user_groups(param_groups, groups)
     saved = _by_name(param_groups, groups, orders)
@@ -118,7 +119,8 @@ def fit_checkpoint(
     return {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(carried)
 
 
-def _contents(state_dict: Mapping[str, Any]) -> tuple[list[Group], Mapping[Any, Any]]:
+def _contents(state_dict: Mapping[str, Any], flat: bool) -> tuple[list[Group], Mapping[Any, Any]]:
+    """The checkpoint's groups, at base rates, and state. flat: groups hold one share of several parameters (ZeRO)."""
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
     if not isinstance(groups, list) or not groups or not isinstance(state, Mapping):
         raise CheckpointError("This is no optimizer checkpoint: it lacks param_groups or state.", _CURE)
@@ -128,7 +130,7 @@ def _contents(state_dict: Mapping[str, Any]) -> tuple[list[Group], Mapping[Any, 
             f"The checkpoint is of format {newest}, this package reads up to {GROUP_FORMAT}.", "Update rankaware-optim."
         )
     for group in groups:
-        _check_group(group)
+        _check_group(group, flat)
     keys = [key for group in groups for key in group["params"]]
     names = [] if _by_key(groups) else [name for group in groups for name in group.get("param_names") or ()]
     if len(set(keys)) != len(keys) or len(set(names)) != len(names):
@@ -136,7 +138,7 @@ def _contents(state_dict: Mapping[str, Any]) -> tuple[list[Group], Mapping[Any, 
     return [_at_base_rate(group) for group in groups], state
 
 
-def _check_group(group: Group) -> None:
+def _check_group(group: Group, flat: bool) -> None:
     """Refuse what would be read wrongly in silence."""
     for key in ("lr", "initial_lr", "rank_multiplier", "lr_multiplier"):
         value = group.get(key, 1.0)
@@ -144,7 +146,7 @@ def _check_group(group: Group) -> None:
         if not is_positive(value) and not (key.endswith("lr") and is_number(value) and value == 0):  # a warmup's start
             raise CheckpointError(f"A group of the checkpoint has {key}={group[key]!r}.", _CURE)
     names = group.get("param_names")
-    if names and not _by_key([group]) and len(names) != len(group["params"]):
+    if names and not flat and not _by_key([group]) and len(names) != len(group["params"]):
         raise CheckpointError(
             f"A group of the checkpoint has {len(group['params'])} parameters and {len(names)} names.", _CURE
         )

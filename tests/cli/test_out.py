@@ -64,10 +64,6 @@ def test_a_pipe_is_left(recipe, tmp_path):
 
 AGAIN = [
     (["report", None], "made.html"),
-    (["plot", None], "made.png"),
-    (["plot", None], "made.svg"),
-    (["plot", None], "made.pdf"),
-    (["coordcheck", "--shape", "8x8", "--tokens", 8, "--ranks", "1,2"], "made.png"),
     (["bench-law", "--law", "mua"], "made.csv"),
     (["bench-law", "--law", "mua"], "made.json"),
     (FIT, "made.toml"),
@@ -83,9 +79,3 @@ def test_the_same_command_writes_again(command, name, recipe, tmp_path):
     for _ in range(2):
         assert call(*arguments).exit_code == 0
         assert out.stat().st_size
-
-
-def test_a_figure_without_a_suffix_is_refused(recipe, tmp_path):
-    """It would be written under another name than the one given."""
-    assert "no suffix" in call("plot", recipe, "-o", tmp_path / "made").stderr
-    assert not list(tmp_path.iterdir())

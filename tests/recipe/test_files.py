@@ -27,7 +27,8 @@ HANG = 120  # seconds
 def attacked(tmp_path_factory) -> list[list[str]]:
     """The lines of helpers/torn_saves.py."""
     command = [sys.executable, "-m", "tests.helpers.torn_saves", str(tmp_path_factory.mktemp("torn"))]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
     assert not ended.returncode, ended.stderr
     return [line.split() for line in ended.stdout.splitlines()]
 

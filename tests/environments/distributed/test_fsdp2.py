@@ -135,7 +135,8 @@ def resized(shard: bool) -> dict[str, torch.Tensor]:
     old, new = [fully_shard(model) if shard else model for model in models]
     opt = by_class(old)
     for param in (p for group in opt.param_groups for p in group["params"]):
-        opt.state[param].update(step=torch.tensor(1.0), exp_avg=param.detach().clone())
+        moments = {"exp_avg": param.detach().clone(), "exp_avg_sq": param.detach().square()}
+        opt.state[param].update(step=torch.tensor(1.0), **moments)
     again = by_class(new, on_rank_change="resize")
     again.load_state_dict(opt.state_dict())
     pairs = [(n, p) for g in again.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]

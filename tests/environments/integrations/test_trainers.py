@@ -296,10 +296,10 @@ def of_unknown_init(model):
 
 
 def handmade(model):
-    """torch's own AdamW with the groups of `mlp((4, 8))` written out."""
+    """torch's own AdamW with the groups of `mlp((4, 8))` written out, in the order in which norms are added."""
     layers = [(model.layer0.lora_A, 4), (model.layer0.lora_B, 4), (model.layer1.lora_A, 8), (model.layer1.lora_B, 8)]
     groups = [{"params": [p], "lr": LR * multiplier(rank)} for p, rank in layers]
-    return torch.optim.AdamW([{"params": list(model.head.parameters())}, *groups], lr=LR)
+    return torch.optim.AdamW([*groups, {"params": list(model.head.parameters())}], lr=LR)
 
 
 def loader():
