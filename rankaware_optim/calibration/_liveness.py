@@ -94,7 +94,8 @@ class _Heartbeat(threading.Thread):
     def stop(self) -> None:
         """Give no more, once the last one is written."""
         self._ended.set()
-        self.join()
+        with suppress(RuntimeError):  # an interrupt came before it had started: it then ends at once
+            self.join()
 
 
 def keep_beating(trial: Trial, owner: Owner) -> None:

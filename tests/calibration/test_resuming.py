@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import rankaware_optim as ra
-from rankaware_optim.calibration._liveness import fail_dead_trials, new_owner, release
+from rankaware_optim.calibration._liveness import _Heartbeat, fail_dead_trials, new_owner, release
 from rankaware_optim.calibration._optuna import close_storage
 from rankaware_optim.calibration._storage import open_storage
 from rankaware_optim.calibration._study import Study
@@ -199,6 +199,11 @@ def test_a_trial_is_its_threads():
     release(owners[1])
     fail_dead_trials(study)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL"]
+
+
+def test_a_heartbeat_that_an_interrupt_kept_from_starting_stops():
+    """Ctrl-C may come between a heartbeat's making and its start; its trial is given up all the same."""
+    _Heartbeat(optuna.create_study().ask()).stop()
 
 
 def test_a_trial_elsewhere_holds_its_place():
