@@ -47,7 +47,6 @@ _HALF_RANGE = 4.0  # octaves on either side of the first guess
 _WIDEN = 2.0  # octaves an edge moves out when the best rate sits there
 _EDGE = 1.0  # octaves: how near counts as sitting there
 _UNDETERMINED = 1.2  # octaves: a standard deviation of the base rate, beyond which the data say next to nothing
-_TOGETHER = 50  # trials, times which new ones wait for the next fit
 _MOST = 1000.0  # octaves: no rate that a float holds lies farther from 1
 _TOGETHER = 50  # trials, times which new ones wait for the next fit
 _APART = 16  # the factor between the lowest and the highest rank at which the drift is well measured
