@@ -133,11 +133,12 @@ class Study:
                 if not typed or any(abs(x or 0) > _MOST for x in rates):
                     raise TypeError(f"trial {record.number} holds an impossible value")
             known = stored.user_attrs
-            tables = (known.get(key, {}) for key in ("made_with", "settings"))
+            made_with = known.get("made_with", {})
+            tables = made_with, made_with.get("multipliers", {}), known.get("settings", {})
             if len(stored.directions) > 1 or not all(isinstance(table, dict) for table in tables):
                 raise TypeError("an attribute holds an impossible value")
             if "reference" in known:
-                Reference(**known["reference"])
+                checked_multiplier(self.law, (at := Reference(**known["reference"])).as_factor(), at)
                 math.log2(known["full_fan_in"])
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CalibrationError(

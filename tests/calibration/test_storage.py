@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import sqlite3
 from pathlib import Path
 
@@ -155,6 +156,8 @@ DAMAGED = {
     "a rank that is a word": line(user_attrs={"rank": "four", "seed": 0}),
     "attributes that are none": line(user_attrs=[]),
     "a scaling below zero": lambda data: data.replace(b'"scaling":', b'"scaling":-', 1),
+    "multipliers that are none": lambda data: re.sub(rb'"multipliers":\{[^}]*\}', b'"multipliers":1.5', data),
+    "a reference without a width": lambda data: re.sub(rb'("fan_in":)[\d.]+', rb"\1null", data),
     "a study of two objectives": lambda data: data.replace(b'"directions":[1]', b'"directions":[1,1]', 1),
     "a seed of 400 digits": line(user_attrs={"rank": 4, "seed": 10**400}),
 }
