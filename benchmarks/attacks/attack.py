@@ -36,8 +36,8 @@ NOTES = (
     "held: it went well, and what the attack's docstring asks for was true. refused: an error of ours, in printable "
     "words, with nothing changed. failed: any other exception, a loss, a tear, a rate that is not finite and positive, "
     "or more than 5 s. The slowest in seconds.",
-    "A piece in which something failed was run again, with its seed, once that was mended: of the run on file four pieces "
-    "of damaged journals, two that another host's trial was waited for in, and two with damage that was not known as such.",
+    "A piece in which something failed was run again, with its seed, once that was mended: of the run on file four "
+    "pieces of damaged journals. In two another host's trial was waited for, in two damage was not known as such.",
 )
 
 
