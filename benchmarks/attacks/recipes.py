@@ -105,4 +105,4 @@ def use(path: Path, page: bool) -> None:
         raise AssertionError("saved and loaded again, its hash is another")
 
 
-ATTACKS = (Attack("damaged recipes", 40_000, 1000, run),)
+ATTACKS = (Attack("damaged recipes", 53_000, 1000, run),)
