@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from attacks.damage import VALUES, damaged_values
 from attacks.outcomes import Attack, Outcomes
-from attacks.victim import Pair
+from made_up import Pair
 from torch import nn
 
 import rankaware_optim as ra

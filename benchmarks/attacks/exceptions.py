@@ -19,7 +19,8 @@ from unittest.mock import patch
 
 import torch
 from attacks.outcomes import Attack, Outcomes
-from attacks.victim import SHIPPED, TRIALS, Pair, calibration
+from attacks.victim import SHIPPED, TRIALS, calibration
+from made_up import Pair
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

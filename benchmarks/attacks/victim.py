@@ -7,18 +7,17 @@ The server is a process of its own, so that Python and torch are imported once. 
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from made_up import train
 
 import rankaware_optim as ra
 
@@ -26,29 +25,10 @@ STEPS, TRIALS = 10, 6
 SHIPPED = Path(__file__).parents[2] / "recipes" / "efficientnet-lite0-digits.toml"
 
 
-class Pair(nn.Module):
-    """A LoRA pair on a layer of 8 × 8."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 8), requires_grad=False)
-        self.lora_A = nn.Parameter(torch.randn(rank, 8))
-        self.lora_B = nn.Parameter(torch.zeros(8, rank))
-        self.r, self.scaling = rank, 1.0
-
-
 def calibration(storage: Any, *, pause: float = 0.002, **options: Any) -> ra.Recipe:
     """Six runs of ten steps around 2^-7; `pause` seconds a step, so that a kill may come anywhere."""
-
-    def train(trial: Any) -> Iterator[float]:
-        trial.optimizer(Pair(trial.rank))
-        u = math.log2(trial.lr) + 7
-        for step in range(trial.steps):
-            time.sleep(pause)
-            yield 2.3 - step * 0.2 / (1 + u * u) + 0.01 * torch.rand(1).item()
-
     options = {"ranks": (2, 4), "steps": STEPS, "trials": TRIALS, "storage": storage, "progress": False, **options}
-    return ra.calibrate(train, "adamw", **options)
+    return ra.calibrate(partial(train, pause=pause), "adamw", **options)
 
 
 def saves(folder: Path) -> None:

@@ -27,6 +27,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim import lr_scheduler as schedulers
 
 import rankaware_optim as ra
+from rankaware_optim._optimizer_classes import get_optimizer_class
 
 STEPS, BASE, BAR = 12, 1e-2, 1e-5
 LAW = ra.Power(exponent=-0.5, law=ra.Constant())
@@ -56,8 +57,7 @@ def main() -> None:
 
 
 def row(loop: Loop) -> dict[str, Any]:
-    module, _, name = loop.optimizer.partition(":")
-    native = getattr(import_module(module), name)
+    native = get_optimizer_class(loop.optimizer)
     wanted = moves(loop, lambda model: native([model.head.weight], lr=BASE))["head.weight"]
     builders = {"ours": wrapped, "native groups, multiplied by hand": by_hand}
     found = {name: error(loop, partial(build, native), wanted) for name, build in builders.items()}

@@ -55,7 +55,7 @@ from study.suite import STORES, provenance
 from study.training import WARMUP, train
 
 from rankaware_optim import inspect_model
-from rankaware_optim.laws._updates import kappa
+from rankaware_optim.laws._updates import Site, Updates, _in_quadrature, sign_terms
 from rankaware_optim.sweeps._bench import loss_between
 
 DOMAINS = ("image_generation", "vision_classification", "language", "reinforcement")
@@ -191,11 +191,9 @@ def width(domain: str) -> float:
 
 def terms(domain: str, config: str) -> tuple[float, float]:
     """(p, q) of the condition p·τ + q·τ² = c, in quadrature at Init[B]."""
-    k_n, k_r = kappa(width(domain), TOKENS), kappa(RANKS[config] or 1, TOKENS)
-    if config == "full":
-        return k_n, 0.0
-    s = 1.0 / RANKS[config] if config == BY_RANK else 1.0
-    return s * (k_n if config == AT_B else k_r), s * k_n * k_r
+    rank, init = RANKS[config] or 1, "full" if config == "full" else "B" if config == AT_B else "A"
+    scaling = 1.0 / rank if config == BY_RANK else 1.0
+    return sign_terms(Updates(TOKENS), Site(init, rank, scaling, width(domain)))
 
 
 def constant_of(domain: str, config: str, x: float) -> float:
@@ -207,12 +205,7 @@ def constant_of(domain: str, config: str, x: float) -> float:
 def rate_at(domain: str, config: str, c: float) -> float:
     """log2 of the rate at which a configuration's condition is c."""
     p, q = (term / c for term in terms(domain, config))
-    in_quadrature = config == AT_B
-    tau = (
-        math.sqrt(2.0 / (p * p + math.sqrt(p**4 + 4 * q * q)))
-        if in_quadrature
-        else 2.0 / (p + math.sqrt(p * p + 4 * q))
-    )
+    tau = _in_quadrature(p, q) if config == AT_B else 2.0 / (p + math.sqrt(p * p + 4.0 * q))
     return math.log2(tau / T)
 
 
