@@ -61,11 +61,13 @@ class UserGroup(NamedTuple):
         return tuple(name for name, _ in self.named)
 
 
-def user_groups(params: Any, model: nn.Module, walked: Walk, first: int = 0) -> list[UserGroup]:
+def user_groups(
+    params: Any, model: nn.Module, walked: Walk, first: int = 0, *, outside: bool = False
+) -> list[UserGroup]:
     """The user's parameters as named groups: a model, parameters, named parameters, or dicts of them.
 
-    A model stands for its trainable parameters. Raises OptimizerError where a parameter comes twice or none is the
-    model's.
+    A model stands for its trainable parameters. Raises OptimizerError where a parameter comes twice, or where none is
+    the model's unless `outside`.
     """
     if isinstance(params, nn.Module):
         own = walked if params is model else walk(params)
@@ -83,7 +85,7 @@ def user_groups(params: Any, model: nn.Module, walked: Walk, first: int = 0) -> 
         raise OptimizerError(
             "There is no trainable parameter to optimize.", "Set requires_grad on what should be trained."
         )
-    if seen.isdisjoint(names):
+    if seen.isdisjoint(names) and not outside:
         raise OptimizerError(
             f"None of the {len(seen)} parameters given belongs to the model.",
             "Pass the model that these parameters come from as model=.",

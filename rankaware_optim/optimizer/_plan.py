@@ -72,7 +72,7 @@ class Plan:
 
     law: bound to the optimizer. reference: resolved. width: the model's. batch_multiplier: what another batch than the
     reference's multiplies every rate by, other parameters' too. recipe_tag: that of the recipe that the base rate is
-    from, or "".
+    from, or "". family: the optimizer's.
     """
 
     options: PlanOptions
@@ -83,6 +83,7 @@ class Plan:
     batch_multiplier: float = 1.0
     notes: tuple[str, ...] = ()
     recipe_tag: str = ""
+    family: str = "sign-like"
 
     def assign(self, name: str, factor: Factor | None) -> Assignment:
         """The assignment of the parameter `name`, which is `factor` or, where that is None, an other one."""
@@ -146,6 +147,7 @@ def make_plan(
     reference = (options.tuned_at or fallback).resolve(moved)
     law = get_law(options.law)
     of_recipe: tuple[str, ...] = ()
+    family = "sign-like" if optimizer_class is None else optimizer_family(optimizer_class, settings)
     if optimizer_class is not None:
         if options.strict:
             known_family(optimizer_class, settings)
@@ -157,7 +159,7 @@ def make_plan(
     if options.batch is not None and reference.batch is not None:
         by_batch = checked_batch_multiplier(law, options.batch / reference.batch)
     tag = "" if recipe is None else recipe.tag
-    plan = Plan(options, law, reference, method, width, by_batch, recipe_tag=tag)
+    plan = Plan(options, law, reference, method, width, by_batch, recipe_tag=tag, family=family)
     own_notes = _notes(plan, survey, optimizer_class, settings)
     return replace(plan, notes=(*survey.notes, *of_recipe, *own_notes))
 
@@ -173,6 +175,8 @@ def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: M
             "base rate, since no law covers them: name their init by init='A' or 'B' if you know it."
         )
         warn(notes[-1])
+    if options.tuned_at is None and len({(f.rank, f.scaling, f.init) for f in survey.factors}) > 1:
+        notes.append(f"tuned_at not given: lr counts as tuned at {reference}, the most common of this model.")
     if "unknown" in inits:
         notes.append("The init of some adapters could not be read; they count as Init[A].")
     others = {f.init for f in survey.factors if f.kind != "embedding"} & {"A", "B"} - {reference.init}

@@ -173,8 +173,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         survey = survey_of(walked, method=method, init=init)
         given = settings if built is None else built.defaults
         plan = make_plan(survey, options, native, given, loaded)
-        check_base_lr(native, built, lr)
-        own = user_groups(params if built is None else built.param_groups, model, walked)
+        params = built.param_groups if built is not None else params if isinstance(params, nn.Module) else list(params)
+        check_base_lr(native, built, lr, tuned_at is not None, params)
+        own = user_groups(params, model, walked)
         also = _frozen(own)
         survey = survey_of(walked, method=method, init=init, also=also) if also else survey
         planned = split(own, plan, survey)
@@ -234,7 +235,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 "Wrap again with model=, or add groups made by rank_aware_param_groups.",
             )
         wrap, walked = self._rankaware, walk(model)
-        own = user_groups([param_group], model, walked, first=len(wrap.order))
+        own = user_groups([param_group], model, walked, first=len(wrap.order), outside=True)
         refuse_groups(native, own, held={id(p) for group in self.param_groups for p in group["params"]})
         survey = survey_of(walked, method=wrap.plan.method, init=wrap.init, also=_frozen(own))
         made = []
