@@ -15,10 +15,10 @@ from torch import nn
 
 from .._checks import check_lr, plain_lr
 from .._rate import Rate
-from .._types import Init, Method, Reference, Survey
+from .._types import Init, Method, Survey
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
-from ..inspection import Walk, survey_of, walk
+from ..inspection import ReferenceLike, Walk, as_reference, survey_of, walk
 from ..laws import DEFAULT_LAW, Law, caution_of
 from ._plan import Assignment, Plan, PlanOptions, make_plan
 
@@ -215,7 +215,7 @@ def rank_aware_param_groups(
     lr: float | Rate,
     model: nn.Module | None = None,
     law: str | Law = DEFAULT_LAW,
-    tuned_at: Reference | None = None,
+    tuned_at: ReferenceLike | None = None,
     optimizer_class: type | None = None,
     settings: Mapping[str, Any] | None = None,
     named: bool = True,
@@ -245,7 +245,8 @@ def rank_aware_param_groups(
     """
     model = model_of(params, model)
     check_lr(lr)
-    options = PlanOptions(law, tuned_at, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
+    reference = None if tuned_at is None else as_reference(tuned_at)
+    options = PlanOptions(law, reference, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
     walked = walk(model)
     survey = survey_of(walked, method=method, init=init)
     plan = make_plan(survey, options, optimizer_class, settings)

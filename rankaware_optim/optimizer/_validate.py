@@ -16,6 +16,7 @@ from .._optimizer_classes import get_optimizer_class
 from .._optimizers import known_optimizer
 from .._types import Reference
 from ..errors import OptimizerError
+from ..inspection import ReferenceLike, as_reference
 from ..laws import DEFAULT_LAW, Law
 from ..recipe import Recipe, resolve_recipe
 from ._param_groups import UserGroup
@@ -92,11 +93,12 @@ def _refuse_held_groups(built: Optimizer) -> None:
 
 
 def from_recipe(
-    recipe: Recipe | str | os.PathLike[str] | None, lr: Any, tuned_at: Reference | None, law: str | Law | None
+    recipe: Recipe | str | os.PathLike[str] | None, lr: Any, tuned_at: ReferenceLike | None, law: str | Law | None
 ) -> tuple[Recipe | None, Any, Reference | None, str | Law]:
     """The recipe with its base rate, reference and law, or without one those that were given."""
     if recipe is None:
-        return None, lr, tuned_at, DEFAULT_LAW if law is None else law
+        at = None if tuned_at is None else as_reference(tuned_at)
+        return None, lr, at, DEFAULT_LAW if law is None else law
     for name, value in (("lr", lr), ("tuned_at", tuned_at), ("law", law)):
         if value is not None:
             raise OptimizerError(f"Both recipe= and {name}= were given.", "A recipe holds all three: give it alone.")

@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 from .._checks import plain_lr
 from .._optimizers import known_optimizer
 from .._rate import Rate
-from .._types import Init, Method, Reference, Survey
+from .._types import Init, Method, Survey
 from .._warn import warn
 from ..errors import CheckpointError, OptimizerError
-from ..inspection import survey_of, walk
+from ..inspection import ReferenceLike, survey_of, walk
 from ..laws import Law, law_words
 from ..recipe import Recipe
 from ._param_groups import (
@@ -107,7 +107,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         optimizer: a torch optimizer class, or its name: "adamw", "torch_optimizer:Lamb".
         model: the model that holds the adapters, where `params` is not it. It is held weakly.
         lr: the base rate, per step, tuned at `tuned_at`; by default the optimizer's own default.
-        tuned_at: the configuration `lr` was tuned at; by default the model's own most common one.
+        tuned_at: the configuration `lr` was tuned at: a `Reference`, words as "r=16,alpha=32", an adapter's folder or
+            file, or a `LoraConfig`; by default the model's own most common one.
         law: a law or its name; default "falling".
         recipe: a calibrated recipe or its path, in place of `lr`, `tuned_at` and `law`.
         method: "full" for full finetuning of a model without adapters.
@@ -145,7 +146,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         *,
         model: nn.Module | None = None,
         lr: float | Rate | torch.Tensor | None = None,
-        tuned_at: Reference | None = None,
+        tuned_at: ReferenceLike | None = None,
         law: str | Law | None = None,
         recipe: Recipe | str | os.PathLike[str] | None = None,
         method: Method = "lora",
@@ -167,14 +168,14 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         refuse_inside_zero()
         check_on_rank_change(on_rank_change)
         refuse_settings(built, lr, settings)
-        loaded, lr, tuned_at, law = from_recipe(recipe, plain_lr(lr), tuned_at, law)
-        options = PlanOptions(law, tuned_at, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
+        loaded, lr, reference, law = from_recipe(recipe, plain_lr(lr), tuned_at, law)
+        options = PlanOptions(law, reference, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
         walked = walk(model)
         survey = survey_of(walked, method=method, init=init)
         given = settings if built is None else built.defaults
         plan = make_plan(survey, options, native, given, loaded)
         params = built.param_groups if built is not None else params if isinstance(params, nn.Module) else list(params)
-        check_base_lr(native, built, lr, tuned_at is not None, params)
+        check_base_lr(native, built, lr, reference is not None, params)
         own = user_groups(params, model, walked)
         also = _frozen(own)
         survey = survey_of(walked, method=method, init=init, also=also) if also else survey

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from rankaware_optim import Power, Recipe, Reference
+from rankaware_optim import Falling, MuA, Power, Recipe, Reference
 from rankaware_optim.cli._main import main
 from rankaware_optim.transfer import convert_lr
 
@@ -145,6 +145,33 @@ def test_convert_says_two_rates_where_alpha_alone_changes():
     assert done.exit_code == 0
     assert "Two rates: 0.0002 for A, 0.0004 for B (exact)." in done.output
     assert "multiply B's eps by 0.5 and its weight decay by 0.5" in done.output
+
+
+def test_convert_takes_the_rate_from_the_adapter(tmp_path):
+    """Without a typed rate each part of a kohya file is converted at its own, along its optimizer's law."""
+    said = {"ss_unet_lr": "2e-4", "ss_text_encoder_lr": "5e-5", "ss_max_train_steps": "1600"}
+    for optimizer, law in (
+        ("torch.optim.adamw.AdamW", Falling()),
+        ("torch.optim.sgd.SGD", MuA(family="gradient-like")),
+    ):
+        tensors = {}
+        for name, width in (("lora_unet_q", 32), ("lora_te_q", 64)):
+            tensors |= {f"{name}.lora_down.weight": torch.zeros(16, width), f"{name}.alpha": torch.tensor(16.0)}
+            tensors[f"{name}.lora_up.weight"] = torch.zeros(width, 16)
+        save_file(tensors, tmp_path / "x.safetensors", {**said, "ss_optimizer": optimizer})
+        done = call("convert", "--from", tmp_path / "x.safetensors", "--to", "r=64")
+        assert done.exit_code == 0, done.output
+        assert f"UNet was trained at 0.0002, rank 16, alpha 16, Init[A] by {optimizer} over 1600 steps." in done.output
+        for rate, width in ((2e-4, 32), (5e-5, 64)):
+            words = {"from_": f"r=16,alpha=16,fan_in={width}", "to": f"r=64,alpha=16,fan_in={width}"}
+            assert convert_lr(rate, **words, law=law).explain() in done.output
+
+
+def test_convert_names_an_adapter_as_reference(folder):
+    """--from and --to take an adapter's folder, at its own width, beside a typed rate; without one it is asked for."""
+    done = call("convert", "2e-4", "--from", folder, "--to", "r=64,alpha=16")
+    assert done.output.rstrip("\n") == convert_lr(2e-4, from_=folder, to="r=64,alpha=16").explain()
+    assert "Give the rate yourself" in call("convert", "--from", folder, "--to", "r=64").output
 
 
 def test_convert_prints_what_convert_lr_gives():

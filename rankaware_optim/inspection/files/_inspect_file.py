@@ -23,7 +23,9 @@ from ._safetensors import Header, read_header, shown
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_SAID = ("ss_network_module", "ss_network_dim", "ss_network_alpha")  # by kohya's scripts
+# By kohya's scripts.
+_SAID = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_learning_rate", "ss_unet_lr")
+_SAID += ("ss_text_encoder_lr", "ss_optimizer", "ss_max_train_steps")
 
 
 def inspect_file(path: str | Path) -> Survey:
@@ -69,6 +71,11 @@ def inspect_file(path: str | Path) -> Survey:
 
 
 # --- which file -----------------------------------------------------------------------------------------------------
+
+
+def adapter_file(path: str | Path) -> Path:
+    """The safetensors file that `path` is or holds, as `inspect_file` chooses it."""
+    return _found(Path(path))[0]
 
 
 def _found(path: Path) -> tuple[Path, AdapterConfig | None]:
