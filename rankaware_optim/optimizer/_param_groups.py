@@ -239,7 +239,7 @@ def rank_aware_param_groups(
     >>> pair.lora_A, pair.lora_B = torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(8, 64, bias=False)
     >>> pair.r, pair.scaling = 8, 1.0
     >>> _ = torch.nn.init.zeros_(pair.lora_B.weight)
-    >>> groups = rank_aware_param_groups(pair, lr=1e-3, tuned_at=Reference(rank=32, alpha=32))
+    >>> groups = rank_aware_param_groups(pair, lr=1e-3, tuned_at="r=32,alpha=32")
     >>> [(g["lora_role"], round(g["lr"], 5)) for g in groups]
     [('A', 0.00199), ('B', 0.00199)]
     """

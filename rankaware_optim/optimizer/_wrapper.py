@@ -110,7 +110,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         tuned_at: the configuration `lr` was tuned at: a `Reference`, words as "r=16,alpha=32", an adapter's folder or
             file, or a `LoraConfig`; by default the model's own most common one.
         law: a law or its name; default "falling".
-        recipe: a calibrated recipe or its path, in place of `lr`, `tuned_at` and `law`.
+        recipe: a calibrated recipe, its path or its adapter's folder, in place of `lr`, `tuned_at` and `law`.
         method: "full" for full finetuning of a model without adapters.
         init: names the adapters' init where it cannot be read ("A", "B").
         rates: rates by name pattern, as {"*classifier*": 1e-3}, for any parameter.

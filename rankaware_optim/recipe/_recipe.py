@@ -21,6 +21,8 @@ from .._types import Method, Reference, Survey
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
 from ..laws import Power, checked_batch_multiplier, checked_multiplier, law_changes
+from . import _beside as beside
+from . import _hub as on_hub
 from . import _io as recipe_files
 from . import _recipe_text as words
 from . import _schema as recipe_toml
@@ -236,14 +238,70 @@ class Recipe:
         """What the safetensors file holds, by name."""
         return {**{f"trial.{key}": value for key, value in self.tensors.items()}, "fit.covariance": self.covariance}
 
+    def save_beside(self, adapter: str | os.PathLike[str]) -> Path:
+        """Write the recipe into an adapter's folder: files in its subfolder `rankaware/`, a section in its README.
+
+        `recipe=` and `Recipe.load` then take the adapter's folder. Another call replaces both. Returns the file.
+
+        Raises:
+            RecipeError: there is no such folder, or it or its README cannot be written; or as `save`.
+        """
+        return beside.save_beside(self, adapter)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Push to a repository of the Hugging Face Hub, laid out as `save_beside` does; the commit's address.
+
+        The repository is made if need be. Its README stays, one is written where there is none; its head gets the
+        tag `rankaware-recipe` and `base_model`, its end what was calibrated, with a plot. Needs the extra `hub`.
+
+        Args:
+            repo: "owner/name", a new one or an adapter's.
+            base_model: the model's own repository, as "owner/name".
+            private, token, revision, commit_message: as in huggingface_hub.
+
+        Raises:
+            RecipeError: the Hub refuses or cannot be reached. PlotError: matplotlib is missing. Nothing was pushed.
+        """
+        message = commit_message or f"Learning-rate recipe {self.tag}"
+        options = {"private": private, "token": token, "message": message, "revision": revision}
+        return on_hub.push(self, repo, base_model=base_model, **options)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Recipe:
+        """Read the recipe in a repository of the Hub, or its cached copy where HF_HUB_OFFLINE=1. Extra `hub`.
+
+        Raises:
+            RecipeError: the repository cannot be reached, or holds no recipe; or as `load`.
+        """
+        return cls.load(on_hub.pull(repo, revision=revision, token=token, cache_dir=cache_dir))
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
         """Read a recipe, checking every value and the tensors' hash at the door. Nothing is unpickled.
+
+        `path` is its TOML file, or the folder of an adapter that it was saved beside.
 
         Raises:
             RecipeError: a file is missing, cut short, of a newer schema, altered, or holds an impossible value; the
                 message carries the value's path.
         """
+        path = beside.recipe_file(path)
         return recipe_toml.from_document(cls, *recipe_files.read(path), path)
 
 
@@ -258,5 +316,5 @@ def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> 
 
 
 def resolve_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
-    """The recipe itself, or the one in the file named."""
+    """The recipe itself, or the one in the file or folder named."""
     return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)

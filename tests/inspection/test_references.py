@@ -148,7 +148,7 @@ TRAINED = [
 
 @pytest.mark.parametrize(("metadata", "names", "rates"), TRAINED)
 def test_kohyas_rates_are_read_by_part(metadata, names, rates, tmp_path):
-    """UNet and text encoders have their own rate or ss_learning_rate; a part not in the file, or at rate 0, has none."""
+    """UNet and text encoders have their own rate or ss_learning_rate; a part not there, or at rate 0, has none."""
     made = read_training(kohya_file(tmp_path / "x.safetensors", metadata, names))
     assert [(rate.part, rate.lr, len(rate.survey.factors) // 2) for rate in made.rates] == rates
 
