@@ -6,8 +6,10 @@ Importing this module imports no transformers: its functions do.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,8 +17,8 @@ from torch.optim import Optimizer
 
 from .._optimizer_classes import get_optimizer_class
 from ..errors import CalibrationError, OptimizerError
-from ..optimizer import RankAwareOptimizer
-from ._rates import group_rates
+from ..optimizer import RankAwareOptimizer, recipe_of
+from ._rates import group_rates, recipe_words
 from ._trainer_run import TrainerRun
 
 
@@ -70,7 +72,8 @@ def log_rates(trainer: Any = None) -> Any:
         log_rates(trainer)                                          # reporters such as TensorBoard too
 
     Trainer tells its reporters before the callbacks it is given, so the first form comes too late for them: the
-    second puts the callback in front.
+    second puts the callback in front, and tells TensorBoard, W&B and MLflow the recipe's name and hash too. Either form
+    saves the recipe beside every checkpoint (`Recipe.save_beside`).
 
     Raises:
         OptimizerError: transformers is not installed.
@@ -86,8 +89,20 @@ def log_rates(trainer: Any = None) -> Any:
         def __init__(self) -> None:
             self.rates: dict[str, float] = {}
 
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.rates = {}
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if trainer is not None and state.is_world_process_zero and not self.rates:  # its reporters are set up
+                _tell_recipe(trainer.callback_handler.callbacks, recipe_words(kwargs["optimizer"]))
+
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.rates = group_rates(kwargs["optimizer"])
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            recipe, folder = recipe_of(kwargs["optimizer"]), Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if recipe is not None and state.is_world_process_zero and folder.is_dir():
+                recipe.save_beside(folder)
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             logs = kwargs.get("logs") or {}
@@ -99,6 +114,20 @@ def log_rates(trainer: Any = None) -> Any:
     if trainer is not None:
         trainer.callback_handler.callbacks.insert(0, callback)
     return callback
+
+
+def _tell_recipe(callbacks: Iterable[Any], words: Mapping[str, str]) -> None:
+    """Tell Trainer's reporters the recipe: TensorBoard as texts, W&B in the run's config, MLflow as tags."""
+    from transformers.integrations import MLflowCallback, TensorBoardCallback, WandbCallback
+
+    for callback in callbacks if words else ():
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            for key, word in words.items():
+                callback.tb_writer.add_text(key, word)
+        elif isinstance(callback, WandbCallback) and (run := import_module("wandb").run) is not None:
+            run.config.update(dict(words), allow_val_change=True)
+        elif isinstance(callback, MLflowCallback) and import_module("mlflow").active_run() is not None:
+            import_module("mlflow").set_tags(dict(words))
 
 
 def train(trainer: Any, run: TrainerRun) -> Any:

@@ -28,7 +28,7 @@ _FAMILIES = {"first-step": "theory", "unknown": "a guess, as for Adam's kind"}
 def how_sure(plan: Plan, made: Assignment) -> str:
     """What stands behind the rate that `plan` gave a factor, in a phrase."""
     law = plan.law
-    if plan.recipe_tag:
+    if plan.recipe is not None:
         return "calibrated, see its band"
     if isinstance(law, (Constant, LoRAPlus)):
         return "not moved" if made.multiplier == 1.0 else "its authors' advice"

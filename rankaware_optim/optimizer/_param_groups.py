@@ -156,13 +156,14 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
     """Cut each user group by assignment, in the user's order, never merging two. They are counted from `first`."""
     factors = {f.name: f for f in survey.factors}
     planned: list[PlannedGroup] = []
+    tag = "" if plan.recipe is None else plan.recipe.tag
     for number, group in enumerate(groups, first):
         cut: dict[Assignment, PlannedGroup] = {}
         listed = [k for k, v in group.options.items() if isinstance(v, list) and len(v) == len(group.named) > 1]
         for position, (name, param) in enumerate(group.named):
             assignment = plan.assign(name, factors.get(name))
             options = {**group.options, **{key: [] for key in listed}}
-            part = cut.setdefault(assignment, PlannedGroup(assignment, [], options, number, plan.recipe_tag))
+            part = cut.setdefault(assignment, PlannedGroup(assignment, [], options, number, tag))
             part.named.append((name, param))
             for key in listed:  # one value a parameter, as PEFT's LoRA-FA and some of pytorch_optimizer keep
                 part.options[key].append(group.options[key][position])

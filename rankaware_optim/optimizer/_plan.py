@@ -71,8 +71,8 @@ class Plan:
     """What the options come to for one model and optimizer: from a factor or a name to an `Assignment`.
 
     law: bound to the optimizer. reference: resolved. width: the model's. batch_multiplier: what another batch than the
-    reference's multiplies every rate by, other parameters' too. recipe_tag: that of the recipe that the base rate is
-    from, or "". family: the optimizer's.
+    reference's multiplies every rate by, other parameters' too. recipe: what the base rate is from, or None. family:
+    the optimizer's.
     """
 
     options: PlanOptions
@@ -82,7 +82,7 @@ class Plan:
     width: float
     batch_multiplier: float = 1.0
     notes: tuple[str, ...] = ()
-    recipe_tag: str = ""
+    recipe: Recipe | None = field(default=None, repr=False, compare=False)
     family: str = "sign-like"
 
     def assign(self, name: str, factor: Factor | None) -> Assignment:
@@ -158,8 +158,7 @@ def make_plan(
     by_batch = 1.0
     if options.batch is not None and reference.batch is not None:
         by_batch = checked_batch_multiplier(law, options.batch / reference.batch)
-    tag = "" if recipe is None else recipe.tag
-    plan = Plan(options, law, reference, method, width, by_batch, recipe_tag=tag, family=family)
+    plan = Plan(options, law, reference, method, width, by_batch, recipe=recipe, family=family)
     own_notes = _notes(plan, survey, optimizer_class, settings)
     return replace(plan, notes=(*survey.notes, *of_recipe, *own_notes))
 

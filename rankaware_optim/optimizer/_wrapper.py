@@ -293,6 +293,13 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         return f"RankAware{type(self)._rankaware_native.__repr__(self)}"
 
 
+def recipe_of(opt: Any) -> Recipe | None:
+    """The recipe that the rates of `opt` are from, through the wrappers of frameworks; None where there is none."""
+    while not isinstance(opt, RankAwareOptimizer) and hasattr(opt, "optimizer"):
+        opt = opt.optimizer
+    return opt._rankaware.plan.recipe if isinstance(opt, RankAwareOptimizer) else None
+
+
 _OVERRIDES = ("add_param_group", "load_state_dict", "__getstate__", "__reduce_ex__", "__repr__", "report", "expand")
 _SUBCLASSES: dict[type, Any] = {}
 _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # built, not copied: whose parameters are held somewhere
