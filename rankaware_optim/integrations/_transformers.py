@@ -118,15 +118,14 @@ def log_rates(trainer: Any = None) -> Any:
 
 def _tell_recipe(callbacks: Iterable[Any], words: Mapping[str, str]) -> None:
     """Tell Trainer's reporters the recipe: TensorBoard as texts, W&B in the run's config, MLflow as tags."""
-    from transformers.integrations import MLflowCallback, TensorBoardCallback, WandbCallback
-
+    known = import_module("transformers.integrations")
     for callback in callbacks if words else ():
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+        if isinstance(callback, known.TensorBoardCallback) and callback.tb_writer is not None:
             for key, word in words.items():
                 callback.tb_writer.add_text(key, word)
-        elif isinstance(callback, WandbCallback) and (run := import_module("wandb").run) is not None:
+        elif isinstance(callback, known.WandbCallback) and (run := import_module("wandb").run) is not None:
             run.config.update(dict(words), allow_val_change=True)
-        elif isinstance(callback, MLflowCallback) and import_module("mlflow").active_run() is not None:
+        elif isinstance(callback, known.MLflowCallback) and import_module("mlflow").active_run() is not None:
             import_module("mlflow").set_tags(dict(words))
 
 

@@ -113,11 +113,11 @@ def refuse_settings(built: Optimizer | None, lr: object, settings: Mapping[str, 
         raise OptimizerError(f"{name}= was given for an optimizer that is built already.", "Give it when building it.")
 
 
-def check_base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any, tuned: bool, params: Any) -> None:
+def check_base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any, tuned: Iterable[UserGroup]) -> None:
     """Check the base rate that is given, a number or a tensor, or else the rates that the optimizer comes with.
 
-    The optimizer's own default was tuned nowhere: where a reference is given (`tuned`) it is refused, unless every
-    group of `params` brings a rate.
+    tuned: the groups for which a reference is given. The optimizer's own default was tuned nowhere: each brings
+    its rate, or `lr` is given.
     """
     if lr is not None:
         check_lr(lr)
@@ -129,8 +129,7 @@ def check_base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any, tun
         default = inspect.signature(native).parameters.get("lr")
         if default is None or not isinstance(default.default, (int, float)):
             raise OptimizerError(f"{native.__name__} has no default learning rate.", "Give lr=.")
-        groups = params if isinstance(params, (list, tuple)) else ()
-        if tuned and not (groups and all(isinstance(group, Mapping) and "lr" in group for group in groups)):
+        if not all("lr" in group.options for group in tuned):
             raise OptimizerError(
                 f"tuned_at= was given without lr=; {native.__name__}'s default, {default.default}, is tuned nowhere.",
                 "Give the rate that was tuned there as lr=, or leave tuned_at= out.",

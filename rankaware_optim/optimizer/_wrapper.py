@@ -174,9 +174,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         survey = survey_of(walked, method=method, init=init)
         given = settings if built is None else built.defaults
         plan = make_plan(survey, options, native, given, loaded)
-        params = built.param_groups if built is not None else params if isinstance(params, nn.Module) else list(params)
-        check_base_lr(native, built, lr, reference is not None, params)
-        own = user_groups(params, model, walked)
+        own = user_groups(params if built is None else built.param_groups, model, walked)
+        check_base_lr(native, built, lr, own if reference is not None else ())
         also = _frozen(own)
         survey = survey_of(walked, method=method, init=init, also=also) if also else survey
         planned = split(own, plan, survey)

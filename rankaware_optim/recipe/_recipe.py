@@ -272,8 +272,9 @@ class Recipe:
             RecipeError: the Hub refuses or cannot be reached. PlotError: matplotlib is missing. Nothing was pushed.
         """
         message = commit_message or f"Learning-rate recipe {self.tag}"
-        options = {"private": private, "token": token, "message": message, "revision": revision}
-        return on_hub.push(self, repo, base_model=base_model, **options)
+        return on_hub.push(
+            self, repo, base_model=base_model, private=private, token=token, message=message, revision=revision
+        )
 
     @classmethod
     def from_hub(

@@ -189,6 +189,14 @@ def test_the_optimizers_own_default_rate():
     assert RankAwareOptimizer(mlp(), torch.optim.AdamW).defaults["lr"] == 1e-3
 
 
+@pytest.mark.parametrize("give", [lambda p: p, lambda p: [p], lambda p: iter([p]), lambda p: iter([("a", p)])])
+def test_one_parameter_in_any_wrapping(give):
+    """A tensor, a list or an iterator of one, named or not, is one group of one parameter."""
+    model = mlp()
+    opt = RankAwareOptimizer(give(model.layer0.lora_A), torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16)
+    assert [group["param_names"] for group in opt.param_groups] == [["layer0.lora_A"]]
+
+
 def test_groups_with_rates_of_their_own_need_no_other():
     """With tuned_at= every group may bring the rate that was tuned there, in place of lr=."""
     model = mlp()

@@ -23,9 +23,8 @@ from ._safetensors import Header, read_header, shown
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# By kohya's scripts.
-_SAID = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_learning_rate", "ss_unet_lr")
-_SAID += ("ss_text_encoder_lr", "ss_optimizer", "ss_max_train_steps")
+# By kohya's scripts, each after "ss_".
+_SAID = "network_module network_dim network_alpha learning_rate unet_lr text_encoder_lr optimizer max_train_steps"
 
 
 def inspect_file(path: str | Path) -> Survey:
@@ -61,7 +60,8 @@ def inspect_file(path: str | Path) -> Survey:
             f"{file} holds no LoRA pair among {len(header.tensors)} tensors.",
             "Give an adapter's file, not a base model's.",
         )
-    said = [f"{key} {shown(header.metadata[key])}" for key in _SAID if key in header.metadata]
+    keys = [f"ss_{name}" for name in _SAID.split()]
+    said = [f"{key} {shown(header.metadata[key])}" for key in keys if key in header.metadata]
     if said:
         notes.append(f"Its metadata say {', '.join(said)}.")
     if config is None and os.path.isfile(file.with_name(_CONFIG)):
