@@ -16,7 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._optimizer_classes import get_optimizer_class
-from ..errors import CalibrationError, OptimizerError
+from .._warn import warn
+from ..errors import CalibrationError, OptimizerError, RecipeError
 from ..optimizer import RankAwareOptimizer, recipe_of
 from ._rates import group_rates, recipe_words
 from ._trainer_run import TrainerRun
@@ -102,7 +103,10 @@ def log_rates(trainer: Any = None) -> Any:
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             recipe, folder = recipe_of(kwargs["optimizer"]), Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if recipe is not None and state.is_world_process_zero and folder.is_dir():
-                recipe.save_beside(folder)
+                try:
+                    recipe.save_beside(folder)
+                except RecipeError as error:  # no reason to end a run
+                    warn(str(error))
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             logs = kwargs.get("logs") or {}

@@ -26,18 +26,19 @@ _FAMILIES = {"first-step": "theory", "unknown": "a guess, as for Adam's kind"}
 
 
 def how_sure(plan: Plan, made: Assignment) -> str:
-    """What stands behind the rate that `plan` gave a factor, in a phrase."""
+    """What stands behind the rate that `plan` gave a factor, in a phrase: tried are the default law and µA."""
     law = plan.law
     if plan.recipe is not None:
         return "calibrated, see its band"
     if isinstance(law, (Constant, LoRAPlus)):
         return "not moved" if made.multiplier == 1.0 else "its authors' advice"
     found = list(_moves(plan, made))
-    if not found:
+    if not found and made.multiplier == 1.0:
         return _AS_TUNED
     if isinstance(law, Measured):
         return "simulated"
-    known = isinstance(law.law if isinstance(law, Falling) else law, MuA)
+    beneath = law.law if isinstance(law, Falling) else law
+    known = found and isinstance(beneath, MuA) and not beneath.split and beneath.ratio == 1.0
     return max(found, key=_ORDER.index) if known else "as that law says"
 
 

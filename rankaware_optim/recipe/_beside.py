@@ -36,9 +36,9 @@ def save_beside(recipe: Recipe, adapter: str | os.PathLike[str], plot: bool = Fa
         text = read_bytes(readme, _MOST).decode() if os.path.lexists(readme) else ""
         path = recipe.save(folder / FOLDER / FILE)
         replace_bytes(readme, _with_section(text, _section(recipe, plot)).encode())
+    except RecipeError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, RecipeError):
-            raise
         raise RecipeError(f"{readme} cannot be written: {error}.", "Mend it, or remove it.") from error
     return path
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankaware_optim import RankAwareOptimizer, Reference, Survey, inspect_model, rank_aware_param_groups
+from rankaware_optim import MuA, RankAwareOptimizer, Reference, Survey, inspect_model, rank_aware_param_groups
 from rankaware_optim._survey_text import Rated
 from rankaware_optim._types import Factor
 from rankaware_optim.inspection import other_kind
@@ -93,6 +93,14 @@ def test_a_reason_says_how_sure_it_is(optimizer, options, init, sure):
     """Every row that a law moves says what stands behind the move."""
     opt = RankAwareOptimizer(mlp(init=init, head=False), optimizer, lr=LR, **options)
     assert {row.reason.rpartition(" (")[2].removesuffix(")") for row in opt.report().rows if row.role == "A"} == {sure}
+
+
+@pytest.mark.parametrize("law", [MuA(ratio=4.0), MuA(split=True), MuA(split=True, ratio=4.0)])
+def test_two_rates_are_as_sure_as_their_law(law):
+    """Where B has a rate of its own at the reference too, its row does not call that tuned."""
+    opt = RankAwareOptimizer(mlp(head=False), "adamw", lr=LR, tuned_at=Reference(rank=4, alpha=4), law=law)
+    reasons = {row.role: row.reason.rpartition(" (")[2] for row in opt.report().rows}
+    assert reasons == {"A": "as tuned)", "B": "as that law says)"}
 
 
 def test_a_full_finetuning_rate_from_lora_is_a_rule_of_thumb():

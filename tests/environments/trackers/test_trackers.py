@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from rankaware_optim import Recipe
+from rankaware_optim import RankAwareOptimizer, RankAwareWarning, Recipe
 
+from ...helpers.models import mlp
 from ...helpers.recipes import RECIPE
 from .wandb_file import read_run
 
@@ -131,3 +133,16 @@ def test_trainer_saves_the_recipe_beside_every_checkpoint(run):
         assert Recipe.load(path).tag == RECIPE.tag
         assert "## Learning rate" in (path / "README.md").read_text(encoding="utf-8")
         assert (path / "loaded").is_file()  # written by the script, which loaded it
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_recipe_that_cannot_be_saved_ends_no_run(tmp_path):
+    """Where a checkpoint's README cannot be read, a warning says so and training goes on."""
+    from rankaware_optim.integrations import log_rates
+
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "README.md").write_bytes(b"\xff\xfe")
+    state, args = SimpleNamespace(global_step=1, is_world_process_zero=True), SimpleNamespace(output_dir=tmp_path)
+    opt = RankAwareOptimizer(mlp(width=64), "adamw", recipe=RECIPE)
+    with pytest.warns(RankAwareWarning, match=r"README\.md cannot be written"):
+        log_rates().on_save(args, state, None, optimizer=SimpleNamespace(optimizer=opt))
