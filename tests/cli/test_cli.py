@@ -250,7 +250,7 @@ BAD = [
     (["convert", "nan", "--from", "r=8,alpha=8", "--to", "r=8,alpha=8"], "lr is nan"),
     (["convert", "1e-3", "--from", "full", "--to", "full", "--law", "unheard-of"], "Known are"),
     (["show", "nowhere.toml"], "no recipe at nowhere.toml"),
-    (["show", "adapter"], "ends in .toml"),
+    (["show", "adapter"], "no recipe at adapter/rankaware/recipe.toml"),
     (["show", "broken.toml"], "cannot be read"),
     (["lr", "nowhere.toml", "--rank", "8"], "no recipe at nowhere.toml"),
     (["lr", "digits.toml", "--rank", "0"], "--rank 0"),
