@@ -48,7 +48,7 @@ from study.configurations import start_of
 from study.domains import names
 from study.grids import FULL, Losses, curve
 from study.moving import surveyed
-from study.optima import cliff, optimum, ranks_in, seeds_in, tried_rates
+from study.optima import ESTIMATORS, ranks_in, seeds_in, tried_rates
 from study.regret import noise_floor, share_lost
 from study.runs_on_file import read
 from study.suite import STORES, finished
@@ -56,7 +56,6 @@ from study.suite import STORES, finished
 from rankaware_optim.laws._updates import Site, Updates, _in_quadrature, kappa, sign_terms
 
 SCHEME, TOKENS = "Init[B], s = 1", 8.0
-ESTIMATORS = {"vertex": optimum, "cliff": cliff}
 VERTEX, _ = ESTIMATORS
 USES = ("between ranks", "to full finetuning")
 CRITERIA = ("regret", *(f"octaves of the {estimator}" for estimator in ESTIMATORS))
@@ -165,10 +164,10 @@ SHIPPED, SHOWN = next(form for form in FORMS if form.name == "Falling, k = 4"), 
 
 
 class Place(NamedTuple):
-    """A cell of the study: its site, what each estimator finds, and the losses that score a rate."""
+    """A cell of the study: its site, log2 of what estimators find, and the losses that score a rate."""
 
     site: Site
-    found: Mapping[str, float | None]
+    found: Mapping[str, float]
     tried: Mapping[float, float]
     lowest: float
     start: float
@@ -184,7 +183,7 @@ def places_of(done: Losses, domain: str, width: float) -> list[Place]:
     for scheme, rank in (*((SCHEME, rank) for rank in ranks_in(done, domain, SCHEME)), ("full", FULL)):
         cell, seeds = (domain, scheme, rank), seeds_in(done, domain, scheme)
         site = Site("B", rank, 1.0, width) if rank else Site("full", 1, 1.0, width)
-        estimates = {name: by(done, cell).x for name, by in ESTIMATORS.items()}
+        estimates = {name: x for name, by in ESTIMATORS.items() if (x := by(done, cell).x) is not None}
         tried, lowest = tried_rates(done, cell, seeds), min(curve(done, cell, seeds).values())
         start, floor = start_of(domain, done), noise_floor(done, cell)
         found.append(Place(site, estimates, tried, lowest, start, floor))
@@ -206,7 +205,7 @@ class Move(NamedTuple):
 def moves(form: Form, of: Constants, places: Sequence[Place]) -> Iterator[Move]:
     """All ordered pairs of ranks, and every rank to full finetuning, whose vertices are inside their grids."""
     for a, b in permutations(places, 2):
-        known = [name for name in ESTIMATORS if a.found[name] is not None and b.found[name] is not None]
+        known = [name for name in a.found if name in b.found]
         if a.site.init == "full" or VERTEX not in known:
             continue
         moved = {name: form.move(a.site, b.site, a.found[name], of) for name in known}
@@ -267,8 +266,8 @@ class Score(NamedTuple):
 
 def score(moved: Sequence[Move]) -> Score:
     regrets = [move.regret for move in moved]
-    by_estimator = (rms(moved, estimator) for estimator in ESTIMATORS)
-    return Score(*by_estimator, statistics.median(regrets), max(regrets), max(move.beyond for move in moved))
+    vertex, cliff = (rms(moved, estimator) for estimator in ESTIMATORS)
+    return Score(vertex, cliff, statistics.median(regrets), max(regrets), max(move.beyond for move in moved))
 
 
 def scores(fitted: Sequence[Fit], criterion: str, use: str | None = None) -> dict[Form, Score]:
@@ -303,10 +302,10 @@ def main() -> None:
         "# Which form of Init[B]'s fall generalises",
         verdict(fitted),
         (__doc__ or "").partition("\n")[2].strip(),
-        *(block(f"All left-out domains, constants by {each}", HEADS, overview(fitted, each)) for each in CRITERIA),
-        *(block(BY_DOMAIN.format(use.capitalize()), ["form", *places], by_domain(fitted, use)) for use in USES),
+        *(block(f"All left-out domains, constants by {each}", HEADS, [*overview(fitted, each)]) for each in CRITERIA),
+        *(block(BY_DOMAIN.format(use.capitalize()), ["form", *places], [*by_domain(fitted, use)]) for use in USES),
         *(
-            block(f"Constants chosen without each domain, by {each}", ["form", *places], constants(fitted, each))
+            block(f"Constants chosen without each domain, by {each}", ["form", *places], [*constants(fitted, each)])
             for each in CRITERIA
         ),
         made_on(on),

@@ -50,7 +50,7 @@ from recording import RESULTS, machine, record
 from study.configurations import CLIP, CONFIGS, built, optimizer, start_of, starts
 from study.domains import Domain, get_domain
 from study.grids import FULL, Job, Losses, curve, losses_at, lowest, or_inf
-from study.optima import best_rates, cliff_of, crossing, tried_rates
+from study.optima import best_rates, cliff_of, crossing
 from study.runs_on_file import complete, read
 from study.suite import STORES, provenance
 from study.training import WARMUP, train
@@ -152,7 +152,9 @@ def estimate(done: Losses, cell: tuple[str, str, int], start: float) -> Estimate
     if len(means) < 5 or all(x.is_integer() for x in means):
         return None
     best = lowest(means)
-    tried = tried_rates(done, cell, arm_of(cell).seeds)
+    at_best = losses_at(done, cell, best, arm_of(cell).seeds)
+    shift = means[best] - at_best[0]  # of seed 0 against all, so that its own octaves stand beside the means
+    tried = {x: loss + shift for x, loss in curve(done, cell, 1).items()} | means
     gain = start - means[best]
     bottom = means[best] + max(NEAR * gain, 2 * standard_error(done, cell, best))
     left, right = crossing(tried, best, bottom, -1), crossing(tried, best, bottom, 1)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from study.best_rates import best_rate, slope
 from study.configurations import CONFIGS, RSLORA, START, start_of
 from study.domains import names
-from study.grids import Cell, Losses, curve, curves_by_seed, losses_at, lowest
+from study.grids import Cell, Losses, curve, curves_by_seed, lowest
 from study.moving import octaves
 
 from rankaware_optim import Law
@@ -62,7 +62,7 @@ def optimum(done: Losses, cell: Cell) -> Optimum:
 
 
 def cliff(done: Losses, cell: Cell) -> Optimum:
-    """The rate above the best at which a tenth of the gain is lost: it moves as the best does, with less noise."""
+    """The rate above the best at which a tenth of the gain is lost."""
     seeds, start = seeds_in(done, *cell[:2]), start_of(cell[0], done)
     means = curve(done, cell, seeds)
     if not means:
@@ -89,11 +89,13 @@ def crossing(tried: Mapping[float, float], best: float, level: float, way: int) 
 
 
 def tried_rates(done: Losses, cell: Cell, seeds: int) -> dict[float, float]:
-    """A cell's mean losses, and seed 0's where it alone was run, shifted to stand beside the means."""
+    """A cell's mean losses, and beyond the grid of all seeds those of the coarse pass of one."""
     means = curve(done, cell, seeds)
-    best = lowest(means)
-    shift = means[best] - losses_at(done, cell, best, 1)[0]
-    return {x: loss + shift for x, loss in curve(done, cell, 1).items()} | means
+    low, high = min(means), max(means)
+    return {x: loss for x, loss in curve(done, cell, 1).items() if not low <= x <= high} | means
+
+
+ESTIMATORS: dict[str, Estimator] = {"vertex": optimum, "cliff": cliff}
 
 
 def best_rates(done: Losses, domain: str, scheme: str, by: Estimator = optimum) -> dict[int, float]:

@@ -22,6 +22,9 @@ LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA at 8 tokens": 
 SPLIT = MuA(split=True)  # what "two rates" are moved by, from the rank at which they are tuned
 
 
+FLOOR = "noise floor"  # stands among the ways: what the choice of a rate loses at every rank, and in full finetuning
+
+
 class Moved(NamedTuple):
     """What a way of moving a rate loses: over all ordered pairs of ranks, and from every rank to full finetuning."""
 
@@ -33,7 +36,7 @@ class Moved(NamedTuple):
 
 
 def moves(done: Losses, laws: Mapping[str, Law] = LAWS) -> list[Moved]:
-    """Every way in every domain and configuration that was swept at two ranks."""
+    """The noise floor, then every way, in every domain and configuration that was swept at two ranks."""
     return [each for domain in domains_in(done) for each in moves_in(done, domain, laws)]
 
 
@@ -41,6 +44,10 @@ def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Mov
     full = (domain, "full", FULL)
     has_full = bool(ranks_in(done, domain, "full"))
     for config in CONFIGS:
+        floors = [noise_floor(done, (domain, config, rank)) for rank in ranks_in(done, domain, config)]
+        if len(floors) > 1:
+            both = (floors, [noise_floor(done, full)] if has_full else [])
+            yield Moved(domain, config, FLOOR, *(tuple(x for x in each if x is not None) for each in both))
         for way, scheme, shift in ways(done, domain, config, laws):
             sources = {rank: best_at(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
             pairs = [(a, b) for a in sources for b in sources if a != b]
