@@ -301,7 +301,7 @@ def main() -> None:
     parts = [
         "# Which form of Init[B]'s fall generalises",
         verdict(fitted),
-        (__doc__ or "").partition("\n")[2].strip(),
+        (__doc__ or "").partition("\n")[2].strip("\n"),
         *(block(f"All left-out domains, constants by {each}", HEADS, [*overview(fitted, each)]) for each in CRITERIA),
         *(block(BY_DOMAIN.format(use.capitalize()), ["form", *places], [*by_domain(fitted, use)]) for use in USES),
         *(
@@ -329,7 +329,7 @@ def verdict(fitted: Sequence[Fit]) -> str:
     by_criterion = {criterion: scores(fitted, criterion) for criterion in CRITERIA}
     named = {criterion: winner(judged(each)) for criterion, each in by_criterion.items()}
     first, tied = named[CRITERIA[0]]
-    others = ", ".join(f"by {criterion} {form.name}" for criterion, (form, _) in list(named.items())[1:])
+    others = ", ".join(f"by {criterion} it names {form.name}" for criterion, (form, _) in list(named.items())[1:])
     scored = by_criterion[CRITERIA[0]]
     known, _ = winner(judged(scored) | {SHIPPED: scored[SHIPPED]})
     shown = (first, *(form for form in FORMS if form is SHIPPED or form.name in SHOWN))
@@ -340,8 +340,8 @@ def verdict(fitted: Sequence[Fit]) -> str:
     ]
     return (
         f"The rule names **{first.name}**: it loses at worst {percent(scored[first].beyond)} beyond the noise floor; "
-        f"{len(tied) - 1} forms tie with it. Were constants chosen {others}. Were the knee of 4 taken as known "
-        f"beforehand, as 1/3 is, the rule would name {known.name}. {'. '.join(figures)}."
+        f"{len(tied) - 1} forms tie with it. With constants chosen {others}. Were the knee of 4 taken "
+        f"as known beforehand, as 1/3 is, the rule would name {known.name}. {'. '.join(figures)}."
     )
 
 
