@@ -28,7 +28,7 @@ from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import CalibrationError
 from ..laws import Law, Power, bound_law, checked_multiplier
-from ..recipe import Z90, Recipe
+from ..recipe import FULL_SD, Z90, Recipe
 from ._comparison import SAME_RATE, differences, law_values
 from ._optuna import close_storage, quiet
 from ._pruner import PairedPruner
@@ -47,13 +47,14 @@ _HALF_RANGE = 4.0  # octaves on either side of the first guess
 _WIDEN = 2.0  # octaves an edge moves out when the best rate sits there
 _EDGE = 1.0  # octaves: how near counts as sitting there
 _UNDETERMINED = 1.2  # octaves: a standard deviation of the base rate, beyond which the data say next to nothing
+_CERTAIN = 1e-3  # octaves: a standard deviation next to none
 _MOST = 1000.0  # octaves: no rate that a float holds lies farther from 1
 _TOGETHER = 50  # trials, times which new ones wait for the next fit
 _APART = 16  # the factor between the lowest and the highest rank at which the drift is well measured
 # Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init. Small studies found
 # Init[B] falling with rank by 0.3 to 0.75; full finetuning needs no factor at the width of Survey.full_width
-# (benchmarks/results/full_width.md).
-_PRIORS = {"A": ((0.0, 0.15), (0.0, 0.4)), "B": ((-0.45, 0.2), (0.0, 0.4))}
+# (benchmarks/results/full_width.md), but is no surer than `FULL_SD`.
+_PRIORS = {"A": ((0.0, 0.15), (0.0, FULL_SD["A"])), "B": ((-0.45, 0.2), (0.0, FULL_SD["B"]))}
 
 
 @dataclass
@@ -250,6 +251,8 @@ class Study:
         lora = [r for r in self.ranks if r is not None]
         pivot = round(math.exp(sum(map(math.log, lora)) / len(lora)), 9) if lora else 16.0
         (_, drift_sd), (_, full_sd) = _PRIORS[reference.init]
+        if reference.method == "full":
+            full_sd = _CERTAIN  # the base rate is full finetuning's own
         continues = reference.init == "B" and reference.method == "lora"
         reach = math.log2((self.full_fan_in or pivot) / pivot) if continues else 0.0
         return Prior(drift_sd, full_sd, pivot, reach)

@@ -9,11 +9,12 @@ from ._observations import EARLY, TAIL, Observation, arms_of, carried_on, gain_o
 from ._plots import draw_trials, drawable, plot_recipe
 from ._recipe import ANY_WIDTH, Recipe, resolve_recipe
 from ._schema import plain_setting
-from ._uncertainty import INIT_SD, RANK_SD, WIDTH_SD, Z90
+from ._uncertainty import FULL_SD, INIT_SD, RANK_SD, WIDTH_SD, Z90
 
 __all__ = [
     "ANY_WIDTH",
     "EARLY",
+    "FULL_SD",
     "Horizon",
     "INIT_SD",
     "Observation",
