@@ -6,20 +6,18 @@ Importing this module imports no transformers: its functions do.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import partial
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from .._optimizer_classes import get_optimizer_class
-from .._warn import warn
-from ..errors import CalibrationError, OptimizerError, RecipeError
-from ..optimizer import RankAwareOptimizer, recipe_of
-from ._rates import group_rates, recipe_words
+from ..errors import CalibrationError, OptimizerError
+from ..optimizer import RankAwareOptimizer
+from ._rates import group_rates
+from ._trackers import save_beside_checkpoint, tell_recipe
 from ._trainer_run import TrainerRun
 
 
@@ -95,18 +93,14 @@ def log_rates(trainer: Any = None) -> Any:
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if trainer is not None and state.is_world_process_zero and not self.rates:  # its reporters are set up
-                _tell_recipe(trainer.callback_handler.callbacks, recipe_words(kwargs["optimizer"]))
+                tell_recipe(trainer.callback_handler.callbacks, kwargs["optimizer"])
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.rates = group_rates(kwargs["optimizer"])
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            recipe, folder = recipe_of(kwargs["optimizer"]), Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if recipe is not None and state.is_world_process_zero and folder.is_dir():
-                try:
-                    recipe.save_beside(folder)
-                except RecipeError as error:  # no reason to end a run
-                    warn(str(error))
+            if state.is_world_process_zero:
+                save_beside_checkpoint(args.output_dir, state.global_step, kwargs["optimizer"])
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             logs = kwargs.get("logs") or {}
@@ -118,19 +112,6 @@ def log_rates(trainer: Any = None) -> Any:
     if trainer is not None:
         trainer.callback_handler.callbacks.insert(0, callback)
     return callback
-
-
-def _tell_recipe(callbacks: Iterable[Any], words: Mapping[str, str]) -> None:
-    """Tell Trainer's reporters the recipe: TensorBoard as texts, W&B in the run's config, MLflow as tags."""
-    known = import_module("transformers.integrations")
-    for callback in callbacks if words else ():
-        if isinstance(callback, known.TensorBoardCallback) and callback.tb_writer is not None:
-            for key, word in words.items():
-                callback.tb_writer.add_text(key, word)
-        elif isinstance(callback, known.WandbCallback) and (run := import_module("wandb").run) is not None:
-            run.config.update(dict(words), allow_val_change=True)
-        elif isinstance(callback, known.MLflowCallback) and import_module("mlflow").active_run() is not None:
-            import_module("mlflow").set_tags(dict(words))
 
 
 def train(trainer: Any, run: TrainerRun) -> Any:
