@@ -321,7 +321,7 @@ class Study:
         scalings = {t.rank: t.scaling for t in trials if t.rank is not None and t.scaling is not None}
         return Recipe(
             name=self.name,
-            best_lr=2.0 ** (base + shift),
+            fitted_lr=2.0 ** (base + shift),
             reference=reference,
             law=self.centred_law(drift, factor),
             covariance=torch.from_numpy(fit.covariance),

@@ -16,7 +16,7 @@ from .._scaling_rule import Scaling
 from ..errors import RecipeError
 from ._horizon import SLOPE_SD
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def _of(name: str, kind: type = float) -> Meta:
@@ -38,9 +38,15 @@ Unknown = Literal["unknown"]
 
 class RateSection(Struct, frozen=True):
     lr: Lr
-    best_lr: Lr
+    fitted_lr: Lr
     ceiling: Lr | None = None
     lean_octaves: Octaves = 0.0
+
+
+class RateSection1(RateSection, frozen=True, rename={"fitted_lr": "best_lr"}):
+    """As schema 1 called it."""
+
+    fitted_lr: Lr
 
 
 class ReferenceSection(Struct, frozen=True):
@@ -94,6 +100,12 @@ class Document(Struct, frozen=True):
     versions: dict[str, str] = {}
 
 
+class Document1(Document, frozen=True):
+    """A file of schema 1."""
+
+    rate: RateSection1
+
+
 def checked(data: Mapping[str, Any], target: Path) -> Document:
     """The document in nested plain values. Raises a RecipeError with the path of what is missing or impossible."""
     schema = data.get("schema")
@@ -105,7 +117,7 @@ def checked(data: Mapping[str, Any], target: Path) -> Document:
             "Update rankaware-optim, or name another file.",
         )
     try:
-        return msgspec.convert(data, Document)
+        return msgspec.convert(data, Document1 if schema == 1 else Document)
     except msgspec.ValidationError as error:
         what, _, path = str(error).removesuffix("`").partition(" - at `$.")
         lacking = re.search("missing required field `([^`]+)", what)

@@ -34,9 +34,9 @@ ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels bet
 class Recipe:
     """A calibrated base rate with its law, uncertainty and provenance.
 
-    best_lr: the best rate at `reference`, as fitted. lean: octaves by which quoted rates lean below it. law: a
-    `Power` on top of the law calibrated with: drift in rank, factor of full finetuning. covariance: 3 × 3 tensor of
-    (log2 rate at `law.pivot`, drift, log2 full_factor), octaves. scaling_rule: how the effective multiplier followed
+    fitted_lr: the optimum at `reference`, as fitted. `lr`, the rate to use, lies `lean` octaves below it, since too
+    high costs more than too low. law: a `Power` on top of the law calibrated with: drift in rank, factor of full
+    finetuning. covariance: 3 × 3 tensor of (log2 rate at `law.pivot`, drift, log2 full_factor), octaves. scaling_rule: how the effective multiplier followed
     the ranks seen: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant), "as swept" (a
     sweep that did not say), or "unknown". steps: None where a sweep did not say. horizon: how the best rate moves with
     the steps. notes: what the data did not
@@ -45,7 +45,7 @@ class Recipe:
     """
 
     name: str
-    best_lr: float
+    fitted_lr: float
     reference: Reference
     law: Power
     covariance: torch.Tensor
@@ -68,8 +68,8 @@ class Recipe:
 
     @property
     def lr(self) -> float:
-        """The quoted base rate: the best rate at `reference`, leaned by `lean` octaves."""
-        return float(self.best_lr * 2.0**-self.lean)
+        """The base rate to use, and that is quoted: `lean` octaves below the fitted optimum at `reference`."""
+        return float(self.fitted_lr * 2.0**-self.lean)
 
     @property
     def full_factor(self) -> float:
@@ -145,7 +145,7 @@ class Recipe:
             width = 2.0 ** (Z90 * sd)
         except OverflowError:
             moved = width = math.inf
-        best = self.best_lr * moved
+        best = self.fitted_lr * moved
         leans = [f"leans {self.lean:.2g} octaves low, since too high costs more"] if self.lean else []
         rate = Rate(
             lr=best * 2.0**-self.lean,

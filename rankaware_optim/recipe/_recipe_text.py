@@ -26,7 +26,7 @@ def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     warmup = "unknown" if recipe.warmup is None else f"{recipe.warmup:.0%}"
     settings = (f"{name}={value!r}" for name, value in recipe.settings.items())
     yield "base rate", f"{recipe.lr:.3g} at {at}, width {_number(at.fan_in)}"
-    yield "best fitted", f"{recipe.best_lr:.3g}, {recipe.lean:.2g} octaves above the base rate"
+    yield "fitted optimum", f"{recipe.fitted_lr:.3g}, {recipe.lean:.2g} octaves above the base rate (the one to use)"
     yield "90 % band", "{:.3g} to {:.3g}".format(*own_band(recipe))
     yield "ceiling", "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}"
     yield "full width", _number(recipe.full_fan_in)
@@ -43,7 +43,7 @@ def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def explain(recipe: Recipe) -> str:
     """The facts, one a line."""
-    lines = [fill(f"{name:<14}{text}", 100, subsequent_indent=" " * 14) for name, text in facts(recipe)]
+    lines = [fill(f"{name:<16}{text}", 100, subsequent_indent=" " * 16) for name, text in facts(recipe)]
     return printable("\n".join([f"Recipe {recipe.name!r}", *lines]))
 
 

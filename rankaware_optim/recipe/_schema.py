@@ -51,7 +51,7 @@ def header(recipe: Recipe) -> str:
     return (
         f"# The learning-rate recipe {name!r} of rankaware_optim, made by {maker}.\n"
         "# Read a rate: `rankaware lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).\n"
-        "# Rates are per step; octaves are log2 of a rate; the safetensors file beside it holds the trials.\n"
+        "# Rates are per step, octaves are log2 of one. lr is the rate to use; fitted_lr is the optimum as fitted.\n"
     )
 
 
@@ -66,7 +66,7 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "rate": {
             "lr": recipe.lr,
-            "best_lr": recipe.best_lr,
+            "fitted_lr": recipe.fitted_lr,
             "band_low": low,
             "band_high": high,
             "ceiling": recipe.ceiling,
@@ -127,7 +127,7 @@ def from_document(
         raise impossible(path, error.cause.removesuffix("."), "reference") from error
     made = cls(
         name=found.name,
-        best_lr=found.rate.best_lr,
+        fitted_lr=found.rate.fitted_lr,
         lean=found.rate.lean_octaves,
         ceiling=found.rate.ceiling,
         reference=reference,

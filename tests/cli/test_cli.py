@@ -26,7 +26,7 @@ def recipe(tmp_path):
     """A saved recipe: its path and itself."""
     made = Recipe(
         name="digits",
-        best_lr=2e-3,
+        fitted_lr=2e-3,
         reference=AT_16,
         law=Power(exponent=0.1, full_factor=1.5),
         covariance=torch.diag(torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)),
