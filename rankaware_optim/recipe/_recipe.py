@@ -36,11 +36,11 @@ class Recipe:
 
     fitted_lr: the optimum at `reference`, as fitted. `lr`, the rate to use, lies `lean` octaves below it, since too
     high costs more than too low. law: a `Power` on top of the law calibrated with: drift in rank, factor of full
-    finetuning. covariance: 3 × 3 tensor of (log2 rate at `law.pivot`, drift, log2 full_factor), octaves. scaling_rule: how the effective multiplier followed
-    the ranks seen: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant), "as swept" (a
-    sweep that did not say), or "unknown". steps: None where a sweep did not say. horizon: how the best rate moves with
-    the steps. notes: what the data did not
-    determine, in words. tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`, `value` (NaN where
+    finetuning. covariance: 3 × 3 tensor of (log2 rate at `law.pivot`, drift, log2 full_factor), octaves.
+    scaling_rule: how the effective multiplier followed the ranks seen: "fixed" (alpha follows rank), "rslora" (s·√r
+    constant), "alpha" (s·r constant), "as swept" (a sweep that did not say), or "unknown". steps: None where a sweep
+    did not say. horizon: how the best rate moves with the steps. notes: what the data did not determine, in words.
+    tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`, `value` (NaN where
     pruned), `diverged`, `pruned`, `steps` and `curve`.
     """
 
@@ -126,7 +126,7 @@ class Recipe:
 
     def _quoted(self, target: Reference, steps: int | None = None, batch: float | None = None) -> Rate:
         """The rate at a reference, without a warning; its first notes say what was not seen."""
-        reference = self.reference
+        reference, asked = self.reference, target
         if reference.fan_in is None:
             if target.fan_in is None and (target.method, target.init) != (reference.method, reference.init):
                 raise RecipeError(
@@ -154,6 +154,7 @@ class Recipe:
             ceiling=None if self.ceiling is None else self.ceiling * moved,
             extrapolated=bool(outside),
             notes=(*outside, *leans, *self.notes),
+            configuration=words.configuration(self, asked, steps, batch),
         )
         if not all(edge is None or 0 < edge < math.inf for edge in (rate.lr, rate.low, rate.high, rate.ceiling)):
             raise RecipeError(

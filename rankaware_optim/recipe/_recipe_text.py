@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from textwrap import fill
 from typing import TYPE_CHECKING
 
 from .._printable import printable
+from .._scaling_rule import Scaling
 from ..laws import law_words
 from ._uncertainty import own_band
 
 if TYPE_CHECKING:
+    from .._types import Reference
     from ._recipe import Recipe
+
+_ALPHA: Mapping[Scaling, str] = {
+    "fixed": "alpha follows rank (s fixed)",
+    "rslora": "alpha fixed under rsLoRA (s falls as 1/√rank)",
+    "alpha": "alpha fixed (s falls as 1/rank)",
+    "as swept": "as in the sweep, which does not say it",
+    "unknown": "no rule seen: alpha is asked for",
+}
 
 
 def lead(recipe: Recipe) -> str:
@@ -31,7 +41,7 @@ def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "ceiling", "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}"
     yield "full width", _number(recipe.full_fan_in)
     yield "law", law_words(recipe.law)
-    yield "alpha by rank", recipe.scaling_rule
+    yield "alpha by rank", _ALPHA[recipe.scaling_rule]
     yield "optimizer", ", ".join([recipe.optimizer, *settings])
     yield "horizon", f"{recipe.steps or 'unknown'} steps, batch {_number(recipe.batch)}, warm-up {warmup}"
     yield "other steps", f"{horizon.slope:+.2f} ± {horizon.slope_sd:.2f} octaves of rate per octave of steps"
@@ -45,6 +55,18 @@ def explain(recipe: Recipe) -> str:
     """The facts, one a line."""
     lines = [fill(f"{name:<16}{text}", 100, subsequent_indent=" " * 16) for name, text in facts(recipe)]
     return printable("\n".join([f"Recipe {recipe.name!r}", *lines]))
+
+
+def configuration(recipe: Recipe, target: Reference, steps: int | None, batch: float | None) -> str:
+    """What a rate at `target` is for, as far as known: steps and batch as asked for, else the recipe's own."""
+    swept = target.method == "lora" and recipe.scaling_rule == "as swept"
+    parts = [f"rank {target.rank}, alpha as swept, Init[{target.init}]" if swept else str(target)]
+    numbers = (
+        ("fan-in {:g}", target.fan_in),
+        ("{} steps", steps or recipe.steps),
+        ("batch {:g}", batch or recipe.batch),
+    )
+    return ", ".join([*parts, *(words.format(value) for words, value in numbers if value is not None)])
 
 
 def _tried(recipe: Recipe) -> str:

@@ -512,7 +512,7 @@ def test_fit_writes_the_recipe_of_fit_sweep(sweep_csv, tmp_path):
     assert done.exit_code == 0
     made = fit_sweep(drawn(), fan_in=WIDTH, steps=100)
     assert Recipe.load(out).at(8) == made.at(8)
-    assert f"lr        {made.at().lr:.3g} at rank 16, alpha 16" in done.output
+    assert f"lr        {made.at().lr:.3g}\nat        rank 16, alpha 16" in done.output
     assert f"rankaware lr {out} --rank 64" in done.output
 
 
