@@ -78,6 +78,7 @@ class SeenSection(Struct, frozen=True):
     full: bool = False
     seed: Seed = 0
     notes: tuple[str, ...] = ()
+    other_rates: dict[str, Lr | Literal["base"]] = {}
 
 
 class TensorsSection(Struct, frozen=True):
@@ -98,6 +99,7 @@ class Document(Struct, frozen=True):
     scaling_rule: Scaling = "unknown"
     seen: SeenSection = SeenSection()
     versions: dict[str, str] = {}
+    source: dict[str, str] = {}
 
 
 class Document1(Document, frozen=True):

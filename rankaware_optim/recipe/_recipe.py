@@ -25,6 +25,7 @@ from . import _io as recipe_files
 from . import _recipe_text as words
 from . import _schema as recipe_toml
 from ._horizon import Horizon, by_batch
+from ._other_rates import Seen
 from ._uncertainty import Z90, spread
 
 ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels between ranks of one init
@@ -39,9 +40,11 @@ class Recipe:
     finetuning. covariance: 3 × 3 tensor of (log2 rate at `law.pivot`, drift, log2 full_factor), octaves.
     scaling_rule: how the effective multiplier followed the ranks seen: "fixed" (alpha follows rank), "rslora" (s·√r
     constant), "alpha" (s·r constant), "as swept" (a sweep that did not say), or "unknown". steps: None where a sweep
-    did not say. horizon: how the best rate moves with the steps. notes: what the data did not determine, in words.
-    tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`, `value` (NaN where
-    pruned), `diverged`, `pruned`, `steps` and `curve`.
+    did not say. horizon: how the best rate moves with the steps. settings: the optimizer's, other than the rate.
+    other_rates: what LoRA trials trained beside the factors, by name with "*" for numbers: at "base", the trial's base
+    rate, or at a rate of its own. source: the training loop's name, its source's hash, its repository's commit. notes:
+    what the data did not determine, in words. tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`,
+    `value` (NaN where pruned), `diverged`, `pruned`, `steps` and `curve`.
     """
 
     name: str
@@ -62,7 +65,9 @@ class Recipe:
     warmup: float | None = None
     horizon: Horizon = field(default_factory=Horizon)
     seed: int = 0
+    other_rates: Seen = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    source: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 

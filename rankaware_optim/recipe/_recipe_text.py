@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .._printable import printable
 from .._scaling_rule import Scaling
 from ..laws import law_words
+from ._other_rates import BASE
 from ._uncertainty import own_band
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "horizon", f"{recipe.steps or 'unknown'} steps, batch {_number(recipe.batch)}, warm-up {warmup}"
     yield "other steps", f"{horizon.slope:+.2f} ± {horizon.slope_sd:.2f} octaves of rate per octave of steps"
     yield "seen", f"{_tried(recipe)}; {len(recipe.tensors.get('lr', ()))} trials, from seed {recipe.seed}"
+    yield "other rates", _other_rates(recipe)
+    yield "code", ", ".join(f"{name} {value}" for name, value in recipe.source.items()) or "unknown"
     yield "versions", ", ".join(f"{name} {version}" for name, version in recipe.versions.items()) or "unknown"
     yield "hash", recipe.tag.partition(" ")[0]
     yield from (("note", note) for note in recipe.notes)
@@ -72,6 +75,12 @@ def configuration(recipe: Recipe, target: Reference, steps: int | None, batch: f
 def _tried(recipe: Recipe) -> str:
     ranks = f"ranks {', '.join(map(str, recipe.ranks))}" if recipe.ranks else ""
     return " and ".join(filter(None, (ranks, "full finetuning" if recipe.full_seen else ""))) or "nothing"
+
+
+def _other_rates(recipe: Recipe) -> str:
+    """What parameters beside the factors get, seen ones by name first."""
+    seen = (f"{name} {'the base rate' if rate == BASE else f'{rate:.3g}'}" for name, rate in recipe.other_rates.items())
+    return "; ".join([*seen, "any other full finetuning's" if recipe.full_seen else "any other is asked for"])
 
 
 def _number(value: float | None) -> str:

@@ -834,7 +834,8 @@ def test_a_finished_study_is_read_and_not_run_again(storage):
     again = calibrate(called.append, trials=4, storage=storage)
     assert not called
     assert again.fitted_lr == first.fitted_lr
-    assert again.settings == first.settings == {"weight_decay": 0.25}
+    assert again.settings == first.settings
+    assert first.settings["weight_decay"] == 0.25
     assert (again.scaling_rule, again.reference, again.full_fan_in) == (
         first.scaling_rule, first.reference, first.full_fan_in,
     )  # fmt: skip
