@@ -104,7 +104,7 @@ def _audit(groups: Iterable[Mapping[str, Any]], plan: Plan, survey: Survey) -> I
     for adapter, names in by_adapter.items():
         if held and held.isdisjoint(names):
             yield f"None of the {len(names)} factors of {adapter or 'the adapter'} is in this optimizer."
-    if plan.method == "full" or not survey.factors:
+    if plan.method == "full" or not survey.factors or plan.others is not None:  # a recipe decides a head's rate
         return
     alike = [group for group in groups if group.get("lora_role") == "other" and not plan.has_own_rate(group)]
     named = [pair for group in alike for pair in zip(group.get("param_names", ()), group["params"], strict=False)]
@@ -164,7 +164,9 @@ def _reason(group: Mapping[str, Any], plan: Plan) -> str:
     if role == "full" or (role == "other" and plan.method == "full"):
         return f"{plan.law.name}: full finetuning, from {plan.reference}"
     if role == "other":
-        return reason_of_other(sorted({kind for kind in map(other_kind, group.get("param_names", ())) if kind}))
+        names = group.get("param_names", ())
+        rate = plan.reason_of_other(names, group.get("rank_multiplier", 1.0))
+        return reason_of_other(sorted({kind for kind in map(other_kind, names) if kind}), rate)
     if group.get("lora_init") == "other":
         return NO_LAW
     return f"{plan.law.name}: from {plan.reference}"

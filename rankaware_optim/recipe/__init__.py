@@ -8,7 +8,7 @@ from ._loss_model import bowls_of
 from ._observations import EARLY, TAIL, Observation, arms_of, carried_on, gain_of, height, recent, usual_start
 from ._other_rates import BASE, OtherRates, name_pattern
 from ._plots import draw_trials, drawable, plot_recipe
-from ._recipe import ANY_WIDTH, Recipe, resolve_recipe
+from ._recipe import ANY_WIDTH, Recipe, is_for, other_rates_on, rate_on, resolve_recipe
 from ._settings import SAME_UPDATES, agreed, differences, plain_setting, plain_value, settings_of
 from ._uncertainty import INIT_SD, RANK_SD, WIDTH_SD, Z90
 
@@ -39,10 +39,13 @@ __all__ = [
     "drawable",
     "gain_of",
     "height",
+    "is_for",
     "name_pattern",
+    "other_rates_on",
     "plain_setting",
     "plain_value",
     "plot_recipe",
+    "rate_on",
     "recent",
     "resolve_recipe",
     "settings_of",

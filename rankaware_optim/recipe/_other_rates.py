@@ -35,19 +35,25 @@ class OtherRates:
     base: float
     full: float | None
 
-    def rate(self, name: str) -> float:
+    def rate(self, name: str, trains: bool = True) -> float | None:
         """The rate of the parameter `name`: as the trials trained it, else full finetuning's.
 
         Raises:
-            RecipeError: neither was tried.
+            RecipeError: neither was tried, and the parameter trains; None where it does not.
         """
         found = self.seen.get(name_pattern(name), self.full)
+        if found is None and not trains:
+            return None
         if found is None:
             raise RecipeError(
                 f"Recipe {self.recipe!r} saw neither {name} train nor full finetuning, so nothing says its rate.",
                 "Give other_lr=, or rates= for its name.",
             )
         return self.base if found == BASE else float(found)
+
+    def knows(self, name: str) -> bool:
+        """Whether the trials trained the parameter `name`."""
+        return name_pattern(name) in self.seen
 
     def reason(self, name: str) -> str:
         """Where that rate is from, in words."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from .._optimizers import known_optimizer
 from .._rate import Rate
 from .._scaling_rule import GAMMA, Scaling
 from .._types import Method, Reference, Survey
@@ -25,7 +26,7 @@ from . import _io as recipe_files
 from . import _recipe_text as words
 from . import _schema as recipe_toml
 from ._horizon import Horizon, by_batch
-from ._other_rates import Seen
+from ._other_rates import OtherRates, Seen
 from ._uncertainty import Z90, spread
 
 ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels between ranks of one init
@@ -124,10 +125,14 @@ class Recipe:
         given = {"init": init, "fan_in": fan_in}
         target = replace(target, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
         rate = self._quoted(target, steps, batch)
+        self._warn_of(rate)
+        return rate
+
+    def _warn_of(self, rate: Rate) -> None:
+        """Warn, once a recipe, where one of its rates is extrapolated."""
         if rate.extrapolated and not self.__dict__.get("_warned"):
             object.__setattr__(self, "_warned", True)
             warn(f"Recipe {self.name!r} extrapolates: {rate.notes[0]}.")
-        return rate
 
     def _quoted(self, target: Reference, steps: int | None = None, batch: float | None = None) -> Rate:
         """The rate at a reference, without a warning; its first notes say what was not seen."""
@@ -167,23 +172,6 @@ class Recipe:
                 "Ask for a configuration nearer to its own, or restore the recipe.",
             )
         return rate
-
-    def notes_for(self, survey: Survey, optimizer_class: type) -> tuple[str, ...]:
-        """What a report should say of this recipe on a model: its band there, and what it was not made for.
-
-        Warns once, as `at` does, where the model lies outside what was seen.
-        """
-        own = survey.dominant()
-        if own.method == "full":
-            rate = self.at(method="full", fan_in=survey.full_width(self.reference.init))
-        else:
-            rate = self.at(own.rank, alpha=own.alpha, fan_in=survey.width, init=own.init)
-        band = f"recipe {self.name!r}: the best rate lies between {rate.low:.3g} and {rate.high:.3g} with 90 %"
-        notes = [f"{band}, for {self.steps or 'unknown'} steps at batch {self.batch or 'unknown'}.", *rate.notes]
-        made_for = self.optimizer.rpartition(".")[2]
-        if made_for != optimizer_class.__name__:
-            notes.append(f"The recipe was made with {made_for}, not {optimizer_class.__name__}: its rates may not fit.")
-        return tuple(notes)
 
     def _target(self, rank: int | None, alpha: float | None, method: Method, rslora: bool = False) -> Reference:
         """What `at` is asked for, as a reference at the recipe's own init and width."""
@@ -261,6 +249,35 @@ def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> 
             return recipe._quoted(recipe._target(rank, alpha, "full" if rank is None else "lora"))
         except RankAwareError:
             return None
+
+
+def rate_on(recipe: Recipe, survey: Survey, steps: int | None = None, batch: float | None = None) -> Rate:
+    """The rate at a model's own most common configuration. Warns once, as `at` does, where that was not seen."""
+    own = survey.dominant()
+    if own.method == "full":
+        target = _full_target(recipe, survey)
+    else:
+        target = replace(recipe._target(own.rank, own.alpha, "lora"), fan_in=survey.width, init=own.init)
+    rate = recipe._quoted(target)
+    recipe._warn_of(rate)
+    return rate if steps is batch is None else recipe._quoted(target, steps, batch)
+
+
+def other_rates_on(recipe: Recipe, survey: Survey) -> OtherRates:
+    """What a recipe says of a model's parameters that are no factors."""
+    full = recipe._quoted(_full_target(recipe, survey)).lr if recipe.full_seen else None
+    return OtherRates(recipe.name, recipe.other_rates, recipe.lr, full)
+
+
+def _full_target(recipe: Recipe, survey: Survey) -> Reference:
+    return replace(recipe._target(None, None, "full"), fan_in=survey.full_width(recipe.reference.init))
+
+
+def is_for(recipe: Recipe, optimizer: type) -> bool:
+    """Whether an optimizer is the recipe's own, or that one with its state in fewer bits or paged memory."""
+    name = recipe.optimizer.rpartition(".")[2]
+    known = known_optimizer(name)[0]
+    return name == optimizer.__name__ or (known != "" and known == known_optimizer(optimizer)[0])
 
 
 def resolve_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:

@@ -54,11 +54,12 @@ def recipe(**changes) -> Recipe:
         "scaling_rule": "fixed",
         "full_fan_in": float(WIDTH),
         "ranks": (4, 64),
-        "settings": {"weight_decay": 0.01, "betas": [0.9, 0.99], "foreach": True},
+        "settings": {"weight_decay": 0.01, "betas": [0.9, 0.999], "foreach": True},
         "steps": 100,
         "batch": 16.0,
         "warmup": 0.05,
         "seed": 3,
+        "other_rates": {"head.weight": "base", "head.bias": "base"},
         "versions": {"torch": "2.6"},
         "tensors": {"rank": torch.tensor([4, 64]), "lr": torch.tensor([1e-3, 2e-3]), "value": torch.tensor([0.5, 0.4])},
     }
@@ -115,6 +116,8 @@ recipes = st.builds(
     warmup=st.none() | st.floats(0, 1),
     horizon=st.builds(Horizon, slope=st.floats(-9, 9), slope_sd=st.floats(0, 9)),
     seed=st.integers(0, 2**62),
+    other_rates=st.dictionaries(st.text("ab.*", min_size=1), st.just("base") | positive),
+    source=st.dictionaries(st.text("ab", min_size=1), st.text(st.characters(codec="utf-8"))),
     tensors=st.just({}) | st.just({"lr": torch.ones(1), "curve": torch.tensor([[1.0, math.nan]])}),
 )
 
