@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 from typing import Any
 
@@ -25,6 +26,15 @@ def get_optimizer_class(optimizer: type[Optimizer] | str) -> type[Optimizer]:
     if not isinstance(found, type) or not issubclass(found, Optimizer) or found.__name__ in _NO_CLASS:
         raise OptimizerError(f"{found!r} is not a torch optimizer class.", "Give a class such as torch.optim.AdamW.")
     return found
+
+
+def defaults_of(function: Any) -> dict[str, Any]:
+    """The arguments of a function, or of a class, that have a default, with it; none where it cannot be looked into."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
 def _find_class(package: str, name: str) -> type[Optimizer]:

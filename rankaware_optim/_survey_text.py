@@ -50,9 +50,9 @@ def explain(survey: Survey, per_module: bool, rates: Mapping[str, Rated]) -> str
     return text_table(headings, rows, lines=notes, left=words, width=200 if per_module else 140)
 
 
-def reason_of_other(kinds: Sequence[str]) -> str:
-    """Why a parameter that is no factor has the base rate. `kinds`: the adapters without a law that it belongs to."""
-    return f"{', '.join(kinds)}: no law, the base rate" if kinds else "no LoRA factor: the base rate"
+def reason_of_other(kinds: Sequence[str], rate: str = "the base rate") -> str:
+    """Why a parameter that is no factor has the rate that `rate` says. `kinds`: the adapters without a law it is of."""
+    return f"{', '.join(kinds)}: no law, {rate}" if kinds else f"no LoRA factor: {rate}"
 
 
 def audit(survey: Survey) -> Iterator[str]:

@@ -60,6 +60,10 @@ class UserGroup(NamedTuple):
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.named)
 
+    def without(self, option: str) -> UserGroup:
+        """The group without one of its options."""
+        return self._replace(options={key: value for key, value in self.options.items() if key != option})
+
 
 def user_groups(
     params: Any, model: nn.Module, walked: Walk, first: int = 0, *, outside: bool = False
@@ -161,7 +165,8 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
         cut: dict[Assignment, PlannedGroup] = {}
         listed = [k for k, v in group.options.items() if isinstance(v, list) and len(v) == len(group.named) > 1]
         for position, (name, param) in enumerate(group.named):
-            assignment = plan.assign(name, factors.get(name))
+            own_lr, trains = "lr" in group.options, param.requires_grad
+            assignment = plan.assign(name, factors.get(name), own_lr=own_lr, trains=trains)
             options = {**group.options, **{key: [] for key in listed}}
             part = cut.setdefault(assignment, PlannedGroup(assignment, [], options, number, tag))
             part.named.append((name, param))

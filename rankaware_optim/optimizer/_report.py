@@ -115,7 +115,7 @@ def _audit(groups: Iterable[Mapping[str, Any]], plan: Plan, survey: Survey) -> I
     for adapter, names in by_adapter.items():
         if held and held.isdisjoint(names):
             yield f"None of the {len(names)} factors of {adapter or 'the adapter'} is in this optimizer."
-    if plan.method == "full" or not survey.factors:
+    if plan.method == "full" or not survey.factors or plan.others is not None:  # a recipe decides a head's rate
         return
     alike = [group for group in groups if group.get("lora_role") == "other" and not plan.has_own_rate(group)]
     named = [pair for group in alike for pair in zip(group.get("param_names", ()), group["params"], strict=False)]
@@ -176,7 +176,8 @@ def _reason(names: Sequence[str], made: Assignment, plan: Plan, unmoved: bool) -
     if plan.has_own_rate(named):
         return f"a rate of its own, by {'rates=' if plan.is_named(named) else 'other_lr='}"
     if made.role == "other" and plan.method != "full":
-        return reason_of_other(sorted({kind for kind in map(other_kind, names) if kind}))
+        rate = plan.reason_of_other(names, made.multiplier)
+        return reason_of_other(sorted({kind for kind in map(other_kind, names) if kind}), rate)
     if made.init == "other":
         return NO_LAW
     if unmoved:

@@ -29,7 +29,7 @@ _DRIFT_SHARE = 0.5
 def own_band(recipe: Recipe) -> tuple[float, float]:
     """Low and high of the 90 % band of the best rate at the recipe's reference."""
     octaves = Z90 * spread(recipe, recipe.reference)[0]
-    return recipe.best_lr / 2.0**octaves, recipe.best_lr * 2.0**octaves
+    return recipe.fitted_lr / 2.0**octaves, recipe.fitted_lr * 2.0**octaves
 
 
 def spread(recipe: Recipe, target: Reference) -> tuple[float, list[str]]:

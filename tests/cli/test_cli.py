@@ -26,7 +26,7 @@ def recipe(tmp_path):
     """A saved recipe: its path and itself."""
     made = Recipe(
         name="digits",
-        best_lr=2e-3,
+        fitted_lr=2e-3,
         reference=AT_16,
         law=Power(exponent=0.1, full_factor=1.5),
         covariance=torch.diag(torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)),
@@ -219,6 +219,7 @@ def test_lr_prints_the_recipes_rate(arguments, target, recipe):
         rate = made.at(**target)
     assert done.exit_code == 0
     assert number(done.stdout, "lr") == pytest.approx(rate.lr, rel=5e-3)
+    assert f"at        {rate.configuration}" in done.stdout.splitlines()
     assert number(done.stdout, "ceiling") == pytest.approx(rate.ceiling, rel=5e-3)
     assert number(done.stdout, "90 % band") == pytest.approx(rate.low, rel=5e-3)
     assert ("extrapolated" in done.stdout) == rate.extrapolated == ("note: Recipe" in done.stderr)
