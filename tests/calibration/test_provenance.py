@@ -22,7 +22,6 @@ from ..helpers.models import PlainLoRA
 
 LOOP = """
 import msgspec, torch.nn.functional
-from tests.helpers.calibrations import Net
 
 def train(trial):
     import click.testing
@@ -38,6 +37,7 @@ def loop_in(folder: Path):
     spec = spec_from_file_location(f"finetune_{abs(hash(folder))}", file)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.Net = Net
     return module.train
 
 
@@ -46,7 +46,10 @@ def git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *name, *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+
+
+@needs_git
 def test_a_recipe_names_the_code_that_made_it(tmp_path):
     """Function, its source's hash, and its repository's commit, marked where files were changed, survive the files."""
     train = loop_in(tmp_path)
@@ -71,6 +74,7 @@ def test_without_a_repository_there_is_no_commit(gone, tmp_path, monkeypatch):
     assert calibrate(loop_in(tmp_path), trials=2).source.keys() == {"train", "hash"}
 
 
+@needs_git
 def test_the_commit_is_that_of_the_beginning(tmp_path):
     """What is committed while trials run is not what they ran."""
     train, commits = loop_in(tmp_path), []
