@@ -16,6 +16,7 @@ from torch import nn
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import versions_used
+from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.calibrations import Net, calibrate, made_up
 from ..helpers.models import PlainLoRA
@@ -171,6 +172,18 @@ def test_a_recipe_knows_what_trained_beside_the_pairs(settings, expected, tmp_pa
     """Others have "base" or their own rate, by name without numbers; where two of one name differ, it is left out."""
     recipe = calibrate(beside(**settings), trials=3)
     assert ra.Recipe.load(recipe.save(tmp_path / "r.toml")).other_rates == recipe.other_rates == expected
+
+
+def test_a_calibrated_head_trains_on_as_it_did():
+    """At another rank a head that the trials trained has their base rate, and a new one's rate is asked for."""
+    recipe = calibrate(beside(), trials=4, ranks=(4, 64))
+    model = Net(64)
+    model.head = nn.Linear(4, 2)
+    opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, recipe=recipe)
+    assert {effective_lr(g) for g in opt.param_groups if g["lora_role"] == "other"} == {recipe.lr}
+    model.fresh = nn.Linear(2, 2)
+    with pytest.raises(ra.RecipeError, match=r"saw neither fresh\.weight train"):
+        ra.RankAwareOptimizer(model, torch.optim.AdamW, recipe=recipe)
 
 
 def test_full_finetuning_says_nothing_of_what_trains_beside_pairs():
