@@ -80,7 +80,8 @@ def _tried(recipe: Recipe) -> str:
 def _other_rates(recipe: Recipe) -> str:
     """What parameters beside the factors get, seen ones by name first."""
     seen = (f"{name} {'the base rate' if rate == BASE else f'{rate:.3g}'}" for name, rate in recipe.other_rates.items())
-    return "; ".join([*seen, "any other full finetuning's" if recipe.full_seen else "any other is asked for"])
+    rest = "full finetuning's" if recipe.full_seen else "asked for, as full finetuning was not tried"
+    return "; ".join([*seen, f"any other {rest}"]) if recipe.other_rates else rest
 
 
 def _number(value: float | None) -> str:

@@ -16,13 +16,13 @@ from torch import nn
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import versions_used
+from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.calibrations import Net, calibrate, made_up
 from ..helpers.models import PlainLoRA
 
 LOOP = """
 import msgspec, torch.nn.functional
-from tests.helpers.calibrations import Net
 
 def train(trial):
     import click.testing
@@ -38,6 +38,7 @@ def loop_in(folder: Path):
     spec = spec_from_file_location(f"finetune_{abs(hash(folder))}", file)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.Net = Net
     return module.train
 
 
@@ -46,7 +47,10 @@ def git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *name, *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+
+
+@needs_git
 def test_a_recipe_names_the_code_that_made_it(tmp_path):
     """Function, its source's hash, and its repository's commit, marked where files were changed, survive the files."""
     train = loop_in(tmp_path)
@@ -71,6 +75,7 @@ def test_without_a_repository_there_is_no_commit(gone, tmp_path, monkeypatch):
     assert calibrate(loop_in(tmp_path), trials=2).source.keys() == {"train", "hash"}
 
 
+@needs_git
 def test_the_commit_is_that_of_the_beginning(tmp_path):
     """What is committed while trials run is not what they ran."""
     train, commits = loop_in(tmp_path), []
@@ -167,6 +172,18 @@ def test_a_recipe_knows_what_trained_beside_the_pairs(settings, expected, tmp_pa
     """Others have "base" or their own rate, by name without numbers; where two of one name differ, it is left out."""
     recipe = calibrate(beside(**settings), trials=3)
     assert ra.Recipe.load(recipe.save(tmp_path / "r.toml")).other_rates == recipe.other_rates == expected
+
+
+def test_a_calibrated_head_trains_on_as_it_did():
+    """At another rank a head that the trials trained has their base rate, and a new one's rate is asked for."""
+    recipe = calibrate(beside(), trials=4, ranks=(4, 64))
+    model = Net(64)
+    model.head = nn.Linear(4, 2)
+    opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, recipe=recipe)
+    assert {effective_lr(g) for g in opt.param_groups if g["lora_role"] == "other"} == {recipe.lr}
+    model.fresh = nn.Linear(2, 2)
+    with pytest.raises(ra.RecipeError, match=r"saw neither fresh\.weight train"):
+        ra.RankAwareOptimizer(model, torch.optim.AdamW, recipe=recipe)
 
 
 def test_full_finetuning_says_nothing_of_what_trains_beside_pairs():

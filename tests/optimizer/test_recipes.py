@@ -387,5 +387,5 @@ def test_a_recipe_survives_with_what_it_knows(tmp_path):
     found = Recipe.load(made.save(tmp_path / "r.toml"))
     assert (found.other_rates, found.source) == (made.other_rates, made.source)
     said = re.sub(r"\s+", " ", str(found))
-    assert "other rates head.weight the base rate; a.*.b 0.0003; any other is asked for" in said
+    assert "other rates head.weight the base rate; a.*.b 0.0003; any other asked for" in said
     assert "code train t, commit c" in said

@@ -28,7 +28,9 @@ RECIPE = Recipe(
     steps=100,
     batch=16.0,
     warmup=0.05,
+    other_rates={"head.weight": 1e-3},
     versions={"torch": "2.6"},
+    source={"train": "train"},
     notes=("one",),
     tensors={"rank": torch.tensor([4, 64]), "lr": torch.tensor([1e-3, 2e-3]), "value": torch.tensor([0.5, math.nan])},
 )

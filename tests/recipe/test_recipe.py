@@ -61,6 +61,7 @@ def recipe(**changes) -> Recipe:
         "seed": 3,
         "other_rates": {"head.weight": "base", "head.bias": "base"},
         "versions": {"torch": "2.6"},
+        "source": {"train": "train"},
         "tensors": {"rank": torch.tensor([4, 64]), "lr": torch.tensor([1e-3, 2e-3]), "value": torch.tensor([0.5, 0.4])},
     }
     return Recipe(**{**values, **changes})
@@ -288,6 +289,10 @@ OTHER_VALUES = [
     ("optimizer.settings:foreach", "foreach = 0x" + "f" * 100, "@ optimizer.settings"),
     ("optimizer.settings:foreach", "foreach = {a = 1}", "@ optimizer.settings"),
     ("versions:torch", "torch = 2.6", "@ versions"),
+    ("source:train", "train = 3", "@ source"),
+    ('seen.other_rates:"head.weight"', '"head.weight" = "bases"', "@ seen.other_rates"),
+    ('seen.other_rates:"head.weight"', '"head.weight" = -1.0', "@ seen.other_rates"),
+    ('seen.other_rates:"head.weight"', '"head.weight" = nan', "@ seen.other_rates"),
     ("name", "name = " + "[" * 5000, "cannot be read"),
     ("name", "name = " + "9" * 5000, "cannot be read"),
     ("law:name", 'name = "power"\n[law.law.law.law.law.law.law.law.law.law.law.law]\nname = "mua"', "law"),
