@@ -2,7 +2,7 @@
 # ms-swift, after: python examples/tiny.py tiny
 # The rate below was tuned at rank 16, alpha 32. The plug-in moves it to rank 64, alpha 64.
 set -euo pipefail
-plugin=$(python -c 'from rankaware_optim.integrations import external_plugins as p; print(p.__path__[0])')/rankaware_swift.py
+plugin=$(python -c 'from rankaware_optim.integrations.external_plugins import SWIFT; print(SWIFT)')
 RANKAWARE_TUNED_AT="r=16,alpha=32" swift sft \
     --model tiny --model_type llama --template dummy \
     --dataset tiny/rows.jsonl \

@@ -1,6 +1,6 @@
 """A language model of a few thousand weights, a tokenizer and rows of text, made here so that no example downloads one.
 
-    python examples/tiny.py tiny    # into the folder tiny: what axolotl.yaml, swift.sh and automodel.yaml name
+python examples/tiny.py tiny    # into the folder tiny: what axolotl.yaml, swift.sh and automodel.yaml name
 """
 
 from __future__ import annotations
@@ -13,8 +13,37 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "<pad> <eos> a the small cat dog bird tree runs sees eats likes jumps and over under big red old user :".split()
-TEXTS = [f"{a} {b} {c} {d}" for a in ("a", "the") for b in ("cat", "dog", "bird") for c in ("sees", "eats") for d in WORDS[5:9]]
+WORDS = [
+    "<pad>",
+    "<eos>",
+    "a",
+    "the",
+    "small",
+    "cat",
+    "dog",
+    "bird",
+    "tree",
+    "runs",
+    "sees",
+    "eats",
+    "likes",
+    "jumps",
+    "and",
+    "over",
+    "under",
+    "big",
+    "red",
+    "old",
+    "user",
+    ":",
+]
+TEXTS = [
+    f"{a} {b} {c} {d}"
+    for a in ("a", "the")
+    for b in ("cat", "dog", "bird")
+    for c in ("sees", "eats")
+    for d in WORDS[5:9]
+]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

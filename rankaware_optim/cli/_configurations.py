@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from .. import integrations
 from .._types import Reference
 from ..errors import InvalidReferenceError
+from ..integrations.external_plugins import SWIFT
 from ..laws import DEFAULT_LAW
 from ..transfer import Conversion
-
-_PLUGINS = Path(integrations.__file__).parent / "external_plugins"
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def _swift(change: Change) -> Iterator[str]:
     rslora = " --use_rslora true" if change.target.rslora else ""
     yield f"{said} swift sft \\"
     yield f"    --tuner_type lora --lora_rank {change.target.rank} --lora_alpha {change.target.alpha:g}{rslora} \\"
-    yield f'    --external_plugins "{_PLUGINS / "rankaware_swift.py"}" --optimizer rankaware \\'
+    yield f'    --external_plugins "{SWIFT}" --optimizer rankaware \\'
     yield f"    --learning_rate {change.lr:g}"
 
 
@@ -112,6 +109,7 @@ def _kohya(change: Change) -> Iterator[str]:
 
 def _automodel(change: Change) -> Iterator[str]:
     made = change.converted
+    yield "# The multipliers are applied by Automodel's scheduler: keep an lr_scheduler: section."
     yield "peft:"
     yield f"  dim: {change.target.rank}"
     yield f"  alpha: {change.alpha}"

@@ -5,6 +5,7 @@ Importing this module imports none of them.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch.optim import Optimizer
@@ -61,7 +62,9 @@ def attach(trainer: Any, optimizer: type[Optimizer] | str | None = None, **setti
             print(opt.report(), flush=True)
         return opt
 
-    trainer.optimizer_cls_and_kwargs = (TrainerFactory(make, native, settings, trainer.args), {})
+    held = weakref.ref(trainer)
+    factory = TrainerFactory(make, native, settings, trainer.args, lambda: getattr(held(), "model", None))
+    trainer.optimizer_cls_and_kwargs = (factory, {})
     log_rates(trainer)
     trainer.add_callback(_look())
 
@@ -78,7 +81,7 @@ def _own_choice(trainer: Any, own: Any) -> tuple[type[Optimizer], dict[str, Any]
 
 
 def _look() -> Any:
-    """A callback that looks, when training begins, at what the trainer made and at what accelerate wrapped around it."""
+    """A callback that looks, when training begins, at what the trainer made and what accelerate wrapped around it."""
     from transformers import TrainerCallback
 
     class Look(TrainerCallback):

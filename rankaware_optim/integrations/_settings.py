@@ -74,5 +74,7 @@ def settings_from_words(words: Mapping[str, Any]) -> dict[str, Any]:
         try:
             made[name] = _READERS[name](text)
         except (TypeError, ValueError) as error:
-            raise OptimizerError(f"{name} is {text!r}: {str(error).rstrip('.')}.", "Mend it in the settings.") from error
+            raise OptimizerError(
+                f"{name} is {text!r}: {str(error).rstrip('.')}.", "Mend it in the settings."
+            ) from error
     return made

@@ -25,27 +25,39 @@ class TrainerFactory:
     """What `Trainer` calls to make its optimizer: `make(params, model=..., **settings)` does.
 
     Trainer calls a factory without arguments, and what that gives with the model as it has wrapped it; Axolotl adds its
-    arguments. All of these are answered here. `native` is the class that is wrapped, `given` what the user said of it,
-    `args` the arguments of a trainer that passes none.
+    arguments. Older ones, and Unsloth on a CPU with a rate for embeddings, hand over groups. All of these are answered
+    here. `native` is the class that is wrapped, `given` what the user said of it. `args` are the arguments, and
+    `model()` the model, of a trainer that passes none.
     """
 
     def __init__(
-        self, make: Callable[..., Optimizer], native: type[Optimizer], given: Mapping[str, Any], args: Any = None
+        self,
+        make: Callable[..., Optimizer],
+        native: type[Optimizer],
+        given: Mapping[str, Any],
+        args: Any = None,
+        model: Callable[[], Any] = lambda: None,
     ) -> None:
-        self.make, self.native, self.given, self.args = make, native, given, args
+        self.make, self.native, self.given, self.args, self.model = make, native, given, args, model
 
-    def __call__(self, model: Any = None, args: Any = None, **settings: Any) -> Any:
-        """This factory where no model is given, else an optimizer over the model's trainable parameters."""
-        if model is None:
+    def __call__(self, params: Any = None, args: Any = None, **settings: Any) -> Any:
+        """This factory where nothing is given, else an optimizer over a model's trainable parameters or groups."""
+        if params is None:
             return self
-        if not isinstance(model, nn.Module):
+        args = self.args if args is None else args
+        model = params if isinstance(params, nn.Module) else self.model()
+        if model is None:
             raise OptimizerError(
-                f"Trainer handed a {type(model).__name__} to a factory, which needs the model.",
-                "Update transformers to a release whose Trainer knows factories, or pass optimizers=(opt, None).",
+                f"Trainer handed a {type(params).__name__} to a factory, which needs the model.",
+                "Use attach(trainer, ...), a release of transformers that knows factories, or optimizers=(opt, None).",
             )
-        said = settings_of(self.native, self.args if args is None else args, {**self.given, **settings})
+        said = settings_of(self.native, args, {**settings, **self.given})
         keep_embeddings_in_32_bits(model, self.native, said)
-        return self.make(trainer_groups(model, self.native, said), model=model, **said)
+        if params is model:
+            return self.make(trainer_groups(model, self.native, said), model=model, **said)
+        base = getattr(args, "learning_rate", None)  # a group at the trainer's base rate is to follow ours
+        groups = [{k: v for k, v in group.items() if k != "lr" or v != base} for group in params]
+        return self.make(groups, model=model, **said)
 
 
 def trainer_factory(

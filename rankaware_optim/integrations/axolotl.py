@@ -17,7 +17,7 @@ from ..errors import OptimizerError
 from ._attach import attach
 from ._settings import settings_from_words
 
-_OWN_GROUPS = ("loraplus_lr_ratio", "loraplus_lr_embedding", "embedding_lr", "embedding_lr_scale", "lr_groups")
+_OWN_GROUPS = ("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale", "lr_groups")
 
 
 class Settings(BaseModel):
@@ -56,7 +56,7 @@ class Arguments(BaseModel):
     rankaware: Settings = Settings()
 
 
-class Plugin(BasePlugin):  # type: ignore[misc]
+class Plugin(BasePlugin):
     """Attaches a `RankAwareOptimizer` around the optimizer that the YAML names."""
 
     def get_input_args(self) -> str:

@@ -3,8 +3,8 @@
     RANKAWARE_TUNED_AT="r=16,alpha=32" swift sft --external_plugins .../rankaware_swift.py --optimizer rankaware ...
 
 `--learning_rate` is the rate tuned there; `--optim`, weight decay, betas and the schedule are ms-swift's own. Settings
-are environment variables, RANKAWARE_ and the name of an argument of `RankAwareOptimizer` in capitals; unset, the model's
-own most common configuration. `rankaware convert --as swift` prints the lines with this file's path.
+are environment variables: RANKAWARE_ and the name of an argument of `RankAwareOptimizer`, in capitals.
+`rankaware convert --as swift` prints the lines, with this file's path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PREFIX = "RANKAWARE_"
 _OTHERS = ("RANKAWARE_CACHE",)  # of the benchmarks
 
 
-class RankAware(OptimizerCallback):  # type: ignore[misc]
+class RankAware(OptimizerCallback):
     """Attaches a `RankAwareOptimizer` around the optimizer that the arguments name, when ms-swift asks for one."""
 
     def create_optimizer(self, model: Any = None) -> Any:

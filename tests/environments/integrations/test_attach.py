@@ -221,6 +221,37 @@ def test_a_trainer_that_cannot_be_attached_to_is_refused(tmp_path, prepare, sent
         prepare(trainer)
 
 
+class OfItsOwn(transformers.Trainer):
+    """A trainer that makes its optimizer by itself, as Unsloth's does on a GPU where embeddings have a rate."""
+
+    def create_optimizer(self, model=None):
+        self.optimizer = AdamW(self.model.parameters())
+        return self.optimizer
+
+
+@pytest.mark.parametrize(
+    ("rate", "cure"), [(None, "settings to the optimizer"), (1e-5, r"'\*modules_to_save\*': 1e-05")]
+)
+def test_a_trainer_that_makes_another_optimizer_is_warned_of(tmp_path, rate, cure):
+    """Where the trainer leaves what was attached aside, a warning says so, and the way out with Unsloth's argument."""
+    args = arguments(tmp_path, max_steps=1)
+    args.embedding_learning_rate = rate
+    trainer = OfItsOwn(llama(), args, train_dataset=tokens())
+    attach(trainer, AdamW, lr=LR)
+    with pytest.warns(ra.RankAwareWarning, match=f"AdamW of its own, and what was attached is ignored: .*{cure}"):
+        trainer.train()
+
+
+def test_groups_that_a_trainer_hands_over_keep_their_own_rates(tmp_path):
+    """A factory called with groups splits them; a rate of a group's own is kept, the trainer's base rate is ours."""
+    model = llama()
+    trainer = transformers.Trainer(model, arguments(tmp_path, learning_rate=5e-3), train_dataset=tokens())
+    attach(trainer, AdamW, lr=LR, tuned_at=AT_16)
+    first, *rest = (p for p in model.parameters() if p.requires_grad)
+    opt = trainer.optimizer_cls_and_kwargs[0]([{"params": [first], "lr": 1e-4}, {"params": rest, "lr": 5e-3}])
+    assert {(group["user_group"], group["lr"]) for group in opt.param_groups} == {(0, 1e-4), (1, LR)}
+
+
 # --- PEFT's shape ---------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +276,7 @@ def test_pefts_shape_trains_as_pefts_own():
 
 
 def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits():
-    """bitsandbytes' AdamW8bit by PEFT's shape holds an embedding's moments in float32 and a large factor's in 8 bits."""
+    """bitsandbytes' AdamW8bit by PEFT's shape holds an embedding's moments in float32, a large factor's in 8 bits."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     sizes = {"hidden_size": 256, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
