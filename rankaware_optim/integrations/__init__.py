@@ -1,4 +1,5 @@
-"""transformers, TRL, PEFT and Lightning; `axolotl`, `swift` and `kohya` are modules that those tools load by name."""
+"""transformers, TRL, PEFT and Lightning. Axolotl, kohya's scripts and ms-swift load `axolotl`, `kohya` and a file of
+`external_plugins` by themselves."""
 
 from ._attach import attach
 from ._calibrate_trainer import calibrate_trainer

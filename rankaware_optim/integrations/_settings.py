@@ -24,7 +24,7 @@ def _flag(text: Any) -> bool:
 
 
 def _reference(words: Any) -> Reference:
-    return words if isinstance(words, Reference) else parse_reference(words)
+    return words if isinstance(words, Reference) else parse_reference(str(words))
 
 
 def _rates(words: Any) -> dict[str, float]:

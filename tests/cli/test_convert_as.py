@@ -58,9 +58,9 @@ def words_of(tool, out):
         return dict(re.findall(r'(\w+): "([^"]*)"', out))
     if tool == "swift":
         return {name.lower(): text for name, text in re.findall(r'RANKAWARE_(\w+)="([^"]*)"', out)}
-    return dict(
-        part[len("rankaware_") :].split("=", 1) for part in shlex.split(out, comments=True) if "rankaware_" in part[:10]
-    )
+    flags = shlex.split(out.replace("\\\n", " "), comments=True)
+    given = flags[flags.index("--network_args") + 1 :]
+    return {name[len("rankaware_") :]: text for name, text in (flag.split("=", 1) for flag in given)}
 
 
 @pytest.mark.parametrize("tool", ["axolotl", "swift", "kohya"])
