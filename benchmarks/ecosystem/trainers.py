@@ -128,7 +128,8 @@ TOOLS = (
 )
 NOTES = (
     "A row is of the tests that its tool's environment ran, on a CPU, at the commit and date named: real trainings of "
-    "a few steps, compared bit for bit with groups written out where the trainer allows it. A tool without a version was not run: its source was read.",
+    "a few steps, compared bit for bit with groups written out where the trainer allows it. A tool without a "
+    "version was not run: its source was read.",
 )
 
 
