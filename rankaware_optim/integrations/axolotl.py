@@ -70,5 +70,5 @@ class Plugin(BasePlugin):
                 "Leave it out, and say it as rankaware: rates: {'*embed_tokens*': 1e-5}, or law: loraplus.",
             )
         settings = Settings.model_validate(dict(cfg.rankaware or {})).for_optimizer()
-        rate = {} if "recipe" in settings else {"lr": float(cfg.learning_rate)}
+        rate: dict[str, Any] = {} if "recipe" in settings else {"lr": float(cfg.learning_rate)}
         attach(trainer, **rate, **settings)
