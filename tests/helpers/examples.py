@@ -13,7 +13,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def run(folder: Path, *command: str, **environment: str) -> str:
     """What a command prints, offline, with this Python's scripts first in the path."""
     scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    given = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": scripts, **environment}
+    ours = {
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONSAFEPATH": "",
+        "PATH": scripts,
+    }  # they import tiny
+    given = {**os.environ, **ours, **environment}
     done = subprocess.run(
         command, cwd=folder, env=given, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
