@@ -127,9 +127,10 @@ TOOLS = (
     ),
 )
 NOTES = (
-    "A row is of the tests that its tool's environment ran, on a CPU, at the commit and date named: real trainings of "
-    "a few steps, compared bit for bit with groups written out where the trainer allows it. A tool without a "
-    "version was not run: its source was read.",
+    "A row is of the tests that its tool's environment ran, on a CPU, at the commit and date named: real trainings "
+    "of a few steps. Those of transformers, TRL, PEFT, Lightning and accelerate are compared bit for bit with "
+    "groups written out or with the tool's own optimizer; the others by the report that they print and the rates "
+    "that they log or set. A tool without a version was not run: its source was read.",
 )
 
 
@@ -162,6 +163,7 @@ def installed(tool: Tool) -> str:
 
 def row_of(tool: Tool) -> dict[str, str]:
     """A row of the table, from the tests."""
+    at = commit()
     found = [row for path, chosen in tool.tests for row in rows(path, "-W", "ignore", "-k", chosen)]
     passed, failed = sum(row.passed for row in found), sum(row.failed for row in found)
     skipped = {reason for row in found for reason in row.limits}
@@ -174,7 +176,7 @@ def row_of(tool: Tool) -> dict[str, str]:
         "line": tool.line,
         "example": tool.example or "–",
         "tests": "; ".join(cell) or f"not run; {tool.read}",
-        "commit": commit(),
+        "commit": at,
         "date": datetime.date.today().isoformat(),
     }
 
