@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -27,8 +27,8 @@ from .._scaling_rule import infer_scaling
 from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import CalibrationError
-from ..laws import Law, Power, bound_law, checked_multiplier
-from ..recipe import Z90, Recipe
+from ..laws import Law, Power, bound_law, checked_batch_multiplier, checked_multiplier
+from ..recipe import BATCH_SD, Z90, Horizon, Recipe, with_margin
 from ._comparison import SAME_RATE, differences, law_values
 from ._optuna import close_storage, quiet
 from ._pruner import PairedPruner
@@ -36,7 +36,7 @@ from ._sampler import BracketSampler
 from ._signals import Interrupts
 from ._storage import open_storage, storage_errors
 from ._trials import SCHEMA, TrialRecord, Trials, is_flat, is_typed
-from .fit import Fit, Prior, diverged, fit_observations, horizon_of
+from .fit import Course, Fit, Observation, Place, Prior, Slope, diverged, fit_observations, horizon_of
 
 # A usual rate by optimizer family, per step, and the configuration it is for: the median best AdamW rate at rank 16,
 # alpha 32 over 18 published language models; the others are customary multiples of it.
@@ -54,20 +54,28 @@ _APART = 16  # the factor between the lowest and the highest rank at which the d
 # Init[B] falling with rank by 0.3 to 0.75; full finetuning needs no factor at the width of Survey.full_width
 # (benchmarks/results/full_width.md).
 _PRIORS = {"A": ((0.0, 0.15), (0.0, 0.4)), "B": ((-0.45, 0.2), (0.0, 0.4))}
+# Priors of the slope of log2 of the best rate in log2 of the steps: of what is trained, and what full finetuning's has
+# beside it; and over how many octaves of the batch its slope is remembered.
+_SLOPES = {
+    "A": (Slope(0.0, 0.25), Slope(0.25, 0.2)),
+    "B": (Slope(0.15, 0.25), Slope(0.15, 0.2)),
+    "full": (Slope(0.3, 0.25), Slope(0.0, 1e-3)),
+}
+_BATCH_REACH = 10.0
 
 
 @dataclass
 class Study:
     """One calibration. `reference`, `prior` and the range are learned from the first model built.
 
-    train: the name and source of the loop. few_full: a few runs of full finetuning follow those at `ranks`, around the
-    rate predicted for it.
+    train: the name and source of the loop. steps, batches: of trials. target_steps, batch: of the run that is meant, by
+    default the longest of `steps`. kind: what a run at a place is for.
     """
 
     optimizer: type[Optimizer]
     law: Law
     ranks: tuple[int | None, ...]
-    steps: int
+    steps: tuple[int, ...]
     seeds: tuple[int, ...] = (0, 1)
     train: Mapping[str, str] = field(default_factory=dict)
     lr_range: tuple[float, float] | None = None
@@ -78,9 +86,18 @@ class Study:
     reference: Reference | None = None
     full_fan_in: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    few_full: bool = False
+    target_steps: int = 0
+    batches: tuple[float, ...] = ()
+    kind: Callable[[Place], str] = lambda place: "search"
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """What differs between trials, or from the run that is meant: its steps, its batch."""
+        planned = {"steps": (self.steps, self.target_steps), "batch": (self.batches or (self.batch,), self.batch)}
+        return tuple(what for what, (tried, meant) in planned.items() if tried != (meant,))
 
     def __post_init__(self) -> None:
+        self.target_steps = self.target_steps or self.steps[-1]
         self._fits: dict[int, Fit | None] = {}
         self._ended: dict[int, TrialRecord] = {}
         self._opened: optuna.storages.BaseStorage | None = None
@@ -100,7 +117,7 @@ class Study:
                     study_name=self.name,
                     storage=kept,
                     sampler=sampler or optuna.samplers.RandomSampler(seed=self.seed),
-                    pruner=pruner or PairedPruner(self.steps, self.warmup or 0.0),
+                    pruner=pruner or PairedPruner(self.steps[0], self.warmup or 0.0),
                     load_if_exists=True,
                 )
             self._check_stored()
@@ -128,7 +145,8 @@ class Study:
         try:
             for record in Trials.read(stored.get_trials(deepcopy=False)):
                 rates = record.x, record.observation and record.observation.x
-                positive = (v for v in (record.rank, record.scaling, record.own_lr) if v is not None)
+                numbers = record.rank, record.steps, record.batch, record.scaling, record.own_lr
+                positive = (v for v in numbers if v is not None)
                 typed = is_typed(record, TrialRecord) and all(map(is_positive, positive))
                 if not typed or any(abs(x or 0) > _MOST for x in rates):
                     raise TypeError(f"trial {record.number} holds an impossible value")
@@ -150,7 +168,8 @@ class Study:
         """Refuse to go on with a study whose trials do not compare; warn where they may not."""
         mine = {
             "schema": SCHEMA,
-            "steps": self.steps,
+            "steps": self.steps[0] if len(self.steps) == 1 else list(self.steps),
+            "batches": list(self.batches),
             "ranks": [rank for rank in self.ranks if rank is not None],
             "seeds": sorted(self.seeds),
             "law": repr(self.law),
@@ -184,7 +203,7 @@ class Study:
         """Refuse a trial whose model or settings are others than those of an earlier trial of its rank."""
         at = self.reference
         known = {} if at is None or at.rank != trial.rank else {"width": at.fan_in, "alpha": at.alpha, "init": at.init}
-        earlier = (t.built for t in self.trials() if t.built and t.rank == trial.rank and t.number < trial.number)
+        earlier = (t.built for t in self.trials() if t.built and t.place == trial.place and t.number < trial.number)
         self._refuse(differences(next(earlier, known), built))
 
     def recall(self) -> None:
@@ -220,7 +239,7 @@ class Study:
         low, high = self.lr_range or (-math.inf, math.inf)
         self._start = min(max(_ABOVE + math.log2(usual * moved), low), high)
         if self._brackets:
-            self.optuna.sampler = BracketSampler(self._start, self.prior, self._fitted, self.few_full)
+            self.optuna.sampler = BracketSampler(self._start, self.prior, self._fitted, self.kind)
 
     def settled(self) -> Reference:
         if self.reference is None:
@@ -233,14 +252,17 @@ class Study:
         It is derived from the trials each time, so a resumed study has the range it had.
         """
         low, high = self.lr_range or (self._start - _HALF_RANGE, self._start + _HALF_RANGE)
-        seen, best = self.trials().observations(), None
+        seen = self.trials().observations()
+        best: dict[Place, Observation] = {}
         lowest, highest = math.inf, -math.inf
         for o, bad in zip(seen, diverged(seen), strict=True):
             lowest, highest = min(lowest, o.x), max(highest, o.x)
-            best = o if not bad and (best is None or o.value < best.value) else best
-            at = lowest if best is None else best.x
+            if not bad and (o.place not in best or o.value < best[o.place].value):
+                best[o.place] = o
+            mine = best.get(o.place)
+            at = lowest if mine is None else mine.x
             low -= _WIDEN if at < low + _EDGE else 0.0
-            high += _WIDEN if best is not None and at > high - _EDGE and at >= highest else 0.0
+            high += _WIDEN if mine is not None and at > high - _EDGE and at >= highest else 0.0
         return low, high
 
     @property
@@ -252,7 +274,19 @@ class Study:
         (_, drift_sd), (_, full_sd) = _PRIORS[reference.init]
         continues = reference.init == "B" and reference.method == "lora"
         reach = math.log2((self.full_fan_in or pivot) / pivot) if continues else 0.0
-        return Prior(drift_sd, full_sd, pivot, reach)
+        return Prior(drift_sd, full_sd, pivot, reach, *self._courses())
+
+    def _courses(self) -> tuple[Course, Course]:
+        """What is believed of the way to other steps and batches before any trial."""
+        own = "full" if self.settled().method == "full" else self.settled().init
+        lengths = tuple(steps for steps in self.steps if steps != self.target_steps)
+        batches = tuple(batch for batch in self.batches if batch != self.batch)
+        steps = Course(self.target_steps, lengths, *_SLOPES[own])
+        if not batches:
+            return steps, Course()
+        bound = bound_law(self.law, self.optimizer, self.settings)
+        rule = Slope(math.log2(checked_batch_multiplier(bound, 2.0)), BATCH_SD)
+        return steps, Course(self.batch or 1.0, batches, rule, Slope(0.0, BATCH_SD), _BATCH_REACH)
 
     def centred_law(self, drift: float = 0.0, factor: float = 0.0) -> Power:
         """The law, bound to the optimizer, at its priors' means, plus a fitted `drift` and log2 `factor`."""
@@ -295,8 +329,8 @@ class Study:
         return max(2 * Z90 * self._sd(fit, rank) for rank in ranks)
 
     def _sd(self, fit: Fit, rank: int | None) -> float:
-        """Standard deviation of log2 of the best rate at a rank, octaves; None for full finetuning."""
-        row = self.prior.row(rank)
+        """Standard deviation of log2 of the best rate at a rank at the target, octaves; None for full finetuning."""
+        row = self.prior.row(Place(rank))
         return math.sqrt(float(row @ fit.covariance @ row))
 
     def standing(self) -> tuple[float, float, float] | None:
@@ -313,19 +347,20 @@ class Study:
         self.recall()  # where other workers ran every trial
         trials = self.trials().counted()
         fit, reference, tried = self._fit_or_raise(trials), self.settled(), {o.rank for o in trials.observations()}
-        base, drift, factor = (float(v) for v in fit.mean)
+        base, drift, factor = (float(v) for v in fit.mean[:3])
         shift = 0.0 if reference.rank is None else drift * math.log2(reference.rank / self.prior.pivot)
         if reference.method == "full":
             base, factor = base + factor, 0.0
-        tensors = trials.tensors(self.steps)
+        tensors = trials.tensors(max(self.steps[-1], *(t.steps or 0 for t in trials)))
         scalings = {t.rank: t.scaling for t in trials if t.rank is not None and t.scaling is not None}
-        return Recipe(
+        made = Recipe(
             name=self.name,
             best_lr=2.0 ** (base + shift),
             reference=reference,
             law=self.centred_law(drift, factor),
-            covariance=torch.from_numpy(fit.covariance),
-            lean=fit.lean,
+            covariance=torch.from_numpy(fit.covariance[:3, :3].copy()),
+            steepness=fit.steepness,
+            scatter=self.prior.scatter,
             ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
             scaling_rule=infer_scaling(scalings),
             full_fan_in=self.full_fan_in,
@@ -333,15 +368,26 @@ class Study:
             full_seen=None in tried,
             optimizer=self._optimizer_name,
             settings=self.settings,
-            steps=self.steps,
+            steps=self.target_steps,
             batch=self.batch,
             warmup=self.warmup,
-            horizon=horizon_of(tensors, self.prior),
+            horizon=self._horizon(fit) if self.prior.steps.tried else horizon_of(tensors, self.prior),
             seed=self.seed,
             versions=versions_used(),
             notes=self._notes(fit, trials),
             tensors=tensors,
         )
+        return with_margin(made)
+
+    def _horizon(self, fit: Fit) -> Horizon:
+        """The best rate at the lengths tried beside the target's; beyond them, what was believed before."""
+        course, rank, tried = self.prior.steps, self.settled().rank, []
+        own = self.prior.row(Place(rank))
+        for steps in self.steps:
+            row = self.prior.row(Place(rank, steps))
+            wider = float(row @ fit.covariance @ row - own @ fit.covariance @ own)
+            tried.append((steps, float((row - own) @ fit.mean), wider))
+        return Horizon(course.lora.mean, course.lora.sd, tuple(tried))
 
     def _fit_or_raise(self, trials: Trials) -> Fit:
         if trials and all(trial.stopped == "memory" for trial in trials):

@@ -25,7 +25,7 @@ from . import _io as recipe_files
 from . import _recipe_text as words
 from . import _schema as recipe_toml
 from ._horizon import Horizon, by_batch
-from ._uncertainty import Z90, spread
+from ._uncertainty import Z90, margin, spread
 
 ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels between ranks of one init
 
@@ -34,9 +34,12 @@ ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels bet
 class Recipe:
     """A calibrated base rate with its law, uncertainty and provenance.
 
-    best_lr: the best rate at `reference`, as fitted. lean: octaves by which quoted rates lean below it. law: a
-    `Power` on top of the law calibrated with: drift in rank, factor of full finetuning. covariance: 3 × 3 tensor of
-    (log2 rate at `law.pivot`, drift, log2 full_factor), octaves. scaling_rule: how the effective multiplier followed
+    best_lr: the best rate at `reference`, as fitted. lean: the safety margin there, octaves by which the quoted rate
+    stays below it. steepness: of the cliff above the optimum, per octave, by which the margin elsewhere follows from
+    the uncertainty there; 0 where it is `lean` everywhere. law: a `Power` on top of the law calibrated with: drift in
+    rank, factor of full finetuning. covariance: 3 × 3 tensor of (log2 rate at `law.pivot`, drift, log2 full_factor),
+    octaves. scatter: standard deviation by which a rank's own best rate lies off the law, octaves. scaling_rule: how
+    the effective multiplier followed
     the ranks seen: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant), "as swept" (a
     sweep that did not say), or "unknown". steps: None where a sweep did not say. horizon: how the best rate moves with
     the steps. notes: what the data did not
@@ -65,10 +68,12 @@ class Recipe:
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    steepness: float = 0.0
+    scatter: float = 0.0
 
     @property
     def lr(self) -> float:
-        """The quoted base rate: the best rate at `reference`, leaned by `lean` octaves."""
+        """The quoted base rate: the best rate at `reference`, less the margin there."""
         return float(self.best_lr * 2.0**-self.lean)
 
     @property
@@ -138,7 +143,8 @@ class Recipe:
         sd, outside = spread(self, target)
         longer = self.horizon.by_steps(steps, self.steps, self.name, told=target.method == reference.method)
         larger = by_batch(batch, self.batch, math.log2(checked_batch_multiplier(self.law, 2.0)), self.name)
-        sd, outside = math.hypot(sd, longer.sd, larger.sd), [*outside, *longer.notes, *larger.notes]
+        sd = math.sqrt(max(sd**2 + longer.variance + larger.variance, self.scatter**2))
+        outside = [*outside, *longer.notes, *larger.notes]
         try:
             moved = checked_multiplier(self.law, target.as_factor(), reference)
             moved *= 2.0 ** (longer.octaves + larger.octaves)
@@ -146,14 +152,15 @@ class Recipe:
         except OverflowError:
             moved = width = math.inf
         best = self.best_lr * moved
-        leans = [f"leans {self.lean:.2g} octaves low, since too high costs more"] if self.lean else []
+        octaves = margin(self.steepness, sd) if self.steepness else self.lean
+        kept = [f"stays {octaves:.2g} octaves below the best rate, since too high costs more"] if octaves else []
         rate = Rate(
-            lr=best * 2.0**-self.lean,
+            lr=best * 2.0**-octaves,
             low=best / width,
             high=best * width,
             ceiling=None if self.ceiling is None else self.ceiling * moved,
             extrapolated=bool(outside),
-            notes=(*outside, *leans, *self.notes),
+            notes=(*outside, *kept, *self.notes),
         )
         if not all(edge is None or 0 < edge < math.inf for edge in (rate.lr, rate.low, rate.high, rate.ceiling)):
             raise RecipeError(

@@ -19,7 +19,7 @@ from ..calibration import Study, versions_used
 from ..calibration.fit import MODEL_ERROR, Fit, Observation, Prior, diverged, fit_observations, shrink
 from ..errors import CalibrationError
 from ..laws import Constant, Law, MuA, Power, bound_law, checked_multiplier, get_law
-from ..recipe import Recipe
+from ..recipe import Place, Recipe, with_margin
 from ._io import Source, Sweep, SweepRun, read_sweep
 from ._runs import GridEnd, ends_of, known_alpha, observation_of, selected, site_of
 
@@ -181,7 +181,7 @@ class _Rows:
         """A calibration that never ran: it holds the priors, and the law centred on them."""
         ranks: tuple[int | None, ...] = (*self.ranks, *([None] if self.full_seen else []))
         full = self.width(True) or self.width(False)
-        return Study(self.optimizer, law, ranks, 1, reference=self.reference, full_fan_in=full)
+        return Study(self.optimizer, law, ranks, (1,), reference=self.reference, full_fan_in=full)
 
     @property
     def full_seen(self) -> bool:
@@ -257,12 +257,13 @@ class _Rows:
         lora = ((run.rank, run) for run in self.runs if run.rank is not None)
         scalings = {rank: site_of(run, reference, None)[0].scaling for rank, run in lora}
         seen = self.observations(self.study(fitted.law.law).centred_law())
-        return Recipe(
+        made = Recipe(
             best_lr=2.0**best,
             reference=reference,
             law=fitted.law,
             covariance=torch.from_numpy(fitted.covariance),
-            lean=fit.lean,
+            steepness=fit.steepness,
+            scatter=fitted.prior.scatter,
             ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
             scaling_rule="as swept" if self.as_swept else infer_scaling(scalings),
             full_fan_in=self.width(True) or self.width(False),
@@ -282,6 +283,7 @@ class _Rows:
             },
             **rest,
         )
+        return with_margin(made)
 
     def notes(self, fitted: _LawFit) -> Iterator[str]:
         """What the rows leave open."""
@@ -303,7 +305,7 @@ class _Rows:
 
 def _disagreement(fit: Fit) -> float:
     """Half the weighted squares by which the LoRA ranks' best rates differ from one another."""
-    vertices = [vertex for rank, vertex in fit.vertices.items() if rank is not None]
+    vertices = [vertex for place, vertex in fit.vertices.items() if place.rank is not None]
     if not vertices:
         return 0.0
     means, sds = np.array(vertices).T
@@ -315,11 +317,10 @@ def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd], prior: Prior) -> Fit:
     """The fit with the ranks at `ends` as wide bounds. Their errors go one way, so they do not average out."""
     if not ends:
         return fit
-    bounds = {rank: (x - _BELOW * (end == "lowest"), _EDGE_SD) for rank, (x, end) in ends.items()}
+    bounds = {Place(rank): (x - _BELOW * (end == "lowest"), _EDGE_SD) for rank, (x, end) in ends.items()}
     vertices = {**fit.vertices, **bounds}
     mean, covariance = shrink(vertices, prior)
-    weights = {rank: 1.0 / (sd**2 + MODEL_ERROR**2) for rank, (_, sd) in vertices.items()}
-    share = sum(weights[rank] for rank in bounds) / sum(weights.values())
+    weights = {place: 1.0 / (sd**2 + prior.scatter**2) for place, (_, sd) in vertices.items()}
+    share = sum(weights[place] for place in bounds) / sum(weights.values())
     covariance[0, 0] += (share * _EDGE_SD) ** 2
-    near = 0.0 if fit.ceiling is None else float(mean[0]) + 1.0 - fit.ceiling  # an octave below it, as in the fit
-    return replace(fit, mean=mean, covariance=covariance, vertices=vertices, lean=min(1.0, max(fit.lean, near)))
+    return replace(fit, mean=mean, covariance=covariance, vertices=vertices)
