@@ -65,12 +65,12 @@ def calibrate(
     next. A run is stopped that diverges, or that clearly lags the best one of its rank and seed at the same step: it
     then says where the optimum is not.
 
-    **Calibrate short, train long.** `steps=(250, 1000), target_steps=8000` makes whole runs of 250 and 1,000 steps, each
-    with its own warm-up and decay: `trial.steps` says how many. The recipe is for 8,000 steps. All ranks share the
-    shortest runs; longer ones, as many steps in all, are of the highest rank and say how the best rate moves with the
-    length. That is carried on to the target by a slope that is forgotten after a few octaves, and the band grows with
-    the distance. `confirm=True` ends with up to three runs at the target's length. `batches=(16, 64), batch=256` does
-    the same for the batch: `trial.batch` says which.
+    **Calibrate short, train long.** `steps=(250, 1000), target_steps=8000` makes whole runs of 250 and 1,000 steps,
+    each with its own warm-up and decay: `trial.steps` says how many. The recipe is for 8,000 steps. All ranks share
+    the shortest runs; longer ones, as many steps in all, are of the highest rank and say how the best rate moves with
+    the length. That is carried on to the target by a slope that is forgotten after a few octaves, and the band grows
+    with the distance. `confirm=True` ends with up to three runs at the target's length. `batches=(16, 64), batch=256`
+    does the same for the batch: `trial.batch` says which.
 
     **For full finetuning**, `full_trials=3` ends with three full runs around the rate predicted for it, the surest
     way. From LoRA trials alone, `target="full"` plans for `recipe.at(method="full")`: with Init[B], whose two ranks

@@ -410,6 +410,7 @@ class Study:
             notes.append(f"ranks {min(lora)} and {max(lora)} lie less than a factor 16 apart: the drift is hardly told")
         if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or is_flat(trials.observations()):
             notes.append("the data do not determine the rate: the loss hardly moved with it")
+        notes += [words for what in self.varying if (words := self._carried(what, fit, trials))]
         if cell is not None:
             where = "full finetuning" if cell.rank is None else f"rank {cell.rank}"
             notes.append(
@@ -417,6 +418,19 @@ class Study:
                 "rates are compared less well; draw everything from trial.seed, and yield the loss before the step"
             )
         return tuple(notes)
+
+    def _carried(self, what: str, fit: Fit, trials: Trials) -> str:
+        """From which steps or batch the rate is carried to the target's, and how far; empty where those were tried."""
+        meant: float = self.target_steps if what == "steps" else self.batch or 0
+        tried = {getattr(t, what) for t in trials.counted()} - {None}
+        if meant in tried or not tried:
+            return ""
+        nearest = min(tried, key=lambda value: abs(math.log2(value / meant)))
+        rank = self.settled().rank
+        apart = self.prior.row(Place(rank)) - self.prior.row(Place(rank)._replace(**{what: nearest}))
+        octaves, sd = float(apart @ fit.mean), math.sqrt(float(apart @ fit.covariance @ apart))
+        named = f"{meant:g} steps were" if what == "steps" else f"batch {meant:g} was"
+        return f"{named} not tried: the rate is that of {nearest:g}, moved by {octaves:+.2f} ± {sd:.2f} octaves"
 
 
 def versions_used() -> dict[str, str]:

@@ -44,7 +44,7 @@ CAP = 1.0  # gap to the best, in units of the gain, at which a run counts as no 
 
 
 class Place(NamedTuple):
-    """What has one best rate: the rank, None for full finetuning, the steps and the batch; None: those of the target."""
+    """What has one best rate: a rank, None for full finetuning; steps and batch, None for those of the target."""
 
     rank: int | None = None
     steps: int | None = None

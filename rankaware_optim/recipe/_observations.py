@@ -61,9 +61,7 @@ def carried_on(x: float, curve: Sequence[float], best: Observation, beside: Sequ
     return replace(best, x=x, value=best.value + gap, start=height(curve), tail=best.tail + gap)
 
 
-def arms_of(
-    observations: Sequence[Observation], bad: Sequence[bool], gains: Mapping[Place, float]
-) -> dict[Place, Arm]:
+def arms_of(observations: Sequence[Observation], bad: Sequence[bool], gains: Mapping[Place, float]) -> dict[Place, Arm]:
     """The trials of every place in the units of the loss model, those that are `bad` at `CAP`.
 
     gains: by steps and batch, the rank left out.

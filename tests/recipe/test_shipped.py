@@ -57,7 +57,7 @@ def test_the_hash_stays(shipped):
 
 
 def test_the_picture_is_drawn_from_what_the_fit_saw(shipped):
-    """Fitted once more as at that time, the observations behind the curves give the recipe's own rate and covariance."""
+    """Fitted once more as then, the observations behind the curves give the recipe's own rate and covariance."""
     at_base = replace(shipped, tensors={**shipped.tensors, "own_lr": shipped.tensors["lr"]})
     pairs = [pair for rank, points in _trials(at_base).items() for pair in _observations(rank, points, 0.0)]
     seen, pivot, at_b = [o for o, _ in pairs], shipped.law.pivot, shipped.reference.init == "B"

@@ -28,6 +28,9 @@ class Slope:
     sd: float = 0.3
 
 
+_UNTOLD = Slope()
+
+
 @dataclass(frozen=True)
 class Course:
     """A prior of h at the values `tried`, beside the one that is meant, `target`.
@@ -38,8 +41,8 @@ class Course:
 
     target: float = 1.0
     tried: tuple[float, ...] = ()
-    lora: Slope = Slope()
-    full: Slope = Slope()
+    lora: Slope = _UNTOLD
+    full: Slope = _UNTOLD
     reach: float = 3.0
 
     def octaves(self) -> Array:
@@ -65,3 +68,6 @@ class Course:
         """q: half the variance of what h moves over so many octaves, where σ = 1."""
         u = np.abs(octaves) / self.reach
         return np.asarray(self.reach**2 * (u + np.expm1(-u)))
+
+
+NOWHERE = Course()  # of a study whose trials all have the target's value

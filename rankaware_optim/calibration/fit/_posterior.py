@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...recipe import Observation, Place, arms_of, bowls_of, gain_of, usual_start
-from ._course import Course
+from ._course import NOWHERE, Course
 
 Array = npt.NDArray[np.float64]
 
-# Octaves by which a rank's own best rate lies off a power of the rank: over 21 sweeps of the study .29, of which .17 are
-# their own noise.
+# Octaves by which a rank's own best rate lies off a power of the rank: .29 over 21 sweeps of the study, .17 of it
+# their own noise (benchmarks/calibration/simulated.py scatter).
 MODEL_ERROR = 0.2
 _BASE_SD = 1e3  # octaves: nothing is believed of the base rate
 _DIVERGED = 0.25  # a run that ends this share of the gain above its start has diverged
@@ -43,8 +43,8 @@ class Prior:
     full_sd: float = 0.4
     pivot: float = 16.0
     full_reach: float = 0.0
-    steps: Course = Course()
-    batch: Course = Course()
+    steps: Course = NOWHERE
+    batch: Course = NOWHERE
     scatter: float = MODEL_ERROR
 
     def row(self, place: Place) -> Array:
