@@ -24,15 +24,14 @@ import math
 import statistics
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
 import click
 import numpy as np
 import torch
+from calibration.studies import STEPS, Simulated, searched
 from calibration.surfaces import Surface, other_surfaces, study_surfaces
-from optuna.trial import TrialState
 from recording import RESULTS, block, machine, made_on, number, percent
 from study.configurations import CONFIGS
 from study.domains import STUDY
@@ -43,15 +42,14 @@ from study.suite import STORES
 
 from rankaware_optim import MuA, RankAwareWarning, Recipe, Reference
 from rankaware_optim.calibration import Study
-from rankaware_optim.calibration._sampler import BracketSampler
 from rankaware_optim.calibration._schedule import Schedule
-from rankaware_optim.calibration._trials import TrialRecord, Trials
+from rankaware_optim.calibration._trials import TrialRecord
 from rankaware_optim.calibration.fit import Observation
 from rankaware_optim.laws import checked_multiplier
 from rankaware_optim.recipe import Z90
 
 STORE = RESULTS / "simulated.jsonl"
-STEPS, RATES = 20, 9  # of a run, in units of its cost; of the sweep
+RATES = 9  # of the sweep
 LOST = 1.25  # gap above which a run counts as diverged, a share of the gain
 GUESS = 1.0  # octaves by which the first guess is moved, at most
 CAPS = (0.0, 0.15, 0.25, 0.35, 0.5)
@@ -70,21 +68,6 @@ PLANS = (Plan(ENDS, 0.1, 0), Plan(ENDS, 0.2, 0), Plan(ENDS, 0.2, 3), Plan(INNER,
 SURFACES = {"study": study_surfaces, "other": other_surfaces}
 
 
-class Simulated(Study):
-    """A study that keeps its trials itself."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.done: list[TrialRecord] = []
-        self._brackets = False
-
-    def trials(self) -> Trials:
-        return Trials(self.done)
-
-    def recall(self) -> None:
-        """Nobody else works on it."""
-
-
 # --- one calibration ------------------------------------------------------------------------------------------------
 
 
@@ -97,26 +80,16 @@ def calibrated(on: Surface, plan: Plan, seed: Sequence[int]) -> Recipe:
     schedule = Schedule(ranks, seeds, (STEPS,), budget=budget, full_trials=plan.full)
     study = Simulated(torch.optim.AdamW, MuA(), ranks, (STEPS,), seeds, kind=schedule.kind)
     study._settle(reference_of(on, schedule.anchor), on.full_fan_in)
-    sampler = BracketSampler(study._start + rng.uniform(-GUESS, GUESS), study.prior, study._fitted, schedule.kind)
-    while (cell := schedule.next(study.trials())) is not None:
-        trial = TrialRecord(*cell, scaling=scaling_of(on, cell.rank), number=len(study.done))
-        low, high = study.range()
-        x = min(max(sampler._propose(study.trials(), trial, low, high), low), high)
-        study.done.append(run(on, study, trial, x))
-    return study.recipe()
+    return searched(study, schedule, rng.uniform(-GUESS, GUESS), lambda trial, x: run(on, study, trial, x))
 
 
-def run(on: Surface, study: Study, trial: TrialRecord, x: float) -> TrialRecord:
-    """The trial at log2 base rate x, ended."""
-    rank, reference = trial.rank or FULL, study.settled()
-    at = reference_of(on, trial.rank)
-    own = x + math.log2(checked_multiplier(study.centred_law(), at.as_factor(), reference))
+def run(on: Surface, study: Study, trial: TrialRecord, x: float) -> Observation:
+    """The trial at log2 base rate x."""
+    rank, at = trial.rank or FULL, reference_of(on, trial.rank)
+    own = x + math.log2(checked_multiplier(study.centred_law(), at.as_factor(), study.settled()))
     loss = on.loss(rank, trial.seed, own)
     lost = loss > on.best[rank] + LOST * (on.start - on.best[rank])
-    value, state = (math.inf, TrialState.PRUNED) if lost else (loss, TrialState.COMPLETE)
-    seen = Observation(trial.rank, trial.seed, x, value, on.start, loss, returned=True, stopped=lost)
-    curve = [on.start + (loss - on.start) * i / (STEPS - 1) for i in range(STEPS // 2 if lost else STEPS)]
-    return replace(trial, x=x, curve=curve, observation=seen, state=state, value=None if lost else loss)
+    return Observation(trial.rank, trial.seed, x, math.inf if lost else loss, on.start, loss, True, stopped=lost)
 
 
 def reference_of(on: Surface, rank: int | None) -> Reference:
@@ -125,10 +98,6 @@ def reference_of(on: Surface, rank: int | None) -> Reference:
     if rank is None:
         return Reference(method="full", init=config.init, fan_in=on.full_fan_in)
     return Reference(rank, config.alpha(rank), init=config.init, fan_in=on.fan_in)
-
-
-def scaling_of(on: Surface, rank: int | None) -> float | None:
-    return None if rank is None else reference_of(on, rank).scaling
 
 
 # --- running --------------------------------------------------------------------------------------------------------

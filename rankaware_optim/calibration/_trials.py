@@ -191,12 +191,13 @@ class Trials(tuple[TrialRecord, ...]):
         return Trials(t for t in self if t.cell == trial.cell)._best()
 
     def curve_beside(self, cell: Cell) -> list[float]:
-        """The curve of the best finished run of a seed, of the same rank if there is one; empty where none ended.
+        """The curve of the best finished run of a cell, else of its seed, else of another; empty where none ended.
 
-        It is of the cell's own steps and batch.
+        All are of the cell's own steps and batch.
         """
-        mine = Trials(t for t in self if t.cell == cell._replace(rank=t.rank))
-        best = Trials(t for t in mine if t.cell == cell)._best() or mine._best()
+        like = Trials(t for t in self if t.cell[2:] == cell[2:])
+        paired = Trials(t for t in like if t.seed == cell.seed)
+        best = Trials(t for t in paired if t.rank == cell.rank)._best() or paired._best() or like._best()
         return [] if best is None else best.curve or []
 
     def _best(self) -> TrialRecord | None:

@@ -171,6 +171,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         options = PlanOptions(law, tuned_at, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
         walked = walk(model)
         survey = survey_of(walked, method=method, init=init)
+        lr = lr if loaded is None else loaded.base_lr(survey)
         given = settings if built is None else built.defaults
         plan = make_plan(survey, options, native, given, loaded)
         check_base_lr(native, built, lr)

@@ -169,6 +169,15 @@ class Recipe:
             )
         return rate
 
+    def base_lr(self, survey: Survey) -> float:
+        """The base rate for a model: the best one, less the margin that the model's own configuration asks for."""
+        own = survey.dominant()
+        if not self.steepness:
+            return self.lr
+        width = survey.full_width(self.reference.init) if own.method == "full" else survey.width
+        sd, _ = spread(self, replace(own, fan_in=width))
+        return float(self.best_lr * 2.0 ** -margin(self.steepness, sd))
+
     def notes_for(self, survey: Survey, optimizer_class: type) -> tuple[str, ...]:
         """What a report should say of this recipe on a model: its band there, and what it was not made for.
 

@@ -16,7 +16,7 @@ from .._optimizer_classes import get_optimizer_class
 from .._scaling_rule import infer_scaling
 from .._types import Reference
 from ..calibration import Study, versions_used
-from ..calibration.fit import MODEL_ERROR, Fit, Observation, Prior, diverged, fit_observations, shrink
+from ..calibration.fit import Fit, Observation, Prior, diverged, fit_observations, shrink
 from ..errors import CalibrationError
 from ..laws import Constant, Law, MuA, Power, bound_law, checked_multiplier, get_law
 from ..recipe import Place, Recipe, with_margin
@@ -31,6 +31,7 @@ _TOKENS = (3.0, 1.5)
 _TOKENS_GRID = np.arange(-2.0, 10.25, 0.5)
 # A best rate at an end of its grid is a bound: octaves by which the optimum may lie off, and below the lowest rate.
 _EDGE_SD, _BELOW = 1.0, 0.5
+_OFF = 0.1  # octaves by which a rank's best rate lies off µA at the right number of tokens
 _UNSURE = 0.75  # octaves: a base rate less sure than this gets a note
 _OPEN = 0.8  # share of the prior's sd above which the data said little of the drift
 
@@ -309,7 +310,7 @@ def _disagreement(fit: Fit) -> float:
     if not vertices:
         return 0.0
     means, sds = np.array(vertices).T
-    weights = 1.0 / (sds**2 + MODEL_ERROR**2)
+    weights = 1.0 / (sds**2 + _OFF**2)
     return float(0.5 * weights @ (means - weights @ means / weights.sum()) ** 2)
 
 

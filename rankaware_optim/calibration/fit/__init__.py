@@ -3,12 +3,11 @@
 from ...recipe import Observation, Place, gain_of
 from ._course import Course, Slope
 from ._horizon_fit import horizon_of
-from ._posterior import MODEL_ERROR, Fit, Prior, diverged, fit_observations, shrink
+from ._posterior import Fit, Prior, diverged, fit_observations, shrink
 
 __all__ = [
     "Course",
     "Fit",
-    "MODEL_ERROR",
     "Observation",
     "Place",
     "Prior",
