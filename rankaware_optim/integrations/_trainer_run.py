@@ -35,9 +35,10 @@ class TrainerRun:
 
     def steps_of(self, max_steps: int | None) -> int:
         """How many steps the trainer takes: its own where it sets them, else the trial's."""
-        if max_steps is not None and max_steps < self.trial.steps:
+        planned = self.trial._steps  # trial.steps is for those who plan by it
+        if max_steps is not None and max_steps < planned:
             raise CalibrationError(
-                f"The trainer's max_steps is {max_steps}, less than the trial's {self.trial.steps}.", "Lower steps=."
+                f"The trainer's max_steps is {max_steps}, less than the trial's {planned}.", "Lower steps=."
             )
         return self.trial.steps if max_steps is None else max_steps
 
@@ -53,7 +54,7 @@ class TrainerRun:
 
     def score(self, trainer: Any, evaluate: Callable[[], Mapping[str, Any]]) -> Any:
         """The score of a run that took all its steps; None where there is none to take."""
-        if self.metric is None or self.steps_taken < self.trial.steps:
+        if self.metric is None or self.steps_taken < self.trial._steps:
             return None
         if callable(self.metric):
             return self.metric(trainer)

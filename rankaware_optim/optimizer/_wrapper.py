@@ -184,6 +184,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         options = PlanOptions(law, reference, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
         walked = walk(model)
         survey = survey_of(walked, method=method, init=init)
+        lr = lr if loaded is None else loaded.base_lr(survey)
         given = settings if built is None else built.defaults
         own = user_groups(params if built is None else built.param_groups, model, walked)
         check_base_lr(native, built, lr, own if reference is not None else ())

@@ -26,6 +26,8 @@ def _of(name: str, kind: type = float) -> Meta:
 
 Lr = Annotated[float, _of("lr")]
 Octaves = Annotated[float, _of("octaves")]
+Offset = Annotated[float, Meta(ge=-1000.0, le=1000.0)]
+Variance = Annotated[float, Meta(ge=-1e4, le=1e4)]
 Rank = Annotated[int, _of("rank", int)]
 Steps = Annotated[int, _of("steps", int)]
 Seed = Annotated[int, _of("seed", int)]
@@ -41,6 +43,8 @@ class RateSection(Struct, frozen=True):
     fitted_lr: Lr
     ceiling: Lr | None = None
     lean_octaves: Octaves = 0.0
+    steepness: Annotated[float, _of("steepness")] = 0.0
+    scatter_octaves: Octaves = 0.0
 
 
 class RateSection1(RateSection, frozen=True, rename={"fitted_lr": "best_lr"}):
@@ -71,6 +75,8 @@ class HorizonSection(Struct, frozen=True):
     warmup_share: Annotated[float, _of("share")] | None = None
     slope: Annotated[float, _of("slope")] = 0.0
     slope_sd: Octaves = SLOPE_SD
+    # Of every length tried: steps, octaves beside the best rate at `steps`, and its further variance.
+    tried: Annotated[tuple[tuple[Steps, Offset, Variance], ...], Meta(max_length=1000)] = ()
 
 
 class SeenSection(Struct, frozen=True):

@@ -29,7 +29,7 @@ from . import _recipe_text as words
 from . import _schema as recipe_toml
 from ._horizon import Horizon, by_batch
 from ._other_rates import OtherRates, Seen
-from ._uncertainty import Z90, spread
+from ._uncertainty import Z90, margin, spread
 
 ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels between ranks of one init
 
@@ -38,12 +38,14 @@ ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels bet
 class Recipe:
     """A calibrated base rate with its law, uncertainty and provenance.
 
-    fitted_lr: the optimum at `reference`, as fitted. `lr`, the rate to use, lies `lean` octaves below it, since too
-    high costs more than too low. law: a `Power` on top of the law calibrated with: drift in rank, factor of full
-    finetuning. covariance: 3 × 3 tensor of (log2 rate at `law.pivot`, drift, log2 full_factor), octaves.
-    scaling_rule: how the effective multiplier followed the ranks seen: "fixed" (alpha follows rank), "rslora" (s·√r
-    constant), "alpha" (s·r constant), "as swept" (a sweep that did not say), or "unknown". steps: None where a sweep
-    did not say. horizon: how the best rate moves with the steps. settings: the optimizer's, other than the rate.
+    fitted_lr: the optimum at `reference`, as fitted. `lr`, the rate to use, lies `lean` octaves below it, a margin,
+    since too high costs more than too low. steepness: of the cliff above the optimum, per octave, by which the margin
+    elsewhere follows from the uncertainty there; 0 where it is `lean` everywhere. law: a `Power` on top of the law
+    calibrated with: drift in rank, factor of full finetuning. covariance: 3 × 3 tensor of (log2 rate at `law.pivot`,
+    drift, log2 full_factor), octaves. scatter: standard deviation by which a rank's own best rate lies off the law,
+    octaves. scaling_rule: how the effective multiplier followed the ranks seen: "fixed" (alpha follows rank), "rslora"
+    (s·√r constant), "alpha" (s·r constant), "as swept" (a sweep that did not say), or "unknown". steps: None where a
+    sweep did not say. horizon: how the best rate moves with the steps. settings: the optimizer's, other than the rate.
     other_rates: what LoRA trials trained beside the factors, by name with "*" for numbers: at "base", the trial's base
     rate, or at a rate of its own. source: the training loop's name, its source's hash, its repository's commit. notes:
     what the data did not determine, in words. tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`,
@@ -73,6 +75,8 @@ class Recipe:
     source: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    steepness: float = 0.0
+    scatter: float = 0.0
 
     @property
     def lr(self) -> float:
@@ -150,7 +154,8 @@ class Recipe:
         sd, outside = spread(self, target)
         longer = self.horizon.by_steps(steps, self.steps, self.name, told=target.method == reference.method)
         larger = by_batch(batch, self.batch, math.log2(checked_batch_multiplier(self.law, 2.0)), self.name)
-        sd, outside = math.hypot(sd, longer.sd, larger.sd), [*outside, *longer.notes, *larger.notes]
+        sd = math.sqrt(max(sd**2 + longer.variance + larger.variance, self.scatter**2))
+        outside = [*outside, *longer.notes, *larger.notes]
         try:
             moved = checked_multiplier(self.law, target.as_factor(), reference)
             moved *= 2.0 ** (longer.octaves + larger.octaves)
@@ -158,14 +163,15 @@ class Recipe:
         except OverflowError:
             moved = width = math.inf
         best = self.fitted_lr * moved
-        leans = [f"leans {self.lean:.2g} octaves low, since too high costs more"] if self.lean else []
+        octaves = margin(self.steepness, sd) if self.steepness else self.lean
+        kept = [f"stays {octaves:.2g} octaves below the best rate, since too high costs more"] if octaves else []
         rate = Rate(
-            lr=best * 2.0**-self.lean,
+            lr=best * 2.0**-octaves,
             low=best / width,
             high=best * width,
             ceiling=None if self.ceiling is None else self.ceiling * moved,
             extrapolated=bool(outside),
-            notes=(*outside, *leans, *self.notes),
+            notes=(*outside, *kept, *self.notes),
             configuration=words.configuration(self, asked, steps, batch),
         )
         if not all(edge is None or 0 < edge < math.inf for edge in (rate.lr, rate.low, rate.high, rate.ceiling)):
@@ -174,6 +180,15 @@ class Recipe:
                 "Ask for a configuration nearer to its own, or restore the recipe.",
             )
         return rate
+
+    def base_lr(self, survey: Survey) -> float:
+        """The base rate for a model: the best one, less the margin that the model's own configuration asks for."""
+        own = survey.dominant()
+        if not self.steepness:
+            return self.lr
+        width = survey.full_width(self.reference.init) if own.method == "full" else survey.width
+        sd, _ = spread(self, replace(own, fan_in=width))
+        return float(self.fitted_lr * 2.0 ** -margin(self.steepness, sd))
 
     def _target(self, rank: int | None, alpha: float | None, method: Method, rslora: bool = False) -> Reference:
         """What `at` is asked for, as a reference at the recipe's own init and width."""

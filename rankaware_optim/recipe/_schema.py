@@ -43,6 +43,8 @@ _TRIAL: Mapping[str, tuple[tuple[torch.dtype, ...], int, Callable[[torch.Tensor]
     "pruned": (_BOOL, 1, None),
     "steps": (_WHOLE, 1, lambda value: (value == 0) | _within("steps")(value)),
     "curve": (_FLOAT, 2, None),
+    "planned_steps": (_WHOLE, 1, lambda value: (value == 0) | _within("steps")(value)),
+    "planned_batch": (_FLOAT, 1, lambda value: (value == 0) | _within("batch")(value)),
 }
 
 
@@ -72,6 +74,8 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
             "band_high": high,
             "ceiling": recipe.ceiling,
             "lean_octaves": recipe.lean,
+            "steepness": recipe.steepness or None,
+            "scatter_octaves": recipe.scatter or None,
         },
         "reference": {
             "method": r.method,
@@ -92,6 +96,7 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
             "warmup_share": recipe.warmup,
             "slope": recipe.horizon.slope,
             "slope_sd": recipe.horizon.slope_sd,
+            "tried": [list(one) for one in recipe.horizon.tried] or None,
         },
         "seen": {
             "ranks": list(recipe.ranks),
@@ -125,6 +130,8 @@ def from_document(
         name=found.name,
         fitted_lr=found.rate.fitted_lr,
         lean=found.rate.lean_octaves,
+        steepness=found.rate.steepness,
+        scatter=found.rate.scatter_octaves,
         ceiling=found.rate.ceiling,
         reference=reference,
         law=law if isinstance(law, Power) else Power(law=law),
@@ -138,7 +145,7 @@ def from_document(
         steps=None if horizon.steps == "unknown" else horizon.steps,
         batch=horizon.batch,
         warmup=horizon.warmup_share,
-        horizon=Horizon(horizon.slope, horizon.slope_sd),
+        horizon=Horizon(horizon.slope, horizon.slope_sd, horizon.tried),
         seed=seen.seed,
         other_rates=seen.other_rates,
         versions=found.versions,

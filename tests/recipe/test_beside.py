@@ -33,7 +33,7 @@ def test_the_folder_names_the_recipe(name, adapter):
     written = RECIPE.save_beside(adapter)
     assert written == adapter / "rankaware" / "recipe.toml"
     assert Recipe.load(name(adapter)).explain() == RECIPE.explain()
-    opts = [RankAwareOptimizer(mlp(width=64), "adamw", recipe=given) for given in (name(adapter), RECIPE)]
+    opts = [RankAwareOptimizer(mlp(width=64), "adamw", recipe=given, other_lr=1e-3) for given in (name(adapter), RECIPE)]
     assert str(opts[0].report()) == str(opts[1].report())
 
 
@@ -54,7 +54,7 @@ def test_the_readme_keeps_its_own_words(own, adapter):
     RECIPE.save_beside(adapter)
     once = readme.read_text(encoding="utf-8")
     readme.write_text(f"{once}\nAfter.\n", encoding="utf-8")
-    other = replace(RECIPE, best_lr=4e-3)
+    other = replace(RECIPE, fitted_lr=4e-3)
     other.save_beside(adapter)
     again = readme.read_text(encoding="utf-8")
     assert once.startswith((own or "").rstrip())
@@ -63,7 +63,7 @@ def test_the_readme_keeps_its_own_words(own, adapter):
     assert all(f"    {line}" in again for line in other.explain().splitlines())
     assert again.count("## Learning rate") == 1
     assert again.endswith("\nAfter.\n")
-    assert Recipe.load(adapter).best_lr == 4e-3
+    assert Recipe.load(adapter).fitted_lr == 4e-3
 
 
 HOSTILE = "a\n# b\n<!-- rankaware-optim: end --><script>"

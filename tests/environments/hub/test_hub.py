@@ -71,7 +71,7 @@ def test_the_card_says_what_was_calibrated(hub: Hub, run):
     assert "![Trials and rates by rank](rankaware/recipe.png)" in card
     assert all(f"    {line}" in card for line in RECIPE.explain().splitlines())
     files = set(hub.repos[REPO])
-    run(f"from dataclasses import replace\nreplace(RECIPE, best_lr=4e-3).push_to_hub({REPO!r}, token='t')")
+    run(f"from dataclasses import replace\nreplace(RECIPE, fitted_lr=4e-3).push_to_hub({REPO!r}, token='t')")
     again = hub.repos[REPO]["README.md"].decode()
     assert again != card
     assert again.count("## Learning rate") == again.count("- rankaware-recipe") == again.count("# digits") == 1

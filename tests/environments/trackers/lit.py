@@ -34,7 +34,7 @@ class Lit(lightning.LightningModule):
         return (self.net(batch[0]) - 1.0).square().mean()
 
     def configure_optimizers(self) -> Any:
-        opt = RankAwareOptimizer(self.net, "adamw", recipe=RECIPE)
+        opt = RankAwareOptimizer(self.net, "adamw", recipe=RECIPE, other_lr=1e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.1, 3)
         return {"optimizer": opt, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -143,6 +143,6 @@ def test_a_recipe_that_cannot_be_saved_ends_no_run(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "README.md").write_bytes(b"\xff\xfe")
     state, args = SimpleNamespace(global_step=1, is_world_process_zero=True), SimpleNamespace(output_dir=tmp_path)
-    opt = RankAwareOptimizer(mlp(width=64), "adamw", recipe=RECIPE)
+    opt = RankAwareOptimizer(mlp(width=64), "adamw", recipe=RECIPE, other_lr=1e-3)
     with pytest.warns(RankAwareWarning, match=r"README\.md cannot be written"):
         log_rates().on_save(args, state, None, optimizer=SimpleNamespace(optimizer=opt))
