@@ -33,7 +33,9 @@ def test_the_folder_names_the_recipe(name, adapter):
     written = RECIPE.save_beside(adapter)
     assert written == adapter / "rankaware" / "recipe.toml"
     assert Recipe.load(name(adapter)).explain() == RECIPE.explain()
-    opts = [RankAwareOptimizer(mlp(width=64), "adamw", recipe=given, other_lr=1e-3) for given in (name(adapter), RECIPE)]
+    opts = [
+        RankAwareOptimizer(mlp(width=64), "adamw", recipe=given, other_lr=1e-3) for given in (name(adapter), RECIPE)
+    ]
     assert str(opts[0].report()) == str(opts[1].report())
 
 
