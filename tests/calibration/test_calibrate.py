@@ -69,8 +69,8 @@ def test_a_known_optimum_is_found(drift, factor):
 
 
 def recipe_like(recipe, law, fitted_lr):
-    """The recipe with another law and rate, without lean."""
-    return replace(recipe, law=law, fitted_lr=fitted_lr, lean=0.0)
+    """The recipe with another law and rate, without a margin."""
+    return replace(recipe, law=law, fitted_lr=fitted_lr, lean=0.0, steepness=0.0)
 
 
 def test_full_finetuning_alone_makes_a_recipe():
