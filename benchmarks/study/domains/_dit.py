@@ -1,4 +1,4 @@
-"""A class-conditional diffusion transformer for 28 × 28 images, of 1.2 million parameters at width 128; its flow loss."""
+"""A class-conditional diffusion transformer for 28 × 28 images, 1.2 million parameters at width 128; its flow loss."""
 
 from __future__ import annotations
 
