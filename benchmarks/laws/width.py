@@ -61,10 +61,8 @@ from laws.one_constant import AT_B, SOURCE, Around, Estimate, constant_at, estim
 from recording import RESULTS, block, machine, made_on, number
 from study.best_rates import slope
 from study.configurations import START, run_in, start_of, starts
-from study.domains import Domain, image_generation, language
+from study.domains import Domain, _dit, _llama, image_generation, language
 from study.domains._adapters import adapt
-from study.domains._dit import DiT
-from study.domains._llama import new_llama
 from study.grids import FULL, Cell, Job, Losses, Wanting
 from study.optima import best_rates
 from study.runs_on_file import complete, read
@@ -99,8 +97,8 @@ class Network(NamedTuple):
 
 
 KINDS = {
-    "Llama": Kind(language, 32, 400, language.LAYERS),
-    "DiT": Kind(image_generation, 40, 600, image_generation.LAYERS),
+    "Llama": Kind(language, 32, 400, _llama.LAYERS),
+    "DiT": Kind(image_generation, 40, 600, _dit.LAYERS),
 }
 NETWORKS = {  # those first that decide most
     "Llama 192": Network("Llama", 192, 512),
@@ -261,7 +259,7 @@ def widths(name: str) -> Widths:
 def surveyed(name: str) -> Survey:
     """What the package reads off a network: its weights do not matter."""
     kind, width, mlp = NETWORKS[name]
-    bare = new_llama(width, mlp) if kind == "Llama" else DiT(width)
+    bare = _llama.new_llama(width, mlp) if kind == "Llama" else _dit.DiT(width)
     return inspect_model(adapt(bare.requires_grad_(False), RANK, RANK, "A", 0, KINDS[kind].layers))
 
 
@@ -320,8 +318,8 @@ def moved(rates: Rates, kind: str, config: str, law: str) -> Iterator[float]:
     """Errors of a configuration's rates, moved from every width of a kind to every other."""
     for here, there in permutations(ALIKE[kind], 2):
         if {(here, config), (there, config)} <= rates.keys():
-            places = (Place(config, widths(name).mean) for name in (here, there))
-            yield MOVES[law](*places, rates[here, config]) - rates[there, config]
+            start, end = (Place(config, widths(name).mean) for name in (here, there))
+            yield MOVES[law](start, end, rates[here, config]) - rates[there, config]
 
 
 def exponent(rates: Rates, kind: str, config: str) -> float:
@@ -480,10 +478,12 @@ def rate_rows(found: Mapping[Key, Found]) -> Iterator[list[str]]:
 
 def exponent_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
     for kind, config in ((kind, config) for kind in ALIKE for config in RANKS):
-        ends = [Place(config, widths(name).mean) for name in (ALIKE[kind][0], ALIKE[kind][-1])]
-        octaves = math.log2(ends[1].width / ends[0].width)
-        middle = by[0].get((ALIKE[kind][0], config), math.nan)
-        laws = [(MOVES[law](*ends, middle) - middle) / octaves if law in candidates(config) else None for law in MOVES]
+        narrow, wide = (Place(config, widths(name).mean) for name in (ALIKE[kind][0], ALIKE[kind][-1]))
+        octaves = math.log2(wide.width / narrow.width)
+        first = by[0].get((ALIKE[kind][0], config), math.nan)
+        laws = [
+            (MOVES[law](narrow, wide, first) - first) / octaves if law in candidates(config) else None for law in MOVES
+        ]
         yield [kind, config, *(number(x, 2, sign=True) for x in (*(exponent(x, kind, config) for x in by), *laws))]
 
 
