@@ -430,6 +430,10 @@ def rule_3(by: Sequence[Rates]) -> str:
 def table() -> None:
     """Write the verdict and the tables of what is on file."""
     found, on = on_file(), machine(1)
+    if not found:
+        raise click.ClickException(
+            f"There is no whole cell in {STORE}. Run first: python benchmarks/laws/width.py run."
+        )
     by = [rates_of(found, which) for which in WHICH]
     verdict = [*(rule_1(by, config) for config in RANKS), *rule_2(by), rule_3(by)]
     floor = ", ".join(f"{noise(found, which):.2f} by the {which}" for which in WHICH)

@@ -130,10 +130,17 @@ def test_noise_is_half_the_difference_of_two_seeds(width, monkeypatch, tmp_path)
     assert width.noise(found, "middle") == pytest.approx(0.2, abs=0.03)
 
 
-def test_an_empty_store_has_nothing(width, monkeypatch, tmp_path):
-    """Before any run there is nothing to estimate."""
+def test_before_any_run_no_page_is_written(width, monkeypatch, tmp_path):
+    """An empty store has no estimate, and the table says what makes one."""
+    from click.testing import CliRunner
+
     monkeypatch.setattr(width, "STORE", tmp_path)
+    monkeypatch.setattr(width, "RESULTS", tmp_path)
+    said = CliRunner().invoke(width.table)
     assert width.on_file() == {}
+    assert said.exit_code == 1
+    assert "width.py run" in said.output
+    assert not list(tmp_path.iterdir())
 
 
 # --- what the laws predict ------------------------------------------------------------------------------------------
