@@ -43,7 +43,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import click
@@ -51,7 +50,7 @@ from recording import RESULTS, machine, record
 from study.configurations import CLIP, CONFIGS, built, optimizer, start_of, starts
 from study.domains import Domain, get_domain
 from study.grids import FULL, Job, Losses, curve, losses_at, lowest, or_inf
-from study.optima import best_rates
+from study.optima import best_rates, cliff_of, crossing
 from study.runs_on_file import complete, read
 from study.suite import STORES, provenance
 from study.training import WARMUP, train
@@ -64,7 +63,7 @@ DOMAINS = ("image_generation", "vision_classification", "language", "reinforceme
 STORE = RESULTS / "one_constant"
 SEEDS, WIDE = 3, 2  # seeds of the half octaves, whole octaves to either side at first
 T, TOKENS = 2.0, 8.0
-NEAR, CLIFF = 0.01, 0.1  # shares of the gain
+NEAR = 0.01  # share of the gain
 
 
 class Arm(NamedTuple):
@@ -157,7 +156,7 @@ def estimate(done: Losses, cell: tuple[str, str, int], start: float, seeds: int 
     bottom = means[best] + max(NEAR * gain, 2 * standard_error(done, cell, best, seeds))
     left, right = crossing(tried, best, bottom, -1), crossing(tried, best, bottom, 1)
     middle = None if left is None or right is None else (left + right) / 2
-    return Estimate(middle, crossing(tried, best, means[best] + CLIFF * gain, 1), tried)
+    return Estimate(middle, cliff_of(tried, best, start), tried)
 
 
 def standard_error(done: Losses, cell: tuple[str, str, int], best: float, seeds: int) -> float:
@@ -173,19 +172,6 @@ def standard_error(done: Losses, cell: tuple[str, str, int], best: float, seeds:
     ]
     finite = [statistics.stdev(change) for change in changes if len(change) > 1 and math.isfinite(sum(change))]
     return max(finite, default=0.0) / math.sqrt(seeds)
-
-
-def crossing(tried: Mapping[float, float], best: float, level: float, way: int) -> float | None:
-    """Where the loss, from its lowest in one direction, first reaches a level; None where it does not.
-
-    On straight lines; half way to a rate that diverged.
-    """
-    xs = sorted((x for x in tried if (x - best) * way >= 0), reverse=way < 0)
-    for near, far in pairwise(xs):
-        if tried[far] >= level:
-            share = (level - tried[near]) / (tried[far] - tried[near]) if math.isfinite(tried[far]) else 0.5
-            return near + share * (far - near)
-    return None
 
 
 # --- predictions ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from .._types import Method
 from ..errors import CalibrationError, CalibrationInterrupted
 from ..laws import Law, get_law
 from ..recipe import Recipe
-from ._comparison import train_source
+from ._code import train_source
 from ._progress import TrialLog, progress_shown
 from ._runner import Runner
 from ._schedule import Schedule

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,14 +21,16 @@ import torch
 from torch.optim import Optimizer
 
 from .._checks import is_positive
+from .._optimizer_classes import defaults_of
 from .._optimizers import optimizer_family
 from .._scaling_rule import infer_scaling
 from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import CalibrationError
 from ..laws import Law, Power, bound_law, checked_multiplier
-from ..recipe import Z90, Recipe
-from ._comparison import SAME_RATE, differences, law_values
+from ..recipe import FULL_SD, Z90, Recipe, agreed, differences
+from ._code import Code, versions_used
+from ._comparison import SAME_RATE, law_values, settings_in
 from ._optuna import close_storage, quiet
 from ._pruner import PairedPruner
 from ._sampler import BracketSampler
@@ -47,20 +48,21 @@ _HALF_RANGE = 4.0  # octaves on either side of the first guess
 _WIDEN = 2.0  # octaves an edge moves out when the best rate sits there
 _EDGE = 1.0  # octaves: how near counts as sitting there
 _UNDETERMINED = 1.2  # octaves: a standard deviation of the base rate, beyond which the data say next to nothing
+_CERTAIN = 1e-3  # octaves: a standard deviation next to none
 _MOST = 1000.0  # octaves: no rate that a float holds lies farther from 1
 _TOGETHER = 50  # trials, times which new ones wait for the next fit
 _APART = 16  # the factor between the lowest and the highest rank at which the drift is well measured
 # Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init. Small studies found
 # Init[B] falling with rank by 0.3 to 0.75; full finetuning needs no factor at the width of Survey.full_width
-# (benchmarks/results/full_width.md).
-_PRIORS = {"A": ((0.0, 0.15), (0.0, 0.4)), "B": ((-0.45, 0.2), (0.0, 0.4))}
+# (benchmarks/results/full_width.md), but is no surer than `FULL_SD`.
+_PRIORS = {"A": ((0.0, 0.15), (0.0, FULL_SD["A"])), "B": ((-0.45, 0.2), (0.0, FULL_SD["B"]))}
 
 
 @dataclass
 class Study:
     """One calibration. `reference`, `prior` and the range are learned from the first model built.
 
-    train: the name and source of the loop. few_full: a few runs of full finetuning follow those at `ranks`, around the
+    train: the loop's code. few_full: a few runs of full finetuning follow those at `ranks`, around the
     rate predicted for it.
     """
 
@@ -69,7 +71,7 @@ class Study:
     ranks: tuple[int | None, ...]
     steps: int
     seeds: tuple[int, ...] = (0, 1)
-    train: Mapping[str, str] = field(default_factory=dict)
+    train: Code = field(default_factory=Code)
     lr_range: tuple[float, float] | None = None
     batch: float | None = None
     warmup: float | None = None
@@ -159,7 +161,7 @@ class Study:
             "warmup": self.warmup,
         }
         values = {"multipliers": law_values(self.law, self.optimizer, self.ranks)}
-        maker = {**self.train, "rankaware-optim": version("rankaware-optim")}
+        maker = {**self.train.loop, "rankaware-optim": version("rankaware-optim")}
         stored = self.optuna.user_attrs.get("made_with", {"schema": None})
         if self.trials():
             self._refuse(differences(stored, mine))
@@ -250,6 +252,8 @@ class Study:
         lora = [r for r in self.ranks if r is not None]
         pivot = round(math.exp(sum(map(math.log, lora)) / len(lora)), 9) if lora else 16.0
         (_, drift_sd), (_, full_sd) = _PRIORS[reference.init]
+        if reference.method == "full":
+            full_sd = _CERTAIN  # the base rate is full finetuning's own
         continues = reference.init == "B" and reference.method == "lora"
         reach = math.log2((self.full_fan_in or pivot) / pivot) if continues else 0.0
         return Prior(drift_sd, full_sd, pivot, reach)
@@ -321,7 +325,7 @@ class Study:
         scalings = {t.rank: t.scaling for t in trials if t.rank is not None and t.scaling is not None}
         return Recipe(
             name=self.name,
-            best_lr=2.0 ** (base + shift),
+            fitted_lr=2.0 ** (base + shift),
             reference=reference,
             law=self.centred_law(drift, factor),
             covariance=torch.from_numpy(fit.covariance),
@@ -332,16 +336,24 @@ class Study:
             ranks=tuple(rank for rank in self.ranks if rank in tried and rank is not None),
             full_seen=None in tried,
             optimizer=self._optimizer_name,
-            settings=self.settings,
+            settings=self._settings(trials),
             steps=self.steps,
             batch=self.batch,
             warmup=self.warmup,
             horizon=horizon_of(tensors, self.prior),
             seed=self.seed,
-            versions=versions_used(),
+            versions=versions_used(self.train.imports),
+            source=self.train.source,
+            other_rates=agreed([trial.built.get("other rates", {}) for trial in trials if trial.built]),
             notes=self._notes(fit, trials),
             tensors=tensors,
         )
+
+    def _settings(self, trials: Trials) -> dict[str, Any]:
+        """The optimizer's settings that the trials had in common, defaults included; as given where none is known."""
+        names = {**defaults_of(self.optimizer), **self.settings}
+        built = [settings_in(trial.built, names) for trial in trials if trial.built]
+        return agreed(built) if built else dict(self.settings)
 
     def _fit_or_raise(self, trials: Trials) -> Fit:
         if trials and all(trial.stopped == "memory" for trial in trials):
@@ -371,8 +383,3 @@ class Study:
                 "rates are compared less well; draw everything from trial.seed, and yield the loss before the step"
             )
         return tuple(notes)
-
-
-def versions_used() -> dict[str, str]:
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {"python": python, **{name: version(name) for name in ("rankaware-optim", "torch", "optuna")}}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from ..calibration import Trial
 from ..errors import CalibrationError
@@ -14,13 +15,14 @@ from ..errors import CalibrationError
 
 @dataclass
 class TrainerRun:
-    """The trial, the optimizer's settings, what scores the run, and the loss of the step under way.
+    """The trial, the optimizer's class and settings, what scores the run, and the loss of the step under way.
 
     metric: a name among the evaluation's, a function of the trainer, or None for the mean of the last losses.
     report: takes a step's loss and answers whether the run is to end.
     """
 
     trial: Trial
+    native: type[Optimizer]
     settings: Mapping[str, Any]
     metric: str | Callable[[Any], Any] | None
     report: Callable[[Any], bool]

@@ -19,6 +19,9 @@ Z90 = 1.645
 RANK_SD = 0.1
 WIDTH_SD = 0.25
 INIT_SD = 1.0  # octaves, whole: from one init to the other
+# Octaves, whole: of the law's point for full finetuning from LoRA rates alone, by their init. The study found .79 from
+# Init[A] (results/a_to_full.md), .84 from all ranks at Init[B] (results/init_b_forms.md), from high ones .4 to .6.
+FULL_SD = {"A": 0.8, "B": 0.6}
 # The share of an Init[A] drift, continued to r = n, that full finetuning's band is widened by.
 _DRIFT_SHARE = 0.5
 
@@ -26,7 +29,7 @@ _DRIFT_SHARE = 0.5
 def own_band(recipe: Recipe) -> tuple[float, float]:
     """Low and high of the 90 % band of the best rate at the recipe's reference."""
     octaves = Z90 * spread(recipe, recipe.reference)[0]
-    return recipe.best_lr / 2.0**octaves, recipe.best_lr * 2.0**octaves
+    return recipe.fitted_lr / 2.0**octaves, recipe.fitted_lr * 2.0**octaves
 
 
 def spread(recipe: Recipe, target: Reference) -> tuple[float, list[str]]:
@@ -45,7 +48,11 @@ def _unseen(recipe: Recipe, target: Reference) -> Iterator[tuple[float, str]]:
     law, full = recipe.law, target.method == "full"
     if full and not recipe.full_seen:
         octaves = 0.0 if law.to_full else math.log2((target.fan_in or law.pivot) / law.pivot)
-        words = "full finetuning was not tried: the rate is the law's, times its prior factor"
+        init = recipe.reference.init
+        words = (
+            f"full finetuning was not tried: the rate is the law's, from LoRA at Init[{init}] alone, whose standard "
+            f"deviation was {FULL_SD[init]:g} octaves over the tasks of a study"
+        )
         yield _DRIFT_SHARE * law.exponent * octaves, words
     if not full:
         rank, ranks = float(target.rank or law.pivot), recipe.ranks

@@ -83,7 +83,7 @@ def fit_sweep(
 
     >>> rows = [{"rank": r, "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2} for r in (8, 64) for x in range(-14, -8)]
     >>> recipe = fit_sweep(rows, alpha="rank", steps=500)
-    >>> 2**-11.5 < recipe.best_lr < 2**-10.5
+    >>> 2**-11.5 < recipe.fitted_lr < 2**-10.5
     True
     """
     check_init(init, "The sweep's init is", CalibrationError, known=("A", "B", None))
@@ -258,7 +258,7 @@ class _Rows:
         scalings = {rank: site_of(run, reference, None)[0].scaling for rank, run in lora}
         seen = self.observations(self.study(fitted.law.law).centred_law())
         return Recipe(
-            best_lr=2.0**best,
+            fitted_lr=2.0**best,
             reference=reference,
             law=fitted.law,
             covariance=torch.from_numpy(fitted.covariance),

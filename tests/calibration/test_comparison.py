@@ -64,7 +64,7 @@ def test_other_settings_or_models_are_refused(first, then, message, journal):
         calibrate(then, trials=3, storage=journal)
     assert message in str(caught.value)
     again = calibrate(first, trials=2, storage=journal)
-    assert (again.best_lr, again.settings) == (recipe.best_lr, recipe.settings)
+    assert (again.fitted_lr, again.settings) == (recipe.fitted_lr, recipe.settings)
     assert len(Trials.read(study_in(journal).trials).counted()) == 2
 
 

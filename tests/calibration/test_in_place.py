@@ -257,7 +257,7 @@ def test_it_gives_the_recipe_of_models_built_anew(style, rule):
     recipe = calibrate(found, settings={"weight_decay": 0.1}, scaling_rule=rule, trials=6)
     for key, value in anew.tensors.items():
         assert torch.equal(value.nan_to_num(), recipe.tensors[key].nan_to_num()), key
-    assert (recipe.best_lr, recipe.settings, recipe.reference) == (anew.best_lr, anew.settings, anew.reference)
+    assert (recipe.fitted_lr, recipe.settings, recipe.reference) == (anew.fitted_lr, anew.settings, anew.reference)
     assert recipe.scaling_rule == anew.scaling_rule == rule
 
 

@@ -69,7 +69,7 @@ def test_records_say_what_became_of_the_trials(journal):
 def test_a_stored_study_gives_its_recipe(journal):
     """With nothing left to run, the recipe is the one that the version that stored it gave."""
     recipe = calibrate(None, trials=12, storage=journal, **OPTIONS)
-    assert recipe.best_lr == pytest.approx(BEST_LR, rel=1e-9)
+    assert recipe.fitted_lr == pytest.approx(BEST_LR, rel=1e-9)
     assert recipe.covariance.diag().tolist() == pytest.approx(VARIANCES, rel=1e-9)
     assert recipe.tensors["rank"].tolist() == RANKS
 

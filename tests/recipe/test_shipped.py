@@ -65,7 +65,7 @@ def test_the_picture_is_drawn_from_what_the_fit_saw(shipped):
     fit = fit_observations(seen, prior)
     shift = fit.mean[1] * math.log2(shipped.reference.rank / pivot)
     assert [lost for _, lost in pairs] == diverged(seen)
-    assert 2.0 ** (fit.mean[0] + shift) == pytest.approx(shipped.best_lr, rel=1e-9)
+    assert 2.0 ** (fit.mean[0] + shift) == pytest.approx(shipped.fitted_lr, rel=1e-9)
     assert fit.lean == pytest.approx(shipped.lean, abs=1e-9)
     assert np.allclose(fit.covariance, shipped.covariance.numpy(), rtol=1e-9, atol=1e-12)
     assert (fit.ceiling is None) == (shipped.ceiling is None)

@@ -37,7 +37,7 @@ class Prior:
     """
 
     drift_sd: float = 0.15
-    full_sd: float = 0.4
+    full_sd: float = 0.8
     pivot: float = 16.0
     full_reach: float = 0.0
 

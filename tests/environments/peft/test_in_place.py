@@ -90,7 +90,7 @@ def test_in_place_is_as_built_anew(case, rule):
     recipe = calibrate(model, step=seeded_step, trials=3, seeds=(5,), scaling_rule=rule)
     assert changed(before, fingerprint(model)) == []
     assert torch.equal(anew.tensors["curve"].nan_to_num(), recipe.tensors["curve"].nan_to_num())
-    assert (anew.best_lr, anew.scaling_rule) == (recipe.best_lr, recipe.scaling_rule)
+    assert (anew.fitted_lr, anew.scaling_rule) == (recipe.fitted_lr, recipe.scaling_rule)
 
 
 @pytest.mark.parametrize("case", CASES)
