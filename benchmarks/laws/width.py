@@ -17,7 +17,7 @@ seeds' own estimates, rms over cells.
 **Hypotheses.** n is the mean fan-in of the adapted layers, weighted by size (`Survey.width`): 132, 263, 526 for the
 Llama and 107, 213, 427 for the DiT. By µA at 8 tokens the best rate goes, from the narrowest to the widest, as n^-0.42
 and n^-0.41 at Init[A], n^-0.97 and n^-0.96 at Init[B], n^-0.98 and n^-0.97 in full: -0.8, -1.9 and -2.0 octaves over
-the two octaves. With the fall that is the package's default at Init[B], as n^-0.48 and n^-0.47 there: -0.9 octaves.
+the two octaves. With the fall that is the package's default at Init[B], as n^-0.64 and n^-0.63 there: -1.3 octaves.
 With one constant a task (T = 2, one_constant.py), c the same at every width and .16 and .30, as at the study's best
 rates at Init[A], that goes as n^-0.32 and n^-0.35, the others as by µA. Against these: one rate at every width, n^-1/2,
 1/n.

@@ -152,7 +152,7 @@ def test_before_any_run_no_page_is_written(width, monkeypatch, tmp_path):
         ("µA", A, -0.42, -0.41),
         ("µA", B, -0.97, -0.96),
         ("µA", FULL, -0.98, -0.97),
-        ("µA, falling at B", B, -0.48, -0.47),
+        ("µA, falling at B", B, -0.64, -0.63),
         ("µA, falling at B", A, -0.42, -0.41),
         ("one rate", A, 0.0, 0.0),
         ("n^-1/2", B, -0.5, -0.5),
