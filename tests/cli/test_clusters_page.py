@@ -37,6 +37,6 @@ def test_two_tasks_of_the_array_share_the_trials(tmp_path):
     assert [(task.communicate(timeout=300)[1], task.returncode)[1] for task in tasks] == [0, 0]
     assert_shared(trials_of(str(tmp_path / "finetune.journal"), "finetune"), 16)
     first, second = (ra.Recipe.load(tmp_path / "recipes" / f"task-{i}.toml") for i in range(2))
-    assert first.best_lr == second.best_lr
+    assert first.fitted_lr == second.fitted_lr
     seen = [json.loads(path.read_text()) for path in tmp_path.glob("seen-*")]
     assert sorted((one["CUDA_VISIBLE_DEVICES"], one["threads"]) for one in seen) == [("0", 1), ("1", 1)]
