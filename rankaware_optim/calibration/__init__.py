@@ -1,8 +1,19 @@
 """Calibration: a short study of the base rate at several ranks becomes a recipe."""
 
 from ._api import calibrate
+from ._ray import RayExecutor
 from ._study import Study, versions_used
 from ._trial import Pushed, Trial, release_memory, seeded
 from .in_place import calibrate_in_place
 
-__all__ = ["Pushed", "Study", "Trial", "calibrate", "calibrate_in_place", "release_memory", "seeded", "versions_used"]
+__all__ = [
+    "Pushed",
+    "RayExecutor",
+    "Study",
+    "Trial",
+    "calibrate",
+    "calibrate_in_place",
+    "release_memory",
+    "seeded",
+    "versions_used",
+]
