@@ -31,7 +31,7 @@ def _count_or_auto(ctx: click.Context, param: click.Parameter, text: str | None)
     """A callback that reads a whole number of at least 1, or the word "auto" as AUTO."""
     if text is None:
         return None
-    return AUTO if text == "auto" else int(click.IntRange(1).convert(text, param, ctx))
+    return AUTO if text == "auto" else int(click.IntRange(1)(text, param, ctx))
 
 
 _WORKERS = (
