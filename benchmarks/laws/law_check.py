@@ -13,9 +13,9 @@ one network: ranks 4, 16, 64 and 128 with alpha = rank, two seeds; and alpha = 1
 a coarse pass of three rates around the first sweep's best places a grid of five octaves, which grows at an edge.
 
 **Rule** for what the default law does in a family of optimizers, committed before the second sweep, which alone
-decides. Candidates, the simplest first: keeping one rate; the family's form at one rank, so that alpha moves the rate
-and the rank does not; the family's form. Moves are all ordered pairs of ranks, of all optimizers of the family. The
-floor of a cell is the share of the gain that the sweep's own best rate loses on a seed left out (on its own, where
+decides. Candidates, the simplest first: keeping one rate; the family's form at one rank, 16, so that alpha moves the
+rate and the rank does not; the family's form. Moves are all ordered pairs of ranks, of all optimizers of the family.
+The floor of a cell is the share of the gain that the sweep's own best rate loses on a seed left out (on its own, where
 there is one seed).
 
 1. A candidate helps where, at alpha = rank and at alpha = 16, neither the median nor the worst share of the gain lost
@@ -74,24 +74,25 @@ PACKAGES = ("pytorch_optimizer", "schedulefree", "torch_optimizer")
 
 
 @dataclass(frozen=True)
-class AtOneRank(Law):
-    """A law in which the factor has the reference's rank: alpha moves the rate and the rank does not."""
+class OneRank(Law):
+    """A law in which every factor has rank 16: alpha moves the rate and the rank does not."""
 
     law: Law = field(default_factory=MuA)
-    name: ClassVar[str] = "at-one-rank"
+    name: ClassVar[str] = "one-rank"
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         return replace(self, law=self.law.bind(optimizer_class, settings))
 
     def multiplier(self, factor: Factor, reference: Reference) -> float:
-        return self.law.multiplier(replace(factor, rank=reference.rank), reference)
+        at = replace(reference, rank=TUNED, alpha=TUNED * reference.scaling, rslora=False)
+        return self.law.multiplier(replace(factor, rank=TUNED), at)
 
 
 KEPT, BY_ALPHA, FORM, AS_ADAM = "one rate", "its form at one rank", "µA of its family", "µA as for Adam"
 CANDIDATES = (KEPT, BY_ALPHA, FORM)  # the simplest first
 LAWS: dict[str, Law] = {
     KEPT: Constant(),
-    BY_ALPHA: AtOneRank(),
+    BY_ALPHA: OneRank(),
     FORM: MuA(),
     AS_ADAM: MuA(),
     "measured": Measured(),

@@ -67,7 +67,7 @@ def test_at_one_rank_alpha_moves_a_rate_and_the_rank_does_not(law_check):
 
     from rankaware_optim import Factor, MuA, Reference
 
-    law, at = law_check.AtOneRank().bind(torch.optim.SGD, {}), Reference(rank=16, alpha=16, fan_in=64)
+    law, at = law_check.OneRank().bind(torch.optim.SGD, {}), Reference(rank=16, alpha=16, fan_in=64)
     there = {s: Factor("w", "A", 64, 64, 64, scaling=s) for s in (1.0, 0.25)}
     same = Factor("w", "A", 16, 64, 64, scaling=0.25)
     assert law.multiplier(there[1.0], at) == 1.0
