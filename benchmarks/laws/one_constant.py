@@ -15,7 +15,9 @@ The ratio law keeps c = 1 and ratios of rates alone, so that all configurations 
 
 **Runs.** Init[A] r = 16 with s = 1 and s = 1/r, Init[B] r = 64, full; batch × 1/4 and × 4, steps × 1/4 and × 4, warm-up
 5 and 30 %, one at a time. Seed 0 at whole octaves around the study's best rate, growing at an edge; then three seeds at
-five half octaves around the lowest. Everything else is the study's.
+five half octaves around the lowest. Everything else is the study's. Where batch or steps are × 4, a run costs four: one
+seed, from a first guess as far from the base's as that of × 1/4 on the other side. This was set for the time it takes,
+before any run of those arms.
 
 **Two estimators** of log2 of a best rate, each with all rates tried: the middle of the basin, where the loss lies
 above its lowest by at most 1 % of the gain or two standard errors of what half an octave changes; and the cliff, the
@@ -41,7 +43,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import click
@@ -49,7 +50,7 @@ from recording import RESULTS, machine, record
 from study.configurations import CLIP, CONFIGS, built, optimizer, start_of, starts
 from study.domains import Domain, get_domain
 from study.grids import FULL, Job, Losses, curve, losses_at, lowest, or_inf
-from study.optima import best_rates
+from study.optima import best_rates, cliff_of, crossing
 from study.runs_on_file import complete, read
 from study.suite import STORES, provenance
 from study.training import WARMUP, train
@@ -62,15 +63,17 @@ DOMAINS = ("image_generation", "vision_classification", "language", "reinforceme
 STORE = RESULTS / "one_constant"
 SEEDS, WIDE = 3, 2  # seeds of the half octaves, whole octaves to either side at first
 T, TOKENS = 2.0, 8.0
-NEAR, CLIFF = 0.01, 0.1  # shares of the gain
+NEAR = 0.01  # share of the gain
 
 
 class Arm(NamedTuple):
-    """A change of the task: factors of batch and steps, and the warm-up's share."""
+    """A change of the task: factors of batch and steps, the warm-up's share; seeds and whole octaves to either side."""
 
     batch: float = 1.0
     steps: float = 1.0
     warmup: float = WARMUP
+    seeds: int = SEEDS
+    wide: int = WIDE
 
 
 ARMS = {  # those first that cost least
@@ -78,16 +81,21 @@ ARMS = {  # those first that cost least
     "steps / 4": Arm(steps=0.25),
     "batch / 4": Arm(batch=0.25),
     "warm-up 30 %": Arm(warmup=0.3),
-    "batch × 4": Arm(batch=4.0),
-    "steps × 4": Arm(steps=4.0),
+    "batch × 4": Arm(batch=4.0, seeds=1, wide=1),
+    "steps × 4": Arm(steps=4.0, seeds=1, wide=1),
 }
 BASE, *CHANGES = ARMS
+MIRRORED = {"batch × 4": "batch / 4", "steps × 4": "steps / 4"}
 SOURCE, BY_RANK, AT_B = CONFIGS
 RANKS = {SOURCE: 16, BY_RANK: 16, AT_B: 64, "full": FULL}
 
 
 def cell_of(domain: str, config: str, arm: str) -> tuple[str, str, int]:
     return domain, f"{config} | {arm}", RANKS[config]
+
+
+def arm_of(cell: tuple[str, str, int]) -> Arm:
+    return ARMS[cell[1].partition(" | ")[2]]
 
 
 def changed(domain: Domain, arm: Arm) -> Domain:
@@ -113,7 +121,8 @@ class Around:
     guess: int
 
     def wanted(self, done: Losses) -> list[Job]:
-        low, high = self.guess - WIDE, self.guess + WIDE
+        arm = arm_of(self.cell)
+        low, high = self.guess - arm.wide, self.guess + arm.wide
         while True:
             jobs = [Job(*self.cell, float(x), 0) for x in range(low, high + 1)]
             if missing := [job for job in jobs if job not in done]:
@@ -122,7 +131,7 @@ class Around:
             if low < best < high or high - low > 4 * WIDE:
                 break
             low, high = low - (best <= low), high + (best >= high)
-        fine = [Job(*self.cell, best + half / 2, seed) for half in range(-2, 3) for seed in range(SEEDS)]
+        fine = [Job(*self.cell, best + half / 2, seed) for half in range(-2, 3) for seed in range(arm.seeds)]
         return [job for job in fine if job not in done]
 
 
@@ -139,43 +148,34 @@ class Estimate(NamedTuple):
 
 def estimate(done: Losses, cell: tuple[str, str, int], start: float) -> Estimate | None:
     """None where a cell's half octaves are not whole."""
-    means = curve(done, cell, SEEDS)
-    if len(means) < 5:
+    means = curve(done, cell, arm_of(cell).seeds)
+    if len(means) < 5 or all(x.is_integer() for x in means):
         return None
     best = lowest(means)
-    at_best = losses_at(done, cell, best, SEEDS)
+    at_best = losses_at(done, cell, best, arm_of(cell).seeds)
     shift = means[best] - at_best[0]  # of seed 0 against all, so that its own octaves stand beside the means
     tried = {x: loss + shift for x, loss in curve(done, cell, 1).items()} | means
     gain = start - means[best]
     bottom = means[best] + max(NEAR * gain, 2 * standard_error(done, cell, best))
     left, right = crossing(tried, best, bottom, -1), crossing(tried, best, bottom, 1)
     middle = None if left is None or right is None else (left + right) / 2
-    return Estimate(middle, crossing(tried, best, means[best] + CLIFF * gain, 1), tried)
+    return Estimate(middle, cliff_of(tried, best, start), tried)
 
 
 def standard_error(done: Losses, cell: tuple[str, str, int], best: float) -> float:
-    """Of the mean change of loss over half an octave from the lowest, seed by seed; 0 where both sides diverged."""
-    at_best, beside = losses_at(done, cell, best, SEEDS), (best - 0.5, best + 0.5)
-    changes = [
-        [there - here for there, here in zip(losses_at(done, cell, x, SEEDS), at_best, strict=True)]
-        for x in beside
-        if Job(*cell, x, SEEDS - 1) in done
-    ]
-    finite = [statistics.stdev(change) for change in changes if math.isfinite(sum(change))]
-    return max(finite, default=0.0) / math.sqrt(SEEDS)
+    """Of the mean change of loss over half an octave from the lowest, seed by seed.
 
-
-def crossing(tried: Mapping[float, float], best: float, level: float, way: int) -> float | None:
-    """Where the loss, from its lowest in one direction, first reaches a level; None where it does not.
-
-    On straight lines; half way to a rate that diverged.
+    0 where both sides diverged, and of one seed.
     """
-    xs = sorted((x for x in tried if (x - best) * way >= 0), reverse=way < 0)
-    for near, far in pairwise(xs):
-        if tried[far] >= level:
-            share = (level - tried[near]) / (tried[far] - tried[near]) if math.isfinite(tried[far]) else 0.5
-            return near + share * (far - near)
-    return None
+    seeds = arm_of(cell).seeds
+    at_best, beside = losses_at(done, cell, best, seeds), (best - 0.5, best + 0.5)
+    changes = [
+        [there - here for there, here in zip(losses_at(done, cell, x, seeds), at_best, strict=True)]
+        for x in beside
+        if Job(*cell, x, seeds - 1) in done
+    ]
+    finite = [statistics.stdev(change) for change in changes if len(change) > 1 and math.isfinite(sum(change))]
+    return max(finite, default=0.0) / math.sqrt(seeds)
 
 
 # --- predictions ----------------------------------------------------------------------------------------------------
@@ -237,14 +237,18 @@ def run(chosen: tuple[str, ...], arms: tuple[str, ...], workers: int) -> None:
     for arm in arms:
         for domain in chosen:
             store = STORE / f"{domain}.jsonl"
-            cells = [Around(cell_of(domain, config, arm), guess(domain, config)) for config in RANKS]
+            cells = [Around(cell_of(domain, config, arm), guess(domain, config, arm)) for config in RANKS]
             for task in (starts(domain, range(SEEDS)), *cells):
                 complete(task, run_one, store, workers, click.echo, made[domain])
 
 
-def guess(domain: str, config: str) -> int:
-    """The study's best rate, to the octave."""
-    return round(best_rates(read(STORES / f"{domain}.jsonl"), domain, config)[RANKS[config]])
+def guess(domain: str, config: str, arm: str) -> int:
+    """The study's best rate, to the octave; of × 4 as far from the base's lowest as that of × 1/4 is below or above."""
+    if arm not in MIRRORED:
+        return round(best_rates(read(STORES / f"{domain}.jsonl"), domain, config)[RANKS[config]])
+    done = read(STORE / f"{domain}.jsonl")
+    base, quarter = (lowest(curve(done, cell_of(domain, config, which), SEEDS)) for which in (BASE, MIRRORED[arm]))
+    return round(2 * base - quarter)
 
 
 # --- the page -------------------------------------------------------------------------------------------------------

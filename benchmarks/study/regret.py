@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,15 +11,18 @@ from calibration.make_recipes import path_of
 from calibration.searches import rate_of
 from study.configurations import CONFIGS, LORAPLUS, TWO_RATES, start_of
 from study.domains import get_domain
-from study.grids import FULL, Cell, Losses, curve, lowest
+from study.grids import FULL, Cell, Losses, curve, curves_by_seed, lowest
 from study.moving import Shift, by_inverse_rank, by_law, kept, octaves
-from study.optima import domains_in, optimum, ranks_in, seeds_in
+from study.optima import domains_in, optimum, ranks_in, seeds_in, tried_rates
 
 from rankaware_optim import Falling, Law, MuA, Recipe
 from rankaware_optim.sweeps._bench import loss_between
 
 LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA at 8 tokens": MuA(), "µA, falling at B": Falling()}
 SPLIT = MuA(split=True)  # what "two rates" are moved by, from the rank at which they are tuned
+
+
+FLOOR = "noise floor"  # stands among the ways: what the choice of a rate loses at every rank, and in full finetuning
 
 
 class Moved(NamedTuple):
@@ -32,7 +36,7 @@ class Moved(NamedTuple):
 
 
 def moves(done: Losses, laws: Mapping[str, Law] = LAWS) -> list[Moved]:
-    """Every way in every domain and configuration that was swept at two ranks."""
+    """The noise floor, then every way, in every domain and configuration that was swept at two ranks."""
     return [each for domain in domains_in(done) for each in moves_in(done, domain, laws)]
 
 
@@ -40,6 +44,10 @@ def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Mov
     full = (domain, "full", FULL)
     has_full = bool(ranks_in(done, domain, "full"))
     for config in CONFIGS:
+        floors = [noise_floor(done, (domain, config, rank)) for rank in ranks_in(done, domain, config)]
+        if len(floors) > 1:
+            both = (floors, [noise_floor(done, full)] if has_full else [])
+            yield Moved(domain, config, FLOOR, *(tuple(x for x in each if x is not None) for each in both))
         for way, scheme, shift in ways(done, domain, config, laws):
             sources = {rank: best_at(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
             pairs = [(a, b) for a in sources for b in sources if a != b]
@@ -74,17 +82,31 @@ def best_at(done: Losses, cell: Cell) -> float:
 
 
 def lost(done: Losses, trained: Cell, best: Cell, x: float) -> float:
-    """Regret at 2^x, on straight lines between the rates tried.
-
-    Beyond the grid of all seeds by the coarse pass of one, and beyond that too by its end.
-    """
+    """Regret at 2^x; beyond the grid of all seeds by the coarse pass of one."""
     seeds = seeds_in(done, *trained[:2])
-    means = curve(done, trained, seeds)
-    coarse = {at: loss for at, loss in curve(done, trained, 1).items() if not min(means) <= at <= max(means)}
-    tried = {**coarse, **means}
+    tried, at_best = tried_rates(done, trained, seeds), min(curve(done, best, seeds).values())
+    return share_lost(tried, at_best, start_of(trained[0], done), x)
+
+
+def share_lost(tried: Mapping[float, float], at_best: float, start: float, x: float) -> float:
+    """The share of the gain lost at 2^x, on straight lines between the rates tried, beyond them at the last."""
     there = loss_between(tried, min(max(x, min(tried)), max(tried)))
-    at_best = min(curve(done, best, seeds).values())
-    return (there - at_best) / (start_of(trained[0], done) - at_best)
+    return (there - at_best) / (start - at_best)
+
+
+def noise_floor(done: Losses, cell: Cell) -> float | None:
+    """Regret on a seed of the rate that all other seeds choose, the mean over seeds; None for one seed.
+
+    What a sweep's own choice loses on runs that it has not seen: a regret below it says nothing.
+    """
+    curves, start = curves_by_seed(done, cell, seeds_in(done, *cell[:2])), start_of(cell[0], done)
+    if len(curves) < 2:
+        return None
+    regrets = []
+    for left_out in curves:
+        others = {x: sum(each[x] for each in curves if each is not left_out) for x in left_out}
+        regrets.append(share_lost(left_out, min(left_out.values()), start, lowest(others)))
+    return statistics.fmean(regrets)
 
 
 def pooled(moved: Sequence[Moved], way: str) -> dict[str, tuple[list[float], list[float]]]:

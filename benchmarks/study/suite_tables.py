@@ -9,7 +9,7 @@ from recording import block, number, percent, table_of
 from study.configurations import CONFIGS, RSLORA
 from study.grids import FULL, Losses
 from study.moving import INITS, across_inits, by_law
-from study.optima import best_rates, domains_in, exponent_of, law_slope, optimum
+from study.optima import ESTIMATORS, best_rates, cliff, domains_in, exponent_of, law_slope, optimum
 from study.regret import LAWS, Moved, pooled
 
 from rankaware_optim import Law
@@ -20,14 +20,21 @@ RULES = (
     f"Init[B]'s rate is full finetuning's where its mean over ranks lies within {OCTAVE} octaves, with a drift within "
     f"{2 * OCTAVE:g}: the mean, so look at the ranks too. These rules were written before any run."
 )
+ESTIMATED = (
+    "The vertex is the best rate, of a parabola; the cliff is the rate above it at which a tenth of the gain is lost. "
+    "Laws are read at the ranks shown; where a grid does not reach its cliff, the ranks that have one stand beside it."
+)
 REGRET = (
     "Regret is the share of the attainable gain that is lost, by the seeds that chose the best rates, on straight "
-    "lines between the rates tried, beyond them at the last. `calibration.md` has that of two domains on fresh seeds, "
-    "beside what the sweep itself loses on them."
+    "lines between the rates tried, beyond them at the last. Noise floor: at every rank, and in full finetuning, what "
+    "the rate loses on a seed that all other seeds chose, the mean over seeds; one seed has none. A regret of no more "
+    "than the floor says nothing. `calibration.md` has the regret of two domains on fresh seeds, beside what the sweep "
+    "itself loses on them."
 )
 JUMPS = (
-    "Octaves from the best rate there to the rate moved there, at the lowest rank first: above 0 it is too high. From "
-    "Init[A] to Init[B] the rank stays. At Init[B] the default law is µA, falling at B; elsewhere it is µA at 8 tokens."
+    "Octaves from the best rate, or the cliff, there to the one moved there, at the lowest rank first: above 0 it is "
+    "too high. A rank that lacks one is left out. From Init[A] to Init[B] the rank stays. At Init[B] the default law "
+    "is µA, falling at B; elsewhere it is µA at 8 tokens."
 )
 
 
@@ -40,10 +47,11 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
         lora, full = ([str(len(x)), *(median_and_worst(x) or ("–", "–"))] for x in (each.lora, each.full))
         regret_rows.append([each.domain, each.config, each.way, *lora, *full])
     jump_rows = [row for domain in every for row in jumps(done, domain, laws)]
-    heads = ["domain", "configuration", "ranks", "seeds", "measured", *laws]
+    heads = ["domain", "configuration", "ranks", "seeds", *(f"by the {name}" for name in ESTIMATORS), *laws]
     ways = ["way", "moves", "LoRA to LoRA: median", "worst", "moves", "LoRA to full: median", "worst"]
     return [
         block("(a) Exponent of the best rate in rank, with its 90 % interval over seeds", heads, exponent_rows),
+        ESTIMATED,
         block("(b) The paper's claims", ["domain", "claim", "verdict", "numbers"], claim_rows),
         RULES,
         block(
@@ -52,7 +60,11 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
             regret_rows,
         ),
         REGRET,
-        block("(d) Rates moved to full finetuning, and to the other init", ["domain", "from", "to", *laws], jump_rows),
+        block(
+            "(d) Rates moved to full finetuning, and to the other init",
+            ["domain", "from", "to", "by the", *laws],
+            jump_rows,
+        ),
         JUMPS,
     ]
 
@@ -65,7 +77,15 @@ def exponents(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[li
         found = exponent_of(done, domain, scheme)
         if found is not None:
             by_laws = [number(law_slope(domain, scheme, found.ranks, law), 2, sign=True) for law in laws.values()]
-            yield [domain, scheme, ", ".join(map(str, found.ranks)), str(found.seeds), str(found), *by_laws]
+            ranks, by_cliff = listed(found.ranks), exponent_of(done, domain, scheme, cliff)
+            other = "–" if by_cliff is None else str(by_cliff)
+            if by_cliff is not None and by_cliff.ranks != found.ranks:
+                other += f" (r = {listed(by_cliff.ranks)})"
+            yield [domain, scheme, ranks, str(found.seeds), str(found), other, *by_laws]
+
+
+def listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 CLAIMS = (
@@ -134,17 +154,19 @@ def summary(moved: Sequence[Moved]) -> str:
 
 def jumps(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[str]]:
     """How far a rate lies off that a law moves to full finetuning, and from Init[A] to Init[B] at its rank."""
-    full = optimum(done, (domain, "full", FULL)).x
-    for scheme in CONFIGS:
-        found = best_rates(done, domain, scheme)
-        if found and full is not None:
-            off = [[x + by_law(domain, scheme, law)(r, FULL) - full for r, x in found.items()] for law in laws.values()]
-            yield [domain, scheme, "full finetuning", *map(listed, off)]
-    a, b = (best_rates(done, domain, scheme) for scheme in INITS)
-    if shared := [rank for rank in a if rank in b]:
-        off = [[a[r] + across_inits(domain, r, law) - b[r] for r in shared] for law in laws.values()]
-        yield [domain, *INITS, *map(listed, off)]
+    for name, by in ESTIMATORS.items():
+        full = by(done, (domain, "full", FULL)).x
+        for scheme in CONFIGS:
+            found = best_rates(done, domain, scheme, by)
+            if found and full is not None:
+                shifts = [by_law(domain, scheme, law) for law in laws.values()]
+                off = [[x + shift(rank, FULL) - full for rank, x in found.items()] for shift in shifts]
+                yield [domain, scheme, "full finetuning", name, *map(in_octaves, off)]
+        a, b = (best_rates(done, domain, scheme, by) for scheme in INITS)
+        if shared := [rank for rank in a if rank in b]:
+            off = [[a[r] + across_inits(domain, r, law) - b[r] for r in shared] for law in laws.values()]
+            yield [domain, *INITS, name, *map(in_octaves, off)]
 
 
-def listed(off: Sequence[float]) -> str:
+def in_octaves(off: Sequence[float]) -> str:
     return ", ".join(number(octave, 1, sign=True) for octave in off)

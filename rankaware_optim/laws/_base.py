@@ -29,6 +29,7 @@ LAWS.register("power", "rankaware_optim.laws._corrections:Power")
 LAWS.register("falling", "rankaware_optim.laws._corrections:Falling")
 LAWS.register("measured", "rankaware_optim.laws._measured:Measured")
 DEFAULT_LAW = "falling"
+FIRST = "first"  # in a field's metadata: its default before it was changed, which files without it and tags keep
 _FAR = 1e4
 _MOST = 1e30  # of a parameter in a file, if the law itself does not say less
 
@@ -146,7 +147,7 @@ def law_changes(law: Law) -> dict[str, Any]:
 
     Laws within are always named, so a parameter that a later version adds changes nothing.
     """
-    kept = {name: value for name, value, changed in _parameters(law) if changed or isinstance(value, Law)}
+    kept = {name: value for name, value, changed in _parameters(law, FIRST) if changed or isinstance(value, Law)}
     return {"name": law.name, **{k: law_changes(v) if isinstance(v, Law) else v for k, v in kept.items()}}
 
 
@@ -159,12 +160,13 @@ def law_words(law: Law) -> str:
     return f"{type(law).__name__}({', '.join(words)})"
 
 
-def _parameters(law: Law) -> Iterator[tuple[str, Any, bool]]:
-    """A law's parameters: name, value, and whether it differs from its default."""
+def _parameters(law: Law, which: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """A law's parameters: name, value, and whether it differs from its default, or from its first one."""
     known: tuple[Field[Any], ...] = fields(law) if is_dataclass(law) else ()
     for f in known:
         value = _as_float(getattr(law, f.name), f)
-        yield f.name, value, value != (f.default_factory() if callable(f.default_factory) else f.default)
+        default = f.default_factory() if callable(f.default_factory) else f.metadata.get(which, f.default)
+        yield f.name, value, value != default
 
 
 def _as_float(value: Any, of: Field[Any]) -> Any:
@@ -237,7 +239,8 @@ def law_to_dict(law: Law) -> dict[str, Any]:
 def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
     """The inverse of `law_to_dict`; an error names an unknown law or field. depth: of laws within laws, at most."""
     kind = type(LAWS.get(str(data.get("name")))())
-    known, values = {f.name: f for f in fields(kind)}, {}
+    known = {f.name: f for f in fields(kind)}
+    values = {name: f.metadata[FIRST] for name, f in known.items() if FIRST in f.metadata}
     for key, value in data.items():
         if key == "name":
             continue

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from .._optimizers import optimizer_family
 from .._types import Factor, Reference
-from ._base import Law, check_law, check_parameters
+from ._base import FIRST, Law, check_law, check_parameters
 from ._mua import MuA
 
 
@@ -59,31 +59,28 @@ class Power(Law):
 class Falling(Law):
     """Another law, with the fall in rank that best rates show at Init[B]. Around µA it is the default law.
 
-    Init[B]   law · √((r₀ + n) / (r₀ + min(r, n))), in the reference alike;  Init[A] and full finetuning: the law alone
+    Init[B]   law · ((r₀ + n) / (r₀ + min(r, n)))^p;  Init[A] and full finetuning: the law alone
 
-    Flat up to r₀ = `knee`, then r^(-1/2), and at r = n full finetuning's. An empirical form: no theory fixes it, and
-    the paper's law has none of it. It was measured with AdamW: bound to an optimizer of another family than Adam's it
-    is the law alone. The knee was chosen by best rates on image generation, vision classification and two further small
-    tasks, one an earlier sweep of SmolLM2. On four that did not choose it, language, GRPO, captioning and text
-    classification, it is 0.28, 0.26, 0.38 and 0.33 octaves off (rms over ranks, about their mean), the law alone 0.73,
-    1.05, 0.63 and 0.91; on our own sweep of SmolLM2 0.12 and 1.00 (benchmarks/results/init_b.md). Its level was not
-    fitted: from Init[A] to Init[B] it was up to three octaves too high, to full finetuning up to two off (table (d) of
-    benchmarks/README.md). That the rate at Init[B] goes as n^(-1/2), not n^(-1), was not tested, nor networks wider
-    than SmolLM2 (layers of 576 and 1,536), nor runs of more than four hundred steps. An embedding, of width 1, does not
-    fall. `coordinate_check`, which is of stability alone, calls the fall a failing. Freezing B left r^(-1/4) of it on
-    the first two, all that vision has: so part of it is in A's own steps, and part, where there is more, in training B.
+    with r₀ = `knee`, p = `power`, r the rank and n the fan-in, in the reference alike. So the rate falls as r^-p above
+    r₀, and at r = n it is full finetuning's. The form is empirical: no theory fixes it, and the paper's law has none of
+    it. It is known for Adam's kind alone, so bound to an optimizer of another family it is the law beneath. An
+    embedding, of width 1, does not fall. `coordinate_check`, which is of stability alone, does not see the fall.
+
+    Source: leave-one-domain-out on the study of this project (benchmarks/results/init_b_forms.md), which names p = 1/3
+    without a knee. Recipes from before `power` was a field have p = 1/2 and a knee of 4.
 
     >>> at = Reference(rank=16, alpha=16, init="B", fan_in=4096)
     >>> round(Falling().multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0, init="B"), at), 2)
-    0.54
+    0.63
     """
 
-    knee: float = 4.0
+    knee: float = field(default=0.0, metadata={FIRST: 4.0})
+    power: float = field(default=1.0 / 3.0, metadata={FIRST: 0.5})
     law: Law = field(default_factory=MuA)
     name: ClassVar[str] = "falling"
 
     def __post_init__(self) -> None:
-        check_parameters(self, "knee")
+        check_parameters(self, "knee", "power")
         check_law(self, self.law)
 
     @property
@@ -106,4 +103,4 @@ class Falling(Law):
         """How far above full finetuning's the rate at Init[B] lies."""
         if init != "B" or rank is None or fan_in is None:
             return 1.0
-        return math.sqrt((self.knee + fan_in) / (self.knee + min(rank, fan_in)))
+        return math.pow((self.knee + fan_in) / (self.knee + min(rank, fan_in)), self.power)

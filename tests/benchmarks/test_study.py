@@ -375,13 +375,16 @@ def test_what_native_torch_does_stands_beside_tests_that_there_are() -> None:
 @pytest.mark.parametrize("exponent", [-0.5, 0.0, 0.25])
 def test_an_exponent_is_found(exponent: float) -> None:
     """The exponent of best rates that follow a power of the rank is that power, its interval around it."""
-    from study.optima import exponent_of
+    from study.optima import cliff, exponent_of
 
     done = {k: v for r in (1, 4, 16, 64) for k, v in bowl(r, -6 + exponent * math.log2(r), 3).items()} | untrained()
     found = exponent_of(done, "language", "Init[A], s = 1")
     assert found is not None
     assert found.slope == pytest.approx(exponent, abs=1e-6)
     assert found.half == pytest.approx(0.0, abs=1e-6)
+    by_cliff = exponent_of(done, "language", "Init[A], s = 1", cliff)
+    assert by_cliff is not None
+    assert by_cliff.slope == pytest.approx(exponent, abs=0.02)  # straight lines between octaves
 
 
 def test_a_best_rate_at_the_grids_edge_is_left_out() -> None:
@@ -450,9 +453,13 @@ def test_a_jump_is_how_far_the_moved_rate_lies_off(monkeypatch: pytest.MonkeyPat
     done = {**lora, **bowl(FULL, -9.0, scheme="full"), **untrained()}
     rows = list(suite_tables.jumps(done, "language", {"a law": ra.MuA()}))
     assert rows == [
-        ["language", "Init[A], s = 1", "full finetuning", "+0.0, -1.0"],
-        ["language", "Init[B], s = 1", "full finetuning", "-2.0"],
-        ["language", "Init[A], s = 1", "Init[B], s = 1", "-0.5"],
+        [*("language", *between), estimator, off]
+        for estimator in ("vertex", "cliff")  # these bowls' cliffs lie equally far above their best rates
+        for between, off in (
+            (("Init[A], s = 1", "full finetuning"), "+0.0, -1.0"),
+            (("Init[B], s = 1", "full finetuning"), "-2.0"),
+            (("Init[A], s = 1", "Init[B], s = 1"), "-0.5"),
+        )
     ]
 
 
@@ -522,6 +529,44 @@ def test_regret_is_a_share_of_the_gain() -> None:
     assert lost(done, cell, cell, -6.0) == 0.0
     assert lost(done, cell, cell, -5.0) == pytest.approx(0.1)
     assert lost(done, cell, cell, -4.5) == pytest.approx((0.1 + 0.4) / 2)
+
+
+@pytest.mark.parametrize(
+    ("above", "expected"),
+    [((0.05, 0.15), -4.5), ((0.2, 0.9), -5.5), ((math.inf,), -5.5), ((0.05, 0.09), None)],
+)
+def test_the_cliff_is_where_a_tenth_of_the_gain_is_lost(above: tuple[float, ...], expected: float | None) -> None:
+    """It lies on straight lines, half way to a rate that diverged, and nowhere where no rate loses so much."""
+    from study.optima import cliff_of
+
+    tried = {-8.0: 1.7, -7.0: 1.4, -6.0: 1.0} | {-5.0 + i: 1.0 + loss for i, loss in enumerate(above)}
+    assert cliff_of(tried, -6.0, start=2.0) == (None if expected is None else pytest.approx(expected))
+
+
+def test_the_noise_floor_is_what_the_others_choice_loses_on_a_seed() -> None:
+    """Each seed scores the rate that all others choose; one that agrees loses nothing, and one seed alone has none."""
+    from study.regret import noise_floor
+
+    cell = ("language", "Init[A], s = 1", 4)
+    losses = {-7.0: (1.5, 1.5, 1.0), -6.0: (1.0, 1.0, 1.4), -5.0: (1.6, 1.6, 1.8)}
+    done = {job(4, x, seed): loss for x, by_seed in losses.items() for seed, loss in enumerate(by_seed)} | untrained(
+        2.0
+    )
+    # Seeds 0 and 2 choose -6 or -7 by their sums, 2.4 against 2.5; so -6 stands, and seed 2 loses .4 of its 1.
+    assert noise_floor(done, cell) == pytest.approx(0.4 / 3)
+    assert noise_floor({run: loss for run, loss in done.items() if run.seed == 0}, cell) is None
+
+
+def test_the_noise_floor_stands_before_a_configurations_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Table (c) begins a configuration with the floors of its ranks and of full finetuning."""
+    from study import regret
+    from study.grids import FULL
+
+    monkeypatch.setattr(regret, "ways", lambda done, domain, config, laws: [("kept", config, regret.kept)])
+    done = {**bowl(4, -6.0, 3), **bowl(16, -7.0, 3), **bowl(FULL, -9.0, 3, scheme="full"), **untrained()}
+    floor, kept = regret.moves_in(done, "language", {})
+    assert (floor.way, floor.lora, floor.full) == (regret.FLOOR, (0.0, 0.0), (0.0,))
+    assert (len(kept.lora), len(kept.full)) == (2, 2)
 
 
 def test_a_grid_grows_until_its_best_lies_inside(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from rankaware_optim.laws import (
     get_law,
     kappa,
     known_family,
+    law_changes,
     law_from_dict,
     law_to_dict,
     law_words,
@@ -59,7 +60,7 @@ LAW_TABLE = {
     "power-full": Power(exponent=-0.45, full_factor=0.5, pivot=8.0, to_full=True, law=MuA(tokens=4.0)),
     "power-pivot": Power(exponent=0.18, full_factor=2.0, law=MuA(tokens=None)),
     "falling": Falling(),
-    "falling-knee": Falling(knee=0.5, law=MuA(tokens=4.0)),
+    "falling-knee": Falling(knee=0.5, power=0.5, law=MuA(tokens=4.0)),
 }
 laws = st.sampled_from(list(LAW_TABLE.values()))
 ranks = st.integers(1, 4096)
@@ -398,14 +399,21 @@ def test_falling_takes_no_rank_of_full_finetuning():
     assert Falling().multiplier(target, left) == Falling().multiplier(target, plain)
 
 
-@given(rank=ranks, more=st.integers(1, 64), knee=st.floats(0.01, 1e4), width=widths)
-def test_falling_falls_by_no_more_than_the_square_root(rank, more, knee, width):
-    """At Init[B] the rate falls in rank beyond the law beneath it by r^0 to r^(-1/2), and meets it at r = n."""
-    law, low, high = Falling(knee), Point(rank, 1.0, width, "B"), Point(rank * more, 1.0, width, "B")
+@given(rank=ranks, more=st.integers(1, 64), knee=st.floats(0.0, 1e4), power=st.floats(0.0, 1.0), width=widths)
+def test_falling_falls_by_no_more_than_its_power(rank, more, knee, power, width):
+    """At Init[B] the rate falls in rank beyond the law beneath it by r^0 to r^-power, and meets it at r = n."""
+    law, low, high = Falling(knee, power), Point(rank, 1.0, width, "B"), Point(rank * more, 1.0, width, "B")
     fall = move(law, high, low) / move(MuA(), high, low)
-    assert more**-0.5 - 1e-9 <= fall <= 1.0 + 1e-9
+    assert more**-power - 1e-9 <= fall <= 1.0 + 1e-9
     whole = Point(width, 1.0, width, "B")
     assert move(law, whole, FullPoint(width)) == pytest.approx(move(MuA(), whole, FullPoint(width)), rel=1e-9)
+
+
+def test_a_file_without_falling_s_power_has_the_square_root():
+    """A recipe written before `power` keeps its law and the hash of it: a square root from a knee of 4."""
+    read = law_from_dict({"name": "falling", "knee": 4.0, "law": {"name": "mua", "tokens": 8.0}})
+    assert read == Falling(knee=4.0, power=0.5)
+    assert law_changes(read) == {"name": "falling", "law": {"name": "mua"}}
 
 
 @pytest.mark.parametrize(
@@ -440,7 +448,7 @@ NAMED = [
     ("constant", Constant()),
     ("loraplus", LoRAPlus(ratio=16.0)),
     ("power", Power()),
-    ("falling", Falling(knee=4.0)),
+    ("falling", Falling(knee=0.0, power=1 / 3)),
 ]
 
 
@@ -520,7 +528,8 @@ BAD_PARAMETERS = [(MuA, {"tokens": value}) for value in (0, -1.0, math.inf, math
     (Power, {"exponent": 10**5000}),
     (Power, {"pivot": 5e-324}),
     (MuA, {"tokens": 1e300}),
-    (Falling, {"knee": 0.0}),
+    (Falling, {"knee": -1.0}),
+    (Falling, {"power": 2.0}),
     (Falling, {"knee": None}),
     (Falling, {"law": "mua"}),
 ]
