@@ -16,6 +16,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "trial_lr": (1e-100, 1e100),  # moved to a reference, or from it
     "octaves": (0.0, 10.0),  # by which rates stay below the best one; a standard deviation
     "slope": (-10.0, 10.0),  # octaves per octave
+    "steepness": (0.0, 10.0),  # per octave
     "rank": (1, 2**31 - 1),
     "alpha": (1e-12, 1e12),
     "fan_in": (1e-9, 1e61),  # 2^200 stands for the limit of a large one

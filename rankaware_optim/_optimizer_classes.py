@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 from typing import Any
 
@@ -13,18 +14,27 @@ _NO_CLASS = ("Optimizer", "RankAwareOptimizer")  # base and wrapper, which are n
 
 
 def get_optimizer_class(optimizer: type[Optimizer] | str) -> type[Optimizer]:
-    """A torch optimizer class, from itself, a name in torch.optim in any case, or "package:Class".
+    """A torch optimizer class: itself, a name in torch.optim in any case, "package:Class", or as recipes store it.
 
-    >>> get_optimizer_class("adamw").__name__
-    'AdamW'
+    >>> [get_optimizer_class(name).__name__ for name in ("adamw", "torch.optim.AdamW")]
+    ['AdamW', 'AdamW']
     """
     found: Any = optimizer
     if isinstance(optimizer, str):
-        package, _, name = optimizer.rpartition(":")
+        package, _, name = optimizer.rpartition(":" if ":" in optimizer else ".")
         found = _find_class(package or "torch.optim", name)
     if not isinstance(found, type) or not issubclass(found, Optimizer) or found.__name__ in _NO_CLASS:
         raise OptimizerError(f"{found!r} is not a torch optimizer class.", "Give a class such as torch.optim.AdamW.")
     return found
+
+
+def defaults_of(function: Any) -> dict[str, Any]:
+    """The arguments of a function, or of a class, that have a default, with it; none where it cannot be looked into."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
 def _find_class(package: str, name: str) -> type[Optimizer]:

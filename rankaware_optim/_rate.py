@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ._printable import printable
 
@@ -16,7 +16,7 @@ class Rate:
     `lr` is the rate to use. It lies below the middle of its band where too high a rate costs more. `low` and `high`
     bound the best rate with 90 %, and are 0 and infinity where nothing bounds it. `ceiling` is the smallest rate seen
     to diverge, moved to this configuration, or None. `extrapolated` says that nothing was tried this far out. `notes`
-    are cautions in words.
+    are cautions in words. `configuration` says what the rate is for: rank, alpha, steps and more, as far as known.
 
     >>> rate = Rate(1e-3, low=5e-4, high=2e-3)
     >>> print(rate)
@@ -32,6 +32,7 @@ class Rate:
     ceiling: float | None = None
     extrapolated: bool = False
     notes: tuple[str, ...] = ()
+    configuration: str = field(default="", compare=False)
 
     def __float__(self) -> float:
         return float(self.lr)
@@ -50,6 +51,8 @@ class Rate:
 
     def _facts(self) -> Iterator[str]:
         yield f"lr        {self.lr:.3g}"
+        if self.configuration:
+            yield f"at        {self.configuration}"
         if math.isfinite(self.high):
             yield f"90 % band {self.band}"
         if self.ceiling is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._tables import text_table
@@ -45,27 +45,14 @@ def explain(survey: Survey, per_module: bool, rates: Mapping[str, Rated]) -> str
         add(name, "", ("", "frozen", *[""] * 5), "a LoRA factor that does not train", None)
     rows = [(*line[:8], str(count), *line[8:]) for line, count in lines.items()]
     headings = ("module" if per_module else _HEADINGS[0], *_HEADINGS[1:])
-    return noted_table(headings, rows, audit(survey), survey.notes, width=200 if per_module else 140)
-
-
-def noted_table(
-    headings: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    checks: Iterable[str],
-    notes: Iterable[str],
-    *,
-    width: int,
-    title: str = "",
-) -> str:
-    """A table of what is trained, with what to check and what to know below it."""
-    lines = [*(f"check: {check}" for check in checks), *(f"note: {note}" for note in notes)]
+    notes = [*(f"check: {check}" for check in audit(survey)), *(f"note: {note}" for note in survey.notes)]
     words = ("module", "convention", "kind", "role", "init", "why")
-    return text_table(headings, rows, lines=lines, title=title, left=words, width=width)
+    return text_table(headings, rows, lines=notes, left=words, width=200 if per_module else 140)
 
 
-def reason_of_other(kinds: Sequence[str]) -> str:
-    """Why a parameter that is no factor has the base rate. `kinds`: the adapters without a law that it belongs to."""
-    return f"{', '.join(kinds)}: no law, the base rate" if kinds else "no LoRA factor: the base rate"
+def reason_of_other(kinds: Sequence[str], rate: str = "the base rate") -> str:
+    """Why a parameter that is no factor has the rate that `rate` says. `kinds`: the adapters without a law it is of."""
+    return f"{', '.join(kinds)}: no law, {rate}" if kinds else f"no LoRA factor: {rate}"
 
 
 def audit(survey: Survey) -> Iterator[str]:

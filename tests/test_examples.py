@@ -17,8 +17,9 @@ from torch import nn
 import rankaware_optim
 
 README = Path(__file__).parents[1] / "README.md"
+APART = ("__main__", "integrations.axolotl", "rankaware_swift")  # of a tool that only its own environment has
 MODULES = sorted(
-    m.name for m in pkgutil.walk_packages(rankaware_optim.__path__, "rankaware_optim.") if "__main__" not in m.name
+    m.name for m in pkgutil.walk_packages(rankaware_optim.__path__, "rankaware_optim.") if not m.name.endswith(APART)
 )
 
 

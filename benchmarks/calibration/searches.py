@@ -9,6 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ def calibrated(**options: Any) -> Callable[[Search, Domain, Arms], Rates]:
 def recipe_of(
     domain: Domain, config: str, share: float, seed: int, arms: Arms, warmup: float = WARMUP, **options: Any
 ) -> ra.Recipe:
-    """A domain's recipe in a configuration, at a share of its sweep's cost."""
+    """A domain's recipe in a configuration, at a share of its sweep's cost; `options` are of `ra.calibrate`."""
 
     def train(trial: ra.Trial) -> Generator[Any, None, Any]:
         return clocked(loop(trial), arms, trial.rank or FULL)
@@ -87,20 +88,19 @@ def recipe_of(
     def loop(trial: ra.Trial) -> Generator[float, None, float]:
         model = built(domain, config, trial.rank or FULL, trial.seed)
         opt = trial.optimizer(model, rates=domain.head_rates, **ADAMW)
-        return (yield from trained(domain, model, opt, trial.seed, partial(shape, steps=domain.steps, warmup=warmup)))
+        own = replace(domain, steps=trial.steps)
+        return (yield from trained(own, model, opt, trial.seed, partial(shape, steps=trial.steps, warmup=warmup)))
 
+    planned = {"ranks": RANKS_TRIED, "steps": domain.steps, "budget": budget_of(share, domain)}
     return ra.calibrate(
         train,
         torch.optim.AdamW,
-        ranks=RANKS_TRIED,
-        steps=domain.steps,
-        budget=budget_of(share, domain),
         seeds=(10 + 2 * seed, 11 + 2 * seed),
         seed=seed,
         batch=domain.batch,
         warmup=warmup,
         progress=False,
-        **options,
+        **{**planned, **options},
     )
 
 

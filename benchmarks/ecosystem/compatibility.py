@@ -88,11 +88,11 @@ LIMITS = (
 )
 
 
-def rows(path: str) -> list[Row]:
-    """Run one file or folder, and sum its cases by test function."""
+def rows(path: str, *options: str) -> list[Row]:
+    """Run one file or folder, with options of pytest, and sum its cases by test function."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", path, f"--junitxml={report}", "-q", "--tb=no"]
+        command = [sys.executable, "-m", "pytest", path, f"--junitxml={report}", "-q", "--tb=no", *options]
         subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         cases = list(ET.parse(report).iter("testcase"))
     sentences = {name: text for file in files(path) for name, text in docstrings(file).items()}

@@ -94,10 +94,6 @@ def cell_of(domain: str, config: str, arm: str) -> tuple[str, str, int]:
     return domain, f"{config} | {arm}", RANKS[config]
 
 
-def arm_of(cell: tuple[str, str, int]) -> Arm:
-    return ARMS[cell[1].partition(" | ")[2]]
-
-
 def changed(domain: Domain, arm: Arm) -> Domain:
     return replace(domain, steps=round(domain.steps * arm.steps), batch=round(domain.batch * arm.batch))
 
@@ -119,10 +115,11 @@ class Around:
 
     cell: tuple[str, str, int]
     guess: int
+    seeds: int = SEEDS
+    wide: int = WIDE
 
     def wanted(self, done: Losses) -> list[Job]:
-        arm = arm_of(self.cell)
-        low, high = self.guess - arm.wide, self.guess + arm.wide
+        low, high = self.guess - self.wide, self.guess + self.wide
         while True:
             jobs = [Job(*self.cell, float(x), 0) for x in range(low, high + 1)]
             if missing := [job for job in jobs if job not in done]:
@@ -131,7 +128,7 @@ class Around:
             if low < best < high or high - low > 4 * WIDE:
                 break
             low, high = low - (best <= low), high + (best >= high)
-        fine = [Job(*self.cell, best + half / 2, seed) for half in range(-2, 3) for seed in range(arm.seeds)]
+        fine = [Job(*self.cell, best + half / 2, seed) for half in range(-2, 3) for seed in range(self.seeds)]
         return [job for job in fine if job not in done]
 
 
@@ -146,28 +143,27 @@ class Estimate(NamedTuple):
     means: Mapping[float, float]
 
 
-def estimate(done: Losses, cell: tuple[str, str, int], start: float) -> Estimate | None:
+def estimate(done: Losses, cell: tuple[str, str, int], start: float, seeds: int = SEEDS) -> Estimate | None:
     """None where a cell's half octaves are not whole."""
-    means = curve(done, cell, arm_of(cell).seeds)
+    means = curve(done, cell, seeds)
     if len(means) < 5 or all(x.is_integer() for x in means):
         return None
     best = lowest(means)
-    at_best = losses_at(done, cell, best, arm_of(cell).seeds)
+    at_best = losses_at(done, cell, best, seeds)
     shift = means[best] - at_best[0]  # of seed 0 against all, so that its own octaves stand beside the means
     tried = {x: loss + shift for x, loss in curve(done, cell, 1).items()} | means
     gain = start - means[best]
-    bottom = means[best] + max(NEAR * gain, 2 * standard_error(done, cell, best))
+    bottom = means[best] + max(NEAR * gain, 2 * standard_error(done, cell, best, seeds))
     left, right = crossing(tried, best, bottom, -1), crossing(tried, best, bottom, 1)
     middle = None if left is None or right is None else (left + right) / 2
     return Estimate(middle, cliff_of(tried, best, start), tried)
 
 
-def standard_error(done: Losses, cell: tuple[str, str, int], best: float) -> float:
+def standard_error(done: Losses, cell: tuple[str, str, int], best: float, seeds: int) -> float:
     """Of the mean change of loss over half an octave from the lowest, seed by seed.
 
     0 where both sides diverged, and of one seed.
     """
-    seeds = arm_of(cell).seeds
     at_best, beside = losses_at(done, cell, best, seeds), (best - 0.5, best + 0.5)
     changes = [
         [there - here for there, here in zip(losses_at(done, cell, x, seeds), at_best, strict=True)]
@@ -189,24 +185,34 @@ def width(domain: str) -> float:
     )
 
 
-def terms(domain: str, config: str) -> tuple[float, float]:
-    """(p, q) of the condition p·τ + q·τ² = c, in quadrature at Init[B]."""
+def site(domain: str, config: str) -> Site:
+    """What a configuration's condition is made of."""
     rank, init = RANKS[config] or 1, "full" if config == "full" else "B" if config == AT_B else "A"
     scaling = 1.0 / rank if config == BY_RANK else 1.0
-    return sign_terms(Updates(TOKENS), Site(init, rank, scaling, width(domain)))
+    return Site(init, rank, scaling, width(domain))
+
+
+def constant_at(at: Site, x: float) -> float:
+    """c at the rate 2^x: p·τ + q·τ², in quadrature at Init[B]."""
+    (p, q), tau = sign_terms(Updates(TOKENS), at), T * 2.0**x
+    return math.hypot(p * tau, q * tau**2) if at.init == "B" else p * tau + q * tau**2
+
+
+def rate_for(at: Site, c: float) -> float:
+    """log2 of the rate at which the condition is c."""
+    p, q = (term / c for term in sign_terms(Updates(TOKENS), at))
+    tau = _in_quadrature(p, q) if at.init == "B" else 2.0 / (p + math.sqrt(p * p + 4.0 * q))
+    return math.log2(tau / T)
 
 
 def constant_of(domain: str, config: str, x: float) -> float:
     """c of a configuration at the rate 2^x."""
-    (p, q), tau = terms(domain, config), T * 2.0**x
-    return math.hypot(p * tau, q * tau**2) if config == AT_B else p * tau + q * tau**2
+    return constant_at(site(domain, config), x)
 
 
 def rate_at(domain: str, config: str, c: float) -> float:
     """log2 of the rate at which a configuration's condition is c."""
-    p, q = (term / c for term in terms(domain, config))
-    tau = _in_quadrature(p, q) if config == AT_B else 2.0 / (p + math.sqrt(p * p + 4.0 * q))
-    return math.log2(tau / T)
+    return rate_for(site(domain, config), c)
 
 
 def one_constant(domain: str, config: str, x: float) -> float:
@@ -236,8 +242,11 @@ def run(chosen: tuple[str, ...], arms: tuple[str, ...], workers: int) -> None:
     made = {domain: provenance(domain) for domain in chosen}
     for arm in arms:
         for domain in chosen:
-            store = STORE / f"{domain}.jsonl"
-            cells = [Around(cell_of(domain, config, arm), guess(domain, config, arm)) for config in RANKS]
+            store, own = STORE / f"{domain}.jsonl", ARMS[arm]
+            cells = [
+                Around(cell_of(domain, config, arm), guess(domain, config, arm), own.seeds, own.wide)
+                for config in RANKS
+            ]
             for task in (starts(domain, range(SEEDS)), *cells):
                 complete(task, run_one, store, workers, click.echo, made[domain])
 
@@ -266,9 +275,10 @@ class Cell(NamedTuple):
 def cells() -> Iterator[Cell]:
     for domain in DOMAINS:
         done = read(STORE / f"{domain}.jsonl")
+        start = start_of(domain, done) if done else math.nan
         for config in RANKS:
             for arm in ARMS:
-                found = estimate(done, cell_of(domain, config, arm), start_of(domain, done)) if done else None
+                found = estimate(done, cell_of(domain, config, arm), start, ARMS[arm].seeds)
                 if found is not None:
                     yield Cell(domain, config, arm, found)
 

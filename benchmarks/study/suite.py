@@ -23,7 +23,7 @@ from typing import Any
 import click
 from recording import RESULTS, machine
 from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, TWO_RATES, run_at, starts
-from study.domains import STUDY, DomainError, get_domain, weights_hash
+from study.domains import STUDY, Domain, DomainError, get_domain, weights_hash
 from study.grids import FULL, Cell, Grid, Job, Losses
 from study.optima import domains_in
 from study.regret import LAWS, moves
@@ -123,9 +123,9 @@ def sweep(domain: str, suite: str, store: Path, workers: int) -> None:
         complete(grid, partial(run_at, warmup=WARMUP), store, workers, click.echo, on)
 
 
-def provenance(domain: str) -> dict[str, Any]:
+def provenance(domain: str | Domain) -> dict[str, Any]:
     """What a store says of the runs that follow: commit, machine, versions, and the network's hash before training."""
-    found, here = get_domain(domain), machine(1)
+    found, here = domain if isinstance(domain, Domain) else get_domain(domain), machine(1)
     found.warm()
     packages = {name: version(name) for name in ("optuna", "peft", "transformers", "timm")}
     return {**{key: here[key] for key in ("commit", *NOTED)}, **packages, "weights": weights_hash(found)}

@@ -1,7 +1,8 @@
 """Calibration: a short study of the base rate at several ranks becomes a recipe."""
 
 from ._api import calibrate
-from ._study import Study, versions_used
+from ._code import versions_used
+from ._study import Study
 from ._trial import Pushed, Trial, release_memory, seeded
 from .in_place import calibrate_in_place
 

@@ -17,7 +17,7 @@ from .._types import Method
 from ..errors import CalibrationError, CalibrationInterrupted
 from ..laws import Law, get_law
 from ..recipe import Recipe
-from ._comparison import train_source
+from ._code import train_source
 from ._progress import TrialLog, progress_shown
 from ._runner import Runner
 from ._schedule import Schedule
@@ -30,7 +30,7 @@ def calibrate(
     optimizer: type[Optimizer] | str,
     *,
     ranks: Sequence[int | None],
-    steps: int,
+    steps: int | Sequence[int],
     name: str = "calibration",
     law: str | Law = "mua",
     trials: int | None = None,
@@ -47,6 +47,9 @@ def calibrate(
     warmup: float | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    target_steps: int | None = None,
+    batches: Sequence[float] = (),
+    confirm: bool = False,
 ) -> Recipe:
     """Find the base rate, its drift in rank and its uncertainty by a short study, as a recipe.
 
@@ -57,10 +60,17 @@ def calibrate(
     `optuna.TrialPruned` where a run is not worth going on, or does not fit into memory. Draw everything, data too,
     from `trial.seed`: runs of one rank and seed are then compared without noise, and others are said to be unsteady.
 
-    Trials are spent where they tell most: rates stride outwards from the upper end of usual ones until the optimum is
-    bracketed, then measure around it, at the ranks in turn, four runs of each at a seed before the next. A run is
-    stopped that diverges, or that clearly lags the best one of its rank and seed at the same step: it then says where
-    the optimum is not.
+    Trials are spent where they say most: at the highest rank, rates stride outwards from the upper end of usual ones
+    until the optimum is bracketed; then runs measure around it at the ranks in turn, four of each at a seed before the
+    next. A run is stopped that diverges, or that clearly lags the best one of its rank and seed at the same step: it
+    then says where the optimum is not.
+
+    **Calibrate short, train long.** `steps=(250, 1000), target_steps=8000` makes whole runs of 250 and 1,000 steps,
+    each with its own warm-up and decay: `trial.steps` says how many. The recipe is for 8,000 steps. All ranks share
+    the shortest runs; longer ones, as many steps in all, are of the highest rank and say how the best rate moves with
+    the length. That is carried on to the target by a slope that is forgotten after a few octaves, and the band grows
+    with the distance. `confirm=True` ends with up to three runs at the target's length. `batches=(16, 64), batch=256`
+    does the same for the batch: `trial.batch` says which.
 
     **For full finetuning**, `full_trials=3` ends with three full runs around the rate predicted for it, the surest
     way. From LoRA trials alone, `target="full"` plans for `recipe.at(method="full")`: with Init[B], whose two ranks
@@ -78,11 +88,12 @@ def calibrate(
     Args:
         train: the training loop, as a generator function of a `Trial`.
         optimizer: a torch optimizer class or its name.
-        ranks: LoRA ranks to try, two at least a factor 16 apart tell most; None among them tries full finetuning.
-        steps: training steps a trial.
+        ranks: LoRA ranks to try: the lowest and the highest that you mean to use. None among them tries full
+            finetuning. Between them rates are interpolated; outside, the band grows with the distance.
+        steps: training steps a trial; or several lengths, rising.
         name: the study's and the recipe's name.
         law: the law that maps rates between ranks; by default µA alone, the fall at Init[B] being the prior's.
-        trials: how many runs at `ranks`; by default as many as `budget` pays for, or 8 a rank.
+        trials: how many runs at `ranks`; by default as many as `budget` pays for, or 8 a rank, length and batch.
         budget: training steps in all, over every trial, pruned and killed ones at what they ran; never exceeded.
         until: octaves; runs at `ranks` end when the 90 % band of the target is narrower.
         full_trials: runs of full finetuning after those at `ranks`, around the rate predicted for it.
@@ -93,6 +104,11 @@ def calibrate(
         storage: a file's path for Optuna's journal, an Optuna URL or storage; by default memory.
         batch, warmup: examples a step and share of steps, where known. The rate belongs to them, so they are recorded.
             Nothing is pruned before the warm-up is over.
+        target_steps: steps of the run that is meant, for which the recipe is; by default the longest of `steps`.
+        batches: examples a step of trials, rising, where they are others than the `batch` that is meant; that is by
+            default the largest of them.
+        confirm: end with up to three runs at `target_steps`, at the rate found and half an octave to either side, for
+            half of `budget` at most.
         seed: of the sampler.
         progress: show a progress bar; by default where standard error is a terminal. The logger
             "rankaware_optim.calibration" has a line for every trial that ended, at INFO.
@@ -104,27 +120,34 @@ def calibrate(
     given = {
         "ranks": ranks, "seeds": seeds, "steps": steps, "trials": trials, "budget": budget, "until": until,
         "full_trials": full_trials, "target": target, "batch": batch, "warmup": warmup, "seed": seed, "name": name,
+        "target_steps": target_steps, "batches": batches,
     }  # fmt: skip
     for what, value in given.items():
         check_argument(what, value)
     tried = tuple(sorted(ranks, key=lambda r: (r is None, r or 0)))
+    lengths = (steps,) if isinstance(steps, int) else tuple(steps)
+    meant = batch if batch is not None or not batches else batches[-1]
     schedule = Schedule(
-        tried, tuple(seeds), steps, trials=trials, budget=budget, until=until, full_trials=full_trials, target=target
-    )
+        tried, tuple(seeds), lengths, trials=trials, budget=budget, until=until, full_trials=full_trials, target=target,
+        target_steps=lengths[-1] if target_steps is None else target_steps, batches=tuple(batches), batch=meant,
+        confirm=confirm,
+    )  # fmt: skip
     _check_schedule(schedule)
     study = Study(
         optimizer=get_optimizer_class(optimizer),
         law=get_law(law),
         ranks=tried,
-        steps=steps,
+        steps=lengths,
         seeds=tuple(seeds),
         train=train_source(train),
         lr_range=_octaves(lr_range),
-        batch=batch,
+        batch=meant,
         warmup=warmup,
         seed=seed,
         name=name,
-        few_full=full_trials > 0,
+        target_steps=schedule.target_steps,
+        batches=schedule.batches,
+        kind=schedule.kind,
     )
     state = random.getstate()  # importing rich and talking to a database may draw from it
     runner = Runner(study, schedule)
@@ -141,7 +164,7 @@ def _run(runner: Runner, train: Train, progress: bool | None) -> Recipe:
     study, leads = runner.study, runner.team.leads
     try:
         log = TrialLog(logs=leads)
-        with progress_shown(study.steps, progress if leads else False) as show:
+        with progress_shown(progress if leads else False) as show:
             while (begun := runner.begin()) is not None:
                 runner.one(begun, train, show, log.ended)
         return runner.recipe()
@@ -178,7 +201,15 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: _is_distinct(v, lambda seed: is_whole(seed, -(2**63) + 1) and seed < 2**63),
         "Give distinct whole numbers, such as (0, 1).",
     ),
-    "steps": _COUNT,
+    "steps": (
+        lambda v: is_whole(v) or (_is_distinct(v, is_whole) and list(v) == sorted(v)),
+        "Give a whole number of at least 1, or several that rise, such as (250, 1000).",
+    ),
+    "target_steps": _COUNT_OR_NONE,
+    "batches": (
+        lambda v: v == () or (_is_distinct(v, is_positive) and list(v) == sorted(v)),
+        "Give positive numbers that rise, such as (16, 64), or leave it out.",
+    ),
     "trials": _COUNT_OR_NONE,
     "budget": _COUNT_OR_NONE,
     "full_trials": (lambda v: is_whole(v, 0), _COUNT[1]),
@@ -203,11 +234,21 @@ def check_argument(what: str, value: object) -> None:
 
 def _check_schedule(schedule: Schedule) -> None:
     """Refuse arguments that do not go together."""
-    steps, runs = schedule.steps, 1 + schedule.full_trials
-    if schedule.budget is not None and schedule.budget < runs * steps:
+    longest, least = schedule.steps[-1], schedule.least()
+    if schedule.target_steps < longest:
         raise CalibrationError(
-            f"budget={schedule.budget} does not pay for {runs} runs of {steps} steps.",
-            f"Give {runs * steps} training steps at least; thirty runs in all are plenty.",
+            f"target_steps={schedule.target_steps} is less than the {longest} steps of a trial.",
+            "Leave out the lengths beyond it: trials say nothing more by being longer than the run that is meant.",
+        )
+    if schedule.confirm and schedule.target_steps == longest:
+        raise CalibrationError(
+            f"confirm=True runs {longest} steps, which the search does already.", "Leave it out, or give target_steps=."
+        )
+    if schedule.budget is not None and schedule.budget < least:
+        runs = 1 + schedule.full_trials + schedule.confirms
+        raise CalibrationError(
+            f"budget={schedule.budget} does not pay for {runs} run{'s' * (runs > 1)}, {least} steps in all.",
+            f"Give {least} training steps at least; thirty runs in all are plenty.",
         )
     if schedule.full_trials and None in schedule.ranks:
         raise CalibrationError(

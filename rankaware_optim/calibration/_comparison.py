@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import math
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
 
-from .._checks import is_number, plain_lr
+from .._optimizer_classes import defaults_of
 from .._types import Factor, Reference
 from ..laws import Law, checked_multiplier
-from ..optimizer import RankAwareOptimizer
+from ..optimizer import RankAwareOptimizer, effective_lr
+from ..recipe import BASE, SAME_UPDATES, agreed, name_pattern, plain_value, settings_of
 
-_SAME = 1e-6  # relative, of numbers: about what float32 keeps of one
 SAME_RATE = 1e-3  # of a law's multipliers: some are measured
 _LAW_AT = Reference(rank=16, alpha=16, fan_in=64)
 # What an optimizer is given that the study decides, or that leaves its updates as they are.
 _LEFT_OUT = {
     "cls", "self", "params", "optimizer", "model", "lr", "tuned_at", "law", "recipe", "method", "strict",
-    "on_rank_change", "native_type", "foreach", "fused", "capturable", "differentiable", "seed", "generator",
+    "on_rank_change", "native_type", "apply_settings", "steps", "warmup_share", "seed", "generator", *SAME_UPDATES,
 }  # fmt: skip
-
-
-def differences(stored: Mapping[str, Any], mine: Mapping[str, Any], tolerance: float = _SAME) -> str:
-    """What both hold and differs, as "steps=10, not 20; batch=8, not 16"; empty where nothing does."""
-    both = [(key, stored[key], mine[key]) for key in mine if key in stored]
-    return "; ".join(f"{key}={was!r}, not {now!r}" for key, was, now in both if not _is_alike(was, now, tolerance))
-
-
-def _is_alike(a: Any, b: Any, tolerance: float) -> bool:
-    if is_number(a) and is_number(b):
-        return a == b or (isinstance(a + b, float) and math.isclose(a, b, rel_tol=tolerance))
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(_is_alike(x, y, tolerance) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_is_alike(a[key], b[key], tolerance) for key in a)
-    return bool(a == b)
 
 
 def law_values(law: Law, optimizer: type[Optimizer], ranks: Iterable[int | None]) -> dict[str, float]:
@@ -56,49 +35,35 @@ def law_values(law: Law, optimizer: type[Optimizer], ranks: Iterable[int | None]
     return values
 
 
-def train_source(train: Any) -> dict[str, str]:
-    """A training loop's name, and a hash of its source where that can be read."""
-    own = inspect.unwrap(train)
-    while isinstance(own, partial):
-        own = inspect.unwrap(own.func)
-    own = own if hasattr(own, "__qualname__") else type(own)
-    found = {"train": own.__qualname__}
-    with suppress(OSError, TypeError):
-        found["its source's hash"] = hashlib.sha256(inspect.getsource(own).encode()).hexdigest()[:12]
-    return found
-
-
 def built_with(opt: Optimizer, native: type[Optimizer], settings: Mapping[str, Any], at: Reference) -> dict[str, Any]:
     """What decides a trial beside its rank, seed and rate: the model's width, alpha and init, and all settings.
 
-    Settings that were left out have their defaults. Where groups differ in one, it is the list of its values.
+    Settings that were left out have their defaults. Where groups differ in one, it is the list of its values, and what
+    the factors' groups have is beside it. Of the parameters that are no factors, in a LoRA trial, their rates are kept.
     """
-    given = {**_defaults(RankAwareOptimizer.__new__), **_defaults(native), **settings}
-    made = {name: _plain(value) for name, value in given.items() if name not in _LEFT_OUT}
-    for name in opt.defaults.keys() - _LEFT_OUT:
-        values = [_plain(group[name]) for group in opt.param_groups]
-        apart = [value for i, value in enumerate(values) if value not in values[:i]]
-        made[name] = apart if len(apart) > 1 else apart[0]
+    given = {**defaults_of(RankAwareOptimizer.__new__), **defaults_of(native), **settings}
+    made = {name: plain_value(value) for name, value in given.items() if name not in _LEFT_OUT}
+    names, groups = opt.defaults.keys() - _LEFT_OUT, opt.param_groups
+    made |= settings_of(groups, names)
+    factors = settings_of([group for group in groups if group["lora_role"] != "other"] or groups, names)
+    apart = {name: value for name, value in factors.items() if value != made[name]}
+    more = {"factors' settings": apart, "other rates": {} if at.method == "full" else _other_rates(opt)}
+    made |= {key: value for key, value in more.items() if value}
     return {**made, "width": at.fan_in, "alpha": at.alpha, "init": at.init}
 
 
-def _defaults(function: Any) -> dict[str, Any]:
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return {}
-    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+def _other_rates(opt: Optimizer) -> dict[str, Any]:
+    """Rates of parameters that are no factors, by name pattern: `BASE` or a rate; where two differ, none."""
+    tables = []
+    for group in opt.param_groups:
+        if group["lora_role"] == "other":
+            rate = effective_lr(group)
+            kept = BASE if rate == opt.defaults["lr"] else float(f"{rate:.12g}")  # without the rounding of a ratio
+            tables.append({name_pattern(name): kept for name in group["param_names"]})
+    return agreed(tables)
 
 
-def _plain(value: Any) -> Any:
-    """A setting as JSON holds it. An object without values of its own is named by its text, without its address."""
-    value = plain_lr(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(own) for key, own in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(own) for own in value]
-    if hasattr(value, "tolist"):  # of torch and numpy
-        return value.tolist()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+def settings_in(built: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The optimizer's settings `names` in what `built_with` gave, those of the factors where groups differ."""
+    held = {**built, **built.get("factors' settings", {})}
+    return {name: held[name] for name in names if held.get(name) is not None and name not in _LEFT_OUT}

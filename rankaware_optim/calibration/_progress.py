@@ -16,10 +16,10 @@ _LOG = logging.getLogger(__package__)
 
 
 @contextmanager
-def progress_shown(steps: int, wanted: bool | None) -> Iterator[Show]:
+def progress_shown(wanted: bool | None) -> Iterator[Show]:
     """A function that shows where a trial stands; it does nothing where no progress is wanted.
 
-    steps: of a trial. wanted: None for "where standard error is a terminal".
+    wanted: None for "where standard error is a terminal".
     """
     from rich.console import Console
 
@@ -34,12 +34,12 @@ def progress_shown(steps: int, wanted: bool | None) -> Iterator[Show]:
         shown = bar.add_task("calibrate", total=None, trial="0", what="starting")
 
         def show(begun: NextTrial, trial: Trial, curve: list[float]) -> None:
-            total, done = max(begun.expected, begun.done + 1), begun.done * steps + len(curve)
+            total, done = max(begun.expected, begun.done + 1), begun.done + len(curve) / begun.steps
             what = f"{_rank(begun)} · base rate {trial.lr or math.nan:.2g} · value {curve[-1]:.4g}"
             if begun.estimate is not None:
                 low, best, high = begun.estimate
                 what += f" · best so far {best:.2g} ({low:.2g} to {high:.2g})"
-            bar.update(shown, completed=done, total=total * steps, trial=f"{begun.done + 1}/{total}", what=what)
+            bar.update(shown, completed=done, total=total, trial=f"{begun.done + 1}/{total}", what=what)
 
         yield show
 

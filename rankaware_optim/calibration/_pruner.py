@@ -24,17 +24,18 @@ _JUDGED = 3  # the last reports that the difference is taken over
 class PairedPruner(BasePruner):
     """Stops a run that lags the best one of its rank and seed by half of what that one gained by the same step.
 
-    steps: of a whole run. warmup: share of them; nothing is pruned before it is over, nor before 30 %. Rates within
-    an octave of the best run's or of the estimated optimum are never pruned, nor is a difference that noise explains.
+    steps: of a whole run, where a trial does not say its own. warmup: share of them; nothing is pruned before it is
+    over, nor before 30 %. Rates within an octave of the best run's or of the estimated optimum are never pruned, nor is
+    a difference that noise explains.
     """
 
     def __init__(self, steps: int, warmup: float = 0.0) -> None:
-        self._from = max(EARLY, warmup) * steps
+        self._steps, self._from = steps, max(EARLY, warmup)
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        if trial.last_step is None or trial.last_step < self._from:
-            return False
         record = TrialRecord.read(trial)
+        if trial.last_step is None or trial.last_step < self._from * (record.steps or self._steps):
+            return False
         best = Trials.read(study.get_trials(deepcopy=False), record.cell).rival_of(record)
         if best is None or record.x is None:
             return False

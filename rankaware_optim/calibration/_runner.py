@@ -43,6 +43,8 @@ class NextTrial(NamedTuple):
     number: int
     rank: int | None
     seed: int
+    steps: int
+    batch: float | None
     limits: list[float]
     endless: bool | None
     done: int
@@ -120,9 +122,9 @@ class Runner:
         killed, cell = to_repeat(trials), self._next(trials)
         if cell is None:
             return None
-        rank, seed = cell if killed is None else killed.cell
+        cell = cell if killed is None else killed.cell
         owner, again = new_owner(), None if killed is None else killed.number
-        mine = TrialRecord(rank, seed, owner, heartbeat=0, retry_of=again)
+        mine = TrialRecord(*cell, owner=owner, heartbeat=0, retry_of=again)
         params = {} if killed is None or killed.x is None else {PARAMETER: killed.x}
         self._handle = begin_trial(self.study.optuna, mine.attributes(), params)
         self._record = replace(mine, number=self._handle.number)
@@ -141,8 +143,18 @@ class Runner:
         if self.study.reference is not None:
             self._take_rate()
         expected, standing = self.schedule.expected(), self.study.standing()
-        done = len(trials.counted())
-        return NextTrial(mine.number, mine.rank, mine.seed, self._limits(), self._endless, done, expected, standing)
+        return NextTrial(
+            number=mine.number,
+            rank=mine.rank,
+            seed=mine.seed,
+            steps=(steps := mine.steps or self.study.steps[0]),
+            batch=mine.batch or self.study.batch,
+            limits=self._limits(steps),
+            endless=self._endless,
+            done=len(trials.counted()),
+            expected=expected,
+            estimate=standing,
+        )
 
     def _next(self, trials: Trials) -> Cell | None:
         """The next rank and seed. For full finetuning from Init[B], trials go where the line to r = n is sharpened."""
@@ -166,7 +178,7 @@ class Runner:
             self.study.pause(_POLL_S)
             fail_dead_trials(self.study.optuna, self._record.owner)
 
-    def _limits(self) -> list[float]:
+    def _limits(self, steps: int) -> list[float]:
         """How high recent values may rise, step by step, before a run is stopped: half the best gain above where runs
         have been, or, since batches may be hard ones, above where one that learns nothing would be at that step.
 
@@ -178,27 +190,28 @@ class Runner:
         gain = max([g for g in gains if g > 0], default=math.inf)
         flat = trials.usual_height() + gain / 2
         beside = trials.curve_beside(self._record.cell)
-        windows = (beside[max(0, end - TAIL) : end] for end in range(1, self.study.steps + 1))
+        windows = (beside[max(0, end - TAIL) : end] for end in range(1, steps + 1))
         return [max(flat, recent(window) + 1.5 * gain) if window else flat for window in windows]
 
     # --- one trial --------------------------------------------------------------------------------------------------
 
     def one(self, begun: NextTrial, train: Train, show: Show, ended: Ended) -> None:
         """Run and record one trial; one that raises is at hand when this runner closes, which fails it."""
-        trial = Trial(begun.rank, begun.seed, self.study.steps, begun.number, self._build)
-        every = interval(self.study.steps)
+        trial = Trial(begun.rank, begun.seed, begun.steps, begun.number, self._build, _batch=begun.batch)
+        every = interval(begun.steps)
 
         def watch(trial: Trial, curve: list[float]) -> bool:
             show(begun, trial, curve)
-            if len(curve) % every and len(curve) != self.study.steps:
+            if len(curve) % every and len(curve) != begun.steps:
                 return False
-            return self._agree(lambda: self._report(curve, every))
+            return self._agree(lambda: self._report(curve, every, begun.steps))
 
         try:
             with seeded(begun.seed):
                 outcome = run_trial(
                     train, trial, limits=begun.limits, endless=begun.endless, watch=watch, mean=self.team.mean
                 )
+            self._check_read(trial, outcome)
             self._agree(lambda: self._end(outcome))
         except UpdateFinishedTrialError:
             self._agree(lambda: self._close(TrialState.FAIL))
@@ -209,9 +222,18 @@ class Runner:
         else:
             ended(begun, trial, outcome)
 
-    def _report(self, curve: list[float], every: int) -> bool:
+    def _check_read(self, trial: Trial, outcome: Outcome) -> None:
+        """Refuse a loop that cannot know how long its runs are to be, or at which batch, where that varies."""
+        for what in self.study.varying:
+            if not outcome.stopped and what not in trial._read:
+                raise CalibrationError(
+                    f"train never read trial.{what}, so its runs are not whole ones of the {what} that it is given.",
+                    "Let its schedule and warm-up span trial.steps, and its data come trial.batch examples at a time.",
+                )
+
+    def _report(self, curve: list[float], every: int, steps: int) -> bool:
         self._handle.report(recent(curve, max(TAIL, every)), len(curve))
-        return len(curve) < self.study.steps and self._handle.should_prune()
+        return len(curve) < steps and self._handle.should_prune()
 
     def _end(self, outcome: Outcome) -> None:
         """Write down what a run gave. Scores compare only if all were returned or none was."""
@@ -234,6 +256,8 @@ class Runner:
             tail=outcome.tail,
             returned=returned,
             stopped=stopped == "diverged",
+            steps=record.steps,
+            batch=record.batch,
         )
         self._write(replace(record, curve=outcome.curve, observation=seen))
         finite = math.isfinite(seen.value)
@@ -250,7 +274,7 @@ class Runner:
             release(self._record.owner)
         self.study.optuna.tell(self._handle, value, state=state, skip_if_finished=True)
         trials = self.study.trials()
-        total = {"steps": trials.spent(self.study.steps), "trials": len(trials.counted())}
+        total = {"steps": trials.spent(self.study.steps[0]), "trials": len(trials.counted())}
         self.study.optuna.set_user_attr("spent", total)
         self._record = TrialRecord()
 
@@ -304,7 +328,7 @@ class Runner:
         if x is None:
             fit = self.study.fit()
             if fit is not None:
-                estimate = estimate_at(fit, self._record.rank, self.study.prior)
+                estimate = estimate_at(fit, self._record.place, self.study.prior)
                 self._write(replace(self._record, estimate=estimate))
             x = float(self._handle.suggest_float(PARAMETER, *self.study.range()))
             self._record = replace(self._record, x=x)

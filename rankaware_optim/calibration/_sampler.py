@@ -1,4 +1,4 @@
-"""Where to try next: an Optuna sampler that brackets the optimum in reference coordinates, then measures around it."""
+"""Where to try next: an Optuna sampler that brackets the optimum of one rank, then measures around it at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from ._trials import TrialRecord, Trials
-from .fit import Fit, Observation, Prior, diverged, gain_of
+from .fit import Fit, Observation, Place, Prior, diverged, gain_of
 
 _STRIDE = 2.0  # octaves between the trials that bracket
 _CLEARLY = 0.25  # share of the gain that makes a rate above the best clearly worse
@@ -20,21 +20,29 @@ _CLEARLY = 0.25  # share of the gain that makes a rate above the best clearly wo
 _OFFSETS = ((0.5, -1.0, 1.25, -2.0), (0.0, -0.5, -1.5, 0.85))
 _CLEARANCE = 0.5  # octaves that are kept below the lowest rate that diverged
 _TAKEN = 0.25  # octaves around a rate that another worker is running, or this rank has run, kept free of a second run
-_FULL_STEP = 1.0  # octaves between the few runs of full finetuning
+_FEW_STEP = {"full": 1.0, "confirm": 0.5}  # octaves between the few runs of full finetuning, and those that confirm
 
 
 class BracketSampler(BaseSampler):
     """Strides outwards from `start` until the cliff above and a rate below the best were seen, then refines.
 
-    Refinement puts each trial where its rank has been measured least: at one of eight offsets from the fitted
+    Rates are bracketed at one place, that of the first run: losses of different ranks or lengths do not compare.
+    Refinement puts each trial where its own place has been measured least: at one of eight offsets from the fitted
     optimum. A rate that another worker is running counts as tried. Everything is read from the study, so a resumed
     study goes on as it would have.
 
-    fit: of a study's trials. few_full: runs of full finetuning begin at the rate predicted for it and step from there.
+    fit: of a study's trials. kind: what a run is for; those of "full" and "confirm" are few, begin at the rate that is
+    predicted for them and step from there.
     """
 
-    def __init__(self, start: float, prior: Prior, fit: Callable[[Trials], Fit | None], few_full: bool = False) -> None:
-        self._start, self._prior, self._fit, self._few_full = start, prior, fit, few_full
+    def __init__(
+        self,
+        start: float,
+        prior: Prior,
+        fit: Callable[[Trials], Fit | None],
+        kind: Callable[[Place], str] = lambda place: "search",
+    ) -> None:
+        self._start, self._prior, self._fit, self._kind = start, prior, fit, kind
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -52,27 +60,33 @@ class BracketSampler(BaseSampler):
         return float(min(max(proposed, low), high))
 
     def _propose(self, trials: Trials, trial: TrialRecord, low: float, high: float) -> float:
-        rank, seen, stopped = trial.rank, trials.observations(), trials.pruned()
-        others = [(t.rank, t.x) for t in trials.running(but=trial.number) if t.x is not None]
+        place, seen, stopped = trial.place, trials.observations(), trials.pruned()
+        others = [(t.place, t.x) for t in trials.running(but=trial.number) if t.x is not None]
         fit = self._fit(trials)
-        centre = None if fit is None else estimate_at(fit, rank, self._prior)
-        own, lost = [o for o in seen if o.rank == rank], [x for other, x in stopped if other == rank]
-        mine = [*lost, *(x for other, x in others if other == rank)]
-        if rank is None and self._few_full and centre is not None:
-            return next_full(seen, centre, mine)
+        centre = None if fit is None else estimate_at(fit, place, self._prior)
+        own, lost = [o for o in seen if o.place == place], [x for other, x in stopped if other == place]
+        mine = [*lost, *(x for other, x in others if other == place)]
+        step = _FEW_STEP.get(self._kind(place))
+        if step is not None and centre is not None:
+            good = [o for o, bad in zip(seen, diverged(seen), strict=True) if o.place == place and not bad]
+            return next_few(good, [*(o.x for o in own), *mine], centre, step)
         taken = [*(x for _, x in others), *mine, *(o.x for o in own)]
-        proposed = next_bracket(seen, self._start, low, high, [x for _, x in stopped])
-        if proposed is not None:
-            return _beside(proposed, taken, low, high)
+        anchor = seen[0].place if seen else place
+        if place == anchor or fit is None:
+            of_anchor = [o for o in seen if o.place == anchor]
+            proposed = next_bracket(of_anchor, self._start, low, high, [x for other, x in stopped if other == anchor])
+            if proposed is not None:
+                return _beside(proposed, taken, low, high)
         if fit is None or centre is None:
             return _beside(min(o.x for o in seen) - _STRIDE, taken, low, high)
         bottom, top = between(own, lost)
-        return next_refinement(seen, rank, centre, (max(low, bottom), min(high, under(fit.ceiling), top)), mine)
+        ceiling = None if fit.ceiling is None else fit.ceiling + float(self._prior.row(place)[3:] @ fit.mean[3:])
+        return next_refinement(own, centre, (max(low, bottom), min(high, under(ceiling), top)), mine)
 
 
-def estimate_at(fit: Fit, rank: int | None, prior: Prior) -> float:
-    """log2 of the base rate at which a rank is estimated to be best, None for full finetuning."""
-    return float(prior.row(rank) @ fit.mean)
+def estimate_at(fit: Fit, place: Place, prior: Prior) -> float:
+    """log2 of the base rate at which a place is estimated to be best."""
+    return float(prior.row(place) @ fit.mean)
 
 
 def _beside(proposed: float, taken: Sequence[float], low: float, high: float) -> float:
@@ -122,14 +136,10 @@ def under(ceiling: float | None) -> float:
 
 
 def next_refinement(
-    seen: Sequence[Observation],
-    rank: int | None,
-    centre: float,
-    within: tuple[float, float],
-    others: Sequence[float] = (),
+    own: Sequence[Observation], centre: float, within: tuple[float, float], others: Sequence[float] = ()
 ) -> float:
-    """The offset from this rank's estimated optimum, kept `within` bounds, that is farthest from what it has tried."""
-    tried = [*(o.x for o in seen if o.rank == rank), *others]
+    """The offset from a place's estimated optimum, kept `within` bounds, that is farthest from what it has tried."""
+    tried = [*(o.x for o in own), *others]
     low, high = within
     centre = max(min(centre, high), low)
     for offsets in _OFFSETS:
@@ -141,21 +151,18 @@ def next_refinement(
     return float(best)
 
 
-def next_full(seen: Sequence[Observation], centre: float, others: Sequence[float] = ()) -> float:
-    """The predicted rate first, then an octave below the best run, then above it, then between its neighbours.
+def next_few(good: Sequence[Observation], tried: Sequence[float], centre: float, step: float) -> float:
+    """The predicted rate first, then a step below the best run, then above it, then between its neighbours.
 
-    Below comes first, since too high costs more; three runs bracket an optimum that was predicted within an octave.
+    Below comes first, since too high costs more; three runs bracket an optimum that was predicted within a step.
+    good: of the place's runs at the rates `tried`, those that did not diverge.
     """
-    bad = diverged(seen)
-    full = [(o, b) for o, b in zip(seen, bad, strict=True) if o.rank is None]
-    good = [o for o, b in full if not b]
-    tried = sorted([*(o.x for o, _ in full), *others])
     if not good:
-        return min(tried) - _FULL_STEP if tried else centre
+        return min(tried) - step if tried else centre
     best = min(good, key=lambda o: o.value).x
     below, above = [x for x in tried if x < best], [x for x in tried if x > best]
     if not below:
-        return best - _FULL_STEP
+        return best - step
     if not above:
-        return best + _FULL_STEP
+        return best + step
     return (best + max(below)) / 2 if best - max(below) > min(above) - best else (best + min(above)) / 2

@@ -1,56 +1,118 @@
-"""What is tried next, and when it is enough: ranks and seeds in turn, a budget in steps, a band narrow enough."""
+"""What is tried next, and when it is enough: ranks, lengths and seeds in turn, a budget in steps, a narrow band."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from .._types import Method
-from ._trials import Cell, Trials
+from ..recipe import Place
+from ._trials import Cell, TrialRecord, Trials
 from .fit import diverged
 
 _TRIALS_PER_RANK = 8
 _FEWEST = 2  # finished trials of every rank before a narrow band is believed
 _HOPELESS = 12  # runs that all diverged, each two octaves lower, after which none will help
 _SHORT_RUNS = 10  # with a budget alone: trials at most, in units of those that it would pay in full
+_BRACKET = 3  # runs of the highest rank before any other: losses of different ranks say little of each other's rates
 PER_SEED = 4  # runs of a rank at one seed before the next: only those are compared without the seed's noise
+CONFIRMS = 3  # runs at the target's length at most, with a budget for half of it at most
+
+
+class Task(NamedTuple):
+    """The steps and the batch of a run; None where the study has one of them."""
+
+    steps: int | None = None
+    batch: float | None = None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a calibration spends its steps: `trials` at `ranks` and `seeds` in turn, then `full_trials` in full.
+    """How a calibration spends its steps: `trials` to search, then `full_trials` in full, then those that confirm.
 
-    budget: training steps in all, never exceeded. until: octaves; LoRA trials end when the 90 % band is narrower.
+    steps: the lengths of trials, rising. budget: training steps in all, never exceeded. until: octaves; the search ends
+    when the 90 % band is narrower. target_steps, batch: of the run that is meant; 0 is the longest of `steps`.
+    confirm: end with runs at `target_steps`.
     """
 
     ranks: tuple[int | None, ...]
     seeds: tuple[int, ...]
-    steps: int
+    steps: tuple[int, ...]
     trials: int | None = None
     budget: int | None = None
     until: float | None = None
     full_trials: int = 0
     target: Method = "lora"
+    target_steps: int = 0
+    batches: tuple[float, ...] = ()
+    batch: float | None = None
+    confirm: bool = False
+
+    @property
+    def tasks(self) -> list[Task]:
+        """What is searched at: first the shortest length at the batch nearest to the target's, then others of each."""
+        lengths = self.steps if len(self.steps) > 1 or self.target_steps not in (0, *self.steps) else (None,)
+        apart = {batch: abs(math.log2(batch / (self.batch or 1.0))) for batch in self.batches}
+        batches: list[float | None] = [*sorted(apart, key=apart.__getitem__)] or [None]
+        longer = [Task(steps, batches[0]) for steps in lengths[1:]]
+        return [Task(lengths[0], batches[0]), *longer, *(Task(lengths[0], batch) for batch in batches[1:])]
+
+    @property
+    def anchor(self) -> int | None:
+        """The rank at which rates are bracketed, and carried to other lengths and batches: the highest."""
+        return max((rank for rank in self.ranks if rank is not None), default=None)
 
     @property
     def total(self) -> int:
-        """Trials at most, beside those of full finetuning that were asked for."""
+        """Trials of the search at most."""
         if self.trials is not None:
             return self.trials
         if self.budget is not None:
-            return max(_TRIALS_PER_RANK, _SHORT_RUNS * self.budget // self.steps)
-        return _TRIALS_PER_RANK * len(self.ranks)
+            return max(_TRIALS_PER_RANK, _SHORT_RUNS * self.budget // self.steps[0])
+        return _TRIALS_PER_RANK * len(self.ranks) * len(self.tasks)
+
+    @property
+    def confirms(self) -> int:
+        """Runs at the target's length."""
+        if not self.confirm:
+            return 0
+        return CONFIRMS if self.budget is None else max(1, min(CONFIRMS, self.budget // (2 * self.target_steps)))
+
+    def kind(self, place: Place) -> Literal["search", "full", "confirm"]:
+        """What a run is for."""
+        if self.confirms and place.steps == self.target_steps:
+            return "confirm"
+        return "full" if self.full_trials and place.rank is None else "search"
 
     def expected(self) -> int:
         """Trials that are likely, for whoever waits."""
-        paid = math.inf if self.budget is None else self.budget // self.steps
-        return int(min(self.total + self.full_trials, paid))
+        return self._searches() + self.full_trials + self.confirms
+
+    def _searches(self) -> int:
+        """Trials of the search that are likely: what is left of the budget is shared among the tasks."""
+        if self.budget is None:
+            return self.total
+        left = self.budget - self._reserved(0, 0)
+        return min(self.total, sum(left // (len(self.tasks) * self._cost(task)) for task in self.tasks))
+
+    def _cost(self, task: Task) -> int:
+        """Training steps."""
+        return task.steps or self.steps[0]
+
+    def _reserved(self, full: int, confirmed: int) -> int:
+        """Training steps that the runs after the search need, where so many of them have begun."""
+        return (self.full_trials - full) * self.steps[-1] + (self.confirms - confirmed) * self.target_steps
+
+    def least(self) -> int:
+        """Training steps without which the plan cannot be carried out."""
+        return self.steps[0] + self._reserved(0, 0)
 
     def next(
         self, trials: Trials, band: float | None = None, weights: Mapping[int | None, float] | None = None
     ) -> Cell | None:
-        """The rank and seed to try next, or None if it is enough.
+        """What to try next, or None if it is enough.
 
         band: octaves of the 90 % band so far. weights: the share of trials that each rank deserves.
         """
@@ -58,34 +120,60 @@ class Schedule:
         if len(done) >= _HOPELESS and all(diverged(done.observations())):
             return None
         tried = (*done, *trials.running())
-        full = [t for t in tried if self.full_trials and t.rank is None]
-        lora = Trials(t for t in tried if not self.full_trials or t.rank is not None)
-        payable = math.inf if self.budget is None else (self.budget - trials.spent(self.steps)) // self.steps
+        of = {kind: Trials(t for t in tried if self.kind(t.place) == kind) for kind in ("search", "full", "confirm")}
+        search, full, confirmed = of.values()
+        left = math.inf if self.budget is None else self.budget - trials.spent(self.steps[0])
+        payable = left - self._reserved(len(full), len(confirmed))
         narrow = self.until is not None and band is not None and band < self.until
-        ran = [trial.rank for trial in lora.counted()]
+        ran = [trial.rank for trial in search.counted()]
         believed = narrow and all(ran.count(rank) >= _FEWEST for rank in self.ranks)
-        if len(lora) < self.total and not believed and payable > self.full_trials - len(full):
-            return self._rotate(lora, weights or {})
-        if len(full) < self.full_trials and payable >= 1:
-            return Cell(None, self.seeds[(len(full) // PER_SEED) % len(self.seeds)])
+        tasks = [task for task in self.tasks if self._cost(task) <= payable]
+        if len(search) < self.total and not believed and tasks:
+            return self._search(search, tasks, weights or {})
+        if len(full) < self.full_trials and left >= self.steps[-1]:
+            longest = next((task for task in self.tasks if task.steps == self.steps[-1]), self.tasks[0])
+            return Cell(None, self._seed(full), *longest)
+        if len(confirmed) < self.confirms and left >= self.target_steps:
+            rank = None if self.target == "full" else self.anchor
+            return Cell(rank, self._seed(confirmed), self.target_steps, self.tasks[0].batch)
         return None
 
-    def _rotate(self, lora: Trials, weights: Mapping[int | None, float]) -> Cell:
+    def _seed(self, few: Sequence[TrialRecord]) -> int:
+        return self.seeds[(len(few) // PER_SEED) % len(self.seeds)]
+
+    def _search(self, search: Trials, tasks: Sequence[Task], weights: Mapping[int | None, float]) -> Cell:
+        """The highest rank first, until its rates are bracketed; then the task on which the fewest steps were spent.
+
+        The first task is shared by all ranks. At others the highest alone, and full finetuning where it is among
+        `ranks`, say how rates move with the steps or the batch.
+        """
+        mine = {task: Trials(t for t in search if t.place[1:] == task) for task in self.tasks}
+        first = self.tasks[0]
+        bracket = min(_BRACKET, self._searches() - len(self.ranks) + 1)
+        if first in tasks and len(mine[first]) < bracket:
+            return self._rotate(mine[first], first, [self.anchor], weights)
+        task = min(tasks, key=lambda task: (len(mine[task]) + 1) * self._cost(task))
+        ranks = self.ranks if task == first else [rank for rank in self.ranks if rank in (self.anchor, None)]
+        return self._rotate(mine[task], task, ranks, weights)
+
+    def _rotate(
+        self, tried: Trials, task: Task, ranks: Sequence[int | None], weights: Mapping[int | None, float]
+    ) -> Cell:
         """Ranks in turn, the one tried least for its weight, four runs of each at a seed before the next seed.
 
         A run that diverged says little, so it does not count before the others; one that the pruner stopped was judged.
         """
-        seen = [(t.cell, t.observation) for t in lora if t.observation is not None and t.state.is_finished()]
+        seen = [(t.cell, t.observation) for t in tried if t.observation is not None and t.state.is_finished()]
         bad = diverged([observation for _, observation in seen])
         lost = [cell for (cell, _), b in zip(seen, bad, strict=True) if b]
-        tried = [trial.cell for trial in lora]
+        cells = [trial.cell for trial in tried]
 
         def due(cell: Cell) -> tuple[float, ...]:
             weight = weights.get(cell.rank, 1.0)
-            fruitful = (tried.count(cell) - lost.count(cell)) / weight
-            return fruitful // PER_SEED, self.seeds.index(cell.seed), fruitful, tried.count(cell) / weight
+            fruitful = (cells.count(cell) - lost.count(cell)) / weight
+            return fruitful // PER_SEED, self.seeds.index(cell.seed), fruitful, cells.count(cell) / weight
 
-        return min((Cell(rank, seed) for rank in self.ranks for seed in self.seeds), key=due)
+        return min((Cell(rank, seed, *task) for rank in ranks for seed in self.seeds), key=due)
 
 
 def leverage(ranks: Sequence[int | None], width: float) -> dict[int | None, float]:

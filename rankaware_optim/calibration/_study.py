@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -22,21 +21,23 @@ import torch
 from torch.optim import Optimizer
 
 from .._checks import is_positive
+from .._optimizer_classes import defaults_of
 from .._optimizers import optimizer_family
 from .._scaling_rule import infer_scaling
 from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import CalibrationError
-from ..laws import Law, Power, bound_law, checked_multiplier
-from ..recipe import Z90, Recipe
-from ._comparison import SAME_RATE, differences, law_values
+from ..laws import Law, Power, bound_law, checked_batch_multiplier, checked_multiplier
+from ..recipe import BATCH_SD, FULL_SD, Z90, Horizon, Recipe, agreed, differences, with_margin
+from ._code import Code, versions_used
+from ._comparison import SAME_RATE, law_values, settings_in
 from ._optuna import close_storage, quiet
 from ._pruner import PairedPruner
 from ._sampler import BracketSampler
 from ._signals import Interrupts
 from ._storage import open_storage, storage_errors
 from ._trials import SCHEMA, TrialRecord, Trials, is_flat, is_typed
-from .fit import Fit, Prior, diverged, fit_observations, horizon_of
+from .fit import Course, Fit, Observation, Place, Prior, Slope, diverged, fit_observations, horizon_of
 
 # A usual rate by optimizer family, per step, and the configuration it is for: the median best AdamW rate at rank 16,
 # alpha 32 over 18 published language models; the others are customary multiples of it.
@@ -47,29 +48,39 @@ _HALF_RANGE = 4.0  # octaves on either side of the first guess
 _WIDEN = 2.0  # octaves an edge moves out when the best rate sits there
 _EDGE = 1.0  # octaves: how near counts as sitting there
 _UNDETERMINED = 1.2  # octaves: a standard deviation of the base rate, beyond which the data say next to nothing
+_CERTAIN = 1e-3  # octaves: a standard deviation next to none
 _MOST = 1000.0  # octaves: no rate that a float holds lies farther from 1
 _TOGETHER = 50  # trials, times which new ones wait for the next fit
 _APART = 16  # the factor between the lowest and the highest rank at which the drift is well measured
 # Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init. Small studies found
 # Init[B] falling with rank by 0.3 to 0.75; full finetuning needs no factor at the width of Survey.full_width
-# (benchmarks/results/full_width.md).
-_PRIORS = {"A": ((0.0, 0.15), (0.0, 0.4)), "B": ((-0.45, 0.2), (0.0, 0.4))}
+# (benchmarks/results/full_width.md), but is no surer than `FULL_SD`.
+_PRIORS = {"A": ((0.0, 0.15), (0.0, FULL_SD["A"])), "B": ((-0.45, 0.2), (0.0, FULL_SD["B"]))}
+# Priors of the slope of log2 of the best rate in log2 of the steps: of what is trained, and what full finetuning's has
+# beside it; and over how many octaves of the batch its slope is remembered.
+_SLOPES = {
+    "A": (Slope(0.0, 0.25), Slope(0.25, 0.2)),
+    "B": (Slope(0.15, 0.25), Slope(0.15, 0.2)),
+    "full": (Slope(0.3, 0.25), Slope(0.0, 1e-3)),
+}
+_BATCH_REACH = 10.0
 
 
 @dataclass
 class Study:
     """One calibration. `reference`, `prior` and the range are learned from the first model built.
 
-    train: the name and source of the loop. few_full: a few runs of full finetuning follow those at `ranks`, around the
-    rate predicted for it.
+    train: the loop's code. few_full: a few runs of full finetuning follow those at `ranks`, around the
+    rate predicted for it. steps, batches: of trials. target_steps, batch: of the run that is meant, by default the
+    longest of `steps`. kind: what a run at a place is for.
     """
 
     optimizer: type[Optimizer]
     law: Law
     ranks: tuple[int | None, ...]
-    steps: int
+    steps: tuple[int, ...]
     seeds: tuple[int, ...] = (0, 1)
-    train: Mapping[str, str] = field(default_factory=dict)
+    train: Code = field(default_factory=Code)
     lr_range: tuple[float, float] | None = None
     batch: float | None = None
     warmup: float | None = None
@@ -78,9 +89,18 @@ class Study:
     reference: Reference | None = None
     full_fan_in: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    few_full: bool = False
+    target_steps: int = 0
+    batches: tuple[float, ...] = ()
+    kind: Callable[[Place], str] = lambda place: "search"
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """What differs between trials, or from the run that is meant: its steps, its batch."""
+        planned = {"steps": (self.steps, self.target_steps), "batch": (self.batches or (self.batch,), self.batch)}
+        return tuple(what for what, (tried, meant) in planned.items() if tried != (meant,))
 
     def __post_init__(self) -> None:
+        self.target_steps = self.target_steps or self.steps[-1]
         self._fits: dict[int, Fit | None] = {}
         self._ended: dict[int, TrialRecord] = {}
         self._opened: optuna.storages.BaseStorage | None = None
@@ -100,7 +120,7 @@ class Study:
                     study_name=self.name,
                     storage=kept,
                     sampler=sampler or optuna.samplers.RandomSampler(seed=self.seed),
-                    pruner=pruner or PairedPruner(self.steps, self.warmup or 0.0),
+                    pruner=pruner or PairedPruner(self.steps[0], self.warmup or 0.0),
                     load_if_exists=True,
                 )
             self._check_stored()
@@ -128,7 +148,8 @@ class Study:
         try:
             for record in Trials.read(stored.get_trials(deepcopy=False)):
                 rates = record.x, record.observation and record.observation.x
-                positive = (v for v in (record.rank, record.scaling, record.own_lr) if v is not None)
+                numbers = record.rank, record.steps, record.batch, record.scaling, record.own_lr
+                positive = (v for v in numbers if v is not None)
                 typed = is_typed(record, TrialRecord) and all(map(is_positive, positive))
                 if not typed or any(abs(x or 0) > _MOST for x in rates):
                     raise TypeError(f"trial {record.number} holds an impossible value")
@@ -150,7 +171,8 @@ class Study:
         """Refuse to go on with a study whose trials do not compare; warn where they may not."""
         mine = {
             "schema": SCHEMA,
-            "steps": self.steps,
+            "steps": self.steps[0] if len(self.steps) == 1 else list(self.steps),
+            "batches": list(self.batches),
             "ranks": [rank for rank in self.ranks if rank is not None],
             "seeds": sorted(self.seeds),
             "law": repr(self.law),
@@ -159,7 +181,7 @@ class Study:
             "warmup": self.warmup,
         }
         values = {"multipliers": law_values(self.law, self.optimizer, self.ranks)}
-        maker = {**self.train, "rankaware-optim": version("rankaware-optim")}
+        maker = {**self.train.loop, "rankaware-optim": version("rankaware-optim")}
         stored = self.optuna.user_attrs.get("made_with", {"schema": None})
         if self.trials():
             self._refuse(differences(stored, mine))
@@ -184,7 +206,7 @@ class Study:
         """Refuse a trial whose model or settings are others than those of an earlier trial of its rank."""
         at = self.reference
         known = {} if at is None or at.rank != trial.rank else {"width": at.fan_in, "alpha": at.alpha, "init": at.init}
-        earlier = (t.built for t in self.trials() if t.built and t.rank == trial.rank and t.number < trial.number)
+        earlier = (t.built for t in self.trials() if t.built and t.place == trial.place and t.number < trial.number)
         self._refuse(differences(next(earlier, known), built))
 
     def recall(self) -> None:
@@ -220,7 +242,7 @@ class Study:
         low, high = self.lr_range or (-math.inf, math.inf)
         self._start = min(max(_ABOVE + math.log2(usual * moved), low), high)
         if self._brackets:
-            self.optuna.sampler = BracketSampler(self._start, self.prior, self._fitted, self.few_full)
+            self.optuna.sampler = BracketSampler(self._start, self.prior, self._fitted, self.kind)
 
     def settled(self) -> Reference:
         if self.reference is None:
@@ -233,14 +255,17 @@ class Study:
         It is derived from the trials each time, so a resumed study has the range it had.
         """
         low, high = self.lr_range or (self._start - _HALF_RANGE, self._start + _HALF_RANGE)
-        seen, best = self.trials().observations(), None
+        seen = self.trials().observations()
+        best: dict[Place, Observation] = {}
         lowest, highest = math.inf, -math.inf
         for o, bad in zip(seen, diverged(seen), strict=True):
             lowest, highest = min(lowest, o.x), max(highest, o.x)
-            best = o if not bad and (best is None or o.value < best.value) else best
-            at = lowest if best is None else best.x
+            if not bad and (o.place not in best or o.value < best[o.place].value):
+                best[o.place] = o
+            mine = best.get(o.place)
+            at = lowest if mine is None else mine.x
             low -= _WIDEN if at < low + _EDGE else 0.0
-            high += _WIDEN if best is not None and at > high - _EDGE and at >= highest else 0.0
+            high += _WIDEN if mine is not None and at > high - _EDGE and at >= highest else 0.0
         return low, high
 
     @property
@@ -250,9 +275,23 @@ class Study:
         lora = [r for r in self.ranks if r is not None]
         pivot = round(math.exp(sum(map(math.log, lora)) / len(lora)), 9) if lora else 16.0
         (_, drift_sd), (_, full_sd) = _PRIORS[reference.init]
+        if reference.method == "full":
+            full_sd = _CERTAIN  # the base rate is full finetuning's own
         continues = reference.init == "B" and reference.method == "lora"
         reach = math.log2((self.full_fan_in or pivot) / pivot) if continues else 0.0
-        return Prior(drift_sd, full_sd, pivot, reach)
+        return Prior(drift_sd, full_sd, pivot, reach, *self._courses())
+
+    def _courses(self) -> tuple[Course, Course]:
+        """What is believed of the way to other steps and batches before any trial."""
+        own = "full" if self.settled().method == "full" else self.settled().init
+        lengths = tuple(steps for steps in self.steps if steps != self.target_steps)
+        batches = tuple(batch for batch in self.batches if batch != self.batch)
+        steps = Course(self.target_steps, lengths, *_SLOPES[own])
+        if not batches:
+            return steps, Course()
+        bound = bound_law(self.law, self.optimizer, self.settings)
+        rule = Slope(math.log2(checked_batch_multiplier(bound, 2.0)), BATCH_SD)
+        return steps, Course(self.batch or 1.0, batches, rule, Slope(0.0, BATCH_SD), _BATCH_REACH)
 
     def centred_law(self, drift: float = 0.0, factor: float = 0.0) -> Power:
         """The law, bound to the optimizer, at its priors' means, plus a fitted `drift` and log2 `factor`."""
@@ -295,8 +334,8 @@ class Study:
         return max(2 * Z90 * self._sd(fit, rank) for rank in ranks)
 
     def _sd(self, fit: Fit, rank: int | None) -> float:
-        """Standard deviation of log2 of the best rate at a rank, octaves; None for full finetuning."""
-        row = self.prior.row(rank)
+        """Standard deviation of log2 of the best rate at a rank at the target, octaves; None for full finetuning."""
+        row = self.prior.row(Place(rank))
         return math.sqrt(float(row @ fit.covariance @ row))
 
     def standing(self) -> tuple[float, float, float] | None:
@@ -313,35 +352,55 @@ class Study:
         self.recall()  # where other workers ran every trial
         trials = self.trials().counted()
         fit, reference, tried = self._fit_or_raise(trials), self.settled(), {o.rank for o in trials.observations()}
-        base, drift, factor = (float(v) for v in fit.mean)
+        base, drift, factor = (float(v) for v in fit.mean[:3])
         shift = 0.0 if reference.rank is None else drift * math.log2(reference.rank / self.prior.pivot)
         if reference.method == "full":
             base, factor = base + factor, 0.0
-        tensors = trials.tensors(self.steps)
+        tensors = trials.tensors(max(self.steps[-1], *(t.steps or 0 for t in trials)))
         scalings = {t.rank: t.scaling for t in trials if t.rank is not None and t.scaling is not None}
-        return Recipe(
+        made = Recipe(
             name=self.name,
-            best_lr=2.0 ** (base + shift),
+            fitted_lr=2.0 ** (base + shift),
             reference=reference,
             law=self.centred_law(drift, factor),
-            covariance=torch.from_numpy(fit.covariance),
-            lean=fit.lean,
+            covariance=torch.from_numpy(fit.covariance[:3, :3].copy()),
+            steepness=fit.steepness,
+            scatter=self.prior.scatter,
             ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
             scaling_rule=infer_scaling(scalings),
             full_fan_in=self.full_fan_in,
             ranks=tuple(rank for rank in self.ranks if rank in tried and rank is not None),
             full_seen=None in tried,
             optimizer=self._optimizer_name,
-            settings=self.settings,
-            steps=self.steps,
+            settings=self._settings(trials),
+            steps=self.target_steps,
             batch=self.batch,
             warmup=self.warmup,
-            horizon=horizon_of(tensors, self.prior),
+            horizon=self._horizon(fit) if self.prior.steps.tried else horizon_of(tensors, self.prior),
             seed=self.seed,
-            versions=versions_used(),
+            versions=versions_used(self.train.imports),
+            source=self.train.source,
+            other_rates=agreed([trial.built.get("other rates", {}) for trial in trials if trial.built]),
             notes=self._notes(fit, trials),
             tensors=tensors,
         )
+        return with_margin(made)
+
+    def _horizon(self, fit: Fit) -> Horizon:
+        """The best rate at the lengths tried beside the target's; beyond them, what was believed before."""
+        course, rank, tried = self.prior.steps, self.settled().rank, []
+        own = self.prior.row(Place(rank))
+        for steps in self.steps:
+            row = self.prior.row(Place(rank, steps))
+            wider = float(row @ fit.covariance @ row - own @ fit.covariance @ own)
+            tried.append((steps, float((row - own) @ fit.mean), wider))
+        return Horizon(course.lora.mean, course.lora.sd, tuple(tried))
+
+    def _settings(self, trials: Trials) -> dict[str, Any]:
+        """The optimizer's settings that the trials had in common, defaults included; as given where none is known."""
+        names = {**defaults_of(self.optimizer), **self.settings}
+        built = [settings_in(trial.built, names) for trial in trials if trial.built]
+        return agreed(built) if built else dict(self.settings)
 
     def _fit_or_raise(self, trials: Trials) -> Fit:
         if trials and all(trial.stopped == "memory" for trial in trials):
@@ -364,6 +423,7 @@ class Study:
             notes.append(f"ranks {min(lora)} and {max(lora)} lie less than a factor 16 apart: the drift is hardly told")
         if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or is_flat(trials.observations()):
             notes.append("the data do not determine the rate: the loss hardly moved with it")
+        notes += [words for what in self.varying if (words := self._carried(what, fit, trials))]
         if cell is not None:
             where = "full finetuning" if cell.rank is None else f"rank {cell.rank}"
             notes.append(
@@ -372,7 +432,15 @@ class Study:
             )
         return tuple(notes)
 
-
-def versions_used() -> dict[str, str]:
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {"python": python, **{name: version(name) for name in ("rankaware-optim", "torch", "optuna")}}
+    def _carried(self, what: str, fit: Fit, trials: Trials) -> str:
+        """From which steps or batch the rate is carried to the target's, and how far; empty where those were tried."""
+        meant: float = self.target_steps if what == "steps" else self.batch or 0
+        tried = {getattr(t, what) for t in trials.counted()} - {None}
+        if meant in tried or not tried:
+            return ""
+        nearest = min(tried, key=lambda value: abs(math.log2(value / meant)))
+        rank = self.settled().rank
+        apart = self.prior.row(Place(rank)) - self.prior.row(Place(rank)._replace(**{what: nearest}))
+        octaves, sd = float(apart @ fit.mean), math.sqrt(float(apart @ fit.covariance @ apart))
+        named = f"{meant:g} steps were" if what == "steps" else f"batch {meant:g} was"
+        return f"{named} not tried: the rate is that of {nearest:g}, moved by {octaves:+.2f} ± {sd:.2f} octaves"

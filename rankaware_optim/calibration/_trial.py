@@ -31,16 +31,30 @@ _SAID = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS
 class Trial:
     """One run of the user's `train`: which `rank` to build (None for full finetuning), which `seed`, how many `steps`.
 
-    `number` counts from 0. After `optimizer` was called, `lr` is the rate that the reference configuration would
-    have, in the same coordinates as `Recipe.lr`.
+    `number` counts from 0. `batch` is the examples a step, None where the calibration was not told. After `optimizer`
+    was called, `lr` is the rate that the reference configuration would have, in the same coordinates as `Recipe.lr`.
     """
 
     rank: int | None
     seed: int
-    steps: int
+    _steps: int
     number: int
     _build: Build = field(repr=False)
     lr: float | None = None
+    _batch: float | None = None
+    _read: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def steps(self) -> int:
+        """How many values are taken: the length of the whole run, its schedule included."""
+        self._read.add("steps")
+        return self._steps
+
+    @property
+    def batch(self) -> float | None:
+        """Examples a step."""
+        self._read.add("batch")
+        return self._batch
 
     @property
     def method(self) -> Method:
@@ -106,7 +120,7 @@ class _Values:
     def take(self, value: Any) -> bool:
         """Keep `value`; whether the run ends with it: it diverged, was pruned, or has run its steps."""
         taken = len(self.curve)
-        if self.stopped or taken == self.trial.steps:
+        if self.stopped or taken == self.trial._steps:
             return True
         self.curve.append(self.mean(_as_float(value, taken)))
         if not taken and not math.isfinite(self.curve[0]):
@@ -123,11 +137,11 @@ class _Values:
             self.stopped = "diverged"
         elif self.watch(self.trial, self.curve):
             self.stopped = "pruned"
-        return bool(self.stopped) or taken + 1 == self.trial.steps
+        return bool(self.stopped) or taken + 1 == self.trial._steps
 
     def outcome(self, returned: Any = None, endless: bool | None = None) -> Outcome:
         """What the run gave, once it has ended; it is refused where it ended by itself and too early."""
-        taken, steps = len(self.curve), self.trial.steps
+        taken, steps = len(self.curve), self.trial._steps
         if self.stopped:
             return Outcome(self.curve, stopped=self.stopped)
         if not taken:

@@ -13,7 +13,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from .._checks import is_number
-from ..recipe import TAIL, carried_on
+from ..recipe import TAIL, Place, carried_on
 from .fit import Observation, diverged
 
 PARAMETER = "log2_lr"  # what Optuna calls the one number of a trial: log2 of the base rate, reference coordinates
@@ -23,10 +23,19 @@ _SAME = 1e-3  # relative: how well the first values of two runs of one rank and 
 
 
 class Cell(NamedTuple):
-    """What is paired across rates: the rank, None for full finetuning, and the seed of draws and data."""
+    """What is paired across rates: the rank, None for full finetuning, the seed of draws and data, steps and batch.
+
+    The last two are None where the study has one: then they are the target's.
+    """
 
     rank: int | None
     seed: int
+    steps: int | None = None
+    batch: float | None = None
+
+    @property
+    def place(self) -> Place:
+        return Place(self.rank, self.steps, self.batch)
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,10 @@ class TrialRecord:
     """What a trial is and did. A field is None until it is known.
 
     number, state, x (log2 of the base rate), value and reports (recent mean by step) are Optuna's own. All others are
-    the trial's user attributes in Optuna, under the names of the fields: stored studies have these names.
+    the trial's user attributes in Optuna, under the names of the fields: stored studies have these names. An
+    observation's steps and batch are those of the record, and are stored there.
 
+    steps, batch: planned; None where the study has one of them.
     heartbeat: counts signs of life, for other hosts. retry_of: the number of the killed trial that this one repeats.
     estimate: log2 of the rate that was thought best for the rank before the trial. built: what its model and settings
     were. own_lr: the rate of the model's most common A factors, or of its whole weights.
@@ -55,6 +66,8 @@ class TrialRecord:
 
     rank: int | None = None
     seed: int = 0
+    steps: int | None = None
+    batch: float | None = None
     owner: Owner | None = None
     heartbeat: int | None = None
     retry_of: int | None = None
@@ -77,24 +90,33 @@ class TrialRecord:
         """What Optuna holds of a trial."""
         attributes = trial.user_attrs
         kept = {name: attributes[name] for name in _ATTRIBUTES if name in attributes}
-        for name, kind in (("owner", Owner), ("observation", Observation)):
-            if name in kept:
-                kept[name] = kind(**kept[name])
+        if "owner" in kept:
+            kept["owner"] = Owner(**kept["owner"])
+        if "observation" in kept:
+            own = {name: kept[name] for name in _TASK if name in kept}
+            kept["observation"] = Observation(**{**kept["observation"], **own})
         x, reports = trial.params.get(PARAMETER), trial.intermediate_values
         return cls(**kept, number=trial.number, state=trial.state, x=x, value=trial.value, reports=reports)
 
     def attributes(self) -> dict[str, Any]:
         """What is stored as user attributes: rank and seed, and what else is known."""
-        return {**self.cell._asdict(), **self.changes_since(TrialRecord())}
+        return {"rank": self.rank, "seed": self.seed, **self.changes_since(TrialRecord())}
 
     def changes_since(self, before: TrialRecord) -> dict[str, Any]:
         """The user attributes that are others than `before`."""
         old, new = asdict(before), asdict(self)
+        for name in _TASK:
+            (new["observation"] or {}).pop(name, None)
+            (old["observation"] or {}).pop(name, None)
         return {name: new[name] for name in _ATTRIBUTES if new[name] != old[name]}
 
     @property
     def cell(self) -> Cell:
-        return Cell(self.rank, self.seed)
+        return Cell(self.rank, self.seed, self.steps, self.batch)
+
+    @property
+    def place(self) -> Place:
+        return self.cell.place
 
 
 def is_typed(value: Any, hint: Any) -> bool:
@@ -117,6 +139,7 @@ def is_typed(value: Any, hint: Any) -> bool:
     return kind is not list or all(is_typed(item, parts[0]) for item in value)
 
 
+_TASK = ("steps", "batch")
 _OPTUNAS_OWN = {"number", "state", "x", "value", "reports"}
 _ATTRIBUTES = [f.name for f in fields(TrialRecord) if f.name not in _OPTUNAS_OWN]
 
@@ -128,7 +151,7 @@ class Trials(tuple[TrialRecord, ...]):
     def read(cls, trials: Iterable[FrozenTrial], cell: Cell | None = None) -> Trials:
         """What Optuna holds of these trials, or of those of one cell among them."""
         pairs = ((trial, trial.user_attrs) for trial in trials)
-        mine = (trial for trial, kept in pairs if cell in (None, (kept.get("rank"), kept.get("seed", 0))))
+        mine = (trial for trial, kept in pairs if cell in (None, _cell_of(kept)))
         return cls(map(TrialRecord.read, mine))
 
     def counted(self) -> Trials:
@@ -155,22 +178,26 @@ class Trials(tuple[TrialRecord, ...]):
                 seen.append(carried_on(trial.x, trial.curve or [], best.observation, best.curve))
         return [observation for observation in seen if observation is not None]
 
-    def pruned(self) -> list[tuple[int | None, float]]:
-        """(rank, log2 rate) of those that were stopped as worse than others, by how much is not known.
+    def pruned(self) -> list[tuple[Place, float]]:
+        """(place, log2 rate) of those that were stopped as worse than others, by how much is not known.
 
         A run that ran out of memory says nothing of its rate.
         """
         ended = [t for t in self.counted() if t.observation is None and t.stopped != "memory"]
-        return [(t.rank, t.x) for t in ended if t.x is not None]
+        return [(t.place, t.x) for t in ended if t.x is not None]
 
     def rival_of(self, trial: TrialRecord) -> TrialRecord | None:
         """The best finished run of a trial's rank and seed."""
         return Trials(t for t in self if t.cell == trial.cell)._best()
 
     def curve_beside(self, cell: Cell) -> list[float]:
-        """The curve of the best finished run of a seed, of the same rank if there is one; empty where none ended."""
-        mine = Trials(t for t in self if t.seed == cell.seed)
-        best = Trials(t for t in mine if t.cell == cell)._best() or mine._best()
+        """The curve of the best finished run of a cell, else of its seed, else of another; empty where none ended.
+
+        All are of the cell's own steps and batch.
+        """
+        like = Trials(t for t in self if t.cell[2:] == cell[2:])
+        paired = Trials(t for t in like if t.seed == cell.seed)
+        best = Trials(t for t in paired if t.rank == cell.rank)._best() or paired._best() or like._best()
         return [] if best is None else best.curve or []
 
     def _best(self) -> TrialRecord | None:
@@ -184,15 +211,19 @@ class Trials(tuple[TrialRecord, ...]):
         return statistics.median([mean for mean in means if math.isfinite(mean)] or [0.0])
 
     def spent(self, steps: int) -> int:
-        """Training steps of all; a running trial is counted whole, a killed one up to its next report."""
+        """Training steps of all; a running trial is counted whole, a killed one up to its next report.
+
+        steps: of those that do not say their own.
+        """
         total = 0
         for trial in self:
+            whole = trial.steps or steps
             if not trial.state.is_finished():
-                total += steps
+                total += whole
             elif trial.curve is not None:
                 total += len(trial.curve)
             elif trial.x is not None:
-                total += min(steps, max(trial.reports, default=0) + interval(steps))
+                total += min(whole, max(trial.reports, default=0) + interval(whole))
         return total
 
     def unsteady(self) -> Cell | None:
@@ -209,7 +240,7 @@ class Trials(tuple[TrialRecord, ...]):
     def tensors(self, steps: int) -> dict[str, torch.Tensor]:
         """Every trial's rank (0: full finetuning), seed, base rate, score, fate, steps and values, padded with NaN.
 
-        A pruned run has no score: NaN.
+        A pruned run has no score: NaN. Where the study has several lengths or batches, those that were planned too.
         """
         rows = [(t, t.x, t.curve or [], t.observation) for t in self.counted() if t.x is not None]
         lost = iter(diverged([seen for *_, seen in rows if seen]))
@@ -217,7 +248,12 @@ class Trials(tuple[TrialRecord, ...]):
         for row, (_, _, curve, _) in zip(curves, rows, strict=True):
             row[: len(curve)] = torch.tensor(curve)
         double = torch.float64
+        planned = {
+            "planned_steps": torch.tensor([t.steps or 0 for t, *_ in rows]),
+            "planned_batch": torch.tensor([t.batch or 0.0 for t, *_ in rows], dtype=double),
+        }
         return {
+            **{name: values for name, values in planned.items() if values.any()},
             "rank": torch.tensor([t.rank or 0 for t, *_ in rows]),
             "seed": torch.tensor([t.seed for t, *_ in rows]),
             "lr": torch.tensor([2.0**x for _, x, _, _ in rows], dtype=double),
@@ -228,6 +264,10 @@ class Trials(tuple[TrialRecord, ...]):
             "steps": torch.tensor([len(curve) for _, _, curve, _ in rows]),
             "curve": curves,
         }
+
+
+def _cell_of(kept: Mapping[str, Any]) -> Cell:
+    return Cell(kept.get("rank"), kept.get("seed", 0), *(kept.get(name) for name in _TASK))
 
 
 def interval(steps: int) -> int:

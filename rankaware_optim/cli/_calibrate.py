@@ -28,8 +28,16 @@ from ._options import OPTIMIZER, in_options, numbers, out_option
 
 @click.command()
 @click.argument("spec", metavar="MODULE:TRAIN")
-@click.option("--ranks", required=True, callback=numbers(click.INT, {"full": None}), help="As 4,64, or 4,64,full.")
-@click.option("--steps", type=int, required=True, help="Training steps a trial.")
+@click.option(
+    "--ranks",
+    required=True,
+    callback=numbers(click.INT, {"full": None}),
+    help="The lowest and the highest that you mean to use, as 1,256, or 1,256,full.",
+)
+@click.option(
+    "--steps", required=True, callback=numbers(click.INT), help="Training steps a trial, or several, as 250,1000."
+)
+@click.option("--target-steps", type=int, help="Of the run that is meant, where trials are shorter.")
 @out_option(required=True, help="The recipe's .toml.")
 @OPTIMIZER
 @click.option("--law", default="mua", show_default=True)
@@ -41,6 +49,8 @@ from ._options import OPTIMIZER, in_options, numbers, out_option
 @click.option("--seeds", default="0,1", show_default=True, callback=numbers(click.INT))
 @click.option("--lr-range", callback=numbers(click.FLOAT), help="Lowest and highest base rate, as 1e-5,1e-2.")
 @click.option("--batch", type=float, help="Examples a step; recorded.")
+@click.option("--batches", callback=numbers(click.FLOAT), help="Those of trials, where they are others.")
+@click.option("--confirm", is_flag=True, help="End with up to three runs of the target's steps.")
 @click.option("--warmup", type=float, help="Share of the steps; recorded.")
 @click.option("--seed", type=int, default=0, help="Of the sampler.")
 @click.option("--name", help="Of the study and the recipe; by default the file's.")
@@ -55,6 +65,7 @@ def calibrate(spec: str, out: Path, workers: int, threads: int | None, **options
     if out.suffix != ".toml":
         raise RecipeError(f"A recipe's file ends in .toml, {str(out)!r} does not.", "Name it so.")
     load_train(spec)
+    options |= {"batches": options["batches"] or ()}
     options |= {"name": options["name"] or out.stem, "storage": options["storage"] or str(out.with_suffix(".journal"))}
     worker = _Worker(spec, options, threads or (1 if workers > 1 else None))
     with _helpers(worker, workers - 1):

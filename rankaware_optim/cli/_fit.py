@@ -32,7 +32,7 @@ from ._options import ALPHA, COLUMN, OPTIMIZER, out_option
 def fit(sweep: Path, out: Path | None, name: str | None, law: str, **options: Any) -> None:
     """Make a recipe of SWEEP, a .csv, .tsv, .json or .jsonl file with columns rank, lr, loss and, if known, alpha."""
     recipe = fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
-    number, *rest = str(recipe.at(method=recipe.reference.method)).splitlines()
-    echo("\n".join([f"{number} at {recipe.reference}", f"law       {law_words(recipe.law)}", *rest]))
+    number, at, *rest = str(recipe.at(method=recipe.reference.method)).splitlines()
+    echo("\n".join([number, at, f"law       {law_words(recipe.law)}", *rest]))
     if out is not None:
         echo(f"Next: rankaware lr {recipe.save(out)} --rank {max(recipe.ranks, default=16)}")

@@ -16,7 +16,7 @@ from ._echo import echo
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--lr", type=float, help="Base rate: adds a column of rates.")
 @click.option("--law", default=DEFAULT_LAW, show_default=True)
-@click.option("--tuned-at", help="Where the base rate was tuned, as r=16,alpha=32.")
+@click.option("--tuned-at", help="Where the base rate was tuned: r=16,alpha=32, or an adapter.")
 @click.option("--per-module", is_flag=True, help="A line for every tensor.")
 def inspect(path: Path, lr: float | None, law: str, tuned_at: str | None, per_module: bool) -> None:
     """Say what adapters PATH holds: a PEFT folder or a .safetensors file, read without the model."""

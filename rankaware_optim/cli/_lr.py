@@ -22,7 +22,7 @@ from ._echo import echo
 @click.option("--steps", type=int, help="Training steps, if not the recipe's: an extrapolation.")
 @click.option("--batch", type=float, help="Batch, counted as the recipe counts its own: an extrapolation.")
 def lr(recipe: Path, rank: int | None, alpha: float | None, rslora: bool, full: bool, **where: Any) -> None:
-    """Print a recipe's rate at a rank, or for full finetuning."""
+    """Print a recipe's rate at a rank, or for full finetuning, and the configuration that it is for."""
     if full == (rank is not None):
         raise click.UsageError("Give --rank N or --full.")
     if alpha is None and rslora:

@@ -12,9 +12,10 @@ from ._initialize import (
     write_starts,
 )
 from ._pairs import Half, Pair, Walk, canonical_name, pairs_of, read_as, reading_of, scaling_of, walk
+from ._references import ReferenceLike, as_reference, parse_reference, reference_of
 from ._survey import declared_init, declared_inits, inspect_model, survey_of
 from ._unsupported import other_kind
-from .files import inspect_file, read_config
+from .files import Training, inspect_file, read_config, read_training
 
 __all__ = [
     "Config",
@@ -23,7 +24,10 @@ __all__ = [
     "Half",
     "Pair",
     "Reading",
+    "ReferenceLike",
+    "Training",
     "Walk",
+    "as_reference",
     "canonical_name",
     "check_start",
     "configs_of",
@@ -37,10 +41,13 @@ __all__ = [
     "is_merged",
     "other_kind",
     "pairs_of",
+    "parse_reference",
     "place_of",
     "read_config",
     "read_as",
+    "read_training",
     "reading_of",
+    "reference_of",
     "refuse_opposite_ties",
     "refuse_residual",
     "register_convention",

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from .._optimizer_classes import get_optimizer_class
 from ..calibration import Pushed, Trial, calibrate, release_memory, seeded
 from ..errors import CalibrationError
 from ..recipe import Recipe
@@ -29,7 +30,7 @@ def calibrate_trainer(
     optimizer: type[Optimizer] | str,
     *,
     ranks: Sequence[int | None],
-    steps: int,
+    steps: int | Sequence[int],
     settings: Mapping[str, Any] | None = None,
     score: str | Callable[[Any], Any] | None = None,
     **options: Any,
@@ -43,8 +44,9 @@ def calibrate_trainer(
         recipe = ra.calibrate_trainer(make_trainer, torch.optim.AdamW, ranks=(4, 64), steps=200)
 
     transformers and TRL: `make_trainer` returns the trainer, not trained and without an optimizer of its own. It is
-    given one at the trial's rate, and the trial's seed in place of its arguments'. Its scheduler, clipping,
-    accumulation and callbacks are as ever; the schedule spans its `max_steps`, or `steps` where it sets none.
+    given one at the trial's rate, with the weight decay, betas and epsilon of its arguments unless `settings` has them,
+    and the trial's seed in place of theirs. Its scheduler, clipping, accumulation and callbacks are as ever; the
+    schedule spans its `max_steps`, or `steps` where it sets none.
     Checkpoints and the push to the hub are off; the arguments that you hold are not changed.
 
     Lightning: it returns (trainer, module, and what `fit` takes after the module: loaders or a datamodule). The
@@ -72,9 +74,11 @@ def calibrate_trainer(
             "Give a function of the trial, and the name of a metric or a function of the trainer.",
         )
 
+    native = get_optimizer_class(optimizer)
+
     @wraps(make_trainer)
     def pushed(trial: Trial) -> Pushed:
-        return Pushed(lambda report: _run(make_trainer, TrainerRun(trial, settings or {}, score, report)))
+        return Pushed(lambda report: _run(make_trainer, TrainerRun(trial, native, settings or {}, score, report)))
 
     with seeded(0), _surroundings():
         return calibrate(pushed, optimizer, ranks=ranks, steps=steps, **options)

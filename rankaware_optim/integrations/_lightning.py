@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CalibrationError, OptimizerError
-from ._rates import group_rates
+from ._rates import group_rates, recipe_words
 from ._trainer_run import TrainerRun
 
 
@@ -19,6 +19,8 @@ def lightning_rates() -> Any:
     """A callback for Lightning's `Trainer` that logs what every group trains at. LearningRateMonitor logs base rates.
 
         trainer = Trainer(callbacks=[LearningRateMonitor(), lightning_rates()])
+
+    A recipe's name and hash are logged as hyperparameters, "rankaware/recipe" and "rankaware/recipe_hash".
 
     Raises:
         OptimizerError: neither lightning nor pytorch_lightning is installed.
@@ -31,7 +33,12 @@ def lightning_rates() -> Any:
         raise OptimizerError("lightning_rates is for Lightning, which is not installed.", "Install it.")
 
     class Rates(callbacks.Callback):  # type: ignore[name-defined]
-        """Logs the rates of the step that comes."""
+        """Logs the recipe, and the rates of the step that comes."""
+
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            words = {key: word for opt in trainer.optimizers for key, word in recipe_words(opt).items()}
+            for logger in trainer.loggers if words else ():
+                logger.log_hyperparams(words)
 
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
             for logger in trainer.loggers:

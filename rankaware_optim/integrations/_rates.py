@@ -1,11 +1,11 @@
-"""Every group's rates by name, for any logger."""
+"""What any logger is given of an optimizer: every group's rates by name, and the recipe that they are from."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
-from ..optimizer import effective_lr
+from ..optimizer import effective_lr, recipe_of
 
 
 def group_rates(opt: Any) -> dict[str, float]:
@@ -27,3 +27,12 @@ def group_rates(opt: Any) -> dict[str, float]:
         rates[f"base_lr/{shown}"] = effective_lr(group) / multiplier
         rates[f"rank_multiplier/{shown}"] = multiplier
     return rates
+
+
+def recipe_words(opt: Any) -> dict[str, str]:
+    """The name and hash of the recipe that `opt` has its rates from, as settings of a run; {} where there is none."""
+    recipe = recipe_of(opt)
+    if recipe is None:
+        return {}
+    digest, _, name = recipe.tag.partition(" ")
+    return {"rankaware/recipe": name, "rankaware/recipe_hash": digest}

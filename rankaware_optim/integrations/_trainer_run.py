@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from ..calibration import Trial
 from ..errors import CalibrationError
@@ -14,13 +15,14 @@ from ..errors import CalibrationError
 
 @dataclass
 class TrainerRun:
-    """The trial, the optimizer's settings, what scores the run, and the loss of the step under way.
+    """The trial, the optimizer's class and settings, what scores the run, and the loss of the step under way.
 
     metric: a name among the evaluation's, a function of the trainer, or None for the mean of the last losses.
     report: takes a step's loss and answers whether the run is to end.
     """
 
     trial: Trial
+    native: type[Optimizer]
     settings: Mapping[str, Any]
     metric: str | Callable[[Any], Any] | None
     report: Callable[[Any], bool]
@@ -33,9 +35,10 @@ class TrainerRun:
 
     def steps_of(self, max_steps: int | None) -> int:
         """How many steps the trainer takes: its own where it sets them, else the trial's."""
-        if max_steps is not None and max_steps < self.trial.steps:
+        planned = self.trial._steps  # trial.steps is for those who plan by it
+        if max_steps is not None and max_steps < planned:
             raise CalibrationError(
-                f"The trainer's max_steps is {max_steps}, less than the trial's {self.trial.steps}.", "Lower steps=."
+                f"The trainer's max_steps is {max_steps}, less than the trial's {planned}.", "Lower steps=."
             )
         return self.trial.steps if max_steps is None else max_steps
 
@@ -51,7 +54,7 @@ class TrainerRun:
 
     def score(self, trainer: Any, evaluate: Callable[[], Mapping[str, Any]]) -> Any:
         """The score of a run that took all its steps; None where there is none to take."""
-        if self.metric is None or self.steps_taken < self.trial.steps:
+        if self.metric is None or self.steps_taken < self.trial._steps:
             return None
         if callable(self.metric):
             return self.metric(trainer)

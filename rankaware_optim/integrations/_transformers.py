@@ -6,7 +6,7 @@ Importing this module imports no transformers: its functions do.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,50 +17,73 @@ from .._optimizer_classes import get_optimizer_class
 from ..errors import CalibrationError, OptimizerError
 from ..optimizer import RankAwareOptimizer
 from ._rates import group_rates
+from ._trackers import save_beside_checkpoint, tell_recipe
 from ._trainer_run import TrainerRun
+from ._training_arguments import keep_embeddings_in_32_bits, refuse_no_rate, settings_of, trainer_groups
 
 
 class TrainerFactory:
-    """What `Trainer` calls to make its optimizer; `make(model)` does.
+    """What `Trainer` calls to make its optimizer: `make(params, model=..., **settings)` does.
 
-    Trainer calls a factory without arguments, and what that gives with the model as it has wrapped it: both are
-    answered here.
+    Trainer calls a factory without arguments, and what that gives with the model as it has wrapped it; Axolotl adds its
+    arguments. Older ones, and Unsloth on a CPU with a rate for embeddings, hand over groups. All of these are answered
+    here. `native` is the class that is wrapped, `given` what the user said of it. `args` are the arguments, and
+    `model()` the model, of a trainer that passes none.
     """
 
-    def __init__(self, make: Callable[..., Optimizer]) -> None:
-        self.make = make
+    def __init__(
+        self,
+        make: Callable[..., Optimizer],
+        native: type[Optimizer],
+        given: Mapping[str, Any],
+        args: Any = None,
+        model: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self.make, self.native, self.given, self.args, self.model = make, native, given, args, model
 
-    def __call__(self, model: Any = None, **settings: Any) -> Any:
-        """This factory where no model is given, else an optimizer over the model's trainable parameters."""
-        if model is None:
+    def __call__(self, params: Any = None, args: Any = None, **settings: Any) -> Any:
+        """This factory where nothing is given, else an optimizer over a model's trainable parameters or groups."""
+        if params is None:
             return self
-        if not isinstance(model, nn.Module):
+        args = self.args if args is None else args
+        model = params if isinstance(params, nn.Module) else self.model()
+        if model is None:
             raise OptimizerError(
-                f"Trainer handed a {type(model).__name__} to a factory, which needs the model.",
-                "Update transformers to a release whose Trainer knows factories, or pass optimizers=(opt, None).",
+                f"Trainer handed a {type(params).__name__} to a factory, which needs the model.",
+                "Use attach(trainer, ...), a release of transformers that knows factories, or optimizers=(opt, None).",
             )
-        return self.make(model, **settings)
+        said = settings_of(self.native, args, {**settings, **self.given})
+        keep_embeddings_in_32_bits(model, self.native, said)
+        if params is model:
+            return self.make(trainer_groups(model, self.native, said), model=model, **said)
+        base = getattr(args, "learning_rate", None)  # a group at the trainer's base rate is to follow ours
+        groups = [{k: v for k, v in group.items() if k != "lr" or v != base} for group in params]
+        return self.make(groups, model=model, **said)
 
 
-def trainer_factory(optimizer: type[Optimizer] | str, **settings: Any) -> tuple[TrainerFactory, dict[str, Any]]:
+def trainer_factory(
+    optimizer: type[Optimizer] | str, *, args: Any = None, **settings: Any
+) -> tuple[TrainerFactory, dict[str, Any]]:
     """What transformers' `Trainer(optimizer_cls_and_kwargs=...)` takes: a factory, called once the model is wrapped.
 
-        Trainer(model, args, optimizer_cls_and_kwargs=trainer_factory(torch.optim.AdamW, recipe="recipe.toml"))
+        factory = trainer_factory(torch.optim.AdamW, args=args, recipe="recipe.toml")
+        Trainer(model, args, optimizer_cls_and_kwargs=factory)
 
-    The rate and weight decay of `TrainingArguments` do not reach a factory: give them here. A `weight_decay` holds
-    for biases and norms too, unlike Trainer's own. Its scheduler, clipping and resuming are as ever.
+    `attach` does this, and logs and reports, for a trainer that is built. Norms and biases take no weight decay, as in
+    Trainer's own optimizers. Its scheduler, clipping and resuming are as ever.
 
     Args:
         optimizer: a torch optimizer class, or its name.
-        **settings: the arguments of `RankAwareOptimizer` and the optimizer's own; `lr` or `recipe` is needed.
+        args: the trainer's `TrainingArguments`: their weight decay, and a rate, betas and epsilon that were set, hold
+            unless they are given here. Trainer passes no arguments to a factory; Axolotl does.
+        **settings: the arguments of `RankAwareOptimizer` and the optimizer's own. A rate or `recipe` is needed.
 
     Raises:
         OptimizerError: the optimizer is unknown, or no rate was given.
     """
-    get_optimizer_class(optimizer)
-    if settings.get("lr") is None and settings.get("recipe") is None:
-        raise OptimizerError("trainer_factory was given no rate.", "Give lr= with tuned_at=, or recipe=.")
-    return TrainerFactory(partial(RankAwareOptimizer, optimizer=optimizer, **settings)), {}
+    native = get_optimizer_class(optimizer)
+    refuse_no_rate("trainer_factory", settings_of(native, args, settings))
+    return TrainerFactory(partial(RankAwareOptimizer, optimizer=native), native, settings, args), {}
 
 
 def log_rates(trainer: Any = None) -> Any:
@@ -70,7 +93,8 @@ def log_rates(trainer: Any = None) -> Any:
         log_rates(trainer)                                          # reporters such as TensorBoard too
 
     Trainer tells its reporters before the callbacks it is given, so the first form comes too late for them: the
-    second puts the callback in front.
+    second puts the callback in front, and tells TensorBoard, W&B and MLflow the recipe's name and hash too. Either form
+    saves the recipe beside every checkpoint (`Recipe.save_beside`).
 
     Raises:
         OptimizerError: transformers is not installed.
@@ -86,8 +110,19 @@ def log_rates(trainer: Any = None) -> Any:
         def __init__(self) -> None:
             self.rates: dict[str, float] = {}
 
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.rates = {}
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if trainer is not None and state.is_world_process_zero and not self.rates:  # its reporters are set up
+                tell_recipe(trainer.callback_handler.callbacks, kwargs["optimizer"])
+
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.rates = group_rates(kwargs["optimizer"])
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                save_beside_checkpoint(args.output_dir, state.global_step, kwargs["optimizer"])
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             logs = kwargs.get("logs") or {}
@@ -115,7 +150,11 @@ def train(trainer: Any, run: TrainerRun) -> Any:
     args.seed = run.trial.seed % 2**32
     args.save_strategy = type(args.save_strategy)("no")
     args.load_best_model_at_end = args.push_to_hub = False
-    trainer.optimizer_cls_and_kwargs = (TrainerFactory(run.optimizer), {})
+
+    def make(params: Any, *, lr: Any = None, **settings: Any) -> Any:  # the rate is the trial's
+        return run.trial.optimizer(params, **settings)
+
+    trainer.optimizer_cls_and_kwargs = (TrainerFactory(make, run.native, run.settings, args), {})
     training_step = trainer.training_step
 
     def watched_step(*args: Any, **kwargs: Any) -> Any:

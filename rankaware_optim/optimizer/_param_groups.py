@@ -15,10 +15,10 @@ from torch import nn
 
 from .._checks import check_lr, plain_lr
 from .._rate import Rate
-from .._types import Init, Method, Reference, Survey
+from .._types import Init, Method, Survey
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
-from ..inspection import Walk, survey_of, walk
+from ..inspection import ReferenceLike, Walk, as_reference, survey_of, walk
 from ..laws import DEFAULT_LAW, Law, caution_of
 from ._plan import Assignment, Plan, PlanOptions, make_plan
 
@@ -60,12 +60,18 @@ class UserGroup(NamedTuple):
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.named)
 
+    def without(self, option: str) -> UserGroup:
+        """The group without one of its options."""
+        return self._replace(options={key: value for key, value in self.options.items() if key != option})
 
-def user_groups(params: Any, model: nn.Module, walked: Walk, first: int = 0) -> list[UserGroup]:
+
+def user_groups(
+    params: Any, model: nn.Module, walked: Walk, first: int = 0, *, outside: bool = False
+) -> list[UserGroup]:
     """The user's parameters as named groups: a model, parameters, named parameters, or dicts of them.
 
-    A model stands for its trainable parameters. Raises OptimizerError where a parameter comes twice or none is the
-    model's.
+    A model stands for its trainable parameters. Raises OptimizerError where a parameter comes twice, or where none is
+    the model's unless `outside`.
     """
     if isinstance(params, nn.Module):
         own = walked if params is model else walk(params)
@@ -83,7 +89,7 @@ def user_groups(params: Any, model: nn.Module, walked: Walk, first: int = 0) -> 
         raise OptimizerError(
             "There is no trainable parameter to optimize.", "Set requires_grad on what should be trained."
         )
-    if seen.isdisjoint(names):
+    if seen.isdisjoint(names) and not outside:
         raise OptimizerError(
             f"None of the {len(seen)} parameters given belongs to the model.",
             "Pass the model that these parameters come from as model=.",
@@ -154,13 +160,15 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
     """Cut each user group by assignment, in the user's order, never merging two. They are counted from `first`."""
     factors = {f.name: f for f in survey.factors}
     planned: list[PlannedGroup] = []
+    tag = "" if plan.recipe is None else plan.recipe.tag
     for number, group in enumerate(groups, first):
         cut: dict[Assignment, PlannedGroup] = {}
         listed = [k for k, v in group.options.items() if isinstance(v, list) and len(v) == len(group.named) > 1]
         for position, (name, param) in enumerate(group.named):
-            assignment = plan.assign(name, factors.get(name))
+            own_lr, trains = "lr" in group.options, param.requires_grad
+            assignment = plan.assign(name, factors.get(name), own_lr=own_lr, trains=trains)
             options = {**group.options, **{key: [] for key in listed}}
-            part = cut.setdefault(assignment, PlannedGroup(assignment, [], options, number, plan.recipe_tag))
+            part = cut.setdefault(assignment, PlannedGroup(assignment, [], options, number, tag))
             part.named.append((name, param))
             for key in listed:  # one value a parameter, as PEFT's LoRA-FA and some of pytorch_optimizer keep
                 part.options[key].append(group.options[key][position])
@@ -213,7 +221,7 @@ def rank_aware_param_groups(
     lr: float | Rate,
     model: nn.Module | None = None,
     law: str | Law = DEFAULT_LAW,
-    tuned_at: Reference | None = None,
+    tuned_at: ReferenceLike | None = None,
     optimizer_class: type | None = None,
     settings: Mapping[str, Any] | None = None,
     named: bool = True,
@@ -237,13 +245,14 @@ def rank_aware_param_groups(
     >>> pair.lora_A, pair.lora_B = torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(8, 64, bias=False)
     >>> pair.r, pair.scaling = 8, 1.0
     >>> _ = torch.nn.init.zeros_(pair.lora_B.weight)
-    >>> groups = rank_aware_param_groups(pair, lr=1e-3, tuned_at=Reference(rank=32, alpha=32))
+    >>> groups = rank_aware_param_groups(pair, lr=1e-3, tuned_at="r=32,alpha=32")
     >>> [(g["lora_role"], round(g["lr"], 5)) for g in groups]
     [('A', 0.00199), ('B', 0.00199)]
     """
     model = model_of(params, model)
     check_lr(lr)
-    options = PlanOptions(law, tuned_at, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
+    reference = None if tuned_at is None else as_reference(tuned_at)
+    options = PlanOptions(law, reference, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
     walked = walk(model)
     survey = survey_of(walked, method=method, init=init)
     plan = make_plan(survey, options, optimizer_class, settings)

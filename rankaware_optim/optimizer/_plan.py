@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,8 @@ from ..laws import (
     get_law,
     known_family,
 )
-from ..recipe import Recipe
+from ..recipe import OtherRates, Recipe
+from ._recipe_use import RecipeUse, Run, use_recipe
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Plan:
     """What the options come to for one model and optimizer: from a factor or a name to an `Assignment`.
 
     law: bound to the optimizer. reference: resolved. width: the model's. batch_multiplier: what another batch than the
-    reference's multiplies every rate by, other parameters' too. recipe_tag: that of the recipe that the base rate is
-    from, or "".
+    reference's multiplies every rate by, other parameters' too; steps_multiplier: the same for a recipe's steps.
+    recipe: what the base rate is from, or None; others: its rates of other parameters. family: the optimizer's.
     """
 
     options: PlanOptions
@@ -82,22 +83,43 @@ class Plan:
     width: float
     batch_multiplier: float = 1.0
     notes: tuple[str, ...] = ()
-    recipe_tag: str = ""
+    recipe: Recipe | None = field(default=None, repr=False, compare=False)
+    family: str = "sign-like"
+    steps_multiplier: float = 1.0
+    others: OtherRates | None = None
 
-    def assign(self, name: str, factor: Factor | None) -> Assignment:
-        """The assignment of the parameter `name`, which is `factor` or, where that is None, an other one."""
+    @property
+    def run_multiplier(self) -> float:
+        """What the run's batch and steps multiply every rate by."""
+        return self.batch_multiplier * self.steps_multiplier
+
+    def assign(self, name: str, factor: Factor | None, *, own_lr: bool = False, trains: bool = True) -> Assignment:
+        """The assignment of the parameter `name`, which is `factor` or, where that is None, an other one.
+
+        own_lr: whether the user's group has a rate of its own, which decides an other parameter's before a recipe does.
+        trains: whether the parameter does; the rate of one that does not is not asked for.
+        """
         pinned = self.options.rate_of(name)
         if factor is None:
             rate = plain_lr(self.options.other_lr) if pinned is None else pinned
+            if rate is None and self.others is not None and self.method == "lora" and not own_lr:
+                known = self.others.rate(name, trains)
+                rate = None if known is None else known * self.run_multiplier
             whole = Factor("other parameters", "full", None, self.width, self.width)
             moved = self.multiplier(whole) if self.method == "full" else 1.0
-            return Assignment(multiplier=1.0 if rate is not None else moved * self.batch_multiplier, rate=rate)
-        moved = 1.0 if pinned is not None else self.multiplier(factor) * self.batch_multiplier
+            return Assignment(multiplier=1.0 if rate is not None else moved * self.run_multiplier, rate=rate)
+        moved = 1.0 if pinned is not None else self.multiplier(factor) * self.run_multiplier
         return Assignment(factor.role, factor.rank, factor.scaling, factor.init, moved, pinned)
 
     def has_own_rate(self, group: Mapping[str, Any]) -> bool:
         """Whether a built group has a rate of its own, by `rates` or `other_lr`."""
         return self.is_named(group) or (group.get("lora_role") == "other" and self.options.other_lr is not None)
+
+    def reason_of_other(self, names: Sequence[str], multiplier: float) -> str:
+        """Where the rate of parameters that are no factors is from, at `multiplier` times the base rate, in words."""
+        if self.others is None or not names or (multiplier == self.run_multiplier and not self.others.knows(names[0])):
+            return "the base rate"
+        return self.others.reason(names[0])
 
     def is_named(self, group: Mapping[str, Any]) -> bool:
         """Whether a pattern of `rates` names a built group's parameters."""
@@ -131,6 +153,7 @@ def make_plan(
     optimizer_class: type | None = None,
     settings: Mapping[str, Any] | None = None,
     recipe: Recipe | None = None,
+    run: Run | None = None,
 ) -> Plan:
     """Bind the law, resolve the reference and match the user's patterns, before anything is built."""
     names = [*(f.name for f in survey.factors), *survey.other]
@@ -145,21 +168,24 @@ def make_plan(
     fallback = survey.dominant() if survey.factors else Reference(method="full")  # no pair: nothing will be moved
     reference = (options.tuned_at or fallback).resolve(moved)
     law = get_law(options.law)
-    of_recipe: tuple[str, ...] = ()
+    use: RecipeUse | None = None
+    family = "sign-like" if optimizer_class is None else optimizer_family(optimizer_class, settings)
     if optimizer_class is not None:
         if options.strict:
             known_family(optimizer_class, settings)
         law = bound_law(law, optimizer_class, settings or {})
-        if recipe is not None:
-            of_recipe = recipe.notes_for(survey, optimizer_class)
+        if recipe is not None and run is not None:
+            use = use_recipe(recipe, survey, run)
     width = moved.full_width(reference.init) if method == "full" else moved.width
     by_batch = 1.0
     if options.batch is not None and reference.batch is not None:
         by_batch = checked_batch_multiplier(law, options.batch / reference.batch)
-    tag = "" if recipe is None else recipe.tag
-    plan = Plan(options, law, reference, method, width, by_batch, recipe_tag=tag)
+    plan = Plan(options, law, reference, method, width, by_batch, recipe=recipe, family=family)
     own_notes = _notes(plan, survey, optimizer_class, settings)
-    return replace(plan, notes=(*survey.notes, *of_recipe, *own_notes))
+    if use is None:
+        return replace(plan, notes=(*survey.notes, *own_notes))
+    notes = (*survey.notes, *use.notes, *own_notes)
+    return replace(plan, notes=notes, steps_multiplier=use.by_steps, others=use.others)
 
 
 def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: Mapping[str, Any] | None) -> list[str]:
@@ -173,6 +199,8 @@ def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: M
             "base rate, since no law covers them: name their init by init='A' or 'B' if you know it."
         )
         warn(notes[-1])
+    if options.tuned_at is None and len({(f.rank, f.scaling, f.init) for f in survey.factors}) > 1:
+        notes.append(f"tuned_at not given: lr counts as tuned at {reference}, the most common of this model.")
     if "unknown" in inits:
         notes.append("The init of some adapters could not be read; they count as Init[A].")
     others = {f.init for f in survey.factors if f.kind != "embedding"} & {"A", "B"} - {reference.init}

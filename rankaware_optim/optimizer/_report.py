@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import fill
 from typing import Any
 
-from .._survey_text import NO_LAW, Rated, noted_table, reason_of_other
+from .._survey_text import NO_LAW, Rated, reason_of_other
+from .._tables import text_table
 from .._types import Factor, Survey
 from ..inspection import other_kind
+from ._how_sure import how_sure
 from ._param_groups import effective_lr
-from ._plan import Plan
+from ._plan import Assignment, Plan
 from ._state_dict import Carried
 
-_PAIR = ("convention", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors")
+_PAIR = ("role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors")
 _HEADINGS = (*_PAIR, "base lr", "multiplier", "lr", "why")
+_WIDTH = 100  # columns
+_NOT_GIVEN = "tuned_at not given: nothing is moved"
 
 
 @dataclass(frozen=True)
@@ -37,20 +42,21 @@ class Row:
     fan_out: tuple[float, ...] = ()
 
     def cells(self) -> tuple[str, ...]:
-        """The row as text, in the order of the report's headings."""
+        """The row as text, in the order of the report's headings, all but the last."""
         scaling = "" if self.scaling is None else f"{self.scaling:g}"
-        shown = (self.convention, self.role, str(self.rank or ""), scaling, self.init or "")
+        shown = (self.role, str(self.rank or ""), scaling, self.init or "")
         fans = ("–".join(f"{end:g}" for end in dict.fromkeys(ends)) for ends in (self.fan_in, self.fan_out))
         rates = (f"{self.base_lr:.3g}", f"{self.multiplier:.4g}", f"{self.lr:.3g}")
-        return (*shown, *fans, str(self.count), *rates, self.reason)
+        return (*shown, *fans, str(self.count), *rates)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Per group: convention, role, rank, scaling, init, fans, count, multiplier, rate, and why. `str()` draws it.
+    """Per group: role, rank, scaling, init, fans, count, multiplier, rate, and why. `str()` draws it.
 
+    It is at most 100 columns wide; per_module draws a line for each tensor instead, as wide as its name asks for.
     audit: known accidents that the groups show, a sentence each. carried: per parameter, what the last checkpoint of
-    another rank left of its moments. survey: what was inspected; per_module draws a line for each of its tensors.
+    another rank left of its moments. survey: what was inspected.
     """
 
     rows: tuple[Row, ...]
@@ -65,8 +71,13 @@ class Report:
         if self.per_module:
             rates = {name: Rated(row.lr, row.reason) for row in self.rows for name in row.names}
             return f"{self.title}\n{self.survey.explain(per_module=True, rates=rates)}"
-        rows = [row.cells() for row in self.rows]
-        return noted_table(_HEADINGS, rows, self.audit, self.notes, width=150, title=self.title)
+        reasons = list(dict.fromkeys(row.reason for row in self.rows))
+        rows = [(*row.cells(), str(reasons.index(row.reason) + 1)) for row in self.rows]
+        why = {f"why {number}": reason for number, reason in enumerate(reasons, 1)}
+        checks, notes = (("check", text) for text in self.audit), (("note", text) for text in self.notes)
+        lines = [f"{head}: {text}" for head, text in (*why.items(), *checks, *notes)]
+        wrapped = [fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
+        return text_table(_HEADINGS, rows, lines=wrapped, title=self.title, left=("role", "init"), width=_WIDTH)
 
 
 def make_report(
@@ -79,7 +90,9 @@ def make_report(
 ) -> Report:
     """A report of built groups at their present rates."""
     factors = {f.name: f for f in survey.factors}
-    rows = tuple(_row(group, plan, factors) for group in param_groups)
+    asked = (group.get("rank_multiplier", 1.0) for group in param_groups if not plan.has_own_rate(group))
+    unmoved = plan.options.tuned_at is None and set(asked) <= {1.0}
+    rows = tuple(_row(group, plan, factors, unmoved) for group in param_groups)
     audit = (*survey.audit(), *_audit(param_groups, plan, survey))
     notes = (*plan.notes, *_split_note(param_groups), *_carried_notes(carried))
     return Report(rows, notes, title, carried, audit, survey, per_module)
@@ -87,12 +100,10 @@ def make_report(
 
 def plan_rates(plan: Plan, survey: Survey, lr: float) -> dict[str, Rated]:
     """What `plan` gives every factor of `survey` at the base rate `lr`, for `Survey.explain`."""
-    rates = {}
-    for f in survey.factors:
-        a = plan.assign(f.name, f)
-        reason = _reason({"lora_role": a.role, "lora_init": a.init, "param_names": [f.name]}, plan)
-        rates[f.name] = Rated(lr * a.multiplier if a.rate is None else a.rate, reason)
-    return rates
+    made = {f.name: plan.assign(f.name, f) for f in survey.factors}
+    unmoved = plan.options.tuned_at is None and all(a.multiplier == 1.0 for a in made.values())
+    rates = {name: lr * a.multiplier if a.rate is None else a.rate for name, a in made.items()}
+    return {name: Rated(rates[name], _reason([name], a, plan, unmoved)) for name, a in made.items()}
 
 
 def _audit(groups: Iterable[Mapping[str, Any]], plan: Plan, survey: Survey) -> Iterator[str]:
@@ -104,11 +115,11 @@ def _audit(groups: Iterable[Mapping[str, Any]], plan: Plan, survey: Survey) -> I
     for adapter, names in by_adapter.items():
         if held and held.isdisjoint(names):
             yield f"None of the {len(names)} factors of {adapter or 'the adapter'} is in this optimizer."
-    if plan.method == "full" or not survey.factors:
+    if plan.method == "full" or not survey.factors or plan.others is not None:  # a recipe decides a head's rate
         return
     alike = [group for group in groups if group.get("lora_role") == "other" and not plan.has_own_rate(group)]
     named = [pair for group in alike for pair in zip(group.get("param_names", ()), group["params"], strict=False)]
-    heads = [name for name, param in named if param.dim() > 1 and other_kind(name) is None]
+    heads = [name for name, p in named if p.requires_grad and p.dim() > 1 and other_kind(name) is None]
     if heads:
         rest = "" if len(heads) == 1 else f" and {len(heads) - 1} more"
         yield f"{heads[0]}{rest} trains at the adapters' base rate; a head has its own by other_lr= or rates=."
@@ -131,9 +142,11 @@ def _carried_notes(carried: tuple[Carried, ...]) -> list[str]:
     ]
 
 
-def _row(group: Mapping[str, Any], plan: Plan, factors: Mapping[str, Factor]) -> Row:
+def _row(group: Mapping[str, Any], plan: Plan, factors: Mapping[str, Factor], unmoved: bool) -> Row:
     role = group.get("lora_role", "other")
     names = tuple(group.get("param_names", ()))
+    scaling, multiplier = group.get("lora_scale", 1.0), group.get("rank_multiplier", 1.0)
+    made = Assignment(role, group.get("lora_rank"), scaling, group.get("lora_init"), multiplier)
     own = [factors[name] for name in names if name in factors]
     return Row(
         role=role,
@@ -141,10 +154,10 @@ def _row(group: Mapping[str, Any], plan: Plan, factors: Mapping[str, Factor]) ->
         scaling=group.get("lora_scale") if role in ("A", "B") else None,
         init=group.get("lora_init") if role in ("A", "B") else None,
         count=len(group["params"]),
-        base_lr=effective_lr(group) / group.get("rank_multiplier", 1.0),
-        multiplier=group.get("rank_multiplier", 1.0),
+        base_lr=effective_lr(group) / multiplier,
+        multiplier=multiplier,
         lr=effective_lr(group),
-        reason=_reason(group, plan),
+        reason=_reason(names, made, plan, unmoved),
         names=names,
         convention=", ".join(dict.fromkeys(f.convention for f in own)),
         fan_in=_ends(f.fan_in for f in own),
@@ -157,14 +170,18 @@ def _ends(values: Iterable[float]) -> tuple[float, ...]:
     return (min(found), max(found)) if found else ()
 
 
-def _reason(group: Mapping[str, Any], plan: Plan) -> str:
-    role = group.get("lora_role", "other")
-    if plan.has_own_rate(group):
-        return f"a rate of its own, by {'rates=' if plan.is_named(group) else 'other_lr='}"
-    if role == "full" or (role == "other" and plan.method == "full"):
-        return f"{plan.law.name}: full finetuning, from {plan.reference}"
-    if role == "other":
-        return reason_of_other(sorted({kind for kind in map(other_kind, group.get("param_names", ())) if kind}))
-    if group.get("lora_init") == "other":
+def _reason(names: Sequence[str], made: Assignment, plan: Plan, unmoved: bool) -> str:
+    """Why parameters of one assignment have their rate, and how sure that is. unmoved: none of the model's is moved."""
+    named = {"lora_role": made.role, "param_names": names}
+    if plan.has_own_rate(named):
+        return f"a rate of its own, by {'rates=' if plan.is_named(named) else 'other_lr='}"
+    if made.role == "other" and plan.method != "full":
+        rate = plan.reason_of_other(names, made.multiplier)
+        return reason_of_other(sorted({kind for kind in map(other_kind, names) if kind}), rate)
+    if made.init == "other":
         return NO_LAW
-    return f"{plan.law.name}: from {plan.reference}"
+    if unmoved:
+        return _NOT_GIVEN
+    whole = made.role in ("full", "other")
+    sure = how_sure(plan, made._replace(role="full") if whole else made)
+    return f"{plan.law.name}: {'full finetuning, ' if whole else ''}from {plan.reference} ({sure})"

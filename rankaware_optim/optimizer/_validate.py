@@ -11,14 +11,16 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .._checks import check_lr
-from .._optimizer_classes import get_optimizer_class
+from .._checks import check_lr, is_within, range_of, shown
+from .._optimizer_classes import defaults_of, get_optimizer_class
 from .._optimizers import known_optimizer
-from .._types import Reference
+from .._types import Reference, Survey
 from ..errors import OptimizerError
+from ..inspection import ReferenceLike, as_reference
 from ..laws import DEFAULT_LAW, Law
-from ..recipe import Recipe, resolve_recipe
+from ..recipe import SAME_UPDATES, Recipe, is_for, resolve_recipe, settings_of
 from ._param_groups import UserGroup
+from ._recipe_use import Run
 
 _ZERO = (
     "Give it the native class and groups made by rank_aware_param_groups(model, ..., named=False): "
@@ -92,11 +94,12 @@ def _refuse_held_groups(built: Optimizer) -> None:
 
 
 def from_recipe(
-    recipe: Recipe | str | os.PathLike[str] | None, lr: Any, tuned_at: Reference | None, law: str | Law | None
+    recipe: Recipe | str | os.PathLike[str] | None, lr: Any, tuned_at: ReferenceLike | None, law: str | Law | None
 ) -> tuple[Recipe | None, Any, Reference | None, str | Law]:
     """The recipe with its base rate, reference and law, or without one those that were given."""
     if recipe is None:
-        return None, lr, tuned_at, DEFAULT_LAW if law is None else law
+        at = None if tuned_at is None else as_reference(tuned_at)
+        return None, lr, at, DEFAULT_LAW if law is None else law
     for name, value in (("lr", lr), ("tuned_at", tuned_at), ("law", law)):
         if value is not None:
             raise OptimizerError(f"Both recipe= and {name}= were given.", "A recipe holds all three: give it alone.")
@@ -111,8 +114,71 @@ def refuse_settings(built: Optimizer | None, lr: object, settings: Mapping[str, 
         raise OptimizerError(f"{name}= was given for an optimizer that is built already.", "Give it when building it.")
 
 
-def check_base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any) -> None:
-    """Check the base rate that is given, a number or a tensor, or else the rates that the optimizer comes with."""
+def run_of(
+    recipe: Recipe | None,
+    native: type[Optimizer],
+    given: Mapping[str, Any],
+    groups: Iterable[UserGroup],
+    survey: Survey,
+    **horizon: Any,
+) -> Run | None:
+    """What a recipe is used for, with the settings that factors have: their group's own, what is given, or the default.
+
+    Raises:
+        OptimizerError: steps or a warm-up are given without a recipe, or the warm-up is no share.
+    """
+    share = horizon["warmup_share"]
+    if share is not None and not is_within("share", share):
+        raise OptimizerError(f"warmup_share is {shown(share)}.", f"Give {range_of('share')}, or leave it out.")
+    if recipe is None:
+        for name in ("steps", "warmup_share"):
+            if horizon[name] is not None:
+                raise OptimizerError(f"{name}= was given without recipe=, so it moves no rate.", "Leave it out.")
+        return None
+    base, factors = {**defaults_of(native), **given}, {f.name for f in survey.factors}
+    names = [name for name in recipe.settings if name in base and name not in SAME_UPDATES]
+    held = [{**base, **group.options} for group in groups if not factors.isdisjoint(group.names)]
+    return Run(native, settings_of(held or [base], names), **horizon)
+
+
+def applied_settings(recipe: Recipe | None, native: type[Optimizer], built: Optimizer | None) -> dict[str, Any]:
+    """The recipe's settings that the optimizer takes.
+
+    Raises:
+        OptimizerError: there is no recipe, it is another optimizer's, or the optimizer is built already.
+    """
+    if recipe is None:
+        raise OptimizerError("apply_settings=True takes a recipe's settings, and none was given.", "Give recipe=.")
+    if built is not None:
+        raise OptimizerError(
+            "apply_settings=True was given for an optimizer that is built already.",
+            f"Give the class: RankAwareOptimizer(model, {native.__name__}, ...).",
+        )
+    if not is_for(recipe, native):
+        raise OptimizerError(
+            f"Recipe {recipe.name!r} was made with {recipe.optimizer}, whose settings are not {native.__name__}'s.",
+            "Use the recipe's optimizer, or leave apply_settings= out.",
+        )
+    own = {name: default for name, default in defaults_of(native).items() if name not in ("lr", *SAME_UPDATES)}
+    fitting = {name: value for name, value in recipe.settings.items() if name in own and _fits(value, own[name])}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fitting.items()}
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a recipe's value can be that of a setting: not where it is the text of what a file cannot hold."""
+    if isinstance(value, (list, tuple)):  # or the values of several groups
+        return isinstance(default, (list, tuple)) and len(value) == len(default)
+    if isinstance(value, str):
+        return isinstance(default, str) or (default is None and value.isidentifier())
+    return default is None or isinstance(default, (bool, int, float))
+
+
+def check_base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any, tuned: Iterable[UserGroup]) -> None:
+    """Check the base rate that is given, a number or a tensor, or else the rates that the optimizer comes with.
+
+    tuned: the groups for which a reference is given. The optimizer's own default was tuned nowhere: each brings
+    its rate, or `lr` is given.
+    """
     if lr is not None:
         check_lr(lr)
     if built is not None:
@@ -123,6 +189,11 @@ def check_base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any) -> 
         default = inspect.signature(native).parameters.get("lr")
         if default is None or not isinstance(default.default, (int, float)):
             raise OptimizerError(f"{native.__name__} has no default learning rate.", "Give lr=.")
+        if not all("lr" in group.options for group in tuned):
+            raise OptimizerError(
+                f"tuned_at= was given without lr=; {native.__name__}'s default, {default.default}, is tuned nowhere.",
+                "Give the rate that was tuned there as lr=, or leave tuned_at= out.",
+            )
 
 
 def refuse_rateless(opt: Optimizer) -> None:

@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 from .._checks import plain_lr
 from .._optimizers import known_optimizer
 from .._rate import Rate
-from .._types import Init, Method, Reference, Survey
+from .._types import Init, Method, Survey
 from .._warn import warn
 from ..errors import CheckpointError, OptimizerError
-from ..inspection import survey_of, walk
+from ..inspection import ReferenceLike, survey_of, walk
 from ..laws import Law, law_words
 from ..recipe import Recipe
 from ._param_groups import (
@@ -42,6 +42,7 @@ from ._rehearsal import check_loadable
 from ._report import Report, make_report
 from ._state_dict import Carried, OnRankChange, check_on_rank_change, fit_checkpoint
 from ._validate import (
+    applied_settings,
     check_base_lr,
     from_recipe,
     native_class,
@@ -49,6 +50,7 @@ from ._validate import (
     refuse_inside_zero,
     refuse_rateless,
     refuse_settings,
+    run_of,
 )
 
 T = TypeVar("T")
@@ -107,16 +109,22 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         optimizer: a torch optimizer class, or its name: "adamw", "torch_optimizer:Lamb".
         model: the model that holds the adapters, where `params` is not it. It is held weakly.
         lr: the base rate, per step, tuned at `tuned_at`; by default the optimizer's own default.
-        tuned_at: the configuration `lr` was tuned at; by default the model's own most common one.
+        tuned_at: the configuration `lr` was tuned at: a `Reference`, words as "r=16,alpha=32", an adapter's folder or
+            file, or a `LoraConfig`; by default the model's own most common one.
         law: a law or its name; default "falling".
-        recipe: a calibrated recipe or its path, in place of `lr`, `tuned_at` and `law`.
+        recipe: a calibrated recipe, its path or its adapter's folder, in place of `lr`, `tuned_at` and `law`. One
+            warning says what of the optimizer, its settings, batch, steps and warm-up the recipe has otherwise.
         method: "full" for full finetuning of a model without adapters.
         init: names the adapters' init where it cannot be read ("A", "B").
         rates: rates by name pattern, as {"*classifier*": 1e-3}, for any parameter.
-        other_lr: the rate of every parameter that is no factor; by default the base rate.
+        other_lr: the rate of every parameter that is no factor; by default the base rate. With a recipe what it saw
+            trained beside LoRA, else full finetuning's rate if it saw that, else it is asked for.
         per_layer_width: give the law each layer's own fan-in rather than one width for the model.
         across_inits: let the law carry the rate from the reference's init to another.
         batch: this run's examples or tokens a step; where `tuned_at` names one too, the law's rule moves every rate.
+        steps, warmup_share: this run's training steps, and the warm-up's share of them, where a recipe is used: its
+            horizon moves every rate to these steps.
+        apply_settings: take the recipe's optimizer settings (weight decay, betas), save those that are given.
         strict: refuse an optimizer of a family that no law is derived for, rather than scale it as Adam's kind.
         scale_weight_decay: a decoupled decay is lr × weight_decay, so a multiplier scales it; False keeps the product.
         on_rank_change: where a checkpoint of another rank is loaded: "raise", "reset" the moments of changed factors,
@@ -145,7 +153,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         *,
         model: nn.Module | None = None,
         lr: float | Rate | torch.Tensor | None = None,
-        tuned_at: Reference | None = None,
+        tuned_at: ReferenceLike | None = None,
         law: str | Law | None = None,
         recipe: Recipe | str | os.PathLike[str] | None = None,
         method: Method = "lora",
@@ -159,6 +167,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         scale_weight_decay: bool = True,
         on_rank_change: OnRankChange = "raise",
         native_type: bool = False,
+        steps: int | None = None,
+        warmup_share: float | None = None,
+        apply_settings: bool = False,
         **settings: Any,
     ) -> RankAwareOptimizer:
         built = params if isinstance(params, Optimizer) else None
@@ -167,14 +178,20 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         refuse_inside_zero()
         check_on_rank_change(on_rank_change)
         refuse_settings(built, lr, settings)
-        loaded, lr, tuned_at, law = from_recipe(recipe, plain_lr(lr), tuned_at, law)
-        options = PlanOptions(law, tuned_at, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
+        loaded, lr, reference, law = from_recipe(recipe, plain_lr(lr), tuned_at, law)
+        if apply_settings:
+            settings = {**applied_settings(loaded, native, built), **settings}
+        options = PlanOptions(law, reference, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
         walked = walk(model)
         survey = survey_of(walked, method=method, init=init)
+        lr = lr if loaded is None else loaded.base_lr(survey)
         given = settings if built is None else built.defaults
-        plan = make_plan(survey, options, native, given, loaded)
-        check_base_lr(native, built, lr)
         own = user_groups(params if built is None else built.param_groups, model, walked)
+        check_base_lr(native, built, lr, own if reference is not None else ())
+        if built is not None and lr is not None:  # a recipe's rate, in place of those that it was built with
+            own = [group.without("lr") for group in own]
+        run = run_of(loaded, native, given, own, survey, batch=batch, steps=steps, warmup_share=warmup_share)
+        plan = make_plan(survey, options, native, given, loaded, run)
         also = _frozen(own)
         survey = survey_of(walked, method=method, init=init, also=also) if also else survey
         planned = split(own, plan, survey)
@@ -234,7 +251,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 "Wrap again with model=, or add groups made by rank_aware_param_groups.",
             )
         wrap, walked = self._rankaware, walk(model)
-        own = user_groups([param_group], model, walked, first=len(wrap.order))
+        own = user_groups([param_group], model, walked, first=len(wrap.order), outside=True)
         refuse_groups(native, own, held={id(p) for group in self.param_groups for p in group["params"]})
         survey = survey_of(walked, method=wrap.plan.method, init=wrap.init, also=_frozen(own))
         made = []
@@ -289,6 +306,13 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
 
     def __repr__(self) -> str:
         return f"RankAware{type(self)._rankaware_native.__repr__(self)}"
+
+
+def recipe_of(opt: Any) -> Recipe | None:
+    """The recipe that the rates of `opt` are from, through the wrappers of frameworks; None where there is none."""
+    while not isinstance(opt, RankAwareOptimizer) and hasattr(opt, "optimizer"):
+        opt = opt.optimizer
+    return opt._rankaware.plan.recipe if isinstance(opt, RankAwareOptimizer) else None
 
 
 _OVERRIDES = ("add_param_group", "load_state_dict", "__getstate__", "__reduce_ex__", "__repr__", "report", "expand")

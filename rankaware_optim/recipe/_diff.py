@@ -17,7 +17,7 @@ from ._schema import to_document
 _ABSENT = "not told"
 # Fields told as a factor by their last name: rates, widths, counts. Other numbers are told as a difference.
 _BY_FACTOR = {
-    *("lr", "best_lr", "band_low", "band_high", "ceiling", "full_factor", "rank", "alpha", "fan_in", "full_fan_in"),
+    *("lr", "fitted_lr", "band_low", "band_high", "ceiling", "full_factor", "rank", "alpha", "fan_in", "full_fan_in"),
     *("batch", "steps", "tokens", "pivot"),
 }
 _EQUAL = 1e-9  # relative: rates that differ by less are one rate, computed in another order

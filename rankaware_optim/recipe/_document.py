@@ -16,7 +16,7 @@ from .._scaling_rule import Scaling
 from ..errors import RecipeError
 from ._horizon import SLOPE_SD
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def _of(name: str, kind: type = float) -> Meta:
@@ -26,6 +26,8 @@ def _of(name: str, kind: type = float) -> Meta:
 
 Lr = Annotated[float, _of("lr")]
 Octaves = Annotated[float, _of("octaves")]
+Offset = Annotated[float, Meta(ge=-1000.0, le=1000.0)]
+Variance = Annotated[float, Meta(ge=-1e4, le=1e4)]
 Rank = Annotated[int, _of("rank", int)]
 Steps = Annotated[int, _of("steps", int)]
 Seed = Annotated[int, _of("seed", int)]
@@ -38,9 +40,17 @@ Unknown = Literal["unknown"]
 
 class RateSection(Struct, frozen=True):
     lr: Lr
-    best_lr: Lr
+    fitted_lr: Lr
     ceiling: Lr | None = None
     lean_octaves: Octaves = 0.0
+    steepness: Annotated[float, _of("steepness")] = 0.0
+    scatter_octaves: Octaves = 0.0
+
+
+class RateSection1(RateSection, frozen=True, rename={"fitted_lr": "best_lr"}):
+    """As schema 1 called it."""
+
+    fitted_lr: Lr
 
 
 class ReferenceSection(Struct, frozen=True):
@@ -65,6 +75,8 @@ class HorizonSection(Struct, frozen=True):
     warmup_share: Annotated[float, _of("share")] | None = None
     slope: Annotated[float, _of("slope")] = 0.0
     slope_sd: Octaves = SLOPE_SD
+    # Of every length tried: steps, octaves beside the best rate at `steps`, and its further variance.
+    tried: Annotated[tuple[tuple[Steps, Offset, Variance], ...], Meta(max_length=1000)] = ()
 
 
 class SeenSection(Struct, frozen=True):
@@ -72,6 +84,7 @@ class SeenSection(Struct, frozen=True):
     full: bool = False
     seed: Seed = 0
     notes: tuple[str, ...] = ()
+    other_rates: dict[str, Lr | Literal["base"]] = {}
 
 
 class TensorsSection(Struct, frozen=True):
@@ -92,6 +105,13 @@ class Document(Struct, frozen=True):
     scaling_rule: Scaling = "unknown"
     seen: SeenSection = SeenSection()
     versions: dict[str, str] = {}
+    source: dict[str, str] = {}
+
+
+class Document1(Document, frozen=True):
+    """A file of schema 1."""
+
+    rate: RateSection1
 
 
 def checked(data: Mapping[str, Any], target: Path) -> Document:
@@ -105,7 +125,7 @@ def checked(data: Mapping[str, Any], target: Path) -> Document:
             "Update rankaware-optim, or name another file.",
         )
     try:
-        return msgspec.convert(data, Document)
+        return msgspec.convert(data, Document1 if schema == 1 else Document)
     except msgspec.ValidationError as error:
         what, _, path = str(error).removesuffix("`").partition(" - at `$.")
         lacking = re.search("missing required field `([^`]+)", what)

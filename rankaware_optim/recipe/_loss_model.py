@@ -43,8 +43,16 @@ _LEAST = 1e-250  # of a likelihood, so that its logarithm is finite
 CAP = 1.0  # gap to the best, in units of the gain, at which a run counts as no better than untrained
 
 
+class Place(NamedTuple):
+    """What has one best rate: a rank, None for full finetuning; steps and batch, None for those of the target."""
+
+    rank: int | None = None
+    steps: int | None = None
+    batch: float | None = None
+
+
 class Arm(NamedTuple):
-    """The trials of one rank: rates x, gaps y to its best in units of the gain, at most `CAP`, and seeds."""
+    """The trials of one place: rates x, gaps y to its best in units of the gain, at most `CAP`, and seeds."""
 
     x: Array
     y: Array
@@ -65,12 +73,12 @@ class Bowls(NamedTuple):
     steepness: Array
 
 
-def bowls_of(arms: Mapping[int | None, Arm]) -> Bowls:
+def bowls_of(arms: Mapping[Place, Arm]) -> Bowls:
     """Fit a bowl to every arm: too high a rate ends untrained or, where no run was that bad, perhaps on a plateau."""
     return Bowls(*map(np.concatenate, zip(*(_bowls_where(arms, p) for p in _plateaus(arms)), strict=True)))
 
 
-def _plateaus(arms: Mapping[int | None, Arm]) -> list[list[float]]:
+def _plateaus(arms: Mapping[Place, Arm]) -> list[list[float]]:
     """Every arm's plateau of rates that are too high, in each way that the runs allow."""
     untrained = [CAP] * len(arms)
     if any(arm.y.max() >= CAP for arm in arms.values()):
@@ -78,7 +86,7 @@ def _plateaus(arms: Mapping[int | None, Arm]) -> list[list[float]]:
     return [untrained, [float(arm.y.max()) or CAP for arm in arms.values()]]
 
 
-def _bowls_where(arms: Mapping[int | None, Arm], plateaus: Sequence[float]) -> Bowls:
+def _bowls_where(arms: Mapping[Place, Arm], plateaus: Sequence[float]) -> Bowls:
     xs = np.concatenate([arm.x for arm in arms.values()])
     grid = np.arange(xs.min() - _BEYOND, xs.max() + _BEYOND, _GRID)
     fits = [_shared(_log_likelihood(arm, grid, p), grid) for arm, p in zip(arms.values(), plateaus, strict=True)]
@@ -160,7 +168,7 @@ def _own_shapes() -> Array:
 # --- the curves of a fit ----------------------------------------------------------------------------------------------
 
 
-def curves_of(arms: Mapping[int | None, Arm], u: Mapping[int | None, Array]) -> dict[int | None, Array]:
+def curves_of(arms: Mapping[Place, Arm], u: Mapping[Place, Array]) -> dict[Place, Array]:
     """Every arm's expected gap at octaves `u` from its optimum, if the optima are where their x is 0.
 
     This is the mean over the posterior of shapes, noises and levels that `bowls_of` weighs, given the optima.
@@ -172,8 +180,8 @@ def curves_of(arms: Mapping[int | None, Arm], u: Mapping[int | None, Array]) -> 
 
 
 def _curves_where(
-    arms: Mapping[int | None, Arm], plateaus: Sequence[float], u: Mapping[int | None, Array]
-) -> tuple[float, dict[int | None, Array]]:
+    arms: Mapping[Place, Arm], plateaus: Sequence[float], u: Mapping[Place, Array]
+) -> tuple[float, dict[Place, Array]]:
     """Under these plateaus, the log evidence of the optima, and every arm's mean curve."""
     pairs = list(zip(arms.values(), plateaus, strict=True))
     logs = np.stack([_log_likelihood(arm, np.zeros(1), plateau).ravel() for arm, plateau in pairs])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ._loss_model import CAP, Arm
+from ._loss_model import CAP, Arm, Place
 
 TAIL = 5  # values at least in the mean that scores a run
 EARLY = 0.3  # share of its steps in which a run is not judged
@@ -19,7 +19,7 @@ class Observation:
     """One finished trial. rank: None for full finetuning. x: log2 of the base rate. value: the score, minimised.
 
     start, tail: where the curve began (see `height`) and the mean of its last tenth. returned: whether the score was
-    returned rather than that mean. stopped: cut short because it diverged.
+    returned rather than that mean. stopped: cut short because it diverged. steps, batch: see `Place`.
     """
 
     rank: int | None
@@ -30,6 +30,12 @@ class Observation:
     tail: float
     returned: bool = False
     stopped: bool = False
+    steps: int | None = None
+    batch: float | None = None
+
+    @property
+    def place(self) -> Place:
+        return Place(self.rank, self.steps, self.batch)
 
 
 def height(curve: Sequence[float]) -> float:
@@ -55,14 +61,18 @@ def carried_on(x: float, curve: Sequence[float], best: Observation, beside: Sequ
     return replace(best, x=x, value=best.value + gap, start=height(curve), tail=best.tail + gap)
 
 
-def arms_of(observations: Sequence[Observation], bad: Sequence[bool], gain: float) -> dict[int | None, Arm]:
-    """The trials of every rank in the units of the loss model, those that are `bad` at `CAP`."""
+def arms_of(observations: Sequence[Observation], bad: Sequence[bool], gains: Mapping[Place, float]) -> dict[Place, Arm]:
+    """The trials of every place in the units of the loss model, those that are `bad` at `CAP`.
+
+    gains: by steps and batch, the rank left out.
+    """
     arms = {}
-    for rank in dict.fromkeys(o.rank for o in observations):
-        mine = [(o, b) for o, b in zip(observations, bad, strict=True) if o.rank == rank]
+    for place in dict.fromkeys(o.place for o in observations):
+        mine = [(o, b) for o, b in zip(observations, bad, strict=True) if o.place == place]
         best = min((o.value for o, b in mine if not b), default=0.0)
+        gain = gains.get(place._replace(rank=None), 1.0)  # without one, all of its runs diverged
         gaps = [CAP if b else min((o.value - best) / gain, CAP) for o, b in mine]
-        arms[rank] = Arm(np.array([o.x for o, _ in mine]), np.array(gaps), np.array([o.seed for o, _ in mine]))
+        arms[place] = Arm(np.array([o.x for o, _ in mine]), np.array(gaps), np.array([o.seed for o, _ in mine]))
     return arms
 
 

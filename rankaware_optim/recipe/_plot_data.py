@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from .._rate import Rate
-from ._loss_model import curves_of
+from ._loss_model import Place, curves_of
 from ._observations import TAIL, Observation, arms_of, carried_on, gain_of, height, recent
 from ._recipe import Recipe, known_rate
 
@@ -104,7 +104,7 @@ def picture_of(recipe: Recipe) -> Picture:
     edges += [edge for rate in rates.values() if rate for edge in (rate.low, rate.lr, rate.high)]
     across = (min(edges) / _MARGIN, max(edges) * _MARGIN) if edges else (1e-4, 1e-2)
     values = _frame([point.value for point in points if math.isfinite(point.value)])
-    best = {rank: math.log2(rate.lr) + recipe.lean for rank, rate in rates.items() if rate}
+    best = {rank: (math.log2(rate.low) + math.log2(rate.high)) / 2 for rank, rate in rates.items() if rate}
     x = np.linspace(math.log2(across[0]), math.log2(across[1]), _STEPS)
     curves = _curves(trials, best, x)
     arms = tuple(
@@ -190,9 +190,9 @@ def _curves(trials: Trials, best: Mapping[int | None, float], x: Array) -> dict[
     if not good:
         return {}
     gain, floors = gain_of(good), {o.rank: o.value for o in sorted(good, key=lambda o: -o.value)}
-    arms = arms_of([observation for observation, _ in seen], [lost for _, lost in seen], gain)
-    gaps = curves_of(arms, {rank: x - best[rank] for rank in arms})
-    return {rank: floor + gain * gaps[rank] for rank, floor in floors.items()}
+    arms = arms_of([observation for observation, _ in seen], [lost for _, lost in seen], {Place(): gain})
+    gaps = curves_of(arms, {place: x - best[place.rank] for place in arms})
+    return {rank: floor + gain * gaps[Place(rank)] for rank, floor in floors.items()}
 
 
 def _observations(rank: int | None, points: Sequence[Point], best: float) -> Iterator[tuple[Observation, bool]]:

@@ -15,17 +15,21 @@ from typing import Any, Literal
 
 import torch
 
+from .._optimizers import known_optimizer
 from .._rate import Rate
 from .._scaling_rule import GAMMA, Scaling
 from .._types import Method, Reference, Survey
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
 from ..laws import Power, checked_batch_multiplier, checked_multiplier, law_changes
+from . import _beside as beside
+from . import _hub as on_hub
 from . import _io as recipe_files
 from . import _recipe_text as words
 from . import _schema as recipe_toml
 from ._horizon import Horizon, by_batch
-from ._uncertainty import Z90, spread
+from ._other_rates import OtherRates, Seen
+from ._uncertainty import Z90, margin, spread
 
 ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels between ranks of one init
 
@@ -34,18 +38,22 @@ ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels bet
 class Recipe:
     """A calibrated base rate with its law, uncertainty and provenance.
 
-    best_lr: the best rate at `reference`, as fitted. lean: octaves by which quoted rates lean below it. law: a
-    `Power` on top of the law calibrated with: drift in rank, factor of full finetuning. covariance: 3 × 3 tensor of
-    (log2 rate at `law.pivot`, drift, log2 full_factor), octaves. scaling_rule: how the effective multiplier followed
-    the ranks seen: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant), "as swept" (a
-    sweep that did not say), or "unknown". steps: None where a sweep did not say. horizon: how the best rate moves with
-    the steps. notes: what the data did not
-    determine, in words. tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`, `value` (NaN where
-    pruned), `diverged`, `pruned`, `steps` and `curve`.
+    fitted_lr: the optimum at `reference`, as fitted. `lr`, the rate to use, lies `lean` octaves below it, a margin,
+    since too high costs more than too low. steepness: of the cliff above the optimum, per octave, by which the margin
+    elsewhere follows from the uncertainty there; 0 where it is `lean` everywhere. law: a `Power` on top of the law
+    calibrated with: drift in rank, factor of full finetuning. covariance: 3 × 3 tensor of (log2 rate at `law.pivot`,
+    drift, log2 full_factor), octaves. scatter: standard deviation by which a rank's own best rate lies off the law,
+    octaves. scaling_rule: how the effective multiplier followed the ranks seen: "fixed" (alpha follows rank), "rslora"
+    (s·√r constant), "alpha" (s·r constant), "as swept" (a sweep that did not say), or "unknown". steps: None where a
+    sweep did not say. horizon: how the best rate moves with the steps. settings: the optimizer's, other than the rate.
+    other_rates: what LoRA trials trained beside the factors, by name with "*" for numbers: at "base", the trial's base
+    rate, or at a rate of its own. source: the training loop's name, its source's hash, its repository's commit. notes:
+    what the data did not determine, in words. tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`,
+    `value` (NaN where pruned), `diverged`, `pruned`, `steps` and `curve`.
     """
 
     name: str
-    best_lr: float
+    fitted_lr: float
     reference: Reference
     law: Power
     covariance: torch.Tensor
@@ -62,14 +70,18 @@ class Recipe:
     warmup: float | None = None
     horizon: Horizon = field(default_factory=Horizon)
     seed: int = 0
+    other_rates: Seen = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    source: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    steepness: float = 0.0
+    scatter: float = 0.0
 
     @property
     def lr(self) -> float:
-        """The quoted base rate: the best rate at `reference`, leaned by `lean` octaves."""
-        return float(self.best_lr * 2.0**-self.lean)
+        """The base rate to use, and that is quoted: `lean` octaves below the fitted optimum at `reference`."""
+        return float(self.fitted_lr * 2.0**-self.lean)
 
     @property
     def full_factor(self) -> float:
@@ -119,14 +131,18 @@ class Recipe:
         given = {"init": init, "fan_in": fan_in}
         target = replace(target, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
         rate = self._quoted(target, steps, batch)
+        self._warn_of(rate)
+        return rate
+
+    def _warn_of(self, rate: Rate) -> None:
+        """Warn, once a recipe, where one of its rates is extrapolated."""
         if rate.extrapolated and not self.__dict__.get("_warned"):
             object.__setattr__(self, "_warned", True)
             warn(f"Recipe {self.name!r} extrapolates: {rate.notes[0]}.")
-        return rate
 
     def _quoted(self, target: Reference, steps: int | None = None, batch: float | None = None) -> Rate:
         """The rate at a reference, without a warning; its first notes say what was not seen."""
-        reference = self.reference
+        reference, asked = self.reference, target
         if reference.fan_in is None:
             if target.fan_in is None and (target.method, target.init) != (reference.method, reference.init):
                 raise RecipeError(
@@ -138,22 +154,25 @@ class Recipe:
         sd, outside = spread(self, target)
         longer = self.horizon.by_steps(steps, self.steps, self.name, told=target.method == reference.method)
         larger = by_batch(batch, self.batch, math.log2(checked_batch_multiplier(self.law, 2.0)), self.name)
-        sd, outside = math.hypot(sd, longer.sd, larger.sd), [*outside, *longer.notes, *larger.notes]
+        sd = math.sqrt(max(sd**2 + longer.variance + larger.variance, self.scatter**2))
+        outside = [*outside, *longer.notes, *larger.notes]
         try:
             moved = checked_multiplier(self.law, target.as_factor(), reference)
             moved *= 2.0 ** (longer.octaves + larger.octaves)
             width = 2.0 ** (Z90 * sd)
         except OverflowError:
             moved = width = math.inf
-        best = self.best_lr * moved
-        leans = [f"leans {self.lean:.2g} octaves low, since too high costs more"] if self.lean else []
+        best = self.fitted_lr * moved
+        octaves = margin(self.steepness, sd) if self.steepness else self.lean
+        kept = [f"stays {octaves:.2g} octaves below the best rate, since too high costs more"] if octaves else []
         rate = Rate(
-            lr=best * 2.0**-self.lean,
+            lr=best * 2.0**-octaves,
             low=best / width,
             high=best * width,
             ceiling=None if self.ceiling is None else self.ceiling * moved,
             extrapolated=bool(outside),
-            notes=(*outside, *leans, *self.notes),
+            notes=(*outside, *kept, *self.notes),
+            configuration=words.configuration(self, asked, steps, batch),
         )
         if not all(edge is None or 0 < edge < math.inf for edge in (rate.lr, rate.low, rate.high, rate.ceiling)):
             raise RecipeError(
@@ -162,22 +181,14 @@ class Recipe:
             )
         return rate
 
-    def notes_for(self, survey: Survey, optimizer_class: type) -> tuple[str, ...]:
-        """What a report should say of this recipe on a model: its band there, and what it was not made for.
-
-        Warns once, as `at` does, where the model lies outside what was seen.
-        """
+    def base_lr(self, survey: Survey) -> float:
+        """The base rate for a model: the best one, less the margin that the model's own configuration asks for."""
         own = survey.dominant()
-        if own.method == "full":
-            rate = self.at(method="full", fan_in=survey.full_width(self.reference.init))
-        else:
-            rate = self.at(own.rank, alpha=own.alpha, fan_in=survey.width, init=own.init)
-        band = f"recipe {self.name!r}: the best rate lies between {rate.low:.3g} and {rate.high:.3g} with 90 %"
-        notes = [f"{band}, for {self.steps or 'unknown'} steps at batch {self.batch or 'unknown'}.", *rate.notes]
-        made_for = self.optimizer.rpartition(".")[2]
-        if made_for != optimizer_class.__name__:
-            notes.append(f"The recipe was made with {made_for}, not {optimizer_class.__name__}: its rates may not fit.")
-        return tuple(notes)
+        if not self.steepness:
+            return self.lr
+        width = survey.full_width(self.reference.init) if own.method == "full" else survey.width
+        sd, _ = spread(self, replace(own, fan_in=width))
+        return float(self.fitted_lr * 2.0 ** -margin(self.steepness, sd))
 
     def _target(self, rank: int | None, alpha: float | None, method: Method, rslora: bool = False) -> Reference:
         """What `at` is asked for, as a reference at the recipe's own init and width."""
@@ -236,14 +247,71 @@ class Recipe:
         """What the safetensors file holds, by name."""
         return {**{f"trial.{key}": value for key, value in self.tensors.items()}, "fit.covariance": self.covariance}
 
+    def save_beside(self, adapter: str | os.PathLike[str]) -> Path:
+        """Write the recipe into an adapter's folder: files in its subfolder `rankaware/`, a section in its README.
+
+        `recipe=` and `Recipe.load` then take the adapter's folder. Another call replaces both. Returns the file.
+
+        Raises:
+            RecipeError: there is no such folder, or it or its README cannot be written; or as `save`.
+        """
+        return beside.save_beside(self, adapter)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Push to a repository of the Hugging Face Hub, laid out as `save_beside` does; the commit's address.
+
+        The repository is made if need be. Its README stays, one is written where there is none; its head gets the
+        tag `rankaware-recipe` and `base_model`, its end what was calibrated, with a plot. Needs the extra `hub`.
+
+        Args:
+            repo: "owner/name", a new one or an adapter's.
+            base_model: the model's own repository, as "owner/name".
+            private, token, revision, commit_message: as in huggingface_hub.
+
+        Raises:
+            RecipeError: the Hub refuses or cannot be reached. PlotError: matplotlib is missing. Nothing was pushed.
+        """
+        message = commit_message or f"Learning-rate recipe {self.tag}"
+        return on_hub.push(
+            self, repo, base_model=base_model, private=private, token=token, message=message, revision=revision
+        )
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Recipe:
+        """Read the recipe in a repository of the Hub, or its cached copy where HF_HUB_OFFLINE=1. Extra `hub`.
+
+        Raises:
+            RecipeError: the repository cannot be reached, or holds no recipe; or as `load`.
+        """
+        return cls.load(on_hub.pull(repo, revision=revision, token=token, cache_dir=cache_dir))
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
         """Read a recipe, checking every value and the tensors' hash at the door. Nothing is unpickled.
+
+        `path` is its TOML file, or the folder of an adapter that it was saved beside.
 
         Raises:
             RecipeError: a file is missing, cut short, of a newer schema, altered, or holds an impossible value; the
                 message carries the value's path.
         """
+        path = beside.recipe_file(path)
         return recipe_toml.from_document(cls, *recipe_files.read(path), path)
 
 
@@ -257,6 +325,35 @@ def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> 
             return None
 
 
+def rate_on(recipe: Recipe, survey: Survey, steps: int | None = None, batch: float | None = None) -> Rate:
+    """The rate at a model's own most common configuration. Warns once, as `at` does, where that was not seen."""
+    own = survey.dominant()
+    if own.method == "full":
+        target = _full_target(recipe, survey)
+    else:
+        target = replace(recipe._target(own.rank, own.alpha, "lora"), fan_in=survey.width, init=own.init)
+    rate = recipe._quoted(target)
+    recipe._warn_of(rate)
+    return rate if steps is batch is None else recipe._quoted(target, steps, batch)
+
+
+def other_rates_on(recipe: Recipe, survey: Survey) -> OtherRates:
+    """What a recipe says of a model's parameters that are no factors."""
+    full = recipe._quoted(_full_target(recipe, survey)).lr if recipe.full_seen else None
+    return OtherRates(recipe.name, recipe.other_rates, recipe.lr, full)
+
+
+def _full_target(recipe: Recipe, survey: Survey) -> Reference:
+    return replace(recipe._target(None, None, "full"), fan_in=survey.full_width(recipe.reference.init))
+
+
+def is_for(recipe: Recipe, optimizer: type) -> bool:
+    """Whether an optimizer is the recipe's own, or that one with its state in fewer bits or paged memory."""
+    name = recipe.optimizer.rpartition(".")[2]
+    known = known_optimizer(name)[0]
+    return name == optimizer.__name__ or (known != "" and known == known_optimizer(optimizer)[0])
+
+
 def resolve_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
-    """The recipe itself, or the one in the file named."""
+    """The recipe itself, or the one in the file or folder named."""
     return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)

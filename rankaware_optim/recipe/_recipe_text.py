@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from textwrap import fill
 from typing import TYPE_CHECKING
 
 from .._printable import printable
+from .._scaling_rule import Scaling
 from ..laws import law_words
+from ._other_rates import BASE
 from ._uncertainty import own_band
 
 if TYPE_CHECKING:
+    from .._types import Reference
     from ._recipe import Recipe
+
+_ALPHA: Mapping[Scaling, str] = {
+    "fixed": "alpha follows rank (s fixed)",
+    "rslora": "alpha fixed under rsLoRA (s falls as 1/√rank)",
+    "alpha": "alpha fixed (s falls as 1/rank)",
+    "as swept": "as in the sweep, which does not say it",
+    "unknown": "no rule seen: alpha is asked for",
+}
 
 
 def lead(recipe: Recipe) -> str:
@@ -26,16 +37,18 @@ def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     warmup = "unknown" if recipe.warmup is None else f"{recipe.warmup:.0%}"
     settings = (f"{name}={value!r}" for name, value in recipe.settings.items())
     yield "base rate", f"{recipe.lr:.3g} at {at}, width {_number(at.fan_in)}"
-    yield "best fitted", f"{recipe.best_lr:.3g}, {recipe.lean:.2g} octaves above the base rate"
+    yield "fitted optimum", f"{recipe.fitted_lr:.3g}, {recipe.lean:.2g} octaves above the base rate (the one to use)"
     yield "90 % band", "{:.3g} to {:.3g}".format(*own_band(recipe))
     yield "ceiling", "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}"
     yield "full width", _number(recipe.full_fan_in)
     yield "law", law_words(recipe.law)
-    yield "alpha by rank", recipe.scaling_rule
+    yield "alpha by rank", _ALPHA[recipe.scaling_rule]
     yield "optimizer", ", ".join([recipe.optimizer, *settings])
     yield "horizon", f"{recipe.steps or 'unknown'} steps, batch {_number(recipe.batch)}, warm-up {warmup}"
     yield "other steps", f"{horizon.slope:+.2f} ± {horizon.slope_sd:.2f} octaves of rate per octave of steps"
     yield "seen", f"{_tried(recipe)}; {len(recipe.tensors.get('lr', ()))} trials, from seed {recipe.seed}"
+    yield "other rates", _other_rates(recipe)
+    yield "code", ", ".join(f"{name} {value}" for name, value in recipe.source.items()) or "unknown"
     yield "versions", ", ".join(f"{name} {version}" for name, version in recipe.versions.items()) or "unknown"
     yield "hash", recipe.tag.partition(" ")[0]
     yield from (("note", note) for note in recipe.notes)
@@ -43,13 +56,32 @@ def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def explain(recipe: Recipe) -> str:
     """The facts, one a line."""
-    lines = [fill(f"{name:<14}{text}", 100, subsequent_indent=" " * 14) for name, text in facts(recipe)]
+    lines = [fill(f"{name:<16}{text}", 100, subsequent_indent=" " * 16) for name, text in facts(recipe)]
     return printable("\n".join([f"Recipe {recipe.name!r}", *lines]))
+
+
+def configuration(recipe: Recipe, target: Reference, steps: int | None, batch: float | None) -> str:
+    """What a rate at `target` is for, as far as known: steps and batch as asked for, else the recipe's own."""
+    swept = target.method == "lora" and recipe.scaling_rule == "as swept"
+    parts = [f"rank {target.rank}, alpha as swept, Init[{target.init}]" if swept else str(target)]
+    numbers = (
+        ("fan-in {:g}", target.fan_in),
+        ("{} steps", steps or recipe.steps),
+        ("batch {:g}", batch or recipe.batch),
+    )
+    return ", ".join([*parts, *(words.format(value) for words, value in numbers if value is not None)])
 
 
 def _tried(recipe: Recipe) -> str:
     ranks = f"ranks {', '.join(map(str, recipe.ranks))}" if recipe.ranks else ""
     return " and ".join(filter(None, (ranks, "full finetuning" if recipe.full_seen else ""))) or "nothing"
+
+
+def _other_rates(recipe: Recipe) -> str:
+    """What parameters beside the factors get, seen ones by name first."""
+    seen = (f"{name} {'the base rate' if rate == BASE else f'{rate:.3g}'}" for name, rate in recipe.other_rates.items())
+    rest = "full finetuning's" if recipe.full_seen else "asked for, as full finetuning was not tried"
+    return "; ".join([*seen, f"any other {rest}"]) if recipe.other_rates else rest
 
 
 def _number(value: float | None) -> str:

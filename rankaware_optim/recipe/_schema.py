@@ -16,6 +16,7 @@ from ..errors import InvalidReferenceError, RankAwareError
 from ..laws import Power, law_from_dict, law_to_dict
 from ._document import Document, impossible
 from ._horizon import Horizon
+from ._settings import plain_setting
 from ._uncertainty import own_band
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ _TRIAL: Mapping[str, tuple[tuple[torch.dtype, ...], int, Callable[[torch.Tensor]
     "pruned": (_BOOL, 1, None),
     "steps": (_WHOLE, 1, lambda value: (value == 0) | _within("steps")(value)),
     "curve": (_FLOAT, 2, None),
+    "planned_steps": (_WHOLE, 1, lambda value: (value == 0) | _within("steps")(value)),
+    "planned_batch": (_FLOAT, 1, lambda value: (value == 0) | _within("batch")(value)),
 }
 
 
@@ -51,7 +54,7 @@ def header(recipe: Recipe) -> str:
     return (
         f"# The learning-rate recipe {name!r} of rankaware_optim, made by {maker}.\n"
         "# Read a rate: `rankaware lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).\n"
-        "# Rates are per step; octaves are log2 of a rate; the safetensors file beside it holds the trials.\n"
+        "# Rates are per step, octaves are log2 of one. lr is the rate to use; fitted_lr is the optimum as fitted.\n"
     )
 
 
@@ -66,11 +69,13 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "rate": {
             "lr": recipe.lr,
-            "best_lr": recipe.best_lr,
+            "fitted_lr": recipe.fitted_lr,
             "band_low": low,
             "band_high": high,
             "ceiling": recipe.ceiling,
             "lean_octaves": recipe.lean,
+            "steepness": recipe.steepness or None,
+            "scatter_octaves": recipe.scatter or None,
         },
         "reference": {
             "method": r.method,
@@ -91,23 +96,19 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
             "warmup_share": recipe.warmup,
             "slope": recipe.horizon.slope,
             "slope_sd": recipe.horizon.slope_sd,
+            "tried": [list(one) for one in recipe.horizon.tried] or None,
         },
         "seen": {
             "ranks": list(recipe.ranks),
             "full": recipe.full_seen,
             "seed": recipe.seed,
             "notes": list(recipe.notes),
+            "other_rates": dict(recipe.other_rates),
         },
         "spent": None if "steps" not in trials else {"trials": len(trials["steps"]), **spent},
         "versions": dict(recipe.versions),
+        "source": dict(recipe.source),
     }
-
-
-def plain_setting(value: Any) -> Any:
-    """An optimizer's setting as TOML can hold it; what it cannot is written as Python would show it."""
-    if isinstance(value, (list, tuple)):
-        return [plain_setting(v) for v in value]
-    return value if isinstance(value, (bool, int, float, str)) else repr(value)
 
 
 def from_document(
@@ -127,8 +128,10 @@ def from_document(
         raise impossible(path, error.cause.removesuffix("."), "reference") from error
     made = cls(
         name=found.name,
-        best_lr=found.rate.best_lr,
+        fitted_lr=found.rate.fitted_lr,
         lean=found.rate.lean_octaves,
+        steepness=found.rate.steepness,
+        scatter=found.rate.scatter_octaves,
         ceiling=found.rate.ceiling,
         reference=reference,
         law=law if isinstance(law, Power) else Power(law=law),
@@ -142,9 +145,11 @@ def from_document(
         steps=None if horizon.steps == "unknown" else horizon.steps,
         batch=horizon.batch,
         warmup=horizon.warmup_share,
-        horizon=Horizon(horizon.slope, horizon.slope_sd),
+        horizon=Horizon(horizon.slope, horizon.slope_sd, horizon.tried),
         seed=seen.seed,
+        other_rates=seen.other_rates,
         versions=found.versions,
+        source=found.source,
         notes=seen.notes,
         tensors=_trials(tensors, path),
     )

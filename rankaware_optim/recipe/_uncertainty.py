@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,14 +20,32 @@ Z90 = 1.645
 RANK_SD = 0.1
 WIDTH_SD = 0.25
 INIT_SD = 1.0  # octaves, whole: from one init to the other
+# Octaves, whole: of the law's point for full finetuning from LoRA rates alone, by their init. The study found .79 from
+# Init[A] (results/a_to_full.md), .84 from all ranks at Init[B] (results/init_b_forms.md), from high ones .4 to .6.
+FULL_SD = {"A": 0.8, "B": 0.6}
 # The share of an Init[A] drift, continued to r = n, that full finetuning's band is widened by.
 _DRIFT_SHARE = 0.5
+# Octaves: a larger margin lost more than it saved (benchmarks/calibration/simulated.py --surfaces other).
+MOST_MARGIN = 0.25
 
 
 def own_band(recipe: Recipe) -> tuple[float, float]:
     """Low and high of the 90 % band of the best rate at the recipe's reference."""
     octaves = Z90 * spread(recipe, recipe.reference)[0]
-    return recipe.best_lr / 2.0**octaves, recipe.best_lr * 2.0**octaves
+    return recipe.fitted_lr / 2.0**octaves, recipe.fitted_lr * 2.0**octaves
+
+
+def margin(steepness: float, sd: float) -> float:
+    """Octaves by which a rate is quoted below a best one that is known to `sd` octaves: a·sd²/2, a quarter at most.
+
+    That is the best under a cliff of steepness a (per octave), where the loss above the optimum rises as exp(a·u).
+    """
+    return min(steepness * sd * sd / 2, MOST_MARGIN)
+
+
+def with_margin(recipe: Recipe) -> Recipe:
+    """The recipe, its own rate less the margin that its uncertainty there asks for."""
+    return replace(recipe, lean=margin(recipe.steepness, spread(recipe, recipe.reference)[0]))
 
 
 def spread(recipe: Recipe, target: Reference) -> tuple[float, list[str]]:
@@ -37,7 +56,8 @@ def spread(recipe: Recipe, target: Reference) -> tuple[float, list[str]]:
     x = torch.tensor([1.0, octaves if recipe.law.to_full or not full else 0.0, float(full)], dtype=torch.float64)
     variance = max(0.0, float(x @ recipe.covariance.double() @ x))
     unseen = list(_unseen(recipe, target))
-    return math.sqrt(variance + sum(sd**2 for sd, _ in unseen)), [words for _, words in unseen]
+    own = 0.0 if full else recipe.scatter  # in full finetuning the factor is its own
+    return math.sqrt(variance + own**2 + sum(sd**2 for sd, _ in unseen)), [words for _, words in unseen]
 
 
 def _unseen(recipe: Recipe, target: Reference) -> Iterator[tuple[float, str]]:
@@ -45,7 +65,11 @@ def _unseen(recipe: Recipe, target: Reference) -> Iterator[tuple[float, str]]:
     law, full = recipe.law, target.method == "full"
     if full and not recipe.full_seen:
         octaves = 0.0 if law.to_full else math.log2((target.fan_in or law.pivot) / law.pivot)
-        words = "full finetuning was not tried: the rate is the law's, times its prior factor"
+        init = recipe.reference.init
+        words = (
+            f"full finetuning was not tried: the rate is the law's, from LoRA at Init[{init}] alone, whose standard "
+            f"deviation was {FULL_SD[init]:g} octaves over the tasks of a study"
+        )
         yield _DRIFT_SHARE * law.exponent * octaves, words
     if not full:
         rank, ranks = float(target.rank or law.pivot), recipe.ranks

@@ -16,10 +16,10 @@ from .._optimizer_classes import get_optimizer_class
 from .._scaling_rule import infer_scaling
 from .._types import Reference
 from ..calibration import Study, versions_used
-from ..calibration.fit import MODEL_ERROR, Fit, Observation, Prior, diverged, fit_observations, shrink
+from ..calibration.fit import Fit, Observation, Prior, diverged, fit_observations, shrink
 from ..errors import CalibrationError
 from ..laws import Constant, Law, MuA, Power, bound_law, checked_multiplier, get_law
-from ..recipe import Recipe
+from ..recipe import Place, Recipe, with_margin
 from ._io import Source, Sweep, SweepRun, read_sweep
 from ._runs import GridEnd, ends_of, known_alpha, observation_of, selected, site_of
 
@@ -31,6 +31,7 @@ _TOKENS = (3.0, 1.5)
 _TOKENS_GRID = np.arange(-2.0, 10.25, 0.5)
 # A best rate at an end of its grid is a bound: octaves by which the optimum may lie off, and below the lowest rate.
 _EDGE_SD, _BELOW = 1.0, 0.5
+_OFF = 0.1  # octaves by which a rank's best rate lies off µA at the right number of tokens
 _UNSURE = 0.75  # octaves: a base rate less sure than this gets a note
 _OPEN = 0.8  # share of the prior's sd above which the data said little of the drift
 
@@ -83,7 +84,7 @@ def fit_sweep(
 
     >>> rows = [{"rank": r, "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2} for r in (8, 64) for x in range(-14, -8)]
     >>> recipe = fit_sweep(rows, alpha="rank", steps=500)
-    >>> 2**-11.5 < recipe.best_lr < 2**-10.5
+    >>> 2**-11.5 < recipe.fitted_lr < 2**-10.5
     True
     """
     check_init(init, "The sweep's init is", CalibrationError, known=("A", "B", None))
@@ -181,7 +182,7 @@ class _Rows:
         """A calibration that never ran: it holds the priors, and the law centred on them."""
         ranks: tuple[int | None, ...] = (*self.ranks, *([None] if self.full_seen else []))
         full = self.width(True) or self.width(False)
-        return Study(self.optimizer, law, ranks, 1, reference=self.reference, full_fan_in=full)
+        return Study(self.optimizer, law, ranks, (1,), reference=self.reference, full_fan_in=full)
 
     @property
     def full_seen(self) -> bool:
@@ -257,12 +258,13 @@ class _Rows:
         lora = ((run.rank, run) for run in self.runs if run.rank is not None)
         scalings = {rank: site_of(run, reference, None)[0].scaling for rank, run in lora}
         seen = self.observations(self.study(fitted.law.law).centred_law())
-        return Recipe(
-            best_lr=2.0**best,
+        made = Recipe(
+            fitted_lr=2.0**best,
             reference=reference,
             law=fitted.law,
             covariance=torch.from_numpy(fitted.covariance),
-            lean=fit.lean,
+            steepness=fit.steepness,
+            scatter=fitted.prior.scatter,
             ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
             scaling_rule="as swept" if self.as_swept else infer_scaling(scalings),
             full_fan_in=self.width(True) or self.width(False),
@@ -282,6 +284,7 @@ class _Rows:
             },
             **rest,
         )
+        return with_margin(made)
 
     def notes(self, fitted: _LawFit) -> Iterator[str]:
         """What the rows leave open."""
@@ -303,11 +306,11 @@ class _Rows:
 
 def _disagreement(fit: Fit) -> float:
     """Half the weighted squares by which the LoRA ranks' best rates differ from one another."""
-    vertices = [vertex for rank, vertex in fit.vertices.items() if rank is not None]
+    vertices = [vertex for place, vertex in fit.vertices.items() if place.rank is not None]
     if not vertices:
         return 0.0
     means, sds = np.array(vertices).T
-    weights = 1.0 / (sds**2 + MODEL_ERROR**2)
+    weights = 1.0 / (sds**2 + _OFF**2)
     return float(0.5 * weights @ (means - weights @ means / weights.sum()) ** 2)
 
 
@@ -315,11 +318,10 @@ def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd], prior: Prior) -> Fit:
     """The fit with the ranks at `ends` as wide bounds. Their errors go one way, so they do not average out."""
     if not ends:
         return fit
-    bounds = {rank: (x - _BELOW * (end == "lowest"), _EDGE_SD) for rank, (x, end) in ends.items()}
+    bounds = {Place(rank): (x - _BELOW * (end == "lowest"), _EDGE_SD) for rank, (x, end) in ends.items()}
     vertices = {**fit.vertices, **bounds}
     mean, covariance = shrink(vertices, prior)
-    weights = {rank: 1.0 / (sd**2 + MODEL_ERROR**2) for rank, (_, sd) in vertices.items()}
-    share = sum(weights[rank] for rank in bounds) / sum(weights.values())
+    weights = {place: 1.0 / (sd**2 + prior.scatter**2) for place, (_, sd) in vertices.items()}
+    share = sum(weights[place] for place in bounds) / sum(weights.values())
     covariance[0, 0] += (share * _EDGE_SD) ** 2
-    near = 0.0 if fit.ceiling is None else float(mean[0]) + 1.0 - fit.ceiling  # an octave below it, as in the fit
-    return replace(fit, mean=mean, covariance=covariance, vertices=vertices, lean=min(1.0, max(fit.lean, near)))
+    return replace(fit, mean=mean, covariance=covariance, vertices=vertices)

@@ -1,10 +1,10 @@
 """Rates moved to another configuration: converted, suggested, checked."""
 
+from ..inspection import parse_reference
 from ._convert import Conversion, convert_lr
 from ._coordinate_check import CoordinateCheck, CoordinateRow, capture, coordinate_check
 from ._coordinate_plot import plot_coordinates
 from ._file_rates import survey_report
-from ._references import parse_reference
 from ._suggest import Suggestion, published_init, suggest_lr
 
 __all__ = [

@@ -16,9 +16,9 @@ from .._checks import check_lr
 from .._rate import Rate
 from .._types import Reference, Survey
 from ..errors import InvalidReferenceError, LawError
+from ..inspection import ReferenceLike, as_reference
 from ..laws import DEFAULT_LAW, Law, caution_of, checked_batch_multiplier, checked_multiplier, get_law
 from ..optimizer import PlanOptions, make_plan
-from ._references import as_reference
 
 _LARGE = 2.0**200  # a width at which every law has reached its limit, to rounding, and its squares stay finite
 _WORDS = {"method": "method", "rank": "rank", "init": "init", "fan_in": "width"}
@@ -62,9 +62,11 @@ class Conversion(Rate):
 
 
 def convert_lr(
-    lr: float | Rate, *, from_: Reference | str, to: Reference | str, law: str | Law = DEFAULT_LAW
+    lr: float | Rate, *, from_: ReferenceLike, to: ReferenceLike, law: str | Law = DEFAULT_LAW
 ) -> Conversion:
-    """The rate at `to` of a rate tuned at `from_`; both are references or words such as "r=16,alpha=32".
+    """The rate at `to` of a rate tuned at `from_`: references, words as "r=16,alpha=32", adapters or LoraConfigs.
+
+    Words without an alpha, as to="r=64", change only what they name: alpha stays that of `from_`.
 
     The tuned pair is (lr, lr × the law's multiplier of B at `from_`). At equal method, rank, init and width, where only
     the effective multiplier s becomes s′, the two-rate form is exact: with q = s/s′, Init[A] keeps η_A and multiplies
@@ -85,7 +87,8 @@ def convert_lr(
     0.5
     """
     base, bound = check_lr(lr), get_law(law)
-    origin, target = as_reference(from_), as_reference(to)
+    origin = as_reference(from_)
+    target = as_reference(to, like=origin)
     move = _Move(*_at_widths(origin, target, _LARGE), bound)
     try:
         made = move.convert(base)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .._checks import is_whole, shown
 from .._rate import Rate
 from .._tables import text_table
 from .._types import Factor, Init, Reference
@@ -135,7 +136,7 @@ def coordinate_check(
     (True, 2)
     """
     base = None if lr is None else float(lr)
-    _check_request(ranks, tokens, steps, init, base)
+    _check_request(ranks, widths, tokens, steps, init, base)
     kind = class_of(optimizer)
     stepper = Stepper(kind, settings or {}, steps, seed)
     own = MuA(steps=steps) if captured is not None else MuA(tokens=tokens, steps=steps)
@@ -158,9 +159,13 @@ def coordinate_check(
     return CoordinateCheck(rows, slopes, base, bound, kind.__name__, tolerance)
 
 
-def _check_request(ranks: Sequence[int], tokens: int, steps: int, init: str, lr: float | None) -> None:
-    if len(set(ranks)) < 2 or min(ranks) < 1:
-        raise LawError(f"The check got ranks={tuple(ranks)!r}.", "Give at least two positive ranks, such as (4, 64).")
+def _check_request(ranks: object, widths: object, tokens: int, steps: int, init: str, lr: float | None) -> None:
+    if not _are_whole(ranks) or len(set(ranks)) < 2:
+        raise LawError(f"The check got ranks={shown(ranks)}.", "Give at least two positive ranks, such as (4, 64).")
+    if widths is not None and not _are_whole(widths):
+        raise LawError(
+            f"The check got widths={shown(widths)}.", "Give fan-ins, such as (256, 1024), or leave them out."
+        )
     if lr is not None and not 0 < lr < math.inf:
         raise LawError(f"The check got lr={lr!r}.", "Give a positive finite number, or leave it out.")
     if tokens < 1 or steps < 1:
@@ -169,18 +174,31 @@ def _check_request(ranks: Sequence[int], tokens: int, steps: int, init: str, lr:
         raise LawError(f"The check got init={init!r}.", "Give 'A' (B starts at zero) or 'B' (A starts at zero).")
 
 
+def _are_whole(values: object) -> TypeGuard[Sequence[int]]:
+    """Whether `values` are positive whole numbers, at least one."""
+    return isinstance(values, (list, tuple, range)) and len(values) > 0 and all(map(is_whole, values))
+
+
 def _shapes_of(given: nn.Module | Shapes) -> dict[str, tuple[int, int]]:
     """(n_out, n_in) by layer, every shape once."""
     if isinstance(given, nn.Module):
         factors = (f for f in inspect_model(given).factors if f.kind != "embedding" and f.role == "A")
-        named: Iterable[tuple[str, tuple[int, int]]] = ((f.layer, (int(f.fan_out), int(f.fan_in))) for f in factors)
+        named: Iterable[tuple[str, Any]] = ((f.layer, (int(f.fan_out), int(f.fan_in))) for f in factors)
     elif isinstance(given, Mapping):
         named = given.items()
+    elif isinstance(given, (list, tuple)):
+        named = (("x".join(map(str, shape)) if _are_whole(shape) else "A layer", shape) for shape in given)
     else:
-        named = ((f"{rows}x{columns}", (rows, columns)) for rows, columns in given)
+        raise LawError(
+            f"{shown(given)} is no model and no shapes.", "Give a model with adapters, or shapes {name: (n_out, n_in)}."
+        )
     once: dict[tuple[int, int], str] = {}
     for name, shape in named:
-        once.setdefault(shape, name)
+        if not _are_whole(shape) or len(shape) != 2:
+            raise LawError(
+                f"{name} has the shape {shown(shape)}.", "Give that of its weight: (n_out, n_in), such as (256, 256)."
+            )
+        once.setdefault((shape[0], shape[1]), name)
     if not once:
         raise LawError("There is no layer to check.", "Give a model with adapters, or shapes {name: (n_out, n_in)}.")
     return {name: shape for shape, name in once.items()}

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from .._checks import check_lr
 from .._types import Survey
+from ..inspection import as_reference
 from ..laws import DEFAULT_LAW
 from ..optimizer import PlanOptions, make_plan, plan_rates
-from ._references import parse_reference
 
 
 def survey_report(
@@ -20,7 +20,7 @@ def survey_report(
     per_module: bool = False,
 ) -> str:
     """What a survey holds in words, alike factors on one line unless `per_module`; with a base rate `lr` its rates."""
-    reference = None if tuned_at is None else parse_reference(tuned_at)
+    reference = None if tuned_at is None else as_reference(tuned_at)
     if lr is None:
         return survey.explain(per_module=per_module)
     base, plan = check_lr(lr), make_plan(survey, PlanOptions(law, tuned_at=reference))

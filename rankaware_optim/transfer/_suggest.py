@@ -18,7 +18,7 @@ from .._types import Method, Reference, Survey
 from ..errors import InvalidReferenceError, LawError, OptimizerError
 from ..inspection import declared_init, declared_inits, other_kind, survey_of, walk
 from ..laws import MuA, checked_multiplier
-from ..recipe import INIT_SD, RANK_SD, WIDTH_SD, Z90
+from ..recipe import FULL_SD, INIT_SD, RANK_SD, WIDTH_SD, Z90
 
 Task = Literal["chat", "other"]
 
@@ -31,8 +31,8 @@ RANKS, WIDTHS = (1, 128), (2048, 8192)
 # Octaves by which a rate quoted lies below the middle of its band: one too low costs little, one too high everything.
 LEAN = 0.5
 # Standard deviations, octaves, by rules of thumb: another task, batch and horizon (small sweeps of narrow networks lie
-# 0.5 to 2.5 away); each octave of alpha away from 32; a width left out; full finetuning seen from LoRA.
-TASK_SD, ALPHA_SD, NO_WIDTH_SD, FULL_SD = 1.0, 0.1, 0.5, 0.5
+# 0.5 to 2.5 away); each octave of alpha away from 32; a width left out.
+TASK_SD, ALPHA_SD, NO_WIDTH_SD = 1.0, 0.1, 0.5
 
 _SOURCE = (
     "It stands on published sweeps of 18 language models (tinker-cookbook: AdamW, Tulu 3 chat data, batch 128, about "
@@ -282,7 +282,7 @@ def _steps(case: _Case, task: Task) -> Iterator[Step]:
     yield from _outside("fan-in", at.fan_in or 1.0, (low, 4 * high), WIDTH_SD)  # of feed-forward layers
     yield Step(
         0.0,
-        FULL_SD,
+        FULL_SD["A"],
         "For full finetuning it is the law's point, seen from LoRA: no sweep of it stands behind this, and too high "
         "costs more than too low.",
     )

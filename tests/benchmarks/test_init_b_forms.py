@@ -22,6 +22,10 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> Any:
     sys.modules.pop("laws.init_b_forms", None)
 
 
+def leave() -> Any:
+    return sys.modules["study.leave_one_out"]
+
+
 def named(forms: Any, name: str) -> Any:
     return next(form for form in forms.FORMS if form.name == name)
 
@@ -34,7 +38,8 @@ def site(forms: Any, rank: int) -> Any:
 def place(forms: Any, rank: int, best: float, floor: float | None = 0.0, start: float = 2.0) -> Any:
     """A bowl about a best rate, which both estimators find."""
     tried = {float(x): 1.0 + (x - best) ** 2 / 10 for x in range(-20, 1)}
-    return forms.Place(site(forms, rank), {"vertex": best, "cliff": best}, tried, 1.0, start, floor)
+    scheme = "Init[B], s = 1" if rank else "full"
+    return leave().Place(scheme, site(forms, rank), WIDTH, {"vertex": best, "cliff": best}, tried, 1.0, start, floor)
 
 
 def following(forms: Any, exponent: float, top: float) -> list[Any]:
@@ -68,7 +73,7 @@ def test_falling_is_the_packages(forms: Any):
     for knee, rank in ((4.0, 64), (16.0, 1), (2.0, 512)):
         factor = Factor("w", "A", rank, int(WIDTH), int(WIDTH), scaling=1.0, init="B")
         moved = named(forms, "Falling").move(site(forms, 16), site(forms, rank), -6.0, {"k": knee}) + 6.0
-        assert moved == pytest.approx(math.log2(Falling(knee).multiplier(factor, at)))
+        assert moved == pytest.approx(math.log2(Falling(knee, 0.5).multiplier(factor, at)))
 
 
 @pytest.mark.parametrize("form", ["weakened µA", "Falling, level", "power, level", "no fall"])
@@ -92,10 +97,10 @@ def test_constants_are_chosen_on_the_other_domains(forms: Any):
     """Two domains that follow r^(-1/2) choose it for a third that follows r^(-1/4), by every criterion."""
     places = {"a": following(forms, 0.5, -9.0), "b": following(forms, 0.5, -11.0), "c": following(forms, 0.25, -10.0)}
     found = {(fit.criterion, fit.domain): fit for fit in forms.fits(named(forms, "power"), places)}
-    for criterion in forms.CRITERIA:
+    for criterion in leave().CRITERIA:
         fit = found[criterion, "c"]
         assert fit.constants == {"p": pytest.approx(0.5)}
-        assert forms.score([m for m in fit.moves if m.use == forms.USES[1]]).vertex == pytest.approx(
+        assert leave().score([m for m in fit.moves if m.use == leave().USES[1]]).vertex == pytest.approx(
             math.sqrt((7**2 + 5**2 + 3**2) / 3) / 4
         )
 
@@ -103,7 +108,7 @@ def test_constants_are_chosen_on_the_other_domains(forms: Any):
 def test_a_regret_within_the_noise_floor_counts_as_none(forms: Any):
     """Moves are all ordered pairs of ranks and every rank to full finetuning; beyond is what lies above the floor."""
     places = [place(forms, 4, -6.0), place(forms, 16, -7.0, floor=0.5), place(forms, 0, -9.0, floor=None)]
-    found = list(forms.moves(named(forms, "power"), {"p": 0.0}, places))
+    found = list(leave().moves(named(forms, "power"), {"p": 0.0}, places))
     assert [
         (move.use, round(move.off["vertex"], 9), round(move.regret, 9), round(move.beyond, 9)) for move in found
     ] == [
@@ -126,5 +131,5 @@ def test_a_regret_within_the_noise_floor_counts_as_none(forms: Any):
 def test_the_rule_names_the_least_and_of_a_tie_the_simplest(forms: Any, others: dict[str, Any], expected: str):
     """The least worst regret wins; within .1 octaves of it the fewest constants do."""
     figures = {"knee and power": (0.5, 0.1), **others}
-    scored = {named(forms, name): forms.Score(rms, rms, 0.0, worst, worst) for name, (rms, worst) in figures.items()}
+    scored = {named(forms, name): leave().Score(rms, rms, 0.0, worst, worst) for name, (rms, worst) in figures.items()}
     assert forms.winner(scored)[0].name == expected

@@ -81,8 +81,8 @@ def test_a_cell_cut_short_has_no_estimate(one_constant):
 
 def test_four_times_the_batch_has_one_seed(one_constant):
     """Where a run costs four, whole octaves from one to either side and half octaves of one seed are an estimate."""
-    cell, done = ("language", "full | batch × 4", 0), {}
-    while jobs := one_constant.Around(cell, -9).wanted(done):
+    cell, arm, done = ("language", "full | batch × 4", 0), one_constant.ARMS["batch × 4"], {}
+    while jobs := one_constant.Around(cell, -9, arm.seeds, arm.wide).wanted(done):
         done |= {job: loss(job.x, job.seed, best=-9.0) for job in jobs}
     assert sorted(job.x for job in done) == [-10.0, -9.5, -9.0, -8.5, -8.0]
-    assert one_constant.estimate(done, cell, start=2.0).middle == pytest.approx(-9.0, abs=0.05)
+    assert one_constant.estimate(done, cell, 2.0, arm.seeds).middle == pytest.approx(-9.0, abs=0.05)

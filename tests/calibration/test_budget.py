@@ -99,7 +99,7 @@ def band(recipe, rank):
 )
 def test_a_schedule_keeps_to_its_counts(trials, budget, full, lengths):
     """Whatever runs are cut short at, no schedule spends more than its budget or runs more trials than it says."""
-    schedule = Schedule((4, 64), (0, 1), 10, trials, budget and 10 * budget, full_trials=full)
+    schedule = Schedule((4, 64), (0, 1), (10,), trials, budget and 10 * budget, full_trials=full)
     done = []
     while len(done) < len(lengths) and (cell := schedule.next(Trials(done))) is not None:
         done.append(finished(cell, len(done), lengths[len(done)]))

@@ -50,7 +50,7 @@ OTHER = [
     (made_up(betas=(0.9, 0.95)), made_up(), "betas=[0.9, 0.95], not [0.9, 0.999]"),
     (made_up(weight_decay=torch.tensor(0.1)), made_up(weight_decay=torch.tensor(0.10001)), "weight_decay=0.1"),
     (made_up(rates={"*.1.*": 1e-3}), made_up(), "rates={'*.1.*': 0.001}, not None"),
-    (made_up(), made_up(scaling=lambda rank: 4.0), "alpha=32.0, not 64.0"),
+    (made_up(), made_up(scaling=lambda rank: 4.0), "alpha=8.0, not 16.0"),
     (made_up(), made_up(init="B"), "init='A', not 'B'"),
     (grouped(0.0, 0.1), grouped(0.0, 0.2), "weight_decay=[0.0, 0.1], not [0.0, 0.2]"),
 ]
@@ -64,7 +64,7 @@ def test_other_settings_or_models_are_refused(first, then, message, journal):
         calibrate(then, trials=3, storage=journal)
     assert message in str(caught.value)
     again = calibrate(first, trials=2, storage=journal)
-    assert (again.best_lr, again.settings) == (recipe.best_lr, recipe.settings)
+    assert (again.fitted_lr, again.settings) == (recipe.fitted_lr, recipe.settings)
     assert len(Trials.read(study_in(journal).trials).counted()) == 2
 
 

@@ -146,7 +146,7 @@ def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(tmp_p
         cut = tmp_path / f"{end}.journal"
         cut.write_bytes(b"".join(lines[:end]))
         again = calibrate(falling, storage=cut, **options)
-        assert again.best_lr == recipe.best_lr
+        assert again.fitted_lr == recipe.fitted_lr
         assert torch.equal(again.covariance, recipe.covariance)
         assert again.tensors["lr"].tolist() == recipe.tensors["lr"].tolist()
 
@@ -222,10 +222,10 @@ def test_a_trial_elsewhere_holds_its_place():
 
 def test_a_worker_that_comes_too_late_has_the_recipe(tmp_path):
     """Where others ran every trial after it had opened the study, it gives the same recipe."""
-    late = Study(AdamW, get_law("mua"), ranks=(4, 16), steps=STEPS)
+    late = Study(AdamW, get_law("mua"), ranks=(4, 16), steps=(STEPS,))
     late.open(None, None, tmp_path / "s.journal")
     recipe = calibrate(made_up(), trials=6, storage=tmp_path / "s.journal")
-    assert late.recipe().best_lr == recipe.best_lr
+    assert late.recipe().fitted_lr == recipe.fitted_lr
     late.close()
 
 
@@ -290,7 +290,7 @@ def test_interrupted_at_any_moment_the_same_call_goes_on(times, interrupted, tmp
     assert logging.getLogger("optuna").level == level
     assert times > 1 or not opened_in(tmp_path)
     recipe = in_time(lambda: small(storage))
-    assert recipe.best_lr == expected.best_lr
+    assert recipe.fitted_lr == expected.fitted_lr
     assert recipe.tensors["lr"].tolist() == expected.tensors["lr"].tolist()
 
 

@@ -60,7 +60,7 @@ def test_refinement_goes_to_no_rate_twice(centre):
     """Near an edge of the range too, five refinements of a rank are five new rates, all in the range."""
     seen = [Observation(2, 0, centre, 0.5, 1.0, 0.5)]
     for _ in range(5):
-        x = next_refinement(seen, 2, centre, (LOW, HIGH))
+        x = next_refinement(seen, centre, (LOW, HIGH))
         seen.append(Observation(2, 0, x, 0.6, 1.0, 0.6))
     rates = [o.x for o in seen]
     assert len(set(rates)) == len(rates)
@@ -71,6 +71,6 @@ def test_refinement_stays_between_rates_that_were_pruned():
     """Wherever the law puts its optimum, a rank tries nothing beyond a rate pruned on that side of its best."""
     seen, pruned = [Observation(2, 0, -5.0, 0.5, 1.0, 0.5)], [-3.7, -1.1]
     for _ in range(3):
-        x = next_refinement(seen, 2, -2.0, between(seen, pruned), pruned)
+        x = next_refinement(seen, -2.0, between(seen, pruned), pruned)
         assert x < -3.7
         seen.append(Observation(2, 0, x, 0.6, 1.0, 0.6))

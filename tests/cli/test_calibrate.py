@@ -165,7 +165,7 @@ def test_the_same_command_elsewhere_joins(folder):
     assert_shared(trials_of("s.journal", "shared"), 24)
     first, second = (ra.Recipe.load(f"{i}.toml") for i in range(2))
     assert len(first.tensors["lr"]) == len(second.tensors["lr"]) == 24
-    assert first.best_lr == second.best_lr
+    assert first.fitted_lr == second.fitted_lr
 
 
 def test_without_a_terminal_every_trial_is_a_line(folder):

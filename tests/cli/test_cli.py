@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from rankaware_optim import Power, Recipe, Reference
+from rankaware_optim import Falling, MuA, Power, Recipe, Reference
 from rankaware_optim.cli._main import main
 from rankaware_optim.transfer import convert_lr
 
@@ -26,7 +26,7 @@ def recipe(tmp_path):
     """A saved recipe: its path and itself."""
     made = Recipe(
         name="digits",
-        best_lr=2e-3,
+        fitted_lr=2e-3,
         reference=AT_16,
         law=Power(exponent=0.1, full_factor=1.5),
         covariance=torch.diag(torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)),
@@ -147,6 +147,33 @@ def test_convert_says_two_rates_where_alpha_alone_changes():
     assert "multiply B's eps by 0.5 and its weight decay by 0.5" in done.output
 
 
+def test_convert_takes_the_rate_from_the_adapter(tmp_path):
+    """Without a typed rate each part of a kohya file is converted at its own, along its optimizer's law."""
+    said = {"ss_unet_lr": "2e-4", "ss_text_encoder_lr": "5e-5", "ss_max_train_steps": "1600"}
+    for optimizer, law in (
+        ("torch.optim.adamw.AdamW", Falling()),
+        ("torch.optim.sgd.SGD", MuA(family="gradient-like")),
+    ):
+        tensors = {}
+        for name, width in (("lora_unet_q", 32), ("lora_te_q", 64)):
+            tensors |= {f"{name}.lora_down.weight": torch.zeros(16, width), f"{name}.alpha": torch.tensor(16.0)}
+            tensors[f"{name}.lora_up.weight"] = torch.zeros(width, 16)
+        save_file(tensors, tmp_path / "x.safetensors", {**said, "ss_optimizer": optimizer})
+        done = call("convert", "--from", tmp_path / "x.safetensors", "--to", "r=64")
+        assert done.exit_code == 0, done.output
+        assert f"UNet was trained at 0.0002, rank 16, alpha 16, Init[A] by {optimizer} over 1600 steps." in done.output
+        for rate, width in ((2e-4, 32), (5e-5, 64)):
+            words = {"from_": f"r=16,alpha=16,fan_in={width}", "to": f"r=64,alpha=16,fan_in={width}"}
+            assert convert_lr(rate, **words, law=law).explain() in done.output
+
+
+def test_convert_names_an_adapter_as_reference(folder):
+    """--from and --to take an adapter's folder, at its own width, beside a typed rate; without one it is asked for."""
+    done = call("convert", "2e-4", "--from", folder, "--to", "r=64,alpha=16")
+    assert done.output.rstrip("\n") == convert_lr(2e-4, from_=folder, to="r=64,alpha=16").explain()
+    assert "Give the rate yourself" in call("convert", "--from", folder, "--to", "r=64").output
+
+
 def test_convert_prints_what_convert_lr_gives():
     """--from, --to and --law are those of `convert_lr`."""
     words = {"from_": "r=16,alpha=32", "to": "r=128,alpha=16,rslora"}
@@ -192,6 +219,7 @@ def test_lr_prints_the_recipes_rate(arguments, target, recipe):
         rate = made.at(**target)
     assert done.exit_code == 0
     assert number(done.stdout, "lr") == pytest.approx(rate.lr, rel=5e-3)
+    assert f"at        {rate.configuration}" in done.stdout.splitlines()
     assert number(done.stdout, "ceiling") == pytest.approx(rate.ceiling, rel=5e-3)
     assert number(done.stdout, "90 % band") == pytest.approx(rate.low, rel=5e-3)
     assert ("extrapolated" in done.stdout) == rate.extrapolated == ("note: Recipe" in done.stderr)
@@ -223,7 +251,7 @@ BAD = [
     (["convert", "nan", "--from", "r=8,alpha=8", "--to", "r=8,alpha=8"], "lr is nan"),
     (["convert", "1e-3", "--from", "full", "--to", "full", "--law", "unheard-of"], "Known are"),
     (["show", "nowhere.toml"], "no recipe at nowhere.toml"),
-    (["show", "adapter"], "ends in .toml"),
+    (["show", "adapter"], "no recipe at adapter/rankaware/recipe.toml"),
     (["show", "broken.toml"], "cannot be read"),
     (["lr", "nowhere.toml", "--rank", "8"], "no recipe at nowhere.toml"),
     (["lr", "digits.toml", "--rank", "0"], "--rank 0"),

@@ -20,7 +20,7 @@ TENSORS = {
 }
 RECIPE = Recipe(
     name="digits",
-    best_lr=2e-3,
+    fitted_lr=2e-3,
     reference=Reference(rank=4, alpha=8, fan_in=64),
     law=Power(exponent=0.1),
     covariance=torch.diag(torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankaware_optim import RankAwareOptimizer, Reference, Survey, inspect_model, rank_aware_param_groups
+from rankaware_optim import MuA, RankAwareOptimizer, Reference, Survey, inspect_model, rank_aware_param_groups
 from rankaware_optim._survey_text import Rated
 from rankaware_optim._types import Factor
 from rankaware_optim.inspection import other_kind
@@ -17,6 +17,7 @@ from rankaware_optim.optimizer import PlanOptions, Report, make_plan, plan_rates
 from rankaware_optim.optimizer._report import make_report
 
 from ..helpers.models import adapted, mlp
+from ..helpers.recipes import RECIPE
 
 LR = 1e-3
 AT_16 = Reference(rank=16, alpha=16)
@@ -42,7 +43,7 @@ def test_the_report_lists_every_group():
     assert seen == [*lora, ("other", None, None, None, 1), ("other", None, None, None, 1)]
     assert [(r.multiplier, r.lr) for r in rows] == [(g["rank_multiplier"], g["lr"]) for g in groups]
     assert [r.base_lr for r in rows] == pytest.approx([LR] * len(rows))
-    assert rows[0].reason == "falling: from rank 16, alpha 16, Init[A]"
+    assert rows[0].reason == "falling: from rank 16, alpha 16, Init[A] (theory, measured)"
     assert rows[-2].reason == "no LoRA factor: the base rate"
     assert rows[-1].reason == "a rate of its own, by rates="
     assert rows[-1].names == ("head.bias",)
@@ -50,7 +51,7 @@ def test_the_report_lists_every_group():
 
 REASONS = [
     ({"other_lr": 0.1}, "A", "other", "a rate of its own, by other_lr="),
-    ({"law": "constant"}, "A", "A", "constant: from rank 4, alpha 4, Init[A]"),
+    ({"law": "constant", "tuned_at": AT_16}, "A", "A", "constant: from rank 16, alpha 16, Init[A] (not moved)"),
     ({}, "other", "A", "neither factor was zero, so no law covers it: the base rate"),
 ]
 
@@ -62,6 +63,75 @@ def test_reasons(options, init, role, reason):
     model = mlp(init=init)
     rows = report_of(model, **options).rows
     assert {row.reason for row in rows if row.role == role} == {reason}
+
+
+SURE = [
+    ("adamw", {"tuned_at": Reference(rank=4, alpha=4)}, "A", "as tuned"),
+    ("adamw", {"tuned_at": AT_16}, "A", "theory, measured"),
+    ("adamw", {"tuned_at": Reference(rank=16, alpha=4)}, "A", "theory, measured"),
+    ("adamw", {"tuned_at": Reference(rank=16, alpha=8)}, "A", "theory"),
+    ("adamw", {"tuned_at": Reference(rank=4, alpha=8)}, "A", "theory"),
+    ("adamw", {"tuned_at": Reference(rank=4, alpha=4, fan_in=64)}, "A", "theory"),
+    ("adamw", {"tuned_at": Reference(rank=4, alpha=4, fan_in=64, init="B")}, "B", "untested"),
+    ("adamw", {"tuned_at": replace(AT_16, init="B")}, "B", "measured, small runs"),
+    ("adamw", {"tuned_at": replace(AT_16, init="B"), "law": "mua"}, "B", "theory, against small runs"),
+    ("adamw", {"tuned_at": AT_16, "across_inits": True}, "B", "a guess"),
+    ("adamw", {"tuned_at": Reference(method="full")}, "A", "a rule of thumb"),
+    ("adamw", {"tuned_at": replace(AT_16, batch=8), "batch": 32}, "A", "a rule of thumb"),
+    ("adamw", {"tuned_at": AT_16, "law": "measured"}, "A", "simulated"),
+    ("adamw", {"tuned_at": AT_16, "law": "loraplus"}, "A", "not moved"),
+    ("adamw", {"tuned_at": AT_16, "law": "power?exponent=0.5"}, "A", "as that law says"),
+    ("sgd", {"tuned_at": AT_16}, "A", "theory; one rate did better in small runs"),
+    ("torch_optimizer:LARS", {"tuned_at": AT_16, "weight_decay": 0.1}, "A", "theory"),
+    ("torch_optimizer:Shampoo", {"tuned_at": AT_16}, "A", "a guess, as for Adam's kind"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
+@pytest.mark.parametrize(("optimizer", "options", "init", "sure"), SURE)
+def test_a_reason_says_how_sure_it_is(optimizer, options, init, sure):
+    """Every row that a law moves says what stands behind the move."""
+    opt = RankAwareOptimizer(mlp(init=init, head=False), optimizer, lr=LR, **options)
+    assert {row.reason.rpartition(" (")[2].removesuffix(")") for row in opt.report().rows if row.role == "A"} == {sure}
+
+
+@pytest.mark.parametrize("law", [MuA(ratio=4.0), MuA(split=True), MuA(split=True, ratio=4.0)])
+def test_two_rates_are_as_sure_as_their_law(law):
+    """Where B has a rate of its own at the reference too, its row does not call that tuned."""
+    opt = RankAwareOptimizer(mlp(head=False), "adamw", lr=LR, tuned_at=Reference(rank=4, alpha=4), law=law)
+    reasons = {row.role: row.reason.rpartition(" (")[2] for row in opt.report().rows}
+    assert reasons == {"A": "as tuned)", "B": "as that law says)"}
+
+
+def test_a_full_finetuning_rate_from_lora_is_a_rule_of_thumb():
+    """A whole weight's row says that it moves by a rule of thumb, and one that stays says that it is as tuned."""
+    for at, sure in ((AT_16, "a rule of thumb"), (Reference(method="full"), "as tuned")):
+        opt = RankAwareOptimizer(nn.Linear(4, 4), "adamw", method="full", lr=LR, tuned_at=at)
+        assert {row.reason for row in opt.report().rows} == {f"falling: full finetuning, from {at} ({sure})"}
+
+
+def test_a_calibrated_rate_is_as_sure_as_its_recipe():
+    """Under a recipe the reason points at its band, which stands below the table."""
+    opt = RankAwareOptimizer(mlp(width=64, head=False), "adamw", recipe=RECIPE)
+    report = opt.report()
+    assert {row.reason.rpartition(" (")[2].removesuffix(")") for row in report.rows} == {"calibrated, see its band"}
+    assert any("lies between" in note for note in report.notes)
+
+
+def test_without_a_reference_nothing_moves_on_a_uniform_model():
+    """Where tuned_at was forgotten and one configuration is all there is, every row says that nothing is moved."""
+    for model, method in ((mlp(head=False), "lora"), (nn.Linear(4, 4), "full")):
+        opt = RankAwareOptimizer(model, "adamw", lr=LR, method=method)
+        assert {row.reason for row in opt.report().rows} == {"tuned_at not given: nothing is moved"}
+        assert "tuned_at not given: nothing is moved" in opt.report(per_module=True).__str__()
+
+
+def test_without_a_reference_a_mixed_model_moves_about_its_own():
+    """Where tuned_at was forgotten on a model of several ranks, a note names the one that counts as the reference."""
+    report = RankAwareOptimizer(mlp((4, 4, 8), head=False), "adamw", lr=LR).report()
+    assert "falling: from rank 4, alpha 4, Init[A] (as tuned)" in {row.reason for row in report.rows}
+    (note,) = [note for note in report.notes if "tuned_at" in note]
+    assert note.startswith("tuned_at not given: lr counts as tuned at rank 4, alpha 4, Init[A]")
 
 
 def test_a_report_and_a_survey_give_one_reason():
@@ -81,7 +151,7 @@ def test_the_report_prints_as_a_table():
     text = str(make_report(rank_aware_param_groups(model, lr=LR), made, "the title", inspect_model(model)))
     assert text.splitlines()[0].strip() == "the title"
     assert all(word in text for word in ("role", "multiplier", "why", "no LoRA factor", "note: Adapters at Init[A]"))
-    assert max(map(len, text.split("note:")[0].splitlines())) <= 150
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_a_row_shows_convention_and_fans():
@@ -91,6 +161,22 @@ def test_a_row_shows_convention_and_fans():
     (row,) = [r for r in opt.report().rows if r.role == "A"]
     assert (row.convention, row.fan_in, row.fan_out) == ("lora_A/lora_B", (12, 64), (20, 64))
     assert "12–64" in str(opt.report())
+
+
+NAMES = ["falling", "power?law=falling,exponent=0.25"]
+
+
+@pytest.mark.parametrize("law", NAMES)
+def test_the_report_is_at_most_100_columns_wide(law):
+    """Wide fans, several groups of one's own, long names, notes and checks: no line is longer than 100 characters."""
+    model = nn.ModuleDict({"a" * 60: adapted(rank=4), "wide": mlp((4, 16), width=64, scalings=1 / 3)})
+    model["scores"] = nn.Linear(14336, 3)
+    groups = [{"params": [p], "lr": 1.2345e-5} for p in model.parameters() if p.requires_grad]
+    opt = RankAwareOptimizer(groups, "adamw", model=model, tuned_at=AT_16, lr=LR, law=law, batch=64)
+    text = str(opt.report())
+    assert max(map(len, text.splitlines())) <= 100
+    assert "check: head" not in text
+    assert "a" * 60 in text or "wide" in text
 
 
 def test_per_module_has_a_line_for_every_tensor():
@@ -146,7 +232,7 @@ def test_explain_shows_rates_and_reasons():
     rates = plan_rates(made, survey, LR)
     shown = survey.explain(per_module=True, rates=rates)
     assert "a rate of its own, by rates=" in shown
-    assert shown.count("falling: from rank 16, alpha 16, Init[A]") == 3
+    assert shown.count("falling: from rank 16, alpha 16, Init[A] (theory, measured)") == 3
     assert survey.explain(rates={"layer0.lora_A": Rated(0.25, "since I say so")}).count("since I say so") == 1
 
 
@@ -232,6 +318,19 @@ def test_a_head_at_the_adapters_rate_is_pointed_out():
     (line,) = RankAwareOptimizer(model, torch.optim.SGD, lr=LR).report().audit
     assert line.startswith("head.weight trains at the adapters' base rate")
     assert RankAwareOptimizer(model, torch.optim.SGD, lr=LR, other_lr=0.1).report().audit == ()
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_frozen_weights_are_no_heads(built):
+    """Frozen weights among the parameters given, as in AdamW(model.parameters()), train at no rate: no alarm."""
+    model = mlp((4,), head=False)
+    given = torch.optim.SGD(model.parameters(), lr=LR) if built else list(model.parameters())
+    own = {} if built else {"optimizer": torch.optim.SGD, "lr": LR}
+    opt = RankAwareOptimizer(given, model=model, **own)
+    assert opt.report().audit == ()
+    model.layer0.base_layer.weight.requires_grad_(True)
+    (line,) = opt.report().audit
+    assert line.startswith("layer0.base_layer.weight trains at the adapters' base rate")
 
 
 def test_an_adapter_outside_the_optimizer_is_pointed_out():

@@ -189,6 +189,22 @@ def test_the_optimizers_own_default_rate():
     assert RankAwareOptimizer(mlp(), torch.optim.AdamW).defaults["lr"] == 1e-3
 
 
+@pytest.mark.parametrize("give", [lambda p: p, lambda p: [p], lambda p: iter([p]), lambda p: iter([("a", p)])])
+def test_one_parameter_in_any_wrapping(give):
+    """A tensor, a list or an iterator of one, named or not, is one group of one parameter."""
+    model = mlp()
+    opt = RankAwareOptimizer(give(model.layer0.lora_A), torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16)
+    assert [group["param_names"] for group in opt.param_groups] == [["layer0.lora_A"]]
+
+
+def test_groups_with_rates_of_their_own_need_no_other():
+    """With tuned_at= every group may bring the rate that was tuned there, in place of lr=."""
+    model = mlp()
+    groups = [{"params": [p], "lr": LR} for p in trained(model)]
+    opt = RankAwareOptimizer(groups, torch.optim.AdamW, model=model, tuned_at=AT_16)
+    assert {group["lr"] for group in opt.param_groups} == {LR}
+
+
 @pytest.mark.parametrize("form", [by_class, by_groups])
 def test_a_tensor_as_rate(form):
     """A base rate given as a tensor stays one in every group, multiplied; training equals that at a number."""
@@ -371,13 +387,16 @@ NAMES = [
     ("AdamW", torch.optim.AdamW),
     ("SGD", torch.optim.SGD),
     ("torch.optim:radam", torch.optim.RAdam),
+    ("torch.optim.AdamW", torch.optim.AdamW),
+    ("torch.optim.adamw.AdamW", torch.optim.AdamW),
+    ("torch.optim.radam", torch.optim.RAdam),
     (torch.optim.NAdam, torch.optim.NAdam),
 ]
 
 
 @pytest.mark.parametrize(("name", "kind"), NAMES)
 def test_classes_by_name(name, kind):
-    """A class is given by itself, by a name in torch.optim in any case, or as package:Class."""
+    """A class is given by itself, by a name in torch.optim in any case, as package:Class or as recipes store it."""
     assert get_optimizer_class(name) is kind
     assert isinstance(RankAwareOptimizer(mlp(), name, lr=LR), kind)
 
@@ -419,6 +438,9 @@ def test_the_class_of_an_instance_cannot_build_another():
 UNKNOWN = [
     ("adamx", r"Unknown optimizer 'adamx' in torch\.optim\. Known are .*AdamW.*SGD"),
     ("torch.optim:Lamb", r"Unknown optimizer 'Lamb'"),
+    ("torch.optim.Lamb", r"Unknown optimizer 'Lamb' in torch\.optim"),
+    ("no_such_package.Lamb", r"'no_such_package' cannot be imported"),
+    ("..", r"cannot be imported"),
     ("no_such_package:Lamb", r"'no_such_package' cannot be imported"),
     ("..:Lamb", r"'..' cannot be imported: the .package. argument"),
     (nn.Linear, r"is not a torch optimizer class"),
@@ -487,6 +509,11 @@ REFUSED = [
     (lambda m: RankAwareOptimizer(m.head, torch.optim.AdamW, lr=LR), r"No trainable LoRA pair"),
     (lambda m: RankAwareOptimizer(m, type(by_class(m, torch.optim.AdamW, {})), lr=LR), r"rank-aware already"),
     (lambda m: RankAwareOptimizer(m, NoDefault), r"NoDefault has no default learning rate"),
+    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, tuned_at=AT_16), r"tuned_at= was given without lr=.*0\.001"),
+    (
+        lambda m: RankAwareOptimizer([{"params": trained(m)}], torch.optim.AdamW, model=m, tuned_at=AT_16),
+        r"tuned_at= was given without lr=",
+    ),
     (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=torch.ones(2)), r"lr is tensor"),
     *(
         (lambda m, lr=lr: RankAwareOptimizer(m, torch.optim.AdamW, lr=lr), r"lr is")
@@ -783,6 +810,22 @@ def test_a_later_group_takes_the_base_rate():
     opt.add_param_group({"params": trained(model.layer9)})
     assert opt.param_groups[-1]["lr"] == LR
     assert opt.param_groups[-1]["rank_multiplier"] < 1
+
+
+@each_form
+def test_a_later_group_may_lie_outside_the_model(form):
+    """A head outside the model is taken as a later group as at construction: at the base rate, and it trains."""
+    model, head, early = mlp((4,), head=False), nn.Linear(16, 2), nn.Linear(16, 2)
+    opt = form(model, torch.optim.AdamW, {}, tuned_at=AT_16)
+    opt.add_param_group({"params": list(head.parameters())})
+    assert (opt.param_groups[-1]["lora_role"], effective_lr(opt.param_groups[-1])) == ("other", LR)
+    groups = [{"params": trained(model)}, {"params": list(early.parameters())}]
+    built = RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16)
+    assert opt.param_groups[-1]["param_names"] == built.param_groups[-1]["param_names"]
+    before = head.weight.detach().clone()
+    head(model(torch.ones(2, 16))).square().sum().backward()
+    opt.step()
+    assert not torch.equal(before, head.weight)
 
 
 def _later_layer(model):

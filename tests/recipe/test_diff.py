@@ -15,7 +15,7 @@ from rankaware_optim.recipe import Horizon, diff_recipes, diff_text
 
 RECIPE = Recipe(
     name="digits",
-    best_lr=2e-3,
+    fitted_lr=2e-3,
     reference=Reference(rank=16, alpha=32, fan_in=64, batch=8),
     law=Power(exponent=0.1, full_factor=1.5),
     covariance=torch.diag(torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)),
@@ -28,7 +28,9 @@ RECIPE = Recipe(
     steps=100,
     batch=16.0,
     warmup=0.05,
+    other_rates={"head.weight": 1e-3},
     versions={"torch": "2.6"},
+    source={"train": "train"},
     notes=("one",),
     tensors={"rank": torch.tensor([4, 64]), "lr": torch.tensor([1e-3, 2e-3]), "value": torch.tensor([0.5, math.nan])},
 )
@@ -80,25 +82,25 @@ def words(**change) -> dict:
 
 def test_rates_are_compared_at_the_ranks_seen_and_in_full():
     """A base rate 32 times as high is so everywhere, said as a factor and in octaves, beside both rates."""
-    found = words(best_lr=32 * RECIPE.best_lr)
+    found = words(fitted_lr=32 * RECIPE.fitted_lr)
     for place, rate in {"rank 4": RECIPE.at(4), "rank 64": RECIPE.at(64), "rank 16": RECIPE.at()}.items():
         assert found[f"at {place}"].words == "× 32 (+5.00 octaves), bands apart"
         assert found[f"at {place}"].first.startswith(f"{rate.lr:.3g} ({rate.low:.3g} to ")
     assert "at full finetuning" in found
-    assert found["rate.best_lr"].words == "× 32 (+5.00 octaves)"
+    assert found["rate.fitted_lr"].words == "× 32 (+5.00 octaves)"
     assert "versions.torch" not in found
 
 
 def test_rates_that_only_one_recipe_has_are_left_out():
     """Where no rule gives alpha there is no common rate, which is not an error."""
-    found = words(scaling_rule="unknown", best_lr=4e-3)
+    found = words(scaling_rule="unknown", fitted_lr=4e-3)
     assert {what for what in found if what.startswith("at ")} == {"at rank 16", "at full finetuning"}
 
 
 SENTENCES = [
     ({}, "The two recipes hold the same."),
     ({"versions": {"torch": "2.7"}}, "The rates are the same; what differs is below."),
-    ({"best_lr": 2.1e-3}, "The rates differ; their 90 % bands overlap at every common rank."),
+    ({"fitted_lr": 2.1e-3}, "The rates differ; their 90 % bands overlap at every common rank."),
     ({"law": Power(2.5, full_factor=1.5)}, "The rates differ by more than their 90 % bands at rank 4, rank 64."),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -76,6 +77,35 @@ def test_a_recipe_of_the_former_names_is_read_and_replaced(tmp_path):
     assert theirs.read_bytes() == b"weights"
 
 
+def as_schema_1(target: Path) -> Path:
+    """A saved recipe as packages of schema 1 wrote it."""
+    text = target.read_text().replace("schema = 2", "schema = 1").replace("fitted_lr = ", "best_lr = ")
+    target.write_text(text)
+    return target
+
+
+def test_a_recipe_of_schema_1_is_read_and_written_anew(tmp_path):
+    """The fitted optimum, once called best_lr, is read with the tag it had; a save writes the new name."""
+    target = as_schema_1(RECIPE.save(tmp_path / "r.toml"))
+    assert "best_lr = " in target.read_text()
+    found = Recipe.load(target)
+    assert (found.fitted_lr, found.lr, found.tag) == (RECIPE.fitted_lr, RECIPE.lr, RECIPE.tag)
+    text = found.save(target).read_text()
+    assert "schema = 2" in text
+    assert "best_lr" not in text
+
+
+@pytest.mark.parametrize("rename", [as_schema_1, lambda target: target], ids=["best_lr", "fitted_lr"])
+def test_a_bad_fitted_rate_is_named_as_in_its_file(rename, tmp_path, request):
+    """Whichever name the file has for the fitted optimum is the path that an error says."""
+    name, target = request.node.callspec.id, rename(RECIPE.save(tmp_path / "r.toml"))
+    for line in (f"{name} = -1.0", ""):
+        target.write_text(re.sub(f"(?m)^{name} = .*$", line, target.read_text()))
+        with pytest.raises(RecipeError) as caught:
+            Recipe.load(target)
+        assert caught.value.cause.endswith(f"@ rate.{name}")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
 @pytest.mark.parametrize(
     ("umask", "former", "then"), [(0o077, None, 0o600), (0o002, None, 0o664), (0o022, 0o640, 0o640)]
@@ -107,14 +137,14 @@ def test_a_link_stays_a_link(tmp_path):
 def test_a_newer_recipe_is_not_overwritten(tmp_path):
     """A recipe of a newer schema is refused with its number, and both its files stay as they are."""
     target = RECIPE.save(tmp_path / "r.toml")
-    target.write_text(target.read_text().replace("schema = 1", "schema = 7"))
+    target.write_text(target.read_text().replace("schema = 2", "schema = 7"))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(RecipeError, match="newer schema, 7"):
         RECIPE.save(target)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-UNREADABLE = [{"best_lr": 1e-40}, {"notes": (3,)}, {"settings": {"x": 2**70}}, {"steps": -1}]
+UNREADABLE = [{"fitted_lr": 1e-40}, {"notes": (3,)}, {"settings": {"x": 2**70}}, {"steps": -1}]
 UNREADABLE += [{"covariance": torch.eye(3) * math.nan}, {"tensors": {"lr": torch.zeros(2)}}]
 
 

@@ -29,7 +29,7 @@ def recipe(**changes) -> Recipe:
     """A recipe of 100 steps at batch 16, sure of all but the horizon."""
     values = {
         "name": "digits",
-        "best_lr": 2e-3,
+        "fitted_lr": 2e-3,
         "reference": AT_16,
         "law": Power(),
         "covariance": torch.diag(torch.tensor([0.04, 0.0, 0.0], dtype=torch.float64)),

@@ -123,4 +123,4 @@ def test_an_older_recipe_is_drawn_along_the_law_its_trials_ran_along():
     rates = [point.rate for arm in picture_of(older).arms for point in arm.points]
     assert sorted(rates) == pytest.approx(sorted(rate for *_, rate in used))
     lost = picture_of(replace(older, scaling_rule="unknown"))
-    assert {arm.rank: arm.by_base for arm in lost.arms} == {2: False, 32: True}
+    assert {arm.rank: arm.by_base for arm in lost.arms} == {2: True, 32: False}

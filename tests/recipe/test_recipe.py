@@ -45,7 +45,7 @@ def recipe(**changes) -> Recipe:
     """A recipe as a calibration at ranks 4 and 64 would leave it, with `changes`."""
     values = {
         "name": "digits",
-        "best_lr": 2e-3,
+        "fitted_lr": 2e-3,
         "reference": AT_16,
         "law": Power(exponent=0.1, full_factor=1.5),
         "covariance": torch.diag(torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)),
@@ -54,12 +54,14 @@ def recipe(**changes) -> Recipe:
         "scaling_rule": "fixed",
         "full_fan_in": float(WIDTH),
         "ranks": (4, 64),
-        "settings": {"weight_decay": 0.01, "betas": [0.9, 0.99], "foreach": True},
+        "settings": {"weight_decay": 0.01, "betas": [0.9, 0.999], "foreach": True},
         "steps": 100,
         "batch": 16.0,
         "warmup": 0.05,
         "seed": 3,
+        "other_rates": {"head.weight": "base", "head.bias": "base"},
         "versions": {"torch": "2.6"},
+        "source": {"train": "train"},
         "tensors": {"rank": torch.tensor([4, 64]), "lr": torch.tensor([1e-3, 2e-3]), "value": torch.tensor([0.5, 0.4])},
     }
     return Recipe(**{**values, **changes})
@@ -100,7 +102,7 @@ laws = st.builds(
 recipes = st.builds(
     recipe,
     name=st.text(st.characters(codec="utf-8")),
-    best_lr=positive,
+    fitted_lr=positive,
     reference=references,
     law=laws,
     lean=st.floats(0, 1),
@@ -115,6 +117,8 @@ recipes = st.builds(
     warmup=st.none() | st.floats(0, 1),
     horizon=st.builds(Horizon, slope=st.floats(-9, 9), slope_sd=st.floats(0, 9)),
     seed=st.integers(0, 2**62),
+    other_rates=st.dictionaries(st.text("ab.*", min_size=1), st.just("base") | positive),
+    source=st.dictionaries(st.text("ab", min_size=1), st.text(st.characters(codec="utf-8"))),
     tensors=st.just({}) | st.just({"lr": torch.ones(1), "curve": torch.tensor([[1.0, math.nan]])}),
 )
 
@@ -130,7 +134,7 @@ def test_the_toml_introduces_itself(tmp_path):
     """The file opens with three comment lines and its schema, and names the tensors beside it."""
     lines = recipe().save(tmp_path / "r.toml").read_text().splitlines()
     assert [line[0] for line in lines[:3]] == ["#"] * 3
-    assert lines[3] == "schema = 1"
+    assert lines[3] == "schema = 2"
     assert f'file = "{tensors_of(tmp_path / "r.toml").name}"' in lines
 
 
@@ -225,7 +229,7 @@ def edit(path, line: str, new: str) -> None:
 NUMBERS = ["nan", "inf", "-1.0", "0.0", '"text"', "true", "[]", "1" + "0" * 400, None]
 POSITIVE = [
     "rate:lr",
-    "rate:best_lr",
+    "rate:fitted_lr",
     "rate:ceiling",
     "reference:rank",
     "reference:alpha",
@@ -268,7 +272,7 @@ def test_a_number_that_cannot_be_is_refused_with_its_path(key, value, tmp_path):
 
 
 OTHER_VALUES = [
-    ("rate:best_lr", "best_lr = 1e-320", "best_lr"),
+    ("rate:fitted_lr", "fitted_lr = 1e-320", "fitted_lr"),
     ("rate:lean_octaves", "lean_octaves = 11", "<= 10.* @ rate.lean_octaves"),
     ("reference:rank", "rank = 2147483648", "<= 2147483647.* @ reference.rank"),
     ("reference:fan_in", "fan_in = 1e300", "@ reference.fan_in"),
@@ -285,12 +289,16 @@ OTHER_VALUES = [
     ("optimizer.settings:foreach", "foreach = 0x" + "f" * 100, "@ optimizer.settings"),
     ("optimizer.settings:foreach", "foreach = {a = 1}", "@ optimizer.settings"),
     ("versions:torch", "torch = 2.6", "@ versions"),
+    ("source:train", "train = 3", "@ source"),
+    ('seen.other_rates:"head.weight"', '"head.weight" = "bases"', "@ seen.other_rates"),
+    ('seen.other_rates:"head.weight"', '"head.weight" = -1.0', "@ seen.other_rates"),
+    ('seen.other_rates:"head.weight"', '"head.weight" = nan', "@ seen.other_rates"),
     ("name", "name = " + "[" * 5000, "cannot be read"),
     ("name", "name = " + "9" * 5000, "cannot be read"),
     ("law:name", 'name = "power"\n[law.law.law.law.law.law.law.law.law.law.law.law]\nname = "mua"', "law"),
     ("tensors:file", 'file = "a\\u0000b"', "cannot be read"),
     ("tensors:file", 'file = ""', "cannot be read"),
-    ("schema", "schema = 2", "@ schema"),
+    ("schema", "schema = 3", "@ schema"),
     ("schema", 'schema = "1"', "@ schema"),
     ("schema", "schema = true", "@ schema"),
     ("schema", "schema = 0", "@ schema"),
@@ -438,7 +446,7 @@ def test_a_law_written_in_whole_numbers_is_of_floats(tmp_path):
 def test_a_rate_is_positive_and_finite_or_an_error(exponent, lr, slope, variance, fan_in, target):
     """At the ends of every range a rate, its band and its ceiling are positive finite numbers, or our error says so."""
     made = recipe(
-        best_lr=lr,
+        fitted_lr=lr,
         ceiling=lr,
         law=Power(exponent=exponent, pivot=1e-9, law=MuA(tokens=None)),
         covariance=torch.eye(3) * variance,
@@ -470,7 +478,7 @@ def test_the_reference_gets_the_base_rate():
     made = recipe()
     assert made.at() == made.at(rank=16) == made.at(rank=16, alpha=32)
     assert (made.at().lr, made.at().ceiling) == (made.lr, made.ceiling)
-    assert made.lr == made.best_lr * 2**-0.25
+    assert made.lr == made.fitted_lr * 2**-0.25
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(4, 2), (4, 1), (64, 128), (64, 4096)])
@@ -548,8 +556,8 @@ def test_an_unknown_rule_asks_for_alpha():
 def test_the_law_and_the_drift_compose():
     """A recipe's rates are its law's, times the drift in rank."""
     plain, drifting = (recipe(law=Power(exponent=e, law=Constant()), lean=0.0) for e in (0.0, 0.5))
-    assert plain.at(rank=64).lr == plain.best_lr
-    assert drifting.at(rank=64).lr == pytest.approx(2 * drifting.best_lr)
+    assert plain.at(rank=64).lr == plain.fitted_lr
+    assert drifting.at(rank=64).lr == pytest.approx(2 * drifting.fitted_lr)
 
 
 IMPOSSIBLE = [
@@ -691,7 +699,7 @@ def test_the_tag_survives_the_files_and_names_the_recipe(tmp_path):
 
 
 DECISIVE = [
-    {"best_lr": 1e-3},
+    {"fitted_lr": 1e-3},
     {"lean": 0.0},
     {"reference": replace(AT_16, rank=8)},
     {"reference": replace(AT_16, alpha=16)},
@@ -741,7 +749,7 @@ def test_torchs_own_optimizer_loads_a_tagged_state():
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]).load_state_dict(plain)
 
 
-@pytest.mark.parametrize("change", [{"best_lr": 1e-3}, {"law": Power(exponent=0.4)}], ids=["rate", "law"])
+@pytest.mark.parametrize("change", [{"fitted_lr": 1e-3}, {"law": Power(exponent=0.4)}], ids=["rate", "law"])
 def test_a_resume_under_another_recipe_is_said_once(change):
     """One warning names both recipes, whatever the number of groups; the base rate goes on, and so does its tag."""
     first, second = recipe(name="first"), recipe(name="second", **change)

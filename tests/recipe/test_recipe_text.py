@@ -50,6 +50,28 @@ def test_a_recipe_says_what_it_holds():
     assert [text for name, text in facts(FULL) if name == "note"] == ["first", "second"]
 
 
+RULES = [
+    ("fixed", "alpha follows rank (s fixed)"),
+    ("rslora", "alpha fixed under rsLoRA (s falls as 1/√rank)"),
+    ("alpha", "alpha fixed (s falls as 1/rank)"),
+    ("as swept", "as in the sweep, which does not say it"),
+    ("unknown", "no rule seen: alpha is asked for"),
+]
+
+
+@pytest.mark.parametrize(("rule", "words"), RULES)
+def test_the_rule_for_alpha_is_said_in_words(rule, words):
+    """What alpha does as the rank changes is said, not what the multiplier s does."""
+    assert dict(facts(replace(FULL, scaling_rule=rule)))["alpha by rank"] == words
+
+
+def test_the_two_rates_are_called_what_they_are():
+    """The rate to use and the fitted optimum have names of their own, the octaves between them, and the band beside."""
+    said = dict(facts(FULL))
+    assert said["fitted optimum"] == "0.002, 0.25 octaves above the base rate (the one to use)"
+    assert said["base rate"].startswith("0.00168 at ")
+
+
 @pytest.mark.parametrize("made", [FULL, *KINDS.values()])
 def test_the_page_says_what_printing_says(made):
     """The page opens with the recipe's sentence and holds every fact that printing it shows."""
@@ -64,6 +86,26 @@ def test_the_commands_print_the_objects_own_text(tmp_path):
     path = str(FULL.save(tmp_path / "r.toml"))
     done = [CliRunner().invoke(main, words) for words in (["show", path], ["lr", path, "--rank", "8"])]
     assert [one.output.rstrip("\n") for one in done] == [str(Recipe.load(path)), str(FULL.at(8))]
+
+
+BARE = {"steps": None, "batch": None, "reference": Reference(4, 4)}
+AT = [
+    ({}, {}, "rank 4, alpha 8, Init[A], fan-in 64, 100 steps, batch 16"),
+    ({}, {"rank": 64}, "rank 64, alpha 128, Init[A], fan-in 64, 100 steps, batch 16"),
+    ({}, {"rank": 8, "alpha": 8, "rslora": True}, "rank 8, alpha 8, rslora, Init[A], fan-in 64, 100 steps, batch 16"),
+    ({}, {"init": "B", "fan_in": 128}, "rank 4, alpha 8, Init[B], fan-in 128, 100 steps, batch 16"),
+    ({}, {"method": "full", "steps": 9, "batch": 4}, "full finetuning, fan-in 64, 9 steps, batch 4"),
+    (BARE, {"rank": 8}, "rank 8, alpha 8, Init[A]"),
+    ({"scaling_rule": "as swept"}, {"rank": 8}, "rank 8, alpha as swept, Init[A], fan-in 64, 100 steps, batch 16"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
+@pytest.mark.parametrize(("changes", "asked", "words"), AT)
+def test_a_rate_says_what_it_is_for(changes, asked, words):
+    """A recipe's rate says, on its second line, the configuration, steps and batch that were asked for or assumed."""
+    rate = replace(FULL, **{"steps": 100, **changes}).at(**asked)
+    assert str(rate).splitlines()[1] == f"at        {words}"
 
 
 RATES = [

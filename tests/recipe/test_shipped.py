@@ -57,16 +57,16 @@ def test_the_hash_stays(shipped):
 
 
 def test_the_picture_is_drawn_from_what_the_fit_saw(shipped):
-    """Fitted once more, the observations behind the curves give the recipe's own rate, lean, ceiling and covariance."""
+    """Fitted once more as then, the observations behind the curves give the recipe's own rate and covariance."""
     at_base = replace(shipped, tensors={**shipped.tensors, "own_lr": shipped.tensors["lr"]})
     pairs = [pair for rank, points in _trials(at_base).items() for pair in _observations(rank, points, 0.0)]
     seen, pivot, at_b = [o for o, _ in pairs], shipped.law.pivot, shipped.reference.init == "B"
-    prior = Prior(0.2 if at_b else 0.15, 0.4, pivot, math.log2(shipped.full_fan_in / pivot) if at_b else 0.0)
+    reach = math.log2(shipped.full_fan_in / pivot) if at_b else 0.0
+    prior = Prior(0.2 if at_b else 0.15, 0.4, pivot, reach, scatter=0.1)
     fit = fit_observations(seen, prior)
     shift = fit.mean[1] * math.log2(shipped.reference.rank / pivot)
     assert [lost for _, lost in pairs] == diverged(seen)
-    assert 2.0 ** (fit.mean[0] + shift) == pytest.approx(shipped.best_lr, rel=1e-9)
-    assert fit.lean == pytest.approx(shipped.lean, abs=1e-9)
+    assert 2.0 ** (fit.mean[0] + shift) == pytest.approx(shipped.fitted_lr, rel=1e-9)
     assert np.allclose(fit.covariance, shipped.covariance.numpy(), rtol=1e-9, atol=1e-12)
     assert (fit.ceiling is None) == (shipped.ceiling is None)
     assert fit.ceiling is None or 2.0 ** (fit.ceiling + shift) == pytest.approx(shipped.ceiling, rel=1e-9)

@@ -149,7 +149,7 @@ def test_missing_cells_do_not_move_the_answer():
     kept = [row for i, row in enumerate(rows) if i % 4]
     kept[0] = {**kept[0], "loss": ""}
     whole, part = fit_sweep(rows, fan_in=WIDTH), fit_sweep(kept, fan_in=WIDTH)
-    assert math.log2(part.best_lr / whole.best_lr) == pytest.approx(0, abs=0.2)
+    assert math.log2(part.fitted_lr / whole.fitted_lr) == pytest.approx(0, abs=0.2)
     assert any("1 of 27 rows have no loss" in note for note in part.notes)
 
 
@@ -181,7 +181,7 @@ def test_ties_lie_between():
     """Two rates that tie as best put the optimum between them."""
     losses = {-12: 1.3, -11: 1.1, -10: 1.0, -9: 1.0, -8: 1.1, -7: 1.5}
     rows = [{"rank": rank, "lr": 2.0**x, "loss": loss} for rank in (8, 64) for x, loss in losses.items()]
-    assert -10 < math.log2(fit_sweep(rows, alpha=16.0, law="constant").best_lr) < -9
+    assert -10 < math.log2(fit_sweep(rows, alpha=16.0, law="constant").fitted_lr) < -9
 
 
 # --- what the data do not determine ---------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ sweeps = st.builds(
 
 
 def assert_alike(first: Recipe, second: Recipe, factor: float = 1.0) -> None:
-    assert second.best_lr == pytest.approx(first.best_lr * factor, rel=1e-4)
+    assert second.fitted_lr == pytest.approx(first.fitted_lr * factor, rel=1e-4)
     assert second.law.exponent == pytest.approx(first.law.exponent, abs=1e-4)
     assert second.covariance.numpy() == pytest.approx(first.covariance.numpy(), rel=1e-3, abs=1e-9)
 
@@ -512,7 +512,7 @@ def test_fit_writes_the_recipe_of_fit_sweep(sweep_csv, tmp_path):
     assert done.exit_code == 0
     made = fit_sweep(drawn(), fan_in=WIDTH, steps=100)
     assert Recipe.load(out).at(8) == made.at(8)
-    assert f"lr        {made.at().lr:.3g} at rank 16, alpha 16" in done.output
+    assert f"lr        {made.at().lr:.3g}\nat        rank 16, alpha 16" in done.output
     assert f"rankaware lr {out} --rank 64" in done.output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, assert_type
 
 import torch
@@ -33,6 +34,9 @@ def train(model: nn.Module, built: torch.optim.SGD, trial: ra.Trial) -> None:
     assert_type(ra.RankAwareOptimizer(built, model=model), ra.RankAwareOptimizer)
     assert_type(ra.RankAwareOptimizer(model.parameters(), "adamw", model=model, lr=1e-3), ra.RankAwareOptimizer)
     assert_type(trial.optimizer(model, weight_decay=0.01), ra.RankAwareOptimizer)
+    ra.RankAwareOptimizer(model, "adamw", lr=1e-3, tuned_at="r=16,alpha=32")
+    ra.RankAwareOptimizer(model, "adamw", lr=1e-3, tuned_at=Path("adapter"))
+    assert_type(ra.Recipe.from_hub("owner/name"), ra.Recipe)
 
 
 def mistakes(model: nn.Module) -> None:

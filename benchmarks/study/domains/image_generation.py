@@ -6,7 +6,7 @@ The transformer is pretrained here once, seeded, on its first use (about a minut
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from rankaware_optim.calibration import seeded
 from . import Domain
 from ._adapters import adapt
 from ._assets import made_once
-from ._dit import LAYERS, DiT, flow_loss
+from ._dit import LAYERS, WIDTH, DiT, flow_loss
 from ._mnist import drawn, mnist
 
 BATCH, HELD_OUT, PRETRAINING = 32, 512, 1500
@@ -29,9 +29,11 @@ class Batch(NamedTuple):
     generator: torch.Generator
 
 
-def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
-    model = DiT()
-    model.load_state_dict(pretrained())
+def build(
+    rank: int | None, alpha: float, init: str, seed: int, width: int = WIDTH, pretraining: int = PRETRAINING
+) -> nn.Module:
+    model = DiT(width)
+    model.load_state_dict(pretrained(width, pretraining))
     return adapt(model.requires_grad_(False), rank, alpha, init, seed, LAYERS)
 
 
@@ -59,16 +61,18 @@ def digits(new: bool) -> tuple[Tensor, Tensor]:
     return images[(labels > 4) == new], labels[(labels > 4) == new]
 
 
-def pretrained() -> dict[str, Tensor]:
-    """The transformer's weights after 1,500 steps of AdamW at 1e-3 on the digits 0 to 4."""
-    return made_once("dit-digits-0-4-v1", _pretrain)
+def pretrained(width: int = WIDTH, steps: int = PRETRAINING) -> dict[str, Tensor]:
+    """The transformer's weights after steps of AdamW at 1e-3 · 128/width on the digits 0 to 4."""
+    own = (width, steps)
+    name = "-".join(map(str, ("dit-digits-0-4-v1", *(own if own != (WIDTH, PRETRAINING) else ()))))
+    return made_once(name, partial(_pretrain, *own))
 
 
-def _pretrain() -> dict[str, Tensor]:
+def _pretrain(width: int, steps: int) -> dict[str, Tensor]:
     with seeded(0):
-        model = DiT()
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _, batch in zip(range(PRETRAINING), batches(0, BATCH, new=False), strict=False):
+        model = DiT(width)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3 * WIDTH / width)
+    for _, batch in zip(range(steps), batches(0, BATCH, new=False), strict=False):
         opt.zero_grad()
         loss(model, batch).backward()
         opt.step()

@@ -9,13 +9,22 @@ from torch import Tensor, nn
 
 from . import Domain
 from ._adapters import adapt
-from ._llama import LAYERS, llama, token_loss, tokens, windows
+from ._llama import LAYERS, MLP, WIDTH, llama, token_loss, tokens, windows
+from ._llama import STEPS as PRETRAINING
 
 BATCH, STEPS, HELD_OUT = 8, 100, 64
 
 
-def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
-    return adapt(llama(), rank, alpha, init, seed, LAYERS)
+def build(
+    rank: int | None,
+    alpha: float,
+    init: str,
+    seed: int,
+    width: int = WIDTH,
+    mlp: int = MLP,
+    pretraining: int = PRETRAINING,
+) -> nn.Module:
+    return adapt(llama(width, mlp, pretraining), rank, alpha, init, seed, LAYERS)
 
 
 def batches(seed: int, batch: int) -> Iterator[Tensor]:

@@ -1,14 +1,17 @@
 """The fit: scored trials become a base rate, a drift in rank, and their covariance."""
 
-from ...recipe import Observation, gain_of
+from ...recipe import Observation, Place, gain_of
+from ._course import Course, Slope
 from ._horizon_fit import horizon_of
-from ._posterior import MODEL_ERROR, Fit, Prior, diverged, fit_observations, shrink
+from ._posterior import Fit, Prior, diverged, fit_observations, shrink
 
 __all__ = [
+    "Course",
     "Fit",
-    "MODEL_ERROR",
     "Observation",
+    "Place",
     "Prior",
+    "Slope",
     "diverged",
     "fit_observations",
     "gain_of",

@@ -1,12 +1,13 @@
 """The fit: from scored trials to a base rate, a drift in rank, a factor of full finetuning, and their covariance.
 
-Two steps. First, `bowls_of` finds each rank's optimum v, under every shape of bowl and size of noise. Second, under
+Two steps. First, `bowls_of` finds each arm's optimum v, under every shape of bowl and size of noise. Second, under
 each shape the optima are shrunk towards the law:
 
     v(r) = base + drift·log2(r / pivot),   v(full) = base + drift·full_reach + factor
 
-with drift and factor of prior mean zero, since x is measured along the prior-centred law. The answer is the mixture
-over shapes, weighed by how well each explains the losses and how well its optima agree.
+with drift and factor of prior mean zero, since x is measured along the prior-centred law. At other steps or another
+batch than the target's, v is moved by the unknown of that number of steps, or batch: see `Course`. The answer is the
+mixture over shapes, weighed by how well each explains the losses and how well its optima agree.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...recipe import Observation, arms_of, bowls_of, gain_of, usual_start
+from ...recipe import Observation, Place, arms_of, bowls_of, gain_of, usual_start
+from ._course import NOWHERE, Course
 
 Array = npt.NDArray[np.float64]
 
-MODEL_ERROR = 0.1  # octaves by which a rank's own best rate lies off the law
-# Octaves: with few trials, more lost more than it saved (benchmarks/calibration/coverage.py --trials 3).
-_MOST_LEAN = 0.5
+# Octaves by which a rank's own best rate lies off a power of the rank: .29 over 21 sweeps of the study, .17 of it
+# their own noise (benchmarks/calibration/simulated.py scatter).
+MODEL_ERROR = 0.2
 _BASE_SD = 1e3  # octaves: nothing is believed of the base rate
 _DIVERGED = 0.25  # a run that ends this share of the gain above its start has diverged
 
@@ -33,35 +35,56 @@ _DIVERGED = 0.25  # a run that ends this share of the gain above its start has d
 class Prior:
     """Standard deviations of drift (octaves per octave of rank) and of log2 full_factor, and the drift's pivot rank.
 
-    full_reach: log2(n / pivot) where the drift continues to full finetuning, else 0.
+    full_reach: log2(n / pivot) where the drift continues to full finetuning, else 0. steps, batch: how the optimum
+    moves with them, where trials have others than the target. scatter: of a rank's own optimum about all that, octaves.
     """
 
     drift_sd: float = 0.15
-    full_sd: float = 0.4
+    full_sd: float = 0.8
     pivot: float = 16.0
     full_reach: float = 0.0
+    steps: Course = NOWHERE
+    batch: Course = NOWHERE
+    scatter: float = MODEL_ERROR
 
-    def row(self, rank: int | None) -> Array:
-        """How the optimum at a rank, None for full finetuning, hangs on (base, drift, factor)."""
-        reach = self.full_reach if rank is None else math.log2(rank / self.pivot)
-        return np.array([1.0, reach, float(rank is None)])
+    def row(self, place: Place) -> Array:
+        """How the optimum at a place follows from the unknowns: base, drift, factor, then those of both courses."""
+        full = place.rank is None
+        reach = self.full_reach if place.rank is None else math.log2(place.rank / self.pivot)
+        moved = (self.steps.row(place.steps, full), self.batch.row(place.batch, full))
+        return np.array([1.0, reach, float(full), *moved[0], *moved[1]])
+
+    def mean(self) -> Array:
+        """Of the unknowns; the base's is 0, and as good as unknown."""
+        return np.array([0.0, 0.0, 0.0, *self.steps.mean(), *self.batch.mean()])
+
+    def precision(self) -> Array:
+        """Of the unknowns."""
+        blocks = [np.diag([_BASE_SD**-2, self.drift_sd**-2, self.full_sd**-2])]
+        blocks += [np.linalg.inv(course.covariance()) for course in (self.steps, self.batch) if course.tried]
+        made = np.zeros((sum(map(len, blocks)),) * 2)
+        at = 0
+        for block in blocks:
+            made[at : at + len(block), at : at + len(block)] = block
+            at += len(block)
+        return made
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Posterior mean and covariance of (base, drift, log2 full_factor), octaves, relative to the prior-centred law.
+    """Posterior mean and covariance of the prior's unknowns, octaves, relative to the prior-centred law.
 
-    lean: octaves by which a quoted rate stays low: a·sd²/2, the best under a cliff of steepness a, but half an octave
-    at most, or the more that keeps it an octave below the ceiling. ceiling: x of the smallest rate that diverged, or
-    None. vertices: (mean, sd) of each arm's optimum before shrinking. noise: of a score near the optimum. gain: see
-    `gain_of`; both in units of the loss.
+    The first three are (base, drift, log2 full_factor). steepness: of the cliff above the optimum, per octave.
+    ceiling: x of the smallest rate that diverged, moved to the target's steps and batch, or None. vertices: (mean, sd)
+    of each arm's optimum before shrinking. noise: of a score near the optimum. gain: see `gain_of`; both in units of
+    the loss.
     """
 
     mean: Array
     covariance: Array
-    lean: float
+    steepness: float
     ceiling: float | None
-    vertices: dict[int | None, tuple[float, float]]
+    vertices: dict[Place, tuple[float, float]]
     noise: float
     gain: float
 
@@ -89,20 +112,37 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
     bad = diverged(observations)
     if all(bad):
         return None
-    ceiling = min((float(o.x) for o, b in zip(observations, bad, strict=True) if b), default=None)
-    gain = gain_of([o for o, b in zip(observations, bad, strict=True) if not b])
-    arms = arms_of(observations, bad, gain)
+    lost = [o for o, b in zip(observations, bad, strict=True) if b]
+    good = [o for o, b in zip(observations, bad, strict=True) if not b]
+    gains = _gains(good)
+    arms = arms_of(observations, bad, gains)
     bowls = bowls_of(arms)
     means, covariances, agreement = _shrunk(_rows(arms, prior), bowls.mean, bowls.sd, prior)
     logs = bowls.log_weight + agreement
     weights = np.exp(logs - logs.max())
     weights /= weights.sum()
     mean, covariance = _mixed(weights, means, covariances)
-    vertices = {rank: _moments(weights, bowls.mean[:, i], bowls.sd[:, i]) for i, rank in enumerate(arms)}
-    near = 0.0 if ceiling is None else mean[0] + 1.0 - ceiling
-    doubt = min(float(weights @ bowls.steepness * covariance[0, 0]) / 2, _MOST_LEAN)
-    lean = max(doubt, float(min(near, 1.0)))
-    return Fit(mean, covariance, lean, ceiling, vertices, float(weights @ bowls.noise) * gain, gain)
+    vertices = {place: _moments(weights, bowls.mean[:, i], bowls.sd[:, i]) for i, place in enumerate(arms)}
+    moved = (o.x - float(prior.row(o.place)[3:] @ mean[3:]) for o in lost)
+    return Fit(
+        mean=mean,
+        covariance=covariance,
+        steepness=float(weights @ bowls.steepness),
+        ceiling=min(moved, default=None),
+        vertices=vertices,
+        noise=float(weights @ bowls.noise) * max(gains.values()),
+        gain=max(gains.values()),
+    )
+
+
+def _gains(good: Sequence[Observation]) -> dict[Place, float]:
+    """What training can gain by the steps and batch of a run: a shorter run gains less.
+
+    Where its few runs say next to nothing, it is that of all.
+    """
+    of_all, tasks = gain_of(good), {o.place._replace(rank=None): None for o in good}
+    gains = {task: gain_of([o for o in good if o.place._replace(rank=None) == task]) for task in tasks}
+    return {task: gain if gain > of_all / 4 else of_all for task, gain in gains.items()}
 
 
 def _mixed(weights: Array, means: Array, covariances: Array) -> tuple[Array, Array]:
@@ -118,27 +158,29 @@ def _moments(weights: Array, means: Array, sds: Array) -> tuple[float, float]:
     return float(mean[0]), math.sqrt(float(variance[0, 0]))
 
 
-def shrink(vertices: Mapping[int | None, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:
-    """Gaussian posterior of (base, drift, factor) given the arms' vertices; exact, three unknowns."""
+def shrink(vertices: Mapping[Place, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:
+    """Gaussian posterior of the unknowns given the arms' vertices; exact."""
     means, sds = np.array(list(vertices.values())).T[:, None, :]
     mean, covariance, _ = _shrunk(_rows(vertices, prior), means, sds, prior)
     return mean[0], covariance[0]
 
 
-def _rows(ranks: Iterable[int | None], prior: Prior) -> Array:
-    return np.array([prior.row(rank) for rank in ranks])
+def _rows(places: Iterable[Place], prior: Prior) -> Array:
+    return np.array([prior.row(place) for place in places])
 
 
 def _shrunk(rows: Array, means: Array, sds: Array, prior: Prior) -> tuple[Array, Array, Array]:
-    """Mean (s, 3), covariance (s, 3, 3) and log evidence (s,) for every shape s of `means` and `sds` (s, arms)."""
-    weights = 1.0 / (sds**2 + MODEL_ERROR**2)
-    known = np.diag([_BASE_SD**-2, prior.drift_sd**-2, prior.full_sd**-2])
+    """Mean (s, u), covariance (s, u, u) and log evidence (s,) for every shape s of `means` and `sds` (s, arms)."""
+    weights = 1.0 / (sds**2 + prior.scatter**2)
+    expected = prior.mean()
+    means = means - rows @ expected
     middle = means.mean()
     score = (weights * (means - middle)) @ rows
-    information = known + np.einsum("sa,ai,aj->sij", weights, rows, rows)
+    information = prior.precision() + np.einsum("sa,ai,aj->sij", weights, rows, rows)
     covariance = np.linalg.inv(information)
     mean = np.einsum("sij,sj->si", covariance, score)
     misfit = (weights * (means - middle) ** 2).sum(axis=1) - (mean * score).sum(axis=1)
     evidence = 0.5 * (np.log(weights).sum(axis=1) - misfit - np.linalg.slogdet(information)[1])
+    mean += expected
     mean[:, 0] += middle
     return mean, covariance, evidence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -31,12 +32,12 @@ def calibrate_in_place(
     optimizer: type[Optimizer] | str,
     *,
     ranks: Sequence[int | None],
-    steps: int,
+    steps: int | Sequence[int],
     init: Literal["A", "B"] | None = None,
     variance: Literal["mua", "peft"] | None = None,
     scaling_rule: ScalingRule = "fixed",
     settings: Mapping[str, Any] | None = None,
-    schedule: Callable[[Optimizer], Any] | None = None,
+    schedule: Callable[..., Any] | None = None,
     score: Callable[[nn.Module], Any] | None = None,
     full_trains: FullTrains | None = None,
     **options: Any,
@@ -69,7 +70,8 @@ def calibrate_in_place(
         scaling_rule: how the multiplier s follows the rank from the one found: "fixed" keeps s, so that alpha follows
             the rank; "alpha" keeps alpha with s = alpha / r; "rslora" keeps alpha with s = alpha / √r.
         settings: the optimizer's own arguments, and those of `RankAwareOptimizer` such as rates=.
-        schedule: from the optimizer to a scheduler, whose step() is called after every step.
+        schedule: from the optimizer to a scheduler, whose step() is called after every step. Where `steps` are several
+            lengths, or target_steps is another, it is given the trial's steps too: `schedule(optimizer, steps)`.
         score: from the trained model to the number to minimise; by default the mean of the last tenth of the losses.
         full_trains: what full finetuning (None among ranks, or full_trials=) trains: patterns of parameter names, or a
             predicate of name and parameter; by default the weights that the adapters adapt. Heads and norms that train
@@ -85,6 +87,12 @@ def calibrate_in_place(
         CalibrationInterrupted: Ctrl-C, the model put back; a second Ctrl-C waits until that is done.
     """
     walked = _checked(model, step, ranks, init, variance, scaling_rule)
+    spans = not isinstance(steps, int) or options.get("target_steps") not in (None, steps)
+    if schedule is not None and spans and not _takes_two(schedule):
+        raise CalibrationError(
+            "schedule takes the optimizer alone, and trials are whole runs of several lengths.",
+            "Let it take the trial's steps too, as schedule(optimizer, steps), and span warm-up and decay over them.",
+        )
     lora = [rank for rank in ranks if rank is not None]
     adapters = None
     if lora or any(p.a.tensor.requires_grad or p.b.tensor.requires_grad for p in pairs_of(walked.modules)):
@@ -94,7 +102,7 @@ def calibrate_in_place(
     factors, also = (adapters.factors, adapters.declarations) if adapters else ([], [])
     with Interrupts() as interrupts, seeded(0):
         found = ModelState(walked, changing=whole, unchanged=factors, also=also)
-        run = _InPlace(model, step, walked, adapters, whole, found, interrupts, settings or {}, schedule, score)
+        run = _InPlace(model, step, walked, adapters, whole, found, interrupts, settings or {}, schedule, spans, score)
         try:
             with interrupts.let_in():
                 return calibrate(run, optimizer, ranks=ranks, steps=steps, **options)
@@ -114,7 +122,8 @@ class _InPlace:
     found: ModelState
     interrupts: Interrupts
     settings: Mapping[str, Any]
-    schedule: Callable[[Optimizer], Any] | None
+    schedule: Callable[..., Any] | None
+    spans: bool
     score: Callable[[nn.Module], Any] | None
 
     @property
@@ -128,7 +137,8 @@ class _InPlace:
         self.found.drop_gradients()
         self._prepare(trial)
         opt = trial.optimizer(self.model, **self.settings)
-        scheduler = self.schedule(opt) if self.schedule else None
+        spanned = (trial.steps,) if self.spans else ()
+        scheduler = self.schedule(opt, *spanned) if self.schedule else None
         _set_mode(opt, "train")
         for i in range(trial.steps):
             self.interrupts.listen()
@@ -180,6 +190,16 @@ class _InPlace:
                 "Return the loss as the model gives it, or call backward() in the step.",
             )
         return loss
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # a function of C has no signature
+        pass
+    return True
 
 
 def _set_mode(opt: Any, mode: str) -> None:

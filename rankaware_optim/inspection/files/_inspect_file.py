@@ -23,7 +23,8 @@ from ._safetensors import Header, read_header, shown
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_SAID = ("ss_network_module", "ss_network_dim", "ss_network_alpha")  # by kohya's scripts
+# By kohya's scripts, each after "ss_".
+_SAID = "network_module network_dim network_alpha learning_rate unet_lr text_encoder_lr optimizer max_train_steps"
 
 
 def inspect_file(path: str | Path) -> Survey:
@@ -59,7 +60,8 @@ def inspect_file(path: str | Path) -> Survey:
             f"{file} holds no LoRA pair among {len(header.tensors)} tensors.",
             "Give an adapter's file, not a base model's.",
         )
-    said = [f"{key} {shown(header.metadata[key])}" for key in _SAID if key in header.metadata]
+    keys = [f"ss_{name}" for name in _SAID.split()]
+    said = [f"{key} {shown(header.metadata[key])}" for key in keys if key in header.metadata]
     if said:
         notes.append(f"Its metadata say {', '.join(said)}.")
     if config is None and os.path.isfile(file.with_name(_CONFIG)):
@@ -69,6 +71,11 @@ def inspect_file(path: str | Path) -> Survey:
 
 
 # --- which file -----------------------------------------------------------------------------------------------------
+
+
+def adapter_file(path: str | Path) -> Path:
+    """The safetensors file that `path` is or holds, as `inspect_file` chooses it."""
+    return _found(Path(path))[0]
 
 
 def _found(path: Path) -> tuple[Path, AdapterConfig | None]:

@@ -65,7 +65,7 @@ def test_all_see_one_study(pair, form):
 
 
 def assert_same(first: ra.Recipe, second: ra.Recipe) -> None:
-    assert (first.best_lr, first.law, first.notes) == (second.best_lr, second.law, second.notes)
+    assert (first.fitted_lr, first.law, first.notes) == (second.fitted_lr, second.law, second.notes)
     for key, value in first.tensors.items():
         assert torch.equal(value.nan_to_num(), second.tensors[key].nan_to_num()), key
 

@@ -373,7 +373,7 @@ def test_lightning_is_as_a_loop_of_ones_own(tmp_path, kind, data):
     through = calibrate(lit(tmp_path, kind, data), trials=4)
     own = ra.calibrate(by_hand, AdamW, ranks=(2, 4), steps=STEPS, trials=4)
     assert torch.equal(through.tensors["curve"].nan_to_num(), own.tensors["curve"].nan_to_num())
-    assert through.best_lr == own.best_lr
+    assert through.fitted_lr == own.fitted_lr
     assert through.settings == own.settings == {"weight_decay": 0.1}
     assert list(tmp_path.iterdir()) == []
 

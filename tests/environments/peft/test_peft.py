@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from rankaware_optim import MuA, RankAwareOptimizer, RankAwareWarning, Reference, inspect_model
+from rankaware_optim import InvalidReferenceError, MuA, RankAwareOptimizer, RankAwareWarning, Reference, inspect_model
 from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import same, snapshot
+from ...helpers.recipes import RECIPE
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -225,6 +226,32 @@ def test_swapping_the_optimizer_on_a_uniform_peft_model_changes_nothing(built):
     train(ours, opt)
     train(native, torch.optim.AdamW(native.parameters(), lr=1e-2))
     assert same(snapshot(ours), snapshot(native))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_config_and_a_saved_adapter_name_a_reference(rslora, tmp_path):
+    """tuned_at takes PEFT's own LoraConfig, and a folder that PEFT saved, with a recipe of ours beside or not."""
+    config = peft.LoraConfig(r=16, lora_alpha=32, use_rslora=rslora, target_modules=["q", "v"])
+    made = peft.get_peft_model(Net(), config)
+    made.save_pretrained(tmp_path)
+    RECIPE.save_beside(tmp_path)
+    at = Reference(rank=16, alpha=32, rslora=rslora)
+    opts = [RankAwareOptimizer(wrapped(), "adamw", lr=1e-3, tuned_at=given) for given in (at, config, tmp_path)]
+    rates = [[effective_lr(group) for group in opt.param_groups] for opt in opts]
+    assert rates[0] == rates[1] == pytest.approx(rates[2])
+    assert 1e-3 not in rates[0]
+    again = peft.PeftModel.from_pretrained(Net(), tmp_path)
+    ours, theirs = ({n: p for n, p in snapshot(m).items() if "lora_" in n} for m in (again, made))
+    assert same(ours, theirs)
+    made.save_pretrained(tmp_path)
+    assert "## Learning rate" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_config_without_a_law_is_refused():
+    """PiSSA's start, and another kind of adapter, name no reference."""
+    for config in (peft.LoraConfig(init_lora_weights="pissa"), peft.LoHaConfig(r=4, alpha=4)):
+        with pytest.raises(InvalidReferenceError, match="is no reference"):
+            RankAwareOptimizer(wrapped(), "adamw", lr=1e-3, tuned_at=config)
 
 
 def test_a_rank_pattern_is_scaled_around_the_dominant_rank():

@@ -35,7 +35,7 @@ def test_the_recipe_is_that_of_any_storage(server):
     """A study in PostgreSQL gives the recipe that one in memory gives, to the bit."""
     first = calibrate(made_up(), trials=8, storage=server.url, name="plain")
     second = calibrate(made_up(), trials=8, name="plain")
-    assert first.best_lr == second.best_lr
+    assert first.fitted_lr == second.fitted_lr
     assert first.tensors["lr"].tolist() == second.tensors["lr"].tolist()
 
 

@@ -1,0 +1,319 @@
+"""Does a recipe of short runs hold for a long one? Regret at 4 and 8 times the steps, for the price of two such runs.
+
+    python benchmarks/calibration/short_long.py run --domain language --times 4   # resumable, each run kept as it ends
+    python benchmarks/calibration/short_long.py table                            # results/short_long.json and .md
+
+Image generation and language at 4 times the study's steps, image generation at 8 times too; three configurations; the
+lowest rank, 16, the highest, and full finetuning. Everything else is the study's, its warm-up of 5 % and decay over
+each run's own steps included. All searches may spend 2 · target steps, whatever a step costs:
+
+* short and long: `ra.calibrate` at the lowest and the highest rank, steps a quarter of the study's and the study's own,
+  `target_steps` the target, three full runs among them;
+* short alone: the same with the study's own steps alone, its rates used at the target unchanged;
+* TPE: Optuna's at rank 16 and the target's steps, so two runs; the better rate is used everywhere;
+* a fifth: ten rates an octave apart at rank 16 with a fifth of the target's steps; the best is used everywhere.
+
+The oracle knows the target: whole octaves of seed 0 around the study's best rate, growing at an edge, then half octaves
+around the lowest, on seeds 0 and 1. Every rate, the oracle's too, is then run on seed 2, which nothing has seen:
+
+    regret = (loss at a rate − loss at the oracle's rate) / (loss before training − loss at the oracle's rate)
+
+**Rules**, committed before any run. Short and long meets the bar where its regret is 5 % at worst and .5 % in the
+median, over all tasks, configurations and ranks, and its 90 % bands hold 85 to 95 % of the oracle's best rates (the
+parabola through the best three). Constants are not changed after the first search; a task added later
+(`--domain NAME --times 4`) is judged by the same rules, in a table of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import click
+import optuna
+import torch
+from calibration.searches import Arms, rate_of, recipe_of, scored
+from recording import RESULTS, block, machine, made_on, number, percent
+from study.best_rates import best_rate
+from study.configurations import CLIP, CONFIGS, TUNED, built, optimizer, run_in, start_of, starts
+from study.domains import Domain, get_domain, names
+from study.grids import FULL, Cell, Job, Listed, Losses, curve, lowest, or_inf
+from study.optima import best_rates
+from study.runs_on_file import complete, read
+from study.suite import STORES, provenance
+from study.training import WARMUP, shape, train, trained
+
+import rankaware_optim as ra
+from rankaware_optim.calibration import seeded
+
+TASKS = (("language", 4), ("image_generation", 4), ("image_generation", 8))
+STORE, SEARCHES = RESULTS / "short_long", RESULTS / "short_long_searches.jsonl"
+SEEDS, LEFT_OUT, SEARCHED = 2, 2, 20  # of the oracle, of the score, and the first that searches draw
+PRICE, QUARTER, FULL_RUNS, FIFTH = 2, 4, 3, 5
+WIDE, MOST = 2, 8  # octaves of the oracle's first grid to either side, and of a grid at most
+LOW, HIGH = -15.0, -2.0  # log2 of the rates that TPE and the fifth know of
+BOTH, SHORT, TPE, A_FIFTH = "short and long", "short alone", "TPE at the target", "a fifth of the steps"
+
+
+class Task(NamedTuple):
+    """A domain at so many times the study's steps."""
+
+    name: str
+    times: int
+
+    @property
+    def domain(self) -> Domain:
+        own = get_domain(self.name)
+        return replace(own, steps=own.steps * self.times)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        ranks = self.domain.ranks_swept
+        return ranks[0], TUNED, ranks[-1]
+
+    def cell(self, config: str, rank: int) -> Cell:
+        return self.name, f"{'full' if rank == FULL else config} | × {self.times}", rank
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every configuration and rank, and full finetuning once."""
+        return [*(self.cell(config, rank) for config in CONFIGS for rank in self.ranks), self.cell("full", FULL)]
+
+
+def run_one(job: Job) -> float | None:
+    """The held-out loss of a run at the target's steps; None where it diverged."""
+    scheme, _, times = job.scheme.partition(" | × ")
+    plain = job._replace(scheme=scheme)
+    if not times:  # before training
+        return run_in(get_domain(job.domain), plain, WARMUP)
+    domain = Task(job.domain, int(times)).domain
+    model = built(domain, scheme, job.rank, job.seed)
+    return train(domain, model, optimizer(model, domain, plain), job.seed, CLIP, WARMUP)
+
+
+# --- the oracle -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Whole octaves of seed 0 around a first guess, growing at an edge; then half octaves of both seeds."""
+
+    cell: Cell
+    guess: int
+
+    def wanted(self, done: Losses) -> list[Job]:
+        low, high = self.guess - WIDE, self.guess + WIDE
+        while True:
+            jobs = [Job(*self.cell, float(x), 0) for x in range(low, high + 1)]
+            if missing := [job for job in jobs if job not in done]:
+                return missing
+            best = lowest({job.x: or_inf(done[job]) for job in jobs})
+            if low < best < high or high - low >= MOST:
+                break
+            low, high = low - (best <= low), high + (best >= high)
+        fine = [Job(*self.cell, best + half / 2, seed) for half in range(-2, 3) for seed in range(SEEDS)]
+        return [job for job in fine if job not in done]
+
+
+def oracles(task: Task) -> list[Oracle]:
+    """Around the study's best rates, to the octave; those of its nearest rank where one lies at an edge."""
+    done, found = read(STORES / f"{task.name}.jsonl"), []
+    for cell in task.cells:
+        known = best_rates(done, task.name, cell[1].partition(" | ")[0])
+        near = min(known, key=lambda rank: abs(math.log2(max(rank, 1) / max(cell[2], 1))))
+        found.append(Oracle(cell, round(known[near])))
+    return found
+
+
+# --- the searches ---------------------------------------------------------------------------------------------------
+
+
+def searched(task: Task, config: str, plan: str) -> dict[str, Any]:
+    """What a plan names for every rank: rate, and band where it has one; and the steps it spent, by rank."""
+    arms: Arms = {}
+    rates = PLANS[plan](task, config, arms)
+    steps = {rank: spent for rank, (spent, _) in arms.items()}
+    return {"name": task.name, "times": task.times, "config": config, "plan": plan, "rates": rates, "steps": steps}
+
+
+def calibrated(task: Task, config: str, arms: Arms, long: bool) -> dict[int, list[float]]:
+    """By `ra.calibrate`, at two lengths for the target, or at the study's own alone."""
+    own = get_domain(task.name)
+    lengths = {"steps": (own.steps // QUARTER, own.steps), "target_steps": task.domain.steps} if long else {}
+    ends, budget = (task.ranks[0], task.ranks[-1]), PRICE * task.domain.steps
+    options = {"ranks": ends, "budget": budget, "full_trials": FULL_RUNS, **lengths}
+    recipe = recipe_of(own, config, 1.0, SEARCHED // 2, arms, WARMUP, **options)
+    return {rank: rate_of(recipe, config, rank) for rank in (*task.ranks, FULL)}
+
+
+def by_tpe(task: Task, config: str, arms: Arms) -> dict[int, list[float]]:
+    """Optuna's TPE, whole runs of the target's steps."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+    study.optimize(lambda trial: _tuned(task.domain, config, trial.suggest_float("x", LOW, HIGH), arms), PRICE)
+    return {rank: [2.0 ** study.best_params["x"]] for rank in (*task.ranks, FULL)}
+
+
+def by_a_fifth(task: Task, config: str, arms: Arms) -> dict[int, list[float]]:
+    """The best of ten rates an octave apart, in runs of a fifth of the steps."""
+    short = replace(task.domain, steps=task.domain.steps // FIFTH)
+    rates = [HIGH - 1 - octaves for octaves in range(PRICE * FIFTH)]
+    best = min(rates, key=lambda x: _tuned(short, config, x, arms))
+    return {rank: [2.0**best] for rank in (*task.ranks, FULL)}
+
+
+def _tuned(domain: Domain, config: str, x: float, arms: Arms) -> float:
+    """The held-out loss of a run at rank 16; large where it is not finite."""
+    with seeded(SEARCHED):
+        model = built(domain, config, TUNED, SEARCHED)
+        opt = optimizer(model, domain, Job(domain.name, config, TUNED, x, SEARCHED))
+        arms.setdefault(TUNED, [0, 0.0])[0] += domain.steps
+        return scored(trained(domain, model, opt, SEARCHED, partial(shape, steps=domain.steps)))
+
+
+PLANS = {
+    BOTH: partial(calibrated, long=True),
+    SHORT: partial(calibrated, long=False),
+    TPE: by_tpe,
+    A_FIFTH: by_a_fifth,
+}
+
+
+def on_file() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in SEARCHES.read_text().splitlines()] if SEARCHES.exists() else []
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+@click.group()
+def main() -> None:
+    """Make the missing runs and searches, or the table."""
+
+
+@main.command()
+@click.option("--domain", "name", type=click.Choice(names()), required=True)
+@click.option("--times", default=4, show_default=True)
+@click.option("--stage", type=click.Choice(("search", "oracle", "score")), help="One; by default all, in turn.")
+@click.option("--config", "configs", multiple=True, default=tuple(CONFIGS), show_default=True)
+@click.option("--plan", "plans", multiple=True, default=tuple(PLANS), show_default=True)
+@click.option("--workers", default=2, show_default=True)
+def run(
+    name: str, times: int, stage: str | None, configs: tuple[str, ...], plans: tuple[str, ...], workers: int
+) -> None:
+    """Append every missing run and search of a task to the results."""
+    task, store, made = Task(name, times), STORE / f"{name}.jsonl", provenance(name)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", ra.RankAwareWarning)
+    if stage in (None, "search"):
+        have = {(row["name"], row["times"], row["config"], row["plan"]) for row in on_file()}
+        for which in ((name, times, config, plan) for config in configs for plan in plans):
+            if which not in have:
+                row = searched(task, *which[2:])
+                with SEARCHES.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                click.echo(f"{which}: {sum(row['steps'].values())} steps")
+    if stage in (None, "oracle"):
+        for grid in (starts(name, (LEFT_OUT,)), *oracles(task)):
+            complete(grid, run_one, store, workers, click.echo, made)
+    if stage in (None, "score"):
+        complete(Listed(list(scoring(task, read(store)))), run_one, store, workers, click.echo, made)
+
+
+def scoring(task: Task, done: Losses) -> Iterator[Job]:
+    """Every rate that is named for a cell, and the oracle's, on the seed that nothing has seen."""
+    named = {(cell, x) for cell, x, _ in picks(task)} | {
+        (cell, lowest(curve(done, cell, SEEDS))) for cell in task.cells
+    }
+    yield from (Job(*cell, x, LEFT_OUT) for cell, x in sorted(named))
+
+
+def picks(task: Task) -> Iterator[tuple[Cell, float, dict[str, Any]]]:
+    """(cell, log2 rate, search) of every search of a task on file."""
+    for row in on_file():
+        if (row["name"], row["times"]) == task:
+            for rank, rate in row["rates"].items():
+                yield task.cell(row["config"], int(rank)), round(math.log2(rate[0]), 3), row
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """A plan at a rank: its regret on the seed left out, and whether its band holds the oracle's best rate."""
+
+    task: Task
+    config: str
+    plan: str
+    rank: int
+    regret: float
+    held: bool | None
+
+
+def scores(task: Task) -> Iterator[Score]:
+    """Every plan at every rank whose runs are on file."""
+    done = read(STORE / f"{task.name}.jsonl")
+    start = start_of(task.name, done) if done else math.nan
+    for cell, x, row in picks(task):
+        means, job = curve(done, cell, SEEDS), Job(*cell, x, LEFT_OUT)
+        if not means or job not in done or Job(*cell, lowest(means), LEFT_OUT) not in done:
+            continue
+        at_best = or_inf(done[Job(*cell, lowest(means), LEFT_OUT)])
+        rate, best = row["rates"][str(cell[2])], best_rate(means, start)
+        held = None if best is None or len(rate) < 3 else math.log2(rate[1]) <= best <= math.log2(rate[2])
+        regret = (or_inf(done[job]) - at_best) / (start - at_best)
+        yield Score(task, row["config"], row["plan"], cell[2], regret, held)
+
+
+@main.command()
+def table() -> None:
+    """Write results/short_long.json and .md from what is on file."""
+    kept = {Task(row["name"], row["times"]) for row in on_file()}
+    tasks = [*(Task(*task) for task in TASKS), *sorted(kept - set(TASKS))]
+    found = [score for task in tasks for score in scores(task)]
+    parts = ["# Calibrate short, train long", __doc__ or "", verdict([s for s in found if s.task in TASKS])]
+    for task in tasks:
+        parts.append(block(f"{task.name}, {task.times} times the steps", HEADS, [*rows(task, found)]))
+    on = machine(1)
+    (RESULTS / "short_long.md").write_text("\n\n".join([*parts, made_on(on)]) + "\n")
+    document = {"machine": on, "scores": [score._asdict() for score in found]}
+    (RESULTS / "short_long.json").write_text(json.dumps(document) + "\n")
+    click.echo("\n\n".join(parts[2:]))
+
+
+HEADS = ("configuration", "plan", "lowest rank", "16", "highest", "full", "bands that hold")
+
+
+def rows(task: Task, found: list[Score]) -> Iterator[list[str]]:
+    """A line a configuration and plan; a dash where a run is missing."""
+    for config in CONFIGS:
+        for plan in PLANS:
+            mine: Mapping[int, Score] = {s.rank: s for s in found if (s.task, s.config, s.plan) == (task, config, plan)}
+            held = [s.held for s in mine.values() if s.held is not None]
+            cells = [percent(mine[rank].regret) if rank in mine else "–" for rank in (*task.ranks, FULL)]
+            yield [config, plan, *cells, f"{sum(held)} of {len(held)}" if held else "–"]
+
+
+def verdict(found: list[Score]) -> str:
+    """The rules, on what is on file."""
+    mine = [score for score in found if score.plan == BOTH]
+    if not mine:
+        return "Nothing was run yet."
+    worst, median = max(s.regret for s in mine), statistics.median(s.regret for s in mine)
+    held = [s.held for s in mine if s.held is not None]
+    share = statistics.fmean(held) if held else math.nan
+    met = worst <= 0.05 and median <= 0.005 and 0.85 <= share <= 0.95
+    return (
+        f"Over {len(mine)} rates: worst {percent(worst)} (bar 5 %), median {percent(median)} (bar .5 %), bands hold "
+        f"{number(100 * share, 0)} % of {len(held)} (bar 85 to 95 %): {'met' if met else 'NOT met'}."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Losses of a stored sweep at any rate: what a simulated calibration trains on."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from recording import RESULTS
+from scipy.interpolate import PchipInterpolator
+from study.configurations import CONFIGS, start_of
+from study.domains import STUDY
+from study.grids import FULL, Job, Losses
+from study.runs_on_file import read
+from study.suite import STORES
+
+from rankaware_optim import Recipe
+
+BEND = 0.02  # share of the gain about which gaps are read on a logarithmic scale
+HIGHEST = 3.0  # the gap of a run that diverged, a share of the gain; the highest there is
+SLOPE = 0.3  # at least, of the bent gap beyond a grid, per octave
+RECIPES = RESULTS.parents[1] / "recipes"
+Gap = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A domain in a configuration: the gap to a rank's best mean loss, a share of the gain, by log2 of the rate.
+
+    mean: over the seeds, by rank; `FULL` stands for full finetuning. seeds: of each rank and seed. best, gain: of the
+    mean loss, by rank. start: loss before training. fan_in, full_fan_in: the widths that the law hangs on.
+    """
+
+    domain: str
+    config: str
+    start: float
+    mean: Mapping[int, Gap]
+    by_seed: Mapping[tuple[int, int], Gap]
+    best: Mapping[int, float]
+    fan_in: float
+    full_fan_in: float
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted(rank for rank in self.mean if rank != FULL)
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({seed for _, seed in self.by_seed})
+
+    def loss(self, rank: int, seed: int, x: float) -> float:
+        """Of a seed's run at 2^x."""
+        return self.best[rank] + (self.start - self.best[rank]) * self.by_seed[rank, seed](x)
+
+
+def study_surfaces() -> Iterator[Surface]:
+    """The study's: seven domains, three configurations, 5 % warm-up."""
+    for domain in STUDY:
+        done = read(STORES / f"{domain}.jsonl")
+        yield from (surface_of(domain, config, done) for config in CONFIGS)
+
+
+def other_surfaces() -> Iterator[Surface]:
+    """Two domains with 30 % warm-up, as swept for `against_sweep.py`."""
+    done = {job: loss for job, loss in read(RESULTS / "calibration_runs.jsonl").items() if job.seed < 6}
+    for domain in ("image_generation", "vision_classification"):
+        yield from (surface_of(domain, config, done, (0, 1, 2)) for config in CONFIGS)
+
+
+def surface_of(domain: str, config: str, done: Losses, seeds: tuple[int, ...] | None = None) -> Surface:
+    """From the runs of a configuration and of full finetuning: rates that every seed has run."""
+    mine = {job: loss for job, loss in done.items() if job.domain == domain and job.scheme in (config, "full")}
+    seeds = seeds or tuple(sorted({job.seed for job in mine}))
+    start, cells = start_of(domain, done), sorted({job[:3] for job in mine})
+    mean, by_seed, best = {}, {}, {}
+    for cell in cells:
+        rows = {
+            x: [mine.get(Job(*cell, x, seed), math.nan) for seed in seeds] for x in {j.x for j in mine if j[:3] == cell}
+        }
+        whole = {x: losses for x, losses in sorted(rows.items()) if not any(loss != loss for loss in losses)}
+        means = {x: None if None in losses else statistics.fmean(losses) for x, losses in whole.items()}
+        rank = cell[2]
+        best[rank] = min(loss for loss in means.values() if loss is not None)
+        mean[rank] = _gap(means, best[rank], start)
+        by_seed |= {
+            (rank, seed): _gap({x: losses[i] for x, losses in whole.items()}, best[rank], start)
+            for i, seed in enumerate(seeds)
+        }
+    init = "b" if CONFIGS[config].init == "B" else "a"
+    made = Recipe.load(
+        RECIPES / f"{domain.replace('_', '-')}-{init}{'-inverse-rank' * bool(CONFIGS[config].gamma)}.toml"
+    )
+    return Surface(domain, config, start, mean, by_seed, best, made.reference.fan_in or 1.0, made.full_fan_in or 1.0)
+
+
+def _gap(losses: Mapping[float, float | None], best: float, start: float) -> Gap:
+    """By a monotone spline (scipy's PCHIP), on a scale logarithmic above `BEND`; beyond the grid, straight on."""
+    xs = sorted(losses)
+    gaps = [HIGHEST if (loss := losses[x]) is None else min((loss - best) / (start - best), HIGHEST) for x in xs]
+    bent = [math.asinh(gap / BEND) for gap in gaps]
+    spline, untrained, highest = PchipInterpolator(xs, bent), math.asinh(1 / BEND), math.asinh(HIGHEST / BEND)
+
+    def at(x: float) -> float:
+        if x < xs[0]:
+            y = min(bent[0] + max(SLOPE, bent[0] - bent[1]) * (xs[0] - x), max(untrained, bent[0]))
+        elif x > xs[-1]:
+            y = min(bent[-1] + max(1.0, bent[-1] - bent[-2]) * (x - xs[-1]), highest)
+        else:
+            y = float(spline(x))
+        return BEND * math.sinh(y)
+
+    return at

@@ -1,0 +1,302 @@
+"""Which form of a law generalises: constants chosen on all domains of the study but the one that is scored.
+
+Each domain is scored with the constants that are best on all others, every domain and use counting alike. Best is, by
+turns, the least mean regret, capped at 100 % a move, and the least mean square error in octaves by either estimator of
+a best rate, the vertex and the cliff (`study/optima.py`). What is moved for a regret is the vertex.
+
+The rule: a form's figure is its worst regret in any use beyond the noise floor of the cell where it lands (0 where one
+seed has none). The least figure wins. Forms whose rms error is at most .1 octaves above the winner's, by each
+estimator, tie with it, and of these the fewest chosen constants win, then the least figure.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations, product
+from typing import Any, NamedTuple
+
+import click
+from recording import RESULTS, block, machine, made_on, percent
+from study.configurations import CONFIGS, start_of
+from study.domains import names
+from study.grids import FULL, Losses, curve
+from study.moving import surveyed
+from study.optima import ESTIMATORS, ranks_in, seeds_in, tried_rates
+from study.regret import noise_floor, share_lost
+from study.runs_on_file import read
+from study.suite import STORES, finished
+
+from rankaware_optim.laws._updates import Site
+
+VERTEX, _ = ESTIMATORS
+USES = ("between ranks", "to full finetuning")
+CRITERIA = ("regret", *(f"octaves of the {estimator}" for estimator in ESTIMATORS))
+CAP, TIE = 1.0, 0.1  # share of the gain; octaves
+Constants = Mapping[str, float]
+
+
+# --- forms ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A way to move log2 of a rate from a site to another, and the values from which its constants are chosen.
+
+    full_width: at which fan-in full finetuning is seen, the "mean" or the "largest"; LoRA is seen at the mean.
+    """
+
+    name: str
+    move: Callable[[Site, Site, float, Constants], float]
+    grid: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    judged: bool = True
+    full_width: str = "mean"
+
+    def choices(self) -> list[Constants]:
+        return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
+
+    @property
+    def free(self) -> int:
+        """How many constants are chosen."""
+        return sum(len(values) > 1 for values in self.grid.values())
+
+
+def by_level(level: Callable[[Site, Constants], float], a: Site, b: Site, x: float, of: Constants) -> float:
+    """By the ratio of two levels, whatever the rate."""
+    offset = of.get("o", 0.0) * ((b.init == "full") - (a.init == "full"))
+    return x + level(b, of) - level(a, of) + offset
+
+
+def eighths(low: float, high: float) -> list[float]:
+    return [low + step / 8 for step in range(round((high - low) * 8) + 1)]
+
+
+def halves(low: float, high: float) -> list[float]:
+    """Powers of two, half an octave apart."""
+    return [2.0 ** (low + step / 2) for step in range(round((high - low) * 2) + 1)]
+
+
+# --- what the study found -------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """A cell of the study: its configuration, site, log2 of what estimators find, and the losses that score a rate."""
+
+    scheme: str
+    site: Site
+    largest: float
+    found: Mapping[str, float]
+    tried: Mapping[float, float]
+    lowest: float
+    start: float
+    floor: float | None
+
+    def seen_by(self, form: Form) -> Site:
+        whole = self.site.init == "full" and form.full_width == "largest"
+        return self.site._replace(fan_in=self.largest) if whole else self.site
+
+    def regret(self, x: float) -> float:
+        return share_lost(self.tried, self.lowest, self.start, x)
+
+
+def stored(schemes: Sequence[str]) -> dict[str, list[Place]]:
+    """The places of every domain whose grids in these configurations and in full finetuning are whole."""
+    found = {}
+    for domain in names():
+        done = finished(read(STORES / f"{domain}.jsonl"), "full")
+        if all(ranks_in(done, domain, scheme) for scheme in (*schemes, "full")):
+            found[domain] = [place for scheme in (*schemes, "full") for place in places_of(done, domain, scheme)]
+    return found
+
+
+def places_of(done: Losses, domain: str, scheme: str) -> Iterator[Place]:
+    """Every rank's in a configuration, or full finetuning's."""
+    survey = surveyed(domain, next(iter(CONFIGS)), 16)
+    for rank in (FULL,) if scheme == "full" else ranks_in(done, domain, scheme):
+        cell, seeds = (domain, scheme, rank), seeds_in(done, domain, scheme)
+        site = Site("full", 1, 1.0, survey.width)
+        if rank:
+            config = CONFIGS[scheme]
+            site = Site(config.init, rank, config.alpha(rank) / rank, survey.width)
+        estimates = {name: x for name, by in ESTIMATORS.items() if (x := by(done, cell).x) is not None}
+        tried, lowest = tried_rates(done, cell, seeds), min(curve(done, cell, seeds).values())
+        start, floor = start_of(domain, done), noise_floor(done, cell)
+        yield Place(scheme, site, survey.full_width("A"), estimates, tried, lowest, start, floor)
+
+
+class Move(NamedTuple):
+    """A rate moved to where another is best.
+
+    off: octaves too high by each estimator, where both cells have it. regret: of the vertex; beyond: the noise floor.
+    """
+
+    use: str
+    off: Mapping[str, float]
+    regret: float
+    beyond: float
+
+
+def moves(form: Form, of: Constants, places: Sequence[Place]) -> Iterator[Move]:
+    """All pairs of ranks in a configuration and every rank to full finetuning, with vertices inside their grids."""
+    for a, b in permutations(places, 2):
+        known = [name for name in a.found if name in b.found]
+        if a.scheme == "full" or b.scheme not in (a.scheme, "full") or VERTEX not in known:
+            continue
+        moved = {name: form.move(a.seen_by(form), b.seen_by(form), a.found[name], of) for name in known}
+        regret = b.regret(moved[VERTEX])
+        off = {name: x - b.found[name] for name, x in moved.items()}
+        yield Move(USES[b.site.init == "full"], off, regret, max(0.0, regret - (b.floor or 0.0)))
+
+
+# --- fits -----------------------------------------------------------------------------------------------------------
+
+
+class Fit(NamedTuple):
+    """A left-out domain: the constants that the others choose, and its moves by them."""
+
+    form: Form
+    criterion: str
+    domain: str
+    constants: Constants
+    moves: Sequence[Move]
+
+
+def fits(form: Form, places: Mapping[str, Sequence[Place]]) -> Iterator[Fit]:
+    """Every domain left out, by every criterion."""
+    choices = form.choices()
+    moved = {domain: [list(moves(form, of, each)) for of in choices] for domain, each in places.items()}
+    for criterion in CRITERIA:
+        costs = {domain: [cost(each, criterion) for each in moved[domain]] for domain in places}
+        for domain in places:
+            others = [costs[other] for other in places if other != domain]
+            best = min(range(len(choices)), key=lambda i: sum(each[i] for each in others))
+            yield Fit(form, criterion, domain, choices[best], moved[domain][best])
+
+
+def cost(moved: Sequence[Move], criterion: str) -> float:
+    """The mean regret or square error of each use, summed over both."""
+    by_use = [[move for move in moved if move.use == use] for use in USES]
+    if criterion == "regret":
+        return sum(statistics.fmean(min(move.regret, CAP) for move in each) for each in by_use)
+    return sum(rms(each, criterion.split()[-1]) ** 2 for each in by_use)
+
+
+def rms(moved: Sequence[Move], estimator: str) -> float:
+    return math.sqrt(statistics.fmean(move.off[estimator] ** 2 for move in moved if estimator in move.off))
+
+
+class Score(NamedTuple):
+    """Of moves: rms octaves by each estimator, median and worst regret, and the worst beyond the noise floor."""
+
+    vertex: float
+    cliff: float
+    median: float
+    worst: float
+    beyond: float
+
+    def __str__(self) -> str:
+        return f"{self.vertex:.2f} / {self.cliff:.2f}, {percent(self.median)}, {percent(self.worst)}"
+
+
+def score(moved: Sequence[Move]) -> Score:
+    regrets = [move.regret for move in moved]
+    vertex, cliff = (rms(moved, estimator) for estimator in ESTIMATORS)
+    return Score(vertex, cliff, statistics.median(regrets), max(regrets), max(move.beyond for move in moved))
+
+
+def scores(fitted: Sequence[Fit], criterion: str, use: str | None = None) -> dict[Form, Score]:
+    """Every form's, over all left-out domains, in one use or both."""
+    found: dict[Form, list[Move]] = {}
+    for fit in fitted:
+        if fit.criterion == criterion:
+            found.setdefault(fit.form, []).extend(move for move in fit.moves if use in (None, move.use))
+    return {form: score(moved) for form, moved in found.items()}
+
+
+def winner(scored: Mapping[Form, Score]) -> tuple[Form, list[Form]]:
+    """The form that the rule names, and all that tie."""
+    least = min(scored.values(), key=lambda each: each.beyond)
+    tied = [
+        form
+        for form, each in scored.items()
+        if each is least or (each.vertex <= least.vertex + TIE and each.cliff <= least.cliff + TIE)
+    ]
+    return min(tied, key=lambda form: (form.free, scored[form].beyond)), tied
+
+
+def judged(scored: Mapping[Form, Score]) -> dict[Form, Score]:
+    return {form: each for form, each in scored.items() if form.judged}
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def write(page: str, title: str, text: str, verdict: str, places: Mapping[str, Any], fitted: Sequence[Fit]) -> None:
+    """results/<page>.md and .json: the verdict, then the script's text, the tables, and every fit."""
+    on = machine(1)
+    parts = [
+        f"# {title}",
+        verdict,
+        text.partition("\n")[2].strip("\n"),
+        *(block(f"All left-out domains, constants by {each}", HEADS, [*overview(fitted, each)]) for each in CRITERIA),
+        *(block(BY_DOMAIN.format(use.capitalize()), ["form", *places], [*by_domain(fitted, use)]) for use in USES),
+        *(
+            block(f"Constants chosen without each domain, by {each}", ["form", *places], [*constants(fitted, each)])
+            for each in CRITERIA
+        ),
+        made_on(on),
+    ]
+    (RESULTS / f"{page}.md").write_text("\n\n".join(parts) + "\n")
+    document = {"machine": on, "verdict": verdict, "rows": [row_of(fit) for fit in fitted]}
+    (RESULTS / f"{page}.json").write_text(json.dumps(document, indent=1) + "\n")
+    click.echo("\n\n".join(parts))
+
+
+HEADS = [
+    "form",
+    "constants chosen",
+    *(f"{use}: {what}" for use in USES for what in ("rms octaves, vertex / cliff", "median regret", "worst")),
+    "worst beyond the floor",
+]
+BY_DOMAIN = "{}, by domain: rms octaves by vertex / cliff, median and worst regret, constants by regret"
+
+
+def overview(fitted: Sequence[Fit], criterion: str) -> Iterator[list[str]]:
+    by_use = [scores(fitted, criterion, use) for use in USES]
+    for form, both in scores(fitted, criterion).items():
+        cells = [
+            [f"{each[form].vertex:.2f} / {each[form].cliff:.2f}", percent(each[form].median), percent(each[form].worst)]
+            for each in by_use
+        ]
+        yield [form.name, str(form.free) if form.judged else "not judged", *cells[0], *cells[1], percent(both.beyond)]
+
+
+def by_domain(fitted: Sequence[Fit], use: str) -> Iterator[list[str]]:
+    for form in dict.fromkeys(fit.form for fit in fitted):
+        found = [fit for fit in fitted if fit.form is form and fit.criterion == CRITERIA[0]]
+        yield [form.name, *(str(score([move for move in fit.moves if move.use == use])) for fit in found)]
+
+
+def constants(fitted: Sequence[Fit], criterion: str) -> Iterator[list[str]]:
+    for form in dict.fromkeys(fit.form for fit in fitted):
+        if form.free:
+            yield [form.name, *(said(fit) for fit in fitted if fit.form is form and fit.criterion == criterion)]
+
+
+def said(fit: Fit) -> str:
+    return ", ".join(f"{name} {fit.constants[name]:.3g}" for name, values in fit.form.grid.items() if len(values) > 1)
+
+
+def row_of(fit: Fit) -> dict[str, Any]:
+    """A fit, with what its moves lose in each use."""
+    scores = {use: score([move for move in fit.moves if move.use == use]) for use in USES}
+    return {
+        "form": fit.form.name,
+        "criterion": fit.criterion,
+        "left out": fit.domain,
+        "constants": fit.constants,
+        **{use: {name: round(value, 4) for name, value in each._asdict().items()} for use, each in scores.items()},
+    }

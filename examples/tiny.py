@@ -1,0 +1,77 @@
+"""A language model of a few thousand weights, a tokenizer and rows of text, made here so that no example downloads one.
+
+python examples/tiny.py tiny    # into the folder tiny: what axolotl.yaml, swift.sh and automodel.yaml name
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = [
+    "<pad>",
+    "<eos>",
+    "a",
+    "the",
+    "small",
+    "cat",
+    "dog",
+    "bird",
+    "tree",
+    "runs",
+    "sees",
+    "eats",
+    "likes",
+    "jumps",
+    "and",
+    "over",
+    "under",
+    "big",
+    "red",
+    "old",
+    "user",
+    ":",
+]
+TEXTS = [
+    f"{a} {b} {c} {d}"
+    for a in ("a", "the")
+    for b in ("cat", "dog", "bird")
+    for c in ("sees", "eats")
+    for d in WORDS[5:9]
+]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One word a token."""
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="the"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    chat = "{% for message in messages %}{{ message['role'] + ' : ' + message['content'] + ' ' }}{% endfor %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="the", chat_template=chat
+    )
+
+
+def model() -> LlamaForCausalLM:
+    """Two layers of width 32."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=64, pad_token_id=0, eos_token_id=1, **sizes)
+    )
+
+
+def write(folder: Path) -> None:
+    """Model, tokenizer and rows.jsonl."""
+    model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    rows = [json.dumps({"text": text, "query": text, "response": text}) for text in TEXTS]
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

@@ -1,0 +1,20 @@
+"""TRL's SFTTrainer: one line after it is built."""
+
+import tiny
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+import rankaware_optim as ra
+
+trainer = SFTTrainer(
+    tiny.model(),
+    SFTConfig("sft-out", max_steps=4, max_length=32, logging_steps=1, report_to="none", bf16=False),
+    train_dataset=Dataset.from_dict({"text": tiny.TEXTS}),
+    processing_class=tiny.tokenizer(),
+    peft_config=LoraConfig(r=64, lora_alpha=64, target_modules=["q_proj", "v_proj"]),
+)
+ra.integrations.attach(trainer, torch.optim.AdamW, lr=2e-4, tuned_at=ra.Reference(rank=16, alpha=32))
+trainer.train()
+print(trainer.optimizer.report())  # at the rates of the last step

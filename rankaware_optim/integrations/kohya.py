@@ -1,0 +1,73 @@
+"""The network module for kohya's sd-scripts, which import it by name.
+
+    --network_module rankaware_optim.integrations.kohya --network_args "rankaware_tuned_at=r=16,alpha=16" ...
+
+`--learning_rate`, `--unet_lr` and `--text_encoder_lr` are the rates tuned there. The network is that of
+`rankaware_network`, by default "networks.lora"; its groups are split by rank and factor, each at its own rate. Other
+settings are network arguments, `rankaware_` and the name of an argument of `rank_aware_param_groups`. The optimizer is
+taken to be of Adam's kind. A saved file names the network that was used, as without this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from ..errors import OptimizerError
+from ..optimizer import rank_aware_param_groups
+from ._settings import settings_from_words
+
+_PREFIX = "rankaware_"
+_METHODS = ("prepare_optimizer_params_with_multiple_te_lrs", "prepare_optimizer_params")  # the scripts' own order
+
+
+def create_network(*args: Any, **kwargs: Any) -> Any:
+    """The network of `rankaware_network`, whose parameter groups are split by rank."""
+    own, name, settings = _parted(kwargs)
+    return _adapted(import_module(name).create_network(*args, **own), name, settings)
+
+
+def create_network_from_weights(*args: Any, **kwargs: Any) -> Any:
+    """The network that a file holds, whose parameter groups are split by rank, and its weights."""
+    own, name, settings = _parted(kwargs)
+    network, weights = import_module(name).create_network_from_weights(*args, **own)
+    return _adapted(network, name, settings), weights
+
+
+def _parted(kwargs: dict[str, Any]) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """The network's own arguments, its module's name, and our settings."""
+    ours = {name[len(_PREFIX) :]: text for name, text in kwargs.items() if name.startswith(_PREFIX)}
+    own = {name: value for name, value in kwargs.items() if not name.startswith(_PREFIX)}
+    name = ours.pop("network", "networks.lora")
+    settings = settings_from_words(ours)
+    for unknown in {"recipe", "scale_weight_decay", "on_rank_change"} & settings.keys():
+        raise OptimizerError(
+            f"rankaware_{unknown} is for an optimizer of this package, and the scripts build a native one.",
+            "Leave it out; a recipe's rate and reference are printed by rankaware show.",
+        )
+    return own, name, settings
+
+
+def _adapted(network: Any, name: str, settings: dict[str, Any]) -> Any:
+    """The same network, its method that hands out parameter groups replaced."""
+    method = next(method for method in _METHODS if hasattr(network, method))
+    setattr(network, method, partial(_split, network, getattr(network, method), settings))
+    network.prepare_network = partial(_name_network, name, getattr(network, "prepare_network", lambda args: None))
+    return network
+
+
+def _split(network: Any, native: Callable[..., Any], settings: dict[str, Any], *rates: Any) -> Any:
+    """The network's groups with rates by rank, and for each the description of the group that it was cut from."""
+    found = native(*rates)
+    groups, descriptions = found if isinstance(found, tuple) else (found, None)
+    rated = next((group["lr"] for group in groups if group.get("lr")), rates[-1])
+    split = rank_aware_param_groups(groups, model=network, lr=rated, named=False, **settings)
+    return split if descriptions is None else (split, [descriptions[group["user_group"]] for group in split])
+
+
+def _name_network(name: str, native: Callable[[Any], None], args: Any) -> None:
+    """Called before training: the metadata of saved files are to name the network itself."""
+    native(args)
+    args.network_module = name

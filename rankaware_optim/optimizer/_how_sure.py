@@ -1,0 +1,65 @@
+"""How sure a moved rate is: what stands behind a law's answer, in a phrase for the report's "why"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ..laws import Constant, Falling, LoRAPlus, Measured, MuA
+from ._plan import Assignment, Plan
+
+_AS_TUNED = "as tuned"
+# From the surest to the least sure: a move by several steps is as sure as the last of them here.
+_ORDER = (
+    "theory, measured",
+    "measured, small runs",
+    "theory",
+    "theory, against small runs",
+    "untested",
+    "theory; one rate did better in small runs",
+    "a guess, as for Adam's kind",
+    "a rule of thumb",
+    "a guess",
+)
+# What the other families' forms rest on (benchmarks/results/law_check.md).
+_FAMILIES = {"first-step": "theory", "unknown": "a guess, as for Adam's kind"}
+
+
+def how_sure(plan: Plan, made: Assignment) -> str:
+    """What stands behind the rate that `plan` gave a factor, in a phrase: tried are the default law and µA."""
+    law = plan.law
+    if plan.recipe is not None:
+        return "calibrated, see its band"
+    if isinstance(law, (Constant, LoRAPlus)):
+        return "not moved" if made.multiplier == 1.0 else "its authors' advice"
+    found = list(_moves(plan, made))
+    if not found and made.multiplier == 1.0:
+        return _AS_TUNED
+    if isinstance(law, Measured):
+        return "simulated"
+    beneath = law.law if isinstance(law, Falling) else law
+    known = found and isinstance(beneath, MuA) and not beneath.split and beneath.ratio == 1.0
+    return max(found, key=_ORDER.index) if known else "as that law says"
+
+
+def _moves(plan: Plan, made: Assignment) -> Iterator[str]:
+    """A phrase for each way in which a factor differs from the reference."""
+    at, measured = plan.reference, isinstance(plan.law, Falling)
+    of_family = _FAMILIES.get(plan.family, "theory; one rate did better in small runs")
+    adam, init = plan.family == "sign-like", "B" if made.init == "B" else "A"
+    if made.role == "full" or at.method == "full":
+        if made.role != "full" or at.method != "full":
+            yield "a rule of thumb"
+    elif not math.isclose(made.rank or 1, at.rank or 1):
+        fall = -math.log(made.scaling / at.scaling) / math.log((made.rank or 1) / (at.rank or 1))
+        seen = min(abs(fall), abs(fall - 1.0)) < 0.05  # alpha follows the rank, or is kept
+        of_b = "measured, small runs" if measured else "theory, against small runs"
+        yield (of_b if init == "B" else "theory, measured" if seen else "theory") if adam else of_family
+    elif not math.isclose(made.scaling, at.scaling):
+        yield "theory" if adam else of_family
+    if plan.options.across_inits and at.method != "full" and made.role != "full" and init != at.init:
+        yield "a guess"
+    if plan.options.per_layer_width or not math.isclose(plan.width, at.fan_in or plan.width):
+        yield "untested" if measured and init == "B" and made.role != "full" else "theory" if adam else of_family
+    if plan.batch_multiplier != 1.0:
+        yield "a rule of thumb"

@@ -1,0 +1,71 @@
+"""A recipe beside an adapter: in a subfolder, which no loader takes for weights, and a section of the README."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from textwrap import indent
+from typing import TYPE_CHECKING
+
+from .._files import read_bytes, replace_bytes
+from ..errors import RecipeError
+
+if TYPE_CHECKING:
+    from ._recipe import Recipe
+
+FOLDER, FILE, PLOT, README = "rankaware", "recipe.toml", "recipe.png", "README.md"
+_BEGIN, _END = "<!-- rankaware-optim: begin -->", "<!-- rankaware-optim: end -->"
+_MOST = 10_000_000  # bytes of a README
+
+
+def recipe_file(path: str | os.PathLike[str]) -> Path:
+    """The recipe's own file: `path`, or where that is a folder the file within that `save_beside` wrote."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
+    return folder / FILE if (folder / FILE).is_file() else folder / FOLDER / FILE
+
+
+def save_beside(recipe: Recipe, adapter: str | os.PathLike[str], plot: bool = False) -> Path:
+    """Write the recipe into the adapter's folder. plot: its picture lies beside it, so the README shows it."""
+    folder = Path(adapter)
+    if not folder.is_dir():
+        raise RecipeError(f"There is no folder {folder} to save a recipe in.", "Save the adapter first, into it.")
+    readme = folder / README
+    try:
+        text = read_bytes(readme, _MOST).decode() if os.path.lexists(readme) else ""
+        path = recipe.save(folder / FOLDER / FILE)
+        replace_bytes(readme, _with_section(text, _section(recipe, plot)).encode())
+    except RecipeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{readme} cannot be written: {error}.", "Mend it, or remove it.") from error
+    return path
+
+
+def _section(recipe: Recipe, plot: bool) -> str:
+    """What a README says of the recipe, between two marks. Its own texts, maybe strangers', are a block of code."""
+    picture = ("", f"![Trials and rates by rank]({FOLDER}/{PLOT})") if plot else ()
+    lines = [
+        _BEGIN,
+        "## Learning rate",
+        "",
+        f"The calibrated recipe in `{FOLDER}/` gives the learning rate at another rank or alpha, and for full "
+        "finetuning, with its 90 % band (the package is rankaware-optim):",
+        "",
+        "    opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=FOLDER_OF_THIS_README)",
+        "    rankaware lr FOLDER_OF_THIS_README --rank 64",
+        "",
+        indent(recipe.explain(), "    ").replace("<!--", "<! --"),
+        *picture,
+        _END,
+    ]
+    return "\n".join(lines)
+
+
+def _with_section(text: str, section: str) -> str:
+    """`text` with `section` in place of the one it has, or at its end."""
+    begin, end = text.find(_BEGIN), text.rfind(_END)
+    if 0 <= begin < end:
+        return text[:begin] + section + text[end + len(_END) :]
+    return "\n\n".join(filter(None, (text.rstrip(), section))) + "\n"

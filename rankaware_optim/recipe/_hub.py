@@ -1,0 +1,79 @@
+"""Recipes on the Hugging Face Hub, by huggingface_hub's own functions: laid out as beside an adapter, with a card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from .._printable import printable
+from ..errors import RankAwareError, RecipeError
+from ._beside import FILE, FOLDER, PLOT, README, save_beside
+
+if TYPE_CHECKING:
+    from ._recipe import Recipe
+
+_TAG = "rankaware-recipe"
+
+
+def push(
+    recipe: Recipe, repo: str, *, base_model: str | None, private: bool | None, token: Any, message: str, **where: Any
+) -> str:
+    """Push the recipe, its plot and the card; the commit's address."""
+    with _hub(repo) as hub, TemporaryDirectory() as made:
+        api, folder = hub.HfApi(token=token), Path(made)
+        drawn = len(recipe.tensors.get("lr", ())) > 0
+        if drawn:
+            from ._plots import plot_recipe
+
+            (folder / FOLDER).mkdir()
+            plot_recipe(recipe, folder / FOLDER / PLOT)
+        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        (folder / README).write_text(_card(hub, api, recipe, repo, base_model, where), encoding="utf-8")
+        save_beside(recipe, folder, plot=drawn)
+        upload = {"repo_id": repo, "folder_path": made, "commit_message": message, "delete_patterns": f"{FOLDER}/*"}
+        return str(api.upload_folder(**upload, **where).commit_url)
+
+
+def pull(repo: str, **where: Any) -> Path:
+    """The recipe's file in a repository, downloaded with those beside it or from the cache."""
+    with _hub(repo) as hub:
+        return Path(hub.snapshot_download(repo, allow_patterns=f"{FOLDER}/*", **where)) / FOLDER / FILE
+
+
+def _card(hub: Any, api: Any, recipe: Recipe, repo: str, base_model: str | None, where: Mapping[str, Any]) -> str:
+    """The repository's README as it is, or a new one, with the tag and the base model in its head."""
+    try:
+        found = Path(api.hf_hub_download(repo, README, **where)).read_text(encoding="utf-8")
+    except hub.utils.EntryNotFoundError:
+        name = printable(recipe.name).replace("\n", " ")
+        found = f"# {name}\n\nA recipe of learning rates, made by rankaware-optim.\n"
+    card = hub.ModelCard(found, ignore_metadata_errors=True)
+    tags = list(card.data.tags or [])
+    card.data.tags = tags if _TAG in tags else [*tags, _TAG]
+    if base_model is not None:
+        card.data.base_model = base_model
+    return str(card)
+
+
+@contextmanager
+def _hub(repo: str) -> Iterator[Any]:
+    """huggingface_hub; whatever it raises is a `RecipeError`."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise RecipeError(
+            "Recipes on the Hub need huggingface_hub, which is not installed.", "Install rankaware-optim[hub]."
+        ) from error
+    try:
+        yield huggingface_hub
+    except RankAwareError:
+        raise
+    except Exception as error:  # HTTP errors, refused names, no network: of classes that change by release
+        first = next(iter(str(error).splitlines()), "").rstrip(".")
+        raise RecipeError(
+            f"The Hub's repository {repo!r} cannot be used: {first or type(error).__name__}.",
+            "Check its name, the network and your token (hf auth login).",
+        ) from error

@@ -1,0 +1,218 @@
+"""What a recipe knows of its making: whose code, which packages, which settings, what trained beside the adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import shutil
+import subprocess
+from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import rankaware_optim as ra
+from rankaware_optim.calibration import versions_used
+from rankaware_optim.optimizer import effective_lr
+
+from ..helpers.calibrations import Net, calibrate, made_up
+from ..helpers.models import PlainLoRA
+
+LOOP = """
+import msgspec, torch.nn.functional
+
+def train(trial):
+    import click.testing
+    trial.optimizer(Net(trial.rank))
+    yield from (2.0 - 0.05 * step for step in range(trial.steps))
+"""
+
+
+def loop_in(folder: Path):
+    """The function `train` of a file of one's own in `folder`."""
+    file = folder / "finetune.py"
+    file.write_text(LOOP)
+    spec = spec_from_file_location(f"finetune_{abs(hash(folder))}", file)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.Net = Net
+    return module.train
+
+
+def git(folder: Path, *words: str) -> str:
+    name = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+    return subprocess.run(["git", *name, *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+
+
+@needs_git
+def test_a_recipe_names_the_code_that_made_it(tmp_path):
+    """Function, its source's hash, and its repository's commit, marked where files were changed, survive the files."""
+    train = loop_in(tmp_path)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    digits = hashlib.sha256(inspect.getsource(train).encode()).hexdigest()[:12]
+    recipe = calibrate(train, trials=2)
+    loaded = ra.Recipe.load(recipe.save(tmp_path / "r.toml"))
+    assert loaded.source == recipe.source == {"train": "train", "hash": digits, "commit": commit}
+    assert f"commit {commit}" in " ".join(str(loaded).split())
+    (tmp_path / "finetune.py").write_text(LOOP + "\n")
+    assert calibrate(train, trials=2).source["commit"] == f"{commit}-dirty"
+
+
+@pytest.mark.parametrize("gone", ["repository", "git"])
+def test_without_a_repository_there_is_no_commit(gone, tmp_path, monkeypatch):
+    """Outside a git repository, and where there is no git, the rest is recorded."""
+    if gone == "git":
+        monkeypatch.setenv("PATH", "")
+    assert calibrate(loop_in(tmp_path), trials=2).source.keys() == {"train", "hash"}
+
+
+@needs_git
+def test_the_commit_is_that_of_the_beginning(tmp_path):
+    """What is committed while trials run is not what they ran."""
+    train, commits = loop_in(tmp_path), []
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
+
+    def committing(trial):
+        commits.append(git(tmp_path, "rev-parse", "HEAD"))
+        git(tmp_path, "commit", "-q", "--allow-empty", "-m", "next")
+        yield from train(trial)
+
+    committing.__wrapped__ = train
+    assert calibrate(committing, trials=2).source["commit"] == commits[0]
+
+
+def test_versions_are_of_what_the_code_imports(tmp_path):
+    """Packages that the loop's file imports, at its top or in a function, are listed with those behind this one."""
+    found = calibrate(loop_in(tmp_path), trials=2).versions
+    own = versions_used()
+    assert list(own) == ["python", "rankaware-optim", "torch", "optuna"]
+    assert found == {**own, "click": version("click"), "msgspec": version("msgspec")}
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def test_settings_are_recorded_with_their_defaults(tmp_path):
+    """Settings that were left out stand in the recipe as they were in force; ways to compute the same do not."""
+    recipe = calibrate(made_up(weight_decay=0.25, foreach=False), trials=2)
+    loaded = ra.Recipe.load(recipe.save(tmp_path / "r.toml"))
+    expected = {"weight_decay": 0.25, "betas": [0.9, 0.999], "eps": 1e-8, "amsgrad": False, "maximize": False}
+    assert loaded.settings == recipe.settings == expected
+
+
+def beside(**settings):
+    """A `train` of a net with norms and a head beside its pairs."""
+
+    def train(trial):
+        model = Net(trial.rank)
+        model.norms, model.head = nn.ModuleList([nn.LayerNorm(4), nn.LayerNorm(4)]), nn.Linear(4, 2)
+        params = settings.get("groups", lambda model: model)(model)
+        own = {name: value for name, value in settings.items() if name != "groups"}
+        trial.optimizer(params, model=model, **own)
+        yield from (2.0 - 0.05 * step for step in range(trial.steps))
+
+    return train
+
+
+def by_kind(**options):
+    """The user's groups: factors, with weight decay .1, and the rest with `options`."""
+
+    def groups(model):
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        pairs = [p for name, p in named if "lora" in name]
+        rest = [p for name, p in named if "lora" not in name]
+        return [{"params": pairs, "weight_decay": 0.1}, {"params": rest, **options}]
+
+    return groups
+
+
+def test_settings_are_those_of_the_factors():
+    """Where groups have settings of their own, the recipe has those of the adapters' groups."""
+    recipe = calibrate(beside(groups=by_kind(weight_decay=0.0)), trials=3)
+    assert recipe.settings["weight_decay"] == 0.1
+
+
+def test_settings_that_follow_the_rank_are_no_recipes():
+    """A setting that was another at every rank is not in the recipe; the rest are."""
+
+    def loop(trial):
+        trial.optimizer(Net(trial.rank), weight_decay=0.1 / trial.rank)
+        yield from (2.0 - 0.05 * step for step in range(trial.steps))
+
+    settings = calibrate(loop, trials=4).settings
+    assert "weight_decay" not in settings
+    assert settings["betas"] == [0.9, 0.999]
+
+
+# --- what trains beside the adapters --------------------------------------------------------------------------------
+
+NORMS = {"norms.*.weight": "base", "norms.*.bias": "base"}
+HEAD = {"head.weight": "base", "head.bias": "base"}
+OTHERS = [
+    ({}, {**NORMS, **HEAD}),
+    ({"rates": {"head.*": 3e-3}}, {**NORMS, "head.weight": 3e-3, "head.bias": 3e-3}),
+    ({"other_lr": 1e-4, "rates": {"head.*": 3e-3}}, {**dict.fromkeys(NORMS, 1e-4), **dict.fromkeys(HEAD, 3e-3)}),
+    ({"groups": by_kind(lr=1e-3)}, dict.fromkeys({**NORMS, **HEAD}, 1e-3)),
+    ({"rates": {"norms.0.*": 3e-3}}, HEAD),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), OTHERS)
+def test_a_recipe_knows_what_trained_beside_the_pairs(settings, expected, tmp_path):
+    """Others have "base" or their own rate, by name without numbers; where two of one name differ, it is left out."""
+    recipe = calibrate(beside(**settings), trials=3)
+    assert ra.Recipe.load(recipe.save(tmp_path / "r.toml")).other_rates == recipe.other_rates == expected
+
+
+def test_a_calibrated_head_trains_on_as_it_did():
+    """At another rank a head that the trials trained has their base rate, and a new one's rate is asked for."""
+    recipe = calibrate(beside(), trials=4, ranks=(4, 64))
+    model = Net(64)
+    model.head = nn.Linear(4, 2)
+    opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, recipe=recipe)
+    assert {effective_lr(g) for g in opt.param_groups if g["lora_role"] == "other"} == {recipe.lr}
+    model.fresh = nn.Linear(2, 2)
+    with pytest.raises(ra.RecipeError, match=r"saw neither fresh\.weight train"):
+        ra.RankAwareOptimizer(model, torch.optim.AdamW, recipe=recipe)
+
+
+def test_full_finetuning_says_nothing_of_what_trains_beside_pairs():
+    """Biases that trained in full trials alone are no parameters beside pairs."""
+
+    def train(trial):
+        layer = nn.Linear(8, 8)
+        trial.optimizer(layer if trial.rank is None else PlainLoRA(layer, trial.rank, 1.0))
+        yield from (2.0 - 0.05 * step for step in range(trial.steps))
+
+    assert calibrate(train, ranks=(2, None), trials=4).other_rates == {}
+
+
+def test_a_trial_with_another_head_rate_is_refused(tmp_path):
+    """A head's rate, even one set in its group, is part of what stored trials are compared by."""
+    journal = tmp_path / "study.journal"
+    calibrate(beside(groups=by_kind(lr=1e-3)), trials=2, storage=journal)
+    with pytest.raises(ra.CalibrationError, match=r"other rates=.*0\.001.*not.*0\.002"):
+        calibrate(beside(groups=by_kind(lr=2e-3)), trials=3, storage=journal)
+
+
+def test_every_trial_is_in_the_recipe():
+    """Trials that finished, diverged, were stopped or ran out of memory have a row each, with their steps."""
+
+    def train(trial):
+        if trial.number == 3:
+            raise torch.OutOfMemoryError
+        yield from made_up()(trial)
+
+    held = calibrate(train, trials=8).tensors
+    assert len(held["lr"]) == len(held["curve"]) == 8
+    assert held["steps"].tolist()[3] == 0

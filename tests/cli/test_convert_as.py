@@ -1,0 +1,106 @@
+"""`rankaware convert --as TOOL`: lines to paste, whose numbers and references are those that were asked for."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rankaware_optim as ra
+from rankaware_optim.cli import main
+from rankaware_optim.cli._configurations import TOOLS, as_words
+from rankaware_optim.integrations._settings import settings_from_words
+from rankaware_optim.transfer import parse_reference
+
+LR, FROM, TO = "2e-4", "r=16,alpha=32,fan_in=512", "r=64,alpha=16,rslora,fan_in=512"
+
+
+def printed(tool, *options, to=TO):
+    done = CliRunner().invoke(main, ["convert", LR, "--from", FROM, "--to", to, "--as", tool, *options])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+sizes = st.floats(1e-3, 1e5).map(lambda x: float(f"{x:g}"))
+
+
+@given(
+    rank=st.integers(1, 10**6),
+    alpha=sizes,
+    rslora=st.booleans(),
+    init=st.sampled_from("AB"),
+    fan_in=st.none() | sizes,
+    batch=st.none() | sizes,
+)
+def test_words_of_a_reference_are_read_back(**fields):
+    """A reference in words is read back as itself."""
+    reference = ra.Reference(**fields)
+    assert parse_reference(as_words(reference)) == reference
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_tool_is_given_the_rank(tool):
+    """The lines of every tool name the target's rank, and their comments the tuned rate and what it becomes."""
+    out = printed(tool)
+    assert re.search(r"\b64\b", re.sub(r"#.*", "", out))
+    assert f"# 0.0002 was tuned at {FROM}; at {TO} it is " in out
+
+
+def words_of(tool, out):
+    """What a plug-in's lines say to it."""
+    if tool == "axolotl":
+        return dict(re.findall(r'(\w+): "([^"]*)"', out))
+    if tool == "swift":
+        return {name.lower(): text for name, text in re.findall(r'RANKAWARE_(\w+)="([^"]*)"', out)}
+    flags = shlex.split(out.replace("\\\n", " "), comments=True)
+    given = flags[flags.index("--network_args") + 1 :]
+    return {name[len("rankaware_") :]: text for name, text in (flag.split("=", 1) for flag in given)}
+
+
+@pytest.mark.parametrize("tool", ["axolotl", "swift", "kohya"])
+def test_a_plug_in_is_given_the_reference_and_the_tuned_rate(tool):
+    """The settings read back are the reference and the law that were asked for; the rate is the tuned one."""
+    out = printed(tool, "--law", "mua")
+    assert settings_from_words(words_of(tool, out)) == {"tuned_at": parse_reference(FROM), "law": "mua"}
+    assert re.search(r"learning_rate:? 0.0002", out)
+
+
+def test_trls_lines_are_python():
+    """TRL's lines parse, and their Reference is the one asked for."""
+    calls = [node for node in ast.walk(ast.parse(printed("trl"))) if isinstance(node, ast.Call)]
+    (made,) = [c for c in calls if ast.unparse(c.func) == "rankaware_optim.Reference"]
+    fields = {k.arg: ast.literal_eval(k.value) for k in made.keywords}
+    assert ra.Reference(**fields) == parse_reference(FROM)
+
+
+def test_tools_without_rslora_get_the_alpha_that_gives_the_same_multiplier():
+    """kohya, Automodel and OneTrainer divide alpha by the rank: alpha 16 over √64 is alpha 128 over 64."""
+    for tool, words in (("kohya", "--network_alpha 128 "), ("automodel", "alpha: 128"), ("onetrainer", "alpha: 128")):
+        assert words in printed(tool)
+
+
+def test_numbers_to_type_are_the_conversions():
+    """OneTrainer's and the diffusers scripts' number is convert_lr's, and the latter's alpha is said to be the rank."""
+    wanted = f"{ra.convert_lr(2e-4, from_=FROM, to=TO).lr:.4g}"
+    assert f"Learning rate: {wanted}" in printed("onetrainer")
+    assert f"--learning_rate {wanted}" in printed("diffusers")
+    assert "These scripts train at alpha = rank" in printed("diffusers")
+    assert "These scripts" not in printed("diffusers", to="r=64,alpha=64,fan_in=512")
+
+
+def test_the_file_of_ms_swift_is_there():
+    """The path printed for ms-swift is a file."""
+    assert Path(re.search(r'--external_plugins "([^"]*)"', printed("swift"))[1]).is_file()
+
+
+def test_full_finetuning_has_no_such_lines():
+    """--as is for adapters: to full finetuning it is a sentence."""
+    done = CliRunner().invoke(main, ["convert", LR, "--from", FROM, "--to", "full,fan_in=512", "--as", "trl"])
+    assert done.exit_code == 1
+    assert "for adapters" in done.output

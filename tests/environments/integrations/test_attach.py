@@ -1,0 +1,297 @@
+"""`attach` on every trainer of TRL and on transformers' own, and PEFT's shape of it: real runs of a few steps."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import rankaware_optim as ra
+from rankaware_optim import OptimizerError, RankAwareOptimizer
+from rankaware_optim.integrations import attach, create_rankaware_optimizer, trainer_factory
+
+from ...helpers.models import same
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from .test_trainers import (
+        ADAMW,
+        AT_16,
+        LR,
+        STEPS,
+        arguments,
+        by_hand,
+        datasets,
+        llama,
+        peft,
+        tokenizer,
+        tokens,
+        transformers,
+        trl,
+    )
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),  # peft, trl
+    pytest.mark.filterwarnings("ignore::UserWarning:trl"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
+]
+
+AdamW = torch.optim.AdamW
+
+
+# --- every trainer --------------------------------------------------------------------------------------------------
+
+
+def words():
+    """The tokenizer of 32 words, parting texts at spaces."""
+    from tokenizers import pre_tokenizers
+
+    made = tokenizer()
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
+def texts(**columns):
+    """Sixteen rows of short texts; a column's text is followed by the row's number as a word."""
+    return datasets.Dataset.from_dict({n: [f"{text} w{i % 30 + 2}" for i in range(16)] for n, text in columns.items()})
+
+
+def sft(model, folder, **route):
+    config = arguments(folder, trl.SFTConfig, max_length=None, max_steps=2)
+    return trl.SFTTrainer(model, config, train_dataset=tokens(), processing_class=words(), **route)
+
+
+def reward(model, folder, **route):
+    kept = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["score"])
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=32, max_position_embeddings=16, pad_token_id=0, num_labels=1, **sizes)
+    adapted = peft.get_peft_model(transformers.LlamaForSequenceClassification(config), kept)
+    data = texts(chosen="w2 w3", rejected="w4 w5")
+    own = arguments(folder, trl.RewardConfig, max_length=None, max_steps=2)
+    return trl.RewardTrainer(adapted, own, train_dataset=data, processing_class=words(), **route)
+
+
+def dpo(model, folder, **route):
+    data = texts(prompt="w2", chosen="w3 w4", rejected="w5")
+    own = arguments(folder, trl.DPOConfig, max_length=None, max_steps=2)
+    return trl.DPOTrainer(model, args=own, train_dataset=data, processing_class=words(), **route)
+
+
+def kto(model, folder, **route):
+    data = texts(prompt="w2", completion="w3 w4").add_column("label", [True, False] * 8)
+    own = arguments(folder, trl.KTOConfig, max_length=None, max_steps=2)
+    return trl.KTOTrainer(model, args=own, train_dataset=data, processing_class=words(), **route)
+
+
+def online(trainer, config):
+    def made(model, folder, **route):
+        own = {"num_generations": 2, "max_completion_length": 4, "beta": 0.0, "max_steps": 2}
+        args = arguments(folder, config, **own)
+        rewards = [lambda completions, **_: [float(len(set(text))) for text in completions]]
+        data = texts(prompt="w2 w3")
+        return trainer(model, rewards, args=args, train_dataset=data, processing_class=words(), **route)
+
+    return made
+
+
+def plain(model, folder, **route):
+    return transformers.Trainer(model, arguments(folder, max_steps=2), train_dataset=tokens(), **route)
+
+
+MAKERS = {
+    "Trainer": plain,
+    "SFT": sft,
+    "Reward": reward,
+    "DPO": dpo,
+    "KTO": kto,
+    "GRPO": online(trl.GRPOTrainer, trl.GRPOConfig),
+    "RLOO": online(trl.RLOOTrainer, trl.RLOOConfig),
+}
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_trainer_trains_as_with_groups_by_hand(tmp_path, capsys, kind):
+    """One line after any trainer: the weights of groups written out, bit for bit, the rates logged, one report."""
+    ours = MAKERS[kind](llama(), tmp_path / "ours")
+    attach(ours, AdamW, lr=LR, tuned_at=AT_16, **ADAMW)
+    start = weights(ours)
+    ours.train()
+    assert not same(start, weights(ours))
+    assert capsys.readouterr().out.count("RankAwareOptimizer(AdamW)") == 1
+    assert "rank_multiplier/A/r4" in ours.state.log_history[0]
+    assert isinstance(ours.optimizer.optimizer, RankAwareOptimizer)
+    assert str(ours.optimizer.report()) == str(ours.optimizer.optimizer.report())
+    if kind == "Reward":
+        rows = {row.role: row.multiplier for row in ours.optimizer.report().rows}
+        assert rows["A"] == rows["B"] != rows["other"] == 1.0
+        return
+    model = llama()
+    hand = MAKERS[kind](model, tmp_path / "hand", **by_hand(model))
+    hand.train()
+    assert same(weights(ours), weights(hand))
+
+
+def test_a_second_run_prints_no_second_report(tmp_path, capsys):
+    """A trainer that trains twice prints its report once."""
+    trainer = plain(llama(), tmp_path)
+    attach(trainer, AdamW, lr=LR, tuned_at=AT_16)
+    trainer.train()
+    trainer.train()
+    assert capsys.readouterr().out.count("RankAwareOptimizer(AdamW)") == 1
+
+
+# --- the arguments reach it -----------------------------------------------------------------------------------------
+
+
+def with_norms_and_biases(kept=("input_layernorm",)):
+    """One rank throughout, and beside the pairs trainable norms and biases."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=32, max_position_embeddings=16, attention_bias=True, **sizes)
+    lora = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], bias="lora_only", modules_to_save=list(kept))
+    return peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+
+
+SET = {"weight_decay": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.7, "adam_epsilon": 1e-3}
+
+
+def run_with(folder, prepare=None, optim="adamw_torch", **own):
+    args = arguments(folder, optim=optim, **{**SET, **own})
+    model = with_norms_and_biases()
+    route = {} if prepare is not by_factory else {"optimizer_cls_and_kwargs": by_factory(args)}
+    trainer = transformers.Trainer(model, args, train_dataset=tokens(), **route)
+    if prepare not in (None, by_factory):
+        prepare(trainer)
+    trainer.train()
+    return trainer
+
+
+def by_factory(args):
+    return trainer_factory(AdamW, args=args)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "optim"),
+    [
+        (lambda trainer: attach(trainer, AdamW), "adamw_torch"),
+        (lambda trainer: attach(trainer), "adamw_torch_fused"),
+        (lambda trainer: attach(trainer, lr=LR), "adafactor"),
+        (by_factory, "adamw_torch"),
+    ],
+    ids=["class", "own-choice-fused", "own-choice-adafactor", "factory"],
+)
+def test_the_arguments_reach_the_optimizer(tmp_path, prepare, optim):
+    """A uniform model trains as under Trainer's own optimizer, bit for bit: decay, who is spared it, betas, epsilon."""
+    ours, own = run_with(tmp_path, prepare, optim), run_with(tmp_path, optim=optim)
+    assert same(weights(ours), weights(own))
+    decays = {(g["weight_decay"], any("norm" in n for n in g["param_names"])) for g in ours.optimizer.param_groups}
+    assert decays == {(0.5, False), (0.0, True)}
+
+
+def test_what_is_given_holds_over_the_arguments(tmp_path):
+    """A rate, decay and betas given to attach hold; what is left unset in the arguments leaves the class its own."""
+    trainer = run_with(tmp_path, lambda trainer: attach(trainer, AdamW, lr=1e-3, betas=(0.1, 0.2), weight_decay=0.25))
+    defaults = trainer.optimizer.optimizer.defaults
+    assert (defaults["lr"], defaults["betas"], defaults["weight_decay"]) == (1e-3, (0.1, 0.2), 0.25)
+    unset = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+    trainer = run_with(tmp_path, lambda trainer: attach(trainer, "torch_optimizer:Yogi"), **unset)
+    assert trainer.optimizer.optimizer.defaults["eps"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("prepare", "sentence"),
+    [
+        (lambda trainer: attach(object(), AdamW, lr=LR), "no Trainer of transformers"),
+        (lambda trainer: attach(trainer, AdamW), "attach was given no rate"),
+        (lambda trainer: [attach(trainer, AdamW, lr=LR) for _ in range(2)], "has an optimizer of its own"),
+        (lambda trainer: [trainer.create_optimizer(), attach(trainer, AdamW, lr=LR)], "has an optimizer of its own"),
+        (lambda trainer: attach(trainer, "adamwx", lr=LR), "Unknown optimizer"),
+    ],
+)
+def test_a_trainer_that_cannot_be_attached_to_is_refused(tmp_path, prepare, sentence):
+    """No trainer, no rate that anyone set, an optimizer that is there, an unknown class: a sentence each."""
+    trainer = transformers.Trainer(llama(), transformers.TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(OptimizerError, match=sentence):
+        prepare(trainer)
+
+
+class OfItsOwn(transformers.Trainer):
+    """A trainer that makes its optimizer by itself, as Unsloth's does on a GPU where embeddings have a rate."""
+
+    def create_optimizer(self, model=None):
+        self.optimizer = AdamW(self.model.parameters())
+        return self.optimizer
+
+
+@pytest.mark.parametrize(
+    ("rate", "cure"), [(None, "settings to the optimizer"), (1e-5, r"'\*modules_to_save\*': 1e-05")]
+)
+def test_a_trainer_that_makes_another_optimizer_is_warned_of(tmp_path, rate, cure):
+    """Where the trainer leaves what was attached aside, a warning says so, and the way out with Unsloth's argument."""
+    args = arguments(tmp_path, max_steps=1)
+    args.embedding_learning_rate = rate
+    trainer = OfItsOwn(llama(), args, train_dataset=tokens())
+    attach(trainer, AdamW, lr=LR)
+    with pytest.warns(ra.RankAwareWarning, match=f"AdamW of its own, and what was attached is ignored: .*{cure}"):
+        trainer.train()
+
+
+def test_groups_that_a_trainer_hands_over_keep_their_own_rates(tmp_path):
+    """A factory called with groups splits them; a rate of a group's own is kept, the trainer's base rate is ours."""
+    model = llama()
+    trainer = transformers.Trainer(model, arguments(tmp_path, learning_rate=5e-3), train_dataset=tokens())
+    attach(trainer, AdamW, lr=LR, tuned_at=AT_16)
+    first, *rest = (p for p in model.parameters() if p.requires_grad)
+    opt = trainer.optimizer_cls_and_kwargs[0]([{"params": [first], "lr": 1e-4}, {"params": rest, "lr": 5e-3}])
+    assert {(group["user_group"], group["lr"]) for group in opt.param_groups} == {(0, 1e-4), (1, LR)}
+
+
+# --- PEFT's shape ---------------------------------------------------------------------------------------------------
+
+
+def test_pefts_shape_trains_as_pefts_own():
+    """On a uniform model it is PEFT's create_loraplus_optimizer at ratio 1, bit for bit, biases spared from decay."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    ends = []
+    rows = torch.tensor(tokens()["input_ids"])
+    for make, decay in (
+        (create_rankaware_optimizer, {"weight_decay": 0.5}),
+        (create_loraplus_optimizer, {"loraplus_lr_ratio": 1.0, "loraplus_weight_decay": 0.5}),
+    ):
+        model = with_norms_and_biases(kept=())  # PEFT's split does not know an RMSNorm
+        opt = make(model, AdamW, lr=LR, eps=1e-6, **decay)
+        for _ in range(STEPS):
+            opt.zero_grad()
+            model(input_ids=rows, labels=rows).loss.backward()
+            opt.step()
+        ends.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+    assert same(*ends)
+
+
+def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits():
+    """bitsandbytes' AdamW8bit by PEFT's shape holds an embedding's moments in float32, a large factor's in 8 bits."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 256, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
+    lora = peft.LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = peft.get_peft_model(model, lora)
+    opt = create_rankaware_optimizer(model, bitsandbytes.optim.AdamW8bit, lr=LR, tuned_at=ra.Reference(16, 16))
+    rows = torch.arange(64).reshape(4, 16)
+    model(input_ids=rows, labels=rows).loss.backward()
+    opt.step()
+    kinds = {n.split(".")[-3]: opt.state[p]["state1"].dtype for n, p in model.named_parameters() if p.requires_grad}
+    assert kinds["modules_to_save"] == torch.float32
+    assert kinds["lora_A"] == torch.uint8
+
+
+def test_pefts_shape_needs_a_rate():
+    """Without lr= and recipe= it is refused."""
+    with pytest.raises(OptimizerError, match="create_rankaware_optimizer was given no rate"):
+        create_rankaware_optimizer(llama(), AdamW)

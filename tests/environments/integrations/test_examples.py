@@ -1,0 +1,39 @@
+"""Every script of examples/ that needs no environment of its own, run as it stands."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from ...helpers.examples import EXAMPLES, run
+
+SCRIPTS = {
+    "peft_loop.py": [],
+    "transformers_trainer.py": [],
+    "trl_sft.py": [],
+    "trl_grpo.py": [],
+    "lightning_module.py": [],
+    "lightning_cli.py": ["fit", "--config", str(EXAMPLES / "lightning_cli.yaml")],
+    "hydra_app.py": [],
+    "diffusers_loop.py": [],
+}
+HELPERS = {"tiny.py"}  # of the others
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_example_runs_and_reports_moved_rates(tmp_path, script):
+    """It ends well, and its report shows the factors of rank 64 away from the base rate."""
+    out = run(tmp_path, sys.executable, str(EXAMPLES / script), *SCRIPTS[script])
+    table = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
+    heads = next(cells for cells in table if "multiplier" in cells)
+    rows = [dict(zip(heads, cells, strict=True)) for cells in table if len(cells) == len(heads)]
+    factors = [row for row in rows if row["role"] in ("A", "B") and row["rank"] == "64"]
+    assert {row["role"] for row in factors} == {"A", "B"}
+    assert all(float(row["multiplier"]) != 1.0 for row in factors)
+
+
+def test_every_script_is_run():
+    """No example is left out."""
+    assert {path.name for path in EXAMPLES.glob("*.py")} - HELPERS == set(SCRIPTS)

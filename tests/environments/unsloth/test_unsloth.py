@@ -1,0 +1,52 @@
+"""Unsloth's own trainer, on its CPU backend, which makes an optimizer's groups where embeddings have a rate."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+import rankaware_optim as ra
+
+from ...helpers.examples import EXAMPLES
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    unsloth = pytest.importorskip("unsloth")
+    from peft import LoraConfig, get_peft_model
+    from unsloth import UnslothTrainer, UnslothTrainingArguments
+
+LR, EMBEDDINGS = 2e-4, 1e-5
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import tiny
+
+    yield tiny
+    del sys.modules["tiny"]
+
+
+@pytest.mark.parametrize("rate", [None, EMBEDDINGS])
+def test_unsloths_trainer_trains_at_moved_rates(tmp_path, capsys, tiny, rate):
+    """attach moves the factors' rates; embedding_learning_rate stays that of the embeddings, and the base rate ours."""
+    from datasets import Dataset
+
+    lora = LoraConfig(r=64, lora_alpha=64, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens"])
+    own = {"max_steps": 2, "max_length": 32, "logging_steps": 1, "report_to": "none", "bf16": False, "use_cpu": True}
+    trainer = UnslothTrainer(
+        get_peft_model(tiny.model(), lora),
+        args=UnslothTrainingArguments(embedding_learning_rate=rate, output_dir=str(tmp_path), **own),
+        train_dataset=Dataset.from_dict({"text": tiny.TEXTS}),
+        processing_class=tiny.tokenizer(),
+    )
+    ra.integrations.attach(trainer, torch.optim.AdamW, lr=LR, tuned_at=ra.Reference(rank=16, alpha=32))
+    trainer.train()
+    assert capsys.readouterr().out.count("RankAwareOptimizer(AdamW)") == 1
+    groups = {group["lora_role"]: group for group in trainer.optimizer.optimizer.param_groups}
+    assert groups["A"]["initial_lr"] == groups["B"]["initial_lr"] == LR
+    assert groups["A"]["rank_multiplier"] != 1.0
+    assert groups["other"]["initial_lr"] == (LR if rate is None else rate)

@@ -1,0 +1,32 @@
+"""The scripts of examples/, run in a folder of their own as a reader would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(folder: Path, *command: str, **environment: str) -> str:
+    """What a command prints, offline, with this Python's scripts first in the path."""
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    ours = {
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONSAFEPATH": "",
+        "PATH": scripts,
+    }  # they import tiny
+    given = {**os.environ, **ours, **environment}
+    done = subprocess.run(
+        command, cwd=folder, env=given, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def tiny(folder: Path) -> None:
+    """The model, tokenizer and rows that the configurations name."""
+    run(folder, sys.executable, str(EXAMPLES / "tiny.py"), "tiny")

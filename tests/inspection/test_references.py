@@ -1,0 +1,188 @@
+"""References by name: an adapter on disk, PEFT's configuration, words; and what kohya's files say of their training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rankaware_optim import (
+    InspectionError,
+    InvalidReferenceError,
+    RankAwareOptimizer,
+    Reference,
+    convert_lr,
+    rank_aware_param_groups,
+)
+from rankaware_optim.inspection import as_reference, read_training
+
+from ..helpers.models import mlp
+
+LR = 1e-3
+OWN = Reference(rank=16, alpha=32, fan_in=32)
+
+
+@dataclass
+class LoraConfig:
+    """PEFT's own, in the fields that are read."""
+
+    r: int = 16
+    lora_alpha: int = 32
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    peft_type: str = "LORA"
+
+
+def peft_folder(path: Path, **config) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {"m.q.lora_A.weight": torch.zeros(16, 32), "m.q.lora_B.weight": torch.zeros(48, 16)}
+    save_file(tensors, path / "adapter_model.safetensors")
+    saved = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "init_lora_weights": True, **config}
+    (path / "adapter_config.json").write_text(json.dumps(saved))
+    return path
+
+
+def kohya_file(path: Path, metadata, names=("lora_unet_q", "lora_te_q"), rank=16) -> Path:
+    tensors = {}
+    for width, name in zip((32, 64, 64), names, strict=False):
+        tensors |= {f"{name}.lora_down.weight": torch.zeros(rank, width), f"{name}.alpha": torch.tensor(32.0)}
+        tensors[f"{name}.lora_up.weight"] = torch.zeros(width, rank)
+    save_file(tensors, path, {key: str(value) for key, value in metadata.items()})
+    return path
+
+
+# --- references -----------------------------------------------------------------------------------------------------
+
+NAMED = [
+    (lambda path: "r=16,alpha=32", Reference(rank=16, alpha=32)),
+    (lambda path: str(peft_folder(path)), OWN),
+    (lambda path: f"{peft_folder(path)}/", OWN),
+    (lambda path: peft_folder(path / "r=16"), OWN),
+    (lambda path: str(peft_folder(path / "r=16,alpha=8")), OWN),
+    (lambda path: peft_folder(path, use_rslora=True), Reference(16, 128, fan_in=32)),
+    (lambda path: kohya_file(path / "x.safetensors", {}, names=("lora_unet_q",)), OWN),
+    (lambda path: LoraConfig(), Reference(rank=16, alpha=32)),
+    (lambda path: LoraConfig(use_rslora=True), Reference(rank=16, alpha=32, rslora=True)),
+]
+
+
+@pytest.mark.parametrize(("value", "reference"), NAMED)
+def test_what_names_a_reference(value, reference, tmp_path):
+    """Words, an adapter's folder or file, and a LoraConfig name a reference; an adapter's knows its width."""
+    assert as_reference(value(tmp_path)) == reference
+
+
+@pytest.mark.parametrize("value", ["r=16,alpha=32", LoraConfig()])
+def test_a_named_reference_serves_as_a_written_one(value, tmp_path):
+    """The optimizer, plain groups and conversions take a reference by name as they take a Reference."""
+    written, made = Reference(rank=16, alpha=32), peft_folder(tmp_path)
+    model = mlp()
+    for at, same in ((value, written), (made, OWN), (str(made), OWN)):
+        opts = [RankAwareOptimizer(model, "adamw", lr=LR, tuned_at=each) for each in (at, same)]
+        assert str(opts[0].report()) == str(opts[1].report())
+        groups = [rank_aware_param_groups(model, lr=LR, tuned_at=each) for each in (at, same)]
+        assert [g["lr"] for g in groups[0]] == [g["lr"] for g in groups[1]] != [LR] * 5
+        assert convert_lr(LR, from_=at, to="r=4,alpha=4") == convert_lr(LR, from_=same, to="r=4,alpha=4")
+
+
+def test_words_without_an_alpha_change_what_they_name():
+    """to="r=64" keeps alpha, rsLoRA, init and width; with an alpha it stands alone."""
+    like = Reference(16, 32, rslora=True, init="B", fan_in=64)
+    assert as_reference("r=64", like=like) == Reference(64, 32, rslora=True, init="B", fan_in=64)
+    assert as_reference("init=A", like=like) == Reference(16, 32, rslora=True, fan_in=64)
+    assert as_reference("r=64,alpha=8", like=like) == Reference(64, 8)
+    assert as_reference("full", like=like) == Reference(method="full")
+
+
+REFUSED = [
+    (lambda path: 3, InvalidReferenceError, "3 is no reference"),
+    (lambda path: None, InvalidReferenceError, "None is no reference"),
+    (lambda path: SimpleNamespace(r=16), InvalidReferenceError, "is no reference"),
+    (lambda path: "no/such/adapter", InvalidReferenceError, r"'no/such/adapter' is no part .* an adapter's folder"),
+    (lambda path: path / "missing", InspectionError, "There is no file"),
+    (lambda path: path, InspectionError, "holds 0 .safetensors files"),
+    (lambda path: LoraConfig(init_lora_weights="pissa"), InvalidReferenceError, "init_lora_weights='pissa'.*no law"),
+    (lambda path: LoraConfig(peft_type="LOHA"), InvalidReferenceError, "the kind 'LOHA'"),
+    (lambda path: LoraConfig(r=0), InvalidReferenceError, "rank=0"),
+]
+
+
+@pytest.mark.parametrize(("value", "error", "message"), REFUSED)
+def test_what_names_none_is_refused(value, error, message, tmp_path):
+    """Another thing, a path that is not there, and a configuration without a law are errors with cause and cure."""
+    with pytest.raises(error, match=message):
+        as_reference(value(tmp_path))
+    with pytest.raises(error, match=message):
+        convert_lr(LR, from_="r=16,alpha=32", to=value(tmp_path))
+
+
+# --- kohya's metadata -----------------------------------------------------------------------------------------------
+
+TRAINED = [
+    ({"ss_learning_rate": 1e-4}, ("lora_unet_q", "lora_te_q"), [("", 1e-4, 2)]),
+    ({"ss_learning_rate": 1e-4, "ss_unet_lr": None, "ss_text_encoder_lr": "[]"}, ("lora_unet_q",), [("", 1e-4, 1)]),
+    (
+        {"ss_learning_rate": 1e-4, "ss_unet_lr": 2e-4},
+        ("lora_unet_q", "lora_te_q"),
+        [("UNet", 2e-4, 1), ("text encoder", 1e-4, 1)],
+    ),
+    ({"ss_unet_lr": 2e-4, "ss_text_encoder_lr": 5e-5}, ("lora_unet_q",), [("UNet", 2e-4, 1)]),
+    ({"ss_unet_lr": 2e-4, "ss_text_encoder_lr": 0.0}, ("lora_unet_q", "lora_te_q"), [("UNet", 2e-4, 1)]),
+    (
+        {"ss_unet_lr": 2e-4, "ss_text_encoder_lr": "[5e-05, 1e-05]"},
+        ("lora_unet_q", "lora_te1_q", "lora_te2_q"),
+        [("UNet", 2e-4, 1), ("text encoder 1", 5e-5, 1), ("text encoder 2", 1e-5, 1)],
+    ),
+    (
+        {"ss_unet_lr": 2e-4, "ss_text_encoder_lr": "[5e-05]"},
+        ("lora_unet_q", "lora_te1_q", "lora_te2_q"),
+        [("UNet", 2e-4, 1), ("text encoder", 5e-5, 2)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("metadata", "names", "rates"), TRAINED)
+def test_kohyas_rates_are_read_by_part(metadata, names, rates, tmp_path):
+    """UNet and text encoders have their own rate or ss_learning_rate; a part not there, or at rate 0, has none."""
+    made = read_training(kohya_file(tmp_path / "x.safetensors", metadata, names))
+    assert [(rate.part, rate.lr, len(rate.survey.factors) // 2) for rate in made.rates] == rates
+
+
+OPTIMIZERS = [
+    ("torch.optim.adamw.AdamW", "torch.optim.adamw.AdamW", {}),
+    ("bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1,betas=(0.9, 0.99))", None, {"weight_decay": 0.1}),
+    ("transformers.optimization.Adafactor(scale_parameter=False,x=word)", None, {"scale_parameter": False}),
+    ("None", "None", {}),
+    ("a b; c(", "", {}),
+    ("x(" + "(" * 5000, "x", {}),
+]
+
+
+@pytest.mark.parametrize(("text", "name", "settings"), OPTIMIZERS)
+def test_kohyas_optimizer_and_steps_are_read(text, name, settings, tmp_path):
+    """ss_optimizer is a class and its plain settings, whatever else stands there; ss_max_train_steps a whole number."""
+    metadata = {"ss_learning_rate": 1e-4, "ss_optimizer": text, "ss_max_train_steps": "1600"}
+    made = read_training(kohya_file(tmp_path / "x.safetensors", metadata))
+    assert made.optimizer == (text.partition("(")[0] if name is None else name)
+    assert settings.items() <= dict(made.settings).items()
+    assert made.steps == 1600
+    assert made.optimizer_class.__name__ == made.optimizer.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("value", ["x", "nan", "-1", "1e400", "[1e-4, x]", "1e9"])
+def test_a_rate_that_cannot_be_is_refused(value, tmp_path):
+    """A rate in the metadata that is no number, not finite or below zero is an error that names its key."""
+    path = kohya_file(tmp_path / "x.safetensors", {"ss_learning_rate": 1e-4, "ss_unet_lr": value})
+    with pytest.raises(InspectionError, match="ss_unet_lr in its metadata is"):
+        read_training(path)
+
+
+def test_a_file_that_says_no_rate_is_refused(tmp_path):
+    """An adapter without kohya's rate has none to read, and the error says to type it."""
+    with pytest.raises(InspectionError, match=r"does not say at which rate.*Give the rate yourself"):
+        read_training(peft_folder(tmp_path))

@@ -1,0 +1,99 @@
+"""A recipe beside an adapter: where it lies, what the README says, and that the folder then names the recipe."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rankaware_optim import RankAwareOptimizer, Recipe, RecipeError, inspect_file
+
+from ..helpers.models import mlp
+from ..helpers.recipes import RECIPE
+
+OWN = "---\nbase_model: org/own\n---\n# Mine\n\nWords."
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    """An adapter's folder with one file of weights."""
+    made = tmp_path / "adapter"
+    made.mkdir()
+    save_file({"q.lora_A.weight": torch.zeros(4, 8), "q.lora_B.weight": torch.zeros(8, 4)}, made / "x.safetensors")
+    return made
+
+
+@pytest.mark.parametrize("name", [str, Path, lambda folder: f"{folder}/", lambda folder: folder / "rankaware"])
+def test_the_folder_names_the_recipe(name, adapter):
+    """Saved beside an adapter, a recipe is loaded by the adapter's folder, or its own, and used by it."""
+    written = RECIPE.save_beside(adapter)
+    assert written == adapter / "rankaware" / "recipe.toml"
+    assert Recipe.load(name(adapter)).explain() == RECIPE.explain()
+    opts = [
+        RankAwareOptimizer(mlp(width=64), "adamw", recipe=given, other_lr=1e-3) for given in (name(adapter), RECIPE)
+    ]
+    assert str(opts[0].report()) == str(opts[1].report())
+
+
+def test_no_second_file_of_weights_lies_at_the_top(adapter):
+    """The adapter's own folder gets no file but a README, so what loads it finds the weights it found before."""
+    before = {path.name for path in adapter.iterdir()}
+    RECIPE.save_beside(adapter)
+    assert {path.name for path in adapter.iterdir()} == {*before, "README.md", "rankaware"}
+    assert [f.rank for f in inspect_file(adapter).factors] == [4, 4]
+
+
+@pytest.mark.parametrize("own", [None, OWN, f"{OWN}\n", ""])
+def test_the_readme_keeps_its_own_words(own, adapter):
+    """The section is added to a README's own words, and another save replaces it alone."""
+    readme = adapter / "README.md"
+    if own is not None:
+        readme.write_text(own, encoding="utf-8")
+    RECIPE.save_beside(adapter)
+    once = readme.read_text(encoding="utf-8")
+    readme.write_text(f"{once}\nAfter.\n", encoding="utf-8")
+    other = replace(RECIPE, fitted_lr=4e-3)
+    other.save_beside(adapter)
+    again = readme.read_text(encoding="utf-8")
+    assert once.startswith((own or "").rstrip())
+    assert again.startswith((own or "").rstrip())
+    assert all(f"    {line}" in once for line in RECIPE.explain().splitlines())
+    assert all(f"    {line}" in again for line in other.explain().splitlines())
+    assert again.count("## Learning rate") == 1
+    assert again.endswith("\nAfter.\n")
+    assert Recipe.load(adapter).fitted_lr == 4e-3
+
+
+HOSTILE = "a\n# b\n<!-- rankaware-optim: end --><script>"
+
+
+def test_a_strangers_words_stay_a_block_of_code(adapter):
+    """A recipe's name and notes can neither leave their block of code nor end the section."""
+    made = replace(RECIPE, name=HOSTILE, notes=(HOSTILE,), optimizer="x.Y`<b>\n\n# z")
+    for _ in range(2):
+        made.save_beside(adapter)
+    text = (adapter / "README.md").read_text(encoding="utf-8")
+    assert text.count("rankaware-optim: end -->\n") == 1
+    quoted = [line for line in text.splitlines() if "script" in line or line.startswith("# ") or "<b>" in line]
+    assert all(line.startswith("    ") for line in quoted)
+
+
+def test_what_cannot_be_saved_beside_is_refused(adapter, tmp_path):
+    """No folder, or a README that is no text, is an error before anything was written."""
+    with pytest.raises(RecipeError, match=r"There is no folder .* Save the adapter first"):
+        RECIPE.save_beside(tmp_path / "missing")
+    (adapter / "README.md").write_bytes(b"\xff\xfe")
+    before = sorted(os.listdir(adapter))
+    with pytest.raises(RecipeError, match=r"README\.md cannot be written"):
+        RECIPE.save_beside(adapter)
+    assert before == sorted(os.listdir(adapter))
+
+
+def test_a_folder_without_a_recipe_says_where_it_would_lie(adapter):
+    """An adapter that no recipe was saved beside is an error with the file's place."""
+    with pytest.raises(RecipeError, match=r"There is no recipe at .*rankaware.recipe\.toml"):
+        Recipe.load(adapter)
