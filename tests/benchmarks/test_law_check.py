@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import sys
 from pathlib import Path
@@ -61,14 +62,18 @@ def test_the_floor_is_what_the_choice_loses_on_another_seed(law_check, best, exp
     assert law_check.floor(start | bowls, cell) == pytest.approx(expected)
 
 
-def test_at_one_rank_alpha_moves_a_rate_and_the_rank_does_not(law_check):
-    """The form at one rank keeps a rate where alpha follows the rank, and undoes a change of alpha as the form does."""
-    import torch
+def test_the_default_law_is_what_the_rule_says_of_the_runs(law_check):
+    """What the package does in every family that was swept is what the rule makes of the results on file."""
+    from study.runs_on_file import read
 
-    from rankaware_optim import Factor, MuA, Reference
+    from rankaware_optim.laws import FORMS
 
-    law, at = law_check.OneRank().bind(torch.optim.SGD, {}), Reference(rank=16, alpha=16, fan_in=64)
-    there = {s: Factor("w", "A", 64, 64, 64, scaling=s) for s in (1.0, 0.25)}
-    same = Factor("w", "A", 16, 64, 64, scaling=0.25)
-    assert law.multiplier(there[1.0], at) == 1.0
-    assert law.multiplier(there[0.25], at) == MuA().bind(torch.optim.SGD, {}).multiplier(same, at)
+    moves = json.loads((law_check.RESULTS / "law_check.json").read_text())["moves"]
+    moves = [{**move, "lost": math.inf if move["lost"] is None else move["lost"]} for move in moves]
+    done, by_rule = read(law_check.STORE), {}
+    for family, names in law_check.families().items():
+        by_rule[family] = law_check.default_of(*law_check.judged(done, names, moves))
+    words = dict(zip(("one rate", "one rank", "form"), law_check.CANDIDATES, strict=True))
+    assert by_rule == {family: words[FORMS[family].default] for family in by_rule}
+    assert FORMS["first-step"].default == "one rate"  # it was not run, and the form at one rank did not help everywhere
+    assert law_check.BY_ALPHA not in by_rule["relative-scale"]
