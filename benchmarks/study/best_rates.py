@@ -17,8 +17,8 @@ def best_of(done: Losses, cell: Cell, seeds: int, start: float) -> dict[str, Any
     """A cell's best rate; None where it has no grid yet.
 
     best: log2, the vertex of the parabola through the best three of the mean over seeds, None at an edge. by_seed: the
-    same seed by seed. lowest: the grid's best rate; loss and spread: mean and standard deviation there. octave_above:
-    what the next octave loses, as a share of the gain from `start`; None where it diverged.
+    same seed by seed. lowest: the grid's best rate; loss and spread: mean and standard deviation there, None of one
+    seed. octave_above: what the next octave loses, as a share of the gain from `start`; None where it diverged.
     """
     means = curve(done, cell, seeds)
     if len(means) < 3:
@@ -30,7 +30,7 @@ def best_of(done: Losses, cell: Cell, seeds: int, start: float) -> dict[str, Any
         "by_seed": [vertex_of(each) for each in curves_by_seed(done, cell, seeds)],
         "lowest": x,
         "loss": means[x],
-        "spread": statistics.stdev(losses_at(done, cell, x, seeds)) if math.isfinite(means[x]) else None,
+        "spread": statistics.stdev(losses_at(done, cell, x, seeds)) if seeds > 1 and math.isfinite(means[x]) else None,
         "octave_above": above if math.isfinite(above) else None,
     }
 

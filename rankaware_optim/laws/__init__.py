@@ -9,13 +9,14 @@ from ._base import (
     checked_batch_multiplier,
     checked_multiplier,
     get_law,
+    innermost,
     law_changes,
     law_from_dict,
     law_to_dict,
     law_words,
 )
 from ._constant import Constant, LoRAPlus
-from ._corrections import Falling, Power
+from ._corrections import Falling, OneRank, Power
 from ._measured import Measured
 from ._mua import MuA
 from ._simulate import (
@@ -30,18 +31,20 @@ from ._simulate import (
     step_pair,
     synthetic,
 )
-from ._updates import kappa, known_family
+from ._updates import FORMS, kappa, known_family
 
 __all__ = [
     "Batch",
     "Constant",
     "DEFAULT_LAW",
+    "FORMS",
     "Falling",
     "LAWS",
     "Law",
     "LoRAPlus",
     "Measured",
     "MuA",
+    "OneRank",
     "Pair",
     "Power",
     "Stepper",
@@ -53,6 +56,7 @@ __all__ = [
     "class_of",
     "draw_pair",
     "get_law",
+    "innermost",
     "kappa",
     "known_family",
     "law_changes",

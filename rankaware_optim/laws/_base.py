@@ -27,6 +27,7 @@ LAWS.register("constant", "rankaware_optim.laws._constant:Constant")
 LAWS.register("loraplus", "rankaware_optim.laws._constant:LoRAPlus")
 LAWS.register("power", "rankaware_optim.laws._corrections:Power")
 LAWS.register("falling", "rankaware_optim.laws._corrections:Falling")
+LAWS.register("one-rank", "rankaware_optim.laws._corrections:OneRank")
 LAWS.register("measured", "rankaware_optim.laws._measured:Measured")
 DEFAULT_LAW = "falling"
 FIRST = "first"  # in a field's metadata: its default before it was changed, which files without it and tags keep
@@ -182,6 +183,12 @@ def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
     value = _answer(law, "multiplier", factor, reference)
     value = _usable(law, value, factor.name or factor.role)
     return 1.0 if math.isclose(value, 1.0, rel_tol=1e-12) else value
+
+
+def innermost(law: Law) -> Law:
+    """The law beneath all that correct one: itself where none does."""
+    beneath = getattr(law, "law", None)
+    return innermost(beneath) if isinstance(beneath, Law) else law
 
 
 def caution_of(multiplier: float) -> str:

@@ -10,7 +10,11 @@ from typing import Any, ClassVar
 from .._optimizers import optimizer_family
 from .._types import Factor, Reference
 from ._base import FIRST, Law, check_law, check_parameters
+from ._constant import Constant
 from ._mua import MuA
+from ._updates import FORMS
+
+_ONE_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,42 @@ class Power(Law):
 
 
 @dataclass(frozen=True)
+class OneRank(Law):
+    """Another law, asked as if every pair had rank 16: alpha, init, width and method move the rate, and rank does not.
+
+    multiplier = law(16, s, n), with s the effective multiplier and n the fan-in, over the same at the reference.
+
+    >>> at = Reference(rank=16, alpha=16, fan_in=4096)
+    >>> OneRank().multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0), at)
+    1.0
+    """
+
+    law: Law = field(default_factory=MuA)
+    name: ClassVar[str] = "one-rank"
+
+    def __post_init__(self) -> None:
+        check_law(self, self.law)
+
+    @property
+    def falls_with_rank(self) -> bool:
+        return self.law.falls_with_rank
+
+    def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
+        return replace(self, law=self.law.bind(optimizer_class, settings))
+
+    def batch_multiplier(self, ratio: float) -> float:
+        return self.law.batch_multiplier(ratio)
+
+    def multiplier(self, factor: Factor, reference: Reference) -> float:
+        if factor.role != "full":
+            factor = replace(factor, rank=_ONE_RANK)
+        if reference.method == "lora":
+            alpha = _ONE_RANK * reference.scaling
+            reference = replace(reference, rank=_ONE_RANK, alpha=alpha, rslora=False)
+        return self.law.multiplier(factor, reference)
+
+
+@dataclass(frozen=True)
 class Falling(Law):
     """Another law, with the fall in rank that best rates show at Init[B]. Around µA it is the default law.
 
@@ -63,8 +103,11 @@ class Falling(Law):
 
     with r₀ = `knee`, p = `power`, r the rank and n the fan-in, in the reference alike. So the rate falls as r^-p above
     r₀, and at r = n it is full finetuning's. The form is empirical: no theory fixes it, and the paper's law has none of
-    it. It is known for Adam's kind alone, so bound to an optimizer of another family it is the law beneath. An
-    embedding, of width 1, does not fall. `coordinate_check`, which is of stability alone, does not see the fall.
+    it. An embedding, of width 1, does not fall. `coordinate_check`, which is of stability alone, does not see the fall.
+
+    The fall is known for Adam's kind alone. Bound to an optimizer of another family it is the law beneath; in place of
+    µA it is what did best there at Init[A] (benchmarks/results/law_check.md): µA's form for LAMB and Adafactor, the
+    same at one rank for SGD and Muon (`OneRank`), one rate for LARS, which was not tried. law="mua" is µA's form.
 
     Source: leave-one-domain-out on the study of this project (benchmarks/results/init_b_forms.md), which names p = 1/3
     without a knee. Recipes from before `power` was a field have p = 1/2 and a knee of 4.
@@ -89,7 +132,10 @@ class Falling(Law):
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         law, family = self.law.bind(optimizer_class, settings), optimizer_family(optimizer_class, settings)
-        return replace(self, law=law) if family in ("sign-like", "unknown") else law
+        if family in ("sign-like", "unknown"):
+            return replace(self, law=law)
+        by_default: dict[str, Law] = {"form": law, "one rank": OneRank(law), "one rate": Constant()}
+        return by_default[FORMS[family].default] if isinstance(self.law, MuA) else law
 
     def batch_multiplier(self, ratio: float) -> float:
         return self.law.batch_multiplier(ratio)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .._optimizers import known_optimizer, optimizer_family
 from ..errors import LawError
@@ -212,20 +212,24 @@ class Form(NamedTuple):
     batch is the exponent of the best rate in the batch: 1/2 for updates that do not grow with the gradient, as their
     noise falls (Malladi et al., arXiv 2205.10287; 0.3 to 0.67 were measured here), 1 for those that do (Goyal et al.,
     arXiv 1706.02677). For spectral and relative-scale updates the half is taken over without a source.
+
+    default is what the default law does with the form, by the rule of benchmarks/laws/law_check.py: "form" takes it,
+    "one rank" takes it without the rank, "one rate" leaves it out.
     """
 
     rate: Callable[[Updates, Site, float, float], float]
     units: Terms | None = None
     batch: float = 0.5
+    default: Literal["form", "one rank", "one rate"] = "form"
 
 
 _SIGN_LIKE = Form(partial(_polynomial, sign_terms), sign_units)
 FORMS = {
     "sign-like": _SIGN_LIKE,
-    "spectral": Form(partial(_polynomial, spectral_terms), spectral_units),
-    "gradient-like": Form(gradient_rate, batch=1.0),
+    "spectral": Form(partial(_polynomial, spectral_terms), spectral_units, default="one rank"),
+    "gradient-like": Form(gradient_rate, batch=1.0, default="one rank"),
     "relative-scale": Form(relative_rate),
-    "first-step": Form(first_step_rate),
+    "first-step": Form(first_step_rate, default="one rate"),
     "unknown": _SIGN_LIKE,
 }
 # Muon's factor on a (rows, cols) update, by the names of torch.optim.Muon's adjust_lr_fn.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..laws import Constant, Falling, LoRAPlus, Measured, MuA
+from ..laws import FORMS, Constant, Falling, LoRAPlus, Measured, MuA, OneRank
 from ._plan import Assignment, Plan
 
 _AS_TUNED = "as tuned"
@@ -21,8 +21,6 @@ _ORDER = (
     "a rule of thumb",
     "a guess",
 )
-# What the other families' forms rest on (benchmarks/results/law_check.md).
-_FAMILIES = {"first-step": "theory", "unknown": "a guess, as for Adam's kind"}
 
 
 def how_sure(plan: Plan, made: Assignment) -> str:
@@ -37,7 +35,7 @@ def how_sure(plan: Plan, made: Assignment) -> str:
         return _AS_TUNED
     if isinstance(law, Measured):
         return "simulated"
-    beneath = law.law if isinstance(law, Falling) else law
+    beneath = law.law if isinstance(law, (Falling, OneRank)) else law
     known = found and isinstance(beneath, MuA) and not beneath.split and beneath.ratio == 1.0
     return max(found, key=_ORDER.index) if known else "as that law says"
 
@@ -45,7 +43,7 @@ def how_sure(plan: Plan, made: Assignment) -> str:
 def _moves(plan: Plan, made: Assignment) -> Iterator[str]:
     """A phrase for each way in which a factor differs from the reference."""
     at, measured = plan.reference, isinstance(plan.law, Falling)
-    of_family = _FAMILIES.get(plan.family, "theory; one rate did better in small runs")
+    of_family = _of_family(plan, made.init)
     adam, init = plan.family == "sign-like", "B" if made.init == "B" else "A"
     if made.role == "full" or at.method == "full":
         if made.role != "full" or at.method != "full":
@@ -60,6 +58,18 @@ def _moves(plan: Plan, made: Assignment) -> Iterator[str]:
     if plan.options.across_inits and at.method != "full" and made.role != "full" and init != at.init:
         yield "a guess"
     if plan.options.per_layer_width or not math.isclose(plan.width, at.fan_in or plan.width):
-        yield "untested" if measured and init == "B" and made.role != "full" else "theory" if adam else of_family
+        at_b = measured and init == "B" and made.role != "full"
+        yield "untested" if at_b else of_family if plan.family == "unknown" else "theory"
     if plan.batch_multiplier != 1.0:
         yield "a rule of thumb"
+
+
+def _of_family(plan: Plan, init: str | None) -> str:
+    """What a family's form rests on where rank or alpha differ (benchmarks/results/law_check.md, at Init[A])."""
+    if plan.family == "unknown":
+        return "a guess, as for Adam's kind"
+    chosen = FORMS[plan.family].default
+    if init == "B" or chosen == "one rate":
+        return "theory"
+    taken = chosen == "form" or isinstance(plan.law, OneRank)
+    return "measured, small runs" if taken else "theory; one rate did better in small runs"

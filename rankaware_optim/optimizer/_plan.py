@@ -15,11 +15,15 @@ from .._warn import warn
 from ..errors import OptimizerError
 from ..laws import (
     DEFAULT_LAW,
+    FORMS,
+    Constant,
     Law,
+    OneRank,
     bound_law,
     checked_batch_multiplier,
     checked_multiplier,
     get_law,
+    innermost,
     known_family,
 )
 from ..recipe import OtherRates, Recipe
@@ -216,29 +220,52 @@ def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: M
             f"Init[{reference.init}]; across_inits=True lets the law carry the rate across."
         )
     if plan.method == "full" and reference.method == "lora" and law.name != "power":
-        notes.append(
-            "From a LoRA rate alone the law's point for full finetuning is good to an octave or two, and too high "
-            "costs more than too low: start at half of it, or calibrate with full runs."
-        )
-    if optimizer_class is not None and law.name != "constant":
-        notes += _family_notes(law, optimizer_class, settings)
+        notes.append(_full_note(plan))
+    if optimizer_class is not None and get_law(options.law).name != "constant":
+        notes += _family_notes(plan, optimizer_class.__name__)
     if options.batch is not None and reference.batch is None:
         notes.append("The reference names no batch, so this run's moves no rate: tuned_at=Reference(..., batch=...).")
     elif plan.batch_multiplier != 1.0:
         change = f"From batch {reference.batch:g} to {options.batch:g}"
         notes.append(f"{change} every rate is multiplied by {plan.batch_multiplier:.3g}, a rule of thumb.")
+    elif options.batch != reference.batch and options.batch is not None:
+        notes.append(f"The law {law.name!r} moves no rate with the batch.")
     return notes
 
 
-def _family_notes(law: Law, optimizer_class: type, settings: Mapping[str, Any] | None) -> list[str]:
-    """A line on an optimizer that is not sign-like: whether its law has a form for its family."""
-    family = optimizer_family(optimizer_class, settings)
+def _full_note(plan: Plan) -> str:
+    """What a LoRA rate is worth that is taken to full finetuning without a calibration."""
+    if plan.law.name == "constant":
+        return (
+            "No law moves this LoRA rate to full finetuning, whose best rate may lie octaves away: calibrate with full "
+            "runs."
+        )
+    known = plan.family in ("sign-like", "unknown")
+    worth = "is good to an octave or two" if known else f"was never tried with {plan.family} optimizers"
+    return (
+        f"From a LoRA rate alone the law's point for full finetuning {worth}, and too high costs more than too low: "
+        "start at half of it, or calibrate with full runs."
+    )
+
+
+def _family_notes(plan: Plan, optimizer: str) -> list[str]:
+    """A line on an optimizer that is not sign-like: what moves its rates, and why that."""
+    law, family = plan.law, plan.family
     if family == "sign-like":
         return []
     if family == "unknown":
         words = "is of an unknown family; it is scaled as a sign-like optimizer, such as Adam"
-    elif getattr(getattr(law, "law", law), "family", None) == family:
+    elif isinstance(law, Constant):
+        words = f"is {family}: no run has tried µA's form for that family, so one rate is kept; law='mua' moves it"
+    elif isinstance(law, OneRank):
+        words = (
+            f"is {family}: in small runs its best rate followed alpha by µA's form, but not rank, so its rates do too; "
+            "law='mua' moves them with rank"
+        )
+    elif getattr(innermost(law), "family", None) == family:
         words = f"is {family}: µA's form for that family moves its rates, derived for square layers"
+        if FORMS[family].default == "form":
+            words += "; in small runs it lost less than one rate"
     else:
         words = f"is {family}, which the law {law.name!r} does not know of"
-    return [f"{optimizer_class.__name__} {words}."]
+    return [f"{optimizer} {words}."]

@@ -17,7 +17,15 @@ from .._rate import Rate
 from .._types import Reference, Survey
 from ..errors import InvalidReferenceError, LawError
 from ..inspection import ReferenceLike, as_reference
-from ..laws import DEFAULT_LAW, Law, caution_of, checked_batch_multiplier, checked_multiplier, get_law
+from ..laws import (
+    DEFAULT_LAW,
+    Law,
+    caution_of,
+    checked_batch_multiplier,
+    checked_multiplier,
+    get_law,
+    innermost,
+)
 from ..optimizer import PlanOptions, make_plan
 
 _LARGE = 2.0**200  # a width at which every law has reached its limit, to rounding, and its squares stay finite
@@ -73,7 +81,7 @@ def convert_lr(
     η_B by q, ε_B and λ_B by 1/q; Init[B] does so to A (see the module's docstring). Otherwise the rates are the law's.
     A width that one reference names holds for both; if neither does, the limit of a large width is taken. Where both
     name a batch, every rate is moved by the law's rule for it. For another optimizer than Adam's kind give
-    law=MuA().bind(optimizer_class, settings).
+    law=Falling().bind(optimizer_class, settings).
 
     Raises:
         InvalidReferenceError: the words make no reference; the method or the init changes, or the law has no limit, and
@@ -177,10 +185,7 @@ class _Move:
     @property
     def scale_free(self) -> bool:
         """Whether the law is for updates that the gradient's scale does not move: what the two-rate form needs."""
-        law = self.law
-        while isinstance(inner := getattr(law, "law", None), Law):
-            law = inner
-        return getattr(law, "family", "sign-like") in ("sign-like", "unknown")
+        return getattr(innermost(self.law), "family", "sign-like") in ("sign-like", "unknown")
 
     @property
     def same_batch(self) -> bool:

@@ -31,6 +31,7 @@ from rankaware_optim._registry import Registry
 from rankaware_optim._types import Survey
 from rankaware_optim.laws import (
     LAWS,
+    OneRank,
     checked_multiplier,
     get_law,
     kappa,
@@ -40,6 +41,7 @@ from rankaware_optim.laws import (
     law_to_dict,
     law_words,
 )
+from rankaware_optim.laws._updates import FORMS
 
 LAW_TABLE = {
     "mua": MuA(),
@@ -60,6 +62,7 @@ LAW_TABLE = {
     "power-full": Power(exponent=-0.45, full_factor=0.5, pivot=8.0, to_full=True, law=MuA(tokens=4.0)),
     "power-pivot": Power(exponent=0.18, full_factor=2.0, law=MuA(tokens=None)),
     "falling": Falling(),
+    "one-rank": OneRank(MuA(family="spectral")),
     "falling-knee": Falling(knee=0.5, power=0.5, law=MuA(tokens=4.0)),
 }
 laws = st.sampled_from(list(LAW_TABLE.values()))
@@ -416,14 +419,40 @@ def test_a_file_without_falling_s_power_has_the_square_root():
     assert law_changes(read) == {"name": "falling", "law": {"name": "mua"}}
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "falls"),
-    [(torch.optim.AdamW, True), (torch.optim.Optimizer, True), (torch.optim.SGD, False), (torch.optim.Muon, False)],
-)
-def test_falling_falls_with_adams_kind_alone(optimizer, falls):
-    """Bound to an optimizer of another family `Falling` is the law beneath it; an unknown one counts as Adam's kind."""
-    law, bound = Falling(), MuA().bind(optimizer, {})
-    assert law.bind(optimizer, {}) == (Falling(law=bound) if falls else bound)
+BY_FAMILY = [
+    (torch.optim.AdamW, {}, lambda law: Falling(law=law)),
+    (torch.optim.Optimizer, {}, lambda law: Falling(law=law)),  # of no known family
+    (torch.optim.SGD, {"momentum": 0.9}, lambda law: OneRank(law)),
+    (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}, lambda law: OneRank(law)),
+    (torch.optim.Adafactor, {}, lambda law: law),
+    (type("Lamb", (), {}), {}, lambda law: law),
+    (type("LARS", (), {}), {}, lambda law: Constant()),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "settings", "expected"), BY_FAMILY)
+def test_the_default_law_follows_the_family(optimizer, settings, expected):
+    """Bound to another family than Adam's `Falling` is what a sweep chose there: the form, at one rank, or one rate."""
+    assert Falling().bind(optimizer, settings) == expected(MuA().bind(optimizer, settings))
+    assert MuA().bind(optimizer, settings).family == optimizer_family(optimizer, settings)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Muon, type("LARS", (), {})])
+def test_a_law_named_inside_the_default_one_stays(optimizer):
+    """Around another law than µA `Falling`, bound to another family than Adam's, is that law."""
+    assert Falling(law=LoRAPlus()).bind(optimizer, {}) == LoRAPlus()
+
+
+@given(point=lora_points, rank=ranks, more=st.floats(0.1, 8.0), family=st.sampled_from([*FORMS]))
+def test_at_one_rank_alpha_moves_the_rate_and_rank_does_not(point, rank, more, family):
+    """`OneRank` keeps the rate where s is kept, and follows s as the law beneath does at rank 16."""
+    law, beneath = OneRank(MuA(family=family)), MuA(family=family)
+    at_16 = replace(point, rank=16)
+    assert move(law, replace(point, rank=rank), point) == pytest.approx(1.0, rel=1e-12)
+    to = replace(point, rank=rank, scaling=point.scaling * more)
+    assert move(law, to, point) == pytest.approx(move(beneath, replace(to, rank=16), at_16))
+    assert move(law, FullPoint(64), point) == pytest.approx(move(beneath, FullPoint(64), at_16))
+    assert law.batch_multiplier(more) == beneath.batch_multiplier(more)
 
 
 WORDS = [
@@ -449,6 +478,7 @@ NAMED = [
     ("loraplus", LoRAPlus(ratio=16.0)),
     ("power", Power()),
     ("falling", Falling(knee=0.0, power=1 / 3)),
+    ("one-rank", OneRank(MuA())),
 ]
 
 
@@ -532,6 +562,7 @@ BAD_PARAMETERS = [(MuA, {"tokens": value}) for value in (0, -1.0, math.inf, math
     (Falling, {"power": 2.0}),
     (Falling, {"knee": None}),
     (Falling, {"law": "mua"}),
+    (OneRank, {"law": "mua"}),
 ]
 
 

@@ -392,7 +392,10 @@ def test_every_planning_option_can_be_given(takes):
 NOTES = [
     (torch.optim.AdamW, None),
     (torch.optim.RMSprop, None),
-    (torch.optim.SGD, "SGD is gradient-like: µA's form"),
+    (torch.optim.SGD, "SGD is gradient-like: in small runs its best rate followed alpha by µA's form, but not rank"),
+    (torch.optim.Muon, "Muon is spectral: in small runs its best rate followed alpha by µA's form, but not rank"),
+    (torch.optim.Adafactor, "Adafactor is relative-scale: µA's form for that family moves its rates"),
+    (type("LARS", (torch.optim.SGD,), {}), "LARS is first-step: no run has tried µA's form for that family"),
     (torch.optim.Adagrad, "Adagrad is of an unknown family; it is scaled as a sign-like"),
 ]
 
@@ -401,6 +404,36 @@ NOTES = [
 def test_optimizer_families_are_noted(kind, note):
     """An optimizer that is not sign-like gets a line in the report."""
     assert [n.startswith(note or "-") for n in plan(mlp(), optimizer_class=kind).notes] == ([True] if note else [])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Muon, type("LARS", (torch.optim.SGD,), {})])
+def test_a_named_form_moves_the_rates_of_its_family(kind):
+    """law="mua" moves rates by the family's form where the default law does not, and the report says which it is."""
+    at, groups = replace(AT_16, fan_in=16), {}
+    for law in ("falling", "mua"):
+        made = rank_aware_param_groups(mlp((4,)), lr=LR, tuned_at=at, optimizer_class=kind, law=law)
+        groups[law] = {group["rank_multiplier"] for group in made}
+    assert groups["falling"] == {1.0}
+    assert groups["mua"] == {MuA().bind(kind, {}).multiplier(Factor("w", "A", 4, 16, 16), at), 1.0}
+    (note,) = plan(mlp(), optimizer_class=kind, law="mua", tuned_at=AT_16).notes
+    assert "µA's form for that family moves its rates" in note
+
+
+TO_FULL = [
+    (torch.optim.AdamW, "falling", "good to an octave or two"),
+    (torch.optim.SGD, "falling", "was never tried with gradient-like optimizers"),
+    (torch.optim.Adafactor, "falling", "was never tried with relative-scale optimizers"),
+    (type("LARS", (torch.optim.SGD,), {}), "falling", "No law moves this LoRA rate to full finetuning"),
+    (torch.optim.AdamW, "constant", "No law moves this LoRA rate to full finetuning"),
+]
+
+
+@pytest.mark.parametrize(("kind", "law", "note"), TO_FULL)
+def test_a_lora_rate_taken_to_full_finetuning_is_noted(kind, law, note):
+    """The report says how good the law's point for full finetuning is, or that no law moved the rate there."""
+    survey = inspect_model(whole(), method="full")
+    made = make_plan(survey, PlanOptions(tuned_at=AT_16, law=law), optimizer_class=kind)
+    assert any(note in each for each in made.notes)
 
 
 def test_a_law_without_families_is_said_to_know_none():
@@ -413,7 +446,7 @@ def test_strict_refuses_unknown_families():
     """strict=True refuses an optimizer that no law is derived for, and takes those of known families."""
     with pytest.raises(LawError, match=r"Adagrad is of no family .* Leave strict out"):
         plan(mlp(), optimizer_class=torch.optim.Adagrad, strict=True)
-    assert plan(mlp(), optimizer_class=torch.optim.SGD, strict=True).law.family == "gradient-like"
+    assert plan(mlp(), optimizer_class=torch.optim.SGD, strict=True).law == Falling().bind(torch.optim.SGD, {})
 
 
 BATCHES = [
@@ -434,6 +467,15 @@ def test_the_batch_moves_every_rate_where_both_sides_name_one(kind, tuned, batch
     notes = plan(mlp((4,)), tuned_at=at, optimizer_class=kind, batch=batch).notes
     assert any("a rule of thumb" in note for note in notes) == (moved != 1.0)
     assert any("names no batch" in note for note in notes) == (tuned is None)
+
+
+def test_a_law_that_does_not_know_the_batch_says_so():
+    """Where both sides name a batch and the law moves nothing by it, the report says that too."""
+    at = Reference(rank=4, alpha=4, batch=16)
+    assert (
+        "The law 'constant' moves no rate with the batch." in plan(mlp(), tuned_at=at, batch=64, law="constant").notes
+    )
+    assert not plan(mlp((4,)), tuned_at=at, batch=16, law="constant").notes
 
 
 def test_rates_of_their_own_do_not_move_with_the_batch():

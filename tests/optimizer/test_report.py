@@ -81,8 +81,14 @@ SURE = [
     ("adamw", {"tuned_at": AT_16, "law": "measured"}, "A", "simulated"),
     ("adamw", {"tuned_at": AT_16, "law": "loraplus"}, "A", "not moved"),
     ("adamw", {"tuned_at": AT_16, "law": "power?exponent=0.5"}, "A", "as that law says"),
-    ("sgd", {"tuned_at": AT_16}, "A", "theory; one rate did better in small runs"),
-    ("torch_optimizer:LARS", {"tuned_at": AT_16, "weight_decay": 0.1}, "A", "theory"),
+    ("sgd", {"tuned_at": AT_16}, "A", "measured, small runs"),
+    ("sgd", {"tuned_at": Reference(rank=4, alpha=16)}, "A", "measured, small runs"),
+    ("sgd", {"tuned_at": replace(AT_16, init="B")}, "B", "theory"),
+    ("sgd", {"tuned_at": Reference(rank=4, alpha=4, fan_in=64)}, "A", "theory"),
+    ("sgd", {"tuned_at": AT_16, "law": "mua"}, "A", "theory; one rate did better in small runs"),
+    ("adafactor", {"tuned_at": AT_16}, "A", "measured, small runs"),
+    ("torch_optimizer:LARS", {"tuned_at": AT_16, "weight_decay": 0.1}, "A", "not moved"),
+    ("torch_optimizer:LARS", {"tuned_at": AT_16, "weight_decay": 0.1, "law": "mua"}, "A", "theory"),
     ("torch_optimizer:Shampoo", {"tuned_at": AT_16}, "A", "a guess, as for Adam's kind"),
 ]
 

@@ -81,7 +81,7 @@ def by_groups_of_all(model):
 def by_hand(model, kind, options, reference):
     """The native optimizer, its groups written out by name with the law's multiplier at rank and role."""
     reference = Reference(**{**vars(reference), "fan_in": 16})
-    law = ra.MuA().bind(kind, options)
+    law = ra.Falling().bind(kind, options)
     groups = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
