@@ -7,7 +7,7 @@ Every worker is the package's own `Runner` on one storage: schedule, sampler, pr
 for one another are the real ones, only training and the clock are replaced. A simulated run repeats the run of a
 shipped recipe (Init[A], s = 1, real trainings at ranks 4 and 64) whose rate is nearest: its losses step by step, its
 end where it diverged. Where that one was pruned it goes on as the best run, as far behind as it was. A step takes what
-steps took in results/calibration_searches.jsonl, drawn anew for every run, at rank 4 and 64, rank 4's median being 1.
+steps took in results/calibration_searches.jsonl, drawn again for every run, at rank 4 and 64, rank 4's median being 1.
 
 Speed-up is the time of one worker over that of many. The last round begins when the first worker finds nothing left to
 start: its share of the whole time, and the workers' share of the whole time in which they had nothing to run. Octaves

@@ -31,7 +31,7 @@ _SAID = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS
 class Trial:
     """One run of the user's `train`: which `rank` to build (None for full finetuning), which `seed`, how many `steps`.
 
-    `number` counts from 0. `batch` is the examples a step, None where the calibration was not told. After `optimizer`
+    `number` counts from 0. `batch` is the examples a step, None where it is unknown. After `optimizer`
     was called, `lr` is the rate that the reference configuration would have, in the same coordinates as `Recipe.lr`.
     """
 

@@ -17,8 +17,24 @@ from ._updates import FORMS
 _ONE_RANK = 16
 
 
+class _Around(Law):
+    """A law that corrects another: what it does not say itself is the other's."""
+
+    law: Law
+
+    @property
+    def falls_with_rank(self) -> bool:
+        return self.law.falls_with_rank
+
+    def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
+        return replace(self, law=self.law.bind(optimizer_class, settings))  # type: ignore[type-var]
+
+    def batch_multiplier(self, ratio: float) -> float:
+        return self.law.batch_multiplier(ratio)
+
+
 @dataclass(frozen=True)
-class Power(Law):
+class Power(_Around):
     """A rank exponent and a full-finetuning factor on top of another law: what a calibration corrects the law by.
 
     multiplier = law · (r / r_ref)^exponent for LoRA; for full finetuning r stands for `pivot`, or for the fan-in
@@ -37,16 +53,6 @@ class Power(Law):
         check_parameters(self, "exponent", "full_factor", "pivot")
         check_law(self, self.law)
 
-    @property
-    def falls_with_rank(self) -> bool:
-        return self.law.falls_with_rank
-
-    def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-        return replace(self, law=self.law.bind(optimizer_class, settings))
-
-    def batch_multiplier(self, ratio: float) -> float:
-        return self.law.batch_multiplier(ratio)
-
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         here = self._correction(factor.role == "full", factor.rank, factor.fan_in)
         there = self._correction(reference.method == "full", reference.rank, reference.fan_in)
@@ -60,7 +66,7 @@ class Power(Law):
 
 
 @dataclass(frozen=True)
-class OneRank(Law):
+class OneRank(_Around):
     """Another law, asked as if every pair had rank 16: alpha, init, width and method move the rate, and rank does not.
 
     multiplier = law(16, s, n), with s the effective multiplier and n the fan-in, over the same at the reference.
@@ -75,16 +81,6 @@ class OneRank(Law):
 
     def __post_init__(self) -> None:
         check_law(self, self.law)
-
-    @property
-    def falls_with_rank(self) -> bool:
-        return self.law.falls_with_rank
-
-    def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-        return replace(self, law=self.law.bind(optimizer_class, settings))
-
-    def batch_multiplier(self, ratio: float) -> float:
-        return self.law.batch_multiplier(ratio)
 
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         if factor.role != "full":

@@ -249,7 +249,7 @@ def test_a_pushed_loop_reads_its_steps_too():
 
 @pytest.mark.parametrize("other", [{"steps": (20, 40)}, {"steps": 20}, {"batches": (8, 16)}])
 def test_a_stored_study_of_other_lengths_is_refused(other, tmp_path):
-    """Other lengths or batches are told as other settings are; another target goes on with the same trials."""
+    """Other lengths or batches are refused as other settings are; another target goes on with the same trials."""
     journal, options = tmp_path / "study.journal", {"steps": LENGTHS, "target_steps": TARGET, "trials": 4}
     calibrate(whole(), storage=journal, **options)
     with pytest.raises(ra.CalibrationError, match=r"was made with (steps|batches)="):
