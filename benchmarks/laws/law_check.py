@@ -300,9 +300,9 @@ NOTES = (
     "brackets how far the moved rate lands from the best one found, positive where too high. A best rate is the vertex "
     "of the parabola through the best three rates of the mean over seeds; where the octave above diverged, half an "
     "octave below the lowest point. Losses between rates lie on straight lines, and beyond the rates tried at the last "
-    "one's. Two losses: upward in rank, then downward. `law_check.py` states the rule by which the default was chosen. Where the "
-    "floor diverged, as SGD's does, whose best rate lies at the edge of divergence, every candidate helps, and the errors "
-    "in octaves alone decide.",
+    "one's. Two losses: upward in rank, then downward. `law_check.py` states the rule by which the default was chosen. "
+    "Where the floor diverged, as SGD's does, whose best rate lies at the edge of divergence, every candidate helps, "
+    "and the errors in octaves alone decide.",
     "Settings: " + "; ".join(f"{name}: {settings}" for name, (_, settings, _) in OPTIMIZERS.items()) + ". Other "
     "settings are the classes' defaults; no decay, no clipping, 5 % warm-up and cosine to a tenth for all but the "
     "schedule-free one. SGD, Muon, Adafactor and LAMB are the four that are not sign-like.",

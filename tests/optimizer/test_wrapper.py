@@ -593,14 +593,14 @@ class Forgetful(torch.optim.SGD):
 def test_an_optimizer_that_rearranges_its_groups_is_refused(kind):
     """Where the constructor parts parameters from the rate decided for them, that is an error and not a wrong rate."""
     with pytest.raises(OptimizerError, match=rf"{kind.__name__} rearranges its groups.*Build it, then wrap it"):
-        RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, tuned_at=AT_16)
+        RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, tuned_at=AT_16, law="mua")
 
 
 def test_groups_in_another_order_keep_their_rates():
     """A constructor that reorders whole groups changes no parameter's rate, one of its own included."""
     rates = []
     for kind in (torch.optim.SGD, Sorted):
-        opt = RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, rates={"head.*": 0.5, "layer1*": 0.25})
+        opt = RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, law="mua", rates={"head.*": 0.5, "layer1*": 0.25})
         rates.append({name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]})
     assert rates[0] == rates[1]
     assert set(rates[0].values()) > {0.5, 0.25}
