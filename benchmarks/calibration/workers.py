@@ -1,11 +1,15 @@
-"""How much faster are two workers of one thread than one? The same calibration, whole commands, in turn.
+"""How much faster are two workers of one thread than one? And than two that Ray runs? The same calibration, in turn.
 
-    python benchmarks/calibration/workers.py     # results/workers.json and .md, eight minutes a round on two idle cores
+    python benchmarks/calibration/workers.py     # results/workers.json and .md, 20 minutes a round on idle cores
+    python benchmarks/calibration/workers.py --trials 4    # a quick look, not written
 
 Trials of image generation, 100 steps each, at ranks 4 and 64, with a warm-up that forbids pruning; one that diverges
 ends early. The time is of `rankaware calibrate` from its start to its end: imports, journal and recipe included, and
 the second worker's idle end where the last trial is the first one's. Two workers try other rates than one, so that how
-many runs diverge differs too: the ratio scatters. Each round runs both, in changing order, on a fresh journal.
+many runs diverge differs too: the ratio scatters. Each round runs all, in changing order, each on a fresh journal.
+
+With `--ray local`, two workers are tasks of a Ray cluster that the command starts on this machine. What starting costs
+is the time of the same command once more, when no trial is left to run: Ray's gain is compared beside it.
 """
 
 from __future__ import annotations
@@ -16,23 +20,37 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
-from recording import machine, record
+from recording import machine, record, shown
 from study.configurations import ADAMW
 from study.domains import get_domain
 from study.training import shape, trained
 
 import rankaware_optim as ra
 
-DOMAIN, TRIALS, BAR = "image_generation", (16, 32), 1.8
+DOMAIN, TRIALS = "image_generation", (16, 32)
+TWICE, RAY = 1.85, 1.05  # one worker's time over two's at least; Ray's over two's at most, each without its start
 RATES = "0.0005,0.06"
+ARMS = {
+    "one": ["--workers=1", "--threads=1"],
+    "two": ["--workers=2", "--threads=1"],
+    "Ray": ["--workers=2", "--ray=local"],
+}
+
+
+class Timed(NamedTuple):
+    """Seconds of the whole command, and of the same command once more, when nothing is left to run."""
+
+    whole: float
+    start: float
 
 
 def train(trial: ra.Trial) -> Iterator[float]:
-    """What both calibrate: a user's loop, and no step is skipped."""
+    """What all calibrate: a user's loop, and no step is skipped."""
     domain = get_domain(DOMAIN)
     model = domain.build(trial.rank, float(trial.rank), "A", trial.seed)
     opt = trial.optimizer(model, **ADAMW)
@@ -41,34 +59,58 @@ def train(trial: ra.Trial) -> Iterator[float]:
 
 @click.command()
 @click.option("--rounds", default=1, show_default=True)
-def main(rounds: int) -> None:
-    """Measure, print, and write the result; exit status 1 where the bar is missed at the larger number of trials."""
+@click.option("--trials", type=int, help="One number of trials instead of both: a look, not written.")
+def main(rounds: int, trials: int | None) -> None:
+    """Measure, print, and write the result; exit status 1 where a bar is missed at the larger number of trials."""
     get_domain(DOMAIN).warm()
-    on, rows = machine(1), []
+    on, rows = {**machine(1), "ray": version("ray")}, []
     for number in range(rounds):
-        for trials in TRIALS:
-            seconds = {workers: timed(workers, trials) for workers in ((1, 2) if number % 2 else (2, 1))}
-            rows.append(row(trials, seconds[1], seconds[2]))
-    record("workers", "Two workers of one thread against one", rows, on, (__doc__ or "").split("\n\n")[::2])
-    sys.exit(rows[-1]["ratio"] < BAR)
+        for count in (trials,) if trials else TRIALS:
+            order = list(ARMS) if number % 2 else list(ARMS)[::-1]
+            rows.append(row(count, {name: timed(ARMS[name], count) for name in order}))
+    if trials:
+        click.echo("\n".join(f"{key}: {shown(value)}" for key, value in rows[-1].items()))
+        return
+    record("workers", "Two workers of one thread against one, and on Ray", rows, on, (__doc__ or "").split("\n\n")[::2])
+    sys.exit(not all(value for value in rows[-1].values() if isinstance(value, bool)))
 
 
-def row(trials: int, one: float, two: float) -> dict[str, Any]:
-    return {"trials": trials, "one, s": one, "two, s": two, "ratio": one / two, f"≥ {BAR}": one / two >= BAR}
+def row(trials: int, took: dict[str, Timed]) -> dict[str, Any]:
+    """A line of the table."""
+    one, two, ray = (took[name] for name in ARMS)
+    ratio, beside = one.whole / two.whole, (ray.whole - ray.start) / (two.whole - two.start)
+    return {
+        "trials": trials,
+        "one, s": one.whole,
+        "two, s": two.whole,
+        "one / two": ratio,
+        f"≥ {TWICE}": ratio >= TWICE,
+        "two on Ray, s": ray.whole,
+        "two start in, s": two.start,
+        "on Ray, s": ray.start,
+        "Ray / two beside it": beside,
+        f"≤ {RAY}": beside <= RAY,
+    }
 
 
-def timed(workers: int, trials: int) -> float:
-    """Seconds of the whole command."""
+def timed(options: list[str], trials: int) -> Timed:
+    """Run the command, and once more."""
     with tempfile.TemporaryDirectory() as folder:
-        options = {"ranks": "4,64", "steps": get_domain(DOMAIN).steps, "trials": trials, "lr-range": RATES, "warmup": 1}
-        named = [f"--{key}={value}" for key, value in options.items()]
-        command = ["-m", "rankaware_optim", "calibrate", "calibration.workers:train", "-o", f"{folder}/r.toml", *named]
-        start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, *command, f"--workers={workers}", "--threads=1"],
-            check=True, cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-        )  # fmt: skip
-        return time.perf_counter() - start
+        steps = get_domain(DOMAIN).steps
+        given = {"ranks": "4,64", "steps": steps, "trials": trials, "lr-range": RATES, "warmup": 1}
+        named = [f"--{key}={value}" for key, value in given.items()]
+        command = ["-m", "rankaware_optim", "calibrate", "calibration.workers:train", "-o", f"{folder}/r.toml"]
+
+        def once() -> float:
+            start = time.perf_counter()
+            subprocess.run(
+                [sys.executable, *command, *named, *options],
+                check=True, cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+            )  # fmt: skip
+            return time.perf_counter() - start
+
+        return Timed(once(), once())
 
 
 if __name__ == "__main__":

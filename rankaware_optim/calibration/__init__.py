@@ -2,8 +2,19 @@
 
 from ._api import calibrate
 from ._code import versions_used
+from ._ray import RayExecutor
 from ._study import Study
 from ._trial import Pushed, Trial, release_memory, seeded
 from .in_place import calibrate_in_place
 
-__all__ = ["Pushed", "Study", "Trial", "calibrate", "calibrate_in_place", "release_memory", "seeded", "versions_used"]
+__all__ = [
+    "Pushed",
+    "RayExecutor",
+    "Study",
+    "Trial",
+    "calibrate",
+    "calibrate_in_place",
+    "release_memory",
+    "seeded",
+    "versions_used",
+]

@@ -6,7 +6,8 @@ import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import optuna
 from torch.optim import Optimizer
@@ -19,10 +20,14 @@ from ..laws import Law, get_law
 from ..recipe import Recipe
 from ._code import train_source
 from ._progress import TrialLog, progress_shown
+from ._ray import RayExecutor, ray_executor, run_on_ray
 from ._runner import Runner
 from ._schedule import Schedule
+from ._storage import shared_storage
 from ._study import Study
 from ._trial import Train
+
+Spread = Callable[[Callable[[], None]], None]
 
 
 def calibrate(
@@ -50,6 +55,7 @@ def calibrate(
     target_steps: int | None = None,
     batches: Sequence[float] = (),
     confirm: bool = False,
+    executor: Literal["ray"] | RayExecutor | None = None,
 ) -> Recipe:
     """Find the base rate, its drift in rank and its uncertainty by a short study, as a recipe.
 
@@ -85,6 +91,10 @@ def calibrate(
     **Under DDP or FSDP** call it on every process. One decides, all see the same rate and prune at the same step,
     values are averaged over the processes, and all return the same recipe.
 
+    **On a Ray cluster** `executor="ray"` runs the trials in tasks of Ray's, by default one a GPU. `storage` is then a
+    journal in a folder that every node sees, or a database's URL, and `train` a function of a module that every node
+    can import, or of the script itself. Ray starts a killed task again, and its trial is run again as said above.
+
     Args:
         train: the training loop, as a generator function of a `Trial`.
         optimizer: a torch optimizer class or its name.
@@ -112,11 +122,13 @@ def calibrate(
         seed: of the sampler.
         progress: show a progress bar; by default where standard error is a terminal. The logger
             "rankaware_optim.calibration" has a line for every trial that ended, at INFO.
+        executor: "ray" or a `RayExecutor`; by default the trials run in this process.
 
     Raises:
         CalibrationError: `train`, an argument or the storage is unusable, or every run diverged.
         CalibrationInterrupted: Ctrl-C; finished trials stay in `storage`, and `.recipe` holds their fit.
     """
+    call = {**locals(), "executor": None, "progress": False}
     given = {
         "ranks": ranks, "seeds": seeds, "steps": steps, "trials": trials, "budget": budget, "until": until,
         "full_trials": full_trials, "target": target, "batch": batch, "warmup": warmup, "seed": seed, "name": name,
@@ -133,6 +145,7 @@ def calibrate(
         confirm=confirm,
     )  # fmt: skip
     _check_schedule(schedule)
+    spread = None if executor is None else _spread(executor, call, schedule)
     study = Study(
         optimizer=get_optimizer_class(optimizer),
         law=get_law(law),
@@ -153,17 +166,36 @@ def calibrate(
     runner = Runner(study, schedule)
     try:
         runner.open(sampler, pruner, storage)
-        return _run(runner, train, progress)
+        return _run(runner, train, progress, spread)
     finally:
         runner.close()
         random.setstate(state)
 
 
-def _run(runner: Runner, train: Train, progress: bool | None) -> Recipe:
-    """Run the trials, for their recipe. Ctrl-C is an error that says how far they came, and holds their recipe."""
+def _spread(executor: object, call: dict[str, Any], schedule: Schedule) -> Spread:
+    """Has workers elsewhere make the same call, which meets theirs in its storage."""
+    checked, storage = ray_executor(executor), shared_storage(call["storage"])
+    return partial(run_on_ray, checked, partial(calibrate, **{**call, "storage": storage}), schedule.expected())
+
+
+def _run(runner: Runner, train: Train, progress: bool | None, spread: Spread | None) -> Recipe:
+    """Run the trials, for their recipe. Ctrl-C is an error that says how far they came, and holds their recipe.
+
+    spread: has others run them, and calls what it is given now and then.
+    """
     study, leads = runner.study, runner.team.leads
+
+    def look() -> None:
+        with study.guard():
+            log.saw(study.trials(), runner.schedule.expected())
+
     try:
         log = TrialLog(logs=leads)
+        if spread is not None:
+            look()
+            spread(look)
+            look()
+            return runner.recipe()
         with progress_shown(progress if leads else False) as show:
             while (begun := runner.begin()) is not None:
                 runner.one(begun, train, show, log.ended)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -90,11 +91,18 @@ def estimate_at(fit: Fit, place: Place, prior: Prior) -> float:
 
 
 def _beside(proposed: float, taken: Sequence[float], low: float, high: float) -> float:
-    """`proposed`, or the first stride below it, then above, that is not taken; half strides where all are."""
+    """`proposed`, or the first stride below it, then above, that is not taken; half strides where all are.
+
+    Where those are taken too, by as many workers, the middle of the widest gap between rates that are.
+    """
     sizes = (_STRIDE, _STRIDE / 2)
     strides = [sign * n * size for size in sizes for sign in (-1, 1) for n in range(1, len(taken) + 2)]
     options = [x for x in (proposed + stride for stride in (0.0, *strides)) if low <= x <= high] or [proposed]
-    return next((x for x in options if all(abs(x - t) > _TAKEN for t in taken)), proposed + _TAKEN)
+    free = next((x for x in options if all(abs(x - t) > _TAKEN for t in taken)), None)
+    if free is not None:
+        return free
+    marks = sorted({low, high, *(t for t in taken if low < t < high)})
+    return max((b - a, (a + b) / 2) for a, b in pairwise(marks))[1]
 
 
 def next_bracket(

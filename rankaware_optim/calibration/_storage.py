@@ -83,6 +83,39 @@ def _journal(path: Path) -> BaseStorage:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
+def shared_storage(storage: object) -> str:
+    """The storage as other processes and machines open it: a URL, or a journal's absolute path.
+
+    Raises:
+        CalibrationError: they cannot.
+    """
+    cure = "Give storage= a journal's path in a folder that all machines share, or the URL of a PostgreSQL server."
+    if not isinstance(storage, (str, os.PathLike)):
+        what = "no storage was given" if storage is None else "this one is an object of this process"
+        raise CalibrationError(f"Workers elsewhere need a storage that they can open: {what}.", cure)
+    text = os.fspath(storage)
+    if text.startswith("sqlite"):
+        raise CalibrationError("Workers elsewhere cannot share SQLite: its locks do not hold across machines.", cure)
+    return text if "://" in text else os.path.abspath(text)
+
+
+def journal_head(storage: str) -> bytes:
+    """The first line of a journal, which no other one has; nothing of a URL's storage."""
+    if "://" in storage:
+        return b""
+    with storage_errors(storage), open(storage, "rb") as journal:
+        return journal.readline()
+
+
+def check_shared(storage: str, head: bytes, host: str) -> None:
+    """Refuse a journal of this name that is not the one whose `head` was read elsewhere."""
+    if "://" not in storage and (not os.path.exists(storage) or journal_head(storage) != head):
+        raise CalibrationError(
+            f"The storage {storage} on {host} is not the file that the calibration was started with.",
+            "Put the journal into a folder that all machines share, or give the URL of a PostgreSQL server.",
+        )
+
+
 def _check_journal(path: Path) -> None:
     """Refuse a file that does not begin as a journal does."""
     with path.open("rb") as file:

@@ -105,6 +105,7 @@ class Study:
         self._ended: dict[int, TrialRecord] = {}
         self._opened: optuna.storages.BaseStorage | None = None
         self._optimizer_name = f"{self.optimizer.__module__}.{self.optimizer.__qualname__}"
+        self._maker = {**self.train.loop, "rankaware-optim": version("rankaware-optim")}
 
     def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
         """Create the Optuna study, or go on with the stored one of this name."""
@@ -181,19 +182,22 @@ class Study:
             "warmup": self.warmup,
         }
         values = {"multipliers": law_values(self.law, self.optimizer, self.ranks)}
-        maker = {**self.train.loop, "rankaware-optim": version("rankaware-optim")}
         stored = self.optuna.user_attrs.get("made_with", {"schema": None})
         if self.trials():
             self._refuse(differences(stored, mine))
             law = differences(stored.get("multipliers", {}), values["multipliers"], SAME_RATE)
             self._refuse(law, "other code of the law: ")
-        changed = differences(stored, maker) if self.trials().counted() else ""
+        if self.trials().counted():
+            self._compare_code(stored, "was made with")
+        self.optuna.set_user_attr("made_with", {**mine, **values, **self._maker})
+
+    def _compare_code(self, made_with: Mapping[str, Any], how: str) -> None:
+        changed = differences(made_with, self._maker)
         if changed:
             warn(
-                f"The stored study {self.name!r} was made with {changed}. Its trials compare with new ones only if "
+                f"The stored study {self.name!r} {how} {changed}. Its trials compare with new ones only if "
                 "nothing of what is trained has changed: else give this calibration another name."
             )
-        self.optuna.set_user_attr("made_with", {**mine, **values, **maker})
 
     def _refuse(self, difference: str, what: str = "") -> None:
         if difference:
@@ -210,8 +214,9 @@ class Study:
         self._refuse(differences(next(earlier, known), built))
 
     def recall(self) -> None:
-        """Take over what an earlier or another worker's first trial settled."""
+        """Take over what an earlier or another worker's first trial settled; warn where another runs other code."""
         stored = self.optuna.user_attrs
+        self._compare_code(stored.get("made_with", {}), "is shared with a worker of")
         self.settings = stored.get("settings", self.settings)
         if self.reference is None and "reference" in stored:
             self._settle(Reference(**stored["reference"]), stored["full_fan_in"])

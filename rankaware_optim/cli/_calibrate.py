@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -24,6 +24,24 @@ from ..errors import CalibrationError, RankAwareError, RecipeError
 from ..recipe import Recipe
 from ._echo import echo
 from ._options import OPTIMIZER, in_options, numbers, out_option
+from ._placement import AUTO, THREADS, chosen_devices, in_environment, machine_cores, machine_devices, placed
+
+
+def _count_or_auto(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """A callback that reads a whole number of at least 1, or the word "auto" as AUTO."""
+    if text is None:
+        return None
+    return AUTO if text == "auto" else int(click.IntRange(1)(text, param, ctx))
+
+
+_WORKERS = (
+    "Processes on this machine, as 4, or auto: one a visible GPU, without GPUs one for every two cores. "
+    "By default 1, with --devices auto."
+)
+_RAY = (
+    "Run the workers on a Ray cluster at this address, one a GPU, or as many as --workers says; local starts one here. "
+    "Its nodes need a --storage that all of them reach."
+)
 
 
 @click.command()
@@ -55,21 +73,47 @@ from ._options import OPTIMIZER, in_options, numbers, out_option
 @click.option("--seed", type=int, default=0, help="Of the sampler.")
 @click.option("--name", help="Of the study and the recipe; by default the file's.")
 @click.option("--storage", help="A path or a database's URL; by default a journal beside the recipe.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes on this machine.")
-@click.option("--threads", type=click.IntRange(1), help="Of each worker; by default one where there are several.")
-def calibrate(spec: str, out: Path, workers: int, threads: int | None, **options: Any) -> None:
+@click.option("--workers", callback=_count_or_auto, help=_WORKERS)
+@click.option("--devices", callback=numbers(click.STRING), help="GPUs to use, as 0,1; by default all that are visible.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of a worker; by default several share the cores.")
+@click.option("--ray", metavar="ADDRESS", help=_RAY)
+def calibrate(spec: str, out: Path, ray: str | None, **options: Any) -> None:
     """Calibrate MODULE:TRAIN, found from the current directory, and write its recipe.
 
     The same command goes on where it stopped or was killed, and elsewhere, with a --storage that both reach, joins in.
     """
     if out.suffix != ".toml":
         raise RecipeError(f"A recipe's file ends in .toml, {str(out)!r} does not.", "Name it so.")
-    load_train(spec)
     options |= {"batches": options["batches"] or ()}
     options |= {"name": options["name"] or out.stem, "storage": options["storage"] or str(out.with_suffix(".journal"))}
-    worker = _Worker(spec, options, threads or (1 if workers > 1 else None))
-    with _helpers(worker, workers - 1):
-        recipe = worker.run()
+    _write(_on_this_machine(spec, options) if ray is None else _on_ray(spec, ray, options), out)
+
+
+def _on_this_machine(spec: str, options: dict[str, Any]) -> Recipe:
+    """Calibrate by workers here, this process being the first of them."""
+    count, asked, threads = (options.pop(name) for name in ("workers", "devices", "threads"))
+    if count is None:
+        count = 1 if asked is None else AUTO
+    places = placed(count, chosen_devices(asked, machine_devices()), machine_cores(), threads)
+    with in_environment(places[0]):
+        load_train(spec)
+        own, *others = [_Worker(spec, options, place) for place in places]
+        with _helpers(others):
+            return own.run()
+
+
+def _on_ray(spec: str, address: str, options: dict[str, Any]) -> Recipe:
+    """Calibrate by tasks of a Ray cluster, this process waiting for them."""
+    count, *placement = (options.pop(name) for name in ("workers", "devices", "threads"))
+    if any(placement):
+        raise CalibrationError("Ray gives the workers their GPUs and threads.", "Leave devices= and threads= out.")
+    executor = calibration.RayExecutor(count or None, address=address)
+    with _said(lines=True):
+        return calibration.calibrate(load_train(spec), executor=executor, **options)
+
+
+def _write(recipe: Recipe, out: Path) -> None:
+    """Save a recipe and say what it holds."""
     own = recipe.at() if recipe.reference.method == "lora" else recipe.at(method="full")
     trials, steps = recipe.tensors["pruned"], int(recipe.tensors["steps"].sum())
     echo(f"{recipe.save(out)}: base rate {recipe.lr:.3g} at {recipe.reference}")
@@ -112,25 +156,21 @@ def load_train(spec: str) -> Any:
 
 @dataclass(frozen=True)
 class _Worker:
-    """One process's part of a calibration: the function's name, the options, and how many threads it takes."""
+    """One process's part of a calibration: the function's name, the options, its GPUs and threads."""
 
     spec: str
     options: Mapping[str, Any]
-    threads: int | None
+    place: Mapping[str, str]
 
     def run(self, progress: bool | None = None) -> Recipe:
         """Run trials until the plan is fulfilled."""
-        from optuna.logging import ERROR, get_verbosity, set_verbosity
-
-        before, said = torch.get_num_threads(), get_verbosity()
-        torch.set_num_threads(self.threads or before)
-        set_verbosity(ERROR)  # what Optuna warns of on its way, our error says in a sentence
+        before = torch.get_num_threads()
+        torch.set_num_threads(int(self.place.get(THREADS, before)))
         try:
-            with _logged():
+            with _said(lines=not sys.stderr.isatty()):
                 return calibration.calibrate(load_train(self.spec), progress=progress, **self.options)
         finally:
             torch.set_num_threads(before)
-            set_verbosity(said)
 
     def help(self) -> None:
         """Run as a process beside the command's own. Where that is killed, this ends: the trial is run again later."""
@@ -150,42 +190,41 @@ class _Worker:
 
 
 @contextmanager
-def _logged() -> Iterator[None]:
-    """Where standard error is no terminal, a line there for every trial that ended."""
-    if sys.stderr.isatty():
-        yield
-        return
-    log, handler = logging.getLogger("rankaware_optim.calibration"), logging.StreamHandler()
+def _said(lines: bool) -> Iterator[None]:
+    """Optuna's warnings are not said, our errors say it in a sentence. lines: say every trial that ended."""
+    from optuna.logging import ERROR, get_verbosity, set_verbosity
+
+    log, handler, said = logging.getLogger("rankaware_optim.calibration"), logging.StreamHandler(), get_verbosity()
     level, propagate = log.level, log.propagate
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    set_verbosity(ERROR)
+    if lines:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
     try:
         yield
     finally:
+        set_verbosity(said)
         log.removeHandler(handler)
         log.setLevel(level)
         log.propagate = propagate
 
 
 @contextmanager
-def _helpers(worker: _Worker, count: int) -> Iterator[None]:
-    """`count` further processes that work on the same study until it is done, or this one fails.
+def _helpers(workers: Sequence[_Worker]) -> Iterator[None]:
+    """Further processes that work on the same study until it is done, or this one fails.
 
     They ignore Ctrl-C from their first moment, as started by a process that does: this one hears it and ends them.
     """
     spawn = get_context("spawn")
-    made = [spawn.Process(target=worker.help, name=f"worker {i + 2}") for i in range(count)]
-    before, interrupted = os.environ.get("OMP_NUM_THREADS"), signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if worker.threads:
-        os.environ["OMP_NUM_THREADS"] = str(worker.threads)  # torch reads it when it is imported
+    made = [spawn.Process(target=worker.help, name=f"worker {i}") for i, worker in enumerate(workers, 2)]
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        for process in made:
-            process.start()
+        for process, worker in zip(made, workers, strict=True):
+            with in_environment(worker.place):  # torch reads it when it is imported
+                process.start()
     finally:
         signal.signal(signal.SIGINT, interrupted)
-        os.environ.pop("OMP_NUM_THREADS", None)
-        os.environ.update({} if before is None else {"OMP_NUM_THREADS": before})
     try:
         yield
     except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import pairwise
 
 import optuna
 import pytest
@@ -53,6 +54,16 @@ def proposed(*trials: optuna.trial.FrozenTrial, rank: int = 2) -> float:
 def test_no_rank_tries_a_rate_twice_while_others_work(trials, rank, expected):
     """The search outwards skips what others run, and what this rank itself has run."""
     assert proposed(*trials, rank=rank) == pytest.approx(expected)
+
+
+def test_many_workers_begin_at_as_many_rates():
+    """Forty that start before any run has ended are spread over the range, each at a rate of its own."""
+    begun: list[float] = []
+    for _ in range(40):
+        begun.append(proposed(*(trial_of(2, x) for x in begun)))
+    assert len(set(begun)) == 40
+    assert all(LOW <= x <= HIGH for x in begun)
+    assert max(b - a for a, b in pairwise(sorted(begun))) <= 1.0
 
 
 @pytest.mark.parametrize("centre", [-9.5, -6.0, -3.0])

@@ -24,7 +24,8 @@ from rankaware_optim.cli._main import main
 from rankaware_optim.cli._options import in_options
 
 LOOP = """
-import math, time
+import json, math, os, time
+from pathlib import Path
 import torch
 from torch import nn
 
@@ -41,6 +42,12 @@ class Pair(nn.Module):
 
 def train(trial):
     trial.optimizer(Pair(trial.rank))
+    seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+    here = Path(__file__).parent
+    (here / f"seen-{os.getpid()}").write_text(json.dumps({**seen, "threads": torch.get_num_threads()}))
+    until = time.monotonic() + 200
+    while len(list(here.glob("seen-*"))) < int(os.environ.get("PROCESSES", 1)) and time.monotonic() < until:
+        time.sleep(0.05)
     u = math.log2(trial.lr) + 7
     for step in range(trial.steps):
         time.sleep(PAUSE)
@@ -117,16 +124,19 @@ def test_full_finetuning_is_a_rank(folder):
     assert ra.Recipe.load("made/r.toml").full_seen
 
 
-def started(*arguments, **options):
-    """The command in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+def started(*arguments, env=(), **options):
+    """The command in a process of its own, with further environment variables.
+
+    Its first run waits until as many processes run as PROCESSES says: a quick one leaves trials for the others.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **dict(env)}
     command = [sys.executable, "-m", "rankaware_optim", "calibrate", *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, **options)
 
 
 def ended(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out
 
@@ -151,7 +161,8 @@ def assert_shared(trials, count: int) -> None:
 
 def test_two_workers_share_the_trials(folder):
     """--workers 2 runs the number asked for in two processes, and no rank, seed and rate twice."""
-    ended(started("slow_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 24, "--workers", 2))
+    command = ["slow_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 24, "--workers", 2]
+    ended(started(*command, env={"PROCESSES": "2"}))
     assert_shared(trials_of("r.journal", "r"), 24)
     assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 24
 
@@ -159,7 +170,7 @@ def test_two_workers_share_the_trials(folder):
 def test_the_same_command_elsewhere_joins(folder):
     """Two commands with one storage share the trials, and both write the whole recipe."""
     common = ["slow_loops:train", "--steps", 10, "--ranks", "2,32", "--trials", 24, "--storage", "s.journal"]
-    pair = [started(*common, "--name", "shared", "-o", f"{i}.toml") for i in range(2)]
+    pair = [started(*common, "--name", "shared", "-o", f"{i}.toml", env={"PROCESSES": "2"}) for i in range(2)]
     for process in pair:
         ended(process)
     assert_shared(trials_of("s.journal", "shared"), 24)
@@ -185,7 +196,7 @@ def test_ctrl_c_ends_all_workers_in_a_sentence(busy, folder):
     process = started(*arguments, start_new_session=True)
     wait_until(lambda: len({trial.owner.pid for trial in running_or_done("r.journal", "r")}) >= busy)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=120)  # until every worker has closed it
+    _, err = process.communicate(timeout=300)  # until every worker has closed it
     said = [line for line in err.splitlines() if not line.startswith("trial ")]
     assert process.returncode == 130, err
     assert len(said) == 1, err
@@ -202,7 +213,7 @@ def running_or_done(storage: str, name: str) -> Trials:
 
 
 def wait_until(condition) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)

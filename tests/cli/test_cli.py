@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from rankaware_optim import Falling, MuA, Power, Recipe, Reference
+from rankaware_optim import Falling, Power, Recipe, Reference
 from rankaware_optim.cli._main import main
 from rankaware_optim.transfer import convert_lr
 
@@ -152,7 +152,7 @@ def test_convert_takes_the_rate_from_the_adapter(tmp_path):
     said = {"ss_unet_lr": "2e-4", "ss_text_encoder_lr": "5e-5", "ss_max_train_steps": "1600"}
     for optimizer, law in (
         ("torch.optim.adamw.AdamW", Falling()),
-        ("torch.optim.sgd.SGD", MuA(family="gradient-like")),
+        ("torch.optim.sgd.SGD", Falling().bind(torch.optim.SGD, {})),
     ):
         tensors = {}
         for name, width in (("lora_unet_q", 32), ("lora_te_q", 64)):

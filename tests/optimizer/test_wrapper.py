@@ -570,7 +570,7 @@ class Sorted(torch.optim.SGD):
         self.param_groups.reverse()
 
 
-class Dealt(torch.optim.SGD):
+class Dealt(torch.optim.AdamW):
     """An optimizer whose constructor deals its parameters out among its groups again."""
 
     def __init__(self, params, lr=LR):

@@ -86,6 +86,11 @@ def calibrate_in_place(
             ranks; or as `calibrate`, the model put back.
         CalibrationInterrupted: Ctrl-C, the model put back; a second Ctrl-C waits until that is done.
     """
+    if options.get("executor") is not None:
+        raise CalibrationError(
+            "calibrate_in_place trains the model of this process, and executor= would train it elsewhere.",
+            "Leave it out, or build the model in each trial with ra.calibrate.",
+        )
     walked = _checked(model, step, ranks, init, variance, scaling_rule)
     spans = not isinstance(steps, int) or options.get("target_steps") not in (None, steps)
     if schedule is not None and spans and not _takes_two(schedule):

@@ -41,7 +41,7 @@ def test_the_recipe_is_that_of_any_storage(server):
 
 def test_commands_that_share_a_database_share_the_trials(server, folder):
     """Two commands, as on two machines, run the number asked for between them, and no point twice."""
-    pair = [started(*slow(server, "shared", 24, "-o", f"{i}.toml")) for i in range(2)]
+    pair = [started(*slow(server, "shared", 24, "-o", f"{i}.toml"), env={"PROCESSES": "2"}) for i in range(2)]
     for process in pair:
         ended(process)
     assert_shared(trials_of(server.url, "shared"), 24)

@@ -1,0 +1,221 @@
+"""What do 16 and 64 workers gain? The real planner with many workers in virtual time, on runs that were measured.
+
+    python benchmarks/calibration/cluster_simulation.py            # results/cluster_simulation.json and .md
+    python benchmarks/calibration/cluster_simulation.py --draws 1  # a quick look, not written
+
+Every worker is the package's own `Runner` on one storage: schedule, sampler, pruner, fit and the waiting
+for one another are the real ones, only training and the clock are replaced. A simulated run repeats the run of a
+shipped recipe (Init[A], s = 1, real trainings at ranks 4 and 64) whose rate is nearest: its losses step by step, its
+end where it diverged. Where that one was pruned it goes on as the best run, as far behind as it was. A step takes what
+steps took in results/calibration_searches.jsonl, drawn anew for every run, at rank 4 and 64, rank 4's median being 1.
+
+Speed-up is the time of one worker over that of many. The last round begins when the first worker finds nothing left to
+start: its share of the whole time, and the workers' share of the whole time in which they had nothing to run. Octaves
+apart: how far the recipe's base rate is from that of one worker, who plans each run on all before it.
+
+Left out: starting a worker, building the model, the fit's own time and the storage's, which do not grow with the runs'
+length.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import statistics
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
+from typing import Any
+
+import click
+import numpy as np
+import optuna
+import torch
+from made_up import Pair
+from recording import RESULTS, machine, record, shown
+
+import rankaware_optim as ra
+from rankaware_optim.calibration import Study
+from rankaware_optim.calibration._runner import Runner
+from rankaware_optim.calibration._schedule import Schedule
+
+RECIPES = RESULTS.parents[1] / "recipes"
+REPLAYED = (
+    "efficientnet-lite0-digits", "image-generation-a", "language-a", "language-smollm2-a", "reinforcement-a",
+    "text-classification-a", "vision-classification-a", "vision-language-a",
+)  # fmt: skip
+RANKS, SEEDS = (4, 64), (0, 1)
+WORKERS, TRIALS = (1, 2, 4, 16, 64), (16, 64, 256)
+POLL = 5.0  # steps a second that a worker waits between two looks: a run takes 20 s at least
+DRAWS = 5
+
+
+# --- virtual time ---------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time for threads that take turns: one runs, and hands over when it sleeps, to the one that is due first."""
+
+    def __init__(self) -> None:
+        self.now, self._due, self._order = 0.0, [], count()
+
+    def sleep(self, duration: float) -> None:
+        """Let the others run until `duration` from now."""
+        gate = threading.Event()
+        heapq.heappush(self._due, (self.now + duration, next(self._order), gate))
+        self.hand_over()
+        gate.wait()
+
+    def hand_over(self) -> None:
+        """Let the next one run, from a thread that is going to wait or to end."""
+        if self._due:
+            self.now, _, gate = heapq.heappop(self._due)
+            gate.set()
+
+    def run(self, works: list[Callable[[], None]]) -> None:
+        """Run all works from time 0 to their ends."""
+        errors: list[BaseException] = []
+
+        def enter(work: Callable[[], None], gate: threading.Event) -> None:
+            gate.wait()
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+            self.hand_over()
+
+        threads = []
+        for work in works:
+            gate = threading.Event()
+            heapq.heappush(self._due, (0.0, next(self._order), gate))
+            threads.append(threading.Thread(target=enter, args=(work, gate)))
+            threads[-1].start()
+        self.hand_over()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+
+# --- measured runs --------------------------------------------------------------------------------------------------
+
+
+class Replay:
+    """The LoRA runs of a recipe, by log2 of the base rate above the first one's."""
+
+    def __init__(self, name: str) -> None:
+        tensors = ra.Recipe.load(RECIPES / f"{name}.toml").tensors
+        lora = tensors["rank"] > 0
+        x = tensors["lr"][lora].log2()
+        self.x, self.lost = (x - x[0]).tolist(), tensors["diverged"][lora].tolist()
+        self.curves = [curve[: curve.isfinite().sum()].tolist() for curve in tensors["curve"][lora]]
+        self.steps = tensors["curve"].shape[1]
+        whole = [i for i, curve in enumerate(self.curves) if len(curve) == self.steps]
+        self._best = self.curves[min(whole, key=lambda i: statistics.fmean(self.curves[i][-5:]))]
+
+    def values(self, x: float) -> list[float]:
+        """The losses of the run whose rate is nearest, to the end it had or would have had."""
+        near = min(range(len(self.x)), key=lambda i: abs(self.x[i] - x))
+        curve = self.curves[near]
+        if self.lost[near]:
+            return [*curve, math.inf]
+        behind = curve[-1] - self._best[len(curve) - 1]
+        return [*curve, *(value + behind for value in self._best[len(curve) :])]
+
+
+def step_times() -> dict[int, list[float]]:
+    """What a step took at each rank, in units of the domain's median at the lowest: one measurement a search."""
+    taken: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for line in (RESULTS / "calibration_searches.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for rank, (steps, seconds) in row["arms"].items():
+            if steps:
+                taken[row["domain"], int(rank)].append(seconds / steps)
+    unit = {domain: statistics.median(taken[domain, RANKS[0]]) for domain, rank in taken if rank == RANKS[0]}
+    return {rank: [t / unit[domain] for domain in unit for t in taken[domain, rank]] for rank in RANKS}
+
+
+# --- one calibration ------------------------------------------------------------------------------------------------
+
+
+def simulated(replay: Replay, workers: int, trials: int, times: dict[int, list[float]], seed: int) -> dict[str, float]:
+    """One calibration by many workers: its time in steps, its last round, what it found."""
+    study = Study(torch.optim.AdamW, ra.MuA(), RANKS, replay.steps, SEEDS)
+    study.open(None, None, optuna.storages.InMemoryStorage())
+    clock, rng = Clock(), np.random.default_rng([seed, trials])
+    study.pause = lambda seconds: clock.sleep(POLL * seconds)  # type: ignore[method-assign]
+    draws = {rank: iter(rng.choice(times[rank], 4 * trials).tolist()) for rank in RANKS}
+    first: list[float] = []
+
+    def train(trial: ra.Trial) -> Iterator[float]:
+        trial.optimizer(Pair(trial.rank))
+        first.append(x := math.log2(trial.lr))
+        pace = next(draws[trial.rank])
+        for value in replay.values(x - first[0]):
+            clock.sleep(pace)
+            yield value
+
+    busy, idle_from = [0.0] * workers, [0.0] * workers
+
+    def work(number: int) -> None:
+        runner = Runner(study, Schedule(RANKS, SEEDS, replay.steps, trials=trials))
+        while True:
+            idle_from[number] = clock.now
+            begun = runner.begin()
+            if begun is None:
+                return
+            start = clock.now
+            runner.one(begun, train, lambda *_: None, lambda *_: None)
+            busy[number] += clock.now - start
+
+    clock.run([partial(work, number) for number in range(workers)])
+    ran = study.trials().counted()
+    total = max(idle_from)
+    return {
+        "time": total,
+        "last": (total - min(idle_from)) / total,
+        "idle": 1 - sum(busy) / (workers * total),
+        "x": math.log2(study.recipe().lr),
+        "length": statistics.fmean(len(trial.curve or []) / replay.steps for trial in ran),
+        "trials": len(ran),
+    }
+
+
+def row_of(trials: int, workers: int, found: list[dict[str, float]], one: list[dict[str, float]]) -> dict[str, Any]:
+    """A line of the table: means over calibrations and draws."""
+    pairs = list(zip(found, one, strict=True))
+    gains = [alone["time"] / many["time"] for many, alone in pairs]
+    return {
+        "trials": trials,
+        "workers": workers,
+        "speed-up": statistics.fmean(gains),
+        "its spread": statistics.stdev(gains) if len(gains) > 1 else None,
+        "of ideal, %": 100 * statistics.fmean(gains) / workers,
+        "last round, % of the time": 100 * statistics.fmean(many["last"] for many, _ in pairs),
+        "idle, % of the workers' time": 100 * statistics.fmean(many["idle"] for many, _ in pairs),
+        "run length, % of a whole one": 100 * statistics.fmean(many["length"] for many, _ in pairs),
+        "octaves apart, median": statistics.median(abs(many["x"] - alone["x"]) for many, alone in pairs),
+    }
+
+
+@click.command(help=(__doc__ or "").splitlines()[0])
+@click.option("--draws", default=DRAWS, show_default=True, help="Of the step times; fewer are a look, not written.")
+@click.option("--most", default=max(TRIALS), show_default=True, help="Trials at most; fewer are a look, not written.")
+def main(draws: int, most: int) -> None:
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    times, replays, rows = step_times(), [Replay(name) for name in REPLAYED], []
+    for trials in (n for n in TRIALS if n <= most):
+        runs = {w: [simulated(r, w, trials, times, s) for r in replays for s in range(draws)] for w in WORKERS}
+        rows += [row_of(trials, workers, found, runs[1]) for workers, found in runs.items()]
+        click.echo("\n".join("  ".join(map(shown, row.values())) for row in rows[-len(WORKERS) :]))
+    if draws >= DRAWS and most >= max(TRIALS):
+        on = {**machine(1), "calibrations": len(replays), "draws": draws, "seeds": f"0 to {draws - 1}"}
+        record("cluster_simulation", "What many workers gain", rows, on, (__doc__ or "").split("\n\n")[2:])
+
+
+if __name__ == "__main__":
+    main()

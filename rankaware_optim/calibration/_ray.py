@@ -1,0 +1,224 @@
+"""A calibration's workers as tasks of a Ray cluster, which meet in one storage.
+
+Ray decides where they run and starts them again where they were killed; our plan decides what they run. Ray Tune is not
+used: its searchers and schedulers would take the place of our plan and our pruner.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from .._checks import is_number, is_whole
+from .._warn import warn
+from ..errors import CalibrationError
+from ..recipe import Recipe, differences
+from ._code import train_source, versions_used
+from ._storage import check_shared, journal_head
+
+_LOOK_S = 2.0  # between two looks at what the workers have done
+_GRACE_S = 10.0  # for workers to end by themselves
+_CONNECT_S = 10.0  # for a cluster to answer: ray.init waits for minutes
+
+
+@dataclass(frozen=True)
+class RayExecutor:
+    """Runs the workers of `calibrate` as tasks of a Ray cluster. `executor="ray"` is one with all defaults.
+
+    Args:
+        workers: how many; by default one a GPU of the cluster, without GPUs one for every two cores.
+        gpus: GPUs of each worker; by default 1, without GPUs 0. Ray sets each worker's CUDA_VISIBLE_DEVICES.
+        address: of a cluster, as `ray.init` takes it; "local" starts one on this machine for the time of the call. By
+            default the cluster that `ray.init` connected this process to, or what `ray.init()` finds.
+
+    Raises:
+        CalibrationError: `workers` or `gpus` is no such number.
+    """
+
+    workers: int | None = None
+    gpus: float | None = None
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.workers is None or is_whole(self.workers)):
+            raise CalibrationError(f"workers is {self.workers!r}.", "Give a whole number of at least 1, or none.")
+        if not (self.gpus is None or (is_number(self.gpus) and self.gpus >= 0)):
+            raise CalibrationError(f"gpus is {self.gpus!r}.", "Give how many GPUs a worker needs, 0 or more.")
+
+
+def ray_executor(given: object) -> RayExecutor:
+    """The executor that was asked for.
+
+    Raises:
+        CalibrationError: it is none, Ray is not installed, or this is one of several processes that train together.
+    """
+    if given != "ray" and not isinstance(given, RayExecutor):
+        raise CalibrationError(f"executor is {given!r}.", "Give 'ray', a RayExecutor, or leave it out.")
+    if find_spec("ray") is None:
+        raise CalibrationError(
+            "executor='ray' needs Ray, which is not installed.", 'Install it by pip install "rankaware-optim[ray]".'
+        )
+    if dist.is_available() and dist.is_initialized():
+        raise CalibrationError(
+            "executor='ray' starts workers of its own, and torch.distributed has started processes already.",
+            "Call it in one process, or leave executor= out.",
+        )
+    return given if isinstance(given, RayExecutor) else RayExecutor()
+
+
+def run_on_ray(executor: RayExecutor, work: partial[Recipe], most: int, look: Callable[[], None]) -> None:
+    """Run `work`, a call of `calibrate`, in several tasks, until one of them has seen the plan fulfilled.
+
+    most: tasks, of which more would have nothing to run. look: called every two seconds.
+
+    Raises:
+        CalibrationError: the cluster cannot be reached, `train` cannot be sent there, or every worker was lost.
+        Exception: what `work` raised in a task.
+    """
+    train, storage = work.keywords["train"], work.keywords["storage"]
+    with _connected(executor.address) as ray:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        share = share_out(nodes, executor.workers, executor.gpus)
+        task = ray.remote(_work).options(num_cpus=share.cpus, num_gpus=share.gpus, name="calibration")
+        try:
+            sent = task.remote, ray.put(work), code_of(train), journal_head(storage), share.cpus
+        except TypeError as error:
+            raise CalibrationError(
+                f"train cannot be sent to Ray's workers: {_line(error)}",
+                "Define it in a module, and let it make what it needs by itself.",
+            ) from error
+        begin, *arguments = sent
+        tasks = [begin(*arguments) for _ in range(min(share.workers, most))]
+        try:
+            _await_one(ray, tasks, look)
+        except BaseException:
+            for each in tasks:
+                ray.cancel(each)
+            raise
+        finally:
+            ray.wait(tasks, num_returns=len(tasks), timeout=_GRACE_S)
+
+
+def _work(work: partial[Recipe], code: Mapping[str, str], head: bytes, threads: int) -> None:
+    """One worker, in a process of Ray's."""
+    torch.set_num_threads(threads)
+    host = socket.gethostname()
+    other = differences(code, code_of(work.keywords["train"]))
+    if other:
+        raise CalibrationError(
+            f"{host} runs other code than where the calibration was started: {other}.",
+            "Install the same versions on every node, and share one folder of code.",
+        )
+    check_shared(work.keywords["storage"], head, host)
+    work()
+
+
+def code_of(train: Any) -> dict[str, str]:
+    """What must be the same wherever trials run. What Ray carries by value, as from a script, is so by itself."""
+    by_value = getattr(train, "__module__", "") == "__main__"
+    return {**versions_used(), **({} if by_value else train_source(train).loop)}
+
+
+def _await_one(ray: Any, tasks: Sequence[Any], look: Callable[[], None]) -> None:
+    """Wait until a worker ends by itself: it has then seen the plan fulfilled."""
+    pending, errors, lost = list(tasks), ray.exceptions, ""
+    while pending:
+        done, pending = ray.wait(pending, timeout=_LOOK_S)
+        look()
+        for task in done:
+            try:
+                ray.get(task)
+            except errors.RayTaskError as error:
+                if not isinstance(error.cause, errors.RaySystemError):
+                    raise error.cause from error
+                raise CalibrationError(
+                    f"A worker of Ray's could not load train: {_line(error.cause)}",
+                    "Let every node import its module, by one shared folder or as an installed package.",
+                ) from error
+            except errors.RayError as error:
+                lost = _line(error)
+                warn(f"Ray gave a worker up, the others go on: {lost}")
+            else:
+                return
+    raise CalibrationError(
+        f"Ray gave every worker up: {lost}", "With the same storage= the same call goes on where this one stopped."
+    )
+
+
+# --- the cluster ----------------------------------------------------------------------------------------------------
+
+
+class Share(NamedTuple):
+    """How many workers there are, and the GPUs and cores of each."""
+
+    workers: int
+    gpus: float
+    cpus: int
+
+
+def share_out(nodes: Sequence[Mapping[str, float]], workers: int | None = None, gpus: float | None = None) -> Share:
+    """How the workers share a cluster. `nodes` are the resources of each node, by Ray's names.
+
+    By default there are as many as the GPUs suffice for, without GPUs one for every two cores of a node. Each takes its
+    part of the cores where they are scarcest.
+
+    Raises:
+        CalibrationError: no node holds one worker.
+
+    >>> share_out([{"CPU": 16}, {"CPU": 32, "GPU": 4}])
+    Share(workers=4, gpus=1, cpus=8)
+    """
+    if gpus is None:
+        gpus = int(any(node.get("GPU") for node in nodes))
+    able = [node for node in nodes if node.get("CPU") and node.get("GPU", 0) >= gpus]
+    held = [int(node["GPU"] // gpus) if gpus else max(1, int(node["CPU"] // 2)) for node in able]
+    count = workers or sum(held)
+    if not count:
+        raise CalibrationError(
+            f"No node of the Ray cluster has a core and {gpus:g} GPUs.", "Start one, or say workers= and gpus=."
+        )
+    cores = [node["CPU"] // holds for node, holds in zip(able, held, strict=True)]
+    cores.append(sum(node["CPU"] for node in able) // count)
+    return Share(count, gpus, max(1, int(min(cores))))
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[Any]:
+    """Ray, connected to a cluster; the connection is closed if it was made here."""
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    at = address or os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        host, _, port = at.rpartition(":")
+        if port.isdecimal() and "/" not in host:
+            socket.create_connection((host, int(port)), _CONNECT_S).close()
+        starts = {"include_dashboard": False} if address == "local" else {}
+        ray.init(address=address, logging_level=logging.ERROR, **starts)
+    except Exception as error:
+        raise CalibrationError(
+            f"The Ray cluster at {at!r} cannot be reached: {_line(error)}",
+            "Give the address of one that runs, see `ray status`; 'local' starts one on this machine.",
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _line(error: BaseException) -> str:
+    """An error's first line, as a sentence."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".") + "."
