@@ -593,7 +593,7 @@ class Forgetful(torch.optim.SGD):
 def test_an_optimizer_that_rearranges_its_groups_is_refused(kind):
     """Where the constructor parts parameters from the rate decided for them, that is an error and not a wrong rate."""
     with pytest.raises(OptimizerError, match=rf"{kind.__name__} rearranges its groups.*Build it, then wrap it"):
-        RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, tuned_at=AT_16, law="mua")
+        RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, tuned_at=AT_16)
 
 
 def test_groups_in_another_order_keep_their_rates():
