@@ -5,7 +5,7 @@
 
 The image_generation domain (a 1.2 M diffusion transformer, digits 0-4 to 5-9), LoRA by PEFT at Init[A], 100 steps of
 32; 5 % warm-up, cosine to a tenth. No weight decay and no clipping: no law knows of them, and SGD's decay is not
-decoupled. Rates in octaves. Needs pytorch_optimizer and schedulefree.
+decoupled. Rates in octaves. Needs pytorch_optimizer, schedulefree and torch_optimizer.
 
 **Runs.** The first sweep, of seven optimizers at ranks 4 and 64 with alpha = rank, three seeds and seven octaves, was
 made on a pretraining of the network that is gone. The second is of the four optimizers that are not sign-like, all on
@@ -48,7 +48,7 @@ from study.domains import DomainError, get_domain
 from study.grids import Cell, Grid, Job, Losses, Wanting, curve, curves_by_seed, lowest
 from study.optima import seeds_in
 from study.regret import lost
-from study.runs_on_file import complete, rounded, whole
+from study.runs_on_file import complete, machines, rounded, whole
 from study.suite import provenance
 from study.training import train
 
@@ -294,13 +294,15 @@ def table() -> None:
     click.echo(text)
 
 
-AND_ERRORS = f"Errors of moved rates at {BY_RANK} and at {AT_16}, rms octaves:"
+AND_ERRORS = f"Errors of moved rates, rms octaves, at {BY_RANK}, at {AT_16} and over all:"
 NOTES = (
     "Predicted moves are the multipliers that `RankAwareOptimizer` gives the adapters, laws at their defaults; in "
     "brackets how far the moved rate lands from the best one found, positive where too high. A best rate is the vertex "
     "of the parabola through the best three rates of the mean over seeds; where the octave above diverged, half an "
     "octave below the lowest point. Losses between rates lie on straight lines, and beyond the rates tried at the last "
-    "one's. Two losses: upward in rank, then downward. `law_check.py` states the rule by which the default was chosen.",
+    "one's. Two losses: upward in rank, then downward. `law_check.py` states the rule by which the default was chosen. "
+    "Where the floor diverged, as SGD's does, whose best rate lies at the edge of divergence, every candidate helps, "
+    "and the errors in octaves alone decide.",
     "Settings: " + "; ".join(f"{name}: {settings}" for name, (_, settings, _) in OPTIMIZERS.items()) + ". Other "
     "settings are the classes' defaults; no decay, no clipping, 5 % warm-up and cosine to a tenth for all but the "
     "schedule-free one. SGD, Muon, Adafactor and LAMB are the four that are not sign-like.",
@@ -315,10 +317,8 @@ def page(done: Losses, bests: Mapping[Cell, dict[str, Any]], moves: Moves) -> It
     scores: list[list[str]] = []
     for family, names in families().items():
         mine, floors = judged(done, names, moves)
-        errors = [
-            f"{law} {' and '.join(number(rms(law, [m for m in mine if m['arm'] == arm])) for arm in floors)}"
-            for law in CANDIDATES
-        ]
+        parts = [*([m for m in mine if m["arm"] == arm] for arm in floors), mine]
+        errors = [f"{law} {', '.join(number(rms(law, part)) for part in parts)}" for law in CANDIDATES]
         chosen = default_of(mine, floors)
         yield f"**{family}** ({', '.join(names)}): the default is {chosen}. {AND_ERRORS} {'; '.join(errors)}."
         scores += score_rows(family, names, mine, floors)
@@ -334,6 +334,8 @@ def page(done: Losses, bests: Mapping[Cell, dict[str, Any]], moves: Moves) -> It
         yield block(f"{title}: share of the attainable gain lost", heads[:2] + heads[3:], list(lost_rows(mine)))
         yield block(f"{title}: best rates (loss before training {start:.3f})", OPTIMA, optima)
         yield f"![Held-out loss of seed 0 against log2 rate]({picture}.png)"
+    for on in machines(STORE):
+        yield f"Runs made on: {', '.join(f'{key} {value}' for key, value in on.items())}."
 
 
 def score_rows(family: str, names: Sequence[str], moves: Moves, floors: Floors) -> Iterator[list[str]]:

@@ -600,7 +600,7 @@ def test_groups_in_another_order_keep_their_rates():
     """A constructor that reorders whole groups changes no parameter's rate, one of its own included."""
     rates = []
     for kind in (torch.optim.SGD, Sorted):
-        opt = RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, rates={"head.*": 0.5, "layer1*": 0.25})
+        opt = RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, law="mua", rates={"head.*": 0.5, "layer1*": 0.25})
         rates.append({name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]})
     assert rates[0] == rates[1]
     assert set(rates[0].values()) > {0.5, 0.25}
