@@ -1,6 +1,6 @@
 """Which runs say most of a target length? Plans of one price, simulated on bowls whose optimum moves with the length.
 
-    python benchmarks/calibration/planned.py               # results/planned.json and .md, about ten minutes on one core
+    python benchmarks/calibration/planned.py               # results/planned.json and .md, four minutes on one core
     python benchmarks/calibration/planned.py --studies 20  # a quick look, not written
 
 Runs of 250 and 1,000 steps for a target of 4,000 or 8,000, all plans for the price of two target runs, ranks 4 and 64,
@@ -137,7 +137,7 @@ def row_of(plan: Plan, target: int, truth: str, found: Sequence[Mapping[str, Any
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
-@click.option("--studies", default=100, show_default=True, help="Of each line; fewer are a look, not written.")
+@click.option("--studies", default=40, show_default=True, help="Of each line; fewer are a look, not written.")
 @click.option("--seed", default=0, show_default=True)
 def main(studies: int, seed: int) -> None:
     torch.set_num_threads(1)
@@ -153,7 +153,7 @@ def main(studies: int, seed: int) -> None:
                     found += [*simulated(plan, target, move(target, rng), bowls[i % len(bowls)], rng)]
                 rows.append(row_of(plan, target, truth, found))
                 click.echo("  ".join(map(shown, rows[-1].values())))
-    if studies >= 100:
+    if studies >= 40:
         record("planned", "Plans of one price for a target length", rows, {**machine(1), "seed": seed}, NOTES)
 
 
