@@ -72,9 +72,9 @@ def calibrate(
     then says where the optimum is not.
 
     **Calibrate short, train long.** `steps=(250, 1000), target_steps=8000` makes whole runs of 250 and 1,000 steps,
-    each with its own warm-up and decay: `trial.steps` says how many. The recipe is for 8,000 steps. All ranks share
-    the shortest runs; longer ones, as many steps in all, are of the highest rank and say how the best rate moves with
-    the length. That is carried on to the target by a slope that is forgotten after a few octaves, and the band grows
+    each with its own warm-up and decay: `trial.steps` says how many. The recipe is for 8,000 steps. A few of the
+    shortest runs find the rates, longer ones measure around them, and both say how the best rate moves with the
+    length. That is carried on to the target by a slope that is forgotten after a few octaves, and the band grows
     with the distance. `confirm=True` ends with up to three runs at the target's length. `batches=(16, 64), batch=256`
     does the same for the batch: `trial.batch` says which.
 

@@ -13,7 +13,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from ._trials import TrialRecord, Trials
-from .fit import Fit, Observation, Place, Prior, diverged, gain_of
+from .fit import Fit, Observation, Place, Prior, below_cliff, diverged, gain_of
 
 _STRIDE = 2.0  # octaves between the trials that bracket
 _CLEARLY = 0.25  # share of the gain that makes a rate above the best clearly worse
@@ -114,8 +114,7 @@ def next_bracket(
     """
     if not seen:
         return start
-    bad = diverged(seen)
-    good = [o for o, b in zip(seen, bad, strict=True) if not b]
+    bad, good = diverged(seen), below_cliff(seen)
     if not good:
         return min(o.x for o in seen) - _STRIDE
     best = min(good, key=lambda o: o.value)

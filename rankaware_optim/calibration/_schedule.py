@@ -10,13 +10,15 @@ from typing import Literal, NamedTuple
 from .._types import Method
 from ..recipe import Place
 from ._trials import Cell, TrialRecord, Trials
-from .fit import diverged
+from .fit import below_cliff, diverged
 
 _TRIALS_PER_RANK = 8
 _FEWEST = 2  # finished trials of every rank before a narrow band is believed
 _HOPELESS = 12  # runs that all diverged, each two octaves lower, after which none will help
 _SHORT_RUNS = 10  # with a budget alone: trials at most, in units of those that it would pay in full
-_BRACKET = 3  # runs of the highest rank before any other: losses of different ranks say little of each other's rates
+# Runs of the highest rank before any other, since losses of different ranks say little of each other's rates; and at
+# most, where none of them ended well. Then runs of every other rank at the shortest length, before any longer one.
+_BRACKET, _MOST_BRACKET, _SHORT = 3, 8, 2
 PER_SEED = 4  # runs of a rank at one seed before the next: only those are compared without the seed's noise
 CONFIRMS = 3  # runs at the target's length at most, with a budget for half of it at most
 
@@ -142,19 +144,26 @@ class Schedule:
         return self.seeds[(len(few) // PER_SEED) % len(self.seeds)]
 
     def _search(self, search: Trials, tasks: Sequence[Task], weights: Mapping[int | None, float]) -> Cell:
-        """The highest rank first, until its rates are bracketed; then the task on which the fewest steps were spent.
-
-        The first task is shared by all ranks. At others the highest alone, and full finetuning where it is among
-        `ranks`, say how rates move with the steps or the batch.
-        """
+        """The highest rank first, until its rates are bracketed; then the ranks in turn at the task that is due."""
         mine = {task: Trials(t for t in search if t.place[1:] == task) for task in self.tasks}
         first = self.tasks[0]
-        bracket = min(_BRACKET, self._searches() - len(self.ranks) + 1)
-        if first in tasks and len(mine[first]) < bracket:
+        seen = mine[first].observations()
+        most = _BRACKET if below_cliff(seen) or not seen else _MOST_BRACKET
+        if first in tasks and len(mine[first]) < min(most, self._searches() - len(self.ranks) + 1):
             return self._rotate(mine[first], first, [self.anchor], weights)
-        task = min(tasks, key=lambda task: (len(mine[task]) + 1) * self._cost(task))
-        ranks = self.ranks if task == first else [rank for rank in self.ranks if rank in (self.anchor, None)]
-        return self._rotate(mine[task], task, ranks, weights)
+        task = self._due(mine, tasks)
+        return self._rotate(mine[task], task, self.ranks, weights)
+
+    def _due(self, mine: Mapping[Task, Trials], tasks: Sequence[Task]) -> Task:
+        """The shortest length until all ranks had a few runs of it, then the other task of the fewest steps.
+
+        A longer run costs more and says more of the target: see benchmarks/results/planned.md.
+        """
+        first = self.tasks[0]
+        others = [task for task in tasks if task != first]
+        if first in tasks and (not others or len(mine[first]) < _BRACKET + _SHORT * (len(self.ranks) - 1)):
+            return first
+        return min(others or tasks, key=lambda task: (len(mine[task]) + 1) * self._cost(task))
 
     def _rotate(
         self, tried: Trials, task: Task, ranks: Sequence[int | None], weights: Mapping[int | None, float]

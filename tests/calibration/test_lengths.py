@@ -105,14 +105,16 @@ def test_a_recipe_of_several_lengths_is_kept_by_its_files(tmp_path):
 
 
 def test_trials_are_whole_runs_of_the_lengths_within_the_budget():
-    """Every run has one of the lengths, all ranks the short one, the highest the long one, for as many steps in all."""
+    """The highest rank begins, at the short length; a few short runs of each rank are followed by long ones of all."""
     seen = []
     recipe = calibrate(whole(seen=seen), ranks=(1, 16), steps=LENGTHS, target_steps=TARGET, budget=1600)
     runs = Counter((rank, steps) for rank, _, steps, *_ in seen)
-    assert set(runs) == {(1, 20), (16, 20), (16, 80)}
+    assert runs[16, 20] >= 3
+    assert runs[1, 20] >= 2
+    assert abs(runs[16, 80] - runs[1, 80]) <= 1
     assert [rank for rank, *_ in seen[:3]] == [16] * 3
     assert int(recipe.tensors["steps"].sum()) <= 1600
-    assert runs[1, 20] + runs[16, 20] == pytest.approx(4 * runs[16, 80], abs=4)
+    assert runs[16, 80] > runs[16, 20] / 2
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(None, 3), (640, 1), (1300, 2), (5000, 3)])
@@ -171,7 +173,7 @@ def test_what_is_searched_at(options, tasks):
 
 def test_a_study_of_lengths_goes_on_where_it_stopped(tmp_path):
     """Stopped in the middle of its trials, the same call ends with the recipe of an uninterrupted one."""
-    options, stop = {"steps": LENGTHS, "target_steps": TARGET, "budget": 900}, [9]
+    options, stop = {"steps": LENGTHS, "target_steps": TARGET}, [9]
 
     def train(trial):
         if trial.number in stop:
@@ -181,10 +183,10 @@ def test_a_study_of_lengths_goes_on_where_it_stopped(tmp_path):
 
     uninterrupted = calibrate(train, trials=9, **options)
     with pytest.raises(ra.CalibrationInterrupted) as stopped:
-        calibrate(train, storage=tmp_path / "study.journal", **options)
+        calibrate(train, trials=14, storage=tmp_path / "study.journal", **options)
     assert stopped.value.recipe.lr == pytest.approx(uninterrupted.lr)
-    resumed = calibrate(train, storage=tmp_path / "study.journal", **options)
-    assert resumed.lr == pytest.approx(calibrate(train, **options).lr)
+    resumed = calibrate(train, trials=14, storage=tmp_path / "study.journal", **options)
+    assert resumed.lr == pytest.approx(calibrate(train, trials=14, **options).lr)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import optuna
@@ -10,7 +11,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from rankaware_optim.calibration._sampler import BracketSampler, between, next_refinement
+from rankaware_optim.calibration._sampler import BracketSampler, between, next_bracket, next_refinement
 from rankaware_optim.calibration._trials import PARAMETER
 from rankaware_optim.calibration.fit import Observation, Prior
 
@@ -64,6 +65,15 @@ def test_many_workers_begin_at_as_many_rates():
     assert len(set(begun)) == 40
     assert all(LOW <= x <= HIGH for x in begun)
     assert max(b - a for a, b in pairwise(sorted(begun))) <= 1.0
+
+
+def test_a_run_above_one_that_diverged_is_no_best():
+    """A lucky run between two rates that diverged brackets nothing: the search goes on below them."""
+    lost = Observation(2, 0, START + 2, math.inf, 1.0, math.inf, stopped=True)
+    seen = [Observation(2, 0, START, 0.5, 1.0, 0.5), lost, replace(lost, x=START - 2)]
+    assert next_bracket(seen, START, START - 10, START + 10) == START - 4
+    below = Observation(2, 0, START - 4, 0.3, 1.0, 0.3)
+    assert next_bracket([*seen, below], START, START - 10, START + 10) == START - 6
 
 
 @pytest.mark.parametrize("centre", [-9.5, -6.0, -3.0])

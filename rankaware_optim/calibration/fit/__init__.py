@@ -3,7 +3,7 @@
 from ...recipe import Observation, Place, gain_of
 from ._course import Course, Slope
 from ._horizon_fit import horizon_of
-from ._posterior import Fit, Prior, diverged, fit_observations, shrink
+from ._posterior import Fit, Prior, below_cliff, diverged, fit_observations, shrink
 
 __all__ = [
     "Course",
@@ -12,6 +12,7 @@ __all__ = [
     "Place",
     "Prior",
     "Slope",
+    "below_cliff",
     "diverged",
     "fit_observations",
     "gain_of",

@@ -43,7 +43,7 @@ class Course:
     tried: tuple[float, ...] = ()
     lora: Slope = _UNTOLD
     full: Slope = _UNTOLD
-    reach: float = 3.0
+    reach: float = 1.5
 
     def octaves(self) -> Array:
         """log2 of the values tried over the target."""

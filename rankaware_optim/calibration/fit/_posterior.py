@@ -107,6 +107,13 @@ def diverged(observations: Sequence[Observation]) -> list[bool]:
     ]
 
 
+def below_cliff(observations: Sequence[Observation]) -> list[Observation]:
+    """Those below every rate that diverged: a run above one was lucky."""
+    lost = (o.x for o, bad in zip(observations, diverged(observations), strict=True) if bad)
+    lowest = min(lost, default=math.inf)
+    return [o for o in observations if o.x < lowest]
+
+
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
     """Fit all trials at once; None where no run stayed finite."""
     bad = diverged(observations)
