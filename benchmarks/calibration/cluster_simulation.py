@@ -145,7 +145,7 @@ def step_times() -> dict[int, list[float]]:
 
 def simulated(replay: Replay, workers: int, trials: int, times: dict[int, list[float]], seed: int) -> dict[str, float]:
     """One calibration by many workers: its time in steps, its last round, what it found."""
-    study = Study(torch.optim.AdamW, ra.MuA(), RANKS, replay.steps, SEEDS)
+    study = Study(torch.optim.AdamW, ra.MuA(), RANKS, (replay.steps,), SEEDS)
     study.open(None, None, optuna.storages.InMemoryStorage())
     clock, rng = Clock(), np.random.default_rng([seed, trials])
     study.pause = lambda seconds: clock.sleep(POLL * seconds)  # type: ignore[method-assign]
@@ -163,7 +163,7 @@ def simulated(replay: Replay, workers: int, trials: int, times: dict[int, list[f
     busy, idle_from = [0.0] * workers, [0.0] * workers
 
     def work(number: int) -> None:
-        runner = Runner(study, Schedule(RANKS, SEEDS, replay.steps, trials=trials))
+        runner = Runner(study, Schedule(RANKS, SEEDS, (replay.steps,), trials=trials))
         while True:
             idle_from[number] = clock.now
             begun = runner.begin()
