@@ -91,14 +91,14 @@ def run_on_ray(executor: RayExecutor, work: partial[Recipe], most: int, look: Ca
         share = share_out(nodes, executor.workers, executor.gpus)
         task = ray.remote(_work).options(num_cpus=share.cpus, num_gpus=share.gpus, name="calibration")
         try:
-            sent = task.remote, ray.put(work), code_of(train), journal_head(storage), share.cpus
+            sent = ray.put(work)
         except TypeError as error:
             raise CalibrationError(
                 f"train cannot be sent to Ray's workers: {_line(error)}",
                 "Define it in a module, and let it make what it needs by itself.",
             ) from error
-        begin, *arguments = sent
-        tasks = [begin(*arguments) for _ in range(min(share.workers, most))]
+        arguments = sent, code_of(train), journal_head(storage), share.cpus
+        tasks = [task.remote(*arguments) for _ in range(min(share.workers, most))]
         try:
             _await_one(ray, tasks, look)
         except BaseException:

@@ -1,0 +1,125 @@
+"""A Ray cluster of two nodes, one killed on the way: is anything lost, and what does Ray cost?
+
+    python benchmarks/calibration/two_nodes.py     # results/ray_two_nodes.json and .md, two minutes
+
+Both nodes are on this machine, one core each (`ray.cluster_utils.Cluster`), and a worker runs on each. The trials are
+made up and take 2 s. One calibration is left alone; of the other the second node's raylet is killed as soon as both
+workers have ended four trials, and Ray starts its worker again. Runs: trials that count. Again: those killed, and run
+once more at their rank, seed and rate. Kept: trials that had ended when the node was killed and are as they were.
+Points: distinct ranks, seeds and rates among the runs. Ray's start and memory (proportional set size) are the
+cluster's, without workers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import optuna
+import ray
+from made_up import train
+from ray.cluster_utils import Cluster
+from recording import machine, record
+
+import rankaware_optim as ra
+from rankaware_optim.calibration import RayExecutor
+from rankaware_optim.calibration._storage import open_storage
+from rankaware_optim.calibration._trials import Trials
+
+TRIALS, STEPS, PAUSE, KILL_AFTER = 24, 20, 0.1, 4
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+
+
+@click.command(help=(__doc__ or "").splitlines()[0])
+def main() -> None:
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    rows = [calibrated(kills) for kills in (False, True)]
+    record(
+        "ray_two_nodes",
+        "A calibration on two Ray nodes, one killed on the way",
+        rows,
+        {**machine(1), "ray": ray.__version__},
+        (__doc__ or "").split("\n\n")[2:],
+    )
+    sys.exit(any(row["runs"] != TRIALS or row["points"] != TRIALS or row["kept"] is False for row in rows))
+
+
+def calibrated(kills: bool) -> dict[str, Any]:
+    """A line of the table: one calibration, on a cluster of its own."""
+    start = time.perf_counter()
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    second = cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
+    started, memory = time.perf_counter() - start, sum(ray_memory())
+    with tempfile.TemporaryDirectory() as folder:
+        storage = f"{folder}/study.journal"
+        ended: list[list[Any]] = []
+        killer = threading.Thread(target=kill, args=(cluster, second, storage, ended))
+        if kills:
+            killer.start()
+        start = time.perf_counter()
+        ra.calibrate(
+            partial(train, pause=PAUSE), "AdamW", ranks=(4, 64), steps=STEPS, trials=TRIALS, storage=storage,
+            warmup=1, executor=RayExecutor(address=cluster.address),
+        )  # fmt: skip
+        took = time.perf_counter() - start
+        if kills:
+            killer.join()
+        trials = trials_in(storage)
+    cluster.shutdown()
+    records = Trials.read(trials)
+    return {
+        "second node": "killed" if kills else "left alone",
+        "runs": len(ran := records.counted()),
+        "points": len({(*t.cell, t.x) for t in ran}),
+        "again": sum(t.retry_of is not None for t in records),
+        "ended before": len(ended[0]) if kills else None,
+        "kept": all(t in trials for t in ended[0]) if kills else None,
+        "workers": len({t.owner.pid for t in ran if t.owner}),
+        "calibration, s": took,
+        "Ray's start, s": started,
+        "Ray's memory, MB": memory / 1e6,
+    }
+
+
+def kill(cluster: Cluster, node: Any, storage: str, ended: list[list[Any]]) -> None:
+    """Kill a node once each of two workers has ended a few trials, and note what has ended by then."""
+    while True:
+        time.sleep(0.2)
+        pids = [t.owner.pid for t in Trials.read(trials_in(storage)).counted() if t.owner]
+        if len(set(pids)) == 2 and min(map(pids.count, pids)) >= KILL_AFTER:
+            break
+    cluster.remove_node(node, allow_graceful=False)
+    ended.append([t for t in trials_in(storage) if t.state.is_finished()])
+
+
+def trials_in(storage: str) -> list[optuna.trial.FrozenTrial]:
+    """The trials of the study, none before it is there."""
+    opened = open_storage(storage)
+    if "calibration" not in optuna.get_all_study_names(opened):
+        return []
+    return optuna.load_study(study_name="calibration", storage=opened).trials
+
+
+def ray_memory() -> Iterator[int]:
+    """Bytes of every process of Ray's, what is shared counted in parts."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+            if b"/ray/" in command or command.startswith(b"ray::"):
+                lines = (folder / "smaps_rollup").read_text().splitlines()
+                yield from (1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        except OSError:
+            continue
+
+
+if __name__ == "__main__":
+    main()
