@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from .._rate import Rate
 from ._loss_model import Place, curves_of
@@ -153,8 +152,8 @@ def _trials(recipe: Recipe) -> dict[int | None, list[Point]]:
     if any(map(math.isnan, own)):
         own = _moved(recipe, ranks, base)
     seeds = held["seed"].tolist() if "seed" in held else [0] * len(ranks)
-    lost = held.get("diverged", torch.tensor([not math.isfinite(value) for value in values]))
-    cut = held.get("pruned", torch.zeros_like(lost))
+    lost = held.get("diverged", np.array([not math.isfinite(value) for value in values]))
+    cut = held.get("pruned", np.zeros_like(lost))
     fates = ["pruned" if p else "diverged" if d else "finished" for d, p in zip(lost, cut, strict=True)]
     curves = [[value] if math.isfinite(value) else [] for value in values]
     if {"curve", "steps"} <= held.keys():

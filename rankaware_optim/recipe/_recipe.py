@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from .._optimizers import known_optimizer
 from .._rate import Rate
 from .._scaling_rule import GAMMA, Scaling
@@ -28,6 +26,7 @@ from . import _io as recipe_files
 from . import _recipe_text as words
 from . import _schema as recipe_toml
 from ._horizon import Horizon, by_batch
+from ._io import Array
 from ._other_rates import OtherRates, Seen
 from ._uncertainty import Z90, margin, spread
 
@@ -41,22 +40,22 @@ class Recipe:
     fitted_lr: the optimum at `reference`, as fitted. `lr`, the rate to use, lies `lean` octaves below it, a margin,
     since too high costs more than too low. steepness: of the cliff above the optimum, per octave, by which the margin
     elsewhere follows from the uncertainty there; 0 where it is `lean` everywhere. law: a `Power` on top of the law
-    calibrated with: drift in rank, factor of full finetuning. covariance: 3 × 3 tensor of (log2 rate at `law.pivot`,
+    calibrated with: drift in rank, factor of full finetuning. covariance: 3 × 3 array of (log2 rate at `law.pivot`,
     drift, log2 full_factor), octaves. scatter: standard deviation by which a rank's own best rate lies off the law,
     octaves. scaling_rule: how the effective multiplier followed the ranks seen: "fixed" (alpha follows rank), "rslora"
     (s·√r constant), "alpha" (s·r constant), "as swept" (a sweep that did not say), or "unknown". steps: None where a
     sweep did not say. horizon: how the best rate moves with the steps. settings: the optimizer's, other than the rate.
     other_rates: what LoRA trials trained beside the factors, by name with "*" for numbers: at "base", the trial's base
     rate, or at a rate of its own. source: the training loop's name, its source's hash, its repository's commit. notes:
-    what the data did not determine, in words. tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`,
-    `value` (NaN where pruned), `diverged`, `pruned`, `steps` and `curve`.
+    what the data did not determine, in words. tensors: numpy arrays of every trial's `rank` (0 for full finetuning),
+    `lr`, `seed`, `value` (NaN where pruned), `diverged`, `pruned`, `steps` and `curve`.
     """
 
     name: str
     fitted_lr: float
     reference: Reference
     law: Power
-    covariance: torch.Tensor
+    covariance: Array
     lean: float = 0.0
     ceiling: float | None = None
     scaling_rule: Scaling = "unknown"
@@ -74,7 +73,7 @@ class Recipe:
     versions: Mapping[str, str] = field(default_factory=dict)
     source: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    tensors: Mapping[str, Array] = field(default_factory=dict, repr=False)
     steepness: float = 0.0
     scatter: float = 0.0
 
@@ -243,7 +242,7 @@ class Recipe:
         read_again = partial(recipe_toml.from_document, type(self), tensors=arrays, target=path)
         return recipe_files.write(path, header, text, arrays, read_again)
 
-    def arrays(self) -> dict[str, torch.Tensor]:
+    def arrays(self) -> dict[str, Array]:
         """What the safetensors file holds, by name."""
         return {**{f"trial.{key}": value for key, value in self.tensors.items()}, "fit.covariance": self.covariance}
 

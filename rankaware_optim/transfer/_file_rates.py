@@ -8,7 +8,6 @@ from .._checks import check_lr
 from .._types import Survey
 from ..inspection import as_reference
 from ..laws import DEFAULT_LAW
-from ..optimizer import PlanOptions, make_plan, plan_rates
 
 
 def survey_report(
@@ -23,6 +22,8 @@ def survey_report(
     reference = None if tuned_at is None else as_reference(tuned_at)
     if lr is None:
         return survey.explain(per_module=per_module)
+    from ..optimizer import PlanOptions, make_plan, plan_rates  # they need torch
+
     base, plan = check_lr(lr), make_plan(survey, PlanOptions(law, tuned_at=reference))
     rates = plan_rates(plan, survey, base)
     return replace(survey, notes=tuple(plan.notes)).explain(per_module=per_module, rates=rates)

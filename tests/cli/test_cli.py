@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -29,7 +30,7 @@ def recipe(tmp_path):
         fitted_lr=2e-3,
         reference=AT_16,
         law=Power(exponent=0.1, full_factor=1.5),
-        covariance=torch.diag(torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)),
+        covariance=np.diag([0.04, 0.01, 0.09]),
         ceiling=3e-2,
         scaling_rule="fixed",
         full_fan_in=64.0,
@@ -38,7 +39,7 @@ def recipe(tmp_path):
         steps=100,
         batch=16.0,
         versions={"torch": "2.6"},
-        tensors={"rank": torch.tensor([4, 64]), "lr": torch.tensor([1e-3, 2e-3]), "value": torch.tensor([0.5, 0.4])},
+        tensors={"rank": np.array([4, 64]), "lr": np.array([1e-3, 2e-3]), "value": np.array([0.5, 0.4])},
     )
     return made.save(tmp_path / "digits.toml"), made
 

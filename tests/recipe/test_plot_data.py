@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,7 +80,7 @@ def test_a_rank_whose_trials_were_all_pruned_has_no_curve():
     """Trials stopped for being worse are shown as pruned, and shape no curve where no run of their rank finished."""
     made, _ = calibrated("A", RANKS, 0.0)
     cut = made.tensors["rank"] == 2
-    value = made.tensors["value"].where(~cut, torch.nan)
+    value = np.where(cut, np.nan, made.tensors["value"])
     arm = picture_of(replace(made, tensors={**made.tensors, "value": value, "pruned": cut})).arms[0]
     assert {point.fate for point in arm.points} == {"pruned"}
     assert arm.curve == ()
@@ -107,7 +108,7 @@ def test_arms_are_in_order_and_full_finetuning_is_last():
     assert picture.full == made.at(method="full")
 
 
-@pytest.mark.parametrize("tensors", [{}, {"rank": torch.tensor([4])}])
+@pytest.mark.parametrize("tensors", [{}, {"rank": np.array([4])}])
 def test_a_recipe_without_trials_has_no_arms(tensors):
     """There is a picture without trials: rates by rank alone."""
     made, _ = calibrated("A", RANKS, 0.0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-import torch
+import numpy.typing as npt
 
 from ...recipe import SLOPE_SD, TAIL, Horizon, Observation, recent
 from ._posterior import Prior, fit_observations
@@ -15,7 +16,7 @@ _SHARES = (1, 2, 4)  # curves are read at their end, half and quarter
 _WINDOW = 5  # a reading is the mean of the last fifth of the values so far
 
 
-def horizon_of(trials: Mapping[str, torch.Tensor], prior: Prior) -> Horizon:
+def horizon_of(trials: Mapping[str, npt.NDArray[Any]], prior: Prior) -> Horizon:
     """The slope that a calibration's curves show, shrunk towards 0.
 
     The fit is made at the end, half and quarter of the curves, each read as the mean of the last fifth of its values so
@@ -43,7 +44,7 @@ def horizon_of(trials: Mapping[str, torch.Tensor], prior: Prior) -> Horizon:
     return Horizon(float(share * slope), math.sqrt(float(share * variance)))
 
 
-def _read(trials: Mapping[str, torch.Tensor], end: int) -> Iterator[Observation]:
+def _read(trials: Mapping[str, npt.NDArray[Any]], end: int) -> Iterator[Observation]:
     """Every run as if it had ended after `end` steps; without those stopped before, unless they diverged."""
     rows = zip(*(trials[key].tolist() for key in ("rank", "seed", "lr", "diverged", "curve")), strict=True)
     for rank, seed, lr, diverged, curve in rows:
