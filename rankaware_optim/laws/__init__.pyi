@@ -9,6 +9,7 @@ from ._base import get_law as get_law
 from ._base import innermost as innermost
 from ._base import law_changes as law_changes
 from ._base import law_from_dict as law_from_dict
+from ._base import law_sentence as law_sentence
 from ._base import law_to_dict as law_to_dict
 from ._base import law_words as law_words
 from ._constant import Constant as Constant

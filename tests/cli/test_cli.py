@@ -191,7 +191,16 @@ def test_show_prints_what_a_recipe_holds(recipe):
     done = call("show", recipe[0])
     assert done.exit_code == 0
     at_16 = "0.002 at rank 16, alpha 32, Init[A], width 64"
-    for text in ("digits", at_16, "0.03", "exponent=0.1", "AdamW", "100 steps", "ranks 4, 64; 2 trials", "torch 2.6"):
+    for text in (
+        "digits",
+        at_16,
+        "0.03",
+        "times rank^0.1, times 1.5 in full finetuning",
+        "AdamW",
+        "100 steps",
+        "ranks 4, 64; 2 trials",
+        "torch 2.6",
+    ):
         assert text in done.output
 
 
