@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .._figures import log_ticks
 from .._files import replace_bytes
 from .._rate import Rate
 from ..errors import PageError, RankAwareError
@@ -107,11 +108,9 @@ class _Axis:
         return [(self.at(value), f"{value:g}") for value in inside[::step]]
 
     def _round_values(self) -> Sequence[float]:
-        """1, 2 and 5 of every decade, or the decades alone where they are many; on an even axis, multiples of these."""
+        """1, 2 and 5 of a decade; on an even axis, their multiples."""
         if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1,) if math.log10(self.high / self.low) > 3 else (1, 2, 5)
-            return [float(f"{step}e{decade}") for decade in decades for step in steps]
+            return log_ticks(self.low, self.high, _MOST_TICKS)
         wide = (self.high - self.low) / _MOST_TICKS
         size = 10.0 ** math.floor(math.log10(wide))
         apart = next(m * size for m in (1, 2, 5, 10, 20) if wide <= m * size)
@@ -121,7 +120,7 @@ class _Axis:
 def _panel(picture: Picture, arm: PictureArm) -> dict[str, Any]:
     """One rank's drawing: places in the frame, and what it shows in words."""
     x = _Axis(*picture.rates, _LEFT, _RIGHT)
-    y = _Axis(*picture.values, _BOTTOM, _TOP, log=False)
+    y = _Axis(*arm.values, _BOTTOM, _TOP, log=False)
     rate = arm.rate
     return {
         "title": arm.title,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.recipe._plot_data import picture_of
 
 from ..helpers.models import mlp
+from ..helpers.recipes import KINDS
 
 RANKS = (2, 32)
 
@@ -125,3 +127,18 @@ def test_an_older_recipe_is_drawn_along_the_law_its_trials_ran_along():
     assert sorted(rates) == pytest.approx(sorted(rate for *_, rate in used))
     lost = picture_of(replace(older, scaling_rule="unknown"))
     assert {arm.rank: arm.by_base for arm in lost.arms} == {2: True, 32: False}
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("made", [*KINDS.values(), *SHIPPED], ids=[*KINDS, *(path.stem for path in SHIPPED)])
+def test_a_ranks_own_frame_holds_its_scores(made):
+    """A rank's frame has its own height: all its scores are inside, but those farther off than the whole is high."""
+    picture = picture_of(ra.Recipe.load(made) if isinstance(made, Path) else made)
+    height = picture.values[1] - picture.values[0]
+    for arm in picture.arms:
+        low, high = arm.values
+        scores = [point.value for point in arm.points if math.isfinite(point.value)]
+        assert all(low < value < high for value in scores if value <= min(scores) + height)
+        assert all(low < value <= high for _, value in arm.curve)
