@@ -49,7 +49,7 @@ import click
 from recording import RESULTS, machine, record
 from study.configurations import CLIP, CONFIGS, built, optimizer, start_of, starts
 from study.domains import Domain, get_domain
-from study.grids import FULL, Job, Losses, curve, losses_at, lowest, or_inf
+from study.grids import FULL, Job, Losses, Together, curve, losses_at, lowest, or_inf
 from study.optima import best_rates, cliff_of, crossing
 from study.runs_on_file import complete, read
 from study.suite import STORES, provenance
@@ -247,8 +247,8 @@ def run(chosen: tuple[str, ...], arms: tuple[str, ...], workers: int) -> None:
                 Around(cell_of(domain, config, arm), guess(domain, config, arm), own.seeds, own.wide)
                 for config in RANKS
             ]
-            for task in (starts(domain, range(SEEDS)), *cells):
-                complete(task, run_one, store, workers, click.echo, made[domain])
+            both = Together([starts(domain, range(SEEDS)), *cells])
+            complete(both, run_one, store, workers, click.echo, made[domain])
 
 
 def guess(domain: str, config: str, arm: str) -> int:
