@@ -18,8 +18,8 @@ A machine that has torch with CUDA needs beside it, by one command:
 
     python -m pip install -e '.[peft,transformers]' bitsandbytes gguf hypothesis pytest
 
-Where nothing outside can be reached: run `archives` where there is a network, carry the files named (some 100 MB, of which
-SmolLM2's are 93: `split -b 40M` where less fits at once), and set RANKAWARE_CACHE to their folder; carry what pip
+Where nothing outside can be reached: run `archives` where there is a network, carry the files named (some 100 MB, of
+which SmolLM2's are 93: `split -b 40M` where less fits at once), and set RANKAWARE_CACHE to their folder; carry what pip
 needs as wheels (`python -m pip download --only-binary=:all: -d wheels`, then `pip install --no-index --find-links
 wheels`). Tokens and pretrained networks are made on the device's own machine, in that folder: 4 GB.
 """
@@ -35,12 +35,20 @@ import click
 import torch
 from gpu import checks, smollm2, steps, width
 from gpu.setup import Setup, rows_in
-from recording import RESULTS, machine
+from recording import RESULTS, machine, written_by
 from study.domains import DomainError
 from study.domains._llama import BROWN, CODE
 from study.domains._wordnet import WORDNET
 from study.domains.language_smollm2 import SMOLLM2
 
+DEPENDS_ON = (
+    "gpu",
+    "costs.step_cost",
+    "laws.one_constant",
+    "laws.width",
+    "rankaware_optim.laws",
+    "rankaware_optim.optimizer",
+)
 PIECES = {"checks": checks, "step_cost": steps, "width": width, "smollm2": smollm2}  # by worth a minute
 PUBLISHED, TRIED = RESULTS / "cuda", Path("bench-cuda")
 

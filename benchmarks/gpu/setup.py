@@ -37,8 +37,9 @@ class Setup:
         return time.monotonic() >= self.until
 
     def machine(self) -> dict[str, Any]:
-        """Where the rows that follow were made; the command's time and the load are left out, which change by call."""
-        here = {key: value for key, value in machine(1).items() if key not in ("command", "date", "load_before")}
+        """Where the rows that follow were made, without what changes by call; the page names its own code."""
+        changing = ("code", "command", "date", "load_before")
+        here = {key: value for key, value in machine(1).items() if key not in changing}
         precision = {"matmul": torch.get_float32_matmul_precision()}
         return {"device": self.name, "cuda": torch.version.cuda, **precision, **here, **versions()}
 

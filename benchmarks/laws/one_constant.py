@@ -59,6 +59,7 @@ from rankaware_optim import inspect_model
 from rankaware_optim.laws._updates import Site, Updates, _in_quadrature, sign_terms
 from rankaware_optim.sweeps._bench import loss_between
 
+DEPENDS_ON = ("study.grids", "study.optima", "rankaware_optim.laws")
 DOMAINS = ("image_generation", "vision_classification", "language", "reinforcement")
 STORE = RESULTS / "one_constant"
 SEEDS, WIDE = 3, 2  # seeds of the half octaves, whole octaves to either side at first
