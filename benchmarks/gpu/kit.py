@@ -98,9 +98,7 @@ def table(device: str, smallest: bool, into: Path | None) -> None:
     if not parts:
         raise click.ClickException(f"There is nothing in {folder}. Run first: python benchmarks/gpu/kit.py run.")
     page = folder.with_suffix(".md")
-    page.write_text(
-        "\n\n".join([f"# On {' and '.join(cards(folder))}", *parts, f"Command: `{machine(1)['command']}`"]) + "\n"
-    )
+    page.write_text("\n\n".join([f"# On {' and '.join(cards(folder))}", *parts, written_by(machine(1))]) + "\n")
     click.echo(page.read_text())
 
 

@@ -55,8 +55,8 @@ def run(setup: Setup) -> None:
     """Run what is missing, until the time is over."""
     torch.set_float32_matmul_precision("highest")
     domain, tasks, store = sweep_of(setup)
-    todo = [task for task in tasks if task.wanted(read(store))]
-    on = setup.provenance(domain) if todo and not setup.over else {}
+    todo = [] if setup.over else [task for task in tasks if task.wanted(read(store))]
+    on = setup.provenance(domain) if todo else {}
     for task in todo:
         click.echo(f"{domain.name}: {len(read(store))} runs on file")
         one = partial(run_in, domain, warmup=WARMUP)
