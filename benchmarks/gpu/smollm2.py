@@ -58,6 +58,8 @@ def run(setup: Setup) -> None:
     todo = [] if setup.over else [task for task in tasks if task.wanted(read(store))]
     on = setup.provenance(domain) if todo else {}
     for task in todo:
+        if setup.over:
+            return
         click.echo(f"{domain.name}: {len(read(store))} runs on file")
         one = partial(run_in, domain, warmup=WARMUP)
         complete(Boxed(task, setup.until), one, store, 1, lambda said: None, on)

@@ -2,7 +2,8 @@
 
 The adapters of an 8B model at rank 16, 448 tensors, as in costs/step_cost.py, whose pairs in ABBA order these are,
 here at their own width and timed by CUDA events: what is timed ends when the device is done. Every ratio is the median
-of `ROUNDS` / 2 turns, of three builds anew; the range is that of the builds. The noise floor is a step against itself.
+of 10 turns, then of three fresh builds, whose range stands beside; what is compiled is built once. The noise floor is a
+step against itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from recording import block, number
 from torch import nn
 from torch.optim import AdamW
 
-ROUNDS, BUILDS = 40, 3
+ROUNDS, BUILDS = 20, 3
 GRAPHS, COMPILED, EIGHT_BIT = "capturable, in a CUDA graph", "compiled", "8-bit"
 FLAGS: dict[str, dict[str, Any]] = {
     "fused": {"fused": True},
@@ -67,13 +68,13 @@ def measure(name: str, setup: Setup) -> list[dict[str, float]]:
     layouts = TWO_GROUPS if setup.smallest or name == COMPILED else LAYOUTS
     pairs = [(f"{who} {n}", f"native {n}") for n in layouts for who in ("ours", "native")]
     pairs += [(f"native {n}", "native 1") for n in layouts]
-    rounds, builds = (2, 1) if setup.smallest else (ROUNDS, BUILDS)
+    builds = 1 if setup.smallest or name == COMPILED else BUILDS
     found = []
     for _ in range(builds):
         torch.compiler.reset()
         steps = contestants(model(setup), flags(name, setup), kind(name), layouts)
         made = {who: prepared(name, step, setup) for who, step in steps.items()}
-        found.append(measure_pairs(made, rounds, pairs, timer(setup)))
+        found.append(measure_pairs(made, 2 if setup.smallest else ROUNDS, pairs, timer(setup)))
     return found
 
 
