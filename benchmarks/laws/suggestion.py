@@ -28,6 +28,8 @@ from rankaware_optim.sweeps._bench import vertex_of
 from rankaware_optim.transfer import suggest_lr
 from rankaware_optim.transfer._suggest import LOG2_RATE, MARGIN, PUBLISHED, SPREAD, TASK_SD, Z90
 
+DEPENDS_ON = ("rankaware_optim.laws", "rankaware_optim.transfer", "rankaware_optim.sweeps")
+
 # Hidden sizes, from the models' published configurations.
 HIDDEN = {
     **dict.fromkeys(("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B-Instruct-2507", "meta-llama/Llama-3.2-1B"), 2048),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from recording import RESULTS, machine
+from recording import RESULTS, machine, written_by
 from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, TWO_RATES, run_at, starts
 from study.domains import STUDY, Domain, DomainError, get_domain, weights_hash
 from study.grids import FULL, Cell, Grid, Job, Losses
@@ -35,6 +35,7 @@ from rankaware_optim import Law
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.laws import get_law
 
+DEPENDS_ON = ("study", "rankaware_optim.laws")
 HERE, STORES, SUMMARY = RESULTS.parent, RESULTS / "suite", "summary.png"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the two READMEs
 QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
@@ -152,7 +153,7 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     pictures = [f"![{path.stem}]({path.name})" for path in draw_all(done, into, laws)]
     whole = domains_in(done)
     made = on_machines(store for store in stores if store.stem in whole)
-    text = "\n\n".join([*tables(done, moved, laws), *pictures, made, f"Command: `{machine(1)['command']}`"])
+    text = "\n\n".join([*tables(done, moved, laws), *pictures, made, written_by(machine(1))])
     (into / "tables.md").write_text(text + "\n")
     if folder == STORES and ours and moved:
         draw_summary(moved).savefig(folder / SUMMARY, dpi=110)
