@@ -13,7 +13,6 @@ import re
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -210,9 +209,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def check(recipe: Recipe, start: float, workers: ProcessPoolExecutor) -> list[TransferCheck]:
     """Train at every factor and seed. start: held-out loss before training, nats."""
-    with warnings.catch_warnings():  # the demo's table says itself that full finetuning is an extrapolation
-        warnings.simplefilter("ignore")
-        rates = {CHECKED_RANK: recipe.at(rank=CHECKED_RANK), None: recipe.at(method="full")}
+    rates = {CHECKED_RANK: recipe.at(rank=CHECKED_RANK), None: recipe.at(method="full")}
     each = len(CHECKED_SEEDS)
     jobs = [(rank, rates[rank].lr * f, seed) for rank in rates for f in FACTORS for seed in CHECKED_SEEDS]
     results = list(followed(workers.map(partial(run_at, decay=True), jobs), len(jobs)))

@@ -23,7 +23,7 @@ opt.step()
 print(opt.report())
 """
 USES = (  # a command, and what it prints
-    (["rankaware", "lr", str(RECIPE), "--rank", "32"], "32"),
+    (["rankaware", "lr", str(RECIPE), "--rank", "32"], "rank 32"),
     (["python", "-c", SWAP], "RankAwareOptimizer(AdamW)"),
     (["rankaware", "demo"], "recipe.toml"),
 )
