@@ -11,6 +11,7 @@ import rankaware_optim as ra
 from rankaware_optim import OptimizerError, RankAwareOptimizer
 from rankaware_optim.integrations import attach, create_rankaware_optimizer, trainer_factory
 
+from ...helpers.examples import readme_blocks
 from ...helpers.models import same
 
 with warnings.catch_warnings():
@@ -135,6 +136,14 @@ def test_every_trainer_trains_as_with_groups_by_hand(tmp_path, capsys, kind):
     hand = MAKERS[kind](model, tmp_path / "hand", **by_hand(model))
     hand.train()
     assert same(weights(ours), weights(hand))
+
+
+def test_the_readmes_line_moves_a_trainers_rates(tmp_path, capsys):
+    """The README's block trains a Trainer at rank 4 with rates moved from rank 16."""
+    trainer = plain(llama(), tmp_path)
+    exec(readme_blocks()[1], {"ra": ra, "torch": torch, "trainer": trainer})
+    assert trainer.state.global_step == 2
+    assert {row.rank for row in trainer.optimizer.report().rows if row.multiplier != 1.0} == {4}
 
 
 def test_a_second_run_prints_no_second_report(tmp_path, capsys):
