@@ -1,4 +1,4 @@
-"""From a model, or an adapter on disk, to a `Survey` of its LoRA factors."""
+"""Inspection of a model or of an adapter on disk: a `Survey` of its LoRA factors."""
 
 import lazy_loader
 

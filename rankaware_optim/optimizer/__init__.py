@@ -1,4 +1,4 @@
-"""`RankAwareOptimizer`: parameter groups with their rates, checkpoints, and the report."""
+"""`RankAwareOptimizer`: parameter groups and their rates, checkpoints, and the report."""
 
 import lazy_loader
 

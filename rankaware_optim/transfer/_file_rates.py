@@ -1,4 +1,4 @@
-"""The rates that an adapter on disk would train at."""
+"""The rates for an adapter on disk."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from ..laws import DEFAULT_LAW
 def survey_rates(
     survey: Survey, *, lr: float | None = None, law: str = DEFAULT_LAW, tuned_at: str | None = None
 ) -> tuple[Survey, Mapping[str, Rated]]:
-    """The rate of every parameter by name from a base rate `lr`, none without it; and the survey with the law's notes.
+    """Return a survey with the law's notes, and each factor's rate by name. Without `lr` there are no rates.
 
-    Raises:
-        InvalidReferenceError: `tuned_at` is no reference. OptimizerError: `lr` is not a positive finite number.
-        LawError: the law is unknown or gives no multiplier.
+    Args:
+        survey: the survey, such as from `inspect_file`.
+        lr: the base rate, per step.
+        law: the law's name.
+        tuned_at: the configuration of `lr`, as for `RankAwareOptimizer`.
     """
     reference = None if tuned_at is None else as_reference(tuned_at)
     if lr is None:
