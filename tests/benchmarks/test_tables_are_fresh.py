@@ -40,7 +40,6 @@ BEFORE_HASHES = {
     "simulated.md",
     "step_cost.md",
     "suggestion.md",
-    "suite/tables.md",
     "survey_cost.md",
     "trainers.md",
     "two_rates.md",
