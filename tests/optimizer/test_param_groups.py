@@ -270,7 +270,7 @@ def test_crossing_inits_is_noted():
 
 
 def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
-    """PiSSA and kin keep the base rate, with a warning that says why."""
+    """PiSSA and similar inits keep the base rate, with a warning that says why."""
     model = mlp((4, 8), init="other")
     with pytest.warns(RankAwareWarning, match=r"neither factor zero .* init='A' .*'B'") as caught:
         groups = rank_aware_param_groups(model, lr=LR, tuned_at=AT_16)
@@ -460,7 +460,7 @@ BATCHES = [
 
 @pytest.mark.parametrize(("kind", "tuned", "batch", "moved"), BATCHES)
 def test_the_batch_moves_every_rate_where_both_sides_name_one(kind, tuned, batch, moved):
-    """Rates go as √batch for Adam's kind and as batch for SGD's, heads too, but only where both batches are told."""
+    """Rates go as √batch for Adam and as batch for SGD, heads too, but only if both batches are given."""
     at = Reference(rank=4, alpha=4, batch=tuned)
     groups = rank_aware_param_groups(mlp((4,)), lr=LR, tuned_at=at, optimizer_class=kind, batch=batch)
     assert {group["rank_multiplier"] for group in groups} == {moved}
