@@ -46,9 +46,7 @@ class _Commands(click.Group):
         return found
 
     def invoke(self, ctx: click.Context) -> Any:
-        sys.path.insert(
-            0, ""
-        )  # a law or an optimizer of one's own lies in the folder one stands in, as under python -m
+        sys.path.insert(0, "")  # the user's laws and optimizers are imported from the current folder, as with python -m
 
         def words(message: Any) -> str:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")

@@ -80,7 +80,7 @@ def test_a_lock_file_of_another_program_is_left_alone(tmp_path):
 def test_what_is_no_file_is_refused(make, tmp_path):
     """A folder, a pipe that nobody writes to, and a device are not opened."""
     make(tmp_path / "given")
-    with pytest.raises(CalibrationError, match="is no file"):
+    with pytest.raises(CalibrationError, match="is not a file"):
         calibrate(made_up(), trials=2, storage=tmp_path / "given")
 
 

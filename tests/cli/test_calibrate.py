@@ -250,10 +250,10 @@ BAD = [
     (["loops:train", *RANKS, "--target-steps", 5], "Error: --target-steps 5 is less than the 10 steps of a trial."),
     (["loops:train", *RANKS, "--lr-range", "1,1"], "Error: --lr-range is"),
     (["loops:train", *RANKS, "--optimizer", "unheard-of"], "Unknown optimizer"),
-    (["loops:train", *RANKS, "--storage", "no-such-db://here"], "is no storage"),
+    (["loops:train", *RANKS, "--storage", "no-such-db://here"], "is not a storage"),
     (["loops:train", *RANKS, "--storage", "/proc/nowhere/s.journal"], "storage /proc/nowhere/s.journal failed"),
-    (["loops:train", *RANKS, "--storage", "/dev/full"], "is no file"),
-    (["loops:train", *RANKS, "--storage", "."], "is no file"),
+    (["loops:train", *RANKS, "--storage", "/dev/full"], "is not a file"),
+    (["loops:train", *RANKS, "--storage", "."], "is not a file"),
 ]
 
 

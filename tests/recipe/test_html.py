@@ -127,7 +127,7 @@ def test_the_table_holds_what_the_recipe_says():
 
 MEASURED = replace(RECIPE.law, law=Measured(steps=2))
 REFUSED = [
-    (replace(RECIPE, scaling_rule="as swept"), "did not say its alpha"),
+    (replace(RECIPE, scaling_rule="as swept"), "has no alpha"),
     (replace(RECIPE, law=MEASURED, reference=replace(RECIPE.reference, fan_in=8)), "measured"),
 ]
 
