@@ -125,7 +125,7 @@ def test_full_finetuning_is_a_rank(folder):
 
 
 def started(*arguments, env=(), **options):
-    """The command in a process of its own, with further environment variables.
+    """The command in a separate process, with further environment variables.
 
     Its first run waits until as many processes run as PROCESSES says: a quick one leaves trials for the others.
     """

@@ -166,7 +166,7 @@ def test_group_values_are_plain():
 
 
 def test_rates_by_pattern():
-    """rates= gives any parameter a rate of its own; the first pattern that matches wins."""
+    """rates= gives any parameter its own rate; the first pattern that matches wins."""
     rates = {"layer0.lora_B": 0.7, "layer0.*": 0.5, "head.*": 0.25}
     groups = rank_aware_param_groups(mlp((4, 8)), lr=LR, tuned_at=AT_16, rates=rates)
     found = {name: group["lr"] for group in groups for name, _ in group["params"]}
@@ -356,7 +356,7 @@ def test_the_width_of_full_finetuning_follows_the_references_init(init, width):
 
 
 def test_pinned_weights_do_not_count_for_the_width():
-    """A weight with a rate of its own has no say in the width that the others are read at."""
+    """A weight with its own rate has no say in the width that the others are read at."""
     model = nn.Sequential(adapted(scaling=1.0), adapted(kind="conv", scaling=1.0))
     found = multipliers(rank_aware_param_groups(model, lr=LR, tuned_at=replace(AT_16, fan_in=64), rates={"1.*": 1.0}))
     assert found["0.lora_A"] == pytest.approx(expected(4, 1.0, replace(AT_16, fan_in=64), width=12))

@@ -1,4 +1,4 @@
-"""Recipes: what survives the two files, what is refused at the door, and the rates quoted from them."""
+"""Recipes: what survives the two files, what is refused when read, and the rates quoted from them."""
 
 from __future__ import annotations
 

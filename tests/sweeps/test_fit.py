@@ -222,7 +222,7 @@ def test_without_alpha_rates_hold_as_swept(custom, tmp_path):
 
 
 @extrapolates
-def test_without_fan_in_only_what_hangs_on_it_is_refused(tmp_path):
+def test_without_fan_in_only_what_depends_on_it_is_refused(tmp_path):
     """Without a fan-in ranks are served as with one; full finetuning and another init need it, and take it."""
     known = fit_sweep(drawn(), fan_in=4096.0, steps=9)
     recipe = Recipe.load(fit_sweep(drawn(), steps=9).save(tmp_path / "r.toml"))

@@ -57,7 +57,7 @@ def test_a_library_s_layer(case, init):
 
 @pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
 def test_a_library_s_own_init_is_refused(case):
-    """What starts with both factors drawn, or has an init of its own, is refused and stays as it is."""
+    """What starts with both factors drawn, or needs its own init, is refused and stays as it is."""
     model = built(case)
     before = snapshot(model)
     with pytest.raises(InspectionError, match=r"needs the init of its convention|both factors drawn|`scalar` of zero"):

@@ -76,7 +76,7 @@ READERS = {"tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow}
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a script of this folder in a process of its own, in an empty folder, with no network to ask for."""
+    """Runs a script of this folder in a separate process, in an empty folder, with no network to ask for."""
 
     def ran(script: str, *arguments: object) -> Path:
         own = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
