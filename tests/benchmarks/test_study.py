@@ -118,7 +118,7 @@ def test_a_failing_run_ends_the_suite(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("cut", range(2, 60, 7))
 def test_a_file_cut_short_keeps_its_whole_lines(tmp_path: Path, cut: int) -> None:
-    """A line cut short is run again and the next one begins on a line of its own."""
+    """A line cut short is run again and the next one begins on its own line."""
     from study.runs_on_file import read
 
     store, ran = tmp_path / "s.jsonl", []
