@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from recording import RESULTS, machine
+from recording import RESULTS, machine, written_by
 from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, TWO_RATES, run_at, starts
 from study.domains import STUDY, Domain, DomainError, get_domain, weights_hash
 from study.grids import FULL, Cell, Grid, Job, Losses
@@ -36,6 +36,7 @@ from rankaware_optim._files import replace_bytes
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.laws import get_law
 
+DEPENDS_ON = ("study", "rankaware_optim.laws")
 README, STORES, PAGE, SUMMARY = RESULTS.parents[1] / "README.md", RESULTS / "suite", RESULTS / "study.md", "summary.png"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the README
 QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
@@ -158,8 +159,7 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     pictures = [f"![{path.stem}]({path.relative_to(page.parent)})" for path in figures]
     whole = domains_in(done)
     made = on_machines(store for store in stores if store.stem in whole)
-    command = f"Command: `{machine(1)['command']}`"
-    text = "\n\n".join(["# The study", *tables(done, moved, laws), *pictures, made, command])
+    text = "\n\n".join(["# The study", *tables(done, moved, laws), *pictures, made, written_by(machine(1))])
     replace_bytes(page, f"{text}\n".encode())
     if page == PAGE and moved:
         picture = f"![Regret of moved rates]({figures[0].relative_to(README.parent)})"

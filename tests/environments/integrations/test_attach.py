@@ -216,10 +216,10 @@ def test_what_is_given_holds_over_the_arguments(tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "sentence"),
     [
-        (lambda trainer: attach(object(), AdamW, lr=LR), "no Trainer of transformers"),
+        (lambda trainer: attach(object(), AdamW, lr=LR), "not a Trainer of transformers"),
         (lambda trainer: attach(trainer, AdamW), "attach was given no rate"),
-        (lambda trainer: [attach(trainer, AdamW, lr=LR) for _ in range(2)], "has an optimizer of its own"),
-        (lambda trainer: [trainer.create_optimizer(), attach(trainer, AdamW, lr=LR)], "has an optimizer of its own"),
+        (lambda trainer: [attach(trainer, AdamW, lr=LR) for _ in range(2)], "already has an optimizer"),
+        (lambda trainer: [trainer.create_optimizer(), attach(trainer, AdamW, lr=LR)], "already has an optimizer"),
         (lambda trainer: attach(trainer, "adamwx", lr=LR), "Unknown optimizer"),
     ],
 )
@@ -247,7 +247,7 @@ def test_a_trainer_that_makes_another_optimizer_is_warned_of(tmp_path, rate, cur
     args.embedding_learning_rate = rate
     trainer = OfItsOwn(llama(), args, train_dataset=tokens())
     attach(trainer, AdamW, lr=LR)
-    with pytest.warns(ra.RankAwareWarning, match=f"AdamW of its own, and what was attached is ignored: .*{cure}"):
+    with pytest.warns(ra.RankAwareWarning, match=f"its own AdamW, and the attached optimizer is ignored: .*{cure}"):
         trainer.train()
 
 
