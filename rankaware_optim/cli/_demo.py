@@ -1,4 +1,4 @@
-"""The demo: the whole main job on real weights and real images, offline, in less than two minutes on two cores.
+"""The demo: the whole main job on real weights and real images, offline, in about two minutes on two cores.
 
 EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. A calibration at ranks 4 and 64 gives a
 recipe. Its rate is then checked at a rank and on seeds that it never saw, and by full finetuning, against a quarter,
@@ -97,7 +97,7 @@ class TransferCheck:
 @click.command()
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("rankaware-demo"))
 def demo(out: Path) -> None:
-    """Calibrate and check on real weights and images, offline, in less than two minutes."""
+    """Calibrate and check on real weights and images, offline, in about two minutes."""
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
         raise DemoError(
