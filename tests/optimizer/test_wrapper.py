@@ -436,7 +436,7 @@ def test_the_class_of_an_instance_cannot_build_another():
 
 
 UNKNOWN = [
-    ("adamx", r"Unknown optimizer 'adamx' in torch\.optim\. Known are .*AdamW.*SGD"),
+    ("adamx", r"Unknown optimizer 'adamx' in torch\.optim\. Give one of .*AdamW.*SGD"),
     ("torch.optim:Lamb", r"Unknown optimizer 'Lamb'"),
     ("torch.optim.Lamb", r"Unknown optimizer 'Lamb' in torch\.optim"),
     ("no_such_package.Lamb", r"'no_such_package' cannot be imported"),
