@@ -97,7 +97,7 @@ class TransferCheck:
 @click.command()
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("rankaware-demo"))
 def demo(out: Path) -> None:
-    """Calibrate and check on real weights and images, offline, in less than two minutes."""
+    """Calibrate and check on real weights and images, offline, in about two minutes."""
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
         raise DemoError(

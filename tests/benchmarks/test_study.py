@@ -343,7 +343,7 @@ def test_a_table_of_missing_runs_is_refused(
     assert {path.name: path.read_text() for path in results.iterdir()} == {f"{script}.md": "published"}
 
 
-SCRIPTS = [path for path in sorted(BENCHMARKS.rglob("*.py")) if "__main__" in path.read_text()]
+SCRIPTS = [path for path in sorted(BENCHMARKS.rglob("*.py")) if '__name__ == "__main__"' in path.read_text()]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
