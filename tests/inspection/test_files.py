@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from rankaware_optim import InspectionError, RankAwareError
 from rankaware_optim.inspection import inspect_file
 from rankaware_optim.inspection.files import _peft_config as patterns
-from rankaware_optim.transfer import survey_report
+from rankaware_optim.transfer import survey_rates
 
 RANK = 8
 LAYER = "base_model.model.layers.0.q_proj"
@@ -735,7 +735,8 @@ def test_no_configuration_raises_an_error_but_ours(changes, tmp_path):
 def test_the_report_counts_like_factors_on_one_line(folder):
     """A hundred like layers take two lines, with their rates if a base rate is given."""
     survey = inspect_file(folder({k: v for i in range(100) for k, v in pair(f"layers.{i}.q").items()}))
-    plain, rated = survey_report(survey), survey_report(survey, lr=2e-4, tuned_at="r=8,alpha=16")
+    with_law, rates = survey_rates(survey, lr=2e-4, tuned_at="r=8,alpha=16")
+    plain, rated = survey.explain(), with_law.explain(rates=rates)
     assert plain.count("100") == 2
     assert "0.0002" not in plain
     assert rated.count("0.0002") == 2
@@ -744,6 +745,7 @@ def test_the_report_counts_like_factors_on_one_line(folder):
 def test_the_report_gives_every_tensor_a_line_if_asked(folder):
     """per_module names each tensor, with its rate."""
     survey = inspect_file(folder({k: v for i in range(3) for k, v in pair(f"layers.{i}.q").items()}))
-    report = survey_report(survey, lr=2e-4, tuned_at="r=8,alpha=16", per_module=True)
+    with_law, rates = survey_rates(survey, lr=2e-4, tuned_at="r=8,alpha=16")
+    report = with_law.explain(per_module=True, rates=rates)
     assert all(f.name in report for f in survey.factors)
     assert report.count("0.0002") == 6
