@@ -450,7 +450,7 @@ MISFITS = [
 def test_shapes_that_fit_no_pair_are_refused(shapes, folder):
     """Two halves whose shapes make no pair are an error that names both."""
     path = folder({key: torch.zeros(shape) for key, shape in shapes.items()})
-    with pytest.raises(InspectionError, match=r"lora_A\.weight has .*lora_B\.weight .* no LoRA pair"):
+    with pytest.raises(InspectionError, match=r"lora_A\.weight has .*lora_B\.weight .* not a LoRA pair"):
         inspect_file(path)
 
 
@@ -461,7 +461,7 @@ CORES = [((8, 8, 3, 3), (8, 4, 3, 3)), ((4, 8, 3, 3), (8, 4, 1, 1)), ((8,), (8, 
 def test_a_core_that_does_not_fit_its_pair_is_refused(core, down, folder):
     """Tucker's core is (r, r, k…) between two 1 × 1 convolutions."""
     tensors = {"x.lora_mid.weight": torch.zeros(core), "x.lora_down.weight": torch.zeros(down)}
-    with pytest.raises(InspectionError, match="no LoRA pair"):
+    with pytest.raises(InspectionError, match="not a LoRA pair"):
         inspect_file(folder({**tensors, "x.lora_up.weight": torch.zeros(5, 8, 1, 1)}))
 
 
