@@ -1,4 +1,9 @@
-"""A loop of one's own around a PEFT model: a rate tuned at rank 16, alpha 32, at rank 64."""
+"""
+A loop of one's own with PEFT
+=============================
+
+A rate tuned at rank 16, alpha 32, is moved to rank 64.
+"""
 
 import peft
 import tiny
