@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import rankaware_optim
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # they would be on example pages
 
 project = "rankaware-optim"
 author = "The rankaware-optim maintainers"
@@ -32,9 +34,10 @@ extensions = [
     "llms_txt",
     "mathml",
 ]
-exclude_patterns = ["_build", "_ext", "generated/moves.md"]
+exclude_patterns = ["_build", "_ext", "_templates", "generated/moves.md"]
 nitpicky = False
 
+templates_path = ["_templates"]
 html_theme = "furo"
 html_title = f"rankaware-optim {release}"
 html_static_path = ["_static"]
@@ -71,6 +74,8 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "download_all_examples": False,
     "write_computation_times": False,
+    "min_reported_time": 3600,  # never: times are of a machine
+    "within_subsection_order": "FileNameSortKey",
     "abort_on_example_error": True,
 }
 

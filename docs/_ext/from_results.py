@@ -27,6 +27,7 @@ RECIPE = """\
 ## {name}
 
 ```{{image}} recipes/{name}.png
+:width: 100%
 :alt: Trials, fitted curve, 90 % band and rate of the recipe {name}, rank by rank
 ```
 
