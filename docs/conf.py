@@ -64,6 +64,15 @@ intersphinx_mapping = {
     "optuna": ("https://optuna.readthedocs.io/en/stable/", str(HERE / "inventories" / "optuna.inv")),
 }
 
+doctest_global_setup = """
+import torch
+from rankaware_optim import *
+from rankaware_optim.laws import *
+from rankaware_optim.sweeps import *
+from rankaware_optim.testing import *
+from rankaware_optim.transfer import *
+"""
+
 sphinx_gallery_conf = {
     "examples_dirs": str(HERE.parent / "examples"),
     "gallery_dirs": "examples",
