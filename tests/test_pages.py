@@ -12,7 +12,7 @@ from .test_examples import batches, build
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("index", "quickstart", "which-rate", "loops", "inspect", "calibrate", "short-long", "recipes",
-         "full-finetuning", "extend/convention")  # fmt: skip
+         "full-finetuning", "law", "extend/convention")  # fmt: skip
 
 
 def blocks_of(page: str) -> list[str]:
