@@ -20,7 +20,8 @@ def _in_order(env: Any, page: str, seen: list[str]) -> list[str]:
 
 
 def _line(env: Any, page: str, url: str) -> str:
-    first = next((p.astext() for p in env.get_doctree(page).findall(nodes.paragraph)), "")
+    paragraphs = env.get_doctree(page).findall(nodes.paragraph)
+    first = next((p.astext() for p in paragraphs if isinstance(p.parent, nodes.section)), "")
     sentence = " ".join(first.split()).partition(". ")[0].rstrip(".:")
     return f"- [{env.titles[page].astext()}]({url})" + (f": {sentence}." if sentence else "")
 
