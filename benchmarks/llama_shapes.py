@@ -18,6 +18,7 @@ def projections(hidden: int, kv: int, intermediate: int) -> dict[str, tuple[int,
 
 
 LLAMA_8B_EIGHTH = projections(512, 128, 1792)  # 32 blocks; every width divided by 8
+LLAMA_8B = projections(4096, 1024, 14336)  # the same at its own width
 LLAMA_70B = projections(8192, 1024, 28672)  # 80 blocks
 
 

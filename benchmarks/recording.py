@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from code_hash import code_of
 from rich.console import Console
 from rich.table import Table
 
@@ -21,9 +22,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Where, with what, from which commit and by which command the figures were made."""
+    """Where, with what, from which commit and code, and by which command the figures were made."""
     return {
         "commit": commit(),
+        "code": code_of(Path(getattr(sys.modules["__main__"], "__file__", None) or "")),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": threads,
@@ -96,6 +98,11 @@ def made_on(on: Mapping[str, Any]) -> str:
     """The machine, and the command."""
     named = ", ".join(f"{key} {value}" for key, value in on.items() if key != "command")
     return f"Machine: {named}.\n\nCommand: `{on['command']}`"
+
+
+def written_by(on: Mapping[str, Any]) -> str:
+    """The code and the command alone: where the runs name their own machines."""
+    return f"Code: {on['code']}.\n\nCommand: `{on['command']}`"
 
 
 def shown(value: object) -> str:

@@ -1,6 +1,6 @@
 """Learning rates that stay right when the LoRA rank, alpha or init changes, or when you move to full finetuning.
 
-The names stand in `__init__.pyi`, where type checkers see them; each is imported when it is first used.
+The public names are in `__init__.pyi`, for type checkers. Each is imported when it is first used.
 """
 
 import lazy_loader

@@ -10,16 +10,16 @@ from typing import Any, TypeGuard
 from ._rate import Rate
 from .errors import InspectionError, OptimizerError, RankAwareError
 
-# What a number may be, lowest and highest, by its name in recipes, references, laws and sweeps. Ints are of whole ones.
+# Lowest and highest values by name in recipes, references, laws and sweeps. Int bounds mean that the value is whole.
 RANGES: Mapping[str, tuple[float, float]] = {
     "lr": (1e-30, 1e6),
-    "trial_lr": (1e-100, 1e100),  # moved to a reference, or from it
-    "octaves": (0.0, 10.0),  # by which rates stay below the best one; a standard deviation
+    "trial_lr": (1e-100, 1e100),  # a rate moved to a reference, or from it
+    "octaves": (0.0, 10.0),  # a safety margin, or a standard deviation
     "slope": (-10.0, 10.0),  # octaves per octave
     "steepness": (0.0, 10.0),  # per octave
     "rank": (1, 2**31 - 1),
     "alpha": (1e-12, 1e12),
-    "fan_in": (1e-9, 1e61),  # 2^200 stands for the limit of a large one
+    "fan_in": (1e-9, 1e61),  # 2^200 is used for the limit of a large width
     "batch": (1e-9, 1e15),
     "steps": (1, 10**15),
     "share": (0.0, 1.0),
@@ -36,17 +36,17 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "floor": (1e-30, 1e6),
     "target": (1e-9, 1e9),
 }
-MOST_TRIALS = 2000  # of a recipe or a fit, whose time grows with their cube
+MOST_TRIALS = 2000  # in a recipe or a fit, whose time grows with their cube
 
 
 def is_within(name: str, value: object) -> TypeGuard[float]:
-    """Whether `value` is a number in the range of `name`."""
+    """Return whether `value` is a number in the range of `name`."""
     low, high = RANGES[name]
     return is_number(value) and low <= value <= high and (isinstance(low, float) or value == int(value))
 
 
 def range_of(name: str) -> str:
-    """The range of `name` in words.
+    """Return the range of `name` in words.
 
     >>> range_of("rank"), range_of("share")
     ('a whole number from 1 to 2147483647', 'a number from 0 to 1')
@@ -56,26 +56,26 @@ def range_of(name: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: its repr, cut short."""
+    """Return a value's repr for an error message, cut to 200 characters."""
     try:
         text = repr(value)
-    except Exception:  # an int of more than 4,300 digits, a list within itself thousands deep
+    except Exception:  # an int of more than 4,300 digits, or a very deeply nested list
         return f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is an int or a float; a bool is none."""
+    """Return whether `value` is an int or a float, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_positive(value: object) -> TypeGuard[float]:
-    """Whether `value` is a positive finite number."""
+    """Return whether `value` is a positive finite number."""
     return is_number(value) and 0 < value < math.inf
 
 
 def is_whole(value: object, least: int = 1) -> TypeGuard[int]:
-    """Whether `value` is an int of at least `least`; a bool is none."""
+    """Return whether `value` is an int of at least `least`, but not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -86,19 +86,19 @@ def check_init(
     *,
     known: Sequence[object] = ("A", "B"),
 ) -> None:
-    """Refuse an init that is none of `known`, by an `error` whose sentence begins with `what`."""
+    """Raise an `error` if `init` is not one of `known`. The message begins with `what`."""
     if not (init is None or isinstance(init, str)) or init not in known:
         others = "".join(f", {other!r}" for other in known[2:])
-        raise error(f"{what} 'A' (B zero) or 'B' (A zero){others}, not {init!r}.", "Give one of them.")
+        raise error(f"{what} 'A' (B = 0 at the start) or 'B' (A = 0){others}, not {init!r}.", "Give one of them.")
 
 
 def plain_lr(lr: Any) -> Any:
-    """What an optimizer keeps of the rate it is given: the float of a `Rate`, anything else as it is."""
+    """Return a rate as an optimizer stores it: the float of a `Rate`, anything else unchanged."""
     return float(lr) if isinstance(lr, Rate) else lr
 
 
 def check_lr(lr: object, what: str = "lr") -> float:
-    """`lr` as a positive finite float, from a number, a `Rate` or a one-element tensor; else an `OptimizerError`."""
+    """Return a number, `Rate` or one-element tensor as a positive finite float, or raise an `OptimizerError`."""
     lr = plain_lr(lr)
     value = lr.item() if getattr(lr, "numel", lambda: 0)() == 1 else lr  # type: ignore[attr-defined]
     if not is_positive(value) or value > sys.float_info.max:  # an int may be larger

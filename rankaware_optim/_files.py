@@ -1,4 +1,4 @@
-"""Whole files: only regular ones are read, and one is replaced at once or left as it was."""
+"""Files: read regular files completely, and replace a file atomically."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The bytes of a regular file of at most `most`; everything else is an OSError. A pipe might never end."""
+    """Return the bytes of a regular file of at most `most` bytes. Anything else, such as a pipe, is an OSError."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise OSError("it is no regular file")
+                raise OSError("it is not a regular file")
             if status.st_size > most:
                 raise OSError(f"it is longer than {most:,} bytes")
             return file.read()
-    except ValueError as error:  # a name with a NUL in it
+    except ValueError as error:  # a name that contains a NUL
         raise OSError(str(error)) from error
 
 
@@ -28,13 +28,13 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def replace_bytes(path: Path, data: bytes, *, like: Path | None = None) -> None:
-    """Make `data` the content of `path`, or of what it links to, at once; an OSError leaves it as it was.
+    """Replace the content of `path`, or of its link's target, atomically. An OSError leaves the file unchanged.
 
-    The file keeps its mode, or has that of `like`; a new one has what the umask leaves.
+    The file keeps its mode, or gets that of `like`. A new file gets the default mode of the umask.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
-        raise OSError("it is no regular file")
+        raise OSError("it is not a regular file")
     made = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         with open(made, "xb") as file:

@@ -10,11 +10,18 @@ from torch.optim import Optimizer
 
 from .errors import OptimizerError
 
-_NO_CLASS = ("Optimizer", "RankAwareOptimizer")  # base and wrapper, which are no optimizers by themselves
+_NO_CLASS = ("Optimizer", "RankAwareOptimizer")  # base class and wrapper, which are not optimizers by themselves
 
 
 def get_optimizer_class(optimizer: type[Optimizer] | str) -> type[Optimizer]:
-    """A torch optimizer class: itself, a name in torch.optim in any case, "package:Class", or as recipes store it.
+    """Return a torch optimizer class.
+
+    Args:
+        optimizer: the class, a name in torch.optim in upper or lower case, "package:Class", or "module.Class" as in a
+            recipe.
+
+    Raises:
+        OptimizerError: there is no such class.
 
     >>> [get_optimizer_class(name).__name__ for name in ("adamw", "torch.optim.AdamW")]
     ['AdamW', 'AdamW']
@@ -29,7 +36,7 @@ def get_optimizer_class(optimizer: type[Optimizer] | str) -> type[Optimizer]:
 
 
 def defaults_of(function: Any) -> dict[str, Any]:
-    """The arguments of a function, or of a class, that have a default, with it; none where it cannot be looked into."""
+    """Return the default values of a function's or class's arguments; empty if its signature cannot be read."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -40,13 +47,13 @@ def defaults_of(function: Any) -> dict[str, Any]:
 def _find_class(package: str, name: str) -> type[Optimizer]:
     try:
         module = import_module(package)
-    except (Exception, SystemExit) as error:  # a stranger's module may raise anything on import, or exit
+    except (Exception, SystemExit) as error:  # a third-party module may raise anything on import, or exit
         raise OptimizerError(
-            f"The package {package!r} cannot be imported: {error}.", "Install it, or mend it."
+            f"The package {package!r} cannot be imported: {error}.", "Install it, or fix it."
         ) from error
     members = {key: value for key, value in vars(module).items() if isinstance(value, type)}
     classes = {key.lower(): value for key, value in members.items() if issubclass(value, Optimizer)}
     if name.lower() not in classes:
         known = ", ".join(sorted(value.__name__ for value in set(classes.values()) - {Optimizer}))
-        raise OptimizerError(f"Unknown optimizer {name!r} in {package}.", f"Known are {known}; or say 'package:Class'.")
+        raise OptimizerError(f"Unknown optimizer {name!r} in {package}.", f"Give one of {known}, or 'package:Class'.")
     return classes[name.lower()]

@@ -1,4 +1,4 @@
-"""The table of optimizers: what is known of each class, by its name. Plain values and no torch."""
+"""The table of optimizers: properties of each class, by its name. Plain values, without torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 
 class Known(NamedTuple):
-    """What is known of an optimizer class.
+    """The known properties of an optimizer class.
 
-    family: how far its updates move a layer, a key of the laws' forms. relation: how its best rate follows from
-    AdamW's, a key of `suggest_lr`'s rules, "" where nothing is published. one_rate: why it cannot have a rate per
-    group, "" where it can. floor: the least size that a relative-scale step takes a parameter for. needs_decay: it
-    scales by norms only what it decays. steps: public methods beside `step` that move parameters.
+    family: a key of the laws' forms, which say how far its updates move a layer. relation: how its best rate follows
+    from AdamW's, a key of `suggest_lr`'s rules, "" if nothing is published. one_rate: why it cannot have a rate per
+    group, "" if it can. floor: the smallest rms of a parameter that a relative-scale step assumes. needs_decay: whether
+    it scales by norms only the parameters that it decays. steps: public methods other than `step` that move parameters.
     """
 
     family: str = "unknown"
@@ -26,7 +26,7 @@ class Known(NamedTuple):
 
 _ESTIMATES = "estimates one rate for all groups itself"
 _IN_BACKWARD = "steps inside the backward pass with one rate"
-# Names in lower case. What keeps its state in fewer bits, or in paged memory, is its base: `_VARIANT`.
+# Names in lower case. Variants with a quantized or paged state have the row of their base, see `_VARIANT`.
 _ROWS = {
     "adam adamw": Known("sign-like", "as AdamW"),
     "nadam nadamw radam": Known("sign-like", "steps of AdamW's size"),
@@ -50,7 +50,7 @@ _VARIANT = re.compile(r"(?:paged)?(.+?)(?:(?:4|8|32)bit|fp8)?")
 
 
 def known_name(name: str) -> str:
-    """The name under which an optimizer is in the table, "" where it is not.
+    """Return the name of an optimizer in the table, "" if it is not there.
 
     >>> known_name("PagedAdamW8bit"), known_name("AdamW"), known_name("Unheard")
     ('adamw', 'adamw', '')
@@ -60,17 +60,17 @@ def known_name(name: str) -> str:
 
 
 def known_optimizer(optimizer: type | str) -> tuple[str, Known]:
-    """The first name in the table along a class's bases, or of the name itself, and its row; ("", Known()) for none."""
+    """Return name and row of the first class in the table along a class's bases, or of a name; else ("", Known())."""
     names = [optimizer] if isinstance(optimizer, str) else [base.__name__ for base in optimizer.__mro__]
     name = next(filter(None, map(known_name, names)), "")
     return name, _KNOWN.get(name, Known())
 
 
 def optimizer_family(optimizer_class: type, settings: Mapping[str, Any] | None = None) -> str:
-    """How an optimizer's step scales: a key of the laws' forms, "unknown" where no class along its bases is known.
+    """Return the family of an optimizer: a key of the laws' forms, or "unknown" if no class along its bases is known.
 
-    Adafactor with `scale_parameter=False` (transformers', fairseq's) is sign-like. torch's has no such setting.
-    torch_optimizer's LARS without weight decay is SGD: it scales by norms only what it decays.
+    Adafactor with `scale_parameter=False` (of transformers and fairseq) is sign-like. torch's has no such setting.
+    torch_optimizer's LARS without weight decay is SGD, since it scales by norms only what it decays.
     """
     (name, row), settings = known_optimizer(optimizer_class), settings or {}
     if name == "adafactor" and settings.get("scale_parameter") is False:

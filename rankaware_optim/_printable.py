@@ -1,10 +1,10 @@
-"""Text that a terminal only prints: names, notes and cells may come from a stranger's file."""
+"""Text that is safe to print on a terminal. Names, notes and cells may come from untrusted files."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """`text` without what a terminal would obey instead of print: controls, marks of direction, half characters.
+    """Return `text` without characters that control a terminal: controls, direction marks, surrogates.
 
     >>> printable("\\x1b[2Ja note")
     '[2Ja note'

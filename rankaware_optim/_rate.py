@@ -1,4 +1,4 @@
-"""A learning rate that explains itself: what `Recipe.at`, `convert_lr` and `suggest_lr` return."""
+"""A learning rate with its uncertainty, as `Recipe.at`, `convert_lr` and `suggest_lr` return it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from ._printable import printable
 
 @dataclass(frozen=True)
 class Rate:
-    """A learning rate and how sure it is. `lr` or `float(rate)` is the number, and printed it explains itself.
+    """A learning rate and its uncertainty. `float(rate)` is the number. Printing shows all of it.
 
-    `lr` is the rate to use. It lies below the middle of its band where too high a rate costs more. `low` and `high`
-    bound the best rate with 90 %, and are 0 and infinity where nothing bounds it. `ceiling` is the smallest rate seen
-    to diverge, moved to this configuration, or None. `extrapolated` says that nothing was tried this far out. `notes`
-    are cautions in words. `configuration` says what the rate is for: rank, alpha, steps and more, as far as known.
+    Args:
+        lr: the rate to use, per step. It is below the middle of the band if too high a rate costs more.
+        low: lower end of the 90 % band of the best rate, 0 if unknown.
+        high: upper end of the band, infinity if unknown.
+        ceiling: the smallest rate that diverged, moved to this configuration, or None.
+        extrapolated: whether the configuration is outside those tried.
+        notes: sentences on assumptions and uncertainties.
+        configuration: the rate's rank, alpha, steps and more in words, as far as known.
 
     >>> rate = Rate(1e-3, low=5e-4, high=2e-3)
     >>> print(rate)
@@ -41,12 +45,12 @@ class Rate:
         return self.explain()
 
     def explain(self) -> str:
-        """The rate in words, a fact a line: the number, what bounds it, and the notes."""
+        """Return the rate as text, one fact per line: the number, its bounds, and the notes."""
         return printable("\n".join([*self._facts(), *(f"note: {note}" for note in self.notes)]))
 
     @property
     def band(self) -> str:
-        """The band in words: "0.0005 to 0.002"."""
+        """The band as text, such as "0.0005 to 0.002"."""
         return f"{self.low:.3g} to {self.high:.3g}"
 
     def _facts(self) -> Iterator[str]:
@@ -56,6 +60,6 @@ class Rate:
         if math.isfinite(self.high):
             yield f"90 % band {self.band}"
         if self.ceiling is not None:
-            yield f"ceiling   {self.ceiling:.3g} (the smallest rate seen to diverge)"
+            yield f"ceiling   {self.ceiling:.3g} (the smallest rate that diverged)"
         if self.extrapolated:
             yield "extrapolated"

@@ -1,4 +1,4 @@
-"""Things found by name: built-ins first, then entry points, read late and failing softly."""
+"""Registries of named factories: built-ins first, then entry points, which are loaded when needed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .errors import RankAwareError
 
 
 class Registry:
-    """A table of named factories, completed by the entry points of `group` on the first miss.
+    """A table of named factories. The entry points of `group` are added at the first unknown name.
 
-    A plug-in that fails to import is a warning with its name, never an error for those who do not ask for it.
+    A plug-in that cannot be imported gives a warning with its name. It is an error only for its users.
     """
 
     def __init__(self, group: str, what: str, error: type[RankAwareError]) -> None:
@@ -24,25 +24,25 @@ class Registry:
         self._plugins: dict[str, Callable[..., Any]] | None = None
 
     def register(self, name: str, factory: Callable[..., Any] | str) -> None:
-        """Make `factory`, or what "module:name" says where it lies, available under `name`."""
+        """Register a factory, or its location as "module:name", under `name`."""
         if isinstance(factory, str):
             place = EntryPoint(name, factory, self._group)
             factory = lambda: place.load()()  # noqa: E731
         self._builtin[name] = factory
 
     def names(self) -> list[str]:
-        """All names known, built-in and installed, sorted."""
+        """Return all known names, built-in and installed, sorted."""
         return sorted({*self._builtin, *self._installed()})
 
     def get(self, name: str) -> Callable[..., Any]:
-        """The factory called `name`; an error that lists the known ones if there is none."""
+        """Return the factory called `name`. The error for an unknown name lists the known ones."""
         if name in self._builtin:
             return self._builtin[name]
         if name in self._installed():
             return self._installed()[name]
         raise self._error(
             f"Unknown {self._what} {name!r}.",
-            f"Known are {', '.join(self.names())}; a package adds one by the entry point group {self._group!r}.",
+            f"Known are {', '.join(self.names())}. A package adds one by the entry point group {self._group!r}.",
         )
 
     def _installed(self) -> dict[str, Callable[..., Any]]:
@@ -56,6 +56,6 @@ def _load(point: EntryPoint) -> Callable[..., Any] | None:
     try:
         factory: Callable[..., Any] = point.load()
         return factory
-    except (Exception, SystemExit) as error:  # a stranger's package may raise anything on import, or exit
+    except (Exception, SystemExit) as error:  # a third-party package may raise anything on import, or exit
         warn(f"The plug-in {point.name!r} ({point.value}) could not be loaded: {error}.")
         return None

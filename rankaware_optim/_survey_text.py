@@ -1,4 +1,4 @@
-"""What a survey says in print: its table, and the known accidents that it shows."""
+"""A survey as text: its table, and likely mistakes that it shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Rated(NamedTuple):
-    """A parameter's learning rate, and why it is that, in words."""
+    """A parameter's learning rate, and the reason for it in words."""
 
     lr: float
     reason: str
@@ -22,11 +22,20 @@ class Rated(NamedTuple):
 _HEADINGS = ("convention", "kind", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors", "lr", "why")
 _MOST_SCALING = 8.0
 _LEAST_SCALING = 1 / 64
-NO_LAW = "neither factor was zero, so no law covers it: the base rate"
+NO_LAW = "neither factor started at zero, so no law covers it: the base rate"
+
+
+def init_text(init: str) -> str:
+    """Return an init in the words of a report: by the factor that starts at zero.
+
+    >>> init_text("A"), init_text("B")
+    ('B = 0', 'A = 0')
+    """
+    return {"A": "B = 0", "B": "A = 0"}.get(init, init)
 
 
 def explain(survey: Survey, per_module: bool, rates: Mapping[str, Rated]) -> str:
-    """A table of what was found and why each is treated so, alike factors on one line, then what to check."""
+    """Return a table of the factors with their rates and reasons, equal factors on one line, then what to check."""
     lines = Counter[tuple[str, ...]]()
 
     def add(name: str, convention: str, cells: tuple[str, ...], reason: str, rated: Rated | None) -> None:
@@ -35,7 +44,8 @@ def explain(survey: Survey, per_module: bool, rates: Mapping[str, Rated]) -> str
 
     for f in survey.factors:
         scaling = "" if f.role == "full" else f"{f.scaling:g}"
-        cells = (f.kind, f.role, str(f.rank or ""), scaling, f.init, f"{f.fan_in:g}", f"{f.fan_out:g}")
+        init = "" if f.role == "full" else init_text(f.init)
+        cells = (f.kind, f.role, str(f.rank or ""), scaling, init, f"{f.fan_in:g}", f"{f.fan_out:g}")
         reason = NO_LAW if f.init == "other" else "a LoRA pair" if f.rank else "a whole weight"
         add(f.name, f.convention, cells, reason, rates.get(f.name))
     for name in survey.other:
@@ -51,22 +61,22 @@ def explain(survey: Survey, per_module: bool, rates: Mapping[str, Rated]) -> str
 
 
 def reason_of_other(kinds: Sequence[str], rate: str = "the base rate") -> str:
-    """Why a parameter that is no factor has the rate that `rate` says. `kinds`: the adapters without a law it is of."""
+    """Return why a parameter that is not a factor has its rate. `kinds`: its adapter's kinds, if no law covers them."""
     return f"{', '.join(kinds)}: no law, {rate}" if kinds else f"no LoRA factor: {rate}"
 
 
 def audit(survey: Survey) -> Iterator[str]:
-    """Known accidents that a survey shows, a sentence each."""
+    """Yield likely mistakes that a survey shows, a sentence each."""
     pairs = [f for f in survey.factors if f.role != "full"]
     if not survey.factors:
         kinds = sorted(set(survey.unsupported.values()))
-        yield f"0 LoRA pairs matched; what trains is {', '.join(kinds) or 'no adapter'}: the rank moves no rate."
+        yield f"0 LoRA pairs matched (trainable adapters: {', '.join(kinds) or 'none'}), so the rank moves no rate."
     if survey.frozen:
         yield f"{_some(survey.frozen, 'LoRA factor')} not trained: an inactive adapter, or one frozen by mistake."
     if survey.unadapted:
         yield (
-            f"{_some(survey.unadapted, 'frozen stack')} not adapted: in PEFT, target_modules does not reach experts "
-            "that are bare parameters, target_parameters does."
+            f"{_some(survey.unadapted, 'frozen stack')} not adapted: in PEFT, experts that are bare parameters need "
+            "target_parameters instead of target_modules."
         )
     for init, words in (("other", "neither factor zero at the start"), ("unknown", "an init that cannot be read")):
         names = [f.name for f in pairs if f.init == init]
@@ -81,6 +91,6 @@ def audit(survey: Survey) -> Iterator[str]:
 
 
 def _some(names: Sequence[str], what: str) -> str:
-    """How many, and which: "2 factors (a, …) are"; the caller's sentence goes on with "not"."""
+    """Return number and first name, as "2 factors (a, …) are". The caller's sentence continues with "not"."""
     one = len(names) == 1
     return f"{len(names)} {what}{'' if one else 's'} ({names[0]}{'' if one else ', …'}) {'is' if one else 'are'}"

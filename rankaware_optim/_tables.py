@@ -1,4 +1,4 @@
-"""Plain-text tables, drawn by rich: what every report of this package is printed with."""
+"""Plain-text tables for reports, made with rich."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def text_table(
     left: Sequence[str] = (),
     width: int = 120,
 ) -> str:
-    """A table of `rows` under `headings`, those in `left` flush left, with whole `lines` of text below it."""
+    """Return a table of `rows` under `headings`, with `lines` of text below it.
+
+    left: the headings of left-aligned columns. width: the largest width of the table, in characters.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -1,7 +1,7 @@
-"""The nouns every other module speaks of: `Factor`, `Survey`, `Reference`.
+"""The common types: `Factor`, `Survey`, `Reference`.
 
 A frozen weight W of shape (n_out, n_in) is adapted as W + s·B·A with A of shape (r, n_in) and B of shape (n_out, r).
-`scaling` is s, the effective multiplier on B·A: alpha / r in PEFT, alpha / √r with rsLoRA.
+`scaling` is s, the effective multiplier of B·A: alpha / r in PEFT, alpha / √r with rsLoRA.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ._checks import check_init, is_within, range_of, shown
-from ._survey_text import Rated, audit, explain
+from ._survey_text import Rated, audit, explain, init_text
 from .errors import InspectionError, InvalidReferenceError
 
 Role = Literal["A", "B", "full"]
@@ -25,10 +25,20 @@ Method = Literal["lora", "full"]
 class Factor:
     """One trainable matrix whose rate a law may move.
 
-    `role` is "A" (the first, input-side factor), "B" (the second) or "full" (a whole weight under full finetuning).
-    `rank` is None for "full". `fan_in` and `fan_out` are those of the adapted layer, not of the factor; a
-    convolution's fan-in is channels × kernel. `init` is "A" where A was drawn and B is zero, "B" where B was drawn
-    and A is zero, "other" where neither is zero, "unknown" where it cannot be read.
+    Args:
+        name: the parameter's name.
+        role: "A" (the first, input-side factor), "B" (the second) or "full" (a whole weight in full finetuning).
+        rank: the LoRA rank, None for "full".
+        fan_in: number of inputs of the adapted layer, not of the factor. For a convolution it is channels × kernel
+            size.
+        fan_out: number of outputs of the adapted layer.
+        scaling: the effective multiplier s, dimensionless.
+        init: "A" if A was drawn and B starts at zero, as in PEFT. "B" if B was drawn and A starts at zero. "other" if
+            neither is zero, "unknown" if it cannot be read.
+        kind: the layer's kind, such as "linear" or "embedding".
+        layer: the layer's name.
+        adapter: the adapter's name.
+        convention: the name of the convention by which it was found.
     """
 
     name: str
@@ -46,11 +56,17 @@ class Factor:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a model trains: its `factors`, and every `other` trainable parameter by name.
+    """The trainable parameters of a model, as found by `inspect_model` or `inspect_file`.
 
-    `looked_at` counts the parameters that were looked at, `tried` names the conventions, `notes` are sentences for
-    the report. `frozen` names LoRA factors that do not train, `unadapted` frozen expert weights that no pair adapts.
-    `unsupported` gives the kind of those of `other` that belong to an adapter without a law: {"q.hada_w1_a": "LoHa"}.
+    Args:
+        factors: LoRA factors and whole weights.
+        other: names of the other trainable parameters.
+        notes: sentences for the report.
+        looked_at: number of parameters examined.
+        tried: names of the conventions tried.
+        frozen: names of LoRA factors that do not train.
+        unadapted: names of frozen expert weights that no pair adapts.
+        unsupported: the adapter's kind for those of `other` that no law covers, such as {"q.hada_w1_a": "LoHa"}.
     """
 
     factors: tuple[Factor, ...] = ()
@@ -64,21 +80,28 @@ class Survey:
 
     @property
     def width(self) -> float:
-        """Mean fan-in of the adapted layers, weighted by their weights' size; embeddings are left out."""
+        """Mean fan-in of the adapted layers, weighted by the size of their weights. Embeddings are left out."""
         sizes = {f.layer: (f.fan_in, f.fan_in * f.fan_out) for f in self._dense()}
         total = sum(size for _, size in sizes.values())
         return sum(n * size for n, size in sizes.values()) / total if total else 1.0
 
     def full_width(self, init: Init = "A") -> float:
-        """The width that decides full finetuning, seen from a LoRA rate tuned at `init`.
+        """Return the width on which the rate of full finetuning depends, relative to a LoRA rate.
 
-        The largest fan-in from Init[A], the mean from Init[B], whose own rate falls with the width, by theory, as full
-        finetuning's does: with these no further factor is needed (benchmarks/results/full_width.md).
+        It is the largest fan-in for Init[A] and the mean fan-in for Init[B]. With these widths the law needs no further
+        factor (benchmarks/results/full_width.md).
+
+        Args:
+            init: the init of the LoRA rate: "A" (B starts at zero) or "B" (A starts at zero).
         """
         return self.width if init == "B" else max((f.fan_in for f in self._dense()), default=1.0)
 
     def dominant(self) -> Reference:
-        """This model's own most common (rank, scaling, init), counted by pairs, as an unresolved `Reference`."""
+        """Return this model's most common (rank, scaling, init), counted by pairs, as an unresolved `Reference`.
+
+        Raises:
+            InspectionError: there is no LoRA pair.
+        """
         if any(f.role == "full" for f in self.factors):
             return Reference(method="full")
         pairs = {(f.layer, f.adapter, f.convention): f for f in self.factors}.values()
@@ -86,21 +109,23 @@ class Survey:
         keys = keys or [(f.rank, f.scaling, f.init) for f in pairs]
         if not keys:
             raise InspectionError(
-                "The survey holds no LoRA pair, so it has no most common rank.",
-                "Inspect a model that has adapters, or say method='full'.",
+                "The survey has no LoRA pair, so it has no most common rank.",
+                "Inspect a model that has adapters, or give method='full'.",
             )
         (rank, scaling, init), _ = Counter(keys).most_common(1)[0]
         return Reference.from_scaling(rank, scaling, init="B" if init == "B" else "A")
 
     def explain(self, *, per_module: bool = False, rates: Mapping[str, Rated] | None = None) -> str:
-        """A table of what was found and why each is treated so, alike factors on one line, then what to check.
+        """Return a table of the factors with their rates and reasons, and sentences on what to check.
 
-        per_module gives every tensor a line of its own. rates: by parameter name, to fill the columns lr and why.
+        Args:
+            per_module: whether every tensor has its own line. Otherwise equal factors share one.
+            rates: rates and reasons by parameter name, for the columns lr and why.
         """
         return explain(self, per_module, rates or {})
 
     def audit(self) -> tuple[str, ...]:
-        """Known accidents that this survey shows, a sentence each; empty where there is none."""
+        """Return sentences on likely mistakes that this survey shows."""
         return tuple(audit(self))
 
     def _dense(self) -> Iterable[Factor]:
@@ -109,11 +134,21 @@ class Survey:
 
 @dataclass(frozen=True)
 class Reference:
-    """The configuration a learning rate was tuned at.
+    """The configuration at which a learning rate was tuned.
 
-    `alpha` with `rank` and `rslora` give the effective multiplier `scaling`. `fan_in` is the model's width; left
-    out, it is taken from the model the rate is used on. `batch` (examples or tokens a step) is kept for laws that
-    know it. Full finetuning is `Reference(method="full")` and needs neither rank nor alpha.
+    Full finetuning is `Reference(method="full")` and needs neither rank nor alpha.
+
+    Args:
+        rank: the LoRA rank.
+        alpha: LoRA's alpha.
+        rslora: whether alpha is divided by √rank instead of rank.
+        init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
+        fan_in: the model's width. By default that of the model on which the rate is used.
+        method: "lora" or "full".
+        batch: examples or tokens per step, for the law's rule for the batch.
+
+    Raises:
+        InvalidReferenceError: a value is missing or impossible.
 
     >>> Reference(rank=16, alpha=32).scaling
     2.0
@@ -132,13 +167,13 @@ class Reference:
     def __post_init__(self) -> None:
         if self.method not in ("lora", "full"):
             raise InvalidReferenceError(
-                f"A reference's method is 'lora' or 'full', not {self.method!r}.", "Give one of the two."
+                f"A reference's method is 'lora' or 'full', not {self.method!r}.", "Give one of them."
             )
         check_init(self.init, "A reference's init is", InvalidReferenceError)
         for name in ("rank", "alpha") if self.method == "lora" else ():
             if getattr(self, name) is None:
                 raise InvalidReferenceError(
-                    f"Reference lacks {name}: a LoRA rate belongs to a rank and an alpha.",
+                    f"Reference lacks {name}. A LoRA rate belongs to a rank and an alpha.",
                     f"Give {name}=..., or method='full' for a rate tuned by full finetuning.",
                 )
         for name in ("rank", "alpha", "fan_in", "batch"):
@@ -148,26 +183,35 @@ class Reference:
 
     @classmethod
     def from_scaling(cls, rank: int | None, scaling: float, *, init: Literal["A", "B"] = "A") -> Reference:
-        """The LoRA reference whose effective multiplier at `rank` is `scaling`."""
+        """Return the LoRA reference whose effective multiplier at `rank` is `scaling`.
+
+        Args:
+            rank: the LoRA rank.
+            scaling: the effective multiplier s, dimensionless.
+            init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
+        """
         return cls(rank=rank, alpha=scaling * (rank or 1), init=init)
 
     @property
     def scaling(self) -> float:
-        """The effective multiplier s on B·A, dimensionless; 1 for full finetuning."""
+        """The effective multiplier s of B·A, dimensionless. It is 1 for full finetuning."""
         if self.method == "full" or self.rank is None or self.alpha is None:
             return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def as_factor(self) -> Factor:
-        """What stands at this configuration, for a law to move a rate to: its A factor, or a whole weight."""
+        """Return the A factor at this configuration, or a whole weight for full finetuning, as argument of a law."""
         role: Role = "full" if self.method == "full" else "A"
         width = self.fan_in or 1.0
         return Factor(str(self), role, self.rank, width, width, self.scaling, self.init)
 
     def resolve(self, survey: Survey) -> Reference:
-        """This reference with `fan_in` filled in from the surveyed model, unless it was given.
+        """Return this reference with the `fan_in` of a model, unless it has one.
 
-        A LoRA rate is read at the mean width, a full-finetuning rate at that of `Survey.full_width`.
+        It is `Survey.width` for LoRA and `Survey.full_width` for full finetuning.
+
+        Args:
+            survey: the model's survey.
         """
         if self.fan_in is not None:
             return self
@@ -177,4 +221,4 @@ class Reference:
         if self.method == "full":
             return "full finetuning"
         rs = ", rslora" if self.rslora else ""
-        return f"rank {self.rank}, alpha {self.alpha:g}{rs}, Init[{self.init}]"
+        return f"rank {self.rank}, alpha {self.alpha:g}{rs}, {init_text(self.init)}"

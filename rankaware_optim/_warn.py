@@ -1,4 +1,4 @@
-"""Warnings that reach a person, in a process full of other people's filters."""
+"""Warnings that are shown although other packages install warning filters."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FRAMEWORKS = ("torch", "accelerate", "transformers", "lightning", "pytorch_ligh
 
 
 def warn(message: str) -> None:
-    """Give a `RankAwareWarning` at the line of the caller's own code, past this package and the frameworks around it.
+    """Give a `RankAwareWarning` at the line of the user's code, outside this package and the frameworks.
 
-    accelerate, transformers and Lightning silence warnings by module or altogether. Filters that name RankAwareWarning
-    and options of the command line hold. Others do not hide it.
+    accelerate, transformers and Lightning silence warnings by module or completely. Only filters for RankAwareWarning
+    and command-line options can hide this one.
     """
     message, level, frame = printable(message), 1, sys._getframe(1)
     while frame.f_back is not None:

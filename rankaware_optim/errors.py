@@ -1,4 +1,4 @@
-"""Errors and warnings: every one says what is wrong and what to do about it."""
+"""Errors and warnings. Every message says what is wrong and what to do about it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,16 @@ class _CauseAndCure(BaseException):
 
 
 class RankAwareError(_CauseAndCure, Exception):
-    """Base of all errors of this package: one sentence of cause, one of cure."""
+    """Base class of all errors of this package. The message has a sentence on the cause and one on the cure.
+
+    Args:
+        cause: what is wrong.
+        cure: what to do about it.
+    """
 
 
 class InspectionError(RankAwareError, ValueError):
-    """The model's adapters cannot be read as they are."""
+    """The model's adapters cannot be read."""
 
 
 class InvalidReferenceError(RankAwareError, ValueError):
@@ -49,11 +54,11 @@ class InvalidReferenceError(RankAwareError, ValueError):
 
 
 class LawError(RankAwareError, ValueError):
-    """A law is unknown, has impossible parameters, or gave no usable multiplier."""
+    """A law is unknown, has impossible parameters, or returned no usable multiplier."""
 
 
 class OptimizerError(RankAwareError, ValueError):
-    """The optimizer cannot be built or wrapped as asked."""
+    """The optimizer cannot be built or wrapped with these arguments."""
 
 
 class CheckpointError(RankAwareError, ValueError):
@@ -61,17 +66,17 @@ class CheckpointError(RankAwareError, ValueError):
 
 
 class RecipeError(RankAwareError, ValueError):
-    """A recipe file is missing, damaged, of another schema, or asked for what it does not hold."""
+    """A recipe file is missing, damaged or has another schema, or a recipe has no rate for the configuration."""
 
 
 class CalibrationError(RankAwareError, ValueError):
-    """A calibration cannot run or cannot conclude."""
+    """A calibration cannot run, or has no result."""
 
 
 class CalibrationInterrupted(_CauseAndCure, KeyboardInterrupt):
     """Ctrl-C during a calibration. `recipe` is the fit of the finished trials, or None if there were too few.
 
-    A `KeyboardInterrupt` and no `Exception`, so that `except Exception` does not swallow Ctrl-C.
+    It is a `KeyboardInterrupt` and not an `Exception`, so that `except Exception` does not catch it.
     """
 
     recipe: Recipe | None = None
@@ -86,8 +91,8 @@ class PageError(RankAwareError):
 
 
 class DemoError(RankAwareError):
-    """The demo lacks a package."""
+    """A package that the demo needs is not installed."""
 
 
 class RankAwareWarning(UserWarning):
-    """Something that works, and that a careful user would want to know."""
+    """Something works, but the user should know about it."""

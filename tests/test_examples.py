@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import pkgutil
-import re
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import nn
 
 import rankaware_optim
 
-README = Path(__file__).parents[1] / "README.md"
+from .helpers.examples import README, readme_blocks
+
 APART = ("__main__", "integrations.axolotl", "rankaware_swift")  # of a tool that only its own environment has
 MODULES = sorted(
     m.name for m in pkgutil.walk_packages(rankaware_optim.__path__, "rankaware_optim.") if not m.name.endswith(APART)
@@ -56,16 +56,14 @@ def test_docstring_examples_run(name: str) -> None:
 
 
 def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's Python blocks run in order, as one program."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 6
+    """The README's blocks for an own loop and for no rate run as one program; `integrations` runs the trainer's."""
+    own_loop, _, no_rate = readme_blocks()
     monkeypatch.chdir(tmp_path)
     names = {"F": F, "build": build, "batches": batches, "model": build(32)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for block in blocks:
+        for block in (own_loop, no_rate):
             exec(compile(block, str(README), "exec"), names)
-    rankaware_optim.register_convention("mine", remove=True)
     assert {w.category for w in caught} <= {rankaware_optim.RankAwareWarning}
     assert rankaware_optim.Recipe.load(tmp_path / "recipes" / "digits.toml").name == "digits"
 

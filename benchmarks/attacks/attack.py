@@ -27,6 +27,14 @@ from attacks import adapter_files, checkpoints, exceptions, interrupts, journals
 from attacks.outcomes import FAILED, HELD, REFUSED, Attack
 from recording import RESULTS, machine, record
 
+DEPENDS_ON = (
+    "attacks",
+    "rankaware_optim.inspection",
+    "rankaware_optim.recipe",
+    "rankaware_optim.optimizer",
+    "rankaware_optim.calibration",
+    "rankaware_optim.sweeps",
+)
 MODULES = (kills, interrupts, exceptions, recipes, checkpoints, sweeps, journals, adapter_files)
 ATTACKS: dict[str, Attack] = {attack.name: attack for module in MODULES for attack in module.ATTACKS}
 FILE = RESULTS / "attack.jsonl"

@@ -41,6 +41,14 @@ from study.domains import Domain, get_domain
 from study.grids import Listed
 from study.runs_on_file import complete, read
 
+DEPENDS_ON = (
+    "calibration.against_sweep_scores",
+    "calibration.against_sweep_page",
+    "calibration.searches",
+    "rankaware_optim.laws",
+    "rankaware_optim.recipe",
+    "rankaware_optim.calibration",
+)
 DOMAINS = ("image_generation", "vision_classification")
 RUNS = RESULTS / "calibration_runs.jsonl"
 

@@ -44,6 +44,7 @@ from rankaware_optim.calibration import Study
 from rankaware_optim.calibration._runner import Runner
 from rankaware_optim.calibration._schedule import Schedule
 
+DEPENDS_ON = ("rankaware_optim.calibration",)
 RECIPES = RESULTS.parents[1] / "recipes"
 REPLAYED = (
     "efficientnet-lite0-digits", "image-generation-a", "language-a", "language-smollm2-a", "reinforcement-a",

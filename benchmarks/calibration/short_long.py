@@ -43,7 +43,7 @@ from recording import RESULTS, block, machine, made_on, number, percent
 from study.best_rates import best_rate
 from study.configurations import CLIP, CONFIGS, TUNED, built, optimizer, run_in, start_of, starts
 from study.domains import Domain, get_domain, names
-from study.grids import FULL, Cell, Job, Listed, Losses, curve, lowest, or_inf
+from study.grids import FULL, Cell, Job, Listed, Losses, Together, curve, lowest, or_inf
 from study.optima import best_rates
 from study.runs_on_file import complete, read
 from study.suite import STORES, provenance
@@ -52,6 +52,7 @@ from study.training import WARMUP, shape, train, trained
 import rankaware_optim as ra
 from rankaware_optim.calibration import seeded
 
+DEPENDS_ON = ("rankaware_optim.laws", "rankaware_optim.recipe", "rankaware_optim.calibration")
 TASKS = (("language", 4), ("image_generation", 4), ("image_generation", 8))
 STORE, SEARCHES = RESULTS / "short_long", RESULTS / "short_long_searches.jsonl"
 SEEDS, LEFT_OUT, SEARCHED = 2, 2, 20  # of the oracle, of the score, and the first that searches draw
@@ -220,8 +221,7 @@ def run(
                     file.write(json.dumps(row) + "\n")
                 click.echo(f"{which}: {sum(row['steps'].values())} steps")
     if stage in (None, "oracle"):
-        for grid in (starts(name, (LEFT_OUT,)), *oracles(task)):
-            complete(grid, run_one, store, workers, click.echo, made)
+        complete(Together([starts(name, (LEFT_OUT,)), *oracles(task)]), run_one, store, workers, click.echo, made)
     if stage in (None, "score"):
         complete(Listed(list(scoring(task, read(store)))), run_one, store, workers, click.echo, made)
 

@@ -32,6 +32,7 @@ from study.training import shape, trained
 
 import rankaware_optim as ra
 
+DEPENDS_ON = ("rankaware_optim.calibration",)
 DOMAIN, TRIALS = "image_generation", (16, 32)
 TWICE, RAY = 1.85, 1.05  # one worker's time over two's at least; Ray's over two's at most, each without its start
 RATES = "0.0005,0.06"

@@ -19,6 +19,7 @@ from recording import machine, record
 
 import rankaware_optim as ra
 
+DEPENDS_ON = ("rankaware_optim.calibration",)
 AT = (31, 100, 200, 400)
 BAR = (200, 50.0)  # milliseconds a trial at that many trials
 

@@ -26,6 +26,7 @@ from torch.optim import AdamW, Optimizer
 
 from rankaware_optim import RankAwareOptimizer
 
+DEPENDS_ON = ("llama_shapes", "rankaware_optim.optimizer")
 TENSOR = "fused, tensor rate"
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "foreach": {"foreach": True},
@@ -41,6 +42,13 @@ TENSOR_GROUPS = {16: 1.05}  # the bar for tensor rates
 ONE_GROUP, BUILD_MS = 1.05, 40.0
 SETTINGS: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.01}
 Step = Callable[[], object]
+Timer = Callable[[Step], float]
+
+
+def milliseconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return (time.perf_counter() - start) * 1e3
 
 
 @click.command()
@@ -75,27 +83,31 @@ def measure(rounds: int) -> dict[str, Any]:
     return {"ratios": ratios, "build": time_build(adapters(80, LLAMA_8B_EIGHTH))}
 
 
-def measure_pairs(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+def measure_pairs(
+    steps: dict[str, Step], rounds: int, pairs: Sequence[tuple[str, str]] = PAIRS, timed: Timer = milliseconds
+) -> dict[str, float]:
     """The ratio of each pair that is there, by "above / below", and what native takes with one group."""
     measured = {}
-    for above, below in (pair for pair in PAIRS if pair[0] in steps):
-        times = interleave(steps[above], steps[below], rounds)
+    for above, below in (pair for pair in pairs if pair[0] in steps):
+        times = interleave(steps[above], steps[below], rounds, timed)
         measured[f"{above} / {below}"] = statistics.median(a / b for a, b in times)
         measured[f"{below}, ms"] = statistics.median(b for _, b in times)
     return measured
 
 
-def contestants(model: nn.Module, flags: dict[str, Any]) -> dict[str, Step]:
+def contestants(
+    model: nn.Module, flags: dict[str, Any], kind: type[Optimizer] = AdamW, layouts: Sequence[int] = LAYOUTS
+) -> dict[str, Step]:
     """The step of each optimizer, by name: native with one group, native and ours at each layout, PEFT's LoRA+."""
     settings = SETTINGS | flags
-    made: dict[str, Optimizer] = {"native 1": AdamW(model.parameters(), **settings)}
-    for count in LAYOUTS:
+    made: dict[str, Optimizer] = {"native 1": kind(model.parameters(), **settings)}
+    for count in layouts:
         spread_scalings(model, count // 2)
-        ours = RankAwareOptimizer(model, AdamW, init="A", **settings)
+        ours = RankAwareOptimizer(model, kind, init="A", **settings)
         assert len(ours.param_groups) == count, f"{len(ours.param_groups)} groups in place of {count}"
         by_hand = [{"params": group["params"], "lr": group["lr"]} for group in ours.param_groups]
-        made |= {f"native {count}": AdamW(by_hand, **settings), f"ours {count}": ours}
-    made |= {} if "lr" in flags else peft_loraplus(model, flags)
+        made |= {f"native {count}": kind(by_hand, **settings), f"ours {count}": ours}
+    made |= {} if "lr" in flags or kind is not AdamW else peft_loraplus(model, flags)
     for optimizer in made.values():
         optimizer.state = made["native 1"].state
     return {name: optimizer.step for name, optimizer in made.items()}
@@ -118,19 +130,13 @@ def peft_loraplus(model: nn.Module, flags: dict[str, Any]) -> dict[str, Optimize
     return {"peft": create_loraplus_optimizer(model, AdamW, lr=SETTINGS["lr"], **plus, **flags)}
 
 
-def interleave(a: Step, b: Step, rounds: int) -> list[tuple[float, float]]:
+def interleave(a: Step, b: Step, rounds: int, timed: Timer) -> list[tuple[float, float]]:
     """Mean milliseconds of both over each ABBA, so that each follows itself as often as the other."""
     taken = []
     for _ in range(3 + rounds // 2):  # three to warm up
-        first, second, third, fourth = (milliseconds(step) for step in (a, b, b, a))
+        first, second, third, fourth = (timed(step) for step in (a, b, b, a))
         taken.append(((first + fourth) / 2, (second + third) / 2))
     return taken[3:]
-
-
-def milliseconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return (time.perf_counter() - start) * 1e3
 
 
 def time_build(model: nn.Module) -> float:

@@ -40,6 +40,7 @@ from study.leave_one_out import (
 
 from rankaware_optim.laws._updates import Site, Updates, sign_terms
 
+DEPENDS_ON = ("study.leave_one_out", "rankaware_optim.laws")
 SCHEMES = ("Init[A], s = 1", "Init[A], s = 1/r")
 
 

@@ -19,12 +19,13 @@ from typing import Any
 import click
 from laws import bench_law, exponents
 from matplotlib.figure import Figure
-from recording import RESULTS, page, shown
+from recording import RESULTS, machine, page, shown, written_by
 
 from rankaware_optim._figures import COLOURS
 from rankaware_optim.sweeps import DEMO_SWEEP, LawScore
 from rankaware_optim.sweeps import bench_law as scores_on
 
+DEPENDS_ON = ("rankaware_optim.laws",)
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "sft_sweep.csv"
 PUBLISHED_ALPHA = 32.0
 LAWS = dict(
@@ -47,9 +48,7 @@ def main(published: Path) -> None:
     _draw_exponents(found, RESULTS / "laws-exponents.png")
     _draw_errors(published, RESULTS / "laws-errors.png")
     parts = ["# The laws, shown", *_exponents_page(found), *_made_elsewhere(), *_yardstick_page()]
-    (RESULTS / "laws.md").write_text(
-        "\n\n".join([*parts, "Command of this page: `python benchmarks/laws/laws_page.py`"]) + "\n"
-    )
+    (RESULTS / "laws.md").write_text("\n\n".join([*parts, written_by(machine(1))]) + "\n")
     click.echo(f"{RESULTS / 'laws.md'}, laws-exponents.png, laws-errors.png")
 
 

@@ -34,31 +34,37 @@ rate above it at which 10 % of the gain is lost.
    one in the steps (or, in its place, the rate by two exponents a configuration), the mean of the other domains'. The
    constant becomes a law of the package if it holds for shifts and levels, and such a move loses 5 % of the gain at
    worst. If it does not, and exponents a configuration lose 5 % at worst, the package gets these.
+
+Added after the runs at a quarter, as no part of a rule: the rate as it is, and what the package does (√batch for Adam,
+nothing for the steps) stand beside these moves; losses are beyond the noise floor of the cell where a rate lands, as in
+the study, or of the task as it is where that cell has one seed.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import click
-from recording import RESULTS, machine, record
+from recording import RESULTS, block, machine, made_on, number, percent
 from study.configurations import CLIP, CONFIGS, built, optimizer, start_of, starts
 from study.domains import Domain, get_domain
-from study.grids import FULL, Job, Losses, curve, losses_at, lowest, or_inf
+from study.grids import FULL, Job, Losses, Together, curve, losses_at, lowest, or_inf
 from study.optima import best_rates, cliff_of, crossing
+from study.regret import noise_floor, share_lost
 from study.runs_on_file import complete, read
 from study.suite import STORES, provenance
 from study.training import WARMUP, train
 
 from rankaware_optim import inspect_model
 from rankaware_optim.laws._updates import Site, Updates, _in_quadrature, sign_terms
-from rankaware_optim.sweeps._bench import loss_between
 
+DEPENDS_ON = ("study.grids", "study.optima", "rankaware_optim.laws")
 DOMAINS = ("image_generation", "vision_classification", "language", "reinforcement")
 STORE = RESULTS / "one_constant"
 SEEDS, WIDE = 3, 2  # seeds of the half octaves, whole octaves to either side at first
@@ -247,8 +253,8 @@ def run(chosen: tuple[str, ...], arms: tuple[str, ...], workers: int) -> None:
                 Around(cell_of(domain, config, arm), guess(domain, config, arm), own.seeds, own.wide)
                 for config in RANKS
             ]
-            for task in (starts(domain, range(SEEDS)), *cells):
-                complete(task, run_one, store, workers, click.echo, made[domain])
+            both = Together([starts(domain, range(SEEDS)), *cells])
+            complete(both, run_one, store, workers, click.echo, made[domain])
 
 
 def guess(domain: str, config: str, arm: str) -> int:
@@ -285,45 +291,85 @@ def cells() -> Iterator[Cell]:
 
 @main.command()
 def table() -> None:
-    """Write the tables of what is on file."""
-    rows = [
-        {
-            "domain": cell.domain,
-            "configuration": cell.config,
-            "task": cell.arm,
-            "middle": cell.found.middle,
-            "cliff": cell.found.cliff,
-            "lowest loss": min(cell.found.means.values()),
-        }
-        for cell in cells()
+    """Write the verdict and the tables of what is on file."""
+    found, on = {(cell.domain, cell.config, cell.arm): cell.found for cell in cells()}, machine(1)
+    by = [{key: x for key, each in found.items() if (x := getattr(each, which)) is not None} for which in WHICH]
+    verdict = [rule_1(by), rule_2(by), rule_3(found)]
+    parts = [
+        "# One constant a task, across batch, length, warm-up, init and full finetuning",
+        " ".join(verdict),
+        block(
+            "Moves to a quarter and four times the batch or the steps: share of the gain lost",
+            MOVE_HEADS,
+            [*move_rows(found)],
+        ),
+        block("Shifts and levels, rms error in octaves", ERROR_HEADS, list(error_rows(by))),
+        block("Octaves an octave of batch or steps, by the middle", EXPONENT_HEADS, list(exponent_rows(found))),
+        block("Best rates, log2", RATE_HEADS, list(rate_rows(found))),
+        "**" + (__doc__ or "").partition("\n\n**")[2].strip(),
+        made_on(on),
     ]
-    record("one_constant", "Best rates by batch, length and warm-up", rows, machine(1), list(verdicts()))
+    rows = [
+        {"domain": domain, "configuration": config, "task": arm, "middle": each.middle, "cliff": each.cliff}
+        for (domain, config, arm), each in found.items()
+    ]
+    document = {"machine": on, "verdict": verdict, "rows": rows}
+    (RESULTS / "one_constant.json").write_text(json.dumps(document, indent=1) + "\n")
+    (RESULTS / "one_constant.md").write_text("\n\n".join(parts) + "\n")
+    click.echo("\n\n".join(parts[:-2]))
 
 
-def verdicts() -> Iterator[str]:
-    """Rules 1 and 2 in words: errors in octaves by domain, for both estimators."""
-    found = {(cell.domain, cell.config, cell.arm): cell.found for cell in cells()}
-    for which in ("middle", "cliff"):
-        x = {key: value for key, each in found.items() if (value := getattr(each, which)) is not None}
-        for name, errors in (("shifts", partial(shift_errors, x)), ("levels", partial(level_errors, x))):
-            for domain in DOMAINS:
-                said = [
-                    f"{law} {rms(list(errors(domain, law))):.2f}" for law in ("one constant", "ratio", "free slope")
-                ]
-                yield f"{name}, by the {which}, {domain}: rms error {', '.join(said)}."
-    for way, name in (("kept", "the rate as it is"), ("c", "c by one rule"), ("rate", "exponents a configuration")):
-        losses = [lost for *_, lost in moves(found, way)]
-        if losses:
-            median, worst = statistics.median(losses), max(losses)
-            yield f"moves to another batch or length, {name}: loses {median:.1%} in the median, {worst:.1%} at worst."
+# --- rules 1 and 2 --------------------------------------------------------------------------------------------------
 
-
+WHICH = ("middle", "cliff")
 LAWS = {"one constant": one_constant, "ratio": ratio}
-Rates = Mapping[tuple[str, str, str], float]
+FREE = "free slope"
+Rates = Mapping[tuple[str, str, str], float]  # log2, by domain, configuration and task
+Errors = Callable[[Rates, str, str], Iterator[float]]
 
 
-def rms(errors: list[float]) -> float:
-    return math.sqrt(statistics.fmean(e * e for e in errors)) if errors else math.nan
+def rms(errors: Iterable[float]) -> float:
+    squares = [e * e for e in errors]
+    return math.sqrt(statistics.fmean(squares)) if squares else math.nan
+
+
+def below(x: Rates, errors: Errors) -> list[str]:
+    """The domains where one constant is nearer than the ratio law."""
+    return [d for d in DOMAINS if rms(errors(x, d, "one constant")) < rms(errors(x, d, "ratio"))]
+
+
+def pooled(x: Rates, errors: Errors, law: str) -> float:
+    return rms(e for domain in DOMAINS for e in errors(x, domain, law))
+
+
+def holds_for_shifts(by: Sequence[Rates]) -> bool:
+    own, free = (max(pooled(x, shift_errors, law) for x in by) for law in ("one constant", FREE))
+    return own <= free + 0.1 and all(len(below(x, shift_errors)) >= len(DOMAINS) - 1 for x in by)
+
+
+def holds_for_levels(by: Sequence[Rates]) -> bool:
+    return all(len(below(x, level_errors)) >= len(DOMAINS) - 1 for x in by)
+
+
+def rule_1(by: Sequence[Rates]) -> str:
+    said = f"One constant {'holds' if holds_for_shifts(by) else 'does not hold'} for shifts: "
+    return said + against(by, shift_errors, (*LAWS, FREE))
+
+
+def rule_2(by: Sequence[Rates]) -> str:
+    said = f"It {'holds' if holds_for_levels(by) else 'does not hold'} for levels: "
+    return said + against(by, level_errors, tuple(LAWS))
+
+
+def against(by: Sequence[Rates], errors: Errors, laws: Sequence[str]) -> str:
+    each = []
+    for which, x in zip(WHICH, by, strict=True):
+        count = len(below(x, errors))
+        figures = ", ".join(f"{law} {pooled(x, errors, law):.2f}" for law in laws)
+        each.append(
+            f"by the {which} it is nearer than ratios in {count} of {len(DOMAINS)} domains (rms octaves: {figures})"
+        )
+    return "; ".join(each) + "."
 
 
 def shift_errors(x: Rates, domain: str, law: str) -> Iterator[float]:
@@ -333,7 +379,7 @@ def shift_errors(x: Rates, domain: str, law: str) -> Iterator[float]:
             if config == SOURCE or not x.keys() >= set(keys):
                 continue
             source, source_base, there, there_base = (x[key] for key in keys)
-            if law == "free slope":
+            if law == FREE:
                 predicted = free_slope(x, domain, config) * (source - source_base)
             else:
                 predicted = LAWS[law](domain, config, source) - LAWS[law](domain, config, source_base)
@@ -359,28 +405,73 @@ def level_errors(x: Rates, domain: str, law: str) -> Iterator[float]:
                 yield LAWS[law](domain, config, x[domain, SOURCE, arm]) - x[domain, config, arm]
 
 
-# --- moves to another batch or length -------------------------------------------------------------------------------
+# --- rule 3: moves to another batch or length -----------------------------------------------------------------------
 
 SCALED = {"steps / 4": ("steps", -2), "batch / 4": ("batch", -2), "batch × 4": ("batch", 2), "steps × 4": ("steps", 2)}
 Found = Mapping[tuple[str, str, str], Estimate]
+KEPT, PACKAGE, BY_C, BY_CONFIG = "as it is", "the package's rules", "c by one exponent", "exponents a configuration"
+WAYS = (KEPT, PACKAGE, BY_C, BY_CONFIG)
+BAR = 0.05
 
 
-def moves(found: Found, way: str) -> Iterator[tuple[str, str, str, float]]:
-    """(domain, configuration, task, share of the gain lost) by rule 3; `way` "c", "rate", or "kept" as it is."""
+class Move(NamedTuple):
+    """A rate moved to another batch or length, and the share of the gain that it loses there."""
+
+    domain: str
+    config: str
+    arm: str
+    lost: float
+    floor: float  # of the cell where it lands, of the same task unchanged where that has one seed
+
+
+def moves(found: Found, way: str) -> Iterator[Move]:
+    """Every configuration's own rate, moved in one of the ways, where both cells are whole."""
     for (domain, config, arm), there in found.items():
         home = found.get((domain, config, BASE))
         if arm not in SCALED or home is None or home.middle is None:
             continue
-        what, octaves = SCALED[arm]
-        x = home.middle
-        if way == "rate":
-            x += octaves * exponent(found, what, domain, lambda d, c, x: x, config)
-        if way == "c":
-            moved = octaves * exponent(found, what, domain, log_constant)
-            x = rate_at(domain, config, constant_of(domain, config, x) * 2.0**moved)
-        best, start = min(there.means.values()), start_of(domain, read(STORE / f"{domain}.jsonl"))
-        lost = loss_between(dict(there.means), min(max(x, min(there.means)), max(there.means))) - best
-        yield domain, config, arm, lost / (start - best)
+        done = stored(domain)
+        best, start = min(there.means.values()), start_of(domain, done)
+        lost = share_lost(there.means, best, start, moved(found, way, (domain, config, arm), home.middle))
+        floors = (noise_floor(done, cell_of(domain, config, at)) for at in (arm, BASE))
+        yield Move(domain, config, arm, lost, next((f for f in floors if f is not None), 0.0))
+
+
+@cache
+def stored(domain: str) -> Losses:
+    return read(STORE / f"{domain}.jsonl")
+
+
+def moved(found: Found, way: str, key: tuple[str, str, str], x: float) -> float:
+    """log2 of the rate after the move: the package moves Adam's rate by √batch and keeps it over the steps."""
+    domain, config, arm = key
+    what, octaves = SCALED[arm]
+    if way == PACKAGE:
+        return x + 0.5 * octaves * (what == "batch")
+    if way == BY_CONFIG:
+        return x + octaves * exponent(found, what, domain, lambda d, c, x: x, config)
+    if way == BY_C:
+        grown = octaves * exponent(found, what, domain, log_constant)
+        return rate_at(domain, config, constant_of(domain, config, x) * 2.0**grown)
+    return x
+
+
+def beyond(found: Found, way: str) -> float:
+    """The worst loss of a way beyond the noise floor."""
+    return max((max(0.0, move.lost - move.floor) for move in moves(found, way)), default=math.nan)
+
+
+def rule_3(found: Found) -> str:
+    by = [{k: x for k, each in found.items() if (x := getattr(each, which)) is not None} for which in WHICH]
+    worst = {way: beyond(found, way) for way in WAYS}
+    said = ", ".join(f"{way} {share:.0%}" for way, share in worst.items())
+    if holds_for_shifts(by) and holds_for_levels(by) and worst[BY_C] <= BAR:
+        verdict = "c becomes a law of the package"
+    elif worst[BY_CONFIG] <= BAR:
+        verdict = "every configuration gets exponents of its own"
+    else:
+        verdict = "neither c nor exponents become a rule of the package"
+    return f"Moved to another batch or length a rate loses at worst, beyond the noise floor: {said}. So {verdict}."
 
 
 def log_constant(domain: str, config: str, x: float) -> float:
@@ -398,6 +489,58 @@ def exponent(
         if (home := found.get((domain, config, BASE))) is not None and home.middle is not None
     ]
     return statistics.fmean(slopes) if slopes else 0.0
+
+
+# --- the page's rows ------------------------------------------------------------------------------------------------
+
+MOVE_HEADS = ("way", "changed", "rates", "median", "worst", "worst beyond the floor", "where it is")
+ERROR_HEADS = ("of", "estimator", "law", *DOMAINS, "all")
+EXPONENT_HEADS = ("domain", "configuration", *SCALED)
+RATE_HEADS = ("domain", "configuration", "estimator", *ARMS)
+
+
+def move_rows(found: Found) -> Iterator[list[str]]:
+    for arm in SCALED:
+        for way in WAYS:
+            own = [move for move in moves(found, way) if move.arm == arm]
+            if own:
+                worst = max(own, key=lambda move: move.lost)
+                shares = (
+                    statistics.median(m.lost for m in own),
+                    worst.lost,
+                    max(max(0.0, m.lost - m.floor) for m in own),
+                )
+                yield [way, arm, str(len(own)), *map(percent, shares), f"{worst.domain}, {worst.config}"]
+
+
+def error_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
+    for name, errors, laws in (("shifts", shift_errors, (*LAWS, FREE)), ("levels", level_errors, tuple(LAWS))):
+        for which, x in zip(WHICH, by, strict=True):
+            for law in laws:
+                each = [rms(errors(x, domain, law)) for domain in DOMAINS]
+                yield [name, which, law, *map(number, each), number(pooled(x, errors, law))]
+
+
+def exponent_rows(found: Found) -> Iterator[list[str]]:
+    for domain in DOMAINS:
+        for config in RANKS:
+            home = found.get((domain, config, BASE))
+            each = [found.get((domain, config, arm)) for arm in SCALED]
+            own = [
+                None
+                if None in (home, there) or home.middle is None or there.middle is None
+                else (there.middle - home.middle) / octaves
+                for there, (_, octaves) in zip(each, SCALED.values(), strict=True)
+            ]
+            yield [domain, config, *(number(x, sign=True) for x in own)]
+
+
+def rate_rows(found: Found) -> Iterator[list[str]]:
+    for domain in DOMAINS:
+        for config in RANKS:
+            for which in WHICH:
+                own = (getattr(found.get((domain, config, arm)), which, None) for arm in ARMS)
+                yield [domain, config, which, *map(number, own)]
 
 
 if __name__ == "__main__":

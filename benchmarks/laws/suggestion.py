@@ -26,7 +26,9 @@ from rankaware_optim import MuA, Reference
 from rankaware_optim.laws import checked_multiplier
 from rankaware_optim.sweeps._bench import vertex_of
 from rankaware_optim.transfer import suggest_lr
-from rankaware_optim.transfer._suggest import LEAN, LOG2_RATE, PUBLISHED, SPREAD, TASK_SD, Z90
+from rankaware_optim.transfer._suggest import LOG2_RATE, MARGIN, PUBLISHED, SPREAD, TASK_SD, Z90
+
+DEPENDS_ON = ("rankaware_optim.laws", "rankaware_optim.transfer", "rankaware_optim.sweeps")
 
 # Hidden sizes, from the models' published configurations.
 HIDDEN = {
@@ -147,7 +149,7 @@ def own_tasks() -> list[dict[str, Any]]:
 
 def away(at: Reference, best: float) -> tuple[float, float, float]:
     found = suggest_lr(at)
-    middle = math.log2(found.lr) + LEAN
+    middle = math.log2(found.lr) + MARGIN
     return best - middle, math.log2(found.high / found.low) / 2, abs(best - middle)
 
 

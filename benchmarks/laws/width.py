@@ -47,7 +47,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from itertools import permutations
 from multiprocessing import get_context
@@ -63,7 +63,7 @@ from study.best_rates import slope
 from study.configurations import START, run_in, start_of, starts
 from study.domains import Domain, _dit, _llama, image_generation, language
 from study.domains._adapters import adapt
-from study.grids import FULL, Cell, Job, Losses, Wanting
+from study.grids import FULL, Cell, Job, Losses, Together
 from study.optima import best_rates
 from study.runs_on_file import complete, read
 from study.suite import STORES, provenance
@@ -73,6 +73,7 @@ from rankaware_optim import Law, MuA, Reference, Survey, inspect_model
 from rankaware_optim.laws import Falling
 from rankaware_optim.laws._updates import Site
 
+DEPENDS_ON = ("laws.one_constant", "study.optima", "rankaware_optim.laws")
 STORE = RESULTS / "width"
 RANK, SEEDS = 16, 2
 RANKS = {SOURCE: RANK, "full": FULL, AT_B: RANK}
@@ -136,16 +137,6 @@ def store_of(name: str) -> Path:
 
 def cell_of(name: str, config: str) -> Cell:
     return name, config, RANKS[config]
-
-
-@dataclass(frozen=True)
-class Together:
-    """Several tasks as one."""
-
-    tasks: Sequence[Wanting]
-
-    def wanted(self, done: Losses) -> list[Job]:
-        return [job for task in self.tasks for job in task.wanted(done)]
 
 
 def task_of(name: str) -> Together:

@@ -41,6 +41,16 @@ class Listed:
 
 
 @dataclass(frozen=True)
+class Together:
+    """Several at once, so that no worker waits for the end of one."""
+
+    grids: Sequence[Wanting]
+
+    def wanted(self, done: Losses) -> list[Job]:
+        return [job for grid in self.grids for job in grid.wanted(done)]
+
+
+@dataclass(frozen=True)
 class Grid:
     """Octaves of rate to try: a coarse pass of one seed places the centre, `half` octaves go to either side of it.
 

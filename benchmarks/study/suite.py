@@ -21,22 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import click
-from recording import RESULTS, machine
+from recording import RESULTS, machine, written_by
 from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, TWO_RATES, run_at, starts
 from study.domains import STUDY, Domain, DomainError, get_domain, weights_hash
 from study.grids import FULL, Cell, Grid, Job, Losses
 from study.optima import domains_in
 from study.regret import LAWS, moves
 from study.runs_on_file import complete, machines, read
-from study.suite_tables import summary, tables
+from study.suite_tables import by_setting, tables
 from study.training import WARMUP
 
 from rankaware_optim import Law
+from rankaware_optim._files import replace_bytes
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.laws import get_law
 
-HERE, STORES, SUMMARY = RESULTS.parent, RESULTS / "suite", "summary.png"
-BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the two READMEs
+DEPENDS_ON = ("study", "rankaware_optim.laws")
+README, STORES, PAGE, SUMMARY = RESULTS.parents[1] / "README.md", RESULTS / "suite", RESULTS / "study.md", "summary.png"
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the README
 QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
 COMPARISON = Path("bench-laws")  # where tables with further laws are written
 NOTED = ("cpu", "cores", "threads", "torch", "python")  # of the machine that runs, in tables
@@ -146,19 +148,22 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     done = finished({job: loss for store in stores for job, loss in read(store).items()}, suite)
     if not done:
         raise DomainError(f"There is no run in {folder}.", "Run the suite first.")
-    moved, ours = moves(done, laws), laws == LAWS
-    into = folder if ours else COMPARISON
+    moved = moves(done, laws)
+    into = folder if laws == LAWS else COMPARISON
     into.mkdir(parents=True, exist_ok=True)
-    pictures = [f"![{path.stem}]({path.name})" for path in draw_all(done, into, laws)]
+    page = PAGE if into == STORES else into / "tables.md"
+    figures = draw_all(done, into, laws)
+    if moved:
+        figures.insert(0, into / SUMMARY)
+        draw_summary(moved).savefig(figures[0], dpi=110)
+    pictures = [f"![{path.stem}]({path.relative_to(page.parent)})" for path in figures]
     whole = domains_in(done)
     made = on_machines(store for store in stores if store.stem in whole)
-    text = "\n\n".join([*tables(done, moved, laws), *pictures, made, f"Command: `{machine(1)['command']}`"])
-    (into / "tables.md").write_text(text + "\n")
-    if folder == STORES and ours and moved:
-        draw_summary(moved).savefig(folder / SUMMARY, dpi=110)
-        publish(HERE / "README.md", text.replace("](", f"]({folder.relative_to(HERE)}/"))
-        picture = f"![Regret of moved rates, by domain]({(folder / SUMMARY).relative_to(HERE.parent)})"
-        publish(HERE.parent / "README.md", f"{picture}\n\n{summary(moved)}")
+    text = "\n\n".join(["# The study", *tables(done, moved, laws), *pictures, made, written_by(machine(1))])
+    replace_bytes(page, f"{text}\n".encode())
+    if page == PAGE and moved:
+        picture = f"![Regret of moved rates]({figures[0].relative_to(README.parent)})"
+        publish(README, f"{by_setting(moved)}\n\n{picture}")
     click.echo(text)
 
 
@@ -178,9 +183,7 @@ def publish(readme: Path, text: str) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise DomainError(f"{readme} lacks {BEGIN} or {END}.", "Put both back, where the tables belong.")
-    partial = readme.with_name(f".{readme.name}.partial")
-    partial.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-    partial.replace(readme)
+    replace_bytes(readme, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
 
 
 if __name__ == "__main__":

@@ -16,17 +16,16 @@ from study.configurations import start_of
 from study.grids import FULL, Losses, curve, lowest
 from study.moving import octaves
 from study.optima import domains_in, exponent_of, optimum, ranks_in, schemes_in, seeds_in
-from study.regret import LAWS, Moved, pooled
-from study.suite_tables import COMPARED, TARGETS
+from study.regret import LAWS, Moved
+from study.suite_tables import README_WAYS, SETTINGS
 
 from rankaware_optim import Law
-from rankaware_optim._figures import COLOURS as PALETTE
+from rankaware_optim._figures import COLOURS
 
 SHOWN = 0.9  # of the losses: the far ones would flatten the rest
-MOST = 300.0  # % of the gain, the end of the summary's axis
+MOST = 300.0  # % of the gain, where the summary's dots end
 RANK_COLOURS = ("#440154", "#3B528B", "#21918C", "#5EC962", "#B5A000")  # dark to light with the rank
-MARKERS = "os^DvPX*"  # one more than the colours: no two of 56 domains look alike
-COLOURS = (*PALETTE, "#000000")
+
 LAW_STYLES = (("--", "#D55E00"), ("-", "#0072B2"), ("-.", "#CC79A7"), ((0, (1, 1)), "#E69F00"))
 
 
@@ -130,33 +129,32 @@ def draw_surface(done: Losses, domain: str) -> Figure:
 
 
 def draw_summary(moved: Sequence[Moved]) -> Figure:
-    """The README's figure: a rate's regret after a move, by way and domain; a median's marker, a line to the worst."""
-    found = {words: pooled(moved, way) for way, words in COMPARED.items()}
-    shown = {words: by_domain for words, by_domain in reversed(found.items()) if by_domain}
-    domains = list(dict.fromkeys(each.domain for each in moved))
-    figure = Figure(figsize=(9.0, 1.0 + len(shown) * (0.26 + 0.12 * len(domains))), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for which, (axis, target) in enumerate(zip(axes, TARGETS, strict=True)):
-        axis.set_title(f"to {target}", fontsize=10)
-        for number, (domain, *style) in enumerate(zip(domains, cycle(MARKERS), cycle(COLOURS), strict=False)):
-            lift = 0.7 * (0.5 - (number + 0.5) / len(domains))
-            plot_moves(axis, [of.get(domain, ([], []))[which] for of in shown.values()], lift, *style)
-        axis.set_xscale("symlog", linthresh=1)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlim(min(-1.0, 100 * min(x for each in moved for x in (*each.lora, *each.full))), MOST)
-        axis.set_xlabel(f"regret, %, from median to worst ({MOST:g}: or diverged)", fontsize=8)
+    """The README's figure: the regret of every single move, a dot each, and the median of each way."""
+    settings = {f"to another rank,\n{words}": ([config], 0) for config, words in SETTINGS.items()}
+    settings["to full finetuning"] = (list(SETTINGS), 1)
+    ways = list(reversed(README_WAYS.items()))
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    for axis, (title, (configs, which)) in zip(figure.subplots(1, 4, sharey=True), settings.items(), strict=True):
+        for y, (way, _) in enumerate(ways):
+            each = [(m.lora, m.full)[which] for m in moved if m.way == way and m.config in configs]
+            plot_moves(axis, [100 * x for regrets in each for x in regrets], y)
+        axis.set_title(title, fontsize=9)
+        axis.set_xscale("symlog", linthresh=1, linscale=0.5)
+        axis.set_xlim(-0.3, 1.3 * MOST)
+        axis.set_xticks([0, 1, 10, 100], ["0", "1", "10", "100"], fontsize=8)
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(shown)), list(shown), fontsize=9)
-    axes[0].set_ylim(-0.5, len(shown) - 0.5)
-    for domain, marker, colour in zip(domains, cycle(MARKERS), cycle(COLOURS), strict=False):
-        axes[1].plot([], [], marker, color=colour, label=domain.replace("_", " "))
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    axis.set_yticks(range(len(ways)), [words for _, words in ways], fontsize=9)
+    axis.set_ylim(-0.5, len(ways) - 0.4)
+    figure.suptitle("What a moved rate loses: a dot is one move, a bar the median", fontsize=10)
+    figure.supxlabel(f"lost share of the attainable gain, %; a dot at {MOST:g} lost more, or diverged", fontsize=8)
     return figure
 
 
-def plot_moves(axis: Any, regrets: Sequence[Sequence[float]], lift: float, marker: str, colour: str) -> None:
-    """A domain's regrets, a list a way: its median a marker, a line to its worst."""
-    for y, shares in enumerate(regrets):
-        ends = [min(100 * x, MOST) for x in (statistics.median(shares), max(shares))] if shares else []
-        axis.plot(ends, [y + lift] * len(ends), color=colour, linewidth=1)
-        axis.plot(ends[:1], [y + lift] * len(ends[:1]), marker, color=colour, markersize=5)
+def plot_moves(axis: Any, regrets: Sequence[float], y: int) -> None:
+    """A way's regrets, %, in a row of their own: spread in height by their order, so that few hide another."""
+    if regrets:
+        heights = y + 0.22 * np.sin(2.4 * np.arange(len(regrets)))
+        axis.plot(
+            np.clip(regrets, -0.3, MOST), heights, "o", color=COLOURS[0], markersize=2.5, alpha=0.35, clip_on=False
+        )
+        axis.plot([min(statistics.median(regrets), MOST)] * 2, [y - 0.35, y + 0.35], color=COLOURS[1], linewidth=2.5)

@@ -38,6 +38,13 @@ JUMPS = (
 )
 
 
+SUMMED = (
+    "Median / worst of (c) over each domain's configurations. In the rows to full finetuning, \"ten times full "
+    "finetuning's\" is full finetuning's own tuned rate. LoRA+ was swept in one configuration. A calibrated recipe "
+    "moves no rate: it is a search at ranks 4 and 64 and three full runs, for a fifth of a sweep's steps."
+)
+
+
 def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS) -> list[str]:
     every = domains_in(done)
     exponent_rows = [row for domain in every for row in exponents(done, domain, laws)]
@@ -50,6 +57,8 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
     heads = ["domain", "configuration", "ranks", "seeds", *(f"by the {name}" for name in ESTIMATORS), *laws]
     ways = ["way", "moves", "LoRA to LoRA: median", "worst", "moves", "LoRA to full: median", "worst"]
     return [
+        f"## What a moved rate loses, by domain\n\n{summary(moved)}",
+        SUMMED,
         block("(a) Exponent of the best rate in rank, with its 90 % interval over seeds", heads, exponent_rows),
         ESTIMATED,
         block("(b) The paper's claims", ["domain", "claim", "verdict", "numbers"], claim_rows),
@@ -125,7 +134,7 @@ def median_and_worst(regrets: Sequence[float]) -> list[str]:
     return [percent(statistics.median(regrets)), percent(max(regrets))] if regrets else []
 
 
-COMPARED = {  # what the README compares, in its words
+COMPARED = {  # what the summaries compare, in their words
     "one rate everywhere": "one rate everywhere",
     "1/r": "1/r",
     "LoRA+ 16": "LoRA+ 16",
@@ -139,7 +148,7 @@ TARGETS = ("another rank", "full finetuning")
 
 
 def summary(moved: Sequence[Moved]) -> str:
-    """The README's table: median and worst regret of a rate that is moved, a domain a column."""
+    """Median and worst regret of a rate that is moved, a domain a column."""
     every, rows = list(dict.fromkeys(each.domain for each in moved)), []
     for which, target in enumerate(TARGETS):
         for way, words in COMPARED.items():
@@ -147,6 +156,36 @@ def summary(moved: Sequence[Moved]) -> str:
                 shares = [found[domain][which] if domain in found else [] for domain in every]
                 rows.append([target, words, *(" / ".join(median_and_worst(each)) or "–" for each in shares)])
     return table_of(["to", "the rate is moved by", *(domain.replace("_", " ") for domain in every)], rows)
+
+
+README_WAYS = {
+    "noise floor": "noise floor",
+    "one rate everywhere": "keeping it",
+    "the paper's law": "the paper's law",
+    "µA, falling at B": "the default law",
+    "calibrated recipe": "no move: a calibrated recipe",
+}
+SETTINGS = {
+    "Init[A], s = 1": "alpha = rank",
+    "Init[A], s = 1/r": "alpha kept",
+    "Init[B], s = 1": "alpha = rank, Init[B]",
+}
+
+
+def by_setting(moved: Sequence[Moved]) -> str:
+    """The README's table: median, mean and worst regret over the moves of all domains, a setting a column."""
+    rows = []
+    for way, words in README_WAYS.items():
+        mine = [each for each in moved if each.way == way]
+        cells = [[x for each in mine if each.config == config for x in each.lora] for config in SETTINGS]
+        cells.append([x for each in mine for x in each.full])
+        rows.append([words, *(" / ".join(median_mean_worst(regrets)).replace(" %", "") or "–" for regrets in cells)])
+    heads = [*(f"to another rank, {words}" for words in SETTINGS.values()), "to full finetuning"]
+    return table_of(["% lost: median / mean / worst", *heads], rows)
+
+
+def median_mean_worst(regrets: Sequence[float]) -> list[str]:
+    return [percent(of(regrets)) for of in (statistics.median, statistics.fmean, max)] if regrets else []
 
 
 # --- from one configuration to another ------------------------------------------------------------------------------

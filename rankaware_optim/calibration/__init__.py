@@ -1,4 +1,4 @@
-"""Calibration: a short study of the base rate at several ranks becomes a recipe."""
+"""Calibration: a short study of the base rate at several ranks, whose result is a recipe."""
 
 from ._api import calibrate
 from ._code import versions_used

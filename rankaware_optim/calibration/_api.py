@@ -1,4 +1,4 @@
-"""Calibration: a short Optuna study of one number, the base rate, at several ranks at once, becomes a recipe."""
+"""Calibration: a short Optuna study of the base rate at several ranks, whose result is a recipe."""
 
 from __future__ import annotations
 
@@ -57,76 +57,79 @@ def calibrate(
     confirm: bool = False,
     executor: Literal["ray"] | RayExecutor | None = None,
 ) -> Recipe:
-    """Find the base rate, its drift in rank and its uncertainty by a short study, as a recipe.
+    """Find the base rate, its drift in rank and its uncertainty by a short study, and return them as a recipe.
 
-    `train(trial)` is a generator: it builds the model for `trial.rank`, takes `trial.optimizer(model, ...)`, and
-    yields a value to minimise every step. `steps` values are taken, then it is closed. A run's score is the
-    generator's `return` value if it ends by itself at `trial.steps` with one, else the mean of the last tenth of its
-    values (at least 5). Whether it ends is learned in the first trial, by resuming it once more. It may raise
-    `optuna.TrialPruned` where a run is not worth going on, or does not fit into memory. Draw everything, data too,
-    from `trial.seed`: runs of one rank and seed are then compared without noise, and others are said to be unsteady.
+    `train(trial)` is a generator. It builds the model for `trial.rank`, gets `trial.optimizer(model, ...)`, and yields
+    a value to minimise at every step. It is closed after `trial.steps` values. If it ends by itself at `trial.steps`
+    and returns a number, this is the run's score. Otherwise the score is the mean of the last tenth of its values (at
+    least 5). It may raise `optuna.TrialPruned` to stop a run. Draw all random numbers, the data included, from
+    `trial.seed`. Runs of one rank and seed can then be compared without noise. A recipe notes if they cannot.
 
-    Trials are spent where they say most: at the highest rank, rates stride outwards from the upper end of usual ones
-    until the optimum is bracketed; then runs measure around it at the ranks in turn, four of each at a seed before the
-    next. A run is stopped that diverges, or that clearly lags the best one of its rank and seed at the same step: it
-    then says where the optimum is not.
+    The search starts at the highest rank and above the usual rates. It moves outwards in steps of two octaves until the
+    optimum is bracketed. The following runs measure around the optimum, at each rank in turn, with four runs per seed.
+    A run is stopped if it diverges, or if it clearly lags behind the best run of its rank and seed at the same step.
+    Stopped runs enter the fit too.
 
-    **Calibrate short, train long.** `steps=(250, 1000), target_steps=8000` makes whole runs of 250 and 1,000 steps,
-    each with its own warm-up and decay: `trial.steps` says how many. The recipe is for 8,000 steps. A few of the
-    shortest runs find the rates, longer ones measure around them, and both say how the best rate moves with the
-    length. That is carried on to the target by a slope that is forgotten after a few octaves, and the band grows
-    with the distance. `confirm=True` ends with up to three runs at the target's length. `batches=(16, 64), batch=256`
-    does the same for the batch: `trial.batch` says which.
+    **Calibrate short, train long.** `steps=(250, 1000), target_steps=8000` trains for 250 and 1000 steps and returns a
+    recipe for 8000. Every trial is a whole run with its own warm-up and decay over `trial.steps`. A few of the shortest
+    runs find the rates and longer ones measure around them. Together they show how the best rate moves with the number
+    of steps. The band grows with the distance to the target. `confirm=True` adds up to three runs of the target's
+    length. `batches=(16, 64), batch=256` does the same for the batch size, which is `trial.batch`.
 
-    **For full finetuning**, `full_trials=3` ends with three full runs around the rate predicted for it, the surest
-    way. From LoRA trials alone, `target="full"` plans for `recipe.at(method="full")`: with Init[B], whose two ranks
-    continued to r = n are the best predictor known, trials go to the ranks as the line to r = n weighs them; with
-    Init[A] it is the law's point, good to an octave or two.
+    **Full finetuning.** `full_trials=3` adds three full runs around the predicted rate. This is the most reliable way.
+    With LoRA trials only, use `target="full"` to plan for `recipe.at(method="full")`. With Init[B] (A starts at zero)
+    the line through the optima of two ranks is then extended to r = n, and trials are shared between the ranks
+    accordingly. With Init[A] (B starts at zero, as in PEFT) the rate follows from the law and has a wide band.
 
-    **Stopped and resumed.** With `storage=`, the same call goes on where it stopped, killed or not: finished trials
-    are kept, the half-done one is run again at its rank, seed and rate. Several processes and machines may make the
-    same call with one storage at once: they share the trials, and wait for one another. A killed one's trial is run
-    again by another process of its host at once, by another host after five minutes without a sign of life.
+    **Resuming.** With `storage=`, the same call continues where it stopped, even if it was killed. Finished trials are
+    kept. An unfinished trial is repeated at its rank, seed and rate. Several processes and machines may make the same
+    call with one storage at the same time. They share the trials and wait for each other. The trial of a killed process
+    is repeated at once by another process on the same host, or by another host after five minutes without a heartbeat.
 
-    **Under DDP or FSDP** call it on every process. One decides, all see the same rate and prune at the same step,
-    values are averaged over the processes, and all return the same recipe.
+    **DDP and FSDP.** Call it on every process. One process decides. All get the same rate, prune at the same step and
+    return the same recipe. Values are averaged over the processes.
 
-    **On a Ray cluster** `executor="ray"` runs the trials in tasks of Ray's, by default one a GPU. `storage` is then a
-    journal in a folder that every node sees, or a database's URL, and `train` a function of a module that every node
-    can import, or of the script itself. Ray starts a killed task again, and its trial is run again as said above.
+    **Ray.** `executor="ray"` runs the trials in Ray tasks, by default one per GPU. `storage` must then be a journal in
+    a folder that every node shares, or a database URL. `train` must be importable on every node, or defined in the
+    script. Ray restarts a killed task, and its trial is repeated as described above.
 
     Args:
-        train: the training loop, as a generator function of a `Trial`.
+        train: the training loop, a generator function of a `Trial`.
         optimizer: a torch optimizer class or its name.
-        ranks: LoRA ranks to try: the lowest and the highest that you mean to use. None among them tries full
-            finetuning. Between them rates are interpolated; outside, the band grows with the distance.
-        steps: training steps a trial; or several lengths, rising.
-        name: the study's and the recipe's name.
-        law: the law that maps rates between ranks; by default µA alone, the fall at Init[B] being the prior's.
-        trials: how many runs at `ranks`; by default as many as `budget` pays for, or 8 a rank, length and batch.
-        budget: training steps in all, over every trial, pruned and killed ones at what they ran; never exceeded.
-        until: octaves; runs at `ranks` end when the 90 % band of the target is narrower.
-        full_trials: runs of full finetuning after those at `ranks`, around the rate predicted for it.
+        ranks: LoRA ranks to try: the lowest and the highest that you want to use. None stands for full finetuning.
+            Rates are interpolated between the ranks. Outside them the band grows with the distance.
+        steps: optimizer steps per trial, or several lengths in ascending order.
+        name: the name of the study and of the recipe.
+        law: the law that maps rates between ranks, by default µA. The fall in rank at Init[B] is in the fit's prior.
+        trials: number of runs at `ranks`. By default as many as `budget` allows, or 8 per rank, length and batch.
+        budget: optimizer steps of all trials together, never exceeded. Pruned and killed trials count the steps they
+            ran.
+        until: the search ends when the 90 % band of the target is narrower than this, octaves.
+        full_trials: number of full-finetuning runs after those at `ranks`, around the predicted rate.
         target: "lora", or "full" to plan for full finetuning from LoRA trials.
-        seeds: paired across ranks; `trial.seed` seeds torch, numpy and random around each run.
-        lr_range: lowest and highest base rate at the first rank; widened when the best sits at an edge.
-        sampler, pruner: Optuna's. By default a sampler that brackets, then refines, and `PairedPruner`.
-        storage: a file's path for Optuna's journal, an Optuna URL or storage; by default memory.
-        batch, warmup: examples a step and share of steps, where known. The rate belongs to them, so they are recorded.
-            Nothing is pruned before the warm-up is over.
-        target_steps: steps of the run that is meant, for which the recipe is; by default the longest of `steps`.
-        batches: examples a step of trials, rising, where they are others than the `batch` that is meant; that is by
-            default the largest of them.
-        confirm: end with up to three runs at `target_steps`, at the rate found and half an octave to either side, for
-            half of `budget` at most.
-        seed: of the sampler.
-        progress: show a progress bar; by default where standard error is a terminal. The logger
-            "rankaware_optim.calibration" has a line for every trial that ended, at INFO.
-        executor: "ray" or a `RayExecutor`; by default the trials run in this process.
+        seeds: random seeds, the same for all ranks. `trial.seed` seeds torch, numpy and random for each run.
+        lr_range: lowest and highest base rate at the first rank. It is widened if the best rate is at an edge.
+        sampler: an Optuna sampler. By default it brackets the optimum and then refines it.
+        pruner: an Optuna pruner, by default `PairedPruner`.
+        storage: path of a journal file, or an Optuna URL or storage. By default the study is kept in memory.
+        batch: examples per step of the target run, if known. The rate belongs to it, so the recipe records it.
+        warmup: share of the steps with a rising rate, from 0 to 1, if known. Nothing is pruned before its end.
+        seed: random seed of the sampler.
+        progress: whether to show a progress bar. By default it is shown if standard error is a terminal. The logger
+            "rankaware_optim.calibration" reports every finished trial at level INFO.
+        target_steps: number of steps of the target run, by default the longest of `steps`.
+        batches: examples per step of the trials, ascending, if they differ from `batch`. `batch` is by default the
+            largest of them.
+        confirm: whether to add up to three runs of `target_steps`, at the rate found and half an octave to either side.
+            They use at most half of `budget`.
+        executor: "ray" or a `RayExecutor`. By default the trials run in this process.
+
+    Returns:
+        The recipe for the target run.
 
     Raises:
-        CalibrationError: `train`, an argument or the storage is unusable, or every run diverged.
-        CalibrationInterrupted: Ctrl-C; finished trials stay in `storage`, and `.recipe` holds their fit.
+        CalibrationError: `train`, an argument or the storage cannot be used, or every run diverged.
+        CalibrationInterrupted: Ctrl-C. Finished trials stay in `storage`, and `.recipe` holds their fit.
     """
     call = {**locals(), "executor": None, "progress": False}
     given = {
@@ -162,7 +165,7 @@ def calibrate(
         batches=schedule.batches,
         kind=schedule.kind,
     )
-    state = random.getstate()  # importing rich and talking to a database may draw from it
+    state = random.getstate()  # importing rich and using a database may draw from it
     runner = Runner(study, schedule)
     try:
         runner.open(sampler, pruner, storage)
@@ -173,15 +176,15 @@ def calibrate(
 
 
 def _spread(executor: object, call: dict[str, Any], schedule: Schedule) -> Spread:
-    """Has workers elsewhere make the same call, which meets theirs in its storage."""
+    """Return a function that lets remote workers make the same call. They meet in its storage."""
     checked, storage = ray_executor(executor), shared_storage(call["storage"])
     return partial(run_on_ray, checked, partial(calibrate, **{**call, "storage": storage}), schedule.expected())
 
 
 def _run(runner: Runner, train: Train, progress: bool | None, spread: Spread | None) -> Recipe:
-    """Run the trials, for their recipe. Ctrl-C is an error that says how far they came, and holds their recipe.
+    """Run the trials and return their recipe. Ctrl-C raises an error with the progress and the recipe so far.
 
-    spread: has others run them, and calls what it is given now and then.
+    spread: lets remote workers run the trials, and calls its argument at intervals.
     """
     study, leads = runner.study, runner.team.leads
 
@@ -207,7 +210,7 @@ def _run(runner: Runner, train: Train, progress: bool | None, spread: Spread | N
             error = CalibrationInterrupted(
                 f"The calibration was interrupted after {len(study.trials().counted())} of "
                 f"{runner.schedule.expected()} trials.",
-                "Their fit is this error's .recipe; with storage= the same call goes on where it stopped.",
+                "Their fit is this error's .recipe. With storage= the same call continues where it stopped.",
             )
             error.recipe = study.recipe() if study.fit() is not None else None
             raise error from interrupt
@@ -217,11 +220,11 @@ def _run(runner: Runner, train: Train, progress: bool | None, spread: Spread | N
 
 
 def _is_distinct(values: object, fits: Callable[[Any], bool]) -> bool:
-    """Whether `values` is a sequence of distinct values that all fit, one at least."""
+    """Return whether `values` is a non-empty sequence of distinct values that all fit."""
     return isinstance(values, Sequence) and 0 < len(values) == len({*filter(fits, values)})
 
 
-# What an argument must be, and what to give instead.
+# A check of each argument, and the cure in the error message.
 _COUNT = (is_whole, "Give a whole number of at least 1.")
 _COUNT_OR_NONE = (lambda v: v is None or is_whole(v), _COUNT[1])
 _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -235,12 +238,12 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "steps": (
         lambda v: is_whole(v) or (_is_distinct(v, is_whole) and list(v) == sorted(v)),
-        "Give a whole number of at least 1, or several that rise, such as (250, 1000).",
+        "Give a whole number of at least 1, or several in ascending order, such as (250, 1000).",
     ),
     "target_steps": _COUNT_OR_NONE,
     "batches": (
         lambda v: v == () or (_is_distinct(v, is_positive) and list(v) == sorted(v)),
-        "Give positive numbers that rise, such as (16, 64), or leave it out.",
+        "Give positive numbers in ascending order, such as (16, 64), or leave it out.",
     ),
     "trials": _COUNT_OR_NONE,
     "budget": _COUNT_OR_NONE,
@@ -258,41 +261,42 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_argument(what: str, value: object) -> None:
-    """Refuse what an argument of `calibrate` cannot be by itself."""
+    """Raise a `CalibrationError` if a single argument of `calibrate` is impossible."""
     fits, cure = _ARGUMENTS[what]
     if not fits(value):
         raise CalibrationError(f"{what} is {value!r}.", cure)
 
 
 def _check_schedule(schedule: Schedule) -> None:
-    """Refuse arguments that do not go together."""
+    """Raise a `CalibrationError` if arguments contradict each other."""
     longest, least = schedule.steps[-1], schedule.least()
     if schedule.target_steps < longest:
         raise CalibrationError(
             f"target_steps={schedule.target_steps} is less than the {longest} steps of a trial.",
-            "Leave out the lengths beyond it: trials say nothing more by being longer than the run that is meant.",
+            "Leave out longer trials: they add nothing to the target run.",
         )
     if schedule.confirm and schedule.target_steps == longest:
         raise CalibrationError(
-            f"confirm=True runs {longest} steps, which the search does already.", "Leave it out, or give target_steps=."
+            f"confirm=True adds runs of {longest} steps, which the search already has.",
+            "Leave it out, or give target_steps=.",
         )
     if schedule.budget is not None and schedule.budget < least:
         runs = 1 + schedule.full_trials + schedule.confirms
         raise CalibrationError(
-            f"budget={schedule.budget} does not pay for {runs} run{'s' * (runs > 1)}, {least} steps in all.",
-            f"Give {least} training steps at least; thirty runs in all are plenty.",
+            f"budget={schedule.budget} is too small for {runs} run{'s' * (runs > 1)}, {least} steps in all.",
+            f"Give at least {least} training steps. Thirty runs are usually enough.",
         )
     if schedule.full_trials and None in schedule.ranks:
         raise CalibrationError(
-            f"full_trials={schedule.full_trials} comes after trials of LoRA, and None is among the ranks already.",
+            f"full_trials={schedule.full_trials} follows trials of LoRA, but None is already among the ranks.",
             "Leave one of the two out.",
         )
     if schedule.target == "full" and schedule.ranks == (None,):
-        raise CalibrationError("target='full' plans LoRA trials, and ranks holds none.", "Give two LoRA ranks.")
+        raise CalibrationError("target='full' plans LoRA trials, but ranks has no LoRA rank.", "Give two LoRA ranks.")
 
 
 def _octaves(lr_range: tuple[float, float] | None) -> tuple[float, float] | None:
-    """log2 of the two rates."""
+    """Return log2 of the two rates."""
     if lr_range is None:
         return None
     is_pair = isinstance(lr_range, Sequence) and not isinstance(lr_range, str) and len(lr_range) == 2

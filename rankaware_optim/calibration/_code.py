@@ -1,4 +1,4 @@
-"""Whose code a calibration runs: the training loop's source, its repository's commit, the packages that it imports."""
+"""Provenance of a calibration's code: the training loop's source, its repository's commit, the imported packages."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 _GIT = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-_PATIENCE_S = 10.0  # for git, on a slow disk
+_PATIENCE_S = 10.0  # timeout for git on a slow disk
 _OWN = ("rankaware-optim", "torch", "optuna")
 
 
 @dataclass(frozen=True)
 class Code:
-    """A training loop's code, as far as it can be read, as it was when the calibration began.
+    """A training loop's code at the start of the calibration, as far as it can be read.
 
-    train: the function's name. hash: of its source, the first twelve digits. commit: of the git repository that its
-    file lies in, with "-dirty" where files were changed. imports: the modules that its file imports, without their
-    submodules.
+    Args:
+        train: the function's name.
+        hash: the first twelve digits of its source's hash.
+        commit: the commit of its git repository, with "-dirty" if files were changed.
+        imports: the top-level modules that its file imports.
     """
 
     train: str = ""
@@ -36,19 +38,19 @@ class Code:
 
     @property
     def loop(self) -> dict[str, str]:
-        """What another loop would have other values of."""
+        """Return the values by which two loops are compared."""
         named = {"train": self.train, "its source's hash": self.hash}
         return {key: value for key, value in named.items() if value}
 
     @property
     def source(self) -> dict[str, str]:
-        """What a recipe keeps."""
+        """Return the values that a recipe stores."""
         named = {"train": self.train, "hash": self.hash, "commit": self.commit}
         return {key: value for key, value in named.items() if value}
 
 
 def train_source(train: Any) -> Code:
-    """The code of a training loop, seen through partials and decorators."""
+    """Return the code of a training loop, without its partials and decorators."""
     own = inspect.unwrap(train)
     while isinstance(own, partial):
         own = inspect.unwrap(own.func)
@@ -63,7 +65,7 @@ def train_source(train: Any) -> Code:
 
 
 def _imports(source: str) -> Iterator[str]:
-    """The modules that a file imports, anywhere in it; none where it is not plain Python, as a notebook's cell."""
+    """Yield the modules that a file imports. Yield none if it is not plain Python, such as a notebook cell."""
     with suppress(SyntaxError, ValueError):
         for node in ast.walk(ast.parse(source)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -72,7 +74,7 @@ def _imports(source: str) -> Iterator[str]:
 
 
 def _commit(folder: Path) -> str:
-    """The commit of the git repository around a folder; "" where there is none, or no git."""
+    """Return the commit of the git repository that contains a folder; "" without a repository or without git."""
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(_GIT, cwd=folder, check=True, capture_output=True, text=True, timeout=_PATIENCE_S)
         return done.stdout.strip()
@@ -81,12 +83,12 @@ def _commit(folder: Path) -> str:
 
 @cache
 def _packages() -> Mapping[str, list[str]]:
-    """Installed packages by the modules that they hold; found once, since it takes a second where there are many."""
+    """Return the installed packages by module. The result is cached, since the search can take a second."""
     return packages_distributions()
 
 
 def versions_used(imports: Iterable[str] = ()) -> dict[str, str]:
-    """Versions of Python, of this package and its base, and of the packages behind `imports` that are loaded."""
+    """Return the versions of Python, this package, its main dependencies, and the loaded packages behind `imports`."""
     packages = _packages()
     others = {name for module in imports if module in sys.modules for name in packages.get(module, ())}
     python = ".".join(map(str, sys.version_info[:3]))

@@ -1,4 +1,4 @@
-"""What must be the same in all trials of a study, so that they compare: as JSON holds it, alike in every process."""
+"""What must agree between all trials of a study, as JSON values that are equal in every process."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..laws import Law, checked_multiplier
 from ..optimizer import RankAwareOptimizer, effective_lr
 from ..recipe import BASE, SAME_UPDATES, agreed, name_pattern, plain_value, settings_of
 
-SAME_RATE = 1e-3  # of a law's multipliers: some are measured
+SAME_RATE = 1e-3  # relative tolerance of a law's multipliers, some of which are measured
 _LAW_AT = Reference(rank=16, alpha=16, fan_in=64)
-# What an optimizer is given that the study decides, or that leaves its updates as they are.
+# Optimizer settings that the study decides, or that do not change the updates.
 _LEFT_OUT = {
     "cls", "self", "params", "optimizer", "model", "lr", "tuned_at", "law", "recipe", "method", "strict",
     "on_rank_change", "native_type", "apply_settings", "steps", "warmup_share", "seed", "generator", *SAME_UPDATES,
@@ -24,22 +24,22 @@ _LEFT_OUT = {
 
 
 def law_values(law: Law, optimizer: type[Optimizer], ranks: Iterable[int | None]) -> dict[str, float]:
-    """What a law says at a study's ranks, whatever its code: its multipliers from a small layer to a wider one."""
+    """Return a law's multipliers at a study's ranks, from a small layer to a wider one. They identify its code."""
     values = {}
     for rank in ranks:
         for role, init in (("A", "A"), ("B", "A"), ("A", "B"), ("B", "B")) if rank else (("full", "A"), ("full", "B")):
             factor = Factor("", role, rank, 128, 192, 2.0 if rank else 1.0, init)  # type: ignore[arg-type]
             where = f"rank {rank}, {role}" if rank else "full finetuning"
-            with suppress(Exception):  # a law need not cover what no trial tries, and trials say what is wrong with it
+            with suppress(Exception):  # a law may not cover what no trial tries; a trial that needs it raises the error
                 values[f"{where}, Init[{init}]"] = checked_multiplier(law.bind(optimizer, {}), factor, _LAW_AT)
     return values
 
 
 def built_with(opt: Optimizer, native: type[Optimizer], settings: Mapping[str, Any], at: Reference) -> dict[str, Any]:
-    """What decides a trial beside its rank, seed and rate: the model's width, alpha and init, and all settings.
+    """Return what decides a trial besides its rank, seed and rate: the model's width, alpha and init, and all settings.
 
-    Settings that were left out have their defaults. Where groups differ in one, it is the list of its values, and what
-    the factors' groups have is beside it. Of the parameters that are no factors, in a LoRA trial, their rates are kept.
+    Settings that were not given have their defaults. If groups differ in a setting, its value is a list, and the value
+    of the factors' groups is stored too. For a LoRA trial the rates of parameters that are not factors are stored.
     """
     given = {**defaults_of(RankAwareOptimizer.__new__), **defaults_of(native), **settings}
     made = {name: plain_value(value) for name, value in given.items() if name not in _LEFT_OUT}
@@ -53,17 +53,17 @@ def built_with(opt: Optimizer, native: type[Optimizer], settings: Mapping[str, A
 
 
 def _other_rates(opt: Optimizer) -> dict[str, Any]:
-    """Rates of parameters that are no factors, by name pattern: `BASE` or a rate; where two differ, none."""
+    """Return the rates of parameters that are not factors, by name pattern. Patterns with two rates are left out."""
     tables = []
     for group in opt.param_groups:
         if group["lora_role"] == "other":
             rate = effective_lr(group)
-            kept = BASE if rate == opt.defaults["lr"] else float(f"{rate:.12g}")  # without the rounding of a ratio
+            kept = BASE if rate == opt.defaults["lr"] else float(f"{rate:.12g}")  # removes a ratio's rounding error
             tables.append({name_pattern(name): kept for name in group["param_names"]})
     return agreed(tables)
 
 
 def settings_in(built: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The optimizer's settings `names` in what `built_with` gave, those of the factors where groups differ."""
+    """Return the optimizer's settings `names` from `built_with`'s result. If groups differ, the factors' count."""
     held = {**built, **built.get("factors' settings", {})}
     return {name: held[name] for name in names if held.get(name) is not None and name not in _LEFT_OUT}

@@ -1,4 +1,4 @@
-"""Under DDP or FSDP: one process decides, the others hear of it; all see one rate, one curve and one recipe."""
+"""Calibration under DDP or FSDP: one process decides, and all get the same rate, curve and recipe."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 
 class Replicas:
-    """The processes of this training, or this one alone where torch.distributed was not started.
+    """The processes of this training, or only this one if torch.distributed was not started.
 
-    Messages go over a gloo group of their own, so that they need no device and mix with nothing of the training.
+    Messages use a separate gloo group. They need no device and cannot mix with those of the training.
     """
 
     def __init__(self) -> None:
@@ -23,11 +23,11 @@ class Replicas:
 
     @property
     def leads(self) -> bool:
-        """Whether this process decides: it alone talks to the study's storage and to the terminal."""
+        """Whether this process decides. Only this one uses the study's storage and the terminal."""
         return self._group is None or dist.get_rank() == 0
 
     def agree(self, decide: Callable[[], T]) -> T:
-        """What `decide` returns or raises on the leading process, on every process."""
+        """Call `decide` on the leading process. Return its result, or raise its error, on every process."""
         if self._group is None:
             return decide()
         message: list[Any] = [None]
@@ -43,7 +43,7 @@ class Replicas:
         return value  # type: ignore[no-any-return]
 
     def mean(self, value: float) -> float:
-        """The mean of a value over all processes, each of which saw its own part of the batch."""
+        """Return the mean of a value over all processes, each of which has a part of the batch."""
         if self._group is None:
             return value
         total = torch.tensor([value], dtype=torch.float64)

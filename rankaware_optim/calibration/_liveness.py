@@ -1,8 +1,8 @@
-"""Whose trial is it: every trial names the process that runs it, so that a killed one is known as dead.
+"""Ownership of trials. Every trial names the process that runs it, so that the trial of a killed process is detected.
 
-A trial whose process was killed stays RUNNING in Optuna's storage for ever. This host's dead are failed when the next
-trial begins. Processes of other hosts cannot be seen from here: their trials give signs of life, and are failed when
-none came for some minutes. Clocks of hosts differ, so this host's own counts, from the moment it saw the last sign.
+A trial whose process was killed stays RUNNING in Optuna's storage. On this host such trials are failed when the next
+trial begins. Processes of other hosts cannot be seen. Their trials write heartbeats and are failed after some minutes
+without one. Clocks of hosts differ, so the time is measured by this host's clock since it read the last heartbeat.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from optuna.trial import Trial, TrialState
 from ._optuna import fail_trial
 from ._trials import Owner, TrialRecord, Trials
 
-_BEAT_S = 20.0  # between two signs of life
-_SILENT_S = 300.0  # without one, after which another host's trial is dead: its process may be suspended or cut off
-_AT_WORK: dict[str, threading.Thread] = {}  # by token of its trial: the thread of this process that runs it
-_BEATING: dict[str, _Heartbeat] = {}  # its signs of life
-_SEEN: dict[str, tuple[int, float]] = {}  # other hosts' last signs of life, by token, and when they were first seen
+_BEAT_S = 20.0  # seconds between two heartbeats
+_SILENT_S = 300.0  # seconds without a heartbeat after which another host's trial counts as dead
+_AT_WORK: dict[str, threading.Thread] = {}  # the thread of this process that runs a trial, by the trial's token
+_BEATING: dict[str, _Heartbeat] = {}  # its heartbeat thread
+_SEEN: dict[str, tuple[int, float]] = {}  # other hosts' last heartbeats by token, and when they were first read
 
 
 def new_owner() -> Owner:
-    """This process, as the owner of a trial that is about to begin."""
+    """Return this process as the owner of a new trial."""
     token, pid = uuid.uuid4().hex, os.getpid()
     _AT_WORK[token] = threading.current_thread()
     return Owner(socket.gethostname(), _boot(), pid, _started(pid), token)
 
 
 def release(owner: Owner) -> None:
-    """The owner's trial has ended."""
+    """Record that the owner's trial has ended."""
     _AT_WORK.pop(owner.token, None)
     if owner.token in _BEATING:
         _BEATING.pop(owner.token).stop()
 
 
 def fail_dead_trials(study: Study, mine: Owner | None = None) -> None:
-    """Fail trials whose process is gone, or silent on another host; their rank, seed and rate are to be tried again.
+    """Fail trials whose process is gone, or silent on another host. Their rank, seed and rate are to be tried again.
 
-    So are those of this thread, but for `mine`: it is here, and no longer at what an interrupt had it leave behind.
+    Earlier trials of this thread are failed too, since an interrupt made it leave them. `mine` is kept.
     """
     looked = time.monotonic()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -60,12 +60,12 @@ def fail_dead_trials(study: Study, mine: Owner | None = None) -> None:
 
 
 def is_awaited(trial: TrialRecord) -> bool:
-    """Whether a running trial is going to end or to be known as dead, so that it pays to wait for it."""
+    """Return whether a running trial will end or be detected as dead. Otherwise waiting for it is useless."""
     return trial.heartbeat is not None or not _is_elsewhere(trial)
 
 
 def to_repeat(trials: Trials) -> TrialRecord | None:
-    """The first killed trial that no other repeats."""
+    """Return the first killed trial that no other trial repeats."""
     repeated = {trial.retry_of for trial in trials}
     killed = (trial for trial in trials if trial.killed and trial.state == TrialState.FAIL)
     return next((trial for trial in killed if trial.number not in repeated), None)
@@ -75,7 +75,7 @@ def to_repeat(trials: Trials) -> TrialRecord | None:
 
 
 class _Heartbeat(threading.Thread):
-    """Signs of life of a running trial. A thread gives them: a step, a download or an evaluation may take long."""
+    """The heartbeat of a running trial, in a thread, since a step, a download or an evaluation may take long."""
 
     def __init__(self, trial: Trial) -> None:
         super().__init__(name=f"heartbeat of trial {trial.number}", daemon=True)
@@ -85,36 +85,36 @@ class _Heartbeat(threading.Thread):
         for beat in count(1):
             if self._ended.wait(_BEAT_S):
                 return
-            with suppress(Exception):  # where the storage fails, the run's own writes say so
+            with suppress(Exception):  # if the storage fails, the run's own writes raise
                 try:
                     self._trial.set_user_attr("heartbeat", beat)
                 except UpdateFinishedTrialError:
                     return
 
     def stop(self) -> None:
-        """Give no more, once the last one is written."""
+        """Stop after the current write."""
         self._ended.set()
-        with suppress(RuntimeError):  # an interrupt came before it had started: it then ends at once
+        with suppress(RuntimeError):  # an interrupt came before the thread was started
             self.join()
 
 
 def keep_beating(trial: Trial, owner: Owner) -> None:
-    """Give signs of life until the trial is released."""
+    """Write heartbeats until the trial is released."""
     _BEATING[owner.token] = _Heartbeat(trial)
     _BEATING[owner.token].start()
 
 
 def _is_elsewhere(trial: TrialRecord) -> bool:
-    """Whether a trial belongs to another host, or to one of this name that gives signs of life of its own."""
+    """Return whether a trial belongs to another host, or to a host of the same name that writes its own heartbeats."""
     if trial.owner is None or trial.owner.host != socket.gethostname():
         return True
     return trial.owner.boot != _boot() and trial.heartbeat is not None
 
 
 def _is_silent(trial: TrialRecord, owner: Owner, looked: float) -> bool:
-    """Whether another host's trial gave no sign of life for as long as it takes, up to when it was `looked` at.
+    """Return whether another host's trial had no new heartbeat for `_SILENT_S` when it was read at time `looked`.
 
-    Trials of versions that give none are left alone.
+    Trials of older versions, which write no heartbeats, are kept.
     """
     if trial.heartbeat is None:
         return False
@@ -135,18 +135,18 @@ def _is_alive(owner: Owner) -> bool:
         thread = _AT_WORK.get(owner.token, threading.current_thread())
         return thread.is_alive() and thread is not threading.current_thread()
     if os.name != "posix":
-        return True  # os.kill would end it there; what cannot be known to be dead is left alone
+        return True  # os.kill would end the process there, so nothing is known to be dead
     try:
         os.kill(owner.pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's
+        pass  # the process of another user
     return _started(owner.pid) == owner.started
 
 
 def _boot() -> str:
-    """Names this run of the kernel and this container, where processes have their numbers; empty if nothing does."""
+    """Return a name of this boot and container, in which process numbers are unique; "" if there is none."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -154,7 +154,7 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in the kernel's ticks, since its number may be used again; a zombie has ended."""
+    """Return when a process began, in kernel ticks, since its number may be used again. A zombie has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

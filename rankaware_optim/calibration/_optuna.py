@@ -1,11 +1,11 @@
-"""Where Optuna's public face does not reach: all of its private names that this package uses.
+"""All private names of Optuna that this package uses, where its public API is not enough.
 
-Trials of several processes meet in one storage, and a process may die at any moment. So a trial says whose it is from
-its first moment, which `Study.ask` cannot do: its attributes come later. A trial whose process died is marked and
-failed by another process, where `Study.tell` would raise if a third had been first. And what was opened is given back,
-a database's connections and a journal's lock: both lie under what Optuna puts around them.
+Several processes share one storage, and a process may die at any time. So a trial must name its owner from its
+creation. `Study.ask` cannot do this, because it sets attributes later. A trial whose process died is marked and failed
+by another process. `Study.tell` would raise if a third process had been first. Database connections and journal locks
+are released, which Optuna's wrappers hide.
 
-tests/calibration/test_optuna.py fails where one of these moves.
+tests/calibration/test_optuna.py fails if one of these names changes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 
 def begin_trial(study: Study, attributes: Mapping[str, Any], params: Mapping[str, float]) -> Trial:
-    """A running trial that has `attributes` from the start, and is going to have `params` where they are given."""
+    """Create a running trial that has `attributes` from the start, and fixed `params` if given."""
     template = FrozenTrial(
         number=-1, trial_id=-1, state=TrialState.RUNNING, value=None, params={}, distributions={},
         user_attrs=dict(attributes), system_attrs={"fixed_params": dict(params)} if params else {},
@@ -35,7 +35,7 @@ def begin_trial(study: Study, attributes: Mapping[str, Any], params: Mapping[str
 
 
 def fail_trial(study: Study, trial: FrozenTrial, attributes: Mapping[str, Any]) -> None:
-    """Mark another process's running trial with `attributes` and fail it, unless somebody else was first."""
+    """Mark another process's running trial with `attributes` and fail it, unless another process was first."""
     try:
         for name, value in attributes.items():
             study._storage.set_trial_user_attr(trial._trial_id, name, value)
@@ -45,7 +45,7 @@ def fail_trial(study: Study, trial: FrozenTrial, attributes: Mapping[str, Any]) 
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """Give back a database's connections, or a journal's lock that an interrupt left held."""
+    """Release a database's connections, or a journal's lock that an interrupt left held."""
     held = getattr(storage, "_backend", storage)
     if isinstance(held, RDBStorage):
         held.remove_session()
@@ -59,7 +59,7 @@ _QUIET = threading.Lock()
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Optuna says nothing below a warning; its level is as it was afterwards, also where threads do this at once."""
+    """Silence Optuna below warnings and restore its level afterwards. Safe in several threads at once."""
     logger = logging.getLogger("optuna")
     with _QUIET:
         before = logger.level

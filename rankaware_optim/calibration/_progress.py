@@ -1,4 +1,4 @@
-"""How far a calibration is: trial, rank, rate, value, time left; by rich on a terminal, a line a trial by logging."""
+"""Progress of a calibration: trial, rank, rate, value, time left. With rich on a terminal, and by logging per trial."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _LOG = logging.getLogger(__package__)
 
 @contextmanager
 def progress_shown(wanted: bool | None) -> Iterator[Show]:
-    """A function that shows where a trial stands; it does nothing where no progress is wanted.
+    """Yield a function that shows the state of a trial. It does nothing if no progress is wanted.
 
-    wanted: None for "where standard error is a terminal".
+    wanted: None means "if standard error is a terminal".
     """
     from rich.console import Console
 
@@ -46,9 +46,9 @@ def progress_shown(wanted: bool | None) -> Iterator[Show]:
 
 
 class TrialLog:
-    """Logs ended trials, with the time that is left at the pace since this was made, all workers' trials counted.
+    """Logs finished trials of all workers, with the time left at their pace since this object was made.
 
-    logs: on one of several processes that train together.
+    logs: whether this process logs. It is True on one of several processes that train together.
     """
 
     def __init__(self, logs: bool) -> None:
@@ -63,7 +63,7 @@ class TrialLog:
         self._say(begun.done + 1, begun.expected, begun.rank, trial.lr or math.nan, value, outcome.stopped)
 
     def saw(self, trials: Trials, expected: int) -> None:
-        """Log what other processes have ended since the last call; the first one takes note of what is there."""
+        """Log the trials that other processes finished since the last call. The first call logs nothing."""
         first, ended = self._before < 0, trials.counted()
         self._before = len(ended) if first else self._before
         for t in ended:

@@ -1,6 +1,6 @@
-"""Which runs need not go on: those clearly worse than the best run of the same rank and seed at the same step.
+"""Pruning of runs that are clearly worse than the best run of the same rank and seed at the same step.
 
-Runs of one seed see the same batches, so the difference of two curves is far less noisy than either.
+Runs of one seed see the same batches, so the difference of two curves is much less noisy than either curve.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from optuna.trial import FrozenTrial
 from ..recipe import EARLY
 from ._trials import TrialRecord, Trials
 
-_WORSE = 0.5  # share of the best run's gain so far that a run must lag behind
+_WORSE = 0.5  # a run is pruned if it lags by this share of the best run's gain so far
 _NEAR = 1.0  # octaves around the best run and the estimated optimum in which nothing is pruned
 _STANDARD_ERRORS = 3.0
-_JUDGED = 3  # the last reports that the difference is taken over
+_JUDGED = 3  # number of last reports that are compared
 
 
 class PairedPruner(BasePruner):
-    """Stops a run that lags the best one of its rank and seed by half of what that one gained by the same step.
+    """Stops a run that lags the best run of its rank and seed by half of the gain of that run at the same step.
 
-    steps: of a whole run, where a trial does not say its own. warmup: share of them; nothing is pruned before it is
-    over, nor before 30 %. Rates within an octave of the best run's or of the estimated optimum are never pruned, nor is
-    a difference that noise explains.
+    Runs whose rate is within an octave of the best run's or of the estimated optimum are never pruned. Differences that
+    noise explains are ignored.
+
+    Args:
+        steps: steps of a whole run, used if a trial does not have its own.
+        warmup: share of the steps, from 0 to 1. Nothing is pruned before its end, nor in the first 30 %.
     """
 
     def __init__(self, steps: int, warmup: float = 0.0) -> None:
@@ -43,7 +46,7 @@ class PairedPruner(BasePruner):
         steps = sorted(record.reports.keys() & best.reports.keys())[-_JUDGED:]
         if is_near or len(steps) < 2 or best.observation is None:
             return False
-        # The last paired differences must exceed the margin, each of them, and their mean what noise explains.
+        # Each of the last paired differences must exceed the margin, and their mean must exceed the noise.
         gaps = [record.reports[s] - best.reports[s] for s in steps]
         gains = [best.observation.start - best.reports[s] for s in steps]
         clearly = all(gain > 0 and gap > _WORSE * gain for gap, gain in zip(gaps, gains, strict=True))

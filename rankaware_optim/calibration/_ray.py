@@ -1,7 +1,7 @@
-"""A calibration's workers as tasks of a Ray cluster, which meet in one storage.
+"""A calibration's workers as tasks of a Ray cluster that share one storage.
 
-Ray decides where they run and starts them again where they were killed; our plan decides what they run. Ray Tune is not
-used: its searchers and schedulers would take the place of our plan and our pruner.
+Ray decides where they run and restarts killed ones. The calibration's schedule decides what they run. Ray Tune is not
+used, because its searchers and schedulers would replace that schedule and the pruner.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ..recipe import Recipe, differences
 from ._code import train_source, versions_used
 from ._storage import check_shared, journal_head
 
-_LOOK_S = 2.0  # between two looks at what the workers have done
-_GRACE_S = 10.0  # for workers to end by themselves
-_CONNECT_S = 10.0  # for a cluster to answer: ray.init waits for minutes
+_LOOK_S = 2.0  # seconds between two checks of the workers' progress
+_GRACE_S = 10.0  # seconds for workers to end by themselves
+_CONNECT_S = 10.0  # seconds for a cluster to answer; ray.init itself waits for minutes
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class RayExecutor:
     """Runs the workers of `calibrate` as tasks of a Ray cluster. `executor="ray"` is one with all defaults.
 
     Args:
-        workers: how many; by default one a GPU of the cluster, without GPUs one for every two cores.
-        gpus: GPUs of each worker; by default 1, without GPUs 0. Ray sets each worker's CUDA_VISIBLE_DEVICES.
-        address: of a cluster, as `ray.init` takes it; "local" starts one on this machine for the time of the call. By
-            default the cluster that `ray.init` connected this process to, or what `ray.init()` finds.
+        workers: number of workers. By default one per GPU of the cluster, or one per two CPU cores without GPUs.
+        gpus: GPUs per worker. By default 1, or 0 on a cluster without GPUs. Ray sets each worker's
+            CUDA_VISIBLE_DEVICES.
+        address: address of a cluster, as for `ray.init`. "local" starts a cluster on this machine for the time of the
+            call. By default the cluster that this process is connected to, or the one that `ray.init()` finds.
 
     Raises:
-        CalibrationError: `workers` or `gpus` is no such number.
+        CalibrationError: `workers` or `gpus` is not such a number.
     """
 
     workers: int | None = None
@@ -51,16 +52,16 @@ class RayExecutor:
 
     def __post_init__(self) -> None:
         if not (self.workers is None or is_whole(self.workers)):
-            raise CalibrationError(f"workers is {self.workers!r}.", "Give a whole number of at least 1, or none.")
+            raise CalibrationError(f"workers is {self.workers!r}.", "Give a whole number of at least 1, or None.")
         if not (self.gpus is None or (is_number(self.gpus) and self.gpus >= 0)):
-            raise CalibrationError(f"gpus is {self.gpus!r}.", "Give how many GPUs a worker needs, 0 or more.")
+            raise CalibrationError(f"gpus is {self.gpus!r}.", "Give the number of GPUs per worker, 0 or more.")
 
 
 def ray_executor(given: object) -> RayExecutor:
-    """The executor that was asked for.
+    """Return the executor for the argument of `calibrate`.
 
     Raises:
-        CalibrationError: it is none, Ray is not installed, or this is one of several processes that train together.
+        CalibrationError: it is no executor, Ray is not installed, or this process trains together with others.
     """
     if given != "ray" and not isinstance(given, RayExecutor):
         raise CalibrationError(f"executor is {given!r}.", "Give 'ray', a RayExecutor, or leave it out.")
@@ -70,20 +71,24 @@ def ray_executor(given: object) -> RayExecutor:
         )
     if dist.is_available() and dist.is_initialized():
         raise CalibrationError(
-            "executor='ray' starts workers of its own, and torch.distributed has started processes already.",
+            "executor='ray' starts its own workers, but torch.distributed has already started processes.",
             "Call it in one process, or leave executor= out.",
         )
     return given if isinstance(given, RayExecutor) else RayExecutor()
 
 
 def run_on_ray(executor: RayExecutor, work: partial[Recipe], most: int, look: Callable[[], None]) -> None:
-    """Run `work`, a call of `calibrate`, in several tasks, until one of them has seen the plan fulfilled.
+    """Run `work`, a call of `calibrate`, in several tasks until one of them finds the schedule complete.
 
-    most: tasks, of which more would have nothing to run. look: called every two seconds.
+    Args:
+        executor: the workers and their resources.
+        work: the call that every task makes.
+        most: the largest useful number of tasks.
+        look: called every two seconds.
 
     Raises:
         CalibrationError: the cluster cannot be reached, `train` cannot be sent there, or every worker was lost.
-        Exception: what `work` raised in a task.
+        Exception: an error of `work` in a task.
     """
     train, storage = work.keywords["train"], work.keywords["storage"]
     with _connected(executor.address) as ray:
@@ -95,7 +100,7 @@ def run_on_ray(executor: RayExecutor, work: partial[Recipe], most: int, look: Ca
         except TypeError as error:
             raise CalibrationError(
                 f"train cannot be sent to Ray's workers: {_line(error)}",
-                "Define it in a module, and let it make what it needs by itself.",
+                "Define it in a module, and create what it needs inside it.",
             ) from error
         arguments = sent, code_of(train), journal_head(storage), share.cpus
         tasks = [task.remote(*arguments) for _ in range(min(share.workers, most))]
@@ -110,13 +115,13 @@ def run_on_ray(executor: RayExecutor, work: partial[Recipe], most: int, look: Ca
 
 
 def _work(work: partial[Recipe], code: Mapping[str, str], head: bytes, threads: int) -> None:
-    """One worker, in a process of Ray's."""
+    """Run one worker, in a Ray process."""
     torch.set_num_threads(threads)
     host = socket.gethostname()
     other = differences(code, code_of(work.keywords["train"]))
     if other:
         raise CalibrationError(
-            f"{host} runs other code than where the calibration was started: {other}.",
+            f"{host} runs different code from the host where the calibration was started: {other}.",
             "Install the same versions on every node, and share one folder of code.",
         )
     check_shared(work.keywords["storage"], head, host)
@@ -124,13 +129,13 @@ def _work(work: partial[Recipe], code: Mapping[str, str], head: bytes, threads: 
 
 
 def code_of(train: Any) -> dict[str, str]:
-    """What must be the same wherever trials run. What Ray carries by value, as from a script, is so by itself."""
+    """Return what must be equal on all nodes. Code that Ray sends by value, as from a script, always is."""
     by_value = getattr(train, "__module__", "") == "__main__"
     return {**versions_used(), **({} if by_value else train_source(train).loop)}
 
 
 def _await_one(ray: Any, tasks: Sequence[Any], look: Callable[[], None]) -> None:
-    """Wait until a worker ends by itself: it has then seen the plan fulfilled."""
+    """Wait until a worker ends by itself, which means that the schedule is complete."""
     pending, errors, lost = list(tasks), ray.exceptions, ""
     while pending:
         done, pending = ray.wait(pending, timeout=_LOOK_S)
@@ -142,16 +147,16 @@ def _await_one(ray: Any, tasks: Sequence[Any], look: Callable[[], None]) -> None
                 if not isinstance(error.cause, errors.RaySystemError):
                     raise error.cause from error
                 raise CalibrationError(
-                    f"A worker of Ray's could not load train: {_line(error.cause)}",
-                    "Let every node import its module, by one shared folder or as an installed package.",
+                    f"A Ray worker could not load train: {_line(error.cause)}",
+                    "Make its module importable on every node, by a shared folder or as an installed package.",
                 ) from error
             except errors.RayError as error:
                 lost = _line(error)
-                warn(f"Ray gave a worker up, the others go on: {lost}")
+                warn(f"Ray lost a worker. The others continue: {lost}")
             else:
                 return
     raise CalibrationError(
-        f"Ray gave every worker up: {lost}", "With the same storage= the same call goes on where this one stopped."
+        f"Ray lost every worker: {lost}", "With the same storage= the same call continues where this one stopped."
     )
 
 
@@ -159,7 +164,7 @@ def _await_one(ray: Any, tasks: Sequence[Any], look: Callable[[], None]) -> None
 
 
 class Share(NamedTuple):
-    """How many workers there are, and the GPUs and cores of each."""
+    """The number of workers, and the GPUs and CPU cores of each."""
 
     workers: int
     gpus: float
@@ -167,13 +172,18 @@ class Share(NamedTuple):
 
 
 def share_out(nodes: Sequence[Mapping[str, float]], workers: int | None = None, gpus: float | None = None) -> Share:
-    """How the workers share a cluster. `nodes` are the resources of each node, by Ray's names.
+    """Return how the workers share a cluster.
 
-    By default there are as many as the GPUs suffice for, without GPUs one for every two cores of a node. Each takes its
-    part of the cores where they are scarcest.
+    Args:
+        nodes: the resources of each node, by Ray's names.
+        workers: number of workers. By default as many as the GPUs allow, or one per two CPU cores without GPUs.
+        gpus: GPUs per worker.
+
+    Returns:
+        The share of each worker. Its cores are those available on the node with the fewest cores per worker.
 
     Raises:
-        CalibrationError: no node holds one worker.
+        CalibrationError: no node has room for a worker.
 
     >>> share_out([{"CPU": 16}, {"CPU": 32, "GPU": 4}])
     Share(workers=4, gpus=1, cpus=8)
@@ -185,7 +195,7 @@ def share_out(nodes: Sequence[Mapping[str, float]], workers: int | None = None, 
     count = workers or sum(held)
     if not count:
         raise CalibrationError(
-            f"No node of the Ray cluster has a core and {gpus:g} GPUs.", "Start one, or say workers= and gpus=."
+            f"No node of the Ray cluster has a core and {gpus:g} GPUs.", "Start one, or give workers= and gpus=."
         )
     cores = [node["CPU"] // holds for node, holds in zip(able, held, strict=True)]
     cores.append(sum(node["CPU"] for node in able) // count)
@@ -194,7 +204,7 @@ def share_out(nodes: Sequence[Mapping[str, float]], workers: int | None = None, 
 
 @contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
-    """Ray, connected to a cluster; the connection is closed if it was made here."""
+    """Yield Ray, connected to a cluster. A connection made here is closed afterwards."""
     import ray
 
     if ray.is_initialized():
@@ -210,7 +220,7 @@ def _connected(address: str | None) -> Iterator[Any]:
     except Exception as error:
         raise CalibrationError(
             f"The Ray cluster at {at!r} cannot be reached: {_line(error)}",
-            "Give the address of one that runs, see `ray status`; 'local' starts one on this machine.",
+            "Give the address of a running cluster (see `ray status`), or 'local' to start one on this machine.",
         ) from error
     try:
         yield ray
@@ -219,6 +229,6 @@ def _connected(address: str | None) -> Iterator[Any]:
 
 
 def _line(error: BaseException) -> str:
-    """An error's first line, as a sentence."""
+    """Return an error's first line as a sentence."""
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__).rstrip(".") + "."

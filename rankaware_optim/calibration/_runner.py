@@ -1,4 +1,4 @@
-"""Running a study: the next trial begun, trained and written down, by one worker of several, by one process of many."""
+"""Running a study: begin, train and record the next trial, on one worker of several and one process of many."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from ._trial import Outcome, Train, Trial, run_trial, seeded
 from ._trials import PARAMETER, Cell, TrialRecord, Trials, interval
 from .fit import Observation
 
-_POLL_S, _SLOW_POLL_S = 0.05, 2.0  # at first, and while another's long trial is waited for
-_PATIENCE_S = 600.0  # how long the first model of another worker may take to be built
+_POLL_S, _SLOW_POLL_S = 0.05, 2.0  # seconds between polls: at first, and while another worker's trial runs
+_PATIENCE_S = 600.0  # seconds that another worker may take to build its first model
 
 
 class NextTrial(NamedTuple):
-    """A trial that is about to run, and where the study stands: trials done and expected, (low, best, high) so far."""
+    """A trial that is about to run, and the study's progress: trials done and expected, (low, best, high) so far."""
 
     number: int
     rank: int | None
@@ -60,8 +60,8 @@ T = TypeVar("T")
 class Runner:
     """Runs the trials of a study by a schedule.
 
-    Other workers may do the same: every decision is read from the storage, and a trial is its owner's from its first
-    moment. Under DDP or FSDP only the leading process of `team` has an Optuna study; the others hear what it decided.
+    Several workers may do so at once. Every decision is based on the storage, and a trial has an owner from its
+    creation. Under DDP or FSDP only the leading process of `team` has an Optuna study. The others get its decisions.
     """
 
     def __init__(self, study: Study, schedule: Schedule) -> None:
@@ -71,13 +71,13 @@ class Runner:
         self._record = TrialRecord()
 
     def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
-        """Create the Optuna study, or go on with the stored one of its name."""
+        """Create the Optuna study, or continue the stored one of the same name."""
         self.team.agree(lambda: self.study.open(sampler, pruner, storage))
 
     def close(self) -> None:
-        """Fail the trial at hand, and leave the storage and the other processes.
+        """Fail the unfinished trial, and leave the storage and the other processes.
 
-        Where the storage is what failed, the next start finds the trial's owner gone.
+        If the storage itself failed, the next start finds that the trial's owner is gone.
         """
         try:
             if self._record.owner is not None:
@@ -88,7 +88,7 @@ class Runner:
             self.team.close()
 
     def _agree(self, decide: Callable[[], T]) -> T:
-        """What the leading process decides on the storage, on every process."""
+        """Return on every process what the leading process decides from the storage."""
 
         def guarded() -> T:
             with self.study.guard():
@@ -97,27 +97,27 @@ class Runner:
         return self.team.agree(guarded)
 
     def recipe(self) -> Recipe:
-        """The recipe of what was seen so far."""
+        """Return the recipe of the trials so far."""
         return self._agree(self.study.recipe)
 
     def begin(self) -> NextTrial | None:
-        """The next trial, written down as this process's own; None once the schedule is fulfilled."""
+        """Create the next trial, owned by this process. Return None once the schedule is complete."""
 
         def decide() -> NextTrial | None:
             poll = _POLL_S
             while True:
                 fail_dead_trials(self.study.optuna)
-                with suppress(UpdateFinishedTrialError):  # silent before it ran: another host has it
+                with suppress(UpdateFinishedTrialError):  # no heartbeat before it ran, so another host took it
                     begun = self._try_to_begin()
                     if begun is not None or not any(map(is_awaited, self.study.trials().running())):
                         return begun
-                self.study.pause(poll)  # another's trial may yet die, and be this one's to run
+                self.study.pause(poll)  # another worker's trial may still die and be repeated here
                 poll = min(2 * poll, _SLOW_POLL_S)
 
         return self._agree(decide)
 
     def _try_to_begin(self) -> NextTrial | None:
-        """A running trial that from its first moment says whose it is and what it tries."""
+        """Create a running trial that has its owner and its configuration from the start."""
         trials = self.study.trials()
         killed, cell = to_repeat(trials), self._next(trials)
         if cell is None:
@@ -132,7 +132,7 @@ class Runner:
         return self._prepare(killed)
 
     def _prepare(self, killed: TrialRecord | None) -> NextTrial | None:
-        """Give way to workers that began before, then take a rate; the first trial of a study gets its own later."""
+        """Wait for workers that began before, then choose a rate. The first trial of a study gets its rate later."""
         trials, mine = self.study.trials(), self._record
         earlier = Trials(t for t in trials if t.state.is_finished() or t.number < mine.number)
         taken = killed is not None and any(t.retry_of == killed.number for t in earlier)
@@ -157,7 +157,7 @@ class Runner:
         )
 
     def _next(self, trials: Trials) -> Cell | None:
-        """The next rank and seed. For full finetuning from Init[B], trials go where the line to r = n is sharpened."""
+        """Return the next rank and seed. For full finetuning from Init[B], trials are shared as `leverage` says."""
         study, to_full = self.study, self.schedule.target == "full"
         band = None if self.schedule.until is None else study.band(to_full)
         weights: dict[int | None, float] = {}
@@ -168,7 +168,7 @@ class Runner:
     def _await_earlier(self) -> None:
         """Wait until trials begun before this one have their rates, so that no point is tried twice.
 
-        Only the first trial of a study takes long: its model is built first, and settles the reference for all.
+        Only the first trial of a study takes long, since its model must be built to settle the reference.
         """
         until = time.monotonic() + _PATIENCE_S
         while time.monotonic() < until:
@@ -179,11 +179,11 @@ class Runner:
             fail_dead_trials(self.study.optuna, self._record.owner)
 
     def _limits(self, steps: int) -> list[float]:
-        """How high recent values may rise, step by step, before a run is stopped: half the best gain above where runs
-        have been, or, since batches may be hard ones, above where one that learns nothing would be at that step.
+        """Return, for each step, the mean of recent values above which a run is stopped as diverged.
 
-        Where runs have been is the usual height of their first values, as many as are averaged later: one alone may be
-        low by chance. What learns nothing lies a gain, at most, above the best run on the same batches.
+        The limit is half the best gain above the usual start of the runs. Batches may be hard, so it is at least half a
+        gain above the loss of a run that learns nothing, which is at most one gain above the best run on the same
+        batches. The usual start is a mean of first values, since a single one may be low by chance.
         """
         trials = self.study.trials().counted()
         gains = [o.start - o.tail for o in trials.observations() if math.isfinite(o.tail)]
@@ -196,7 +196,7 @@ class Runner:
     # --- one trial --------------------------------------------------------------------------------------------------
 
     def one(self, begun: NextTrial, train: Train, show: Show, ended: Ended) -> None:
-        """Run and record one trial; one that raises is at hand when this runner closes, which fails it."""
+        """Run and record one trial. If it raises, `close` fails it."""
         trial = Trial(begun.rank, begun.seed, begun.steps, begun.number, self._build, _batch=begun.batch)
         every = interval(begun.steps)
 
@@ -216,19 +216,19 @@ class Runner:
         except UpdateFinishedTrialError:
             self._agree(lambda: self._close(TrialState.FAIL))
             warn(
-                f"Trial {begun.number} gave no sign of life for so long that another host has taken it over: its run "
-                "here does not count."
+                f"Trial {begun.number} had no heartbeat for so long that another host has taken it over. Its run here "
+                "does not count."
             )
         else:
             ended(begun, trial, outcome)
 
     def _check_read(self, trial: Trial, outcome: Outcome) -> None:
-        """Refuse a loop that cannot know how long its runs are to be, or at which batch, where that varies."""
+        """Refuse a loop that never read its number of steps or its batch size, if these vary between trials."""
         for what in self.study.varying:
             if not outcome.stopped and what not in trial._read:
                 raise CalibrationError(
-                    f"train never read trial.{what}, so its runs are not whole ones of the {what} that it is given.",
-                    "Let its schedule and warm-up span trial.steps, and its data come trial.batch examples at a time.",
+                    f"train never read trial.{what}, so its runs do not use the {what} of each trial.",
+                    "Let its schedule and warm-up span trial.steps, and use trial.batch examples per step.",
                 )
 
     def _report(self, curve: list[float], every: int, steps: int) -> bool:
@@ -236,7 +236,7 @@ class Runner:
         return len(curve) < steps and self._handle.should_prune()
 
     def _end(self, outcome: Outcome) -> None:
-        """Write down what a run gave. Scores compare only if all were returned or none was."""
+        """Record the outcome of a run. Scores can be compared only if all of them were returned, or none."""
         returned, record, stopped = outcome.returned is not None, self._record, outcome.stopped
         others = [o for o in self.study.trials().observations() if not o.stopped]
         if not stopped and any(o.returned != returned for o in others):
@@ -264,7 +264,7 @@ class Runner:
         self._close(TrialState.COMPLETE if finite else TrialState.PRUNED, seen.value if finite else None)
 
     def _write(self, record: TrialRecord) -> None:
-        """Keep what is new of this trial."""
+        """Store the fields of this trial that changed."""
         for name, value in record.changes_since(self._record).items():
             self._handle.set_user_attr(name, value)
         self._record = record
@@ -281,10 +281,10 @@ class Runner:
     # --- the trial's optimizer --------------------------------------------------------------------------------------
 
     def _build(self, trial: Trial, params: Any, settings: dict[str, Any]) -> RankAwareOptimizer:
-        """What `Trial.optimizer` calls: read the model, propose a rate in reference coordinates, build."""
+        """Build the optimizer for `Trial.optimizer`: read the model, then choose a rate in reference coordinates."""
         model = params if isinstance(params, nn.Module) else settings.get("model")
         if not isinstance(model, nn.Module):
-            raise CalibrationError("trial.optimizer got no model.", "Pass it, or model= beside its parameters.")
+            raise CalibrationError("trial.optimizer got no model.", "Pass it, or model= with its parameters.")
         survey = inspect_model(model, method=trial.method, init=settings.get("init"))
         trial.lr, law, reference = self._agree(lambda: self._propose(survey, settings))
         made = RankAwareOptimizer(
@@ -306,7 +306,7 @@ class Runner:
         self.study.optuna.set_user_attr("settings", self.study.settings)
 
     def _propose(self, survey: Survey, settings: dict[str, Any]) -> tuple[float, Power, Reference]:
-        """The trial's base rate, the law centred on its priors, and the reference that the two belong to."""
+        """Return the trial's base rate, the law centred on its priors, and the reference that both belong to."""
         study, found = self.study, survey.dominant().resolve(survey)
         if found.rank != self._record.rank:
             raise CalibrationError(
@@ -323,7 +323,7 @@ class Runner:
         return lr, law, reference
 
     def _take_rate(self) -> float:
-        """log2 of the trial's rate, sampled once."""
+        """Return log2 of the trial's rate, sampled once."""
         x = self._record.x
         if x is None:
             fit = self.study.fit()

@@ -1,4 +1,4 @@
-"""Where to try next: an Optuna sampler that brackets the optimum of one rank, then measures around it at all."""
+"""An Optuna sampler that brackets the optimum of one rank, then measures around it at all ranks."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from ._trials import TrialRecord, Trials
 from .fit import Fit, Observation, Place, Prior, below_cliff, diverged, gain_of
 
 _STRIDE = 2.0  # octaves between the trials that bracket
-_CLEARLY = 0.25  # share of the gain that makes a rate above the best clearly worse
-# Octaves around the estimated optimum; a cliff above makes the low side safer. Then what lies between them.
+_CLEARLY = 0.25  # share of the gain by which a rate above the best is clearly worse
+# Offsets from the estimated optimum, octaves, in order. The low side is safer, since the loss rises faster above.
 _OFFSETS = ((0.5, -1.0, 1.25, -2.0), (0.0, -0.5, -1.5, 0.85))
-_CLEARANCE = 0.5  # octaves that are kept below the lowest rate that diverged
-_TAKEN = 0.25  # octaves around a rate that another worker is running, or this rank has run, kept free of a second run
-_FEW_STEP = {"full": 1.0, "confirm": 0.5}  # octaves between the few runs of full finetuning, and those that confirm
+_CLEARANCE = 0.5  # octaves to stay below the lowest rate that diverged
+_TAKEN = 0.25  # octaves to stay away from rates that another worker is running or this rank has run
+_FEW_STEP = {"full": 1.0, "confirm": 0.5}  # octaves between runs of full finetuning, and between confirming runs
 
 
 class BracketSampler(BaseSampler):
-    """Strides outwards from `start` until the cliff above and a rate below the best were seen, then refines.
+    """Moves outwards from `start` until it has seen the cliff above and a rate below the best, then refines.
 
-    Rates are bracketed at one place, that of the first run: losses of different ranks or lengths do not compare.
-    Refinement puts each trial where its own place has been measured least: at one of eight offsets from the fitted
-    optimum. A rate that another worker is running counts as tried. Everything is read from the study, so a resumed
-    study goes on as it would have.
+    Rates are bracketed at the place of the first run, since losses of different ranks or lengths cannot be compared.
+    Refinement uses eight offsets from the fitted optimum and takes the one that is farthest from the rates tried at the
+    place. A rate that another worker is running counts as tried. The state is read from the study, so a resumed study
+    continues in the same way.
 
-    fit: of a study's trials. kind: what a run is for; those of "full" and "confirm" are few, begin at the rate that is
-    predicted for them and step from there.
+    Args:
+        start: log2 of the first base rate.
+        prior: the fit's prior.
+        fit: returns the fit of a study's trials.
+        kind: returns the purpose of runs at a place: "search", "full" or "confirm". The last two start at the predicted
+            rate and move from there in fixed steps.
     """
 
     def __init__(
@@ -86,14 +90,14 @@ class BracketSampler(BaseSampler):
 
 
 def estimate_at(fit: Fit, place: Place, prior: Prior) -> float:
-    """log2 of the base rate at which a place is estimated to be best."""
+    """Return log2 of the base rate that is estimated to be best at a place."""
     return float(prior.row(place) @ fit.mean)
 
 
 def _beside(proposed: float, taken: Sequence[float], low: float, high: float) -> float:
-    """`proposed`, or the first stride below it, then above, that is not taken; half strides where all are.
+    """Return `proposed`, or the nearest free rate in strides below or above it, or in half strides.
 
-    Where those are taken too, by as many workers, the middle of the widest gap between rates that are.
+    If all of them are taken by other workers, return the middle of the widest gap between taken rates.
     """
     sizes = (_STRIDE, _STRIDE / 2)
     strides = [sign * n * size for size in sizes for sign in (-1, 1) for n in range(1, len(taken) + 2)]
@@ -108,9 +112,10 @@ def _beside(proposed: float, taken: Sequence[float], low: float, high: float) ->
 def next_bracket(
     seen: Sequence[Observation], start: float, low: float, high: float, pruned: Sequence[float] = ()
 ) -> float | None:
-    """The next rate of the search outwards; None once a clearly worse rate lies above the best, and any below it.
+    """Return the next rate of the outward search.
 
-    Upwards it goes on until the cliff is seen: loss is flat below it, so nothing else says as much of where it is.
+    None means that the optimum is bracketed: a clearly worse rate was seen above the best, and any rate below it.
+    The search continues upwards until the cliff is seen, since the loss is flat below it.
     """
     if not seen:
         return start
@@ -129,7 +134,7 @@ def next_bracket(
 
 
 def between(seen: Sequence[Observation], pruned: Sequence[float]) -> tuple[float, float]:
-    """The nearest rates below and above a rank's best that were pruned: beyond them it is worse still."""
+    """Return the nearest pruned rates below and above a rank's best. Rates beyond them are worse."""
     if not seen:
         return -math.inf, math.inf
     best = min(seen, key=lambda o: o.value).x
@@ -138,14 +143,14 @@ def between(seen: Sequence[Observation], pruned: Sequence[float]) -> tuple[float
 
 
 def under(ceiling: float | None) -> float:
-    """The highest rate to refine at."""
+    """Return the highest rate for refinement."""
     return math.inf if ceiling is None else ceiling - _CLEARANCE
 
 
 def next_refinement(
     own: Sequence[Observation], centre: float, within: tuple[float, float], others: Sequence[float] = ()
 ) -> float:
-    """The offset from a place's estimated optimum, kept `within` bounds, that is farthest from what it has tried."""
+    """Return the offset rate, clipped to `within`, that is farthest from the rates tried at the place."""
     tried = [*(o.x for o in own), *others]
     low, high = within
     centre = max(min(centre, high), low)
@@ -159,10 +164,15 @@ def next_refinement(
 
 
 def next_few(good: Sequence[Observation], tried: Sequence[float], centre: float, step: float) -> float:
-    """The predicted rate first, then a step below the best run, then above it, then between its neighbours.
+    """Return the predicted rate first, then a step below the best run, then above it, then between its neighbours.
 
-    Below comes first, since too high costs more; three runs bracket an optimum that was predicted within a step.
-    good: of the place's runs at the rates `tried`, those that did not diverge.
+    Lower rates come first, since too high costs more. Three runs bracket an optimum that was predicted within a step.
+
+    Args:
+        good: the runs at the place that did not diverge.
+        tried: log2 of all rates tried there.
+        centre: log2 of the predicted rate.
+        step: octaves.
     """
     if not good:
         return min(tried) - step if tried else centre

@@ -1,4 +1,4 @@
-"""What is tried next, and when it is enough: ranks, lengths and seeds in turn, a budget in steps, a narrow band."""
+"""The order of trials and the stopping rules: ranks, lengths and seeds in turn, a budget of steps, a narrow band."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ._trials import Cell, TrialRecord, Trials
 from .fit import below_cliff, diverged
 
 _TRIALS_PER_RANK = 8
-_FEWEST = 2  # finished trials of every rank before a narrow band is believed
-_HOPELESS = 12  # runs that all diverged, each two octaves lower, after which none will help
-_SHORT_RUNS = 10  # with a budget alone: trials at most, in units of those that it would pay in full
-# Runs of the highest rank before any other, since losses of different ranks say little of each other's rates; and at
-# most, where none of them ended well. Then runs of every other rank at the shortest length, before any longer one.
+_FEWEST = 2  # finished trials of every rank before a narrow band stops the search
+_HOPELESS = 12  # diverged runs, each two octaves lower, after which the search is given up
+_SHORT_RUNS = 10  # with a budget only: most trials, as a multiple of the whole runs that it allows
+# Runs of the highest rank before any other rank, since losses of different ranks cannot be compared; the most such runs
+# if none ends well; then runs of every other rank at the shortest length before any longer one.
 _BRACKET, _MOST_BRACKET, _SHORT = 3, 8, 2
-PER_SEED = 4  # runs of a rank at one seed before the next: only those are compared without the seed's noise
-CONFIRMS = 3  # runs at the target's length at most, with a budget for half of it at most
+PER_SEED = 4  # runs of a rank at one seed before the next seed; runs of one seed share its noise
+CONFIRMS = 3  # most runs at the target's length, which use at most half of a budget
 
 
 class Task(NamedTuple):
-    """The steps and the batch of a run; None where the study has one of them."""
+    """The steps and the batch of a run. None means that the study has only one value."""
 
     steps: int | None = None
     batch: float | None = None
@@ -32,11 +32,9 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a calibration spends its steps: `trials` to search, then `full_trials` in full, then those that confirm.
+    """The plan of a calibration: `trials` of the search, then `full_trials` of full finetuning, then confirming runs.
 
-    steps: the lengths of trials, rising. budget: training steps in all, never exceeded. until: octaves; the search ends
-    when the 90 % band is narrower. target_steps, batch: of the run that is meant; 0 is the longest of `steps`.
-    confirm: end with runs at `target_steps`.
+    The fields are the arguments of `calibrate`. target_steps = 0 means the longest of `steps`.
     """
 
     ranks: tuple[int | None, ...]
@@ -54,7 +52,7 @@ class Schedule:
 
     @property
     def tasks(self) -> list[Task]:
-        """What is searched at: first the shortest length at the batch nearest to the target's, then others of each."""
+        """Return the tasks of the search: the shortest length at the batch nearest to the target's, then the others."""
         lengths = self.steps if len(self.steps) > 1 or self.target_steps not in (0, *self.steps) else (None,)
         apart = {batch: abs(math.log2(batch / (self.batch or 1.0))) for batch in self.batches}
         batches: list[float | None] = [*sorted(apart, key=apart.__getitem__)] or [None]
@@ -63,12 +61,12 @@ class Schedule:
 
     @property
     def anchor(self) -> int | None:
-        """The rank at which rates are bracketed, and carried to other lengths and batches: the highest."""
+        """The highest rank, at which rates are bracketed and moved to other lengths and batches."""
         return max((rank for rank in self.ranks if rank is not None), default=None)
 
     @property
     def total(self) -> int:
-        """Trials of the search at most."""
+        """The largest number of trials of the search."""
         if self.trials is not None:
             return self.trials
         if self.budget is not None:
@@ -77,46 +75,49 @@ class Schedule:
 
     @property
     def confirms(self) -> int:
-        """Runs at the target's length."""
+        """The number of runs at the target's length."""
         if not self.confirm:
             return 0
         return CONFIRMS if self.budget is None else max(1, min(CONFIRMS, self.budget // (2 * self.target_steps)))
 
     def kind(self, place: Place) -> Literal["search", "full", "confirm"]:
-        """What a run is for."""
+        """Return the purpose of a run."""
         if self.confirms and place.steps == self.target_steps:
             return "confirm"
         return "full" if self.full_trials and place.rank is None else "search"
 
     def expected(self) -> int:
-        """Trials that are likely, for whoever waits."""
+        """Return the likely number of trials, for progress reports."""
         return self._searches() + self.full_trials + self.confirms
 
     def _searches(self) -> int:
-        """Trials of the search that are likely: what is left of the budget is shared among the tasks."""
+        """Return the likely number of trials of the search. The remaining budget is shared among the tasks."""
         if self.budget is None:
             return self.total
         left = self.budget - self._reserved(0, 0)
         return min(self.total, sum(left // (len(self.tasks) * self._cost(task)) for task in self.tasks))
 
     def _cost(self, task: Task) -> int:
-        """Training steps."""
+        """Return the training steps of a run."""
         return task.steps or self.steps[0]
 
     def _reserved(self, full: int, confirmed: int) -> int:
-        """Training steps that the runs after the search need, where so many of them have begun."""
+        """Return the training steps that the runs after the search still need, given how many of them have begun."""
         return (self.full_trials - full) * self.steps[-1] + (self.confirms - confirmed) * self.target_steps
 
     def least(self) -> int:
-        """Training steps without which the plan cannot be carried out."""
+        """Return the smallest number of training steps with which the plan is possible."""
         return self.steps[0] + self._reserved(0, 0)
 
     def next(
         self, trials: Trials, band: float | None = None, weights: Mapping[int | None, float] | None = None
     ) -> Cell | None:
-        """What to try next, or None if it is enough.
+        """Return what to try next, or None if the study is complete.
 
-        band: octaves of the 90 % band so far. weights: the share of trials that each rank deserves.
+        Args:
+            trials: the trials so far.
+            band: the width of the 90 % band so far, octaves.
+            weights: the share of trials for each rank.
         """
         done = trials.counted()
         if len(done) >= _HOPELESS and all(diverged(done.observations())):
@@ -144,7 +145,7 @@ class Schedule:
         return self.seeds[(len(few) // PER_SEED) % len(self.seeds)]
 
     def _search(self, search: Trials, tasks: Sequence[Task], weights: Mapping[int | None, float]) -> Cell:
-        """The highest rank first, until its rates are bracketed; then the ranks in turn at the task that is due."""
+        """Return the highest rank until its rates are bracketed, then the ranks in turn at the task that is due."""
         mine = {task: Trials(t for t in search if t.place[1:] == task) for task in self.tasks}
         first = self.tasks[0]
         seen = mine[first].observations()
@@ -155,9 +156,9 @@ class Schedule:
         return self._rotate(mine[task], task, self.ranks, weights)
 
     def _due(self, mine: Mapping[Task, Trials], tasks: Sequence[Task]) -> Task:
-        """The shortest length until all ranks had a few runs of it, then the other task of the fewest steps.
+        """Return the shortest length until all ranks had a few runs of it, then the task with the fewest steps so far.
 
-        A longer run costs more and says more of the target: see benchmarks/results/planned.md.
+        See benchmarks/results/planned.md for the comparison with other plans.
         """
         first = self.tasks[0]
         others = [task for task in tasks if task != first]
@@ -168,9 +169,9 @@ class Schedule:
     def _rotate(
         self, tried: Trials, task: Task, ranks: Sequence[int | None], weights: Mapping[int | None, float]
     ) -> Cell:
-        """Ranks in turn, the one tried least for its weight, four runs of each at a seed before the next seed.
+        """Return the rank with the fewest trials for its weight. Each has four runs at a seed before the next seed.
 
-        A run that diverged says little, so it does not count before the others; one that the pruner stopped was judged.
+        A diverged run has little information, so it counts less than the others. A pruned run counts in full.
         """
         seen = [(t.cell, t.observation) for t in tried if t.observation is not None and t.state.is_finished()]
         bad = diverged([observation for _, observation in seen])
@@ -186,10 +187,14 @@ class Schedule:
 
 
 def leverage(ranks: Sequence[int | None], width: float) -> dict[int | None, float]:
-    """How much each rank's optimum counts in the line continued to r = n, over log2 of the rank; at least 0.2.
+    """Return the weight of each rank's optimum in the line extended to r = n, at least 0.2.
 
-    The line through (r1, v1) and (r2, v2) gives v(n) = (1 + ρ)·v2 − ρ·v1 with ρ = log(n/r2) / log(r2/r1). Its
-    variance is least when trials are shared as the two coefficients are.
+    The line through (log r1, v1) and (log r2, v2) gives v(n) = (1 + ρ)·v2 − ρ·v1 with ρ = log(n/r2) / log(r2/r1). Its
+    variance is smallest if trials are shared in proportion to the two coefficients.
+
+    Args:
+        ranks: the LoRA ranks.
+        width: n.
 
     >>> {rank: round(share, 2) for rank, share in leverage((4, 64), 576.0).items()}
     {4: 0.79, 64: 1.79}

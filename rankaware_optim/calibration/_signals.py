@@ -1,4 +1,4 @@
-"""Ctrl-C while something must not stay half done: let in where it may raise, held back where it must not."""
+"""Delay Ctrl-C where an interrupted operation would leave an inconsistent state."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from typing import Any
 
 
 class Interrupts:
-    """A context that holds Ctrl-C back except inside `with interrupts.let_in():`.
+    """A context that delays Ctrl-C except inside `with interrupts.let_in():`.
 
-    The first Ctrl-C inside raises as ever, and shuts the door in the same breath: a second one cannot break into what
-    the first one makes run, wherever that stands. What was held back is delivered when the context ends, unless an
-    interruption is on its way out by then.
+    The first Ctrl-C inside raises KeyboardInterrupt and disables further ones, so that a second Ctrl-C cannot interrupt
+    the clean-up. A delayed Ctrl-C is delivered when the context ends, unless an interruption is already being raised.
 
         with Interrupts() as interrupts, restored(model):
             with interrupts.let_in():
                 ...
 
-    With `once`, only the first Ctrl-C is held back: a second one raises at once, since what runs may wait for another
-    process or a server.
+    With `once`, only the first Ctrl-C is delayed. A second one raises at once, since the code inside may wait for
+    another process or a server.
 
-    It acts in the main thread, and where Ctrl-C has a Python handler; elsewhere no KeyboardInterrupt can come.
+    It works in the main thread if Ctrl-C has a Python handler. Otherwise no KeyboardInterrupt can occur.
     """
 
     def __init__(self, once: bool = False) -> None:
@@ -55,7 +54,7 @@ class Interrupts:
         self._before(number, frame)
 
     def listen(self) -> None:
-        """Open the door, at once for a Ctrl-C that was held back: also after a caller swallowed the last one."""
+        """Let Ctrl-C raise again, at once if one was delayed, even if a caller swallowed the last one."""
         self._open = True
         if self._pending is not None and self._before is not None:
             pending, self._pending, self._open = self._pending, None, False

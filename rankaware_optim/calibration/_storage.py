@@ -1,4 +1,4 @@
-"""Where a study is kept: a journal file by default, any Optuna storage by URL; what goes wrong there, in a sentence."""
+"""Storage of a study: a journal file by default, or any Optuna storage by URL. Its errors become sentences."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, Prog
 from ..errors import CalibrationError
 
 _FAILURES = (OSError, StorageInternalError, SQLAlchemyError)
-_ATTEMPTS = 30  # at a database that others create too: each that fails found one of its 13 tables made meanwhile
-_OPERATION = b'{"op_code":'  # how every line of a journal begins
+_ATTEMPTS = 30  # to create a database while other processes do; each failure means that one of 13 tables exists now
+_OPERATION = b'{"op_code":'  # the beginning of every line of a journal
 
 
 def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseStorage:
-    """Optuna's storage: itself, one at a URL, a journal file at a path, or memory.
+    """Open an Optuna storage.
+
+    Args:
+        storage: a storage, which is returned unchanged, a URL, the path of a journal file, or None for memory.
 
     Raises:
-        CalibrationError: it is away, cannot be written, lacks its driver, or is a file that holds no study.
+        CalibrationError: the storage cannot be reached or written, lacks its driver, or is a file without a study.
     """
     if storage is None:
         return InMemoryStorage()
@@ -37,7 +40,7 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
         return get_storage(storage)
     if not isinstance(storage, (str, os.PathLike)) or "\0" in str(storage):
         cause = f"storage={_shown(str(storage))!r} is no storage."
-        raise CalibrationError(cause, "Give a path, a URL, or a storage of Optuna's.")
+        raise CalibrationError(cause, "Give a path, a URL, or an Optuna storage.")
     with storage_errors(storage):
         if not (isinstance(storage, str) and "://" in storage):
             return _journal(Path(storage))
@@ -54,7 +57,7 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
 
 
 def _database(url: str, attempts: int = _ATTEMPTS) -> BaseStorage:
-    """The database at a URL. Where another process creates a table of it at the same moment, it is opened again."""
+    """Open the database at a URL. Try again if another process creates its tables at the same time."""
     try:
         return get_storage(url)
     except (IntegrityError, OperationalError, ProgrammingError) as error:
@@ -65,42 +68,42 @@ def _database(url: str, attempts: int = _ATTEMPTS) -> BaseStorage:
 
 
 def _journal(path: Path) -> BaseStorage:
-    """A journal whose lock the kernel frees when its holder is killed. Optuna's own lock file would stay for 30 s."""
+    """Open a journal whose lock the kernel frees when its holder is killed. Optuna's lock file would stay for 30 s."""
     if path.exists() and not path.is_file():
         raise CalibrationError(f"storage={str(path)!r} is no file.", "Name a file for the journal, or a URL.")
-    path = Path(os.path.realpath(path))  # a journal has one lock, by whatever link it is reached
+    path = Path(os.path.realpath(path))  # a journal has one lock, even if it is reached by different links
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.rankaware.lock")  # emptied when it is opened: poetry.lock is somebody else's
+    lock = FileLock(f"{path}.rankaware.lock")  # FileLock empties its file, so it must not be one such as poetry.lock
     if path.is_file() and path.stat().st_size:
         _check_journal(path)
         with lock:
-            _mend(path)
+            _repair(path)
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
     except OSError:
         raise
-    except Exception as error:  # whatever Optuna stumbles over in a damaged line
+    except Exception as error:  # Optuna may raise anything for a damaged line
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def shared_storage(storage: object) -> str:
-    """The storage as other processes and machines open it: a URL, or a journal's absolute path.
+    """Return the storage as other processes and machines can open it: a URL, or a journal's absolute path.
 
     Raises:
-        CalibrationError: they cannot.
+        CalibrationError: they cannot open it.
     """
-    cure = "Give storage= a journal's path in a folder that all machines share, or the URL of a PostgreSQL server."
+    cure = "Give storage= the path of a journal in a folder that all machines share, or the URL of a PostgreSQL server."
     if not isinstance(storage, (str, os.PathLike)):
         what = "no storage was given" if storage is None else "this one is an object of this process"
-        raise CalibrationError(f"Workers elsewhere need a storage that they can open: {what}.", cure)
+        raise CalibrationError(f"Remote workers need a storage that they can open: {what}.", cure)
     text = os.fspath(storage)
     if text.startswith("sqlite"):
-        raise CalibrationError("Workers elsewhere cannot share SQLite: its locks do not hold across machines.", cure)
+        raise CalibrationError("Remote workers cannot share SQLite: its locks do not work across machines.", cure)
     return text if "://" in text else os.path.abspath(text)
 
 
 def journal_head(storage: str) -> bytes:
-    """The first line of a journal, which no other one has; nothing of a URL's storage."""
+    """Return the first line of a journal, which is unique to it; empty for a URL."""
     if "://" in storage:
         return b""
     with storage_errors(storage), open(storage, "rb") as journal:
@@ -108,34 +111,34 @@ def journal_head(storage: str) -> bytes:
 
 
 def check_shared(storage: str, head: bytes, host: str) -> None:
-    """Refuse a journal of this name that is not the one whose `head` was read elsewhere."""
+    """Raise a `CalibrationError` unless the journal here begins with `head`, which was read on another host."""
     if "://" not in storage and (not os.path.exists(storage) or journal_head(storage) != head):
         raise CalibrationError(
-            f"The storage {storage} on {host} is not the file that the calibration was started with.",
+            f"The storage {storage} on {host} is not the file with which the calibration was started.",
             "Put the journal into a folder that all machines share, or give the URL of a PostgreSQL server.",
         )
 
 
 def _check_journal(path: Path) -> None:
-    """Refuse a file that does not begin as a journal does."""
+    """Raise a `CalibrationError` if a file does not begin like a journal."""
     with path.open("rb") as file:
         head = file.read(16)
     if head.startswith(b"SQLite format 3"):
-        cause = f"storage={str(path)!r} is an SQLite database, and a path names a journal."
+        cause = f"storage={str(path)!r} is an SQLite database, but a path means a journal."
         raise CalibrationError(cause, f"Give storage='sqlite:///{path}'.")
     if not head.startswith(_OPERATION):
-        cause = f"storage={str(path)!r} is a file of something else than a study, and was left as it is."
+        cause = f"storage={str(path)!r} is not the journal of a study, and was not changed."
         raise CalibrationError(cause, "Name a new file, or the journal of a study.")
 
 
-def _mend(path: Path) -> None:
-    """Drop a last line that was cut short, by a full disk or a power failure: Optuna could not read the journal."""
+def _repair(path: Path) -> None:
+    """Remove a last line that was cut short by a full disk or a power failure, since Optuna cannot read it."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         whole = data.rfind(b"\n") + 1
         last, rest = data[data.rfind(b"\n", 0, max(whole - 1, 0)) + 1 : whole], data[whole:]
-    begun = rest.rstrip(b"\0")  # of a file that grew before its data came
+    begun = rest.rstrip(b"\0")  # the file may have grown before its data was written
     if not begun.startswith(_OPERATION[: len(begun)]) or (last and not _is_json(last)):
-        raise _damaged(path, "its last line is none of Optuna's")
+        raise _damaged(path, "its last line is not from Optuna")
     if _is_json(rest):
         with path.open("ab") as end:
             end.write(b"\n")
@@ -153,38 +156,38 @@ def _is_json(line: bytes) -> bool:
 
 def _damaged(path: Path, what: str) -> CalibrationError:
     return CalibrationError(
-        f"The journal {str(path)!r} is damaged ({what}), and was left as it is.",
+        f"The journal {str(path)!r} is damaged ({what}), and was not changed.",
         "Restore it from a copy, or name a new file.",
     )
 
 
 @contextmanager
 def storage_errors(storage: Any = None) -> Iterator[None]:
-    """What a storage raises becomes a sentence with its cure."""
+    """Turn a storage's errors into a `CalibrationError` with cause and cure."""
     try:
         yield
     except _FAILURES as error:
         given = str(storage) if isinstance(storage, (str, os.PathLike)) else ""
         raise CalibrationError(
             f"The study's storage{' ' * bool(given)}{_shown(given)} failed: {_line(error, given)}",
-            "See that it is there, writable and has space left; then the same call goes on where this one stopped.",
+            "Check that it exists, is writable and has space left. Then the same call continues where it stopped.",
         ) from error
 
 
 def _line(error: BaseException, url: str) -> str:
-    """The root's first line, without what may be of the password: sqlalchemy wraps a driver's error in paragraphs."""
+    """Return the first line of the root error without the password. sqlalchemy wraps a driver's error in paragraphs."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip().splitlines()
     line = (text[0] if text else type(error).__name__).rstrip(".") + "."
     user = url.partition("://")[2].rpartition("@")[0]
-    for part in re.split("[@:/?]", user.partition(":")[2]):  # an @ that was not escaped moves the rest into the host
+    for part in re.split("[@:/?]", user.partition(":")[2]):  # after an unescaped @ the rest is part of the host
         line = line.replace(part, "…") if part else line
     return line
 
 
 def _shown(url: str) -> str:
-    """A path, or a URL without its password and its query, where a password may stand too."""
+    """Return a path, or a URL without its password and its query, which may contain a password."""
     scheme, found, rest = url.partition("://")
     user, at, host = rest.rpartition("@")
     return f"{scheme}://{user.partition(':')[0]}{at}{host.partition('?')[0]}" if found else url

@@ -1,8 +1,8 @@
-"""The study behind a calibration: Optuna holds the trials, this module what they mean.
+"""The study behind a calibration. Optuna stores the trials, and this module interprets them.
 
-Its one parameter is log2 of the base rate in *reference coordinates*: a rate at any rank is mapped back through the
-law at its priors' means, so trials at several ranks inform one fit. All that a resumed study needs is in its
-attributes: the reference, the range, and every trial's observation, curve and scaling.
+The only parameter is log2 of the base rate in *reference coordinates*. A rate at any rank is mapped back by the law at
+its prior means, so that trials at several ranks enter one fit. All that a resumed study needs is in its attributes: the
+reference, the range, and every trial's observation, curve and scaling.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ from ._storage import open_storage, storage_errors
 from ._trials import SCHEMA, TrialRecord, Trials, is_flat, is_typed
 from .fit import Course, Fit, Observation, Place, Prior, Slope, diverged, fit_observations, horizon_of
 
-# A usual rate by optimizer family, per step, and the configuration it is for: the median best AdamW rate at rank 16,
-# alpha 32 over 18 published language models; the others are customary multiples of it.
+# A usual rate by optimizer family, per step, and its configuration. For sign-like optimizers it is the median best
+# AdamW rate at rank 16, alpha 32 over 18 published language models. The others are customary multiples of it.
 _USUAL_AT = Reference(rank=16, alpha=32, fan_in=4096)
 _USUAL_LR = {"sign-like": 2.0**-11.8, "gradient-like": 2.0**-4, "spectral": 2.0**-8, "relative-scale": 2.0**-8}
-_ABOVE = 2.0  # octaves above the usual rate: a first run too high stops early and shows the cliff, one too low does not
+_ABOVE = 2.0  # octaves above the usual rate for the first run; a run too high stops early and shows the cliff
 _HALF_RANGE = 4.0  # octaves on either side of the first guess
-_WIDEN = 2.0  # octaves an edge moves out when the best rate sits there
-_EDGE = 1.0  # octaves: how near counts as sitting there
-_UNDETERMINED = 1.2  # octaves: a standard deviation of the base rate, beyond which the data say next to nothing
-_CERTAIN = 1e-3  # octaves: a standard deviation next to none
-_MOST = 1000.0  # octaves: no rate that a float holds lies farther from 1
-_TOGETHER = 50  # trials, times which new ones wait for the next fit
-_APART = 16  # the factor between the lowest and the highest rank at which the drift is well measured
-# Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init. Small studies found
-# Init[B] falling with rank by 0.3 to 0.75; full finetuning needs no factor at the width of Survey.full_width
-# (benchmarks/results/full_width.md), but is no surer than `FULL_SD`.
+_WIDEN = 2.0  # octaves by which an edge moves if the best rate is there
+_EDGE = 1.0  # octaves from an edge that count as being there
+_UNDETERMINED = 1.2  # octaves: with a larger standard deviation of the base rate the data hardly determine it
+_CERTAIN = 1e-3  # octaves: a negligible standard deviation
+_MOST = 1000.0  # octaves: no float is farther from 1
+_TOGETHER = 50  # with k times this many trials, fits are made after every k-th trial
+_APART = 16  # factor between the lowest and the highest rank above which the drift is well measured
+# Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init. Small studies found that
+# rates at Init[B] fall with rank by 0.3 to 0.75. Full finetuning needs no factor at the width of Survey.full_width
+# (benchmarks/results/full_width.md), but its uncertainty is at least `FULL_SD`.
 _PRIORS = {"A": ((0.0, 0.15), (0.0, FULL_SD["A"])), "B": ((-0.45, 0.2), (0.0, FULL_SD["B"]))}
-# Priors of the slope of log2 of the best rate in log2 of the steps: of what is trained, and what full finetuning's has
-# beside it; and over how many octaves of the batch its slope is remembered. Measured from a quarter to all of the
-# study's steps on four tasks: Init[A] 0.0 ± 0.2, Init[B] 0.2 ± 0.3, full 0.25 ± 0.2. On a transformer from 25 to 400
-# steps: Init[A] from 0.5 falling to -0.2, Init[B] 0.4 and full 0.5 in the mean; later slopes are the smaller ones.
+# Priors of the slope of log2 of the best rate in log2 of the steps, for LoRA and for the difference of full finetuning;
+# and the correlation length of the slope in the batch, octaves. Measured from a quarter to all of the study's steps on
+# four tasks: Init[A] 0.0 ± 0.2, Init[B] 0.2 ± 0.3, full 0.25 ± 0.2. On a transformer from 25 to 400 steps: Init[A] 0.5
+# falling to -0.2, Init[B] 0.4 and full 0.5 in the mean, with smaller slopes at more steps.
 _SLOPES = {
     "A": (Slope(0.0, 0.25), Slope(0.25, 0.2)),
     "B": (Slope(0.15, 0.25), Slope(0.15, 0.2)),
@@ -70,11 +70,10 @@ _BATCH_REACH = 10.0
 
 @dataclass
 class Study:
-    """One calibration. `reference`, `prior` and the range are learned from the first model built.
+    """One calibration. `reference`, `prior` and the range are set when the first model is built.
 
-    train: the loop's code. few_full: a few runs of full finetuning follow those at `ranks`, around the
-    rate predicted for it. steps, batches: of trials. target_steps, batch: of the run that is meant, by default the
-    longest of `steps`. kind: what a run at a place is for.
+    train: the loop's code. steps, batches: of the trials. target_steps, batch: of the target run, by default the
+    longest of `steps`. kind: the purpose of runs at a place. Other fields are arguments of `calibrate`.
     """
 
     optimizer: type[Optimizer]
@@ -97,7 +96,7 @@ class Study:
 
     @property
     def varying(self) -> tuple[str, ...]:
-        """What differs between trials, or from the run that is meant: its steps, its batch."""
+        """Which of "steps" and "batch" differ between trials, or from the target run."""
         planned = {"steps": (self.steps, self.target_steps), "batch": (self.batches or (self.batch,), self.batch)}
         return tuple(what for what, (tried, meant) in planned.items() if tried != (meant,))
 
@@ -110,7 +109,7 @@ class Study:
         self._maker = {**self.train.loop, "rankaware-optim": version("rankaware-optim")}
 
     def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
-        """Create the Optuna study, or go on with the stored one of this name."""
+        """Create the Optuna study, or continue the stored one of this name."""
         self._brackets = sampler is None
         self._given = storage
         with self.guard():
@@ -131,23 +130,23 @@ class Study:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around what reads or writes the storage: its errors become ours, and Ctrl-C raises when this is done."""
+        """Guard reads and writes of the storage. Its errors become `CalibrationError`, and Ctrl-C raises afterwards."""
         with Interrupts(once=True) as self._interrupts, storage_errors(self._given):
             yield
 
     def pause(self, seconds: float) -> None:
-        """Wait inside the guard, where Ctrl-C raises at once."""
+        """Wait inside the guard. Ctrl-C raises at once."""
         with self._interrupts.let_in():
             time.sleep(seconds)
 
     def close(self) -> None:
-        """Give back what was opened here: a database's connections, a journal's lock."""
+        """Release what was opened here: a database's connections, a journal's lock."""
         if self._opened is not None:
             with self.guard():
                 close_storage(self._opened)
 
     def _check_whole(self, stored: optuna.Study) -> None:
-        """Refuse a damaged study, before anything is written to it."""
+        """Raise a `CalibrationError` if the study is damaged, before anything is written to it."""
         try:
             for record in Trials.read(stored.get_trials(deepcopy=False)):
                 rates = record.x, record.observation and record.observation.x
@@ -166,12 +165,12 @@ class Study:
                 math.log2(known["full_fan_in"])
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CalibrationError(
-                f"The stored study {self.name!r} is damaged ({type(error).__name__}: {error}), and was left as it is.",
+                f"The stored study {self.name!r} is damaged ({type(error).__name__}: {error}), and was not changed.",
                 "Restore its storage from a copy, or give this calibration another name=, or another storage=.",
             ) from error
 
     def _check_stored(self) -> None:
-        """Refuse to go on with a study whose trials do not compare; warn where they may not."""
+        """Raise if the trials of a stored study cannot be compared with new ones. Warn if they may differ."""
         mine = {
             "schema": SCHEMA,
             "steps": self.steps[0] if len(self.steps) == 1 else list(self.steps),
@@ -197,8 +196,8 @@ class Study:
         changed = differences(made_with, self._maker)
         if changed:
             warn(
-                f"The stored study {self.name!r} {how} {changed}. Its trials compare with new ones only if "
-                "nothing of what is trained has changed: else give this calibration another name."
+                f"The stored study {self.name!r} {how} {changed}. Its trials can be compared with new ones only if the "
+                "training has not changed. Otherwise give this calibration another name."
             )
 
     def _refuse(self, difference: str, what: str = "") -> None:
@@ -209,14 +208,14 @@ class Study:
             )
 
     def compare(self, trial: TrialRecord, built: Mapping[str, Any]) -> None:
-        """Refuse a trial whose model or settings are others than those of an earlier trial of its rank."""
+        """Raise if a trial's model or settings differ from those of an earlier trial of its rank."""
         at = self.reference
         known = {} if at is None or at.rank != trial.rank else {"width": at.fan_in, "alpha": at.alpha, "init": at.init}
         earlier = (t.built for t in self.trials() if t.built and t.place == trial.place and t.number < trial.number)
         self._refuse(differences(next(earlier, known), built))
 
     def recall(self) -> None:
-        """Take over what an earlier or another worker's first trial settled; warn where another runs other code."""
+        """Read what the first trial of this or another worker settled. Warn if another worker runs different code."""
         stored = self.optuna.user_attrs
         self._compare_code(stored.get("made_with", {}), "is shared with a worker of")
         self.settings = stored.get("settings", self.settings)
@@ -224,7 +223,7 @@ class Study:
             self._settle(Reference(**stored["reference"]), stored["full_fan_in"])
 
     def trials(self) -> Trials:
-        """Every trial so far, of all workers. One that has ended does not change, so it is read once."""
+        """Return every trial so far, of all workers. Finished trials do not change, so they are read once."""
         found = self.optuna.get_trials(deepcopy=False)
         new = Trials.read(t for t in found if t.number not in self._ended)
         self._ended |= {t.number: t for t in new if t.state.is_finished()}
@@ -232,16 +231,16 @@ class Study:
         return Trials(sorted((*self._ended.values(), *going), key=lambda t: t.number))
 
     def learn(self, seen: Reference, survey: Survey) -> None:
-        """Take the first model's configuration as the reference, and store it."""
+        """Set the first model's configuration as the reference, and store it."""
         if self.reference is None:
             self._settle(replace(seen, batch=self.batch), survey.full_width(seen.init))
             self.optuna.set_user_attr("full_fan_in", self.full_fan_in)
-            self.optuna.set_user_attr("reference", asdict(self.settled()))  # last: who finds it takes the width too
+            self.optuna.set_user_attr("reference", asdict(self.settled()))  # written last: its readers need the width
 
     def _settle(self, reference: Reference, full_fan_in: float) -> None:
-        """Take a reference, the priors that belong to its init, and a first guess.
+        """Set the reference, the priors for its init, and a first guess.
 
-        The guess is the upper end of the family's usual rates, moved by the law to the reference.
+        The guess is the upper end of the family's usual rates, moved to the reference by the law.
         """
         self.reference, self.full_fan_in = reference, full_fan_in
         usual = _USUAL_LR.get(optimizer_family(self.optimizer), _USUAL_LR["sign-like"])
@@ -257,10 +256,10 @@ class Study:
         return self.reference
 
     def range(self) -> tuple[float, float]:
-        """The range of log2 rates: as given or around the first guess, widened while a best rate sits at an edge.
+        """Return the range of log2 rates: as given or around the first guess, widened while a best rate is at an edge.
 
-        Those are of every rank, steps and batch, below what diverged there. The range is derived from the trials each
-        time, so a resumed study has the one it had.
+        Best rates are those of each rank, number of steps and batch, below the rates that diverged there. The range is
+        computed from the trials each time, so that a resumed study has the same one.
         """
         low, high = self.lr_range or (self._start - _HALF_RANGE, self._start + _HALF_RANGE)
         seen = self.trials().observations()
@@ -279,19 +278,19 @@ class Study:
 
     @property
     def prior(self) -> Prior:
-        """What is believed of drift and full finetuning before any trial."""
+        """Return the prior of the drift and of full finetuning."""
         reference = self.settled()
         lora = [r for r in self.ranks if r is not None]
         pivot = round(math.exp(sum(map(math.log, lora)) / len(lora)), 9) if lora else 16.0
         (_, drift_sd), (_, full_sd) = _PRIORS[reference.init]
         if reference.method == "full":
-            full_sd = _CERTAIN  # the base rate is full finetuning's own
+            full_sd = _CERTAIN  # the base rate is that of full finetuning
         continues = reference.init == "B" and reference.method == "lora"
         reach = math.log2((self.full_fan_in or pivot) / pivot) if continues else 0.0
         return Prior(drift_sd, full_sd, pivot, reach, *self._courses())
 
     def _courses(self) -> tuple[Course, Course]:
-        """What is believed of the way to other steps and batches before any trial."""
+        """Return the priors of how the best rate moves with the steps and with the batch."""
         own = "full" if self.settled().method == "full" else self.settled().init
         lengths = tuple(steps for steps in self.steps if steps != self.target_steps)
         batches = tuple(batch for batch in self.batches if batch != self.batch)
@@ -303,7 +302,7 @@ class Study:
         return steps, Course(self.batch or 1.0, batches, rule, Slope(0.0, BATCH_SD), _BATCH_REACH)
 
     def centred_law(self, drift: float = 0.0, factor: float = 0.0) -> Power:
-        """The law, bound to the optimizer, at its priors' means, plus a fitted `drift` and log2 `factor`."""
+        """Return the law, bound to the optimizer, at its prior means plus a fitted `drift` and log2 `factor`."""
         reference = self.settled()
         bound = bound_law(self.law, self.optimizer, self.settings)
         if reference.method == "full":
@@ -320,13 +319,13 @@ class Study:
     # --- the result -------------------------------------------------------------------------------------------------
 
     def fit(self) -> Fit | None:
-        """The fit of what was seen so far, or None where every run diverged."""
+        """Return the fit of the trials so far, or None if every run diverged."""
         return None if self.reference is None else self._fitted(self.trials())
 
     def _fitted(self, trials: Trials) -> Fit | None:
-        """The fit of what trials say, made once for each number of observations: a study only adds to them.
+        """Return the fit, computed once for each number of observations, since a study only adds to them.
 
-        Of hundreds of trials the last few wait for one fit together: a fiftieth of the evidence moves nothing.
+        With hundreds of trials, up to a fiftieth of them wait for a common fit.
         """
         done = trials.counted()
         seen = Trials(done[: len(done) - len(done) % max(1, len(done) // _TOGETHER)]).evidence()
@@ -335,7 +334,7 @@ class Study:
         return self._fits[len(seen)]
 
     def band(self, full: bool) -> float | None:
-        """Width of the 90 % band, octaves: of the worst of `ranks`, or of full finetuning; None before any fit."""
+        """Return the width of the 90 % band, octaves: of full finetuning or of the worst rank. None before any fit."""
         fit = self.fit()
         if fit is None:
             return None
@@ -343,12 +342,12 @@ class Study:
         return max(2 * Z90 * self._sd(fit, rank) for rank in ranks)
 
     def _sd(self, fit: Fit, rank: int | None) -> float:
-        """Standard deviation of log2 of the best rate at a rank at the target, octaves; None for full finetuning."""
+        """Return the standard deviation of log2 of the target's best rate, octaves. rank: None for full finetuning."""
         row = self.prior.row(Place(rank))
         return math.sqrt(float(row @ fit.covariance @ row))
 
     def standing(self) -> tuple[float, float, float] | None:
-        """(low, best, high) base rates so far, with 90 %; None before any fit."""
+        """Return (low, best, high) base rates so far, the 90 % band; None before any fit."""
         fit = self.fit()
         if fit is None:
             return None
@@ -357,8 +356,8 @@ class Study:
         return low, best, high
 
     def recipe(self) -> Recipe:
-        """The recipe of what was seen so far."""
-        self.recall()  # where other workers ran every trial
+        """Return the recipe of the trials so far."""
+        self.recall()  # needed if other workers ran every trial
         trials = self.trials().counted()
         fit, reference, tried = self._fit_or_raise(trials), self.settled(), {o.rank for o in trials.observations()}
         base, drift, factor = (float(v) for v in fit.mean[:3])
@@ -396,7 +395,7 @@ class Study:
         return with_margin(made)
 
     def _horizon(self, fit: Fit) -> Horizon:
-        """The best rate at the lengths tried beside the target's; beyond them, what was believed before."""
+        """Return the best rates at the lengths tried, relative to the target's. Beyond them, the prior slope."""
         course, rank, tried = self.prior.steps, self.settled().rank, []
         own = self.prior.row(Place(rank))
         for steps in self.steps:
@@ -406,7 +405,7 @@ class Study:
         return Horizon(course.lora.mean, course.lora.sd, tuple(tried))
 
     def _settings(self, trials: Trials) -> dict[str, Any]:
-        """The optimizer's settings that the trials had in common, defaults included; as given where none is known."""
+        """Return the optimizer's settings common to all trials, defaults included; those given if none are known."""
         names = {**defaults_of(self.optimizer), **self.settings}
         built = [settings_in(trial.built, names) for trial in trials if trial.built]
         return agreed(built) if built else dict(self.settings)
@@ -426,30 +425,30 @@ class Study:
         return fit
 
     def _notes(self, fit: Fit, trials: Trials) -> tuple[str, ...]:
-        """What the data do not determine, or what in the runs speaks against them, in words."""
+        """Return sentences on what the data do not determine and on problems of the runs."""
         lora, cell, notes = [r for r in self.ranks if r is not None], trials.unsteady(), []
         if len(lora) > 1 and max(lora) < _APART * min(lora):
-            notes.append(f"ranks {min(lora)} and {max(lora)} lie less than a factor 16 apart: the drift is hardly told")
+            notes.append(f"ranks {min(lora)} and {max(lora)} differ by less than a factor 16: the drift is uncertain")
         if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or is_flat(trials.observations()):
-            notes.append("the data do not determine the rate: the loss hardly moved with it")
+            notes.append("the data do not determine the rate: the loss hardly depends on it")
         notes += [words for what in self.varying if (words := self._carried(what, fit, trials))]
         if cell is not None:
             where = "full finetuning" if cell.rank is None else f"rank {cell.rank}"
             notes.append(
-                f"train is not reproducible: two runs of {where}, seed {cell.seed}, began with different values, so "
-                "rates are compared less well; draw everything from trial.seed, and yield the loss before the step"
+                f"train is not reproducible: two runs of {where}, seed {cell.seed}, began with different values, which "
+                "adds noise; draw everything from trial.seed, and yield the loss before the step"
             )
         return tuple(notes)
 
     def _carried(self, what: str, fit: Fit, trials: Trials) -> str:
-        """From which steps or batch the rate is carried to the target's, and how far; empty where those were tried."""
-        meant: float = self.target_steps if what == "steps" else self.batch or 0
+        """Return from which steps or batch the rate is moved to the target's, and how far; "" if those were tried."""
+        target: float = self.target_steps if what == "steps" else self.batch or 0
         tried = {getattr(t, what) for t in trials.counted()} - {None}
-        if meant in tried or not tried:
+        if target in tried or not tried:
             return ""
-        nearest = min(tried, key=lambda value: abs(math.log2(value / meant)))
+        nearest = min(tried, key=lambda value: abs(math.log2(value / target)))
         rank = self.settled().rank
         apart = self.prior.row(Place(rank)) - self.prior.row(Place(rank)._replace(**{what: nearest}))
         octaves, sd = float(apart @ fit.mean), math.sqrt(float(apart @ fit.covariance @ apart))
-        named = f"{meant:g} steps were" if what == "steps" else f"batch {meant:g} was"
+        named = f"{target:g} steps were" if what == "steps" else f"batch {target:g} was"
         return f"{named} not tried: the rate is that of {nearest:g}, moved by {octaves:+.2f} ± {sd:.2f} octaves"

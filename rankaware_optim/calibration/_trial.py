@@ -1,4 +1,4 @@
-"""One run of the user's training loop: what it is given, and what it yields, checked."""
+"""One run of the user's training loop: its arguments, and checks of what it yields."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ from ..recipe import TAIL, recent
 Build = Callable[["Trial", Any, dict[str, Any]], RankAwareOptimizer]
 Train = Callable[["Trial"], "Generator[Any, None, Any] | Pushed"]
 
-# What torch says on the CPU (Linux, Windows), on MPS and in cuBLAS, where the error is a plain RuntimeError.
+# Out-of-memory messages of torch on the CPU (Linux, Windows), on MPS and in cuBLAS, which are plain RuntimeErrors.
 _SAID = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")
 
 
 @dataclass(eq=False)
 class Trial:
-    """One run of the user's `train`: which `rank` to build (None for full finetuning), which `seed`, how many `steps`.
+    """One run of the user's `train`, passed to it by `calibrate`.
 
-    `number` counts from 0. `batch` is the examples a step, None where it is unknown. After `optimizer`
-    was called, `lr` is the rate that the reference configuration would have, in the same coordinates as `Recipe.lr`.
+    Args:
+        rank: the LoRA rank to build, None for full finetuning.
+        seed: the random seed of the run.
+        number: the trial's number, from 0.
+        lr: the base rate, per step, in the coordinates of `Recipe.lr`. None until `optimizer` was called.
     """
 
     rank: int | None
@@ -46,39 +49,45 @@ class Trial:
 
     @property
     def steps(self) -> int:
-        """How many values are taken: the length of the whole run, its schedule included."""
+        """The number of optimizer steps of the whole run, with its warm-up and decay."""
         self._read.add("steps")
         return self._steps
 
     @property
     def batch(self) -> float | None:
-        """Examples a step."""
+        """Examples per step, None if unknown."""
         self._read.add("batch")
         return self._batch
 
     @property
     def method(self) -> Method:
-        """ "full" where `rank` is None, else "lora"."""
+        """ "full" if `rank` is None, else "lora"."""
         return "full" if self.rank is None else "lora"
 
     def optimizer(self, params: Any, /, **settings: Any) -> RankAwareOptimizer:
-        """A RankAwareOptimizer at this trial's rate. Call it once; `settings` are the optimizer's own and are recorded.
+        """Build a RankAwareOptimizer at this trial's rate. Call it once per trial.
 
-        `params` is the model, or parameters or groups with `model=`. rates=, other_lr= and the like are passed on.
+        Args:
+            params: the model, or parameters or parameter groups together with `model=`.
+            **settings: the optimizer's settings, which are recorded, and arguments of `RankAwareOptimizer` such as
+                `rates` and `other_lr`.
+
+        Raises:
+            CalibrationError: it was called twice, or a setting is decided by the trial.
         """
         if self.lr is not None:
             raise CalibrationError("trial.optimizer was called twice in one trial.", "Call it once, after the model.")
         given = [name for name in ("lr", "tuned_at", "law", "recipe", "method") if name in settings]
         if given:
-            raise CalibrationError(f"trial.optimizer got {given[0]}=, which the trial decides.", "Leave it out.")
+            raise CalibrationError(f"trial.optimizer got {given[0]}=, which the trial sets.", "Leave it out.")
         return self._build(self, params, settings)
 
 
 class Outcome(NamedTuple):
-    """What a run gave: its values, the score it returned if any, and how it ended.
+    """The outcome of a run.
 
-    stopped: "" (ran its steps), "diverged", "pruned" or "memory" (it ran out). endless: whether the loop went on past
-    its steps; None if not learned.
+    curve: its values. returned: the score that it returned, if any. stopped: "" (ran all steps), "diverged", "pruned"
+    or "memory" (ran out of memory). endless: whether the loop continued past its steps, None if unknown.
     """
 
     curve: list[float]
@@ -88,19 +97,20 @@ class Outcome(NamedTuple):
 
     @property
     def tail(self) -> float:
-        """Mean of the last tenth of the values, at least 5."""
+        """Return the mean of the last tenth of the values, at least 5 of them."""
         return recent(self.curve, max(TAIL, len(self.curve) // 10))
 
     @property
     def score(self) -> float:
-        """The value to minimise."""
+        """Return the value to minimise."""
         return math.inf if self.stopped else self.tail if self.returned is None else self.returned
 
 
 class Pushed(NamedTuple):
-    """A run that cannot yield, such as a trainer with callbacks: what a `train` may give in place of a generator.
+    """A run that cannot yield, such as a trainer with callbacks. `train` may return it in place of a generator.
 
-    `run(report)` calls `report(value)` every step and ends soon after the answer True; what it returns is the score.
+    `run(report)` calls `report(value)` at every step and ends soon after it returns True. Its return value is the
+    score.
     """
 
     run: Callable[[Callable[[Any], bool]], Any]
@@ -108,7 +118,7 @@ class Pushed(NamedTuple):
 
 @dataclass
 class _Values:
-    """The values of a run so far, and why it is to stop."""
+    """The values of a run so far, and why it must stop."""
 
     trial: Trial
     limits: Sequence[float]
@@ -118,15 +128,15 @@ class _Values:
     stopped: str = ""
 
     def take(self, value: Any) -> bool:
-        """Keep `value`; whether the run ends with it: it diverged, was pruned, or has run its steps."""
+        """Store `value`. Return whether the run ends: it diverged, was pruned, or has run its steps."""
         taken = len(self.curve)
         if self.stopped or taken == self.trial._steps:
             return True
         self.curve.append(self.mean(_as_float(value, taken)))
         if not taken and not math.isfinite(self.curve[0]):
             raise CalibrationError(
-                f"The first value that train yielded is {self.curve[0]}, before any rate could matter.",
-                "Mend the model or the data: the first loss must be finite.",
+                f"The first value that train yielded is {self.curve[0]}, which does not depend on the rate.",
+                "Fix the model or the data: the first loss must be finite.",
             )
         if self.trial.lr is None:
             raise CalibrationError(
@@ -140,12 +150,12 @@ class _Values:
         return bool(self.stopped) or taken + 1 == self.trial._steps
 
     def outcome(self, returned: Any = None, endless: bool | None = None) -> Outcome:
-        """What the run gave, once it has ended; it is refused where it ended by itself and too early."""
+        """Return the outcome of a run that has ended. Raise a `CalibrationError` if it ended too early."""
         taken, steps = len(self.curve), self.trial._steps
         if self.stopped:
             return Outcome(self.curve, stopped=self.stopped)
         if not taken:
-            raise CalibrationError("train yielded nothing.", "Yield the loss once a step.")
+            raise CalibrationError("train yielded nothing.", "Yield the loss once per step.")
         if taken < steps:
             raise CalibrationError(
                 f"train ended after {taken} of {steps} steps.", "Let it yield a value for each step, or lower steps=."
@@ -163,12 +173,18 @@ def run_trial(
     watch: Callable[[Trial, list[float]], bool],
     mean: Callable[[float], float] = float,
 ) -> Outcome:
-    """Take `trial.steps` values from `train(trial)`, then close it, so that its `finally` runs.
+    """Take `trial.steps` values from `train(trial)`, then close it, so that its `finally` blocks run.
 
-    limits: how high the mean of recent values may rise at each step, where that is above the first, before the run
-    counts as diverged. watch: called with every new value; True prunes the run. endless: whether the loop is known to
-    go on past its steps; where it is not known, the loop is resumed once more to learn its return value. A run that
-    raises optuna.TrialPruned or runs out of memory is pruned. mean: of a value over the processes that train.
+    A run that raises optuna.TrialPruned or runs out of memory is pruned.
+
+    Args:
+        train: the user's training loop.
+        trial: the trial to run.
+        limits: the mean of recent values above which the run counts as diverged, for each step.
+        endless: whether the loop is known to continue past its steps. If None, it is resumed once more to get its
+            return value.
+        watch: called with every new value. It returns whether to prune the run.
+        mean: averages a value over the processes that train together.
     """
     values = _Values(trial, limits, watch, mean)
     try:
@@ -190,7 +206,7 @@ def run_trial(
 def _pulled(run: Any, values: _Values, endless: bool | None) -> Outcome:
     if not isinstance(run, Generator):
         raise CalibrationError(
-            f"train gave a {type(run).__name__} where a generator belongs.", "Let it yield a value every step."
+            f"train returned a {type(run).__name__} instead of a generator.", "Let it yield a value at every step."
         )
     try:
         ended = any(values.take(value) for value in run)
@@ -202,7 +218,7 @@ def _pulled(run: Any, values: _Values, endless: bool | None) -> Outcome:
             return values.outcome(stop.value, endless=False)
         if endless is False:
             raise CalibrationError(
-                f"train went on after {len(values.curve)} steps, where an earlier run ended.",
+                f"train continued after {len(values.curve)} steps, but an earlier run ended there.",
                 "Let every run end at trial.steps, or none.",
             )
         return values.outcome(endless=True)
@@ -222,7 +238,7 @@ def _as_float(value: Any, step: int, what: str = "value") -> float:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch, random and numpy for one run, and put all three back as they were."""
+    """Seed torch, random and numpy for one run, and restore all three afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -236,7 +252,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device.
+    """Return whether an error means that memory ran out, on any device.
 
     >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."))
     True
@@ -247,9 +263,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Collect what only cycles hold, and give the accelerator's cached blocks back.
+    """Collect reference cycles and release the accelerator's cached memory.
 
-    Call it once the error is gone: its traceback holds the frames, and they hold the tensors.
+    Call it after the error was dropped, since its traceback keeps the frames and their tensors alive.
     """
     gc.collect()
     if torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""What the trials of a study say: a typed record of each, read from Optuna and written to it here alone."""
+"""The trials of a study as typed records. All reads from and writes to Optuna's trials are here."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from .._checks import is_number
-from ..recipe import TAIL, Place, carried_on
+from ..recipe import TAIL, Place, impute
 from .fit import Observation, diverged
 
-PARAMETER = "log2_lr"  # what Optuna calls the one number of a trial: log2 of the base rate, reference coordinates
-_REPORTS = 10  # reports of a run to the storage, where pruners read them
-SCHEMA = 1  # of what is stored, raised where an earlier version would misread it
-_SAME = 1e-3  # relative: how well the first values of two runs of one rank and seed must agree
+PARAMETER = "log2_lr"  # Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
+_REPORTS = 10  # reports per run to the storage, for pruners
+SCHEMA = 1  # version of the stored format, raised if an earlier version would misread it
+_SAME = 1e-3  # relative tolerance for the first values of two runs of one rank and seed
 
 
 class Cell(NamedTuple):
-    """What is paired across rates: the rank, None for full finetuning, the seed of draws and data, steps and batch.
+    """Runs that differ only in their rate: they share rank (None for full finetuning), seed, steps and batch.
 
-    The last two are None where the study has one: then they are the target's.
+    steps and batch are None if the study has only one value, which is the target's.
     """
 
     rank: int | None
@@ -40,7 +40,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that runs a trial: its host, that host's boot, its number and start, and a token of the trial."""
+    """The process that runs a trial: host, boot of the host, process number and start time, and the trial's token."""
 
     host: str
     boot: str
@@ -51,17 +51,16 @@ class Owner:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """What a trial is and did. A field is None until it is known.
+    """A trial's configuration and results. A field is None until it is known.
 
-    number, state, x (log2 of the base rate), value and reports (recent mean by step) are Optuna's own. All others are
-    the trial's user attributes in Optuna, under the names of the fields: stored studies have these names. An
-    observation's steps and batch are those of the record, and are stored there.
+    number, state, x (log2 of the base rate), value and reports (recent mean by step) are Optuna's. The other fields are
+    user attributes of the Optuna trial. Stored studies have their names, so do not rename them. An observation's steps
+    and batch are stored in the record.
 
-    steps, batch: planned; None where the study has one of them.
-    heartbeat: counts signs of life, for other hosts. retry_of: the number of the killed trial that this one repeats.
-    estimate: log2 of the rate that was thought best for the rank before the trial. built: what its model and settings
-    were. own_lr: the rate of the model's most common A factors, or of its whole weights.
-    stopped: "pruned" or "memory" where the run says nothing of its end.
+    steps, batch: as planned, None if the study has only one value. heartbeat: a counter for other hosts. retry_of: the
+    number of the killed trial that this one repeats. estimate: log2 of the rate estimated as best for the rank before
+    the trial. built: see `built_with`. own_lr: the rate of the model's most common A factors, or of its whole weights.
+    stopped: "pruned" or "memory" if the run has no final score.
     """
 
     rank: int | None = None
@@ -87,7 +86,7 @@ class TrialRecord:
 
     @classmethod
     def read(cls, trial: FrozenTrial) -> TrialRecord:
-        """What Optuna holds of a trial."""
+        """Return the record of an Optuna trial."""
         attributes = trial.user_attrs
         kept = {name: attributes[name] for name in _ATTRIBUTES if name in attributes}
         if "owner" in kept:
@@ -99,11 +98,11 @@ class TrialRecord:
         return cls(**kept, number=trial.number, state=trial.state, x=x, value=trial.value, reports=reports)
 
     def attributes(self) -> dict[str, Any]:
-        """What is stored as user attributes: rank and seed, and what else is known."""
+        """Return the user attributes to store: rank, seed and all known fields."""
         return {"rank": self.rank, "seed": self.seed, **self.changes_since(TrialRecord())}
 
     def changes_since(self, before: TrialRecord) -> dict[str, Any]:
-        """The user attributes that are others than `before`."""
+        """Return the user attributes that differ from `before`."""
         old, new = asdict(before), asdict(self)
         for name in _TASK:
             (new["observation"] or {}).pop(name, None)
@@ -120,7 +119,7 @@ class TrialRecord:
 
 
 def is_typed(value: Any, hint: Any) -> bool:
-    """Whether a value from a storage is of a hint's type, inside as well; a float may be a whole number."""
+    """Return whether a value from a storage has a hint's type, checked recursively. A float may be a whole number."""
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind is Any:
         return True
@@ -149,51 +148,48 @@ class Trials(tuple[TrialRecord, ...]):
 
     @classmethod
     def read(cls, trials: Iterable[FrozenTrial], cell: Cell | None = None) -> Trials:
-        """What Optuna holds of these trials, or of those of one cell among them."""
+        """Return the records of Optuna trials, or of those of one cell."""
         pairs = ((trial, trial.user_attrs) for trial in trials)
         mine = (trial for trial, kept in pairs if cell in (None, _cell_of(kept)))
         return cls(map(TrialRecord.read, mine))
 
     def counted(self) -> Trials:
-        """Those that count: complete, or stopped because they diverged or a pruner said so."""
+        """Return the trials that count: those completed, diverged or pruned."""
         return Trials(t for t in self if t.state in (TrialState.COMPLETE, TrialState.PRUNED))
 
     def running(self, but: int | None = None) -> Trials:
         return Trials(t for t in self if t.state == TrialState.RUNNING and t.number != but)
 
     def observations(self) -> list[Observation]:
-        """What those showed that ran to their end or diverged."""
+        """Return the observations of trials that ran to their end or diverged."""
         return [t.observation for t in self.counted() if t.observation is not None]
 
     def evidence(self) -> list[Observation]:
-        """What the fit sees: what trials showed, and what those that were stopped would have."""
-        return [*self.observations(), *self.carried()]
+        """Return the input of the fit: observations, and imputed scores of pruned runs."""
+        return [*self.observations(), *self.imputed()]
 
-    def carried(self) -> list[Observation]:
-        """What the fit makes of runs that were stopped as worse than the best run of their rank and seed."""
+    def imputed(self) -> list[Observation]:
+        """Impute final scores of pruned runs from their gap to the best paired run."""
         seen = []
         for trial in self.counted():
             best = self.rival_of(trial) if trial.stopped == "pruned" else None
             if best is not None and best.observation is not None and best.curve is not None and trial.x is not None:
-                seen.append(carried_on(trial.x, trial.curve or [], best.observation, best.curve))
+                seen.append(impute(trial.x, trial.curve or [], best.observation, best.curve))
         return [observation for observation in seen if observation is not None]
 
     def pruned(self) -> list[tuple[Place, float]]:
-        """(place, log2 rate) of those that were stopped as worse than others, by how much is not known.
-
-        A run that ran out of memory says nothing of its rate.
-        """
+        """Return (place, log2 rate) of the pruned trials. Runs that ran out of memory are not among them."""
         ended = [t for t in self.counted() if t.observation is None and t.stopped != "memory"]
         return [(t.place, t.x) for t in ended if t.x is not None]
 
     def rival_of(self, trial: TrialRecord) -> TrialRecord | None:
-        """The best finished run of a trial's rank and seed."""
+        """Return the best finished run of a trial's rank and seed."""
         return Trials(t for t in self if t.cell == trial.cell)._best()
 
     def curve_beside(self, cell: Cell) -> list[float]:
-        """The curve of the best finished run of a cell, else of its seed, else of another; empty where none ended.
+        """Return the curve of the best finished run of a cell, else of its seed, else of another seed, else [].
 
-        All are of the cell's own steps and batch.
+        All of these have the cell's steps and batch.
         """
         like = Trials(t for t in self if t.cell[2:] == cell[2:])
         paired = Trials(t for t in like if t.seed == cell.seed)
@@ -205,15 +201,15 @@ class Trials(tuple[TrialRecord, ...]):
         return min(ended, key=lambda t: t.value if t.value is not None else math.inf, default=None)
 
     def usual_height(self) -> float:
-        """The median over runs of the mean of their first values; 0 where none ran."""
+        """Return the median over runs of the mean of their first values; 0 if there are none."""
         begun = [t.curve[:TAIL] for t in self if t.curve]
         means = [math.fsum(values) / len(values) for values in begun]
         return statistics.median([mean for mean in means if math.isfinite(mean)] or [0.0])
 
     def spent(self, steps: int) -> int:
-        """Training steps of all; a running trial is counted whole, a killed one up to its next report.
+        """Return the training steps of all trials. A running trial counts in full, a killed one up to its next report.
 
-        steps: of those that do not say their own.
+        steps: the length of trials that do not have their own.
         """
         total = 0
         for trial in self:
@@ -227,7 +223,7 @@ class Trials(tuple[TrialRecord, ...]):
         return total
 
     def unsteady(self) -> Cell | None:
-        """A rank and seed of which two runs began with different values, though no rate had mattered yet."""
+        """Return a cell with two runs whose first values differ, although these do not depend on the rate."""
         first: dict[Cell, float] = {}
         for trial in self.counted():
             if not trial.curve:
@@ -238,9 +234,10 @@ class Trials(tuple[TrialRecord, ...]):
         return None
 
     def tensors(self, steps: int) -> dict[str, torch.Tensor]:
-        """Every trial's rank (0: full finetuning), seed, base rate, score, fate, steps and values, padded with NaN.
+        """Return `Recipe.tensors`: each trial's rank (0: full finetuning), seed, rate, score, end, steps and curve.
 
-        A pruned run has no score: NaN. Where the study has several lengths or batches, those that were planned too.
+        Curves are padded with NaN. A pruned run has the score NaN. If the study has several lengths or batches, the
+        planned ones are included.
         """
         rows = [(t, t.x, t.curve or [], t.observation) for t in self.counted() if t.x is not None]
         lost = iter(diverged([seen for *_, seen in rows if seen]))
@@ -271,12 +268,12 @@ def _cell_of(kept: Mapping[str, Any]) -> Cell:
 
 
 def interval(steps: int) -> int:
-    """Steps between two reports of a run."""
+    """Return the number of steps between two reports of a run."""
     return max(1, steps // _REPORTS)
 
 
 def is_flat(seen: Sequence[Observation]) -> bool:
-    """Whether nothing moved: no run fell below its start, and all scores agree."""
+    """Return whether the runs show nothing: none fell below its start, and all scores agree."""
     ended = [o for o in seen if math.isfinite(o.value + o.tail)]
     values = [o.value for o in ended]
     return all(o.tail >= o.start for o in ended) and all(math.isclose(v, values[0], rel_tol=1e-6) for v in values)

@@ -108,7 +108,7 @@ def _on_ray(spec: str, address: str, options: dict[str, Any]) -> Recipe:
     if any(placement):
         raise CalibrationError("Ray gives the workers their GPUs and threads.", "Leave devices= and threads= out.")
     executor = calibration.RayExecutor(count or None, address=address)
-    with _said(lines=True):
+    with trials_said(lines=True):
         return calibration.calibrate(load_train(spec), executor=executor, **options)
 
 
@@ -167,7 +167,7 @@ class _Worker:
         before = torch.get_num_threads()
         torch.set_num_threads(int(self.place.get(THREADS, before)))
         try:
-            with _said(lines=not sys.stderr.isatty()):
+            with trials_said(lines=not sys.stderr.isatty()):
                 return calibration.calibrate(load_train(self.spec), progress=progress, **self.options)
         finally:
             torch.set_num_threads(before)
@@ -190,7 +190,7 @@ class _Worker:
 
 
 @contextmanager
-def _said(lines: bool) -> Iterator[None]:
+def trials_said(lines: bool) -> Iterator[None]:
     """Optuna's warnings are not said, our errors say it in a sentence. lines: say every trial that ended."""
     from optuna.logging import ERROR, get_verbosity, set_verbosity
 

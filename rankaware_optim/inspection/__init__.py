@@ -1,4 +1,4 @@
-"""From a model, or an adapter on disk, to a `Survey` of its LoRA factors."""
+"""Inspection of a model or of an adapter on disk: a `Survey` of its LoRA factors."""
 
 from ._conventions import Convention, Reading, conventions, register_convention
 from ._declarations import Config, Declaration, configs_of, declare, place_of, scaling_places

@@ -1,7 +1,7 @@
-"""The table of conventions: how each library stores a LoRA pair, in a model and in a file, a row each.
+"""The table of conventions: how each library stores a LoRA pair, in a model and in a file. One row per convention.
 
-A row names the attributes of the module that owns a pair and the layout of its two tensors. Nothing is imported from
-the libraries: a row is matched by attributes alone, in a file by names.
+A row has the attributes of the module that owns a pair and the layout of its two tensors. The libraries are not
+imported. A row is matched by attributes, or by names in a file.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Shape = tuple[int, ...]
 
 
 class Reading(NamedTuple):
-    """What a layout reads off two shapes: the rank by A and by B (one number where they fit), and the layer's fans.
+    """What a layout reads from two shapes.
 
-    `inner` is how many inner features one output sums for each unit of rank; `kind` the kind of layer where the
-    layout tells it.
+    rank_a, rank_b: the rank from A and from B, equal if they fit. fan_in, fan_out: those of the layer. inner: number of
+    inner features that one output sums per unit of rank. kind: the layer's kind, if the layout determines it.
     """
 
     rank_a: float
@@ -40,17 +40,17 @@ class Reading(NamedTuple):
 
 
 Layout = Callable[[Any, Shape, Shape], Reading]
-"""From the owner and the shapes of A and B to a `Reading`.
+"""Maps the owner and the shapes of A and B to a `Reading`.
 
 A LookupError, AttributeError, TypeError, ValueError or ArithmeticError means that the layout does not fit. An
-InspectionError goes to the user. In a file the owner has the attributes that the row names and the file tells.
+InspectionError is raised to the user. For a file the owner has the row's attributes that the file contains.
 """
 
 
 def _rows(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (r, in, k…), B (out, r, 1…): what nearly everybody does; a grouped convolution's B may hold r / groups."""
+    """A (r, in, k…), B (out, r, 1…): the usual layout. B of a grouped convolution may have r / groups columns."""
     if math.prod(b[2:]) != 1:
-        raise ValueError("B has a kernel of its own")
+        raise ValueError("B has a kernel")
     groups = getattr(getattr(owner, "base_layer", owner), "groups", 1) if len(b) > 2 else 1
     groups = groups if b[1] * groups == a[0] else 1
     return Reading(a[0], b[1] * groups, math.prod(a[1:]), b[0], 1 / groups)
@@ -63,29 +63,29 @@ def _blocks(owner: Any, a: Shape, b: Shape) -> Reading:
 
 
 def _columns(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (…, in, r), B (…, r, out): transposed, with or without a leading dimension of experts."""
+    """A (…, in, r), B (…, r, out): transposed, with or without a leading axis of experts."""
     return Reading(a[-1], b[-2], a[-2], b[-1], kind="experts" if len(a) > 2 else None)
 
 
 def _experts(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (E, r, in), B (E, out, r): a pair for each of E experts."""
+    """A (E, r, in), B (E, out, r): one pair for each of E experts."""
     return Reading(a[-2], b[-1], a[-1], b[-2], kind="experts")
 
 
 def _stacked(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r·E, in), B (out, r·E): PEFT's `target_parameters`, with E = `num_experts`."""
     base = getattr(owner, "get_base_layer", lambda: owner)()
-    rows_first = getattr(base, "is_transposed", True) is False  # as transformers says; older ones say nothing
+    rows_first = getattr(base, "is_transposed", True) is False  # set by transformers; older versions do not have it
     if rows_first and owner.num_experts > 1 and not hasattr(owner, "_did_swap_in_out_features"):
         raise InspectionError(
             f"This PEFT swaps A and B of experts stored as (experts, out, in), such as {type(base).__name__}'s.",
-            "Install PEFT 0.19 or later, and train such adapters anew.",
+            "Install PEFT 0.19 or later, and train such adapters again.",
         )
     return Reading(a[0] / owner.num_experts, b[1] / owner.num_experts, a[1], b[0], kind="experts")
 
 
 def _merged(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (r·m, in), B (out, r): one A for each of the m matrices of a fused layer that `enable_lora` names."""
+    """A (r·m, in), B (out, r): one A for each of the m matrices of a fused layer that `enable_lora` selects."""
     return Reading(a[0] / max(1, sum(map(bool, owner.enable_lora))), b[1], a[1], b[0])
 
 
@@ -96,7 +96,7 @@ def _kernel(owner: Any, a: Shape, b: Shape) -> Reading:
 
 
 def _tucker(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…): the kernel is the core's, which is left at the base rate."""
+    """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…). The core has the kernel and keeps the base rate."""
     core = tuple(owner.lora_mid.weight.shape)
     if core[:2] != (a[0], b[1]) or math.prod((*a[2:], *b[2:])) != 1:
         raise ValueError("the core does not fit")
@@ -109,19 +109,28 @@ LAYOUTS: Mapping[str, Layout] = {layout.__name__[1:]: layout for layout in _NAME
 
 @dataclass(frozen=True)
 class Convention:
-    """How one library stores a LoRA pair, on the module that owns it and in a file: a row of the table.
+    """How one library stores a LoRA pair, on the module that owns it and in a file.
 
-    `a` (input side) and `b` are the owner's attributes, each a parameter, a module with a `weight`, or
-    (`container=True`) a dict of those by adapter name. `rank`, `scaling` and `alpha` are the attributes, dotted where
-    they lie deeper, that may declare those, first found first used; they too may be dicts by adapter name. `where`
-    are attributes that the owner must have. `layouts` are names of `LAYOUTS` or functions; the first that agrees with
-    the declared rank is taken. `init` is the row's own where zeros cannot tell it. `exact` is False for rows that no
-    test has held against the library itself.
+    A file is read by the same row. A factor's name in a file is the owner's name, a dot and one of `keys`. A key that
+    begins with _ has no dot before it. Other attributes are other entries of the owner. Numbers are tensors of one
+    element. A row with its own `keys` does not need `where` in a file.
 
-    A file is read by the same row. A factor's name there is the owner's, a dot and one of `keys`, where {} is `a` or
-    `b`, with the adapter's name after it in a dict. A key that begins with _ follows the owner's name without a dot.
-    Other attributes are other entries of the owner, numbers those of one element. Keys of a row's own stand in for
-    `where`.
+    Args:
+        name: the convention's name.
+        a: the owner's attribute for A, the input side: a parameter, or a module with a `weight`.
+        b: the same for B.
+        container: whether `a` and `b` are dicts by adapter name.
+        kind: the layer's kind, if all layers of the convention have the same one.
+        where: attributes that the owner must have.
+        layouts: names of `LAYOUTS` or functions. The first one that agrees with the declared rank is used.
+        rank: attributes that may declare the rank, with dots for nested ones. The first that exists is used. They may
+            be dicts by adapter name.
+        scaling: the same for the effective multiplier.
+        alpha: the same for alpha.
+        init: the init, if it cannot be read from the factors: "A" (B starts at zero, as in PEFT), "B" (A starts at
+            zero), "other" or "unknown".
+        exact: whether a test compares the row with the library itself.
+        keys: names of factors in a file. {} stands for `a` or `b`, followed by the adapter's name in a dict.
 
     >>> register_convention(Convention("mine", a="reduce", b="expand", layouts=("columns",), scaling=("gain",)))
     >>> register_convention("mine", remove=True)
@@ -151,7 +160,7 @@ def _automodel_experts(part: str) -> Convention:
 
 
 CONVENTIONS: tuple[Convention, ...] = (
-    # AdaLoRA: B·diag(E)·A with E zero, `scaling` is alpha, ranks are pruned as it trains: no law covers it.
+    # AdaLoRA is B·diag(E)·A with E zero. `scaling` is alpha, and ranks are pruned during training. No law covers it.
     Convention(
         "peft-adalora",
         *_LORA,
@@ -170,7 +179,7 @@ CONVENTIONS: tuple[Convention, ...] = (
     Convention("minLoRA", *_LORA, where=("lora_dropout_mask",), layouts=("rows", "columns"), exact=False),
     Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",), exact=False),
     Convention("lora_A/lora_B", *_LORA),
-    Convention("lora_a/lora_b", "lora_a", "lora_b", keys=("{}.weight",)),  # MLX writes a bare lora_a, transposed
+    Convention("lora_a/lora_b", "lora_a", "lora_b", keys=("{}.weight",)),  # MLX writes lora_a alone, transposed
     Convention("locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)),
     Convention("lora_down/lora_up", "lora_down", "lora_up"),
     _automodel_experts("gate_and_up"),
@@ -202,7 +211,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         keys=("lora.{}.weight", "_lora.{}.weight", "lora_linear_layer.{}.weight"),
     ),
 )
-"""Tried in this order on every module or layer of a file, after registered ones; the first that matches keeps it."""
+"""Tried in this order on every module or layer of a file, after registered ones. The first that matches is used."""
 
 OPTIONAL: Mapping[str, tuple[Convention, ...]] = {
     "A/B": (
@@ -210,9 +219,9 @@ OPTIONAL: Mapping[str, tuple[Convention, ...]] = {
         Convention("A/B", "A", "B", layouts=("columns",), rank=(), scaling=("scaling", "scale", "alpha"), exact=False),
     )
 }
-"""Rows whose attributes are too common to be looked for unasked: `register_convention("A/B")` asks.
+"""Rows whose attributes are too common to be tried by default. `register_convention("A/B")` enables one.
 
-"A/B" is the pair of tutorials: A (in, r), B (r, out), `alpha` the multiplier itself unless a `rank` is declared.
+"A/B" is the pair of tutorials: A (in, r), B (r, out). `alpha` is the multiplier itself unless a `rank` is declared.
 """
 
 
@@ -224,13 +233,17 @@ _LOCK = threading.Lock()
 
 
 def register_convention(convention: Convention | str, *, remove: bool = False) -> None:
-    """Let inspection look for `convention` too, before the built-in rows; or for an optional row by its name ("A/B").
+    """Add a convention to inspection. It is tried before the built-in ones.
 
-    The same row may be registered again; remove=True takes it away. A package registers one for all its users by an
-    entry point in the group "rankaware_optim.conventions" whose object is a `Convention`. `check_convention` tests it.
+    A package can register a convention for its users by an entry point in the group "rankaware_optim.conventions" whose
+    object is a `Convention`. `check_convention` tests a convention.
+
+    Args:
+        convention: the convention, or the name of an optional one ("A/B"). The same one may be registered again.
+        remove: whether to remove the convention instead.
 
     Raises:
-        InspectionError: an unknown optional row, a row that is none, or another row of that name.
+        InspectionError: the optional convention is unknown, the convention is invalid, or another one has its name.
     """
     rows = OPTIONAL.get(convention) if isinstance(convention, str) else (convention,)
     name = convention if isinstance(convention, str) else getattr(convention, "name", "")
@@ -241,30 +254,30 @@ def register_convention(convention: Convention | str, *, remove: bool = False) -
         if rows is None:
             raise InspectionError(
                 f"There is no optional convention {convention!r}.",
-                f"Known are {', '.join(OPTIONAL)}; or give a Convention.",
+                f"Give one of {', '.join(OPTIONAL)}, or a Convention.",
             )
         _check(rows[0])
         if _REGISTERED.get(name, rows) != rows or name in {c.name for c in CONVENTIONS}:
-            raise InspectionError(f"Another convention is called {name!r}.", "Give yours a name of its own.")
+            raise InspectionError(f"Another convention is called {name!r}.", "Give yours another name.")
         _REGISTERED[name] = rows
 
 
 def conventions() -> tuple[Convention, ...]:
-    """All rows in the order they are tried: registered ones, those of installed packages, built-in ones."""
+    """Return all rows in the order in which they are tried: registered, from installed packages, built-in."""
     own = [row for rows in _REGISTERED.values() for row in rows]
     return (*own, *_installed(), *CONVENTIONS)
 
 
 @cache
 def _installed() -> tuple[Convention, ...]:
-    """The rows of installed packages; those that make no sense are warned of once."""
+    """Return the rows of installed packages. Invalid ones give a warning once."""
     rows: list[Convention] = []
     for name in _PLUGINS.names():
         row: Any = _PLUGINS.get(name)
         try:
             _check(row)
             rows.append(row)
-        except InspectionError as error:  # of a package that the user may not even know of
+        except InspectionError as error:  # the user may not know the package, so this is only a warning
             warn(f"The plug-in convention {name!r} is left out: {error}")
     return tuple(rows)
 
@@ -279,14 +292,14 @@ def _check(row: Any) -> None:
 
     for name in (row.a, row.b):
         good = isinstance(name, str) and name.isidentifier()
-        require(good, f"names {name!r} as a factor", "Give the owner's attribute, as 'lora_A'.")
+        require(good, f"has the factor {name!r}", "Give the owner's attribute, such as 'lora_A'.")
     for field in ("where", "layouts", "rank", "scaling", "alpha", "keys"):
         value = getattr(row, field)
-        require(isinstance(value, tuple), f"has {field}={value!r}", "Give a tuple, as ('rank',).")
-    known = f"Known are {', '.join(LAYOUTS)}; or give a function of owner and two shapes."
+        require(isinstance(value, tuple), f"has {field}={value!r}", "Give a tuple, such as ('rank',).")
+    known = f"Give one of {', '.join(LAYOUTS)}, or a function of owner and two shapes."
     for layout in row.layouts:
         require(callable(layout) or layout in LAYOUTS, f"has the layout {layout!r}", known)
     for key in row.keys:
         good = isinstance(key, str) and key.split(".").count("{}") == 1
-        require(good, f"has the key {key!r}", "Write {} once, between dots, as in 'adapter.{}.weight'.")
+        require(good, f"has the key {key!r}", "Write {} once, between dots, such as 'adapter.{}.weight'.")
     check_init(row.init, f"The init of the convention {row.name!r} is", known=(*get_args(Init), None))

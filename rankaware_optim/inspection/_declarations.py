@@ -1,4 +1,4 @@
-"""Where a pair's rank, multiplier and alpha are declared, and PEFT's configuration: read, and set to other values."""
+"""The declarations of a pair's rank, scaling and alpha, and PEFT's configuration: read them and set them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from ..errors import InspectionError
 from ._pairs import Modules, Pair, declared_number
 
-# What a declared number may lose in the buffer that holds it: bfloat16 keeps eight bits.
+# Relative tolerance of a declared number in its buffer: bfloat16 has eight bits.
 _ROUNDING = 2.0**-8
 
 Declaration = tuple[Pair, "Place", float]
-"""A pair, one of the places where it declares a number, and the number that is to stand there."""
+"""A pair, a place where it declares a number, and the number to write there."""
 
 
 class Place(NamedTuple):
-    """Where a number is declared: an attribute of an object, or an entry of a dict by adapter."""
+    """The place where a number is declared: an attribute of an object, or an entry of a dict by adapter."""
 
     holder: Any
     key: str
@@ -32,7 +32,7 @@ class Place(NamedTuple):
         return self.holder[self.key] if isinstance(self.holder, Mapping) else getattr(self.holder, self.key)
 
     def put(self, value: Any) -> None:
-        """Declare `value`; what is read-only stays, which `holds` then tells."""
+        """Write `value`. A read-only place keeps its value, which `holds` shows."""
         with suppress(AttributeError, TypeError):
             if isinstance(self.held, torch.Tensor):
                 self.held.copy_(torch.as_tensor(value))
@@ -46,12 +46,12 @@ class Place(NamedTuple):
 
 
 def _like(old: object, value: float) -> float:
-    """A whole number stays an int where the old one was: PEFT's alpha is one."""
+    """Return `value` as an int if it is whole and the old value was an int, such as PEFT's alpha."""
     return int(value) if isinstance(old, int) and float(value).is_integer() else value
 
 
 def declare(todo: Iterable[Declaration]) -> None:
-    """Set every number, or none where one of the places does not take its value."""
+    """Write all numbers, or none if one of the places does not accept its value."""
     todo = list(todo)
     held = [place.held for _, place, _ in todo]
     before = [value.detach().clone() if isinstance(value, torch.Tensor) else value for value in held]
@@ -62,15 +62,15 @@ def declare(todo: Iterable[Declaration]) -> None:
             for (_, changed, _), old in zip(todo, before, strict=True):
                 changed.put(old)
             raise InspectionError(
-                f"{pair.where} cannot be set anew: its {place.key!r} does not take the value {value:g}.",
-                "Rebuild the adapter with that scaling and rank, or ask for what it declares.",
+                f"{pair.where} cannot be changed: its {place.key!r} does not accept the value {value:g}.",
+                "Rebuild the adapter with that scaling and rank, or keep the values that it declares.",
             )
 
 
 def scaling_places(pair: Pair, rank: int, scaling: float, at: int | None = None) -> Iterator[Declaration]:
-    """Where a pair of `rank` declares its multiplier and its alpha, with the values that say `scaling`.
+    """Yield the places where a pair of `rank` declares its multiplier and alpha, with the values for `scaling`.
 
-    at: the rank that the pair is going to have, where that is another.
+    at: the rank that the pair will have, if it changes.
     """
     row = pair.convention
     multiplier = place_of(pair, row.scaling)
@@ -78,7 +78,7 @@ def scaling_places(pair: Pair, rank: int, scaling: float, at: int | None = None)
     if multiplier is None and alpha is None:
         raise InspectionError(
             f"{pair.where} declares no scaling, so none can be set.",
-            "Leave scaling= out, or name the attribute that the layer reads in register_convention().",
+            "Leave scaling= out, or give the attribute that the layer reads to register_convention().",
         )
     if multiplier is not None:
         yield pair, multiplier, scaling
@@ -89,7 +89,7 @@ def scaling_places(pair: Pair, rank: int, scaling: float, at: int | None = None)
 
 
 def place_of(pair: Pair, attributes: Iterable[str]) -> Place | None:
-    """The place that `declared_number` reads."""
+    """Return the place that `declared_number` reads."""
     for attribute in attributes:
         if declared_number(pair, (attribute,)) is not None:
             *path, name = attribute.split(".")
@@ -99,7 +99,7 @@ def place_of(pair: Pair, attributes: Iterable[str]) -> Place | None:
 
 
 def _is_rooted(pair: Pair, alpha: float, scaling: float, rank: int) -> bool:
-    """Whether the multiplier is alpha / √r: as PEFT says, else where the numbers do and alpha / r does not fit."""
+    """Return whether the multiplier is alpha / √r, by PEFT's flag, or else because only this fits the numbers."""
     flags = getattr(pair.owner, "use_rslora", None)
     if isinstance(flags, Mapping) and pair.adapter in flags:
         return bool(flags[pair.adapter])
@@ -111,7 +111,7 @@ def _is_rooted(pair: Pair, alpha: float, scaling: float, rank: int) -> bool:
 
 
 class Config(NamedTuple):
-    """An adapter's configuration and the prefix of the model that it describes."""
+    """An adapter's configuration, and the prefix of its part of the model."""
 
     prefix: str
     adapter: str
@@ -121,14 +121,14 @@ class Config(NamedTuple):
         return pair.adapter == self.adapter and f"{pair.layer}.".startswith(self.prefix)
 
     def name(self, pair: Pair) -> str:
-        """The name by which PEFT's patterns know the pair: as in the bare model, its parameter's for experts."""
+        """Return the pair's name for PEFT's patterns: as in the base model, or the parameter's name for experts."""
         name = pair.layer.removeprefix(self.prefix).split(".base_layer")[0]
         parameter = getattr(pair.owner, "parameter_name", None)
         return f"{name}.{parameter}" if parameter else name
 
 
 def configs_of(modules: Modules) -> Iterator[Config]:
-    """Each of PEFT's LoRA configurations once, at the innermost module that holds it."""
+    """Yield each of PEFT's LoRA configurations once, at the innermost module that holds it."""
     found: dict[int, Config] = {}
     for layer, module in modules:
         configs = module.__dict__.get("peft_config")
@@ -140,7 +140,7 @@ def configs_of(modules: Modules) -> Iterator[Config]:
 
 
 def redeclare(config: Config, pairs: Iterable[Pair], chosen: Iterable[Pair], scaling: float) -> None:
-    """Make an adapter's configuration give every pair the alpha that it has now, as PEFT will match names to it."""
+    """Change an adapter's configuration so that PEFT's patterns give every pair its present alpha."""
     if not any(config.holds(pair) for pair in chosen):
         return
     fields, rooted = config.fields, bool(config.fields.get("use_rslora"))

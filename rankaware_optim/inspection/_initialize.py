@@ -1,4 +1,4 @@
-"""Initialisation: every trainable LoRA pair put at Init[A] or Init[B], and its multiplier set, the function kept."""
+"""Initialisation of every trainable LoRA pair at Init[A] or Init[B], without a change of the model's function."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ._declarations import Config, configs_of, declare, redeclare, scaling_place
 from ._pairs import Half, Pair, declared_number, is_shard, pairs_of, reading_of, scaling_of, walk
 from ._survey import INIT_MARK, inspect_model
 
-# PEFT's init_lora_weights values that take the first product of the factors out of the base weight.
+# Values of PEFT's init_lora_weights that subtract the initial product of the factors from the base weight.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Start(NamedTuple):
-    """What becomes of one pair: which factor is drawn, with which variance and shape of the distribution."""
+    """The new init of one pair: which factor is drawn, with which variance, and whether uniform or normal."""
 
     pair: Pair
     rank: int
@@ -42,45 +42,51 @@ def initialize(
     variance: Literal["mua", "peft"] = "mua",
     force: bool = False,
 ) -> Survey:
-    """Put every trainable LoRA pair of `model` at Init[A] or Init[B]; the survey afterwards.
+    """Initialise every trainable LoRA pair of a model, without a change of the model's function.
 
-    Init[B] draws B ~ N(0, 1/r) and zeroes A; r counts the inner features that one output sums: r·k in loralib's
-    convolutions, r/groups behind a grouped B. Init[A] zeroes B and draws A: variance="mua" from N(0, 1/fan_in), where
-    an embedding's one-hot input has fan-in 1; variance="peft" as PEFT does, uniform with variance 1/(3·fan_in), and
-    for embeddings B ~ N(0, 1) with A zero, which the survey then calls Init[B]. Init[B] with `scaling=1` is the
-    set-up closest to full finetuning (Chen, Villar, Hayou, arXiv 2602.06204).
+    Init[A] sets B = 0 and draws A, as in PEFT. Init[B] sets A = 0 and draws B ~ N(0, 1/r). Here r is the number of
+    inner features that one output sums: r·k in loralib's convolutions, r/groups with a grouped B. Init[B] with
+    `scaling=1` is closest to full finetuning (Chen, Villar, Hayou, arXiv 2602.06204).
 
-    `scaling` sets the effective multiplier s on B·A wherever the pairs declare it: `scaling` or `scale`, `lora_alpha`
-    or the `alpha` buffer, and PEFT's configuration, so that a saved adapter comes back with it. Hand over the whole
-    model for that, not a part of it.
+    The function does not change in any bit, since B·A is zero before and after. Each draw depends only on `seed` and
+    the factor's name, and is made on the CPU in float32. It is the same on every device, and does not change if other
+    layers are added. Tied factors are drawn once. Biases of the factors are set to zero. Frozen pairs, all other
+    parameters, gradients, modes and the global random state are kept.
 
-    The model's function stays the same to the last bit, since a zero factor makes B·A zero before and after. Each
-    draw follows from `seed` and the factor's name alone, on the CPU in float32: the same on every device, and other
-    layers' draws do not move when one is added. Tied factors are drawn once. Frozen pairs (another adapter's) and all
-    other parameters stay, and so do gradients, modes and the global random state; a bias of the factors is zeroed.
-    The init is noted on the model, so that `inspect_model` still knows it after training; a fresh process that loads
-    a trained adapter has to be given, by `init=` of `inspect_model` or by initialising before it loads the weights.
+    The init is recorded on the model, so that `inspect_model` knows it after training. Another process that loads a
+    trained adapter needs `init=` of `inspect_model`, or must call `initialize` before it loads the weights. Call it
+    before the optimizer is built, since a `RankAwareOptimizer` keeps the rates of the init and scaling that it found.
 
-    Call it before the optimizer is built: a `RankAwareOptimizer` keeps the rates of the init and scaling it found.
-    `force=True` starts trained pairs over, which changes the function; DoRA's magnitudes and weights that PiSSA and
-    its kin changed stay as they are.
+    Args:
+        model: the model with adapters. With `scaling` it must be the whole model.
+        init: "A" (B starts at zero) or "B" (A starts at zero).
+        seed: random seed of the draws.
+        scaling: the effective multiplier s of B·A to set, by default unchanged. It is written wherever the pairs
+            declare it: `scaling` or `scale`, `lora_alpha` or the `alpha` buffer, and PEFT's configuration.
+        variance: variance of A under Init[A]. "mua" draws from N(0, 1/fan_in), with fan-in 1 for an embedding. "peft"
+            is uniform with variance 1/(3·fan_in) as in PEFT, and draws B ~ N(0, 1) with A = 0 for embeddings.
+        force: whether to initialise trained pairs too, which changes the function. DoRA's magnitudes, and base weights
+            that PiSSA or similar inits changed, are kept.
+
+    Returns:
+        The survey of the model afterwards.
 
     Raises:
-        InspectionError: before anything was changed: an impossible argument; no trainable pair; a pair that was
-            trained already or started with both factors drawn (unless force=True), is merged while not zero, is
-            sharded or has no values yet, has an init of its own (AdaLoRA), could never learn from that start, or
-            declares no scaling where one is to be set.
+        InspectionError: an argument is impossible, there is no trainable pair, or a pair cannot be initialised. It was
+            trained already or started with both factors drawn (unless force=True), is merged and not zero, is sharded,
+            has no values yet, needs its own init (AdaLoRA), could not learn from this init, or declares no scaling that
+            could be set. Nothing was changed.
     """
     check_init(init, "An adapter is initialised at")
     if variance not in ("mua", "peft") or (variance == "peft" and init == "B"):
         raise InspectionError(
-            f"Init[{init}] has no variance {variance!r}.", "Init[A] knows 'mua' and 'peft', Init[B] only 'mua'."
+            f"init={init!r} has no variance {variance!r}.", "Give 'mua' or 'peft' for init='A', 'mua' for init='B'."
         )
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise InspectionError(f"The seed {seed!r} is no whole number.", "Give a whole number.")
+        raise InspectionError(f"The seed {seed!r} is not a whole number.", "Give a whole number.")
     if scaling is not None and not is_positive(scaling):
         raise InspectionError(
-            f"The scaling {scaling!r} is no positive finite number.", "Give one, or None to keep what is declared."
+            f"The scaling {scaling!r} is not a positive finite number.", "Give one, or None to keep the declared one."
         )
     walked = walk(model)
     pairs = list(pairs_of(walked.modules))
@@ -88,7 +94,7 @@ def initialize(
     if not chosen:
         raise InspectionError(
             f"No trainable LoRA pair among {len(walked.parameters)} parameters.",
-            "Add adapters and let them require a gradient, and initialise before sharding, which hides them.",
+            "Add adapters with requires_grad, and initialise before sharding, which hides them.",
         )
     configs = list(configs_of(walked.modules))
     with torch.no_grad():
@@ -97,8 +103,8 @@ def initialize(
         for pair in () if force else filter(_adds, chosen):
             refuse_residual(pair, configs)
             raise InspectionError(
-                f"{pair.where} was trained already, or started with both factors drawn: its adapter adds something.",
-                "Rebuild the adapter, or give force=True to throw away what it holds.",
+                f"{pair.where} was trained already, or started with both factors drawn: its B·A is not zero.",
+                "Rebuild the adapter, or give force=True to discard its weights.",
             )
         if scaling is not None:
             declare(place for start in starts for place in scaling_places(start.pair, start.rank, float(scaling)))
@@ -108,15 +114,15 @@ def initialize(
     return inspect_model(model)
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------------------------
 
 
 def check_start(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
-    """The pair's new start, where it can have one."""
+    """Return the pair's new init. Raise an `InspectionError` if it cannot have it."""
     if pair.convention.init is not None:
         raise InspectionError(
-            f"{pair.where} has an init of its own, which the convention {pair.convention.name!r} needs.",
-            "Freeze its adapter if the others are to be initialised.",
+            f"{pair.where} needs the init of its convention {pair.convention.name!r}.",
+            "Freeze its adapter to initialise the others.",
         )
     for half in (pair.a, pair.b):
         _refuse_unwritable(pair, half)
@@ -125,24 +131,24 @@ def check_start(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
     zeroed = start.zeroed
     if not zeroed.tensor.requires_grad:
         raise InspectionError(
-            f"{zeroed.name} of {pair.where} is frozen, so with zeros the pair could never learn.",
-            f"Unfreeze it, or use Init[{'B' if start.init == 'A' else 'A'}].",
+            f"{zeroed.name} of {pair.where} is frozen, so the pair could not learn if it is zero.",
+            f"Unfreeze it, or use init={'B' if start.init == 'A' else 'A'!r}.",
         )
     if declared_number(pair, ("scalar",)) == 0:
         raise InspectionError(
-            f"{pair.where} multiplies its adapter by a `scalar` of zero, so beside a zero factor it could never learn.",
+            f"{pair.where} multiplies its adapter by a `scalar` of zero, so with a zero factor it could not learn.",
             "Build it without the scalar (use_scalar=False).",
         )
     if is_merged(pair) and _adds(pair):
         raise InspectionError(
-            f"{pair.where} is merged into its base weight, and unmerging it needs the factors as they are.",
+            f"{pair.where} is merged into its base weight, and unmerging it needs its present factors.",
             "Unmerge the adapters first.",
         )
     return start
 
 
 def start_of(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
-    """What init and variance ask of the pair's factors as they are."""
+    """Return the pair's new init for `init` and `variance`."""
     reading = reading_of(pair)
     rank, spread = int(reading.rank_a), 1 / reading.fan_in
     if init == "B":
@@ -164,7 +170,7 @@ def _refuse_unwritable(pair: Pair, half: Half) -> None:
         raise InspectionError(f"{what} is sharded.", "Initialise before sharding, on the whole model.")
     if not tensor.is_leaf or not tensor.is_floating_point():
         raise InspectionError(
-            f"{what} cannot be drawn: it is computed from other tensors or holds no floating-point numbers.",
+            f"{what} cannot be drawn: it is computed from other tensors or does not have a floating-point dtype.",
             "Remove its parametrization, or keep the factors in a floating dtype.",
         )
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
@@ -176,29 +182,29 @@ def refuse_opposite_ties(starts: Iterable[Start]) -> None:
     for start in starts:
         if _memory(start.zeroed) in drawn:
             raise InspectionError(
-                f"{start.zeroed.name} of {start.pair.where} is tied to a factor that would be drawn.",
+                f"{start.zeroed.name} of {start.pair.where} is tied to a factor that must be drawn.",
                 "Untie the adapters, or freeze one of the two.",
             )
 
 
 def _memory(half: Half) -> tuple[str, int]:
-    """Where a factor lies: tied ones may be two parameters over the same memory, one transposed."""
+    """Return a key of a factor's memory. Tied factors may be two parameters with the same memory, one transposed."""
     return str(half.tensor.device), half.tensor.data_ptr()
 
 
 def refuse_residual(pair: Pair, configs: Iterable[Config]) -> None:
-    """Refuse a pair whose declared init took the product of its factors out of the base weight."""
+    """Raise if the declared init subtracted the product of the factors from the base weight."""
     declared = next((c.fields.get("init_lora_weights") for c in configs if c.holds(pair)), None)
     if isinstance(declared, str) and declared.lower().startswith(_RESIDUAL):
         raise InspectionError(
-            f"{pair.where} starts with both factors drawn, and its init {declared!r} took their product out of the "
+            f"{pair.where} starts with both factors drawn, and its init {declared!r} subtracted their product from the "
             "base weight.",
             "Rebuild the adapter on the unchanged base with init_lora_weights=True; force=True would lose that part.",
         )
 
 
 def _adds(pair: Pair) -> bool:
-    """Whether the pair changes the layer's output: B·(A·x + bias of A) + bias of B is not zero. All is read."""
+    """Return whether the pair changes the layer's output: B·(A·x + bias of A) + bias of B is not zero."""
     inner = _not_zero(pair.a.tensor) or _not_zero(_bias(pair, pair.a))
     return (inner and _not_zero(pair.b.tensor)) or _not_zero(_bias(pair, pair.b))
 
@@ -208,7 +214,7 @@ def _not_zero(tensor: torch.Tensor | None) -> bool:
 
 
 def _bias(pair: Pair, half: Half) -> torch.Tensor | None:
-    """The bias of the module that is a factor, as PEFT's lora_bias adds it."""
+    """Return the bias of a factor's module, as PEFT's lora_bias adds it."""
     inner, _, last = half.name.rpartition(".")
     bias = getattr(pair.owner.get_submodule(inner), "bias", None) if inner and last == "weight" else None
     return bias if isinstance(bias, torch.Tensor) else None

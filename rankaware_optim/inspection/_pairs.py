@@ -1,4 +1,4 @@
-"""LoRA pairs in a model: which modules own one under which convention, and what each declares and shows."""
+"""LoRA pairs in a model: the modules that own them, by which convention, and what they declare."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ Parameters = list[tuple[str, nn.Parameter]]
 
 
 class Walk(NamedTuple):
-    """A model walked once, since the walk is what costs: its modules and parameters by name."""
+    """A model's modules and parameters by name. They are collected once, since this takes most of the time."""
 
     modules: Modules
     parameters: Parameters
 
 
 class Half(NamedTuple):
-    """One of a pair's two tensors, by its name local to the owner. In a file: by its whole name, with a shape alone."""
+    """One of a pair's two tensors, with its name relative to the owner. In a file: its full name, and only a shape."""
 
     name: str
     tensor: torch.Tensor
 
 
 class Pair(NamedTuple):
-    """Two factors as some module owns them: the module, its name, the adapter's, the row that matched, A and B.
+    """Two factors of a module: the module, its name, the adapter's name, the convention, A and B.
 
-    Of a file the owner is a namespace of what the file tells.
+    For a file the owner is a namespace with the file's entries.
     """
 
     owner: Any
@@ -47,7 +47,7 @@ class Pair(NamedTuple):
 
     @property
     def where(self) -> str:
-        """What an error calls the pair."""
+        """The pair's name in error messages."""
         return self.layer or type(self.owner).__name__
 
     @property
@@ -56,20 +56,20 @@ class Pair(NamedTuple):
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's name without the prefixes that DDP, FSDP, torch.compile and checkpointing put into it."""
+    """Return a parameter's name without the prefixes of DDP, FSDP, torch.compile and checkpointing."""
     for wrapper in _WRAPPERS[:-1]:
         name = name.replace(f"{wrapper}.", "")
     return name.removeprefix("module.")
 
 
 def walk(model: nn.Module) -> Walk:
-    """The model's modules and parameters under canonical names, or their own where canonical ones would coincide."""
+    """Return the model's modules and parameters by canonical names, or by their own if these are not unique."""
     modules = list(model.named_modules())
-    if not any(prefix.endswith(_WRAPPERS) for prefix, _ in modules):  # the usual case: no name to clean
+    if not any(prefix.endswith(_WRAPPERS) for prefix, _ in modules):  # the usual case: no prefix to remove
         return Walk(modules, _parameters_of(modules))
     clean = [(canonical_name(f"{prefix}.").removesuffix("."), module) for prefix, module in modules]
     parameters = _parameters_of(clean)
-    if len({name for name, _ in parameters}) < len(parameters):  # a submodule of the user's own is called "module"
+    if len({name for name, _ in parameters}) < len(parameters):  # a submodule of the user is called "module"
         return Walk(modules, _parameters_of(modules))
     return Walk(clean, parameters)
 
@@ -87,7 +87,7 @@ def _parameters_of(modules: Modules) -> Parameters:
 
 
 def pairs_of(modules: Modules) -> Iterator[Pair]:
-    """Every pair under the first row that fits its owner, in the model's order; tied ones come once for each owner."""
+    """Yield every pair by the first row that fits its owner, in the model's order. Tied ones occur for each owner."""
     rows = conventions()
     firsts = {row.a for row in rows}
     for layer, module in modules:
@@ -104,7 +104,7 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
 
 
 def _owned(module: nn.Module, attribute: str, container: bool) -> dict[str, Half]:
-    """The tensors that `attribute` holds, by adapter: a parameter, a module's weight, or a dict of those."""
+    """Return the tensors in `attribute` by adapter: a parameter, a module's weight, or a dict of these."""
     parameter = module._parameters.get(attribute)
     member: Any = module._modules.get(attribute) if parameter is None else parameter
     is_dict = isinstance(member, (nn.ModuleDict, nn.ParameterDict))
@@ -124,9 +124,9 @@ def _owned(module: nn.Module, attribute: str, container: bool) -> dict[str, Half
 
 
 def reading_of(pair: Pair) -> Reading:
-    """Rank, fans and kind on which the declaration and both shapes agree, by the first of the row's layouts that does.
+    """Return rank, fan-in, fan-out and kind, by the first of the row's layouts that fits the shapes and the rank.
 
-    Of a shard's shape nothing is asked: the rank is believed and the fans are those that modules declare.
+    The shape of a shard is not checked. Its declared rank and its modules' declared fan-in and fan-out are used.
 
     Raises:
         InspectionError: no layout fits the shapes and the declared rank.
@@ -147,12 +147,12 @@ def reading_of(pair: Pair) -> Reading:
 
 
 def read_as(layout: str | Layout, pair: Pair) -> Reading | None:
-    """A layout's reading where it gives positive whole ranks, else None."""
+    """Return a layout's reading if its ranks are positive and whole, else None."""
     read = layout if callable(layout) else LAYOUTS[layout]
     try:
         reading = read(pair.owner, tuple(pair.a.tensor.shape), tuple(pair.b.tensor.shape))
         whole = all(rank >= 1 and float(rank).is_integer() for rank in (reading.rank_a, reading.rank_b))
-    except InspectionError:  # the layout knows better than that no reading fits
+    except InspectionError:  # the layout has a more specific message
         raise
     except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
         return None
@@ -176,11 +176,11 @@ def _kind(pair: Pair) -> str:
 
 
 def is_shard(half: Half) -> bool:
-    """Whether a factor's shape is that of one process's share: flat under FSDP1, empty under ZeRO-3."""
+    """Return whether a factor is the shard of one process: flat under FSDP1, empty under ZeRO-3."""
     return len(half.tensor.shape) < 2 or 0 in half.tensor.shape
 
 
-# What modules call their fan-in and fan-out.
+# Attributes for fan-in and fan-out.
 _FANS = (
     ("in_features", "in_dim", "in_channels", "num_embeddings", "nx"),
     ("out_features", "out_dim", "out_channels", "embedding_dim", "nf"),
@@ -188,7 +188,7 @@ _FANS = (
 
 
 def _declared_fan(pair: Pair, half: Half, side: int) -> float:
-    """The adapted layer's fan-in (side 0) or fan-out (1): a whole factor's, else as a module declares it."""
+    """Return the layer's fan-in (side 0) or fan-out (1), from an unsharded factor or from a module's attribute."""
     if not is_shard(half):
         shape = half.tensor.shape
         return float(math.prod(shape[1:]) if side == 0 else shape[0])
@@ -199,28 +199,28 @@ def _declared_fan(pair: Pair, half: Half, side: int) -> float:
             if isinstance(value, int):
                 return float(value * (math.prod(getattr(owner, "kernel_size", ())) if side == 0 else 1))
     raise InspectionError(
-        f"{pair.where} is sharded, and neither the shape {tuple(half.tensor.shape)} of {half.name} nor a module tells "
+        f"{pair.where} is sharded, and neither the shape {tuple(half.tensor.shape)} of {half.name} nor a module has "
         f"its fan-{('in', 'out')[side]}.",
         "Set in_features and out_features on the module that owns the pair, or shard with fully_shard.",
     )
 
 
 def scaling_of(pair: Pair, rank: float) -> float | None:
-    """The declared multiplier on B·A, else declared alpha / rank, else None; an InspectionError if it is impossible."""
+    """Return the declared multiplier of B·A, else declared alpha / rank, else None. Raise if it is impossible."""
     value = declared_number(pair, pair.convention.scaling)
     if value is None:
         alpha = declared_number(pair, pair.convention.alpha)
         value = None if alpha is None else alpha / rank
     if value is not None and not 0 < value < math.inf:
         raise InspectionError(
-            f"{pair.where} has the scaling {value:g}, so its adapter adds nothing or is undefined.",
-            "Give a positive finite alpha; to switch an adapter off, freeze or delete it instead.",
+            f"{pair.where} has the scaling {value:g}, so its adapter has no effect or is undefined.",
+            "Give a positive finite alpha. To disable an adapter, freeze or delete it.",
         )
     return value
 
 
 def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
-    """The first of the owner's `attributes` that is a number, possibly in a dict by adapter or a one-element tensor."""
+    """Return the first of the owner's `attributes` that is a number, also in a dict by adapter or a small tensor."""
     for attribute in attributes:
         value: object = pair.owner
         for part in attribute.split("."):
@@ -235,5 +235,5 @@ def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """Whether a module, or the one it adapts, looks rows up."""
+    """Return whether a module, or the one that it adapts, is an embedding."""
     return isinstance(getattr(module, "base_layer", module), (nn.Embedding, nn.EmbeddingBag))

@@ -1,4 +1,4 @@
-"""References in words ("r=16,alpha=32", "full,fan_in=4096"), by an adapter on disk, or by PEFT's `LoraConfig`."""
+"""References from texts ("r=16,alpha=32", "full,fan_in=4096"), adapters on disk, or PEFT's `LoraConfig`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .files import inspect_file
 
 
 class LoraConfigLike(Protocol):
-    """PEFT's `LoraConfig`, or what has its fields."""
+    """PEFT's `LoraConfig`, or an object with its fields."""
 
     @property
     def r(self) -> int: ...
@@ -24,7 +24,7 @@ class LoraConfigLike(Protocol):
 
 ReferenceLike = Reference | str | os.PathLike[str] | LoraConfigLike
 
-# What can be written: key, the field of `Reference` that it names, and the type of the value.
+# The keys of a text, with the field of `Reference` and the type of the value.
 _KEYS: dict[str, tuple[str, type]] = {
     "r": ("rank", int),
     "rank": ("rank", int),
@@ -38,13 +38,17 @@ _OF_FULL = {"method", "fan_in", "batch"}
 
 
 def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Reference:
-    """A reference: as it is, from words, from an adapter's folder or file, or from PEFT's `LoraConfig`.
+    """Return a reference from a value that describes one.
 
-    An adapter names its most common rank, scaling and init, and its own width; a configuration its `r` and
-    `lora_alpha`, whatever its patterns say. Words that name no alpha change `like` alone, where it is given.
+    Args:
+        value: a `Reference`, a text such as "r=16,alpha=32", an adapter's folder or file, or PEFT's `LoraConfig`. An
+            adapter gives its most common rank, scaling and init, and its width. A configuration gives its `r` and
+            `lora_alpha`. Its patterns are ignored.
+        like: the reference whose values a text without alpha keeps, except those that it gives.
 
     Raises:
-        InvalidReferenceError: the value names no reference. InspectionError: the adapter cannot be read.
+        InvalidReferenceError: the value describes no reference.
+        InspectionError: the adapter cannot be read.
     """
     if isinstance(value, Reference):
         return value
@@ -55,13 +59,13 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
     if hasattr(value, "r") and hasattr(value, "lora_alpha"):
         return _of_config(value)
     raise InvalidReferenceError(
-        f"{shown(value)} is no reference.",
-        'Give a Reference, words such as "r=16,alpha=32" or "full", an adapter\'s folder, or a LoraConfig.',
+        f"{shown(value)} is not a reference.",
+        'Give a Reference, a text such as "r=16,alpha=32" or "full", an adapter\'s folder, or a LoraConfig.',
     )
 
 
 def reference_of(survey: Survey) -> Reference:
-    """The most common configuration of an adapter, at its own width."""
+    """Return the most common configuration of an adapter, at its own width."""
     return replace(survey.dominant(), fan_in=survey.width)
 
 
@@ -71,29 +75,32 @@ def _of_config(config: Any) -> Reference:
     if kind != "LORA" or init == "other":
         what = f"init_lora_weights={shown(config.init_lora_weights)}" if kind == "LORA" else f"the kind {shown(kind)}"
         raise InvalidReferenceError(
-            f"A {type(config).__name__} of {what} is no reference, since no law covers it.",
-            "Give Reference(rank=..., alpha=...) if you know what it stands for.",
+            f"A {type(config).__name__} with {what} is not a reference, since no law covers it.",
+            "Give Reference(rank=..., alpha=...) if you know its equivalent.",
         )
     return Reference(config.r, config.lora_alpha, bool(getattr(config, "use_rslora", False)))
 
 
 def _is_words(text: str) -> bool:
-    """Whether every part of `text` begins as a part of a reference does; else it may be a path."""
+    """Return whether every part of `text` begins like a part of a reference. Otherwise it may be a path."""
     return all(part.strip() in _FLAGS or part.partition("=")[0].strip() in _KEYS for part in text.split(","))
 
 
 def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
-    """A reference from words: "r=16,alpha=32" with rslora, init=B, fan_in=4096, batch=64; or "full,fan_in=4096".
+    """Parse a reference: "r=16,alpha=32" with optional rslora, init=B, fan_in=4096, batch=64; or "full,fan_in=4096".
 
-    like: the reference that words without an alpha change, in what they name alone; left out, alpha is needed.
+    Args:
+        text: the reference as text. init is "A" (B starts at zero, as in PEFT, the default) or "B" (A starts at zero).
+        like: the reference whose values a text without alpha keeps, except those that it gives. Without it alpha is
+            required.
 
     Raises:
         InvalidReferenceError: a part is unknown, unreadable, given twice, missing, impossible, or not for "full".
 
     >>> str(parse_reference("r=16,alpha=32"))
-    'rank 16, alpha 32, Init[A]'
+    'rank 16, alpha 32, B = 0'
     >>> str(parse_reference("r=64", like=Reference(rank=16, alpha=32)))
-    'rank 64, alpha 32, Init[A]'
+    'rank 64, alpha 32, B = 0'
     """
     values: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
@@ -113,14 +120,14 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
 
 
 def _entry(part: str) -> tuple[str, Any]:
-    """The field of `Reference` that "key=value" names, and its value."""
+    """Return the field of `Reference` for "key=value", and its value."""
     key, _, value = (piece.strip() for piece in part.partition("="))
     try:
         name, kind = _KEYS[key]
         return name, kind(value)
     except (KeyError, ValueError) as error:
         raise InvalidReferenceError(
-            f"{part!r} is no part of a reference.",
+            f"{part!r} is not a part of a reference.",
             'Write it as "r=16,alpha=32", with rslora, init=B, fan_in=4096, batch=64; or as "full,fan_in=4096"; '
-            "or name an adapter's folder or file.",
+            "or give an adapter's folder or file.",
         ) from error

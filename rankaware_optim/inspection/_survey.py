@@ -1,4 +1,4 @@
-"""Inspection: from a model to a `Survey` of its trainable LoRA factors, by duck typing and the table of conventions."""
+"""Inspection of a model: a `Survey` of its trainable LoRA factors, by duck typing and the table of conventions."""
 
 from __future__ import annotations
 
@@ -18,32 +18,40 @@ from ._pairs import Modules, Pair, Walk, declared_number, is_embedding, is_shard
 from ._unsupported import is_other_adapter, unsupported
 
 _SAMPLE = 1024
-# PEFT's init_lora_weights values under which B starts at zero; True too, and every other string starts both non-zero.
+# Values of PEFT's init_lora_weights with B = 0 at the start, besides True. With other strings neither factor is zero.
 _ZERO_B = {"gaussian", "eva"}
 INIT_MARK = "_rankaware_init"
-"""Where `initialize` notes, on the module that owns a pair, the init it gave by adapter name."""
+"""The attribute in which `initialize` records the init, by adapter name, on the module that owns a pair."""
 
 
 def inspect_model(model: nn.Module, *, method: Method = "lora", init: Init | None = None) -> Survey:
-    """Survey what `model` trains: its LoRA pairs, or with method="full" every weight of two or more dimensions.
+    """Find what a model trains: its LoRA pairs, or every weight of two or more dimensions in full finetuning.
 
-    Only parameters that require a gradient count, tied ones once. A pair's rank is the declared one, checked against
-    its (global) shapes; of flat or empty shards (FSDP1) it is believed, and the fans are those that modules declare.
-    Its scaling is the declared one, or 1 with a note. Its init is the one declared (PEFT's `init_lora_weights`), else
-    read from at most 1,024 strided entries a factor, else "unknown" (meta tensors); `init` overrides all of it.
-    Nothing about the model is changed. One sharded by `fully_shard` is to be inspected by all its processes at once.
+    Only parameters that require a gradient count, and tied ones count once. The model is not changed. A model sharded
+    by `fully_shard` must be inspected by all its processes at once.
+
+    A pair's rank is the declared one, checked against its global shapes. For flat or empty shards (FSDP1) declared
+    values are used without a check. The scaling is the declared one, or 1 with a note. The init is the declared one
+    (PEFT's `init_lora_weights`). Otherwise it is read from at most 1024 entries per factor, or is "unknown" (meta
+    tensors).
+
+    Args:
+        model: the model.
+        method: "lora", or "full" for full finetuning of a model without adapters.
+        init: the init of all pairs, if it cannot be read: "A" (B starts at zero, as in PEFT), "B" (A starts at zero),
+            "other" or "unknown".
 
     Raises:
-        InspectionError: declared rank and shapes disagree, a scaling is not positive, no pair was found, or one was
-            where method="full" expects none.
+        InspectionError: declared rank and shapes disagree, a scaling is not positive, or there is no LoRA pair; or
+            there is one although method="full".
     """
     return survey_of(walk(model), method=method, init=init)
 
 
 def survey_of(walked: Walk, *, method: Method = "lora", init: Init | None = None, also: Container[int] = ()) -> Survey:
-    """`inspect_model` of a model that was walked already; parameters whose id is in `also` count though frozen."""
+    """Do as `inspect_model`, for a model that was walked already. Frozen parameters with an id in `also` count too."""
     if method not in ("lora", "full"):
-        raise InspectionError(f"The method is 'lora' or 'full', not {method!r}.", "Give one of the two.")
+        raise InspectionError(f"The method is 'lora' or 'full', not {method!r}.", "Give one of them.")
     check_init(init, known=(*get_args(Init), None))
     modules, parameters = walked
     trainable = {id(p): name for name, p in parameters if p.requires_grad or id(p) in also}
@@ -64,7 +72,7 @@ def survey_of(walked: Walk, *, method: Method = "lora", init: Init | None = None
     if not factors and not any(map(is_other_adapter, other)):
         raise InspectionError(
             f"No trainable LoRA pair among {len(parameters)} parameters (conventions tried: {', '.join(tried)}).",
-            "Add adapters and let them require a gradient, or say method='full' for full finetuning.",
+            "Add adapters with requires_grad, or give method='full' for full finetuning.",
         )
     return Survey(
         factors=factors,
@@ -82,7 +90,7 @@ def _full_factors(modules: Modules, trainable: Mapping[int, str]) -> Iterator[Fa
     for pair in pairs_of(modules):
         if id(pair.a.tensor) in trainable or id(pair.b.tensor) in trainable:
             raise InspectionError(
-                f"{pair.where} holds a trainable LoRA pair, so this is no full finetuning.",
+                f"{pair.where} has a trainable LoRA pair, so this is not full finetuning.",
                 "Leave method='full' out, or merge the adapters into the weights first.",
             )
     left = dict(trainable)
@@ -97,7 +105,7 @@ def _full_factors(modules: Modules, trainable: Mapping[int, str]) -> Iterator[Fa
 
 
 def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
-    """Fan-in and fan-out of a whole weight: (out, in), (out, in, k…) for a conv, (…, in) for bare stacked tensors."""
+    """Return fan-in and fan-out of a weight: (out, in), (out, in, k…) in a convolution, (…, in) for stacked tensors."""
     shape = tuple(param.shape)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' Conv1D stores (in, out)
         return float(shape[0]), float(shape[1])
@@ -133,13 +141,13 @@ def _lora_factors(
 
 
 def _warn_of_transposed(pair: Pair, reading: Reading) -> None:
-    """Say that a pair whose rank nobody declares may be stored the other way round: (64, 4) and (4, 64)."""
+    """Warn if an undeclared rank is ambiguous because the factors may be stored transposed: (64, 4) and (4, 64)."""
     rank, other = reading.rank_a, reading.fan_in
     square = tuple(pair.a.tensor.shape) == tuple(pair.b.tensor.shape)[::-1] == (rank, other)
     if square and rank > other and declared_number(pair, pair.convention.rank) is None:
         warn(
             f"{pair.where} declares no rank: its factors are read as rank {rank:g} on a layer of width {other:g}. If "
-            f"they are stored transposed it is rank {other:g} on width {rank:g}: set the attribute that declares it."
+            f"they are stored transposed, the rank is {other:g} and the width {rank:g}: set the rank's attribute."
         )
 
 
@@ -151,14 +159,14 @@ def factor_of(pair: Pair, role: Role, name: str, reading: Reading, scaling: floa
 
 
 def _unadapted(walked: Walk) -> tuple[str, ...]:
-    """Frozen stacks of expert weights that no pair adapts: what target_modules alone leaves behind."""
+    """Return frozen stacks of expert weights that no pair adapts, because only target_modules was given."""
     adapted = [(f"{name}.", f".{m.parameter_name}") for name, m in walked.modules if hasattr(m, "parameter_name")]
     stacks = [n for n, p in walked.parameters if p.dim() == 3 and "expert" in n and not p.requires_grad]
     return tuple(n for n in stacks if not any(n.startswith(a) and n.endswith(b) for a, b in adapted))
 
 
 def declared_inits(modules: Modules) -> dict[str, object]:
-    """PEFT's `init_lora_weights` by adapter, from whichever module holds the adapters' configurations."""
+    """Return PEFT's `init_lora_weights` by adapter, from the module that holds the adapters' configurations."""
     key = "init_lora_weights"
     for _, module in modules:
         configs = module.__dict__.get("peft_config")
@@ -169,18 +177,18 @@ def declared_inits(modules: Modules) -> dict[str, object]:
 
 
 def declared_init(declared: object, kind: str) -> Init:
-    """The init that PEFT's `init_lora_weights` declares; its embeddings draw B where other layers draw A."""
+    """Return the init for a value of PEFT's `init_lora_weights`. Its embeddings draw B where other layers draw A."""
     if declared is not True and str(declared).lower() not in _ZERO_B:
         return "other"
     return "B" if kind == "embedding" else "A"
 
 
 def init_of(pair: Pair, declared: object, kind: str) -> Init:
-    """The row's own init, else `initialize`'s note, else PEFT's declaration, else the zeros.
+    """Return the init by the row, else as `initialize` recorded it, else by PEFT's declaration, else by the zeros.
 
-    PEFT's falls only to a factor of zeros that it rules out: under a declared Init[A], A is never all zero, trained or
-    not; if it is, the pair was set to Init[B] by hand. Shards show other zeros to every process, which must all come
-    to one rate: there the declaration is all there is.
+    A factor of zeros overrides PEFT's declaration if they contradict. With a declared Init[A], A is never all zero. If
+    it is, the pair was set to Init[B] by hand. Shards differ between processes, which must all get the same rate, so
+    their zeros are not used.
     """
     own: Init | None = pair.convention.init or getattr(pair.owner, INIT_MARK, {}).get(pair.adapter)
     if own is not None:
@@ -189,8 +197,8 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
     sharded = is_shard(pair.a) or is_shard(pair.b)
     if declared is None and sharded:
         raise InspectionError(
-            f"{pair.where} is sharded so that its factors do not show their init, and none is declared.",
-            "Say it: init='A' where B starts at zero (the usual one), init='B' where A does.",
+            f"{pair.where} is sharded, so its factors do not show their init, and none is declared.",
+            "Give init='A' (B starts at zero, as in PEFT) or init='B' (A starts at zero).",
         )
     if declared is not None:
         expected = declared_init(declared, kind)
@@ -201,9 +209,9 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
 
 
 def is_zero(tensor: torch.Tensor) -> bool | None:
-    """Whether a strided sample of at most 1,024 entries is all zero; None where there is nothing to read.
+    """Return whether a strided sample of at most 1024 entries is all zero; None if there is nothing to read.
 
-    A DTensor is read whole, over all its processes, so that they come to the same answer.
+    A DTensor is read completely, over all its processes, so that they get the same result.
     """
     if tensor.is_meta or tensor.numel() == 0:
         return None

@@ -1,11 +1,11 @@
-"""Trainable parameters that belong to an adapter and have no law: known by their names, left at the base rate."""
+"""Trainable parameters of adapters without a law. They are recognised by their names and keep the base rate."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-# Ways of finetuning of their own, by the names of their parameters.
+# Other finetuning methods, by the names of their parameters.
 _ADAPTERS = {
     "LoHa": r"hada_[wt]\d",
     "LoKr": r"lokr_[wt]\d",
@@ -44,7 +44,7 @@ _ADAPTERS = {
     "WaveFT": r"waveft_spectrum",
     "prompt tuning": r"prompt_(encoder|embeddings)",
 }
-# What trains beside a pair.
+# Parameters that train in addition to a pair.
 _PARTS = {
     "AdaLoRA's singular values": r"(^|\.)lora_E(\.|$)",
     "KaSA's singular values": r"(^|\.)lora_diag(\.|$)",
@@ -60,7 +60,7 @@ _KINDS = {kind: re.compile(pattern) for kind, pattern in {**_ADAPTERS, **_PARTS}
 
 
 def other_kind(name: str) -> str | None:
-    """The kind of adapter that a parameter without a law belongs to, by its name; None for any other parameter.
+    """Return the kind of adapter without a law to which a parameter belongs, by its name; None for other parameters.
 
     >>> other_kind("blocks.0.q.vera_lambda_b.default"), other_kind("head.weight")
     ('VeRA', None)
@@ -69,10 +69,10 @@ def other_kind(name: str) -> str | None:
 
 
 def is_other_adapter(name: str) -> bool:
-    """Whether a parameter's name is one of an adapter that is no LoRA pair, such as LoHa or IA³."""
+    """Return whether a parameter belongs, by its name, to an adapter that is not a LoRA pair, such as LoHa or IA³."""
     return any(_KINDS[kind].search(name) for kind in _ADAPTERS)
 
 
 def unsupported(names: Iterable[str]) -> dict[str, str]:
-    """The kind of every parameter in `names` that belongs to an adapter without a law, by name."""
+    """Return the kind of every parameter in `names` that belongs to an adapter without a law, by name."""
     return {name: kind for name in names if (kind := other_kind(name))}

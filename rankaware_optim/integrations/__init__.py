@@ -1,5 +1,8 @@
-"""transformers, TRL, PEFT and Lightning. Axolotl, kohya's scripts and ms-swift load `axolotl`, `kohya` and a file of
-`external_plugins` by themselves."""
+"""Integrations with transformers, TRL, PEFT and Lightning.
+
+Axolotl, kohya's scripts and ms-swift load the modules `axolotl` and `kohya` and a file of `external_plugins`
+themselves.
+"""
 
 from ._attach import attach
 from ._calibrate_trainer import calibrate_trainer

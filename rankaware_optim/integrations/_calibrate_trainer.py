@@ -1,7 +1,7 @@
-"""Calibration through somebody else's trainer: transformers' `Trainer`, TRL's and Lightning's.
+"""Calibration with a trainer of transformers, TRL or Lightning.
 
-The trainer runs in the caller's thread and reports each step's loss through a callback, by which it is also stopped.
-Importing this module imports none of them.
+The trainer runs in the caller's thread. A callback reports each step's loss and stops it. Importing this module imports
+none of these packages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def calibrate_trainer(
     score: str | Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Recipe:
-    """`calibrate` where the training loop is a trainer's: every trial is a run of its `train` or `fit`.
+    """Calibrate with a trainer. Every trial is a run of its `train` or `fit`::
 
         def make_trainer(trial):
             model = get_peft_model(load(), LoraConfig(r=trial.rank, lora_alpha=trial.rank))
@@ -43,29 +43,35 @@ def calibrate_trainer(
 
         recipe = ra.calibrate_trainer(make_trainer, torch.optim.AdamW, ranks=(4, 64), steps=200)
 
-    transformers and TRL: `make_trainer` returns the trainer, not trained and without an optimizer of its own. It is
-    given one at the trial's rate, with the weight decay, betas and epsilon of its arguments unless `settings` has them,
-    and the trial's seed in place of theirs. Its scheduler, clipping, accumulation and callbacks are as ever; the
-    schedule spans its `max_steps`, or `steps` where it sets none.
-    Checkpoints and the push to the hub are off; the arguments that you hold are not changed.
+    For transformers and TRL, `make_trainer` returns a trainer that is not trained and has no optimizer. It gets one at
+    the trial's rate, and the trial's seed. Weight decay, betas and epsilon come from its arguments unless `settings`
+    has them. Its scheduler, clipping, accumulation and callbacks are used. The schedule spans `max_steps` if it is set,
+    else the trial's steps. Checkpoints and pushes to the hub are disabled. Your arguments object is not changed.
 
-    Lightning: it returns (trainer, module, and what `fit` takes after the module: loaders or a datamodule). The
-    module's `configure_optimizers` takes its optimizer from `trial.optimizer(self, ...)` and adds its schedule; a
-    module without one is given it, at a constant rate. The trainer's epochs do not count, `steps` do.
+    For Lightning, `make_trainer` returns (trainer, module, and the arguments of `fit` after the module: loaders or a
+    datamodule). The module's `configure_optimizers` gets its optimizer from `trial.optimizer(self, ...)` and adds its
+    schedule. A module without that method gets the optimizer at a constant rate. The number of steps replaces the
+    trainer's epochs.
 
-    The value of a step is its training loss, summed over accumulated batches as the trainer weights them. A run is
-    pruned by the callback. The global random state, os.environ, loggers and warning filters are put back in the end.
+    The value of a step is its training loss, summed over accumulated batches with the trainer's weights. A callback
+    prunes runs. The global random state, os.environ, loggers and warning filters are restored at the end.
 
     Args:
-        make_trainer: from the `Trial` to the trainer, around a model at `trial.rank`, or a whole one where it is None.
-        optimizer, ranks, steps: as in `calibrate`.
+        make_trainer: returns the trainer for a `Trial`, with a model at `trial.rank`, or for full finetuning if it is
+            None.
+        optimizer: as in `calibrate`.
+        ranks: as in `calibrate`.
+        steps: as in `calibrate`.
         settings: the optimizer's own arguments, and those of `RankAwareOptimizer` such as rates=.
         score: the evaluation metric to minimise after the last step ("eval_loss", or the name that Lightning's module
-            logs), or a function of the trained trainer; by default the mean of the last tenth of the losses.
-        **options: of `calibrate`.
+            logs), or a function of the trained trainer. By default it is the mean of the last tenth of the losses.
+        **options: other arguments of `calibrate`.
+
+    Returns:
+        The recipe.
 
     Raises:
-        CalibrationError: the trainer is none of these, holds an optimizer, or ends before `steps`; or as `calibrate`.
+        CalibrationError: the trainer is of another kind, has an optimizer, or ends too early; or as in `calibrate`.
         CalibrationInterrupted: Ctrl-C.
     """
     if not callable(make_trainer) or not (score is None or isinstance(score, str) or callable(score)):
@@ -85,8 +91,8 @@ def calibrate_trainer(
 
 
 def _run(make_trainer: Callable[[Trial], Any], run: TrainerRun) -> Any:
-    """One trial: its score, or None where there is none to take."""
-    made = make_trainer(run.trial)  # the only reference, so that its memory is free for the next trial
+    """Run one trial and return its score, or None if there is none."""
+    made = make_trainer(run.trial)  # the only reference, so that its memory is released before the next trial
     try:
         if isinstance(made, tuple) and len(made) >= 2 and hasattr(made[0], "fit_loop"):
             return fit(made[0], made[1], made[2:], run)
@@ -96,14 +102,14 @@ def _run(make_trainer: Callable[[Trial], Any], run: TrainerRun) -> Any:
         del made
         release_memory()
     raise CalibrationError(
-        "make_trainer returned no trainer that is known.",
-        "Return transformers' or TRL's Trainer, or a tuple of Lightning's Trainer, module and data.",
+        "make_trainer returned no known trainer.",
+        "Return a Trainer of transformers or TRL, or a tuple of Lightning's Trainer, module and data.",
     )
 
 
 @contextmanager
 def _surroundings() -> Iterator[None]:
-    """Put what trainers change around them back at the end: os.environ, the known loggers, the warning filters."""
+    """Restore at the end what trainers change: os.environ, the known loggers, the warning filters."""
     environment = dict(os.environ)
     known = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
     found = [(x, x.level, x.propagate, x.disabled, list(x.handlers)) for x in (logging.getLogger(), *known)]

@@ -1,4 +1,4 @@
-"""A trial run by Lightning's `Trainer`, of `lightning` or `pytorch_lightning`. Importing this imports neither."""
+"""Trials with Lightning's `Trainer`, of `lightning` or `pytorch_lightning`. Importing this module imports neither."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._trainer_run import TrainerRun
 
 
 def lightning_rates() -> Any:
-    """A callback for Lightning's `Trainer` that logs what every group trains at. LearningRateMonitor logs base rates.
+    """Return a callback for Lightning's `Trainer` that logs every group's rate. LearningRateMonitor logs base rates::
 
         trainer = Trainer(callbacks=[LearningRateMonitor(), lightning_rates()])
 
@@ -33,7 +33,7 @@ def lightning_rates() -> Any:
         raise OptimizerError("lightning_rates is for Lightning, which is not installed.", "Install it.")
 
     class Rates(callbacks.Callback):  # type: ignore[name-defined]
-        """Logs the recipe, and the rates of the step that comes."""
+        """Logs the recipe, and the rates of the next step."""
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
             words = {key: word for opt in trainer.optimizers for key, word in recipe_words(opt).items()}
@@ -48,11 +48,11 @@ def lightning_rates() -> Any:
 
 
 def fit(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun) -> Any:
-    """Run the trial by `trainer.fit`; its score, or None where there is none to take."""
+    """Run the trial by `trainer.fit` and return its score, or None if there is none."""
     base = next((c for c in type(module).__mro__ if c.__name__ == "LightningModule"), None)
     if base is None:
         raise CalibrationError(
-            f"make_trainer returned a {type(module).__name__} where Lightning's module belongs.",
+            f"make_trainer returned a {type(module).__name__} instead of Lightning's module.",
             "Return (trainer, module, loaders or datamodule).",
         )
     callbacks = import_module(f"{base.__module__.rpartition('.core')[0]}.callbacks")
@@ -60,20 +60,20 @@ def fit(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun) -> Any:
     _set_steps(trainer.fit_loop, run)
 
     class Reports(callbacks.Callback):  # type: ignore[name-defined]
-        """Reports every step, and stops the trainer where the trial ends."""
+        """Reports every step, and stops the trainer when the trial ends."""
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if not isinstance(loss, torch.Tensor):
                 raise CalibrationError(
-                    "The module's training_step returned no loss.", "Return it, optimized by hand or not."
+                    "The module's training_step returned no loss.", "Return it, also with manual optimization."
                 )
             run.add(loss)
             if trainer.global_step > run.steps_taken and run.end_step():
                 trainer.should_stop = True
 
     def validated() -> dict[str, Any]:
-        """The metrics of the datamodule, or of the loaders that follow the training ones."""
+        """Return the metrics of the datamodule, or of the loaders after the training loaders."""
         loaders = data[1:2] if len(data) > 1 else data
         found = trainer.validate(module, *loaders, verbose=False)
         return {name: value for metrics in found for name, value in metrics.items()}
@@ -86,18 +86,18 @@ def fit(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun) -> Any:
 
 
 def _set_optimizer(module: Any, base: Any, run: TrainerRun) -> None:
-    """Hand the trial's optimizer to a module that configures none."""
+    """Give the trial's optimizer to a module that configures none."""
     if type(module).configure_optimizers is base.configure_optimizers:
         module.configure_optimizers = lambda: run.optimizer(module)
     elif run.settings:
         raise CalibrationError(
-            f"settings= were given, and {type(module).__name__} configures its optimizer itself.",
+            f"settings= was given, but {type(module).__name__} configures its optimizer itself.",
             "Give them there: trial.optimizer(self, ...).",
         )
 
 
 def _set_steps(loop: Any, run: TrainerRun) -> None:
-    """Let the steps decide when the trainer ends, and no epochs."""
+    """Let the trainer end after a number of steps instead of epochs."""
     own = loop.epoch_loop.max_steps
     loop.epoch_loop.max_steps = run.steps_of(own if own >= 0 else None)
     loop.max_epochs, loop.min_epochs, loop.epoch_loop.min_steps = -1, None, None
@@ -105,7 +105,7 @@ def _set_steps(loop: Any, run: TrainerRun) -> None:
 
 @contextmanager
 def _interrupts_come_out() -> Iterator[None]:
-    """Lightning answers Ctrl-C by leaving the process, deaf to further ones: give the interrupt to the caller."""
+    """Pass Ctrl-C to the caller. Lightning would exit the process and ignore further interrupts."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield

@@ -1,4 +1,4 @@
-"""PEFT's shape of an optimizer's maker: `create_loraplus_optimizer` and the like."""
+"""An optimizer factory with the signature of PEFT's `create_loraplus_optimizer`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ._transformers import TrainerFactory
 def create_rankaware_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer] | str, *, lr: float | Rate | None = None, **kwargs: Any
 ) -> RankAwareOptimizer:
-    """A `RankAwareOptimizer` in the shape of PEFT's `create_loraplus_optimizer`.
+    """Create a `RankAwareOptimizer` with the signature of PEFT's `create_loraplus_optimizer`::
 
         opt = create_rankaware_optimizer(model, torch.optim.AdamW, lr=2e-4, tuned_at=Reference(rank=16, alpha=32))
 
-    As there, norms and biases take no weight decay, and an 8-bit optimizer of bitsandbytes keeps the state of
+    As in PEFT, norms and biases get no weight decay, and an 8-bit optimizer of bitsandbytes keeps the state of
     embeddings in 32 bits.
 
     Args:
         model: the model with its adapters.
         optimizer_cls: a torch optimizer class, or its name.
-        lr: the base rate, per step, tuned at `tuned_at`; not beside `recipe`.
+        lr: the base rate, per step, tuned at `tuned_at`. Leave it out with `recipe`.
         **kwargs: the other arguments of `RankAwareOptimizer`, and the optimizer's own.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What any logger is given of an optimizer: every group's rates by name, and the recipe that they are from."""
+"""Values for loggers: every group's rates by name, and the optimizer's recipe."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from ..optimizer import effective_lr, recipe_of
 
 
 def group_rates(opt: Any) -> dict[str, float]:
-    """What every group trains at: "lr/A/r8" = "base_lr/A/r8" × "rank_multiplier/A/r8", numbered where a name recurs.
+    """Return every group's rate: "lr/A/r8" = "base_lr/A/r8" × "rank_multiplier/A/r8". Repeated names are numbered.
 
-    The base rate is what schedulers and trainers set and log. `opt` may be a framework's wrapper: its `param_groups`
-    are read.
+    Args:
+        opt: the optimizer, or a framework's wrapper with `param_groups`. Its base rates are those that schedulers and
+            trainers set and log.
     """
     names = [
         group.get("lora_role", "other") + ("" if group.get("lora_rank") is None else f"/r{group['lora_rank']}")
@@ -30,7 +31,7 @@ def group_rates(opt: Any) -> dict[str, float]:
 
 
 def recipe_words(opt: Any) -> dict[str, str]:
-    """The name and hash of the recipe that `opt` has its rates from, as settings of a run; {} where there is none."""
+    """Return name and hash of the optimizer's recipe, as settings of a run; {} without a recipe."""
     recipe = recipe_of(opt)
     if recipe is None:
         return {}

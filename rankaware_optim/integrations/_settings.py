@@ -1,4 +1,4 @@
-"""Settings of `RankAwareOptimizer` from text, for tools that are configured by YAML, flags or environment variables."""
+"""Settings of `RankAwareOptimizer` from texts, for tools with YAML, flags or environment variables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..inspection import as_reference
 
 
 def _flag(text: Any) -> bool:
-    """A bool from itself or a word.
+    """Return a bool from a bool or a word.
 
     >>> _flag("true"), _flag("0")
     (True, False)
@@ -28,7 +28,7 @@ def _reference(words: Any) -> Reference:
 
 
 def _rates(words: Any) -> dict[str, float]:
-    """Rates by name pattern, from a mapping or JSON.
+    """Return rates by name pattern, from a mapping or JSON.
 
     >>> _rates('{"*head*": 1e-3}')
     {'*head*': 0.001}
@@ -37,7 +37,7 @@ def _rates(words: Any) -> dict[str, float]:
     return {str(pattern): float(rate) for pattern, rate in dict(found).items()}
 
 
-# What can be said, and how its text is read.
+# The settings, and the functions that read their texts.
 _READERS: dict[str, Callable[[Any], Any]] = {
     "tuned_at": _reference,
     "recipe": str,
@@ -56,7 +56,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 
 
 def settings_from_words(words: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `RankAwareOptimizer` from their text.
+    """Return keyword arguments of `RankAwareOptimizer` from their texts.
 
     >>> settings_from_words({"tuned_at": "r=16,alpha=32", "across_inits": "true"})["tuned_at"].scaling
     2.0
@@ -66,15 +66,15 @@ def settings_from_words(words: Mapping[str, Any]) -> dict[str, Any]:
     """
     unknown = words.keys() - _READERS.keys()
     if unknown:
-        raise OptimizerError(f"{min(unknown)!r} is no setting.", f"Known are {', '.join(_READERS)}.")
+        raise OptimizerError(f"{min(unknown)!r} is not a setting.", f"Known are {', '.join(_READERS)}.")
     if {"recipe", "tuned_at"} <= words.keys():
-        raise OptimizerError("Both recipe and tuned_at were given.", "A recipe holds the reference: give it alone.")
+        raise OptimizerError("Both recipe and tuned_at were given.", "Give only the recipe, which has a reference.")
     made = {}
     for name, text in words.items():
         try:
             made[name] = _READERS[name](text)
         except (TypeError, ValueError) as error:
             raise OptimizerError(
-                f"{name} is {text!r}: {str(error).rstrip('.')}.", "Mend it in the settings."
+                f"{name} is {text!r}: {str(error).rstrip('.')}.", "Correct it in the settings."
             ) from error
     return made

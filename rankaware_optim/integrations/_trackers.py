@@ -1,4 +1,4 @@
-"""Where a recipe goes in a run of transformers' `Trainer`: to its reporters, and beside its checkpoints."""
+"""The recipe in a run of transformers' `Trainer`: in its reporters, and beside its checkpoints."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..optimizer import recipe_of
 from ._rates import recipe_words
 
 
-def tell_recipe(callbacks: Iterable[Any], opt: Any) -> None:
-    """Tell Trainer's reporters the recipe of `opt`: TensorBoard as texts, W&B in the run's config, MLflow as tags."""
+def log_recipe(callbacks: Iterable[Any], opt: Any) -> None:
+    """Log the recipe of `opt` to Trainer's reporters: TensorBoard texts, W&B's run config, MLflow tags."""
     words, known = recipe_words(opt), import_module("transformers.integrations")
     for callback in callbacks if words else ():
         if isinstance(callback, known.TensorBoardCallback) and callback.tb_writer is not None:
@@ -27,7 +27,7 @@ def tell_recipe(callbacks: Iterable[Any], opt: Any) -> None:
 
 
 def save_beside_checkpoint(output: str, step: int, opt: Any) -> None:
-    """Save the recipe of `opt` beside Trainer's checkpoint of `step`; a failure is a warning, for the run goes on."""
+    """Save the recipe of `opt` beside Trainer's checkpoint of `step`. A failure is only a warning."""
     recipe, folder = recipe_of(opt), Path(output) / f"checkpoint-{step}"
     if recipe is None or not folder.is_dir():
         return

@@ -1,4 +1,4 @@
-"""One trial of a calibration that runs inside a trainer: what every kind of trainer is handed, and what it reports."""
+"""One trial of a calibration that runs inside a trainer of any kind."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..errors import CalibrationError
 
 @dataclass
 class TrainerRun:
-    """The trial, the optimizer's class and settings, what scores the run, and the loss of the step under way.
+    """The trial, the optimizer's class and settings, the score, and the loss of the current step.
 
-    metric: a name among the evaluation's, a function of the trainer, or None for the mean of the last losses.
-    report: takes a step's loss and answers whether the run is to end.
+    metric: the name of an evaluation metric, a function of the trainer, or None for the mean of the last losses.
+    report: gets a step's loss and returns whether the run must end.
     """
 
     trial: Trial
@@ -30,12 +30,12 @@ class TrainerRun:
     _loss: Any = 0.0
 
     def optimizer(self, model: Any) -> Any:
-        """The trial's optimizer over the model."""
+        """Return the trial's optimizer for the model."""
         return self.trial.optimizer(model, **self.settings)
 
     def steps_of(self, max_steps: int | None) -> int:
-        """How many steps the trainer takes: its own where it sets them, else the trial's."""
-        planned = self.trial._steps  # trial.steps is for those who plan by it
+        """Return the trainer's number of steps: its own if it sets one, else the trial's."""
+        planned = self.trial._steps  # reading trial.steps would count as using it
         if max_steps is not None and max_steps < planned:
             raise CalibrationError(
                 f"The trainer's max_steps is {max_steps}, less than the trial's {planned}.", "Lower steps=."
@@ -43,22 +43,22 @@ class TrainerRun:
         return self.trial.steps if max_steps is None else max_steps
 
     def add(self, loss: torch.Tensor) -> None:
-        """Add a batch's loss, divided by how many batches there are to a step."""
+        """Add a batch's loss, divided by the number of batches per step."""
         self._loss = self._loss + loss.detach()
 
     def end_step(self) -> bool:
-        """Report the step's loss. The answer is whether the run is to end."""
+        """Report the step's loss. Return whether the run must end."""
         loss, self._loss = self._loss, 0.0
         self.steps_taken += 1
         return self.report(loss)
 
     def score(self, trainer: Any, evaluate: Callable[[], Mapping[str, Any]]) -> Any:
-        """The score of a run that took all its steps; None where there is none to take."""
+        """Return the score of a run that took all its steps, or None if there is none."""
         if self.metric is None or self.steps_taken < self.trial._steps:
             return None
         if callable(self.metric):
             return self.metric(trainer)
         found = evaluate()
         if self.metric not in found:
-            raise CalibrationError(f"The evaluation gave no {self.metric!r}.", f"It gave {', '.join(sorted(found))}.")
+            raise CalibrationError(f"The evaluation has no {self.metric!r}.", f"It has {', '.join(sorted(found))}.")
         return found[self.metric]

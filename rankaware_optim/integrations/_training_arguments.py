@@ -1,6 +1,6 @@
-"""What transformers' `TrainingArguments` say of an optimizer, and the groups that `Trainer` makes for one.
+"""Optimizer settings in transformers' `TrainingArguments`, and the parameter groups that `Trainer` makes.
 
-Importing this module imports no transformers: its functions do.
+Importing this module does not import transformers. Its functions do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import OptimizerError
 
 
 def settings_of(native: type[Optimizer], args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given, and where it is not, what `args` say and `native` takes; no rate of theirs beside a recipe."""
+    """Return the given settings, completed by those of `args` that `native` accepts. With a recipe, without a rate."""
     said = {} if args is None else _said(args, native)
     given = {name: value for name, value in given.items() if value is not None}
     if "recipe" in given:
@@ -33,9 +33,10 @@ def refuse_no_rate(who: str, settings: Mapping[str, Any]) -> None:
 
 
 def _said(args: Any, native: type[Optimizer]) -> dict[str, Any]:
-    """The weight decay of `args`, which Trainer passes always, and the rate, betas and eps where they were set.
+    """Return the weight decay of `args`, which Trainer always passes, and rate, betas and eps if they were set.
 
-    At their defaults these leave the class its own: Lion's second beta is 0.99, and a default rate was tuned nowhere.
+    If they have their default values, the class's own defaults are used. Lion's second beta is 0.99, for example, and a
+    default rate is not tuned.
     """
     own = {field.name: field.default for field in fields(args)}
     changed = {name: getattr(args, name) for name, default in own.items() if getattr(args, name) != default}
@@ -51,22 +52,22 @@ def _said(args: Any, native: type[Optimizer]) -> dict[str, Any]:
 
 
 def _default(takes: Mapping[str, inspect.Parameter], name: str, otherwise: Any) -> Any:
-    """The default of a constructor's argument, where it has one of the kind that is looked for."""
+    """Return the default of a constructor's argument if it has the expected type, else `otherwise`."""
     found = takes[name].default if name in takes else otherwise
     return found if isinstance(found, (tuple, float)) else otherwise
 
 
 def trainer_groups(model: nn.Module, native: type[Optimizer], settings: Mapping[str, Any]) -> Any:
-    """Trainer's own two groups, the second of norms and biases, which no weight decay shrinks; else the model.
+    """Return Trainer's two groups, the second of norms and biases without weight decay, or the model.
 
-    The model stands for all its trainable parameters, where the optimizer has no weight decay or all of them take it.
+    The model is returned if the optimizer has no weight decay, or if all trainable parameters get it.
     """
     takes = inspect.signature(native).parameters
     if not settings.get("weight_decay", _default(takes, "weight_decay", 0.0)):
         return model
     from transformers import Trainer
 
-    names_of: Any = Trainer.get_decay_parameter_names  # a method that does not use its trainer
+    names_of: Any = Trainer.get_decay_parameter_names  # a method that does not use `self`
     decayed = set(names_of(None, model))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     spared = [p for name, p in trained if name not in decayed]

@@ -1,6 +1,6 @@
-"""For transformers' `Trainer`, and TRL's, which subclass it: the optimizer as a factory, rates in the logs, a trial.
+"""The optimizer as a factory, logged rates, and trials, for `Trainer` of transformers and its subclasses in TRL.
 
-Importing this module imports no transformers: its functions do.
+Importing this module does not import transformers. Its functions do.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ from .._optimizer_classes import get_optimizer_class
 from ..errors import CalibrationError, OptimizerError
 from ..optimizer import RankAwareOptimizer
 from ._rates import group_rates
-from ._trackers import save_beside_checkpoint, tell_recipe
+from ._trackers import log_recipe, save_beside_checkpoint
 from ._trainer_run import TrainerRun
 from ._training_arguments import keep_embeddings_in_32_bits, refuse_no_rate, settings_of, trainer_groups
 
 
 class TrainerFactory:
-    """What `Trainer` calls to make its optimizer: `make(params, model=..., **settings)` does.
+    """The factory that `Trainer` calls to make its optimizer.
 
-    Trainer calls a factory without arguments, and what that gives with the model as it has wrapped it; Axolotl adds its
-    arguments. Older ones, and Unsloth on a CPU with a rate for embeddings, hand over groups. All of these are answered
-    here. `native` is the class that is wrapped, `given` what the user said of it. `args` are the arguments, and
-    `model()` the model, of a trainer that passes none.
+    Trainer calls a factory without arguments, and then its result with the wrapped model. Axolotl adds its arguments.
+    Older versions, and Unsloth on a CPU with a rate for embeddings, pass groups. All of these work.
+
+    Args:
+        make: `make(params, model=..., **settings)` builds the optimizer.
+        native: the class that is wrapped.
+        given: the user's settings.
+        args: the arguments of a trainer that does not pass them.
+        model: returns the model of a trainer that does not pass it.
     """
 
     def __init__(
@@ -42,21 +47,21 @@ class TrainerFactory:
         self.make, self.native, self.given, self.args, self.model = make, native, given, args, model
 
     def __call__(self, params: Any = None, args: Any = None, **settings: Any) -> Any:
-        """This factory where nothing is given, else an optimizer over a model's trainable parameters or groups."""
+        """Return this factory if there are no arguments, else an optimizer for a model or for groups."""
         if params is None:
             return self
         args = self.args if args is None else args
         model = params if isinstance(params, nn.Module) else self.model()
         if model is None:
             raise OptimizerError(
-                f"Trainer handed a {type(params).__name__} to a factory, which needs the model.",
-                "Use attach(trainer, ...), a release of transformers that knows factories, or optimizers=(opt, None).",
+                f"Trainer passed a {type(params).__name__} to a factory, which needs the model.",
+                "Use attach(trainer, ...), a version of transformers with factories, or optimizers=(opt, None).",
             )
         said = settings_of(self.native, args, {**settings, **self.given})
         keep_embeddings_in_32_bits(model, self.native, said)
         if params is model:
             return self.make(trainer_groups(model, self.native, said), model=model, **said)
-        base = getattr(args, "learning_rate", None)  # a group at the trainer's base rate is to follow ours
+        base = getattr(args, "learning_rate", None)  # a group at the trainer's base rate gets ours
         groups = [{k: v for k, v in group.items() if k != "lr" or v != base} for group in params]
         return self.make(groups, model=model, **said)
 
@@ -64,19 +69,19 @@ class TrainerFactory:
 def trainer_factory(
     optimizer: type[Optimizer] | str, *, args: Any = None, **settings: Any
 ) -> tuple[TrainerFactory, dict[str, Any]]:
-    """What transformers' `Trainer(optimizer_cls_and_kwargs=...)` takes: a factory, called once the model is wrapped.
+    """Return a factory for transformers' `Trainer(optimizer_cls_and_kwargs=...)`. It gets the wrapped model::
 
         factory = trainer_factory(torch.optim.AdamW, args=args, recipe="recipe.toml")
         Trainer(model, args, optimizer_cls_and_kwargs=factory)
 
-    `attach` does this, and logs and reports, for a trainer that is built. Norms and biases take no weight decay, as in
-    Trainer's own optimizers. Its scheduler, clipping and resuming are as ever.
+    For a trainer that is already built, `attach` does the same, and also logs and reports. Norms and biases get no
+    weight decay, as in Trainer. Trainer's scheduler, clipping and resuming work as usual.
 
     Args:
         optimizer: a torch optimizer class, or its name.
-        args: the trainer's `TrainingArguments`: their weight decay, and a rate, betas and epsilon that were set, hold
-            unless they are given here. Trainer passes no arguments to a factory; Axolotl does.
-        **settings: the arguments of `RankAwareOptimizer` and the optimizer's own. A rate or `recipe` is needed.
+        args: the trainer's `TrainingArguments`. Weight decay, and rate, betas and epsilon if they were set, are used
+            unless they are given here. Trainer does not pass its arguments to a factory, Axolotl does.
+        **settings: the arguments of `RankAwareOptimizer` and the optimizer's own. A rate or `recipe` is required.
 
     Raises:
         OptimizerError: the optimizer is unknown, or no rate was given.
@@ -87,14 +92,17 @@ def trainer_factory(
 
 
 def log_rates(trainer: Any = None) -> Any:
-    """A callback for transformers' `Trainer` that logs what every group trains at. Trainer logs group 0's base rate.
+    """Return a callback for transformers' `Trainer` that logs every group's rate. Trainer logs that of group 0::
 
         trainer = Trainer(model, args, callbacks=[log_rates()])     # log history, console
         log_rates(trainer)                                          # reporters such as TensorBoard too
 
-    Trainer tells its reporters before the callbacks it is given, so the first form comes too late for them: the
-    second puts the callback in front, and tells TensorBoard, W&B and MLflow the recipe's name and hash too. Either form
-    saves the recipe beside every checkpoint (`Recipe.save_beside`).
+    Trainer calls its reporters before the callbacks that it is given, so the first form is too late for them. The
+    second form puts the callback first, and logs the recipe's name and hash to TensorBoard, W&B and MLflow too. Both
+    forms save the recipe beside every checkpoint (`Recipe.save_beside`).
+
+    Args:
+        trainer: the trainer to add the callback to. By default the callback is only returned.
 
     Raises:
         OptimizerError: transformers is not installed.
@@ -105,7 +113,7 @@ def log_rates(trainer: Any = None) -> Any:
         raise OptimizerError("log_rates is for transformers, which is not installed.", "Install it.") from error
 
     class LogRates(TrainerCallback):
-        """Adds to what is logged while training the rates of the step just taken, as Trainer does for group 0."""
+        """Adds the rates of the last step to the training logs, as Trainer does for group 0."""
 
         def __init__(self) -> None:
             self.rates: dict[str, float] = {}
@@ -114,8 +122,8 @@ def log_rates(trainer: Any = None) -> Any:
             self.rates = {}
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if trainer is not None and state.is_world_process_zero and not self.rates:  # its reporters are set up
-                tell_recipe(trainer.callback_handler.callbacks, kwargs["optimizer"])
+            if trainer is not None and state.is_world_process_zero and not self.rates:  # its reporters are ready
+                log_recipe(trainer.callback_handler.callbacks, kwargs["optimizer"])
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.rates = group_rates(kwargs["optimizer"])
@@ -137,13 +145,13 @@ def log_rates(trainer: Any = None) -> Any:
 
 
 def train(trainer: Any, run: TrainerRun) -> Any:
-    """Run a trial of a calibration by `trainer.train`; its score, or None where there is none to take."""
+    """Run a trial of a calibration by `trainer.train` and return its score, or None if there is none."""
     from transformers import TrainerCallback, set_seed
 
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise CalibrationError(
-            "The trainer that make_trainer returned has an optimizer of its own.",
-            "Leave optimizers= and optimizer_cls_and_kwargs= out: the trial's is handed to it.",
+            "The trainer that make_trainer returned already has an optimizer.",
+            "Leave optimizers= and optimizer_cls_and_kwargs= out, since it gets the trial's optimizer.",
         )
     trainer.args = args = copy.copy(trainer.args)
     args.max_steps = run.steps_of(args.max_steps if args.max_steps > 0 else None)
@@ -163,7 +171,7 @@ def train(trainer: Any, run: TrainerRun) -> Any:
         return loss
 
     class Reports(TrainerCallback):
-        """Reports every step, and stops the trainer where the trial ends."""
+        """Reports every step, and stops the trainer when the trial ends."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if run.end_step():
@@ -171,6 +179,6 @@ def train(trainer: Any, run: TrainerRun) -> Any:
 
     trainer.training_step = watched_step
     trainer.add_callback(Reports())
-    set_seed(args.seed)  # the trainer's constructor set that of its arguments
+    set_seed(args.seed)  # the trainer's constructor used the seed of its arguments
     trainer.train()
     return run.score(trainer, trainer.evaluate)

@@ -3,7 +3,7 @@
     plugins: [rankaware_optim.integrations.axolotl.Plugin]
     rankaware: {tuned_at: "r=16,alpha=32"}      # or {recipe: recipe.toml}
 
-`learning_rate` is the rate tuned there; `optimizer`, weight decay, betas and the schedule are the YAML's own.
+`learning_rate` is the rate tuned at `tuned_at`. `optimizer`, weight decay, betas and the schedule come from the YAML.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _OWN_GROUPS = ("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale", "lr_gr
 
 
 class Settings(BaseModel):
-    """What stands under `rankaware:`, by the names of `RankAwareOptimizer`; a reference in words, "r=16,alpha=32"."""
+    """The section `rankaware:`, with the arguments of `RankAwareOptimizer`. A reference is a text: "r=16,alpha=32"."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -41,23 +41,23 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
-        """Read the reference now, before a model is loaded."""
+        """Check the reference before a model is loaded."""
         self.for_optimizer()
         return self
 
     def for_optimizer(self) -> dict[str, Any]:
-        """The keyword arguments of `RankAwareOptimizer`, of those that were set."""
+        """Return the arguments of `RankAwareOptimizer` that were set."""
         return settings_from_words(self.model_dump(exclude_unset=True, exclude_none=True))
 
 
 class Arguments(BaseModel):
-    """What the plug-in adds to Axolotl's configuration."""
+    """The plug-in's part of Axolotl's configuration."""
 
     rankaware: Settings = Settings()
 
 
 class Plugin(BasePlugin):
-    """Attaches a `RankAwareOptimizer` around the optimizer that the YAML names."""
+    """Attaches a `RankAwareOptimizer` for the optimizer in the YAML."""
 
     def get_input_args(self) -> str:
         return f"{__name__}.Arguments"

@@ -2,10 +2,10 @@
 
     --network_module rankaware_optim.integrations.kohya --network_args "rankaware_tuned_at=r=16,alpha=16" ...
 
-`--learning_rate`, `--unet_lr` and `--text_encoder_lr` are the rates tuned there. The network is that of
-`rankaware_network`, by default "networks.lora"; its groups are split by rank and factor, each at its own rate. Other
-settings are network arguments, `rankaware_` and the name of an argument of `rank_aware_param_groups`. The optimizer is
-taken to be of Adam's kind. A saved file names the network that was used, as without this module.
+`--learning_rate`, `--unet_lr` and `--text_encoder_lr` are the rates tuned there. The network is `rankaware_network`, by
+default "networks.lora". Its groups are split by rank and factor, each with its own rate. Other settings are network
+arguments: `rankaware_` and the name of an argument of `rank_aware_param_groups`. The optimizer is assumed to be
+sign-like, as Adam is. A saved file contains the name of the actual network.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _METHODS = ("prepare_optimizer_params_with_multiple_te_lrs", "prepare_optimizer_
 
 
 def create_network(*args: Any, **kwargs: Any) -> Any:
-    """The network of `rankaware_network`, whose parameter groups are split by rank."""
+    """Return the network `rankaware_network`, with parameter groups split by rank."""
     own, name, settings = _parted(kwargs)
     return _adapted(import_module(name).create_network(*args, **own), name, settings)
 
 
 def create_network_from_weights(*args: Any, **kwargs: Any) -> Any:
-    """The network that a file holds, whose parameter groups are split by rank, and its weights."""
+    """Return the network in a file, with parameter groups split by rank, and its weights."""
     own, name, settings = _parted(kwargs)
     network, weights = import_module(name).create_network_from_weights(*args, **own)
     return _adapted(network, name, settings), weights
 
 
 def _parted(kwargs: dict[str, Any]) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """The network's own arguments, its module's name, and our settings."""
+    """Return the network's own arguments, its module's name, and our settings."""
     ours = {name[len(_PREFIX) :]: text for name, text in kwargs.items() if name.startswith(_PREFIX)}
     own = {name: value for name, value in kwargs.items() if not name.startswith(_PREFIX)}
     name = ours.pop("network", "networks.lora")
@@ -51,7 +51,7 @@ def _parted(kwargs: dict[str, Any]) -> tuple[dict[str, Any], str, dict[str, Any]
 
 
 def _adapted(network: Any, name: str, settings: dict[str, Any]) -> Any:
-    """The same network, its method that hands out parameter groups replaced."""
+    """Replace the network's method that returns parameter groups, and return the network."""
     method = next(method for method in _METHODS if hasattr(network, method))
     setattr(network, method, partial(_split, network, getattr(network, method), settings))
     network.prepare_network = partial(_name_network, name, getattr(network, "prepare_network", lambda args: None))
@@ -59,7 +59,7 @@ def _adapted(network: Any, name: str, settings: dict[str, Any]) -> Any:
 
 
 def _split(network: Any, native: Callable[..., Any], settings: dict[str, Any], *rates: Any) -> Any:
-    """The network's groups with rates by rank, and for each the description of the group that it was cut from."""
+    """Return the network's groups with rates by rank, and for each the description of its original group."""
     found = native(*rates)
     groups, descriptions = found if isinstance(found, tuple) else (found, None)
     rated = next((group["lr"] for group in groups if group.get("lr")), rates[-1])
@@ -68,6 +68,6 @@ def _split(network: Any, native: Callable[..., Any], settings: dict[str, Any], *
 
 
 def _name_network(name: str, native: Callable[[Any], None], args: Any) -> None:
-    """Called before training: the metadata of saved files are to name the network itself."""
+    """Put the network's name into the metadata of saved files. It is called before training."""
     native(args)
     args.network_module = name

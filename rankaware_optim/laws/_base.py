@@ -1,8 +1,8 @@
 """Scaling laws: how the best learning rate moves with rank, scaling, init, width and method. Pure arithmetic, no torch.
 
-A law answers one question, `Law.multiplier(factor, reference)`: by what number the rate tuned at `reference` is
-multiplied for `factor`. Its base rate is that of the reference's A factor. Laws are frozen dataclasses whose
-arguments all have defaults, so that they survive a round trip through a recipe's TOML.
+A law has one method, `Law.multiplier(factor, reference)`: the number by which the rate tuned at `reference` is
+multiplied for `factor`. The base rate is that of the reference's A factor. Laws are frozen dataclasses whose arguments
+all have defaults, so that a recipe's TOML can hold them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ LAWS.register("falling", "rankaware_optim.laws._corrections:Falling")
 LAWS.register("one-rank", "rankaware_optim.laws._corrections:OneRank")
 LAWS.register("measured", "rankaware_optim.laws._measured:Measured")
 DEFAULT_LAW = "falling"
-FIRST = "first"  # in a field's metadata: its default before it was changed, which files without it and tags keep
+FIRST = "first"  # key of a field's metadata: its first default, which files that lack the field and tags still use
 _FAR = 1e4
-_MOST = 1e30  # of a parameter in a file, if the law itself does not say less
+_MOST = 1e30  # largest parameter read from a file; a law may allow less
 
 
 class Law(ABC):
     """A scaling law. Subclass it as a frozen dataclass, give every field a default, and write `multiplier`.
+
+    Init[A] means that A is drawn and B starts at zero, as in PEFT. Init[B] means that B is drawn and A starts at zero.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
@@ -52,27 +54,46 @@ class Law(ABC):
 
     @property
     def falls_with_rank(self) -> bool:
-        """Whether Init[B]'s rates fall in rank beyond stability: a calibration then expects no further fall."""
+        """Whether the law lowers the rates of Init[B] with the rank. A calibration then expects no further fall."""
         return False
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-        """The law for this optimizer class and its settings; by default itself."""
+        """Return the law for an optimizer; by default the law itself.
+
+        Args:
+            optimizer_class: the torch optimizer's class.
+            settings: its settings other than the learning rate, by name.
+        """
         return self
 
     def batch_multiplier(self, ratio: float) -> float:
-        """What every rate is multiplied by where the batch is `ratio` times the reference's; by default 1."""
+        """Return the factor of every rate for a batch of another size; by default 1.
+
+        Args:
+            ratio: the batch divided by the reference's batch, dimensionless.
+        """
         return 1.0
 
     @abstractmethod
     def multiplier(self, factor: Factor, reference: Reference) -> float:
-        """Ratio of `factor`'s rate to the base rate of a resolved `reference`: dimensionless, positive, finite."""
+        """Return the ratio of `factor`'s rate to the base rate.
+
+        Args:
+            factor: the matrix whose rate is wanted.
+            reference: the configuration of the base rate, with its `fan_in` known (`Reference.resolve`).
+
+        Returns:
+            A positive finite number, dimensionless.
+        """
 
 
 def get_law(law: str | Law) -> Law:
-    """A law from a text: a registered name or "package.module:Class", with its parameters after a "?".
+    """Return a law from its text: a registered name or "package.module:name", with parameters after a "?".
 
-    Parameters are parted by commas. A value is a number, true, false, none, a text, or another law, in brackets where
-    it has parameters of its own. After the colon stands a class or an instance. A `Law` is given back as it is.
+    Args:
+        law: the text, or a `Law`, which is returned unchanged. Parameters are separated by commas. A value is a number,
+            true, false, none, a text or another law. Put that law in brackets if it has parameters too. The name after
+            the colon is that of a class or of an instance.
 
     Raises:
         LawError: the law is unknown, cannot be imported, or has no such parameter.
@@ -106,14 +127,14 @@ def _made(name: str) -> Any:
     try:
         found: Any = factory or getattr(import_module(package), attribute)
         return found() if factory or isinstance(found, type) else found
-    except (Exception, SystemExit) as error:  # a stranger's module may raise anything on import, and its class too
+    except (Exception, SystemExit) as error:  # third-party code may raise anything when it is imported or called
         raise LawError(
             f"The law {name!r} cannot be loaded: {error}.", "Give 'package.module:Class', importable from here."
         ) from error
 
 
 def _parted(text: str) -> list[str]:
-    """`text` cut at the commas outside brackets."""
+    """Split `text` at the commas outside brackets."""
     parts, depth = [""], 0
     for sign in text:
         depth += (sign == "(") - (sign == ")")
@@ -144,16 +165,16 @@ def _parameter(law: Law, part: str) -> tuple[str, Any]:
 
 
 def law_changes(law: Law) -> dict[str, Any]:
-    """A law's name and what differs from its defaults, which is what recipes are hashed by.
+    """Return a law's name and the parameters that differ from their first defaults. Recipes are hashed by these.
 
-    Laws within are always named, so a parameter that a later version adds changes nothing.
+    Inner laws are always named. A parameter that a later version adds therefore changes no hash.
     """
     kept = {name: value for name, value, changed in _parameters(law, FIRST) if changed or isinstance(value, Law)}
     return {"name": law.name, **{k: law_changes(v) if isinstance(v, Law) else v for k, v in kept.items()}}
 
 
 def law_words(law: Law) -> str:
-    """A law by its class and what differs from its defaults, to four digits: "MuA(tokens=4.0)"."""
+    """Return a law as text: its class and the parameters that differ from their defaults, as "MuA(tokens=4.0)"."""
     words = []
     for name, value, changed in _parameters(law):
         short = float(f"{value:.4g}") if isinstance(value, float) else value
@@ -162,7 +183,10 @@ def law_words(law: Law) -> str:
 
 
 def _parameters(law: Law, which: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """A law's parameters: name, value, and whether it differs from its default, or from its first one."""
+    """Yield a law's parameters: name, value, and whether the value differs from the default.
+
+    which: the metadata key of another default to compare with, such as `FIRST`.
+    """
     known: tuple[Field[Any], ...] = fields(law) if is_dataclass(law) else ()
     for f in known:
         value = _as_float(getattr(law, f.name), f)
@@ -171,14 +195,17 @@ def _parameters(law: Law, which: str = "") -> Iterator[tuple[str, Any, bool]]:
 
 
 def _as_float(value: Any, of: Field[Any]) -> Any:
-    """A parameter's value, a float where its default is one: powers of whole numbers have no bound."""
+    """Return a parameter's value, as a float if its default is one. A power of Python ints could grow without bound."""
     return float(value) if is_number(value) and isinstance(of.default, float) else value
 
 
 def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
-    """`law.multiplier(factor, reference)`, or a `LawError` where it is not a positive finite number.
+    """Return `law.multiplier(factor, reference)`, checked to be a positive finite number.
 
-    Rounding noise about 1 is 1, so that the reference's own configuration changes nothing, bit for bit.
+    A value within rounding error of 1 becomes 1. The reference's own configuration then keeps its rate bit for bit.
+
+    Raises:
+        LawError: the law failed, or returned something else.
     """
     value = _answer(law, "multiplier", factor, reference)
     value = _usable(law, value, factor.name or factor.role)
@@ -186,13 +213,13 @@ def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
 
 
 def innermost(law: Law) -> Law:
-    """The law beneath all that correct one: itself where none does."""
+    """Return the law inside all correcting laws; the law itself if it corrects none."""
     beneath = getattr(law, "law", None)
     return innermost(beneath) if isinstance(beneath, Law) else law
 
 
 def caution_of(multiplier: float) -> str:
-    """What to say of a multiplier beyond 1e-4 to 1e4, further than ranks and alphas in use reach; "" of another."""
+    """Return a warning text for a multiplier outside 1e-4 to 1e4, else "". Usual ranks and alphas stay inside."""
     if 1 / _FAR <= multiplier <= _FAR:
         return ""
     return (
@@ -201,7 +228,7 @@ def caution_of(multiplier: float) -> str:
 
 
 def checked_batch_multiplier(law: Law, ratio: float) -> float:
-    """`law.batch_multiplier(ratio)`, or a `LawError` where it is not a positive finite number."""
+    """Return `law.batch_multiplier(ratio)`; raise a `LawError` if it is not a positive finite number."""
     return _usable(law, _answer(law, "batch_multiplier", ratio), f"{ratio:g} times the batch")
 
 
@@ -209,13 +236,13 @@ def _usable(law: Law, value: object, what: str) -> float:
     if not is_positive(value) or value > sys.float_info.max:
         raise LawError(
             f"The law {law!r} gave {value!r} as the multiplier of {what}.",
-            "A multiplier is a positive finite number: mend the law, or choose another by law=.",
+            "A multiplier is a positive finite number: fix the law, or choose another by law=.",
         )
     return float(value)
 
 
 def bound_law(law: Law, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-    """`law.bind(optimizer_class, settings)`, or a `LawError` where that is no law."""
+    """Return `law.bind(optimizer_class, settings)`; raise a `LawError` if that is not a law."""
     bound = _answer(law, "bind", optimizer_class, settings)
     if not isinstance(bound, Law):
         raise LawError(f"The law {law!r} gave {bound!r} when it was bound.", "Return a law, by default the law itself.")
@@ -223,19 +250,19 @@ def bound_law(law: Law, optimizer_class: type, settings: Mapping[str, Any]) -> L
 
 
 def _answer(law: Law, method: str, *question: Any) -> Any:
-    """What the law's method says; whatever a stranger's law raises is a `LawError`."""
+    """Call a method of a law, which may be third-party code. Whatever it raises becomes a `LawError`."""
     try:
         return getattr(law, method)(*question)
     except (RankAwareError, Warning):
         raise
     except Exception as error:
         raise LawError(
-            f"The law {law!r} failed in {method}(): {error!r}.", "Mend the law, or choose another by law=."
+            f"The law {law!r} failed in {method}(): {error!r}.", "Fix the law, or choose another by law=."
         ) from error
 
 
 def law_to_dict(law: Law) -> dict[str, Any]:
-    """A law as plain TOML values: its registered name and its fields; None is written "none"."""
+    """Return a law as plain TOML values: its registered name and its fields. None is written "none"."""
     if LAWS.get(law.name)().__class__ is not type(law):
         raise LawError(f"The law {law!r} is not the one registered as {law.name!r}.", "Register it under its own name.")
     values = {f.name: getattr(law, f.name) for f in fields(law)}  # type: ignore[arg-type]
@@ -244,7 +271,15 @@ def law_to_dict(law: Law) -> dict[str, Any]:
 
 
 def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
-    """The inverse of `law_to_dict`; an error names an unknown law or field. depth: of laws within laws, at most."""
+    """Return the law that `law_to_dict` wrote.
+
+    Args:
+        data: the law's name and parameters.
+        depth: how many levels of laws inside laws are accepted.
+
+    Raises:
+        LawError: the law or a parameter is unknown, a value is out of range, or the laws are nested too deep.
+    """
     kind = type(LAWS.get(str(data.get("name")))())
     known = {f.name: f for f in fields(kind)}
     values = {name: f.metadata[FIRST] for name, f in known.items() if FIRST in f.metadata}
@@ -255,7 +290,7 @@ def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
             raise LawError(f"The law {kind.name!r} has no parameter {key!r}.", "Remove it, or update the package.")
         if isinstance(value, Mapping):
             if not depth:
-                raise LawError("Too many laws lie within laws.", "Take some of them out.")
+                raise LawError("The laws are nested too deep.", "Remove some of them.")
             value = law_from_dict(value, depth=depth - 1)
         elif is_number(value) and not abs(value) <= _MOST:
             raise LawError(f"The law {kind.name!r} got {key}={shown(value)}.", f"Give a number up to {_MOST:g}.")
@@ -265,7 +300,7 @@ def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
 
 
 def check_parameters(law: Law, *names: str) -> None:
-    """Refuse a parameter that is outside the range of its name."""
+    """Raise a `LawError` if one of these parameters is outside the range for its name."""
     for name in names:
         value = getattr(law, name)
         if not is_within(name, value):

@@ -21,9 +21,12 @@ class Constant(Law):
 
 @dataclass(frozen=True)
 class LoRAPlus(Law):
-    """LoRA+: B learns `ratio` times as fast as A, at every rank; all else at the base rate.
+    """LoRA+: B's rate is `ratio` times A's at every rank. Everything else has the base rate.
 
     η_A = η, η_B = ratio·η. Source: Hayou, Ghosh, Yu, "LoRA+" (ICML 2024), which recommends 16.
+
+    Args:
+        ratio: η_B / η_A, dimensionless.
     """
 
     ratio: float = 16.0

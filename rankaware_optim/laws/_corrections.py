@@ -1,4 +1,4 @@
-"""Corrections of another law: what a calibration or our own sweeps add to it."""
+"""Laws that correct another law, with terms from a calibration or from this project's sweeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ONE_RANK = 16
 
 
 class _Around(Law):
-    """A law that corrects another: what it does not say itself is the other's."""
+    """A law that corrects another one. What it does not define comes from the other law."""
 
     law: Law
 
@@ -35,11 +35,20 @@ class _Around(Law):
 
 @dataclass(frozen=True)
 class Power(_Around):
-    """A rank exponent and a full-finetuning factor on top of another law: what a calibration corrects the law by.
+    """Another law, corrected by a rank exponent and a factor for full finetuning. A calibration fits both::
 
-    multiplier = law · (r / r_ref)^exponent for LoRA; for full finetuning r stands for `pivot`, or for the fan-in
-    where `to_full` continues the drift to r = n, and the result is times `full_factor`. So a drift that does not
-    continue leaves full finetuning where the rank `pivot` puts it.
+        LoRA               multiplier = law · (r / r_ref)^exponent
+        full finetuning    multiplier = law · (r_full / r_ref)^exponent · full_factor
+
+    r_full is `pivot`, or the fan-in n if `to_full` is set. r_ref is the reference's rank. For a reference tuned by full
+    finetuning, (r_ref)^exponent is replaced by (r_full)^exponent · full_factor.
+
+    Args:
+        exponent: the drift, in octaves of rate per octave of rank.
+        full_factor: factor of the full-finetuning rate, dimensionless.
+        pivot: the rank at which the correction for full finetuning is evaluated.
+        to_full: whether the drift continues to r = n for full finetuning.
+        law: the law that is corrected.
     """
 
     exponent: float = 0.0
@@ -67,9 +76,12 @@ class Power(_Around):
 
 @dataclass(frozen=True)
 class OneRank(_Around):
-    """Another law, asked as if every pair had rank 16: alpha, init, width and method move the rate, and rank does not.
+    """Another law, evaluated at rank 16 for every pair. Alpha, init, width and method move the rate; the rank does not.
 
-    multiplier = law(16, s, n), with s the effective multiplier and n the fan-in, over the same at the reference.
+    multiplier = law(16, s, n) / law(16, s_ref, n_ref), with s the effective multiplier and n the fan-in.
+
+    Args:
+        law: the law that is evaluated.
 
     >>> at = Reference(rank=16, alpha=16, fan_in=4096)
     >>> OneRank().multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0), at)
@@ -93,20 +105,27 @@ class OneRank(_Around):
 
 @dataclass(frozen=True)
 class Falling(Law):
-    """Another law, with the fall in rank that best rates show at Init[B]. Around µA it is the default law.
+    """Another law, with rates that fall in rank under Init[B] (A starts at zero). Around `MuA` it is the default law::
 
-    Init[B]   law · ((r₀ + n) / (r₀ + min(r, n)))^p;  Init[A] and full finetuning: the law alone
+        Init[B]                             multiplier ∝ law · ((r₀ + n) / (r₀ + min(r, n)))^p
+        Init[A] (B = 0), full finetuning    multiplier ∝ law
 
-    with r₀ = `knee`, p = `power`, r the rank and n the fan-in, in the reference alike. So the rate falls as r^-p above
-    r₀, and at r = n it is full finetuning's. The form is empirical: no theory fixes it, and the paper's law has none of
-    it. An embedding, of width 1, does not fall. `coordinate_check`, which is of stability alone, does not see the fall.
+    r₀ = `knee`, p = `power`, r is the rank and n the fan-in. The reference is treated in the same way. Above r₀ the
+    rate falls as r^-p. At r = n it equals the rate of full finetuning. The form is empirical: no theory gives it, and
+    the paper's law does not contain it. The rate of an embedding, whose width is 1, does not fall. `coordinate_check`
+    tests stability only and does not see the fall.
 
-    The fall is known for Adam's kind alone. Bound to an optimizer of another family it is the law beneath; in place of
-    µA it is what did best there at Init[A] (benchmarks/results/law_check.md): µA's form for LAMB and Adafactor, the
-    same at one rank for SGD and Muon (`OneRank`), one rate for LARS, which was not tried. law="mua" is µA's form.
+    The fall applies to sign-like optimizers (Adam and its variants) and to unknown ones. Bound to an optimizer of
+    another family, the result is the inner law. If that is `MuA`, the result is `MuA` for LAMB and Adafactor,
+    `OneRank(MuA)` for SGD and Muon, and `Constant` for LARS. Use law="mua" for `MuA` with every optimizer.
 
-    Source: leave-one-domain-out on the study of this project (benchmarks/results/init_b_forms.md), which names p = 1/3
-    without a knee. Recipes from before `power` was a field have p = 1/2 and a knee of 4.
+    Source: this project's study, benchmarks/results/init_b_forms.md and law_check.md. Recipes written before `power`
+    was a field have p = 1/2 and a knee of 4.
+
+    Args:
+        knee: r₀, the rank below which the rate hardly falls.
+        power: p, the fall in octaves of rate per octave of rank.
+        law: the law that is corrected.
 
     >>> at = Reference(rank=16, alpha=16, init="B", fan_in=4096)
     >>> round(Falling().multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0, init="B"), at), 2)
@@ -142,7 +161,7 @@ class Falling(Law):
         return self.law.multiplier(factor, reference) * here / there
 
     def _lift(self, init: str, rank: int | None, fan_in: float | None) -> float:
-        """How far above full finetuning's the rate at Init[B] lies."""
+        """Return the correction of the rate, relative to full finetuning; 1 unless the init is B."""
         if init != "B" or rank is None or fan_in is None:
             return 1.0
         return math.pow((self.knee + fan_in) / (self.knee + min(rank, fan_in)), self.power)

@@ -1,4 +1,4 @@
-"""The law measured instead of assumed: a few steps of the real optimizer in place of a formula."""
+"""A law that measures its rates: a few steps of the real optimizer replace the formula."""
 
 from __future__ import annotations
 
@@ -32,30 +32,40 @@ from ._simulate import (
     synthetic,
 )
 
-_ROWS = 1024  # outputs that stand for more where only the fan-in matters, while r is well below them
-_ROWS_FULL = 128  # the same for whole weights, where they do not matter at all
-# Widths above these are continued along the exponent of the last two octaves, to stay at a second a rate or below.
+_ROWS = 1024  # most outputs simulated where only the fan-in matters; well above usual ranks
+_ROWS_FULL = 128  # the same for whole weights, whose result does not depend on the number of outputs
+# Larger widths are extrapolated with the exponent of the last two octaves. A rate then takes about a second.
 _CAPS = {"sign-like": 4096, "gradient-like": 2048, "first-step": 2048, "relative-scale": 1024}
 _MOST_RANK = 2**15  # half a gigabyte a factor
-_CAP, _CAP_FULL = 512, 256  # of other families; of whole weights of all but sign-like ones
+_CAP, _CAP_FULL = 512, 256  # for the other families; for whole weights of all families but sign-like
 
 
 @dataclass(frozen=True)
 class Measured(Law):
-    """The law measured instead of assumed: rates at which the real optimizer moves the output as far.
+    """A law that measures rates with the real optimizer, for optimizers without a derived law.
 
-    multiplier = η(factor) / η(reference), η being the rate at which `steps` steps of the optimizer, bound by its
-    class, on a layer of the given rank, scaling, fan-in and init move the output by an rms of `target`, on `tokens`
-    independent synthetic tokens. Any optimizer that can step, at finite sizes and without training. B follows A at
-    `ratio`. A layer counts as square, since a reference states one width, and a width of 1 is an embedding's. Widths
-    above 4,096 for sign-like optimizers, 2,048 for SGD and LARS, 1,024 for LAMB's kind and 512 for others
-    (256 for whole weights, but for the first) continue the exponent of the two octaves below, which costs up to 0.3
-    octaves for every two continued. tokens is µA's own number, so that the two agree for AdamW within 0.2 octaves
-    while r ≪ n; more tokens mean less coherent gradients. Weight decay is left out. With few steps, a factor whose
-    partner starts at zero loses one of them, which would shift LoRA's rates against full finetuning's.
+    multiplier = η(factor) / η(reference). η is the rate at which `steps` steps of the optimizer move a layer's output
+    by an rms of `target`. The layer has the given rank, scaling, fan-in and init, and synthetic independent tokens as
+    input. No model is trained.
 
-    optimizer: "package:Class", set by `bind`; settings: its other settings as JSON. Raises LawError where the optimizer
-    cannot be built or stepped, or never moves the output by `target`.
+    The layer is square, since a reference states one width. A width of 1 means an embedding. Weight decay is left out.
+    Large widths are extrapolated with the exponent of the two octaves below: above 4096 for sign-like optimizers, 2048
+    for SGD and LARS, 1024 for LAMB and Adafactor, and 512 for others. For whole weights the limit is 256, except for
+    sign-like optimizers.
+
+    Args:
+        tokens: independent synthetic tokens, as in `MuA`. More tokens mean less coherent gradients.
+        steps: optimizer steps. A factor whose partner starts at zero loses the first one, so few steps bias the rates
+            of LoRA against those of full finetuning.
+        seed: random seed of the layer and its inputs.
+        target: rms change of the output to reach, in units of the input's rms.
+        ratio: η_B / η_A, dimensionless.
+        optimizer: the optimizer as "package:Class". `bind` sets it.
+        settings: the optimizer's other settings as a JSON object. `bind` sets them.
+
+    Raises:
+        LawError: an argument is out of range, or (from `multiplier`) the optimizer cannot be built or stepped, or never
+            moves the output by `target`.
 
     >>> law = Measured()
     >>> at = Reference(rank=4, alpha=4, fan_in=64)
@@ -89,7 +99,7 @@ class Measured(Law):
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         name = f"{optimizer_class.__module__}:{optimizer_class.__qualname__}"
         if _REMEMBERED.setdefault(name, optimizer_class) is not optimizer_class:
-            _REMEMBERED[name] = optimizer_class  # another class of the same name: what was measured is not its
+            _REMEMBERED[name] = optimizer_class  # a different class of the same name: its rates are measured again
             _measured_rate.cache_clear()
         plain = {key: value for key, value in settings.items() if key not in ("lr", "params")}
         try:
@@ -108,7 +118,7 @@ class Measured(Law):
         return here / there * (self.ratio if factor.role == "B" else 1.0)
 
     def rate(self, init: str, rank: int | None, scaling: float, fan_in: float | None) -> float:
-        """η_A, per step, at which the output of a square layer of this fan-in moves by `target`."""
+        """Return η_A, per step, at which the output of a square layer of this fan-in moves by `target`."""
         check_init(init, "A law's init is", LawError, known=("A", "B", "full"))
         if fan_in is None or (rank is None and init != "full"):
             raise LawError(
@@ -127,7 +137,7 @@ class Measured(Law):
         return float(top * (top / below) ** (math.log2(width / cap) / 2))
 
 
-_REMEMBERED: dict[str, type[Optimizer]] = {}  # by name, so that a class made in a function is found again
+_REMEMBERED: dict[str, type[Optimizer]] = {}  # by name: a class made inside a function cannot be imported
 
 
 def _parsed(settings: object) -> object:
@@ -168,12 +178,12 @@ def _pair_change(batch: Batch, stepper: Stepper, law: Measured, init: str, rank:
 
 
 def _variance(batch: Batch) -> float:
-    """Of a drawn A's entries: 1/n_in, for inputs of norm √n_in."""
+    """Variance of the drawn A's entries: 1/n_in, for inputs of norm √n_in."""
     return 1.0 / batch.inputs[:, 0].square().sum().item()
 
 
 def _full_change(batch: Batch, stepper: Stepper) -> Change:
-    """A whole weight W, of variance 1/n_in, under its own gradient g·xᵀ: the rms of ΔW·x."""
+    """Return the rms of ΔW·x as a function of the rate, for a whole weight W of variance 1/n_in with gradient g·xᵀ."""
     x, g = batch
     weight = draw_pair(x.shape[0], 1, g.shape[0], 1.0, "A", stepper.seed, _variance(batch)).a
     gradient = g @ x.T

@@ -15,11 +15,12 @@ from ._updates import FORMS, SHAPE_FACTORS, Site, Updates, update_settings
 
 @dataclass(frozen=True)
 class MuA(Law):
-    """µA with finitely many effective tokens, in the form of the optimizer's family.
+    """µA with a finite number of effective tokens, in the form of the optimizer's family.
 
-    The best rate is the largest at which a layer's output still moves by Θ(1). With τ = T·η over T steps, s the
-    effective multiplier, r the rank, n the fan-in, b = `tokens` and λ = `ratio` = η_B / η_A, a sign-like optimizer
-    (Adam and its variants) has
+    The best rate is the largest at which a layer's output still moves by Θ(1). Let τ = T·η over T steps, s be the
+    effective multiplier, r the rank, n the fan-in, b = `tokens` and λ = `ratio` = η_B / η_A. Under Init[A], A is drawn
+    and B starts at zero, as in PEFT. Under Init[B], B is drawn and A starts at zero. For a sign-like optimizer (Adam
+    and its variants)::
 
         Init[A]   s·κ(r)·λ·τ·(1 + κ(n)·τ) = 1
         Init[B]   hypot(s·κ(n)·τ, s·κ(n)·κ(r)·λ·τ²) = 1
@@ -27,23 +28,28 @@ class MuA(Law):
         κ(m) = √(m + (2/π)·m²/b);  κ(m) = m for tokens=None, the paper's law
 
     κ(m) is the size of a sum of m sign terms that serves b independent tokens at once. Only ratios of τ are used, so
-    neither T nor the right-hand side matters. tokens: effective and far below the tokens in a batch; published
-    language-model sweeps ask for 8 to 16, small image models for 1 to 3.
+    neither T nor the right-hand side matters.
 
-    The other families' conditions stand in families.py, at `spectral_terms`, `gradient_rate`, `relative_rate` and
-    `first_step_rate`; there a layer counts as square, since a reference states one width, and tokens=None as one
-    token. `bind` sets `family`, `shape_factor` (Muon's) and `floor` (Adafactor's) by the optimizer; an unknown one is
-    taken as sign-like. `steps` = T matters only where growth compounds (gradient-like, relative-scale): None is many
-    small steps, as in training; the check takes four.
+    The conditions of the other families are in laws/_updates.py: `spectral_terms`, `gradient_rate`, `relative_rate` and
+    `first_step_rate`. For them a layer is square, since a reference states one width, and tokens=None means one token.
 
-    split=True gives the two factors the rates at which each one's own share of the change is Θ(1): for sign-like
-    updates η_A = σ/n and η_B = λ·σ/(s·r) under Init[A], η_A = σ/(s·n) and η_B = λ·σ/r under Init[B]. The base rate is
-    that of the reference's A factor, and σ solves the condition above, in which s then cancels: a change of s is
-    undone exactly, as it is in training.
+    With split=True each factor gets the rate at which its own share of the change is Θ(1). For sign-like updates that
+    is η_A = σ/n and η_B = λ·σ/(s·r) under Init[A], and η_A = σ/(s·n) and η_B = λ·σ/r under Init[B]. The base rate is
+    that of the reference's A factor. σ solves the condition above. In it s cancels, so a change of s is undone exactly.
 
-    Source: Chen, Villar, Hayou, "Learning Rate Scaling across LoRA Ranks and Transfer to Full Finetuning" (ICML
-    2026, arXiv 2602.06204); the finite-token κ, the families and the split are this project's extension, confirmed by
-    `coordinate_check` (benchmarks/results/exponents.md).
+    Source: Chen, Villar, Hayou, "Learning Rate Scaling across LoRA Ranks and Transfer to Full Finetuning" (ICML 2026,
+    arXiv 2602.06204). The finite-token κ, the other families and the split are extensions by this project.
+
+    Args:
+        tokens: b, the effective number of independent tokens, far below the tokens in a batch; None for the paper's
+            law.
+        ratio: λ = η_B / η_A, dimensionless.
+        split: whether A and B get separate rates, as above.
+        family: the optimizer's family, set by `bind`. An unknown optimizer counts as sign-like.
+        shape_factor: Muon's `adjust_lr_fn`, set by `bind`.
+        floor: the smallest parameter rms that Adafactor's steps assume, set by `bind`.
+        steps: T, used only where growth compounds (gradient-like and relative-scale). None means many small steps, as
+            in training.
 
     >>> paper, ours = MuA(tokens=None), MuA()
     >>> at = Reference(rank=16, alpha=16, fan_in=4096)
@@ -84,12 +90,19 @@ class MuA(Law):
         return float(ratio ** FORMS[self.family].batch)
 
     def sigma(self, init: str, rank: int, scaling: float, fan_in: float) -> float:
-        """σ, the shared rate, that meets the family's condition at T = 1, in absolute terms: rough, a first guess."""
+        """Return η_A that meets the family's condition at T = 1. As an absolute rate it is only a first guess.
+
+        Args:
+            init: "A", "B" or "full".
+            rank: r.
+            scaling: s, the effective multiplier.
+            fan_in: n.
+        """
         check_init(init, "A law's init is", LawError, known=("A", "B", "full"))
         return self._rates(init, rank, scaling, fan_in)[0]
 
     def _rates(self, init: str, rank: int | None, scaling: float, fan_in: float | None) -> tuple[float, float]:
-        """η_A and η_B that meet the family's condition at T = 1; a whole weight's rate stands for both."""
+        """Return η_A and η_B that meet the family's condition at T = 1. For a whole weight both are its rate."""
         if fan_in is None or (rank is None and init != "full"):
             raise LawError(
                 "The reference was not resolved: it lacks its fan-in or its rank.",
@@ -103,5 +116,5 @@ class MuA(Law):
 
 
 def paper() -> MuA:
-    """The paper's own law: no tokens interfere."""
+    """Return the paper's law, in which tokens do not interfere."""
     return MuA(tokens=None)

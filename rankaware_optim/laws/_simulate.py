@@ -1,9 +1,9 @@
-"""One adapted layer under a real optimizer: how far a few steps move its output, and the rate that moves it so far.
+"""One adapted layer under a real optimizer: how far a few steps move its output, and which rate moves it by a target.
 
-Nothing is trained and no frozen weight is needed: with inputs x (n_in, tokens) and output gradients g (n_out, tokens)
-held fixed, the loss's gradients are dL/dA = s·Bᵀ·g·xᵀ and dL/dB = s·g·(A·x)ᵀ, and the layer's output moves by
-s·(B·A − B₀·A₀)·x, where B₀·A₀ = 0. Weight decay is set to 0: it is no answer to the gradient, and four large steps
-would exaggerate it; LARS alone keeps it.
+Nothing is trained and no frozen weight is needed. Inputs x (n_in, tokens) and output gradients g (n_out, tokens) are
+held fixed. The gradients are dL/dA = s·Bᵀ·g·xᵀ and dL/dB = s·g·(A·x)ᵀ. The layer's output moves by s·(B·A − B₀·A₀)·x,
+where B₀·A₀ = 0. Weight decay is set to 0, because a few large steps would exaggerate it. LARS keeps it, since it needs
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Change = Callable[[float], float]
 
 
 class Batch(NamedTuple):
-    """Inputs (n_in, tokens) and output gradients (n_out, tokens) of one layer, entries of rms 1."""
+    """Inputs (n_in, tokens) and output gradients (n_out, tokens) of one layer. Their entries have rms 1."""
 
     inputs: torch.Tensor
     gradients: torch.Tensor
@@ -48,13 +48,13 @@ class Pair(NamedTuple):
 
 
 def synthetic(fan_in: int, fan_out: int, tokens: int, seed: int = 0) -> Batch:
-    """Independent random inputs and output gradients, each token's of rms 1; the global generator is not touched."""
+    """Draw independent inputs and output gradients, each token's of rms 1. The global generator is not used."""
     source = torch.Generator().manual_seed(seed)
     return Batch(*(_columns(fan, tokens, source) for fan in (fan_in, fan_out)))
 
 
 def one_hot(fan_out: int, tokens: int, seed: int = 0) -> Batch:
-    """An embedding's tokens, all different: its input is one entry wide, and every token has its own column of A."""
+    """Return the batch of an embedding: all tokens differ, and each has its own column of A."""
     return Batch(torch.eye(tokens, dtype=torch.float32, device="cpu"), synthetic(1, fan_out, tokens, seed).gradients)
 
 
@@ -66,7 +66,7 @@ def _columns(fan: int, tokens: int, source: torch.Generator) -> torch.Tensor:
 def draw_pair(
     fan_in: int, fan_out: int, rank: int, scaling: float, init: str, seed: int = 0, variance: float | None = None
 ) -> Pair:
-    """Init[A]: A of variance 1/n_in, or as given, and B zero. Init[B]: B of variance 1/r, A zero."""
+    """Draw a pair. Init[A]: A of the given variance (default 1/n_in), B = 0. Init[B]: B of variance 1/r, A = 0."""
     source = torch.Generator().manual_seed(seed + 1)
     a, b = _zeros(rank, fan_in), _zeros(fan_out, rank)
     drawn, size = (b, 1.0 / rank) if init == "B" else (a, variance or 1.0 / fan_in)
@@ -79,7 +79,7 @@ def _zeros(*shape: int) -> torch.Tensor:
 
 
 def step_pair(batch: Batch, start: Pair, stepper: Stepper, lr_a: float, lr_b: float) -> Pair:
-    """The pair after the optimizer's steps from `start`, which is left as it is."""
+    """Return the pair after the optimizer's steps from `start`, which is not changed."""
     x, g = batch
     a, b = nn.Parameter(start.a.clone()), nn.Parameter(start.b.clone())
 
@@ -92,7 +92,7 @@ def step_pair(batch: Batch, start: Pair, stepper: Stepper, lr_a: float, lr_b: fl
 
 
 def advance(stepper: Stepper, rated: list[tuple[nn.Parameter, float]], set_gradients: Callable[[], None]) -> None:
-    """Build the optimizer on the parameters at their rates and take its steps, `set_gradients` before each."""
+    """Build the optimizer on the parameters at their rates and take its steps. Call `set_gradients` before each."""
     groups = [{"params": [param], "lr": lr} for param, lr in rated]
     settings = {key: value for key, value in stepper.settings.items() if key != "lr"}
     build: Callable[..., Any] = stepper.optimizer
@@ -106,35 +106,43 @@ def advance(stepper: Stepper, rated: list[tuple[nn.Parameter, float]], set_gradi
             for _ in range(stepper.steps):
                 set_gradients()
                 opt.step()
-        except Exception as error:  # a stranger's optimizer may raise anything
+        except Exception as error:  # a third-party optimizer may raise anything
             name, shown = stepper.optimizer.__name__, f"{type(error).__name__}: {error}"
             raise LawError(
                 f"{name} could not step LoRA factors with settings {dict(stepper.settings)!r}: {shown}.",
-                "Give settings= that build it on two matrices and step it without a closure, or choose another law.",
+                "Give settings= that let it step two matrices without a closure, or choose another law.",
             ) from error
 
 
 def rms_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Root mean square of left @ right (n_out, tokens), through the smaller Gram matrix of `left` (n_out, r)."""
+    """Return the root mean square of left @ right (n_out, tokens), by the small Gram matrix of `left` (n_out, r)."""
     total = torch.sum(right * ((left.T @ left) @ right)).item()
     return math.sqrt(max(total, 0.0) / (left.shape[0] * right.shape[1])) if math.isfinite(total) else math.inf
 
 
 def change_of(batch: Batch, pair: Pair) -> float:
-    """Root mean square of s·B·A·x, which is the output's whole change since B₀·A₀ = 0."""
+    """Return the root mean square of s·B·A·x. This is the whole change of the output, since B₀·A₀ = 0."""
     return float(pair.scaling * rms_of_product(pair.b, pair.a @ batch.inputs))
 
 
-# --- the rate at which the output moves as far as asked -------------------------------------------------------------
+# --- the rate at which the output moves by the target ---------------------------------------------------------------
 
-_RANGE = 60  # octaves of rate on either side of 1 within which a solution is looked for
+_RANGE = 60  # octaves: rates from 2^-60 to 2^60 are searched
 
 
 def rates_for(change: Change, target: float = 1.0, *, start: float = 2.0**-8, what: str = "The output") -> float:
-    """The rate at which `change(rate)`, a rising function, reaches `target`, to 1 % of the target.
+    """Return the rate at which the rising function `change(rate)` reaches `target`, to 1 % of the target.
 
-    False position on logarithms, halving where it stalls. An overflow counts as too high a rate. Raises LawError where
-    no rate within 2^±60 reaches the target, or where the change jumps past it.
+    The method is false position on logarithms, with bisection if it stalls. An overflow counts as too high a rate.
+
+    Args:
+        change: the output's rms change as a function of the rate.
+        target: the change to reach.
+        start: the first rate to try.
+        what: the subject of the error message.
+
+    Raises:
+        LawError: no rate within 2^±60 reaches the target, or the change jumps past it.
     """
     x = math.log2(start)
     low: tuple[float, float] | None = None
@@ -154,7 +162,7 @@ def rates_for(change: Change, target: float = 1.0, *, start: float = 2.0**-8, wh
             break
     raise LawError(
         f"{what} never moves by {target:g} at any rate: nearest were {_shown(low)} and {_shown(high)}.",
-        "Look at the optimizer's settings (a rate of its own, a cap, clipping), or choose another law or target.",
+        "Check the optimizer's settings (a built-in rate, a cap, clipping), or choose another law or target.",
     )
 
 
@@ -163,7 +171,7 @@ def _octaves(value: float, target: float) -> float:
 
 
 def _next(low: tuple[float, float] | None, high: tuple[float, float] | None, turn: int) -> float:
-    """Towards the missing side by what is lacking, at most 8 octaves; between two sides by false position."""
+    """Return the next log2 rate: false position between two bounds, else a step of up to 8 octaves to the open side."""
     if low is None or high is None:
         x, y = low or high or (0.0, 0.0)
         return x - math.copysign(min(8.0, max(abs(y) / 1.5, 0.05)), y)
@@ -177,7 +185,7 @@ def _shown(side: tuple[float, float] | None) -> str:
 
 
 def class_of(optimizer: type[Optimizer] | str) -> type[Optimizer]:
-    """`get_optimizer_class`, its refusals as a law's."""
+    """Return `get_optimizer_class(optimizer)`; its errors become a `LawError`."""
     try:
         return get_optimizer_class(optimizer)
     except RankAwareError as error:

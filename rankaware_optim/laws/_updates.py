@@ -1,8 +1,8 @@
-"""Families of optimizers: which one a class belongs to, and how far its updates move a layer's output. No torch.
+"""Families of optimizers: which family a class belongs to, and how far its updates move a layer's output. No torch.
 
-Each family's `rate(of, site, a, b)` is the σ at which the shared time τ = T·η, as η_A = a·σ and η_B = b·σ, moves the
-output by 1. The equations stand in the functions' docstrings: s is the effective multiplier, r the rank, n the fan-in,
-b the tokens.
+Each family has a function `rate(of, site, a, b)`. It returns the σ at which η_A = a·σ and η_B = b·σ move the output by
+1 in T = 1. The equations are in the functions' docstrings. There s is the effective multiplier, r the rank, n the
+fan-in and b the number of tokens. τ = T·η.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import LawError
 
 
 class Site(NamedTuple):
-    """Where a rate is wanted: init "A", "B" or "full", rank r, effective multiplier s, fan-in n."""
+    """The configuration of a rate: init "A", "B" or "full", rank r, effective multiplier s, fan-in n."""
 
     init: str
     rank: float
@@ -26,7 +26,7 @@ class Site(NamedTuple):
 
 
 class Updates(NamedTuple):
-    """What a form knows of the updates: the effective tokens, and the arguments of `MuA` that only some forms use."""
+    """Arguments of `MuA` that describe the updates. Only some families use more than `tokens`."""
 
     tokens: float | None
     shape_factor: str = "original"
@@ -38,7 +38,7 @@ Terms = Callable[[Updates, Site], tuple[float, float]]
 
 
 def kappa(m: float, tokens: float | None) -> float:
-    """Size of a sum of m sign terms serving b = `tokens` independent tokens: √(m + (2/π)·m²/b); m where b is None.
+    """Return the size of a sum of m sign terms that serves b = `tokens` tokens: √(m + (2/π)·m²/b), or m for None.
 
     >>> kappa(64, None)
     64.0
@@ -49,10 +49,10 @@ def kappa(m: float, tokens: float | None) -> float:
 
 
 def sign_terms(of: Updates, at: Site) -> tuple[float, float]:
-    """(p, q) of the change p·η + q·η_A·η_B for sign-like updates, whose entries all have size η.
+    """Return (p, q) of the change p·η + q·η_A·η_B for sign-like updates, whose entries all have size η.
 
-    p's η is that of the factor that starts at zero: s·ΔB·A₀·x is s·κ(r)·η_B under Init[A], s·B₀·ΔA·x is s·κ(n)·η_A
-    under Init[B]; the product s·ΔB·ΔA·x is s·κ(r)·κ(n)·η_A·η_B under both.
+    The η of p is that of the factor that starts at zero. Under Init[A] the term s·ΔB·A₀·x has size s·κ(r)·η_B. Under
+    Init[B] the term s·B₀·ΔA·x has size s·κ(n)·η_A. Under both, s·ΔB·ΔA·x has size s·κ(r)·κ(n)·η_A·η_B.
     """
     k_n = kappa(at.fan_in, of.tokens)
     if at.init == "full":
@@ -62,12 +62,12 @@ def sign_terms(of: Updates, at: Site) -> tuple[float, float]:
 
 
 def spectral_terms(of: Updates, at: Site) -> tuple[float, float]:
-    """(p, q) for spectral updates: each a polar factor, all singular values 1, times its shape factor a (Muon).
+    """Return (p, q) for spectral updates (Muon): a polar factor, all singular values 1, times a shape factor a.
 
-    An update P of B, of rank min(r, b), spans the features A·x, so it keeps their norm: |P·A₀·x| = √r per token, an
-    rms of √(r/n) over n outputs. An update of A keeps the part of x, of norm √n, that r of the b directions of the
-    tokens hold, of at most n: m·√n with m = √min(1, r/b + r/n). B₀, with entries of variance 1/r, turns a norm ν into
-    the rms ν·√(1/n + 1/r). Hence
+    An update P of B has rank min(r, b) and spans the features A·x. It keeps their norm: |P·A₀·x| = √r per token, an rms
+    of √(r/n) over n outputs. An update of A spans r of the at most n directions of the b tokens. It keeps a norm of
+    m·√n out of √n, with m = √min(1, r/b + r/n). B₀, with entries of variance 1/r, turns a norm ν into the rms ν·√(1/n +
+    1/r). Hence
 
         Init[A]   p = s·a_B·√(r/n)              q = s·a_A·a_B·m
         Init[B]   p = s·a_A·√n·√(1/n + 1/r)·m   q as above
@@ -84,19 +84,19 @@ def spectral_terms(of: Updates, at: Site) -> tuple[float, float]:
 
 
 def gradient_rate(of: Updates, at: Site, a: float, b: float) -> float:
-    """σ for gradient-like updates, whose growth compounds: SGD with the output gradient g held fixed.
+    """Return σ for gradient-like updates (SGD), whose growth compounds. The output gradient g is held fixed.
 
-    With G = g·xᵀ, ΔA = −η_A·s·Bᵀ·G and ΔB = −η_B·s·G·Aᵀ are linear in (A, B): along a singular pair (u, v) of G, of
-    value g₀, A·v and Bᵀ·u turn into each other by cosh φ and sinh φ, φ = s·g₀·T·√(η_A·η_B). G has k = min(b, n)
-    pairs, of g₀² = n² + 2·b·n (the power-weighted mean for independent tokens). With λ = η_B/η_A and z = sinh²φ,
+    With G = g·xᵀ, ΔA = −η_A·s·Bᵀ·G and ΔB = −η_B·s·G·Aᵀ are linear in (A, B). Take a singular pair (u, v) of G with
+    value g₀. Along it A·v and Bᵀ·u mix by cosh φ and sinh φ, with φ = s·g₀·T·√(η_A·η_B). G has k = min(b, n) pairs,
+    with g₀² = n² + 2·b·n (the power-weighted mean for independent tokens). With λ = η_B/η_A and z = sinh²φ,
 
         Init[A]   s²·λ·z·(1 + z)·r·(r + k + 1)/n² = 1
         Init[B]   s²/λ·z·((1 + z)·(1 + (k + 1)/r) + max(n − k, 0)/r) = 1
-        full      τ·√n·√(n + b) = 1, one step's: nothing compounds
+        full      τ·√n·√(n + b) = 1 (one step: nothing compounds)
 
-    For a change of output far below 1 this is η ∝ 1/(s²·√(r·(r + k + 1))) at Init[A], the small-step limit; near 1
-    and with r ≪ n the rate follows the logarithm of that, so no single power of the rank holds. T steps compound as
-    (1 + φ/T)^T where many compound as e^φ: `compounded`.
+    Under Init[A] and for a change of output far below 1, this gives η ∝ 1/(s²·√(r·(r + k + 1))). Near 1 and with r ≪ n
+    the rate follows the logarithm of that, so no single power of the rank holds. Many small steps compound as e^φ and T
+    steps as (1 + φ/T)^T; see `compounded`.
     """
     n, r, s, tokens = at.fan_in, at.rank, at.scaling, of.tokens or 1.0
     if at.init == "full":
@@ -112,18 +112,18 @@ def gradient_rate(of: Updates, at: Site, a: float, b: float) -> float:
 
 
 def relative_rate(of: Updates, at: Site, a: float, b: float) -> float:
-    """σ for relative-scale updates: sign-like directions in units of the factor's own rms (LAMB, Adafactor).
+    """Return σ for relative-scale updates (LAMB, Adafactor): sign-like directions in units of the factor's own rms.
 
-    A factor drawn with rms ρ moves by Δ, across what was drawn: dΔ/dτ = √(ρ² + Δ²), so Δ = ρ·sinh τ. One at zero grows
-    to z(τ): Adafactor's unit is at least `floor` = 1e-3, so z = floor·τ up to τ = 1 and floor·e^(τ − 1) from there;
-    LAMB (floor=None) takes one step of plain η = τ/T first and grows from it, z = τ/T·e^(τ − τ/T), with T = `steps`,
-    or 4. With ρ_A = 1/√n under Init[A] and ρ_B = 1/√r under Init[B],
+    A factor drawn with rms ρ moves by Δ, orthogonal to its start: dΔ/dτ = √(ρ² + Δ²), so Δ = ρ·sinh τ. A factor that
+    starts at zero grows to z(τ). Adafactor's unit is at least `floor` = 1e-3, so z = floor·τ up to τ = 1 and then
+    floor·e^(τ − 1). LAMB (floor=None) first takes one step of plain η = τ/T and grows from there: z = τ/T·e^(τ − τ/T),
+    with T = `steps`, by default 4. With ρ_A = 1/√n under Init[A] and ρ_B = 1/√r under Init[B],
 
         Init[A]   s·κ(r)·z(τ_B)·(1 + κ(n)·sinh(τ_A)/√n) = 1
         Init[B]   hypot(s·κ(n)·z(τ_A), s·κ(n)·κ(r)·z(τ_A)·sinh(τ_B)/√r) = 1
         full      κ(n)·sinh(τ)/√n = 1
 
-    Not in it: LAMB's cap on the weights' norm, Adafactor's on the rate.
+    LAMB's cap on the weights' norm and Adafactor's cap on the rate are left out.
     """
     n, r, s = at.fan_in, at.rank, at.scaling
     k_n = kappa(n, of.tokens)
@@ -140,10 +140,10 @@ def relative_rate(of: Updates, at: Site, a: float, b: float) -> float:
 
 
 def first_step_rate(of: Updates, at: Site, a: float, b: float) -> float:
-    """σ for LARS: the factor at zero takes one step of the plain gradient, and then next to none.
+    """Return σ for LARS: the factor at zero takes one step of the plain gradient, and then hardly moves.
 
-    LARS moves a weight w by η·c·|w| along its gradient, with a trust coefficient c of usually 1e-3; where w is zero it
-    takes the gradient itself. So the first step decides: ΔB = −η_B·s·g·(A₀·x)ᵀ or ΔA = −η_A·s·B₀ᵀ·g·xᵀ, and with b
+    LARS moves a weight w by η·c·|w| along its gradient, with a trust coefficient c of usually 1e-3. If w is zero it
+    uses the gradient itself. So the first step decides: ΔB = −η_B·s·g·(A₀·x)ᵀ or ΔA = −η_A·s·B₀ᵀ·g·xᵀ. With b
     independent tokens
 
         Init[A]   s²·τ_B·√(r·(r + b + 2 + b·r/n)) = 1
@@ -159,7 +159,7 @@ def first_step_rate(of: Updates, at: Site, a: float, b: float) -> float:
 
 
 def _grown(of: Updates, tau: float) -> float:
-    """z(τ), the size that a factor of zeros grows to."""
+    """Return z(τ), the size that a factor of zeros grows to."""
     if of.floor is None:
         first = tau / (of.steps or 4)
         return first * math.exp(tau - first)
@@ -167,12 +167,12 @@ def _grown(of: Updates, tau: float) -> float:
 
 
 def compounded(phi: float, steps: int | None) -> float:
-    """T·θ with (1 + θ)^T = e^φ: what T steps must add up to, to grow as far as many small ones of sum φ."""
+    """Return T·θ with (1 + θ)^T = e^φ: the sum of T steps that grow as much as many small steps of sum φ."""
     return phi if steps is None else steps * math.expm1(phi / steps)
 
 
 def _rising_root(change: Callable[[float], float], most: float) -> float:
-    """The τ up to `most` at which a rising function of τ is 1, by bisection of its logarithm to the last bit."""
+    """Return the τ up to `most` at which a rising function of τ is 1, by bisection on log τ."""
     low, high = -700.0, math.log(most)
     for _ in range(64):
         middle = (low + high) / 2
@@ -181,25 +181,25 @@ def _rising_root(change: Callable[[float], float], most: float) -> float:
 
 
 def _polynomial(terms: Terms, of: Updates, at: Site, a: float, b: float) -> float:
-    """The root σ of p·σ + q·σ² = 1, in quadrature under Init[B]: there the two are nearly orthogonal."""
+    """Return the root σ of p·σ + q·σ² = 1. Under Init[B] the terms are nearly orthogonal and add in quadrature."""
     p, q = terms(of, at)
     p, q = p * (b if at.init == "A" else a if at.init == "B" else 1.0), q * a * b
     return _in_quadrature(p, q) if at.init == "B" else 2.0 / (p + math.sqrt(p * p + 4.0 * q))
 
 
 def _in_quadrature(p: float, q: float) -> float:
-    """The root of hypot(p·x, q·x²) = 1."""
+    """Return the root x of hypot(p·x, q·x²) = 1."""
     return math.sqrt(2.0 / (p * p + math.sqrt(p**4 + 4.0 * q * q)))
 
 
 def sign_units(of: Updates, at: Site) -> tuple[float, float]:
-    """The two rates' units: a sum of n aligned terms for A, of r for B; s is the zero factor's to undo."""
+    """Return the units of η_A and η_B: a sum of n aligned terms for A, of r for B. The zero factor's also undoes s."""
     s_a, s_b = (1.0, at.scaling) if at.init == "A" else (at.scaling, 1.0)
     return 1.0 / (s_a * at.fan_in), 1.0 / (s_b * at.rank)
 
 
 def spectral_units(of: Updates, at: Site) -> tuple[float, float]:
-    """Norms instead of sums: ΔA·x of norm √r from x's √n, s·ΔB·A·x of norm √n from the features' √r."""
+    """Return the units of η_A and η_B by norms: ΔA·x has √r from √n of x, s·ΔB·A·x has √n from √r of the features."""
     factor = SHAPE_FACTORS[of.shape_factor]
     n, r = at.fan_in, at.rank
     s_a, s_b = (1.0, at.scaling) if at.init == "A" else (at.scaling, 1.0)
@@ -207,14 +207,16 @@ def spectral_units(of: Updates, at: Site) -> tuple[float, float]:
 
 
 class Form(NamedTuple):
-    """A family's condition: σ at a site, and the units of the two rates where they are derived.
+    """A family's condition.
 
-    batch is the exponent of the best rate in the batch: 1/2 for updates that do not grow with the gradient, as their
-    noise falls (Malladi et al., arXiv 2205.10287; 0.3 to 0.67 were measured here), 1 for those that do (Goyal et al.,
-    arXiv 1706.02677). For spectral and relative-scale updates the half is taken over without a source.
+    rate: σ at a site. units: the units of η_A and η_B, if they are derived for the family.
 
-    default is what the default law does with the form, by the rule of benchmarks/laws/law_check.py: "form" takes it,
-    "one rank" takes it without the rank, "one rate" leaves it out.
+    batch: the exponent of the best rate in the batch size. It is 1/2 for updates that do not grow with the gradient
+    (Malladi et al., arXiv 2205.10287), and 1 for those that do (Goyal et al., arXiv 1706.02677). For spectral and
+    relative-scale updates 1/2 is an assumption without a source.
+
+    default: how the default law uses the form, by the rule of benchmarks/laws/law_check.py. "form" uses it, "one rank"
+    uses it without the rank, "one rate" does not use it.
     """
 
     rate: Callable[[Updates, Site, float, float], float]
@@ -232,7 +234,7 @@ FORMS = {
     "first-step": Form(first_step_rate, default="one rate"),
     "unknown": _SIGN_LIKE,
 }
-# Muon's factor on a (rows, cols) update, by the names of torch.optim.Muon's adjust_lr_fn.
+# Muon's shape factor of a (rows, cols) update, by the names of torch.optim.Muon's adjust_lr_fn.
 SHAPE_FACTORS: dict[str, Callable[[float, float], float]] = {
     "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
@@ -241,18 +243,18 @@ SHAPE_FACTORS: dict[str, Callable[[float, float], float]] = {
 
 
 def known_family(optimizer_class: type, settings: Mapping[str, Any] | None = None) -> str:
-    """`optimizer_family`, or a `LawError` where it is unknown: what strict=True asks for."""
+    """Return `optimizer_family`; raise a `LawError` if it is unknown. strict=True asks for this."""
     family = optimizer_family(optimizer_class, settings)
     if family == "unknown":
         raise LawError(
-            f"{optimizer_class.__name__} is of no family that a law is derived for.",
-            "Leave strict out to scale it as a sign-like optimizer (Adam and kin), or use law='measured'.",
+            f"No law is derived for the family of {optimizer_class.__name__}.",
+            "Leave strict out to scale it as a sign-like optimizer (like Adam), or use law='measured'.",
         )
     return family
 
 
 def update_settings(optimizer_class: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `MuA` that an optimizer decides: family, Muon's shape factor, Adafactor's floor."""
+    """Return the arguments of `MuA` that follow from an optimizer: family, Muon's shape factor, Adafactor's floor."""
     return {
         "family": optimizer_family(optimizer_class, settings),
         "shape_factor": settings.get("adjust_lr_fn") or "original",

@@ -1,4 +1,4 @@
-"""`RankAwareOptimizer`: parameter groups with their rates, checkpoints, and the report."""
+"""`RankAwareOptimizer`: parameter groups and their rates, checkpoints, and the report."""
 
 from ._param_groups import effective_lr, rank_aware_param_groups
 from ._plain import to_plain_state_dict

@@ -1,4 +1,4 @@
-"""How sure a moved rate is: what stands behind a law's answer, in a phrase for the report's "why"."""
+"""The evidence for a moved rate, as a phrase for the report's "why"."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..laws import FORMS, Constant, Falling, LoRAPlus, Measured, MuA, OneRank
 from ._plan import Assignment, Plan
 
 _AS_TUNED = "as tuned"
-# From the surest to the least sure: a move by several steps is as sure as the last of them here.
+# From the most to the least certain. A move in several steps has the phrase of its least certain step.
 _ORDER = (
     "theory, measured",
     "measured, small runs",
@@ -17,14 +17,14 @@ _ORDER = (
     "theory, against small runs",
     "untested",
     "theory; one rate did better in small runs",
-    "a guess, as for Adam's kind",
+    "a guess, as for sign-like optimizers",
     "a rule of thumb",
     "a guess",
 )
 
 
 def how_sure(plan: Plan, made: Assignment) -> str:
-    """What stands behind the rate that `plan` gave a factor, in a phrase: tried are the default law and µA."""
+    """Return the evidence for the rate that `plan` gave a factor. Only the default law and µA were tested."""
     law = plan.law
     if plan.recipe is not None:
         return "calibrated, see its band"
@@ -41,7 +41,7 @@ def how_sure(plan: Plan, made: Assignment) -> str:
 
 
 def _moves(plan: Plan, made: Assignment) -> Iterator[str]:
-    """A phrase for each way in which a factor differs from the reference."""
+    """Yield a phrase for each way in which a factor differs from the reference."""
     at, measured = plan.reference, isinstance(plan.law, Falling)
     of_family = _of_family(plan, made.init)
     adam, init = plan.family == "sign-like", "B" if made.init == "B" else "A"
@@ -65,9 +65,9 @@ def _moves(plan: Plan, made: Assignment) -> Iterator[str]:
 
 
 def _of_family(plan: Plan, init: str | None) -> str:
-    """What a family's form rests on where rank or alpha differ (benchmarks/results/law_check.md, at Init[A])."""
+    """Return the evidence for a family's form if rank or alpha differ (benchmarks/results/law_check.md, at Init[A])."""
     if plan.family == "unknown":
-        return "a guess, as for Adam's kind"
+        return "a guess, as for sign-like optimizers"
     chosen = FORMS[plan.family].default
     if init == "B" or chosen == "one rate":
         return "theory"

@@ -1,7 +1,7 @@
-"""Groups: a plan cuts the user's parameters into merged, named, ordered parameter groups.
+"""Parameter groups: a plan splits the user's parameters into named, ordered groups.
 
-A group holds `lr`, the base rate, `rank_multiplier` and the plain scalars `lora_role`, `lora_rank`, `lora_scale`,
-`lora_init`, so that checkpoints stay loadable with weights_only=True.
+A group has `lr` (the base rate), `rank_multiplier` and the plain scalars `lora_role`, `lora_rank`, `lora_scale` and
+`lora_init`, so that checkpoints can be loaded with weights_only=True.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..inspection import ReferenceLike, Walk, as_reference, survey_of, walk
 from ..laws import DEFAULT_LAW, Law, caution_of
 from ._plan import Assignment, Plan, PlanOptions, make_plan
 
-GROUP_FORMAT = 2  # 1: rates were multiplied, and "rank_multiplier" was called "lr_multiplier"
-# What our groups hold beside torch's own keys: plain scalars, so that checkpoints load with weights_only=True.
+GROUP_FORMAT = 2  # in format 1 rates were multiplied, and "rank_multiplier" was called "lr_multiplier"
+# Keys of our groups besides torch's. Their values are plain scalars, so that checkpoints load with weights_only=True.
 TAGS = (
     "rank_multiplier",
     "lora_role",
@@ -40,12 +40,12 @@ _OF_LR = "the base rate: our step multiplies it, to_plain_state_dict(opt) is for
 
 
 def model_of(params: Any, model: nn.Module | None) -> nn.Module:
-    """The model that holds the adapters: `model`, or where that is left out `params` itself."""
+    """Return the model that holds the adapters: `model`, by default `params`."""
     found = params if model is None else model
     if not isinstance(found, nn.Module):
         raise OptimizerError(
-            "Parameters alone do not say which of them are LoRA factors.",
-            "Give the model: as the first argument, or as model= beside parameters or an optimizer.",
+            "LoRA factors cannot be found from parameters alone.",
+            "Give the model as the first argument, or as model= with parameters or an optimizer.",
         )
     return found
 
@@ -61,17 +61,24 @@ class UserGroup(NamedTuple):
         return tuple(name for name, _ in self.named)
 
     def without(self, option: str) -> UserGroup:
-        """The group without one of its options."""
+        """Return the group without one of its options."""
         return self._replace(options={key: value for key, value in self.options.items() if key != option})
 
 
 def user_groups(
     params: Any, model: nn.Module, walked: Walk, first: int = 0, *, outside: bool = False
 ) -> list[UserGroup]:
-    """The user's parameters as named groups: a model, parameters, named parameters, or dicts of them.
+    """Return the user's parameters as named groups.
 
-    A model stands for its trainable parameters. Raises OptimizerError where a parameter comes twice, or where none is
-    the model's unless `outside`.
+    Args:
+        params: a model (its trainable parameters), parameters, named parameters, or dicts of them.
+        model: the model that holds the adapters.
+        walked: the model's parameters.
+        first: number of the first group.
+        outside: whether it is allowed that no parameter belongs to the model.
+
+    Raises:
+        OptimizerError: a parameter is listed twice, there is none, or none belongs to the model.
     """
     if isinstance(params, nn.Module):
         own = walked if params is model else walk(params)
@@ -92,7 +99,7 @@ def user_groups(
     if seen.isdisjoint(names) and not outside:
         raise OptimizerError(
             f"None of the {len(seen)} parameters given belongs to the model.",
-            "Pass the model that these parameters come from as model=.",
+            "Give the model that these parameters belong to as model=.",
         )
     return [group for group in groups if group.named]
 
@@ -111,20 +118,20 @@ def _user_group(group: Mapping[str, Any], number: int, names: Mapping[int, str])
             raise OptimizerError(
                 f"A parameter group holds a {type(param).__name__}.", "Give tensors, (name, tensor) pairs, or dicts."
             )
-        if id(param) not in names and (name is None or name in taken):  # outside the model: never the model's name
+        if id(param) not in names and (name is None or name in taken):  # not in the model, so not named as one of it
             name = f"group{number}.{name or 'unnamed'}.{len(named)}"
         named.append((names.get(id(param), name), param))
     return UserGroup(named, {k: plain_lr(v) for k, v in group.items() if k not in ("params", "param_names")})
 
 
 def own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group as its user means it: what this package wrote into it is taken out, its rate the base rate again."""
+    """Return a group without the keys that this package wrote, and at its base rate."""
     ours = "rankaware_format" in group
     clash = next((key for key in TAGS if key in group), None)
     if clash is not None and not ours:
         raise OptimizerError(
-            f"A parameter group holds {clash!r}, a key under which this package keeps what it decides.",
-            "Give your own key another name.",
+            f"A parameter group has the key {clash!r}, which this package uses.",
+            "Rename your key.",
         )
     made = {key: value for key, value in group.items() if key not in (*TAGS, "rank_multiplied")}
     if group.get("rank_multiplied"):
@@ -133,7 +140,7 @@ def own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class PlannedGroup(NamedTuple):
-    """A group to be built: parameters of one user group that share an assignment, with that user group's options."""
+    """A group to build: parameters of one user group that share an assignment, with that user group's options."""
 
     assignment: Assignment
     named: list[tuple[str, torch.Tensor]]
@@ -142,7 +149,7 @@ class PlannedGroup(NamedTuple):
     recipe_tag: str = ""
 
     def as_dict(self, *, named: bool = True) -> dict[str, Any]:
-        """The group for torch, its lr still the user's own."""
+        """Return the group for torch, with the user's lr."""
         params = [p for _, p in self.named]
         a = self.assignment
         decided = (a.multiplier, a.role, a.rank, a.scaling, a.init)
@@ -152,12 +159,12 @@ class PlannedGroup(NamedTuple):
 
 
 def shapes_text(params: Iterable[torch.Tensor]) -> str:
-    """Shapes as one plain string, "8x64 64x8": a checkpoint says by it what its state belongs to."""
+    """Return shapes as one string, such as "8x64 64x8". A checkpoint stores it to identify its state."""
     return " ".join("x".join(map(str, p.shape)) for p in params)
 
 
 def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 0) -> list[PlannedGroup]:
-    """Cut each user group by assignment, in the user's order, never merging two. They are counted from `first`."""
+    """Split each user group by assignment, in the user's order. They are never merged. `first` is the first number."""
     factors = {f.name: f for f in survey.factors}
     planned: list[PlannedGroup] = []
     tag = "" if plan.recipe is None else plan.recipe.tag
@@ -170,7 +177,7 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
             options = {**group.options, **{key: [] for key in listed}}
             part = cut.setdefault(assignment, PlannedGroup(assignment, [], options, number, tag))
             part.named.append((name, param))
-            for key in listed:  # one value a parameter, as PEFT's LoRA-FA and some of pytorch_optimizer keep
+            for key in listed:  # one value per parameter, as in PEFT's LoRA-FA and some of pytorch_optimizer
                 part.options[key].append(group.options[key][position])
         planned.extend(cut.values())
     moved = [part for part in planned if part.assignment.rate is None]
@@ -181,33 +188,33 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
 
 
 def set_ratio(group: dict[str, Any], assignment: Assignment) -> None:
-    """Make a rate of its own a ratio to the group's base rate, so that schedules move it too, and check the product."""
+    """Turn an explicit rate into a ratio to the group's base rate, so that schedulers scale it. Check the product."""
     if assignment.rate is not None:
         group["rank_multiplier"] = assignment.rate / float(group["lr"])
     check_product(group)
 
 
 def check_product(group: Mapping[str, Any], error: type[RankAwareError] = OptimizerError) -> None:
-    """Refuse a base rate whose product with the multiplier, in numbers of its own kind, is 0 or infinite."""
+    """Raise if the base rate times the multiplier, in the base rate's dtype, is 0 or infinite."""
     base, multiplier = group["lr"], group["rank_multiplier"]
     rate = float(base * multiplier)
     if float(base) and not 0 < rate < math.inf:
         raise error(
             f"The base rate {base!r} times the multiplier {multiplier:.3g} of a group is {rate}.",
-            "Give a rate whose products are positive finite numbers, a tensor in float32.",
+            "Give a rate whose product is a positive finite number. A tensor should be float32.",
         )
 
 
 def effective_lr(group: Mapping[str, Any]) -> float:
-    """The rate that a group trains at: base rate × multiplier, or what a native optimizer's group holds."""
+    """Return the rate that a group trains at: base rate × multiplier, or the lr of a native optimizer's group."""
     multiplied = group.get("rank_multiplied", False)
     return float(group["lr"]) * (1.0 if multiplied else group.get("rank_multiplier", 1.0))
 
 
 def multiply_for_native(group: dict[str, Any], scale_weight_decay: bool = True) -> None:
-    """Multiply a group's rate once, for an optimizer whose step is torch's own, and say so in the group.
+    """Multiply a group's rate once, for an optimizer with torch's own step, and record it in the group.
 
-    A decoupled decay is lr × weight_decay: without scale_weight_decay it is divided so that the product stays.
+    Without scale_weight_decay a decoupled decay, lr × weight_decay, is kept by dividing weight_decay.
     """
     group["lr"], group["rank_multiplied"] = group["lr"] * group["rank_multiplier"], True
     del group["rankaware_lr"]
@@ -234,12 +241,33 @@ def rank_aware_param_groups(
     batch: float | None = None,
     strict: bool = False,
 ) -> list[dict[str, Any]]:
-    """Parameter groups with their rates, for any torch optimizer: the wrapper's work without the wrapper.
+    """Return parameter groups with their rates, for any torch optimizer without the wrapper.
 
-    group["lr"] = (the user group's lr, or `lr`) × group["rank_multiplier"]. There is no step of ours, so a scheduler
-    that sets rates outright erases the multipliers. `params` is a model, or groups with `model=`. optimizer_class and
-    its settings decide the law's form: Muon's adjust_lr_fn and Adafactor's scale_parameter matter. named=False leaves
-    the names out, as ZeroRedundancyOptimizer needs.
+    group["lr"] is the user group's lr, or `lr`, times group["rank_multiplier"]. The optimizer's step does not multiply
+    again. A scheduler that sets rates to absolute values therefore removes the multipliers.
+
+    Args:
+        params: a model (its trainable parameters), or parameters or groups with `model=`.
+        lr: the base rate, per step, tuned at `tuned_at`.
+        model: the model that holds the adapters, if it is not `params`.
+        law: a law or its name.
+        tuned_at: the configuration of `lr`, as for `RankAwareOptimizer`.
+        optimizer_class: the optimizer that gets the groups. It decides the form of the law.
+        settings: its settings. Muon's adjust_lr_fn and Adafactor's scale_parameter change the law's form.
+        named: whether groups contain parameter names. ZeroRedundancyOptimizer needs False.
+        method: "lora", or "full" for full finetuning of a model without adapters.
+        init: as for `RankAwareOptimizer`.
+        rates: as for `RankAwareOptimizer`.
+        other_lr: as for `RankAwareOptimizer`.
+        per_layer_width: as for `RankAwareOptimizer`.
+        across_inits: as for `RankAwareOptimizer`.
+        batch: as for `RankAwareOptimizer`.
+        strict: as for `RankAwareOptimizer`.
+
+    Raises:
+        OptimizerError: the parameters or a rate cannot be used.
+        InspectionError: the adapters cannot be read.
+        LawError: the law cannot be used.
 
     >>> pair = torch.nn.Module()
     >>> pair.lora_A, pair.lora_B = torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(8, 64, bias=False)

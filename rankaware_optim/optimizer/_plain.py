@@ -1,4 +1,4 @@
-"""To a plain optimizer: the state of ours for native groups, its rates multiplied, or for the user's own."""
+"""The state of a RankAwareOptimizer for a plain torch optimizer."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ._param_groups import TAGS
 
 
 def to_plain_state_dict(opt: Any, names: Sequence[str] | None = None, *, own_groups: bool = False) -> dict[str, Any]:
-    """The state for a native optimizer, whose step does not multiply.
+    """Return a state_dict for a native optimizer, whose step does not multiply rates.
 
-    By default its groups are cut as here and hold the rates that are trained at, base rate × multiplier: load it into
-    a native optimizer built from `rank_aware_param_groups`. Every group is there, and no key of ours.
+    By default it has the same groups, with the rates that are trained at: base rate × multiplier. Load it into a native
+    optimizer built from `rank_aware_param_groups`. It has all groups and no keys of this package.
 
     Args:
         opt: a `RankAwareOptimizer`.
         names: all parameter names in the order of a native optimizer with one group, such as those of
             model.named_parameters(). It implies own_groups.
-        own_groups: cut the groups as the user's own, at their base rates. So the law is left behind.
+        own_groups: whether to use the user's groups at their base rates. The law is then not applied.
     """
     state = opt.state_dict()
     if names is None and not own_groups:

@@ -1,4 +1,4 @@
-"""The plan: from a survey, a law and the user's options to the rate of every parameter, by name."""
+"""The plan: the rate of every parameter by name, from a survey, a law and the user's options."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from .._checks import check_lr, plain_lr
 from .._optimizers import optimizer_family
 from .._rate import Rate
+from .._survey_text import init_text
 from .._types import Factor, Method, Reference, Survey
 from .._warn import warn
 from ..errors import OptimizerError
@@ -32,7 +33,7 @@ from ._recipe_use import RecipeUse, Run, use_recipe
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the user says about rates beside the base rate, as `RankAwareOptimizer` takes it: checked once."""
+    """Arguments of `RankAwareOptimizer` about rates, except the base rate. They are checked once."""
 
     law: str | Law = DEFAULT_LAW
     tuned_at: Reference | None = None
@@ -53,14 +54,14 @@ class PlanOptions:
             raise OptimizerError(f"batch is {batch!r}.", "Give a positive number, or leave it out.")
 
     def rate_of(self, name: str) -> float | None:
-        """The rate of the first pattern that matches `name`, or None."""
+        """Return the rate of the first pattern that matches `name`, or None."""
         return plain_lr(next((rate for pattern, rate in self.rates.items() if fnmatchcase(name, pattern)), None))  # type: ignore[no-any-return]
 
 
 class Assignment(NamedTuple):
-    """What is decided for one parameter. Parameters of equal assignment share a group.
+    """The decision for one parameter. Parameters with equal assignments share a group.
 
-    `multiplier` is of the base rate, dimensionless. `rate` replaces the product by a rate of its own.
+    `multiplier` multiplies the base rate. `rate`, if given, replaces the product.
     """
 
     role: str = "other"
@@ -73,11 +74,12 @@ class Assignment(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What the options come to for one model and optimizer: from a factor or a name to an `Assignment`.
+    """The options resolved for one model and optimizer. It maps a factor or a name to an `Assignment`.
 
-    law: bound to the optimizer. reference: resolved. width: the model's. batch_multiplier: what another batch than the
-    reference's multiplies every rate by, other parameters' too; steps_multiplier: the same for a recipe's steps.
-    recipe: what the base rate is from, or None; others: its rates of other parameters. family: the optimizer's.
+    law: bound to the optimizer. reference: with its `fan_in`. width: the model's. batch_multiplier: factor of every
+    rate, those of other parameters included, if the batch differs from the reference's. steps_multiplier: the same for
+    a recipe's steps. recipe: the source of the base rate, or None. others: its rates of other parameters. family: the
+    optimizer's.
     """
 
     options: PlanOptions
@@ -94,14 +96,18 @@ class Plan:
 
     @property
     def run_multiplier(self) -> float:
-        """What the run's batch and steps multiply every rate by."""
+        """The factor of every rate for the run's batch and steps."""
         return self.batch_multiplier * self.steps_multiplier
 
     def assign(self, name: str, factor: Factor | None, *, own_lr: bool = False, trains: bool = True) -> Assignment:
-        """The assignment of the parameter `name`, which is `factor` or, where that is None, an other one.
+        """Return the assignment of a parameter.
 
-        own_lr: whether the user's group has a rate of its own, which decides an other parameter's before a recipe does.
-        trains: whether the parameter does; the rate of one that does not is not asked for.
+        Args:
+            name: the parameter's name.
+            factor: the LoRA factor or whole weight that it is, None for other parameters.
+            own_lr: whether the user's group has an explicit rate. For other parameters it takes precedence over a
+                recipe.
+            trains: whether the parameter trains. One that does not needs no rate.
         """
         pinned = self.options.rate_of(name)
         if factor is None:
@@ -116,24 +122,24 @@ class Plan:
         return Assignment(factor.role, factor.rank, factor.scaling, factor.init, moved, pinned)
 
     def has_own_rate(self, group: Mapping[str, Any]) -> bool:
-        """Whether a built group has a rate of its own, by `rates` or `other_lr`."""
+        """Return whether a built group has an explicit rate, by `rates` or `other_lr`."""
         return self.is_named(group) or (group.get("lora_role") == "other" and self.options.other_lr is not None)
 
     def reason_of_other(self, names: Sequence[str], multiplier: float) -> str:
-        """Where the rate of parameters that are no factors is from, at `multiplier` times the base rate, in words."""
+        """Return in words where the rate of parameters that are not factors comes from."""
         if self.others is None or not names or (multiplier == self.run_multiplier and not self.others.knows(names[0])):
             return "the base rate"
         return self.others.reason(names[0])
 
     def is_named(self, group: Mapping[str, Any]) -> bool:
-        """Whether a pattern of `rates` names a built group's parameters."""
+        """Return whether a pattern of `rates` matches a built group's parameters."""
         return any(self.options.rate_of(name) is not None for name in group.get("param_names", ())[:1])
 
     def multiplier(self, factor: Factor) -> float:
-        """The law's answer for `factor`, seen at the model's width and along its own init's law.
+        """Return the law's multiplier for `factor`, at the model's width and within the law of the factor's init.
 
-        Factors with neither half zero keep the base rate. An embedding's input is one-hot, so its width is 1 and its
-        rate moves along its own init's law alone. From a full-finetuning rate, which has no start, it does not move.
+        Pairs in which neither factor starts at zero keep the base rate. An embedding's input is one-hot, so its width
+        is 1, and its rate moves only within its init. It does not move from a full-finetuning rate, which has no init.
         """
         reference, own_width = self.reference, self.options.per_layer_width
         if factor.role == "full":
@@ -159,17 +165,17 @@ def make_plan(
     recipe: Recipe | None = None,
     run: Run | None = None,
 ) -> Plan:
-    """Bind the law, resolve the reference and match the user's patterns, before anything is built."""
+    """Bind the law, resolve the reference and match the user's patterns. Nothing is built yet."""
     names = [*(f.name for f in survey.factors), *survey.other]
     for pattern in options.rates:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise OptimizerError(
                 f"The pattern {pattern!r} of rates= matches none of {len(names)} trainable parameters.",
-                f"Patterns are those of fnmatch on full names, such as {names[-1]!r}.",
+                f"Give an fnmatch pattern of full names, such as {names[-1]!r}.",
             )
     method: Method = "full" if any(f.role == "full" for f in survey.factors) else "lora"
     moved = replace(survey, factors=tuple(f for f in survey.factors if options.rate_of(f.name) is None))
-    fallback = survey.dominant() if survey.factors else Reference(method="full")  # no pair: nothing will be moved
+    fallback = survey.dominant() if survey.factors else Reference(method="full")  # without pairs no rate is moved
     reference = (options.tuned_at or fallback).resolve(moved)
     law = get_law(options.law)
     use: RecipeUse | None = None
@@ -193,79 +199,79 @@ def make_plan(
 
 
 def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: Mapping[str, Any] | None) -> list[str]:
-    """What the report should say of the plan: what no law covers, what is a guess, and what was not asked for."""
+    """Return the report's notes on the plan: what no law covers, what is uncertain, and what was assumed."""
     law, reference, options = plan.law, plan.reference, plan.options
     notes = []
     inits = {f.init for f in survey.factors if f.role != "full"}
     if "other" in inits:
         notes.append(
-            "Adapters with neither factor zero (PiSSA, OLoRA, LoRA-GA, or trained ones of undeclared init) stay at the "
-            "base rate, since no law covers them: name their init by init='A' or 'B' if you know it."
+            "Adapters with neither factor zero (PiSSA, OLoRA, LoRA-GA, or trained ones of undeclared init) keep the "
+            "base rate, since no law covers them: give init='A' (B = 0 at the start) or 'B' (A = 0) if you know it."
         )
         warn(notes[-1])
     if options.tuned_at is None and len({(f.rank, f.scaling, f.init) for f in survey.factors}) > 1:
         notes.append(f"tuned_at not given: lr counts as tuned at {reference}, the most common of this model.")
     if "unknown" in inits:
-        notes.append("The init of some adapters could not be read; they count as Init[A].")
+        notes.append("The init of some adapters could not be read. It is assumed that they started at B = 0.")
     others = {f.init for f in survey.factors if f.kind != "embedding"} & {"A", "B"} - {reference.init}
     crossing = bool(others) and plan.method == reference.method == "lora"
     if crossing and options.across_inits and law.falls_with_rank:
         notes.append(
-            "Between the inits the law is a guess, from Init[A] to Init[B] up to three octaves too high in the study's "
+            "Between the inits the law is a guess, from B = 0 to A = 0 up to three octaves too high in the study's "
             "domains: try a quarter of the rate too, or calibrate there."
         )
     if crossing and not options.across_inits:
         notes.append(
-            f"Adapters at Init[{others.pop()}] are scaled along their own init's law from a rate tuned at "
-            f"Init[{reference.init}]; across_inits=True lets the law carry the rate across."
+            f"Adapters at {init_text(others.pop())} are scaled within their own init, though the rate was tuned at "
+            f"{init_text(reference.init)}; across_inits=True lets the law move the rate between inits."
         )
     if plan.method == "full" and reference.method == "lora" and law.name != "power":
         notes.append(_full_note(plan))
     if optimizer_class is not None and get_law(options.law).name != "constant":
         notes += _family_notes(plan, optimizer_class.__name__)
     if options.batch is not None and reference.batch is None:
-        notes.append("The reference names no batch, so this run's moves no rate: tuned_at=Reference(..., batch=...).")
+        notes.append("The reference has no batch, so batch= moves no rate: give tuned_at=Reference(..., batch=...).")
     elif plan.batch_multiplier != 1.0:
         change = f"From batch {reference.batch:g} to {options.batch:g}"
         notes.append(f"{change} every rate is multiplied by {plan.batch_multiplier:.3g}, a rule of thumb.")
     elif options.batch != reference.batch and options.batch is not None:
-        notes.append(f"The law {law.name!r} moves no rate with the batch.")
+        notes.append(f"The law {law.name!r} does not move rates with the batch.")
     return notes
 
 
 def _full_note(plan: Plan) -> str:
-    """What a LoRA rate is worth that is taken to full finetuning without a calibration."""
+    """Return a note on the uncertainty of a LoRA rate that is moved to full finetuning without a calibration."""
     if plan.law.name == "constant":
         return (
-            "No law moves this LoRA rate to full finetuning, whose best rate may lie octaves away: calibrate with full "
+            "No law moves this LoRA rate to full finetuning, whose best rate may be octaves away: calibrate with full "
             "runs."
         )
     known = plan.family in ("sign-like", "unknown")
     worth = "is good to an octave or two" if known else f"was never tried with {plan.family} optimizers"
     return (
-        f"From a LoRA rate alone the law's point for full finetuning {worth}, and too high costs more than too low: "
+        f"From a LoRA rate alone the law's rate for full finetuning {worth}, and too high costs more than too low: "
         "start at half of it, or calibrate with full runs."
     )
 
 
 def _family_notes(plan: Plan, optimizer: str) -> list[str]:
-    """A line on an optimizer that is not sign-like: what moves its rates, and why that."""
+    """Return a note on an optimizer that is not sign-like: which law moves its rates, and why."""
     law, family = plan.law, plan.family
     if family == "sign-like":
         return []
     if family == "unknown":
-        words = "is of an unknown family; it is scaled as a sign-like optimizer, such as Adam"
+        words = "is of an unknown family and is scaled as a sign-like optimizer, such as Adam"
     elif isinstance(law, Constant):
-        words = f"is {family}: no run has tried µA's form for that family, so one rate is kept; law='mua' moves it"
+        words = f"is {family}: µA's form for that family was not tested, so all ranks have one rate; law='mua' moves it"
     elif isinstance(law, OneRank):
         words = (
-            f"is {family}: in small runs its best rate followed alpha by µA's form, but not rank, so its rates do too; "
-            "law='mua' moves them with rank"
+            f"is {family}: in small runs its best rate followed µA's form with alpha but not with rank, so its rates "
+            "do the same; law='mua' moves them with rank"
         )
     elif getattr(innermost(law), "family", None) == family:
         words = f"is {family}: µA's form for that family moves its rates, derived for square layers"
         if FORMS[family].default == "form":
             words += "; in small runs it lost less than one rate"
     else:
-        words = f"is {family}, which the law {law.name!r} does not know of"
+        words = f"is {family}, for which the law {law.name!r} has no form"
     return [f"{optimizer} {words}."]

@@ -1,4 +1,4 @@
-"""A recipe and the run it is used for: whether they agree, and what the recipe's rates come to there."""
+"""A recipe and the run that uses it: whether they agree, and the recipe's rates for the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..recipe import OtherRates, Recipe, differences, is_for, other_rates_on, pl
 
 
 class Run(NamedTuple):
-    """What a recipe is used for: the optimizer, its settings in force, and batch, steps and warm-up where given."""
+    """A run that uses a recipe: the optimizer, its effective settings, and batch, steps and warm-up if given."""
 
     optimizer: type
     settings: Mapping[str, Any]
@@ -22,7 +22,7 @@ class Run(NamedTuple):
 
 
 class RecipeUse(NamedTuple):
-    """What a recipe comes to in a run: what to know, what every rate is multiplied by, other parameters' rates."""
+    """A recipe in a run: notes, the factor of every rate for the run's steps, and the rates of other parameters."""
 
     notes: tuple[str, ...]
     by_steps: float
@@ -30,7 +30,7 @@ class RecipeUse(NamedTuple):
 
 
 def use_recipe(recipe: Recipe, survey: Survey, run: Run) -> RecipeUse:
-    """Move the recipe's rates to the run's steps. Warns once of what is another than the recipe was made with."""
+    """Move the recipe's rates to the run's steps. Warn once if the run differs from the recipe's trials."""
     batch = None if recipe.batch is None else run.batch
     rate, by_steps = rate_on(recipe, survey, run.steps, batch), 1.0
     if run.steps is not None:
@@ -47,18 +47,18 @@ def use_recipe(recipe: Recipe, survey: Survey, run: Run) -> RecipeUse:
 
 
 def _differing(recipe: Recipe, run: Run) -> str:
-    """What the recipe was made with and the run has otherwise, and what to do about it; empty where nothing differs."""
+    """Return in words how the run differs from the recipe's trials, and what to do about it; "" if it does not."""
     own, other = recipe.optimizer.rpartition(".")[2], run.optimizer.__name__
     made: dict[str, Any] = {name: plain_value(value) for name, value in recipe.settings.items()}
     here: dict[str, Any] = dict(run.settings)
     if not is_for(recipe, run.optimizer):
         made = {"optimizer": own, "family": known_optimizer(own)[1].family}
         here = {"optimizer": other, "family": optimizer_family(run.optimizer, run.settings)}
-        cure = f"Its rates are {own}'s and say little of {other}'s: calibrate with {other}."
+        cure = f"Its rates are for {own} and not for {other}: calibrate with {other}."
     elif differences(made, here):
-        cure = "Its rates belong to what it was made with: apply_settings=True takes its optimizer's settings."
+        cure = "Its rates belong to these settings: apply_settings=True uses them."
     else:
-        cure = "Its rates belong to what it was made with, and are the less sure the farther from it."
+        cure = "Its rates belong to these settings, and are less certain for others."
     for name, was, now in (
         ("batch", recipe.batch, run.batch),
         ("steps", recipe.steps, run.steps),

@@ -1,6 +1,6 @@
-"""A checkpoint tried on stand-ins of a few numbers before it is loaded, since torch checks next to nothing.
+"""Test a checkpoint on small stand-ins of the parameters before it is loaded, since torch checks very little.
 
-torch loads a moment of any shape: its fused kernels then write past the end of it, others raise in `step`.
+torch loads a moment of any shape. Its fused kernels then write past the end of it, and others raise in `step`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,27 @@ from ._param_groups import check_product
 Group = dict[str, Any]
 Shape = tuple[int, ...]
 Matched = tuple[str, torch.Tensor, Any, Mapping[str, Any]]
-_MOST = 2**24  # numbers in a stand-in of full size, which another package's optimizer needs
+_MOST = 2**24  # most numbers in a full-sized stand-in, which another package's optimizer needs
 _CURE = "Load a checkpoint of the same optimizer class and model, or start with a fresh optimizer state."
 
 
 def check_loadable(
     native: type[Optimizer], defaults: Mapping[str, Any], groups: Sequence[Group], fitted: Mapping[str, Any]
 ) -> None:
-    """Refuse a checkpoint, laid out like `groups`, that an optimizer of class `native` could not hold or step with.
+    """Check that an optimizer of class `native` can hold a checkpoint and step with it.
 
-    Where the step is torch's own, stand-ins of all parameters take steps with the checkpoint's settings, then with
-    its state. Another package's state may have any shape: a tensor of another shape than its parameter's is refused
-    where the optimizer itself makes it of the parameter's.
+    For torch's optimizers, stand-ins of all parameters take steps with the checkpoint's settings, then with its state.
+    The state of another package's optimizer may have any shape. A tensor is refused if its shape differs from its
+    parameter's although the optimizer makes it with the parameter's shape.
+
+    Args:
+        native: the optimizer class.
+        defaults: the optimizer's defaults.
+        groups: the optimizer's groups.
+        fitted: the checkpoint, with the same groups.
 
     Raises:
-        CheckpointError: it does not fit.
+        CheckpointError: the checkpoint does not fit.
     """
     for group in fitted["param_groups"]:
         check_product(group, CheckpointError)
@@ -49,7 +55,7 @@ def check_loadable(
     except Exception as error:
         try:
             _stepped(native, defaults, groups, _small)
-        except Exception:  # nor without a checkpoint: SparseAdam, differentiable=True
+        except Exception:  # it cannot step without a checkpoint either: SparseAdam, differentiable=True
             return
         raise CheckpointError(f"No step can be taken with the checkpoint's settings: {error!r}.", _CURE) from error
     state = {
@@ -63,14 +69,14 @@ def check_loadable(
 
 
 def _matched(groups: Sequence[Group], fitted: Mapping[str, Any]) -> list[Matched]:
-    """Name, parameter, its key in the checkpoint and its state there, for every parameter."""
+    """Return, for every parameter: name, parameter, its key in the checkpoint, and its state there."""
     keys = chain.from_iterable(group["params"] for group in fitted["param_groups"])
-    named = chain.from_iterable(zip(g["param_names"], g["params"], strict=False) for g in groups)  # flat: of the first
+    named = chain.from_iterable(zip(g["param_names"], g["params"], strict=False) for g in groups)  # flat: first name
     return [(name, p, key, fitted["state"].get(key) or {}) for (name, p), key in zip(named, keys, strict=True)]
 
 
 def _small(shape: Shape) -> Shape:
-    """The shape of a stand-in: sizes that differ by axis, so that a state's axes are recognised."""
+    """Return the shape of a stand-in. Its sizes differ by axis, so that the axes of a state can be recognised."""
     return tuple(min(size, 2 + axis) for axis, size in enumerate(shape))
 
 
@@ -81,9 +87,12 @@ def _stepped(
     shape_of: Callable[[Shape], Shape],
     checkpoint: Mapping[str, Any] | None = None,
 ) -> list[Mapping[str, Any]]:
-    """The state that two steps make of stand-ins for the parameters of `groups`, in a fresh optimizer like theirs.
+    """Take two steps with stand-ins for the parameters of `groups`, in a new optimizer, and return its state.
 
-    No hook runs. Raises what the load or the step raises, and ArithmeticError where the step gives no finite numbers.
+    No hooks run. Errors of the load or the step are passed on.
+
+    Raises:
+        ArithmeticError: the step does not give finite numbers.
     """
     settings = [deepcopy({key: value for key, value in group.items() if key != "params"}) for group in groups]
     params = [[_ones(shape_of(tuple(p.shape)), p) for p in group["params"]] for group in groups]
@@ -96,7 +105,7 @@ def _stepped(
     for param in stood:
         param.grad = torch.ones_like(param)
     with torch.random.fork_rng(devices={p.device.index for p in stood if p.device.type == "cuda"}):
-        for _ in range(2):  # the first makes what the second uses: SGD's dampening
+        for _ in range(2):  # the second step uses state of the first, such as SGD's momentum
             getattr(native.step, "__wrapped__", native.step)(made)
     if not all(bool(param.isfinite().all()) for param in stood):
         raise ArithmeticError("it gives parameters that are not finite")
@@ -108,9 +117,9 @@ def _ones(shape: Shape, param: torch.Tensor) -> nn.Parameter:
 
 
 def _stand_in(what: str, value: Any, param: torch.Tensor, made: Any) -> Any:
-    """What stands for `value`, a parameter's state: zeros of the shape that the step `made` of the stand-in's.
+    """Return the stand-in of `value`, a parameter's state: zeros of the shape of `made`, the stand-in's own state.
 
-    Single numbers, such as step counters, are themselves. Another shape is refused.
+    Single numbers, such as step counters, are returned unchanged. A different shape is refused.
     """
     if not isinstance(value, torch.Tensor):
         return deepcopy(value)
@@ -132,7 +141,7 @@ def _stand_in(what: str, value: Any, param: torch.Tensor, made: Any) -> Any:
 def _check_odd_shapes(
     native: type[Optimizer], defaults: Mapping[str, Any], groups: Sequence[Group], fitted: Mapping[str, Any]
 ) -> None:
-    """The check of another package's optimizer, by a step of a full-sized stand-in for each shape in question."""
+    """Check another package's optimizer by a step of a full-sized stand-in for each shape in question."""
     made: dict[Any, Mapping[str, Any]] = {}
     owners = [(number, group) for number, group in enumerate(groups) for _ in group["params"]]
     for (number, group), (name, param, _, saved) in zip(owners, _matched(groups, fitted), strict=True):
@@ -142,7 +151,7 @@ def _check_odd_shapes(
         if odd and at not in made and param.numel() <= _MOST:
             try:
                 (made[at],) = _stepped(native, defaults, [{**group, "params": [param]}], lambda shape: shape)
-            except Exception:  # it steps otherwise: by a closure, on another device, with what its constructor made
+            except Exception:  # it needs a closure, another device, or state from its constructor
                 made[at] = {}
         for key, value in odd.items():
             if param.shape == getattr(made.get(at, {}).get(key), "shape", None):

@@ -1,4 +1,4 @@
-"""The report: what every parameter group is, what rate it has, why, and what to check."""
+"""The report: each parameter group's kind, its rate, the reason for it, and what to check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from textwrap import fill
 from typing import Any
 
-from .._survey_text import NO_LAW, Rated, reason_of_other
+from .._survey_text import NO_LAW, Rated, init_text, reason_of_other
 from .._tables import text_table
 from .._types import Factor, Survey
 from ..inspection import other_kind
@@ -25,7 +25,10 @@ _NOT_GIVEN = "tuned_at not given: nothing is moved"
 
 @dataclass(frozen=True)
 class Row:
-    """One group of the report: base_lr × multiplier = lr, at present. `count` is of tensors, fans are (least, most)."""
+    """One group of the report, with its current rates: lr = base_lr × multiplier.
+
+    count: number of tensors. fan_in, fan_out: (least, most).
+    """
 
     role: str
     rank: int | None
@@ -42,9 +45,9 @@ class Row:
     fan_out: tuple[float, ...] = ()
 
     def cells(self) -> tuple[str, ...]:
-        """The row as text, in the order of the report's headings, all but the last."""
+        """Return the row as text, in the order of the report's headings without the last."""
         scaling = "" if self.scaling is None else f"{self.scaling:g}"
-        shown = (self.role, str(self.rank or ""), scaling, self.init or "")
+        shown = (self.role, str(self.rank or ""), scaling, init_text(self.init or ""))
         fans = ("–".join(f"{end:g}" for end in dict.fromkeys(ends)) for ends in (self.fan_in, self.fan_out))
         rates = (f"{self.base_lr:.3g}", f"{self.multiplier:.4g}", f"{self.lr:.3g}")
         return (*shown, *fans, str(self.count), *rates)
@@ -52,11 +55,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Per group: role, rank, scaling, init, fans, count, multiplier, rate, and why. `str()` draws it.
+    """The parameter groups with their rates and the reasons for them. `str()` makes a table of at most 100 columns.
 
-    It is at most 100 columns wide; per_module draws a line for each tensor instead, as wide as its name asks for.
-    audit: known accidents that the groups show, a sentence each. carried: per parameter, what the last checkpoint of
-    another rank left of its moments. survey: what was inspected.
+    Args:
+        rows: one entry per group: role, rank, scaling, init, fan-in, fan-out, count, multiplier, rate and reason.
+        notes: sentences on the law and the rates.
+        title: the table's title.
+        carried: per parameter, what was kept of its moments when a checkpoint of another rank was loaded.
+        audit: sentences on likely mistakes that the groups show.
+        survey: the inspected model.
+        per_module: whether the table has one line per tensor. Long names make it wider.
     """
 
     rows: tuple[Row, ...]
@@ -88,7 +96,7 @@ def make_report(
     carried: tuple[Carried, ...] = (),
     per_module: bool = False,
 ) -> Report:
-    """A report of built groups at their present rates."""
+    """Return the report of built groups at their current rates."""
     factors = {f.name: f for f in survey.factors}
     asked = (group.get("rank_multiplier", 1.0) for group in param_groups if not plan.has_own_rate(group))
     unmoved = plan.options.tuned_at is None and set(asked) <= {1.0}
@@ -99,7 +107,7 @@ def make_report(
 
 
 def plan_rates(plan: Plan, survey: Survey, lr: float) -> dict[str, Rated]:
-    """What `plan` gives every factor of `survey` at the base rate `lr`, for `Survey.explain`."""
+    """Return the rate of every factor of `survey` at the base rate `lr`, for `Survey.explain`."""
     made = {f.name: plan.assign(f.name, f) for f in survey.factors}
     unmoved = plan.options.tuned_at is None and all(a.multiplier == 1.0 for a in made.values())
     rates = {name: lr * a.multiplier if a.rate is None else a.rate for name, a in made.items()}
@@ -107,7 +115,7 @@ def plan_rates(plan: Plan, survey: Survey, lr: float) -> dict[str, Rated]:
 
 
 def _audit(groups: Iterable[Mapping[str, Any]], plan: Plan, survey: Survey) -> Iterator[str]:
-    """Accidents between the survey and the groups: adapters left out, heads at an adapter's rate."""
+    """Yield likely mistakes in the groups: adapters left out, heads at an adapter's rate."""
     held = {name for group in groups for name in group.get("param_names", ())}
     by_adapter: dict[str, set[str]] = {}
     for f in survey.factors:
@@ -126,18 +134,18 @@ def _audit(groups: Iterable[Mapping[str, Any]], plan: Plan, survey: Survey) -> I
 
 
 def _split_note(groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What to give a scheduler that takes a list, where the user has several groups and one was split."""
+    """Yield a note on schedulers that take a list, if the user has several groups and one was split."""
     own = {group.get("user_group") for group in groups}
     if 1 < len(own) < len(groups):
         yield f"Your {len(own)} groups are {len(groups)} here: give schedulers that take a list opt.expand(values)."
 
 
 def _carried_notes(carried: tuple[Carried, ...]) -> list[str]:
-    """One line for each change of rank: how many parameters, and how many directions of each were kept."""
+    """Return one line for each change of rank: the number of parameters, and the directions kept in each."""
     changes = Counter((c.saved_rank, c.rank, c.kept, c.state) for c in carried)
     return [
         f"{count} parameters came from a checkpoint of rank {saved}, now {rank}: "
-        + (f"{kept} directions kept in {', '.join(state)}." if kept else "their moments start anew.")
+        + (f"{kept} directions kept in {', '.join(state)}." if kept else "their moments were reset.")
         for (saved, rank, kept, state), count in changes.items()
     ]
 
@@ -171,10 +179,10 @@ def _ends(values: Iterable[float]) -> tuple[float, ...]:
 
 
 def _reason(names: Sequence[str], made: Assignment, plan: Plan, unmoved: bool) -> str:
-    """Why parameters of one assignment have their rate, and how sure that is. unmoved: none of the model's is moved."""
+    """Return why parameters of one assignment have their rate. unmoved: whether no rate of the model is moved."""
     named = {"lora_role": made.role, "param_names": names}
     if plan.has_own_rate(named):
-        return f"a rate of its own, by {'rates=' if plan.is_named(named) else 'other_lr='}"
+        return f"given by {'rates=' if plan.is_named(named) else 'other_lr='}"
     if made.role == "other" and plan.method != "full":
         rate = plan.reason_of_other(names, made.multiplier)
         return reason_of_other(sorted({kind for kind in map(other_kind, names) if kind}), rate)

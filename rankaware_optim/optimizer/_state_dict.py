@@ -1,8 +1,7 @@
-"""Checkpoints: another optimizer state becomes one that torch may load, or a sentence; torch compares nothing itself.
+"""Checkpoints: convert an optimizer state to one that torch can load, or raise. torch itself compares nothing.
 
-State is matched by parameter name where both sides have names, else by position. Ranks and shapes are compared before
-torch touches memory. Rates in a checkpoint are base rates. Those of the format before, which were multiplied, are
-divided back.
+State is matched by parameter name if both sides have names, else by position. Ranks and shapes are compared before
+torch writes memory. Rates in a checkpoint are base rates. Those of format 1 were multiplied and are divided.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from ._param_groups import GROUP_FORMAT, TAGS
 
 OnRankChange = Literal["raise", "reset", "resize"]
 Group = dict[str, Any]
-_CURE = "Give what optimizer.state_dict() made."
+_CURE = "Give the result of optimizer.state_dict()."
 
 
 def check_on_rank_change(value: object) -> None:
-    """Refuse what says nothing of a checkpoint of another rank."""
+    """Raise if the value of on_rank_change is unknown."""
     known = OnRankChange.__args__  # type: ignore[attr-defined]
     if value not in known:
         raise CheckpointError(f"on_rank_change is {value!r}.", f"Choose one of {', '.join(map(repr, known))}.")
@@ -36,7 +35,7 @@ def check_on_rank_change(value: object) -> None:
 
 @dataclass(frozen=True)
 class Carried:
-    """What a rank-elastic load did with one parameter: the directions kept, and in which state tensors."""
+    """The result of loading one parameter's state from another rank: the directions kept, and in which tensors."""
 
     name: str
     saved_rank: int | None
@@ -53,7 +52,7 @@ class _Saved(NamedTuple):
 
 
 class _Match(NamedTuple):
-    """One parameter beside what the checkpoint holds of it: its group there, its state, its shape if written down."""
+    """One parameter with the checkpoint's group, state and, if stored, shape of it."""
 
     name: str
     param: torch.Tensor
@@ -66,30 +65,39 @@ class _Match(NamedTuple):
 def fit_checkpoint(
     param_groups: list[Group], state_dict: dict[str, Any], on_rank_change: OnRankChange, orders: Sequence[Sequence[str]]
 ) -> tuple[dict[str, Any], tuple[Carried, ...]]:
-    """What to load: a state_dict laid out like our groups, and what became of parameters of another rank.
+    """Return the state_dict to load, with the layout of our groups, and what was kept of parameters of another rank.
 
-    `orders` are orders of names that a checkpoint without names may be in. Nothing is changed in place.
+    Nothing is changed in place.
+
+    Args:
+        param_groups: this optimizer's groups.
+        state_dict: the checkpoint.
+        on_rank_change: as for `RankAwareOptimizer`.
+        orders: possible orders of the parameter names for a checkpoint without names.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit.
     """
     flat = any(len(group["params"]) != len(group.get("param_names", ())) for group in param_groups)
     groups, state = _contents(state_dict, flat)
     if any("param_names" not in group or "user_group" not in group for group in param_groups):
         raise CheckpointError(
-            "A group was put into param_groups by hand, so this optimizer does not know its parameters.",
+            "A group was added to param_groups directly, so this optimizer does not know its parameters.",
             "Add it by add_param_group.",
         )
     if any("lr" not in group for group in groups):
         raise CheckpointError(
-            "The checkpoint's groups are cut otherwise than this optimizer's, and torch.distributed.checkpoint brings "
-            "the settings of a group to one of its parts only.",
+            "The checkpoint's groups are split differently from this optimizer's, and torch.distributed.checkpoint "
+            "loads the settings of a group into only one of its parts.",
             "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the saved one was.",
         )
     bases: dict[Any, set[float]] = defaultdict(set)
     for group in groups if _by_key(groups) else ():
         bases[group.get("user_group")].add(float(group["lr"]))
-    if any(len(rates) > 1 for rates in bases.values()):  # full_state_dict=True: the other parts keep what they had
+    if any(len(rates) > 1 for rates in bases.values()):  # full_state_dict=True: the other parts keep their old rates
         warn(
-            "torch.distributed.checkpoint loaded several base rates into the parts of one group: it gives a saved "
-            "group's settings to one of them only. Set group['lr'] of all to the saved one."
+            "torch.distributed.checkpoint loaded several base rates into the parts of one group: it loads a saved "
+            "group's settings into only one of them. Set group['lr'] of all of them to the saved rate."
         )
     if flat:
         return {**state_dict, "param_groups": _flat_groups(param_groups, groups, state)}, ()
@@ -120,14 +128,14 @@ def fit_checkpoint(
 
 
 def _contents(state_dict: Mapping[str, Any], flat: bool) -> tuple[list[Group], Mapping[Any, Any]]:
-    """The checkpoint's groups, at base rates, and state. flat: groups hold one share of several parameters (ZeRO)."""
+    """Return the checkpoint's groups at base rates, and its state. flat: groups hold one flat share (ZeRO)."""
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
     if not isinstance(groups, list) or not groups or not isinstance(state, Mapping):
         raise CheckpointError("This is no optimizer checkpoint: it lacks param_groups or state.", _CURE)
     newest = max(int(g.get("rankaware_format", 0)) for g in groups)
     if newest > GROUP_FORMAT:
         raise CheckpointError(
-            f"The checkpoint is of format {newest}, this package reads up to {GROUP_FORMAT}.", "Update rankaware-optim."
+            f"The checkpoint has format {newest}, this package reads up to {GROUP_FORMAT}.", "Update rankaware-optim."
         )
     for group in groups:
         _check_group(group, flat)
@@ -139,7 +147,7 @@ def _contents(state_dict: Mapping[str, Any], flat: bool) -> tuple[list[Group], M
 
 
 def _check_group(group: Group, flat: bool) -> None:
-    """Refuse what would be read wrongly in silence."""
+    """Raise if a group would be misread without an error."""
     for key in ("lr", "initial_lr", "rank_multiplier", "lr_multiplier"):
         value = group.get(key, 1.0)
         value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
@@ -153,12 +161,12 @@ def _check_group(group: Group, flat: bool) -> None:
 
 
 def _by_key(groups: Iterable[Group]) -> bool:
-    """Whether names are the keys of the state, as in torch.distributed.checkpoint."""
+    """Return whether names are the keys of the state, as in torch.distributed.checkpoint."""
     return all(isinstance(key, str) for group in groups for key in group["params"])
 
 
 def _at_base_rate(group: Group) -> Group:
-    """A saved group with the base rate: format 1 and groups for native optimizers hold multiplied ones."""
+    """Return a saved group at its base rate. Format 1 and groups for native optimizers hold multiplied rates."""
     if group.get("rankaware_format") == 1:
         group = {**group, "rank_multiplier": group.get("lr_multiplier", 1.0), "rank_multiplied": True}
     multiplier = group["rank_multiplier"] if group.get("rank_multiplied") else 1.0
@@ -168,20 +176,20 @@ def _at_base_rate(group: Group) -> Group:
 
 
 def _check_user_groups(param_groups: list[Group], groups: Sequence[Group]) -> None:
-    """As torch does, refuse a checkpoint of another number of the user's own groups."""
+    """Raise, as torch does, if the checkpoint has another number of user groups."""
     ours = len({group["user_group"] for group in param_groups})
     theirs = len({group.get("user_group", number) for number, group in enumerate(groups)})
     if ours != theirs and any("user_group" in group for group in groups):
         raise CheckpointError(
-            f"The checkpoint is of an optimizer built from {theirs} groups, this one from {ours}.",
-            "Build it from the same groups, whose rates and decays the checkpoint holds.",
+            f"The checkpoint's optimizer was built from {theirs} groups, this one from {ours}.",
+            "Build it from the same groups, whose rates and decays are in the checkpoint.",
         )
 
 
 def _flat_groups(param_groups: list[Group], groups: list[Group], state: Mapping[Any, Any]) -> list[Group]:
-    """The groups to load where a framework (DeepSpeed's ZeRO) put one flat share in place of a group's parameters.
+    """Return the groups to load if a framework (DeepSpeed's ZeRO) replaced a group's parameters by one flat share.
 
-    Nothing in it can be matched by name or resized: the checkpoint must be cut alike.
+    A flat share cannot be matched by name or resized, so the checkpoint must be split in the same way.
     """
     alike = len(param_groups) == len(groups)
     for own, other in zip(param_groups, groups, strict=False):
@@ -191,18 +199,18 @@ def _flat_groups(param_groups: list[Group], groups: list[Group], state: Mapping[
             alike &= all(value.shape == param.shape for value in _shaped(state.get(key), param).values())
     if not alike:
         raise CheckpointError(
-            "A framework has flattened this optimizer's parameters, and the checkpoint's groups are cut otherwise.",
-            "Load it with the ranks, the law and the number of processes it was saved with.",
+            "A framework has flattened this optimizer's parameters, and the checkpoint's groups are split differently.",
+            "Load it with the ranks, the law and the number of processes with which it was saved.",
         )
     _say_changes(param_groups, groups, any(map(_law_differs, param_groups, groups)))
     return [_merged(*both, both[1]["params"]) for both in zip(param_groups, groups, strict=True)]
 
 
 def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequence[Sequence[str]]) -> dict[str, _Saved]:
-    """Every parameter of ours in the checkpoint: by name, or by position in the order it was saved in.
+    """Find our parameters in the checkpoint, by name or by position in the order in which it was saved.
 
-    torch.distributed.checkpoint has names for keys. It orders them like the optimizer's own parameters, but leaves
-    `param_names` in the order of the saved ones, so the keys are asked first.
+    torch.distributed.checkpoint uses names as keys. It orders them like the optimizer's parameters, but leaves
+    `param_names` in the saved order. So the keys are used first.
     """
     flat = [_Saved(key, i) for i, group in enumerate(groups) for key in group["params"]]
     ours = [name for group in param_groups for name in group["param_names"]]
@@ -224,20 +232,20 @@ def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequenc
         if len(order) == len(flat):
             return dict(zip(order, flat, strict=True))
     raise CheckpointError(
-        f"The checkpoint holds {len(flat)} parameters without names to match, this optimizer {len(ours)}.",
+        f"The checkpoint has {len(flat)} parameters without matching names, this optimizer has {len(ours)}.",
         "Load it into the model it was saved from, with the same parameters in the same order.",
     )
 
 
 def _source(group: Group, sources: Sequence[Group]) -> Group:
-    """The saved group whose settings one of ours takes. Where it takes from several, theirs must be the same."""
+    """Return the saved group whose settings one of ours gets. If there are several, their settings must agree."""
     settings = [{k: v for k, v in source.items() if k not in (*TAGS, *_LISTS)} for source in sources]
     differing = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
     if differing:
         raise CheckpointError(
             f"Parameters of one group here, such as {group['param_names'][0]}, come from saved groups of different "
             f"{differing[0]}.",
-            "Build the optimizer from the groups that the saved one was built from.",
+            "Build the optimizer from the same groups as the saved one.",
         )
     return sources[0]
 
@@ -246,11 +254,11 @@ _LISTS = ("params", "param_names")
 
 
 def _merged(group: Group, theirs: Group, keys: list[int]) -> Group:
-    """The saved group's settings, its base rate among them, under our tags."""
+    """Return our group with the saved group's settings and base rate, and our own tags."""
     tags = {key: group[key] for key in TAGS if key in group}
-    if _init_was_known(group, theirs):  # trained weights no longer show it, and its multiplier was that init's
+    if _init_was_known(group, theirs):  # trained weights no longer show the init that gave the saved multiplier
         tags |= {"lora_init": theirs["lora_init"], "rank_multiplier": theirs["rank_multiplier"]}
-    tags["rankaware_recipe"] = theirs.get("rankaware_recipe") or tags.get("rankaware_recipe", "")  # the rate is theirs
+    tags["rankaware_recipe"] = theirs.get("rankaware_recipe") or tags.get("rankaware_recipe", "")  # with its base rate
     settings = {key: value for key, value in theirs.items() if key not in (*TAGS, *_LISTS)}
     return {**settings, **tags, "params": keys, "param_names": list(group["param_names"])}
 
@@ -261,28 +269,28 @@ def _law_differs(group: Group, theirs: Group) -> bool:
 
 
 def _init_was_known(group: Group, theirs: Group) -> bool:
-    """Whether the checkpoint knows an init that trained weights no longer show."""
+    """Return whether the checkpoint has an init that trained weights no longer show."""
     return theirs.get("lora_init") in ("A", "B") and group.get("lora_init") in ("other", "unknown")
 
 
 def _say_changes(ours: Sequence[Group], theirs: Sequence[Group], changed_law: bool) -> None:
-    """Warn once where the checkpoint's recipe, or else its law, is not this optimizer's."""
+    """Warn once if the checkpoint's recipe, or else its law, differs from this optimizer's."""
     (now, name), (before, saved_name) = _recipe_of(ours), _recipe_of(theirs)
     if now and before and now != before:
         warn(
-            f"The checkpoint was made under the recipe {saved_name!r} ({before}), this optimizer under {name!r} "
+            f"The checkpoint was made with the recipe {saved_name!r} ({before}), this optimizer with {name!r} "
             f"({now}): the checkpoint's base rate is kept. Build the optimizer with the checkpoint's recipe, or start "
-            "with a fresh state for the new one's."
+            "with a new state to use the new recipe's rate."
         )
     elif changed_law:
         warn(
-            "The checkpoint was made under another law or reference at the same rank: its base rate is kept, and this "
-            "optimizer's law multiplies it. Build the optimizer as the saved one was for the same rates."
+            "The checkpoint was made with another law or reference at the same rank: its base rate is kept, and this "
+            "optimizer's law multiplies it. For the same rates, build the optimizer as the saved one was."
         )
 
 
 def _recipe_of(groups: Sequence[Group]) -> tuple[str, str]:
-    """Hash and name of the recipe that groups were made under, by their tag "hash name"; empty where there is none."""
+    """Return hash and name of the groups' recipe, from their tag "hash name"; empty strings without a recipe."""
     hashed, _, name = next((str(g["rankaware_recipe"]) for g in groups if g.get("rankaware_recipe")), "").partition(" ")
     return hashed, name
 
@@ -291,13 +299,13 @@ def _recipe_of(groups: Sequence[Group]) -> tuple[str, str]:
 
 
 def _param_state(match: _Match, on_rank_change: OnRankChange) -> tuple[Mapping[str, Any] | None, Carried | None]:
-    """The state to load for one parameter, and what was carried where its rank changed."""
+    """Return the state to load for one parameter, and what was kept if its rank changed."""
     name, param, state = match.name, match.param, match.state
     rank, role, own = match.group.get("lora_rank"), match.group.get("lora_role"), tuple(param.shape)
     tensors = _shaped(state, param)
     if match.shape is None or len(match.shape) != len(own):
         fits = not tensors or _fit([tuple(v.shape) for v in tensors.values()], own)
-    else:  # the checkpoint says what its state belongs to, of whatever shape that is
+    else:  # the checkpoint stores the parameter's shape, so its state may have any shape
         fits = match.shape == own
     saved_rank = match.theirs.get("lora_rank", None if fits else _rank_in(tensors, param, role))
     if fits and (saved_rank is None or saved_rank == rank):
@@ -306,14 +314,14 @@ def _param_state(match: _Match, on_rank_change: OnRankChange) -> tuple[Mapping[s
         shape = match.shape or tuple(next(iter(tensors.values())).shape)
         raise CheckpointError(
             f"The checkpoint's {name} has shape {shape}, the parameter {own}.",
-            "Load it into the model it was saved from, or start with a fresh optimizer state.",
+            "Load it into the model it was saved from, or start with a new optimizer state.",
         )
     if on_rank_change == "raise":
         raise CheckpointError(
             f"The checkpoint's {name} has rank {saved_rank}, the model's has rank {rank}.",
             "Load it into a model of the same rank, or build the optimizer with on_rank_change='reset' or 'resize'.",
         )
-    if on_rank_change == "resize" and param.dim() < 2:  # whether there is state or not: all processes alike
+    if on_rank_change == "resize" and param.dim() < 2:  # with or without state, so that all processes raise
         raise CheckpointError(
             f"This process holds a flat share of {name} (FSDP1), whose moments cannot be resized along the rank.",
             "Build the optimizer with on_rank_change='reset', or shard with fully_shard.",
@@ -333,7 +341,7 @@ def _param_state(match: _Match, on_rank_change: OnRankChange) -> tuple[Mapping[s
 
 
 def _written_shapes(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
-    """The shapes that our checkpoint wrote down, by parameter name; none in a plain one."""
+    """Return the shapes stored in our checkpoint by parameter name. A plain checkpoint has none."""
     written: dict[str, tuple[int, ...]] = {}
     for group in groups:
         names, texts = group.get("param_names") or [], str(group.get("param_shapes", "")).split(" ")
@@ -343,12 +351,12 @@ def _written_shapes(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
 
 
 def _shaped(state: Mapping[str, Any] | None, param: torch.Tensor) -> dict[str, torch.Tensor]:
-    """State tensors of the parameter's number of dimensions: moments and the like."""
+    """Return state tensors with the parameter's number of dimensions, such as moments."""
     return {k: v for k, v in (state or {}).items() if isinstance(v, torch.Tensor) and v.dim() == param.dim() > 0}
 
 
 def _rank_in(tensors: Mapping[str, torch.Tensor], param: torch.Tensor, role: str | None) -> int | None:
-    """The rank a plain checkpoint's moments have, read off the axis that differs; None where it is ambiguous."""
+    """Return the rank of a plain checkpoint's moments, from the axis that differs; None if it is ambiguous."""
     if role not in ("A", "B") or param.dim() < 2:
         return None
     fitting = (v for v in tensors.values() if all(saved == own for saved, own in _off_rank(v, param, role)))
@@ -356,9 +364,10 @@ def _rank_in(tensors: Mapping[str, torch.Tensor], param: torch.Tensor, role: str
 
 
 def _fit(saved: list[tuple[int, ...]], own: tuple[int, ...]) -> bool:
-    """Whether state of these shapes can be a parameter's: one has its shape, or they are its factored statistics.
+    """Return whether state of these shapes can belong to a parameter of shape `own`.
 
-    Factored statistics have size 1 along the axes they were reduced over, and together cover every axis.
+    One tensor has its shape, or they are factored statistics. These have size 1 along reduced axes, and together cover
+    every axis.
     """
     if own in saved:
         return True
@@ -367,16 +376,16 @@ def _fit(saved: list[tuple[int, ...]], own: tuple[int, ...]) -> bool:
 
 
 def _off_rank(value: torch.Tensor, param: torch.Tensor, role: str | None) -> list[tuple[int, int]]:
-    """(saved, own) sizes along the axes other than the rank's."""
+    """Return (saved, own) sizes along the axes other than the rank's."""
     axis = 0 if role == "A" else 1
     return [pair for i, pair in enumerate(zip(value.shape, param.shape, strict=True)) if i != axis]
 
 
 def _resize(value: torch.Tensor, param: torch.Tensor, factored: bool) -> torch.Tensor:
-    """`value` truncated or padded to the parameter's sizes. Axes that were reduced to 1 stay.
+    """Truncate or pad `value` to the parameter's sizes. Axes that were reduced to 1 are kept.
 
-    New directions get zeros, and in what is nowhere negative the mean of the others: a second moment of zero beside a
-    large step counter would let them move five times as far as a fresh Adam does.
+    New directions get zeros, or the mean of the others in a tensor without negative entries. With a second moment of
+    zero and a large step counter they would move five times as far as with a new Adam.
     """
     sizes = [1 if factored and s == 1 else n for s, n in zip(value.shape, param.shape, strict=True)]
     made = value.new_zeros(sizes)
@@ -389,7 +398,7 @@ def _resize(value: torch.Tensor, param: torch.Tensor, factored: bool) -> torch.T
 
 
 def _laid_out(value: Any, param: torch.Tensor) -> Any:
-    """`value` laid out in memory as torch itself would: a fused kernel takes it for dense, in the parameter's order."""
+    """Return `value` with the parameter's memory layout, which fused kernels assume."""
     plain = (torch.Tensor, nn.Parameter)
     if type(value) not in plain or value.layout != torch.strided:
         return value

@@ -1,4 +1,4 @@
-"""What an optimizer may be built from, and what is refused before anything is changed."""
+"""Checks of the arguments of an optimizer, before anything is changed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ._param_groups import UserGroup
 from ._recipe_use import Run
 
 _ZERO = (
-    "Give it the native class and groups made by rank_aware_param_groups(model, ..., named=False): "
-    "they hold multiplied rates."
+    "Give it the native class and groups made by rank_aware_param_groups(model, ..., named=False), "
+    "which hold multiplied rates."
 )
 
 
 def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | None) -> type[Optimizer]:
-    """The class to wrap: that of the built optimizer, or the one named. Refuses what cannot have a rate per rank."""
+    """Return the class to wrap: that of the built optimizer, or the given one. Raise if it cannot have group rates."""
     if built is not None and optimizer is not None:
         raise OptimizerError("Both a built optimizer and a class were given.", "Give one of the two.")
     if built is not None:
@@ -37,7 +37,7 @@ def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | Non
     elif optimizer is not None:
         native = get_optimizer_class(optimizer)
     else:
-        raise OptimizerError("No optimizer was named.", "Give a class, such as RankAwareOptimizer(model, AdamW, ...).")
+        raise OptimizerError("No optimizer was given.", "Give a class, such as RankAwareOptimizer(model, AdamW, ...).")
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError("This optimizer is rank-aware already.", "Use it as it is.")
     if built is not None:
@@ -52,19 +52,19 @@ def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | Non
     held = built is not None and any(isinstance(value, Optimizer) for value in vars(built).values())
     if held or {"optimizer", "base_optimizer", "optimizer_class"} & takes:
         raise OptimizerError(
-            f"{native.__name__} holds another optimizer, whose groups would stay as they are.",
-            "Wrap the inner one: RankAwareOptimizer(model, AdamW, ...), then put the outer one around it.",
+            f"{native.__name__} wraps another optimizer, whose groups would not change.",
+            "Wrap the inner one first: RankAwareOptimizer(model, AdamW, ...). Then wrap the result.",
         )
     if built is None and next(iter(takes), None) == "model":
         raise OptimizerError(
-            f"{native.__name__} takes a model and cuts it into groups itself.",
+            f"{native.__name__} takes a model and makes its groups itself.",
             f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model, ...), model=model).",
         )
     return native
 
 
 def refuse_inside_zero() -> None:
-    """Refuse to be built by `ZeroRedundancyOptimizer`, which has one group for each of its inner optimizer's."""
+    """Raise inside `ZeroRedundancyOptimizer`, which has one group for each group of its inner optimizer."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
@@ -75,9 +75,9 @@ def refuse_inside_zero() -> None:
 
 
 def _refuse_held_groups(built: Optimizer) -> None:
-    """Refuse an instance whose old groups are held by something: a scheduler, or a list of its own by group.
+    """Raise if something else holds the instance's old groups: a scheduler, or a list with one entry per group.
 
-    AdaBound keeps its groups' rates in a list: groups added behind its back would never be stepped.
+    AdaBound, for example, keeps its groups' rates in a list. Groups that are added later would never be stepped.
     """
     if hasattr(built.step, "_wrapped_by_lr_sched"):
         raise OptimizerError(
@@ -88,7 +88,7 @@ def _refuse_held_groups(built: Optimizer) -> None:
     for name, value in vars(built).items():
         if name != "param_groups" and isinstance(value, (list, tuple)) and len(value) == count:
             raise OptimizerError(
-                f"{type(built).__name__} keeps {name} by group from when it was built, so it cannot be regrouped.",
+                f"{type(built).__name__} keeps {name} for each of its first groups, so it cannot be regrouped.",
                 "Give the class and its settings instead of the instance.",
             )
 
@@ -96,19 +96,19 @@ def _refuse_held_groups(built: Optimizer) -> None:
 def from_recipe(
     recipe: Recipe | str | os.PathLike[str] | None, lr: Any, tuned_at: ReferenceLike | None, law: str | Law | None
 ) -> tuple[Recipe | None, Any, Reference | None, str | Law]:
-    """The recipe with its base rate, reference and law, or without one those that were given."""
+    """Return the recipe with its base rate, reference and law; without a recipe, those that were given."""
     if recipe is None:
         at = None if tuned_at is None else as_reference(tuned_at)
         return None, lr, at, DEFAULT_LAW if law is None else law
     for name, value in (("lr", lr), ("tuned_at", tuned_at), ("law", law)):
         if value is not None:
-            raise OptimizerError(f"Both recipe= and {name}= were given.", "A recipe holds all three: give it alone.")
+            raise OptimizerError(f"Both recipe= and {name}= were given.", "Give only the recipe, which includes it.")
     loaded = resolve_recipe(recipe)
     return loaded, loaded.lr, replace(loaded.reference, batch=loaded.reference.batch or loaded.batch), loaded.law
 
 
 def refuse_settings(built: Optimizer | None, lr: object, settings: Mapping[str, Any]) -> None:
-    """Refuse settings, or a rate, for an optimizer that is built already."""
+    """Raise if settings or a rate are given for an optimizer that is built already."""
     if built is not None and (settings or lr is not None):
         name = next(iter(settings), "lr")
         raise OptimizerError(f"{name}= was given for an optimizer that is built already.", "Give it when building it.")
@@ -122,10 +122,10 @@ def run_of(
     survey: Survey,
     **horizon: Any,
 ) -> Run | None:
-    """What a recipe is used for, with the settings that factors have: their group's own, what is given, or the default.
+    """Return the run that uses a recipe, with the factors' settings: their group's, the given ones, or the defaults.
 
     Raises:
-        OptimizerError: steps or a warm-up are given without a recipe, or the warm-up is no share.
+        OptimizerError: steps or a warm-up are given without a recipe, or the warm-up is not a share.
     """
     share = horizon["warmup_share"]
     if share is not None and not is_within("share", share):
@@ -133,7 +133,7 @@ def run_of(
     if recipe is None:
         for name in ("steps", "warmup_share"):
             if horizon[name] is not None:
-                raise OptimizerError(f"{name}= was given without recipe=, so it moves no rate.", "Leave it out.")
+                raise OptimizerError(f"{name}= was given without recipe=, so it has no effect.", "Leave it out.")
         return None
     base, factors = {**defaults_of(native), **given}, {f.name for f in survey.factors}
     names = [name for name in recipe.settings if name in base and name not in SAME_UPDATES]
@@ -142,13 +142,13 @@ def run_of(
 
 
 def applied_settings(recipe: Recipe | None, native: type[Optimizer], built: Optimizer | None) -> dict[str, Any]:
-    """The recipe's settings that the optimizer takes.
+    """Return the recipe's settings that the optimizer accepts.
 
     Raises:
-        OptimizerError: there is no recipe, it is another optimizer's, or the optimizer is built already.
+        OptimizerError: there is no recipe, it is for another optimizer, or the optimizer is built already.
     """
     if recipe is None:
-        raise OptimizerError("apply_settings=True takes a recipe's settings, and none was given.", "Give recipe=.")
+        raise OptimizerError("apply_settings=True uses a recipe's settings, but none was given.", "Give recipe=.")
     if built is not None:
         raise OptimizerError(
             "apply_settings=True was given for an optimizer that is built already.",
@@ -156,7 +156,7 @@ def applied_settings(recipe: Recipe | None, native: type[Optimizer], built: Opti
         )
     if not is_for(recipe, native):
         raise OptimizerError(
-            f"Recipe {recipe.name!r} was made with {recipe.optimizer}, whose settings are not {native.__name__}'s.",
+            f"Recipe {recipe.name!r} was made with {recipe.optimizer}, whose settings do not fit {native.__name__}.",
             "Use the recipe's optimizer, or leave apply_settings= out.",
         )
     own = {name: default for name, default in defaults_of(native).items() if name not in ("lr", *SAME_UPDATES)}
@@ -165,8 +165,8 @@ def applied_settings(recipe: Recipe | None, native: type[Optimizer], built: Opti
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a recipe's value can be that of a setting: not where it is the text of what a file cannot hold."""
-    if isinstance(value, (list, tuple)):  # or the values of several groups
+    """Return whether a recipe's value can be a setting's. It cannot if it is the repr of an object."""
+    if isinstance(value, (list, tuple)):  # a tuple, or the values of several groups
         return isinstance(default, (list, tuple)) and len(value) == len(default)
     if isinstance(value, str):
         return isinstance(default, str) or (default is None and value.isidentifier())
@@ -174,10 +174,10 @@ def _fits(value: Any, default: Any) -> bool:
 
 
 def check_base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any, tuned: Iterable[UserGroup]) -> None:
-    """Check the base rate that is given, a number or a tensor, or else the rates that the optimizer comes with.
+    """Check the given base rate, a number or a tensor, or else the rates of the optimizer and its groups.
 
-    tuned: the groups for which a reference is given. The optimizer's own default was tuned nowhere: each brings
-    its rate, or `lr` is given.
+    tuned: the groups for which a reference is given. Each needs its own rate or `lr`, since the optimizer's default was
+    not tuned for that reference.
     """
     if lr is not None:
         check_lr(lr)
@@ -191,21 +191,21 @@ def check_base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any, tun
             raise OptimizerError(f"{native.__name__} has no default learning rate.", "Give lr=.")
         if not all("lr" in group.options for group in tuned):
             raise OptimizerError(
-                f"tuned_at= was given without lr=; {native.__name__}'s default, {default.default}, is tuned nowhere.",
-                "Give the rate that was tuned there as lr=, or leave tuned_at= out.",
+                f"tuned_at= was given without lr=, but {native.__name__}'s default, {default.default}, is not tuned.",
+                "Give the tuned rate as lr=, or leave tuned_at= out.",
             )
 
 
 def refuse_rateless(opt: Optimizer) -> None:
     if any("lr" not in group for group in opt.param_groups):
         raise OptimizerError(
-            f"{type(opt).__name__} keeps no rate in its groups, so none can be set by rank.",
+            f"{type(opt).__name__} has no rate in its groups, so none can be set by rank.",
             "Use it unwrapped, or choose another optimizer.",
         )
 
 
 def refuse_groups(native: type[Optimizer], groups: Iterable[UserGroup], held: Iterable[int] = ()) -> None:
-    """Refuse parameters that the optimizer would refuse itself, or that it has already, naming them."""
+    """Raise, with their names, for parameters that the optimizer does not accept or already has."""
     named = [pair for group in groups for pair in group.named]
     known = set(held)
     twice = [name for name, p in named if id(p) in known]
@@ -214,6 +214,6 @@ def refuse_groups(native: type[Optimizer], groups: Iterable[UserGroup], held: It
     other = [name for name, p in named if p.dim() != 2] if native.__module__.startswith("torch.optim") else []
     if native.__name__ == "Muon" and other:
         raise OptimizerError(
-            f"Muon takes matrices only, and {len(other)} parameters are none, such as {other[0]}.",
+            f"Muon takes only matrices, but {len(other)} parameters are not, such as {other[0]}.",
             "Give Muon groups of the 2-D parameters with model=, and the rest to another optimizer.",
         )

@@ -1,7 +1,7 @@
 """`RankAwareOptimizer`: any torch optimizer, with a rate for every group from a base rate and a law.
 
-The object is an instance of a cached, direct subclass of the user's own optimizer class, so schedulers, scalers,
-trainers and checkpoints see what they know. Its groups hold the base rate, which anyone may set: `step` multiplies it.
+The object is an instance of a cached, direct subclass of the user's optimizer class, so that schedulers, scalers,
+trainers and checkpoints accept it. Its groups hold the base rate, which a scheduler may set. `step` multiplies it.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Wrap:
-    """What a wrapped optimizer knows beside torch's own: kept by copy and pickle.
+    """The state of a wrapped optimizer besides torch's. Copy and pickle keep it.
 
-    order: names by user group, in the order they were given. survey: as inspected before training, since a trained
-    pair does not show its init. carried: what the last checkpoint of another rank left.
+    order: names by user group, in the given order. survey: of the model before training, since a trained pair does not
+    show its init. carried: what was kept of the last checkpoint of another rank.
     """
 
     plan: Plan
@@ -74,7 +74,7 @@ class _Wrap:
 
 
 class _Meta(type):
-    """Lets isinstance(opt, RankAwareOptimizer) be true of instances that derive from the native class alone."""
+    """Makes isinstance(opt, RankAwareOptimizer) true for instances that derive only from the native class."""
 
     def __instancecheck__(cls, instance: object) -> bool:
         return hasattr(type(instance), "_rankaware_native")
@@ -86,7 +86,7 @@ class _Meta(type):
 if TYPE_CHECKING:
 
     class _Base(Optimizer):
-        """Takes any arguments, so that checkers which read `__init__` beside `__new__` go by `__new__` alone."""
+        """Accepts any arguments, so that type checkers that read `__init__` and `__new__` use only `__new__`."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 else:
@@ -94,55 +94,60 @@ else:
 
 
 class RankAwareOptimizer(_Base, metaclass=_Meta):
-    """Wrap a torch optimizer so that every LoRA factor, at whatever rank, gets the rate its law gives it.
+    """Wrap a torch optimizer so that every LoRA factor gets the rate that a scaling law gives it at its rank::
 
         RankAwareOptimizer(model, torch.optim.AdamW, lr=2e-4, tuned_at=Reference(rank=16, alpha=32), weight_decay=0.01)
         RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=2e-4)
-        RankAwareOptimizer(torch.optim.AdamW(model.parameters(), lr=2e-4), model=model)      # the same object back
+        RankAwareOptimizer(torch.optim.AdamW(model.parameters(), lr=2e-4), model=model)  # returns the same object
 
-    group["lr"] is the base rate: what you, a scheduler or a trainer set. `step` trains at group["lr"] ×
-    group["rank_multiplier"]. Your own groups are split in their order, never merged. The object is an instance of the
-    optimizer class given.
+    group["lr"] is the base rate, which you, a scheduler or a trainer set. `step` trains at group["lr"] ×
+    group["rank_multiplier"]. Your groups may be split. They are never merged and keep their order. The object is an
+    instance of the given optimizer class.
 
     Args:
         params: a model (its trainable parameters), parameters or groups with `model=`, or a built optimizer.
-        optimizer: a torch optimizer class, or its name: "adamw", "torch_optimizer:Lamb".
-        model: the model that holds the adapters, where `params` is not it. It is held weakly.
-        lr: the base rate, per step, tuned at `tuned_at`; by default the optimizer's own default.
-        tuned_at: the configuration `lr` was tuned at: a `Reference`, words as "r=16,alpha=32", an adapter's folder or
-            file, or a `LoraConfig`; by default the model's own most common one.
-        law: a law or its name; default "falling".
-        recipe: a calibrated recipe, its path or its adapter's folder, in place of `lr`, `tuned_at` and `law`. One
-            warning says what of the optimizer, its settings, batch, steps and warm-up the recipe has otherwise.
-        method: "full" for full finetuning of a model without adapters.
-        init: names the adapters' init where it cannot be read ("A", "B").
-        rates: rates by name pattern, as {"*classifier*": 1e-3}, for any parameter.
-        other_lr: the rate of every parameter that is no factor; by default the base rate. With a recipe what it saw
-            trained beside LoRA, else full finetuning's rate if it saw that, else it is asked for.
-        per_layer_width: give the law each layer's own fan-in rather than one width for the model.
-        across_inits: let the law carry the rate from the reference's init to another.
-        batch: this run's examples or tokens a step; where `tuned_at` names one too, the law's rule moves every rate.
-        steps, warmup_share: this run's training steps, and the warm-up's share of them, where a recipe is used: its
-            horizon moves every rate to these steps.
-        apply_settings: take the recipe's optimizer settings (weight decay, betas), save those that are given.
-        strict: refuse an optimizer of a family that no law is derived for, rather than scale it as Adam's kind.
-        scale_weight_decay: a decoupled decay is lr × weight_decay, so a multiplier scales it; False keeps the product.
-        on_rank_change: where a checkpoint of another rank is loaded: "raise", "reset" the moments of changed factors,
-            or "resize" them along the rank.
-        native_type: give an instance of the class itself, for frameworks that test the exact type (DeepSpeed). It has
-            no step of ours: its groups' rates are multiplied once, checkpoints and later groups are torch's own affair.
+        optimizer: a torch optimizer class, or its name, such as "adamw" or "torch_optimizer:Lamb".
+        model: the model that holds the adapters, if it is not `params`. Only a weak reference is kept.
+        lr: the base rate, per step, tuned at `tuned_at`. By default the optimizer's own default.
+        tuned_at: the configuration at which `lr` was tuned: a `Reference`, a text such as "r=16,alpha=32", an adapter's
+            folder or file, or a `LoraConfig`. By default the model's most common configuration.
+        law: a law or its name, by default "falling".
+        recipe: a calibrated recipe, its path or its adapter's folder. It replaces `lr`, `tuned_at` and `law`. A warning
+            is given if the optimizer, its settings, batch, steps or warm-up differ from the recipe's.
+        method: "lora", or "full" for full finetuning of a model without adapters.
+        init: the adapters' init if it cannot be read: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
+        rates: rates by name pattern, such as {"*classifier*": 1e-3}, for any parameter.
+        other_lr: the rate of every parameter that is not a factor, by default the base rate. With a recipe the default
+            is the rate of the recipe's trials, else its rate for full finetuning. It must be given if there is neither.
+        per_layer_width: whether the law uses each layer's fan-in instead of one width for the model.
+        across_inits: whether the law moves the rate from the reference's init to another one.
+        batch: examples or tokens per step of this run. If `tuned_at` has a batch too, the law's rule moves every rate.
+        strict: whether to refuse an optimizer whose family has no derived law. Otherwise it is scaled like Adam.
+        scale_weight_decay: whether the multiplier also scales a decoupled weight decay, lr × weight_decay.
+        on_rank_change: what to do when a checkpoint of another rank is loaded: "raise", "reset" the moments of changed
+            factors, or "resize" them along the rank.
+        native_type: whether to return an instance of the native class, for frameworks that test the exact type
+            (DeepSpeed). Its step does not multiply, so the groups' rates are multiplied once. Its checkpoints and
+            groups added later are handled by torch alone.
+        steps: training steps of this run. With a recipe they move every rate by its horizon.
+        warmup_share: share of the steps with a rising rate, compared with the recipe's.
+        apply_settings: whether to use the recipe's optimizer settings (weight decay, betas) where none are given.
         **settings: the optimizer's own arguments.
 
     Raises:
-        InspectionError, InvalidReferenceError, LawError, OptimizerError, RecipeError: before anything was changed.
+        InspectionError: the adapters cannot be read. As with the errors below, nothing was changed.
+        InvalidReferenceError: `tuned_at` is impossible.
+        LawError: the law is unknown or cannot be used.
+        OptimizerError: the optimizer cannot be built or wrapped with these arguments.
+        RecipeError: the recipe cannot be read, or has no rate for this model.
     """
 
     _rankaware: _Wrap
     _rankaware_native: type[Optimizer]
     _rankaware_model: weakref.ref[nn.Module]
     _rankaware_step: Callable[..., Any]
-    _rankaware_stepping: bool  # inside a step, whose native step may call self.step
-    _rankaware_unchecked: bool  # since it was built, loaded or extended: are the parameters those that train?
+    _rankaware_stepping: bool  # inside a step; the native step may call self.step
+    _rankaware_unchecked: bool  # whether its parameters must be checked, after it was built, loaded or extended
     _rankaware_watched: int  # the number of a group of adapters
     _rankaware_idle: bool  # its first parameter had no gradient at the last step
 
@@ -188,7 +193,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         given = settings if built is None else built.defaults
         own = user_groups(params if built is None else built.param_groups, model, walked)
         check_base_lr(native, built, lr, own if reference is not None else ())
-        if built is not None and lr is not None:  # a recipe's rate, in place of those that it was built with
+        if built is not None and lr is not None:  # a recipe's rate replaces those with which it was built
             own = [group.without("lr") for group in own]
         run = run_of(loaded, native, given, own, survey, batch=batch, steps=steps, warmup_share=warmup_share)
         plan = make_plan(survey, options, native, given, loaded, run)
@@ -213,13 +218,23 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         return opt
 
     def report(self, *, per_module: bool = False) -> Report:
-        """Per group, or with per_module per tensor: what it is, its present rate, why, and what to check."""
+        """Return a table of the groups with their current rates, the reasons for them, and what to check.
+
+        Args:
+            per_module: whether to list every tensor instead of every group.
+        """
         wrap = self._rankaware
         title = f"RankAwareOptimizer({type(self).__name__}), law {law_words(wrap.plan.law)}"
         return make_report(self.param_groups, wrap.plan, title, wrap.survey, wrap.carried, per_module)
 
     def expand(self, values: Sequence[T]) -> list[T]:
-        """One value for each of the user's own groups, as one for each group here: for schedulers that take a list.
+        """Repeat values for the groups that were split, for schedulers that take a list.
+
+        Args:
+            values: one value for each of the user's groups.
+
+        Returns:
+            One value for each group of this optimizer.
 
         >>> model = torch.nn.Module()
         >>> model.lora_A, model.lora_B = torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(8, 64, bias=False)
@@ -229,15 +244,19 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """
         if len(values) != len(self._rankaware.order):
             raise OptimizerError(
-                f"{len(values)} values were given for {len(self._rankaware.order)} groups of the user's own.",
-                "Give one for each group that the optimizer was built from.",
+                f"{len(values)} values were given for {len(self._rankaware.order)} user groups.",
+                "Give one for each group from which the optimizer was built.",
             )
         return [values[group["user_group"]] for group in self.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add the user's group, split and scaled like those at construction; names are filled in from the model."""
+        """Add a group, which is split and scaled like those at construction. Names are taken from the model.
+
+        Args:
+            param_group: the group, as for torch.
+        """
         native = type(self)._rankaware_native
-        if "_rankaware" not in self.__dict__:  # inside __init__, whose groups are planned
+        if "_rankaware" not in self.__dict__:  # inside __init__, whose groups are planned already
             native.add_param_group(self, param_group)
             return
         model = _held_model(self)
@@ -247,7 +266,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             return
         if model is None:
             raise OptimizerError(
-                "This optimizer, a copy or one that outlived it, does not hold its model, so a new group has no rate.",
+                "This optimizer is a copy, or its model is gone, so a new group has no rate.",
                 "Wrap again with model=, or add groups made by rank_aware_param_groups.",
             )
         wrap, walked = self._rankaware, walk(model)
@@ -267,13 +286,16 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         self._rankaware_unchecked = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint by parameter name, after comparing ranks and shapes; torch itself compares none of these.
+        """Load a checkpoint by parameter name. Ranks and shapes are compared, which torch does not do.
 
-        Rates in it are base rates, a plain optimizer's too, and the multipliers are this optimizer's: a warning says
-        where the checkpoint's were others. Another rank is treated as `on_rank_change` says.
+        Rates in it are base rates, also those of a plain optimizer. The multipliers of this optimizer are kept. A
+        warning is given if the checkpoint's differ. Another rank is treated as `on_rank_change` says.
+
+        Args:
+            state_dict: the result of an optimizer's state_dict().
 
         Raises:
-            CheckpointError: the checkpoint does not fit; nothing was loaded.
+            CheckpointError: the checkpoint does not fit. Nothing was loaded.
         """
         wrap, model, native, before = self._rankaware, _held_model(self), type(self)._rankaware_native, dict(vars(self))
         orders = [[name for group in wrap.order for name in group]]
@@ -290,7 +312,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 raise
             raise CheckpointError(
                 f"The checkpoint cannot be loaded: {error!r}.",
-                "Give what optimizer.state_dict() made, of the same optimizer class.",
+                "Give the result of optimizer.state_dict() of the same optimizer class.",
             ) from error
         self._rankaware = replace(wrap, carried=carried)
         self._rankaware_unchecked = True
@@ -309,7 +331,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
 
 
 def recipe_of(opt: Any) -> Recipe | None:
-    """The recipe that the rates of `opt` are from, through the wrappers of frameworks; None where there is none."""
+    """Return the recipe of an optimizer, also inside the wrappers of frameworks; None if it has none."""
     while not isinstance(opt, RankAwareOptimizer) and hasattr(opt, "optimizer"):
         opt = opt.optimizer
     return opt._rankaware.plan.recipe if isinstance(opt, RankAwareOptimizer) else None
@@ -317,11 +339,11 @@ def recipe_of(opt: Any) -> Recipe | None:
 
 _OVERRIDES = ("add_param_group", "load_state_dict", "__getstate__", "__reduce_ex__", "__repr__", "report", "expand")
 _SUBCLASSES: dict[type, Any] = {}
-_LIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # built, not copied: whose parameters are held somewhere
+_LIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that were built, not copied
 
 
 def _subclass(native: type[Optimizer]) -> Any:
-    """The rank-aware subclass of `native`, made once: its own name and module, ours only what is listed above."""
+    """Return the rank-aware subclass of `native`, with its name and module. It is made once."""
     if native not in _SUBCLASSES:
         namespace: dict[str, Any] = {name: RankAwareOptimizer.__dict__[name] for name in _OVERRIDES}
         namespace |= {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
@@ -338,13 +360,13 @@ def _subclass(native: type[Optimizer]) -> Any:
 
 
 def _refusing(native: type[Optimizer]) -> Callable[..., None]:
-    """An `__init__` for whoever builds another optimizer by `type(opt)(...)`, which would have no plan."""
+    """Return an `__init__` that raises for `type(opt)(...)`, since the new optimizer would have no plan."""
 
     @wraps(native.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         refuse_inside_zero()
         raise OptimizerError(
-            f"The class of a RankAwareOptimizer cannot be called: a new {native.__name__} of it would have no rates.",
+            f"The class of a RankAwareOptimizer cannot be called, since a new {native.__name__} would have no rates.",
             f"Build RankAwareOptimizer(model, {native.__name__}, ...), or a plain {native.__name__}.",
         )
 
@@ -352,24 +374,24 @@ def _refusing(native: type[Optimizer]) -> Callable[..., None]:
 
 
 def _blank(native: type[Optimizer]) -> Any:
-    """An instance without state, for copy and pickle to fill."""
+    """Return an instance without state, for copy and pickle."""
     made = _subclass(native)
     return made.__new__(made)
 
 
 def _held_model(opt: Optimizer) -> nn.Module | None:
-    """The model, unless it is gone or the optimizer is a copy."""
+    """Return the model; None if it is gone or the optimizer is a copy."""
     found: nn.Module | None = vars(opt).get("_rankaware_model", lambda: None)()
     return found
 
 
 def _frozen(groups: Iterable[UserGroup]) -> set[int]:
-    """Frozen parameters that the user listed, by id: thawed later, they are to have their own rate."""
+    """Return the ids of frozen parameters that the user listed, since they get a rate if they train later."""
     return {id(p) for group in groups for _, p in group.named if not p.requires_grad}
 
 
 def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, settings: Mapping[str, Any]) -> Any:
-    """Groups are split before the native __init__, which may snapshot them; their rates are scaled after it."""
+    """Build the optimizer. Groups are split before the native __init__, which may copy them, and scaled after it."""
     opt = _blank(native)
     given = settings if lr is None else {"lr": lr, **settings}
     native.__init__(opt, [group.as_dict() for group in planned], **given)
@@ -379,7 +401,7 @@ def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, se
     for group, part in zip(opt.param_groups, parts, strict=True):
         if placed or part is None or group.get("rank_multiplier") != part.assignment.multiplier:
             raise OptimizerError(
-                f"{native.__name__} rearranges its groups when it is built, so its rates would be other groups'.",
+                f"{native.__name__} rearranges its groups when it is built, so rates would go to the wrong groups.",
                 f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model.parameters(), ...), model=model).",
             )
         set_ratio(group, part.assignment)
@@ -387,7 +409,7 @@ def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, se
 
 
 def _regroup(built: Optimizer, native: type[Optimizer], planned: list[PlannedGroup], lr: Any) -> Any:
-    """The same object, its groups replaced in place and its class swapped. Per-parameter state stays as it is."""
+    """Replace the groups of a built optimizer in place, and its class. Per-parameter state is kept."""
     given = {} if lr is None else {"lr": lr}
     groups = [
         {**part.as_dict(named=False), "param_names": [name for name, _ in part.named], **given} for part in planned
@@ -403,11 +425,11 @@ def _regroup(built: Optimizer, native: type[Optimizer], planned: list[PlannedGro
 
 # --- the step -------------------------------------------------------------------------------------------------------
 
-Held = list[tuple[dict[str, Any], Any, Any, Any]]  # group, its base rate, the rate put in its place, its weight decay
+Held = list[tuple[dict[str, Any], Any, Any, Any]]  # group, its base rate, its multiplied rate, its weight decay
 
 
 def _step_of(native: Any) -> Callable[..., Any]:
-    """A native step at multiplied rates. It is called without torch's hooks, which this one has of its own."""
+    """Return a native step at multiplied rates. It is called without torch's hooks, which wrap this function."""
     stepped = native.__wrapped__ if getattr(native, "hooked", False) else native
 
     @wraps(stepped)
@@ -435,9 +457,9 @@ def _step_of(native: Any) -> Callable[..., Any]:
     return step
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # with tensor rates it would be a graph of its own
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # with tensor rates it would be a separate graph
 def _multiply(opt: Any, held: Held) -> None:
-    """Put base rate × multiplier in place in every group."""
+    """Set every group's rate to base rate × multiplier."""
     groups, keep_decay = opt.param_groups, not opt._rankaware.scale_weight_decay
     bases = [group["lr"] for group in groups]
     multipliers = [group.get("rank_multiplier", 1.0) for group in groups]
@@ -454,7 +476,7 @@ def _multiply(opt: Any, held: Held) -> None:
 
 
 def _put_back(held: Held) -> None:
-    """The base rates again. A rate that the optimizer wrote by itself stays, divided by the multiplier."""
+    """Restore the base rates. A rate that the optimizer wrote itself is kept, divided by the multiplier."""
     for group, base, rate, decay in held:
         now = group["lr"]
         group["lr"] = base if now is rate else now / group.get("rank_multiplier", 1.0)
@@ -464,7 +486,7 @@ def _put_back(held: Held) -> None:
 
 
 def _at_base_rates(opt: Any, closure: Callable[..., Any], held: Held) -> Callable[..., Any]:
-    """The closure, run at base rates, which it may set. Lightning runs a whole training step in it."""
+    """Return the closure, run at base rates, which it may change. Lightning runs a whole training step in it."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         _put_back(held)
@@ -479,11 +501,11 @@ def _at_base_rates(opt: Any, closure: Callable[..., Any], held: Held) -> Callabl
 
 
 def _check_parameters(opt: Any) -> None:
-    """Refuse to train nothing in silence: do the parameters held here get the gradients that the model's get?
+    """Check that the parameters held here get the gradients of the model, so that training does not fail silently.
 
-    fully_shard on a model or on its blocks and an adapter made again leave other tensors under the names held here.
-    Another adapter made active leaves those held here idle. A dry step without rates, as torch.distributed.checkpoint
-    makes, is not looked at, nor are parameters that another optimizer of ours holds.
+    fully_shard and a re-created adapter replace the tensors under the names held here. Activating another adapter
+    leaves those held here without gradients. A dry step without rates, as torch.distributed.checkpoint makes, is not
+    checked, nor are parameters that another RankAwareOptimizer holds.
     """
     model = _held_model(opt)
     if not any(float(group["lr"]) for group in opt.param_groups):
@@ -504,8 +526,8 @@ def _check_parameters(opt: Any) -> None:
         name = next(iter(replaced or lost))
         raise OptimizerError(
             f"The model's {name} has a gradient and is not held by this optimizer, "
-            + ("whose own tensor of that name has none" if replaced else "none of whose parameters has one")
-            + ": the model's parameters were replaced or another adapter was made active after it was built.",
+            + ("whose tensor of that name has none" if replaced else "none of whose parameters has one")
+            + ": the model's parameters were replaced, or another adapter was activated, after it was built.",
             "Shard or wrap the model first (fully_shard, FSDP), with its adapters, then build the optimizer.",
         )
     factors = {id(p) for g in opt.param_groups if g.get("lora_role") in ("A", "B") for p in g["params"]}
@@ -513,6 +535,6 @@ def _check_parameters(opt: Any) -> None:
     new = [f.name for f in survey_of(walked).factors if f.name in lost] if adapters_idle and lost else []
     if new:
         warn(
-            f"None of the adapters that this optimizer holds has a gradient, while {new[0]}, which it does not hold, "
-            "has one: it does not train here. Build the optimizer after the adapter was added and made active."
+            f"None of this optimizer's adapters has a gradient, but {new[0]}, which it does not hold, has one and does "
+            "not train. Build the optimizer after the adapter was added and activated."
         )

@@ -1,11 +1,11 @@
-"""Recipes: what a calibration learned, its files, its uncertainty, its pictures; and the loss over the rate."""
+"""Recipes: the result of a calibration, with its files, uncertainty and figures, and the model of loss against rate."""
 
 from .._rate import Rate
 from ._diff import diff_recipes, diff_text
 from ._horizon import BATCH_SD, SLOPE_SD, Horizon
 from ._html import write_report
 from ._loss_model import Place, bowls_of
-from ._observations import EARLY, TAIL, Observation, arms_of, carried_on, gain_of, height, recent, usual_start
+from ._observations import EARLY, TAIL, Observation, arms_of, gain_of, height, impute, recent, usual_start
 from ._other_rates import BASE, OtherRates, name_pattern
 from ._plots import draw_trials, drawable, plot_recipe
 from ._recipe import ANY_WIDTH, Recipe, is_for, other_rates_on, rate_on, resolve_recipe
@@ -34,7 +34,6 @@ __all__ = [
     "agreed",
     "arms_of",
     "bowls_of",
-    "carried_on",
     "diff_recipes",
     "diff_text",
     "differences",
@@ -42,6 +41,7 @@ __all__ = [
     "drawable",
     "gain_of",
     "height",
+    "impute",
     "is_for",
     "name_pattern",
     "other_rates_on",

@@ -1,4 +1,4 @@
-"""A recipe beside an adapter: in a subfolder, which no loader takes for weights, and a section of the README."""
+"""A recipe saved beside an adapter: in a subfolder that no loader reads as weights, with a section in the README."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 FOLDER, FILE, PLOT, README = "rankaware", "recipe.toml", "recipe.png", "README.md"
 _BEGIN, _END = "<!-- rankaware-optim: begin -->", "<!-- rankaware-optim: end -->"
-_MOST = 10_000_000  # bytes of a README
+_MOST = 10_000_000  # largest README, bytes
 
 
 def recipe_file(path: str | os.PathLike[str]) -> Path:
-    """The recipe's own file: `path`, or where that is a folder the file within that `save_beside` wrote."""
+    """Return the path of the recipe's TOML file: `path` itself, or the file in that folder that `save_beside` wrote."""
     folder = Path(path)
     if not folder.is_dir():
         return folder
@@ -27,10 +27,10 @@ def recipe_file(path: str | os.PathLike[str]) -> Path:
 
 
 def save_beside(recipe: Recipe, adapter: str | os.PathLike[str], plot: bool = False) -> Path:
-    """Write the recipe into the adapter's folder. plot: its picture lies beside it, so the README shows it."""
+    """Write the recipe into the adapter's folder. plot: whether a plot is in the folder, for the README to show."""
     folder = Path(adapter)
     if not folder.is_dir():
-        raise RecipeError(f"There is no folder {folder} to save a recipe in.", "Save the adapter first, into it.")
+        raise RecipeError(f"There is no folder {folder} to save a recipe in.", "Save the adapter there first.")
     readme = folder / README
     try:
         text = read_bytes(readme, _MOST).decode() if os.path.lexists(readme) else ""
@@ -39,12 +39,12 @@ def save_beside(recipe: Recipe, adapter: str | os.PathLike[str], plot: bool = Fa
     except RecipeError:
         raise
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{readme} cannot be written: {error}.", "Mend it, or remove it.") from error
+        raise RecipeError(f"{readme} cannot be written: {error}.", "Repair it, or remove it.") from error
     return path
 
 
 def _section(recipe: Recipe, plot: bool) -> str:
-    """What a README says of the recipe, between two marks. Its own texts, maybe strangers', are a block of code."""
+    """Return the README's section about the recipe, between two marks. Untrusted texts are in a code block."""
     picture = ("", f"![Trials and rates by rank]({FOLDER}/{PLOT})") if plot else ()
     lines = [
         _BEGIN,
@@ -64,7 +64,7 @@ def _section(recipe: Recipe, plot: bool) -> str:
 
 
 def _with_section(text: str, section: str) -> str:
-    """`text` with `section` in place of the one it has, or at its end."""
+    """Return `text` with `section` in place of an earlier section, or at the end."""
     begin, end = text.find(_BEGIN), text.rfind(_END)
     if 0 <= begin < end:
         return text[:begin] + section + text[end + len(_END) :]

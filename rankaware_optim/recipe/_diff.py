@@ -1,4 +1,4 @@
-"""Two recipes compared: their rates where both have one, then every value that differs, in words and numbers."""
+"""Compare two recipes: their rates if both have one, then every value that differs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from .._tables import text_table
 from ._recipe import Recipe, known_rate
 from ._schema import to_document
 
-_ABSENT = "not told"
-# Fields told as a factor by their last name: rates, widths, counts. Other numbers are told as a difference.
+_ABSENT = "not given"
+# Last names of fields that are compared by a factor: rates, widths, counts. Other numbers are compared by a difference.
 _BY_FACTOR = {
     *("lr", "fitted_lr", "band_low", "band_high", "ceiling", "full_factor", "rank", "alpha", "fan_in", "full_fan_in"),
     *("batch", "steps", "tokens", "pivot"),
 }
-_EQUAL = 1e-9  # relative: rates that differ by less are one rate, computed in another order
+_EQUAL = 1e-9  # relative: rates that differ by less are equal up to rounding
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that differs: its path in the file, or "at rank 8"; both values as text; and what lies between."""
+    """One difference between two recipes.
+
+    Args:
+        what: the field's path in the file, or a configuration such as "at rank 8".
+        first: the first recipe's value as text.
+        second: the second recipe's value as text.
+        words: the difference in words, "" if there are none.
+    """
 
     what: str
     first: str
@@ -34,14 +41,22 @@ class Difference:
 
 
 def diff_recipes(first: Recipe, second: Recipe) -> tuple[Difference, ...]:
-    """What differs between two recipes: rates at common ranks first, then every field; empty for equal ones."""
+    """Compare two recipes.
+
+    Args:
+        first: the recipe to compare with.
+        second: the other recipe.
+
+    Returns:
+        The differences, rates at common ranks first, then every field. Empty for equal recipes.
+    """
     return (*_rates(first, second), *_fields(first, second))
 
 
 def diff_text(found: Sequence[Difference]) -> str:
-    """What `diff_recipes` found as a table with a sentence above it; one sentence where nothing differs."""
+    """Return the result of `diff_recipes` as a table with a sentence above it, or as one sentence if it is empty."""
     if not found:
-        return "The two recipes hold the same."
+        return "The two recipes are equal."
     rows = [(d.what, d.first, d.second, d.words) for d in found]
     headings = ("what", "first", "second", "second against first")
     return f"{_sentence(found)}\n{text_table(headings, rows, left=headings, width=150)}"
@@ -50,10 +65,10 @@ def diff_text(found: Sequence[Difference]) -> str:
 def _sentence(found: Sequence[Difference]) -> str:
     moved = [d for d in found if d.what.startswith("at ")]
     if not moved:
-        return "The rates are the same; what differs is below."
+        return "The rates are the same. The fields below differ."
     apart = [d.what.removeprefix("at ") for d in moved if d.words.endswith("bands apart")]
     if not apart:
-        return "The rates differ; their 90 % bands overlap at every common rank."
+        return "The rates differ. Their 90 % bands overlap at every common rank."
     return f"The rates differ by more than their 90 % bands at {', '.join(apart)}."
 
 
@@ -61,7 +76,7 @@ def _sentence(found: Sequence[Difference]) -> str:
 
 
 def _rates(first: Recipe, second: Recipe) -> Iterator[Difference]:
-    """The rates at the ranks that either saw and at full finetuning, each as its recipe scales alpha."""
+    """Yield the rates that differ, at the ranks that either recipe saw and at full finetuning."""
     ranks = {rank for recipe in (first, second) for rank in (*recipe.ranks, recipe.reference.rank) if rank}
     for rank in (*sorted(ranks), None):
         one, two = known_rate(first, rank), known_rate(second, rank)
@@ -77,7 +92,7 @@ def _rates(first: Recipe, second: Recipe) -> Iterator[Difference]:
 
 
 def _fields(first: Recipe, second: Recipe) -> Iterator[Difference]:
-    """Every field of the TOML file and every tensor of the other one, by its path there."""
+    """Yield the fields of the TOML file and the tensors that differ, by their paths."""
     one, two = (dict(flat(to_document(recipe))) for recipe in (first, second))
     for path in (*one, *(path for path in two if path not in one)):
         old, new = one.get(path), two.get(path)
@@ -97,7 +112,7 @@ def _fields(first: Recipe, second: Recipe) -> Iterator[Difference]:
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested TOML by dotted path, without those that are None."""
+    """Yield the values of nested TOML by dotted path, without those that are None."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from flat(inner, f"{path}.{key}" if path else key)

@@ -1,4 +1,4 @@
-"""A recipe's TOML as types: every section and field, and what a value may be. msgspec holds a file against them."""
+"""The schema of a recipe's TOML file: sections, fields and allowed values. msgspec checks a file against it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Variance = Annotated[float, Meta(ge=-1e4, le=1e4)]
 Rank = Annotated[int, _of("rank", int)]
 Steps = Annotated[int, _of("steps", int)]
 Seed = Annotated[int, _of("seed", int)]
-# A whole number stays one: the hash of a recipe is of it.
+# A whole number stays an int, since the recipe's hash depends on it.
 FanIn = Annotated[int, _of("fan_in", int)] | Annotated[float, _of("fan_in")]
 Batch = Annotated[int, _of("batch", int)] | Annotated[float, _of("batch")]
 Plain = bool | Seed | float | str
@@ -48,7 +48,7 @@ class RateSection(Struct, frozen=True):
 
 
 class RateSection1(RateSection, frozen=True, rename={"fitted_lr": "best_lr"}):
-    """As schema 1 called it."""
+    """The section in schema 1, which had another name for `fitted_lr`."""
 
     fitted_lr: Lr
 
@@ -75,7 +75,7 @@ class HorizonSection(Struct, frozen=True):
     warmup_share: Annotated[float, _of("share")] | None = None
     slope: Annotated[float, _of("slope")] = 0.0
     slope_sd: Octaves = SLOPE_SD
-    # Of every length tried: steps, octaves beside the best rate at `steps`, and its further variance.
+    # For each length tried: steps, octaves from the best rate at the recipe's own steps, and the change in variance.
     tried: Annotated[tuple[tuple[Steps, Offset, Variance], ...], Meta(max_length=1000)] = ()
 
 
@@ -93,7 +93,7 @@ class TensorsSection(Struct, frozen=True):
 
 
 class Document(Struct, frozen=True):
-    """What is read of the TOML; what is written for people alone, as `band_low`, is not in it."""
+    """The fields that are read. Fields written only for people, such as `band_low`, are not among them."""
 
     name: str
     rate: RateSection
@@ -115,13 +115,13 @@ class Document1(Document, frozen=True):
 
 
 def checked(data: Mapping[str, Any], target: Path) -> Document:
-    """The document in nested plain values. Raises a RecipeError with the path of what is missing or impossible."""
+    """Return the document in nested plain values. A RecipeError names the path of a missing or impossible value."""
     schema = data.get("schema")
     if type(schema) is not int or schema < 1:
-        raise RecipeError(f"{target} names no schema, so it is no recipe. @ schema", "Give a file made by Recipe.save.")
+        raise RecipeError(f"{target} has no schema, so it is no recipe. @ schema", "Give a file made by Recipe.save.")
     if schema > SCHEMA:
         raise RecipeError(
-            f"The recipe {target} is of schema {shown(schema)}, this package knows up to {SCHEMA}. @ schema",
+            f"The recipe {target} has schema {shown(schema)}, but this package reads up to {SCHEMA}. @ schema",
             "Update rankaware-optim, or name another file.",
         )
     try:
@@ -134,5 +134,5 @@ def checked(data: Mapping[str, Any], target: Path) -> Document:
 
 
 def impossible(target: Path, what: str, path: str) -> RecipeError:
-    """The error of a value that cannot be, with its path."""
+    """Return the error for an impossible value, with its path."""
     return RecipeError(f"The recipe {target} has an impossible value: {what}. @ {path}", "Restore or remake the file.")

@@ -1,4 +1,4 @@
-"""Another number of steps or another batch than a recipe's own: how far its best rate moves, and how surely."""
+"""How the best rate moves with the number of steps and the batch size, and how uncertain that is."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ import numpy as np
 from .._checks import is_within, range_of, shown
 from ..errors import RecipeError
 
-SLOPE_SD = 0.3  # prior of the slope about 0: small sweeps had -0.1 under Init[A] and +0.3 in full finetuning
-BATCH_SD = 0.15  # octaves of rate per octave of batch about the law's rule: small sweeps had 0.3 to 0.67
+# Prior standard deviations, octaves of rate per octave: of the slope about 0 (small sweeps had -0.1 under Init[A] and
+# +0.3 in full finetuning), and of the batch exponent about the law's (small sweeps had 0.3 to 0.67).
+SLOPE_SD = 0.3
+BATCH_SD = 0.15
 
 
 class Moved(NamedTuple):
-    """Where another length or batch puts the best rate: octaves by which it moves, its further variance, why in words.
+    """How the best rate moves for another number of steps or another batch.
 
-    The variance is below 0 where a rate is surer there.
+    Args:
+        octaves: change of log2 of the rate.
+        variance: change of its variance, octaves². Negative if the rate is better known there.
+        notes: the reason in words.
     """
 
     octaves: float = 0.0
@@ -28,33 +33,44 @@ class Moved(NamedTuple):
 
 @dataclass(frozen=True)
 class Horizon:
-    """log2 of the best rate against log2 of the steps: `slope` and its standard deviation, octaves per octave.
+    """How log2 of the best rate depends on log2 of the number of steps.
 
-    tried: (steps, octaves, variance) of the lengths that trials had, rising, where they are others than the recipe's
-    own: how far the best rate lies there from the own one, and by how much its variance is another, octaves². Between
-    two lengths it lies on a straight line.
+    Args:
+        slope: octaves of rate per octave of steps.
+        slope_sd: its standard deviation.
+        tried: (steps, octaves, variance) for each other length that trials had, ascending. octaves is the distance of
+            the best rate from that at the recipe's own steps. variance is the change of its variance, octaves². Values
+            between two lengths are interpolated linearly.
     """
 
     slope: float = 0.0
     slope_sd: float = SLOPE_SD
     tried: tuple[tuple[int, float, float], ...] = ()
 
-    def by_steps(self, steps: int | None, own: int | None, name: str, told: bool = True) -> Moved:
-        """From a recipe's `own` steps to `steps`. told: whether the slope is of what is asked for, LoRA or full.
+    def by_steps(self, steps: int | None, own: int | None, name: str, same_method: bool = True) -> Moved:
+        """Return the move from a recipe's `own` steps to `steps`.
 
-        Raises RecipeError where `steps` is no positive whole number, or the recipe does not know its own.
+        Args:
+            steps: the number of steps wanted, None for the recipe's own.
+            own: the recipe's number of steps, None if unknown.
+            name: the recipe's name, for messages.
+            same_method: whether the slope belongs to the method asked for, LoRA or full finetuning. Otherwise the prior
+                replaces it.
+
+        Raises:
+            RecipeError: `steps` is not a positive whole number, or `own` is None.
         """
         if steps is None:
             return Moved()
         if not isinstance(steps, int) or not is_within("steps", steps):
             raise RecipeError(f"steps is {shown(steps)}.", f"Give {range_of('steps')}.")
-        if told and self.tried and own:
+        if same_method and self.tried and own:
             return self._between(steps, own)
-        slope, sd = (self.slope, self.slope_sd) if told else (0.0, max(self.slope_sd, SLOPE_SD))
+        slope, sd = (self.slope, self.slope_sd) if same_method else (0.0, max(self.slope_sd, SLOPE_SD))
         return _moved(steps, own, slope, sd, name, "steps", f"{steps} steps instead of {own}")
 
     def _between(self, steps: int, own: int) -> Moved:
-        """Along the lengths tried; beyond them by the slope, from the nearest."""
+        """Interpolate between the lengths tried. Beyond them, follow the slope from the nearest."""
         known = sorted({(own, 0.0, 0.0), *self.tried})
         at, octaves, variances = zip(*((math.log2(n), x, wider) for n, x, wider in known), strict=True)
         x = math.log2(steps)
@@ -67,15 +83,16 @@ class Horizon:
 
 
 def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> Moved:
-    """From a recipe's `own` batch to `batch`, by `rule` octaves of rate per octave.
+    """Return the move from a recipe's `own` batch to `batch`, by `rule` octaves of rate per octave of batch.
 
-    Raises RecipeError where `batch` is no positive number, or the recipe does not know its own.
+    Raises:
+        RecipeError: `batch` is not a positive number, or `own` is None.
     """
     if batch is None:
         return Moved()
     if not is_within("batch", batch):
         raise RecipeError(
-            f"batch is {shown(batch)}.", f"Give {range_of('batch')}, counted as the recipe counts its own."
+            f"batch is {shown(batch)}.", f"Give {range_of('batch')}, in the unit of the recipe's own batch."
         )
     return _moved(batch, own, rule, BATCH_SD, name, "batch", f"batch {batch:g} instead of {own or 0:g}")
 
@@ -83,7 +100,7 @@ def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> 
 def _moved(asked: float, own: float | None, slope: float, sd: float, name: str, what: str, words: str) -> Moved:
     if own is None:
         raise RecipeError(
-            f"Recipe {name!r} does not say its own {what}, so nothing says how far {asked:g} is from it.",
+            f"Recipe {name!r} does not give its own {what}, so the rate cannot be moved to {asked:g}.",
             f"Leave {what}= out, or calibrate with {what}=.",
         )
     octaves = math.log2(asked / own)

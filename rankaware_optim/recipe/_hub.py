@@ -1,4 +1,4 @@
-"""Recipes on the Hugging Face Hub, by huggingface_hub's own functions: laid out as beside an adapter, with a card."""
+"""Recipes on the Hugging Face Hub, through huggingface_hub. The layout is that of `save_beside`, with a model card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TAG = "rankaware-recipe"
 def push(
     recipe: Recipe, repo: str, *, base_model: str | None, private: bool | None, token: Any, message: str, **where: Any
 ) -> str:
-    """Push the recipe, its plot and the card; the commit's address."""
+    """Push the recipe, its plot and the card. Return the commit's URL."""
     with _hub(repo) as hub, TemporaryDirectory() as made:
         api, folder = hub.HfApi(token=token), Path(made)
         drawn = len(recipe.tensors.get("lr", ())) > 0
@@ -38,13 +38,13 @@ def push(
 
 
 def pull(repo: str, **where: Any) -> Path:
-    """The recipe's file in a repository, downloaded with those beside it or from the cache."""
+    """Return the path of a repository's recipe, downloaded with the files beside it or taken from the cache."""
     with _hub(repo) as hub:
         return Path(hub.snapshot_download(repo, allow_patterns=f"{FOLDER}/*", **where)) / FOLDER / FILE
 
 
 def _card(hub: Any, api: Any, recipe: Recipe, repo: str, base_model: str | None, where: Mapping[str, Any]) -> str:
-    """The repository's README as it is, or a new one, with the tag and the base model in its head."""
+    """Return the repository's README, or a new one, with the tag and the base model in its metadata."""
     try:
         found = Path(api.hf_hub_download(repo, README, **where)).read_text(encoding="utf-8")
     except hub.utils.EntryNotFoundError:
@@ -60,7 +60,7 @@ def _card(hub: Any, api: Any, recipe: Recipe, repo: str, base_model: str | None,
 
 @contextmanager
 def _hub(repo: str) -> Iterator[Any]:
-    """huggingface_hub; whatever it raises is a `RecipeError`."""
+    """Yield huggingface_hub. Whatever it raises becomes a `RecipeError`."""
     try:
         import huggingface_hub
     except ImportError as error:
@@ -71,7 +71,7 @@ def _hub(repo: str) -> Iterator[Any]:
         yield huggingface_hub
     except RankAwareError:
         raise
-    except Exception as error:  # HTTP errors, refused names, no network: of classes that change by release
+    except Exception as error:  # HTTP errors, refused names, no network: their classes change between releases
         first = next(iter(str(error).splitlines()), "").rstrip(".")
         raise RecipeError(
             f"The Hub's repository {repo!r} cannot be used: {first or type(error).__name__}.",

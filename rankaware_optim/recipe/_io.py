@@ -1,4 +1,4 @@
-"""The two files of a recipe: TOML for people, safetensors for arrays; a reader finds both of one recipe, or none."""
+"""The two files of a recipe: TOML for people, safetensors for arrays. A reader never sees files of two versions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..errors import RecipeError
 from ._document import SCHEMA, Document, checked
 
 _MOST_TEXT, _MOST_TENSORS = 10_000_000, 1_000_000_000  # bytes
-_PATIENCE = 10.0  # seconds that a save waits for another one
+_PATIENCE = 10.0  # seconds to wait for another save in the folder
 
 
 def write(
@@ -32,9 +32,9 @@ def write(
     arrays: Mapping[str, torch.Tensor],
     read_again: Callable[[Document], object],
 ) -> Path:
-    """Write the tensors under a name of their hash, then the TOML that names them, then clear what it named before.
+    """Write the tensors under a name with their hash, then the TOML that names them, then remove the old tensors.
 
-    Nothing is written unless `read_again`, given the document as a reader would have it, raises no error.
+    Nothing is written if `read_again` raises an error. It gets the document as a reader would get it.
     """
     named = _toml_path(path)
     target = Path(os.path.realpath(named))
@@ -53,13 +53,13 @@ def write(
             for left in _leftovers(target, beside) if alone else ():
                 left.unlink(missing_ok=True)
     except (OSError, TypeError, UnicodeEncodeError) as error:
-        cure = "Choose a writable folder, and settings that are plain numbers and texts."
+        cure = "Choose a writable folder, and settings that are numbers or strings."
         raise RecipeError(f"The recipe {named} cannot be written: {error}.", cure) from error
     return named
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Document, dict[str, torch.Tensor]]:
-    """The checked TOML, and the tensors, which match the hash in it; once more where a save came between the two."""
+    """Return the checked TOML and the tensors, which match its hash. Read again if a save came between the two."""
     target = _toml_path(path)
     text = _read_text(target)
     while True:
@@ -75,7 +75,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Document, dict[str, torch.Tensor
 def _toml_path(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix != ".toml":
-        raise RecipeError(f"A recipe's file ends in .toml, {str(target)!r} does not.", "Name it so.")
+        raise RecipeError(f"The name of a recipe's file ends in .toml, not as {str(target)!r}.", "Rename it.")
     return target
 
 
@@ -85,12 +85,12 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-# --- saving beside others -------------------------------------------------------------------------------------------
+# --- concurrent saves -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Let no other save into `folder`, by a lock that ends with the process. False where folders have no locks."""
+    """Lock `folder` against other saves until the process ends. Yield False if the file system has no locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -105,7 +105,7 @@ def _alone(folder: Path) -> Iterator[bool]:
                 locked = True
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise OSError(f"another save in its folder goes on for {_PATIENCE:g} s") from None
+                    raise OSError(f"another save in its folder has run for more than {_PATIENCE:g} s") from None
                 time.sleep(0.005)
             except OSError:  # some network file systems
                 locked = False
@@ -118,13 +118,13 @@ def _refuse_newer(target: Path) -> None:
     try:
         schema = tomli.loads(read_bytes(target, _MOST_TEXT).decode()).get("schema")
     except (OSError, ValueError, RecursionError):
-        return  # there is no recipe, or none that can be read
+        return  # no recipe is there, or it cannot be read
     if isinstance(schema, int) and schema > SCHEMA:
-        raise RecipeError(f"The recipe at {target} is of a newer schema, {schema}.", "Update, or name another file.")
+        raise RecipeError(f"The recipe at {target} has a newer schema, {schema}.", "Update, or name another file.")
 
 
 def _leftovers(target: Path, beside: Path) -> Iterator[Path]:
-    """What earlier saves left: the tensors of other versions, and temporary files of those that were killed."""
+    """Yield the files that earlier saves left: the tensors of other versions, and temporary files of killed saves."""
     stem, digits = re.escape(target.stem), "[0-9a-f]{12}"
     tensors = re.compile(rf"{stem}\.{digits}\.safetensors")
     staged = re.compile(rf"\.{stem}(\.toml|(\.{digits})?\.safetensors)\.[0-9a-z_]{{8}}")
@@ -132,12 +132,12 @@ def _leftovers(target: Path, beside: Path) -> Iterator[Path]:
     yield from (
         target.with_name(n) for n in names if staged.fullmatch(n) or (tensors.fullmatch(n) and n != beside.name)
     )
-    former = target.with_name(f"{target.stem}.safetensors")  # schema 1 once named them so
+    former = target.with_name(f"{target.stem}.safetensors")  # the name in schema 1
     try:
         with safe_open(former, framework="np") as file:
             if "fit.covariance" in file.keys():  # noqa: SIM118
                 yield former
-    except Exception:  # none there, or somebody else's
+    except Exception:  # the file is missing, or belongs to something else
         return
 
 
@@ -162,7 +162,7 @@ def _parsed(text: bytes, target: Path) -> dict[str, Any]:
 
 def _read_tensors(target: Path, name: str, sha256: str) -> dict[str, torch.Tensor]:
     path = target.parent / Path(name).name
-    if not os.path.lexists(path):  # a link to the TOML alone
+    if not os.path.lexists(path):  # only the TOML was linked
         path = Path(os.path.realpath(target)).parent / path.name
     try:
         data = read_bytes(path, _MOST_TENSORS)
@@ -170,9 +170,9 @@ def _read_tensors(target: Path, name: str, sha256: str) -> dict[str, torch.Tenso
         raise RecipeError(f"The tensors {path} of the recipe cannot be read: {error}.", "Copy both files.") from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise RecipeError(
-            f"The tensors {path} do not match the recipe's hash. @ tensors.sha256", "Copy both files of one recipe."
+            f"The tensors {path} do not match the recipe's hash. @ tensors.sha256", "Copy both files of the recipe."
         )
     try:
         return load(data)
-    except Exception as error:  # safetensors raises its own, KeyError, TypeError and more, by what is damaged
+    except Exception as error:  # safetensors raises its own error, KeyError, TypeError and more
         raise RecipeError(f"The tensors {path} cannot be read: {error}.", "Remake the recipe.") from error

@@ -1,18 +1,21 @@
-"""The loss of a rank over x = log2 of the rate: a bowl of unknown shape and noise, and where its lowest point lies.
+"""Model of a rank's loss against x = log2 of the rate: a bowl of unknown shape and noise. Its minimum is estimated.
 
 Around its optimum v the loss, in units of the gain, is
 
     loss(x) = level + min(k·above(u), p)   for u = x − v ≥ 0,   above(u) = (exp(a·u) − a·u − 1)/a²   (a = 0: u²/2)
     loss(x) = level + min(k·below(u), 1)   for u < 0,           below(u) = h²·(√(1 + (u/h)²) − 1)
 
-p is the plateau of rates that are too high: 1, no better than untrained, or the largest gap that the rank's own runs
-show, where all learn the easy part (a language model the frequent tokens) and stall. Both are kept, weighed as shapes.
+p is the plateau at rates that are too high. It is 1 (no better than untrained), or the largest gap among the rank's
+runs if all of them learn the easy part and stall. Both values are kept and weighted, as the shapes are.
 
-k is the curvature at v (per octave²), a the steepness of the cliff above it (per octave), and h how far below it the
-loss goes on as a parabola before it becomes a straight line (octaves). Noise is of four parts: a seed's own level,
-which its rates share; a smooth and a white part about it, of size σ together; and what the true shape differs from this
-one, a share of the gap to the best. No shape (σ, h, a, k) is picked: all on a grid are kept, weighed by their evidence.
-Ranks share one nearly: each has its own, within `_OWN` of it.
+k is the curvature at v (per octave²). a is the steepness of the cliff above v (per octave). h is the distance below v
+at which the parabola becomes a straight line (octaves).
+
+The noise has four parts. One is a level common to all runs of a seed. A smooth part and a white part have standard
+deviation σ together. The last is the error of the shape itself, a share of the gap to the best.
+
+The posterior is over a grid of shapes (σ, h, a, k), weighted by prior and evidence. Ranks nearly share a shape: each
+has its own, within `_OWN` of the shared one.
 """
 
 from __future__ import annotations
@@ -31,20 +34,23 @@ NOISE = np.geomspace(0.002, 0.5, 6)  # σ, in units of the gain
 REACH = np.array([0.4, 1.0, 4.0])  # h: from a corner to a parabola
 STEEPNESS = np.array([0.0, 1.5, 3.0, 4.5])  # a: from a parabola to a cliff within half an octave
 CURVATURE = np.geomspace(0.005, 2.0, 10)  # k, in units of the gain
-_USUAL_NOISE, _NOISE_SD = 0.015, 1.2  # prior of σ: its middle, and the standard deviation of its logarithm
-_OWN = (0.5, 0.7, 1.0, 0.7)  # standard deviations of a rank's own log σ, log h, a and log k about the shared ones
+_USUAL_NOISE, _NOISE_SD = 0.015, 1.2  # prior of σ: its median, and the standard deviation of log σ
+_OWN = (0.5, 0.7, 1.0, 0.7)  # standard deviations of a rank's log σ, log h, a and log k about the shared values
 _SEED = 3.0  # standard deviation of a seed's level, in units of σ
-_SMOOTH = 0.5  # share of σ² that is smooth along the rate
-_SHAPE = 0.2  # the bowl's own error, as a share of the gap to the best
-_LENGTH = 1.0  # octaves over which the smooth noises change
+_SMOOTH = 0.5  # share of σ² that is smooth in the rate
+_SHAPE = 0.2  # error of the shape, as a share of the gap to the best
+_LENGTH = 1.0  # correlation length of the smooth noise, octaves
 _GRID = 0.125  # octaves between candidate optima
-_BEYOND = 3.0  # octaves beyond the rates tried that an optimum may lie
-_LEAST = 1e-250  # of a likelihood, so that its logarithm is finite
+_BEYOND = 3.0  # octaves that an optimum may lie beyond the rates tried
+_LEAST = 1e-250  # smallest likelihood, so that its logarithm is finite
 CAP = 1.0  # gap to the best, in units of the gain, at which a run counts as no better than untrained
 
 
 class Place(NamedTuple):
-    """What has one best rate: a rank, None for full finetuning; steps and batch, None for those of the target."""
+    """A configuration with one best rate.
+
+    rank: None for full finetuning. steps, batch: None for those of the target.
+    """
 
     rank: int | None = None
     steps: int | None = None
@@ -52,7 +58,10 @@ class Place(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """The trials of one place: rates x, gaps y to its best in units of the gain, at most `CAP`, and seeds."""
+    """The trials of one place, arrays of shape (trials,).
+
+    x: log2 of the rate. y: gap to the place's best score, in units of the gain, at most `CAP`. seeds: whole numbers.
+    """
 
     x: Array
     y: Array
@@ -60,10 +69,10 @@ class Arm(NamedTuple):
 
 
 class Bowls(NamedTuple):
-    """Every arm's optimum under every shape on the grid, and how likely the shape is.
+    """The optimum of every arm under every shape on the grid, and the weight of the shape.
 
-    log_weight: (shapes,), of prior and evidence. mean, sd: of the optima, (shapes, arms), octaves. noise, steepness:
-    the shape's σ and a, (shapes,).
+    log_weight: (shapes,), log of prior times evidence. mean, sd: of the optima, (shapes, arms), octaves. noise,
+    steepness: the shape's σ and a, (shapes,).
     """
 
     log_weight: Array
@@ -74,12 +83,12 @@ class Bowls(NamedTuple):
 
 
 def bowls_of(arms: Mapping[Place, Arm]) -> Bowls:
-    """Fit a bowl to every arm: too high a rate ends untrained or, where no run was that bad, perhaps on a plateau."""
+    """Fit a bowl to every arm. A run at too high a rate ends untrained, or on a plateau if no run was that bad."""
     return Bowls(*map(np.concatenate, zip(*(_bowls_where(arms, p) for p in _plateaus(arms)), strict=True)))
 
 
 def _plateaus(arms: Mapping[Place, Arm]) -> list[list[float]]:
-    """Every arm's plateau of rates that are too high, in each way that the runs allow."""
+    """Return the plateaus of all arms, once for each choice that the runs allow."""
     untrained = [CAP] * len(arms)
     if any(arm.y.max() >= CAP for arm in arms.values()):
         return [untrained]
@@ -100,12 +109,12 @@ def _log_prior(noise: Array) -> Array:
 
 
 def _log_likelihood(arm: Arm, grid: Array, plateau: float) -> Array:
-    """log p(losses | σ, h, a, k, v), the level integrated out: (σ, h, a, k, v)."""
+    """Return log p(losses | σ, h, a, k, v) with the level integrated out, of shape (σ, h, a, k, v)."""
     return _levelled(arm, _gaps(arm.x[None, :] - grid[:, None], plateau))[0]
 
 
 def _gaps(u: Array, plateau: float) -> Array:
-    """The loss above its lowest, under every shape, at octaves u from the optimum: (h, a, k, *u.shape)."""
+    """Return the loss above its minimum under every shape, at octaves u from the optimum: (h, a, k, *u.shape)."""
     below = np.stack([h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0) for h in REACH])
     cliffs = [(np.exp(np.clip(a * u, 0.0, 20.0)) - a * u - 1.0) / a**2 for a in STEEPNESS[1:]]
     above = np.stack([u**2 / 2, *cliffs])
@@ -116,7 +125,7 @@ def _gaps(u: Array, plateau: float) -> Array:
 
 
 def _covariances(arm: Arm) -> tuple[Array, Array]:
-    """Of the losses: σ² times the first, and the second, which is what the true shape differs by."""
+    """Return two covariances of the losses, (trials, trials): the noise in units of σ², and the error of the shape."""
     apart = arm.x[:, None] - arm.x[None, :]
     smooth = np.exp(-0.5 * (apart / _LENGTH) ** 2)
     paired = arm.seeds[:, None] == arm.seeds[None, :]
@@ -126,9 +135,9 @@ def _covariances(arm: Arm) -> tuple[Array, Array]:
 
 
 def _levelled(arm: Arm, gaps: Array) -> tuple[Array, Array]:
-    """log density of the losses about `gaps` and a common level of flat prior, and that level's mean: (σ, ...).
+    """Return the log density of the losses about `gaps` plus a common level, and that level's mean, of shape (σ, ...).
 
-    `gaps`: (..., trials). One basis makes both covariances diagonal, so every σ costs no more than the first.
+    gaps: (..., trials). The level has a flat prior. One basis diagonalizes both covariances for every σ at once.
     """
     noise, shape = _covariances(arm)
     whiten = np.linalg.inv(np.linalg.cholesky(noise))
@@ -145,7 +154,7 @@ def _levelled(arm: Arm, gaps: Array) -> tuple[Array, Array]:
 
 
 def _shared(log_likelihood: Array, grid: Array) -> tuple[Array, Array, Array]:
-    """An arm's log evidence, mean and sd of its optimum given the *shared* shape, its own being near: (shapes,)."""
+    """Return an arm's log evidence and its optimum's mean and sd, given the shared shape. All have shape (shapes,)."""
     top, middle = log_likelihood.max(), grid.mean()
     about = grid - middle
     powers = (np.exp(log_likelihood - top) + _LEAST) @ np.stack([about**0, about, about**2], axis=1)
@@ -157,7 +166,7 @@ def _shared(log_likelihood: Array, grid: Array) -> tuple[Array, Array, Array]:
 
 @cache
 def _own_shapes() -> Array:
-    """How likely each shape is an arm's own, given the shared one: (shapes, shapes), rows of sum 1."""
+    """Return the probability of each shape as an arm's own, given the shared shape: (shapes, shapes), rows sum to 1."""
     kernel = np.ones((1, 1))
     for at, sd in zip((np.log(NOISE), np.log(REACH), STEEPNESS, np.log(CURVATURE)), _OWN, strict=True):
         weights = np.exp(-0.5 * ((at[:, None] - at[None, :]) / sd) ** 2)
@@ -169,9 +178,9 @@ def _own_shapes() -> Array:
 
 
 def curves_of(arms: Mapping[Place, Arm], u: Mapping[Place, Array]) -> dict[Place, Array]:
-    """Every arm's expected gap at octaves `u` from its optimum, if the optima are where their x is 0.
+    """Return every arm's expected gap at octaves `u` from its optimum, which must be at x = 0.
 
-    This is the mean over the posterior of shapes, noises and levels that `bowls_of` weighs, given the optima.
+    This is the mean over the posterior of shapes, noise and levels that `bowls_of` uses, given the optima.
     """
     logs, parts = zip(*(_curves_where(arms, plateaus, u) for plateaus in _plateaus(arms)), strict=True)
     weights = np.exp(np.array(logs) - max(logs))
@@ -182,11 +191,11 @@ def curves_of(arms: Mapping[Place, Arm], u: Mapping[Place, Array]) -> dict[Place
 def _curves_where(
     arms: Mapping[Place, Arm], plateaus: Sequence[float], u: Mapping[Place, Array]
 ) -> tuple[float, dict[Place, Array]]:
-    """Under these plateaus, the log evidence of the optima, and every arm's mean curve."""
+    """Return the log evidence of the optima under these plateaus, and every arm's mean curve."""
     pairs = list(zip(arms.values(), plateaus, strict=True))
     logs = np.stack([_log_likelihood(arm, np.zeros(1), plateau).ravel() for arm, plateau in pairs])
-    own = np.exp(logs - logs.max(axis=1, keepdims=True))  # how likely a shape is as an arm's own: (arms, shapes)
-    near = own @ _own_shapes().T + _LEAST  # and as the one that is shared nearly
+    own = np.exp(logs - logs.max(axis=1, keepdims=True))  # likelihood of a shape as an arm's own: (arms, shapes)
+    near = own @ _own_shapes().T + _LEAST  # and as the shared shape
     log_shared = _log_prior(np.repeat(NOISE, own.shape[1] // len(NOISE))) + np.log(near).sum(axis=0)
     shared = np.exp(log_shared - log_shared.max())
     belief = own * ((shared / near) @ _own_shapes())
@@ -197,7 +206,7 @@ def _curves_where(
 
 
 def _mean_curve(arm: Arm, plateau: float, belief: Array, u: Array) -> Array:
-    """An arm's mean curve over its shapes, each at the level that the trials put it at."""
+    """Return an arm's mean curve over its shapes, each at the level that the trials give it."""
     levels = _levelled(arm, _gaps(arm.x, plateau))[1]
     by_bowl = belief.reshape(len(NOISE), -1).sum(axis=0)
     return np.asarray(belief @ levels.ravel() + by_bowl @ _gaps(u, plateau).reshape(len(by_bowl), -1))

@@ -1,4 +1,4 @@
-"""What trials showed, as the fit reads them: scores, where curves began and ended, and the loss model's arms."""
+"""Trials as input of the fit: scores, starts and ends of loss curves, and arms of the loss model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,25 @@ import numpy as np
 
 from ._loss_model import CAP, Arm, Place
 
-TAIL = 5  # values at least in the mean that scores a run
-EARLY = 0.3  # share of its steps in which a run is not judged
+TAIL = 5  # fewest values in the mean that scores a run
+EARLY = 0.3  # share of its steps before which a run is not judged
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One finished trial. rank: None for full finetuning. x: log2 of the base rate. value: the score, minimised.
+    """One finished trial.
 
-    start, tail: where the curve began (see `height`) and the mean of its last tenth. returned: whether the score was
-    returned rather than that mean. stopped: cut short because it diverged. steps, batch: see `Place`.
+    Args:
+        rank: None for full finetuning.
+        seed: the trial's random seed.
+        x: log2 of the base rate.
+        value: the score, minimised.
+        start: where the loss curve began, see `height`.
+        tail: the mean of the last tenth of the curve.
+        returned: whether the training function returned the score. Otherwise the score is `tail`.
+        stopped: whether the trial was stopped because it diverged.
+        steps: as in `Place`.
+        batch: as in `Place`.
     """
 
     rank: int | None
@@ -39,21 +48,30 @@ class Observation:
 
 
 def height(curve: Sequence[float]) -> float:
-    """Where a run begins: its first value, or the median of the first few where its first batch was an easy one."""
+    """Return where a loss curve begins: its first value, or the median of the first few if that is higher."""
     return max(curve[0], statistics.median(curve[:TAIL]))
 
 
 def recent(curve: Sequence[float], count: int = TAIL) -> float:
-    """Mean of the last `count` values."""
+    """Return the mean of the last `count` values."""
     last = curve[-count:]
     return sum(last) / len(last)
 
 
-def carried_on(x: float, curve: Sequence[float], best: Observation, beside: Sequence[float]) -> Observation | None:
-    """What the fit makes of a run at x that was stopped as worse than `best`, whose curve is `beside`.
+def impute(x: float, curve: Sequence[float], best: Observation, beside: Sequence[float]) -> Observation | None:
+    """Impute the final score of a pruned run from its gap to the best paired run.
 
-    It ends as far above it as it lay when it was stopped: left out, a rate too high would seem never to have been
-    tried. Stopped in its first 30 %, a run says nothing, which is None.
+    The gap when it was stopped is taken as the gap at the end. Without imputation the fit would not see that a rate too
+    high was tried.
+
+    Args:
+        x: log2 of the pruned run's base rate.
+        curve: its losses until it was stopped.
+        best: the best run of the same place and seed.
+        beside: that run's losses.
+
+    Returns:
+        The run with its imputed score, or None if it was stopped in the first 30 % of its steps.
     """
     if len(curve) < max(1.0, EARLY * len(beside)):
         return None
@@ -62,24 +80,27 @@ def carried_on(x: float, curve: Sequence[float], best: Observation, beside: Sequ
 
 
 def arms_of(observations: Sequence[Observation], bad: Sequence[bool], gains: Mapping[Place, float]) -> dict[Place, Arm]:
-    """The trials of every place in the units of the loss model, those that are `bad` at `CAP`.
+    """Return the trials of every place in the units of the loss model.
 
-    gains: by steps and batch, the rank left out.
+    Args:
+        observations: the trials.
+        bad: for each trial, whether it counts as untrained. Its gap is then `CAP`.
+        gains: what training gains, by place with rank None.
     """
     arms = {}
     for place in dict.fromkeys(o.place for o in observations):
         mine = [(o, b) for o, b in zip(observations, bad, strict=True) if o.place == place]
         best = min((o.value for o, b in mine if not b), default=0.0)
-        gain = gains.get(place._replace(rank=None), 1.0)  # without one, all of its runs diverged
+        gain = gains.get(place._replace(rank=None), 1.0)  # missing if all of its runs diverged
         gaps = [CAP if b else min((o.value - best) / gain, CAP) for o, b in mine]
         arms[place] = Arm(np.array([o.x for o, _ in mine]), np.array(gaps), np.array([o.seed for o, _ in mine]))
     return arms
 
 
 def gain_of(good: Sequence[Observation]) -> float:
-    """What training can gain, the unit of curvature and noise: the best fall of a curve from the usual start.
+    """Return what training can gain, the unit of curvature and noise: the best fall of a curve from the usual start.
 
-    Where scores were returned and are of another kind than the curve, it is the best score against a poor one.
+    If the scores were returned and are not comparable with the curve, it is the best score against a poor one.
     """
     values = np.array([o.value for o in good])
     usual = usual_start(good)
@@ -91,5 +112,5 @@ def gain_of(good: Sequence[Observation]) -> float:
 
 
 def usual_start(observations: Sequence[Observation]) -> float:
-    """Where runs begin, in the median; 0 where none ran."""
+    """Return the median start of the runs; 0 if there are none."""
     return float(np.median([o.start for o in observations])) if observations else 0.0

@@ -1,4 +1,4 @@
-"""Parameters that are no factors, such as heads, norms and biases: the rates that a recipe has for them."""
+"""A recipe's rates for parameters that are not factors, such as heads, norms and biases."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Literal
 
 from ..errors import RecipeError
 
-BASE: Literal["base"] = "base"  # in a recipe's table: a parameter had the base rate of every trial
+BASE: Literal["base"] = "base"  # in a recipe's table: the parameter had each trial's base rate
 Seen = Mapping[str, "float | Literal['base']"]
 
 
 def name_pattern(name: str) -> str:
-    """A parameter's name as a recipe keeps it: with "*" for numbers, so that layers share one.
+    """Return a parameter's name with "*" for numbers, so that all layers share one pattern.
 
     >>> name_pattern("layers.11.norm1.weight")
     'layers.*.norm1.weight'
@@ -24,10 +24,13 @@ def name_pattern(name: str) -> str:
 
 @dataclass(frozen=True)
 class OtherRates:
-    """What a recipe says of other parameters on a model.
+    """A recipe's rates for the other parameters of a model.
 
-    seen: the rates of its LoRA trials, by name pattern. base: the recipe's base rate. full: full finetuning's rate on
-    this model, None where the recipe saw none.
+    Args:
+        recipe: the recipe's name.
+        seen: the rates of its LoRA trials, by name pattern.
+        base: the recipe's base rate.
+        full: the rate of full finetuning on this model, None if the recipe's trials did not include it.
     """
 
     recipe: str
@@ -36,27 +39,34 @@ class OtherRates:
     full: float | None
 
     def rate(self, name: str, trains: bool = True) -> float | None:
-        """The rate of the parameter `name`: as the trials trained it, else full finetuning's.
+        """Return the rate of a parameter: that of the trials, else that of full finetuning.
+
+        Args:
+            name: the parameter's name.
+            trains: whether it has a gradient.
+
+        Returns:
+            The rate, or None if neither was tried and the parameter does not train.
 
         Raises:
-            RecipeError: neither was tried, and the parameter trains; None where it does not.
+            RecipeError: neither was tried, and the parameter trains.
         """
         found = self.seen.get(name_pattern(name), self.full)
         if found is None and not trains:
             return None
         if found is None:
             raise RecipeError(
-                f"Recipe {self.recipe!r} saw neither {name} train nor full finetuning, so nothing says its rate.",
+                f"The trials of recipe {self.recipe!r} trained neither {name} nor the full model, so it has no rate.",
                 "Give other_lr=, or rates= for its name.",
             )
         return self.base if found == BASE else float(found)
 
     def knows(self, name: str) -> bool:
-        """Whether the trials trained the parameter `name`."""
+        """Return whether the trials trained the parameter `name`."""
         return name_pattern(name) in self.seen
 
     def reason(self, name: str) -> str:
-        """Where that rate is from, in words."""
+        """Return where the parameter's rate comes from, in words."""
         found = self.seen.get(name_pattern(name))
         if found is None:
             return "full finetuning's rate by the recipe"

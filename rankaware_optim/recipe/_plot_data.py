@@ -1,6 +1,6 @@
-"""What a picture of a recipe shows, as numbers: per rank its trials, the fitted curve, the rate with band and ceiling.
+"""The numbers that a figure of a recipe shows: each rank's trials, fitted curve, and rate with band and ceiling.
 
-`_plots` draws it by matplotlib, `_html` as a page.
+`_plots` draws them with matplotlib, `_html` as a page.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 
 from .._rate import Rate
 from ._loss_model import Place, curves_of
-from ._observations import TAIL, Observation, arms_of, carried_on, gain_of, height, recent
+from ._observations import TAIL, Observation, arms_of, gain_of, height, impute, recent
 from ._recipe import Recipe, known_rate
 
-# The drift that trials of recipes without `trial.own_lr` ran along, by init: the prior's mean at that time.
+# The drift along which trials of recipes without `trial.own_lr` ran, by init: the prior mean at that time.
 _FORMER_DRIFT = {"A": 0.0, "B": -0.45}
 _MARGIN = 2.0**0.5  # left and right of the rates drawn
 _STEPS = 200  # of a curve
@@ -206,7 +206,7 @@ def _observations(rank: int | None, points: Sequence[Point], best: float) -> Ite
         if point.fate == "pruned":
             rivals = [pair for pair in ended if pair[0].seed == point.seed]
             rival = min(rivals, key=lambda pair: pair[0].value, default=None)
-            carried = rival and carried_on(x, curve, *rival)
+            carried = rival and impute(x, curve, *rival)
             if carried:
                 yield carried, False
         elif math.isfinite(point.value):

@@ -1,4 +1,4 @@
-"""Recipes: what a calibration learned, as TOML for people and safetensors for arrays; `Recipe.at` gives a rate."""
+"""Recipes: the result of a calibration. `Recipe.at` returns a rate, `Recipe.save` writes TOML and safetensors."""
 
 from __future__ import annotations
 
@@ -31,25 +31,46 @@ from ._horizon import Horizon, by_batch
 from ._other_rates import OtherRates, Seen
 from ._uncertainty import Z90, margin, spread
 
-ANY_WIDTH = 4096.0  # stands in for an unknown fan-in, which all but cancels between ranks of one init
+ANY_WIDTH = 4096.0  # used for an unknown fan-in, which nearly cancels between ranks of one init
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A calibrated base rate with its law, uncertainty and provenance.
+    """A calibrated base rate with its law, uncertainty and provenance. `calibrate` and `fit_sweep` make one.
 
-    fitted_lr: the optimum at `reference`, as fitted. `lr`, the rate to use, lies `lean` octaves below it, a margin,
-    since too high costs more than too low. steepness: of the cliff above the optimum, per octave, by which the margin
-    elsewhere follows from the uncertainty there; 0 where it is `lean` everywhere. law: a `Power` on top of the law
-    calibrated with: drift in rank, factor of full finetuning. covariance: 3 × 3 tensor of (log2 rate at `law.pivot`,
-    drift, log2 full_factor), octaves. scatter: standard deviation by which a rank's own best rate lies off the law,
-    octaves. scaling_rule: how the effective multiplier followed the ranks seen: "fixed" (alpha follows rank), "rslora"
-    (s·√r constant), "alpha" (s·r constant), "as swept" (a sweep that did not say), or "unknown". steps: None where a
-    sweep did not say. horizon: how the best rate moves with the steps. settings: the optimizer's, other than the rate.
-    other_rates: what LoRA trials trained beside the factors, by name with "*" for numbers: at "base", the trial's base
-    rate, or at a rate of its own. source: the training loop's name, its source's hash, its repository's commit. notes:
-    what the data did not determine, in words. tensors: every trial's `rank` (0 for full finetuning), `lr`, `seed`,
-    `value` (NaN where pruned), `diverged`, `pruned`, `steps` and `curve`.
+    All rates are per optimizer step. Octaves are units of log2 of a rate.
+
+    Args:
+        name: the recipe's name, for messages.
+        fitted_lr: the fitted optimum at `reference`. The rate to use is `lr`.
+        reference: the configuration that the base rate belongs to.
+        law: a `Power` around the law that was calibrated. It holds the drift in rank and the factor of full finetuning.
+        covariance: 3 × 3 tensor of (log2 rate at `law.pivot`, drift, log2 `full_factor`), octaves².
+        lean: safety margin of `lr` below `fitted_lr`, octaves. Too high a rate costs more than too low a rate.
+        ceiling: the lowest rate at `reference` that diverged, None if no trial did.
+        scaling_rule: how the effective multiplier s = alpha / rank followed the ranks r of the trials: "fixed" (alpha
+            follows rank), "rslora" (s·√r constant), "alpha" (s·r constant), "as swept" (a sweep without alpha) or
+            "unknown".
+        full_fan_in: the width that full finetuning's rate belongs to.
+        ranks: the LoRA ranks of the trials.
+        full_seen: whether full finetuning was among the trials.
+        optimizer: the optimizer's class, as "module.Class".
+        settings: the optimizer's settings other than the rate.
+        steps: optimizer steps of a trial, None if a sweep did not give them.
+        batch: examples or tokens per step, None if unknown.
+        warmup: share of the steps with a rising rate, from 0 to 1.
+        horizon: how the best rate moves with the number of steps.
+        seed: random seed of the calibration.
+        other_rates: rates of the parameters that LoRA trials trained beside the factors, by name with "*" for numbers.
+            "base" means each trial's base rate.
+        versions: versions of the packages used.
+        source: the training loop's name, the hash of its source and its repository's commit.
+        notes: sentences on what the data did not determine.
+        tensors: one entry per trial: `rank` (0 for full finetuning), `lr`, `seed`, `value` (NaN if pruned), `diverged`,
+            `pruned`, `steps`, and `curve` of shape (trials, values).
+        steepness: steepness of the loss above the optimum, per octave. The margin for another configuration follows
+            from it and the uncertainty there. With 0 the margin is `lean` everywhere.
+        scatter: standard deviation of a rank's own best rate about the law, octaves.
     """
 
     name: str
@@ -80,20 +101,20 @@ class Recipe:
 
     @property
     def lr(self) -> float:
-        """The base rate to use, and that is quoted: `lean` octaves below the fitted optimum at `reference`."""
+        """The base rate to use, per step: `lean` octaves below the fitted optimum at `reference`."""
         return float(self.fitted_lr * 2.0**-self.lean)
 
     @property
     def full_factor(self) -> float:
-        """What the law's point for full finetuning is multiplied by."""
+        """The factor by which the law's rate for full finetuning is multiplied."""
         return self.law.full_factor
 
     @property
     def tag(self) -> str:
-        """The recipe in a line, "hash name", as an optimizer's state carries it.
+        """The recipe in a line, "hash name", as stored in an optimizer's state_dict.
 
-        The hash is of what decides its rates: base rate, reference, law and the rule for alpha. A copy under another
-        name, or one read by a newer package, keeps it.
+        The hash covers what decides the rates: base rate, reference, law and scaling rule. It does not depend on the
+        name or on the version of this package.
         """
         r = self.reference
         at = (r.method, r.rank, r.scaling, r.init, r.fan_in, r.batch)
@@ -113,17 +134,29 @@ class Recipe:
         steps: int | None = None,
         batch: float | None = None,
     ) -> Rate:
-        """The rate at another rank, alpha, init, width, number of steps or batch, or for full finetuning.
+        """Return the rate for another rank, alpha, init, width, number of steps or batch, or for full finetuning.
 
-        Without alpha the effective multiplier follows the ranks seen (`scaling_rule`); where no rule fits, alpha is
-        asked for. Without fan_in, steps or batch they are the recipe's own; steps move the rate by `horizon`, the
-        batch by the law's rule (the square root for Adam). Outside what was seen the rate is `extrapolated`, its band
-        the wider the farther, and a warning is given once.
+        Outside the configurations of the trials the rate is marked `extrapolated`, and its band widens with the
+        distance. A warning is given once.
+
+        Args:
+            rank: the LoRA rank, by default the recipe's own.
+            alpha: LoRA's alpha. By default the effective multiplier follows `scaling_rule`.
+            rslora: whether alpha is divided by √rank instead of rank.
+            init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero), by default the recipe's own.
+            method: "lora" or "full".
+            fan_in: the model's width, by default the recipe's own.
+            steps: optimizer steps, by default the recipe's own. They move the rate by `horizon`.
+            batch: batch size in the recipe's unit, by default its own. It moves the rate by the law's rule, which is
+                the square root for Adam.
+
+        Returns:
+            The rate with its 90 % band, ceiling and notes.
 
         Raises:
-            RecipeError: alpha is needed and was not given, or was given where the sweep did not say it; or the rate
-                depends on a fan-in, steps or batch that the recipe does not know; or steps or batch are impossible; or
-                the rate would not be a positive finite number.
+            RecipeError: alpha is missing but needed, or given but unknown to the sweep; the rate depends on a fan-in,
+                steps or batch that the recipe does not have; steps or batch are impossible; or the rate would not be a
+                positive finite number.
             InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
             LawError: the law has no usable multiplier there.
         """
@@ -135,24 +168,24 @@ class Recipe:
         return rate
 
     def _warn_of(self, rate: Rate) -> None:
-        """Warn, once a recipe, where one of its rates is extrapolated."""
+        """Warn, once per recipe, that a rate is extrapolated."""
         if rate.extrapolated and not self.__dict__.get("_warned"):
             object.__setattr__(self, "_warned", True)
             warn(f"Recipe {self.name!r} extrapolates: {rate.notes[0]}.")
 
     def _quoted(self, target: Reference, steps: int | None = None, batch: float | None = None) -> Rate:
-        """The rate at a reference, without a warning; its first notes say what was not seen."""
+        """Return the rate at a reference, without a warning. Its first notes say what was not tried."""
         reference, asked = self.reference, target
         if reference.fan_in is None:
             if target.fan_in is None and (target.method, target.init) != (reference.method, reference.init):
                 raise RecipeError(
-                    f"Recipe {self.name!r} knows no fan-in, on which the rate of {target} hangs.",
+                    f"Recipe {self.name!r} has no fan-in, and the rate for {target} depends on it.",
                     "Give fan_in=, the model's width.",
                 )
             width = target.fan_in or ANY_WIDTH
             target, reference = replace(target, fan_in=width), replace(reference, fan_in=width)
         sd, outside = spread(self, target)
-        longer = self.horizon.by_steps(steps, self.steps, self.name, told=target.method == reference.method)
+        longer = self.horizon.by_steps(steps, self.steps, self.name, same_method=target.method == reference.method)
         larger = by_batch(batch, self.batch, math.log2(checked_batch_multiplier(self.law, 2.0)), self.name)
         sd = math.sqrt(max(sd**2 + longer.variance + larger.variance, self.scatter**2))
         outside = [*outside, *longer.notes, *larger.notes]
@@ -182,7 +215,11 @@ class Recipe:
         return rate
 
     def base_lr(self, survey: Survey) -> float:
-        """The base rate for a model: the best one, less the margin that the model's own configuration asks for."""
+        """Return the base rate for a model: the best rate less the margin for the model's configuration.
+
+        Args:
+            survey: the model's survey, from `inspect_model`.
+        """
         own = survey.dominant()
         if not self.steepness:
             return self.lr
@@ -191,12 +228,12 @@ class Recipe:
         return float(self.fitted_lr * 2.0 ** -margin(self.steepness, sd))
 
     def _target(self, rank: int | None, alpha: float | None, method: Method, rslora: bool = False) -> Reference:
-        """What `at` is asked for, as a reference at the recipe's own init and width."""
+        """Return the arguments of `at` as a reference at the recipe's own init and width."""
         own = self.reference
         if (rslora and alpha is None) or (method == "full" and not rank is alpha is None):
             raise RecipeError(
-                f"rank={rank}, alpha={alpha}, rslora={rslora} do not go together with method={method!r}.",
-                "Give rank and alpha for LoRA, rslora= beside alpha=, and none of them for full finetuning.",
+                f"rank={rank}, alpha={alpha}, rslora={rslora} cannot be combined with method={method!r}.",
+                "Give rank and alpha for LoRA, rslora= only with alpha=, and none of them for full finetuning.",
             )
         if method == "full":
             return Reference(method="full", init=own.init, fan_in=self.full_fan_in or own.fan_in)
@@ -205,23 +242,23 @@ class Recipe:
         rank = own.rank if rank is None else rank
         if alpha is not None and self.scaling_rule == "as swept":
             raise RecipeError(
-                f"The sweep behind recipe {self.name!r} did not say its alpha, so its rates hold as swept only.",
+                f"The sweep behind recipe {self.name!r} has no alpha, so its rates hold only for the alpha swept.",
                 "Fit it again with alpha=, or use recipe.at(rank=...).lr as a plain lr=.",
             )
         if alpha is not None:
             return Reference(rank, alpha, rslora, own.init, own.fan_in, method)
-        Reference(rank, 1.0, method=method)  # refuses an impossible rank before it is used below
+        Reference(rank, 1.0, method=method)  # checks the rank before it is used below
         scaling = own.scaling
         if rank != own.rank:
             if self.scaling_rule not in GAMMA or own.rank is None or rank is None:
                 raise RecipeError(
-                    f"Recipe {self.name!r} saw no rule by which alpha follows the rank.", "Give alpha= beside the rank."
+                    f"The trials of recipe {self.name!r} give no rule for alpha by rank.", "Give alpha= with the rank."
                 )
             scaling *= float((rank / own.rank) ** -GAMMA[self.scaling_rule])
         return replace(Reference.from_scaling(rank, scaling, init=own.init), fan_in=own.fan_in)
 
     def explain(self) -> str:
-        """What the recipe holds: its rate with band and ceiling, its law, and what it was made with, a fact a line."""
+        """Return the recipe as text, one fact per line: rate, band, ceiling, law and provenance."""
         return words.explain(self)
 
     def __str__(self) -> str:
@@ -230,30 +267,42 @@ class Recipe:
     # --- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write `path` (TOML) and the safetensors file beside it; at any time a reader finds the old or the new recipe.
+        """Write the recipe as a TOML file, with a safetensors file beside it.
 
-        The tensors lie beside it under a name with their hash; those of an earlier version go last. A file keeps its
-        mode, a link stays one.
+        The save is atomic: a reader finds the old recipe or the new one. The tensors' file has their hash in its name.
+        File modes and symbolic links are kept.
+
+        Args:
+            path: the TOML file.
+
+        Returns:
+            The path written.
 
         Raises:
-            RecipeError: the folder cannot be written, `path` does not end in .toml, a newer package's recipe is there,
-                or a value of this one could not be read again.
+            RecipeError: the folder cannot be written, `path` does not end in .toml, the recipe there has a newer
+                schema, or a value could not be read back.
         """
         header, text, arrays = recipe_toml.header(self), recipe_toml.to_document(self), self.arrays()
         read_again = partial(recipe_toml.from_document, type(self), tensors=arrays, target=path)
         return recipe_files.write(path, header, text, arrays, read_again)
 
     def arrays(self) -> dict[str, torch.Tensor]:
-        """What the safetensors file holds, by name."""
+        """Return the contents of the safetensors file, by name."""
         return {**{f"trial.{key}": value for key, value in self.tensors.items()}, "fit.covariance": self.covariance}
 
     def save_beside(self, adapter: str | os.PathLike[str]) -> Path:
         """Write the recipe into an adapter's folder: files in its subfolder `rankaware/`, a section in its README.
 
-        `recipe=` and `Recipe.load` then take the adapter's folder. Another call replaces both. Returns the file.
+        `recipe=` and `Recipe.load` then accept the adapter's folder. Another call replaces both.
+
+        Args:
+            adapter: the folder of a saved adapter.
+
+        Returns:
+            The path of the TOML file.
 
         Raises:
-            RecipeError: there is no such folder, or it or its README cannot be written; or as `save`.
+            RecipeError: the folder does not exist, or it or its README cannot be written; or as for `save`.
         """
         return beside.save_beside(self, adapter)
 
@@ -267,18 +316,25 @@ class Recipe:
         revision: str | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Push to a repository of the Hugging Face Hub, laid out as `save_beside` does; the commit's address.
+        """Push the recipe to a repository of the Hugging Face Hub, with the layout of `save_beside`.
 
-        The repository is made if need be. Its README stays, one is written where there is none; its head gets the
-        tag `rankaware-recipe` and `base_model`, its end what was calibrated, with a plot. Needs the extra `hub`.
+        The repository is created if needed. Its README is kept, or written if there is none. The README's metadata gets
+        the tag `rankaware-recipe` and `base_model`. A section with a plot is added at its end. Needs the extra `hub`.
 
         Args:
-            repo: "owner/name", a new one or an adapter's.
-            base_model: the model's own repository, as "owner/name".
-            private, token, revision, commit_message: as in huggingface_hub.
+            repo: "owner/name", a new repository or an adapter's.
+            base_model: the base model's repository, as "owner/name".
+            private: as in huggingface_hub.
+            token: as in huggingface_hub.
+            revision: as in huggingface_hub.
+            commit_message: as in huggingface_hub.
+
+        Returns:
+            The commit's URL.
 
         Raises:
-            RecipeError: the Hub refuses or cannot be reached. PlotError: matplotlib is missing. Nothing was pushed.
+            RecipeError: the Hub refuses or cannot be reached. Nothing was pushed.
+            PlotError: matplotlib is not installed. Nothing was pushed.
         """
         message = commit_message or f"Learning-rate recipe {self.tag}"
         return on_hub.push(
@@ -294,30 +350,42 @@ class Recipe:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> Recipe:
-        """Read the recipe in a repository of the Hub, or its cached copy where HF_HUB_OFFLINE=1. Extra `hub`.
+        """Read a recipe from a repository of the Hugging Face Hub. Needs the extra `hub`.
+
+        With HF_HUB_OFFLINE=1 the cached copy is read.
+
+        Args:
+            repo: "owner/name".
+            revision: as in huggingface_hub.
+            token: as in huggingface_hub.
+            cache_dir: as in huggingface_hub.
 
         Raises:
-            RecipeError: the repository cannot be reached, or holds no recipe; or as `load`.
+            RecipeError: the repository cannot be reached, or has no recipe; or as for `load`.
         """
         return cls.load(on_hub.pull(repo, revision=revision, token=token, cache_dir=cache_dir))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a recipe, checking every value and the tensors' hash at the door. Nothing is unpickled.
+        """Read a recipe. Every value and the tensors' hash are checked. Nothing is unpickled.
 
-        `path` is its TOML file, or the folder of an adapter that it was saved beside.
+        Args:
+            path: the TOML file, or the folder of an adapter in which `save_beside` wrote it.
 
         Raises:
-            RecipeError: a file is missing, cut short, of a newer schema, altered, or holds an impossible value; the
-                message carries the value's path.
+            RecipeError: a file is missing, cut short, altered, has a newer schema, or has an impossible value. The
+                message names the value's path.
         """
         path = beside.recipe_file(path)
         return recipe_toml.from_document(cls, *recipe_files.read(path), path)
 
 
 def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> Rate | None:
-    """The rate at a rank, None for full finetuning, without a warning; None where the recipe asks to be told more."""
-    with warnings.catch_warnings():  # of a real optimizer, which a measured law steps
+    """Return the rate at a rank, or for full finetuning if it is None. No warning is given.
+
+    Returns None if the recipe needs more arguments, such as alpha.
+    """
+    with warnings.catch_warnings():  # a measured law steps a real optimizer, which may warn
         warnings.simplefilter("ignore")
         try:
             return recipe._quoted(recipe._target(rank, alpha, "full" if rank is None else "lora"))
@@ -326,7 +394,7 @@ def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> 
 
 
 def rate_on(recipe: Recipe, survey: Survey, steps: int | None = None, batch: float | None = None) -> Rate:
-    """The rate at a model's own most common configuration. Warns once, as `at` does, where that was not seen."""
+    """Return the rate at a model's most common configuration. Warn once, as `at` does, if it is extrapolated."""
     own = survey.dominant()
     if own.method == "full":
         target = _full_target(recipe, survey)
@@ -338,7 +406,7 @@ def rate_on(recipe: Recipe, survey: Survey, steps: int | None = None, batch: flo
 
 
 def other_rates_on(recipe: Recipe, survey: Survey) -> OtherRates:
-    """What a recipe says of a model's parameters that are no factors."""
+    """Return a recipe's rates for a model's parameters that are not factors."""
     full = recipe._quoted(_full_target(recipe, survey)).lr if recipe.full_seen else None
     return OtherRates(recipe.name, recipe.other_rates, recipe.lr, full)
 
@@ -348,12 +416,12 @@ def _full_target(recipe: Recipe, survey: Survey) -> Reference:
 
 
 def is_for(recipe: Recipe, optimizer: type) -> bool:
-    """Whether an optimizer is the recipe's own, or that one with its state in fewer bits or paged memory."""
+    """Return whether an optimizer is the recipe's, or its variant with a quantized or paged state."""
     name = recipe.optimizer.rpartition(".")[2]
     known = known_optimizer(name)[0]
     return name == optimizer.__name__ or (known != "" and known == known_optimizer(optimizer)[0])
 
 
 def resolve_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
-    """The recipe itself, or the one in the file or folder named."""
+    """Return the recipe itself, or read it from a file or folder."""
     return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)

@@ -1,4 +1,4 @@
-"""A recipe in words: what printing it, `rankaware show` and its page say."""
+"""A recipe as text, for printing, `rankaware show` and its page."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .._printable import printable
 from .._scaling_rule import Scaling
+from .._survey_text import init_text
 from ..laws import law_words
 from ._other_rates import BASE
 from ._uncertainty import own_band
@@ -20,24 +21,24 @@ _ALPHA: Mapping[Scaling, str] = {
     "fixed": "alpha follows rank (s fixed)",
     "rslora": "alpha fixed under rsLoRA (s falls as 1/√rank)",
     "alpha": "alpha fixed (s falls as 1/rank)",
-    "as swept": "as in the sweep, which does not say it",
-    "unknown": "no rule seen: alpha is asked for",
+    "as swept": "as in the sweep, which does not give it",
+    "unknown": "no rule known: give alpha",
 }
 
 
 def lead(recipe: Recipe) -> str:
-    """The recipe in a sentence: its optimizer, its horizon, and where it was calibrated."""
+    """Return the recipe in a sentence: optimizer, steps, batch and the configurations tried."""
     optimizer, steps, batch = recipe.optimizer.rpartition(".")[2], recipe.steps or "unknown", _number(recipe.batch)
     return f"{optimizer}, {steps} steps at batch {batch}, calibrated at {_tried(recipe)}."
 
 
 def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """What a recipe holds, as pairs of a name and a text."""
+    """Yield a recipe's facts as pairs of a name and a text."""
     at, horizon = recipe.reference, recipe.horizon
     warmup = "unknown" if recipe.warmup is None else f"{recipe.warmup:.0%}"
     settings = (f"{name}={value!r}" for name, value in recipe.settings.items())
     yield "base rate", f"{recipe.lr:.3g} at {at}, width {_number(at.fan_in)}"
-    yield "fitted optimum", f"{recipe.fitted_lr:.3g}, {recipe.lean:.2g} octaves above the base rate (the one to use)"
+    yield "fitted optimum", f"{recipe.fitted_lr:.3g}, {recipe.lean:.2g} octaves above the base rate (the rate to use)"
     yield "90 % band", "{:.3g} to {:.3g}".format(*own_band(recipe))
     yield "ceiling", "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}"
     yield "full width", _number(recipe.full_fan_in)
@@ -55,15 +56,15 @@ def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def explain(recipe: Recipe) -> str:
-    """The facts, one a line."""
+    """Return the facts, one per line."""
     lines = [fill(f"{name:<16}{text}", 100, subsequent_indent=" " * 16) for name, text in facts(recipe)]
     return printable("\n".join([f"Recipe {recipe.name!r}", *lines]))
 
 
 def configuration(recipe: Recipe, target: Reference, steps: int | None, batch: float | None) -> str:
-    """What a rate at `target` is for, as far as known: steps and batch as asked for, else the recipe's own."""
+    """Return the configuration of a rate at `target` in words. Steps and batch are by default the recipe's own."""
     swept = target.method == "lora" and recipe.scaling_rule == "as swept"
-    parts = [f"rank {target.rank}, alpha as swept, Init[{target.init}]" if swept else str(target)]
+    parts = [f"rank {target.rank}, alpha as swept, {init_text(target.init)}" if swept else str(target)]
     numbers = (
         ("fan-in {:g}", target.fan_in),
         ("{} steps", steps or recipe.steps),
@@ -78,9 +79,9 @@ def _tried(recipe: Recipe) -> str:
 
 
 def _other_rates(recipe: Recipe) -> str:
-    """What parameters beside the factors get, seen ones by name first."""
+    """Return the rates of the parameters that are not factors, in words. Those that the trials trained come first."""
     seen = (f"{name} {'the base rate' if rate == BASE else f'{rate:.3g}'}" for name, rate in recipe.other_rates.items())
-    rest = "full finetuning's" if recipe.full_seen else "asked for, as full finetuning was not tried"
+    rest = "that of full finetuning" if recipe.full_seen else "must be given, as full finetuning was not tried"
     return "; ".join([*seen, f"any other {rest}"]) if recipe.other_rates else rest
 
 

@@ -1,4 +1,4 @@
-"""A recipe as the sections of its TOML file, and back, each value checked at the door."""
+"""Convert a recipe to the sections of its TOML file and back. Each value that is read is checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ._uncertainty import own_band
 if TYPE_CHECKING:
     from ._recipe import Recipe
 
-_MOST_VARIANCE = 1e4  # octaves², of rates that are known to within a hundred octaves
+_MOST_VARIANCE = 1e4  # octaves²: a standard deviation of 100 octaves
 _WHOLE, _FLOAT, _BOOL = (torch.int64,), (torch.float32, torch.float64), (torch.bool,)
 _ANY = (*_WHOLE, *_FLOAT, *_BOOL)
 
@@ -32,7 +32,7 @@ def _within(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda value: (value.double() >= low) & (value.double() <= high)
 
 
-# Tensors of trials: dtypes, axes, and what their numbers may be.
+# Tensors of trials: dtypes, number of axes, and a check of the numbers.
 _TRIAL: Mapping[str, tuple[tuple[torch.dtype, ...], int, Callable[[torch.Tensor], torch.Tensor] | None]] = {
     "rank": (_WHOLE, 1, lambda value: (value == 0) | _within("rank")(value)),
     "seed": (_WHOLE, 1, None),
@@ -49,17 +49,17 @@ _TRIAL: Mapping[str, tuple[tuple[torch.dtype, ...], int, Callable[[torch.Tensor]
 
 
 def header(recipe: Recipe) -> str:
-    """Three comment lines by which the file introduces itself."""
+    """Return three comment lines for the top of the file."""
     name, maker = recipe.name, "ra.calibrate" if "curve" in recipe.tensors else "ra.sweeps.fit_sweep"
     return (
         f"# The learning-rate recipe {name!r} of rankaware_optim, made by {maker}.\n"
         "# Read a rate: `rankaware lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).\n"
-        "# Rates are per step, octaves are log2 of one. lr is the rate to use; fitted_lr is the optimum as fitted.\n"
+        "# Rates are per step. An octave is a factor 2. lr is the rate to use, fitted_lr the fitted optimum.\n"
     )
 
 
 def to_document(recipe: Recipe) -> dict[str, Any]:
-    """What the TOML file holds, section by section; None where there is nothing to write."""
+    """Return the contents of the TOML file by section. None means that nothing is written."""
     r, trials = recipe.reference, recipe.tensors
     low, high = own_band(recipe)
     # Training steps of all trials, and the pruned and diverged ones among them.
@@ -114,11 +114,11 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
 def from_document(
     cls: type[Recipe], found: Document, tensors: Mapping[str, torch.Tensor], target: str | os.PathLike[str]
 ) -> Recipe:
-    """The recipe in both files; what no type can say of their values is checked here."""
+    """Return the recipe in both files. Checks that the schema cannot express are made here."""
     path, at, seen, horizon = Path(target), found.reference, found.seen, found.horizon
     try:
         law = law_from_dict(found.law)
-    except Exception as error:  # a stranger's law may raise anything
+    except Exception as error:  # a third-party law may raise anything
         cause = error.cause if isinstance(error, RankAwareError) else f"{type(error).__name__}: {error}"
         raise impossible(path, cause.removesuffix("."), "law") from error
     try:
@@ -158,7 +158,7 @@ def from_document(
     except OverflowError as error:
         raise impossible(path, "its band has no bounds", "fit.covariance") from error
     if not math.isclose(found.rate.lr, made.lr, rel_tol=1e-6):
-        raise impossible(path, "it is another rate than the best one and the octaves below it give", "rate.lr")
+        raise impossible(path, "it does not follow from fitted_lr and lean_octaves", "rate.lr")
     return made
 
 
@@ -179,9 +179,9 @@ def _trials(tensors: Mapping[str, torch.Tensor], target: Path) -> dict[str, torc
     for key, value in trials.items():
         kinds, axes, good = _TRIAL.get(key, (_ANY, value.dim() or 1, None))
         if value.dtype not in kinds or value.dim() != axes:
-            raise impossible(target, f"it is of {value.dtype} with {value.dim()} axes", f"trial.{key}")
+            raise impossible(target, f"it has {value.dtype} and {value.dim()} axes", f"trial.{key}")
         if good is not None and not bool(good(value).all()):
-            raise impossible(target, "a trial has a number out of range", f"trial.{key}")
+            raise impossible(target, "a trial has a value out of range", f"trial.{key}")
     if len(counts := {len(value) for value in trials.values()}) > 1 or max(counts, default=0) > MOST_TRIALS:
-        raise impossible(target, f"tensors are of different numbers of trials, or of more than {MOST_TRIALS}", "trial")
+        raise impossible(target, f"tensors have different numbers of trials, or more than {MOST_TRIALS}", "trial")
     return trials

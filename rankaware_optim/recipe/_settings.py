@@ -1,4 +1,4 @@
-"""An optimizer's settings as plain values, and how two tables of values differ."""
+"""Optimizer settings as plain values, and the differences of two tables of values."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from .._checks import is_number, plain_lr
 
-SAME_UPDATES = {"foreach", "fused", "capturable", "differentiable"}  # settings that leave an optimizer's updates alone
-SAME = 1e-6  # relative, of numbers: about what float32 keeps of one
+SAME_UPDATES = {"foreach", "fused", "capturable", "differentiable"}  # settings that do not change the updates
+SAME = 1e-6  # relative tolerance of numbers, about float32's precision
 
 
 def settings_of(groups: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, Any]:
-    """What parameter groups hold under `names`; where they differ in one, the list of its values."""
+    """Return the settings `names` of parameter groups. If the groups differ in one, its value is a list."""
     made = {}
     for name in names:
         values = [plain_value(group[name]) for group in groups]
@@ -24,13 +24,13 @@ def settings_of(groups: Sequence[Mapping[str, Any]], names: Iterable[str]) -> di
 
 
 def plain_value(value: Any) -> Any:
-    """A setting as JSON holds it. An object without values of its own is named by its text, without its address."""
+    """Return a setting as a JSON value. An object that JSON cannot hold becomes its repr without the memory address."""
     value = plain_lr(value)
     if isinstance(value, Mapping):
         return {str(key): plain_value(own) for key, own in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain_value(own) for own in value]
-    if hasattr(value, "tolist"):  # of torch and numpy
+    if hasattr(value, "tolist"):  # torch and numpy
         return value.tolist()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -38,14 +38,14 @@ def plain_value(value: Any) -> Any:
 
 
 def plain_setting(value: Any) -> Any:
-    """An optimizer's setting as TOML can hold it; what it cannot is written as Python would show it."""
+    """Return an optimizer's setting as a TOML value. What TOML cannot hold becomes its repr."""
     if isinstance(value, (list, tuple)):
         return [plain_setting(v) for v in value]
     return value if isinstance(value, (bool, int, float, str)) else repr(value)
 
 
 def agreed(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What every table that has a key has under it; a key in which two differ is left out."""
+    """Return the union of the tables, without keys for which two tables differ."""
     made: dict[str, Any] = {}
     for table in tables:
         made = {**table, **made}
@@ -53,7 +53,7 @@ def agreed(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def differences(stored: Mapping[str, Any], mine: Mapping[str, Any], tolerance: float = SAME) -> str:
-    """What both hold and differs, as "steps=10, not 20; batch=8, not 16"; empty where nothing does."""
+    """Return the differing values of common keys, as "steps=10, not 20; batch=8, not 16"; "" if there are none."""
     both = [(key, stored[key], mine[key]) for key in mine if key in stored]
     return "; ".join(f"{key}={was!r}, not {now!r}" for key, was, now in both if not _is_alike(was, now, tolerance))
 

@@ -1,4 +1,4 @@
-"""Sweeps of other tools: read, fitted to a recipe, and laws scored on them."""
+"""Sweeps of other tools: read them, fit a recipe to them, and score laws on them."""
 
 from ._bench import COMPARED, DEMO_SWEEP, LawScore, Move, bench_law, score_table
 from ._fit import fit_sweep

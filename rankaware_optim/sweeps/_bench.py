@@ -1,4 +1,4 @@
-"""A yardstick for laws: how far each moves a sweep's best rate from the truth, and what that costs in loss.
+"""Scores of laws on a sweep: the error of the rates that they predict, and its cost in loss.
 
 For every model of a sweep and every ordered pair of its ranks, the best rate found at the first is moved by the law to
 the second and compared with the best rate found there.
@@ -40,9 +40,14 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class LossCurve:
-    """One rank's loss over the rate. best: log2 of its best rate; at: its configuration; runs: what was tried.
+    """One rank's loss against the rate.
 
-    losses: {log2 rate: mean loss over seeds}, infinite where a run diverged.
+    Args:
+        model: the model's name.
+        at: the configuration.
+        best: log2 of the best rate.
+        losses: {log2 rate: mean loss over seeds}, infinite if a run diverged.
+        runs: the runs.
     """
 
     model: str
@@ -52,9 +57,9 @@ class LossCurve:
     runs: tuple[SweepRun, ...]
 
     def lost_at(self, x: float) -> float | None:
-        """Loss at log2 rate x above the lowest of the curve, relative to it; None off the grid.
+        """Return the loss at log2 rate x above the curve's minimum, relative to the minimum; None off the grid.
 
-        Between the rates tried it lies on straight lines, so it is rather too high where the curve is a bowl.
+        Values between the rates tried are interpolated linearly, which is somewhat too high for a convex curve.
         """
         if not min(self.losses) <= x <= max(self.losses):
             return None
@@ -63,7 +68,7 @@ class LossCurve:
 
     @property
     def group(self) -> tuple[str, float | None, str]:
-        """Model, batch and init: a law is asked to move a rate between the ranks that share these."""
+        """Model, batch and init. Laws move rates between ranks for which these agree."""
         return self.model, self.at.batch, self.at.init
 
     def compares_with(self, other: LossCurve) -> bool:
@@ -71,7 +76,7 @@ class LossCurve:
 
 
 def loss_between(losses: Mapping[float, float], x: float) -> float:
-    """The loss at log2 rate x, on a straight line between the two rates tried beside it."""
+    """Return the loss at log2 rate x by linear interpolation between the two nearest rates."""
     low, high = max(at for at in losses if at <= x), min(at for at in losses if at >= x)
     share = 0.0 if low == high else (x - low) / (high - low)
     return losses[low] if share == 0.0 else (1.0 - share) * losses[low] + share * losses[high]
@@ -81,8 +86,13 @@ def loss_between(losses: Mapping[float, float], x: float) -> float:
 class Move:
     """A best rate moved from one rank to another.
 
-    octaves: log2 of the moved rate over the best one there, positive where too high. lost: loss there above the
-    lowest, relative to it; infinite where runs diverged, None where the moved rate lies off the grid.
+    Args:
+        model: the model's name.
+        source: the configuration from which the rate was moved.
+        target: the configuration to which it was moved.
+        octaves: log2 of the moved rate over the best one at the target, positive if too high.
+        lost: loss at the moved rate above the minimum, relative to the minimum. Infinite if runs diverged, None if the
+            moved rate is off the grid.
     """
 
     model: str
@@ -94,7 +104,13 @@ class Move:
 
 @dataclass(frozen=True)
 class LawScore:
-    """A law's moves. Octaves are absolute; losses are shares of the best loss, of the moves that stay on the grid."""
+    """A law's moves. Errors in octaves are absolute. Losses are shares of the best loss, for moves on the grid.
+
+    Args:
+        label: the law as text.
+        law: the law.
+        moves: one entry per ordered pair of ranks.
+    """
 
     label: str
     law: Law
@@ -114,11 +130,11 @@ class LawScore:
 
     @property
     def off_grid(self) -> int:
-        """How many moved rates lie off the grid of the rank they were moved to, so that their loss is not known."""
+        """The number of moved rates outside the grid of their rank, whose loss is unknown."""
         return len(self.moves) - len(self.lost)
 
     def row(self) -> dict[str, Any]:
-        """What stands in a table: octaves and shares of the loss, None where no move stayed on the grid."""
+        """Return the values of a table's row: octaves and shares of the loss, None if no move was on the grid."""
         lost = self.lost
         return {
             "law": self.label,
@@ -141,23 +157,27 @@ def bench_law(
     optimizer: type[Optimizer] | str = "AdamW",
     columns: Mapping[str, str] | None = None,
 ) -> list[LawScore]:
-    """Score laws on a sweep, a `LawScore` each: error in octaves and loss lost over every ordered pair of ranks.
+    """Score laws on a sweep by their error in octaves and in loss, over every ordered pair of ranks.
 
-    Losses are averaged over seeds. Ranks whose lowest loss sits at an end of their grid are left out, and so is full
-    finetuning. Rows that differ in model, batch or init are not compared with one another.
+    Losses are averaged over seeds. Full finetuning is left out, and so are ranks whose lowest loss is at an end of
+    their grid. Rows that differ in model, batch or init are not compared with each other.
 
     Args:
-        sweep: dicts or a file, as for `fit_sweep`; by default the package's own (EfficientNet-lite0 on digits).
+        sweep: dicts or a file, as for `fit_sweep`. By default the package's own (EfficientNet-lite0 on digits).
         laws: `Law` instances, or texts as for `get_law`.
-        best: where a rank's best rate lies: "parabola", the vertex through its best three rates in log2, or "bowl",
-            the calibration's fit to all of a model's runs, which noise moves less.
-        alpha: for rows that do not say it: a number, or "rank" where it follows the rank.
-        fan_in: the models' width where rows do not say it; a usual one if left out, since it all but cancels.
-        optimizer: what the sweep was run with.
-        columns: {field: column} where names differ.
+        best: how a rank's best rate is found. "parabola" is the vertex through its best three rates in log2. "bowl" is
+            the calibration's fit to all runs of a model, which is less sensitive to noise.
+        alpha: alpha of rows without one: a number, or "rank" if it follows the rank.
+        fan_in: the models' width for rows without one. It nearly cancels, so by default a usual one is used.
+        optimizer: the optimizer of the sweep.
+        columns: {field: column} if the names differ.
+
+    Returns:
+        One score per law.
 
     Raises:
-        CalibrationError: a cell cannot be, alpha is unknown, or no model has two ranks with a best rate inside.
+        CalibrationError: a cell is impossible, alpha is unknown, or no model has two ranks with a best rate inside the
+            grid.
         LawError: a law is unknown, or gave no usable multiplier.
 
     >>> rows = [{"rank": r, "lr": 2.0**x, "loss": 1 + (x + 11) ** 2} for r in (8, 64) for x in range(-14, -8)]
@@ -169,7 +189,7 @@ def bench_law(
 
 
 def score_of(law: str | Law, curves: Sequence[LossCurve], optimizer: type[Optimizer] | str = "AdamW") -> LawScore:
-    """One law's moves between all ranks that may be compared."""
+    """Score one law on the moves between all comparable ranks."""
     found, moves = get_law(law), []
     bound = bound_law(found, get_optimizer_class(optimizer), {})
     for source, target in itertools.permutations(curves, 2):
@@ -189,14 +209,14 @@ def loss_curves(
     alpha: float | Literal["rank"] | None = None,
     fan_in: float | None = None,
 ) -> list[LossCurve]:
-    """Every rank's curve whose best rate lies inside its grid, of the models that have two or more."""
+    """Return the curves of ranks whose best rate is inside the grid, for models with two or more of them."""
     if best not in ("parabola", "bowl"):
         raise CalibrationError(f"best is {best!r}.", "Give 'parabola' or 'bowl'.")
     lora = known_alpha([run for run in runs if run.rank is not None], alpha)
     if any(run.alpha is None for run in lora):
         raise CalibrationError(
-            "The sweep does not say alpha, without which no law says how its rate moves.",
-            "Give alpha= (--alpha): a number, or 'rank' where alpha followed the rank.",
+            "The sweep has no alpha, which laws need to move a rate.",
+            "Give alpha= (--alpha): a number, or 'rank' if alpha followed the rank.",
         )
     tried: dict[tuple[str, Reference], list[SweepRun]] = {}
     for run in lora:
@@ -210,16 +230,16 @@ def loss_curves(
     curves = [curve for curve in curves if any(map(curve.compares_with, curves))]
     if not curves:
         raise CalibrationError(
-            "No model of the sweep has two ranks whose best rate lies inside their grid.",
+            "No model of the sweep has two ranks whose best rate is inside their grid.",
             "Sweep at least two ranks past their best rate on both sides.",
         )
     return _best_by_bowls(curves) if best == "bowl" else curves
 
 
 def vertex_of(curve: Mapping[float, float]) -> float | None:
-    """Where the parabola through the lowest point and its neighbours is lowest; None at an end of the grid.
+    """Return the minimum of the parabola through the lowest point and its neighbours; None at an end of the grid.
 
-    A neighbour above that is infinite (a run that diverged) puts it half a step below the lowest point.
+    If the upper neighbour is infinite (a run diverged), the minimum is half a step below the lowest point.
     """
     xs = sorted(curve)
     i = min(range(len(xs)), key=lambda j: curve[xs[j]])
@@ -231,11 +251,11 @@ def vertex_of(curve: Mapping[float, float]) -> float | None:
 
 
 def _best_by_bowls(curves: Sequence[LossCurve]) -> list[LossCurve]:
-    """The curves with their best rates by the calibration's fit, which shares the bowl's shape in a model."""
+    """Return the curves with best rates from the calibration's fit, in which ranks of a model share a bowl's shape."""
     placed = []
     for group in dict.fromkeys(curve.group for curve in curves):
         mine = [curve for curve in curves if curve.group == group]
-        # Curves are distinguished by a number, since two may share a rank.
+        # Curves are numbered, since two of them may have the same rank.
         seen = [observation_of(run, i, math.log2(run.lr)) for i, curve in enumerate(mine, 1) for run in curve.runs]
         fit = fit_observations(seen, Prior())
         vertices = {} if fit is None else fit.vertices
@@ -244,7 +264,7 @@ def _best_by_bowls(curves: Sequence[LossCurve]) -> list[LossCurve]:
 
 
 def score_table(scores: Sequence[LawScore]) -> str:
-    """Scores as a plain table."""
+    """Return scores as a plain table."""
     heads = ("law", "octaves: median", "worst", "loss lost: median", "worst", "off the grid")
     rows = []
     for score in scores:

@@ -1,4 +1,4 @@
-"""A sweep of one's own becomes a recipe: `fit_sweep`, the calibration's fit on rows from any tool."""
+"""`fit_sweep`: the calibration's fit on the rows of a sweep from any tool."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from ..recipe import Place, Recipe, with_margin
 from ._io import Source, Sweep, SweepRun, read_sweep
 from ._runs import GridEnd, ends_of, known_alpha, observation_of, selected, site_of
 
-# Where alpha is unknown: standard deviations of the drift about the middle custom, s ∝ 1/√r, and of full finetuning.
-# The customs s ∝ 1 and s ∝ 1/r lie a quarter of an octave per octave to either side (η ∝ s^(-1/2)).
+# If alpha is unknown: standard deviations of the drift about the middle convention, s ∝ 1/√r, and of full finetuning.
+# The conventions s ∝ 1 and s ∝ 1/r are a quarter of an octave per octave to either side (η ∝ s^(-1/2)).
 _AS_SWEPT_SD = (0.3, 2.0)
 # Prior of log2 of the effective tokens: published language models 8 to 16, small networks 1 to 50.
 _TOKENS = (3.0, 1.5)
 _TOKENS_GRID = np.arange(-2.0, 10.25, 0.5)
-# A best rate at an end of its grid is a bound: octaves by which the optimum may lie off, and below the lowest rate.
+# A best rate at an end of its grid is a bound. Octaves by which the optimum may be beyond it, and below the lowest
+# rate.
 _EDGE_SD, _BELOW = 1.0, 0.5
-_OFF = 0.1  # octaves by which a rank's best rate lies off µA at the right number of tokens
-_UNSURE = 0.75  # octaves: a base rate less sure than this gets a note
-_OPEN = 0.8  # share of the prior's sd above which the data said little of the drift
+_OFF = 0.1  # octaves: error of µA for a rank's best rate at the right number of tokens
+_UNSURE = 0.75  # octaves: a base rate with a larger standard deviation gets a note
+_OPEN = 0.8  # share of the prior's sd above which the data hardly determine the drift
 
 
 def fit_sweep(
@@ -54,32 +55,38 @@ def fit_sweep(
     settings: Mapping[str, Any] | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Recipe:
-    """A recipe from a learning-rate sweep that exists already, from any tool: the calibration's fit on its rows.
+    """Fit a recipe to an existing learning-rate sweep from any tool.
 
-    Every rank's loss over log2 of the rate is a bowl with a cliff; the best rates are shrunk towards the law. What
-    the data leave open stands in the recipe's `notes` and in its band: a best rate at an edge of its grid, one rank,
-    a loss that hardly moves. Diverged runs set the ceiling.
+    A rank's loss against log2 of the rate is modelled as a bowl with a cliff, and the best rates are shrunk towards the
+    law. What the data do not determine is in the recipe's `notes` and widens its band: a best rate at an edge of its
+    grid, a single rank, a loss that hardly depends on the rate. Diverged runs set the ceiling.
 
     Args:
-        sweep: dicts, or a .csv, .tsv, .json or .jsonl file; the columns are those of `read_sweep`.
-        optimizer: what the sweep was run with, a class or a name; decides the law's form.
+        sweep: dicts, or a .csv, .tsv, .json or .jsonl file, with the columns of `read_sweep`.
+        optimizer: the optimizer of the sweep, a class or a name. It decides the law's form.
         name: the recipe's name.
-        law: the law that maps rates between ranks; by default µA alone, the fall at Init[B] being the prior's.
-        fit: what corrects the law: "drift", a power of the rank, or "tokens", the effective tokens of `MuA`, whose
-            effect is bounded.
-        model, batch, init: select the rows that say so, where a sweep holds several; fill in where rows say nothing
-            (init: "A").
-        alpha: for rows that do not say it; "rank" where alpha follows the rank. Without any, rates hold as swept:
-            the recipe refuses another alpha, and its drift in rank is less sure.
-        fan_in: the model's mean fan-in, for rows that do not say it. Without any, the recipe refuses full finetuning
-            and other inits.
-        full_fan_in: the largest fan-in of the adapted layers, on which the full rate hangs; default `fan_in`.
-        steps, warmup: the horizon and share of warm-up steps the rates belong to, if known.
-        settings: the optimizer's settings, recorded only.
-        columns: {field: column} where names differ.
+        law: the law that maps rates between ranks, by default µA. The fall in rank at Init[B] is in the fit's prior.
+        fit: the correction of the law: "drift" is a power of the rank. "tokens" is the number of effective tokens of
+            `MuA`, whose effect is bounded.
+        model: selects the rows of one model, if the sweep has several. It is filled in if rows have none.
+        alpha: alpha of rows without one: a number, or "rank" if it follows the rank. If it stays unknown, the rates
+            hold only for the alpha swept, and the drift in rank is less certain.
+        init: selects rows as `model` does: "A" (B starts at zero, as in PEFT, the default) or "B" (A starts at zero).
+        fan_in: the model's mean fan-in, for rows without one. If it stays unknown, the recipe has no rate for full
+            finetuning or for the other init.
+        full_fan_in: the largest fan-in of the adapted layers, on which the rate of full finetuning depends. By default
+            `fan_in`.
+        batch: selects rows as `model` does.
+        steps: number of steps of a run, if known.
+        warmup: share of the steps with a rising rate, from 0 to 1, if known.
+        settings: the optimizer's settings. They are only recorded.
+        columns: {field: column} if the names differ.
+
+    Returns:
+        The recipe.
 
     Raises:
-        CalibrationError: a cell cannot be, several models, batches or inits are mixed, one rate alone was tried, the
+        CalibrationError: a cell is impossible, several models, batches or inits are mixed, only one rate was tried, the
             loss is the same everywhere, or every run diverged.
 
     >>> rows = [{"rank": r, "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2} for r in (8, 64) for x in range(-14, -8)]
@@ -109,28 +116,29 @@ def fit_sweep(
 
 
 def _check_enough(runs: Sequence[SweepRun]) -> None:
-    """Refuse what cannot be fitted, or not in a minute."""
+    """Raise if the runs cannot be fitted, or not in reasonable time."""
     if len(runs) > MOST_TRIALS:
         raise CalibrationError(
-            f"{len(runs)} runs are more than the {MOST_TRIALS} of a fit.", "Select those near the best rates."
+            f"{len(runs)} runs are more than a fit allows, {MOST_TRIALS}.", "Select those near the best rates."
         )
     if all(math.isinf(run.loss) for run in runs):
         raise CalibrationError(f"Every one of {len(runs)} runs diverged.", "Add lower rates to the sweep.")
     if all(len({run.lr for run in runs if run.rank == rank}) < 2 for rank in {run.rank for run in runs}):
         raise CalibrationError(
-            "No rank was tried at more than one rate, so nothing says which is best.", "Sweep at least two, better six."
+            "No rank was tried at more than one rate, so the best rate is unknown.",
+            "Sweep at least two rates, better six.",
         )
     losses = {run.loss for run in runs}
     if len(losses) == 1 and len(runs) > 1:
         raise CalibrationError(
-            f"The loss is {losses.pop():g} at every rate, so nothing says which is best.",
+            f"The loss is {losses.pop():g} at every rate, so the best rate is unknown.",
             "Check which column holds the loss (columns=), and that the runs trained.",
         )
 
 
 @dataclass(frozen=True)
 class _LawFit:
-    """A fit with the law it is centred on and the covariance of (base, drift, full factor)."""
+    """A fit with the law on which it is centred, and the covariance of (base, drift, full factor), (3, 3)."""
 
     fit: Fit
     law: Power
@@ -141,7 +149,7 @@ class _LawFit:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows to fit: runs of one model, the optimizer, the law, and the fan-ins given beside them."""
+    """The rows to fit: runs of one model, the optimizer, the law, and the fan-ins given as arguments."""
 
     runs: tuple[SweepRun, ...]
     optimizer: type[Optimizer]
@@ -158,19 +166,19 @@ class _Rows:
         return any(run.rank is not None and run.alpha is None for run in self.runs)
 
     def width(self, full: bool) -> float | None:
-        """The fan-in of the LoRA or the full rows: as given, else as the rows say; one of the two where both do."""
+        """Return the fan-in of the LoRA rows or of the full-finetuning rows: as given, else from the rows."""
         given = self.full_fan_in if full and self.full_fan_in is not None else self.fan_in
         said = {run.fan_in for run in self.runs if (run.rank is None) == full and run.fan_in is not None}
         if given is None and len(said) > 1:
             raise CalibrationError(
                 f"The sweep mixes fan-ins: {', '.join(f'{n:g}' for n in sorted(said))}.",
-                "A recipe is of one model: give its mean fan-in as fan_in=.",
+                "A recipe is for one model: give its mean fan-in as fan_in=.",
             )
         return next(iter(said)) if len(said) == 1 else given
 
     @property
     def reference(self) -> Reference:
-        """The middle one of the ranks swept, or full finetuning where there is no other."""
+        """Return the middle one of the ranks swept, or full finetuning if there are none."""
         if not self.ranks:
             return Reference(method="full", fan_in=self.width(True), batch=self.runs[0].batch)
         rank = self.ranks[(len(self.ranks) - 1) // 2]
@@ -179,7 +187,7 @@ class _Rows:
         return Reference(rank, alpha, run.rslora, run.init or "A", self.width(False), batch=run.batch)  # type: ignore[arg-type]
 
     def study(self, law: Law) -> Study:
-        """A calibration that never ran: it holds the priors, and the law centred on them."""
+        """Return a calibration without trials, for its priors and the law centred on them."""
         ranks: tuple[int | None, ...] = (*self.ranks, *([None] if self.full_seen else []))
         full = self.width(True) or self.width(False)
         return Study(self.optimizer, law, ranks, (1,), reference=self.reference, full_fan_in=full)
@@ -189,7 +197,7 @@ class _Rows:
         return any(run.rank is None for run in self.runs)
 
     def observations(self, law: Law) -> list[Observation]:
-        """Every run at its rate in reference coordinates."""
+        """Return every run at its rate in reference coordinates."""
         seen, reference = [], self.reference
         for run in self.runs:
             here, there = site_of(run, reference, self.width(run.rank is None))
@@ -198,7 +206,7 @@ class _Rows:
         return seen
 
     def _fitted(self, law: Law, prior: Prior) -> Fit:
-        """The fit of the runs along `law`, with best rates at an end of their grid taken as bounds."""
+        """Return the fit of the runs along `law`. Best rates at an end of their grid are bounds."""
         seen = self.observations(law)
         made = fit_observations(seen, prior)
         if made is None:
@@ -206,7 +214,7 @@ class _Rows:
         return _bounded(made, ends_of(seen), prior)
 
     def by_drift(self) -> _LawFit:
-        """The calibration's fit: base rate, drift in rank, factor of full finetuning."""
+        """Return the calibration's fit: base rate, drift in rank, factor of full finetuning."""
         study = self.study(bound_law(self.law, self.optimizer, {}))
         prior = study.prior
         if self.as_swept:
@@ -216,7 +224,7 @@ class _Rows:
         return _LawFit(made, study.centred_law(drift, factor), made.covariance, drift, prior)
 
     def by_tokens(self) -> _LawFit:
-        """The effective tokens under which the ranks' best rates agree, averaged over a grid; no drift beside them."""
+        """Return the fit without drift, with the tokens at which the ranks' best rates agree, averaged over a grid."""
         bound = bound_law(self.law, self.optimizer, {})
         laws = [replace(bound, tokens=float(2.0**t)) for t in _TOKENS_GRID]  # type: ignore[type-var]
         prior = replace(self.study(bound).prior, drift_sd=1e-3)
@@ -235,7 +243,7 @@ class _Rows:
         return _LawFit(made, study.centred_law(0.0, float(made.mean[2])), covariance, 0.0, prior)
 
     def _line(self, law: Law, best: Law) -> tuple[float, float]:
-        """How `law` differs from `best` over the ranks swept: octaves at their middle, and octaves per octave."""
+        """Return how `law` differs from `best` over the ranks: octaves at their middle, and octaves per octave."""
         if not self.ranks:
             return 0.0, 0.0
         low, high = (next(run for run in self.runs if run.rank == self.ranks[end]) for end in (0, -1))
@@ -249,7 +257,7 @@ class _Rows:
         return sum(apart) / 2, (apart[1] - apart[0]) / math.log2((high.rank or 1) / (low.rank or 1))
 
     def recipe(self, fitted: _LawFit, **rest: Any) -> Recipe:
-        """The recipe of a fit; `rest` are the fields that the rows do not decide."""
+        """Return the recipe of a fit. `rest` are the fields that the rows do not decide."""
         fit, reference = fitted.fit, self.reference
         base, _, factor = (float(v) for v in fit.mean)
         octaves = 0.0 if reference.rank is None else math.log2(reference.rank / fitted.prior.pivot)
@@ -287,25 +295,25 @@ class _Rows:
         return with_margin(made)
 
     def notes(self, fitted: _LawFit) -> Iterator[str]:
-        """What the rows leave open."""
+        """Yield sentences on what the rows do not determine."""
         for rank, end in ends_of(self.observations(Constant())).items():
             label, way = f"rank {rank}" if rank else "full finetuning", "below" if end.end == "lowest" else "above"
-            yield f"{label}: the best rate, {2.0**end.x:.3g}, is the {end.end} tried; the optimum may lie {way}"
+            yield f"{label}: the best rate, {2.0**end.x:.3g}, is the {end.end} tried; the optimum may be {way}"
         sd = np.sqrt(np.diag(fitted.covariance))
         if sd[0] > _UNSURE:
-            yield f"the loss hardly says which rate is best: its band is {2 * 1.645 * sd[0]:.1f} octaves wide"
+            yield f"the loss hardly determines the best rate: its band is {2 * 1.645 * sd[0]:.1f} octaves wide"
         if len(self.ranks) == 1:
-            yield "one rank was swept, so how the rate moves with rank is the law's word alone"
+            yield "one rank was swept, so only the law says how the rate moves with rank"
         elif self.ranks and sd[1] > _OPEN * fitted.prior.drift_sd and fitted.prior.drift_sd > 1e-3:
-            yield "the ranks swept say little of how the rate moves with rank: it is mostly the law's word"
+            yield "the ranks swept hardly determine how the rate moves with rank: it mostly follows the law"
         if self.as_swept:
-            yield "the sweep does not say alpha: rates hold for alpha as it was swept"
+            yield "the sweep has no alpha: its rates hold for the alpha swept"
         if self.runs[0].steps is None:
-            yield "the sweep does not say its steps, and a rate belongs to them"
+            yield "the sweep does not give its steps, on which the best rate depends"
 
 
 def _disagreement(fit: Fit) -> float:
-    """Half the weighted squares by which the LoRA ranks' best rates differ from one another."""
+    """Return half the weighted sum of squares of the LoRA ranks' best rates about their mean."""
     vertices = [vertex for place, vertex in fit.vertices.items() if place.rank is not None]
     if not vertices:
         return 0.0
@@ -315,7 +323,7 @@ def _disagreement(fit: Fit) -> float:
 
 
 def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd], prior: Prior) -> Fit:
-    """The fit with the ranks at `ends` as wide bounds. Their errors go one way, so they do not average out."""
+    """Return the fit with the ranks at `ends` as wide bounds. Their errors have one sign and do not average out."""
     if not ends:
         return fit
     bounds = {Place(rank): (x - _BELOW * (end == "lowest"), _EDGE_SD) for rank, (x, end) in ends.items()}

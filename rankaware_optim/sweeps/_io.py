@@ -1,4 +1,4 @@
-"""Sweeps of other tools: rows of rank, rate and loss from dicts, CSV or JSON, each cell checked at the door."""
+"""Sweeps of other tools: rows of rank, rate and loss from dicts, CSV or JSON. Each cell is checked when it is read."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .._checks import is_within, range_of, shown
 from .._files import read_bytes
 from ..errors import CalibrationError
 
-# Every field, and the columns of common tools that mean it; case, blanks, "-", "/" and the prefixes below are passed
-# over. More than one such column is an error, unless columns= says which.
+# Every field, and the names of its column in common tools. Case, blanks, "-", "/" and the prefixes below are ignored.
+# More than one such column is an error, unless columns= chooses one.
 ALIASES: dict[str, tuple[str, ...]] = {
     "rank": ("r", "lora_r", "lora_rank"),
     "lr": ("learning_rate",),
@@ -40,16 +40,28 @@ _PREFIXES = ("params_", "config.", "config_")  # Optuna's dataframe, W&B's confi
 _ABSENT = ("", "nan", "none", "null")
 _DIVERGED = ("diverged", "nan", "inf", "infinity", "+inf")
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
-_MOST = 100_000_000  # bytes of a file
+_MOST = 100_000_000  # largest file, bytes
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One row of a sweep. rank: None for full finetuning. loss: minimised, infinite where the run diverged.
+    """One row of a sweep. Missing values are None.
 
-    What a row does not say is None. start: the loss before training. fan_in: of the adapted layers.
+    Args:
+        rank: the LoRA rank, None for full finetuning.
+        lr: the learning rate, per step.
+        loss: the value to minimise, infinite if the run diverged.
+        alpha: LoRA's alpha.
+        rslora: whether alpha is divided by √rank instead of rank.
+        init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
+        fan_in: the mean fan-in of the adapted layers.
+        seed: the random seed.
+        model: the model's name.
+        batch: examples or tokens per step.
+        steps: number of steps.
+        start: the loss before training.
     """
 
     rank: int | None
@@ -67,42 +79,44 @@ class SweepRun:
 
 
 class Sweep(NamedTuple):
-    """The runs read, and in words what was left out."""
+    """The runs of a sweep, and notes on rows that were left out."""
 
     runs: tuple[SweepRun, ...]
     notes: tuple[str, ...] = ()
 
 
 def read_sweep(source: Source | Sweep, *, columns: Mapping[str, str] | None = None) -> Sweep:
-    """Read and check a sweep: dicts, or a file by its ending, .csv, .tsv, .json (a list) or .jsonl.
+    """Read and check a sweep.
 
-    Columns rank, lr and loss are needed; alpha, rslora, init ("A", "B"), method ("lora", "full"), fan_in, seed,
-    model, batch, steps and start (the loss before training) are optional, and `ALIASES` lists other names for them.
-    A rank that is empty or "full" is full finetuning. A loss of nan, inf or "diverged" is a run that diverged; a row
-    without a loss is left out and noted; one that repeats another in every cell counts once.
+    The columns rank, lr and loss are required. The columns alpha, rslora, init ("A", "B"), method ("lora", "full"),
+    fan_in, seed, model, batch, steps and start (the loss before training) are optional. `ALIASES` lists other names for
+    them. An empty rank or "full" means full finetuning. A loss of nan, inf or "diverged" means that the run diverged. A
+    row without a loss is left out, with a note. A row that repeats another one in every cell counts once.
 
-    columns: {field: column} where the names differ, such as {"loss": "final"}.
+    Args:
+        source: dicts, or a file with one of the endings .csv, .tsv, .json (a list) or .jsonl.
+        columns: {field: column} if the names differ, such as {"loss": "final"}.
 
     Raises:
-        CalibrationError: the file cannot be read, a column is missing or ambiguous, or a cell cannot be: the message
-            names file, line and column.
+        CalibrationError: the file cannot be read, a column is missing or ambiguous, or a cell is impossible. The
+            message names file, line and column.
     """
     if isinstance(source, Sweep):
         return source
     rows = list(_rows(source))
     if not rows:
-        raise CalibrationError("The sweep holds no rows.", "Give at least two rates of one rank.")
+        raise CalibrationError("The sweep has no rows.", "Give at least two rates of one rank.")
     for place, row in rows:
         if not isinstance(row, Mapping):
             raise CalibrationError(
                 f"{place} is a {type(row).__name__}, not a dict.",
-                "Give rows such as {'rank': 16, 'lr': 1e-4, 'loss': 0.5}; of a dataframe, df.to_dict('records').",
+                "Give rows such as {'rank': 16, 'lr': 1e-4, 'loss': 0.5}, or df.to_dict('records') of a dataframe.",
             )
     names = _columns(dict.fromkeys(key for _, row in rows for key in row), dict(columns or {}))
     found = [_run_of(_Cells(place, row, names)) for place, row in rows]
     runs = tuple(dict.fromkeys(run for run in found if run is not None))
     missing = found.count(None)
-    note = f"{missing} of {len(found)} rows have no loss and were left out; write 'diverged' where a run diverged"
+    note = f"{missing} of {len(found)} rows have no loss and were left out; write 'diverged' if a run diverged"
     return Sweep(runs, (note,) if missing else ())
 
 
@@ -110,7 +124,7 @@ def read_sweep(source: Source | Sweep, *, columns: Mapping[str, str] | None = No
 
 
 def _rows(source: Source) -> Iterator[tuple[str, Any]]:
-    """Every row with its place in words."""
+    """Yield every row with its place in words."""
     if not isinstance(source, (str, os.PathLike)):
         yield from _listed(source, "")
         return
@@ -141,7 +155,7 @@ def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{place} is no JSON: {error}.", "Correct it, or export the sweep again.") from error
+        raise CalibrationError(f"{place} is not JSON: {error}.", "Correct it, or export the sweep again.") from error
 
 
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
@@ -155,7 +169,7 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]
             place = f"{path.name}, line {reader.line_num}"
             if None in row or None in row.values():
                 raise CalibrationError(
-                    f"{place} has another number of cells than the header.", "Quote cells that hold a comma."
+                    f"{place} does not have as many cells as the header.", "Quote cells that contain a comma."
                 )
             yield place, row
     except csv.Error as error:
@@ -163,13 +177,13 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]
 
 
 def _columns(present: Iterable[str], chosen: dict[str, str]) -> dict[str, str]:
-    """{field: column}: those chosen, then a field's own name, then its aliases."""
+    """Return {field: column}: those chosen, then a field's own name, then its aliases."""
     columns, by_name = list(present), defaultdict(list)
     for field, column in chosen.items():
         if field not in ALIASES or column not in columns:
             raise CalibrationError(
-                f"columns says {field}={column}, and the sweep has {', '.join(map(str, columns))}.",
-                f"Name one of its columns for one of {', '.join(ALIASES)}.",
+                f"columns has {field}={column}, but the sweep has {', '.join(map(str, columns))}.",
+                f"Give one of its columns for one of {', '.join(ALIASES)}.",
             )
     for column in columns:
         name = str(column).strip().lower()
@@ -182,7 +196,7 @@ def _columns(present: Iterable[str], chosen: dict[str, str]) -> dict[str, str]:
         if len(found) > 1:
             raise CalibrationError(
                 f"The columns {' and '.join(map(str, found))} may all be {field}.",
-                f"Say which by columns={{{field!r}: {found[0]!r}}} (--column {field}={found[0]}).",
+                f"Choose one by columns={{{field!r}: {found[0]!r}}} (--column {field}={found[0]}).",
             )
         if found:
             names[field] = found[0]
@@ -190,8 +204,8 @@ def _columns(present: Iterable[str], chosen: dict[str, str]) -> dict[str, str]:
     if missing:
         field = min(missing)
         raise CalibrationError(
-            f"The sweep has no column for {field}; it has {', '.join(map(str, columns))}.",
-            f"Name it {field}, or say which by columns={{{field!r}: ...}} (--column {field}=...).",
+            f"The sweep has no column for {field}. It has {', '.join(map(str, columns))}.",
+            f"Name it {field}, or choose one by columns={{{field!r}: ...}} (--column {field}=...).",
         )
     return names
 
@@ -200,14 +214,14 @@ def _columns(present: Iterable[str], chosen: dict[str, str]) -> dict[str, str]:
 
 
 class _Cells(NamedTuple):
-    """One row's cells by field; each is checked as it is taken."""
+    """One row's cells by field. Each is checked when it is read."""
 
     place: str
     row: Mapping[str, Any]
     names: Mapping[str, str]
 
     def text(self, field: str) -> str | None:
-        """The cell as text, or None where it is absent."""
+        """Return the cell as text, or None if it is empty."""
         value = self.row.get(self.names.get(field, ""))
         try:
             text = "" if value is None else str(value).strip()
@@ -216,7 +230,7 @@ class _Cells(NamedTuple):
         return None if text.lower() in _ABSENT else text
 
     def number(self, field: str, range_: str = "") -> float | None:
-        """The cell as a number in the range of this name, by default the field's, or None where it is absent."""
+        """Return the cell as a number in the range of this name, by default the field's, or None if it is empty."""
         text, range_ = self.text(field), range_ or field
         if text is None:
             return None
@@ -239,7 +253,7 @@ class _Cells(NamedTuple):
         return known[text]
 
     def loss(self) -> float | None:
-        """Infinite where the run diverged, None where there is no loss."""
+        """Return the loss: infinite if the run diverged, None if there is none."""
         value = self.row.get(self.names["loss"])
         if isinstance(value, (Real, str)) and not isinstance(value, int) and str(value).strip().lower() in _DIVERGED:
             return math.inf
@@ -247,12 +261,12 @@ class _Cells(NamedTuple):
 
     def error(self, field: str, kind: str) -> CalibrationError:
         column = self.names.get(field, field)
-        cause = f"{self.place}, column {column!r}: {shown(self.row.get(column))} stands where {kind} belongs."
+        cause = f"{self.place}, column {column!r}: {shown(self.row.get(column))} is not {kind}."
         return CalibrationError(cause, "Correct the cell.")
 
 
 def _run_of(cells: _Cells) -> SweepRun | None:
-    """The row as a run; None where it has no loss."""
+    """Return the row as a run, or None if it has no loss."""
     loss = cells.loss()
     full = cells.choice("method", {"full": True, "lora": False, "": None})
     rank = None if full or (cells.text("rank") or "full").lower() == "full" else cells.whole("rank")

@@ -1,4 +1,4 @@
-"""A sweep's runs: chosen and completed, where each stands for a law, and their loss over the rate."""
+"""A sweep's runs: selection, missing values, their configurations for a law, and their loss against the rate."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ._io import SweepRun
 
 
 def selected(runs: Sequence[SweepRun], chosen: Mapping[str, Any]) -> tuple[SweepRun, ...]:
-    """The runs of one model, batch, init and number of steps, each filled in where a row does not say it."""
+    """Return the runs of one model, batch, init and number of steps. Missing values are filled in."""
     for name, wanted in chosen.items():
         values = sorted({getattr(run, name) for run in runs} - {None})
         if wanted is None and len(values) > 1:
             raise CalibrationError(
                 f"The sweep mixes {len(values)} values of {name}: {', '.join(map(str, values))}.",
-                f"A recipe is of one: choose by {name}=.",
+                f"A recipe is for one of them: choose it by {name}=.",
             )
         value = values[0] if wanted is None and values else wanted
         runs = [replace(run, **{name: value}) for run in runs if getattr(run, name) in (None, value)]
@@ -34,9 +34,9 @@ def selected(runs: Sequence[SweepRun], chosen: Mapping[str, Any]) -> tuple[Sweep
 
 
 def known_alpha(runs: Sequence[SweepRun], alpha: float | str | None) -> tuple[SweepRun, ...]:
-    """The runs with `alpha` filled in where a LoRA row does not say it; "rank": its rank."""
+    """Return the runs with `alpha` filled in for LoRA rows without one. "rank" means the row's rank."""
     if alpha not in (None, "rank") and not is_within("alpha", alpha):
-        raise CalibrationError(f"alpha is {shown(alpha)}.", f"Give {range_of('alpha')}, or 'rank' where it follows it.")
+        raise CalibrationError(f"alpha is {shown(alpha)}.", f"Give {range_of('alpha')}, or 'rank' if it follows it.")
     made = tuple(
         replace(run, alpha=float(run.rank if alpha == "rank" else alpha))
         if run.rank is not None and run.alpha is None and alpha is not None
@@ -44,28 +44,28 @@ def known_alpha(runs: Sequence[SweepRun], alpha: float | str | None) -> tuple[Sw
         for run in runs
     )
     if len({run.alpha is None for run in made if run.rank is not None}) > 1:
-        raise CalibrationError("Some rows say alpha and others do not.", "Give alpha= for those that do not.")
+        raise CalibrationError("Some rows have an alpha and others do not.", "Give alpha= for those without.")
     return made
 
 
 def observation_of(run: SweepRun, group: int | None, x: float) -> Observation:
-    """A run as the fit sees it, in `group`, at log2 rate x. Without a loss at the start, no run counts as risen."""
+    """Return a run as an observation in `group` at log2 rate x. Without a start loss its score is used as the start."""
     start = run.start if run.start is not None else run.loss if math.isfinite(run.loss) else 0.0
     return Observation(group, run.seed, x, run.loss, start, run.loss, returned=True)
 
 
 def site_of(run: SweepRun, reference: Reference, fan_in: float | None) -> tuple[Reference, Reference]:
-    """Where `run` stands, and the reference beside it, both with a fan-in.
+    """Return the configuration of `run`, and the reference, both with a fan-in.
 
-    Where alpha is unknown, the effective multiplier is taken as 1 at the reference and to follow 1/√rank. Where no
-    fan-in is known a usual one stands in, which all but cancels between ranks.
+    If alpha is unknown, the effective multiplier is taken as 1 at the reference and proportional to 1/√rank. If no
+    fan-in is known, a usual one is used, which nearly cancels between ranks.
     """
     there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)
     width = fan_in or there.fan_in
     if run.rank is None:
         if reference.method == "lora" and (reference.fan_in is None and fan_in is None):
             raise CalibrationError(
-                "The sweep has full finetuning beside LoRA, and no fan-in to compare them by.",
+                "The sweep has full finetuning and LoRA, but no fan-in to compare them.",
                 "Give fan_in=, or leave out the rows of full finetuning.",
             )
         return Reference(method="full", fan_in=width), there
@@ -77,7 +77,7 @@ def site_of(run: SweepRun, reference: Reference, fan_in: float | None) -> tuple[
 
 
 def mean_losses(points: Iterable[tuple[float, float]]) -> dict[float, float]:
-    """{log2 rate: mean loss} of (log2 rate, loss), infinite where any of them diverged, by rising rate."""
+    """Return {log2 rate: mean loss} from (log2 rate, loss), by ascending rate; infinite if a run diverged."""
     by_rate: dict[float, list[float]] = {}
     for x, loss in points:
         by_rate.setdefault(x, []).append(loss)
@@ -85,14 +85,14 @@ def mean_losses(points: Iterable[tuple[float, float]]) -> dict[float, float]:
 
 
 class GridEnd(NamedTuple):
-    """A best rate that is an end of its grid: log2 of the rate, and whether it is the "lowest" or the "highest"."""
+    """A best rate at an end of its grid: log2 of the rate, and whether it is the "lowest" or the "highest"."""
 
     x: float
     end: str
 
 
 def ends_of(seen: Sequence[Observation]) -> dict[int | None, GridEnd]:
-    """By rank, the best rates that nothing was tried beyond; a tie with a rate between is none."""
+    """Return, by rank, the best rates at an end of the grid. A tie with a rate inside the grid does not count."""
     found: dict[int | None, GridEnd] = {}
     for rank in dict.fromkeys(o.rank for o in seen):
         curve = mean_losses((round(o.x, 6), o.value) for o in seen if o.rank == rank)

@@ -1,4 +1,4 @@
-"""Checks for those who extend the package: of a convention, and of a law."""
+"""Checks of third-party extensions: a convention and a law."""
 
 from ._convention import check_convention
 from ._law import LawConformance, check_law

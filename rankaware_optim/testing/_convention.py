@@ -1,4 +1,4 @@
-"""Conformance: whether a convention is read right, shown by what the layer itself computes and how it trains."""
+"""Conformance of a convention: whether its layers are read correctly, checked by their outputs and their training."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from ..inspection import (
 
 _LR, _EPS, _DECAY, _STEPS = 1e-2, 1e-3, 0.1, 5
 _SPLIT = 1.5
-"""p, the share of a change of scaling that A₀ takes; B₀ takes the rest."""
-_PROBE_BAR = 1e-5  # AdaLoRA divides by rank + 1e-5; a wrong rank, fan-in or scaling is off by far more
+"""p, the share of a change of scaling that A₀ undoes. B₀ undoes the rest."""
+_PROBE_BAR = 1e-5  # AdaLoRA divides by rank + 1e-5; a wrong rank, fan-in or scaling gives a much larger error
 _ORACLE_BAR = 1e-9
 
 Make = Callable[[int, float], nn.Module]
@@ -39,11 +39,14 @@ Run = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Conformance:
-    """What `check_convention` found: the factors of the first build, and two relative errors.
+    """The result of `check_convention`.
 
-    `probe` is how far the ones-probe lay from scaling × rank × inner × fan_in; None where several layers are adapted,
-    or the output is not linear in B or blind to ones. `oracle` is the largest difference between two trainings that
-    ought to be equal.
+    Args:
+        factors: the factors of the first build.
+        builds: the number of builds.
+        probe: relative error of the ones-probe against scaling × rank × inner × fan_in. None if several layers are
+            adapted, or if the output is not linear in B or does not depend on ones.
+        oracle: the largest relative difference between two trainings that must be equal.
     """
 
     factors: tuple[Factor, ...]
@@ -68,22 +71,36 @@ def check_convention(
     ranks: Sequence[int] = (2, 4),
     alphas: Sequence[float] = (3.0, 8.0),
 ) -> Conformance:
-    """Check in float64 that inspection reads the layers of `make(rank, alpha)` right: a fresh module at every call.
+    """Check in float64 that inspection reads a layer correctly.
 
-    1. Every pair is found, under `convention` where one is given, at the rank asked for.
-    2. With every entry of inputs, A and B at 1, B·A moves the output by scaling × rank × inner × fan_in (fan-in 1 for
-       an embedding) from where it is with B at 0: rank, scaling and fan-in are right. Give the layer unequal fans.
-    3. Two alphas train alike when A₀, B₀, rates, eps and decays of the second are scaled by p, q and their inverses,
-       p·q = s/s′: roles and scalings are right. What is no factor keeps its rate; biases of A and B are held at 0.
+    1. Every pair is found at the right rank, and by `convention` if one is given.
+    2. With all entries of inputs, A and B equal to 1, B·A moves the output by scaling × rank × inner × fan_in (fan-in 1
+       for an embedding), compared with B = 0. This checks rank, scaling and fan-in, if fan-in and fan-out differ.
+    3. Two alphas train equally if A₀, B₀, rates, eps and decays of the second are scaled by p, q and their inverses,
+       with p·q = s/s′. This checks roles and scalings. Other parameters keep their rates. Biases of A and B are held at
+       0.
 
-    A Convention that is not registered, or an optional row's name, is registered for the call. The answer is
-    `module(*inputs)` or `run(module, *inputs)`, a tensor. The global random state is left alone.
+    The global random state is restored.
+
+    Args:
+        make: `make(rank, alpha)` returns a new module at every call.
+        *inputs: the module's inputs.
+        convention: the convention that must find the pairs. One that is not registered, or the name of an optional one,
+            is registered for the call.
+        run: `run(module, *inputs)` returns the output tensor, by default `module(*inputs)`.
+        ranks: the ranks to build.
+        alphas: the alphas to compare, at least two.
+
+    Returns:
+        The factors and the errors of the checks.
 
     Raises:
-        InspectionError: the first check that fails, by name.
+        InspectionError: a check fails. The message names the first one.
     """
     if not ranks or len(alphas) < 2:
-        raise InspectionError(f"Ranks {ranks} and alphas {alphas} are too few.", "Give a rank and two alphas at least.")
+        raise InspectionError(
+            f"Ranks {ranks} and alphas {alphas} are too few.", "Give at least one rank and two alphas."
+        )
     layer = _Layer(make, tuple(v.double() if _is_floating(v) else v for v in inputs), run or output_of)
     builds = list(itertools.product(ranks, alphas))
     with _registered(convention) as name, torch.random.fork_rng(devices=[]):
@@ -96,7 +113,7 @@ def check_convention(
 
 @contextmanager
 def _registered(convention: Convention | str | None) -> Iterator[str | None]:
-    """The convention's name, registered, and taken away again if it was not before."""
+    """Register the convention and yield its name. Remove it afterwards if it was not registered before."""
     name = convention.name if isinstance(convention, Convention) else convention
     known = conventions()
     if convention is None or convention in (*known, *(row.name for row in known)):
@@ -119,14 +136,14 @@ def _is_floating(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What is checked: how the layer is built, and how it answers to which inputs."""
+    """The layer to check: how to build it, its inputs, and how to run it."""
 
     make: Make
     inputs: tuple[Any, ...]
     run: Run
 
     def build(self, rank: int, alpha: float) -> nn.Module:
-        """The same draw at every call."""
+        """Build the module with the same random numbers at every call."""
         torch.default_generator.manual_seed(0)
         module = self.make(rank, alpha).double()
         for name, param in module.named_parameters():
@@ -142,17 +159,17 @@ class _Layer:
         for f in survey.factors:
             if name not in (None, f.convention):
                 cause = f"{f.name} is read as {f.convention}, not as {name}."
-                raise _failed("found", cause, "Order or narrow the rows.")
+                raise _failed("found", cause, "Change the order of the rows, or make them more specific.")
             if f.rank != rank:
-                cause = f"{f.name} has rank {f.rank} where {rank} was asked for."
-                raise _failed("rank", cause, "Name where rank lies.")
+                cause = f"{f.name} has rank {f.rank} instead of {rank}."
+                raise _failed("rank", cause, "Give the attribute that holds the rank.")
         if not survey.factors:
             raise _failed("found", "No pair is found, only other adapters.", "Register a Convention for it.")
         return survey
 
     @torch.no_grad()
     def probe(self, rank: int, alpha: float) -> float | None:
-        """The largest relative error of the ones-probe, None where it does not apply."""
+        """Return the largest relative error of the ones-probe, or None if it does not apply."""
         module = self.build(rank, alpha)
         pairs = [pair for pair in pairs_of(walk(module).modules) if pair.trains]
         if len({pair.layer for pair in pairs}) > 1:
@@ -178,14 +195,14 @@ class _Layer:
                     "ones-probe",
                     f"with ones everywhere {pair.where} moves the output by {moved:g}, and scaling {scaling:g} × rank "
                     f"{reading.rank_a:g} × inner {reading.inner} × fan-in {fan_in:g} is {expected:g}.",
-                    "See which of them the convention reads wrongly: its layout, or where rank and scaling stand.",
+                    "Check the convention's layout and its attributes for rank and scaling.",
                 )
         return max(errors)
 
     def oracle(self, rank: int, alphas: tuple[float, float]) -> float:
-        """How far two trainings that ought to be equal lie apart, relative to the largest output.
+        """Return the difference of two trainings that must be equal, relative to the largest output.
 
-        An adapter at another scaling trains alike where rates, eps, decays and initial values make up for it (Chen,
+        An adapter with another scaling trains equally if rates, eps, decays and initial values compensate for it (Chen,
         Villar, Hayou, arXiv 2602.06204).
         """
         first, second = (self.build(rank, alpha) for alpha in alphas)
@@ -200,20 +217,20 @@ class _Layer:
         for f in survey_of(walked).factors:
             gradient = gradients[f.name]
             if gradient is None or not gradient.any():
-                raise _failed("oracle", f"the answer does not depend on {f.name}.", "Let it run through the adapter.")
+                raise _failed("oracle", f"the output does not depend on {f.name}.", "Use the adapter in the output.")
         error = distance(*outputs)
         if not error < _ORACLE_BAR:
             raise _failed(
                 "oracle",
-                f"at rank {rank}, alphas {alphas[0]:g} and {alphas[1]:g} train apart by {error:.1e} though rates, eps, "
-                "decays and initial values make up for the scalings that were read.",
-                "See whether scaling and roles are read right, and whether the layer is a pair and nothing random.",
+                f"at rank {rank}, trainings with alphas {alphas[0]:g} and {alphas[1]:g} differ by {error:.1e} although "
+                "rates, eps, decays and initial values compensate for the scalings that were read.",
+                "Check that scaling and roles are read correctly, and that the layer is a pair without randomness.",
             )
         return error
 
 
 def _set_to_units(pairs: Sequence[Pair]) -> None:
-    """Every A at 1, every B at 0, and what else their owners train at one: a square core at the identity."""
+    """Set every A to 1, every B to 0, and a square core to the identity."""
     halves = {id(half.tensor) for pair in pairs for half in (pair.a, pair.b)}
     for pair in pairs:
         for param in pair.owner.parameters():
@@ -228,14 +245,14 @@ def _set_to_units(pairs: Sequence[Pair]) -> None:
 
 @torch.no_grad()
 def _move(first: nn.Module, second: nn.Module) -> tuple[float, float]:
-    """Draw `first`'s factors, copy all of it into `second`, factors scaled by p and q; p and q."""
+    """Draw `first`'s factors, copy `first` into `second` with factors scaled by p and q, and return p and q."""
     surveys = [survey_of(walk(module)) for module in (first, second)]
     ratios = {f.scaling / g.scaling for f, g in zip(surveys[0].factors, surveys[1].factors, strict=True)}
     ratio = max(ratios)
     if ratio - min(ratios) > 1e-12 * ratio:
-        raise _failed("oracle", f"the two alphas move the scalings by {sorted(ratios)}.", "Let one alpha hold for all.")
+        raise _failed("oracle", f"the two alphas change the scalings by {sorted(ratios)}.", "Use one alpha for all.")
     roles = {f.name: f.role for f in surveys[0].factors}
-    p = ratio if "B" not in roles.values() else _SPLIT if "A" in roles.values() else 1.0  # a frozen factor stays
+    p = ratio if "B" not in roles.values() else _SPLIT if "A" in roles.values() else 1.0  # a frozen factor is kept
     q = ratio / p
     draw = torch.Generator().manual_seed(0)
     copies = dict(walk(second).parameters)
@@ -262,10 +279,24 @@ def trained(
     answer: Run | None = None,
     seed: int = 0,
 ) -> list[torch.Tensor]:
-    """The outputs of every step and after the last, of `model` trained in place by AdamW towards a random target.
+    """Train a model in place by AdamW towards a random target, and return the outputs before and after every step.
 
-    Roles are those that `inspect_model` reads. What is no factor trains at `other_lr` with AdamW's own eps and decay,
-    or not at all. The loss is the mean square; nothing is clipped; decays are decoupled; the global RNG is left alone.
+    The loss is the mean square. Gradients are not clipped, decays are decoupled, and the global random state is
+    restored.
+
+    Args:
+        model: the model, with factors as `inspect_model` finds them.
+        inputs: the model's inputs.
+        lr_a: A's rate, per step.
+        lr_b: B's rate, per step.
+        eps_a: A's eps.
+        eps_b: B's eps.
+        decay_a: A's weight decay.
+        decay_b: B's weight decay.
+        steps: number of steps.
+        other_lr: rate of parameters that are not factors, with AdamW's default eps and decay. None freezes them.
+        answer: returns the output tensor of the model.
+        seed: random seed of the target.
     """
     answer, inputs = answer or output_of, inputs if isinstance(inputs, tuple) else (inputs,)
     survey, params = inspect_model(model), dict(walk(model).parameters)
@@ -292,18 +323,18 @@ def trained(
 
 
 def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    """The largest difference between two lists of outputs, relative to the largest output."""
+    """Return the largest difference between two lists of outputs, relative to the largest output."""
     scale = max(float(t.abs().max()) for t in first)
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True)) / scale
 
 
 def output_of(model: nn.Module, *inputs: Any) -> torch.Tensor:
-    """The tensor that a model answers with, whether bare or as a transformers record's logits or last hidden state."""
+    """Return a model's output tensor: the output itself, or its logits or last hidden state as in transformers."""
     out: Any = model(*inputs)
     for found in (out, getattr(out, "logits", None), getattr(out, "last_hidden_state", None)):
         if isinstance(found, torch.Tensor):
             return found
     raise InspectionError(
-        f"The module answers with a {type(out).__name__}, which is no tensor.",
-        "Give run=, a function of module and inputs that picks one.",
+        f"The module returns a {type(out).__name__}, which is not a tensor.",
+        "Give run=, a function of module and inputs that returns one.",
     )

@@ -1,4 +1,4 @@
-"""Conformance of a law: the properties that the rest of the package relies on, checked on a grid of configurations."""
+"""Conformance of a law: the properties on which the package relies, checked on a grid of configurations."""
 
 from __future__ import annotations
 
@@ -25,35 +25,53 @@ Answers = Mapping[tuple[Factor, Reference], float]
 
 @dataclass(frozen=True)
 class LawConformance:
-    """What `check_law` found: a law that passed, whether its name leads back to it, how many pairs were asked."""
+    """The result of `check_law` for a law that passed.
+
+    Args:
+        law: the law.
+        registered: whether its name is registered.
+        pairs: number of pairs of factor and reference that were checked.
+    """
 
     law: Law
     registered: bool
     pairs: int
 
     def __str__(self) -> str:
-        name = f"the name {self.law.name!r} leads back to it"
+        name = f"its name {self.law.name!r} is registered"
         if not self.registered:
-            name = f"{self.law.name!r} is not registered, so no recipe can hold it and TOML was not tried"
-        return f"{self.law!r} holds over {self.pairs} pairs of factor and reference; {name}."
+            name = f"{self.law.name!r} is not registered, so recipes cannot store it and TOML was not checked"
+        return f"{self.law!r} passes for {self.pairs} pairs of factor and reference; {name}."
 
 
 def check_law(
     law: str | Law, *, fan_in: float | Iterable[float] = (1.0, 4096.0), tolerance: float = 1e-9
 ) -> LawConformance:
-    """Check that a law, by name or as an instance, keeps what is asked of every law.
+    """Check that a law has the properties of every law.
 
-    In this order: it is a frozen dataclass whose fields all have defaults; its name is its own; every multiplier is a
-    positive finite number, for A, B and whole weights, from LoRA and full finetuning; asked twice it says the same; in
-    the other order too; at its own reference it is 1 (A's, or the whole weight's); it composes, a → b → c as a → c; it
-    survives TOML, where its name is registered; `bind` gives a law. Asked at ranks 1 to 64, two alphas, both inits
-    and each `fan_in` (1 is an embedding's). tolerance: relative, for "1" and "composes"; higher for a measured law.
+    The checks are, in this order:
+
+    - It is a frozen dataclass, and all fields have defaults.
+    - Its name belongs to it.
+    - Every multiplier is a positive finite number, for A, B and whole weights, from LoRA and from full finetuning.
+    - A second call returns the same, also in another order.
+    - The multiplier at its own reference is 1, for A or for the whole weight.
+    - Multipliers compose: a → b → c equals a → c.
+    - If its name is registered, TOML can store it.
+    - `bind` returns a law.
+
+    They use ranks 1 to 64, two alphas and both inits.
+
+    Args:
+        law: the law or its name.
+        fan_in: the widths to check. 1 is that of an embedding.
+        tolerance: relative error of the checks for 1 and for composition. Use a larger one for a measured law.
 
     Raises:
-        LawError: the first property that fails, with the factor and the reference at which it does.
+        LawError: a property fails. The message names the first one, with the factor and the reference.
 
     >>> print(check_law("constant"))
-    Constant() holds over 1300 pairs of factor and reference; the name 'constant' leads back to it.
+    Constant() passes for 1300 pairs of factor and reference; its name 'constant' is registered.
     """
     law = get_law(law)
     _check_form(law)
@@ -71,7 +89,7 @@ def check_law(
         _check_toml(law, answers)
     bound: object = law.bind(torch.optim.AdamW, {})
     if not isinstance(bound, Law):
-        raise _failed("bind", law, f"bind gives {bound!r}.", "Return a law, by default the law itself.")
+        raise _failed("bind", law, f"bind returns {bound!r}.", "Return a law, by default the law itself.")
     return LawConformance(law, registered, len(answers))
 
 
@@ -80,11 +98,11 @@ def _failed(check: str, law: Law, cause: str, cure: str) -> LawError:
 
 
 def _check_form(law: Law) -> None:
-    """A frozen dataclass with defaults, whose name is its own."""
+    """Check that the law is a frozen dataclass with defaults, and that its name belongs to it."""
     kind: Any = type(law)
-    own: Any = vars(kind).get("__dataclass_params__")  # of the class itself: a base's do not cover new fields
+    own: Any = vars(kind).get("__dataclass_params__")  # a base class's parameters do not cover new fields
     if own is None or not own.frozen:
-        raise _failed("form", law, f"{kind.__name__} is no frozen dataclass.", "Put @dataclass(frozen=True) above it.")
+        raise _failed("form", law, f"{kind.__name__} is not a frozen dataclass.", "Add @dataclass(frozen=True).")
     for f in fields(kind):
         if f.init and f.default is MISSING and f.default_factory is MISSING:
             raise _failed("form", law, f"its field {f.name!r} has no default.", "Give every field a default.")
@@ -108,10 +126,10 @@ def _ask(law: Law, factor: Factor, reference: Reference) -> float:
     where = _where(factor, reference)
     try:
         value = law.multiplier(factor, reference)
-    except Exception as error:  # a stranger's law may raise anything
-        raise _failed("positive", law, f"{where}, it raises {error!r}.", "Let it answer for every factor.") from error
+    except Exception as error:  # a third-party law may raise anything
+        raise _failed("positive", law, f"{where}, it raises {error!r}.", "Return a number for every factor.") from error
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise _failed("positive", law, f"{where}, it gives {value!r}.", "A multiplier is a positive finite number.")
+        raise _failed("positive", law, f"{where}, it returns {value!r}.", "Return a positive finite number.")
     return float(value)
 
 
@@ -125,37 +143,35 @@ def _at(reference: Reference) -> str:
 
 
 def _check_same(law: Law, answers: Answers, check: str, order: Iterable[tuple[Factor, Reference]]) -> None:
-    """Asked again in this order, the law says the same."""
+    """Check that the law returns the same when it is called again in this order."""
     for pair in order:
         again = _ask(law, *pair)
         if again != answers[pair]:
-            cause = f"{_where(*pair)}, it gives {answers[pair]!r} and then {again!r}."
-            raise _failed(
-                check, law, cause, "Let the answer depend on factor, reference and the law's own fields alone."
-            )
+            cause = f"{_where(*pair)}, it returns {answers[pair]!r} and then {again!r}."
+            raise _failed(check, law, cause, "Use only the factor, the reference and the law's own fields.")
 
 
 def _check_ratios(law: Law, references: Sequence[Reference], answers: Answers, tolerance: float) -> None:
-    """The multiplier is 1 at its own reference, and a → b → c is a → c."""
+    """Check that the multiplier is 1 at its own reference, and that a → b → c equals a → c."""
     for at in references:
         value = answers[at.as_factor(), at]
         if not math.isclose(value, 1.0, rel_tol=tolerance):
-            cause = f"{_where(at.as_factor(), at)}, it gives {value!r}."
+            cause = f"{_where(at.as_factor(), at)}, it returns {value!r}."
             cure = "Divide by the law's rate at the reference: the base rate is that of the reference's A factor."
             raise _failed("own reference", law, cause, cure)
     for a, b, c in itertools.product(references, repeat=3):
         via, direct = answers[b.as_factor(), a] * answers[c.as_factor(), b], answers[c.as_factor(), a]
         if not math.isclose(via, direct, rel_tol=tolerance):
-            cause = f"{_where(c.as_factor(), a)}, it gives {direct:g}, and {via:g} by way of {_at(b)}."
+            cause = f"{_where(c.as_factor(), a)}, it returns {direct:g}, but {via:g} by way of {_at(b)}."
             cure = "Write the multiplier as a rate at the factor divided by the same rate at the reference."
             raise _failed("composes", law, cause, cure)
 
 
 def _check_toml(law: Law, answers: Answers) -> None:
-    plain = "Let fields be numbers, texts, booleans or laws."
+    plain = "Use only numbers, strings, booleans and laws as fields."
     try:
         read = law_from_dict(tomli.loads(tomli_w.dumps(law_to_dict(law))))
-    except Exception as error:  # tomli_w refuses a value by a TypeError, a law's own check by anything
+    except Exception as error:  # tomli_w raises TypeError, a law's own check may raise anything
         raise _failed("toml", law, f"it raises {error!r}.", plain) from error
     if read != law:
         raise _failed("toml", law, f"it is read back as {read!r}.", plain)

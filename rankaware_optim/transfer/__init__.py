@@ -1,4 +1,4 @@
-"""Rates moved to another configuration: converted, suggested, checked."""
+"""Rates for another configuration: conversion, suggestion and checks."""
 
 from ..inspection import parse_reference
 from ._convert import Conversion, convert_lr

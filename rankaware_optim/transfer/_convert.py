@@ -1,8 +1,8 @@
-"""Conversion: a rate tuned at one rank, alpha, init, width or method becomes the rate at another, exact or by law.
+"""Conversion of a rate tuned at one rank, alpha, init, width or method to another, exactly or by a law.
 
-With Adam and decoupled decay, replacing s by s/(p·q), A₀ by p·A₀, B₀ by q·B₀, η by (p·η_A, q·η_B), ε by (ε_A/p, ε_B/q)
-and the decays likewise leaves training unchanged. A factor that starts at zero needs no rescaling, so its rate alone
-undoes a change of s. Everything else follows a law.
+With Adam and decoupled decay, training does not change if s is replaced by s/(p·q), A₀ by p·A₀, B₀ by q·B₀, η by
+(p·η_A, q·η_B), ε by (ε_A/p, ε_B/q), and the decays likewise. A factor that starts at zero needs no rescaling, so its
+rate alone undoes a change of s. All other changes follow a law.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cached_property
 
 from .._checks import check_lr
 from .._rate import Rate
+from .._survey_text import init_text
 from .._types import Reference, Survey
 from ..errors import InvalidReferenceError, LawError
 from ..inspection import ReferenceLike, as_reference
@@ -28,19 +29,27 @@ from ..laws import (
 )
 from ..optimizer import PlanOptions, make_plan
 
-_LARGE = 2.0**200  # a width at which every law has reached its limit, to rounding, and its squares stay finite
+_LARGE = 2.0**200  # a width at which every law has reached its limit up to rounding, and whose square is finite
 _WORDS = {"method": "method", "rank": "rank", "init": "init", "fan_in": "width"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion(Rate):
-    """A converted rate, with what else is to change.
+    """A converted rate, with the other settings that must change. It has no band.
 
-    `lr` is the law's single rate (that of A, if the law gives B its own), `lr_a` and `lr_b` the two-rate form. The
-    scales are what each factor's eps and decoupled weight decay are multiplied by, dimensionless. `a_scale` is
-    √(s/s′): with the drawn factor's initial values (A₀ under Init[A], B₀ under Init[B]) multiplied by it, both tuned
-    rates times `a_scale`, eps and decay divided by it, are exact as well; 1 where more than s differs. `exact` tells
-    whether the two-rate form reproduces the tuned training to rounding. A conversion knows no band.
+    A second exact form uses `a_scale`: multiply the initial values of the drawn factor (A₀ under Init[A], B₀ under
+    Init[B]) and both tuned rates by it, and divide eps and weight decay by it.
+
+    Args:
+        lr: the law's single rate, per step. It is A's rate if the law gives B another one.
+        lr_a: A's rate in the two-rate form, per step.
+        lr_b: B's rate in the two-rate form, per step.
+        eps_scale_a: factor of A's eps in the two-rate form.
+        eps_scale_b: factor of B's eps in the two-rate form.
+        weight_decay_scale_a: factor of A's decoupled weight decay in the two-rate form.
+        weight_decay_scale_b: factor of B's decoupled weight decay in the two-rate form.
+        a_scale: √(s/s′) if only the effective multiplier differs, else 1.
+        exact: whether the two-rate form reproduces the tuned training up to rounding.
 
     >>> c = Conversion(1e-4, lr_a=2e-4, lr_b=5e-5)
     >>> float(c), c.lr_a, c.high
@@ -72,21 +81,27 @@ class Conversion(Rate):
 def convert_lr(
     lr: float | Rate, *, from_: ReferenceLike, to: ReferenceLike, law: str | Law = DEFAULT_LAW
 ) -> Conversion:
-    """The rate at `to` of a rate tuned at `from_`: references, words as "r=16,alpha=32", adapters or LoraConfigs.
+    """Convert a rate tuned at one configuration to another.
 
-    Words without an alpha, as to="r=64", change only what they name: alpha stays that of `from_`.
+    If only the effective multiplier s changes to s′, the two-rate form is exact. With q = s/s′, Init[A] (B = 0 at the
+    start) keeps η_A and multiplies η_B by q, ε_B and λ_B by 1/q. Init[B] (A = 0 at the start) does the same to A.
+    Otherwise the rates follow the law.
 
-    The tuned pair is (lr, lr × the law's multiplier of B at `from_`). At equal method, rank, init and width, where only
-    the effective multiplier s becomes s′, the two-rate form is exact: with q = s/s′, Init[A] keeps η_A and multiplies
-    η_B by q, ε_B and λ_B by 1/q; Init[B] does so to A (see the module's docstring). Otherwise the rates are the law's.
-    A width that one reference names holds for both; if neither does, the limit of a large width is taken. Where both
-    name a batch, every rate is moved by the law's rule for it. For another optimizer than Adam's kind give
-    law=Falling().bind(optimizer_class, settings).
+    Args:
+        lr: the tuned rate, per step.
+        from_: the configuration of `lr`: a `Reference`, a text such as "r=16,alpha=32", an adapter's folder or file, or
+            a LoraConfig.
+        to: the other configuration. A text without alpha, such as "r=64", keeps the alpha of `from_`. A width that only
+            one of the two has is used for both. If neither has one, the limit of a large width is used. If both have a
+            batch, the rate moves by the law's rule for the batch.
+        law: a law or its name. For an optimizer other than Adam and its variants, give
+            Falling().bind(optimizer_class, settings).
 
     Raises:
-        InvalidReferenceError: the words make no reference; the method or the init changes, or the law has no limit, and
-            no width is known.
-        OptimizerError: `lr` is not a positive finite number. LawError: the law is unknown or gives no multiplier.
+        InvalidReferenceError: a text is no configuration; or no width is known although the method or the init changes,
+            or the law has no limit.
+        OptimizerError: `lr` is not a positive finite number.
+        LawError: the law is unknown or gives no multiplier.
 
     >>> c = convert_lr(2e-4, from_="r=16,alpha=32", to="r=16,alpha=16")
     >>> c.lr_a, c.lr_b, c.eps_scale_b, c.exact
@@ -118,12 +133,12 @@ def convert_lr(
 
 
 def _at_widths(origin: Reference, target: Reference, large: float) -> tuple[Reference, Reference]:
-    """Both references with a width: their own, the other's, or where the two start alike `large`."""
+    """Return both references with a width: their own, the other's, or `large` if the inits are equal."""
     known = origin.fan_in or target.fan_in
-    starts = ["full finetuning" if r.method == "full" else f"Init[{r.init}]" for r in (origin, target)]
+    starts = ["full finetuning" if r.method == "full" else init_text(r.init) for r in (origin, target)]
     if known is None and starts[0] != starts[1]:
         raise InvalidReferenceError(
-            f"From {starts[0]} to {starts[1]} the rate moves by the model's width, which neither reference names.",
+            f"From {starts[0]} to {starts[1]} the rate depends on the model's width, which neither reference has.",
             "Give fan_in=, such as 4096, in one of them.",
         )
     width = known or large
@@ -132,21 +147,21 @@ def _at_widths(origin: Reference, target: Reference, large: float) -> tuple[Refe
 
 @dataclass(frozen=True)
 class _Move:
-    """The way from one reference to another along a law, both with a width."""
+    """The move from one reference to another by a law. Both have a width."""
 
     origin: Reference
     target: Reference
     law: Law
 
     def convert(self, lr: float) -> Conversion:
-        """A rate tuned at the origin, at the target."""
+        """Return the rate at the target for a rate tuned at the origin."""
         base, full = lr * self.by_batch, self.target.method == "full"
         one = check_lr(base * self._of_a(self.target), "The converted lr")
         exact = not self.changes and self.same_batch
         if full or self.changes:
             lr_b = one if full else check_lr(base * self._of_b(self.target), "The converted lr_b")
             return Conversion(one, lr_a=one, lr_b=lr_b, exact=exact, notes=tuple(self.notes()))
-        # Only s changes: the factor that starts at zero takes all of it.
+        # If only s changes, the rate of the factor that starts at zero undoes all of it.
         on_a, on_b = (1.0, self.ratio) if self.origin.init == "A" else (self.ratio, 1.0)
         return Conversion(
             one,
@@ -165,12 +180,12 @@ class _Move:
         return checked_multiplier(self.law, at.as_factor(), self.origin)
 
     def _of_b(self, at: Reference) -> float:
-        """The law's multiplier of B's rate at a reference, whose base is A's at the origin."""
+        """Return the law's multiplier of B's rate at a reference, relative to A's rate at the origin."""
         return checked_multiplier(self.law, replace(at.as_factor(), role="B"), self.origin)
 
     @cached_property
     def changes(self) -> list[str]:
-        """The fields, beside alpha, in which the two differ as a law sees them; full finetuning has but a width."""
+        """The fields other than alpha in which the two differ for a law. Full finetuning has only a width."""
         if self.origin.method != self.target.method:
             return ["method"]
         seen = ("fan_in",) if self.target.method == "full" else ("rank", "init", "fan_in")
@@ -178,13 +193,13 @@ class _Move:
 
     @cached_property
     def ratio(self) -> float:
-        """s/s′, and 1 where the two are equal but for rounding."""
+        """s/s′, or 1 if the two are equal up to rounding."""
         q = self.origin.scaling / self.target.scaling
         return 1.0 if math.isclose(q, 1.0, rel_tol=1e-12) else q
 
     @property
     def scale_free(self) -> bool:
-        """Whether the law is for updates that the gradient's scale does not move: what the two-rate form needs."""
+        """Whether the law's updates do not depend on the gradient's scale, which the two-rate form requires."""
         return getattr(innermost(self.law), "family", "sign-like") in ("sign-like", "unknown")
 
     @property
@@ -193,7 +208,7 @@ class _Move:
 
     @property
     def by_batch(self) -> float:
-        """What the law says of the batch, where both name one."""
+        """The law's factor for the batch, if both references have one."""
         if self.origin.batch is None or self.target.batch is None:
             return 1.0
         return checked_batch_multiplier(self.law, self.target.batch / self.origin.batch)
@@ -203,7 +218,7 @@ class _Move:
         if changes:
             yield f"With another {' and '.join(_WORDS[c] for c in changes)} the rates follow the law {law!r}."
         elif self.ratio == 1.0:
-            yield "Both sides train alike, so the rates stay."
+            yield "Both configurations train equally, so the rates do not change."
         elif self.scale_free:
             drawn, zero, scale = self.origin.init, "AB"[self.origin.init == "A"], f"{math.sqrt(self.ratio):.4g}"
             yield (
@@ -218,11 +233,11 @@ class _Move:
         if caution:
             yield caution
         if self.target.fan_in == _LARGE and (changes or self.ratio != 1.0):
-            yield "No width was given: the single rate is the limit of a large one; give fan_in= for your model's."
+            yield "No width was given: the single rate is the limit of a large width. Give fan_in= for your model's."
         if self.target.method == "lora" and self._of_b(self.target) != self._of_a(self.target):
-            yield f"The law {law!r} gives B a rate of its own; the single rate is A's."
+            yield f"The law {law!r} gives B a separate rate. The single rate is A's."
         if not self.same_batch:
             batches = f"from {self.origin.batch:g} to {self.target.batch:g}"
-            yield f"The batch goes {batches}: every rate × {self.by_batch:.3g}, by a rule."
+            yield f"The batch changes {batches}: every rate × {self.by_batch:.3g}, by a rule of thumb."
         survey = Survey((self.target.as_factor(),))
         yield from make_plan(survey, PlanOptions(self.law, tuned_at=self.origin, across_inits=True)).notes

@@ -1,4 +1,4 @@
-"""The coordinate check: whether features move alike at every rank, by a few steps of the real optimizer class."""
+"""The coordinate check: whether features move equally far at every rank, by a few steps of the real optimizer."""
 
 from __future__ import annotations
 
@@ -44,10 +44,21 @@ Captured = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class CoordinateRow:
-    """Sizes (rms per entry) in one layer at one rank after the steps.
+    """The change in one layer at one rank after the steps. Sizes are rms per entry.
 
-    from_b: s·ΔB·A₀·x; from_a: s·B₀·ΔA·x; from_both: s·ΔB·ΔA·x; inner: the features A·x; change: the output's whole
-    change. lr_a and lr_b are per step.
+    Args:
+        layer: the layer's name.
+        fan_in: its number of inputs.
+        fan_out: its number of outputs.
+        rank: the LoRA rank.
+        scaling: the effective multiplier s.
+        lr_a: A's rate, per step.
+        lr_b: B's rate, per step.
+        from_b: size of s·ΔB·A₀·x.
+        from_a: size of s·B₀·ΔA·x.
+        from_both: size of s·ΔB·ΔA·x.
+        inner: size of the features A·x.
+        change: size of the output's whole change.
     """
 
     layer: str
@@ -66,9 +77,15 @@ class CoordinateRow:
 
 @dataclass(frozen=True)
 class CoordinateCheck:
-    """What `coordinate_check` saw: a row per layer and rank, and whether features move alike at every rank.
+    """The result of `coordinate_check`.
 
-    slopes: per layer, that of log2 change in log2 rank; lr: the base rate, that of A at the first layer and rank.
+    Args:
+        rows: one entry per layer and rank.
+        slopes: (layer, slope of log2 change against log2 rank).
+        lr: the base rate: A's rate at the first layer and rank, per step.
+        law: the law that gave the other rates.
+        optimizer: the optimizer's name.
+        tolerance: the largest slope that counts as rank-invariant.
     """
 
     rows: tuple[CoordinateRow, ...]
@@ -85,7 +102,7 @@ class CoordinateCheck:
 
     @property
     def sentence(self) -> str:
-        """The finding in one sentence."""
+        """The result in one sentence."""
         layer, worst = max(self.slopes, key=lambda pair: abs(pair[1]))
         ranks = [row.rank for row in self.rows]
         verdict = "are rank-invariant" if self.ok else "are NOT rank-invariant"
@@ -119,17 +136,32 @@ def coordinate_check(
     captured: Captured | None = None,
     tolerance: float = 0.25,
 ) -> CoordinateCheck:
-    """Whether features move alike at every rank, by a few steps of the real optimizer on adapters of the real shapes.
+    """Check whether features move equally far at every rank, by a few steps of the real optimizer.
 
-    model_or_shapes: a model with adapters, or weights' shapes (n_out, n_in), by layer name or in order; equal shapes
-    are checked once. widths: check every shape at these fan-ins too, its fan-out in proportion. captured: by layer,
-    inputs (n_in, tokens) and output gradients (n_out, tokens) of a real batch, from `capture`, in place of synthetic
-    ones. lr: the rate of A at the first layer and rank; left out, that at which the output there moves by an rms of 1.
-    law: what moves it to the others; left out, µA, at the check's own tokens where they are synthetic. scaling: s, or
-    a function of the rank. settings: the optimizer's, other than lr. tolerance: of the slope of log2 change in log2
-    rank. Weight decay is left out.
+    Adapters of the given shapes are trained on a fixed batch, synthetic or captured. Weight decay is left out.
 
-    Raises LawError where the optimizer cannot be built or stepped, where the change overflows, or is never reached.
+    Args:
+        model_or_shapes: a model with adapters, or shapes of weights (n_out, n_in), by layer name or in order. Equal
+            shapes are checked once.
+        optimizer: a torch optimizer class or its name.
+        ranks: the LoRA ranks to compare.
+        widths: further fan-ins at which every shape is checked, with fan-outs in proportion.
+        tokens: number of synthetic tokens.
+        lr: A's rate at the first layer and rank, per step. By default the rate at which the output there moves by an
+            rms of 1.
+        law: the law that gives the other rates, by default µA. With synthetic tokens µA uses their number.
+        init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
+        scaling: the effective multiplier s, or a function of the rank that returns it.
+        steps: number of optimizer steps.
+        seed: random seed of factors and tokens.
+        settings: the optimizer's settings other than lr.
+        captured: by layer, inputs (n_in, tokens) and output gradients (n_out, tokens) of a real batch, from `capture`.
+            They replace the synthetic ones.
+        tolerance: the largest slope of log2 change against log2 rank that passes.
+
+    Raises:
+        LawError: an argument is impossible, the optimizer cannot be built or stepped, or no rate gives a finite change
+            of the wanted size.
 
     >>> check = coordinate_check({"q": (64, 64)}, "AdamW", ranks=(4, 16), tokens=64)
     >>> check.ok, len(check.rows)
@@ -175,12 +207,12 @@ def _check_request(ranks: object, widths: object, tokens: int, steps: int, init:
 
 
 def _are_whole(values: object) -> TypeGuard[Sequence[int]]:
-    """Whether `values` are positive whole numbers, at least one."""
+    """Return whether `values` is a non-empty sequence of positive whole numbers."""
     return isinstance(values, (list, tuple, range)) and len(values) > 0 and all(map(is_whole, values))
 
 
 def _shapes_of(given: nn.Module | Shapes) -> dict[str, tuple[int, int]]:
-    """(n_out, n_in) by layer, every shape once."""
+    """Return (n_out, n_in) by layer, every shape once."""
     if isinstance(given, nn.Module):
         factors = (f for f in inspect_model(given).factors if f.kind != "embedding" and f.role == "A")
         named: Iterable[tuple[str, Any]] = ((f.layer, (int(f.fan_out), int(f.fan_in))) for f in factors)
@@ -190,7 +222,8 @@ def _shapes_of(given: nn.Module | Shapes) -> dict[str, tuple[int, int]]:
         named = (("x".join(map(str, shape)) if _are_whole(shape) else "A layer", shape) for shape in given)
     else:
         raise LawError(
-            f"{shown(given)} is no model and no shapes.", "Give a model with adapters, or shapes {name: (n_out, n_in)}."
+            f"{shown(given)} is neither a model nor shapes.",
+            "Give a model with adapters, or shapes {name: (n_out, n_in)}.",
         )
     once: dict[tuple[int, int], str] = {}
     for name, shape in named:
@@ -205,7 +238,7 @@ def _shapes_of(given: nn.Module | Shapes) -> dict[str, tuple[int, int]]:
 
 
 def _unit(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> Batch:
-    """A real batch in float32 on the CPU, each side scaled to an rms of 1; tokens without a gradient left out."""
+    """Return a real batch in float32 on the CPU, each side of rms 1. Tokens without gradient are left out."""
     x, g = (t.detach().to("cpu", torch.float32) for t in (inputs, gradients))
     if x.dim() != 2 or g.dim() != 2 or x.shape[1] != g.shape[1]:
         raise LawError(
@@ -216,7 +249,7 @@ def _unit(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> Batch:
     x, g = x[:, kept], g[:, kept]
     sizes = [t.square().mean().sqrt().item() if t.numel() else 0.0 for t in (x, g)]
     if not all(0 < size < math.inf for size in sizes):
-        raise LawError(f"The layer {name} was captured without signal.", "Capture a batch with finite gradients.")
+        raise LawError(f"The layer {name} has no gradient in the captured batch.", "Capture one with finite gradients.")
     return Batch(x / sizes[0], g / sizes[1])
 
 
@@ -231,7 +264,7 @@ class _Point(NamedTuple):
 
 @dataclass(frozen=True)
 class _Probe:
-    """What every layer and rank is checked by."""
+    """The settings common to all layers and ranks."""
 
     stepper: Stepper
     law: Law
@@ -239,7 +272,7 @@ class _Probe:
     init: Init
 
     def rates(self, point: _Point, lr: float) -> tuple[float, float]:
-        """The rates of A and of B at a base rate."""
+        """Return the rates of A and B for a base rate."""
         n_in, n_out = (float(len(t)) for t in point.batch)
         a = Factor(point.layer, "A", point.rank, n_in, n_out, point.scaling, self.init)
         m_a, m_b = (checked_multiplier(self.law, f, self.reference) for f in (a, replace(a, role="B")))
@@ -250,12 +283,12 @@ class _Probe:
         return draw_pair(len(x), len(g), point.rank, point.scaling, self.init, self.stepper.seed)
 
     def base_lr(self, point: _Point) -> float:
-        """The base rate at which the output moves by an rms of 1."""
+        """Return the base rate at which the output moves by an rms of 1."""
         start, batch = self.start(point), point.batch
         return rates_for(lambda lr: change_of(batch, step_pair(batch, start, self.stepper, *self.rates(point, lr))))
 
     def row(self, point: _Point, lr: float) -> CoordinateRow:
-        """The sizes after the steps at a base rate."""
+        """Return the sizes after the steps at a base rate."""
         name, (x, g), rank, s = point
         lr_a, lr_b = self.rates(point, lr)
         start = self.start(point)
@@ -273,7 +306,7 @@ class _Probe:
 
 
 def _slope(rows: Sequence[CoordinateRow]) -> float:
-    """Least squares of log2 change on log2 rank."""
+    """Return the least-squares slope of log2 change against log2 rank."""
     points = [(math.log2(row.rank), math.log2(row.change)) for row in rows]
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
     return float(sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points))
@@ -283,11 +316,20 @@ def _slope(rows: Sequence[CoordinateRow]) -> float:
 
 
 def capture(model: nn.Module, run: Callable[[nn.Module], torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs (n_in, tokens) and output gradients (n_out, tokens) of every adapted linear layer in one real batch.
+    """Capture inputs and output gradients of every adapted linear layer in one real batch.
 
-    run(model) does the forward pass and returns the loss, without a backward pass of its own. Parameters, gradients,
-    buffers, modes and random state are left as they were. Layers that the loss does not reach, convolutions and
-    embeddings are left out; none left is a LawError.
+    Parameters, gradients, buffers, modes and random state are restored. Convolutions, embeddings and layers without
+    effect on the loss are left out.
+
+    Args:
+        model: the model with adapters.
+        run: does the forward pass and returns the loss, without a backward pass.
+
+    Returns:
+        By layer, inputs (n_in, tokens) and output gradients (n_out, tokens).
+
+    Raises:
+        LawError: the loss has no gradient, or no layer is left.
     """
     layers = {f.layer: (int(f.fan_in), int(f.fan_out)) for f in inspect_model(model).factors if f.kind == "linear"}
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -328,7 +370,7 @@ def _watched(
 
 @contextmanager
 def _as_found(model: nn.Module) -> Iterator[None]:
-    """Gradients, buffers (running statistics), modes and random state come back as they were."""
+    """Restore gradients, buffers (running statistics), modes and random state afterwards."""
     gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
     buffers = [(b, b.clone()) for b in model.buffers()]
     modes = [(m, m.training) for m in model.modules()]

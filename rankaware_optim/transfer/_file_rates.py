@@ -1,4 +1,4 @@
-"""The rates that an adapter on disk would train at."""
+"""The rates for an adapter on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ def survey_report(
     tuned_at: str | None = None,
     per_module: bool = False,
 ) -> str:
-    """What a survey holds in words, alike factors on one line unless `per_module`; with a base rate `lr` its rates."""
+    """Return a survey as text, with its rates if `lr` is given.
+
+    Args:
+        survey: the survey, such as from `inspect_file`.
+        lr: the base rate, per step.
+        law: the law's name.
+        tuned_at: the configuration of `lr`, as for `RankAwareOptimizer`.
+        per_module: whether every tensor has its own line. Otherwise equal factors share one.
+    """
     reference = None if tuned_at is None else as_reference(tuned_at)
     if lr is None:
         return survey.explain(per_module=per_module)

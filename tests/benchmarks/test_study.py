@@ -602,6 +602,36 @@ def test_the_readmes_table_pools_a_domains_configurations() -> None:
     ]
 
 
+def test_the_readmes_table_pools_domains_and_keeps_settings_apart() -> None:
+    """Median, mean and worst are over the moves of all domains: between ranks by setting, to full finetuning in one."""
+    from study.regret import Moved
+    from study.suite_tables import by_setting
+
+    keep = "one rate everywhere"
+    moved = [
+        Moved("language", "Init[A], s = 1", keep, (0.01, 0.02), (0.5,)),
+        Moved("reinforcement", "Init[A], s = 1", keep, (0.09,), (0.1,)),
+        Moved("language", "Init[B], s = 1", keep, (math.inf, 0.03), (0.0,)),
+        Moved("language", "Init[A], s = 1", "a way nobody compares", (9.0,), (9.0,)),
+    ]
+    rows = {row.split(" | ")[0]: row for row in by_setting(moved).splitlines()[2:]}
+    assert (
+        rows["| keeping it"]
+        == "| keeping it | 2.0 / 4.0 / 9.0 | – | diverged / diverged / diverged | 10.0 / 20.0 / 50.0 |"
+    )
+    assert rows["| the default law"] == "| the default law | – | – | – | – |"
+
+
+def test_the_readmes_figure_takes_any_study() -> None:
+    """The figure is drawn of one domain without full runs, and of moves that diverged or gained."""
+    from study.regret import Moved
+    from study.suite_figures import draw_summary
+
+    moved = [Moved("language", "Init[A], s = 1", "one rate everywhere", (-0.01, math.inf), ())]
+    figure = draw_summary(moved)
+    assert [axis.get_title() for axis in figure.axes][-1] == "to full finetuning"
+
+
 def test_a_readme_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:
     """New tables take the place of the old ones between their marks, and nothing else changes."""
     from study.suite import BEGIN, END, publish

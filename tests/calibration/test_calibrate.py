@@ -431,8 +431,8 @@ def scored_at_times(trial):
 
 
 BAD_LOOPS = [
-    (lambda trial: 1.0, "gave a float where a generator belongs"),
-    (lambda trial: [1.0] * STEPS, "gave a list where a generator belongs"),
+    (lambda trial: 1.0, "returned a float instead of a generator"),
+    (lambda trial: [1.0] * STEPS, "returned a list instead of a generator"),
     (never, "without calling trial.optimizer"),
     (twice, "called twice"),
     (given(lr=1e-3), "got lr="),
@@ -458,8 +458,8 @@ BAD_LOOPS = [
     (returns("good"), "return value at step 20 is a str"),
     (returns(torch.ones(2)), "return value at step 20 is a Tensor"),
     (changing(STEPS, STEPS - 5), f"ended after {STEPS - 5} of {STEPS} steps"),
-    (changing(STEPS, STEPS + 5), "went on"),
-    (changing(STEPS, None), "went on"),
+    (changing(STEPS, STEPS + 5), "train continued after"),
+    (changing(STEPS, None), "train continued after"),
     (changing(None, STEPS - 1), f"ended after {STEPS - 1} of {STEPS} steps"),
     (scored_at_times, "returned a score"),
 ]

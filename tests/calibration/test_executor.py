@@ -105,6 +105,6 @@ def test_a_journal_of_the_same_name_is_not_the_same(tmp_path):
     head = journal_head(paths[0])
     check_shared(paths[0], head, "node 1")
     for other in (paths[1], str(tmp_path / "nowhere.journal")):
-        with pytest.raises(CalibrationError, match="on node 1 is not the file that the calibration was started with"):
+        with pytest.raises(CalibrationError, match="on node 1 is not the file with which the calibration"):
             check_shared(other, head, "node 1")
     check_shared("postgresql+psycopg://me@there/db", b"", "node 1")

@@ -196,7 +196,7 @@ def test_what_cannot_be_put_back_is_named():
         return breaking(RuntimeError("no memory"), math.inf)(model, i)
 
     before = fingerprint(model)
-    with pytest.raises(CalibrationError, match=r"could not be put back, all others were: first\.notes, fragile\. Load"):
+    with pytest.raises(CalibrationError, match=r"could not be restored, all others were: first\.notes, fragile\. Load"):
         calibrate(model, taken, trials=1, init="A")
     assert set(changed(before, fingerprint(model))) == {"._buffers", "first.notes"}
 
@@ -444,7 +444,7 @@ def test_a_schedule_spans_the_steps_of_each_length():
     recipe = calibrate(mlp(), steps=(5, 10), target_steps=40, schedule=schedule, budget=60, trials=None)
     assert spanned == {5, 10}
     assert recipe.steps == 40
-    with pytest.raises(ra.CalibrationError, match="schedule takes the optimizer alone"):
+    with pytest.raises(ra.CalibrationError, match="schedule takes only the optimizer"):
         calibrate(mlp(), steps=(5, 10), schedule=lambda opt: schedule(opt, 5))
 
 

@@ -198,8 +198,8 @@ REFUSED = [
     ({"steps": (20, 80.5)}, "steps is"),
     ({"steps": (20, 80), "target_steps": 40}, "target_steps=40 is less than the 80 steps of a trial"),
     ({"steps": 20, "target_steps": 0}, "target_steps is 0"),
-    ({"steps": 20, "confirm": True}, "confirm=True runs 20 steps, which the search does already"),
-    ({"steps": 20, "target_steps": 80, "confirm": True, "budget": 90}, "budget=90 does not pay for 2 runs, 100 steps"),
+    ({"steps": 20, "confirm": True}, "confirm=True adds runs of 20 steps, which the search already has"),
+    ({"steps": 20, "target_steps": 80, "confirm": True, "budget": 90}, "budget=90 is too small for 2 runs, 100 steps"),
     ({"steps": 20, "batches": (64, 16)}, r"batches is \(64, 16\)"),
     ({"steps": 20, "batches": (0, 16)}, r"batches is \(0, 16\)"),
 ]

@@ -202,8 +202,8 @@ def on_meta():
 
 REFUSED = [
     (odd_groups, 6, {"init": "B"}, "cannot be made at rank 6"),
-    (lambda: mlp((4, 4, 6)), 3, {}, "layer2 has rank 6 where most have 4, so beside rank 3 it would have 4.5"),
-    (both_drawn, 8, {}, "does not show how it was initialised"),
+    (lambda: mlp((4, 4, 6)), 3, {}, "layer2 has rank 6 where most have 4, so in a trial at rank 3 it would have 4.5"),
+    (both_drawn, 8, {}, "cannot be read, so new factors cannot be drawn"),
     (merged, 8, {}, "merged into its base weight"),
     (hada, 8, {}, r"hada_w1_a belongs to an adapter \(LoHa\)"),
     (viewed, 8, {}, "shares its memory"),
@@ -227,5 +227,5 @@ def test_what_cannot_be_made_is_refused_before_anything_changes(make, rank, opti
 def test_a_rank_that_cannot_be_declared_is_refused():
     """A read-only rank is found out when it does not follow."""
     layer = read_only()
-    with pytest.raises(InspectionError, match="'r' does not take the value 8"):
+    with pytest.raises(InspectionError, match="'r' does not accept the value 8"):
         remade(layer, 8)

@@ -395,5 +395,5 @@ def test_a_run_that_was_taken_over_does_not_count(hosts, tmp_path):
     result = other.result()
     suspended.send_signal(signal.SIGCONT)
     late = suspended.result()
-    assert late.startswith(f"{result} Trial 0 gave no sign of life")
+    assert late.startswith(f"{result} Trial 0 had no heartbeat")
     assert_retried(stored(tmp_path))

@@ -87,7 +87,7 @@ def test_it_writes_the_recipe(folder):
     assert (recipe.seed, len(recipe.tensors["lr"])) == (3, 6)
     assert "6 trials" in done.output
     assert f"base rate {recipe.lr:.3g}" in done.output
-    assert "note: ranks 2 and 4 lie less than a factor 16 apart" in done.output
+    assert "note: ranks 2 and 4 differ by less than a factor 16" in done.output
     assert Path("made/r.journal").is_file()
     assert CliRunner().invoke(main, ["lr", "made/r.toml", "--rank", "4"]).exit_code == 0
 
@@ -243,7 +243,7 @@ BAD = [
     (["broken_loops:train", *RANKS], "not_there_at_all"),
     (["raising_loops:train", *RANKS], "ZeroDivisionError"),
     (["loops:train", *RANKS[:-1], "r.yaml"], "ends in .toml"),
-    (["loops:train", *RANKS, "--budget", 5], "--budget 5 does not pay for"),
+    (["loops:train", *RANKS, "--budget", 5], "--budget 5 is too small for"),
     (["loops:train", *RANKS, "--trials", 0], "Error: --trials is 0."),
     (["loops:train", *RANKS, "--steps", "20,10"], "Error: --steps is (20, 10)."),
     (["loops:train", *RANKS, "--target-steps", 5], "Error: --target-steps 5 is less than the 10 steps of a trial."),

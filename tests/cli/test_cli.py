@@ -96,7 +96,7 @@ def test_inspect_adds_rates_to_a_base_rate(folder):
     assert own.exit_code == other.exit_code == 0
     assert own.output.count(" 0.0002 ") == 2
     assert other.output.count(" 0.0002 ") == 0
-    assert own.output.count("falling: from rank 8, alpha 16, Init[A]") == 2
+    assert own.output.count("falling: from rank 8, alpha 16, B = 0") == 2
 
 
 def test_inspect_names_every_tensor_if_asked(folder):
@@ -161,7 +161,7 @@ def test_convert_takes_the_rate_from_the_adapter(tmp_path):
         save_file(tensors, tmp_path / "x.safetensors", {**said, "ss_optimizer": optimizer})
         done = call("convert", "--from", tmp_path / "x.safetensors", "--to", "r=64")
         assert done.exit_code == 0, done.output
-        assert f"UNet was trained at 0.0002, rank 16, alpha 16, Init[A] by {optimizer} over 1600 steps." in done.output
+        assert f"UNet was trained at 0.0002, rank 16, alpha 16, B = 0 by {optimizer} over 1600 steps." in done.output
         for rate, width in ((2e-4, 32), (5e-5, 64)):
             words = {"from_": f"r=16,alpha=16,fan_in={width}", "to": f"r=64,alpha=16,fan_in={width}"}
             assert convert_lr(rate, **words, law=law).explain() in done.output
@@ -189,7 +189,7 @@ def test_show_prints_what_a_recipe_holds(recipe):
     """Base rate, band, ceiling, law, optimizer, horizon and what was seen."""
     done = call("show", recipe[0])
     assert done.exit_code == 0
-    at_16 = "0.002 at rank 16, alpha 32, Init[A], width 64"
+    at_16 = "0.002 at rank 16, alpha 32, B = 0, width 64"
     for text in ("digits", at_16, "0.03", "exponent=0.1", "AdamW", "100 steps", "ranks 4, 64; 2 trials", "torch 2.6"):
         assert text in done.output
 

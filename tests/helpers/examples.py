@@ -1,13 +1,21 @@
-"""The scripts of examples/, run in a folder of their own as a reader would."""
+"""The README's Python blocks, and the scripts of examples/, run in a folder of their own as a reader would."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES, README = ROOT / "examples", ROOT / "README.md"
+
+
+def readme_blocks() -> tuple[str, str, str]:
+    """For an own loop, for a trainer, for no rate yet."""
+    own_loop, trainer, no_rate = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
+    return own_loop, trainer, no_rate
 
 
 def run(folder: Path, *command: str, **environment: str) -> str:

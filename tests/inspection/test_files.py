@@ -304,11 +304,11 @@ def test_a_hundred_gigabytes_are_surveyed_in_a_second(tmp_path):
 
 GOOD_HEADER = json.dumps({"x.lora_A.weight": entry(2, 4), "x.lora_B.weight": entry(4, 2, offsets=[32, 64])}).encode()
 RAW = [
-    (b"", None, b"", "no whole safetensors file"),
-    (b"{}", 3, b"", "no whole safetensors file"),
-    (b"{}", 1, b"", "no whole safetensors file"),
-    (b"{}", 10**8, b"", "no whole safetensors file"),
-    (b"{}", 2**64 - 1, b"", "no whole safetensors file"),
+    (b"", None, b"", "not a complete safetensors file"),
+    (b"{}", 3, b"", "not a complete safetensors file"),
+    (b"{}", 1, b"", "not a complete safetensors file"),
+    (b"{}", 10**8, b"", "not a complete safetensors file"),
+    (b"{}", 2**64 - 1, b"", "not a complete safetensors file"),
     (b"{}", None, b"", "no LoRA pair among 0 tensors"),
     (b"not json", None, b"", "cannot be read"),
     (b"\xff\xff", None, b"", "cannot be read"),
@@ -349,16 +349,16 @@ RAW = [
     (json.dumps({"a\x1b[2J": entry(1)}).encode(), None, bytes(4), r"a tensor is called 'a.x1b\[2J'"),
     (json.dumps({"a\ud800": entry(1)}).encode(), None, bytes(4), "no usable header: .* hex escape"),
     (json.dumps({"a" * 1001: entry(1)}).encode(), None, bytes(4), "a tensor is called 'aaa"),
-    (b'{"a": ["F32", [2], [0, 8]]}', None, bytes(8), "no usable header: a is no plain entry"),
-    (json.dumps({"a": entry(2, dtype={"F32": None})}).encode(), None, bytes(8), "header: a is no plain entry"),
-    (b'{"a": {"dtype": "U8", "dtype": "I8"}}', None, b"", "the key 'dtype' comes twice"),
-    (b'{"a": {}, "a": {}}', None, b"", "the key 'a' comes twice"),
+    (b'{"a": ["F32", [2], [0, 8]]}', None, bytes(8), "no usable header: a is not an entry"),
+    (json.dumps({"a": entry(2, dtype={"F32": None})}).encode(), None, bytes(8), "header: a is not an entry"),
+    (b'{"a": {"dtype": "U8", "dtype": "I8"}}', None, b"", "the key 'dtype' occurs twice"),
+    (b'{"a": {}, "a": {}}', None, b"", "the key 'a' occurs twice"),
     (b'{"__metadata__": {"a": 1}}', None, b"", "no usable header: .* expected a string"),
-    (b'{"__metadata__": null}', None, b"", "__metadata__ is no table of strings"),
+    (b'{"__metadata__": null}', None, b"", "__metadata__ is not a table of strings"),
     ("{}".encode("utf-16"), None, b"", "cannot be read"),
     (b"\xef\xbb\xbf{}", None, b"", "cannot be read"),
-    (GOOD_HEADER, None, bytes(63), "no whole safetensors file"),
-    (GOOD_HEADER, None, bytes(10), "no whole safetensors file"),
+    (GOOD_HEADER, None, bytes(63), "not a complete safetensors file"),
+    (GOOD_HEADER, None, bytes(10), "not a complete safetensors file"),
     (GOOD_HEADER[:-1], None, bytes(64), "cannot be read"),
 ]
 
@@ -411,7 +411,7 @@ def test_a_pickle_is_refused_unread(name, tmp_path):
 def test_a_pickle_under_a_false_name_is_refused(tmp_path):
     """A pickle called .safetensors has no such header."""
     (tmp_path / "x.safetensors").write_bytes(pickle.dumps({"x": [1, 2, 3] * 100}))
-    with pytest.raises(InspectionError, match="no whole safetensors file"):
+    with pytest.raises(InspectionError, match="not a complete safetensors file"):
         inspect_file(tmp_path / "x.safetensors")
 
 

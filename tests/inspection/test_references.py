@@ -100,12 +100,12 @@ def test_words_without_an_alpha_change_what_they_name():
 
 
 REFUSED = [
-    (lambda path: 3, InvalidReferenceError, "3 is no reference"),
-    (lambda path: None, InvalidReferenceError, "None is no reference"),
-    (lambda path: SimpleNamespace(r=16), InvalidReferenceError, "is no reference"),
-    (lambda path: "no/such/adapter", InvalidReferenceError, r"'no/such/adapter' is no part .* an adapter's folder"),
+    (lambda path: 3, InvalidReferenceError, "3 is not a reference"),
+    (lambda path: None, InvalidReferenceError, "None is not a reference"),
+    (lambda path: SimpleNamespace(r=16), InvalidReferenceError, "is not a reference"),
+    (lambda path: "no/such/adapter", InvalidReferenceError, r"'no/such/adapter' is not a part .* an adapter's folder"),
     (lambda path: path / "missing", InspectionError, "There is no file"),
-    (lambda path: path, InspectionError, "holds 0 .safetensors files"),
+    (lambda path: path, InspectionError, "has 0 .safetensors files"),
     (lambda path: LoraConfig(init_lora_weights="pissa"), InvalidReferenceError, "init_lora_weights='pissa'.*no law"),
     (lambda path: LoraConfig(peft_type="LOHA"), InvalidReferenceError, "the kind 'LOHA'"),
     (lambda path: LoraConfig(r=0), InvalidReferenceError, "rank=0"),
@@ -184,5 +184,5 @@ def test_a_rate_that_cannot_be_is_refused(value, tmp_path):
 
 def test_a_file_that_says_no_rate_is_refused(tmp_path):
     """An adapter without kohya's rate has none to read, and the error says to type it."""
-    with pytest.raises(InspectionError, match=r"does not say at which rate.*Give the rate yourself"):
+    with pytest.raises(InspectionError, match=r"has no learning rate.*Give the rate yourself"):
         read_training(peft_folder(tmp_path))

@@ -350,7 +350,7 @@ def test_errors_have_cause_and_cure():
 
 def test_full_finetuning_refuses_trainable_pairs() -> None:
     """A model with adapters to train is not taken for full finetuning."""
-    with pytest.raises(InspectionError, match="holds a trainable LoRA pair"):
+    with pytest.raises(InspectionError, match="has a trainable LoRA pair"):
         inspect_model(mlp(), method="full")
 
 
@@ -364,7 +364,7 @@ def test_a_transposed_pair_of_no_declared_rank_is_said_with_both_readings():
     """(64, 4) and (4, 64) without a declared rank stay rank 64 on width 4, and a warning names rank 4 on width 64."""
     pair = nn.Module()
     pair.lora_A, pair.lora_B = nn.Parameter(torch.randn(64, 4)), nn.Parameter(torch.zeros(4, 64))
-    with pytest.warns(RankAwareWarning, match=r"read as rank 64 on a layer of width 4.*rank 4 on width 64"):
+    with pytest.warns(RankAwareWarning, match=r"read as rank 64 on a layer of width 4.*rank is 4 and the width 64"):
         survey = inspect_model(pair)
     assert {f.rank for f in survey.factors} == {64}
     pair.r = 64

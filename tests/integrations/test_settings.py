@@ -38,8 +38,8 @@ def test_all_settings_are_read_and_taken():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ({"tunedat": "r=16,alpha=32"}, "'tunedat' is no setting. Known are tuned_at, recipe"),
-        ({"tuned_at": "rank 16"}, "tuned_at is 'rank 16': 'rank 16' is no part of a reference"),
+        ({"tunedat": "r=16,alpha=32"}, "'tunedat' is not a setting. Known are tuned_at, recipe"),
+        ({"tuned_at": "rank 16"}, "tuned_at is 'rank 16': 'rank 16' is not a part of a reference"),
         ({"tuned_at": 16}, "tuned_at is 16"),
         ({"batch": "many"}, "batch is 'many'"),
         ({"strict": "perhaps"}, "neither true nor false"),

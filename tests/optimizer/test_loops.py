@@ -185,7 +185,7 @@ def test_a_list_of_the_users_groups():
     rates = moved(model, opt)
     assert rates["head.weight"] == pytest.approx(LR)
     assert rates["large.lora_A"] == pytest.approx(LR / 16)
-    with pytest.raises(OptimizerError, match="3 values were given for 2 groups"):
+    with pytest.raises(OptimizerError, match="3 values were given for 2 user groups"):
         opt.expand([1, 2, 3])
     assert any("opt.expand(values)" in note for note in opt.report().notes)
 
@@ -372,7 +372,7 @@ def test_groups_of_ours_are_not_multiplied_twice():
 def test_a_users_key_of_our_name_is_refused():
     """A key of the user's own under a name of ours is neither taken for ours nor overwritten."""
     model = Model()
-    with pytest.raises(OptimizerError, match=r"'lora_rank'.*another name"):
+    with pytest.raises(OptimizerError, match=r"'lora_rank'.*Rename"):
         RankAwareOptimizer([{"params": [model.head.weight], "lora_rank": 7}], torch.optim.SGD, model=model, lr=LR)
 
 
@@ -419,7 +419,7 @@ def test_a_group_put_in_by_hand_is_said():
     lone.grad = torch.ones_like(lone)
     opt.step()
     assert lone.item() == pytest.approx(-LR)
-    with pytest.raises(CheckpointError, match=r"by hand.*add_param_group"):
+    with pytest.raises(CheckpointError, match=r"param_groups directly.*add_param_group"):
         opt.load_state_dict(state)
 
 
@@ -476,7 +476,7 @@ def test_a_replaced_adapter_is_refused_though_a_head_trains():
     opt = by_class(model)
     model.large = PlainLoRA(nn.Linear(8, 8), 64).double()
     backward(model)
-    with pytest.raises(OptimizerError, match=r"large.lora_A has a gradient.*whose own tensor.*Shard or wrap"):
+    with pytest.raises(OptimizerError, match=r"large.lora_A has a gradient.*whose tensor of that name.*Shard or wrap"):
         opt.step()
 
 

@@ -64,8 +64,8 @@ def values(opt, role: str = "other") -> list[float]:
 
 # --- the run is another than the recipe's ---------------------------------------------------------------------------
 
-TAKE = "apply_settings=True takes its optimizer's settings"
-FARTHER = "the less sure the farther"
+TAKE = "apply_settings=True uses them"
+FARTHER = "are less certain for others"
 OTHER = [
     ({}, {"betas": (0.9, 0.95)}, "weight_decay=0.1, not 0.01", TAKE),
     ({}, {"weight_decay": 0.1}, "betas=[0.9, 0.95], not [0.9, 0.999]", TAKE),
@@ -177,11 +177,11 @@ REFUSED = [
     ({"steps": 2.5}, RecipeError, r"steps is 2\.5"),
     ({"warmup_share": 1.5}, OptimizerError, r"warmup_share is 1\.5.*from 0 to 1"),
     ({"warmup_share": "5%"}, OptimizerError, "warmup_share is '5%'"),
-    ({"recipe": replace(RECIPE, steps=None), "steps": 9}, RecipeError, "does not say its own steps"),
+    ({"recipe": replace(RECIPE, steps=None), "steps": 9}, RecipeError, "does not give its own steps"),
     ({"recipe": None, "lr": 1e-3, "steps": 9}, OptimizerError, "steps= was given without recipe="),
     ({"recipe": None, "lr": 1e-3, "warmup_share": 0.1}, OptimizerError, "warmup_share= was given without recipe="),
-    ({"recipe": None, "lr": 1e-3, "apply_settings": True}, OptimizerError, "and none was given"),
-    ({"optimizer": SGD, "apply_settings": True}, OptimizerError, "whose settings are not SGD's"),
+    ({"recipe": None, "lr": 1e-3, "apply_settings": True}, OptimizerError, "but none was given"),
+    ({"optimizer": SGD, "apply_settings": True}, OptimizerError, "whose settings do not fit SGD"),
 ]
 
 
@@ -273,10 +273,10 @@ OTHERS = [
         "no LoRA factor: its rate in the recipe's trials",
     ),
     (FULL, {}, FULL_LR, "no LoRA factor: full finetuning's rate by the recipe"),
-    (UNSEEN, {"other_lr": 1e-3}, 1e-3, "a rate of its own, by other_lr="),
-    (UNSEEN, {"rates": {"head.*": 2e-3}}, 2e-3, "a rate of its own, by rates="),
-    (FULL, {"other_lr": 1e-3}, 1e-3, "a rate of its own, by other_lr="),
-    (PLAIN, {"rates": {"head.*": 2e-3}}, 2e-3, "a rate of its own, by rates="),
+    (UNSEEN, {"other_lr": 1e-3}, 1e-3, "given by other_lr="),
+    (UNSEEN, {"rates": {"head.*": 2e-3}}, 2e-3, "given by rates="),
+    (FULL, {"other_lr": 1e-3}, 1e-3, "given by other_lr="),
+    (PLAIN, {"rates": {"head.*": 2e-3}}, 2e-3, "given by rates="),
 ]
 
 
@@ -296,7 +296,7 @@ def test_a_head_that_nothing_is_known_of_asks_for_its_rate(optimizer):
     model = mlp((16, 16))
     native = optimizer(model) if optimizer is not AdamW else None
     given = (model, AdamW) if native is None else (native,)
-    with pytest.raises(RecipeError, match=r"saw neither head\.weight train nor full finetuning.*other_lr="):
+    with pytest.raises(RecipeError, match=r"trained neither head\.weight nor the full model.*other_lr="):
         RankAwareOptimizer(*given, model=model, recipe=UNSEEN)
     assert native is None or type(native) is AdamW
 
@@ -387,5 +387,5 @@ def test_a_recipe_survives_with_what_it_knows(tmp_path):
     found = Recipe.load(made.save(tmp_path / "r.toml"))
     assert (found.other_rates, found.source) == (made.other_rates, made.source)
     said = re.sub(r"\s+", " ", str(found))
-    assert "other rates head.weight the base rate; a.*.b 0.0003; any other asked for" in said
+    assert "other rates head.weight the base rate; a.*.b 0.0003; any other must be given" in said
     assert "code train t, commit c" in said

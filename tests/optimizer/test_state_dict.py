@@ -253,7 +253,7 @@ def test_reset_starts_changed_factors_anew():
     other.load_state_dict(saved(opt.state_dict()))
     assert wider.layer0.lora_A not in other.state
     assert torch.equal(other.state[wider.layer1.lora_A]["exp_avg"], opt.state[model.layer1.lora_A]["exp_avg"])
-    assert "their moments start anew" in str(other.report())
+    assert "their moments were reset" in str(other.report())
     train(wider, other, steps=1)
 
 
@@ -330,7 +330,7 @@ BAD = [
     (lambda: newer(ours(mlp((4, 8))).state_dict()), "format 99"),
     (lambda: ours(mlp((4, 8, 8))).state_dict(), None),
     (lambda: ours(mlp((4,))).state_dict(), r"lacks 2 of this optimizer's parameters, such as layer1"),
-    (lambda: torch.optim.AdamW(mlp((4, 8, 8)).parameters()).state_dict(), "without names to match"),
+    (lambda: torch.optim.AdamW(mlp((4, 8, 8)).parameters()).state_dict(), "without matching names"),
 ]
 
 

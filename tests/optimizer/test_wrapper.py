@@ -495,8 +495,8 @@ def _said(answer):
 
 
 REFUSED = [
-    (lambda m: RankAwareOptimizer(m, lr=LR), r"No optimizer was named"),
-    (lambda m: RankAwareOptimizer(trained(m), torch.optim.AdamW, lr=LR), r"Parameters alone"),
+    (lambda m: RankAwareOptimizer(m, lr=LR), r"No optimizer was given"),
+    (lambda m: RankAwareOptimizer(trained(m), torch.optim.AdamW, lr=LR), r"from parameters alone"),
     (lambda m: RankAwareOptimizer(m, torch.optim.LBFGS, lr=LR), r"LBFGS takes one parameter group"),
     (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, recipe="r.toml"), r"Both recipe= and lr="),
     (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, law="mua", recipe="r.toml"), r"Both recipe= and law="),
@@ -630,7 +630,7 @@ REFUSED_INSTANCES = [
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"lr": LR}, r"lr= was given for an optimizer that is built"),
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"eps": 1.0}, r"eps= was given"),
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"optimizer": torch.optim.AdamW}, r"Both a built optimizer"),
-    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"model": None}, r"Parameters alone"),
+    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"model": None}, r"from parameters alone"),
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"law": "nua"}, r"Unknown law"),
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"other_lr": -1}, r"other_lr is -1"),
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"rates": {"x": 1.0}}, r"matches none"),
@@ -860,7 +860,7 @@ def test_a_later_group_needs_the_model(lose):
     del model
     gc.collect()
     layer = nn.ModuleDict({"new": PlainLoRA(nn.Linear(16, 16), 8, 1.0)})
-    with pytest.raises(OptimizerError, match=r"does not hold its model.*rank_aware_param_groups"):
+    with pytest.raises(OptimizerError, match=r"its model is gone.*rank_aware_param_groups"):
         opt.add_param_group({"params": trained(layer)})
     for group in ra.rank_aware_param_groups(layer, lr=LR, tuned_at=AT_16):
         opt.add_param_group(group)

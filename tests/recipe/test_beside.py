@@ -84,7 +84,7 @@ def test_a_strangers_words_stay_a_block_of_code(adapter):
 
 def test_what_cannot_be_saved_beside_is_refused(adapter, tmp_path):
     """No folder, or a README that is no text, is an error before anything was written."""
-    with pytest.raises(RecipeError, match=r"There is no folder .* Save the adapter first"):
+    with pytest.raises(RecipeError, match=r"There is no folder .* Save the adapter there first"):
         RECIPE.save_beside(tmp_path / "missing")
     (adapter / "README.md").write_bytes(b"\xff\xfe")
     before = sorted(os.listdir(adapter))

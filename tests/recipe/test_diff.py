@@ -98,9 +98,9 @@ def test_rates_that_only_one_recipe_has_are_left_out():
 
 
 SENTENCES = [
-    ({}, "The two recipes hold the same."),
-    ({"versions": {"torch": "2.7"}}, "The rates are the same; what differs is below."),
-    ({"fitted_lr": 2.1e-3}, "The rates differ; their 90 % bands overlap at every common rank."),
+    ({}, "The two recipes are equal."),
+    ({"versions": {"torch": "2.7"}}, "The rates are the same. The fields below differ."),
+    ({"fitted_lr": 2.1e-3}, "The rates differ. Their 90 % bands overlap at every common rank."),
     ({"law": Power(2.5, full_factor=1.5)}, "The rates differ by more than their 90 % bands at rank 4, rank 64."),
 ]
 

@@ -164,9 +164,9 @@ def test_a_pipe_is_no_recipe(tmp_path):
     for path in (tensors_of(target), target):
         path.unlink()
         os.mkfifo(path)
-        with pytest.raises(RecipeError, match="no regular file"):
+        with pytest.raises(RecipeError, match="not a regular file"):
             Recipe.load(target)
-    with pytest.raises(RecipeError, match="no regular file"):
+    with pytest.raises(RecipeError, match="not a regular file"):
         RECIPE.save(target)
 
 

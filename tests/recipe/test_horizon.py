@@ -118,7 +118,7 @@ def test_impossible_horizons_are_refused(where):
 @pytest.mark.parametrize("what", ["steps", "batch"])
 def test_a_recipe_that_does_not_know_its_own_horizon_refuses_another(what):
     """From unknown steps or an unknown batch nothing is extrapolated; the sentence says which is missing."""
-    with pytest.raises(RecipeError, match=f"does not say its own {what}"):
+    with pytest.raises(RecipeError, match=f"does not give its own {what}"):
         recipe(**{what: None}).at(**{what: 64})
     assert recipe(**{what: None}).at().lr == recipe().lr
 

@@ -486,10 +486,10 @@ def test_outside_the_band_is_wider_and_flagged(inside, outside):
     """A rank beyond those seen is flagged, noted and warned about, and its band is wider than the fit's alone."""
     made = recipe(law=Power(), covariance=torch.diag(torch.tensor([0.04, 0.0, 0.0])))
     near = made.at(rank=inside)
-    with pytest.warns(RankAwareWarning, match=f"rank {outside} lies outside"):
+    with pytest.warns(RankAwareWarning, match=f"rank {outside} is outside"):
         far = made.at(rank=outside)
     assert far.extrapolated
-    assert any("outside the ranks seen (4, 64)" in note for note in far.notes)
+    assert any("outside the ranks tried (4, 64)" in note for note in far.notes)
     assert far.high / far.low > near.high / near.low
 
 
@@ -503,7 +503,7 @@ def test_a_recipe_warns_once():
 
 TARGETS = [
     ({"fan_in": 2.0 * WIDTH}, "fan-in"),
-    ({"rank": 16, "init": "B"}, "Init"),
+    ({"rank": 16, "init": "B"}, "A = 0 was not tried"),
     ({"method": "full"}, "not tried"),
     ({"method": "full", "fan_in": 4096.0}, "not tried"),
 ]
@@ -755,7 +755,7 @@ def test_a_resume_under_another_recipe_is_said_once(change):
     first, second = recipe(name="first"), recipe(name="second", **change)
     _, opt = tagged(first)
     _, other = tagged(second)
-    with pytest.warns(RankAwareWarning, match=r"recipe 'first' .* under 'second'") as caught:
+    with pytest.warns(RankAwareWarning, match=r"recipe 'first' .* with 'second'") as caught:
         other.load_state_dict(opt.state_dict())
     assert len(caught) == 1
     assert all(hashed(made) in str(caught[0].message) for made in (first, second))

@@ -40,7 +40,7 @@ def test_whatever_it_holds_a_recipe_prints_itself(kind):
 def test_a_recipe_says_what_it_holds():
     """Rate, reference, band, law, optimizer, horizon, what was seen, versions, hash and notes each have a line."""
     said = dict(facts(FULL))
-    assert said["base rate"] == f"{FULL.lr:.3g} at rank 4, alpha 8, Init[A], width 64"
+    assert said["base rate"] == f"{FULL.lr:.3g} at rank 4, alpha 8, B = 0, width 64"
     assert said["90 % band"] == FULL.at().band
     assert said["law"] == "Power(exponent=0.1)"
     assert said["optimizer"] == "torch.optim.AdamW, weight_decay=0.01, betas=[0.9, 0.99]"
@@ -54,8 +54,8 @@ RULES = [
     ("fixed", "alpha follows rank (s fixed)"),
     ("rslora", "alpha fixed under rsLoRA (s falls as 1/√rank)"),
     ("alpha", "alpha fixed (s falls as 1/rank)"),
-    ("as swept", "as in the sweep, which does not say it"),
-    ("unknown", "no rule seen: alpha is asked for"),
+    ("as swept", "as in the sweep, which does not give it"),
+    ("unknown", "no rule known: give alpha"),
 ]
 
 
@@ -68,7 +68,7 @@ def test_the_rule_for_alpha_is_said_in_words(rule, words):
 def test_the_two_rates_are_called_what_they_are():
     """The rate to use and the fitted optimum have names of their own, the octaves between them, and the band beside."""
     said = dict(facts(FULL))
-    assert said["fitted optimum"] == "0.002, 0.25 octaves above the base rate (the one to use)"
+    assert said["fitted optimum"] == "0.002, 0.25 octaves above the base rate (the rate to use)"
     assert said["base rate"].startswith("0.00168 at ")
 
 
@@ -90,13 +90,13 @@ def test_the_commands_print_the_objects_own_text(tmp_path):
 
 BARE = {"steps": None, "batch": None, "reference": Reference(4, 4)}
 AT = [
-    ({}, {}, "rank 4, alpha 8, Init[A], fan-in 64, 100 steps, batch 16"),
-    ({}, {"rank": 64}, "rank 64, alpha 128, Init[A], fan-in 64, 100 steps, batch 16"),
-    ({}, {"rank": 8, "alpha": 8, "rslora": True}, "rank 8, alpha 8, rslora, Init[A], fan-in 64, 100 steps, batch 16"),
-    ({}, {"init": "B", "fan_in": 128}, "rank 4, alpha 8, Init[B], fan-in 128, 100 steps, batch 16"),
+    ({}, {}, "rank 4, alpha 8, B = 0, fan-in 64, 100 steps, batch 16"),
+    ({}, {"rank": 64}, "rank 64, alpha 128, B = 0, fan-in 64, 100 steps, batch 16"),
+    ({}, {"rank": 8, "alpha": 8, "rslora": True}, "rank 8, alpha 8, rslora, B = 0, fan-in 64, 100 steps, batch 16"),
+    ({}, {"init": "B", "fan_in": 128}, "rank 4, alpha 8, A = 0, fan-in 128, 100 steps, batch 16"),
     ({}, {"method": "full", "steps": 9, "batch": 4}, "full finetuning, fan-in 64, 9 steps, batch 4"),
-    (BARE, {"rank": 8}, "rank 8, alpha 8, Init[A]"),
-    ({"scaling_rule": "as swept"}, {"rank": 8}, "rank 8, alpha as swept, Init[A], fan-in 64, 100 steps, batch 16"),
+    (BARE, {"rank": 8}, "rank 8, alpha 8, B = 0"),
+    ({"scaling_rule": "as swept"}, {"rank": 8}, "rank 8, alpha as swept, B = 0, fan-in 64, 100 steps, batch 16"),
 ]
 
 
@@ -111,7 +111,7 @@ def test_a_rate_says_what_it_is_for(changes, asked, words):
 RATES = [
     (Rate(1e-3), ["lr        0.001"]),
     (Rate(1e-3, 5e-4, 2e-3), ["lr        0.001", "90 % band 0.0005 to 0.002"]),
-    (Rate(1e-3, 5e-4, 2e-3, 8e-3), [..., ..., "ceiling   0.008 (the smallest rate seen to diverge)"]),
+    (Rate(1e-3, 5e-4, 2e-3, 8e-3), [..., ..., "ceiling   0.008 (the smallest rate that diverged)"]),
     (Rate(1e-3, 5e-4, 2e-3, None, True, ("far", "low")), [..., ..., "extrapolated", "note: far", "note: low"]),
 ]
 

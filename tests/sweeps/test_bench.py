@@ -168,7 +168,7 @@ def test_order_units_and_the_unit_of_the_rate_do_not_matter(rows, seed, offset, 
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 BAD = [
-    (lambda: [{**row, "alpha": None} for row in drawn(MuA())], {}, "does not say alpha.*alpha="),
+    (lambda: [{**row, "alpha": None} for row in drawn(MuA())], {}, "has no alpha.*alpha="),
     (lambda: drawn(MuA(), ranks=(16,)), {}, "No model of the sweep has two ranks"),
     (lambda: drawn(MuA(), exponents=range(-6, -3)), {}, "No model of the sweep has two ranks"),
     (lambda: drawn(MuA()), {"best": "guess"}, "best is 'guess'"),

@@ -233,14 +233,14 @@ BAD = [
     ({"model_or_shapes": {"q": "16x16"}}, r"q has the shape '16x16'"),
     ({"model_or_shapes": {"q": None}}, r"q has the shape None"),
     ({"model_or_shapes": (256, 256)}, r"has the shape 256"),
-    ({"model_or_shapes": 256}, r"256 is no model and no shapes"),
-    ({"model_or_shapes": "q"}, r"'q' is no model and no shapes"),
+    ({"model_or_shapes": 256}, r"256 is neither a model nor shapes"),
+    ({"model_or_shapes": "q"}, r"'q' is neither a model nor shapes"),
     ({"widths": 64}, r"widths=64"),
     ({"widths": (64, 0)}, r"widths=\(64, 0\)"),
     ({"ranks": 4}, r"ranks=4"),
     ({"ranks": (4, 8.5)}, r"ranks=\(4, 8\.5\)"),
     ({"captured": {"q": (torch.ones(3, 2), torch.ones(3, 4))}}, r"captured as \(3, 2\) and \(3, 4\)"),
-    ({"captured": {"q": (torch.ones(3, 2), torch.zeros(3, 2))}}, "without signal"),
+    ({"captured": {"q": (torch.ones(3, 2), torch.zeros(3, 2))}}, "has no gradient"),
 ]
 
 

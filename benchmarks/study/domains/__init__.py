@@ -71,7 +71,7 @@ def weights_hash(domain: Domain) -> str:
     """sha256 of the network before training, of seed 0, in 16 digits."""
     digest = hashlib.sha256()
     for name, tensor in domain.build(None, 1.0, "A", 0).state_dict().items():
-        digest.update(name.encode() + tensor.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -39,18 +39,20 @@ def new_llama(width: int = WIDTH, mlp: int = MLP) -> Any:
     return LlamaForCausalLM(config)
 
 
-def llama(width: int = WIDTH, mlp: int = MLP, steps: int = STEPS) -> nn.Module:
+def llama(width: int = WIDTH, mlp: int = MLP, steps: int = STEPS, device: str = "cpu") -> nn.Module:
     """The Llama that has read the Brown corpus, made once: steps of 16 × 64 tokens, AdamW at 2e-3 · 192/width."""
     model: nn.Module = new_llama(width, mlp)
     own = (width, mlp, steps)
-    name = "-".join(map(str, ("llama-brown-v1", *(own if own != (WIDTH, MLP, STEPS) else ()))))
-    model.load_state_dict(made_once(name, partial(_pretrain, *own)), strict=False)  # the tied head is not kept
-    return model.requires_grad_(False)
+    elsewhere = () if device == "cpu" else (device,)  # another device rounds to other weights
+    name = "-".join(map(str, ("llama-brown-v1", *(own if own != (WIDTH, MLP, STEPS) else ()), *elsewhere)))
+    made = made_once(name, partial(_pretrain, *own, *elsewhere))
+    model.load_state_dict(made, strict=False)  # the tied head is not kept
+    return model.requires_grad_(False).to(device)
 
 
-def _pretrain(width: int, mlp: int, steps: int) -> dict[str, Tensor]:
+def _pretrain(width: int, mlp: int, steps: int, device: str = "cpu") -> dict[str, Tensor]:
     with seeded(0):
-        model = new_llama(width, mlp)
+        model = new_llama(width, mlp).to(device)
     lr = RATE * WIDTH / width
     opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     warm = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=0.1)
@@ -59,11 +61,12 @@ def _pretrain(width: int, mlp: int, steps: int) -> dict[str, Tensor]:
         token_loss(model, batch).backward()
         opt.step()
         warm.step()
-    return {name: p.detach() for name, p in model.named_parameters()}
+    return {name: p.detach().cpu() for name, p in model.named_parameters()}
 
 
 def token_loss(model: Any, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, nats; ids of shape (batch, length + 1)."""
+    """Mean cross-entropy of the next token, nats; ids of shape (batch, length + 1), moved to the model's device."""
+    ids = ids.to(model.device)
     logits = model(ids[:, :-1]).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 

@@ -1,4 +1,4 @@
-"""The fit: scored trials become a base rate, a drift in rank, and their covariance."""
+"""The fit: from scored trials to a base rate, a drift in rank, and their covariance."""
 
 from ...recipe import Observation, Place, gain_of
 from ._course import Course, Slope

@@ -1,4 +1,4 @@
-"""What curves show of the horizon: the best rate at several lengths of training, and a line through them."""
+"""The slope of the best rate in the number of steps, estimated from the curves of trials of one length."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ import torch
 from ...recipe import SLOPE_SD, TAIL, Horizon, Observation, recent
 from ._posterior import Prior, fit_observations
 
-_WITHIN_RUN = 0.3  # octaves per octave by which a slope read inside runs may miss that of whole, shorter runs
+_WITHIN_RUN = 0.3  # standard deviation between a slope read inside runs and that of whole shorter runs
 _SHARES = (1, 2, 4)  # curves are read at their end, half and quarter
 _WINDOW = 5  # a reading is the mean of the last fifth of the values so far
 
 
 def horizon_of(trials: Mapping[str, torch.Tensor], prior: Prior) -> Horizon:
-    """The slope that a calibration's curves show, shrunk towards 0.
+    """Estimate the slope of the best rate in the number of steps from a calibration's curves, shrunk towards 0.
 
-    The fit is made at the end, half and quarter of the curves, each read as the mean of the last fifth of its values so
-    far, and a line laid through the three best rates. Under a schedule that decays, the middle of a run is not the end
-    of a shorter one: its rate has not come down, so a lower one looks best there and the slope comes out too high.
-    That is not corrected; the slope counts as uncertain by another 0.3 octaves per octave, so it moves the answer
-    by half at most. Without curves, or with fewer than 20 steps, the prior is returned: 0 ± 0.3.
+    The fit is repeated at the end, half and quarter of the curves. Each reading is the mean of the last fifth of the
+    values so far. A line is drawn through the three best rates. With a decaying schedule the middle of a run differs
+    from the end of a shorter run. Its rate is still high, so a lower one looks best there, and the slope is biased
+    upwards. This is not corrected. The slope gets an additional standard deviation of 0.3 octaves per octave instead,
+    so that it enters with a weight of at most one half.
 
-    trials: `Recipe.tensors`. prior: the fit's.
+    Args:
+        trials: `Recipe.tensors`.
+        prior: the fit's prior.
+
+    Returns:
+        The horizon. Without curves, or with fewer than 20 steps, it is the prior 0 ± 0.3.
     """
     if not {"rank", "seed", "lr", "diverged", "curve"} <= trials.keys():
         return Horizon()
@@ -44,7 +49,7 @@ def horizon_of(trials: Mapping[str, torch.Tensor], prior: Prior) -> Horizon:
 
 
 def _read(trials: Mapping[str, torch.Tensor], end: int) -> Iterator[Observation]:
-    """Every run as if it had ended after `end` steps; without those stopped before, unless they diverged."""
+    """Yield every run as if it had ended after `end` steps. Runs stopped earlier are left out unless they diverged."""
     rows = zip(*(trials[key].tolist() for key in ("rank", "seed", "lr", "diverged", "curve")), strict=True)
     for rank, seed, lr, diverged, curve in rows:
         value = recent(curve[:end], max(TAIL, end // _WINDOW))

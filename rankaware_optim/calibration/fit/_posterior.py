@@ -1,13 +1,13 @@
 """The fit: from scored trials to a base rate, a drift in rank, a factor of full finetuning, and their covariance.
 
-Two steps. First, `bowls_of` finds each arm's optimum v, under every shape of bowl and size of noise. Second, under
-each shape the optima are shrunk towards the law:
+There are two steps. First, `bowls_of` finds each arm's optimum v for every shape of the bowl and size of the noise.
+Second, for each shape the optima are shrunk towards the law:
 
     v(r) = base + drift·log2(r / pivot),   v(full) = base + drift·full_reach + factor
 
-with drift and factor of prior mean zero, since x is measured along the prior-centred law. At other steps or another
-batch than the target's, v is moved by the unknown of that number of steps, or batch: see `Course`. The answer is the
-mixture over shapes, weighed by how well each explains the losses and how well its optima agree.
+The drift and the factor have prior mean zero, since x is measured along the prior-centred law. At other steps or
+another batch than the target's, v has a further unknown: see `Course`. The posterior is a mixture over shapes, weighted
+by how well each explains the losses and how well its optima agree.
 """
 
 from __future__ import annotations
@@ -24,19 +24,25 @@ from ._course import NOWHERE, Course
 
 Array = npt.NDArray[np.float64]
 
-# Octaves by which a rank's own best rate lies off a power of the rank: .29 over 21 sweeps of the study, .17 of it
-# their own noise (benchmarks/calibration/simulated.py scatter).
+# Octaves: standard deviation of a rank's own best rate about a power of the rank. It was .29 over 21 sweeps of the
+# study, .17 of which is noise (benchmarks/calibration/simulated.py scatter).
 MODEL_ERROR = 0.2
-_BASE_SD = 1e3  # octaves: nothing is believed of the base rate
-_DIVERGED = 0.25  # a run that ends this share of the gain above its start has diverged
+_BASE_SD = 1e3  # octaves: a flat prior of the base rate
+_DIVERGED = 0.25  # a run has diverged if it ends this share of the gain above its start
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Standard deviations of drift (octaves per octave of rank) and of log2 full_factor, and the drift's pivot rank.
+    """The prior of the fit.
 
-    full_reach: log2(n / pivot) where the drift continues to full finetuning, else 0. steps, batch: how the optimum
-    moves with them, where trials have others than the target. scatter: of a rank's own optimum about all that, octaves.
+    Args:
+        drift_sd: standard deviation of the drift, octaves per octave of rank.
+        full_sd: standard deviation of log2 of the full-finetuning factor, octaves.
+        pivot: the rank at which the base rate is defined.
+        full_reach: log2(n / pivot) if the drift continues to full finetuning, else 0.
+        steps: how the optimum moves with the steps, if trials have others than the target.
+        batch: how the optimum moves with the batch, likewise.
+        scatter: standard deviation of a rank's own optimum about the law, octaves.
     """
 
     drift_sd: float = 0.15
@@ -48,18 +54,21 @@ class Prior:
     scatter: float = MODEL_ERROR
 
     def row(self, place: Place) -> Array:
-        """How the optimum at a place follows from the unknowns: base, drift, factor, then those of both courses."""
+        """Return the design vector of a place: the gradient of its optimum with respect to the unknowns.
+
+        The unknowns are base, drift, full factor, then those of `steps` and of `batch`.
+        """
         full = place.rank is None
         reach = self.full_reach if place.rank is None else math.log2(place.rank / self.pivot)
         moved = (self.steps.row(place.steps, full), self.batch.row(place.batch, full))
         return np.array([1.0, reach, float(full), *moved[0], *moved[1]])
 
     def mean(self) -> Array:
-        """Of the unknowns; the base's is 0, and as good as unknown."""
+        """Return the prior mean of the unknowns. That of the base is 0, with a flat prior."""
         return np.array([0.0, 0.0, 0.0, *self.steps.mean(), *self.batch.mean()])
 
     def precision(self) -> Array:
-        """Of the unknowns."""
+        """Return the prior precision of the unknowns."""
         blocks = [np.diag([_BASE_SD**-2, self.drift_sd**-2, self.full_sd**-2])]
         blocks += [np.linalg.inv(course.covariance()) for course in (self.steps, self.batch) if course.tried]
         made = np.zeros((sum(map(len, blocks)),) * 2)
@@ -72,12 +81,16 @@ class Prior:
 
 @dataclass(frozen=True)
 class Fit:
-    """Posterior mean and covariance of the prior's unknowns, octaves, relative to the prior-centred law.
+    """The posterior of the fit, relative to the prior-centred law.
 
-    The first three are (base, drift, log2 full_factor). steepness: of the cliff above the optimum, per octave.
-    ceiling: x of the smallest rate that diverged, moved to the target's steps and batch, or None. vertices: (mean, sd)
-    of each arm's optimum before shrinking. noise: of a score near the optimum. gain: see `gain_of`; both in units of
-    the loss.
+    Args:
+        mean: posterior mean of the prior's unknowns, octaves. The first three are (base, drift, log2 full_factor).
+        covariance: their covariance, octaves².
+        steepness: steepness of the loss above the optimum, per octave.
+        ceiling: x of the smallest rate that diverged, moved to the target's steps and batch, or None.
+        vertices: (mean, sd) of each arm's optimum before shrinking, octaves.
+        noise: standard deviation of a score near the optimum, in units of the loss.
+        gain: what training gains, in units of the loss, see `gain_of`.
     """
 
     mean: Array
@@ -90,11 +103,11 @@ class Fit:
 
 
 def diverged(observations: Sequence[Observation]) -> list[bool]:
-    """Which runs diverged: cut short, non-finite, or ended above their start by a quarter of the best gain seen.
+    """Return for each run whether it diverged: stopped as such, non-finite, or far above its start at the end.
 
-    All runs start from one model, so a first value that is low by chance is held against none: their median stands
-    for it. Where no run gained anything, ending above the start is enough, unless scores were returned: a curve that
-    only rises may then be of another kind.
+    Far means a quarter of the best gain. All runs start from the same model, so the median of their starts replaces a
+    first value that is low by chance. If no run gained anything, ending above the start is enough. This does not apply
+    if scores were returned, because these may not be comparable with the curve.
     """
     usual = usual_start(observations)
     gains = [usual - o.tail for o in observations if math.isfinite(o.tail) and o.tail < o.start]
@@ -108,14 +121,14 @@ def diverged(observations: Sequence[Observation]) -> list[bool]:
 
 
 def below_cliff(observations: Sequence[Observation]) -> list[Observation]:
-    """Those below every rate that diverged: a run above one was lucky."""
+    """Return the observations below every rate that diverged. A run above such a rate was lucky."""
     lost = (o.x for o, bad in zip(observations, diverged(observations), strict=True) if bad)
     lowest = min(lost, default=math.inf)
     return [o for o in observations if o.x < lowest]
 
 
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
-    """Fit all trials at once; None where no run stayed finite."""
+    """Fit all trials together. Return None if no run stayed finite."""
     bad = diverged(observations)
     if all(bad):
         return None
@@ -143,9 +156,9 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
 
 
 def _gains(good: Sequence[Observation]) -> dict[Place, float]:
-    """What training can gain by the steps and batch of a run: a shorter run gains less.
+    """Return what training gains, by steps and batch, since a shorter run gains less.
 
-    Where its few runs say next to nothing, it is that of all.
+    If there are too few runs for a group, the gain of all runs is used.
     """
     of_all, tasks = gain_of(good), {o.place._replace(rank=None): None for o in good}
     gains = {task: gain_of([o for o in good if o.place._replace(rank=None) == task]) for task in tasks}
@@ -153,7 +166,7 @@ def _gains(good: Sequence[Observation]) -> dict[Place, float]:
 
 
 def _mixed(weights: Array, means: Array, covariances: Array) -> tuple[Array, Array]:
-    """Mean and covariance of a mixture of Gaussians."""
+    """Return the mean and covariance of a mixture of Gaussians."""
     mean = weights @ means
     about = means - mean
     spread = np.einsum("s,si,sj->ij", weights, about, about)
@@ -166,7 +179,7 @@ def _moments(weights: Array, means: Array, sds: Array) -> tuple[float, float]:
 
 
 def shrink(vertices: Mapping[Place, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:
-    """Gaussian posterior of the unknowns given the arms' vertices; exact."""
+    """Return the exact Gaussian posterior (mean, covariance) of the unknowns, given the arms' vertices."""
     means, sds = np.array(list(vertices.values())).T[:, None, :]
     mean, covariance, _ = _shrunk(_rows(vertices, prior), means, sds, prior)
     return mean[0], covariance[0]
@@ -177,7 +190,7 @@ def _rows(places: Iterable[Place], prior: Prior) -> Array:
 
 
 def _shrunk(rows: Array, means: Array, sds: Array, prior: Prior) -> tuple[Array, Array, Array]:
-    """Mean (s, u), covariance (s, u, u) and log evidence (s,) for every shape s of `means` and `sds` (s, arms)."""
+    """Return mean (s, u), covariance (s, u, u) and log evidence (s,). means, sds: (s, arms), for each shape s."""
     weights = 1.0 / (sds**2 + prior.scatter**2)
     expected = prior.mean()
     means = means - rows @ expected

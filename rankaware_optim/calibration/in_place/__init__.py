@@ -1,4 +1,4 @@
-"""Calibration of a model that is loaded once and left as it was found."""
+"""Calibration of a model that is loaded once and restored afterwards."""
 
 from ._api import calibrate_in_place
 

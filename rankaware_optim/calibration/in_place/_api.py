@@ -1,4 +1,4 @@
-"""Calibration of a model that is loaded once: adapters are replaced in place, and all is put back at the end."""
+"""Calibration of a model that is loaded once. Adapters are replaced in place, and the model is restored at the end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def calibrate_in_place(
     full_trains: FullTrains | None = None,
     **options: Any,
 ) -> Recipe:
-    """`calibrate` on one model that stays loaded: its adapters are replaced by fresh ones at every trial's rank.
+    """Calibrate one model that stays loaded. Its adapters are replaced by new ones at every trial's rank::
 
         def step(model, i):
             x, y = batch(i)
@@ -50,52 +50,59 @@ def calibrate_in_place(
 
         recipe = ra.calibrate_in_place(model, step, torch.optim.AdamW, ranks=(4, 64), steps=200)
 
-    Each trial starts from the model as found, with fresh adapters, a fresh optimizer, no gradients, and the global
-    random state of the trial's seed. Found adapters may be trained already: they wait aside. When the call ends, by
-    success, an error or Ctrl-C, the model is as it was found, to the bit: parameters (the same objects), gradients,
-    buffers, modes, requires_grad, hooks, attributes and PEFT's configuration; so is the global random state.
+    Each trial starts from the original model with new adapters, a new optimizer, no gradients, and the global random
+    state of the trial's seed. The original adapters may be trained already. They are kept outside the model. When the
+    call ends, by success, an error or Ctrl-C, the model is restored bit for bit: parameters (the same objects),
+    gradients, buffers, modes, requires_grad, hooks, attributes and PEFT's configuration. The global random state is
+    restored too.
 
-    Memory: frozen weights are not copied. What trains beside the adapters (heads, norms), buffers and the weights of
-    `full_trains` are copied once, and the found adapters kept beside the trial's.
+    Memory: frozen weights are not copied. Buffers, the weights of `full_trains`, and other parameters that train
+    (heads, norms) are copied once. The original adapters are kept in addition to the trial's.
+
+    A run that is out of memory is pruned, and its memory is released. A run that diverges is recorded as diverged.
 
     Args:
-        model: holds trainable LoRA pairs, or none where ranks=(None,). It trains in the mode it is found in.
-        step: `step(model, i)` is called for i = 0, 1, … of every trial, the same i with the same batch. It returns
-            the loss: a tensor with a graph, of which the gradient is then taken; or a number or a tensor without one,
-            if the step took the gradients itself (in parts, scaled, clipped). It leaves frozen weights as they are.
-        optimizer, ranks, steps: as in `calibrate`.
-        init: "A" (B zero) or "B" (A zero) for every pair; by default each pair's own, as found.
-        variance: of the factor that is drawn, as in `initialize`; by default the libraries' own, which is "peft" for
-            Init[A] and 1/r for Init[B].
-        scaling_rule: how the multiplier s follows the rank from the one found: "fixed" keeps s, so that alpha follows
-            the rank; "alpha" keeps alpha with s = alpha / r; "rslora" keeps alpha with s = alpha / √r.
-        settings: the optimizer's own arguments, and those of `RankAwareOptimizer` such as rates=.
-        schedule: from the optimizer to a scheduler, whose step() is called after every step. Where `steps` are several
-            lengths, or target_steps is another, it is given the trial's steps too: `schedule(optimizer, steps)`.
-        score: from the trained model to the number to minimise; by default the mean of the last tenth of the losses.
+        model: a model with trainable LoRA pairs, or without any for ranks=(None,). Its train or eval mode is kept.
+        step: `step(model, i)` is called for i = 0, 1, … in every trial. The same i must use the same batch. It returns
+            the loss. If this is a tensor with a graph, its gradient is taken. Otherwise the step must have computed the
+            gradients itself (in parts, scaled, clipped). It must not change frozen weights.
+        optimizer: as in `calibrate`.
+        ranks: as in `calibrate`.
+        steps: as in `calibrate`.
+        init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero) for every pair. By default each pair's own.
+        variance: variance of the drawn factor, as in `initialize`. By default that of the adapter's library, which is
+            "peft" for Init[A] and 1/r for Init[B].
+        scaling_rule: how the effective multiplier s follows the rank: "fixed" keeps s, so that alpha follows the rank.
+            "alpha" keeps alpha with s = alpha / r. "rslora" keeps alpha with s = alpha / √r.
+        settings: the optimizer's arguments, and those of `RankAwareOptimizer` such as rates=.
+        schedule: returns a scheduler for the optimizer. Its step() is called after every step. With several lengths in
+            `steps`, or with target_steps=, it also gets the trial's number of steps: `schedule(optimizer, steps)`.
+        score: returns the number to minimise for the trained model. By default it is the mean of the last tenth of the
+            losses.
         full_trains: what full finetuning (None among ranks, or full_trials=) trains: patterns of parameter names, or a
-            predicate of name and parameter; by default the weights that the adapters adapt. Heads and norms that train
-            with the adapters train with these too.
-        **options: of `calibrate`: name, trials, budget, full_trials, seeds, storage, batch, warmup, …
+            predicate of name and parameter. By default the weights that the adapters adapt. Heads and norms that train
+            with the adapters train in any case.
+        **options: other arguments of `calibrate`: name, trials, budget, full_trials, seeds, storage, batch, warmup, …
 
-    A run that is out of memory is pruned, and its memory given back; one that diverges is remembered as that.
+    Returns:
+        The recipe.
 
     Raises:
-        InspectionError, CalibrationError: before anything was changed: the model is sharded or wrapped (FSDP,
-            DeepSpeed, DDP), its adapters are merged, of another kind than pairs, or cannot be made at one of the
-            ranks; or as `calibrate`, the model put back.
-        CalibrationInterrupted: Ctrl-C, the model put back; a second Ctrl-C waits until that is done.
+        InspectionError: the model is sharded or wrapped (FSDP, DeepSpeed, DDP), its adapters are merged or are not
+            pairs, or they cannot be made at one of the ranks. Nothing was changed.
+        CalibrationError: as in `calibrate`. The model is restored.
+        CalibrationInterrupted: Ctrl-C. The model is restored. A second Ctrl-C waits until that is done.
     """
     if options.get("executor") is not None:
         raise CalibrationError(
-            "calibrate_in_place trains the model of this process, and executor= would train it elsewhere.",
+            "calibrate_in_place trains the model of this process, but executor= uses other processes.",
             "Leave it out, or build the model in each trial with ra.calibrate.",
         )
     walked = _checked(model, step, ranks, init, variance, scaling_rule)
     spans = not isinstance(steps, int) or options.get("target_steps") not in (None, steps)
     if schedule is not None and spans and not _takes_two(schedule):
         raise CalibrationError(
-            "schedule takes the optimizer alone, and trials are whole runs of several lengths.",
+            "schedule takes only the optimizer, but trials have several lengths.",
             "Let it take the trial's steps too, as schedule(optimizer, steps), and span warm-up and decay over them.",
         )
     lora = [rank for rank in ranks if rank is not None]
@@ -117,7 +124,7 @@ def calibrate_in_place(
 
 @dataclass(frozen=True)
 class _InPlace:
-    """What the trials share."""
+    """The state that all trials share."""
 
     model: nn.Module
     step: StepFunction
@@ -133,11 +140,11 @@ class _InPlace:
 
     @property
     def __wrapped__(self) -> StepFunction:
-        """What a stored study knows of the loop: the user's part of it."""
+        """The user's part of the loop, by which a stored study identifies it."""
         return self.step
 
     def __call__(self, trial: Trial) -> Generator[Any, None, Any]:
-        """One trial, from the model as it was found."""
+        """Run one trial, from the original model."""
         self.found.put_back()
         self.found.drop_gradients()
         self._prepare(trial)
@@ -164,7 +171,7 @@ class _InPlace:
         return value
 
     def _prepare(self, trial: Trial) -> None:
-        """Fresh adapters at the trial's rank, or those at the found rank switched off and the whole weights on."""
+        """Make new adapters at the trial's rank. For full finetuning, disable them and train the whole weights."""
         for _, module in self.walked.modules:
             if vars(module).get("merge_weights") is True:  # loralib's eval() would write into the base weight
                 vars(module)["merge_weights"] = False
@@ -179,7 +186,7 @@ class _InPlace:
         for param in self.whole:
             param.requires_grad_(True)
         for found in self.adapters.found:
-            if hasattr(found.pair.owner, "_disable_adapters"):  # PEFT: with DoRA even a zero pair changes what W does
+            if hasattr(found.pair.owner, "_disable_adapters"):  # PEFT: with DoRA even a zero pair changes the output
                 vars(found.pair.owner)["_disable_adapters"] = True
 
     def _gradients(self, i: int) -> Any:
@@ -192,7 +199,7 @@ class _InPlace:
             what = "tensor" if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise CalibrationError(
                 f"step returned a {what} without a graph, and left no gradient.",
-                "Return the loss as the model gives it, or call backward() in the step.",
+                "Return the loss of the model with its graph, or call backward() in the step.",
             )
         return loss
 
@@ -202,13 +209,13 @@ def _takes_two(function: Callable[..., Any]) -> bool:
         inspect.signature(function).bind(None, None)
     except TypeError:
         return False
-    except ValueError:  # a function of C has no signature
+    except ValueError:  # a C function has no signature
         pass
     return True
 
 
 def _set_mode(opt: Any, mode: str) -> None:
-    """Schedule-free optimizers have modes, between which they move the weights."""
+    """Set the mode of a schedule-free optimizer, which moves the weights between its modes."""
     if callable(getattr(opt, mode, None)):
         getattr(opt, mode)()
 
@@ -217,7 +224,7 @@ def _set_mode(opt: Any, mode: str) -> None:
 
 
 def _whole(walked: Walk, adapters: Adapters | None, trains: FullTrains | None) -> list[nn.Parameter]:
-    """What full finetuning trains."""
+    """Return the parameters that full finetuning trains."""
     chosen: list[tuple[str, Any]]
     if trains is None:
         chosen = [(found.pair.where, base_weight(found.pair)) for found in adapters.found] if adapters else []
@@ -231,13 +238,13 @@ def _whole(walked: Walk, adapters: Adapters | None, trains: FullTrains | None) -
     for name, param in chosen:
         if not isinstance(param, nn.Parameter) or not param.is_floating_point() or param.is_inference():
             raise CalibrationError(
-                f"The weight of {name} cannot be trained whole: it is quantised, or not where it was looked for.",
-                "Leave None out of ranks=, or name the parameters that full finetuning trains: full_trains=.",
+                f"The weight of {name} cannot be trained whole: it is quantised, or was not found.",
+                "Leave None out of ranks=, or name the parameters that full finetuning trains by full_trains=.",
             )
     return [param for _, param in chosen]
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------------------------
 
 
 def _checked(model: Any, step: Any, ranks: Any, init: Any, variance: Any, rule: Any) -> Walk:

@@ -1,6 +1,6 @@
-"""Adapters at another rank, in place: new factors where the found ones stood, freshly drawn, and declared as such.
+"""Adapters at another rank, in place: new factors replace the original ones, and the modules declare the new rank.
 
-The found factors are never written: they wait outside the model until somebody puts them back (`ModelState`).
+The original factors are never written. They are kept outside the model until `ModelState` restores them.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from ...inspection import (
 
 ScalingRule = Literal["fixed", "alpha", "rslora"]
 Variance = Literal["mua", "peft"]
-# Parts of an adapter beside its pairs that no rank shapes.
+# Other parts of an adapter whose shape does not depend on the rank.
 _RANKLESS = {"DoRA magnitude", "LoRA bias", "new tokens", "whole copy (modules_to_save)", "LyCORIS scalar"}
-# What a module that is a factor calls the sizes of its weight, by axis.
+# Attributes in which a factor's module declares the sizes of its weight, by axis.
 _FIELDS = {0: ("out_features", "out_channels"), 1: ("in_features", "in_channels")}
 
 
 class FoundPair(NamedTuple):
-    """A pair as found: its rank and multiplier, and the init and variance at which fresh factors are drawn."""
+    """An original pair: its rank and effective multiplier, and the init and variance of new factors."""
 
     pair: Pair
     rank: int
@@ -59,14 +59,13 @@ class FoundPair(NamedTuple):
 
 
 class Adapters:
-    """The trainable pairs of a model, and how to make them at another rank.
+    """The trainable pairs of a model, which can be made at another rank.
 
-    All ranks keep their proportions: where the model's most common rank is 8 and `rank_pattern` gives some layers 16,
-    trial rank 4 makes them 4 and 8. Multipliers follow `rule`: s kept ("fixed": alpha follows the rank), alpha kept
-    with s = alpha / r ("alpha") or alpha / √r ("rslora").
+    Ranks keep their proportions. If the model's most common rank is 8 and `rank_pattern` gives some layers 16, a trial
+    at rank 4 gives them 4 and 8. Effective multipliers s follow `rule`, as `scaling_rule` of `calibrate_in_place`.
 
     Raises:
-        InspectionError: before anything was changed: a pair that cannot be made at one of `ranks`.
+        InspectionError: a pair cannot be made at one of `ranks`. Nothing was changed.
     """
 
     def __init__(
@@ -103,19 +102,19 @@ class Adapters:
 
     @property
     def factors(self) -> list[torch.Tensor]:
-        """The factors as found."""
+        """Return the original factors."""
         return [half.tensor for found in self.found for half in (found.pair.a, found.pair.b)]
 
     @property
     def declarations(self) -> list[Any]:
-        """The configurations' fields, which `remake` changes."""
+        """Return the configurations' fields, which `remake` changes."""
         return [config.fields for config in self._configs]
 
     @torch.no_grad()
     def remake(self, rank: int, seed: int) -> list[nn.Parameter]:
-        """Replace the found factors by new ones at `rank`, drawn by `seed`; the new factors.
+        """Replace the original factors by new ones at `rank`, drawn with `seed`, and return these.
 
-        The model must be as it was found.
+        The model must be in its original state.
         """
         ranks = [self._rank_of(found, rank) for found in self.found]
         declared = [place for found, own in zip(self.found, ranks, strict=True) for place in self._declared(found, own)]
@@ -135,14 +134,14 @@ class Adapters:
         own, rest = divmod(found.rank * rank, self.rank)
         if rest:
             raise InspectionError(
-                f"{found.pair.where} has rank {found.rank} where most have {self.rank}, so beside rank {rank} it would "
-                f"have {found.rank * rank / self.rank:g}.",
+                f"{found.pair.where} has rank {found.rank} where most have {self.rank}, so in a trial at rank {rank} "
+                f"it would have {found.rank * rank / self.rank:g}.",
                 "Leave that rank out, or give all layers one rank.",
             )
         return own
 
     def _declared(self, found: FoundPair, rank: int) -> Iterator[Declaration]:
-        """What the pair is to declare at `rank`: read while it still is as found."""
+        """Yield what the pair must declare at `rank`. Call it before the pair is changed."""
         pair = found.pair
         for attribute in pair.convention.rank:
             place = place_of(pair, (attribute,))
@@ -153,7 +152,7 @@ class Adapters:
             yield from scaling_places(pair, found.rank, scaling, at=rank)
 
     def _redeclare(self, config: Config, rank: int) -> None:
-        """Make a configuration say the new ranks and alphas; all of them move by one factor."""
+        """Write the new ranks and alphas into a configuration. All of them change by one factor."""
         fields, grown = config.fields, rank / self.rank
         alpha = scaling_factor(self._rule, self.rank, rank) * grown ** (0.5 if fields.get("use_rslora") else 1.0)
         for name, factor in {"r": grown, "lora_alpha": alpha}.items():
@@ -164,13 +163,13 @@ class Adapters:
 
 
 def _scaled(value: float, factor: float) -> float:
-    """A whole number stays an int where the old one was."""
+    """Return the product, as an int if it is whole and `value` was an int."""
     new = value * factor
     return round(new) if math.isclose(new, round(new), rel_tol=1e-12) and isinstance(value, int) else new
 
 
 def base_weight(pair: Pair) -> torch.Tensor | None:
-    """The weight that a pair adapts, where the pair's owner or the layer it wraps holds one."""
+    """Return the weight that a pair adapts, from the pair's owner or the layer it wraps; None if there is none."""
     base: Any = pair.owner
     while isinstance(getattr(base, "base_layer", None), nn.Module):
         base = base.base_layer
@@ -181,19 +180,25 @@ def base_weight(pair: Pair) -> torch.Tensor | None:
     return None
 
 
-# --- what is found --------------------------------------------------------------------------------------------------
+# --- the original adapters ------------------------------------------------------------------------------------------
 
 
 def _found(pair: Pair, seen: Init, given: bool, variance: Variance | None, configs: Iterable[Config]) -> FoundPair:
-    """The pair as it is to be remade at Init `seen`, which the user has `given` or the pair shows.
+    """Return a pair with the init and variance of its new factors.
 
-    By default the variance is the libraries' own: an embedding that shows Init[B] has PEFT's and loralib's B ~ N(0, 1).
+    Args:
+        pair: the original pair.
+        seen: its init.
+        given: whether the user gave the init. Otherwise it was read from the pair.
+        variance: as in `calibrate_in_place`. By default an embedding with Init[B] has B ~ N(0, 1), as in PEFT and
+            loralib.
+        configs: the adapters' configurations.
     """
     refuse_residual(pair, configs)
     if seen not in ("A", "B"):
         raise InspectionError(
-            f"{pair.where} does not show how it was initialised, so fresh factors cannot be drawn.",
-            "Say it: init='A' (B zero) or init='B' (A zero).",
+            f"The init of {pair.where} cannot be read, so new factors cannot be drawn.",
+            "Give init='A' (B starts at zero, as in PEFT) or init='B' (A starts at zero).",
         )
     if is_merged(pair):
         raise InspectionError(f"{pair.where} is merged into its base weight.", "Unmerge the adapters first.")
@@ -204,12 +209,12 @@ def _found(pair: Pair, seen: Init, given: bool, variance: Variance | None, confi
     start = check_start(pair, init, drawn)
     for half in (pair.a, pair.b):
         if not isinstance(half.tensor, nn.Parameter):
-            raise InspectionError(f"{half.name} of {pair.where} is no parameter.", "Keep both factors as parameters.")
+            raise InspectionError(f"{half.name} of {pair.where} is not a parameter.", "Make both factors parameters.")
     return FoundPair(pair, start.rank, scaling_of(pair, start.rank), init, drawn)
 
 
 def _refuse_views(pairs: Iterable[FoundPair]) -> None:
-    """Refuse factors that share memory as different parameters: which of them the other should view is not known."""
+    """Raise if different parameters share memory, since it is not known how new factors should share it."""
     halves = [(found.pair, half) for found in pairs for half in (found.pair.a, found.pair.b)]
     owners = {(half.tensor.device, half.tensor.data_ptr()): half.tensor for _, half in halves}
     for pair, half in halves:
@@ -220,11 +225,11 @@ def _refuse_views(pairs: Iterable[FoundPair]) -> None:
             )
 
 
-# --- what is made ---------------------------------------------------------------------------------------------------
+# --- the new adapters -----------------------------------------------------------------------------------------------
 
 
 def _shapes(found: FoundPair, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of A and B at another rank: the layout that reads the found ones reads these, with the same fans."""
+    """Return the shapes of A and B at another rank. The same layout must read them, with equal fan-in and fan-out."""
     pair = found.pair
     for layout in pair.convention.layouts:
         read = read_as(layout, pair)
@@ -239,20 +244,20 @@ def _shapes(found: FoundPair, rank: int) -> tuple[tuple[int, ...], tuple[int, ..
                 return a, b
     raise InspectionError(
         f"{pair.where} cannot be made at rank {rank}: its shapes {tuple(pair.a.tensor.shape)} and "
-        f"{tuple(pair.b.tensor.shape)} at rank {found.rank} do not grow to it.",
-        "Leave that rank out: a grouped convolution or a block-diagonal factor takes multiples only.",
+        f"{tuple(pair.b.tensor.shape)} at rank {found.rank} cannot be scaled to it.",
+        "Leave that rank out: a grouped convolution or a block-diagonal factor allows only multiples.",
     )
 
 
 def _axes_scaled(shape: tuple[int, ...], factor: float) -> list[tuple[int, ...]]:
-    """The shape with one axis multiplied by `factor`, for each axis that stays whole."""
+    """Return the shapes with one axis multiplied by `factor`, for each axis whose size stays whole."""
     grown = [(axis, size * factor) for axis, size in enumerate(shape)]
     whole = [(axis, round(size)) for axis, size in grown if math.isclose(size, round(size)) and round(size) > 0]
     return [(*shape[:axis], size, *shape[axis + 1 :]) for axis, size in whole]
 
 
 def _resized(pair: Pair, half: Half, shape: tuple[int, ...], made: dict[int, nn.Parameter]) -> Half:
-    """The factor's place in the model filled by an empty one of another shape; a tied factor is made once."""
+    """Replace a factor in the model by an empty one of another shape. A tied factor is made once."""
     found = half.tensor
     if id(found) not in made:
         made[id(found)] = _like(found, shape)
@@ -271,7 +276,7 @@ def _like(found: torch.Tensor, shape: tuple[int, ...]) -> nn.Parameter:
 
 
 def _resize_holder(holder: Any, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    """Let the module that is a factor declare its new sizes, and have a bias of the new length."""
+    """Set the declared sizes of a factor's module, and give it a bias of the new length."""
     for axis, names in _FIELDS.items():
         for name in names:
             size = getattr(holder, name, None)

@@ -1,8 +1,8 @@
-"""A model as it was found: taken down before trials change it, and put back to the bit.
+"""A snapshot of a model, taken before trials change it, and restored bit for bit.
 
-Frozen weights are not copied. What is copied is what a trial may write: parameters that train, buffers, and tensors
-that modules hold as plain attributes. All else (attributes, containers, hooks, modes, gradients, which object is
-which parameter) is kept by reference, so putting it back moves no memory and may be done twice.
+Frozen weights are not copied. What a trial may write is copied: parameters that train, buffers, and tensors that
+modules hold as plain attributes. Everything else (attributes, containers, hooks, modes, gradients, the identity of
+parameters) is kept by reference. Restoring it copies no memory and may be done twice.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import nn
 from ...errors import CalibrationError
 from ...inspection import Walk
 
-# Integer tensors above this size are a quantised weight: as frozen as any, and as large.
+# Larger integer tensors are quantised weights. They are frozen, and too large to copy.
 _QUANTISED = 2**16
 
 
 class _Held(NamedTuple):
-    """A container by identity, and what it held."""
+    """A container, by identity, and its original content."""
 
     name: str
     container: Any
@@ -40,7 +40,7 @@ class _Held(NamedTuple):
 
 
 class _Param(NamedTuple):
-    """A parameter's switches: what it points at, whether it trains, its gradient and its hooks."""
+    """A parameter's state without its values: its data pointer, requires_grad, gradient and hooks."""
 
     name: str
     param: torch.Tensor
@@ -61,7 +61,7 @@ class _Param(NamedTuple):
 
 
 class _Value(NamedTuple):
-    """A tensor that trials may write: where its numbers lay, and a copy of them."""
+    """A tensor that trials may write: its memory and a copy of its values."""
 
     name: str
     tensor: torch.Tensor
@@ -75,10 +75,13 @@ class _Value(NamedTuple):
 
 
 class ModelState:
-    """What `walked` found, to be put back as often as needed.
+    """The state of a model, which can be restored as often as needed.
 
-    changing: parameters that trials write though they are frozen as found. unchanged: those that trials replace, so
-    that nothing ever writes the ones found. also: other mappings to be put back, such as an adapter's configuration.
+    Args:
+        walked: the model.
+        changing: frozen parameters that trials write.
+        unchanged: parameters that trials replace, so that the original ones are never written.
+        also: other mappings to restore, such as an adapter's configuration.
     """
 
     def __init__(
@@ -101,10 +104,10 @@ class ModelState:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Make the model what it was. Where that is broken off, all of it is done once more, each part by itself.
+        """Restore the model. If an error interrupts this, every part is restored again by itself.
 
         Raises:
-            CalibrationError: it names what could not be put back.
+            CalibrationError: some parts could not be restored. The message names them.
         """
         entries: list[_Held | _Param | _Value] = [*self._held, *self._params, *self._values]
         try:
@@ -121,32 +124,32 @@ class ModelState:
                 left.append(entry.name)
         if left:
             raise CalibrationError(
-                f"These parts of the model could not be put back, all others were: {', '.join(dict.fromkeys(left))}.",
-                "Load the model again, or give these parts their values by hand.",
+                f"These parts of the model could not be restored, all others were: {', '.join(dict.fromkeys(left))}.",
+                "Load the model again, or set these parts by hand.",
             ) from first
         if not isinstance(first, Exception):
             raise first
 
     def drop_gradients(self) -> None:
-        """Part the parameters from the gradients found, so that no trial adds to these."""
+        """Detach the original gradients from the parameters, so that no trial adds to them."""
         for entry in self._params:
             entry.param.grad = None
 
     def check_frozen(self) -> None:
-        """Refuse to go on where a weight that is frozen, and so was not copied, was written in place.
+        """Raise if a frozen weight, which was not copied, was written in place.
 
-        Writing through `.data` cannot be seen.
+        Writes through `.data` cannot be detected.
         """
         for name, param, version in self._frozen:
             if _version(param) != version:
                 raise CalibrationError(
-                    f"step wrote the frozen parameter {name}, of which there is no copy to put back.",
-                    "Let it require a gradient, or keep it as a buffer: those are copied.",
+                    f"step wrote the frozen parameter {name}, which has no copy and cannot be restored.",
+                    "Set its requires_grad, or keep it as a buffer: those are copied.",
                 )
 
 
 def _held_by(name: str, module: nn.Module) -> Iterator[_Held]:
-    """A module's own containers one level deep (parameters, buffers, hooks, dicts by adapter), then its attributes."""
+    """Yield a module's containers one level deep (parameters, buffers, hooks, dicts by adapter) and its attributes."""
     for key, value in vars(module).items():
         if isinstance(value, dict):
             yield _Held(f"{name}.{key}".lstrip("."), value, dict(value))
@@ -162,7 +165,7 @@ def _switches(name: str, param: torch.Tensor) -> _Param:
 
 
 def _loose_tensors(walked: Walk) -> Iterator[tuple[str, torch.Tensor]]:
-    """Buffers, and tensors that are plain attributes; each once, without quantised weights and views of parameters."""
+    """Yield buffers and tensors in plain attributes, each once, without quantised weights and views of parameters."""
     seen = {id(param) for _, param in walked.parameters}
     memory = {_memory(param) for _, param in walked.parameters}
     for name, module in walked.modules:
@@ -175,7 +178,7 @@ def _loose_tensors(walked: Walk) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """The storage behind a tensor; a subclass without one, and an empty one, share theirs with nobody."""
+    """Return a key of the storage behind a tensor. It is unique for subclasses without one and for empty tensors."""
     try:
         where = tensor.untyped_storage().data_ptr()
     except RuntimeError:
@@ -184,13 +187,13 @@ def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _is_writable(tensor: torch.Tensor) -> bool:
-    """Whether a trial could write the tensor in place, and we could write it back."""
+    """Return whether a trial could write the tensor in place, and whether it can be restored."""
     overlapping = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return not (overlapping or tensor.is_meta or tensor.is_inference())
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Where a tensor's values lie and as what; a subclass without memory of its own is its own place."""
+    """Return a key of a tensor's memory and its layout. A subclass without memory is its own key."""
     try:
         return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Adapters on disk, read by their headers alone."""
+"""Adapters on disk. Only their headers are read."""
 
 from ._inspect_file import inspect_file
 from ._peft_config import read_config

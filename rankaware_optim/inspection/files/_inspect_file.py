@@ -1,4 +1,4 @@
-"""Surveys of adapter files by their headers alone: a PEFT folder, or a .safetensors file; no tensor data is loaded."""
+"""Surveys of adapter files, PEFT folders or .safetensors files. Only headers are read, and no tensors."""
 
 from __future__ import annotations
 
@@ -23,22 +23,25 @@ from ._safetensors import Header, read_header, shown
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# By kohya's scripts, each after "ss_".
+# Entries of kohya's scripts, each with the prefix "ss_".
 _SAID = "network_module network_dim network_alpha learning_rate unet_lr text_encoder_lr optimizer max_train_steps"
 
 
 def inspect_file(path: str | Path) -> Survey:
-    """Survey an adapter folder (PEFT's adapter_config.json with its safetensors) or one .safetensors file.
+    """Find the LoRA pairs of an adapter on disk. Nothing is unpickled, and no tensors are loaded.
 
-    Known are the names of every convention, registered ones too: PEFT's, kohya's and LyCORIS's (Tucker too), diffusers'
-    old and new ones, torchtune's and loralib's. Fan-in and fan-out come from the shapes, as does the rank, which must
-    be the one that the file or a configuration declares. The scaling is that of the file's own entries (kohya's
-    `alpha`), of the configuration (PEFT's, or the copy in a diffusers file), or of kohya's metadata, else 1 with a
-    note. An adapter on disk is trained as a rule, so its init is the one declared or unknown. Adapters without a law,
-    such as LoHa, are a survey without factors. Nothing is unpickled.
+    The names of all conventions are known, registered ones included: PEFT, kohya, LyCORIS (Tucker too), diffusers (old
+    and new), torchtune and loralib. Rank, fan-in and fan-out come from the shapes. The rank must agree with the one
+    that the file or a configuration declares. The scaling comes from the file's entries (kohya's `alpha`), the
+    configuration (PEFT's, or the copy in a diffusers file), or kohya's metadata. Otherwise it is 1, with a note. The
+    adapter is usually trained, so its init is the declared one, or "unknown". The survey of an adapter without a law,
+    such as LoHa, has no factors.
+
+    Args:
+        path: a folder with PEFT's adapter_config.json and a .safetensors file, or one .safetensors file.
 
     Raises:
-        InspectionError: naming the file and the key that is missing, damaged or at odds.
+        InspectionError: something is missing, damaged or contradictory. The message names the file and the key.
     """
     file, config = _found(Path(path))
     header = read_header(file)
@@ -49,37 +52,37 @@ def inspect_file(path: str | Path) -> Survey:
     known = {f.name for f in factors}
     left = [name for name in header.tensors if name not in known]
     unlawful = [name for name in left if is_other_adapter(name)]
-    numbers = {entry for found in pairs for entry, _ in found.numbers.values()}  # of adapters, not of the model
+    numbers = {entry for found in pairs for entry, _ in found.numbers.values()}  # entries of adapters, not of the model
     numbers |= {f"{name.removesuffix('.weight').rpartition('.')[0]}.alpha" for name in unlawful}  # as of x.hada_w1_a
     other = tuple(name for name in left if not (name in numbers and header.is_scalar(name)))
     kind = None if config is None else config.values.get("peft_type")
     if kind not in LORA_TYPES:
-        notes.append(f"The folder's kind is {kind}, which no law covers.")
+        notes.append(f"The folder's adapter is {kind}, which no law covers.")
     elif not factors and not unlawful:
         raise InspectionError(
-            f"{file} holds no LoRA pair among {len(header.tensors)} tensors.",
+            f"{file} has no LoRA pair among {len(header.tensors)} tensors.",
             "Give an adapter's file, not a base model's.",
         )
     keys = [f"ss_{name}" for name in _SAID.split()]
     said = [f"{key} {shown(header.metadata[key])}" for key in keys if key in header.metadata]
     if said:
-        notes.append(f"Its metadata say {', '.join(said)}.")
+        notes.append(f"Its metadata has {', '.join(said)}.")
     if config is None and os.path.isfile(file.with_name(_CONFIG)):
-        notes.append(f"{_CONFIG} lies beside the file and was not read: give the folder.")
+        notes.append(f"{_CONFIG} in the file's folder was not read. Give the folder to read it.")
     notes = list(dict.fromkeys(notes))
     return Survey(factors, other, tuple(notes), looked_at=len(header.tensors), unsupported=unsupported(other))
 
 
-# --- which file -----------------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------------------------
 
 
 def adapter_file(path: str | Path) -> Path:
-    """The safetensors file that `path` is or holds, as `inspect_file` chooses it."""
+    """Return the safetensors file that `inspect_file` reads: `path`, or the one in that folder."""
     return _found(Path(path))[0]
 
 
 def _found(path: Path) -> tuple[Path, AdapterConfig | None]:
-    """The safetensors file that `path` is or holds, and the folder's configuration if there is one."""
+    """Return the safetensors file, `path` or the one in that folder, and the folder's configuration if there is one."""
     if not os.path.isdir(path):
         if path.suffix.lower() in _PICKLES:
             raise _pickle(path)
@@ -96,7 +99,7 @@ def _found(path: Path) -> tuple[Path, AdapterConfig | None]:
     if pickles and not files:
         raise _pickle(path / pickles[0])
     raise InspectionError(
-        f"{path} holds {len(files)} .safetensors files"
+        f"{path} has {len(files)} .safetensors files"
         + (f", none of them {_WEIGHTS}." if config is not None else f" and no {_CONFIG}."),
         "Give one .safetensors file, or a folder saved by PEFT.",
     )
@@ -104,7 +107,7 @@ def _found(path: Path) -> tuple[Path, AdapterConfig | None]:
 
 def _pickle(path: Path) -> InspectionError:
     return InspectionError(
-        f"{path} is a pickle by its name: reading one can run whatever code is in it.",
+        f"{path} is a pickle by its name. Reading a pickle can run any code in it.",
         "Save the adapter as .safetensors.",
     )
 
@@ -114,9 +117,9 @@ def _pickle(path: Path) -> InspectionError:
 
 @dataclass(frozen=True)
 class _FilePair:
-    """A pair of a file, whose owner has the attributes that its rows name and file or configuration tell.
+    """A pair in a file. Its owner has the attributes of its rows that the file or the configuration contains.
 
-    `numbers` are the file's own for its rank, scaling or alpha: by attribute, the entry and its value.
+    numbers: by attribute, the file's entry for rank, scaling or alpha, and its value.
     """
 
     header: Header
@@ -147,16 +150,16 @@ def _file_pairs(header: Header, config: AdapterConfig | None) -> Iterator[_FileP
 
 
 def _declared(header: Header, layers: Sequence[str], config: AdapterConfig | None) -> dict[str, Declared]:
-    """What its configuration declares of each layer."""
+    """Return what the configuration declares for each layer."""
     configs = [config] if config is not None else embedded_configs(header.path, header.metadata)
     made = dict.fromkeys(layers, Declared())
-    for found in reversed(configs):  # the longest prefix last, which so has its say
+    for found in reversed(configs):  # the longest prefix is last and takes precedence
         made |= found.declared([layer for layer in layers if found is config or layer.startswith(found.prefix)])
     return made
 
 
 def _entries(header: Header, pair: NamedPair) -> dict[str, str]:
-    """The file's entries for what the pair's rows ask of its owner, by attribute."""
+    """Return the file's entries for the attributes of the pair's rows, by attribute."""
     attributes = {name for row in pair.rows for name in (*row.where, *row.rank, *row.scaling, *row.alpha)}
     ends = ("", ".weight", f".{pair.adapter}", f".{pair.adapter}.weight") if pair.adapter else ("", ".weight")
     start = f"{pair.layer}." if pair.layer else ""
@@ -165,7 +168,7 @@ def _entries(header: Header, pair: NamedPair) -> dict[str, str]:
 
 
 def _attributes(declared: Declared, a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
-    """The owner's attributes by the configuration and the shapes."""
+    """Return the owner's attributes from the configuration and the shapes."""
     if len(a) < 2 or len(b) < 2 or 0 in (*a, *b):
         return {}
     config = declared.config
@@ -180,20 +183,20 @@ def _attributes(declared: Declared, a: Sequence[int], b: Sequence[int]) -> dict[
 
 
 def _row(pair: NamedPair, owner: object, declared: Declared) -> Convention | None:
-    """The first row whose other attributes the owner has; a dict by adapter shows in names or in a configuration."""
+    """Return the first row whose other attributes the owner has. Names or a configuration show a dict by adapter."""
     rows = [row for row in pair.rows if row.keys != KEYS or all(hasattr(owner, name) for name in row.where)]
     shown = (row for row in rows if not row.container or row.where or pair.adapter or declared.config is not None)
     return next(shown, rows[0] if rows else None)
 
 
-# --- what is read ---------------------------------------------------------------------------------------------------
+# --- readings -------------------------------------------------------------------------------------------------------
 
 
 def _factors(found: _FilePair, notes: list[str]) -> tuple[Factor, Factor]:
     pair, config, reading = found.pair, found.declared.config, _reading(found)
     scaling = _scaling(found, reading)
     if scaling is None:
-        notes.append("No alpha in the file or beside it: scaling 1 is assumed.")
+        notes.append("The file and its folder have no alpha: scaling 1 is assumed.")
     declared = None if config is None else config.values.get("init_lora_weights")
     init = pair.convention.init or (
         "unknown" if declared is None else declared_init(declared, reading.kind or "linear")
@@ -203,7 +206,7 @@ def _factors(found: _FilePair, notes: list[str]) -> tuple[Factor, Factor]:
 
 
 def _reading(found: _FilePair) -> Reading:
-    """The reading of a pair on which both shapes and the declared rank agree, by the first of the row's layouts."""
+    """Return a pair's reading, by the first of the row's layouts that fits both shapes and the declared rank."""
     pair, path = found.pair, found.header.path
     a, b = pair.a.tensor.shape, pair.b.tensor.shape
     layouts = () if is_shard(pair.a) or is_shard(pair.b) else pair.convention.layouts
@@ -211,7 +214,7 @@ def _reading(found: _FilePair) -> Reading:
     readings = [reading for reading in readings if reading.fan_in > 0 and reading.fan_out > 0]
     if not readings:
         raise InspectionError(
-            f"{path}: {pair.a.name} has shape {a} and {pair.b.name} {b}, which is no LoRA pair.",
+            f"{path}: {pair.a.name} has shape {a} and {pair.b.name} {b}, which is not a LoRA pair.",
             "Save the adapter again, or register its layout with register_convention().",
         )
     own = next((found.numbers[name] for name in pair.convention.rank if name in found.numbers), None)
@@ -223,13 +226,13 @@ def _reading(found: _FilePair) -> Reading:
         odds = f"{config} declares {declared}. @ r" if own is None else f"{own[0]} is {declared:g}."
         raise InspectionError(
             f"{path}: {pair.a.name} has rank {reading.rank_a:g} by its shape {a}, but {odds}",
-            "Put the configuration and the file of one adapter together.",
+            "Use the configuration and the file of the same adapter.",
         )
     return reading
 
 
 def _scaling(found: _FilePair, reading: Reading) -> float | None:
-    """The multiplier on B·A: by the file's numbers, the configuration, or kohya's metadata; None if none says it."""
+    """Return the multiplier of B·A from the file's numbers, the configuration or kohya's metadata, else None."""
     row, declared, rank = found.pair.convention, found.declared, reading.rank_a
     name = next((name for name in (*row.scaling, *row.alpha) if name in found.numbers), None)
     value: Any = None
@@ -240,7 +243,7 @@ def _scaling(found: _FilePair, reading: Reading) -> float | None:
     elif reading.kind == "linear" and row.a.endswith("down"):  # not conv_alpha
         where, value = "ss_network_alpha in its metadata", found.header.metadata.get("ss_network_alpha")
         with suppress(ValueError):
-            value = None if value in (None, "None", "Dynamic") else float(value)  # words for want of one
+            value = None if value in (None, "None", "Dynamic") else float(value)  # kohya's words for a missing alpha
     if value is None:
         return None
     if not is_alpha(value):

@@ -1,4 +1,4 @@
-"""LoRA pairs in a file's header: the names that belong together, by the rows of the table of conventions."""
+"""LoRA pairs in a file's header, by their names and the table of conventions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._safetensors import Header
 
 
 class NamedPair(NamedTuple):
-    """Two tensors by their names `a` and `b`: the layer and adapter they belong to, and the rows that name them so."""
+    """Two tensors by their names `a` and `b`, with their layer and adapter, and the rows with such names."""
 
     layer: str
     adapter: str
@@ -23,7 +23,7 @@ class NamedPair(NamedTuple):
 
 
 class _Spelling(NamedTuple):
-    """How rows name a pair's tensors; a name with "lora" in it belongs to an adapter whatever else it says."""
+    """How rows name a pair's tensors. says_lora: a name with "lora" in it always belongs to an adapter."""
 
     a: str
     b: str
@@ -33,10 +33,10 @@ class _Spelling(NamedTuple):
 
 
 def named_pairs(header: Header) -> list[NamedPair]:
-    """Every pair, by the names alone.
+    """Return every pair, by names only.
 
     Raises:
-        InspectionError: one half is missing, or two tensors claim one place.
+        InspectionError: one half is missing, or two tensors have the same place.
     """
     rows: dict[_Spelling, list[Convention]] = {}
     for row in conventions():
@@ -75,19 +75,19 @@ def named_pairs(header: Header) -> list[NamedPair]:
 
 
 def _pattern(key: str, factor: str, spelling: _Spelling) -> re.Pattern[str]:
-    """A regex for the names that `key` gives `factor`, with the layer before it and perhaps an adapter's name in it."""
+    """Return a regex for the names of `factor` by `key`, with the layer before it and possibly an adapter's name."""
     before, _, after = key.partition("{}")
     joint = "" if key.startswith("_") else r"\."
     adapter = r"(?P<adapter>)"
-    if spelling.by_adapter:  # DyLoRA's slices are called lora_A.0
+    if spelling.by_adapter:  # DyLoRA's slices have names such as lora_A.0
         adapter = rf"(?:\.(?P<adapter>{'' if after else r'(?!(?:[0-9]+|bias|weight)$)'}[^.]+))?"
     return re.compile(rf"(?:(?P<layer>.+?){joint})?{re.escape(before)}{factor}{adapter}{re.escape(after)}$")
 
 
 def refuse_collisions(header: Header, pairs: Iterable[Pair]) -> None:
-    """No two pairs may be the same adapter of one layer, be it with and without PEFT's prefix, a name or a marker.
+    """Raise if two pairs belong to the same adapter of one layer, also if their prefixes or markers differ.
 
-    A layer may have pairs of several rows where those are registered or read stacks: such an owner adapts several
+    A layer may have pairs of several rows if these are registered or read stacks, since their owner adapts several
     matrices.
     """
     seen: dict[tuple[str, str], dict[str, Pair]] = {}

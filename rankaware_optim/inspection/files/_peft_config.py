@@ -1,4 +1,4 @@
-"""What a configuration declares of its layers: PEFT's adapter_config.json, or the copy in a diffusers file."""
+"""The declarations in a configuration: PEFT's adapter_config.json, or the copy in a diffusers file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from ...errors import InspectionError
 from ._safetensors import one_line, parse_json, shown
 
-_LIMIT = 10_000_000  # bytes
-_PATTERN_LIMIT = 1000  # characters
-_LIST_LIMIT = 1000  # entries
-_PARTS_LIMIT = 16  # of a pipeline
+_LIMIT = 10_000_000  # bytes of a file
+_PATTERN_LIMIT = 1000  # characters of a pattern
+_LIST_LIMIT = 1000  # entries of a list
+_PARTS_LIMIT = 16  # parts of a pipeline
 _PEFT_PREFIX = "base_model.model."
-LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is one of LoRA
+LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is for LoRA
 _FROM_PEFT = "Give a folder saved by PEFT."
 
 Check = Callable[[Any], bool]
@@ -30,7 +30,7 @@ Check = Callable[[Any], bool]
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A checked configuration: `where` is its file, `values` its entries; it holds for layers under `prefix`."""
+    """A checked configuration. where: its file. values: its entries. prefix: the layers to which it applies."""
 
     where: str
     values: Mapping[str, Any]
@@ -42,18 +42,18 @@ class AdapterConfig:
 
     @property
     def enabled(self) -> int:
-        """How many matrices of a fused layer are adapted (`enable_lora` of loralib and litgpt); 0 if unsaid."""
+        """The number of adapted matrices of a fused layer (`enable_lora` of loralib and litgpt); 0 if unknown."""
         return sum(self.values.get("enable_lora") or ())
 
     def scaling(self, alpha: float, rank: float) -> float:
-        """alpha / rank, or alpha / √rank under `use_rslora`."""
+        """Return alpha / rank, or alpha / √rank with `use_rslora`."""
         return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
 
     def declared(self, layers: Sequence[str]) -> dict[str, Declared]:
-        """What is declared of each of these layers, called as in the file.
+        """Return the declarations for each of these layers, whose names are those in the file.
 
         Raises:
-            InspectionError: a pattern is no regex or takes too long, or a stack's rank is ambiguous.
+            InspectionError: a pattern is not a regex or takes too long, or a stack's rank is ambiguous.
         """
         paths = {layer: layer.removeprefix(self.prefix).partition(".base_layer")[0] for layer in layers}
         stacks = _targeted(self.values.get("target_parameters") or [], paths.values())
@@ -65,8 +65,8 @@ class AdapterConfig:
             said = {(ranks.get(name, r), alphas.get(name, alpha)) for name in stacks[path] or [path]}
             if len(said) > 1:
                 raise InspectionError(
-                    f"{self.where}: its patterns give {layer} several ranks or alphas, and which of the "
-                    "target_parameters it adapts is not saved.",
+                    f"{self.where}: its patterns give {layer} several ranks or alphas, and the file does not say which "
+                    "of the target_parameters it adapts.",
                     "Inspect the model itself with inspect_model.",
                 )
             made[layer] = Declared(*said.pop(), bool(stacks[path]), self)
@@ -83,7 +83,7 @@ class AdapterConfig:
 
 
 class Declared(NamedTuple):
-    """What a configuration says of one layer: its rank, its alpha, and whether it is a `target_parameters` stack."""
+    """A configuration's declarations for one layer: rank, alpha, and whether it is a `target_parameters` stack."""
 
     rank: int | None = None
     alpha: float | None = None
@@ -92,7 +92,7 @@ class Declared(NamedTuple):
 
 
 def _targeted(targets: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
-    """Of every module in `paths` the parameters that entries such as "experts.gate_up_proj" target."""
+    """Return, by module in `paths`, the parameters targeted by entries such as "experts.gate_up_proj"."""
     by_module: dict[str, list[str]] = {}
     for module, _, name in (target.rpartition(".") for target in dict.fromkeys(targets)):
         by_module.setdefault(module, []).append(name)
@@ -107,8 +107,8 @@ def _targeted(targets: Iterable[str], paths: Iterable[str]) -> dict[str, list[st
 # --- patterns -------------------------------------------------------------------------------------------------------
 
 _SECONDS = 5.0
-_PATTERNS = 1000  # that are matched here at most,
-_PAIRS = 200_000  # with so many patterns × names
+_PATTERNS = 1000  # most patterns that are matched in this process
+_PAIRS = 200_000  # most patterns × names that are matched in this process
 _CHILD = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
@@ -119,14 +119,14 @@ json.dump(first, sys.stdout)
 
 
 def first_matches(patterns: Sequence[str], names: Sequence[str]) -> Sequence[int | None]:
-    """For each name the index of the first key of `rank_pattern` or `alpha_pattern` that PEFT would find in it.
+    """Return, for each name, the index of the first key of `rank_pattern` or `alpha_pattern` that PEFT would use.
 
-    That is the first for which the regex (.*\\.)?(key)$ matches. Keys come from strangers, and the match of a regex
-    can take for ever. Those with groups, classes or repeats are matched in a process of its own, which is ended after
-    five seconds. The others take a time linear in the name's length.
+    That is the first key for which the regex (.*\\.)?(key)$ matches. Keys are untrusted, and matching a regex can take
+    very long. Keys with groups, classes or repeats are matched in a separate process, which is stopped after five
+    seconds. The others take a time linear in the length of the name.
 
     Raises:
-        ValueError: a pattern is no regex, or they take more than five seconds.
+        ValueError: a pattern is not a regex, or they take more than five seconds.
     """
     if not patterns or not names:
         return [None] * len(names)
@@ -160,10 +160,10 @@ def _matched_apart(patterns: Sequence[str], names: Sequence[str]) -> list[int | 
 
 
 def read_config(path: Path) -> AdapterConfig:
-    """PEFT's adapter_config.json.
+    """Read PEFT's adapter_config.json.
 
     Raises:
-        InspectionError: it is missing, no JSON object, or one of the entries that matter is of the wrong kind.
+        InspectionError: it is missing, not a JSON object, or an entry that is used has the wrong type.
     """
     if not os.path.isfile(path):
         raise InspectionError(f"There is no file {path}.", _FROM_PEFT)
@@ -179,7 +179,7 @@ def read_config(path: Path) -> AdapterConfig:
 
 
 def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterConfig]:
-    """The configurations in a diffusers file, one for each of the model's parts ("unet.r", "text_encoder.r", "r")."""
+    """Return the configurations in a diffusers file, one for each part of the model ("unet.r", "text_encoder.r")."""
     text = metadata.get("lora_adapter_metadata")
     if not text:
         return []
@@ -204,7 +204,7 @@ def _checked(where: str, values: object, prefix: str = _PEFT_PREFIX) -> AdapterC
     if kind is not None and not (isinstance(kind, str) and re.fullmatch(r"[A-Z0-9_]{1,40}", kind)):
         raise InspectionError(f"{where} has the peft_type {shown(kind)}. @ peft_type", _FROM_PEFT)
     if kind not in LORA_TYPES:
-        return AdapterConfig(where, {"peft_type": kind}, prefix)  # nothing else in it is read
+        return AdapterConfig(where, {"peft_type": kind}, prefix)  # nothing else is read
     checks = {"init_r" if kind == "ADALORA" else "r": ("rank", _is_rank), **_CHECKS}
     for key, (what, is_good) in checks.items():
         _require(what, where, key, values.get(key), is_good)
@@ -237,7 +237,7 @@ def _is_rank(value: object) -> bool:
 
 
 def is_alpha(value: object) -> bool:
-    """Whether `value` is a positive number whose quotients by a rank stay well within a float's range."""
+    """Return whether `value` is a positive number whose quotient by a rank is within a float's range."""
     return type(value) in (int, float) and 1e-30 <= value <= 1e30  # type: ignore[operator]
 
 

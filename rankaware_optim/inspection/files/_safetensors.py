@@ -1,4 +1,4 @@
-"""The header of a safetensors file: names, shapes and places, held against the file's size; no tensor is loaded."""
+"""The header of a safetensors file: names, shapes and positions, checked against the file's size."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from safetensors import SafetensorError, safe_open
 
 from ...errors import InspectionError
 
-_LIMIT = 25_000_000  # bytes, as of some 150,000 tensors; the format itself allows 100 million
+_LIMIT = 25_000_000  # bytes, enough for about 150,000 tensors; the format itself allows 100 million
 _NAME_LIMIT = 1000
 _CODES = {"F16": "<e", "F32": "<f", "F64": "<d", "I8": "<b", "I16": "<h", "I32": "<i", "I64": "<q"}
 _CODES |= {"U8": "<B", "U16": "<H", "U32": "<I", "U64": "<Q", "BF16": "<f"}
 
 
 class Tensor(NamedTuple):
-    """One tensor's entry: dtype, shape, and where its bytes begin and end in the file."""
+    """One tensor's entry: dtype, shape, and the positions of its first and last byte in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -31,7 +31,7 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds, by name, in the header's order; `metadata` is its table of strings."""
+    """The contents of a safetensors file by name, in the header's order. metadata: its table of strings."""
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -41,10 +41,10 @@ class Header:
         return name in self.tensors and self.tensors[name].shape in ((), (1,))
 
     def scalars(self, names: Iterable[str]) -> dict[str, float]:
-        """The values of tensors of one element, in any real dtype of 16 bits or more: each is sought and read alone.
+        """Return the values of tensors of one element, in any real dtype of 16 bits or more.
 
         Raises:
-            InspectionError: a dtype that holds no such number, or a file that has become shorter.
+            InspectionError: the dtype is another one, or the file has become shorter.
         """
         values: dict[str, float] = {}
         try:
@@ -67,17 +67,17 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """A file's header: eight bytes of length, then JSON of at most 25 MB whose tensors fill the rest exactly.
+    """Read a file's header: eight bytes of length, then JSON of at most 25 MB. Its tensors must fill the rest exactly.
 
     Raises:
-        InspectionError: no regular file, one cut short, of another format, or whose header does not describe it.
+        InspectionError: the file is not regular, is cut short, has another format, or its header does not describe it.
     """
     if not os.path.isfile(path):
         raise InspectionError(f"There is no file {path}.", "Give a PEFT folder or a .safetensors file.")
     try:
         with path.open("rb", buffering=0) as file:
             length = _length(path, file.read(8), os.fstat(file.fileno()).st_size)
-            document = parse_json(file.read(length))  # for safe_open takes a key that comes twice
+            document = parse_json(file.read(length))  # safe_open would accept a duplicate key
         with safe_open(path, framework="np"):  # "pt" would reserve memory for the whole file
             pass
     except InspectionError:
@@ -85,7 +85,8 @@ def read_header(path: Path) -> Header:
     except SafetensorError as error:
         why = one_line(str(error).removeprefix("Error while deserializing header: "))
         raise InspectionError(
-            f"{path} is no whole safetensors file, or has no usable header: {why}.", "Copy it again, or give another."
+            f"{path} is not a complete safetensors file, or has no usable header: {why}.",
+            "Copy it again, or give another file.",
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise InspectionError(
@@ -93,7 +94,7 @@ def read_header(path: Path) -> Header:
         ) from error
     metadata = document.pop("__metadata__", {})
     if metadata is None:
-        raise InspectionError(f"{path}: __metadata__ is no table of strings.", "Save the adapter again.")
+        raise InspectionError(f"{path}: __metadata__ is not a table of strings.", "Save the adapter again.")
     tensors: dict[str, Tensor] = {}
     for name, entry in document.items():
         if not name.isprintable() or len(name) > _NAME_LIMIT:
@@ -102,7 +103,7 @@ def read_header(path: Path) -> Header:
                 f"Give every tensor a name of at most {_NAME_LIMIT} printable characters.",
             )
         if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):  # safe_open reads lists and enums too
-            raise InspectionError(f"{path} has no usable header: {name} is no plain entry.", "Save the adapter again.")
+            raise InspectionError(f"{path} has no usable header: {name} is not an entry.", "Save the adapter again.")
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), begin, end)
     return Header(path, tensors, metadata)
@@ -111,7 +112,7 @@ def read_header(path: Path) -> Header:
 def _length(path: Path, first: bytes, size: int) -> int:
     length = int.from_bytes(first, "little")
     if len(first) < 8 or not 2 <= length <= size - 8:
-        raise InspectionError(f"{path} is no whole safetensors file.", "Copy it again, or give another.")
+        raise InspectionError(f"{path} is not a complete safetensors file.", "Copy it again, or give another file.")
     if length > _LIMIT:
         raise InspectionError(
             f"{path} has a header of {length} bytes, above this reader's {_LIMIT}.", "Give an adapter's own file."
@@ -120,13 +121,13 @@ def _length(path: Path, first: bytes, size: int) -> int:
 
 
 def parse_json(text: bytes) -> Any:
-    """UTF-8 JSON in which no key comes twice; a ValueError or RecursionError says what is wrong."""
+    """Parse UTF-8 JSON without duplicate keys. Raise a ValueError or RecursionError otherwise."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {}
         for key, value in pairs:
             if key in made:
-                raise ValueError(f"the key {shown(key)} comes twice")
+                raise ValueError(f"the key {shown(key)} occurs twice")
             made[key] = value
         return made
 
@@ -134,7 +135,7 @@ def parse_json(text: bytes) -> Any:
 
 
 def shown(value: object) -> str:
-    """A value from a file as an error shows it: one short line of printable characters."""
+    """Return a value from a file for an error message: one short line of printable characters."""
     if not isinstance(value, (str, int, float, type(None))):
         return f"a {type(value).__name__}"
     text = ascii(value)
@@ -142,5 +143,5 @@ def shown(value: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """The last line of an error's text, printable and short."""
+    """Return the last line of an error's text, printable and short."""
     return ascii(text.strip().rpartition("\n")[2][:200])[1:-1]

@@ -1,4 +1,4 @@
-"""How an adapter was trained, where its file says so: kohya's scripts write rates, optimizer and steps into it."""
+"""How an adapter was trained, from its file's metadata. kohya's scripts write rates, optimizer and steps into it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PARTS = (("UNet", "ss_unet_lr", "lora_unet"), ("text encoder", "ss_text_encoder
 
 
 class PartRate(NamedTuple):
-    """The base rate that a part of the model was trained at, "" for all of it, and what the file holds of that part."""
+    """The base rate of a part of the model, per step, and the part's survey. part: "" for the whole model."""
 
     part: str
     lr: float
@@ -27,7 +27,7 @@ class PartRate(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """What an adapter's file says of its training: its rates, its optimizer's class and settings, its steps."""
+    """An adapter's training, from its file: rates, the optimizer's class and settings, number of steps."""
 
     rates: tuple[PartRate, ...]
     optimizer: str = ""
@@ -36,25 +36,26 @@ class Training:
 
     @property
     def optimizer_class(self) -> type:
-        """A class of the optimizer's name, by which its family is known; it has nothing else."""
+        """An empty class with the optimizer's name, from which its family follows."""
         package, _, name = self.optimizer.rpartition(".")
         return type(name, (), {"__module__": package})
 
 
 def read_training(path: str | Path) -> Training:
-    """How the adapter at `path` was trained, by kohya's metadata: ss_learning_rate, ss_unet_lr, ss_text_encoder_lr.
+    """Return how the adapter at `path` was trained, from kohya's metadata.
 
-    A part without a rate of its own has ss_learning_rate; several text encoders are one part each.
+    A part's rate is ss_unet_lr or ss_text_encoder_lr, by default ss_learning_rate. Several text encoders are separate
+    parts.
 
     Raises:
-        InspectionError: the file says no rate, or one that is none; or as `inspect_file`.
+        InspectionError: the file has no rate, or an impossible one; or as for `inspect_file`.
     """
     survey, file = inspect_file(path), adapter_file(path)
     said = read_header(file).metadata
     rates = tuple(_rates(file, survey, said))
     if not rates:
         raise InspectionError(
-            f"{file} does not say at which rate it was trained: there is no ss_learning_rate in its metadata.",
+            f"{file} has no learning rate: there is no ss_learning_rate in its metadata.",
             "Give the rate yourself, before --from in a shell.",
         )
     name, _, arguments = said.get("ss_optimizer", "").partition("(")
@@ -64,13 +65,13 @@ def read_training(path: str | Path) -> Training:
 
 
 def _rates(file: Path, survey: Survey, said: Mapping[str, str]) -> Iterator[PartRate]:
-    """The rates of the parts that the file holds, or one for all where no part has its own."""
+    """Yield the rates of the parts in the file, or one rate for all if no part has its own."""
     common = _numbers(file, "ss_learning_rate", said)
     own = {key: _numbers(file, key, said) for _, key, _ in _PARTS}
     for part, key, prefix in _PARTS if any(own.values()) else (("", "", ""),):
         rates = own.get(key) or common[:1]
         for number, lr in enumerate(rates, 1):
-            several = len(rates) > 1  # kohya's layers are lora_te1_..., lora_te2_... where there are two encoders
+            several = len(rates) > 1  # with two encoders kohya's layers are lora_te1_..., lora_te2_...
             start = f"{prefix}{number}_" if several else prefix
             held = tuple(f for f in survey.factors if f.layer.startswith(start))
             if held and lr > 0:
@@ -78,7 +79,7 @@ def _rates(file: Path, survey: Survey, said: Mapping[str, str]) -> Iterator[Part
 
 
 def _numbers(file: Path, key: str, said: Mapping[str, str]) -> list[float]:
-    """The rates under a key: none, one, or a list of them."""
+    """Return the rates under a key: none, one, or several."""
     text = said.get(key, "None").strip()
     if text in ("None", "", "[]"):
         return []
@@ -96,7 +97,7 @@ def _is_dotted(name: str) -> bool:
 
 
 def _settings(arguments: str) -> dict[str, Any]:
-    """The plain values among "scale_parameter=False,betas=(0.9, 0.99)", as kohya writes an optimizer's arguments."""
+    """Return the literal values of a text such as "scale_parameter=False,betas=(0.9, 0.99)", as kohya writes it."""
     try:
         call = ast.parse(f"f({arguments.removesuffix(')')[:10_000]})", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -105,6 +106,6 @@ def _settings(arguments: str) -> dict[str, Any]:
     for keyword in call.keywords if isinstance(call, ast.Call) else ():
         try:
             made[keyword.arg or ""] = ast.literal_eval(keyword.value)
-        except (ValueError, RecursionError, MemoryError):  # a word without quotes
+        except (ValueError, RecursionError, MemoryError):  # not a literal
             continue
     return made

@@ -1,4 +1,4 @@
-"""Files that ms-swift loads by their path, from a folder of their own, which it puts in front of sys.path."""
+"""Files that ms-swift loads by path. They have a separate folder, since it puts their folder first in sys.path."""
 
 from pathlib import Path
 

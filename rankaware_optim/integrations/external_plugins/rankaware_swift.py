@@ -18,11 +18,11 @@ from rankaware_optim.integrations import attach
 from rankaware_optim.integrations._settings import settings_from_words
 
 _PREFIX = "RANKAWARE_"
-_OTHERS = ("RANKAWARE_CACHE",)  # of the benchmarks
+_OTHERS = ("RANKAWARE_CACHE",)  # a variable of the benchmarks
 
 
 class RankAware(OptimizerCallback):
-    """Attaches a `RankAwareOptimizer` around the optimizer that the arguments name, when ms-swift asks for one."""
+    """Attaches a `RankAwareOptimizer` for the optimizer in the arguments, when ms-swift builds it."""
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.trainer.optimizer_cls_and_kwargs is None:

@@ -51,7 +51,7 @@ def test_axolotls_factory_call_is_answered():
     ("settings", "words"),
     [
         ({"tunedat": "r=16,alpha=32"}, "tunedat"),
-        ({"tuned_at": "rank 16"}, "no part of a reference"),
+        ({"tuned_at": "rank 16"}, "not a part of a reference"),
         ({"tuned_at": "r=16,alpha=32", "recipe": "r.toml"}, "Both recipe and tuned_at"),
         ({"init": "C"}, "init"),
     ],

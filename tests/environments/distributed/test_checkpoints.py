@@ -134,7 +134,7 @@ def plain_taken(wrapper: str, options: str) -> str:
 
 
 SAYINGS = {  # torch gives a saved group's settings to one of its parts only: see what each way makes of that
-    "nested": "CheckpointError: The checkpoint's groups are cut otherwise",
+    "nested": "CheckpointError: The checkpoint's groups are split differently",
     "nested, whole": "RankAwareWarning: torch.distributed.checkpoint loaded several base rates",
     "flattened": "KeyError: 'param_groups.layer0.lora_A.rank_multiplier'",  # torch's own, before ours is asked
 }

@@ -109,10 +109,10 @@ def refusal(model: str, init: str | None) -> str:
 
 
 REFUSALS = [
-    ("no init", None, "Say it: init='A'"),
+    ("no init", None, "Give init='A'"),
     ("no rank", "A", "declares no rank"),
     ("no rank at all", "A", "declares rank 0"),
-    ("no fans", "A", "tells its fan-in"),
+    ("no fans", "A", "has its fan-in"),
 ]
 
 

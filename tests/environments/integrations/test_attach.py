@@ -11,6 +11,7 @@ import rankaware_optim as ra
 from rankaware_optim import OptimizerError, RankAwareOptimizer
 from rankaware_optim.integrations import attach, create_rankaware_optimizer, trainer_factory
 
+from ...helpers.examples import readme_blocks
 from ...helpers.models import same
 
 with warnings.catch_warnings():
@@ -137,6 +138,14 @@ def test_every_trainer_trains_as_with_groups_by_hand(tmp_path, capsys, kind):
     assert same(weights(ours), weights(hand))
 
 
+def test_the_readmes_line_moves_a_trainers_rates(tmp_path, capsys):
+    """The README's block trains a Trainer at rank 4 with rates moved from rank 16."""
+    trainer = plain(llama(), tmp_path)
+    exec(readme_blocks()[1], {"ra": ra, "torch": torch, "trainer": trainer})
+    assert trainer.state.global_step == 2
+    assert {row.rank for row in trainer.optimizer.report().rows if row.multiplier != 1.0} == {4}
+
+
 def test_a_second_run_prints_no_second_report(tmp_path, capsys):
     """A trainer that trains twice prints its report once."""
     trainer = plain(llama(), tmp_path)
@@ -207,10 +216,10 @@ def test_what_is_given_holds_over_the_arguments(tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "sentence"),
     [
-        (lambda trainer: attach(object(), AdamW, lr=LR), "no Trainer of transformers"),
+        (lambda trainer: attach(object(), AdamW, lr=LR), "not a Trainer of transformers"),
         (lambda trainer: attach(trainer, AdamW), "attach was given no rate"),
-        (lambda trainer: [attach(trainer, AdamW, lr=LR) for _ in range(2)], "has an optimizer of its own"),
-        (lambda trainer: [trainer.create_optimizer(), attach(trainer, AdamW, lr=LR)], "has an optimizer of its own"),
+        (lambda trainer: [attach(trainer, AdamW, lr=LR) for _ in range(2)], "already has an optimizer"),
+        (lambda trainer: [trainer.create_optimizer(), attach(trainer, AdamW, lr=LR)], "already has an optimizer"),
         (lambda trainer: attach(trainer, "adamwx", lr=LR), "Unknown optimizer"),
     ],
 )
@@ -238,7 +247,7 @@ def test_a_trainer_that_makes_another_optimizer_is_warned_of(tmp_path, rate, cur
     args.embedding_learning_rate = rate
     trainer = OfItsOwn(llama(), args, train_dataset=tokens())
     attach(trainer, AdamW, lr=LR)
-    with pytest.warns(ra.RankAwareWarning, match=f"AdamW of its own, and what was attached is ignored: .*{cure}"):
+    with pytest.warns(ra.RankAwareWarning, match=f"its own AdamW, and the attached optimizer is ignored: .*{cure}"):
         trainer.train()
 
 

@@ -257,11 +257,11 @@ def with_optimizer(folder):
 BAD = [
     (lambda folder: None, {}, "got make_trainer=None"),
     (lambda folder: maker(folder), {"score": 3}, "score=3"),
-    (lambda folder: lambda trial: trial, {}, "no trainer that is known"),
-    (lambda folder: lambda trial: (trial, trial), {}, "no trainer that is known"),
-    (with_optimizer, {}, "has an optimizer of its own"),
+    (lambda folder: lambda trial: trial, {}, "no known trainer"),
+    (lambda folder: lambda trial: (trial, trial), {}, "no known trainer"),
+    (with_optimizer, {}, "already has an optimizer"),
     (lambda folder: maker(folder, max_steps=3), {}, "max_steps is 3, less than the trial's 6"),
-    (lambda folder: maker(folder), {"score": "eval_f1", "trials": 1}, "gave no 'eval_f1'"),
+    (lambda folder: maker(folder), {"score": "eval_f1", "trials": 1}, "has no 'eval_f1'"),
 ]
 
 
@@ -436,5 +436,5 @@ def test_lightning_errors(tmp_path):
         calibrate(lit(tmp_path, Own))
     with pytest.raises(CalibrationError, match="max_steps is 3"):
         calibrate(lit(tmp_path, max_steps=3))
-    with pytest.raises(CalibrationError, match="a Linear where Lightning's module belongs"):
+    with pytest.raises(CalibrationError, match="a Linear instead of Lightning's module"):
         calibrate(lit(tmp_path, lambda trial: torch.nn.Linear(2, 2)))

@@ -60,7 +60,7 @@ def test_a_library_s_own_init_is_refused(case):
     """What starts with both factors drawn, or has an init of its own, is refused and stays as it is."""
     model = built(case)
     before = snapshot(model)
-    with pytest.raises(InspectionError, match=r"has an init of its own|both factors drawn|`scalar` of zero"):
+    with pytest.raises(InspectionError, match=r"needs the init of its convention|both factors drawn|`scalar` of zero"):
         initialize(model, "B")
     assert same(before, snapshot(model))
 
@@ -198,7 +198,7 @@ def test_inits_that_change_the_base_weight(declared):
     """PiSSA and its kin are refused with the reason; force=True starts over from the base weight they left."""
     options = {"target_modules": ["q", "v"], "target_parameters": None}
     model = peft_model(init_lora_weights=declared, **options)
-    with pytest.raises(InspectionError, match=rf"its init '{declared}' took their product out of the base weight"):
+    with pytest.raises(InspectionError, match=rf"its init '{declared}' subtracted their product from the base weight"):
         initialize(model, "B")
     assert {f.init for f in initialize(model, "B", force=True).factors} == {"B"}
     with model.disable_adapter():
@@ -261,5 +261,5 @@ def test_an_embedding_tied_to_the_head_is_refused():
     names = ["embed_tokens", "lm_head"]
     config = peft.LoraConfig(r=4, target_modules=names, ensure_weight_tying=True)
     model = peft.get_peft_model(base, config)
-    with pytest.raises(InspectionError, match="is tied to a factor that would be drawn"):
+    with pytest.raises(InspectionError, match="is tied to a factor that must be drawn"):
         initialize(model, "B")

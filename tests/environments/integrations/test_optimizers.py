@@ -42,15 +42,15 @@ NEEDS = {
 }
 
 # Refused before anything is built, with a sentence that says this.
-HOLDS = "holds another optimizer, whose groups would stay as they are"
+HOLDS = "wraps another optimizer, whose groups would not change"
 ONE_RATE = "estimates one rate for all groups"
 REFUSED = {
     "torch.optim.LBFGS": "takes one parameter group only",
     "torch_optimizer.Lookahead": HOLDS,
-    P + "A2Grad": "keeps no rate in its groups",
+    P + "A2Grad": "has no rate in its groups",
     P + "AdaLOMO": "steps inside the backward pass",
-    P + "AdamMini": "takes a model and cuts it into groups itself",
-    P + "AliG": "keeps no rate in its groups",
+    P + "AdamMini": "takes a model and makes its groups itself",
+    P + "AliG": "has no rate in its groups",
     P + "DAdaptAdaGrad": ONE_RATE,
     P + "DAdaptAdam": ONE_RATE,
     P + "DAdaptAdan": ONE_RATE,
@@ -131,7 +131,7 @@ def one_process(request):
 def test_training_equals_the_native_class_with_groups_by_hand(key, form):
     """Several steps give the parameters of the native class given the same groups by hand, bit for bit."""
     if form is by_instance and key in SNAPSHOTS:
-        pytest.skip("it keeps rates by group from when it was built: class form only")
+        pytest.skip("it keeps rates of its first groups: class form only")
     case = CASES[key]
     ours, hand, start = case.model(), case.model(), snapshot(case.model())
     run(case, hand, native(case, hand))
@@ -194,7 +194,7 @@ def test_instances_that_keep_rates_by_group_are_refused(key):
 
 def test_muon_refuses_what_is_no_matrix_and_names_it():
     """torch's Muon with a bias among its parameters is refused by the bias's name, before it is built."""
-    with pytest.raises(OptimizerError, match=r"Muon takes matrices only, and 1 .* such as head\.bias"):
+    with pytest.raises(OptimizerError, match=r"Muon takes only matrices, but 1 .* such as head\.bias"):
         RankAwareOptimizer(mlp((4, 8)), torch.optim.Muon, lr=LR)
 
 

@@ -249,7 +249,7 @@ def test_rates_that_share_a_name_are_numbered():
     [
         (lambda: trainer_factory(torch.optim.AdamW), "trainer_factory was given no rate"),
         (lambda: trainer_factory("adamwx", lr=LR), "Unknown optimizer 'adamwx'"),
-        (lambda: trainer_factory("adamw", lr=LR)[0]([{"params": []}]), "Trainer handed a list to a factory"),
+        (lambda: trainer_factory("adamw", lr=LR)[0]([{"params": []}]), "Trainer passed a list to a factory"),
     ],
 )
 def test_a_factory_that_cannot_work_is_refused(call, sentence):
@@ -347,7 +347,7 @@ def test_lightning_resumes_adapters_of_unknown_init(tmp_path):
     whole, _ = fit(tmp_path, of_unknown_init, epochs=2)
     _, trainer = fit(tmp_path, of_unknown_init)
     trainer.save_checkpoint(tmp_path / "middle.ckpt")
-    with pytest.warns(RankAwareWarning, match="name their init"):
+    with pytest.warns(RankAwareWarning, match="undeclared init"):
         resumed, _ = fit(tmp_path, of_unknown_init, epochs=2, resume=tmp_path / "middle.ckpt")
     assert same(snapshot(whole.net), snapshot(resumed.net))
 

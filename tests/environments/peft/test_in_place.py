@@ -170,10 +170,10 @@ def loha():
 
 
 REFUSED = [
-    (adalora, {}, "init of its own|cannot be made at another rank"),
+    (adalora, {}, "needs the init of its convention|cannot be made at another rank"),
     (merged, {}, "merged into its base weight"),
     (loha, {}, r"\(LoHa\) that cannot be made"),
-    (lambda: wrapped(init_lora_weights="pissa"), {}, "took their product out of the base weight"),
+    (lambda: wrapped(init_lora_weights="pissa"), {}, "subtracted their product from the base weight"),
     (lambda: wrapped(targets=("conv", "grouped")), {"ranks": (4, 6)}, "cannot be made at rank 6"),
 ]
 

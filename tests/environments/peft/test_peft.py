@@ -250,7 +250,7 @@ def test_a_config_and_a_saved_adapter_name_a_reference(rslora, tmp_path):
 def test_a_config_without_a_law_is_refused():
     """PiSSA's start, and another kind of adapter, name no reference."""
     for config in (peft.LoraConfig(init_lora_weights="pissa"), peft.LoHaConfig(r=4, alpha=4)):
-        with pytest.raises(InvalidReferenceError, match="is no reference"):
+        with pytest.raises(InvalidReferenceError, match="is not a reference"):
             RankAwareOptimizer(wrapped(), "adamw", lr=1e-3, tuned_at=config)
 
 

@@ -161,7 +161,7 @@ def test_a_cluster_that_is_not_there_is_said(address, folder, monkeypatch):
 @pytest.mark.parametrize("storage", [None, "sqlite:///s.db", InMemoryStorage()])
 def test_a_storage_that_only_this_process_has_is_refused(storage, folder):
     """Memory, SQLite and an object are, before Ray is started."""
-    with pytest.raises(ra.CalibrationError, match="Give storage= a journal's path in a folder that all machines share"):
+    with pytest.raises(ra.CalibrationError, match="Give storage= the path of a journal in a folder that all"):
         ra.calibrate(
             import_module("ray_loops").train, "AdamW", ranks=(2, 32), steps=10, storage=storage, executor="ray"
         )
@@ -185,7 +185,7 @@ def test_other_code_on_a_node_is_refused(cluster, folder, monkeypatch):
     monkeypatch.chdir("/")  # Ray lets its workers import from where the call was made
     environment = {"PYTHONPATH": os.pathsep.join([str(folder / "other"), *filter(None, sys.path)])}
     options = {"storage": folder / "s.journal", "trials": 4}
-    refused = pytest.raises(ra.CalibrationError, match=r"runs other code than where .*: its source's hash=")
+    refused = pytest.raises(ra.CalibrationError, match=r"runs different code from .*: its source's hash=")
     with another_node(cluster, num_gpus=1, env_vars=environment), refused:
         calibrate(cluster, train, **options)
     assert len(trials_of(str(folder / "s.journal"), "calibration")) == 2
@@ -195,7 +195,11 @@ def test_other_code_on_a_node_is_refused(cluster, folder, monkeypatch):
 
 FAILING = {
     "raising": ("def train(trial):\n    1 / 0\n    yield", ZeroDivisionError, "division by zero"),
-    "not a generator": ("def train(trial):\n    return 1", ra.CalibrationError, "gave a int where a generator belongs"),
+    "not a generator": (
+        "def train(trial):\n    return 1",
+        ra.CalibrationError,
+        "returned a int instead of a generator",
+    ),
 }
 
 

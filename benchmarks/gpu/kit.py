@@ -1,0 +1,126 @@
+"""What this project has to know from a CUDA device, in short pieces that go on where they were stopped.
+
+    python benchmarks/gpu/kit.py run --minutes 9                     # what is missing, the most worth a minute first
+    python benchmarks/gpu/kit.py run --piece width --minutes 9       # of one piece
+    python benchmarks/gpu/kit.py table                               # results/cuda.md, with the card's name
+    python benchmarks/gpu/kit.py run --device cpu --smallest         # every piece at its smallest, a minute of a CPU
+    python benchmarks/gpu/kit.py archives                            # fetch what the pieces read, and say where it lies
+
+Run from the repository's root with PYTHONPATH=.:benchmarks. Every run is appended to results/cuda/ as it ends; called
+again, a command runs what is missing. The pieces:
+
+    checks      the wrapper's tests of tests/environments/cuda: GradScaler, bf16, bitsandbytes, FSDP2, offload, graphs
+    step_cost   a step of ours against the bare optimizer's, by CUDA events
+    width       best rates at widths 512 to 4096, planned for 20 minutes of an H100
+    smollm2     the study's SmolLM2 with the full grid and three seeds, planned for half an hour of one
+
+A machine that has torch with CUDA needs beside it, by one command:
+
+    python -m pip install -e '.[peft,transformers]' bitsandbytes gguf hypothesis pytest
+
+Where nothing outside can be reached: run `archives` where there is a network, carry the files named (some 100 MB, of
+which SmolLM2's are 93: `split -b 40M` where less fits at once), and set RANKAWARE_CACHE to their folder; carry what pip
+needs as wheels (`python -m pip download --only-binary=:all: -d wheels`, then `pip install --no-index --find-links
+wheels`). Tokens and pretrained networks are made on the device's own machine, in that folder: 4 GB.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+from gpu import checks, smollm2, steps, width
+from gpu.setup import Setup, rows_in
+from recording import RESULTS, machine, written_by
+from study.domains import DomainError
+from study.domains._llama import BROWN, CODE
+from study.domains._wordnet import WORDNET
+from study.domains.language_smollm2 import SMOLLM2
+
+DEPENDS_ON = (
+    "gpu",
+    "costs.step_cost",
+    "laws.one_constant",
+    "laws.width",
+    "rankaware_optim.laws",
+    "rankaware_optim.optimizer",
+)
+PIECES = {"checks": checks, "step_cost": steps, "width": width, "smollm2": smollm2}  # by worth a minute
+PUBLISHED, TRIED = RESULTS / "cuda", Path("bench-cuda")
+
+
+@click.group()
+def main() -> None:
+    """The GPU kit."""
+
+
+OPTIONS = (
+    click.option("--device", type=click.Choice(("cuda", "cpu")), default="cuda", show_default=True),
+    click.option("--smallest", is_flag=True, help="Shapes that a CPU runs in a minute."),
+    click.option("--into", type=click.Path(path_type=Path), help=f"By default results/cuda, or {TRIED} if tried."),
+)
+
+
+def shaped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the options that both have."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+@main.command()
+@shaped
+@click.option("--piece", "chosen", multiple=True, type=click.Choice(tuple(PIECES)), help="Some; by default all.")
+@click.option("--minutes", default=9.0, show_default=True, help="No run begins after so many.")
+def run(chosen: tuple[str, ...], minutes: float, device: str, smallest: bool, into: Path | None) -> None:
+    """Run what is missing."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("There is no CUDA device here. Try the kit by --device cpu --smallest.")
+    setup = Setup(device, smallest, folder_of(device, smallest, into), time.monotonic() + 60 * minutes)
+    for name in chosen or PIECES:
+        try:
+            PIECES[name].run(setup)
+        except DomainError as error:
+            raise click.ClickException(f"{name}: {error} What ended is kept.") from error
+
+
+@main.command()
+@shaped
+def table(device: str, smallest: bool, into: Path | None) -> None:
+    """Write the page of what is on file."""
+    folder = folder_of(device, smallest, into)
+    setup = Setup(device, smallest, folder, 0.0)
+    parts = [part for piece in PIECES.values() for part in piece.blocks(setup)]
+    if not parts:
+        raise click.ClickException(f"There is nothing in {folder}. Run first: python benchmarks/gpu/kit.py run.")
+    page = folder.with_suffix(".md")
+    page.write_text("\n\n".join([f"# On {' and '.join(cards(folder))}", *parts, written_by(machine(1))]) + "\n")
+    click.echo(page.read_text())
+
+
+def cards(folder: Path) -> list[str]:
+    """The names of all devices that rows are from."""
+    rows = [row for store in sorted(folder.glob("*.jsonl")) for row in rows_in(store)]
+    tests = folder / checks.STORE
+    rows += [json.loads(tests.read_text())] if tests.exists() else []
+    return list(dict.fromkeys(row["machine"]["device"] for row in rows if "machine" in row))
+
+
+def folder_of(device: str, smallest: bool, into: Path | None) -> Path:
+    """What a CPU ran, or a smallest shape, is not published."""
+    return into or (PUBLISHED if device == "cuda" and not smallest else TRIED)
+
+
+@main.command()
+def archives() -> None:
+    """Fetch what the pieces read, and say where it lies."""
+    for asset in (BROWN, CODE, WORDNET, SMOLLM2):
+        click.echo(asset.path())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The study's domain of a real LLM with the full grid and three seeds, which a CPU has no time for.
+
+`study/suite.py` gives SmolLM2-135M, a large domain, one seed, no rank 1 and sparse grids. Here it is swept as the small
+domains are, in float32, with the claims first. The batches, the seeds and the draws of the adapters are the CPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+from gpu.setup import Boxed, Setup, made_with
+from gpu.width import SMALLEST, domain_of
+from recording import block
+from study.configurations import CONFIGS, run_in, starts
+from study.domains import Domain, get_domain
+from study.grids import Job, Listed, Losses, Wanting
+from study.regret import LAWS
+from study.runs_on_file import complete, machines, read
+from study.suite import COARSE, STORES, study
+from study.suite_tables import claims, exponents
+from study.training import WARMUP
+
+NAME = "language_smollm2"
+SEEDS, HALF = 3, 3
+
+
+class Sweep(NamedTuple):
+    """A domain on the device, its tasks in order, and where its runs are kept."""
+
+    domain: Domain
+    tasks: Sequence[Wanting]
+    store: Path
+
+
+def sweep_of(setup: Setup) -> Sweep:
+    """The study's; smallest, three rates of two ranks on a made-up network in the place of 135 million weights."""
+    if setup.smallest:
+        domain = replace(domain_of(SMALLEST.widths[0], setup), name="made_up")
+        jobs = [Job(domain.name, next(iter(CONFIGS)), rank, float(x), 0) for rank in (4, 16) for x in (-7, -6, -5)]
+        tasks: list[Wanting] = [starts(domain.name, range(1)), Listed(jobs)]
+    else:
+        domain = setup.place(replace(get_domain(NAME), large=False))
+        swept = study(domain.ranks_swept, domain.ranks_swept, SEEDS, HALF, COARSE)
+        tasks = [starts(NAME, range(SEEDS)), *(part.grid(part.cells(NAME)) for part in swept)]
+    return Sweep(domain, tasks, setup.folder / f"{domain.name}.jsonl")
+
+
+def run(setup: Setup) -> None:
+    """Run what is missing, until the time is over."""
+    torch.set_float32_matmul_precision("highest")
+    domain, tasks, store = sweep_of(setup)
+    todo = [] if setup.over else [task for task in tasks if task.wanted(read(store))]
+    on = setup.provenance(domain) if todo else {}
+    for task in todo:
+        if setup.over:
+            return
+        click.echo(f"{domain.name}: {len(read(store))} runs on file")
+        one = partial(run_in, domain, warmup=WARMUP)
+        complete(Boxed(task, setup.until), one, store, 1, lambda said: None, on)
+
+
+def finished(done: Losses, sweep: Sweep) -> Losses:
+    """The runs of whole cells."""
+    if sweep.domain.name != NAME:
+        return done
+    cells = {job[:3] for job in done}
+    parts = study(sweep.domain.ranks_swept, sweep.domain.ranks_swept, SEEDS, HALF, COARSE)
+    whole = {
+        cell for part in parts for cell in part.cells(NAME) if cell in cells and not part.grid([cell]).wanted(done)
+    }
+    return {job: loss for job, loss in done.items() if job[:3] in whole or job in sweep.tasks[0].jobs}
+
+
+HEADS = ("domain", "configuration", "ranks", "seeds", "by the vertex", "by the cliff")
+
+
+def blocks(setup: Setup) -> Iterator[str]:
+    """Exponents and claims, beside those of the CPU's one seed."""
+    sweep = sweep_of(setup)
+    done = finished(read(sweep.store), sweep)
+    if not done:
+        return
+    laws = {} if setup.smallest else LAWS
+    rows = list(exponents(done, sweep.domain.name, laws))
+    if not setup.smallest:
+        on_cpu = exponents(read(STORES / f"{NAME}.jsonl"), NAME, laws)
+        rows += [["the same on a CPU", *row[1:]] for row in on_cpu]
+    yield block("SmolLM2: exponent of the best rate in rank", [*HEADS, *laws], rows)
+    if not setup.smallest:
+        yield block("SmolLM2: the paper's claims", ["domain", "claim", "verdict", "numbers"], list(claims(done, NAME)))
+    yield made_with(machines(sweep.store))

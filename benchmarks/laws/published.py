@@ -1,0 +1,129 @@
+"""Do the shipped laws hold on sweeps that others published?
+
+    python benchmarks/laws/published.py table ../shared/data/sft_sweep.csv rank_x_lr_results.json
+
+Writes results/published.md and .json from files that stay outside the repository: their licences allow their use, and
+each is taken only if it is the one that was read, by its hash. Every best rate found at a rank is moved by each law to
+every other rank of its model, as `rankaware bench-law` does. A file named is one of `SOURCES`.
+
+**Looked for** on 2026-11-26, in a stored index of public repositories and pages: a sweep of several ranks, at each of
+them several rates, with a held-out score and a licence. **Left out**, and why:
+
+* huggingface/peft, method_comparison (Apache-2.0): LoRA at several ranks, one rate or two of each.
+* nikhil-ghosh-berkeley/loraplus (MIT): rates of A against rates of B, and scripts without results.
+* nayyirahsan/LoRA-Rank-Threshold-Study (no licence file): ranks 4 and 64 at three rates.
+* silversuncn/lora-rank-scaling (no licence file): six ranks at one rate.
+* Four repositories called LoRA without regret, of waynehacking8, olokevin, kyleliang919 and Brokttv: one rate a rank,
+  pictures, or scripts alone.
+* Learning Rate Matters (arXiv 2602.04998) and the paper of µA (arXiv 2602.06204), both CC BY 4.0: what is stored of
+  them has their sweeps as figures, without the numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from recording import machine, record
+
+from rankaware_optim.sweeps import bench_law
+from rankaware_optim.sweeps._io import Sweep, read_sweep
+
+DEPENDS_ON = ("rankaware_optim.laws", "rankaware_optim.sweeps")
+LAWS = ("mua", "mua-paper", "constant", "power?exponent=-0.5,law=constant", "power?exponent=-1,law=constant")
+NOTES = (
+    "Octaves: log2 of the moved rate over the best one found there, absolute. Loss: on straight lines between the "
+    "rates tried, above the lowest, as a share of it. `off_grid` moves land where no rate was tried: loss not known. "
+    "bench_law.md has more laws on the first source.",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published file: where it is from, under which licence, its hash, how it is read, and our reading in words."""
+
+    origin: str
+    licence: str
+    sha256: str
+    read: Callable[[Path], Sweep]
+    reading: str
+
+    def words(self, name: str) -> str:
+        return f"**{name}**: {self.origin}, {self.licence}, sha256 {self.sha256[:16]}. {self.reading}"
+
+
+def grid(path: Path) -> Sweep:
+    """Rank by rate: {method: {"ranks": {rank: {"lrs": [...], "acc": [...]}}}}, of which LoRA's are read."""
+    ranks = json.loads(path.read_text())["lora"]["ranks"]
+    rows: list[dict[str, Any]] = [
+        {
+            "model": "two-layer transformer",
+            "rank": int(rank),
+            "alpha": int(rank),
+            "fan_in": 448,
+            "lr": lr,
+            "loss": 1 - acc,
+        }
+        for rank, found in ranks.items()
+        for lr, acc in zip(found["lrs"], found["acc"], strict=True)
+    ]
+    return read_sweep(rows)
+
+
+SOURCES = {
+    "sft_sweep.csv": Source(
+        "the sweep that is published with thinkingmachines' tinker-cookbook",
+        "Apache-2.0",
+        "983d2738ad8115e8d75dc5b348418e08001a05d77ce2c580d0977221f10b7ad0",
+        read_sweep,
+        "Supervised finetuning of 18 language models on Tulu 3, AdamW, batch 128, about 780 steps, held-out loss in "
+        "nats a token. Alpha is 32 at every rank by that service's documentation; it is not recorded a run. Init[A] "
+        "is assumed. Runs that diverged are left out of the source.",
+    ),
+    "rank_x_lr_results.json": Source(
+        "github.com/agme2019/lora-lr-rank-sensitivity, artifacts/, commit 8676b5ea",
+        "MIT",
+        "63caf55a2f361967f93ef2e9e578fbb1192ad9b05f8a4a582ea4977a9a7187f9",
+        grid,
+        "LoRA at ranks 2 to 32 and 16 rates on a synthetic task of 64 classes, a transformer of two layers and width "
+        "192, AdamW at a constant rate, one seed. What is scored is 1 − accuracy; A is drawn with standard deviation "
+        ".02 and alpha is the rank, so Init[A] and s = 1, by the repository's code, whose grid of rates and ranks is "
+        "not quite the file's. It says little: accuracy goes from 1.6 % to 7 %, of some 1,200 examples, so a best rate "
+        "is known to an octave at most; 1 % lost is .9 points of it.",
+    ),
+}
+
+
+@click.group()
+def main() -> None:
+    """Do the shipped laws hold on sweeps that others published?"""
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+def table(files: tuple[Path, ...]) -> None:
+    """Write results/published.json and .md."""
+    rows = [row for path in files for row in rows_of(path)]
+    read = [SOURCES[path.name].words(path.name) for path in files]
+    looked = "**Looked for** " + (__doc__ or "").partition("**Looked for**")[2].strip()
+    record("published", "Laws on sweeps that others published", rows, machine(1), [*NOTES, *read, looked])
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Every law's moves on a file, with both ways of finding a best rate."""
+    source = SOURCES.get(path.name)
+    if source is None or hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
+        raise click.ClickException(f"{path} is none of the files that were read. Known are {', '.join(SOURCES)}.")
+    sweep, alpha = source.read(path), 32.0 if source.read is read_sweep else None
+    for best in ("parabola", "bowl"):
+        for score in bench_law(sweep, LAWS, alpha=alpha, best=best):
+            yield {"sweep": path.name, "best rate by": best, **score.row()}
+
+
+if __name__ == "__main__":
+    main()

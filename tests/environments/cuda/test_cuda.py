@@ -1,0 +1,293 @@
+"""The wrapper on a CUDA device: what a CPU cannot run, every parameter against AdamW by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from .by_hand import (
+    BETAS,
+    DECAY,
+    DEVICE,
+    EPS,
+    LR,
+    ByHand,
+    gradients,
+    inputs,
+    loss_of,
+    needs_cuda,
+    needs_device,
+    new_model,
+    ours,
+    rates,
+    values,
+)
+
+pytestmark = [
+    needs_device,
+    # Libraries of a device warn of their own affairs; ours stay errors.
+    pytest.mark.filterwarnings(
+        "ignore::UserWarning",
+        "ignore::DeprecationWarning",
+        "ignore::FutureWarning",
+        "error::rankaware_optim.RankAwareWarning",
+    ),
+]
+
+KERNELS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
+each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=str)
+
+
+def trained(model, opt, forward=loss_of, hand=None):
+    """Steps of plain training beside the update by hand."""
+    hand = ByHand(model) if hand is None else hand
+    for x in inputs():
+        opt.zero_grad()
+        forward(model, x).backward()
+        hand.step(gradients(model))
+        opt.step()
+    return hand
+
+
+# --- kernels and rates ----------------------------------------------------------------------------------------------
+
+
+@each_kernel
+def test_every_kernel_trains_at_the_laws_rates(kernel):
+    """for-loop, foreach and fused AdamW on the device update every parameter as AdamW by hand."""
+    model = new_model()
+    trained(model, ours(model, **kernel)).agrees(model)
+
+
+@each_kernel
+def test_a_rate_on_the_device_follows_its_schedule(kernel):
+    """A base rate that is a tensor on the device, filled between steps, is read at every step."""
+    if kernel == {"foreach": True}:
+        kernel = {"foreach": True, "capturable": DEVICE == "cuda"}
+        if DEVICE == "cpu":
+            pytest.skip("foreach with a tensor rate asks for capturable, which is CUDA's.")
+    model, lr = new_model(), torch.tensor(LR, device=DEVICE)
+    opt, hand = ours(model, lr=lr, **kernel), ByHand(model)
+    for i, x in enumerate(inputs()):
+        for group in opt.param_groups:
+            group["lr"].fill_(LR / (i + 1))
+        opt.zero_grad()
+        loss_of(model, x).backward()
+        hand.step(gradients(model), LR / (i + 1))
+        opt.step()
+    hand.agrees(model)
+
+
+# --- precision ------------------------------------------------------------------------------------------------------
+
+
+def autocast(dtype):
+    def forward(model, x):
+        with torch.autocast(DEVICE, dtype=dtype):
+            return loss_of(model, x)
+
+    return forward
+
+
+@each_kernel
+@pytest.mark.parametrize("infinite", [None, 2])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_grad_scaler_in_fp16(kernel, infinite, unscale):
+    """fp16 under GradScaler: updates are those of the unscaled gradients, and a step with an infinite one is left."""
+    model, forward = new_model(), autocast(torch.float16)
+    opt, hand, scaler = ours(model, **kernel), ByHand(model), torch.amp.GradScaler(DEVICE, init_scale=128.0)
+    for i, x in enumerate(inputs()):
+        opt.zero_grad()
+        scale = scaler.get_scale()
+        scaler.scale(forward(model, x)).backward()
+        if i == infinite:
+            model.head.weight.grad[0, 0] = torch.inf
+        if unscale:
+            scaler.unscale_(opt)
+        if i != infinite:
+            hand.step(gradients(model, 1.0 if unscale else scale))
+        scaler.step(opt)
+        scaler.update()
+        assert scaler.get_scale() == scale * (0.5 if i == infinite else 1.0)
+    hand.agrees(model)
+
+
+@each_kernel
+def test_bf16_by_autocast(kernel):
+    """Weights in float32 under autocast in bf16 train as by hand."""
+    model = new_model()
+    trained(model, ours(model, **kernel), autocast(torch.bfloat16)).agrees(model)
+
+
+@each_kernel
+def test_bf16_weights_move_at_the_laws_rates(kernel):
+    """Weights in bf16: a step moves them as by hand, to bf16's rounding of weight and step."""
+    model = new_model(torch.bfloat16)
+    opt, hand = ours(model, **kernel), ByHand(model)
+    before = values(model)
+    (x,) = inputs(1)
+    loss_of(model, x.bfloat16()).backward()
+    grads = gradients(model)
+    hand.step(grads)
+    opt.step()
+    for name, rate in rates().items():
+        ulp = before[name].abs().max() * 2**-7
+        moved = (values(model)[name] - hand.params[name]).abs().max()
+        assert moved <= ulp + 0.02 * rate, name
+    assert not torch.equal(values(model)["layer1.lora_B"], before["layer1.lora_B"])
+
+
+# --- bitsandbytes ---------------------------------------------------------------------------------------------------
+
+EIGHT_BIT = ["AdamW8bit", "PagedAdamW8bit"]
+
+
+def bitsandbytes(name):
+    return getattr(pytest.importorskip("bitsandbytes").optim, name)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["AdamW", "PagedAdamW"])
+def test_bitsandbytes_in_32_bits(name):
+    """bitsandbytes' own AdamW, paged or not, updates as by hand."""
+    model = new_model()
+    trained(model, ours(model, bitsandbytes(name))).agrees(model, 5e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_bitsandbytes_in_8_bits(name):
+    """With moments in 8 bits the first step is by hand's, and later ones stay within their rounding, paged or not."""
+    model = new_model()
+    opt, hand = ours(model, bitsandbytes(name)), ByHand(model)
+    for i, x in enumerate(inputs()):
+        opt.zero_grad()
+        loss_of(model, x).backward()
+        hand.step(gradients(model))
+        opt.step()
+        if i == 0:
+            hand.agrees(model, 0.02)
+    assert opt.state[model.layer1.lora_A]["state1"].dtype is torch.uint8
+    for name_, rate in rates().items():
+        off = (values(model)[name_] - hand.params[name_]).square().mean().sqrt()
+        assert off <= 0.5 * rate, name_
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_bitsandbytes_is_the_native_one_with_groups_by_hand(name):
+    """Bit for bit the same as bitsandbytes' class with every rate written out."""
+    ends = []
+    for make in (lambda model, kind: ours(model, kind), groups_by_hand):
+        model = new_model()
+        opt = make(model, bitsandbytes(name))
+        for x in inputs():
+            opt.zero_grad()
+            loss_of(model, x).backward()
+            opt.step()
+        ends.append(values(model))
+    assert all(torch.equal(ends[0][key], value) for key, value in ends[1].items())
+
+
+def groups_by_hand(model, kind):
+    groups = [{"params": [model.get_parameter(name)], "lr": rate} for name, rate in rates().items()]
+    return kind(groups, lr=LR, weight_decay=DECAY, betas=BETAS, eps=EPS)
+
+
+# --- graphs ---------------------------------------------------------------------------------------------------------
+
+
+@needs_cuda
+def test_a_captured_step_reads_gradient_and_rate():
+    """A step captured in a CUDA graph, capturable with a tensor rate, follows both at every replay."""
+    model, lr = new_model(), torch.tensor(LR, device="cuda")
+    opt = ours(model, lr=lr, capturable=True)
+    hand = ByHand(model)
+    first, *others = inputs()
+    loss_of(model, first).backward()
+    hand.step(gradients(model))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # one step makes the moments
+        opt.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # which captures, and does not step
+        opt.step()
+    hand.agrees(model)
+    for i, x in enumerate(others, 2):
+        opt.zero_grad(set_to_none=False)  # the graph reads these tensors
+        loss_of(model, x).backward()
+        for group in opt.param_groups:
+            group["lr"].fill_(LR / i)
+        hand.step(gradients(model), LR / i)
+        graph.replay()
+    hand.agrees(model)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kernel", [{}, {"capturable": True}], ids=str)
+def test_a_step_compiled_by_inductor(kernel):
+    """torch.compile(opt.step) with its own backend updates as by hand."""
+    model = new_model()
+    opt, hand = ours(model, **kernel), ByHand(model)
+    torch.compiler.reset()
+    step = torch.compile(opt.step)
+    for x in inputs():
+        opt.zero_grad()
+        loss_of(model, x).backward()
+        hand.step(gradients(model))
+        step()
+    hand.agrees(model, 5e-3)
+
+
+# --- sharding on one device -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    import torch.distributed as dist
+
+    backend = "cuda:nccl,cpu:gloo" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh(DEVICE, (1,))
+    dist.destroy_process_group()
+
+
+def sharded(mesh, **settings) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    model = new_model()
+    for layer in (model.layer0, model.layer1):
+        fully_shard(layer, mesh=mesh, **settings)
+    return fully_shard(model, mesh=mesh, **settings)
+
+
+@each_kernel
+def test_fsdp2_on_one_device(one_process, kernel):
+    """fully_shard's DTensors are updated as by hand."""
+    model = sharded(one_process)
+    trained(model, ours(model, **kernel)).agrees(model)
+
+
+def test_fsdp2_in_bf16(one_process):
+    """Sharded weights in float32 that compute in bf16 are updated as by hand from their own gradients."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = sharded(one_process, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    trained(model, ours(model)).agrees(model)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kernel", [{"foreach": True}, {"fused": True}], ids=str)
+def test_cpu_offload(one_process, kernel):
+    """With parameters and moments on the CPU the step runs there, and updates as by hand."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    model = sharded(one_process, offload_policy=CPUOffloadPolicy())
+    opt = ours(model, **kernel)
+    trained(model, opt).agrees(model)
+    assert {p.device.type for group in opt.param_groups for p in group["params"]} == {"cpu"}
+    assert opt.state[model.layer0.lora_A]["exp_avg"].device.type == "cpu"

@@ -1,0 +1,47 @@
+"""What `tox run -e release` has built, each file installed in a clean environment and used as a newcomer would."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+RECIPE = ROOT / "recipes" / "language-a.toml"
+SWAP = """
+import torch, rankaware_optim as ra
+from peft import LoraConfig, get_peft_model
+
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+model = get_peft_model(net, LoraConfig(r=4, lora_alpha=8, target_modules=["0"]))
+opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at="r=16,alpha=32")
+model(torch.randn(4, 8)).square().mean().backward()
+opt.step()
+print(opt.report())
+"""
+USES = (  # a command, and what it prints
+    (["rankaware", "lr", str(RECIPE), "--rank", "32"], "rank 32"),
+    (["python", "-c", SWAP], "RankAwareOptimizer(AdamW)"),
+    (["rankaware", "demo"], "recipe.toml"),
+)
+
+
+@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
+def test_what_was_built_works_in_a_clean_environment(tmp_path: Path, kind: str) -> None:
+    """The file installs by pip with its demo extra, and a rate, a step and the demo come out right."""
+    (built,) = (ROOT / "dist").glob(kind)
+    clean = tmp_path / "clean"
+    run(tmp_path, sys.executable, "-m", "venv", str(clean))
+    run(tmp_path, str(clean / "bin" / "pip"), "install", "--quiet", f"{built}[demo]")
+    for (program, *options), printed in USES:
+        assert printed in run(tmp_path, str(clean / "bin" / program), *options)
+
+
+def run(folder: Path, *command: str) -> str:
+    """What a command prints, in a folder outside the tree."""
+    done = subprocess.run(command, cwd=folder, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
