@@ -16,6 +16,7 @@ from rankaware_optim.recipe import plot_recipe
 
 DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
+WITH_A_PAGE = ("study",)  # of docs/benchmarks, which include them
 RESULTS, RECIPES, GENERATED = ROOT / "benchmarks" / "results", ROOT / "recipes", DOCS / "generated"
 
 RESULT = """\
@@ -95,7 +96,7 @@ def title_of(page: Path) -> str:
 
 
 def make(app: Any) -> None:
-    pages = sorted(RESULTS.glob("*.md"), key=title_of)
+    pages = sorted((page for page in RESULTS.glob("*.md") if page.stem not in WITH_A_PAGE), key=title_of)
     for page in pages:
         write(GENERATED / "results" / page.name, RESULT.format(name=page.stem))
     names = "\n".join(page.stem for page in pages)
