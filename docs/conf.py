@@ -47,6 +47,7 @@ html_show_sourcelink = False
 html_copy_source = False
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_disable_syntax = ["myst_line_comment"]  # else a line that begins with a per cent sign is left out
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # results pages begin where their script wants
 

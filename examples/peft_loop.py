@@ -20,6 +20,9 @@ opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr=2e-4, tuned_at=ra.Refer
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=6)
 print(opt.report())
 
+# %%
+# The loop stays as it was. The schedule sets the base rate, and the step multiplies it.
+
 for batch in rows.split(8):
     loss = model(input_ids=batch, labels=batch).loss
     loss.backward()

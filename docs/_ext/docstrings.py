@@ -30,7 +30,7 @@ def with_literal_blocks(lines: list[str]) -> list[str]:
 def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     lines[:] = with_literal_blocks(lines)
     if what in ("attribute", "property"):
-        lines.insert(0, "")  # else Napoleon takes what stands before a colon for the value's type
+        lines[:0] = ["..", ""]  # else Napoleon takes what stands before a colon for the value's type
 
 
 def setup(app: Any) -> dict[str, bool]:
