@@ -1,4 +1,4 @@
-"""What every figure shares: matplotlib (the extra `plots`, imported when one is drawn), colours, axes, and saving."""
+"""Common parts of figures: colours, axes and saving. matplotlib (the extra `plots`) is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import PlotError
 
-# Okabe and Ito's colours, distinct to readers of every colour vision.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 

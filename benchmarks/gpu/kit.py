@@ -1,6 +1,6 @@
 """What this project has to know from a CUDA device, in short pieces that go on where they were stopped.
 
-    python benchmarks/gpu/kit.py run --minutes 9                     # what is missing, the most worth a minute first
+    python benchmarks/gpu/kit.py run --minutes 9                     # what is missing, the most useful first
     python benchmarks/gpu/kit.py run --piece width --minutes 9       # of one piece
     python benchmarks/gpu/kit.py table                               # results/cuda.md, with the card's name
     python benchmarks/gpu/kit.py run --device cpu --smallest         # every piece at its smallest, a minute of a CPU
@@ -49,7 +49,7 @@ DEPENDS_ON = (
     "rankaware_optim.laws",
     "rankaware_optim.optimizer",
 )
-PIECES = {"checks": checks, "step_cost": steps, "width": width, "smollm2": smollm2}  # by worth a minute
+PIECES = {"checks": checks, "step_cost": steps, "width": width, "smollm2": smollm2}  # the most useful per minute first
 PUBLISHED, TRIED = RESULTS / "cuda", Path("bench-cuda")
 
 

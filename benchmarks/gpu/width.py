@@ -11,9 +11,9 @@ laws/width.py: seed 0 at whole octaves around a first guess, which the package's
 of width 192, growing at an edge; then two seeds at five half octaves around the lowest. Its two estimators, the middle
 of the basin and the cliff, and its noise, half the difference of the seeds' own estimates, rms over cells.
 
-**Order**, by worth a minute: rank 16 and full at every width, where the laws of width part by an octave; Init[B]'s
-other ranks at 4096 and 512, where its forms part by one; the same at 2048 and 1024; then Init[A]'s. One command spends
-at most 2.5, 2.5, 4 and 9 minutes on a width, so that none keeps the device from the others.
+**Order**, the most informative first: rank 16 and full at every width, where the laws of width differ by an octave;
+Init[B]'s other ranks at 4096 and 512, where its forms differ by one; the same at 2048 and 1024; then Init[A]'s. One
+command spends at most 2.5, 2.5, 4 and 9 minutes on a width, so that none keeps the device from the others.
 
 **Hypotheses.** n is the mean fan-in of the adapted layers, weighted by size: 679, 1358, 2716 and 5432. From the
 narrowest to the widest, three octaves, the best rate at rank 16 goes, in octaves,
@@ -141,7 +141,7 @@ Key = tuple[int, str, int]  # width, configuration, rank
 
 
 def cells(shape: Shape) -> list[Key]:
-    """Every cell, in the order of worth a minute."""
+    """Every cell, the most informative first."""
     outer = (*shape.widths[-1:], *shape.widths[:1])
     by_worth = (*outer, *(width for width in reversed(shape.widths) if width not in outer))
     first = [(width, *each) for width in by_worth for each in ((AT_B, COMMON), ("full", FULL), (SOURCE, COMMON))]

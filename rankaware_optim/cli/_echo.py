@@ -1,4 +1,4 @@
-"""How every command prints."""
+"""Output of every command."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from .._printable import printable
 
 
 def echo(text: object, err: bool = False) -> None:
-    """Print `text`, without what a terminal would obey, on standard output or standard error."""
+    """Print `text` to standard output or standard error, without characters that control a terminal."""
     click.echo(printable(str(text)), err=err)

@@ -1,4 +1,4 @@
-"""The command `rankaware`, also `python -m rankaware_optim`: one file a command, imported when it is asked for."""
+"""The command `rankaware`, also `python -m rankaware_optim`. Each command has a file, imported when it is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import CalibrationInterrupted, RankAwareError
 from ._echo import echo
 from ._options import in_options
 
-_INTERRUPTED = 130  # what shells give for SIGINT
+_INTERRUPTED = 130  # exit code of shells for SIGINT
 
 _COMMANDS = (
     "bench-law",
@@ -33,7 +33,7 @@ _COMMANDS = (
 
 
 class _Commands(click.Group):
-    """Finds a command in the file of its name, and shows this package's errors as cause and cure, no traceback."""
+    """Finds a command in the file of its name, and prints this package's errors without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -46,9 +46,7 @@ class _Commands(click.Group):
         return found
 
     def invoke(self, ctx: click.Context) -> Any:
-        sys.path.insert(
-            0, ""
-        )  # a law or an optimizer of one's own lies in the folder one stands in, as under python -m
+        sys.path.insert(0, "")  # the user's laws and optimizers are imported from the current folder, as with python -m
 
         def words(message: Any) -> str:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
@@ -61,7 +59,7 @@ class _Commands(click.Group):
         except RankAwareError as error:
             raise click.ClickException(words(error)) from error
         except CalibrationInterrupted as error:
-            echo(f"{error.cause.rstrip('.')}; the same command goes on where it stopped.", err=True)
+            echo(f"{error.cause} The same command continues where it stopped.", err=True)
             ctx.exit(_INTERRUPTED)
         except KeyboardInterrupt:
             echo("Interrupted.", err=True)

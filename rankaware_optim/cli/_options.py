@@ -1,4 +1,4 @@
-"""Options that more than one command takes, and how their texts are read."""
+"""Options of several commands, and how their texts are parsed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 
 def numbers(kind: Callable[..., Any], named: Mapping[str, Any] | None = None) -> Callable[..., tuple[Any, ...] | None]:
-    """A callback that reads "4,64" as a tuple of numbers; a word in `named` stands for its value."""
+    """Return a callback that parses "4,64" as a tuple of numbers. A word in `named` stands for its value."""
 
     def read(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[Any, ...] | None:
         if text is None:
@@ -20,16 +20,16 @@ def numbers(kind: Callable[..., Any], named: Mapping[str, Any] | None = None) ->
         try:
             return tuple(named[word] if named and word in named else kind(word, param, ctx) for word in words)
         except click.BadParameter as error:
-            raise click.BadParameter(f"{error.message} Part numbers by commas, as in 4,64.", ctx, param) from None
+            raise click.BadParameter(f"{error.message} Separate numbers by commas, as in 4,64.", ctx, param) from None
 
     return read
 
 
 def in_options(text: str, command: click.Command) -> str:
-    """A message that names Python arguments, in the options of a command: "another storage=" as "another --storage"."""
+    """Return a message with options instead of Python arguments: "another --storage" for "another storage="."""
     options = {param.name: max(param.opts, key=len) for param in command.params if isinstance(param, click.Option)}
     names = "|".join(name for name in options if name)
-    # A call, such as a law's repr, is left as it is; it may hold another.
+    # A call, such as a law's repr, is not changed. It may contain another call.
     argument = rf"\w\((?:[^()]|\([^()]*\))*\)|(?:(?<![\w.-])({names})=|^({names})(?= is ))(?=([\w\[('\"-])?)"
 
     def option(found: re.Match[str]) -> str:
@@ -40,7 +40,7 @@ def in_options(text: str, command: click.Command) -> str:
 
 
 def number_or_rank(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
-    """A callback that reads a number, or the word "rank"."""
+    """Parse a number, or the word "rank". A click callback."""
     try:
         return value if value in (None, "rank") else float(value)
     except ValueError as error:
@@ -54,7 +54,7 @@ def _columns(ctx: click.Context, param: click.Parameter, pairs: Sequence[str]) -
     return {field.strip(): column.strip() for field, _, column in parted}
 
 
-# What a file that this package wrote holds: a page, others by their suffix.
+# How files of this package begin, by kind: a page, or the suffix of others.
 _WRITTEN = {
     "page": rb'<meta name="generator" content="rankaware-optim">',
     ".toml": rb"(?ms)^schema *= *\d.*^\[tensors\]",
@@ -69,7 +69,7 @@ _HEAD = 2**16  # bytes
 
 
 def check_out(path: Path, kind: str = "") -> None:
-    """Refuse to write over what is there, unless it is empty or of the kind that is to be written."""
+    """Raise if a file would be overwritten that is neither empty nor of the same kind."""
     if not path.exists():
         return
     known = _WRITTEN.get(kind or path.suffix.lower(), rb"\A\Z")
@@ -78,11 +78,11 @@ def check_out(path: Path, kind: str = "") -> None:
             head = file.read(_HEAD)
         if not head or re.search(known, head):
             return
-    raise click.ClickException(f"{path} holds something else, and was left as it is. Name another file, or remove it.")
+    raise click.ClickException(f"{path} has other contents, and was not changed. Give another file, or remove it.")
 
 
 def out_option(kind: str = "", **settings: Any) -> Callable[[Any], Any]:
-    """-o FILE, checked by `check_out` before the command begins."""
+    """Return the option -o FILE, which `check_out` checks before the command begins."""
 
     def check(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
         if path is not None:
@@ -93,7 +93,7 @@ def out_option(kind: str = "", **settings: Any) -> Callable[[Any], Any]:
 
 
 ALPHA = click.option(
-    "--alpha", callback=number_or_rank, help="For rows that do not say it; 'rank' where it follows the rank."
+    "--alpha", callback=number_or_rank, help="alpha of rows without one; 'rank' if it follows the rank."
 )
 COLUMN = click.option("--column", "columns", multiple=True, callback=_columns, help="FIELD=COLUMN, repeatable.")
 OPTIMIZER = click.option("--optimizer", default="AdamW", show_default=True, help="A name, or package:Class.")

@@ -1,4 +1,4 @@
-"""`rankaware plot`: a recipe as a picture."""
+"""`rankaware plot`: draw a recipe."""
 
 from __future__ import annotations
 

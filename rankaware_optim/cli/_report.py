@@ -1,4 +1,4 @@
-"""`rankaware report`: a recipe as one page."""
+"""`rankaware report`: write a recipe as an HTML page."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ from ._options import out_option
 @click.argument("recipe", type=click.Path(path_type=Path))
 @out_option("page", required=True)
 def report(recipe: Path, out: Path) -> None:
-    """Write a recipe as one page to open in a browser: its picture, its rates, and a control for rank and alpha."""
+    """Write a recipe as an HTML page: its figure, its rates, and a control for rank and alpha."""
     echo(write_report(Recipe.load(recipe), out))

@@ -214,8 +214,8 @@ def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
 
 def innermost(law: Law) -> Law:
     """Return the law inside all correcting laws; the law itself if it corrects none."""
-    beneath = getattr(law, "law", None)
-    return innermost(beneath) if isinstance(beneath, Law) else law
+    inner = getattr(law, "law", None)
+    return innermost(inner) if isinstance(inner, Law) else law
 
 
 def caution_of(multiplier: float) -> str:
@@ -307,9 +307,9 @@ def check_parameters(law: Law, *names: str) -> None:
             raise LawError(f"The law {law.name!r} got {name}={shown(value)}.", f"Give {range_of(name)}.")
 
 
-def check_law(law: Law, beneath: object) -> None:
-    if not isinstance(beneath, Law):
-        raise LawError(f"The law {law.name!r} got law={beneath!r}.", "Give a Law instance, such as MuA().")
+def check_law(law: Law, inner: object) -> None:
+    if not isinstance(inner, Law):
+        raise LawError(f"The law {law.name!r} got law={inner!r}.", "Give a Law instance, such as MuA().")
 
 
 def check_choice(law: Law, name: str, choices: Iterable[object]) -> None:

@@ -35,8 +35,8 @@ def how_sure(plan: Plan, made: Assignment) -> str:
         return _AS_TUNED
     if isinstance(law, Measured):
         return "simulated"
-    beneath = law.law if isinstance(law, (Falling, OneRank)) else law
-    known = found and isinstance(beneath, MuA) and not beneath.split and beneath.ratio == 1.0
+    inner = law.law if isinstance(law, (Falling, OneRank)) else law
+    known = found and isinstance(inner, MuA) and not inner.split and inner.ratio == 1.0
     return max(found, key=_ORDER.index) if known else "as that law says"
 
 

@@ -131,7 +131,7 @@ def _contents(state_dict: Mapping[str, Any], flat: bool) -> tuple[list[Group], M
     """Return the checkpoint's groups at base rates, and its state. flat: groups hold one flat share (ZeRO)."""
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
     if not isinstance(groups, list) or not groups or not isinstance(state, Mapping):
-        raise CheckpointError("This is no optimizer checkpoint: it lacks param_groups or state.", _CURE)
+        raise CheckpointError("This is not an optimizer checkpoint: it lacks param_groups or state.", _CURE)
     newest = max(int(g.get("rankaware_format", 0)) for g in groups)
     if newest > GROUP_FORMAT:
         raise CheckpointError(

@@ -118,7 +118,9 @@ def checked(data: Mapping[str, Any], target: Path) -> Document:
     """Return the document in nested plain values. A RecipeError names the path of a missing or impossible value."""
     schema = data.get("schema")
     if type(schema) is not int or schema < 1:
-        raise RecipeError(f"{target} has no schema, so it is no recipe. @ schema", "Give a file made by Recipe.save.")
+        raise RecipeError(
+            f"{target} has no schema, so it is not a recipe. @ schema", "Give a file made by Recipe.save."
+        )
     if schema > SCHEMA:
         raise RecipeError(
             f"The recipe {target} has schema {shown(schema)}, but this package reads up to {SCHEMA}. @ schema",

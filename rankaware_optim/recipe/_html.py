@@ -1,9 +1,9 @@
-"""A recipe as one self-contained page: its picture, rates by rank, a control for rank, alpha and method, provenance.
+"""A recipe as one self-contained page: its figure, rates by rank, a control for rank, alpha and method, provenance.
 
-The page is `report_page.html`, filled in by jinja2 with every value escaped. It reaches for nothing outside itself, so
-it carries the recipe's rates on a grid of ranks and multipliers to look up. Every rank up to 64 is a node, and above
-there are 32 an octave: few enough to store, and near enough for a straight line between two. Along the multiplier a
-cubic through the four nearest nodes does. Both are in log2, and give three digits.
+The page is `report_page.html`, filled in by jinja2 with every value escaped. It loads nothing, so it contains the
+recipe's rates on a grid of ranks and multipliers. Every rank up to 64 is a node, and there are 32 nodes per octave
+above. Rates are interpolated in log2, linearly along the rank and by a cubic along the multiplier. They have three
+digits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,18 @@ from ._recipe_text import facts, lead
 
 
 def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
-    """Write the recipe's page to `path`, atomically. Raises PageError where it cannot be written."""
+    """Write the recipe's page to a file, atomically.
+
+    Args:
+        recipe: the recipe.
+        path: the HTML file.
+
+    Returns:
+        The path written.
+
+    Raises:
+        PageError: the file cannot be written.
+    """
     target = Path(path)
     text = report_html(recipe).encode()
     try:
@@ -39,7 +50,7 @@ def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
 
 
 def report_html(recipe: Recipe) -> str:
-    """The recipe's page as text, the same for the same recipe."""
+    """Return the recipe's page as text. It is the same for the same recipe."""
     picture, reference = picture_of(recipe), recipe.reference
     return str(
         _template().render(
@@ -68,7 +79,7 @@ def _template() -> Any:
 
 
 def _rows(recipe: Recipe, picture: Picture) -> Iterator[tuple[str, Rate, str]]:
-    """The table of rates: label, rate, and how it is known."""
+    """Yield the rows of the table of rates: label, rate, and how it is known."""
     named = [(f"rank {rank}", rate, rank in recipe.ranks) for rank, rate in picture.by_rank]
     named += [("full finetuning", picture.full, recipe.full_seen)] if picture.full else []
     for label, rate, tried in named:
@@ -77,14 +88,14 @@ def _rows(recipe: Recipe, picture: Picture) -> Iterator[tuple[str, Rate, str]]:
 
 # --- drawings -------------------------------------------------------------------------------------------------------
 
-# A panel's frame in its own units, which the page scales: left, right, top, bottom.
+# A panel's frame in units that the page scales: left, right, top, bottom.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60.0, 360.0, 22.0, 190.0
 _MOST_TICKS = 5
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """Values `low` to `high` on `start` to `end`, through log2 where `log`."""
+    """Maps values from `low` to `high` to positions from `start` to `end`, through log2 if `log` is set."""
 
     low: float
     high: float
@@ -93,7 +104,7 @@ class _Axis:
     log: bool = True
 
     def at(self, value: float) -> float:
-        """Where a value lies, at most at the frame's edge."""
+        """Return the position of a value, clipped to the frame."""
         low, high, here = (math.log2(v) if self.log else v for v in (self.low, self.high, value))
         share = min(max((here - low) / (high - low), 0.0), 1.0)
         return round(self.start + share * (self.end - self.start), 1)
@@ -102,13 +113,13 @@ class _Axis:
         return value is not None and self.low <= value <= self.high
 
     def ticks(self, values: Iterable[float] | None = None) -> list[tuple[float, str]]:
-        """(place, label) of the round values within, or of those given, thinned out evenly."""
+        """Return (position, label) of the round values in the frame, or of those given, evenly thinned out."""
         inside = [value for value in (self._round_values() if values is None else values) if self.holds(value)]
         step = -(-len(inside) // _MOST_TICKS) or 1
         return [(self.at(value), f"{value:g}") for value in inside[::step]]
 
     def _round_values(self) -> Sequence[float]:
-        """1, 2 and 5 of every decade, or the decades alone where they are many; on an even axis, multiples of these."""
+        """Return 1, 2 and 5 of every decade, or only decades if there are many; on a linear axis, their multiples."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             steps = (1,) if math.log10(self.high / self.low) > 3 else (1, 2, 5)
@@ -120,7 +131,7 @@ class _Axis:
 
 
 def _panel(picture: Picture, arm: PictureArm) -> dict[str, Any]:
-    """One rank's drawing: places in the frame, and what it shows in words."""
+    """Return one rank's drawing: positions in the frame, and a description."""
     x = _Axis(*picture.rates, _LEFT, _RIGHT)
     y = _Axis(*picture.values, _BOTTOM, _TOP, log=False)
     rate = arm.rate
@@ -139,7 +150,7 @@ def _panel(picture: Picture, arm: PictureArm) -> dict[str, Any]:
 
 
 def _chart(recipe: Recipe, picture: Picture) -> dict[str, Any]:
-    """The rates by rank as a drawing."""
+    """Return the drawing of the rates by rank."""
     by_rank, full = picture.by_rank, picture.full
     (first, start), (last, end) = by_rank[0], by_rank[-1]
     ceilings = [(rank, rate.ceiling) for rank, rate in by_rank if rate.ceiling]
@@ -167,18 +178,18 @@ def _line(x: _Axis, y: _Axis, points: Iterable[tuple[float, float]]) -> str:
 
 _EVERY_RANK, _MOST, _PER_OCTAVE = 64, 8192, 32
 _SCALINGS = [e / 2 for e in range(-28, 21)]  # log2 of s = alpha / rank
-_NO_RULE = "This recipe saw no rule by which alpha follows the rank: give alpha."
-_AS_SWEPT = "The sweep behind this recipe did not say its alpha, so its rates hold for alpha as it was swept."
-_MEASURED = "This recipe's law is measured, at seconds a rate: for an alpha of your own use recipe.at in Python."
+_NO_RULE = "The trials of this recipe give no rule for alpha by rank: give alpha."
+_AS_SWEPT = "The sweep behind this recipe has no alpha, so its rates hold only for the alpha swept."
+_MEASURED = "This recipe's law is measured, which takes seconds per rate: for another alpha use recipe.at in Python."
 
 
 def rate_table(recipe: Recipe) -> dict[str, Any]:
-    """What a page needs to give `recipe.at` by rank, alpha and method, as values of JSON.
+    """Return the JSON values from which a page computes `recipe.at` by rank, alpha and method.
 
-    ranks, scalings: the nodes, scalings as log2 of s. own: log2 of the rate where alpha is left out, by rank. lr: the
-    same by rank and scaling, empty where `refused` says why no alpha can be given. low, high, ceiling: log2 of their
-    ratio to the rate, by rank. outside: whether the rank is extrapolated to. notes: by rank, the number of its list in
-    `sentences`, in which "{rank}" stands for the rank. full: full finetuning's numbers, or the reason for none.
+    ranks, scalings: the nodes, scalings as log2 of s. own: log2 of the rate without alpha, by rank. lr: the same by
+    rank and scaling, empty if `refused` says why alpha cannot be given. low, high, ceiling: log2 of their ratio to the
+    rate, by rank. outside: whether the rank is extrapolated. notes: by rank, the index of its list in `sentences`, in
+    which "{rank}" stands for the rank. full: the numbers of full finetuning, or the reason why there are none.
     """
     measured = isinstance(recipe.law.law, Measured)
     refused = _AS_SWEPT if recipe.scaling_rule == "as swept" else _MEASURED if measured else ""
@@ -204,7 +215,7 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
 
 
 def _nodes(recipe: Recipe, coarse: bool) -> list[int]:
-    """The ranks to store, with those seen, where `outside` begins, and at the width, where some laws have a kink."""
+    """Return the ranks to store. They include those tried, and the width, at which some laws have a kink."""
     powers = round(math.log2(_MOST))
     if coarse:
         nodes = {2**e for e in range(powers + 1)}
@@ -216,7 +227,7 @@ def _nodes(recipe: Recipe, coarse: bool) -> list[int]:
 
 
 def _ratios(rate: Rate | None) -> dict[str, float | None]:
-    """low, high and ceiling as log2 of their ratio to the rate; None where there is none."""
+    """Return low, high and ceiling as log2 of their ratio to the rate, or None."""
     edges = {name: getattr(rate, name, None) for name in ("low", "high", "ceiling")}
     return {name: _log(edge / rate.lr if rate and edge else None) for name, edge in edges.items()}
 
@@ -226,7 +237,7 @@ def _log(value: Rate | float | None) -> float | None:
 
 
 def _numbered(ranks: Sequence[int], rates: Sequence[Rate | None]) -> tuple[list[list[str]], list[int]]:
-    """The different lists of notes, the rank in them left open, and by rank the number of its own."""
+    """Return the different lists of notes, with "{rank}" for the rank, and by rank the index of its list."""
     texts = [
         [note.replace(f"rank {rank} ", "rank {rank} ") for note in (rate.notes if rate else ())]
         for rank, rate in zip(ranks, rates, strict=True)

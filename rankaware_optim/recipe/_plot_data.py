@@ -31,9 +31,9 @@ Trials = Mapping["int | None", Sequence["Point"]]
 
 
 class Point(NamedTuple):
-    """One trial: the rate its A factors or whole weights had, its score, its seed, how it ended, and its curve.
+    """One trial: the rate of its A factors or whole weights, its score, its seed, how it ended, and its curve.
 
-    fate: "finished", "diverged", or "pruned", which has no score: NaN. A sweep's run has its score for a curve.
+    fate: "finished", "diverged", or "pruned" with the score NaN. The curve of a sweep's run is its score.
     """
 
     rate: float
@@ -45,10 +45,10 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class PictureArm:
-    """What was tried at one rank, None for full finetuning. rate: the recipe's, None where it would need an alpha.
+    """The trials at one rank, None for full finetuning. rate: the recipe's, None if it needs an alpha.
 
-    curve: (rate, score) along the loss model's mean, its optimum where the recipe puts it. by_base: the points stand at
-    their base rates, since the rates they ran at are not known.
+    curve: (rate, score) along the loss model's mean, with its optimum at the recipe's. by_base: whether the points are
+    drawn at their base rates, because their own rates are unknown.
     """
 
     rank: int | None
@@ -68,7 +68,7 @@ class PictureArm:
 
     @property
     def words(self) -> str:
-        """What the arm's picture shows, in a sentence."""
+        """Return a sentence that describes the arm's figure."""
         fates = Counter(point.fate for point in self.points)
         ends = [f"{fates[fate]} {fate}" for fate in ("diverged", "pruned") if fates[fate]]
         parts = [", ".join([f"{self.label}: {len(self.points)} trials", *ends])]
@@ -83,9 +83,9 @@ class PictureArm:
 
 @dataclass(frozen=True)
 class Picture:
-    """Arms by rank, full finetuning last; the frame; and the rates at powers of two, where alpha has a rule.
+    """Arms by rank, full finetuning last; the frame; and the rates at powers of two, if alpha has a rule.
 
-    rates, values: (low, high) of the frame. Scores above it are to be drawn at its edge.
+    rates, values: (low, high) of the frame. Scores above it are drawn at its edge.
     """
 
     arms: tuple[PictureArm, ...]
@@ -96,7 +96,7 @@ class Picture:
 
 
 def picture_of(recipe: Recipe) -> Picture:
-    """The picture of a recipe; without arms where it holds no trials."""
+    """Return the data of a recipe's figure. It has no arms if the recipe has no trials."""
     trials = _trials(recipe)
     rates = {rank: known_rate(recipe, rank) for rank in trials}
     points = [point for of_rank in trials.values() for point in of_rank]
@@ -121,7 +121,7 @@ def picture_of(recipe: Recipe) -> Picture:
 
 
 def _by_rank(recipe: Recipe) -> tuple[tuple[int, Rate], ...]:
-    """Rates at powers of two, two octaves beyond the ranks seen on either side."""
+    """Return rates at powers of two, up to two octaves beyond the ranks tried on either side."""
     if not recipe.ranks:
         return ()
     low, high = (round(math.log2(end(recipe.ranks))) for end in (min, max))
@@ -131,7 +131,7 @@ def _by_rank(recipe: Recipe) -> tuple[tuple[int, Rate], ...]:
 
 
 def _frame(values: Sequence[float]) -> tuple[float, float]:
-    """From a little below the best score to twice as far above it as the median is."""
+    """Return a frame from slightly below the best score to twice as far above it as the median is."""
     if not values:
         return 0.0, 1.0
     ordered = sorted(values)
@@ -143,7 +143,7 @@ def _frame(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _trials(recipe: Recipe) -> dict[int | None, list[Point]]:
-    """The trials by rank, ascending, full finetuning last, each at the rate it ran at."""
+    """Return the trials by rank, ascending, full finetuning last, each at its own rate."""
     held = recipe.tensors
     if not {"rank", "lr", "value"} <= held.keys():
         return {}
@@ -170,7 +170,7 @@ def _is_drawn(value: float) -> bool:
 
 
 def _moved(recipe: Recipe, ranks: Sequence[int], base: Sequence[float]) -> list[float]:
-    """Base rates moved to each trial's rank by the law the trials ran along: the fitted one would count drift twice."""
+    """Move base rates to each trial's rank by the law of the trials. The fitted law would count the drift twice."""
     before = replace(recipe.law, exponent=_FORMER_DRIFT[recipe.reference.init], full_factor=1.0)
     along = replace(recipe, law=before if recipe.reference.method == "lora" else recipe.law)
     rates = {rank: known_rate(along, rank or None) for rank in set(ranks)}
@@ -181,9 +181,9 @@ def _moved(recipe: Recipe, ranks: Sequence[int], base: Sequence[float]) -> list[
 
 
 def _curves(trials: Trials, best: Mapping[int | None, float], x: Array) -> dict[int | None, Array]:
-    """Scores at log2 rates x along the loss model's mean curve of every rank, its optimum at `best`.
+    """Return scores at log2 rates x along the loss model's mean curve of every rank, with its optimum at `best`.
 
-    A rank without a best rate, or without a finite score, has none.
+    Ranks without a best rate or without a finite score are left out.
     """
     seen = [pair for rank in best for pair in _observations(rank, trials[rank], best[rank])]
     good = [observation for observation, lost in seen if not lost]
@@ -196,9 +196,9 @@ def _curves(trials: Trials, best: Mapping[int | None, float], x: Array) -> dict[
 
 
 def _observations(rank: int | None, points: Sequence[Point], best: float) -> Iterator[tuple[Observation, bool]]:
-    """What the fit sees of a rank's trials, in octaves above its best rate, and whether they diverged.
+    """Yield a rank's trials as observations, in octaves above its best rate, and whether they diverged.
 
-    A pruned one ends as far above the best of its seed as it lay when it was stopped.
+    The score of a pruned trial is imputed, see `impute`.
     """
     ended: list[tuple[Observation, list[float]]] = []
     for point in sorted(points, key=lambda point: point.fate == "pruned"):

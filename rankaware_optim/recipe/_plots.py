@@ -1,4 +1,4 @@
-"""The picture of a recipe."""
+"""The figure of a recipe."""
 
 from __future__ import annotations
 
@@ -13,9 +13,17 @@ from ._recipe import Recipe
 
 
 def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
-    """Draw a recipe: a panel a rank with its trials, the fit, band, ceiling and rate; then the rates by rank.
+    """Draw a recipe: one panel per rank with its trials, fit, band, ceiling and rate, and a panel of rates by rank.
 
-    Returns the path written. Raises PlotError where matplotlib is missing or the file cannot be written.
+    Args:
+        recipe: the recipe.
+        path: the file, a .png, .svg or .pdf.
+
+    Returns:
+        The path written.
+
+    Raises:
+        PlotError: matplotlib is not installed, the recipe has no trials, or the file cannot be written.
     """
     picture = drawable(recipe)
     rooms = len(picture.arms) + bool(picture.by_rank)
@@ -39,15 +47,15 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
 
 
 def drawable(recipe: Recipe) -> Picture:
-    """What a picture of `recipe` shows; a `PlotError` where it holds no trials."""
+    """Return the data of a recipe's figure. Raise a `PlotError` if it has no trials."""
     picture = picture_of(recipe)
     if not picture.arms:
-        raise PlotError(f"The recipe {recipe.name!r} holds no trials to draw.", "Give one made by ra.calibrate.")
+        raise PlotError(f"The recipe {recipe.name!r} has no trials to draw.", "Give one made by ra.calibrate.")
     return picture
 
 
 def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
-    """One rank: trials, the fitted curve, and the recipe's rate with band and ceiling."""
+    """Draw one rank: trials, the fitted curve, and the recipe's rate with band and ceiling."""
     _draw_points(axis, picture, arm, COLOURS[0], "trial")
     if arm.rate is not None:
         axis.axvspan(arm.rate.low, arm.rate.high, color=COLOURS[0], alpha=0.12, lw=0, label="90 % band")
@@ -60,7 +68,7 @@ def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
 
 
 def _draw_points(axis: Any, picture: Picture, arm: PictureArm, colour: str, label: str) -> None:
-    """Trials at the rates they ran at, those without a place as open triangles at the upper edge, and the curve."""
+    """Draw trials at their rates, those outside the frame as open triangles at the upper edge, and the curve."""
     bottom, top = picture.values
     edge = top - 0.03 * (top - bottom)
     inside = [(p.rate, p.value) for p in arm.points if p.value <= top]
@@ -72,7 +80,7 @@ def _draw_points(axis: Any, picture: Picture, arm: PictureArm, colour: str, labe
 
 
 def draw_trials(axis: Any, picture: Picture) -> None:
-    """All ranks in one panel."""
+    """Draw all ranks in one panel."""
     for arm, colour in zip(picture.arms, cycle(COLOURS), strict=False):
         _draw_points(axis, picture, arm, colour, arm.label)
         if arm.rate is not None:
@@ -84,7 +92,7 @@ def draw_trials(axis: Any, picture: Picture) -> None:
 
 
 def _draw_rates(axis: Any, picture: Picture, recipe: Recipe) -> None:
-    """The rate against rank, with its band and ceiling, and full finetuning's as a level."""
+    """Draw the rate against rank with its band and ceiling, and that of full finetuning as a horizontal line."""
     ranks, rates = zip(*picture.by_rank, strict=True)
     axis.fill_between(ranks, [r.low for r in rates], [r.high for r in rates], color=COLOURS[0], alpha=0.12, lw=0)
     axis.plot(ranks, [r.lr for r in rates], color=COLOURS[1], linestyle="--")

@@ -1,4 +1,4 @@
-"""The picture of a coordinate check."""
+"""The figure of a coordinate check."""
 
 from __future__ import annotations
 
@@ -21,11 +21,20 @@ _MOST_PANELS = 4
 
 
 def plot_coordinates(check: CoordinateCheck, path: str | Path) -> Path:
-    """Draw a coordinate check: sizes (rms) against rank, a panel a layer, the flat line being what does not change.
+    """Draw a coordinate check: sizes (rms) against rank, one panel per layer. The flat line is the wanted result.
 
-    Of more than four layers, those whose change goes most with the rank are drawn. A term that is zero at every rank
-    is named as such. Returns the path written. Raises PlotError where matplotlib is missing or the file cannot be
-    written.
+    Of more than four layers, those with the steepest change are drawn. The legend says which terms are zero at every
+    rank.
+
+    Args:
+        check: the result of `coordinate_check`.
+        path: the file, a .png, .svg or .pdf.
+
+    Returns:
+        The path written.
+
+    Raises:
+        PlotError: matplotlib is not installed, or the file cannot be written.
     """
     worst = sorted(check.slopes, key=lambda pair: -abs(pair[1]))[:_MOST_PANELS]
     drawn = [pair for pair in check.slopes if pair in worst]

@@ -118,7 +118,7 @@ def test_a_failing_run_ends_the_suite(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("cut", range(2, 60, 7))
 def test_a_file_cut_short_keeps_its_whole_lines(tmp_path: Path, cut: int) -> None:
-    """A line cut short is run again and the next one begins on a line of its own."""
+    """A line cut short is run again and the next one begins on its own line."""
     from study.runs_on_file import read
 
     store, ran = tmp_path / "s.jsonl", []
@@ -343,7 +343,7 @@ def test_a_table_of_missing_runs_is_refused(
     assert {path.name: path.read_text() for path in results.iterdir()} == {f"{script}.md": "published"}
 
 
-SCRIPTS = [path for path in sorted(BENCHMARKS.rglob("*.py")) if "__main__" in path.read_text()]
+SCRIPTS = [path for path in sorted(BENCHMARKS.rglob("*.py")) if '__name__ == "__main__"' in path.read_text()]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

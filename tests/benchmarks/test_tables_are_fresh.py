@@ -39,6 +39,7 @@ BEFORE_HASHES = {
     "rank_elastic.md",
     "simulated.md",
     "step_cost.md",
+    "study.md",
     "suggestion.md",
     "survey_cost.md",
     "trainers.md",

@@ -226,19 +226,19 @@ def slow(trial):
 
 def test_pruning_saves_steps_and_loses_no_rate():
     """The default pruner spends less than no pruner on as many trials, and finds the same rate."""
-    plain, lean = (
+    plain, cut = (
         calibrate(
             slow, ranks=(4, 64), steps=100, trials=24, lr_range=WIDE, pruner=pruner,
             sampler=optuna.samplers.RandomSampler(seed=0),
         )
         for pruner in (optuna.pruners.NopPruner(), None)
     )  # fmt: skip
-    assert lean.tensors["pruned"].any()
-    assert lean.tensors["steps"].sum() < plain.tensors["steps"].sum()
-    assert lean.tensors["steps"][lean.tensors["pruned"]].min() >= 30
-    assert lean.tensors["value"][lean.tensors["pruned"]].isnan().all()
-    assert abs(math.log2(lean.at(rank=16).lr / plain.at(rank=16).lr)) < 0.4
-    away = [abs(math.log2(lr) - BEST) for lr in lean.tensors["lr"][lean.tensors["pruned"]].tolist()]
+    assert cut.tensors["pruned"].any()
+    assert cut.tensors["steps"].sum() < plain.tensors["steps"].sum()
+    assert cut.tensors["steps"][cut.tensors["pruned"]].min() >= 30
+    assert cut.tensors["value"][cut.tensors["pruned"]].isnan().all()
+    assert abs(math.log2(cut.at(rank=16).lr / plain.at(rank=16).lr)) < 0.4
+    away = [abs(math.log2(lr) - BEST) for lr in cut.tensors["lr"][cut.tensors["pruned"]].tolist()]
     assert min(away) > 0.9
 
 

@@ -740,7 +740,7 @@ def test_other_errors_are_not_taken_for_memory(error):
 
 
 def pushed(loop, log=None, *, ends=None, score=False):
-    """The loop as a run that pushes its values, and goes on for two steps after it was told to stop."""
+    """The loop as a run that pushes its values, and goes on for two steps after it was asked to stop."""
 
     def train(trial):
         def run(report):
@@ -761,9 +761,9 @@ def pushed(loop, log=None, *, ends=None, score=False):
 @pytest.mark.parametrize("options", [{}, {"pruner": optuna.pruners.MedianPruner(2, 5)}], ids=["plain", "pruner"])
 def test_values_may_be_pushed(options):
     """A run that pushes its values to a callback calibrates as a generator that yields them."""
-    pulled, told = calibrate(made_up(), trials=8, **options), calibrate(pushed(made_up()), trials=8, **options)
-    assert trials_of(pulled) == trials_of(told)
-    assert pulled.fitted_lr == told.fitted_lr
+    pulled, pushed_result = calibrate(made_up(), trials=8, **options), calibrate(pushed(made_up()), trials=8, **options)
+    assert trials_of(pulled) == trials_of(pushed_result)
+    assert pulled.fitted_lr == pushed_result.fitted_lr
 
 
 def test_a_pushed_run_is_held_to_the_contract():

@@ -31,7 +31,7 @@ def study_in(journal: Path) -> optuna.Study:
 
 
 def grouped(*decays):
-    """A `train` whose groups, one a layer, have weight decays of their own."""
+    """A `train` whose groups, one a layer, have their own weight decays."""
 
     def train(trial):
         model = Net(trial.rank)

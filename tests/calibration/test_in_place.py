@@ -253,12 +253,12 @@ def test_it_gives_the_recipe_of_models_built_anew(style, rule):
             opt.zero_grad()
             yield loss
 
-    anew = ra.calibrate(train, AdamW, ranks=(2, 8), steps=STEPS, trials=6)
+    other = ra.calibrate(train, AdamW, ranks=(2, 8), steps=STEPS, trials=6)
     recipe = calibrate(found, settings={"weight_decay": 0.1}, scaling_rule=rule, trials=6)
-    for key, value in anew.tensors.items():
+    for key, value in other.tensors.items():
         assert torch.equal(value.nan_to_num(), recipe.tensors[key].nan_to_num()), key
-    assert (recipe.fitted_lr, recipe.settings, recipe.reference) == (anew.fitted_lr, anew.settings, anew.reference)
-    assert recipe.scaling_rule == anew.scaling_rule == rule
+    assert (recipe.fitted_lr, recipe.settings, recipe.reference) == (other.fitted_lr, other.settings, other.reference)
+    assert recipe.scaling_rule == other.scaling_rule == rule
 
 
 def test_every_trial_starts_alike():

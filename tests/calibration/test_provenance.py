@@ -1,4 +1,4 @@
-"""What a recipe knows of its making: whose code, which packages, which settings, what trained beside the adapters."""
+"""The provenance in a recipe: whose code, which packages, which settings, what trained beside the adapters."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def by_kind(**options):
 
 
 def test_settings_are_those_of_the_factors():
-    """Where groups have settings of their own, the recipe has those of the adapters' groups."""
+    """Where groups have their own settings, the recipe has those of the adapters' groups."""
     recipe = calibrate(beside(groups=by_kind(weight_decay=0.0)), trials=3)
     assert recipe.settings["weight_decay"] == 0.1
 

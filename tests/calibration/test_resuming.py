@@ -39,7 +39,7 @@ KILLS = 20
 
 
 class Forked:
-    """Starts calibrations in folders, each in a process of its own."""
+    """Starts calibrations in folders, each in a separate process."""
 
     def __init__(self) -> None:
         script = str(Path(__file__).parents[1] / "helpers" / "killed.py")

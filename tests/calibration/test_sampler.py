@@ -58,7 +58,7 @@ def test_no_rank_tries_a_rate_twice_while_others_work(trials, rank, expected):
 
 
 def test_many_workers_begin_at_as_many_rates():
-    """Forty that start before any run has ended are spread over the range, each at a rate of its own."""
+    """Forty that start before any run has ended are spread over the range, each at its own rate."""
     begun: list[float] = []
     for _ in range(40):
         begun.append(proposed(*(trial_of(2, x) for x in begun)))

@@ -80,7 +80,7 @@ def test_a_lock_file_of_another_program_is_left_alone(tmp_path):
 def test_what_is_no_file_is_refused(make, tmp_path):
     """A folder, a pipe that nobody writes to, and a device are not opened."""
     make(tmp_path / "given")
-    with pytest.raises(CalibrationError, match="is no file"):
+    with pytest.raises(CalibrationError, match="is not a file"):
         calibrate(made_up(), trials=2, storage=tmp_path / "given")
 
 
@@ -154,9 +154,9 @@ DAMAGED = {
     "a time of none": line(datetime_start="yesterday"),
     "an owner of none": line(user_attrs={"rank": 4, "seed": 0, "owner": {"host": "mine"}}),
     "a rank that is a word": line(user_attrs={"rank": "four", "seed": 0}),
-    "attributes that are none": line(user_attrs=[]),
+    "attributes of a wrong type": line(user_attrs=[]),
     "a scaling below zero": lambda data: data.replace(b'"scaling":', b'"scaling":-', 1),
-    "multipliers that are none": lambda data: re.sub(rb'"multipliers":\{[^}]*\}', b'"multipliers":1.5', data),
+    "multipliers of a wrong type": lambda data: re.sub(rb'"multipliers":\{[^}]*\}', b'"multipliers":1.5', data),
     "a reference without a width": lambda data: re.sub(rb'("fan_in":)[\d.]+', rb"\1null", data),
     "a study of two objectives": lambda data: data.replace(b'"directions":[1]', b'"directions":[1,1]', 1),
     "a seed of 400 digits": line(user_attrs={"rank": 4, "seed": 10**400}),

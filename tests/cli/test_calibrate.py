@@ -125,7 +125,7 @@ def test_full_finetuning_is_a_rank(folder):
 
 
 def started(*arguments, env=(), **options):
-    """The command in a process of its own, with further environment variables.
+    """The command in a separate process, with further environment variables.
 
     Its first run waits until as many processes run as PROCESSES says: a quick one leaves trials for the others.
     """
@@ -201,7 +201,8 @@ def test_ctrl_c_ends_all_workers_in_a_sentence(busy, folder):
     assert process.returncode == 130, err
     assert len(said) == 1, err
     assert re.fullmatch(
-        r"The calibration was interrupted after \d+ of 500 trials; the same command goes on where it stopped\.", said[0]
+        r"The calibration was interrupted after \d+ of 500 trials\. The same command continues where it stopped\.",
+        said[0],
     )
 
 
@@ -238,7 +239,7 @@ BAD = [
     ([":train", *RANKS], "names no function"),
     (["nowhere:train", *RANKS], "no module 'nowhere'"),
     (["loops.py:train", *RANKS], "without .py"),
-    (["loops:trian", *RANKS], "Its own are: Pair, train"),
+    (["loops:trian", *RANKS], "It has Pair, train"),
     (["loops:NUMBER", *RANKS], "no function 'NUMBER'"),
     (["broken_loops:train", *RANKS], "not_there_at_all"),
     (["raising_loops:train", *RANKS], "ZeroDivisionError"),
@@ -249,10 +250,10 @@ BAD = [
     (["loops:train", *RANKS, "--target-steps", 5], "Error: --target-steps 5 is less than the 10 steps of a trial."),
     (["loops:train", *RANKS, "--lr-range", "1,1"], "Error: --lr-range is"),
     (["loops:train", *RANKS, "--optimizer", "unheard-of"], "Unknown optimizer"),
-    (["loops:train", *RANKS, "--storage", "no-such-db://here"], "is no storage"),
+    (["loops:train", *RANKS, "--storage", "no-such-db://here"], "is not a storage"),
     (["loops:train", *RANKS, "--storage", "/proc/nowhere/s.journal"], "storage /proc/nowhere/s.journal failed"),
-    (["loops:train", *RANKS, "--storage", "/dev/full"], "is no file"),
-    (["loops:train", *RANKS, "--storage", "."], "is no file"),
+    (["loops:train", *RANKS, "--storage", "/dev/full"], "is not a file"),
+    (["loops:train", *RANKS, "--storage", "."], "is not a file"),
 ]
 
 

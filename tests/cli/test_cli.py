@@ -61,7 +61,7 @@ def call(*arguments):
 
 
 def number(output: str, name: str) -> float:
-    """The number after `name` on a line of its own."""
+    """The number after `name` on its own line."""
     return float(re.search(rf"^{name}\s+(\S+)", output, re.MULTILINE)[1])
 
 
@@ -100,7 +100,7 @@ def test_inspect_adds_rates_to_a_base_rate(folder):
 
 
 def test_inspect_names_every_tensor_if_asked(folder):
-    """--per-module gives each factor and other tensor a line of its own."""
+    """--per-module gives each factor and other tensor its own line."""
     done = call("inspect", folder, "--per-module")
     names = [f"base_model.model.{name}.lora_{half}.weight" for name in "qv" for half in "AB"]
     assert done.exit_code == 0

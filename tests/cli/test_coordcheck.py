@@ -154,11 +154,11 @@ def test_a_law_of_the_folder_is_found(tmp_path, monkeypatch):
 
 
 BAD = [
-    (("--shape", "4096"), 2, "'4096' is no shape: write N_OUTxN_IN"),
-    (("--shape", "0x8"), 2, "'0x8' is no shape"),
-    (("--shape", "8x8x8"), 2, "'8x8x8' is no shape"),
-    (("--shape", "-8x8"), 2, "'-8x8' is no shape"),
-    (("--shape", "300000x300000"), 1, "The layer 300000x300000 with 512 tokens at rank 64 takes 1.29 GiB"),
+    (("--shape", "4096"), 2, "'4096' is not a shape: write N_OUTxN_IN"),
+    (("--shape", "0x8"), 2, "'0x8' is not a shape"),
+    (("--shape", "8x8x8"), 2, "'8x8x8' is not a shape"),
+    (("--shape", "-8x8"), 2, "'-8x8' is not a shape"),
+    (("--shape", "300000x300000"), 1, "The layer 300000x300000 with 512 tokens at rank 64 needs 1.29 GiB"),
     (("--tokens", 10**9), 1, "with 1000000000 tokens"),
     (("--tokens", 0), 1, "--tokens 0.*positive whole numbers"),
     (("--steps", 0), 1, "--steps 0"),
@@ -170,7 +170,7 @@ BAD = [
     (("--alpha", "rnk"), 2, "'rnk' is not a valid float"),
     (("--alpha", "0"), 1, "alpha.*0"),
     (("--alpha", "nan"), 1, "alpha.*nan"),
-    (("--rslora",), 2, "give --alpha a number too"),
+    (("--rslora",), 2, "needs a numeric --alpha"),
     (("--init", "C"), 2, "'C' is not one of 'A', 'B'"),
     (("--lr", "nan"), 1, "--lr nan"),
     (("--lr", "1e30"), 1, "moves by inf"),

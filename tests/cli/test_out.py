@@ -48,9 +48,7 @@ def test_what_is_not_recognised_is_left(command, name, data, recipe, tmp_path):
     out.write_bytes(data)
     done = call(*(recipe if part is None else part for part in command), "-o", out)
     assert done.exit_code == 1
-    assert (
-        done.stderr == f"Error: {out} holds something else, and was left as it is. Name another file, or remove it.\n"
-    )
+    assert done.stderr == f"Error: {out} has other contents, and was not changed. Give another file, or remove it.\n"
     assert list(tmp_path.iterdir()) == [out]
     assert out.read_bytes() == data
 
@@ -59,7 +57,7 @@ def test_what_is_not_recognised_is_left(command, name, data, recipe, tmp_path):
 def test_a_pipe_is_left(recipe, tmp_path):
     """A pipe that nobody writes to is not opened."""
     os.mkfifo(tmp_path / "made.png")
-    assert "holds something else" in call("plot", recipe, "-o", tmp_path / "made.png").stderr
+    assert "has other contents" in call("plot", recipe, "-o", tmp_path / "made.png").stderr
 
 
 AGAIN = [

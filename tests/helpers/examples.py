@@ -1,4 +1,4 @@
-"""The README's Python blocks, and the scripts of examples/, run in a folder of their own as a reader would."""
+"""The README's Python blocks, and the scripts of examples/, run in a separate folder as a reader would."""
 
 from __future__ import annotations
 

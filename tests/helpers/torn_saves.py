@@ -37,7 +37,7 @@ def before(operation: int, act: Callable[[], None]) -> None:
 
 
 def in_a_child(work: Callable[[], None]) -> bool:
-    """Whether `work` came to its end in a process of its own, which an audit hook does not outlive."""
+    """Whether `work` came to its end in a separate process, which an audit hook does not outlive."""
     child = os.fork()
     if not child:
         work()

@@ -1,4 +1,4 @@
-"""The table of conventions: replicas of libraries that no test environment has, rows of strangers, what is no pair."""
+"""The table of conventions: replicas of libraries that no test environment has, third-party rows, what is no pair."""
 
 from __future__ import annotations
 
@@ -223,11 +223,11 @@ def test_a_scaling_read_wrongly_fails_the_oracle_where_no_probe_applies():
         check_convention(lying, x)
 
 
-# --- rows of strangers ----------------------------------------------------------------------------------------------
+# --- third-party rows -----------------------------------------------------------------------------------------------
 
 
 class Gain(nn.Module):
-    """A stranger's layer: reduce (in, r), expand (r, out), `gain` the multiplier."""
+    """A third-party layer: reduce (in, r), expand (r, out), `gain` the multiplier."""
 
     def __init__(self, rank, alpha):
         super().__init__()
@@ -242,7 +242,7 @@ class Gain(nn.Module):
 STRANGER = Convention("gain", "reduce", "expand", layouts=("columns",), rank=("width",), scaling=("gain",))
 
 
-def test_a_strangers_convention_in_five_lines(registered):
+def test_a_third_party_convention_in_five_lines(registered):
     """A row that is registered and checked is read like the built-in ones, by the optimizer too."""
     assert check_convention(Gain, x, convention=STRANGER).oracle < 1e-12
     registered(STRANGER)
@@ -305,7 +305,7 @@ def test_removing_what_is_not_there_is_fine():
     register_convention("gain", remove=True)
 
 
-# --- files of strangers ---------------------------------------------------------------------------------------------
+# --- third-party files ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -360,12 +360,12 @@ STRANGERS = {
         {"reduce__one__weight": (IN, 4), "expand__one__weight": (4, OUT), "gain__one": 3.0},
         {(4, IN, OUT, 3.0)},
     ),
-    "keys of its own": (
+    "its own keys": (
         replace(README_ROW, keys=("adapter.{}.weight",), where=("never_saved",)),
         {"adapter__reduce__weight": (IN, 4), "adapter__expand__weight": (4, OUT), "gain": 5.0},
         {(4, IN, OUT, 5.0)},
     ),
-    "a layout of its own": (
+    "its own layout": (
         replace(README_ROW, layouts=(lambda owner, a, b: Reading(a[1], b[0], a[0] * owner.parts, b[1]),)),
         {"reduce": (IN, 4), "expand": (4, OUT)},
         "has shape",
@@ -578,7 +578,7 @@ BAD_LAYOUTS = [lambda owner, a, b: None, lambda owner, a, b: (4, 4), lambda owne
 
 @pytest.mark.parametrize("layout", BAD_LAYOUTS)
 def test_a_layout_that_gives_no_reading_does_not_fit(layout):
-    """A stranger's layout that returns something else, or raises, is an error that names the layer and the shapes."""
+    """A third-party layout that returns something else, or raises, is an error that names the layer and the shapes."""
     row = Convention("bad layout", "lora_A", "lora_B", layouts=(layout,))
     with pytest.raises(InspectionError, match=r"declares rank 2 but lora_A has shape \(2, 12\)"):
         check_convention(lambda r, alpha: adapted(rank=r), x, convention=row)
@@ -636,7 +636,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("name", "kind", "adapter"), KINDS)
 def test_other_kinds_are_named(name, kind, adapter):
-    """A parameter's name tells the kind of adapter it belongs to, and whether that is a method of its own."""
+    """A parameter's name tells the kind of adapter it belongs to, and whether that is a separate method."""
     assert other_kind(name) == kind
     assert is_other_adapter(name) is adapter
 

@@ -204,7 +204,7 @@ METADATA = [
 
 @pytest.mark.parametrize(("metadata", "scaling"), METADATA)
 def test_kohyas_metadata_stand_in_for_a_missing_alpha(metadata, scaling, tmp_path):
-    """ss_network_alpha counts where a layer has no alpha of its own; what the metadata say is a note."""
+    """ss_network_alpha counts where a layer has no own alpha; what the metadata say is a note."""
     save_file(kohya("x", 8, None) | kohya("y", 8, 16.0), tmp_path / "lora.safetensors", metadata)
     survey = inspect_file(tmp_path / "lora.safetensors")
     assert {f.layer: f.scaling for f in survey.factors} == {"x": scaling or 1.0, "y": 2.0}
@@ -615,7 +615,7 @@ def test_a_hostile_pattern_ends_in_an_error(pattern, folder, monkeypatch):
 
 
 def test_many_patterns_are_matched_apart(folder, monkeypatch):
-    """However patterns are matched, here or in a process of their own, the first that fits counts."""
+    """However patterns are matched, here or in a separate process, the first that fits counts."""
     changes = {"alpha_pattern": {"v_proj": 4, "q_proj": 32, "layers.0.q_proj": 64}}
     here = inspect_file(folder(**changes))
     monkeypatch.setattr(patterns, "_PAIRS", 0)

@@ -248,7 +248,7 @@ def test_the_transformer_sweep_is_reproduced(b, octaves):
 
 @given(to=ranks, origin=ranks, drift=st.floats(-1, 1))
 def test_power_adds_its_exponent(to, origin, drift):
-    """Among LoRA ranks `Power` is the law beneath it times the ratio of ranks to the exponent."""
+    """Among LoRA ranks `Power` is the inner law times the ratio of ranks to the exponent."""
     at, there = Point(to, 1.0, 512), Point(origin, 1.0, 512)
     expected = move(MuA(), at, there) * (to / origin) ** drift
     assert move(Power(drift, full_factor=0.3), at, there) == pytest.approx(expected, rel=1e-9)
@@ -359,7 +359,7 @@ def test_an_unknown_family_is_scaled_as_sign_like():
 
 @pytest.mark.parametrize("family", ["gradient-like", "relative-scale", "first-step"])
 def test_two_rates_are_refused_where_they_are_not_derived(family):
-    """Splitting the rates for a family without units of its own is an error, when made and when bound."""
+    """Splitting the rates for a family without units is an error, when made and when bound."""
     with pytest.raises(LawError, match=f"not derived for {family}"):
         MuA(split=True, family=family)
     with pytest.raises(LawError, match="not derived for gradient-like"):
@@ -389,7 +389,7 @@ def test_an_unresolved_reference_is_refused():
 
 @given(point=lora_points, other=lora_points, knee=st.floats(0.01, 1e4))
 def test_falling_moves_init_b_alone(point, other, knee):
-    """Between points of Init[A] and full finetuning `Falling` is the law beneath it."""
+    """Between points of Init[A] and full finetuning `Falling` is the inner law."""
     law, points = Falling(knee), (replace(point, init="A"), replace(other, init="A"), FullPoint(64))
     for to in points:
         assert move(law, to, points[0]) == pytest.approx(move(MuA(), to, points[0]), rel=1e-9)
@@ -404,7 +404,7 @@ def test_falling_takes_no_rank_of_full_finetuning():
 
 @given(rank=ranks, more=st.integers(1, 64), knee=st.floats(0.0, 1e4), power=st.floats(0.0, 1.0), width=widths)
 def test_falling_falls_by_no_more_than_its_power(rank, more, knee, power, width):
-    """At Init[B] the rate falls in rank beyond the law beneath it by r^0 to r^-power, and meets it at r = n."""
+    """At Init[B] the rate falls in rank beyond the inner law by r^0 to r^-power, and meets it at r = n."""
     law, low, high = Falling(knee, power), Point(rank, 1.0, width, "B"), Point(rank * more, 1.0, width, "B")
     fall = move(law, high, low) / move(MuA(), high, low)
     assert more**-power - 1e-9 <= fall <= 1.0 + 1e-9
@@ -445,14 +445,14 @@ def test_a_law_named_inside_the_default_one_stays(optimizer):
 
 @given(point=lora_points, rank=ranks, more=st.floats(0.1, 8.0), family=st.sampled_from([*FORMS]))
 def test_at_one_rank_alpha_moves_the_rate_and_rank_does_not(point, rank, more, family):
-    """`OneRank` keeps the rate where s is kept, and follows s as the law beneath does at rank 16."""
-    law, beneath = OneRank(MuA(family=family)), MuA(family=family)
+    """`OneRank` keeps the rate where s is kept, and follows s as the inner law does at rank 16."""
+    law, inner = OneRank(MuA(family=family)), MuA(family=family)
     at_16 = replace(point, rank=16)
     assert move(law, replace(point, rank=rank), point) == pytest.approx(1.0, rel=1e-12)
     to = replace(point, rank=rank, scaling=point.scaling * more)
-    assert move(law, to, point) == pytest.approx(move(beneath, replace(to, rank=16), at_16))
-    assert move(law, FullPoint(64), point) == pytest.approx(move(beneath, FullPoint(64), at_16))
-    assert law.batch_multiplier(more) == beneath.batch_multiplier(more)
+    assert move(law, to, point) == pytest.approx(move(inner, replace(to, rank=16), at_16))
+    assert move(law, FullPoint(64), point) == pytest.approx(move(inner, FullPoint(64), at_16))
+    assert law.batch_multiplier(more) == inner.batch_multiplier(more)
 
 
 WORDS = [
@@ -586,7 +586,7 @@ class Impostor(Law):
 
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, None, "1"])
 def test_unusable_multipliers_are_refused(value):
-    """A stranger's law that gives no positive finite number is an error that names the law and the factor."""
+    """A third-party law that gives no positive finite number is an error that names the law and the factor."""
     with pytest.raises(LawError, match=r"Impostor.*as the multiplier of w"):
         checked_multiplier(Impostor(value), Point(4, 1.0, 8).factor(), Point(4, 1.0, 8).reference())
 

@@ -70,7 +70,7 @@ if hasattr(torch.optim, "Muon"):  # since torch 2.9
 
 
 def built(kind, ranks=(4, 8), policy="raise"):
-    """A model of its own and the optimizer of `kind` on it; Muon has no vectors."""
+    """A new model and the optimizer of `kind` on it; Muon has no vectors."""
     native, options = KINDS[kind]
     model = mlp(ranks)
     if kind == "muon":
@@ -110,7 +110,7 @@ def test_state_of_other_shapes_is_the_optimizers_own_affair():
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 1), (2, 16), (16, 4)])
 def test_bytes_of_another_shape_are_refused(shape):
-    """A moment that the optimizer makes of its parameter's shape must have it, other packages' too."""
+    """A moment that the optimizer makes with its parameter's shape must have it, in other packages too."""
     state = checkpoint("eight bits", (4, 8), plain=False)
     state["state"][0]["state1"] = torch.zeros(shape, dtype=torch.uint8)
     with pytest.raises(CheckpointError, match=r"state1 of layer0.lora_A has shape .*, where \(4, 16\) is needed"):

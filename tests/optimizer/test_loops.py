@@ -1,4 +1,4 @@
-"""The step multiplies: whoever sets rates, by a scheduler or by hand, parameters move at base rate × the law's."""
+"""The step multiplies: whether rates are set by a scheduler or by hand, parameters move at base rate × the law's."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_rates_of_their_own_are_scheduled_too():
 
 
 def test_a_list_of_the_users_groups():
-    """Groups keep the user's order, and `expand` makes of a list for them one for the groups here."""
+    """Groups keep the user's order, and `expand` turns a list for them into one for the groups here."""
     model = Model()
     pairs, head = [*model.large.parameters(), *model.small.parameters()], [model.head.weight]
     groups = [{"params": head}, {"params": [p for p in pairs if p.requires_grad], "lr": LR / 2}]

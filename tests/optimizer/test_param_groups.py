@@ -166,7 +166,7 @@ def test_group_values_are_plain():
 
 
 def test_rates_by_pattern():
-    """rates= gives any parameter a rate of its own; the first pattern that matches wins."""
+    """rates= gives any parameter its own rate; the first pattern that matches wins."""
     rates = {"layer0.lora_B": 0.7, "layer0.*": 0.5, "head.*": 0.25}
     groups = rank_aware_param_groups(mlp((4, 8)), lr=LR, tuned_at=AT_16, rates=rates)
     found = {name: group["lr"] for group in groups for name, _ in group["params"]}
@@ -270,7 +270,7 @@ def test_crossing_inits_is_noted():
 
 
 def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
-    """PiSSA and kin keep the base rate, with a warning that says why."""
+    """PiSSA and similar inits keep the base rate, with a warning that says why."""
     model = mlp((4, 8), init="other")
     with pytest.warns(RankAwareWarning, match=r"neither factor zero .* init='A' .*'B'") as caught:
         groups = rank_aware_param_groups(model, lr=LR, tuned_at=AT_16)
@@ -356,7 +356,7 @@ def test_the_width_of_full_finetuning_follows_the_references_init(init, width):
 
 
 def test_pinned_weights_do_not_count_for_the_width():
-    """A weight with a rate of its own has no say in the width that the others are read at."""
+    """A weight with its own rate has no say in the width that the others are read at."""
     model = nn.Sequential(adapted(scaling=1.0), adapted(kind="conv", scaling=1.0))
     found = multipliers(rank_aware_param_groups(model, lr=LR, tuned_at=replace(AT_16, fan_in=64), rates={"1.*": 1.0}))
     assert found["0.lora_A"] == pytest.approx(expected(4, 1.0, replace(AT_16, fan_in=64), width=12))
@@ -460,7 +460,7 @@ BATCHES = [
 
 @pytest.mark.parametrize(("kind", "tuned", "batch", "moved"), BATCHES)
 def test_the_batch_moves_every_rate_where_both_sides_name_one(kind, tuned, batch, moved):
-    """Rates go as √batch for Adam's kind and as batch for SGD's, heads too, but only where both batches are told."""
+    """Rates go as √batch for Adam and as batch for SGD, heads too, but only if both batches are given."""
     at = Reference(rank=4, alpha=4, batch=tuned)
     groups = rank_aware_param_groups(mlp((4,)), lr=LR, tuned_at=at, optimizer_class=kind, batch=batch)
     assert {group["rank_multiplier"] for group in groups} == {moved}

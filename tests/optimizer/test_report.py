@@ -103,7 +103,7 @@ def test_a_reason_says_how_sure_it_is(optimizer, options, init, sure):
 
 @pytest.mark.parametrize("law", [MuA(ratio=4.0), MuA(split=True), MuA(split=True, ratio=4.0)])
 def test_two_rates_are_as_sure_as_their_law(law):
-    """Where B has a rate of its own at the reference too, its row does not call that tuned."""
+    """Where B has its own rate at the reference too, its row does not call that tuned."""
     opt = RankAwareOptimizer(mlp(head=False), "adamw", lr=LR, tuned_at=Reference(rank=4, alpha=4), law=law)
     reasons = {row.role: row.reason.rpartition(" (")[2] for row in opt.report().rows}
     assert reasons == {"A": "as tuned)", "B": "as that law says)"}
@@ -319,7 +319,7 @@ def test_the_audit_points_out_accidents(survey, sentence):
 
 
 def test_a_head_at_the_adapters_rate_is_pointed_out():
-    """A whole weight at the base rate is an accident until it is given a rate of its own."""
+    """A whole weight at the base rate is an accident until it is given its own rate."""
     model = mlp((4,))
     (line,) = RankAwareOptimizer(model, torch.optim.SGD, lr=LR).report().audit
     assert line.startswith("head.weight trains at the adapters' base rate")

@@ -325,8 +325,8 @@ def newer(state):
 
 
 BAD = [
-    (lambda: {}, "no optimizer checkpoint"),
-    (lambda: {"param_groups": [], "state": {}}, "no optimizer checkpoint"),
+    (lambda: {}, "not an optimizer checkpoint"),
+    (lambda: {"param_groups": [], "state": {}}, "not an optimizer checkpoint"),
     (lambda: newer(ours(mlp((4, 8))).state_dict()), "format 99"),
     (lambda: ours(mlp((4, 8, 8))).state_dict(), None),
     (lambda: ours(mlp((4,))).state_dict(), r"lacks 2 of this optimizer's parameters, such as layer1"),

@@ -436,7 +436,7 @@ def test_the_class_of_an_instance_cannot_build_another():
 
 
 UNKNOWN = [
-    ("adamx", r"Unknown optimizer 'adamx' in torch\.optim\. Known are .*AdamW.*SGD"),
+    ("adamx", r"Unknown optimizer 'adamx' in torch\.optim\. Give one of .*AdamW.*SGD"),
     ("torch.optim:Lamb", r"Unknown optimizer 'Lamb'"),
     ("torch.optim.Lamb", r"Unknown optimizer 'Lamb' in torch\.optim"),
     ("no_such_package.Lamb", r"'no_such_package' cannot be imported"),
@@ -471,7 +471,7 @@ def test_unknown_optimizers_are_refused(optimizer, message):
 
 @dataclass(frozen=True)
 class Strange(ra.Law):
-    """A stranger's law that answers as it is given, or raises that."""
+    """A third-party law that answers as it is given, or raises that."""
 
     by_batch: object = 1.0
     bound: object = "itself"
@@ -880,7 +880,7 @@ def test_the_model_is_held_weakly():
 
 @pytest.mark.parametrize("form", [by_instance_of_all, by_groups_of_all], ids=["instance", "groups"])
 def test_frozen_factors_that_were_listed_have_their_rate_when_thawed(form):
-    """A frozen adapter among the user's parameters waits in a group of its own rate."""
+    """A frozen adapter among the user's parameters waits in a group with its own rate."""
     model = mlp((4, 8))
     model.layer0.lora_A.requires_grad_(False)
     model.layer0.lora_B.requires_grad_(False)

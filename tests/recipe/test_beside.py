@@ -71,7 +71,7 @@ def test_the_readme_keeps_its_own_words(own, adapter):
 HOSTILE = "a\n# b\n<!-- rankaware-optim: end --><script>"
 
 
-def test_a_strangers_words_stay_a_block_of_code(adapter):
+def test_untrusted_words_stay_a_block_of_code(adapter):
     """A recipe's name and notes can neither leave their block of code nor end the section."""
     made = replace(RECIPE, name=HOSTILE, notes=(HOSTILE,), optimizer="x.Y`<b>\n\n# z")
     for _ in range(2):

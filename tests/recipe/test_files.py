@@ -63,7 +63,7 @@ def test_two_saves_at_once_leave_one_whole_recipe(tmp_path):
 
 
 def test_a_recipe_of_the_former_names_is_read_and_replaced(tmp_path):
-    """Tensors called as the recipe are read; the next save removes them, and leaves somebody's own weights alone."""
+    """Tensors called as the recipe are read; the next save removes them, and leaves other files alone."""
     target = RECIPE.save(tmp_path / "r.toml")
     hashed = tensors_of(target)
     target.write_text(target.read_text().replace(hashed.name, "r.safetensors"))

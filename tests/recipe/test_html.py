@@ -127,7 +127,7 @@ def test_the_table_holds_what_the_recipe_says():
 
 MEASURED = replace(RECIPE.law, law=Measured(steps=2))
 REFUSED = [
-    (replace(RECIPE, scaling_rule="as swept"), "did not say its alpha"),
+    (replace(RECIPE, scaling_rule="as swept"), "has no alpha"),
     (replace(RECIPE, law=MEASURED, reference=replace(RECIPE.reference, fan_in=8)), "measured"),
 ]
 
@@ -141,7 +141,7 @@ def test_alpha_is_refused_where_it_cannot_be_told(recipe, reason):
     assert 2 ** table["own"][table["ranks"].index(64)] == pytest.approx(at(recipe, 64).lr, rel=1e-4)
 
 
-def test_a_rate_that_hangs_on_more_is_said():
+def test_a_rate_that_depends_on_more_is_said():
     """Without a rule for alpha only the reference's own rank has a rate; without a width, full finetuning has none."""
     table = rate_table(replace(RECIPE, scaling_rule="unknown"))
     assert [rank for rank, own in zip(table["ranks"], table["own"], strict=True) if own is not None] == [4]

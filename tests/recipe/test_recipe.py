@@ -1,4 +1,4 @@
-"""Recipes: what survives the two files, what is refused at the door, and the rates quoted from them."""
+"""Recipes: what survives the two files, what is refused when read, and the rates quoted from them."""
 
 from __future__ import annotations
 
@@ -341,7 +341,7 @@ def test_other_impossible_values_are_refused_with_their_path(key, line, message,
 
 
 def test_a_rate_edited_by_hand_is_refused(tmp_path):
-    """The quoted rate follows from the best one and the lean, so an edited one is an error, not ignored."""
+    """The quoted rate follows from the best one and the margin, so an edited one is an error, not ignored."""
     target = recipe().save(tmp_path / "r.toml")
     edit(target, "rate:lr", "lr = 5e-3")
     with pytest.raises(RecipeError, match=r"@ rate\.lr"):
@@ -589,7 +589,7 @@ def test_a_recipe_of_full_finetuning_alone_asks_for_rank_and_alpha():
 @given(rank=st.integers(1, 4096), alpha=st.floats(0.01, 1e4), fan_in=st.none() | st.floats(1, 1e5))
 @extrapolates
 def test_every_rate_lies_in_its_band(rank, alpha, fan_in):
-    """Wherever it is asked, a rate without lean lies in a finite positive band."""
+    """Wherever it is asked, a rate without margin lies in a finite positive band."""
     rate = recipe(lean=0.0).at(rank, alpha=alpha, fan_in=fan_in)
     assert 0 < rate.low <= rate.lr <= rate.high < math.inf
 

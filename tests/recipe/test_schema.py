@@ -55,7 +55,7 @@ def short() -> ra.Recipe:
 
 
 def swept() -> ra.Recipe:
-    """A recipe of somebody's sweep."""
+    """A recipe of a sweep."""
     rows = [{"rank": r, "lr": 2.0**-x, "loss": (x - 8) ** 2 / 20 + 1} for r in (4, 64) for x in (6, 7, 8, 9, 10)]
     return ra.sweeps.fit_sweep(rows, alpha=16, fan_in=64)
 

@@ -192,9 +192,9 @@ def test_a_law_without_a_usable_multiplier_is_refused(own_module):
 
 def test_alpha_is_filled_in_by_number_or_rank():
     """alpha= serves sweeps that do not say it, as if their rows did."""
-    for alpha, told in ((32.0, 32.0), ("rank", None)):
+    for alpha, stated in ((32.0, 32.0), ("rank", None)):
         rows = [{**row, "alpha": None} for row in drawn(MuA())]
-        said = [{**row, "alpha": told or row["rank"]} for row in rows]
+        said = [{**row, "alpha": stated or row["rank"]} for row in rows]
         assert bench_law(rows, ["mua"], alpha=alpha)[0].moves == bench_law(said, ["mua"])[0].moves
 
 

@@ -67,7 +67,7 @@ def drawn(
 
 
 def log2_at(recipe: Recipe, rank: int, **target) -> float:
-    """log2 of the recipe's best rate at a rank: its quoted rate without the lean."""
+    """log2 of the recipe's best rate at a rank: its quoted rate without the margin."""
     rate = recipe.at(**target) if not rank else recipe.at(rank, **target)
     return math.log2(rate.lr) + recipe.lean
 
@@ -222,7 +222,7 @@ def test_without_alpha_rates_hold_as_swept(custom, tmp_path):
 
 
 @extrapolates
-def test_without_fan_in_only_what_hangs_on_it_is_refused(tmp_path):
+def test_without_fan_in_only_what_depends_on_it_is_refused(tmp_path):
     """Without a fan-in ranks are served as with one; full finetuning and another init need it, and take it."""
     known = fit_sweep(drawn(), fan_in=4096.0, steps=9)
     recipe = Recipe.load(fit_sweep(drawn(), steps=9).save(tmp_path / "r.toml"))
@@ -239,8 +239,8 @@ def test_steps_that_nobody_told_are_unknown(tmp_path):
     recipe = Recipe.load(fit_sweep(drawn()).save(tmp_path / "r.toml"))
     assert recipe.steps is None
     assert any("steps" in note for note in recipe.notes)
-    told = fit_sweep([{**row, "max_steps": 780} for row in drawn()])
-    assert (told.steps, any("steps" in note for note in told.notes)) == (780, False)
+    stated = fit_sweep([{**row, "max_steps": 780} for row in drawn()])
+    assert (stated.steps, any("steps" in note for note in stated.notes)) == (780, False)
 
 
 def test_a_saved_recipe_gives_the_same_rates(tmp_path):
@@ -253,9 +253,9 @@ def test_a_saved_recipe_gives_the_same_rates(tmp_path):
 
 
 def test_a_recipe_of_a_sweep_drives_an_optimizer():
-    """On a model of a rank swept, the optimizer's LoRA rate is the recipe's, with the fan-in told or not."""
-    for told in (16.0, None):
-        recipe = fit_sweep(drawn(ranks=(4, 8)), fan_in=told)
+    """On a model of a rank swept, the optimizer's LoRA rate is the recipe's, with the fan-in given or not."""
+    for fan_in in (16.0, None):
+        recipe = fit_sweep(drawn(ranks=(4, 8)), fan_in=fan_in)
         opt = RankAwareOptimizer(mlp((8,), head=False), torch.optim.AdamW, recipe=recipe)
         rates = {effective_lr(group) for group in opt.param_groups}
         assert sorted(rates) == pytest.approx([recipe.at(8, fan_in=16.0).lr], rel=1e-9)

@@ -1,4 +1,4 @@
-"""check_law: our laws pass, laws that break one property are refused by its name, a stranger's package uses it."""
+"""check_law: our laws pass, laws that break one property are refused by its name, a third-party package uses it."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_what_is_no_law_is_refused(law):
         check_law(law)
 
 
-# --- a stranger's package -------------------------------------------------------------------------------------------
+# --- a third-party package ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

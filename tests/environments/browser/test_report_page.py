@@ -20,7 +20,7 @@ MUON = MuA().bind(torch.optim.Muon, {}) if hasattr(torch.optim, "Muon") else MuA
 
 def recipe(law, reference=AT_A, **changes) -> Recipe:
     """A recipe as a calibration at ranks 4 and 64 would leave it."""
-    wide = replace(RECIPE, reference=reference, full_fan_in=3072.0, lean=0.25, law=law, notes=("as told",))
+    wide = replace(RECIPE, reference=reference, full_fan_in=3072.0, lean=0.25, law=law, notes=("as given",))
     return replace(wide, **changes)
 
 
@@ -76,7 +76,7 @@ def ask(page, target) -> None:
             page.get_by_label("rsLoRA").set_checked(rslora)
 
 
-def told(page, name: str) -> str:
+def text_of(page, name: str) -> str:
     return page.locator(f"#answer [data-is={name}]").inner_text()
 
 
@@ -95,13 +95,13 @@ def test_the_control_gives_what_the_recipe_gives(name, visit):
             assert page.locator("#answer dl").count() == 0
             assert len(page.locator("#answer").inner_text()) > 20
             continue
-        low, high = told(page, "band").split(" to ")
-        shown = (told(page, "lr"), low, high)
+        low, high = text_of(page, "band").split(" to ")
+        shown = (text_of(page, "lr"), low, high)
         assert list(map(float, shown)) == pytest.approx([rate.lr, rate.low, rate.high], rel=5.1e-3), target
-        ceiling = told(page, "ceiling")
+        ceiling = text_of(page, "ceiling")
         assert (ceiling == "none seen") == (rate.ceiling is None)
         assert rate.ceiling is None or float(ceiling) == pytest.approx(rate.ceiling, rel=5.1e-3)
-        assert told(page, "known") == ("extrapolated" if rate.extrapolated else "within what was tried"), target
+        assert text_of(page, "known") == ("extrapolated" if rate.extrapolated else "within what was tried"), target
         assert page.locator("#answer li").all_inner_texts() == list(rate.notes)
 
 
@@ -112,7 +112,7 @@ def test_three_digits_are_right(visit):
     alike = 0
     for target in TARGETS[:30]:
         ask(page, target)
-        alike += float(told(page, "lr")) == float(f"{expected(made, target).lr:.3g}")
+        alike += float(text_of(page, "lr")) == float(f"{expected(made, target).lr:.3g}")
     assert alike >= 29
 
 
@@ -124,8 +124,8 @@ def test_the_line_of_python_gives_the_rate(visit):
         ask(page, target)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            rate = eval(told(page, "python"), {"recipe": made})
-        assert float(told(page, "lr")) == pytest.approx(rate.lr, rel=5.1e-3)
+            rate = eval(text_of(page, "python"), {"recipe": made})
+        assert float(text_of(page, "lr")) == pytest.approx(rate.lr, rel=5.1e-3)
 
 
 IMPOSSIBLE = [
@@ -143,7 +143,7 @@ def test_impossible_values_are_a_sentence(rank, alpha, visit):
     assert page.locator("#answer dl").count() == 0
     assert page.locator("#answer p").inner_text().endswith(".")
     ask(page, (8, 16, False))
-    assert float(told(page, "lr")) > 0
+    assert float(text_of(page, "lr")) > 0
 
 
 @pytest.mark.parametrize("width", [320, 360, 768, 1400])

@@ -17,7 +17,7 @@ pytest.importorskip("accelerate")
 
 
 def accelerator(kind: str, accumulate: int = 1) -> Any:
-    """accelerate takes FSDP for accelerators alone: on CPU its own state has to be told that this is one."""
+    """accelerate takes FSDP for accelerators alone: on CPU its own state must be set to it."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 

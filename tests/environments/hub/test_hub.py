@@ -32,7 +32,7 @@ def hub():
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """Runs code in a process of its own against the Hub of this test, with this cache: its output, or its error."""
+    """Runs code in a separate process against the Hub of this test, with this cache: its output, or its error."""
 
     def ran(code: str, *arguments: object, cache: str = "cache", **environment: str) -> str:
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / cache), "HF_HUB_OFFLINE": "0"}

@@ -30,7 +30,7 @@ class Case:
     """An optimizer class, its settings, and what it asks of groups and loop.
 
     groups: "all" trainable parameters at once; "matrices", the factors alone; "muon", factors and the rest in two
-    groups told apart by `use_muon`. graph: gradients keep their graph. sparse: gradients are made sparse.
+    groups distinguished by `use_muon`. graph: gradients keep their graph. sparse: gradients are made sparse.
     """
 
     kind: type[Optimizer]

@@ -280,7 +280,7 @@ def loss_of(net, x):
 
 
 class Bare(lightning.LightningModule):
-    """Without an optimizer of its own."""
+    """Without its own optimizer."""
 
     def __init__(self, trial, stop=None):
         super().__init__()

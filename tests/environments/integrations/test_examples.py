@@ -1,4 +1,4 @@
-"""Every script of examples/ that needs no environment of its own, run as it stands."""
+"""Every script of examples/ that needs no separate environment, run as it stands."""
 
 from __future__ import annotations
 

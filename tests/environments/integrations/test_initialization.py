@@ -57,7 +57,7 @@ def test_a_library_s_layer(case, init):
 
 @pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
 def test_a_library_s_own_init_is_refused(case):
-    """What starts with both factors drawn, or has an init of its own, is refused and stays as it is."""
+    """What starts with both factors drawn, or needs its own init, is refused and stays as it is."""
     model = built(case)
     before = snapshot(model)
     with pytest.raises(InspectionError, match=r"needs the init of its convention|both factors drawn|`scalar` of zero"):
@@ -195,7 +195,7 @@ def test_the_tuner_and_an_injected_model_are_configured_too():
 
 @pytest.mark.parametrize("declared", ["pissa", "pissa_niter_2", "olora"])
 def test_inits_that_change_the_base_weight(declared):
-    """PiSSA and its kin are refused with the reason; force=True starts over from the base weight they left."""
+    """PiSSA and similar inits are refused with the reason; force=True starts over from the base weight they left."""
     options = {"target_modules": ["q", "v"], "target_parameters": None}
     model = peft_model(init_lora_weights=declared, **options)
     with pytest.raises(InspectionError, match=rf"its init '{declared}' subtracted their product from the base weight"):

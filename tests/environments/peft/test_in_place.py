@@ -1,4 +1,4 @@
-"""Calibration in place on PEFT's own layers: as models built anew, what comes back, and what is refused."""
+"""Calibration in place on PEFT's own layers: compared with models built again, what comes back, and what is refused."""
 
 from __future__ import annotations
 
@@ -81,16 +81,16 @@ def test_in_place_is_as_built_anew(case, rule):
 
     def seeded_step(model, i):
         if i == 0:
-            torch.manual_seed(5)  # building a model drew from the generator, making one anew does not
+            torch.manual_seed(5)  # building a model drew from the generator, making one again does not
         return step(model, i)
 
-    anew = ra.calibrate(train, AdamW, ranks=(4, 8), steps=STEPS, trials=3, seeds=(5,))
+    rebuilt = ra.calibrate(train, AdamW, ranks=(4, 8), steps=STEPS, trials=3, seeds=(5,))
     model = at(4, case, "alpha")
     before = fingerprint(model)
     recipe = calibrate(model, step=seeded_step, trials=3, seeds=(5,), scaling_rule=rule)
     assert changed(before, fingerprint(model)) == []
-    assert torch.equal(anew.tensors["curve"].nan_to_num(), recipe.tensors["curve"].nan_to_num())
-    assert (anew.fitted_lr, anew.scaling_rule) == (recipe.fitted_lr, recipe.scaling_rule)
+    assert torch.equal(rebuilt.tensors["curve"].nan_to_num(), recipe.tensors["curve"].nan_to_num())
+    assert (rebuilt.fitted_lr, rebuilt.scaling_rule) == (recipe.fitted_lr, recipe.scaling_rule)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -137,7 +137,7 @@ def test_the_configuration_says_what_the_model_is():
 
 
 def test_another_adapter_stays_out_of_it():
-    """Only the adapter that trains is made anew; a frozen second one is not touched."""
+    """Only the adapter that trains is made again; a frozen second one is not touched."""
     model = at(4, "linear", "alpha")
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q"]))
     ranks = set()

@@ -134,7 +134,7 @@ def test_ctrl_c_ends_it_in_a_sentence(cluster, folder):
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
-    assert "the same command goes on where it stopped." in err
+    assert "The same command continues where it stopped." in err
     assert "Traceback" not in err
     done = len(Trials.read(trials_of("r.journal", "r")).counted())
     ended(started(*COMMAND, "--trials", done + 2, "--ray", cluster.address))

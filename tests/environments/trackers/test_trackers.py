@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 STEPS = 3
 RATES = ["base_lr/A/r4", "base_lr/B/r4", "lr/A/r4", "lr/B/r4", "rank_multiplier/A/r4", "rank_multiplier/B/r4"]
 HASH, NAME = RECIPE.tag.split(" ", 1)
-TOLD = {"rankaware/recipe": NAME, "rankaware/recipe_hash": HASH}
+LOGGED = {"rankaware/recipe": NAME, "rankaware/recipe_hash": HASH}
 
 
 def tensorboard(folder: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
@@ -76,7 +76,7 @@ READERS = {"tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow}
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a script of this folder in a process of its own, in an empty folder, with no network to ask for."""
+    """Runs a script of this folder in a separate process, in an empty folder, with no network to ask for."""
 
     def ran(script: str, *arguments: object) -> Path:
         own = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
@@ -92,7 +92,7 @@ def run(tmp_path):
     return ran
 
 
-def check(words: dict[str, str], metrics: dict[str, list[float]], prefix: str, told: dict[str, str]) -> None:
+def check(words: dict[str, str], metrics: dict[str, list[float]], prefix: str, logged: dict[str, str]) -> None:
     """Every group's rates at every step, in the ratio that the multiplier says, and the recipe or none."""
     assert {f"{prefix}{name}" for name in RATES} <= set(metrics)
     for half in "AB":
@@ -101,20 +101,20 @@ def check(words: dict[str, str], metrics: dict[str, list[float]], prefix: str, t
         assert lr == pytest.approx([b * m for b, m in zip(base, by, strict=True)])
         assert base == sorted(base, reverse=True)
         assert base[0] > base[-1]  # the schedule's
-    assert {key: words[key] for key in TOLD if key in words} == told
+    assert {key: words[key] for key in LOGGED if key in words} == logged
 
 
 @pytest.mark.parametrize("tracker", READERS)
 def test_trainer_tells_the_trackers(tracker, run):
     """With log_rates(trainer) a tracker has every group's rates, and the recipe's name and hash."""
     prefix = "" if tracker == "mlflow" else "train/"  # Trainer's own
-    check(*READERS[tracker](run("trainer", tracker, "recipe")), prefix, TOLD)
+    check(*READERS[tracker](run("trainer", tracker, "recipe")), prefix, LOGGED)
 
 
 @pytest.mark.parametrize("tracker", READERS)
 def test_lightning_tells_the_trackers(tracker, run):
     """With lightning_rates() a tracker has every group's rates, and the recipe's name and hash."""
-    check(*READERS[tracker](run("lit", tracker)), "", TOLD)
+    check(*READERS[tracker](run("lit", tracker)), "", LOGGED)
 
 
 def test_without_a_recipe_none_is_named(run):
