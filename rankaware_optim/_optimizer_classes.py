@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
-from typing import Any
-
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Any
 
 from .errors import OptimizerError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 _NO_CLASS = ("Optimizer", "RankAwareOptimizer")  # base class and wrapper, which are not optimizers by themselves
 
@@ -26,6 +27,8 @@ def get_optimizer_class(optimizer: type[Optimizer] | str) -> type[Optimizer]:
     >>> [get_optimizer_class(name).__name__ for name in ("adamw", "torch.optim.AdamW")]
     ['AdamW', 'AdamW']
     """
+    from torch.optim import Optimizer
+
     found: Any = optimizer
     if isinstance(optimizer, str):
         package, _, name = optimizer.rpartition(":" if ":" in optimizer else ".")
@@ -45,6 +48,8 @@ def defaults_of(function: Any) -> dict[str, Any]:
 
 
 def _find_class(package: str, name: str) -> type[Optimizer]:
+    from torch.optim import Optimizer
+
     try:
         module = import_module(package)
     except (Exception, SystemExit) as error:  # a third-party module may raise anything on import, or exit

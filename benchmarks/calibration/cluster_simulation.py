@@ -112,9 +112,9 @@ class Replay:
     def __init__(self, name: str) -> None:
         tensors = ra.Recipe.load(RECIPES / f"{name}.toml").tensors
         lora = tensors["rank"] > 0
-        x = tensors["lr"][lora].log2()
+        x = np.log2(tensors["lr"][lora])
         self.x, self.lost = (x - x[0]).tolist(), tensors["diverged"][lora].tolist()
-        self.curves = [curve[: curve.isfinite().sum()].tolist() for curve in tensors["curve"][lora]]
+        self.curves = [curve[: np.isfinite(curve).sum()].tolist() for curve in tensors["curve"][lora]]
         self.steps = tensors["curve"].shape[1]
         whole = [i for i, curve in enumerate(self.curves) if len(curve) == self.steps]
         self._best = self.curves[min(whole, key=lambda i: statistics.fmean(self.curves[i][-5:]))]

@@ -71,8 +71,17 @@ def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Ite
     if full is not None:  # from whatever rate to ten times full finetuning's own
         ten = {True: full + math.log2(10), False: full}
         yield "ten times full", config, lambda a, b: ten[b != FULL] - best_at(done, (domain, config, a))
-    yield "LoRA+ 16", config + LORAPLUS, kept
+    plus = config + LORAPLUS
+    yield "LoRA+ 16", plus, kept
+    yield "LoRA+ 16, moved", plus, by_law(domain, config, Falling())
+    if full is not None:  # each rank's own, as if it were tuned there
+        yield "LoRA+ 16, own best", plus, own_best(done, (domain, plus), full)
     yield "two rates", config + TWO_RATES, lambda a, b: 0.0 if b else octaves(domain, config, FULL, SPLIT)
+
+
+def own_best(done: Losses, of: tuple[str, str], full: float) -> Shift:
+    """From a rank's best rate to another's, or to full finetuning's."""
+    return lambda a, b: (full if b == FULL else best_at(done, (*of, b))) - best_at(done, (*of, a))
 
 
 def best_at(done: Losses, cell: Cell) -> float:

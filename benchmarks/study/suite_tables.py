@@ -40,8 +40,10 @@ JUMPS = (
 
 SUMMED = (
     "Median / worst of (c) over each domain's configurations. In the rows to full finetuning, \"ten times full "
-    "finetuning's\" is full finetuning's own tuned rate. LoRA+ was swept in one configuration. A calibrated recipe "
-    "moves no rate: it is a search at ranks 4 and 64 and three full runs, for a fifth of a sweep's steps."
+    "finetuning's\" and LoRA+ tuned at every rank are full finetuning's own tuned rate. LoRA+ was swept in one "
+    "configuration, alpha = rank at Init[A]; table (c) compares it with the others there. Ten times full finetuning's "
+    "rate is a custom where alpha is kept: see Init[A], s = 1/r in table (c). A calibrated recipe moves no rate: it is "
+    "a search at ranks 4 and 64 and three full runs, for a fifth of a sweep's steps."
 )
 
 
@@ -137,7 +139,9 @@ def median_and_worst(regrets: Sequence[float]) -> list[str]:
 COMPARED = {  # what the summaries compare, in their words
     "one rate everywhere": "one rate everywhere",
     "1/r": "1/r",
-    "LoRA+ 16": "LoRA+ 16",
+    "LoRA+ 16": "LoRA+ 16, its rate kept",
+    "LoRA+ 16, moved": "LoRA+ 16, by the default law",
+    "LoRA+ 16, own best": "LoRA+ 16, tuned at every rank",
     "ten times full": "ten times full finetuning's",
     "the paper's law": "the paper's law",
     "µA at 8 tokens": 'this package, law="mua"',

@@ -17,7 +17,6 @@ from importlib.metadata import version
 from typing import Any
 
 import optuna
-import torch
 from torch.optim import Optimizer
 
 from .._checks import is_positive
@@ -371,7 +370,7 @@ class Study:
             fitted_lr=2.0 ** (base + shift),
             reference=reference,
             law=self.centred_law(drift, factor),
-            covariance=torch.from_numpy(fit.covariance[:3, :3].copy()),
+            covariance=fit.covariance[:3, :3].copy(),
             steepness=fit.steepness,
             scatter=self.prior.scatter,
             ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),

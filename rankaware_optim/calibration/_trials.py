@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from optuna.trial import FrozenTrial, TrialState
 
 from .._checks import is_number
@@ -233,7 +234,7 @@ class Trials(tuple[TrialRecord, ...]):
                 return trial.cell
         return None
 
-    def tensors(self, steps: int) -> dict[str, torch.Tensor]:
+    def tensors(self, steps: int) -> dict[str, npt.NDArray[Any]]:
         """Return `Recipe.tensors`: each trial's rank (0: full finetuning), seed, rate, score, end, steps and curve.
 
         Curves are padded with NaN. A pruned run has the score NaN. If the study has several lengths or batches, the
@@ -241,24 +242,24 @@ class Trials(tuple[TrialRecord, ...]):
         """
         rows = [(t, t.x, t.curve or [], t.observation) for t in self.counted() if t.x is not None]
         lost = iter(diverged([seen for *_, seen in rows if seen]))
-        curves = torch.full((len(rows), steps), math.nan)
+        curves = np.full((len(rows), steps), math.nan, np.float32)
         for row, (_, _, curve, _) in zip(curves, rows, strict=True):
-            row[: len(curve)] = torch.tensor(curve)
-        double = torch.float64
+            row[: len(curve)] = curve
+        whole, double = np.int64, np.float64
         planned = {
-            "planned_steps": torch.tensor([t.steps or 0 for t, *_ in rows]),
-            "planned_batch": torch.tensor([t.batch or 0.0 for t, *_ in rows], dtype=double),
+            "planned_steps": np.array([t.steps or 0 for t, *_ in rows], whole),
+            "planned_batch": np.array([t.batch or 0.0 for t, *_ in rows], double),
         }
         return {
             **{name: values for name, values in planned.items() if values.any()},
-            "rank": torch.tensor([t.rank or 0 for t, *_ in rows]),
-            "seed": torch.tensor([t.seed for t, *_ in rows]),
-            "lr": torch.tensor([2.0**x for _, x, _, _ in rows], dtype=double),
-            "own_lr": torch.tensor([math.nan if t.own_lr is None else t.own_lr for t, *_ in rows], dtype=double),
-            "value": torch.tensor([seen.value if seen else math.nan for *_, seen in rows], dtype=double),
-            "diverged": torch.tensor([seen is not None and next(lost) for *_, seen in rows], dtype=torch.bool),
-            "pruned": torch.tensor([seen is None for *_, seen in rows], dtype=torch.bool),
-            "steps": torch.tensor([len(curve) for _, _, curve, _ in rows]),
+            "rank": np.array([t.rank or 0 for t, *_ in rows], whole),
+            "seed": np.array([t.seed for t, *_ in rows], whole),
+            "lr": np.array([2.0**x for _, x, _, _ in rows], double),
+            "own_lr": np.array([math.nan if t.own_lr is None else t.own_lr for t, *_ in rows], double),
+            "value": np.array([seen.value if seen else math.nan for *_, seen in rows], double),
+            "diverged": np.array([seen is not None and next(lost) for *_, seen in rows], bool),
+            "pruned": np.array([seen is None for *_, seen in rows], bool),
+            "steps": np.array([len(curve) for _, _, curve, _ in rows], whole),
             "curve": curves,
         }
 

@@ -12,8 +12,8 @@ import click
 
 from .. import sweeps
 from ..sweeps import COMPARED, DEMO_SWEEP, Move, score_table
-from ._echo import echo
-from ._options import ALPHA, COLUMN, OPTIMIZER, out_option
+from ._echo import echo, echo_json
+from ._options import ALPHA, COLUMN, OPTIMIZER, json_option, out_option
 
 
 @click.command("bench-law")
@@ -25,7 +25,8 @@ from ._options import ALPHA, COLUMN, OPTIMIZER, out_option
 @OPTIMIZER
 @COLUMN
 @out_option(help="Write .json, every move, or .csv.")
-def bench_law(sweep: Path, laws: tuple[str, ...], out: Path | None, **options: Any) -> None:
+@json_option("a list of the laws' scores, as in the .json file of --out.")
+def bench_law(sweep: Path, laws: tuple[str, ...], out: Path | None, as_json: bool, **options: Any) -> None:
     """Score laws on SWEEP: each rank's best rate moved to every other, against the best one there.
 
     Without SWEEP it is the package's own, without --law the usual ones. In a name's parameters a law is written in
@@ -34,18 +35,18 @@ def bench_law(sweep: Path, laws: tuple[str, ...], out: Path | None, **options: A
     if out is not None and out.suffix not in (".json", ".csv"):
         raise click.UsageError("--out ends in .json or .csv.")
     scores = sweeps.bench_law(sweep, laws or COMPARED, **options)
-    echo(score_table(scores))
     rows = [score.row() for score in scores]
+    documents = [
+        {**_plain(row), "each": [_plain(_columns_of(move)) for move in score.moves]}
+        for row, score in zip(rows, scores, strict=True)
+    ]
+    echo_json(documents) if as_json else echo(score_table(scores))
     if out is not None and out.suffix == ".csv":
         with out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     elif out is not None:
-        documents = [
-            {**_plain(row), "each": [_plain(_columns_of(move)) for move in score.moves]}
-            for row, score in zip(rows, scores, strict=True)
-        ]
         out.write_text(json.dumps(documents, indent=1) + "\n", encoding="utf-8")
 
 

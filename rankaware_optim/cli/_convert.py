@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import click
 
 from .._types import Reference
 from ..inspection import as_reference, read_training, reference_of
 from ..laws import DEFAULT_LAW, Law, bound_law, get_law
 from ..transfer import convert_lr
-from ._configurations import TOOLS, Change, configuration
-from ._echo import echo
+from ._configurations import TOOLS, Change, as_words, configuration
+from ._echo import echo, echo_json
+from ._options import json_option
+
+_SHAPE = (
+    "a list, of one entry where LR is given, else one a part: part, from_lr, from, to, and the fields of a Conversion: "
+    "lr, lr_a, lr_b, what eps and weight decay are multiplied by, exact, notes."
+)
+
+_Part = tuple[str | None, str, float, Reference]  # its name, its training in words, its rate, where it was tuned
 
 
 @click.command()
@@ -18,28 +29,47 @@ from ._echo import echo
 @click.option("--to", required=True, help="Where it is wanted, as r=128,alpha=16,rslora; alone r=64 keeps the alpha.")
 @click.option("--law", default=DEFAULT_LAW, show_default=True)
 @click.option("--as", "tool", type=click.Choice(list(TOOLS)), help="Print a trainer's configuration, ready to paste.")
-def convert(lr: float | None, from_: str, to: str, law: str, tool: str | None) -> None:
+@json_option(_SHAPE)
+def convert(lr: float | None, from_: str, to: str, law: str, tool: str | None, as_json: bool) -> None:
     """Say in words what LR, tuned with one rank and alpha, becomes with another.
 
     Without LR it is what kohya's scripts wrote into the adapter that --from names, for each part that has its own.
     """
+    if tool and as_json:
+        raise click.UsageError("--as prints a trainer's configuration, --json the numbers: give one of them.")
     if lr is not None:
-        echo(_said(lr, as_reference(from_), to, get_law(law), law, tool))
+        bound: Law = get_law(law)
+        parts: list[_Part] = [(None, "", lr, as_reference(from_))]
+    else:
+        bound, parts = _trained(from_, get_law(law))
+    changes = [
+        (part, words, Change(rate, at, as_reference(to, like=at), law, convert_lr(rate, from_=at, to=to, law=bound)))
+        for part, words, rate, at in parts
+    ]
+    if as_json:
+        echo_json([_document(part, change) for part, _, change in changes])
         return
-    made, bound = read_training(from_), get_law(law)
+    for _, words, change in changes:
+        if words:
+            echo(f"{'# ' if tool else ''}{words}")
+        echo(configuration(tool, change) if tool else change.converted.explain())
+
+
+def _trained(path: str, law: Law) -> tuple[Law, list[_Part]]:
+    """The law bound to an adapter's optimizer, and each part: its name, its training in words, its rate, its place."""
+    made = read_training(path)
     if made.optimizer:
-        bound = bound_law(bound, made.optimizer_class, made.settings or {})
+        law = bound_law(law, made.optimizer_class, made.settings or {})
     by = f" by {made.optimizer}" if made.optimizer else ""
     during = f" over {made.steps} steps" if made.steps else ""
+    parts: list[_Part] = []
     for part, rate, survey in made.rates:
-        at, comment = reference_of(survey), "# " if tool else ""
-        echo(f"{comment}{part or 'The adapter'} was trained at {rate:g}, {at}{by}{during}.")
-        echo(_said(rate, at, to, bound, law, tool))
+        at = reference_of(survey)
+        words = f"{part or 'The adapter'} was trained at {rate:g}, {at}{by}{during}."
+        parts.append((part or None, words, rate, at))
+    return law, parts
 
 
-def _said(lr: float, origin: Reference, to: str, bound: Law, law: str, tool: str | None) -> str:
-    """A conversion in words, or as a trainer's configuration, which names the law as it was given."""
-    converted = convert_lr(lr, from_=origin, to=to, law=bound)
-    if tool is None:
-        return converted.explain()
-    return configuration(tool, Change(lr, origin, as_reference(to, like=origin), law, converted))
+def _document(part: str | None, change: Change) -> dict[str, Any]:
+    places = {"from": as_words(change.origin), "to": as_words(change.target)}
+    return {"part": part, "from_lr": change.lr, **places, **asdict(change.converted)}

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from ..laws import law_words
+from ..recipe import to_document
 from ..sweeps import fit_sweep
-from ._echo import echo
-from ._options import ALPHA, COLUMN, OPTIMIZER, out_option
+from ._echo import echo, echo_json
+from ._options import ALPHA, COLUMN, OPTIMIZER, json_option, out_option
 
 
 @click.command()
@@ -29,10 +29,14 @@ from ._options import ALPHA, COLUMN, OPTIMIZER, out_option
 @click.option("--steps", type=int)
 @click.option("--warmup", type=float, help="Share of the steps.")
 @COLUMN
-def fit(sweep: Path, out: Path | None, name: str | None, law: str, **options: Any) -> None:
+@json_option("the sections of the recipe's file, as recipes/SCHEMA.md names them.")
+def fit(sweep: Path, out: Path | None, name: str | None, law: str, as_json: bool, **options: Any) -> None:
     """Make a recipe of SWEEP, a .csv, .tsv, .json or .jsonl file with columns rank, lr, loss and, if known, alpha."""
     recipe = fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
-    number, at, *rest = str(recipe.at(method=recipe.reference.method)).splitlines()
-    echo("\n".join([number, at, f"law       {law_words(recipe.law)}", *rest]))
-    if out is not None:
-        echo(f"Next: rankaware lr {recipe.save(out)} --rank {max(recipe.ranks, default=16)}")
+    saved = None if out is None else recipe.save(out)
+    if as_json:
+        echo_json(to_document(recipe))
+        return
+    echo(recipe)
+    if saved is not None:
+        echo(f"Next: rankaware lr {saved} --rank {max(recipe.ranks, default=16)}")

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from ..recipe import Recipe
-from ._echo import echo
+from ._echo import echo, echo_json
+from ._options import json_option
 
 
 @click.command()
@@ -21,7 +22,10 @@ from ._echo import echo
 @click.option("--fan-in", type=float, help="The model's width, if not the recipe's.")
 @click.option("--steps", type=int, help="Training steps, if not the recipe's: an extrapolation.")
 @click.option("--batch", type=float, help="Batch, counted as the recipe counts its own: an extrapolation.")
-def lr(recipe: Path, rank: int | None, alpha: float | None, rslora: bool, full: bool, **where: Any) -> None:
+@json_option("lr, low and high of the 90 % band, ceiling or null, extrapolated, notes, configuration.")
+def lr(
+    recipe: Path, rank: int | None, alpha: float | None, rslora: bool, full: bool, as_json: bool, **where: Any
+) -> None:
     """Print a recipe's rate at a rank, or for full finetuning, and the configuration that it is for."""
     if full == (rank is not None):
         raise click.UsageError("Give --rank N or --full.")
@@ -30,4 +34,5 @@ def lr(recipe: Path, rank: int | None, alpha: float | None, rslora: bool, full: 
     if full and alpha is not None:
         raise click.UsageError("Full finetuning has no --alpha.")
     method: Any = "full" if full else "lora"
-    echo(Recipe.load(recipe).at(rank, alpha=alpha, rslora=rslora, method=method, **where))
+    rate = Recipe.load(recipe).at(rank, alpha=alpha, rslora=rslora, method=method, **where)
+    echo_json(rate) if as_json else echo(rate)

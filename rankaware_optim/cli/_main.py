@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..errors import CalibrationInterrupted, RankAwareError
 from ._echo import echo
@@ -22,6 +23,7 @@ _COMMANDS = (
     "coordcheck",
     "demo",
     "diff",
+    "doctor",
     "fit",
     "inspect",
     "lr",
@@ -44,6 +46,11 @@ class _Commands(click.Group):
         name = cmd_name.replace("-", "_")
         found: click.Command = getattr(import_module(f"{__package__}._{name}"), name)
         return found
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands by name alone: their help would import all of them, and torch, at every press of the key."""
+        named = [CompletionItem(name) for name in _COMMANDS if name.startswith(incomplete)]
+        return [*named, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def invoke(self, ctx: click.Context) -> Any:
         sys.path.insert(0, "")  # the user's laws and optimizers are imported from the current folder, as with python -m
@@ -71,4 +78,11 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="rankaware-optim")
 def main() -> None:
-    """Learning rates that stay right when the LoRA rank, alpha or init changes, or for full finetuning."""
+    """Learning rates that stay right when the LoRA rank, alpha or init changes, or for full finetuning.
+
+    \b
+    Completion in a shell, by a line of its start-up file:
+      bash  eval "$(_RANKAWARE_COMPLETE=bash_source rankaware)"
+      zsh   eval "$(_RANKAWARE_COMPLETE=zsh_source rankaware)"
+      fish  _RANKAWARE_COMPLETE=fish_source rankaware | source
+    """

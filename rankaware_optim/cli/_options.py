@@ -92,6 +92,11 @@ def out_option(kind: str = "", **settings: Any) -> Callable[[Any], Any]:
     return click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), callback=check, **settings)
 
 
+def json_option(shape: str) -> Callable[[Any], Any]:
+    """--json, as `as_json`. shape: what the document holds, for the help."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print JSON: {shape}")
+
+
 ALPHA = click.option(
     "--alpha", callback=number_or_rank, help="alpha of rows without one; 'rank' if it follows the rank."
 )

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
-
 from ..errors import CalibrationError
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -78,6 +76,8 @@ def chosen_devices(asked: Sequence[str] | None, visible: Sequence[str]) -> list[
 
 def machine_devices() -> list[str]:
     """The GPUs that are visible here. CUDA is not initialised: it reads CUDA_VISIBLE_DEVICES only once."""
+    import torch
+
     return visible_devices(os.environ, torch.cuda.device_count())
 
 

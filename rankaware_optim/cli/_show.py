@@ -6,12 +6,15 @@ from pathlib import Path
 
 import click
 
-from ..recipe import Recipe
-from ._echo import echo
+from ..recipe import Recipe, to_document
+from ._echo import echo, echo_json
+from ._options import json_option
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-def show(recipe: Path) -> None:
+@json_option("the sections of its file, as recipes/SCHEMA.md names them.")
+def show(recipe: Path, as_json: bool) -> None:
     """Print what a recipe holds."""
-    echo(Recipe.load(recipe))
+    found = Recipe.load(recipe)
+    echo_json(to_document(found)) if as_json else echo(found)

@@ -10,7 +10,8 @@ import click
 from .._types import Reference
 from ..inspection import inspect_file, read_config
 from ..transfer import published_init, suggest_lr
-from ._echo import echo
+from ._echo import echo, echo_json
+from ._options import json_option
 
 _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 
@@ -26,6 +27,7 @@ _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 @click.option("--fan-in", type=float, help="The model's hidden size; with --full its largest fan-in.")
 @click.option("--optimizer", default="adamw", show_default=True, help="A name, or package:Class.")
 @click.option("--chat", is_flag=True, help="Chat data at a batch near 128 and some 800 steps: a narrower band.")
+@json_option("lr, low, high, ceiling, extrapolated, notes, configuration, optimizer, reference, fan_in.")
 def suggest(
     path: Path | None,
     rank: int | None,
@@ -37,6 +39,7 @@ def suggest(
     fan_in: float | None,
     optimizer: str,
     chat: bool,
+    as_json: bool,
 ) -> None:
     """Suggest a learning rate and its band from published sweeps: for an adapter's PATH, or for --rank and --alpha."""
     options: dict[str, Any] = {"init": init, "task": "chat" if chat else "other"}
@@ -47,11 +50,13 @@ def suggest(
         if not init and not full and config.is_file():
             options["init"] = published_init(read_config(config).values.get("init_lora_weights"))
         options |= {"method": "full" if full else "lora", "dora": dora or None}
-        echo(suggest_lr(survey, optimizer, **options))
+        found = suggest_lr(survey, optimizer, **options)
+        echo_json(found) if as_json else echo(found)
         return
     if full and (rank is not None or alpha is not None or rslora):
         raise click.UsageError("Full finetuning has no --rank, --alpha or --rslora.")
     if not full and (rank is None or alpha is None):
         raise click.UsageError("Give a PATH, or --rank and --alpha, or --full.")
     reference = Reference(rank, alpha, rslora, fan_in=fan_in, method="full" if full else "lora")
-    echo(suggest_lr(reference, optimizer, dora=dora, **options))
+    found = suggest_lr(reference, optimizer, dora=dora, **options)
+    echo_json(found) if as_json else echo(found)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
-
-import torch
-from torch import nn
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InspectionError
 from ._conventions import LAYOUTS, Convention, Layout, Reading, conventions
 
+if TYPE_CHECKING:  # files are read without it
+    import torch
+    from torch import nn
+
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
 
-Modules = list[tuple[str, nn.Module]]
-Parameters = list[tuple[str, nn.Parameter]]
+Modules = list["tuple[str, nn.Module]"]
+Parameters = list["tuple[str, nn.Parameter]"]
 
 
 class Walk(NamedTuple):
@@ -105,6 +107,9 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
 
 def _owned(module: nn.Module, attribute: str, container: bool) -> dict[str, Half]:
     """Return the tensors in `attribute` by adapter: a parameter, a module's weight, or a dict of these."""
+    import torch
+    from torch import nn
+
     parameter = module._parameters.get(attribute)
     member: Any = module._modules.get(attribute) if parameter is None else parameter
     is_dict = isinstance(member, (nn.ModuleDict, nn.ParameterDict))
@@ -222,12 +227,12 @@ def scaling_of(pair: Pair, rank: float) -> float | None:
 def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
     """Return the first of the owner's `attributes` that is a number, also in a dict by adapter or a small tensor."""
     for attribute in attributes:
-        value: object = pair.owner
+        value: Any = pair.owner
         for part in attribute.split("."):
             value = getattr(value, part, None)
         if isinstance(value, Mapping):
             value = value.get(pair.adapter)
-        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta:
+        if hasattr(value, "numel") and value.numel() == 1 and not value.is_meta:  # a tensor
             value = value.item()
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
@@ -236,4 +241,9 @@ def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
 
 def is_embedding(module: nn.Module) -> bool:
     """Return whether a module, or the one that it adapts, is an embedding."""
-    return isinstance(getattr(module, "base_layer", module), (nn.Embedding, nn.EmbeddingBag))
+    base = getattr(module, "base_layer", module)
+    if isinstance(base, SimpleNamespace):  # what a file says about a layer: it is not a module, and torch is not needed
+        return False
+    from torch import nn
+
+    return isinstance(base, (nn.Embedding, nn.EmbeddingBag))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping
-from typing import Any, get_args
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, get_args
 
 from .._checks import check_init
 from .._types import Factor, Init, Method, Role, Survey
@@ -16,6 +13,10 @@ from ..errors import InspectionError
 from ._conventions import Reading, conventions
 from ._pairs import Modules, Pair, Walk, declared_number, is_embedding, is_shard, pairs_of, reading_of, scaling_of, walk
 from ._unsupported import is_other_adapter, unsupported
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _SAMPLE = 1024
 # Values of PEFT's init_lora_weights with B = 0 at the start, besides True. With other strings neither factor is zero.

@@ -182,6 +182,19 @@ def law_words(law: Law) -> str:
     return f"{type(law).__name__}({', '.join(words)})"
 
 
+def law_sentence(law: Law) -> str:
+    """A law by its name and what differs from its defaults, to three digits, for people.
+
+    >>> law_sentence(get_law("power?exponent=0.1,law=(mua?tokens=4)"))
+    'power with exponent 0.1, law (mua with tokens 4)'
+    """
+    words = []
+    for name, value, changed in _parameters(law):
+        short = f"({law_sentence(value)})" if isinstance(value, Law) else f"{value:.3g}" if is_number(value) else value
+        words += [f"{name} {short}"] if changed else []
+    return f"{law.name} with {', '.join(words)}" if words else law.name
+
+
 def _parameters(law: Law, which: str = "") -> Iterator[tuple[str, Any, bool]]:
     """Yield a law's parameters: name, value, and whether the value differs from the default.
 

@@ -9,6 +9,7 @@ from ._observations import EARLY, TAIL, Observation, arms_of, gain_of, height, i
 from ._other_rates import BASE, OtherRates, name_pattern
 from ._plots import draw_trials, drawable, plot_recipe
 from ._recipe import ANY_WIDTH, Recipe, is_for, other_rates_on, rate_on, resolve_recipe
+from ._schema import to_document
 from ._settings import SAME_UPDATES, agreed, differences, plain_setting, plain_value, settings_of
 from ._uncertainty import FULL_SD, INIT_SD, RANK_SD, WIDTH_SD, Z90, with_margin
 
@@ -52,6 +53,7 @@ __all__ = [
     "recent",
     "resolve_recipe",
     "settings_of",
+    "to_document",
     "usual_start",
     "with_margin",
     "write_report",

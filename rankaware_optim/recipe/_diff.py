@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .._checks import is_number
 from .._tables import text_table
+from ._io import Array
 from ._recipe import Recipe, known_rate
 from ._schema import to_document
 
@@ -107,8 +106,8 @@ def _fields(first: Recipe, second: Recipe) -> Iterator[Difference]:
         a, b = arrays.get(path), others.get(path)
         if a is None or b is None or a.shape != b.shape:
             yield Difference(path, _size(a), _size(b))
-        elif count := int(((a != b) & ~(a.isnan() & b.isnan())).sum()):
-            yield Difference(path, _size(a), _size(b), f"{count} of {a.numel()} values differ")
+        elif count := int(((a != b) & ~((a != a) & (b != b))).sum()):
+            yield Difference(path, _size(a), _size(b), f"{count} of {a.size} values differ")
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -126,7 +125,7 @@ def _text(value: Any) -> str:
     return _ABSENT if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _size(tensor: torch.Tensor | None) -> str:
+def _size(tensor: Array | None) -> str:
     return _ABSENT if tensor is None else " × ".join(map(str, tensor.shape)) or "1"
 
 

@@ -17,10 +17,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .._figures import log_ticks
 from .._files import replace_bytes
 from .._rate import Rate
 from ..errors import PageError, RankAwareError
-from ..laws import Measured
 from ._plot_data import Picture, PictureArm, picture_of
 from ._recipe import Recipe, known_rate
 from ._recipe_text import facts, lead
@@ -119,11 +119,9 @@ class _Axis:
         return [(self.at(value), f"{value:g}") for value in inside[::step]]
 
     def _round_values(self) -> Sequence[float]:
-        """Return 1, 2 and 5 of every decade, or only decades if there are many; on a linear axis, their multiples."""
+        """Return the ticks of `log_ticks`; on a linear axis, multiples of 1, 2 and 5."""
         if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1,) if math.log10(self.high / self.low) > 3 else (1, 2, 5)
-            return [float(f"{step}e{decade}") for decade in decades for step in steps]
+            return log_ticks(self.low, self.high, _MOST_TICKS)
         wide = (self.high - self.low) / _MOST_TICKS
         size = 10.0 ** math.floor(math.log10(wide))
         apart = next(m * size for m in (1, 2, 5, 10, 20) if wide <= m * size)
@@ -133,7 +131,7 @@ class _Axis:
 def _panel(picture: Picture, arm: PictureArm) -> dict[str, Any]:
     """Return one rank's drawing: positions in the frame, and a description."""
     x = _Axis(*picture.rates, _LEFT, _RIGHT)
-    y = _Axis(*picture.values, _BOTTOM, _TOP, log=False)
+    y = _Axis(*arm.values, _BOTTOM, _TOP, log=False)
     rate = arm.rate
     return {
         "title": arm.title,
@@ -191,7 +189,7 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
     rate, by rank. outside: whether the rank is extrapolated. notes: by rank, the index of its list in `sentences`, in
     which "{rank}" stands for the rank. full: the numbers of full finetuning, or the reason why there are none.
     """
-    measured = isinstance(recipe.law.law, Measured)
+    measured = recipe.law.law.name == "measured"  # its class needs torch
     refused = _AS_SWEPT if recipe.scaling_rule == "as swept" else _MEASURED if measured else ""
     ranks = _nodes(recipe, coarse=measured)
     own = [known_rate(recipe, rank) for rank in ranks]

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tomli
 import tomli_w
-import torch
 from safetensors import safe_open
-from safetensors.torch import load, save
+from safetensors.numpy import load, save
 
 from .._files import read_bytes, replace_bytes
 from ..errors import RecipeError
@@ -24,12 +25,14 @@ from ._document import SCHEMA, Document, checked
 _MOST_TEXT, _MOST_TENSORS = 10_000_000, 1_000_000_000  # bytes
 _PATIENCE = 10.0  # seconds to wait for another save in the folder
 
+Array = npt.NDArray[Any]  # of whole numbers, floats or truth values
+
 
 def write(
     path: str | os.PathLike[str],
     header: str,
     text: dict[str, Any],
-    arrays: Mapping[str, torch.Tensor],
+    arrays: Mapping[str, Array],
     read_again: Callable[[Document], object],
 ) -> Path:
     """Write the tensors under a name with their hash, then the TOML that names them, then remove the old tensors.
@@ -38,7 +41,7 @@ def write(
     """
     named = _toml_path(path)
     target = Path(os.path.realpath(named))
-    data = save({key: value.contiguous() for key, value in arrays.items()})
+    data = save({key: np.ascontiguousarray(value) for key, value in arrays.items()})
     sha256 = hashlib.sha256(data).hexdigest()
     beside = target.with_name(f"{target.stem}.{sha256[:12]}.safetensors")
     whole = _without_none({"schema": SCHEMA, **text, "tensors": {"file": beside.name, "sha256": sha256}})
@@ -58,7 +61,7 @@ def write(
     return named
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Document, dict[str, torch.Tensor]]:
+def read(path: str | os.PathLike[str]) -> tuple[Document, dict[str, Array]]:
     """Return the checked TOML and the tensors, which match its hash. Read again if a save came between the two."""
     target = _toml_path(path)
     text = _read_text(target)
@@ -160,7 +163,7 @@ def _parsed(text: bytes, target: Path) -> dict[str, Any]:
         raise RecipeError(f"The recipe {target} cannot be read: {error}.", "Restore or remake it.") from error
 
 
-def _read_tensors(target: Path, name: str, sha256: str) -> dict[str, torch.Tensor]:
+def _read_tensors(target: Path, name: str, sha256: str) -> dict[str, Array]:
     path = target.parent / Path(name).name
     if not os.path.lexists(path):  # only the TOML was linked
         path = Path(os.path.realpath(target)).parent / path.name

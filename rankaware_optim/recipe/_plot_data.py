@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from .._rate import Rate
 from ._loss_model import Place, curves_of
@@ -48,7 +47,7 @@ class PictureArm:
     """The trials at one rank, None for full finetuning. rate: the recipe's, None if it needs an alpha.
 
     curve: (rate, score) along the loss model's mean, with its optimum at the recipe's. by_base: whether the points are
-    drawn at their base rates, because their own rates are unknown.
+    drawn at their base rates, because their own rates are unknown. values: (low, high) of the rank's own frame.
     """
 
     rank: int | None
@@ -56,6 +55,7 @@ class PictureArm:
     rate: Rate | None
     curve: tuple[tuple[float, float], ...] = ()
     by_base: bool = False
+    values: tuple[float, float] = (0.0, 1.0)
 
     @property
     def label(self) -> str:
@@ -85,7 +85,7 @@ class PictureArm:
 class Picture:
     """Arms by rank, full finetuning last; the frame; and the rates at powers of two, if alpha has a rule.
 
-    rates, values: (low, high) of the frame. Scores above it are drawn at its edge.
+    rates, values: (low, high) of a frame around all of them. Scores above a frame are drawn at its edge.
     """
 
     arms: tuple[PictureArm, ...]
@@ -107,17 +107,14 @@ def picture_of(recipe: Recipe) -> Picture:
     best = {rank: (math.log2(rate.low) + math.log2(rate.high)) / 2 for rank, rate in rates.items() if rate}
     x = np.linspace(math.log2(across[0]), math.log2(across[1]), _STEPS)
     curves = _curves(trials, best, x)
-    arms = tuple(
-        PictureArm(
-            rank,
-            tuple(of_rank),
-            rates[rank],
-            curve=tuple((2.0**u, y) for u, y in zip(x, curves.get(rank, ()), strict=False) if y <= values[1]),
-            by_base=rates[rank] is None and "own_lr" not in recipe.tensors,
-        )
-        for rank, of_rank in trials.items()
-    )
-    return Picture(arms, across, values, _by_rank(recipe), known_rate(recipe, None))
+    arms = []
+    for rank, of_rank in trials.items():
+        curve = [float(y) for y in curves.get(rank, ())]
+        frame = _own_frame(of_rank, curve, values)
+        inside = tuple((float(2.0**u), y) for u, y in zip(x, curve, strict=False) if y <= frame[1])
+        by_base = rates[rank] is None and "own_lr" not in recipe.tensors
+        arms.append(PictureArm(rank, tuple(of_rank), rates[rank], inside, by_base, frame))
+    return Picture(tuple(arms), across, values, _by_rank(recipe), known_rate(recipe, None))
 
 
 def _by_rank(recipe: Recipe) -> tuple[tuple[int, Rate], ...]:
@@ -139,6 +136,21 @@ def _frame(values: Sequence[float]) -> tuple[float, float]:
     return ordered[0] - 0.1 * size, ordered[0] + size
 
 
+def _own_frame(points: Sequence[Point], curve: Sequence[float], whole: tuple[float, float]) -> tuple[float, float]:
+    """A rank's own frame: its lowest point and all of its scores within the height of the `whole` frame above its best.
+
+    It is at least a fifth as high as that frame, so that noise alone does not look like a bowl.
+    """
+    height = whole[1] - whole[0]
+    finite = [point.value for point in points if math.isfinite(point.value)]
+    if not finite:
+        return whole
+    bottom = min(finite + list(curve))
+    top = max(value for value in finite if value <= min(finite) + height)
+    size = max(top - bottom, height / 5)
+    return bottom - 0.1 * size, bottom + 1.1 * size
+
+
 # --- the trials -----------------------------------------------------------------------------------------------------
 
 
@@ -153,8 +165,8 @@ def _trials(recipe: Recipe) -> dict[int | None, list[Point]]:
     if any(map(math.isnan, own)):
         own = _moved(recipe, ranks, base)
     seeds = held["seed"].tolist() if "seed" in held else [0] * len(ranks)
-    lost = held.get("diverged", torch.tensor([not math.isfinite(value) for value in values]))
-    cut = held.get("pruned", torch.zeros_like(lost))
+    lost = held.get("diverged", np.array([not math.isfinite(value) for value in values]))
+    cut = held.get("pruned", np.zeros_like(lost))
     fates = ["pruned" if p else "diverged" if d else "finished" for d, p in zip(lost, cut, strict=True)]
     curves = [[value] if math.isfinite(value) else [] for value in values]
     if {"curve", "steps"} <= held.keys():

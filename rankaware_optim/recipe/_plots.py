@@ -11,6 +11,9 @@ from ..errors import PlotError
 from ._plot_data import Picture, PictureArm, picture_of
 from ._recipe import Recipe
 
+_CURVE = "fit, lowest at the best rate"
+_BEYOND = "off the frame, diverged or pruned"
+
 
 def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
     """Draw a recipe: one panel per rank with its trials, fit, band, ceiling and rate, and a panel of rates by rank.
@@ -27,23 +30,34 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
     """
     picture = drawable(recipe)
     rooms = len(picture.arms) + bool(picture.by_rank)
-    columns = min(3, rooms)
+    columns = 2 if rooms == 4 else min(3, rooms)
     rows = -(-rooms // columns)
     figure, axes = figure_of(columns, 1.0 + 3.6 * columns, 0.9 + 3.2 * rows, rows)
+    axes = _filled(figure, axes, rooms, columns)
     for axis, arm in zip(axes, picture.arms, strict=False):
         _draw_rank(axis, picture, arm)
     if picture.by_rank:
-        _draw_rates(axes[rooms - 1], picture, recipe)
-    for axis in axes[rooms:]:
-        axis.set_axis_off()
-    axes[0].set_ylabel("score, minimised")
+        _draw_rates(axes[-1], picture, recipe)
+    for axis in axes[: len(picture.arms) : columns]:
+        axis.set_ylabel("score, minimised")
     made_by = f"{recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'unknown'} steps"
     figure.suptitle(f"Recipe {short(recipe.name, 60)!r}: {made_by}", parse_math=False)
     drawn = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes)
     each = {label: handle for pairs in drawn for handle, label in pairs}  # once, of all panels
-    ncols = min(4, 2 * columns)
+    ncols = min(4, columns + 1)
     figure.legend(each.values(), each, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
     return save(figure, path)
+
+
+def _filled(figure: Any, axes: Any, rooms: int, columns: int) -> list[Any]:
+    """Return the first `rooms` axes of a grid. The last one fills its row."""
+    kept, rest = list(axes[:rooms]), axes[rooms:]
+    if len(rest):
+        for axis in (kept.pop(), *rest):
+            axis.remove()
+        row, column = divmod(rooms - 1, columns)
+        kept.append(figure.add_subplot(axes[0].get_gridspec()[row, column:]))
+    return kept
 
 
 def drawable(recipe: Recipe) -> Picture:
@@ -56,33 +70,35 @@ def drawable(recipe: Recipe) -> Picture:
 
 def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
     """Draw one rank: trials, the fitted curve, and the recipe's rate with band and ceiling."""
-    _draw_points(axis, picture, arm, COLOURS[0], "trial")
+    _draw_points(axis, arm, arm.values, COLOURS[0], "trial")
     if arm.rate is not None:
         axis.axvspan(arm.rate.low, arm.rate.high, color=COLOURS[0], alpha=0.12, lw=0, label="90 % band")
         axis.axvline(arm.rate.lr, color=COLOURS[1], linestyle="--", label="the recipe's rate")
         if arm.rate.ceiling is not None:
             axis.axvline(arm.rate.ceiling, color="0.2", linestyle=":", label="ceiling")
     rate_axis(axis)
-    axis.set(xlim=picture.rates, ylim=picture.values)
+    axis.set(xlim=picture.rates, ylim=arm.values)
     axis.set_title(arm.title, fontsize=10)
 
 
-def _draw_points(axis: Any, picture: Picture, arm: PictureArm, colour: str, label: str) -> None:
+def _draw_points(axis: Any, arm: PictureArm, values: tuple[float, float], colour: str, label: str) -> None:
     """Draw trials at their rates, those outside the frame as open triangles at the upper edge, and the curve."""
-    bottom, top = picture.values
+    bottom, top = values
     edge = top - 0.03 * (top - bottom)
     inside = [(p.rate, p.value) for p in arm.points if p.value <= top]
     beyond = [p.rate for p in arm.points if not p.value <= top]
     curve = zip(*arm.curve, strict=True) if arm.curve else ((), ())
-    axis.plot(*curve, color=colour, linewidth=1.5, label="fit" if label == "trial" else None)
+    alone = label == "trial"
+    axis.plot(*curve, color=colour, linewidth=1.5, label=_CURVE if alone else None)
     axis.plot(*zip(*inside, strict=True) if inside else ((), ()), "o", color=colour, label=label, alpha=0.8)
-    axis.plot(beyond, [edge] * len(beyond), "^", color=colour, markerfacecolor="none")
+    off = {"color": colour, "markerfacecolor": "none", "label": _BEYOND if alone and beyond else None}
+    axis.plot(beyond, [edge] * len(beyond), "^", **off)
 
 
 def draw_trials(axis: Any, picture: Picture) -> None:
     """Draw all ranks in one panel."""
     for arm, colour in zip(picture.arms, cycle(COLOURS), strict=False):
-        _draw_points(axis, picture, arm, colour, arm.label)
+        _draw_points(axis, arm, picture.values, colour, arm.label)
         if arm.rate is not None:
             axis.axvline(arm.rate.lr, color=colour, linestyle="--", linewidth=1)
     rate_axis(axis)
@@ -104,8 +120,7 @@ def _draw_rates(axis: Any, picture: Picture, recipe: Recipe) -> None:
     for rank in recipe.ranks:
         axis.axvline(rank, color="0.8", linewidth=0.8, zorder=0)
     axis.set_xlabel("rank (grey: calibrated)")
-    axis.set_ylabel("learning rate, per step")
     axis.set_title("Rates by rank", fontsize=10)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axis.set_yscale("log")
+    rate_axis(axis, "y")

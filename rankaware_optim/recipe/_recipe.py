@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from .._optimizers import known_optimizer
 from .._rate import Rate
 from .._scaling_rule import GAMMA, Scaling
@@ -28,6 +26,7 @@ from . import _io as recipe_files
 from . import _recipe_text as words
 from . import _schema as recipe_toml
 from ._horizon import Horizon, by_batch
+from ._io import Array
 from ._other_rates import OtherRates, Seen
 from ._uncertainty import Z90, margin, spread
 
@@ -45,7 +44,7 @@ class Recipe:
         fitted_lr: the fitted optimum at `reference`. The rate to use is `lr`.
         reference: the configuration that the base rate belongs to.
         law: a `Power` around the law that was calibrated. It holds the drift in rank and the factor of full finetuning.
-        covariance: 3 × 3 tensor of (log2 rate at `law.pivot`, drift, log2 `full_factor`), octaves².
+        covariance: 3 × 3 array of (log2 rate at `law.pivot`, drift, log2 `full_factor`), octaves².
         lean: safety margin of `lr` below `fitted_lr`, octaves. Too high a rate costs more than too low a rate.
         ceiling: the lowest rate at `reference` that diverged, None if no trial did.
         scaling_rule: how the effective multiplier s = alpha / rank followed the ranks r of the trials: "fixed" (alpha
@@ -66,8 +65,8 @@ class Recipe:
         versions: versions of the packages used.
         source: the training loop's name, the hash of its source and its repository's commit.
         notes: sentences on what the data did not determine.
-        tensors: one entry per trial: `rank` (0 for full finetuning), `lr`, `seed`, `value` (NaN if pruned), `diverged`,
-            `pruned`, `steps`, and `curve` of shape (trials, values).
+        tensors: numpy arrays, one entry per trial: `rank` (0 for full finetuning), `lr`, `seed`, `value` (NaN if
+            pruned), `diverged`, `pruned`, `steps`, and `curve` of shape (trials, values).
         steepness: steepness of the loss above the optimum, per octave. The margin for another configuration follows
             from it and the uncertainty there. With 0 the margin is `lean` everywhere.
         scatter: standard deviation of a rank's own best rate about the law, octaves.
@@ -77,7 +76,7 @@ class Recipe:
     fitted_lr: float
     reference: Reference
     law: Power
-    covariance: torch.Tensor
+    covariance: Array
     lean: float = 0.0
     ceiling: float | None = None
     scaling_rule: Scaling = "unknown"
@@ -95,7 +94,7 @@ class Recipe:
     versions: Mapping[str, str] = field(default_factory=dict)
     source: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    tensors: Mapping[str, Array] = field(default_factory=dict, repr=False)
     steepness: float = 0.0
     scatter: float = 0.0
 
@@ -286,7 +285,7 @@ class Recipe:
         read_again = partial(recipe_toml.from_document, type(self), tensors=arrays, target=path)
         return recipe_files.write(path, header, text, arrays, read_again)
 
-    def arrays(self) -> dict[str, torch.Tensor]:
+    def arrays(self) -> dict[str, Array]:
         """Return the contents of the safetensors file, by name."""
         return {**{f"trial.{key}": value for key, value in self.tensors.items()}, "fit.covariance": self.covariance}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._printable import printable
 from .._scaling_rule import Scaling
 from .._survey_text import init_text
-from ..laws import law_words
+from ..laws import Power, law_sentence
 from ._other_rates import BASE
 from ._uncertainty import own_band
 
@@ -36,15 +36,15 @@ def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield a recipe's facts as pairs of a name and a text."""
     at, horizon = recipe.reference, recipe.horizon
     warmup = "unknown" if recipe.warmup is None else f"{recipe.warmup:.0%}"
-    settings = (f"{name}={value!r}" for name, value in recipe.settings.items())
+    settings = ", ".join(f"{name} {_setting(value)}" for name, value in recipe.settings.items())
     yield "base rate", f"{recipe.lr:.3g} at {at}, width {_number(at.fan_in)}"
     yield "fitted optimum", f"{recipe.fitted_lr:.3g}, {recipe.lean:.2g} octaves above the base rate (the rate to use)"
     yield "90 % band", "{:.3g} to {:.3g}".format(*own_band(recipe))
     yield "ceiling", "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}"
-    yield "full width", _number(recipe.full_fan_in)
-    yield "law", law_words(recipe.law)
+    yield "largest fan-in", f"{_number(recipe.full_fan_in)}, which full finetuning's rate depends on"
+    yield "law", _law(recipe.law)
     yield "alpha by rank", _ALPHA[recipe.scaling_rule]
-    yield "optimizer", ", ".join([recipe.optimizer, *settings])
+    yield "optimizer", f"{recipe.optimizer} with {settings}" if settings else recipe.optimizer
     yield "horizon", f"{recipe.steps or 'unknown'} steps, batch {_number(recipe.batch)}, warm-up {warmup}"
     yield "other steps", f"{horizon.slope:+.2f} ± {horizon.slope_sd:.2f} octaves of rate per octave of steps"
     yield "seen", f"{_tried(recipe)}; {len(recipe.tensors.get('lr', ()))} trials, from seed {recipe.seed}"
@@ -71,6 +71,17 @@ def configuration(recipe: Recipe, target: Reference, steps: int | None, batch: f
         ("batch {:g}", batch or recipe.batch),
     )
     return ", ".join([*parts, *(words.format(value) for words, value in numbers if value is not None)])
+
+
+def _law(law: Power) -> str:
+    """The law that rates move by, and how the trials corrected it."""
+    corrections = [f"times rank^{law.exponent:.3g}"] if law.exponent else []
+    corrections += [f"times {law.full_factor:.3g} in full finetuning"] if law.full_factor != 1.0 else []
+    return ", ".join([law_sentence(law.law), *corrections])
+
+
+def _setting(value: Any) -> str:
+    return f"({', '.join(map(_setting, value))})" if isinstance(value, (list, tuple)) else str(value)
 
 
 def _tried(recipe: Recipe) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from .._checks import MOST_TRIALS, RANGES
 from .._types import Reference
@@ -16,6 +17,7 @@ from ..errors import InvalidReferenceError, RankAwareError
 from ..laws import Power, law_from_dict, law_to_dict
 from ._document import Document, impossible
 from ._horizon import Horizon
+from ._io import Array
 from ._settings import plain_setting
 from ._uncertainty import own_band
 
@@ -23,21 +25,21 @@ if TYPE_CHECKING:
     from ._recipe import Recipe
 
 _MOST_VARIANCE = 1e4  # octaves²: a standard deviation of 100 octaves
-_WHOLE, _FLOAT, _BOOL = (torch.int64,), (torch.float32, torch.float64), (torch.bool,)
+_WHOLE, _FLOAT, _BOOL = ("int64",), ("float32", "float64"), ("bool",)
 _ANY = (*_WHOLE, *_FLOAT, *_BOOL)
 
 
-def _within(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    low, high = RANGES[name]
-    return lambda value: (value.double() >= low) & (value.double() <= high)
+def _within(name: str) -> Callable[[Array], npt.NDArray[np.bool_]]:
+    low, high = map(np.float64, RANGES[name])  # which float32 cannot hold
+    return lambda value: (value >= low) & (value <= high)
 
 
 # Tensors of trials: dtypes, number of axes, and a check of the numbers.
-_TRIAL: Mapping[str, tuple[tuple[torch.dtype, ...], int, Callable[[torch.Tensor], torch.Tensor] | None]] = {
+_TRIAL: Mapping[str, tuple[tuple[str, ...], int, Callable[[Array], npt.NDArray[np.bool_]] | None]] = {
     "rank": (_WHOLE, 1, lambda value: (value == 0) | _within("rank")(value)),
     "seed": (_WHOLE, 1, None),
     "lr": (_FLOAT, 1, _within("trial_lr")),
-    "own_lr": (_FLOAT, 1, lambda value: value.isnan() | _within("trial_lr")(value)),
+    "own_lr": (_FLOAT, 1, lambda value: np.isnan(value) | _within("trial_lr")(value)),
     "value": (_FLOAT, 1, None),
     "diverged": (_BOOL, 1, None),
     "pruned": (_BOOL, 1, None),
@@ -112,7 +114,7 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_document(
-    cls: type[Recipe], found: Document, tensors: Mapping[str, torch.Tensor], target: str | os.PathLike[str]
+    cls: type[Recipe], found: Document, tensors: Mapping[str, Array], target: str | os.PathLike[str]
 ) -> Recipe:
     """Return the recipe in both files. Checks that the schema cannot express are made here."""
     path, at, seen, horizon = Path(target), found.reference, found.seen, found.horizon
@@ -162,24 +164,24 @@ def from_document(
     return made
 
 
-def _covariance(tensor: torch.Tensor | None, target: Path) -> torch.Tensor:
+def _covariance(tensor: Array | None, target: Path) -> Array:
     where = "fit.covariance"
-    if tensor is None or tensor.shape != (3, 3) or tensor.dtype not in (torch.float32, torch.float64):
+    if tensor is None or tensor.shape != (3, 3) or tensor.dtype.name not in _FLOAT:
         raise impossible(target, "there is no 3 × 3 covariance of floats", where)
-    if not bool((tensor.abs() <= _MOST_VARIANCE).all()):
+    if not bool((np.abs(tensor) <= _MOST_VARIANCE).all()):
         raise impossible(target, f"it is not finite, or above {_MOST_VARIANCE:g}", where)
-    spectrum = torch.linalg.eigvalsh((tensor + tensor.T).double())
-    if spectrum[0] < -1e-6 * spectrum[-1].abs():
+    spectrum = np.linalg.eigvalsh((tensor + tensor.T).astype(np.float64))
+    if spectrum[0] < -1e-6 * abs(spectrum[-1]):
         raise impossible(target, "a variance is negative", where)
     return tensor
 
 
-def _trials(tensors: Mapping[str, torch.Tensor], target: Path) -> dict[str, torch.Tensor]:
+def _trials(tensors: Mapping[str, Array], target: Path) -> dict[str, Array]:
     trials = {key.removeprefix("trial."): value for key, value in tensors.items() if key.startswith("trial.")}
     for key, value in trials.items():
-        kinds, axes, good = _TRIAL.get(key, (_ANY, value.dim() or 1, None))
-        if value.dtype not in kinds or value.dim() != axes:
-            raise impossible(target, f"it has {value.dtype} and {value.dim()} axes", f"trial.{key}")
+        kinds, axes, good = _TRIAL.get(key, (_ANY, value.ndim or 1, None))
+        if value.dtype.name not in kinds or value.ndim != axes:
+            raise impossible(target, f"it has {value.dtype} and {value.ndim} axes", f"trial.{key}")
         if good is not None and not bool(good(value).all()):
             raise impossible(target, "a trial has a value out of range", f"trial.{key}")
     if len(counts := {len(value) for value in trials.values()}) > 1 or max(counts, default=0) > MOST_TRIALS:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from .._survey_text import init_text
 from .._types import Reference
@@ -59,8 +59,8 @@ def spread(recipe: Recipe, target: Reference) -> tuple[float, list[str]]:
     full, pivot = target.method == "full", recipe.law.pivot
     octaves = math.log2(((target.fan_in if full else target.rank) or pivot) / pivot)
     # Design vector: gradient of the log2 rate with respect to (base, drift, full factor).
-    x = torch.tensor([1.0, octaves if recipe.law.to_full or not full else 0.0, float(full)], dtype=torch.float64)
-    variance = max(0.0, float(x @ recipe.covariance.double() @ x))
+    x = np.array([1.0, octaves if recipe.law.to_full or not full else 0.0, float(full)])
+    variance = max(0.0, float(x @ recipe.covariance @ x))
     unseen = list(_unseen(recipe, target))
     own = 0.0 if full else recipe.scatter  # full finetuning has its own factor, so no scatter about the law
     return math.sqrt(variance + own**2 + sum(sd**2 for sd, _ in unseen)), [words for _, words in unseen]

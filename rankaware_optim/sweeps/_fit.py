@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch.optim import Optimizer
 
 from .._checks import MOST_TRIALS, check_init, is_within, range_of, shown
@@ -270,7 +269,7 @@ class _Rows:
             fitted_lr=2.0**best,
             reference=reference,
             law=fitted.law,
-            covariance=torch.from_numpy(fitted.covariance),
+            covariance=fitted.covariance,
             steepness=fit.steepness,
             scatter=fitted.prior.scatter,
             ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
@@ -283,12 +282,12 @@ class _Rows:
             batch=self.runs[0].batch,
             versions=versions_used(),
             tensors={
-                "rank": torch.tensor([o.rank or 0 for o in seen]),
-                "seed": torch.tensor([o.seed for o in seen]),
-                "lr": torch.tensor([2.0**o.x for o in seen], dtype=torch.float64),
-                "own_lr": torch.tensor([run.lr for run in self.runs], dtype=torch.float64),
-                "value": torch.tensor([o.value for o in seen], dtype=torch.float64),
-                "diverged": torch.tensor(diverged(seen), dtype=torch.bool),
+                "rank": np.array([o.rank or 0 for o in seen], np.int64),
+                "seed": np.array([o.seed for o in seen], np.int64),
+                "lr": np.array([2.0**o.x for o in seen]),
+                "own_lr": np.array([run.lr for run in self.runs], np.float64),
+                "value": np.array([o.value for o in seen], np.float64),
+                "diverged": np.array(diverged(seen), bool),
             },
             **rest,
         )

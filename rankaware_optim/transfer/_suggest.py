@@ -6,10 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .._optimizer_classes import get_optimizer_class
 from .._optimizers import known_optimizer
@@ -19,6 +16,10 @@ from ..errors import InvalidReferenceError, LawError, OptimizerError
 from ..inspection import declared_init, declared_inits, other_kind, survey_of, walk
 from ..laws import MuA, checked_multiplier
 from ..recipe import FULL_SD, INIT_SD, RANK_SD, WIDTH_SD, Z90
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
 
 Task = Literal["chat", "other"]
 
@@ -123,7 +124,7 @@ class _Case(NamedTuple):
 
 def suggest_lr(
     model: nn.Module | Survey | Reference,
-    optimizer: type[torch.optim.Optimizer] | str = "adamw",
+    optimizer: type[Optimizer] | str = "adamw",
     *,
     settings: Mapping[str, Any] | None = None,
     method: Method = "lora",
@@ -180,7 +181,7 @@ def suggest_lr(
 # --- the optimizer --------------------------------------------------------------------------------------------------
 
 
-def _rule(optimizer: type[torch.optim.Optimizer] | str, settings: Mapping[str, Any]) -> tuple[str, Step]:
+def _rule(optimizer: type[Optimizer] | str, settings: Mapping[str, Any]) -> tuple[str, Step]:
     """Return the optimizer's name and how its rate follows from AdamW's. A subclass follows its base class."""
     by_name = isinstance(optimizer, str) and known_optimizer(optimizer)[1].relation  # needs no installed package
     kind = optimizer if by_name else get_optimizer_class(optimizer)
@@ -208,6 +209,8 @@ def _case(model: nn.Module | Survey | Reference, method: Method, init: str | boo
         return _with_init(_Case(model, dora=bool(dora)), init)
     if isinstance(model, Survey):
         return _surveyed(model, method, init, dora)
+    from torch import nn
+
     if not isinstance(model, nn.Module):
         raise InvalidReferenceError(
             f"A rate is suggested for a model, a survey or a Reference, not for {model!r}.",

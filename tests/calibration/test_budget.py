@@ -336,4 +336,4 @@ def test_the_recipe_is_the_fit_of_every_trial():
     trials = Trials.read(storage.get_all_trials(0))
     assert trials.imputed()
     fit = fit_observations(trials.evidence(), Prior(pivot=16.0))
-    assert recipe.covariance.numpy() == pytest.approx(fit.covariance, rel=1e-12)
+    assert recipe.covariance == pytest.approx(fit.covariance, rel=1e-12)

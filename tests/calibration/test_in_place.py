@@ -256,7 +256,7 @@ def test_it_gives_the_recipe_of_models_built_anew(style, rule):
     other = ra.calibrate(train, AdamW, ranks=(2, 8), steps=STEPS, trials=6)
     recipe = calibrate(found, settings={"weight_decay": 0.1}, scaling_rule=rule, trials=6)
     for key, value in other.tensors.items():
-        assert torch.equal(value.nan_to_num(), recipe.tensors[key].nan_to_num()), key
+        assert np.array_equal(value, recipe.tensors[key], equal_nan=value.dtype.kind == "f"), key
     assert (recipe.fitted_lr, recipe.settings, recipe.reference) == (other.fitted_lr, other.settings, other.reference)
     assert recipe.scaling_rule == other.scaling_rule == rule
 
@@ -402,7 +402,7 @@ def test_a_step_may_take_its_gradients_itself():
         return loss.item() if i % 2 else loss.detach()
 
     ours, theirs = calibrate(mlp(), own), calibrate(mlp(), step)
-    assert torch.allclose(ours.tensors["curve"], theirs.tensors["curve"], rtol=1e-4, equal_nan=True)
+    assert np.allclose(ours.tensors["curve"], theirs.tensors["curve"], rtol=1e-4, equal_nan=True)
 
 
 def test_schedule_score_and_settings_are_used():

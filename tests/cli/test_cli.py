@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -29,7 +30,7 @@ def recipe(tmp_path):
         fitted_lr=2e-3,
         reference=AT_16,
         law=Power(exponent=0.1, full_factor=1.5),
-        covariance=torch.diag(torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)),
+        covariance=np.diag([0.04, 0.01, 0.09]),
         ceiling=3e-2,
         scaling_rule="fixed",
         full_fan_in=64.0,
@@ -38,7 +39,7 @@ def recipe(tmp_path):
         steps=100,
         batch=16.0,
         versions={"torch": "2.6"},
-        tensors={"rank": torch.tensor([4, 64]), "lr": torch.tensor([1e-3, 2e-3]), "value": torch.tensor([0.5, 0.4])},
+        tensors={"rank": np.array([4, 64]), "lr": np.array([1e-3, 2e-3]), "value": np.array([0.5, 0.4])},
     )
     return made.save(tmp_path / "digits.toml"), made
 
@@ -190,7 +191,16 @@ def test_show_prints_what_a_recipe_holds(recipe):
     done = call("show", recipe[0])
     assert done.exit_code == 0
     at_16 = "0.002 at rank 16, alpha 32, B = 0, width 64"
-    for text in ("digits", at_16, "0.03", "exponent=0.1", "AdamW", "100 steps", "ranks 4, 64; 2 trials", "torch 2.6"):
+    for text in (
+        "digits",
+        at_16,
+        "0.03",
+        "times rank^0.1, times 1.5",
+        "AdamW",
+        "100 steps",
+        "ranks 4, 64; 2 trials",
+        "torch 2.6",
+    ):
         assert text in done.output
 
 

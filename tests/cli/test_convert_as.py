@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import rankaware_optim as ra
 from rankaware_optim.cli import main
 from rankaware_optim.cli._configurations import TOOLS, as_words
+from rankaware_optim.inspection import parse_reference
 from rankaware_optim.integrations._settings import settings_from_words
-from rankaware_optim.transfer import parse_reference
 
 LR, FROM, TO = "2e-4", "r=16,alpha=32,fan_in=512", "r=64,alpha=16,rslora,fan_in=512"
 

@@ -262,11 +262,11 @@ def test_a_registered_row_goes_before_built_in_ones(registered):
 
 
 BAD_ROWS = {
-    "text": ("nothing", "There is no optional convention 'nothing'. Known are A/B"),
+    "text": ("nothing", "There is no optional convention 'nothing'. Give one of A/B"),
     "no row": ({"name": "x"}, "not {'name': 'x'}"),
     "a dotted factor": (replace(STRANGER, a="inner.reduce"), "has the factor 'inner.reduce'"),
     "no factor": (replace(STRANGER, b=None), "has the factor None"),
-    "unknown layout": (replace(STRANGER, layouts=("diagonal",)), "has the layout 'diagonal'. Known are rows"),
+    "unknown layout": (replace(STRANGER, layouts=("diagonal",)), "has the layout 'diagonal'. Give one of rows"),
     "text for a tuple": (replace(STRANGER, rank="width"), r"has rank='width'. Give a tuple"),
     "a built-in's name": (replace(STRANGER, name="peft"), "Another convention is called 'peft'"),
     "a text for keys": (replace(STRANGER, keys="{}"), "has keys='{}'. Give a tuple"),
@@ -389,7 +389,7 @@ STRANGERS = {
     "another rank": (README_ROW, {"reduce": (IN, 4), "expand": (4, OUT), "k": 8}, "rank 4 by its shape .*up.k is 8"),
     "no scaling": (README_ROW, {"reduce": (IN, 4), "expand": (4, OUT), "gain": 0.0}, "up.gain is 0.0"),
     "both": (README_ROW, {"reduce": (IN, 4), "reduce__weight": (IN, 4), "expand": (4, OUT)}, "up.reduce.* collide"),
-    "other shapes": (README_ROW, {"reduce": (IN, 4), "expand": (5, OUT)}, "up.expand .* no LoRA pair"),
+    "other shapes": (README_ROW, {"reduce": (IN, 4), "expand": (5, OUT)}, "up.expand .* not a LoRA pair"),
 }
 
 

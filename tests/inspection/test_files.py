@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from rankaware_optim import InspectionError, RankAwareError
 from rankaware_optim.inspection import inspect_file
 from rankaware_optim.inspection.files import _peft_config as patterns
-from rankaware_optim.transfer import survey_report
+from rankaware_optim.transfer import survey_rates
 
 RANK = 8
 LAYER = "base_model.model.layers.0.q_proj"
@@ -450,7 +450,7 @@ MISFITS = [
 def test_shapes_that_fit_no_pair_are_refused(shapes, folder):
     """Two halves whose shapes make no pair are an error that names both."""
     path = folder({key: torch.zeros(shape) for key, shape in shapes.items()})
-    with pytest.raises(InspectionError, match=r"lora_A\.weight has .*lora_B\.weight .* no LoRA pair"):
+    with pytest.raises(InspectionError, match=r"lora_A\.weight has .*lora_B\.weight .* not a LoRA pair"):
         inspect_file(path)
 
 
@@ -461,7 +461,7 @@ CORES = [((8, 8, 3, 3), (8, 4, 3, 3)), ((4, 8, 3, 3), (8, 4, 1, 1)), ((8,), (8, 
 def test_a_core_that_does_not_fit_its_pair_is_refused(core, down, folder):
     """Tucker's core is (r, r, k…) between two 1 × 1 convolutions."""
     tensors = {"x.lora_mid.weight": torch.zeros(core), "x.lora_down.weight": torch.zeros(down)}
-    with pytest.raises(InspectionError, match="no LoRA pair"):
+    with pytest.raises(InspectionError, match="not a LoRA pair"):
         inspect_file(folder({**tensors, "x.lora_up.weight": torch.zeros(5, 8, 1, 1)}))
 
 
@@ -735,7 +735,8 @@ def test_no_configuration_raises_an_error_but_ours(changes, tmp_path):
 def test_the_report_counts_like_factors_on_one_line(folder):
     """A hundred like layers take two lines, with their rates if a base rate is given."""
     survey = inspect_file(folder({k: v for i in range(100) for k, v in pair(f"layers.{i}.q").items()}))
-    plain, rated = survey_report(survey), survey_report(survey, lr=2e-4, tuned_at="r=8,alpha=16")
+    with_law, rates = survey_rates(survey, lr=2e-4, tuned_at="r=8,alpha=16")
+    plain, rated = survey.explain(), with_law.explain(rates=rates)
     assert plain.count("100") == 2
     assert "0.0002" not in plain
     assert rated.count("0.0002") == 2
@@ -744,6 +745,7 @@ def test_the_report_counts_like_factors_on_one_line(folder):
 def test_the_report_gives_every_tensor_a_line_if_asked(folder):
     """per_module names each tensor, with its rate."""
     survey = inspect_file(folder({k: v for i in range(3) for k, v in pair(f"layers.{i}.q").items()}))
-    report = survey_report(survey, lr=2e-4, tuned_at="r=8,alpha=16", per_module=True)
+    with_law, rates = survey_rates(survey, lr=2e-4, tuned_at="r=8,alpha=16")
+    report = with_law.explain(per_module=True, rates=rates)
     assert all(f.name in report for f in survey.factors)
     assert report.count("0.0002") == 6

@@ -8,6 +8,7 @@ import re
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ RECIPE = Recipe(
     fitted_lr=8e-3,
     reference=Reference(rank=4, alpha=4, fan_in=WIDTH),
     law=Power(exponent=0.1),
-    covariance=torch.diag(torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)),
+    covariance=np.diag([0.04, 0.01, 0.09]),
     lean=0.25,
     scaling_rule="fixed",
     full_fan_in=float(WIDTH),

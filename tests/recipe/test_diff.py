@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 
 from rankaware_optim import Power, Recipe, Reference
@@ -18,7 +18,7 @@ RECIPE = Recipe(
     fitted_lr=2e-3,
     reference=Reference(rank=16, alpha=32, fan_in=64, batch=8),
     law=Power(exponent=0.1, full_factor=1.5),
-    covariance=torch.diag(torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)),
+    covariance=np.diag([0.04, 0.01, 0.09]),
     lean=0.25,
     ceiling=3e-2,
     scaling_rule="fixed",
@@ -32,7 +32,7 @@ RECIPE = Recipe(
     versions={"torch": "2.6"},
     source={"train": "train"},
     notes=("one",),
-    tensors={"rank": torch.tensor([4, 64]), "lr": torch.tensor([1e-3, 2e-3]), "value": torch.tensor([0.5, math.nan])},
+    tensors={"rank": np.array([4, 64]), "lr": np.array([1e-3, 2e-3]), "value": np.array([0.5, math.nan])},
 )
 OTHERS = {
     "scaling_rule": "alpha",
@@ -113,7 +113,7 @@ def test_a_sentence_says_whether_it_matters(change, sentence):
 
 def test_trials_are_counted():
     """Of tensors it is said how many values differ, NaN being alike; of other shapes, the shapes."""
-    found = words(tensors={**RECIPE.tensors, "lr": torch.tensor([1e-3, 5e-3]), "rank": torch.tensor([4, 8, 64])})
+    found = words(tensors={**RECIPE.tensors, "lr": np.array([1e-3, 5e-3]), "rank": np.array([4, 8, 64])})
     assert found["trial.lr"].words == "1 of 2 values differ"
     assert (found["trial.rank"].first, found["trial.rank"].second, found["trial.rank"].words) == ("2", "3", "")
     assert "trial.value" not in found

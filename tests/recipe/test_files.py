@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
 from rankaware_optim import Recipe, RecipeError
 from rankaware_optim._files import read_bytes
@@ -58,7 +58,9 @@ def test_two_saves_at_once_leave_one_whole_recipe(tmp_path):
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda made: made.save(target), pair, timeout=HANG))
         found = Recipe.load(target)
-        assert any(made.name == found.name and made.tensors["seed"].equal(found.tensors["seed"]) for made in pair)
+        assert any(
+            made.name == found.name and np.array_equal(made.tensors["seed"], found.tensors["seed"]) for made in pair
+        )
         assert set(tmp_path.iterdir()) == {target, tensors_of(target)}
 
 
@@ -145,7 +147,7 @@ def test_a_newer_recipe_is_not_overwritten(tmp_path):
 
 
 UNREADABLE = [{"fitted_lr": 1e-40}, {"notes": (3,)}, {"settings": {"x": 2**70}}, {"steps": -1}]
-UNREADABLE += [{"covariance": torch.eye(3) * math.nan}, {"tensors": {"lr": torch.zeros(2)}}]
+UNREADABLE += [{"covariance": np.eye(3) * math.nan}, {"tensors": {"lr": np.zeros(2)}}]
 
 
 @pytest.mark.parametrize("change", UNREADABLE)

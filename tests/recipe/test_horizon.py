@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import tomli
 import torch
@@ -32,7 +33,7 @@ def recipe(**changes) -> Recipe:
         "fitted_lr": 2e-3,
         "reference": AT_16,
         "law": Power(),
-        "covariance": torch.diag(torch.tensor([0.04, 0.0, 0.0], dtype=torch.float64)),
+        "covariance": np.diag([0.04, 0.0, 0.0]),
         "ceiling": 3e-2,
         "scaling_rule": "fixed",
         "ranks": (4, 64),
@@ -126,7 +127,7 @@ def test_a_recipe_that_does_not_know_its_own_horizon_refuses_another(what):
 # --- reading curves -------------------------------------------------------------------------------------------------
 
 
-def trials(slope: float, steps: int = 64, offsets=(-3, -2, -1, -0.5, 0.5, 1, 2)) -> dict[str, torch.Tensor]:
+def trials(slope: float, steps: int = 64, offsets=(-3, -2, -1, -0.5, 0.5, 1, 2)) -> dict[str, np.ndarray]:
     """Runs at ranks 4 and 64 whose best rate so far moves by `slope` octaves for every octave of steps."""
     found: dict[str, list] = {"rank": [], "seed": [], "lr": [], "diverged": [], "curve": []}
     for rank in (4, 64):
@@ -136,7 +137,7 @@ def trials(slope: float, steps: int = 64, offsets=(-3, -2, -1, -0.5, 0.5, 1, 2))
             row = (rank, seed % 2, 2.0 ** (x - 9), False, [2.3, *curve[1:]])
             for values, value in zip(found.values(), row, strict=True):
                 values.append(value)
-    return {key: torch.tensor(value) for key, value in found.items()}
+    return {key: np.array(value) for key, value in found.items()}
 
 
 @pytest.mark.parametrize("slope", [-0.5, 0.0, 0.5])
@@ -164,7 +165,7 @@ SILENT = [
     {},
     {key: value for key, value in trials(0.5).items() if key != "curve"},
     trials(0.5, steps=9),
-    {**trials(0.5), "curve": torch.full((14, 64), math.nan)},
+    {**trials(0.5), "curve": np.full((14, 64), math.nan)},
 ]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.recipe._plot_data import picture_of
 
 from ..helpers.models import mlp
+from ..helpers.recipes import KINDS
 
 RANKS = (2, 32)
 
@@ -79,7 +82,7 @@ def test_a_rank_whose_trials_were_all_pruned_has_no_curve():
     """Trials stopped for being worse are shown as pruned, and shape no curve where no run of their rank finished."""
     made, _ = calibrated("A", RANKS, 0.0)
     cut = made.tensors["rank"] == 2
-    value = made.tensors["value"].where(~cut, torch.nan)
+    value = np.where(cut, np.nan, made.tensors["value"])
     arm = picture_of(replace(made, tensors={**made.tensors, "value": value, "pruned": cut})).arms[0]
     assert {point.fate for point in arm.points} == {"pruned"}
     assert arm.curve == ()
@@ -107,7 +110,7 @@ def test_arms_are_in_order_and_full_finetuning_is_last():
     assert picture.full == made.at(method="full")
 
 
-@pytest.mark.parametrize("tensors", [{}, {"rank": torch.tensor([4])}])
+@pytest.mark.parametrize("tensors", [{}, {"rank": np.array([4])}])
 def test_a_recipe_without_trials_has_no_arms(tensors):
     """There is a picture without trials: rates by rank alone."""
     made, _ = calibrated("A", RANKS, 0.0)
@@ -124,3 +127,18 @@ def test_an_older_recipe_is_drawn_along_the_law_its_trials_ran_along():
     assert sorted(rates) == pytest.approx(sorted(rate for *_, rate in used))
     lost = picture_of(replace(older, scaling_rule="unknown"))
     assert {arm.rank: arm.by_base for arm in lost.arms} == {2: True, 32: False}
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("made", [*KINDS.values(), *SHIPPED], ids=[*KINDS, *(path.stem for path in SHIPPED)])
+def test_a_ranks_own_frame_holds_its_scores(made):
+    """A rank's frame has its own height: all its scores are inside, but those farther off than the whole is high."""
+    picture = picture_of(ra.Recipe.load(made) if isinstance(made, Path) else made)
+    height = picture.values[1] - picture.values[0]
+    for arm in picture.arms:
+        low, high = arm.values
+        scores = [point.value for point in arm.points if math.isfinite(point.value)]
+        assert all(low < value < high for value in scores if value <= min(scores) + height)
+        assert all(low < value <= high for _, value in arm.curve)

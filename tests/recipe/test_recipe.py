@@ -9,6 +9,7 @@ import re
 import warnings
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -48,7 +49,7 @@ def recipe(**changes) -> Recipe:
         "fitted_lr": 2e-3,
         "reference": AT_16,
         "law": Power(exponent=0.1, full_factor=1.5),
-        "covariance": torch.diag(torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)),
+        "covariance": np.diag([0.04, 0.01, 0.09]),
         "lean": 0.25,
         "ceiling": 3e-2,
         "scaling_rule": "fixed",
@@ -62,7 +63,7 @@ def recipe(**changes) -> Recipe:
         "other_rates": {"head.weight": "base", "head.bias": "base"},
         "versions": {"torch": "2.6"},
         "source": {"train": "train"},
-        "tensors": {"rank": torch.tensor([4, 64]), "lr": torch.tensor([1e-3, 2e-3]), "value": torch.tensor([0.5, 0.4])},
+        "tensors": {"rank": np.array([4, 64]), "lr": np.array([1e-3, 2e-3]), "value": np.array([0.5, 0.4])},
     }
     return Recipe(**{**values, **changes})
 
@@ -72,9 +73,9 @@ def assert_same(first: Recipe, second: Recipe) -> None:
         one, two = getattr(first, f.name), getattr(second, f.name)
         if f.name == "tensors":
             assert one.keys() == two.keys()
-            assert all(torch.equal(one[key].nan_to_num(-1.0), two[key].nan_to_num(-1.0)) for key in one)
+            assert all(np.array_equal(one[key], two[key], equal_nan=one[key].dtype.kind == "f") for key in one)
         elif f.name == "covariance":
-            assert torch.equal(one, two)
+            assert np.array_equal(one, two)
         else:
             assert one == two, f.name
 
@@ -119,7 +120,7 @@ recipes = st.builds(
     seed=st.integers(0, 2**62),
     other_rates=st.dictionaries(st.text("ab.*", min_size=1), st.just("base") | positive),
     source=st.dictionaries(st.text("ab", min_size=1), st.text(st.characters(codec="utf-8"))),
-    tensors=st.just({}) | st.just({"lr": torch.ones(1), "curve": torch.tensor([[1.0, math.nan]])}),
+    tensors=st.just({}) | st.just({"lr": np.ones(1), "curve": np.array([[1.0, math.nan]])}),
 )
 
 
@@ -350,10 +351,10 @@ def test_a_rate_edited_by_hand_is_refused(tmp_path):
 
 NAN = math.nan
 TENSORS = [
-    ("fit.covariance", torch.eye(3).to(torch.float8_e4m3fn), "@ fit.covariance"),
+    ("fit.covariance", torch.eye(3).to(torch.float8_e4m3fn), "cannot be read"),
     ("fit.covariance", torch.eye(3) * 1e300, "@ fit.covariance"),
     ("trial.lr", torch.tensor([1e-3, 1e300], dtype=torch.float64), "@ trial.lr"),
-    ("trial.lr", torch.ones(2, dtype=torch.float8_e4m3fn), "@ trial.lr"),
+    ("trial.lr", torch.ones(2, dtype=torch.float8_e4m3fn), "cannot be read"),
     ("trial.lr", torch.ones(2, dtype=torch.complex64), "@ trial.lr"),
     ("trial.lr", torch.ones(2, 1), "@ trial.lr"),
     ("trial.rank", torch.tensor([4, -64]), "@ trial.rank"),
@@ -362,7 +363,7 @@ TENSORS = [
     ("trial.curve", torch.ones(2), "@ trial.curve"),
     ("trial.diverged", torch.ones(2), "@ trial.diverged"),
     ("trial.value", torch.ones(1), "different numbers of trials.* @ trial"),
-    ("trial.unheard", torch.ones(2, dtype=torch.bfloat16), "@ trial.unheard"),
+    ("trial.unheard", torch.ones(2, dtype=torch.bfloat16), "cannot be read"),
     ("fit.covariance", None, "@ fit.covariance"),
     ("fit.covariance", torch.full((3, 3), NAN), "@ fit.covariance"),
     ("fit.covariance", torch.eye(2), "@ fit.covariance"),
@@ -449,7 +450,7 @@ def test_a_rate_is_positive_and_finite_or_an_error(exponent, lr, slope, variance
         fitted_lr=lr,
         ceiling=lr,
         law=Power(exponent=exponent, pivot=1e-9, law=MuA(tokens=None)),
-        covariance=torch.eye(3) * variance,
+        covariance=np.eye(3) * variance,
         horizon=Horizon(slope, 0.3),
         reference=replace(AT_16, fan_in=fan_in),
     )
@@ -484,7 +485,7 @@ def test_the_reference_gets_the_base_rate():
 @pytest.mark.parametrize(("inside", "outside"), [(4, 2), (4, 1), (64, 128), (64, 4096)])
 def test_outside_the_band_is_wider_and_flagged(inside, outside):
     """A rank beyond those seen is flagged, noted and warned about, and its band is wider than the fit's alone."""
-    made = recipe(law=Power(), covariance=torch.diag(torch.tensor([0.04, 0.0, 0.0])))
+    made = recipe(law=Power(), covariance=np.diag([0.04, 0.0, 0.0]))
     near = made.at(rank=inside)
     with pytest.warns(RankAwareWarning, match=f"rank {outside} is outside"):
         far = made.at(rank=outside)

@@ -42,8 +42,8 @@ def test_a_recipe_says_what_it_holds():
     said = dict(facts(FULL))
     assert said["base rate"] == f"{FULL.lr:.3g} at rank 4, alpha 8, B = 0, width 64"
     assert said["90 % band"] == FULL.at().band
-    assert said["law"] == "Power(exponent=0.1)"
-    assert said["optimizer"] == "torch.optim.AdamW, weight_decay=0.01, betas=[0.9, 0.99]"
+    assert said["law"] == "mua, times rank^0.1"
+    assert said["optimizer"] == "torch.optim.AdamW with weight_decay 0.01, betas (0.9, 0.99)"
     assert said["horizon"] == "1 steps, batch 16, warm-up 5%"
     assert said["seen"] == "ranks 4, 64; 6 trials, from seed 0"
     assert said["hash"] == FULL.tag.split()[0]

@@ -34,10 +34,11 @@ from rankaware_optim import (
     rank_aware_param_groups,
     suggest_lr,
 )
+from rankaware_optim.inspection import parse_reference
 from rankaware_optim.laws import kappa
 from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.testing._convention import distance, trained
-from rankaware_optim.transfer import Conversion, convert_lr, parse_reference
+from rankaware_optim.transfer import Conversion, convert_lr
 
 from ..helpers.models import BASES, STYLES, adapted, mlp
 from ..helpers.real_adapters import CASES

@@ -382,7 +382,7 @@ def test_the_command_reads_an_adapter(folder, config, arguments, reference, opti
     """For an adapter's folder the configuration comes from its files, its declared init too."""
     done = call(folder(**config), *arguments)
     assert done.exit_code == 0, done.output
-    assert f"lr {suggest_lr(reference, **options).lr:.1e};" in done.output
+    assert f"lr {suggest_lr(reference, **options).lr:.1e}." in done.output
 
 
 def test_an_unreadable_init_is_said(folder):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-import torch
+import numpy.typing as npt
 
 from ...recipe import SLOPE_SD, TAIL, Horizon, Observation, recent
 from ._posterior import Prior, fit_observations
@@ -15,7 +16,7 @@ _SHARES = (1, 2, 4)  # curves are read at their end, half and quarter
 _WINDOW = 5  # a reading is the mean of the last fifth of the values so far
 
 
-def horizon_of(trials: Mapping[str, torch.Tensor], prior: Prior) -> Horizon:
+def horizon_of(trials: Mapping[str, npt.NDArray[Any]], prior: Prior) -> Horizon:
     """Estimate the slope of the best rate in the number of steps from a calibration's curves, shrunk towards 0.
 
     The fit is repeated at the end, half and quarter of the curves. Each reading is the mean of the last fifth of the
@@ -48,7 +49,7 @@ def horizon_of(trials: Mapping[str, torch.Tensor], prior: Prior) -> Horizon:
     return Horizon(float(share * slope), math.sqrt(float(share * variance)))
 
 
-def _read(trials: Mapping[str, torch.Tensor], end: int) -> Iterator[Observation]:
+def _read(trials: Mapping[str, npt.NDArray[Any]], end: int) -> Iterator[Observation]:
     """Yield every run as if it had ended after `end` steps. Runs stopped earlier are left out unless they diverged."""
     rows = zip(*(trials[key].tolist() for key in ("rank", "seed", "lr", "diverged", "curve")), strict=True)
     for rank, seed, lr, diverged, curve in rows:

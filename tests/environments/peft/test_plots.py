@@ -15,7 +15,8 @@ from rankaware_optim.transfer import coordinate_check
 pytest.importorskip("matplotlib")
 
 from rankaware_optim.errors import PlotError
-from rankaware_optim.recipe import plot_recipe
+from rankaware_optim.recipe import _plots, plot_recipe
+from rankaware_optim.recipe._plot_data import picture_of
 from rankaware_optim.transfer import plot_coordinates
 
 from ...helpers.recipes import KINDS, RECIPE
@@ -65,6 +66,52 @@ def test_a_recipe_without_trials_is_refused(tmp_path):
     """Without its trials' tensors there is nothing to draw."""
     with pytest.raises(RankAwareError, match="trial"):
         plot_recipe(replace(RECIPE, tensors={}), tmp_path / "out.png")
+
+
+def figures(monkeypatch, module) -> list:
+    """The figures that are saved from now on, as matplotlib holds them."""
+    saved = []
+    monkeypatch.setattr(module, "save", lambda figure, path: saved.append(figure))
+    return saved
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tick_stands_where_its_label_says(kind, monkeypatch):
+    """Every label of an axis of rates reads as the number at which its tick stands."""
+    saved = figures(monkeypatch, _plots)
+    plot_recipe(KINDS[kind], "out.png")
+    saved[0].draw_without_rendering()
+    for axis in saved[0].axes:
+        sides = [one for one in (axis.xaxis, axis.yaxis) if one.get_label_text() == "learning rate, per step"]
+        assert sides
+        for side in sides:
+            pairs = [
+                (tick, text.get_text()) for tick, text in zip(side.get_ticklocs(), side.get_ticklabels(), strict=True)
+            ]
+            assert pairs
+            assert all(float(label) == pytest.approx(tick, rel=1e-9) for tick, label in pairs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_panel_is_used(kind, monkeypatch):
+    """Each panel holds something, rows end at the right edge, and every trial is a mark within its panel."""
+    saved = figures(monkeypatch, _plots)
+    plot_recipe(KINDS[kind], "out.png")
+    saved[0].draw_without_rendering()
+    assert all(axis.has_data() and axis.axison for axis in saved[0].axes)
+    ends = {}
+    for axis in saved[0].axes:
+        spec = axis.get_subplotspec()
+        ends[spec.rowspan.start] = max(ends.get(spec.rowspan.start, 0), spec.colspan.stop)
+    assert set(ends.values()) == {saved[0].axes[0].get_gridspec().ncols}
+    marks = 0
+    for axis, _ in zip(saved[0].axes, picture_of(KINDS[kind]).arms, strict=False):
+        (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+        for line in (line for line in axis.get_lines() if line.get_marker() in ("o", "^")):
+            marks += len(line.get_xdata())
+            assert all(left < x < right for x in line.get_xdata())
+            assert all(bottom < y < top for y in line.get_ydata())
+    assert marks == len(KINDS[kind].tensors["lr"])
 
 
 # --- the coordinate check -------------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""--json: one document a command, of the shape that its help names."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+
+from rankaware_optim import Reference, convert_lr, suggest_lr
+from rankaware_optim.cli import main
+from rankaware_optim.cli._echo import echo_json
+from rankaware_optim.recipe import to_document
+
+from ..helpers.recipes import RECIPE
+
+RATE = {"lr", "low", "high", "ceiling", "extrapolated", "notes", "configuration"}
+CONVERSION = {"lr_a", "lr_b", "eps_scale_a", "eps_scale_b", "weight_decay_scale_a", "weight_decay_scale_b", "a_scale"}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A recipe, an adapter with a head, and a sweep, where one stands."""
+    monkeypatch.chdir(tmp_path)
+    RECIPE.save("r.toml")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16}))
+    tensors = {"q.lora_A.weight": (8, 32), "q.lora_B.weight": (48, 8), "head.weight": (2, 2)}
+    made = {f"base_model.model.{name}": np.zeros(shape, np.float32) for name, shape in tensors.items()}
+    save_file(made, tmp_path / "adapter" / "adapter_model.safetensors")
+    losses = [(r, 2.0**x, 1 + 0.1 * (x + 11) ** 2) for r in (8, 64) for x in range(-14, -8)]
+    rows = [f"{r},{r},64,{lr},{loss}" for r, lr, loss in losses]
+    (tmp_path / "sweep.csv").write_text("\n".join(["rank,alpha,fan_in,lr,loss", *rows]))
+
+
+def document(*arguments, code: int = 0):
+    """What the command prints with --json."""
+    done = CliRunner().invoke(main, [*map(str, arguments), "--json"])
+    assert done.exit_code == code, done.output
+    return json.loads(done.stdout)
+
+
+KEYS = [
+    (["lr", "r.toml", "--rank", "8"], RATE),
+    (["show", "r.toml"], set(to_document(RECIPE))),
+    (["suggest", "--rank", "16", "--alpha", "32"], RATE | {"optimizer", "reference", "fan_in"}),
+    (["suggest", "adapter"], RATE | {"optimizer", "reference", "fan_in"}),
+    (["inspect", "adapter"], {"factors", "others", "checks", "notes"}),
+    (["fit", "sweep.csv"], set(to_document(RECIPE))),
+]
+
+
+@pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
+@pytest.mark.parametrize(("arguments", "keys"), KEYS, ids=lambda value: " ".join(value) if type(value) is list else "")
+def test_an_object_has_these_keys(arguments, keys):
+    """The document is an object with exactly these keys, whatever is unknown being null."""
+    assert document(*arguments).keys() == keys
+
+
+def test_the_numbers_are_those_of_python():
+    """lr, convert and suggest give what Recipe.at, convert_lr and suggest_lr return, to the last digit."""
+    rate, found = RECIPE.at(8), document("lr", "r.toml", "--rank", 8)
+    assert [found["lr"], found["low"], found["high"], found["ceiling"]] == [rate.lr, rate.low, rate.high, rate.ceiling]
+    (found,) = document("convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=16,alpha=16")
+    made = convert_lr(2e-4, from_="r=16,alpha=32", to="r=16,alpha=16")
+    assert [found["lr"], found["lr_a"], found["lr_b"], found["exact"]] == [made.lr, made.lr_a, made.lr_b, made.exact]
+    assert document("suggest", "--rank", 16, "--alpha", 32)["lr"] == suggest_lr(Reference(16, 32)).lr
+
+
+def test_convert_says_from_where_to_where():
+    """Each entry has the rate before, both places in words that --from and --to read, and no bound it does not know."""
+    (found,) = document("convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=64")
+    assert found.keys() == RATE | CONVERSION | {"exact", "part", "from_lr", "from", "to"}
+    assert [found[key] for key in ("part", "from_lr", "from", "to")] == [None, 2e-4, "r=16,alpha=32", "r=64,alpha=32"]
+    assert found["high"] is None
+
+
+def test_inspect_names_every_tensor():
+    """Factors and other parameters have their names; a factor its rate and the reason with --lr, else null."""
+    plain, rated = document("inspect", "adapter"), document("inspect", "adapter", "--lr", "1e-4")
+    assert [f["role"] for f in plain["factors"]] == ["A", "B"]
+    assert [other["name"] for other in plain["others"]] == ["base_model.model.head.weight"]
+    assert all(one["lr"] is one["reason"] is None for one in plain["factors"])
+    assert [(one["lr"], bool(one["reason"])) for one in rated["factors"]] == [(1e-4, True)] * 2
+
+
+def test_diff_lists_what_differs():
+    """The list is empty for equal recipes, the exit codes stay those of diff."""
+    RECIPE.__class__(**{**vars(RECIPE), "name": "other"}).save("s.toml")
+    assert document("diff", "r.toml", "r.toml") == []
+    assert document("diff", "r.toml", "s.toml", code=1) == [
+        {"what": "name", "first": "digits", "second": "other", "words": ""}
+    ]
+
+
+def test_bench_law_prints_what_out_writes():
+    """The list of scores is that of the file."""
+    found = document("bench-law", "sweep.csv", "--law", "mua", "-o", "scores.json")
+    with open("scores.json", encoding="utf-8") as file:
+        assert found == json.load(file)
+    assert [score["law"] for score in found] == ["mua"]
+    assert all("each" in score for score in found)
+
+
+def test_convert_refuses_json_beside_as():
+    """--as prints a configuration, so --json beside it is wrong usage."""
+    words = ["convert", "1e-4", "--from", "r=8,alpha=8", "--to", "r=4", "--as", "trl", "--json"]
+    assert CliRunner().invoke(main, words).exit_code == 2
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_json_cannot_hold_is_null(value, capsys):
+    """Numbers that are not finite are null, so that every parser reads the document."""
+    echo_json({"a": [value, 1.0]})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.0]}

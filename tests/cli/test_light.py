@@ -1,0 +1,64 @@
+"""Commands that read, move or draw a rate start without torch, which takes seconds to import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ..helpers.recipes import RECIPE
+
+PROBE = """
+import sys
+from rankaware_optim.cli import main
+main(sys.argv[1:], prog_name="rankaware", standalone_mode=False)
+print("HELD", *(name for name in ("torch", "optuna") if name in sys.modules))
+"""
+LIGHT = [
+    ["lr", "digits.toml", "--rank", "8"],
+    ["lr", "digits.toml", "--full"],
+    ["show", "digits.toml"],
+    ["diff", "digits.toml", "digits.toml"],
+    ["report", "digits.toml", "-o", "page.html"],
+    ["convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=64"],
+    ["convert", "2e-4", "--from", "adapter", "--to", "r=64,alpha=16"],
+    ["convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=64", "--as", "swift"],
+    ["inspect", "adapter"],
+    ["suggest", "--rank", "16", "--alpha", "32"],
+    ["suggest", "adapter"],
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a recipe and PEFT's files of an adapter."""
+    made = tmp_path_factory.mktemp("light")
+    RECIPE.save(made / "digits.toml")
+    (made / "adapter").mkdir()
+    (made / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16}))
+    factors = {"lora_A": np.zeros((8, 32), np.float32), "lora_B": np.zeros((48, 8), np.float32)}
+    tensors = {f"base_model.model.q.{name}.weight": value for name, value in factors.items()}
+    save_file(tensors, made / "adapter" / "adapter_model.safetensors")
+    return made
+
+
+def held_after(arguments, folder) -> list[str]:
+    """Which of the heavy packages a fresh process holds after the command."""
+    command = [sys.executable, "-c", PROBE, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.rsplit("HELD", 1)[1].split()
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_the_command_needs_no_torch(arguments, folder):
+    """In a fresh process the command ends without torch or Optuna imported."""
+    assert held_after(arguments, folder) == []
+
+
+def test_the_check_can_fail(folder):
+    """The same check sees the torch of a command that steps a real optimizer."""
+    assert "torch" in held_after(["coordcheck", "--shape", "8x8", "--ranks", "2,4", "--tokens", "8"], folder)
