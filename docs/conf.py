@@ -52,6 +52,7 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # results pages begin where their script wants
 
 default_role = "code"
+smartquotes = False  # they turn --option into a dash
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
