@@ -1,4 +1,9 @@
-"""The loop of diffusers' text-to-image LoRA scripts, where they say optimizer_cls: a U-Net with adapters of rank 64."""
+"""
+The loop of diffusers' text-to-image scripts
+============================================
+
+Where they say optimizer_cls, it is ours: a U-Net with adapters of rank 64.
+"""
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel

@@ -1,4 +1,9 @@
-"""Hydra: python examples/hydra_app.py optimizer.lr=1e-4; `_partial_: true` leaves the model to the script."""
+"""
+Hydra
+=====
+
+Run it by ``python examples/hydra_app.py optimizer.lr=1e-4``. ``_partial_: true`` leaves the model to the script.
+"""
 
 import hydra
 import peft

@@ -1,4 +1,9 @@
-"""LightningCLI: python examples/lightning_cli.py fit --config examples/lightning_cli.yaml"""
+"""
+LightningCLI
+============
+
+Run it by ``python examples/lightning_cli.py fit --config examples/lightning_cli.yaml``.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,9 @@
-"""Lightning: the optimizer is built in configure_optimizers; every group's rate goes to the logger."""
+"""
+Lightning
+=========
+
+The optimizer is built in configure_optimizers. Every group's rate goes to the logger.
+"""
 
 import lightning
 import peft

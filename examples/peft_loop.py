@@ -1,4 +1,9 @@
-"""A loop of one's own around a PEFT model: a rate tuned at rank 16, alpha 32, at rank 64."""
+"""
+A loop of one's own with PEFT
+=============================
+
+A rate tuned at rank 16, alpha 32, is moved to rank 64.
+"""
 
 import peft
 import tiny
@@ -14,6 +19,9 @@ rows = tiny.tokenizer()(tiny.TEXTS, return_tensors="pt")["input_ids"]
 opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr=2e-4, tuned_at=ra.Reference(rank=16, alpha=32))
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=6)
 print(opt.report())
+
+# %%
+# The loop stays as it was. The schedule sets the base rate, and the step multiplies it.
 
 for batch in rows.split(8):
     loss = model(input_ids=batch, labels=batch).loss

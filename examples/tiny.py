@@ -1,6 +1,9 @@
-"""A language model of a few thousand weights, a tokenizer and rows of text, made here so that no example downloads one.
+"""
+The tiny model of the other examples
+====================================
 
-python examples/tiny.py tiny    # into the folder tiny: what axolotl.yaml, swift.sh and automodel.yaml name
+A language model of a few thousand weights, a tokenizer and rows of text, made here so that no example downloads one.
+``python examples/tiny.py tiny`` writes them into the folder tiny, which axolotl.yaml and swift.sh name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""transformers' Trainer: one line after it is built. Weight decay, betas and the schedule are its arguments'."""
+"""
+transformers' Trainer
+=====================
+
+One line after it is built. Weight decay, betas and the schedule are those of its arguments.
+"""
 
 import peft
 import tiny

@@ -1,4 +1,9 @@
-"""TRL's GRPOTrainer, which takes no optimizer class: one line after it is built. DPO, KTO and RLOO go alike."""
+"""
+TRL's GRPOTrainer
+=================
+
+It takes no optimizer class, so it is one line after it is built. DPO, KTO and RLOO go alike.
+"""
 
 import tiny
 import torch

@@ -1,4 +1,9 @@
-"""TRL's SFTTrainer: one line after it is built."""
+"""
+TRL's SFTTrainer
+================
+
+One line after it is built.
+"""
 
 import tiny
 import torch

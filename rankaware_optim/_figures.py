@@ -45,12 +45,12 @@ def rate_axis(axis: Any, side: str = "x") -> None:
     """Make an axis, "x" or "y", one of rates: logarithmic, its ticks where their labels say."""
     from matplotlib.ticker import Locator, NullLocator
 
-    class Rounded(Locator):  # type: ignore[misc]
+    class Rounded(Locator):
         def __call__(self) -> list[float]:
-            return self.tick_values(*self.axis.get_view_interval())
+            return self.tick_values(*own.get_view_interval())
 
         def tick_values(self, vmin: float, vmax: float) -> list[float]:
-            return log_ticks(*sorted((vmin, vmax)))
+            return log_ticks(min(vmin, vmax), max(vmin, vmax))
 
     axis.set(**{f"{side}scale": "log", f"{side}label": "learning rate, per step"})
     own = getattr(axis, f"{side}axis")

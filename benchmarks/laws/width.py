@@ -329,7 +329,7 @@ def rule_1(by: Sequence[Rates], config: str) -> str:
 
     every, own = errors(ALIKE), PACKAGE[config]
     if any(math.isnan(exponent(x, kind, config)) for kind in ALIKE for x in by):
-        return f"{config}: the exponent in width is not settled (runs are missing)."
+        return f"{config}: the exponent in width is not settled (an estimate is missing)."
     best = min(every, key=every.__getitem__)
     said = f"{own} is {every[own]:.2f} octaves off, the best candidate, {best}, {every[best]:.2f}"
     if every[own] <= min(0.35, every[best] + 0.1):

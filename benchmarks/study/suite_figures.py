@@ -20,7 +20,7 @@ from study.regret import LAWS, Moved
 from study.suite_tables import README_WAYS, SETTINGS
 
 from rankaware_optim import Law
-from rankaware_optim._figures import COLOURS
+from rankaware_optim._figures import COLOURS, rate_axis
 
 SHOWN = 0.9  # of the losses: the far ones would flatten the rest
 MOST = 300.0  # % of the gain, where the summary's dots end
@@ -63,16 +63,28 @@ def draw_losses(done: Losses, domain: str) -> Figure:
             plot_curve(axis, done, (domain, scheme, rank), color=colours[rank], marker="o", label=f"r = {rank}")
         plot_curve(axis, done, (domain, "full", FULL), color="black", linestyle="--", label="full")
         axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.02 * (top - bottom))
-        axis.set_xlabel("log2 rate", fontsize=8)
+        rates(axis, "x")
     axes[0].set_ylabel("held-out score, lower is better", fontsize=8)
-    axes[0].legend(fontsize=6)
+    legend_beside(figure, axes)
     return figure
+
+
+def rates(axis: Any, side: str, named: bool = True) -> None:
+    """An axis of rates in the panels' small type, with or without its name."""
+    rate_axis(axis, side)
+    getattr(axis, f"{side}axis").label.set(text="learning rate" if named else "", fontsize=8)
+
+
+def legend_beside(figure: Figure, axes: Sequence[Any]) -> None:
+    """One legend for all panels, which covers none of them."""
+    each = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(each.values(), each, loc="outside right center", fontsize=7, frameon=False)
 
 
 def plot_curve(axis: Any, done: Losses, cell: tuple[str, str, int], **style: Any) -> None:
     means = curve(done, cell, seeds_in(done, *cell[:2]))
     finite = {x: loss for x, loss in means.items() if math.isfinite(loss)}
-    axis.plot(list(finite), list(finite.values()), markersize=3, linewidth=1.2, **style)
+    axis.plot([2.0**x for x in finite], list(finite.values()), markersize=3, linewidth=1.2, **style)
 
 
 def draw_rates(done: Losses, domain: str, laws: Mapping[str, Law]) -> Figure:
@@ -82,16 +94,17 @@ def draw_rates(done: Losses, domain: str, laws: Mapping[str, Law]) -> Figure:
     for axis, scheme in zip(axes, schemes, strict=True):
         best = {rank: optimum(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
         points = [(rank, x) for rank, found in best.items() for x in found.by_seed if x is not None]
-        axis.plot(
-            *zip(*points, strict=True) if points else ([], []), "o", color="black", markersize=4, label="measured"
-        )
+        at = [(rank, 2.0**x) for rank, x in points]
+        axis.plot(*zip(*at, strict=True) if at else ([], []), "o", color="black", markersize=4, label="measured")
         plot_laws(axis, done, domain, scheme, points, laws)
         if full is not None:
-            axis.axhline(full, color="#999999", linestyle=":", label="full finetuning")
+            axis.axhline(2.0**full, color="#999999", linestyle=":", label="full finetuning")
         axis.set_xscale("log", base=2)
+        axis.set_xticks(list(best), list(map(str, best)))
+        axis.minorticks_off()
         axis.set_xlabel("rank", fontsize=8)
-    axes[0].set_ylabel("log2 best rate", fontsize=8)
-    axes[0].legend(fontsize=6)
+        rates(axis, "y", named=axis is axes[0])
+    legend_beside(figure, axes)
     return figure
 
 
@@ -104,10 +117,11 @@ def plot_laws(
     middle = float(np.mean([x for _, x in points]))
     for (name, law), (style, colour) in zip(laws.items(), cycle(LAW_STYLES), strict=False):
         moved = np.array([octaves(domain, scheme, rank, law) for rank in ranks])
-        axis.plot(ranks, middle + moved - moved.mean(), linestyle=style, color=colour, label=name)
+        axis.plot(ranks, 2.0 ** (middle + moved - moved.mean()), linestyle=style, color=colour, label=name)
     if (found := exponent_of(done, domain, scheme)) is not None:
         logs = np.log2(ranks)
-        axis.plot(ranks, middle + found.slope * (logs - logs.mean()), ":", color="#009E73", label="fit")
+        fitted = 2.0 ** (middle + found.slope * (logs - logs.mean()))
+        axis.plot(ranks, fitted, ":", color="#009E73", label="power of the rank, fitted")
 
 
 def draw_surface(done: Losses, domain: str) -> Figure:
@@ -122,9 +136,10 @@ def draw_surface(done: Losses, domain: str) -> Figure:
         shown = axis.pcolormesh(range(len(ranks)), xs, values, shading="nearest", cmap="viridis_r")
         axis.plot(range(len(ranks)), list(map(lowest, means)), "o-", color="white", markersize=4)
         axis.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
+        axis.set_yticks(xs[::2], [f"{2.0**x:.2g}" for x in xs[::2]])
         axis.set_xlabel("rank", fontsize=8)
         figure.colorbar(shown, ax=axis).ax.tick_params(labelsize=6)
-    axes[0].set_ylabel("log2 rate", fontsize=8)
+    axes[0].set_ylabel("learning rate", fontsize=8)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""`rankaware bench-law`: laws scored on a sweep."""
+"""`rankaware bench-law`: score laws on a sweep."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ._options import ALPHA, COLUMN, OPTIMIZER, json_option, out_option
 
 @click.command("bench-law")
 @click.argument("sweep", type=click.Path(path_type=Path), default=DEMO_SWEEP)
-@click.option("--law", "laws", multiple=True, help="A name, 'mua?tokens=16', or package.module:Class; repeatable.")
+@click.option("--law", "laws", multiple=True, help="Law: a name, 'mua?tokens=16', or package.module:Class; repeatable.")
 @click.option("--best", type=click.Choice(["parabola", "bowl"]), default="parabola", show_default=True)
 @ALPHA
-@click.option("--fan-in", type=float, help="The models' width, where rows do not say it.")
+@click.option("--fan-in", type=float, help="The models' width, for rows without one.")
 @OPTIMIZER
 @COLUMN
-@out_option(help="Write .json, every move, or .csv.")
+@out_option(help="Write every move to a .json or .csv file.")
 @json_option("a list of the laws' scores, as in the .json file of --out.")
 def bench_law(sweep: Path, laws: tuple[str, ...], out: Path | None, as_json: bool, **options: Any) -> None:
-    """Score laws on SWEEP: each rank's best rate moved to every other, against the best one there.
+    """Score laws on SWEEP: move each rank's best rate to every other rank, and compare it with the best rate there.
 
-    Without SWEEP it is the package's own, without --law the usual ones. In a name's parameters a law is written in
-    brackets: --law "power?exponent=-0.5,law=constant".
+    Without SWEEP, the package's own sweep is used. Without --law, the usual laws are scored. Parameters of a law
+    follow its name: --law "power?exponent=-0.5,law=constant". Put an inner law with parameters in brackets.
     """
     if out is not None and out.suffix not in (".json", ".csv"):
         raise click.UsageError("--out ends in .json or .csv.")
@@ -51,7 +51,7 @@ def bench_law(sweep: Path, laws: tuple[str, ...], out: Path | None, as_json: boo
 
 
 def _cell(value: Any) -> Any:
-    """The value with a quote before a text that a spreadsheet would run as a formula."""
+    """Return the value, with a quote before a text that a spreadsheet would run as a formula."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
@@ -62,5 +62,5 @@ def _columns_of(move: Move) -> dict[str, Any]:
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with a loss that diverged as the text "inf", which JSON can hold."""
+    """Return the row with the text "inf" for a diverged loss, since JSON has no infinity."""
     return {key: "inf" if value == math.inf else value for key, value in row.items()}

@@ -1,4 +1,4 @@
-"""`rankaware convert`: a rate at another rank, alpha, init or method."""
+"""`rankaware convert`: convert a rate to another rank, alpha, init or method."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _Part = tuple[str | None, str, float, Reference]  # its name, its training in wo
 
 @click.command()
 @click.argument("lr", type=float, required=False)
-@click.option("--from", "from_", required=True, help="Where LR was tuned: r=16,alpha=32, full,fan_in=4096, an adapter.")
-@click.option("--to", required=True, help="Where it is wanted, as r=128,alpha=16,rslora; alone r=64 keeps the alpha.")
+@click.option("--from", "from_", required=True, help="LR's configuration: r=16,alpha=32, full,fan_in=4096, an adapter.")
+@click.option("--to", required=True, help="New configuration, such as r=128,alpha=16,rslora; r=64 alone keeps alpha.")
 @click.option("--law", default=DEFAULT_LAW, show_default=True)
 @click.option("--as", "tool", type=click.Choice(list(TOOLS)), help="Print a trainer's configuration, ready to paste.")
 @json_option(_SHAPE)
 def convert(lr: float | None, from_: str, to: str, law: str, tool: str | None, as_json: bool) -> None:
-    """Say in words what LR, tuned with one rank and alpha, becomes with another.
+    """Convert LR, tuned with one rank and alpha, to another configuration.
 
-    Without LR it is what kohya's scripts wrote into the adapter that --from names, for each part that has its own.
+    Without LR, the rates that kohya's scripts wrote into the adapter --from are converted, one for each part.
     """
     if tool and as_json:
         raise click.UsageError("--as prints a trainer's configuration, --json the numbers: give one of them.")

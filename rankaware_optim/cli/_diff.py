@@ -1,4 +1,4 @@
-"""`rankaware diff`: what differs between two recipes."""
+"""`rankaware diff`: compare two recipes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._options import json_option
 
 
 class _Trouble(click.ClickException):
-    """What stops a comparison ends with 2, as for diff(1): 1 says that the two differ."""
+    """An error of the comparison. Its exit code is 2, as for diff(1), since 1 means that the two differ."""
 
     exit_code = 2
 
@@ -24,7 +24,7 @@ class _Trouble(click.ClickException):
 @json_option("a list of what differs, each with what, first, second and words; [] where nothing does.")
 @click.pass_context
 def diff(ctx: click.Context, first: Path, second: Path, as_json: bool) -> None:
-    """Say how recipe SECOND differs from FIRST: rates, law, optimizer, horizon, trials. Exit code 0: not at all."""
+    """Print how recipe SECOND differs from FIRST: rates, law, optimizer, horizon, trials. Exit code 0: none."""
     try:
         one, two = Recipe.load(first), Recipe.load(second)
     except RankAwareError as error:

@@ -1,4 +1,4 @@
-"""`rankaware fit`: a sweep made into a recipe."""
+"""`rankaware fit`: fit a recipe to a sweep."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ._options import ALPHA, COLUMN, OPTIMIZER, json_option, out_option
 
 @click.command()
 @click.argument("sweep", type=click.Path(path_type=Path))
-@out_option(help="Write the recipe, a .toml file.")
-@click.option("--name", help="The recipe's name; by default the file's.")
+@out_option(help="Write the recipe to a .toml file.")
+@click.option("--name", help="Name of the recipe; by default the file's.")
 @OPTIMIZER
-@click.option("--law", default="mua", show_default=True, help="As for bench-law.")
+@click.option("--law", default="mua", show_default=True, help="Law, as for bench-law.")
 @click.option("--fit", type=click.Choice(["drift", "tokens"]), default="drift", show_default=True)
-@click.option("--model", help="The model to fit, where the sweep holds several.")
+@click.option("--model", help="The model to fit, if the sweep has several.")
 @ALPHA
 @click.option("--init", type=click.Choice(["A", "B"]))
 @click.option("--fan-in", type=float, help="The model's mean fan-in.")
@@ -31,7 +31,7 @@ from ._options import ALPHA, COLUMN, OPTIMIZER, json_option, out_option
 @COLUMN
 @json_option("the sections of the recipe's file, as recipes/SCHEMA.md names them.")
 def fit(sweep: Path, out: Path | None, name: str | None, law: str, as_json: bool, **options: Any) -> None:
-    """Make a recipe of SWEEP, a .csv, .tsv, .json or .jsonl file with columns rank, lr, loss and, if known, alpha."""
+    """Fit a recipe to SWEEP, a .csv, .tsv, .json or .jsonl file with columns rank, lr, loss and, if known, alpha."""
     recipe = fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
     saved = None if out is None else recipe.save(out)
     if as_json:

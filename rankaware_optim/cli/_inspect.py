@@ -1,4 +1,4 @@
-"""`rankaware inspect`: what adapters a file or folder holds."""
+"""`rankaware inspect`: list the adapters in a file or folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ._options import json_option
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--lr", type=float, help="Base rate: adds a column of rates.")
+@click.option("--lr", type=float, help="Base rate; adds a column of rates.")
 @click.option("--law", default=DEFAULT_LAW, show_default=True)
-@click.option("--tuned-at", help="Where the base rate was tuned: r=16,alpha=32, or an adapter.")
-@click.option("--per-module", is_flag=True, help="A line for every tensor.")
+@click.option("--tuned-at", help="Configuration of the base rate: r=16,alpha=32, or an adapter.")
+@click.option("--per-module", is_flag=True, help="Print one line per tensor.")
 @json_option("factors, each with its lr and reason, null without --lr; other parameters; checks; notes.")
 def inspect(path: Path, lr: float | None, law: str, tuned_at: str | None, per_module: bool, as_json: bool) -> None:
-    """Say what adapters PATH holds: a PEFT folder or a .safetensors file, read without the model."""
+    """List the adapters in PATH, a PEFT folder or a .safetensors file. The model is not needed."""
     survey, rates = survey_rates(inspect_file(path), lr=lr, law=law, tuned_at=tuned_at)
     if as_json:
         echo_json(_document(survey, rates))

@@ -16,21 +16,21 @@ from ._options import json_option
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--rank", type=int)
 @click.option("--alpha", type=float)
-@click.option("--rslora", is_flag=True, help="alpha is divided by √rank.")
+@click.option("--rslora", is_flag=True, help="Divide alpha by √rank.")
 @click.option("--init", type=click.Choice(["A", "B"]))
 @click.option("--full", is_flag=True, help="The rate for full finetuning.")
 @click.option("--fan-in", type=float, help="The model's width, if not the recipe's.")
 @click.option("--steps", type=int, help="Training steps, if not the recipe's: an extrapolation.")
-@click.option("--batch", type=float, help="Batch, counted as the recipe counts its own: an extrapolation.")
+@click.option("--batch", type=float, help="Batch, in the unit of the recipe's own: an extrapolation.")
 @json_option("lr, low and high of the 90 % band, ceiling or null, extrapolated, notes, configuration.")
 def lr(
     recipe: Path, rank: int | None, alpha: float | None, rslora: bool, full: bool, as_json: bool, **where: Any
 ) -> None:
-    """Print a recipe's rate at a rank, or for full finetuning, and the configuration that it is for."""
+    """Print a recipe's rate at a rank, or for full finetuning, and its configuration."""
     if full == (rank is not None):
         raise click.UsageError("Give --rank N or --full.")
     if alpha is None and rslora:
-        raise click.UsageError("--rslora says how --alpha is meant: give --alpha too.")
+        raise click.UsageError("--rslora needs --alpha.")
     if full and alpha is not None:
         raise click.UsageError("Full finetuning has no --alpha.")
     method: Any = "full" if full else "lora"

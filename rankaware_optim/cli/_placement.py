@@ -1,4 +1,4 @@
-"""Which worker gets which GPUs and how many threads, on one machine."""
+"""Placement of workers on one machine: GPUs and threads."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..errors import CalibrationError
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
 THREADS = "OMP_NUM_THREADS"
-AUTO = 0  # workers: one a GPU, without GPUs one for every two cores
+AUTO = 0  # workers: one per GPU, or one per two cores without GPUs
 
 
 def placed(workers: int, devices: Sequence[str], cores: int, threads: int | None = None) -> list[dict[str, str]]:
-    """The environment variables of each of `workers` processes.
+    """Return the environment variables of each of `workers` processes.
 
-    GPUs are dealt out evenly and in order; where there are more workers than GPUs, neighbours share one. Several
-    workers share the cores, unless `threads` says how many each takes. One alone keeps what torch takes by itself.
+    GPUs are distributed evenly and in order. If there are more workers than GPUs, neighbours share one. Several workers
+    share the cores, unless `threads` is given. A single worker keeps torch's default.
 
     >>> placed(AUTO, ["0", "1"], cores=8)
     [{'CUDA_VISIBLE_DEVICES': '0', 'OMP_NUM_THREADS': '4'}, {'CUDA_VISIBLE_DEVICES': '1', 'OMP_NUM_THREADS': '4'}]
@@ -36,12 +36,12 @@ def placed(workers: int, devices: Sequence[str], cores: int, threads: int | None
 
 
 def visible_devices(environment: Mapping[str, str], count: int) -> list[str]:
-    """The GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES, or by number where that is not set.
+    """Return the GPUs that this process may use: their names in CUDA_VISIBLE_DEVICES, or numbers if it is not set.
 
-    count: how many torch finds; 0 where it cannot tell.
+    count: the number of GPUs that torch finds, 0 if unknown.
 
     Raises:
-        CalibrationError: the variable names GPUs that are not there.
+        CalibrationError: the variable has GPUs that do not exist.
     """
     if DEVICES not in environment:
         return [str(i) for i in range(count)]
@@ -49,17 +49,17 @@ def visible_devices(environment: Mapping[str, str], count: int) -> list[str]:
     named = named[: next((i for i, name in enumerate(named) if name in ("", "-1")), None)]  # as CUDA reads it
     if 0 < count < len(named):
         raise CalibrationError(
-            f"{DEVICES} is {environment[DEVICES]!r}, and torch finds {count} of these GPUs.",
-            "Name those that are there.",
+            f"{DEVICES} is {environment[DEVICES]!r}, but torch finds {count} of these GPUs.",
+            "Give only existing GPUs.",
         )
     return named
 
 
 def chosen_devices(asked: Sequence[str] | None, visible: Sequence[str]) -> list[str]:
-    """The GPUs asked for, all visible ones if none were.
+    """Return the GPUs asked for, by default all visible ones.
 
     Raises:
-        CalibrationError: one is not there, or is named twice.
+        CalibrationError: one does not exist, or is given twice.
     """
     if asked is None:
         return list(visible)
@@ -67,28 +67,28 @@ def chosen_devices(asked: Sequence[str] | None, visible: Sequence[str]) -> list[
     if absent:
         there = f"the visible ones are {', '.join(visible)}" if visible else "no GPU is visible"
         raise CalibrationError(
-            f"There is no GPU {', '.join(absent)} here: {there}.", "Name others, or leave devices= out."
+            f"There is no GPU {', '.join(absent)} here: {there}.", "Give others, or leave devices= out."
         )
     if len(set(asked)) < len(asked):
-        raise CalibrationError(f"devices={','.join(asked)} names a GPU twice.", "Name each once.")
+        raise CalibrationError(f"devices={','.join(asked)} has a GPU twice.", "Give each once.")
     return list(asked)
 
 
 def machine_devices() -> list[str]:
-    """The GPUs that are visible here. CUDA is not initialised: it reads CUDA_VISIBLE_DEVICES only once."""
+    """Return the visible GPUs. CUDA is not initialised, since it reads CUDA_VISIBLE_DEVICES only once."""
     import torch
 
     return visible_devices(os.environ, torch.cuda.device_count())
 
 
 def machine_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def in_environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, and put them back as they were."""
+    """Set environment variables, and restore them afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

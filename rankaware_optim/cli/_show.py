@@ -1,4 +1,4 @@
-"""`rankaware show`: what a recipe holds."""
+"""`rankaware show`: print a recipe."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ from ._options import json_option
 @click.argument("recipe", type=click.Path(path_type=Path))
 @json_option("the sections of its file, as recipes/SCHEMA.md names them.")
 def show(recipe: Path, as_json: bool) -> None:
-    """Print what a recipe holds."""
+    """Print a recipe: its rate, band, law and provenance."""
     found = Recipe.load(recipe)
     echo_json(to_document(found)) if as_json else echo(found)

@@ -1,4 +1,4 @@
-"""The command `rankaware suggest`: a rate for an adapter's file, or for a rank and an alpha, without a run."""
+"""`rankaware suggest`: a rate for an adapter's file, or for a rank and an alpha, without any run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 @click.option("--rank", type=int)
 @click.option("--alpha", type=float)
-@click.option("--rslora", is_flag=True, help="alpha is divided by √rank.")
-@click.option("--init", type=click.Choice(_INITS), help="What starts at zero (A: B does), or PEFT's init_lora_weights.")
-@click.option("--dora", is_flag=True, help="DoRA: a magnitude beside the pair.")
+@click.option("--rslora", is_flag=True, help="Divide alpha by √rank.")
+@click.option("--init", type=click.Choice(_INITS), help="A: B starts at zero. B: A does. Or PEFT's init_lora_weights.")
+@click.option("--dora", is_flag=True, help="The adapters are DoRA.")
 @click.option("--full", is_flag=True, help="The rate for full finetuning.")
 @click.option("--fan-in", type=float, help="The model's hidden size; with --full its largest fan-in.")
 @click.option("--optimizer", default="adamw", show_default=True, help="A name, or package:Class.")
-@click.option("--chat", is_flag=True, help="Chat data at a batch near 128 and some 800 steps: a narrower band.")
+@click.option("--chat", is_flag=True, help="Chat data, a batch near 128 and about 800 steps: a narrower band.")
 @json_option("lr, low, high, ceiling, extrapolated, notes, configuration, optimizer, reference, fan_in.")
 def suggest(
     path: Path | None,
@@ -45,7 +45,7 @@ def suggest(
     options: dict[str, Any] = {"init": init, "task": "chat" if chat else "other"}
     if path is not None:
         if rank is not None or alpha is not None or rslora or fan_in is not None:
-            raise click.UsageError("PATH says rank, alpha and fan-in by itself: leave these options out.")
+            raise click.UsageError("PATH already gives rank, alpha and fan-in: leave these options out.")
         survey, config = inspect_file(path), path / "adapter_config.json"
         if not init and not full and config.is_file():
             options["init"] = published_init(read_config(config).values.get("init_lora_weights"))

@@ -260,5 +260,5 @@ def test_a_page_is_written_of_what_is_on_file(width, monkeypatch, tmp_path):
     assert done.exit_code == 0
     page = (tmp_path / "width.md").read_text()
     assert "| Llama 96 | 96 | 132 | 256 | full | -7.22 (-7.2, -7.2) | -6.32 (-6.3, -6.3)" in page
-    assert page.count("(runs are missing)") == 6
+    assert page.count("(an estimate is missing)") == 6
     assert "Where layers are unequal, nothing is settled" in page

@@ -86,8 +86,8 @@ def test_inspect_reads_a_peft_folder(folder):
     """Like factors share a line: role, rank, scaling, init, fans and count; other tensors are named."""
     done = call("inspect", folder)
     assert done.exit_code == 0
-    assert re.search(r"peft +linear +A +8 +2 +A +32 +48 +2", done.output)
-    assert re.search(r"peft +linear +B +8 +2 +A +32 +48 +2", done.output)
+    assert re.search(r"peft +linear +A +8 +2 +B = 0 +32 +48 +2", done.output)
+    assert re.search(r"peft +linear +B +8 +2 +B = 0 +32 +48 +2", done.output)
     assert re.search(r" other +1 +no LoRA factor: the base rate", done.output)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from rankaware_optim.cli import _demo
-from rankaware_optim.cli._demo import FACTORS, TransferCheck, followed, table, verdict
+from rankaware_optim.cli._demo import FACTORS, TransferCheck, draw, followed, table, title, verdict
 
 from ..helpers.recipes import RECIPE
 
@@ -51,6 +52,22 @@ def test_a_verdict_says_what_was_lost(case: str) -> None:
     said = verdict(found)
     assert said.endswith(worth)
     assert re.search(lost, said)
+
+
+TITLES = {
+    "the best": "Rank 16: the rate held, the best of five",
+    "a little worse": "Rank 16: the rate held, 1.0% of the gain lost",
+    "worse": "Rank 16: the rate missed, 9.1% of the gain lost",
+    "diverged": "Rank 16: the rate missed, it diverged",
+}
+
+
+@pytest.mark.parametrize("case", TITLES)
+def test_a_picture_says_whether_the_rate_held(case: str, tmp_path: Path) -> None:
+    """The panel's title answers it as the verdict does, whatever was lost, and the picture is drawn."""
+    assert title(VERDICTS[case][0]) == TITLES[case]
+    pytest.importorskip("matplotlib")
+    assert draw(RECIPE, [VERDICTS[case][0]], tmp_path / "out.png").stat().st_size > 10_000
 
 
 def test_the_table_shows_every_factor() -> None:

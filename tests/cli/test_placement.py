@@ -66,7 +66,7 @@ BAD = [
     (lambda: visible_devices({"CUDA_VISIBLE_DEVICES": "0,9"}, 1), "torch finds 1 of these GPUs"),
     (lambda: chosen_devices(("0", "7"), ["0", "1"]), "There is no GPU 7 here: the visible ones are 0, 1."),
     (lambda: chosen_devices(("0",), []), "There is no GPU 0 here: no GPU is visible."),
-    (lambda: chosen_devices(("1", "1"), ["0", "1"]), "names a GPU twice"),
+    (lambda: chosen_devices(("1", "1"), ["0", "1"]), "has a GPU twice"),
 ]
 
 
@@ -113,7 +113,7 @@ def test_a_gpu_that_is_not_there_ends_the_command(options, folder, monkeypatch):
     done = CliRunner().invoke(main, ["calibrate", *map(str, [*COMMAND, *options])])
     assert done.exit_code == 1
     assert done.stderr == (
-        "Error: There is no GPU 9 here: the visible ones are 0, 1. Name others, or leave --devices out.\n"
+        "Error: There is no GPU 9 here: the visible ones are 0, 1. Give others, or leave --devices out.\n"
     )
     assert sorted(p.name for p in folder.iterdir()) == ["seeing_loops.py"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"

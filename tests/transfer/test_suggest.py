@@ -395,7 +395,7 @@ BAD_COMMANDS = [
     ((), "Give a PATH, or --rank and --alpha, or --full."),
     (("--rank", 16), "Give a PATH"),
     (("--full", "--rank", 16), "Full finetuning has no --rank"),
-    (("adapter", "--rank", 16), "PATH says rank"),
+    (("adapter", "--rank", 16), "PATH already gives rank"),
     (("--rank", 16, "--alpha", 32, "--init", "corda"), "'corda' is not one of"),
 ]
 

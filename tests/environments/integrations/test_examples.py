@@ -19,6 +19,7 @@ SCRIPTS = {
     "hydra_app.py": [],
     "diffusers_loop.py": [],
 }
+CALIBRATIONS = ("calibrate_peft.py", "calibrate_trainer.py")
 HELPERS = {"tiny.py"}  # of the others
 
 
@@ -34,6 +35,14 @@ def test_an_example_runs_and_reports_moved_rates(tmp_path, script):
     assert all(float(row["multiplier"]) != 1.0 for row in factors)
 
 
+@pytest.mark.parametrize("script", CALIBRATIONS)
+def test_a_calibration_ends_in_a_rate(tmp_path, script):
+    """It ends well, and asked for a rank between those tried, its recipe gives a rate within its band."""
+    out = run(tmp_path, sys.executable, str(EXAMPLES / script))
+    lr, low, high = map(float, re.search(r"^lr +(\S+)\nat .*rank 8.*\n90 % band (\S+) to (\S+)$", out, re.M).groups())
+    assert low <= lr <= high
+
+
 def test_every_script_is_run():
     """No example is left out."""
-    assert {path.name for path in EXAMPLES.glob("*.py")} - HELPERS == set(SCRIPTS)
+    assert {path.name for path in EXAMPLES.glob("*.py")} - HELPERS == {*SCRIPTS, *CALIBRATIONS}

@@ -1,0 +1,38 @@
+"""Docstrings as they are written: an indented block that follows a plain line is shown as it stands.
+
+In them equations and calls are indented, as text is read in an editor. reStructuredText wants two colons before such a
+block. They are put in here, before Napoleon reads the sections.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+SECTIONS = ("Args:", "Raises:", "Returns:", "Yields:", "Attributes:", "Example:", "Examples:", "Note:")
+BEFORE_NAPOLEON = 400
+
+
+def with_literal_blocks(lines: list[str]) -> list[str]:
+    """The lines, with `::` before every indented block outside of sections, lists and literal blocks."""
+    made: list[str] = []
+    literal = section = False
+    for i, line in enumerate(lines):
+        if line and not line.startswith(" "):
+            literal, section = line.endswith("::"), line in SECTIONS
+        after_blank = i > 0 and not lines[i - 1].strip()
+        if line.startswith("    ") and after_blank and not literal and not section:
+            made += ["::", ""]
+            literal = True
+        made.append(line)
+    return made
+
+
+def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = with_literal_blocks(lines)
+    if what in ("attribute", "property"):
+        lines[:0] = ["..", ""]  # else Napoleon takes what stands before a colon for the value's type
+
+
+def setup(app: Any) -> dict[str, bool]:
+    app.connect("autodoc-process-docstring", _process, priority=BEFORE_NAPOLEON)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

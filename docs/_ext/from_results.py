@@ -1,0 +1,110 @@
+"""Pages that are made when the site is built: one for each result on file, and the gallery of the shipped recipes.
+
+They are written to docs/generated/, which git ignores, and include what lies in benchmarks/results and recipes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import rankaware_optim as ra
+from rankaware_optim.recipe import plot_recipe
+
+DOCS = Path(__file__).parents[1]
+ROOT = DOCS.parent
+WITH_A_PAGE = ("study",)  # of docs/benchmarks, which include them
+RESULTS, RECIPES, GENERATED = ROOT / "benchmarks" / "results", ROOT / "recipes", DOCS / "generated"
+
+RESULT = """\
+```{{include}} ../../../benchmarks/results/{name}.md
+:relative-images:
+```
+"""
+RECIPE = """\
+## {name}
+
+```{{image}} recipes/{name}.png
+:width: 100%
+:alt: Trials, fitted curve, 90 % band and rate of the recipe {name}, rank by rank
+```
+
+`recipes/{name}.toml`
+
+```text
+{words}
+```
+"""
+WIDTH = 4096.0
+A16, B16 = (ra.Reference(16, 16, init=init, fan_in=WIDTH) for init in ("A", "B"))
+FULL = ra.Reference(method="full", fan_in=WIDTH)
+MOVES = (  # what changes, from, to, how sure
+    ("rank 16 → 128, alpha = rank", A16, replace(A16, rank=128, alpha=128), "theory, measured"),
+    ("rank 16 → 128, alpha kept", A16, replace(A16, rank=128), "theory, measured"),
+    (
+        "rank 16 → 128 with rsLoRA, alpha kept",
+        replace(A16, rslora=True),
+        replace(A16, rank=128, rslora=True),
+        "theory; one seed measured",
+    ),
+    ("rank 16 → 128 at Init[B], alpha = rank", B16, replace(B16, rank=128, alpha=128), "measured, against theory"),
+    ("alpha × 2 at one rank, two rates", None, None, "exact (Adam, no clipping)"),
+    ("alpha × 2 at one rank, one rate", A16, replace(A16, alpha=32), "theory"),
+    ("width × 4", A16, replace(A16, fan_in=4 * WIDTH), "theory"),
+    ("LoRA at rank 16 → full finetuning", A16, FULL, "rule of thumb: calibrate"),
+    ("LoRA at rank 16, Init[B] → full finetuning", B16, FULL, "rule of thumb: calibrate"),
+    ("batch × 4", replace(A16, batch=16), replace(A16, batch=64), "rule of thumb"),
+)
+
+
+def write(path: Path, text: str) -> None:
+    """A file of this text, left alone where it has it already, so that a second build reads less."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def gallery() -> Iterator[str]:
+    """The shipped recipes, each with its picture and what it says of itself."""
+    yield "# Gallery of the shipped recipes\n"
+    yield "Every picture and every number here is read from the recipe's own files when the site is built.\n"
+    yield "[How to read a band](../bands.md) says what the parts of a picture mean.\n"
+    for path in sorted(RECIPES.glob("*.toml")):
+        recipe = ra.Recipe.load(path)
+        plot_recipe(recipe, GENERATED / "recipes" / f"{path.stem}.png")
+        yield RECIPE.format(name=path.stem, words=recipe.explain())
+
+
+def moves() -> Iterator[str]:
+    """What the default law does to a rate of AdamW's, a row a change."""
+    yield "| you change | the rate moves by | how sure |"
+    yield "|---|---|---|"
+    for what, origin, target, sure in MOVES:
+        moved = "A's × 1, B's × 0.5"
+        if origin is not None:
+            moved = f"× {ra.convert_lr(1.0, from_=origin, to=target).lr:.2g}"
+        yield f"| {what} | {moved} | {sure} |"
+
+
+def title_of(page: Path) -> str:
+    found = re.search(r"^# (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return found[1] if found else page.stem
+
+
+def make(app: Any) -> None:
+    pages = sorted((page for page in RESULTS.glob("*.md") if page.stem not in WITH_A_PAGE), key=title_of)
+    for page in pages:
+        write(GENERATED / "results" / page.name, RESULT.format(name=page.stem))
+    names = "\n".join(page.stem for page in pages)
+    contents = f"```{{toctree}}\n:maxdepth: 1\n\n{names}\n```\n"
+    write(GENERATED / "results" / "index.md", f"# All results on file\n\n{contents}")
+    write(GENERATED / "moves.md", "\n".join(moves()))
+    write(GENERATED / "recipes.md", "\n".join(gallery()))
+
+
+def setup(app: Any) -> dict[str, bool]:
+    app.connect("builder-inited", make, priority=100)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,21 @@
+"""The size of a sum of m sign terms."""
+
+import math
+
+from matplotlib import pyplot
+
+from rankaware_optim.laws import kappa
+
+M = [2**i for i in range(13)]
+figure, axis = pyplot.subplots(figsize=(7, 3.4))
+lines = {
+    "m (few tokens: the paper)": ([float(m) for m in M], "#D55E00", "--"),
+    "8 tokens, the default": ([kappa(m, 8.0) for m in M], "#0072B2", "-"),
+    "64 tokens": ([kappa(m, 64.0) for m in M], "#009E73", "-"),
+    "√m (no token agrees)": ([math.sqrt(m) for m in M], "0.4", ":"),
+}
+for label, (values, colour, style) in lines.items():
+    axis.plot(M, values, style, color=colour)
+    axis.annotate(label, (M[-1], values[-1]), (6, 0), textcoords="offset points", color=colour, va="center")
+axis.set(xscale="log", yscale="log", xlabel="m", ylabel="size of the sum, κ(m)", xlim=(1, M[-1]), ylim=(1, M[-1]))
+axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,36 @@
+"""The best rate over rank by the default law, relative to rank 16 at Init[A]."""
+
+from matplotlib import pyplot
+
+from rankaware_optim import Falling, Reference
+
+WIDTH = 4096
+RANKS = [2**i for i in range(9)]
+AT = Reference(rank=16, alpha=16, fan_in=WIDTH)
+LAW = Falling()
+
+
+def line(alpha, init="A"):
+    """Multipliers over RANKS, alpha as a function of the rank."""
+    at_each = (Reference(rank=r, alpha=alpha(r), init=init, fan_in=WIDTH) for r in RANKS)
+    return [LAW.multiplier(reference.as_factor(), AT) for reference in at_each]
+
+
+figure, axis = pyplot.subplots(figsize=(7, 4))
+full = LAW.multiplier(Reference(method="full", fan_in=WIDTH).as_factor(), AT)
+lines = {
+    "Init[A], alpha = rank": (line(lambda r: r), "#0072B2", "-"),
+    "Init[A], alpha = 16": (line(lambda r: 16), "#D55E00", "-"),
+    "Init[B], alpha = rank": (line(lambda r: r, "B"), "#009E73", "--"),
+    "full finetuning": ([full] * len(RANKS), "0.4", ":"),
+}
+for label, (values, colour, style) in lines.items():
+    axis.plot(RANKS, values, style, color=colour)
+    axis.annotate(label, (RANKS[-1], values[-1]), (6, 0), textcoords="offset points", color=colour, va="center")
+axis.plot(16, 1, "o", color="#0072B2")
+axis.annotate("tuned here", (16, 1), (-4, -14), textcoords="offset points", ha="right")
+axis.set(xscale="log", yscale="log", xlabel="rank", ylabel="best rate, relative", xlim=(1, RANKS[-1]))
+axis.set_xticks(RANKS[::2], [str(rank) for rank in RANKS[::2]])
+axis.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
+axis.minorticks_off()
+axis.spines[["top", "right"]].set_visible(False)

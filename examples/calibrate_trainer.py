@@ -1,0 +1,26 @@
+"""
+Calibrate through transformers' Trainer
+=======================================
+
+Every trial is a run of Trainer's own loop, with its schedule, at the trial's rank and rate.
+"""
+
+import peft
+import tiny
+import torch
+from transformers import Trainer, TrainingArguments
+
+import rankaware_optim as ra
+
+data = [{"input_ids": row, "labels": row} for row in tiny.tokenizer()(tiny.TEXTS)["input_ids"]]
+
+
+def make_trainer(trial: ra.Trial) -> Trainer:
+    """A trainer around a model at the trial's rank, not trained yet."""
+    config = peft.LoraConfig(r=trial.rank, lora_alpha=trial.rank, target_modules=["q_proj", "v_proj"])
+    args = TrainingArguments("trainer-out", lr_scheduler_type="cosine", report_to="none", disable_tqdm=True)
+    return Trainer(peft.get_peft_model(tiny.model(), config), args, train_dataset=data)
+
+
+recipe = ra.calibrate_trainer(make_trainer, torch.optim.AdamW, ranks=(1, 16), steps=10, name="tiny")
+print(recipe.at(rank=8))

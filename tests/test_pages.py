@@ -1,0 +1,49 @@
+"""The site's pages: their Python runs, and the API page names what is public. `tox run -e docs` builds the site."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import rankaware_optim
+
+from .test_examples import batches, build
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = ("index", "quickstart", "which-rate", "loops", "inspect", "calibrate", "short-long", "recipes",
+         "full-finetuning", "law", "extend/convention")  # fmt: skip
+
+
+def blocks_of(page: str) -> list[str]:
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+def test_the_pages_examples_run(tmp_path: Path, monkeypatch) -> None:
+    """The Python blocks of all pages run in order, as one program, each page with a model of its own."""
+    monkeypatch.chdir(tmp_path)
+    names = {"build": build, "batches": batches}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for page in PAGES:
+            names["model"] = build(32)
+            for block in blocks_of(page):
+                exec(compile(block, f"{page}.md", "exec"), names)
+    assert {w.category for w in caught} <= {rankaware_optim.RankAwareWarning}
+
+
+def test_no_page_with_python_is_left_out() -> None:
+    """Every page of docs/ that has a Python block is among those that are run."""
+    ours = {path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md")}
+    made = {page for page in ours if page.startswith(("_build/", "generated/", "examples/"))}
+    assert {page for page in ours - made if blocks_of(page)} == set(PAGES)
+
+
+def test_the_api_page_names_what_is_public() -> None:
+    """Every name that `rankaware_optim` exports, other than its packages, is on the API page."""
+    stub = (Path(rankaware_optim.__file__).parent / "__init__.pyi").read_text(encoding="utf-8")
+    public = set(re.findall(r"^from \.[\w.]+ import (\w+) as \1$", stub, re.M))
+    listed = set(re.findall(r"^   ([A-Za-z_.]+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.M))
+    assert public
+    assert public - listed == set()
