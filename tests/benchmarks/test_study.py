@@ -472,6 +472,23 @@ def test_ranks_without_a_grid_are_left_out() -> None:
     assert ranks_in(done, "language", "Init[A], s = 1") == [4, 16]
 
 
+def test_a_figures_ticks_stand_where_their_labels_say() -> None:
+    """The label of a rate reads as the place of its tick, and one legend names the ranks."""
+    from study.grids import FULL
+    from study.suite_figures import draw_losses, draw_rates
+
+    done = {**bowl(4, -6.0), **bowl(16, -7.0), **bowl(FULL, -9.0, scheme="full"), **untrained()}
+    for figure, side in ((draw_losses(done, "language"), "x"), (draw_rates(done, "language", {}), "y")):
+        figure.draw_without_rendering()
+        for axis in figure.axes:
+            own = getattr(axis, f"{side}axis")
+            labels = [text.get_text() for text in own.get_ticklabels()]
+            assert labels
+            assert [float(label) for label in labels] == pytest.approx(list(own.get_ticklocs()))
+    (legend,) = draw_losses(done, "language").legends
+    assert [text.get_text() for text in legend.get_texts()][:2] == ["r = 4", "r = 16"]
+
+
 def test_a_domain_without_a_grid_has_no_tables() -> None:
     """Of a suite stopped in its first runs there is nothing to show."""
     from study.configurations import START
