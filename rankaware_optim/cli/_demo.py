@@ -1,8 +1,8 @@
-"""The demo: calibrate and check on real weights and images, offline, in less than two minutes on two cores.
+"""The demo: calibrate and check on real weights and images, offline, in about two minutes on two cores.
 
 EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. A calibration at ranks 4 and 64 gives a
 recipe. Its rate is then checked at another rank, with other seeds, and by full finetuning, against a quarter, half,
-double and four times the rate. In the checks the rates fall linearly to 0, which makes the last loss less noisy.
+double and four times the rate. In every run the rates fall linearly to 0, which makes the last loss less noisy.
 """
 
 from __future__ import annotations
