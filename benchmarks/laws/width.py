@@ -372,7 +372,7 @@ def rule_2(by: Sequence[Rates]) -> Iterator[str]:
         same = "the same" if all(abs(octaves) < 0.5 for octaves in grown) else "not the same"
         said = f"{', '.join(number(octaves, 1, sign=True) for octaves in grown)} octaves"
         if any(map(math.isnan, grown)):
-            same, said = "not known to be the same", "runs are missing"
+            same, said = "not known to be the same", "an estimate is missing"
         yield f"{config}: c is {same} at every width ({said})."
     errors = {law: [rms(level_errors(x, sum(ALIKE.values(), ()), law)) for x in by] for law in ("one constant", "µA")}
     better = "" if all(one < ratio for one, ratio in zip(*errors.values(), strict=True)) else "not "

@@ -475,6 +475,8 @@ def test_ranks_without_a_grid_are_left_out() -> None:
 def test_a_figures_ticks_stand_where_their_labels_say() -> None:
     """The label of a rate reads as the place of its tick, and one legend names the ranks."""
     from study.grids import FULL
+
+    pytest.importorskip("matplotlib")
     from study.suite_figures import draw_losses, draw_rates
 
     done = {**bowl(4, -6.0), **bowl(16, -7.0), **bowl(FULL, -9.0, scheme="full"), **untrained()}
@@ -642,6 +644,8 @@ def test_the_readmes_table_pools_domains_and_keeps_settings_apart() -> None:
 def test_the_readmes_figure_takes_any_study() -> None:
     """The figure is drawn of one domain without full runs, and of moves that diverged or gained."""
     from study.regret import Moved
+
+    pytest.importorskip("matplotlib")
     from study.suite_figures import draw_summary
 
     moved = [Moved("language", "Init[A], s = 1", "one rate everywhere", (-0.01, math.inf), ())]

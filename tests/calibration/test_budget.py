@@ -6,9 +6,9 @@ import math
 import random
 from dataclasses import asdict
 
+import numpy as np
 import optuna
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,7 +68,7 @@ def test_spent_is_written_into_the_file(tmp_path):
     text = recipe.save(tmp_path / "r.toml").read_text()
     assert f"steps = {int(recipe.tensors['steps'].sum())}" in text
     assert f"pruned = {int(recipe.tensors['pruned'].sum())}" in text
-    assert ra.Recipe.load(tmp_path / "r.toml").tensors["pruned"].dtype == torch.bool
+    assert ra.Recipe.load(tmp_path / "r.toml").tensors["pruned"].dtype == bool
 
 
 # --- enough ---------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_pruning_saves_steps_and_loses_no_rate():
     assert cut.tensors["pruned"].any()
     assert cut.tensors["steps"].sum() < plain.tensors["steps"].sum()
     assert cut.tensors["steps"][cut.tensors["pruned"]].min() >= 30
-    assert cut.tensors["value"][cut.tensors["pruned"]].isnan().all()
+    assert np.isnan(cut.tensors["value"][cut.tensors["pruned"]]).all()
     assert abs(math.log2(cut.at(rank=16).lr / plain.at(rank=16).lr)) < 0.4
     away = [abs(math.log2(lr) - BEST) for lr in cut.tensors["lr"][cut.tensors["pruned"]].tolist()]
     assert min(away) > 0.9

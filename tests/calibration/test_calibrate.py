@@ -28,7 +28,7 @@ from ..helpers.calibrations import BEST, STEPS, AdamW, Net, bowl, calibrate, los
 
 def trials_of(recipe) -> list[tuple]:
     """(rank, seed, rate, value) of every trial; -1 for a pruned one's value."""
-    values = recipe.tensors["value"].nan_to_num(nan=-1.0)
+    values = np.nan_to_num(recipe.tensors["value"], nan=-1.0)
     return list(zip(*(t.tolist() for t in (*(recipe.tensors[k] for k in ("rank", "seed", "lr")), values)), strict=True))
 
 
@@ -167,7 +167,7 @@ def test_the_same_seed_gives_the_same_study():
     second = calibrate(train, trials=6)
     assert first.fitted_lr == second.fitted_lr
     for key, value in first.tensors.items():
-        assert torch.equal(value.nan_to_num(), second.tensors[key].nan_to_num()), key
+        assert np.array_equal(value, second.tensors[key], equal_nan=value.dtype.kind == "f"), key
 
 
 def noisy(trial):
@@ -314,14 +314,14 @@ def test_the_steps_are_taken_and_the_generator_is_closed(length, taken):
     log = []
     recipe = calibrate(logged(log, length=length), trials=4, pruner=optuna.pruners.NopPruner())
     assert log == taken
-    assert not recipe.tensors["curve"].isnan().any()
+    assert not np.isnan(recipe.tensors["curve"]).any()
 
 
 @pytest.mark.parametrize(("steps", "last"), [(1, 1), (3, 3), (20, 5), (50, 5), (100, 10), (120, 12)])
 def test_the_score_is_the_mean_of_the_last_tenth(steps, last):
     """Without a return value a run's score is the mean of the last tenth of its values, at least 5."""
     recipe = calibrate(logged([]), steps=steps, trials=3, pruner=optuna.pruners.NopPruner())
-    assert recipe.tensors["value"] == pytest.approx(recipe.tensors["curve"][:, -last:].double().mean(1), rel=1e-6)
+    assert recipe.tensors["value"] == pytest.approx(recipe.tensors["curve"][:, -last:].astype(float).mean(1), rel=1e-6)
 
 
 @pytest.mark.parametrize("returned", [-3.0, 4, torch.tensor(0.25), torch.tensor([2.0])])
@@ -572,10 +572,10 @@ def test_diverging_runs_are_cut_short_and_are_the_ceiling(how, most):
     recipe = calibrate(with_cliff(how, taken), ranks=(16,), trials=10)
     rates, lost = recipe.tensors["lr"], recipe.tensors["diverged"]
     assert lost.any()
-    assert all(taken[i] <= most for i in lost.nonzero().flatten().tolist())
+    assert all(taken[i] <= most for i in lost.nonzero()[0].tolist())
     assert recipe.ceiling == pytest.approx(rates[lost].min().item())
     assert recipe.lr < recipe.ceiling
-    assert recipe.tensors["value"][lost].isinf().all()
+    assert np.isinf(recipe.tensors["value"][lost]).all()
     assert abs(math.log2(recipe.lr) - BEST) < 1
 
 
@@ -850,7 +850,7 @@ def on_hard_batches(trial):
 def test_hard_batches_are_no_divergence():
     """Where later batches are harder for every rate, a rate that learns slowly is not said to have diverged."""
     recipe = calibrate(on_hard_batches, trials=16)
-    rates, diverged = recipe.tensors["lr"], recipe.tensors["diverged"].bool()
+    rates, diverged = recipe.tensors["lr"], recipe.tensors["diverged"].astype(bool)
     assert not diverged[rates < 2.0**BEST].any()
     assert math.log2(recipe.fitted_lr) == pytest.approx(BEST, abs=0.5)
 

@@ -70,7 +70,7 @@ def test_a_stored_study_gives_its_recipe(journal):
     """With nothing left to run, the recipe is the fit of the stored trials, to nine digits."""
     recipe = calibrate(None, trials=12, storage=journal, **OPTIONS)
     assert recipe.fitted_lr == pytest.approx(BEST_LR, rel=1e-9)
-    assert recipe.covariance.diag().tolist() == pytest.approx(VARIANCES, rel=1e-9)
+    assert recipe.covariance.diagonal().tolist() == pytest.approx(VARIANCES, rel=1e-9)
     assert recipe.tensors["rank"].tolist() == RANKS
 
 
