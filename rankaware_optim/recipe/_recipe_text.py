@@ -38,7 +38,7 @@ def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     warmup = "unknown" if recipe.warmup is None else f"{recipe.warmup:.0%}"
     settings = ", ".join(f"{name} {_setting(value)}" for name, value in recipe.settings.items())
     yield "base rate", f"{recipe.lr:.3g} at {at}, width {_number(at.fan_in)}"
-    yield "fitted optimum", f"{recipe.fitted_lr:.3g}, {recipe.lean:.2g} octaves above the base rate (the rate to use)"
+    yield "fitted optimum", f"{recipe.fitted_lr:.3g}, {recipe.lean:.2g} octaves above the base rate, the one to use"
     yield "90 % band", "{:.3g} to {:.3g}".format(*own_band(recipe))
     yield "ceiling", "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}"
     yield "largest fan-in", f"{_number(recipe.full_fan_in)}, which full finetuning's rate depends on"

@@ -68,7 +68,7 @@ def test_the_rule_for_alpha_is_said_in_words(rule, words):
 def test_the_two_rates_are_called_what_they_are():
     """The rate to use and the fitted optimum have their own names, the octaves between them, and the band beside."""
     said = dict(facts(FULL))
-    assert said["fitted optimum"] == "0.002, 0.25 octaves above the base rate (the rate to use)"
+    assert said["fitted optimum"] == "0.002, 0.25 octaves above the base rate, the one to use"
     assert said["base rate"].startswith("0.00168 at ")
 
 

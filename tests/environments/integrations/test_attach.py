@@ -139,11 +139,11 @@ def test_every_trainer_trains_as_with_groups_by_hand(tmp_path, capsys, kind):
 
 
 def test_the_readmes_line_moves_a_trainers_rates(tmp_path, capsys):
-    """The README's block trains a Trainer at rank 4 with rates moved from rank 16."""
+    """The README's block trains a Trainer at ranks 4 and 8 with rates moved from rank 16."""
     trainer = plain(llama(), tmp_path)
     exec(readme_blocks()[1], {"ra": ra, "torch": torch, "trainer": trainer})
     assert trainer.state.global_step == 2
-    assert {row.rank for row in trainer.optimizer.report().rows if row.multiplier != 1.0} == {4}
+    assert {row.rank for row in trainer.optimizer.report().rows if row.multiplier != 1.0} == {4, 8}
 
 
 def test_a_second_run_prints_no_second_report(tmp_path, capsys):

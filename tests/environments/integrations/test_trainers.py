@@ -6,6 +6,7 @@ import csv
 import warnings
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -194,8 +195,7 @@ def test_trainer_runs_schedulefree(tmp_path):
 def test_a_factory_with_a_recipe(tmp_path):
     """With a recipe in place of a rate, Trainer's optimizer has the rates that the recipe gives."""
     reference = Reference(rank=4, alpha=4, init="A", fan_in=16)
-    spread = torch.eye(3, dtype=torch.float64) / 100
-    recipe = Recipe("tiny", LR, reference=reference, law=Power(exponent=0.1), covariance=spread, ranks=(4, 8))
+    recipe = Recipe("tiny", LR, reference=reference, law=Power(exponent=0.1), covariance=np.eye(3) / 100, ranks=(4, 8))
     route = {"optimizer_cls_and_kwargs": trainer_factory("adamw", recipe=recipe)}
     trainer, _ = trained(tmp_path, lambda _: route, max_steps=1)
     direct = RankAwareOptimizer(llama(), torch.optim.AdamW, recipe=recipe)
