@@ -30,7 +30,9 @@ from recording import RESULTS, machine, record
 DEPENDS_ON = (
     "attacks",
     "rankaware_optim.inspection",
-    "rankaware_optim.recipe",
+    "rankaware_optim.recipe._io",
+    "rankaware_optim.recipe._document",
+    "rankaware_optim.recipe._schema",
     "rankaware_optim.optimizer",
     "rankaware_optim.calibration",
     "rankaware_optim.sweeps",

@@ -46,7 +46,9 @@ DEPENDS_ON = (
     "calibration.against_sweep_page",
     "calibration.searches",
     "rankaware_optim.laws",
-    "rankaware_optim.recipe",
+    "rankaware_optim.recipe._recipe",
+    "rankaware_optim.recipe._uncertainty",
+    "rankaware_optim.recipe._horizon",
     "rankaware_optim.calibration",
 )
 DOMAINS = ("image_generation", "vision_classification")

@@ -36,7 +36,14 @@ from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration.fit import Observation
 from rankaware_optim.laws import checked_multiplier
 
-DEPENDS_ON = ("calibration.studies", "rankaware_optim.laws", "rankaware_optim.recipe", "rankaware_optim.calibration")
+DEPENDS_ON = (
+    "calibration.studies",
+    "rankaware_optim.laws",
+    "rankaware_optim.recipe._recipe",
+    "rankaware_optim.recipe._uncertainty",
+    "rankaware_optim.recipe._horizon",
+    "rankaware_optim.calibration",
+)
 TRIED, ASKED = (4, 64), (4, 16, 64, 256, None)  # None: full finetuning
 TRIALS, SEEDS = 8, (0, 1)  # a rank; those of `calibrate`
 SWEEPS = ("image_generation", "digits_vision")

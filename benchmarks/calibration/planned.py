@@ -33,7 +33,14 @@ from rankaware_optim.calibration._trials import Cell, Trials
 from rankaware_optim.calibration.fit import Course
 from rankaware_optim.laws import checked_multiplier
 
-DEPENDS_ON = ("calibration.surfaces", "rankaware_optim.laws", "rankaware_optim.recipe", "rankaware_optim.calibration")
+DEPENDS_ON = (
+    "calibration.surfaces",
+    "rankaware_optim.laws",
+    "rankaware_optim.recipe._recipe",
+    "rankaware_optim.recipe._uncertainty",
+    "rankaware_optim.recipe._horizon",
+    "rankaware_optim.calibration",
+)
 LENGTHS, TARGETS, PRICE = (250, 1000), (4000, 8000), 2
 ASKED, GUESS_SD = (4, 16, 64), 1.0
 Moves = Callable[[np.random.Generator, float], float]  # octaves by which the best rate lies off the target's

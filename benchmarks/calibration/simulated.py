@@ -50,7 +50,14 @@ from rankaware_optim.calibration.fit import Observation
 from rankaware_optim.laws import checked_multiplier
 from rankaware_optim.recipe import Z90
 
-DEPENDS_ON = ("calibration.surfaces", "rankaware_optim.laws", "rankaware_optim.recipe", "rankaware_optim.calibration")
+DEPENDS_ON = (
+    "calibration.surfaces",
+    "rankaware_optim.laws",
+    "rankaware_optim.recipe._recipe",
+    "rankaware_optim.recipe._uncertainty",
+    "rankaware_optim.recipe._horizon",
+    "rankaware_optim.calibration",
+)
 STORE = RESULTS / "simulated.jsonl"
 RATES = 9  # of the sweep
 LOST = 1.25  # gap above which a run counts as diverged, a share of the gain
