@@ -9,8 +9,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from playwright.sync_api import sync_playwright
 
 DOWNLOAD_S = 300
 
@@ -22,12 +26,17 @@ def found(playwright: Any) -> str | None:
     return own if Path(own).exists() else next(filter(None, map(shutil.which, names)), None)
 
 
-def launch(playwright: Any) -> Any:
+@contextmanager
+def launched() -> Iterator[Any]:
     """A browser; Chromium's sandbox refuses root."""
-    path = found(playwright)
-    if path is None:
-        raise FileNotFoundError("There is no Chromium. Run python tests/browser/chromium.py, or install one.")
-    return playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+    with sync_playwright() as playwright:
+        path = found(playwright)
+        if path is None:
+            raise FileNotFoundError(f"There is no Chromium. Run python {__file__}, or install one.")
+        args = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=path, args=args)
+        yield browser
+        browser.close()
 
 
 def install() -> None:
@@ -44,8 +53,6 @@ def install() -> None:
 
 
 if __name__ == "__main__":
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as api:
         missing = found(api) is None
     if missing:

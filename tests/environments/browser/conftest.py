@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from playwright.sync_api import sync_playwright
 
-from .chromium import launch
+from .chromium import launched
 
 
 @pytest.fixture(scope="session")
 def browser():
     """One browser for all tests."""
-    with sync_playwright() as playwright:
-        launched = launch(playwright)
-        yield launched
-        launched.close()
+    with launched() as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
 
-from ..browser.chromium import launch
+from ..browser.chromium import launched
 
 SITE = Path(__file__).parents[3] / "docs" / "_build" / "html"
 
@@ -35,10 +34,8 @@ def address():
 @pytest.fixture(scope="session")
 def browser():
     """One browser for all tests."""
-    with sync_playwright() as playwright:
-        launched = launch(playwright)
-        yield launched
-        launched.close()
+    with launched() as opened:
+        yield opened
 
 
 @pytest.fixture
