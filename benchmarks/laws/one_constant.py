@@ -294,7 +294,7 @@ def table() -> None:
     """Write the verdict and the tables of what is on file."""
     found, on = {(cell.domain, cell.config, cell.arm): cell.found for cell in cells()}, machine(1)
     by = [{key: x for key, each in found.items() if (x := getattr(each, which)) is not None} for which in WHICH]
-    verdict = [rule_1(by), rule_2(by), rule_3(found)]
+    verdict = [rule_1(by), rule_2(by), rule_3(found, by)]
     parts = [
         "# One constant a task, across batch, length, warm-up, init and full finetuning",
         " ".join(verdict),
@@ -461,8 +461,7 @@ def beyond(found: Found, way: str) -> float:
     return max((max(0.0, move.lost - move.floor) for move in moves(found, way)), default=math.nan)
 
 
-def rule_3(found: Found) -> str:
-    by = [{k: x for k, each in found.items() if (x := getattr(each, which)) is not None} for which in WHICH]
+def rule_3(found: Found, by: Sequence[Rates]) -> str:
     worst = {way: beyond(found, way) for way in WAYS}
     said = ", ".join(f"{way} {share:.0%}" for way, share in worst.items())
     if holds_for_shifts(by) and holds_for_levels(by) and worst[BY_C] <= BAR:
