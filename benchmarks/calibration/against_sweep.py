@@ -107,7 +107,7 @@ def table() -> None:
         for name, n in left.items()
         if n
     ]
-    bars, *rest = page(domains, scores, start)
+    bars, *rest = page(domains, scores, start, done)
     parts = ["# Calibration against the sweep", __doc__ or "", *missing, bars, *rest, *figures, made_on(on)]
     (RESULTS / "calibration.md").write_text("\n\n".join(parts) + "\n")
     click.echo("\n\n".join([*missing, bars]))

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from calibration.searches import LORA, PLANS, RANGE_TEST, RATES_SWEPT, TO_FULL, TPE, WITH_FULL, Search
+from calibration.searches import LORA, PLANS, RANGE_TEST, RATES_SWEPT, TO_FULL, TPE, WITH_FULL, Search, by_arm
 from recording import RESULTS
 from scipy.interpolate import PchipInterpolator
 from study.configurations import CONFIGS, LORAPLUS, PRODIGY, TUNED
@@ -21,15 +21,16 @@ from study.grids import FULL, Cell, Grid, Job, Losses, curve, lowest, or_inf
 
 SEEDS, SCORING, NEAR = 3, (3, 4, 5), 1.5
 SEARCHES = RESULTS / "calibration_searches.jsonl"
-ORACLE = "the sweep itself"
+ORACLE, ONE_SEED, EVERY_FOURTH = "the sweep itself", "the sweep, one seed", "a rate in two octaves, one seed"
 At = tuple[Cell, float]  # what is trained, and log2 of its rate
-SHARES = {  # of the sweep's cost, and seeds, by plan
-    LORA: ((0.05, 0.1, 0.2, 0.4), (0, 1)),
-    TO_FULL: ((0.05, 0.1, 0.2, 0.4), (0,)),
-    WITH_FULL: ((0.1, 0.2, 0.4), (0,)),
-    TPE: ((0.05, 0.1, 0.2), (0,)),
-    RANGE_TEST: ((0.11,), (0,)),
+SHARES = {  # of the sweep's cost, by plan
+    LORA: (0.05, 0.1, 0.2),
+    TO_FULL: (0.05, 0.1, 0.2),
+    WITH_FULL: (0.1, 0.2),
+    TPE: (0.05, 0.1, 0.2),
+    RANGE_TEST: (0.11,),
 }
+SEARCH_SEEDS = (0, 1, 2)
 COARSE = {
     **{config: range(-13, -2, 2) for config in CONFIGS},
     **{config + LORAPLUS: range(-15, -4, 2) for config in CONFIGS},
@@ -53,7 +54,7 @@ def tuned_once(domain: Domain) -> Grid:
 
 
 def searches(domain: Domain) -> list[Search]:
-    plans = [(plan, share, seed) for plan in PLANS for seed in SHARES[plan][1] for share in SHARES[plan][0]]
+    plans = [(plan, share, seed) for seed in SEARCH_SEEDS for plan in PLANS for share in SHARES[plan]]
     return [
         Search(domain.name, config, *plan)
         for config, own in CONFIGS.items()
@@ -99,12 +100,25 @@ def picks(domain: Domain, config: str, done: Losses) -> dict[str, dict[int, At]]
     known = Known(domain, config, domain.ranks_swept, done)
     rates = {name: pick(known) for name, pick in CONTENDERS.items()}
     rates["Prodigy"] = dict.fromkeys((*known.ranks, FULL), 0.0)
+    for name, jobs in swept_once(known).items():
+        rates[name] = {rank: lowest({job.x: or_inf(done[job]) for job in of}) for rank, of in jobs.items()}
     for row in on_file():
         if (row["domain"], row["config"]) == (domain.name, config):
             name = f"{row['plan']}, {row['share']:.0%}, seed {row['seed']}"
             rates[name] = {int(rank): math.log2(rate[0]) for rank, rate in row["rates"].items()}
     best = dict(winners(domain, done))
     return {name: {rank: placed(known, best, name, rank, x) for rank, x in of.items()} for name, of in rates.items()}
+
+
+def swept_once(known: Known) -> dict[str, dict[int, list[Job]]]:
+    """The runs of a sweep of one seed, by rank: whole, and its coarse pass alone."""
+    found: dict[str, dict[int, list[Job]]] = {ONE_SEED: {}, EVERY_FOURTH: {}}
+    for rank in (*known.ranks, FULL):
+        cell = cell_of(known.domain, known.config, rank)
+        coarse = COARSE[cell[1]]
+        found[ONE_SEED][rank] = [job for job in known.done if job[:3] == cell and job.seed == 0]
+        found[EVERY_FOURTH][rank] = [Job(*cell, float(x), 0) for x in coarse]
+    return found
 
 
 def placed(known: Known, best: Mapping[Cell, float], name: str, rank: int, x: float) -> At:
@@ -119,13 +133,18 @@ def placed(known: Known, best: Mapping[Cell, float], name: str, rank: int, x: fl
 
 
 class Score(NamedTuple):
-    """A contender's regret at one rank, a share; infinite where a run diverged."""
+    """What a contender loses at one rank, in the mean over the scoring seeds; infinite where a run diverged.
+
+    regret: a share of the attainable gain. loss: the same in units of the loss. by_seed: the regret on each seed.
+    """
 
     domain: str
     config: str
     name: str
     rank: int
     regret: float
+    loss: float
+    by_seed: tuple[float, ...]
 
 
 def scores_of(domain: Domain, done: Losses, start: float) -> Iterator[Score]:
@@ -136,27 +155,28 @@ def scores_of(domain: Domain, done: Losses, start: float) -> Iterator[Score]:
             for rank, (cell, x) in rates.items():
                 own, run = cell_of(domain, config, rank), fresh_curve(done, cell)
                 if run and min(run) <= x <= max(run):
-                    yield Score(domain.name, config, name, rank, regret(done, start, (cell, x), (own, best[own])))
+                    yield score(done, start, (config, name, rank), (cell, x), (own, best[own]))
         for rank in (*domain.ranks_swept, FULL):
             own = cell_of(domain, config, rank)
             x = min((best[own] + half / 2 for half in range(-3, 4)), key=lambda x: fresh(done, own, x))
-            yield Score(domain.name, config, ORACLE, rank, regret(done, start, (own, best[own]), (own, x)))
+            yield score(done, start, (config, ORACLE, rank), (own, best[own]), (own, x))
 
 
 def cell_of(domain: Domain, config: str, rank: int) -> Cell:
     return (domain.name, "full" if rank == FULL else config, rank)
 
 
-def regret(done: Losses, start: float, at: At, best: At) -> float:
-    """(loss at a rate − loss at the best) / (loss before training − loss at the best), means over the scoring seeds."""
-    at_best = fresh(done, *best)
-    return (fresh(done, *at) - at_best) / (start - at_best)
+def score(done: Losses, start: float, named: tuple[str, str, int], at: At, best: At) -> Score:
+    """Regret: (loss at a rate − loss at the best) / (loss before training − loss at the best)."""
+    losses = [(fresh(done, *at, seeds), fresh(done, *best, seeds)) for seeds in (SCORING, *((s,) for s in SCORING))]
+    regret, *by_seed = ((loss - at_best) / (start - at_best) for loss, at_best in losses)
+    return Score(at[0][0], *named, regret, losses[0][0] - losses[0][1], tuple(by_seed))
 
 
-def fresh(done: Losses, cell: Cell, x: float) -> float:
-    """Mean loss over the scoring seeds at 2^x: as run, or by a monotone spline between runs; infinite beside one that
+def fresh(done: Losses, cell: Cell, x: float, seeds: tuple[int, ...] = SCORING) -> float:
+    """Mean loss over scoring seeds at 2^x: as run, or by a monotone spline between runs; infinite beside one that
     diverged."""
-    means = fresh_curve(done, cell)
+    means = fresh_curve(done, cell, seeds)
     if x in means:
         return means[x]
     below, above = max(at for at in means if at < x), min(at for at in means if at > x)
@@ -166,29 +186,53 @@ def fresh(done: Losses, cell: Cell, x: float) -> float:
     return float(PchipInterpolator(grid, [means[at] for at in grid])(x))
 
 
-def fresh_curve(done: Losses, cell: Cell) -> dict[float, float]:
+def fresh_curve(done: Losses, cell: Cell, seeds: tuple[int, ...] = SCORING) -> dict[float, float]:
     """{log2 rate: mean loss} of the rates that every scoring seed has run, by rising rate."""
     jobs = {x: [Job(*cell, x, seed) for seed in SCORING] for x in sorted({job.x for job in done if job[:3] == cell})}
     whole = [x for x, each in jobs.items() if all(job in done for job in each)]
-    return {x: statistics.fmean(or_inf(done[job]) for job in jobs[x]) for x in whole}
+    return {x: statistics.fmean(or_inf(done[Job(*cell, x, seed)]) for seed in seeds) for x in whole}
 
 
 # --- cost -----------------------------------------------------------------------------------------------------------
 
 
-def costs_of(domain: Domain) -> dict[str, list[float]]:
-    """What each search spent, by name: steps weighted by the arm's step time, as a share of the sweep's."""
+class Cost(NamedTuple):
+    """What one search spends: runs, hours on one core, and its share of the sweep's hours."""
+
+    runs: float
+    hours: float
+    share: float
+
+
+def costs_of(domain: Domain, config: str, done: Losses) -> dict[str, Cost]:
+    """What each contender spends to name its rates in a configuration, by name; the mean over search seeds.
+
+    Seconds are steps times the median seconds of a step at the rank, over all searches: the range test runs at every
+    rank. A law's rates cost the sweep at the rank tuned at.
+    """
     rows = [row for row in on_file() if row["domain"] == domain.name]
-    seconds = {  # median seconds a step of every arm
-        rank: statistics.median(s / n for row in rows for arm, (n, s) in row["arms"].items() if int(arm) == rank and n)
-        for rank in (*domain.ranks_swept, FULL)
-    }
-    sweep = RATES_SWEPT * domain.steps * sum(seconds.values())
-    costs: dict[str, list[float]] = {}
+    taken = [(rank, seconds / steps) for row in rows for rank, (steps, seconds) in by_arm(row["runs"]).items() if steps]
+    step = {rank: statistics.median(t for at, t in taken if at == rank) for rank in {rank for rank, _ in taken}}
+    whole = RATES_SWEPT * domain.steps * sum(step[rank] for rank in (*domain.ranks_swept, FULL))
+    spent: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        spent = sum(steps * seconds[int(rank)] for rank, (steps, _) in row["arms"].items())
-        costs.setdefault(named(row["plan"], row["share"]), []).append(spent / sweep)
-    return costs
+        if row["config"] == config:
+            seconds = sum(steps * step[rank] for rank, (steps, _) in by_arm(row["runs"]).items())
+            spent.setdefault(named(row["plan"], row["share"]), []).append((len(row["runs"]), seconds))
+
+    def sweep(cells: Mapping[Cell, int]) -> list[tuple[int, float]]:
+        return [(sum(cells.values()), sum(n * domain.steps * step[cell[2]] for cell, n in cells.items()))]
+
+    known = Known(domain, config, domain.ranks_swept, done)
+    for name, jobs in swept_once(known).items():
+        spent[name] = sweep({cell_of(domain, config, rank): len(of) for rank, of in jobs.items()})
+    for name in CONTENDERS:
+        added, rank = {"LoRA+ 16": (LORAPLUS, TUNED), "ten times full": ("", FULL)}.get(name, ("", TUNED))
+        own, scheme, _ = cell_of(domain, config, rank)
+        cell = (own, scheme + added, rank)
+        spent[name] = sweep({cell: sum(job[:3] == cell and job.seed == 0 for job in done)})
+    means = {name: [statistics.fmean(part) for part in zip(*each, strict=True)] for name, each in spent.items()}
+    return {name: Cost(runs, seconds / 3600, seconds / whole) for name, (runs, seconds) in means.items()}
 
 
 def named(plan: str, share: float) -> str:

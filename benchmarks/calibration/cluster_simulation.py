@@ -5,10 +5,10 @@
 
 Every worker is the package's own `Runner` on one storage: schedule, sampler, pruner, fit and the waiting for one
 another are the real ones, only training and the clock are replaced. A simulated run repeats the run of a shipped
-recipe (Init[A], s = 1, real trainings at ranks 4 and 64) whose rate is nearest: its losses step by step, its end where
-it diverged. Where that one was pruned it goes on as the best run, as far behind as it was. A step takes what steps took
-in results/calibration_searches.jsonl, drawn again for every run, at rank 4 and 64, rank 4's median being 1. They were
-measured on two cores that others used too: one in twenty took twice the time, the slowest four times.
+recipe (Init[A], s = 1, real trainings of LoRA) whose rate is nearest: its losses step by step, its end where it
+diverged. Where that one was pruned it goes on as the best run, as far behind as it was. A step takes what steps took in
+results/calibration_searches.jsonl, drawn again for every run: at ranks 4 and 64 what they took at a domain's lowest and
+highest rank, the lowest's median being 1. They were measured on two cores that others used too.
 
 Speed-up is the time of one worker over that of many; the last column has it where every step takes its rank's median.
 The last round begins when the first worker finds nothing left to start: its share of the whole time, and the workers'
@@ -22,7 +22,6 @@ runs' length.
 from __future__ import annotations
 
 import heapq
-import json
 import math
 import statistics
 import threading
@@ -36,8 +35,11 @@ import click
 import numpy as np
 import optuna
 import torch
+from calibration.against_sweep_scores import on_file
+from calibration.searches import by_arm
 from made_up import Pair
 from recording import RESULTS, machine, record, shown
+from study.grids import FULL
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import Study
@@ -130,15 +132,18 @@ class Replay:
 
 
 def step_times() -> dict[int, list[float]]:
-    """What a step took at each rank, in units of the domain's median at the lowest: one measurement a search."""
-    taken: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for line in (RESULTS / "calibration_searches.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        for rank, (steps, seconds) in row["arms"].items():
-            if steps:
-                taken[row["domain"], int(rank)].append(seconds / steps)
-    unit = {domain: statistics.median(taken[domain, RANKS[0]]) for domain, rank in taken if rank == RANKS[0]}
-    return {rank: [t / unit[domain] for domain in unit for t in taken[domain, rank]] for rank in RANKS}
+    """What a step took at each end, in units of the domain's median at the lowest rank: one measurement a search."""
+    taken: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in on_file():
+        for rank, (steps, seconds) in by_arm(row["runs"]).items():
+            if steps and rank != FULL:
+                taken[row["domain"]][rank].append(seconds / steps)
+    times: dict[int, list[float]] = {rank: [] for rank in RANKS}
+    for own in taken.values():
+        unit = statistics.median(own[min(own)])
+        for rank, end in zip(RANKS, (min(own), max(own)), strict=True):
+            times[rank] += [t / unit for t in own[end]]
+    return times
 
 
 # --- one calibration ------------------------------------------------------------------------------------------------

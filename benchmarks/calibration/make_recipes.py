@@ -2,9 +2,11 @@
 
     python benchmarks/calibration/make_recipes.py                        # EfficientNet-lite0 on digits, constant rates
     python benchmarks/calibration/make_recipes.py --domain language      # three, one a configuration of the study
+    python benchmarks/calibration/make_recipes.py --domain language --seed 1   # into benchmarks/results/recipes
 
-A domain's recipe is calibrated at ranks 4 and 64 with three full runs, at a fifth of the cost of its sweep of nine
-rates at five ranks and in full, on seeds that the study does not use, at the study's warm-up of 5 %.
+A domain's recipe is calibrated at its lowest and highest rank with three full runs, at a fifth of the cost of its sweep
+of nine rates at five ranks and in full, on seeds that the study does not use, at the study's warm-up of 5 %. The study
+scores the recipes of every search seed that there are; that of seed 0 is shipped.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 import click
 import torch
 from calibration.searches import recipe_of
+from recording import RESULTS
 from study.configurations import CONFIGS
 from study.domains import get_domain, names
 from study.training import WARMUP
@@ -23,7 +26,7 @@ from rankaware_optim import calibrate
 from rankaware_optim.calibration import Trial
 from rankaware_optim.cli._demo import BATCH, CALIBRATED_RANKS, HEAD_RATE, SEEDS, STEPS, build, evaluate, fit
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES, OTHER_SEEDS = Path(__file__).parents[2] / "recipes", RESULTS / "recipes"
 SHARE, FULL_TRIALS = 0.2, 3
 
 
@@ -31,14 +34,16 @@ SHARE, FULL_TRIALS = 0.2, 3
 @click.option(
     "--domain", "chosen", multiple=True, type=click.Choice(names()), help="Of the study, instead of the demo."
 )
-def main(chosen: tuple[str, ...]) -> None:
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Random seed of the search.")
+def main(chosen: tuple[str, ...], seed: int) -> None:
     """Calibrate and save; a recipe that is there already is replaced."""
     torch.set_num_threads(1)
     for name in chosen:
         for config in CONFIGS:
-            own = {"full_trials": FULL_TRIALS, "name": file_name(name, config)}
-            recipe = recipe_of(get_domain(name), config, SHARE, 0, {}, WARMUP, **own)
-            click.echo(recipe.save(path_of(name, config)))
+            path = path_of(name, config, seed)
+            path.parent.mkdir(exist_ok=True)
+            own = {"full_trials": FULL_TRIALS, "name": path.stem}
+            click.echo(recipe_of(get_domain(name), config, SHARE, seed, [], WARMUP, **own).save(path))
     if not chosen:
         given = {"ranks": CALIBRATED_RANKS, "steps": STEPS, "seeds": SEEDS, "batch": BATCH, "warmup": 0.0}
         recipe = calibrate(digits, torch.optim.AdamW, **given, name="efficientnet-lite0-digits")
@@ -52,15 +57,18 @@ def digits(trial: Trial) -> Generator[torch.Tensor, None, float]:
     return evaluate(model)
 
 
-def path_of(domain: str, config: str) -> Path:
-    """Where a domain's recipe lies."""
-    return RECIPES / f"{file_name(domain, config)}.toml"
+def paths_of(domain: str, config: str) -> list[Path]:
+    """The recipes of every search seed that there are."""
+    shipped, own = path_of(domain, config, 0), path_of(domain, config, 1)
+    others = own.parent.glob(f"{shipped.stem}-[0-9].toml")
+    return [path for path in (shipped, *sorted(others)) if path.exists()]
 
 
-def file_name(domain: str, config: str) -> str:
-    """Init[A], s = 1/r, of image_generation is image-generation-a-inverse-rank."""
+def path_of(domain: str, config: str, seed: int) -> Path:
+    """Init[A], s = 1/r, of image_generation is image-generation-a-inverse-rank.toml; seed 1's name ends in -1."""
     short = {"Init[A], s = 1": "a", "Init[A], s = 1/r": "a-inverse-rank", "Init[B], s = 1": "b"}
-    return f"{domain.replace('_', '-')}-{short[config]}"
+    name = f"{domain.replace('_', '-')}-{short[config]}"
+    return OTHER_SEEDS / f"{name}-{seed}.toml" if seed else RECIPES / f"{name}.toml"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Searches that train: our calibration by several plans, Optuna's TPE without a law, an LR range test.
 
-Each names a rate for every rank and for full finetuning, and says what it spent: steps and seconds by arm.
+Each names a rate for every rank and for full finetuning, and keeps every run that it made.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,11 +23,25 @@ from study.training import shape, trained
 import rankaware_optim as ra
 from rankaware_optim.calibration import seeded
 
-WARMUP, RATES_SWEPT, RANKS_TRIED = 0.3, 9, (4, 64)
+WARMUP, RATES_SWEPT = 0.3, 9
 LOW, HIGH = -15.0, -2.0  # log2 of the rates that TPE and the range test know of
 SMOOTHED = 0.9  # the range test's moving average of losses
 Rates = dict[int, list[float]]  # lr, low, high by rank
-Arms = dict[int, list[float]]  # steps and seconds by rank
+Spent = list["Run"]
+
+
+class Run(NamedTuple):
+    """A run of a search.
+
+    x: log2 of the base rate, None where it varied. loss: held out, None where the run diverged or was stopped.
+    """
+
+    rank: int
+    x: float | None
+    seed: int
+    steps: int
+    seconds: float
+    loss: float | None
 
 
 class Search(NamedTuple):
@@ -41,49 +55,69 @@ class Search(NamedTuple):
 
 
 def searched(of: Search) -> dict[str, Any]:
-    """Search as a user would: every rate, steps and seconds by arm, and the time spent beside training."""
-    domain, arms = get_domain(of.domain), Arms()
+    """Search as a user would. Returns a row: the search, every rate, every run, and the time spent beside training."""
+    domain, spent = get_domain(of.domain), Spent()
     start = time.perf_counter()
-    rates = PLANS[of.plan](of, domain, arms)
-    spent, training = time.perf_counter() - start, sum(seconds for _, seconds in arms.values())
-    return {**of._asdict(), "rates": rates, "arms": arms, "beside_training": (spent - training) / training}
+    rates = PLANS[of.plan](of, domain, spent)
+    whole, training = time.perf_counter() - start, sum(run.seconds for run in spent)
+    return {**of._asdict(), "rates": rates, "runs": spent, "beside_training": (whole - training) / training}
 
 
-def clocked(run: Generator[Any, None, Any], arms: Arms, rank: int) -> Generator[Any, None, Any]:
-    """The same run, its steps and seconds added to its arm."""
-    arm = arms.setdefault(rank, [0, 0.0])
-    while True:
-        start = time.perf_counter()
-        try:
-            value = next(run)
-        except StopIteration as stop:
-            return stop.value
-        finally:
-            arm[1] += time.perf_counter() - start
-        arm[0] += 1
-        yield value
+def by_arm(runs: Iterable[Sequence[Any]]) -> dict[int, tuple[int, float]]:
+    """Steps and seconds by rank, of the runs of a row on file."""
+    found: dict[int, tuple[int, float]] = {}
+    for run in (Run(*each) for each in runs):
+        steps, seconds = found.get(run.rank, (0, 0.0))
+        found[run.rank] = steps + run.steps, seconds + run.seconds
+    return found
+
+
+def clocked(
+    run: Generator[Any, None, Any], spent: Spent, rank: int, seed: int, x: Callable[[], float | None]
+) -> Generator[Any, None, Any]:
+    """The same run; what it took and its loss are appended to `spent` at its end, however it ends."""
+    steps, seconds, loss = 0, 0.0, None
+    try:
+        while True:
+            start = time.perf_counter()
+            try:
+                value = next(run)
+            except StopIteration as stop:
+                loss = stop.value
+                return loss
+            finally:
+                seconds += time.perf_counter() - start
+            steps += 1
+            yield value
+    finally:
+        at, finite = x(), loss is not None and math.isfinite(loss)
+        rate = None if at is None else round(at, 4)
+        spent.append(Run(rank, rate, seed, steps, round(seconds, 3), loss if finite else None))
 
 
 # --- ours -----------------------------------------------------------------------------------------------------------
 
 
-def calibrated(**options: Any) -> Callable[[Search, Domain, Arms], Rates]:
-    """`ra.calibrate` at two ranks within a budget; the recipe's rates at all."""
+def calibrated(**options: Any) -> Callable[[Search, Domain, Spent], Rates]:
+    """`ra.calibrate` at the lowest and the highest rank within a budget; the recipe's rates at all."""
 
-    def run(of: Search, domain: Domain, arms: Arms) -> Rates:
-        recipe = recipe_of(domain, of.config, of.share, of.seed, arms, **options)
+    def run(of: Search, domain: Domain, spent: Spent) -> Rates:
+        recipe = recipe_of(domain, of.config, of.share, of.seed, spent, **options)
         return {rank: rate_of(recipe, of.config, rank) for rank in (*domain.ranks_swept, FULL)}
 
     return run
 
 
 def recipe_of(
-    domain: Domain, config: str, share: float, seed: int, arms: Arms, warmup: float = WARMUP, **options: Any
+    domain: Domain, config: str, share: float, seed: int, spent: Spent, warmup: float = WARMUP, **options: Any
 ) -> ra.Recipe:
-    """A domain's recipe in a configuration, at a share of its sweep's cost; `options` are of `ra.calibrate`."""
+    """A domain's recipe in a configuration, at a share of its sweep's cost.
+
+    It tries the lowest and the highest rank that are swept, as the docs advise. `options` of `ra.calibrate` win.
+    """
 
     def train(trial: ra.Trial) -> Generator[Any, None, Any]:
-        return clocked(loop(trial), arms, trial.rank or FULL)
+        return clocked(loop(trial), spent, trial.rank or FULL, trial.seed, lambda: trial.lr and math.log2(trial.lr))
 
     def loop(trial: ra.Trial) -> Generator[float, None, float]:
         model = built(domain, config, trial.rank or FULL, trial.seed)
@@ -91,7 +125,8 @@ def recipe_of(
         own = replace(domain, steps=trial.steps)
         return (yield from trained(own, model, opt, trial.seed, partial(shape, steps=trial.steps, warmup=warmup)))
 
-    planned = {"ranks": RANKS_TRIED, "steps": domain.steps, "budget": budget_of(share, domain)}
+    ends = (domain.ranks_swept[0], domain.ranks_swept[-1])
+    planned = {"ranks": ends, "steps": domain.steps, "budget": budget_of(share, domain)}
     return ra.calibrate(
         train,
         torch.optim.AdamW,
@@ -120,7 +155,7 @@ def rate_of(recipe: ra.Recipe, config: str, rank: int) -> list[float]:
 # --- without a law --------------------------------------------------------------------------------------------------
 
 
-def by_tpe(of: Search, domain: Domain, arms: Arms) -> Rates:
+def by_tpe(of: Search, domain: Domain, spent: Spent) -> Rates:
     """Optuna's TPE spends all at rank 16; its best rate is used everywhere."""
 
     def score(trial: optuna.Trial) -> float:
@@ -129,7 +164,7 @@ def by_tpe(of: Search, domain: Domain, arms: Arms) -> Rates:
             model = built(domain, of.config, TUNED, seed)
             opt = optimizer(model, domain, Job(domain.name, of.config, TUNED, x, seed))
             share = partial(shape, steps=domain.steps, warmup=WARMUP)
-            return scored(clocked(trained(domain, model, opt, seed, share), arms, TUNED))
+            return scored(clocked(trained(domain, model, opt, seed, share), spent, TUNED, seed, lambda: x))
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=of.seed))
@@ -146,12 +181,12 @@ def scored(run: Generator[Any, None, float]) -> float:
             return float(stop.value) if math.isfinite(stop.value) else 1e9
 
 
-def by_range_test(of: Search, domain: Domain, arms: Arms) -> Rates:
+def by_range_test(of: Search, domain: Domain, spent: Spent) -> Rates:
     """Smith's test at every arm: the rate rises from 2^-15 to 2^-2 in one run; taken where the loss falls fastest."""
-    return {rank: [2.0 ** steepest(of, domain, arms, rank)] * 3 for rank in (*domain.ranks_swept, FULL)}
+    return {rank: [2.0 ** steepest(of, domain, spent, rank)] * 3 for rank in (*domain.ranks_swept, FULL)}
 
 
-def steepest(of: Search, domain: Domain, arms: Arms, rank: int) -> float:
+def steepest(of: Search, domain: Domain, spent: Spent, rank: int) -> float:
     """log2 of the rate at the end of the octave over which the smoothed loss falls most, before its lowest point.
 
     Over an octave, and not before ten values are averaged: step by step the noise of the first few decides.
@@ -159,13 +194,15 @@ def steepest(of: Search, domain: Domain, arms: Arms, rank: int) -> float:
     seed, octaves = 10 + 2 * of.seed, (HIGH - LOW) / domain.steps
     model = built(domain, of.config, rank, seed)
     opt = optimizer(model, domain, Job(domain.name, of.config, rank, LOW, seed))
-    rising = clocked(trained(domain, model, opt, seed, lambda step: 2.0 ** (octaves * step)), arms, rank)
+    run = trained(domain, model, opt, seed, lambda step: 2.0 ** (octaves * step))
+    rising = clocked(run, spent, rank, seed, lambda: None)
     losses, average = [], 0.0
     for step, loss in enumerate(rising, 1):
         average = SMOOTHED * average + (1 - SMOOTHED) * loss
         losses.append(average / (1 - SMOOTHED**step))
         if not losses[-1] < 4 * losses[0]:
             break
+    rising.close()
     octave, lowest = round(1 / octaves), losses.index(min(losses))
     ends = range(10 + octave, max(lowest + 1, 11 + octave))
     return LOW + octaves * min(ends, key=lambda i: losses[min(i, len(losses) - 1)] - losses[i - octave])
@@ -173,7 +210,7 @@ def steepest(of: Search, domain: Domain, arms: Arms, rank: int) -> float:
 
 LORA, WITH_FULL, TO_FULL = "LoRA trials", "LoRA and three full trials", "LoRA trials, planned for full"
 TPE, RANGE_TEST = "TPE at rank 16", "LR range test"
-PLANS: dict[str, Callable[[Search, Domain, Arms], Rates]] = {
+PLANS: dict[str, Callable[[Search, Domain, Spent], Rates]] = {
     LORA: calibrated(),
     WITH_FULL: calibrated(full_trials=3),
     TO_FULL: calibrated(target="full"),

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import click
 import optuna
 import torch
-from calibration.searches import Arms, rate_of, recipe_of, scored
+from calibration.searches import Spent, by_arm, clocked, rate_of, recipe_of, scored
 from recording import RESULTS, block, machine, made_on, number, percent
 from study.best_rates import best_rate
 from study.configurations import CLIP, CONFIGS, TUNED, built, optimizer, run_in, start_of, starts
@@ -53,6 +53,7 @@ import rankaware_optim as ra
 from rankaware_optim.calibration import seeded
 
 DEPENDS_ON = (
+    "calibration.searches",
     "rankaware_optim.laws",
     "rankaware_optim.recipe._recipe",
     "rankaware_optim.recipe._uncertainty",
@@ -142,46 +143,45 @@ def oracles(task: Task) -> list[Oracle]:
 
 
 def searched(task: Task, config: str, plan: str) -> dict[str, Any]:
-    """What a plan names for every rank: rate, and band where it has one; and the steps it spent, by rank."""
-    arms: Arms = {}
-    rates = PLANS[plan](task, config, arms)
-    steps = {rank: spent for rank, (spent, _) in arms.items()}
-    return {"name": task.name, "times": task.times, "config": config, "plan": plan, "rates": rates, "steps": steps}
+    """What a plan names for every rank: rate, and band where it has one; and every run that it made."""
+    spent = Spent()
+    rates = PLANS[plan](task, config, spent)
+    return {"name": task.name, "times": task.times, "config": config, "plan": plan, "rates": rates, "runs": spent}
 
 
-def calibrated(task: Task, config: str, arms: Arms, long: bool) -> dict[int, list[float]]:
+def calibrated(task: Task, config: str, spent: Spent, long: bool) -> dict[int, list[float]]:
     """By `ra.calibrate`, at two lengths for the target, or at the study's own alone."""
     own = get_domain(task.name)
     lengths = {"steps": (own.steps // QUARTER, own.steps), "target_steps": task.domain.steps} if long else {}
     ends, budget = (task.ranks[0], task.ranks[-1]), PRICE * task.domain.steps
     options = {"ranks": ends, "budget": budget, "full_trials": FULL_RUNS, **lengths}
-    recipe = recipe_of(own, config, 1.0, SEARCHED // 2, arms, WARMUP, **options)
+    recipe = recipe_of(own, config, 1.0, SEARCHED // 2, spent, WARMUP, **options)
     return {rank: rate_of(recipe, config, rank) for rank in (*task.ranks, FULL)}
 
 
-def by_tpe(task: Task, config: str, arms: Arms) -> dict[int, list[float]]:
+def by_tpe(task: Task, config: str, spent: Spent) -> dict[int, list[float]]:
     """Optuna's TPE, whole runs of the target's steps."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-    study.optimize(lambda trial: _tuned(task.domain, config, trial.suggest_float("x", LOW, HIGH), arms), PRICE)
+    study.optimize(lambda trial: _tuned(task.domain, config, trial.suggest_float("x", LOW, HIGH), spent), PRICE)
     return {rank: [2.0 ** study.best_params["x"]] for rank in (*task.ranks, FULL)}
 
 
-def by_a_fifth(task: Task, config: str, arms: Arms) -> dict[int, list[float]]:
+def by_a_fifth(task: Task, config: str, spent: Spent) -> dict[int, list[float]]:
     """The best of ten rates an octave apart, in runs of a fifth of the steps."""
     short = replace(task.domain, steps=task.domain.steps // FIFTH)
     rates = [HIGH - 1 - octaves for octaves in range(PRICE * FIFTH)]
-    best = min(rates, key=lambda x: _tuned(short, config, x, arms))
+    best = min(rates, key=lambda x: _tuned(short, config, x, spent))
     return {rank: [2.0**best] for rank in (*task.ranks, FULL)}
 
 
-def _tuned(domain: Domain, config: str, x: float, arms: Arms) -> float:
+def _tuned(domain: Domain, config: str, x: float, spent: Spent) -> float:
     """The held-out loss of a run at rank 16; large where it is not finite."""
     with seeded(SEARCHED):
         model = built(domain, config, TUNED, SEARCHED)
         opt = optimizer(model, domain, Job(domain.name, config, TUNED, x, SEARCHED))
-        arms.setdefault(TUNED, [0, 0.0])[0] += domain.steps
-        return scored(trained(domain, model, opt, SEARCHED, partial(shape, steps=domain.steps)))
+        run = trained(domain, model, opt, SEARCHED, partial(shape, steps=domain.steps))
+        return scored(clocked(run, spent, TUNED, SEARCHED, lambda: x))
 
 
 PLANS = {
@@ -225,7 +225,7 @@ def run(
                 row = searched(task, *which[2:])
                 with SEARCHES.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                click.echo(f"{which}: {sum(row['steps'].values())} steps")
+                click.echo(f"{which}: {sum(steps for steps, _ in by_arm(row['runs']).values())} steps")
     if stage in (None, "oracle"):
         complete(Together([starts(name, (LEFT_OUT,)), *oracles(task)]), run_one, store, workers, click.echo, made)
     if stage in (None, "score"):

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from calibration.make_recipes import path_of
+from calibration.make_recipes import paths_of
 from calibration.searches import rate_of
 from study.configurations import CONFIGS, LORAPLUS, TWO_RATES, start_of
 from study.domains import get_domain
@@ -48,23 +48,24 @@ def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Mov
         if len(floors) > 1:
             both = (floors, [noise_floor(done, full)] if has_full else [])
             yield Moved(domain, config, FLOOR, *(tuple(x for x in each if x is not None) for each in both))
+        lost_by: dict[str, tuple[list[float], list[float]]] = {}
         for way, scheme, shift in ways(done, domain, config, laws):
             sources = {rank: best_at(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
             pairs = [(a, b) for a in sources for b in sources if a != b]
-            lora = [lost(done, (domain, scheme, b), (domain, config, b), sources[a] + shift(a, b)) for a, b in pairs]
-            whole = [lost(done, full, full, x + shift(a, FULL)) for a, x in sources.items() if has_full]
+            lora, whole = lost_by.setdefault(way, ([], []))
+            lora += [lost(done, (domain, scheme, b), (domain, config, b), sources[a] + shift(a, b)) for a, b in pairs]
+            whole += [lost(done, full, full, x + shift(a, FULL)) for a, x in sources.items() if has_full]
+        for way, (lora, whole) in lost_by.items():
             if lora:
                 yield Moved(domain, config, way, tuple(lora), tuple(whole))
 
 
 def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Iterator[tuple[str, str, Shift]]:
-    """Name, the scheme that is trained, and how it moves a rate."""
+    """Name, the scheme that is trained, and how it moves a rate. A name may come more than once: all count."""
     for name, law in laws.items():
         yield name, config, by_law(domain, config, law)
-    if path_of(domain, config).exists():  # the recipe's rate at the target, whatever the source
-        recipe = Recipe.load(path_of(domain, config))
-        rates = {rank: math.log2(rate_of(recipe, config, rank)[0]) for rank in (*get_domain(domain).ranks_swept, FULL)}
-        yield "calibrated recipe", config, lambda a, b: rates[b] - best_at(done, (domain, config, a))
+    for path in paths_of(domain, config):  # a search seed each; the recipe's rate at the target, whatever the source
+        yield "calibrated recipe", config, by_recipe(done, (domain, config), Recipe.load(path))
     yield "one rate everywhere", config, kept
     yield "1/r", config, by_inverse_rank(domain)
     full = optimum(done, (domain, "full", FULL)).x
@@ -77,6 +78,13 @@ def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Ite
     if full is not None:  # each rank's own, as if it were tuned there
         yield "LoRA+ 16, own best", plus, own_best(done, (domain, plus), full)
     yield "two rates", config + TWO_RATES, lambda a, b: 0.0 if b else octaves(domain, config, FULL, SPLIT)
+
+
+def by_recipe(done: Losses, of: tuple[str, str], recipe: Recipe) -> Shift:
+    """From a rank's best rate to the recipe's rate at another rank, or for full finetuning."""
+    domain, config = of
+    rates = {rank: math.log2(rate_of(recipe, config, rank)[0]) for rank in (*get_domain(domain).ranks_swept, FULL)}
+    return lambda a, b: rates[b] - best_at(done, (domain, config, a))
 
 
 def own_best(done: Losses, of: tuple[str, str], full: float) -> Shift:
