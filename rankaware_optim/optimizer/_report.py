@@ -12,7 +12,7 @@ from .._survey_text import NO_LAW, Rated, init_text, reason_of_other
 from .._tables import text_table
 from .._types import Factor, Survey
 from ..inspection import other_kind
-from ._how_sure import how_sure
+from ._evidence import evidence
 from ._param_groups import effective_lr
 from ._plan import Assignment, Plan
 from ._state_dict import Carried
@@ -191,5 +191,5 @@ def _reason(names: Sequence[str], made: Assignment, plan: Plan, unmoved: bool) -
     if unmoved:
         return _NOT_GIVEN
     whole = made.role in ("full", "other")
-    sure = how_sure(plan, made._replace(role="full") if whole else made)
+    sure = evidence(plan, made._replace(role="full") if whole else made)
     return f"{plan.law.name}: {'full finetuning, ' if whole else ''}from {plan.reference} ({sure})"

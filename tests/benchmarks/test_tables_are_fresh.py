@@ -32,7 +32,6 @@ BEFORE_HASHES = {
     "survey_cost.md",
     "trainers.md",
     "two_rates.md",
-    "workers.md",
 }
 
 

@@ -23,7 +23,7 @@ _ORDER = (
 )
 
 
-def how_sure(plan: Plan, made: Assignment) -> str:
+def evidence(plan: Plan, made: Assignment) -> str:
     """Return the evidence for the rate that `plan` gave a factor. Only the default law and µA were tested."""
     law = plan.law
     if plan.recipe is not None:
