@@ -17,9 +17,11 @@ Cost is training steps weighted by each arm's step time, as a share of 9 rates Ã
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
+from typing import Any
 
 import click
 import torch
@@ -40,6 +42,7 @@ from study.configurations import run_at, start_of, starts
 from study.domains import Domain, get_domain
 from study.grids import Listed
 from study.runs_on_file import complete, read
+from study.suite import provenance
 
 DEPENDS_ON = (
     "calibration.against_sweep_scores",
@@ -66,19 +69,18 @@ def main() -> None:
 @click.option("--only", type=click.Choice(("sweep", "search", "score")), help="One stage; by default all, in turn.")
 def run(name: str, workers: int, only: str | None) -> None:
     """Append every missing run and search of a domain to the results."""
-    domain, run_one = get_domain(name), partial(run_at, warmup=WARMUP)
-    domain.warm()
+    domain, run_one, made = get_domain(name), partial(run_at, warmup=WARMUP), provenance(name)
     if only in (None, "sweep"):
         for grid in (starts(name, SCORING), truth(domain), tuned_once(domain)):
-            complete(grid, run_one, RUNS, workers, click.echo)
+            complete(grid, run_one, RUNS, workers, click.echo, made)
     if only in (None, "search"):
-        search_all(domain, workers)
+        search_all(domain, workers, made)
     if only in (None, "score"):
-        complete(Listed(scoring(domain, read(RUNS))), run_one, RUNS, workers, click.echo)
+        complete(Listed(scoring(domain, read(RUNS))), run_one, RUNS, workers, click.echo, made)
 
 
-def search_all(domain: Domain, workers: int) -> None:
-    """Run the searches that are not on file, each appended at its end."""
+def search_all(domain: Domain, workers: int, made: Mapping[str, Any]) -> None:
+    """Run the searches that are not on file, each appended at its end, with the commit and the network's hash."""
     have = [Search(*(row[name] for name in Search._fields)) for row in on_file()]
     todo = [each for each in searches(domain) if each not in have]
     click.echo(f"{len(todo)} searches to go, {len(have)} on file")
@@ -86,7 +88,8 @@ def search_all(domain: Domain, workers: int) -> None:
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for future in as_completed([pool.submit(searched, each) for each in todo]):
             with SEARCHES.open("a") as file:
-                file.write(json.dumps(future.result()) + "\n")
+                row = {**future.result(), "commit": made["commit"], "weights": made["weights"]}
+                file.write(json.dumps(row) + "\n")
 
 
 @main.command()

@@ -222,7 +222,7 @@ def run(
         have = {(row["name"], row["times"], row["config"], row["plan"]) for row in on_file()}
         for which in ((name, times, config, plan) for config in configs for plan in plans):
             if which not in have:
-                row = searched(task, *which[2:])
+                row = {**searched(task, *which[2:]), "commit": made["commit"], "weights": made["weights"]}
                 with SEARCHES.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 click.echo(f"{which}: {sum(steps for steps, _ in by_arm(row['runs']).values())} steps")
