@@ -6,10 +6,21 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
 from recording import block, number, percent, table_of
-from study.configurations import CONFIGS, RSLORA
-from study.grids import FULL, Losses
+from study.configurations import CONFIGS, RSLORA, start_of
+from study.domains import get_domain
+from study.grids import FULL, Losses, curve
 from study.moving import INITS, across_inits, by_law
-from study.optima import ESTIMATORS, best_rates, cliff, domains_in, exponent_of, law_slope, optimum
+from study.optima import (
+    ESTIMATORS,
+    best_rates,
+    cliff,
+    domains_in,
+    exponent_of,
+    law_slope,
+    optimum,
+    ranks_in,
+    seeds_in,
+)
 from study.regret import LAWS, Moved, pooled
 
 from rankaware_optim import Law
@@ -66,6 +77,8 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
         ESTIMATED,
         block("(b) The paper's claims", ["domain", "claim", "verdict", "numbers"], claim_rows),
         RULES,
+        block("What regrets are shares of", GAIN_HEADS, [row for domain in every for row in gains(done, domain)]),
+        GAINS,
         block(
             "(c) Regret of a rate moved from every rank to every other",
             ["domain", "configuration", *ways],
@@ -128,6 +141,31 @@ def to_full(done: Losses, domain: str) -> Iterator[list[str]]:
         said = verdict(statistics.fmean(apart.values()), OCTAVE, 2 * OCTAVE)
         numbers = ", ".join(f"{x:+.1f} at r = {rank}" for rank, x in apart.items())
         yield [domain, "Init[B]'s rate is full finetuning's, in the mean", said, f"octaves above full's: {numbers}"]
+
+
+# --- gains ----------------------------------------------------------------------------------------------------------
+
+GAIN_HEADS = ("domain", "loss", "before training", "LoRA's best, over its ranks", "full's best", "1 % of the gain")
+GAINS = (
+    "Losses are held out, at the best rate of the grid, in the mean over seeds. LoRA's best: the lowest and highest "
+    "over ranks and configurations. The gain is the loss before training less the best. A regret times the gain is a "
+    "difference of losses: the last column has it for 1 %, at the rank where it is least and where it is most."
+)
+
+
+def gains(done: Losses, domain: str) -> Iterator[list[str]]:
+    """A domain's losses before and after training, and what a regret of 1 % is in units of the loss."""
+    start, best = start_of(domain, done), {}
+    for scheme in (*CONFIGS, "full"):
+        for rank in ranks_in(done, domain, scheme):
+            best[scheme, rank] = min(curve(done, (domain, scheme, rank), seeds_in(done, domain, scheme)).values())
+    lora = sorted(loss for (scheme, _), loss in best.items() if scheme != "full")
+    full = best.get(("full", FULL))
+    shares = sorted((start - loss) / 100 for loss in best.values())
+    if lora:
+        own = get_domain(domain)
+        cells = [f"{number(lora[0], 3)} to {number(lora[-1], 3)}", "–" if full is None else number(full, 3)]
+        yield [domain, own.score, number(start, 3), *cells, f"{shares[0]:.4f} to {shares[-1]:.4f}"]
 
 
 # --- regret ---------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class Domain:
     examples. loss(model, batch): the training loss. evaluate(model): the held-out loss, on the same examples and noise
     every time. head_rates: the fixed rates, by name pattern, of what is trained beside the adapters. ranks: those that
     the width allows. large: a run takes more than a minute, so that the study sweeps a smaller grid. batch: examples a
-    step, which recipes record.
+    step, which recipes record. score: the unit of the held-out loss, and what its fall is of.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Domain:
     batch: int
     head_rates: Mapping[str, float] = field(default_factory=dict)
     large: bool = False
+    score: str = "nats"
 
     @property
     def ranks_swept(self) -> tuple[int, ...]:

@@ -79,4 +79,14 @@ def _pretrain(width: int, steps: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-DOMAIN = Domain("image_generation", 100, (4, 16, 64, 128), build, batches, loss, evaluate, BATCH)
+DOMAIN = Domain(
+    "image_generation",
+    100,
+    (4, 16, 64, 128),
+    build,
+    batches,
+    loss,
+    evaluate,
+    BATCH,
+    score="squared error of the velocity",
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 
 from . import Domain
 from ._adapters import adapt
-from ._llama import LAYERS, MLP, WIDTH, llama, token_loss, tokens, windows
+from ._llama import LAYERS, MLP, VOCABULARY, WIDTH, llama, token_loss, tokens, windows
 from ._llama import STEPS as PRETRAINING
 
 BATCH, STEPS, HELD_OUT = 8, 100, 64
+SCORE = f"nats a token; before training worse than a uniform guess, {math.log(VOCABULARY):.2f}"
 
 
 def build(
@@ -39,4 +41,4 @@ def evaluate(model: nn.Module) -> float:
     return float(token_loss(model, next(windows(written[len(written) * 9 // 10 :], HELD_OUT, 1))))
 
 
-DOMAIN = Domain("language", STEPS, (4, 16, 64, 192), build, batches, token_loss, evaluate, BATCH)
+DOMAIN = Domain("language", STEPS, (4, 16, 64, 192), build, batches, token_loss, evaluate, BATCH, score=SCORE)

@@ -84,4 +84,15 @@ def evaluate(model: nn.Module) -> float:
     return float(token_loss(model, definitions()[-HELD_OUT:]))
 
 
-DOMAIN = Domain("language_smollm2", STEPS, (4, 16, 64, 256), build, batches, token_loss, evaluate, BATCH, large=True)
+DOMAIN = Domain(
+    "language_smollm2",
+    STEPS,
+    (4, 16, 64, 256),
+    build,
+    batches,
+    token_loss,
+    evaluate,
+    BATCH,
+    large=True,
+    score="nats a token",
+)

@@ -129,5 +129,7 @@ def evaluate(model: Any) -> float:
     return -float((drawn == batch.answers[which]).all(1).float().mean())
 
 
-DOMAIN = Domain("reinforcement", STEPS, (4, 16, 64, 128), build, batches, loss, evaluate, PROMPTS * SAMPLES)
+DOMAIN = Domain(
+    "reinforcement", STEPS, (4, 16, 64, 128), build, batches, loss, evaluate, PROMPTS * SAMPLES, score="minus accuracy"
+)
 SHUFFLED = replace(DOMAIN, loss=partial(loss, shuffled=True))
