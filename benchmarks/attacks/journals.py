@@ -69,7 +69,7 @@ def use(path: Path) -> None:
         raise AssertionError(f"rate {recipe.lr}")
 
 
-# --- files that are not journals -------------------------------------------------------------------------------------
+# --- files that are not journals ------------------------------------------------------------------------------------
 
 
 def other_files(folder: Path, chance: random.Random) -> Iterator[Path]:

@@ -148,7 +148,7 @@ def alpha_of(cell: Cell) -> int:
     return TUNED if cell[1].endswith(FIXED) else cell[2]
 
 
-# --- moves by the laws -----------------------------------------------------------------------------------------------
+# --- moves by the laws ----------------------------------------------------------------------------------------------
 
 
 class Sweep(NamedTuple):
