@@ -1,7 +1,7 @@
-"""Damaged adapter files of every kind, through `inspect_file`.
+"""Damaged adapter files of every kind, read by `inspect_file`.
 
-A valid file gets up to four damages: to its tensors (names, shapes, dtypes, values; the header is then made to fit), to
-its configuration or metadata, to the header's JSON, or to the bytes.
+A valid file is damaged up to four times: in its tensors (names, shapes, dtypes, values, with a header that fits them),
+in its configuration or metadata, in the header's JSON, or in the bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8, "U8": 1, "F8_E4M3": 
 
 @dataclass
 class Made:
-    """A file in the making: tensors by name as (dtype, shape, value), a configuration, metadata, then bytes."""
+    """A file that is being built: tensors by name as (dtype, shape, value), a configuration, metadata, then bytes."""
 
     tensors: dict[str, tuple[str, tuple[int, ...], float]]
     config: Any = None
@@ -35,7 +35,7 @@ class Made:
     config_file: bytes | None = None
 
     def lay_out(self) -> None:
-        """The header and the bytes that belong to these tensors."""
+        """Build the header and the bytes from the tensors."""
         data = b""
         for name, (dtype, shape, value) in self.tensors.items():
             size = SIZES.get(dtype, 4) * math.prod(shape)
@@ -147,7 +147,7 @@ def nth(items: Any, at: int) -> Any:
 
 
 def harm_tensor(made: Made, at: int, value: Any) -> None:
-    """One tensor gets another name, shape, dimension, dtype or value, or goes."""
+    """Change one tensor's name, shape, dimension or dtype, give its layer another alpha, or remove the tensor."""
     name = nth(made.tensors, at)
     if name is None:
         return
@@ -170,7 +170,7 @@ def harm_tensor(made: Made, at: int, value: Any) -> None:
 
 
 def harm_entry(made: Made, at: int, value: Any) -> None:
-    """One entry of the configuration, of the metadata or of diffusers' copy changes or goes."""
+    """Change or remove one entry of the configuration, of the metadata or of diffusers' nested metadata."""
     inner = made.metadata.get("lora_adapter_metadata")
     tables = [t for t in (made.config, made.metadata, inner, inner) if isinstance(t, dict) and t]
     table = nth(tables, at)
@@ -185,7 +185,7 @@ def harm_entry(made: Made, at: int, value: Any) -> None:
 
 
 def harm_header(made: Made, at: int, value: Any) -> None:
-    """One value in the header's JSON changes, and its length with it."""
+    """Change one value in the header's JSON, and the header's length with it."""
     name = nth(made.header, at)
     if name is None or len(made.file) < 8:
         return
@@ -200,7 +200,7 @@ def harm_header(made: Made, at: int, value: Any) -> None:
 
 
 def harm_bytes(made: Made, at: int, value: Any) -> None:
-    """Bytes are cut off, overwritten or put in, in the file or in the configuration; or the length lies."""
+    """Cut off, overwrite or insert bytes in the file or in the configuration, or write a wrong header length."""
     on_config = made.config_file is not None and at % 3 == 0
     data = (made.config_file if on_config else made.file) or b""
     i = at % (len(data) + 1) if at // 3 % 2 else at % (min(len(data), 200) + 1)
@@ -238,7 +238,7 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
 
 
 def damaged(kind: Callable[[], Made], steps: list[tuple[str, int, Any]]) -> Made:
-    """A file of this kind after these damages."""
+    """A file of this kind, damaged by `steps`: each a name, a position and a value."""
     made = kind()
     for name, at, value in steps:
         if name in EARLY:
@@ -256,7 +256,7 @@ def damaged(kind: Callable[[], Made], steps: list[tuple[str, int, Any]]) -> Made
 
 
 def write(made: Made, folder: Path) -> Path:
-    """The files of `made` in `folder`; what to inspect."""
+    """Write the files of `made` to `folder`, and return the path to inspect."""
     path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     path.write_bytes(made.file)
     if made.config_file is None:
@@ -267,11 +267,11 @@ def write(made: Made, folder: Path) -> Path:
 
 
 def use(path: Path) -> None:
-    """The survey is whole: it can be written as JSON, and every factor has usable numbers."""
+    """Check that the survey is complete: it can be written as JSON, and every factor has usable numbers."""
     survey = inspect_file(path)
     json.dumps([survey.other, survey.notes, [f.name for f in survey.factors]], allow_nan=False).encode()
     if not all(f.rank and f.fan_in >= 1 and f.fan_out >= 1 and 0 < f.scaling < math.inf for f in survey.factors):
-        raise AssertionError(f"half-read: {survey}")
+        raise AssertionError(f"incomplete survey: {survey}")
 
 
 ATTACKS = (Attack("damaged adapter files", 15_000, 1000, run),)

@@ -1,12 +1,12 @@
-"""The package under attack: kills, interrupts, errors from below, and damaged files of every kind that it reads.
+"""The package under attack: kills, interrupts, injected errors, and damaged files of every kind that it reads.
 
-    python benchmarks/attacks/attack.py                    # all, about an hour on two cores; goes on where it stopped
-    python benchmarks/attacks/attack.py --only recipes     # attacks whose name holds a word
-    python benchmarks/attacks/attack.py --tables           # results/attack.json and .md, of what is on file
+    python benchmarks/attacks/attack.py                    # all, about an hour on two cores; resumable
+    python benchmarks/attacks/attack.py --only recipes     # attacks whose name contains a word
+    python benchmarks/attacks/attack.py --tables           # results/attack.json and .md, from the pieces on file
 
-PostgreSQL is attacked where RANKAWARE_POSTGRESQL holds the URL of a database that may be written. An attack is run in
-pieces, each in a process of its own with a seed of its own and a limit on its memory, and appended to
-results/attack.jsonl when it ends; pieces on file are not run again.
+PostgreSQL is attacked if RANKAWARE_POSTGRESQL holds the URL of a database that may be written to. An attack is run in
+pieces. Each piece has its own process, its own seed and a limit on its memory, and is appended to results/attack.jsonl
+when it ends. Pieces on file are not run again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MODULES = (kills, interrupts, exceptions, recipes, checkpoints, sweeps, journals
 ATTACKS: dict[str, Attack] = {attack.name: attack for module in MODULES for attack in module.ATTACKS}
 FILE = RESULTS / "attack.jsonl"
 FIRST_SEED = 20261200
-MEMORY = 8 * 2**30  # bytes a piece may map
+MEMORY = 8 * 2**30  # bytes that a piece may map
 NOTES = (
     "held: it went well, and what the attack's docstring asks for was true. refused: an error of ours, in printable "
     "words, with nothing changed. failed: any other exception, a loss, a tear, a rate that is not finite and positive, "
@@ -59,7 +59,7 @@ NOTES = (
 @click.option("--piece", nargs=2, type=str, hidden=True, help="An attack and a seed: run one piece, print JSON.")
 @click.option("--size", type=int, hidden=True)
 def main(only: str, workers: int, share: float, tables: bool, piece: tuple[str, str] | None, size: int) -> None:
-    """Attack the package, and count what came of it."""
+    """Attack the package, and count the outcomes."""
     if piece:
         print(json.dumps(run_piece(ATTACKS[piece[0]], int(piece[1]), size)))
         return
@@ -74,7 +74,7 @@ def main(only: str, workers: int, share: float, tables: bool, piece: tuple[str, 
 
 
 def pieces(share: float) -> list[tuple[Attack, int, int]]:
-    """Every piece: the attack, its seed, how many attempts."""
+    """Every piece as (attack, seed, number of attempts)."""
     made = []
     for attack in ATTACKS.values():
         total = max(1, round(share * attack.total))
@@ -100,7 +100,7 @@ def in_process(attack: Attack, seed: int, size: int) -> dict[str, Any]:
 
 def run_piece(attack: Attack, seed: int, size: int) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    memory = Path("/dev/shm")  # SIGKILL loses nothing of a page cache, so a file system in memory attacks as well
+    memory = Path("/dev/shm")  # SIGKILL does not lose the page cache, so a file system in memory is as good
     with tempfile.TemporaryDirectory(prefix="attack-", dir=memory if memory.is_dir() else None) as folder:
         return attack.run(seed, size, Path(folder)).as_dict()
 

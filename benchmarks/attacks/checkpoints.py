@@ -1,4 +1,4 @@
-"""Damaged optimizer checkpoints: refused with nothing loaded, or loaded and able to step."""
+"""Damaged optimizer checkpoints: each must be refused with nothing loaded, or be loaded and able to step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPES = (torch.float64, torch.float16, torch.int64, torch.bool, torch.complex64
 
 
 class Model(nn.Module):
-    """Two pairs and a head."""
+    """Two LoRA pairs and a head."""
 
     def __init__(self, ranks: tuple[int, int]) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def damaged(state: dict[str, Any], chance: random.Random) -> Any:
 
 
 def harm_tensor(state: dict[Any, Any], chance: random.Random) -> None:
-    """One entry of one parameter's state gets another shape, dtype or value, or goes."""
+    """Change the shape, dtype or value of one entry of one parameter's state, copy it to another, or remove it."""
     mine = state[chance.choice([*state])]
     name = chance.choice([*mine])
     match chance.randrange(6):
@@ -109,7 +109,7 @@ def harm_tensor(state: dict[Any, Any], chance: random.Random) -> None:
 
 
 def harm_ids(state: dict[Any, Any], chance: random.Random) -> None:
-    """The state of a parameter goes, or lies under another number."""
+    """Remove the state of one parameter, or move it to another id."""
     key = chance.choice([*state])
     moved = state.pop(key)
     if chance.random() < 0.7:
@@ -135,13 +135,13 @@ def same(a: Any, b: Any) -> bool:
 
 
 def load(model: nn.Module, opt: Any, state: Any) -> None:
-    """Refused: nothing changed. Loaded: state of the parameters' shapes, finite rates, and a step runs."""
+    """If the state is refused, nothing has changed. If it is loaded, rates are finite and a step runs."""
     before = contents(opt)
     try:
         opt.load_state_dict(state)
     except ra.CheckpointError as error:
         if not same(contents(opt), before):
-            raise AssertionError(f"refused ({error}) and changed") from error
+            raise AssertionError(f"refused ({error}), but the optimizer changed") from error
         raise
     for group in opt.param_groups:
         rate = float(group["lr"]) * group["rank_multiplier"]

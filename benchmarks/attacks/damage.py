@@ -1,4 +1,4 @@
-"""Damage to bytes and to nested values, drawn from a seeded random."""
+"""Damage to bytes and to nested values, drawn from a seeded generator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-# What a value of a file may have become: wrong types, and numbers at the ends of every range.
+# Replacements for a value in a file: wrong types, and numbers at the ends of every range.
 VALUES: tuple[Any, ...] = (
     True, False, 0, 1, -1, 2, 3, 4, 64, 10**9, 2**31, 2**63 - 1, 10**30, 0.0, -0.0, 0.5, 1.0, -1.5, 1e-30, 1e30, 1e300,
     -1e24, 5e-324, 1e-320, math.nan, math.inf, -math.inf, "", "0", "A", "B", "full", "mua", "nan", "x" * 3000,
@@ -22,7 +22,7 @@ PIECES = (
 
 
 def damaged_bytes(data: bytes, chance: random.Random, times: int = 2) -> bytes:
-    """Bytes cut off, overwritten, put in, taken out or doubled, up to `times` times."""
+    """Cut off, overwrite, insert, remove or double bytes, up to `times` times."""
     for _ in range(chance.randint(1, times)):
         i, j = sorted(chance.randrange(len(data) + 1) for _ in range(2))
         match chance.randrange(6):
@@ -42,7 +42,7 @@ def damaged_bytes(data: bytes, chance: random.Random, times: int = 2) -> bytes:
 
 
 def damaged_values(document: Any, chance: random.Random, times: int = 2) -> Any:
-    """A copy of a nested document in which up to `times` values became others, went, or took another's place."""
+    """Copy a nested document, and change up to `times` values: replace, remove, or overwrite by one from elsewhere."""
     document = copy.deepcopy(document)
     for _ in range(chance.randint(1, times)):
         places = list(_places(document))

@@ -1,9 +1,9 @@
-"""Errors from below at any moment: of a tensor operation while a model is calibrated in place, of the file system while
-a recipe is saved, of the storage while a study runs.
+"""Injected errors at any moment: in a tensor operation while a model is calibrated in place, in the file system while a
+recipe is saved, and in the storage while a study runs.
 
-Each is raised once, at a call drawn among all calls that an undisturbed run makes. The model must be as it was found
-(or the error must name the tensors that are not), the recipe on disk the old or the new one, and the study must go on
-by the same call.
+Each error is raised once, at a call drawn from all calls that an undisturbed run makes. Afterwards the model must be as
+before, or the error must name the tensors that are not. The recipe on disk must be the old or the new one. The same
+call must resume the study.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ import rankaware_optim as ra
 
 
 class Injected(RuntimeError):
-    """What is raised from below."""
+    """The error that is injected."""
 
 
 # --- in place -------------------------------------------------------------------------------------------------------
 
 
 class RaisesAt(TorchDispatchMode):
-    """Counts tensor operations, and raises at one of them, once."""
+    """Counts tensor operations, and raises once, at operation number `at`."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class RaisesAt(TorchDispatchMode):
 
 
 class Net(nn.Module):
-    """Two pairs around a norm and a head, on a layer of 8 × 8."""
+    """Two pairs on layers of 8 × 8, with a norm after each, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def step(model: nn.Module, i: int) -> torch.Tensor:
 
 
 def in_place(model: nn.Module, at: int) -> int:
-    """A calibration in place with an error at an operation; how many there were."""
+    """Calibrate in place with an error at operation `at`; return the number of operations."""
     with RaisesAt(at) as mode:
         ra.calibrate_in_place(
             model, step, "adamw", ranks=(2, 8, None), steps=6, trials=5, progress=False, full_trains=["*.weight"]
@@ -77,7 +77,7 @@ def in_place(model: nn.Module, at: int) -> int:
 
 
 def values(model: nn.Module) -> dict[str, Any]:
-    """Every tensor by name, with the object that it is, gradients, and modes."""
+    """Every tensor by name with its id, values and gradient, and every module's mode."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     found: dict[str, Any] = {
         name: (id(t), t.detach().clone(), t.requires_grad, None if t.grad is None else t.grad.clone())
@@ -108,7 +108,7 @@ def run_in_place(seed: int, count: int, folder: Path) -> Outcomes:
     step(model, 0).backward()
     total = in_place(model, 0)
     for number in range(count):
-        # half of them in the last stretch, where the model is put back
+        # half of them among the last operations, where the model is restored
         at = chance.randint(max(1, total - 200), total) if number % 2 else chance.randint(1, total)
         outcomes.attempt((seed, number, at), lambda at=at: put_back(model, at))
     return outcomes
@@ -125,7 +125,7 @@ def put_back(model: nn.Module, at: int) -> None:
         found.append("the global random state")
     unsaid = [name for name in found if name not in said]
     if unsaid:
-        raise AssertionError(f"left changed, and not said ({said!r}): {unsaid}")
+        raise AssertionError(f"left changed, but the error ({said!r}) does not name: {unsaid}")
 
 
 # --- files and storages ---------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def put_back(model: nn.Module, at: int) -> None:
 
 @contextmanager
 def failing(names: list[str], at: int) -> Iterator[Callable[[], int]]:
-    """The functions of `os` of these names raise OSError at the `at`-th call of all of them, once."""
+    """Make the named functions of `os` raise OSError once, at call `at` of all their calls; yields the call counter."""
     count = 0
 
     def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,11 +170,11 @@ def saved(path: Path, recipe: ra.Recipe, at: int) -> None:
     with failing(SAVING, at), suppress(ra.RecipeError):
         recipe.save(path)
     if ra.Recipe.load(path).tag != recipe.tag:
-        raise AssertionError("another recipe")
+        raise AssertionError("the file holds another recipe")
     recipe.save(path)
     left = sorted(file.name for file in path.parent.iterdir() if not file.name.endswith(".lock"))
     if len(left) != 2:
-        raise AssertionError(f"left beside it: {left}")
+        raise AssertionError(f"the folder holds {left}, not only the recipe's files")
 
 
 def run_storages(seed: int, count: int, folder: Path) -> Outcomes:

@@ -1,7 +1,7 @@
-"""Ctrl-C at any moment, then the same call in the same process: it must go on at once, and end as it should.
+"""Ctrl-C at any moment, then the same call in the same process, which must go on at once and end correctly.
 
-A process calibrates and says "go"; a timer of its own sends it SIGINT at a moment drawn from the length of a whole
-calibration. The call after it must end within `HANG_S`, with every trial counted and none left running.
+A process calibrates, and its own timer sends it SIGINT at a moment drawn from the length of a whole calibration. The
+next call must end within `HANG_S` seconds, with every trial counted and none left running.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def run_on(url: str) -> Any:
         torch.set_num_threads(1)
         chance, outcomes = random.Random(seed), Outcomes()
         began = time.perf_counter()
-        calibration(storage_in(folder, url), name="straight")  # imports too, which Ctrl-C would leave half done
+        calibration(storage_in(folder, url), name="straight")  # also imports modules, which Ctrl-C must not interrupt
         calibration(storage_in(folder, url), name="again")
         seconds = (time.perf_counter() - began) / 2
         handles = open_files()
@@ -45,10 +45,10 @@ def run_on(url: str) -> Any:
 
 
 def closed(handles: int) -> None:
-    """No file is left open, once what an error's traceback holds is gone."""
+    """Check that no file is left open, except those that an error's traceback held."""
     gc.collect()
     if (now := open_files()) > handles + 5:
-        raise AssertionError(f"{now} files are open, {handles} were")
+        raise AssertionError(f"{now} files are open, before there were {handles}")
 
 
 def storage_in(folder: Path, url: str) -> Any:
@@ -71,12 +71,12 @@ def interrupted(folder: Path, url: str, name: str, delay: float) -> None:
         finally:
             timer.cancel()
             timer.join()
-        time.sleep(0)  # a signal that came last is raised here
+        time.sleep(0)  # a late signal is raised here
     except KeyboardInterrupt:
         pass
     if optuna.logging.get_verbosity() != verbosity:
         raise AssertionError("Optuna's verbosity was left changed")
-    signal.alarm(int(HANG_S) + 1)  # ends the process, and fails its piece, where the call waits for ever
+    signal.alarm(int(HANG_S) + 1)  # ends the process, and fails its piece, if the call does not return
     recipe = calibration(storage, name=name)
     signal.alarm(0)
     trials = Trials.read(optuna.load_study(study_name=name, storage=open_storage(storage)).trials)

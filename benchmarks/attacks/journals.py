@@ -1,4 +1,4 @@
-"""Damaged journals, and files that are none, given as storage: refused untouched, or gone on with."""
+"""Damaged journals and other files, given as storage: each must be refused and left unchanged, or be resumed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
     chance, outcomes = random.Random(seed), Outcomes()
     whole = folder / "whole.journal"
     calibration(whole, pause=0.0)
-    _liveness._SILENT_S = 1.0  # a damaged owner may be another host's, which is waited for
+    _liveness._SILENT_S = 1.0  # damage may change an owner's host, and another host's silence is waited for
     for number in range(count):
         path = folder / "study.journal"
         path.write_bytes(damaged_journal(whole.read_bytes(), chance))
@@ -53,9 +53,9 @@ def damaged_journal(data: bytes, chance: random.Random) -> bytes:
 
 
 def use(path: Path) -> None:
-    """The same call as before; where it is refused, what the file held is there, but for an incomplete last line.
+    """Make the same call again. If it is refused, the file keeps all that it held, except an incomplete last line.
 
-    Optuna appends a line when it opens a study.
+    The file may grow: Optuna appends a line when it opens a study.
     """
     before = path.read_bytes()
     try:
@@ -63,17 +63,17 @@ def use(path: Path) -> None:
     except ra.CalibrationError as error:
         after = path.read_bytes()
         if not after.startswith(before[: before.rfind(b"\n") + 1]):
-            raise AssertionError(f"refused ({error}) and changed") from error
+            raise AssertionError(f"refused ({error}), but the file changed") from error
         raise
     if not 0 < recipe.lr < math.inf:
         raise AssertionError(f"rate {recipe.lr}")
 
 
-# --- other people's files -------------------------------------------------------------------------------------------
+# --- files that are not journals ------------------------------------------------------------------------------------
 
 
 def other_files(folder: Path, chance: random.Random) -> Iterator[Path]:
-    """Files of other kinds, under any name."""
+    """A file of another kind, under a random name."""
     made = folder / f"file-{chance.randrange(10**9)}"
     match chance.randrange(7):
         case 0:
@@ -108,8 +108,8 @@ def refuse(path: Path) -> Any:
         calibration(path, pause=0.0)
     finally:
         if path.read_bytes() != before:
-            raise AssertionError("another's file was changed")
-    raise AssertionError("another's file was taken for a journal")
+            raise AssertionError("a file that is not a journal was changed")
+    raise AssertionError("a file that is not a journal was taken for one")
 
 
 ATTACKS = (

@@ -1,9 +1,8 @@
-"""Killed at any moment: calibrations on a journal, SQLite and PostgreSQL, and the saving of a recipe.
+"""Kills at any moment: of calibrations on a journal, SQLite and PostgreSQL, and of a process that saves recipes.
 
-A calibration is killed one to four times, then made once more: nothing that had ended may be lost or run twice, no
-trial may stay behind, and the recipe must be that of a calibration that nobody killed. While a recipe is saved again
-and again, the saver is killed: what is left must be one of the two recipes, whole, with nothing beside it after the
-next save.
+A calibration is killed one to four times, then called once more. No trial that had ended may be lost or run twice, none
+may be left running, and the recipe must be that of a calibration that was not killed. A process that saves two recipes
+in turn is killed. Its file must then hold one of the two, complete, and the next save must leave no other file.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from rankaware_optim.calibration._trials import Trials
 
 @contextmanager
 def victims() -> Iterator[Any]:
-    """Runs a job in a forked process; the seconds it took. It must end well where it is not killed."""
+    """Yields a function that runs a job in a forked process, checks its exit status, and returns the seconds taken."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(
         [sys.executable, "-c", "from attacks.victim import main; main()"],
@@ -58,10 +57,10 @@ def victims() -> Iterator[Any]:
 
 
 def kill_calibrations(url: str, seed: int, count: int, folder: Path) -> Outcomes:
-    """`url` with {folder} and {name} in it; "" is a journal."""
+    """Kill calibrations on the storage `url`, which may contain {folder}; "" is a journal."""
     chance, outcomes = random.Random(seed), Outcomes()
     with victims() as run:
-        for number in range(2):  # the first waits for the server's imports too
+        for number in range(2):  # the first also waits for the server's imports
             straight = folder / f"straight-{number}"
             straight.mkdir(parents=True)
             storage = (url or "{folder}/study.journal").format(folder=straight)
@@ -94,7 +93,7 @@ def killed(run: Any, job: dict[str, Any], times: int, seconds: float, chance: ra
             if kept.setdefault(trial.number, trial.datetime_complete) != trial.datetime_complete:
                 raise AssertionError(f"trial {trial.number} was run twice")
     if (took := run(**job)) > 3 * seconds + HANG_S:
-        raise AssertionError(f"the last call took {took:.0f} s, an undisturbed one {seconds:.0f}")
+        raise AssertionError(f"the last call took {took:.0f} s, an undisturbed one takes {seconds:.0f} s")
     after = trials_of(job)
     lost = [number for number, ended in kept.items() if after[number].datetime_complete != ended]
     counted, running = len(Trials.read(after).counted()), Trials.read(after).running()
@@ -140,7 +139,7 @@ def whole(folder: Path, recipe: ra.Recipe) -> None:
     recipe.save(path)
     names = sorted(file.name for file in folder.iterdir() if not file.name.endswith(".lock"))
     if len(names) != 2:
-        raise AssertionError(f"left beside it: {names}")
+        raise AssertionError(f"the folder holds {names}, not only the recipe's files")
 
 
 def on(url: str) -> Any:

@@ -1,4 +1,4 @@
-"""What came of attacks: counted by kind, the failures kept in words, the slowest in seconds."""
+"""Outcomes of attacks: counts by kind, failures in words, and the slowest attempt in seconds."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HELD, REFUSED, FAILED = "held", "refused", "failed"
-HANG_S = 5.0  # an attempt that takes longer has hung
+HANG_S = 5.0  # an attempt that takes longer counts as hung
 _KEPT = 20  # failures that are kept in words
 
 
 @dataclass
 class Outcomes:
-    """Attempts by what came of them: held, refused by an error of ours, or failed."""
+    """Counts of attempts by outcome: held, refused by one of our errors, or failed."""
 
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -24,8 +24,10 @@ class Outcomes:
     def attempt(
         self, what: object, call: Callable[[], Any], refusals: type[Exception] | tuple[()] = (), limit: float = HANG_S
     ) -> None:
-        """Count what `call` does within `limit` seconds: it returns, raises one of `refusals` in printable words, or
-        fails.
+        """Make one attempt and count its outcome.
+
+        It held if `call` returns. It was refused if `call` raises one of `refusals` with a printable message. It failed
+        otherwise, or if it took more than `limit` seconds.
         """
         began, failure = time.perf_counter(), ""
         try:
@@ -49,9 +51,9 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Attack:
-    """`run(seed, count, folder)` makes `count` attempts. A piece of `piece` of them is run in a process of its own.
+    """`run(seed, count, folder)` makes `count` attempts. Of `total` attempts, each process runs a piece of `piece`.
 
-    One that dies, or takes longer than `patience` seconds, is a failure of its whole piece.
+    If a process dies or takes longer than `patience` seconds, its whole piece counts as failed.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Damaged recipes: the TOML's bytes and values, the tensors' bytes, names, shapes and values, the hash made to fit."""
+"""Damaged recipes: bytes and values of the TOML, or bytes, names, shapes and values of the tensors, with their hash."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
 
 
 def write(source: Path, chance: random.Random, folder: Path) -> Path:
-    """A damaged copy of a shipped recipe."""
+    """Write a damaged copy of a shipped recipe."""
     path, text = folder / source.name, source.read_bytes()
     tensors = (source.parent / tomli.loads(text.decode())["tensors"]["file"]).read_bytes()
     for old in folder.iterdir():
@@ -61,7 +61,7 @@ def as_toml(document: Any) -> bytes:
 
 
 def damaged_tensors(data: bytes, chance: random.Random) -> bytes:
-    """A safetensors file of which a tensor or two changed."""
+    """A safetensors file with one or two changed tensors."""
     tensors = load(data)
     for _ in range(chance.randint(1, 2)):
         name = chance.choice(sorted(tensors))
@@ -86,7 +86,7 @@ def damaged_tensors(data: bytes, chance: random.Random) -> bytes:
 
 
 def use(path: Path, page: bool) -> None:
-    """All that is done with a recipe: load, rates, words, comparison, a page, saved again."""
+    """Use a recipe in every way: load it, read rates, print and compare it, write its page, and save it again."""
     recipe = ra.Recipe.load(path)
     rates = []
     for target in [{"rank": rank} for rank in RANKS] + [{"method": "full"}, {"rank": 16, "steps": 1000}]:
@@ -102,7 +102,7 @@ def use(path: Path, page: bool) -> None:
         write_report(recipe, path.with_suffix(".html"))
     again = ra.Recipe.load(recipe.save(path.parent / "again.toml"))
     if again.tag.partition(" ")[0] != recipe.tag.partition(" ")[0]:
-        raise AssertionError("saved and loaded again, its hash is another")
+        raise AssertionError("its hash changed when it was saved and loaded again")
 
 
 ATTACKS = (Attack("damaged recipes", 53_000, 1000, run),)

@@ -1,4 +1,4 @@
-"""Damaged sweeps: a table's bytes and cells, as CSV, JSON and JSON lines, read and fitted."""
+"""Damaged sweeps: tables with damaged bytes and cells, as CSV, TSV, JSON and JSON lines, which are read and fitted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
 
 
 def write(rows: list[dict[str, Any]], chance: random.Random, folder: Path) -> Path:
-    """A few rows of one network of the demo's sweep, damaged, in one of the formats."""
+    """Write a few rows of one network of the demo's sweep, damaged, in one of the formats."""
     model = chance.choice(sorted({row["model"] for row in rows}))
     kept = [dict(row) for row in rows if row["model"] == model]
     kept = chance.sample(kept, chance.randint(1, 16))

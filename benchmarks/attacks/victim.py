@@ -1,7 +1,7 @@
-"""What is attacked: a small calibration in a storage, and a server that forks it, to be killed or interrupted.
+"""What is attacked: a small calibration on a storage, and a server that forks processes which may be killed.
 
-The server is a process of its own, so that Python and torch are imported once. A line of JSON is a job: {"what",
-"storage" or "folder", "kill" (seconds, or null)}; the answer is the exit status.
+The server is a separate process, so that Python and torch are imported once. It reads a job per line of JSON, {"what",
+"storage" or "folder", "kill" (seconds, or null)}, and answers with the exit status.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SHIPPED = Path(__file__).parents[2] / "recipes" / "efficientnet-lite0-digits.tom
 
 
 def calibration(storage: Any, *, pause: float = 0.002, **options: Any) -> ra.Recipe:
-    """Six runs of ten steps around 2^-7; `pause` seconds a step, so that a kill may come anywhere."""
+    """Calibrate by six runs of ten steps around 2^-7, with `pause` seconds per step so that a kill may hit anywhere."""
     options = {"ranks": (2, 4), "steps": STEPS, "trials": TRIALS, "storage": storage, "progress": False, **options}
     return ra.calibrate(partial(train, pause=pause), "adamw", **options)
 
 
 def saves(folder: Path) -> None:
-    """Two recipes of different content, saved in turn under one name, for ever."""
+    """Save two different recipes in turn to the same file, without end."""
     recipe = ra.Recipe.load(SHIPPED)
     path = folder / "recipe.toml"
     while True:
@@ -42,7 +42,7 @@ def saves(folder: Path) -> None:
 
 
 def do(job: dict[str, Any]) -> None:
-    """One job, in a process of its own."""
+    """Do one job, in the forked process."""
     if job["what"] == "save":
         saves(Path(job["folder"]))
     storage = job["storage"]
@@ -63,5 +63,5 @@ def main() -> None:
             os._exit(0)
         if job["kill"] is not None:
             time.sleep(job["kill"])
-            os.kill(child, signal.SIGKILL)  # not waited for yet, so the number is still its own
+            os.kill(child, signal.SIGKILL)  # not waited for yet, so its process id is not reused
         print(os.waitpid(child, 0)[1], flush=True)

@@ -1,9 +1,10 @@
-"""What holds in torch's ecosystem, from real runs: every check of the tests beside what native groups by hand do.
+"""Compatibility with torch's ecosystem, from real runs: every check of the tests, ours beside native groups by hand.
 
-    python benchmarks/ecosystem/compatibility.py  # where the packages of tox's integrations and distributed are
+    python benchmarks/ecosystem/compatibility.py  # needs packages of tox's integrations and distributed
 
-Runs the test files named below and reads their results: a row is a test with its sentence, the number of cases, and
-the reasons of those that are limits. `NATIVE` probes what native torch does where a check is about an accident.
+It runs the test files named below and reads their results. A row is a test: its docstring, the number of cases that
+passed, and the reasons of those that are limits. Where a check is about an accident, `NATIVE` probes what native torch
+does.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PACKAGES = (
 
 
 class Row(NamedTuple):
-    """A test function: its sentence, how many cases passed, and why others did not."""
+    """A test function: its docstring, how many cases passed and failed, and why others are limits."""
 
     name: str  # file::function
     sentence: str
@@ -90,7 +91,7 @@ LIMITS = (
 
 
 def rows(path: str, *options: str) -> list[Row]:
-    """Run one file or folder, with options of pytest, and sum its cases by test function."""
+    """Run one test file or folder with these options of pytest, and count its cases by test function."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", path, f"--junitxml={report}", "-q", "--tb=no", *options]

@@ -1,10 +1,10 @@
-"""Conventions: what inspection reads of each library's own adapters, and whether they compute and train as read.
+"""Conventions: what inspection reads from each library's adapters, and whether they compute and train as read.
 
     PYTHONPATH=benchmarks:. python benchmarks/ecosystem/conventions.py
 
-To run once in each of tox's environments integrations, torchtune and litgpt. Runs every builder of
-tests/helpers/real_adapters.py whose library imports here, and the replicas beside it, and updates those rows of
-results/conventions.json and .md. Rows of libraries that are not here stay as they were.
+Run it once in each of tox's environments integrations, torchtune and litgpt. It runs every builder of
+tests/helpers/real_adapters.py whose library can be imported, and the replicas of tests/helpers/replicas.py. It updates
+their rows of results/conventions.json and .md, and leaves the rows of other libraries as they are.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NOTES = (
 
 @click.command()
 def main() -> None:
-    """Update results/conventions.json and .md with what can be built here."""
+    """Update results/conventions.json and .md with the adapters that can be built here."""
     warnings.simplefilter("ignore")
     register_convention("A/B")
     rows = stored()
@@ -56,14 +56,14 @@ def main() -> None:
 
 
 def stored() -> dict[str, dict[str, Any]]:
-    """The rows of earlier runs, by adapter."""
+    """Rows of earlier runs, by adapter."""
     file = RESULTS / "conventions.json"
     document = json.loads(file.read_text()) if file.exists() else {"rows": []}
     return {row["adapter"]: row for row in document["rows"]}
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """A row of the table."""
+    """An adapter's row of the table."""
     library = ROW_ONLY if case in REPLICAS else f"{case.package} {version(case.package)}"
     row = {"adapter": case.name, "convention": case.convention, "library": library}
     try:

@@ -1,12 +1,13 @@
-"""Does every loop keep the law? Rates read off what parameters really did, under schedulers and hand-written loops.
+"""Does every loop keep the law? Rates computed from how parameters moved, under schedulers and hand-written loops.
 
     python benchmarks/ecosystem/loops.py     # results/loops.json and .md, a few seconds
 
-A model has LoRA pairs of rank 4 and 64 and a head. All gradients are one, so plain SGD moves every entry by the rate it
-used, in float64; schedule-free SGD by that times a factor that depends on the step alone. The law is r^(-1/2) from rank
-4: 1, 1/4 and 1 times the base rate. The base rate is what the same loop gives the native optimizer with one group. A
-row is a loop: the largest error of a rate over the base rate times the multiplier, over twelve steps and all
-parameters, for `RankAwareOptimizer`, and for the native optimizer with groups whose rates were multiplied by hand.
+The model has LoRA pairs of rank 4 and 64 and a head, in float64. All gradients are one, so plain SGD moves every entry
+by the rate that it used. Schedule-free SGD moves it by this rate times a factor that depends only on the step. The law
+is r^(-1/2) from rank 4, so the multipliers are 1, 1/4 and 1. The base rate is what the same loop gives the native
+optimizer with one group. A row is a loop. Its error is the largest |rate / (base rate × multiplier) − 1| over twelve
+steps and all parameters. It is given for `RankAwareOptimizer`, and for the native optimizer with groups whose rates
+were multiplied by hand.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Advance = Callable[[int], Any]
 
 
 class Loop(NamedTuple):
-    """A way to set rates: `start(opt)` gives what is called with the step's number, before the step or after it."""
+    """A way to set rates: `start(opt)` returns what is called with the step's number, before or after every step."""
 
     package: str
     name: str
@@ -93,7 +94,7 @@ def by_hand(native: type[Optimizer], model: nn.Module) -> Optimizer:
 
 
 def moves(loop: Loop, build: Callable[[Any], Optimizer]) -> dict[str, list[float]]:
-    """How far every parameter moved in every step."""
+    """How far every parameter moved in every step, by name."""
     model = Model()
     opt = build(model)
     trained = {id(p) for group in opt.param_groups for p in group["params"]}
@@ -119,7 +120,7 @@ def error(loop: Loop, build: Callable[[Any], Optimizer], wanted: list[float]) ->
     multipliers = {"small": 1.0, "large": 0.25, "head": 1.0}
     try:
         found = moves(loop, build)
-    except Exception as stopped:  # a loop that cannot run on these groups is as wrong as can be
+    except Exception as stopped:  # a loop that cannot run on these groups has an infinite error
         warnings.warn(f"{loop.name}: {stopped}", stacklevel=1)
         return math.inf
     return max(
@@ -252,7 +253,7 @@ DEEPSPEED: Mapping[str, Mapping[str, Any]] = {
 
 
 def cosine_of(step: int) -> float:
-    """nanoGPT's get_lr: a warm-up, a cosine, a floor."""
+    """nanoGPT's get_lr: a warm-up, then a cosine to a floor."""
     if step < 3:
         return BASE * (step + 1) / 4
     return BASE / 10 + 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3))) * (BASE - BASE / 10)
@@ -267,7 +268,7 @@ def nanogpt(opt: Any) -> Advance:
 
 
 def dinov2(opt: Any) -> Advance:
-    """Groups hold `lr_multiplier` of their own, which the loop multiplies by."""
+    """DINOv2's loop: it multiplies the rate by the `lr_multiplier` of each group."""
     for group in opt.param_groups:
         group.setdefault("lr_multiplier", 1.0)
 
@@ -279,7 +280,7 @@ def dinov2(opt: Any) -> Advance:
 
 
 def assigned(opt: Any) -> Advance:
-    """tinygrad's and JAX's way: one tensor rate, filled in place."""
+    """As in tinygrad and JAX: the rate is one tensor, filled in place."""
     shared = torch.tensor(BASE, dtype=torch.float64)
     for group in opt.param_groups:
         group["lr"] = shared
@@ -295,7 +296,7 @@ def scaled_in_place(opt: Any) -> Advance:
 
 
 def range_test(opt: Any) -> Advance:
-    """Lightning's lr_find and fastai's: rates set outright, growing from a tiny one."""
+    """Range test, as in Lightning's lr_find and fastai: rates are assigned, and grow from a tiny one."""
 
     def set_rates(step: int) -> None:
         for group in opt.param_groups:

@@ -2,9 +2,10 @@
 
     python benchmarks/ecosystem/rank_elastic.py
 
-The demo's network learns digits at one rank for 40 steps. Its adapters are then widened (new rows of A drawn, new
-columns of B zero, so that the function stays the same) or narrowed (the leading directions kept), and training goes on
-for 40 steps with on_rank_change="resize" or "reset". Held-out loss in nats, mean over seeds, and the paired difference.
+The demo's network learns digits at one rank for 40 steps. Its adapters are then widened or narrowed. Widening draws new
+rows of A and sets new columns of B to zero, so that the function stays the same. Narrowing keeps the leading
+directions. Training then goes on for 40 steps with on_rank_change="resize" or "reset". The table has the held-out loss
+in nats, as a mean over seeds, and the paired difference.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def train_and_check(model: nn.Module, opt: RankAwareOptimizer, seed: int) -> lis
 
 @torch.no_grad()
 def copy_adapters(source: nn.Module, target: nn.Module) -> None:
-    """Copy all that is trained; adapters of another rank share their leading directions, B's further ones are zero."""
+    """Copy all parameters. Adapters of another rank share the leading directions, and B's other columns are zero."""
     own = dict(target.named_parameters())
     for name, value in source.named_parameters():
         param = own[name]

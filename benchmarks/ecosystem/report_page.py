@@ -1,8 +1,8 @@
-"""Take the picture of `rankaware report`'s page: two ranks, an alpha of one's own, in headless Chromium.
+"""Take a screenshot of `rankaware report`'s page, with a rank and an alpha entered, in headless Chromium.
 
     python benchmarks/ecosystem/report_page.py
 
-It needs playwright, and a Chromium: python tests/environments/browser/chromium.py.
+It needs playwright and Chromium, which python tests/environments/browser/chromium.py installs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RESULT = ROOT / "benchmarks" / "results" / "report.png"
 
 
 def main() -> None:
-    """The page at rank 32, alpha 16, as wide as a laptop's window."""
+    """Take it at rank 32 and alpha 16, as wide as a laptop's window."""
     options = {"executable_path": shutil.which("chromium"), "args": ["--no-sandbox"] if os.geteuid() == 0 else []}
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         page = playwright.chromium.launch(**options).new_page(viewport={"width": 1100, "height": 800})

@@ -1,10 +1,10 @@
-"""Which trainer takes this package by one line, from real runs: a row a tool, of the tests in its environment.
+"""Which trainers take this package by one line? A row per tool, from real runs of the tests in its environment.
 
-    .tox/axolotl/bin/python benchmarks/ecosystem/trainers.py    # and swift, automodel, unsloth, kohya, integrations
+    .tox/axolotl/bin/python benchmarks/ecosystem/trainers.py    # or swift, automodel, unsloth, kohya, integrations
 
-Runs the tests of every tool that is installed where it is called, examples among them, and puts their rows in place of
-those on file in results/trainers.json; the rows of other environments stay. A tool that no test could run has a row
-that says what was read.
+It runs the tests of every tool that is installed in this environment, including its examples, and replaces their rows
+in results/trainers.json. The rows of other environments stay. A tool that no test can run has a row that says which
+source was read.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ TITLE = "One line in every trainer"
 
 
 class Tool(NamedTuple):
-    """A tool, the package it is installed as, how it takes ours, and its tests, each a path and a -k expression."""
+    """A tool, its package, the line by which it takes ours, its example, and its tests as paths and -k expressions."""
 
     name: str
     package: str
     line: str
     example: str
     tests: tuple[tuple[str, str], ...]
-    read: str = ""  # what was read of it, where no test can run
+    read: str = ""  # the source that was read, where no test can run
 
 
 TRAINERS = f"{INTEGRATIONS}/test_trainers.py"
@@ -149,7 +149,7 @@ def main(only: str | None) -> None:
 
 
 def installed(tool: Tool) -> str:
-    """The version of the tool here, or "". kohya's scripts are no package: their clone's commit."""
+    """The installed version of a tool, or "". kohya's scripts are not a package, so theirs is their clone's commit."""
     if tool.package == "SD_SCRIPTS":
         clone = os.environ.get("SD_SCRIPTS", "")
         if not Path(clone, "networks").is_dir():
@@ -163,7 +163,7 @@ def installed(tool: Tool) -> str:
 
 
 def row_of(tool: Tool) -> dict[str, str]:
-    """A row of the table, from the tests."""
+    """A tool's row of the table, from its tests."""
     at = commit()
     found = [row for path, chosen in tool.tests for row in rows(path, "-W", "ignore", "-k", chosen)]
     passed, failed = sum(row.passed for row in found), sum(row.failed for row in found)

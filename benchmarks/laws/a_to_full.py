@@ -1,17 +1,19 @@
-"""From a rate tuned at Init[A] to full finetuning: which form generalises, and which width and tokens?
+"""Moving a rate tuned at Init[A] to full finetuning: which form generalises, and with which width and tokens?
 
     python benchmarks/laws/a_to_full.py    # no training: results/a_to_full.json and .md from the study's runs
 
 **Forms**, with τ = T·η, κ(m) = √(m + (2/π)·m²/b), s the effective multiplier, r the rank and n the fan-in:
 
-    µA              Init[A] s·κ(r)·τ·(1 + κ(n)·τ) = 1, full κ(n)·τ = 1: ratios of rates alone, so T does not matter
-    one constant    the same conditions with c in place of 1; c is that of the rate that is moved
+    µA              Init[A]: s·κ(r)·τ·(1 + κ(n)·τ) = 1; full: κ(n)·τ = 1. Only ratios of rates count, so T cancels.
+    one constant    The same conditions with c in place of 1. The rate that is moved sets c.
 
-LoRA is seen at the mean fan-in of the adapted layers; full finetuning at the mean too, or at the largest. A level o
-raises full finetuning's rate by 2^o. T, the tokens b and o are chosen where the name says so; else b = 8.
+For LoRA, n is the mean fan-in of the adapted layers. For full finetuning it is the mean or the largest fan-in. A level
+o multiplies full finetuning's rate by 2^o. T is chosen for one constant, unless the form's name gives it. The tokens b
+and the level o are chosen where the name says so. Otherwise b = 8 and o = 0.
 
-**Fits and rule** are those of `study/leave_one_out.py`, for both uses together: between ranks and to full finetuning,
-from s = 1 and from s = 1/r. They were set after a look at the same runs that suggested one constant, with T about 2.
+**Fits and rule** are those of `study/leave_one_out.py`, for both uses together: moves between ranks and to full
+finetuning, from s = 1 and from s = 1/r. They were set after a look at the same runs that suggested one constant, with
+T about 2.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ SCHEMES = ("Init[A], s = 1", "Init[A], s = 1/r")
 
 
 def root(p: float, q: float) -> float:
-    """Of p·x + q·x² = 1."""
+    """Positive solution x of p·x + q·x² = 1."""
     return 2.0 / (p + math.sqrt(p * p + 4.0 * q))
 
 
@@ -54,7 +56,7 @@ def mua(site: Site, of: Constants) -> float:
 
 
 def one_constant(a: Site, b: Site, x: float, of: Constants) -> float:
-    """By the constant c that the rate at `a` has."""
+    """Move the log2 rate `x` from site `a` to site `b`, which have the same constant c."""
     p, q = sign_terms(Updates(of["b"]), a)
     tau = of["T"] * 2.0**x
     c = p * tau + q * tau**2
@@ -91,7 +93,7 @@ def main() -> None:
 
 
 def verdict(fitted: Sequence[Fit]) -> str:
-    """The rule's answer, in words."""
+    """State which form the rule names, with its figures."""
     named = {criterion: winner(judged(scores(fitted, criterion))) for criterion in CRITERIA}
     first, tied = named[CRITERIA[0]]
     others = ", ".join(f"by {criterion} it names {form.name}" for criterion, (form, _) in list(named.items())[1:])

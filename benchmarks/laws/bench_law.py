@@ -1,10 +1,10 @@
-"""The yardstick for laws: our own sweep made, and laws scored on it and on a published one.
+"""The yardstick for laws: make our own sweep, then score laws on it and on a published sweep.
 
-    python benchmarks/laws/bench_law.py sweep                             # every missing run of the package's own sweep
+    python benchmarks/laws/bench_law.py sweep                             # makes missing runs of the package's sweep
     python benchmarks/laws/bench_law.py table ../shared/data/sft_sweep.csv  # results/bench_law.json and .md
 
-The sweep is the demo's network (EfficientNet-lite0 on scikit-learn's digits) at two customs of alpha; it lies in the
-package, as `rankaware_optim/sweeps/demo_sweep.csv`, where `rankaware bench-law` reads it by default.
+The sweep trains the demo's network (EfficientNet-lite0 on scikit-learn's digits) with alpha = rank and with alpha = 16.
+The package contains it as `rankaware_optim/sweeps/demo_sweep.csv`, and `rankaware bench-law` reads it by default.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FOLLOWS, KEPT = "efficientnet-lite0, alpha = rank", "efficientnet-lite0, alpha 1
 MORE_SEEDS = (2, 3)
 RANKS, ALPHA = (1, 4, 16, 64, 256), 16
 WIDTH = 567  # mean fan-in of the adapted layers: Survey.width
-# Which log2 rates with which seeds: far and wide with two, again near the best rates with two more.
+# log2 rates by model: a wide range with SEEDS, and a range near the best rates with MORE_SEEDS.
 WIDE = {FOLLOWS: range(-11, -1), KEPT: range(-11, -1)}
 NEAR = {FOLLOWS: range(-13, -5), KEPT: range(-11, -6)}
 NOTES = (
@@ -78,7 +78,7 @@ def _runs() -> Iterator[tuple[str, int, int, float, int]]:
 
 @cache
 def _trained(rank: int, alpha: float, lr: float, seed: int) -> str:
-    """Held-out loss after the demo's run at another alpha; "diverged" where it is not finite."""
+    """Held-out loss after the demo's run at this alpha, as text: "diverged" where it is not finite."""
     torch.manual_seed(seed)
     model = build(rank)
     for module in model.modules():
@@ -94,9 +94,9 @@ def _trained(rank: int, alpha: float, lr: float, seed: int) -> str:
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
-AT_INIT_A = tuple(law for law in COMPARED if law != "falling")  # there it is "mua"
+AT_INIT_A = tuple(law for law in COMPARED if law != "falling")  # at Init[A] it equals "mua"
 LAWS = ("mua", "mua?tokens=4", "mua?tokens=16", "mua?tokens=32", *AT_INIT_A[1:])
-# What a leave-one-model-out choice chooses from, by the mean error on the other models.
+# Candidates for leave-one-model-out: the law with the lowest mean error on the other models is chosen.
 FAMILIES: dict[str, list[Law]] = {
     "tokens of mua": [MuA(tokens=2.0 ** (half / 2)) for half in range(-4, 19)],
     "a power of the rank": [Power(exponent=step / 50, law=Constant()) for step in range(-30, 31)],
@@ -125,7 +125,7 @@ def table(published: Path, alpha: float) -> None:
 
 
 def _left_out(label: str, laws: Sequence[Law], curves: Sequence[LossCurve]) -> LawScore:
-    """Every model's moves by the law that errs least on all others: nothing is fitted on what is tested."""
+    """Score each model by the law with the lowest mean error on the other models, so that no test data are fitted."""
     scored = [score_of(law, curves) for law in laws]
     moves: list[Move] = []
     for model in dict.fromkeys(curve.model for curve in curves):

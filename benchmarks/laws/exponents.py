@@ -1,12 +1,13 @@
-"""How the best rate moves with rank and width: each family's formula against the coordinate check, on the same grid.
+"""How the best rate depends on rank and width: each family's formula against the coordinate check, on the same grid.
 
-    python benchmarks/laws/exponents.py run     # every missing cell into results/exponents.json; resumable, ~10 minutes
+    python benchmarks/laws/exponents.py run     # measures missing cells, results/exponents.json; resumable, ~10 min
     python benchmarks/laws/exponents.py table     # results/exponents.md
 
-A cell solves, at every rank and width, for the rate at which four steps of the real optimizer class move the output of
-an adapter on a square layer by an rms of 1, with inputs and output gradients of `tokens` independent tokens held fixed.
-Exponents are least squares of log2 rate on log2 rank and log2 width over the whole grid, with the formula's rates in
-the place of the check's for the column beside it. Rates are means over 6, 2 and 1 draws at 4, 64 and 512 tokens.
+At every rank and width, a cell solves for the rate at which four steps of the real optimizer class change the output of
+an adapter on a square layer by an rms of 1. The inputs and output gradients of `tokens` independent tokens stay fixed.
+Exponents are the least-squares slopes of log2 rate on log2 rank and log2 width over the whole grid. They are fitted to
+the check's rates and, for the column beside it, to the formula's. Rates are means over 6, 2 and 1 draws at 4, 64 and
+512 tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DEPENDS_ON = ("rankaware_optim.laws",)
 RANKS = (4, 8, 16, 32, 64)
 WIDTHS = (256, 512, 1024, 2048)
 TOKENS = (4, 64, 512)
-SEEDS = {4: 6, 64: 2, 512: 1}  # draws averaged over, by tokens: few tokens differ from draw to draw
+SEEDS = {4: 6, 64: 2, 512: 1}  # draws to average, by tokens: with few tokens, draws differ more
 GAMMAS = (0.0, 0.5, 1.0)
 PLAIN_ADAFACTOR = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -110,7 +111,7 @@ def _law(label: str, tokens: int) -> MuA:
 
 
 def _solve(label: str, tokens: int, width: int, init: str, gamma: float, rank: int) -> float | None:
-    """log2 of the rate, its mean over seeds; None where no rate moves the output by 1."""
+    """log2 of the rate that changes the output by an rms of 1, as a mean over seeds; None where no rate does."""
     name, settings = OPTIMIZERS[label]
     stepper, scaling = Stepper(get_optimizer_class(name), settings, STEPS.get(label, 4)), rank**-gamma
     guess = _law(label, tokens).sigma(init, rank, scaling, width) / stepper.steps
@@ -155,7 +156,7 @@ def _compared(grid: list[tuple[int, int]], formula: list[float], check: list[flo
 
 
 def _exponents(grid: list[tuple[int, int]], log2_rates: list[Any]) -> tuple[float, float]:
-    """Exponents in rank and in width, fitted together."""
+    """Exponents in rank and in width, fitted together to log2 rates on a grid of (rank, width)."""
     design = np.array([(1.0, math.log2(r), math.log2(w)) for w, r in grid])
     fitted = np.linalg.lstsq(design, np.array(log2_rates, dtype=float), rcond=None)[0]
     return float(fitted[1]), float(fitted[2])

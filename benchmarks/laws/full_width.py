@@ -1,10 +1,11 @@
-"""Which width decides full finetuning: how far the law's point is off from LoRA rates tuned at Init[A] and Init[B].
+"""Which width decides full finetuning: error of the law's full rate, from LoRA rates tuned at Init[A] and Init[B].
 
     python benchmarks/laws/full_width.py sweep    # the demo's network: every rate, rank and seed; resumable, ~8 minutes
     python benchmarks/laws/full_width.py table     # benchmarks/results/full_width.md
 
-Best rates of the three other networks are those of this project's small sweeps (AdamW, cosine to a tenth): a byte-level
-transformer and a DiT of width 128 with 4-fold MLPs, and SmolLM2-135M (width 576, k and v 192, MLP 1536).
+The best rates of the three other networks come from this project's small sweeps (AdamW, cosine decay to a tenth). They
+are a byte-level transformer and a DiT, both of width 128 with MLPs four times as wide, and SmolLM2-135M (width 576, k
+and v 192, MLP 1536).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ DEPENDS_ON = ("rankaware_optim.laws", "rankaware_optim.calibration.fit")
 RANKS = (4, 16, 64, None)
 EXPONENTS = range(-15, -3)
 
-# Network, init, rank (s = 1), log2 of its best LoRA rate, of the best full rate, widths: model, mean, largest.
+# Network, init, rank (s = 1), log2 of the best LoRA rate, log2 of the best full rate, (model width, mean, largest).
 BLOCK_128, SMOLLM2, LITE0 = (128, 256, 512), (576, 816, 1536), (192, 567, 1152)
 KNOWN = [
     ("transformer", "A", 16, -6.5, -9.2, BLOCK_128),
@@ -40,7 +41,7 @@ KNOWN = [
     ("DiT", "B", 32, -8.0, -9.7, BLOCK_128),
     ("SmolLM2-135M", "B", 64, -11.7, -12.8, SMOLLM2),
 ]
-DRIFT_B = -0.45  # the prior of Init[B]'s drift, continued from the rank to the width
+DRIFT_B = -0.45  # prior exponent of Init[B]'s drift in rank, applied from the rank up to the width
 
 
 @click.group()

@@ -1,36 +1,39 @@
-"""Why does Init[B]'s best rate fall with rank, where stability alone says it should not?
+"""Why does Init[B]'s best rate fall with rank, although stability alone says it should not?
 
     python benchmarks/laws/init_b.py step                          # no training: the first step against the gradient
     python benchmarks/laws/init_b.py sweep --domain language       # resumable: horizon, batch and warm-up varied
     python benchmarks/laws/init_b.py table                         # results/init_b.md and .json
 
-The hypothesis. At Init[B] the first step of sign-like updates moves a layer's output by
-−η·s·|x|₁·B·sign(Bᵀg), whose size does not depend on the rank r while r ≪ n, and whose cosine with −g is about
-(2r / (π·n))^(1/2). So equal stability asks for a rate of r^0, equal progress a step for r^(-1/2), and what decides is
-how many steps there are: few, and the largest stable rate is best; many, and the rate that arrives in time is.
+Hypothesis. At Init[B] the first step of sign-like updates changes a layer's output by −η·s·|x|₁·B·sign(Bᵀg). The size
+of this change does not depend on the rank r while r ≪ n, and its cosine with −g is about (2r / (π·n))^(1/2). So equal
+stability needs a rate that goes as r^0, and equal progress per step needs r^(-1/2). The number of steps decides between
+them: with few steps the largest stable rate is best, with many steps the rate that arrives in time is best.
 
-Predictions, written before any run: (1) the step's size per rate goes as r^0 and its progress per rate, −⟨step, g⟩, as
-r^(1/2); (2) with four times the steps the exponent of the best rate is more negative than with a quarter of them;
-(3) it lies between −1/2 and 0; (4) a larger batch, which makes g less noisy and changes neither of the two, leaves it;
-(5) with B frozen, which takes away the second term of µA's condition, the only one that knows the rank, it stays.
+Predictions, written before any run. (1) The step's size per rate goes as r^0 and its progress per rate, −⟨step, g⟩, as
+r^(1/2). (2) With four times the steps the exponent of the best rate is more negative than with a quarter of the steps.
+(3) This exponent lies between −1/2 and 0. (4) A larger batch makes g less noisy and changes neither of the two powers
+in (1), so the exponent stays the same. (5) Freezing B removes the second term of µA's condition, the only one that
+depends on the rank, and the exponent stays the same.
 
-Read off these tables on 2026-11-25: (1) holds, on the transformer and on MiniLM. (2) holds from a quarter of the steps
-to as many; four times as many fall no more. (3) fails on image generation, which falls faster than r^(-1/2). (4) there
-a batch four times as large falls by a quarter less, and 30 % of warm-up by a little more. (5) fails there, where
-frozen B takes more than half of the fall away, by a lower best rate at rank 4, and holds on vision. So progress is not
-all of it: with A alone both fall by about r^(-1/4), and in the task whose rank 4 is much worse with B frozen, training
-B asks for a larger rate at low rank. Beside a cliff a best rate is known to an octave. Why A alone falls was not
-tested.
+Results, read from these tables on 2026-11-25. (1) holds on the transformer and on MiniLM. (2) holds between a quarter
+of the steps and the usual number, but with four times the steps the rate falls no faster. (3) fails on image
+generation, where the rate falls faster than r^(-1/2). (4) On image generation the rate falls by a quarter less with a
+batch four times as large, and by a little more with 30 % warm-up. (5) fails on image generation, where freezing B
+removes more than half of the fall by lowering the best rate at rank 4, and holds on vision. So progress is not the
+whole explanation. With only A trained, the rate falls by about r^(-1/4) on both. In the task whose rank 4 is much worse
+with B frozen, training B needs a larger rate at low rank. Next to a cliff, a best rate is known to an octave. Why the
+rate falls with only A trained was not tested.
 
-Checked on domains that did not suggest it, read on 2026-11-25 and 26: `Falling` at its knee of 4 leaves two fifths of
-what µA alone is off on language and on text classification, a quarter on GRPO, three fifths on captioning; on all but
-GRPO a knee of 16 would be better.
+Check on domains that did not suggest `Falling`, read on 2026-11-25 and 26. With its knee of 4, `Falling` leaves two
+fifths of the error of µA alone on language and on text classification, a quarter on GRPO and three fifths on
+captioning. On all of these but GRPO a knee of 16 would be better.
 
-Decided on 2026-11-26, before any run of the study on text classification and SmolLM2 at Init[B] was made: if `Falling`
-at its knee of 4 is fewer octaves off than µA alone on both, it becomes the package's default; if on one, it stays an
-option. It is, on both, so it is the default. An earlier sweep of SmolLM2, of the same data, was among the four tasks
-that chose the knee, so only text classification is a check of its own. The rule is of the fall, not of its level: for
-that see table (d) of the study. `Falling` fell as r^(-1/2) above its knee then; init_b_forms.py chose r^(-1/3) later.
+Rule of 2026-11-26, decided before the study made any run of text classification or SmolLM2 at Init[B]: if `Falling`
+with its knee of 4 is fewer octaves off than µA alone on both, it becomes the package's default. If this is true on one
+only, it stays an option. It is true on both, so `Falling` is the default. An earlier sweep of SmolLM2 on the same data
+was among the four tasks that chose the knee, so only text classification is an independent check. The rule is about the
+fall, not about its level: for the level see table (d) of the study. At that time `Falling` fell as r^(-1/2) above its
+knee. Later init_b_forms.py chose r^(-1/3).
 """
 
 from __future__ import annotations
@@ -59,13 +62,13 @@ from rankaware_optim import Falling, MuA
 from rankaware_optim.transfer import capture
 
 DEPENDS_ON = ("rankaware_optim.laws",)
-KNEES, POWER = (1.0, 2.0, 4.0, 8.0, 16.0), 0.5  # of `Falling` as it was when this was decided
+KNEES, POWER = (1.0, 2.0, 4.0, 8.0, 16.0), 0.5  # of `Falling` at the time of the rule above
 SCHEME, RANKS, SEEDS = "Init[B], s = 1", (4, 64), 2
 STEP, RUNS = RESULTS / "init_b_step.json", RESULTS / "init_b_runs.jsonl"
 COARSE = range(-13, -2, 2)
 LINEAR = [
     name for name in names() if name not in ("vision_classification", "digits_vision")
-]  # those adapt convolutions
+]  # the two left out adapt convolutions
 
 
 @click.group()
@@ -77,7 +80,7 @@ def main() -> None:
 
 
 class Step(NamedTuple):
-    """A layer's first sign step at Init[B]: its rms output change and its progress per rate, its cosine with −g."""
+    """A layer's first sign step at Init[B]: rms output change per rate, progress per rate, and cosine with −g."""
 
     size: float
     progress: float
@@ -87,7 +90,7 @@ class Step(NamedTuple):
 @main.command()
 @click.option("--domain", "chosen", multiple=True, help="Some domains; by default all.")
 def step(chosen: tuple[str, ...]) -> None:
-    """Exponents in rank of the first step's size, progress and cosine, the median over layers."""
+    """Measure exponents in rank of the first step's size, progress and cosine, as medians over layers."""
     torch.set_num_threads(1)
     rows = {name: exponents_of(get_domain(name)) for name in chosen or LINEAR}
     kept = json.loads(STEP.read_text()) if STEP.exists() else {}
@@ -112,7 +115,7 @@ def exponents_of(domain: Domain) -> dict[str, Any]:
 
 
 def steps_of(domain: Domain, rank: int) -> dict[str, Step]:
-    """Every adapted linear layer's step on one batch."""
+    """First step of every adapted linear layer on one batch, by layer."""
     model, batch = built(domain, SCHEME, rank, 0), next(domain.batches(0, domain.batch))
     seen = capture(model, lambda m: domain.loss(m, batch))
     factors = {name: module.lora_B["default"].weight.detach() for name, module in model.named_modules() if name in seen}
@@ -120,7 +123,7 @@ def steps_of(domain: Domain, rank: int) -> dict[str, Step]:
 
 
 def step_of(x: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> Step:
-    """The output's change B·ΔA·x with ΔA = −sign(Bᵀ·g·xᵀ), per rate; x (n_in, tokens), g (n_out, tokens)."""
+    """Output change B·ΔA·x per rate with ΔA = −sign(Bᵀ·g·xᵀ): x (n_in, tokens), g (n_out, tokens), b (n_out, r)."""
     change = -b @ (torch.sign(b.T @ g @ x.T) @ x)
     progress = -float((change * g).sum()) / float(g.norm())
     size = float(change.norm())
@@ -132,7 +135,7 @@ def step_of(x: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> Step:
 
 @dataclass(frozen=True)
 class Setting:
-    """Multiples of the domain's own steps and batch, the warm-up's share of the steps, and whether B is trained."""
+    """Factors on the domain's steps and batch, the warm-up's share of the steps, and whether B is frozen."""
 
     steps: float = 1.0
     batch: int = 1
@@ -175,7 +178,7 @@ def grid(name: str, schemes: Sequence[str]) -> Grid:
 
 
 def run_one(job: Job) -> float | None:
-    """A run of the domain at its setting."""
+    """Held-out loss of a run at its setting; None where it diverged."""
     setting = SETTINGS.get(job.scheme, Setting())
     domain = get_domain(job.domain)
     steps, build = round(domain.steps * setting.steps), frozen(domain) if setting.frozen_b else domain.build
@@ -184,7 +187,7 @@ def run_one(job: Job) -> float | None:
 
 
 def frozen(domain: Domain) -> Callable[[int | None, float, str, int], torch.nn.Module]:
-    """The domain's build with every B frozen."""
+    """The domain's `build`, with every B frozen."""
 
     def build(rank: int | None, alpha: float, init: str, seed: int) -> torch.nn.Module:
         model = domain.build(rank, alpha, init, seed)
@@ -197,7 +200,7 @@ def frozen(domain: Domain) -> Callable[[int | None, float, str, int], torch.nn.M
 
 
 def in_batches_of(domain: Domain, count: int) -> dict[str, Any]:
-    """The domain's batches by `count` at once, and their mean loss."""
+    """Fields `batches` and `loss` of a domain: lists of `count` batches, and the mean loss over a list."""
 
     def batches(seed: int, batch: int) -> Iterator[list[Any]]:
         source = domain.batches(seed, batch)
@@ -215,7 +218,7 @@ def in_batches_of(domain: Domain, count: int) -> dict[str, Any]:
 
 @main.command()
 def table() -> None:
-    """Write results/init_b.md and .json from what is on file."""
+    """Write results/init_b.md and .json from the results on file."""
     done, on = read(RUNS), machine(1)
     rows = [row for name in names() for row in drifts(name, done)]
     steps = json.loads(STEP.read_text()) if STEP.exists() else {}
@@ -251,7 +254,7 @@ def table() -> None:
 
 
 def knee_rows() -> Iterator[list[str]]:
-    """A row for every domain of the study: how far its best rates at Init[B] lie off the law, for each knee."""
+    """A row per domain of the study: spread over ranks of log2 (best rate / law) at Init[B], for each knee."""
     for name in names():
         done = finished(read(STORES / f"{name}.jsonl"), "full")
         found = best_rates(done, name, SCHEME)
@@ -278,7 +281,7 @@ def drifts(name: str, done: Losses) -> Iterator[dict[str, Any]]:
 
 
 def bests(done: Losses, cell: Cell) -> list[float | None]:
-    """log2 of the best rate: of the mean over seeds, then seed by seed; none where it was not swept."""
+    """log2 of the best rate, first of the mean over seeds, then of each seed; empty where the cell was not swept."""
     means = curve(done, cell, SEEDS)
     if len(means) < 3:
         return []

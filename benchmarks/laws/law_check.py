@@ -1,30 +1,34 @@
-"""Laws that know the optimizer, against a small real sweep: does the law move the best rate from one rank to another?
+"""Laws that depend on the optimizer, against a small real sweep: do they move the best rate from rank to rank?
 
     python benchmarks/laws/law_check.py run       # every missing run, kept in results/law_check.jsonl; resumable
     python benchmarks/laws/law_check.py table     # results/law_check.json, .md and two figures
 
-The image_generation domain (a 1.2 M diffusion transformer, digits 0-4 to 5-9), LoRA by PEFT at Init[A], 100 steps of
-32; 5 % warm-up, cosine to a tenth. No weight decay and no clipping: no law knows of them, and SGD's decay is not
-decoupled. Rates in octaves. Needs pytorch_optimizer, schedulefree and torch_optimizer.
+Setup: the image_generation domain (a diffusion transformer of 1.2 M parameters, digits 0-4 to 5-9), LoRA by PEFT at
+Init[A], 100 steps of 32, 5 % warm-up, cosine decay to a tenth. There is no weight decay and no clipping: no law covers
+them, and SGD's decay is not decoupled. Rates are in octaves. It needs pytorch_optimizer, schedulefree and
+torch_optimizer.
 
-**Runs.** The first sweep, of seven optimizers at ranks 4 and 64 with alpha = rank, three seeds and seven octaves, was
-made on a pretraining of the network that is gone. The second is of the four optimizers that are not sign-like, all on
-one network: ranks 4, 16, 64 and 128 with alpha = rank, two seeds; and alpha = 16 at ranks 4, 16 and 64, one seed. There
-a coarse pass of three rates around the first sweep's best places a grid of five octaves, which grows at an edge.
+**Runs.** The first sweep covers seven optimizers at ranks 4 and 64, with alpha = rank, three seeds and seven octaves.
+The pretrained network that it used is lost. The second sweep covers the four optimizers that are not sign-like, all on
+one network. With alpha = rank it has ranks 4, 16, 64 and 128 and two seeds. With alpha = 16 it has ranks 4, 16 and 64
+and one seed. Its coarse pass of three rates around the first sweep's best places a grid of five octaves, which grows
+where the best lies at an edge.
 
-**Rule** for what the default law does in a family of optimizers, committed before the second sweep, which alone
-decides. Candidates, the simplest first: keeping one rate; the family's form at one rank, 16, so that alpha moves the
-rate and the rank does not; the family's form. Moves are all ordered pairs of ranks, of all optimizers of the family.
-The floor of a cell is the share of the gain that the sweep's own best rate loses on a seed left out (on its own, where
-there is one seed). Amended when all octaves were run: SGD diverges on a seed or two within an octave of its lowest
-loss, so that octaves put its best rate at a rank an octave off by luck; where the next rate above the lowest diverged,
-half octaves to either side are run too, and the rule is applied to all.
+**Rule** for what the default law does in a family of optimizers. It was committed before the second sweep, and only
+that sweep decides. Candidates, the simplest first: keeping one rate; the family's form at one rank, 16, so that
+alpha moves the rate and the rank does not; the family's form. Moves are all ordered pairs of ranks, of all optimizers
+of the family. The floor of a cell is the share of the gain that the sweep's own best rate loses on a left-out seed (on
+the same seed, where there is only one). Amended when all octaves were run: SGD diverges on a seed or two within an
+octave of its lowest loss, so a grid of octaves can by chance put its best rate at a rank an octave off. Where the next
+rate above the lowest diverged, half octaves to either side are run too, and the rule is applied to all runs.
 
-1. A candidate helps where, at alpha = rank and at alpha = 16, neither the median nor the worst share of the gain lost
-   at the rates that it moves lies above one rate's by more than the floor (median and largest over the cells).
-2. The default is one rate, unless a candidate that helps has an rms error, over all moves, lower by .1 octaves; of two
-   that have, the simpler one, unless the other's is lower again by .1.
-3. A family without a sweep (LARS) has the form at one rank, if that helps in all three families here, else one rate.
+1. A candidate helps if the share of the gain lost at the rates that it moves is above that of one rate by no more than
+   the floor, both at alpha = rank and at alpha = 16. This must be true of the median share, with the median floor over
+   the cells, and of the worst share, with the largest floor.
+2. The default is one rate, unless a candidate that helps has an rms error over all moves that is lower by .1 octaves.
+   If two candidates do, the simpler one is the default, unless the other's error is lower by another .1.
+3. A family without a sweep (LARS) gets the form at one rank if that helps in all three families here. Otherwise it gets
+   one rate.
 """
 
 from __future__ import annotations
@@ -60,9 +64,9 @@ from rankaware_optim.sweeps._bench import loss_between, vertex_of
 
 DEPENDS_ON = ("study.regret", "study.grids", "rankaware_optim.laws", "rankaware_optim.optimizer")
 STORE = RESULTS / "law_check.jsonl"
-DOMAIN, EARLIER = "image_generation", "image_generation, earlier weights"  # the second sweep's network, the first's
+DOMAIN, EARLIER = "image_generation", "image_generation, earlier weights"  # networks of the second and the first sweep
 RANKS, TUNED, SEEDS, HALF = (4, 16, 64, 128), 16, 2, 2
-FIXED = f", alpha {TUNED}"  # of a scheme; others are at alpha = rank
+FIXED = f", alpha {TUNED}"  # suffix of a scheme; without it, alpha = rank
 # Optimizer, settings and log2 rates of the coarse pass.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any], range]] = {
     "AdamW": ("adamw", {"weight_decay": 0.0}, range(-9, -4, 2)),
@@ -86,7 +90,7 @@ LAWS: dict[str, Law] = {
     AS_ADAM: MuA(),
     "measured": Measured(),
 }
-NEAR = 0.1  # octaves of rms error within which the simpler law is taken
+NEAR = 0.1  # octaves of rms error within which the simpler law wins
 
 
 @click.group()
@@ -106,7 +110,7 @@ def run(workers: int, names: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class AtCliffs:
-    """Half octaves to either side of a cell's lowest loss, where the next rate above it diverged."""
+    """Jobs half an octave to either side of a cell's lowest loss, where the next rate above it diverged."""
 
     grid: Grid
 
@@ -121,7 +125,7 @@ class AtCliffs:
 
 
 def tasks(names: Sequence[str]) -> tuple[Wanting, ...]:
-    """Octaves at alpha = rank, then at alpha = 16; half octaves at cliffs."""
+    """Grids of octaves at alpha = rank and at alpha = 16, then half octaves at their cliffs."""
     coarse = {name + added: xs for name, (*_, xs) in OPTIMIZERS.items() for added in ("", FIXED)}
     by_rank = [(DOMAIN, name, rank) for name in names for rank in RANKS]
     fixed = [(DOMAIN, name + FIXED, rank) for name in names for rank in (4, 64)]
@@ -130,7 +134,7 @@ def tasks(names: Sequence[str]) -> tuple[Wanting, ...]:
 
 
 def run_one(job: Job) -> float | None:
-    """One run at the rate 2^x itself: the laws are asked afterwards."""
+    """Make one run at the rate 2^x, without a law: the laws are applied to the results."""
     domain = get_domain(job.domain)
     if job.scheme == START:
         return domain.evaluate(domain.build(None, 1.0, "A", job.seed))
@@ -144,7 +148,7 @@ def alpha_of(cell: Cell) -> int:
     return TUNED if cell[1].endswith(FIXED) else cell[2]
 
 
-# --- what the laws make of it ---------------------------------------------------------------------------------------
+# --- moves by the laws ----------------------------------------------------------------------------------------------
 
 
 class Sweep(NamedTuple):
@@ -160,7 +164,7 @@ BY_RANK, AT_16 = "alpha = rank", f"alpha = {TUNED}"
 
 
 def sweeps() -> Iterator[Sweep]:
-    """The first sweep's, then the second's."""
+    """Optimizers of the first sweep, then of the second."""
     for name in OPTIMIZERS:
         yield Sweep(EARLIER, name, BY_RANK, [(EARLIER, name, rank) for rank in (4, 64)])
     for name in OTHERS:
@@ -172,8 +176,8 @@ def sweeps() -> Iterator[Sweep]:
 def moves_of(sweep: Sweep, done: Losses) -> Iterator[dict[str, Any]]:
     """Every law's move of the best rate, between every ordered pair of ranks.
 
-    error: how far it lands from the best rate, in octaves; lost: the share of the gain lost there, infinite where runs
-    diverged.
+    error: octaves by which the moved rate is above the best one. lost: share of the gain lost at the moved rate,
+    infinite where runs diverged.
     """
     for source, target in itertools.permutations(sweep.cells, 2):
         best, there = (best_rate(done, cell) for cell in (source, target))
@@ -191,7 +195,7 @@ def moves_of(sweep: Sweep, done: Losses) -> Iterator[dict[str, Any]]:
 
 
 def best_rate(done: Losses, cell: Cell) -> float:
-    """log2 of the best rate, the grid's where the vertex lies outside."""
+    """log2 of a cell's best rate: the vertex, or the lowest rate of the grid where there is no vertex."""
     means = curve(done, cell, seeds_in(done, *cell[:2]))
     found = vertex_of(means)
     return lowest(means) if found is None else found
@@ -199,7 +203,7 @@ def best_rate(done: Losses, cell: Cell) -> float:
 
 @cache
 def predicted(name: str, law: str, source: tuple[int, int], target: tuple[int, int]) -> float:
-    """Octaves between (rank, alpha) and another: the multiplier that the package's optimizer gives the adapters."""
+    """log2 of the multiplier that the package's optimizer gives adapters moved from one (rank, alpha) to another."""
     optimizer, settings, _ = OPTIMIZERS["AdamW" if law == AS_ADAM else name]
     model = get_domain(DOMAIN).build(*target, "A", 0)
     opt = RankAwareOptimizer(model, optimizer, lr=1e-3, law=LAWS[law], tuned_at=Reference(*source), **settings)
@@ -214,7 +218,7 @@ Floors = Mapping[str, Sequence[float]]  # of every cell, by arm
 
 
 def floor(done: Losses, cell: Cell) -> float:
-    """Share of the gain that the best rate of the other seeds loses on a seed left out, on straight lines: the mean."""
+    """Mean share of the gain that the best rate of the other seeds loses on a left-out seed, linearly interpolated."""
     by_seed, start = curves_by_seed(done, cell, seeds_in(done, *cell[:2])), start_of(cell[0], done)
     shares = []
     for seed, own in enumerate(by_seed):
@@ -226,7 +230,7 @@ def floor(done: Losses, cell: Cell) -> float:
 
 
 def default_of(moves: Moves, floors: Floors) -> str:
-    """What the rule says of a family's moves."""
+    """The default law of a family, by point 2 of the rule."""
     chosen = KEPT
     for law in CANDIDATES[1:]:
         if helps(law, moves, floors) and rms(law, moves) < rms(chosen, moves) - NEAR:
@@ -251,7 +255,7 @@ def rms(law: str, moves: Moves) -> float:
 
 
 def judged(done: Losses, names: Sequence[str], moves: Moves) -> tuple[Moves, Floors]:
-    """What the rule looks at, of a family's optimizers."""
+    """Moves and floors that the rule uses for a family's optimizers: those of the second sweep."""
     mine = [move for move in moves if move["network"] == DOMAIN and move["optimizer"] in names]
     second = [sweep for sweep in sweeps() if sweep.network == DOMAIN and sweep.optimizer in names]
     arms = (BY_RANK, AT_16)
@@ -272,7 +276,7 @@ def families() -> dict[str, list[str]]:
 
 @main.command()
 def table() -> None:
-    """Write results/law_check.json, .md and figures from the store; it is to hold the whole second sweep."""
+    """Write results/law_check.json, .md and figures from the store, which must hold the whole second sweep."""
     try:
         for task in tasks(OTHERS):
             done = whole(STORE, task, "python benchmarks/laws/law_check.py run")
@@ -359,7 +363,7 @@ def score_rows(family: str, names: Sequence[str], moves: Moves, floors: Floors) 
 
 
 def pairs(moves: Moves) -> Iterator[tuple[list[str], list[Mapping[str, Any]], list[Mapping[str, Any]]]]:
-    """Every pair of ranks: its first cells, and the laws' moves upward and downward."""
+    """For every pair of ranks: the row's first cells, and the laws' moves upward and downward."""
     found: dict[Any, list[Mapping[str, Any]]] = {}
     for move in moves:
         found.setdefault((move["optimizer"], move["arm"], move["cells"]), []).append(move)

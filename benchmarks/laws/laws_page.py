@@ -1,9 +1,9 @@
-"""All that shows the laws on one page: exponents by formula and by check, real sweeps, two rates, the yardstick.
+"""All evidence for the laws on one page: exponents by formula and by check, real sweeps, two rates, the yardstick.
 
     python benchmarks/laws/laws_page.py        # results/laws.md and results/laws-*.png
 
-It gathers from the result files of exponents.py, law_check.py, two_rates.py and bench_law.py. Exponents (10 minutes)
-and the yardstick (a minute, with the published sweep at hand) are made first where they are missing.
+It reads the result files of exponents.py, law_check.py, two_rates.py and bench_law.py. If the exponents (10 minutes) or
+the yardstick (a minute, needs the published sweep) are missing, it makes them first.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _make_missing(published: Path) -> None:
 
 
 def _demoted(text: str) -> str:
-    """A result's page as a section of this one."""
+    """A result's page as a section of this page: every heading one level deeper."""
     return re.sub(r"^(#+ )", r"#\1", text.strip(), flags=re.MULTILINE)
 
 
@@ -115,7 +115,7 @@ def _reached(row: dict[str, Any]) -> bool:
 
 
 def _draw_exponents(rows: Rows, path: Path) -> None:
-    """A panel a family: the formula's exponents against the check's, the bar shaded about the diagonal."""
+    """Draw a panel per family: the formula's exponents against the check's, with the bar shaded about the diagonal."""
     solved = [row for row in rows if _reached(row)]
     families = list(dict.fromkeys(row["family"] for row in solved))
     figure = Figure(figsize=(3.3 * len(families), 4.6), layout="constrained")
@@ -149,7 +149,7 @@ def _draw_family(axis: Any, family: str, rows: Rows) -> None:
 
 
 def _made_elsewhere() -> Iterator[str]:
-    """Their pages as they stand, or how to make them."""
+    """Pages of law_check.py and two_rates.py as they are on file, or how to make them."""
     for name, title in (("law_check", "The laws on a small real sweep"), ("two_rates", "Two rates against one")):
         made, script = RESULTS / f"{name}.md", f"python benchmarks/laws/{name}.py"
         missing = f"## {title}\n\nNot measured yet: `{script} run` measures it and `{script} table` writes it."
@@ -160,7 +160,7 @@ def _made_elsewhere() -> Iterator[str]:
 
 
 def _yardstick_page() -> Iterator[str]:
-    """A table a sweep: errors in octaves and losses by law, with both ways of finding a best rate."""
+    """A table per sweep: errors in octaves and losses by law, with both ways of finding a best rate."""
     document = json.loads((RESULTS / "bench_law.json").read_text())
     notes = [
         "Each cell: median, worst. A best rate lies by the parabola through its best three, or by the calibration's "
@@ -173,7 +173,7 @@ def _yardstick_page() -> Iterator[str]:
     for sweep in dict.fromkeys(row["sweep"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["sweep"] == sweep]
         yield _demoted(page(f"Laws on {sweep}", *_yardstick_cells(rows), document["machine"], notes))
-        notes = []  # said once
+        notes = []  # only under the first table
 
 
 def _yardstick_cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
@@ -196,12 +196,12 @@ def _score_cells(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _share(loss: float | str | None) -> str:
-    """A loss above the best; a run that diverged is the text "inf", and no move on the grid is None."""
+    """A cell for a loss above the best: "inf" on file means that a run diverged, None that no move is on the grid."""
     return "–" if loss is None else "diverged" if float(loss) == float("inf") else f"{shown(100 * float(loss))} %"
 
 
 def _draw_errors(published: Path, path: Path) -> None:
-    """A panel a sweep: every move's error, a strip a law."""
+    """Draw a panel per sweep and a strip per law, with the error of every move."""
     sources = {DEMO_SWEEP: None} | ({published: PUBLISHED_ALPHA} if published.exists() else {})
     figure = Figure(figsize=(1.5 + 5.0 * len(sources), 4.2), layout="constrained")
     axes = figure.subplots(1, len(sources), squeeze=False, sharey=True)[0]
@@ -215,7 +215,7 @@ def _draw_errors(published: Path, path: Path) -> None:
 
 
 def _draw_strips(axis: Any, scores: Sequence[LawScore]) -> None:
-    """Moves to higher ranks only, since the way back errs as far to the other side; linear within an octave."""
+    """Draw moves to higher ranks only, as moves back have the opposite errors; the axis is linear within an octave."""
     for y, score in enumerate(scores):
         errors = sorted(move.octaves for move in score.moves if move.target.rank > move.source.rank)
         spread = [y + 0.3 * ((7 * i) % 11 - 5) / 5 for i in range(len(errors))]

@@ -1,4 +1,4 @@
-"""The figure of a sweep: loss against rate, a panel a scheme."""
+"""Figure of a sweep: loss against rate, with a panel per scheme."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Panel = tuple[str, Mapping[int, Cell]]  # title, cells by rank
 
 
 def draw(done: Losses, panels: Sequence[Panel], seeds: int, start: float, columns: int, label: str, path: Path) -> None:
-    """Loss against log2 rate, a panel each, a line a rank: the mean over seeds in a band from least to most."""
+    """Draw loss against log2 rate, a panel per scheme and a line per rank: mean over seeds in a band of their range."""
     from matplotlib.figure import Figure
 
     rows = -(-len(panels) // columns)

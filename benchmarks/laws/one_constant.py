@@ -1,43 +1,47 @@
-"""Does one constant a task carry a rate across batch, length, warm-up, init and to full finetuning?
+"""Does one constant per task carry a rate across batch, length, warm-up and init, and to full finetuning?
 
     python benchmarks/laws/one_constant.py run --domain image_generation    # resumable: runs are kept as they end
     python benchmarks/laws/one_constant.py table                            # results/one_constant.json and .md
 
-**Hypothesis.** With τ = T·η, κ(m) = √(m + (2/π)·m²/b), s the effective multiplier, r the rank and n the mean fan-in of
-the adapted layers, the best rate η of every configuration meets
+**Hypothesis.** Let τ = T·η and κ(m) = √(m + (2/π)·m²/b), with s the effective multiplier, r the rank and n the mean
+fan-in of the adapted layers. Then the best rate η of every configuration satisfies
 
     Init[A]   s·κ(r)·τ·(1 + κ(n)·τ) = c
     Init[B]   hypot(s·κ(n)·τ, s·κ(n)·κ(r)·τ²) = c
     full      κ(n)·τ = c
 
-with one c for the task: its network, data, batch, length and warm-up. T = 2 and b = 8 are fixed here, before any run.
-The ratio law keeps c = 1 and ratios of rates alone, so that all configurations move by the same octaves.
+with one c for the task, that is, for its network, data, batch, length and warm-up. T = 2 and b = 8 are fixed here,
+before any run. The ratio law keeps c = 1 and uses only ratios of rates, so that all configurations move by the same
+octaves.
 
-**Runs.** Init[A] r = 16 with s = 1 and s = 1/r, Init[B] r = 64, full; batch × 1/4 and × 4, steps × 1/4 and × 4, warm-up
-5 and 30 %, one at a time. Seed 0 at whole octaves around the study's best rate, growing at an edge; then three seeds at
-five half octaves around the lowest. Everything else is the study's. Where batch or steps are × 4, a run costs four: one
-seed, from a first guess as far from the base's as that of × 1/4 on the other side. This was set for the time it takes,
-before any run of those arms.
+**Runs.** Configurations: Init[A] r = 16 with s = 1 and with s = 1/r, Init[B] r = 64, and full. Changes, one at a time:
+batch × 1/4 and × 4, steps × 1/4 and × 4, warm-up 5 and 30 %. Seed 0 runs at whole octaves around the study's best rate,
+on a grid that grows at an edge. Then three seeds run at five half octaves around the lowest. Everything else is as in
+the study. Where batch or steps are × 4, a run costs four times as much, so only one seed is run. Its first guess is as
+far from the base's best rate as the best rate of × 1/4 is, on the other side. This was decided to save time, before any
+run of those changes.
 
-**Two estimators** of log2 of a best rate, each with all rates tried: the middle of the basin, where the loss lies
-above its lowest by at most 1 % of the gain or two standard errors of what half an octave changes; and the cliff, the
-rate above it at which 10 % of the gain is lost.
+**Two estimators** of log2 of a best rate, each from all rates tried. The middle is the midpoint of the basin, where the
+loss is above its lowest by at most 1 % of the gain or two standard errors of the change over half an octave. The cliff
+is the rate above the lowest at which 10 % of the gain is lost.
 
 **Rules**, committed before the runs. Errors are in octaves, over domains and the five changes:
 
-1. Shifts. Each configuration's shift is predicted from that of Init[A], s = 1. The constant holds for shifts if its rms
-   error is below the ratio law's in all but one domain at most, by both estimators, and at most .1 above that of a free
-   slope a configuration, fitted on the other domains.
+1. Shifts. Each configuration's shift is predicted from that of Init[A], s = 1. The constant holds for shifts under two
+   conditions. By both estimators, its rms error is below the ratio law's in all domains but at most one. And it is at
+   most .1 above the rms error of one free slope per configuration, fitted on the other domains.
 2. Levels. Each configuration's rate is predicted from that of Init[A], s = 1, under the same batch, length and warm-up.
-   The constant holds for levels if its rms error is below the ratio law's in all but one domain at most, by both.
-3. Moves. Every configuration's own rate is moved to the other batches and lengths: c by one exponent in the batch and
-   one in the steps (or, in its place, the rate by two exponents a configuration), the mean of the other domains'. The
-   constant becomes a law of the package if it holds for shifts and levels, and such a move loses 5 % of the gain at
-   worst. If it does not, and exponents a configuration lose 5 % at worst, the package gets these.
+   The constant holds for levels if, by both estimators, its rms error is below the ratio law's in all domains but at
+   most one.
+3. Moves. Every configuration's own rate is moved to the other batches and lengths. One way scales c by one exponent in
+   the batch and one in the steps. The other scales the rate instead, by two exponents per configuration. Exponents are
+   means over the other domains. The constant becomes a law of the package if it holds for shifts and for levels, and if
+   a move by c loses 5 % of the gain at worst. If it does not, and moves by exponents per configuration lose 5 % at
+   worst, the package gets those exponents.
 
-Added after the runs at a quarter, as no part of a rule: the rate as it is, and what the package does (√batch for Adam,
-nothing for the steps) stand beside these moves; losses are beyond the noise floor of the cell where a rate lands, as in
-the study, or of the task as it is where that cell has one seed.
+Added after the runs at a quarter, and not part of any rule: the moves are shown beside the rate as it is and the
+package's rule (√batch for Adam, nothing for the steps). Losses are beyond the noise floor of the cell where a rate
+lands, as in the study. Where that cell has one seed, the floor is that of the task as it is.
 """
 
 from __future__ import annotations
@@ -73,7 +77,7 @@ NEAR = 0.01  # share of the gain
 
 
 class Arm(NamedTuple):
-    """A change of the task: factors of batch and steps, the warm-up's share; seeds and whole octaves to either side."""
+    """A change of the task: factors on batch and steps, share of warm-up, seeds, and whole octaves to either side."""
 
     batch: float = 1.0
     steps: float = 1.0
@@ -82,7 +86,7 @@ class Arm(NamedTuple):
     wide: int = WIDE
 
 
-ARMS = {  # those first that cost least
+ARMS = {  # the cheapest first
     "as it is": Arm(),
     "steps / 4": Arm(steps=0.25),
     "batch / 4": Arm(batch=0.25),
@@ -105,7 +109,7 @@ def changed(domain: Domain, arm: Arm) -> Domain:
 
 
 def run_one(job: Job) -> float | None:
-    """The held-out loss of a run; None where it diverged."""
+    """Held-out loss of a run; None where it diverged."""
     config, _, arm = job.scheme.partition(" | ")
     domain, own = get_domain(job.domain), ARMS.get(arm, Arm())
     model = built(domain, config, job.rank, job.seed)
@@ -117,7 +121,7 @@ def run_one(job: Job) -> float | None:
 
 @dataclass(frozen=True)
 class Around:
-    """Whole octaves of seed 0 around a first guess, growing at an edge; then half octaves of every seed."""
+    """Jobs of a cell: whole octaves of seed 0 around `guess`, growing at an edge, then half octaves of all seeds."""
 
     cell: tuple[str, str, int]
     guess: int
@@ -142,7 +146,7 @@ class Around:
 
 
 class Estimate(NamedTuple):
-    """log2 of a best rate by both estimators, None where its runs do not reach that far, and all means by rate."""
+    """log2 of a best rate by both estimators (None where runs do not reach that far), and mean loss by log2 rate."""
 
     middle: float | None
     cliff: float | None
@@ -150,13 +154,13 @@ class Estimate(NamedTuple):
 
 
 def estimate(done: Losses, cell: tuple[str, str, int], start: float, seeds: int = SEEDS) -> Estimate | None:
-    """None where a cell's half octaves are not whole."""
+    """Estimate a cell's best rate; None where its half octaves are incomplete. `start` is the loss before training."""
     means = curve(done, cell, seeds)
     if len(means) < 5 or all(x.is_integer() for x in means):
         return None
     best = lowest(means)
     at_best = losses_at(done, cell, best, seeds)
-    shift = means[best] - at_best[0]  # of seed 0 against all, so that its own octaves stand beside the means
+    shift = means[best] - at_best[0]  # puts seed 0's octaves on the level of the means
     tried = {x: loss + shift for x, loss in curve(done, cell, 1).items()} | means
     gain = start - means[best]
     bottom = means[best] + max(NEAR * gain, 2 * standard_error(done, cell, best, seeds))
@@ -166,9 +170,9 @@ def estimate(done: Losses, cell: tuple[str, str, int], start: float, seeds: int 
 
 
 def standard_error(done: Losses, cell: tuple[str, str, int], best: float, seeds: int) -> float:
-    """Of the mean change of loss over half an octave from the lowest, seed by seed.
+    """Standard error over seeds of the change in loss from the best rate to half an octave beside it.
 
-    0 where both sides diverged, and of one seed.
+    This is the larger one of the two sides. It is 0 where both sides diverged, and where there is one seed.
     """
     at_best, beside = losses_at(done, cell, best, seeds), (best - 0.5, best + 0.5)
     changes = [
@@ -192,14 +196,14 @@ def width(domain: str) -> float:
 
 
 def site(domain: str, config: str) -> Site:
-    """What a configuration's condition is made of."""
+    """Init, rank, scaling and fan-in of a configuration, which its condition depends on."""
     rank, init = RANKS[config] or 1, "full" if config == "full" else "B" if config == AT_B else "A"
     scaling = 1.0 / rank if config == BY_RANK else 1.0
     return Site(init, rank, scaling, width(domain))
 
 
 def constant_at(at: Site, x: float) -> float:
-    """c at the rate 2^x: p·τ + q·τ², in quadrature at Init[B]."""
+    """c at the rate 2^x: p·τ + q·τ², or hypot(p·τ, q·τ²) at Init[B]."""
     (p, q), tau = sign_terms(Updates(TOKENS), at), T * 2.0**x
     return math.hypot(p * tau, q * tau**2) if at.init == "B" else p * tau + q * tau**2
 
@@ -222,12 +226,12 @@ def rate_at(domain: str, config: str, c: float) -> float:
 
 
 def one_constant(domain: str, config: str, x: float) -> float:
-    """log2 of a configuration's rate, from 2^x at Init[A], s = 1."""
+    """log2 of a configuration's rate with the same c as the rate 2^x at Init[A], s = 1."""
     return rate_at(domain, config, constant_of(domain, SOURCE, x))
 
 
 def ratio(domain: str, config: str, x: float) -> float:
-    """The same with c = 1: the ratio law."""
+    """log2 of a configuration's rate by the ratio law, from 2^x at Init[A], s = 1."""
     return x + rate_at(domain, config, 1.0) - rate_at(domain, SOURCE, 1.0)
 
 
@@ -236,7 +240,7 @@ def ratio(domain: str, config: str, x: float) -> float:
 
 @click.group()
 def main() -> None:
-    """Is there one constant a task?"""
+    """Test whether there is one constant per task."""
 
 
 @main.command()
@@ -244,7 +248,7 @@ def main() -> None:
 @click.option("--arm", "arms", multiple=True, default=tuple(ARMS), show_default=True)
 @click.option("--workers", default=2, show_default=True)
 def run(chosen: tuple[str, ...], arms: tuple[str, ...], workers: int) -> None:
-    """Run what is missing, an arm of every domain before the next arm."""
+    """Make missing runs: one change in every domain before the next change."""
     made = {domain: provenance(domain) for domain in chosen}
     for arm in arms:
         for domain in chosen:
@@ -258,7 +262,7 @@ def run(chosen: tuple[str, ...], arms: tuple[str, ...], workers: int) -> None:
 
 
 def guess(domain: str, config: str, arm: str) -> int:
-    """The study's best rate, to the octave; of × 4 as far from the base's lowest as that of × 1/4 is below or above."""
+    """First guess of log2 rate: the study's best, rounded; for × 4, the lowest of × 1/4 mirrored at the base's."""
     if arm not in MIRRORED:
         return round(best_rates(read(STORES / f"{domain}.jsonl"), domain, config)[RANKS[config]])
     done = read(STORE / f"{domain}.jsonl")
@@ -270,7 +274,7 @@ def guess(domain: str, config: str, arm: str) -> int:
 
 
 class Cell(NamedTuple):
-    """A configuration under a change: what was found there."""
+    """A configuration under a change, with its estimated best rate."""
 
     domain: str
     config: str
@@ -291,7 +295,7 @@ def cells() -> Iterator[Cell]:
 
 @main.command()
 def table() -> None:
-    """Write the verdict and the tables of what is on file."""
+    """Write the verdict and the tables from the runs on file."""
     found, on = {(cell.domain, cell.config, cell.arm): cell.found for cell in cells()}, machine(1)
     by = [{key: x for key, each in found.items() if (x := getattr(each, which)) is not None} for which in WHICH]
     verdict = [rule_1(by), rule_2(by), rule_3(found, by)]
@@ -334,7 +338,7 @@ def rms(errors: Iterable[float]) -> float:
 
 
 def below(x: Rates, errors: Errors) -> list[str]:
-    """The domains where one constant is nearer than the ratio law."""
+    """The domains where one constant has a lower rms error than the ratio law."""
     return [d for d in DOMAINS if rms(errors(x, d, "one constant")) < rms(errors(x, d, "ratio"))]
 
 
@@ -387,7 +391,7 @@ def shift_errors(x: Rates, domain: str, law: str) -> Iterator[float]:
 
 
 def free_slope(x: Rates, domain: str, config: str) -> float:
-    """Least squares of a configuration's shifts on Init[A]'s, over the other domains."""
+    """Least-squares slope of a configuration's shifts on Init[A]'s, over the other domains."""
     pairs = [
         (x[other, SOURCE, arm] - x[other, SOURCE, BASE], x[other, config, arm] - x[other, config, BASE])
         for other in DOMAINS
@@ -421,11 +425,11 @@ class Move(NamedTuple):
     config: str
     arm: str
     lost: float
-    floor: float  # of the cell where it lands, of the same task unchanged where that has one seed
+    floor: float  # of the cell where it lands; if that has one seed, of the unchanged task
 
 
 def moves(found: Found, way: str) -> Iterator[Move]:
-    """Every configuration's own rate, moved in one of the ways, where both cells are whole."""
+    """Every configuration's own rate, moved in one of the ways, where both cells are complete."""
     for (domain, config, arm), there in found.items():
         home = found.get((domain, config, BASE))
         if arm not in SCALED or home is None or home.middle is None:
@@ -457,7 +461,7 @@ def moved(found: Found, way: str, key: tuple[str, str, str], x: float) -> float:
 
 
 def beyond(found: Found, way: str) -> float:
-    """The worst loss of a way beyond the noise floor."""
+    """Worst loss beyond the noise floor, over all moves in one of the ways."""
     return max((max(0.0, move.lost - move.floor) for move in moves(found, way)), default=math.nan)
 
 
@@ -480,7 +484,7 @@ def log_constant(domain: str, config: str, x: float) -> float:
 def exponent(
     found: Found, what: str, but: str, of: Callable[[str, str, float], float], only: str | None = None
 ) -> float:
-    """Octaves of `of` an octave of batch or steps: the mean over all other domains, and configurations or one."""
+    """Octaves of `of` per octave of batch or steps: mean over domains except `but`, all configurations or `only`."""
     slopes = [
         (of(domain, config, there.middle) - of(domain, config, home.middle)) / SCALED[arm][1]
         for (domain, config, arm), there in found.items()

@@ -2,21 +2,21 @@
 
     python benchmarks/laws/published.py table ../shared/data/sft_sweep.csv rank_x_lr_results.json
 
-Writes results/published.md and .json from files that stay outside the repository: their licences allow their use, and
-each is taken only if it is the one that was read, by its hash. Every best rate found at a rank is moved by each law to
-every other rank of its model, as `rankaware bench-law` does. A file named is one of `SOURCES`.
+Writes results/published.md and .json from files that are not in the repository. Their licences allow their use. A file
+must be one of `SOURCES`, and its hash must be that of the file that was read. Each law moves every best rate found at a
+rank to every other rank of its model, as `rankaware bench-law` does.
 
-**Looked for** on 2026-11-26, in a stored index of public repositories and pages: a sweep of several ranks, at each of
-them several rates, with a held-out score and a licence. **Left out**, and why:
+**Looked for** on 2026-11-26, in a stored index of public repositories and pages: a sweep of several ranks, with several
+rates at each rank, a held-out score and a licence. **Left out**, and why:
 
-* huggingface/peft, method_comparison (Apache-2.0): LoRA at several ranks, one rate or two of each.
+* huggingface/peft, method_comparison (Apache-2.0): LoRA at several ranks, with one or two rates each.
 * nikhil-ghosh-berkeley/loraplus (MIT): rates of A against rates of B, and scripts without results.
 * nayyirahsan/LoRA-Rank-Threshold-Study (no licence file): ranks 4 and 64 at three rates.
 * silversuncn/lora-rank-scaling (no licence file): six ranks at one rate.
-* Four repositories called LoRA without regret, of waynehacking8, olokevin, kyleliang919 and Brokttv: one rate a rank,
-  pictures, or scripts alone.
-* Learning Rate Matters (arXiv 2602.04998) and the paper of µA (arXiv 2602.06204), both CC BY 4.0: what is stored of
-  them has their sweeps as figures, without the numbers.
+* Four repositories called LoRA without regret, by waynehacking8, olokevin, kyleliang919 and Brokttv: one rate per rank,
+  pictures, or only scripts.
+* Learning Rate Matters (arXiv 2602.04998) and the paper of µA (arXiv 2602.06204), both CC BY 4.0: the stored copies
+  show their sweeps as figures, without the numbers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Source:
-    """A published file: where it is from, under which licence, its hash, how it is read, and our reading in words."""
+    """A published file: its origin, licence and hash, the function that reads it, and how we understand it."""
 
     origin: str
     licence: str
@@ -58,7 +58,7 @@ class Source:
 
 
 def grid(path: Path) -> Sweep:
-    """Rank by rate: {method: {"ranks": {rank: {"lrs": [...], "acc": [...]}}}}, of which LoRA's are read."""
+    """Read LoRA's sweep from a file of {method: {"ranks": {rank: {"lrs": [...], "acc": [...]}}}}."""
     ranks = json.loads(path.read_text())["lora"]["ranks"]
     rows: list[dict[str, Any]] = [
         {
@@ -101,7 +101,7 @@ SOURCES = {
 
 @click.group()
 def main() -> None:
-    """Do the shipped laws hold on sweeps that others published?"""
+    """Score the shipped laws on sweeps that others published."""
 
 
 @main.command()
@@ -118,7 +118,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """Every law's moves on a file, with both ways of finding a best rate."""
     source = SOURCES.get(path.name)
     if source is None or hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
-        raise click.ClickException(f"{path} is none of the files that were read. Known are {', '.join(SOURCES)}.")
+        raise click.ClickException(f"{path} is none of the files that were read. Name one of: {', '.join(SOURCES)}.")
     sweep, alpha = source.read(path), 32.0 if source.read is read_sweep else None
     for best in ("parabola", "bowl"):
         for score in bench_law(sweep, LAWS, alpha=alpha, best=best):

@@ -1,12 +1,12 @@
-"""Whether the rate that `suggest_lr` gives, and its band, are honest: models left out in turn, and tasks of our own.
+"""Are the rate that `suggest_lr` gives and its band honest? Tests with models left out in turn, and on our own tasks.
 
     python benchmarks/laws/suggestion.py ../shared/data/sft_sweep.csv    # results/suggestion.json and .md
 
-The CSV has columns model, rank, lr and a loss; alpha was 32. The best rate of a cell (model, rank) is the vertex of
-the parabola through the best three rates, log2; where the best lies at an edge of the grid, all that is known is that
-the vertex lies beyond the middle of the last two rates. Moved by the law to rank 16 and fan-in 4096, the cells are
-fitted by a normal distribution, edges by their tail (Tobit), every model with weight 1: its mean and standard
-deviation are LOG2_RATE and SPREAD of rankaware_optim/transfer/_suggest.py.
+The CSV has columns model, rank, lr and a loss. Alpha was 32. The best rate of a cell (model, rank) is the vertex of the
+parabola through the best three log2 rates. Where the best lies at an edge of the grid, we know only that the vertex
+lies beyond the middle of the last two rates. The law moves all best rates to rank 16 and fan-in 4096. Then a normal
+distribution is fitted to them, with weight 1 per model; cells at an edge count by their tail (Tobit). Its mean and
+standard deviation are LOG2_RATE and SPREAD of rankaware_optim/transfer/_suggest.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SMALL: dict[str, tuple[int, int, dict[int, float], dict[int, float], float]] = {
 
 
 class Cell(NamedTuple):
-    """The best rate of a model at a rank, log2 and seen from PUBLISHED: between `low` and `high`, equal if seen."""
+    """log2 of a model's best rate at a rank, moved to PUBLISHED: from `low` to `high`, equal if the rate was found."""
 
     model: str
     low: float
@@ -78,7 +78,7 @@ def read(sweep: Path, width: Callable[[str], float] = HIDDEN.__getitem__) -> lis
         curves[row["model"], int(row["rank"])][math.log2(float(row["lr"]))].append(float(list(row.values())[-1]))
     cells = []
     for (model, rank), curve in curves.items():
-        if len(curve) > 1:  # one rate says nothing
+        if len(curve) > 1:  # one rate does not show where the best one is
             at = Reference(rank, PUBLISHED.alpha, fan_in=width(model))
             moved = math.log2(checked_multiplier(MuA(), at.as_factor(), PUBLISHED))
             low, high = bounds({lr: statistics.mean(losses) for lr, losses in curve.items()})
@@ -87,7 +87,7 @@ def read(sweep: Path, width: Callable[[str], float] = HIDDEN.__getitem__) -> lis
 
 
 def bounds(curve: dict[float, float]) -> tuple[float, float]:
-    """Where the vertex of a curve lies: one point, or beyond the middle of the last two rates."""
+    """Interval of log2 rates where a curve's vertex lies: one point, or all beyond the middle of the last two rates."""
     vertex = vertex_of(curve)
     if vertex is not None:
         return vertex, vertex
@@ -98,14 +98,14 @@ def bounds(curve: dict[float, float]) -> tuple[float, float]:
 
 
 def fit(cells: Sequence[Cell]) -> tuple[float, float]:
-    """Mean and standard deviation of greatest likelihood, to 0.05 octaves."""
+    """Maximum-likelihood mean and standard deviation of log2 rates, on a grid of 0.05 octaves."""
     grid = [(-13 + i / 20, j / 20) for i in range(61) for j in range(4, 31)]
     middle, spread = max(grid, key=lambda point: likelihood(cells, *point))
     return round(middle, 2), round(spread, 2)
 
 
 def likelihood(cells: Sequence[Cell], middle: float, spread: float) -> float:
-    """Log-likelihood, each model's cells averaged."""
+    """Log-likelihood: averaged over a model's cells, summed over models."""
     share = Counter(cell.model for cell in cells)
     return sum(one(cell, middle, spread) / share[cell.model] for cell in cells)
 
@@ -118,7 +118,7 @@ def one(cell: Cell, middle: float, spread: float) -> float:
 
 
 def left_out(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Each model judged by the fit of the others."""
+    """Judge each model by the fit to the others: a row per case."""
     found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for model in HIDDEN:
         middle, spread = fit([c for c in cells if c.model != model])
@@ -132,7 +132,7 @@ def left_out(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def outside(cell: Cell, middle: float) -> float:
-    """From the middle to the nearest rate that may be the best: 0 where an edge's interval holds the middle."""
+    """Octaves from `middle` to the nearest possible best rate: 0 where the interval of a cell at an edge holds it."""
     return max(0.0, cell.low - middle) - max(0.0, middle - cell.high)
 
 
@@ -181,7 +181,7 @@ def notes(sweep: Path, cells: Sequence[Cell]) -> list[str]:
 
 
 def compared(sweep: Path) -> str:
-    """Other ways to read the sweep: without the edges, without the width."""
+    """Other fits of the sweep: without the cells at an edge, and with one width for all models."""
     told = []
     for name, width in (("by the law", HIDDEN.__getitem__), ("left out", lambda model: 4096.0)):
         cells = read(sweep, width)

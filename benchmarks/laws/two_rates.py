@@ -4,11 +4,11 @@
     python benchmarks/laws/two_rates.py run --domain digits_vision
     python benchmarks/laws/two_rates.py table                            # results/two_rates.json, .md and .png
 
-LoRA by PEFT at Init[A] with alpha = rank. AdamW, betas 0.9 and 0.999, weight decay 0.01, gradients clipped at norm 1,
-5 % warm-up, cosine to a tenth; heads at a fixed rate of their own: the same in all schemes. Every run is at a base rate
-tuned at rank 16, from which the package's own law makes the rank's rates: a scheme that moves perfectly has its best
-base rate in the same place at every rank. Octaves of base rate, three seeds; a coarse pass of one seed at rank 16
-places the grid of all ranks, which grows where its best lies at an edge.
+All schemes use LoRA by PEFT at Init[A] with alpha = rank, and AdamW with betas 0.9 and 0.999, weight decay 0.01,
+gradients clipped at norm 1, 5 % warm-up and cosine decay to a tenth. Heads have a fixed rate, the same in all schemes.
+Every run has a base rate, that of rank 16, and the package's law derives the rates of the run's rank from it. A scheme
+that moves rates perfectly has the same best base rate at every rank. Base rates are octaves apart, with three seeds. A
+coarse pass of one seed at rank 16 places the grid of all ranks, which grows where the best lies at an edge.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def cells(domain: Domain) -> list[Cell]:
 
 
 def run_one(job: Job) -> float | None:
-    """One run at base rate 2^x, tuned at rank 16."""
+    """Make one run at base rate 2^x, taken as tuned at rank 16."""
     domain, law = get_domain(job.domain), SCHEMES[job.scheme]
     model, rates = domain.build(job.rank, job.rank, "A", job.seed), domain.head_rates
     opt = RankAwareOptimizer(model, "adamw", lr=2.0**job.x, law=law, tuned_at=tuned_at(CONFIG), rates=rates, **ADAMW)
@@ -86,7 +86,7 @@ def run_one(job: Job) -> float | None:
 
 @main.command()
 def table() -> None:
-    """Write results/two_rates.json, .md and .png from the store; it is to hold whole grids of both domains."""
+    """Write results/two_rates.json, .md and .png from the store, which must hold complete grids of both domains."""
     domains = [get_domain(name) for name in DOMAINS]
     try:
         done = whole(STORE, grid(*domains), "python benchmarks/laws/two_rates.py run --domain, for both domains")
@@ -137,7 +137,7 @@ MOVERS: dict[str, tuple[str, Law]] = {
 
 
 def moves_of(domain: Domain, done: Losses) -> Iterator[dict[str, Any]]:
-    """By how many octaves each way of moving misses the best rate, from rank 16 to every other."""
+    """Error in octaves of the rate moved from rank 16 to every other rank, by each way of moving."""
     for mover, (scheme, law) in MOVERS.items():
         best = {rank: vertex_of(curve(done, (domain.name, scheme, rank), SEEDS) or {0: 0.0}) for rank in domain.ranks}
         for rank in domain.ranks:
@@ -148,7 +148,7 @@ def moves_of(domain: Domain, done: Losses) -> Iterator[dict[str, Any]]:
 
 
 def octaves_of_a(domain: Domain, rank: int, law: Law) -> float:
-    """log2 of A's multiplier at a rank, from a rate tuned at rank 16: the package's own."""
+    """log2 of the multiplier that the package gives A at `rank`, for a rate tuned at rank 16."""
     return octaves_by_role(domain.name, CONFIG, rank, law)["A"][0]
 
 

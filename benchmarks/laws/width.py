@@ -3,42 +3,44 @@
     python benchmarks/laws/width.py run      # resumable: runs are kept as they end, some 40 minutes of one core
     python benchmarks/laws/width.py table    # results/width.json and .md
 
-**Networks.** The study's Llama at widths 96, 192 and 384 and its DiT at 64, 128 and 256, all parts in proportion, heads
-of 32 each; and the Llama of width 192, whose MLP is 512 wide, with MLPs of 192 and 1,024. Pretrained alike: the same
-batches in the same order, 400 steps of 16 × 64 tokens and 600 of 32 images, AdamW at the study's rate times its width
-over this one (2e-3·192/n and 1e-3·128/n), whatever the MLP. Then the study's tasks, 32 and 40 steps of them: shorter
-than the study for the time it takes.
+**Networks.** The study's Llama at widths 96, 192 and 384 and its DiT at widths 64, 128 and 256, with all parts in
+proportion and heads of 32 each. The Llama of width 192 has an MLP of width 512, and is also run with MLPs of 192 and
+1,024. All are pretrained alike, on the same batches in the same order: 400 steps of 16 × 64 tokens and 600 steps of 32
+images. AdamW's rate is the study's, times the study's width over this width (2e-3·192/n and 1e-3·128/n), for every MLP.
+Then they are trained on the study's tasks for 32 and 40 steps, fewer than in the study to save time.
 
-**Runs.** Init[A] and Init[B] r = 16, s = 1, and full; with the two other MLPs Init[A] and full. Seed 0 at whole octaves
-around the study's best rate, growing at an edge, then two seeds at five half octaves around the lowest, as in
-one_constant.py; its two estimators, the middle of the basin and the cliff. Noise is half the difference of the two
-seeds' own estimates, rms over cells.
+**Runs.** Configurations: Init[A] and Init[B] with r = 16 and s = 1, and full. With the two other MLPs, only Init[A] and
+full. As in one_constant.py, seed 0 runs at whole octaves around the study's best rate, on a grid that grows at an edge.
+Then two seeds run at five half octaves around the lowest. The two estimators are also those of one_constant.py: the
+middle of the basin and the cliff. Noise is half the difference of the two seeds' own estimates, rms over cells.
 
-**Hypotheses.** n is the mean fan-in of the adapted layers, weighted by size (`Survey.width`): 132, 263, 526 for the
-Llama and 107, 213, 427 for the DiT. By µA at 8 tokens the best rate goes, from the narrowest to the widest, as n^-0.42
-and n^-0.41 at Init[A], n^-0.97 and n^-0.96 at Init[B], n^-0.98 and n^-0.97 in full: -0.8, -1.9 and -2.0 octaves over
-the two octaves. With the fall that is the package's default at Init[B], as n^-0.64 and n^-0.63 there: -1.3 octaves.
-With one constant a task (T = 2, one_constant.py), c the same at every width and .16 and .30, as at the study's best
-rates at Init[A], that goes as n^-0.32 and n^-0.35, the others as by µA. Against these: one rate at every width, n^-1/2,
-1/n.
+**Hypotheses.** n is the mean fan-in of the adapted layers, weighted by size (`Survey.width`): 132, 263 and 526 for the
+Llama, and 107, 213 and 427 for the DiT. Exponents below are from the narrowest to the widest, of the Llama and then of
+the DiT. By µA at 8 tokens the best rate goes as n^-0.42 and n^-0.41 at Init[A], as n^-0.97 and n^-0.96 at Init[B], and
+as n^-0.98 and n^-0.97 in full. Over the two octaves of width these are -0.8, -1.9 and -2.0 octaves. With the fall that
+is the package's default at Init[B], the rate there goes as n^-0.64 and n^-0.63: -1.3 octaves. With one constant per
+task (T = 2, one_constant.py), c is the same at every width: .16 and .30, as at the study's best rates at Init[A]. Then
+the rate at Init[A] goes as n^-0.32 and n^-0.35, and the others as by µA. The alternatives are one rate at every width,
+n^-1/2 and 1/n.
 
-Where layers are unequal, full's best rate goes as 1/κ(W), W one of three. From an MLP of 512 to one of 192 and to one
-of 1,024 that is, in octaves: 0 and 0 if W is the hidden width, +0.44 and -0.64 if the mean fan-in, +1.39 and -0.99 if
-the largest, which the package takes when the rate comes from Init[A] (`Survey.full_width`).
+Where layers are unequal, full's best rate goes as 1/κ(W), with W one of three widths. From an MLP of 512 to MLPs of 192
+and of 1,024, the rate then moves by 0 and 0 octaves if W is the hidden width, by +0.44 and -0.64 if it is the mean
+fan-in, and by +1.39 and -0.99 if it is the largest fan-in. The package takes the largest when the rate comes from
+Init[A] (`Survey.full_width`).
 
 **Rules**, committed before any run. Errors are in octaves, rms over both estimators.
 
 1. Exponents. A configuration's rate is moved from every width to every other of its kind. The package's law (µA, with
    the fall at Init[B]) stands if its error over both kinds is at most .35 and at most .1 above the lowest candidate's.
-   If not, the lowest candidate takes its place if it is the lowest in both kinds; else nothing is settled.
-2. One constant. c is the same at every width for a configuration if log2 c differs by less than .5 between the
-   narrowest and the widest, in both kinds and by both estimators. One constant is the better law for levels if it
-   predicts full from Init[A] at the same network, both at the mean fan-in, with a lower error than µA's ratios, by each
-   estimator.
-3. Unequal layers. The error of W is that of full's two shifts by 1/κ(W). W decides if its error is the lowest by .2 at
-   least and at most .5, and if the rates that µA predicts at W from Init[A] (read at the mean fan-in, as the package
-   does) also have the lowest spread about their mean error, over the three MLPs. Else nothing is settled, and the
-   largest stays.
+   If not, the lowest candidate replaces it if it is the lowest in both kinds. Otherwise nothing is settled.
+2. One constant. For a configuration, c is the same at every width if log2 c differs by less than .5 between the
+   narrowest and the widest, in both kinds and by both estimators. One constant is the better law for levels if, by each
+   estimator, it predicts full from Init[A] on the same network with a lower error than µA's ratios. Both configurations
+   are then taken at the mean fan-in.
+3. Unequal layers. The error of W is that of full's two shifts by 1/κ(W). W decides under two conditions. Its error is
+   at most .5, and lower than the others' by at least .2. And the rates that µA predicts at W from Init[A] (taken at the
+   mean fan-in, as in the package) also have the lowest spread about their mean error, over the three MLPs. Otherwise
+   nothing is settled, and the package keeps the largest.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ WHICH = ("middle", "cliff")
 
 
 class Kind(NamedTuple):
-    """A domain's module, the steps of a run and those of pretraining, and the layers that are adapted."""
+    """A domain's module, the steps of a run, the steps of pretraining, and the adapted layers."""
 
     module: ModuleType
     steps: int
@@ -90,7 +92,7 @@ class Kind(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network of a kind, by its hidden width and that inside its MLP."""
+    """A network of a kind, with its hidden width and the width of its MLP."""
 
     kind: str
     width: int
@@ -101,7 +103,7 @@ KINDS = {
     "Llama": Kind(language, 32, 400, _llama.LAYERS),
     "DiT": Kind(image_generation, 40, 600, _dit.LAYERS),
 }
-NETWORKS = {  # those first that decide most
+NETWORKS = {  # the most decisive first
     "Llama 192": Network("Llama", 192, 512),
     "Llama 192, MLP 192": Network("Llama", 192, 192),
     "Llama 192, MLP 1024": Network("Llama", 192, 1024),
@@ -140,13 +142,13 @@ def cell_of(name: str, config: str) -> Cell:
 
 
 def task_of(name: str) -> Together:
-    """The loss before training, and every configuration around the study's best rate."""
+    """Jobs of a network: loss before training, and every configuration around the study's best rate."""
     cells = [Around(cell_of(name, config), guess(name, config), SEEDS) for config in configs_of(name)]
     return Together([starts(name, range(1)), *cells])
 
 
 def guess(name: str, config: str) -> int:
-    """The study's best rate of the kind, to the octave."""
+    """First guess of log2 rate: the study's best rate on this kind of network, rounded."""
     domain = KINDS[NETWORKS[name].kind].module.DOMAIN.name
     return round(best_rates(read(STORES / f"{domain}.jsonl"), domain, config)[RANKS[config]])
 
@@ -161,14 +163,14 @@ def warm(name: str) -> None:
 
 @click.group()
 def main() -> None:
-    """How do best rates move with the width?"""
+    """Measure how best rates move with the width."""
 
 
 @main.command()
 @click.option("--network", "chosen", multiple=True, type=click.Choice(list(NETWORKS)), help="Some; by default all.")
 @click.option("--workers", default=2, show_default=True)
 def run(chosen: tuple[str, ...], workers: int) -> None:
-    """Pretrain, and run what is missing."""
+    """Pretrain the networks, and make missing runs."""
     names = chosen or tuple(NETWORKS)
     with get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         pool.map(warm, names, chunksize=1)
@@ -180,7 +182,7 @@ def run(chosen: tuple[str, ...], workers: int) -> None:
 
 
 class Found(NamedTuple):
-    """A cell's estimates: of both seeds, and of each alone."""
+    """A cell's estimates, from both seeds together and from each alone, and the loss before training."""
 
     both: Estimate
     by_seed: tuple[Estimate | None, ...]
@@ -192,7 +194,7 @@ Rates = Mapping[Key, float]
 
 
 def on_file() -> dict[Key, Found]:
-    """Every cell that is whole."""
+    """Estimates of every complete cell on file."""
     found = {}
     for name in NETWORKS:
         done = read(store_of(name))
@@ -206,13 +208,13 @@ def on_file() -> dict[Key, Found]:
 
 
 def alone(done: Losses, cell: Cell, start: float) -> tuple[Estimate | None, ...]:
-    """Estimates of each seed's own runs."""
+    """Estimates from each seed's runs alone."""
     by_seed = [{job._replace(seed=0): loss for job, loss in done.items() if job.seed == seed} for seed in range(SEEDS)]
     return tuple(estimate(own, cell, start, 1) for own in by_seed)
 
 
 def rates_of(found: Mapping[Key, Found], which: str) -> dict[Key, float]:
-    """log2 best rates by one estimator, where it has one."""
+    """log2 best rates by one estimator, for the cells where it has an estimate."""
     return {key: x for key, each in found.items() if (x := getattr(each.both, which)) is not None}
 
 
@@ -231,7 +233,7 @@ def rms(errors: Iterable[float]) -> float:
 
 
 class Widths(NamedTuple):
-    """The hidden width, the mean fan-in weighted by size, and the largest."""
+    """The hidden width, the mean fan-in weighted by size, and the largest fan-in."""
 
     hidden: float
     mean: float
@@ -248,7 +250,7 @@ def widths(name: str) -> Widths:
 
 
 def surveyed(name: str) -> Survey:
-    """What the package reads off a network: its weights do not matter."""
+    """The package's survey of a network, which does not depend on the weights."""
     kind, width, mlp = NETWORKS[name]
     bare = _llama.new_llama(width, mlp) if kind == "Llama" else _dit.DiT(width)
     return inspect_model(adapt(bare.requires_grad_(False), RANK, RANK, "A", 0, KINDS[kind].layers))
@@ -272,7 +274,7 @@ class Place(NamedTuple):
         return Site(init, RANKS[self.config] or 1, 1.0, self.width)
 
 
-Move = Callable[[Place, Place, float], float]  # log2 of the rate there, from that here
+Move = Callable[[Place, Place, float], float]  # (here, there, log2 of the rate here) to log2 of the rate there
 
 
 def by_law(law: Law) -> Move:
@@ -314,7 +316,7 @@ def moved(rates: Rates, kind: str, config: str, law: str) -> Iterator[float]:
 
 
 def exponent(rates: Rates, kind: str, config: str) -> float:
-    """Least squares of log2 best rates over log2 n."""
+    """Least-squares slope of log2 best rate on log2 n."""
     known = {widths(name).mean: rates[name, config] for name in ALIKE[kind] if (name, config) in rates}
     return slope(known) if len(known) > 1 else math.nan
 
@@ -351,13 +353,13 @@ def log_constant(rates: Rates, name: str, config: str) -> float | None:
 
 
 def growth(rates: Rates, kind: str, config: str) -> float:
-    """Octaves of c from the narrowest to the widest."""
+    """Octaves by which c grows from the narrowest network to the widest."""
     narrow, *_, wide = (log_constant(rates, name, config) for name in ALIKE[kind])
     return math.nan if narrow is None or wide is None else wide - narrow
 
 
 def level_errors(rates: Rates, names: Iterable[str], law: str, which: str = "mean") -> list[float]:
-    """Full's rate predicted from Init[A]'s at the mean fan-in, full at the width named, against the one found."""
+    """Errors in octaves of full's rate at the width `which`, predicted by `law` from Init[A] at the mean fan-in."""
     return [
         MOVES[law](Place(SOURCE, widths(name).mean), Place("full", getattr(widths(name), which)), rates[name, SOURCE])
         - rates[name, "full"]
@@ -384,12 +386,12 @@ def rule_2(by: Sequence[Rates]) -> Iterator[str]:
 
 
 def shift(rates: Rates, name: str, config: str) -> float:
-    """Octaves from the Llama with the usual MLP to one with another."""
+    """Octaves by which the best rate moves from the Llama with the usual MLP to network `name`."""
     return rates[name, config] - rates[USUAL, config]
 
 
 def shift_by(which: str, name: str) -> float:
-    """The same for full by 1/κ(W)."""
+    """Octaves by which full's rate moves to network `name` by 1/κ(W), where W is the width `which`."""
     here, there = (Place("full", getattr(widths(each), which)) for each in (USUAL, name))
     return MOVES["µA"](here, there, 0.0)
 
@@ -419,11 +421,11 @@ def rule_3(by: Sequence[Rates]) -> str:
 
 @main.command()
 def table() -> None:
-    """Write the verdict and the tables of what is on file."""
+    """Write the verdict and the tables from the runs on file."""
     found, on = on_file(), machine(1)
     if not found:
         raise click.ClickException(
-            f"There is no whole cell in {STORE}. Run first: python benchmarks/laws/width.py run."
+            f"There is no complete cell in {STORE}. Make the runs first: python benchmarks/laws/width.py run."
         )
     by = [rates_of(found, which) for which in WHICH]
     verdict = [*(rule_1(by, config) for config in RANKS), *rule_2(by), rule_3(by)]
