@@ -58,7 +58,7 @@ Estimator = Callable[[Losses, Cell], Optimum]
 
 
 def optimum(done: Losses, cell: Cell) -> Optimum:
-    """The best rate."""
+    """The best rate, by `best_rate`."""
     seeds = seeds_in(done, *cell[:2])
     means, start = curve(done, cell, seeds), start_of(cell[0], done)
     if not means:
