@@ -259,7 +259,7 @@ class Question(NamedTuple):
 
     Args:
         name: the question in words.
-        laws: names of the laws to judge. If two are the same on these moves, only the package's is listed.
+        laws: names of the laws to judge, the package's first. It wins if another is the same on these moves.
         asks: (source, target) -> whether the question has this move.
     """
 
