@@ -55,7 +55,7 @@ REPLAYED = (
 )  # fmt: skip
 RANKS, SEEDS = (4, 64), (0, 1)
 WORKERS, TRIALS = (1, 2, 4, 16, 64), (16, 64)
-POLL = 5.0  # virtual time, in steps, for a second between two looks of a waiting worker; a run takes at least 20 s
+POLL = 5.0  # steps of virtual time per second that a worker waits for others, as if a run took at least 20 s
 DRAWS = 5
 
 

@@ -92,7 +92,7 @@ class Bowl:
     far: float
 
     def at(self, u: float, noise: float) -> float:
-        """The gap at `u` octaves from the optimum. Only on the cliff it changes with the `noise`, standard normal."""
+        """The gap at `u` octaves from the optimum. On the cliff it also depends on `noise`, in standard deviations."""
         bent = float(np.interp(u, self.u, self.bent))
         wild = noise * self.far * min(max(bent - 2.0, 0.0), 1.0) * (u > 0)
         return float(min(BEND * math.sinh(max(bent + wild, 0.0)), 1.0 if u < 0 else HIGHEST))

@@ -57,7 +57,7 @@ class AsManySteps(Schedule):
 
 
 class HighestLonger(AsManySteps):
-    """The same, with only the highest rank at the longer length."""
+    """The same as `AsManySteps`, with only the highest rank at the longer length."""
 
     def _rotate(
         self, tried: Trials, task: Task, ranks: Sequence[int | None], weights: Mapping[int | None, float]

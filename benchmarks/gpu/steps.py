@@ -1,4 +1,4 @@
-"""What a step costs on the device: RankAwareOptimizer against the bare optimizer with the same groups, by kernel.
+"""Cost of a step on the device by implementation: RankAwareOptimizer against the bare optimizer with the same groups.
 
 The tensors are the 448 of an 8B model's rank-16 adapters, as in costs/step_cost.py, but at full width. Steps are
 compared in the same pairs and ABBA order. They are timed by CUDA events, so that a time ends when the device is done.

@@ -64,8 +64,8 @@ def best_rate(means: Mapping[float, float], start: float) -> float | None:
 def jumps(upward: Sequence[float]) -> bool:
     """Whether the loss jumps above its lowest point: in one octave it rises to about where it then stays.
 
-    That is, the first octave loses more than half of what any further one loses. On a parabola it loses a third at
-    most, if the vertex is half an octave below the lowest point.
+    That is, the next rate loses more than half of what any higher one loses. On a parabola it loses a third at most, if
+    the vertex is half an octave below the lowest point.
 
     Args:
         upward: losses by rising rate, from the lowest loss on.
