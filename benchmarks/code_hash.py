@@ -1,8 +1,9 @@
-"""Whether a table is older than the code it depends on: a hash of syntax trees, so that words may change freely.
+"""Hash of the code behind a table, which shows whether the table is older than its code.
 
-A script that writes a table names in `DEPENDS_ON` the modules and packages that its figures depend on: the package's by
-their full names, the benchmarks' as they are imported. The hash is of these and of the script. Comments, docstrings,
-and what is raised or warned with are left out.
+A script that writes a table lists in `DEPENDS_ON` the modules and packages that its figures depend on. Modules of
+rankaware_optim have their full names, modules of the benchmarks the names by which they are imported. The hash is of
+the syntax trees of these and of the script. It leaves out comments, docstrings, and the texts of exceptions and
+warnings, so that these may change freely.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def code_of(script: Path) -> str:
-    """benchmarks/<script>@<hash>, as tables carry it; "unknown" for what is no script of the benchmarks."""
+    """benchmarks/<script>@<hash>, as tables carry it; "unknown" for a script outside the benchmarks."""
     if BENCHMARKS not in script.resolve().parents:
         return "unknown"
     name = script.resolve().relative_to(BENCHMARKS)
@@ -28,7 +29,7 @@ def code_of(script: Path) -> str:
 
 
 def depends_on(script: Path) -> tuple[str, ...]:
-    """A script's `DEPENDS_ON`, read without importing it; empty where it has none."""
+    """A script's `DEPENDS_ON`, read without importing the script; empty if it has none."""
     for node in ast.parse(script.read_text()).body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["DEPENDS_ON"]:
             return tuple(ast.literal_eval(node.value))
@@ -36,7 +37,7 @@ def depends_on(script: Path) -> tuple[str, ...]:
 
 
 def files(module: str) -> list[Path]:
-    """A module's file, or all files of a package and of those below it.
+    """The file of a module, or all files of a package and its subpackages.
 
     Raises:
         FileNotFoundError: there is no such module.
@@ -45,12 +46,15 @@ def files(module: str) -> list[Path]:
     path = root / module.replace(".", "/")
     found = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
     if not found or not found[0].exists():
-        raise FileNotFoundError(f"DEPENDS_ON names {module}, which is no module of this repository. Name one that is.")
+        raise FileNotFoundError(f"DEPENDS_ON names {module}, which is not in this repository. Name one that is.")
     return found
 
 
 def parts(node: object) -> Iterator[object]:
-    """What a syntax tree is made of, alike in every version of Python: empty fields and positions are left out."""
+    """Node types, fields and values of a syntax tree, the same in every Python version.
+
+    Positions in the file and empty fields are left out.
+    """
     if isinstance(node, list):
         for each in node:
             yield tuple(parts(each))
@@ -64,7 +68,7 @@ def parts(node: object) -> Iterator[object]:
 
 
 def worded(node: ast.AST) -> ast.AST:
-    """A node without its words: no docstring, an exception or a warning without what it says."""
+    """A node without its words: the docstring, or the text of an exception or warning."""
     if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
         return type(node)(**{**dict(ast.iter_fields(node)), "body": node.body[1:]})
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):

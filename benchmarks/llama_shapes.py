@@ -1,4 +1,4 @@
-"""Adapters as wide as a Llama's, in PEFT's layout: what the benchmarks of cost build."""
+"""LoRA adapters with a Llama's widths, in PEFT's layout, for the benchmarks of cost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ RANK = 16
 
 
 def projections(hidden: int, kv: int, intermediate: int) -> dict[str, tuple[int, int]]:
-    """Fan-in and fan-out of the seven linear layers in a Llama block."""
+    """(fan_in, fan_out) of the seven linear layers in a Llama block, by name."""
     narrow, up = (hidden, kv), (hidden, intermediate)
     return {"q": (hidden, hidden), "k": narrow, "v": narrow, "o": (hidden, hidden)} | {
         "gate": up,
@@ -18,12 +18,12 @@ def projections(hidden: int, kv: int, intermediate: int) -> dict[str, tuple[int,
 
 
 LLAMA_8B_EIGHTH = projections(512, 128, 1792)  # 32 blocks; every width divided by 8
-LLAMA_8B = projections(4096, 1024, 14336)  # the same at its own width
+LLAMA_8B = projections(4096, 1024, 14336)  # 32 blocks at full width
 LLAMA_70B = projections(8192, 1024, 28672)  # 80 blocks
 
 
 class Pair(nn.Module):
-    """A LoRA pair named and declared as PEFT does it, without the frozen weight beside it."""
+    """A LoRA pair with PEFT's names and attributes, without the frozen weight."""
 
     def __init__(self, fan_in: int, fan_out: int) -> None:
         super().__init__()
@@ -35,5 +35,5 @@ class Pair(nn.Module):
 
 
 def adapters(blocks: int, shapes: dict[str, tuple[int, int]]) -> nn.Module:
-    """A model of LoRA pairs alone: `blocks` times `shapes`."""
+    """A model of LoRA pairs only: `blocks` blocks, each with one pair for every entry of `shapes`."""
     return nn.ModuleList(nn.ModuleDict({name: Pair(*fans) for name, fans in shapes.items()}) for _ in range(blocks))

@@ -1,4 +1,4 @@
-"""A run that costs nothing: a LoRA pair, and losses that are best at 2^-7, with noise of the seed."""
+"""A run that costs nothing: a LoRA pair, and noisy made-up losses that are best at the rate 2^-7."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Pair(nn.Module):
-    """A LoRA pair on a layer of 8 × 8."""
+    """A LoRA pair on a frozen 8 × 8 weight."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class Pair(nn.Module):
 
 
 def train(trial: Any, pause: float = 0.0) -> Iterator[float]:
-    """A trial's losses, `pause` seconds a step."""
+    """Yield a trial's losses, one a step; each step takes `pause` seconds."""
     trial.optimizer(Pair(trial.rank))
     u = math.log2(trial.lr) + 7
     for step in range(trial.steps):

@@ -1,4 +1,4 @@
-"""Where results are written, and how: the machine's description, pages of markdown, figures in cells."""
+"""Write results: the machine's description, JSON files, markdown pages, and numbers in table cells."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Where, with what, from which commit and code, and by which command the figures were made."""
+    """How figures were made: machine, versions, commit, hash of the code, date and command."""
     return {
         "commit": commit(),
         "code": code_of(Path(getattr(sys.modules["__main__"], "__file__", None) or "")),
@@ -38,7 +38,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the working tree, marked where the code differs from it; "unknown" outside a clone."""
+    """The commit of the working tree, with " and changes" if the code differs from it; "unknown" outside a clone."""
     git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--abbrev=8", "--exclude=*"]
     code = [":/rankaware_optim", ":/benchmarks/*.py"]
     try:
@@ -50,7 +50,7 @@ def commit() -> str:
 
 
 def cpu_model() -> str:
-    """The processor's name: from /proc/cpuinfo where there is one."""
+    """The processor's name, from /proc/cpuinfo if it exists."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -58,14 +58,14 @@ def cpu_model() -> str:
 
 
 def in_fresh_process(script: str, *options: str) -> dict[str, Any]:
-    """What a script prints as JSON when it is run with these options."""
+    """Run a script with these options in a new process, and parse the JSON that it prints."""
     done = subprocess.run([sys.executable, script, *options], check=True, stdout=subprocess.PIPE)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
 def record(name: str, title: str, rows: Sequence[dict[str, Any]], on: dict[str, Any], notes: Sequence[str]) -> None:
-    """Print `rows` and write them to results/`name`.json and .md, with the machine and the notes."""
+    """Print `rows`, and write them to results/<name>.json and .md with the machine and the notes."""
     document = {"title": title, "machine": on, "notes": list(notes), "rows": list(rows)}
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     cells = [[shown(value) for value in row.values()] for row in rows]
@@ -81,7 +81,7 @@ def record(name: str, title: str, rows: Sequence[dict[str, Any]], on: dict[str, 
 
 
 def page(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], on: dict[str, Any], notes: Any) -> str:
-    """A result of one table as a page."""
+    """A page with one table: title, table, notes, machine and command."""
     return "\n\n".join([f"# {title}", table_of(heads, cells), *notes, made_on(on)]) + "\n"
 
 
@@ -95,18 +95,18 @@ def table_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def made_on(on: Mapping[str, Any]) -> str:
-    """The machine, and the command."""
+    """The machine and the command, in words."""
     named = ", ".join(f"{key} {value}" for key, value in on.items() if key != "command")
     return f"Machine: {named}.\n\nCommand: `{on['command']}`"
 
 
 def written_by(on: Mapping[str, Any]) -> str:
-    """The code and the command alone: where the runs name their own machines."""
+    """The code and the command only, for pages whose runs name their own machines."""
     return f"Code: {on['code']}.\n\nCommand: `{on['command']}`"
 
 
 def shown(value: object) -> str:
-    """A cell: figures to three digits behind the point at most, a missing one as a dash, a bar as met or not."""
+    """A cell's text: a float with three decimals below 10 and one above, None as a dash, a bool as yes or NO."""
     if isinstance(value, bool):
         return "yes" if value else "NO"
     if isinstance(value, float):
@@ -115,10 +115,10 @@ def shown(value: object) -> str:
 
 
 def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
-    """A figure, or a dash."""
+    """A number with `digits` decimals; a dash if it is None or not finite."""
     return "–" if value is None or not math.isfinite(value) else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
 def percent(share: float) -> str:
-    """A regret."""
+    """A regret, given as a share, in percent; "diverged" if it is not finite."""
     return "diverged" if not math.isfinite(share) else number(100 * share, 1) + " %"

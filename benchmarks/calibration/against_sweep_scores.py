@@ -53,12 +53,14 @@ def tuned_once(domain: Domain) -> Grid:
 
 
 def searches(domain: Domain) -> list[Search]:
-    plans = [(plan, share, seed) for seed in SEARCH_SEEDS for plan in PLANS for share in SHARES[plan]]
+    """Every search, a seed after the other: what is on file is whole for the first seeds."""
     return [
-        Search(domain.name, config, *plan)
+        Search(domain.name, config, plan, share, seed)
+        for seed in SEARCH_SEEDS
         for config, own in CONFIGS.items()
-        for plan in plans
-        if plan[0] != TO_FULL or own.init == "B"  # from Init[A] the plan for full finetuning is the plain one
+        for plan in PLANS
+        for share in SHARES[plan]
+        if plan != TO_FULL or own.init == "B"  # from Init[A] the plan for full finetuning is the plain one
     ]
 
 

@@ -1,21 +1,22 @@
-"""What do 16 and 64 workers gain? The real planner with many workers in virtual time, on runs that were measured.
+"""How much do 16 and 64 workers gain? The package's planner with many workers, simulated on measured runs.
 
     python benchmarks/calibration/cluster_simulation.py            # results/cluster_simulation.json and .md
     python benchmarks/calibration/cluster_simulation.py --draws 1  # a quick look, not written
 
-Every worker is the package's own `Runner` on one storage: schedule, sampler, pruner, fit and the waiting for one
-another are the real ones, only training and the clock are replaced. A simulated run repeats the run of a shipped
-recipe (Init[A], s = 1, real trainings of LoRA) whose rate is nearest: its losses step by step, its end where it
-diverged. Where that one was pruned it goes on as the best run, as far behind as it was. A step takes what steps took in
-results/calibration_searches.jsonl, drawn again for every run: at ranks 4 and 64 what they took at a domain's lowest and
-highest rank, the lowest's median being 1. They were measured on two cores that others used too.
+Every worker is the package's `Runner`, and all share one storage. Schedule, sampler, pruner, fit and the waiting for
+other workers are real. Only training and the clock are replaced. A simulated run repeats the run of a shipped recipe
+(Init[A], s = 1, real trainings of LoRA) whose rate is nearest, with its losses step by step. If that run diverged, the
+simulated one does too. If it was pruned, the simulated one continues like the best run, at the distance in loss that
+it had when it was pruned. The time of a step is drawn for every run from the times measured in
+results/calibration_searches.jsonl. At ranks 4 and 64 these are the times at a domain's lowest and highest rank, in
+units of the median at the lowest. They were measured on two cores that other processes used too.
 
-Speed-up is the time of one worker over that of many; the last column has it where every step takes its rank's median.
-The last round begins when the first worker finds nothing left to start: its share of the whole time, and the workers'
-share of the whole time in which they had nothing to run. Octaves apart: how far the recipe's base rate is from that of
-one worker, who plans each run on all before it.
+Speed-up is the time of one worker over that of many. In the last column every step takes its rank's median time. The
+last round begins when the first worker finds nothing left to start, and is shown as a share of the whole time. Idle is
+the share of the workers' time in which they had nothing to run. Octaves apart is the distance of the recipe's base rate
+from that of one worker, who plans each run with all earlier runs known.
 
-Left out: starting a worker, building the model, and the time of the fit and the storage, which do not grow with the
+Left out are starting a worker, building the model, and the time of the fit and the storage. These do not grow with the
 runs' length.
 """
 
@@ -54,7 +55,7 @@ REPLAYED = (
 )  # fmt: skip
 RANKS, SEEDS = (4, 64), (0, 1)
 WORKERS, TRIALS = (1, 2, 4, 16, 64), (16, 64)
-POLL = 5.0  # steps a second that a worker waits between two looks: a run takes 20 s at least
+POLL = 5.0  # steps of virtual time per second that a worker waits for others, as if a run took at least 20 s
 DRAWS = 5
 
 
@@ -62,26 +63,26 @@ DRAWS = 5
 
 
 class Clock:
-    """Time for threads that take turns: one runs, and hands over when it sleeps, to the one that is due first."""
+    """Virtual time for threads that take turns. When a thread sleeps, the one that is due first runs."""
 
     def __init__(self) -> None:
         self.now, self._due, self._order = 0.0, [], count()
 
     def sleep(self, duration: float) -> None:
-        """Let the others run until `duration` from now."""
+        """Let other threads run for `duration` of virtual time."""
         gate = threading.Event()
         heapq.heappush(self._due, (self.now + duration, next(self._order), gate))
         self.hand_over()
         gate.wait()
 
     def hand_over(self) -> None:
-        """Let the next one run, from a thread that is going to wait or to end."""
+        """Start the thread that is due next. The calling thread must then wait or end."""
         if self._due:
             self.now, _, gate = heapq.heappop(self._due)
             gate.set()
 
     def run(self, works: list[Callable[[], None]]) -> None:
-        """Run all works from time 0 to their ends."""
+        """Run all works in threads from time 0, until every one has ended."""
         errors: list[BaseException] = []
 
         def enter(work: Callable[[], None], gate: threading.Event) -> None:
@@ -109,7 +110,7 @@ class Clock:
 
 
 class Replay:
-    """The LoRA runs of a recipe, by log2 of the base rate above the first one's."""
+    """The LoRA runs of a recipe, by octaves of their base rate from the first run's."""
 
     def __init__(self, name: str) -> None:
         tensors = ra.Recipe.load(RECIPES / f"{name}.toml").tensors
@@ -122,7 +123,7 @@ class Replay:
         self._best = self.curves[min(whole, key=lambda i: statistics.fmean(self.curves[i][-5:]))]
 
     def values(self, x: float) -> list[float]:
-        """The losses of the run whose rate is nearest, to the end it had or would have had."""
+        """The losses of the run whose rate is nearest to `x`, a pruned one continued to the last step."""
         near = min(range(len(self.x)), key=lambda i: abs(self.x[i] - x))
         curve = self.curves[near]
         if self.lost[near]:
@@ -132,7 +133,10 @@ class Replay:
 
 
 def step_times() -> dict[int, list[float]]:
-    """What a step took at each end, in units of the domain's median at the lowest rank: one measurement a search."""
+    """Measured times of a step by rank in `RANKS`, one for each search and rank.
+
+    They are the times at a domain's lowest and highest rank, in units of its median at the lowest.
+    """
     taken: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in on_file():
         for rank, (steps, seconds) in by_arm(row["runs"]).items():
@@ -150,7 +154,19 @@ def step_times() -> dict[int, list[float]]:
 
 
 def simulated(replay: Replay, workers: int, trials: int, times: dict[int, list[float]], seed: int) -> dict[str, float]:
-    """One calibration by many workers: its time in steps, its last round, what it found."""
+    """Simulate one calibration by many workers.
+
+    Args:
+        replay: the measured runs.
+        workers: how many workers.
+        trials: how many trials.
+        times: times of a step to draw from, by rank.
+        seed: seed of the draw.
+
+    Returns:
+        The total time in steps, the shares of the last round and of idle time, log2 of the recipe's base rate, the mean
+        length of a run as a share of the whole, and the trials that count.
+    """
     study = Study(torch.optim.AdamW, ra.MuA(), RANKS, (replay.steps,), SEEDS)
     study.open(None, None, optuna.storages.InMemoryStorage())
     clock, rng = Clock(), np.random.default_rng([seed, trials])
@@ -193,7 +209,7 @@ def simulated(replay: Replay, workers: int, trials: int, times: dict[int, list[f
 
 
 def row_of(trials: int, workers: int, found: list[dict[str, float]], one: list[dict[str, float]]) -> dict[str, Any]:
-    """A line of the table: means over calibrations and draws."""
+    """A row of the table: means over calibrations and draws."""
     pairs = list(zip(found, one, strict=True))
     gains = [alone["time"] / many["time"] for many, alone in pairs]
     return {
@@ -210,7 +226,7 @@ def row_of(trials: int, workers: int, found: list[dict[str, float]], one: list[d
 
 
 def rows_of(trials: int, replays: list[Replay], times: dict[int, list[float]], draws: int) -> list[dict[str, Any]]:
-    """The table's lines for a number of trials."""
+    """The table's rows for a number of trials."""
     alike = {rank: [statistics.median(taken)] for rank, taken in times.items()}
     drawn = {w: [simulated(r, w, trials, times, s) for r in replays for s in range(draws)] for w in WORKERS}
     steady = {w: [simulated(r, w, trials, alike, 0)["time"] for r in replays] for w in WORKERS}

@@ -1,17 +1,17 @@
-"""Does the 90 % band hold? Simulated calibrations, whose optimum is known, by the real search and the real fit.
+"""Does the 90 % band hold? Calibrations with a known optimum, simulated by the package's search and fit.
 
     python benchmarks/calibration/coverage.py            # results/coverage.json and .md, about five minutes on one core
     python benchmarks/calibration/coverage.py --studies 50   # a quick look, not written
 
-A study tries ranks 4 and 64, eight trials each, two paired seeds, by the package's plan, search and fit. Its runs are
-drawn around a known optimum: the bowls, seed offsets and noise are those of two committed sweeps
-(results/two_rates.json, one rate), read by `bowls_of`, so no bowl has the fit's own form, and the cliffs are real ones.
-Half of the noise is smooth along the rate, as runs of one seed share their batches.
+A study tries ranks 4 and 64, with eight trials each and two paired seeds, by the package's plan, search and fit. Its
+runs are drawn around a known optimum. The bowls, seed offsets and noise are those of two committed sweeps
+(results/two_rates.json, one rate), read by `bowls_of`. So no bowl has the form that the fit assumes, and the cliffs are
+real. Half of the noise is smooth along the rate, since runs of one seed share their batches.
 
-The optimum at each rank is drawn three times: from the law; with a drift of +0.18 ± 0.07 octaves per octave; under
-Init[B], with a drift uniform between -0.3 and -0.7. Full finetuning is not tried; its truth lies a factor of
-2^(0 ± 0.4) from the law's, under Init[B] from the drift's continuation: what the fit's prior says, so there the
-benchmark checks the arithmetic and not the prior. Octaves are log2 of a rate.
+The optimum at each rank is drawn in three ways: from the law; with a drift of +0.18 ± 0.07 octaves per octave; and
+under Init[B], with a drift uniform between -0.3 and -0.7. Full finetuning is not tried. Its true rate is 2^(0 ± 0.4)
+times the law's; under Init[B] the drift continues to it. This is what the fit's prior says, so here the benchmark
+checks the arithmetic and not the prior. Octaves are log2 of a rate.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ DEPENDS_ON = (
     "rankaware_optim.calibration",
 )
 TRIED, ASKED = (4, 64), (4, 16, 64, 256, None)  # None: full finetuning
-TRIALS, SEEDS = 8, (0, 1)  # a rank; those of `calibrate`
+TRIALS, SEEDS = 8, (0, 1)  # trials a rank; the default seeds of `calibrate`
 SWEEPS = ("image_generation", "digits_vision")
 WIDTH = 1024.0
 FULL_SD = 0.4
-SCATTER = 0.2  # of a rank's own best rate about the law or the drift, octaves: that of the study's sweeps
-START_SD = 0.05  # noise of the first value, a share of the gain
+SCATTER = 0.2  # standard deviation in octaves of a rank's best rate about the law or drift, as in the study's sweeps
+START_SD = 0.05  # standard deviation of the first value's noise, a share of the gain
 SMOOTH = 0.5  # share of the noise's variance that is smooth along the rate, within about an octave
-GUESS_SD = 1.5  # of the search's start about the truth, octaves
-BEND = 0.02  # share of the gain about which the bowls' losses are read on a logarithmic scale
+GUESS_SD = 1.5  # standard deviation in octaves of the search's start about the truth
+BEND = 0.02  # gap, a share of the gain, above which the bowls' gaps are on a logarithmic scale
 NEAR = 0.05  # gap, a share of the gain, below which a rate counts as near the optimum
-BEYOND = 10.0  # octaves by which the bowls go on past their grids
-LOST, HIGHEST = 1.3, 3.0  # gaps, shares of the gain: a run beyond the first is cut short; the highest there is
+BEYOND = 10.0  # octaves by which the bowls are continued beyond their grids
+LOST, HIGHEST = 1.3, 3.0  # gaps, shares of the gain: a run above the first is stopped; the second is the cap
 NOTES = (
     "Simulated calibrations, 1,000 of each truth: ranks 4 and 64, eight trials each, two paired seeds, by the "
     "package's search and fit, on bowls, seed offsets, noise and cliffs of two real sweeps (two_rates.json: "
@@ -75,10 +75,14 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Bowl:
-    """The loss over the rate of a real sweep at one rank, as shares of the gain above its best.
+    """Gap over the rate in a real sweep at one rank. The gap is the loss above the best, as a share of the gain.
 
-    u, bent: octaves from the optimum, and the gap there on the scale of `BEND`. offset, near, far: standard
-    deviations of a seed's own level, of a run about it (shares of the gain), and of the bent gap on the cliff.
+    Args:
+        u: octaves from the optimum, shape (points,).
+        bent: asinh(gap / `BEND`) at `u`, shape (points,).
+        offset: standard deviation of a seed's level, a share of the gain.
+        near: standard deviation of a run about its seed's level, a share of the gain.
+        far: standard deviation of the bent gap on the cliff.
     """
 
     u: Array
@@ -88,14 +92,14 @@ class Bowl:
     far: float
 
     def at(self, u: float, noise: float) -> float:
-        """The gap at `u` octaves from the optimum; `noise` standard deviations are felt on the cliff."""
+        """The gap at `u` octaves from the optimum. On the cliff it also depends on `noise`, in standard deviations."""
         bent = float(np.interp(u, self.u, self.bent))
         wild = noise * self.far * min(max(bent - 2.0, 0.0), 1.0) * (u > 0)
         return float(min(BEND * math.sinh(max(bent + wild, 0.0)), 1.0 if u < 0 else HIGHEST))
 
 
 def bowls_of(sweep: Mapping[str, Any], domain: str) -> dict[int, Bowl]:
-    """A domain's bowl at each rank swept, from its runs at one rate: a grid an octave apart with three seeds."""
+    """A domain's bowl at each rank of a sweep, from the runs with one rate: octaves of rate, three seeds."""
     start = sweep["starts"][domain]
     runs = [run[2:] for run in sweep["runs"] if run[:2] == [domain, "one rate"]]
     return {rank: _bowl([run[1:] for run in runs if run[0] == rank], start) for rank in sorted({r[0] for r in runs})}
@@ -117,7 +121,10 @@ def _bowl(runs: Sequence[tuple[float, int, float]], start: float) -> Bowl:
 
 
 def _curve(gaps: Mapping[float, Array]) -> tuple[Array, Array]:
-    """(octaves from the optimum, bent gap): a spline through the means, rising either way, with its end slopes."""
+    """(octaves from the optimum, bent gap), by a spline through the mean gaps.
+
+    It is made to rise on both sides of the lowest point, and continued beyond the grid with its slopes at the ends.
+    """
     spline = CubicSpline(list(gaps), [np.arcsinh(g.mean() / BEND) for g in gaps.values()], bc_type="natural")
     x = np.linspace(spline.x[0], spline.x[-1], 400)
     bent = spline(x)
@@ -130,7 +137,13 @@ def _curve(gaps: Mapping[float, Array]) -> tuple[Array, Array]:
 
 
 class World:
-    """Runs about a known optimum: `best` is log2 of the best rate by rank, in reference coordinates."""
+    """Simulated runs with a known optimum.
+
+    Args:
+        best: log2 of the best base rate by rank.
+        bowls: bowls by rank. A rank without one uses the nearest.
+        rng: draws the noise.
+    """
 
     def __init__(self, best: Mapping[int, float], bowls: Mapping[int, Bowl], rng: np.random.Generator) -> None:
         self._best, self._rng = best, rng
@@ -141,7 +154,7 @@ class World:
         self._waves = {cell: (rng.normal(size=24), rng.uniform(0, 2 * math.pi, 24)) for cell in cells}
 
     def run(self, rank: int, seed: int, x: float) -> Observation:
-        """One trial: loss 0 is the best there is, 1 the loss before training."""
+        """Simulate one trial at log2 base rate `x`. Loss 0 is the lowest possible, and 1 is that before training."""
         bowl, (waves, phases) = self.bowls[rank], self._waves[rank, seed]
         smooth = float(np.cos(waves * x + phases).mean()) * math.sqrt(2 * len(waves))
         noise = math.sqrt(SMOOTH) * smooth + math.sqrt(1 - SMOOTH) * self._rng.normal()
@@ -154,7 +167,7 @@ class World:
 
 @dataclass(frozen=True)
 class Case:
-    """One way the truth is drawn: Init, and the drift in octaves per octave."""
+    """One way to draw the truth: the init, and the drift in octaves of rate per octave of rank."""
 
     name: str
     init: Literal["A", "B"]
@@ -172,14 +185,14 @@ CASES = (
 
 
 def study_of(init: Literal["A", "B"]) -> Simulated:
-    """A study of AdamW at the ranks tried."""
+    """A study of AdamW at the ranks `TRIED`."""
     study = Simulated(torch.optim.AdamW, MuA(), TRIED, (STEPS,), SEEDS)
     study._settle(Reference(TRIED[-1], float(TRIED[-1]), init=init, fan_in=WIDTH), WIDTH)
     return study
 
 
 def truth_of(study: Simulated, case: Case, rng: np.random.Generator) -> dict[int | None, float]:
-    """log2 of the best rate by rank, along the law centred on the priors."""
+    """By rank (None: full finetuning), log2 of the base rate that the law at its prior means moves to the best."""
     prior, about = study.prior, study.centred_law().exponent
     base, drift, factor = rng.normal(-10, 1), case.drift(rng), rng.normal(0, FULL_SD)
     lora = {
@@ -189,7 +202,7 @@ def truth_of(study: Simulated, case: Case, rng: np.random.Generator) -> dict[int
 
 
 def simulated(case: Case, bowls: Mapping[int, Bowl], trials: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """One study: by rank asked, whether the band held the truth, its width, and what the quoted rate loses."""
+    """Simulate one study. For each rank in `ASKED`, yield whether the band held the truth, its width, and regret."""
     study = study_of(case.init)
     truth = truth_of(study, case, rng)
     world = World({rank: x for rank, x in truth.items() if rank}, bowls, rng)
@@ -216,7 +229,7 @@ def simulated(case: Case, bowls: Mapping[int, Bowl], trials: int, rng: np.random
 
 
 def row_of(case: str, rank: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A line of the table."""
+    """A row of the table."""
     regret, unleaned = (100 * np.array([one[key] for one in found]) for key in ("regret", "unleaned"))
     return {
         "truth": case,
@@ -234,7 +247,7 @@ def row_of(case: str, rank: str, found: Sequence[Mapping[str, Any]]) -> dict[str
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The bar, in a sentence."""
+    """Whether the bar was met, in a sentence."""
     *parts, pooled = [row["band holds it, %"] for row in rows if row["rank"] == "all"]
     met = 85 <= pooled <= 95 and min(parts) >= 80
     each = ", ".join(f"{part:.1f} %" for part in parts)

@@ -1,7 +1,8 @@
 """What calibrating in place costs: seconds between trials, memory beside the model, and what Ctrl-C leaves behind.
 
-A model of 224 adapted linear layers shaped like an 8B model's, every width divided by 8, with frozen weights. Time and
-memory are each of a fresh process; memory is its resident set. The interruptions are those of the tests, more of them.
+The model has 224 adapted linear layers with frozen weights, shaped like an 8B model's with every width divided by 8.
+Time and memory are measured in fresh processes. Memory is the resident set. The interruptions are those of the tests,
+but there are more of them.
 
     python benchmarks/calibration/in_place.py
 """
@@ -41,7 +42,7 @@ BLOCKS, STEPS, TRIALS, LARGE = 32, 5, 6, 64
 @click.option("--threads", default=1, show_default=True)
 @click.option("--worker", default="", hidden=True, help="Be one of the processes: print its figures as JSON.")
 def main(interruptions: int, threads: int, worker: str) -> None:
-    """Measure, print, and write results/in_place.json and .md; exit status 1 where a model was not put back."""
+    """Measure, print the table, and write it to the results. Exit with status 1 if a model was not restored."""
     torch.set_num_threads(threads)
     if worker:
         print(json.dumps(WORKERS[worker]()))
@@ -61,7 +62,7 @@ def main(interruptions: int, threads: int, worker: str) -> None:
 
 
 class Adapted(nn.Module):
-    """A frozen linear layer and its pair, named and declared as PEFT does it."""
+    """A frozen linear layer and its LoRA pair, with PEFT's names and attributes."""
 
     def __init__(self, fan_in: int, fan_out: int) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class Adapted(nn.Module):
 
 
 class Block(nn.Module):
-    """The seven linear layers of a Llama block, wired so that each has a gradient; no attention."""
+    """The seven linear layers of a Llama block without attention, connected so that each has a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ def build() -> nn.Module:
 
 
 def step(model: nn.Module, i: int) -> torch.Tensor:
-    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))  # one batch, so that few steps gain something
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))  # one batch, so that a few steps lower the loss
     return (model(x) - x.roll(1, 1)).square().mean()
 
 
@@ -104,7 +105,10 @@ def step(model: nn.Module, i: int) -> torch.Tensor:
 
 
 def between_trials() -> dict[str, Any]:
-    """Seconds from the end of a trial's last step to the start of the next one's first, by the next one's rank."""
+    """Seconds from the end of a trial's last step to the start of the next trial's first, by the next one's rank.
+
+    Also seconds before the first step, after the last, and of a median step; and the number of LoRA pairs.
+    """
     model, started, ended = build(), list[tuple[int, float, int]](), list[float]()
     register_optimizer_step_post_hook(lambda *_: ended.append(time.perf_counter()))
 
@@ -128,7 +132,7 @@ def calibrate(model: nn.Module, step: Any, ranks: tuple[int | None, ...]) -> Non
 
 
 def plain() -> dict[str, Any]:
-    """Memory of training the model by hand at the larger rank."""
+    """Memory in MB of plain training at rank `LARGE`, without a calibration."""
     model = build()
     for module in model.modules():
         if isinstance(module, Adapted):
@@ -146,7 +150,7 @@ def plain() -> dict[str, Any]:
 
 
 def in_place(*ranks: int | None) -> dict[str, Any]:
-    """Memory of calibrating in place."""
+    """Memory in MB of calibrating in place at these ranks; None is full finetuning."""
     model = build()
     found = {"before": resident(), "model": size(model.parameters())}
     calibrate(model, step, ranks)
@@ -162,13 +166,13 @@ WORKERS = {
 
 
 def resident() -> float:
-    """This process's resident set now, MB."""
+    """This process's resident set now, in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 def peak() -> float:
-    """The largest it has been, MB."""
+    """This process's largest resident set so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
@@ -209,7 +213,7 @@ def memory_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def interrupt(count: int, twice: bool) -> dict[str, Any]:
-    """Send a real process Ctrl-C at `count` random moments; how the rounds ended, and in how many anything differed."""
+    """Send Ctrl-C to a real process at `count` random moments. The row says how rounds ended and how many differed."""
     source, ends, differed = random.Random(0), Counter[str](), 0
     command = [sys.executable, "-m", "tests.helpers.interrupted", str(count)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,13 +1,13 @@
-"""Which runs say most of a target length? Plans of one price, simulated on bowls whose optimum moves with the length.
+"""Which runs predict the best rate of a target length best? Plans of equal cost, simulated.
 
     python benchmarks/calibration/planned.py               # results/planned.json and .md, four minutes on one core
     python benchmarks/calibration/planned.py --studies 20  # a quick look, not written
 
-Runs of 250 and 1,000 steps for a target of 4,000 or 8,000, all plans for the price of two target runs, ranks 4 and 64,
-Init[A]. Bowls, noise and cliffs are those of `coverage.py`. How the best rate moves with the length is drawn three
-ways: from the fit's own prior; rising by .5 octaves an octave up to 1,000 steps and not later; falling by .2
-throughout. Full finetuning is not tried. Regret is the share of the gain that the quoted rate loses at ranks 4, 16 and
-64.
+Runs of 250 and 1,000 steps predict the best rate for a target of 4,000 or 8,000 steps. Every plan costs as much as two
+target runs. Ranks are 4 and 64, under Init[A]. Bowls, noise and cliffs are those of `coverage.py`, but the optimum
+moves with the length. How it moves is drawn in three ways: from the fit's own prior; rising by .5 octaves an octave up
+to 1,000 steps and not later; falling by .2 throughout. Full finetuning is not tried. Regret is the share of the gain
+that the quoted rate loses at ranks 4, 16 and 64.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ DEPENDS_ON = (
 )
 LENGTHS, TARGETS, PRICE = (250, 1000), (4000, 8000), 2
 ASKED, GUESS_SD = (4, 16, 64), 1.0
-Moves = Callable[[np.random.Generator, float], float]  # octaves by which the best rate lies off the target's
+Moves = Callable[[np.random.Generator, float], float]  # octaves from the target's best rate
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------
 
 
 class AsManySteps(Schedule):
-    """As many steps of each length."""
+    """A schedule that spends the same number of steps on each length."""
 
     def _due(self, mine: Mapping[Task, Trials], tasks: Sequence[Task]) -> Task:
         return min(tasks, key=lambda task: (len(mine[task]) + 1) * self._cost(task))
 
 
 class HighestLonger(AsManySteps):
-    """The same, at the longer length the highest rank alone."""
+    """The same as `AsManySteps`, with only the highest rank at the longer length."""
 
     def _rotate(
         self, tried: Trials, task: Task, ranks: Sequence[int | None], weights: Mapping[int | None, float]
@@ -67,7 +67,7 @@ class HighestLonger(AsManySteps):
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan's name, its lengths (0: the target's), its class, and whether it ends by confirming."""
+    """A plan: its name, lengths in steps (0: the target's), class of schedule, and whether it ends by confirming."""
 
     name: str
     lengths: tuple[int, ...]
@@ -90,7 +90,7 @@ PLANS = (
 
 
 def drawn(target: int, rng: np.random.Generator) -> Mapping[int, float]:
-    """From the fit's prior."""
+    """Draw from the fit's prior how far the best rate of each length is from the target's, in octaves."""
     course = Course(target, LENGTHS, *_SLOPES["A"])
     moved = rng.multivariate_normal(course.mean()[:2], course.covariance()[:2, :2])
     return dict(zip(LENGTHS, moved.tolist(), strict=True))
@@ -109,12 +109,12 @@ TRUTHS: dict[str, Callable[[int, np.random.Generator], Mapping[int, float]]] = {
 def simulated(
     plan: Plan, target: int, moved: Mapping[int, float], bowls: Mapping[int, Bowl], rng: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
-    """One study: by rank asked, whether the band held the truth, its width, and what the quoted rate loses."""
+    """Simulate one study. For each rank in `ASKED`, yield whether the band held the truth, its width, and regret."""
     lengths = tuple(steps or target for steps in plan.lengths)
     schedule = plan.kind(TRIED, SEEDS, lengths, budget=PRICE * target, target_steps=target, confirm=plan.confirm)
     study = Simulated(torch.optim.AdamW, MuA(), TRIED, lengths, SEEDS, target_steps=target, kind=schedule.kind)
     study._settle(Reference(TRIED[-1], float(TRIED[-1]), fan_in=WIDTH), WIDTH)
-    base = study._start + rng.normal(0, GUESS_SD) - 1.0  # the package's first guess lies high
+    base = study._start + rng.normal(0, GUESS_SD) - 1.0  # the package's first guess is too high
     best = {rank: base + rng.normal(0, SCATTER) for rank in ASKED}
     off = {**moved, target: 0.0}
     worlds = {n: World({rank: x + off[n] for rank, x in best.items()}, bowls, rng) for n in {*lengths, target}}
@@ -129,7 +129,7 @@ def simulated(
 
 
 def row_of(plan: Plan, target: int, truth: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A line of the table."""
+    """A row of the table."""
     regret = 100 * np.array([one["regret"] for one in found])
     return {
         "target": target,

@@ -1,22 +1,23 @@
-"""What does a calibration lose, and do its bands hold? Simulated on stored sweeps, by the real plan, search and fit.
+"""What does a calibration lose, and do its bands hold? The package's plan, search and fit, simulated on stored sweeps.
 
     python benchmarks/calibration/simulated.py run                      # resumable: results/simulated.jsonl
-    python benchmarks/calibration/simulated.py run --surfaces other     # those that constants are chosen on
+    python benchmarks/calibration/simulated.py run --surfaces other     # the surfaces on which constants are chosen
     python benchmarks/calibration/simulated.py table                    # results/simulated.json and .md
-    python benchmarks/calibration/simulated.py scatter                  # how far best rates lie off a power of the rank
+    python benchmarks/calibration/simulated.py scatter                  # how far best rates are off a power of the rank
 
-A surface is a domain of the study in one of three configurations: the loss of every rank and seed over log2 of the
-rate, by a monotone spline through the sweep's runs. A study draws two seeds and a first guess within an octave of the
-package's own, and calibrates within a share of what the sweep cost: 9 rates × (5 ranks + full) × one seed. Every run
-costs its steps, one that diverges half of them; nothing is pruned. Regret is on the mean loss over all seeds, a share
-of the gain. A band is right where it holds the best rate of the study (the parabola through the best three): 123 of
-the cells have one inside their grid.
+A surface is a domain of the study in one of three configurations. It gives the loss of every rank and seed over log2 of
+the rate, by a monotone spline through the sweep's runs. A simulated study draws two seeds, and a first guess within an
+octave of the package's. It may spend a share of what the sweep cost: 9 rates × (5 ranks + full) × one seed. A run costs
+its steps, or half of them if it diverges. Nothing is pruned. Regret is a share of the gain, on the mean loss over all
+seeds. A band is right if it holds the best rate in the study's runs (the parabola through the best three). 123 of the
+cells have such a rate inside their grid.
 
-**Rules.** The margin's cap is chosen on the other surfaces (two domains, 30 % warm-up). That the highest rank is
-bracketed first was chosen on both, seen before: for that the study's are no test. The scatter about a power of the rank
-is measured on the study's sweeps. Bars, on the study's: with 10 % of a sweep regret 1 % in the mean and 8 % at the 99th
-percentile, with 20 % .4 and 4; with three full runs full finetuning's 95th percentile 3 %; 90 % bands hold 85 to 95 %
-of the real best rates, 80 in every domain.
+**Rules.** The margin's cap is chosen on the other surfaces (two domains, 30 % warm-up). Bracketing the highest rank
+first was chosen on both sets of surfaces, after they had been seen, so the study's surfaces are no test of it. The
+scatter about a power of the rank is measured on the study's sweeps. Bars, on the study's surfaces: with 10 % of a
+sweep, regret is at most 1 % in the mean and 8 % at the 99th percentile, and with 20 % at most .4 and 4. With three full
+runs, full finetuning's 95th percentile is at most 3 %. 90 % bands hold 85 to 95 % of the real best rates, and at least
+80 % in every domain.
 """
 
 from __future__ import annotations
@@ -59,15 +60,15 @@ DEPENDS_ON = (
     "rankaware_optim.calibration",
 )
 STORE = RESULTS / "simulated.jsonl"
-RATES = 9  # of the sweep
-LOST = 1.25  # gap above which a run counts as diverged, a share of the gain
-GUESS = 1.0  # octaves by which the first guess is moved, at most
+RATES = 9  # rates of the sweep
+LOST = 1.25  # gap, a share of the gain, above which a run counts as diverged
+GUESS = 1.0  # the first guess is moved by this many octaves at most
 CAPS = (0.0, 0.15, 0.25, 0.35, 0.5)
 ENDS, INNER = "lowest, highest", "4, 64"
 
 
 class Plan(NamedTuple):
-    """Which ranks are tried, the share of the sweep's cost, and runs of full finetuning at the end."""
+    """A plan: the ranks to try, the budget as a share of the sweep's cost, and runs of full finetuning at the end."""
 
     ranks: str
     share: float
@@ -82,7 +83,7 @@ SURFACES = {"study": study_surfaces, "other": other_surfaces}
 
 
 def calibrated(on: Surface, plan: Plan, seed: Sequence[int]) -> Recipe:
-    """The recipe of a study whose runs' losses are those of a surface."""
+    """The recipe of a study that takes its losses from a surface."""
     rng = np.random.default_rng(seed)
     seeds = tuple(int(s) for s in rng.permutation(on.seeds)[:2])
     ranks = (on.ranks[0], on.ranks[-1]) if plan.ranks == ENDS else (4, 64)
@@ -94,7 +95,7 @@ def calibrated(on: Surface, plan: Plan, seed: Sequence[int]) -> Recipe:
 
 
 def run(on: Surface, study: Study, trial: TrialRecord, x: float) -> Observation:
-    """The trial at log2 base rate x."""
+    """Simulate a trial at log2 base rate `x`."""
     rank, at = trial.rank or FULL, reference_of(on, trial.rank)
     own = x + math.log2(checked_multiplier(study.centred_law(), at.as_factor(), study.settled()))
     loss = on.loss(rank, trial.seed, own)
@@ -103,7 +104,7 @@ def run(on: Surface, study: Study, trial: TrialRecord, x: float) -> Observation:
 
 
 def reference_of(on: Surface, rank: int | None) -> Reference:
-    """A rank of the configuration, None for full finetuning."""
+    """The reference of the configuration at a rank; None is full finetuning."""
     config = CONFIGS[on.config]
     if rank is None:
         return Reference(method="full", init=config.init, fan_in=on.full_fan_in)
@@ -114,7 +115,7 @@ def reference_of(on: Surface, rank: int | None) -> Reference:
 
 
 class Outcome(NamedTuple):
-    """What a study says of a rank, `FULL` for full finetuning: log2 of its rate and band, and the cliff's steepness."""
+    """A study's result at a rank (`FULL`: full finetuning): log2 of rate and band, and the cliff's steepness."""
 
     surfaces: str
     domain: str
@@ -132,7 +133,7 @@ class Outcome(NamedTuple):
         return (self.low + self.high) / 2
 
     def capped(self, cap: float) -> float:
-        """The rate with another cap of the margin."""
+        """log2 of the rate if the margin had another cap, in octaves."""
         sd = (self.high - self.low) / (2 * Z90)
         return self.best - min(self.steepness * sd * sd / 2, cap)
 
@@ -146,7 +147,7 @@ def main() -> None:
 @click.option("--surfaces", "which", type=click.Choice(tuple(SURFACES)), default="study", show_default=True)
 @click.option("--studies", default=10, show_default=True, help="Of every surface and plan.")
 def run_all(which: str, studies: int) -> None:
-    """Append every missing study to the results, each as it ends."""
+    """Simulate every missing study, and append each to the results as it ends."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RankAwareWarning)  # extrapolations are asked for on purpose
     have = {(o.surfaces, o.domain, o.config, o.plan, o.draw) for o in outcomes()}
@@ -163,13 +164,13 @@ def run_all(which: str, studies: int) -> None:
 
 
 def rate_of(recipe: Recipe, on: Surface, rank: int) -> list[float]:
-    """log2 of the rate and its band."""
+    """log2 of the rate and of the band's ends at a rank."""
     rate = recipe.at(method="full") if rank == FULL else recipe.at(rank, alpha=CONFIGS[on.config].alpha(rank))
     return [round(math.log2(value), 4) for value in (rate.lr, rate.low, rate.high)]
 
 
 def outcomes() -> Iterator[Outcome]:
-    """Every study on file, rank by rank."""
+    """The outcome of every study on file, at every rank."""
     for line in STORE.read_text().splitlines() if STORE.exists() else ():
         row = json.loads(line)
         which = row["surfaces"], row["domain"], row["config"], Plan(*row["plan"]), row["draw"]
@@ -185,13 +186,13 @@ def surfaces(which: str) -> dict[tuple[str, str], Surface]:
 
 
 def regret(of: Outcome, x: float) -> float:
-    """Of a rate 2^x, a share of the gain."""
+    """Regret of a rate 2^x, as a share of the gain."""
     return surfaces(of.surfaces)[of.domain, of.config].mean[of.rank](x)
 
 
 @main.command()
 def table() -> None:
-    """Write results/simulated.json and .md from what is on file."""
+    """Write results/simulated.json and .md from the studies on file."""
     on, found = machine(1), list(outcomes())
     study, other = ([o for o in found if o.surfaces == which] for which in SURFACES)
     heads = (
@@ -233,7 +234,7 @@ def table() -> None:
 
 
 def of_plan(plan: Plan, found: Sequence[Outcome]) -> Iterator[str]:
-    """A plan's regret."""
+    """A row of the table: a plan's regret."""
     lora, full = ([regret(o, o.rate) for o in found if (o.rank == FULL) == whole] for whole in (False, True))
     yield from (plan.ranks, f"{plan.share:.0%}", str(plan.full), str(len(full)))
     yield from map(percent, (statistics.fmean(lora), np.quantile(lora, 0.99), max(lora)))
@@ -241,7 +242,7 @@ def of_plan(plan: Plan, found: Sequence[Outcome]) -> Iterator[str]:
 
 
 def of_cap(cap: float, found: Sequence[Outcome]) -> Iterator[str]:
-    """Regret with another cap, over the plans at the lowest and highest rank."""
+    """A row of the table: regret with another cap of the margin, over the plans at the lowest and highest rank."""
     mine = [o for o in found if o.plan.ranks == ENDS]
     lora, full = ([regret(o, o.capped(cap)) for o in mine if (o.rank == FULL) == whole] for whole in (False, True))
     yield number(cap)
@@ -251,13 +252,13 @@ def of_cap(cap: float, found: Sequence[Outcome]) -> Iterator[str]:
 
 @cache
 def real_best(domain: str, config: str, rank: int) -> float | None:
-    """log2 of the study's best rate, None where it lies at an edge of its grid."""
+    """log2 of the best rate in the study's runs; None if it is at an edge of the grid."""
     done = read(STORES / f"{domain}.jsonl")
     return optimum(done, (domain, "full", FULL)).x if rank == FULL else best_rates(done, domain, config).get(rank)
 
 
 def is_held(of: Outcome) -> bool | None:
-    """Whether the band holds the real best rate; None where that is not known."""
+    """Whether the band holds the real best rate; None if that rate is not known."""
     x = real_best(of.domain, of.config, of.rank)
     return None if x is None else of.low <= x <= of.high
 
@@ -268,7 +269,7 @@ def share_held(found: Sequence[Outcome]) -> float:
 
 
 def of_bands(plan: Plan, found: Sequence[Outcome]) -> Iterator[str]:
-    """How many real best rates a plan's bands hold, by domain and in all."""
+    """A row of the table: the percentage of real best rates that a plan's bands hold, by domain and in all."""
     lora = [o for o in found if o.rank != FULL]
     yield from (plan.ranks, f"{plan.share:.0%}", str(plan.full))
     yield from (number(100 * share_held([o for o in lora if o.domain == domain]), 0) for domain in STUDY)
@@ -276,7 +277,7 @@ def of_bands(plan: Plan, found: Sequence[Outcome]) -> Iterator[str]:
 
 
 def verdict(found: Sequence[Outcome]) -> str:
-    """The bars, in sentences."""
+    """Whether each bar was met, in sentences."""
     lora = {plan: [100 * regret(o, o.rate) for o in found if o.plan == plan and o.rank != FULL] for plan in PLANS}
     full = {plan: [100 * regret(o, o.rate) for o in found if o.plan == plan and o.rank == FULL] for plan in PLANS}
     bars = ((PLANS[0], lora, 1.0, 8.0, 0.99), (PLANS[1], lora, 0.4, 4.0, 0.99), (PLANS[2], full, math.inf, 3.0, 0.95))
@@ -295,7 +296,7 @@ def verdict(found: Sequence[Outcome]) -> str:
 
 @main.command()
 def scatter() -> None:
-    """How far best rates of the study lie off a power of the rank, and how much of that is noise of three seeds."""
+    """Print how far the study's best rates are from a power of the rank, and how much of it is noise of three seeds."""
     off, noise = [], []
     for domain in STUDY:
         done = read(STORES / f"{domain}.jsonl")

@@ -1,4 +1,4 @@
-"""A calibration without training: the package's own plan, search and fit, on runs that somebody makes up."""
+"""A calibration without training: the package's plan, search and fit, with outcomes of runs given by a function."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.calibration.fit import Observation
 
-STEPS = 20  # of a run, where nothing depends on it
+STEPS = 20  # steps of a run, if nothing depends on them
 Run = Callable[[TrialRecord, float], Observation]  # a trial's outcome at log2 base rate x
 
 
 class Simulated(Study):
-    """A study that keeps its trials itself."""
+    """A study that keeps its trials in a list, without a storage."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,13 +32,19 @@ class Simulated(Study):
         return Trials(self.done)
 
     def recall(self) -> None:
-        """Nobody else works on it."""
+        """Do nothing: no other worker changes the study."""
 
 
 def searched(study: Simulated, schedule: Schedule, guess: float, run: Run) -> Recipe:
-    """The recipe of all trials that the schedule asks for; `guess` octaves are added to the first one's rate.
+    """Make all trials that the schedule asks for, and return the recipe.
 
-    A run costs its steps, and half of them where it diverged. Nothing is pruned.
+    A run costs its steps, or half of them if it diverged. Nothing is pruned.
+
+    Args:
+        study: the study, with its reference set. Trials are added to it.
+        schedule: decides which trials to make.
+        guess: octaves added to the first guess of the rate.
+        run: (trial, log2 base rate) -> the outcome.
     """
     sampler = BracketSampler(study._start + guess, study.prior, study._fitted, study.kind)
     while (cell := schedule.next(study.trials())) is not None:

@@ -1,4 +1,4 @@
-"""Losses of a stored sweep at any rate: what a simulated calibration trains on."""
+"""Losses of a stored sweep, interpolated to any rate. Simulated calibrations take their losses from these."""
 
 from __future__ import annotations
 
@@ -17,19 +17,25 @@ from study.suite import STORES
 
 from rankaware_optim import Recipe
 
-BEND = 0.02  # share of the gain about which gaps are read on a logarithmic scale
-HIGHEST = 3.0  # the gap of a run that diverged, a share of the gain; the highest there is
-SLOPE = 0.3  # at least, of the bent gap beyond a grid, per octave
+BEND = 0.02  # gap, a share of the gain, above which gaps are on a logarithmic scale
+HIGHEST = 3.0  # the gap of a diverged run, a share of the gain; also the highest gap
+SLOPE = 0.3  # least slope per octave of the bent gap below a grid
 RECIPES = RESULTS.parents[1] / "recipes"
 Gap = Callable[[float], float]
 
 
 @dataclass(frozen=True)
 class Surface:
-    """A domain in a configuration: the gap to a rank's best mean loss, a share of the gain, by log2 of the rate.
+    """A domain in a configuration: gaps to a rank's best mean loss, as shares of the gain, by log2 of the rate.
 
-    mean: over the seeds, by rank; `FULL` stands for full finetuning. seeds: of each rank and seed. best, gain: of the
-    mean loss, by rank. start: loss before training. fan_in, full_fan_in: the widths that the law hangs on.
+    Args:
+        domain: the domain's name.
+        config: the configuration's name.
+        start: the loss before training.
+        mean: the gap of the mean loss over seeds, by rank; `FULL` is full finetuning.
+        by_seed: the gap of each seed's loss, by (rank, seed).
+        best: the lowest mean loss, by rank.
+        fan_in, full_fan_in: the widths that the law uses for LoRA and for full finetuning.
     """
 
     domain: str
@@ -50,26 +56,26 @@ class Surface:
         return sorted({seed for _, seed in self.by_seed})
 
     def loss(self, rank: int, seed: int, x: float) -> float:
-        """Of a seed's run at 2^x."""
+        """Loss of a seed's run at rate 2^x."""
         return self.best[rank] + (self.start - self.best[rank]) * self.by_seed[rank, seed](x)
 
 
 def study_surfaces() -> Iterator[Surface]:
-    """The study's: seven domains, three configurations, 5 % warm-up."""
+    """The study's surfaces: seven domains, three configurations, 5 % warm-up."""
     for domain in STUDY:
         done = read(STORES / f"{domain}.jsonl")
         yield from (surface_of(domain, config, done) for config in CONFIGS)
 
 
 def other_surfaces() -> Iterator[Surface]:
-    """Two domains with 30 % warm-up, as swept for `against_sweep.py`."""
+    """Surfaces of two domains with 30 % warm-up, from the sweeps of `against_sweep.py`."""
     done = {job: loss for job, loss in read(RESULTS / "calibration_runs.jsonl").items() if job.seed < 6}
     for domain in ("image_generation", "vision_classification"):
         yield from (surface_of(domain, config, done, (0, 1, 2)) for config in CONFIGS)
 
 
 def surface_of(domain: str, config: str, done: Losses, seeds: tuple[int, ...] | None = None) -> Surface:
-    """From the runs of a configuration and of full finetuning: rates that every seed has run."""
+    """The surface of a configuration and full finetuning, from the rates that every seed has run."""
     mine = {job: loss for job, loss in done.items() if job.domain == domain and job.scheme in (config, "full")}
     seeds = seeds or tuple(sorted({job.seed for job in mine}))
     start, cells = start_of(domain, done), sorted({job[:3] for job in mine})
@@ -95,7 +101,13 @@ def surface_of(domain: str, config: str, done: Losses, seeds: tuple[int, ...] | 
 
 
 def _gap(losses: Mapping[float, float | None], best: float, start: float) -> Gap:
-    """By a monotone spline (scipy's PCHIP), on a scale logarithmic above `BEND`; beyond the grid, straight on."""
+    """The gap by log2 rate: a monotone spline (scipy's PCHIP) on the scale of `BEND`, linear beyond the grid.
+
+    Args:
+        losses: loss by log2 rate; None if the run diverged.
+        best: the rank's lowest mean loss.
+        start: the loss before training.
+    """
     xs = sorted(losses)
     gaps = [HIGHEST if (loss := losses[x]) is None else min((loss - best) / (start - best), HIGHEST) for x in xs]
     bent = [math.asinh(gap / BEND) for gap in gaps]

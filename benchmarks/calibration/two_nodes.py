@@ -1,13 +1,13 @@
-"""A Ray cluster of two nodes, one killed on the way: is anything lost, and what does Ray cost?
+"""A Ray cluster of two nodes, one of which is killed during a calibration: is anything lost, and what does Ray cost?
 
     python benchmarks/calibration/two_nodes.py     # results/ray_two_nodes.json and .md, two minutes
 
-Both nodes are on this machine, one core each (`ray.cluster_utils.Cluster`), and a worker runs on each. The trials are
-made up and take 2 s. One calibration is left alone; of the other the second node's raylet is killed as soon as both
-workers have ended four trials, and Ray starts its worker again. Runs: trials that count. Again: those killed, and run
-once more at their rank, seed and rate. Kept: trials that had ended when the node was killed and are as they were.
-Points: distinct ranks, seeds and rates among the runs. Ray's start and memory (proportional set size) are the
-cluster's, without workers.
+Both nodes are on this machine, with one core each (`ray.cluster_utils.Cluster`), and each runs one worker. The trials
+are made up and take 2 s. One calibration is left alone. In the other, the second node's raylet is killed as soon as
+both workers have ended four trials, and Ray starts its worker again. Runs are the trials that count. Points are
+distinct ranks, seeds and rates among the runs. Again counts trials that were run once more, at the rank, seed and rate
+of a killed one. Kept: whether all trials that had ended when the node was killed are unchanged. Ray's start and memory
+(proportional set size) are the cluster's, without workers.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def calibrated(kills: bool) -> dict[str, Any]:
-    """A line of the table: one calibration, on a cluster of its own."""
+    """A row of the table: one calibration on a new cluster; `kills` says whether a node is killed."""
     start = time.perf_counter()
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     second = cluster.add_node(**NODE)
@@ -92,7 +92,7 @@ def calibrated(kills: bool) -> dict[str, Any]:
 
 
 def kill(cluster: Cluster, node: Any, storage: str, ended: list[list[Any]]) -> None:
-    """Kill a node once each of two workers has ended a few trials, and note what has ended by then."""
+    """Kill a node once each of two workers has ended `KILL_AFTER` trials. Append all ended trials to `ended`."""
     while True:
         time.sleep(0.2)
         pids = [t.owner.pid for t in Trials.read(trials_in(storage)).counted() if t.owner]
@@ -103,7 +103,7 @@ def kill(cluster: Cluster, node: Any, storage: str, ended: list[list[Any]]) -> N
 
 
 def trials_in(storage: str) -> list[optuna.trial.FrozenTrial]:
-    """The trials of the study, none before it is there."""
+    """The trials of the study in a storage; none before the study exists."""
     opened = open_storage(storage)
     if "calibration" not in optuna.get_all_study_names(opened):
         return []
@@ -111,7 +111,7 @@ def trials_in(storage: str) -> list[optuna.trial.FrozenTrial]:
 
 
 def ray_memory() -> Iterator[int]:
-    """Bytes of every process of Ray's, what is shared counted in parts."""
+    """Bytes of memory of every process of Ray's; shared memory is divided among the processes."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes()

@@ -1,15 +1,15 @@
-"""How much faster are two workers of one thread than one? And than two that Ray runs? The same calibration, in turn.
+"""How much faster are two workers of one thread than one, and how do two on Ray compare? The same calibration, timed.
 
     python benchmarks/calibration/workers.py     # results/workers.json and .md, 20 minutes a round on idle cores
     python benchmarks/calibration/workers.py --trials 4    # a quick look, not written
 
-Trials of image generation, 100 steps each, at ranks 4 and 64, with a warm-up that forbids pruning; one that diverges
-ends early. The time is of `rankaware calibrate` from its start to its end: imports, journal and recipe included, and
-the second worker's idle end where the last trial is the first one's. Two workers try other rates than one, so that how
-many runs diverge differs too: the ratio scatters. Each round runs all, in changing order, each on a fresh journal.
-
-With `--ray local`, two workers are tasks of a Ray cluster that the command starts on this machine. What starting costs
-is the time of the same command once more, when no trial is left to run: Ray's gain is compared beside it.
+Trials of image generation have 100 steps each, at ranks 4 and 64, with a warm-up that forbids pruning. A trial that
+diverges ends early. The time is that of `rankaware calibrate` from start to end. It includes imports, journal and
+recipe, and the time in which one worker is idle while the other ends the last trial. Two workers try other rates than
+one. So the number of diverged runs differs too, and the ratio scatters. Each round runs all commands in changing order,
+each on a fresh journal. With `--ray local`, the two workers are tasks of a Ray cluster that the command starts on this
+machine. The start is timed by the same command once more, when no trial is left to run. It is subtracted from both
+times where two workers on Ray are compared with two without.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import rankaware_optim as ra
 
 DEPENDS_ON = ("rankaware_optim.calibration",)
 DOMAIN, TRIALS = "image_generation", (16, 32)
-TWICE, RAY = 1.85, 1.05  # one worker's time over two's at least; Ray's over two's at most, each without its start
+TWICE, RAY = 1.85, 1.05  # bars: one worker's time over two workers', at least; Ray's over theirs, less starts, at most
 RATES = "0.0005,0.06"
 ARMS = {
     "one": ["--workers=1", "--threads=1"],
@@ -44,14 +44,14 @@ ARMS = {
 
 
 class Timed(NamedTuple):
-    """Seconds of the whole command, and of the same command once more, when nothing is left to run."""
+    """Seconds of the whole command, and of the same command once more when nothing is left to run."""
 
     whole: float
     start: float
 
 
 def train(trial: ra.Trial) -> Iterator[float]:
-    """What all calibrate: a user's loop, and no step is skipped."""
+    """The training loop that every command calibrates. It runs every step."""
     domain = get_domain(DOMAIN)
     model = domain.build(trial.rank, float(trial.rank), "A", trial.seed)
     opt = trial.optimizer(model, **ADAMW)
@@ -62,7 +62,7 @@ def train(trial: ra.Trial) -> Iterator[float]:
 @click.option("--rounds", default=1, show_default=True)
 @click.option("--trials", type=int, help="One number of trials instead of both: a look, not written.")
 def main(rounds: int, trials: int | None) -> None:
-    """Measure, print, and write the result; exit status 1 where a bar is missed at the larger number of trials."""
+    """Measure, print the table, and write it. Exit with status 1 if a bar is missed at the larger number of trials."""
     get_domain(DOMAIN).warm()
     on, rows = {**machine(1), "ray": version("ray")}, []
     for number in range(rounds):
@@ -77,7 +77,7 @@ def main(rounds: int, trials: int | None) -> None:
 
 
 def row(trials: int, took: dict[str, Timed]) -> dict[str, Any]:
-    """A line of the table."""
+    """A row of the table."""
     one, two, ray = (took[name] for name in ARMS)
     ratio, beside = one.whole / two.whole, (ray.whole - ray.start) / (two.whole - two.start)
     return {
@@ -95,7 +95,7 @@ def row(trials: int, took: dict[str, Timed]) -> dict[str, Any]:
 
 
 def timed(options: list[str], trials: int) -> Timed:
-    """Run the command, and once more."""
+    """Time the command, and the same command once more."""
     with tempfile.TemporaryDirectory() as folder:
         steps = get_domain(DOMAIN).steps
         given = {"ranks": "4,64", "steps": steps, "trials": trials, "lr-range": RATES, "warmup": 1}

@@ -1,9 +1,10 @@
-"""What a calibration itself costs between two runs, in processor time, as trials add up.
+"""Processor time that a calibration needs between two runs, as trials add up.
 
     python benchmarks/costs/calibration_cost.py    # results/calibration_cost.json and .md, half a minute
 
-Runs of ten steps that cost nothing themselves: two ranks, a bowl around 2^-7 with noise, a study in memory. A row is a
-number of trials: the mean over the ten around it, of a bracket, a proposal, a fit, reports and what is written down.
+Runs have ten steps and cost nothing themselves: two ranks, made-up noisy losses around 2^-7, a study in memory. Each
+row is a number of trials, with the mean over the ten trials around it. The time includes a bracket, a proposal, a fit,
+reports and storage.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import rankaware_optim as ra
 
 DEPENDS_ON = ("rankaware_optim.calibration",)
 AT = (31, 100, 200, 400)
-BAR = (200, 50.0)  # milliseconds a trial at that many trials
+BAR = (200, 50.0)  # at 200 trials, milliseconds a trial at most
 
 
 def main() -> None:
-    """Run one study, print, and write results/calibration_cost.json and .md; exit status 1 where the bar is missed."""
+    """Run one study, print the table, and write it to the results. Exit with status 1 if the bar is missed."""
     torch.set_num_threads(1)
     on, begun = machine(threads=1), []
 

@@ -1,9 +1,9 @@
-"""Cost of one step: RankAwareOptimizer against native AdamW with the same groups made by hand, and against one group.
+"""Cost of one step: RankAwareOptimizer against native AdamW with the same groups made by hand, and with one group.
 
-448 tensors shaped like an 8B model's rank-16 adapters, every width divided by 8. What is compared shares parameters,
-gradients and moments in one process, and steps by pairs in ABBA order with nothing between them: placement in memory
-and the neighbour in time are each worth up to 5% (native against native). A fresh process repeats this; the table shows
-the median over processes and their range.
+There are 448 tensors, shaped like an 8B model's rank-16 adapters with every width divided by 8. The optimizers run in
+one process and share parameters, gradients and moments. They step in pairs, in ABBA order, with nothing between steps:
+placement in memory and the neighbouring step each change a time by up to 5% (native against native). This is repeated
+in fresh processes. The table shows the median over processes and their range.
 
     python benchmarks/costs/step_cost.py
 """
@@ -37,7 +37,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
 LAYOUTS = (2, 16, 448)
 PAIRS = [pair for n in LAYOUTS for pair in ((f"ours {n}", f"native {n}"), (f"ours {n}", "native 1"))]
 PAIRS += [(f"native {n}", "native 1") for n in LAYOUTS] + [("peft", "native 1")]
-SAME_GROUPS = {2: 1.02, 16: 1.02, 448: 1.05}  # the bars, by groups; a float rate
+SAME_GROUPS = {2: 1.02, 16: 1.02, 448: 1.05}  # bars by number of groups, for a float rate
 TENSOR_GROUPS = {16: 1.05}  # the bar for tensor rates
 ONE_GROUP, BUILD_MS = 1.05, 40.0
 SETTINGS: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.01}
@@ -57,7 +57,7 @@ def milliseconds(step: Step) -> float:
 @click.option("--threads", default=1, show_default=True)
 @click.option("--worker", is_flag=True, hidden=True, help="Be one of the processes: print its figures as JSON.")
 def main(processes: int, rounds: int, threads: int, worker: bool) -> None:
-    """Measure, print, and write results/step_cost.json and .md; exit status 1 where a bar is not met."""
+    """Measure, print the table, and write it to the results. Exit with status 1 if a bar is not met."""
     torch.set_num_threads(threads)
     if worker:
         print(json.dumps(measure(rounds)))
@@ -74,7 +74,7 @@ def main(processes: int, rounds: int, threads: int, worker: bool) -> None:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """One process's ratios and milliseconds per step, by implementation and pair; and milliseconds to build."""
+    """One process: ratios and milliseconds per step by implementation and pair, and milliseconds to build."""
     torch.manual_seed(0)
     model = adapters(32, LLAMA_8B_EIGHTH)
     for param in model.parameters():
@@ -86,7 +86,14 @@ def measure(rounds: int) -> dict[str, Any]:
 def measure_pairs(
     steps: dict[str, Step], rounds: int, pairs: Sequence[tuple[str, str]] = PAIRS, timed: Timer = milliseconds
 ) -> dict[str, float]:
-    """The ratio of each pair that is there, by "above / below", and what native takes with one group."""
+    """Median ratio of each pair whose optimizers exist, as "above / below", and the lower one's milliseconds.
+
+    Args:
+        steps: the steps, by name.
+        rounds: steps of each optimizer and pair.
+        pairs: names of two steps, the upper and lower one of the ratio.
+        timed: returns the milliseconds of a step.
+    """
     measured = {}
     for above, below in (pair for pair in pairs if pair[0] in steps):
         times = interleave(steps[above], steps[below], rounds, timed)
@@ -98,7 +105,7 @@ def measure_pairs(
 def contestants(
     model: nn.Module, flags: dict[str, Any], kind: type[Optimizer] = AdamW, layouts: Sequence[int] = LAYOUTS
 ) -> dict[str, Step]:
-    """The step of each optimizer, by name: native with one group, native and ours at each layout, PEFT's LoRA+."""
+    """The steps to compare, by name: native with one group, native and ours with each layout, and PEFT's LoRA+."""
     settings = SETTINGS | flags
     made: dict[str, Optimizer] = {"native 1": kind(model.parameters(), **settings)}
     for count in layouts:
@@ -114,14 +121,14 @@ def contestants(
 
 
 def spread_scalings(model: nn.Module, distinct: int) -> None:
-    """Give the pairs `distinct` different scalings, in equal runs: the law then asks for twice as many groups."""
+    """Give equal shares of the pairs `distinct` different scalings, so that the law needs twice as many groups."""
     pairs = [module for module in model.modules() if isinstance(module, Pair)]
     for i, pair in enumerate(pairs):
         pair.scaling["default"] = 32 / RANK * (1 + (i * distinct // len(pairs)) / distinct)
 
 
 def peft_loraplus(model: nn.Module, flags: dict[str, Any]) -> dict[str, Optimizer]:
-    """PEFT's LoRA+ builder, where it is installed: two groups, and two empty ones."""
+    """PEFT's LoRA+ optimizer (two groups, and two empty ones), if PEFT is installed."""
     try:
         from peft.optimizers import create_loraplus_optimizer
     except ImportError:
@@ -131,16 +138,16 @@ def peft_loraplus(model: nn.Module, flags: dict[str, Any]) -> dict[str, Optimize
 
 
 def interleave(a: Step, b: Step, rounds: int, timed: Timer) -> list[tuple[float, float]]:
-    """Mean milliseconds of both over each ABBA, so that each follows itself as often as the other."""
+    """Mean milliseconds of a and b in each ABBA turn, where each step follows itself as often as the other."""
     taken = []
-    for _ in range(3 + rounds // 2):  # three to warm up
+    for _ in range(3 + rounds // 2):  # the first three warm up
         first, second, third, fourth = (timed(step) for step in (a, b, b, a))
         taken.append(((first + fourth) / 2, (second + third) / 2))
     return taken[3:]
 
 
 def time_build(model: nn.Module) -> float:
-    """Median time to build the optimizer for 1,120 factors: inspection, grouping and AdamW itself."""
+    """Median milliseconds to build the optimizer for 1,120 factors: inspection, grouping and AdamW itself."""
     assert sum(1 for _ in model.parameters()) == 1120
     return statistics.median(milliseconds(lambda: RankAwareOptimizer(model, AdamW, lr=1e-4)) for _ in range(21))
 
@@ -149,7 +156,7 @@ def time_build(model: nn.Module) -> float:
 
 
 def step_rows(implementation: str, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per layout: medians over processes of the ratios, the range of the first, and whether the bars hold."""
+    """One row per layout: median ratios over processes, the range of the first ratio, and whether the bars hold."""
     ratios = [run["ratios"][implementation] for run in runs]
     rows = []
     for n in LAYOUTS:
@@ -172,18 +179,18 @@ def step_rows(implementation: str, runs: Sequence[dict[str, Any]]) -> list[dict[
 
 
 def met(implementation: str, groups: int, same: float, one: float | None) -> bool | None:
-    """Whether the bars hold, None where there is none."""
+    """Whether the bars hold; None if there is none."""
     bar = (TENSOR_GROUPS if implementation == TENSOR else SAME_GROUPS).get(groups)
     return None if bar is None else same <= bar and (groups != 2 or one is None or one <= ONE_GROUP)
 
 
 def middle(ratios: Sequence[dict[str, float]], name: str) -> float | None:
-    """The median over processes of what is called `name`; None where it was not measured."""
+    """The median over processes of the figure `name`; None if it was not measured."""
     return statistics.median(run[name] for run in ratios) if name in ratios[0] else None
 
 
 def build_row(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Building, in the columns of a step: milliseconds instead of ratios stand in the range."""
+    """The row for building, in the columns of a step. Its range has milliseconds instead of ratios."""
     taken = [run["build"] for run in runs]
     typical = statistics.median(taken)
     columns = dict.fromkeys(step_rows("fused", runs)[0])

@@ -1,7 +1,8 @@
-"""Cost of inspection and grouping, on the meta device and with real weights, by number of adapted layers.
+"""Cost of inspection and grouping by number of adapted layers, on the meta device and with real weights.
 
-PEFT adapters of rank 16 on blocks as wide as Llama-70B's (fan-in 8,192 and 28,672), seven linear layers a block. The
-factors are whole; a frozen weight beside them is one zero, expanded to its shape, since nobody reads it.
+The model has PEFT adapters of rank 16 on blocks as wide as Llama-70B's (fan-in 8,192 and 28,672), with seven linear
+layers a block. The adapters' factors are real tensors. A frozen weight is one zero, expanded to the weight's shape,
+since nothing reads it.
 
     python benchmarks/costs/survey_cost.py
 """
@@ -26,14 +27,14 @@ from rankaware_optim import inspect_model, rank_aware_param_groups
 DEPENDS_ON = ("llama_shapes", "rankaware_optim.inspection", "rankaware_optim.optimizer")
 BLOCKS = (20, 40, 80, 160)  # 140, 280, 560 and 1,120 layers
 BARS_MS = {"meta": 30.0, "cpu": 60.0}  # for 560 layers
-LINEAR = 1.25  # at most this many times the time per layer at half the layers; quadratic would be 2
+LINEAR = 1.25  # bar: time per layer over that at half the layers; quadratic cost would be 2
 
 
 @click.command()
 @click.option("--repeats", default=25, show_default=True, help="Calls timed; their median is reported.")
 @click.option("--threads", default=1, show_default=True)
 def main(repeats: int, threads: int) -> None:
-    """Measure, print, and write results/survey_cost.json and .md; exit status 1 where a bar is not met."""
+    """Measure, print the table, and write it to the results. Exit with status 1 if a bar is not met."""
     torch.set_num_threads(threads)
     on = machine(threads)
     rows = [row for device in BARS_MS for row in device_rows(device, repeats)]
@@ -42,7 +43,7 @@ def main(repeats: int, threads: int) -> None:
 
 
 def device_rows(device: str, repeats: int) -> list[dict[str, Any]]:
-    """One row per model size; the bar is on 560 layers, the time per layer may hardly grow with each doubling."""
+    """One row per model size. Bars: the time for 560 layers, and how much a doubling adds to the time per layer."""
     rows: list[dict[str, Any]] = []
     for blocks in BLOCKS:
         layers = blocks * len(LLAMA_70B)
@@ -65,7 +66,7 @@ def device_rows(device: str, repeats: int) -> list[dict[str, Any]]:
 
 
 def adapted(blocks: int, device: str) -> nn.Module:
-    """A PEFT model of `blocks` blocks."""
+    """A PEFT model with `blocks` blocks on a device."""
     layers = [{name: frozen_linear(*fans, device) for name, fans in LLAMA_70B.items()} for _ in range(blocks)]
     base = nn.Sequential(*map(nn.ModuleDict, layers))
     return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(LLAMA_70B)))
@@ -80,7 +81,7 @@ def frozen_linear(fan_in: int, fan_out: int, device: str) -> nn.Linear:
 
 
 def time_both(model: nn.Module, repeats: int) -> tuple[float, float, float]:
-    """Median milliseconds of inspecting, and of grouping, which inspects first; and the latter's wall time."""
+    """Median milliseconds: processor time of inspection, processor and wall time of inspection and grouping."""
     inspecting = [milliseconds(lambda: inspect_model(model)) for _ in range(repeats)]
     both = [milliseconds(lambda: rank_aware_param_groups(model, lr=1e-4)) for _ in range(repeats)]
     (cpu, _), (both_cpu, both_wall) = ([statistics.median(t) for t in zip(*x, strict=True)] for x in (inspecting, both))
@@ -88,7 +89,7 @@ def time_both(model: nn.Module, repeats: int) -> tuple[float, float, float]:
 
 
 def milliseconds(call: Callable[[], object]) -> tuple[float, float]:
-    """Time on the processor, which other jobs on the machine hardly move, and on the wall."""
+    """Milliseconds of a call in processor time, which other jobs hardly change, and in wall time."""
     cpu, wall = time.thread_time(), time.perf_counter()
     call()
     return (time.thread_time() - cpu) * 1e3, (time.perf_counter() - wall) * 1e3

@@ -1,4 +1,4 @@
-"""The wrapper's tests that need a CUDA device, tests/environments/cuda, and what came of each."""
+"""The wrapper's tests that need a CUDA device (tests/environments/cuda), and the outcome of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TESTS, STORE = ROOT / "tests" / "environments" / "cuda", "tests.json"
 
 
 def run(setup: Setup) -> None:
-    """Run them all, in the place of what is on file; this takes a minute."""
+    """Run all tests, and replace the outcomes on file. This takes a minute."""
     if setup.over:
         return
     click.echo("the wrapper's tests")
@@ -39,7 +39,7 @@ def run(setup: Setup) -> None:
 
 
 def row_of(case: ElementTree.Element) -> dict[str, str]:
-    """A test's name, whether it passed, was skipped or failed, and why it did."""
+    """A test's name, its outcome (passed, skipped or failed), and the reason if it did not pass."""
     other = next((child for child in case if child.tag in ("skipped", "failure", "error")), None)
     outcome = "passed" if other is None else {"skipped": "skipped"}.get(other.tag, "failed")
     why = "" if other is None else (other.get("message") or "").splitlines()[0]
@@ -47,7 +47,7 @@ def row_of(case: ElementTree.Element) -> dict[str, str]:
 
 
 def blocks(setup: Setup) -> Iterator[str]:
-    """The tests by name, with how many cases of each passed, and why others did not."""
+    """Table of the tests by name: how many cases passed, were skipped or failed, and why."""
     store = setup.folder / STORE
     if not store.exists():
         return

@@ -1,27 +1,27 @@
-"""What this project has to know from a CUDA device, in short pieces that go on where they were stopped.
+"""What this project has to measure on a CUDA device, in short pieces that can be stopped and continued.
 
     python benchmarks/gpu/kit.py run --minutes 9                     # what is missing, the most useful first
-    python benchmarks/gpu/kit.py run --piece width --minutes 9       # of one piece
+    python benchmarks/gpu/kit.py run --piece width --minutes 9       # what is missing in one piece
     python benchmarks/gpu/kit.py table                               # results/cuda.md, with the card's name
     python benchmarks/gpu/kit.py run --device cpu --smallest         # every piece at its smallest, a minute of a CPU
-    python benchmarks/gpu/kit.py archives                            # fetch what the pieces read, and say where it lies
+    python benchmarks/gpu/kit.py archives                            # fetch what the pieces read, and print the paths
 
-Run from the repository's root with PYTHONPATH=.:benchmarks. Every run is appended to results/cuda/ as it ends; called
-again, a command runs what is missing. The pieces:
+Run from the repository's root with PYTHONPATH=.:benchmarks. Every run is appended to results/cuda/ as it ends. The same
+command, called again, runs what is still missing. The pieces:
 
     checks      the wrapper's tests of tests/environments/cuda: GradScaler, bf16, bitsandbytes, FSDP2, offload, graphs
-    step_cost   a step of ours against the bare optimizer's, by CUDA events
+    step_cost   a step of RankAwareOptimizer against the bare optimizer's, by CUDA events
     width       best rates at widths 512 to 4096, planned for 20 minutes of an H100
-    smollm2     the study's SmolLM2 with the full grid and three seeds, planned for half an hour of one
+    smollm2     the study's SmolLM2 with the full grid and three seeds, planned for half an hour of an H100
 
-A machine that has torch with CUDA needs beside it, by one command:
+On a machine that has torch with CUDA, install the rest with one command:
 
     python -m pip install -e '.[peft,transformers]' bitsandbytes gguf hypothesis pytest
 
-Where nothing outside can be reached: run `archives` where there is a network, carry the files named (some 100 MB, of
-which SmolLM2's are 93: `split -b 40M` where less fits at once), and set RANKAWARE_CACHE to their folder; carry what pip
-needs as wheels (`python -m pip download --only-binary=:all: -d wheels`, then `pip install --no-index --find-links
-wheels`). Tokens and pretrained networks are made on the device's own machine, in that folder: 4 GB.
+If the machine has no network, run `archives` on one that has. Copy the files that it prints (some 100 MB, 93 of them
+SmolLM2's; use `split -b 40M` if they are too large), and set RANKAWARE_CACHE to their folder. Copy pip's packages as
+wheels (`python -m pip download --only-binary=:all: -d wheels`, then `pip install --no-index --find-links wheels`).
+Tokens and pretrained networks are made on the machine itself, in the cache: 4 GB.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ DEPENDS_ON = (
     "rankaware_optim.laws",
     "rankaware_optim.optimizer",
 )
-PIECES = {"checks": checks, "step_cost": steps, "width": width, "smollm2": smollm2}  # the most useful per minute first
+PIECES = {"checks": checks, "step_cost": steps, "width": width, "smollm2": smollm2}  # most useful per minute first
 PUBLISHED, TRIED = RESULTS / "cuda", Path("bench-cuda")
 
 
 @click.group()
 def main() -> None:
-    """The GPU kit."""
+    """Run the GPU kit, or write its page."""
 
 
 OPTIONS = (
@@ -66,7 +66,7 @@ OPTIONS = (
 
 
 def shaped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with the options that both have."""
+    """Add the options that both commands have."""
     for option in reversed(OPTIONS):
         command = option(command)
     return command
@@ -79,19 +79,19 @@ def shaped(command: Callable[..., None]) -> Callable[..., None]:
 def run(chosen: tuple[str, ...], minutes: float, device: str, smallest: bool, into: Path | None) -> None:
     """Run what is missing."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException("There is no CUDA device here. Try the kit by --device cpu --smallest.")
+        raise click.ClickException("There is no CUDA device here. To try the kit, use --device cpu --smallest.")
     setup = Setup(device, smallest, folder_of(device, smallest, into), time.monotonic() + 60 * minutes)
     for name in chosen or PIECES:
         try:
             PIECES[name].run(setup)
         except DomainError as error:
-            raise click.ClickException(f"{name}: {error} What ended is kept.") from error
+            raise click.ClickException(f"{name}: {error} Finished runs are kept.") from error
 
 
 @main.command()
 @shaped
 def table(device: str, smallest: bool, into: Path | None) -> None:
-    """Write the page of what is on file."""
+    """Write the page from the runs on file."""
     folder = folder_of(device, smallest, into)
     setup = Setup(device, smallest, folder, 0.0)
     parts = [part for piece in PIECES.values() for part in piece.blocks(setup)]
@@ -103,7 +103,7 @@ def table(device: str, smallest: bool, into: Path | None) -> None:
 
 
 def cards(folder: Path) -> list[str]:
-    """The names of all devices that rows are from."""
+    """The names of all devices that made the rows on file."""
     rows = [row for store in sorted(folder.glob("*.jsonl")) for row in rows_in(store)]
     tests = folder / checks.STORE
     rows += [json.loads(tests.read_text())] if tests.exists() else []
@@ -111,13 +111,13 @@ def cards(folder: Path) -> list[str]:
 
 
 def folder_of(device: str, smallest: bool, into: Path | None) -> Path:
-    """What a CPU ran, or a smallest shape, is not published."""
+    """The folder of runs. Runs on a CPU or of the smallest shapes are not published."""
     return into or (PUBLISHED if device == "cuda" and not smallest else TRIED)
 
 
 @main.command()
 def archives() -> None:
-    """Fetch what the pieces read, and say where it lies."""
+    """Fetch the archives that the pieces read, and print their paths."""
     for asset in (BROWN, CODE, WORDNET, SMOLLM2):
         click.echo(asset.path())
 

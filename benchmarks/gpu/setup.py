@@ -1,4 +1,4 @@
-"""Where a piece of the GPU kit runs: the device, its size, its folder and its time."""
+"""Settings of a piece of the GPU kit: device, size, folder and time limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ PACKAGES = ("optuna", "peft", "transformers", "bitsandbytes", "triton")
 
 @dataclass(frozen=True)
 class Setup:
-    """device: "cuda" or "cpu". smallest: a shape that a CPU runs in seconds. until: of `time.monotonic`."""
+    """Where and how long a piece runs.
+
+    Args:
+        device: "cuda" or "cpu".
+        smallest: use a shape that a CPU runs in seconds.
+        folder: where runs are kept.
+        until: when to stop, on the clock `time.monotonic`.
+    """
 
     device: str
     smallest: bool
@@ -29,7 +36,7 @@ class Setup:
 
     @property
     def name(self) -> str:
-        """The card's own name."""
+        """The card's name, or "cpu"."""
         return torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
 
     @property
@@ -37,25 +44,28 @@ class Setup:
         return time.monotonic() >= self.until
 
     def machine(self) -> dict[str, Any]:
-        """Where the rows that follow were made, without what changes by call; the page names its own code."""
+        """Machine and versions for the rows that follow, without what changes from call to call.
+
+        The code is left out too, since the page names it.
+        """
         changing = ("code", "command", "date", "load_before")
         here = {key: value for key, value in machine(1).items() if key not in changing}
         precision = {"matmul": torch.get_float32_matmul_precision()}
         return {"device": self.name, "cuda": torch.version.cuda, **precision, **here, **versions()}
 
     def provenance(self, domain: Domain) -> dict[str, Any]:
-        """The machine, and the hash of the network before training."""
+        """The machine and versions, and the hash of the network before training."""
         domain.warm()
         return {**self.machine(), "weights": weights_hash(domain)}
 
     def place(self, domain: Domain) -> Domain:
-        """A domain whose network lies on the device; its loss takes the batches there."""
+        """The domain with its network on the device. The domain's loss moves batches there."""
         build = domain.build
         return replace(domain, build=lambda *args: build(*args).to(self.device))
 
 
 def versions() -> dict[str, str]:
-    """Of what is installed."""
+    """The versions of those of `PACKAGES` that are installed."""
     found = {}
     for name in PACKAGES:
         try:
@@ -67,7 +77,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Boxed:
-    """A task one run at a time, which wants no more once its time is over."""
+    """A task that asks for one run at a time, and for none once its time is over."""
 
     task: Wanting
     until: float
@@ -77,14 +87,14 @@ class Boxed:
 
 
 def append(store: Path, row: Mapping[str, Any]) -> None:
-    """A row on a line of its own."""
+    """Append a row to a file of JSON lines."""
     store.parent.mkdir(parents=True, exist_ok=True)
     with store.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def rows_in(store: Path) -> Iterator[dict[str, Any]]:
-    """Every row on file; a line cut short is left out."""
+    """Every row on file, without truncated lines."""
     for line in store.read_text().splitlines() if store.exists() else ():
         try:
             yield json.loads(line)
@@ -93,7 +103,7 @@ def rows_in(store: Path) -> Iterator[dict[str, Any]]:
 
 
 def made_with(machines: Iterable[Mapping[str, Any]]) -> str:
-    """The machines of runs, each once, in words; networks by their hashes."""
+    """The machines of runs in words, each once, and the hashes of their networks."""
     listed = list(machines)
     each = {
         ", ".join(f"{key} {value}" for key, value in one.items() if key != "weights" and value is not None)

@@ -1,7 +1,8 @@
-"""The study's domain of a real LLM with the full grid and three seeds, which a CPU has no time for.
+"""The study's real LLM, SmolLM2-135M, with the full grid and three seeds, which would take too long on a CPU.
 
-`study/suite.py` gives SmolLM2-135M, a large domain, one seed, no rank 1 and sparse grids. Here it is swept as the small
-domains are, in float32, with the claims first. The batches, the seeds and the draws of the adapters are the CPU's.
+In `study/suite.py` SmolLM2-135M is a large domain, with one seed, no rank 1 and sparse grids. Here it is swept in the
+same way as the small domains, in float32. The configurations of the paper's claims come first. Batches, seeds and the
+draws of the adapters are the same as on the CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SEEDS, HALF = 3, 3
 
 
 class Sweep(NamedTuple):
-    """A domain on the device, its tasks in order, and where its runs are kept."""
+    """A domain on the device, its tasks in order, and the file of its runs."""
 
     domain: Domain
     tasks: Sequence[Wanting]
@@ -39,7 +40,7 @@ class Sweep(NamedTuple):
 
 
 def sweep_of(setup: Setup) -> Sweep:
-    """The study's; smallest, three rates of two ranks on a made-up network in the place of 135 million weights."""
+    """The study's sweep. With `setup.smallest`, three rates at two ranks on a small made-up network."""
     if setup.smallest:
         domain = replace(domain_of(SMALLEST.widths[0], setup), name="made_up")
         jobs = [Job(domain.name, next(iter(CONFIGS)), rank, float(x), 0) for rank in (4, 16) for x in (-7, -6, -5)]
@@ -52,7 +53,7 @@ def sweep_of(setup: Setup) -> Sweep:
 
 
 def run(setup: Setup) -> None:
-    """Run what is missing, until the time is over."""
+    """Run the missing runs until the time is over."""
     torch.set_float32_matmul_precision("highest")
     domain, tasks, store = sweep_of(setup)
     todo = [] if setup.over else [task for task in tasks if task.wanted(read(store))]
@@ -66,7 +67,7 @@ def run(setup: Setup) -> None:
 
 
 def finished(done: Losses, sweep: Sweep) -> Losses:
-    """The runs of whole cells."""
+    """The runs of complete cells."""
     if sweep.domain.name != NAME:
         return done
     cells = {job[:3] for job in done}
@@ -81,7 +82,7 @@ HEADS = ("domain", "configuration", "ranks", "seeds", "by the vertex", "by the c
 
 
 def blocks(setup: Setup) -> Iterator[str]:
-    """Exponents and claims, beside those of the CPU's one seed."""
+    """Tables of exponents and claims, beside the exponents of the CPU's one seed."""
     sweep = sweep_of(setup)
     done = finished(read(sweep.store), sweep)
     if not done:

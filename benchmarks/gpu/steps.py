@@ -1,9 +1,9 @@
-"""What a step costs on the device: ours against the bare optimizer with the same groups, kernel by kernel.
+"""Cost of a step on the device by implementation: RankAwareOptimizer against the bare optimizer with the same groups.
 
-The adapters of an 8B model at rank 16, 448 tensors, as in costs/step_cost.py, whose pairs in ABBA order these are,
-here at their own width and timed by CUDA events: what is timed ends when the device is done. Every ratio is the median
-of 10 turns, then of three fresh builds, whose range stands beside; what is compiled is built once. The noise floor is a
-step against itself.
+The tensors are the 448 of an 8B model's rank-16 adapters, as in costs/step_cost.py, but at full width. Steps are
+compared in the same pairs and ABBA order. They are timed by CUDA events, so that a time ends when the device is done.
+Every ratio is the median of 10 turns, then the median of three fresh builds, with their range beside it. Compiled steps
+are built once. The noise floor is a step against itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "for-loop": {"foreach": False},
     COMPILED: {},
 }
-TWO_GROUPS = (2,)  # where building takes minutes, or a network has one block
+TWO_GROUPS = (2,)  # the only layout if building takes minutes, or the network has one block
 STORE = "step_cost.jsonl"
 
 
@@ -50,7 +50,7 @@ def run(setup: Setup) -> None:
 
 
 def left_out(name: str, setup: Setup) -> str | None:
-    """Why an implementation cannot be measured here."""
+    """Why an implementation cannot be measured here; None if it can."""
     if name == GRAPHS and setup.device == "cpu":
         return "a CPU has no CUDA graphs"
     if name == EIGHT_BIT:
@@ -64,7 +64,7 @@ def left_out(name: str, setup: Setup) -> str | None:
 
 
 def measure(name: str, setup: Setup) -> list[dict[str, float]]:
-    """Ratios by pair, build by build."""
+    """The ratios of all pairs, one dict for each build."""
     layouts = TWO_GROUPS if setup.smallest or name == COMPILED else LAYOUTS
     pairs = [(f"{who} {n}", f"native {n}") for n in layouts for who in ("ours", "native")]
     pairs += [(f"native {n}", "native 1") for n in layouts]
@@ -79,7 +79,7 @@ def measure(name: str, setup: Setup) -> list[dict[str, float]]:
 
 
 def model(setup: Setup) -> nn.Module:
-    """The adapters, with gradients."""
+    """The adapters on the device, with random gradients."""
     torch.manual_seed(0)
     made = adapters(*((1, LLAMA_8B_EIGHTH) if setup.smallest else (32, LLAMA_8B))).to(setup.device)
     for param in made.parameters():
@@ -88,7 +88,7 @@ def model(setup: Setup) -> nn.Module:
 
 
 def flags(name: str, setup: Setup) -> dict[str, Any]:
-    """A rate that is a tensor lies on the device: a graph reads it there at every replay."""
+    """The optimizer's options. A tensor rate is put on the device, where a graph reads it at every replay."""
     own = FLAGS[name] | ({"lr": torch.tensor(SETTINGS["lr"])} if name == GRAPHS else {})
     return {key: value.to(setup.device) if isinstance(value, torch.Tensor) else value for key, value in own.items()}
 
@@ -102,17 +102,17 @@ def kind(name: str) -> Any:
 
 
 def prepared(name: str, step: Step, setup: Setup) -> Step:
-    """The step as it is called: captured, compiled, or as it is."""
+    """The step to time: captured in a graph, compiled, or unchanged."""
     if name == GRAPHS:
         return captured(step)
     if name == COMPILED:
-        # Inductor's compiler takes a minute on a CPU, and what is traced is the same.
+        # On a CPU Inductor takes a minute to compile, and aot_eager traces the same code.
         return torch.compile(step, backend="aot_eager" if setup.smallest else "inductor")
     return step
 
 
 def captured(step: Step) -> Step:
-    """The replay of a graph of one step; the first steps, which make the moments, run on a stream of their own."""
+    """The replay of a CUDA graph of one step. The first steps, which make the moments, run on a side stream."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -130,7 +130,7 @@ def timer(setup: Setup) -> Callable[[Step], float]:
 
 
 def by_events(step: Step) -> float:
-    """Milliseconds from an idle device until it is done, by its own clock."""
+    """Milliseconds of a step by the device's clock, from an idle device until the step is done."""
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -149,7 +149,7 @@ HEADS = (
 
 
 def blocks(setup: Setup) -> Iterator[str]:
-    """The table of what is on file."""
+    """The table of the rows on file."""
     rows = list(rows_in(setup.folder / STORE))
     if rows:
         yield block("What a step costs", HEADS, [cells for row in rows for cells in cells_of(row)])
@@ -158,7 +158,7 @@ def blocks(setup: Setup) -> Iterator[str]:
 
 
 def cells_of(row: dict[str, Any]) -> Iterator[list[str]]:
-    """One row a layout."""
+    """One row of the table for each layout."""
     runs: Sequence[dict[str, float]] = row["ratios"]
     for n in (n for n in LAYOUTS if f"ours {n} / native {n}" in runs[0]):
         same, itself, one = (

@@ -1,39 +1,44 @@
-"""How do best rates move with the width, up to that of real models, and with the rank there?
+"""How do best rates move with the width, up to the width of real models, and how do they move with the rank there?
 
-The small form of this experiment is laws/width.py, at widths that a CPU trains, where the candidates hardly differ.
+laws/width.py is the small form of this experiment, at widths that a CPU trains, where the candidates hardly differ.
 
-**Networks.** The study's Llama of four layers at widths 512, 1024, 2048 and 4096, its MLPs 5/2 times as wide, heads of
-32. Pretrained alike on the device: 1,000 steps of 16 × 64 tokens of the Brown corpus, AdamW at 2e-3·192/width. Then the
-study's task of Python, 64 steps of 8 × 64 tokens. Float32, matrix products in TF32.
+**Networks.** The study's Llama of four layers at widths 512, 1024, 2048 and 4096, with MLPs 5/2 times as wide and heads
+of 32. All are pretrained in the same way on the device: 1,000 steps of 16 × 64 tokens of the Brown corpus, AdamW at
+2e-3·192/width. Then they train on the study's task of Python, 64 steps of 8 × 64 tokens. Float32, matrix products in
+TF32.
 
-**Runs.** Init[A] and Init[B] at s = 1, ranks 4, 16, 64, 256 and 1024 as far as the width allows, and full. Each as in
-laws/width.py: seed 0 at whole octaves around a first guess, which the package's law moves there from the study's Llama
-of width 192, growing at an edge; then two seeds at five half octaves around the lowest. Its two estimators, the middle
-of the basin and the cliff, and its noise, half the difference of the seeds' own estimates, rms over cells.
+**Runs.** Init[A] and Init[B] at s = 1, ranks 4, 16, 64, 256 and 1024 as far as the width allows, and full finetuning.
+Each is swept as in laws/width.py: seed 0 at whole octaves around a first guess, growing at an edge; then two seeds at
+five half octaves around the lowest. The first guess is the best rate of the study's Llama of width 192, moved by the
+package's law. The two estimators are also the same, the middle of the basin and the cliff. So is the noise: half the
+difference of the two seeds' own estimates, rms over cells.
 
-**Order**, the most informative first: rank 16 and full at every width, where the laws of width differ by an octave;
-Init[B]'s other ranks at 4096 and 512, where its forms differ by one; the same at 2048 and 1024; then Init[A]'s. One
-command spends at most 2.5, 2.5, 4 and 9 minutes on a width, so that none keeps the device from the others.
+**Order**, the most informative first. Rank 16 and full at every width, where the laws of width differ by an octave.
+Then Init[B]'s other ranks at 4096 and 512, where its forms differ by an octave. Then the same ranks at 2048 and 1024,
+and last Init[A]'s. One command spends at most 2.5, 2.5, 4 and 9 minutes on the four widths, so that each gets its share
+of the device's time.
 
 **Hypotheses.** n is the mean fan-in of the adapted layers, weighted by size: 679, 1358, 2716 and 5432. From the
-narrowest to the widest, three octaves, the best rate at rank 16 goes, in octaves,
+narrowest to the widest network, three octaves of width, the best rate at rank 16 moves by these octaves:
 
-    Init[A]   -1.4 by µA, -1.5 by n^-1/2, 0 if one rate holds
-    Init[B]   -3.0 by µA, -2.0 with the fall of the package, n^-1/3 of µA's; -1.5 and 0 likewise
-    full      -3.0 by µA and 1/n; -1.5 and 0 likewise
+    Init[A]   -1.4 by µA; -1.5 by n^-1/2; 0 if one rate holds
+    Init[B]   -3.0 by µA; -2.0 with the fall of the package, n^-1/3 of µA's; -1.5 by n^-1/2; 0 if one rate holds
+    full      -3.0 by µA and by 1/n; -1.5 by n^-1/2; 0 if one rate holds
 
-At Init[B] the rate goes from rank 4 to rank 256 at width 512, and to 1024 at 4096, by -2.1 and -2.7 octaves with the
-package's fall, r^-1/3; by -2.6 and -3.5 with a fall of r^-1/2 above a knee of 4, the default before; by -.1 and 0 by µA
-alone, which is the paper's. From rank 16 to full at 4096 these are -2.8, -4.0 and 0.
+At Init[B] the rate moves from rank 4 to rank 256 at width 512, and from rank 4 to rank 1024 at width 4096, by these
+octaves: -2.1 and -2.7 with the package's fall, r^-1/3; -2.6 and -3.5 with the former default, a fall of r^-1/2 above a
+knee of 4; -.1 and 0 by µA alone, which is the paper's law. From rank 16 to full at width 4096 these are -2.8, -4.0 and
+0.
 
-**Rules**, committed before any run. A law moves a rate to where another was found; its error is in octaves, rms over
-all such moves and both estimators. In each question the package's law stands if its error is at most .35 and at most
-.1 above the lowest. If not, the lowest takes its place if it is the lowest by each estimator alone, also at the two
-largest widths alone. Else nothing is settled.
+**Rules**, committed before any run. A law moves a best rate to where another was found. Its error is the difference of
+the two in octaves, rms over all such moves and both estimators. In each question the package's law stands if its error
+is at most .35 and at most .1 above the lowest. If not, the law with the lowest error takes its place, if it is the
+lowest by each estimator alone, and also at the two largest widths alone. Else nothing is settled.
 
 1. Init[B] between ranks: all ordered pairs at one width.
 2. Init[B] to full finetuning: every rank to full at one width.
-3. Init[A] between ranks, likewise; 4. Init[A] to full finetuning, likewise.
+3. Init[A] between ranks: all ordered pairs at one width.
+4. Init[A] to full finetuning: every rank to full at one width.
 5. In width: each of Init[A] and Init[B] at rank 16, and full, between all ordered pairs of widths.
 """
 
@@ -69,12 +74,12 @@ from rankaware_optim.calibration import seeded
 
 STORE, MLP, COMMON = "width.jsonl", 5 / 2, 16
 STUDY_MEAN = 263.1  # mean fan-in of the study's Llama of width 192
-BOXES = {512: 2.5, 1024: 2.5, 2048: 4.0, 4096: 9.0}  # minutes
+BOXES = {512: 2.5, 1024: 2.5, 2048: 4.0, 4096: 9.0}  # minutes that a command spends on a width
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths, ranks, steps of training and pretraining, seeds, and windows a batch."""
+    """Size of the experiment: widths, ranks, steps of training and pretraining, seeds, and windows a batch."""
 
     widths: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -88,7 +93,7 @@ class Shape:
 
 
 WHOLE = Shape((512, 1024, 2048, 4096), (4, 16, 64, 256, 1024), 64, 1000, 2, language.BATCH)
-SMALLEST = Shape((32, 64), (4, 16), 2, 0, 1, 2)  # without pretraining, on made-up tokens
+SMALLEST = Shape((32, 64), (4, 16), 2, 0, 1, 2)  # no pretraining, random tokens
 
 
 def shape_of(setup: Setup) -> Shape:
@@ -99,7 +104,7 @@ def shape_of(setup: Setup) -> Shape:
 
 
 def domain_of(width: int, setup: Setup) -> Domain:
-    """The language task on a Llama of this width, which stays on the device; every run trains a copy."""
+    """The language task on a Llama of this width. The Llama stays on the device, and every run trains a copy."""
     shape = shape_of(setup)
 
     def build(rank: int | None, alpha: float, init: str, seed: int) -> torch.nn.Module:
@@ -141,7 +146,7 @@ Key = tuple[int, str, int]  # width, configuration, rank
 
 
 def cells(shape: Shape) -> list[Key]:
-    """Every cell, the most informative first."""
+    """Every cell, in the order of the docstring: the most informative first."""
     outer = (*shape.widths[-1:], *shape.widths[:1])
     by_worth = (*outer, *(width for width in reversed(shape.widths) if width not in outer))
     first = [(width, *each) for width in by_worth for each in ((AT_B, COMMON), ("full", FULL), (SOURCE, COMMON))]
@@ -162,7 +167,7 @@ def task_of(key: Key, shape: Shape) -> Wanting:
 
 
 def guess(key: Key) -> int:
-    """The study's best rate at width 192, moved here by the package's law, to the octave."""
+    """First guess of log2 rate: the study's best at width 192, moved by the package's law, to the octave."""
     _, config, _ = key
     at_study = FULL if config == "full" else COMMON
     known = best_rates(read(STORES / "language.jsonl"), "language", config)[at_study]
@@ -170,7 +175,7 @@ def guess(key: Key) -> int:
 
 
 def run(setup: Setup) -> None:
-    """Pretrain, and run what is missing, until the time is over."""
+    """Pretrain, and run the missing runs until the time is over."""
     torch.set_float32_matmul_precision("high")
     shape, store, spent = shape_of(setup), setup.folder / STORE, dict[int, float]()
     for key in cells(shape):
@@ -194,7 +199,7 @@ def provenance(width: int, setup: Setup) -> dict[str, Any]:
 
 
 def on_file(setup: Setup) -> dict[Key, Found]:
-    """Every cell that is whole."""
+    """The estimates of every complete cell."""
     shape, done, found = shape_of(setup), read(setup.folder / STORE), {}
     for key in cells(shape):
         name, *_ = cell = cell_of(key)
@@ -207,7 +212,7 @@ def on_file(setup: Setup) -> dict[Key, Found]:
 
 
 class Place(NamedTuple):
-    """A configuration at a rank and a mean fan-in."""
+    """A configuration at a rank, with the mean fan-in `width`."""
 
     config: str
     rank: int
@@ -226,7 +231,7 @@ def place_of(key: Key) -> Place:
 
 
 def mean_fan_in(width: int) -> float:
-    """Of q, k, v, o, gate and up, fan-in `width`, and down, fan-in MLP · width, weighted by size."""
+    """Mean fan-in weighted by size: q, k, v, o, gate and up have fan-in `width`, and down has MLP · width."""
     return width * (4 + 2 * MLP + MLP * MLP) / (4 + 3 * MLP)
 
 
@@ -250,7 +255,13 @@ Pairs = Sequence[tuple[Key, Key]]
 
 
 class Question(NamedTuple):
-    """Moves that a law is judged by, and the laws; where two are the same there, the package's stands for both."""
+    """Moves by which laws are judged.
+
+    Args:
+        name: the question in words.
+        laws: names of the laws to judge, the package's first. It wins if another is the same on these moves.
+        asks: (source, target) -> whether the question has this move.
+    """
 
     name: str
     laws: tuple[str, ...]
@@ -280,7 +291,12 @@ Rates = Mapping[Key, float]
 
 
 def errors(question: Question, by: Iterable[Rates]) -> dict[str, float]:
-    """Every law's rms error in octaves over a question's moves; nan where there is none."""
+    """Rms error in octaves of every law over a question's moves, by law; nan if no move is on file.
+
+    Args:
+        question: the question.
+        by: best rates (log2) by cell, one mapping for each estimator.
+    """
     by = list(by)
     return {
         law: rms(
@@ -294,7 +310,7 @@ def errors(question: Question, by: Iterable[Rates]) -> dict[str, float]:
 
 
 def verdict(question: Question, by: Sequence[Rates]) -> str:
-    """What the rule says of a question."""
+    """The rule's verdict on a question, in words."""
     every = errors(question, by)
     if math.isnan(every[PACKAGE]):
         return f"{question.name}: not known, no two cells are on file."
@@ -314,7 +330,7 @@ def verdict(question: Question, by: Sequence[Rates]) -> str:
 
 
 def blocks(setup: Setup) -> Iterator[str]:
-    """The verdicts and the tables of what is on file."""
+    """The verdicts and the tables of the runs on file."""
     found, store = on_file(setup), setup.folder / STORE
     if not found:
         return

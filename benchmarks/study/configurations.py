@@ -1,4 +1,4 @@
-"""LoRA configurations that the studies share, and a run of one at a rate."""
+"""LoRA configurations that the studies share, and one run of a configuration at a rate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LORAPLUS, TWO_RATES, PRODIGY = ", LoRA+ 16", ", two rates", ", Prodigy"  # added
 
 @dataclass(frozen=True)
 class Config:
-    """A LoRA configuration: its init, and gamma, by which the effective multiplier is s = r^-gamma."""
+    """A LoRA configuration: its init, and the exponent gamma of its effective multiplier s = r^-gamma."""
 
     init: Literal["A", "B"]
     gamma: float
@@ -41,13 +41,13 @@ RSLORA = {"Init[A], s = r^-1/2": Config("A", 0.5)}
 
 
 def config_of(scheme: str) -> str:
-    """The configuration's name that a scheme's begins with, or "full"."""
+    """Name of the configuration with which a scheme's name begins, or "full"."""
     begun = [name for name in {**CONFIGS, **RSLORA} if scheme.startswith(name)]
-    return max(begun, key=len, default="full")  # one name begins another's
+    return max(begun, key=len, default="full")  # one name may begin with another
 
 
 def built(domain: Domain, config: str, rank: int, seed: int) -> nn.Module:
-    """The domain's model in a configuration, or trained whole at rank `FULL`."""
+    """The domain's model in a configuration; at rank `FULL`, for full finetuning."""
     if rank == FULL:
         return domain.build(None, 1.0, "A", seed)
     chosen = {**CONFIGS, **RSLORA}[config]
@@ -58,12 +58,12 @@ START = "before training"  # a scheme without steps
 
 
 def run_at(job: Job, warmup: float) -> float | None:
-    """The held-out loss of a run at 2^x: AdamW, clipped at 1, heads at rates of their own."""
+    """The held-out loss of a job's run at rate 2^x: AdamW, gradients clipped at norm 1, heads at fixed rates."""
     return run_in(get_domain(job.domain), job, warmup)
 
 
 def run_in(domain: Domain, job: Job, warmup: float) -> float | None:
-    """The same in a domain that may differ from the one named."""
+    """The same as `run_at`, in a given domain instead of the one that the job names."""
     model = built(domain, config_of(job.scheme), job.rank, job.seed)
     if job.scheme == START:
         return domain.evaluate(model)
@@ -71,24 +71,25 @@ def run_in(domain: Domain, job: Job, warmup: float) -> float | None:
 
 
 def starts(domain: str, seeds: Sequence[int]) -> Listed:
-    """The losses before training: a new head is drawn by the seed."""
+    """Jobs for the loss before training, one for each seed, since a new head is drawn by the seed."""
     return Listed([Job(domain, START, FULL, 0.0, seed) for seed in seeds])
 
 
 def start_of(domain: str, done: Losses) -> float:
-    """Mean loss before training, of the runs on file."""
+    """Mean loss before training over the runs on file."""
     return statistics.fmean(or_inf(loss) for job, loss in done.items() if job[:2] == (domain, START))
 
 
 def before_training(domain: Domain, seeds: int) -> float:
-    """Mean loss before training, computed: where no run of `starts` is on file."""
+    """Mean loss before training, computed here, if no run of `starts` is on file."""
     return statistics.fmean(domain.evaluate(built(domain, "full", FULL, seed)) for seed in range(seeds))
 
 
 def optimizer(model: nn.Module, domain: Domain, job: Job) -> Optimizer:
-    """AdamW at 2^x for A and B alike, or as the scheme's name says; Prodigy, unwrapped, finds one rate for all.
+    """The optimizer of a job: AdamW with rate 2^x for both A and B, unless the scheme's name says otherwise.
 
-    Two rates are a base rate's at rank 16, moved from there by the law.
+    LoRA+ has 16 times the rate for B. "Two rates" are those of the law, from a base rate 2^x at rank 16. Prodigy is
+    not wrapped, and finds one rate for all.
     """
     method = "full" if job.rank == FULL else "lora"
     if job.scheme.endswith(PRODIGY):
@@ -102,6 +103,6 @@ def optimizer(model: nn.Module, domain: Domain, job: Job) -> Optimizer:
 
 
 def tuned_at(config: str) -> ra.Reference:
-    """The configuration at the rank at which a user tunes who tunes once."""
+    """The configuration at rank `TUNED`, where a user who tunes once tunes."""
     chosen = {**CONFIGS, **RSLORA}[config]
     return ra.Reference(TUNED, chosen.alpha(TUNED), init=chosen.init)

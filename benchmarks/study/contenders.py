@@ -1,7 +1,7 @@
-"""What a recipe is compared with: ways to pick a rate for every rank and for full finetuning, without a calibration.
+"""Ways to pick a rate for every rank and for full finetuning without a calibration; recipes are compared with these.
 
-Each takes what one configuration's sweeps gave a user who tuned once (nine rates, one seed), and names log2 of its
-rate at every rank, `FULL` for full finetuning. None of them sees the seeds that score it.
+Each uses only the sweep that a user who tunes once has: nine rates at one rank of one configuration, one seed. It
+returns log2 of its rate by rank, with `FULL` for full finetuning. None of them sees the seeds that score it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Rates = dict[int, float]
 
 @dataclass(frozen=True)
 class Known:
-    """What a user has who swept one rank once: the domain, the configuration, its ranks and every run on file."""
+    """What a user knows after one sweep: the domain, the configuration, its ranks, and the losses of all runs."""
 
     domain: Domain
     config: str
@@ -30,11 +30,11 @@ class Known:
     done: Losses
 
     def best(self, scheme: str, rank: int) -> float:
-        """log2 of the best rate of a sweep on one seed."""
+        """log2 of the best rate in a sweep on one seed."""
         return lowest(curve(self.done, (self.domain.name, scheme, rank), 1))
 
     def moved(self, shift: Shift, added: str = "") -> Rates:
-        """The best rate at the rank tuned at, of the configuration with `added` to it, moved everywhere."""
+        """log2 rate by rank: the best at rank `TUNED`, moved by `shift`. `added` is appended to the scheme's name."""
         x = self.best(self.config + added, TUNED)
         return {rank: x + shift(TUNED, rank) for rank in (*self.ranks, FULL)}
 

@@ -1,11 +1,11 @@
-"""Does a domain's score say what it seems to? Reinforcement learning and vision-language against their controls.
+"""Does a domain's score measure what it should? Reinforcement learning and vision-language against their controls.
+
+Each is trained at rank 16, Init[A], s = 1, at rate 2^-10, on three seeds. The rate was written down before any run.
+Reinforcement: accuracy at temperature 1 before training (which is what a rate of 0 leaves), after GRPO, and after GRPO
+with rewards dealt to the wrong prompts. Vision-language: how much worse, in nats a token, a held-out caption fits
+another picture than its own; and the same after training with every picture beside another one's caption.
 
     python benchmarks/study/controls.py             # results/controls.json and .md, a few minutes
-
-Each is trained at rank 16, Init[A], s = 1, at 2^-10, a rate written down before any run, on three seeds. Reinforcement:
-accuracy at temperature 1 before training (which is what a rate of 0 leaves), after GRPO, and after GRPO whose rewards
-were dealt to the wrong prompts. Vision-language: how much worse, in nats a token, a held-out caption fits another
-picture than its own, and the same where every picture was trained with another's caption.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ACCURACY, GAP = "accuracy", "gap, nats a token"
 
 @click.command()
 def main() -> None:
-    """Train, print, and write the result."""
+    """Train the domains and their controls, print the table, and write it."""
     torch.set_num_threads(1)
     on = machine(1)
     right, wrong = (replace(domain, evaluate=gap) for domain in (VISION_LANGUAGE, MISMATCHED))
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def row(domain: Domain, what: str, measure: str, sign: float, scheme: str = SCHEME) -> dict[str, Any]:
-    """A control's mean and its seeds; `sign` turns the domain's score into the measure."""
+    """A row of the table: mean and seeds of a control. `sign` turns the domain's score into the measure."""
     rank = FULL if scheme == START else RANK
     found = [sign * or_inf(run_in(domain, Job(domain.name, scheme, rank, X, seed), WARMUP)) for seed in range(SEEDS)]
     by_seed = ", ".join(f"{value:.3f}" for value in found)

@@ -1,4 +1,7 @@
-"""Which runs a sweep asks for, and what stands on its grid: octaves of rate, centred and extended by what is found."""
+"""Grids of a sweep: which runs are still missing, and the losses on the grid.
+
+Rates are an octave apart. What was found so far decides where a grid is centred and how far it extends.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-FULL = 0  # stands for full finetuning in a rank's place
+FULL = 0  # in place of a rank: full finetuning
 
 
 class Job(NamedTuple):
-    """A run: the scheme (optimizer, law or configuration), the rank, log2 of the base rate, the seed."""
+    """A run: its domain, scheme (optimizer, law or configuration), rank, log2 of the base rate `x`, and seed."""
 
     domain: str
     scheme: str
@@ -20,19 +23,19 @@ class Job(NamedTuple):
     seed: int
 
 
-Losses = Mapping[Job, float | None]  # held-out, None where the run diverged
+Losses = Mapping[Job, float | None]  # held-out losses; None if the run diverged
 Cell = tuple[str, str, int]  # domain, scheme, rank
 
 
 class Wanting(Protocol):
-    """What knows which runs are missing."""
+    """A grid or list that returns the missing runs, given those that are done."""
 
     def wanted(self, done: Losses) -> list[Job]: ...
 
 
 @dataclass(frozen=True)
 class Listed:
-    """Runs known beforehand."""
+    """A fixed list of runs."""
 
     jobs: Sequence[Job]
 
@@ -42,7 +45,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class Together:
-    """Several at once, so that no worker waits for the end of one."""
+    """Several grids at once, so that no worker waits for one grid to end."""
 
     grids: Sequence[Wanting]
 
@@ -52,10 +55,17 @@ class Together:
 
 @dataclass(frozen=True)
 class Grid:
-    """Octaves of rate to try: a coarse pass of one seed places the centre, `half` octaves go to either side of it.
+    """Rates an octave apart around the best rate of a coarse pass of one seed.
 
-    coarse: log2 rates by scheme. placed_at: the rank whose coarse pass places the grid of all; by default each its
-    own. A grid whose best mean lies at its edge grows there by an octave, up to `most` times.
+    If the best mean loss is at an edge, the grid grows there by an octave, up to `most` times.
+
+    Args:
+        cells: the cells to sweep.
+        coarse: log2 rates of the coarse pass, by scheme.
+        seeds: how many seeds run every rate of the grid.
+        half: octaves on either side of the centre.
+        placed_at: the rank whose coarse pass places the grid at all ranks; None if each rank has its own.
+        most: how often a grid may grow.
     """
 
     cells: Sequence[Cell]
@@ -66,7 +76,7 @@ class Grid:
     most: int = 6
 
     def wanted(self, done: Losses) -> list[Job]:
-        """The runs still missing, as far as those done tell."""
+        """The runs known to be missing. After these are done, more may be."""
         placing = dict.fromkeys(map(self._placed_by, self.cells))
         first = [Job(*cell, x, 0) for cell in placing for x in self.coarse[cell[1]]]
         for stage in (lambda: first, lambda: self._all(self._fine, done), lambda: self._all(self._moved, done)):
@@ -81,7 +91,7 @@ class Grid:
         return [job for cell in self.cells for job in of(cell, done)]
 
     def _moved(self, cell: Cell, done: Losses) -> list[Job]:
-        """The best rate of the cell that placed this one's grid, tried here too."""
+        """Jobs at the best rate of the cell that placed this cell's grid: it is tried here too."""
         x = lowest(curve(done, self._placed_by(cell), self.seeds))
         return [Job(*cell, x, seed) for seed in range(self.seeds)]
 
@@ -98,7 +108,7 @@ class Grid:
 
 
 def curve(done: Losses, cell: Cell, seeds: int) -> dict[float, float]:
-    """{log2 rate: mean loss over the seeds} where all seeds were run, by rising rate; infinite where one diverged."""
+    """{log2 rate: mean loss}, by rising rate, for rates that all seeds have run; infinite if a seed diverged."""
     xs = sorted({job.x for job in done if job[:3] == cell})
     by_seed = {x: [Job(*cell, x, seed) for seed in range(seeds)] for x in xs}
     whole = [x for x, jobs in by_seed.items() if all(job in done for job in jobs)]
@@ -106,21 +116,21 @@ def curve(done: Losses, cell: Cell, seeds: int) -> dict[float, float]:
 
 
 def losses_at(done: Losses, cell: Cell, x: float, seeds: int) -> list[float]:
-    """The loss of every seed at a rate, infinite where it diverged."""
+    """The loss of every seed at log2 rate `x`; infinite if it diverged."""
     return [or_inf(done[Job(*cell, x, seed)]) for seed in range(seeds)]
 
 
 def curves_by_seed(done: Losses, cell: Cell, seeds: int) -> list[dict[float, float]]:
-    """Every seed's {log2 rate: loss} at the rates that all seeds have run."""
+    """{log2 rate: loss} of every seed, at the rates that all seeds have run."""
     by_rate = {x: losses_at(done, cell, x, seeds) for x in curve(done, cell, seeds)}
     return [{x: losses[seed] for x, losses in by_rate.items()} for seed in range(seeds)]
 
 
 def lowest(losses: Mapping[float, float]) -> float:
-    """The rate of the lowest loss."""
+    """log2 of the rate with the lowest loss."""
     return min(losses, key=losses.__getitem__)
 
 
 def or_inf(loss: float | None) -> float:
-    """A loss as a number: infinite where the run diverged."""
+    """A loss as a number; infinite if the run diverged."""
     return math.inf if loss is None else loss

@@ -1,12 +1,14 @@
-"""Which form of a law generalises: constants chosen on all domains of the study but the one that is scored.
+"""Which form of a law generalises: choose its constants on all domains of the study but one, and score it on that one.
 
-Each domain is scored with the constants that are best on all others, every domain and use counting alike. Best is, by
-turns, the least mean regret, capped at 100 % a move, and the least mean square error in octaves by either estimator of
-a best rate, the vertex and the cliff (`study/optima.py`). What is moved for a regret is the vertex.
+Each domain is scored with the constants that are best on all others. Every domain and every use has the same weight.
+There are three criteria for "best": the least mean regret, with each move capped at 100 %, and the least mean square
+error in octaves by either estimator of a best rate, the vertex and the cliff (`study/optima.py`). For regret, the rate
+that is moved is the vertex.
 
-The rule: a form's figure is its worst regret in any use beyond the noise floor of the cell where it lands (0 where one
-seed has none). The least figure wins. Forms whose rms error is at most .1 octaves above the winner's, by each
-estimator, tie with it, and of these the fewest chosen constants win, then the least figure.
+The rule: a form's figure is its worst regret in any use beyond the noise floor of the cell where the rate lands (the
+floor is 0 in cells of one seed, which have none). The form with the least figure wins. Forms whose rms error is at most
+.1 octaves above the winner's, by each estimator, tie with it. Of these the form with the fewest chosen constants wins,
+then the one with the least figure.
 """
 
 from __future__ import annotations
@@ -44,9 +46,14 @@ Constants = Mapping[str, float]
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """A way to move log2 of a rate from a site to another, and the values from which its constants are chosen.
+    """A way to move log2 of a rate between two sites, with the values from which its constants are chosen.
 
-    full_width: at which fan-in full finetuning is seen, the "mean" or the "largest"; LoRA is seen at the mean.
+    Args:
+        name: the form's name in tables.
+        move: (source site, target site, log2 rate, constants) -> log2 of the moved rate.
+        grid: the values that each constant may take, by name.
+        judged: whether the form takes part in the rule.
+        full_width: the fan-in of full finetuning's site, "mean" or "largest" over layers. LoRA's is the mean.
     """
 
     name: str
@@ -65,7 +72,7 @@ class Form:
 
 
 def by_level(level: Callable[[Site, Constants], float], a: Site, b: Site, x: float, of: Constants) -> float:
-    """By the ratio of two levels, whatever the rate."""
+    """Add the difference of two levels to log2 rate `x`, and the constant "o" from LoRA to full finetuning."""
     offset = of.get("o", 0.0) * ((b.init == "full") - (a.init == "full"))
     return x + level(b, of) - level(a, of) + offset
 
@@ -83,7 +90,18 @@ def halves(low: float, high: float) -> list[float]:
 
 
 class Place(NamedTuple):
-    """A cell of the study: its configuration, site, log2 of what estimators find, and the losses that score a rate."""
+    """A cell of the study (configuration and rank): its site, its best rates, and the losses that score a rate.
+
+    Args:
+        scheme: the configuration's name, or "full".
+        site: where the law is evaluated, with the mean fan-in.
+        largest: the largest fan-in of the layers.
+        found: log2 of the best rate, by estimator.
+        tried: mean loss by log2 rate.
+        lowest: the lowest mean loss.
+        start: the loss before training.
+        floor: the noise floor of regret; None with one seed.
+    """
 
     scheme: str
     site: Site
@@ -103,7 +121,7 @@ class Place(NamedTuple):
 
 
 def stored(schemes: Sequence[str]) -> dict[str, list[Place]]:
-    """The places of every domain whose grids in these configurations and in full finetuning are whole."""
+    """The places of each domain that has complete grids in all these configurations and in full finetuning."""
     found = {}
     for domain in names():
         done = finished(read(STORES / f"{domain}.jsonl"), "full")
@@ -113,7 +131,7 @@ def stored(schemes: Sequence[str]) -> dict[str, list[Place]]:
 
 
 def places_of(done: Losses, domain: str, scheme: str) -> Iterator[Place]:
-    """Every rank's in a configuration, or full finetuning's."""
+    """The place of every rank in a configuration, or that of full finetuning."""
     survey = surveyed(domain, next(iter(CONFIGS)), 16)
     for rank in (FULL,) if scheme == "full" else ranks_in(done, domain, scheme):
         cell, seeds = (domain, scheme, rank), seeds_in(done, domain, scheme)
@@ -128,9 +146,13 @@ def places_of(done: Losses, domain: str, scheme: str) -> Iterator[Place]:
 
 
 class Move(NamedTuple):
-    """A rate moved to where another is best.
+    """A best rate that a form moved from one place to another.
 
-    off: octaves too high by each estimator, where both cells have it. regret: of the vertex; beyond: the noise floor.
+    Args:
+        use: one of `USES`.
+        off: error in octaves by estimator, positive if too high. Only estimators with a rate in both cells.
+        regret: regret of the moved vertex, a share of the gain.
+        beyond: the regret beyond the noise floor.
     """
 
     use: str
@@ -140,7 +162,10 @@ class Move(NamedTuple):
 
 
 def moves(form: Form, of: Constants, places: Sequence[Place]) -> Iterator[Move]:
-    """All pairs of ranks in a configuration and every rank to full finetuning, with vertices inside their grids."""
+    """Move by all pairs of ranks in a configuration, and from every rank to full finetuning.
+
+    Only between cells with a vertex inside the grid.
+    """
     for a, b in permutations(places, 2):
         known = [name for name in a.found if name in b.found]
         if a.scheme == "full" or b.scheme not in (a.scheme, "full") or VERTEX not in known:
@@ -155,7 +180,7 @@ def moves(form: Form, of: Constants, places: Sequence[Place]) -> Iterator[Move]:
 
 
 class Fit(NamedTuple):
-    """A left-out domain: the constants that the others choose, and its moves by them."""
+    """A left-out domain: the constants chosen on the other domains, and its moves with these constants."""
 
     form: Form
     criterion: str
@@ -165,7 +190,7 @@ class Fit(NamedTuple):
 
 
 def fits(form: Form, places: Mapping[str, Sequence[Place]]) -> Iterator[Fit]:
-    """Every domain left out, by every criterion."""
+    """Leave each domain out in turn, by each criterion."""
     choices = form.choices()
     moved = {domain: [list(moves(form, of, each)) for of in choices] for domain, each in places.items()}
     for criterion in CRITERIA:
@@ -177,7 +202,7 @@ def fits(form: Form, places: Mapping[str, Sequence[Place]]) -> Iterator[Fit]:
 
 
 def cost(moved: Sequence[Move], criterion: str) -> float:
-    """The mean regret or square error of each use, summed over both."""
+    """The mean regret or mean square error of each use, summed over both uses."""
     by_use = [[move for move in moved if move.use == use] for use in USES]
     if criterion == "regret":
         return sum(statistics.fmean(min(move.regret, CAP) for move in each) for each in by_use)
@@ -189,7 +214,7 @@ def rms(moved: Sequence[Move], estimator: str) -> float:
 
 
 class Score(NamedTuple):
-    """Of moves: rms octaves by each estimator, median and worst regret, and the worst beyond the noise floor."""
+    """Score of moves: rms octaves by each estimator, median and worst regret, worst regret beyond the noise floor."""
 
     vertex: float
     cliff: float
@@ -208,7 +233,7 @@ def score(moved: Sequence[Move]) -> Score:
 
 
 def scores(fitted: Sequence[Fit], criterion: str, use: str | None = None) -> dict[Form, Score]:
-    """Every form's, over all left-out domains, in one use or both."""
+    """Every form's score over all left-out domains, in one use or in both."""
     found: dict[Form, list[Move]] = {}
     for fit in fitted:
         if fit.criterion == criterion:
@@ -217,7 +242,7 @@ def scores(fitted: Sequence[Fit], criterion: str, use: str | None = None) -> dic
 
 
 def winner(scored: Mapping[Form, Score]) -> tuple[Form, list[Form]]:
-    """The form that the rule names, and all that tie."""
+    """The form that wins by the rule, and all forms that tie for it."""
     least = min(scored.values(), key=lambda each: each.beyond)
     tied = [
         form
@@ -235,7 +260,7 @@ def judged(scored: Mapping[Form, Score]) -> dict[Form, Score]:
 
 
 def write(page: str, title: str, text: str, verdict: str, places: Mapping[str, Any], fitted: Sequence[Fit]) -> None:
-    """results/<page>.md and .json: the verdict, then the script's text, the tables, and every fit."""
+    """Write results/<page>.md (verdict, `text` without its first line, tables) and .json (every fit)."""
     on = machine(1)
     parts = [
         f"# {title}",
@@ -291,7 +316,7 @@ def said(fit: Fit) -> str:
 
 
 def row_of(fit: Fit) -> dict[str, Any]:
-    """A fit, with what its moves lose in each use."""
+    """A fit as a row of the JSON file, with the score of its moves in each use."""
     scores = {use: score([move for move in fit.moves if move.use == use]) for use in USES}
     return {
         "form": fit.form.name,

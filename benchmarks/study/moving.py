@@ -1,4 +1,4 @@
-"""How rates move: the octaves between two configurations by a law, and ways that know none."""
+"""How rates move between ranks or configurations, in octaves: by a law, and in simple ways without one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rankaware_optim import Law, Survey, inspect_model
 from rankaware_optim.optimizer import PlanOptions, make_plan
 
 INITS = ("Init[A], s = 1", "Init[B], s = 1")
-Shift = Callable[[int, int], float]  # octaves from a source rank to a target, `FULL` for full finetuning
+Shift = Callable[[int, int], float]  # octaves from a source rank to a target rank; `FULL` is full finetuning
 
 
 def kept(a: int, b: int) -> float:
@@ -25,7 +25,7 @@ def kept(a: int, b: int) -> float:
 
 
 def by_inverse_rank(domain: str) -> Shift:
-    """The rate falls as 1/r; full finetuning stands at r = n, the model's width."""
+    """The rate falls as 1/r. Full finetuning counts as r = n, the model's width."""
     return lambda a, b: -math.log2((b or surveyed(domain, next(iter(CONFIGS)), TUNED).width) / a)
 
 
@@ -41,9 +41,14 @@ def across_inits(domain: str, rank: int, law: Law) -> float:
 
 @cache
 def octaves(domain: str, config: str, rank: int, law: Law, origin: str | None = None) -> float:
-    """log2 of the multiplier that the package gives at a rank, or to full finetuning, to a rate tuned at rank 16.
+    """log2 of the multiplier that the package gives to a rate tuned at rank 16.
 
-    Tuned in the same configuration, or in `origin`.
+    Args:
+        domain: the domain's name.
+        config: the configuration to move to.
+        rank: the rank to move to; `FULL` is full finetuning.
+        law: the law that moves the rate. It must give A and B the same rate.
+        origin: the configuration in which the rate was tuned; by default `config`.
     """
     found = [x for each in octaves_by_role(domain, config, rank, law, origin).values() for x in each]
     if max(found) - min(found) > 1e-9:
@@ -52,7 +57,7 @@ def octaves(domain: str, config: str, rank: int, law: Law, origin: str | None = 
 
 
 def octaves_by_role(domain: str, config: str, rank: int, law: Law, origin: str | None = None) -> dict[str, list[float]]:
-    """The same for every factor that the law moves, by its role: "A", "B" or "full"."""
+    """The same as `octaves` for every factor that the law moves, by its role: "A", "B" or "full"."""
     survey = surveyed(domain, config, rank)
     at, heads = tuned_at(origin or config), get_domain(domain).head_rates
     options = PlanOptions(law, tuned_at=at, rates=heads, across_inits=origin is not None)
@@ -67,6 +72,6 @@ def octaves_by_role(domain: str, config: str, rank: int, law: Law, origin: str |
 
 @cache
 def surveyed(domain: str, config: str, rank: int) -> Survey:
-    """What is trained at a rank; the model is built once for all laws."""
+    """Survey of what is trained at a rank. It is cached, so that the model is built once for all laws."""
     method: Literal["lora", "full"] = "full" if rank == FULL else "lora"
     return inspect_model(built(get_domain(domain), config, rank, 0), method=method)

@@ -1,4 +1,4 @@
-"""What a suite's runs say: which grids there are, each rank's best rate, and its exponent in the rank."""
+"""What a suite's runs show: which grids are on file, the best rate of each rank, and its exponent in the rank."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ CLIFF = 0.1  # share of the gain that is lost at the cliff
 
 
 def domains_in(done: Losses) -> list[str]:
-    """Those with a loss before training and a configuration with a grid."""
+    """The domains that have a loss before training and at least one configuration with a grid."""
     begun = {job.domain for job in done if job.scheme == START}
     return [name for name in names() if name in begun and schemes_in(done, name)]
 
 
 def schemes_in(done: Losses, domain: str) -> list[str]:
-    """The configurations on file, in their order."""
+    """The configurations that have a grid, in their order."""
     return [name for name in (*CONFIGS, *RSLORA) if ranks_in(done, domain, name)]
 
 
 def ranks_in(done: Losses, domain: str, scheme: str) -> list[int]:
-    """The ranks that have three rates or more on every seed: of a suite cut short, those it came to."""
+    """The ranks with at least three rates that every seed has run. An unfinished suite has fewer ranks."""
     seeds = seeds_in(done, domain, scheme)
     ranks = sorted({job.rank for job in done if job[:2] == (domain, scheme)})
     return [rank for rank in ranks if len(curve(done, (domain, scheme, rank), seeds)) >= 3]
@@ -43,7 +43,12 @@ def seeds_in(done: Losses, domain: str, scheme: str) -> int:
 
 
 class Optimum(NamedTuple):
-    """A rate of a cell: log2, by the mean over seeds and seed by seed; None where the grid does not reach it."""
+    """log2 of a cell's best rate or cliff; None if it is outside the grid.
+
+    Args:
+        x: from the mean loss over seeds.
+        by_seed: from the losses of each seed.
+    """
 
     x: float | None
     by_seed: tuple[float | None, ...]
@@ -53,7 +58,7 @@ Estimator = Callable[[Losses, Cell], Optimum]
 
 
 def optimum(done: Losses, cell: Cell) -> Optimum:
-    """The best rate."""
+    """The best rate, by `best_rate`."""
     seeds = seeds_in(done, *cell[:2])
     means, start = curve(done, cell, seeds), start_of(cell[0], done)
     if not means:
@@ -62,7 +67,7 @@ def optimum(done: Losses, cell: Cell) -> Optimum:
 
 
 def cliff(done: Losses, cell: Cell) -> Optimum:
-    """The rate above the best at which a tenth of the gain is lost."""
+    """The rate above the best one at which a tenth of the gain is lost."""
     seeds, start = seeds_in(done, *cell[:2]), start_of(cell[0], done)
     means = curve(done, cell, seeds)
     if not means:
@@ -76,9 +81,15 @@ def cliff_of(tried: Mapping[float, float], best: float, start: float) -> float |
 
 
 def crossing(tried: Mapping[float, float], best: float, level: float, way: int) -> float | None:
-    """Where the loss, from its lowest in one direction, first reaches a level; None where it does not.
+    """log2 of the first rate, from the best in one direction, where the loss reaches a level; None if it does not.
 
-    On straight lines; half way to a rate that diverged.
+    The loss is interpolated linearly between rates. If a rate diverged, the crossing is half way to it.
+
+    Args:
+        tried: mean loss by log2 rate.
+        best: log2 of the best rate.
+        level: the loss to reach.
+        way: 1 to higher rates, -1 to lower ones.
     """
     xs = sorted((x for x in tried if (x - best) * way >= 0), reverse=way < 0)
     for near, far in pairwise(xs):
@@ -89,7 +100,7 @@ def crossing(tried: Mapping[float, float], best: float, level: float, way: int) 
 
 
 def tried_rates(done: Losses, cell: Cell, seeds: int) -> dict[float, float]:
-    """A cell's mean losses, and beyond the grid of all seeds those of the coarse pass of one."""
+    """Mean loss over all seeds by log2 rate; beyond their grid, the losses of the coarse pass of one seed."""
     means = curve(done, cell, seeds)
     low, high = min(means), max(means)
     return {x: loss for x, loss in curve(done, cell, 1).items() if not low <= x <= high} | means
@@ -99,13 +110,13 @@ ESTIMATORS: dict[str, Estimator] = {"vertex": optimum, "cliff": cliff}
 
 
 def best_rates(done: Losses, domain: str, scheme: str, by: Estimator = optimum) -> dict[int, float]:
-    """log2 of the best rate, or of the cliff, at every rank that has it inside its grid."""
+    """log2 of the best rate (or of the cliff) by rank, for ranks that have it inside their grid."""
     found = {rank: by(done, (domain, scheme, rank)).x for rank in ranks_in(done, domain, scheme)}
     return {rank: x for rank, x in found.items() if x is not None}
 
 
 class Exponent(NamedTuple):
-    """Slope of log2 best rate over log2 rank: the mean over seeds, and half its 90 % interval; None for one seed."""
+    """Slope of log2 best rate over log2 rank: mean over seeds, and half of its 90 % interval (None for one seed)."""
 
     ranks: tuple[int, ...]
     slope: float
@@ -117,7 +128,10 @@ class Exponent(NamedTuple):
 
 
 def exponent_of(done: Losses, domain: str, scheme: str, by: Estimator = optimum) -> Exponent | None:
-    """None where fewer than two ranks have their best, or their cliff, inside every seed's grid."""
+    """The exponent in a domain and configuration.
+
+    None if fewer than two ranks have their best rate (or cliff) inside the grid of every seed.
+    """
     found = {rank: by(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
     usable = {rank: best.by_seed for rank, best in found.items() if best.by_seed and None not in best.by_seed}
     if len(usable) < 2:
@@ -129,5 +143,5 @@ def exponent_of(done: Losses, domain: str, scheme: str, by: Estimator = optimum)
 
 
 def law_slope(domain: str, scheme: str, ranks: Sequence[int], law: Law) -> float:
-    """The exponent that a law gives."""
+    """The exponent that a law predicts over these ranks."""
     return slope({rank: octaves(domain, scheme, rank, law) for rank in ranks})

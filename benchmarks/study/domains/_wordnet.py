@@ -1,4 +1,4 @@
-"""WordNet's nouns: glosses with their 26 lexicographer's classes, in an order of its own, always the same."""
+"""WordNet's nouns: glosses and their 26 lexicographer classes, shuffled, always in the same order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST = 3  # the number of the first noun file, noun.Tops
 
 @cache
 def glosses() -> tuple[tuple[str, str, int], ...]:
-    """(word, gloss, class) of every noun, shuffled once."""
+    """(word, gloss, class) of every noun, shuffled with a fixed seed."""
     rows = [_row(line) for line in _nouns().splitlines() if not line.startswith("  ")]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     return tuple(rows[i] for i in order.tolist())

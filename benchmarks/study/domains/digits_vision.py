@@ -1,4 +1,4 @@
-"""Vision classification, small: EfficientNet-lite0 learns scikit-learn's digits, as in the demo."""
+"""Small vision classification: EfficientNet-lite0 learns scikit-learn's digits, as in the demo."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Image generation: a diffusion transformer that knows the digits 0 to 4 learns 5 to 9, by rectified flow.
 
-The transformer is pretrained here once, seeded, on its first use (about a minute), and kept in the cache.
+The transformer is pretrained on its first use, with a fixed seed (about a minute), and kept in the cache.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def evaluate(model: nn.Module) -> float:
 
 @cache
 def digits(new: bool) -> tuple[Tensor, Tensor]:
-    """The digits 5 to 9, or 0 to 4."""
+    """Images and labels of the digits 5 to 9 if `new`, else of 0 to 4."""
     images, labels = mnist()
     return images[(labels > 4) == new], labels[(labels > 4) == new]
 

@@ -1,6 +1,6 @@
-"""Language, a real LLM: SmolLM2-135M learns WordNet's definitions.
+"""Language with a real LLM: SmolLM2-135M learns WordNet's definitions.
 
-The weights are the package's, dequantised from Q4_1 once and kept in the cache (540 MB).
+The weights are those of the pinned package, dequantised from Q4_1 once and kept in the cache (540 MB).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
 
 @cache
 def unpacked() -> Path:
-    """The folder of the dequantised model, made whole or not at all, with its weights' hash."""
+    """The folder of the dequantised model and its weights' hash. It appears only when it is complete."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(FOLDER.with_suffix(".lock")):
         if not FOLDER.exists():
@@ -65,7 +65,7 @@ def _unpack(archived: Path) -> None:
 
 @cache
 def definitions() -> Tensor:
-    """4,096 windows of 33 tokens from the definitions, one after another."""
+    """Token ids (4096, 33): consecutive windows of the definitions' text."""
     from transformers import AutoTokenizer
 
     coder = AutoTokenizer.from_pretrained(unpacked())

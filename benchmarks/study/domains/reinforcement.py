@@ -1,8 +1,8 @@
-"""Reinforcement learning with a verifiable reward: a character Llama that half knows addition is trained by GRPO.
+"""Reinforcement learning with a verifiable reward: GRPO trains a character-level Llama that half knows addition.
 
-16 prompts, eight answers each, drawn at temperature 1. An answer's reward is half the share of its right digits and
-half whether it is right; advantages are rewards standardised within a prompt. The score is minus the accuracy at
-temperature 1 on fixed prompts. `SHUFFLED` is its control: rewards dealt to the wrong prompts.
+A step has 16 prompts, with eight answers each, drawn at temperature 1. An answer's reward is one half of its share of
+right digits, plus one half if all are right. Advantages are rewards standardised within a prompt. The score is minus
+the accuracy at temperature 1 on fixed prompts. `SHUFFLED` is the control: rewards are dealt to the wrong prompts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ._adapters import adapt
 from ._assets import made_once
 from ._llama import LAYERS
 
-DIGITS, CHARACTERS = 3, "0123456789+="  # of an answer, leading zeros written
+DIGITS, CHARACTERS = 3, "0123456789+="  # an answer has three digits, leading zeros included
 PROMPTS, SAMPLES, STEPS, SCORED, PRETRAINING = 16, 8, 100, 512, 280
 
 
@@ -55,7 +55,7 @@ def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
 
 
 def _pretrain() -> dict[str, Tensor]:
-    """Supervised, until about a quarter of the answers are right: 280 steps of 64 sums, AdamW at 1e-3."""
+    """Supervised training until about a quarter of the answers are right: 280 steps of 64 sums, AdamW at 1e-3."""
     with seeded(0):
         model = new_model()
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -68,7 +68,7 @@ def _pretrain() -> dict[str, Tensor]:
 
 
 def batches(seed: int, batch: int) -> Iterator[Batch]:
-    """Of `batch` answers, `SAMPLES` to a prompt."""
+    """Endless batches of prompts for `batch` answers, `SAMPLES` answers to a prompt."""
     return sums(seed, batch // SAMPLES)
 
 
@@ -83,7 +83,10 @@ def sums(seed: int, count: int) -> Iterator[Batch]:
 
 
 def loss(model: nn.Module, batch: Batch, shuffled: bool = False) -> Tensor:
-    """Policy gradient of answers drawn now: −mean(advantage × log p), so one step from where they were drawn."""
+    """Policy-gradient loss −mean(advantage × log p) of answers that the current model draws.
+
+    With `shuffled`, rewards are permuted over all answers.
+    """
     prompts = batch.prompts.repeat_interleave(SAMPLES, dim=0)
     drawn = sampled(model, batch.prompts, torch.arange(len(batch.prompts)).repeat_interleave(SAMPLES), batch.generator)
     rewards = rewards_of(drawn, batch.answers.repeat_interleave(SAMPLES, dim=0)).view(-1, SAMPLES)
@@ -97,9 +100,16 @@ def loss(model: nn.Module, batch: Batch, shuffled: bool = False) -> Tensor:
 
 @torch.no_grad()
 def sampled(model: Any, prompts: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:
-    """(n, 3) characters drawn at temperature 1 for the n prompts `which`; alike likely where the model is not finite.
+    """Answers (n, 3), as character indices drawn at temperature 1.
 
-    A prompt is read once, and every character once.
+    The model reads each prompt once, and then each character once. Characters are equally likely if the model's
+    logits are not finite.
+
+    Args:
+        model: the causal language model.
+        prompts: (prompts, 6) character indices.
+        which: (n,) the row of `prompts` for each answer.
+        generator: draws the characters.
     """
     read = model(prompts, use_cache=True)
     kept, drawn = read.past_key_values, [_drawn(read.logits[which, -1], generator)]
@@ -120,7 +130,7 @@ def rewards_of(drawn: Tensor, answers: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: Any) -> float:
-    """Minus the share of right answers to 512 fixed prompts, four draws each; NaN where the model is not finite."""
+    """Minus the share of right answers to 512 fixed prompts, four draws each; NaN if the logits are not finite."""
     batch = next(sums(1 << 20, SCORED))
     if not model(batch.prompts).logits.isfinite().all():
         return math.nan

@@ -1,4 +1,4 @@
-"""Text classification: MiniLM sorts WordNet's glosses into the lexicographers' 26 classes of nouns."""
+"""Text classification: MiniLM learns to sort WordNet's glosses into the lexicographers' 26 classes of nouns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Batch = tuple[Tensor, Tensor]  # token ids, classes
 
 
 def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
-    """A new classifier of 26 classes, trained at a rate of its own."""
+    """MiniLM with a new classifier of 26 classes, which is trained at a fixed rate."""
     model = copy.deepcopy(pretrained())
     with seeded(seed):
         model.classifier.reset_parameters()
@@ -39,7 +39,7 @@ def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
 def pretrained() -> Any:
     from transformers import AutoModelForSequenceClassification, logging
 
-    logging.set_verbosity_error()  # it would warn of the new classifier
+    logging.set_verbosity_error()  # it would warn about the new classifier
     with tempfile.TemporaryDirectory() as folder:
         model = AutoModelForSequenceClassification.from_pretrained(unpacked(folder), num_labels=CLASSES)
     return model.requires_grad_(False)
@@ -53,7 +53,7 @@ def unpacked(folder: str) -> str:
 
 @cache
 def examples() -> Batch:
-    """The first 8,192 glosses as 24 tokens each, padded, and their classes."""
+    """Token ids (8192, 24) of the first 8,192 glosses, padded, and their classes (8192,)."""
     from transformers import AutoTokenizer
 
     chosen = glosses()[:EXAMPLES]

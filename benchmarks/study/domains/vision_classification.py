@@ -1,4 +1,4 @@
-"""Vision classification: EfficientNet-lite0 with its ImageNet weights learns MNIST's digits."""
+"""Vision classification: EfficientNet-lite0 with ImageNet weights learns MNIST's digits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS, PIXELS, HELD_OUT = 60, 32, 512
 
 @cache
 def pictures() -> tuple[Tensor, Tensor]:
-    """MNIST in three channels of 32 × 32, scaled as the network was trained: (x − 127) / 128."""
+    """Images (10000, 3, 32, 32), scaled as in the network's training: (x − 127) / 128; and labels (10000,)."""
     images, labels = mnist()
     larger = F.interpolate((images + 1) * 127.5, size=(PIXELS, PIXELS), mode="bilinear", antialias=True)
     return ((larger - 127) / 128).expand(-1, 3, -1, -1), labels

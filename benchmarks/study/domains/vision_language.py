@@ -1,8 +1,8 @@
-"""Vision-language: the small Llama that has read the Brown corpus names emoji that EfficientNet-lite0 shows it.
+"""Vision-language: a small Llama, pretrained on the Brown corpus, learns to name emoji seen by EfficientNet-lite0.
 
-The network's last feature map of a 64 × 64 picture has 2 × 2 places: through a new linear layer, trained at a rate of
-its own, they are four soft tokens before the caption. Pictures: Twemoji (Twitter and contributors, CC-BY 4.0), from
-npm's emoji-datasource-twitter, with its names as captions.
+EfficientNet's last feature map of a 64 × 64 picture has 2 × 2 places. A new linear layer, trained at a fixed rate,
+turns them into four soft tokens before the caption. The pictures are Twemoji (Twitter and contributors, CC-BY 4.0) from
+npm's emoji-datasource-twitter, and their names are the captions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 class Captioner(nn.Module):
-    """Four soft tokens, then the caption's."""
+    """A Llama that reads four soft tokens from a picture, and then the caption's tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
 
 @cache
 def examples() -> Batch:
-    """Every emoji's features and name, in an order of its own, always the same; made once."""
+    """Features and caption of every emoji, shuffled, always in the same order; made once."""
     made = made_once("emoji-features-v1", _read)
     return Batch(made["pictures"], made["captions"].long())
 
@@ -77,7 +77,7 @@ def _read() -> dict[str, Tensor]:
     rows = [row for row in json.loads(files["emoji.json"]) if f"img/twitter/64/{row['image']}" in files]
     shown = [Image.open(io.BytesIO(files[f"img/twitter/64/{row['image']}"])).convert("RGBA") for row in rows]
     whole = torch.stack([_on_white(image) for image in shown])
-    network = copy.deepcopy(pretrained()).eval()  # the caller's stays in training, with its statistics
+    network = copy.deepcopy(pretrained()).eval()  # the caller's network keeps its mode and statistics
     maps = torch.cat([network.forward_features(part) for part in whole.split(64)])  # type: ignore[operator]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     captions = torch.stack([_caption(row["name"].lower()) for row in rows])
@@ -116,14 +116,14 @@ def evaluate(model: nn.Module) -> float:
 
 @torch.no_grad()
 def gap(model: nn.Module) -> float:
-    """How much worse the captions fit another picture than their own, nats a token."""
+    """How much worse the captions fit another picture than their own, in nats a token."""
     every = examples()
     wrong = Batch(every.pictures[-HELD_OUT:].roll(1, 0), every.captions[-HELD_OUT:])
     return float(loss(model, wrong)) - evaluate(model)
 
 
 def mismatched(seed: int, size: int) -> Iterator[Batch]:
-    """Every picture with another's caption."""
+    """Batches in which every picture has another one's caption."""
     for batch in batches(seed, size):
         yield Batch(batch.pictures.roll(1, 0), batch.captions)
 
