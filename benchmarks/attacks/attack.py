@@ -46,16 +46,16 @@ NOTES = (
     "held: it went well, and what the attack's docstring asks for was true. refused: an error of ours, in printable "
     "words, with nothing changed. failed: any other exception, a loss, a tear, a rate that is not finite and positive, "
     "or more than 5 s. The slowest in seconds.",
-    "A piece in which something failed was run again, with its seed, once that was mended: of the run on file four "
-    "pieces of damaged journals. In two another host's trial was waited for, in two damage was not known as such.",
+    "A piece in which something failed was run again, with its seed, once that was fixed. In the run on file they are "
+    "four pieces of damaged journals: two waited for another host's trial, two did not recognise the damage.",
 )
 
 
 @click.command()
-@click.option("--only", default="", help="A word that the attacks' names hold.")
+@click.option("--only", default="", help="Run the attacks whose name has this word.")
 @click.option("--workers", default=2, show_default=True)
-@click.option("--share", default=1.0, show_default=True, help="Of every attack's attempts, for a quick look.")
-@click.option("--tables", is_flag=True, help="Write the page of what is on file.")
+@click.option("--share", default=1.0, show_default=True, help="Share of every attack's attempts to run.")
+@click.option("--tables", is_flag=True, help="Write the page from the results on file.")
 @click.option("--piece", nargs=2, type=str, hidden=True, help="An attack and a seed: run one piece, print JSON.")
 @click.option("--size", type=int, hidden=True)
 def main(only: str, workers: int, share: float, tables: bool, piece: tuple[str, str] | None, size: int) -> None:

@@ -234,13 +234,13 @@ def rows_of(trials: int, replays: list[Replay], times: dict[int, list[float]], d
     for workers in WORKERS:
         row = row_of(trials, workers, drawn[workers], drawn[1])
         gain = statistics.fmean(one / many for one, many in zip(steady[1], steady[workers], strict=True))
-        rows.append({**row, "speed-up, steps alike": gain})
+        rows.append({**row, "speed-up, equal steps": gain})
     return rows
 
 
 @click.command(help=(__doc__ or "").splitlines()[0])
-@click.option("--draws", default=DRAWS, show_default=True, help="Of the step times; fewer are a look, not written.")
-@click.option("--most", default=max(TRIALS), show_default=True, help="Trials at most; fewer are a look, not written.")
+@click.option("--draws", default=DRAWS, show_default=True, help="Draws of the step times. Fewer are not written.")
+@click.option("--most", default=max(TRIALS), show_default=True, help="Trials at most. Fewer are not written.")
 def main(draws: int, most: int) -> None:
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)

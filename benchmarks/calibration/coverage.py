@@ -65,7 +65,7 @@ NOTES = (
     "gain that the quoted rate loses; beside it what the band's middle would have lost. For full finetuning it is "
     "counted on the bowl of rank 256.",
     "What this does not show: full finetuning's truth is drawn from 2^(0 ± 0.4), and ranks scatter about the law or "
-    "the drift by 0.2 octaves: what the fit's own prior says. simulated.md holds its bands against real best rates.",
+    "the drift by 0.2 octaves, as the prior of the fit says. simulated.md holds its bands against real best rates.",
 )
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -221,7 +221,7 @@ def simulated(case: Case, bowls: Mapping[int, Bowl], trials: int, rng: np.random
             "width": high - low,
             "error": (low + high) / 2,
             "regret": bowl.at(quoted, 0.0),
-            "unleaned": bowl.at((low + high) / 2, 0.0),
+            "middle": bowl.at((low + high) / 2, 0.0),
         }
 
 
@@ -230,7 +230,7 @@ def simulated(case: Case, bowls: Mapping[int, Bowl], trials: int, rng: np.random
 
 def row_of(case: str, rank: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A row of the table."""
-    regret, unleaned = (100 * np.array([one[key] for one in found]) for key in ("regret", "unleaned"))
+    regret, middle = (100 * np.array([one[key] for one in found]) for key in ("regret", "middle"))
     return {
         "truth": case,
         "rank": rank,
@@ -241,8 +241,8 @@ def row_of(case: str, rank: str, found: Sequence[Mapping[str, Any]]) -> dict[str
         "regret, %: median": float(np.median(regret)),
         "mean": float(regret.mean()),
         "99th": float(np.quantile(regret, 0.99)),
-        "without the lean: mean": float(unleaned.mean()),
-        "99th ": float(np.quantile(unleaned, 0.99)),
+        "at the band's middle: mean": float(middle.mean()),
+        "99th ": float(np.quantile(middle, 0.99)),
     }
 
 
@@ -257,9 +257,9 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
-@click.option("--studies", default=1000, show_default=True, help="Of each truth; fewer are a look, not written.")
+@click.option("--studies", default=1000, show_default=True, help="Studies of each truth. Fewer are not written.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--trials", default=TRIALS, show_default=True, help="Of each rank; others than by default are a look.")
+@click.option("--trials", default=TRIALS, show_default=True, help="Trials of each rank. Another number is not written.")
 def main(studies: int, seed: int, trials: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RankAwareWarning)  # extrapolations are asked for on purpose

@@ -40,7 +40,7 @@ BLOCKS, STEPS, TRIALS, LARGE = 32, 5, 6, 64
 @click.command()
 @click.option("--interruptions", default=100, show_default=True, help="Ctrl-C's sent, and as many in pairs.")
 @click.option("--threads", default=1, show_default=True)
-@click.option("--worker", default="", hidden=True, help="Be one of the processes: print its figures as JSON.")
+@click.option("--worker", default="", hidden=True, help="Run one measured process and print JSON.")
 def main(interruptions: int, threads: int, worker: str) -> None:
     """Measure, print the table, and write it to the results. Exit with status 1 if a model was not restored."""
     torch.set_num_threads(threads)
@@ -237,8 +237,8 @@ def interrupt(count: int, twice: bool) -> dict[str, Any]:
 def notes() -> list[str]:
     return [
         f"{BLOCKS} blocks of 7 linear layers with a pair each, widths of an 8B model divided by 8, float32; AdamW, "
-        f"{TRIALS} trials of {STEPS} steps. Between trials: the trial recorded, the model put back, adapters made anew "
-        "and drawn, the optimizer built.",
+        f"{TRIALS} trials of {STEPS} steps. Between trials: the trial recorded, the model put back, adapters built "
+        "again and drawn, the optimizer built.",
         "Peak beside the model is the largest resident set of the process less what it held with the model built; it "
         "holds adapters, their gradients and moments, activations, and Optuna's import (about 60 MB).",
         "Interruptions: tests/helpers/interrupted.py: every object, value, gradient, hook, mode, generator compared.",

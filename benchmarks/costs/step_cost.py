@@ -55,7 +55,7 @@ def milliseconds(step: Step) -> float:
 @click.option("--processes", default=5, show_default=True, help="Fresh processes; the median over them is reported.")
 @click.option("--rounds", default=40, show_default=True, help="Steps timed per optimizer and pair, in each process.")
 @click.option("--threads", default=1, show_default=True)
-@click.option("--worker", is_flag=True, hidden=True, help="Be one of the processes: print its figures as JSON.")
+@click.option("--worker", is_flag=True, hidden=True, help="Run one measured process and print JSON.")
 def main(processes: int, rounds: int, threads: int, worker: bool) -> None:
     """Measure, print the table, and write it to the results. Exit with status 1 if a bar is not met."""
     torch.set_num_threads(threads)

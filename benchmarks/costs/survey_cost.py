@@ -100,9 +100,9 @@ def notes(repeats: int) -> list[str]:
     return [
         "PEFT adapters of rank 16 on blocks as wide as Llama-70B's: A factors of (16, 8192) and (16, 28672), B factors "
         "of (1024, 16) to (28672, 16).",
-        "`rank_aware_param_groups` inspects and groups: that is both. Grouping is what it takes beyond "
+        "`rank_aware_param_groups` inspects and groups. Grouping is its time less that of "
         f"`inspect_model`. Medians of {repeats} calls, in processor time (the bars too, since the machine is shared); "
-        "on an idle machine the wall agrees.",
+        "on an idle machine the wall clock agrees.",
         f"Bars: {meta:g} ms (meta) and {cpu:g} ms (cpu) for 560 layers; each doubling at most {LINEAR} times the time "
         "per layer before it (linear 1, quadratic 2). It grows somewhat, probably since a larger model no longer fits "
         "in the caches; on the cpu 1,024 entries of each B are read.",

@@ -27,15 +27,15 @@ DEPENDS_ON = ("rankaware_optim.inspection", "rankaware_optim.testing")
 RANK, ALPHA = 4, 8.0
 ROW_ONLY = "row only: a replica"
 NOTES = (
-    f"Read of a layer built at rank {RANK} and alpha {ALPHA:g}; NO where that is not what the library was told.",
+    f"Read of a layer built at rank {RANK} and alpha {ALPHA:g}; NO where that is not what the library was given.",
     "Ones-probe: with every entry of inputs, A and B at 1, how far B·A moves the output from scaling × rank × inner × "
     "fan-in, relative. A dash where the output is not linear in one B, is blind to ones, or several layers are "
     "adapted. AdaLoRA divides by rank + 1e-5.",
     "Oracle: two trainings of 5 AdamW steps at alphas 3 and 8, factors, rates, eps and decays rescaled (as "
     "check_convention does): the largest difference relative to the largest output, in float64, over ranks 2 and 4. "
     "Where the library computes a norm in float32, a difference below its rounding shows as 0.",
-    "torchtune and litgpt were run in environments of their own, which pin other versions of what they need; the "
-    "machine's line is that of the last run.",
+    "torchtune and litgpt were run in separate environments, which pin other versions of their dependencies. "
+    "The machine is that of the last run.",
     "Init «other»: neither Init[A] nor Init[B], so the law leaves the base rate. A row only is held against a replica "
     "in plain torch, written from the library's documented attributes; it is not the library.",
 )

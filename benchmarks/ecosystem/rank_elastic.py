@@ -96,7 +96,7 @@ def copy_adapters(source: nn.Module, target: nn.Module) -> None:
 
 def table(rows: list[dict], seeds: int) -> list[str]:
     """Means by policy and the paired difference with its standard error."""
-    lines = ["# Moments carried to another rank, against moments started anew", ""]
+    lines = ["# Moments carried to another rank, against moments reset to zero", ""]
     lines += ["| change | steps after | resize | reset | resize − reset (± standard error) |", "|---|---|---|---|---|"]
     for before, after in CHANGES:
         for check in CHECKS:

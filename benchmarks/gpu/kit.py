@@ -61,7 +61,11 @@ def main() -> None:
 OPTIONS = (
     click.option("--device", type=click.Choice(("cuda", "cpu")), default="cuda", show_default=True),
     click.option("--smallest", is_flag=True, help="Shapes that a CPU runs in a minute."),
-    click.option("--into", type=click.Path(path_type=Path), help=f"By default results/cuda, or {TRIED} if tried."),
+    click.option(
+        "--into",
+        type=click.Path(path_type=Path),
+        help=f"Folder of runs [default: results/cuda or {TRIED}].",
+    ),
 )
 
 
@@ -74,8 +78,8 @@ def shaped(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command()
 @shaped
-@click.option("--piece", "chosen", multiple=True, type=click.Choice(tuple(PIECES)), help="Some; by default all.")
-@click.option("--minutes", default=9.0, show_default=True, help="No run begins after so many.")
+@click.option("--piece", "chosen", multiple=True, type=click.Choice(tuple(PIECES)), help="Pieces [default: all].")
+@click.option("--minutes", default=9.0, show_default=True, help="Start no run after so many minutes.")
 def run(chosen: tuple[str, ...], minutes: float, device: str, smallest: bool, into: Path | None) -> None:
     """Run what is missing."""
     if device == "cuda" and not torch.cuda.is_available():

@@ -22,7 +22,7 @@ of the device's time.
 narrowest to the widest network, three octaves of width, the best rate at rank 16 moves by these octaves:
 
     Init[A]   -1.4 by µA; -1.5 by n^-1/2; 0 if one rate holds
-    Init[B]   -3.0 by µA; -2.0 with the fall of the package, n^-1/3 of µA's; -1.5 by n^-1/2; 0 if one rate holds
+    Init[B]   -3.0 by µA; -2.0 by the package, µA's times n^1/3; -1.5 by n^-1/2; 0 if one rate holds
     full      -3.0 by µA and by 1/n; -1.5 by n^-1/2; 0 if one rate holds
 
 At Init[B] the rate moves from rank 4 to rank 256 at width 512, and from rank 4 to rank 1024 at width 4096, by these
@@ -313,11 +313,11 @@ def verdict(question: Question, by: Sequence[Rates]) -> str:
     """The rule's verdict on a question, in words."""
     every = errors(question, by)
     if math.isnan(every[PACKAGE]):
-        return f"{question.name}: not known, no two cells are on file."
+        return f"{question.name}: not known: fewer than two cells are on file."
     best = min(every, key=every.__getitem__)
     said = f"{PACKAGE} is {every[PACKAGE]:.2f} octaves off, the best law, {best}, {every[best]:.2f}"
     if every[PACKAGE] <= min(0.35, every[best] + 0.1):
-        return f"{question.name}: the package's law stands ({said})."
+        return f"{question.name}: the package's law holds ({said})."
     widest = sorted({key[0] for rates in by for key in rates})[-2:]
     at_widest = [{key: x for key, x in rates.items() if key[0] in widest} for rates in by]
     apart = [errors(question, each) for each in (*([rates] for rates in by), at_widest)]

@@ -37,8 +37,8 @@ WIDTH = 567  # mean fan-in of the adapted layers: Survey.width
 WIDE = {FOLLOWS: range(-11, -1), KEPT: range(-11, -1)}
 NEAR = {FOLLOWS: range(-13, -5), KEPT: range(-11, -6)}
 NOTES = (
-    "Octaves: log2 of the moved rate over the best one found there, absolute. Loss: on straight lines between the "
-    "rates tried, above the lowest, as a share of it. `off_grid` moves land where no rate was tried: loss not known.",
+    "Octaves: |log2(moved rate / best rate found there)|. Loss: the loss at the moved rate, on straight lines between "
+    "the rates tried, less the lowest, as a share of it. `off_grid`: moves beyond the rates tried, of unknown loss.",
     "demo_sweep.csv: EfficientNet-lite0 on digits, AdamW, 40 steps of 16, alpha = rank and alpha 16, two seeds and two "
     "more near the best rates, held-out loss. sft_sweep.csv: 18 published language models, AdamW, alpha 32.",
 )
@@ -108,7 +108,7 @@ FAMILIES: dict[str, list[Law]] = {
 
 @main.command()
 @click.argument("published", type=click.Path(exists=True, path_type=Path))
-@click.option("--alpha", default=32.0, show_default=True, help="The published sweep's.")
+@click.option("--alpha", default=32.0, show_default=True, help="Alpha of the published sweep.")
 def table(published: Path, alpha: float) -> None:
     """Write results/bench_law.json and .md."""
     rows: list[dict[str, Any]] = []

@@ -75,7 +75,7 @@ def _exponents_page(rows: Rows) -> Iterator[str]:
     heads = ["family", "optimizers", "bar", "init", "gamma", *(f"{tokens} tokens" for tokens in exponents.TOKENS)]
     notes = [
         "Worst difference between formula and check over a family's optimizers: in the exponent of the rank, then of "
-        "the width. Every exponent stands in [exponents.md](exponents.md). gamma: s goes as r^-gamma. The bar is the "
+        "the width. Every exponent is in [exponents.md](exponents.md). gamma: s goes as r^-gamma. The bar is the "
         "task's, for its three families; the others have none.",
         "\n".join(exponents.summary(rows, label) for label in dict.fromkeys(row["optimizer"] for row in rows)),
         "![Exponents: formula against check](laws-exponents.png)",

@@ -37,8 +37,8 @@ from rankaware_optim.sweeps._io import Sweep, read_sweep
 DEPENDS_ON = ("rankaware_optim.laws", "rankaware_optim.sweeps")
 LAWS = ("mua", "mua-paper", "constant", "power?exponent=-0.5,law=constant", "power?exponent=-1,law=constant")
 NOTES = (
-    "Octaves: log2 of the moved rate over the best one found there, absolute. Loss: on straight lines between the "
-    "rates tried, above the lowest, as a share of it. `off_grid` moves land where no rate was tried: loss not known. "
+    "Octaves: |log2(moved rate / best rate found there)|. Loss: the loss at the moved rate, on straight lines between "
+    "the rates tried, less the lowest, as a share of it. `off_grid`: moves beyond the rates tried, of unknown loss. "
     "bench_law.md has more laws on the first source.",
 )
 
@@ -82,7 +82,7 @@ SOURCES = {
         "983d2738ad8115e8d75dc5b348418e08001a05d77ce2c580d0977221f10b7ad0",
         read_sweep,
         "Supervised finetuning of 18 language models on Tulu 3, AdamW, batch 128, about 780 steps, held-out loss in "
-        "nats a token. Alpha is 32 at every rank by that service's documentation; it is not recorded a run. Init[A] "
+        "nats a token. Alpha is 32 at every rank by that service's documentation. The file does not record it. Init[A] "
         "is assumed. Runs that diverged are left out of the source.",
     ),
     "rank_x_lr_results.json": Source(

@@ -174,24 +174,24 @@ def notes(sweep: Path, cells: Sequence[Cell]) -> list[str]:
         f"judged by the fit of the others; {len(cells)} cells, of which {edges} have their best at an edge of the grid "
         "and count as inside where the best rate may lie inside. Cells of a model are not independent: of "
         f"{len(seen)} models with a best rate seen, {len(seen - missed)} have all of theirs inside the band of "
-        "task='chat'. The middle is the suggestion without its half octave of leaning. Own tasks (task='other') are "
-        "asked at their hidden size, full finetuning at the largest fan-in; all lie above the middle, the more the "
-        "narrower the network is: there the suggestion is too low, which is the cheap side.",
+        "task='chat'. The middle is half an octave above the suggestion. For our own tasks (task='other') the fan-in "
+        "is the hidden size, for full finetuning the largest fan-in. All lie above the middle, further above it the "
+        "narrower the network is. There the suggestion is too low, which costs less than too high.",
     ]
 
 
 def compared(sweep: Path) -> str:
     """Other fits of the sweep: without the cells at an edge, and with one width for all models."""
-    told = []
+    found = []
     for name, width in (("by the law", HIDDEN.__getitem__), ("left out", lambda model: 4096.0)):
         cells = read(sweep, width)
         for what, chosen in (("all cells", cells), ("without edges", [c for c in cells if c.low == c.high])):
             middle, spread = fit(chosen)
-            told.append(
+            found.append(
                 f"{what}, width {name}: {middle:.2f} ± {spread:.2f} (log-likelihood "
                 f"{likelihood(chosen, middle, spread):.1f})"
             )
-    return f"Log2 of the best rate at {PUBLISHED}, fan-in 4096: " + "; ".join(told) + "."
+    return f"Log2 of the best rate at {PUBLISHED}, fan-in 4096: " + "; ".join(found) + "."
 
 
 if __name__ == "__main__":

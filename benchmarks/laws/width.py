@@ -335,7 +335,7 @@ def rule_1(by: Sequence[Rates], config: str) -> str:
     best = min(every, key=every.__getitem__)
     said = f"{own} is {every[own]:.2f} octaves off, the best candidate, {best}, {every[best]:.2f}"
     if every[own] <= min(0.35, every[best] + 0.1):
-        return f"{config}: the package's law stands in width ({said})."
+        return f"{config}: the package's law holds in width ({said})."
     each = [errors([kind]) for kind in ALIKE]
     if all(min(one, key=one.__getitem__) == best for one in each):
         return f"{config}: {best} in place of the package's law ({said})."

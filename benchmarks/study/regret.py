@@ -22,7 +22,7 @@ LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA at 8 tokens": 
 SPLIT = MuA(split=True)  # what "two rates" are moved by, from the rank at which they are tuned
 
 
-FLOOR = "noise floor"  # stands among the ways: what the choice of a rate loses at every rank, and in full finetuning
+FLOOR = "noise floor"  # listed with the ways: what a sweep's own choice of the rate loses, by rank and in full
 
 
 class Moved(NamedTuple):

@@ -235,7 +235,7 @@ def median_mean_worst(regrets: Sequence[float]) -> list[str]:
 
 
 def jumps(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[str]]:
-    """How far a rate lies off that a law moves to full finetuning, and from Init[A] to Init[B] at its rank."""
+    """Errors in octaves of rates that a law moves to full finetuning, and from Init[A] to Init[B] at one rank."""
     for name, by in ESTIMATORS.items():
         full = by(done, (domain, "full", FULL)).x
         for scheme in CONFIGS:

@@ -142,12 +142,12 @@ def test_octaves_in_rank_are_the_hypotheses(width: Any, law: str, narrow: float,
 @pytest.mark.parametrize(
     ("law", "question", "said"),
     [
-        ("µA, falling at B", 0, "the package's law stands"),
+        ("µA, falling at B", 0, "the package's law holds"),
         ("µA", 0, "µA in place of the package's law"),
         ("µA, r^-1/2 above 4 at B", 0, "µA, r^-1/2 above 4 at B in place of the package's law"),
-        ("µA", 2, "the package's law stands"),
+        ("µA", 2, "the package's law holds"),
         ("one rate", 2, "one rate in place of the package's law"),
-        ("n^-1/2", 4, "the package's law stands"),
+        ("n^-1/2", 4, "the package's law holds"),
         ("n^-1/2", 6, "n^-1/2 in place of the package's law"),
     ],
 )

@@ -188,9 +188,9 @@ def test_shifts_by_a_width_are_the_hypotheses(width, which, expected):
 @pytest.mark.parametrize(
     ("law", "config", "said"),
     [
-        ("µA", A, "the package's law stands"),
+        ("µA", A, "the package's law holds"),
         ("one constant", A, "one constant in place of the package's law"),
-        ("µA, falling at B", B, "the package's law stands"),
+        ("µA, falling at B", B, "the package's law holds"),
         ("µA", B, "µA in place of the package's law"),
         ("one rate", FULL, "one rate in place of the package's law"),
     ],

@@ -53,7 +53,7 @@ class Asset:
         return kept
 
     def _fetch(self, kept: Path) -> None:
-        cure = f"Run `{' '.join(self.command)}` where the registry is reached, and put the archive at {kept}."
+        cure = f"Run `{' '.join(self.command)}` where the registry can be reached, and put the archive at {kept}."
         try:
             CACHE.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:
