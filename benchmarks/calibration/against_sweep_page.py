@@ -40,7 +40,7 @@ NOTE = (
 def page(domains: Sequence[Domain], scores: Sequence[Score], start: Mapping[str, float], done: Losses) -> list[str]:
     """The page's parts."""
     costs = {(domain.name, config): costs_of(domain, config, done) for domain in domains for config in CONFIGS}
-    parts = [NOTE]
+    parts = [f"## By configuration and rank\n\n{NOTE}"]
     for domain in domains:
         for config in CONFIGS:
             here = [s for s in scores if (s.domain, s.config) == (domain.name, config)]
