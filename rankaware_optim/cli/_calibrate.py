@@ -67,7 +67,7 @@ _CONFIRM = "End with up to three runs of --target-steps, which use at most half 
 @OPTIMIZER
 @click.option("--law", default="mua", show_default=True, help="Law that moves rates between ranks.")
 @click.option("--trials", type=int, help="Number of runs at --ranks. By default as --budget allows, or 8 per rank.")
-@click.option("--budget", type=int, help="Most training steps that all trials together may take.")
+@click.option("--budget", type=int, help="Largest number of training steps of all trials together.")
 @click.option(
     "--until", type=float, help="Stop once the 90 % band is narrower than this many octaves (factors of two)."
 )
