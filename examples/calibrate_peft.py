@@ -38,7 +38,7 @@ print(recipe)
 print(recipe.at(rank=8))
 
 # %%
-# Train with the recipe. It replaces `lr=` and `tuned_at=`.
+# Train with the recipe. It replaces ``lr=`` and ``tuned_at=``.
 
 config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 model = peft.get_peft_model(tiny.model(), config)
