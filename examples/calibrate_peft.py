@@ -2,7 +2,7 @@
 Calibrate a PEFT model
 ======================
 
-Sixteen short runs at two ranks become a recipe, which then gives a rate at any other rank.
+Sixteen short runs at two ranks make a recipe, which gives a rate at any other rank.
 """
 
 import peft
@@ -15,7 +15,7 @@ rows = tiny.tokenizer()(tiny.TEXTS, return_tensors="pt")["input_ids"]
 
 
 def train(trial):
-    """The loop, written once: a generator of losses around a model at the trial's rank."""
+    """Train a model at the trial's rank, and yield the losses."""
     config = peft.LoraConfig(r=trial.rank, lora_alpha=trial.rank, target_modules=["q_proj", "v_proj"])
     torch.manual_seed(trial.seed)
     model = peft.get_peft_model(tiny.model(), config)
@@ -33,12 +33,12 @@ recipe = ra.calibrate(train, torch.optim.AdamW, ranks=(1, 16), steps=20, batch=8
 print(recipe)
 
 # %%
-# Ask it for a rank that was not tried.
+# Read the rate at a rank that was not tried.
 
 print(recipe.at(rank=8))
 
 # %%
-# Train with it: the recipe stands in place of the rate and of what it was tuned at.
+# Train with the recipe. It replaces ``lr=`` and ``tuned_at=``.
 
 config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 model = peft.get_peft_model(tiny.model(), config)

@@ -2,7 +2,7 @@
 The loop of diffusers' text-to-image scripts
 ============================================
 
-Where they say optimizer_cls, it is ours: a U-Net with adapters of rank 64.
+The scripts' optimizer_cls is replaced by RankAwareOptimizer, for a U-Net with adapters of rank 64.
 """
 
 import torch
@@ -26,7 +26,7 @@ unet = UNet2DConditionModel(
 unet.requires_grad_(False)
 unet.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
 
-# the scripts' own: torch.optim.AdamW(lora_layers, lr=1e-4), tuned at their default of rank 4
+# the scripts have torch.optim.AdamW(lora_layers, lr=1e-4), tuned at their default of rank 4
 opt = ra.RankAwareOptimizer(unet, torch.optim.AdamW, lr=1e-4, tuned_at=ra.Reference(rank=4, alpha=4))
 print(opt.report())
 schedule = get_scheduler("cosine", optimizer=opt, num_warmup_steps=1, num_training_steps=4)

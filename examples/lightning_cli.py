@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 
 
 class Finetune(lightning.LightningModule):
-    """A causal language model with adapters; `optimizer` makes its optimizer from the model."""
+    """A causal language model with adapters. optimizer: builds the optimizer from the model."""
 
     def __init__(self, optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer], rank: int = 16) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 Lightning
 =========
 
-The optimizer is built in configure_optimizers. Every group's rate goes to the logger.
+Build the optimizer in configure_optimizers. Every group's rate goes to the logger.
 """
 
 import lightning

@@ -1,8 +1,8 @@
 """
-A loop of one's own with PEFT
-=============================
+Your own loop with PEFT
+=======================
 
-A rate tuned at rank 16, alpha 32, is moved to rank 64.
+The rate was tuned at rank 16, alpha 32. It is moved to rank 64.
 """
 
 import peft
@@ -21,7 +21,7 @@ schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=6)
 print(opt.report())
 
 # %%
-# The loop stays as it was. The schedule sets the base rate, and the step multiplies it.
+# The loop stays as it was. The schedule sets the base rate, and each step multiplies it.
 
 for batch in rows.split(8):
     loss = model(input_ids=batch, labels=batch).loss

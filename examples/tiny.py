@@ -2,8 +2,8 @@
 The tiny model of the other examples
 ====================================
 
-A language model of a few thousand weights, a tokenizer and rows of text, made here so that no example downloads one.
-``python examples/tiny.py tiny`` writes them into the folder tiny, which axolotl.yaml and swift.sh name.
+It makes a language model of a few thousand weights, a tokenizer and rows of text, so that no example downloads any.
+``python examples/tiny.py tiny`` writes them into the folder tiny, which axolotl.yaml and swift.sh use.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TEXTS = [
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One word a token."""
+    """Return a tokenizer with one token per word."""
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="the"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     chat = "{% for message in messages %}{{ message['role'] + ' : ' + message['content'] + ' ' }}{% endfor %}"
@@ -60,7 +60,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model() -> LlamaForCausalLM:
-    """Two layers of width 32."""
+    """Return a Llama with two layers of width 32."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     return LlamaForCausalLM(
@@ -69,7 +69,7 @@ def model() -> LlamaForCausalLM:
 
 
 def write(folder: Path) -> None:
-    """Model, tokenizer and rows.jsonl."""
+    """Write the model, the tokenizer and rows.jsonl."""
     model().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     rows = [json.dumps({"text": text, "query": text, "response": text}) for text in TEXTS]

@@ -2,7 +2,7 @@
 TRL's GRPOTrainer
 =================
 
-It takes no optimizer class, so it is one line after it is built. DPO, KTO and RLOO go alike.
+It takes no optimizer class, so add one line after you build the trainer. DPO, KTO and RLOO work the same way.
 """
 
 import tiny
@@ -15,7 +15,7 @@ import rankaware_optim as ra
 
 
 def cats(completions: list[str], **_: object) -> list[float]:
-    """The more cats the better."""
+    """Reward the number of cats."""
     return [float(text.count("cat")) for text in completions]
 
 

@@ -2,7 +2,7 @@
 TRL's SFTTrainer
 ================
 
-One line after it is built.
+Add one line after you build the trainer.
 """
 
 import tiny
@@ -22,4 +22,4 @@ trainer = SFTTrainer(
 )
 ra.integrations.attach(trainer, torch.optim.AdamW, lr=2e-4, tuned_at=ra.Reference(rank=16, alpha=32))
 trainer.train()
-print(trainer.optimizer.report())  # at the rates of the last step
+print(trainer.optimizer.report())  # with the rates of the last step

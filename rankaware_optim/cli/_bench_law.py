@@ -15,25 +15,42 @@ from ..sweeps import COMPARED, DEMO_SWEEP, Move, score_table
 from ._echo import echo, echo_json
 from ._options import ALPHA, COLUMN, OPTIMIZER, json_option, out_option
 
+_SHAPE = (
+    "a list with one object per law, as --out writes to a .json file. Fields: law, median_octaves and worst_octaves "
+    "(absolute error of the moved rates), median_loss and worst_loss (loss above the lowest, as a share of it; 'inf' "
+    "if runs diverged, null if every move is off the grid), moves and off_grid (counts), each (the moves). A move has "
+    "model, from_rank, to_rank, from_alpha, to_alpha, octaves (positive if the moved rate is too high), loss_lost."
+)
+
 
 @click.command("bench-law")
 @click.argument("sweep", type=click.Path(path_type=Path), default=DEMO_SWEEP)
-@click.option("--law", "laws", multiple=True, help="Law: a name, 'mua?tokens=16', or package.module:Class; repeatable.")
-@click.option("--best", type=click.Choice(["parabola", "bowl"]), default="parabola", show_default=True)
+@click.option("--law", "laws", multiple=True, help="Law to score, as described above. Repeatable.")
+@click.option(
+    "--best",
+    type=click.Choice(["parabola", "bowl"]),
+    default="parabola",
+    show_default=True,
+    help="How to find a rank's best rate. parabola: vertex through the best three rates. bowl: fit to all runs.",
+)
 @ALPHA
-@click.option("--fan-in", type=float, help="The models' width, for rows without one.")
+@click.option("--fan-in", type=float, help="Fan-in of the adapted layers, for rows without one.")
 @OPTIMIZER
 @COLUMN
-@out_option(help="Write every move to a .json or .csv file.")
-@json_option("a list of the laws' scores, as in the .json file of --out.")
+@out_option(help="Write the scores to a .csv file, or to a .json file with every move.")
+@json_option(_SHAPE)
 def bench_law(sweep: Path, laws: tuple[str, ...], out: Path | None, as_json: bool, **options: Any) -> None:
-    """Score laws on SWEEP: move each rank's best rate to every other rank, and compare it with the best rate there.
+    """Score laws by how well they move the best rates of SWEEP.
 
-    Without SWEEP, the package's own sweep is used. Without --law, the usual laws are scored. Parameters of a law
-    follow its name: --law "power?exponent=-0.5,law=constant". Put an inner law with parameters in brackets.
+    Each law moves each rank's best rate to every other rank. The moved rate is compared with the best rate there. SWEEP
+    is a file as for rankaware fit. Without SWEEP, the package's own sweep is used. Without --law, the usual laws are
+    scored.
+
+    A law is a registered name such as mua, or package.module:Class. Parameters follow a question mark: --law
+    "power?exponent=-0.5,law=constant". Put an inner law with parameters in brackets.
     """
     if out is not None and out.suffix not in (".json", ".csv"):
-        raise click.UsageError("--out ends in .json or .csv.")
+        raise click.UsageError("--out must end in .json or .csv.")
     scores = sweeps.bench_law(sweep, laws or COMPARED, **options)
     rows = [score.row() for score in scores]
     documents = [

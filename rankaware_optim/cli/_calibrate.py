@@ -35,13 +35,17 @@ def _count_or_auto(ctx: click.Context, param: click.Parameter, text: str | None)
 
 
 _WORKERS = (
-    "Number of processes on this machine, such as 4, or auto: one per visible GPU, or one per two cores without GPUs. "
+    "Number of worker processes on this machine. auto is one per visible GPU, or one per two cores without GPUs. "
     "By default 1, or auto with --devices."
 )
 _RAY = (
-    "Address of a Ray cluster on which to run the workers, one per GPU or as many as --workers; local starts one here. "
-    "All nodes must be able to reach --storage."
+    "Run the workers on the Ray cluster at ADDRESS, one per GPU or as many as --workers. local starts a cluster "
+    "here. Every node must be able to reach --storage."
 )
+_BATCHES = "Examples per step of the trials, if they differ from --batch: several, such as 16,64."
+_LR_RANGE = "Lowest and highest base rate to try, such as 1e-5,1e-2. Widened if the best rate is at an edge."
+_WARMUP = "Warm-up as a share of the steps, 0 to 1. The recipe records it. No trial is pruned before its end."
+_CONFIRM = "End with up to three runs of --target-steps, which use at most half of --budget."
 
 
 @click.command()
@@ -50,41 +54,67 @@ _RAY = (
     "--ranks",
     required=True,
     callback=numbers(click.INT, {"full": None}),
-    help="Lowest and highest rank that you want to use, such as 1,256, or 1,256,full.",
+    help="Lowest and highest rank that you want to use, such as 1,256. 1,256,full adds full finetuning.",
 )
 @click.option(
-    "--steps", required=True, callback=numbers(click.INT), help="Training steps per trial, or several: 250,1000."
+    "--steps",
+    required=True,
+    callback=numbers(click.INT),
+    help="Training steps per trial, such as 500, or several lengths, such as 250,1000.",
 )
-@click.option("--target-steps", type=int, help="Training steps of the target run, if trials are shorter.")
-@out_option(required=True, help="The recipe's .toml file.")
+@click.option("--target-steps", type=int, help="Training steps of the target run. By default the longest of --steps.")
+@out_option(required=True, help="Recipe to write, a .toml file.")
 @OPTIMIZER
-@click.option("--law", default="mua", show_default=True)
-@click.option("--trials", type=int, help="Number of runs at the ranks; by default what --budget allows, or 8 per rank.")
-@click.option("--budget", type=int, help="Training steps of all trials together; never exceeded.")
-@click.option("--until", type=float, help="Stop when the 90 % band is narrower than this, octaves.")
-@click.option("--full-trials", type=int, default=0, help="Number of full-finetuning runs at the end.")
-@click.option("--target", type=click.Choice(["lora", "full"]), default="lora", show_default=True)
-@click.option("--seeds", default="0,1", show_default=True, callback=numbers(click.INT))
-@click.option("--lr-range", callback=numbers(click.FLOAT), help="Lowest and highest base rate, such as 1e-5,1e-2.")
-@click.option("--batch", type=float, help="Examples per step of the target run; recorded.")
-@click.option("--batches", callback=numbers(click.FLOAT), help="Examples per step of the trials, if they differ.")
-@click.option("--confirm", is_flag=True, help="End with up to three runs of --target-steps.")
-@click.option("--warmup", type=float, help="Share of the steps with a rising rate; recorded.")
-@click.option("--seed", type=int, default=0, help="Random seed of the sampler.")
-@click.option("--name", help="Name of the study and the recipe; by default the file's.")
-@click.option("--storage", help="Path of a journal, or a database URL; by default a journal beside the recipe.")
+@click.option("--law", default="mua", show_default=True, help="Law that moves rates between ranks.")
+@click.option("--trials", type=int, help="Number of runs at --ranks. By default as --budget allows, or 8 per rank.")
+@click.option("--budget", type=int, help="Largest number of training steps of all trials together.")
+@click.option(
+    "--until", type=float, help="Stop once the 90 % band is narrower than this many octaves (factors of two)."
+)
+@click.option(
+    "--full-trials", type=int, default=0, show_default=True, help="Number of full-finetuning runs at the end."
+)
+@click.option(
+    "--target",
+    type=click.Choice(["lora", "full"]),
+    default="lora",
+    show_default=True,
+    help="What to plan the trials for: LoRA, or full finetuning from LoRA trials.",
+)
+@click.option(
+    "--seeds",
+    default="0,1",
+    show_default=True,
+    callback=numbers(click.INT),
+    help="Random seeds of the trials, the same at every rank.",
+)
+@click.option("--lr-range", callback=numbers(click.FLOAT), help=_LR_RANGE)
+@click.option("--batch", type=float, help="Examples per step of the target run. The recipe records it.")
+@click.option("--batches", callback=numbers(click.FLOAT), help=_BATCHES)
+@click.option("--confirm", is_flag=True, help=_CONFIRM)
+@click.option("--warmup", type=float, help=_WARMUP)
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the sampler.")
+@click.option("--name", help="Name of the study and of the recipe. By default the name of the recipe's file.")
+@click.option("--storage", help="Path of a journal file, or a database URL. By default a journal beside the recipe.")
 @click.option("--workers", callback=_count_or_auto, help=_WORKERS)
-@click.option("--devices", callback=numbers(click.STRING), help="GPUs to use, such as 0,1; by default all visible.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads per worker; by default they share the cores.")
+@click.option(
+    "--devices", callback=numbers(click.STRING), help="GPUs to use, such as 0,1. By default all visible ones."
+)
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads per worker. By default the workers share the cores."
+)
 @click.option("--ray", metavar="ADDRESS", help=_RAY)
 def calibrate(spec: str, out: Path, ray: str | None, **options: Any) -> None:
-    """Calibrate the function MODULE:TRAIN, imported from the current directory, and write its recipe.
+    """Find a learning rate by short runs, and write it as a recipe.
+
+    MODULE:TRAIN is your training loop, a generator function of a trial. MODULE is imported from the current directory.
+    Example: rankaware calibrate finetune:train --ranks 4,64 --steps 500 -o recipe.toml
 
     The same command continues a calibration that stopped or was killed. On another machine that can reach --storage, it
     joins the running calibration.
     """
     if out.suffix != ".toml":
-        raise RecipeError(f"The name of a recipe's file ends in .toml, not as {str(out)!r}.", "Rename it.")
+        raise RecipeError(f"A recipe's file ends in .toml, but {str(out)!r} does not.", "Rename it.")
     options |= {"batches": options["batches"] or ()}
     options |= {"name": options["name"] or out.stem, "storage": options["storage"] or str(out.with_suffix(".journal"))}
     _write(_on_this_machine(spec, options) if ray is None else _on_ray(spec, ray, options), out)
@@ -237,4 +267,4 @@ def _helpers(workers: Sequence[_Worker]) -> Iterator[None]:
             process.join()
     for process in made:
         if process.exitcode:
-            echo(f"note: {process.name} ended early, with code {process.exitcode}.", err=True)
+            echo(f"note: {process.name} ended early, with exit code {process.exitcode}.", err=True)

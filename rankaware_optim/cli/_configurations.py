@@ -45,7 +45,9 @@ def configuration(tool: str, change: Change) -> str:
         InvalidReferenceError: the target is full finetuning, for which there are no lines.
     """
     if change.target.method == "full":
-        raise InvalidReferenceError("The lines of --as are for adapters.", "Leave --as out: the number is the rate.")
+        raise InvalidReferenceError(
+            "--as prints configurations for adapters, not for full finetuning.", "Leave --as out to print the rate."
+        )
     found = f"{change.lr:g} was tuned at {as_words(change.origin)}; at {as_words(change.target)} it is "
     converted = change.converted
     rates = f"{converted.lr_a:.3g} for A and {converted.lr_b:.3g} for B"
@@ -109,7 +111,7 @@ def _kohya(change: Change) -> Iterator[str]:
 
 def _automodel(change: Change) -> Iterator[str]:
     made = change.converted
-    yield "# The multipliers are applied by Automodel's scheduler: keep an lr_scheduler: section."
+    yield "# Automodel's scheduler applies the multipliers, so keep an lr_scheduler: section."
     yield "peft:"
     yield f"  dim: {change.target.rank}"
     yield f"  alpha: {change.alpha}"

@@ -16,27 +16,34 @@ from ._echo import echo, echo_json
 from ._options import json_option
 
 _SHAPE = (
-    "a list, of one entry where LR is given, else one a part: part, from_lr, from, to, and the fields of a Conversion: "
-    "lr, lr_a, lr_b, what eps and weight decay are multiplied by, exact, notes."
+    "a list with one object per rate. Fields: part (of the adapter; null if LR is given), from_lr (per step), from and "
+    "to (as for --from and --to), lr (one rate for both factors), lr_a and lr_b (a rate for each), eps_scale_a, "
+    "eps_scale_b, weight_decay_scale_a and weight_decay_scale_b (factors, for use with lr_a and lr_b), a_scale (factor "
+    "of another exact form), exact (whether lr_a and lr_b undo the change), notes (sentences). low is 0, high and "
+    "ceiling are null, extrapolated is false and configuration is empty."
 )
 
-_Part = tuple[str | None, str, float, Reference]  # its name, its training in words, its rate, where it was tuned
+_FROM = "Configuration at which LR was tuned: r=16,alpha=32, or full,fan_in=4096, or the path of an adapter."
+_TO = "New configuration, such as r=128,alpha=16,rslora or full. r=64 alone keeps alpha."
+
+_Part = tuple[str | None, str, float, Reference]  # name, training as text, rate, configuration
 
 
 @click.command()
 @click.argument("lr", type=float, required=False)
-@click.option("--from", "from_", required=True, help="LR's configuration: r=16,alpha=32, full,fan_in=4096, an adapter.")
-@click.option("--to", required=True, help="New configuration, such as r=128,alpha=16,rslora; r=64 alone keeps alpha.")
-@click.option("--law", default=DEFAULT_LAW, show_default=True)
+@click.option("--from", "from_", required=True, help=_FROM)
+@click.option("--to", required=True, help=_TO)
+@click.option("--law", default=DEFAULT_LAW, show_default=True, help="Law that moves the rate.")
 @click.option("--as", "tool", type=click.Choice(list(TOOLS)), help="Print a trainer's configuration, ready to paste.")
 @json_option(_SHAPE)
 def convert(lr: float | None, from_: str, to: str, law: str, tool: str | None, as_json: bool) -> None:
-    """Convert LR, tuned with one rank and alpha, to another configuration.
+    """Convert a tuned rate to another rank, alpha, init or method.
 
-    Without LR, the rates that kohya's scripts wrote into the adapter --from are converted, one for each part.
+    LR is the learning rate that was tuned at --from. Without LR, the rates that kohya's scripts wrote into the adapter
+    --from are converted, one for each part, such as the UNet.
     """
     if tool and as_json:
-        raise click.UsageError("--as prints a trainer's configuration, --json the numbers: give one of them.")
+        raise click.UsageError("--as prints a trainer's configuration and --json the numbers. Give one of them.")
     if lr is not None:
         bound: Law = get_law(law)
         parts: list[_Part] = [(None, "", lr, as_reference(from_))]
@@ -56,7 +63,7 @@ def convert(lr: float | None, from_: str, to: str, law: str, tool: str | None, a
 
 
 def _trained(path: str, law: Law) -> tuple[Law, list[_Part]]:
-    """The law bound to an adapter's optimizer, and each part: its name, its training in words, its rate, its place."""
+    """Return the law bound to the adapter's optimizer, and the adapter's parts."""
     made = read_training(path)
     if made.optimizer:
         law = bound_law(law, made.optimizer_class, made.settings or {})

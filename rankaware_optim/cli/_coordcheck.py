@@ -14,7 +14,7 @@ from ..errors import LawError
 from ..inspection import inspect_file
 from ..transfer import coordinate_check, plot_coordinates
 from ._echo import echo
-from ._options import OPTIMIZER, number_or_rank, numbers, out_option
+from ._options import OPTIMIZER, RSLORA, number_or_rank, numbers, out_option
 
 Shape = tuple[int, int]
 _MOST_NUMBERS = 2**28  # of a layer's inputs, gradients and factors: 1 GiB, without the optimizer's state
@@ -32,11 +32,20 @@ def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) ->
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), required=False)
-@click.option("--shape", "shapes", multiple=True, callback=_shapes, help="N_OUTxN_IN, repeatable; default 1024x1024.")
-@click.option("--ranks", default="4,16,64", show_default=True, callback=numbers(click.INT))
+@click.option(
+    "--shape", "shapes", multiple=True, callback=_shapes, help="Layer, as N_OUTxN_IN. Repeatable. By default 1024x1024."
+)
+@click.option(
+    "--ranks", default="4,16,64", show_default=True, callback=numbers(click.INT), help="LoRA ranks to compare."
+)
 @OPTIMIZER
-@click.option("--law", help="Law, as for bench-law, such as 'mua?tokens=8'; default mua with --tokens.")
-@click.option("--lr", type=float, help="A's rate at the first rank; by default it moves the output by an rms of 1.")
+@click.option(
+    "--law",
+    help="Law to check, as for bench-law, such as 'mua?tokens=8'. By default mua with as many tokens as --tokens.",
+)
+@click.option(
+    "--lr", type=float, help="A's rate at the first rank, per step. By default it moves the output by an rms of 1."
+)
 @click.option(
     "--init",
     type=click.Choice(["A", "B"]),
@@ -45,13 +54,17 @@ def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) ->
     help="A: B starts at zero, as in PEFT. B: A starts at zero.",
 )
 @click.option(
-    "--alpha", default="rank", show_default=True, callback=number_or_rank, help="A number, or 'rank': alpha = rank."
+    "--alpha",
+    default="rank",
+    show_default=True,
+    callback=number_or_rank,
+    help="alpha: a number, or 'rank' for alpha = rank.",
 )
-@click.option("--rslora", is_flag=True, help="Divide alpha by √rank.")
-@click.option("--tokens", type=int, default=512, show_default=True)
-@click.option("--steps", type=int, default=4, show_default=True)
+@RSLORA
+@click.option("--tokens", type=int, default=512, show_default=True, help="Number of synthetic tokens.")
+@click.option("--steps", type=int, default=4, show_default=True, help="Number of optimizer steps.")
 @out_option(help="Draw the result to a .png, .svg or .pdf file.")
-@click.option("--strict", is_flag=True, help="Exit with code 1 if feature updates are not rank-invariant.")
+@click.option("--strict", is_flag=True, help="Exit with code 1 if features do not move equally far at every rank.")
 def coordcheck(
     path: Path | None,
     shapes: tuple[Shape, ...],
@@ -62,12 +75,13 @@ def coordcheck(
     strict: bool,
     **options: Any,
 ) -> None:
-    """Check whether features move equally far at every rank, by a few steps of the real optimizer on synthetic data.
+    """Check whether features move equally far at every rank.
 
-    The layers are those of the adapter at PATH, or those given by --shape.
+    They do if the law's rates are right. The check takes a few steps of the real optimizer on synthetic data. The
+    layers are those of the adapter at PATH, or those given by --shape.
     """
     if path is not None and shapes:
-        raise click.UsageError("PATH already gives the shapes: leave --shape out.")
+        raise click.UsageError("PATH already gives the shapes, so leave --shape out.")
     if rslora and alpha == "rank":
         raise click.UsageError("--rslora needs a numeric --alpha.")
     layers = _adapted(path) if path is not None else {f"{o}x{i}": (o, i) for o, i in shapes or ((1024, 1024),)}

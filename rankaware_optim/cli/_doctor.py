@@ -1,4 +1,4 @@
-"""`rankaware doctor`: what is installed here, what an extra lacks, and which devices torch finds."""
+"""`rankaware doctor`: print the installed versions, the packages that extras lack, and the GPUs that torch finds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,17 @@ from ._placement import machine_cores
 PACKAGE = "rankaware-optim"
 
 
+_SHAPE = (
+    "an object. Fields: python (version), platform, cpus (cores that this process may use), cache (folder of recipes "
+    "from the Hugging Face Hub, or null), packages (version by name, null if not installed), missing (required "
+    "packages that are missing or too old), extras (the same by extra), torch. torch has error (of its import, or "
+    "null), cuda (version that it is built for, or null) and devices (name and memory_gib of each GPU)."
+)
+
+
 @dataclass(frozen=True)
 class Need:
-    """One requirement of the package. extra: "" where it is always needed. version: None where it is not installed."""
+    """A requirement of the package. extra: "" if it is always needed. version: None if it is not installed."""
 
     requirement: Requirement
     extra: str
@@ -32,18 +40,19 @@ class Need:
 
     @property
     def lacking(self) -> str:
-        """What is wrong, in words: "matplotlib>=3.8 (not installed)"."""
+        """The requirement and what is installed, as "matplotlib>=3.8 (not installed)"."""
         found = "not installed" if self.version is None else f"{self.version} is installed"
         return f"{self.requirement.name}{self.requirement.specifier} ({found})"
 
 
 @click.command()
-@json_option("python, platform, cpus, cache, packages by name, missing, extras by name, torch with its devices.")
+@json_option(_SHAPE)
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Say what is installed, what the extras lack and how to install it, and which devices there are.
+    """Print the installed versions, missing packages and GPUs.
 
-    Exit code 1: a package that is always needed is missing or too old.
+    Extras are sets of optional packages. For each that is not complete, the command that installs the rest is printed.
+    The exit code is 1 if a required package is missing or too old.
     """
     needs = tuple(needs_of(metadata.requires(PACKAGE) or ()))
     missing = [need for need in needs if not need.extra and not need.met]
@@ -57,7 +66,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 
 def needs_of(requires: Iterable[str]) -> Iterator[Need]:
-    """The requirements, as the package's metadata write them, with the versions that are installed."""
+    """Yield the requirements, as the package's metadata state them, with the installed versions."""
     extras = metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
     for text in requires:
         requirement = Requirement(text)
@@ -76,7 +85,7 @@ def _version(name: str) -> str | None:
 
 
 def _torch() -> dict[str, Any]:
-    """Whether torch can be imported, the CUDA it is built for, and the devices that it finds."""
+    """Return torch's import error, the CUDA version that it is built for, and the GPUs that it finds."""
     try:
         import torch
     except Exception as error:  # a broken build raises OSError, ImportError and others
@@ -91,7 +100,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _cache() -> str | None:
-    """Where huggingface_hub keeps the recipes that it downloads; None where it is not installed."""
+    """Return the folder of the recipes that huggingface_hub downloads, or None if it is not installed."""
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError:
@@ -119,33 +128,33 @@ def _document(needs: tuple[Need, ...], torch: Mapping[str, Any]) -> dict[str, An
 def _sentences(needs: tuple[Need, ...], torch: Mapping[str, Any]) -> Iterator[str]:
     yield f"Python {platform.python_version()} on {platform.platform()} with {machine_cores()} CPU cores."
     always = ", ".join(f"{n.requirement.name} {n.version}" for n in needs if not n.extra and n.met)
-    yield f"{PACKAGE} {_version(PACKAGE)} with {always}."
+    yield f"{PACKAGE} {_version(PACKAGE)} is installed, with {always}."
     for need in needs:
         if not need.extra and not need.met:
             name = f"{need.requirement.name}{need.requirement.specifier}"
-            yield f'{need.lacking} is needed: pip install "{name}".'
+            yield f'A required package is missing: {need.lacking}. To install it: pip install "{name}".'
     for name, own in _extras(needs).items():
         lacking = [need.lacking for need in own if not need.met]
         there = ", ".join(f"{need.requirement.name} {need.version}" for need in own)
-        cure = f'lacks {", ".join(lacking)}: pip install "{PACKAGE}[{name}]".'
+        cure = f'is not complete: {", ".join(lacking)}. To install it: pip install "{PACKAGE}[{name}]".'
         yield f"Extra {name} " + (cure if lacking else f"is complete: {there}.")
     yield from _of_torch(torch)
     cache = _cache()
     if cache is not None:
-        yield f"Recipes of the Hugging Face Hub are kept in {cache}."
+        yield f"Recipes from the Hugging Face Hub are cached in {cache}."
 
 
 def _of_torch(torch: Mapping[str, Any]) -> Iterator[str]:
-    """What torch finds, and how to get what it lacks."""
+    """Yield a sentence for each GPU that torch finds, or why it finds none and what to do."""
     if torch["error"] is not None:
-        yield f"torch cannot be imported: {torch['error']}. Install it again, by the command that pytorch.org names."
+        yield f"torch cannot be imported: {torch['error']}. Install it again with the command from pytorch.org."
         return
     for i, device in enumerate(torch["devices"]):
         memory = "" if device["memory_gib"] is None else f", {device['memory_gib']} GiB"
-        yield f"Device {i}: {device['name']}{memory}."
+        yield f"GPU {i}: {device['name']}{memory}."
     if torch["devices"]:
         return
     if torch["cuda"] is None:
-        yield "No GPU: this torch is built without CUDA. For one, install the build that pytorch.org names."
+        yield "torch finds no GPU, because it is built without CUDA. To use one, install a CUDA build from pytorch.org."
     else:
-        yield f"No GPU: torch is built for CUDA {torch['cuda']}, and finds none. Look whether nvidia-smi shows one."
+        yield f"torch is built for CUDA {torch['cuda']}, but finds no GPU. Check whether nvidia-smi lists one."

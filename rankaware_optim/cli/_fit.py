@@ -16,22 +16,37 @@ from ._options import ALPHA, COLUMN, OPTIMIZER, json_option, out_option
 @click.command()
 @click.argument("sweep", type=click.Path(path_type=Path))
 @out_option(help="Write the recipe to a .toml file.")
-@click.option("--name", help="Name of the recipe; by default the file's.")
+@click.option("--name", help="Name of the recipe. By default the name of SWEEP's file.")
 @OPTIMIZER
-@click.option("--law", default="mua", show_default=True, help="Law, as for bench-law.")
-@click.option("--fit", type=click.Choice(["drift", "tokens"]), default="drift", show_default=True)
-@click.option("--model", help="The model to fit, if the sweep has several.")
+@click.option("--law", default="mua", show_default=True, help="Law that moves rates between ranks, as for bench-law.")
+@click.option(
+    "--fit",
+    type=click.Choice(["drift", "tokens"]),
+    default="drift",
+    show_default=True,
+    help="How the law is corrected. drift: by a power of the rank. tokens: by mua's number of effective tokens.",
+)
+@click.option("--model", help="Model of the rows to fit, and of rows without one.")
 @ALPHA
-@click.option("--init", type=click.Choice(["A", "B"]))
-@click.option("--fan-in", type=float, help="The model's mean fan-in.")
-@click.option("--full-fan-in", type=float, help="Its largest fan-in, for full finetuning.")
-@click.option("--batch", type=float)
-@click.option("--steps", type=int)
-@click.option("--warmup", type=float, help="Share of the steps.")
+@click.option(
+    "--init",
+    type=click.Choice(["A", "B"]),
+    help="Init of the rows to fit, and of rows without one. A: B starts at zero, as in PEFT. B: A starts at zero.",
+)
+@click.option("--fan-in", type=float, help="Mean fan-in of the adapted layers, for rows without one.")
+@click.option("--full-fan-in", type=float, help="Largest fan-in, for full finetuning. By default --fan-in.")
+@click.option("--batch", type=float, help="Batch size of the rows to fit, and of rows without one.")
+@click.option("--steps", type=int, help="Training steps of a run. The recipe records them.")
+@click.option("--warmup", type=float, help="Warm-up as a share of the steps, 0 to 1. The recipe records it.")
 @COLUMN
-@json_option("the sections of the recipe's file, as recipes/SCHEMA.md names them.")
+@json_option("an object with the fields of the recipe's .toml file. recipes/SCHEMA.md lists them with their units.")
 def fit(sweep: Path, out: Path | None, name: str | None, law: str, as_json: bool, **options: Any) -> None:
-    """Fit a recipe to SWEEP, a .csv, .tsv, .json or .jsonl file with columns rank, lr, loss and, if known, alpha."""
+    """Fit a recipe to a sweep of learning rates from any tool.
+
+    SWEEP is a .csv, .tsv, .json or .jsonl file with one row per run. The columns rank, lr (per step) and loss are
+    required. The columns alpha, rslora, init, method, fan_in, seed, model, batch, steps and start (the loss before
+    training) are optional. Write diverged as the loss of a run that diverged.
+    """
     recipe = fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
     saved = None if out is None else recipe.save(out)
     if as_json:

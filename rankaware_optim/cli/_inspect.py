@@ -17,16 +17,26 @@ from ..transfer import survey_rates
 from ._echo import echo, echo_json
 from ._options import json_option
 
+_SHAPE = (
+    "an object. Fields: factors (one object per LoRA factor), others (name and adapter kind of the other tensors), "
+    "checks (sentences on likely mistakes), notes (sentences). A factor has name, role (A or B), rank, fan_in and "
+    "fan_out (of the adapted layer), scaling (effective multiplier), init, kind, layer, adapter, convention, lr (per "
+    "step) and reason (of lr). lr and reason are null without --lr."
+)
+
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--lr", type=float, help="Base rate; adds a column of rates.")
-@click.option("--law", default=DEFAULT_LAW, show_default=True)
-@click.option("--tuned-at", help="Configuration of the base rate: r=16,alpha=32, or an adapter.")
+@click.option("--lr", type=float, help="Base rate, per step. Adds a column of rates.")
+@click.option("--law", default=DEFAULT_LAW, show_default=True, help="Law that moves --lr.")
+@click.option("--tuned-at", help="Configuration at which --lr was tuned: r=16,alpha=32, or the path of an adapter.")
 @click.option("--per-module", is_flag=True, help="Print one line per tensor.")
-@json_option("factors, each with its lr and reason, null without --lr; other parameters; checks; notes.")
+@json_option(_SHAPE)
 def inspect(path: Path, lr: float | None, law: str, tuned_at: str | None, per_module: bool, as_json: bool) -> None:
-    """List the adapters in PATH, a PEFT folder or a .safetensors file. The model is not needed."""
+    """List the LoRA factors in an adapter's files.
+
+    PATH is a PEFT folder or a .safetensors file. The model is not needed.
+    """
     survey, rates = survey_rates(inspect_file(path), lr=lr, law=law, tuned_at=tuned_at)
     if as_json:
         echo_json(_document(survey, rates))

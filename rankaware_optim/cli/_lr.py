@@ -9,24 +9,31 @@ import click
 
 from ..recipe import Recipe
 from ._echo import echo, echo_json
-from ._options import json_option
+from ._options import RATE_FIELDS, RSLORA, json_option
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--rank", type=int)
-@click.option("--alpha", type=float)
-@click.option("--rslora", is_flag=True, help="Divide alpha by √rank.")
-@click.option("--init", type=click.Choice(["A", "B"]))
-@click.option("--full", is_flag=True, help="The rate for full finetuning.")
-@click.option("--fan-in", type=float, help="The model's width, if not the recipe's.")
-@click.option("--steps", type=int, help="Training steps, if not the recipe's: an extrapolation.")
-@click.option("--batch", type=float, help="Batch, in the unit of the recipe's own: an extrapolation.")
-@json_option("lr, low and high of the 90 % band, ceiling or null, extrapolated, notes, configuration.")
+@click.option("--rank", type=int, help="LoRA rank.")
+@click.option("--alpha", type=float, help="LoRA alpha. By default by the recipe's rule, which rankaware show prints.")
+@RSLORA
+@click.option(
+    "--init",
+    type=click.Choice(["A", "B"]),
+    help="A: B starts at zero, as in PEFT. B: A starts at zero. By default the recipe's.",
+)
+@click.option("--full", is_flag=True, help="Print the rate for full finetuning.")
+@click.option("--fan-in", type=float, help="Width of the model, if it differs from the recipe's.")
+@click.option("--steps", type=int, help="Training steps, if they differ from the recipe's. This extrapolates.")
+@click.option("--batch", type=float, help="Batch size in the recipe's unit, if it differs. This extrapolates.")
+@json_option(f"an object. Fields: {RATE_FIELDS}.")
 def lr(
     recipe: Path, rank: int | None, alpha: float | None, rslora: bool, full: bool, as_json: bool, **where: Any
 ) -> None:
-    """Print a recipe's rate at a rank, or for full finetuning, and its configuration."""
+    """Print a recipe's rate at a rank or for full finetuning.
+
+    The 90 % band, the ceiling and what the rate holds for are printed with it.
+    """
     if full == (rank is not None):
         raise click.UsageError("Give --rank N or --full.")
     if alpha is None and rslora:

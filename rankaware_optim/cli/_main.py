@@ -1,4 +1,4 @@
-"""The command `rankaware`, also `python -m rankaware_optim`. Each command has a file, imported when it is used."""
+"""The command `rankaware`, also `python -m rankaware_optim`. Each subcommand has a file, imported when it is used."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _Commands(click.Group):
         return found
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Commands by name alone: their help would import all of them, and torch, at every press of the key."""
+        """Complete commands by name only: their help would import all of them, and torch, at every key press."""
         named = [CompletionItem(name) for name in _COMMANDS if name.startswith(incomplete)]
         return [*named, *click.Command.shell_complete(self, ctx, incomplete)]
 
@@ -78,10 +78,12 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="rankaware-optim")
 def main() -> None:
-    """Learning rates that stay right when the LoRA rank, alpha or init changes, or for full finetuning.
+    """Move a tuned learning rate to another LoRA rank, alpha or init, or to full finetuning.
+
+    No rate yet: suggest gives a first one and calibrate finds one. A calibrated rate is kept in a file, its recipe.
 
     \b
-    Completion in a shell, by a line of its start-up file:
+    To complete commands in a shell, add a line to its start-up file:
       bash  eval "$(_RANKAWARE_COMPLETE=bash_source rankaware)"
       zsh   eval "$(_RANKAWARE_COMPLETE=zsh_source rankaware)"
       fish  _RANKAWARE_COMPLETE=fish_source rankaware | source

@@ -93,12 +93,27 @@ def out_option(kind: str = "", **settings: Any) -> Callable[[Any], Any]:
 
 
 def json_option(shape: str) -> Callable[[Any], Any]:
-    """--json, as `as_json`. shape: what the document holds, for the help."""
+    """Return the option --json, as `as_json`. shape: the fields of the document with their units, for the help."""
     return click.option("--json", "as_json", is_flag=True, help=f"Print JSON: {shape}")
 
 
 ALPHA = click.option(
-    "--alpha", callback=number_or_rank, help="alpha of rows without one; 'rank' if it follows the rank."
+    "--alpha", callback=number_or_rank, help="alpha of rows without one: a number, or 'rank' for alpha = rank."
 )
-COLUMN = click.option("--column", "columns", multiple=True, callback=_columns, help="FIELD=COLUMN, repeatable.")
-OPTIMIZER = click.option("--optimizer", default="AdamW", show_default=True, help="A name, or package:Class.")
+COLUMN = click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    callback=_columns,
+    help="Column of a field, such as loss=final_loss. Repeatable.",
+)
+OPTIMIZER = click.option(
+    "--optimizer", default="AdamW", show_default=True, help="Optimizer: a name such as AdamW, or package:Class."
+)
+RSLORA = click.option("--rslora", is_flag=True, help="rsLoRA: divide alpha by √rank, not by rank.")
+
+# Fields of a `Rate` in a document.
+RATE_FIELDS = (
+    "lr (per step), low and high (ends of the 90 % band, per step), ceiling (smallest rate that diverged, or null), "
+    "extrapolated (whether it is outside what was tried), notes (sentences), configuration (text)"
+)

@@ -13,7 +13,7 @@ from ._options import out_option
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@out_option(required=True)
+@out_option(required=True, help="Figure to write, a .png, .svg or .pdf file.")
 def plot(recipe: Path, out: Path) -> None:
-    """Draw a recipe: its trials, and its rates by rank."""
+    """Draw a recipe's trials, and its rates by rank."""
     echo(plot_recipe(Recipe.load(recipe), out))

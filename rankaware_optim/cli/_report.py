@@ -13,7 +13,10 @@ from ._options import out_option
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@out_option("page", required=True)
+@out_option("page", required=True, help="HTML page to write.")
 def report(recipe: Path, out: Path) -> None:
-    """Write a recipe as an HTML page: its figure, its rates, and a control for rank and alpha."""
+    """Write a recipe as an HTML page.
+
+    The page has the recipe's figure, its rates, and a control for rank and alpha.
+    """
     echo(write_report(Recipe.load(recipe), out))

@@ -13,7 +13,7 @@ from ._options import json_option
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@json_option("the sections of its file, as recipes/SCHEMA.md names them.")
+@json_option("an object with the fields of the recipe's .toml file. recipes/SCHEMA.md lists them with their units.")
 def show(recipe: Path, as_json: bool) -> None:
     """Print a recipe: its rate, band, law and provenance."""
     found = Recipe.load(recipe)

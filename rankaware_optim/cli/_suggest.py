@@ -1,4 +1,4 @@
-"""`rankaware suggest`: a rate for an adapter's file, or for a rank and an alpha, without any run."""
+"""`rankaware suggest`: suggest a rate for an adapter's file, or for a rank and an alpha, without any run."""
 
 from __future__ import annotations
 
@@ -11,23 +11,34 @@ from .._types import Reference
 from ..inspection import inspect_file, read_config
 from ..transfer import published_init, suggest_lr
 from ._echo import echo, echo_json
-from ._options import json_option
+from ._options import RATE_FIELDS, RSLORA, json_option
 
 _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), required=False)
-@click.option("--rank", type=int)
-@click.option("--alpha", type=float)
-@click.option("--rslora", is_flag=True, help="Divide alpha by √rank.")
-@click.option("--init", type=click.Choice(_INITS), help="A: B starts at zero. B: A does. Or PEFT's init_lora_weights.")
+@click.option("--rank", type=int, help="LoRA rank.")
+@click.option("--alpha", type=float, help="LoRA alpha.")
+@RSLORA
+@click.option(
+    "--init",
+    type=click.Choice(_INITS),
+    help="A: B starts at zero, as in PEFT. B: A starts at zero. Others: as in PEFT's init_lora_weights.",
+)
 @click.option("--dora", is_flag=True, help="The adapters are DoRA.")
-@click.option("--full", is_flag=True, help="The rate for full finetuning.")
-@click.option("--fan-in", type=float, help="The model's hidden size; with --full its largest fan-in.")
-@click.option("--optimizer", default="adamw", show_default=True, help="A name, or package:Class.")
-@click.option("--chat", is_flag=True, help="Chat data, a batch near 128 and about 800 steps: a narrower band.")
-@json_option("lr, low, high, ceiling, extrapolated, notes, configuration, optimizer, reference, fan_in.")
+@click.option("--full", is_flag=True, help="Suggest a rate for full finetuning.")
+@click.option("--fan-in", type=float, help="Hidden size of the model. With --full its largest fan-in.")
+@click.option("--optimizer", default="adamw", show_default=True, help="Optimizer: a name, or package:Class.")
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Your data is chat, your batch near 128, and you train about 800 steps. Narrows the band.",
+)
+@json_option(
+    f"an object. Fields: {RATE_FIELDS}, optimizer (name), reference (rank, alpha, rslora, init, fan_in, method and "
+    "batch), fan_in (width of the model)."
+)
 def suggest(
     path: Path | None,
     rank: int | None,
@@ -41,11 +52,14 @@ def suggest(
     chat: bool,
     as_json: bool,
 ) -> None:
-    """Suggest a learning rate and its band from published sweeps: for an adapter's PATH, or for --rank and --alpha."""
+    """Suggest a rate from published sweeps, without any run.
+
+    Give the PATH of an adapter, or --rank and --alpha, or --full. The rate is printed with its 90 % band.
+    """
     options: dict[str, Any] = {"init": init, "task": "chat" if chat else "other"}
     if path is not None:
         if rank is not None or alpha is not None or rslora or fan_in is not None:
-            raise click.UsageError("PATH already gives rank, alpha and fan-in: leave these options out.")
+            raise click.UsageError("PATH already gives rank, alpha and fan-in, so leave these options out.")
         survey, config = inspect_file(path), path / "adapter_config.json"
         if not init and not full and config.is_file():
             options["init"] = published_init(read_config(config).values.get("init_lora_weights"))
