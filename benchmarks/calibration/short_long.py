@@ -284,8 +284,13 @@ def table() -> None:
     tasks = [*(Task(*task) for task in TASKS), *sorted(kept - set(TASKS))]
     found = [score for task in tasks for score in scores(task)]
     parts = ["# Calibrate short, train long", __doc__ or "", verdict([s for s in found if s.task in TASKS])]
+    parts.append(block("By plan, over all tasks", ("plan", "rates", "worst", "median", *HEADS[-1:]), [*by_plan(found)]))
     for task in tasks:
-        parts.append(block(f"{task.name}, {task.times} times the steps", HEADS, [*rows(task, found)]))
+        title = f"{task.name}, {task.times} times the steps"
+        if any(score.task == task for score in found):
+            parts.append(block(title, HEADS, [*rows(task, found)]))
+        else:
+            parts.append(f"## {title}\n\nNot scored yet.")
     on = machine(1)
     (RESULTS / "short_long.md").write_text("\n\n".join([*parts, made_on(on)]) + "\n")
     document = {"machine": on, "scores": [score._asdict() for score in found]}
@@ -304,6 +309,15 @@ def rows(task: Task, found: list[Score]) -> Iterator[list[str]]:
             held = [s.held for s in mine.values() if s.held is not None]
             cells = [percent(mine[rank].regret) if rank in mine else "–" for rank in (*task.ranks, FULL)]
             yield [config, plan, *cells, f"{sum(held)} of {len(held)}" if held else "–"]
+
+
+def by_plan(found: list[Score]) -> Iterator[list[str]]:
+    for plan in PLANS:
+        mine = [score for score in found if score.plan == plan]
+        held = [s.held for s in mine if s.held is not None]
+        if regrets := [s.regret for s in mine]:
+            figures = [percent(max(regrets)), percent(statistics.median(regrets))]
+            yield [plan, str(len(mine)), *figures, f"{sum(held)} of {len(held)}" if held else "–"]
 
 
 def verdict(found: list[Score]) -> str:
