@@ -7,7 +7,7 @@ from typing import Any
 
 from docutils import nodes
 
-ABOUT = "Learning rates that stay right when the LoRA rank, alpha or init changes, or for full finetuning. For PyTorch."
+ABOUT = "Learning rates that stay right when the LoRA rank, alpha or init changes, or when you move to full finetuning."
 
 
 def _in_order(env: Any, page: str, seen: list[str]) -> list[str]:

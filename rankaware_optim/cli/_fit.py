@@ -10,7 +10,7 @@ import click
 from ..recipe import to_document
 from ..sweeps import fit_sweep
 from ._echo import echo, echo_json
-from ._options import ALPHA, COLUMN, OPTIMIZER, json_option, out_option
+from ._options import ALPHA, COLUMN, INIT_HELP, OPTIMIZER, json_option, out_option
 
 
 @click.command()
@@ -31,7 +31,7 @@ from ._options import ALPHA, COLUMN, OPTIMIZER, json_option, out_option
 @click.option(
     "--init",
     type=click.Choice(["A", "B"]),
-    help="Init of the rows to fit, and of rows without one. A: B starts at zero, as in PEFT. B: A starts at zero.",
+    help=f"Init of the rows to fit, and of rows without one. {INIT_HELP}",
 )
 @click.option("--fan-in", type=float, help="Mean fan-in of the adapted layers, for rows without one.")
 @click.option("--full-fan-in", type=float, help="Largest fan-in, for full finetuning. By default --fan-in.")

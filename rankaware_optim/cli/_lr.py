@@ -9,7 +9,7 @@ import click
 
 from ..recipe import Recipe
 from ._echo import echo, echo_json
-from ._options import RATE_FIELDS, RSLORA, json_option
+from ._options import INIT_HELP, RATE_FIELDS, RSLORA, json_option
 
 
 @click.command()
@@ -20,7 +20,7 @@ from ._options import RATE_FIELDS, RSLORA, json_option
 @click.option(
     "--init",
     type=click.Choice(["A", "B"]),
-    help="A: B starts at zero, as in PEFT. B: A starts at zero. By default the recipe's.",
+    help=f"{INIT_HELP} By default the recipe's.",
 )
 @click.option("--full", is_flag=True, help="Print the rate for full finetuning.")
 @click.option("--fan-in", type=float, help="Width of the model, if it differs from the recipe's.")

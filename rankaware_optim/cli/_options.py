@@ -54,16 +54,17 @@ def _columns(ctx: click.Context, param: click.Parameter, pairs: Sequence[str]) -
     return {field.strip(): column.strip() for field, _, column in parted}
 
 
-# How files of this package begin, by kind: a page, or the suffix of others.
+# Files that may be overwritten, by kind (a page, or the suffix of others): what they are, and how they begin.
 _WRITTEN = {
-    "page": rb'<meta name="generator" content="rankaware-optim">',
-    ".toml": rb"(?ms)^schema *= *\d.*^\[tensors\]",
-    ".csv": rb"\Alaw,",
-    ".json": rb'\A\[\s*\{\s*"law"',
-    ".png": rb"\A\x89PNG",
-    ".svg": rb"<svg",
-    ".pdf": rb"\A%PDF",
+    "page": ("a page of `rankaware report`", rb'<meta name="generator" content="rankaware-optim">'),
+    ".toml": ("a recipe", rb"(?ms)^schema *= *\d.*^\[tensors\]"),
+    ".csv": ("a table of `rankaware bench-law`", rb"\Alaw,"),
+    ".json": ("a table of `rankaware bench-law`", rb'\A\[\s*\{\s*"law"'),
+    ".png": ("a PNG picture", rb"\A\x89PNG"),
+    ".svg": ("an SVG picture", rb"<svg"),
+    ".pdf": ("a PDF file", rb"\A%PDF"),
 }
+_UNKNOWN = ("a file that this command writes", rb"\A\Z")
 
 _HEAD = 2**16  # bytes
 
@@ -72,13 +73,15 @@ def check_out(path: Path, kind: str = "") -> None:
     """Raise if a file would be overwritten that is neither empty nor of the same kind."""
     if not path.exists():
         return
-    known = _WRITTEN.get(kind or path.suffix.lower(), rb"\A\Z")
+    what, known = _WRITTEN.get(kind or path.suffix.lower(), _UNKNOWN)
     if path.is_file():
         with path.open("rb") as file:
             head = file.read(_HEAD)
         if not head or re.search(known, head):
             return
-    raise click.ClickException(f"{path} has other contents, and was not changed. Give another file, or remove it.")
+    raise click.ClickException(
+        f"{path} exists and is not {what}, so it was not overwritten. Give another file, or remove this one."
+    )
 
 
 def out_option(kind: str = "", **settings: Any) -> Callable[[Any], Any]:
@@ -109,6 +112,9 @@ COLUMN = click.option(
 )
 OPTIMIZER = click.option(
     "--optimizer", default="AdamW", show_default=True, help="Optimizer: a name such as AdamW, or package:Class."
+)
+INIT_HELP = (
+    "A: B starts at zero, as in PEFT (Init[A], printed as B = 0). B: A starts at zero (Init[B], printed as A = 0)."
 )
 RSLORA = click.option("--rslora", is_flag=True, help="rsLoRA: divide alpha by √rank, not by rank.")
 

@@ -11,7 +11,7 @@ from .._types import Reference
 from ..inspection import inspect_file, read_config
 from ..transfer import published_init, suggest_lr
 from ._echo import echo, echo_json
-from ._options import RATE_FIELDS, RSLORA, json_option
+from ._options import INIT_HELP, RATE_FIELDS, RSLORA, json_option
 
 _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 
@@ -24,7 +24,7 @@ _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 @click.option(
     "--init",
     type=click.Choice(_INITS),
-    help="A: B starts at zero, as in PEFT. B: A starts at zero. Others: as in PEFT's init_lora_weights.",
+    help=f"{INIT_HELP} Others: as in PEFT's init_lora_weights.",
 )
 @click.option("--dora", is_flag=True, help="The adapters are DoRA.")
 @click.option("--full", is_flag=True, help="Suggest a rate for full finetuning.")

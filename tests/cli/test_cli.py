@@ -177,10 +177,17 @@ def test_convert_names_an_adapter_as_reference(folder):
 
 def test_convert_prints_what_convert_lr_gives():
     """--from, --to and --law are those of `convert_lr`."""
-    words = {"from_": "r=16,alpha=32", "to": "r=128,alpha=16,rslora"}
+    words = {"from_": "r=16,alpha=32,fan_in=512", "to": "r=128,alpha=16,rslora"}
     for law in ("mua", "loraplus"):
         done = call("convert", "2e-4", "--from", words["from_"], "--to", words["to"], "--law", law)
         assert (done.exit_code, done.output.rstrip("\n")) == (0, convert_lr(2e-4, **words, law=law).explain())
+
+
+def test_convert_says_how_an_option_gives_the_width():
+    """Without a width the note has an option to copy, which ends the note."""
+    printed = call("convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=64").output
+    assert "Give your model's, such as --from r=16,alpha=32,fan_in=4096." in printed
+    assert "No width" not in call("convert", "2e-4", "--from", "r=16,alpha=32,fan_in=4096", "--to", "r=64").output
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------

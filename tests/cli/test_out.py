@@ -27,28 +27,29 @@ PICTURE = b"\x89PNG\r\n\x1a\n"
 FIT = ["fit", DEMO_SWEEP, "--model", "efficientnet-lite0, alpha = rank"]
 CALIBRATE = ["calibrate", "loops:train", "--ranks", "2,4", "--steps", 5]
 OTHERS = [
-    (CALIBRATE, "pyproject.toml", b'[project]\nname = "mine"\n'),
-    (CALIBRATE, "settings.toml", b"schema = 1\n[server]\n"),
-    (FIT, "pyproject.toml", b'[project]\nname = "mine"\n'),
-    (["report", None], "index.html", b"<!doctype html><title>Mine</title>"),
-    (["report", None], "made.toml", TEXT),
-    (["plot", None], "made.png", TEXT),
-    (["plot", None], "made.svg", PICTURE),
-    (["plot", None], "made.jpg", b"\xff\xd8\xff"),
-    (["coordcheck"], "made.pdf", PICTURE),
-    (["bench-law"], "made.csv", b"rank,lr,loss\n4,1e-3,2.0\n"),
-    (["bench-law"], "made.json", b'{"model": 1}'),
+    (CALIBRATE, "pyproject.toml", b'[project]\nname = "mine"\n', "a recipe"),
+    (CALIBRATE, "settings.toml", b"schema = 1\n[server]\n", "a recipe"),
+    (FIT, "pyproject.toml", b'[project]\nname = "mine"\n', "a recipe"),
+    (["report", None], "index.html", b"<!doctype html><title>Mine</title>", "a page of `rankaware report`"),
+    (["report", None], "made.toml", TEXT, "a page of `rankaware report`"),
+    (["plot", None], "made.png", TEXT, "a PNG picture"),
+    (["plot", None], "made.svg", PICTURE, "an SVG picture"),
+    (["plot", None], "made.jpg", b"\xff\xd8\xff", "a file that this command writes"),
+    (["coordcheck"], "made.pdf", PICTURE, "a PDF file"),
+    (["bench-law"], "made.csv", b"rank,lr,loss\n4,1e-3,2.0\n", "a table of `rankaware bench-law`"),
+    (["bench-law"], "made.json", b'{"model": 1}', "a table of `rankaware bench-law`"),
 ]
 
 
-@pytest.mark.parametrize(("command", "name", "data"), OTHERS, ids=[f"{c[0]} {name}" for c, name, _ in OTHERS])
-def test_what_is_not_recognised_is_left(command, name, data, recipe, tmp_path):
+@pytest.mark.parametrize(("command", "name", "data", "kind"), OTHERS, ids=[f"{c[0]} {name}" for c, name, *_ in OTHERS])
+def test_what_is_not_recognised_is_left(command, name, data, kind, recipe, tmp_path):
     """A file of another kind stays as it is; the error comes before any work, in one sentence with its cure."""
     out = tmp_path / name
     out.write_bytes(data)
     done = call(*(recipe if part is None else part for part in command), "-o", out)
     assert done.exit_code == 1
-    assert done.stderr == f"Error: {out} has other contents, and was not changed. Give another file, or remove it.\n"
+    cure = "Give another file, or remove this one."
+    assert done.stderr == f"Error: {out} exists and is not {kind}, so it was not overwritten. {cure}\n"
     assert list(tmp_path.iterdir()) == [out]
     assert out.read_bytes() == data
 
@@ -57,7 +58,7 @@ def test_what_is_not_recognised_is_left(command, name, data, recipe, tmp_path):
 def test_a_pipe_is_left(recipe, tmp_path):
     """A pipe that nobody writes to is not opened."""
     os.mkfifo(tmp_path / "made.png")
-    assert "has other contents" in call("plot", recipe, "-o", tmp_path / "made.png").stderr
+    assert "is not a PNG picture" in call("plot", recipe, "-o", tmp_path / "made.png").stderr
 
 
 AGAIN = [
