@@ -110,6 +110,7 @@ def table() -> None:
         for name, n in left.items()
         if n
     ]
+    missing += [f"Not run yet: the searches of {name}." for name in DOMAINS if name not in left]
     bars, *rest = page(domains, scores, start, done)
     parts = ["# Calibration against the sweep", __doc__ or "", *missing, bars, *rest, *figures, made_on(on)]
     (RESULTS / "calibration.md").write_text("\n\n".join(parts) + "\n")
