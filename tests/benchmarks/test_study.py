@@ -293,7 +293,7 @@ def test_reinforcement_that_diverged_is_a_loss_that_is_none() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--domain", "astrology"], "There is no domain 'astrology'. Known are "),
+        (["--domain", "astrology"], "There is no domain 'astrology'. Known domains: "),
         (["--suite", "huge"], "'huge' is not one of 'quick', 'full'"),
         (["--tables", "--law", "no-such-law"], "no-such-law"),
     ],

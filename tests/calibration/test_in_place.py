@@ -576,7 +576,7 @@ ROUNDS = 24
 def test_ctrl_c_at_any_moment_of_a_real_process(double):
     """Interrupted at random moments, once or twice in quick succession, the model of a real process is as it was."""
     source = random.Random(int(double))
-    command = [sys.executable, "-m", "tests.helpers.interrupted", str(ROUNDS)]
+    command = [sys.executable, "-m", "tests.helpers.interrupted", str(1 + ROUNDS)]
     root = Path(__file__).parents[2]
     ends = []
     with subprocess.Popen(
@@ -587,9 +587,15 @@ def test_ctrl_c_at_any_moment_of_a_real_process(double):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as child:
+        assert child.stdout.readline() == "go\n"
+        start = time.perf_counter()
+        assert child.stdout.readline().split()[1:] == []
+        whole = time.perf_counter() - start  # of a round that nothing interrupts, here and now
+        child.stdin.write("next\n")
+        child.stdin.flush()
         for _ in range(ROUNDS):
             assert child.stdout.readline() == "go\n"
-            for pause in (source.uniform(0, 0.3), *([source.uniform(0, 0.003)] if double else [])):
+            for pause in (source.uniform(0, 0.8 * whole), *([source.uniform(0, 0.003)] if double else [])):
                 time.sleep(pause)
                 child.send_signal(signal.SIGINT)
             ended, *differs = child.stdout.readline().split()
