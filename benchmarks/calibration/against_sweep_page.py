@@ -39,7 +39,7 @@ NOTE = (
 
 def page(domains: Sequence[Domain], scores: Sequence[Score], start: Mapping[str, float], done: Losses) -> list[str]:
     """The page's parts."""
-    costs = {(domain.name, config): costs_of(domain, config, done) for domain in domains for config in CONFIGS}
+    costs = {domain.name: costs_of(domain, done) for domain in domains}
     parts = [f"## By configuration and rank\n\n{NOTE}"]
     for domain in domains:
         for config in CONFIGS:
@@ -47,7 +47,7 @@ def page(domains: Sequence[Domain], scores: Sequence[Score], start: Mapping[str,
             ranks = domain.ranks_swept
             heads = ["", "runs", "cost", "worst", "in loss", "median", "from–to", *(f"r = {r}" for r in ranks), "full"]
             by_name = {name: [s for s in here if matches(s.name, name)] for name in ROWS}
-            spent = costs[domain.name, config]
+            spent = costs[domain.name][config]
             rows = [row_of(name, found, ranks, spent.get(name)) for name, found in by_name.items() if found]
             title = f"{domain.name}, {config} (loss before training {start[domain.name]:.3f})"
             parts.append(block(title, heads, rows))
@@ -76,18 +76,18 @@ def row_of(name: str, mine: Sequence[Score], ranks: Sequence[int], cost: Cost | 
     return [name, *paid, *figures, *cells]
 
 
-def within(domains: Sequence[Domain], scores: Sequence[Score], costs: Mapping[tuple[str, str], dict[str, Cost]]) -> str:
-    """What a user pays for rates within 1 % of the best: runs, hours, and how often they were that near."""
+def within(domains: Sequence[Domain], scores: Sequence[Score], costs: Mapping[str, dict[str, dict[str, Cost]]]) -> str:
+    """What a user pays for rates within 1 % of the best: runs, minutes, and how often they were that near."""
     rows = []
     for name in (EVERY_FOURTH, ONE_SEED, *SEARCHED, *CONTENDERS):
         cells = []
         for domain in domains:
-            spent = [costs[domain.name, config][name] for config in CONFIGS if name in costs[domain.name, config]]
+            spent = [own[name] for own in costs[domain.name].values() if name in own]
             mine = [s for s in scores if s.domain == domain.name and matches(s.name, name)]
             near = [s.regret <= WITHIN for s in mine]
             cells += [
                 number(statistics.fmean(c.runs for c in spent), 1) if spent else "–",
-                number(60 * statistics.fmean(c.hours for c in spent), 1) if spent else "–",
+                number(statistics.fmean(c.minutes for c in spent), 1) if spent else "–",
                 f"{sum(near)} of {len(near)}" if near else "–",
             ]
         rows.append([name, *cells])

@@ -200,42 +200,44 @@ def fresh_curve(done: Losses, cell: Cell, seeds: tuple[int, ...] = SCORING) -> d
 
 
 class Cost(NamedTuple):
-    """What one search spends: runs, hours on one core, and its share of the sweep's hours."""
+    """What one search spends: runs, minutes of training on one core, and its share of the sweep's time."""
 
     runs: float
-    hours: float
+    minutes: float
     share: float
 
 
-def costs_of(domain: Domain, config: str, done: Losses) -> dict[str, Cost]:
-    """What each contender spends to name its rates in a configuration, by name; the mean over search seeds.
+def costs_of(domain: Domain, done: Losses) -> dict[str, dict[str, Cost]]:
+    """What each contender spends to name its rates, by configuration and name; the mean over search seeds.
 
     Seconds are steps times the median seconds of a step at the rank, over all searches: the range test runs at every
     rank. A law's rates cost the sweep at the rank tuned at.
     """
-    rows = [row for row in on_file() if row["domain"] == domain.name]
-    taken = [(rank, seconds / steps) for row in rows for rank, (steps, seconds) in by_arm(row["runs"]).items() if steps]
+    rows = [(row, by_arm(row["runs"])) for row in on_file() if row["domain"] == domain.name]
+    taken = [(rank, seconds / steps) for _, arms in rows for rank, (steps, seconds) in arms.items() if steps]
     step = {rank: statistics.median(t for at, t in taken if at == rank) for rank in {rank for rank, _ in taken}}
     whole = RATES_SWEPT * domain.steps * sum(step[rank] for rank in (*domain.ranks_swept, FULL))
-    spent: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        if row["config"] == config:
-            seconds = sum(steps * step[rank] for rank, (steps, _) in by_arm(row["runs"]).items())
-            spent.setdefault(named(row["plan"], row["share"]), []).append((len(row["runs"]), seconds))
 
     def sweep(cells: Mapping[Cell, int]) -> list[tuple[int, float]]:
         return [(sum(cells.values()), sum(n * domain.steps * step[cell[2]] for cell, n in cells.items()))]
 
-    known = Known(domain, config, domain.ranks_swept, done)
-    for name, jobs in swept_once(known).items():
-        spent[name] = sweep({cell_of(domain, config, rank): len(of) for rank, of in jobs.items()})
-    for name in CONTENDERS:
-        added, rank = {"LoRA+ 16": (LORAPLUS, TUNED), "ten times full": ("", FULL)}.get(name, ("", TUNED))
-        own, scheme, _ = cell_of(domain, config, rank)
-        cell = (own, scheme + added, rank)
-        spent[name] = sweep({cell: sum(job[:3] == cell and job.seed == 0 for job in done)})
-    means = {name: [statistics.fmean(part) for part in zip(*each, strict=True)] for name, each in spent.items()}
-    return {name: Cost(runs, seconds / 3600, seconds / whole) for name, (runs, seconds) in means.items()}
+    costs = {}
+    for config in CONFIGS:
+        spent: dict[str, list[tuple[int, float]]] = {}
+        for row, arms in rows:
+            if row["config"] == config:
+                seconds = sum(steps * step[rank] for rank, (steps, _) in arms.items())
+                spent.setdefault(named(row["plan"], row["share"]), []).append((len(row["runs"]), seconds))
+        for name, jobs in swept_once(Known(domain, config, domain.ranks_swept, done)).items():
+            spent[name] = sweep({cell_of(domain, config, rank): len(of) for rank, of in jobs.items()})
+        for name in CONTENDERS:
+            added, rank = {"LoRA+ 16": (LORAPLUS, TUNED), "ten times full": ("", FULL)}.get(name, ("", TUNED))
+            own, scheme, _ = cell_of(domain, config, rank)
+            cell = (own, scheme + added, rank)
+            spent[name] = sweep({cell: sum(job[:3] == cell and job.seed == 0 for job in done)})
+        means = {name: [statistics.fmean(part) for part in zip(*each, strict=True)] for name, each in spent.items()}
+        costs[config] = {name: Cost(runs, seconds / 60, seconds / whole) for name, (runs, seconds) in means.items()}
+    return costs
 
 
 def named(plan: str, share: float) -> str:

@@ -30,7 +30,7 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -306,18 +306,23 @@ def rows(task: Task, found: list[Score]) -> Iterator[list[str]]:
     for config in CONFIGS:
         for plan in PLANS:
             mine: Mapping[int, Score] = {s.rank: s for s in found if (s.task, s.config, s.plan) == (task, config, plan)}
-            held = [s.held for s in mine.values() if s.held is not None]
             cells = [percent(mine[rank].regret) if rank in mine else "–" for rank in (*task.ranks, FULL)]
-            yield [config, plan, *cells, f"{sum(held)} of {len(held)}" if held else "–"]
+            yield [config, plan, *cells, holding(mine.values())]
 
 
 def by_plan(found: list[Score]) -> Iterator[list[str]]:
+    """A line a plan, over all tasks, configurations and ranks."""
     for plan in PLANS:
         mine = [score for score in found if score.plan == plan]
-        held = [s.held for s in mine if s.held is not None]
         if regrets := [s.regret for s in mine]:
             figures = [percent(max(regrets)), percent(statistics.median(regrets))]
-            yield [plan, str(len(mine)), *figures, f"{sum(held)} of {len(held)}" if held else "–"]
+            yield [plan, str(len(mine)), *figures, holding(mine)]
+
+
+def holding(scores: Iterable[Score]) -> str:
+    """How many bands hold the oracle's best rate, of those that can be judged."""
+    held = [s.held for s in scores if s.held is not None]
+    return f"{sum(held)} of {len(held)}" if held else "–"
 
 
 def verdict(found: list[Score]) -> str:

@@ -14,7 +14,7 @@ from ..errors import LawError
 from ..inspection import inspect_file
 from ..transfer import coordinate_check, plot_coordinates
 from ._echo import echo
-from ._options import INIT_HELP, OPTIMIZER, RSLORA, number_or_rank, numbers, out_option
+from ._options import OPTIMIZER, RSLORA, init_option, number_or_rank, numbers, out_option
 
 Shape = tuple[int, int]
 _MOST_NUMBERS = 2**28  # of a layer's inputs, gradients and factors: 1 GiB, without the optimizer's state
@@ -46,13 +46,7 @@ def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) ->
 @click.option(
     "--lr", type=float, help="A's rate at the first rank, per step. By default it moves the output by an rms of 1."
 )
-@click.option(
-    "--init",
-    type=click.Choice(["A", "B"]),
-    default="A",
-    show_default=True,
-    help=INIT_HELP,
-)
+@init_option(default="A", show_default=True)
 @click.option(
     "--alpha",
     default="rank",

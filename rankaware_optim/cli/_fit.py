@@ -10,7 +10,7 @@ import click
 from ..recipe import to_document
 from ..sweeps import fit_sweep
 from ._echo import echo, echo_json
-from ._options import ALPHA, COLUMN, INIT_HELP, OPTIMIZER, json_option, out_option
+from ._options import ALPHA, COLUMN, OPTIMIZER, init_option, json_option, out_option
 
 
 @click.command()
@@ -28,11 +28,7 @@ from ._options import ALPHA, COLUMN, INIT_HELP, OPTIMIZER, json_option, out_opti
 )
 @click.option("--model", help="Model of the rows to fit, and of rows without one.")
 @ALPHA
-@click.option(
-    "--init",
-    type=click.Choice(["A", "B"]),
-    help=f"Init of the rows to fit, and of rows without one. {INIT_HELP}",
-)
+@init_option("This is the init of the rows to fit, and of rows without one.")
 @click.option("--fan-in", type=float, help="Mean fan-in of the adapted layers, for rows without one.")
 @click.option("--full-fan-in", type=float, help="Largest fan-in, for full finetuning. By default --fan-in.")
 @click.option("--batch", type=float, help="Batch size of the rows to fit, and of rows without one.")

@@ -9,7 +9,7 @@ import click
 
 from ..recipe import Recipe
 from ._echo import echo, echo_json
-from ._options import INIT_HELP, RATE_FIELDS, RSLORA, json_option
+from ._options import RATE_FIELDS, RSLORA, init_option, json_option
 
 
 @click.command()
@@ -17,11 +17,7 @@ from ._options import INIT_HELP, RATE_FIELDS, RSLORA, json_option
 @click.option("--rank", type=int, help="LoRA rank.")
 @click.option("--alpha", type=float, help="LoRA alpha. By default by the recipe's rule, which rankaware show prints.")
 @RSLORA
-@click.option(
-    "--init",
-    type=click.Choice(["A", "B"]),
-    help=f"{INIT_HELP} By default the recipe's.",
-)
+@init_option("By default the recipe's.")
 @click.option("--full", is_flag=True, help="Print the rate for full finetuning.")
 @click.option("--fan-in", type=float, help="Width of the model, if it differs from the recipe's.")
 @click.option("--steps", type=int, help="Training steps, if they differ from the recipe's. This extrapolates.")

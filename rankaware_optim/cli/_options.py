@@ -100,6 +100,16 @@ def json_option(shape: str) -> Callable[[Any], Any]:
     return click.option("--json", "as_json", is_flag=True, help=f"Print JSON: {shape}")
 
 
+_INIT_HELP = (
+    "A: B starts at zero, as in PEFT (Init[A], printed as B = 0). B: A starts at zero (Init[B], printed as A = 0)."
+)
+
+
+def init_option(more: str = "", names: Sequence[str] = ("A", "B"), **settings: Any) -> Callable[[Any], Any]:
+    """Return the option --init. more: what follows the meaning of A and B in its help."""
+    return click.option("--init", type=click.Choice(names), help=f"{_INIT_HELP} {more}".rstrip(), **settings)
+
+
 ALPHA = click.option(
     "--alpha", callback=number_or_rank, help="alpha of rows without one: a number, or 'rank' for alpha = rank."
 )
@@ -112,9 +122,6 @@ COLUMN = click.option(
 )
 OPTIMIZER = click.option(
     "--optimizer", default="AdamW", show_default=True, help="Optimizer: a name such as AdamW, or package:Class."
-)
-INIT_HELP = (
-    "A: B starts at zero, as in PEFT (Init[A], printed as B = 0). B: A starts at zero (Init[B], printed as A = 0)."
 )
 RSLORA = click.option("--rslora", is_flag=True, help="rsLoRA: divide alpha by √rank, not by rank.")
 

@@ -11,7 +11,7 @@ from .._types import Reference
 from ..inspection import inspect_file, read_config
 from ..transfer import published_init, suggest_lr
 from ._echo import echo, echo_json
-from ._options import INIT_HELP, RATE_FIELDS, RSLORA, json_option
+from ._options import RATE_FIELDS, RSLORA, init_option, json_option
 
 _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 
@@ -21,11 +21,7 @@ _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 @click.option("--rank", type=int, help="LoRA rank.")
 @click.option("--alpha", type=float, help="LoRA alpha.")
 @RSLORA
-@click.option(
-    "--init",
-    type=click.Choice(_INITS),
-    help=f"{INIT_HELP} Others: as in PEFT's init_lora_weights.",
-)
+@init_option("Others: as in PEFT's init_lora_weights.", _INITS)
 @click.option("--dora", is_flag=True, help="The adapters are DoRA.")
 @click.option("--full", is_flag=True, help="Suggest a rate for full finetuning.")
 @click.option("--fan-in", type=float, help="Hidden size of the model. With --full its largest fan-in.")
