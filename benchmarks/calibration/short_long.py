@@ -13,8 +13,9 @@ each run's own steps included. All searches may spend 2 · target steps, whateve
 * TPE: Optuna's at rank 16 and the target's steps, so two runs; the better rate is used everywhere;
 * a fifth: ten rates an octave apart at rank 16 with a fifth of the target's steps; the best is used everywhere.
 
-The oracle knows the target: whole octaves of seed 0 around the study's best rate, growing at an edge, then half octaves
-around the lowest, on seeds 0 and 1. Every rate, the oracle's too, is then run on seed 2, which nothing has seen:
+The oracle knows the target: whole octaves of seed 0 around the study's best rate (without a study `ra.suggest_lr`'s),
+growing at an edge, then half octaves around the lowest, on seeds 0 and 1. Every rate, the oracle's too, is then run on
+seed 2, which nothing has seen:
 
     regret = (loss at a rate − loss at the oracle's rate) / (loss before training − loss at the oracle's rate)
 
@@ -64,7 +65,7 @@ TASKS = (("language", 4), ("image_generation", 4), ("image_generation", 8))
 STORE, SEARCHES = RESULTS / "short_long", RESULTS / "short_long_searches.jsonl"
 SEEDS, LEFT_OUT, SEARCHED = 2, 2, 20  # of the oracle, of the score, and the first that searches draw
 PRICE, QUARTER, FULL_RUNS, FIFTH = 2, 4, 3, 5
-WIDE, MOST = 2, 8  # octaves of the oracle's first grid to either side, and of a grid at most
+WIDE, MOST = 2, 12  # octaves of the oracle's first grid to either side, and of a grid at most
 LOW, HIGH = -15.0, -2.0  # log2 of the rates that TPE and the fifth know of
 BOTH, SHORT, TPE, A_FIFTH = "short and long", "short alone", "TPE at the target", "a fifth of the steps"
 
@@ -131,11 +132,16 @@ class Oracle:
 
 def oracles(task: Task) -> list[Oracle]:
     """Around the study's best rates, to the octave; those of its nearest rank where one lies at an edge."""
-    done, found = read(STORES / f"{task.name}.jsonl"), []
+    store = STORES / f"{task.name}.jsonl"
+    done, found = read(store) if store.exists() else {}, []
     for cell in task.cells:
-        known = best_rates(done, task.name, cell[1].partition(" | ")[0])
-        near = min(known, key=lambda rank: abs(math.log2(max(rank, 1) / max(cell[2], 1))))
-        found.append(Oracle(cell, round(known[near])))
+        config = cell[1].partition(" | ")[0]
+        if known := best_rates(done, task.name, config):
+            near = min(known, key=lambda rank: abs(math.log2(max(rank, 1) / max(cell[2], 1))))
+            found.append(Oracle(cell, round(known[near])))
+        else:
+            model, method = built(task.domain, config, cell[2], 0), "full" if cell[2] == FULL else "lora"
+            found.append(Oracle(cell, round(math.log2(ra.suggest_lr(model, method=method).lr))))
     return found
 
 
