@@ -58,7 +58,8 @@ class UNet(nn.Module):
             x = x + block(x)
         for block in self.up:
             x = block(torch.cat([F.interpolate(x, scale_factor=2.0), skipped.pop()], dim=1))
-        return pictures + self.leave(F.silu(x))
+        better: Tensor = pictures + self.leave(F.silu(x))
+        return better
 
 
 def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
