@@ -30,7 +30,7 @@ from rankaware_optim import MuA, RankAwareWarning, Reference
 from rankaware_optim.calibration._schedule import Schedule, Task
 from rankaware_optim.calibration._study import _SLOPES
 from rankaware_optim.calibration._trials import Cell, Trials
-from rankaware_optim.calibration.fit import Course
+from rankaware_optim.calibration.fit import Trend
 from rankaware_optim.laws import checked_multiplier
 
 DEPENDS_ON = (
@@ -91,8 +91,8 @@ PLANS = (
 
 def drawn(target: int, rng: np.random.Generator) -> Mapping[int, float]:
     """Draw from the fit's prior how far the best rate of each length is from the target's, in octaves."""
-    course = Course(target, LENGTHS, *_SLOPES["A"])
-    moved = rng.multivariate_normal(course.mean()[:2], course.covariance()[:2, :2])
+    trend = Trend(target, LENGTHS, *_SLOPES["A"])
+    moved = rng.multivariate_normal(trend.mean()[:2], trend.covariance()[:2, :2])
     return dict(zip(LENGTHS, moved.tolist(), strict=True))
 
 

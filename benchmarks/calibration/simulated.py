@@ -76,6 +76,8 @@ class Plan(NamedTuple):
 
 
 PLANS = (Plan(ENDS, 0.1, 0), Plan(ENDS, 0.2, 0), Plan(ENDS, 0.2, 3), Plan(INNER, 0.1, 0), Plan(INNER, 0.2, 0))
+RUNS = (3, 4, 5, 6, 8, 12, 16)  # of a small budget; more if some diverge
+FEW = tuple(Plan(ENDS, runs / (RATES * 6), 0) for runs in RUNS)
 SURFACES = {"study": study_surfaces, "other": other_surfaces}
 
 
@@ -152,7 +154,7 @@ def run_all(which: str, studies: int) -> None:
     warnings.simplefilter("ignore", RankAwareWarning)  # extrapolations are asked for on purpose
     have = {(o.surfaces, o.domain, o.config, o.plan, o.draw) for o in outcomes()}
     for index, on in enumerate(SURFACES[which]()):
-        for plan in PLANS:
+        for plan in (*PLANS, *(FEW if which == "study" else ())):
             for draw in range(studies):
                 if (which, on.domain, on.config, plan, draw) not in have:
                     recipe = calibrated(on, plan, (index, draw))
@@ -208,6 +210,7 @@ def table() -> None:
         "worst",
     )
     rows = [[*of_plan(plan, [o for o in study if o.plan == plan])] for plan in PLANS]
+    few = [[*of_plan(plan, [o for o in study if o.plan == plan])] for plan in FEW]
     held = [[*of_bands(plan, [o for o in study if o.plan == plan])] for plan in PLANS]
     caps = [[*of_cap(cap, other)] for cap in CAPS]
     parts = [
@@ -215,6 +218,11 @@ def table() -> None:
         __doc__ or "",
         verdict(study),
         block("Regret on the study's surfaces", heads, rows),
+        block(
+            "Regret by the number of runs, at the lowest and the highest rank",
+            ("runs", *heads[3:]),
+            [[str(runs), *row[3:]] for runs, row in zip(RUNS, few, strict=True)],
+        ),
         block(
             "Real best rates inside the 90 % band, %",
             ("ranks tried", "share", "full runs", *STUDY, "LoRA", "full"),
@@ -228,7 +236,7 @@ def table() -> None:
         made_on(on),
     ]
     (RESULTS / "simulated.md").write_text("\n\n".join(parts) + "\n")
-    document = {"machine": on, "regret": [heads, *rows], "bands": held, "caps": caps}
+    document = {"machine": on, "regret": [heads, *rows, *few], "bands": held, "caps": caps}
     (RESULTS / "simulated.json").write_text(json.dumps(document, indent=1) + "\n")
     click.echo("\n\n".join(parts[2:-1]))
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from .._checks import check_lr, is_number, is_positive, is_whole
 from .._optimizer_classes import get_optimizer_class
 from .._types import Method
+from .._warn import warn
 from ..errors import CalibrationError, CalibrationInterrupted
 from ..laws import Law, get_law
 from ..recipe import Recipe
@@ -187,6 +188,9 @@ def _run(runner: Runner, train: Train, progress: bool | None, spread: Spread | N
     spread: lets remote workers run the trials, and calls its argument at intervals.
     """
     study, leads = runner.study, runner.team.leads
+
+    if leads and (caution := runner.schedule.caution()):
+        warn(caution)
 
     def look() -> None:
         with study.guard():

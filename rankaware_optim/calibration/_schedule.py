@@ -97,6 +97,16 @@ class Schedule:
         left = self.budget - self._reserved(0, 0)
         return min(self.total, sum(left // (len(self.tasks) * self._cost(task)) for task in self.tasks))
 
+    def caution(self) -> str:
+        """Return a warning if a budget pays for too few runs to find the rates of all ranks, else ""."""
+        runs, needed = self._searches(), _BRACKET + _SHORT * (len(self.ranks) - 1)
+        if self.budget is None or runs >= min(needed, self.total):
+            return ""
+        return (
+            f"budget={self.budget} leaves the search {runs} of the {needed} runs that it needs, so the rates may be "
+            "far off. Give a larger budget=, or fewer runs after the search (full_trials=, confirm=)."
+        )
+
     def _cost(self, task: Task) -> int:
         """Return the training steps of a run."""
         return task.steps or self.steps[0]

@@ -36,7 +36,7 @@ from ._sampler import BracketSampler
 from ._signals import Interrupts
 from ._storage import open_storage, storage_errors
 from ._trials import SCHEMA, TrialRecord, Trials, is_flat, is_typed
-from .fit import Course, Fit, Observation, Place, Prior, Slope, diverged, fit_observations, horizon_of
+from .fit import Fit, Observation, Place, Prior, Slope, Trend, diverged, fit_observations, horizon_of
 
 # A usual rate by optimizer family, per step, and its configuration. For sign-like optimizers it is the median best
 # AdamW rate at rank 16, alpha 32 over 18 published language models. The others are customary multiples of it.
@@ -286,19 +286,19 @@ class Study:
             full_sd = _CERTAIN  # the base rate is that of full finetuning
         continues = reference.init == "B" and reference.method == "lora"
         reach = math.log2((self.full_fan_in or pivot) / pivot) if continues else 0.0
-        return Prior(drift_sd, full_sd, pivot, reach, *self._courses())
+        return Prior(drift_sd, full_sd, pivot, reach, *self._trends())
 
-    def _courses(self) -> tuple[Course, Course]:
+    def _trends(self) -> tuple[Trend, Trend]:
         """Return the priors of how the best rate moves with the steps and with the batch."""
         own = "full" if self.settled().method == "full" else self.settled().init
         lengths = tuple(steps for steps in self.steps if steps != self.target_steps)
         batches = tuple(batch for batch in self.batches if batch != self.batch)
-        steps = Course(self.target_steps, lengths, *_SLOPES[own])
+        steps = Trend(self.target_steps, lengths, *_SLOPES[own])
         if not batches:
-            return steps, Course()
+            return steps, Trend()
         bound = bound_law(self.law, self.optimizer, self.settings)
         rule = Slope(math.log2(checked_batch_multiplier(bound, 2.0)), BATCH_SD)
-        return steps, Course(self.batch or 1.0, batches, rule, Slope(0.0, BATCH_SD), _BATCH_REACH)
+        return steps, Trend(self.batch or 1.0, batches, rule, Slope(0.0, BATCH_SD), _BATCH_REACH)
 
     def centred_law(self, drift: float = 0.0, factor: float = 0.0) -> Power:
         """Return the law, bound to the optimizer, at its prior means plus a fitted `drift` and log2 `factor`."""
@@ -395,13 +395,13 @@ class Study:
 
     def _horizon(self, fit: Fit) -> Horizon:
         """Return the best rates at the lengths tried, relative to the target's. Beyond them, the prior slope."""
-        course, rank, tried = self.prior.steps, self.settled().rank, []
+        trend, rank, tried = self.prior.steps, self.settled().rank, []
         own = self.prior.row(Place(rank))
         for steps in self.steps:
             row = self.prior.row(Place(rank, steps))
             wider = float(row @ fit.covariance @ row - own @ fit.covariance @ own)
             tried.append((steps, float((row - own) @ fit.mean), wider))
-        return Horizon(course.lora.mean, course.lora.sd, tuple(tried))
+        return Horizon(trend.lora.mean, trend.lora.sd, tuple(tried))
 
     def _settings(self, trials: Trials) -> dict[str, Any]:
         """Return the optimizer's settings common to all trials, defaults included; those given if none are known."""

@@ -23,6 +23,7 @@ from ..helpers.calibrations import BEST, STEPS, Net, bowl, calibrate, made_up
 # --- budget ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:budget=:rankaware_optim.RankAwareWarning")
 @pytest.mark.parametrize("budget", [STEPS, 3 * STEPS - 1, 7 * STEPS, 12 * STEPS + 3])
 @pytest.mark.parametrize("noise", [0.01, 0.3])
 def test_the_budget_is_never_exceeded(budget, noise):
@@ -42,12 +43,17 @@ def test_failed_runs_are_paid_too():
         yield from (v for v, _ in zip(made_up()(trial), range(15), strict=False))
 
     with pytest.raises(ra.CalibrationError, match="ended after 15"):
-        calibrate(broken, budget=4 * STEPS, storage=storage)
-    calibrate(made_up(), budget=4 * STEPS, storage=storage)
+        calibrate(broken, budget=6 * STEPS, storage=storage)
+    calibrate(made_up(), budget=6 * STEPS, storage=storage)
     trials = Trials.read(storage.get_all_trials(0))
     assert trials[0].state.name == "FAIL"
     assert 15 <= Trials(trials[:1]).spent(STEPS) <= STEPS
-    assert 3 * STEPS < trials.spent(STEPS) <= 4 * STEPS
+    assert 5 * STEPS < trials.spent(STEPS) <= 6 * STEPS
+
+
+def unused(trial):
+    pytest.fail(f"trial {trial.number} was run")
+    yield 0.0
 
 
 def test_a_budget_of_runs_that_diverge_at_once_ends():
@@ -60,6 +66,35 @@ def test_a_budget_of_runs_that_diverge_at_once_ends():
 
     with pytest.raises(ra.CalibrationError, match="Every one of 12 runs diverged"):
         calibrate(diverging, budget=10_000 * STEPS)
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "runs"),
+    [
+        (4 * STEPS, {}, "4 of the 5 runs"),
+        (5 * STEPS, {}, ""),
+        (5 * STEPS, {"full_trials": 3}, "2 of the 5 runs"),
+        (8 * STEPS, {"full_trials": 3}, ""),
+        (5 * STEPS, {"ranks": (4, 16, 64)}, "5 of the 7 runs"),
+        (3 * STEPS, {"ranks": (16,)}, ""),
+        (3 * STEPS, {"trials": 3}, ""),
+        (400, {"steps": (20, 80), "target_steps": 320, "confirm": True}, "2 of the 5 runs"),
+    ],
+)
+def test_a_budget_for_too_few_runs_is_cautioned(budget, options, runs):
+    """A budget that leaves the search fewer than three runs and two for each further rank is warned of."""
+    given = {"ranks": (4, 64), "seeds": (0, 1), "steps": (STEPS,), **options}
+    assert runs in Schedule(**given, budget=budget).caution()
+    assert bool(Schedule(**given, budget=budget).caution()) == bool(runs)
+
+
+def test_too_small_a_budget_is_warned_of_before_the_first_run():
+    """The warning comes before anything is spent, and once."""
+    with pytest.raises(ra.RankAwareWarning, match="budget=80 leaves the search 4 of the 5 runs"):
+        calibrate(unused, budget=4 * STEPS)
+    with pytest.warns(ra.RankAwareWarning, match="may be far off") as seen:
+        calibrate(made_up(), budget=4 * STEPS)
+    assert len(seen) == 1
 
 
 def test_spent_is_written_into_the_file(tmp_path):

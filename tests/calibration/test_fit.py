@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankaware_optim.calibration.fit import Course, Fit, Observation, Prior, Slope, diverged, fit_observations
+from rankaware_optim.calibration.fit import Fit, Observation, Prior, Slope, Trend, diverged, fit_observations
 from rankaware_optim.recipe._uncertainty import margin
 
 Z90 = 1.645
@@ -175,7 +175,7 @@ lengths = st.lists(st.integers(10, 10**5), min_size=1, max_size=4, unique=True).
 def test_what_lengths_share_is_a_covariance(tried, reach, sd):
     """The best rates at any lengths vary together as rates can, and the more the farther they lie from the target."""
     target = 2 * max(tried)
-    covariance = Course(target, tried, Slope(0.0, sd), Slope(0.0, sd), reach).covariance()
+    covariance = Trend(target, tried, Slope(0.0, sd), Slope(0.0, sd), reach).covariance()
     assert np.linalg.eigvalsh(covariance).min() > 0
     own = covariance.diagonal()[: len(tried)]
     order = np.argsort([target / steps for steps in tried])
@@ -184,7 +184,7 @@ def test_what_lengths_share_is_a_covariance(tried, reach, sd):
 
 def test_a_slope_without_end_is_a_straight_line_and_a_short_one_fades():
     """With a long reach the variance grows as the octaves' square, with a short one as the octaves."""
-    straight, faded = (Course(1600, (800, 100), reach=reach).covariance().diagonal()[:2] for reach in (1e3, 1e-2))
+    straight, faded = (Trend(1600, (800, 100), reach=reach).covariance().diagonal()[:2] for reach in (1e3, 1e-2))
     assert straight[1] / straight[0] == pytest.approx(16, rel=0.01)
     assert faded[1] / faded[0] == pytest.approx(4, rel=0.02)
 
@@ -195,7 +195,7 @@ def at_lengths(slope, *, tried=(250, 1000), target=8000, seed=0, ranks=(4, 64)):
     for steps in tried:
         moved = slope * math.log2(steps / target)
         seen += [replace(o, steps=steps) for o in sweep(seed + steps, base=BASE + moved, ranks=ranks)]
-    return fitted(seen, Prior(steps=Course(target, tried, Slope(0.0, 0.25), Slope(0.25, 0.2))))
+    return fitted(seen, Prior(steps=Trend(target, tried, Slope(0.0, 0.25), Slope(0.25, 0.2))))
 
 
 @pytest.mark.parametrize("slope", [-0.1, 0.0, 0.1, 0.2])

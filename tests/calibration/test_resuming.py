@@ -215,8 +215,8 @@ def test_a_trial_elsewhere_holds_its_place():
     trial.set_user_attr("rank", 4)
     trial.set_user_attr("seed", 1)
     trial.suggest_float("log2_lr", -7.0, -6.9)
-    recipe = calibrate(made_up(), trials=6, budget=4 * STEPS, storage=storage)
-    assert len(recipe.tensors["lr"]) == 3
+    recipe = calibrate(made_up(), trials=8, budget=6 * STEPS, storage=storage)
+    assert len(recipe.tensors["lr"]) == 5
     assert study.trials[trial.number].state.name == "RUNNING"
 
 

@@ -1,12 +1,12 @@
 """The fit: from scored trials to a base rate, a drift in rank, and their covariance."""
 
 from ...recipe import Observation, Place, gain_of
-from ._course import Course, Slope
 from ._horizon_fit import horizon_of
 from ._posterior import Fit, Prior, below_cliff, diverged, fit_observations, shrink
+from ._trend import Slope, Trend
 
 __all__ = [
-    "Course",
+    "Trend",
     "Fit",
     "Observation",
     "Place",

@@ -6,7 +6,7 @@ Second, for each shape the optima are shrunk towards the law:
     v(r) = base + drift·log2(r / pivot),   v(full) = base + drift·full_reach + factor
 
 The drift and the factor have prior mean zero, since x is measured along the prior-centred law. At other steps or
-another batch than the target's, v has a further unknown: see `Course`. The posterior is a mixture over shapes, weighted
+another batch than the target's, v has a further unknown: see `Trend`. The posterior is a mixture over shapes, weighted
 by how well each explains the losses and how well its optima agree.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...recipe import Observation, Place, arms_of, bowls_of, gain_of, usual_start
-from ._course import NOWHERE, Course
+from ._trend import NO_TREND, Trend
 
 Array = npt.NDArray[np.float64]
 
@@ -49,8 +49,8 @@ class Prior:
     full_sd: float = 0.8
     pivot: float = 16.0
     full_reach: float = 0.0
-    steps: Course = NOWHERE
-    batch: Course = NOWHERE
+    steps: Trend = NO_TREND
+    batch: Trend = NO_TREND
     scatter: float = MODEL_ERROR
 
     def row(self, place: Place) -> Array:
@@ -70,7 +70,7 @@ class Prior:
     def precision(self) -> Array:
         """Return the prior precision of the unknowns."""
         blocks = [np.diag([_BASE_SD**-2, self.drift_sd**-2, self.full_sd**-2])]
-        blocks += [np.linalg.inv(course.covariance()) for course in (self.steps, self.batch) if course.tried]
+        blocks += [np.linalg.inv(trend.covariance()) for trend in (self.steps, self.batch) if trend.tried]
         made = np.zeros((sum(map(len, blocks)),) * 2)
         at = 0
         for block in blocks:

@@ -32,7 +32,7 @@ _DEFAULT_SLOPE = Slope()
 
 
 @dataclass(frozen=True)
-class Course:
+class Trend:
     """The prior of h at the values `tried`.
 
     Args:
@@ -74,4 +74,4 @@ class Course:
         return np.asarray(self.reach**2 * (u + np.expm1(-u)))
 
 
-NOWHERE = Course()  # for a study whose trials all have the target's value
+NO_TREND = Trend()  # for a study whose trials all have the target's value
