@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import click
 import torch
 
 from .. import calibration
-from ..errors import CalibrationError, RankAwareError, RecipeError
+from ..errors import CalibrationError, RankAwareError, RankAwareWarning, RecipeError
 from ..recipe import Recipe
 from ._echo import echo
 from ._options import OPTIMIZER, in_options, numbers, out_option
@@ -213,6 +214,7 @@ class _Worker:
             os._exit(1)
 
         threading.Thread(target=leave_with_parent, daemon=True).start()
+        warnings.filterwarnings("ignore", "budget=", RankAwareWarning)  # the command's process gives it
         try:
             self.run(progress=False)
         except RankAwareError as error:

@@ -167,6 +167,17 @@ def test_two_workers_share_the_trials(folder):
     assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 24
 
 
+def test_too_small_a_budget_is_noted_once(folder):
+    """A budget for too few runs is a note that names the options, once for all workers."""
+    command = ["slow_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--budget", 30, "--workers", 2]
+    process = started(*command, env={"PROCESSES": "2"})
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert said.count("leaves the search") == 1
+    assert "note: --budget 30 leaves the search 3 of the 5 runs that it needs" in said
+    assert "(--full-trials, --confirm)" in said
+
+
 def test_the_same_command_elsewhere_joins(folder):
     """Two commands with one storage share the trials, and both write the whole recipe."""
     common = ["slow_loops:train", "--steps", 10, "--ranks", "2,32", "--trials", 24, "--storage", "s.journal"]
