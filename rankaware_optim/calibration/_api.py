@@ -71,11 +71,12 @@ def calibrate(
     A run is stopped if it diverges, or if it clearly lags behind the best run of its rank and seed at the same step.
     Stopped runs enter the fit too.
 
-    **Calibrate short, train long.** `steps=(250, 1000), target_steps=8000` trains for 250 and 1000 steps and returns a
-    recipe for 8000. Every trial is a whole run with its own warm-up and decay over `trial.steps`. A few of the shortest
-    runs find the rates and longer ones measure around them. Together they show how the best rate moves with the number
-    of steps. The band grows with the distance to the target. `confirm=True` adds up to three runs of the target's
-    length. `batches=(16, 64), batch=256` does the same for the batch size, which is `trial.batch`.
+    **Calibrate short, train long.** `steps=2000, target_steps=8000` trains for 2000 steps and returns a recipe for
+    8000. Every trial is a whole run with its own warm-up and decay over `trial.steps`. The band grows with the distance
+    to the target. `steps=(250, 1000)` tries two lengths. A few of the shortest runs find the rates and longer ones measure
+    around them. Together they show how the best rate moves with the number of steps. On real tasks one length did
+    better for the same steps. `confirm=True` adds up to three runs of the target's length. `batches=(16, 64),
+    batch=256` predicts another batch size, which is `trial.batch`.
 
     **Full finetuning.** `full_trials=3` adds three full runs around the predicted rate. This is the most reliable way.
     With LoRA trials only, use `target="full"` to plan for `recipe.at(method="full")`. With Init[B] (A starts at zero)
