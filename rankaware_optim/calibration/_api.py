@@ -73,9 +73,9 @@ def calibrate(
 
     **Calibrate short, train long.** `steps=2000, target_steps=8000` trains for 2000 steps and returns a recipe for
     8000. Every trial is a whole run with its own warm-up and decay over `trial.steps`. The band grows with the distance
-    to the target. `steps=(250, 1000)` tries two lengths. A few of the shortest runs find the rates and longer ones measure
-    around them. Together they show how the best rate moves with the number of steps. On real tasks one length did
-    better for the same steps. `confirm=True` adds up to three runs of the target's length. `batches=(16, 64),
+    to the target. `steps=(250, 1000)` tries two lengths. A few of the shortest runs find the rates and longer ones
+    measure around them. Together they show how the best rate moves with the number of steps. On real tasks one length
+    did better for the same steps. `confirm=True` adds up to three runs of the target's length. `batches=(16, 64),
     batch=256` predicts another batch size, which is `trial.batch`.
 
     **Full finetuning.** `full_trials=3` adds three full runs around the predicted rate. This is the most reliable way.
