@@ -51,11 +51,6 @@ def test_failed_runs_are_paid_too():
     assert 5 * STEPS < trials.spent(STEPS) <= 6 * STEPS
 
 
-def unused(trial):
-    pytest.fail(f"trial {trial.number} was run")
-    yield 0.0
-
-
 def test_a_budget_of_runs_that_diverge_at_once_ends():
     """Where nothing stays finite, a budget that would pay for thousands of short runs is not spent on them."""
 
@@ -84,8 +79,14 @@ def test_a_budget_of_runs_that_diverge_at_once_ends():
 def test_a_budget_for_too_few_runs_is_cautioned(budget, options, runs):
     """A budget that leaves the search fewer than three runs and two for each further rank is warned of."""
     given = {"ranks": (4, 64), "seeds": (0, 1), "steps": (STEPS,), **options}
-    assert runs in Schedule(**given, budget=budget).caution()
-    assert bool(Schedule(**given, budget=budget).caution()) == bool(runs)
+    caution = Schedule(**given, budget=budget).caution()
+    assert runs in caution
+    assert bool(caution) == bool(runs)
+
+
+def unused(trial):
+    pytest.fail(f"trial {trial.number} was run")
+    yield 0.0
 
 
 def test_too_small_a_budget_is_warned_of_before_the_first_run():
