@@ -27,6 +27,13 @@ def mnist() -> tuple[Tensor, Tensor]:
     return images[order], labels[order]
 
 
+@cache
+def digits(new: bool) -> tuple[Tensor, Tensor]:
+    """Images and labels of the digits 5 to 9 if `new`, else of 0 to 4."""
+    images, labels = mnist()
+    return images[(labels > 4) == new], labels[(labels > 4) == new]
+
+
 def drawn(count: int, size: int, seed: int) -> Iterator[Tensor]:
     """Endless batches of `size` indices below `count`, drawn by `seed`."""
     generator = torch.Generator().manual_seed(seed)

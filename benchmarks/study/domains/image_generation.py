@@ -6,7 +6,7 @@ The transformer is pretrained on its first use, with a fixed seed (about a minut
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from . import Domain
 from ._adapters import adapt
 from ._assets import made_once
 from ._dit import LAYERS, WIDTH, DiT, flow_loss
-from ._mnist import drawn, mnist
+from ._mnist import digits, drawn
 
 BATCH, HELD_OUT, PRETRAINING = 32, 512, 1500
 
@@ -52,13 +52,6 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 def evaluate(model: nn.Module) -> float:
     images, labels = digits(True)
     return float(flow_loss(model, images[-HELD_OUT:], labels[-HELD_OUT:], torch.Generator().manual_seed(1)))
-
-
-@cache
-def digits(new: bool) -> tuple[Tensor, Tensor]:
-    """Images and labels of the digits 5 to 9 if `new`, else of 0 to 4."""
-    images, labels = mnist()
-    return images[(labels > 4) == new], labels[(labels > 4) == new]
 
 
 def pretrained(width: int = WIDTH, steps: int = PRETRAINING) -> dict[str, Tensor]:

@@ -17,8 +17,7 @@ from rankaware_optim.calibration import seeded
 from . import Domain
 from ._adapters import adapt
 from ._assets import made_once
-from ._mnist import drawn
-from .image_generation import digits
+from ._mnist import digits, drawn
 
 WIDTH, BATCH, HELD_OUT, PRETRAINING, NOISE, SMALLER = 16, 16, 512, 600, 0.5, 4
 LAYERS = r"(down|middle|up)\.\d+\.conv$"
