@@ -1,6 +1,6 @@
 """The paper's study, scaled down to two cores: which rate is best at each rank, by domain and configuration.
 
-    tox run -e bench -- --suite quick                               # five minutes, a small part of it
+    tox run -e bench -- --suite quick                               # minutes, a small part of it
     tox run -e bench -- --suite full --domain image_generation      # resumable: every finished run is kept
     tox run -e bench -- --suite full --tables                       # tables and figures of the runs on file
 
@@ -42,7 +42,7 @@ from rankaware_optim.laws import get_law
 DEPENDS_ON = ("study", "rankaware_optim.laws")
 README, STORES, PAGE, SUMMARY = RESULTS.parents[1] / "README.md", RESULTS / "suite", RESULTS / "study.md", "summary.png"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the README
-QUICK_DOMAINS, QUICK_STORES = ("image_generation", "vision_classification"), Path("bench-quick")
+QUICK_DOMAINS, QUICK_STORES = ("vision_classification",), Path("bench-quick")
 COMPARISON = Path("bench-laws")  # where tables with further laws are written
 NOTED = ("cpu", "cores", "threads", "torch", "python")  # what tables show of a machine
 FIRST_CONFIG = next(iter(CONFIGS))
