@@ -42,7 +42,7 @@ import click
 import optuna
 import torch
 from calibration.searches import Spent, by_arm, clocked, rate_of, recipe_of, scored
-from recording import RESULTS, block, machine, made_on, number, percent
+from recording import RESULTS, block, machine, made_on, percent
 from study.best_rates import best_rate
 from study.configurations import CLIP, CONFIGS, TUNED, built, optimizer, run_in, start_of, starts
 from study.domains import Domain, get_domain, names
@@ -348,7 +348,7 @@ def verdicts(found: list[Score]) -> Iterator[str]:
         met = worst <= 0.05 and median <= 0.005 and 0.85 <= share <= 0.95
         yield (
             f"{plan}, over {len(mine)} rates: worst {percent(worst)} (bar 5 %), median {percent(median)} (bar .5 %), "
-            f"bands hold {number(100 * share, 0)} % of {len(held)} (bar 85 to 95 %): {'met' if met else 'NOT met'}."
+            f"bands that hold {holding(mine)} (bar 85 to 95 %): {'met' if met else 'NOT met'}."
         )
 
 
