@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from .. import calibration
 from ..errors import CalibrationError, RankAwareError, RankAwareWarning, RecipeError
 from ..recipe import Recipe
-from ._echo import echo
+from ._echo import echo, warnings_as_notes
 from ._options import OPTIMIZER, in_options, numbers, out_option
 from ._placement import AUTO, THREADS, chosen_devices, in_environment, machine_cores, machine_devices, placed
 
@@ -214,9 +215,10 @@ class _Worker:
             os._exit(1)
 
         threading.Thread(target=leave_with_parent, daemon=True).start()
-        warnings.filterwarnings("ignore", "budget=", RankAwareWarning)  # the command's process gives it
         try:
-            self.run(progress=False)
+            with warnings_as_notes(partial(in_options, command=calibrate)):
+                warnings.filterwarnings("ignore", "budget=", RankAwareWarning)  # the command's process gives it
+                self.run(progress=False)
         except RankAwareError as error:
             echo(f"note: a worker stopped: {in_options(str(error), calibrate)}", err=True)
             sys.exit(1)

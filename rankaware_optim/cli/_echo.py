@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -16,6 +18,14 @@ from .._printable import printable
 def echo(text: object, err: bool = False) -> None:
     """Print `text` to standard output or standard error, without characters that control a terminal."""
     click.echo(printable(str(text)), err=err)
+
+
+@contextmanager
+def warnings_as_notes(words: Callable[[str], str]) -> Iterator[None]:
+    """Print warnings on standard error as notes. words: changes their text."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: echo(f"note: {words(str(message))}", err=True)
+        yield
 
 
 def echo_json(value: object) -> None:

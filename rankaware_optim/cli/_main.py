@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..errors import CalibrationInterrupted, RankAwareError
-from ._echo import echo
+from ._echo import echo, warnings_as_notes
 from ._options import in_options
 
 _INTERRUPTED = 130  # exit code of shells for SIGINT
@@ -55,16 +54,15 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         sys.path.insert(0, "")  # the user's laws and optimizers are imported from the current folder, as with python -m
 
-        def words(message: Any) -> str:
+        def words(message: str) -> str:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            return in_options(str(message), command or self)
+            return in_options(message, command or self)
 
         try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_: echo(f"note: {words(message)}", err=True)
+            with warnings_as_notes(words):
                 return super().invoke(ctx)
         except RankAwareError as error:
-            raise click.ClickException(words(error)) from error
+            raise click.ClickException(words(str(error))) from error
         except CalibrationInterrupted as error:
             echo(f"{error.cause} The same command continues where it stopped.", err=True)
             ctx.exit(_INTERRUPTED)

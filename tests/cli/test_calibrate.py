@@ -24,7 +24,7 @@ from rankaware_optim.cli._main import main
 from rankaware_optim.cli._options import in_options
 
 LOOP = """
-import json, math, os, time
+import json, math, os, time, warnings
 from pathlib import Path
 import torch
 from torch import nn
@@ -52,6 +52,11 @@ def train(trial):
     for step in range(trial.steps):
         time.sleep(PAUSE)
         yield 2.3 - step * 0.2 / (1 + u * u) + 0.01 * torch.rand(1).item()
+
+
+def warns(trial):
+    warnings.warn(f"the disk of {os.getpid()} is slow")
+    yield from train(trial)
 
 
 NUMBER = 7
@@ -176,6 +181,16 @@ def test_too_small_a_budget_is_noted_once(folder):
     assert said.count("leaves the search") == 1
     assert "note: --budget 30 leaves the search 3 of the 5 runs that it needs" in said
     assert "(--full-trials, --confirm)" in said
+
+
+def test_warnings_of_all_workers_are_notes(folder):
+    """A warning of the training function is a note in every worker, not a line in Python's form."""
+    command = ["slow_loops:warns", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 12, "--workers", 2]
+    process = started(*command, env={"PROCESSES": "2"})
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert len(set(re.findall(r"^note: the disk of (\d+) is slow$", said, re.M))) == 2
+    assert "UserWarning" not in said
 
 
 def test_the_same_command_elsewhere_joins(folder):
