@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import click
 import torch
-from recording import RESULTS, machine
+from recording import RESULTS, machine, page
 from torch import nn
 
 from rankaware_optim import RankAwareOptimizer, Reference
@@ -27,6 +29,7 @@ DEPENDS_ON = ("rankaware_optim.optimizer",)
 CHANGES = ((8, 32), (32, 8))
 CHECKS = (1, 3, 10, 40)
 POLICIES = ("resize", "reset")
+HEADS = ("change", "steps after", *POLICIES, "resize − reset (± standard error)")
 LR, AT = 2e-3, Reference(rank=8, alpha=8)
 
 
@@ -35,14 +38,16 @@ LR, AT = 2e-3, Reference(rank=8, alpha=8)
 def main(seeds: int) -> None:
     """Write results/rank_elastic.md and .json."""
     torch.set_num_threads(1)
+    on = machine(1)
     rows = [row for change in CHANGES for seed in range(seeds) for row in run(change, seed)]
-    (RESULTS / "rank_elastic.json").write_text(json.dumps({"machine": machine(1), "rows": rows}, indent=1) + "\n")
-    text = "\n".join(table(rows, seeds))
-    (RESULTS / "rank_elastic.md").write_text(text + "\n")
+    (RESULTS / "rank_elastic.json").write_text(json.dumps({"machine": on, "rows": rows}, indent=1) + "\n")
+    notes = [f"Held-out loss in nats, {seeds} seeds."]
+    text = page("Moments carried to another rank, against moments reset to zero", HEADS, [*table(rows)], on, notes)
+    (RESULTS / "rank_elastic.md").write_text(text)
     click.echo(text)
 
 
-def run(change: tuple[int, int], seed: int) -> list[dict]:
+def run(change: tuple[int, int], seed: int) -> list[dict[str, Any]]:
     """Both policies from the same checkpoint, on the same batches."""
     before, after = change
     torch.manual_seed(seed)
@@ -94,22 +99,15 @@ def copy_adapters(source: nn.Module, target: nn.Module) -> None:
         param[shared] = value[shared]
 
 
-def table(rows: list[dict], seeds: int) -> list[str]:
+def table(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
     """Means by policy and the paired difference with its standard error."""
-    lines = ["# Moments carried to another rank, against moments reset to zero", ""]
-    lines += ["| change | steps after | resize | reset | resize − reset (± standard error) |", "|---|---|---|---|---|"]
     for before, after in CHANGES:
         for check in CHECKS:
             both = {p: [r["losses"][check] for r in rows if r["policy"] == p and r["to"] == after] for p in POLICIES}
             gaps = [a - b for a, b in zip(both["resize"], both["reset"], strict=True)]
             error = statistics.stdev(gaps) / math.sqrt(len(gaps))
-            means = " | ".join(f"{statistics.mean(both[p]):.3f}" for p in POLICIES)
-            lines.append(f"| {before} → {after} | {check} | {means} | {statistics.mean(gaps):+.3f} ± {error:.3f} |")
-    lines += [
-        "",
-        f"Held-out loss in nats, {seeds} seeds. Made by `python benchmarks/ecosystem/rank_elastic.py` on {machine(1)}",
-    ]
-    return lines
+            means = [f"{statistics.mean(both[p]):.3f}" for p in POLICIES]
+            yield [f"{before} → {after}", str(check), *means, f"{statistics.mean(gaps):+.3f} ± {error:.3f}"]
 
 
 if __name__ == "__main__":
