@@ -86,7 +86,7 @@ def test_a_server_that_goes_away_is_said_and_nothing_is_lost(server, folder):
     server.stop()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert err.startswith("Error: The study's storage postgresql+psycopg://tester@127.0.0.1")
+    assert "\nError: The study's storage postgresql+psycopg://tester@127.0.0.1" in err
     assert "a-secret" not in err
     assert not Path("r.toml").exists()
     refused = call(*command)
