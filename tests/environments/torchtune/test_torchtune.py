@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankaware_optim import RankAwareOptimizer, Reference, inspect_model
+from rankaware_optim import RankAwareOptimizer, Reference, inspect_model, rank_aware_param_groups
 from rankaware_optim.testing import check_convention
 
 from ...helpers.real_adapters import cases_of, read
@@ -59,13 +59,15 @@ def test_the_layers_are_read_as_declared():
 
 
 def test_a_training_loop_of_a_few_steps():
-    """A loop like torchtune's single-device recipe trains, at the law's rates, as the native class by hand does."""
+    """A loop like torchtune's single-device recipe trains, at the law's rates, as the native class with our groups does."""
     losses = []
     for wrap in (True, False):
         model = Block()
-        opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-2, tuned_at=Reference(rank=8, alpha=8))
-        if not wrap:
-            opt = torch.optim.AdamW([{"params": g["params"], "lr": g["lr"]} for g in opt.param_groups], lr=1e-2)
+        at = Reference(rank=8, alpha=8)
+        if wrap:
+            opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-2, tuned_at=at)
+        else:
+            opt = torch.optim.AdamW(rank_aware_param_groups(model, lr=1e-2, tuned_at=at))
         x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
         curve = []
         for _ in range(8):
