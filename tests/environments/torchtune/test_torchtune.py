@@ -59,7 +59,7 @@ def test_the_layers_are_read_as_declared():
 
 
 def test_a_training_loop_of_a_few_steps():
-    """A loop like torchtune's single-device recipe trains, at the law's rates, as the native class with our groups does."""
+    """A loop like torchtune's single-device recipe trains as the native class with our groups does."""
     losses = []
     for wrap in (True, False):
         model = Block()
