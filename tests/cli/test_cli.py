@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from rankaware_optim import Falling, Power, Recipe, Reference
+from rankaware_optim import Falling, Power, RankAwareWarning, Recipe, Reference
 from rankaware_optim.cli._main import main
 from rankaware_optim.transfer import convert_lr
 
@@ -232,7 +232,7 @@ def test_lr_prints_the_recipes_rate(arguments, target, recipe):
     path, made = recipe
     done = call("lr", path, *arguments)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", RankAwareWarning)
         rate = made.at(**target)
     assert done.exit_code == 0
     assert number(done.stdout, "lr") == pytest.approx(rate.lr, rel=5e-3)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from rankaware_optim import RankAwareError, Recipe
+from rankaware_optim import RankAwareError, RankAwareWarning, Recipe
 from rankaware_optim.cli._main import main
 from rankaware_optim.laws import Measured
 from rankaware_optim.recipe import write_report
@@ -103,7 +103,7 @@ def test_the_page_can_be_read_aloud():
 
 def at(recipe: Recipe, *args, **kwargs):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", RankAwareWarning)
         return recipe.at(*args, **kwargs)
 
 
