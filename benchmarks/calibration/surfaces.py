@@ -70,7 +70,7 @@ def study_surfaces() -> Iterator[Surface]:
 def other_surfaces() -> Iterator[Surface]:
     """Surfaces of two domains with 30 % warm-up, from the sweeps of `against_sweep.py`.
 
-    Those of image generation are of an older version's runs. Their shapes serve to choose constants.
+    Those of image generation are from runs of an older version. Their shapes serve to choose constants.
     """
     files = {"image_generation": "calibration_runs_older_network", "vision_classification": "calibration_runs"}
     for domain, name in files.items():

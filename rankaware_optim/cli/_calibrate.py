@@ -215,12 +215,13 @@ class _Worker:
             os._exit(1)
 
         threading.Thread(target=leave_with_parent, daemon=True).start()
+        words = partial(in_options, command=calibrate)
         try:
-            with warnings_as_notes(partial(in_options, command=calibrate)):
+            with warnings_as_notes(words):
                 warnings.filterwarnings("ignore", "budget=", RankAwareWarning)  # the command's process gives it
                 self.run(progress=False)
         except RankAwareError as error:
-            echo(f"note: a worker stopped: {in_options(str(error), calibrate)}", err=True)
+            echo(f"note: a worker stopped: {words(str(error))}", err=True)
             sys.exit(1)
 
 
