@@ -68,13 +68,9 @@ def study_surfaces() -> Iterator[Surface]:
 
 
 def other_surfaces() -> Iterator[Surface]:
-    """Surfaces of two domains with 30 % warm-up, from the sweeps of `against_sweep.py`.
-
-    Those of image generation are from runs of an older version. Their shapes serve to choose constants.
-    """
-    files = {"image_generation": "calibration_runs_older_network", "vision_classification": "calibration_runs"}
-    for domain, name in files.items():
-        done = {job: loss for job, loss in read(RESULTS / f"{name}.jsonl").items() if job.seed < 6}
+    """Surfaces of two domains with 30 % warm-up, from the sweeps of `against_sweep.py`."""
+    done = {job: loss for job, loss in read(RESULTS / "calibration_runs.jsonl").items() if job.seed < 6}
+    for domain in ("image_generation", "vision_classification"):
         yield from (surface_of(domain, config, done, (0, 1, 2)) for config in CONFIGS)
 
 

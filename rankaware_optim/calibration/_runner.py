@@ -21,7 +21,7 @@ from ..errors import CalibrationError
 from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
-from ..recipe import TAIL, Recipe, height, plain_setting, recent
+from ..recipe import CLEAR, TAIL, Recipe, height, noise_of, plain_setting, recent, usual_noise
 from ._comparison import built_with
 from ._distributed import Replicas
 from ._liveness import fail_dead_trials, is_awaited, keep_beating, new_owner, release, to_repeat
@@ -181,17 +181,19 @@ class Runner:
     def _limits(self, steps: int) -> list[float]:
         """Return, for each step, the mean of recent values above which a run is stopped as diverged.
 
-        The limit is half the best gain above the usual start of the runs. Batches may be hard, so it is at least half a
-        gain above the loss of a run that learns nothing, which is at most one gain above the best run on the same
-        batches. The usual start is a mean of first values, since a single one may be low by chance.
+        The limit is a margin above the usual start of the runs: half the best gain, or what the noise of the curves
+        explains. Batches may be hard, so it is at least that margin above the loss of a run that learns nothing, which
+        is at most one gain above the best run on the same batches. The usual start is a mean of first values, since a
+        single one may be low by chance.
         """
         trials = self.study.trials().counted()
-        gains = [o.start - o.tail for o in trials.observations() if math.isfinite(o.tail)]
-        gain = max([g for g in gains if g > 0], default=math.inf)
-        flat = trials.usual_height() + gain / 2
+        seen = trials.observations()
+        gain = max([g for o in seen if math.isfinite(o.tail) and (g := o.start - o.tail) > 0], default=math.inf)
+        margin = max(gain / 2, CLEAR * usual_noise(seen))
+        flat = trials.usual_height() + margin
         beside = trials.curve_beside(self._record.cell)
         windows = (beside[max(0, end - TAIL) : end] for end in range(1, steps + 1))
-        return [max(flat, recent(window) + 1.5 * gain) if window else flat for window in windows]
+        return [max(flat, recent(window) + gain + margin) if window else flat for window in windows]
 
     # --- one trial --------------------------------------------------------------------------------------------------
 
@@ -256,6 +258,7 @@ class Runner:
             tail=outcome.tail,
             returned=returned,
             stopped=stopped == "diverged",
+            noise=noise_of(outcome.curve),
             steps=record.steps,
             batch=record.batch,
         )

@@ -14,7 +14,6 @@ from .fit import below_cliff, diverged
 
 _TRIALS_PER_RANK = 8
 _FEWEST = 2  # finished trials of every rank before a narrow band stops the search
-_HOPELESS = 12  # diverged runs, each two octaves lower, after which the search is given up
 _SHORT_RUNS = 10  # with a budget only: most trials, as a multiple of the whole runs that it allows
 # Runs of the highest rank before any other rank, since losses of different ranks cannot be compared; the most such runs
 # if none ends well; then runs of every other rank at the shortest length before any longer one.
@@ -97,9 +96,14 @@ class Schedule:
         left = self.budget - self._reserved(0, 0)
         return min(self.total, sum(left // (len(self.tasks) * self._cost(task)) for task in self.tasks))
 
+    @property
+    def _needed(self) -> int:
+        """The number of runs of one length that finds the rates of all ranks."""
+        return _BRACKET + _SHORT * (len(self.ranks) - 1)
+
     def caution(self) -> str:
         """Return a warning if a budget pays for too few runs to find the rates of all ranks, else ""."""
-        runs, needed = self._searches(), _BRACKET + _SHORT * (len(self.ranks) - 1)
+        runs, needed = self._searches(), self._needed
         if self.budget is None or runs >= min(needed, self.total):
             return ""
         return (
@@ -130,7 +134,7 @@ class Schedule:
             weights: the share of trials for each rank.
         """
         done = trials.counted()
-        if len(done) >= _HOPELESS and all(diverged(done.observations())):
+        if done.hopeless():
             return None
         tried = (*done, *trials.running())
         of = {kind: Trials(t for t in tried if self.kind(t.place) == kind) for kind in ("search", "full", "confirm")}
@@ -172,7 +176,7 @@ class Schedule:
         """
         first = self.tasks[0]
         others = [task for task in tasks if task != first]
-        if first in tasks and (not others or len(mine[first]) < _BRACKET + _SHORT * (len(self.ranks) - 1)):
+        if first in tasks and (not others or len(mine[first]) < self._needed):
             return first
         return min(others or tasks, key=lambda task: (len(mine[task]) + 1) * self._cost(task))
 

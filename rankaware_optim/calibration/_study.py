@@ -421,6 +421,11 @@ class Study:
                 f"Every one of {len(trials)} runs diverged{' or was pruned' * some_pruned}.",
                 "Lower lr_range=, or check the loss, the data and the pruner.",
             )
+        for runs in trials.hopeless():
+            raise CalibrationError(
+                f"Every one of {runs} diverged, though other ranks train.",
+                "Check the model at that rank, or leave the rank out of ranks=.",
+            )
         return fit
 
     def _notes(self, fit: Fit, trials: Trials) -> tuple[str, ...]:

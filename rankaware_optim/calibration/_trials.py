@@ -14,12 +14,13 @@ import numpy.typing as npt
 from optuna.trial import FrozenTrial, TrialState
 
 from .._checks import is_number
-from ..recipe import TAIL, Place, impute
+from ..recipe import TAIL, Place, impute, noise_of
 from .fit import Observation, diverged
 
 PARAMETER = "log2_lr"  # Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
 _REPORTS = 10  # reports per run to the storage, for pruners
 SCHEMA = 1  # version of the stored format, raised if an earlier version would misread it
+_HOPELESS = 12  # runs, each at a lower rate, after which a rank where all diverged is given up
 _SAME = 1e-3  # relative tolerance for the first values of two runs of one rank and seed
 
 
@@ -56,7 +57,7 @@ class TrialRecord:
 
     number, state, x (log2 of the base rate), value and reports (recent mean by step) are Optuna's. The other fields are
     user attributes of the Optuna trial. Stored studies have their names, so do not rename them. An observation's steps
-    and batch are stored in the record.
+    and batch are stored in the record, and its noise is computed from the curve.
 
     steps, batch: as planned, None if the study has only one value. heartbeat: a counter for other hosts. retry_of: the
     number of the killed trial that this one repeats. estimate: log2 of the rate estimated as best for the rank before
@@ -94,6 +95,7 @@ class TrialRecord:
             kept["owner"] = Owner(**kept["owner"])
         if "observation" in kept:
             own = {name: kept[name] for name in _TASK if name in kept}
+            own["noise"] = noise_of(kept.get("curve") or [])
             kept["observation"] = Observation(**{**kept["observation"], **own})
         x, reports = trial.params.get(PARAMETER), trial.intermediate_values
         return cls(**kept, number=trial.number, state=trial.state, x=x, value=trial.value, reports=reports)
@@ -105,7 +107,7 @@ class TrialRecord:
     def changes_since(self, before: TrialRecord) -> dict[str, Any]:
         """Return the user attributes that differ from `before`."""
         old, new = asdict(before), asdict(self)
-        for name in _TASK:
+        for name in (*_TASK, "noise"):
             (new["observation"] or {}).pop(name, None)
             (old["observation"] or {}).pop(name, None)
         return {name: new[name] for name in _ATTRIBUTES if new[name] != old[name]}
@@ -222,6 +224,16 @@ class Trials(tuple[TrialRecord, ...]):
             elif trial.x is not None:
                 total += min(whole, max(trial.reports, default=0) + interval(whole))
         return total
+
+    def hopeless(self) -> list[str]:
+        """Name the runs that all diverged, if they are many: all runs, or those of a rank, as "12 runs of rank 4"."""
+        seen = self.counted().observations()
+        bad = diverged(seen)
+        groups = {"": bad}
+        for o, lost in zip(seen, bad, strict=True):
+            of = " of full finetuning" if o.rank is None else f" of rank {o.rank}"
+            groups.setdefault(of, []).append(lost)
+        return [f"{len(lost)} runs{of}" for of, lost in groups.items() if len(lost) >= _HOPELESS and all(lost)]
 
     def unsteady(self) -> Cell | None:
         """Return a cell with two runs whose first values differ, although these do not depend on the rate."""

@@ -5,7 +5,20 @@ from ._diff import diff_recipes, diff_text
 from ._horizon import BATCH_SD, SLOPE_SD, Horizon
 from ._html import write_report
 from ._loss_model import Place, bowls_of
-from ._observations import EARLY, TAIL, Observation, arms_of, gain_of, height, impute, recent, usual_start
+from ._observations import (
+    CLEAR,
+    EARLY,
+    TAIL,
+    Observation,
+    arms_of,
+    gain_of,
+    height,
+    impute,
+    noise_of,
+    recent,
+    usual_noise,
+    usual_start,
+)
 from ._other_rates import BASE, OtherRates, name_pattern
 from ._plots import draw_trials, drawable, plot_recipe
 from ._recipe import ANY_WIDTH, Recipe, is_for, other_rates_on, rate_on, resolve_recipe
@@ -17,6 +30,7 @@ __all__ = [
     "ANY_WIDTH",
     "BASE",
     "BATCH_SD",
+    "CLEAR",
     "EARLY",
     "FULL_SD",
     "Horizon",
@@ -45,6 +59,7 @@ __all__ = [
     "impute",
     "is_for",
     "name_pattern",
+    "noise_of",
     "other_rates_on",
     "plain_setting",
     "plain_value",
@@ -54,6 +69,7 @@ __all__ = [
     "resolve_recipe",
     "settings_of",
     "to_document",
+    "usual_noise",
     "usual_start",
     "with_margin",
     "write_report",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,9 @@ from ._loss_model import CAP, Arm, Place
 
 TAIL = 5  # fewest values in the mean that scores a run
 EARLY = 0.3  # share of its steps before which a run is not judged
+CLEAR = 1.5  # a mean of `TAIL` values is clearly higher if it is by this many standard deviations of a value
+
+_OF_SECOND_DIFFERENCES = 0.6745 * math.sqrt(6.0)  # their median absolute value, if a value's standard deviation is 1
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Observation:
         tail: the mean of the last tenth of the curve.
         returned: whether the training function returned the score. Otherwise the score is `tail`.
         stopped: whether the trial was stopped because it diverged.
+        noise: standard deviation of a value of the curve, see `noise_of`.
         steps: as in `Place`.
         batch: as in `Place`.
     """
@@ -39,6 +44,7 @@ class Observation:
     tail: float
     returned: bool = False
     stopped: bool = False
+    noise: float = 0.0
     steps: int | None = None
     batch: float | None = None
 
@@ -56,6 +62,15 @@ def recent(curve: Sequence[float], count: int = TAIL) -> float:
     """Return the mean of the last `count` values."""
     last = curve[-count:]
     return sum(last) / len(last)
+
+
+def noise_of(curve: Sequence[float]) -> float:
+    """Return the standard deviation of a value of the curve about its trend, as batches differ; 0 if it is too short.
+
+    Second differences remove the trend, and their median absolute value ignores jumps.
+    """
+    values = np.array([value for value in curve if math.isfinite(value)])
+    return float(np.median(np.abs(np.diff(values, 2)))) / _OF_SECOND_DIFFERENCES if len(values) > 2 else 0.0
 
 
 def impute(x: float, curve: Sequence[float], best: Observation, beside: Sequence[float]) -> Observation | None:
@@ -114,3 +129,8 @@ def gain_of(good: Sequence[Observation]) -> float:
 def usual_start(observations: Sequence[Observation]) -> float:
     """Return the median start of the runs; 0 if there are none."""
     return float(np.median([o.start for o in observations])) if observations else 0.0
+
+
+def usual_noise(observations: Sequence[Observation]) -> float:
+    """Return the median noise of the runs' curves; 0 if there are none."""
+    return float(np.median([o.noise for o in observations])) if observations else 0.0

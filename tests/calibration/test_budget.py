@@ -63,6 +63,24 @@ def test_a_budget_of_runs_that_diverge_at_once_ends():
         calibrate(diverging, budget=10_000 * STEPS)
 
 
+@pytest.mark.parametrize("how_much", [{"budget": 1_000 * STEPS}, {"trials": 100}])
+def test_a_rank_that_trains_at_no_rate_ends_the_search(how_much):
+    """Where one rank's runs all diverge, the search does not follow them down for ever; the error names the rank."""
+    tried = []
+
+    def train(trial):
+        if trial.rank != 4:
+            return (yield from made_up()(trial))
+        trial.optimizer(Net(trial.rank))
+        tried.append(trial.lr)
+        yield 1.0
+        yield math.nan
+
+    with pytest.raises(ra.CalibrationError, match="Every one of 12 runs of rank 4 diverged"):
+        calibrate(train, **how_much)
+    assert min(tried) > 1e-12
+
+
 @pytest.mark.parametrize(
     ("budget", "options", "runs"),
     [

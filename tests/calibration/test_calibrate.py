@@ -607,6 +607,26 @@ def test_a_first_value_low_by_chance_stops_no_run():
     assert abs(math.log2(recipe.fitted_lr) - BEST) < 1.0
 
 
+@pytest.mark.parametrize("returned", [True, False])
+@pytest.mark.parametrize("gain", [0.0, 0.1, 0.5])
+def test_noisy_batches_are_no_divergence(gain, returned):
+    """Where a curve rises by what differs between batches, as in reinforcement learning, no run is stopped for it."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        u, rng = math.log2(trial.lr) - BEST, np.random.default_rng(trial.seed)
+        for step in range(trial.steps):
+            learned = gain * max(0.0, 1.0 - 0.02 * u * u) * step / trial.steps
+            yield 0.3 * rng.standard_normal() - learned + max(0.0, u - 4.0) * step
+        return 0.3 + 0.02 * u * u if returned else None
+
+    recipe = calibrate(train, trials=16, steps=100)
+    octaves, lost = np.log2(recipe.tensors["lr"]) - BEST, recipe.tensors["diverged"]
+    assert octaves.min() > -8.0
+    assert not lost[octaves < 4.0].any()
+    assert lost[octaves > 5.0].all()
+
+
 def test_where_every_run_diverges_there_is_no_recipe():
     """If no rate stays finite, the error says so and how many were tried, ever lower."""
     storage = optuna.storages.InMemoryStorage()

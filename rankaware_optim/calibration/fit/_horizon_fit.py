@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ...recipe import SLOPE_SD, TAIL, Horizon, Observation, recent
+from ...recipe import SLOPE_SD, TAIL, Horizon, Observation, noise_of, recent
 from ._posterior import Prior, fit_observations
 
 _WITHIN_RUN = 0.3  # standard deviation between a slope read inside runs and that of whole shorter runs
@@ -57,4 +57,5 @@ def _read(trials: Mapping[str, npt.NDArray[Any]], end: int) -> Iterator[Observat
         lost = diverged and not math.isfinite(value)
         if lost or math.isfinite(value):
             score = math.inf if lost else value
-            yield Observation(rank or None, seed, math.log2(lr), score, curve[0], score, stopped=lost)
+            noise = noise_of(curve[:end])
+            yield Observation(rank or None, seed, math.log2(lr), score, curve[0], score, stopped=lost, noise=noise)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...recipe import Observation, Place, arms_of, bowls_of, gain_of, usual_start
+from ...recipe import CLEAR, Observation, Place, arms_of, bowls_of, gain_of, usual_noise, usual_start
 from ._trend import NO_TREND, Trend
 
 Array = npt.NDArray[np.float64]
@@ -105,17 +105,19 @@ class Fit:
 def diverged(observations: Sequence[Observation]) -> list[bool]:
     """Return for each run whether it diverged: stopped as such, non-finite, or far above its start at the end.
 
-    Far means a quarter of the best gain. All runs start from the same model, so the median of their starts replaces a
-    first value that is low by chance. If no run gained anything, ending above the start is enough. This does not apply
-    if scores were returned, because these may not be comparable with the curve.
+    Far means a quarter of the best gain, and more than the noise of the curves explains. All runs start from the same
+    model, so the median of their starts replaces a first value that is low by chance. If no run gained anything, ending
+    above the start is enough. This does not apply if scores were returned, because these may not be comparable with the
+    curve.
     """
     usual = usual_start(observations)
     gains = [usual - o.tail for o in observations if math.isfinite(o.tail) and o.tail < o.start]
-    margin = _DIVERGED * max([g for g in gains if g > 0], default=0.0)
+    gain = max([g for g in gains if g > 0], default=0.0)
+    margin = max(_DIVERGED * gain, CLEAR * usual_noise(observations))
     return [
         o.stopped
         or not math.isfinite(o.value + o.tail)
-        or ((margin > 0 or not o.returned) and o.tail > max(o.start, usual) + margin)
+        or ((gain > 0 or not o.returned) and o.tail > max(o.start, usual) + margin)
         for o in observations
     ]
 
