@@ -258,6 +258,7 @@ class Runner:
             tail=outcome.tail,
             returned=returned,
             stopped=stopped == "diverged",
+            first=outcome.curve[0],
             noise=noise_of(outcome.curve),
             steps=record.steps,
             batch=record.batch,

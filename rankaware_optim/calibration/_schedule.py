@@ -10,13 +10,13 @@ from typing import Literal, NamedTuple
 from .._types import Method
 from ..recipe import Place
 from ._trials import Cell, TrialRecord, Trials
-from .fit import below_cliff, diverged
+from .fit import all_rose, below_cliff, diverged
 
 _TRIALS_PER_RANK = 8
 _FEWEST = 2  # finished trials of every rank before a narrow band stops the search
 _SHORT_RUNS = 10  # with a budget only: most trials, as a multiple of the whole runs that it allows
 # Runs of the highest rank before any other rank, since losses of different ranks cannot be compared; the most such runs
-# if none ends well; then runs of every other rank at the shortest length before any longer one.
+# if all of them rise; then runs of every other rank at the shortest length before any longer one.
 _BRACKET, _MOST_BRACKET, _SHORT = 3, 8, 2
 PER_SEED = 4  # runs of a rank at one seed before the next seed; runs of one seed share its noise
 CONFIRMS = 3  # most runs at the target's length, which use at most half of a budget
@@ -163,7 +163,7 @@ class Schedule:
         mine = {task: Trials(t for t in search if t.place[1:] == task) for task in self.tasks}
         first = self.tasks[0]
         seen = mine[first].observations()
-        most = _BRACKET if below_cliff(seen) or not seen else _MOST_BRACKET
+        most = _MOST_BRACKET if seen and all_rose(below_cliff(seen)) else _BRACKET
         if first in tasks and len(mine[first]) < min(most, self._searches() - len(self.ranks) + 1):
             return self._rotate(mine[first], first, [self.anchor], weights)
         task = self._due(mine, tasks)

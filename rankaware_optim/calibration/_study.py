@@ -36,7 +36,7 @@ from ._sampler import BracketSampler
 from ._signals import Interrupts
 from ._storage import open_storage, storage_errors
 from ._trials import SCHEMA, TrialRecord, Trials, is_flat, is_typed
-from .fit import Fit, Observation, Place, Prior, Slope, Trend, diverged, fit_observations, horizon_of
+from .fit import Fit, Observation, Place, Prior, Slope, Trend, all_rose, diverged, fit_observations, horizon_of
 
 # A usual rate by optimizer family, per step, and its configuration. For sign-like optimizers it is the median best
 # AdamW rate at rank 16, alpha 32 over 18 published language models. The others are customary multiples of it.
@@ -257,8 +257,9 @@ class Study:
     def range(self) -> tuple[float, float]:
         """Return the range of log2 rates: as given or around the first guess, widened while a best rate is at an edge.
 
-        Best rates are those of each rank, number of steps and batch, below the rates that diverged there. The range is
-        computed from the trials each time, so that a resumed study has the same one.
+        Best rates are those of each rank, number of steps and batch, below the rates that diverged there. Where all
+        runs rose, the lowest rate counts as the best. The range is computed from the trials each time, so that a
+        resumed study has the same one.
         """
         low, high = self.lr_range or (self._start - _HALF_RANGE, self._start + _HALF_RANGE)
         seen = self.trials().observations()
@@ -271,7 +272,7 @@ class Study:
             cliff = min((one.x for one, lost in own if lost), default=math.inf)
             mine = [one for one, _ in own if one.x < cliff]
             at = min(mine, key=lambda one: one.value).x if mine else lowest
-            low -= _WIDEN if at < low + _EDGE else 0.0
+            low -= _WIDEN if (lowest if all_rose(mine) else at) < low + _EDGE else 0.0
             high += _WIDEN if mine and at > high - _EDGE and at >= highest else 0.0
         return low, high
 

@@ -57,7 +57,7 @@ class TrialRecord:
 
     number, state, x (log2 of the base rate), value and reports (recent mean by step) are Optuna's. The other fields are
     user attributes of the Optuna trial. Stored studies have their names, so do not rename them. An observation's steps
-    and batch are stored in the record, and its noise is computed from the curve.
+    and batch are stored in the record, and its first value and noise are read from the curve.
 
     steps, batch: as planned, None if the study has only one value. heartbeat: a counter for other hosts. retry_of: the
     number of the killed trial that this one repeats. estimate: log2 of the rate estimated as best for the rank before
@@ -95,7 +95,8 @@ class TrialRecord:
             kept["owner"] = Owner(**kept["owner"])
         if "observation" in kept:
             own = {name: kept[name] for name in _TASK if name in kept}
-            own["noise"] = noise_of(kept.get("curve") or [])
+            if curve := kept.get("curve"):
+                own |= {"first": curve[0], "noise": noise_of(curve)}
             kept["observation"] = Observation(**{**kept["observation"], **own})
         x, reports = trial.params.get(PARAMETER), trial.intermediate_values
         return cls(**kept, number=trial.number, state=trial.state, x=x, value=trial.value, reports=reports)
@@ -107,7 +108,7 @@ class TrialRecord:
     def changes_since(self, before: TrialRecord) -> dict[str, Any]:
         """Return the user attributes that differ from `before`."""
         old, new = asdict(before), asdict(self)
-        for name in (*_TASK, "noise"):
+        for name in (*_TASK, "first", "noise"):
             (new["observation"] or {}).pop(name, None)
             (old["observation"] or {}).pop(name, None)
         return {name: new[name] for name in _ATTRIBUTES if new[name] != old[name]}

@@ -31,6 +31,7 @@ class Observation:
         tail: the mean of the last tenth of the curve.
         returned: whether the training function returned the score. Otherwise the score is `tail`.
         stopped: whether the trial was stopped because it diverged.
+        first: the first value of the curve; infinite if it is unknown.
         noise: standard deviation of a value of the curve, see `noise_of`.
         steps: as in `Place`.
         batch: as in `Place`.
@@ -44,6 +45,7 @@ class Observation:
     tail: float
     returned: bool = False
     stopped: bool = False
+    first: float = math.inf
     noise: float = 0.0
     steps: int | None = None
     batch: float | None = None

@@ -627,6 +627,24 @@ def test_noisy_batches_are_no_divergence(gain, returned):
     assert lost[octaves > 5.0].all()
 
 
+@pytest.mark.parametrize("octaves", [1.0, 3.0, 5.0])
+def test_a_collapse_is_left_below_though_the_curve_hides_it(octaves):
+    """Where rates too high end a policy at once and quietly, the search goes down until a run learns."""
+    cliff = BEST - octaves
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        u, rng = math.log2(trial.lr) - cliff, np.random.default_rng(trial.seed)
+        for step in range(trial.steps):
+            value = 0.05 * rng.standard_normal() - 0.2 - 0.02 * step / trial.steps
+            yield 0.01 * value if u > 0 and step > 1 else value
+        return -0.001 * u if u > 0 else 0.005 * (u + 1) ** 2 - 0.4
+
+    recipe = calibrate(train, trials=12, steps=100)
+    assert abs(math.log2(recipe.fitted_lr) - (cliff - 1)) < 1.5
+    assert recipe.lr < 2.0**cliff
+
+
 def test_where_every_run_diverges_there_is_no_recipe():
     """If no rate stays finite, the error says so and how many were tried, ever lower."""
     storage = optuna.storages.InMemoryStorage()

@@ -2,7 +2,7 @@
 
 from ...recipe import Observation, Place, gain_of
 from ._horizon_fit import horizon_of
-from ._posterior import Fit, Prior, below_cliff, diverged, fit_observations, shrink
+from ._posterior import Fit, Prior, all_rose, below_cliff, diverged, fit_observations, shrink
 from ._trend import Slope, Trend
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Place",
     "Prior",
     "Slope",
+    "all_rose",
     "below_cliff",
     "diverged",
     "fit_observations",

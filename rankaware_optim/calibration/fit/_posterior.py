@@ -29,6 +29,7 @@ Array = npt.NDArray[np.float64]
 MODEL_ERROR = 0.2
 _BASE_SD = 1e3  # octaves: a flat prior of the base rate
 _DIVERGED = 0.25  # a run has diverged if it ends this share of the gain above its start
+_ROSE = 2.0  # standard deviations of a value by which a curve ends clearly above its first value
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,11 @@ def below_cliff(observations: Sequence[Observation]) -> list[Observation]:
     lost = (o.x for o, bad in zip(observations, diverged(observations), strict=True) if bad)
     lowest = min(lost, default=math.inf)
     return [o for o in observations if o.x < lowest]
+
+
+def all_rose(observations: Iterable[Observation]) -> bool:
+    """Return whether every run's curve ended clearly above its first value, so that all rates may be too high."""
+    return all(o.tail > o.first + _ROSE * o.noise for o in observations)
 
 
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
