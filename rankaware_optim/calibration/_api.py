@@ -68,8 +68,9 @@ def calibrate(
 
     The search starts at the highest rank and above the usual rates. It moves outwards in steps of two octaves until the
     optimum is bracketed. The following runs measure around the optimum, at each rank in turn, with four runs per seed.
-    A run is stopped if it diverges, or if it clearly lags behind the best run of its rank and seed at the same step.
-    Stopped runs enter the fit too.
+    A run is stopped if it diverges, that is, if its loss rises above its start by half the best gain and by more than
+    the noise of its batches explains. It is also stopped if it clearly lags behind the best run of its rank and seed at
+    the same step. Stopped runs enter the fit too.
 
     **Calibrate short, train long.** `steps=2000, target_steps=8000` trains for 2000 steps and returns a recipe for
     8000. Every trial is a whole run with its own warm-up and decay over `trial.steps`. The band grows with the distance

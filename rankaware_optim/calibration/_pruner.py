@@ -12,7 +12,7 @@ from optuna.pruners import BasePruner
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from ..recipe import EARLY
+from ..recipe import CLEAR, EARLY
 from ._trials import TrialRecord, Trials
 
 _WORSE = 0.5  # a run is pruned if it lags by this share of the best run's gain so far
@@ -25,7 +25,7 @@ class PairedPruner(BasePruner):
     """Stops a run that lags the best run of its rank and seed by half of the gain of that run at the same step.
 
     Runs whose rate is within an octave of the best run's or of the estimated optimum are never pruned. Differences that
-    noise explains are ignored.
+    noise explains are ignored. So is a best run that gained no more than its noise, since its curve shows no learning.
 
     Args:
         steps: steps of a whole run, used if a trial does not have its own.
@@ -47,7 +47,8 @@ class PairedPruner(BasePruner):
         if is_near or len(steps) < 2 or best.observation is None:
             return False
         # Each of the last paired differences must exceed the margin, and their mean must exceed the noise.
+        least = CLEAR * best.observation.noise
         gaps = [record.reports[s] - best.reports[s] for s in steps]
         gains = [best.observation.start - best.reports[s] for s in steps]
-        clearly = all(gain > 0 and gap > _WORSE * gain for gap, gain in zip(gaps, gains, strict=True))
+        clearly = all(gain > least and gap > _WORSE * gain for gap, gain in zip(gaps, gains, strict=True))
         return clearly and fmean(gaps) > _STANDARD_ERRORS * stdev(gaps) / math.sqrt(len(gaps))

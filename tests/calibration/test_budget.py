@@ -216,10 +216,10 @@ def test_leverage_is_that_of_the_line(ranks, width):
 # --- pruning --------------------------------------------------------------------------------------------------------
 
 
-def run(x, curve, *, number=0, rank=4, seed=0, state="RUNNING", estimate=None):
+def run(x, curve, *, number=0, rank=4, seed=0, state="RUNNING", estimate=None, noise=0.0):
     """A trial at log2 rate x whose reports were `curve`, ten steps apart."""
     space = {"log2_lr": optuna.distributions.FloatDistribution(-20, 0)}
-    seen = Observation(rank, seed, x, curve[-1], start=2.0, tail=curve[-1])
+    seen = Observation(rank, seed, x, curve[-1], start=2.0, tail=curve[-1], noise=noise)
     attrs = {"rank": rank, "seed": seed, "observation": asdict(seen)}
     attrs |= {} if estimate is None else {"estimate": estimate}
     return optuna.trial.create_trial(
@@ -254,6 +254,14 @@ def test_what_the_paired_pruner_stops(why, of, expected):
     study.add_trial(run(-7.0, BEST_CURVE, state="COMPLETE"))
     study.add_trial(run(-12.0, [1.99] * 10, state="COMPLETE"))
     assert PairedPruner(steps=100).prune(study, run(**of)) is expected
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(0.0, True), (0.4, True), (0.7, False)])
+def test_a_best_run_that_gained_no_more_than_its_noise_prunes_none(noise, expected):
+    """Where the best run has gained 0.7 to 1.0, a batch's standard deviation of 0.7 hides whether it learned."""
+    study = optuna.create_study()
+    study.add_trial(run(-7.0, BEST_CURVE, state="COMPLETE", noise=noise))
+    assert PairedPruner(steps=100).prune(study, run(-11.0, [1.95, 1.9, 1.88, 1.85])) is expected
 
 
 @pytest.mark.parametrize(("warmup", "expected"), [(0.0, True), (0.39, True), (0.41, False)])
