@@ -43,6 +43,8 @@ from rankaware_optim.laws import (
 )
 from rankaware_optim.laws._updates import FORMS
 
+from ..helpers.optimizers import muon
+
 LAW_TABLE = {
     "mua": MuA(),
     "mua-paper": MuA(tokens=None),
@@ -324,9 +326,9 @@ def test_muons_own_factor_moves_the_exponent_by_a_quarter():
 
 BOUND = [
     (torch.optim.AdamW, {}, {}),
-    (torch.optim.Muon, {}, {"family": "spectral"}),
-    (torch.optim.Muon, {"adjust_lr_fn": None}, {"family": "spectral"}),
-    (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}, {"family": "spectral", "shape_factor": "match_rms_adamw"}),
+    muon({}, {"family": "spectral"}),
+    muon({"adjust_lr_fn": None}, {"family": "spectral"}),
+    muon({"adjust_lr_fn": "match_rms_adamw"}, {"family": "spectral", "shape_factor": "match_rms_adamw"}),
     (torch.optim.SGD, {"momentum": 0.9}, {"family": "gradient-like"}),
     (torch.optim.Adafactor, {}, {"family": "relative-scale", "floor": 1e-3}),
     (torch.optim.Adadelta, {}, {"family": "unknown"}),
@@ -423,7 +425,7 @@ BY_FAMILY = [
     (torch.optim.AdamW, {}, lambda law: Falling(law=law)),
     (torch.optim.Optimizer, {}, lambda law: Falling(law=law)),  # of no known family
     (torch.optim.SGD, {"momentum": 0.9}, lambda law: OneRank(law)),
-    (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}, lambda law: OneRank(law)),
+    muon({"adjust_lr_fn": "match_rms_adamw"}, lambda law: OneRank(law)),
     (torch.optim.Adafactor, {}, lambda law: law),
     (type("Lamb", (), {}), {}, lambda law: law),
     (type("LARS", (), {}), {}, lambda law: Constant()),
@@ -437,7 +439,7 @@ def test_the_default_law_follows_the_family(optimizer, settings, expected):
     assert MuA().bind(optimizer, settings).family == optimizer_family(optimizer, settings)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Muon, type("LARS", (), {})])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, muon(), type("LARS", (), {})])
 def test_a_law_named_inside_the_default_one_stays(optimizer):
     """Around another law than µA `Falling`, bound to another family than Adam's, is that law."""
     assert Falling(law=LoRAPlus()).bind(optimizer, {}) == LoRAPlus()

@@ -29,6 +29,7 @@ from rankaware_optim._warn import warn
 from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import PlainLoRA, mlp, train
+from ..helpers.optimizers import muon
 
 LR, STEPS = 0.5, 8
 LAW = {"law": Power(exponent=-0.5, law=Constant()), "tuned_at": Reference(rank=4, alpha=4), "init": "A"}
@@ -424,8 +425,8 @@ def test_a_group_put_in_by_hand_is_said():
 
 
 SETTINGS = [
-    (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}),
-    (torch.optim.Muon, {}),
+    muon({"adjust_lr_fn": "match_rms_adamw"}),
+    muon({}),
     (torch.optim.Adafactor, {}),
     (torch.optim.AdamW, {}),
 ]

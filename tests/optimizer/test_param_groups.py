@@ -28,6 +28,7 @@ from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import PlanOptions, make_plan
 
 from ..helpers.models import adapted, mlp
+from ..helpers.optimizers import muon
 
 LR = 1e-3
 AT_16 = Reference(rank=16, alpha=16)
@@ -393,7 +394,7 @@ NOTES = [
     (torch.optim.AdamW, None),
     (torch.optim.RMSprop, None),
     (torch.optim.SGD, "SGD is gradient-like: in small runs its best rate followed µA's form with alpha but"),
-    (torch.optim.Muon, "Muon is spectral: in small runs its best rate followed µA's form with alpha but"),
+    muon("Muon is spectral: in small runs its best rate followed µA's form with alpha but"),
     (torch.optim.Adafactor, "Adafactor is relative-scale: µA's form for that family moves its rates"),
     (type("LARS", (torch.optim.SGD,), {}), "LARS is first-step: µA's form for that family was not tested"),
     (torch.optim.Adagrad, "Adagrad is of an unknown family and is scaled as a sign-like"),
@@ -406,7 +407,7 @@ def test_optimizer_families_are_noted(kind, note):
     assert [n.startswith(note or "-") for n in plan(mlp(), optimizer_class=kind).notes] == ([True] if note else [])
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Muon, type("LARS", (torch.optim.SGD,), {})])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, muon(), type("LARS", (torch.optim.SGD,), {})])
 def test_a_named_form_moves_the_rates_of_its_family(kind):
     """law="mua" moves rates by the family's form where the default law does not, and the report says which it is."""
     at, groups = replace(AT_16, fan_in=16), {}

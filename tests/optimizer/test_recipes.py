@@ -26,6 +26,7 @@ from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.recipe import Horizon
 
 from ..helpers.models import mlp, train
+from ..helpers.optimizers import Muon, needs_muon
 
 WIDTH = 16  # that of models.mlp
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
@@ -239,14 +240,15 @@ def test_a_value_that_no_setting_can_have_is_left():
     assert group["lr"] == RECIPE.lr
 
 
+@needs_muon
 def test_a_texts_setting_is_taken():
     """A word is taken where the class has a word or None by default."""
     recipe = replace(RECIPE, optimizer="torch.optim._muon.Muon", settings={"adjust_lr_fn": "match_rms_adamw"})
     model = mlp((16, 16), head=False)
-    opt = RankAwareOptimizer(model, torch.optim.Muon, recipe=recipe, apply_settings=True)
+    opt = RankAwareOptimizer(model, Muon, recipe=recipe, apply_settings=True)
     assert opt.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
     with pytest.warns(RankAwareWarning, match="adjust_lr_fn='match_rms_adamw', not None"):
-        RankAwareOptimizer(model, torch.optim.Muon, recipe=recipe)
+        RankAwareOptimizer(model, Muon, recipe=recipe)
 
 
 def test_a_built_optimizer_keeps_its_settings():

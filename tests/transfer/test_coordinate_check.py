@@ -31,6 +31,7 @@ from rankaware_optim.laws import (
 from rankaware_optim.transfer import capture, coordinate_check
 
 from ..helpers.models import mlp, same, snapshot
+from ..helpers.optimizers import Muon, muon, needs_muon
 
 SQUARE = {"q": (128, 128)}
 
@@ -322,7 +323,7 @@ def test_measured_and_formula_agree_for_adam(init, width, tokens):
         assert abs(off) < 0.2, factor
 
 
-@pytest.mark.parametrize(("kind", "settings"), [(torch.optim.SGD, {}), (torch.optim.Muon, {}), (SignSGD, {})])
+@pytest.mark.parametrize(("kind", "settings"), [(torch.optim.SGD, {}), muon({}), (SignSGD, {})])
 def test_measured_follows_the_optimizer(kind, settings):
     """Bound to another optimizer the measured law follows that one's formula, not Adam's."""
     factor, origin = at(32, 1.0 / 32, 128.0, "B")[0], at(4, 1.0 / 4, 128.0, "B")[1]
@@ -349,9 +350,10 @@ def test_measuring_is_deterministic_and_private():
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@needs_muon
 def test_wide_layers_continue_the_exponent():
     """Beyond the widest measured layer the rate goes on along the last two octaves, and B follows A at its ratio."""
-    law = Measured(ratio=2.0).bind(torch.optim.Muon, {})
+    law = Measured(ratio=2.0).bind(Muon, {})
     rates = [math.log2(law.rate("A", 4, 1.0, n)) for n in (128, 512, 2048)]
     assert rates[2] - rates[1] == pytest.approx(rates[1] - rates[0])
     factor, origin = at(4, 1.0, 64.0, "A")

@@ -1,0 +1,16 @@
+"""Muon, which torch has from 2.9 on; the package supports older ones too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+Muon: Any = getattr(torch.optim, "Muon", None)
+needs_muon = pytest.mark.skipif(Muon is None, reason="torch has Muon from 2.9 on")
+
+
+def muon(*values: Any) -> Any:
+    """A row of a table of optimizers."""
+    return pytest.param(Muon, *values, marks=needs_muon)
