@@ -40,6 +40,8 @@ DEPENDS_ON = (
     "calibration.studies",
     "rankaware_optim.laws",
     "rankaware_optim.recipe._recipe",
+    "rankaware_optim.recipe._loss_model",
+    "rankaware_optim.recipe._observations",
     "rankaware_optim.recipe._uncertainty",
     "rankaware_optim.recipe._horizon",
     "rankaware_optim.calibration",

@@ -71,8 +71,9 @@ def noise_of(curve: Sequence[float]) -> float:
 
     Second differences remove the trend, and their median absolute value ignores jumps.
     """
-    values = np.array([value for value in curve if math.isfinite(value)])
-    return float(np.median(np.abs(np.diff(values, 2)))) / _OF_SECOND_DIFFERENCES if len(values) > 2 else 0.0
+    values = [value for value in curve if math.isfinite(value)]
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    return statistics.median(bends) / _OF_SECOND_DIFFERENCES if bends else 0.0
 
 
 def impute(x: float, curve: Sequence[float], best: Observation, beside: Sequence[float]) -> Observation | None:
