@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from .._rate import Rate
 from ._loss_model import Place, curves_of
-from ._observations import TAIL, Observation, arms_of, gain_of, height, impute, recent
+from ._observations import TAIL, Observation, arms_of, gain_of, height, impute, noise_of, recent
 from ._recipe import Recipe, known_rate
 
 # The drift along which trials of recipes without `trial.own_lr` ran, by init: the prior mean at that time.
@@ -223,7 +223,8 @@ def _observations(rank: int | None, points: Sequence[Point], best: float) -> Ite
                 yield carried, False
         elif math.isfinite(point.value):
             tail = recent(curve, max(TAIL, len(curve) // 10))
-            ended.append((Observation(rank, point.seed, x, point.value, height(curve), tail), curve))
+            noise = noise_of(curve)
+            ended.append((Observation(rank, point.seed, x, point.value, height(curve), tail, noise=noise), curve))
             yield ended[-1][0], point.fate == "diverged"
         else:
             yield Observation(rank, point.seed, x, math.inf, math.inf, math.inf), True
