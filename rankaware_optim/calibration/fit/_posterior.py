@@ -108,8 +108,8 @@ def diverged(observations: Sequence[Observation]) -> list[bool]:
 
     Far means a quarter of the best gain, and more than the noise of the curves explains. All runs start from the same
     model, so the median of their starts replaces a first value that is low by chance. If no run gained anything, ending
-    above the start is enough. This does not apply if scores were returned, because these may not be comparable with the
-    curve.
+    above the start by more than the noise is enough. This does not apply if scores were returned, because these may not
+    be comparable with the curve.
     """
     usual = usual_start(observations)
     gains = [usual - o.tail for o in observations if math.isfinite(o.tail) and o.tail < o.start]
