@@ -21,7 +21,6 @@ MARK = re.compile(r"(benchmarks/[\w/]+\.py)@([0-9a-f]{12})")
 BEFORE_HASHES = {
     "compatibility.md",
     "controls.md",
-    "coverage.md",
     "exponents.md",
     "in_place.md",
     "step_cost.md",
