@@ -30,8 +30,13 @@ _ANY = (*_WHOLE, *_FLOAT, *_BOOL)
 
 
 def _within(name: str) -> Callable[[Array], npt.NDArray[np.bool_]]:
-    low, high = map(np.float64, RANGES[name])  # which float32 cannot hold
-    return lambda value: (value >= low) & (value <= high)
+    low, high = RANGES[name]
+
+    def check(value: Array) -> npt.NDArray[np.bool_]:
+        exact = value.astype(np.float64)  # float32 cannot hold the ends, and NumPy 1 would round them
+        return (exact >= low) & (exact <= high)
+
+    return check
 
 
 # Tensors of trials: dtypes, number of axes, and a check of the numbers.

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from ..helpers.optimizers import needs_muon
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
 
@@ -62,6 +64,7 @@ def test_the_floor_is_what_the_choice_loses_on_another_seed(law_check, best, exp
     assert law_check.floor(start | bowls, cell) == pytest.approx(expected)
 
 
+@needs_muon
 def test_the_default_law_is_what_the_rule_says_of_the_runs(law_check):
     """What the package does in every family that was swept is what the rule makes of the results on file."""
     from study.runs_on_file import read

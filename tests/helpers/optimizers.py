@@ -11,6 +11,6 @@ Muon: Any = getattr(torch.optim, "Muon", None)
 needs_muon = pytest.mark.skipif(Muon is None, reason="torch has Muon from 2.9 on")
 
 
-def muon(*values: Any) -> Any:
-    """A row of a table of optimizers."""
-    return pytest.param(Muon, *values, marks=needs_muon)
+def muon(*values: Any, kind: Any = Muon) -> Any:
+    """A row of a table of optimizers, which has the class first, or its name."""
+    return pytest.param(kind, *values, marks=needs_muon)

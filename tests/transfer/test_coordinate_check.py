@@ -122,8 +122,8 @@ GOOD = [
     ("RMSprop", "A", {}),
     ("SGD", "A", {}),
     ("SGD", "B", {}),
-    ("Muon", "A", {}),
-    ("Muon", "B", {"adjust_lr_fn": "match_rms_adamw"}),
+    muon("A", {}, kind="Muon"),
+    muon("B", {"adjust_lr_fn": "match_rms_adamw"}, kind="Muon"),
 ]
 
 
@@ -153,7 +153,7 @@ WRONG = [
     ("AdamW", "A", 0.0, Power(0.3, law=MuA(tokens=256))),
     ("AdamW", "B", 1.0, Constant()),
     ("SGD", "A", 1.0, Constant()),
-    ("Muon", "B", 1.0, Constant()),
+    muon("B", 1.0, Constant(), kind="Muon"),
 ]
 
 
@@ -427,7 +427,7 @@ def test_settings_that_are_not_plain_are_refused():
 
 # --- the exponents --------------------------------------------------------------------------------------------------
 
-BARS = [("AdamW", {}, 0.1), ("Muon", {}, 0.16), ("SGD", {}, 0.2)]
+BARS = [("AdamW", {}, 0.1), muon({}, 0.16, kind="Muon"), ("SGD", {}, 0.2)]
 
 
 @pytest.mark.parametrize("init", "AB")
