@@ -385,8 +385,10 @@ def with_tensor(target, key: str, value: torch.Tensor | None) -> None:
         del arrays[key]
     try:
         beside.write_bytes(save(arrays))
-    except KeyError:
-        pytest.skip(f"this safetensors cannot store {value}")
+    except KeyError:  # older safetensors
+        if value is None or not value.is_complex():
+            raise
+        pytest.skip("this safetensors stores no complex numbers")
     edit(target, "tensors:sha256", f'sha256 = "{hashlib.sha256(beside.read_bytes()).hexdigest()}"')
 
 
