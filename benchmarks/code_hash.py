@@ -1,9 +1,9 @@
 """Hash of the code behind a table, which shows whether the table is older than its code.
 
 A script that writes a table lists in `DEPENDS_ON` the modules and packages that its figures depend on. Modules of
-rankaware_optim have their full names, modules of the benchmarks the names by which they are imported. The hash is of
-the syntax trees of these and of the script. It leaves out comments, docstrings, and the texts of exceptions and
-warnings, so that these may change freely.
+rankaware_optim have their full names, modules of the benchmarks the names by which they are imported. `GROUPS` has
+short names for those that belong together. The hash is of the syntax trees of all these and of the script. It leaves
+out comments, docstrings, and the texts of exceptions and warnings, so that these may change freely.
 """
 
 from __future__ import annotations
@@ -14,6 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parent
+GROUPS = {
+    "SEARCH": (  # which rates a calibration tries
+        "rankaware_optim.recipe._loss_model",
+        "rankaware_optim.recipe._observations",
+        "rankaware_optim.calibration",
+    ),
+    "CALIBRATED_RATES": (  # which rates it finds
+        "SEARCH",
+        "rankaware_optim.laws",
+        "rankaware_optim.recipe._recipe",
+        "rankaware_optim.recipe._uncertainty",
+        "rankaware_optim.recipe._horizon",
+    ),
+}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -37,11 +51,13 @@ def depends_on(script: Path) -> tuple[str, ...]:
 
 
 def files(module: str) -> list[Path]:
-    """The file of a module, or all files of a package and its subpackages.
+    """The file of a module, or all files of a package and its subpackages, or those of a group's modules.
 
     Raises:
         FileNotFoundError: there is no such module.
     """
+    if module in GROUPS:
+        return [path for each in GROUPS[module] for path in files(each)]
     root = BENCHMARKS.parent if module.partition(".")[0] == "rankaware_optim" else BENCHMARKS
     path = root / module.replace(".", "/")
     found = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]

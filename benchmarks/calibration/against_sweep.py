@@ -48,13 +48,7 @@ DEPENDS_ON = (
     "calibration.against_sweep_scores",
     "calibration.against_sweep_page",
     "calibration.searches",
-    "rankaware_optim.laws",
-    "rankaware_optim.recipe._recipe",
-    "rankaware_optim.recipe._loss_model",
-    "rankaware_optim.recipe._observations",
-    "rankaware_optim.recipe._uncertainty",
-    "rankaware_optim.recipe._horizon",
-    "rankaware_optim.calibration",
+    "CALIBRATED_RATES",
 )
 DOMAINS = ("image_generation", "vision_classification")
 RUNS = RESULTS / "calibration_runs.jsonl"

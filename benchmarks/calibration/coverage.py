@@ -5,7 +5,7 @@
 
 A study tries ranks 4 and 64, with eight trials each and two paired seeds, by the package's plan, search and fit. Its
 runs are drawn around a known optimum. The bowls, seed offsets and noise are those of two committed sweeps
-(results/two_rates.json, one rate), read by `bowls_of`. So no bowl has the form that the fit assumes, and the cliffs are
+(`laws/two_rates.py`, one rate), read by `bowls_of`. So no bowl has the form that the fit assumes, and the cliffs are
 real. Half of the noise is smooth along the rate, since runs of one seed share their batches.
 
 The optimum at each rank is drawn in three ways: from the law; with a drift of +0.18 ± 0.07 octaves per octave; and
@@ -30,22 +30,14 @@ import torch
 from calibration.studies import STEPS, Simulated, searched
 from recording import RESULTS, machine, record, shown
 from scipy.interpolate import CubicSpline
+from study.runs_on_file import read
 
 from rankaware_optim import MuA, RankAwareWarning, Reference
 from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration.fit import Observation
 from rankaware_optim.laws import checked_multiplier
 
-DEPENDS_ON = (
-    "calibration.studies",
-    "rankaware_optim.laws",
-    "rankaware_optim.recipe._recipe",
-    "rankaware_optim.recipe._loss_model",
-    "rankaware_optim.recipe._observations",
-    "rankaware_optim.recipe._uncertainty",
-    "rankaware_optim.recipe._horizon",
-    "rankaware_optim.calibration",
-)
+DEPENDS_ON = ("calibration.studies", "CALIBRATED_RATES")
 TRIED, ASKED = (4, 64), (4, 16, 64, 256, None)  # None: full finetuning
 TRIALS, SEEDS = 8, (0, 1)  # trials a rank; the default seeds of `calibrate`
 SWEEPS = ("image_generation", "digits_vision")
@@ -61,7 +53,7 @@ BEYOND = 10.0  # octaves by which the bowls are continued beyond their grids
 LOST, HIGHEST = 1.3, 3.0  # gaps, shares of the gain: a run above the first is stopped; the second is the cap
 NOTES = (
     "Simulated calibrations, 1,000 of each truth: ranks 4 and 64, eight trials each, two paired seeds, by the "
-    "package's search and fit, on bowls, seed offsets, noise and cliffs of two real sweeps (two_rates.json: "
+    "package's search and fit, on bowls, seed offsets, noise and cliffs of two real sweeps (two_rates.md: "
     "image_generation and digits_vision, alternating). Ranks 16 and 256 and full finetuning are never tried. Octaves "
     "are of log2 rate; bias and error are of the band's middle, positive where too high. Regret is the share of the "
     "gain that the quoted rate loses; beside it what the band's middle would have lost. For full finetuning it is "
@@ -100,15 +92,18 @@ class Bowl:
         return float(min(BEND * math.sinh(max(bent + wild, 0.0)), 1.0 if u < 0 else HIGHEST))
 
 
-def bowls_of(sweep: Mapping[str, Any], domain: str) -> dict[int, Bowl]:
-    """A domain's bowl at each rank of a sweep, from the runs with one rate: octaves of rate, three seeds."""
-    start = sweep["starts"][domain]
-    runs = [run[2:] for run in sweep["runs"] if run[:2] == [domain, "one rate"]]
-    return {rank: _bowl([run[1:] for run in runs if run[0] == rank], start) for rank in sorted({r[0] for r in runs})}
+def bowls_of(domain: str) -> dict[int, Bowl]:
+    """A domain's bowl at each rank of the sweep of two_rates.py, from the runs with one rate: octaves, three seeds."""
+    start = json.loads((RESULTS / "two_rates.json").read_text())["starts"][domain]
+    arms: dict[int, dict[float, list[float]]] = {}
+    for job, loss in sorted(read(RESULTS / "two_rates.jsonl").items()):
+        if (job.domain, job.scheme) == (domain, "one rate") and loss is not None:
+            arms.setdefault(job.rank, {}).setdefault(job.x, []).append(loss)
+    return {rank: _bowl(arm, start) for rank, arm in arms.items()}
 
 
-def _bowl(runs: Sequence[tuple[float, int, float]], start: float) -> Bowl:
-    grid = {x: np.array([loss for at, _, loss in runs if at == x]) for x in sorted({x for x, _, _ in runs})}
+def _bowl(arm: Mapping[float, Sequence[float]], start: float) -> Bowl:
+    grid = {x: np.array(losses) for x, losses in arm.items()}
     best = min(losses.mean() for losses in grid.values())
     gaps = {x: (losses - best) / (start - best) for x, losses in grid.items()}
     near = np.array([g for g in gaps.values() if len(g) == 3 and g.mean() < NEAR])
@@ -265,8 +260,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(studies: int, seed: int, trials: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RankAwareWarning)  # extrapolations are asked for on purpose
-    sweep = json.loads((RESULTS / "two_rates.json").read_text())
-    bowls = [bowls_of(sweep, domain) for domain in SWEEPS]
+    bowls = list(map(bowls_of, SWEEPS))
     rows, everything = [], []
     for number, case in enumerate(CASES):
         found = []

@@ -12,7 +12,6 @@ that the quoted rate loses at ranks 4, 16 and 64.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from calibration.coverage import SCATTER, SEEDS, SWEEPS, TRIED, WIDTH, Bowl, World, bowls_of
 from calibration.studies import Simulated, searched
-from recording import RESULTS, machine, record, shown
+from recording import machine, record, shown
 
 from rankaware_optim import MuA, RankAwareWarning, Reference
 from rankaware_optim.calibration._schedule import Schedule, Task
@@ -33,16 +32,7 @@ from rankaware_optim.calibration._trials import Cell, Trials
 from rankaware_optim.calibration.fit import Trend
 from rankaware_optim.laws import checked_multiplier
 
-DEPENDS_ON = (
-    "calibration.surfaces",
-    "rankaware_optim.laws",
-    "rankaware_optim.recipe._recipe",
-    "rankaware_optim.recipe._loss_model",
-    "rankaware_optim.recipe._observations",
-    "rankaware_optim.recipe._uncertainty",
-    "rankaware_optim.recipe._horizon",
-    "rankaware_optim.calibration",
-)
+DEPENDS_ON = ("calibration.coverage", "calibration.studies", "CALIBRATED_RATES")
 LENGTHS, TARGETS, PRICE = (250, 1000), (4000, 8000), 2
 ASKED, GUESS_SD = (4, 16, 64), 1.0
 Moves = Callable[[np.random.Generator, float], float]  # octaves from the target's best rate
@@ -152,8 +142,7 @@ def row_of(plan: Plan, target: int, truth: str, found: Sequence[Mapping[str, Any
 def main(studies: int, seed: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RankAwareWarning)
-    sweep = json.loads((RESULTS / "two_rates.json").read_text())
-    bowls, rows = [bowls_of(sweep, domain) for domain in SWEEPS], []
+    bowls, rows = list(map(bowls_of, SWEEPS)), []
     for target in TARGETS:
         for truth, move in TRUTHS.items():
             for plan in PLANS:

@@ -55,16 +55,7 @@ from study.training import WARMUP, shape, train, trained
 import rankaware_optim as ra
 from rankaware_optim.calibration import seeded
 
-DEPENDS_ON = (
-    "calibration.searches",
-    "rankaware_optim.laws",
-    "rankaware_optim.recipe._recipe",
-    "rankaware_optim.recipe._loss_model",
-    "rankaware_optim.recipe._observations",
-    "rankaware_optim.recipe._uncertainty",
-    "rankaware_optim.recipe._horizon",
-    "rankaware_optim.calibration",
-)
+DEPENDS_ON = ("calibration.searches", "CALIBRATED_RATES")
 TASKS = (("language", 4), ("image_generation", 4), ("image_generation", 8))
 STORE, SEARCHES = RESULTS / "short_long", RESULTS / "short_long_searches.jsonl"
 SEEDS, LEFT_OUT, SEARCHED = 2, 2, 20  # of the oracle, of the score, and the first that searches draw

@@ -20,11 +20,7 @@ from recording import machine, record
 
 import rankaware_optim as ra
 
-DEPENDS_ON = (
-    "rankaware_optim.recipe._loss_model",
-    "rankaware_optim.recipe._observations",
-    "rankaware_optim.calibration",
-)
+DEPENDS_ON = ("made_up", "SEARCH")
 AT = (31, 100, 200, 400)
 BAR = (200, 50.0)  # at 200 trials, milliseconds a trial at most
 

@@ -1,8 +1,8 @@
 """Two rates, `MuA(split=True)`, against one rate and LoRA+ with ratio 16: each at its best, and moved from rank 16.
 
-    python benchmarks/laws/two_rates.py run --domain image_generation    # resumable; kept in ~/.cache/rankaware-optim
+    python benchmarks/laws/two_rates.py run --domain image_generation    # resumable
     python benchmarks/laws/two_rates.py run --domain digits_vision
-    python benchmarks/laws/two_rates.py table                            # results/two_rates.json, .md and .png
+    python benchmarks/laws/two_rates.py table                            # results/two_rates.md, .json and figures
 
 All schemes use LoRA by PEFT at Init[A] with alpha = rank, and AdamW with betas 0.9 and 0.999, weight decay 0.01,
 gradients clipped at norm 1, 5 % warm-up and cosine decay to a tenth. Heads have a fixed rate, the same in all schemes.
@@ -25,16 +25,16 @@ from recording import RESULTS, block, machine, made_on, number
 from study.best_rates import best_of, in_words
 from study.configurations import ADAMW, CLIP, TUNED, before_training, tuned_at
 from study.domains import Domain, DomainError, get_domain
-from study.domains._assets import CACHE
 from study.grids import Cell, Grid, Job, Losses, curve, losses_at, lowest
 from study.moving import octaves_by_role
-from study.runs_on_file import complete, rounded, whole
+from study.runs_on_file import complete, whole
+from study.suite import provenance
 from study.training import train
 
 from rankaware_optim import Constant, Law, LoRAPlus, MuA, RankAwareOptimizer
 from rankaware_optim.sweeps._bench import vertex_of
 
-DEPENDS_ON = ("study.grids", "rankaware_optim.laws", "rankaware_optim.optimizer")
+DEPENDS_ON = ("study.grids", "study.training", "rankaware_optim.laws", "rankaware_optim.optimizer")
 DOMAINS, SEEDS, CONFIG = ("image_generation", "digits_vision"), 3, "Init[A], s = 1"
 SCHEMES = {"one rate": MuA(), "two rates": MuA(split=True), "LoRA+ 16": LoRAPlus(16.0)}
 COARSE = {"one rate": range(-12, -3, 2), "two rates": range(-14, -3, 2), "LoRA+ 16": range(-16, -5, 2)}
@@ -46,7 +46,7 @@ NOTE = (
     "every rank. Octaves compare vertices of parabolas through the best three means, positive where too high. "
     "Recipe: AdamW 0.9 / 0.999, decay 0.01, clip 1, 5 % warm-up, cosine to a tenth; Init[A], alpha = rank."
 )
-STORE = CACHE / "two_rates.jsonl"
+STORE = RESULTS / "two_rates.jsonl"
 
 
 @click.group()
@@ -59,9 +59,7 @@ def main() -> None:
 @click.option("--workers", default=2, show_default=True)
 def run(name: str, workers: int) -> None:
     """Append every missing run of a domain to the store."""
-    domain = get_domain(name)
-    domain.warm()
-    complete(grid(domain), run_one, STORE, workers, click.echo)
+    complete(grid(get_domain(name)), run_one, STORE, workers, click.echo, provenance(name))
 
 
 def grid(*domains: Domain) -> Grid:
@@ -95,7 +93,7 @@ def table() -> None:
     on, starts = machine(1), {domain.name: before_training(domain, SEEDS) for domain in domains}
     rows = [row for domain in domains for row in rows_of(domain, done, starts[domain.name])]
     moves = [move for domain in domains for move in moves_of(domain, done)]
-    document = {"machine": on, "starts": starts, "rows": rows, "moves": moves, "runs": rounded(done)}
+    document = {"machine": on, "starts": starts, "rows": rows, "moves": moves}
     text = "\n\n".join([*page(domains, rows, moves, starts), made_on(on)]) + "\n"
     (RESULTS / "two_rates.json").write_text(json.dumps(document) + "\n")
     (RESULTS / "two_rates.md").write_text(text)

@@ -21,7 +21,7 @@ from ..errors import CalibrationError
 from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
-from ..recipe import CLEAR, TAIL, Recipe, height, noise_of, plain_setting, recent, usual_noise
+from ..recipe import CLEAR, TAIL, Recipe, best_fall, height, plain_setting, recent, usual_noise
 from ._comparison import built_with
 from ._distributed import Replicas
 from ._liveness import fail_dead_trials, is_awaited, keep_beating, new_owner, release, to_repeat
@@ -188,7 +188,7 @@ class Runner:
         """
         trials = self.study.trials().counted()
         seen = trials.observations()
-        gain = max([g for o in seen if math.isfinite(o.tail) and (g := o.start - o.tail) > 0], default=math.inf)
+        gain = best_fall(seen) or math.inf
         margin = max(gain / 2, CLEAR * usual_noise(seen))
         flat = trials.usual_height() + margin
         beside = trials.curve_beside(self._record.cell)
@@ -258,10 +258,6 @@ class Runner:
             tail=outcome.tail,
             returned=returned,
             stopped=stopped == "diverged",
-            first=outcome.curve[0],
-            noise=noise_of(outcome.curve),
-            steps=record.steps,
-            batch=record.batch,
         )
         self._write(replace(record, curve=outcome.curve, observation=seen))
         finite = math.isfinite(seen.value)

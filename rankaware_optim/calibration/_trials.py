@@ -108,9 +108,9 @@ class TrialRecord:
     def changes_since(self, before: TrialRecord) -> dict[str, Any]:
         """Return the user attributes that differ from `before`."""
         old, new = asdict(before), asdict(self)
-        for name in (*_TASK, "first", "noise"):
-            (new["observation"] or {}).pop(name, None)
-            (old["observation"] or {}).pop(name, None)
+        for kept in (old["observation"] or {}, new["observation"] or {}):
+            for name in (*_TASK, "first", "noise"):  # see `read`
+                kept.pop(name, None)
         return {name: new[name] for name in _ATTRIBUTES if new[name] != old[name]}
 
     @property

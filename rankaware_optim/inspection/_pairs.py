@@ -90,34 +90,32 @@ def _parameters_of(modules: Modules) -> Parameters:
 
 def pairs_of(modules: Modules) -> Iterator[Pair]:
     """Yield every pair by the first row that fits its owner, in the model's order. Tied ones occur for each owner."""
+    from torch import nn
+
     rows = conventions()
     firsts = {row.a for row in rows}
     for layer, module in modules:
         if not (firsts.isdisjoint(module._modules) and firsts.isdisjoint(module._parameters)):
             found: dict[tuple[int, int], Pair] = {}
+            members: dict[str, Any] = {**module._modules, **module._parameters}
+            dicts = {name: isinstance(own, (nn.ModuleDict, nn.ParameterDict)) for name, own in members.items()}
             for row in rows:
-                if all(hasattr(module, name) for name in row.where):
-                    first = _owned(module, row.a, row.container)
-                    second = _owned(module, row.b, row.container) if first else {}
+                fits = dicts.get(row.a) is dicts.get(row.b) is row.container
+                if fits and all(hasattr(module, name) for name in row.where):
+                    first, second = (_halves(members[name], name, row.container) for name in (row.a, row.b))
                     for adapter in filter(second.__contains__, first):
                         a, b = first[adapter], second[adapter]
                         found.setdefault((id(a.tensor), id(b.tensor)), Pair(module, layer, adapter, row, a, b))
             yield from found.values()
 
 
-def _owned(module: nn.Module, attribute: str, container: bool) -> dict[str, Half]:
-    """Return the tensors in `attribute` by adapter: a parameter, a module's weight, or a dict of these."""
+def _halves(member: Any, attribute: str, by_adapter: bool) -> dict[str, Half]:
+    """Return the tensors of a module's `attribute` by adapter: a parameter, a module's weight, or a dict of these."""
     import torch
-    from torch import nn
 
-    parameter = module._parameters.get(attribute)
-    member: Any = module._modules.get(attribute) if parameter is None else parameter
-    is_dict = isinstance(member, (nn.ModuleDict, nn.ParameterDict))
-    if member is None or is_dict is not container:
-        return {}
     halves: dict[str, Half] = {}
-    for key, value in member.items() if container else [("", member)]:
-        name = f"{attribute}.{key}" if container else attribute
+    for key, value in member.items() if by_adapter else [("", member)]:
+        name = f"{attribute}.{key}" if by_adapter else attribute
         if isinstance(value, torch.Tensor):
             halves[key] = Half(name, value)
         elif isinstance(getattr(value, "weight", None), torch.Tensor):

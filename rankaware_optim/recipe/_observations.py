@@ -121,12 +121,20 @@ def gain_of(good: Sequence[Observation]) -> float:
     If the scores were returned and are not comparable with the curve, it is the best score against a poor one.
     """
     values = np.array([o.value for o in good])
-    usual = usual_start(good)
-    fall = max((usual - o.tail for o in good if o.tail < o.start), default=0.0)
+    fall = best_fall(good)
     apart = float(np.median([abs(o.value - o.tail) for o in good]))
     if fall <= 0 or apart > fall / 2:
         fall = float(np.quantile(values, 0.75) - values.min())
     return max(fall, 1e-6 * (1.0 + abs(float(values.min()))))
+
+
+def best_fall(observations: Sequence[Observation]) -> float:
+    """Return how far the best curve fell from the usual start; 0 if none fell.
+
+    All runs start from the same model, so the median of their starts replaces a first value that is low by chance.
+    """
+    usual, fell = usual_start(observations), [o for o in observations if math.isfinite(o.tail) and o.tail < o.start]
+    return max([0.0, *(usual - o.tail for o in fell)])
 
 
 def usual_start(observations: Sequence[Observation]) -> float:

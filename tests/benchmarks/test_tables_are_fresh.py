@@ -143,6 +143,13 @@ def test_a_hash_is_of_the_script_and_of_what_it_names(code: Any, monkeypatch: py
     assert seen == [name for name in written if "unnamed" not in name]
 
 
+def test_a_group_stands_for_the_files_of_its_modules(code: Any) -> None:
+    """Groups may contain groups, and every name in them is that of a module."""
+    found = code.files("CALIBRATED_RATES")
+    assert {path for module in code.GROUPS["SEARCH"] for path in code.files(module)} < set(found)
+    assert all(path.is_file() for path in found)
+
+
 def test_a_module_that_is_not_there_is_said(code: Any) -> None:
     """A name in DEPENDS_ON that is no module ends the script with a sentence."""
     with pytest.raises(FileNotFoundError, match="Name one that is"):

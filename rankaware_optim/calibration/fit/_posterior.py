@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...recipe import CLEAR, Observation, Place, arms_of, bowls_of, gain_of, usual_noise, usual_start
+from ...recipe import CLEAR, Observation, Place, arms_of, best_fall, bowls_of, gain_of, usual_noise, usual_start
 from ._trend import NO_TREND, Trend
 
 Array = npt.NDArray[np.float64]
@@ -106,14 +106,11 @@ class Fit:
 def diverged(observations: Sequence[Observation]) -> list[bool]:
     """Return for each run whether it diverged: stopped as such, non-finite, or far above its start at the end.
 
-    Far means a quarter of the best gain, and more than the noise of the curves explains. All runs start from the same
-    model, so the median of their starts replaces a first value that is low by chance. If no run gained anything, ending
-    above the start by more than the noise is enough. This does not apply if scores were returned, because these may not
-    be comparable with the curve.
+    Far means a quarter of the best gain, and more than the noise of the curves explains. If no run gained anything,
+    ending above the start by more than the noise is enough. This does not apply if scores were returned, because these
+    may not be comparable with the curve.
     """
-    usual = usual_start(observations)
-    gains = [usual - o.tail for o in observations if math.isfinite(o.tail) and o.tail < o.start]
-    gain = max([g for g in gains if g > 0], default=0.0)
+    usual, gain = usual_start(observations), best_fall(observations)
     margin = max(_DIVERGED * gain, CLEAR * usual_noise(observations))
     return [
         o.stopped
