@@ -13,10 +13,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from ._trials import TrialRecord, Trials
-from .fit import Fit, Observation, Place, Prior, all_rose, below_cliff, diverged, gain_of
+from .fit import Fit, Observation, Place, Prior, below_cliff, diverged, gain_of, none_learned
 
 _STRIDE = 2.0  # octaves between the trials that bracket
-_UPWARDS = 3  # runs before the search turns downwards if all of them rose
+_UPWARDS = 3  # runs before the search turns downwards if none of them learned
 _CLEARLY = 0.25  # share of the gain by which a rate above the best is clearly worse
 # Offsets from the estimated optimum, octaves, in order. The low side is safer, since the loss rises faster above.
 _OFFSETS = ((0.5, -1.0, 1.25, -2.0), (0.0, -0.5, -1.5, 0.85))
@@ -116,14 +116,15 @@ def next_bracket(
     """Return the next rate of the outward search.
 
     None means that the optimum is bracketed: a clearly worse rate was seen above the best, and any rate below it.
-    The search continues upwards until the cliff is seen, since the loss is flat below it. If the losses of three
-    runs rose, though none as far as divergence, it continues downwards.
+    The search continues upwards until the cliff is seen, since the loss is flat below it. If three runs show no
+    learning beyond their noise, it continues downwards, to the end of the range.
     """
     if not seen:
         return start
     bad, good = diverged(seen), below_cliff(seen)
-    if not good or (len(seen) >= _UPWARDS and all_rose(good)):
-        return min(o.x for o in seen) - _STRIDE
+    below = min(o.x for o in seen) - _STRIDE
+    if not good or (len(seen) >= _UPWARDS and below >= low and none_learned(good)):
+        return below
     best = min(good, key=lambda o: o.value)
     margin = _CLEARLY * gain_of(good)
     worse = [o.x for o, b in zip(seen, bad, strict=True) if o.x > best.x and (b or o.value > best.value + margin)]

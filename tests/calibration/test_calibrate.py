@@ -645,6 +645,21 @@ def test_a_collapse_is_left_below_though_the_curve_hides_it(octaves):
     assert recipe.lr < 2.0**cliff
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_collapse_is_left_below_though_noise_hides_it(seed):
+    """Where no run differs from another by more than its noise, the search looks below its first rates too."""
+    cliff = BEST - 2.0
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        u, rng = math.log2(trial.lr) - cliff, np.random.default_rng([seed, trial.seed, trial.number])
+        for step in range(trial.steps):
+            learned = -1.0 if u > 0 and step else (1 - math.exp(-20 * step / trial.steps)) / (1 + 0.04 * (u + 2) ** 2)
+            yield 1.0 - 0.2 * learned + 0.1 * rng.standard_normal()
+
+    assert calibrate(train, trials=12, steps=100, seed=seed).lr < 2.0**cliff
+
+
 def test_where_every_run_diverges_there_is_no_recipe():
     """If no rate stays finite, the error says so and how many were tried, ever lower."""
     storage = optuna.storages.InMemoryStorage()

@@ -2,7 +2,7 @@
 
 from ...recipe import Observation, Place, gain_of
 from ._horizon_fit import horizon_of
-from ._posterior import Fit, Prior, all_rose, below_cliff, diverged, fit_observations, shrink
+from ._posterior import Fit, Prior, all_rose, below_cliff, diverged, fit_observations, none_learned, shrink
 from ._trend import Slope, Trend
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "diverged",
     "fit_observations",
     "gain_of",
+    "none_learned",
     "horizon_of",
     "shrink",
 ]

@@ -132,6 +132,16 @@ def all_rose(observations: Iterable[Observation]) -> bool:
     return all(o.tail > o.first + _ROSE * o.noise for o in observations)
 
 
+def none_learned(observations: Sequence[Observation]) -> bool:
+    """Return whether no run shows that it learned, beyond the noise of the curves.
+
+    A run shows it if its curve ended clearly below its first value, or clearly below another's end without a rise.
+    """
+    noise, highest = usual_noise(observations), max((o.tail for o in observations), default=0.0)
+    rise, apart = _ROSE * noise, CLEAR * noise
+    return not any(o.tail < max(o.first - rise, min(o.first + rise, highest - apart)) for o in observations)
+
+
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
     """Fit all trials together. Return None if no run stayed finite."""
     bad = diverged(observations)
