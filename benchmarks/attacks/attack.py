@@ -6,7 +6,7 @@
 
 PostgreSQL is attacked if RANKAWARE_POSTGRESQL holds the URL of a database that may be written to. An attack is run in
 pieces. Each piece has its own process, its own seed and a limit on its memory, and is appended to results/attack.jsonl
-when it ends. Pieces on file are not run again.
+when it ends, with the hash of the code. Pieces of this code that are on file are not run again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import click
 from attacks import adapter_files, checkpoints, exceptions, interrupts, journals, kills, recipes, sweeps
 from attacks.outcomes import FAILED, HELD, REFUSED, Attack
+from code_hash import code_of
 from recording import RESULTS, machine, record
 
 DEPENDS_ON = (
@@ -34,18 +35,20 @@ DEPENDS_ON = (
     "rankaware_optim.recipe._document",
     "rankaware_optim.recipe._schema",
     "rankaware_optim.optimizer",
-    "rankaware_optim.calibration",
+    "SEARCH",
     "rankaware_optim.sweeps",
 )
 MODULES = (kills, interrupts, exceptions, recipes, checkpoints, sweeps, journals, adapter_files)
 ATTACKS: dict[str, Attack] = {attack.name: attack for module in MODULES for attack in module.ATTACKS}
 FILE = RESULTS / "attack.jsonl"
+CODE = code_of(Path(__file__))
 FIRST_SEED = 20261200
 MEMORY = 8 * 2**30  # bytes that a piece may map
 NOTES = (
     "held: it went well, and what the attack's docstring asks for was true. refused: an error of ours, in printable "
     "words, with nothing changed. failed: any other exception, a loss, a tear, a rate that is not finite and positive, "
-    "or more than 5 s. The slowest in seconds.",
+    "or more than 5 s. The slowest in seconds. By this code: attempts by the code whose hash is below. The others are "
+    "older.",
     "A piece in which something failed was run again, with its seed, once that was fixed. In the run on file they are "
     "four pieces of damaged journals: two waited for another host's trial, two did not recognise the damage.",
 )
@@ -64,7 +67,7 @@ def main(only: str, workers: int, share: float, tables: bool, piece: tuple[str, 
         print(json.dumps(run_piece(ATTACKS[piece[0]], int(piece[1]), size)))
         return
     if not tables:
-        seen = {(row["attack"], row["seed"]) for row in on_file()}
+        seen = {key for key, row in on_file().items() if row.get("code") == CODE}
         todo = [work for work in pieces(share) if only in work[0].name and (work[0].name, work[1]) not in seen]
         with ThreadPoolExecutor(workers) as pool, FILE.open("a") as file:
             for row in pool.map(lambda work: in_process(*work), todo):
@@ -95,7 +98,7 @@ def in_process(attack: Attack, seed: int, size: int) -> dict[str, Any]:
             found = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         found["failures"] = [f"the process took more than {attack.patience:g} s"]
-    return {"attack": attack.name, "seed": seed, **found}
+    return {"attack": attack.name, "seed": seed, "code": CODE, **found}
 
 
 def run_piece(attack: Attack, seed: int, size: int) -> dict[str, Any]:
@@ -105,19 +108,22 @@ def run_piece(attack: Attack, seed: int, size: int) -> dict[str, Any]:
         return attack.run(seed, size, Path(folder)).as_dict()
 
 
-def on_file() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+def on_file() -> dict[tuple[str, int], dict[str, Any]]:
+    """The last run of every piece, by attack and seed."""
+    rows = [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+    return {(row["attack"], row["seed"]): row for row in rows}
 
 
 def write_table() -> None:
-    rows, failures = [], []
+    rows, failures, done = [], [], on_file()
     for name in ATTACKS:
-        mine = [row for row in on_file() if row["attack"] == name]
+        mine = [row for (attack, _), row in done.items() if attack == name]
         counts = sum((Counter(row["counts"]) for row in mine), Counter())
         failures += [f"{name}: {words}" for row in mine for words in row["failures"]]
         shown = {outcome: counts[outcome] for outcome in (HELD, REFUSED, FAILED)}
         slowest = max((row["slowest"] for row in mine), default=0.0)
-        rows.append({"attack": name, "attempts": counts.total(), **shown, "slowest s": slowest})
+        new = sum(sum(row["counts"].values()) for row in mine if row.get("code") == CODE)
+        rows.append({"attack": name, "attempts": counts.total(), "by this code": new, **shown, "slowest s": slowest})
     notes = [*NOTES, f"Seeds from {FIRST_SEED}, one a piece.", *failures[:40]]
     record("attack", "The package under attack", rows, machine(threads=1), notes)
 
