@@ -17,7 +17,7 @@ __all__ = [
     "diverged",
     "fit_observations",
     "gain_of",
-    "none_learned",
     "horizon_of",
+    "none_learned",
     "shrink",
 ]
