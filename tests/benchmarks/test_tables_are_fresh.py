@@ -23,7 +23,6 @@ BEFORE_HASHES = {
     "in_place.md",
     "survey_cost.md",
     "trainers.md",
-    "two_rates.md",
 }
 
 
