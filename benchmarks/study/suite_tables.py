@@ -54,8 +54,8 @@ SUMMED = (
     "finetuning's\" and LoRA+ tuned at every rank are full finetuning's own tuned rate. LoRA+ was swept in one "
     "configuration, alpha = rank at Init[A]; table (c) compares it with the others there. Ten times full finetuning's "
     "rate is a custom where alpha is kept: see Init[A], s = 1/r in table (c). A calibrated recipe moves no rate: it is "
-    "a search at the lowest and the highest rank (SmolLM2: 4 and 64) and three full runs, for a fifth of a sweep's "
-    "steps. Every search seed on file counts: the shipped recipe, and those in `recipes/` beside this page."
+    "a search at the lowest and the highest rank and three full runs, for a fifth of a sweep's steps. Every search "
+    "seed on file counts: the shipped recipe, and those in `recipes/` beside this page."
 )
 
 

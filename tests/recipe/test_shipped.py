@@ -12,7 +12,6 @@ import pytest
 from rankaware_optim import Recipe
 from rankaware_optim.calibration._study import _PRIORS
 from rankaware_optim.calibration.fit import Prior, diverged, fit_observations
-from rankaware_optim.calibration.fit._posterior import MODEL_ERROR
 from rankaware_optim.recipe._plot_data import _observations, _trials, picture_of
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -25,9 +24,9 @@ HASHES = {
     "language-a-inverse-rank": "8f0fab87d4af",
     "language-a": "fad6e371e4a5",
     "language-b": "64116bb1a829",
-    "language-smollm2-a-inverse-rank": "4da13b55bfc1",
-    "language-smollm2-a": "6b5c12e6ca0f",
-    "language-smollm2-b": "486d2486420a",
+    "language-smollm2-a-inverse-rank": "5c038c2dfd1f",
+    "language-smollm2-a": "16d329b790e2",
+    "language-smollm2-b": "e27a9dfc804d",
     "reinforcement-a-inverse-rank": "bede8e09e324",
     "reinforcement-a": "6810a4f435a0",
     "reinforcement-b": "1f490d50af52",
@@ -41,9 +40,6 @@ HASHES = {
     "vision-language-a": "173e4b5fb738",
     "vision-language-b": "b971ee1f0a5d",
 }
-
-# Fitted with narrower priors of full finetuning and of a rank's scatter.
-OLDER = ("language-smollm2-a-inverse-rank", "language-smollm2-a", "language-smollm2-b")
 
 
 @pytest.fixture(params=HASHES)
@@ -68,9 +64,7 @@ def test_the_picture_is_drawn_from_what_the_fit_saw(shipped):
     seen, pivot, at_b = [o for o, _ in pairs], shipped.law.pivot, shipped.reference.init == "B"
     reach = math.log2(shipped.full_fan_in / pivot) if at_b else 0.0
     (_, drift_sd), (_, full_sd) = _PRIORS[shipped.reference.init]
-    full_sd, scatter = (0.4, 0.1) if shipped.name in OLDER else (full_sd, MODEL_ERROR)
-    prior = Prior(drift_sd, full_sd, pivot, reach, scatter=scatter)
-    fit = fit_observations(seen, prior)
+    fit = fit_observations(seen, Prior(drift_sd, full_sd, pivot, reach))
     shift = fit.mean[1] * math.log2(shipped.reference.rank / pivot)
     pruned_last = [sorted(points, key=lambda p: p.fate == "pruned") for points in _trials(at_base).values()]
     fates = [point.fate for points in pruned_last for point in points]
