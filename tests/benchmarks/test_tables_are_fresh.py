@@ -21,7 +21,6 @@ MARK = re.compile(r"(benchmarks/[\w/]+\.py)@([0-9a-f]{12})")
 BEFORE_HASHES = {
     "in_place.md",
     "survey_cost.md",
-    "trainers.md",
 }
 
 
