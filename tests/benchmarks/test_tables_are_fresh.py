@@ -16,13 +16,6 @@ RESULTS = BENCHMARKS / "results"
 PAGES = sorted(str(path.relative_to(RESULTS)) for path in RESULTS.rglob("*.md"))
 MARK = re.compile(r"(benchmarks/[\w/]+\.py)@([0-9a-f]{12})")
 
-# Their age is unknown: they were made before tables carried a hash. This list only shrinks: a table that is made again
-# has one, and leaves it.
-BEFORE_HASHES = {
-    "in_place.md",
-    "survey_cost.md",
-}
-
 
 @pytest.fixture
 def code(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -34,18 +27,10 @@ def code(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_table_is_no_older_than_its_code(code: Any, page: str) -> None:
     """The hash that a table carries is that of its script and of what the script names, as they are now."""
     marks = set(MARK.findall((RESULTS / page).read_text()))
-    if page in BEFORE_HASHES:
-        assert not marks, f"{page} has a hash: take it off BEFORE_HASHES."
-        return
     assert marks, f"{page} carries no hash: make it again by its command, whose `machine()` has one."
     for script, found in marks:
         now = code.code_of(BENCHMARKS.parent / script)
         assert now == f"{script}@{found}", f"{page} is older than its code: make it again by its command."
-
-
-def test_the_list_of_unknown_tables_names_tables() -> None:
-    """What was taken off the results is taken off the list too."""
-    assert set(PAGES) >= BEFORE_HASHES
 
 
 SCRIPTS = [
