@@ -1,6 +1,6 @@
 """Does the code as it is find the rates of the searches on file? Some of them are made again.
 
-    python benchmarks/calibration/again.py    # results/again.json and .md, ten minutes
+    python benchmarks/calibration/searches_again.py    # results/searches_again.json and .md, ten minutes
 
 The searches of against_sweep.py and short_long.py take hours, so they may be older than the code. Here one of `EVERY`
 calibrations is made again, with its seeds. Where the rates are equal, no change of the code since then touched it. The
@@ -35,15 +35,14 @@ def main(workers: int) -> None:
     on, spawn = machine(1), get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         rows = list(pool.map(row_of, on_file()))
-    record("again", "Searches on file, made again", rows, on, NOTES)
+    record("searches_again", "Searches on file, made again", rows, on, NOTES)
 
 
 def on_file() -> list[dict[str, Any]]:
     """One of `EVERY` calibrations."""
     plain = (searches.TPE, searches.RANGE_TEST, short_long.TPE, short_long.A_FIFTH)
-    return [row for row in (*against_sweep_scores.on_file(), *short_long.on_file()) if row["plan"] not in plain][
-        ::EVERY
-    ]
+    searches_made = (*against_sweep_scores.on_file(), *short_long.on_file())
+    return [row for row in searches_made if row["plan"] not in plain][::EVERY]
 
 
 def row_of(row: dict[str, Any]) -> dict[str, Any]:
