@@ -57,7 +57,7 @@ NOTES = (
 @click.command()
 @click.option("--only", default="", help="Run the attacks whose name has this word.")
 @click.option("--workers", default=2, show_default=True)
-@click.option("--share", default=1.0, show_default=True, help="Share of every attack's attempts to run.")
+@click.option("--share", default=1.0, show_default=True, help="Share of every attack's pieces to run, at least one.")
 @click.option("--tables", is_flag=True, help="Write the page from the results on file.")
 @click.option("--piece", nargs=2, type=str, hidden=True, help="An attack and a seed: run one piece, print JSON.")
 @click.option("--size", type=int, hidden=True)
@@ -80,9 +80,9 @@ def pieces(share: float) -> list[tuple[Attack, int, int]]:
     """Every piece as (attack, seed, number of attempts)."""
     made = []
     for attack in ATTACKS.values():
-        total = max(1, round(share * attack.total))
-        sizes = [min(attack.piece, total - done) for done in range(0, total, attack.piece)]
-        made += [(attack, FIRST_SEED + number, size) for number, size in enumerate(sizes)]
+        sizes = [min(attack.piece, attack.total - done) for done in range(0, attack.total, attack.piece)]
+        chosen = sizes[: max(1, round(share * len(sizes)))]
+        made += [(attack, FIRST_SEED + number, size) for number, size in enumerate(chosen)]
     return made
 
 
