@@ -46,12 +46,12 @@ def check_loadable(
     """
     for group in fitted["param_groups"]:
         check_product(group, CheckpointError)
-    if not native.step.__module__.startswith("torch.optim"):
+    if not _is_torchs(native):
         _check_odd_shapes(native, defaults, groups, fitted)
         return
-    layout = {"state": {}, "param_groups": fitted["param_groups"]}
+    loaded = fitted["param_groups"]
     try:
-        made = _stepped(native, defaults, groups, _small, layout)
+        made = _stepped(native, defaults, groups, _small, loaded)
     except Exception as error:
         try:
             _stepped(native, defaults, groups, _small)
@@ -63,9 +63,13 @@ def check_loadable(
         for (name, param, key, saved), own in zip(_matched(groups, fitted), made, strict=True)
     }
     try:
-        _stepped(native, defaults, groups, _small, {**layout, "state": {k: v for k, v in state.items() if v}})
+        _stepped(native, defaults, groups, _small, loaded, {k: v for k, v in state.items() if v})
     except Exception as error:
         raise CheckpointError(f"No step can be taken with the checkpoint's state: {error!r}.", _CURE) from error
+
+
+def _is_torchs(native: type[Optimizer]) -> bool:
+    return native.step.__module__.startswith("torch.optim")
 
 
 def _matched(groups: Sequence[Group], fitted: Mapping[str, Any]) -> list[Matched]:
@@ -85,11 +89,20 @@ def _stepped(
     defaults: Mapping[str, Any],
     groups: Sequence[Group],
     shape_of: Callable[[Shape], Shape],
-    checkpoint: Mapping[str, Any] | None = None,
+    loaded: Sequence[Group] | None = None,
+    state: Mapping[Any, Any] | None = None,
 ) -> list[Mapping[str, Any]]:
     """Take two steps with stand-ins for the parameters of `groups`, in a new optimizer, and return its state.
 
     No hooks run. Errors of the load or the step are passed on.
+
+    Args:
+        native: the optimizer class.
+        defaults: the optimizer's defaults.
+        groups: its groups.
+        shape_of: the shape of a parameter's stand-in.
+        loaded: a checkpoint's groups, which are loaded.
+        state: a checkpoint's state, which is loaded with them; None for that of an optimizer newly built.
 
     Raises:
         ArithmeticError: the step does not give finite numbers.
@@ -99,8 +112,10 @@ def _stepped(
     made = native.__new__(native)
     own = [{"params": each, **group} for each, group in zip(params, settings, strict=True)]
     made.__setstate__({"defaults": dict(defaults), "state": defaultdict(dict), "param_groups": own})
-    if checkpoint is not None:
-        native.load_state_dict(made, dict(checkpoint))
+    if loaded is not None:
+        native.load_state_dict(made, {"state": state or {}, "param_groups": loaded})
+    if state is None and _is_torchs(native):  # Adagrad of torch 2.6 makes its state when it is built
+        made.state.update(native(own).state)
     stood = [param for each in params for param in each]
     for param in stood:
         param.grad = torch.ones_like(param)

@@ -40,6 +40,15 @@ class EightBit(torch.optim.Optimizer):
                 param -= group["lr"] * mean.sign()
 
 
+class StateWhenBuilt(torch.optim.Adagrad):
+    """Adagrad of older versions of torch: it makes its state when it is built, and a step without state fails."""
+
+    def _init_group(self, group, *lists):
+        for param in group["params"]:
+            self.state[param]["sum"]
+        return super()._init_group(group, *lists)
+
+
 class Preconditioned(torch.optim.Optimizer):
     """A square matrix beside each parameter, and a scale per row: state of shapes that are no parameter's."""
 
@@ -62,6 +71,7 @@ KINDS = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
     "sgd-fused": (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
     "adagrad-fused": (torch.optim.Adagrad, {"fused": True}),
+    "state when built": (StateWhenBuilt, {"fused": True}),
     "adafactor": (torch.optim.Adafactor, {}),
     "eight bits": (EightBit, {}),
 }
