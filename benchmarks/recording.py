@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,18 @@ def made_on(on: Mapping[str, Any]) -> str:
 def written_by(on: Mapping[str, Any]) -> str:
     """The code and the command only, for pages whose runs name their own machines."""
     return f"Code: {on['code']}.\n\nCommand: `{on['command']}`"
+
+
+def made_with(machines: Iterable[Mapping[str, Any]]) -> str:
+    """The machines of runs in words, each once, and the hashes of their networks."""
+    listed = list(machines)
+    each = {
+        ", ".join(f"{key} {value}" for key, value in one.items() if key != "weights" and value is not None)
+        for one in listed
+    }
+    weights = ", ".join(dict.fromkeys(str(one["weights"]) for one in listed if "weights" in one))
+    on = "; ".join(sorted(each)) or "not noted"
+    return f"Machine: {on}." + (f" Networks: {weights}." if weights else "")
 
 
 def shown(value: object) -> str:

@@ -37,11 +37,11 @@ from calibration.against_sweep_scores import (
     tuned_once,
 )
 from calibration.searches import WARMUP, Search, searched
-from recording import RESULTS, machine, made_on
+from recording import RESULTS, machine
 from study.configurations import run_at, start_of, starts
 from study.domains import Domain, get_domain
 from study.grids import Listed
-from study.runs_on_file import complete, read
+from study.runs_on_file import complete, made_by, read
 from study.suite import provenance
 
 DEPENDS_ON = (
@@ -108,7 +108,7 @@ def table() -> None:
     ]
     missing += [f"Not run yet: the searches of {name}." for name in DOMAINS if name not in left]
     bars, *rest = page(domains, scores, start, done)
-    parts = ["# Calibration against the sweep", __doc__ or "", *missing, bars, *rest, *figures, made_on(on)]
+    parts = ["# Calibration against the sweep", __doc__ or "", *missing, bars, *rest, *figures, made_by(on, RUNS)]
     (RESULTS / "calibration.md").write_text("\n\n".join(parts) + "\n")
     click.echo("\n\n".join([*missing, bars]))
 

@@ -20,6 +20,9 @@ seed 2, which nothing has seen:
 
     regret = (loss at a rate − loss at the oracle's rate) / (loss before training − loss at the oracle's rate)
 
+The noise floor is what the rate that is best on one seed of the oracle loses on its other seed, in the mean of both. A
+smaller regret says nothing.
+
 **Rules**, committed before any run. Short and long meets the bar where its regret is 5 % at worst and .5 % in the
 median, over all tasks, configurations and ranks, and its 90 % bands hold 85 to 95 % of the oracle's best rates (the
 parabola through the best three). Constants are not changed after the first search; a task added later
@@ -42,20 +45,21 @@ import click
 import optuna
 import torch
 from calibration.searches import Spent, by_arm, clocked, rate_of, recipe_of, scored
-from recording import RESULTS, block, machine, made_on, percent
+from recording import RESULTS, block, machine, percent
 from study.best_rates import best_rate
-from study.configurations import CLIP, CONFIGS, TUNED, built, optimizer, run_in, start_of, starts
+from study.configurations import CLIP, CONFIGS, START, TUNED, built, optimizer, run_in, start_of, starts
 from study.domains import Domain, get_domain, names
 from study.grids import FULL, Cell, Job, Listed, Losses, Together, curve, lowest, or_inf
 from study.optima import best_rates
-from study.runs_on_file import complete, read
+from study.regret import FLOOR, noise_floor
+from study.runs_on_file import complete, machines, made_by, read
 from study.suite import STORES, provenance
 from study.training import WARMUP, shape, train, trained
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import seeded
 
-DEPENDS_ON = ("calibration.searches", "CALIBRATED_RATES")
+DEPENDS_ON = ("calibration.searches", "study.regret", "CALIBRATED_RATES")
 TASKS = (("language", 4), ("image_generation", 4), ("image_generation", 8))
 STORE, SEARCHES = RESULTS / "short_long", RESULTS / "short_long_searches.jsonl"
 SEEDS, LEFT_OUT, SEARCHED = 2, 2, 20  # of the oracle, of the score, and the first that searches draw
@@ -256,7 +260,10 @@ def picks(task: Task) -> Iterator[tuple[Cell, float, dict[str, Any]]]:
 
 
 class Score(NamedTuple):
-    """A plan at a rank: its regret on the seed left out, and whether its band holds the oracle's best rate."""
+    """A plan at a rank: its regret on the seed left out, and whether its band holds the oracle's best rate.
+
+    The noise floor is listed with the plans.
+    """
 
     task: Task
     config: str
@@ -270,6 +277,11 @@ def scores(task: Task) -> Iterator[Score]:
     """Every plan at every rank whose runs are on file."""
     done = read(STORE / f"{task.name}.jsonl")
     start = start_of(task.name, done) if done else math.nan
+    oracle = {job: loss for job, loss in done.items() if job.seed != LEFT_OUT or job.scheme == START}
+    for config in CONFIGS:
+        for rank in (*task.ranks, FULL):
+            if (floor := noise_floor(oracle, task.cell(config, rank))) is not None:
+                yield Score(task, config, FLOOR, rank, floor, None)
     for cell, x, row in picks(task):
         means, job = curve(done, cell, SEEDS), Job(*cell, x, LEFT_OUT)
         if not means or job not in done or Job(*cell, lowest(means), LEFT_OUT) not in done:
@@ -292,14 +304,27 @@ def table() -> None:
     for task in tasks:
         title = f"{task.name}, {task.times} times the steps"
         if any(score.task == task for score in found):
-            parts.append(block(title, HEADS, [*rows(task, found)]))
+            parts += [block(title, HEADS, [*rows(task, found)]), provenance_of(task)]
         else:
             parts.append(f"## {title}\n\nNot scored yet.")
     on = machine(1)
-    (RESULTS / "short_long.md").write_text("\n\n".join([*parts, made_on(on)]) + "\n")
+    (RESULTS / "short_long.md").write_text("\n\n".join([*parts, made_by(on, *sorted(STORE.glob("*.jsonl")))]) + "\n")
     document = {"machine": on, "scores": [score._asdict() for score in found]}
     (RESULTS / "short_long.json").write_text(json.dumps(document) + "\n")
     click.echo("\n\n".join(parts[2:]))
+
+
+def provenance_of(task: Task) -> str:
+    """The losses that regret is a share of, and which pretrained networks were searched and trained."""
+    store = STORE / f"{task.name}.jsonl"
+    done, by_row = read(store), [row["weights"] for row in on_file() if (row["name"], row["times"]) == task]
+    at_best = [min(means.values()) for cell in task.cells if (means := curve(done, cell, SEEDS))]
+    searched_on, trained_on = sorted(set(by_row)), sorted({each["weights"] for each in machines(store)})
+    return (
+        f"Loss before training {start_of(task.name, done):.3f}, at the oracle's rates {min(at_best):.3f} to "
+        f"{max(at_best):.3f}. Pretrained network, by its hash: {', '.join(searched_on)} in the searches, "
+        f"{', '.join(trained_on)} in the runs of this task at any length."
+    )
 
 
 HEADS = ("configuration", "plan", "lowest rank", "16", "highest", "full", "bands that hold")
@@ -308,7 +333,7 @@ HEADS = ("configuration", "plan", "lowest rank", "16", "highest", "full", "bands
 def rows(task: Task, found: list[Score]) -> Iterator[list[str]]:
     """A line a configuration and plan; a dash where a run is missing."""
     for config in CONFIGS:
-        for plan in PLANS:
+        for plan in (FLOOR, *PLANS):
             mine: Mapping[int, Score] = {s.rank: s for s in found if (s.task, s.config, s.plan) == (task, config, plan)}
             cells = [percent(mine[rank].regret) if rank in mine else "–" for rank in (*task.ranks, FULL)]
             yield [config, plan, *cells, holding(mine.values())]
@@ -316,7 +341,7 @@ def rows(task: Task, found: list[Score]) -> Iterator[list[str]]:
 
 def by_plan(found: list[Score]) -> Iterator[list[str]]:
     """A line a plan, over all tasks, configurations and ranks."""
-    for plan in PLANS:
+    for plan in (FLOOR, *PLANS):
         mine = [score for score in found if score.plan == plan]
         if regrets := [s.regret for s in mine]:
             figures = [percent(max(regrets)), percent(statistics.median(regrets))]

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from gpu.setup import Setup, made_with
-from recording import RESULTS, block
+from gpu.setup import Setup
+from recording import RESULTS, block, made_with
 
 ROOT = RESULTS.parents[1]
 TESTS, STORE = ROOT / "tests" / "environments" / "cuda", "tests.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -100,14 +100,3 @@ def rows_in(store: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:
             continue
-
-
-def made_with(machines: Iterable[Mapping[str, Any]]) -> str:
-    """The machines of runs in words, each once, and the hashes of their networks."""
-    listed = list(machines)
-    each = {
-        ", ".join(f"{key} {value}" for key, value in one.items() if key != "weights" and value is not None)
-        for one in listed
-    }
-    weights = dict.fromkeys(str(one["weights"]) for one in listed if "weights" in one)
-    return f"Machine: {'; '.join(sorted(each))}." + (f" Networks: {', '.join(weights)}." if weights else "")

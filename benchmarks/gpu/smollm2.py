@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import click
 import torch
-from gpu.setup import Boxed, Setup, made_with
+from gpu.setup import Boxed, Setup
 from gpu.width import SMALLEST, domain_of
-from recording import block
+from recording import block, made_with
 from study.configurations import CONFIGS, run_in, starts
 from study.domains import Domain, get_domain
 from study.grids import Job, Listed, Losses, Wanting

@@ -15,9 +15,9 @@ from typing import Any
 import click
 import torch
 from costs.step_cost import LAYOUTS, SETTINGS, Step, contestants, measure_pairs, milliseconds
-from gpu.setup import Setup, append, made_with, rows_in
+from gpu.setup import Setup, append, rows_in
 from llama_shapes import LLAMA_8B, LLAMA_8B_EIGHTH, adapters
-from recording import block, number
+from recording import block, made_with, number
 from torch import nn
 from torch.optim import AdamW
 

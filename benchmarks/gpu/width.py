@@ -55,10 +55,10 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from gpu.setup import Boxed, Setup, made_with
+from gpu.setup import Boxed, Setup
 from laws.one_constant import AT_B, SOURCE, Around, estimate
 from laws.width import WHICH, Found, alone, by_law, noise, rates_of, rms
-from recording import block, number
+from recording import block, made_with, number
 from study.configurations import START, run_in, start_of, starts
 from study.domains import Domain, language
 from study.domains._adapters import adapt

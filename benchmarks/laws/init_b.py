@@ -48,14 +48,14 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from recording import RESULTS, block, machine, made_on, number
+from recording import RESULTS, block, machine, number
 from study.best_rates import best_rate, slope
 from study.configurations import built, run_in, start_of, starts
 from study.domains import Domain, get_domain, names
 from study.grids import Cell, Grid, Job, Losses, curve, curves_by_seed
 from study.moving import octaves
 from study.optima import best_rates
-from study.runs_on_file import complete, read
+from study.runs_on_file import complete, made_by, read
 from study.suite import STORES, finished
 
 from rankaware_optim import Falling, MuA
@@ -246,7 +246,7 @@ def table() -> None:
             ["domain", "no fall", *(f"r₀ = {knee:g}" for knee in KNEES)],
             list(knee_rows()),
         ),
-        made_on(on),
+        made_by(on, RUNS),
     ]
     (RESULTS / "init_b.md").write_text("\n\n".join(parts) + "\n")
     (RESULTS / "init_b.json").write_text(json.dumps({"machine": on, "rows": rows}) + "\n")

@@ -45,14 +45,14 @@ from typing import Any, NamedTuple
 
 import click
 from laws.loss_figure import draw
-from recording import RESULTS, block, machine, made_on, number, percent
+from recording import RESULTS, block, machine, number, percent
 from study.best_rates import best_of, in_words
 from study.configurations import START, start_of, starts
 from study.domains import DomainError, get_domain
 from study.grids import Cell, Grid, Job, Losses, Wanting, curve, curves_by_seed, lowest
 from study.optima import seeds_in
 from study.regret import lost
-from study.runs_on_file import complete, machines, rounded, whole
+from study.runs_on_file import complete, made_by, rounded, whole
 from study.suite import provenance
 from study.training import train
 
@@ -289,7 +289,7 @@ def table() -> None:
     rows = [{**dict(zip(("network", "scheme", "rank"), cell, strict=True)), **row} for cell, row in bests.items()]
     finite = [{**move, "lost": move["lost"] if math.isfinite(move["lost"]) else None} for move in moves]
     document = {"machine": on, "best": rows, "moves": finite, "runs": rounded(done)}
-    text = "\n\n".join([*page(done, bests, moves), made_on(on)]) + "\n"
+    text = "\n\n".join([*page(done, bests, moves), made_by(on, STORE)]) + "\n"
     (RESULTS / "law_check.json").write_text(json.dumps(document) + "\n")
     (RESULTS / "law_check.md").write_text(text)
     for network, path in ((EARLIER, "law_check.png"), (DOMAIN, "law_check_ranks.png")):
@@ -339,8 +339,6 @@ def page(done: Losses, bests: Mapping[Cell, dict[str, Any]], moves: Moves) -> It
         yield block(f"{title}: share of the attainable gain lost", heads[:2] + heads[3:], list(lost_rows(mine)))
         yield block(f"{title}: best rates (loss before training {start:.3f})", OPTIMA, optima)
         yield f"![Held-out loss of seed 0 against log2 rate]({picture}.png)"
-    for on in machines(STORE):
-        yield f"Runs made on: {', '.join(f'{key} {value}' for key, value in on.items())}."
 
 
 def score_rows(family: str, names: Sequence[str], moves: Moves, floors: Floors) -> Iterator[list[str]]:

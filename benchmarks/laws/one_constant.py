@@ -55,13 +55,13 @@ from functools import cache
 from typing import NamedTuple
 
 import click
-from recording import RESULTS, block, machine, made_on, number, percent
+from recording import RESULTS, block, machine, number, percent
 from study.configurations import CLIP, CONFIGS, built, optimizer, start_of, starts
 from study.domains import Domain, get_domain
 from study.grids import FULL, Job, Losses, Together, curve, losses_at, lowest, or_inf
 from study.optima import best_rates, cliff_of, crossing
 from study.regret import noise_floor, share_lost
-from study.runs_on_file import complete, read
+from study.runs_on_file import complete, made_by, read
 from study.suite import STORES, provenance
 from study.training import WARMUP, train
 
@@ -311,7 +311,7 @@ def table() -> None:
         block("Octaves an octave of batch or steps, by the middle", EXPONENT_HEADS, list(exponent_rows(found))),
         block("Best rates, log2", RATE_HEADS, list(rate_rows(found))),
         "**" + (__doc__ or "").partition("\n\n**")[2].strip(),
-        made_on(on),
+        made_by(on, *sorted(STORE.glob("*.jsonl"))),
     ]
     rows = [
         {"domain": domain, "configuration": config, "task": arm, "middle": each.middle, "cliff": each.cliff}

@@ -21,13 +21,13 @@ from typing import Any
 
 import click
 from laws.loss_figure import draw
-from recording import RESULTS, block, machine, made_on, number
+from recording import RESULTS, block, machine, number
 from study.best_rates import best_of, in_words
 from study.configurations import ADAMW, CLIP, TUNED, before_training, tuned_at
 from study.domains import Domain, DomainError, get_domain
 from study.grids import Cell, Grid, Job, Losses, curve, losses_at, lowest
 from study.moving import octaves_by_role
-from study.runs_on_file import complete, whole
+from study.runs_on_file import complete, made_by, whole
 from study.suite import provenance
 from study.training import train
 
@@ -94,7 +94,7 @@ def table() -> None:
     rows = [row for domain in domains for row in rows_of(domain, done, starts[domain.name])]
     moves = [move for domain in domains for move in moves_of(domain, done)]
     document = {"machine": on, "starts": starts, "rows": rows, "moves": moves}
-    text = "\n\n".join([*page(domains, rows, moves, starts), made_on(on)]) + "\n"
+    text = "\n\n".join([*page(domains, rows, moves, starts), made_by(on, STORE)]) + "\n"
     (RESULTS / "two_rates.json").write_text(json.dumps(document) + "\n")
     (RESULTS / "two_rates.md").write_text(text)
     for domain in domains:

@@ -60,14 +60,14 @@ from typing import Any, NamedTuple
 import click
 import torch
 from laws.one_constant import AT_B, SOURCE, Around, Estimate, constant_at, estimate, rate_for
-from recording import RESULTS, block, machine, made_on, number
+from recording import RESULTS, block, machine, number
 from study.best_rates import slope
 from study.configurations import START, run_in, start_of, starts
 from study.domains import Domain, _dit, _llama, image_generation, language
 from study.domains._adapters import adapt
 from study.grids import FULL, Cell, Job, Losses, Together
 from study.optima import best_rates
-from study.runs_on_file import complete, read
+from study.runs_on_file import complete, made_by, read
 from study.suite import STORES, provenance
 from study.training import WARMUP
 
@@ -440,7 +440,7 @@ def table() -> None:
         block("Another MLP at hidden width 192: octaves from the usual", SHIFT_HEADS, list(shift_rows(by))),
         block("Full finetuning predicted from Init[A]: mean error ± sd", LEVEL_HEADS, list(level_rows(by))),
         "**" + (__doc__ or "").partition("\n\n**")[2].strip(),
-        made_on(on),
+        made_by(on, *sorted(STORE.glob("*.jsonl"))),
     ]
     rows = [row_of(key, each) for key, each in found.items()]
     document = {"machine": on, "verdict": verdict, "rows": rows}

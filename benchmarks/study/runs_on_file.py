@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from recording import made_with, written_by
 from study.domains import DomainError
 from study.grids import Job, Losses, Wanting
 
@@ -38,6 +39,11 @@ def read(store: Path) -> dict[Job, float | None]:
 def machines(store: Path) -> list[dict[str, Any]]:
     """The machines that made the runs on file, as far as they were noted."""
     return [row["machine"] for row in _rows(store) if "machine" in row]
+
+
+def made_by(on: Mapping[str, Any], *stores: Path) -> str:
+    """The machines and networks of the runs on file, then the code and the command of their page."""
+    return f"{made_with(each for store in stores for each in machines(store))}\n\n{written_by(on)}"
 
 
 def _rows(store: Path) -> Iterator[dict[str, Any]]:
