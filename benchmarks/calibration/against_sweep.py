@@ -37,7 +37,7 @@ from calibration.against_sweep_scores import (
     tuned_once,
 )
 from calibration.searches import WARMUP, Search, searched
-from recording import RESULTS, machine
+from recording import RESULTS, machine, searched_with
 from study.configurations import run_at, start_of, starts
 from study.domains import Domain, get_domain
 from study.grids import Listed
@@ -108,7 +108,8 @@ def table() -> None:
     ]
     missing += [f"Not run yet: the searches of {name}." for name in DOMAINS if name not in left]
     bars, *rest = page(domains, scores, start, done)
-    parts = ["# Calibration against the sweep", __doc__ or "", *missing, bars, *rest, *figures, made_by(on, RUNS)]
+    parts = ["# Calibration against the sweep", __doc__ or "", *missing, bars, *rest, *figures]
+    parts += [searched_with(on_file()), made_by(on, RUNS)]
     (RESULTS / "calibration.md").write_text("\n\n".join(parts) + "\n")
     click.echo("\n\n".join([*missing, bars]))
 

@@ -45,7 +45,7 @@ import click
 import optuna
 import torch
 from calibration.searches import Spent, by_arm, clocked, rate_of, recipe_of, scored
-from recording import RESULTS, block, machine, percent
+from recording import RESULTS, block, machine, percent, searched_with
 from study.best_rates import best_rate
 from study.configurations import CLIP, CONFIGS, START, TUNED, built, optimizer, run_in, start_of, starts
 from study.domains import Domain, get_domain, names
@@ -315,15 +315,14 @@ def table() -> None:
 
 
 def provenance_of(task: Task) -> str:
-    """The losses that regret is a share of, and which pretrained networks were searched and trained."""
+    """The losses that regret is a share of, and the commits and networks of searches and runs."""
     store = STORE / f"{task.name}.jsonl"
-    done, by_row = read(store), [row["weights"] for row in on_file() if (row["name"], row["times"]) == task]
+    done, rows = read(store), [row for row in on_file() if (row["name"], row["times"]) == task]
     at_best = [min(means.values()) for cell in task.cells if (means := curve(done, cell, SEEDS))]
-    searched_on, trained_on = sorted(set(by_row)), sorted({each["weights"] for each in machines(store)})
+    networks = ", ".join(sorted({each["weights"] for each in machines(store)}))
     return (
         f"Loss before training {start_of(task.name, done):.3f}, at the oracle's rates {min(at_best):.3f} to "
-        f"{max(at_best):.3f}. Pretrained network, by its hash: {', '.join(searched_on)} in the searches, "
-        f"{', '.join(trained_on)} in the runs of this task at any length."
+        f"{max(at_best):.3f}. {searched_with(rows)} Networks of this task's runs, of any length: {networks}."
     )
 
 
