@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .. import sweeps
+from .._files import replace_bytes
 from ..sweeps import COMPARED, DEMO_SWEEP, Move, score_table
 from ._echo import echo, echo_json
 from ._options import ALPHA, COLUMN, OPTIMIZER, json_option, out_option
@@ -58,13 +61,18 @@ def bench_law(sweep: Path, laws: tuple[str, ...], out: Path | None, as_json: boo
         for row, score in zip(rows, scores, strict=True)
     ]
     echo_json(documents) if as_json else echo(score_table(scores))
-    if out is not None and out.suffix == ".csv":
-        with out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
-    elif out is not None:
-        out.write_text(json.dumps(documents, indent=1) + "\n", encoding="utf-8")
+    if out is not None:
+        text = _csv(rows) if out.suffix == ".csv" else json.dumps(documents, indent=1) + "\n"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_bytes(out, text.encode())
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+    return file.getvalue()
 
 
 def _cell(value: Any) -> Any:

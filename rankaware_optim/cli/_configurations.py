@@ -35,7 +35,13 @@ class Change:
     def settings(self) -> dict[str, str]:
         """The settings of a plug-in."""
         law = {} if self.law == DEFAULT_LAW else {"law": self.law}
-        return {"tuned_at": as_words(self.origin), **law}
+        return {"tuned_at": as_words(self.origin), **law, **({} if self.batch is None else {"batch": self.batch})}
+
+    @property
+    def batch(self) -> str | None:
+        """The batch, if the rate moves with it."""
+        moves = self.origin.batch is not None and self.target.batch not in (None, self.origin.batch)
+        return f"{self.target.batch:g}" if moves else None
 
 
 def configuration(tool: str, change: Change) -> str:
@@ -72,14 +78,15 @@ def as_words(reference: Reference) -> str:
 def _trl(change: Change) -> Iterator[str]:
     rank, alpha = change.target.rank, change.target.alpha
     rslora = ", use_rslora=True" if change.target.rslora else ""
-    law = "" if change.law == DEFAULT_LAW else f", law={change.law!r}"
+    more = "" if change.law == DEFAULT_LAW else f", law={change.law!r}"
+    more += "" if change.batch is None else f", batch={change.batch}"
     at = change.origin
     fields = {"rank": at.rank, "alpha": at.alpha, "fan_in": at.fan_in, "batch": at.batch}
     said = [f"{name}={value:g}" for name, value in fields.items() if value is not None]
     said += ["rslora=True"] * at.rslora + ["init='B'"] * (at.init == "B") + ["method='full'"] * (at.method == "full")
     yield f"peft_config = LoraConfig(r={rank}, lora_alpha={alpha:g}{rslora})"
     yield "# after trainer = SFTTrainer(..., peft_config=peft_config), or another TRL trainer:"
-    yield f"rankaware_optim.integrations.attach(trainer, torch.optim.AdamW, lr={change.lr:g}{law},"
+    yield f"rankaware_optim.integrations.attach(trainer, torch.optim.AdamW, lr={change.lr:g}{more},"
     yield f"    tuned_at=rankaware_optim.Reference({', '.join(said)}))"
 
 

@@ -34,8 +34,9 @@ def lr(
         raise click.UsageError("Give --rank N or --full.")
     if alpha is None and rslora:
         raise click.UsageError("--rslora needs --alpha.")
-    if full and alpha is not None:
-        raise click.UsageError("Full finetuning has no --alpha.")
+    for option in ("alpha", "init"):
+        if full and {"alpha": alpha, **where}[option] is not None:
+            raise click.UsageError(f"Full finetuning has no --{option}.")
     method: Any = "full" if full else "lora"
     rate = Recipe.load(recipe).at(rank, alpha=alpha, rslora=rslora, method=method, **where)
     echo_json(rate) if as_json else echo(rate)

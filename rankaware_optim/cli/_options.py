@@ -29,8 +29,8 @@ def in_options(text: str, command: click.Command) -> str:
     """Return a message with options instead of Python arguments: "another --storage" for "another storage="."""
     options = {param.name: max(param.opts, key=len) for param in command.params if isinstance(param, click.Option)}
     names = "|".join(name for name in options if name)
-    # A call, such as a law's repr, is not changed. It may contain another call.
-    argument = rf"\w\((?:[^()]|\([^()]*\))*\)|(?:(?<![\w.-])({names})=|^({names})(?= is ))(?=([\w\[('\"-])?)"
+    # A call, such as a law's repr, is not changed. It may contain another call. A dict is Python.
+    argument = rf"\w\((?:[^()]|\([^()]*\))*\)|(?:(?<![\w.-])({names})=(?!\{{)|^({names})(?= is ))(?=([\w\[('\"-])?)"
 
     def option(found: re.Match[str]) -> str:
         name = found[1] or found[2]

@@ -29,7 +29,6 @@ from ._references import as_reference as as_reference
 from ._references import parse_reference as parse_reference
 from ._references import reference_of as reference_of
 from ._survey import declared_init as declared_init
-from ._survey import declared_inits as declared_inits
 from ._survey import inspect_model as inspect_model
 from ._survey import survey_of as survey_of
 from ._unsupported import other_kind as other_kind

@@ -9,8 +9,6 @@ from contextlib import suppress
 from functools import reduce
 from typing import Any, NamedTuple
 
-import torch
-
 from ..errors import InspectionError
 from ._pairs import Modules, Pair, declared_number
 
@@ -33,6 +31,8 @@ class Place(NamedTuple):
 
     def put(self, value: Any) -> None:
         """Write `value`. A read-only place keeps its value, which `holds` shows."""
+        import torch  # not at the top: an adapter's file is read without it
+
         with suppress(AttributeError, TypeError):
             if isinstance(self.held, torch.Tensor):
                 self.held.copy_(torch.as_tensor(value))
@@ -52,6 +52,8 @@ def _like(old: object, value: float) -> float:
 
 def declare(todo: Iterable[Declaration]) -> None:
     """Write all numbers, or none if one of the places does not accept its value."""
+    import torch
+
     todo = list(todo)
     held = [place.held for _, place, _ in todo]
     before = [value.detach().clone() if isinstance(value, torch.Tensor) else value for value in held]
@@ -111,31 +113,38 @@ def _is_rooted(pair: Pair, alpha: float, scaling: float, rank: int) -> bool:
 
 
 class Config(NamedTuple):
-    """An adapter's configuration, and the prefix of its part of the model."""
+    """An adapter's configuration, and the prefixes of its parts of the model. Two PEFT models may share one."""
 
-    prefix: str
+    prefixes: tuple[str, ...]
     adapter: str
     fields: MutableMapping[str, Any]
 
+    def prefix_of(self, pair: Pair) -> str | None:
+        """Return the longest prefix that fits a pair; None if it has another configuration."""
+        fitting = (prefix for prefix in self.prefixes if f"{pair.layer}.".startswith(prefix))
+        return max(fitting, key=len, default=None) if pair.adapter == self.adapter else None
+
     def holds(self, pair: Pair) -> bool:
-        return pair.adapter == self.adapter and f"{pair.layer}.".startswith(self.prefix)
+        return self.prefix_of(pair) is not None
 
     def name(self, pair: Pair) -> str:
         """Return the pair's name for PEFT's patterns: as in the base model, or the parameter's name for experts."""
-        name = pair.layer.removeprefix(self.prefix).split(".base_layer")[0]
+        name = pair.layer.removeprefix(self.prefix_of(pair) or "").split(".base_layer")[0]
         parameter = getattr(pair.owner, "parameter_name", None)
         return f"{name}.{parameter}" if parameter else name
 
 
 def configs_of(modules: Modules) -> Iterator[Config]:
-    """Yield each of PEFT's LoRA configurations once, at the innermost module that holds it."""
+    """Yield each of PEFT's LoRA configurations once, at the innermost modules that hold it."""
     found: dict[int, Config] = {}
     for layer, module in modules:
         configs = module.__dict__.get("peft_config")
         for adapter, config in configs.items() if isinstance(configs, Mapping) else ():
-            fields: Any = config if isinstance(config, MutableMapping) else vars(config)
+            fields: Any = config if isinstance(config, MutableMapping) else getattr(config, "__dict__", {})
             if "lora_alpha" in fields and "r" in fields:
-                found[id(config)] = Config(f"{layer}." if layer else "", adapter, fields)
+                prefix, known = f"{layer}." if layer else "", found.get(id(config))
+                others = () if known is None else (p for p in known.prefixes if not prefix.startswith(p))
+                found[id(config)] = Config((*others, prefix), adapter, fields)
     yield from found.values()
 
 

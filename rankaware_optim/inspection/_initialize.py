@@ -15,7 +15,7 @@ from .._types import Survey
 from ..errors import InspectionError
 from ._declarations import Config, configs_of, declare, redeclare, scaling_places
 from ._pairs import Half, Pair, declared_number, is_shard, pairs_of, reading_of, scaling_of, walk
-from ._survey import INIT_MARK, inspect_model
+from ._survey import INIT_MARK, declared_for, inspect_model
 
 # Values of PEFT's init_lora_weights that subtract the initial product of the factors from the base weight.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -194,7 +194,7 @@ def _memory(half: Half) -> tuple[str, int]:
 
 def refuse_residual(pair: Pair, configs: Iterable[Config]) -> None:
     """Raise if the declared init subtracted the product of the factors from the base weight."""
-    declared = next((c.fields.get("init_lora_weights") for c in configs if c.holds(pair)), None)
+    declared = declared_for(pair, configs)
     if isinstance(declared, str) and declared.lower().startswith(_RESIDUAL):
         raise InspectionError(
             f"{pair.where} starts with both factors drawn, and its init {declared!r} subtracted their product from the "

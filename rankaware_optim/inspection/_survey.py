@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, get_args
 
 from .._checks import check_init
@@ -11,6 +12,7 @@ from .._types import Factor, Init, Method, Role, Survey
 from .._warn import warn
 from ..errors import InspectionError
 from ._conventions import Reading, conventions
+from ._declarations import Config, configs_of
 from ._pairs import Modules, Pair, Walk, declared_number, is_embedding, is_shard, pairs_of, reading_of, scaling_of, walk
 from ._unsupported import is_other_adapter, unsupported
 
@@ -120,7 +122,7 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
 def _lora_factors(
     modules: Modules, trainable: Mapping[int, str], init: Init | None, notes: list[str], frozen: list[str]
 ) -> Iterator[Factor]:
-    declared = declared_inits(modules)
+    configs = list(configs_of(modules))
     left, seen = dict(trainable), set[int]()
     for pair in pairs_of(modules):
         ids = [id(pair.a.tensor), id(pair.b.tensor)]
@@ -130,7 +132,7 @@ def _lora_factors(
             scaling = scaling_of(pair, reading.rank_a)
             if scaling is None:
                 notes.append(f"{pair.where} declares no scaling: 1 is assumed.")
-            found = init or init_of(pair, declared.get(pair.adapter), reading.kind or "linear")
+            found = init or init_of(pair, declared_for(pair, configs), reading.kind or "linear")
             roles: tuple[Role, Role] = "A", "B"
             for role, key in zip(roles, ids, strict=True):
                 name = left.pop(key, None)
@@ -166,15 +168,10 @@ def _unadapted(walked: Walk) -> tuple[str, ...]:
     return tuple(n for n in stacks if not any(n.startswith(a) and n.endswith(b) for a, b in adapted))
 
 
-def declared_inits(modules: Modules) -> dict[str, object]:
-    """Return PEFT's `init_lora_weights` by adapter, from the module that holds the adapters' configurations."""
-    key = "init_lora_weights"
-    for _, module in modules:
-        configs = module.__dict__.get("peft_config")
-        if isinstance(configs, Mapping):
-            found = {n: c.get(key) if isinstance(c, Mapping) else getattr(c, key, None) for n, c in configs.items()}
-            return {name: value for name, value in found.items() if value is not None}
-    return {}
+def declared_for(pair: Pair, configs: Iterable[Config]) -> object:
+    """Return `init_lora_weights` of the innermost of PEFT's configurations for a pair; None if there is none."""
+    fitting = [(len(prefix), c.fields) for c in configs if (prefix := c.prefix_of(pair)) is not None]
+    return max(fitting, key=itemgetter(0))[1].get("init_lora_weights") if fitting else None
 
 
 def declared_init(declared: object, kind: str) -> Init:

@@ -36,6 +36,18 @@ TAGS = (
     "rankaware_recipe",
     "rankaware_lr",
 )
+# Keys that record what `multiply_for_native` changed.
+MADE_NATIVE = ("rank_multiplied", "rank_divided_decay")
+# torch's optimizers that add the decay to the gradient and normalize the sum, unless their group says otherwise.
+_L2 = (
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+)
 _OF_LR = "the base rate: our step multiplies it, to_plain_state_dict(opt) is for native optimizers"
 
 
@@ -133,10 +145,8 @@ def own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
             f"A parameter group has the key {clash!r}, which this package uses.",
             "Rename your key.",
         )
-    made = {key: value for key, value in group.items() if key not in (*TAGS, "rank_multiplied")}
-    if group.get("rank_multiplied"):
-        made |= {key: made[key] / group["rank_multiplier"] for key in ("lr", "initial_lr") if key in made}
-    return made
+    made = {key: value for key, value in group.items() if key not in (*TAGS, *MADE_NATIVE)}
+    return made | at_base_rate(group, ("lr", "initial_lr"))
 
 
 class PlannedGroup(NamedTuple):
@@ -187,6 +197,12 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
     return planned
 
 
+def unshare_lr(group: dict[str, Any]) -> None:
+    """Give a group a tensor rate of its own, so that a loop that scales every group's in place scales each once."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"] = group["lr"].clone()
+
+
 def set_ratio(group: dict[str, Any], assignment: Assignment) -> None:
     """Turn an explicit rate into a ratio to the group's base rate, so that schedulers scale it. Check the product."""
     if assignment.rate is not None:
@@ -211,15 +227,34 @@ def effective_lr(group: Mapping[str, Any]) -> float:
     return float(group["lr"]) * (1.0 if multiplied else group.get("rank_multiplier", 1.0))
 
 
-def multiply_for_native(group: dict[str, Any], scale_weight_decay: bool = True) -> None:
+def multiply_for_native(group: dict[str, Any], keep_decay: bool = False) -> None:
     """Multiply a group's rate once, for an optimizer with torch's own step, and record it in the group.
 
-    Without scale_weight_decay a decoupled decay, lr × weight_decay, is kept by dividing weight_decay.
+    With keep_decay, the shrinkage lr × weight_decay is kept by dividing weight_decay.
     """
     group["lr"], group["rank_multiplied"] = group["lr"] * group["rank_multiplier"], True
     del group["rankaware_lr"]
-    if not scale_weight_decay and "weight_decay" in group:
-        group["weight_decay"] = group["weight_decay"] / group["rank_multiplier"]
+    if keep_decay:
+        group["weight_decay"], group["rank_divided_decay"] = group["weight_decay"] / group["rank_multiplier"], True
+
+
+def at_base_rate(group: Mapping[str, Any], rates: Iterable[str]) -> dict[str, Any]:
+    """Return the values of a group that `multiply_for_native` changed as they were; empty if it changed nothing."""
+    if not group.get("rank_multiplied"):
+        return {}
+    made = {key: group[key] / group["rank_multiplier"] for key in rates if key in group}
+    if group.get("rank_divided_decay"):
+        made["weight_decay"] = group["weight_decay"] * group["rank_multiplier"]
+    return made
+
+
+def shrinks_by_decay(optimizer: type, group: Mapping[str, Any]) -> bool:
+    """Return whether a step shrinks the parameters of a group by lr × weight_decay, as AdamW and SGD do.
+
+    Adam's decay (L2) is normalized with the gradient, so the multiplier does not change its share of a step.
+    """
+    decoupled = group.get("decoupled_weight_decay")
+    return "weight_decay" in group and (not issubclass(optimizer, _L2) if decoupled is None else bool(decoupled))
 
 
 def rank_aware_param_groups(

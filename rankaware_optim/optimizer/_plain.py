@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ._param_groups import TAGS
+from ._param_groups import MADE_NATIVE, TAGS, multiply_for_native, shrinks_by_decay
 
 
 def to_plain_state_dict(opt: Any, names: Sequence[str] | None = None, *, own_groups: bool = False) -> dict[str, Any]:
@@ -22,7 +22,8 @@ def to_plain_state_dict(opt: Any, names: Sequence[str] | None = None, *, own_gro
     """
     state = opt.state_dict()
     if names is None and not own_groups:
-        groups = [_native(group) for group in state["param_groups"]]
+        keep, native = not opt._rankaware.scale_weight_decay, type(opt)._rankaware_native
+        groups = [_native(group, keep and shrinks_by_decay(native, group)) for group in state["param_groups"]]
         return {**state, "param_groups": groups}
     named = [(g, zip(g.get("param_names", ()), g["params"], strict=False)) for g in state["param_groups"]]
     place = {name: (group, key) for group, pairs in named for name, key in pairs}
@@ -41,9 +42,9 @@ def to_plain_state_dict(opt: Any, names: Sequence[str] | None = None, *, own_gro
     return {**state, "state": made, "param_groups": groups}
 
 
-def _native(group: dict[str, Any]) -> dict[str, Any]:
-    made = {key: value for key, value in group.items() if key not in TAGS}
-    for key in ("lr", "initial_lr", "max_lr", "min_lr"):
-        if key in made:
-            made[key] = made[key] * group.get("rank_multiplier", 1.0)
-    return made
+def _native(group: dict[str, Any], keep_decay: bool) -> dict[str, Any]:
+    """Return a group at the rates that are trained at, without keys of this package."""
+    made = {"rank_multiplier": 1.0, "rankaware_lr": "", **group}
+    multiply_for_native(made, keep_decay)
+    scheduled = {key: made[key] * made["rank_multiplier"] for key in ("initial_lr", "max_lr", "min_lr") if key in made}
+    return {key: value for key, value in made.items() if key not in (*TAGS, *MADE_NATIVE)} | scheduled

@@ -115,7 +115,8 @@ def _stepped(
     if loaded is not None:
         native.load_state_dict(made, {"state": state or {}, "param_groups": loaded})
     if state is None and _is_torchs(native):  # Adagrad of torch 2.6 makes its state when it is built
-        made.state.update(native(own).state)  # type: ignore[call-arg]  # a subclass has defaults of its own
+        base: Any = next(each for each in native.__mro__ if each.__module__.startswith("torch.optim"))
+        made.state.update(base(own).state)
     stood = [param for each in params for param in each]
     for param in stood:
         param.grad = torch.ones_like(param)

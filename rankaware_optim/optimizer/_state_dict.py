@@ -7,7 +7,7 @@ torch writes memory. Rates in a checkpoint are base rates. Those of format 1 wer
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ from .._checks import is_number, is_positive
 from .._warn import warn
 from ..errors import CheckpointError
 from ..inspection import canonical_name
-from ._param_groups import GROUP_FORMAT, TAGS
+from ._param_groups import GROUP_FORMAT, MADE_NATIVE, TAGS, at_base_rate
 
 OnRankChange = Literal["raise", "reset", "resize"]
 Group = dict[str, Any]
@@ -63,7 +63,11 @@ class _Match(NamedTuple):
 
 
 def fit_checkpoint(
-    param_groups: list[Group], state_dict: dict[str, Any], on_rank_change: OnRankChange, orders: Sequence[Sequence[str]]
+    param_groups: list[Group],
+    state_dict: dict[str, Any],
+    on_rank_change: OnRankChange,
+    orders: Sequence[Sequence[str]],
+    has_own_rate: Callable[[Group], bool],
 ) -> tuple[dict[str, Any], tuple[Carried, ...]]:
     """Return the state_dict to load, with the layout of our groups, and what was kept of parameters of another rank.
 
@@ -74,6 +78,7 @@ def fit_checkpoint(
         state_dict: the checkpoint.
         on_rank_change: as for `RankAwareOptimizer`.
         orders: possible orders of the parameter names for a checkpoint without names.
+        has_own_rate: whether a group's rate was named by the user. Such a group keeps its multiplier.
 
     Raises:
         CheckpointError: the checkpoint does not fit.
@@ -100,7 +105,7 @@ def fit_checkpoint(
             "group's settings into only one of them. Set group['lr'] of all of them to the saved rate."
         )
     if flat:
-        return {**state_dict, "param_groups": _flat_groups(param_groups, groups, state)}, ()
+        return {**state_dict, "param_groups": _flat_groups(param_groups, groups, state, has_own_rate)}, ()
     _check_user_groups(param_groups, groups)
     saved = _by_name(param_groups, groups, orders)
     shapes = _written_shapes(groups)
@@ -122,7 +127,7 @@ def fit_checkpoint(
             if note is not None:
                 carried.append(note)
             changed_law |= note is None and _law_differs(group, source)
-        new_groups.append(_merged(group, theirs, keys))
+        new_groups.append(_merged(group, theirs, keys, has_own_rate(group)))
     _say_changes(param_groups, groups, changed_law)
     return {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(carried)
 
@@ -169,10 +174,8 @@ def _at_base_rate(group: Group) -> Group:
     """Return a saved group at its base rate. Format 1 and groups for native optimizers hold multiplied rates."""
     if group.get("rankaware_format") == 1:
         group = {**group, "rank_multiplier": group.get("lr_multiplier", 1.0), "rank_multiplied": True}
-    multiplier = group["rank_multiplier"] if group.get("rank_multiplied") else 1.0
-    rates: Group = {key: group[key] / multiplier for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in group}
-    made = {key: value for key, value in group.items() if key not in ("lr_multiplier", "rank_multiplied")}
-    return group if multiplier == 1.0 == group.get("lr_multiplier", 1.0) and made == group else {**made, **rates}
+    made = {key: value for key, value in group.items() if key not in ("lr_multiplier", *MADE_NATIVE)}
+    return made | at_base_rate(group, ("lr", "initial_lr", "max_lr", "min_lr"))
 
 
 def _check_user_groups(param_groups: list[Group], groups: Sequence[Group]) -> None:
@@ -186,7 +189,9 @@ def _check_user_groups(param_groups: list[Group], groups: Sequence[Group]) -> No
         )
 
 
-def _flat_groups(param_groups: list[Group], groups: list[Group], state: Mapping[Any, Any]) -> list[Group]:
+def _flat_groups(
+    param_groups: list[Group], groups: list[Group], state: Mapping[Any, Any], has_own_rate: Callable[[Group], bool]
+) -> list[Group]:
     """Return the groups to load if a framework (DeepSpeed's ZeRO) replaced a group's parameters by one flat share.
 
     A flat share cannot be matched by name or resized, so the checkpoint must be split in the same way.
@@ -203,7 +208,8 @@ def _flat_groups(param_groups: list[Group], groups: list[Group], state: Mapping[
             "Load it with the ranks, the law and the number of processes with which it was saved.",
         )
     _say_changes(param_groups, groups, any(map(_law_differs, param_groups, groups)))
-    return [_merged(*both, both[1]["params"]) for both in zip(param_groups, groups, strict=True)]
+    both = zip(param_groups, groups, strict=True)
+    return [_merged(own, other, other["params"], has_own_rate(own)) for own, other in both]
 
 
 def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequence[Sequence[str]]) -> dict[str, _Saved]:
@@ -253,10 +259,11 @@ def _source(group: Group, sources: Sequence[Group]) -> Group:
 _LISTS = ("params", "param_names")
 
 
-def _merged(group: Group, theirs: Group, keys: list[int]) -> Group:
+def _merged(group: Group, theirs: Group, keys: list[int], has_own_rate: bool) -> Group:
     """Return our group with the saved group's settings and base rate, and our own tags."""
     tags = {key: group[key] for key in TAGS if key in group}
-    if _init_was_known(group, theirs):  # trained weights no longer show the init that gave the saved multiplier
+    if not has_own_rate and _init_was_known(group, theirs):
+        # Trained weights no longer show the init that gave the saved multiplier.
         tags |= {"lora_init": theirs["lora_init"], "rank_multiplier": theirs["rank_multiplier"]}
     tags["rankaware_recipe"] = theirs.get("rankaware_recipe") or tags.get("rankaware_recipe", "")  # with its base rate
     settings = {key: value for key, value in theirs.items() if key not in (*TAGS, *_LISTS)}

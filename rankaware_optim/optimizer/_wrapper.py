@@ -23,7 +23,7 @@ from .._rate import Rate
 from .._types import Init, Method, Survey
 from .._warn import warn
 from ..errors import CheckpointError, OptimizerError
-from ..inspection import ReferenceLike, survey_of, walk
+from ..inspection import ReferenceLike, pairs_of, survey_of, walk
 from ..laws import Law, law_words
 from ..recipe import Recipe
 from ._param_groups import (
@@ -34,7 +34,9 @@ from ._param_groups import (
     multiply_for_native,
     own_settings,
     set_ratio,
+    shrinks_by_decay,
     split,
+    unshare_lr,
     user_groups,
 )
 from ._plan import Plan, PlanOptions, make_plan
@@ -206,7 +208,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         )
         if native_type:
             for group in opt.param_groups:
-                multiply_for_native(group, scale_weight_decay)
+                multiply_for_native(group, not scale_weight_decay and shrinks_by_decay(native, group))
             opt.__class__ = native  # type: ignore[assignment]
             return opt
         order = tuple(group.names for group in own)
@@ -271,11 +273,13 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             )
         wrap, walked = self._rankaware, walk(model)
         own = user_groups([param_group], model, walked, first=len(wrap.order), outside=True)
-        refuse_groups(native, own, held={id(p) for group in self.param_groups for p in group["params"]})
-        survey = survey_of(walked, method=wrap.plan.method, init=wrap.init, also=_frozen(own))
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        refuse_groups(native, own, held)
+        survey = survey_of(walked, method=wrap.plan.method, init=wrap.init, also=_frozen(own) | held)
         made = []
         for planned in split(own, wrap.plan, survey, first=len(wrap.order)):
             made.append({"lr": self.defaults.get("lr"), **planned.as_dict(named="param_names" in self.param_groups[0])})
+            unshare_lr(made[-1])
             set_ratio(made[-1], planned.assignment)
         for group in made:
             native.add_param_group(self, group)
@@ -298,11 +302,13 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             CheckpointError: the checkpoint does not fit. Nothing was loaded.
         """
         wrap, model, native, before = self._rankaware, _held_model(self), type(self)._rankaware_native, dict(vars(self))
+        default = [_base(group) == self.defaults.get("lr") for group in self.param_groups]  # those without their own lr
         orders = [[name for group in wrap.order for name in group]]
         if model is not None:
             orders.append([name for name, _ in walk(model).parameters])
         try:
-            fitted, carried = fit_checkpoint(self.param_groups, state_dict, wrap.on_rank_change, orders)
+            own_rate = wrap.plan.has_own_rate
+            fitted, carried = fit_checkpoint(self.param_groups, state_dict, wrap.on_rank_change, orders, own_rate)
             check_loadable(native, self.defaults, self.param_groups, fitted)
             native.load_state_dict(self, fitted)
         except BaseException as error:
@@ -316,8 +322,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             ) from error
         self._rankaware = replace(wrap, carried=carried)
         self._rankaware_unchecked = True
-        base = next((group.get("initial_lr", group["lr"]) for group in self.param_groups), None)
-        if self.defaults.get("lr") is not None and base is not None and float(base) > 0:
+        base = next((_base(group) for group, takes in zip(self.param_groups, default, strict=True) if takes), None)
+        if base is not None and float(base) > 0:
             self.defaults["lr"] = base.clone() if isinstance(base, torch.Tensor) else base
 
     def __getstate__(self) -> dict[str, Any]:
@@ -385,6 +391,11 @@ def _held_model(opt: Optimizer) -> nn.Module | None:
     return found
 
 
+def _base(group: Mapping[str, Any]) -> Any:
+    """Return the rate from which a group's schedule starts, or its rate."""
+    return group.get("initial_lr", group["lr"])
+
+
 def _frozen(groups: Iterable[UserGroup]) -> set[int]:
     """Return the ids of frozen parameters that the user listed, since they get a rate if they train later."""
     return {id(p) for group in groups for _, p in group.named if not p.requires_grad}
@@ -404,6 +415,7 @@ def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, se
                 f"{native.__name__} rearranges its groups when it is built, so rates would go to the wrong groups.",
                 f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model.parameters(), ...), model=model).",
             )
+        unshare_lr(group)
         set_ratio(group, part.assignment)
     return opt
 
@@ -415,6 +427,7 @@ def _regroup(built: Optimizer, native: type[Optimizer], planned: list[PlannedGro
         {**part.as_dict(named=False), "param_names": [name for name, _ in part.named], **given} for part in planned
     ]
     for group, part in zip(groups, planned, strict=True):
+        unshare_lr(group)
         set_ratio(group, part.assignment)
     built.defaults.update(given)
     built.param_groups[:] = groups
@@ -436,14 +449,11 @@ def _step_of(native: Any) -> Callable[..., Any]:
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._rankaware_stepping:  # the native step calls self.step
             return stepped(self, *args, **kwargs)
-        if not torch.compiler.is_compiling():
-            idle = self.param_groups[self._rankaware_watched]["params"][0].grad is None
-            if self._rankaware_unchecked or (idle and not self._rankaware_idle):
-                _check_parameters(self)
-            self._rankaware_idle = idle
         held: Held = []
         closure = args[0] if args else kwargs.get("closure")
-        if closure is not None:
+        if closure is None:
+            _check(self)
+        else:
             at_base = _at_base_rates(self, closure, held)
             args, kwargs = ((at_base, *args[1:]), kwargs) if args else ((), {**kwargs, "closure": at_base})
         self._rankaware_stepping = True
@@ -471,7 +481,7 @@ def _multiply(opt: Any, held: Held) -> None:
     for group, base, rate, multiplier in zip(groups, bases, rates, multipliers, strict=True):
         held.append((group, base, rate, group.get("weight_decay")))
         group["lr"] = rate
-        if keep_decay and "weight_decay" in group:
+        if keep_decay and shrinks_by_decay(opt._rankaware_native, group):
             group["weight_decay"] = group["weight_decay"] / multiplier
 
 
@@ -492,7 +502,9 @@ def _at_base_rates(opt: Any, closure: Callable[..., Any], held: Held) -> Callabl
         _put_back(held)
         opt._rankaware_stepping = False
         try:
-            return closure(*args, **kwargs)
+            loss = closure(*args, **kwargs)
+            _check(opt)
+            return loss
         finally:
             opt._rankaware_stepping = True
             _multiply(opt, held)
@@ -500,41 +512,54 @@ def _at_base_rates(opt: Any, closure: Callable[..., Any], held: Held) -> Callabl
     return run
 
 
+def _check(opt: Any) -> None:
+    """Check the parameters when there are new ones, and when the watched one stops getting gradients."""
+    if torch.compiler.is_compiling():
+        return
+    idle = opt.param_groups[opt._rankaware_watched]["params"][0].grad is None
+    if opt._rankaware_unchecked or (idle and not opt._rankaware_idle):
+        _check_parameters(opt)
+    opt._rankaware_idle = idle
+
+
 def _check_parameters(opt: Any) -> None:
     """Check that the parameters held here get the gradients of the model, so that training does not fail silently.
 
     fully_shard and a re-created adapter replace the tensors under the names held here. Activating another adapter
     leaves those held here without gradients. A dry step without rates, as torch.distributed.checkpoint makes, is not
-    checked, nor are parameters that another RankAwareOptimizer holds.
+    checked, nor is one without any gradient, nor are parameters that another RankAwareOptimizer holds.
     """
     model = _held_model(opt)
     if not any(float(group["lr"]) for group in opt.param_groups):
         return
-    opt._rankaware_unchecked = False
-    if model is None:
-        return
     held = {id(p): p for group in opt.param_groups for p in group["params"]}
-    if all(p.grad is not None for p in held.values()):
+    if model is None or all(p.grad is not None for p in held.values()):
+        opt._rankaware_unchecked = False
         return
-    elsewhere = {id(p) for other in _LIVE if other is not opt for group in other.param_groups for p in group["params"]}
     walked = walk(model)
-    lost = {n: p for n, p in walked.parameters if p.grad is not None and id(p) not in held.keys() | elsewhere}
+    graded = {name: p for name, p in walked.parameters if p.grad is not None}
+    if not graded:
+        return
+    opt._rankaware_unchecked = False
+    elsewhere = {id(p) for other in _LIVE if other is not opt for group in other.param_groups for p in group["params"]}
+    lost = {name: p for name, p in graded.items() if id(p) not in held.keys() | elsewhere}
     named = [pair for g in opt.param_groups for pair in zip(g.get("param_names", ()), g["params"], strict=False)]
     replaced = [name for name, p in named if name in lost and p.grad is None]
+    pairs = {id(half.tensor) for pair in pairs_of(walked.modules) for half in (pair.a, pair.b)} if lost else set()
+    adapters = [name for name, p in lost.items() if id(p) in pairs]
     idle = not any(p.grad is not None for p in held.values())
-    if replaced or (idle and lost):
-        name = next(iter(replaced or lost))
+    gone = held.keys().isdisjoint(id(p) for _, p in walked.parameters)  # FSDP1 flattens them
+    if replaced or (idle and (adapters or (lost and gone))):
+        name = next(iter(replaced or adapters or lost))
         raise OptimizerError(
             f"The model's {name} has a gradient and is not held by this optimizer, "
             + ("whose tensor of that name has none" if replaced else "none of whose parameters has one")
             + ": the model's parameters were replaced, or another adapter was activated, after it was built.",
             "Shard or wrap the model first (fully_shard, FSDP), with its adapters, then build the optimizer.",
         )
-    factors = {id(p) for g in opt.param_groups if g.get("lora_role") in ("A", "B") for p in g["params"]}
-    adapters_idle = factors and all(p.grad is None for key, p in held.items() if key in factors)
-    new = [f.name for f in survey_of(walked).factors if f.name in lost] if adapters_idle and lost else []
-    if new:
+    factors = [p for g in opt.param_groups if g.get("lora_role") in ("A", "B") for p in g["params"]]
+    if adapters and factors and all(p.grad is None for p in factors):
         warn(
-            f"None of this optimizer's adapters has a gradient, but {new[0]}, which it does not hold, has one and does "
-            "not train. Build the optimizer after the adapter was added and activated."
+            f"None of this optimizer's adapters has a gradient, but {adapters[0]}, which it does not hold, has one and "
+            "does not train. Build the optimizer after the adapter was added and activated."
         )

@@ -218,7 +218,8 @@ class _Move:
         if changes:
             yield f"With another {' and '.join(_WORDS[c] for c in changes)} the rates follow the law {law!r}."
         elif self.ratio == 1.0:
-            yield "Both configurations train equally, so the rates do not change."
+            if self.same_batch:
+                yield "Both configurations train equally, so the rates do not change."
         elif self.scale_free:
             drawn, zero, scale = self.origin.init, "AB"[self.origin.init == "A"], f"{math.sqrt(self.ratio):.4g}"
             yield (

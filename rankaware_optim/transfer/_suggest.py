@@ -13,7 +13,7 @@ from .._optimizers import known_optimizer
 from .._rate import Rate
 from .._types import Method, Reference, Survey
 from ..errors import InvalidReferenceError, LawError, OptimizerError
-from ..inspection import declared_init, declared_inits, other_kind, survey_of, walk
+from ..inspection import configs_of, declared_init, other_kind, survey_of, walk
 from ..laws import MuA, checked_multiplier
 from ..recipe import FULL_SD, INIT_SD, RANK_SD, WIDTH_SD, Z90
 
@@ -219,7 +219,8 @@ def _case(model: nn.Module | Survey | Reference, method: Method, init: str | boo
     walked = walk(model)
     survey = survey_of(walked, method=method, init=init if init in ("A", "B") else None)  # type: ignore[arg-type]
     if init is None and _neither_zero(survey):
-        init = next(filter(None, map(published_init, declared_inits(walked.modules).values())), None)
+        declared = (config.fields.get("init_lora_weights") for config in configs_of(walked.modules))
+        init = next(filter(None, map(published_init, declared)), None)
     return _surveyed(survey, method, init, dora)
 
 

@@ -277,6 +277,7 @@ BAD = [
     (["lr", "digits.toml", "--rank", "8", "--steps", "-5"], "steps is -5"),
     (["lr", "digits.toml", "--rank", "8", "--batch", "nan"], "batch is nan"),
     (["plot", "nowhere.toml", "-o", "out.png"], "no recipe at nowhere.toml"),
+    (["fit", "sweep.csv", "-o", "out.toml"], "choose one by columns={'loss': ...} (--column loss=...)"),
 ]
 
 
@@ -285,6 +286,7 @@ def test_an_error_is_a_sentence(arguments, message, recipe, folder, tmp_path, mo
     """Bad input ends with code 1 and one line that begins with Error, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.toml").write_text("schema = ")
+    (tmp_path / "sweep.csv").write_text("rank,lr\n4,1e-3\n")
     before = sorted(tmp_path.rglob("*"))
     done = call(*arguments)
     assert (done.exit_code, done.stdout) == (1, "")
@@ -300,6 +302,7 @@ USAGE = [
     ["lr", "digits.toml", "--rank", "x"],
     ["lr", "digits.toml", "--rank", "8", "--init", "C"],
     ["lr", "digits.toml", "--full", "--alpha", "8"],
+    ["lr", "digits.toml", "--full", "--init", "B"],
     ["lr", "digits.toml", "--full", "--rslora"],
     ["lr", "digits.toml", "--rank", "8", "--rslora"],
     ["convert", "1e-3", "--to", "r=8,alpha=8"],

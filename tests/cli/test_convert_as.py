@@ -71,6 +71,17 @@ def test_a_plug_in_is_given_the_reference_and_the_tuned_rate(tool):
     assert re.search(r"learning_rate:? 0.0002", out)
 
 
+@pytest.mark.parametrize("tool", ["axolotl", "swift", "kohya", "trl"])
+@pytest.mark.parametrize(("to", "batch"), [("r=16,alpha=32,batch=64", 64), ("r=16,alpha=32,batch=16", None)])
+def test_another_batch_is_given_too(tool, to, batch):
+    """Where the rate moves with the batch, a plug-in gets the new batch, and no note says that the rate stays."""
+    done = CliRunner().invoke(main, ["convert", LR, "--from", "r=16,alpha=32,batch=16", "--to", to, "--as", tool])
+    given = re.search(r"batch=(\d+),$", done.output, re.MULTILINE) if tool == "trl" else None
+    found = given and int(given[1]) if tool == "trl" else settings_from_words(words_of(tool, done.output)).get("batch")
+    assert found == batch
+    assert ("do not change" in done.output) == (batch is None)
+
+
 def test_trls_lines_are_python():
     """TRL's lines parse, and their Reference is the one asked for."""
     calls = [node for node in ast.walk(ast.parse(printed("trl"))) if isinstance(node, ast.Call)]

@@ -78,3 +78,13 @@ def test_the_same_command_writes_again(command, name, recipe, tmp_path):
     for _ in range(2):
         assert call(*arguments).exit_code == 0
         assert out.stat().st_size
+
+
+@pytest.mark.parametrize("name", ["made.csv", "made.json"])
+def test_scores_go_into_a_new_folder(name, tmp_path):
+    """bench-law makes the folder of its file, and writes over its own file."""
+    out = tmp_path / "new" / "folder" / name
+    for _ in range(2):
+        assert call("bench-law", "-o", out).exit_code == 0
+    assert out.read_text().lstrip("[ \n{").startswith(("law,", '"law"'))
+    assert list(out.parent.iterdir()) == [out]

@@ -49,6 +49,14 @@ class StateWhenBuilt(torch.optim.Adagrad):
         return super()._init_group(group, *lists)
 
 
+class NeedsMore(torch.optim.AdamW):
+    """A subclass whose constructor needs more than groups."""
+
+    def __init__(self, params, kind, **rest):
+        super().__init__(params, **rest)
+        self.kind = kind
+
+
 class Preconditioned(torch.optim.Optimizer):
     """A square matrix beside each parameter, and a scale per row: state of shapes that are no parameter's."""
 
@@ -72,6 +80,7 @@ KINDS = {
     "sgd-fused": (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
     "adagrad-fused": (torch.optim.Adagrad, {"fused": True}),
     "state when built": (StateWhenBuilt, {"fused": True}),
+    "a constructor that needs more": (NeedsMore, {"kind": "any"}),
     "adafactor": (torch.optim.Adafactor, {}),
     "eight bits": (EightBit, {}),
 }

@@ -24,11 +24,12 @@ from rankaware_optim import (
     RankAwareWarning,
     Reference,
     rank_aware_param_groups,
+    to_plain_state_dict,
 )
 from rankaware_optim._warn import warn
 from rankaware_optim.optimizer import effective_lr
 
-from ..helpers.models import PlainLoRA, mlp, train
+from ..helpers.models import PlainLoRA, mlp, same, snapshot, train
 from ..helpers.optimizers import muon
 
 LR, STEPS = 0.5, 8
@@ -299,6 +300,22 @@ def test_a_tensor_rate_keeps_its_identity():
     assert {float(one) for one in held} == {LR}
 
 
+@pytest.mark.parametrize("scaling", ["in place", "ReduceLROnPlateau"])
+@each_form
+def test_a_tensor_rate_is_scaled_once(form, scaling):
+    """A loop over groups that scales their tensor rates scales each once, though one group of the user was split."""
+    model = Model()
+    opt = form(model, lr=torch.tensor(LR, dtype=torch.float64))
+    if scaling == "in place":
+        for group in opt.param_groups:
+            group["lr"] *= 0.5
+    else:
+        plateau = lr_scheduler.ReduceLROnPlateau(opt, patience=0, factor=0.5)
+        for _ in range(2):
+            plateau.step(1.0)
+    assert_at(model, moved(model, opt), LR / 2)
+
+
 @pytest.mark.parametrize("scaled", [True, False])
 def test_weight_decay_by_product_or_not(scaled):
     """A decoupled decay is lr × weight_decay: it follows the multiplier, or with scale_weight_decay=False does not."""
@@ -314,6 +331,25 @@ def test_weight_decay_by_product_or_not(scaled):
     assert shrunk["layer0.lora_A"] == pytest.approx(1e-3, rel=1e-3)
     assert shrunk["layer1.lora_A"] == pytest.approx(1e-3 * (0.25 if scaled else 1.0), rel=1e-3)
     assert {group["weight_decay"] for group in opt.param_groups} == {0.1}
+
+
+class Seen(torch.optim.NAdam):
+    """Keeps the decays with which it stepped."""
+
+    def step(self, closure=None):
+        self.decays = {group["weight_decay"] for group in self.param_groups}
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_decay_in_the_gradient_is_not_divided(decoupled):
+    """NAdam normalizes an L2 decay with the gradient, so scale_weight_decay=False changes only a decoupled one."""
+    model = mlp((4, 64), head=False)
+    decays = {"weight_decay": 0.1, "decoupled_weight_decay": decoupled, "scale_weight_decay": False}
+    opt = RankAwareOptimizer(model, Seen, lr=1e-2, **decays, **LAW)
+    train(model, opt, steps=1)
+    assert opt.decays == ({0.1, 0.4} if decoupled else {0.1})
+    assert {group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]} == opt.decays
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda opt: pickle.loads(pickle.dumps(opt))}
@@ -508,6 +544,49 @@ def test_two_optimizers_with_an_adapter_each_are_fine():
         warnings.simplefilter("error")
         first.step()
         second.step()
+
+
+def test_adapters_may_rest_while_a_plain_optimizer_trains_the_head():
+    """Frozen or idle adapters step with nothing to do, as natively, beside a native optimizer of the head."""
+    model = Model()
+    lora = [p for name, p in model.named_parameters() if "lora_" in name]
+    opt = RankAwareOptimizer(lora, torch.optim.SGD, model=model, lr=LR)
+    moved(model, opt)
+    for frozen in (False, True):
+        for p in lora:
+            p.requires_grad_(not frozen)
+            p.grad = None
+        model.head.weight.grad = torch.ones_like(model.head.weight)
+        before = snapshot(model)
+        opt.step()
+        assert same(before, snapshot(model))
+    opt.add_param_group({"params": [model.head.weight]})
+    assert opt.param_groups[-1]["param_names"] == ["head.weight"]
+
+
+def test_a_norm_that_trains_while_adapters_rest_is_no_error():
+    """A held parameter trains on while the adapters are frozen and another optimizer has the head."""
+    model = Model()
+    model.norm = nn.LayerNorm(2, dtype=torch.float64)
+    held = [p for name, p in model.named_parameters() if "lora_" in name or "norm" in name]
+    opt = RankAwareOptimizer(held, torch.optim.SGD, model=model, lr=LR)
+    model.small.requires_grad_(False)
+    model.large.requires_grad_(False)
+    backward(model)
+    opt.step()
+    assert (model.norm.bias == -LR).all()
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_replaced_adapter_is_refused_in_a_closure_and_after_a_dry_step(dry):
+    """The check waits for gradients: those of a closure, or those after a step that had none."""
+    model = Model()
+    opt = by_class(model)
+    if dry:
+        opt.step()
+    model.large = PlainLoRA(nn.Linear(8, 8), 64).double()
+    with pytest.raises(OptimizerError, match=r"large.lora_A has a gradient"):
+        opt.step(lambda: backward(model))
 
 
 # --- warnings that are seen -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from rankaware_optim import CheckpointError, RankAwareOptimizer, RankAwareWarning, Reference, to_plain_state_dict
-from rankaware_optim.optimizer import rank_aware_param_groups
+from rankaware_optim.optimizer import effective_lr, rank_aware_param_groups
 
 from ..helpers.models import mlp, same, snapshot, train
 
@@ -131,6 +131,40 @@ def test_the_way_back_to_a_native_optimizer(kind, options):
     train(again, native, steps=1)
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def native_kind(model, **options):
+    return ours(model, native_type=True, **options)
+
+
+@pytest.mark.parametrize("build", [ours, native_kind])
+def test_a_kept_decay_goes_to_native_optimizers_and_back(build):
+    """With scale_weight_decay=False the shrinkage of a step is the same after a load on either side."""
+    options = {"scale_weight_decay": False, "weight_decay": 0.5}
+    model = mlp((4, 64))
+    opt = build(model, **options)
+    train(model, opt, steps=2)
+    state = opt.state_dict() if build is native_kind else to_plain_state_dict(opt)
+    there, back = copy.deepcopy(model), copy.deepcopy(model)
+    native, other = native_kind(there, **options), ours(back, **options)
+    native.load_state_dict(saved(state))
+    other.load_state_dict(saved(opt.state_dict()))
+    assert [group["weight_decay"] for group in other.param_groups] == pytest.approx([0.5] * 5, rel=1e-12)
+    for one, its in ((model, opt), (there, native), (back, other)):
+        train(one, its, steps=2)
+    for one, two, three in zip(model.parameters(), there.parameters(), back.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(one, three, rtol=1e-5, atol=1e-7)
+
+
+def test_native_groups_of_a_kept_decay_are_wrapped_at_the_users():
+    """A native instance whose decays were divided is wrapped with those that the user gave."""
+    model = mlp((4, 64))
+    native = native_kind(model, scale_weight_decay=False, weight_decay=0.5)
+    assert len({group["weight_decay"] for group in native.param_groups}) == 3
+    opt = RankAwareOptimizer(native, model=model, tuned_at=AT, init="A", scale_weight_decay=False)
+    assert [group["weight_decay"] for group in opt.param_groups] == pytest.approx([0.5] * 5, rel=1e-12)
+    assert not any("rank_divided_decay" in group for group in opt.param_groups)
 
 
 @each_kind
@@ -275,6 +309,37 @@ def test_another_law_multiplies_the_saved_base_rate_and_says_so():
     assert caught[0].filename == __file__
     assert {group["lr"] for group in other.param_groups} == {LR / 2}
     assert [group["rank_multiplier"] for group in other.param_groups] == expected
+
+
+def test_a_rate_that_was_named_is_kept_at_a_load():
+    """A rate of `rates` is not replaced by the checkpoint's multiplier, though the init no longer shows."""
+    model = mlp((4, 8))
+    opt = RankAwareOptimizer(model, "adamw", lr=LR, tuned_at=AT)
+    train(model, opt, steps=2)
+    again = copy.deepcopy(model)
+    with pytest.warns(RankAwareWarning, match="neither factor zero"):
+        other = RankAwareOptimizer(again, "adamw", lr=LR, tuned_at=AT, rates={"layer0.*": 1e-4})
+    other.load_state_dict(saved(opt.state_dict()))
+    rates = {name: effective_lr(group) for group in other.param_groups for name in group["param_names"]}
+    before = {name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]}
+    for name, rate in rates.items():
+        assert rate == pytest.approx(1e-4 if name.startswith("layer0") else before[name])
+
+
+def test_the_default_rate_is_that_of_groups_without_their_own():
+    """A load leaves defaults["lr"], which schedules read, at the base rate, though the first group has another."""
+    model = mlp((4, 8))
+    head = [p for name, p in model.named_parameters() if "head" in name]
+    lora = [p for name, p in model.named_parameters() if "lora_" in name]
+    groups = [{"params": head, "lr": 0.5}, {"params": lora}]
+    opt = RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=LR)
+    opt.load_state_dict(opt.state_dict())
+    assert opt.defaults["lr"] == LR
+    for group in opt.param_groups:
+        group["lr"] *= 2
+    other = RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=LR)
+    other.load_state_dict(opt.state_dict())
+    assert other.defaults["lr"] == 2 * LR
 
 
 def test_a_checkpoint_of_the_format_before_is_read():

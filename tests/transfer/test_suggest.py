@@ -256,9 +256,10 @@ def test_neither_factor_at_zero_asks_for_the_init():
 def test_a_declared_init_is_read():
     """PEFT's declaration is taken where neither factor is zero, and refused where no rate of it is published."""
     model = nonzero()
-    model.peft_config = {"": {"init_lora_weights": "pissa_niter_4"}}
+    config = {"r": 8, "lora_alpha": 16, "init_lora_weights": "pissa_niter_4"}
+    model.peft_config = {"": config}
     assert suggest_lr(model).lr == pytest.approx(suggest_lr(model_of((8, 64))).lr / 10)
-    model.peft_config = {"": {"init_lora_weights": "corda"}}
+    model.peft_config = {"": {**config, "init_lora_weights": "corda"}}
     with pytest.raises(LawError, match="declare no init with a published rate"):
         suggest_lr(model)
 

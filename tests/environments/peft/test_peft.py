@@ -208,6 +208,23 @@ def test_adapters_of_different_inits():
     assert {(f.adapter, f.init) for f in inspect_model(model).factors} == {("default", "A"), ("p", "other")}
 
 
+@pytest.mark.parametrize("inits", [(True, "olora"), ("olora", True)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_peft_models_in_one_keep_their_own_configurations(inits, shared):
+    """A text encoder and a UNet under one optimizer have the inits that each declares, or one shared configuration."""
+    parts = {"te": wrapped(init_lora_weights=inits[0]), "unet": wrapped(init_lora_weights=inits[1])}
+    if shared:
+        config = peft.LoraConfig(r=4, target_modules=["q", "v"])
+        parts = {name: peft.get_peft_model(part.unload(), config) for name, part in parts.items()}
+    both = nn.ModuleDict(parts)
+    for name, param in both.named_parameters():
+        if "lora_" in name:  # as after training
+            nn.init.normal_(param)
+    found = {(f.name.partition(".")[0], f.init) for f in inspect_model(both).factors}
+    wanted = (True, True) if shared else inits
+    assert found == {(part, "A" if init is True else "other") for part, init in zip(parts, wanted, strict=True)}
+
+
 def test_meta_adapters_keep_their_declared_init():
     """On the meta device the declared init still holds."""
     model = wrapped().to("meta")
