@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING
@@ -64,8 +65,8 @@ def _section(recipe: Recipe, plot: bool) -> str:
 
 
 def _with_section(text: str, section: str) -> str:
-    """Return `text` with `section` in place of an earlier section, or at the end."""
-    begin, end = text.find(_BEGIN), text.rfind(_END)
-    if 0 <= begin < end:
-        return text[:begin] + section + text[end + len(_END) :]
+    """Return `text` with `section` in place of earlier sections, or at the end. A section without its end is text."""
+    before, *after = re.split(f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", text, flags=re.DOTALL)
+    if after:
+        return before + section + "".join(after)
     return "\n\n".join(filter(None, (text.rstrip(), section))) + "\n"

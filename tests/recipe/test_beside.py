@@ -68,6 +68,21 @@ def test_the_readme_keeps_its_own_words(own, adapter):
     assert Recipe.load(adapter).fitted_lr == 4e-3
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_words_around_damaged_or_doubled_sections_are_kept(cut, adapter):
+    """A section cut by hand is the user's text, and of two sections pasted together one is left; no word is lost."""
+    readme = adapter / "README.md"
+    RECIPE.save_beside(adapter)
+    section = readme.read_text(encoding="utf-8")
+    section = section.partition("<!-- rankaware-optim: end -->")[0] if cut else section
+    readme.write_text(f"{section}\n## My results\n\n{section}\n## More\n", encoding="utf-8")
+    for _ in range(3):
+        RECIPE.save_beside(adapter)
+    text = readme.read_text(encoding="utf-8")
+    assert text.count("## My results") == text.count("## More") == 1
+    assert text.count("<!-- rankaware-optim: end -->") == 1
+
+
 HOSTILE = "a\n# b\n<!-- rankaware-optim: end --><script>"
 
 
