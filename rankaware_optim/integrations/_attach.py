@@ -14,7 +14,7 @@ from .._optimizer_classes import get_optimizer_class
 from .._warn import warn
 from ..errors import OptimizerError
 from ..optimizer import RankAwareOptimizer
-from ._training_arguments import refuse_no_rate, settings_of
+from ._training_arguments import refuse_no_rate
 from ._transformers import TrainerFactory, log_rates
 
 
@@ -54,20 +54,33 @@ def attach(trainer: Any, optimizer: type[Optimizer] | str | None = None, **setti
     if native is None:
         native, chosen = _own_choice(trainer, own)
         settings = {**chosen, **settings}
-    refuse_no_rate("attach", settings_of(native, trainer.args, settings))
+    refuse_no_rate("attach", native, trainer.args, settings)
     printed = trainer.is_world_process_zero()
 
     def make(params: Any, **said: Any) -> RankAwareOptimizer:
         opt = RankAwareOptimizer(params, native, **said)
-        if printed:  # here, before a warm-up has set the rates to zero
+        if printed and isinstance(opt, RankAwareOptimizer):  # here, before a warm-up has set the rates to zero
             print(opt.report(), flush=True)
         return opt
 
-    held = weakref.ref(trainer)
-    factory = TrainerFactory(make, native, settings, trainer.args, lambda: getattr(held(), "model", None))
+    factory = TrainerFactory(make, native, settings, trainer.args, _ModelOf(trainer))
     trainer.optimizer_cls_and_kwargs = (factory, {})
     log_rates(trainer)
-    trainer.add_callback(_look())
+    if not settings.get("native_type"):
+        trainer.add_callback(_look())
+
+
+class _ModelOf:
+    """Returns the trainer's model. The reference is weak, since the trainer holds it, and can be pickled for Ray."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = weakref.ref(trainer)
+
+    def __call__(self) -> Any:
+        return getattr(self._trainer(), "model", None)
+
+    def __reduce__(self) -> Any:
+        return _ModelOf, (self._trainer(),)
 
 
 def _own_choice(trainer: Any, own: Any) -> tuple[type[Optimizer], dict[str, Any]]:
@@ -90,7 +103,7 @@ def _look() -> Any:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             outer = opt = kwargs["optimizer"]
-            while not isinstance(opt, RankAwareOptimizer) and isinstance(getattr(opt, "optimizer", None), Optimizer):
+            while not isinstance(opt, RankAwareOptimizer) and getattr(opt, "optimizer", None) is not None:
                 opt = opt.optimizer
             if not isinstance(opt, RankAwareOptimizer):
                 _warn_of_another(args, opt)

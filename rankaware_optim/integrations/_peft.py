@@ -36,7 +36,7 @@ def create_rankaware_optimizer(
     """
     native = get_optimizer_class(optimizer_cls)
     settings = settings_of(native, None, {"lr": lr, **kwargs})
-    refuse_no_rate("create_rankaware_optimizer", settings)
+    refuse_no_rate("create_rankaware_optimizer", native, None, settings)
     make = TrainerFactory(partial(RankAwareOptimizer, optimizer=native), native, settings)
     made: RankAwareOptimizer = make(model)
     return made

@@ -17,19 +17,35 @@ from ..errors import OptimizerError
 
 
 def settings_of(native: type[Optimizer], args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given settings, completed by those of `args` that `native` accepts. With a recipe, without a rate."""
+    """Return the given settings, completed by those of `args` that `native` accepts. With a recipe, without a rate.
+
+    With apply_settings, a weight decay at its default does not count as set, so that the recipe's is used.
+    """
     said = {} if args is None else _said(args, native)
     given = {name: value for name, value in given.items() if value is not None}
     if "recipe" in given:
         said.pop("lr", None)
+    if given.get("apply_settings") and "weight_decay" not in _changed(args):
+        said.pop("weight_decay", None)
     return {**said, **given}
 
 
-def refuse_no_rate(who: str, settings: Mapping[str, Any]) -> None:
+def refuse_no_rate(who: str, native: type[Optimizer], args: Any, given: Mapping[str, Any]) -> None:
+    """Raise if no rate was given, or a model, which the trainer gives."""
+    if "model" in given:
+        raise OptimizerError(f"{who} was given model=, but uses that of the trainer.", "Leave it out.")
+    settings = settings_of(native, args, given)
     if "lr" not in settings and "recipe" not in settings:
+        usual = "" if args is None else f" to another value than its default, {args.learning_rate:g}"
         raise OptimizerError(
-            f"{who} was given no rate.", "Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments."
+            f"{who} was given no rate.",
+            f"Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments{usual}.",
         )
+
+
+def _changed(args: Any) -> set[str]:
+    """Return the names of the arguments that do not have their default values."""
+    return {f.name for f in fields(args) if getattr(args, f.name) != f.default} if args is not None else set()
 
 
 def _said(args: Any, native: type[Optimizer]) -> dict[str, Any]:
@@ -38,13 +54,11 @@ def _said(args: Any, native: type[Optimizer]) -> dict[str, Any]:
     If they have their default values, the class's own defaults are used. Lion's second beta is 0.99, for example, and a
     default rate is not tuned.
     """
-    own = {field.name: field.default for field in fields(args)}
-    changed = {name: getattr(args, name) for name, default in own.items() if getattr(args, name) != default}
-    takes = inspect.signature(native).parameters
+    changed, takes = _changed(args), inspect.signature(native).parameters
     found: dict[str, Any] = {"weight_decay": args.weight_decay} if "weight_decay" in takes else {}
     if "learning_rate" in changed:
         found["lr"] = args.learning_rate
-    if {"adam_beta1", "adam_beta2"} & changed.keys() and len(_default(takes, "betas", ())) == 2:
+    if {"adam_beta1", "adam_beta2"} & changed and len(_default(takes, "betas", ())) == 2:
         found["betas"] = (args.adam_beta1, args.adam_beta2)
     if "adam_epsilon" in changed and isinstance(_default(takes, "eps", None), float):
         found["eps"] = args.adam_epsilon
@@ -57,13 +71,13 @@ def _default(takes: Mapping[str, inspect.Parameter], name: str, otherwise: Any) 
     return found if isinstance(found, (tuple, float)) else otherwise
 
 
-def trainer_groups(model: nn.Module, native: type[Optimizer], settings: Mapping[str, Any]) -> Any:
+def trainer_groups(model: nn.Module, native: type[Optimizer]) -> Any:
     """Return Trainer's two groups, the second of norms and biases without weight decay, or the model.
 
-    The model is returned if the optimizer has no weight decay, or if all trainable parameters get it.
+    The model is returned if the optimizer has no weight decay, or if all trainable parameters get it. A decay of 0
+    gives two groups too, since checkpoints are matched by their order.
     """
-    takes = inspect.signature(native).parameters
-    if not settings.get("weight_decay", _default(takes, "weight_decay", 0.0)):
+    if "weight_decay" not in inspect.signature(native).parameters:
         return model
     from transformers import Trainer
 

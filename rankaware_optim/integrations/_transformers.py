@@ -31,7 +31,7 @@ class TrainerFactory:
     Args:
         make: `make(params, model=..., **settings)` builds the optimizer.
         native: the class that is wrapped.
-        given: the user's settings.
+        given: the user's settings. Without a rate or a recipe, the rate is that of the arguments at each call.
         args: the arguments of a trainer that does not pass them.
         model: returns the model of a trainer that does not pass it.
     """
@@ -58,9 +58,11 @@ class TrainerFactory:
                 "Use attach(trainer, ...), a version of transformers with factories, or optimizers=(opt, None).",
             )
         said = settings_of(self.native, args, {**settings, **self.given})
+        if args is not None and not {"lr", "recipe"} & said.keys():  # a search may try the default rate
+            said["lr"] = args.learning_rate
         keep_embeddings_in_32_bits(model, self.native, said)
         if params is model:
-            return self.make(trainer_groups(model, self.native, said), model=model, **said)
+            return self.make(trainer_groups(model, self.native), model=model, **said)
         base = getattr(args, "learning_rate", None)  # a group at the trainer's base rate gets ours
         groups = [{k: v for k, v in group.items() if k != "lr" or v != base} for group in params]
         return self.make(groups, model=model, **said)
@@ -87,7 +89,7 @@ def trainer_factory(
         OptimizerError: the optimizer is unknown, or no rate was given.
     """
     native = get_optimizer_class(optimizer)
-    refuse_no_rate("trainer_factory", settings_of(native, args, settings))
+    refuse_no_rate("trainer_factory", native, args, settings)
     return TrainerFactory(partial(RankAwareOptimizer, optimizer=native), native, settings, args), {}
 
 

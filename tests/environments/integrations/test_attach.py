@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import subprocess
+import sys
 import warnings
 
+import optuna
 import pytest
 import torch
+from accelerate.state import GradientState
 
 import rankaware_optim as ra
 from rankaware_optim import OptimizerError, RankAwareOptimizer
@@ -13,6 +19,7 @@ from rankaware_optim.integrations import attach, create_rankaware_optimizer, tra
 
 from ...helpers.examples import readme_blocks
 from ...helpers.models import same
+from ...helpers.recipes import RECIPE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -217,7 +224,8 @@ def test_what_is_given_holds_over_the_arguments(tmp_path):
     ("prepare", "sentence"),
     [
         (lambda trainer: attach(object(), AdamW, lr=LR), "not a Trainer of transformers"),
-        (lambda trainer: attach(trainer, AdamW), "attach was given no rate"),
+        (lambda trainer: attach(trainer, AdamW), "attach was given no rate.*than its default, 5e-05"),
+        (lambda trainer: attach(trainer, AdamW, lr=LR, model=trainer.model), "given model=, but uses that of"),
         (lambda trainer: [attach(trainer, AdamW, lr=LR) for _ in range(2)], "already has an optimizer"),
         (lambda trainer: [trainer.create_optimizer(), attach(trainer, AdamW, lr=LR)], "already has an optimizer"),
         (lambda trainer: attach(trainer, "adamwx", lr=LR), "Unknown optimizer"),
@@ -228,6 +236,120 @@ def test_a_trainer_that_cannot_be_attached_to_is_refused(tmp_path, prepare, sent
     trainer = transformers.Trainer(llama(), transformers.TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(OptimizerError, match=sentence):
         prepare(trainer)
+
+
+def test_a_search_trains_each_trial_at_its_own_rate(tmp_path):
+    """Where the rate came from the arguments, a search's trial at their default trains at it too."""
+    seen = []
+
+    class Look(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append((args.learning_rate, kwargs["optimizer"].param_groups[0]["lr"]))
+
+    data = {"train_dataset": tokens(), "eval_dataset": tokens()}
+    args = arguments(tmp_path, learning_rate=1e-4, lr_scheduler_type="constant", max_steps=1)
+    trainer = transformers.Trainer(model_init=llama, args=args, callbacks=[Look()], **data)
+    attach(trainer, AdamW)
+    rates = [2e-5, 5e-5, 1e-4]
+    trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", rates)},
+        backend="optuna",
+        n_trials=3,
+        sampler=optuna.samplers.GridSampler({"learning_rate": rates}),
+    )
+    assert sorted(seen) == [(rate, rate) for rate in rates]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.25])
+def test_a_recipes_settings_are_applied_where_the_arguments_set_none(tmp_path, decay):
+    """apply_settings uses the recipe's decay and betas, unless the arguments set a decay; norms are spared it."""
+    recipe = dataclasses.replace(RECIPE, settings={"weight_decay": 0.5, "betas": [0.5, 0.7]})
+    args = arguments(tmp_path, weight_decay=decay)
+    trainer = transformers.Trainer(with_norms_and_biases(), args, train_dataset=tokens())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ra.RankAwareWarning)
+        attach(trainer, AdamW, recipe=recipe, apply_settings=True, other_lr=1e-3)
+        groups = trainer.create_optimizer().param_groups
+    decays = {(group["weight_decay"], any("norm" in name for name in group["param_names"])) for group in groups}
+    assert decays == {(decay or 0.5, False), (0.0, True)}
+    assert {group["betas"] for group in groups} == {(0.5, 0.7)}
+
+
+def test_a_native_instance_is_attached_too(tmp_path):
+    """native_type=True trains as ours does, without a report or a warning."""
+    ends = []
+    for native in (False, True):
+        trainer = plain(llama(), tmp_path)
+        attach(trainer, AdamW, lr=LR, tuned_at=AT_16, native_type=native)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ra.RankAwareWarning)
+            trainer.train()
+        assert isinstance(trainer.optimizer.optimizer, RankAwareOptimizer) is not native
+        ends.append(weights(trainer))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_plain_runs_checkpoint_is_resumed(tmp_path):
+    """What Trainer saved before attach is loaded by it after, biases and no decay included."""
+    first = transformers.Trainer(with_norms_and_biases(()), saving(tmp_path), train_dataset=tokens())
+    first.train()
+    again = transformers.Trainer(with_norms_and_biases(()), saving(tmp_path), train_dataset=tokens())
+    attach(again, AdamW, lr=LR)
+    opt = again.create_optimizer()
+    opt.load_state_dict(torch.load(tmp_path / "checkpoint-1" / "optimizer.pt", weights_only=True))
+    old = {n: first.optimizer.state[p]["exp_avg"] for n, p in first.model.named_parameters() if p.requires_grad}
+    new = {n: opt.state[p]["exp_avg"] for n, p in again.model.named_parameters() if p.requires_grad}
+    assert same(old, new)
+
+
+def saving(folder):
+    return arguments(folder, max_steps=1, save_strategy="steps", save_steps=1, weight_decay=0.0)
+
+
+def test_an_attached_trainer_can_be_sent_to_another_process(tmp_path):
+    """Ray's search sends the trainer by cloudpickle: the copy trains as the original, on its own model."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    GradientState._reset_state()  # after another training in this process it holds weak references
+    trainer = plain(llama(), tmp_path)
+    attach(trainer, AdamW, lr=LR, tuned_at=AT_16)
+    copied = cloudpickle.loads(cloudpickle.dumps(trainer))
+    assert copied.optimizer_cls_and_kwargs[0].model() is copied.model
+    copied.train()
+    trainer.train()
+    assert same(weights(copied), weights(trainer))
+
+
+ZERO = """
+import torch, transformers, peft, warnings
+import rankaware_optim as ra
+from rankaware_optim.integrations import attach
+config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+    num_attention_heads=2)
+lora = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj"])
+model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+zero = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": 1}, "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+args = transformers.TrainingArguments("out", max_steps=1, report_to="none", save_strategy="no", deepspeed=zero)
+rows = [{"input_ids": list(range(8)), "labels": list(range(8))} for _ in range(8)]
+trainer = transformers.Trainer(model, args, train_dataset=rows)
+attach(trainer, torch.optim.AdamW, lr=1e-3, tuned_at="r=64,alpha=64")
+warnings.simplefilter("ignore")
+warnings.simplefilter("error", ra.RankAwareWarning)
+trainer.train()
+print("AT THE END", {row.role for row in trainer.optimizer.report().rows})
+"""
+
+
+def test_deepspeeds_wrapper_is_looked_into(tmp_path):
+    """Under ZeRO the attached optimizer is found inside DeepSpeed's: no warning, and the wrapper has its report."""
+    pytest.importorskip("deepspeed")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29763"}
+    environment = {**os.environ, **alone, "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", ZERO], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert "AT THE END {'A', 'B'}" in done.stdout.replace("'B', 'A'", "'A', 'B'"), done.stderr[-2000:]
 
 
 class OfItsOwn(transformers.Trainer):
