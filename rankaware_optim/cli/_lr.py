@@ -34,8 +34,8 @@ def lr(
         raise click.UsageError("Give --rank N or --full.")
     if alpha is None and rslora:
         raise click.UsageError("--rslora needs --alpha.")
-    for option in ("alpha", "init"):
-        if full and {"alpha": alpha, **where}[option] is not None:
+    for option, value in (("alpha", alpha), ("init", where["init"])):
+        if full and value is not None:
             raise click.UsageError(f"Full finetuning has no --{option}.")
     method: Any = "full" if full else "lora"
     rate = Recipe.load(recipe).at(rank, alpha=alpha, rslora=rslora, method=method, **where)
