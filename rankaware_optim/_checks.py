@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from numbers import Number
 from typing import Any, TypeGuard
 
 from ._rate import Rate
@@ -67,6 +68,11 @@ def shown(value: object) -> str:
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether `value` is an int or a float, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of NumPy as one of Python, and anything else unchanged."""
+    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
 
 
 def is_positive(value: object) -> TypeGuard[float]:

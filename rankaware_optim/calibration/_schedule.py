@@ -170,15 +170,16 @@ class Schedule:
         return self._rotate(mine[task], task, self.ranks, weights)
 
     def _due(self, mine: Mapping[Task, Trials], tasks: Sequence[Task]) -> Task:
-        """Return the shortest length until all ranks had a few runs of it, then the task with the fewest steps so far.
+        """Return the first task until all ranks had a few runs of it, then the task with the fewest steps so far.
 
-        See benchmarks/results/planned.md for the comparison with other plans.
+        If there are longer runs, the shortest ones only find the rates. Batches are measured alike. See
+        benchmarks/results/planned.md for the comparison with other plans.
         """
         first = self.tasks[0]
-        others = [task for task in tasks if task != first]
-        if first in tasks and (not others or len(mine[first]) < self._needed):
+        if first in tasks and len(mine[first]) < self._needed:
             return first
-        return min(others or tasks, key=lambda task: (len(mine[task]) + 1) * self._cost(task))
+        due = [task for task in tasks if task != first] if len(self.steps) > 1 else tasks
+        return min(due or tasks, key=lambda task: (len(mine[task]) + 1) * self._cost(task))
 
     def _rotate(
         self, tried: Trials, task: Task, ranks: Sequence[int | None], weights: Mapping[int | None, float]

@@ -65,6 +65,7 @@ _SLOPES = {
     "full": (Slope(0.3, 0.25), Slope(0.0, 1e-3)),
 }
 _BATCH_REACH = 10.0
+_OTHER_STUDY = "Give this calibration another name=, or another storage=."
 
 
 @dataclass
@@ -156,10 +157,10 @@ class Study:
                     raise TypeError(f"trial {record.number} holds an impossible value")
             known = stored.user_attrs
             made_with = known.get("made_with", {})
-            tables = made_with, made_with.get("multipliers", {}), known.get("settings", {})
+            tables = made_with, made_with.get("multipliers", {}), known.get("settings") or {}
             if len(stored.directions) > 1 or not all(isinstance(table, dict) for table in tables):
                 raise TypeError("an attribute holds an impossible value")
-            if "reference" in known:
+            if known.get("reference"):
                 checked_multiplier(self.law, (at := Reference(**known["reference"])).as_factor(), at)
                 math.log2(known["full_fan_in"])
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -183,11 +184,23 @@ class Study:
         }
         values = {"multipliers": law_values(self.law, self.optimizer, self.ranks)}
         stored = self.optuna.user_attrs.get("made_with", {"schema": None})
-        if self.trials():
+        going = self.trials().going()
+        if going:
             self._refuse(differences(stored, mine))
             law = differences(stored.get("multipliers", {}), values["multipliers"], SAME_RATE)
             self._refuse(law, "other code of the law: ")
-        if self.trials().counted():
+        else:  # what the first trial settled may change, since it failed
+            for name in ("reference", "full_fan_in", "settings"):
+                if self.optuna.user_attrs.get(name):
+                    self.optuna.set_user_attr(name, None)
+        moved = "steps" in self.varying
+        if any((trial.steps is None) == moved for trial in going):  # a run that stores no steps has the target's
+            raise CalibrationError(
+                f"The stored study {self.name!r} was made {'without' if moved else 'with'} target_steps=, and this one "
+                f"{'with' if moved else 'without'}.",
+                _OTHER_STUDY,
+            )
+        if going.counted():
             self._compare_code(stored, "was made with")
         self.optuna.set_user_attr("made_with", {**mine, **values, **self._maker})
 
@@ -203,22 +216,23 @@ class Study:
         if difference:
             raise CalibrationError(
                 f"The stored study {self.name!r} was made with {what}{difference}.",
-                "Give this calibration another name=, or another storage=.",
+                _OTHER_STUDY,
             )
 
     def compare(self, trial: TrialRecord, built: Mapping[str, Any]) -> None:
         """Raise if a trial's model or settings differ from those of an earlier trial of its rank."""
         at = self.reference
         known = {} if at is None or at.rank != trial.rank else {"width": at.fan_in, "alpha": at.alpha, "init": at.init}
-        earlier = (t.built for t in self.trials() if t.built and t.place == trial.place and t.number < trial.number)
+        going = (t for t in self.trials().going() if t.place == trial.place and t.number < trial.number)
+        earlier = (t.built for t in going if t.built)
         self._refuse(differences(next(earlier, known), built))
 
     def recall(self) -> None:
         """Read what the first trial of this or another worker settled. Warn if another worker runs different code."""
         stored = self.optuna.user_attrs
         self._compare_code(stored.get("made_with", {}), "is shared with a worker of")
-        self.settings = stored.get("settings", self.settings)
-        if self.reference is None and "reference" in stored:
+        self.settings = stored.get("settings") or self.settings
+        if self.reference is None and stored.get("reference"):
             self._settle(Reference(**stored["reference"]), stored["full_fan_in"])
 
     def trials(self) -> Trials:
@@ -413,28 +427,34 @@ class Study:
     def _fit_or_raise(self, trials: Trials) -> Fit:
         if trials and all(trial.stopped == "memory" for trial in trials):
             raise CalibrationError(
-                f"Every one of {len(trials)} runs ran out of memory.", "Lower the batch or the ranks=, or free memory."
+                f"Every one of {len(trials)} runs ran out of memory.",
+                f"Lower the batch or the ranks=, or free memory.{self._stored_too}",
             )
         fit = fit_observations(trials.evidence(), self.prior)
         if fit is None:
             some_pruned = len(trials.observations()) < len(trials)
             raise CalibrationError(
                 f"Every one of {len(trials)} runs diverged{' or was pruned' * some_pruned}.",
-                "Lower lr_range=, or check the loss, the data and the pruner.",
+                f"Lower lr_range=, or check the loss, the data and the pruner.{self._stored_too}",
             )
         for runs in trials.hopeless():
             raise CalibrationError(
                 f"Every one of {runs} diverged, though other ranks train.",
-                "Check the model at that rank, or leave the rank out of ranks=.",
+                f"Check the model at that rank, or leave the rank out of ranks=.{self._stored_too}",
             )
         return fit
+
+    @property
+    def _stored_too(self) -> str:
+        """The cure of a study whose runs all failed, if they are stored, since they are not made again."""
+        return "" if self._given is None else " The runs are stored, so give another name= or storage= too."
 
     def _notes(self, fit: Fit, trials: Trials) -> tuple[str, ...]:
         """Return sentences on what the data do not determine and on problems of the runs."""
         lora, cell, notes = [r for r in self.ranks if r is not None], trials.unsteady(), []
         if len(lora) > 1 and max(lora) < _APART * min(lora):
             notes.append(f"ranks {min(lora)} and {max(lora)} differ by less than a factor 16: the drift is uncertain")
-        if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or is_flat(trials.observations()):
+        if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or is_flat(trials.counted()):
             notes.append("the data do not determine the rate: the loss hardly depends on it")
         notes += [words for what in self.varying if (words := self._carried(what, fit, trials))]
         if cell is not None:

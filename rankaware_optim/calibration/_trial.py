@@ -227,13 +227,13 @@ def _pulled(run: Any, values: _Values, endless: bool | None) -> Outcome:
 
 
 def _as_float(value: Any, step: int, what: str = "value") -> float:
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
-        value = value.item()
-    if not is_number(value):
+    size = value.numel() if isinstance(value, torch.Tensor) else getattr(value, "size", 0)
+    found = value.item() if isinstance(value, (torch.Tensor, np.generic, np.ndarray)) and size == 1 else value
+    if not is_number(found):
         raise CalibrationError(
             f"train's {what} at step {step} is a {type(value).__name__}.", "Yield a number or a one-element tensor."
         )
-    return float(value)
+    return float(found)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -164,6 +164,10 @@ class Trials(tuple[TrialRecord, ...]):
     def running(self, but: int | None = None) -> Trials:
         return Trials(t for t in self if t.state == TrialState.RUNNING and t.number != but)
 
+    def going(self) -> Trials:
+        """Return the trials that count, and those that run."""
+        return Trials((*self.counted(), *self.running()))
+
     def observations(self) -> list[Observation]:
         """Return the observations of trials that ran to their end or diverged."""
         return [t.observation for t in self.counted() if t.observation is not None]
@@ -286,8 +290,12 @@ def interval(steps: int) -> int:
     return max(1, steps // _REPORTS)
 
 
-def is_flat(seen: Sequence[Observation]) -> bool:
-    """Return whether the runs show nothing: none fell below its start, and all scores agree."""
-    ended = [o for o in seen if math.isfinite(o.value + o.tail)]
-    values = [o.value for o in ended]
-    return all(o.tail >= o.start for o in ended) and all(math.isclose(v, values[0], rel_tol=1e-6) for v in values)
+def is_flat(trials: Iterable[TrialRecord]) -> bool:
+    """Return whether the runs show nothing: none fell below its start, and all scores of a rank and seed agree."""
+    first: dict[Cell, float] = {}
+    ended = [(t.cell, t.observation) for t in trials if t.observation is not None]
+    return all(
+        o.tail >= o.start and math.isclose(o.value, first.setdefault(cell, o.value), rel_tol=1e-6)
+        for cell, o in ended
+        if math.isfinite(o.value + o.tail)
+    )

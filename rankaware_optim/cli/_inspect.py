@@ -15,7 +15,7 @@ from ..inspection import inspect_file
 from ..laws import DEFAULT_LAW
 from ..transfer import survey_rates
 from ._echo import echo, echo_json
-from ._options import json_option
+from ._options import init_option, json_option
 
 _SHAPE = (
     "an object. Fields: factors (one object per LoRA factor), others (name and adapter kind of the other tensors), "
@@ -30,14 +30,17 @@ _SHAPE = (
 @click.option("--lr", type=float, help="Base rate, per step. Adds a column of rates.")
 @click.option("--law", default=DEFAULT_LAW, show_default=True, help="Law that moves --lr.")
 @click.option("--tuned-at", help="Configuration at which --lr was tuned: r=16,alpha=32, or the path of an adapter.")
+@init_option("By default as the files declare it.")
 @click.option("--per-module", is_flag=True, help="Print one line per tensor.")
 @json_option(_SHAPE)
-def inspect(path: Path, lr: float | None, law: str, tuned_at: str | None, per_module: bool, as_json: bool) -> None:
+def inspect(
+    path: Path, lr: float | None, law: str, tuned_at: str | None, init: Any, per_module: bool, as_json: bool
+) -> None:
     """List the LoRA factors in an adapter's files.
 
     PATH is a PEFT folder or a .safetensors file. The model is not needed.
     """
-    survey, rates = survey_rates(inspect_file(path), lr=lr, law=law, tuned_at=tuned_at)
+    survey, rates = survey_rates(inspect_file(path, init=init), lr=lr, law=law, tuned_at=tuned_at)
     if as_json:
         echo_json(_document(survey, rates))
     else:

@@ -14,7 +14,7 @@ from .._optimizer_classes import get_optimizer_class
 from .._warn import warn
 from ..errors import OptimizerError
 from ..optimizer import RankAwareOptimizer
-from ._training_arguments import refuse_no_rate
+from ._training_arguments import check_given
 from ._transformers import TrainerFactory, log_rates
 
 
@@ -54,7 +54,7 @@ def attach(trainer: Any, optimizer: type[Optimizer] | str | None = None, **setti
     if native is None:
         native, chosen = _own_choice(trainer, own)
         settings = {**chosen, **settings}
-    refuse_no_rate("attach", native, trainer.args, settings)
+    check_given("attach", native, trainer.args, settings)
     printed = trainer.is_world_process_zero()
 
     def make(params: Any, **said: Any) -> RankAwareOptimizer:

@@ -20,6 +20,7 @@ def lightning_rates() -> Any:
 
         trainer = Trainer(callbacks=[LearningRateMonitor(), lightning_rates()])
 
+    It logs every `log_every_n_steps` steps. With several optimizers the names start with the optimizer's number.
     A recipe's name and hash are logged as hyperparameters, "rankaware/recipe" and "rankaware/recipe_hash".
 
     Raises:
@@ -41,8 +42,14 @@ def lightning_rates() -> Any:
                 logger.log_hyperparams(words)
 
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            if (step + 1) % max(1, trainer.log_every_n_steps):
+                return
+            several = len(trainer.optimizers) > 1
+            number = next((i for i, opt in enumerate(trainer.optimizers) if opt is optimizer), 0)
+            rates = {f"{number}/{name}" if several else name: rate for name, rate in group_rates(optimizer).items()}
             for logger in trainer.loggers:
-                logger.log_metrics(group_rates(optimizer), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+                logger.log_metrics(rates, step=step)
 
     return Rates()
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from .._optimizer_classes import get_optimizer_class
 from .._rate import Rate
 from ..optimizer import RankAwareOptimizer
-from ._training_arguments import refuse_no_rate, settings_of
+from ._training_arguments import check_given, settings_of
 from ._transformers import TrainerFactory
 
 
@@ -36,7 +36,7 @@ def create_rankaware_optimizer(
     """
     native = get_optimizer_class(optimizer_cls)
     settings = settings_of(native, None, {"lr": lr, **kwargs})
-    refuse_no_rate("create_rankaware_optimizer", native, None, settings)
+    check_given("create_rankaware_optimizer", native, None, settings)
     make = TrainerFactory(partial(RankAwareOptimizer, optimizer=native), native, settings)
     made: RankAwareOptimizer = make(model)
     return made

@@ -19,19 +19,29 @@ from ..errors import OptimizerError
 def settings_of(native: type[Optimizer], args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the given settings, completed by those of `args` that `native` accepts. With a recipe, without a rate.
 
-    With apply_settings, a weight decay at its default does not count as set, so that the recipe's is used.
+    The arguments give the weight decay, which Trainer always passes, and rate, betas and eps if they were set. Where
+    they have their default values, the class's own defaults are used. Lion's second beta is 0.99, for example, and a
+    default rate is not tuned. With apply_settings, the recipe's weight decay is used instead of a default one.
     """
-    said = {} if args is None else _said(args, native)
     given = {name: value for name, value in given.items() if value is not None}
-    if "recipe" in given:
-        said.pop("lr", None)
-    if given.get("apply_settings") and "weight_decay" not in _changed(args):
-        said.pop("weight_decay", None)
-    return {**said, **given}
+    if args is None:
+        return given
+    changed = {f.name for f in fields(args) if getattr(args, f.name) != f.default}
+    takes = inspect.signature(native).parameters
+    found: dict[str, Any] = {}
+    if "weight_decay" in takes and ("weight_decay" in changed or not given.get("apply_settings")):
+        found["weight_decay"] = args.weight_decay
+    if "learning_rate" in changed and "recipe" not in given:
+        found["lr"] = args.learning_rate
+    if {"adam_beta1", "adam_beta2"} & changed and len(_default(takes, "betas", ())) == 2:
+        found["betas"] = (args.adam_beta1, args.adam_beta2)
+    if "adam_epsilon" in changed and isinstance(_default(takes, "eps", None), float):
+        found["eps"] = args.adam_epsilon
+    return {**found, **given}
 
 
-def refuse_no_rate(who: str, native: type[Optimizer], args: Any, given: Mapping[str, Any]) -> None:
-    """Raise if no rate was given, or a model, which the trainer gives."""
+def check_given(who: str, native: type[Optimizer], args: Any, given: Mapping[str, Any]) -> None:
+    """Raise if a model was given, which the trainer gives, or no rate."""
     if "model" in given:
         raise OptimizerError(f"{who} was given model=, but uses that of the trainer.", "Leave it out.")
     settings = settings_of(native, args, given)
@@ -41,28 +51,6 @@ def refuse_no_rate(who: str, native: type[Optimizer], args: Any, given: Mapping[
             f"{who} was given no rate.",
             f"Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments{usual}.",
         )
-
-
-def _changed(args: Any) -> set[str]:
-    """Return the names of the arguments that do not have their default values."""
-    return {f.name for f in fields(args) if getattr(args, f.name) != f.default} if args is not None else set()
-
-
-def _said(args: Any, native: type[Optimizer]) -> dict[str, Any]:
-    """Return the weight decay of `args`, which Trainer always passes, and rate, betas and eps if they were set.
-
-    If they have their default values, the class's own defaults are used. Lion's second beta is 0.99, for example, and a
-    default rate is not tuned.
-    """
-    changed, takes = _changed(args), inspect.signature(native).parameters
-    found: dict[str, Any] = {"weight_decay": args.weight_decay} if "weight_decay" in takes else {}
-    if "learning_rate" in changed:
-        found["lr"] = args.learning_rate
-    if {"adam_beta1", "adam_beta2"} & changed and len(_default(takes, "betas", ())) == 2:
-        found["betas"] = (args.adam_beta1, args.adam_beta2)
-    if "adam_epsilon" in changed and isinstance(_default(takes, "eps", None), float):
-        found["eps"] = args.adam_epsilon
-    return found
 
 
 def _default(takes: Mapping[str, inspect.Parameter], name: str, otherwise: Any) -> Any:

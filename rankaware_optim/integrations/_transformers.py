@@ -19,7 +19,7 @@ from ..optimizer import RankAwareOptimizer
 from ._rates import group_rates
 from ._trackers import log_recipe, save_beside_checkpoint
 from ._trainer_run import TrainerRun
-from ._training_arguments import keep_embeddings_in_32_bits, refuse_no_rate, settings_of, trainer_groups
+from ._training_arguments import check_given, keep_embeddings_in_32_bits, settings_of, trainer_groups
 
 
 class TrainerFactory:
@@ -89,7 +89,7 @@ def trainer_factory(
         OptimizerError: the optimizer is unknown, or no rate was given.
     """
     native = get_optimizer_class(optimizer)
-    refuse_no_rate("trainer_factory", native, args, settings)
+    check_given("trainer_factory", native, args, settings)
     return TrainerFactory(partial(RankAwareOptimizer, optimizer=native), native, settings, args), {}
 
 

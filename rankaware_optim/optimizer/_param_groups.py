@@ -38,6 +38,8 @@ TAGS = (
 )
 # Keys that record what `multiply_for_native` changed.
 MADE_NATIVE = ("rank_multiplied", "rank_divided_decay")
+# A group's rate, and those between which schedulers move it.
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 # torch's optimizers that add the decay to the gradient and normalize the sum, unless their group says otherwise.
 _L2 = (
     torch.optim.Adagrad,
@@ -146,7 +148,7 @@ def own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
             "Rename your key.",
         )
     made = {key: value for key, value in group.items() if key not in (*TAGS, *MADE_NATIVE)}
-    return made | at_base_rate(group, ("lr", "initial_lr"))
+    return made | at_base_rate(group)
 
 
 class PlannedGroup(NamedTuple):
@@ -197,14 +199,13 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
     return planned
 
 
-def unshare_lr(group: dict[str, Any]) -> None:
-    """Give a group a tensor rate of its own, so that a loop that scales every group's in place scales each once."""
+def set_ratio(group: dict[str, Any], assignment: Assignment) -> None:
+    """Turn an explicit rate into a ratio to the group's base rate, so that schedulers scale it. Check the product.
+
+    A tensor rate is copied, so that a loop that scales every group's in place scales each once.
+    """
     if isinstance(group["lr"], torch.Tensor):
         group["lr"] = group["lr"].clone()
-
-
-def set_ratio(group: dict[str, Any], assignment: Assignment) -> None:
-    """Turn an explicit rate into a ratio to the group's base rate, so that schedulers scale it. Check the product."""
     if assignment.rate is not None:
         group["rank_multiplier"] = assignment.rate / float(group["lr"])
     check_product(group)
@@ -228,21 +229,21 @@ def effective_lr(group: Mapping[str, Any]) -> float:
 
 
 def multiply_for_native(group: dict[str, Any], keep_decay: bool = False) -> None:
-    """Multiply a group's rate once, for an optimizer with torch's own step, and record it in the group.
+    """Multiply a group's rates once, for an optimizer with torch's own step, and record it in the group.
 
     With keep_decay, the shrinkage lr × weight_decay is kept by dividing weight_decay.
     """
-    group["lr"], group["rank_multiplied"] = group["lr"] * group["rank_multiplier"], True
+    group |= {key: group[key] * group["rank_multiplier"] for key in _RATES if key in group} | {"rank_multiplied": True}
     del group["rankaware_lr"]
     if keep_decay:
         group["weight_decay"], group["rank_divided_decay"] = group["weight_decay"] / group["rank_multiplier"], True
 
 
-def at_base_rate(group: Mapping[str, Any], rates: Iterable[str]) -> dict[str, Any]:
+def at_base_rate(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a group that `multiply_for_native` changed as they were; empty if it changed nothing."""
     if not group.get("rank_multiplied"):
         return {}
-    made = {key: group[key] / group["rank_multiplier"] for key in rates if key in group}
+    made = {key: group[key] / group["rank_multiplier"] for key in _RATES if key in group}
     if group.get("rank_divided_decay"):
         made["weight_decay"] = group["weight_decay"] * group["rank_multiplier"]
     return made

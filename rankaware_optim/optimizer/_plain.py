@@ -46,5 +46,4 @@ def _native(group: dict[str, Any], keep_decay: bool) -> dict[str, Any]:
     """Return a group at the rates that are trained at, without keys of this package."""
     made = {"rank_multiplier": 1.0, "rankaware_lr": "", **group}
     multiply_for_native(made, keep_decay)
-    scheduled = {key: made[key] * made["rank_multiplier"] for key in ("initial_lr", "max_lr", "min_lr") if key in made}
-    return {key: value for key, value in made.items() if key not in (*TAGS, *MADE_NATIVE)} | scheduled
+    return {key: value for key, value in made.items() if key not in (*TAGS, *MADE_NATIVE)}

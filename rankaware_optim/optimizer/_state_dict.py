@@ -175,7 +175,7 @@ def _at_base_rate(group: Group) -> Group:
     if group.get("rankaware_format") == 1:
         group = {**group, "rank_multiplier": group.get("lr_multiplier", 1.0), "rank_multiplied": True}
     made = {key: value for key, value in group.items() if key not in ("lr_multiplier", *MADE_NATIVE)}
-    return made | at_base_rate(group, ("lr", "initial_lr", "max_lr", "min_lr"))
+    return made | at_base_rate(group)
 
 
 def _check_user_groups(param_groups: list[Group], groups: Sequence[Group]) -> None:

@@ -36,7 +36,6 @@ from ._param_groups import (
     set_ratio,
     shrinks_by_decay,
     split,
-    unshare_lr,
     user_groups,
 )
 from ._plan import Plan, PlanOptions, make_plan
@@ -258,8 +257,12 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             param_group: the group, as for torch.
         """
         native = type(self)._rankaware_native
-        if "_rankaware" not in self.__dict__:  # inside __init__, whose groups are planned already
-            native.add_param_group(self, param_group)
+        if "_rankaware" not in self.__dict__:
+            inner = getattr(self, "optimizer", None)
+            if isinstance(inner, RankAwareOptimizer):  # Lightning and Fabric derive a class of theirs from ours
+                inner.add_param_group(param_group)
+            else:  # inside __init__, whose groups are planned already
+                native.add_param_group(self, param_group)
             return
         model = _held_model(self)
         if model is None and "rankaware_format" in param_group:
@@ -279,7 +282,6 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         made = []
         for planned in split(own, wrap.plan, survey, first=len(wrap.order)):
             made.append({"lr": self.defaults.get("lr"), **planned.as_dict(named="param_names" in self.param_groups[0])})
-            unshare_lr(made[-1])
             set_ratio(made[-1], planned.assignment)
         for group in made:
             native.add_param_group(self, group)
@@ -415,7 +417,6 @@ def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, se
                 f"{native.__name__} rearranges its groups when it is built, so rates would go to the wrong groups.",
                 f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model.parameters(), ...), model=model).",
             )
-        unshare_lr(group)
         set_ratio(group, part.assignment)
     return opt
 
@@ -427,7 +428,6 @@ def _regroup(built: Optimizer, native: type[Optimizer], planned: list[PlannedGro
         {**part.as_dict(named=False), "param_names": [name for name, _ in part.named], **given} for part in planned
     ]
     for group, part in zip(groups, planned, strict=True):
-        unshare_lr(group)
         set_ratio(group, part.assignment)
     built.defaults.update(given)
     built.param_groups[:] = groups

@@ -159,6 +159,8 @@ class Recipe:
             InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
             LawError: the law has no usable multiplier there.
         """
+        if method == "full" and init is not None:
+            raise RecipeError("init= was given for full finetuning, which has none.", "Leave it out.")
         target = self._target(rank, alpha, method, rslora)
         given = {"init": init, "fan_in": fan_in}
         target = replace(target, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]

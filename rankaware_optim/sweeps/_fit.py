@@ -262,8 +262,8 @@ class _Rows:
         octaves = 0.0 if reference.rank is None else math.log2(reference.rank / fitted.prior.pivot)
         shift = fitted.drift * octaves
         best = base + factor if reference.method == "full" else base + shift
-        lora = ((run.rank, run) for run in self.runs if run.rank is not None)
-        scalings = {rank: site_of(run, reference, None)[0].scaling for rank, run in lora}
+        pairs = {(run.rank, site_of(run, reference, None)[0].scaling) for run in self.runs if run.rank is not None}
+        scalings = dict(pairs) if len(pairs) == len(self.ranks) else {}  # a rank at several alphas follows no rule
         seen = self.observations(self.study(fitted.law.law).centred_law())
         made = Recipe(
             fitted_lr=2.0**best,

@@ -227,7 +227,8 @@ class _Cells(NamedTuple):
             text = "" if value is None else str(value).strip()
         except ValueError:  # an int of more than 4,300 digits
             raise self.error(field, "a short text or number") from None
-        return None if text.lower() in _ABSENT else text
+        absent = _ABSENT if field != "steps" else (*_ABSENT, "-1", "-1.0")  # Trainer's max_steps, by default
+        return None if text.lower() in absent else text
 
     def number(self, field: str, range_: str = "") -> float | None:
         """Return the cell as a number in the range of this name, by default the field's, or None if it is empty."""

@@ -16,7 +16,12 @@ from ._io import SweepRun
 
 
 def selected(runs: Sequence[SweepRun], chosen: Mapping[str, Any]) -> tuple[SweepRun, ...]:
-    """Return the runs of one model, batch, init and number of steps. Missing values are filled in."""
+    """Return the runs of one model, batch, init and number of steps. Missing values are filled in.
+
+    Beside rows that state an init, a LoRA row without one has the default, "A".
+    """
+    if any(run.init for run in runs):
+        runs = [run if run.init or run.rank is None else replace(run, init="A") for run in runs]
     for name, wanted in chosen.items():
         values = sorted({getattr(run, name) for run in runs} - {None})
         if wanted is None and len(values) > 1:

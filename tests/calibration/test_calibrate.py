@@ -959,3 +959,25 @@ def test_a_storage_may_be_a_url(tmp_path):
 def test_no_warmup_is_a_warmup_told():
     """warmup=0 says that there was none, which is not the same as leaving it out."""
     assert calibrate(made_up(), trials=2, warmup=0.0).warmup == 0.0
+
+
+@pytest.mark.parametrize("levels", [(1.0, 3.0), (3.0, 1.0), (2.0, 2.0)])
+def test_a_loss_that_ignores_the_rate_is_said(levels):
+    """Where nothing depends on the rate, a note says so, whichever seed has the higher loss."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        yield from (levels[trial.seed] for _ in range(trial.steps))
+
+    recipe = calibrate(train, ranks=(4, 64))
+    assert any("the loss hardly depends on it" in note for note in recipe.notes)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """Losses, ranks, seeds and steps may be NumPy's, and the recipe is that of Python's."""
+
+    def train(trial):
+        return (np.float32(loss) for loss in made_up(noise=0.0)(trial))
+
+    recipe = calibrate(train, ranks=np.array([4, 16]), steps=np.int64(20), seeds=[np.int64(0), 1], trials=np.int64(6))
+    assert recipe.at(np.int64(8)) == calibrate(train, trials=6).at(8)

@@ -155,6 +155,18 @@ def test_batches_are_tried_for_the_batch_that_is_meant():
     assert any("batch 256 was not tried" in note for note in recipe.notes)
 
 
+@pytest.mark.parametrize("batches", [(16, 64), (16, 32, 64)])
+@pytest.mark.parametrize("batch", [16, 64, 256])
+def test_batches_share_the_runs(batches, batch):
+    """Every batch has as many runs as another, wherever the target's lies, and the slope is measured."""
+    seen = []
+    best = whole(lambda trial: BEST + math.log2(trial.batch / 64), seen)
+    recipe = calibrate(best, batches=batches, batch=batch, trials=16 * len(batches))
+    counts = Counter(batch for *_, batch, _ in seen)
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert recipe.at().low < 2.0 ** (BEST + math.log2(batch / 64)) < recipe.at().high
+
+
 @pytest.mark.parametrize(
     ("options", "tasks"),
     [
@@ -257,3 +269,12 @@ def test_a_stored_study_of_other_lengths_is_refused(other, tmp_path):
     with pytest.raises(ra.CalibrationError, match=r"was made with (steps|batches)="):
         calibrate(whole(), storage=journal, **{**options, **other})
     assert calibrate(whole(), storage=journal, **{**options, "target_steps": 640}).steps == 640
+
+
+@pytest.mark.parametrize(("first", "then"), [({}, {"target_steps": TARGET}), ({"target_steps": TARGET}, {})])
+def test_runs_of_the_targets_length_are_no_short_ones(first, then, tmp_path):
+    """A study without target_steps= does not go on with one, nor one with it without: its runs would be misread."""
+    journal, options = tmp_path / "study.journal", {"steps": LENGTHS[0], "trials": 4}
+    calibrate(whole(), storage=journal, **options, **first)
+    with pytest.raises(ra.CalibrationError, match=r"was made with(out)? target_steps=.*another name="):
+        calibrate(whole(), storage=journal, **options, **then)

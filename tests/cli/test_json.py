@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_inspect_names_every_tensor():
 
 def test_diff_lists_what_differs():
     """The list is empty for equal recipes, the exit codes stay those of diff."""
-    RECIPE.__class__(**{**vars(RECIPE), "name": "other"}).save("s.toml")
+    replace(RECIPE, name="other").save("s.toml")
     assert document("diff", "r.toml", "r.toml") == []
     assert document("diff", "r.toml", "s.toml", code=1) == [
         {"what": "name", "first": "digits", "second": "other", "words": ""}

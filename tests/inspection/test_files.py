@@ -71,6 +71,15 @@ def only_our_errors(path) -> None:
 # --- what is read ---------------------------------------------------------------------------------------------------
 
 
+def test_an_init_that_the_files_cannot_declare_is_given(folder):
+    """init= replaces the declared init of every pair, as after `initialize`, and another value is refused."""
+    path = folder()
+    assert {factor.init for factor in inspect_file(path).factors} == {"A"}
+    assert {factor.init for factor in inspect_file(path, init="B").factors} == {"B"}
+    with pytest.raises(InspectionError, match=r"'A' .*or 'B'"):
+        inspect_file(path, init="C")
+
+
 def test_a_peft_folder_is_surveyed(folder):
     """Rank, fans and role come from the shapes; scaling and init from the configuration."""
     survey = inspect_file(folder({**pair(), "base_model.model.score.weight": torch.zeros(2, 2)}))

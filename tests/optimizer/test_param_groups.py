@@ -156,6 +156,16 @@ def test_names_can_be_left_out(named):
     assert len(torch.optim.AdamW(groups).param_groups) == 3
 
 
+def test_a_groups_scheduled_rates_are_multiplied_with_its_rate():
+    """The rates between which a scheduler moves a group get its multiplier, and a wrapper reads them back as given."""
+    model, scheduled = mlp(), {"lr": LR, "initial_lr": 2 * LR, "max_lr": 8 * LR, "min_lr": LR / 8}
+    native = rank_aware_param_groups([{"params": model.parameters(), **scheduled}], lr=1.0, model=model, tuned_at=AT_16)
+    wrapped = RankAwareOptimizer(native, torch.optim.AdamW, lr=1.0, model=model, tuned_at=AT_16)
+    for key, rate in scheduled.items():
+        assert [g[key] for g in native] == pytest.approx([rate * g["rank_multiplier"] for g in native])
+        assert [g[key] for g in wrapped.param_groups] == pytest.approx([rate] * len(native))
+
+
 def test_group_values_are_plain():
     """Beside parameters, groups hold only what torch.load(weights_only=True) accepts."""
     for group in rank_aware_param_groups(mlp(), lr=LR):

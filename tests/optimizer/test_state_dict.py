@@ -201,7 +201,7 @@ def test_there_and_back_changes_no_bit():
 
 @each_schedule
 def test_a_plain_runs_scheduler_goes_on(schedule):
-    """A plain optimizer's state and its scheduler's load as they are, and every rate is the plain run's × the law's."""
+    """A plain run's state loads as it is, and its scheduler's by `expand`. Every rate is the plain one × the law's."""
     model = mlp((4, 8))
     native = torch.optim.AdamW(trainable(model), lr=LR)
     plain = schedule(native)

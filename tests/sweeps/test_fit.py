@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -464,6 +465,7 @@ BAD_SWEEPS = [
     (lambda: one(model="a"), {"model": "b"}, "No row of the sweep has model='b'.*It has a"),
     (lambda: [*one(batch=8), *one(batch=32)], {}, "mixes 2 values of batch: 8.0, 32.0.*batch="),
     (lambda: [*one(init="A"), *one(init="B")], {}, "mixes 2 values of init"),
+    (lambda: [*one(init=""), *one(init="B")], {}, "mixes 2 values of init: A, B"),
     (lambda: [*one(steps=8), *one(steps=9)], {}, "mixes 2 values of steps"),
     (lambda: [*one(fan_in=8), *one(fan_in=9)], {}, "mixes fan-ins: 8, 9.*fan_in="),
     (lambda: [*one(), *one(alpha=None)], {}, "Some rows have an alpha.*alpha="),
@@ -494,6 +496,24 @@ def test_a_mixed_sweep_is_fitted_by_choice(name):
     other = [{**row, "lr": row["lr"] * 16} for row in drawn(draw=1)]
     rows = [*({**row, name: values[0]} for row in drawn()), *({**row, name: values[1]} for row in other)]
     assert_alike(fit_sweep(one(**{name: values[0]})), fit_sweep(rows, **{name: values[0]}))
+
+
+def test_the_order_of_rows_decides_nothing():
+    """Where a rank was swept at several alphas, no rule says which alpha another rank has, in whatever order."""
+    blocks = [
+        [{**row, "alpha": alpha} for row in drawn() if row["rank"] == rank] for rank in (4, 64) for alpha in (8, 64)
+    ]
+    for order in itertools.permutations(blocks):
+        recipe = fit_sweep([row for block in order for row in block])
+        assert recipe.scaling_rule == "unknown"
+        with pytest.raises(RecipeError, match="alpha"):
+            recipe.at(16)
+
+
+def test_trainers_default_of_max_steps_is_no_number_of_steps():
+    """transformers logs max_steps = -1 where epochs count: such a cell is empty."""
+    rows = [{**row, "max_steps": -1} for row in one(steps=None)]
+    assert fit_sweep(rows, steps=500).steps == 500
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -100,7 +100,13 @@ class ModelState:
         kept = [*((n, p) for n, p in changes if id(p) not in replaced), *_loose_tensors(walked)]
         self._values = [_Value(n, t, t.data, t.detach().clone()) for n, t in kept if _is_writable(t)]
         copied = {id(entry.tensor) for entry in self._values} | replaced
-        self._frozen = [(n, p, _version(p)) for n, p in walked.parameters if id(p) not in copied]
+        # PEFT parametrizes experts in each forward pass, which counts as a write though no value changes.
+        experts = tuple(f"{name}." for name, module in walked.modules if hasattr(module, "parameter_name"))
+        self._frozen = [
+            (n, p, _version(p), _sum(p) if n.startswith(experts) else None)
+            for n, p in walked.parameters
+            if id(p) not in copied
+        ]
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -140,8 +146,8 @@ class ModelState:
 
         Writes through `.data` cannot be detected.
         """
-        for name, param, version in self._frozen:
-            if _version(param) != version:
+        for name, param, version, total in self._frozen:
+            if _version(param) != version and (total is None or _sum(param) != total):
                 raise CalibrationError(
                     f"step wrote the frozen parameter {name}, which has no copy and cannot be restored.",
                     "Set its requires_grad, or keep it as a buffer: those are copied.",
@@ -198,6 +204,10 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
         return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape
     except RuntimeError:
         return (tensor.dtype, tensor.device, tensor.shape)
+
+
+def _sum(tensor: torch.Tensor) -> float:
+    return tensor.detach().sum(dtype=torch.float32).item()
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -8,9 +8,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
-from ..._types import Factor, Survey
+from ..._checks import check_init
+from ..._types import Factor, Init, Survey
 from ...errors import InspectionError
 from .._conventions import KEYS, Convention, Reading
 from .._pairs import Half, Pair, is_shard, read_as
@@ -27,7 +28,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SAID = "network_module network_dim network_alpha learning_rate unet_lr text_encoder_lr optimizer max_train_steps"
 
 
-def inspect_file(path: str | Path) -> Survey:
+def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     """Find the LoRA pairs of an adapter on disk. Nothing is unpickled, and no tensors are loaded.
 
     The names of all conventions are known, registered ones included: PEFT, kohya, LyCORIS (Tucker too), diffusers (old
@@ -39,16 +40,18 @@ def inspect_file(path: str | Path) -> Survey:
 
     Args:
         path: a folder with PEFT's adapter_config.json and a .safetensors file, or one .safetensors file.
+        init: the init of all pairs, if the declared one is not theirs, as after `initialize`: "A" or "B".
 
     Raises:
         InspectionError: something is missing, damaged or contradictory. The message names the file and the key.
     """
+    check_init(init, known=(*get_args(Init), None))
     file, config = _found(Path(path))
     header = read_header(file)
     pairs = list(_file_pairs(header, config))
     refuse_collisions(header, (found.pair for found in pairs))
     notes: list[str] = []
-    factors = tuple(factor for found in pairs for factor in _factors(found, notes))
+    factors = tuple(factor for found in pairs for factor in _factors(found, init, notes))
     known = {f.name for f in factors}
     left = [name for name in header.tensors if name not in known]
     unlawful = [name for name in left if is_other_adapter(name)]
@@ -192,14 +195,16 @@ def _row(pair: NamedPair, owner: object, declared: Declared) -> Convention | Non
 # --- readings -------------------------------------------------------------------------------------------------------
 
 
-def _factors(found: _FilePair, notes: list[str]) -> tuple[Factor, Factor]:
+def _factors(found: _FilePair, init: Init | None, notes: list[str]) -> tuple[Factor, Factor]:
     pair, config, reading = found.pair, found.declared.config, _reading(found)
     scaling = _scaling(found, reading)
     if scaling is None:
         notes.append("The file and its folder have no alpha: scaling 1 is assumed.")
     declared = None if config is None else config.values.get("init_lora_weights")
-    init = pair.convention.init or (
-        "unknown" if declared is None else declared_init(declared, reading.kind or "linear")
+    init = (
+        init
+        or pair.convention.init
+        or ("unknown" if declared is None else declared_init(declared, reading.kind or "linear"))
     )
     a = factor_of(pair, "A", pair.a.name, reading, scaling, init)
     return a, replace(a, name=pair.b.name, role="B")

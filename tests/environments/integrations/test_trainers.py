@@ -367,6 +367,59 @@ def test_lightnings_monitor_logs_every_group(tmp_path):
         assert float(logged[f"lr/A/r{rank}"]) == pytest.approx(LR * multiplier(rank))
 
 
+class Two(Lit):
+    """Two optimizers, one for each layer, stepped by hand."""
+
+    def training_step(self, batch, _):
+        for opt in self.optimizers():
+            opt.zero_grad()
+            self.manual_backward(self.net(batch[0]).square().mean())
+            opt.step()
+
+    def configure_optimizers(self):
+        return [self.make(self.net, layer) for layer in (self.net.layer0, self.net.layer1)]
+
+
+def test_two_optimizers_rates_are_logged_by_number_and_interval(tmp_path):
+    """Two optimizers' rates have names of their own, and Lightning's log_every_n_steps decides how often they come."""
+
+    def make(net, layer):
+        params = [p for p in layer.parameters() if p.requires_grad]
+        return RankAwareOptimizer(params, torch.optim.AdamW, model=net, lr=LR, tuned_at=AT_16, init="A")
+
+    logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
+    options = {"callbacks": [lightning_rates()], "logger": logger, "log_every_n_steps": 2}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=str(tmp_path), **quiet, **options)
+    trainer.fit(Two(make, manual=True), loader())
+    logger.save()
+    with open(f"{logger.log_dir}/metrics.csv", encoding="utf-8") as file:
+        logged = list(csv.DictReader(file))
+    for number, rank in enumerate((4, 8)):
+        values = [float(row[f"{number}/lr/A/r{rank}"]) for row in logged if row[f"{number}/lr/A/r{rank}"]]
+        assert values == pytest.approx([LR * multiplier(rank)] * (STEPS // 2))
+
+
+@pytest.mark.parametrize("package", ["lightning", "fabric"])
+def test_a_group_added_through_lightning_is_scaled(package):
+    """add_param_group of the optimizer that Lightning or Fabric puts around ours gives the group its own rate."""
+    model = mlp((4, 8))
+    late = [model.layer1.lora_A, model.layer1.lora_B]
+    for param in late:
+        param.requires_grad_(False)
+    opt = rank_aware(model)
+    if package == "fabric":
+        outer = lightning.Fabric(accelerator="cpu", devices=1).setup(model, opt)[1]
+    else:
+        outer = lightning.pytorch.core.optimizer.LightningOptimizer(opt)
+    for param in late:
+        param.requires_grad_(True)
+    outer.add_param_group({"params": late})
+    added = [group for group in opt.param_groups if group["lora_rank"] == 8]
+    assert [p for group in added for p in group["params"]] == late
+    assert [group["rank_multiplier"] for group in added] == pytest.approx([multiplier(8)] * 2)
+
+
 # --- accelerate and a loop of one's own -----------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import rankaware_optim as ra
 from rankaware_optim import InspectionError
 
 from ...helpers.fingerprint import changed, fingerprint
+from ...helpers.real_adapters import mixture
 
 peft = pytest.importorskip("peft")
 from .test_peft import Net, wrapped  # noqa: E402
@@ -34,6 +35,28 @@ def step(model, i):
 
 def calibrate(model, *, step=step, ranks=(4, 8), trials=4, **options):
     return ra.calibrate_in_place(model, step, AdamW, ranks=ranks, steps=STEPS, trials=trials, **options)
+
+
+def test_experts_are_calibrated():
+    """PEFT parametrizes experts in each forward pass: this is no write, and the model comes back as it was."""
+    model = mixture(4, 4.0)
+    before = fingerprint(model)
+
+    def forward(model, i):
+        tokens = torch.randint(30, (2, 5), generator=torch.Generator().manual_seed(i))
+        return model(input_ids=tokens, labels=tokens).loss
+
+    recipe = calibrate(model, step=forward)
+    assert len(recipe.tensors["lr"]) == 4
+    assert not changed(before, fingerprint(model))
+
+    def writes(model, i):
+        with torch.no_grad():
+            next(p for n, p in model.named_parameters() if n.endswith("gate_up_proj")).add_(1.0)
+        return forward(model, i)
+
+    with pytest.raises(ra.CalibrationError, match=r"wrote the frozen parameter .*experts.*gate_up_proj"):
+        calibrate(model, step=writes)
 
 
 CASES = {
