@@ -26,12 +26,15 @@ def log_recipe(callbacks: Iterable[Any], opt: Any) -> None:
             import_module("mlflow").set_tags(words)
 
 
-def save_beside_checkpoint(output: str, step: int, opt: Any) -> None:
-    """Save the recipe of `opt` beside Trainer's checkpoint of `step`. A failure is only a warning."""
-    recipe, folder = recipe_of(opt), Path(output) / f"checkpoint-{step}"
-    if recipe is None or not folder.is_dir():
+def save_beside_checkpoint(output: str, state: Any, opt: Any) -> None:
+    """Save the recipe of `opt` beside Trainer's last checkpoint. A failure is only a warning."""
+    recipe, run = recipe_of(opt), "*/" if state.is_hyper_param_search else ""
+    folders = sorted(
+        Path(output).glob(f"{run}checkpoint-{state.global_step}"), key=lambda folder: folder.stat().st_mtime
+    )
+    if recipe is None or not folders:
         return
     try:
-        recipe.save_beside(folder)
+        recipe.save_beside(folders[-1])
     except RecipeError as error:
         warn(str(error))

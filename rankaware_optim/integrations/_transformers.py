@@ -132,7 +132,7 @@ def log_rates(trainer: Any = None) -> Any:
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.is_world_process_zero:
-                save_beside_checkpoint(args.output_dir, state.global_step, kwargs["optimizer"])
+                save_beside_checkpoint(args.output_dir, state, kwargs["optimizer"])
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             logs = kwargs.get("logs") or {}

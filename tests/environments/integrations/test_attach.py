@@ -260,6 +260,22 @@ def test_a_search_trains_each_trial_at_its_own_rate(tmp_path):
     assert sorted(seen) == [(rate, rate) for rate in rates]
 
 
+def test_a_searchs_checkpoints_have_the_recipe(tmp_path):
+    """Every checkpoint of a hyperparameter search's trials has the recipe beside it."""
+    data = {"train_dataset": tokens(), "eval_dataset": tokens()}
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer = transformers.Trainer(model_init=llama, args=args, **data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ra.RankAwareWarning)
+        attach(trainer, AdamW, recipe=RECIPE, other_lr=1e-3)
+        trainer.hyperparameter_search(
+            lambda trial: {"weight_decay": trial.suggest_float("weight_decay", 0.0, 0.1)}, backend="optuna", n_trials=2
+        )
+    for run in (0, 1):
+        for step in (1, 2):
+            assert ra.Recipe.load(tmp_path / f"run-{run}" / f"checkpoint-{step}").tag == RECIPE.tag
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.25])
 def test_a_recipes_settings_are_applied_where_the_arguments_set_none(tmp_path, decay):
     """apply_settings uses the recipe's decay and betas, unless the arguments set a decay; norms are spared it."""
