@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from numbers import Number
 from typing import Any, TypeGuard
 
 from ._rate import Rate
@@ -70,9 +69,11 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def plain_number(value: Any) -> Any:
-    """Return a number of NumPy as one of Python, and anything else unchanged."""
-    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
+def plain(value: Any) -> Any:
+    """Return numbers and arrays of NumPy or torch as Python's, also in a list or a tuple. The rest is unchanged."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 def is_positive(value: object) -> TypeGuard[float]:
@@ -99,8 +100,8 @@ def check_init(
 
 
 def plain_lr(lr: Any) -> Any:
-    """Return a rate as an optimizer stores it: the float of a `Rate`, anything else unchanged."""
-    return float(lr) if isinstance(lr, Rate) else lr
+    """Return a rate as an optimizer stores it: the float of a `Rate` or of NumPy's number, anything else unchanged."""
+    return float(lr) if isinstance(lr, Rate) else lr if hasattr(lr, "numel") else plain(lr)
 
 
 def check_lr(lr: object, what: str = "lr") -> float:

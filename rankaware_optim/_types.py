@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ._checks import check_init, is_within, plain_number, range_of, shown
+from ._checks import check_init, is_within, plain, range_of, shown
 from ._survey_text import Rated, audit, explain, init_text
 from .errors import InspectionError, InvalidReferenceError
 
@@ -177,7 +177,7 @@ class Reference:
                     f"Give {name}=..., or method='full' for a rate tuned by full finetuning.",
                 )
         for name in ("rank", "alpha", "fan_in", "batch"):
-            value = plain_number(getattr(self, name))
+            value = plain(getattr(self, name))
             object.__setattr__(self, name, value)
             if value is not None and not is_within(name, value):
                 raise InvalidReferenceError(f"Reference got {name}={shown(value)}.", f"Give {range_of(name)}.")

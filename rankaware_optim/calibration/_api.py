@@ -12,7 +12,7 @@ from typing import Any, Literal
 import optuna
 from torch.optim import Optimizer
 
-from .._checks import check_lr, is_number, is_positive, is_whole, plain_number
+from .._checks import check_lr, is_number, is_positive, is_whole, plain
 from .._optimizer_classes import get_optimizer_class
 from .._types import Method
 from .._warn import warn
@@ -134,8 +134,9 @@ def calibrate(
         CalibrationError: `train`, an argument or the storage cannot be used, or every run diverged.
         CalibrationInterrupted: Ctrl-C. Finished trials stay in `storage`, and `.recipe` holds their fit.
     """
-    ranks, seeds, steps, batches = map(_plain, (ranks, seeds, steps, batches))
-    trials, budget, target_steps, batch = map(plain_number, (trials, budget, target_steps, batch))
+    ranks, steps, seeds, batches, lr_range = map(plain, (ranks, steps, seeds, batches, lr_range))
+    trials, budget, until, full_trials = map(plain, (trials, budget, until, full_trials))
+    batch, warmup, seed, target_steps = map(plain, (batch, warmup, seed, target_steps))
     call = {**locals(), "executor": None, "progress": False}
     given = {
         "ranks": ranks, "seeds": seeds, "steps": steps, "trials": trials, "budget": budget, "until": until,
@@ -225,12 +226,6 @@ def _run(runner: Runner, train: Train, progress: bool | None, spread: Spread | N
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
-
-
-def _plain(values: Any) -> Any:
-    """Return numbers of NumPy as those of Python, also in a list, a tuple or an array."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    return type(values)(map(plain_number, values)) if type(values) in (list, tuple) else values
 
 
 def _is_distinct(values: object, fits: Callable[[Any], bool]) -> bool:

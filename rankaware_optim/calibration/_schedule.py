@@ -172,13 +172,13 @@ class Schedule:
     def _due(self, mine: Mapping[Task, Trials], tasks: Sequence[Task]) -> Task:
         """Return the first task until all ranks had a few runs of it, then the task with the fewest steps so far.
 
-        If there are longer runs, the shortest ones only find the rates. Batches are measured alike. See
+        If only the length varies, the shortest runs only find the rates. Batches are all measured. See
         benchmarks/results/planned.md for the comparison with other plans.
         """
         first = self.tasks[0]
         if first in tasks and len(mine[first]) < self._needed:
             return first
-        due = [task for task in tasks if task != first] if len(self.steps) > 1 else tasks
+        due = tasks if len(self.batches) > 1 else [task for task in tasks if task != first]
         return min(due or tasks, key=lambda task: (len(mine[task]) + 1) * self._cost(task))
 
     def _rotate(

@@ -157,10 +157,10 @@ class Study:
                     raise TypeError(f"trial {record.number} holds an impossible value")
             known = stored.user_attrs
             made_with = known.get("made_with", {})
-            tables = made_with, made_with.get("multipliers", {}), known.get("settings") or {}
+            tables = made_with, made_with.get("multipliers", {}), known.get("settings", {})
             if len(stored.directions) > 1 or not all(isinstance(table, dict) for table in tables):
                 raise TypeError("an attribute holds an impossible value")
-            if known.get("reference"):
+            if "reference" in known:
                 checked_multiplier(self.law, (at := Reference(**known["reference"])).as_factor(), at)
                 math.log2(known["full_fan_in"])
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -184,23 +184,18 @@ class Study:
         }
         values = {"multipliers": law_values(self.law, self.optimizer, self.ranks)}
         stored = self.optuna.user_attrs.get("made_with", {"schema": None})
-        going = self.trials().going()
-        if going:
+        trials, moved = self.trials(), "steps" in self.varying
+        if trials:
             self._refuse(differences(stored, mine))
             law = differences(stored.get("multipliers", {}), values["multipliers"], SAME_RATE)
             self._refuse(law, "other code of the law: ")
-        else:  # what the first trial settled may change, since it failed
-            for name in ("reference", "full_fan_in", "settings"):
-                if self.optuna.user_attrs.get(name):
-                    self.optuna.set_user_attr(name, None)
-        moved = "steps" in self.varying
-        if any((trial.steps is None) == moved for trial in going):  # a run that stores no steps has the target's
+        if any((trial.steps is None) == moved for trial in trials):  # a run that stores no steps has the target's
             raise CalibrationError(
                 f"The stored study {self.name!r} was made {'without' if moved else 'with'} target_steps=, and this one "
                 f"{'with' if moved else 'without'}.",
                 _OTHER_STUDY,
             )
-        if going.counted():
+        if trials.counted():
             self._compare_code(stored, "was made with")
         self.optuna.set_user_attr("made_with", {**mine, **values, **self._maker})
 
@@ -223,16 +218,15 @@ class Study:
         """Raise if a trial's model or settings differ from those of an earlier trial of its rank."""
         at = self.reference
         known = {} if at is None or at.rank != trial.rank else {"width": at.fan_in, "alpha": at.alpha, "init": at.init}
-        going = (t for t in self.trials().going() if t.place == trial.place and t.number < trial.number)
-        earlier = (t.built for t in going if t.built)
+        earlier = (t.built for t in self.trials() if t.built and t.place == trial.place and t.number < trial.number)
         self._refuse(differences(next(earlier, known), built))
 
     def recall(self) -> None:
         """Read what the first trial of this or another worker settled. Warn if another worker runs different code."""
         stored = self.optuna.user_attrs
         self._compare_code(stored.get("made_with", {}), "is shared with a worker of")
-        self.settings = stored.get("settings") or self.settings
-        if self.reference is None and stored.get("reference"):
+        self.settings = stored.get("settings", self.settings)
+        if self.reference is None and "reference" in stored:
             self._settle(Reference(**stored["reference"]), stored["full_fan_in"])
 
     def trials(self) -> Trials:

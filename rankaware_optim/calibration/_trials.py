@@ -164,10 +164,6 @@ class Trials(tuple[TrialRecord, ...]):
     def running(self, but: int | None = None) -> Trials:
         return Trials(t for t in self if t.state == TrialState.RUNNING and t.number != but)
 
-    def going(self) -> Trials:
-        """Return the trials that count, and those that run."""
-        return Trials((*self.counted(), *self.running()))
-
     def observations(self) -> list[Observation]:
         """Return the observations of trials that ran to their end or diverged."""
         return [t.observation for t in self.counted() if t.observation is not None]

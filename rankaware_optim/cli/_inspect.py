@@ -29,7 +29,7 @@ _SHAPE = (
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--lr", type=float, help="Base rate, per step. Adds a column of rates.")
 @click.option("--law", default=DEFAULT_LAW, show_default=True, help="Law that moves --lr.")
-@click.option("--tuned-at", help="Configuration at which --lr was tuned: r=16,alpha=32, or the path of an adapter.")
+@click.option("--tuned-at", help="Configuration at which --lr was tuned: r=16,alpha=32,init=B, or an adapter's path.")
 @init_option("By default as the files declare it.")
 @click.option("--per-module", is_flag=True, help="Print one line per tensor.")
 @json_option(_SHAPE)

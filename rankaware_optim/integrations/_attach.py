@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .._optimizer_classes import get_optimizer_class
 from .._warn import warn
-from ..errors import OptimizerError
+from ..errors import CheckpointError, OptimizerError
 from ..optimizer import RankAwareOptimizer
 from ._training_arguments import check_given
 from ._transformers import TrainerFactory, log_rates
@@ -53,6 +53,8 @@ def attach(trainer: Any, optimizer: type[Optimizer] | str | None = None, **setti
     native = None if optimizer is None else get_optimizer_class(optimizer)
     if native is None:
         native, chosen = _own_choice(trainer, own)
+        if own is None and settings.get("apply_settings"):  # the recipe's replace the arguments' defaults
+            chosen = {name: value for name, value in chosen.items() if name not in ("betas", "eps")}
         settings = {**chosen, **settings}
     check_given("attach", native, trainer.args, settings)
     printed = trainer.is_world_process_zero()
@@ -95,7 +97,7 @@ def _own_choice(trainer: Any, own: Any) -> tuple[type[Optimizer], dict[str, Any]
 
 
 def _look() -> Any:
-    """Return a callback that checks the trainer's optimizer, and accelerate's wrapper, when training begins."""
+    """Return a callback that checks the trainer's optimizer and scheduler, and accelerate's wrapper, at the start."""
     from transformers import TrainerCallback
 
     class Look(TrainerCallback):
@@ -107,10 +109,24 @@ def _look() -> Any:
                 opt = opt.optimizer
             if not isinstance(opt, RankAwareOptimizer):
                 _warn_of_another(args, opt)
-            elif outer is not opt:
+                return
+            _refuse_plain_scheduler(kwargs["lr_scheduler"], opt)
+            if outer is not opt:
                 outer.report, outer.expand = opt.report, opt.expand
 
     return Look()
+
+
+def _refuse_plain_scheduler(scheduler: Any, opt: RankAwareOptimizer) -> None:
+    """Raise if a checkpoint's scheduler has rates for another number of groups. Older torch skips groups silently."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # inside accelerate's
+    rates = getattr(scheduler, "base_lrs", getattr(scheduler, "min_lrs", opt.param_groups))
+    if len(rates) != len(opt.param_groups):
+        raise CheckpointError(
+            f"The checkpoint's scheduler has rates for {len(rates)} groups, and this optimizer has "
+            f"{len(opt.param_groups)}. It was saved by a run without attach.",
+            "Finish that run without attach, or start a new run from its weights.",
+        )
 
 
 def _warn_of_another(args: Any, opt: Any) -> None:

@@ -20,7 +20,7 @@ def lightning_rates() -> Any:
 
         trainer = Trainer(callbacks=[LearningRateMonitor(), lightning_rates()])
 
-    It logs every `log_every_n_steps` steps. With several optimizers the names start with the optimizer's number.
+    They are logged as often as the trainer logs. With several optimizers the names start with the optimizer's number.
     A recipe's name and hash are logged as hyperparameters, "rankaware/recipe" and "rankaware/recipe_hash".
 
     Raises:
@@ -41,15 +41,14 @@ def lightning_rates() -> Any:
             for logger in trainer.loggers if words else ():
                 logger.log_hyperparams(words)
 
-        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            if (step + 1) % max(1, trainer.log_every_n_steps):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, number: int) -> None:
+            if not trainer._logger_connector.should_update_logs:  # as LearningRateMonitor does
                 return
             several = len(trainer.optimizers) > 1
-            number = next((i for i, opt in enumerate(trainer.optimizers) if opt is optimizer), 0)
-            rates = {f"{number}/{name}" if several else name: rate for name, rate in group_rates(optimizer).items()}
+            named = ((f"{i}/" if several else "", group_rates(opt)) for i, opt in enumerate(trainer.optimizers))
+            rates = {f"{start}{name}": rate for start, found in named for name, rate in found.items()}
             for logger in trainer.loggers:
-                logger.log_metrics(rates, step=step)
+                logger.log_metrics(rates, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     return Rates()
 

@@ -199,7 +199,7 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
     return planned
 
 
-def set_ratio(group: dict[str, Any], assignment: Assignment) -> None:
+def set_rate(group: dict[str, Any], assignment: Assignment) -> None:
     """Turn an explicit rate into a ratio to the group's base rate, so that schedulers scale it. Check the product.
 
     A tensor rate is copied, so that a loop that scales every group's in place scales each once.
@@ -233,7 +233,8 @@ def multiply_for_native(group: dict[str, Any], keep_decay: bool = False) -> None
 
     With keep_decay, the shrinkage lr × weight_decay is kept by dividing weight_decay.
     """
-    group |= {key: group[key] * group["rank_multiplier"] for key in _RATES if key in group} | {"rank_multiplied": True}
+    group |= {key: group[key] * group["rank_multiplier"] for key in _RATES if group.get(key) is not None}
+    group["rank_multiplied"] = True
     del group["rankaware_lr"]
     if keep_decay:
         group["weight_decay"], group["rank_divided_decay"] = group["weight_decay"] / group["rank_multiplier"], True
@@ -243,7 +244,7 @@ def at_base_rate(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a group that `multiply_for_native` changed as they were; empty if it changed nothing."""
     if not group.get("rank_multiplied"):
         return {}
-    made = {key: group[key] / group["rank_multiplier"] for key in _RATES if key in group}
+    made = {key: group[key] / group["rank_multiplier"] for key in _RATES if group.get(key) is not None}
     if group.get("rank_divided_decay"):
         made["weight_decay"] = group["weight_decay"] * group["rank_multiplier"]
     return made
@@ -323,7 +324,7 @@ def rank_aware_param_groups(
     groups = []
     for planned in split(user_groups(params, model, walked), plan, survey):
         group = {"lr": plain_lr(lr), **planned.as_dict(named=named)}
-        set_ratio(group, planned.assignment)
+        set_rate(group, planned.assignment)
         multiply_for_native(group)
         groups.append(group)
     return groups

@@ -33,7 +33,7 @@ from ._param_groups import (
     model_of,
     multiply_for_native,
     own_settings,
-    set_ratio,
+    set_rate,
     shrinks_by_decay,
     split,
     user_groups,
@@ -256,13 +256,12 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         Args:
             param_group: the group, as for torch.
         """
-        native = type(self)._rankaware_native
-        if "_rankaware" not in self.__dict__:
-            inner = getattr(self, "optimizer", None)
-            if isinstance(inner, RankAwareOptimizer):  # Lightning and Fabric derive a class of theirs from ours
-                inner.add_param_group(param_group)
-            else:  # inside __init__, whose groups are planned already
-                native.add_param_group(self, param_group)
+        native, inner = type(self)._rankaware_native, getattr(self, "optimizer", None)
+        if isinstance(inner, RankAwareOptimizer):  # Lightning and Fabric derive a class of theirs from ours
+            inner.add_param_group(param_group)
+            return
+        if "_rankaware" not in self.__dict__:  # inside __init__, whose groups are planned already
+            native.add_param_group(self, param_group)
             return
         model = _held_model(self)
         if model is None and "rankaware_format" in param_group:
@@ -282,7 +281,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         made = []
         for planned in split(own, wrap.plan, survey, first=len(wrap.order)):
             made.append({"lr": self.defaults.get("lr"), **planned.as_dict(named="param_names" in self.param_groups[0])})
-            set_ratio(made[-1], planned.assignment)
+            set_rate(made[-1], planned.assignment)
         for group in made:
             native.add_param_group(self, group)
         known = {f.name for f in wrap.survey.factors}
@@ -417,7 +416,7 @@ def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, se
                 f"{native.__name__} rearranges its groups when it is built, so rates would go to the wrong groups.",
                 f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model.parameters(), ...), model=model).",
             )
-        set_ratio(group, part.assignment)
+        set_rate(group, part.assignment)
     return opt
 
 
@@ -428,7 +427,7 @@ def _regroup(built: Optimizer, native: type[Optimizer], planned: list[PlannedGro
         {**part.as_dict(named=False), "param_names": [name for name, _ in part.named], **given} for part in planned
     ]
     for group, part in zip(groups, planned, strict=True):
-        set_ratio(group, part.assignment)
+        set_rate(group, part.assignment)
     built.defaults.update(given)
     built.param_groups[:] = groups
     built.__class__ = _subclass(native)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .._checks import is_within, range_of, shown
+from .._checks import is_within, plain, range_of, shown
 from ..errors import RecipeError
 
 # Prior standard deviations, octaves of rate per octave: of the slope about 0 (small sweeps had -0.1 under Init[A] and
@@ -62,6 +62,7 @@ class Horizon:
         """
         if steps is None:
             return Moved()
+        steps = plain(steps)
         if not isinstance(steps, int) or not is_within("steps", steps):
             raise RecipeError(f"steps is {shown(steps)}.", f"Give {range_of('steps')}.")
         if same_method and self.tried and own:
@@ -90,6 +91,7 @@ def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> 
     """
     if batch is None:
         return Moved()
+    batch = plain(batch)
     if not is_within("batch", batch):
         raise RecipeError(
             f"batch is {shown(batch)}.", f"Give {range_of('batch')}, in the unit of the recipe's own batch."

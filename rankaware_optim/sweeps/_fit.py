@@ -181,7 +181,7 @@ class _Rows:
         if not self.ranks:
             return Reference(method="full", fan_in=self.width(True), batch=self.runs[0].batch)
         rank = self.ranks[(len(self.ranks) - 1) // 2]
-        run = next(run for run in self.runs if run.rank == rank)
+        run = min((run for run in self.runs if run.rank == rank), key=lambda run: run.alpha or 0.0)
         alpha = float(rank) if run.alpha is None else run.alpha
         return Reference(rank, alpha, run.rslora, run.init or "A", self.width(False), batch=run.batch)  # type: ignore[arg-type]
 
@@ -262,8 +262,11 @@ class _Rows:
         octaves = 0.0 if reference.rank is None else math.log2(reference.rank / fitted.prior.pivot)
         shift = fitted.drift * octaves
         best = base + factor if reference.method == "full" else base + shift
-        pairs = {(run.rank, site_of(run, reference, None)[0].scaling) for run in self.runs if run.rank is not None}
-        scalings = dict(pairs) if len(pairs) == len(self.ranks) else {}  # a rank at several alphas follows no rule
+        pairs = ((run.rank, site_of(run, reference, None)[0].scaling) for run in self.runs if run.rank is not None)
+        distinct = {(rank, round(math.log2(scaling), 3)): scaling for rank, scaling in pairs}
+        scalings = {rank: scaling for (rank, _), scaling in distinct.items()}
+        if len(distinct) > len(scalings):  # a rank at several alphas follows no rule
+            scalings = {}
         seen = self.observations(self.study(fitted.law.law).centred_law())
         made = Recipe(
             fitted_lr=2.0**best,

@@ -18,11 +18,11 @@ from ._io import SweepRun
 def selected(runs: Sequence[SweepRun], chosen: Mapping[str, Any]) -> tuple[SweepRun, ...]:
     """Return the runs of one model, batch, init and number of steps. Missing values are filled in.
 
-    Beside rows that state an init, a LoRA row without one has the default, "A".
+    Beside LoRA rows that state an init, one without has the default, "A".
     """
-    if any(run.init for run in runs):
-        runs = [run if run.init or run.rank is None else replace(run, init="A") for run in runs]
     for name, wanted in chosen.items():
+        if name == "init" and any(run.init for run in runs if run.rank is not None):
+            runs = [run if run.init or run.rank is None else replace(run, init="A") for run in runs]
         values = sorted({getattr(run, name) for run in runs} - {None})
         if wanted is None and len(values) > 1:
             raise CalibrationError(

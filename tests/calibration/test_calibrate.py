@@ -979,5 +979,9 @@ def test_numbers_of_numpy_are_numbers():
     def train(trial):
         return (np.float32(loss) for loss in made_up(noise=0.0)(trial))
 
-    recipe = calibrate(train, ranks=np.array([4, 16]), steps=np.int64(20), seeds=[np.int64(0), 1], trials=np.int64(6))
-    assert recipe.at(np.int64(8)) == calibrate(train, trials=6).at(8)
+    numbers = {"steps": np.array(20), "trials": np.int64(6), "until": np.float32(0.25), "seed": np.int64(1)}
+    numbers |= {"lr_range": np.array([1e-4, 1e-1], np.float32), "warmup": np.float32(0.25), "batch": np.int32(16)}
+    recipe = calibrate(train, ranks=np.array([4, 16]), seeds=[np.int64(0), 1], **numbers)
+    given = {key: value.tolist() for key, value in numbers.items()}
+    at = recipe.at(np.int64(8), alpha=np.float32(8), steps=np.int64(20), batch=np.int64(16))
+    assert at == calibrate(train, **given).at(8, alpha=8, steps=20, batch=16)

@@ -177,20 +177,6 @@ def test_a_loop_that_was_mended_before_any_run_is_no_other_loop(journal):
     assert len(calibrate(named, trials=2, storage=journal).tensors["lr"]) == 2
 
 
-def test_a_model_that_was_mended_before_any_run_is_no_other_model(journal):
-    """Where no trial counts yet, steps, ranks, alpha and settings may change, though a model was built."""
-
-    def broken(trial):
-        trial.optimizer(Net(trial.rank, scaling=4.0), weight_decay=0.1)
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        calibrate(broken, trials=2, storage=journal, ranks=(4, 64), steps=50)
-    resumed, fresh = (calibrate(made_up(), trials=4, storage=kept) for kept in (journal, None))
-    assert (len(resumed.tensors["lr"]), resumed.steps) == (4, fresh.steps)
-    assert resumed.reference == fresh.reference
-
-
 def test_runs_that_all_failed_are_said_to_be_stored(journal):
     """The cure of a study whose runs all failed names another name or storage where the runs are stored."""
 

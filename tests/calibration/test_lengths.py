@@ -167,6 +167,15 @@ def test_batches_share_the_runs(batches, batch):
     assert recipe.at().low < 2.0 ** (BEST + math.log2(batch / 64)) < recipe.at().high
 
 
+def test_batches_of_several_lengths_are_all_measured():
+    """Beside batches, the shortest length of the target's batch is no mere search for the rates: it is compared."""
+    seen = []
+    best = whole(lambda trial: BEST + math.log2(trial.batch / 64), seen)
+    calibrate(best, steps=LENGTHS, batches=(16, 64), batch=64, trials=48)
+    counts = Counter((steps, batch) for *_, steps, batch, _ in seen)
+    assert counts[LENGTHS[0], 64] >= counts[LENGTHS[0], 16] - 1 > 5
+
+
 @pytest.mark.parametrize(
     ("options", "tasks"),
     [

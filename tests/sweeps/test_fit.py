@@ -506,8 +506,21 @@ def test_the_order_of_rows_decides_nothing():
     for order in itertools.permutations(blocks):
         recipe = fit_sweep([row for block in order for row in block])
         assert recipe.scaling_rule == "unknown"
+        assert recipe.reference.alpha == 8.0
         with pytest.raises(RecipeError, match="alpha"):
             recipe.at(16)
+
+
+def test_rows_that_do_not_count_decide_no_init():
+    """A blank init becomes "A" only beside LoRA rows of the same model that state one."""
+    blank = one(init=None, model="b")
+    recipe = fit_sweep(blank, init="B")
+    for other in (
+        {"init": "B", "model": "a"},
+        {"init": "A", "model": "b", "rank": None, "method": "full", "fan_in": 64},
+    ):
+        again = fit_sweep([*blank, *one(**other)], init="B", model="b", fan_in=64)
+        assert again.reference.init == recipe.reference.init == "B"
 
 
 def test_trainers_default_of_max_steps_is_no_number_of_steps():

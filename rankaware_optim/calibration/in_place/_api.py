@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..._checks import plain
 from ...errors import CalibrationError, InspectionError
 from ...inspection import Walk, other_kind, pairs_of, walk
 from ...recipe import Recipe
@@ -98,6 +99,7 @@ def calibrate_in_place(
             "calibrate_in_place trains the model of this process, but executor= uses other processes.",
             "Leave it out, or build the model in each trial with ra.calibrate.",
         )
+    ranks, steps = plain(ranks), plain(steps)
     walked = _checked(model, step, ranks, init, variance, scaling_rule)
     spans = not isinstance(steps, int) or options.get("target_steps") not in (None, steps)
     if schedule is not None and spans and not _takes_two(schedule):

@@ -40,7 +40,7 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
 
     Args:
         path: a folder with PEFT's adapter_config.json and a .safetensors file, or one .safetensors file.
-        init: the init of all pairs, if the declared one is not theirs, as after `initialize`: "A" or "B".
+        init: the init of all pairs, as for `inspect_model`, if the declared one is not theirs, as after `initialize`.
 
     Raises:
         InspectionError: something is missing, damaged or contradictory. The message names the file and the key.

@@ -291,6 +291,31 @@ def test_a_recipes_settings_are_applied_where_the_arguments_set_none(tmp_path, d
     assert {group["betas"] for group in groups} == {(0.5, 0.7)}
 
 
+def test_a_recipes_settings_are_applied_to_the_trainers_own_class(tmp_path):
+    """Without a class, apply_settings uses the recipe's betas, unless the arguments set their own."""
+    recipe = dataclasses.replace(RECIPE, settings={"betas": [0.5, 0.7]})
+    for set_here, betas in (({}, (0.5, 0.7)), ({"adam_beta1": 0.8}, (0.8, 0.999))):
+        trainer = transformers.Trainer(llama(), arguments(tmp_path, **set_here), train_dataset=tokens())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ra.RankAwareWarning)
+            attach(trainer, recipe=recipe, apply_settings=True, other_lr=1e-3)
+            assert {group["betas"] for group in trainer.create_optimizer().param_groups} == {betas}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
+def test_a_plain_runs_scheduler_of_other_groups_is_refused(tmp_path, schedule):
+    """A plain run's checkpoint is not resumed where its scheduler has rates for fewer groups than the optimizer."""
+    own = {"lr_scheduler_type": schedule, "eval_strategy": "steps", "eval_steps": 3, "max_steps": STEPS}
+    data = {"train_dataset": tokens(), "eval_dataset": tokens()}
+    transformers.Trainer(llama(), arguments(tmp_path, **own), **data).train()
+    trainer = transformers.Trainer(llama(), arguments(tmp_path, **own), **data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ra.RankAwareWarning)
+        attach(trainer, tuned_at=AT_16)
+        with pytest.raises(ra.CheckpointError, match="scheduler has rates for 2 groups, and this optimizer has 4"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
 def test_a_native_instance_is_attached_too(tmp_path):
     """native_type=True trains as ours does, without a report or a warning."""
     ends = []

@@ -368,10 +368,10 @@ def test_lightnings_monitor_logs_every_group(tmp_path):
 
 
 class Two(Lit):
-    """Two optimizers, one for each layer, stepped by hand."""
+    """Two optimizers, one for each layer, stepped by hand, both on every batch or in turns."""
 
-    def training_step(self, batch, _):
-        for opt in self.optimizers():
+    def training_step(self, batch, number):
+        for opt in self.optimizers()[number % 2 :: 2] if self.alternate else self.optimizers():
             opt.zero_grad()
             self.manual_backward(self.net(batch[0]).square().mean())
             opt.step()
@@ -380,24 +380,31 @@ class Two(Lit):
         return [self.make(self.net, layer) for layer in (self.net.layer0, self.net.layer1)]
 
 
-def test_two_optimizers_rates_are_logged_by_number_and_interval(tmp_path):
-    """Two optimizers' rates have names of their own, and Lightning's log_every_n_steps decides how often they come."""
+@pytest.mark.parametrize(("every", "rows"), [(2, STEPS // 2), (1, STEPS), (0, 0)])
+@pytest.mark.parametrize("alternate", [False, True])
+def test_two_optimizers_rates_are_logged_by_number_and_interval(tmp_path, every, rows, alternate):
+    """Two optimizers' rates have names of their own, as often as Lightning logs, whichever of them steps."""
 
     def make(net, layer):
         params = [p for p in layer.parameters() if p.requires_grad]
         return RankAwareOptimizer(params, torch.optim.AdamW, model=net, lr=LR, tuned_at=AT_16, init="A")
 
     logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
-    options = {"callbacks": [lightning_rates()], "logger": logger, "log_every_n_steps": 2}
+    options = {"callbacks": [lightning_rates()], "logger": logger, "log_every_n_steps": every}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=str(tmp_path), **quiet, **options)
-    trainer.fit(Two(make, manual=True), loader())
+    module = Two(make, manual=True)
+    module.alternate = alternate
+    trainer.fit(module, loader())
     logger.save()
+    if not rows:
+        assert not logger.experiment.metrics
+        return
     with open(f"{logger.log_dir}/metrics.csv", encoding="utf-8") as file:
         logged = list(csv.DictReader(file))
     for number, rank in enumerate((4, 8)):
         values = [float(row[f"{number}/lr/A/r{rank}"]) for row in logged if row[f"{number}/lr/A/r{rank}"]]
-        assert values == pytest.approx([LR * multiplier(rank)] * (STEPS // 2))
+        assert values == pytest.approx([LR * multiplier(rank)] * rows)
 
 
 @pytest.mark.parametrize("package", ["lightning", "fabric"])
