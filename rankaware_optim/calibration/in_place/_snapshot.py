@@ -103,7 +103,7 @@ class ModelState:
         # PEFT parametrizes experts in each forward pass, which counts as a write though no value changes.
         experts = tuple(f"{name}." for name, module in walked.modules if hasattr(module, "parameter_name"))
         self._frozen = [
-            (n, p, _version(p), _sums(p) if n.startswith(experts) else None)
+            (n, p, _version(p), _sum(p) if n.startswith(experts) else None)
             for n, p in walked.parameters
             if id(p) not in copied
         ]
@@ -146,8 +146,8 @@ class ModelState:
 
         Writes through `.data` cannot be detected.
         """
-        for name, param, version, sums in self._frozen:
-            if _version(param) != version and (sums is None or _sums(param) != sums):
+        for name, param, version, total in self._frozen:
+            if _version(param) != version and (total is None or _sum(param) != total):
                 raise CalibrationError(
                     f"step wrote the frozen parameter {name}, which has no copy and cannot be restored.",
                     "Set its requires_grad, or keep it as a buffer: those are copied.",
@@ -206,9 +206,14 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
         return (tensor.dtype, tensor.device, tensor.shape)
 
 
-def _sums(tensor: torch.Tensor) -> list[int] | None:
-    """Return the sum of every expert's bytes, which no NaN or order of summation changes. None without values."""
-    return None if tensor.is_meta else [int(part.contiguous().view(torch.uint8).sum()) for part in tensor.detach()]
+def _sum(tensor: torch.Tensor) -> int | None:
+    """Return the sum of a tensor's bits as whole numbers, which no NaN and no order changes. None without values."""
+    if tensor.is_meta:
+        return None
+    bits = tensor.detach().flatten().view(torch.uint8)
+    bits = bits.clone() if bits.storage_offset() % 8 else bits
+    whole = bits.numel() // 8 * 8
+    return int(bits[:whole].view(torch.int64).sum()) + int(bits[whole:].sum())  # int64: without a copy of the bits
 
 
 def _version(tensor: torch.Tensor) -> int:
