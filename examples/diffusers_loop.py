@@ -2,7 +2,7 @@
 The loop of diffusers' text-to-image scripts
 ============================================
 
-The scripts' optimizer_cls is replaced by RankAwareOptimizer, for a U-Net with adapters of rank 64.
+The scripts' optimizer_cls is replaced by RankAwareOptimizer, for a U-Net with adapters of rank 16.
 """
 
 import torch
@@ -24,7 +24,7 @@ unet = UNet2DConditionModel(
     norm_num_groups=8,
 )
 unet.requires_grad_(False)
-unet.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
 
 # the scripts have torch.optim.AdamW(lora_layers, lr=1e-4), tuned at their default of rank 4
 opt = ra.RankAwareOptimizer(unet, torch.optim.AdamW, lr=1e-4, tuned_at=ra.Reference(rank=4, alpha=4))

@@ -2,7 +2,7 @@
 The tiny model of the other examples
 ====================================
 
-It makes a language model of a few thousand weights, a tokenizer and rows of text, so that no example downloads any.
+It makes a small language model, a tokenizer and rows of text, so that no example downloads any.
 ``python examples/tiny.py tiny`` writes them into the folder tiny, which axolotl.yaml and swift.sh use.
 """
 
@@ -60,9 +60,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model() -> LlamaForCausalLM:
-    """Return a Llama with two layers of width 32."""
+    """Return a Llama with two layers of width 128."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     return LlamaForCausalLM(
         LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=64, pad_token_id=0, eos_token_id=1, **sizes)
     )

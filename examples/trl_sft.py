@@ -22,4 +22,4 @@ trainer = SFTTrainer(
 )
 ra.integrations.attach(trainer, torch.optim.AdamW, lr=2e-4, tuned_at=ra.Reference(rank=16, alpha=32))
 trainer.train()
-print(trainer.optimizer.report())  # with the rates of the last step
+print(trainer.optimizer.report())  # after the schedule's end, so the rates are 0

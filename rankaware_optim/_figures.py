@@ -17,7 +17,7 @@ def figure_of(columns: int, width: float, height: float = 4.2, rows: int = 1, sh
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PlotError("Plots need matplotlib.", 'Install it by pip install "rankaware-optim[plots]".') from error
+        raise PlotError("Plots need matplotlib.", 'In a clone of this package: pip install ".[plots]".') from error
     made = Figure(figsize=(width, height), layout="constrained")
     return made, made.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
 

@@ -67,7 +67,7 @@ def ray_executor(given: object) -> RayExecutor:
         raise CalibrationError(f"executor is {given!r}.", "Give 'ray', a RayExecutor, or leave it out.")
     if find_spec("ray") is None:
         raise CalibrationError(
-            "executor='ray' needs Ray, which is not installed.", 'Install it by pip install "rankaware-optim[ray]".'
+            "executor='ray' needs Ray, which is not installed.", 'In a clone of this package: pip install ".[ray]".'
         )
     if dist.is_available() and dist.is_initialized():
         raise CalibrationError(

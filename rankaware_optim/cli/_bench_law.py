@@ -63,8 +63,11 @@ def bench_law(sweep: Path, laws: tuple[str, ...], out: Path | None, as_json: boo
     echo_json(documents) if as_json else echo(score_table(scores))
     if out is not None:
         text = _csv(rows) if out.suffix == ".csv" else json.dumps(documents, indent=1) + "\n"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_bytes(out, text.encode())
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            replace_bytes(out, text.encode())
+        except OSError as error:
+            raise click.ClickException(f"{out} cannot be written: {error}.") from error
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

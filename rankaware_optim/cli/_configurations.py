@@ -48,8 +48,13 @@ def configuration(tool: str, change: Change) -> str:
     """Return the lines for one of `TOOLS`.
 
     Raises:
-        InvalidReferenceError: the target is full finetuning, for which there are no lines.
+        InvalidReferenceError: the target is full finetuning, or at Init[B], for which there are no lines.
     """
+    if change.target.init == "B":
+        raise InvalidReferenceError(
+            "--as prints lines for adapters at Init[A], with which these tools start.",
+            "Leave --as out to print the rate at Init[B].",
+        )
     if change.target.method == "full":
         raise InvalidReferenceError(
             "--as prints configurations for adapters, not for full finetuning.", "Leave --as out to print the rate."

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -118,7 +119,7 @@ def demo(out: Path) -> None:
     if missing:
         raise DemoError(
             f"The demo needs packages that are not installed: {', '.join(missing)}.",
-            'Install them with pip install "rankaware-optim[demo]".',
+            'In a clone of this package: pip install ".[demo]".',
         )
     for name in _FILES:
         check_out(out / name)
@@ -137,7 +138,7 @@ def demo(out: Path) -> None:
     draw(recipe, checks, out / "transfer.png")
     console.print(table(checks))
     files = f"Files: {out}/recipe.toml, its tensors beside it, {out}/transfer.png"
-    then = f"To read a rate: rankaware lr {out}/recipe.toml --rank 32"
+    then = f"To read a rate: rankaware lr {shlex.quote(str(out / 'recipe.toml'))} --rank 32"
     console.print(*map(verdict, checks), files, then, _YOURS, sep="\n", highlight=False)
 
 

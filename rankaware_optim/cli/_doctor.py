@@ -136,7 +136,9 @@ def _sentences(needs: tuple[Need, ...], torch: Mapping[str, Any]) -> Iterator[st
     for name, own in _extras(needs).items():
         lacking = [need.lacking for need in own if not need.met]
         there = ", ".join(f"{need.requirement.name} {need.version}" for need in own)
-        cure = f'is not complete: {", ".join(lacking)}. To install it: pip install "{PACKAGE}[{name}]".'
+        cure = (
+            f'is not complete: {", ".join(lacking)}. To install it, in a clone of {PACKAGE}: pip install ".[{name}]".'
+        )
         yield f"Extra {name} " + (cure if lacking else f"is complete: {there}.")
     yield from _of_torch(torch)
     cache = _cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from ..recipe import to_document
 from ..sweeps import fit_sweep
 from ._echo import echo, echo_json
-from ._options import ALPHA, COLUMN, OPTIMIZER, init_option, json_option, out_option
+from ._options import ALPHA, COLUMN, OPTIMIZER, RECIPE_FIELDS, init_option, json_option, out_option
 
 
 @click.command()
@@ -32,10 +33,10 @@ from ._options import ALPHA, COLUMN, OPTIMIZER, init_option, json_option, out_op
 @click.option("--fan-in", type=float, help="Mean fan-in of the adapted layers, for rows without one.")
 @click.option("--full-fan-in", type=float, help="Largest fan-in, for full finetuning. By default --fan-in.")
 @click.option("--batch", type=float, help="Batch size of the rows to fit, and of rows without one.")
-@click.option("--steps", type=int, help="Training steps of a run. The recipe records them.")
+@click.option("--steps", type=int, help="Training steps of the rows to fit, and of rows without them.")
 @click.option("--warmup", type=float, help="Warm-up as a share of the steps, 0 to 1. The recipe records it.")
 @COLUMN
-@json_option("an object with the fields of the recipe's .toml file. recipes/SCHEMA.md lists them with their units.")
+@json_option(RECIPE_FIELDS)
 def fit(sweep: Path, out: Path | None, name: str | None, law: str, as_json: bool, **options: Any) -> None:
     """Fit a recipe to a sweep of learning rates from any tool.
 
@@ -50,4 +51,5 @@ def fit(sweep: Path, out: Path | None, name: str | None, law: str, as_json: bool
         return
     echo(recipe)
     if saved is not None:
-        echo(f"Next: rankaware lr {saved} --rank {max(recipe.ranks, default=16)}")
+        known = recipe.reference.rank if recipe.scaling_rule == "unknown" else max(recipe.ranks, default=None)
+        echo(f"Next: rankaware lr {shlex.quote(str(saved))} {'--full' if known is None else f'--rank {known}'}")

@@ -40,6 +40,8 @@ def inspect(
 
     PATH is a PEFT folder or a .safetensors file. The model is not needed.
     """
+    if lr is None and (tuned_at is not None or law != DEFAULT_LAW):
+        raise click.UsageError("--tuned-at and --law move a rate, so give --lr too.")
     survey, rates = survey_rates(inspect_file(path, init=init), lr=lr, law=law, tuned_at=tuned_at)
     if as_json:
         echo_json(_document(survey, rates))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import import_module
 from typing import Any
@@ -50,6 +51,12 @@ class _Commands(click.Group):
         """Complete commands by name only: their help would import all of them, and torch, at every key press."""
         named = [CompletionItem(name) for name in _COMMANDS if name.startswith(incomplete)]
         return [*named, *click.Command.shell_complete(self, ctx, incomplete)]
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # a console of Windows may lack √, and then its help would not print
+            if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
+                stream.reconfigure(errors="replace")
+        return super().main(*args, **settings)
 
     def invoke(self, ctx: click.Context) -> Any:
         sys.path.insert(0, "")  # the user's laws and optimizers are imported from the current folder, as with python -m

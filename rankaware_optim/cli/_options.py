@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def in_options(text: str, command: click.Command) -> str:
     options = {param.name: max(param.opts, key=len) for param in command.params if isinstance(param, click.Option)}
     names = "|".join(name for name in options if name)
     # A call, such as a law's repr, is not changed. It may contain another call. A dict is Python.
-    argument = rf"\w\((?:[^()]|\([^()]*\))*\)|(?:(?<![\w.-])({names})=(?!\{{)|^({names})(?= is ))(?=([\w\[('\"-])?)"
+    argument = rf"\w\((?:[^()]|\([^()]*\))*\)|(?:(?<![\w.,-])({names})=(?!\{{)|^({names})(?= is ))(?=([\w\[('\"-])?)"
 
     def option(found: re.Match[str]) -> str:
         name = found[1] or found[2]
@@ -71,12 +72,15 @@ _HEAD = 2**16  # bytes
 
 def check_out(path: Path, kind: str = "") -> None:
     """Raise if a file would be overwritten that is neither empty nor of the same kind."""
-    if not path.exists():
+    if not os.path.exists(path):
         return
     what, known = _WRITTEN.get(kind or path.suffix.lower(), _UNKNOWN)
     if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
+        try:
+            with path.open("rb") as file:
+                head = file.read(_HEAD)
+        except OSError as error:
+            raise click.ClickException(f"{path} cannot be read: {error}.") from error
         if not head or re.search(known, head):
             return
     raise click.ClickException(
@@ -93,6 +97,12 @@ def out_option(kind: str = "", **settings: Any) -> Callable[[Any], Any]:
         return path
 
     return click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), callback=check, **settings)
+
+
+RECIPE_FIELDS = (
+    "an object with the fields of the recipe's .toml file but schema and tensors, null where the file has none. "
+    "recipes/SCHEMA.md lists them with their units."
+)
 
 
 def json_option(shape: str) -> Callable[[Any], Any]:

@@ -8,12 +8,12 @@ import click
 
 from ..recipe import Recipe, to_document
 from ._echo import echo, echo_json
-from ._options import json_option
+from ._options import RECIPE_FIELDS, json_option
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@json_option("an object with the fields of the recipe's .toml file. recipes/SCHEMA.md lists them with their units.")
+@json_option(RECIPE_FIELDS)
 def show(recipe: Path, as_json: bool) -> None:
     """Print a recipe: its rate, band, law and provenance."""
     found = Recipe.load(recipe)

@@ -52,6 +52,8 @@ def suggest(
 
     Give the PATH of an adapter, or --rank and --alpha, or --full. The rate is printed with its 90 % band.
     """
+    if full and init is not None:
+        raise click.UsageError("Full finetuning has no --init.")
     options: dict[str, Any] = {"init": init, "task": "chat" if chat else "other"}
     if path is not None:
         if rank is not None or alpha is not None or rslora or fan_in is not None:

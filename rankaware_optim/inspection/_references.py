@@ -128,6 +128,7 @@ def _entry(part: str) -> tuple[str, Any]:
     except (KeyError, ValueError) as error:
         raise InvalidReferenceError(
             f"{part!r} is not a part of a reference.",
-            'Write it as "r=16,alpha=32", with rslora, init=B, fan_in=4096, batch=64; or as "full,fan_in=4096"; '
+            'Write it as "r=16,alpha=32", or with more, as "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64"; or as '
+            '"full,fan_in=4096"; '
             "or give an adapter's folder or file.",
         ) from error

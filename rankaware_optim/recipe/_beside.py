@@ -22,9 +22,10 @@ _MOST = 10_000_000  # largest README, bytes
 def recipe_file(path: str | os.PathLike[str]) -> Path:
     """Return the path of the recipe's TOML file: `path` itself, or the file in that folder that `save_beside` wrote."""
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return folder
-    return folder / FILE if (folder / FILE).is_file() else folder / FOLDER / FILE
+    beside = folder / FOLDER / FILE
+    return folder / FILE if os.path.isfile(folder / FILE) and not os.path.isfile(beside) else beside
 
 
 def save_beside(recipe: Recipe, adapter: str | os.PathLike[str], plot: bool = False) -> Path:

@@ -14,6 +14,7 @@ from ._recipe import Recipe, known_rate
 from ._schema import to_document
 
 _ABSENT = "not given"
+_NOWHERE = "configurations"
 # Last names of fields that are compared by a factor: rates, widths, counts. Other numbers are compared by a difference.
 _BY_FACTOR = {
     *("lr", "fitted_lr", "band_low", "band_high", "ceiling", "full_factor", "rank", "alpha", "fan_in", "full_fan_in"),
@@ -63,6 +64,8 @@ def diff_text(found: Sequence[Difference]) -> str:
 
 def _sentence(found: Sequence[Difference]) -> str:
     moved = [d for d in found if d.what.startswith("at ")]
+    if any(d.what == _NOWHERE for d in found):
+        return "The recipes have no configuration in common, so their rates were not compared."
     if not moved:
         return "The rates are the same. The fields below differ."
     apart = [d.what.removeprefix("at ") for d in moved if d.words.endswith("bands apart")]
@@ -75,16 +78,23 @@ def _sentence(found: Sequence[Difference]) -> str:
 
 
 def _rates(first: Recipe, second: Recipe) -> Iterator[Difference]:
-    """Yield the rates that differ, at the ranks that either recipe saw and at full finetuning."""
+    """Yield the rates that differ, at the ranks that either recipe saw and at full finetuning.
+
+    If no configuration has a rate by both, this is a difference too.
+    """
+    compared = False
     ranks = {rank for recipe in (first, second) for rank in (*recipe.ranks, recipe.reference.rank) if rank}
     for rank in (*sorted(ranks), None):
         one, two = known_rate(first, rank), known_rate(second, rank)
+        compared |= one is not None and two is not None
         if one is None or two is None or math.isclose(one.lr, two.lr, rel_tol=_EQUAL):
             continue
         overlap = max(one.low, two.low) <= min(one.high, two.high)
         words = f"{_factor(one.lr, two.lr)}, bands {'overlap' if overlap else 'apart'}"
         old, new = (f"{rate.lr:.3g} ({rate.band})" for rate in (one, two))
         yield Difference(f"at rank {rank}" if rank else "at full finetuning", old, new, words)
+    if not compared:
+        yield Difference(_NOWHERE, str(first.reference), str(second.reference), "none in common")
 
 
 # --- fields ---------------------------------------------------------------------------------------------------------

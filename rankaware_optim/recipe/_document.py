@@ -129,7 +129,8 @@ def checked(data: Mapping[str, Any], target: Path) -> Document:
     try:
         return msgspec.convert(data, Document1 if schema == 1 else Document)
     except msgspec.ValidationError as error:
-        what, _, path = str(error).removesuffix("`").partition(" - at `$.")
+        what, _, path = str(error).partition(" - at `$.")
+        path = path.removesuffix("`")
         lacking = re.search("missing required field `([^`]+)", what)
         path = ".".join(filter(None, (path, lacking and lacking[1])))
         raise impossible(target, what, path) from error

@@ -116,7 +116,7 @@ class _Axis:
         """Return (position, label) of the round values in the frame, or of those given, evenly thinned out."""
         inside = [value for value in (self._round_values() if values is None else values) if self.holds(value)]
         step = -(-len(inside) // _MOST_TICKS) or 1
-        return [(self.at(value), f"{value:g}") for value in inside[::step]]
+        return [(self.at(value), f"{value:{'g' if self.log else '.12g'}}") for value in inside[::step]]
 
     def _round_values(self) -> Sequence[float]:
         """Return the ticks of `log_ticks`; on a linear axis, multiples of 1, 2 and 5."""

@@ -65,7 +65,8 @@ def _hub(repo: str) -> Iterator[Any]:
         import huggingface_hub
     except ImportError as error:
         raise RecipeError(
-            "Recipes on the Hub need huggingface_hub, which is not installed.", "Install rankaware-optim[hub]."
+            "Recipes on the Hub need huggingface_hub, which is not installed.",
+            "Install it by pip install huggingface_hub.",
         ) from error
     try:
         yield huggingface_hub

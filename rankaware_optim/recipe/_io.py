@@ -158,7 +158,7 @@ def _read_text(target: Path) -> bytes:
 
 def _parsed(text: bytes, target: Path) -> dict[str, Any]:
     try:
-        return tomli.loads(text.decode())
+        return tomli.loads(text.decode("utf-8-sig"))  # Windows' editors put a mark first
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"The recipe {target} cannot be read: {error}.", "Restore or remake it.") from error
 

@@ -35,9 +35,9 @@ def lead(recipe: Recipe) -> str:
 def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield a recipe's facts as pairs of a name and a text."""
     at, horizon = recipe.reference, recipe.horizon
-    warmup = "unknown" if recipe.warmup is None else f"{recipe.warmup:.0%}"
+    warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
     settings = ", ".join(f"{name} {_setting(value)}" for name, value in recipe.settings.items())
-    yield "base rate", f"{recipe.lr:.3g} at {at}, width {_number(at.fan_in)}"
+    yield "base rate", f"{recipe.lr:.3g} at {_words(recipe, at)}, width {_number(at.fan_in)}"
     yield "fitted optimum", f"{recipe.fitted_lr:.3g}, {recipe.lean:.2g} octaves above the base rate, the one to use"
     yield "90 % band", "{:.3g} to {:.3g}".format(*own_band(recipe))
     yield "ceiling", "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}"
@@ -63,14 +63,19 @@ def explain(recipe: Recipe) -> str:
 
 def configuration(recipe: Recipe, target: Reference, steps: int | None, batch: float | None) -> str:
     """Return the configuration of a rate at `target` in words. Steps and batch are by default the recipe's own."""
-    swept = target.method == "lora" and recipe.scaling_rule == "as swept"
-    parts = [f"rank {target.rank}, alpha as swept, {init_text(target.init)}" if swept else str(target)]
     numbers = (
         ("fan-in {:g}", target.fan_in),
         ("{} steps", steps or recipe.steps),
         ("batch {:g}", batch or recipe.batch),
     )
-    return ", ".join([*parts, *(words.format(value) for words, value in numbers if value is not None)])
+    known = (words.format(value) for words, value in numbers if value is not None)
+    return ", ".join([_words(recipe, target), *known])
+
+
+def _words(recipe: Recipe, target: Reference) -> str:
+    """Return a reference as text, without the alpha of a sweep that does not give it."""
+    swept = target.method == "lora" and recipe.scaling_rule == "as swept"
+    return f"rank {target.rank}, alpha as swept, {init_text(target.init)}" if swept else str(target)
 
 
 def _law(law: Power) -> str:

@@ -298,6 +298,9 @@ class _Rows:
 
     def notes(self, fitted: _LawFit) -> Iterator[str]:
         """Yield sentences on what the rows do not determine."""
+        ended = {run.rank for run in self.runs if math.isfinite(run.loss)}
+        for lost in sorted(set(self.ranks) - ended):
+            yield f"rank {lost}: every run diverged, so its rate is no measurement, and may diverge too"
         for rank, end in ends_of(self.observations(Constant())).items():
             label, way = f"rank {rank}" if rank else "full finetuning", "below" if end.end == "lowest" else "above"
             yield f"{label}: the best rate, {2.0**end.x:.3g}, is the {end.end} tried; the optimum may be {way}"

@@ -85,7 +85,7 @@ def test_a_model_in_place_stays_here():
 def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
     """Before a study is made."""
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(CalibrationError, match=r'not installed\. Install it by pip install "rankaware-optim\[ray\]"'):
+    with pytest.raises(CalibrationError, match=r'not installed\. In a clone of this package: pip install "\.\[ray\]"'):
         calibrate(made_up(), executor="ray", storage=tmp_path / "s.journal")
     assert list(tmp_path.iterdir()) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -260,7 +261,7 @@ BAD = [
     (["inspect", "adapter", "--lr", "nan"], "lr is nan"),
     (["inspect", "adapter", "--lr", "1e-3", "--law", "unheard-of"], "Known are"),
     (["inspect", "adapter", "--lr", "1e-3", "--tuned-at", "r=8"], "alpha"),
-    (["inspect", "adapter", "--tuned-at", "r=x"], "r=x"),
+    (["inspect", "adapter", "--lr", "1e-3", "--tuned-at", "r=x"], 'as "r=16,alpha=32,rslora,init=B,fan_in=4096'),
     (["inspect", "pickled.bin"], "pickled.bin is a pickle"),
     (["convert", "1e-3", "--from", "r=8", "--to", "r=8,alpha=8"], "alpha"),
     (["convert", "1e-3", "--from", "r=8,alpha=8", "--to", "r=x"], "r=x"),
@@ -277,6 +278,7 @@ BAD = [
     (["lr", "digits.toml", "--rank", "8", "--steps", "-5"], "steps is -5"),
     (["lr", "digits.toml", "--rank", "8", "--batch", "nan"], "batch is nan"),
     (["plot", "nowhere.toml", "-o", "out.png"], "no recipe at nowhere.toml"),
+    (["show", f"{'x' * 300}.toml"], "cannot be read"),
     (["fit", "sweep.csv", "-o", "out.toml"], "choose one by columns={'loss': ...} (--column loss=...)"),
 ]
 
@@ -309,6 +311,9 @@ USAGE = [
     ["convert", "x", "--from", "r=8,alpha=8", "--to", "r=8,alpha=8"],
     ["convert", "-1", "--from", "r=8,alpha=8", "--to", "r=8,alpha=8"],
     ["plot", "digits.toml"],
+    ["suggest", "--full", "--init", "B"],
+    ["inspect", "adapter", "--tuned-at", "r=8,alpha=8"],
+    ["inspect", "adapter", "--law", "mua"],
     ["unheard-of"],
 ]
 
@@ -320,6 +325,22 @@ def test_wrong_usage_shows_the_usage(arguments, recipe, monkeypatch, tmp_path):
     done = call(*arguments)
     assert done.exit_code == 2
     assert "Usage: " in done.stderr
+
+
+def test_help_is_printed_where_the_console_lacks_a_letter():
+    """On a console of another encoding, such as Windows', help is printed with a mark for the letters that it lacks."""
+    command = [sys.executable, "-m", "rankaware_optim", "lr", "--help"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"?rank" in done.stdout
+
+
+def test_scores_that_cannot_be_written_are_printed(tmp_path):
+    """Where bench-law cannot write its file, its table is printed all the same, and the error is a sentence."""
+    done = call("bench-law", "-o", str(tmp_path / "x" / ("y" * 300 + ".json")))
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "cannot be written" in done.stderr
+    assert "octaves" in done.stdout
 
 
 def test_no_traceback_reaches_the_shell(tmp_path):

@@ -110,6 +110,14 @@ def test_the_file_of_ms_swift_is_there():
     assert Path(re.search(r'--external_plugins "([^"]*)"', printed("swift"))[1]).is_file()
 
 
+@pytest.mark.parametrize("tool", TOOLS)
+def test_init_b_has_no_such_lines(tool):
+    """No tool's own settings start adapters at Init[B], so lines for it would train at a rate of another init."""
+    done = CliRunner().invoke(main, ["convert", LR, "--from", FROM, "--to", "r=64,init=B", "--as", tool])
+    assert done.exit_code == 1
+    assert "at Init[A]" in done.output
+
+
 def test_full_finetuning_has_no_such_lines():
     """--as is for adapters: to full finetuning it is a sentence."""
     done = CliRunner().invoke(main, ["convert", LR, "--from", FROM, "--to", "full,fan_in=512", "--as", "trl"])

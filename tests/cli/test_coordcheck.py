@@ -142,7 +142,7 @@ def test_a_missing_matplotlib_is_said(tmp_path, monkeypatch):
     result = call(*SMALL, "-o", tmp_path / "check.png")
     assert result.exit_code == 1
     assert "are rank-invariant" in result.output
-    assert 'pip install "rankaware-optim[plots]"' in result.output
+    assert 'pip install ".[plots]"' in result.output
 
 
 def test_a_law_of_the_folder_is_found(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def test_doctor_says_how_an_extra_is_completed():
     """An extra is complete where nothing lacks, else it names what lacks and the line that installs it."""
     said, found = (CliRunner().invoke(main, ["doctor", *words]).stdout for words in ([], ["--json"]))
     for extra, lacking in json.loads(found)["extras"].items():
-        cure = f'pip install "rankaware-optim[{extra}]"' if lacking else f"Extra {extra} is complete"
+        cure = f'pip install ".[{extra}]"' if lacking else f"Extra {extra} is complete"
         assert cure in said
         assert all(words in said for words in lacking)
 

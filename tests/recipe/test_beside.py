@@ -39,6 +39,17 @@ def test_the_folder_names_the_recipe(name, adapter):
     assert str(opts[0].report()) == str(opts[1].report())
 
 
+@pytest.mark.parametrize("other", ["recipe of another name", "no recipe"])
+def test_the_recipe_saved_beside_the_adapter_is_the_folders(other, adapter):
+    """A recipe.toml that lies in the adapter's folder already does not hide the one saved beside the adapter."""
+    if other == "no recipe":
+        (adapter / "recipe.toml").write_text("bake = 20\n")
+    else:
+        replace(RECIPE, name=other).save(adapter / "recipe.toml")
+    RECIPE.save_beside(adapter)
+    assert Recipe.load(adapter).name == RECIPE.name
+
+
 def test_no_second_file_of_weights_lies_at_the_top(adapter):
     """The adapter's own folder gets no file but a README, so what loads it finds the weights it found before."""
     before = {path.name for path in adapter.iterdir()}

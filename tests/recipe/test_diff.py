@@ -97,6 +97,15 @@ def test_rates_that_only_one_recipe_has_are_left_out():
     assert {what for what in found if what.startswith("at ")} == {"at rank 16", "at full finetuning"}
 
 
+def test_rates_that_were_not_compared_are_not_called_equal():
+    """Where the recipes have no configuration in common, the sentence says so."""
+    one, other = (
+        replace(RECIPE, scaling_rule="unknown", reference=Reference(rank, 8), ranks=(rank,), full_fan_in=None)
+        for rank in (4, 8)
+    )
+    assert "no configuration in common" in diff_text(diff_recipes(one, other))
+
+
 SENTENCES = [
     ({}, "The two recipes are equal."),
     ({"versions": {"torch": "2.7"}}, "The rates are the same. The fields below differ."),

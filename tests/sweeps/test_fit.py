@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from rankaware_optim import CalibrationError, MuA, RankAwareOptimizer, Recipe, RecipeError, Reference
 from rankaware_optim.cli._fit import fit as fit_command
+from rankaware_optim.cli._main import main
 from rankaware_optim.laws import Law, Power
 from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.sweeps import fit_sweep
@@ -551,6 +553,28 @@ def test_fit_writes_the_recipe_of_fit_sweep(sweep_csv, tmp_path):
     assert Recipe.load(out).at(8) == made.at(8)
     assert f"base rate       {made.lr:.3g} at rank 16, alpha 16" in done.output
     assert f"rankaware lr {out} --rank 64" in done.output
+
+
+@pytest.mark.parametrize("rows", ["full", "two alphas", "all"])
+def test_the_command_that_fit_names_next_works(rows, tmp_path):
+    """The line after "Next:" reads a rate of the recipe, also in a folder whose name has a space."""
+    runs = [{"lr": 10.0**-e, "loss": (e - 3) ** 2 + 1.0, "method": "full", "fan_in": 64} for e in (2, 2.5, 3, 3.5, 4)]
+    if rows != "full":
+        runs = [{**row, "alpha": row["rank"]} for row in drawn()]
+    if rows == "two alphas":
+        runs += [{**row, "alpha": 4 * row["rank"]} for row in drawn()]
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "sweep.json").write_text(json.dumps(runs))
+    out = tmp_path / "a folder" / "r.toml"
+    done = CliRunner().invoke(fit_command, [str(tmp_path / "sweep.json"), "-o", str(out)], catch_exceptions=False)
+    line = next(line for line in done.output.splitlines() if line.startswith("Next: rankaware "))
+    assert CliRunner().invoke(main, shlex.split(line)[2:], catch_exceptions=False).exit_code == 0
+
+
+def test_a_rank_that_always_diverged_is_noted():
+    """Where no run of a rank ended, a note says that its rate is no measurement."""
+    rows = [{**row, "loss": math.inf if row["rank"] == 64 else row["loss"]} for row in drawn()]
+    assert any("rank 64: every run diverged" in note for note in fit_sweep(rows).notes)
 
 
 def test_fit_says_what_is_open(sweep_csv):
