@@ -174,3 +174,20 @@ def test_infinite_scores_stand_at_the_frames_edge():
     text = report_html(RECIPE)
     drawn = text.count('<circle class="trial" cx') + text.count('<path class="beyond" d="M') - 2  # the key's own
     assert drawn == len(RECIPE.tensors["lr"]) == np.isfinite(RECIPE.tensors["value"]).sum() + 1
+
+
+def test_scores_that_differ_have_labels_that_differ():
+    """Where scores are large against their spread, the labels of an axis still differ."""
+    values = 123456.7 + 1e-3 * np.arange(len(RECIPE.tensors["value"]))
+    large = replace(RECIPE, tensors={**RECIPE.tensors, "value": values, "start": values + 1e-3})
+    panels = [re.findall(r'text-anchor="end">([^<]+)<', panel) for panel in report_html(large).split("<svg")[1:]]
+    assert any(len(labels) > 2 for labels in panels)
+    assert all(len(set(labels)) == len(labels) for labels in panels)
+
+
+@pytest.mark.parametrize("rule", ["unknown", "as swept"])
+def test_the_page_claims_no_rule_for_alpha_that_it_lacks(rule):
+    """A recipe without a rule for alpha by rank has a page that says so."""
+    text = report_html(replace(RECIPE, scaling_rule=rule))
+    assert "alpha follows the rank as it did" not in text
+    assert "an alpha that follows the rank" not in text
