@@ -38,7 +38,8 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
 def write(source: Path, chance: random.Random, folder: Path) -> Path:
     """Write a damaged copy of a shipped recipe."""
     path, text = folder / source.name, source.read_bytes()
-    tensors = (source.parent / tomli.loads(text.decode())["tensors"]["file"]).read_bytes()
+    named = tomli.loads(text.decode())["tensors"]["file"]
+    tensors = (source.parent / named).read_bytes()
     for old in folder.iterdir():
         old.unlink()
     where = chance.randrange(10)
@@ -52,7 +53,7 @@ def write(source: Path, chance: random.Random, folder: Path) -> Path:
         document["tensors"]["sha256"] = hashlib.sha256(tensors).hexdigest()
         text = as_toml(document)
     path.write_bytes(text)
-    (folder / f"{source.stem}.safetensors").write_bytes(tensors)
+    (folder / named).write_bytes(tensors)
     return path
 
 
