@@ -148,6 +148,10 @@ class Study:
     def _check_whole(self, stored: optuna.Study) -> None:
         """Raise a `CalibrationError` if the study is damaged, before anything is written to it."""
         try:
+            known = stored.user_attrs
+            made_with = known.get("made_with", {})
+            lengths = made_with.get("steps", math.inf)  # a number, or a list of several
+            longest = max(lengths) if isinstance(lengths, list) else lengths
             for record in Trials.read(stored.get_trials(deepcopy=False)):
                 rates = record.x, record.observation and record.observation.x
                 numbers = record.rank, record.steps, record.batch, record.scaling, record.own_lr
@@ -155,8 +159,8 @@ class Study:
                 typed = is_typed(record, TrialRecord) and all(map(is_positive, positive))
                 if not typed or any(abs(x or 0) > _MOST for x in rates):
                     raise TypeError(f"trial {record.number} holds an impossible value")
-            known = stored.user_attrs
-            made_with = known.get("made_with", {})
+                if len(record.curve or ()) > (record.steps or longest):
+                    raise TypeError(f"trial {record.number} has more values than steps")
             tables = made_with, made_with.get("multipliers", {}), known.get("settings", {})
             if len(stored.directions) > 1 or not all(isinstance(table, dict) for table in tables):
                 raise TypeError("an attribute holds an impossible value")

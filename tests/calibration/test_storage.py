@@ -156,6 +156,7 @@ DAMAGED = {
     "a rank that is a word": line(user_attrs={"rank": "four", "seed": 0}),
     "attributes of a wrong type": line(user_attrs=[]),
     "a scaling below zero": lambda data: data.replace(b'"scaling":', b'"scaling":-', 1),
+    "a curve longer than its run": lambda data: data.replace(b'"curve":[', b'"curve":[2.5,', 1),
     "multipliers of a wrong type": lambda data: re.sub(rb'"multipliers":\{[^}]*\}', b'"multipliers":1.5', data),
     "a reference without a width": lambda data: re.sub(rb'("fan_in":)[\d.]+', rb"\1null", data),
     "a study of two objectives": lambda data: data.replace(b'"directions":[1]', b'"directions":[1,1]', 1),
