@@ -50,7 +50,7 @@ NOTES = (
     "or more than 5 s. The slowest in seconds. By this code: attempts by the code whose hash is below. The others are "
     "older.",
     "A piece in which something failed was run again, with its seed, once that was fixed. In the run on file they are "
-    "four pieces of damaged journals: two waited for another host's trial, two did not recognise the damage.",
+    "six pieces of damaged journals: two waited for another host's trial, four did not recognise the damage.",
 )
 
 
