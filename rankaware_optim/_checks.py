@@ -33,7 +33,6 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "power": (0.0, 1.0),
     "tokens": (1e-9, 1e12),
     "ratio": (1e-9, 1e9),
-    "floor": (1e-30, 1e6),
     "target": (1e-9, 1e9),
 }
 MOST_TRIALS = 2000  # in a recipe or a fit, whose time grows with their cube

@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 class Known(NamedTuple):
     """The known properties of an optimizer class.
 
-    family: a key of the laws' forms, which say how far its updates move a layer. relation: how its best rate follows
+    family: its kind of update, which chooses the laws' form. relation: how its best rate follows
     from AdamW's, a key of `suggest_lr`'s rules, "" if nothing is published. one_rate: why it cannot have a rate per
-    group, "" if it can. floor: the smallest rms of a parameter that a relative-scale step assumes. needs_decay: whether
-    it scales by norms only the parameters that it decays. steps: public methods other than `step` that move parameters.
+    group, "" if it can. needs_decay: whether it scales by norms only the parameters that it decays. steps: public
+    methods other than `step` that move parameters.
     """
 
     family: str = "unknown"
     relation: str = ""
     one_rate: str = ""
-    floor: float | None = None
     needs_decay: bool = False
     steps: tuple[str, ...] = ()
 
@@ -37,7 +36,7 @@ _ROWS = {
     "sgd asgd sgdw sgdp accsgd aggmo qhm pid sgdschedulefree": Known("gradient-like"),
     "muon": Known("spectral"),
     "lamb": Known("relative-scale"),
-    "adafactor": Known("relative-scale", floor=1e-3),
+    "adafactor": Known("floored-scale"),
     "lars": Known("first-step", needs_decay=True),
     "prodigy dadaptadam dadaptsgd dadaptadagrad dadaptlion dadaptadan": Known(one_rate=_ESTIMATES),
     "lbfgs": Known(one_rate="takes one parameter group only"),
@@ -67,7 +66,7 @@ def known_optimizer(optimizer: type | str) -> tuple[str, Known]:
 
 
 def optimizer_family(optimizer_class: type, settings: Mapping[str, Any] | None = None) -> str:
-    """Return the family of an optimizer: a key of the laws' forms, or "unknown" if no class along its bases is known.
+    """Return the family of an optimizer, "unknown" if no class along its bases is known.
 
     Adafactor with `scale_parameter=False` (of transformers and fairseq) is sign-like. torch's has no such setting.
     torch_optimizer's LARS without weight decay is SGD, since it scales by norms only what it decays.

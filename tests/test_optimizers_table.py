@@ -41,7 +41,7 @@ def test_what_keeps_its_state_in_fewer_bits_is_its_base(name, known, family):
 def test_settings_decide_where_the_class_does_not():
     """Adafactor without parameter scale is sign-like, and torch_optimizer's LARS without decay is SGD."""
     lars = type("LARS", (), {"__module__": "torch_optimizer.lars"})
-    assert optimizer_family(named("Adafactor")) == "relative-scale"
+    assert optimizer_family(named("Adafactor")) == "floored-scale"
     assert optimizer_family(named("Adafactor"), {"scale_parameter": False}) == "sign-like"
     assert optimizer_family(lars) == "gradient-like"
     assert optimizer_family(lars, {"weight_decay": 0.1}) == optimizer_family(named("LARS")) == "first-step"
@@ -49,8 +49,8 @@ def test_settings_decide_where_the_class_does_not():
 
 @pytest.mark.parametrize("name", _KNOWN)
 def test_every_row_speaks_of_what_exists(name):
-    """A row's family has a form, and its relation to AdamW has a rule; one that cannot have rates says why."""
+    """A row's family has a form or keeps one rate; a relation to AdamW has a rule; what cannot have rates says why."""
     row = known_optimizer(name)[1]
-    assert row.family in FORMS
+    assert row.family in {*FORMS, "floored-scale", "first-step"}
     assert not row.relation or row.relation in RULES
     assert bool(row.one_rate or row.steps) == (row.family == "unknown")

@@ -5,8 +5,8 @@
 
 A study tries ranks 4 and 64, with eight trials each and two paired seeds, by the package's plan, search and fit. Its
 runs are drawn around a known optimum. The bowls, seed offsets and noise are those of two committed sweeps
-(`laws/two_rates.py`, one rate), read by `bowls_of`. So no bowl has the form that the fit assumes, and the cliffs are
-real. Half of the noise is smooth along the rate, since runs of one seed share their batches.
+(`results/two_rates.jsonl`, one rate), read by `bowls_of`. So no bowl has the form that the fit assumes, and the cliffs
+are real. Half of the noise is smooth along the rate, since runs of one seed share their batches.
 
 The optimum at each rank is drawn in three ways: from the law; with a drift of +0.18 ± 0.07 octaves per octave; and
 under Init[B], with a drift uniform between -0.3 and -0.7. Full finetuning is not tried. Its true rate is 2^(0 ± 0.4)

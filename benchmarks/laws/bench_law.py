@@ -2,9 +2,10 @@
 
     python benchmarks/laws/bench_law.py sweep                             # makes missing runs of the package's sweep
     python benchmarks/laws/bench_law.py table ../shared/data/sft_sweep.csv  # results/bench_law.json and .md
+    python benchmarks/laws/bench_law.py score my_sweep.csv --law mua --law my_pkg:MyLaw     # prints a table
 
 The sweep trains the demo's network (EfficientNet-lite0 on scikit-learn's digits) with alpha = rank and with alpha = 16.
-The package contains it as `rankaware_optim/sweeps/demo_sweep.csv`, and `rankaware bench-law` reads it by default.
+The package contains it as `rankaware_optim/sweeps/demo_sweep.csv`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from typing import Any
 
 import click
 import torch
+from laws.scoring import COMPARED, LawScore, LossCurve, Move, bench_law, loss_curves, score_of, score_table
 from recording import machine, record
 
 from rankaware_optim import Constant, Law, MuA, Power, RankAwareOptimizer
+from rankaware_optim.cli import _options
 from rankaware_optim.cli._demo import HEAD_RATE, SEEDS, build, evaluate, fit, untrained
-from rankaware_optim.sweeps import COMPARED, DEMO_SWEEP, LawScore, Move
-from rankaware_optim.sweeps._bench import LossCurve, loss_curves, score_of
+from rankaware_optim.errors import RankAwareError
+from rankaware_optim.sweeps import DEMO_SWEEP
 from rankaware_optim.sweeps._io import read_sweep
 
 DEPENDS_ON = ("rankaware_optim.laws", "rankaware_optim.sweeps")
@@ -122,6 +125,26 @@ def table(published: Path, alpha: float) -> None:
                 ]
             rows += [{"sweep": source.name, "best rate by": best, **score.row()} for score in scores]
     record("bench_law", "Laws on sweeps: a best rate moved from one rank to another", rows, machine(1), NOTES)
+
+
+@main.command()
+@click.argument("sweep", type=click.Path(exists=True, path_type=Path), default=DEMO_SWEEP)
+@click.option("--law", "laws", multiple=True, default=COMPARED, help="A law, as for get_law. Repeatable.")
+@click.option("--best", type=click.Choice(["parabola", "bowl"]), default="parabola", show_default=True)
+@click.option("--fan-in", type=float, help="Fan-in of the adapted layers, for rows without one.")
+@_options.ALPHA
+@_options.OPTIMIZER
+@_options.COLUMN
+def score(sweep: Path, laws: tuple[str, ...], **options: Any) -> None:
+    """Score laws by how well they move the best rates of SWEEP from rank to rank.
+
+    SWEEP is a file as for `rankaware fit`, by default the package's own. Each law moves each rank's best rate to every
+    other rank, and the moved rate is compared with the best rate there.
+    """
+    try:
+        click.echo(score_table(bench_law(sweep, laws, **options)))
+    except RankAwareError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _left_out(label: str, laws: Sequence[Law], curves: Sequence[LossCurve]) -> LawScore:

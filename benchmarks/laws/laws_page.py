@@ -1,8 +1,8 @@
-"""All evidence for the laws on one page: exponents by formula and by check, real sweeps, two rates, the yardstick.
+"""All evidence for the laws on one page: exponents by formula and by check, a real sweep, the yardstick.
 
     python benchmarks/laws/laws_page.py        # results/laws.md and results/laws-*.png
 
-It reads the result files of exponents.py, law_check.py, two_rates.py and bench_law.py. If the exponents (10 minutes) or
+It reads the result files of exponents.py and bench_law.py, and results/law_check.md. If the exponents (10 minutes) or
 the yardstick (a minute, needs the published sweep) are missing, it makes them first.
 """
 
@@ -18,12 +18,13 @@ from typing import Any
 
 import click
 from laws import bench_law, exponents
+from laws.scoring import LawScore
+from laws.scoring import bench_law as scores_on
 from matplotlib.figure import Figure
 from recording import RESULTS, machine, page, shown, written_by
 
 from rankaware_optim._figures import COLOURS
-from rankaware_optim.sweeps import DEMO_SWEEP, LawScore
-from rankaware_optim.sweeps import bench_law as scores_on
+from rankaware_optim.sweeps import DEMO_SWEEP
 
 DEPENDS_ON = ("rankaware_optim.laws",)
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "sft_sweep.csv"
@@ -47,7 +48,8 @@ def main(published: Path) -> None:
     found = [row for label in exponents.OPTIMIZERS for row in exponents.rows_of(label, rates)]
     _draw_exponents(found, RESULTS / "laws-exponents.png")
     _draw_errors(published, RESULTS / "laws-errors.png")
-    parts = ["# The laws, shown", *_exponents_page(found), *_made_elsewhere(), *_yardstick_page()]
+    on_file = _demoted((RESULTS / "law_check.md").read_text())
+    parts = ["# The laws, shown", *_exponents_page(found), on_file, *_yardstick_page()]
     (RESULTS / "laws.md").write_text("\n\n".join([*parts, written_by(machine(1))]) + "\n")
     click.echo(f"{RESULTS / 'laws.md'}, laws-exponents.png, laws-errors.png")
 
@@ -143,17 +145,6 @@ def _draw_family(axis: Any, family: str, rows: Rows) -> None:
     axis.set_title(f"{family}{'' if bar is None else f', bar {bar:g}'}", fontsize=10)
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     axis.set_anchor("N")
-
-
-# --- what other commands measure ------------------------------------------------------------------------------------
-
-
-def _made_elsewhere() -> Iterator[str]:
-    """Pages of law_check.py and two_rates.py as they are on file, or how to make them."""
-    for name, title in (("law_check", "The laws on a small real sweep"), ("two_rates", "Two rates against one")):
-        made, script = RESULTS / f"{name}.md", f"python benchmarks/laws/{name}.py"
-        missing = f"## {title}\n\nNot measured yet: `{script} run` measures it and `{script} table` writes it."
-        yield _demoted(made.read_text()) if made.exists() else missing
 
 
 # --- the yardstick --------------------------------------------------------------------------------------------------

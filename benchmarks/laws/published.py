@@ -4,7 +4,7 @@
 
 Writes results/published.md and .json from files that are not in the repository. Their licences allow their use. A file
 must be one of `SOURCES`, and its hash must be that of the file that was read. Each law moves every best rate found at a
-rank to every other rank of its model, as `rankaware bench-law` does.
+rank to every other rank of its model, as bench_law.py does.
 
 **Looked for** on 2026-11-26, in a stored index of public repositories and pages: a sweep of several ranks, with several
 rates at each rank, a held-out score and a licence. **Left out**, and why:
@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from laws.scoring import bench_law
 from recording import machine, record
 
-from rankaware_optim.sweeps import bench_law
 from rankaware_optim.sweeps._io import Sweep, read_sweep
 
 DEPENDS_ON = ("rankaware_optim.laws", "rankaware_optim.sweeps")

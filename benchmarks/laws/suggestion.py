@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 import click
 from recording import machine, record
+from study.loss_curves import vertex_of
 
 from rankaware_optim import MuA, Reference
 from rankaware_optim.laws import checked_multiplier
-from rankaware_optim.sweeps._bench import vertex_of
 from rankaware_optim.transfer import suggest_lr
 from rankaware_optim.transfer._suggest import LOG2_RATE, MARGIN, PUBLISHED, SPREAD, TASK_SD, Z90
 

@@ -5,43 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from recording import number
-from study.grids import Cell, Losses, curve, curves_by_seed, losses_at, lowest
-
-from rankaware_optim.sweeps._bench import vertex_of
-
-
-def best_of(done: Losses, cell: Cell, seeds: int, start: float) -> dict[str, Any] | None:
-    """A cell's best rate; None if fewer than three rates are complete.
-
-    `start` is the loss before training. Keys of the result:
-        best: log2 of the best rate, the vertex of the parabola through the lowest mean loss and its neighbours; None
-            at an edge of the grid.
-        by_seed: the same for each seed.
-        lowest: log2 of the grid's best rate.
-        loss, spread: mean and standard deviation of the loss there. The spread is None for one seed.
-        octave_above: what the next octave loses, as a share of the gain from `start`; None if it diverged.
-    """
-    means = curve(done, cell, seeds)
-    if len(means) < 3:
-        return None
-    x = lowest(means)
-    above = (means.get(x + 1, math.inf) - means[x]) / (start - means[x])
-    return {
-        "best": vertex_of(means),
-        "by_seed": [vertex_of(each) for each in curves_by_seed(done, cell, seeds)],
-        "lowest": x,
-        "loss": means[x],
-        "spread": statistics.stdev(losses_at(done, cell, x, seeds)) if seeds > 1 and math.isfinite(means[x]) else None,
-        "octave_above": above if math.isfinite(above) else None,
-    }
-
-
-def in_words(row: Mapping[str, Any]) -> str:
-    """A best rate and the rates of its seeds in words: "−7.9 (−8.0, −7.8, −7.9)"."""
-    return f"{number(row['best'], 2)} ({', '.join(number(x, 1) for x in row['by_seed'])})"
+from study.grids import lowest
+from study.loss_curves import vertex_of
 
 
 def best_rate(means: Mapping[float, float], start: float) -> float | None:

@@ -17,7 +17,7 @@ import rankaware_optim as ra
 
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01}
 CLIP, TUNED = 1.0, 16
-LORAPLUS, TWO_RATES, PRODIGY = ", LoRA+ 16", ", two rates", ", Prodigy"  # added to a configuration's name
+LORAPLUS, PRODIGY = ", LoRA+ 16", ", Prodigy"  # added to a configuration's name
 
 
 @dataclass(frozen=True)
@@ -80,26 +80,19 @@ def start_of(domain: str, done: Losses) -> float:
     return statistics.fmean(or_inf(loss) for job, loss in done.items() if job[:2] == (domain, START))
 
 
-def before_training(domain: Domain, seeds: int) -> float:
-    """Mean loss before training, computed here, if no run of `starts` is on file."""
-    return statistics.fmean(domain.evaluate(built(domain, "full", FULL, seed)) for seed in range(seeds))
-
-
 def optimizer(model: nn.Module, domain: Domain, job: Job) -> Optimizer:
     """The optimizer of a job: AdamW with rate 2^x for both A and B, unless the scheme's name says otherwise.
 
-    LoRA+ has 16 times the rate for B. "Two rates" are those of the law, from a base rate 2^x at rank 16. Prodigy is
-    not wrapped, and finds one rate for all.
+    LoRA+ has 16 times the rate for B. Prodigy is not wrapped, and finds one rate for all.
     """
     method = "full" if job.rank == FULL else "lora"
     if job.scheme.endswith(PRODIGY):
         from pytorch_optimizer import Prodigy
 
         return Prodigy([p for p in model.parameters() if p.requires_grad], lr=1.0, **ADAMW)
-    own: dict[str, Any] = {"law": ra.LoRAPlus(16.0) if job.scheme.endswith(LORAPLUS) else "constant"}
-    if job.scheme.endswith(TWO_RATES):
-        own = {"law": ra.MuA(split=True), "tuned_at": tuned_at(config_of(job.scheme))}
-    return ra.RankAwareOptimizer(model, "adamw", lr=2.0**job.x, rates=domain.head_rates, method=method, **own, **ADAMW)
+    law = ra.LoRAPlus(16.0) if job.scheme.endswith(LORAPLUS) else "constant"
+    rates = domain.head_rates
+    return ra.RankAwareOptimizer(model, "adamw", lr=2.0**job.x, rates=rates, method=method, law=law, **ADAMW)
 
 
 def tuned_at(config: str) -> ra.Reference:

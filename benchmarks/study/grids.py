@@ -6,7 +6,7 @@ Rates are an octave apart. What was found so far decides where a grid is centred
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -64,7 +64,6 @@ class Grid:
         coarse: log2 rates of the coarse pass, by scheme.
         seeds: how many seeds run every rate of the grid.
         half: octaves on either side of the centre.
-        placed_at: the rank whose coarse pass places the grid at all ranks; None if each rank has its own.
         most: how often a grid may grow.
     """
 
@@ -72,31 +71,18 @@ class Grid:
     coarse: Mapping[str, Sequence[int]]
     seeds: int = 3
     half: int = 3
-    placed_at: int | None = None
     most: int = 6
 
     def wanted(self, done: Losses) -> list[Job]:
         """The runs known to be missing. After these are done, more may be."""
-        placing = dict.fromkeys(map(self._placed_by, self.cells))
-        first = [Job(*cell, x, 0) for cell in placing for x in self.coarse[cell[1]]]
-        for stage in (lambda: first, lambda: self._all(self._fine, done), lambda: self._all(self._moved, done)):
-            if missing := [job for job in stage() if job not in done]:
-                return missing
-        return []
-
-    def _placed_by(self, cell: Cell) -> Cell:
-        return cell if self.placed_at is None else (cell[0], cell[1], self.placed_at)
-
-    def _all(self, of: Callable[[Cell, Losses], list[Job]], done: Losses) -> list[Job]:
-        return [job for cell in self.cells for job in of(cell, done)]
-
-    def _moved(self, cell: Cell, done: Losses) -> list[Job]:
-        """Jobs at the best rate of the cell that placed this cell's grid: it is tried here too."""
-        x = lowest(curve(done, self._placed_by(cell), self.seeds))
-        return [Job(*cell, x, seed) for seed in range(self.seeds)]
+        first = [Job(*cell, x, 0) for cell in self.cells for x in self.coarse[cell[1]]]
+        missing = [job for job in first if job not in done]
+        if missing:
+            return missing
+        return [job for cell in self.cells for job in self._fine(cell, done) if job not in done]
 
     def _fine(self, cell: Cell, done: Losses) -> list[Job]:
-        centre = lowest({x: or_inf(done[Job(*self._placed_by(cell), x, 0)]) for x in self.coarse[cell[1]]})
+        centre = lowest({x: or_inf(done[Job(*cell, x, 0)]) for x in self.coarse[cell[1]]})
         low, high = centre - self.half, centre + self.half
         for _ in range(self.most + 1):
             jobs = [Job(*cell, x, seed) for x in range(low, high + 1) for seed in range(self.seeds)]

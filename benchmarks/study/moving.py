@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -12,7 +13,7 @@ from study.configurations import CONFIGS, TUNED, built, tuned_at
 from study.domains import DomainError, get_domain
 from study.grids import FULL
 
-from rankaware_optim import Law, Survey, inspect_model
+from rankaware_optim import Law, Reference, Survey, convert_lr, inspect_model
 from rankaware_optim.optimizer import PlanOptions, make_plan
 
 INITS = ("Init[A], s = 1", "Init[B], s = 1")
@@ -35,39 +36,27 @@ def by_law(domain: str, config: str, law: Law) -> Shift:
 
 def across_inits(domain: str, rank: int, law: Law) -> float:
     """Octaves by which a law moves a rate from Init[A] to Init[B]."""
-    a, b = INITS
-    return octaves(domain, b, rank, law, a) - octaves(domain, a, rank, law)
+    here = Reference(rank, rank, fan_in=surveyed(domain, INITS[0], rank).width)
+    return math.log2(convert_lr(1.0, from_=here, to=replace(here, init="B"), law=law).lr)
 
 
 @cache
-def octaves(domain: str, config: str, rank: int, law: Law, origin: str | None = None) -> float:
-    """log2 of the multiplier that the package gives to a rate tuned at rank 16.
+def octaves(domain: str, config: str, rank: int, law: Law) -> float:
+    """log2 of the multiplier that the package gives to a rate tuned at rank 16 in the same configuration.
 
     Args:
         domain: the domain's name.
-        config: the configuration to move to.
+        config: the configuration.
         rank: the rank to move to; `FULL` is full finetuning.
         law: the law that moves the rate. It must give A and B the same rate.
-        origin: the configuration in which the rate was tuned; by default `config`.
     """
-    found = [x for each in octaves_by_role(domain, config, rank, law, origin).values() for x in each]
+    survey, heads = surveyed(domain, config, rank), get_domain(domain).head_rates
+    plan = make_plan(survey, PlanOptions(law, tuned_at=tuned_at(config), rates=heads), torch.optim.AdamW)
+    assigned = [plan.assign(factor.name, factor) for factor in survey.factors]
+    found = [math.log2(each.multiplier) for each in assigned if each.rate is None]
     if max(found) - min(found) > 1e-9:
         raise DomainError(f"{law} gives A and B different rates.", "The sweeps are of one rate: compare laws of one.")
     return found[0]
-
-
-def octaves_by_role(domain: str, config: str, rank: int, law: Law, origin: str | None = None) -> dict[str, list[float]]:
-    """The same as `octaves` for every factor that the law moves, by its role: "A", "B" or "full"."""
-    survey = surveyed(domain, config, rank)
-    at, heads = tuned_at(origin or config), get_domain(domain).head_rates
-    options = PlanOptions(law, tuned_at=at, rates=heads, across_inits=origin is not None)
-    plan = make_plan(survey, options, optimizer_class=torch.optim.AdamW)
-    found: dict[str, list[float]] = {}
-    for factor in survey.factors:
-        assigned = plan.assign(factor.name, factor)
-        if assigned.rate is None:
-            found.setdefault(factor.role, []).append(math.log2(assigned.multiplier))
-    return found
 
 
 @cache

@@ -9,19 +9,16 @@ from typing import NamedTuple
 
 from calibration.make_recipes import paths_of
 from calibration.searches import rate_of
-from study.configurations import CONFIGS, LORAPLUS, TWO_RATES, start_of
+from study.configurations import CONFIGS, LORAPLUS, start_of
 from study.domains import get_domain
 from study.grids import FULL, Cell, Losses, curve, curves_by_seed, lowest
-from study.moving import Shift, by_inverse_rank, by_law, kept, octaves
+from study.loss_curves import loss_between
+from study.moving import Shift, by_inverse_rank, by_law, kept
 from study.optima import domains_in, optimum, ranks_in, seeds_in, tried_rates
 
 from rankaware_optim import Falling, Law, MuA, Recipe
-from rankaware_optim.sweeps._bench import loss_between
 
 LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA at 8 tokens": MuA(), "µA, falling at B": Falling()}
-SPLIT = MuA(split=True)  # what "two rates" are moved by, from the rank at which they are tuned
-
-
 FLOOR = "noise floor"  # listed with the ways: what a sweep's own choice of the rate loses, by rank and in full
 
 
@@ -77,7 +74,6 @@ def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Ite
     yield "LoRA+ 16, moved", plus, by_law(domain, config, Falling())
     if full is not None:  # each rank's own, as if it were tuned there
         yield "LoRA+ 16, own best", plus, own_best(done, (domain, plus), full)
-    yield "two rates", config + TWO_RATES, lambda a, b: 0.0 if b else octaves(domain, config, FULL, SPLIT)
 
 
 def by_recipe(done: Losses, of: tuple[str, str], recipe: Recipe) -> Shift:

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from recording import made_with, written_by
 from study.domains import DomainError
-from study.grids import Job, Losses, Wanting
+from study.grids import Job, Wanting
 
 VERSION = 1  # of the files of runs
 Train = Callable[[Job], float | None]
@@ -54,26 +54,6 @@ def _rows(store: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(row, dict):
             yield row
-
-
-def whole(store: Path, grid: Wanting, command: str) -> dict[Job, float | None]:
-    """Every run on file, if the grid is complete, so that a published result is not replaced by a part of it.
-
-    Raises:
-        DomainError: runs are missing. The message says to make them by `command`.
-    """
-    done = read(store)
-    if missing := len(grid.wanted(done)):
-        raise DomainError(
-            f"{store} holds {len(done)} runs, and at least {missing} more are needed. Nothing was written.",
-            f"Make them first: {command}.",
-        )
-    return done
-
-
-def rounded(done: Losses) -> list[list[Any]]:
-    """Every run as [domain, scheme, rank, log2 rate, seed, loss]; the loss is None if the run diverged."""
-    return [[*job, loss if loss is None else round(loss, 5)] for job, loss in sorted(done.items())]
 
 
 def complete(

@@ -10,8 +10,8 @@ of one seed, with rates two octaves apart, places a grid of seven rates at each 
 edge, the grid grows there.
 
 A large domain is one where a run takes more than a minute. It has one seed, no rank 1, and grids of five rates, placed
-by rates three octaves apart. rsLoRA, LoRA+ and two rates are run at two ranks only. This was set before any of its
-runs, to limit their time.
+by rates three octaves apart. rsLoRA and LoRA+ are run at two ranks only. This was set before any of its runs, to
+limit their time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 from recording import RESULTS, machine, written_by
-from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, TWO_RATES, run_at, starts
+from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, run_at, starts
 from study.domains import STUDY, Domain, DomainError, get_domain, weights_hash
 from study.grids import FULL, Cell, Grid, Job, Losses
 from study.optima import domains_in
@@ -46,7 +46,7 @@ QUICK_DOMAINS, QUICK_STORES = ("vision_classification",), Path("bench-quick")
 COMPARISON = Path("bench-laws")  # where tables with further laws are written
 NOTED = ("cpu", "cores", "threads", "torch", "python")  # what tables show of a machine
 FIRST_CONFIG = next(iter(CONFIGS))
-COMPARISONS = (FIRST_CONFIG + LORAPLUS, FIRST_CONFIG + TWO_RATES)
+COMPARED = FIRST_CONFIG + LORAPLUS  # beside the configurations
 
 
 def coarse_pass(lora: range, raised: range, full: range) -> dict[str, range]:
@@ -54,10 +54,10 @@ def coarse_pass(lora: range, raised: range, full: range) -> dict[str, range]:
 
     Args:
         lora: rates of the LoRA configurations.
-        raised: rates of the schemes that give B a higher rate than A.
+        raised: base rates of LoRA+, which gives B a higher rate than A.
         full: rates of full finetuning. They go as high as LoRA's, to score LoRA rates in full finetuning.
     """
-    return {**dict.fromkeys((*CONFIGS, *RSLORA), lora), **dict.fromkeys(COMPARISONS, raised), "full": full}
+    return {**dict.fromkeys((*CONFIGS, *RSLORA), lora), COMPARED: raised, "full": full}
 
 
 COARSE = coarse_pass(range(-13, -2, 2), range(-15, -4, 2), range(-15, -2, 2))
@@ -109,7 +109,7 @@ def study(
         Part(tuple(CONFIGS), ranks, seeds, half, coarse),
         Part(("full",), (FULL,), seeds, half, coarse),
         Part(tuple(RSLORA), fewer, 1, half, coarse),
-        Part(COMPARISONS, fewer, 1, half, coarse),
+        Part((COMPARED,), fewer, 1, half, coarse),
     )
 
 

@@ -41,7 +41,13 @@ from .fit import Fit, Observation, Place, Prior, Slope, Trend, all_rose, diverge
 # A usual rate by optimizer family, per step, and its configuration. For sign-like optimizers it is the median best
 # AdamW rate at rank 16, alpha 32 over 18 published language models. The others are customary multiples of it.
 _USUAL_AT = Reference(rank=16, alpha=32, fan_in=4096)
-_USUAL_LR = {"sign-like": 2.0**-11.8, "gradient-like": 2.0**-4, "spectral": 2.0**-8, "relative-scale": 2.0**-8}
+_USUAL_LR = {
+    "sign-like": 2.0**-11.8,
+    "gradient-like": 2.0**-4,
+    "spectral": 2.0**-8,
+    "relative-scale": 2.0**-8,
+    "floored-scale": 2.0**-8,
+}
 _ABOVE = 2.0  # octaves above the usual rate for the first run; a run too high stops early and shows the cliff
 _HALF_RANGE = 4.0  # octaves on either side of the first guess
 _WIDEN = 2.0  # octaves by which an edge moves if the best rate is there

@@ -17,7 +17,6 @@ from ._options import in_options
 _INTERRUPTED = 130  # exit code of shells for SIGINT
 
 _COMMANDS = (
-    "bench-law",
     "calibrate",
     "convert",
     "coordcheck",

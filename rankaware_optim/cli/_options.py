@@ -59,8 +59,6 @@ def _columns(ctx: click.Context, param: click.Parameter, pairs: Sequence[str]) -
 _WRITTEN = {
     "page": ("a page of `rankaware report`", rb'<meta name="generator" content="rankaware-optim">'),
     ".toml": ("a recipe", rb"(?ms)^schema *= *\d.*^\[tensors\]"),
-    ".csv": ("a table of `rankaware bench-law`", rb"\Alaw,"),
-    ".json": ("a table of `rankaware bench-law`", rb'\A\[\s*\{\s*"law"'),
     ".png": ("a PNG picture", rb"\A\x89PNG"),
     ".svg": ("an SVG picture", rb"<svg"),
     ".pdf": ("a PDF file", rb"\A%PDF"),
@@ -132,6 +130,10 @@ COLUMN = click.option(
 )
 OPTIMIZER = click.option(
     "--optimizer", default="AdamW", show_default=True, help="Optimizer: a name such as AdamW, or package:Class."
+)
+LAW_TEXT = (
+    "It is a registered name, or package.module:Class. Parameters follow a question mark, such as 'mua?tokens=16'. Put "
+    "an inner law with parameters in brackets."
 )
 RSLORA = click.option("--rslora", is_flag=True, help="rsLoRA: divide alpha by √rank, not by rank.")
 

@@ -47,7 +47,6 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "rates": _rates,
     "other_lr": float,
     "per_layer_width": _flag,
-    "across_inits": _flag,
     "batch": float,
     "strict": _flag,
     "scale_weight_decay": _flag,
@@ -58,7 +57,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 def settings_from_words(words: Mapping[str, Any]) -> dict[str, Any]:
     """Return keyword arguments of `RankAwareOptimizer` from their texts.
 
-    >>> settings_from_words({"tuned_at": "r=16,alpha=32", "across_inits": "true"})["tuned_at"].scaling
+    >>> settings_from_words({"tuned_at": "r=16,alpha=32", "strict": "true"})["tuned_at"].scaling
     2.0
 
     Raises:

@@ -33,7 +33,6 @@ class Settings(BaseModel):
     rates: dict[str, float] = {}
     other_lr: float | None = None
     per_layer_width: bool = False
-    across_inits: bool = False
     batch: float | None = None
     strict: bool = False
     scale_weight_decay: bool = True

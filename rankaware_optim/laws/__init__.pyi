@@ -15,7 +15,6 @@ from ._base import law_words as law_words
 from ._constant import Constant as Constant
 from ._constant import LoRAPlus as LoRAPlus
 from ._corrections import Falling as Falling
-from ._corrections import OneRank as OneRank
 from ._corrections import Power as Power
 from ._measured import Measured as Measured
 from ._mua import MuA as MuA

@@ -19,6 +19,7 @@ from .._checks import is_number, is_positive, is_within, range_of, shown
 from .._registry import Registry
 from .._types import Factor, Reference
 from ..errors import LawError, RankAwareError
+from ._earlier import in_todays_fields
 
 LAWS = Registry("rankaware_optim.laws", "law", LawError)
 LAWS.register("mua", "rankaware_optim.laws._mua:MuA")
@@ -27,7 +28,6 @@ LAWS.register("constant", "rankaware_optim.laws._constant:Constant")
 LAWS.register("loraplus", "rankaware_optim.laws._constant:LoRAPlus")
 LAWS.register("power", "rankaware_optim.laws._corrections:Power")
 LAWS.register("falling", "rankaware_optim.laws._corrections:Falling")
-LAWS.register("one-rank", "rankaware_optim.laws._corrections:OneRank")
 LAWS.register("measured", "rankaware_optim.laws._measured:Measured")
 DEFAULT_LAW = "falling"
 FIRST = "first"  # key of a field's metadata: its first default, which files that lack the field and tags still use
@@ -284,15 +284,16 @@ def law_to_dict(law: Law) -> dict[str, Any]:
 
 
 def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
-    """Return the law that `law_to_dict` wrote.
+    """Return the law that `law_to_dict` wrote, in this version or an earlier one.
 
     Args:
         data: the law's name and parameters.
         depth: how many levels of laws inside laws are accepted.
 
     Raises:
-        LawError: the law or a parameter is unknown, a value is out of range, or the laws are nested too deep.
+        LawError: the law or a parameter is unknown or gone, a value is out of range, or the laws are nested too deep.
     """
+    data = in_todays_fields(data)
     kind = type(LAWS.get(str(data.get("name")))())
     known = {f.name: f for f in fields(kind)}
     values = {name: f.metadata[FIRST] for name, f in known.items() if FIRST in f.metadata}

@@ -10,31 +10,11 @@ from typing import Any, ClassVar
 from .._optimizers import optimizer_family
 from .._types import Factor, Reference
 from ._base import FIRST, Law, check_law, check_parameters
-from ._constant import Constant
 from ._mua import MuA
-from ._updates import FORMS
-
-_ONE_RANK = 16
-
-
-class _Around(Law):
-    """A law that corrects another one. What it does not define comes from the other law."""
-
-    law: Law
-
-    @property
-    def falls_with_rank(self) -> bool:
-        return self.law.falls_with_rank
-
-    def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-        return replace(self, law=self.law.bind(optimizer_class, settings))  # type: ignore[type-var]
-
-    def batch_multiplier(self, ratio: float) -> float:
-        return self.law.batch_multiplier(ratio)
 
 
 @dataclass(frozen=True)
-class Power(_Around):
+class Power(Law):
     """Another law, corrected by a rank exponent and a factor for full finetuning. A calibration fits both::
 
         LoRA               multiplier = law · (r / r_ref)^exponent
@@ -62,6 +42,16 @@ class Power(_Around):
         check_parameters(self, "exponent", "full_factor", "pivot")
         check_law(self, self.law)
 
+    @property
+    def falls_with_rank(self) -> bool:
+        return self.law.falls_with_rank
+
+    def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
+        return replace(self, law=self.law.bind(optimizer_class, settings))
+
+    def batch_multiplier(self, ratio: float) -> float:
+        return self.law.batch_multiplier(ratio)
+
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         here = self._correction(factor.role == "full", factor.rank, factor.fan_in)
         there = self._correction(reference.method == "full", reference.rank, reference.fan_in)
@@ -72,35 +62,6 @@ class Power(_Around):
             return math.pow(rank or 1, self.exponent)
         rank_of_full = (fan_in or self.pivot) if self.to_full else self.pivot
         return self.full_factor * math.pow(rank_of_full, self.exponent)
-
-
-@dataclass(frozen=True)
-class OneRank(_Around):
-    """Another law, evaluated at rank 16 for every pair. Alpha, init, width and method move the rate; the rank does not.
-
-    multiplier = law(16, s, n) / law(16, s_ref, n_ref), with s the effective multiplier and n the fan-in.
-
-    Args:
-        law: the law that is evaluated.
-
-    >>> at = Reference(rank=16, alpha=16, fan_in=4096)
-    >>> OneRank().multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0), at)
-    1.0
-    """
-
-    law: Law = field(default_factory=MuA)
-    name: ClassVar[str] = "one-rank"
-
-    def __post_init__(self) -> None:
-        check_law(self, self.law)
-
-    def multiplier(self, factor: Factor, reference: Reference) -> float:
-        if factor.role != "full":
-            factor = replace(factor, rank=_ONE_RANK)
-        if reference.method == "lora":
-            alpha = _ONE_RANK * reference.scaling
-            reference = replace(reference, rank=_ONE_RANK, alpha=alpha, rslora=False)
-        return self.law.multiplier(factor, reference)
 
 
 @dataclass(frozen=True)
@@ -116,8 +77,7 @@ class Falling(Law):
     tests stability only and does not see the fall.
 
     The fall applies to sign-like optimizers (Adam and its variants) and to unknown ones. Bound to an optimizer of
-    another family, the result is the inner law. If that is `MuA`, the result is `MuA` for LAMB and Adafactor,
-    `OneRank(MuA)` for SGD and Muon, and `Constant` for LARS. Use law="mua" for `MuA` with every optimizer.
+    another family, the result is the inner law, bound to that optimizer.
 
     Source: this project's study, benchmarks/results/init_b_forms.md and law_check.md. Recipes written before `power`
     was a field have p = 1/2 and a knee of 4.
@@ -146,11 +106,9 @@ class Falling(Law):
         return True
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-        law, family = self.law.bind(optimizer_class, settings), optimizer_family(optimizer_class, settings)
-        if family in ("sign-like", "unknown"):
-            return replace(self, law=law)
-        by_default: dict[str, Law] = {"form": law, "one rank": OneRank(law), "one rate": Constant()}
-        return by_default[FORMS[family].default] if isinstance(self.law, MuA) else law
+        law = self.law.bind(optimizer_class, settings)
+        falls = optimizer_family(optimizer_class, settings) in ("sign-like", "unknown")
+        return replace(self, law=law) if falls else law
 
     def batch_multiplier(self, ratio: float) -> float:
         return self.law.batch_multiplier(ratio)

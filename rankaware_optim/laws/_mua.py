@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from .._checks import check_init
+from .._optimizers import optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
 from ._base import Law, check_choice, check_parameters
-from ._updates import FORMS, SHAPE_FACTORS, Site, Updates, update_settings
+from ._constant import Constant
+from ._updates import FORMS, SHAPE_FACTORS, Site, Updates
+
+_ONE_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -30,26 +34,20 @@ class MuA(Law):
     κ(m) is the size of a sum of m sign terms that serves b independent tokens at once. Only ratios of τ are used, so
     neither T nor the right-hand side matters.
 
-    The conditions of the other families are in laws/_updates.py: `spectral_terms`, `gradient_rate`, `relative_rate` and
-    `first_step_rate`. For them a layer is square, since a reference states one width, and tokens=None means one token.
-
-    With split=True each factor gets the rate at which its own share of the change is Θ(1). For sign-like updates that
-    is η_A = σ/n and η_B = λ·σ/(s·r) under Init[A], and η_A = σ/(s·n) and η_B = λ·σ/r under Init[B]. The base rate is
-    that of the reference's A factor. σ solves the condition above. In it s cancels, so a change of s is undone exactly.
+    The conditions of Muon, SGD and LAMB are in laws/_updates.py: `spectral_terms`, `gradient_rate` and `relative_rate`.
+    For them a layer is square, since a reference states one width, and tokens=None means one token. Those of Muon and
+    SGD are evaluated at rank 16 for every pair: alpha, init, width and method move the rate, the rank does not. Bound
+    to Adafactor or LARS, for which no form is known to hold, the law becomes `Constant`.
 
     Source: Chen, Villar, Hayou, "Learning Rate Scaling across LoRA Ranks and Transfer to Full Finetuning" (ICML 2026,
-    arXiv 2602.06204). The finite-token κ, the other families and the split are extensions by this project.
+    arXiv 2602.06204). The finite-token κ and the other families are extensions by this project.
 
     Args:
         tokens: b, the effective number of independent tokens, far below the tokens in a batch; None for the paper's
             law.
         ratio: λ = η_B / η_A, dimensionless.
-        split: whether A and B get separate rates, as above.
         family: the optimizer's family, set by `bind`. An unknown optimizer counts as sign-like.
         shape_factor: Muon's `adjust_lr_fn`, set by `bind`.
-        floor: the smallest parameter rms that Adafactor's steps assume, set by `bind`.
-        steps: T, used only where growth compounds (gradient-like and relative-scale). None means many small steps, as
-            in training.
 
     >>> paper, ours = MuA(tokens=None), MuA()
     >>> at = Reference(rank=16, alpha=16, fan_in=4096)
@@ -61,30 +59,27 @@ class MuA(Law):
 
     tokens: float | None = 8.0
     ratio: float = 1.0
-    split: bool = False
     family: str = "sign-like"
     shape_factor: str = "original"
-    floor: float | None = None
-    steps: int | None = None
     name: ClassVar[str] = "mua"
 
     def __post_init__(self) -> None:
-        given = [name for name in ("tokens", "floor", "steps") if getattr(self, name) is not None]
-        check_parameters(self, "ratio", *given)
-        for name, choices in (("split", (False, True)), ("family", FORMS), ("shape_factor", SHAPE_FACTORS)):
-            check_choice(self, name, choices)
-        if self.split and FORMS[self.family].units is None:
-            raise LawError(f"Two rates are not derived for {self.family} optimizers.", "Leave split=True out.")
+        check_parameters(self, "ratio", *(() if self.tokens is None else ("tokens",)))
+        check_choice(self, "family", FORMS)
+        check_choice(self, "shape_factor", SHAPE_FACTORS)
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-        return replace(self, **update_settings(optimizer_class, settings))
+        family = optimizer_family(optimizer_class, settings)
+        if family not in FORMS:
+            return Constant()
+        return replace(self, family=family, shape_factor=settings.get("adjust_lr_fn") or "original")
 
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         init = "full" if factor.role == "full" else "B" if factor.init == "B" else "A"
-        rate_a, rate_b = self._rates(init, factor.rank, factor.scaling, factor.fan_in)
         origin = "full" if reference.method == "full" else reference.init
-        base, _ = self._rates(origin, reference.rank, reference.scaling, reference.fan_in)
-        return (rate_b if factor.role == "B" else rate_a) / base
+        rate = self._rate(init, factor.rank, factor.scaling, factor.fan_in)
+        base = self._rate(origin, reference.rank, reference.scaling, reference.fan_in)
+        return (rate * self.ratio if factor.role == "B" else rate) / base
 
     def batch_multiplier(self, ratio: float) -> float:
         return float(ratio ** FORMS[self.family].batch)
@@ -99,20 +94,19 @@ class MuA(Law):
             fan_in: n.
         """
         check_init(init, "A law's init is", LawError, known=("A", "B", "full"))
-        return self._rates(init, rank, scaling, fan_in)[0]
+        return self._rate(init, rank, scaling, fan_in)
 
-    def _rates(self, init: str, rank: int | None, scaling: float, fan_in: float | None) -> tuple[float, float]:
-        """Return η_A and η_B that meet the family's condition at T = 1. For a whole weight both are its rate."""
+    def _rate(self, init: str, rank: int | None, scaling: float, fan_in: float | None) -> float:
+        """Return η_A that meets the family's condition at T = 1, or a whole weight's rate. η_B is λ times as large."""
         if fan_in is None or (rank is None and init != "full"):
             raise LawError(
                 "The reference was not resolved: it lacks its fan-in or its rank.",
                 "Call reference.resolve(survey), or give fan_in=.",
             )
-        site, form = Site(init, rank or 1, scaling, fan_in), FORMS[self.family]
-        of = Updates(self.tokens, self.shape_factor, self.floor, self.steps)
-        unit_a, unit_b = form.units(of, site) if self.split and form.units and init != "full" else (1.0, 1.0)
-        sigma = form.rate(of, site, unit_a, unit_b * self.ratio)
-        return unit_a * sigma, unit_b * sigma * self.ratio
+        form = FORMS[self.family]
+        seen = _ONE_RANK if form.one_rank else rank or 1
+        updates = Updates(self.tokens, self.ratio, self.shape_factor)
+        return form.rate(updates, Site(init, seen, scaling, fan_in))
 
 
 def paper() -> MuA:

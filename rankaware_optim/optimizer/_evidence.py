@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..laws import FORMS, Constant, Falling, LoRAPlus, Measured, MuA, OneRank
+from ..laws import Constant, Falling, LoRAPlus, Measured, MuA
 from ._plan import Assignment, Plan
 
 _AS_TUNED = "as tuned"
@@ -16,10 +16,8 @@ _ORDER = (
     "theory",
     "theory, against small runs",
     "untested",
-    "theory; one rate did better in small runs",
     "a guess, as for sign-like optimizers",
     "a rule of thumb",
-    "a guess",
 )
 
 
@@ -35,8 +33,8 @@ def evidence(plan: Plan, made: Assignment) -> str:
         return _AS_TUNED
     if isinstance(law, Measured):
         return "simulated"
-    inner = law.law if isinstance(law, (Falling, OneRank)) else law
-    known = found and isinstance(inner, MuA) and not inner.split and inner.ratio == 1.0
+    inner = law.law if isinstance(law, Falling) else law
+    known = found and isinstance(inner, MuA) and inner.ratio == 1.0
     return max(found, key=_ORDER.index) if known else "as that law says"
 
 
@@ -55,8 +53,6 @@ def _moves(plan: Plan, made: Assignment) -> Iterator[str]:
         yield (of_b if init == "B" else "theory, measured" if seen else "theory") if adam else of_family
     elif not math.isclose(made.scaling, at.scaling):
         yield "theory" if adam else of_family
-    if plan.options.across_inits and at.method != "full" and made.role != "full" and init != at.init:
-        yield "a guess"
     if plan.options.per_layer_width or not math.isclose(plan.width, at.fan_in or plan.width):
         at_b = measured and init == "B" and made.role != "full"
         yield "untested" if at_b else of_family if plan.family == "unknown" else "theory"
@@ -68,8 +64,4 @@ def _of_family(plan: Plan, init: str | None) -> str:
     """Return the evidence for a family's form if rank or alpha differ (benchmarks/results/law_check.md, at Init[A])."""
     if plan.family == "unknown":
         return "a guess, as for sign-like optimizers"
-    chosen = FORMS[plan.family].default
-    if init == "B" or chosen == "one rate":
-        return "theory"
-    taken = chosen == "form" or isinstance(plan.law, OneRank)
-    return "measured, small runs" if taken else "theory; one rate did better in small runs"
+    return "theory" if init == "B" else "measured, small runs"

@@ -274,7 +274,6 @@ def rank_aware_param_groups(
     rates: Mapping[str, float | Rate] | None = None,
     other_lr: float | Rate | None = None,
     per_layer_width: bool = False,
-    across_inits: bool = False,
     batch: float | None = None,
     strict: bool = False,
 ) -> list[dict[str, Any]]:
@@ -297,7 +296,6 @@ def rank_aware_param_groups(
         rates: as for `RankAwareOptimizer`.
         other_lr: as for `RankAwareOptimizer`.
         per_layer_width: as for `RankAwareOptimizer`.
-        across_inits: as for `RankAwareOptimizer`.
         batch: as for `RankAwareOptimizer`.
         strict: as for `RankAwareOptimizer`.
 
@@ -317,7 +315,7 @@ def rank_aware_param_groups(
     model = model_of(params, model)
     check_lr(lr)
     reference = None if tuned_at is None else as_reference(tuned_at)
-    options = PlanOptions(law, reference, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
+    options = PlanOptions(law, reference, dict(rates or {}), other_lr, per_layer_width, batch, strict)
     walked = walk(model)
     survey = survey_of(walked, method=method, init=init)
     plan = make_plan(survey, options, optimizer_class, settings)

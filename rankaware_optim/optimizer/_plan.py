@@ -19,7 +19,6 @@ from ..laws import (
     FORMS,
     Constant,
     Law,
-    OneRank,
     bound_law,
     checked_batch_multiplier,
     checked_multiplier,
@@ -40,7 +39,6 @@ class PlanOptions:
     rates: Mapping[str, float | Rate] = field(default_factory=dict)
     other_lr: float | Rate | None = None
     per_layer_width: bool = False
-    across_inits: bool = False
     batch: float | None = None
     strict: bool = False
 
@@ -152,7 +150,7 @@ class Plan:
         width = 1.0 if embedding else factor.fan_in if own_width else self.width
         if embedding:
             reference = replace(reference, init=init, fan_in=1.0)
-        elif reference.method == "lora" and not self.options.across_inits:
+        elif reference.method == "lora":
             reference = replace(reference, init=init)
         return checked_multiplier(self.law, replace(factor, fan_in=width, init=init), reference)
 
@@ -215,15 +213,10 @@ def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: M
         notes.append("The init of some adapters could not be read. It is assumed that they started at B = 0.")
     others = {f.init for f in survey.factors if f.kind != "embedding"} & {"A", "B"} - {reference.init}
     crossing = bool(others) and plan.method == reference.method == "lora"
-    if crossing and options.across_inits and law.falls_with_rank:
-        notes.append(
-            "Between the inits the law is a guess, from B = 0 to A = 0 up to three octaves too high in the study's "
-            "domains: try a quarter of the rate too, or calibrate there."
-        )
-    if crossing and not options.across_inits:
+    if crossing:
         notes.append(
             f"Adapters at {init_text(others.pop())} are scaled within their own init, though the rate was tuned at "
-            f"{init_text(reference.init)}; across_inits=True lets the law move the rate between inits."
+            f"{init_text(reference.init)}: tune or calibrate there."
         )
     if plan.method == "full" and reference.method == "lora" and law.name != "power":
         notes.append(_full_note(plan))
@@ -261,17 +254,18 @@ def _family_notes(plan: Plan, optimizer: str) -> list[str]:
         return []
     if family == "unknown":
         words = "is of an unknown family and is scaled as a sign-like optimizer, such as Adam"
-    elif isinstance(law, Constant):
-        words = f"is {family}: µA's form for that family was not tested, so all ranks have one rate; law='mua' moves it"
-    elif isinstance(law, OneRank):
+    elif family not in FORMS and isinstance(law, Constant):
+        words = f"is {family}: no form of µA is known to hold for that family, so all ranks have one rate"
+    elif getattr(innermost(law), "family", None) != family:
+        words = f"is {family}, for which the law {law.name!r} has no form"
+    elif FORMS[family].one_rank:
         words = (
             f"is {family}: in small runs its best rate followed µA's form with alpha but not with rank, so its rates "
-            "do the same; law='mua' moves them with rank"
+            "do the same"
         )
-    elif getattr(innermost(law), "family", None) == family:
-        words = f"is {family}: µA's form for that family moves its rates, derived for square layers"
-        if FORMS[family].default == "form":
-            words += "; in small runs it lost less than one rate"
     else:
-        words = f"is {family}, for which the law {law.name!r} has no form"
+        words = (
+            f"is {family}: µA's form for that family moves its rates, derived for square layers; in small runs it lost "
+            "less than one rate"
+        )
     return [f"{optimizer} {words}."]

@@ -121,7 +121,6 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         other_lr: the rate of every parameter that is not a factor, by default the base rate. With a recipe the default
             is the rate of the recipe's trials, else its rate for full finetuning. It must be given if there is neither.
         per_layer_width: whether the law uses each layer's fan-in instead of one width for the model.
-        across_inits: whether the law moves the rate from the reference's init to another one.
         batch: examples or tokens per step of this run. If `tuned_at` has a batch too, the law's rule moves every rate.
         strict: whether to refuse an optimizer whose family has no derived law. Otherwise it is scaled like Adam.
         scale_weight_decay: whether the multiplier also scales a decoupled weight decay, lr × weight_decay.
@@ -167,7 +166,6 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         rates: Mapping[str, float | Rate] | None = None,
         other_lr: float | Rate | None = None,
         per_layer_width: bool = False,
-        across_inits: bool = False,
         batch: float | None = None,
         strict: bool = False,
         scale_weight_decay: bool = True,
@@ -187,7 +185,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         loaded, lr, reference, law = from_recipe(recipe, plain_lr(lr), tuned_at, law)
         if apply_settings:
             settings = {**applied_settings(loaded, native, built), **settings}
-        options = PlanOptions(law, reference, dict(rates or {}), other_lr, per_layer_width, across_inits, batch, strict)
+        options = PlanOptions(law, reference, dict(rates or {}), other_lr, per_layer_width, batch, strict)
         walked = walk(model)
         survey = survey_of(walked, method=method, init=init)
         lr = lr if loaded is None else loaded.base_lr(survey)

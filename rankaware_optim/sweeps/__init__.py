@@ -1,6 +1,6 @@
-"""Sweeps of other tools: read them, fit a recipe to them, and score laws on them."""
+"""Sweeps of other tools: read them, and fit a recipe to them."""
 
-from ._bench import COMPARED, DEMO_SWEEP, LawScore, Move, bench_law, score_table
 from ._fit import fit_sweep
+from ._io import DEMO_SWEEP
 
-__all__ = ["COMPARED", "DEMO_SWEEP", "LawScore", "Move", "bench_law", "fit_sweep", "score_table"]
+__all__ = ["DEMO_SWEEP", "fit_sweep"]

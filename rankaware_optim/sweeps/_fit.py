@@ -106,9 +106,11 @@ def fit_sweep(
     found = get_law(law)
     if fit not in ("drift", "tokens"):
         raise CalibrationError(f"fit is {fit!r}.", "Give 'drift' or 'tokens'.")
-    if fit == "tokens" and not isinstance(found, MuA):
-        raise CalibrationError(f"The law {found.name!r} has no tokens to fit.", "Give law='mua', or fit='drift'.")
-    rows = _Rows(runs, get_optimizer_class(optimizer), found, fan_in, full_fan_in)
+    optimizer = get_optimizer_class(optimizer)
+    bound = bound_law(found, optimizer, {})
+    if fit == "tokens" and not isinstance(bound, MuA):
+        raise CalibrationError(f"The law {bound.name!r} has no tokens to fit.", "Give law='mua', or fit='drift'.")
+    rows = _Rows(runs, optimizer, found, fan_in, full_fan_in)
     fitted = rows.by_tokens() if fit == "tokens" else rows.by_drift()
     notes = (*read.notes, *rows.notes(fitted))
     return rows.recipe(fitted, name=name, warmup=warmup, settings=settings or {}, notes=notes)

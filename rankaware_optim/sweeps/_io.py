@@ -19,6 +19,7 @@ from .._checks import is_within, range_of, shown
 from .._files import read_bytes
 from ..errors import CalibrationError
 
+DEMO_SWEEP = Path(__file__).with_name("demo_sweep.csv")  # EfficientNet-lite0 on digits
 # Every field, and the names of its column in common tools. Case, blanks, "-", "/" and the prefixes below are ignored.
 # More than one such column is an error, unless columns= chooses one.
 ALIASES: dict[str, tuple[str, ...]] = {

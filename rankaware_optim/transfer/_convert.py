@@ -240,5 +240,11 @@ class _Move:
         if not self.same_batch:
             batches = f"from {self.origin.batch:g} to {self.target.batch:g}"
             yield f"The batch changes {batches}: every rate × {self.by_batch:.3g}, by a rule of thumb."
-        survey = Survey((self.target.as_factor(),))
-        yield from make_plan(survey, PlanOptions(self.law, tuned_at=self.origin, across_inits=True)).notes
+        origin = self.origin
+        if "init" in changes:
+            yield (
+                "Between the inits the law is a guess, from B = 0 to A = 0 up to three octaves too high in the study's "
+                "domains: try a quarter of the rate too, or calibrate there."
+            )
+            origin = replace(origin, init=self.target.init)
+        yield from make_plan(Survey((self.target.as_factor(),)), PlanOptions(self.law, tuned_at=origin)).notes

@@ -171,7 +171,7 @@ def coordinate_check(
     _check_request(ranks, widths, tokens, steps, init, base)
     kind = class_of(optimizer)
     stepper = Stepper(kind, settings or {}, steps, seed)
-    own = MuA(steps=steps) if captured is not None else MuA(tokens=tokens, steps=steps)
+    own = MuA() if captured is not None else MuA(tokens=tokens)
     bound = bound_law(get_law(own if law is None else law), kind, stepper.settings)
     shapes = _shapes_of(model_or_shapes)
     if captured is not None:

@@ -335,14 +335,6 @@ def test_help_is_printed_where_the_console_lacks_a_letter():
     assert b"?rank" in done.stdout
 
 
-def test_scores_that_cannot_be_written_are_printed(tmp_path):
-    """Where bench-law cannot write its file, its table is printed all the same, and the error is a sentence."""
-    done = call("bench-law", "-o", str(tmp_path / "x" / ("y" * 300 + ".json")))
-    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
-    assert "cannot be written" in done.stderr
-    assert "octaves" in done.stdout
-
-
 def test_no_traceback_reaches_the_shell(tmp_path):
     """In a real process too, an error is one line and exit code 1."""
     command = [sys.executable, "-m", "rankaware_optim", "show", str(tmp_path / "nowhere.toml")]

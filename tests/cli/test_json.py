@@ -97,15 +97,6 @@ def test_diff_lists_what_differs():
     ]
 
 
-def test_bench_law_prints_what_out_writes():
-    """The list of scores is that of the file."""
-    found = document("bench-law", "sweep.csv", "--law", "mua", "-o", "scores.json")
-    with open("scores.json", encoding="utf-8") as file:
-        assert found == json.load(file)
-    assert [score["law"] for score in found] == ["mua"]
-    assert all("each" in score for score in found)
-
-
 def test_convert_refuses_json_beside_as():
     """--as prints a configuration, so --json beside it is wrong usage."""
     words = ["convert", "1e-4", "--from", "r=8,alpha=8", "--to", "r=4", "--as", "trl", "--json"]

@@ -36,8 +36,6 @@ OTHERS = [
     (["plot", None], "made.svg", PICTURE, "an SVG picture"),
     (["plot", None], "made.jpg", b"\xff\xd8\xff", "a file that this command writes"),
     (["coordcheck"], "made.pdf", PICTURE, "a PDF file"),
-    (["bench-law"], "made.csv", b"rank,lr,loss\n4,1e-3,2.0\n", "a table of `rankaware bench-law`"),
-    (["bench-law"], "made.json", b'{"model": 1}', "a table of `rankaware bench-law`"),
 ]
 
 
@@ -63,8 +61,6 @@ def test_a_pipe_is_left(recipe, tmp_path):
 
 AGAIN = [
     (["report", None], "made.html"),
-    (["bench-law", "--law", "mua"], "made.csv"),
-    (["bench-law", "--law", "mua"], "made.json"),
     (FIT, "made.toml"),
 ]
 
@@ -78,13 +74,3 @@ def test_the_same_command_writes_again(command, name, recipe, tmp_path):
     for _ in range(2):
         assert call(*arguments).exit_code == 0
         assert out.stat().st_size
-
-
-@pytest.mark.parametrize("name", ["made.csv", "made.json"])
-def test_scores_go_into_a_new_folder(name, tmp_path):
-    """bench-law makes the folder of its file, and writes over its own file."""
-    out = tmp_path / "new" / "folder" / name
-    for _ in range(2):
-        assert call("bench-law", "-o", out).exit_code == 0
-    assert out.read_text().lstrip("[ \n{").startswith(("law,", '"law"'))
-    assert list(out.parent.iterdir()) == [out]

@@ -19,7 +19,7 @@ TEXTS = [
     ("mua-paper", MuA(tokens=None)),
     (" mua ? tokens = 16 ", MuA(tokens=16.0)),
     ("mua?tokens=none,ratio=2", MuA(tokens=None, ratio=2.0)),
-    ("mua?split=true", MuA(split=True)),
+    ("mua?family=spectral", MuA(family="spectral")),
     ("loraplus?ratio=4", LoRAPlus(4.0)),
     ("power?exponent=-1,law=constant", Power(exponent=-1.0, law=Constant())),
     ("power?exponent=-1,law=(mua?tokens=4,ratio=2)", Power(exponent=-1.0, law=MuA(tokens=4.0, ratio=2.0))),

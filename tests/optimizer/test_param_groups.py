@@ -260,24 +260,15 @@ def test_strangers_beside_the_models_parameters_are_other():
 # --- inits, embeddings, widths --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize(("init", "other"), ["AB", "BA"])
-def test_inits_are_crossed_only_on_request(init, other, across):
-    """A factor of another init than the reference's is scaled along its own init's law, or carried over on request."""
+def test_inits_are_not_crossed(init, other):
+    """A factor of another init than the reference's is scaled along its own init's law, and the report says so."""
     reference = replace(AT_16, init=other, fan_in=16)
-    found = multipliers(rank_aware_param_groups(mlp(init=init), lr=LR, tuned_at=reference, across_inits=across))
-    origin = reference if across else replace(reference, init=init)
-    assert found["layer0.lora_A"] == pytest.approx(expected(4, 1.0, origin, init=init))
-
-
-def test_crossing_inits_is_noted():
-    """The report says when factors are of another init than the reference's."""
-    assert any("across_inits=True" in note for note in plan(mlp(init="B"), tuned_at=AT_16).notes)
-    jump = plan(mlp(init="B"), tuned_at=AT_16, across_inits=True)
-    assert len(jump.notes) == 1
-    assert "up to three octaves too high" in jump.notes[0]
-    assert not plan(mlp(init="B"), tuned_at=AT_16, across_inits=True, law="constant").notes
-    assert not plan(mlp(init="B")).notes
+    found = multipliers(rank_aware_param_groups(mlp(init=init), lr=LR, tuned_at=reference))
+    assert found["layer0.lora_A"] == pytest.approx(expected(4, 1.0, replace(reference, init=init), init=init))
+    (note,) = plan(mlp(init=init), tuned_at=reference).notes
+    assert "are scaled within their own init" in note
+    assert not plan(mlp(init=init)).notes
 
 
 def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
@@ -405,8 +396,9 @@ NOTES = [
     (torch.optim.RMSprop, None),
     (torch.optim.SGD, "SGD is gradient-like: in small runs its best rate followed µA's form with alpha but"),
     muon("Muon is spectral: in small runs its best rate followed µA's form with alpha but"),
-    (torch.optim.Adafactor, "Adafactor is relative-scale: µA's form for that family moves its rates"),
-    (type("LARS", (torch.optim.SGD,), {}), "LARS is first-step: µA's form for that family was not tested"),
+    (type("Lamb", (torch.optim.SGD,), {}), "Lamb is relative-scale: µA's form for that family moves its rates"),
+    (torch.optim.Adafactor, "Adafactor is floored-scale: no form of µA is known to hold"),
+    (type("LARS", (torch.optim.SGD,), {}), "LARS is first-step: no form of µA is known to hold"),
     (torch.optim.Adagrad, "Adagrad is of an unknown family and is scaled as a sign-like"),
 ]
 
@@ -417,23 +409,21 @@ def test_optimizer_families_are_noted(kind, note):
     assert [n.startswith(note or "-") for n in plan(mlp(), optimizer_class=kind).notes] == ([True] if note else [])
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, muon(), type("LARS", (torch.optim.SGD,), {})])
-def test_a_named_form_moves_the_rates_of_its_family(kind):
-    """law="mua" moves rates by the family's form where the default law does not, and the report says which it is."""
-    at, groups = replace(AT_16, fan_in=16), {}
+@pytest.mark.parametrize("kind", [torch.optim.SGD, muon(), type("LARS", (torch.optim.SGD,), {}), torch.optim.Adafactor])
+def test_rank_moves_no_rate_of_these_families(kind):
+    """By the default law and by µA alike, their rates stay where alpha follows the rank, and the report says why."""
+    at = replace(AT_16, fan_in=16)
     for law in ("falling", "mua"):
         made = rank_aware_param_groups(mlp((4,)), lr=LR, tuned_at=at, optimizer_class=kind, law=law)
-        groups[law] = {group["rank_multiplier"] for group in made}
-    assert groups["falling"] == {1.0}
-    assert groups["mua"] == {MuA().bind(kind, {}).multiplier(Factor("w", "A", 4, 16, 16), at), 1.0}
-    (note,) = plan(mlp(), optimizer_class=kind, law="mua", tuned_at=AT_16).notes
-    assert "µA's form for that family moves its rates" in note
+        assert {group["rank_multiplier"] for group in made} == {1.0}
+        (note,) = plan(mlp(), optimizer_class=kind, law=law, tuned_at=AT_16).notes
+        assert "do the same" in note or "one rate" in note
 
 
 TO_FULL = [
     (torch.optim.AdamW, "falling", "good to an octave or two"),
     (torch.optim.SGD, "falling", "was never tried with gradient-like optimizers"),
-    (torch.optim.Adafactor, "falling", "was never tried with relative-scale optimizers"),
+    (type("Lamb", (torch.optim.SGD,), {}), "falling", "was never tried with relative-scale optimizers"),
     (type("LARS", (torch.optim.SGD,), {}), "falling", "No law moves this LoRA rate to full finetuning"),
     (torch.optim.AdamW, "constant", "No law moves this LoRA rate to full finetuning"),
 ]

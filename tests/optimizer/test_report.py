@@ -75,7 +75,6 @@ SURE = [
     ("adamw", {"tuned_at": Reference(rank=4, alpha=4, fan_in=64, init="B")}, "B", "untested"),
     ("adamw", {"tuned_at": replace(AT_16, init="B")}, "B", "measured, small runs"),
     ("adamw", {"tuned_at": replace(AT_16, init="B"), "law": "mua"}, "B", "theory, against small runs"),
-    ("adamw", {"tuned_at": AT_16, "across_inits": True}, "B", "a guess"),
     ("adamw", {"tuned_at": Reference(method="full")}, "A", "a rule of thumb"),
     ("adamw", {"tuned_at": replace(AT_16, batch=8), "batch": 32}, "A", "a rule of thumb"),
     ("adamw", {"tuned_at": AT_16, "law": "measured"}, "A", "simulated"),
@@ -85,10 +84,8 @@ SURE = [
     ("sgd", {"tuned_at": Reference(rank=4, alpha=16)}, "A", "measured, small runs"),
     ("sgd", {"tuned_at": replace(AT_16, init="B")}, "B", "theory"),
     ("sgd", {"tuned_at": Reference(rank=4, alpha=4, fan_in=64)}, "A", "theory"),
-    ("sgd", {"tuned_at": AT_16, "law": "mua"}, "A", "theory; one rate did better in small runs"),
-    ("adafactor", {"tuned_at": AT_16}, "A", "measured, small runs"),
+    ("adafactor", {"tuned_at": AT_16}, "A", "not moved"),
     ("torch_optimizer:LARS", {"tuned_at": AT_16, "weight_decay": 0.1}, "A", "not moved"),
-    ("torch_optimizer:LARS", {"tuned_at": AT_16, "weight_decay": 0.1, "law": "mua"}, "A", "theory"),
     ("torch_optimizer:Shampoo", {"tuned_at": AT_16}, "A", "a guess, as for sign-like optimizers"),
 ]
 
@@ -101,10 +98,9 @@ def test_a_reason_says_how_sure_it_is(optimizer, options, init, sure):
     assert {row.reason.rpartition(" (")[2].removesuffix(")") for row in opt.report().rows if row.role == "A"} == {sure}
 
 
-@pytest.mark.parametrize("law", [MuA(ratio=4.0), MuA(split=True), MuA(split=True, ratio=4.0)])
-def test_two_rates_are_as_sure_as_their_law(law):
+def test_two_rates_are_as_sure_as_their_law():
     """Where B has its own rate at the reference too, its row does not call that tuned."""
-    opt = RankAwareOptimizer(mlp(head=False), "adamw", lr=LR, tuned_at=Reference(rank=4, alpha=4), law=law)
+    opt = RankAwareOptimizer(mlp(head=False), "adamw", lr=LR, tuned_at=Reference(rank=4, alpha=4), law=MuA(ratio=4.0))
     reasons = {row.role: row.reason.rpartition(" (")[2] for row in opt.report().rows}
     assert reasons == {"A": "as tuned)", "B": "as that law says)"}
 

@@ -339,7 +339,7 @@ def test_exceptions_of_the_user(form):
 OPTIONS = {"law": "loraplus", "tuned_at": AT_16, "rates": {"head.bias": 0.5}, "other_lr": 0.25, "batch": 8}
 
 
-@pytest.mark.parametrize("switched", ["per_layer_width", "across_inits", "strict"])
+@pytest.mark.parametrize("switched", ["per_layer_width", "strict"])
 def test_every_planning_option_arrives(switched):
     """The optimizer's plan is made with the options it was given, each under its own name."""
     given = {**OPTIONS, switched: True}

@@ -14,7 +14,7 @@ import pytest
 import tomli
 
 from rankaware_optim import Constant, Falling, Law, LawError, LoRAPlus, MuA, Power
-from rankaware_optim.laws import LAWS, OneRank
+from rankaware_optim.laws import LAWS
 from rankaware_optim.testing import check_law
 
 PLUGIN = Path(__file__).parents[1] / "example_plugin"
@@ -30,13 +30,11 @@ def test_our_laws_are_sound(name):
 
 OURS = [
     MuA(tokens=1.0, ratio=16.0),
-    MuA(split=True),
     MuA(family="spectral"),
     MuA(family="gradient-like"),
     MuA(family="relative-scale"),
     LoRAPlus(ratio=4.0),
     Power(exponent=-0.45, full_factor=0.5, pivot=8.0, to_full=True, law=MuA(tokens=4.0)),
-    OneRank(MuA(family="gradient-like")),
     Falling(knee=64.0, law=MuA(family="spectral")),
 ]
 

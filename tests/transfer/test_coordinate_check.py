@@ -120,8 +120,6 @@ GOOD = [
     ("AdamW", "A", {}),
     ("AdamW", "B", {}),
     ("RMSprop", "A", {}),
-    ("SGD", "A", {}),
-    ("SGD", "B", {}),
     muon("A", {}, kind="Muon"),
     muon("B", {"adjust_lr_fn": "match_rms_adamw"}, kind="Muon"),
 ]
@@ -174,16 +172,6 @@ def test_rows_say_where_the_change_comes_from(init, still):
         assert getattr(row, still) == 0.0
         assert row.change <= row.from_a + row.from_b + row.from_both + 1e-6
         assert row.lr_a == row.lr_b > 0
-
-
-def test_two_rates_keep_the_inner_features_small():
-    """With one rate A·x grows well past 1 at 4 tokens; split rates keep it near 1 at every rank."""
-    one, two = (
-        coordinate_check({"q": (512, 512)}, SignSGD, tokens=4, law=MuA(tokens=4, split=split))
-        for split in (False, True)
-    )
-    assert max(row.inner for row in two.rows) < 2.0 < 4.0 < max(row.inner for row in one.rows)
-    assert two.ok
 
 
 def test_widths_and_shapes_are_named():
@@ -427,26 +415,22 @@ def test_settings_that_are_not_plain_are_refused():
 
 # --- the exponents --------------------------------------------------------------------------------------------------
 
-BARS = [("AdamW", {}, 0.1), muon({}, 0.16, kind="Muon"), ("SGD", {}, 0.2)]
-
 
 @pytest.mark.parametrize("init", "AB")
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
-@pytest.mark.parametrize(("name", "settings", "bar"), BARS)
-def test_formula_and_check_have_the_same_rank_exponent(name, settings, bar, gamma, init):
-    """From rank 4 to 16 at width 256 and 64 tokens, the exponents of formula and check differ by less than the bar."""
-    kind = getattr(torch.optim, name)
-    law, batch = MuA(tokens=64, steps=4).bind(kind, settings), synthetic(256, 256, 64)
+def test_formula_and_check_have_the_same_rank_exponent(gamma, init):
+    """From rank 4 to 16 at width 256 and 64 tokens, AdamW's exponents of formula and check differ by less than .1."""
+    law, batch = MuA(tokens=64), synthetic(256, 256, 64)
     logs = []
     for rank in (4, 16):
         start = draw_pair(256, 256, rank, rank**-gamma, init)
         formula = law.sigma(init, rank, rank**-gamma, 256)
         rate = rates_for(
-            lambda lr, start=start: change_of(batch, step_pair(batch, start, Stepper(kind, settings), lr, lr))
+            lambda lr, start=start: change_of(batch, step_pair(batch, start, Stepper(torch.optim.AdamW, {}), lr, lr))
         )
         logs.append((math.log2(formula), math.log2(rate)))
     formula, check = (after - before for before, after in zip(*logs, strict=True))
-    assert abs(formula - check) / 2 < bar
+    assert abs(formula - check) / 2 < 0.1
 
 
 def test_results_are_frozen():

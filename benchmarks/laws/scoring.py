@@ -11,22 +11,21 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
+from study.loss_curves import loss_between, vertex_of
 from torch.optim import Optimizer
 
-from .._optimizer_classes import get_optimizer_class
-from .._tables import text_table
-from .._types import Reference
-from ..calibration.fit import Place, Prior, fit_observations
-from ..errors import CalibrationError
-from ..laws import Law, bound_law, checked_multiplier, get_law
-from ._io import Source, Sweep, SweepRun, read_sweep
-from ._runs import known_alpha, mean_losses, observation_of, site_of
+from rankaware_optim import CalibrationError, Law, Reference
+from rankaware_optim._optimizer_classes import get_optimizer_class
+from rankaware_optim._tables import text_table
+from rankaware_optim.calibration.fit import Place, Prior, fit_observations
+from rankaware_optim.laws import bound_law, checked_multiplier, get_law
+from rankaware_optim.sweeps import DEMO_SWEEP
+from rankaware_optim.sweeps._io import Source, Sweep, SweepRun, read_sweep
+from rankaware_optim.sweeps._runs import known_alpha, mean_losses, observation_of, site_of
 
 Best = Literal["parabola", "bowl"]
-DEMO_SWEEP = Path(__file__).with_name("demo_sweep.csv")
 COMPARED = (
     "mua",
     "mua-paper",
@@ -73,13 +72,6 @@ class LossCurve:
 
     def compares_with(self, other: LossCurve) -> bool:
         return self.group == other.group and self.at.rank != other.at.rank
-
-
-def loss_between(losses: Mapping[float, float], x: float) -> float:
-    """Return the loss at log2 rate x by linear interpolation between the two nearest rates."""
-    low, high = max(at for at in losses if at <= x), min(at for at in losses if at >= x)
-    share = 0.0 if low == high else (x - low) / (high - low)
-    return losses[low] if share == 0.0 else (1.0 - share) * losses[low] + share * losses[high]
 
 
 @dataclass(frozen=True)
@@ -234,20 +226,6 @@ def loss_curves(
             "Sweep at least two ranks past their best rate on both sides.",
         )
     return _best_by_bowls(curves) if best == "bowl" else curves
-
-
-def vertex_of(curve: Mapping[float, float]) -> float | None:
-    """Return the minimum of the parabola through the lowest point and its neighbours; None at an end of the grid.
-
-    If the upper neighbour is infinite (a run diverged), the minimum is half a step below the lowest point.
-    """
-    xs = sorted(curve)
-    i = min(range(len(xs)), key=lambda j: curve[xs[j]])
-    if not 0 < i < len(xs) - 1 or not math.isfinite(curve[xs[i - 1]]):
-        return None
-    (x0, y0), (x1, y1), (x2, y2) = ((x, curve[x]) for x in xs[i - 1 : i + 2])
-    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-    return x1 if left == right else (x0 + x1) / 2 - left * (x2 - x0) / 2 / (right - left)
 
 
 def _best_by_bowls(curves: Sequence[LossCurve]) -> list[LossCurve]:

@@ -1,0 +1,178 @@
+"""The yardstick: what a law that is right, or wrong by a known amount, scores on a sweep."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rankaware_optim import CalibrationError, Constant, Falling, Law, LawError, MuA, Power, Reference
+from rankaware_optim.laws import DEFAULT_LAW
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
+LAWS = [MuA(), MuA(tokens=None), Constant(), Power(exponent=-0.5, law=Constant()), Power(exponent=0.25)]
+RANKS = (4, 16, 64)
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture
+def scoring(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("laws.scoring")
+
+
+def drawn(
+    law: Law,
+    *,
+    ranks: tuple[int, ...] = RANKS,
+    alpha: float = 32.0,
+    exponents: range = range(-15, -3),
+    seeds: tuple[int, ...] = (0,),
+    cliff: float = math.inf,
+    init: Any = "A",
+) -> Rows:
+    """A sweep of parabolas of loss 1 at the best rates of `law`, diverged above log2 rate `cliff`."""
+    at_16 = Reference(16, alpha, fan_in=4096.0, init=init)
+    rows = []
+    for rank in ranks:
+        there = Reference(rank, alpha, fan_in=4096.0, init=init)
+        best = -9.3 + math.log2(law.multiplier(there.as_factor(), at_16))
+        for x in exponents:
+            loss = "diverged" if x > cliff else 1 + 0.1 * (x - best) ** 2
+            row = {"model": "m", "rank": rank, "alpha": alpha, "init": init, "lr": 2.0**x, "loss": loss}
+            rows += [{**row, "seed": seed} for seed in seeds]
+    return rows
+
+
+@pytest.mark.parametrize("best", ["parabola", "bowl"])
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_the_law_a_sweep_was_drawn_from_errs_by_nothing(scoring: Any, law: Law, best: str) -> None:
+    """The true law scores 0 octaves by the parabola; over octaves it loses what straight lines overstate."""
+    (score,) = scoring.bench_law(drawn(law, seeds=(0, 1)), [law], best=best)
+    assert (len(score.moves), score.off_grid) == (6, 0)
+    assert score.worst < (1e-9 if best == "parabola" else 0.2)
+    assert max(score.lost) < 0.1 / 4
+
+
+WRONG = [(0.5, "constant"), (-0.25, "constant"), (0.5, "power?exponent=1,law=constant")]
+
+
+@pytest.mark.parametrize(("exponent", "law"), WRONG)
+def test_a_wrong_power_errs_by_its_octaves(scoring: Any, exponent: float, law: str) -> None:
+    """A law wrong by an exponent errs by it times the octaves of rank, up one way and down the other."""
+    (score,) = scoring.bench_law(drawn(Power(exponent=exponent, law=Constant())), [law])
+    off = 0.5 if law.startswith("power") else -exponent
+    for move in score.moves:
+        octaves = math.log2(move.target.rank / move.source.rank)
+        assert move.octaves == pytest.approx(off * octaves, abs=1e-9)
+
+
+def test_the_loss_lost_is_that_of_the_grid(scoring: Any) -> None:
+    """The loss at a moved rate is read off the target's own curve, above its lowest, as a share of it."""
+    (score,) = scoring.bench_law(drawn(Power(exponent=0.5, law=Constant()), ranks=(16, 64)), ["constant"])
+    up = next(move for move in score.moves if move.target.rank == 64)
+    lowest = 1 + 0.1 * 0.3**2  # the best rate is -8.3, the nearest tried -8
+    low, high = 1 + 0.1 * 1.7**2, 1 + 0.1 * 0.7**2  # and -9.3 lies between -10 and -9
+    assert up.lost == pytest.approx((0.3 * low + 0.7 * high - lowest) / lowest)
+
+
+def test_moves_beyond_the_grid_and_into_the_cliff_are_told_apart(scoring: Any) -> None:
+    """Off the grid the loss is not known; among diverged runs it is infinite."""
+    rows = drawn(Power(exponent=1.0, law=Constant()), ranks=(4, 64), exponents=range(-13, -4))
+    (off,) = scoring.bench_law(rows, ["power?exponent=-1,law=constant"])
+    assert (off.off_grid, off.row()["median_loss"]) == (2, None)
+    (cliff,) = scoring.bench_law(drawn(Constant(), cliff=-8), ["power?exponent=1,law=constant"])
+    assert cliff.row()["worst_loss"] == math.inf
+    assert "diverged" in scoring.score_table([cliff])
+
+
+def test_the_default_law_is_among_those_scored(scoring: Any) -> None:
+    """A sweep at Init[B] that falls as the default law says is moved best by it, without naming a law."""
+    worst = {score.label: score.worst for score in scoring.bench_law(drawn(Falling(), init="B"))}
+    assert min(worst, key=lambda label: worst[label]) == DEFAULT_LAW
+
+
+def test_what_does_not_compare_is_not_compared(scoring: Any) -> None:
+    """Other models, batches and inits are each on their own; full finetuning and best rates at an end are left out."""
+    rows = [*drawn(MuA()), *({**row, "model": "n"} for row in drawn(MuA()))]
+    rows += [{**row, "batch": 8} for row in drawn(MuA())] + drawn(Constant(), init="B")
+    rows += [{**row, "rank": "full"} for row in drawn(MuA())]
+    rows += [{**row, "rank": 256} for row in drawn(MuA(), ranks=(16,), exponents=range(-9, -3))]
+    (score,) = scoring.bench_law(rows, ["mua"])
+    assert len(score.moves) == 4 * 6
+    assert all((m.source.batch, m.source.init) == (m.target.batch, m.target.init) for m in score.moves)
+    assert {m.target.rank for m in score.moves} == set(RANKS)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 99), offset=st.floats(-0.5, 100), scale=st.floats(0.01, 100))
+def test_order_and_units_do_not_matter(scoring: Any, seed: int, offset: float, scale: float) -> None:
+    """The order of rows, the loss's unit and offset, and a factor on every rate leave all errors as they are."""
+
+    def octaves_of(rows: Rows) -> list[float]:
+        (score,) = scoring.bench_law(rows, ["mua"])
+        return sorted(move.octaves for move in score.moves)
+
+    rows = drawn(Power(exponent=0.25), seeds=(0, 1))
+    moved = [{**row, "loss": scale * (row["loss"] + offset), "lr": row["lr"] * 3} for row in rows]
+    assert octaves_of(random.Random(seed).sample(moved, len(moved))) == pytest.approx(octaves_of(rows), abs=1e-6)
+
+
+BAD = [
+    (lambda: [{**row, "alpha": None} for row in drawn(MuA())], {}, "has no alpha.*alpha="),
+    (lambda: drawn(MuA(), ranks=(16,)), {}, "No model of the sweep has two ranks"),
+    (lambda: drawn(MuA(), exponents=range(-6, -3)), {}, "No model of the sweep has two ranks"),
+    (lambda: drawn(MuA()), {"best": "guess"}, "best is 'guess'"),
+]
+
+
+@pytest.mark.parametrize(("rows", "options", "message"), BAD)
+def test_a_sweep_that_measures_no_law_is_refused(scoring: Any, rows: Any, options: Any, message: str) -> None:
+    """Without alpha, a second rank or an inner best rate no law can be scored."""
+    with pytest.raises(CalibrationError, match=message):
+        scoring.bench_law(rows(), ["mua"], **options)
+
+
+def test_a_law_without_a_usable_multiplier_is_refused(scoring: Any, own_module: Path) -> None:
+    """A negative multiplier is the law's error."""
+    with pytest.raises(LawError, match="as the multiplier"):
+        scoring.bench_law(drawn(MuA()), ["test_law_module:Negative"])
+
+
+CURVES = [
+    ({0: 4.0, 1: 1.0, 3: 1.0}, 2.0),
+    ({0: 1.0, 1: 0.0, 2: 1.0}, 1.0),
+    ({0: 1.0, 1: 0.0, 2: math.inf}, 0.5),
+    ({0: 1.0, 1: 1.0, 2: 1.0}, None),
+    ({0: math.inf, 1: 0.0, 2: 1.0}, None),
+    ({0: 0.0, 1: 1.0, 2: 2.0}, None),
+    ({0: 2.0, 1: 1.0, 2: 0.0}, None),
+    ({0: 1.0}, None),
+]
+
+
+@pytest.mark.parametrize(("curve", "vertex"), CURVES)
+def test_a_vertex_lies_inside_the_grid_or_nowhere(
+    scoring: Any, curve: dict[float, float], vertex: float | None
+) -> None:
+    """The parabola's lowest point on an uneven grid, half a step below a cliff, and None at an end."""
+    assert scoring.vertex_of(curve) == (None if vertex is None else pytest.approx(vertex))
+
+
+def test_the_script_scores_a_law_of_ones_own(scoring: Any, own_module: Path) -> None:
+    """Without a file it reads the package's sweep, and prints a line per law, of which an unknown one is a sentence."""
+    script = importlib.import_module("laws.bench_law")
+    done = CliRunner().invoke(script.main, ["score", "--law", "mua", "--law", "test_law_module:Bare"])
+    assert done.exit_code == 0, done.output
+    assert all(f" {label} " in done.output for label in ("mua", "test_law_module:Bare"))
+    assert "40 moves between 10 ranks of 2 models" in done.output
+    refused = CliRunner().invoke(script.main, ["score", "--law", "nua"])
+    assert (refused.exit_code, refused.output.startswith("Error: Unknown law 'nua'")) == (1, True)
