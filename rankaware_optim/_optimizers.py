@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 class Known(NamedTuple):
     """The known properties of an optimizer class.
 
-    family: its kind of update, which chooses the laws' form. relation: how its best rate follows
-    from AdamW's, a key of `suggest_lr`'s rules, "" if nothing is published. one_rate: why it cannot have a rate per
-    group, "" if it can. needs_decay: whether it scales by norms only the parameters that it decays. steps: public
-    methods other than `step` that move parameters.
+    family: its kind of update, which chooses the laws' form. relation: how its best rate follows from AdamW's, a key of
+    `suggest_lr`'s rules, "" if nothing is published. one_rate: why it cannot have a rate per group, "" if it can.
+    needs_decay: whether it scales by norms only the parameters that it decays. steps: public methods other than `step`
+    that move parameters.
     """
 
     family: str = "unknown"

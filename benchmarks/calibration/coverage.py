@@ -93,7 +93,7 @@ class Bowl:
 
 
 def bowls_of(domain: str) -> dict[int, Bowl]:
-    """A domain's bowl at each rank of the sweep of two_rates.py, from the runs with one rate: octaves, three seeds."""
+    """A domain's bowl at each rank swept in two_rates.jsonl, from the runs with one rate: octaves, three seeds."""
     start = json.loads((RESULTS / "two_rates.json").read_text())["starts"][domain]
     arms: dict[int, dict[float, list[float]]] = {}
     for job, loss in sorted(read(RESULTS / "two_rates.jsonl").items()):

@@ -122,7 +122,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             is the rate of the recipe's trials, else its rate for full finetuning. It must be given if there is neither.
         per_layer_width: whether the law uses each layer's fan-in instead of one width for the model.
         batch: examples or tokens per step of this run. If `tuned_at` has a batch too, the law's rule moves every rate.
-        strict: whether to refuse an optimizer whose family has no derived law. Otherwise it is scaled like Adam.
+        strict: whether to refuse an optimizer without a derived law. Otherwise an unknown one is scaled like Adam.
         scale_weight_decay: whether the multiplier also scales a decoupled weight decay, lr × weight_decay.
         on_rank_change: what to do when a checkpoint of another rank is loaded: "raise", "reset" the moments of changed
             factors, or "resize" them along the rank.

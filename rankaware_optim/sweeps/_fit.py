@@ -109,7 +109,10 @@ def fit_sweep(
     optimizer = get_optimizer_class(optimizer)
     bound = bound_law(found, optimizer, {})
     if fit == "tokens" and not isinstance(bound, MuA):
-        raise CalibrationError(f"The law {bound.name!r} has no tokens to fit.", "Give law='mua', or fit='drift'.")
+        raise CalibrationError(
+            f"The law {found.name!r} has no tokens to fit for {optimizer.__name__}.",
+            "Give fit='drift', or law='mua' for Adam.",
+        )
     rows = _Rows(runs, optimizer, found, fan_in, full_fan_in)
     fitted = rows.by_tokens() if fit == "tokens" else rows.by_drift()
     notes = (*read.notes, *rows.notes(fitted))

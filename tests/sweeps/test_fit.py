@@ -476,6 +476,7 @@ BAD_SWEEPS = [
     (drawn, {"alpha": -1.0}, "alpha is -1.0"),
     (drawn, {"fit": "guess"}, "fit is 'guess'"),
     (drawn, {"fit": "tokens", "law": "constant"}, "'constant' has no tokens"),
+    (drawn, {"fit": "tokens", "optimizer": "Adafactor"}, "'mua' has no tokens to fit for Adafactor"),
     (drawn, {"columns": {"loss": "accuracy"}}, "columns has loss=accuracy"),
     (drawn, {"columns": {"losses": "loss"}}, "columns has losses=loss"),
     (lambda: {"rank": [4], "lr": [1e-4], "loss": [1.0]}, {}, "list of rows, not a dict"),
