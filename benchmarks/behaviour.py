@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fingerprints import Value
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,7 +26,6 @@ import rankaware_optim as ra
 from rankaware_optim.laws import bound_law, checked_batch_multiplier, checked_multiplier, get_law
 from rankaware_optim.sweeps import fit_sweep
 
-Value = float | str | None
 Cases = dict[str, list[Value]]
 HERE = Path(__file__).parent
 RECIPES, SWEEPS = HERE.parent / "recipes", HERE / "results" / "suite"
@@ -83,7 +83,10 @@ def laws(family: str) -> Cases:
     for name, settings in FAMILIES[family]:
         words = ", ".join([name, *(f"{key}={value}" for key, value in settings.items())])
         for text in LAWS if family == "adam" else DEFAULTS:
-            law = bound_law(get_law(text), named(name), settings)
+            law = tried(partial(bound_law, get_law(text), named(name), settings))
+            if isinstance(law, str):
+                cases[f"{words}: {text}"] = [law]
+                continue
             cases[f"{words}: {text}, batch"] = [checked_batch_multiplier(law, ratio) for ratio in (0.5, 16.0)]
             for origin, reference in ORIGINS.items():
                 for target, factors in targets().items():

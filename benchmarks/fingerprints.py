@@ -110,7 +110,7 @@ def now(only: Sequence[str] = ()) -> dict[str, Cases]:
 @click.option("--write", "writes", is_flag=True, help="Write the file, and the digests of tables that stay fresh.")
 def main(writes: bool) -> None:
     """Say which fingerprints differ from those on file. Exit with status 1 if any does and is not written."""
-    old, new = stored() if FILE.exists() else {}, now()
+    old, new = stored(), now()
     changes = {name: change(old.get(name, {}), new.get(name, {})) for name in {**old, **new}}
     for name, each in changes.items():
         print(f"{name}: {in_words(each)}")
@@ -127,27 +127,28 @@ def in_words(of: Change) -> str:
 
 
 def write(old: Mapping[str, Cases], new: Mapping[str, Cases], changes: Mapping[str, Change]) -> None:
-    """Write the file. Numbers that did not move keep their digits. Where no number moved, tables get the new digest."""
-    kept = {
-        name: {
-            case: old[name][case]
-            if case in old.get(name, {}) and case not in changes[name].moved
-            else [rounded(value) for value in values]
-            for case, values in cases.items()
-        }
-        for name, cases in new.items()
-    }
+    """Write the file, and the new digests of tables whose cases only came or went."""
+    kept = {name: with_kept_digits(old.get(name, {}), cases, changes[name]) for name, cases in new.items()}
     FILE.write_text(text_of(kept))
-    renamed = {}
     for name, each in changes.items():
         if name in old and not each.moved and (each.came or each.went):
-            renamed[f"{name}@{digest(old[name])}"] = f"{name}@{digest(kept[name])}" if name in kept else ""
-    for path in [*RESULTS.rglob("*.md"), *RESULTS.rglob("*.json")] if renamed else ():
-        text = path.read_text()
-        for mark, other in renamed.items():
-            text = text.replace(mark, other) if other else text.replace(f"{mark} ", "").replace(f" {mark}", "")
-        if text != path.read_text():
-            path.write_text(text)
+            renew(f"{name}@{digest(old[name])}", f"{name}@{digest(kept[name])}" if name in kept else "")
+
+
+def with_kept_digits(old: Cases, new: Cases, changed: Change) -> Cases:
+    """The new cases, rounded. Those that did not move are as on file, so that another machine writes the same."""
+    fresh = {case: [rounded(value) for value in values] for case, values in new.items()}
+    return {case: old[case] if case in old and case not in changed.moved else fresh[case] for case in new}
+
+
+def renew(mark: str, other: str) -> None:
+    """Replace a mark in all tables, or leave it out if there is no other."""
+    for path in sorted(RESULTS.rglob("*.*")):
+        if path.suffix not in (".md", ".json") or mark not in (text := path.read_text()):
+            continue
+        if not other:
+            text = text.replace(f"{mark} ", "").replace(f" {mark}", "")
+        path.write_text(text.replace(mark, other))
 
 
 def rounded(value: Value) -> Value:
