@@ -415,6 +415,7 @@ def swept(domain: str, scheme: str, init: str, gamma: float) -> Iterator[dict[st
 CALIBRATED: dict[str, dict[str, Any]] = {
     "Init[A]": {},
     "Init[A], low best": {"best": -14.0},
+    "Init[A], none learns at first": {"best": 3.0, "noise": 0.1},
     "Init[A], alpha kept, noisy, to 1000 steps": {
         "scaling": lambda rank: 16.0 / rank,
         "drift": 0.1,

@@ -121,7 +121,10 @@ def main(writes: bool) -> None:
 
 
 def in_words(of: Change) -> str:
-    said = [f"{len(of.moved)} cases moved, at most by {100 * max(of.moved.values()):.3g} %"] if of.moved else []
+    """A change in words."""
+    by = [100 * by for by in of.moved.values() if math.isfinite(by)]
+    said = [f"{len(by)} cases moved, at most by {max(by):.3g} %"] if by else []
+    said += [f"{len(of.moved) - len(by)} cases have other texts or another length"] if len(by) < len(of.moved) else []
     said += [f"{len(cases)} cases {what}" for what, cases in (("came", of.came), ("went", of.went)) if cases]
     return ", ".join(said) or "unchanged"
 
