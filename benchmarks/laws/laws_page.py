@@ -26,7 +26,7 @@ from recording import RESULTS, machine, page, shown, written_by
 from rankaware_optim._figures import COLOURS
 from rankaware_optim.sweeps import DEMO_SWEEP
 
-DEPENDS_ON = ("rankaware_optim.laws",)
+RESTS_ON = ("laws.adam", "laws.lamb")
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "sft_sweep.csv"
 PUBLISHED_ALPHA = 32.0
 LAWS = dict(
