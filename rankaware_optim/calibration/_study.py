@@ -36,7 +36,7 @@ from ._sampler import BracketSampler
 from ._signals import Interrupts
 from ._storage import open_storage, storage_errors
 from ._trials import SCHEMA, TrialRecord, Trials, is_flat, is_typed
-from .fit import Fit, Observation, Place, Prior, Slope, Trend, all_rose, diverged, fit_observations, horizon_of
+from .fit import Fit, Observation, Place, Prior, Slope, Trend, all_rose, diverged, fit_observations
 
 # A usual rate by optimizer family, per step, and its configuration. For sign-like optimizers it is the median best
 # AdamW rate at rank 16, alpha 32 over 18 published language models. The others are customary multiples of it.
@@ -396,7 +396,7 @@ class Study:
             steps=self.target_steps,
             batch=self.batch,
             warmup=self.warmup,
-            horizon=self._horizon(fit) if self.prior.steps.tried else horizon_of(tensors, self.prior),
+            horizon=self._horizon(fit),
             seed=self.seed,
             versions=versions_used(self.train.imports),
             source=self.train.source,
@@ -410,7 +410,7 @@ class Study:
         """Return the best rates at the lengths tried, relative to the target's. Beyond them, the prior slope."""
         trend, rank, tried = self.prior.steps, self.settled().rank, []
         own = self.prior.row(Place(rank))
-        for steps in self.steps:
+        for steps in self.steps if trend.tried else ():
             row = self.prior.row(Place(rank, steps))
             wider = float(row @ fit.covariance @ row - own @ fit.covariance @ own)
             tried.append((steps, float((row - own) @ fit.mean), wider))

@@ -1,7 +1,6 @@
 """The fit: from scored trials to a base rate, a drift in rank, and their covariance."""
 
 from ...recipe import Observation, Place, gain_of
-from ._horizon_fit import horizon_of
 from ._posterior import Fit, Prior, all_rose, below_cliff, diverged, fit_observations, none_learned, shrink
 from ._trend import Slope, Trend
 
@@ -17,7 +16,6 @@ __all__ = [
     "diverged",
     "fit_observations",
     "gain_of",
-    "horizon_of",
     "none_learned",
     "shrink",
 ]
