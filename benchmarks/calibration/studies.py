@@ -46,7 +46,7 @@ def searched(study: Simulated, schedule: Schedule, guess: float, run: Run) -> Re
         guess: octaves added to the first guess of the rate.
         run: (trial, log2 base rate) -> the outcome.
     """
-    sampler = BracketSampler(study._start + guess, study.prior, study._fitted, study.kind)
+    sampler = BracketSampler(study._start + guess, study.prior, study._fitted, study.full_follows)
     while (cell := schedule.next(study.trials())) is not None:
         trial = TrialRecord(*cell, number=len(study.done))
         low, high = study.range()

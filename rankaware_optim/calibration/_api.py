@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from .._checks import check_lr, is_number, is_positive, is_whole, plain
 from .._optimizer_classes import get_optimizer_class
-from .._types import Method
 from .._warn import warn
 from ..errors import CalibrationError, CalibrationInterrupted
 from ..laws import Law, get_law
@@ -43,7 +42,6 @@ def calibrate(
     budget: int | None = None,
     until: float | None = None,
     full_trials: int = 0,
-    target: Method = "lora",
     seeds: Sequence[int] = (0, 1),
     lr_range: tuple[float, float] | None = None,
     sampler: optuna.samplers.BaseSampler | None = None,
@@ -55,7 +53,6 @@ def calibrate(
     progress: bool | None = None,
     target_steps: int | None = None,
     batches: Sequence[float] = (),
-    confirm: bool = False,
     executor: Literal["ray"] | RayExecutor | None = None,
 ) -> Recipe:
     """Find the base rate, its drift in rank and its uncertainty by a short study, and return them as a recipe.
@@ -76,13 +73,13 @@ def calibrate(
     8000. Every trial is a whole run with its own warm-up and decay over `trial.steps`. The band grows with the distance
     to the target. `steps=(250, 1000)` tries two lengths. A few of the shortest runs find the rates and longer ones
     measure around them. Together they show how the best rate moves with the number of steps. On real tasks one length
-    did better for the same steps. `confirm=True` adds up to three runs of the target's length. `batches=(16, 64),
+    did better for the same steps. `batches=(16, 64),
     batch=256` predicts another batch size, which is `trial.batch`.
 
     **Full finetuning.** `full_trials=3` adds three full runs around the predicted rate. This is the most reliable way.
-    With LoRA trials only, use `target="full"` to plan for `recipe.at(method="full")`. With Init[B] (A starts at zero)
-    the line through the optima of two ranks is then extended to r = n, and trials are shared between the ranks
-    accordingly. With Init[A] (B starts at zero, as in PEFT) the rate follows from the law and has a wide band.
+    With LoRA trials only, `recipe.at(method="full")` has a wide band. With Init[A] (B starts at zero, as in PEFT) the
+    rate follows from the law. With Init[B] (A starts at zero) the line through the optima of two ranks is extended to
+    r = n.
 
     **Resuming.** With `storage=`, the same call continues where it stopped, even if it was killed. Finished trials are
     kept. An unfinished trial is repeated at its rank, seed and rate. Several processes and machines may make the same
@@ -109,7 +106,6 @@ def calibrate(
             ran.
         until: the search ends when the 90 % band of the target is narrower than this, octaves.
         full_trials: number of full-finetuning runs after those at `ranks`, around the predicted rate.
-        target: "lora", or "full" to plan for full finetuning from LoRA trials.
         seeds: random seeds, the same for all ranks. `trial.seed` seeds torch, numpy and random for each run.
         lr_range: lowest and highest base rate at the first rank. It is widened if the best rate is at an edge.
         sampler: an Optuna sampler. By default it brackets the optimum and then refines it.
@@ -123,8 +119,6 @@ def calibrate(
         target_steps: number of steps of the target run, by default the longest of `steps`.
         batches: examples per step of the trials, ascending, if they differ from `batch`. `batch` is by default the
             largest of them.
-        confirm: whether to add up to three runs of `target_steps`, at the rate found and half an octave to either side.
-            They use at most half of `budget`.
         executor: "ray" or a `RayExecutor`. By default the trials run in this process.
 
     Returns:
@@ -140,7 +134,7 @@ def calibrate(
     call = {**locals(), "executor": None, "progress": False}
     given = {
         "ranks": ranks, "seeds": seeds, "steps": steps, "trials": trials, "budget": budget, "until": until,
-        "full_trials": full_trials, "target": target, "batch": batch, "warmup": warmup, "seed": seed, "name": name,
+        "full_trials": full_trials, "batch": batch, "warmup": warmup, "seed": seed, "name": name,
         "target_steps": target_steps, "batches": batches,
     }  # fmt: skip
     for what, value in given.items():
@@ -149,9 +143,8 @@ def calibrate(
     lengths = (steps,) if isinstance(steps, int) else tuple(steps)
     meant = batch if batch is not None or not batches else batches[-1]
     schedule = Schedule(
-        tried, tuple(seeds), lengths, trials=trials, budget=budget, until=until, full_trials=full_trials, target=target,
+        tried, tuple(seeds), lengths, trials=trials, budget=budget, until=until, full_trials=full_trials,
         target_steps=lengths[-1] if target_steps is None else target_steps, batches=tuple(batches), batch=meant,
-        confirm=confirm,
     )  # fmt: skip
     _check_schedule(schedule)
     spread = None if executor is None else _spread(executor, call, schedule)
@@ -169,7 +162,7 @@ def calibrate(
         name=name,
         target_steps=schedule.target_steps,
         batches=schedule.batches,
-        kind=schedule.kind,
+        full_follows=full_trials > 0,
     )
     state = random.getstate()  # importing rich and using a database may draw from it
     runner = Runner(study, schedule)
@@ -258,7 +251,6 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "budget": _COUNT_OR_NONE,
     "full_trials": (lambda v: is_whole(v, 0), _COUNT[1]),
     "until": (lambda v: v is None or is_positive(v), "Give octaves, such as 1.0, or leave it out."),
-    "target": (lambda v: v in ("lora", "full"), "Give 'lora' or 'full'."),
     "batch": (lambda v: v is None or is_positive(v), "Give a positive number, or leave it out."),
     "warmup": (
         lambda v: v is None or (is_number(v) and 0 <= v <= 1),
@@ -284,13 +276,8 @@ def _check_schedule(schedule: Schedule) -> None:
             f"target_steps={schedule.target_steps} is less than the {longest} steps of a trial.",
             "Leave out longer trials: they add nothing to the target run.",
         )
-    if schedule.confirm and schedule.target_steps == longest:
-        raise CalibrationError(
-            f"confirm=True adds runs of {longest} steps, which the search already has.",
-            "Leave it out, or give target_steps=.",
-        )
     if schedule.budget is not None and schedule.budget < least:
-        runs = 1 + schedule.full_trials + schedule.confirms
+        runs = 1 + schedule.full_trials
         raise CalibrationError(
             f"budget={schedule.budget} is too small for {runs} run{'s' * (runs > 1)}, {least} steps in all.",
             f"Give at least {least} training steps. Thirty runs are usually enough.",
@@ -300,8 +287,6 @@ def _check_schedule(schedule: Schedule) -> None:
             f"full_trials={schedule.full_trials} follows trials of LoRA, but None is already among the ranks.",
             "Leave one of the two out.",
         )
-    if schedule.target == "full" and schedule.ranks == (None,):
-        raise CalibrationError("target='full' plans LoRA trials, but ranks has no LoRA rank.", "Give two LoRA ranks.")
 
 
 def _octaves(lr_range: tuple[float, float] | None) -> tuple[float, float] | None:

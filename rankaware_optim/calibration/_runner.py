@@ -27,7 +27,7 @@ from ._distributed import Replicas
 from ._liveness import fail_dead_trials, is_awaited, keep_beating, new_owner, release, to_repeat
 from ._optuna import begin_trial
 from ._sampler import estimate_at
-from ._schedule import Schedule, leverage
+from ._schedule import Schedule
 from ._study import Study
 from ._trial import Outcome, Train, Trial, run_trial, seeded
 from ._trials import PARAMETER, Cell, TrialRecord, Trials, interval
@@ -157,13 +157,9 @@ class Runner:
         )
 
     def _next(self, trials: Trials) -> Cell | None:
-        """Return the next rank and seed. For full finetuning from Init[B], trials are shared as `leverage` says."""
-        study, to_full = self.study, self.schedule.target == "full"
-        band = None if self.schedule.until is None else study.band(to_full)
-        weights: dict[int | None, float] = {}
-        if to_full and study.reference is not None and study.prior.full_reach:
-            weights = leverage(study.ranks, study.full_fan_in or study.prior.pivot)
-        return self.schedule.next(trials, band, weights)
+        """Return the next rank and seed, or None if the study is complete."""
+        band = None if self.schedule.until is None else self.study.band()
+        return self.schedule.next(trials, band)
 
     def _await_earlier(self) -> None:
         """Wait until trials begun before this one have their rates, so that no point is tried twice.

@@ -22,7 +22,7 @@ _CLEARLY = 0.25  # share of the gain by which a rate above the best is clearly w
 _OFFSETS = ((0.5, -1.0, 1.25, -2.0), (0.0, -0.5, -1.5, 0.85))
 _CLEARANCE = 0.5  # octaves to stay below the lowest rate that diverged
 _TAKEN = 0.25  # octaves to stay away from rates that another worker is running or this rank has run
-_FEW_STEP = {"full": 1.0, "confirm": 0.5}  # octaves between runs of full finetuning, and between confirming runs
+_FULL_STEP = 1.0  # octaves between runs of full finetuning after the search
 
 
 class BracketSampler(BaseSampler):
@@ -37,8 +37,8 @@ class BracketSampler(BaseSampler):
         start: log2 of the first base rate.
         prior: the fit's prior.
         fit: returns the fit of a study's trials.
-        kind: returns the purpose of runs at a place: "search", "full" or "confirm". The last two start at the predicted
-            rate and move from there in fixed steps.
+        full_follows: whether runs of full finetuning follow the search. They start at the predicted rate and move from
+            there in fixed steps.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class BracketSampler(BaseSampler):
         start: float,
         prior: Prior,
         fit: Callable[[Trials], Fit | None],
-        kind: Callable[[Place], str] = lambda place: "search",
+        full_follows: bool = False,
     ) -> None:
-        self._start, self._prior, self._fit, self._kind = start, prior, fit, kind
+        self._start, self._prior, self._fit, self._full_follows = start, prior, fit, full_follows
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -72,10 +72,9 @@ class BracketSampler(BaseSampler):
         centre = None if fit is None else estimate_at(fit, place, self._prior)
         own, lost = [o for o in seen if o.place == place], [x for other, x in stopped if other == place]
         mine = [*lost, *(x for other, x in others if other == place)]
-        step = _FEW_STEP.get(self._kind(place))
-        if step is not None and centre is not None:
+        if self._full_follows and trial.rank is None and centre is not None:
             good = [o for o, bad in zip(seen, diverged(seen), strict=True) if o.place == place and not bad]
-            return next_few(good, [*(o.x for o in own), *mine], centre, step)
+            return next_few(good, [*(o.x for o in own), *mine], centre)
         taken = [*(x for _, x in others), *mine, *(o.x for o in own)]
         anchor = seen[0].place if seen else place
         if place == anchor or fit is None:
@@ -166,23 +165,22 @@ def next_refinement(
     return float(best)
 
 
-def next_few(good: Sequence[Observation], tried: Sequence[float], centre: float, step: float) -> float:
-    """Return the predicted rate first, then a step below the best run, then above it, then between its neighbours.
+def next_few(good: Sequence[Observation], tried: Sequence[float], centre: float) -> float:
+    """Return the predicted rate first, then an octave below the best run, then above it, then between its neighbours.
 
-    Lower rates come first, since too high costs more. Three runs bracket an optimum that was predicted within a step.
+    Lower rates come first, since too high costs more. Three runs bracket an optimum predicted within an octave.
 
     Args:
         good: the runs at the place that did not diverge.
         tried: log2 of all rates tried there.
         centre: log2 of the predicted rate.
-        step: octaves.
     """
     if not good:
-        return min(tried) - step if tried else centre
+        return min(tried) - _FULL_STEP if tried else centre
     best = min(good, key=lambda o: o.value).x
     below, above = [x for x in tried if x < best], [x for x in tried if x > best]
     if not below:
-        return best - step
+        return best - _FULL_STEP
     if not above:
-        return best + step
+        return best + _FULL_STEP
     return (best + max(below)) / 2 if best - max(below) > min(above) - best else (best + min(above)) / 2

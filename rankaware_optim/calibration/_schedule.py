@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from .._types import Method
-from ..recipe import Place
 from ._trials import Cell, TrialRecord, Trials
 from .fit import all_rose, below_cliff, diverged
 
@@ -19,7 +17,6 @@ _SHORT_RUNS = 10  # with a budget only: most trials, as a multiple of the whole 
 # if all of them rise; then runs of every other rank at the shortest length before any longer one.
 _BRACKET, _MOST_BRACKET, _SHORT = 3, 8, 2
 PER_SEED = 4  # runs of a rank at one seed before the next seed; runs of one seed share its noise
-CONFIRMS = 3  # most runs at the target's length, which use at most half of a budget
 
 
 class Task(NamedTuple):
@@ -31,7 +28,7 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The plan of a calibration: `trials` of the search, then `full_trials` of full finetuning, then confirming runs.
+    """The plan of a calibration: `trials` of the search, then `full_trials` of full finetuning.
 
     The fields are the arguments of `calibrate`. target_steps = 0 means the longest of `steps`.
     """
@@ -43,11 +40,9 @@ class Schedule:
     budget: int | None = None
     until: float | None = None
     full_trials: int = 0
-    target: Method = "lora"
     target_steps: int = 0
     batches: tuple[float, ...] = ()
     batch: float | None = None
-    confirm: bool = False
 
     @property
     def tasks(self) -> list[Task]:
@@ -72,28 +67,15 @@ class Schedule:
             return max(_TRIALS_PER_RANK, _SHORT_RUNS * self.budget // self.steps[0])
         return _TRIALS_PER_RANK * len(self.ranks) * len(self.tasks)
 
-    @property
-    def confirms(self) -> int:
-        """The number of runs at the target's length."""
-        if not self.confirm:
-            return 0
-        return CONFIRMS if self.budget is None else max(1, min(CONFIRMS, self.budget // (2 * self.target_steps)))
-
-    def kind(self, place: Place) -> Literal["search", "full", "confirm"]:
-        """Return the purpose of a run."""
-        if self.confirms and place.steps == self.target_steps:
-            return "confirm"
-        return "full" if self.full_trials and place.rank is None else "search"
-
     def expected(self) -> int:
         """Return the likely number of trials, for progress reports."""
-        return self._searches() + self.full_trials + self.confirms
+        return self._searches() + self.full_trials
 
     def _searches(self) -> int:
         """Return the likely number of trials of the search. The remaining budget is shared among the tasks."""
         if self.budget is None:
             return self.total
-        left = self.budget - self._reserved(0, 0)
+        left = self.budget - self._reserved(0)
         return min(self.total, sum(left // (len(self.tasks) * self._cost(task)) for task in self.tasks))
 
     @property
@@ -108,66 +90,61 @@ class Schedule:
             return ""
         return (
             f"budget={self.budget} leaves the search {runs} of the {needed} runs that it needs, so the rates may be "
-            "far off. Give a larger budget=, or fewer runs after the search (full_trials=, confirm=)."
+            "far off. Give a larger budget=, or fewer full_trials=."
         )
 
     def _cost(self, task: Task) -> int:
         """Return the training steps of a run."""
         return task.steps or self.steps[0]
 
-    def _reserved(self, full: int, confirmed: int) -> int:
-        """Return the training steps that the runs after the search still need, given how many of them have begun."""
-        return (self.full_trials - full) * self.steps[-1] + (self.confirms - confirmed) * self.target_steps
+    def _reserved(self, full: int) -> int:
+        """Return the training steps that the full runs still need, given how many of them have begun."""
+        return (self.full_trials - full) * self.steps[-1]
 
     def least(self) -> int:
         """Return the smallest number of training steps with which the plan is possible."""
-        return self.steps[0] + self._reserved(0, 0)
+        return self.steps[0] + self._reserved(0)
 
-    def next(
-        self, trials: Trials, band: float | None = None, weights: Mapping[int | None, float] | None = None
-    ) -> Cell | None:
+    def next(self, trials: Trials, band: float | None = None) -> Cell | None:
         """Return what to try next, or None if the study is complete.
 
         Args:
             trials: the trials so far.
             band: the width of the 90 % band so far, octaves.
-            weights: the share of trials for each rank.
         """
         done = trials.counted()
         if done.hopeless():
             return None
         tried = (*done, *trials.running())
-        of = {kind: Trials(t for t in tried if self.kind(t.place) == kind) for kind in ("search", "full", "confirm")}
-        search, full, confirmed = of.values()
+        full_follows = self.full_trials > 0
+        full = Trials(t for t in tried if full_follows and t.rank is None)
+        search = Trials(t for t in tried if not (full_follows and t.rank is None))
         left = math.inf if self.budget is None else self.budget - trials.spent(self.steps[0])
-        payable = left - self._reserved(len(full), len(confirmed))
+        payable = left - self._reserved(len(full))
         narrow = self.until is not None and band is not None and band < self.until
         ran = [trial.rank for trial in search.counted()]
         believed = narrow and all(ran.count(rank) >= _FEWEST for rank in self.ranks)
         tasks = [task for task in self.tasks if self._cost(task) <= payable]
         if len(search) < self.total and not believed and tasks:
-            return self._search(search, tasks, weights or {})
+            return self._search(search, tasks)
         if len(full) < self.full_trials and left >= self.steps[-1]:
             longest = next((task for task in self.tasks if task.steps == self.steps[-1]), self.tasks[0])
             return Cell(None, self._seed(full), *longest)
-        if len(confirmed) < self.confirms and left >= self.target_steps:
-            rank = None if self.target == "full" else self.anchor
-            return Cell(rank, self._seed(confirmed), self.target_steps, self.tasks[0].batch)
         return None
 
     def _seed(self, few: Sequence[TrialRecord]) -> int:
         return self.seeds[(len(few) // PER_SEED) % len(self.seeds)]
 
-    def _search(self, search: Trials, tasks: Sequence[Task], weights: Mapping[int | None, float]) -> Cell:
+    def _search(self, search: Trials, tasks: Sequence[Task]) -> Cell:
         """Return the highest rank until its rates are bracketed, then the ranks in turn at the task that is due."""
         mine = {task: Trials(t for t in search if t.place[1:] == task) for task in self.tasks}
         first = self.tasks[0]
         seen = mine[first].observations()
         most = _MOST_BRACKET if seen and all_rose(below_cliff(seen)) else _BRACKET
         if first in tasks and len(mine[first]) < min(most, self._searches() - len(self.ranks) + 1):
-            return self._rotate(mine[first], first, [self.anchor], weights)
+            return self._rotate(mine[first], first, [self.anchor])
         task = self._due(mine, tasks)
-        return self._rotate(mine[task], task, self.ranks, weights)
+        return self._rotate(mine[task], task, self.ranks)
 
     def _due(self, mine: Mapping[Task, Trials], tasks: Sequence[Task]) -> Task:
         """Return the first task until all ranks had a few runs of it, then the task with the fewest steps so far.
@@ -181,10 +158,8 @@ class Schedule:
         due = tasks if len(self.batches) > 1 else [task for task in tasks if task != first]
         return min(due or tasks, key=lambda task: (len(mine[task]) + 1) * self._cost(task))
 
-    def _rotate(
-        self, tried: Trials, task: Task, ranks: Sequence[int | None], weights: Mapping[int | None, float]
-    ) -> Cell:
-        """Return the rank with the fewest trials for its weight. Each has four runs at a seed before the next seed.
+    def _rotate(self, tried: Trials, task: Task, ranks: Sequence[int | None]) -> Cell:
+        """Return the rank with the fewest trials. Each has four runs at a seed before the next seed.
 
         A diverged run has little information, so it counts less than the others. A pruned run counts in full.
         """
@@ -193,30 +168,8 @@ class Schedule:
         lost = [cell for (cell, _), b in zip(seen, bad, strict=True) if b]
         cells = [trial.cell for trial in tried]
 
-        def due(cell: Cell) -> tuple[float, ...]:
-            weight = weights.get(cell.rank, 1.0)
-            fruitful = (cells.count(cell) - lost.count(cell)) / weight
-            return fruitful // PER_SEED, self.seeds.index(cell.seed), fruitful, cells.count(cell) / weight
+        def due(cell: Cell) -> tuple[int, ...]:
+            fruitful = cells.count(cell) - lost.count(cell)
+            return fruitful // PER_SEED, self.seeds.index(cell.seed), fruitful, cells.count(cell)
 
         return min((Cell(rank, seed, *task) for rank in ranks for seed in self.seeds), key=due)
-
-
-def leverage(ranks: Sequence[int | None], width: float) -> dict[int | None, float]:
-    """Return the weight of each rank's optimum in the line extended to r = n, at least 0.2.
-
-    The line through (log r1, v1) and (log r2, v2) gives v(n) = (1 + ρ)·v2 − ρ·v1 with ρ = log(n/r2) / log(r2/r1). Its
-    variance is smallest if trials are shared in proportion to the two coefficients.
-
-    Args:
-        ranks: the LoRA ranks.
-        width: n.
-
-    >>> {rank: round(share, 2) for rank, share in leverage((4, 64), 576.0).items()}
-    {4: 0.79, 64: 1.79}
-    """
-    lora = sorted(r for r in ranks if r is not None)
-    shares: dict[int | None, float] = dict.fromkeys(ranks, 0.2)
-    if len(lora) > 1:
-        beyond = max(0.0, math.log(width / lora[-1]) / math.log(lora[-1] / lora[0]))
-        shares |= {lora[0]: max(0.2, beyond), lora[-1]: 1.0 + beyond}
-    return shares

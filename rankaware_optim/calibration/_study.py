@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -73,7 +73,7 @@ class Study:
     """One calibration. `reference`, `prior` and the range are set when the first model is built.
 
     train: the loop's code. steps, batches: of the trials. target_steps, batch: of the target run, by default the
-    longest of `steps`. kind: the purpose of runs at a place. Other fields are arguments of `calibrate`.
+    longest of `steps`. full_follows: as in `BracketSampler`. Other fields are arguments of `calibrate`.
     """
 
     optimizer: type[Optimizer]
@@ -92,7 +92,7 @@ class Study:
     settings: Mapping[str, Any] = field(default_factory=dict)
     target_steps: int = 0
     batches: tuple[float, ...] = ()
-    kind: Callable[[Place], str] = lambda place: "search"
+    full_follows: bool = False
 
     @property
     def varying(self) -> tuple[str, ...]:
@@ -259,7 +259,7 @@ class Study:
         low, high = self.lr_range or (-math.inf, math.inf)
         self._start = min(max(_ABOVE + math.log2(usual * moved), low), high)
         if self._brackets:
-            self.optuna.sampler = BracketSampler(self._start, self.prior, self._fitted, self.kind)
+            self.optuna.sampler = BracketSampler(self._start, self.prior, self._fitted, self.full_follows)
 
     def settled(self) -> Reference:
         if self.reference is None:
@@ -345,13 +345,12 @@ class Study:
             self._fits = {len(seen): fit_observations(seen, self.prior)}
         return self._fits[len(seen)]
 
-    def band(self, full: bool) -> float | None:
-        """Return the width of the 90 % band, octaves: of full finetuning or of the worst rank. None before any fit."""
+    def band(self) -> float | None:
+        """Return the width of the 90 % band of the worst rank, octaves. None before any fit."""
         fit = self.fit()
         if fit is None:
             return None
-        ranks: tuple[int | None, ...] = (None,) if full else self.ranks
-        return max(2 * Z90 * self._sd(fit, rank) for rank in ranks)
+        return max(2 * Z90 * self._sd(fit, rank) for rank in self.ranks)
 
     def _sd(self, fit: Fit, rank: int | None) -> float:
         """Return the standard deviation of log2 of the target's best rate, octaves. rank: None for full finetuning."""

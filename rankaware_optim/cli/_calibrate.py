@@ -47,7 +47,6 @@ _RAY = (
 _BATCHES = "Examples per step of the trials, if they differ from --batch: several, such as 16,64."
 _LR_RANGE = "Lowest and highest base rate to try, such as 1e-5,1e-2. Widened if the best rate is at an edge."
 _WARMUP = "Warm-up as a share of the steps, 0 to 1. The recipe records it. No trial is pruned before its end."
-_CONFIRM = "End with up to three runs of --target-steps, which use at most half of --budget."
 
 
 @click.command()
@@ -77,13 +76,6 @@ _CONFIRM = "End with up to three runs of --target-steps, which use at most half 
     "--full-trials", type=int, default=0, show_default=True, help="Number of full-finetuning runs at the end."
 )
 @click.option(
-    "--target",
-    type=click.Choice(["lora", "full"]),
-    default="lora",
-    show_default=True,
-    help="What to plan the trials for: LoRA, or full finetuning from LoRA trials.",
-)
-@click.option(
     "--seeds",
     default="0,1",
     show_default=True,
@@ -93,7 +85,6 @@ _CONFIRM = "End with up to three runs of --target-steps, which use at most half 
 @click.option("--lr-range", callback=numbers(click.FLOAT), help=_LR_RANGE)
 @click.option("--batch", type=float, help="Examples per step of the target run. The recipe records it.")
 @click.option("--batches", callback=numbers(click.FLOAT), help=_BATCHES)
-@click.option("--confirm", is_flag=True, help=_CONFIRM)
 @click.option("--warmup", type=float, help=_WARMUP)
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the sampler.")
 @click.option("--name", help="Name of the study and of the recipe. By default the name of the recipe's file.")

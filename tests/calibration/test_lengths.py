@@ -117,32 +117,6 @@ def test_trials_are_whole_runs_of_the_lengths_within_the_budget():
     assert runs[16, 80] > runs[16, 20] / 2
 
 
-@pytest.mark.parametrize(("budget", "expected"), [(None, 3), (640, 1), (1300, 2), (5000, 3)])
-def test_confirming_runs_come_last_at_the_target(budget, expected):
-    """Up to three runs of the target's length, for half of the budget at most, at the recipe's rate and beside it."""
-    seen = []
-    options = {"trials": 12} if budget is None else {"budget": budget}
-    recipe = calibrate(
-        whole(lengthy(0.1), seen), ranks=(4, 64), steps=LENGTHS, target_steps=TARGET, confirm=True, **options
-    )
-    rates = [x for *_, steps, _, x in seen if steps == TARGET]
-    assert len(rates) == expected
-    assert [steps for _, _, steps, *_ in seen[-expected:]] == [TARGET] * expected
-    assert {rank for rank, _, steps, *_ in seen if steps == TARGET} == {64}
-    assert all(abs(x - rates[0]) == pytest.approx(0.5) for x in rates[1:])
-    assert not any("not tried" in note for note in recipe.notes)
-    assert budget is None or int(recipe.tensors["steps"].sum()) <= budget
-
-
-def test_confirming_makes_the_target_surer():
-    """The band of a confirmed recipe is narrower than that of the same search without."""
-    plain, confirmed = (
-        calibrate(whole(), steps=LENGTHS, target_steps=16 * TARGET, trials=20, confirm=confirm)
-        for confirm in (False, True)
-    )
-    assert confirmed.at(4).high / confirmed.at(4).low < 0.8 * plain.at(4).high / plain.at(4).low
-
-
 def test_batches_are_tried_for_the_batch_that_is_meant():
     """trial.batch says which; the best rate at a batch never tried lies in the band of the recipe, which is for it."""
     seen = []
@@ -219,8 +193,6 @@ REFUSED = [
     ({"steps": (20, 80.5)}, "steps is"),
     ({"steps": (20, 80), "target_steps": 40}, "target_steps=40 is less than the 80 steps of a trial"),
     ({"steps": 20, "target_steps": 0}, "target_steps is 0"),
-    ({"steps": 20, "confirm": True}, "confirm=True adds runs of 20 steps, which the search already has"),
-    ({"steps": 20, "target_steps": 80, "confirm": True, "budget": 90}, "budget=90 is too small for 2 runs, 100 steps"),
     ({"steps": 20, "batches": (64, 16)}, r"batches is \(64, 16\)"),
     ({"steps": 20, "batches": (0, 16)}, r"batches is \(0, 16\)"),
 ]
