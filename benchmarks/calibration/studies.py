@@ -51,9 +51,8 @@ def searched(study: Simulated, schedule: Schedule, guess: float, run: Run) -> Re
         trial = TrialRecord(*cell, number=len(study.done))
         low, high = study.range()
         seen = run(trial, min(max(sampler._propose(study.trials(), trial, low, high), low), high))
-        steps = (cell.steps or study.steps[0]) // (1 + seen.stopped)
+        steps = study.steps // (1 + seen.stopped)
         curve = np.linspace(seen.start, seen.tail, steps).tolist()
         state = TrialState.COMPLETE if math.isfinite(seen.value) else TrialState.PRUNED
-        seen = replace(seen, steps=cell.steps, batch=cell.batch)
         study.done.append(replace(trial, x=seen.x, curve=curve, observation=seen, state=state, value=seen.value))
     return study.recipe()

@@ -35,7 +35,7 @@ def calibrate(
     optimizer: type[Optimizer] | str,
     *,
     ranks: Sequence[int | None],
-    steps: int | Sequence[int],
+    steps: int,
     name: str = "calibration",
     law: str | Law = "mua",
     trials: int | None = None,
@@ -52,7 +52,6 @@ def calibrate(
     seed: int = 0,
     progress: bool | None = None,
     target_steps: int | None = None,
-    batches: Sequence[float] = (),
     executor: Literal["ray"] | RayExecutor | None = None,
 ) -> Recipe:
     """Find the base rate, its drift in rank and its uncertainty by a short study, and return them as a recipe.
@@ -70,11 +69,9 @@ def calibrate(
     the same step. Stopped runs enter the fit too.
 
     **Calibrate short, train long.** `steps=2000, target_steps=8000` trains for 2000 steps and returns a recipe for
-    8000. Every trial is a whole run with its own warm-up and decay over `trial.steps`. The band grows with the distance
-    to the target. `steps=(250, 1000)` tries two lengths. A few of the shortest runs find the rates and longer ones
-    measure around them. Together they show how the best rate moves with the number of steps. On real tasks one length
-    did better for the same steps. `batches=(16, 64),
-    batch=256` predicts another batch size, which is `trial.batch`.
+    8000. Every trial is a whole run with its own warm-up and decay over `trial.steps`. The rate is then moved by what
+    other tasks showed, and the band grows with the distance to the target. A trial should have an eighth of the
+    target's steps, and a hundred at least.
 
     **Full finetuning.** `full_trials=3` adds three full runs around the predicted rate. This is the most reliable way.
     With LoRA trials only, `recipe.at(method="full")` has a wide band. With Init[A] (B starts at zero, as in PEFT) the
@@ -98,10 +95,10 @@ def calibrate(
         optimizer: a torch optimizer class or its name.
         ranks: LoRA ranks to try: the lowest and the highest that you want to use. None stands for full finetuning.
             Rates are interpolated between the ranks. Outside them the band grows with the distance.
-        steps: optimizer steps per trial, or several lengths in ascending order.
+        steps: optimizer steps per trial.
         name: the name of the study and of the recipe.
         law: the law that maps rates between ranks, by default µA. The fall in rank at Init[B] is in the fit's prior.
-        trials: number of runs at `ranks`. By default as many as `budget` allows, or 8 per rank, length and batch.
+        trials: number of runs at `ranks`. By default as many as `budget` allows, or 8 per rank.
         budget: optimizer steps of all trials together, never exceeded. Pruned and killed trials count the steps they
             ran.
         until: the search ends when the 90 % band of the target is narrower than this, octaves.
@@ -116,9 +113,7 @@ def calibrate(
         seed: random seed of the sampler.
         progress: whether to show a progress bar. By default it is shown if standard error is a terminal. The logger
             "rankaware_optim.calibration" reports every finished trial at level INFO.
-        target_steps: number of steps of the target run, by default the longest of `steps`.
-        batches: examples per step of the trials, ascending, if they differ from `batch`. `batch` is by default the
-            largest of them.
+        target_steps: number of steps of the target run, by default `steps`.
         executor: "ray" or a `RayExecutor`. By default the trials run in this process.
 
     Returns:
@@ -128,40 +123,35 @@ def calibrate(
         CalibrationError: `train`, an argument or the storage cannot be used, or every run diverged.
         CalibrationInterrupted: Ctrl-C. Finished trials stay in `storage`, and `.recipe` holds their fit.
     """
-    ranks, steps, seeds, batches, lr_range = map(plain, (ranks, steps, seeds, batches, lr_range))
+    ranks, steps, seeds, lr_range = map(plain, (ranks, steps, seeds, lr_range))
     trials, budget, until, full_trials = map(plain, (trials, budget, until, full_trials))
     batch, warmup, seed, target_steps = map(plain, (batch, warmup, seed, target_steps))
     call = {**locals(), "executor": None, "progress": False}
     given = {
         "ranks": ranks, "seeds": seeds, "steps": steps, "trials": trials, "budget": budget, "until": until,
         "full_trials": full_trials, "batch": batch, "warmup": warmup, "seed": seed, "name": name,
-        "target_steps": target_steps, "batches": batches,
+        "target_steps": target_steps,
     }  # fmt: skip
     for what, value in given.items():
         check_argument(what, value)
     tried = tuple(sorted(ranks, key=lambda r: (r is None, r or 0)))
-    lengths = (steps,) if isinstance(steps, int) else tuple(steps)
-    meant = batch if batch is not None or not batches else batches[-1]
-    schedule = Schedule(
-        tried, tuple(seeds), lengths, trials=trials, budget=budget, until=until, full_trials=full_trials,
-        target_steps=lengths[-1] if target_steps is None else target_steps, batches=tuple(batches), batch=meant,
-    )  # fmt: skip
-    _check_schedule(schedule)
+    schedule = Schedule(tried, tuple(seeds), steps, trials=trials, budget=budget, until=until, full_trials=full_trials)
+    meant = steps if target_steps is None else target_steps
+    _check_schedule(schedule, meant)
     spread = None if executor is None else _spread(executor, call, schedule)
     study = Study(
         optimizer=get_optimizer_class(optimizer),
         law=get_law(law),
         ranks=tried,
-        steps=lengths,
+        steps=steps,
         seeds=tuple(seeds),
         train=train_source(train),
         lr_range=_octaves(lr_range),
-        batch=meant,
+        batch=batch,
         warmup=warmup,
         seed=seed,
         name=name,
-        target_steps=schedule.target_steps,
-        batches=schedule.batches,
+        target_steps=meant,
         full_follows=full_trials > 0,
     )
     state = random.getstate()  # importing rich and using a database may draw from it
@@ -238,15 +228,8 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: _is_distinct(v, lambda seed: is_whole(seed, -(2**63) + 1) and seed < 2**63),
         "Give distinct whole numbers, such as (0, 1).",
     ),
-    "steps": (
-        lambda v: is_whole(v) or (_is_distinct(v, is_whole) and list(v) == sorted(v)),
-        "Give a whole number of at least 1, or several in ascending order, such as (250, 1000).",
-    ),
+    "steps": _COUNT,
     "target_steps": _COUNT_OR_NONE,
-    "batches": (
-        lambda v: v == () or (_is_distinct(v, is_positive) and list(v) == sorted(v)),
-        "Give positive numbers in ascending order, such as (16, 64), or leave it out.",
-    ),
     "trials": _COUNT_OR_NONE,
     "budget": _COUNT_OR_NONE,
     "full_trials": (lambda v: is_whole(v, 0), _COUNT[1]),
@@ -268,13 +251,13 @@ def check_argument(what: str, value: object) -> None:
         raise CalibrationError(f"{what} is {value!r}.", cure)
 
 
-def _check_schedule(schedule: Schedule) -> None:
+def _check_schedule(schedule: Schedule, target_steps: int) -> None:
     """Raise a `CalibrationError` if arguments contradict each other."""
-    longest, least = schedule.steps[-1], schedule.least()
-    if schedule.target_steps < longest:
+    least = schedule.least()
+    if target_steps < schedule.steps:
         raise CalibrationError(
-            f"target_steps={schedule.target_steps} is less than the {longest} steps of a trial.",
-            "Leave out longer trials: they add nothing to the target run.",
+            f"target_steps={target_steps} is less than the {schedule.steps} steps of a trial.",
+            "Lower steps=: an eighth of the target's is enough, if that is a hundred.",
         )
     if schedule.budget is not None and schedule.budget < least:
         runs = 1 + schedule.full_trials

@@ -13,7 +13,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from ._trials import TrialRecord, Trials
-from .fit import Fit, Observation, Place, Prior, below_cliff, diverged, gain_of, none_learned
+from .fit import Fit, Observation, Prior, below_cliff, diverged, gain_of, none_learned
 
 _STRIDE = 2.0  # octaves between the trials that bracket
 _UPWARDS = 3  # runs before the search turns downwards if none of them learned
@@ -28,10 +28,10 @@ _FULL_STEP = 1.0  # octaves between runs of full finetuning after the search
 class BracketSampler(BaseSampler):
     """Moves outwards from `start` until it has seen the cliff above and a rate below the best, then refines.
 
-    Rates are bracketed at the place of the first run, since losses of different ranks or lengths cannot be compared.
-    Refinement uses eight offsets from the fitted optimum and takes the one that is farthest from the rates tried at the
-    place. A rate that another worker is running counts as tried. The state is read from the study, so a resumed study
-    continues in the same way.
+    Rates are bracketed at the rank of the first run, since losses of different ranks cannot be compared. Refinement
+    uses eight offsets from the fitted optimum and takes the one that is farthest from the rates tried at the rank. A
+    rate that another worker is running counts as tried. The state is read from the study, so a resumed study continues
+    in the same way.
 
     Args:
         start: log2 of the first base rate.
@@ -66,32 +66,31 @@ class BracketSampler(BaseSampler):
         return float(min(max(proposed, low), high))
 
     def _propose(self, trials: Trials, trial: TrialRecord, low: float, high: float) -> float:
-        place, seen, stopped = trial.place, trials.observations(), trials.pruned()
-        others = [(t.place, t.x) for t in trials.running(but=trial.number) if t.x is not None]
+        rank, seen, stopped = trial.rank, trials.observations(), trials.pruned()
+        others = [(t.rank, t.x) for t in trials.running(but=trial.number) if t.x is not None]
         fit = self._fit(trials)
-        centre = None if fit is None else estimate_at(fit, place, self._prior)
-        own, lost = [o for o in seen if o.place == place], [x for other, x in stopped if other == place]
-        mine = [*lost, *(x for other, x in others if other == place)]
-        if self._full_follows and trial.rank is None and centre is not None:
-            good = [o for o, bad in zip(seen, diverged(seen), strict=True) if o.place == place and not bad]
+        centre = None if fit is None else estimate_at(fit, rank, self._prior)
+        own, lost = [o for o in seen if o.rank == rank], [x for other, x in stopped if other == rank]
+        mine = [*lost, *(x for other, x in others if other == rank)]
+        if self._full_follows and rank is None and centre is not None:
+            good = [o for o, bad in zip(seen, diverged(seen), strict=True) if o.rank is None and not bad]
             return next_few(good, [*(o.x for o in own), *mine], centre)
         taken = [*(x for _, x in others), *mine, *(o.x for o in own)]
-        anchor = seen[0].place if seen else place
-        if place == anchor or fit is None:
-            of_anchor = [o for o in seen if o.place == anchor]
+        anchor = seen[0].rank if seen else rank
+        if rank == anchor or fit is None:
+            of_anchor = [o for o in seen if o.rank == anchor]
             proposed = next_bracket(of_anchor, self._start, low, high, [x for other, x in stopped if other == anchor])
             if proposed is not None:
                 return _beside(proposed, taken, low, high)
         if fit is None or centre is None:
             return _beside(min(o.x for o in seen) - _STRIDE, taken, low, high)
         bottom, top = between(own, lost)
-        ceiling = None if fit.ceiling is None else fit.ceiling + float(self._prior.row(place)[3:] @ fit.mean[3:])
-        return next_refinement(own, centre, (max(low, bottom), min(high, under(ceiling), top)), mine)
+        return next_refinement(own, centre, (max(low, bottom), min(high, under(fit.ceiling), top)), mine)
 
 
-def estimate_at(fit: Fit, place: Place, prior: Prior) -> float:
-    """Return log2 of the base rate that is estimated to be best at a place."""
-    return float(prior.row(place) @ fit.mean)
+def estimate_at(fit: Fit, rank: int | None, prior: Prior) -> float:
+    """Return log2 of the base rate that is estimated to be best at a rank."""
+    return float(prior.row(rank) @ fit.mean)
 
 
 def _beside(proposed: float, taken: Sequence[float], low: float, high: float) -> float:
@@ -152,7 +151,7 @@ def under(ceiling: float | None) -> float:
 def next_refinement(
     own: Sequence[Observation], centre: float, within: tuple[float, float], others: Sequence[float] = ()
 ) -> float:
-    """Return the offset rate, clipped to `within`, that is farthest from the rates tried at the place."""
+    """Return the offset rate, clipped to `within`, that is farthest from the rates tried at the rank."""
     tried = [*(o.x for o in own), *others]
     low, high = within
     centre = max(min(centre, high), low)
@@ -171,8 +170,8 @@ def next_few(good: Sequence[Observation], tried: Sequence[float], centre: float)
     Lower rates come first, since too high costs more. Three runs bracket an optimum predicted within an octave.
 
     Args:
-        good: the runs at the place that did not diverge.
-        tried: log2 of all rates tried there.
+        good: the full runs that did not diverge.
+        tried: log2 of all rates tried in full finetuning.
         centre: log2 of the predicted rate.
     """
     if not good:

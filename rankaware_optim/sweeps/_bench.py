@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from .._optimizer_classes import get_optimizer_class
 from .._tables import text_table
 from .._types import Reference
-from ..calibration.fit import Place, Prior, fit_observations
+from ..calibration.fit import Prior, fit_observations
 from ..errors import CalibrationError
 from ..laws import Law, bound_law, checked_multiplier, get_law
 from ._io import Source, Sweep, SweepRun, read_sweep
@@ -259,7 +259,7 @@ def _best_by_bowls(curves: Sequence[LossCurve]) -> list[LossCurve]:
         seen = [observation_of(run, i, math.log2(run.lr)) for i, curve in enumerate(mine, 1) for run in curve.runs]
         fit = fit_observations(seen, Prior())
         vertices = {} if fit is None else fit.vertices
-        placed += [replace(curve, best=vertices[Place(i)][0]) for i, curve in enumerate(mine, 1)]
+        placed += [replace(curve, best=vertices[i][0]) for i, curve in enumerate(mine, 1)]
     return placed
 
 

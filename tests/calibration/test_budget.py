@@ -95,7 +95,7 @@ def test_a_rank_that_trains_at_no_rate_ends_the_search(how_much):
 )
 def test_a_budget_for_too_few_runs_is_cautioned(budget, options, runs):
     """A budget that leaves the search fewer than three runs and two for each further rank is warned of."""
-    given = {"ranks": (4, 64), "seeds": (0, 1), "steps": (STEPS,), **options}
+    given = {"ranks": (4, 64), "seeds": (0, 1), "steps": STEPS, **options}
     caution = Schedule(**given, budget=budget).caution()
     assert runs in caution
     assert bool(caution) == bool(runs)
@@ -152,7 +152,7 @@ def band(recipe, rank):
 )
 def test_a_schedule_keeps_to_its_counts(trials, budget, full, lengths):
     """Whatever runs are cut short at, no schedule spends more than its budget or runs more trials than it says."""
-    schedule = Schedule((4, 64), (0, 1), (10,), trials, budget and 10 * budget, full_trials=full)
+    schedule = Schedule((4, 64), (0, 1), 10, trials, budget and 10 * budget, full_trials=full)
     done = []
     while len(done) < len(lengths) and (cell := schedule.next(Trials(done))) is not None:
         done.append(finished(cell, len(done), lengths[len(done)]))
