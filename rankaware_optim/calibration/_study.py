@@ -269,8 +269,7 @@ class Study:
         """Return the range of log2 rates: as given or around the first guess, widened while a best rate is at an edge.
 
         Best rates are those of each rank, below the rates that diverged there. Where all runs rose, the lowest rate
-        counts as the best. The range is computed from the trials each time, so that a
-        resumed study has the same one.
+        counts as the best. The range is computed from the trials each time, so that a resumed study has the same one.
         """
         low, high = self.lr_range or (self._start - _HALF_RANGE, self._start + _HALF_RANGE)
         seen = self.trials().observations()
