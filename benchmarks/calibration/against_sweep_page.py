@@ -17,7 +17,7 @@ from calibration.against_sweep_scores import (
     named,
     on_file,
 )
-from calibration.searches import LORA, RANGE_TEST, TO_FULL, TPE, WITH_FULL
+from calibration.searches import LORA, RANGE_TEST, TPE, WITH_FULL
 from matplotlib.figure import Figure
 from recording import block, number, percent
 from study.configurations import CONFIGS
@@ -25,7 +25,7 @@ from study.contenders import CONTENDERS
 from study.domains import Domain
 from study.grids import FULL, Losses
 
-COLOURS = {LORA: "#0072B2", TO_FULL: "#009E73", WITH_FULL: "#D55E00", TPE: "#CC79A7"}  # Okabe and Ito's
+COLOURS = {LORA: "#0072B2", WITH_FULL: "#D55E00", TPE: "#CC79A7"}  # Okabe and Ito's
 SEARCHED = [named(plan, share) for plan in SHARES for share in SHARES[plan]]
 ROWS = [ORACLE, ONE_SEED, EVERY_FOURTH, *SEARCHED, *CONTENDERS, "Prodigy"]
 WITHIN = 0.01  # of the attainable gain
@@ -105,14 +105,11 @@ def bars(domains: Sequence[Domain], scores: Sequence[Score]) -> list[list[str]]:
         ("LoRA ranks at 10 % of the cost: worst", "≤ 2 %", lambda d: max(regrets(scores, d, LORA, 0.1))),
         ("LoRA ranks at 10 %: median", "≤ 0.5 %", lambda d: statistics.median(regrets(scores, d, LORA, 0.1))),
         ("full at 20 %, LoRA trials only: worst", "≤ 5 %", lambda d: max(regrets(scores, d, LORA, 0.2, True))),
-        ("the same, planned for full: worst", "≤ 5 %", lambda d: max(regrets(scores, d, TO_FULL, 0.2, True))),
         ("full with three full runs at 20 %: worst", "≤ 1 %", lambda d: max(regrets(scores, d, WITH_FULL, 0.2, True))),
     ]
     rows = [[what, bar, *(percent(figure(d)) for d in domains)] for what, bar, figure in asked]
     beside = [
-        max(
-            r["beside_training"] for r in on_file() if r["domain"] == d.name and r["plan"] in (LORA, TO_FULL, WITH_FULL)
-        )
+        max(r["beside_training"] for r in on_file() if r["domain"] == d.name and r["plan"] in (LORA, WITH_FULL))
         for d in domains
     ]
     return [*rows, ["calibration's own time beside training: worst", "≤ 5 %", *map(percent, beside)]]

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from calibration.searches import LORA, PLANS, RANGE_TEST, RATES_SWEPT, TO_FULL, TPE, WITH_FULL, Search, by_arm
+from calibration.searches import LORA, PLANS, RANGE_TEST, RATES_SWEPT, TPE, WITH_FULL, Search, by_arm
 from recording import RESULTS
 from study.configurations import CONFIGS, LORAPLUS, PRODIGY, TUNED
 from study.contenders import CONTENDERS, Known
@@ -24,7 +24,6 @@ ORACLE, ONE_SEED, EVERY_FOURTH = "the sweep itself", "the sweep, one seed", "a r
 At = tuple[Cell, float]  # what is trained, and log2 of its rate
 SHARES = {  # of the sweep's cost, by plan
     LORA: (0.05, 0.1, 0.2),
-    TO_FULL: (0.05, 0.1, 0.2),
     WITH_FULL: (0.1, 0.2),
     TPE: (0.05, 0.1, 0.2),
     RANGE_TEST: (0.11,),
@@ -57,10 +56,9 @@ def searches(domain: Domain) -> list[Search]:
     return [
         Search(domain.name, config, plan, share, seed)
         for seed in SEARCH_SEEDS
-        for config, own in CONFIGS.items()
+        for config in CONFIGS
         for plan in PLANS
         for share in SHARES[plan]
-        if plan != TO_FULL or own.init == "B"  # from Init[A] the plan for full finetuning is the plain one
     ]
 
 

@@ -167,7 +167,7 @@ def simulated(replay: Replay, workers: int, trials: int, times: dict[int, list[f
         The total time in steps, the shares of the last round and of idle time, log2 of the recipe's base rate, the mean
         length of a run as a share of the whole, and the trials that count.
     """
-    study = Study(torch.optim.AdamW, ra.MuA(), RANKS, (replay.steps,), SEEDS)
+    study = Study(torch.optim.AdamW, ra.MuA(), RANKS, replay.steps, SEEDS)
     study.open(None, None, optuna.storages.InMemoryStorage())
     clock, rng = Clock(), np.random.default_rng([seed, trials])
     study.pause = lambda seconds: clock.sleep(POLL * seconds)  # type: ignore[method-assign]
@@ -185,7 +185,7 @@ def simulated(replay: Replay, workers: int, trials: int, times: dict[int, list[f
     busy, idle_from = [0.0] * workers, [0.0] * workers
 
     def work(number: int) -> None:
-        runner = Runner(study, Schedule(RANKS, SEEDS, (replay.steps,), trials=trials))
+        runner = Runner(study, Schedule(RANKS, SEEDS, replay.steps, trials=trials))
         while True:
             idle_from[number] = clock.now
             begun = runner.begin()

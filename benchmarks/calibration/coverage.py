@@ -183,7 +183,7 @@ CASES = (
 
 def study_of(init: Literal["A", "B"]) -> Simulated:
     """A study of AdamW at the ranks `TRIED`."""
-    study = Simulated(torch.optim.AdamW, MuA(), TRIED, (STEPS,), SEEDS)
+    study = Simulated(torch.optim.AdamW, MuA(), TRIED, STEPS, SEEDS)
     study._settle(Reference(TRIED[-1], float(TRIED[-1]), init=init, fan_in=WIDTH), WIDTH)
     return study
 
@@ -204,7 +204,7 @@ def simulated(case: Case, bowls: Mapping[int, Bowl], trials: int, rng: np.random
     truth = truth_of(study, case, rng)
     world = World({rank: x for rank, x in truth.items() if rank}, bowls, rng)
     study._start = truth[16] + rng.normal(0, GUESS_SD)
-    schedule = Schedule(TRIED, SEEDS, (STEPS,), trials=trials * len(TRIED))
+    schedule = Schedule(TRIED, SEEDS, STEPS, trials=trials * len(TRIED))
     recipe = searched(study, schedule, 0.0, lambda trial, x: world.run(trial.rank or 0, trial.seed, x))
     for rank, x in truth.items():
         rate = recipe.at(rank, alpha=float(rank)) if rank else recipe.at(method="full")

@@ -208,12 +208,11 @@ def steepest(of: Search, domain: Domain, spent: Spent, rank: int) -> float:
     return LOW + octaves * min(ends, key=lambda i: losses[min(i, len(losses) - 1)] - losses[i - octave])
 
 
-LORA, WITH_FULL, TO_FULL = "LoRA trials", "LoRA and three full trials", "LoRA trials, planned for full"
+LORA, WITH_FULL = "LoRA trials", "LoRA and three full trials"
 TPE, RANGE_TEST = "TPE at rank 16", "LR range test"
 PLANS: dict[str, Callable[[Search, Domain, Spent], Rates]] = {
     LORA: calibrated(),
     WITH_FULL: calibrated(full_trials=3),
-    TO_FULL: calibrated(target="full"),
     TPE: by_tpe,
     RANGE_TEST: by_range_test,
 }

@@ -83,8 +83,8 @@ def calibrated(on: Surface, plan: Plan, seed: Sequence[int]) -> Recipe:
     seeds = tuple(int(s) for s in rng.permutation(on.seeds)[:2])
     ranks = (on.ranks[0], on.ranks[-1]) if plan.ranks == ENDS else (4, 64)
     budget = round(plan.share * RATES * (5 + 1) * STEPS)
-    schedule = Schedule(ranks, seeds, (STEPS,), budget=budget, full_trials=plan.full)
-    study = Simulated(torch.optim.AdamW, MuA(), ranks, (STEPS,), seeds, kind=schedule.kind)
+    schedule = Schedule(ranks, seeds, STEPS, budget=budget, full_trials=plan.full)
+    study = Simulated(torch.optim.AdamW, MuA(), ranks, STEPS, seeds, full_follows=plan.full > 0)
     study._settle(reference_of(on, schedule.anchor), on.full_fan_in)
     return searched(study, schedule, rng.uniform(-GUESS, GUESS), lambda trial, x: run(on, study, trial, x))
 

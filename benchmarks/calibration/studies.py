@@ -46,14 +46,13 @@ def searched(study: Simulated, schedule: Schedule, guess: float, run: Run) -> Re
         guess: octaves added to the first guess of the rate.
         run: (trial, log2 base rate) -> the outcome.
     """
-    sampler = BracketSampler(study._start + guess, study.prior, study._fitted, study.kind)
+    sampler = BracketSampler(study._start + guess, study.prior, study._fitted, study.full_follows)
     while (cell := schedule.next(study.trials())) is not None:
         trial = TrialRecord(*cell, number=len(study.done))
         low, high = study.range()
         seen = run(trial, min(max(sampler._propose(study.trials(), trial, low, high), low), high))
-        steps = (cell.steps or study.steps[0]) // (1 + seen.stopped)
+        steps = study.steps // (1 + seen.stopped)
         curve = np.linspace(seen.start, seen.tail, steps).tolist()
         state = TrialState.COMPLETE if math.isfinite(seen.value) else TrialState.PRUNED
-        seen = replace(seen, steps=cell.steps, batch=cell.batch)
         study.done.append(replace(trial, x=seen.x, curve=curve, observation=seen, state=state, value=seen.value))
     return study.recipe()

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from rankaware_optim import CalibrationError, Law, Reference
 from rankaware_optim._optimizer_classes import get_optimizer_class
 from rankaware_optim._tables import text_table
-from rankaware_optim.calibration.fit import Place, Prior, fit_observations
+from rankaware_optim.calibration.fit import Prior, fit_observations
 from rankaware_optim.laws import bound_law, checked_multiplier, get_law
 from rankaware_optim.sweeps import DEMO_SWEEP
 from rankaware_optim.sweeps._io import Source, Sweep, SweepRun, read_sweep
@@ -237,7 +237,7 @@ def _best_by_bowls(curves: Sequence[LossCurve]) -> list[LossCurve]:
         seen = [observation_of(run, i, math.log2(run.lr)) for i, curve in enumerate(mine, 1) for run in curve.runs]
         fit = fit_observations(seen, Prior())
         vertices = {} if fit is None else fit.vertices
-        placed += [replace(curve, best=vertices[Place(i)][0]) for i, curve in enumerate(mine, 1)]
+        placed += [replace(curve, best=vertices[i][0]) for i, curve in enumerate(mine, 1)]
     return placed
 
 

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from .._checks import check_lr, is_number, is_positive, is_whole, plain
 from .._optimizer_classes import get_optimizer_class
-from .._types import Method
 from .._warn import warn
 from ..errors import CalibrationError, CalibrationInterrupted
 from ..laws import Law, get_law
@@ -36,14 +35,13 @@ def calibrate(
     optimizer: type[Optimizer] | str,
     *,
     ranks: Sequence[int | None],
-    steps: int | Sequence[int],
+    steps: int,
     name: str = "calibration",
     law: str | Law = "mua",
     trials: int | None = None,
     budget: int | None = None,
     until: float | None = None,
     full_trials: int = 0,
-    target: Method = "lora",
     seeds: Sequence[int] = (0, 1),
     lr_range: tuple[float, float] | None = None,
     sampler: optuna.samplers.BaseSampler | None = None,
@@ -54,8 +52,6 @@ def calibrate(
     seed: int = 0,
     progress: bool | None = None,
     target_steps: int | None = None,
-    batches: Sequence[float] = (),
-    confirm: bool = False,
     executor: Literal["ray"] | RayExecutor | None = None,
 ) -> Recipe:
     """Find the base rate, its drift in rank and its uncertainty by a short study, and return them as a recipe.
@@ -73,16 +69,14 @@ def calibrate(
     the same step. Stopped runs enter the fit too.
 
     **Calibrate short, train long.** `steps=2000, target_steps=8000` trains for 2000 steps and returns a recipe for
-    8000. Every trial is a whole run with its own warm-up and decay over `trial.steps`. The band grows with the distance
-    to the target. `steps=(250, 1000)` tries two lengths. A few of the shortest runs find the rates and longer ones
-    measure around them. Together they show how the best rate moves with the number of steps. On real tasks one length
-    did better for the same steps. `confirm=True` adds up to three runs of the target's length. `batches=(16, 64),
-    batch=256` predicts another batch size, which is `trial.batch`.
+    8000. Every trial is a whole run with its own warm-up and decay over `trial.steps`. The rate is then moved by what
+    other tasks showed, and the band grows with the distance to the target. A trial should have an eighth of the
+    target's steps, and a hundred at least.
 
     **Full finetuning.** `full_trials=3` adds three full runs around the predicted rate. This is the most reliable way.
-    With LoRA trials only, use `target="full"` to plan for `recipe.at(method="full")`. With Init[B] (A starts at zero)
-    the line through the optima of two ranks is then extended to r = n, and trials are shared between the ranks
-    accordingly. With Init[A] (B starts at zero, as in PEFT) the rate follows from the law and has a wide band.
+    With LoRA trials only, `recipe.at(method="full")` has a wide band. With Init[A] (B starts at zero, as in PEFT) the
+    rate follows from the law. With Init[B] (A starts at zero) the line through the optima of two ranks is extended to
+    r = n.
 
     **Resuming.** With `storage=`, the same call continues where it stopped, even if it was killed. Finished trials are
     kept. An unfinished trial is repeated at its rank, seed and rate. Several processes and machines may make the same
@@ -101,15 +95,14 @@ def calibrate(
         optimizer: a torch optimizer class or its name.
         ranks: LoRA ranks to try: the lowest and the highest that you want to use. None stands for full finetuning.
             Rates are interpolated between the ranks. Outside them the band grows with the distance.
-        steps: optimizer steps per trial, or several lengths in ascending order.
+        steps: optimizer steps per trial.
         name: the name of the study and of the recipe.
         law: the law that maps rates between ranks, by default µA. The fall in rank at Init[B] is in the fit's prior.
-        trials: number of runs at `ranks`. By default as many as `budget` allows, or 8 per rank, length and batch.
+        trials: number of runs at `ranks`. By default as many as `budget` allows, or 8 per rank.
         budget: optimizer steps of all trials together, never exceeded. Pruned and killed trials count the steps they
             ran.
         until: the search ends when the 90 % band of the target is narrower than this, octaves.
         full_trials: number of full-finetuning runs after those at `ranks`, around the predicted rate.
-        target: "lora", or "full" to plan for full finetuning from LoRA trials.
         seeds: random seeds, the same for all ranks. `trial.seed` seeds torch, numpy and random for each run.
         lr_range: lowest and highest base rate at the first rank. It is widened if the best rate is at an edge.
         sampler: an Optuna sampler. By default it brackets the optimum and then refines it.
@@ -120,11 +113,7 @@ def calibrate(
         seed: random seed of the sampler.
         progress: whether to show a progress bar. By default it is shown if standard error is a terminal. The logger
             "rankaware_optim.calibration" reports every finished trial at level INFO.
-        target_steps: number of steps of the target run, by default the longest of `steps`.
-        batches: examples per step of the trials, ascending, if they differ from `batch`. `batch` is by default the
-            largest of them.
-        confirm: whether to add up to three runs of `target_steps`, at the rate found and half an octave to either side.
-            They use at most half of `budget`.
+        target_steps: number of steps of the target run, by default `steps`.
         executor: "ray" or a `RayExecutor`. By default the trials run in this process.
 
     Returns:
@@ -134,42 +123,36 @@ def calibrate(
         CalibrationError: `train`, an argument or the storage cannot be used, or every run diverged.
         CalibrationInterrupted: Ctrl-C. Finished trials stay in `storage`, and `.recipe` holds their fit.
     """
-    ranks, steps, seeds, batches, lr_range = map(plain, (ranks, steps, seeds, batches, lr_range))
+    ranks, steps, seeds, lr_range = map(plain, (ranks, steps, seeds, lr_range))
     trials, budget, until, full_trials = map(plain, (trials, budget, until, full_trials))
     batch, warmup, seed, target_steps = map(plain, (batch, warmup, seed, target_steps))
     call = {**locals(), "executor": None, "progress": False}
     given = {
         "ranks": ranks, "seeds": seeds, "steps": steps, "trials": trials, "budget": budget, "until": until,
-        "full_trials": full_trials, "target": target, "batch": batch, "warmup": warmup, "seed": seed, "name": name,
-        "target_steps": target_steps, "batches": batches,
+        "full_trials": full_trials, "batch": batch, "warmup": warmup, "seed": seed, "name": name,
+        "target_steps": target_steps,
     }  # fmt: skip
     for what, value in given.items():
         check_argument(what, value)
     tried = tuple(sorted(ranks, key=lambda r: (r is None, r or 0)))
-    lengths = (steps,) if isinstance(steps, int) else tuple(steps)
-    meant = batch if batch is not None or not batches else batches[-1]
-    schedule = Schedule(
-        tried, tuple(seeds), lengths, trials=trials, budget=budget, until=until, full_trials=full_trials, target=target,
-        target_steps=lengths[-1] if target_steps is None else target_steps, batches=tuple(batches), batch=meant,
-        confirm=confirm,
-    )  # fmt: skip
-    _check_schedule(schedule)
+    schedule = Schedule(tried, tuple(seeds), steps, trials=trials, budget=budget, until=until, full_trials=full_trials)
+    meant = steps if target_steps is None else target_steps
+    _check_schedule(schedule, meant)
     spread = None if executor is None else _spread(executor, call, schedule)
     study = Study(
         optimizer=get_optimizer_class(optimizer),
         law=get_law(law),
         ranks=tried,
-        steps=lengths,
+        steps=steps,
         seeds=tuple(seeds),
         train=train_source(train),
         lr_range=_octaves(lr_range),
-        batch=meant,
+        batch=batch,
         warmup=warmup,
         seed=seed,
         name=name,
-        target_steps=schedule.target_steps,
-        batches=schedule.batches,
-        kind=schedule.kind,
+        target_steps=meant,
+        full_follows=full_trials > 0,
     )
     state = random.getstate()  # importing rich and using a database may draw from it
     runner = Runner(study, schedule)
@@ -245,20 +228,12 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: _is_distinct(v, lambda seed: is_whole(seed, -(2**63) + 1) and seed < 2**63),
         "Give distinct whole numbers, such as (0, 1).",
     ),
-    "steps": (
-        lambda v: is_whole(v) or (_is_distinct(v, is_whole) and list(v) == sorted(v)),
-        "Give a whole number of at least 1, or several in ascending order, such as (250, 1000).",
-    ),
+    "steps": _COUNT,
     "target_steps": _COUNT_OR_NONE,
-    "batches": (
-        lambda v: v == () or (_is_distinct(v, is_positive) and list(v) == sorted(v)),
-        "Give positive numbers in ascending order, such as (16, 64), or leave it out.",
-    ),
     "trials": _COUNT_OR_NONE,
     "budget": _COUNT_OR_NONE,
     "full_trials": (lambda v: is_whole(v, 0), _COUNT[1]),
     "until": (lambda v: v is None or is_positive(v), "Give octaves, such as 1.0, or leave it out."),
-    "target": (lambda v: v in ("lora", "full"), "Give 'lora' or 'full'."),
     "batch": (lambda v: v is None or is_positive(v), "Give a positive number, or leave it out."),
     "warmup": (
         lambda v: v is None or (is_number(v) and 0 <= v <= 1),
@@ -276,21 +251,16 @@ def check_argument(what: str, value: object) -> None:
         raise CalibrationError(f"{what} is {value!r}.", cure)
 
 
-def _check_schedule(schedule: Schedule) -> None:
+def _check_schedule(schedule: Schedule, target_steps: int) -> None:
     """Raise a `CalibrationError` if arguments contradict each other."""
-    longest, least = schedule.steps[-1], schedule.least()
-    if schedule.target_steps < longest:
+    least = schedule.least()
+    if target_steps < schedule.steps:
         raise CalibrationError(
-            f"target_steps={schedule.target_steps} is less than the {longest} steps of a trial.",
-            "Leave out longer trials: they add nothing to the target run.",
-        )
-    if schedule.confirm and schedule.target_steps == longest:
-        raise CalibrationError(
-            f"confirm=True adds runs of {longest} steps, which the search already has.",
-            "Leave it out, or give target_steps=.",
+            f"target_steps={target_steps} is less than the {schedule.steps} steps of a trial.",
+            "Lower steps=: an eighth of the target's is enough, if that is a hundred.",
         )
     if schedule.budget is not None and schedule.budget < least:
-        runs = 1 + schedule.full_trials + schedule.confirms
+        runs = 1 + schedule.full_trials
         raise CalibrationError(
             f"budget={schedule.budget} is too small for {runs} run{'s' * (runs > 1)}, {least} steps in all.",
             f"Give at least {least} training steps. Thirty runs are usually enough.",
@@ -300,8 +270,6 @@ def _check_schedule(schedule: Schedule) -> None:
             f"full_trials={schedule.full_trials} follows trials of LoRA, but None is already among the ranks.",
             "Leave one of the two out.",
         )
-    if schedule.target == "full" and schedule.ranks == (None,):
-        raise CalibrationError("target='full' plans LoRA trials, but ranks has no LoRA rank.", "Give two LoRA ranks.")
 
 
 def _octaves(lr_range: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -28,7 +28,7 @@ class PairedPruner(BasePruner):
     noise explains are ignored. So is a best run that gained no more than its noise, since its curve shows no learning.
 
     Args:
-        steps: steps of a whole run, used if a trial does not have its own.
+        steps: steps of a whole run.
         warmup: share of the steps, from 0 to 1. Nothing is pruned before its end, nor in the first 30 %.
     """
 
@@ -37,7 +37,7 @@ class PairedPruner(BasePruner):
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         record = TrialRecord.read(trial)
-        if trial.last_step is None or trial.last_step < self._from * (record.steps or self._steps):
+        if trial.last_step is None or trial.last_step < self._from * self._steps:
             return False
         best = Trials.read(study.get_trials(deepcopy=False), record.cell).rival_of(record)
         if best is None or record.x is None:

@@ -27,7 +27,7 @@ from ._distributed import Replicas
 from ._liveness import fail_dead_trials, is_awaited, keep_beating, new_owner, release, to_repeat
 from ._optuna import begin_trial
 from ._sampler import estimate_at
-from ._schedule import Schedule, leverage
+from ._schedule import Schedule
 from ._study import Study
 from ._trial import Outcome, Train, Trial, run_trial, seeded
 from ._trials import PARAMETER, Cell, TrialRecord, Trials, interval
@@ -44,7 +44,6 @@ class NextTrial(NamedTuple):
     rank: int | None
     seed: int
     steps: int
-    batch: float | None
     limits: list[float]
     endless: bool | None
     done: int
@@ -147,9 +146,8 @@ class Runner:
             number=mine.number,
             rank=mine.rank,
             seed=mine.seed,
-            steps=(steps := mine.steps or self.study.steps[0]),
-            batch=mine.batch or self.study.batch,
-            limits=self._limits(steps),
+            steps=self.study.steps,
+            limits=self._limits(),
             endless=self._endless,
             done=len(trials.counted()),
             expected=expected,
@@ -157,13 +155,9 @@ class Runner:
         )
 
     def _next(self, trials: Trials) -> Cell | None:
-        """Return the next rank and seed. For full finetuning from Init[B], trials are shared as `leverage` says."""
-        study, to_full = self.study, self.schedule.target == "full"
-        band = None if self.schedule.until is None else study.band(to_full)
-        weights: dict[int | None, float] = {}
-        if to_full and study.reference is not None and study.prior.full_reach:
-            weights = leverage(study.ranks, study.full_fan_in or study.prior.pivot)
-        return self.schedule.next(trials, band, weights)
+        """Return the next rank and seed, or None if the study is complete."""
+        band = None if self.schedule.until is None else self.study.band()
+        return self.schedule.next(trials, band)
 
     def _await_earlier(self) -> None:
         """Wait until trials begun before this one have their rates, so that no point is tried twice.
@@ -178,7 +172,7 @@ class Runner:
             self.study.pause(_POLL_S)
             fail_dead_trials(self.study.optuna, self._record.owner)
 
-    def _limits(self, steps: int) -> list[float]:
+    def _limits(self) -> list[float]:
         """Return, for each step, the mean of recent values above which a run is stopped as diverged.
 
         The limit is a margin above the usual start of the runs: half the best gain, or what the noise of the curves
@@ -192,14 +186,14 @@ class Runner:
         margin = max(gain / 2, CLEAR * usual_noise(seen))
         flat = trials.usual_height() + margin
         beside = trials.curve_beside(self._record.cell)
-        windows = (beside[max(0, end - TAIL) : end] for end in range(1, steps + 1))
+        windows = (beside[max(0, end - TAIL) : end] for end in range(1, self.study.steps + 1))
         return [max(flat, recent(window) + gain + margin) if window else flat for window in windows]
 
     # --- one trial --------------------------------------------------------------------------------------------------
 
     def one(self, begun: NextTrial, train: Train, show: Show, ended: Ended) -> None:
         """Run and record one trial. If it raises, `close` fails it."""
-        trial = Trial(begun.rank, begun.seed, begun.steps, begun.number, self._build, _batch=begun.batch)
+        trial = Trial(begun.rank, begun.seed, begun.steps, begun.number, self._build)
         every = interval(begun.steps)
 
         def watch(trial: Trial, curve: list[float]) -> bool:
@@ -225,13 +219,12 @@ class Runner:
             ended(begun, trial, outcome)
 
     def _check_read(self, trial: Trial, outcome: Outcome) -> None:
-        """Refuse a loop that never read its number of steps or its batch size, if these vary between trials."""
-        for what in self.study.varying:
-            if not outcome.stopped and what not in trial._read:
-                raise CalibrationError(
-                    f"train never read trial.{what}, so its runs do not use the {what} of each trial.",
-                    "Let its schedule and warm-up span trial.steps, and use trial.batch examples per step.",
-                )
+        """Refuse a loop that never read its number of steps, if the target run has more."""
+        if self.study.is_short and not outcome.stopped and not trial._steps_were_read:
+            raise CalibrationError(
+                "train never read trial.steps, so its schedule may span the steps of the target run.",
+                "Let its schedule and warm-up span trial.steps.",
+            )
 
     def _report(self, curve: list[float], every: int, steps: int) -> bool:
         self._handle.report(recent(curve, max(TAIL, every)), len(curve))
@@ -274,7 +267,7 @@ class Runner:
             release(self._record.owner)
         self.study.optuna.tell(self._handle, value, state=state, skip_if_finished=True)
         trials = self.study.trials()
-        total = {"steps": trials.spent(self.study.steps[0]), "trials": len(trials.counted())}
+        total = {"steps": trials.spent(self.study.steps), "trials": len(trials.counted())}
         self.study.optuna.set_user_attr("spent", total)
         self._record = TrialRecord()
 
@@ -328,7 +321,7 @@ class Runner:
         if x is None:
             fit = self.study.fit()
             if fit is not None:
-                estimate = estimate_at(fit, self._record.place, self.study.prior)
+                estimate = estimate_at(fit, self._record.rank, self.study.prior)
                 self._write(replace(self._record, estimate=estimate))
             x = float(self._handle.suggest_float(PARAMETER, *self.study.range()))
             self._record = replace(self._record, x=x)

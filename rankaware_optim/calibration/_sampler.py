@@ -13,7 +13,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from ._trials import TrialRecord, Trials
-from .fit import Fit, Observation, Place, Prior, below_cliff, diverged, gain_of, none_learned
+from .fit import Fit, Observation, Prior, below_cliff, diverged, gain_of, none_learned
 
 _STRIDE = 2.0  # octaves between the trials that bracket
 _UPWARDS = 3  # runs before the search turns downwards if none of them learned
@@ -22,23 +22,23 @@ _CLEARLY = 0.25  # share of the gain by which a rate above the best is clearly w
 _OFFSETS = ((0.5, -1.0, 1.25, -2.0), (0.0, -0.5, -1.5, 0.85))
 _CLEARANCE = 0.5  # octaves to stay below the lowest rate that diverged
 _TAKEN = 0.25  # octaves to stay away from rates that another worker is running or this rank has run
-_FEW_STEP = {"full": 1.0, "confirm": 0.5}  # octaves between runs of full finetuning, and between confirming runs
+_FULL_STEP = 1.0  # octaves between runs of full finetuning after the search
 
 
 class BracketSampler(BaseSampler):
     """Moves outwards from `start` until it has seen the cliff above and a rate below the best, then refines.
 
-    Rates are bracketed at the place of the first run, since losses of different ranks or lengths cannot be compared.
-    Refinement uses eight offsets from the fitted optimum and takes the one that is farthest from the rates tried at the
-    place. A rate that another worker is running counts as tried. The state is read from the study, so a resumed study
-    continues in the same way.
+    Rates are bracketed at the rank of the first run, since losses of different ranks cannot be compared. Refinement
+    uses eight offsets from the fitted optimum and takes the one that is farthest from the rates tried at the rank. A
+    rate that another worker is running counts as tried. The state is read from the study, so a resumed study continues
+    in the same way.
 
     Args:
         start: log2 of the first base rate.
         prior: the fit's prior.
         fit: returns the fit of a study's trials.
-        kind: returns the purpose of runs at a place: "search", "full" or "confirm". The last two start at the predicted
-            rate and move from there in fixed steps.
+        full_follows: whether runs of full finetuning follow the search. They start at the predicted rate and move from
+            there in fixed steps.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class BracketSampler(BaseSampler):
         start: float,
         prior: Prior,
         fit: Callable[[Trials], Fit | None],
-        kind: Callable[[Place], str] = lambda place: "search",
+        full_follows: bool = False,
     ) -> None:
-        self._start, self._prior, self._fit, self._kind = start, prior, fit, kind
+        self._start, self._prior, self._fit, self._full_follows = start, prior, fit, full_follows
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -66,33 +66,31 @@ class BracketSampler(BaseSampler):
         return float(min(max(proposed, low), high))
 
     def _propose(self, trials: Trials, trial: TrialRecord, low: float, high: float) -> float:
-        place, seen, stopped = trial.place, trials.observations(), trials.pruned()
-        others = [(t.place, t.x) for t in trials.running(but=trial.number) if t.x is not None]
+        rank, seen, stopped = trial.rank, trials.observations(), trials.pruned()
+        others = [(t.rank, t.x) for t in trials.running(but=trial.number) if t.x is not None]
         fit = self._fit(trials)
-        centre = None if fit is None else estimate_at(fit, place, self._prior)
-        own, lost = [o for o in seen if o.place == place], [x for other, x in stopped if other == place]
-        mine = [*lost, *(x for other, x in others if other == place)]
-        step = _FEW_STEP.get(self._kind(place))
-        if step is not None and centre is not None:
-            good = [o for o, bad in zip(seen, diverged(seen), strict=True) if o.place == place and not bad]
-            return next_few(good, [*(o.x for o in own), *mine], centre, step)
+        centre = None if fit is None else estimate_at(fit, rank, self._prior)
+        own, lost = [o for o in seen if o.rank == rank], [x for other, x in stopped if other == rank]
+        mine = [*lost, *(x for other, x in others if other == rank)]
+        if self._full_follows and rank is None and centre is not None:
+            good = [o for o, bad in zip(seen, diverged(seen), strict=True) if o.rank is None and not bad]
+            return next_few(good, [*(o.x for o in own), *mine], centre)
         taken = [*(x for _, x in others), *mine, *(o.x for o in own)]
-        anchor = seen[0].place if seen else place
-        if place == anchor or fit is None:
-            of_anchor = [o for o in seen if o.place == anchor]
+        anchor = seen[0].rank if seen else rank
+        if rank == anchor or fit is None:
+            of_anchor = [o for o in seen if o.rank == anchor]
             proposed = next_bracket(of_anchor, self._start, low, high, [x for other, x in stopped if other == anchor])
             if proposed is not None:
                 return _beside(proposed, taken, low, high)
         if fit is None or centre is None:
             return _beside(min(o.x for o in seen) - _STRIDE, taken, low, high)
         bottom, top = between(own, lost)
-        ceiling = None if fit.ceiling is None else fit.ceiling + float(self._prior.row(place)[3:] @ fit.mean[3:])
-        return next_refinement(own, centre, (max(low, bottom), min(high, under(ceiling), top)), mine)
+        return next_refinement(own, centre, (max(low, bottom), min(high, under(fit.ceiling), top)), mine)
 
 
-def estimate_at(fit: Fit, place: Place, prior: Prior) -> float:
-    """Return log2 of the base rate that is estimated to be best at a place."""
-    return float(prior.row(place) @ fit.mean)
+def estimate_at(fit: Fit, rank: int | None, prior: Prior) -> float:
+    """Return log2 of the base rate that is estimated to be best at a rank."""
+    return float(prior.row(rank) @ fit.mean)
 
 
 def _beside(proposed: float, taken: Sequence[float], low: float, high: float) -> float:
@@ -153,7 +151,7 @@ def under(ceiling: float | None) -> float:
 def next_refinement(
     own: Sequence[Observation], centre: float, within: tuple[float, float], others: Sequence[float] = ()
 ) -> float:
-    """Return the offset rate, clipped to `within`, that is farthest from the rates tried at the place."""
+    """Return the offset rate, clipped to `within`, that is farthest from the rates tried at the rank."""
     tried = [*(o.x for o in own), *others]
     low, high = within
     centre = max(min(centre, high), low)
@@ -166,23 +164,22 @@ def next_refinement(
     return float(best)
 
 
-def next_few(good: Sequence[Observation], tried: Sequence[float], centre: float, step: float) -> float:
-    """Return the predicted rate first, then a step below the best run, then above it, then between its neighbours.
+def next_few(good: Sequence[Observation], tried: Sequence[float], centre: float) -> float:
+    """Return the predicted rate first, then an octave below the best run, then above it, then between its neighbours.
 
-    Lower rates come first, since too high costs more. Three runs bracket an optimum that was predicted within a step.
+    Lower rates come first, since too high costs more. Three runs bracket an optimum predicted within an octave.
 
     Args:
-        good: the runs at the place that did not diverge.
-        tried: log2 of all rates tried there.
+        good: the full runs that did not diverge.
+        tried: log2 of all rates tried in full finetuning.
         centre: log2 of the predicted rate.
-        step: octaves.
     """
     if not good:
-        return min(tried) - step if tried else centre
+        return min(tried) - _FULL_STEP if tried else centre
     best = min(good, key=lambda o: o.value).x
     below, above = [x for x in tried if x < best], [x for x in tried if x > best]
     if not below:
-        return best - step
+        return best - _FULL_STEP
     if not above:
-        return best + step
+        return best + _FULL_STEP
     return (best + max(below)) / 2 if best - max(below) > min(above) - best else (best + min(above)) / 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -26,8 +26,8 @@ from .._scaling_rule import infer_scaling
 from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import CalibrationError
-from ..laws import Law, Power, bound_law, checked_batch_multiplier, checked_multiplier
-from ..recipe import BATCH_SD, FULL_SD, Z90, Horizon, Recipe, agreed, differences, with_margin
+from ..laws import Law, Power, bound_law, checked_multiplier
+from ..recipe import FULL_SD, Z90, Horizon, Recipe, agreed, differences, with_margin
 from ._code import Code, versions_used
 from ._comparison import SAME_RATE, law_values, settings_in
 from ._optuna import close_storage, quiet
@@ -36,7 +36,7 @@ from ._sampler import BracketSampler
 from ._signals import Interrupts
 from ._storage import open_storage, storage_errors
 from ._trials import SCHEMA, TrialRecord, Trials, is_flat, is_typed
-from .fit import Fit, Observation, Place, Prior, Slope, Trend, all_rose, diverged, fit_observations, horizon_of
+from .fit import Carry, Fit, Observation, Prior, Slope, all_rose, diverged, fit_observations
 
 # A usual rate by optimizer family, per step, and its configuration. For sign-like optimizers it is the median best
 # AdamW rate at rank 16, alpha 32 over 18 published language models. The others are customary multiples of it.
@@ -61,16 +61,15 @@ _APART = 16  # factor between the lowest and the highest rank above which the dr
 # rates at Init[B] fall with rank by 0.3 to 0.75. Full finetuning needs no factor at the width of Survey.full_width
 # (benchmarks/results/full_width.md), but its uncertainty is at least `FULL_SD`.
 _PRIORS = {"A": ((0.0, 0.15), (0.0, FULL_SD["A"])), "B": ((-0.45, 0.2), (0.0, FULL_SD["B"]))}
-# Priors of the slope of log2 of the best rate in log2 of the steps, for LoRA and for the difference of full finetuning;
-# and the correlation length of the slope in the batch, octaves. Measured from a quarter to all of the study's steps on
-# four tasks: Init[A] 0.0 ± 0.2, Init[B] 0.2 ± 0.3, full 0.25 ± 0.2. On a transformer from 25 to 400 steps: Init[A] 0.5
-# falling to -0.2, Init[B] 0.4 and full 0.5 in the mean, with smaller slopes at more steps.
+# Priors of the slope of log2 of the best rate in log2 of the steps, for LoRA and for the difference of full finetuning.
+# Measured from a quarter to all of the study's steps on four tasks: Init[A] 0.0 ± 0.2, Init[B] 0.2 ± 0.3, full 0.25 ±
+# 0.2. On a transformer from 25 to 400 steps: Init[A] 0.5 falling to -0.2, Init[B] 0.4 and full 0.5 in the mean, with
+# smaller slopes at more steps.
 _SLOPES = {
     "A": (Slope(0.0, 0.25), Slope(0.25, 0.2)),
     "B": (Slope(0.15, 0.25), Slope(0.15, 0.2)),
     "full": (Slope(0.3, 0.25), Slope(0.0, 1e-3)),
 }
-_BATCH_REACH = 10.0
 _OTHER_STUDY = "Give this calibration another name=, or another storage=."
 
 
@@ -78,14 +77,14 @@ _OTHER_STUDY = "Give this calibration another name=, or another storage=."
 class Study:
     """One calibration. `reference`, `prior` and the range are set when the first model is built.
 
-    train: the loop's code. steps, batches: of the trials. target_steps, batch: of the target run, by default the
-    longest of `steps`. kind: the purpose of runs at a place. Other fields are arguments of `calibrate`.
+    train: the loop's code. target_steps: by default `steps`. full_follows: as in `BracketSampler`. Other fields are
+    arguments of `calibrate`.
     """
 
     optimizer: type[Optimizer]
     law: Law
     ranks: tuple[int | None, ...]
-    steps: tuple[int, ...]
+    steps: int
     seeds: tuple[int, ...] = (0, 1)
     train: Code = field(default_factory=Code)
     lr_range: tuple[float, float] | None = None
@@ -97,17 +96,10 @@ class Study:
     full_fan_in: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     target_steps: int = 0
-    batches: tuple[float, ...] = ()
-    kind: Callable[[Place], str] = lambda place: "search"
-
-    @property
-    def varying(self) -> tuple[str, ...]:
-        """Which of "steps" and "batch" differ between trials, or from the target run."""
-        planned = {"steps": (self.steps, self.target_steps), "batch": (self.batches or (self.batch,), self.batch)}
-        return tuple(what for what, (tried, meant) in planned.items() if tried != (meant,))
+    full_follows: bool = False
 
     def __post_init__(self) -> None:
-        self.target_steps = self.target_steps or self.steps[-1]
+        self.target_steps = self.target_steps or self.steps
         self._fits: dict[int, Fit | None] = {}
         self._ended: dict[int, TrialRecord] = {}
         self._opened: optuna.storages.BaseStorage | None = None
@@ -122,13 +114,15 @@ class Study:
             kept = open_storage(storage)
             self._opened = kept if isinstance(storage, (str, os.PathLike)) else None
             if self.name in optuna.get_all_study_names(kept):
-                self._check_whole(optuna.load_study(study_name=self.name, storage=kept))
+                stored = optuna.load_study(study_name=self.name, storage=kept)
+                self._check_one_length(stored)
+                self._check_whole(stored)
             with quiet():
                 self.optuna = optuna.create_study(
                     study_name=self.name,
                     storage=kept,
                     sampler=sampler or optuna.samplers.RandomSampler(seed=self.seed),
-                    pruner=pruner or PairedPruner(self.steps[0], self.warmup or 0.0),
+                    pruner=pruner or PairedPruner(self.steps, self.warmup or 0.0),
                     load_if_exists=True,
                 )
             self._check_stored()
@@ -151,21 +145,33 @@ class Study:
             with self.guard():
                 close_storage(self._opened)
 
+    def _check_one_length(self, stored: optuna.Study) -> None:
+        """Raise a `CalibrationError` if an earlier version made the study with runs of several lengths or batches."""
+        made_with = stored.user_attrs.get("made_with")
+        if not isinstance(made_with, dict):
+            return
+        steps = made_with.get("steps")
+        others = [t for t in stored.get_trials(deepcopy=False) if t.user_attrs.get("steps", steps) != steps]
+        if isinstance(steps, list) or made_with.get("batches") or others:
+            raise CalibrationError(
+                f"The stored study {self.name!r} was made by an earlier version with several lengths or batches.",
+                _OTHER_STUDY,
+            )
+
     def _check_whole(self, stored: optuna.Study) -> None:
         """Raise a `CalibrationError` if the study is damaged, before anything is written to it."""
         try:
             known = stored.user_attrs
             made_with = known.get("made_with", {})
-            lengths = made_with.get("steps", math.inf)  # a number, or a list of several
-            longest = max(lengths) if isinstance(lengths, list) else lengths
+            steps = made_with.get("steps", math.inf)
             for record in Trials.read(stored.get_trials(deepcopy=False)):
                 rates = record.x, record.observation and record.observation.x
-                numbers = record.rank, record.steps, record.batch, record.scaling, record.own_lr
+                numbers = record.rank, record.scaling, record.own_lr
                 positive = (v for v in numbers if v is not None)
                 typed = is_typed(record, TrialRecord) and all(map(is_positive, positive))
                 if not typed or any(abs(x or 0) > _MOST for x in rates):
                     raise TypeError(f"trial {record.number} holds an impossible value")
-                if len(record.curve or ()) > (record.steps or longest):
+                if len(record.curve or ()) > steps:
                     raise TypeError(f"trial {record.number} has more values than steps")
             tables = made_with, made_with.get("multipliers", {}), known.get("settings", {})
             if len(stored.directions) > 1 or not all(isinstance(table, dict) for table in tables):
@@ -183,8 +189,7 @@ class Study:
         """Raise if the trials of a stored study cannot be compared with new ones. Warn if they may differ."""
         mine = {
             "schema": SCHEMA,
-            "steps": self.steps[0] if len(self.steps) == 1 else list(self.steps),
-            "batches": list(self.batches),
+            "steps": self.steps,
             "ranks": [rank for rank in self.ranks if rank is not None],
             "seeds": sorted(self.seeds),
             "law": repr(self.law),
@@ -194,17 +199,11 @@ class Study:
         }
         values = {"multipliers": law_values(self.law, self.optimizer, self.ranks)}
         stored = self.optuna.user_attrs.get("made_with", {"schema": None})
-        trials, moved = self.trials(), "steps" in self.varying
+        trials = self.trials()
         if trials:
             self._refuse(differences(stored, mine))
             law = differences(stored.get("multipliers", {}), values["multipliers"], SAME_RATE)
             self._refuse(law, "other code of the law: ")
-        if any((trial.steps is None) == moved for trial in trials):  # a run that stores no steps has the target's
-            raise CalibrationError(
-                f"The stored study {self.name!r} was made {'without' if moved else 'with'} target_steps=, and this one "
-                f"{'with' if moved else 'without'}.",
-                _OTHER_STUDY,
-            )
         if trials.counted():
             self._compare_code(stored, "was made with")
         self.optuna.set_user_attr("made_with", {**mine, **values, **self._maker})
@@ -228,7 +227,7 @@ class Study:
         """Raise if a trial's model or settings differ from those of an earlier trial of its rank."""
         at = self.reference
         known = {} if at is None or at.rank != trial.rank else {"width": at.fan_in, "alpha": at.alpha, "init": at.init}
-        earlier = (t.built for t in self.trials() if t.built and t.place == trial.place and t.number < trial.number)
+        earlier = (t.built for t in self.trials() if t.built and t.rank == trial.rank and t.number < trial.number)
         self._refuse(differences(next(earlier, known), built))
 
     def recall(self) -> None:
@@ -265,7 +264,7 @@ class Study:
         low, high = self.lr_range or (-math.inf, math.inf)
         self._start = min(max(_ABOVE + math.log2(usual * moved), low), high)
         if self._brackets:
-            self.optuna.sampler = BracketSampler(self._start, self.prior, self._fitted, self.kind)
+            self.optuna.sampler = BracketSampler(self._start, self.prior, self._fitted, self.full_follows)
 
     def settled(self) -> Reference:
         if self.reference is None:
@@ -275,17 +274,16 @@ class Study:
     def range(self) -> tuple[float, float]:
         """Return the range of log2 rates: as given or around the first guess, widened while a best rate is at an edge.
 
-        Best rates are those of each rank, number of steps and batch, below the rates that diverged there. Where all
-        runs rose, the lowest rate counts as the best. The range is computed from the trials each time, so that a
-        resumed study has the same one.
+        Best rates are those of each rank, below the rates that diverged there. Where all runs rose, the lowest rate
+        counts as the best. The range is computed from the trials each time, so that a resumed study has the same one.
         """
         low, high = self.lr_range or (self._start - _HALF_RANGE, self._start + _HALF_RANGE)
         seen = self.trials().observations()
-        ran: dict[Place, list[tuple[Observation, bool]]] = {}
+        ran: dict[int | None, list[tuple[Observation, bool]]] = {}
         lowest, highest = math.inf, -math.inf
         for o, bad in zip(seen, diverged(seen), strict=True):
             lowest, highest = min(lowest, o.x), max(highest, o.x)
-            own = ran.setdefault(o.place, [])
+            own = ran.setdefault(o.rank, [])
             own.append((o, bad))
             cliff = min((one.x for one, lost in own if lost), default=math.inf)
             mine = [one for one, _ in own if one.x < cliff]
@@ -296,7 +294,12 @@ class Study:
 
     @property
     def prior(self) -> Prior:
-        """Return the prior of the drift and of full finetuning."""
+        """Return the prior of the drift and of full finetuning, at the steps of the trials."""
+        return self._carry.prior_of_trials(self._target_prior)
+
+    @property
+    def _target_prior(self) -> Prior:
+        """The prior at the target's steps."""
         reference = self.settled()
         lora = [r for r in self.ranks if r is not None]
         pivot = round(math.exp(sum(map(math.log, lora)) / len(lora)), 9) if lora else 16.0
@@ -305,19 +308,18 @@ class Study:
             full_sd = _CERTAIN  # the base rate is that of full finetuning
         continues = reference.init == "B" and reference.method == "lora"
         reach = math.log2((self.full_fan_in or pivot) / pivot) if continues else 0.0
-        return Prior(drift_sd, full_sd, pivot, reach, *self._trends())
+        return Prior(drift_sd, full_sd, pivot, reach)
 
-    def _trends(self) -> tuple[Trend, Trend]:
-        """Return the priors of how the best rate moves with the steps and with the batch."""
+    @property
+    def is_short(self) -> bool:
+        """Whether the target run has more steps than the trials."""
+        return self.target_steps != self.steps
+
+    @property
+    def _carry(self) -> Carry:
+        """The move of best rates to the target's steps."""
         own = "full" if self.settled().method == "full" else self.settled().init
-        lengths = tuple(steps for steps in self.steps if steps != self.target_steps)
-        batches = tuple(batch for batch in self.batches if batch != self.batch)
-        steps = Trend(self.target_steps, lengths, *_SLOPES[own])
-        if not batches:
-            return steps, Trend()
-        bound = bound_law(self.law, self.optimizer, self.settings)
-        rule = Slope(math.log2(checked_batch_multiplier(bound, 2.0)), BATCH_SD)
-        return steps, Trend(self.batch or 1.0, batches, rule, Slope(0.0, BATCH_SD), _BATCH_REACH)
+        return Carry(math.log2(self.target_steps / self.steps), *_SLOPES[own])
 
     def centred_law(self, drift: float = 0.0, factor: float = 0.0) -> Power:
         """Return the law, bound to the optimizer, at its prior means plus a fitted `drift` and log2 `factor`."""
@@ -337,7 +339,7 @@ class Study:
     # --- the result -------------------------------------------------------------------------------------------------
 
     def fit(self) -> Fit | None:
-        """Return the fit of the trials so far, or None if every run diverged."""
+        """Return the fit of the trials so far, at their steps, or None if every run diverged."""
         return None if self.reference is None else self._fitted(self.trials())
 
     def _fitted(self, trials: Trials) -> Fit | None:
@@ -351,24 +353,28 @@ class Study:
             self._fits = {len(seen): fit_observations(seen, self.prior)}
         return self._fits[len(seen)]
 
-    def band(self, full: bool) -> float | None:
-        """Return the width of the 90 % band, octaves: of full finetuning or of the worst rank. None before any fit."""
+    def _at_target(self, fit: Fit) -> Fit:
+        """Return a fit of the trials, moved to the target's steps."""
+        return self._carry.to_target(fit, self._target_prior)
+
+    def band(self) -> float | None:
+        """Return the width of the target's 90 % band at the worst rank, octaves. None before any fit."""
         fit = self.fit()
         if fit is None:
             return None
-        ranks: tuple[int | None, ...] = (None,) if full else self.ranks
-        return max(2 * Z90 * self._sd(fit, rank) for rank in ranks)
+        return max(2 * Z90 * self._sd(self._at_target(fit), rank) for rank in self.ranks)
 
     def _sd(self, fit: Fit, rank: int | None) -> float:
-        """Return the standard deviation of log2 of the target's best rate, octaves. rank: None for full finetuning."""
-        row = self.prior.row(Place(rank))
+        """Return the standard deviation of log2 of the best rate, octaves. rank: None for full finetuning."""
+        row = self.prior.row(rank)
         return math.sqrt(float(row @ fit.covariance @ row))
 
     def standing(self) -> tuple[float, float, float] | None:
-        """Return (low, best, high) base rates so far, the 90 % band; None before any fit."""
+        """Return (low, best, high) base rates of the target so far, the 90 % band; None before any fit."""
         fit = self.fit()
         if fit is None:
             return None
+        fit = self._at_target(fit)
         half = Z90 * self._sd(fit, self.ranks[0])
         low, best, high = (2.0 ** (float(fit.mean[0]) + octaves) for octaves in (-half, 0.0, half))
         return low, best, high
@@ -377,19 +383,20 @@ class Study:
         """Return the recipe of the trials so far."""
         self.recall()  # needed if other workers ran every trial
         trials = self.trials().counted()
-        fit, reference, tried = self._fit_or_raise(trials), self.settled(), {o.rank for o in trials.observations()}
-        base, drift, factor = (float(v) for v in fit.mean[:3])
+        fit, reference = self._at_target(self._fit_or_raise(trials)), self.settled()
+        tried = {o.rank for o in trials.observations()}
+        base, drift, factor = (float(v) for v in fit.mean)
         shift = 0.0 if reference.rank is None else drift * math.log2(reference.rank / self.prior.pivot)
         if reference.method == "full":
             base, factor = base + factor, 0.0
-        tensors = trials.tensors(max(self.steps[-1], *(t.steps or 0 for t in trials)))
+        slope = self._carry.lora
         scalings = {t.rank: t.scaling for t in trials if t.rank is not None and t.scaling is not None}
         made = Recipe(
             name=self.name,
             fitted_lr=2.0 ** (base + shift),
             reference=reference,
             law=self.centred_law(drift, factor),
-            covariance=fit.covariance[:3, :3].copy(),
+            covariance=fit.covariance,
             steepness=fit.steepness,
             scatter=self.prior.scatter,
             ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
@@ -402,25 +409,15 @@ class Study:
             steps=self.target_steps,
             batch=self.batch,
             warmup=self.warmup,
-            horizon=self._horizon(fit) if self.prior.steps.tried else horizon_of(tensors, self.prior),
+            horizon=Horizon(slope.mean, slope.sd),
             seed=self.seed,
             versions=versions_used(self.train.imports),
             source=self.train.source,
             other_rates=agreed([trial.built.get("other rates", {}) for trial in trials if trial.built]),
             notes=self._notes(fit, trials),
-            tensors=tensors,
+            tensors=trials.tensors(self.steps),
         )
         return with_margin(made)
-
-    def _horizon(self, fit: Fit) -> Horizon:
-        """Return the best rates at the lengths tried, relative to the target's. Beyond them, the prior slope."""
-        trend, rank, tried = self.prior.steps, self.settled().rank, []
-        own = self.prior.row(Place(rank))
-        for steps in self.steps:
-            row = self.prior.row(Place(rank, steps))
-            wider = float(row @ fit.covariance @ row - own @ fit.covariance @ own)
-            tried.append((steps, float((row - own) @ fit.mean), wider))
-        return Horizon(trend.lora.mean, trend.lora.sd, tuple(tried))
 
     def _settings(self, trials: Trials) -> dict[str, Any]:
         """Return the optimizer's settings common to all trials, defaults included; those given if none are known."""
@@ -460,7 +457,12 @@ class Study:
             notes.append(f"ranks {min(lora)} and {max(lora)} differ by less than a factor 16: the drift is uncertain")
         if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or is_flat(trials.counted()):
             notes.append("the data do not determine the rate: the loss hardly depends on it")
-        notes += [words for what in self.varying if (words := self._carried(what, fit, trials))]
+        if self.is_short:
+            octaves, variance = self._carry.of(self._carry.lora)
+            notes.append(
+                f"{self.target_steps} steps were not tried: the rate is that of {self.steps}, moved by {octaves:+.2f} "
+                f"± {math.sqrt(variance):.2f} octaves"
+            )
         if cell is not None:
             where = "full finetuning" if cell.rank is None else f"rank {cell.rank}"
             notes.append(
@@ -468,16 +470,3 @@ class Study:
                 "adds noise; draw everything from trial.seed, and yield the loss before the step"
             )
         return tuple(notes)
-
-    def _carried(self, what: str, fit: Fit, trials: Trials) -> str:
-        """Return from which steps or batch the rate is moved to the target's, and how far; "" if those were tried."""
-        target: float = self.target_steps if what == "steps" else self.batch or 0
-        tried = {getattr(t, what) for t in trials.counted()} - {None}
-        if target in tried or not tried:
-            return ""
-        nearest = min(tried, key=lambda value: abs(math.log2(value / target)))
-        rank = self.settled().rank
-        apart = self.prior.row(Place(rank)) - self.prior.row(Place(rank)._replace(**{what: nearest}))
-        octaves, sd = float(apart @ fit.mean), math.sqrt(float(apart @ fit.covariance @ apart))
-        named = f"{target:g} steps were" if what == "steps" else f"batch {target:g} was"
-        return f"{named} not tried: the rate is that of {nearest:g}, moved by {octaves:+.2f} ± {sd:.2f} octaves"

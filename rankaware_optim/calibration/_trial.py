@@ -44,20 +44,13 @@ class Trial:
     number: int
     _build: Build = field(repr=False)
     lr: float | None = None
-    _batch: float | None = None
-    _read: set[str] = field(default_factory=set, repr=False)
+    _steps_were_read: bool = field(default=False, repr=False)
 
     @property
     def steps(self) -> int:
         """The number of optimizer steps of the whole run, with its warm-up and decay."""
-        self._read.add("steps")
+        self._steps_were_read = True
         return self._steps
-
-    @property
-    def batch(self) -> float | None:
-        """Examples per step, None if unknown."""
-        self._read.add("batch")
-        return self._batch
 
     @property
     def method(self) -> Method:

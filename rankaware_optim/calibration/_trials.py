@@ -14,7 +14,7 @@ import numpy.typing as npt
 from optuna.trial import FrozenTrial, TrialState
 
 from .._checks import is_number
-from ..recipe import TAIL, Place, impute, noise_of
+from ..recipe import TAIL, impute, noise_of
 from .fit import Observation, diverged
 
 PARAMETER = "log2_lr"  # Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
@@ -25,19 +25,10 @@ _SAME = 1e-3  # relative tolerance for the first values of two runs of one rank 
 
 
 class Cell(NamedTuple):
-    """Runs that differ only in their rate: they share rank (None for full finetuning), seed, steps and batch.
-
-    steps and batch are None if the study has only one value, which is the target's.
-    """
+    """Runs that differ only in their rate: they share rank (None for full finetuning) and seed."""
 
     rank: int | None
     seed: int
-    steps: int | None = None
-    batch: float | None = None
-
-    @property
-    def place(self) -> Place:
-        return Place(self.rank, self.steps, self.batch)
 
 
 @dataclass(frozen=True)
@@ -56,19 +47,16 @@ class TrialRecord:
     """A trial's configuration and results. A field is None until it is known.
 
     number, state, x (log2 of the base rate), value and reports (recent mean by step) are Optuna's. The other fields are
-    user attributes of the Optuna trial. Stored studies have their names, so do not rename them. An observation's steps
-    and batch are stored in the record, and its first value and noise are read from the curve.
+    user attributes of the Optuna trial. Stored studies have their names, so do not rename them. An observation's first
+    value and noise are read from the curve.
 
-    steps, batch: as planned, None if the study has only one value. heartbeat: a counter for other hosts. retry_of: the
-    number of the killed trial that this one repeats. estimate: log2 of the rate estimated as best for the rank before
-    the trial. built: see `built_with`. own_lr: the rate of the model's most common A factors, or of its whole weights.
-    stopped: "pruned" or "memory" if the run has no final score.
+    heartbeat: a counter for other hosts. retry_of: the number of the killed trial that this one repeats. estimate: log2
+    of the rate estimated as best for the rank before the trial. built: see `built_with`. own_lr: the rate of the
+    model's most common A factors, or of its whole weights. stopped: "pruned" or "memory" if the run has no final score.
     """
 
     rank: int | None = None
     seed: int = 0
-    steps: int | None = None
-    batch: float | None = None
     owner: Owner | None = None
     heartbeat: int | None = None
     retry_of: int | None = None
@@ -94,9 +82,8 @@ class TrialRecord:
         if "owner" in kept:
             kept["owner"] = Owner(**kept["owner"])
         if "observation" in kept:
-            own = {name: kept[name] for name in _TASK if name in kept}
-            if curve := kept.get("curve"):
-                own |= {"first": curve[0], "noise": noise_of(curve)}
+            curve = kept.get("curve")
+            own = {"first": curve[0], "noise": noise_of(curve)} if curve else {}
             kept["observation"] = Observation(**{**kept["observation"], **own})
         x, reports = trial.params.get(PARAMETER), trial.intermediate_values
         return cls(**kept, number=trial.number, state=trial.state, x=x, value=trial.value, reports=reports)
@@ -109,17 +96,13 @@ class TrialRecord:
         """Return the user attributes that differ from `before`."""
         old, new = asdict(before), asdict(self)
         for kept in (old["observation"] or {}, new["observation"] or {}):
-            for name in (*_TASK, "first", "noise"):  # see `read`
+            for name in ("first", "noise"):  # see `read`
                 kept.pop(name, None)
         return {name: new[name] for name in _ATTRIBUTES if new[name] != old[name]}
 
     @property
     def cell(self) -> Cell:
-        return Cell(self.rank, self.seed, self.steps, self.batch)
-
-    @property
-    def place(self) -> Place:
-        return self.cell.place
+        return Cell(self.rank, self.seed)
 
 
 def is_typed(value: Any, hint: Any) -> bool:
@@ -142,7 +125,6 @@ def is_typed(value: Any, hint: Any) -> bool:
     return kind is not list or all(is_typed(item, parts[0]) for item in value)
 
 
-_TASK = ("steps", "batch")
 _OPTUNAS_OWN = {"number", "state", "x", "value", "reports"}
 _ATTRIBUTES = [f.name for f in fields(TrialRecord) if f.name not in _OPTUNAS_OWN]
 
@@ -154,7 +136,7 @@ class Trials(tuple[TrialRecord, ...]):
     def read(cls, trials: Iterable[FrozenTrial], cell: Cell | None = None) -> Trials:
         """Return the records of Optuna trials, or of those of one cell."""
         pairs = ((trial, trial.user_attrs) for trial in trials)
-        mine = (trial for trial, kept in pairs if cell in (None, _cell_of(kept)))
+        mine = (trial for trial, kept in pairs if cell in (None, (kept.get("rank"), kept.get("seed", 0))))
         return cls(map(TrialRecord.read, mine))
 
     def counted(self) -> Trials:
@@ -181,23 +163,19 @@ class Trials(tuple[TrialRecord, ...]):
                 seen.append(impute(trial.x, trial.curve or [], best.observation, best.curve))
         return [observation for observation in seen if observation is not None]
 
-    def pruned(self) -> list[tuple[Place, float]]:
-        """Return (place, log2 rate) of the pruned trials. Runs that ran out of memory are not among them."""
+    def pruned(self) -> list[tuple[int | None, float]]:
+        """Return (rank, log2 rate) of the pruned trials. Runs that ran out of memory are not among them."""
         ended = [t for t in self.counted() if t.observation is None and t.stopped != "memory"]
-        return [(t.place, t.x) for t in ended if t.x is not None]
+        return [(t.rank, t.x) for t in ended if t.x is not None]
 
     def rival_of(self, trial: TrialRecord) -> TrialRecord | None:
         """Return the best finished run of a trial's rank and seed."""
         return Trials(t for t in self if t.cell == trial.cell)._best()
 
     def curve_beside(self, cell: Cell) -> list[float]:
-        """Return the curve of the best finished run of a cell, else of its seed, else of another seed, else [].
-
-        All of these have the cell's steps and batch.
-        """
-        like = Trials(t for t in self if t.cell[2:] == cell[2:])
-        paired = Trials(t for t in like if t.seed == cell.seed)
-        best = Trials(t for t in paired if t.rank == cell.rank)._best() or paired._best() or like._best()
+        """Return the curve of the best finished run of a cell, else of its seed, else of another seed, else []."""
+        paired = Trials(t for t in self if t.seed == cell.seed)
+        best = Trials(t for t in paired if t.rank == cell.rank)._best() or paired._best() or self._best()
         return [] if best is None else best.curve or []
 
     def _best(self) -> TrialRecord | None:
@@ -213,17 +191,16 @@ class Trials(tuple[TrialRecord, ...]):
     def spent(self, steps: int) -> int:
         """Return the training steps of all trials. A running trial counts in full, a killed one up to its next report.
 
-        steps: the length of trials that do not have their own.
+        steps: those of a whole run.
         """
         total = 0
         for trial in self:
-            whole = trial.steps or steps
             if not trial.state.is_finished():
-                total += whole
+                total += steps
             elif trial.curve is not None:
                 total += len(trial.curve)
             elif trial.x is not None:
-                total += min(whole, max(trial.reports, default=0) + interval(whole))
+                total += min(steps, max(trial.reports, default=0) + interval(steps))
         return total
 
     def hopeless(self) -> list[str]:
@@ -250,8 +227,7 @@ class Trials(tuple[TrialRecord, ...]):
     def tensors(self, steps: int) -> dict[str, npt.NDArray[Any]]:
         """Return `Recipe.tensors`: each trial's rank (0: full finetuning), seed, rate, score, end, steps and curve.
 
-        Curves are padded with NaN. A pruned run has the score NaN. If the study has several lengths or batches, the
-        planned ones are included.
+        Curves are padded with NaN, to the steps of a whole run. A pruned run has the score NaN.
         """
         rows = [(t, t.x, t.curve or [], t.observation) for t in self.counted() if t.x is not None]
         lost = iter(diverged([seen for *_, seen in rows if seen]))
@@ -259,12 +235,7 @@ class Trials(tuple[TrialRecord, ...]):
         for row, (_, _, curve, _) in zip(curves, rows, strict=True):
             row[: len(curve)] = curve
         whole, double = np.int64, np.float64
-        planned = {
-            "planned_steps": np.array([t.steps or 0 for t, *_ in rows], whole),
-            "planned_batch": np.array([t.batch or 0.0 for t, *_ in rows], double),
-        }
         return {
-            **{name: values for name, values in planned.items() if values.any()},
             "rank": np.array([t.rank or 0 for t, *_ in rows], whole),
             "seed": np.array([t.seed for t, *_ in rows], whole),
             "lr": np.array([2.0**x for _, x, _, _ in rows], double),
@@ -275,10 +246,6 @@ class Trials(tuple[TrialRecord, ...]):
             "steps": np.array([len(curve) for _, _, curve, _ in rows], whole),
             "curve": curves,
         }
-
-
-def _cell_of(kept: Mapping[str, Any]) -> Cell:
-    return Cell(kept.get("rank"), kept.get("seed", 0), *(kept.get(name) for name in _TASK))
 
 
 def interval(steps: int) -> int:

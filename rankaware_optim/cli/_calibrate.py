@@ -44,10 +44,8 @@ _RAY = (
     "Run the workers on the Ray cluster at ADDRESS, one per GPU or as many as --workers. local starts a cluster "
     "here. Every node must be able to reach --storage."
 )
-_BATCHES = "Examples per step of the trials, if they differ from --batch: several, such as 16,64."
 _LR_RANGE = "Lowest and highest base rate to try, such as 1e-5,1e-2. Widened if the best rate is at an edge."
 _WARMUP = "Warm-up as a share of the steps, 0 to 1. The recipe records it. No trial is pruned before its end."
-_CONFIRM = "End with up to three runs of --target-steps, which use at most half of --budget."
 
 
 @click.command()
@@ -58,13 +56,8 @@ _CONFIRM = "End with up to three runs of --target-steps, which use at most half 
     callback=numbers(click.INT, {"full": None}),
     help="Lowest and highest rank that you want to use, such as 1,256. 1,256,full adds full finetuning.",
 )
-@click.option(
-    "--steps",
-    required=True,
-    callback=numbers(click.INT),
-    help="Training steps per trial, such as 500, or several lengths, such as 250,1000.",
-)
-@click.option("--target-steps", type=int, help="Training steps of the target run. By default the longest of --steps.")
+@click.option("--steps", type=int, required=True, help="Training steps per trial, such as 500.")
+@click.option("--target-steps", type=int, help="Training steps of the target run. By default --steps.")
 @out_option(required=True, help="Recipe to write, a .toml file.")
 @OPTIMIZER
 @click.option("--law", default="mua", show_default=True, help="Law that moves rates between ranks.")
@@ -77,13 +70,6 @@ _CONFIRM = "End with up to three runs of --target-steps, which use at most half 
     "--full-trials", type=int, default=0, show_default=True, help="Number of full-finetuning runs at the end."
 )
 @click.option(
-    "--target",
-    type=click.Choice(["lora", "full"]),
-    default="lora",
-    show_default=True,
-    help="What to plan the trials for: LoRA, or full finetuning from LoRA trials.",
-)
-@click.option(
     "--seeds",
     default="0,1",
     show_default=True,
@@ -92,8 +78,6 @@ _CONFIRM = "End with up to three runs of --target-steps, which use at most half 
 )
 @click.option("--lr-range", callback=numbers(click.FLOAT), help=_LR_RANGE)
 @click.option("--batch", type=float, help="Examples per step of the target run. The recipe records it.")
-@click.option("--batches", callback=numbers(click.FLOAT), help=_BATCHES)
-@click.option("--confirm", is_flag=True, help=_CONFIRM)
 @click.option("--warmup", type=float, help=_WARMUP)
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the sampler.")
 @click.option("--name", help="Name of the study and of the recipe. By default the name of the recipe's file.")
@@ -117,7 +101,6 @@ def calibrate(spec: str, out: Path, ray: str | None, **options: Any) -> None:
     """
     if out.suffix != ".toml":
         raise RecipeError(f"A recipe's file ends in .toml, but {str(out)!r} does not.", "Rename it.")
-    options |= {"batches": options["batches"] or ()}
     options |= {"name": options["name"] or out.stem, "storage": options["storage"] or str(out.with_suffix(".journal"))}
     _write(_on_this_machine(spec, options) if ray is None else _on_ray(spec, ray, options), out)
 

@@ -30,7 +30,7 @@ def calibrate_trainer(
     optimizer: type[Optimizer] | str,
     *,
     ranks: Sequence[int | None],
-    steps: int | Sequence[int],
+    steps: int,
     settings: Mapping[str, Any] | None = None,
     score: str | Callable[[Any], Any] | None = None,
     **options: Any,

@@ -2,9 +2,9 @@
 
 from .._rate import Rate
 from ._diff import diff_recipes, diff_text
-from ._horizon import BATCH_SD, SLOPE_SD, Horizon
+from ._horizon import SLOPE_SD, Horizon
 from ._html import write_report
-from ._loss_model import Place, bowls_of
+from ._loss_model import bowls_of
 from ._observations import (
     CLEAR,
     EARLY,
@@ -30,7 +30,6 @@ from ._uncertainty import FULL_SD, INIT_SD, RANK_SD, WIDTH_SD, Z90, with_margin
 __all__ = [
     "ANY_WIDTH",
     "BASE",
-    "BATCH_SD",
     "CLEAR",
     "EARLY",
     "FULL_SD",
@@ -38,7 +37,6 @@ __all__ = [
     "INIT_SD",
     "Observation",
     "OtherRates",
-    "Place",
     "RANK_SD",
     "Rate",
     "Recipe",

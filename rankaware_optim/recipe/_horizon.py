@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from .._checks import is_within, plain, range_of, shown
 from ..errors import RecipeError
 
@@ -22,7 +20,7 @@ class Moved(NamedTuple):
 
     Args:
         octaves: change of log2 of the rate.
-        variance: change of its variance, octaves². Negative if the rate is better known there.
+        variance: what is added to its variance, octaves².
         notes: the reason in words.
     """
 
@@ -38,14 +36,10 @@ class Horizon:
     Args:
         slope: octaves of rate per octave of steps.
         slope_sd: its standard deviation.
-        tried: (steps, octaves, variance) for each other length that trials had, ascending. octaves is the distance of
-            the best rate from that at the recipe's own steps. variance is the change of its variance, octaves². Values
-            between two lengths are interpolated linearly.
     """
 
     slope: float = 0.0
     slope_sd: float = SLOPE_SD
-    tried: tuple[tuple[int, float, float], ...] = ()
 
     def by_steps(self, steps: int | None, own: int | None, name: str, same_method: bool = True) -> Moved:
         """Return the move from a recipe's `own` steps to `steps`.
@@ -65,22 +59,8 @@ class Horizon:
         steps = plain(steps)
         if not isinstance(steps, int) or not is_within("steps", steps):
             raise RecipeError(f"steps is {shown(steps)}.", f"Give {range_of('steps')}.")
-        if same_method and self.tried and own:
-            return self._between(steps, own)
         slope, sd = (self.slope, self.slope_sd) if same_method else (0.0, max(self.slope_sd, SLOPE_SD))
         return _moved(steps, own, slope, sd, name, "steps", f"{steps} steps instead of {own}")
-
-    def _between(self, steps: int, own: int) -> Moved:
-        """Interpolate between the lengths tried. Beyond them, follow the slope from the nearest."""
-        known = sorted({(own, 0.0, 0.0), *self.tried})
-        at, octaves, variances = zip(*((math.log2(n), x, wider) for n, x, wider in known), strict=True)
-        x = math.log2(steps)
-        inside = min(max(x, at[0]), at[-1])
-        moved = float(np.interp(inside, at, octaves)) + self.slope * (x - inside)
-        wider = float(np.interp(inside, at, variances)) + (self.slope_sd * (x - inside)) ** 2
-        lengths = [n for n, *_ in known]
-        why = f"{steps} steps were not tried: an extrapolation from {', '.join(map(str, lengths))}"
-        return Moved(moved, wider, () if steps in lengths else (why,))
 
 
 def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> Moved:

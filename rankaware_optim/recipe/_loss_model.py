@@ -46,21 +46,10 @@ _LEAST = 1e-250  # smallest likelihood, so that its logarithm is finite
 CAP = 1.0  # gap to the best, in units of the gain, at which a run counts as no better than untrained
 
 
-class Place(NamedTuple):
-    """A configuration with one best rate.
-
-    rank: None for full finetuning. steps, batch: None for those of the target.
-    """
-
-    rank: int | None = None
-    steps: int | None = None
-    batch: float | None = None
-
-
 class Arm(NamedTuple):
-    """The trials of one place, arrays of shape (trials,).
+    """The trials of one rank, or of full finetuning, arrays of shape (trials,).
 
-    x: log2 of the rate. y: gap to the place's best score, in units of the gain, at most `CAP`. seeds: whole numbers.
+    x: log2 of the rate. y: gap to the rank's best score, in units of the gain, at most `CAP`. seeds: whole numbers.
     """
 
     x: Array
@@ -82,12 +71,12 @@ class Bowls(NamedTuple):
     steepness: Array
 
 
-def bowls_of(arms: Mapping[Place, Arm]) -> Bowls:
+def bowls_of(arms: Mapping[int | None, Arm]) -> Bowls:
     """Fit a bowl to every arm. A run at too high a rate ends untrained, or on a plateau if no run was that bad."""
     return Bowls(*map(np.concatenate, zip(*(_bowls_where(arms, p) for p in _plateaus(arms)), strict=True)))
 
 
-def _plateaus(arms: Mapping[Place, Arm]) -> list[list[float]]:
+def _plateaus(arms: Mapping[int | None, Arm]) -> list[list[float]]:
     """Return the plateaus of all arms, once for each choice that the runs allow."""
     untrained = [CAP] * len(arms)
     if any(arm.y.max() >= CAP for arm in arms.values()):
@@ -95,7 +84,7 @@ def _plateaus(arms: Mapping[Place, Arm]) -> list[list[float]]:
     return [untrained, [float(arm.y.max()) or CAP for arm in arms.values()]]
 
 
-def _bowls_where(arms: Mapping[Place, Arm], plateaus: Sequence[float]) -> Bowls:
+def _bowls_where(arms: Mapping[int | None, Arm], plateaus: Sequence[float]) -> Bowls:
     xs = np.concatenate([arm.x for arm in arms.values()])
     grid = np.arange(xs.min() - _BEYOND, xs.max() + _BEYOND, _GRID)
     fits = [_shared(_log_likelihood(arm, grid, p), grid) for arm, p in zip(arms.values(), plateaus, strict=True)]
@@ -177,7 +166,7 @@ def _own_shapes() -> Array:
 # --- the curves of a fit ----------------------------------------------------------------------------------------------
 
 
-def curves_of(arms: Mapping[Place, Arm], u: Mapping[Place, Array]) -> dict[Place, Array]:
+def curves_of(arms: Mapping[int | None, Arm], u: Mapping[int | None, Array]) -> dict[int | None, Array]:
     """Return every arm's expected gap at octaves `u` from its optimum, which must be at x = 0.
 
     This is the mean over the posterior of shapes, noise and levels that `bowls_of` uses, given the optima.
@@ -189,8 +178,8 @@ def curves_of(arms: Mapping[Place, Arm], u: Mapping[Place, Array]) -> dict[Place
 
 
 def _curves_where(
-    arms: Mapping[Place, Arm], plateaus: Sequence[float], u: Mapping[Place, Array]
-) -> tuple[float, dict[Place, Array]]:
+    arms: Mapping[int | None, Arm], plateaus: Sequence[float], u: Mapping[int | None, Array]
+) -> tuple[float, dict[int | None, Array]]:
     """Return the log evidence of the optima under these plateaus, and every arm's mean curve."""
     pairs = list(zip(arms.values(), plateaus, strict=True))
     logs = np.stack([_log_likelihood(arm, np.zeros(1), plateau).ravel() for arm, plateau in pairs])

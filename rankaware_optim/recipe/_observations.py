@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ._loss_model import CAP, Arm, Place
+from ._loss_model import CAP, Arm
 
 TAIL = 5  # fewest values in the mean that scores a run
 EARLY = 0.3  # share of its steps before which a run is not judged
@@ -33,8 +33,6 @@ class Observation:
         stopped: whether the trial was stopped because it diverged.
         first: the first value of the curve; infinite if it is unknown.
         noise: standard deviation of a value of the curve, see `noise_of`.
-        steps: as in `Place`.
-        batch: as in `Place`.
     """
 
     rank: int | None
@@ -47,12 +45,6 @@ class Observation:
     stopped: bool = False
     first: float = math.inf
     noise: float = 0.0
-    steps: int | None = None
-    batch: float | None = None
-
-    @property
-    def place(self) -> Place:
-        return Place(self.rank, self.steps, self.batch)
 
 
 def height(curve: Sequence[float]) -> float:
@@ -85,7 +77,7 @@ def impute(x: float, curve: Sequence[float], best: Observation, beside: Sequence
     Args:
         x: log2 of the pruned run's base rate.
         curve: its losses until it was stopped.
-        best: the best run of the same place and seed.
+        best: the best run of the same rank and seed.
         beside: that run's losses.
 
     Returns:
@@ -97,21 +89,20 @@ def impute(x: float, curve: Sequence[float], best: Observation, beside: Sequence
     return replace(best, x=x, value=best.value + gap, start=height(curve), tail=best.tail + gap)
 
 
-def arms_of(observations: Sequence[Observation], bad: Sequence[bool], gains: Mapping[Place, float]) -> dict[Place, Arm]:
-    """Return the trials of every place in the units of the loss model.
+def arms_of(observations: Sequence[Observation], bad: Sequence[bool], gain: float) -> dict[int | None, Arm]:
+    """Return the trials of every rank in the units of the loss model.
 
     Args:
         observations: the trials.
         bad: for each trial, whether it counts as untrained. Its gap is then `CAP`.
-        gains: what training gains, by place with rank None.
+        gain: what training gains.
     """
     arms = {}
-    for place in dict.fromkeys(o.place for o in observations):
-        mine = [(o, b) for o, b in zip(observations, bad, strict=True) if o.place == place]
+    for rank in dict.fromkeys(o.rank for o in observations):
+        mine = [(o, b) for o, b in zip(observations, bad, strict=True) if o.rank == rank]
         best = min((o.value for o, b in mine if not b), default=0.0)
-        gain = gains.get(place._replace(rank=None), 1.0)  # missing if all of its runs diverged
         gaps = [CAP if b else min((o.value - best) / gain, CAP) for o, b in mine]
-        arms[place] = Arm(np.array([o.x for o, _ in mine]), np.array(gaps), np.array([o.seed for o, _ in mine]))
+        arms[rank] = Arm(np.array([o.x for o, _ in mine]), np.array(gaps), np.array([o.seed for o, _ in mine]))
     return arms
 
 

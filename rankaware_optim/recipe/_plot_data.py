@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._rate import Rate
-from ._loss_model import Place, curves_of
+from ._loss_model import curves_of
 from ._observations import TAIL, Observation, arms_of, gain_of, height, impute, noise_of, recent
 from ._recipe import Recipe, known_rate
 
@@ -202,9 +202,9 @@ def _curves(trials: Trials, best: Mapping[int | None, float], x: Array) -> dict[
     if not good:
         return {}
     gain, floors = gain_of(good), {o.rank: o.value for o in sorted(good, key=lambda o: -o.value)}
-    arms = arms_of([observation for observation, _ in seen], [lost for _, lost in seen], {Place(): gain})
-    gaps = curves_of(arms, {place: x - best[place.rank] for place in arms})
-    return {rank: floor + gain * gaps[Place(rank)] for rank, floor in floors.items()}
+    arms = arms_of([observation for observation, _ in seen], [lost for _, lost in seen], gain)
+    gaps = curves_of(arms, {rank: x - best[rank] for rank in arms})
+    return {rank: floor + gain * gaps[rank] for rank, floor in floors.items()}
 
 
 def _observations(rank: int | None, points: Sequence[Point], best: float) -> Iterator[tuple[Observation, bool]]:

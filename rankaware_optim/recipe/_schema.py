@@ -103,7 +103,6 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
             "warmup_share": recipe.warmup,
             "slope": recipe.horizon.slope,
             "slope_sd": recipe.horizon.slope_sd,
-            "tried": [list(one) for one in recipe.horizon.tried] or None,
         },
         "seen": {
             "ranks": list(recipe.ranks),
@@ -152,7 +151,7 @@ def from_document(
         steps=None if horizon.steps == "unknown" else horizon.steps,
         batch=horizon.batch,
         warmup=horizon.warmup_share,
-        horizon=Horizon(horizon.slope, horizon.slope_sd, horizon.tried),
+        horizon=Horizon(horizon.slope, horizon.slope_sd),
         seed=seen.seed,
         other_rates=seen.other_rates,
         versions=found.versions,

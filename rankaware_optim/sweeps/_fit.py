@@ -18,7 +18,7 @@ from ..calibration import Study, versions_used
 from ..calibration.fit import Fit, Observation, Prior, diverged, fit_observations, shrink
 from ..errors import CalibrationError
 from ..laws import Constant, Law, MuA, Power, bound_law, checked_multiplier, get_law
-from ..recipe import Place, Recipe, with_margin
+from ..recipe import Recipe, with_margin
 from ._io import Source, Sweep, SweepRun, read_sweep
 from ._runs import GridEnd, ends_of, known_alpha, observation_of, selected, site_of
 
@@ -194,7 +194,7 @@ class _Rows:
         """Return a calibration without trials, for its priors and the law centred on them."""
         ranks: tuple[int | None, ...] = (*self.ranks, *([None] if self.full_seen else []))
         full = self.width(True) or self.width(False)
-        return Study(self.optimizer, law, ranks, (1,), reference=self.reference, full_fan_in=full)
+        return Study(self.optimizer, law, ranks, 1, reference=self.reference, full_fan_in=full)
 
     @property
     def full_seen(self) -> bool:
@@ -324,7 +324,7 @@ class _Rows:
 
 def _disagreement(fit: Fit) -> float:
     """Return half the weighted sum of squares of the LoRA ranks' best rates about their mean."""
-    vertices = [vertex for place, vertex in fit.vertices.items() if place.rank is not None]
+    vertices = [vertex for rank, vertex in fit.vertices.items() if rank is not None]
     if not vertices:
         return 0.0
     means, sds = np.array(vertices).T
@@ -336,10 +336,10 @@ def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd], prior: Prior) -> Fit:
     """Return the fit with the ranks at `ends` as wide bounds. Their errors have one sign and do not average out."""
     if not ends:
         return fit
-    bounds = {Place(rank): (x - _BELOW * (end == "lowest"), _EDGE_SD) for rank, (x, end) in ends.items()}
+    bounds = {rank: (x - _BELOW * (end == "lowest"), _EDGE_SD) for rank, (x, end) in ends.items()}
     vertices = {**fit.vertices, **bounds}
     mean, covariance = shrink(vertices, prior)
-    weights = {place: 1.0 / (sd**2 + prior.scatter**2) for place, (_, sd) in vertices.items()}
-    share = sum(weights[place] for place in bounds) / sum(weights.values())
+    weights = {rank: 1.0 / (sd**2 + prior.scatter**2) for rank, (_, sd) in vertices.items()}
+    share = sum(weights[rank] for rank in bounds) / sum(weights.values())
     covariance[0, 0] += (share * _EDGE_SD) ** 2
     return replace(fit, mean=mean, covariance=covariance, vertices=vertices)

@@ -520,7 +520,6 @@ BAD_ARGUMENTS = [
     {"budget": 0}, {"budget": STEPS - 1}, {"budget": 100.0}, {"budget": 3 * STEPS, "full_trials": 3},
     {"until": 0}, {"until": -1.0}, {"until": math.nan}, {"until": "1"},
     {"full_trials": -1}, {"full_trials": True}, {"full_trials": 1.5}, {"full_trials": 2, "ranks": (4, None)},
-    {"target": "all"}, {"target": "full", "ranks": (None,)},
     {"law": "unheard-of"}, {"optimizer": "unheard-of"}, {"optimizer": dict},
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankaware_optim.calibration.fit import Fit, Observation, Prior, Slope, Trend, diverged, fit_observations
+from rankaware_optim.calibration.fit import Carry, Fit, Observation, Prior, Slope, diverged, fit_observations, shrink
 from rankaware_optim.recipe._uncertainty import margin
 
 Z90 = 1.645
@@ -166,59 +166,39 @@ def test_more_trials_are_surer():
     assert bands == sorted(bands, reverse=True)
 
 
-# --- other lengths ----------------------------------------------------------------------------------------------------
-
-lengths = st.lists(st.integers(10, 10**5), min_size=1, max_size=4, unique=True).map(tuple)
+# --- a longer target ------------------------------------------------------------------------------------------------
 
 
-@given(tried=lengths, reach=st.floats(0.5, 20), sd=st.floats(0.05, 1))
-def test_what_lengths_share_is_a_covariance(tried, reach, sd):
-    """The best rates at any lengths vary together as rates can, and the more the farther they lie from the target."""
-    target = 2 * max(tried)
-    covariance = Trend(target, tried, Slope(0.0, sd), Slope(0.0, sd), reach).covariance()
-    assert np.linalg.eigvalsh(covariance).min() > 0
-    own = covariance.diagonal()[: len(tried)]
-    order = np.argsort([target / steps for steps in tried])
-    assert (np.diff(own[order]) > 0).all()
+@given(u=st.floats(0, 10), sd=st.floats(0.05, 1))
+def test_a_slope_is_sure_for_a_short_way_and_fades(u, sd):
+    """The variance is that of a straight line at first, and never above it; it grows all the way."""
+    moves = [Carry(octaves, Slope(0.1, sd), Slope(0.0, sd)).of(Slope(0.1, sd)) for octaves in (u, u + 1)]
+    assert moves[0][0] == pytest.approx(0.1 * u)
+    assert moves[0][1] < moves[1][1]
+    assert moves[0][1] <= (sd * u) ** 2 + 1e-12
+    if 1e-3 < u < 0.1:
+        assert moves[0][1] == pytest.approx((sd * u) ** 2, rel=0.03)
 
 
-def test_a_slope_without_end_is_a_straight_line_and_a_short_one_fades():
-    """With a long reach the variance grows as the octaves' square, with a short one as the octaves."""
-    straight, faded = (Trend(1600, (800, 100), reach=reach).covariance().diagonal()[:2] for reach in (1e3, 1e-2))
-    assert straight[1] / straight[0] == pytest.approx(16, rel=0.01)
-    assert faded[1] / faded[0] == pytest.approx(4, rel=0.02)
-
-
-def at_lengths(slope, *, tried=(250, 1000), target=8000, seed=0, ranks=(4, 64)):
-    """Sweeps at several lengths, the best rate rising by `slope` octaves an octave of steps; BASE at the target."""
-    seen = []
-    for steps in tried:
-        moved = slope * math.log2(steps / target)
-        seen += [replace(o, steps=steps) for o in sweep(seed + steps, base=BASE + moved, ranks=ranks)]
-    return fitted(seen, Prior(steps=Trend(target, tried, Slope(0.0, 0.25), Slope(0.25, 0.2))))
-
-
-@pytest.mark.parametrize("slope", [-0.1, 0.0, 0.1, 0.2])
-def test_a_target_length_never_tried_is_found_within_its_band(slope):
-    """Of ten studies at two shorter lengths nine bands hold the target's rate, wider than that of the longest."""
-    fits = [at_lengths(slope, seed=seed) for seed in range(10)]
-    assert sum(abs(fit.mean[0] - BASE) < Z90 * spread(fit)[0] for fit in fits) >= 9
-    for fit in fits:
-        longest = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0])
-        assert spread(fit)[0] > 1.5 * math.sqrt(longest @ fit.covariance @ longest)
-
-
-def test_a_steep_slope_is_not_carried_on_as_a_straight_line():
-    """Half an octave an octave between two short lengths moves the target's rate by less than half of the way on."""
-    fit = at_lengths(0.5)
-    at_longest = fit.mean[0] + fit.mean[4]
-    assert 0 < fit.mean[0] - at_longest < 0.5 * 0.5 * 3
-
-
-def test_full_finetuning_has_a_slope_of_its_own():
-    """Tried at short lengths alone, it is carried on by more than LoRA is, as it was found to move."""
-    fit = at_lengths(0.0, ranks=(4, 64, None))
-    assert fit.mean[2] > 0.2
+@pytest.mark.parametrize("ranks", [(4, 64), (4, 64, None), (None,)])
+@pytest.mark.parametrize("octaves", [0.0, 3.0])
+def test_a_carried_fit_is_that_of_a_model_with_the_move_as_unknowns(ranks, octaves):
+    """Moving the fit gives what fitting the moves of LoRA and of full finetuning beside it would give."""
+    carry, prior = Carry(octaves, Slope(0.1, 0.25), Slope(0.25, 0.2)), Prior(0.15, 0.8, 16.0)
+    vertices = {rank: (-9.0 + 0.1 * i, 0.2 + 0.1 * i) for i, rank in enumerate(ranks)}
+    mean, covariance = shrink(vertices, carry.prior_of_trials(prior))
+    nothing = Fit(mean, covariance, 0.0, None, vertices, 0.0, 1.0)
+    moved = carry.to_target(nothing, prior)
+    lora, full = carry.of(carry.lora), carry.of(carry.full)
+    rows = np.array([[*prior.row(rank), -1.0, -float(rank is None)] for rank in ranks])
+    at = np.array([0.0, 0.0, 0.0, lora[0], full[0]])
+    variances = np.array([1e6, prior.drift_sd**2, prior.full_sd**2, lora[1] + 1e-12, full[1] + 1e-12])
+    weights = np.array([1 / (sd**2 + prior.scatter**2) for _, sd in vertices.values()])
+    precision = np.diag(1 / variances) + (rows.T * weights) @ rows
+    off = np.array([v for v, _ in vertices.values()]) - rows @ at
+    expected = at + np.linalg.solve(precision, (rows.T * weights) @ off)
+    assert moved.mean == pytest.approx(expected[:3], abs=1e-3)
+    assert moved.covariance == pytest.approx(np.linalg.inv(precision)[:3, :3], abs=1e-3)
 
 
 # --- what changes nothing -------------------------------------------------------------------------------------------

@@ -433,21 +433,6 @@ def test_schedule_score_and_settings_are_used():
     assert recipe.settings["weight_decay"] == 0.5
 
 
-def test_a_schedule_spans_the_steps_of_each_length():
-    """Where trials have several lengths the schedule is given the steps; one that cannot take them is refused."""
-    spanned = set()
-
-    def schedule(opt, steps):
-        spanned.add(steps)
-        return torch.optim.lr_scheduler.LambdaLR(opt, lambda i: 1 - i / (steps + 1))
-
-    recipe = calibrate(mlp(), steps=(5, 10), target_steps=40, schedule=schedule, budget=60, trials=None)
-    assert spanned == {5, 10}
-    assert recipe.steps == 40
-    with pytest.raises(ra.CalibrationError, match="schedule takes only the optimizer"):
-        calibrate(mlp(), steps=(5, 10), schedule=lambda opt: schedule(opt, 5))
-
-
 def test_out_of_memory_at_a_rank_leaves_the_others():
     """A rank that does not fit is pruned, and the next trial starts from the model as found."""
 

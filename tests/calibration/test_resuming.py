@@ -222,7 +222,7 @@ def test_a_trial_elsewhere_holds_its_place():
 
 def test_a_worker_that_comes_too_late_has_the_recipe(tmp_path):
     """Where others ran every trial after it had opened the study, it gives the same recipe."""
-    late = Study(AdamW, get_law("mua"), ranks=(4, 16), steps=(STEPS,))
+    late = Study(AdamW, get_law("mua"), ranks=(4, 16), steps=STEPS)
     late.open(None, None, tmp_path / "s.journal")
     recipe = calibrate(made_up(), trials=6, storage=tmp_path / "s.journal")
     assert late.recipe().fitted_lr == recipe.fitted_lr

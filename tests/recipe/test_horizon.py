@@ -1,4 +1,4 @@
-"""Rates at another number of steps or batch: what curves show of it, how the band widens, and what is refused."""
+"""Rates at another number of steps or batch: how far it moves, how the band widens, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import math
 import numpy as np
 import pytest
 import tomli
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rankaware_optim import Power, RankAwareWarning, Recipe, RecipeError, Reference, calibrate
-from rankaware_optim.calibration.fit import Prior
-from rankaware_optim.calibration.fit._horizon_fit import horizon_of
-from rankaware_optim.optimizer import effective_lr
+from rankaware_optim import Power, RankAwareWarning, Recipe, RecipeError, Reference
 from rankaware_optim.recipe import SLOPE_SD, Horizon
 from rankaware_optim.recipe._horizon import BATCH_SD
 
-from ..helpers.models import mlp
+from ..helpers.calibrations import calibrate, made_up
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankaware_optim.errors.RankAwareWarning")
 
@@ -124,70 +120,16 @@ def test_a_recipe_that_does_not_know_its_own_horizon_refuses_another(what):
     assert recipe(**{what: None}).at().lr == recipe().lr
 
 
-# --- reading curves -------------------------------------------------------------------------------------------------
-
-
-def trials(slope: float, steps: int = 64, offsets=(-3, -2, -1, -0.5, 0.5, 1, 2)) -> dict[str, np.ndarray]:
-    """Runs at ranks 4 and 64 whose best rate so far moves by `slope` octaves for every octave of steps."""
-    found: dict[str, list] = {"rank": [], "seed": [], "lr": [], "diverged": [], "curve": []}
-    for rank in (4, 64):
-        for seed, x in enumerate(offsets):
-            ages = [math.log2(step / steps) for step in range(1, steps + 1)]
-            curve = [0.3 + 0.06 * (x - slope * age) ** 2 - 0.2 * age for age in ages]
-            row = (rank, seed % 2, 2.0 ** (x - 9), False, [2.3, *curve[1:]])
-            for values, value in zip(found.values(), row, strict=True):
-                values.append(value)
-    return {key: np.array(value) for key, value in found.items()}
-
-
-@pytest.mark.parametrize("slope", [-0.5, 0.0, 0.5])
-def test_a_slope_in_the_curves_is_found_and_shrunk(slope):
-    """The slope has the sign of the truth, is nearer to 0 than it, and its 90 % band holds the truth."""
-    found = horizon_of(trials(slope), Prior())
-    assert abs(found.slope - slope / 2) <= abs(slope) / 2 + 0.03
-    assert abs(found.slope - slope) < 1.645 * found.slope_sd
-    assert found.slope * slope > 0 or abs(found.slope) < 0.03
-    assert found.slope_sd < SLOPE_SD
-
-
-def test_runs_that_were_stopped_are_read_as_far_as_they_went():
-    """A pruned run counts where it still ran and a diverged one as lost; neither makes the slope a NaN."""
-    seen = trials(0.0)
-    seen["curve"][0, 40:] = math.nan
-    seen["curve"][6, 10:] = math.nan
-    seen["diverged"][6] = True
-    found = horizon_of(seen, Prior())
-    assert abs(found.slope) < 0.1
-    assert found.slope_sd < SLOPE_SD
-
-
-SILENT = [
-    {},
-    {key: value for key, value in trials(0.5).items() if key != "curve"},
-    trials(0.5, steps=9),
-    {**trials(0.5), "curve": np.full((14, 64), math.nan)},
-]
-
-
-@pytest.mark.parametrize("seen", SILENT, ids=["nothing", "no curves", "nine steps", "no values"])
-def test_without_curves_the_prior_stands(seen):
-    """Sweeps without curves, very short runs and empty curves say nothing of the horizon."""
-    assert horizon_of(seen, Prior()) == Horizon(0.0, SLOPE_SD)
-
-
-def test_a_calibration_records_its_horizon(tmp_path):
-    """What the curves showed stands in the recipe and in its file."""
-
-    def train(trial):
-        opt = trial.optimizer(mlp((trial.rank, trial.rank), seed=trial.seed))
-        off = math.log2(effective_lr(opt.param_groups[0])) + 9
-        for step in range(trial.steps):
-            yield 1 + 0.05 * off**2 - step / trial.steps
-
-    made = calibrate(train, torch.optim.AdamW, ranks=(4, 16), steps=40, trials=10)
-    assert made.horizon != Horizon()
-    assert 0 < made.horizon.slope_sd < SLOPE_SD
-    assert Recipe.load(made.save(tmp_path / "r.toml")).horizon == made.horizon
+@pytest.mark.parametrize(
+    ("ranks", "init", "slope"), [((4, 16), "A", 0.0), ((4, 16), "B", 0.15), ((None,), "A", 0.3)], ids=str
+)
+def test_a_calibrated_recipe_moves_by_the_slope_of_other_tasks(ranks, init, slope):
+    """One length tells nothing of another: from Init[A] the rate stays, at Init[B] and in full finetuning it rises."""
+    made = calibrate(made_up(init=init), ranks=ranks, trials=8)
+    method = {"method": "full"} if ranks == (None,) else {}
+    own, far = (made.at(**method, **where) for where in ({}, {"steps": 4 * made.steps}))
+    assert math.log2(far.low * far.high / (own.low * own.high)) / 2 == pytest.approx(2 * slope)
+    assert sd_of(far) == pytest.approx(math.hypot(sd_of(own), 2 * 0.25))
 
 
 # --- the file -------------------------------------------------------------------------------------------------------

@@ -44,17 +44,6 @@ def calibrated() -> ra.Recipe:
     return ra.calibrate(train, torch.optim.AdamW, ranks=(2, 4), steps=3, trials=2, batch=8, warmup=0.1)
 
 
-def short() -> ra.Recipe:
-    """A recipe of two real trials at another length and batch than the target's."""
-
-    def train(trial):
-        opt = trial.optimizer(mlp((trial.rank, trial.rank), seed=trial.seed), weight_decay=0.01)
-        for _ in range(trial.steps):
-            yield effective_lr(opt.param_groups[0]) + trial.seed + trial.batch
-
-    return ra.calibrate(train, torch.optim.AdamW, ranks=(2, 4), steps=3, target_steps=6, batches=(4, 8), trials=4)
-
-
 def swept() -> ra.Recipe:
     """A recipe of a sweep."""
     rows = [{"rank": r, "lr": 2.0**-x, "loss": (x - 8) ** 2 / 20 + 1} for r in (4, 64) for x in (6, 7, 8, 9, 10)]
@@ -70,7 +59,7 @@ def filled(record):
 def written(tmp_path_factory) -> dict:
     """Every field of both files by dotted path: of a calibration, a sweep, and each with nothing left out."""
     found = {}
-    for number, made in enumerate((calibrated(), short(), swept())):
+    for number, made in enumerate((calibrated(), swept())):
         for kind, recipe in enumerate((made, replace(filled(made), reference=filled(made.reference)))):
             path = recipe.save(tmp_path_factory.mktemp("schema") / f"{number}{kind}.toml")
             found |= dict(flat(tomli.loads(path.read_text()))) | load_file(tensors_of(path))

@@ -1,15 +1,13 @@
 """The fit: from scored trials to a base rate, a drift in rank, and their covariance."""
 
-from ...recipe import Observation, Place, gain_of
-from ._horizon_fit import horizon_of
+from ...recipe import Observation, gain_of
+from ._carry import Carry, Slope
 from ._posterior import Fit, Prior, all_rose, below_cliff, diverged, fit_observations, none_learned, shrink
-from ._trend import Slope, Trend
 
 __all__ = [
-    "Trend",
+    "Carry",
     "Fit",
     "Observation",
-    "Place",
     "Prior",
     "Slope",
     "all_rose",
@@ -17,7 +15,6 @@ __all__ = [
     "diverged",
     "fit_observations",
     "gain_of",
-    "horizon_of",
     "none_learned",
     "shrink",
 ]

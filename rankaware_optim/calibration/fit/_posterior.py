@@ -1,13 +1,12 @@
 """The fit: from scored trials to a base rate, a drift in rank, a factor of full finetuning, and their covariance.
 
-There are two steps. First, `bowls_of` finds each arm's optimum v for every shape of the bowl and size of the noise.
+There are two steps. First, `bowls_of` finds each rank's optimum v for every shape of the bowl and size of the noise.
 Second, for each shape the optima are shrunk towards the law:
 
     v(r) = base + drift·log2(r / pivot),   v(full) = base + drift·full_reach + factor
 
-The drift and the factor have prior mean zero, since x is measured along the prior-centred law. At other steps or
-another batch than the target's, v has a further unknown: see `Trend`. The posterior is a mixture over shapes, weighted
-by how well each explains the losses and how well its optima agree.
+The drift and the factor have prior mean zero, since x is measured along the prior-centred law. The posterior is a
+mixture over shapes, weighted by how well each explains the losses and how well its optima agree.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...recipe import CLEAR, Observation, Place, arms_of, best_fall, bowls_of, gain_of, usual_noise, usual_start
-from ._trend import NO_TREND, Trend
+from ...recipe import CLEAR, Observation, arms_of, best_fall, bowls_of, gain_of, usual_noise, usual_start
 
 Array = npt.NDArray[np.float64]
 
@@ -41,43 +39,30 @@ class Prior:
         full_sd: standard deviation of log2 of the full-finetuning factor, octaves.
         pivot: the rank at which the base rate is defined.
         full_reach: log2(n / pivot) if the drift continues to full finetuning, else 0.
-        steps: how the optimum moves with the steps, if trials have others than the target.
-        batch: how the optimum moves with the batch, likewise.
         scatter: standard deviation of a rank's own optimum about the law, octaves.
+        full_mean: mean of log2 of the full-finetuning factor, octaves. 0 unless the trials have fewer steps than the
+            target.
     """
 
     drift_sd: float = 0.15
     full_sd: float = 0.8
     pivot: float = 16.0
     full_reach: float = 0.0
-    steps: Trend = NO_TREND
-    batch: Trend = NO_TREND
     scatter: float = MODEL_ERROR
+    full_mean: float = 0.0
 
-    def row(self, place: Place) -> Array:
-        """Return the design vector of a place: the gradient of its optimum with respect to the unknowns.
-
-        The unknowns are base, drift, full factor, then those of `steps` and of `batch`.
-        """
-        full = place.rank is None
-        reach = self.full_reach if place.rank is None else math.log2(place.rank / self.pivot)
-        moved = (self.steps.row(place.steps, full), self.batch.row(place.batch, full))
-        return np.array([1.0, reach, float(full), *moved[0], *moved[1]])
+    def row(self, rank: int | None) -> Array:
+        """Return the design vector of a rank: the gradient of its optimum with respect to (base, drift, factor)."""
+        reach = self.full_reach if rank is None else math.log2(rank / self.pivot)
+        return np.array([1.0, reach, float(rank is None)])
 
     def mean(self) -> Array:
         """Return the prior mean of the unknowns. That of the base is 0, with a flat prior."""
-        return np.array([0.0, 0.0, 0.0, *self.steps.mean(), *self.batch.mean()])
+        return np.array([0.0, 0.0, self.full_mean])
 
     def precision(self) -> Array:
         """Return the prior precision of the unknowns."""
-        blocks = [np.diag([_BASE_SD**-2, self.drift_sd**-2, self.full_sd**-2])]
-        blocks += [np.linalg.inv(trend.covariance()) for trend in (self.steps, self.batch) if trend.tried]
-        made = np.zeros((sum(map(len, blocks)),) * 2)
-        at = 0
-        for block in blocks:
-            made[at : at + len(block), at : at + len(block)] = block
-            at += len(block)
-        return made
+        return np.diag([_BASE_SD**-2, self.drift_sd**-2, self.full_sd**-2])
 
 
 @dataclass(frozen=True)
@@ -85,11 +70,11 @@ class Fit:
     """The posterior of the fit, relative to the prior-centred law.
 
     Args:
-        mean: posterior mean of the prior's unknowns, octaves. The first three are (base, drift, log2 full_factor).
+        mean: posterior mean of (base, drift, log2 full_factor), octaves.
         covariance: their covariance, octaves².
         steepness: steepness of the loss above the optimum, per octave.
-        ceiling: x of the smallest rate that diverged, moved to the target's steps and batch, or None.
-        vertices: (mean, sd) of each arm's optimum before shrinking, octaves.
+        ceiling: x of the smallest rate that diverged, or None.
+        vertices: (mean, sd) of each rank's optimum before shrinking, octaves.
         noise: standard deviation of a score near the optimum, in units of the loss.
         gain: what training gains, in units of the loss, see `gain_of`.
     """
@@ -98,7 +83,7 @@ class Fit:
     covariance: Array
     steepness: float
     ceiling: float | None
-    vertices: dict[Place, tuple[float, float]]
+    vertices: dict[int | None, tuple[float, float]]
     noise: float
     gain: float
 
@@ -149,35 +134,24 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
         return None
     lost = [o for o, b in zip(observations, bad, strict=True) if b]
     good = [o for o, b in zip(observations, bad, strict=True) if not b]
-    gains = _gains(good)
-    arms = arms_of(observations, bad, gains)
+    gain = gain_of(good)
+    arms = arms_of(observations, bad, gain)
     bowls = bowls_of(arms)
     means, covariances, agreement = _shrunk(_rows(arms, prior), bowls.mean, bowls.sd, prior)
     logs = bowls.log_weight + agreement
     weights = np.exp(logs - logs.max())
     weights /= weights.sum()
     mean, covariance = _mixed(weights, means, covariances)
-    vertices = {place: _moments(weights, bowls.mean[:, i], bowls.sd[:, i]) for i, place in enumerate(arms)}
-    moved = (o.x - float(prior.row(o.place)[3:] @ mean[3:]) for o in lost)
+    vertices = {rank: _moments(weights, bowls.mean[:, i], bowls.sd[:, i]) for i, rank in enumerate(arms)}
     return Fit(
         mean=mean,
         covariance=covariance,
         steepness=float(weights @ bowls.steepness),
-        ceiling=min(moved, default=None),
+        ceiling=min((o.x for o in lost), default=None),
         vertices=vertices,
-        noise=float(weights @ bowls.noise) * max(gains.values()),
-        gain=max(gains.values()),
+        noise=float(weights @ bowls.noise) * gain,
+        gain=gain,
     )
-
-
-def _gains(good: Sequence[Observation]) -> dict[Place, float]:
-    """Return what training gains, by steps and batch, since a shorter run gains less.
-
-    If there are too few runs for a group, the gain of all runs is used.
-    """
-    of_all, tasks = gain_of(good), {o.place._replace(rank=None): None for o in good}
-    gains = {task: gain_of([o for o in good if o.place._replace(rank=None) == task]) for task in tasks}
-    return {task: gain if gain > of_all / 4 else of_all for task, gain in gains.items()}
 
 
 def _mixed(weights: Array, means: Array, covariances: Array) -> tuple[Array, Array]:
@@ -193,15 +167,15 @@ def _moments(weights: Array, means: Array, sds: Array) -> tuple[float, float]:
     return float(mean[0]), math.sqrt(float(variance[0, 0]))
 
 
-def shrink(vertices: Mapping[Place, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:
-    """Return the exact Gaussian posterior (mean, covariance) of the unknowns, given the arms' vertices."""
+def shrink(vertices: Mapping[int | None, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:
+    """Return the exact Gaussian posterior (mean, covariance) of the unknowns, given the ranks' vertices."""
     means, sds = np.array(list(vertices.values())).T[:, None, :]
     mean, covariance, _ = _shrunk(_rows(vertices, prior), means, sds, prior)
     return mean[0], covariance[0]
 
 
-def _rows(places: Iterable[Place], prior: Prior) -> Array:
-    return np.array([prior.row(place) for place in places])
+def _rows(ranks: Iterable[int | None], prior: Prior) -> Array:
+    return np.array([prior.row(rank) for rank in ranks])
 
 
 def _shrunk(rows: Array, means: Array, sds: Array, prior: Prior) -> tuple[Array, Array, Array]:

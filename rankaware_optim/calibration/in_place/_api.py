@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -33,7 +32,7 @@ def calibrate_in_place(
     optimizer: type[Optimizer] | str,
     *,
     ranks: Sequence[int | None],
-    steps: int | Sequence[int],
+    steps: int,
     init: Literal["A", "B"] | None = None,
     variance: Literal["mua", "peft"] | None = None,
     scaling_rule: ScalingRule = "fixed",
@@ -76,8 +75,8 @@ def calibrate_in_place(
         scaling_rule: how the effective multiplier s follows the rank: "fixed" keeps s, so that alpha follows the rank.
             "alpha" keeps alpha with s = alpha / r. "rslora" keeps alpha with s = alpha / √r.
         settings: the optimizer's arguments, and those of `RankAwareOptimizer` such as rates=.
-        schedule: returns a scheduler for the optimizer. Its step() is called after every step. With several lengths in
-            `steps`, or with target_steps=, it also gets the trial's number of steps: `schedule(optimizer, steps)`.
+        schedule: returns a scheduler for the optimizer, whose warm-up and decay span `steps`, not target_steps=. Its
+            step() is called after every step.
         score: returns the number to minimise for the trained model. By default it is the mean of the last tenth of the
             losses.
         full_trains: what full finetuning (None among ranks, or full_trials=) trains: patterns of parameter names, or a
@@ -99,14 +98,8 @@ def calibrate_in_place(
             "calibrate_in_place trains the model of this process, but executor= uses other processes.",
             "Leave it out, or build the model in each trial with ra.calibrate.",
         )
-    ranks, steps = plain(ranks), plain(steps)
+    ranks = plain(ranks)
     walked = _checked(model, step, ranks, init, variance, scaling_rule)
-    spans = not isinstance(steps, int) or options.get("target_steps") not in (None, steps)
-    if schedule is not None and spans and not _takes_two(schedule):
-        raise CalibrationError(
-            "schedule takes only the optimizer, but trials have several lengths.",
-            "Let it take the trial's steps too, as schedule(optimizer, steps), and span warm-up and decay over them.",
-        )
     lora = [rank for rank in ranks if rank is not None]
     adapters = None
     if lora or any(p.a.tensor.requires_grad or p.b.tensor.requires_grad for p in pairs_of(walked.modules)):
@@ -116,7 +109,7 @@ def calibrate_in_place(
     factors, also = (adapters.factors, adapters.declarations) if adapters else ([], [])
     with Interrupts() as interrupts, seeded(0):
         found = ModelState(walked, changing=whole, unchanged=factors, also=also)
-        run = _InPlace(model, step, walked, adapters, whole, found, interrupts, settings or {}, schedule, spans, score)
+        run = _InPlace(model, step, walked, adapters, whole, found, interrupts, settings or {}, schedule, score)
         try:
             with interrupts.let_in():
                 return calibrate(run, optimizer, ranks=ranks, steps=steps, **options)
@@ -137,7 +130,6 @@ class _InPlace:
     interrupts: Interrupts
     settings: Mapping[str, Any]
     schedule: Callable[..., Any] | None
-    spans: bool
     score: Callable[[nn.Module], Any] | None
 
     @property
@@ -151,8 +143,7 @@ class _InPlace:
         self.found.drop_gradients()
         self._prepare(trial)
         opt = trial.optimizer(self.model, **self.settings)
-        spanned = (trial.steps,) if self.spans else ()
-        scheduler = self.schedule(opt, *spanned) if self.schedule else None
+        scheduler = self.schedule(opt) if self.schedule else None
         _set_mode(opt, "train")
         for i in range(trial.steps):
             self.interrupts.listen()
@@ -204,16 +195,6 @@ class _InPlace:
                 "Return the loss of the model with its graph, or call backward() in the step.",
             )
         return loss
-
-
-def _takes_two(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind(None, None)
-    except TypeError:
-        return False
-    except ValueError:  # a C function has no signature
-        pass
-    return True
 
 
 def _set_mode(opt: Any, mode: str) -> None:

@@ -1,0 +1,199 @@
+"""Calibrating short to train long: runs of one length, a recipe for a target that no trial had."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import optuna
+import pytest
+
+import rankaware_optim as ra
+from rankaware_optim.calibration import Pushed
+from rankaware_optim.calibration._trials import Trials
+
+from ..helpers.calibrations import BEST, Net, bowl, calibrate, made_up
+
+STEPS, TARGET = 20, 160
+Z90 = 1.645
+
+
+def whole(best=lambda rank: BEST, init="A", seen=None):
+    """A loop of whole runs: its loss reaches a bowl about log2 of the best rate, as `best` of the rank says."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank, init=init))
+        if seen is not None:
+            seen.append((trial.rank, trial.steps, math.log2(trial.lr)))
+        end = bowl(math.log2(trial.lr) - best(trial.rank))
+        for step in range(trial.steps):
+            yield 2.3 + (end - 2.3) * min(2 * (step + 1) / trial.steps, 1.0) + 0.01 * random.random()
+
+    return train
+
+
+def band(rate):
+    """The middle of a band and its standard deviation, octaves."""
+    low, high = math.log2(rate.low), math.log2(rate.high)
+    return (low + high) / 2, (high - low) / (2 * Z90)
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "init", "slope"), [((4, 16), "A", 0.0), ((4, 16), "B", 0.15), ((None,), "A", 0.3)], ids=str
+)
+def test_the_rate_is_moved_to_the_target_by_the_slope_of_other_tasks(ranks, init, slope):
+    """The trials are those of the same call without a target; the rate moves by the slope, and the band widens."""
+    near, far = (calibrate(whole(init=init), ranks=ranks, trials=12, target_steps=to) for to in (None, TARGET))
+    assert (near.steps, far.steps) == (STEPS, TARGET)
+    assert far.tensors["lr"] == pytest.approx(near.tensors["lr"])
+    method = {"method": "full"} if ranks == (None,) else {"rank": 4}
+    (at_near, sd_near), (at_far, sd_far) = (band(recipe.at(**method)) for recipe in (near, far))
+    assert at_far - at_near == pytest.approx(3 * slope)
+    assert sd_far == pytest.approx(math.hypot(sd_near, 0.565), abs=1e-3)
+    note = f"{TARGET} steps were not tried: the rate is that of {STEPS}, moved by {3 * slope:+.2f} ± 0.57 octaves"
+    assert note in far.notes
+    assert not any("not tried" in note for note in near.notes)
+
+
+@pytest.mark.parametrize("target", [40, 80, 320, 1280])
+def test_the_band_grows_with_the_distance(target):
+    """Twice the target's steps leave its rate less sure."""
+    sds = [band(calibrate(whole(), trials=8, target_steps=steps).at(4))[1] for steps in (target, 2 * target)]
+    assert sds[1] > sds[0] + 0.05
+
+
+def test_full_runs_are_moved_to_the_target_too():
+    """Their rate rises by a quarter of an octave for each doubling, less what the law's own factor explains."""
+    options = {"trials": 8, "full_trials": 3}
+    near, far = (calibrate(whole(), target_steps=to, **options).at(method="full") for to in (None, TARGET))
+    (at_near, sd_near), (at_far, sd_far) = band(near), band(far)
+    assert 0.25 < at_far - at_near < 3 * 0.25
+    assert sd_far > 1.5 * sd_near
+
+
+def test_the_ceiling_is_moved_with_the_rate():
+    """At Init[B], the smallest rate that diverged rises to the target as the best rate does."""
+    near, far = (calibrate(whole(lambda rank: BEST - 4, "B"), trials=8, target_steps=to) for to in (None, TARGET))
+    assert far.ceiling / near.ceiling == pytest.approx(2 ** (3 * 0.15))
+
+
+def test_another_length_is_an_extrapolation_from_the_target():
+    """`recipe.at(steps=)` goes on from the target's steps, and the band grows again."""
+    recipe = calibrate(whole(), trials=8, target_steps=TARGET)
+    assert recipe.at(4, steps=TARGET).lr == recipe.at(4).lr
+    with pytest.warns(ra.RankAwareWarning, match=f"{4 * TARGET} steps instead of {TARGET}"):
+        beyond = recipe.at(4, steps=4 * TARGET)
+    assert beyond.high / beyond.low > recipe.at(4).high / recipe.at(4).low
+
+
+def test_until_is_of_the_band_at_the_target():
+    """A band that the trials alone would make narrow enough is not narrow enough for the target."""
+    near, far = (calibrate(whole(), trials=30, until=1.8, target_steps=to) for to in (None, TARGET))
+    assert len(near.tensors["lr"]) < len(far.tensors["lr"]) == 30
+
+
+# --- the runs -------------------------------------------------------------------------------------------------------
+
+
+def test_trials_are_whole_runs_within_the_budget():
+    """Every run has `steps` steps, whatever the target's are, and the budget counts them."""
+    seen = []
+    recipe = calibrate(whole(seen=seen), target_steps=TARGET, budget=10 * STEPS, full_trials=3)
+    assert {steps for _, steps, _ in seen} == {STEPS}
+    assert 9 * STEPS < int(recipe.tensors["steps"].sum()) <= 10 * STEPS
+    assert [rank for rank, *_ in seen[-3:]] == [None] * 3
+
+
+def test_the_target_may_change_when_a_study_goes_on(tmp_path):
+    """The same trials serve another target, or none, since their runs do not depend on it."""
+    journal, trained = tmp_path / "study.journal", []
+    targets = (TARGET, 2 * TARGET, None)
+    made = [calibrate(whole(seen=trained), trials=8, storage=journal, target_steps=to) for to in targets]
+    assert [recipe.steps for recipe in made] == [TARGET, 2 * TARGET, STEPS]
+    assert len(trained) == 8
+    assert made[-1].lr == pytest.approx(calibrate(whole(), trials=8).lr)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    ({"steps": (20, 80)}, r"steps is \(20, 80\)"),
+    ({"steps": [20]}, r"steps is \[20\]"),
+    ({"steps": 20.5}, "steps is 20.5"),
+    ({"target_steps": 10}, "target_steps=10 is less than the 20 steps of a trial"),
+    ({"target_steps": 0}, "target_steps is 0"),
+    ({"target_steps": (80, 160)}, r"target_steps is \(80, 160\)"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_arguments_that_cannot_be_are_refused_before_any_run(options, message):
+    """Several lengths, or a target shorter than a trial: a sentence, and no run."""
+    seen = []
+    with pytest.raises(ra.CalibrationError, match=message):
+        calibrate(whole(seen=seen), **options)
+    assert not seen
+
+
+def test_a_loop_that_ignores_its_steps_is_found_by_its_first_run():
+    """Endless and without a look at trial.steps, it cannot span a schedule over them; its first run is not counted."""
+    storage = optuna.storages.InMemoryStorage()
+    with pytest.raises(ra.CalibrationError, match=r"never read trial\.steps"):
+        calibrate(made_up(), target_steps=TARGET, storage=storage)
+    (first,) = Trials.read(storage.get_all_trials(0))
+    assert first.state.name == "FAIL"
+    assert calibrate(whole(), target_steps=TARGET, storage=storage, trials=4).steps == TARGET
+
+
+def test_a_pushed_loop_reads_its_steps_too():
+    """A trainer that spans its schedule over trial.steps is no loop that ignores them."""
+
+    def train(trial):
+        def run(report):
+            trial.optimizer(Net(trial.rank))
+            for _ in range(trial.steps):
+                report(bowl(math.log2(trial.lr) - BEST))
+
+        return Pushed(run)
+
+    assert calibrate(train, target_steps=TARGET, trials=4).steps == TARGET
+
+
+def of_an_earlier_version(storage, made_with, of_trials):
+    """A stored study as an earlier version wrote it: with these attributes beside those of now."""
+    calibrate(whole(), trials=3, storage=storage)
+    study = optuna.load_study(study_name="calibration", storage=storage)
+    study.set_user_attr("made_with", {**study.user_attrs["made_with"], **made_with})
+    for trial in study.get_trials(deepcopy=False):
+        for name, value in of_trials.items():
+            trial.user_attrs[name] = value
+
+
+@pytest.mark.parametrize(
+    ("made_with", "of_trials"),
+    [
+        ({"steps": [10, STEPS]}, {"steps": STEPS}),
+        ({"batches": [16, 64]}, {"batch": 16}),
+        ({}, {"steps": TARGET}),
+    ],
+    ids=["lengths", "batches", "confirming runs"],
+)
+def test_a_study_of_several_lengths_or_batches_is_refused(made_with, of_trials):
+    """An earlier version could make one. Its runs are not told apart any more, and nothing is written to it."""
+    storage = optuna.storages.InMemoryStorage()
+    of_an_earlier_version(storage, made_with, of_trials)
+    before = dict(optuna.load_study(study_name="calibration", storage=storage).user_attrs)
+    with pytest.raises(ra.CalibrationError, match="by an earlier version with several lengths or batches"):
+        calibrate(whole(), trials=4, storage=storage)
+    after = optuna.load_study(study_name="calibration", storage=storage)
+    assert (dict(after.user_attrs), len(after.trials)) == (before, 3)
+
+
+def test_a_study_of_one_length_by_an_earlier_version_goes_on():
+    """It stored the length with every trial where a target was given, and an empty list of batches."""
+    storage = optuna.storages.InMemoryStorage()
+    of_an_earlier_version(storage, {"batches": []}, {"steps": STEPS})
+    assert len(calibrate(whole(), trials=4, storage=storage).tensors["lr"]) == 4
