@@ -36,6 +36,7 @@ from .fit import Observation
 
 _LOG = logging.getLogger(__package__)
 _POLL_S, _SLOW_POLL_S = 0.05, 2.0  # seconds between polls: at first, and while another worker's trial runs
+_QUIET_S = 15.0  # seconds after which a wait for signs of life is logged; those that live show one before
 _PATIENCE_S = 600.0  # seconds that another worker may take to build its first model
 
 
@@ -131,12 +132,13 @@ class Runner:
 
         So the same call after a kill repeats the killed trial before it goes on, as if it had not been killed.
         """
-        poll = _POLL_S
-        if self._found:
-            _LOG.info("waiting for a sign of life of %d running trials", len(self._found))
+        poll, quiet_until = _POLL_S, time.monotonic() + _QUIET_S
         while self._found:
             running = {trial.number for trial in self.study.trials().running()}
             self._found = {number for number in self._found & running if not self._heartbeat.heard(number)}
+            if self._found and time.monotonic() > quiet_until:
+                _LOG.info("waiting for a sign of life of trials %s", sorted(self._found))
+                quiet_until = math.inf
             if self._found:
                 self.study.pause(poll)
                 poll = min(2 * poll, _SLOW_POLL_S)
