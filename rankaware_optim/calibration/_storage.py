@@ -56,6 +56,9 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
         except (ValueError, ArgumentError) as error:
             cause = f"storage={_shown(storage)!r} is not a storage: {_line(error, storage)}"
             raise CalibrationError(cause, "Give a URL or a path.") from error
+        except TypeError as error:  # a driver returns bytes where the encoding is unknown
+            cause = f"The database {_shown(storage)} does not return text: {_line(error, storage)}"
+            raise CalibrationError(cause, "If its encoding is SQL_ASCII, create one with the encoding UTF8.") from error
 
 
 def _database(url: str, attempts: int = _ATTEMPTS) -> BaseStorage:
