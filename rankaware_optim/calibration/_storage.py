@@ -78,9 +78,8 @@ def _journal(path: Path) -> BaseStorage:
         raise CalibrationError(f"storage={str(path)!r} is not a file.", "Name a file for the journal, or a URL.")
     path = Path(os.path.realpath(path))  # a journal has one lock, even if it is reached by different links
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(
-        f"{path}.rankaware.lock", timeout=_LOCK_S
-    )  # FileLock empties its file, so it must not be one such as poetry.lock
+    # FileLock empties its file, so it must not be one such as poetry.lock.
+    lock = FileLock(f"{path}.rankaware.lock", timeout=_LOCK_S)
     if path.is_file() and path.stat().st_size:
         _check_journal(path)
         with lock:
