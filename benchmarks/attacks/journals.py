@@ -27,7 +27,7 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
     chance, outcomes = random.Random(seed), Outcomes()
     whole = folder / "whole.journal"
     calibration(whole, pause=0.0)
-    _liveness._SILENT_S = 1.0  # damage may change an owner's host, and another host's silence is waited for
+    _liveness._BEAT_S = 0.05  # damage may leave a trial running, whose silence is waited for
     for number in range(count):
         path = folder / "study.journal"
         path.write_bytes(damaged_journal(whole.read_bytes(), chance))
