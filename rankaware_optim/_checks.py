@@ -34,7 +34,6 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "tokens": (1e-9, 1e12),
     "ratio": (1e-9, 1e9),
     "floor": (1e-30, 1e6),
-    "target": (1e-9, 1e9),
 }
 MOST_TRIALS = 2000  # in a recipe or a fit, whose time grows with their cube
 

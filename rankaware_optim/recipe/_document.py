@@ -136,6 +136,6 @@ def checked(data: Mapping[str, Any], target: Path) -> Document:
         raise impossible(target, what, path) from error
 
 
-def impossible(target: Path, what: str, path: str) -> RecipeError:
+def impossible(target: Path, what: str, path: str, cure: str = "Restore or remake the file.") -> RecipeError:
     """Return the error for an impossible value, with its path."""
-    return RecipeError(f"The recipe {target} has an impossible value: {what}. @ {path}", "Restore or remake the file.")
+    return RecipeError(f"The recipe {target} has an impossible value: {what}. @ {path}", cure)

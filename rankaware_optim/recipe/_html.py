@@ -178,7 +178,6 @@ _EVERY_RANK, _MOST, _PER_OCTAVE = 64, 8192, 32
 _SCALINGS = [e / 2 for e in range(-28, 21)]  # log2 of s = alpha / rank
 _NO_RULE = "The trials of this recipe give no rule for alpha by rank: give alpha."
 _AS_SWEPT = "The sweep behind this recipe has no alpha, so its rates hold only for the alpha swept."
-_MEASURED = "This recipe's law is measured, which takes seconds per rate: for another alpha use recipe.at in Python."
 
 
 def rate_table(recipe: Recipe) -> dict[str, Any]:
@@ -189,9 +188,8 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
     rate, by rank. outside: whether the rank is extrapolated. notes: by rank, the index of its list in `sentences`, in
     which "{rank}" stands for the rank. full: the numbers of full finetuning, or the reason why there are none.
     """
-    measured = recipe.law.law.name == "measured"  # its class needs torch
-    refused = _AS_SWEPT if recipe.scaling_rule == "as swept" else _MEASURED if measured else ""
-    ranks = _nodes(recipe, coarse=measured)
+    refused = _AS_SWEPT if recipe.scaling_rule == "as swept" else ""
+    ranks = _nodes(recipe)
     own = [known_rate(recipe, rank) for rank in ranks]
     rates = own if refused else [rate or known_rate(recipe, r, alpha=r) for r, rate in zip(ranks, own, strict=True)]
     by_scaling = ([known_rate(recipe, rank, alpha=rank * 2.0**s) for s in _SCALINGS] for rank in ranks)
@@ -212,15 +210,11 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _nodes(recipe: Recipe, coarse: bool) -> list[int]:
+def _nodes(recipe: Recipe) -> list[int]:
     """Return the ranks to store. They include those tried, and the width, at which some laws have a kink."""
-    powers = round(math.log2(_MOST))
-    if coarse:
-        nodes = {2**e for e in range(powers + 1)}
-    else:
-        width = recipe.reference.fan_in or 1.0
-        nodes = {*range(1, _EVERY_RANK + 1), math.floor(width), math.ceil(width)}
-        nodes |= {round(2 ** (e / _PER_OCTAVE)) for e in range(powers * _PER_OCTAVE + 1)}
+    powers, width = round(math.log2(_MOST)), recipe.reference.fan_in or 1.0
+    nodes = {*range(1, _EVERY_RANK + 1), math.floor(width), math.ceil(width)}
+    nodes |= {round(2 ** (e / _PER_OCTAVE)) for e in range(powers * _PER_OCTAVE + 1)}
     return sorted(rank for rank in {*nodes, *recipe.ranks, recipe.reference.rank} if rank and rank <= _MOST)
 
 

@@ -386,7 +386,7 @@ def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> 
 
     Returns None if the recipe needs more arguments, such as alpha.
     """
-    with warnings.catch_warnings():  # a measured law steps a real optimizer, which may warn
+    with warnings.catch_warnings():  # a third-party law may warn
         warnings.simplefilter("ignore")
         try:
             return recipe._quoted(recipe._target(rank, alpha, "full" if rank is None else "lora"))

@@ -125,9 +125,10 @@ def from_document(
     path, at, seen, horizon = Path(target), found.reference, found.seen, found.horizon
     try:
         law = law_from_dict(found.law)
+    except RankAwareError as error:
+        raise impossible(path, error.cause.removesuffix("."), "law", error.cure) from error
     except Exception as error:  # a third-party law may raise anything
-        cause = error.cause if isinstance(error, RankAwareError) else f"{type(error).__name__}: {error}"
-        raise impossible(path, cause.removesuffix("."), "law") from error
+        raise impossible(path, f"{type(error).__name__}: {error}", "law") from error
     try:
         width = None if at.fan_in == "unknown" else at.fan_in
         reference = Reference(at.rank, at.alpha, at.rslora, at.init, width, at.method, at.batch)
