@@ -33,7 +33,7 @@ class Measured(Law):
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         if not _is_at(factor, reference):
             raise LawError(
-                "The law 'measured' is no longer part of this package, so the recipe has a rate at its own reference only.",
+                "The law 'measured' is no longer part of this package, so its recipes have one rate.",
                 "Calibrate again, or give the recipe's lr= and tuned_at= with another law=.",
             )
         return self.ratio if factor.role == "B" else 1.0

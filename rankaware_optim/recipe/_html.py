@@ -19,11 +19,12 @@ from typing import Any
 
 from .._figures import log_ticks
 from .._files import replace_bytes
+from .._printable import printable
 from .._rate import Rate
 from ..errors import PageError, RankAwareError
 from ._plot_data import Picture, PictureArm, picture_of
 from ._recipe import Recipe, known_rate
-from ._recipe_text import facts, lead
+from ._recipe_text import facts, lead, missing_trials
 
 
 def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
@@ -52,10 +53,11 @@ def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
 def report_html(recipe: Recipe) -> str:
     """Return the recipe's page as text. It is the same for the same recipe."""
     picture, reference = picture_of(recipe), recipe.reference
-    return str(
+    text = str(
         _template().render(
             recipe=recipe,
             lead=lead(recipe),
+            missing=missing_trials(recipe),
             arms=[_panel(picture, arm) for arm in picture.arms],
             chart=_chart(recipe, picture) if picture.by_rank else None,
             rows=list(_rows(recipe, picture)),
@@ -66,6 +68,7 @@ def report_html(recipe: Recipe) -> str:
             frame={"left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM},
         )
     )
+    return printable(text)
 
 
 @cache
@@ -194,7 +197,7 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
     rates = own if refused else [rate or known_rate(recipe, r, alpha=r) for r, rate in zip(ranks, own, strict=True)]
     by_scaling = ([known_rate(recipe, rank, alpha=rank * 2.0**s) for s in _SCALINGS] for rank in ranks)
     columns = [_ratios(rate) for rate in rates]
-    sentences, notes = _numbered(ranks, rates)
+    sentences, notes = _numbered(recipe, ranks, rates)
     return {
         "ranks": ranks,
         "scalings": _SCALINGS,
@@ -228,12 +231,16 @@ def _log(value: Rate | float | None) -> float | None:
     return None if value is None else round(math.log2(float(value)), 4)
 
 
-def _numbered(ranks: Sequence[int], rates: Sequence[Rate | None]) -> tuple[list[list[str]], list[int]]:
-    """Return the different lists of notes, with "{rank}" for the rank, and by rank the index of its list."""
-    texts = [
-        [note.replace(f"rank {rank} ", "rank {rank} ") for note in (rate.notes if rate else ())]
-        for rank, rate in zip(ranks, rates, strict=True)
-    ]
+def _numbered(recipe: Recipe, ranks: Sequence[int], rates: Sequence[Rate | None]) -> tuple[list[list[str]], list[int]]:
+    """Return the different lists of notes, and by rank the index of its list.
+
+    In those that depend on the rank, "{rank}" stands for it. The recipe's own notes are the same at every rank.
+    """
+    own = {note: printable(note) for note in recipe.notes}
+    texts = []
+    for rank, rate in zip(ranks, rates, strict=True):
+        notes = rate.notes if rate else ()
+        texts.append([own.get(note) or note.replace(f"rank {rank} ", "rank {rank} ") for note in notes])
     sentences = [list(notes) for notes in dict.fromkeys(map(tuple, texts))]
     return sentences, [sentences.index(notes) for notes in texts]
 
@@ -241,9 +248,14 @@ def _numbered(ranks: Sequence[int], rates: Sequence[Rate | None]) -> tuple[list[
 def _full(recipe: Recipe) -> dict[str, Any]:
     rate = known_rate(recipe, None)
     if rate is not None:
-        return {"lr": _log(rate), **_ratios(rate), "outside": rate.extrapolated, "notes": list(rate.notes)}
+        return {
+            "lr": _log(rate),
+            **_ratios(rate),
+            "outside": rate.extrapolated,
+            "notes": list(map(printable, rate.notes)),
+        }
     try:
         recipe.at(method="full")
     except RankAwareError as error:
-        return {"error": str(error)}
+        return {"error": printable(str(error))}
     return {"error": ""}

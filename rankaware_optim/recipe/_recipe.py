@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from ._uncertainty import Z90, margin, spread
 ANY_WIDTH = 4096.0  # used for an unknown fan-in, which nearly cancels between ranks of one init
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
     """A calibrated base rate with its law, uncertainty and provenance. `calibrate` and `fit_sweep` make one.
 
@@ -70,6 +70,7 @@ class Recipe:
         steepness: steepness of the loss above the optimum, per octave. The margin for another configuration follows
             from it and the uncertainty there. With 0 the margin is `lean` everywhere.
         scatter: standard deviation of a rank's own best rate about the law, octaves.
+        missing: the name of the trials' file if it was not beside the recipe when it was read. Rates do not need it.
     """
 
     name: str
@@ -97,6 +98,24 @@ class Recipe:
     tensors: Mapping[str, Array] = field(default_factory=dict, repr=False)
     steepness: float = 0.0
     scatter: float = 0.0
+    missing: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether all values and trials are equal."""
+        if not isinstance(other, Recipe):
+            return NotImplemented
+        arrays = ("covariance", "tensors")
+        plain = all(getattr(self, f.name) == getattr(other, f.name) for f in fields(self) if f.name not in arrays)
+        if not plain or self.tensors.keys() != other.tensors.keys():
+            return False
+        pairs = [
+            (self.covariance, other.covariance),
+            *((self.tensors[key], other.tensors[key]) for key in self.tensors),
+        ]
+        return all(_same_array(one, two) for one, two in pairs)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.fitted_lr, self.lean, self.reference))
 
     @property
     def lr(self) -> float:
@@ -268,10 +287,11 @@ class Recipe:
     # --- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the recipe as a TOML file, with a safetensors file beside it.
+        """Write the recipe as a TOML file, and its trials as a safetensors file beside it.
 
-        The save is atomic: a reader finds the old recipe or the new one. The tensors' file has their hash in its name.
-        File modes and symbolic links are kept.
+        The TOML gives every rate by itself. The save is atomic: a reader finds the old recipe or the new one. The file
+        of the trials has their hash in its name. That of the recipe that is replaced is removed, unless another TOML
+        in the folder names it. File modes and symbolic links are kept.
 
         Args:
             path: the TOML file.
@@ -280,16 +300,16 @@ class Recipe:
             The path written.
 
         Raises:
-            RecipeError: the folder cannot be written, `path` does not end in .toml, the recipe there has a newer
-                schema, or a value could not be read back.
+            RecipeError: the folder cannot be written, `path` does not end in .toml, the recipe there is read-only or
+                has a newer schema, or a value could not be read back.
         """
         header, text, arrays = recipe_toml.header(self), recipe_toml.to_document(self), self.arrays()
-        read_again = partial(recipe_toml.from_document, type(self), tensors=arrays, target=path)
+        read_again = partial(recipe_toml.from_document, type(self), tensors=arrays, missing="", target=path)
         return recipe_files.write(path, header, text, arrays, read_again)
 
     def arrays(self) -> dict[str, Array]:
         """Return the contents of the safetensors file, by name."""
-        return {**{f"trial.{key}": value for key, value in self.tensors.items()}, "fit.covariance": self.covariance}
+        return {f"trial.{key}": value for key, value in self.tensors.items()}
 
     def save_beside(self, adapter: str | os.PathLike[str]) -> Path:
         """Write the recipe into an adapter's folder: files in its subfolder `rankaware/`, a section in its README.
@@ -368,17 +388,24 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a recipe. Every value and the tensors' hash are checked. Nothing is unpickled.
+        """Read a recipe. Every value and the trials' hash are checked. Nothing is unpickled or imported.
+
+        Without the file of its trials a recipe still gives every rate. `missing` then names that file.
 
         Args:
             path: the TOML file, or the folder of an adapter in which `save_beside` wrote it.
 
         Raises:
-            RecipeError: a file is missing, cut short, altered, has a newer schema, or has an impossible value. The
-                message names the value's path.
+            RecipeError: the TOML is missing, or a file is cut short, altered, too large, has a newer schema, or has an
+                impossible value. The message names the value's path.
         """
         path = beside.recipe_file(path)
         return recipe_toml.from_document(cls, *recipe_files.read(path), path)
+
+
+def _same_array(one: Array, two: Array) -> bool:
+    """Return whether two arrays are equal. NaN equals NaN."""
+    return one.shape == two.shape and bool(((one == two) | ((one != one) & (two != two))).all())
 
 
 def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> Rate | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -35,15 +36,18 @@ def attacked(tmp_path_factory) -> list[list[str]]:
 
 
 def test_a_killed_save_leaves_one_whole_recipe(attacked):
-    """Killed before any of its file operations, a save leaves the old recipe or the new one, and the next clears up."""
+    """Killed before any of its file operations, a save leaves the old recipe or the new one, each with its trials."""
     names = [name for kind, _, name, _ in attacked if kind == "killed"]
     assert names == sorted(names, reverse=True)
     assert set(names) == {"old", "new"}
-    assert {files for kind, _, _, files in attacked if kind == "killed"} == {"2"}
+    assert {whole for kind, _, _, whole in attacked if kind == "killed"} == {"whole"}
 
 
 def test_a_reader_finds_one_whole_recipe(attacked):
-    """A save between any two of a reader's file operations gives it the new recipe or the old one, no error."""
+    """A save between any two of a reader's file operations gives it the new recipe or the old one, no error.
+
+    The old one may lack its trials, which the save removed.
+    """
     names = [name for kind, _, name, _ in attacked if kind == "read"]
     assert len(names) >= 2
     assert set(names) == {"old", "new"}
@@ -61,46 +65,69 @@ def test_two_saves_at_once_leave_one_whole_recipe(tmp_path):
         assert any(
             made.name == found.name and np.array_equal(made.tensors["seed"], found.tensors["seed"]) for made in pair
         )
-        assert set(tmp_path.iterdir()) == {target, tensors_of(target)}
+        assert {target, tensors_of(target)} <= set(tmp_path.iterdir())
 
 
-def test_a_recipe_of_the_former_names_is_read_and_replaced(tmp_path):
-    """Tensors called as the recipe are read; the next save removes them, and leaves other files alone."""
+STORED = Path(__file__).parent / "stored"
+FORMER = sorted(path.name for path in STORED.glob("*.toml"))
+
+
+@pytest.fixture(params=FORMER)
+def former(request, tmp_path) -> Path:
+    """A recipe that a former package wrote, in a folder of its own."""
+    shutil.copytree(STORED, tmp_path, dirs_exist_ok=True)
+    return tmp_path / request.param
+
+
+def test_there_is_a_former_recipe_of_every_schema():
+    """Stored are recipes of schema 1 and 2."""
+    assert [re.search(r"(?m)^schema = (\d)$", (STORED / name).read_text())[1] for name in FORMER] == ["1", "2"]
+
+
+def test_a_former_recipe_is_read_and_written_anew(former):
+    """Its rates, covariance, trials and hash are those of the recipe that is written of it, in the schema of today."""
+    found = Recipe.load(former)
+    again = found.save(former.with_name("again.toml"))
+    assert "schema = 3\n" in again.read_text()
+    assert Recipe.load(again) == found
+    assert Recipe.load(again).tag == found.tag
+    assert tensors_of(former).exists()
+
+
+def test_a_former_recipe_needs_its_tensors(former):
+    """Its covariance is there, so without them it is an error."""
+    tensors_of(former).unlink()
+    with pytest.raises(RecipeError, match="cannot be read.* Copy both files"):
+        Recipe.load(former)
+
+
+def test_lengths_of_a_former_recipe_are_ignored_with_a_note(former):
+    """Rates at other lengths than the recipe's follow its slope alone, which a note says."""
+    plain, text = Recipe.load(former), former.read_text()
+    former.write_text(text.replace("[horizon]\n", "[horizon]\ntried = [[50, 0.1, 0.02]]\n"))
+    found = Recipe.load(former)
+    assert (found.lr, found.horizon) == (plain.lr, plain.horizon)
+    assert any("several lengths" in note for note in found.notes)
+
+
+def test_former_parameters_of_a_law_are_read_where_they_say_nothing(tmp_path):
+    """Parameters that µA had are read with their defaults. With another value they are named."""
     target = RECIPE.save(tmp_path / "r.toml")
-    hashed = tensors_of(target)
-    target.write_text(target.read_text().replace(hashed.name, "r.safetensors"))
-    hashed.rename(tmp_path / "r.safetensors")
-    assert Recipe.load(target).tag == RECIPE.tag
-    RECIPE.save(target)
-    assert set(tmp_path.iterdir()) == {target, hashed}
-    theirs = tmp_path / "r.safetensors"
-    theirs.write_bytes(b"weights")
-    RECIPE.save(target)
-    assert theirs.read_bytes() == b"weights"
-
-
-def as_schema_1(target: Path) -> Path:
-    """A saved recipe as packages of schema 1 wrote it."""
-    text = target.read_text().replace("schema = 2", "schema = 1").replace("fitted_lr = ", "best_lr = ")
+    law = '[law.law]\nname = "mua"\nsplit = false\nsteps = "none"\nfloor = "none"\nshape_factor = "original"\n'
+    text = re.sub(r"\[law\.law\].*?(?=\n\[)", law, target.read_text(), flags=re.DOTALL)
     target.write_text(text)
-    return target
+    assert Recipe.load(target).tag == RECIPE.tag
+    target.write_text(text.replace('name = "mua"', 'name = "mua"\nold = 0'))
+    with pytest.raises(RecipeError, match="no parameter 'old'"):
+        Recipe.load(target)
 
 
-def test_a_recipe_of_schema_1_is_read_and_written_anew(tmp_path):
-    """The fitted optimum, once called best_lr, is read with the tag it had; a save writes the new name."""
-    target = as_schema_1(RECIPE.save(tmp_path / "r.toml"))
-    assert "best_lr = " in target.read_text()
-    found = Recipe.load(target)
-    assert (found.fitted_lr, found.lr, found.tag) == (RECIPE.fitted_lr, RECIPE.lr, RECIPE.tag)
-    text = found.save(target).read_text()
-    assert "schema = 2" in text
-    assert "best_lr" not in text
-
-
-@pytest.mark.parametrize("rename", [as_schema_1, lambda target: target], ids=["best_lr", "fitted_lr"])
-def test_a_bad_fitted_rate_is_named_as_in_its_file(rename, tmp_path, request):
+@pytest.mark.parametrize("name", ["best_lr", "fitted_lr"])
+def test_a_bad_fitted_rate_is_named_as_in_its_file(name, tmp_path):
     """Whichever name the file has for the fitted optimum is the path that an error says."""
-    name, target = request.node.callspec.id, rename(RECIPE.save(tmp_path / "r.toml"))
+    target = RECIPE.save(tmp_path / "r.toml")
+    if name == "best_lr":
+        target.write_text(target.read_text().replace("schema = 3", "schema = 1").replace("fitted_lr = ", "best_lr = "))
     for line in (f"{name} = -1.0", ""):
         target.write_text(re.sub(f"(?m)^{name} = .*$", line, target.read_text()))
         with pytest.raises(RecipeError) as caught:
@@ -118,7 +145,7 @@ def test_files_have_the_mode_that_they_should(umask, former, then, tmp_path):
     try:
         if former is not None:
             RECIPE.save(target).chmod(former)
-        replace(RECIPE, tensors={}).save(target)
+        replace(RECIPE, tensors={**TENSORS, "seed": TENSORS["seed"] + 1}).save(target)
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in (target, tensors_of(target))} == {then}
@@ -139,7 +166,7 @@ def test_a_link_stays_a_link(tmp_path):
 def test_a_newer_recipe_is_not_overwritten(tmp_path):
     """A recipe of a newer schema is refused with its number, and both its files stay as they are."""
     target = RECIPE.save(tmp_path / "r.toml")
-    target.write_text(target.read_text().replace("schema = 2", "schema = 7"))
+    target.write_text(target.read_text().replace("schema = 3", "schema = 7"))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(RecipeError, match="newer schema, 7"):
         RECIPE.save(target)
