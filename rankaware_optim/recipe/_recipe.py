@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,13 @@ from ._horizon import Horizon, by_batch
 from ._io import Array
 from ._other_rates import OtherRates, Seen
 from ._uncertainty import Z90, margin, spread
+
+
+class _Own(Enum):
+    """Stands for the recipe's own rank where none is given, since None is full finetuning."""
+
+    RANK = "the recipe's own"
+
 
 ANY_WIDTH = 4096.0  # used for an unknown fan-in, which nearly cancels between ranks of one init
 
@@ -142,7 +150,7 @@ class Recipe:
 
     def at(
         self,
-        rank: int | None = None,
+        rank: int | Literal[_Own.RANK] | None = _Own.RANK,
         *,
         alpha: float | None = None,
         rslora: bool = False,
@@ -158,11 +166,11 @@ class Recipe:
         distance. A warning is given once.
 
         Args:
-            rank: the LoRA rank, by default the recipe's own.
+            rank: the LoRA rank, by default the recipe's own. None means full finetuning.
             alpha: LoRA's alpha. By default the effective multiplier follows `scaling_rule`.
             rslora: whether alpha is divided by √rank instead of rank.
             init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero), by default the recipe's own.
-            method: "lora" or "full".
+            method: "lora" or "full". `at(method="full")` is `at(rank=None)`.
             fan_in: the model's width, by default the recipe's own.
             steps: optimizer steps, by default the recipe's own. They move the rate by `horizon`.
             batch: batch size in the recipe's unit, by default its own. It moves the rate by the law's rule, which is
@@ -178,9 +186,11 @@ class Recipe:
             InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
             LawError: the law has no usable multiplier there.
         """
+        if rank is None:
+            method = "full"
         if method == "full" and init is not None:
             raise RecipeError("init= was given for full finetuning, which has none.", "Leave it out.")
-        target = self._target(rank, alpha, method, rslora)
+        target = self._target(None if rank is _Own.RANK else rank, alpha, method, rslora)
         given = {"init": init, "fan_in": fan_in}
         target = replace(target, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
         rate = self._quoted(target, steps, batch)
@@ -323,7 +333,8 @@ class Recipe:
             The path of the TOML file.
 
         Raises:
-            RecipeError: the folder does not exist, or it or its README cannot be written; or as for `save`.
+            RecipeError: the folder does not exist; it or its README cannot be written; one of the files is a link to
+                outside the folder; or as for `save`.
         """
         return beside.save_beside(self, adapter)
 

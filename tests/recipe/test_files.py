@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from rankaware_optim import Recipe, RecipeError
 from rankaware_optim._files import read_bytes
@@ -97,7 +99,7 @@ def test_a_former_recipe_is_read_and_written_anew(former):
 def test_a_former_recipe_needs_its_tensors(former):
     """Its covariance is there, so without them it is an error."""
     tensors_of(former).unlink()
-    with pytest.raises(RecipeError, match="cannot be read.* Copy both files"):
+    with pytest.raises(RecipeError, match=r"cannot be read.* Copy both files"):
         Recipe.load(former)
 
 
@@ -205,3 +207,96 @@ def test_a_file_is_read_up_to_a_size(tmp_path):
     assert read_bytes(tmp_path / "x", 4) == b"1234"
     with pytest.raises(OSError, match="longer than 3 bytes"):
         read_bytes(tmp_path / "x", 3)
+
+
+# --- what belongs to others -----------------------------------------------------------------------------------------
+
+NEXT = replace(RECIPE, name="next", tensors={**TENSORS, "seed": TENSORS["seed"] + 1})
+KEPT = {
+    "renamed": os.rename,
+    "copied": shutil.copy,
+    "a hard link": os.link,
+    "a symbolic link": lambda target, other: (os.rename(target, other), os.symlink(other.name, target)),
+}
+
+
+@pytest.mark.parametrize("how", KEPT)
+def test_a_recipe_kept_under_another_name_keeps_its_trials(how, tmp_path):
+    """A recipe that was renamed, copied or linked has its trials after another save under its first name."""
+    target, other = RECIPE.save(tmp_path / "r.toml"), tmp_path / "other.toml"
+    KEPT[how](target, other)
+    NEXT.save(target)
+    assert not Recipe.load(other).missing
+    assert Recipe.load(other) == (NEXT if how == "a symbolic link" else RECIPE)
+    assert Recipe.load(target) == NEXT
+
+
+def test_a_save_removes_the_trials_that_it_replaces(tmp_path):
+    """The trials' file that the replaced recipe named goes, if no other recipe in the folder names it."""
+    target = RECIPE.save(tmp_path / "r.toml")
+    NEXT.save(tmp_path / "other.toml")
+    former = tensors_of(target)
+    NEXT.save(target)
+    assert not former.exists()
+    assert set(tmp_path.iterdir()) == {
+        *(target, tensors_of(target)),
+        *(tmp_path / "other.toml", tensors_of(tmp_path / "other.toml")),
+    }
+
+
+OTHERS = [b"[tensors]\nfile = ", b"\xff", b"[" * 5000, b"#" * 300_000]
+
+
+@pytest.mark.parametrize("text", OTHERS, ids=["cut", "no text", "too deep", "too long"])
+def test_a_toml_that_cannot_be_read_may_name_the_trials(text, tmp_path):
+    """Beside a TOML that cannot be read, a save removes no trials."""
+    target = RECIPE.save(tmp_path / "r.toml")
+    former = tensors_of(target)
+    (tmp_path / "other.toml").write_bytes(text)
+    NEXT.save(target)
+    assert former.exists()
+    (tmp_path / "other.toml").unlink()
+
+
+FOREIGN = ["r.0123456789ab.safetensors", ".r.toml.abcdefgh", ".r.toml.01234567", "r.safetensors", "r.toml.bak"]
+
+
+def test_files_that_look_like_ours_are_left_alone(tmp_path):
+    """Files of others stay, whatever their names, and although they hold a covariance."""
+    for name in FOREIGN:
+        (tmp_path / name).write_bytes(save({"fit.covariance": np.eye(3)}))
+    for made in (RECIPE, NEXT, RECIPE):
+        made.save(tmp_path / "r.toml")
+    assert {path.name for path in tmp_path.iterdir()} == {*FOREIGN, "r.toml", tensors_of(tmp_path / "r.toml").name}
+
+
+def test_a_recipe_that_names_a_file_of_others_does_not_remove_it(tmp_path):
+    """A replaced TOML may name a file of weights, even with its hash or with a hash in its name. The file stays."""
+    weights = save({"w": np.ones(3)})
+    digest = hashlib.sha256(weights).hexdigest()
+    for file, sha256 in (
+        ("model.safetensors", digest),
+        ("model.0123456789ab.safetensors", "0123456789ab" + digest[12:]),
+        ("../model.safetensors", digest),
+    ):
+        target = RECIPE.save(tmp_path / "in" / "r.toml")
+        text = re.sub(r"(?m)^file = .*$", f'file = "{file}"', target.read_text())
+        target.write_text(re.sub(r"(?m)^sha256 = .*$", f'sha256 = "{sha256}"', text))
+        theirs = [tmp_path / "in" / Path(file).name, tmp_path / "in" / file]
+        for path in theirs:
+            path.write_bytes(weights)
+        NEXT.save(target)
+        assert all(path.read_bytes() == weights for path in theirs)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+@pytest.mark.parametrize("mode", [0o444, 0o466, 0o044])
+def test_a_recipe_that_its_owner_may_not_write_is_not_replaced(mode, tmp_path):
+    """A recipe without its owner's write bit is refused, root or not, and both its files stay as they are."""
+    target = RECIPE.save(tmp_path / "r.toml")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    target.chmod(mode)
+    with pytest.raises(RecipeError, match=r"read-only\. Make it writable, or name another file"):
+        NEXT.save(target)
+    target.chmod(0o644)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

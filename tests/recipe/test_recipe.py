@@ -31,8 +31,8 @@ from rankaware_optim import (
     to_plain_state_dict,
 )
 from rankaware_optim._scaling_rule import infer_scaling
-from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.errors import PlotError
+from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.recipe import Horizon, drawable
 from rankaware_optim.recipe._html import report_html
 
@@ -527,6 +527,28 @@ def test_the_reference_gets_the_base_rate():
     assert made.at() == made.at(rank=16) == made.at(rank=16, alpha=32)
     assert (made.at().lr, made.at().ceiling) == (made.lr, made.ceiling)
     assert made.lr == made.fitted_lr * 2**-0.25
+
+
+@extrapolates
+def test_no_rank_is_full_finetuning():
+    """rank=None is full finetuning, as a trial's rank None is. Without a rank the reference's own rate is given."""
+    made = recipe()
+    assert made.at(rank=None) == made.at(None) == made.at(rank=None, method="full") == made.at(method="full")
+    assert made.at(rank=None) != made.at()
+    for beside in ({"alpha": 8}, {"init": "A"}, {"rslora": True}):
+        with pytest.raises(RecipeError, match="full finetuning"):
+            made.at(rank=None, **beside)
+
+
+def test_recipes_are_compared_by_their_values():
+    """Recipes of equal values are equal and have one hash. Another value, trial or covariance makes another recipe."""
+    nan = {"tensors": {"value": np.array([1.0, math.nan])}}
+    for change in ({}, nan):
+        assert recipe(**change) == recipe(**change)
+        assert len({recipe(**change), recipe(**change)}) == 1
+    others = [*DECISIVE, nan, {"tensors": {}}, {"covariance": np.eye(3)}, {"notes": ("a",)}, {"missing": "x"}]
+    assert all(recipe(**change) != recipe() for change in others)
+    assert recipe() != "digits"
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(4, 2), (4, 1), (64, 128), (64, 4096)])
