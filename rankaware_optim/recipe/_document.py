@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from .._checks import RANGES, shown
+from .._checks import MOST_RANKS, RANGES, shown
 from .._scaling_rule import Scaling
 from ..errors import RecipeError
 from ._horizon import SLOPE_SD
 
 SCHEMA = 3
-MOST_RANKS = 64  # each has a panel in the figure
 
 
 def _of(name: str, kind: type = float) -> Meta:

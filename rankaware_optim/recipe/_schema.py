@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .._checks import MOST_TRIALS, RANGES
+from .._checks import MOST_RANKS, MOST_TRIALS, RANGES
 from .._types import Reference
 from ..errors import InvalidReferenceError, RankAwareError
 from ..laws import Power, law_from_dict, law_to_dict
-from ._document import MOST_RANKS, Document, impossible
+from ._document import Document, impossible
 from ._horizon import Horizon
 from ._io import Array
 from ._settings import plain_setting
