@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from .._figures import COLOURS, figure_of, rate_axis, save, short
+from .._printable import printable
 from ..errors import PlotError
 from ._plot_data import Picture, PictureArm, picture_of
 from ._recipe import Recipe
+from ._recipe_text import missing_trials
 
 _CURVE = "fit, lowest at the best rate"
 _BEYOND = "off the frame, diverged or pruned"
@@ -41,7 +43,8 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
     for axis in axes[: len(picture.arms) : columns]:
         axis.set_ylabel("score, minimised")
     made_by = f"{recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'unknown'} steps"
-    figure.suptitle(f"Recipe {short(recipe.name, 60)!r}: {made_by}", parse_math=False)
+    title = printable(f"Recipe {short(recipe.name, 60)!r}: {made_by}")
+    figure.suptitle(title, parse_math=False)
     drawn = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes)
     each = {label: handle for pairs in drawn for handle, label in pairs}  # once, of all panels
     ncols = min(4, columns + 1)
@@ -63,6 +66,8 @@ def _filled(figure: Any, axes: Any, rooms: int, columns: int) -> list[Any]:
 def drawable(recipe: Recipe) -> Picture:
     """Return the data of a recipe's figure. Raise a `PlotError` if it has no trials."""
     picture = picture_of(recipe)
+    if recipe.missing:
+        raise PlotError(missing_trials(recipe), "Copy it there too. The rates do not need it.")
     if not picture.arms:
         raise PlotError(f"The recipe {recipe.name!r} has no trials to draw.", "Give one made by ra.calibrate.")
     return picture
