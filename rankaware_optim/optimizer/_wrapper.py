@@ -296,7 +296,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """Load a checkpoint by parameter name. Ranks and shapes are compared, which torch does not do.
 
         Rates in it are base rates, also those of a plain optimizer. The multipliers of this optimizer are kept. A
-        warning is given if the checkpoint's differ. Another rank is treated as `on_rank_change` says.
+        warning is given if the checkpoint's differ. Explicit rates (`rates`, `other_lr`) do not follow the base rate.
+        Another rank is treated as `on_rank_change` says.
 
         Args:
             state_dict: the result of an optimizer's state_dict().
