@@ -78,8 +78,7 @@ def _journal(path: Path) -> BaseStorage:
         raise CalibrationError(f"storage={str(path)!r} is not a file.", "Name a file for the journal, or a URL.")
     path = Path(os.path.realpath(path))  # a journal has one lock, even if it is reached by different links
     path.parent.mkdir(parents=True, exist_ok=True)
-    # FileLock empties its file, so it must not be one such as poetry.lock.
-    lock = FileLock(f"{path}.rankaware.lock", timeout=_LOCK_S)
+    lock = _lock_of(path)
     if path.is_file() and path.stat().st_size:
         _check_journal(path)
         with lock:
@@ -90,6 +89,17 @@ def _journal(path: Path) -> BaseStorage:
         raise
     except Exception as error:  # Optuna may raise anything for a damaged line
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _lock_of(path: Path) -> FileLock:
+    """Return the lock of a journal. Raise a `CalibrationError` if its file has content, since FileLock empties it."""
+    beside = Path(f"{path}.rankaware.lock")  # not PATH.lock, which may be poetry's
+    if beside.exists() and beside.stat().st_size:
+        raise CalibrationError(
+            f"The lock {str(beside)!r} is not empty, so it is not ours, and was not changed.",
+            "Move it away, or name another journal.",
+        )
+    return FileLock(beside, timeout=_LOCK_S)
 
 
 class _JournalFile(JournalFileBackend):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import re
 import sqlite3
 from pathlib import Path
@@ -81,6 +82,17 @@ def test_a_lock_file_of_another_program_is_left_alone(tmp_path):
     (tmp_path / "poetry.lock").write_text("content")
     calibrate(made_up(), trials=2, storage=tmp_path / "poetry")
     assert (tmp_path / "poetry.lock").read_text() == "content"
+
+
+@pytest.mark.parametrize("make", [os.link, os.symlink, shutil.copy])
+def test_a_lock_is_no_way_to_empty_a_file(make, tmp_path):
+    """A journal's lock that is a link to another file, or has content, is refused and left as it is."""
+    (tmp_path / "thesis.tex").write_text("content")
+    make(tmp_path / "thesis.tex", tmp_path / "study.rankaware.lock")
+    with pytest.raises(CalibrationError, match="is not empty"):
+        calibrate(made_up(), trials=2, storage=tmp_path / "study")
+    assert (tmp_path / "thesis.tex").read_text() == "content"
+    assert (tmp_path / "study.rankaware.lock").read_text() == "content"
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
