@@ -11,7 +11,7 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -276,6 +276,8 @@ WRAPPED: dict[str, dict[str, Any]] = {
 STEPPED: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"weight_decay": 0.01}),
     "SGD": (torch.optim.SGD, {"momentum": 0.9}),
+}
+OF_FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "Muon": (named("Muon"), {}),
     "Lamb": (named("Lamb"), {}),
     "Adafactor": (named("Adafactor"), {}),
@@ -284,17 +286,25 @@ STEPPED: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def optimizer() -> Cases:
-    """Groups, rates and three steps of wrapped optimizers, some of which continue from a checkpoint."""
+    """Groups, rates and three steps of AdamW and SGD, some of which continue from a checkpoint."""
     cases: Cases = {}
     for init in ("A", "B"):
         for name, options in WRAPPED.items():
             cases |= stepped(f"AdamW, Init[{init}], {name}", two_layers(init), torch.optim.AdamW, options)
-        for name, (kind, settings) in STEPPED.items():
-            options = {"tuned_at": AT, **settings}
-            cases |= stepped(f"{name}, Init[{init}]", two_layers(init), kind, options)
+    cases |= of_classes(STEPPED)
     cases |= continued()
     groups = ra.rank_aware_param_groups(two_layers(), lr=0.01, tuned_at=AT)
     cases["rank_aware_param_groups"] = [value for group in groups for value in (group["lr"], len(group["params"]))]
+    return cases
+
+
+def of_classes(classes: Mapping[str, tuple[Any, dict[str, Any]]]) -> Cases:
+    """Groups, rates and three steps of optimizer classes with their settings."""
+    cases: Cases = {}
+    for init in ("A", "B"):
+        for name, (kind, settings) in classes.items():
+            options = {"tuned_at": AT, **settings}
+            cases |= stepped(f"{name}, Init[{init}]", two_layers(init), kind, options)
     return cases
 
 
@@ -381,8 +391,8 @@ ASKED = {
     "r=16": {"rank": 16},
     "r=64": {"rank": 64},
     "full": {"method": "full"},
-    "4000 steps": {"rank": 16, "steps": 4000},
 }
+LONGER: dict[str, dict[str, Any]] = {"4000 steps": {"rank": 16, "steps": 4000}}
 FITTED = (  # a sweep, the configuration, its init, gamma of its effective multiplier r^-gamma, and what is fitted
     ("image_generation", "Init[A], s = 1", "A", 0.0, "drift"),
     ("vision_classification", "Init[A], s = 1/r", "A", 1.0, "drift"),
@@ -397,7 +407,7 @@ def fit() -> Cases:
     for domain, scheme, init, gamma, kind in FITTED:
         rows = list(swept(domain, scheme, init, gamma))
         recipe = fit_sweep(rows, fit=kind, init=init, fan_in=256, full_fan_in=1024, steps=100)
-        cases |= {f"{domain}, {scheme}, by {kind}, {name}": values for name, values in rates(recipe, ASKED).items()}
+        cases |= {f"{domain}, {scheme}, by {kind}, {name}": values for name, values in rates(recipe, ASKED | LONGER).items()}
     return cases
 
 
@@ -427,14 +437,15 @@ CALIBRATED: dict[str, dict[str, Any]] = {
     "Init[B]": {"init": "B", "drift": -1 / 3},
     "Init[B], by falling": {"init": "B", "drift": -1 / 3, "law": "falling"},
     "full finetuning": {"ranks": (None,)},
-    "SGD": {"kind": torch.optim.SGD, "best": 0.0},
 }
+BY_SGD: dict[str, dict[str, Any]] = {"SGD": {"kind": torch.optim.SGD, "best": 0.0}}
 
 
 @cache
-def calibrated() -> dict[str, tuple[ra.Recipe, list[Value]]]:
-    """Recipes of made-up runs, and the ranks, seeds and rates in the order in which they were tried."""
-    return {name: calibration_of(**options) for name, options in CALIBRATED.items()}
+def calibrated(name: str) -> tuple[ra.Recipe, list[Value]]:
+    """The recipe of made-up runs, and the ranks, seeds and rates in the order in which they were tried."""
+    options = (CALIBRATED | BY_SGD)[name]
+    return calibration_of(**options)
 
 
 def calibration_of(
@@ -465,17 +476,27 @@ def calibration_of(
     return ra.calibrate(train, kind, progress=False, **given), order
 
 
-def search() -> Cases:
+def search(names: Iterable[str]) -> Cases:
     """The rank, seed and rate of every trial of made-up calibrations, in their order."""
-    return {name: order for name, (_, order) in calibrated().items()}
+    return {name: calibrated(name)[1] for name in names}
 
 
-def calibration() -> Cases:
+def calibration(names: Iterable[str]) -> Cases:
     """The rates of the recipes that these calibrations return."""
     cases: Cases = {}
-    for name, (recipe, _) in calibrated().items():
+    for name in names:
+        recipe = calibrated(name)[0]
         cases[f"{name}, fitted"] = [recipe.lr, recipe.fitted_lr, recipe.lean, recipe.ceiling]
         cases |= {f"{name}, {asked}": values for asked, values in rates(recipe, ASKED).items()}
+    return cases
+
+
+def horizon() -> Cases:
+    """The rates of these recipes at another number of steps than that of their trials."""
+    cases: Cases = {}
+    for name in CALIBRATED:
+        recipe = calibrated(name)[0]
+        cases |= {f"{name}, {asked}": values for asked, values in rates(recipe, LONGER).items()}
     return cases
 
 
@@ -531,11 +552,15 @@ def transfer() -> Cases:
 BEHAVIOUR: dict[str, Callable[[], Cases]] = {
     **{f"laws.{family}": partial(laws, family) for family in FAMILIES},
     "inspection": inspection,
-    "optimizer": optimizer,
+    "optimizer.common": optimizer,
+    "optimizer.families": partial(of_classes, OF_FAMILIES),
     "recipes": recipes,
     "fit": fit,
-    "search": search,
-    "calibration": calibration,
+    "search.adam": partial(search, CALIBRATED),
+    "search.sgd": partial(search, BY_SGD),
+    "calibration.adam": partial(calibration, CALIBRATED),
+    "calibration.sgd": partial(calibration, BY_SGD),
+    "horizon": horizon,
     "transfer": transfer,
     "scores": scores,
 }

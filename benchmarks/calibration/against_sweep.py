@@ -44,7 +44,7 @@ from study.grids import Listed
 from study.runs_on_file import complete, made_by, read
 from study.suite import provenance
 
-RESTS_ON = ("search", "calibration")
+RESTS_ON = ("search.adam", "calibration.adam")
 DOMAINS = ("image_generation", "vision_classification")
 RUNS = RESULTS / "calibration_runs.jsonl"
 

@@ -21,7 +21,7 @@ import torch
 from calibration import against_sweep_scores, searches, short_long
 from recording import machine, record
 
-RESTS_ON = ("search", "calibration")
+RESTS_ON = ("search.adam", "calibration.adam")
 EVERY = 14
 NOTES = (
     f"One of {EVERY} calibrations on file. Rates: those of the ranks and of full finetuning that the search names. "

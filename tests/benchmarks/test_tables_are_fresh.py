@@ -28,7 +28,8 @@ MADE_BY = re.compile(r"(?:Command:|Made by) `python (benchmarks/[\w/]+\.py)")
 FROZEN = re.compile(r"# .+\n\nFrozen at [0-9a-f]{8}: \S")
 FILE = BENCHMARKS / "fingerprints.json"
 NAMES = list(json.loads(FILE.read_text())) if FILE.exists() else []
-QUICK = [name for name in NAMES if name not in ("fit", "search", "calibration", "scores")]
+SLOW = ("fit", "search", "calibration", "horizon", "scores")
+QUICK = [name for name in NAMES if not name.startswith(SLOW)]
 
 
 @pytest.fixture
