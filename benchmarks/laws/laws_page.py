@@ -2,7 +2,7 @@
 
     python benchmarks/laws/laws_page.py        # results/laws.md and results/laws-*.png
 
-It reads the result files of exponents.py and bench_law.py, and results/law_check.md. If the exponents (10 minutes) or
+It reads the result files of exponents.py and bench_law.py. If the exponents (10 minutes) or
 the yardstick (a minute, needs the published sweep) are missing, it makes them first.
 """
 
@@ -36,6 +36,10 @@ LAWS = dict(
         strict=True,
     )
 )
+OF_FAMILIES = (
+    "What the laws of SGD, Muon, LAMB and Adafactor do in a real sweep: "
+    "[the laws on a small real sweep](law_check.md), which is frozen."
+)
 Rows = list[dict[str, Any]]
 
 
@@ -48,8 +52,7 @@ def main(published: Path) -> None:
     found = [row for label in exponents.OPTIMIZERS for row in exponents.rows_of(label, rates)]
     _draw_exponents(found, RESULTS / "laws-exponents.png")
     _draw_errors(published, RESULTS / "laws-errors.png")
-    on_file = _demoted((RESULTS / "law_check.md").read_text())
-    parts = ["# The laws, shown", *_exponents_page(found), on_file, *_yardstick_page()]
+    parts = ["# The laws, shown", OF_FAMILIES, *_exponents_page(found), *_yardstick_page()]
     (RESULTS / "laws.md").write_text("\n\n".join([*parts, written_by(machine(1))]) + "\n")
     click.echo(f"{RESULTS / 'laws.md'}, laws-exponents.png, laws-errors.png")
 
