@@ -16,7 +16,7 @@ from .. import sweeps
 from .._files import replace_bytes
 from ..sweeps import COMPARED, DEMO_SWEEP, Move, score_table
 from ._echo import echo, echo_json
-from ._options import ALPHA, COLUMN, OPTIMIZER, json_option, out_option
+from ._options import ALPHA, COLUMN, OPTIMIZER, json_option, may_name_module, out_option
 
 _SHAPE = (
     "a list with one object per law, as --out writes to a .json file. Fields: law, median_octaves and worst_octaves "
@@ -28,7 +28,9 @@ _SHAPE = (
 
 @click.command("bench-law")
 @click.argument("sweep", type=click.Path(path_type=Path), default=DEMO_SWEEP)
-@click.option("--law", "laws", multiple=True, help="Law to score, as described above. Repeatable.")
+@click.option(
+    "--law", "laws", callback=may_name_module, multiple=True, help="Law to score, as described above. Repeatable."
+)
 @click.option(
     "--best",
     type=click.Choice(["parabola", "bowl"]),

@@ -25,8 +25,18 @@ from .. import calibration
 from ..errors import CalibrationError, RankAwareError, RankAwareWarning, RecipeError
 from ..recipe import Recipe
 from ._echo import echo, warnings_as_notes
-from ._options import OPTIMIZER, in_options, numbers, out_option
-from ._placement import AUTO, THREADS, chosen_devices, in_environment, machine_cores, machine_devices, placed
+from ._options import OPTIMIZER, in_options, may_name_module, numbers, out_option
+from ._placement import (
+    AUTO,
+    THREADS,
+    chosen_devices,
+    in_environment,
+    machine_cores,
+    machine_devices,
+    outside_folder,
+    placed,
+    started_outside_folder,
+)
 
 
 def _count_or_auto(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
@@ -51,7 +61,7 @@ _CONFIRM = "End with up to three runs of --target-steps, which use at most half 
 
 
 @click.command()
-@click.argument("spec", metavar="MODULE:TRAIN")
+@click.argument("spec", callback=may_name_module, metavar="MODULE:TRAIN")
 @click.option(
     "--ranks",
     required=True,
@@ -67,7 +77,9 @@ _CONFIRM = "End with up to three runs of --target-steps, which use at most half 
 @click.option("--target-steps", type=int, help="Training steps of the target run. By default the longest of --steps.")
 @out_option(required=True, help="Recipe to write, a .toml file.")
 @OPTIMIZER
-@click.option("--law", default="mua", show_default=True, help="Law that moves rates between ranks.")
+@click.option(
+    "--law", callback=may_name_module, default="mua", show_default=True, help="Law that moves rates between ranks."
+)
 @click.option("--trials", type=int, help="Number of runs at --ranks. By default as --budget allows, or 8 per rank.")
 @click.option("--budget", type=int, help="Largest number of training steps of all trials together.")
 @click.option(
@@ -156,7 +168,7 @@ def _write(recipe: Recipe, out: Path) -> None:
 
 
 def load_train(spec: str) -> Any:
-    """Return the function "module:function". The module is imported from the current directory.
+    """Return the function "module:function".
 
     Raises:
         CalibrationError: the module or the function does not exist, or the import fails.
@@ -164,8 +176,6 @@ def load_train(spec: str) -> Any:
     module, _, name = spec.partition(":")
     if not module or not name:
         raise CalibrationError(f"{spec!r} names no function.", "Give module:function, such as finetune:train.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         found = import_module(module)
     except Exception as error:
@@ -207,6 +217,7 @@ class _Worker:
 
     def help(self) -> None:
         """Run as an additional process. It ends if the command's process is killed, and its trial is repeated later."""
+        started_outside_folder()
         parent = os.getppid()
 
         def leave_with_parent() -> None:
@@ -257,7 +268,7 @@ def _helpers(workers: Sequence[_Worker]) -> Iterator[None]:
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for process, worker in zip(made, workers, strict=True):
-            with in_environment(worker.place):  # torch reads the environment when it is imported
+            with in_environment(worker.place), outside_folder():  # torch reads the environment when it is imported
                 process.start()
     finally:
         signal.signal(signal.SIGINT, interrupted)

@@ -14,7 +14,7 @@ from ..errors import LawError
 from ..inspection import inspect_file
 from ..transfer import coordinate_check, plot_coordinates
 from ._echo import echo
-from ._options import OPTIMIZER, RSLORA, init_option, number_or_rank, numbers, out_option
+from ._options import OPTIMIZER, RSLORA, init_option, may_name_module, number_or_rank, numbers, out_option
 
 Shape = tuple[int, int]
 _MOST_NUMBERS = 2**28  # of a layer's inputs, gradients and factors: 1 GiB, without the optimizer's state
@@ -41,6 +41,7 @@ def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) ->
 @OPTIMIZER
 @click.option(
     "--law",
+    callback=may_name_module,
     help="Law to check, as for bench-law, such as 'mua?tokens=8'. By default mua with as many tokens as --tokens.",
 )
 @click.option(
