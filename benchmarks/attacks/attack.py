@@ -23,7 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import click
-from attacks import adapter_files, checkpoints, exceptions, interrupts, journals, kills, recipes, sweeps
+from attacks import (
+    adapter_files,
+    between_calls,
+    bystanders,
+    checkpoints,
+    exceptions,
+    interrupts,
+    journals,
+    kills,
+    modules,
+    recipes,
+    special,
+    studies,
+    sweeps,
+)
 from attacks.outcomes import FAILED, HELD, REFUSED, Attack
 from code_hash import code_of
 from recording import RESULTS, machine, record
@@ -38,7 +52,21 @@ DEPENDS_ON = (
     "SEARCH",
     "rankaware_optim.sweeps",
 )
-MODULES = (kills, interrupts, exceptions, recipes, checkpoints, sweeps, journals, adapter_files)
+MODULES = (
+    between_calls,
+    bystanders,
+    kills,
+    interrupts,
+    studies,
+    exceptions,
+    modules,
+    special,
+    recipes,
+    checkpoints,
+    sweeps,
+    journals,
+    adapter_files,
+)
 ATTACKS: dict[str, Attack] = {attack.name: attack for module in MODULES for attack in module.ATTACKS}
 FILE = RESULTS / "attack.jsonl"
 CODE = code_of(Path(__file__))

@@ -13,6 +13,10 @@ HANG_S = 5.0  # an attempt that takes longer counts as hung
 _KEPT = 20  # failures that are kept in words
 
 
+class Refused(Exception):
+    """An error of ours, raised in a process of its own, in its words."""
+
+
 @dataclass
 class Outcomes:
     """Counts of attempts by outcome: held, refused by one of our errors, or failed."""
