@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from code_hash import code_of
+from fingerprints import rests_on
 from rich.console import Console
 from rich.table import Table
 
@@ -23,10 +23,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """How figures were made: machine, versions, commit, hash of the code, date and command."""
+    """How figures were made: commit, what they rest on, machine, versions, date and command."""
     return {
         "commit": commit(),
-        "code": code_of(Path(getattr(sys.modules["__main__"], "__file__", None) or "")),
+        "rests on": rests_on(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": threads,
@@ -102,8 +102,8 @@ def made_on(on: Mapping[str, Any]) -> str:
 
 
 def written_by(on: Mapping[str, Any]) -> str:
-    """The code and the command only, for pages whose runs name their own machines."""
-    return f"Code: {on['code']}.\n\nCommand: `{on['command']}`"
+    """What they rest on and the command only, for pages whose runs name their own machines."""
+    return f"Rests on {on['rests on']}.\n\nCommand: `{on['command']}`"
 
 
 def made_with(machines: Iterable[Mapping[str, Any]]) -> str:

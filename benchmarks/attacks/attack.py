@@ -6,7 +6,7 @@
 
 PostgreSQL is attacked if RANKAWARE_POSTGRESQL holds the URL of a database that may be written to. An attack is run in
 pieces. Each piece has its own process, its own seed and a limit on its memory, and is appended to results/attack.jsonl
-when it ends, with the hash of the code. Pieces of this code that are on file are not run again.
+when it ends, with the commit. Pieces that are on file at this commit are not run again.
 """
 
 from __future__ import annotations
@@ -39,19 +39,9 @@ from attacks import (
     sweeps,
 )
 from attacks.outcomes import FAILED, HELD, REFUSED, Attack
-from code_hash import code_of
-from recording import RESULTS, machine, record
+from recording import RESULTS, commit, machine, record
 
-DEPENDS_ON = (
-    "attacks",
-    "rankaware_optim.inspection",
-    "rankaware_optim.recipe._io",
-    "rankaware_optim.recipe._document",
-    "rankaware_optim.recipe._schema",
-    "rankaware_optim.optimizer",
-    "SEARCH",
-    "rankaware_optim.sweeps",
-)
+RESTS_ON = ()  # outcomes: made again at a release
 MODULES = (
     between_calls,
     bystanders,
@@ -69,14 +59,13 @@ MODULES = (
 )
 ATTACKS: dict[str, Attack] = {attack.name: attack for module in MODULES for attack in module.ATTACKS}
 FILE = RESULTS / "attack.jsonl"
-CODE = code_of(Path(__file__))
 FIRST_SEED = 20261200
 MEMORY = 8 * 2**30  # bytes that a piece may map
 NOTES = (
     "held: it went well, and what the attack's docstring asks for was true. refused: an error of ours, in printable "
     "words, with nothing changed. failed: any other exception, a loss, a tear, a rate that is not finite and positive, "
-    "or more than 5 s. The slowest in seconds. By this code: attempts by the code whose hash is below. The others are "
-    "older.",
+    "or more than 5 s. The slowest in seconds. Newest: attempts at the commit that is "
+    "named, that of the attack's last piece. The others are older.",
     "A piece in which something failed was run again, with its seed, once that was fixed. In the run on file they are "
     "six pieces of damaged journals: two waited for another host's trial, four did not recognise the damage.",
 )
@@ -95,7 +84,8 @@ def main(only: str, workers: int, share: float, tables: bool, piece: tuple[str, 
         print(json.dumps(run_piece(ATTACKS[piece[0]], int(piece[1]), size)))
         return
     if not tables:
-        seen = {key for key, row in on_file().items() if row.get("code") == CODE}
+        here = commit()
+        seen = {key for key, row in on_file().items() if row.get("commit") == here}
         todo = [work for work in pieces(share) if only in work[0].name and (work[0].name, work[1]) not in seen]
         with ThreadPoolExecutor(workers) as pool, FILE.open("a") as file:
             for row in pool.map(lambda work: in_process(*work), todo):
@@ -126,7 +116,7 @@ def in_process(attack: Attack, seed: int, size: int) -> dict[str, Any]:
             found = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         found["failures"] = [f"the process took more than {attack.patience:g} s"]
-    return {"attack": attack.name, "seed": seed, "code": CODE, **found}
+    return {"attack": attack.name, "seed": seed, "commit": commit(), **found}
 
 
 def run_piece(attack: Attack, seed: int, size: int) -> dict[str, Any]:
@@ -137,9 +127,14 @@ def run_piece(attack: Attack, seed: int, size: int) -> dict[str, Any]:
 
 
 def on_file() -> dict[tuple[str, int], dict[str, Any]]:
-    """The last run of every piece, by attack and seed."""
-    rows = [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
-    return {(row["attack"], row["seed"]): row for row in rows}
+    """The last run of every piece, by attack and seed, the newest at the end."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in FILE.read_text().splitlines() if FILE.exists() else ():
+        row = json.loads(line)
+        key = (row["attack"], row["seed"])
+        found.pop(key, None)
+        found[key] = row
+    return found
 
 
 def write_table() -> None:
@@ -150,8 +145,10 @@ def write_table() -> None:
         failures += [f"{name}: {words}" for row in mine for words in row["failures"]]
         shown = {outcome: counts[outcome] for outcome in (HELD, REFUSED, FAILED)}
         slowest = max((row["slowest"] for row in mine), default=0.0)
-        new = sum(sum(row["counts"].values()) for row in mine if row.get("code") == CODE)
-        rows.append({"attack": name, "attempts": counts.total(), "by this code": new, **shown, "slowest s": slowest})
+        newest = next((row.get("commit") for row in reversed(mine)), None)
+        new = sum(sum(row["counts"].values()) for row in mine if row.get("commit") == newest)
+        at = {"attempts": counts.total(), "newest": new, "at commit": newest}
+        rows.append({"attack": name, **at, **shown, "slowest s": slowest})
     notes = [*NOTES, f"Seeds from {FIRST_SEED}, one a piece.", *failures[:40]]
     record("attack", "The package under attack", rows, machine(threads=1), notes)
 

@@ -70,7 +70,6 @@ def imports_nothing(read: Callable[[], object]) -> None:
         with (
             suppress(ra.RankAwareError, click.ClickException),
             redirect_stdout(io.StringIO()),
-            redirect_stderr(io.StringIO()),
         ):
             read()
         new = {name for name in set(sys.modules) - before if name.partition(".")[0] == "payload"}

@@ -44,12 +44,7 @@ from study.grids import Listed
 from study.runs_on_file import complete, made_by, read
 from study.suite import provenance
 
-DEPENDS_ON = (
-    "calibration.against_sweep_scores",
-    "calibration.against_sweep_page",
-    "calibration.searches",
-    "CALIBRATED_RATES",
-)
+RESTS_ON = ("search", "calibration")
 DOMAINS = ("image_generation", "vision_classification")
 RUNS = RESULTS / "calibration_runs.jsonl"
 

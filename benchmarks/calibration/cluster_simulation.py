@@ -47,7 +47,7 @@ from rankaware_optim.calibration import Study
 from rankaware_optim.calibration._runner import Runner
 from rankaware_optim.calibration._schedule import Schedule
 
-DEPENDS_ON = ("made_up", "SEARCH")
+RESTS_ON = ("search",)
 RECIPES = RESULTS.parents[1] / "recipes"
 REPLAYED = (
     "efficientnet-lite0-digits", "image-generation-a", "language-a", "language-smollm2-a", "reinforcement-a",

@@ -37,7 +37,7 @@ from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration.fit import Observation
 from rankaware_optim.laws import checked_multiplier
 
-DEPENDS_ON = ("calibration.studies", "CALIBRATED_RATES")
+RESTS_ON = ("search", "calibration")
 TRIED, ASKED = (4, 64), (4, 16, 64, 256, None)  # None: full finetuning
 TRIALS, SEEDS = 8, (0, 1)  # trials a rank; the default seeds of `calibrate`
 SWEEPS = ("image_generation", "digits_vision")

@@ -37,7 +37,7 @@ from rankaware_optim.calibration import _pruner, _runner, _sampler
 from rankaware_optim.calibration.fit import _posterior
 from rankaware_optim.errors import CalibrationError
 
-DEPENDS_ON = ("made_up", "CALIBRATED_RATES")
+RESTS_ON = ("search", "calibration")
 RANKS, STEPS, TRIALS = (4, 64), 100, 16
 BEST, CLIFF, GAIN = -7.0, 2.5, 0.2  # log2 of the best rate at the lowest rank; octaves above it; loss
 NOISES, SHIFTS = (0.0, 0.5, 1.0, 2.0, 4.0), (-3.0, 0.0, 3.0)  # shares of the gain; octaves

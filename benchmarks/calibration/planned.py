@@ -32,7 +32,7 @@ from rankaware_optim.calibration._trials import Cell, Trials
 from rankaware_optim.calibration.fit import Trend
 from rankaware_optim.laws import checked_multiplier
 
-DEPENDS_ON = ("calibration.coverage", "calibration.studies", "CALIBRATED_RATES")
+RESTS_ON = ("search", "calibration")
 LENGTHS, TARGETS, PRICE = (250, 1000), (4000, 8000), 2
 ASKED, GUESS_SD = (4, 16, 64), 1.0
 Moves = Callable[[np.random.Generator, float], float]  # octaves from the target's best rate

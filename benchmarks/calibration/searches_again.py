@@ -21,7 +21,7 @@ import torch
 from calibration import against_sweep_scores, searches, short_long
 from recording import machine, record
 
-DEPENDS_ON = ("calibration.searches", "CALIBRATED_RATES")
+RESTS_ON = ("search", "calibration")
 EVERY = 14
 NOTES = (
     f"One of {EVERY} calibrations on file. Rates: those of the ranks and of full finetuning that the search names. "

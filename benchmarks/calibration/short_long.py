@@ -59,7 +59,7 @@ from study.training import WARMUP, shape, train, trained
 import rankaware_optim as ra
 from rankaware_optim.calibration import seeded
 
-DEPENDS_ON = ("calibration.searches", "study.regret", "CALIBRATED_RATES")
+RESTS_ON = ("search", "calibration", "scores")
 TASKS = (("language", 4), ("image_generation", 4), ("image_generation", 8))
 STORE, SEARCHES = RESULTS / "short_long", RESULTS / "short_long_searches.jsonl"
 SEEDS, LEFT_OUT, SEARCHED = 2, 2, 20  # of the oracle, of the score, and the first that searches draw

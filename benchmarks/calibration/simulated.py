@@ -51,7 +51,7 @@ from rankaware_optim.calibration.fit import Observation
 from rankaware_optim.laws import checked_multiplier
 from rankaware_optim.recipe import Z90
 
-DEPENDS_ON = ("calibration.surfaces", "calibration.studies", "CALIBRATED_RATES")
+RESTS_ON = ("search", "calibration", "scores")
 STORE = RESULTS / "simulated.jsonl"
 RATES = 9  # rates of the sweep
 LOST = 1.25  # gap, a share of the gain, above which a run counts as diverged

@@ -23,7 +23,7 @@ from rankaware_optim.testing import check_convention
 from tests.helpers.real_adapters import CASES, Case, read
 from tests.helpers.replicas import REPLICAS
 
-DEPENDS_ON = ("rankaware_optim.inspection", "rankaware_optim.testing")
+RESTS_ON = ("inspection",)
 RANK, ALPHA = 4, 8.0
 ROW_ONLY = "row only: a replica"
 NOTES = (

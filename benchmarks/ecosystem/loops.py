@@ -30,7 +30,7 @@ from torch.optim import lr_scheduler as schedulers
 import rankaware_optim as ra
 from rankaware_optim._optimizer_classes import get_optimizer_class
 
-DEPENDS_ON = ("rankaware_optim.optimizer",)
+RESTS_ON = ("optimizer",)
 STEPS, BASE, BAR = 12, 1e-2, 1e-5
 LAW = ra.Power(exponent=-0.5, law=ra.Constant())
 AT = ra.Reference(rank=4, alpha=4)

@@ -25,7 +25,7 @@ from torch import nn
 from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim.cli._demo import HEAD_RATE, build, evaluate, fit
 
-DEPENDS_ON = ("rankaware_optim.optimizer",)
+RESTS_ON = ("optimizer",)
 CHANGES = ((8, 32), (32, 8))
 CHECKS = (1, 3, 10, 40)
 POLICIES = ("resize", "reset")

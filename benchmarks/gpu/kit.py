@@ -41,14 +41,7 @@ from study.domains._llama import BROWN, CODE
 from study.domains._wordnet import WORDNET
 from study.domains.language_smollm2 import SMOLLM2
 
-DEPENDS_ON = (
-    "gpu",
-    "costs.step_cost",
-    "laws.one_constant",
-    "laws.width",
-    "rankaware_optim.laws",
-    "rankaware_optim.optimizer",
-)
+RESTS_ON = ("laws.adam", "optimizer")
 PIECES = {"checks": checks, "step_cost": steps, "width": width, "smollm2": smollm2}  # most useful per minute first
 PUBLISHED, TRIED = RESULTS / "cuda", Path("bench-cuda")
 

@@ -48,7 +48,7 @@ class Setup:
 
         The code is left out too, since the page names it.
         """
-        changing = ("code", "command", "date", "load_before")
+        changing = ("rests on", "command", "date", "load_before")
         here = {key: value for key, value in machine(1).items() if key not in changing}
         precision = {"matmul": torch.get_float32_matmul_precision()}
         return {"device": self.name, "cuda": torch.version.cuda, **precision, **here, **versions()}

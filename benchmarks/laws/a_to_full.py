@@ -42,7 +42,7 @@ from study.leave_one_out import (
 
 from rankaware_optim.laws._updates import Site, Updates, sign_terms
 
-DEPENDS_ON = ("study.leave_one_out", "rankaware_optim.laws")
+RESTS_ON = ("laws.adam", "scores")
 SCHEMES = ("Init[A], s = 1", "Init[A], s = 1/r")
 
 

@@ -28,7 +28,7 @@ from rankaware_optim.sweeps import COMPARED, DEMO_SWEEP, LawScore, Move
 from rankaware_optim.sweeps._bench import LossCurve, loss_curves, score_of
 from rankaware_optim.sweeps._io import read_sweep
 
-DEPENDS_ON = ("rankaware_optim.laws", "rankaware_optim.sweeps")
+RESTS_ON = ("laws.adam",)
 FOLLOWS, KEPT = "efficientnet-lite0, alpha = rank", "efficientnet-lite0, alpha 16"
 MORE_SEEDS = (2, 3)
 RANKS, ALPHA = (1, 4, 16, 64, 256), 16

@@ -28,7 +28,7 @@ from rankaware_optim import LawError, MuA
 from rankaware_optim._optimizer_classes import get_optimizer_class
 from rankaware_optim.laws import Batch, Stepper, change_of, draw_pair, rates_for, step_pair, synthetic
 
-DEPENDS_ON = ("rankaware_optim.laws",)
+RESTS_ON = ("laws",)
 RANKS = (4, 8, 16, 32, 64)
 WIDTHS = (256, 512, 1024, 2048)
 TOKENS = (4, 64, 512)

@@ -24,7 +24,7 @@ from rankaware_optim.sweeps import DEMO_SWEEP
 from rankaware_optim.sweeps._io import SweepRun, read_sweep
 from rankaware_optim.sweeps._runs import observation_of
 
-DEPENDS_ON = ("rankaware_optim.laws", "rankaware_optim.calibration.fit")
+RESTS_ON = ("laws.adam", "fit")
 RANKS = (4, 16, 64, None)
 EXPONENTS = range(-15, -3)
 

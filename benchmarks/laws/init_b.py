@@ -61,7 +61,7 @@ from study.suite import STORES, finished
 from rankaware_optim import Falling, MuA
 from rankaware_optim.transfer import capture
 
-DEPENDS_ON = ("rankaware_optim.laws",)
+RESTS_ON = ("laws.adam", "scores")
 KNEES, POWER = (1.0, 2.0, 4.0, 8.0, 16.0), 0.5  # of `Falling` at the time of the rule above
 SCHEME, RANKS, SEEDS = "Init[B], s = 1", (4, 64), 2
 STEP, RUNS = RESULTS / "init_b_step.json", RESULTS / "init_b_runs.jsonl"

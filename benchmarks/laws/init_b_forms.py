@@ -52,7 +52,7 @@ from study.leave_one_out import (
 
 from rankaware_optim.laws._updates import Site, Updates, _in_quadrature, kappa, sign_terms
 
-DEPENDS_ON = ("study.leave_one_out", "rankaware_optim.laws")
+RESTS_ON = ("laws.adam", "scores")
 SCHEME, TOKENS = "Init[B], s = 1", 8.0
 
 

@@ -62,7 +62,7 @@ from rankaware_optim._optimizers import optimizer_family
 from rankaware_optim.laws import OneRank
 from rankaware_optim.sweeps._bench import loss_between, vertex_of
 
-DEPENDS_ON = ("study.regret", "study.grids", "rankaware_optim.laws", "rankaware_optim.optimizer")
+RESTS_ON = ("laws", "optimizer", "scores")
 STORE = RESULTS / "law_check.jsonl"
 DOMAIN, EARLIER = "image_generation", "image_generation, earlier weights"  # networks of the second and the first sweep
 RANKS, TUNED, SEEDS, HALF = (4, 16, 64, 128), 16, 2, 2

@@ -25,7 +25,7 @@ from rankaware_optim._figures import COLOURS
 from rankaware_optim.sweeps import DEMO_SWEEP, LawScore
 from rankaware_optim.sweeps import bench_law as scores_on
 
-DEPENDS_ON = ("rankaware_optim.laws",)
+RESTS_ON = ("laws",)
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "sft_sweep.csv"
 PUBLISHED_ALPHA = 32.0
 LAWS = dict(

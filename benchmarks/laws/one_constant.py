@@ -68,7 +68,7 @@ from study.training import WARMUP, train
 from rankaware_optim import inspect_model
 from rankaware_optim.laws._updates import Site, Updates, _in_quadrature, sign_terms
 
-DEPENDS_ON = ("study.grids", "study.optima", "rankaware_optim.laws")
+RESTS_ON = ("laws.adam", "scores")
 DOMAINS = ("image_generation", "vision_classification", "language", "reinforcement")
 STORE = RESULTS / "one_constant"
 SEEDS, WIDE = 3, 2  # seeds of the half octaves, whole octaves to either side at first

@@ -34,7 +34,7 @@ from recording import machine, record
 from rankaware_optim.sweeps import bench_law
 from rankaware_optim.sweeps._io import Sweep, read_sweep
 
-DEPENDS_ON = ("rankaware_optim.laws", "rankaware_optim.sweeps")
+RESTS_ON = ("laws.adam",)
 LAWS = ("mua", "mua-paper", "constant", "power?exponent=-0.5,law=constant", "power?exponent=-1,law=constant")
 NOTES = (
     "Octaves: |log2(moved rate / best rate found there)|. Loss: the loss at the moved rate, on straight lines between "

@@ -28,7 +28,7 @@ from rankaware_optim.sweeps._bench import vertex_of
 from rankaware_optim.transfer import suggest_lr
 from rankaware_optim.transfer._suggest import LOG2_RATE, MARGIN, PUBLISHED, SPREAD, TASK_SD, Z90
 
-DEPENDS_ON = ("rankaware_optim.laws", "rankaware_optim.transfer", "rankaware_optim.sweeps")
+RESTS_ON = ("laws.adam", "transfer")
 
 # Hidden sizes, from the models' published configurations.
 HIDDEN = {

@@ -34,7 +34,7 @@ from study.training import train
 from rankaware_optim import Constant, Law, LoRAPlus, MuA, RankAwareOptimizer
 from rankaware_optim.sweeps._bench import vertex_of
 
-DEPENDS_ON = ("study.grids", "study.training", "rankaware_optim.laws", "rankaware_optim.optimizer")
+RESTS_ON = ("laws.adam", "optimizer")
 DOMAINS, SEEDS, CONFIG = ("image_generation", "digits_vision"), 3, "Init[A], s = 1"
 SCHEMES = {"one rate": MuA(), "two rates": MuA(split=True), "LoRA+ 16": LoRAPlus(16.0)}
 COARSE = {"one rate": range(-12, -3, 2), "two rates": range(-14, -3, 2), "LoRA+ 16": range(-16, -5, 2)}

@@ -75,7 +75,7 @@ from rankaware_optim import Law, MuA, Reference, Survey, inspect_model
 from rankaware_optim.laws import Falling
 from rankaware_optim.laws._updates import Site
 
-DEPENDS_ON = ("laws.one_constant", "study.optima", "rankaware_optim.laws")
+RESTS_ON = ("laws.adam", "scores")
 STORE = RESULTS / "width"
 RANK, SEEDS = 16, 2
 RANKS = {SOURCE: RANK, "full": FULL, AT_B: RANK}

@@ -42,7 +42,7 @@ def machines(store: Path) -> list[dict[str, Any]]:
 
 
 def made_by(on: Mapping[str, Any], *stores: Path) -> str:
-    """The machines and networks of the runs on file, then the code and the command of their page."""
+    """The machines and networks of the runs on file, then what their page rests on and its command."""
     return f"{made_with(each for store in stores for each in machines(store))}\n\n{written_by(on)}"
 
 

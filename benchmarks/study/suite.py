@@ -39,7 +39,7 @@ from rankaware_optim._files import replace_bytes
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.laws import get_law
 
-DEPENDS_ON = ("study", "rankaware_optim.laws")
+RESTS_ON = ("laws.adam", "recipes", "scores")
 README, STORES, PAGE, SUMMARY = RESULTS.parents[1] / "README.md", RESULTS / "suite", RESULTS / "study.md", "summary.png"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the README
 QUICK_DOMAINS, QUICK_STORES = ("vision_classification",), Path("bench-quick")

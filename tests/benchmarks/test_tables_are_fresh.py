@@ -1,36 +1,73 @@
-"""Tables against the code that they depend on, and what their hash sees of it."""
+"""Tables against the fingerprints that they rest on, and fingerprints against the code."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import json
+import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+import rankaware_optim as ra
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
 RESULTS = BENCHMARKS / "results"
 PAGES = sorted(str(path.relative_to(RESULTS)) for path in RESULTS.rglob("*.md"))
-MARK = re.compile(r"(benchmarks/[\w/]+\.py)@([0-9a-f]{12})")
+MARK = re.compile(r"\b([a-z.]+@[0-9a-f]{8})\b")
+MADE_BY = re.compile(r"(?:Command:|Made by) `python (benchmarks/[\w/]+\.py)")
+FROZEN = re.compile(r"# .+\n\nFrozen at [0-9a-f]{8}: \S")
+FILE = BENCHMARKS / "fingerprints.json"
+NAMES = list(json.loads(FILE.read_text())) if FILE.exists() else []
+QUICK = [name for name in NAMES if name not in ("fit", "search", "calibration", "scores")]
 
 
 @pytest.fixture
-def code(monkeypatch: pytest.MonkeyPatch) -> Any:
+def prints(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("code_hash")
+    return importlib.import_module("fingerprints")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_has_what_the_code_gives(prints: Any, name: str) -> None:
+    """A fingerprint on file is that of the code as it is, up to rounding."""
+    found = prints.change(prints.stored()[name], prints.now([name])[name])
+    assert not any(found), f"{name}: {prints.in_words(found)}. Run benchmarks/fingerprints.py --write, see its diff."
+
+
+def test_the_file_has_every_fingerprint(prints: Any) -> None:
+    """Every fingerprint that is taken is on file, and no other."""
+    assert list(importlib.import_module("behaviour").BEHAVIOUR) == NAMES
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_table_is_no_older_than_its_code(code: Any, page: str) -> None:
-    """The hash that a table carries is that of its script and of what the script names, as they are now."""
-    marks = set(MARK.findall((RESULTS / page).read_text()))
-    assert marks, f"{page} carries no hash: make it again by its command, whose `machine()` has one."
-    for script, found in marks:
-        now = code.code_of(BENCHMARKS.parent / script)
-        assert now == f"{script}@{found}", f"{page} is older than its code: make it again by its command."
+def test_a_table_is_no_older_than_what_it_rests_on(prints: Any, page: str) -> None:
+    """A page carries the fingerprints that its scripts name, as on file. A frozen one has no script."""
+    text = (RESULTS / page).read_text()
+    scripts = [ROOT / name for name in MADE_BY.findall(text)]
+    assert scripts, f"{page} does not say which script made it."
+    if FROZEN.match(text):
+        assert not all(script.exists() for script in scripts), f"{page} is frozen, and its script can make it again."
+        return
+    named = {name for script in scripts for name in rests_on(script)}
+    assert set(MARK.findall(text)) == set(prints.marks(sorted(named))), f"{page} is stale: make it again."
+    assert named or {"commit", "date"} <= set(re.findall(r"\w+", text)), f"{page} rests on nothing and has no date."
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if (RESULTS / page).with_suffix(".json").exists()])
+def test_a_table_in_json_rests_on_the_same(page: str) -> None:
+    """The digests in a table's JSON are among those of its page."""
+    path = RESULTS / page
+    assert set(MARK.findall(path.with_suffix(".json").read_text())) <= set(MARK.findall(path.read_text()))
 
 
 SCRIPTS = [
@@ -38,105 +75,148 @@ SCRIPTS = [
     for path in sorted(BENCHMARKS.rglob("*.py"))
     if '__name__ == "__main__"' in path.read_text() and re.search(r"RESULTS|record\(", path.read_text())
 ]
-WITHOUT_TABLES = {"make_recipes", "report_page"}  # recipes and a picture
+WITHOUT_TABLES = {"make_recipes", "report_page", "fingerprints"}  # recipes, a picture, and what tables rest on
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_says_what_its_tables_depend_on(code: Any, path: Path) -> None:
-    """Every script with a table names modules that are there."""
-    named = code.depends_on(path)
-    assert bool(named) != (path.stem in WITHOUT_TABLES)
-    assert all(code.files(module) for module in named)
+def test_a_script_says_what_its_tables_rest_on(prints: Any, path: Path) -> None:
+    """Every script with a table names fingerprints that are on file, or none."""
+    assert path.stem in WITHOUT_TABLES or prints.marks(rests_on(path)) is not None
 
 
-# --- what the hash sees ---------------------------------------------------------------------------------------------
-
-SOURCE = '''
-"""A law."""
-
-def moved(lr, rank):
-    """Its rate."""
-    if rank < 1:
-        raise ValueError(f"rank {rank} is below 1.")  # says why
-    warn("The rank is large.")
-    return lr / rank
-'''
+def rests_on(script: Path) -> tuple[str, ...]:
+    """A script's `RESTS_ON`, read without importing the script."""
+    for node in ast.parse(script.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RESTS_ON":
+            return tuple(ast.literal_eval(node.value))
+    raise AssertionError(f"{script.name} has no RESTS_ON.")
 
 
-def tree(code: Any, source: str) -> str:
-    return repr(tuple(code.parts(ast.parse(source))))
+# --- what a fingerprint sees ----------------------------------------------------------------------------------------
+
+
+def lamb_at_init_b(patch: pytest.MonkeyPatch) -> None:
+    """LAMB's rates at Init[B] rise by a thousandth."""
+    form = ra.laws.FORMS["relative-scale"]
+
+    def rate(of: Any, at: Any, a: float, b: float) -> float:
+        return form.rate(of, at, a, b) * (1.001 if at.init == "B" and of.floor is None else 1.0)
+
+    patch.setitem(ra.laws.FORMS, "relative-scale", form._replace(rate=rate))
+
+
+def full_width(patch: pytest.MonkeyPatch) -> None:
+    """Full finetuning counts a larger width."""
+    patch.setattr(ra.Survey, "full_width", lambda survey, init="A": 2.0 * survey.width)
+
+
+def rates_of_recipes(patch: pytest.MonkeyPatch) -> None:
+    """A recipe's rates are for ten times the batch."""
+    at = ra.Recipe.at
+    patch.setattr(ra.Recipe, "at", lambda recipe, rank=None, **options: at(recipe, rank, **{"batch": 320, **options}))
+
+
+def suggestions(patch: pytest.MonkeyPatch) -> None:
+    """A suggestion is for a chat, whatever was asked for."""
+    suggest = ra.suggest_lr
+    patch.setattr(ra, "suggest_lr", lambda site, kind, **options: suggest(site, kind, **{**options, "task": "chat"}))
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("change", "seen"),
     [
-        ("A law.", "Another word for it."),
-        ('    """Its rate."""\n', ""),
-        ("  # says why", ""),
-        ('f"rank {rank} is below 1."', '"A rank is 1 or more."'),
-        ("The rank is large.", "This rank is large."),
-        ("lr / rank", "(lr /\n  rank)"),
+        (lamb_at_init_b, {"laws.lamb"}),
+        (full_width, {"inspection"}),
+        (rates_of_recipes, {"recipes"}),
+        (suggestions, {"transfer"}),
     ],
 )
-def test_words_may_change(code: Any, old: str, new: str) -> None:
-    """Docstrings, comments, layout, and what is raised or warned with are not seen."""
-    assert tree(code, SOURCE.replace(old, new)) == tree(code, SOURCE)
+def test_a_changed_number_is_seen_where_it_belongs(
+    prints: Any, monkeypatch: pytest.MonkeyPatch, change: Any, seen: set[str]
+) -> None:
+    """A change of a number changes the fingerprint that it belongs to, and no other."""
+    change(monkeypatch)
+    now, stored = prints.now(QUICK), prints.stored()
+    assert {name for name in QUICK if any(prints.change(stored[name], now[name]))} == seen
+
+
+def test_names_and_places_are_not_seen(tmp_path: Path) -> None:
+    """Private functions of the laws and the calibration may be renamed, and a module moved: no fingerprint differs."""
+    for name in ("rankaware_optim", "benchmarks", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+    package = tmp_path / "rankaware_optim"
+    for folder in (package / "laws", package / "calibration"):
+        functions = private_functions(folder)
+        assert len(functions) > 5
+        rewrite(folder, rf"\b({'|'.join(functions)})\b", r"\1_renamed")
+    (package / "laws" / "_mua.py").rename(package / "laws" / "_moved.py")
+    rewrite(package, r"\b_mua\b", "_moved")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, tmp_path / "benchmarks")))}
+    command = [sys.executable, str(tmp_path / "benchmarks" / "fingerprints.py")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def private_functions(folder: Path) -> set[str]:
+    """Names of the private functions of a package's modules, without those that an attribute or a variable has too."""
+    texts = [path.read_text() for path in folder.rglob("*.py")]
+    functions = [node.name for text in texts for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    private = {name for name in functions if re.fullmatch(r"_[a-z]\w+", name)}
+    return {name for name in private if not re.search(rf"\.{name}\b|\b{name}\b *[:=,]", "".join(texts))}
+
+
+def rewrite(folder: Path, old: str, new: str) -> None:
+    for path in [*folder.rglob("*.py"), *folder.rglob("*.pyi")]:
+        path.write_text(re.sub(old, new, path.read_text()))
+
+
+# --- how fingerprints are compared and written ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "by"),
     [
-        ("lr / rank", "lr * rank"),
-        ("rank < 1", "rank < 2"),
-        ("ValueError", "TypeError"),
-        ("(lr, rank)", "(lr, rank=None)"),
-        ("return lr", "return None"),
-        ("return lr / rank", 'return "lr"'),
-        ('    warn("The rank is large.")\n', ""),
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([1.0, 2.0], [1.0, 2.5], 0.2),
+        ([0.0], [1e-15], 0.0),
+        ([None, "A"], [None, "A"], 0.0),
+        ([None], [1.0], math.inf),
+        (["A"], ["B"], math.inf),
+        ([1.0], [1.0, 2.0], math.inf),
     ],
 )
-def test_what_is_computed_may_not(code: Any, old: str, new: str) -> None:
-    """A changed operator, number, default, exception or value is seen."""
-    assert old in SOURCE
-    assert tree(code, SOURCE.replace(old, new)) != tree(code, SOURCE)
+def test_a_change_has_a_size(prints: Any, old: Any, new: Any, by: float) -> None:
+    """The largest relative change of a number; infinite where a text or the number of values changed."""
+    assert prints.largest(old, new) == pytest.approx(by)
 
 
-def test_a_hash_is_of_the_script_and_of_what_it_names(code: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """It changes with the script, with a module and with a file of a package that the script names, and no other."""
-    monkeypatch.setattr(code, "BENCHMARKS", tmp_path / "benchmarks")
-    written = {
-        "benchmarks/room/script.py": 'DEPENDS_ON = ("other", "rankaware_optim.laws")\n',
-        "benchmarks/other.py": "x = 1\n",
-        "benchmarks/unnamed.py": "x = 1\n",
-        "rankaware_optim/laws/_one.py": "x = 1\n",
-    }
-    for name, text in written.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    script = tmp_path / "benchmarks/room/script.py"
-    first, seen = code.code_of(script), []
-    assert MARK.fullmatch(first)
-    for name, text in written.items():
-        (tmp_path / name).write_text(text + "y = 2\n")
-        if code.code_of(script) != first:
-            seen.append(name)
-        (tmp_path / name).write_text(text)
-    assert seen == [name for name in written if "unnamed" not in name]
+@pytest.mark.parametrize(
+    ("now", "carried"),
+    [
+        ({"laws.a": {"x": [1.0 + 1e-9], "y": [2.0]}, "laws.b": {"x": [1.0]}}, "as it was"),
+        ({"laws.a": {"x": [1.1], "y": [2.0]}, "laws.b": {"x": [1.0]}}, "stale"),
+        ({"laws.a": {"x": [1.0]}, "laws.b": {"x": [1.0]}}, "renewed"),
+        ({"laws.a": {"x": [1.0], "y": [2.0], "z": [3.0]}, "laws.b": {"x": [1.0]}}, "renewed"),
+        ({"laws.a": {"x": [1.0], "y": [2.0]}}, "renewed"),
+    ],
+)
+def test_what_came_or_went_makes_no_table_stale(
+    prints: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, now: Any, carried: str
+) -> None:
+    """Writing gives a table new digests where cases came or went and no number moved. Rounding changes nothing."""
+    old = {"laws.a": {"x": [1.0], "y": [2.0]}, "laws.b": {"x": [1.0]}}
+    monkeypatch.setattr(prints, "FILE", tmp_path / "fingerprints.json")
+    monkeypatch.setattr(prints, "RESULTS", tmp_path)
+    page, first = tmp_path / "page.md", " ".join(prints.marks(["laws"], old))
+    page.write_text(f"Rests on {first}.")
+    changes = {name: prints.change(old.get(name, {}), now.get(name, {})) for name in {**old, **now}}
+    prints.write(old, now, changes)
+    text, fresh = page.read_text(), f"Rests on {' '.join(prints.marks(['laws']))}."
+    assert (text == fresh) == (carried != "stale")
+    assert (text == f"Rests on {first}.") == (carried != "renewed")
 
 
-def test_a_group_stands_for_the_files_of_its_modules(code: Any) -> None:
-    """Groups may contain groups, and every name in them is that of a module."""
-    found = code.files("CALIBRATED_RATES")
-    assert {path for module in code.GROUPS["SEARCH"] for path in code.files(module)} < set(found)
-    assert all(path.is_file() for path in found)
-
-
-def test_a_module_that_is_not_there_is_said(code: Any) -> None:
-    """A name in DEPENDS_ON that is no module ends the script with a sentence."""
-    with pytest.raises(FileNotFoundError, match="Name one that is"):
-        code.files("laws.none_such")
-
-
-def test_what_is_no_script_has_no_hash(code: Any, tmp_path: Path) -> None:
-    """A program outside the benchmarks, as a test run is, leaves its code unknown."""
-    assert code.code_of(tmp_path / "other.py") == "unknown"
+def test_a_fingerprint_that_is_not_there_is_said(prints: Any) -> None:
+    """An unknown name in RESTS_ON ends the script with a sentence that lists those on file."""
+    with pytest.raises(KeyError, match=r"RESTS_ON names law, which fingerprints.json does not have. It has laws"):
+        prints.marks(["law"])
