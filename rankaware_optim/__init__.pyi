@@ -33,7 +33,6 @@ from .laws import Constant as Constant
 from .laws import Falling as Falling
 from .laws import Law as Law
 from .laws import LoRAPlus as LoRAPlus
-from .laws import Measured as Measured
 from .laws import MuA as MuA
 from .laws import Power as Power
 from .optimizer import RankAwareOptimizer as RankAwareOptimizer

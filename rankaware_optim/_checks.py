@@ -34,8 +34,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "tokens": (1e-9, 1e12),
     "ratio": (1e-9, 1e9),
     "floor": (1e-30, 1e6),
-    "target": (1e-9, 1e9),
 }
+MOST_RANKS = 64  # in a recipe or a fit, each with a panel in the figure
 MOST_TRIALS = 2000  # in a recipe or a fit, whose time grows with their cube
 
 

@@ -39,7 +39,6 @@ PUBLIC = [
     "Law",
     "LawError",
     "LoRAPlus",
-    "Measured",
     "MuA",
     "OptimizerError",
     "Power",

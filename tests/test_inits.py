@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rankaware_optim as ra
-from rankaware_optim.laws import Measured, MuA
+from rankaware_optim.laws import MuA
 from rankaware_optim.sweeps import fit_sweep
 
 from .helpers.models import mlp
@@ -45,7 +45,6 @@ TAKERS = {
     "fit_sweep, full": lambda init: fit_sweep(FULL, fan_in=64.0, init=init),
     "calibrate_in_place": lambda init: ra.calibrate_in_place(mlp(), step, "adamw", ranks=(4,), steps=1, init=init),
     "MuA.sigma": lambda init: MuA().sigma(init, 4, 1.0, 64.0),
-    "Measured.rate": lambda init: Measured().rate(init, 4, 1.0, 64.0),
 }
 BAD = ["C", "b", "", False, 0, 1, ["A"], torch.zeros(2)]
 

@@ -26,7 +26,7 @@ from recording import RESULTS, machine, page
 
 from rankaware_optim import LawError, MuA
 from rankaware_optim._optimizer_classes import get_optimizer_class
-from rankaware_optim.laws import Batch, Stepper, change_of, draw_pair, rates_for, step_pair, synthetic
+from rankaware_optim.transfer._simulate import Batch, Stepper, change_of, draw_pair, rates_for, step_pair, synthetic
 
 RESTS_ON = ("laws",)
 RANKS = (4, 8, 16, 32, 64)

@@ -56,7 +56,7 @@ from study.runs_on_file import complete, made_by, rounded, whole
 from study.suite import provenance
 from study.training import train
 
-from rankaware_optim import Constant, Law, Measured, MuA, RankAwareOptimizer, Reference
+from rankaware_optim import Constant, Law, MuA, RankAwareOptimizer, Reference
 from rankaware_optim._optimizer_classes import get_optimizer_class
 from rankaware_optim._optimizers import optimizer_family
 from rankaware_optim.laws import OneRank
@@ -88,7 +88,6 @@ LAWS: dict[str, Law] = {
     BY_ALPHA: OneRank(),
     FORM: MuA(),
     AS_ADAM: MuA(),
-    "measured": Measured(),
 }
 NEAR = 0.1  # octaves of rms error within which the simpler law wins
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import optuna
 from torch.optim import Optimizer
 
-from .._checks import check_lr, is_number, is_positive, is_whole, plain
+from .._checks import MOST_RANKS, check_lr, is_number, is_positive, is_whole, plain
 from .._optimizer_classes import get_optimizer_class
 from .._types import Method
 from .._warn import warn
@@ -238,8 +238,8 @@ _COUNT = (is_whole, "Give a whole number of at least 1.")
 _COUNT_OR_NONE = (lambda v: v is None or is_whole(v), _COUNT[1])
 _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ranks": (
-        lambda v: _is_distinct(v, lambda rank: rank is None or is_whole(rank)),
-        "Give distinct positive whole numbers, such as (4, 64), and None for full.",
+        lambda v: _is_distinct(v, lambda rank: rank is None or is_whole(rank)) and len(v) <= MOST_RANKS,
+        f"Give at most {MOST_RANKS} distinct positive whole numbers, such as (4, 64), and None for full.",
     ),
     "seeds": (
         lambda v: _is_distinct(v, lambda seed: is_whole(seed, -(2**63) + 1) and seed < 2**63),

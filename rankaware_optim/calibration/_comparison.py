@@ -14,7 +14,7 @@ from ..laws import Law, checked_multiplier
 from ..optimizer import RankAwareOptimizer, effective_lr
 from ..recipe import BASE, SAME_UPDATES, agreed, name_pattern, plain_value, settings_of
 
-SAME_RATE = 1e-3  # relative tolerance of a law's multipliers, some of which are measured
+SAME_RATE = 1e-3  # relative tolerance of a law's multipliers, which a plug-in may measure
 _LAW_AT = Reference(rank=16, alpha=16, fan_in=64)
 # Optimizer settings that the study decides, or that do not change the updates.
 _LEFT_OUT = {

@@ -28,11 +28,12 @@ LAWS.register("loraplus", "rankaware_optim.laws._constant:LoRAPlus")
 LAWS.register("power", "rankaware_optim.laws._corrections:Power")
 LAWS.register("falling", "rankaware_optim.laws._corrections:Falling")
 LAWS.register("one-rank", "rankaware_optim.laws._corrections:OneRank")
-LAWS.register("measured", "rankaware_optim.laws._measured:Measured")
 DEFAULT_LAW = "falling"
 FIRST = "first"  # key of a field's metadata: its first default, which files that lack the field and tags still use
 _FAR = 1e4
 _MOST = 1e30  # largest parameter read from a file; a law may allow less
+# Parameters that only recipes of former packages hold, and their defaults, with which they say nothing.
+_FORMER_PARAMETERS = {"mua": {"split": False, "steps": "none", "floor": "none", "shape_factor": "original"}}
 
 
 class Law(ABC):
@@ -276,7 +277,7 @@ def _answer(law: Law, method: str, *question: Any) -> Any:
 
 def law_to_dict(law: Law) -> dict[str, Any]:
     """Return a law as plain TOML values: its registered name and its fields. None is written "none"."""
-    if LAWS.get(law.name)().__class__ is not type(law):
+    if _kind_of(law.name) is not type(law):
         raise LawError(f"The law {law!r} is not the one registered as {law.name!r}.", "Register it under its own name.")
     values = {f.name: getattr(law, f.name) for f in fields(law)}  # type: ignore[arg-type]
     plain = {k: law_to_dict(v) if isinstance(v, Law) else "none" if v is None else v for k, v in values.items()}
@@ -293,14 +294,17 @@ def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
     Raises:
         LawError: the law or a parameter is unknown, a value is out of range, or the laws are nested too deep.
     """
-    kind = type(LAWS.get(str(data.get("name")))())
+    kind = _kind_of(str(data.get("name")))
     known = {f.name: f for f in fields(kind)}
+    former = _FORMER_PARAMETERS.get(kind.name, {})
     values = {name: f.metadata[FIRST] for name, f in known.items() if FIRST in f.metadata}
     for key, value in data.items():
         if key == "name":
             continue
+        if key not in known and key in former and value == former[key]:
+            continue
         if key not in known:
-            raise LawError(f"The law {kind.name!r} has no parameter {key!r}.", "Remove it, or update the package.")
+            raise LawError(f"The law {kind.name!r} has no parameter {shown(key)}.", "Remove it, or update the package.")
         if isinstance(value, Mapping):
             if not depth:
                 raise LawError("The laws are nested too deep.", "Remove some of them.")
@@ -310,6 +314,26 @@ def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
         values[key] = None if value == "none" else _as_float(value, known[key])
     made: Law = kind(**values)
     return made
+
+
+def _kind_of(name: str) -> type[Any]:
+    """Return the class of a law that a file names: ours, or that of an installed entry point. A module is not imported.
+
+    Raises:
+        LawError: there is no such law.
+    """
+    from ._former import Measured
+
+    if name == Measured.name:
+        return Measured
+    try:
+        factory = LAWS.get(name)
+    except LawError as error:
+        raise LawError(
+            f"Unknown law {shown(name)}.",
+            "Install it as an entry point of 'rankaware_optim.laws', or pass law= with the recipe's lr= and tuned_at=.",
+        ) from error
+    return type(factory())
 
 
 def check_parameters(law: Law, *names: str) -> None:

@@ -248,7 +248,7 @@ def known_family(optimizer_class: type, settings: Mapping[str, Any] | None = Non
     if family == "unknown":
         raise LawError(
             f"No law is derived for the family of {optimizer_class.__name__}.",
-            "Leave strict out to scale it as a sign-like optimizer (like Adam), or use law='measured'.",
+            "Leave strict out to scale it as a sign-like optimizer (like Adam).",
         )
     return family
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..laws import FORMS, Constant, Falling, LoRAPlus, Measured, MuA, OneRank
+from ..laws import FORMS, Constant, Falling, LoRAPlus, MuA, OneRank
 from ._plan import Assignment, Plan
 
 _AS_TUNED = "as tuned"
@@ -33,8 +33,6 @@ def evidence(plan: Plan, made: Assignment) -> str:
     found = list(_moves(plan, made))
     if not found and made.multiplier == 1.0:
         return _AS_TUNED
-    if isinstance(law, Measured):
-        return "simulated"
     inner = law.law if isinstance(law, (Falling, OneRank)) else law
     known = found and isinstance(inner, MuA) and not inner.split and inner.ratio == 1.0
     return max(found, key=_ORDER.index) if known else "as that law says"

@@ -34,6 +34,7 @@ def save_beside(recipe: Recipe, adapter: str | os.PathLike[str], plot: bool = Fa
     if not folder.is_dir():
         raise RecipeError(f"There is no folder {folder} to save a recipe in.", "Save the adapter there first.")
     readme = folder / README
+    _check_inside(folder)
     try:
         text = read_bytes(readme, _MOST).decode() if os.path.lexists(readme) else ""
         path = recipe.save(folder / FOLDER / FILE)
@@ -43,6 +44,16 @@ def save_beside(recipe: Recipe, adapter: str | os.PathLike[str], plot: bool = Fa
     except (OSError, ValueError) as error:
         raise RecipeError(f"{readme} cannot be written: {error}.", "Repair it, or remove it.") from error
     return path
+
+
+def _check_inside(folder: Path) -> None:
+    """Raise a `RecipeError` if a file that would be written is a link to outside the folder, or lies there by one."""
+    root, beside = os.path.realpath(folder), folder / FOLDER
+    kept = beside.iterdir() if beside.is_dir() else ()
+    for path in (folder / README, beside, *kept):
+        real = os.path.realpath(path)
+        if os.path.commonpath([root, real]) != root:
+            raise RecipeError(f"{path} is a link to {real}, outside {folder}.", "Remove the link.")
 
 
 def _section(recipe: Recipe, plot: bool) -> str:

@@ -131,7 +131,7 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
+        return ", ".join(map(_text, value)) or "none"
     return _ABSENT if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from .._checks import RANGES, shown
+from .._checks import MOST_RANKS, RANGES, shown
 from .._scaling_rule import Scaling
 from ..errors import RecipeError
 from ._horizon import SLOPE_SD
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def _of(name: str, kind: type = float) -> Meta:
@@ -26,15 +26,17 @@ def _of(name: str, kind: type = float) -> Meta:
 
 Lr = Annotated[float, _of("lr")]
 Octaves = Annotated[float, _of("octaves")]
-Offset = Annotated[float, Meta(ge=-1000.0, le=1000.0)]
 Variance = Annotated[float, Meta(ge=-1e4, le=1e4)]
+Row = tuple[Variance, Variance, Variance]
 Rank = Annotated[int, _of("rank", int)]
 Steps = Annotated[int, _of("steps", int)]
 Seed = Annotated[int, _of("seed", int)]
 # A whole number stays an int, since the recipe's hash depends on it.
 FanIn = Annotated[int, _of("fan_in", int)] | Annotated[float, _of("fan_in")]
 Batch = Annotated[int, _of("batch", int)] | Annotated[float, _of("batch")]
-Plain = bool | Seed | float | str
+Text = Annotated[str, Meta(max_length=10_000)]
+Plain = bool | Seed | float | Text
+Values = Annotated[list[Plain | Annotated[list[Plain], Meta(max_length=500)]], Meta(max_length=500)]
 Unknown = Literal["unknown"]
 
 
@@ -65,8 +67,8 @@ class ReferenceSection(Struct, frozen=True):
 
 
 class OptimizerSection(Struct, frozen=True, rename={"name": "class"}):
-    name: str
-    settings: dict[str, Plain | list[Plain | list[Plain]]] = {}
+    name: Text
+    settings: Annotated[dict[Text, Plain | Values], Meta(max_length=500)] = {}
 
 
 class HorizonSection(Struct, frozen=True):
@@ -75,40 +77,51 @@ class HorizonSection(Struct, frozen=True):
     warmup_share: Annotated[float, _of("share")] | None = None
     slope: Annotated[float, _of("slope")] = 0.0
     slope_sd: Octaves = SLOPE_SD
-    # For each length tried: steps, octaves from the best rate at the recipe's own steps, and the change in variance.
-    tried: Annotated[tuple[tuple[Steps, Offset, Variance], ...], Meta(max_length=1000)] = ()
+    tried: Annotated[list[Any], Meta(max_length=1000)] = []  # until schema 2: the other lengths of trials, not used
 
 
 class SeenSection(Struct, frozen=True):
-    ranks: Annotated[tuple[Rank, ...], Meta(max_length=1000)] = ()
+    ranks: Annotated[tuple[Rank, ...], Meta(max_length=MOST_RANKS)] = ()
     full: bool = False
     seed: Seed = 0
-    notes: tuple[str, ...] = ()
-    other_rates: dict[str, Lr | Literal["base"]] = {}
+    notes: Annotated[tuple[Text, ...], Meta(max_length=100)] = ()
+    other_rates: Annotated[dict[Text, Lr | Literal["base"]], Meta(max_length=3000)] = {}
 
 
 class TensorsSection(Struct, frozen=True):
-    file: str
-    sha256: str
+    file: Text
+    sha256: Text
 
 
-class Document(Struct, frozen=True):
+class FitSection(Struct, frozen=True):
+    covariance: tuple[Row, Row, Row]
+
+
+class Document(Struct, frozen=True, kw_only=True):
     """The fields that are read. Fields written only for people, such as `band_low`, are not among them."""
 
-    name: str
+    name: Text
     rate: RateSection
     reference: ReferenceSection
     law: dict[str, Any]
     optimizer: OptimizerSection
     horizon: HorizonSection
-    tensors: TensorsSection
+    fit: FitSection | None  # None for a former schema
+    tensors: TensorsSection | None = None
     scaling_rule: Scaling = "unknown"
     seen: SeenSection = SeenSection()
-    versions: dict[str, str] = {}
-    source: dict[str, str] = {}
+    versions: Annotated[dict[Text, Text], Meta(max_length=1000)] = {}
+    source: Annotated[dict[Text, Text], Meta(max_length=20)] = {}
 
 
-class Document1(Document, frozen=True):
+class Document2(Document, frozen=True, kw_only=True):
+    """A file of schema 2. Its covariance is among its tensors."""
+
+    tensors: TensorsSection
+    fit: FitSection | None = None
+
+
+class Document1(Document2, frozen=True, kw_only=True):
     """A file of schema 1."""
 
     rate: RateSection1
@@ -127,7 +140,8 @@ def checked(data: Mapping[str, Any], target: Path) -> Document:
             "Update rankaware-optim, or name another file.",
         )
     try:
-        return msgspec.convert(data, Document1 if schema == 1 else Document)
+        former: dict[int, type[Document]] = {1: Document1, 2: Document2}
+        return msgspec.convert(data, former.get(schema, Document))
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$.")
         path = path.removesuffix("`")
@@ -136,6 +150,6 @@ def checked(data: Mapping[str, Any], target: Path) -> Document:
         raise impossible(target, what, path) from error
 
 
-def impossible(target: Path, what: str, path: str) -> RecipeError:
+def impossible(target: Path, what: str, path: str, cure: str = "Restore or remake the file.") -> RecipeError:
     """Return the error for an impossible value, with its path."""
-    return RecipeError(f"The recipe {target} has an impossible value: {what}. @ {path}", "Restore or remake the file.")
+    return RecipeError(f"The recipe {target} has an impossible value: {what}. @ {path}", cure)

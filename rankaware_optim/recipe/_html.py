@@ -19,11 +19,12 @@ from typing import Any
 
 from .._figures import log_ticks
 from .._files import replace_bytes
+from .._printable import printable
 from .._rate import Rate
 from ..errors import PageError, RankAwareError
 from ._plot_data import Picture, PictureArm, picture_of
 from ._recipe import Recipe, known_rate
-from ._recipe_text import facts, lead
+from ._recipe_text import facts, lead, missing_trials
 
 
 def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
@@ -52,10 +53,11 @@ def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
 def report_html(recipe: Recipe) -> str:
     """Return the recipe's page as text. It is the same for the same recipe."""
     picture, reference = picture_of(recipe), recipe.reference
-    return str(
+    text = str(
         _template().render(
             recipe=recipe,
             lead=lead(recipe),
+            missing=missing_trials(recipe),
             arms=[_panel(picture, arm) for arm in picture.arms],
             chart=_chart(recipe, picture) if picture.by_rank else None,
             rows=list(_rows(recipe, picture)),
@@ -66,6 +68,7 @@ def report_html(recipe: Recipe) -> str:
             frame={"left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM},
         )
     )
+    return printable(text)
 
 
 @cache
@@ -178,7 +181,6 @@ _EVERY_RANK, _MOST, _PER_OCTAVE = 64, 8192, 32
 _SCALINGS = [e / 2 for e in range(-28, 21)]  # log2 of s = alpha / rank
 _NO_RULE = "The trials of this recipe give no rule for alpha by rank: give alpha."
 _AS_SWEPT = "The sweep behind this recipe has no alpha, so its rates hold only for the alpha swept."
-_MEASURED = "This recipe's law is measured, which takes seconds per rate: for another alpha use recipe.at in Python."
 
 
 def rate_table(recipe: Recipe) -> dict[str, Any]:
@@ -189,14 +191,13 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
     rate, by rank. outside: whether the rank is extrapolated. notes: by rank, the index of its list in `sentences`, in
     which "{rank}" stands for the rank. full: the numbers of full finetuning, or the reason why there are none.
     """
-    measured = recipe.law.law.name == "measured"  # its class needs torch
-    refused = _AS_SWEPT if recipe.scaling_rule == "as swept" else _MEASURED if measured else ""
-    ranks = _nodes(recipe, coarse=measured)
+    refused = _AS_SWEPT if recipe.scaling_rule == "as swept" else ""
+    ranks = _nodes(recipe)
     own = [known_rate(recipe, rank) for rank in ranks]
     rates = own if refused else [rate or known_rate(recipe, r, alpha=r) for r, rate in zip(ranks, own, strict=True)]
     by_scaling = ([known_rate(recipe, rank, alpha=rank * 2.0**s) for s in _SCALINGS] for rank in ranks)
     columns = [_ratios(rate) for rate in rates]
-    sentences, notes = _numbered(ranks, rates)
+    sentences, notes = _numbered(recipe, ranks, rates)
     return {
         "ranks": ranks,
         "scalings": _SCALINGS,
@@ -212,15 +213,11 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _nodes(recipe: Recipe, coarse: bool) -> list[int]:
+def _nodes(recipe: Recipe) -> list[int]:
     """Return the ranks to store. They include those tried, and the width, at which some laws have a kink."""
-    powers = round(math.log2(_MOST))
-    if coarse:
-        nodes = {2**e for e in range(powers + 1)}
-    else:
-        width = recipe.reference.fan_in or 1.0
-        nodes = {*range(1, _EVERY_RANK + 1), math.floor(width), math.ceil(width)}
-        nodes |= {round(2 ** (e / _PER_OCTAVE)) for e in range(powers * _PER_OCTAVE + 1)}
+    powers, width = round(math.log2(_MOST)), recipe.reference.fan_in or 1.0
+    nodes = {*range(1, _EVERY_RANK + 1), math.floor(width), math.ceil(width)}
+    nodes |= {round(2 ** (e / _PER_OCTAVE)) for e in range(powers * _PER_OCTAVE + 1)}
     return sorted(rank for rank in {*nodes, *recipe.ranks, recipe.reference.rank} if rank and rank <= _MOST)
 
 
@@ -234,12 +231,16 @@ def _log(value: Rate | float | None) -> float | None:
     return None if value is None else round(math.log2(float(value)), 4)
 
 
-def _numbered(ranks: Sequence[int], rates: Sequence[Rate | None]) -> tuple[list[list[str]], list[int]]:
-    """Return the different lists of notes, with "{rank}" for the rank, and by rank the index of its list."""
-    texts = [
-        [note.replace(f"rank {rank} ", "rank {rank} ") for note in (rate.notes if rate else ())]
-        for rank, rate in zip(ranks, rates, strict=True)
-    ]
+def _numbered(recipe: Recipe, ranks: Sequence[int], rates: Sequence[Rate | None]) -> tuple[list[list[str]], list[int]]:
+    """Return the different lists of notes, and by rank the index of its list.
+
+    In those that depend on the rank, "{rank}" stands for it. The recipe's own notes are the same at every rank.
+    """
+    own = {note: printable(note) for note in recipe.notes}
+    texts = []
+    for rank, rate in zip(ranks, rates, strict=True):
+        notes = rate.notes if rate else ()
+        texts.append([own.get(note) or note.replace(f"rank {rank} ", "rank {rank} ") for note in notes])
     sentences = [list(notes) for notes in dict.fromkeys(map(tuple, texts))]
     return sentences, [sentences.index(notes) for notes in texts]
 
@@ -247,9 +248,14 @@ def _numbered(ranks: Sequence[int], rates: Sequence[Rate | None]) -> tuple[list[
 def _full(recipe: Recipe) -> dict[str, Any]:
     rate = known_rate(recipe, None)
     if rate is not None:
-        return {"lr": _log(rate), **_ratios(rate), "outside": rate.extrapolated, "notes": list(rate.notes)}
+        return {
+            "lr": _log(rate),
+            **_ratios(rate),
+            "outside": rate.extrapolated,
+            "notes": list(map(printable, rate.notes)),
+        }
     try:
         recipe.at(method="full")
     except RankAwareError as error:
-        return {"error": str(error)}
+        return {"error": printable(str(error))}
     return {"error": ""}

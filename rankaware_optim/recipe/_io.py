@@ -1,13 +1,12 @@
-"""The two files of a recipe: TOML for people, safetensors for arrays. A reader never sees files of two versions."""
+"""The files of a recipe: TOML, which is complete by itself, and safetensors with the trials behind it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import stat
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import tomli
 import tomli_w
-from safetensors import safe_open
 from safetensors.numpy import load, save
 
 from .._files import read_bytes, replace_bytes
 from ..errors import RecipeError
 from ._document import SCHEMA, Document, checked
 
-_MOST_TEXT, _MOST_TENSORS = 10_000_000, 1_000_000_000  # bytes
-_PATIENCE = 10.0  # seconds to wait for another save in the folder
+# Bytes. A calibration's TOML has some 3 kB, and its trials 4 bytes for each value of a curve.
+_MOST_TEXT, _MOST_TENSORS, _MOST_HEADER = 256_000, 250_000_000, 100_000
 
 Array = npt.NDArray[Any]  # of whole numbers, floats or truth values
 
@@ -35,44 +33,50 @@ def write(
     arrays: Mapping[str, Array],
     read_again: Callable[[Document], object],
 ) -> Path:
-    """Write the tensors under a name with their hash, then the TOML that names them, then remove the old tensors.
+    """Write the arrays under a name with their hash, then the TOML that names them, then remove the former arrays.
 
     Nothing is written if `read_again` raises an error. It gets the document as a reader would get it.
     """
     named = _toml_path(path)
     target = Path(os.path.realpath(named))
-    data = save({key: np.ascontiguousarray(value) for key, value in arrays.items()})
+    data = save({key: np.ascontiguousarray(value) for key, value in arrays.items()}) if arrays else b""
     sha256 = hashlib.sha256(data).hexdigest()
     beside = target.with_name(f"{target.stem}.{sha256[:12]}.safetensors")
-    whole = _without_none({"schema": SCHEMA, **text, "tensors": {"file": beside.name, "sha256": sha256}})
+    section = {"file": beside.name, "sha256": sha256} if data else None
     try:
-        encoded = (header + tomli_w.dumps(whole)).encode()
+        encoded = (header + _toml({"schema": SCHEMA, **text, "tensors": section})).encode()
+        _check_sizes(named, encoded, data)
         read_again(checked(_parsed(encoded, named), named))
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target.parent) as alone:
-            _refuse_newer(target)
+        former = _replaceable(target)
+        if data:
             replace_bytes(beside, data, like=target)
-            replace_bytes(target, encoded)
-            for left in _leftovers(target, beside) if alone else ():
-                left.unlink(missing_ok=True)
+        replace_bytes(target, encoded)
+        if data and not beside.exists():  # another save over the same recipe removed it
+            replace_bytes(beside, data, like=target)
     except (OSError, TypeError, UnicodeEncodeError) as error:
         cure = "Choose a writable folder, and settings that are numbers or strings."
         raise RecipeError(f"The recipe {named} cannot be written: {error}.", cure) from error
+    with suppress(OSError):
+        _remove_tensors(target.parent, former)
     return named
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Document, dict[str, Array]]:
-    """Return the checked TOML and the tensors, which match its hash. Read again if a save came between the two."""
+def read(path: str | os.PathLike[str]) -> tuple[Document, dict[str, Array], str]:
+    """Return the checked TOML, the arrays that match its hash, and the name of their file if it is not there."""
     target = _toml_path(path)
-    text = _read_text(target)
-    while True:
-        try:
-            document = checked(_parsed(text, target), target)
-            return document, _read_tensors(target, document.tensors.file, document.tensors.sha256)
-        except RecipeError:
-            before, text = text, _read_text(target)
-            if text == before:
-                raise
+    document = checked(_parsed(_read_text(target), target), target)
+    if document.tensors is None:
+        return document, {}, ""
+    beside = _beside(target, document.tensors.file)
+    try:
+        return document, _read_tensors(beside, document.tensors.sha256), ""
+    except FileNotFoundError as error:
+        if document.fit is None:
+            raise RecipeError(
+                f"The tensors {beside} of the recipe cannot be read: {error}.", "Copy both files."
+            ) from error
+        return document, {}, beside.name
 
 
 def _toml_path(path: str | os.PathLike[str]) -> Path:
@@ -82,66 +86,78 @@ def _toml_path(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def _toml(value: Mapping[str, Any]) -> str:
+    """Return values as TOML, without those that are None. Matrices have a row in a line."""
+    fit = "\n".join(f"    {list(row)}," for row in value["fit"]["covariance"])
+    rest = {key: inner for key, inner in value.items() if key != "fit"}
+    return f"{tomli_w.dumps(_without_none(rest))}\n[fit]\ncovariance = [\n{fit}\n]\n"
+
+
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_none(v) for k, v in value.items() if v is not None}
     return value
 
 
-# --- concurrent saves -----------------------------------------------------------------------------------------------
+def _check_sizes(target: Path, text: bytes, data: bytes) -> None:
+    """Raise a `RecipeError` if a reader would refuse a file for its size."""
+    if len(text) > _MOST_TEXT:
+        raise RecipeError(
+            f"The recipe {target} would have {len(text):,} bytes, more than {_MOST_TEXT:,}.",
+            "Shorten its notes, settings and names of parameters.",
+        )
+    if len(data) > _MOST_TENSORS:
+        raise RecipeError(
+            f"The trials of the recipe {target} have {len(data):,} bytes, more than {_MOST_TENSORS:,}.",
+            "Save it without them: dataclasses.replace(recipe, tensors={}).save(path).",
+        )
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Lock `folder` against other saves until the process ends. Yield False if the file system has no locks."""
+# --- what a save replaces -------------------------------------------------------------------------------------------
+
+
+def _replaceable(target: Path) -> Mapping[str, Any]:
+    """Return the table `tensors` of the recipe that a save replaces, empty if there is none.
+
+    Raises:
+        RecipeError: it is read-only by its mode, or has a newer schema.
+    """
+    with suppress(FileNotFoundError):
+        if not target.stat().st_mode & stat.S_IWUSR:
+            raise RecipeError(f"The recipe {target} is read-only.", "Make it writable, or name another file.")
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield False
-        return
-    handle, end = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
-    try:
-        locked = None
-        while locked is None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise OSError(f"another save in its folder has run for more than {_PATIENCE:g} s") from None
-                time.sleep(0.005)
-            except OSError:  # some network file systems
-                locked = False
-        yield locked
-    finally:
-        os.close(handle)
-
-
-def _refuse_newer(target: Path) -> None:
-    try:
-        schema = tomli.loads(read_bytes(target, _MOST_TEXT).decode()).get("schema")
+        before = tomli.loads(read_bytes(target, _MOST_TEXT).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError):
-        return  # no recipe is there, or it cannot be read
+        return {}  # no recipe is there, or it cannot be read
+    schema, tensors = before.get("schema"), before.get("tensors")
     if isinstance(schema, int) and schema > SCHEMA:
         raise RecipeError(f"The recipe at {target} has a newer schema, {schema}.", "Update, or name another file.")
+    return tensors if isinstance(tensors, dict) else {}
 
 
-def _leftovers(target: Path, beside: Path) -> Iterator[Path]:
-    """Yield the files that earlier saves left: the tensors of other versions, and temporary files of killed saves."""
-    stem, digits = re.escape(target.stem), "[0-9a-f]{12}"
-    tensors = re.compile(rf"{stem}\.{digits}\.safetensors")
-    staged = re.compile(rf"\.{stem}(\.toml|(\.{digits})?\.safetensors)\.[0-9a-z_]{{8}}")
-    names = os.listdir(target.parent)
-    yield from (
-        target.with_name(n) for n in names if staged.fullmatch(n) or (tensors.fullmatch(n) and n != beside.name)
-    )
-    former = target.with_name(f"{target.stem}.safetensors")  # the name in schema 1
-    try:
-        with safe_open(former, framework="np") as file:
-            if "fit.covariance" in file.keys():  # noqa: SIM118
-                yield former
-    except Exception:  # the file is missing, or belongs to something else
+def _remove_tensors(folder: Path, former: Mapping[str, Any]) -> None:
+    """Remove the file that a replaced recipe named, if its name and the recipe have its hash and no recipe names it."""
+    file, sha256 = former.get("file"), former.get("sha256")
+    if not isinstance(file, str) or not isinstance(sha256, str):
         return
+    path = folder / Path(file).name
+    if not path.name.endswith(f".{sha256[:12]}.safetensors"):
+        return
+    if hashlib.sha256(read_bytes(path, _MOST_TENSORS)).hexdigest() != sha256:
+        return
+    others = [other for other in folder.iterdir() if other.suffix.lower() == ".toml"]
+    if not any(_may_name(other, path.name) for other in others):
+        path.unlink()
+
+
+def _may_name(toml: Path, name: str) -> bool:
+    """Return whether a TOML file names a file of tensors. One that cannot be read may."""
+    try:
+        tensors = tomli.loads(read_bytes(toml, _MOST_TEXT).decode("utf-8-sig")).get("tensors")
+    except (OSError, ValueError, RecursionError):
+        return True
+    file = tensors.get("file") if isinstance(tensors, dict) else None
+    return isinstance(file, str) and Path(file).name.lower() == name.lower()
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -163,18 +179,26 @@ def _parsed(text: bytes, target: Path) -> dict[str, Any]:
         raise RecipeError(f"The recipe {target} cannot be read: {error}.", "Restore or remake it.") from error
 
 
-def _read_tensors(target: Path, name: str, sha256: str) -> dict[str, Array]:
+def _beside(target: Path, name: str) -> Path:
+    """Return the path of a file beside the recipe, or beside what it links to."""
     path = target.parent / Path(name).name
-    if not os.path.lexists(path):  # only the TOML was linked
-        path = Path(os.path.realpath(target)).parent / path.name
+    return path if os.path.lexists(path) else Path(os.path.realpath(target)).parent / path.name
+
+
+def _read_tensors(path: Path, sha256: str) -> dict[str, Array]:
     try:
         data = read_bytes(path, _MOST_TENSORS)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise RecipeError(f"The tensors {path} of the recipe cannot be read: {error}.", "Copy both files.") from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise RecipeError(
-            f"The tensors {path} do not match the recipe's hash. @ tensors.sha256", "Copy both files of the recipe."
+            f"The tensors {path} do not match the recipe's hash. @ tensors.sha256",
+            "Copy both files of the recipe, or move this one away: the TOML alone gives every rate.",
         )
+    if int.from_bytes(data[:8], "little") > _MOST_HEADER:
+        raise RecipeError(f"The tensors {path} cannot be read: their header is too long.", "Remake the recipe.")
     try:
         return load(data)
     except Exception as error:  # safetensors raises its own error, KeyError, TypeError and more

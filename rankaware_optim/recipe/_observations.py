@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from ._loss_model import CAP, Arm, Place
 
 TAIL = 5  # fewest values in the mean that scores a run
 EARLY = 0.3  # share of its steps before which a run is not judged
 CLEAR = 1.5  # a mean of `TAIL` values is clearly higher if it is by this many standard deviations of a value
+
+Curve = Sequence[float] | npt.NDArray[np.float64]
 
 _OF_SECOND_DIFFERENCES = 0.6745 * math.sqrt(6.0)  # their median absolute value, if a value's standard deviation is 1
 
@@ -55,28 +58,30 @@ class Observation:
         return Place(self.rank, self.steps, self.batch)
 
 
-def height(curve: Sequence[float]) -> float:
+def height(curve: Curve) -> float:
     """Return where a loss curve begins: its first value, or the median of the first few if that is higher."""
-    return max(curve[0], statistics.median(curve[:TAIL]))
+    return float(max(curve[0], statistics.median(curve[:TAIL])))
 
 
-def recent(curve: Sequence[float], count: int = TAIL) -> float:
+def recent(curve: Curve, count: int = TAIL) -> float:
     """Return the mean of the last `count` values."""
     last = curve[-count:]
-    return sum(last) / len(last)
+    return float(sum(last) / len(last))
 
 
-def noise_of(curve: Sequence[float]) -> float:
+def noise_of(curve: Curve) -> float:
     """Return the standard deviation of a value of the curve about its trend, as batches differ; 0 if it is too short.
 
     Second differences remove the trend, and their median absolute value ignores jumps.
     """
-    values = [value for value in curve if math.isfinite(value)]
-    bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
-    return statistics.median(bends) / _OF_SECOND_DIFFERENCES if bends else 0.0
+    values = np.asarray(curve, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        bends = np.abs(values[:-2] - 2 * values[1:-1] + values[2:])
+    return float(np.median(bends)) / _OF_SECOND_DIFFERENCES if len(bends) else 0.0
 
 
-def impute(x: float, curve: Sequence[float], best: Observation, beside: Sequence[float]) -> Observation | None:
+def impute(x: float, curve: Curve, best: Observation, beside: Curve) -> Observation | None:
     """Impute the final score of a pruned run from its gap to the best paired run.
 
     The gap when it was stopped is taken as the gap at the end. Without imputation the fit would not see that a rate too

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ _FORMER_DRIFT = {"A": 0.0, "B": -0.45}
 _MARGIN = 2.0**0.5  # left and right of the rates drawn
 _STEPS = 200  # of a curve
 _MOST = 1e100  # of a score that is drawn
+_MOST_FITTED = 400  # trials of a rank whose curve is drawn. Its time grows with their cube
 
 Array = npt.NDArray[np.float64]
 Trials = Mapping["int | None", Sequence["Point"]]
@@ -32,14 +33,15 @@ Trials = Mapping["int | None", Sequence["Point"]]
 class Point(NamedTuple):
     """One trial: the rate of its A factors or whole weights, its score, its seed, how it ended, and its curve.
 
-    fate: "finished", "diverged", or "pruned" with the score NaN. The curve of a sweep's run is its score.
+    fate: "finished", "diverged", or "pruned" with the score NaN. The curve of a sweep's run is its score. Curves are
+    views of the recipe's array, which may be large.
     """
 
     rate: float
     value: float
     seed: int
     fate: str
-    curve: list[float]
+    curve: npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -168,17 +170,15 @@ def _trials(recipe: Recipe) -> dict[int | None, list[Point]]:
     lost = held.get("diverged", np.array([not math.isfinite(value) for value in values]))
     cut = held.get("pruned", np.zeros_like(lost))
     fates = ["pruned" if p else "diverged" if d else "finished" for d, p in zip(lost, cut, strict=True)]
-    curves = [[value] if math.isfinite(value) else [] for value in values]
+    curves = [np.array([value] if math.isfinite(value) else []) for value in values]
     if {"curve", "steps"} <= held.keys():
-        ran = [curve[:n] for curve, n in zip(held["curve"].tolist(), held["steps"].tolist(), strict=True)]
-        curves = [mine if mine and all(map(_is_drawn, mine)) else one for mine, one in zip(ran, curves, strict=True)]
+        for number, (row, steps) in enumerate(zip(held["curve"], held["steps"].tolist(), strict=True)):
+            ran = row[:steps]
+            if len(ran) and bool((np.abs(ran.astype(np.float64)) <= _MOST).all()):
+                curves[number] = ran
     rows = list(zip(ranks, map(Point, own, values, seeds, fates, curves), strict=True))
     order = sorted(set(ranks), key=lambda rank: (rank == 0, rank))
     return {rank or None: [point for r, point in rows if r == rank] for rank in order}
-
-
-def _is_drawn(value: float) -> bool:
-    return abs(value) <= _MOST
 
 
 def _moved(recipe: Recipe, ranks: Sequence[int], base: Sequence[float]) -> list[float]:
@@ -195,9 +195,10 @@ def _moved(recipe: Recipe, ranks: Sequence[int], base: Sequence[float]) -> list[
 def _curves(trials: Trials, best: Mapping[int | None, float], x: Array) -> dict[int | None, Array]:
     """Return scores at log2 rates x along the loss model's mean curve of every rank, with its optimum at `best`.
 
-    Ranks without a best rate or without a finite score are left out.
+    Ranks without a best rate, without a finite score or with more than `_MOST_FITTED` trials are left out.
     """
-    seen = [pair for rank in best for pair in _observations(rank, trials[rank], best[rank])]
+    fitted = [rank for rank in best if len(trials[rank]) <= _MOST_FITTED]
+    seen = [pair for rank in fitted for pair in _observations(rank, trials[rank], best[rank])]
     good = [observation for observation, lost in seen if not lost]
     if not good:
         return {}
@@ -212,19 +213,19 @@ def _observations(rank: int | None, points: Sequence[Point], best: float) -> Ite
 
     The score of a pruned trial is imputed, see `impute`.
     """
-    ended: list[tuple[Observation, list[float]]] = []
+    ended: list[tuple[Observation, Point]] = []
     for point in sorted(points, key=lambda point: point.fate == "pruned"):
-        x, curve = math.log2(point.rate) - best, point.curve
+        x, curve = math.log2(point.rate) - best, point.curve.astype(np.float64)
         if point.fate == "pruned":
             rivals = [pair for pair in ended if pair[0].seed == point.seed]
             rival = min(rivals, key=lambda pair: pair[0].value, default=None)
-            carried = rival and impute(x, curve, *rival)
+            carried = rival and impute(x, curve, rival[0], rival[1].curve.astype(np.float64))
             if carried:
                 yield carried, False
         elif math.isfinite(point.value):
             tail = recent(curve, max(TAIL, len(curve) // 10))
             noise = noise_of(curve)
-            ended.append((Observation(rank, point.seed, x, point.value, height(curve), tail, noise=noise), curve))
+            ended.append((Observation(rank, point.seed, x, point.value, height(curve), tail, noise=noise), point))
             yield ended[-1][0], point.fate == "diverged"
         else:
             yield Observation(rank, point.seed, x, math.inf, math.inf, math.inf), True

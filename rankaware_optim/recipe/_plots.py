@@ -10,6 +10,7 @@ from .._figures import COLOURS, figure_of, rate_axis, save, short
 from ..errors import PlotError
 from ._plot_data import Picture, PictureArm, picture_of
 from ._recipe import Recipe
+from ._recipe_text import missing_trials
 
 _CURVE = "fit, lowest at the best rate"
 _BEYOND = "off the frame, diverged or pruned"
@@ -63,6 +64,8 @@ def _filled(figure: Any, axes: Any, rooms: int, columns: int) -> list[Any]:
 def drawable(recipe: Recipe) -> Picture:
     """Return the data of a recipe's figure. Raise a `PlotError` if it has no trials."""
     picture = picture_of(recipe)
+    if recipe.missing:
+        raise PlotError(missing_trials(recipe), "Copy it there too. The rates do not need it.")
     if not picture.arms:
         raise PlotError(f"The recipe {recipe.name!r} has no trials to draw.", "Give one made by ra.calibrate.")
     return picture

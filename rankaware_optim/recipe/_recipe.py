@@ -8,7 +8,8 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,10 +31,17 @@ from ._io import Array
 from ._other_rates import OtherRates, Seen
 from ._uncertainty import Z90, margin, spread
 
+
+class _Own(Enum):
+    """Stands for the recipe's own rank where none is given, since None is full finetuning."""
+
+    RANK = "the recipe's own"
+
+
 ANY_WIDTH = 4096.0  # used for an unknown fan-in, which nearly cancels between ranks of one init
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
     """A calibrated base rate with its law, uncertainty and provenance. `calibrate` and `fit_sweep` make one.
 
@@ -70,6 +78,7 @@ class Recipe:
         steepness: steepness of the loss above the optimum, per octave. The margin for another configuration follows
             from it and the uncertainty there. With 0 the margin is `lean` everywhere.
         scatter: standard deviation of a rank's own best rate about the law, octaves.
+        missing: the name of the trials' file if it was not beside the recipe when it was read. Rates do not need it.
     """
 
     name: str
@@ -97,6 +106,24 @@ class Recipe:
     tensors: Mapping[str, Array] = field(default_factory=dict, repr=False)
     steepness: float = 0.0
     scatter: float = 0.0
+    missing: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether all values and trials are equal."""
+        if not isinstance(other, Recipe):
+            return NotImplemented
+        arrays = ("covariance", "tensors")
+        plain = all(getattr(self, f.name) == getattr(other, f.name) for f in fields(self) if f.name not in arrays)
+        if not plain or self.tensors.keys() != other.tensors.keys():
+            return False
+        pairs = [
+            (self.covariance, other.covariance),
+            *((self.tensors[key], other.tensors[key]) for key in self.tensors),
+        ]
+        return all(_same_array(one, two) for one, two in pairs)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.fitted_lr, self.lean, self.reference))
 
     @property
     def lr(self) -> float:
@@ -123,7 +150,7 @@ class Recipe:
 
     def at(
         self,
-        rank: int | None = None,
+        rank: int | Literal[_Own.RANK] | None = _Own.RANK,
         *,
         alpha: float | None = None,
         rslora: bool = False,
@@ -139,11 +166,11 @@ class Recipe:
         distance. A warning is given once.
 
         Args:
-            rank: the LoRA rank, by default the recipe's own.
+            rank: the LoRA rank, by default the recipe's own. None means full finetuning.
             alpha: LoRA's alpha. By default the effective multiplier follows `scaling_rule`.
             rslora: whether alpha is divided by √rank instead of rank.
             init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero), by default the recipe's own.
-            method: "lora" or "full".
+            method: "lora" or "full". `at(method="full")` is `at(rank=None)`.
             fan_in: the model's width, by default the recipe's own.
             steps: optimizer steps, by default the recipe's own. They move the rate by `horizon`.
             batch: batch size in the recipe's unit, by default its own. It moves the rate by the law's rule, which is
@@ -159,9 +186,11 @@ class Recipe:
             InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
             LawError: the law has no usable multiplier there.
         """
+        if rank is None:
+            method = "full"
         if method == "full" and init is not None:
             raise RecipeError("init= was given for full finetuning, which has none.", "Leave it out.")
-        target = self._target(rank, alpha, method, rslora)
+        target = self._target(None if rank is _Own.RANK else rank, alpha, method, rslora)
         given = {"init": init, "fan_in": fan_in}
         target = replace(target, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
         rate = self._quoted(target, steps, batch)
@@ -268,10 +297,11 @@ class Recipe:
     # --- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the recipe as a TOML file, with a safetensors file beside it.
+        """Write the recipe as a TOML file, and its trials as a safetensors file beside it.
 
-        The save is atomic: a reader finds the old recipe or the new one. The tensors' file has their hash in its name.
-        File modes and symbolic links are kept.
+        The TOML gives every rate by itself. The save is atomic: a reader finds the old recipe or the new one. The file
+        of the trials has their hash in its name. That of the recipe that is replaced is removed, unless another TOML
+        in the folder names it. File modes and symbolic links are kept.
 
         Args:
             path: the TOML file.
@@ -280,16 +310,16 @@ class Recipe:
             The path written.
 
         Raises:
-            RecipeError: the folder cannot be written, `path` does not end in .toml, the recipe there has a newer
-                schema, or a value could not be read back.
+            RecipeError: the folder cannot be written, `path` does not end in .toml, the recipe there is read-only or
+                has a newer schema, or a value could not be read back.
         """
         header, text, arrays = recipe_toml.header(self), recipe_toml.to_document(self), self.arrays()
-        read_again = partial(recipe_toml.from_document, type(self), tensors=arrays, target=path)
+        read_again = partial(recipe_toml.from_document, type(self), tensors=arrays, missing="", target=path)
         return recipe_files.write(path, header, text, arrays, read_again)
 
     def arrays(self) -> dict[str, Array]:
         """Return the contents of the safetensors file, by name."""
-        return {**{f"trial.{key}": value for key, value in self.tensors.items()}, "fit.covariance": self.covariance}
+        return {f"trial.{key}": value for key, value in self.tensors.items()}
 
     def save_beside(self, adapter: str | os.PathLike[str]) -> Path:
         """Write the recipe into an adapter's folder: files in its subfolder `rankaware/`, a section in its README.
@@ -303,7 +333,8 @@ class Recipe:
             The path of the TOML file.
 
         Raises:
-            RecipeError: the folder does not exist, or it or its README cannot be written; or as for `save`.
+            RecipeError: the folder does not exist; it or its README cannot be written; one of the files is a link to
+                outside the folder; or as for `save`.
         """
         return beside.save_beside(self, adapter)
 
@@ -368,17 +399,24 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a recipe. Every value and the tensors' hash are checked. Nothing is unpickled.
+        """Read a recipe. Every value and the trials' hash are checked. Nothing is unpickled or imported.
+
+        Without the file of its trials a recipe still gives every rate. `missing` then names that file.
 
         Args:
             path: the TOML file, or the folder of an adapter in which `save_beside` wrote it.
 
         Raises:
-            RecipeError: a file is missing, cut short, altered, has a newer schema, or has an impossible value. The
-                message names the value's path.
+            RecipeError: the TOML is missing, or a file is cut short, altered, too large, has a newer schema, or has an
+                impossible value. The message names the value's path.
         """
         path = beside.recipe_file(path)
         return recipe_toml.from_document(cls, *recipe_files.read(path), path)
+
+
+def _same_array(one: Array, two: Array) -> bool:
+    """Return whether two arrays are equal. NaN equals NaN."""
+    return one.shape == two.shape and bool(((one == two) | ((one != one) & (two != two))).all())
 
 
 def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> Rate | None:
@@ -386,7 +424,7 @@ def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> 
 
     Returns None if the recipe needs more arguments, such as alpha.
     """
-    with warnings.catch_warnings():  # a measured law steps a real optimizer, which may warn
+    with warnings.catch_warnings():  # a third-party law may warn
         warnings.simplefilter("ignore")
         try:
             return recipe._quoted(recipe._target(rank, alpha, "full" if rank is None else "lora"))

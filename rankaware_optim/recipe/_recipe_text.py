@@ -47,12 +47,19 @@ def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "optimizer", f"{recipe.optimizer} with {settings}" if settings else recipe.optimizer
     yield "horizon", f"{recipe.steps or 'unknown'} steps, batch {_number(recipe.batch)}, warm-up {warmup}"
     yield "other steps", f"{horizon.slope:+.2f} ± {horizon.slope_sd:.2f} octaves of rate per octave of steps"
-    yield "seen", f"{_tried(recipe)}; {len(recipe.tensors.get('lr', ()))} trials, from seed {recipe.seed}"
+    yield "seen", f"{_tried(recipe)}; {_trials(recipe)}, from seed {recipe.seed}"
     yield "other rates", _other_rates(recipe)
     yield "code", ", ".join(f"{name} {value}" for name, value in recipe.source.items()) or "unknown"
     yield "versions", ", ".join(f"{name} {version}" for name, version in recipe.versions.items()) or "unknown"
     yield "hash", recipe.tag.partition(" ")[0]
     yield from (("note", note) for note in recipe.notes)
+
+
+def missing_trials(recipe: Recipe) -> str:
+    """Return a sentence if the trials' file was missing when the recipe was read, else ""."""
+    if not recipe.missing:
+        return ""
+    return f"The trials of this recipe are not here: {printable(recipe.missing)} is missing beside its TOML file."
 
 
 def explain(recipe: Recipe) -> str:
@@ -83,6 +90,12 @@ def _law(law: Power) -> str:
     corrections = [f"times rank^{law.exponent:.3g}"] if law.exponent else []
     corrections += [f"times {law.full_factor:.3g} in full finetuning"] if law.full_factor != 1.0 else []
     return ", ".join([law_sentence(law.law), *corrections])
+
+
+def _trials(recipe: Recipe) -> str:
+    if recipe.missing:
+        return f"its trials are not here, {recipe.missing} is missing"
+    return f"{len(recipe.tensors.get('lr', ()))} trials"
 
 
 def _setting(value: Any) -> str:

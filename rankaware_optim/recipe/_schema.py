@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .._checks import MOST_TRIALS, RANGES
+from .._checks import MOST_RANKS, MOST_TRIALS, RANGES
 from .._types import Reference
 from ..errors import InvalidReferenceError, RankAwareError
 from ..laws import Power, law_from_dict, law_to_dict
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MOST_VARIANCE = 1e4  # octaves²: a standard deviation of 100 octaves
 _WHOLE, _FLOAT, _BOOL = ("int64",), ("float32", "float64"), ("bool",)
+_LENGTHS = "the trials had several lengths, which are not used any more: the slope alone moves the rate to other steps"
 _ANY = (*_WHOLE, *_FLOAT, *_BOOL)
 
 
@@ -57,9 +58,8 @@ _TRIAL: Mapping[str, tuple[tuple[str, ...], int, Callable[[Array], npt.NDArray[n
 
 def header(recipe: Recipe) -> str:
     """Return three comment lines for the top of the file."""
-    name, maker = recipe.name, "ra.calibrate" if "curve" in recipe.tensors else "ra.sweeps.fit_sweep"
     return (
-        f"# The learning-rate recipe {name!r} of rankaware_optim, made by {maker}.\n"
+        f"# The learning-rate recipe {recipe.name!r} of rankaware_optim.\n"
         "# Read a rate: `rankaware lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).\n"
         "# Rates are per step. An octave is a factor 2. lr is the rate to use, fitted_lr the fitted optimum.\n"
     )
@@ -103,7 +103,6 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
             "warmup_share": recipe.warmup,
             "slope": recipe.horizon.slope,
             "slope_sd": recipe.horizon.slope_sd,
-            "tried": [list(one) for one in recipe.horizon.tried] or None,
         },
         "seen": {
             "ranks": list(recipe.ranks),
@@ -112,6 +111,7 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
             "notes": list(recipe.notes),
             "other_rates": dict(recipe.other_rates),
         },
+        "fit": {"covariance": np.asarray(recipe.covariance).tolist()},
         "spent": None if "steps" not in trials else {"trials": len(trials["steps"]), **spent},
         "versions": dict(recipe.versions),
         "source": dict(recipe.source),
@@ -119,20 +119,22 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_document(
-    cls: type[Recipe], found: Document, tensors: Mapping[str, Array], target: str | os.PathLike[str]
+    cls: type[Recipe], found: Document, tensors: Mapping[str, Array], missing: str, target: str | os.PathLike[str]
 ) -> Recipe:
-    """Return the recipe in both files. Checks that the schema cannot express are made here."""
+    """Return the recipe in its files. Checks that the schema cannot express are made here."""
     path, at, seen, horizon = Path(target), found.reference, found.seen, found.horizon
     try:
         law = law_from_dict(found.law)
+    except RankAwareError as error:
+        raise impossible(path, error.cause.removesuffix("."), "law", error.cure) from error
     except Exception as error:  # a third-party law may raise anything
-        cause = error.cause if isinstance(error, RankAwareError) else f"{type(error).__name__}: {error}"
-        raise impossible(path, cause.removesuffix("."), "law") from error
+        raise impossible(path, f"{type(error).__name__}: {error}", "law") from error
     try:
         width = None if at.fan_in == "unknown" else at.fan_in
         reference = Reference(at.rank, at.alpha, at.rslora, at.init, width, at.method, at.batch)
     except InvalidReferenceError as error:
         raise impossible(path, error.cause.removesuffix("."), "reference") from error
+    covariance = tensors.get("fit.covariance") if found.fit is None else np.array(found.fit.covariance, np.float64)
     made = cls(
         name=found.name,
         fitted_lr=found.rate.fitted_lr,
@@ -142,7 +144,7 @@ def from_document(
         ceiling=found.rate.ceiling,
         reference=reference,
         law=law if isinstance(law, Power) else Power(law=law),
-        covariance=_covariance(tensors.get("fit.covariance"), path),
+        covariance=_covariance(covariance, path),
         scaling_rule=found.scaling_rule,
         full_fan_in=at.full_fan_in,
         ranks=seen.ranks,
@@ -152,13 +154,14 @@ def from_document(
         steps=None if horizon.steps == "unknown" else horizon.steps,
         batch=horizon.batch,
         warmup=horizon.warmup_share,
-        horizon=Horizon(horizon.slope, horizon.slope_sd, horizon.tried),
+        horizon=Horizon(horizon.slope, horizon.slope_sd),
         seed=seen.seed,
         other_rates=seen.other_rates,
         versions=found.versions,
         source=found.source,
-        notes=seen.notes,
+        notes=(*seen.notes, _LENGTHS) if horizon.tried else seen.notes,
         tensors=_trials(tensors, path),
+        missing=missing,
     )
     try:
         own_band(made)
@@ -170,11 +173,14 @@ def from_document(
 
 
 def _covariance(tensor: Array | None, target: Path) -> Array:
+    """Return the covariance, checked to be one. It is symmetric up to rounding."""
     where = "fit.covariance"
     if tensor is None or tensor.shape != (3, 3) or tensor.dtype.name not in _FLOAT:
         raise impossible(target, "there is no 3 × 3 covariance of floats", where)
     if not bool((np.abs(tensor) <= _MOST_VARIANCE).all()):
         raise impossible(target, f"it is not finite, or above {_MOST_VARIANCE:g}", where)
+    if not np.allclose(tensor, tensor.T, rtol=1e-6, atol=1e-6 * float(np.abs(tensor).max())):
+        raise impossible(target, "it is not symmetric", where)
     spectrum = np.linalg.eigvalsh((tensor + tensor.T).astype(np.float64))
     if spectrum[0] < -1e-6 * abs(spectrum[-1]):
         raise impossible(target, "a variance is negative", where)
@@ -191,4 +197,6 @@ def _trials(tensors: Mapping[str, Array], target: Path) -> dict[str, Array]:
             raise impossible(target, "a trial has a value out of range", f"trial.{key}")
     if len(counts := {len(value) for value in trials.values()}) > 1 or max(counts, default=0) > MOST_TRIALS:
         raise impossible(target, f"tensors have different numbers of trials, or more than {MOST_TRIALS}", "trial")
+    if len(np.unique(trials.get("rank", ()))) > MOST_RANKS + 1:
+        raise impossible(target, f"there are more than {MOST_RANKS} ranks", "trial.rank")
     return trials

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from torch.optim import Optimizer
 
-from .._checks import MOST_TRIALS, check_init, is_within, range_of, shown
+from .._checks import MOST_RANKS, MOST_TRIALS, check_init, is_within, range_of, shown
 from .._optimizer_classes import get_optimizer_class
 from .._scaling_rule import infer_scaling
 from .._types import Reference
@@ -120,6 +120,8 @@ def _check_enough(runs: Sequence[SweepRun]) -> None:
         raise CalibrationError(
             f"{len(runs)} runs are more than a fit allows, {MOST_TRIALS}.", "Select those near the best rates."
         )
+    if len({run.rank for run in runs}) > MOST_RANKS:
+        raise CalibrationError(f"The sweep has more than {MOST_RANKS} ranks.", "Select some of them.")
     if all(math.isinf(run.loss) for run in runs):
         raise CalibrationError(f"Every one of {len(runs)} runs diverged.", "Add lower rates to the sweep.")
     if all(len({run.lr for run in runs if run.rank == rank}) < 2 for rank in {run.rank for run in runs}):

@@ -18,19 +18,14 @@ from .._tables import text_table
 from .._types import Factor, Init, Reference
 from ..errors import LawError
 from ..inspection import inspect_model
-from ..laws import (
+from ..laws import Law, MuA, bound_law, checked_multiplier, get_law, law_words
+from ._simulate import (
     Batch,
-    Law,
-    MuA,
     Pair,
     Stepper,
-    bound_law,
     change_of,
-    checked_multiplier,
     class_of,
     draw_pair,
-    get_law,
-    law_words,
     rates_for,
     rms_of_product,
     step_pair,

@@ -1,7 +1,7 @@
 """Saves over a recipe that are killed before one of their file operations, and reads that a save comes between.
 
 Started as a script with a folder, so that Python and torch are imported once. A line is what was done, before which
-operation, the name that a reader finds then, and how many files there are after the next save.
+operation, the name that a reader finds then, and whether the recipe has its trials.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ def in_a_child(work: Callable[[], None]) -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
+def state(target: Path) -> tuple[str, str]:
+    found = Recipe.load(target)
+    return found.name, "rates" if found.missing else "whole"
+
+
 def killed(target: Path, operation: int) -> bool:
     def work() -> None:
         before(operation, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -59,8 +64,7 @@ def read(target: Path, operation: int) -> bool:
 
     def work() -> None:
         before(operation, lambda: saved.append(NEW.save(target)))
-        name = Recipe.load(target).name
-        print("read", operation, name, len(os.listdir(target.parent)), flush=True)
+        print("read", operation, *state(target), flush=True)
         os._exit(0 if saved else 1)
 
     return not in_a_child(work)
@@ -73,9 +77,8 @@ def main(folder: Path) -> None:
             target = OLD.save(folder / f"{attack.__name__}{operation}" / "r.toml")
             over = attack(target, operation)
             if attack is killed:
-                name = Recipe.load(target).name
+                print("killed", operation, *state(target), flush=True)
                 NEW.save(target)
-                print("killed", operation, name, len(os.listdir(target.parent)), flush=True)
             if over:
                 break
 

@@ -78,7 +78,6 @@ SURE = [
     ("adamw", {"tuned_at": AT_16, "across_inits": True}, "B", "a guess"),
     ("adamw", {"tuned_at": Reference(method="full")}, "A", "a rule of thumb"),
     ("adamw", {"tuned_at": replace(AT_16, batch=8), "batch": 32}, "A", "a rule of thumb"),
-    ("adamw", {"tuned_at": AT_16, "law": "measured"}, "A", "simulated"),
     ("adamw", {"tuned_at": AT_16, "law": "loraplus"}, "A", "not moved"),
     ("adamw", {"tuned_at": AT_16, "law": "power?exponent=0.5"}, "A", "as that law says"),
     ("sgd", {"tuned_at": AT_16}, "A", "measured, small runs"),

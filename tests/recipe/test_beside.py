@@ -123,3 +123,31 @@ def test_a_folder_without_a_recipe_says_where_it_would_lie(adapter):
     """An adapter that no recipe was saved beside is an error with the file's place."""
     with pytest.raises(RecipeError, match=r"There is no recipe at .*rankaware.recipe\.toml"):
         Recipe.load(adapter)
+
+
+@pytest.mark.parametrize("linked", ["README.md", "rankaware", "rankaware/recipe.toml", "a missing README.md"])
+def test_nothing_is_written_outside_the_folder(linked, adapter, tmp_path):
+    """A README, a folder or a recipe that is a link to elsewhere is refused, and nothing is written anywhere."""
+    name = linked.rpartition(" ")[2]
+    path, elsewhere = adapter / name, tmp_path / "elsewhere" / name
+    for parent in (path.parent, elsewhere.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    if name == "rankaware":
+        elsewhere.mkdir()
+    elif "missing" not in linked:
+        elsewhere.write_text("theirs")
+    path.symlink_to(elsewhere)
+    before = {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")}
+    with pytest.raises(RecipeError, match=r"is a link to .*, outside "):
+        RECIPE.save_beside(adapter)
+    assert {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")} == before
+
+
+def test_a_link_to_the_adapters_folder_is_followed(adapter, tmp_path):
+    """The folder itself may be given by a link, and links inside it may stay inside."""
+    (tmp_path / "link").symlink_to(adapter)
+    (adapter / "words.md").write_text("Mine.")
+    (adapter / "README.md").symlink_to("words.md")
+    RECIPE.save_beside(tmp_path / "link")
+    assert Recipe.load(adapter) == RECIPE
+    assert (adapter / "words.md").read_text(encoding="utf-8").startswith("Mine.")

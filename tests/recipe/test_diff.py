@@ -57,7 +57,7 @@ def other(name, value):
 def changes():
     """A change of every field of a recipe, and of its reference."""
     for f in fields(Recipe):
-        if f.name != "reference":
+        if f.name not in ("reference", "missing"):
             yield f.name, {f.name: other(f.name, getattr(RECIPE, f.name))}
     for f in fields(Reference):
         value = other(f.name, getattr(RECIPE.reference, f.name))

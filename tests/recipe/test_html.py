@@ -15,7 +15,6 @@ from click.testing import CliRunner
 
 from rankaware_optim import RankAwareError, RankAwareWarning, Recipe
 from rankaware_optim.cli._main import main
-from rankaware_optim.laws import Measured
 from rankaware_optim.recipe import write_report
 from rankaware_optim.recipe._html import rate_table, report_html
 
@@ -125,18 +124,11 @@ def test_the_table_holds_what_the_recipe_says():
     assert {*RECIPE.ranks, RECIPE.reference.rank} <= {*table["ranks"]}
 
 
-MEASURED = replace(RECIPE.law, law=Measured(steps=2))
-REFUSED = [
-    (replace(RECIPE, scaling_rule="as swept"), "has no alpha"),
-    (replace(RECIPE, law=MEASURED, reference=replace(RECIPE.reference, fan_in=8)), "measured"),
-]
-
-
-@pytest.mark.parametrize(("recipe", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
-def test_alpha_is_refused_where_it_cannot_be_told(recipe, reason):
+def test_alpha_is_refused_where_it_cannot_be_told():
     """Where no alpha can be given the table holds the recipe's own rates alone, and says why."""
+    recipe = replace(RECIPE, scaling_rule="as swept")
     table = rate_table(recipe)
-    assert reason in table["refused"]
+    assert "has no alpha" in table["refused"]
     assert table["lr"] == []
     assert 2 ** table["own"][table["ranks"].index(64)] == pytest.approx(at(recipe, 64).lr, rel=1e-4)
 

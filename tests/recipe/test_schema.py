@@ -29,6 +29,7 @@ TYPES = {
     "whole number or unknown": lambda v: v == "unknown" or type(v) is int,
     "true or false": lambda v: isinstance(v, bool),
     "list": lambda v: isinstance(v, list),
+    "3 lists of 3 numbers": lambda v: [len(row) for row in v] == [3] * 3,
     "any": lambda v: True,
 }
 

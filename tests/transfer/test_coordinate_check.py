@@ -1,10 +1,9 @@
-"""The coordinate check, the capture of a real batch, and the law measured by the check."""
+"""The coordinate check, and the capture of a real batch."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,26 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rankaware_optim import Constant, Factor, LawError, MuA, Power, Reference
-from rankaware_optim.laws import (
+from rankaware_optim import Constant, LawError, MuA, Power
+from rankaware_optim.laws import law_words
+from rankaware_optim.transfer import capture, coordinate_check
+from rankaware_optim.transfer._simulate import (
     Batch,
-    Measured,
     Stepper,
     change_of,
     draw_pair,
-    get_law,
-    law_from_dict,
-    law_to_dict,
-    law_words,
     rates_for,
     rms_of_product,
     step_pair,
     synthetic,
 )
-from rankaware_optim.transfer import capture, coordinate_check
 
 from ..helpers.models import mlp, same, snapshot
-from ..helpers.optimizers import Muon, muon, needs_muon
+from ..helpers.optimizers import muon
 
 SQUARE = {"q": (128, 128)}
 
@@ -298,131 +293,6 @@ def test_a_loss_without_adapters_is_refused():
     weight = torch.ones(1, requires_grad=True)
     with pytest.raises(LawError, match="No adapted linear layer had a gradient"):
         capture(mlp(), lambda m: weight.sum())
-
-
-# --- the measured law -----------------------------------------------------------------------------------------------
-
-
-def at(rank: int, scaling: float, width: float, init: str) -> tuple[Factor, Reference]:
-    """A configuration as a factor and as a reference."""
-    reference = replace(Reference.from_scaling(rank, scaling, init=init), fan_in=width)
-    return Factor("w", "A", rank, width, width, scaling, init), reference
-
-
-@pytest.mark.parametrize("tokens", [8, 64])
-@pytest.mark.parametrize("width", [1, 256, 1024])
-@pytest.mark.parametrize("init", "AB")
-def test_measured_and_formula_agree_for_adam(init, width, tokens):
-    """At equal tokens the measured law is within 0.2 octaves of µA, from rank to rank and to full finetuning."""
-    measured, mua = Measured(tokens=tokens), MuA(tokens=tokens)
-    origin = at(8, 1.0, width, init)[1]
-    targets = [at(r, s, width, init)[0] for r in (2, 32) for s in (1.0, 1.0 / r)]
-    full = [Factor("w", "full", None, width, width)] if width > 1 else []
-    for factor in targets + full:
-        off = math.log2(measured.multiplier(factor, origin) / mua.multiplier(factor, origin))
-        assert abs(off) < 0.2, factor
-
-
-@pytest.mark.parametrize(("kind", "settings"), [(torch.optim.SGD, {}), muon({}), (SignSGD, {})])
-def test_measured_follows_the_optimizer(kind, settings):
-    """Bound to another optimizer the measured law follows that one's formula, not Adam's."""
-    factor, origin = at(32, 1.0 / 32, 128.0, "B")[0], at(4, 1.0 / 4, 128.0, "B")[1]
-    measured = Measured().bind(kind, settings).multiplier(factor, origin)
-    formula = MuA(steps=16).bind(kind, settings).multiplier(factor, origin)
-    assert abs(math.log2(measured / formula)) < 0.5
-    adam = MuA().multiplier(factor, origin)
-    assert (abs(math.log2(measured / adam)) > 0.8) == (kind is not SignSGD)
-
-
-def test_measuring_is_deterministic_and_private():
-    """The same question has the same answer after the cache is emptied, and no global random state is touched."""
-    from rankaware_optim.laws import _measured as measured
-
-    law, (factor, _), (_, origin) = (
-        Measured().bind(SignSGD, {"noise": 0.5}),
-        at(8, 1.0, 64.0, "A"),
-        at(2, 1.0, 64.0, "A"),
-    )
-    state = torch.random.get_rng_state()
-    first = law.multiplier(factor, origin)
-    measured._measured_rate.cache_clear()
-    assert law.multiplier(factor, origin) == first
-    assert torch.equal(state, torch.random.get_rng_state())
-
-
-@needs_muon
-def test_wide_layers_continue_the_exponent():
-    """Beyond the widest measured layer the rate goes on along the last two octaves, and B follows A at its ratio."""
-    law = Measured(ratio=2.0).bind(Muon, {})
-    rates = [math.log2(law.rate("A", 4, 1.0, n)) for n in (128, 512, 2048)]
-    assert rates[2] - rates[1] == pytest.approx(rates[1] - rates[0])
-    factor, origin = at(4, 1.0, 64.0, "A")
-    assert law.multiplier(replace(factor, role="B"), origin) == pytest.approx(2.0)
-
-
-def test_measured_survives_plain_values():
-    """Bound or not, the law is found by its name and is the same after TOML; its settings are plain JSON."""
-    tomli_w, tomli = pytest.importorskip("tomli_w"), pytest.importorskip("tomli")
-    for law in (get_law("measured"), Measured().bind(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})):
-        assert law_from_dict(tomli.loads(tomli_w.dumps(law_to_dict(law)))) == law
-    assert law.settings == '{"momentum": 0.9}'
-    assert Measured().bind(torch.optim.AdamW, {}) == Measured()
-
-
-def test_another_class_of_the_same_name_is_measured_anew():
-    """A class that takes the place of another by its name does not inherit its rates."""
-
-    def local(sign: bool) -> type:
-        class Local(SignSGD if sign else torch.optim.SGD):
-            pass
-
-        return Local
-
-    factor, origin = at(8, 1.0, 64.0, "A")[0], at(2, 1.0, 64.0, "A")[1]
-    first, second = (Measured().bind(local(sign), {}).multiplier(factor, origin) for sign in (True, False))
-    assert first != pytest.approx(second, rel=0.05)
-
-
-BAD_LAWS = [
-    ({"tokens": 0}, "tokens=0"),
-    ({"steps": 2.5}, "steps=2.5"),
-    ({"seed": -1}, "seed=-1"),
-    ({"target": math.inf}, "target=inf"),
-    ({"ratio": "2"}, "ratio='2'"),
-    ({"optimizer": 3}, "optimizer=3"),
-    ({"settings": "momentum"}, "settings='momentum'"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD_LAWS)
-def test_bad_parameters_are_refused(arguments, message):
-    """A parameter that cannot be is an error when the law is made."""
-    with pytest.raises(LawError, match=message):
-        Measured(**arguments)
-
-
-UNMEASURED = [
-    (Measured(optimizer="no_such_package:Adam"), "cannot be imported"),
-    (Measured().bind(NeedsClosure, {}), "without a closure"),
-    (Measured().bind(Still, {}), "The output of a layer of width 64 at rank 8 under Still never moves"),
-    (Measured().bind(torch.optim.AdamW, {"betas": 3}), "could not step LoRA factors"),
-]
-
-
-@pytest.mark.parametrize(("law", "message"), UNMEASURED)
-def test_what_cannot_be_measured_is_an_error(law, message):
-    """An optimizer that is not found, cannot be built, cannot step or never moves anything is an error."""
-    factor, origin = at(8, 1.0, 64.0, "A")
-    with pytest.raises(LawError, match=message):
-        law.multiplier(factor, origin)
-
-
-def test_settings_that_are_not_plain_are_refused():
-    """Settings that no file can hold are an error that names them, and an unresolved reference is one too."""
-    with pytest.raises(LawError, match="not plain values"):
-        Measured().bind(torch.optim.AdamW, {"hook": print})
-    with pytest.raises(LawError, match="not resolved"):
-        Measured().multiplier(at(8, 1.0, 64.0, "A")[0], Reference(rank=4, alpha=4))
 
 
 # --- the exponents --------------------------------------------------------------------------------------------------

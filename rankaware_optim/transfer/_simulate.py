@@ -53,23 +53,16 @@ def synthetic(fan_in: int, fan_out: int, tokens: int, seed: int = 0) -> Batch:
     return Batch(*(_columns(fan, tokens, source) for fan in (fan_in, fan_out)))
 
 
-def one_hot(fan_out: int, tokens: int, seed: int = 0) -> Batch:
-    """Return the batch of an embedding: all tokens differ, and each has its own column of A."""
-    return Batch(torch.eye(tokens, dtype=torch.float32, device="cpu"), synthetic(1, fan_out, tokens, seed).gradients)
-
-
 def _columns(fan: int, tokens: int, source: torch.Generator) -> torch.Tensor:
     drawn = torch.randn(fan, tokens, generator=source, dtype=torch.float32, device="cpu")
     return drawn / drawn.square().mean(dim=0).sqrt()
 
 
-def draw_pair(
-    fan_in: int, fan_out: int, rank: int, scaling: float, init: str, seed: int = 0, variance: float | None = None
-) -> Pair:
-    """Draw a pair. Init[A]: A of the given variance (default 1/n_in), B = 0. Init[B]: B of variance 1/r, A = 0."""
+def draw_pair(fan_in: int, fan_out: int, rank: int, scaling: float, init: str, seed: int = 0) -> Pair:
+    """Draw a pair. Init[A]: A of variance 1/n_in, B = 0. Init[B]: B of variance 1/r, A = 0."""
     source = torch.Generator().manual_seed(seed + 1)
     a, b = _zeros(rank, fan_in), _zeros(fan_out, rank)
-    drawn, size = (b, 1.0 / rank) if init == "B" else (a, variance or 1.0 / fan_in)
+    drawn, size = (b, 1.0 / rank) if init == "B" else (a, 1.0 / fan_in)
     drawn.normal_(generator=source).mul_(math.sqrt(size))
     return Pair(a, b, scaling)
 
@@ -130,7 +123,7 @@ def change_of(batch: Batch, pair: Pair) -> float:
 _RANGE = 60  # octaves: rates from 2^-60 to 2^60 are searched
 
 
-def rates_for(change: Change, target: float = 1.0, *, start: float = 2.0**-8, what: str = "The output") -> float:
+def rates_for(change: Change, target: float = 1.0, *, start: float = 2.0**-8) -> float:
     """Return the rate at which the rising function `change(rate)` reaches `target`, to 1 % of the target.
 
     The method is false position on logarithms, with bisection if it stalls. An overflow counts as too high a rate.
@@ -139,7 +132,6 @@ def rates_for(change: Change, target: float = 1.0, *, start: float = 2.0**-8, wh
         change: the output's rms change as a function of the rate.
         target: the change to reach.
         start: the first rate to try.
-        what: the subject of the error message.
 
     Raises:
         LawError: no rate within 2^±60 reaches the target, or the change jumps past it.
@@ -161,7 +153,7 @@ def rates_for(change: Change, target: float = 1.0, *, start: float = 2.0**-8, wh
         if abs(x) > _RANGE:
             break
     raise LawError(
-        f"{what} never moves by {target:g} at any rate: nearest were {_shown(low)} and {_shown(high)}.",
+        f"The output never moves by {target:g} at any rate: nearest were {_shown(low)} and {_shown(high)}.",
         "Check the optimizer's settings (a built-in rate, a cap, clipping), or choose another law or target.",
     )
 

@@ -1,0 +1,140 @@
+"""A recipe of any size is refused by counts, or is read and drawn in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from rankaware_optim import CalibrationError, Recipe, RecipeError
+from rankaware_optim.recipe._html import rate_table, report_html
+from rankaware_optim.recipe._plot_data import picture_of
+from rankaware_optim.sweeps import fit_sweep
+
+from ..helpers.recipes import RECIPE, tensors_of
+
+
+def with_text(folder: Path, text: str) -> Path:
+    target = RECIPE.save(folder / "r.toml")
+    target.write_text(target.read_text() + text)
+    return target
+
+
+MANY = {
+    "tables": ("".join(f"[t{i}]\n" for i in range(600_000)), "longer than 256,000 bytes"),
+    "dotted keys": ("\n[x]\n" + "a." * 100_000 + "b = 1\n", "cannot be read"),
+    "long text": ('\n[x]\na = "' + "x" * 300_000 + '"\n', "longer than 256,000 bytes"),
+}
+
+
+@pytest.mark.parametrize("what", MANY)
+def test_a_toml_is_refused_by_its_size(what, tmp_path):
+    """Hundreds of thousands of tables, or of dots in a key, are refused."""
+    text, message = MANY[what]
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(with_text(tmp_path, text))
+
+
+COUNTS = {
+    "seen.ranks": {"ranks": tuple(range(1, 66))},
+    "seen.notes": {"notes": ("n",) * 101},
+    "seen.other_rates": {"other_rates": {f"w{i}": 1e-3 for i in range(3001)}},
+    "optimizer.settings": {"settings": {f"s{i}": 1 for i in range(501)}},
+    "versions": {"versions": {f"p{i}": "1" for i in range(1001)}},
+    "source": {"source": {f"s{i}": "1" for i in range(21)}},
+    "name": {"name": "n" * 10_001},
+    "trial.rank": {"tensors": {"rank": np.arange(66)}},
+}
+
+
+@pytest.mark.parametrize("path", COUNTS)
+def test_counts_are_bounded(path, tmp_path):
+    """A recipe with more of something than any calibration has is neither written nor read, and the error names it."""
+    with pytest.raises(RecipeError, match=f"impossible value.* @ {path}"):
+        replace(RECIPE, **COUNTS[path]).save(tmp_path / "r.toml")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_tensors_are_bounded(tmp_path):
+    """A file of trials with very many names is refused before they are read."""
+    target = RECIPE.save(tmp_path / "r.toml")
+    names = {f"trial.t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(5000)}
+    header = json.dumps(names).encode()
+    data = len(header).to_bytes(8, "little") + header
+    former = tensors_of(target).read_bytes()
+    tensors_of(target).write_bytes(data)
+    text = target.read_text()
+    target.write_text(text.replace(hashlib.sha256(former).hexdigest(), hashlib.sha256(data).hexdigest()))
+    with pytest.raises(RecipeError, match="header is too long"):
+        Recipe.load(target)
+    assert save({})  # the format that was written by hand
+
+
+def test_a_sweep_of_very_many_ranks_is_refused():
+    """A sweep that no recipe could hold is refused before it is fitted."""
+    rows = [{"rank": rank, "lr": lr, "loss": 1.0} for rank in range(1, 66) for lr in (1e-3, 2e-3)]
+    with pytest.raises(CalibrationError, match="more than 64 ranks"):
+        fit_sweep(rows, alpha=16, fan_in=64)
+
+
+def long_curves(trials: int, values: int) -> dict[str, np.ndarray]:
+    """Trials at three ranks with long curves."""
+    chance, number = np.random.default_rng(0), np.arange(trials)
+    return {
+        "rank": np.array([4, 16, 64])[number % 3],
+        "seed": number % 2,
+        "lr": 2.0 ** chance.uniform(-14, -6, trials),
+        "value": np.where(number % 5 == 4, np.nan, chance.uniform(0.4, 0.6, trials)),
+        "pruned": number % 5 == 4,
+        "diverged": np.zeros(trials, bool),
+        "steps": np.full(trials, values),
+        "curve": chance.uniform(0.4, 0.9, (trials, values)).astype(np.float32),
+    }
+
+
+def test_long_curves_are_drawn_in_little_memory():
+    """The picture of curves with millions of values takes less memory than the curves."""
+    made = replace(RECIPE, ranks=(4, 16, 64), tensors=long_curves(300, 20_000))
+    tracemalloc.start()
+    try:
+        assert all(arm.curve for arm in picture_of(made).arms)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < made.tensors["curve"].nbytes
+
+
+def test_a_rank_with_very_many_trials_has_no_curve():
+    """The time of a curve grows with the cube of its rank's trials, so beyond 400 only points are drawn."""
+    arms = picture_of(replace(RECIPE, tensors={**long_curves(2000, 1), "rank": np.full(2000, 4)})).arms
+    assert [(len(arm.points), arm.curve) for arm in arms] == [(2000, ())]
+
+
+def test_notes_that_name_ranks_are_stored_once():
+    """The page holds a recipe's own notes once, although they name ranks as the notes on a rank do."""
+    note = "".join(f"rank {rank} " for rank in range(1, 1000))
+    table = rate_table(replace(RECIPE, notes=(note,)))
+    assert len(json.dumps(table["sentences"])) < 20 * len(note)
+
+
+CONTROLS = "\x1b[31m\x07\x9b\u202e\udcff"
+
+
+def test_no_control_reaches_the_page(tmp_path):
+    """Characters that control a terminal or turn text around are in no text of the page, nor in its data."""
+    text = f"a{CONTROLS}b"
+    made = replace(
+        RECIPE,
+        **{"name": text, "notes": (text,), "optimizer": text, "settings": {text: text}, "missing": text},
+        **{"other_rates": {text: "base"}, "versions": {text: text}, "source": {text: text}},
+    )
+    page = report_html(made)
+    assert "a[31mb" in page
+    assert not [sign for sign in page if not (sign.isprintable() or sign in "\n\t")]
+    assert not [code for code in ("\\u001b", "\\u0007", "\\u009b", "\\u202e", "\\udcff") if code in page]
