@@ -56,7 +56,7 @@ def loop(trial: Any, pause: float, at: tuple[int, int], act: Any) -> Iterator[fl
 
 def prepare() -> None:
     """Let a worker count as dead after half a second without a sign of life, and quieten what is not looked at."""
-    _liveness._SILENT_S, _liveness._BEAT_S = SILENCE_S, SILENCE_S / 5
+    _liveness._BEAT_S = SILENCE_S / 5
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

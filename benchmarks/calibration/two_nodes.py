@@ -84,7 +84,7 @@ def calibrated(kills: bool) -> dict[str, Any]:
         "again": sum(t.retry_of is not None for t in records),
         "ended before": len(ended[0]) if kills else None,
         "kept": all(t in trials for t in ended[0]) if kills else None,
-        "workers": len({t.owner.pid for t in ran if t.owner}),
+        "workers": len({t.worker for t in ran if t.worker}),
         "calibration, s": took,
         "Ray's start, s": started,
         "Ray's memory, MB": memory / 1e6,
@@ -95,8 +95,8 @@ def kill(cluster: Cluster, node: Any, storage: str, ended: list[list[Any]]) -> N
     """Kill a node once each of two workers has ended `KILL_AFTER` trials. Append all ended trials to `ended`."""
     while True:
         time.sleep(0.2)
-        pids = [t.owner.pid for t in Trials.read(trials_in(storage)).counted() if t.owner]
-        if len(set(pids)) == 2 and min(map(pids.count, pids)) >= KILL_AFTER:
+        workers = [t.worker for t in Trials.read(trials_in(storage)).counted() if t.worker]
+        if len(set(workers)) == 2 and min(map(workers.count, workers)) >= KILL_AFTER:
             break
     cluster.remove_node(node, allow_graceful=False)
     ended.append([t for t in trials_in(storage) if t.state.is_finished()])

@@ -86,8 +86,9 @@ def calibrate(
 
     **Resuming.** With `storage=`, the same call continues where it stopped, even if it was killed. Finished trials are
     kept. An unfinished trial is repeated at its rank, seed and rate. Several processes and machines may make the same
-    call with one storage at the same time. They share the trials and wait for each other. The trial of a killed process
-    is repeated at once by another process on the same host, or by another host after five minutes without a heartbeat.
+    call with one storage at the same time. They share the trials and wait for each other. A process that ends by Ctrl-C
+    or an error gives its trial back at once. One that is killed or suspended writes no more heartbeats. Within a minute
+    its trial is repeated by another process, on any host, or by the same call. If it wakes up, its run does not count.
 
     **DDP and FSDP.** Call it on every process. One process decides. All get the same rate, prune at the same step and
     return the same recipe. Values are averaged over the processes.
@@ -265,7 +266,10 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "Give a share of the steps, 0 to 1, or leave it out.",
     ),
     "seed": (lambda v: is_whole(v, 0) and v < 2**32, "Give a whole number from 0 to 2³² - 1."),
-    "name": (lambda v: isinstance(v, str) and v != "", "Give a name, such as 'digits'."),
+    "name": (
+        lambda v: isinstance(v, str) and v != "" and v.isprintable(),
+        "Give a name of printable characters, such as 'digits'.",
+    ),
 }
 
 

@@ -1,162 +1,99 @@
-"""Ownership of trials. Every trial names the process that runs it, so that the trial of a killed process is detected.
+"""Signs of life. A worker writes heartbeats into its running trial, and fails the trials whose heartbeats have stopped.
 
-A trial whose process was killed stays RUNNING in Optuna's storage. On this host such trials are failed when the next
-trial begins. Processes of other hosts cannot be seen. Their trials write heartbeats and are failed after some minutes
-without one. Clocks of hosts differ, so the time is measured by this host's clock since it read the last heartbeat.
+A trial whose process was killed stays RUNNING in Optuna's storage, and that of a stopped process goes on when it is
+woken. Only the storage is asked who lives, so that one rule holds for every host, system and storage.
 """
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
-import time
 import uuid
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ._optuna import fail_trial
-from ._trials import Owner, TrialRecord, Trials
 
-_BEAT_S = 20.0  # seconds between two heartbeats
-_SILENT_S = 300.0  # seconds without a heartbeat after which another host's trial counts as dead
-_AT_WORK: dict[str, threading.Thread] = {}  # the thread of this process that runs a trial, by the trial's token
-_BEATING: dict[str, _Heartbeat] = {}  # its heartbeat thread
-_SEEN: dict[str, tuple[int, float]] = {}  # other hosts' last heartbeats by token, and when they were first read
+_BEAT_S = 10.0  # seconds between two heartbeats, and between two looks at those of others
+_MISSED = 4  # looks in a row without a new heartbeat after which a trial counts as dead
+_JOIN_S = 10.0  # seconds that a write in progress may take at the end
+_LEFT: set[str] = set()  # workers of this process that have ended
 
 
-def new_owner() -> Owner:
-    """Return this process as the owner of a new trial."""
-    token, pid = uuid.uuid4().hex, os.getpid()
-    _AT_WORK[token] = threading.current_thread()
-    return Owner(socket.gethostname(), _boot(), pid, _started(pid), token)
+@dataclass
+class _Signs:
+    """What a worker has seen of another's trial: its last heartbeat, looks without a new one, whether one ever came."""
+
+    beat: object
+    missed: int = 0
+    heard: bool = False
 
 
-def release(owner: Owner) -> None:
-    """Record that the owner's trial has ended."""
-    _AT_WORK.pop(owner.token, None)
-    if owner.token in _BEATING:
-        _BEATING.pop(owner.token).stop()
+class Heartbeat(threading.Thread):
+    """A worker's signs of life, and its look at those of others. In a thread, since a step may take long.
 
-
-def fail_dead_trials(study: Study, mine: Owner | None = None) -> None:
-    """Fail trials whose process is gone, or silent on another host. Their rank, seed and rate are to be tried again.
-
-    Earlier trials of this thread are failed too, since an interrupt made it leave them. `mine` is kept.
+    Silence is counted in looks, and not by a clock: a storage or a machine that stood still proves nothing.
     """
-    looked = time.monotonic()
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        record = TrialRecord.read(trial)
-        if record.owner is None or record.owner == mine:
-            continue
-        if _is_silent(record, record.owner, looked) if _is_elsewhere(record) else not _is_alive(record.owner):
-            fail_trial(study, trial, replace(record, killed=True).changes_since(record))
 
+    def __init__(self) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self.worker = uuid.uuid4().hex
+        self.trial: Trial | None = None  # that this worker runs
+        self._study: Study
+        self._seen: dict[int, _Signs] = {}
+        self._ended = threading.Event()
 
-def is_awaited(trial: TrialRecord) -> bool:
-    """Return whether a running trial will end or be detected as dead. Otherwise waiting for it is useless."""
-    return trial.heartbeat is not None or not _is_elsewhere(trial)
-
-
-def to_repeat(trials: Trials) -> TrialRecord | None:
-    """Return the first killed trial that no other trial repeats."""
-    repeated = {trial.retry_of for trial in trials}
-    killed = (trial for trial in trials if trial.killed and trial.state == TrialState.FAIL)
-    return next((trial for trial in killed if trial.number not in repeated), None)
-
-
-# --- other hosts ----------------------------------------------------------------------------------------------------
-
-
-class _Heartbeat(threading.Thread):
-    """The heartbeat of a running trial, in a thread, since a step, a download or an evaluation may take long."""
-
-    def __init__(self, trial: Trial) -> None:
-        super().__init__(name=f"heartbeat of trial {trial.number}", daemon=True)
-        self._trial, self._ended = trial, threading.Event()
+    def watch(self, study: Study) -> None:
+        """Begin to beat and to look. A trial that this process left behind is failed at once."""
+        self._study = study
+        for trial in _running(study):
+            if trial.user_attrs.get("worker") in _LEFT:
+                _fail(study, trial)
+        self.start()
 
     def run(self) -> None:
         for beat in count(1):
+            with suppress(Exception):  # if the storage fails, the worker's own reads and writes raise
+                self._look()
             if self._ended.wait(_BEAT_S):
                 return
-            with suppress(Exception):  # if the storage fails, the run's own writes raise
-                try:
-                    self._trial.set_user_attr("heartbeat", beat)
-                except UpdateFinishedTrialError:
-                    return
+            with suppress(Exception):  # also where another worker has failed the trial
+                if self.trial is not None:
+                    self.trial.set_user_attr("heartbeat", beat)
+
+    def _look(self) -> None:
+        """Fail the trials of other workers that have been silent for too long."""
+        for trial in _running(self._study):
+            if self.trial is not None and trial.number == self.trial.number:
+                continue
+            beat = trial.user_attrs.get("heartbeat")
+            signs = self._seen.setdefault(trial.number, _Signs(beat, missed=-1))
+            if beat != signs.beat:
+                self._seen[trial.number] = _Signs(beat, heard=True)
+                continue
+            signs.missed += 1
+            if signs.missed >= _MISSED:
+                _fail(self._study, trial)
+
+    def heard(self, number: int) -> bool:
+        """Return whether a trial has shown a sign of life since this worker began to look."""
+        return number in self._seen and self._seen[number].heard
 
     def stop(self) -> None:
         """Stop after the current write."""
+        _LEFT.add(self.worker)
         self._ended.set()
-        with suppress(RuntimeError):  # an interrupt came before the thread was started
-            self.join()
+        with suppress(RuntimeError):  # it was never started
+            self.join(_JOIN_S)
 
 
-def keep_beating(trial: Trial, owner: Owner) -> None:
-    """Write heartbeats until the trial is released."""
-    _BEATING[owner.token] = _Heartbeat(trial)
-    _BEATING[owner.token].start()
+def _running(study: Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
-def _is_elsewhere(trial: TrialRecord) -> bool:
-    """Return whether a trial belongs to another host, or to a host of the same name that writes its own heartbeats."""
-    if trial.owner is None or trial.owner.host != socket.gethostname():
-        return True
-    return trial.owner.boot != _boot() and trial.heartbeat is not None
-
-
-def _is_silent(trial: TrialRecord, owner: Owner, looked: float) -> bool:
-    """Return whether another host's trial had no new heartbeat for `_SILENT_S` when it was read at time `looked`.
-
-    Trials of older versions, which write no heartbeats, are kept.
-    """
-    if trial.heartbeat is None:
-        return False
-    beat, since = _SEEN.get(owner.token, (-1, 0.0))
-    if beat != trial.heartbeat:
-        _SEEN[owner.token] = trial.heartbeat, time.monotonic()
-        return False
-    return looked - since > _SILENT_S
-
-
-# --- this host ------------------------------------------------------------------------------------------------------
-
-
-def _is_alive(owner: Owner) -> bool:
-    if owner.boot != _boot():
-        return False
-    if owner.pid == os.getpid():
-        thread = _AT_WORK.get(owner.token, threading.current_thread())
-        return thread.is_alive() and thread is not threading.current_thread()
-    if os.name != "posix":
-        return True  # os.kill would end the process there, so nothing is known to be dead
-    try:
-        os.kill(owner.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # the process of another user
-    return _started(owner.pid) == owner.started
-
-
-def _boot() -> str:
-    """Return a name of this boot and container, in which process numbers are unique; "" if there is none."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str:
-    """Return when a process began, in kernel ticks, since its number may be used again. A zombie has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+def _fail(study: Study, trial: FrozenTrial) -> None:
+    """Fail a dead trial, whose rank, seed and rate are to be tried again."""
+    fail_trial(study, trial, {"killed": True})

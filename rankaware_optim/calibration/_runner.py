@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from ..optimizer import RankAwareOptimizer
 from ..recipe import CLEAR, TAIL, Recipe, best_fall, height, plain_setting, recent, usual_noise
 from ._comparison import built_with
 from ._distributed import Replicas
-from ._liveness import fail_dead_trials, is_awaited, keep_beating, new_owner, release, to_repeat
+from ._liveness import Heartbeat
 from ._optuna import begin_trial
 from ._sampler import estimate_at
 from ._schedule import Schedule, leverage
@@ -33,7 +34,9 @@ from ._trial import Outcome, Train, Trial, run_trial, seeded
 from ._trials import PARAMETER, Cell, TrialRecord, Trials, interval
 from .fit import Observation
 
+_LOG = logging.getLogger(__package__)
 _POLL_S, _SLOW_POLL_S = 0.05, 2.0  # seconds between polls: at first, and while another worker's trial runs
+_QUIET_S = 15.0  # seconds after which a wait for signs of life is logged; those that live show one before
 _PATIENCE_S = 600.0  # seconds that another worker may take to build its first model
 
 
@@ -60,27 +63,35 @@ T = TypeVar("T")
 class Runner:
     """Runs the trials of a study by a schedule.
 
-    Several workers may do so at once. Every decision is based on the storage, and a trial has an owner from its
+    Several workers may do so at once. Every decision is based on the storage, and a trial names its worker from its
     creation. Under DDP or FSDP only the leading process of `team` has an Optuna study. The others get its decisions.
     """
 
     def __init__(self, study: Study, schedule: Schedule) -> None:
         self.study, self.schedule, self.team = study, schedule, Replicas()
         self._endless: bool | None = None
+        self._heartbeat = Heartbeat()
+        self._found: set[int] = set()  # trials that ran when this worker came, and have shown no sign of life
         self._handle: optuna.Trial
         self._record = TrialRecord()
 
     def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
         """Create the Optuna study, or continue the stored one of the same name."""
         self.team.agree(lambda: self.study.open(sampler, pruner, storage))
+        self._agree(self._watch)
+
+    def _watch(self) -> None:
+        self._heartbeat.watch(self.study.optuna)
+        self._found = {trial.number for trial in self.study.trials().running()}
 
     def close(self) -> None:
         """Fail the unfinished trial, and leave the storage and the other processes.
 
-        If the storage itself failed, the next start finds that the trial's owner is gone.
+        If the storage itself failed, other workers and the next call notice that the heartbeats have stopped.
         """
         try:
-            if self._record.owner is not None:
+            self._heartbeat.stop()
+            if self._record.worker:
                 with suppress(CalibrationError), self.study.guard():
                     self._close(TrialState.FAIL)
         finally:
@@ -101,34 +112,50 @@ class Runner:
         return self._agree(self.study.recipe)
 
     def begin(self) -> NextTrial | None:
-        """Create the next trial, owned by this process. Return None once the schedule is complete."""
+        """Create the next trial, to be run by this worker. Return None once the schedule is complete."""
 
         def decide() -> NextTrial | None:
             poll = _POLL_S
+            self._await_signs()
             while True:
-                fail_dead_trials(self.study.optuna)
-                with suppress(UpdateFinishedTrialError):  # no heartbeat before it ran, so another host took it
+                with suppress(UpdateFinishedTrialError):  # no heartbeat before it ran, so another worker took it
                     begun = self._try_to_begin()
-                    if begun is not None or not any(map(is_awaited, self.study.trials().running())):
+                    if begun is not None or not self.study.trials().running():
                         return begun
                 self.study.pause(poll)  # another worker's trial may still die and be repeated here
                 poll = min(2 * poll, _SLOW_POLL_S)
 
         return self._agree(decide)
 
+    def _await_signs(self) -> None:
+        """Wait until each trial that ran when this worker came has shown a sign of life, or has ended.
+
+        So the same call after a kill repeats the killed trial before it goes on, as if it had not been killed.
+        """
+        poll, quiet_until = _POLL_S, time.monotonic() + _QUIET_S
+        while self._found:
+            running = {trial.number for trial in self.study.trials().running()}
+            self._found = {number for number in self._found & running if not self._heartbeat.heard(number)}
+            if self._found and time.monotonic() > quiet_until:
+                _LOG.info("waiting for a sign of life of trials %s", sorted(self._found))
+                quiet_until = math.inf
+            if self._found:
+                self.study.pause(poll)
+                poll = min(2 * poll, _SLOW_POLL_S)
+
     def _try_to_begin(self) -> NextTrial | None:
-        """Create a running trial that has its owner and its configuration from the start."""
+        """Create a running trial that has its worker and its configuration from the start."""
         trials = self.study.trials()
-        killed, cell = to_repeat(trials), self._next(trials)
+        killed, cell = trials.to_repeat(), self._next(trials)
         if cell is None:
             return None
         cell = cell if killed is None else killed.cell
-        owner, again = new_owner(), None if killed is None else killed.number
-        mine = TrialRecord(*cell, owner=owner, heartbeat=0, retry_of=again)
+        again = None if killed is None else killed.number
+        mine = TrialRecord(*cell, worker=self._heartbeat.worker, heartbeat=0, retry_of=again)
         params = {} if killed is None or killed.x is None else {PARAMETER: killed.x}
         self._handle = begin_trial(self.study.optuna, mine.attributes(), params)
         self._record = replace(mine, number=self._handle.number)
-        keep_beating(self._handle, owner)
+        self._heartbeat.trial = self._handle
         return self._prepare(killed)
 
     def _prepare(self, killed: TrialRecord | None) -> NextTrial | None:
@@ -176,7 +203,6 @@ class Runner:
             if all(t.x is not None or t.number >= self._record.number for t in self.study.trials().running()):
                 return
             self.study.pause(_POLL_S)
-            fail_dead_trials(self.study.optuna, self._record.owner)
 
     def _limits(self, steps: int) -> list[float]:
         """Return, for each step, the mean of recent values above which a run is stopped as diverged.
@@ -218,8 +244,8 @@ class Runner:
         except UpdateFinishedTrialError:
             self._agree(lambda: self._close(TrialState.FAIL))
             warn(
-                f"Trial {begun.number} had no heartbeat for so long that another host has taken it over. Its run here "
-                "does not count."
+                f"Trial {begun.number} had no heartbeat for so long that another worker has taken it over. Its run "
+                "here does not count."
             )
         else:
             ended(begun, trial, outcome)
@@ -270,13 +296,14 @@ class Runner:
         self._record = record
 
     def _close(self, state: TrialState, value: float | None = None) -> None:
-        if self._record.owner is not None:
-            release(self._record.owner)
+        self._heartbeat.trial = None
         self.study.optuna.tell(self._handle, value, state=state, skip_if_finished=True)
         trials = self.study.trials()
         total = {"steps": trials.spent(self.study.steps[0]), "trials": len(trials.counted())}
         self.study.optuna.set_user_attr("spent", total)
         self._record = TrialRecord()
+        if state != TrialState.FAIL and any(t.killed for t in trials if t.number == self._handle.number):
+            raise UpdateFinishedTrialError("Another worker took it over at its end.")
 
     # --- the trial's optimizer --------------------------------------------------------------------------------------
 

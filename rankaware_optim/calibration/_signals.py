@@ -1,4 +1,4 @@
-"""Delay Ctrl-C where an interrupted operation would leave an inconsistent state."""
+"""Delay Ctrl-C and SIGTERM where an interrupted operation would leave an inconsistent state."""
 
 from __future__ import annotations
 
@@ -23,42 +23,48 @@ class Interrupts:
     With `once`, only the first Ctrl-C is delayed. A second one raises at once, since the code inside may wait for
     another process or a server.
 
-    It works in the main thread if Ctrl-C has a Python handler. Otherwise no KeyboardInterrupt can occur.
+    It works in the main thread if Ctrl-C has a Python handler. Otherwise no KeyboardInterrupt can occur. SIGTERM is
+    treated in the same way if it has a Python handler, as the command's processes have.
     """
 
     def __init__(self, once: bool = False) -> None:
         self._open, self._once = False, once
         self._pending: tuple[int, FrameType | None] | None = None
-        self._before: Callable[[int, FrameType | None], Any] | None = None
+        self._before: dict[int, Callable[[int, FrameType | None], Any]] = {}
 
     def __enter__(self) -> Interrupts:
-        before = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is threading.main_thread() and callable(before):
-            self._before = before
-            signal.signal(signal.SIGINT, self._answer)
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.getsignal(number)
+            if callable(before):
+                self._before[number] = before
+                signal.signal(number, self._answer)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._open = False
-        if self._before is None:
-            return
-        signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
         if self._pending is not None and not isinstance(error, KeyboardInterrupt):
-            self._before(*self._pending)
+            self._deliver(*self._pending)
+
+    def _deliver(self, number: int, frame: FrameType | None) -> None:
+        self._before[number](number, frame)
 
     def _answer(self, number: int, frame: FrameType | None) -> None:
-        if self._before is None or not (self._open or (self._once and self._pending is not None)):
+        if not (self._open or (self._once and self._pending is not None)):
             self._pending = number, frame
             return
         self._open = False
-        self._before(number, frame)
+        self._deliver(number, frame)
 
     def listen(self) -> None:
         """Let Ctrl-C raise again, at once if one was delayed, even if a caller swallowed the last one."""
         self._open = True
-        if self._pending is not None and self._before is not None:
+        if self._pending is not None:
             pending, self._pending, self._open = self._pending, None, False
-            self._before(*pending)
+            self._deliver(*pending)
 
     @contextmanager
     def let_in(self) -> Iterator[None]:

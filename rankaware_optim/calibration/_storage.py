@@ -7,13 +7,14 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import FileLock
-from optuna.exceptions import StorageInternalError
+from filelock import FileLock, Timeout
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
@@ -22,6 +23,7 @@ from ..errors import CalibrationError
 
 _FAILURES = (OSError, StorageInternalError, SQLAlchemyError)
 _ATTEMPTS = 30  # to create a database while other processes do; each failure means that one of 13 tables exists now
+_LOCK_S = 120.0  # seconds to wait for a journal's lock, which a stopped process may hold
 _OPERATION = b'{"op_code":'  # the beginning of every line of a journal
 
 
@@ -73,17 +75,43 @@ def _journal(path: Path) -> BaseStorage:
         raise CalibrationError(f"storage={str(path)!r} is not a file.", "Name a file for the journal, or a URL.")
     path = Path(os.path.realpath(path))  # a journal has one lock, even if it is reached by different links
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.rankaware.lock")  # FileLock empties its file, so it must not be one such as poetry.lock
+    lock = FileLock(
+        f"{path}.rankaware.lock", timeout=_LOCK_S
+    )  # FileLock empties its file, so it must not be one such as poetry.lock
     if path.is_file() and path.stat().st_size:
         _check_journal(path)
         with lock:
             _repair(path)
     try:
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
+        return JournalStorage(_JournalFile(path, lock))
     except OSError:
         raise
     except Exception as error:  # Optuna may raise anything for a damaged line
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+class _JournalFile(JournalFileBackend):
+    """A journal's file, which notices if another program deletes, replaces or cuts it."""
+
+    def __init__(self, path: Path, lock: FileLock) -> None:
+        super().__init__(str(path), lock_obj=cast(Any, lock))
+        self._path, self._own_lock = path, lock
+        self._inode, self._written = path.stat().st_ino, 0
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        self._check()
+        yield from super().read_logs(log_number_from)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with self._own_lock:
+            self._check()
+            super().append_logs(logs)
+            self._written = self._path.stat().st_size  # what others append may be cut, if they are killed meanwhile
+
+    def _check(self) -> None:
+        now = self._path.stat()
+        if now.st_ino != self._inode or now.st_size < self._written:
+            raise OSError("Another program replaced or cut the file during the run.")
 
 
 def shared_storage(storage: object) -> str:
@@ -163,15 +191,44 @@ def _damaged(path: Path, what: str) -> CalibrationError:
 
 @contextmanager
 def storage_errors(storage: Any = None) -> Iterator[None]:
-    """Turn a storage's errors into a `CalibrationError` with cause and cure."""
+    """Turn a storage's errors into a `CalibrationError` with cause and cure.
+
+    Optuna and its drivers raise errors of any type, and so does a user's sampler or pruner. So an error is a storage's
+    if it was raised inside one.
+    """
     try:
         yield
-    except _FAILURES as error:
-        given = str(storage) if isinstance(storage, (str, os.PathLike)) else ""
-        raise CalibrationError(
-            f"The study's storage{' ' * bool(given)}{_shown(given)} failed: {_line(error, given)}",
+    except (CalibrationError, UpdateFinishedTrialError):
+        raise  # a sentence already; another worker has taken the trial over
+    except Exception as error:
+        if not _is_in_storage(error):
+            raise
+        raise _failure(error, str(storage) if isinstance(storage, (str, os.PathLike)) else "") from error
+
+
+def _failure(error: Exception, given: str) -> CalibrationError:
+    named, line = f"The study's storage{' ' * bool(given)}{_shown(given)}", _line(error, given)
+    if isinstance(error, Timeout):
+        return CalibrationError(
+            f"{named} was locked by another process for {_LOCK_S:g} s.",
+            "Let that process go on, or end it. Then the same call continues where it stopped.",
+        )
+    if isinstance(error, _FAILURES):
+        return CalibrationError(
+            f"{named} failed: {line}",
             "Check that it exists, is writable and has space left. Then the same call continues where it stopped.",
-        ) from error
+        )
+    return CalibrationError(
+        f"{named} does not hold what was written to it ({type(error).__name__}: {line[:-1]}).",
+        "If another program deleted, cut or replaced it, restore it from a copy, or name a new one.",
+    )
+
+
+def _is_in_storage(error: BaseException) -> bool:
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if isinstance(frame.f_locals.get("self"), BaseStorage) or frame.f_code in _OPENING:
+            return True
+    return False
 
 
 def _line(error: BaseException, url: str) -> str:
@@ -191,3 +248,7 @@ def _shown(url: str) -> str:
     scheme, found, rest = url.partition("://")
     user, at, host = rest.rpartition("@")
     return f"{scheme}://{user.partition(':')[0]}{at}{host.partition('?')[0]}" if found else url
+
+
+# Functions of this module that touch a storage before it is an object.
+_OPENING = {function.__code__ for function in (_journal, _database, journal_head)}

@@ -19,7 +19,7 @@ from typing import Any
 import optuna
 from torch.optim import Optimizer
 
-from .._checks import is_positive
+from .._checks import is_positive, is_within
 from .._optimizer_classes import defaults_of
 from .._optimizers import optimizer_family
 from .._scaling_rule import infer_scaling
@@ -48,7 +48,7 @@ _WIDEN = 2.0  # octaves by which an edge moves if the best rate is there
 _EDGE = 1.0  # octaves from an edge that count as being there
 _UNDETERMINED = 1.2  # octaves: with a larger standard deviation of the base rate the data hardly determine it
 _CERTAIN = 1e-3  # octaves: a negligible standard deviation
-_MOST = 1000.0  # octaves: no float is farther from 1
+_MOST = 330.0  # octaves: no rate of a recipe is farther from 1
 _TOGETHER = 50  # with k times this many trials, fits are made after every k-th trial
 _APART = 16  # factor between the lowest and the highest rank above which the drift is well measured
 # Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init. Small studies found that
@@ -148,17 +148,15 @@ class Study:
     def _check_whole(self, stored: optuna.Study) -> None:
         """Raise a `CalibrationError` if the study is damaged, before anything is written to it."""
         try:
-            known = stored.user_attrs
+            kept = stored.get_trials(deepcopy=False)
+            known = stored.user_attrs  # after the trials, before which they are written
             made_with = known.get("made_with", {})
             lengths = made_with.get("steps", math.inf)  # a number, or a list of several
             longest = max(lengths) if isinstance(lengths, list) else lengths
-            for record in Trials.read(stored.get_trials(deepcopy=False)):
-                rates = record.x, record.observation and record.observation.x
-                numbers = record.rank, record.steps, record.batch, record.scaling, record.own_lr
-                positive = (v for v in numbers if v is not None)
-                typed = is_typed(record, TrialRecord) and all(map(is_positive, positive))
-                if not typed or any(abs(x or 0) > _MOST for x in rates):
-                    raise TypeError(f"trial {record.number} holds an impossible value")
+            for record in Trials.read(kept):
+                self._check_values(record)
+                if record.rank not in (None, *made_with.get("ranks", [record.rank])):
+                    raise TypeError(f"trial {record.number} has a rank that was not to be tried")
                 if len(record.curve or ()) > (record.steps or longest):
                     raise TypeError(f"trial {record.number} has more values than steps")
             tables = made_with, made_with.get("multipliers", {}), known.get("settings", {})
@@ -172,6 +170,16 @@ class Study:
                 f"The stored study {self.name!r} is damaged ({type(error).__name__}: {error}), and was not changed.",
                 "Restore its storage from a copy, or give this calibration another name=, or another storage=.",
             ) from error
+
+    @staticmethod
+    def _check_values(record: TrialRecord) -> None:
+        """Raise a `TypeError` unless each value of a trial has its type, and the range in which a recipe takes it."""
+        bounded = {"rank": record.rank, "steps": record.steps, "batch": record.batch, "trial_lr": record.own_lr}
+        typed = is_typed(record, TrialRecord) and (record.scaling is None or is_positive(record.scaling))
+        fits = all(value is None or is_within(name, value) for name, value in bounded.items())
+        rates = record.x, record.observation and record.observation.x
+        if not (typed and fits) or any(abs(x or 0) > _MOST for x in rates):
+            raise TypeError(f"trial {record.number} holds an impossible value")
 
     def _check_stored(self) -> None:
         """Raise if the trials of a stored study cannot be compared with new ones. Warn if they may differ."""
@@ -187,8 +195,9 @@ class Study:
             "warmup": self.warmup,
         }
         values = {"multipliers": law_values(self.law, self.optimizer, self.ranks)}
-        stored = self.optuna.user_attrs.get("made_with", {"schema": None})
+        # A worker that starts at the same time writes this before its first trial, so trials are read before it.
         trials, moved = self.trials(), "steps" in self.varying
+        stored = self.optuna.user_attrs.get("made_with", {"schema": None})
         if trials:
             self._refuse(differences(stored, mine))
             law = differences(stored.get("multipliers", {}), values["multipliers"], SAME_RATE)

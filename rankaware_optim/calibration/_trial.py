@@ -233,7 +233,10 @@ def _as_float(value: Any, step: int, what: str = "value") -> float:
         raise CalibrationError(
             f"train's {what} at step {step} is a {type(value).__name__}.", "Yield a number or a one-element tensor."
         )
-    return float(found)
+    try:
+        return float(found)
+    except OverflowError:  # a whole number beyond every float
+        return math.inf if found > 0 else -math.inf
 
 
 @contextmanager

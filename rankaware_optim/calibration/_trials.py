@@ -41,17 +41,6 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Owner:
-    """The process that runs a trial: host, boot of the host, process number and start time, and the trial's token."""
-
-    host: str
-    boot: str
-    pid: int
-    started: str
-    token: str
-
-
-@dataclass(frozen=True)
 class TrialRecord:
     """A trial's configuration and results. A field is None until it is known.
 
@@ -59,8 +48,9 @@ class TrialRecord:
     user attributes of the Optuna trial. Stored studies have their names, so do not rename them. An observation's steps
     and batch are stored in the record, and its first value and noise are read from the curve.
 
-    steps, batch: as planned, None if the study has only one value. heartbeat: a counter for other hosts. retry_of: the
-    number of the killed trial that this one repeats. estimate: log2 of the rate estimated as best for the rank before
+    steps, batch: as planned, None if the study has only one value. worker: who runs it, a random name. heartbeat: a
+    counter, its sign of life. killed: its worker was found dead, so nothing that it writes counts. retry_of: the number
+    of the killed trial that this one repeats. estimate: log2 of the rate estimated as best for the rank before
     the trial. built: see `built_with`. own_lr: the rate of the model's most common A factors, or of its whole weights.
     stopped: "pruned" or "memory" if the run has no final score.
     """
@@ -69,7 +59,7 @@ class TrialRecord:
     seed: int = 0
     steps: int | None = None
     batch: float | None = None
-    owner: Owner | None = None
+    worker: str = ""
     heartbeat: int | None = None
     retry_of: int | None = None
     killed: bool = False
@@ -91,8 +81,6 @@ class TrialRecord:
         """Return the record of an Optuna trial."""
         attributes = trial.user_attrs
         kept = {name: attributes[name] for name in _ATTRIBUTES if name in attributes}
-        if "owner" in kept:
-            kept["owner"] = Owner(**kept["owner"])
         if "observation" in kept:
             own = {name: kept[name] for name in _TASK if name in kept}
             if curve := kept.get("curve"):
@@ -158,8 +146,18 @@ class Trials(tuple[TrialRecord, ...]):
         return cls(map(TrialRecord.read, mine))
 
     def counted(self) -> Trials:
-        """Return the trials that count: those completed, diverged or pruned."""
-        return Trials(t for t in self if t.state in (TrialState.COMPLETE, TrialState.PRUNED))
+        """Return the trials that count: those completed, diverged or pruned.
+
+        A storage may let a worker that was taken for dead end its trial in the moment in which it wakes up. The mark
+        of the worker that repeats the trial decides.
+        """
+        return Trials(t for t in self if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and not t.killed)
+
+    def to_repeat(self) -> TrialRecord | None:
+        """Return the first killed trial that no other trial repeats."""
+        repeated = {trial.retry_of for trial in self}
+        killed = (trial for trial in self if trial.killed and trial.state.is_finished())
+        return next((trial for trial in killed if trial.number not in repeated), None)
 
     def running(self, but: int | None = None) -> Trials:
         return Trials(t for t in self if t.state == TrialState.RUNNING and t.number != but)
@@ -201,7 +199,7 @@ class Trials(tuple[TrialRecord, ...]):
         return [] if best is None else best.curve or []
 
     def _best(self) -> TrialRecord | None:
-        ended = [t for t in self if t.state == TrialState.COMPLETE]
+        ended = [t for t in self.counted() if t.state == TrialState.COMPLETE]
         return min(ended, key=lambda t: t.value if t.value is not None else math.inf, default=None)
 
     def usual_height(self) -> float:

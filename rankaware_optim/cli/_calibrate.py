@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def _count_or_auto(ctx: click.Context, param: click.Parameter, text: str | None)
     return AUTO if text == "auto" else int(click.IntRange(1)(text, param, ctx))
 
 
+_GRACE_S = 10.0  # seconds for a worker to end by itself
 _WORKERS = (
     "Number of worker processes on this machine. auto is one per visible GPU, or one per two cores without GPUs. "
     "By default 1, or auto with --devices."
@@ -131,11 +133,15 @@ def calibrate(spec: str, out: Path, ray: str | None, **options: Any) -> None:
         raise RecipeError(f"A recipe's file ends in .toml, but {str(out)!r} does not.", "Rename it.")
     options |= {"batches": options["batches"] or ()}
     options |= {"name": options["name"] or out.stem, "storage": options["storage"] or str(out.with_suffix(".journal"))}
-    _write(_on_this_machine(spec, options) if ray is None else _on_ray(spec, ray, options), out)
+    with _sigterm_interrupts():
+        if ray is None:
+            _on_this_machine(spec, options, out)
+        else:
+            _write(_on_ray(spec, ray, options), out)
 
 
-def _on_this_machine(spec: str, options: dict[str, Any]) -> Recipe:
-    """Calibrate with workers on this machine. This process is the first of them."""
+def _on_this_machine(spec: str, options: dict[str, Any], out: Path) -> None:
+    """Calibrate with workers on this machine, and write the recipe. This process is the first of them."""
     count, asked, threads = (options.pop(name) for name in ("workers", "devices", "threads"))
     if count is None:
         count = 1 if asked is None else AUTO
@@ -144,7 +150,7 @@ def _on_this_machine(spec: str, options: dict[str, Any]) -> Recipe:
         load_train(spec)
         own, *others = [_Worker(spec, options, place) for place in places]
         with _helpers(others):
-            return own.run()
+            _write(own.run(), out)  # before it waits for the others to end
 
 
 def _on_ray(spec: str, address: str, options: dict[str, Any]) -> Recipe:
@@ -216,24 +222,40 @@ class _Worker:
             torch.set_num_threads(before)
 
     def help(self) -> None:
-        """Run as an additional process. It ends if the command's process is killed, and its trial is repeated later."""
+        """Run as an additional process. It ends if the command's process is killed."""
         started_outside_folder()
-        parent = os.getppid()
-
-        def leave_with_parent() -> None:
-            while os.getppid() == parent:
-                time.sleep(0.5)
-            os._exit(1)
-
-        threading.Thread(target=leave_with_parent, daemon=True).start()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        threading.Thread(target=_leave_with_parent, daemon=True).start()
         words = partial(in_options, command=calibrate)
         try:
             with warnings_as_notes(words):
                 warnings.filterwarnings("ignore", "budget=", RankAwareWarning)  # the command's process gives it
                 self.run(progress=False)
+        except KeyboardInterrupt:  # the command's process says it
+            sys.exit(1)
         except RankAwareError as error:
             echo(f"note: a worker stopped: {words(str(error))}", err=True)
             sys.exit(1)
+
+
+def _leave_with_parent() -> None:
+    """End this process when the command's process has ended. Its trial is given back, if it can still do so."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_S)
+        os._exit(1)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Treat SIGTERM, which a cluster sends at a time limit, like Ctrl-C, so that the trial is given back."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -279,8 +301,29 @@ def _helpers(workers: Sequence[_Worker]) -> Iterator[None]:
             process.terminate()
         raise
     finally:
-        for process in made:
-            process.join()
+        late = _end(made)
+    for process in late:
+        echo(f"note: {process.name} did not end within {_GRACE_S:g} s, and was stopped.", err=True)
     for process in made:
-        if process.exitcode:
+        if process.exitcode and process not in late:
             echo(f"note: {process.name} ended early, with exit code {process.exitcode}.", err=True)
+
+
+def _end(processes: Sequence[SpawnProcess]) -> list[SpawnProcess]:
+    """Wait for processes to end by themselves, but not for ever. Return those that had to be stopped."""
+    _join(processes)
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.terminate()
+    _join(late)
+    for process in late:
+        process.kill()  # also ends one that is suspended
+        process.join()
+    return late
+
+
+def _join(processes: Sequence[SpawnProcess]) -> None:
+    """Wait until processes have ended, for `_GRACE_S` in all."""
+    until = time.monotonic() + _GRACE_S
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,9 @@ import optuna
 import pytest
 
 import rankaware_optim as ra
-from rankaware_optim.calibration._liveness import _Heartbeat, fail_dead_trials, new_owner, release
-from rankaware_optim.calibration._optuna import close_storage
+from rankaware_optim.calibration import _liveness
+from rankaware_optim.calibration._liveness import Heartbeat
+from rankaware_optim.calibration._optuna import begin_trial, close_storage
 from rankaware_optim.calibration._storage import open_storage
 from rankaware_optim.calibration._study import Study
 from rankaware_optim.calibration._trials import TrialRecord, Trials
@@ -151,73 +152,117 @@ def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(tmp_p
         assert again.tensors["lr"].tolist() == recipe.tensors["lr"].tolist()
 
 
-# --- whose trial ----------------------------------------------------------------------------------------------------
+# --- signs of life --------------------------------------------------------------------------------------------------
 
 
-def a_running_trial(study, **owner):
-    made = study.ask()
-    made.set_user_attr("owner", {**asdict(new_owner()), **owner})
-    return made
+@pytest.fixture
+def quick(monkeypatch):
+    """Heartbeats that come often and are soon missed."""
+    monkeypatch.setattr(_liveness, "_BEAT_S", 0.1)
 
 
-ENDED = subprocess.Popen(["true"]) if os.name == "posix" else None
-OWNERS = [
-    ("this thread, which is here and not at it", {}, False),
-    ("this process, no longer at work", {"token": "of an earlier run"}, False),
-    ("another host", {"host": "elsewhere", "pid": 1, "started": "0"}, True),
-    ("before a reboot", {"boot": "another"}, False),
-    ("a number used again", {"pid": os.getppid(), "started": "1"}, False),
-    ("a process that ended", {"pid": ENDED and ENDED.pid}, False),
-]
+@pytest.fixture
+def study():
+    return optuna.create_study()
 
 
-@pytest.mark.parametrize(("whose", "owner", "lives"), OWNERS, ids=[row[0] for row in OWNERS])
-def test_the_dead_of_this_host_are_failed(whose, owner, lives):
-    """A running trial of a process of this host that is gone is failed; others' live ones are untouched."""
-    ENDED.wait()
-    study = optuna.create_study()
-    trial = a_running_trial(study, **owner)
-    fail_dead_trials(study)
-    state = study.get_trials()[trial.number].state.name
-    assert state == ("RUNNING" if lives else "FAIL")
+@pytest.fixture
+def worker():
+    """Makes workers that look at a study, and stops them."""
+    made = []
+
+    def start(study) -> Heartbeat:
+        made.append(Heartbeat())
+        made[-1].watch(study)
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.stop()
 
 
-def test_a_trial_is_its_threads():
-    """A thread that is at work has its trial left alone, and so has the trial that this thread is at, until it ends."""
-    study, owners, go_on = optuna.create_study(), [], threading.Event()
-    thread = threading.Thread(target=lambda: (owners.append(new_owner()), go_on.wait()))
-    thread.start()
-    while not owners:
-        time.sleep(0.001)
-    owners.append(new_owner())
-    for owner in owners:
-        study.ask().set_user_attr("owner", asdict(owner))
-    fail_dead_trials(study, owners[1])
-    assert [trial.state.name for trial in study.trials] == ["RUNNING", "RUNNING"]
-    go_on.set()
-    thread.join()
-    release(owners[1])
-    fail_dead_trials(study)
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL"]
+def state_of(study, number: int = 0) -> str:
+    return study.get_trials()[number].state.name
+
+
+def failed_in_time(study) -> bool:
+    until = time.monotonic() + 30
+    while state_of(study) == "RUNNING" and time.monotonic() < until:
+        time.sleep(0.02)
+    return state_of(study) == "FAIL"
+
+
+@pytest.mark.parametrize("attributes", [{}, {"heartbeat": 3}, {"worker": "another"}], ids=str)
+def test_a_silent_trial_is_failed_to_be_repeated(attributes, quick, study, worker):
+    """It is silent whether it was written by a worker that died, or by one that wrote no heartbeats at all."""
+    begin_trial(study, attributes, {})
+    worker(study)
+    assert failed_in_time(study)
+    assert study.trials[0].user_attrs["killed"]
+
+
+def test_a_trial_with_heartbeats_is_left_alone(quick, study, worker):
+    """Each of two workers beats for its own trial, and looks at that of the other."""
+    pair = [worker(study), worker(study)]
+    for each in pair:
+        each.trial = begin_trial(study, {"worker": each.worker, "heartbeat": 0}, {})
+    time.sleep(2 * _liveness._BEAT_S * _liveness._MISSED)
+    assert [state_of(study, number) for number in (0, 1)] == ["RUNNING", "RUNNING"]
+    assert pair[0].heard(1)
+    assert pair[1].heard(0)
+
+
+def test_a_machine_that_stood_still_proves_nothing(study, worker, monkeypatch):
+    """After an hour in which nobody could beat, a worker still looks as often as always before it fails a trial."""
+    monkeypatch.setattr(_liveness, "_BEAT_S", 3600.0)
+    begin_trial(study, {}, {})
+    looker = worker(study)
+    for _ in range(_liveness._MISSED - 1):
+        looker._look()
+    assert state_of(study) == "RUNNING"
+    looker._look()
+    looker._look()
+    assert state_of(study) == "FAIL"
+
+
+def test_what_this_process_left_is_failed_at_once(study, worker):
+    """A second Ctrl-C may keep an ended worker from failing its trial. The next call in the process knows it."""
+    left = worker(study)
+    begin_trial(study, {"worker": left.worker}, {})
+    worker(study)
+    assert state_of(study) == "RUNNING"
+    left.stop()
+    worker(study)
+    assert state_of(study) == "FAIL"
 
 
 def test_a_heartbeat_that_an_interrupt_kept_from_starting_stops():
-    """Ctrl-C may come between a heartbeat's making and its start; its trial is given up all the same."""
-    _Heartbeat(optuna.create_study().ask()).stop()
+    """Ctrl-C may come between a heartbeat's making and its start."""
+    Heartbeat().stop()
 
 
-def test_a_trial_elsewhere_holds_its_place():
-    """A trial that another host runs counts as tried and as spent; without signs of life it is not waited for."""
+def test_what_the_dead_write_does_not_count():
+    """A storage may let a worker end the trial that another worker failed and repeated. Its point counts once."""
+    storage = optuna.storages.InMemoryStorage()
+    calibrate(made_up(), trials=4, storage=storage)
+    study = optuna.load_study(study_name="calibration", storage=storage)
+    records = Trials.read(study.trials)
+    marked = Trials(replace(record, killed=record.number == 1) for record in records)
+    assert len(marked.counted()) == 3
+    assert marked.to_repeat() == marked[1]
+
+
+def test_a_dead_trial_is_repeated_at_its_place(quick):
+    """It holds its place and its steps until it is failed, and is then run again at its rank, seed and rate."""
     storage = optuna.storages.InMemoryStorage()
     calibrate(made_up(), trials=2, storage=storage)
     study = optuna.load_study(study_name="calibration", storage=storage)
-    trial = a_running_trial(study, host="elsewhere")
-    trial.set_user_attr("rank", 4)
-    trial.set_user_attr("seed", 1)
-    trial.suggest_float("log2_lr", -7.0, -6.9)
-    recipe = calibrate(made_up(), trials=8, budget=6 * STEPS, storage=storage)
-    assert len(recipe.tensors["lr"]) == 5
-    assert study.trials[trial.number].state.name == "RUNNING"
+    dead = begin_trial(study, {"rank": 4, "seed": 1, "worker": "dead", "heartbeat": 5}, {})
+    dead.suggest_float("log2_lr", -7.0, -6.9)
+    calibrate(made_up(), trials=8, budget=6 * STEPS, storage=storage)
+    assert Trials.read(study.trials).spent(STEPS) <= 6 * STEPS
+    assert state_of(study, dead.number) == "FAIL"
+    assert_retried(study.trials)
 
 
 def test_a_worker_that_comes_too_late_has_the_recipe(tmp_path):
@@ -311,14 +356,14 @@ def test_a_second_ctrl_c_ends_a_wait_for_the_lock(tmp_path):
     assert len(small(path).tensors["lr"]) == 3
 
 
-# --- other hosts ----------------------------------------------------------------------------------------------------
+# --- other processes ------------------------------------------------------------------------------------------------
 
 
-class Host(subprocess.Popen):
-    """A process that is to calibrate as a host of a name, its first trial with a step of so many seconds."""
+class Other(subprocess.Popen):
+    """A process that is to calibrate, its first trial with a step of so many seconds."""
 
-    def __init__(self, name: str, storage: str, seconds: float) -> None:
-        command = [sys.executable, "-m", "tests.helpers.elsewhere", name, storage, str(seconds)]
+    def __init__(self, storage: str, seconds: float) -> None:
+        command = [sys.executable, "-m", "tests.helpers.elsewhere", storage, str(seconds)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         pipe = subprocess.PIPE
         super().__init__(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment)
@@ -340,14 +385,12 @@ STORAGES = ["{}/study.journal", "sqlite:///{}/study.db"]
 
 
 @pytest.fixture
-def hosts(tmp_path):
-    """Two hosts that share a storage, started at once."""
+def others(tmp_path):
+    """Two processes that share a storage, started at once."""
     begun = []
 
-    def start(seconds: float, storage: str = STORAGES[0]) -> list[Host]:
-        begun.extend(
-            Host(*host) for host in (("one", storage.format(tmp_path), seconds), ("other", storage.format(tmp_path), 0))
-        )
+    def start(seconds: float, storage: str = STORAGES[0]) -> list[Other]:
+        begun.extend(Other(storage.format(tmp_path), each) for each in (seconds, 0))
         return begun
 
     yield start
@@ -365,11 +408,12 @@ def stored(folder: Path, storage: str = STORAGES[0]) -> list[optuna.trial.Frozen
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_trial_that_died_on_another_host_is_taken_over(storage, hosts, tmp_path):
-    """A trial of a host that gives no more signs of life is failed and run again, at its rank, seed and rate."""
-    dead, other = hosts(60, storage)
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_silent_process_is_not_waited_for(fate, storage, others, tmp_path):
+    """A trial whose process gives no more signs of life is failed and run again, at its rank, seed and rate."""
+    dead, other = others(60, storage)
     dead.begin()
-    dead.kill()
+    dead.send_signal(fate)
     assert other.result().startswith(f"{TRIALS} ")
     trials = stored(tmp_path, storage)
     assert [trial.number for trial in trials if "killed" in trial.user_attrs] == [0]
@@ -377,9 +421,9 @@ def test_a_trial_that_died_on_another_host_is_taken_over(storage, hosts, tmp_pat
     assert not Trials.read(trials).running()
 
 
-def test_a_trial_that_lives_on_another_host_is_waited_for(hosts, tmp_path):
-    """However long its step takes, a live trial of another host is not taken over, and both recipes hold it."""
-    slow, other = hosts(3 * SILENT_S)
+def test_a_long_step_is_waited_for(others, tmp_path):
+    """However long its step takes, the trial of a process that lives is not taken over, and both recipes hold it."""
+    slow, other = others(3 * SILENT_S)
     slow.begin()
     result = other.result()
     assert result.startswith(f"{TRIALS} ")
@@ -387,13 +431,15 @@ def test_a_trial_that_lives_on_another_host_is_waited_for(hosts, tmp_path):
     assert not any("killed" in trial.user_attrs for trial in stored(tmp_path))
 
 
-def test_a_run_that_was_taken_over_does_not_count(hosts, tmp_path):
-    """A process that was suspended until its trial was taken over says so when it goes on, and joins in the rest."""
-    suspended, other = hosts(0.5)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_run_that_was_taken_over_does_not_count(storage, others, tmp_path):
+    """A process that was suspended until its trial was taken over says so when it wakes up, and has the same recipe."""
+    suspended, other = others(0.5, storage)
     suspended.begin()
     suspended.send_signal(signal.SIGSTOP)
     result = other.result()
     suspended.send_signal(signal.SIGCONT)
     late = suspended.result()
     assert late.startswith(f"{result} Trial 0 had no heartbeat")
-    assert_retried(stored(tmp_path))
+    assert_retried(stored(tmp_path, storage))
+    assert len(Trials.read(stored(tmp_path, storage)).counted()) == TRIALS

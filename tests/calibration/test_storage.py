@@ -9,13 +9,20 @@ import re
 import sqlite3
 from pathlib import Path
 
+import optuna
 import pytest
+from filelock import FileLock
+from optuna.storages import InMemoryStorage
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError
+from rankaware_optim.calibration import _storage
+from rankaware_optim.calibration._optuna import close_storage
 from rankaware_optim.calibration._storage import open_storage
+from rankaware_optim.calibration._study import Study
+from rankaware_optim.laws import get_law
 
-from ..helpers.calibrations import calibrate, made_up
+from ..helpers.calibrations import STEPS, AdamW, calibrate, made_up
 
 TRIALS = 3
 
@@ -152,8 +159,10 @@ DAMAGED = {
     "an operation that lacks what it needs": line(study_id=None),
     "a state of none": line(state=17),
     "a time of none": line(datetime_start="yesterday"),
-    "an owner of none": line(user_attrs={"rank": 4, "seed": 0, "owner": {"host": "mine"}}),
+    "a worker that is a number": line(user_attrs={"rank": 4, "seed": 0, "worker": 3}),
     "a rank that is a word": line(user_attrs={"rank": "four", "seed": 0}),
+    "a rank that was not to be tried": line(user_attrs={"rank": 5, "seed": 0}),
+    "a rank beyond every model": line(user_attrs={"rank": 2**40, "seed": 0}),
     "attributes of a wrong type": line(user_attrs=[]),
     "a scaling below zero": lambda data: data.replace(b'"scaling":', b'"scaling":-', 1),
     "a curve longer than its run": lambda data: data.replace(b'"curve":[', b'"curve":[2.5,', 1),
@@ -181,6 +190,111 @@ def test_a_journal_has_one_lock_by_whatever_name(journal, tmp_path):
     link.symlink_to(journal)
     assert len(calibrate(made_up(), trials=TRIALS + 1, storage=link).tensors["lr"]) == TRIALS + 1
     assert list(link.parent.iterdir()) == [link]
+
+
+# --- changed during the run -----------------------------------------------------------------------------------------
+
+
+def meanwhile(change, at: int = 3):
+    """A loop whose third trial, in the middle, has something done to the storage."""
+    ran = []
+
+    def loop(trial):
+        for step, value in enumerate(made_up()(trial)):
+            ran.extend([trial.number] * (not step))
+            if len(ran) == at and step == 5:
+                change()
+            yield value
+
+    return loop
+
+
+def replaced(path: Path) -> None:
+    path.with_suffix(".copy").write_bytes(path.read_bytes())
+    path.with_suffix(".copy").replace(path)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def overwritten(path: Path) -> None:
+    path.write_bytes(b"x\n" * path.stat().st_size)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, replaced, cut, overwritten])
+def test_a_journal_that_changes_during_the_run_is_said(change, tmp_path):
+    """Deleted, replaced, cut or overwritten by another program, it is an error with its name, its cause and a cure."""
+    path = tmp_path / "study.journal"
+    with pytest.raises(CalibrationError, match="storage .*study.journal ") as raised:
+        calibrate(meanwhile(lambda: change(path)), trials=6, storage=path)
+    assert raised.value.cure
+
+
+def test_a_database_that_is_restored_from_a_copy_is_said(tmp_path):
+    """A trial that an older copy does not hold is an error with its cause and a cure."""
+    path = tmp_path / "study.db"
+    url = f"sqlite:///{path}"
+    calibrate(meanwhile(lambda: None), trials=1, storage=url)
+    copy = path.read_bytes()
+    with pytest.raises(CalibrationError, match=r"does not hold what was written to it \(KeyError"):
+        calibrate(meanwhile(lambda: path.write_bytes(copy), at=1), trials=6, storage=url)
+
+
+def test_a_lock_that_is_held_for_ever_is_said(journal, monkeypatch):
+    """A process that was stopped while it held the journal's lock is not waited for without end."""
+    monkeypatch.setattr(_storage, "_LOCK_S", 0.3)
+    with FileLock(f"{journal}.rankaware.lock"), pytest.raises(CalibrationError, match="was locked by another process"):
+        calibrate(made_up(), trials=TRIALS + 1, storage=journal)
+
+
+class Failing(optuna.pruners.NopPruner):
+    def prune(self, study, trial) -> bool:
+        raise OSError("the disk of the user's pruner")
+
+
+def test_an_error_of_a_users_pruner_is_his_own():
+    """It is not called a failed storage, whatever its type."""
+    with pytest.raises(OSError, match="^the disk of the user's pruner$"):
+        calibrate(made_up(), trials=2, pruner=Failing())
+
+
+# --- started together -----------------------------------------------------------------------------------------------
+
+
+def memory(folder: Path):
+    return InMemoryStorage()
+
+
+def a_journal(folder: Path):
+    return open_storage(folder / "study.journal")
+
+
+def sqlite(folder: Path):
+    return open_storage(f"sqlite:///{folder}/study.db")
+
+
+@pytest.mark.parametrize("read", ["get_study_user_attrs", "get_all_trials"])
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("make", [memory, a_journal, sqlite])
+def test_a_worker_may_start_between_two_reads_of_another(make, nth, read, tmp_path, monkeypatch):
+    """Another worker runs its trials after a read that a starting one makes. The one that started has its recipe."""
+    storage, reads, made = make(tmp_path), [], []
+    original = getattr(type(storage), read)
+
+    def between(self, *arguments, **options):
+        value = original(self, *arguments, **options)
+        reads.append(read)
+        if len(reads) == nth:
+            made.append(calibrate(made_up(), trials=6, storage=storage))
+        return value
+
+    monkeypatch.setattr(type(storage), read, between)
+    starting = Study(AdamW, get_law("mua"), ranks=(4, 16), steps=(STEPS,))
+    starting.open(None, None, storage)
+    monkeypatch.undo()
+    assert [starting.recipe().fitted_lr for _ in made] == [recipe.fitted_lr for recipe in made]
+    close_storage(storage)
 
 
 # --- databases ------------------------------------------------------------------------------------------------------

@@ -44,14 +44,15 @@ def loop(trial):
 
 
 def test_a_record_is_stored_as_it_was_read(journal):
-    """Every attribute of every stored trial is in its record, and would be stored under the same name and value."""
+    """Every attribute that is still read is in the record, and would be stored under the same name and value."""
     trials = stored_trials(journal)
     assert {key for trial in trials for key in trial.user_attrs} == {
         "rank", "seed", "owner", "retry_of", "killed", "estimate", "scaling", "own_lr", "curve", "stopped",
         "observation",
     }  # fmt: skip
     for trial in trials:
-        assert TrialRecord.read(trial).attributes() == trial.user_attrs
+        kept = {name: value for name, value in trial.user_attrs.items() if name != "owner"}
+        assert TrialRecord.read(trial).attributes() == kept
         assert TrialRecord.read(trial).x == trial.params.get("log2_lr")
 
 
@@ -63,7 +64,6 @@ def test_records_say_what_became_of_the_trials(journal):
     assert [(r.number, r.x) for r in records if r.killed] == [(2, records[3].x)]
     assert [r.number for r in records if r.retry_of == 2] == [3]
     assert records[-1].rank is None
-    assert all(record.owner.host == "of-the-fixture" for record in records)
 
 
 def test_a_stored_study_gives_its_recipe(journal):

@@ -158,7 +158,7 @@ def assert_shared(trials, count: int) -> None:
     """Two processes ran `count` trials between them, no point twice."""
     ran = Trials.read(trials).counted()
     assert len(ran) == count
-    assert len({trial.owner.pid for trial in ran}) == 2
+    assert len({trial.worker for trial in ran}) == 2
     points = [(*trial.cell, trial.x) for trial in ran]
     assert len(set(points)) == count
     assert not Trials.read(trials).running()
@@ -214,14 +214,18 @@ def test_without_a_terminal_every_trial_is_a_line(folder):
     assert (log.level, log.propagate, log.handlers) == before
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a terminal's Ctrl-C is sent to a group of processes")
+POSIX = pytest.mark.skipif(os.name != "posix", reason="processes get signals")
+LONG = ["slow_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 500, "--workers", 2]
+
+
+@POSIX
 @pytest.mark.parametrize("busy", [1, 2], ids=["while the other worker starts", "while both work"])
-def test_ctrl_c_ends_all_workers_in_a_sentence(busy, folder):
-    """A terminal's Ctrl-C, which every worker gets, ends them with one sentence, no traceback, and code 130."""
-    arguments = ["slow_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 500, "--workers", 2]
-    process = started(*arguments, start_new_session=True)
-    wait_until(lambda: len({trial.owner.pid for trial in running_or_done("r.journal", "r")}) >= busy)
-    os.killpg(process.pid, signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_ends_all_workers_in_a_sentence(number, busy, folder):
+    """A terminal's Ctrl-C, or a cluster's SIGTERM, ends them with one sentence and code 130. No trial is left."""
+    process = started(*LONG, start_new_session=True)
+    wait_until(lambda: len({trial.worker for trial in running_or_done("r.journal", "r")}) >= busy)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=300)  # until every worker has closed it
     said = [line for line in err.splitlines() if not line.startswith("trial ")]
     assert process.returncode == 130, err
@@ -230,6 +234,66 @@ def test_ctrl_c_ends_all_workers_in_a_sentence(busy, folder):
         r"The calibration was interrupted after \d+ of 500 trials\. The same command continues where it stopped\.",
         said[0],
     )
+    assert not running_or_done("r.journal", "r").running()
+
+
+@POSIX
+def test_a_worker_leaves_with_the_command(folder):
+    """Where the command's process is killed, its other worker gives its trial back and ends."""
+    process = started(*LONG)
+    wait_until(lambda: len({trial.worker for trial in running_or_done("r.journal", "r")}) == 2)
+    process.kill()
+    process.communicate(timeout=60)  # until every worker has closed its end of the pipes
+    assert len(running_or_done("r.journal", "r").running()) <= 1
+
+
+HANGS = {
+    "in an import": "if helps: time.sleep(600)",
+    "stopped in a trial": "stop = helps",
+    "deaf, in an import": "if helps: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); time.sleep(600)",
+}
+HANGING = """
+import multiprocessing, os, signal, time
+from rankaware_optim.calibration import _liveness
+from rankaware_optim.cli import _calibrate
+
+helps, stop = multiprocessing.parent_process() is not None, False
+_liveness._BEAT_S, _calibrate._GRACE_S = 0.2, 2.0
+HANG
+
+import slow_loops
+
+
+def train(trial):
+    for value in slow_loops.train(trial):
+        if stop:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        yield value
+"""
+
+
+@POSIX
+@pytest.mark.parametrize("hang", HANGS.values(), ids=HANGS)
+def test_a_worker_that_hangs_is_not_waited_for(hang, folder):
+    """The others run its trial too, the recipe is written with the last of them, and the worker is ended."""
+    (folder / "hanging_loops.py").write_text(HANGING.replace("HANG", hang))
+    command = ["hanging_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 6, "--workers", 2]
+    process = started(*command, env={"PROCESSES": "2" if "stop" in hang else "1"})
+    out, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "6 trials" in out
+    assert "note: worker 2 did not end within 2 s, and was stopped." in said
+    assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 6
+    assert_repeated(trials_of("r.journal", "r"), count="stop" in hang)
+
+
+def assert_repeated(trials, count: int) -> None:
+    """So many trials were taken over, each by one that counts."""
+    records = Trials.read(trials)
+    assert [trial.number for trial in records if trial.killed] == [
+        trial.retry_of for trial in records.counted() if trial.retry_of is not None
+    ]
+    assert sum(trial.killed for trial in records) == count
 
 
 def running_or_done(storage: str, name: str) -> Trials:

@@ -1,13 +1,11 @@
-"""A calibration by a process that thinks it is another host, whose signs of life come often and are soon missed.
+"""A calibration by a process whose signs of life come often and are soon missed.
 
-Its arguments are the host's name, the storage, and how long the one long step of its first trial takes, in seconds. It
-begins when it reads a line, says "step" when that step begins, and at last what its recipe is and the warnings.
+Its arguments are the storage, and how long the one long step of its first trial takes, in seconds. It begins when it reads a line, says "step" when that step begins, and at last what its recipe is and the warnings.
 """
 
 from __future__ import annotations
 
 import math
-import socket
 import sys
 import time
 import warnings
@@ -19,12 +17,12 @@ from rankaware_optim.calibration import _liveness
 
 from .killed import STEPS, TRIALS, Pair
 
-SILENT_S = 2.0
+BEAT_S = 0.3
+SILENT_S = BEAT_S * _liveness._MISSED
 
 
-def main(host: str, storage: str, seconds: float) -> None:
-    socket.gethostname = lambda: host
-    _liveness._BEAT_S, _liveness._SILENT_S = 0.1, SILENT_S
+def main(storage: str, seconds: float) -> None:
+    _liveness._BEAT_S = BEAT_S
     waited = []
 
     def train(trial):
@@ -48,4 +46,4 @@ if __name__ == "__main__":
     import optuna  # noqa: F401
 
     sys.stdin.readline()
-    main(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+    main(sys.argv[1], float(sys.argv[2]))

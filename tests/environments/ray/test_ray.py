@@ -93,7 +93,7 @@ def test_a_killed_node_loses_nothing(cluster, folder):
     second = next(node for node in cluster.list_all_nodes() if not node.head)
     process = started(*COMMAND, "--trials", 24, "--ray", cluster.address)
     try:
-        wait_until(lambda: len({t.owner.pid for t in running_or_done("r.journal", "r").counted()}) == 2)
+        wait_until(lambda: len({t.worker for t in running_or_done("r.journal", "r").counted()}) == 2)
         cluster.remove_node(second, allow_graceful=False)
         before = [t for t in trials_of("r.journal", "r") if t.state.is_finished()]
         ended(process)
