@@ -63,7 +63,7 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
         model, opt = build(saved_at, kind, settings, "raise")
         step(model, opt)
         state = damaged(copy.deepcopy(opt.state_dict()), chance)
-        model, opt = build((4, 16), kind, settings, chance.choice(("raise", "reset", "resize")))
+        model, opt = build((4, 16), kind, settings, chance.choice(("raise", "reset")))
         if chance.random() < 0.5:
             step(model, opt)
         outcomes.attempt((seed, number, kind), lambda m=model, o=opt, s=state: load(m, o, s), ra.CheckpointError)

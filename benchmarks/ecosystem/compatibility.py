@@ -75,9 +75,8 @@ LEGEND = (
 )
 
 LIMITS = (
-    "FSDP1 flattens parameters: plain LoRA without a declared init needs `init=`, full finetuning is refused, and "
-    "`on_rank_change='resize'` is refused. torch's `FSDP.optim_state_dict` gives all moments one buffer on the CPU, "
-    "for native optimizers too.",
+    "FSDP1 flattens parameters: plain LoRA without a declared init needs `init=`, and full finetuning is refused. "
+    "torch's `FSDP.optim_state_dict` gives all moments one buffer on the CPU, for native optimizers too.",
     "torch's distributed checkpoint cannot cut a plain optimizer's group into several: refused when nested, warned "
     "of with full_state_dict=True, torch's own KeyError when flattened.",
     "pytorch_optimizer's AdaShift, Conda, SCION, SCIONLight and ScalableShampoo save objects that weights_only=True "

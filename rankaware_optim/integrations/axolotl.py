@@ -37,7 +37,7 @@ class Settings(BaseModel):
     batch: float | None = None
     strict: bool = False
     scale_weight_decay: bool = True
-    on_rank_change: Literal["raise", "reset", "resize"] = "raise"
+    on_rank_change: Literal["raise", "reset"] = "raise"
 
     @model_validator(mode="after")
     def _check(self) -> Settings:

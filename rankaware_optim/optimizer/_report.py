@@ -15,7 +15,7 @@ from ..inspection import other_kind
 from ._evidence import evidence
 from ._param_groups import effective_lr
 from ._plan import Assignment, Plan
-from ._state_dict import Carried
+from ._state_dict import Reset
 
 _PAIR = ("role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors")
 _HEADINGS = (*_PAIR, "base lr", "multiplier", "lr", "why")
@@ -61,7 +61,7 @@ class Report:
         rows: one entry per group: role, rank, scaling, init, fan-in, fan-out, count, multiplier, rate and reason.
         notes: sentences on the law and the rates.
         title: the table's title.
-        carried: per parameter, what was kept of its moments when a checkpoint of another rank was loaded.
+        reset: parameters whose moments were dropped when a checkpoint of another rank was loaded.
         audit: sentences on likely mistakes that the groups show.
         survey: the inspected model.
         per_module: whether the table has one line per tensor. Long names make it wider.
@@ -70,7 +70,7 @@ class Report:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     title: str
-    carried: tuple[Carried, ...] = ()
+    reset: tuple[Reset, ...] = ()
     audit: tuple[str, ...] = ()
     survey: Survey = field(default_factory=Survey, repr=False)
     per_module: bool = False
@@ -93,7 +93,7 @@ def make_report(
     plan: Plan,
     title: str,
     survey: Survey,
-    carried: tuple[Carried, ...] = (),
+    reset: tuple[Reset, ...] = (),
     per_module: bool = False,
 ) -> Report:
     """Return the report of built groups at their current rates."""
@@ -102,8 +102,8 @@ def make_report(
     unmoved = plan.options.tuned_at is None and set(asked) <= {1.0}
     rows = tuple(_row(group, plan, factors, unmoved) for group in param_groups)
     audit = (*survey.audit(), *_audit(param_groups, plan, survey))
-    notes = (*plan.notes, *_split_note(param_groups), *_carried_notes(carried))
-    return Report(rows, notes, title, carried, audit, survey, per_module)
+    notes = (*plan.notes, *_split_note(param_groups), *_reset_notes(reset))
+    return Report(rows, notes, title, reset, audit, survey, per_module)
 
 
 def plan_rates(plan: Plan, survey: Survey, lr: float) -> dict[str, Rated]:
@@ -140,13 +140,12 @@ def _split_note(groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"Your {len(own)} groups are {len(groups)} here: give schedulers that take a list opt.expand(values)."
 
 
-def _carried_notes(carried: tuple[Carried, ...]) -> list[str]:
-    """Return one line for each change of rank: the number of parameters, and the directions kept in each."""
-    changes = Counter((c.saved_rank, c.rank, c.kept, c.state) for c in carried)
+def _reset_notes(reset: tuple[Reset, ...]) -> list[str]:
+    """Return one line for each change of rank, with the number of parameters."""
+    changes = Counter((each.saved_rank, each.rank) for each in reset)
     return [
-        f"{count} parameters came from a checkpoint of rank {saved}, now {rank}: "
-        + (f"{kept} directions kept in {', '.join(state)}." if kept else "their moments were reset.")
-        for (saved, rank, kept, state), count in changes.items()
+        f"{count} parameters came from a checkpoint of rank {saved}, now {rank}: their moments were reset."
+        for (saved, rank), count in changes.items()
     ]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +20,7 @@ from ..errors import CheckpointError
 from ..inspection import canonical_name
 from ._param_groups import GROUP_FORMAT, MADE_NATIVE, TAGS, at_base_rate
 
-OnRankChange = Literal["raise", "reset", "resize"]
+OnRankChange = Literal["raise", "reset"]
 Group = dict[str, Any]
 _CURE = "Give the result of optimizer.state_dict()."
 
@@ -33,15 +32,12 @@ def check_on_rank_change(value: object) -> None:
         raise CheckpointError(f"on_rank_change is {value!r}.", f"Choose one of {', '.join(map(repr, known))}.")
 
 
-@dataclass(frozen=True)
-class Carried:
-    """The result of loading one parameter's state from another rank: the directions kept, and in which tensors."""
+class Reset(NamedTuple):
+    """A parameter whose moments were dropped, since the checkpoint has another rank."""
 
     name: str
-    saved_rank: int | None
-    rank: int | None
-    kept: int
-    state: tuple[str, ...] = ()
+    saved_rank: int
+    rank: int
 
 
 class _Saved(NamedTuple):
@@ -68,8 +64,8 @@ def fit_checkpoint(
     on_rank_change: OnRankChange,
     orders: Sequence[Sequence[str]],
     has_own_rate: Callable[[Group], bool],
-) -> tuple[dict[str, Any], tuple[Carried, ...]]:
-    """Return the state_dict to load, with the layout of our groups, and what was kept of parameters of another rank.
+) -> tuple[dict[str, Any], tuple[Reset, ...]]:
+    """Return the state_dict to load, with the layout of our groups, and the parameters whose rank changed.
 
     Nothing is changed in place.
 
@@ -112,7 +108,7 @@ def fit_checkpoint(
     of_parameters = {key for group in groups for key in group["params"]}
     new_state: dict[Any, Any] = {k: v for k, v in state.items() if not isinstance(k, int) and k not in of_parameters}
     new_groups: list[Group] = []
-    carried: list[Carried] = []
+    reset: list[Reset] = []
     changed_law, numbers = False, count()
     for group in param_groups:
         theirs = _source(group, [groups[number] for number in {saved[name].group: 0 for name in group["param_names"]}])
@@ -125,11 +121,11 @@ def fit_checkpoint(
             if own is not None:
                 new_state[keys[-1]] = {k: _laid_out(v, param) for k, v in own.items()}
             if note is not None:
-                carried.append(note)
+                reset.append(note)
             changed_law |= note is None and _law_differs(group, source)
         new_groups.append(_merged(group, theirs, keys, has_own_rate(group)))
     _say_changes(param_groups, groups, changed_law)
-    return {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(carried)
+    return {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(reset)
 
 
 def _contents(state_dict: Mapping[str, Any], flat: bool) -> tuple[list[Group], Mapping[Any, Any]]:
@@ -305,8 +301,8 @@ def _recipe_of(groups: Sequence[Group]) -> tuple[str, str]:
 # --- one parameter's state ------------------------------------------------------------------------------------------
 
 
-def _param_state(match: _Match, on_rank_change: OnRankChange) -> tuple[Mapping[str, Any] | None, Carried | None]:
-    """Return the state to load for one parameter, and what was kept if its rank changed."""
+def _param_state(match: _Match, on_rank_change: OnRankChange) -> tuple[Mapping[str, Any] | None, Reset | None]:
+    """Return the state to load for one parameter, or that its moments are dropped since its rank changed."""
     name, param, state = match.name, match.param, match.state
     rank, role, own = match.group.get("lora_rank"), match.group.get("lora_role"), tuple(param.shape)
     tensors = _shaped(state, param)
@@ -326,25 +322,9 @@ def _param_state(match: _Match, on_rank_change: OnRankChange) -> tuple[Mapping[s
     if on_rank_change == "raise":
         raise CheckpointError(
             f"The checkpoint's {name} has rank {saved_rank}, the model's has rank {rank}.",
-            "Load it into a model of the same rank, or build the optimizer with on_rank_change='reset' or 'resize'.",
+            "Load it into a model of the same rank, or build the optimizer with on_rank_change='reset'.",
         )
-    if on_rank_change == "resize" and param.dim() < 2:  # with or without state, so that all processes raise
-        raise CheckpointError(
-            f"This process holds a flat share of {name} (FSDP1), whose moments cannot be resized along the rank.",
-            "Build the optimizer with on_rank_change='reset', or shard with fully_shard.",
-        )
-    stacked = rank not in (own[0 if role == "A" else -1], own[-1 if role == "A" else 0])  # experts, merged projections
-    if on_rank_change == "reset" or not tensors or stacked:
-        return None, Carried(name, saved_rank, rank, 0)
-    sizes = {pair for v in tensors.values() for pair in zip(v.shape, own, strict=True)}
-    if any(s not in (n, 1) and (s, n) != (saved_rank, rank) for s, n in sizes):
-        raise CheckpointError(
-            f"The checkpoint's state of {name} differs from the parameter's shape {own} in more than its rank.",
-            "Load it into the model it was saved from, or build the optimizer with on_rank_change='reset'.",
-        )
-    factored = any(s == 1 < n for v in tensors.values() for s, n in _off_rank(v, param, role))
-    resized = {k: _resize(v, param, factored) if k in tensors else v for k, v in (state or {}).items()}
-    return resized, Carried(name, saved_rank, rank, min(saved_rank, rank), tuple(tensors))
+    return None, Reset(name, saved_rank, rank)
 
 
 def _written_shapes(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
@@ -366,8 +346,12 @@ def _rank_in(tensors: Mapping[str, torch.Tensor], param: torch.Tensor, role: str
     """Return the rank of a plain checkpoint's moments, from the axis that differs; None if it is ambiguous."""
     if role not in ("A", "B") or param.dim() < 2:
         return None
-    fitting = (v for v in tensors.values() if all(saved == own for saved, own in _off_rank(v, param, role)))
-    return next((int(value.shape[0 if role == "A" else 1]) for value in fitting), None)
+    axis = 0 if role == "A" else 1
+    for value in tensors.values():
+        others = [sizes for i, sizes in enumerate(zip(value.shape, param.shape, strict=True)) if i != axis]
+        if all(saved == own for saved, own in others):
+            return int(value.shape[axis])
+    return None
 
 
 def _fit(saved: list[tuple[int, ...]], own: tuple[int, ...]) -> bool:
@@ -380,28 +364,6 @@ def _fit(saved: list[tuple[int, ...]], own: tuple[int, ...]) -> bool:
         return True
     reduced = all(s in (n, 1) for shape in saved for s, n in zip(shape, own, strict=True))
     return reduced and all(any(shape[axis] == n for shape in saved) for axis, n in enumerate(own))
-
-
-def _off_rank(value: torch.Tensor, param: torch.Tensor, role: str | None) -> list[tuple[int, int]]:
-    """Return (saved, own) sizes along the axes other than the rank's."""
-    axis = 0 if role == "A" else 1
-    return [pair for i, pair in enumerate(zip(value.shape, param.shape, strict=True)) if i != axis]
-
-
-def _resize(value: torch.Tensor, param: torch.Tensor, factored: bool) -> torch.Tensor:
-    """Truncate or pad `value` to the parameter's sizes. Axes that were reduced to 1 are kept.
-
-    New directions get zeros, or the mean of the others in a tensor without negative entries. With a second moment of
-    zero and a large step counter they would move five times as far as with a new Adam.
-    """
-    sizes = [1 if factored and s == 1 else n for s, n in zip(value.shape, param.shape, strict=True)]
-    made = value.new_zeros(sizes)
-    known = value.full_tensor() if hasattr(value, "full_tensor") else value
-    if known.is_floating_point() and known.numel() and bool((known >= 0).all()):
-        made += known.mean().item()
-    shared = tuple(slice(0, min(s, n)) for s, n in zip(value.shape, sizes, strict=True))
-    made[shared] = value[shared]
-    return made
 
 
 def _laid_out(value: Any, param: torch.Tensor) -> Any:

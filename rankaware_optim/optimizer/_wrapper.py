@@ -41,7 +41,7 @@ from ._param_groups import (
 from ._plan import Plan, PlanOptions, make_plan
 from ._rehearsal import check_loadable
 from ._report import Report, make_report
-from ._state_dict import Carried, OnRankChange, check_on_rank_change, fit_checkpoint
+from ._state_dict import OnRankChange, Reset, check_on_rank_change, fit_checkpoint
 from ._validate import (
     applied_settings,
     check_base_lr,
@@ -62,7 +62,7 @@ class _Wrap:
     """The state of a wrapped optimizer besides torch's. Copy and pickle keep it.
 
     order: names by user group, in the given order. survey: of the model before training, since a trained pair does not
-    show its init. carried: what was kept of the last checkpoint of another rank.
+    show its init. reset: the parameters whose rank the last checkpoint changed.
     """
 
     plan: Plan
@@ -71,7 +71,7 @@ class _Wrap:
     scale_weight_decay: bool
     order: tuple[tuple[str, ...], ...]
     survey: Survey
-    carried: tuple[Carried, ...] = ()
+    reset: tuple[Reset, ...] = ()
 
 
 class _Meta(type):
@@ -125,8 +125,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         batch: examples or tokens per step of this run. If `tuned_at` has a batch too, the law's rule moves every rate.
         strict: whether to refuse an optimizer whose family has no derived law. Otherwise it is scaled like Adam.
         scale_weight_decay: whether the multiplier also scales a decoupled weight decay, lr × weight_decay.
-        on_rank_change: what to do when a checkpoint of another rank is loaded: "raise", "reset" the moments of changed
-            factors, or "resize" them along the rank.
+        on_rank_change: what to do when a checkpoint of another rank is loaded: "raise", or "reset" the moments of
+            changed factors.
         native_type: whether to return an instance of the native class, for frameworks that test the exact type
             (DeepSpeed). Its step does not multiply, so the groups' rates are multiplied once. Its checkpoints and
             groups added later are handled by torch alone.
@@ -226,7 +226,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """
         wrap = self._rankaware
         title = f"RankAwareOptimizer({type(self).__name__}), law {law_words(wrap.plan.law)}"
-        return make_report(self.param_groups, wrap.plan, title, wrap.survey, wrap.carried, per_module)
+        return make_report(self.param_groups, wrap.plan, title, wrap.survey, wrap.reset, per_module)
 
     def expand(self, values: Sequence[T]) -> list[T]:
         """Repeat values for the groups that were split, for schedulers that take a list.
@@ -309,7 +309,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             orders.append([name for name, _ in walk(model).parameters])
         try:
             own_rate = wrap.plan.has_own_rate
-            fitted, carried = fit_checkpoint(self.param_groups, state_dict, wrap.on_rank_change, orders, own_rate)
+            fitted, reset = fit_checkpoint(self.param_groups, state_dict, wrap.on_rank_change, orders, own_rate)
             check_loadable(native, self.defaults, self.param_groups, fitted)
             native.load_state_dict(self, fitted)
         except BaseException as error:
@@ -321,7 +321,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 f"The checkpoint cannot be loaded: {error!r}.",
                 "Give the result of optimizer.state_dict() of the same optimizer class.",
             ) from error
-        self._rankaware = replace(wrap, carried=carried)
+        self._rankaware = replace(wrap, reset=reset)
         self._rankaware_unchecked = True
         base = next((_base(group) for group, takes in zip(self.param_groups, default, strict=True) if takes), None)
         if base is not None and float(base) > 0:

@@ -240,54 +240,32 @@ def test_another_rank_is_refused_with_both_numbers(kind, options, before, after)
     assert alike(untouched, other.state_dict())
 
 
-@pytest.mark.parametrize("tags", [True, False], ids=["ours", "plain"])
-@each_rank
-def test_resize_carries_the_shared_directions(before, after, tags):
-    """Moments are truncated or padded along the rank, second moments by their mean. Other parameters keep theirs."""
-    model, wider = mlp((before, 8)), mlp((after, 8))
-    opt = ours(model)
-    train(model, opt, steps=3)
-    other = ours(wider, on_rank_change="resize")
-    other.load_state_dict(opt.state_dict() if tags else to_plain_state_dict(opt, own_groups=True))
-    both = min(before, after)
-    for key in ("exp_avg", "exp_avg_sq"):
-        a, b = opt.state[model.layer0.lora_A][key], other.state[wider.layer0.lora_A][key]
-        assert torch.equal(a[:both], b[:both])
-        new = a.mean() if key == "exp_avg_sq" else torch.zeros(())
-        torch.testing.assert_close(b[both:], new.expand_as(b[both:]))
-        a, b = opt.state[model.layer0.lora_B][key], other.state[wider.layer0.lora_B][key]
-        assert torch.equal(a[:, :both], b[:, :both])
-        assert torch.equal(opt.state[model.layer1.lora_A][key], other.state[wider.layer1.lora_A][key])
-    carried = {c.name: (c.saved_rank, c.rank, c.kept) for c in other.report().carried}
-    assert carried == {f"layer0.lora_{role}": (before, after, both) for role in "AB"}
-    assert f"checkpoint of rank {before}, now {after}" in str(other.report())
-    train(wider, other, steps=2)
-
-
-@pytest.mark.parametrize("policy", ["reset", "resize"])
 @each_kind
-def test_multipliers_are_of_the_new_rank(kind, options, policy):
+def test_multipliers_are_of_the_new_rank(kind, options):
     """After a change of rank the base rate is the schedule's, and every multiplier what a fresh optimizer has."""
     model = mlp((4, 8))
     opt = ours(model, kind, **options)
     scheduler = lr_scheduler.ExponentialLR(opt, 0.5)
     step(model, opt, scheduler, 2)
-    other = ours(mlp((16, 8)), kind, on_rank_change=policy, **options)
+    other = ours(mlp((16, 8)), kind, on_rank_change="reset", **options)
     expected = [(LR / 4, group["rank_multiplier"]) for group in other.param_groups]
     other.load_state_dict(saved(opt.state_dict()))
     assert [(group["lr"], group["rank_multiplier"]) for group in other.param_groups] == expected
 
 
-def test_reset_starts_changed_factors_anew():
-    """on_rank_change="reset" drops the moments of changed factors alone."""
-    model, wider = mlp((4, 8)), mlp((16, 8))
+@pytest.mark.parametrize("tags", [True, False], ids=["ours", "plain"])
+@each_rank
+def test_reset_starts_changed_factors_anew(before, after, tags):
+    """on_rank_change="reset" drops the moments of changed factors alone, and the report says so."""
+    model, wider = mlp((before, 8)), mlp((after, 8))
     opt = ours(model)
     train(model, opt, steps=2)
     other = ours(wider, on_rank_change="reset")
-    other.load_state_dict(saved(opt.state_dict()))
+    other.load_state_dict(saved(opt.state_dict() if tags else to_plain_state_dict(opt, own_groups=True)))
     assert wider.layer0.lora_A not in other.state
     assert torch.equal(other.state[wider.layer1.lora_A]["exp_avg"], opt.state[model.layer1.lora_A]["exp_avg"])
-    assert "their moments were reset" in str(other.report())
+    assert set(other.report().reset) == {(f"layer0.lora_{role}", before, after) for role in "AB"}
+    assert f"checkpoint of rank {before}, now {after}: their moments were reset" in str(other.report())
     train(wider, other, steps=1)
 
 
@@ -515,22 +493,13 @@ def test_a_load_that_fails_midway_changes_nothing():
     assert alike(state, opt.state_dict())
 
 
-def test_another_width_is_not_resized():
-    """A checkpoint of another rank and another width is refused: only the rank is resized."""
-    small = mlp((4, 8))
-    opt = ours(small)
-    train(small, opt, steps=1)
-    with pytest.raises(CheckpointError, match="in more than its rank"):
-        ours(mlp((8, 16), width=32), on_rank_change="resize").load_state_dict(opt.state_dict())
-
-
 def test_architectures_of_other_shapes_are_refused():
     """The same names at another width are an error with both shapes."""
     small, wide = mlp((4, 8)), mlp((4, 8), width=32)
     opt = ours(small)
     train(small, opt, steps=1)
     with pytest.raises(CheckpointError, match=r"has shape \(\d, 16\), the parameter \(\d, 32\)"):
-        ours(wide, on_rank_change="resize").load_state_dict(opt.state_dict())
+        ours(wide, on_rank_change="reset").load_state_dict(opt.state_dict())
 
 
 # --- copies ---------------------------------------------------------------------------------------------------------
@@ -550,9 +519,9 @@ def _through_a_process(opt):
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=list(COPIES))
 def test_copies_keep_plan_policies_and_checks(copied):
-    """A copy reports, scales, and still refuses or resizes as its original would."""
+    """A copy reports, scales, and still refuses or resets as its original would."""
     model = mlp((4, 8))
-    opt = ours(model, on_rank_change="resize")
+    opt = ours(model, on_rank_change="reset")
     train(model, opt, steps=1)
     twin = copied(opt)
     assert isinstance(twin, torch.optim.AdamW)
@@ -562,4 +531,4 @@ def test_copies_keep_plan_policies_and_checks(copied):
     wider = ours(source)
     train(source, wider, steps=1)
     twin.load_state_dict(wider.state_dict())
-    assert {c.kept for c in twin.report().carried} == {4}
+    assert {change[1:] for change in twin.report().reset} == {(16, 4)}

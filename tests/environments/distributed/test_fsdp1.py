@@ -185,12 +185,12 @@ def other_rank(policy: str) -> str:
     return ""
 
 
-OTHER_RANK = [("raise", "has rank"), ("reset", ""), ("resize", "cannot be resized along the rank")]
+OTHER_RANK = [("raise", "has rank"), ("reset", "")]
 
 
 @pytest.mark.parametrize(("policy", "sentence"), OTHER_RANK)
 def test_state_of_another_rank(pair, policy, sentence):
-    """Another rank is refused or reset as asked; the moments of flat shares are not resized."""
+    """Another rank is refused, or reset as asked."""
     first, second = pair.run(other_rank, policy)
     assert sentence in first
     assert bool(first) == bool(second) == bool(sentence)

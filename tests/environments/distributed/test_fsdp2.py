@@ -13,12 +13,10 @@ from torch.distributed.fsdp import fully_shard
 import rankaware_optim as ra
 from rankaware_optim import OptimizerError
 
-from ...helpers.models import BASES, STYLES, adapted, mlp, same
+from ...helpers.models import BASES, STYLES, adapted, same
 from .training import (
     FORMS,
     KINDS,
-    RANKS,
-    WIDTH,
     by_class,
     by_hand,
     expected_tags,
@@ -26,7 +24,6 @@ from .training import (
     tagged,
     train,
     weights,
-    whole,
 )
 
 
@@ -127,23 +124,3 @@ def test_state_of_shards_resumes(pair):
     """A sharded optimizer's own state_dict loads into a new one, which goes on bit for bit."""
     for straight, broken in pair.run(resumed):
         assert same(straight, broken)
-
-
-def resized(shard: bool) -> dict[str, torch.Tensor]:
-    """The first moments after a checkpoint of other ranks, by name."""
-    models = [mlp(ranks, width=WIDTH, seed=3) for ranks in (RANKS, RANKS[::-1])]
-    old, new = [fully_shard(model) if shard else model for model in models]
-    opt = by_class(old)
-    for param in (p for group in opt.param_groups for p in group["params"]):
-        moments = {"exp_avg": param.detach().clone(), "exp_avg_sq": param.detach().square()}
-        opt.state[param].update(step=torch.tensor(1.0), **moments)
-    again = by_class(new, on_rank_change="resize")
-    again.load_state_dict(opt.state_dict())
-    pairs = [(n, p) for g in again.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
-    return {name: whole(again.state[param]["exp_avg"]) for name, param in pairs}
-
-
-def test_moments_of_shards_resize_with_the_rank(pair):
-    """Moments of DTensors are resized to another rank as whole ones are."""
-    for sharded_, plain in zip(pair.run(resized, True), pair.run(resized, False), strict=True):
-        assert same(sharded_, plain)
