@@ -26,6 +26,7 @@ import rankaware_optim as ra
 How = Callable[[int, Callable[[], object]], None]
 Run = Callable[[int, int, Path], Outcomes]
 README = "# My adapter\n\nHand-written.\n"
+EVERY = 500  # more than a study has calls
 STUDY: dict[str, Any] = {"trials": 2, "steps": 2, "pause": 0.0}  # small, as it is run for every call
 
 
@@ -121,7 +122,7 @@ def run_studies(how: How) -> Run:
             study(folder / "straight.journal")
         seconds, outcomes = time.perf_counter() - began, Outcomes()
         every = range(1, calls() + 1)
-        for at in every if how is end else random.Random(seed).sample(every, min(count, len(every))):
+        for at in sorted(random.Random(seed).sample(every, min(count, len(every)))):
             outcomes.attempt((seed, at), partial(resumed, how, folder, expected, seconds, at), limit=60.0)
         return outcomes
 
@@ -130,7 +131,7 @@ def run_studies(how: How) -> Run:
 
 ATTACKS = (
     Attack("ended between calls, saves", 1, 1, run_saves(end)),
-    Attack("ended between calls, journal", 1, 1, run_studies(end), patience=1800.0),
+    Attack("ended between calls, journal", EVERY, EVERY, run_studies(end), patience=1800.0),
     Attack("failing calls, saves", 1, 1, run_saves(fails)),
     Attack("failing calls, journal", 200, 50, run_studies(fails)),
 )

@@ -5,6 +5,7 @@ None of them may be changed or removed by a save, and each recipe among them kee
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import tomli
+import tomli_w
 from attacks.outcomes import Attack, Outcomes
 from attacks.victim import SHIPPED
 from safetensors.numpy import save_file
@@ -90,17 +92,21 @@ def moved_with_its_tensors(path: Path) -> Path:
     return path.rename(folder / path.name)
 
 
-def copied_beside_one_that_cannot_be_read(path: Path) -> Path:
-    path.with_name("broken.toml").write_bytes(b"\xff = \x00")
-    return copied(path)
+def copied_and_broken(path: Path) -> Path:
+    """A copy that cannot be read for now, and so may name the tensors."""
+    made = copied(path)
+    made.write_bytes(made.read_bytes() + _BROKEN)
+    return made
 
+
+_BROKEN = b"\xff"
 
 WAYS: tuple[Callable[[Path], Path], ...] = (
     moved,
     copied,
     hard_linked,
     moved_with_its_tensors,
-    copied_beside_one_that_cannot_be_read,
+    copied_and_broken,
 )
 
 
@@ -153,10 +159,96 @@ def kept(way: Callable[[Path], Path], path: Path, number: int) -> None:
     other = way(path)
     for recipe in (NEW, OLD)[:number]:
         recipe.save(path)
+    other.write_bytes(other.read_bytes().removesuffix(_BROKEN))
     is_one_of(other, OLD)
+
+
+# --- what a save may not replace ------------------------------------------------------------------------------------
+
+
+def names_a_model(folder: Path) -> list[Path]:
+    """The recipe names a file of others, and has its hash."""
+    model = folder / "model.safetensors"
+    save_file({"weight": np.ones(4)}, model)
+    naming(folder / "r.toml", model.name, hashlib.sha256(model.read_bytes()).hexdigest())
+    return [model]
+
+
+def names_what_it_did_not_write(folder: Path) -> list[Path]:
+    """The recipe names a file whose name has the recipe's hash, and whose contents have another."""
+    model, sha256 = folder / f"r.{'0' * 12}.safetensors", "0" * 64
+    save_file({"weight": np.ones(4)}, model)
+    naming(folder / "r.toml", model.name, sha256)
+    return [model]
+
+
+def names_what_lies_elsewhere(folder: Path) -> list[Path]:
+    """The recipe names a file of another folder, as it would be called here."""
+    (folder / "other").mkdir()
+    model = folder / "other" / tensors_of(folder / "r.toml").name
+    shutil.copy(tensors_of(folder / "r.toml"), model)
+    naming(folder / "r.toml", f"other/{model.name}", hashlib.sha256(model.read_bytes()).hexdigest())
+    return [model]
+
+
+def naming(path: Path, file: str, sha256: str) -> None:
+    document = tomli.loads(path.read_text(encoding="utf-8"))
+    document["tensors"] = {"file": file, "sha256": sha256}
+    path.write_text(tomli_w.dumps(document), encoding="utf-8")
+
+
+def read_only(folder: Path) -> list[Path]:
+    (folder / "r.toml").chmod(0o444)
+    return [folder / "r.toml", tensors_of(folder / "r.toml")]
+
+
+STATES = (names_a_model, names_what_it_did_not_write, names_what_lies_elsewhere, read_only)
+
+
+def run_states(seed: int, count: int, folder: Path) -> Outcomes:
+    outcomes = Outcomes()
+    for state in STATES:
+        mine = folder / state.__name__
+        mine.mkdir()
+        outcomes.attempt(state.__name__, partial(left, state, mine), ra.RecipeError)
+    for linked in ("README.md", "rankaware", "rankaware/recipe.toml"):
+        mine = folder / linked.replace("/", "-")
+        mine.mkdir()
+        outcomes.attempt(f"{linked} is a link", partial(inside, linked, mine), ra.RecipeError)
+    return outcomes
+
+
+def left(state: Callable[[Path], list[Path]], folder: Path) -> None:
+    OLD.save(folder / "r.toml")
+    others = {file: file.read_bytes() for file in state(folder)}
+    try:
+        NEW.save(folder / "r.toml")
+    finally:
+        are_there(others)
+
+
+def inside(linked: str, folder: Path) -> None:
+    """An adapter in which something is a link to outside."""
+    adapter, outside = folder / "adapter", folder / "outside"
+    (adapter / "rankaware").mkdir(parents=True)
+    outside.mkdir()
+    OLD.save(outside / "recipe.toml")
+    (outside / "README.md").write_text("# Of others\n")
+    place = adapter / linked
+    if linked == "rankaware":
+        place.rmdir()
+    place.symlink_to(outside if linked == "rankaware" else outside / place.name)
+    others = {file: file.read_bytes() for file in outside.iterdir()}
+    try:
+        NEW.save_beside(adapter)
+    finally:
+        are_there(others)
+        if {*outside.iterdir()} != others.keys():
+            raise AssertionError("something was written outside the adapter's folder")
 
 
 ATTACKS = (
     Attack("files that look like ours", 1, 1, run_look_alikes),
     Attack("moved and copied recipes", 1, 1, run_moved),
+    Attack("what a save may not replace", 1, 1, run_states),
 )

@@ -58,6 +58,7 @@ def prepare() -> None:
     """Let a worker count as dead after half a second without a sign of life, and quieten what is not looked at."""
     _liveness._BEAT_S = SILENCE_S / 5
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", ra.RankAwareWarning)  # the package has a filter of its own for these
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
 
