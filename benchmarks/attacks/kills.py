@@ -48,7 +48,7 @@ def job_in(folder: Path, url: str, name: str) -> dict[str, Any]:
 
 
 def recipe_of(job: dict[str, Any]) -> str:
-    return ra.Recipe.load(Path(job["folder"]) / "recipe.toml").tag
+    return ra.Recipe.load(Path(job["folder"]) / "recipe.toml").tag.partition(" ")[0]
 
 
 def killed(victim: Any, job: dict[str, Any], times: int, seconds: float, chance: random.Random, expected: str) -> None:
