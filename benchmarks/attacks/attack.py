@@ -64,11 +64,11 @@ MEMORY = 8 * 2**30  # bytes that a piece may map
 NOTES = (
     "held: it went well, and what the attack's docstring asks for was true. refused: an error of ours, in printable "
     "words, with nothing changed. failed: any other exception, a loss, a tear, a rate that is not finite and positive, "
-    "or too long: fifty times what a fixed piece of work takes on the same machine. The slowest in seconds. Newest: attempts at the commit that is "
-    "named, that of the attack's last piece. The others are older.",
+    "or too long: fifty times what a fixed piece of work takes on the same machine. The slowest in seconds. Newest: "
+    "attempts at the commit that is named, that of the attack's last piece. The others are older.",
     "Between calls: a save or a study is run once for every call by which Python changes a file (open, write, fsync, "
-    "replace, unlink and others), and ended there, or in the middle of a write. SQLite makes its calls in C. They are not "
-    "reached: it is attacked by kills at random moments. So is PostgreSQL.",
+    "replace, unlink and others), and ended there, or in the middle of a write. SQLite makes its calls in C. They are "
+    "not reached: it is attacked by kills at random moments. So is PostgreSQL.",
     "Which planted bugs this attack sees is in planted.md.",
 )
 

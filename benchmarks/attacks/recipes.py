@@ -6,6 +6,7 @@ keeps the hash of the good ones, and no damaged trial may be read.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import random
@@ -20,7 +21,7 @@ import numpy as np
 import tomli
 import tomli_w
 import torch
-from attacks.damage import damaged_bytes, damaged_values
+from attacks.damage import damaged_bytes, damaged_values, places
 from attacks.outcomes import Attack, Outcomes
 from safetensors.torch import load, save
 
@@ -54,8 +55,10 @@ def write(source: Path, chance: random.Random, folder: Path) -> tuple[Path, bool
     where, mended = chance.randrange(10), chance.random() < 0.5
     if where < 3:
         text = damaged_bytes(text, chance)
-    elif where < 6:
+    elif where < 5:
         text = as_toml(damaged_values(document, chance))
+    elif where < 6:
+        text = as_toml(unprintable(document, chance))
     else:
         tensors = damaged_tensors(tensors, chance) if where < 9 else damaged_bytes(tensors, chance)
     if tensors != whole and mended:
@@ -64,6 +67,15 @@ def write(source: Path, chance: random.Random, folder: Path) -> tuple[Path, bool
     path.write_bytes(text)
     (folder / named).write_bytes(tensors)
     return path, tensors != whole and not mended
+
+
+def unprintable(document: Any, chance: random.Random) -> Any:
+    """A copy of a document in which every third text has signs that control a terminal."""
+    document = copy.deepcopy(document)
+    for inner, key in places(document):
+        if isinstance(inner[key], str) and chance.random() < 0.3:
+            inner[key] += chance.choice(("\x1b[2J", "\x00", "\u202e", "\r", "\x9b31m"))
+    return document
 
 
 def as_toml(document: Any) -> bytes:
@@ -123,7 +135,8 @@ def use(path: Path, page: bool, foreign: bool) -> None:
 
 POSITIVE = ("lr", "own_lr", "rank", "steps", "planned_steps", "planned_batch")
 MAY_BE_ZERO = ("rank", "steps", "planned_steps", "planned_batch")
-WHOLE = ("rank", "seed", "steps", "planned_steps")
+KINDS = dict.fromkeys(("rank", "seed", "steps", "planned_steps"), "iu") | dict.fromkeys(("diverged", "pruned"), "b")
+KINDS |= dict.fromkeys(("lr", "own_lr", "value", "curve", "planned_batch"), "f")
 
 
 def are_possible(trials: Mapping[str, Any]) -> None:
@@ -132,9 +145,10 @@ def are_possible(trials: Mapping[str, Any]) -> None:
         values = trials[name][~np.isnan(trials[name])] if name == "own_lr" else trials[name]
         if not bool((np.isfinite(values) & ((values > 0) | (values == 0) & (name in MAY_BE_ZERO))).all()):
             raise AssertionError(f"trial.{name} has an impossible value")
-    wrong = [name for name in trials if name in WHOLE and trials[name].dtype.kind not in "iu"]
+    wrong = [name for name in trials.keys() & KINDS.keys() if trials[name].dtype.kind not in KINDS[name]]
+    wrong += [name for name in trials.keys() & KINDS.keys() if trials[name].ndim != 1 + (name == "curve")]
     if wrong or len({len(values) for values in trials.values()}) > 1:
-        raise AssertionError(f"trials have other lengths, or are not whole numbers: {wrong}")
+        raise AssertionError(f"trials have other lengths, or another type or shape: {wrong}")
 
 
 ATTACKS = (Attack("damaged recipes", 53_000, 1000, run),)
