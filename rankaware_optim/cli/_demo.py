@@ -138,7 +138,7 @@ def demo(out: Path) -> None:
         checks = check(recipe, statistics.fmean(starts), workers)
     draw(recipe, checks, out / "transfer.png")
     console.print(table(checks))
-    files = f"Files: {out}/recipe.toml, its tensors beside it, {out}/transfer.png"
+    files = f"Files: {out}/recipe.toml, its trials beside it, {out}/transfer.png"
     then = f"To read a rate: rankaware lr {shlex.quote(str(out / 'recipe.toml'))} --rank 32"
     console.print(*map(verdict, checks), files, then, _YOURS, sep="\n", highlight=False)
 

@@ -84,7 +84,7 @@ def _columns(ctx: click.Context, param: click.Parameter, pairs: Sequence[str]) -
 # Files that may be overwritten, by kind (a page, or the suffix of others): what they are, and how they begin.
 _WRITTEN = {
     "page": ("a page of `rankaware report`", rb'<meta name="generator" content="rankaware-optim">'),
-    ".toml": ("a recipe", rb"(?ms)^schema *= *\d.*^\[fit\]|^\[tensors\]"),
+    ".toml": ("a recipe", rb"(?ms)^schema *= *\d.*^\[(?:fit|tensors)\]"),
     ".csv": ("a table of `rankaware bench-law`", rb"\Alaw,"),
     ".json": ("a table of `rankaware bench-law`", rb'\A\[\s*\{\s*"law"'),
     ".png": ("a PNG picture", rb"\A\x89PNG"),

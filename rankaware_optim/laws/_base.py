@@ -301,8 +301,13 @@ def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
     for key, value in data.items():
         if key == "name":
             continue
-        if key not in known and key in former and value == former[key]:
-            continue
+        if key not in known and key in former:
+            if value == former[key]:
+                continue
+            raise LawError(
+                f"The law {kind.name!r} no longer has {key}={shown(value)}.",
+                "Calibrate again, or pass law= with the recipe's lr= and tuned_at=.",
+            )
         if key not in known:
             raise LawError(f"The law {kind.name!r} has no parameter {shown(key)}.", "Remove it, or update the package.")
         if isinstance(value, Mapping):

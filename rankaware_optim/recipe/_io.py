@@ -195,7 +195,7 @@ def _read_tensors(path: Path, sha256: str) -> dict[str, Array]:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise RecipeError(
             f"The tensors {path} do not match the recipe's hash. @ tensors.sha256",
-            "Copy both files of the recipe, or move this one away: the TOML alone gives every rate.",
+            "Copy both files of the recipe.",
         )
     if int.from_bytes(data[:8], "little") > _MOST_HEADER:
         raise RecipeError(f"The tensors {path} cannot be read: their header is too long.", "Remake the recipe.")

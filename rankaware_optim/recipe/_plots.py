@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._figures import COLOURS, figure_of, rate_axis, save, short
+from .._printable import printable
 from ..errors import PlotError
 from ._plot_data import Picture, PictureArm, picture_of
 from ._recipe import Recipe
@@ -42,7 +43,8 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
     for axis in axes[: len(picture.arms) : columns]:
         axis.set_ylabel("score, minimised")
     made_by = f"{recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'unknown'} steps"
-    figure.suptitle(f"Recipe {short(recipe.name, 60)!r}: {made_by}", parse_math=False)
+    title = printable(f"Recipe {short(recipe.name, 60)!r}: {made_by}")
+    figure.suptitle(title, parse_math=False)
     drawn = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes)
     each = {label: handle for pairs in drawn for handle, label in pairs}  # once, of all panels
     ncols = min(4, columns + 1)

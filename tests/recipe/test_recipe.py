@@ -137,7 +137,7 @@ def test_a_saved_recipe_loads_as_it_was(made, tmp_path):
 
 
 def test_the_toml_introduces_itself(tmp_path):
-    """The file opens with three comment lines and its schema, and names the tensors beside it."""
+    """The file opens with three comment lines and its schema, and names the trials' file beside it."""
     lines = recipe().save(tmp_path / "r.toml").read_text().splitlines()
     assert [line[0] for line in lines[:3]] == ["#"] * 3
     assert lines[3] == "schema = 3"
