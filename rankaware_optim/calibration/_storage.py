@@ -56,6 +56,9 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
         except (ValueError, ArgumentError) as error:
             cause = f"storage={_shown(storage)!r} is not a storage: {_line(error, storage)}"
             raise CalibrationError(cause, "Give a URL or a path.") from error
+        except TypeError as error:  # a driver returns bytes where the encoding is unknown
+            cause = f"The database {_shown(storage)} does not return text: {_line(error, storage)}"
+            raise CalibrationError(cause, "If its encoding is SQL_ASCII, create one with the encoding UTF8.") from error
 
 
 def _database(url: str, attempts: int = _ATTEMPTS) -> BaseStorage:
@@ -75,9 +78,8 @@ def _journal(path: Path) -> BaseStorage:
         raise CalibrationError(f"storage={str(path)!r} is not a file.", "Name a file for the journal, or a URL.")
     path = Path(os.path.realpath(path))  # a journal has one lock, even if it is reached by different links
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(
-        f"{path}.rankaware.lock", timeout=_LOCK_S
-    )  # FileLock empties its file, so it must not be one such as poetry.lock
+    # FileLock empties its file, so it must not be one such as poetry.lock.
+    lock = FileLock(f"{path}.rankaware.lock", timeout=_LOCK_S)
     if path.is_file() and path.stat().st_size:
         _check_journal(path)
         with lock:

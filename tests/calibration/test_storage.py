@@ -226,7 +226,7 @@ def overwritten(path: Path) -> None:
 def test_a_journal_that_changes_during_the_run_is_said(change, tmp_path):
     """Deleted, replaced, cut or overwritten by another program, it is an error with its name, its cause and a cure."""
     path = tmp_path / "study.journal"
-    with pytest.raises(CalibrationError, match="storage .*study.journal ") as raised:
+    with pytest.raises(CalibrationError, match=r"storage .*study\.journal ") as raised:
         calibrate(meanwhile(lambda: change(path)), trials=6, storage=path)
     assert raised.value.cure
 
@@ -255,7 +255,7 @@ class Failing(optuna.pruners.NopPruner):
 
 def test_an_error_of_a_users_pruner_is_his_own():
     """It is not called a failed storage, whatever its type."""
-    with pytest.raises(OSError, match="^the disk of the user's pruner$"):
+    with pytest.raises(OSError, match=r"^the disk of the user's pruner$"):
         calibrate(made_up(), trials=2, pruner=Failing())
 
 

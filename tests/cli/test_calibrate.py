@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import rankaware_optim as ra
+from rankaware_optim.calibration import _liveness
 from rankaware_optim.calibration._optuna import close_storage
 from rankaware_optim.calibration._storage import open_storage
 from rankaware_optim.calibration._trials import Trials
@@ -397,8 +398,9 @@ def test_ctrl_c_at_any_other_moment_is_a_word(folder):
     assert (done.exit_code, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
 
 
-def test_a_full_disk_is_said_and_nothing_is_lost(folder):
+def test_a_full_disk_is_said_and_nothing_is_lost(folder, monkeypatch):
     """Where the journal cannot grow, the error says so; with room again the same command goes on."""
+    monkeypatch.setattr(_liveness, "_BEAT_S", 0.1)  # the trial could not be given back
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     arguments = ["loops:train", *map(str, RANKS), "--trials", "6"]
     limited = f"ulimit -f 12; exec {sys.executable} -m rankaware_optim calibrate {' '.join(arguments)}"

@@ -1,6 +1,7 @@
 """A calibration by a process whose signs of life come often and are soon missed.
 
-Its arguments are the storage, and how long the one long step of its first trial takes, in seconds. It begins when it reads a line, says "step" when that step begins, and at last what its recipe is and the warnings.
+Its arguments are the storage, and how long the one long step of its first trial takes, in seconds. It begins when it
+reads a line, says "step" when that step begins, and at last what its recipe is and the warnings.
 """
 
 from __future__ import annotations

@@ -7,10 +7,12 @@ import signal
 import time
 from pathlib import Path
 
+import psycopg
 import pytest
 from optuna.trial import TrialState
 
 import rankaware_optim as ra
+from rankaware_optim import CalibrationError
 from rankaware_optim.calibration._trials import Trials
 
 from ...cli.test_calibrate import LOOP, assert_shared, call, ended, started, trials_of
@@ -63,6 +65,14 @@ def test_killed_it_goes_on(server, folder):
     killed = [trial for trial in records if trial.killed]
     assert len(killed) <= 1
     assert [t.cell for t in records if t.retry_of is not None] == [t.cell for t in killed]
+
+
+def test_a_database_without_an_encoding_is_said(server):
+    """SQL_ASCII returns bytes for text. The error names it, and what to create instead."""
+    with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute("create database bare encoding 'SQL_ASCII' template template0 lc_collate 'C' lc_ctype 'C'")
+    with pytest.raises(CalibrationError, match=r"does not return text.*the encoding UTF8"):
+        calibrate(made_up(), trials=2, storage=server.url.replace("/postgres", "/bare"))
 
 
 def wait_for_trials(server, name, count):
