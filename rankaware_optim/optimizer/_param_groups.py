@@ -1,7 +1,7 @@
 """Parameter groups: a plan splits the user's parameters into named, ordered groups.
 
-A group has `lr` (the base rate), `rank_multiplier` and the plain scalars `lora_role`, `lora_rank`, `lora_scale` and
-`lora_init`, so that checkpoints can be loaded with weights_only=True.
+A group has `lr` (the base rate), `rank_multiplier` and the plain scalars `pinned_lr`, `lora_role`, `lora_rank`,
+`lora_scale` and `lora_init`, so that checkpoints can be loaded with weights_only=True.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from .._checks import check_lr, plain_lr
+from .._optimizers import optimizer_family
 from .._rate import Rate
 from .._types import Init, Method, Survey
 from .._warn import warn
@@ -26,6 +28,7 @@ GROUP_FORMAT = 2  # in format 1 rates were multiplied, and "rank_multiplier" was
 # Keys of our groups besides torch's. Their values are plain scalars, so that checkpoints load with weights_only=True.
 TAGS = (
     "rank_multiplier",
+    "pinned_lr",
     "lora_role",
     "lora_rank",
     "lora_scale",
@@ -100,7 +103,8 @@ def user_groups(
     entries = [params] if isinstance(params, torch.Tensor) else list(params)
     dicts: list[Any] = entries if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
     names = {id(p): name for name, p in walked.parameters}
-    groups = [_user_group(group, number, names) for number, group in enumerate(dicts, first)]
+    taken = set(names.values())
+    groups = [_user_group(group, number, names, taken) for number, group in enumerate(dicts, first)]
     seen: set[int] = set()
     for name, param in (pair for group in groups for pair in group.named):
         if id(param) in seen:
@@ -115,17 +119,16 @@ def user_groups(
             f"None of the {len(seen)} parameters given belongs to the model.",
             "Give the model that these parameters belong to as model=.",
         )
-    return [group for group in groups if group.named]
+    return groups
 
 
-def _user_group(group: Mapping[str, Any], number: int, names: Mapping[int, str]) -> UserGroup:
+def _user_group(group: Mapping[str, Any], number: int, names: Mapping[int, str], taken: set[str]) -> UserGroup:
     group = own_settings(group)
     listed = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
     given = list(group.get("param_names") or [None] * len(listed))
     if "lr" in group:
         check_lr(group["lr"], "A parameter group's lr")
     named: list[tuple[str, torch.Tensor]] = []
-    taken = set(names.values())
     for entry, given_name in zip(listed, given, strict=True):
         name, param = entry if isinstance(entry, tuple) else (given_name, entry)
         if not isinstance(param, torch.Tensor):
@@ -164,7 +167,7 @@ class PlannedGroup(NamedTuple):
         """Return the group for torch, with the user's lr."""
         params = [p for _, p in self.named]
         a = self.assignment
-        decided = (a.multiplier, a.role, a.rank, a.scaling, a.init)
+        decided = (a.multiplier, a.rate, a.role, a.rank, a.scaling, a.init)
         values = (*decided, self.user_group, GROUP_FORMAT, shapes_text(params), self.recipe_tag, _OF_LR)
         tags = dict(zip(TAGS, values, strict=True))
         return {"params": list(self.named) if named else params, **self.options, **tags}
@@ -199,16 +202,21 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
     return planned
 
 
-def set_rate(group: dict[str, Any], assignment: Assignment) -> None:
+def set_rate(group: dict[str, Any]) -> None:
     """Turn an explicit rate into a ratio to the group's base rate, so that schedulers scale it. Check the product.
 
     A tensor rate is copied, so that a loop that scales every group's in place scales each once.
     """
     if isinstance(group["lr"], torch.Tensor):
         group["lr"] = group["lr"].clone()
-    if assignment.rate is not None:
-        group["rank_multiplier"] = assignment.rate / float(group["lr"])
+    if group["pinned_lr"] is not None:
+        group["rank_multiplier"] = group["pinned_lr"] / float(group["lr"])
     check_product(group)
+
+
+def base_of(group: Mapping[str, Any]) -> Any:
+    """Return the rate from which a group's schedule starts, or its rate."""
+    return group.get("initial_lr", group["lr"])
 
 
 def check_product(group: Mapping[str, Any], error: type[RankAwareError] = OptimizerError) -> None:
@@ -231,11 +239,13 @@ def effective_lr(group: Mapping[str, Any]) -> float:
 def multiply_for_native(group: dict[str, Any], keep_decay: bool = False) -> None:
     """Multiply a group's rates once, for an optimizer with torch's own step, and record it in the group.
 
+    The record stays in the states of that optimizer, so that a load by `RankAwareOptimizer` does not multiply again.
+
     With keep_decay, the shrinkage lr × weight_decay is kept by dividing weight_decay.
     """
     group |= {key: group[key] * group["rank_multiplier"] for key in _RATES if group.get(key) is not None}
     group["rank_multiplied"] = True
-    del group["rankaware_lr"]
+    group.pop("rankaware_lr", None)
     if keep_decay:
         group["weight_decay"], group["rank_divided_decay"] = group["weight_decay"] / group["rank_multiplier"], True
 
@@ -250,13 +260,25 @@ def at_base_rate(group: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def shrinks_by_decay(optimizer: type, group: Mapping[str, Any]) -> bool:
+def shrinks_by_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     """Return whether a step shrinks the parameters of a group by lr × weight_decay, as AdamW and SGD do.
 
-    Adam's decay (L2) is normalized with the gradient, so the multiplier does not change its share of a step.
+    An L2 decay is part of the gradient. Where a step normalizes the gradient, as Adam does, the rate does not change
+    the decay's share of it. A fixed decay is not multiplied by the rate.
     """
-    decoupled = group.get("decoupled_weight_decay")
-    return "weight_decay" in group and (not issubclass(optimizer, _L2) if decoupled is None else bool(decoupled))
+    if "weight_decay" not in group or _setting(optimizer, group, "fixed_decay"):
+        return False
+    decoupled = _setting(optimizer, group, "decoupled_weight_decay")
+    if decoupled is None:
+        decoupled = _setting(optimizer, group, "weight_decouple")
+    if decoupled is None:
+        return not isinstance(optimizer, _L2)
+    return bool(decoupled) or optimizer_family(type(optimizer)) == "gradient-like"
+
+
+def _setting(optimizer: Optimizer, group: Mapping[str, Any], name: str) -> Any:
+    """Return a setting of a group, or of the optimizer where its class has one for all groups; else None."""
+    return group.get(name, getattr(optimizer, name, getattr(optimizer, f"_{name}", None)))
 
 
 def rank_aware_param_groups(
@@ -324,7 +346,7 @@ def rank_aware_param_groups(
     groups = []
     for planned in split(user_groups(params, model, walked), plan, survey):
         group = {"lr": plain_lr(lr), **planned.as_dict(named=named)}
-        set_rate(group, planned.assignment)
+        set_rate(group)
         multiply_for_native(group)
         groups.append(group)
     return groups

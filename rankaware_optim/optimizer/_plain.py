@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ._param_groups import MADE_NATIVE, TAGS, multiply_for_native, shrinks_by_decay
+from ._param_groups import TAGS, multiply_for_native, shrinks_by_decay
 
 
 def to_plain_state_dict(opt: Any, names: Sequence[str] | None = None, *, own_groups: bool = False) -> dict[str, Any]:
     """Return a state_dict for a native optimizer, whose step does not multiply rates.
 
     By default it has the same groups, with the rates that are trained at: base rate × multiplier. Load it into a native
-    optimizer built from `rank_aware_param_groups`. It has all groups and no keys of this package.
+    optimizer built from `rank_aware_param_groups`. The groups keep their multipliers and that they are multiplied, so
+    that a later load into a `RankAwareOptimizer` gives the base rates.
 
     Args:
         opt: a `RankAwareOptimizer`.
@@ -22,17 +23,15 @@ def to_plain_state_dict(opt: Any, names: Sequence[str] | None = None, *, own_gro
     """
     state = opt.state_dict()
     if names is None and not own_groups:
-        keep, native = not opt._rankaware.scale_weight_decay, type(opt)._rankaware_native
-        groups = [_native(group, keep and shrinks_by_decay(native, group)) for group in state["param_groups"]]
+        keep = not opt._rankaware.scale_weight_decay
+        groups = [_native(group, keep and shrinks_by_decay(opt, group)) for group in state["param_groups"]]
         return {**state, "param_groups": groups}
     named = [(g, zip(g.get("param_names", ()), g["params"], strict=False)) for g in state["param_groups"]]
     place = {name: (group, key) for group, pairs in named for name, key in pairs}
     groups, made, count = [], {}, 0
     for own in opt._rankaware.order if names is None else (tuple(names),):
         present = [n for n in own if n in place]
-        if not present:
-            continue
-        group = place[present[0]][0]
+        group = place[present[0]][0] if present else state["param_groups"][0]  # an empty group needs some settings
         base = {k: v for k, v in group.items() if k not in (*TAGS, "params", "param_names")}
         groups.append({**base, "params": list(range(count, count + len(own)))})
         for number, name in enumerate(own, count):
@@ -43,7 +42,7 @@ def to_plain_state_dict(opt: Any, names: Sequence[str] | None = None, *, own_gro
 
 
 def _native(group: dict[str, Any], keep_decay: bool) -> dict[str, Any]:
-    """Return a group at the rates that are trained at, without keys of this package."""
-    made = {"rank_multiplier": 1.0, "rankaware_lr": "", **group}
+    """Return a group at the rates that are trained at."""
+    made = {"rank_multiplier": 1.0, **group}
     multiply_for_native(made, keep_decay)
-    return {key: value for key, value in made.items() if key not in (*TAGS, *MADE_NATIVE)}
+    return made

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError
-from ._param_groups import check_product
+from ._param_groups import TAGS, check_product
 
 Group = dict[str, Any]
 Shape = tuple[int, ...]
@@ -31,7 +31,8 @@ def check_loadable(
 ) -> None:
     """Check that an optimizer of class `native` can hold a checkpoint and step with it.
 
-    For torch's optimizers, stand-ins of all parameters take steps with the checkpoint's settings, then with its state.
+    For torch's optimizers, stand-ins take steps with the checkpoint's settings, then with its state. Parameters whose
+    settings, shapes, dtypes and state are alike have one stand-in, so the cost follows the kinds of parameters.
     The state of another package's optimizer may have any shape. A tensor is refused if its shape differs from its
     parameter's although the optimizer makes it with the parameter's shape.
 
@@ -46,6 +47,7 @@ def check_loadable(
     """
     for group in fitted["param_groups"]:
         check_product(group, CheckpointError)
+    groups, fitted = _one_of_each_kind(groups, fitted)
     if not _is_torchs(native):
         _check_odd_shapes(native, defaults, groups, fitted)
         return
@@ -77,6 +79,57 @@ def _matched(groups: Sequence[Group], fitted: Mapping[str, Any]) -> list[Matched
     keys = chain.from_iterable(group["params"] for group in fitted["param_groups"])
     named = chain.from_iterable(zip(g["param_names"], g["params"], strict=False) for g in groups)  # flat: first name
     return [(name, p, key, fitted["state"].get(key) or {}) for (name, p), key in zip(named, keys, strict=True)]
+
+
+def _one_of_each_kind(groups: Sequence[Group], fitted: Mapping[str, Any]) -> tuple[list[Group], dict[str, Any]]:
+    """Return the groups and the checkpoint with the first parameter of each kind, without groups that have none."""
+    seen: set[Any] = set()
+    own, loaded = [], []
+    for number, (group, theirs) in enumerate(zip(groups, fitted["param_groups"], strict=True)):
+        settings = _settings(group), _settings(theirs)
+        listed = any(isinstance(value, list) for each in settings for _, value in each)  # a value for each parameter
+        shared = number if listed else tuple(map(_plain, settings))
+        names, params, keys = [], [], []
+        for name, param, key in zip(group["param_names"], group["params"], theirs["params"], strict=False):
+            state = fitted["state"].get(key) or {}
+            kind = (shared, tuple(param.shape), param.dtype, param.device, _plain(list(state.items())))
+            if listed or kind not in seen:
+                seen.add(kind)
+                names.append(name)
+                params.append(param)
+                keys.append(key)
+        if params:
+            own.append({**group, "params": params, "param_names": names})
+            loaded.append({**theirs, "params": keys, "param_names": names})
+    return own, {**fitted, "param_groups": loaded}
+
+
+def _settings(group: Group) -> list[tuple[str, Any]]:
+    return [(key, value) for key, value in group.items() if key not in (*TAGS, "params", "param_names")]
+
+
+def _plain(value: Any) -> Any:
+    """Return a hashable value that is equal for settings or state with which a step does the same checks."""
+    if isinstance(value, torch.Tensor):
+        return type(value), tuple(value.shape), value.dtype, value.device, value.layout, _number(value)
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(_plain, value))
+    if isinstance(value, (int, float, str, type(None))):
+        return type(value), str(value)
+    return id(value)
+
+
+def _number(value: torch.Tensor) -> str:
+    """Return a single number, such as a step counter, as text; empty for other tensors."""
+    if value.numel() != 1 or value.layout != torch.strided or value.device.type == "meta":
+        return ""
+    local = _local(value)
+    return str(local.item()) if local.numel() == 1 else ""
+
+
+def _local(value: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a DTensor, or the tensor."""
+    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def _small(shape: Shape) -> Shape:
@@ -151,7 +204,7 @@ def _stand_in(what: str, value: Any, param: torch.Tensor, made: Any) -> Any:
         raise _shape_error(what, shape, expected)
     if not single:
         return torch.zeros(to_be, dtype=value.dtype, device=param.device)
-    return (value.to_local() if hasattr(value, "to_local") else value).detach().clone()
+    return _local(value).detach().clone()
 
 
 def _check_odd_shapes(

@@ -18,7 +18,7 @@ from .._checks import is_number, is_positive
 from .._warn import warn
 from ..errors import CheckpointError
 from ..inspection import canonical_name
-from ._param_groups import GROUP_FORMAT, MADE_NATIVE, TAGS, at_base_rate
+from ._param_groups import GROUP_FORMAT, MADE_NATIVE, TAGS, at_base_rate, base_of
 
 OnRankChange = Literal["raise", "reset"]
 Group = dict[str, Any]
@@ -62,8 +62,8 @@ def fit_checkpoint(
     param_groups: list[Group],
     state_dict: dict[str, Any],
     on_rank_change: OnRankChange,
-    orders: Sequence[Sequence[str]],
-    has_own_rate: Callable[[Group], bool],
+    order: Sequence[Sequence[str]],
+    model_order: Callable[[], Sequence[str]],
 ) -> tuple[dict[str, Any], tuple[Reset, ...]]:
     """Return the state_dict to load, with the layout of our groups, and the parameters whose rank changed.
 
@@ -73,8 +73,8 @@ def fit_checkpoint(
         param_groups: this optimizer's groups.
         state_dict: the checkpoint.
         on_rank_change: as for `RankAwareOptimizer`.
-        orders: possible orders of the parameter names for a checkpoint without names.
-        has_own_rate: whether a group's rate was named by the user. Such a group keeps its multiplier.
+        order: the parameters' names by user group.
+        model_order: returns the names of all of the model's parameters, empty if the model is gone.
 
     Raises:
         CheckpointError: the checkpoint does not fit.
@@ -101,9 +101,11 @@ def fit_checkpoint(
             "group's settings into only one of them. Set group['lr'] of all of them to the saved rate."
         )
     if flat:
-        return {**state_dict, "param_groups": _flat_groups(param_groups, groups, state, has_own_rate)}, ()
+        return {**state_dict, "param_groups": _flat_groups(param_groups, groups, state)}, ()
     _check_user_groups(param_groups, groups)
-    saved = _by_name(param_groups, groups, orders)
+    saved = _by_name(param_groups, groups)
+    if saved is None:
+        saved = _by_position(param_groups, groups, state, order, model_order)
     shapes = _written_shapes(groups)
     of_parameters = {key for group in groups for key in group["params"]}
     new_state: dict[Any, Any] = {k: v for k, v in state.items() if not isinstance(k, int) and k not in of_parameters}
@@ -123,7 +125,7 @@ def fit_checkpoint(
             if note is not None:
                 reset.append(note)
             changed_law |= note is None and _law_differs(group, source)
-        new_groups.append(_merged(group, theirs, keys, has_own_rate(group)))
+        new_groups.append(_merged(group, theirs, keys))
     _say_changes(param_groups, groups, changed_law)
     return {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(reset)
 
@@ -149,8 +151,10 @@ def _contents(state_dict: Mapping[str, Any], flat: bool) -> tuple[list[Group], M
 
 def _check_group(group: Group, flat: bool) -> None:
     """Raise if a group would be misread without an error."""
-    for key in ("lr", "initial_lr", "rank_multiplier", "lr_multiplier"):
+    for key in ("lr", "initial_lr", "rank_multiplier", "lr_multiplier", "pinned_lr"):
         value = group.get(key, 1.0)
+        if key == "pinned_lr" and value is None:
+            continue
         value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         if not is_positive(value) and not (key.endswith("lr") and is_number(value) and value == 0):  # a warmup's start
             raise CheckpointError(f"A group of the checkpoint has {key}={group[key]!r}.", _CURE)
@@ -185,9 +189,7 @@ def _check_user_groups(param_groups: list[Group], groups: Sequence[Group]) -> No
         )
 
 
-def _flat_groups(
-    param_groups: list[Group], groups: list[Group], state: Mapping[Any, Any], has_own_rate: Callable[[Group], bool]
-) -> list[Group]:
+def _flat_groups(param_groups: list[Group], groups: list[Group], state: Mapping[Any, Any]) -> list[Group]:
     """Return the groups to load if a framework (DeepSpeed's ZeRO) replaced a group's parameters by one flat share.
 
     A flat share cannot be matched by name or resized, so the checkpoint must be split in the same way.
@@ -205,11 +207,11 @@ def _flat_groups(
         )
     _say_changes(param_groups, groups, any(map(_law_differs, param_groups, groups)))
     both = zip(param_groups, groups, strict=True)
-    return [_merged(own, other, other["params"], has_own_rate(own)) for own, other in both]
+    return [_merged(own, other, other["params"]) for own, other in both]
 
 
-def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequence[Sequence[str]]) -> dict[str, _Saved]:
-    """Find our parameters in the checkpoint, by name or by position in the order in which it was saved.
+def _by_name(param_groups: list[Group], groups: Sequence[Group]) -> dict[str, _Saved] | None:
+    """Find our parameters in the checkpoint by name; None if it has no names, or those of another model.
 
     torch.distributed.checkpoint uses names as keys. It orders them like the optimizer's parameters, but leaves
     `param_names` in the saved order. So the keys are used first.
@@ -221,22 +223,81 @@ def _by_name(param_groups: list[Group], groups: Sequence[Group], orders: Sequenc
     else:
         names = [name for group in groups for name in group.get("param_names") or ()]
     found = dict(zip(names, flat, strict=False))
-    if len(found) == len(flat) and not found.keys().isdisjoint(ours):
-        missing = [name for name in ours if name not in found]
-        if missing:
-            raise CheckpointError(
-                f"The checkpoint lacks {len(missing)} of this optimizer's parameters, such as {missing[0]}.",
-                "Load it into the model it was saved from.",
-            )
-        return found
-    same_cut = [len(g["params"]) for g in groups] == [len(g["params"]) for g in param_groups]
-    for order in ([ours] if same_cut else []) + list(orders):
-        if len(order) == len(flat):
-            return dict(zip(order, flat, strict=True))
-    raise CheckpointError(
-        f"The checkpoint has {len(flat)} parameters without matching names, this optimizer has {len(ours)}.",
-        "Load it into the model it was saved from, with the same parameters in the same order.",
-    )
+    if len(found) < len(flat) or found.keys().isdisjoint(ours):
+        return None
+    missing = [name for name in ours if name not in found]
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint lacks {len(missing)} of this optimizer's parameters, such as {missing[0]}.",
+            "Load it into the model it was saved from.",
+        )
+    return found
+
+
+def _by_position(
+    param_groups: list[Group],
+    groups: Sequence[Group],
+    state: Mapping[Any, Any],
+    order: Sequence[Sequence[str]],
+    model_order: Callable[[], Sequence[str]],
+) -> dict[str, _Saved]:
+    """Find our parameters in a checkpoint without names, by the order in which it was saved.
+
+    Groups of the same sizes as ours or the user's have the same order, as torch assumes. Otherwise it is that of the
+    user's groups or the model's, whichever the moments fit. If these disagree and both fit, no one knows.
+    """
+    flat = [_Saved(key, i) for i, group in enumerate(groups) for key in group["params"]]
+    held = {name: p for group in param_groups for name, p in zip(group["param_names"], group["params"], strict=True)}
+    sizes = _sizes(group["params"] for group in groups)
+    for cut in ([group["param_names"] for group in param_groups], order):
+        if sizes == _sizes(cut):
+            return dict(zip((name for names in cut for name in names), flat, strict=True))
+    all_names = model_order()
+    orders = ([name for names in order for name in names], all_names, [name for name in all_names if name in held])
+    found = [dict(zip(names, flat, strict=True)) for names in orders if len(names) == len(flat)]
+    found = [saved for saved in found if saved.keys() >= held.keys()]
+    if not found:
+        raise CheckpointError(
+            f"The checkpoint has {len(flat)} parameters without matching names, this optimizer has {len(held)}.",
+            "Load it into the model it was saved from, with the same parameters in the same order.",
+        )
+    differing = _differing(found, state)
+    if not differing:
+        return found[0]
+    fitting = [saved for saved in found if all(_fits(state.get(saved[name].key), p) for name, p in held.items())]
+    if not fitting or _differing(fitting, state):
+        raise CheckpointError(
+            f"The checkpoint has {len(flat)} parameters without names, in the model's order or in that of this "
+            f"optimizer's groups, and the two disagree, such as on {differing[0]}.",
+            "Build the plain optimizer from model.named_parameters(), or both from the same groups.",
+        )
+    return fitting[0]
+
+
+def _sizes(cut: Iterable[Sequence[Any]]) -> list[int]:
+    """Return the sizes of groups, without empty ones."""
+    return [len(listed) for listed in cut if len(listed)]
+
+
+def _differing(found: Sequence[dict[str, _Saved]], state: Mapping[Any, Any]) -> list[str]:
+    """Return the parameters to which the ways of matching give different state or settings."""
+    first = found[0]
+    same = {name for name in first if all(_same(saved.get(name), first[name], state) for saved in found)}
+    return [name for name in first if name not in same]
+
+
+def _same(one: _Saved | None, other: _Saved, state: Mapping[Any, Any]) -> bool:
+    if one is None or one.group != other.group:
+        return False
+    return one.key == other.key or not (state.get(one.key) or state.get(other.key))
+
+
+def _fits(state: Mapping[str, Any] | None, param: torch.Tensor) -> bool:
+    """Return whether a parameter's state has shapes that can belong to it."""
+    if not any(isinstance(value, torch.Tensor) and value.dim() for value in (state or {}).values()):
+        return True
+    shapes = [tuple(value.shape) for value in _shaped(state, param).values()]
+    return bool(shapes) and _fit(shapes, tuple(param.shape))
 
 
 def _source(group: Group, sources: Sequence[Group]) -> Group:
@@ -255,10 +316,12 @@ def _source(group: Group, sources: Sequence[Group]) -> Group:
 _LISTS = ("params", "param_names")
 
 
-def _merged(group: Group, theirs: Group, keys: list[int], has_own_rate: bool) -> Group:
+def _merged(group: Group, theirs: Group, keys: list[int]) -> Group:
     """Return our group with the saved group's settings and base rate, and our own tags."""
     tags = {key: group[key] for key in TAGS if key in group}
-    if not has_own_rate and _init_was_known(group, theirs):
+    if group["pinned_lr"] is not None:
+        tags["rank_multiplier"] = _pinned_multiplier(group, theirs)
+    elif _init_was_known(group, theirs):
         # Trained weights no longer show the init that gave the saved multiplier.
         tags |= {"lora_init": theirs["lora_init"], "rank_multiplier": theirs["rank_multiplier"]}
     tags["rankaware_recipe"] = theirs.get("rankaware_recipe") or tags.get("rankaware_recipe", "")  # with its base rate
@@ -266,7 +329,21 @@ def _merged(group: Group, theirs: Group, keys: list[int], has_own_rate: bool) ->
     return {**settings, **tags, "params": keys, "param_names": list(group["param_names"])}
 
 
+def _pinned_multiplier(group: Group, theirs: Group) -> float:
+    """Return the ratio of a pinned rate to the checkpoint's base rate.
+
+    If the checkpoint's rate was pinned too, its base may have been scheduled since, so its ratio is used.
+    """
+    pinned, saved = group["pinned_lr"], theirs.get("pinned_lr")
+    if saved is not None and "rank_multiplier" in theirs:
+        return float(theirs["rank_multiplier"] * (pinned / saved))
+    base = float(theirs.get("max_lr", base_of(theirs)))  # OneCycleLR starts at a fraction of the rate
+    return float(pinned / base if base else group["rank_multiplier"])
+
+
 def _law_differs(group: Group, theirs: Group) -> bool:
+    if group["pinned_lr"] is not None:
+        return False
     ratio = theirs.get("rank_multiplier", group["rank_multiplier"]) / group["rank_multiplier"]
     return abs(ratio - 1.0) > 1e-9 and not _init_was_known(group, theirs)
 
@@ -372,6 +449,8 @@ def _laid_out(value: Any, param: torch.Tensor) -> Any:
     if type(value) not in plain or value.layout != torch.strided:
         return value
     like = param if type(param) in plain and param.shape == value.shape else value
+    if value.is_contiguous() and like.is_contiguous():  # the usual case
+        return value
     if value.stride() == torch.empty_like(like, device="meta").stride():
         return value
     return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)

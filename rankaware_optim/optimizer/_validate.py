@@ -189,7 +189,7 @@ def check_base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any, tun
         default = inspect.signature(native).parameters.get("lr")
         if default is None or not isinstance(default.default, (int, float)):
             raise OptimizerError(f"{native.__name__} has no default learning rate.", "Give lr=.")
-        if not all("lr" in group.options for group in tuned):
+        if not all("lr" in group.options for group in tuned if group.named):
             raise OptimizerError(
                 f"tuned_at= was given without lr=, but {native.__name__}'s default, {default.default}, is not tuned.",
                 "Give the tuned rate as lr=, or leave tuned_at= out.",

@@ -30,6 +30,7 @@ from ._param_groups import (
     TAGS,
     PlannedGroup,
     UserGroup,
+    base_of,
     model_of,
     multiply_for_native,
     own_settings,
@@ -148,6 +149,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     _rankaware_model: weakref.ref[nn.Module]
     _rankaware_step: Callable[..., Any]
     _rankaware_stepping: bool  # inside a step; the native step may call self.step
+    _rankaware_held: Held  # what a step in progress has put in place; a new list after each
     _rankaware_unchecked: bool  # whether its parameters must be checked, after it was built, loaded or extended
     _rankaware_watched: int  # the number of a group of adapters
     _rankaware_idle: bool  # its first parameter had no gradient at the last step
@@ -207,7 +209,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         )
         if native_type:
             for group in opt.param_groups:
-                multiply_for_native(group, not scale_weight_decay and shrinks_by_decay(native, group))
+                multiply_for_native(group, not scale_weight_decay and shrinks_by_decay(opt, group))
             opt.__class__ = native  # type: ignore[assignment]
             return opt
         order = tuple(group.names for group in own)
@@ -281,7 +283,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         made = []
         for planned in split(own, wrap.plan, survey, first=len(wrap.order)):
             made.append({"lr": self.defaults.get("lr"), **planned.as_dict(named="param_names" in self.param_groups[0])})
-            set_rate(made[-1], planned.assignment)
+            set_rate(made[-1])
         for group in made:
             native.add_param_group(self, group)
         known = {f.name for f in wrap.survey.factors}
@@ -294,7 +296,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """Load a checkpoint by parameter name. Ranks and shapes are compared, which torch does not do.
 
         Rates in it are base rates, also those of a plain optimizer. The multipliers of this optimizer are kept. A
-        warning is given if the checkpoint's differ. Another rank is treated as `on_rank_change` says.
+        warning is given if the checkpoint's differ. Explicit rates (`rates`, `other_lr`) do not follow the base rate.
+        Another rank is treated as `on_rank_change` says.
 
         Args:
             state_dict: the result of an optimizer's state_dict().
@@ -303,13 +306,13 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             CheckpointError: the checkpoint does not fit. Nothing was loaded.
         """
         wrap, model, native, before = self._rankaware, _held_model(self), type(self)._rankaware_native, dict(vars(self))
-        default = [_base(group) == self.defaults.get("lr") for group in self.param_groups]  # those without their own lr
-        orders = [[name for group in wrap.order for name in group]]
-        if model is not None:
-            orders.append([name for name, _ in walk(model).parameters])
+        default = [base_of(group) == self.defaults.get("lr") for group in self.param_groups]  # those without own lr
+
+        def model_order() -> list[str]:
+            return [] if model is None else [name for name, _ in walk(model).parameters]
+
         try:
-            own_rate = wrap.plan.has_own_rate
-            fitted, reset = fit_checkpoint(self.param_groups, state_dict, wrap.on_rank_change, orders, own_rate)
+            fitted, reset = fit_checkpoint(self.param_groups, state_dict, wrap.on_rank_change, wrap.order, model_order)
             check_loadable(native, self.defaults, self.param_groups, fitted)
             native.load_state_dict(self, fitted)
         except BaseException as error:
@@ -323,12 +326,21 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             ) from error
         self._rankaware = replace(wrap, reset=reset)
         self._rankaware_unchecked = True
-        base = next((_base(group) for group, takes in zip(self.param_groups, default, strict=True) if takes), None)
+        base = next((base_of(group) for group, takes in zip(self.param_groups, default, strict=True) if takes), None)
         if base is not None and float(base) > 0:
             self.defaults["lr"] = base.clone() if isinstance(base, torch.Tensor) else base
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state with base rates, also during a step: in a signal handler, or in another thread."""
+        return _at_base_rates(self, lambda: type(self)._rankaware_native.state_dict(self))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**type(self)._rankaware_native.__getstate__(self), "_rankaware": self._rankaware}
+        def read() -> dict[str, Any]:
+            state = type(self)._rankaware_native.__getstate__(self)
+            groups = [dict(group) for group in state["param_groups"]]
+            return {**state, "param_groups": groups, "_rankaware": self._rankaware}
+
+        return _at_base_rates(self, read)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (type(self)._rankaware_native,), self.__getstate__()
@@ -344,7 +356,8 @@ def recipe_of(opt: Any) -> Recipe | None:
     return opt._rankaware.plan.recipe if isinstance(opt, RankAwareOptimizer) else None
 
 
-_OVERRIDES = ("add_param_group", "load_state_dict", "__getstate__", "__reduce_ex__", "__repr__", "report", "expand")
+_STATE = ("state_dict", "load_state_dict", "__getstate__", "__reduce_ex__")
+_OVERRIDES = ("add_param_group", *_STATE, "__repr__", "report", "expand")
 _SUBCLASSES: dict[type, Any] = {}
 _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that were built, not copied
 
@@ -361,7 +374,7 @@ def _subclass(native: type[Optimizer]) -> Any:
             **{name: _step_of(getattr(native, name)) for name in steps},
         }
         namespace |= {"_rankaware_stepping": False, "_rankaware_unchecked": True, "_rankaware_idle": False}
-        namespace |= {"_rankaware_watched": 0}
+        namespace |= {"_rankaware_watched": 0, "_rankaware_held": []}
         _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
     return _SUBCLASSES[native]
 
@@ -392,11 +405,6 @@ def _held_model(opt: Optimizer) -> nn.Module | None:
     return found
 
 
-def _base(group: Mapping[str, Any]) -> Any:
-    """Return the rate from which a group's schedule starts, or its rate."""
-    return group.get("initial_lr", group["lr"])
-
-
 def _frozen(groups: Iterable[UserGroup]) -> set[int]:
     """Return the ids of frozen parameters that the user listed, since they get a rate if they train later."""
     return {id(p) for group in groups for _, p in group.named if not p.requires_grad}
@@ -416,7 +424,7 @@ def _construct(native: type[Optimizer], planned: list[PlannedGroup], lr: Any, se
                 f"{native.__name__} rearranges its groups when it is built, so rates would go to the wrong groups.",
                 f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model.parameters(), ...), model=model).",
             )
-        set_rate(group, part.assignment)
+        set_rate(group)
     return opt
 
 
@@ -426,8 +434,8 @@ def _regroup(built: Optimizer, native: type[Optimizer], planned: list[PlannedGro
     groups = [
         {**part.as_dict(named=False), "param_names": [name for name, _ in part.named], **given} for part in planned
     ]
-    for group, part in zip(groups, planned, strict=True):
-        set_rate(group, part.assignment)
+    for group in groups:
+        set_rate(group)
     built.defaults.update(given)
     built.param_groups[:] = groups
     built.__class__ = _subclass(native)
@@ -448,57 +456,71 @@ def _step_of(native: Any) -> Callable[..., Any]:
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._rankaware_stepping:  # the native step calls self.step
             return stepped(self, *args, **kwargs)
-        held: Held = []
         closure = args[0] if args else kwargs.get("closure")
         if closure is None:
             _check(self)
         else:
-            at_base = _at_base_rates(self, closure, held)
+            at_base = _closure_at_base_rates(self, closure)
             args, kwargs = ((at_base, *args[1:]), kwargs) if args else ((), {**kwargs, "closure": at_base})
         self._rankaware_stepping = True
         try:
-            _multiply(self, held)
+            _multiply(self)
             return stepped(self, *args, **kwargs)
         finally:
-            _put_back(held)
+            _put_back(self)
             self._rankaware_stepping = False
 
     return step
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # with tensor rates it would be a separate graph
-def _multiply(opt: Any, held: Held) -> None:
+def _multiply(opt: Any) -> None:
     """Set every group's rate to base rate × multiplier."""
     groups, keep_decay = opt.param_groups, not opt._rankaware.scale_weight_decay
     bases = [group["lr"] for group in groups]
     multipliers = [group.get("rank_multiplier", 1.0) for group in groups]
     rates: Sequence[Any]
-    if all(isinstance(base, torch.Tensor) for base in bases):
+    if bases and all(isinstance(base, torch.Tensor) for base in bases):
         rates = torch._foreach_mul(bases, multipliers)  # one call for all groups
     else:
         rates = [base * multiplier for base, multiplier in zip(bases, multipliers, strict=True)]
-    for group, base, rate, multiplier in zip(groups, bases, rates, multipliers, strict=True):
-        held.append((group, base, rate, group.get("weight_decay")))
+    decays = [group.get("weight_decay") for group in groups]
+    opt._rankaware_held = list(zip(groups, bases, rates, decays, strict=True))  # before a rate changes, for a save
+    for group, rate, multiplier in zip(groups, rates, multipliers, strict=True):
         group["lr"] = rate
-        if keep_decay and shrinks_by_decay(opt._rankaware_native, group):
+        if keep_decay and shrinks_by_decay(opt, group):
             group["weight_decay"] = group["weight_decay"] / multiplier
 
 
-def _put_back(held: Held) -> None:
+def _put_back(opt: Any) -> None:
     """Restore the base rates. A rate that the optimizer wrote itself is kept, divided by the multiplier."""
-    for group, base, rate, decay in held:
+    for group, base, rate, decay in opt._rankaware_held:
         now = group["lr"]
         group["lr"] = base if now is rate else now / group.get("rank_multiplier", 1.0)
         if decay is not None:
             group["weight_decay"] = decay
-    held.clear()
+    opt._rankaware_held = []
 
 
-def _at_base_rates(opt: Any, closure: Callable[..., Any], held: Held) -> Callable[..., Any]:
+def _at_base_rates(opt: Any, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return read(), whose groups are copies, with base rates. It is read again if a step began or ended meanwhile."""
+    while True:
+        held = opt._rankaware_held
+        made = read()
+        if opt._rankaware_held is held:
+            break
+    for group, (_, base, _, decay) in zip(made["param_groups"], held, strict=False):
+        group["lr"] = base
+        if decay is not None:
+            group["weight_decay"] = decay
+    return made
+
+
+def _closure_at_base_rates(opt: Any, closure: Callable[..., Any]) -> Callable[..., Any]:
     """Return the closure, run at base rates, which it may change. Lightning runs a whole training step in it."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        _put_back(held)
+        _put_back(opt)
         opt._rankaware_stepping = False
         try:
             loss = closure(*args, **kwargs)
@@ -506,7 +528,7 @@ def _at_base_rates(opt: Any, closure: Callable[..., Any], held: Held) -> Callabl
             return loss
         finally:
             opt._rankaware_stepping = True
-            _multiply(opt, held)
+            _multiply(opt)
 
     return run
 
@@ -515,7 +537,8 @@ def _check(opt: Any) -> None:
     """Check the parameters when there are new ones, and when the watched one stops getting gradients."""
     if torch.compiler.is_compiling():
         return
-    idle = opt.param_groups[opt._rankaware_watched]["params"][0].grad is None
+    watched = opt.param_groups[opt._rankaware_watched :][:1]  # none, if the user cleared the groups
+    idle = all(param.grad is None for group in watched for param in group["params"][:1])
     if opt._rankaware_unchecked or (idle and not opt._rankaware_idle):
         _check_parameters(opt)
     opt._rankaware_idle = idle

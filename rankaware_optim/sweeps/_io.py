@@ -90,8 +90,9 @@ def read_sweep(source: Source | Sweep, *, columns: Mapping[str, str] | None = No
 
     The columns rank, lr and loss are required. The columns alpha, rslora, init ("A", "B"), method ("lora", "full"),
     fan_in, seed, model, batch, steps and start (the loss before training) are optional. `ALIASES` lists other names for
-    them. An empty rank or "full" means full finetuning. A loss of nan, inf or "diverged" means that the run diverged. A
-    row without a loss is left out, with a note. A row that repeats another one in every cell counts once.
+    them. An empty rank or "full" means full finetuning. A rank of nan is refused unless the method is "full". A
+    loss of nan, inf or "diverged" means that the run diverged. A row without a loss is left out, with a note. A row
+    that repeats another one in every cell counts once.
 
     Args:
         source: dicts, or a file with one of the endings .csv, .tsv, .json (a list) or .jsonl.
@@ -253,6 +254,13 @@ class _Cells(NamedTuple):
             raise self.error(field, f"one of {', '.join(key for key in known if key)}")
         return known[text]
 
+    def rank(self) -> int | None:
+        """Return the rank, None for full finetuning. A NaN is neither: pandas writes it where a rank is missing."""
+        text = self.text("rank")
+        if text is None and str(self.row.get(self.names.get("rank", ""))).strip().lower() == "nan":
+            raise self.error("rank", "a rank, or 'full' for full finetuning")
+        return None if (text or "full").lower() == "full" else self.whole("rank")
+
     def loss(self) -> float | None:
         """Return the loss: infinite if the run diverged, None if there is none."""
         value = self.row.get(self.names["loss"])
@@ -270,7 +278,7 @@ def _run_of(cells: _Cells) -> SweepRun | None:
     """Return the row as a run, or None if it has no loss."""
     loss = cells.loss()
     full = cells.choice("method", {"full": True, "lora": False, "": None})
-    rank = None if full or (cells.text("rank") or "full").lower() == "full" else cells.whole("rank")
+    rank = None if full else cells.rank()
     if rank is None and full is False:
         raise cells.error("rank", "a LoRA run's rank")
     lr = cells.number("lr")

@@ -352,6 +352,49 @@ def test_a_decay_in_the_gradient_is_not_divided(decoupled):
     assert {group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]} == opt.decays
 
 
+class Decoupled(torch.optim.Optimizer):
+    """An optimizer with pytorch_optimizer's settings of a group, which keeps the decays with which it stepped."""
+
+    def __init__(self, params, lr, weight_decay, **settings):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **settings})
+
+    def step(self, closure=None):
+        self.decays = {group["weight_decay"] for group in self.param_groups}
+
+
+class ForAllGroups(Decoupled):
+    """The same settings, which the optimizer keeps for all groups, as torch_optimizer's AdaBelief does."""
+
+    def __init__(self, params, lr, weight_decay, weight_decouple=True, fixed_decay=False):
+        super().__init__(params, lr, weight_decay)
+        self._weight_decouple, self._fixed_decay = weight_decouple, fixed_decay
+
+
+DECAYS = [({"weight_decouple": True}, True), ({"fixed_decay": True}, False), ({"weight_decouple": False}, False)]
+
+
+@pytest.mark.parametrize("kind", [Decoupled, ForAllGroups])
+@pytest.mark.parametrize(("settings", "divided"), DECAYS)
+def test_only_a_decay_that_follows_the_rate_is_divided(kind, settings, divided):
+    """A fixed or an L2 decay is kept, in a step, in a plain state, and in native groups."""
+    given = {"weight_decay": 0.1, "scale_weight_decay": False, **settings, **LAW}
+    model = mlp((4, 64), head=False)
+    opt = RankAwareOptimizer(model, kind, lr=1e-2, **given)
+    opt.step()
+    wanted = {0.1, 0.4} if divided else {0.1}
+    assert opt.decays == wanted
+    assert {group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]} == wanted
+    native = RankAwareOptimizer(model, kind, lr=1e-2, native_type=True, **given)
+    assert {group["weight_decay"] for group in native.param_groups} == wanted
+
+
+def test_sgds_own_l2_decay_follows_the_rate():
+    """A step that is linear in the gradient multiplies its L2 decay by the rate."""
+    model = mlp((4, 64), head=False)
+    opt = RankAwareOptimizer(model, torch.optim.SGD, lr=1e-2, weight_decay=0.1, scale_weight_decay=False, **LAW)
+    assert {group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]} == {0.1, 0.4}
+
+
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda opt: pickle.loads(pickle.dumps(opt))}
 
 

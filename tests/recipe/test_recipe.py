@@ -805,14 +805,14 @@ def test_the_optimizers_state_carries_the_recipes_tag(tmp_path):
 
 
 def test_torchs_own_optimizer_loads_a_tagged_state():
-    """AdamW itself takes the state, and the plain export holds no tag."""
+    """AdamW itself takes the state, and the plain export too, which keeps the recipe's tag."""
     model, opt = tagged(recipe())
     own = torch.optim.AdamW([{"params": group["params"]} for group in opt.param_groups])
     own.load_state_dict(opt.state_dict())
     assert [g["lr"] for g in own.param_groups] == [g["lr"] for g in opt.param_groups]
     assert all("to_plain_state_dict" in group["rankaware_lr"] for group in own.param_groups)
     plain = to_plain_state_dict(opt)
-    assert all("rankaware_recipe" not in group for group in plain["param_groups"])
+    assert all(group["rankaware_recipe"] and "rankaware_lr" not in group for group in plain["param_groups"])
     own.load_state_dict(plain)
     assert [g["lr"] for g in own.param_groups] == [effective_lr(g) for g in opt.param_groups]
     plain = to_plain_state_dict(opt, own_groups=True)

@@ -368,6 +368,7 @@ def test_numpy_numbers_are_numbers():
 BAD_CELLS = [
     ("rank", "sixteen", "whole number from 1"), ("rank", "0", "whole number from 1"),
     ("rank", "1.5", "whole number from 1"), ("rank", "-4", "whole number from 1"), ("rank", "1e10", "to 2147483647"),
+    ("rank", "nan", "a rank, or 'full'"), ("rank", "NaN", "a rank, or 'full'"),
     ("lr", "fast", "from 1e-30"), ("lr", "0", "from 1e-30"), ("lr", "-1e-4", "from 1e-30"),
     ("lr", "1e-320", "from 1e-30"),
     ("lr", "inf", "from 1e-30"), ("lr", "", "from 1e-30"), ("lr", "1,5e-4", r"to 1e\+06"), ("lr", "1e7", r"to 1e\+06"),
@@ -399,6 +400,14 @@ def test_a_cell_that_cannot_be_is_named(field, text, belongs, kind, tmp_path):
         read_sweep(source)
     expected = rf"{re.escape(place)}, column '{field}': {re.escape(repr(text))} is not .*{belongs}"
     assert re.search(expected, caught.value.cause)
+
+
+def test_a_missing_rank_of_a_dataframe_is_no_full_finetuning():
+    """A rank of NaN, as pandas fills in, is full finetuning only where the row says so."""
+    row = {"rank": math.nan, "lr": 1e-4, "loss": 0.5}
+    with pytest.raises(CalibrationError, match=r"row 1, column 'rank': nan is not a rank, or 'full'"):
+        read_sweep([row])
+    assert read_sweep([{**row, "method": "full"}]).runs[0].rank is None
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
