@@ -48,7 +48,7 @@ class Bug(NamedTuple):
 BUGS = (
     Bug("_files.py", "if not stat.S_ISREG(status.st_mode):", "if False:", "not regular files"),
     Bug("_files.py", 'flags | getattr(os, "O_NONBLOCK", 0)', "flags", "not regular files"),
-    Bug("_files.py", "if target.exists() and not target.is_file():", "if False:", "not regular files"),
+    Bug("recipe/_io.py", "if target.exists() and not target.is_file():", "if False:", "not regular files"),
     Bug("_files.py", "os.replace(made, target)", "target.write_bytes(data)", "ended between calls, saves"),
     Bug("_files.py", "os.fsync(file.fileno())", "pass", "ended between calls, saves", missed_because="a process that ends loses nothing that it wrote: only a power failure would show it"),
     Bug("recipe/_io.py", "if hashlib.sha256(data).hexdigest() != sha256:", "if False:", "damaged recipes", 200),
@@ -63,7 +63,6 @@ BUGS = (
     Bug("recipe/_beside.py", "if os.path.commonpath([root, real]) != root:", "if False:", "what a save may not replace"),
     Bug("recipe/_schema.py", "if good is not None and not bool(good(value).all()):", "if False:", "damaged recipes", 300),
     Bug("recipe/_schema.py", "if value.dtype.name not in kinds or value.ndim != axes:", "if False:", "damaged recipes", 300),
-    Bug("recipe/_schema.py", "if spectrum[0] < -1e-6 * abs(spectrum[-1]):", "if False:", "damaged recipes", 600),
     Bug("_printable.py", 'return "".join(sign for sign in text if sign.isprintable() or sign in "\\n\\t")', "return text", "damaged recipes", 600),
     Bug("laws/_base.py", "        factory = LAWS.get(name)\n    except", "        factory = import_module(name.partition(':')[0]).Law if ':' in name else LAWS.get(name)\n    except", "modules named in recipes", 20),
     Bug("inspection/files/_training.py", 'return type(name, (), {"__module__": package})', "return getattr(__import__(package, fromlist=[name]), name)", "modules named in adapters"),
