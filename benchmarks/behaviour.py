@@ -407,7 +407,9 @@ def fit() -> Cases:
     for domain, scheme, init, gamma, kind in FITTED:
         rows = list(swept(domain, scheme, init, gamma))
         recipe = fit_sweep(rows, fit=kind, init=init, fan_in=256, full_fan_in=1024, steps=100)
-        cases |= {f"{domain}, {scheme}, by {kind}, {name}": values for name, values in rates(recipe, ASKED | LONGER).items()}
+        cases |= {
+            f"{domain}, {scheme}, by {kind}, {name}": values for name, values in rates(recipe, ASKED | LONGER).items()
+        }
     return cases
 
 

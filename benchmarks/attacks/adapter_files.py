@@ -192,6 +192,8 @@ def harm_header(made: Made, at: int, value: Any) -> None:
     entry = made.header[name]
     if isinstance(entry, dict) and entry and at // 5 % 4:
         entry[nth(entry, at // 7)] = value if at // 11 % 2 else [value, nth(DIMS, at // 13)]
+    elif isinstance(entry, dict) and at // 11 % 2:
+        made.header[name] = [*entry.values()]  # some readers take the fields in this order
     else:
         made.header[name] = value
     start = 8 + int.from_bytes(made.file[:8], "little")

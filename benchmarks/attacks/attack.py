@@ -23,12 +23,40 @@ from pathlib import Path
 from typing import Any
 
 import click
-from attacks import adapter_files, checkpoints, exceptions, interrupts, journals, kills, recipes, sweeps
+from attacks import (
+    adapter_files,
+    between_calls,
+    bystanders,
+    checkpoints,
+    exceptions,
+    interrupts,
+    journals,
+    kills,
+    modules,
+    recipes,
+    special,
+    studies,
+    sweeps,
+)
 from attacks.outcomes import FAILED, HELD, REFUSED, Attack
 from recording import RESULTS, commit, machine, record
 
 RESTS_ON = ()  # outcomes: made again at a release
-MODULES = (kills, interrupts, exceptions, recipes, checkpoints, sweeps, journals, adapter_files)
+MODULES = (
+    between_calls,
+    bystanders,
+    kills,
+    interrupts,
+    studies,
+    exceptions,
+    modules,
+    special,
+    recipes,
+    checkpoints,
+    sweeps,
+    journals,
+    adapter_files,
+)
 ATTACKS: dict[str, Attack] = {attack.name: attack for module in MODULES for attack in module.ATTACKS}
 FILE = RESULTS / "attack.jsonl"
 FIRST_SEED = 20261200
@@ -36,10 +64,12 @@ MEMORY = 8 * 2**30  # bytes that a piece may map
 NOTES = (
     "held: it went well, and what the attack's docstring asks for was true. refused: an error of ours, in printable "
     "words, with nothing changed. failed: any other exception, a loss, a tear, a rate that is not finite and positive, "
-    "or more than 5 s. The slowest in seconds. Newest: attempts at the commit that is "
-    "named, that of the attack's last piece. The others are older.",
-    "A piece in which something failed was run again, with its seed, once that was fixed. In the run on file they are "
-    "six pieces of damaged journals: two waited for another host's trial, four did not recognise the damage.",
+    "or too long: fifty times what a fixed piece of work takes on the same machine. The slowest in seconds. Newest: "
+    "attempts at the commit that is named, that of the attack's last piece. The others are older.",
+    "Between calls: a save or a study is run once for every call by which Python changes a file (open, write, fsync, "
+    "replace, unlink and others), and ended there, or in the middle of a write. SQLite makes its calls in C. They are "
+    "not reached: it is attacked by kills at random moments. So is PostgreSQL.",
+    "Which planted bugs this attack sees is in planted.md.",
 )
 
 

@@ -45,15 +45,15 @@ def damaged_values(document: Any, chance: random.Random, times: int = 2) -> Any:
     """Copy a nested document, and change up to `times` values: replace, remove, or overwrite by one from elsewhere."""
     document = copy.deepcopy(document)
     for _ in range(chance.randint(1, times)):
-        places = list(_places(document))
-        if not places:
+        found = list(places(document))
+        if not found:
             break
-        inner, key = chance.choice(places)
+        inner, key = chance.choice(found)
         match chance.randrange(5):
             case 0:
                 del inner[key]
             case 1:
-                other, there = chance.choice(places)
+                other, there = chance.choice(found)
                 inner[key] = copy.deepcopy(other[there])
             case 2 if isinstance(inner[key], (int, float)) and not isinstance(inner[key], bool):
                 inner[key] *= chance.choice((-1, 0, 1e-6, 1e6, 1e-300, 1e300, 2, 0.5))
@@ -62,9 +62,9 @@ def damaged_values(document: Any, chance: random.Random, times: int = 2) -> Any:
     return document
 
 
-def _places(document: Any) -> Iterator[tuple[Any, Any]]:
+def places(document: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) of a nested document."""
     keys = document if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
     for key in keys:
         yield document, key
-        yield from _places(document[key])
+        yield from places(document[key])

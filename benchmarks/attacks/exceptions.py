@@ -1,25 +1,18 @@
-"""Injected errors at any moment: in a tensor operation while a model is calibrated in place, in the file system while a
-recipe is saved, and in the storage while a study runs.
+"""Injected errors in a tensor operation while a model is calibrated in place.
 
 Each error is raised once, at a call drawn from all calls that an undisturbed run makes. Afterwards the model must be as
-before, or the error must name the tensors that are not. The recipe on disk must be the old or the new one. The same
-call must resume the study.
+before, or the error must name the tensors that are not.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from attacks.outcomes import Attack, Outcomes
-from attacks.victim import SHIPPED, TRIALS, calibration
 from made_up import Pair
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,77 +121,4 @@ def put_back(model: nn.Module, at: int) -> None:
         raise AssertionError(f"left changed, but the error ({said!r}) does not name: {unsaid}")
 
 
-# --- files and storages ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def failing(names: list[str], at: int) -> Iterator[Callable[[], int]]:
-    """Make the named functions of `os` raise OSError once, at call `at` of all their calls; yields the call counter."""
-    count = 0
-
-    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == at:
-                raise OSError(28, "No space left on device (injected)")
-            return real(*args, **kwargs)
-
-        return called
-
-    with patch.multiple(os, **{name: wrap(getattr(os, name)) for name in names}):
-        yield lambda: count
-
-
-SAVING = ["open", "fsync", "replace", "chmod", "unlink", "stat"]
-STORING = ["open", "fsync", "stat"]
-
-
-def run_saves(seed: int, count: int, folder: Path) -> Outcomes:
-    chance, outcomes = random.Random(seed), Outcomes()
-    recipe = ra.Recipe.load(SHIPPED)
-    with failing(SAVING, 0) as calls:
-        recipe.save(folder / "recipe.toml")
-        total = calls()
-    for number in range(count):
-        at = chance.randint(1, total)
-        outcomes.attempt((seed, number, at), lambda at=at: saved(folder / "recipe.toml", recipe, at))
-    return outcomes
-
-
-def saved(path: Path, recipe: ra.Recipe, at: int) -> None:
-    with failing(SAVING, at), suppress(ra.RecipeError):
-        recipe.save(path)
-    if ra.Recipe.load(path).tag != recipe.tag:
-        raise AssertionError("the file holds another recipe")
-    recipe.save(path)
-    left = sorted(file.name for file in path.parent.iterdir() if not file.name.endswith(".lock"))
-    if len(left) != 2:
-        raise AssertionError(f"the folder holds {left}, not only the recipe's files")
-
-
-def run_storages(seed: int, count: int, folder: Path) -> Outcomes:
-    warnings.simplefilter("ignore")
-    chance, outcomes = random.Random(seed), Outcomes()
-    with failing(STORING, 0) as calls:
-        calibration(folder / "straight.journal", pause=0.0)
-        total = calls()
-    for number in range(count):
-        at = chance.randint(1, total)
-        path = folder / f"{seed}-{number}.journal"
-        outcomes.attempt((seed, number, at), lambda path=path, at=at: gone_on(path, at))
-    return outcomes
-
-
-def gone_on(path: Path, at: int) -> None:
-    with failing(STORING, at), suppress(ra.CalibrationError):
-        calibration(path, pause=0.0)
-    if (found := len(calibration(path, pause=0.0).tensors["lr"])) != TRIALS:
-        raise AssertionError(f"{found} trials of {TRIALS}")
-
-
-ATTACKS = (
-    Attack("errors, in place", 300, 50, run_in_place),
-    Attack("errors, saving", 150, 50, run_saves),
-    Attack("errors, storage", 150, 50, run_storages),
-)
+ATTACKS = (Attack("errors, in place", 300, 50, run_in_place),)

@@ -18,10 +18,9 @@ from typing import Any
 import optuna
 import torch
 from attacks.outcomes import HANG_S, Attack, Outcomes
-from attacks.victim import TRIALS, calibration
+from attacks.victim import TRIALS, calibration, storage_in, trials_of
 
 import rankaware_optim as ra
-from rankaware_optim.calibration._storage import open_storage
 from rankaware_optim.calibration._trials import Trials
 
 
@@ -51,10 +50,6 @@ def closed(handles: int) -> None:
         raise AssertionError(f"{now} files are open, before there were {handles}")
 
 
-def storage_in(folder: Path, url: str) -> Any:
-    return url.format(folder=folder) if url else folder / "study.journal"
-
-
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -79,7 +74,7 @@ def interrupted(folder: Path, url: str, name: str, delay: float) -> None:
     signal.alarm(int(HANG_S) + 1)  # ends the process, and fails its piece, if the call does not return
     recipe = calibration(storage, name=name)
     signal.alarm(0)
-    trials = Trials.read(optuna.load_study(study_name=name, storage=open_storage(storage)).trials)
+    trials = Trials.read(trials_of(storage, name))
     if len(trials.counted()) != TRIALS or trials.running() or len(recipe.tensors["lr"]) != TRIALS:
         raise AssertionError(f"counted {len(trials.counted())} of {TRIALS}, running {len(trials.running())}")
 

@@ -7,7 +7,6 @@ import math
 import random
 import shutil
 import sqlite3
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,17 @@ from typing import Any
 import torch
 from attacks.damage import damaged_bytes, damaged_values
 from attacks.outcomes import Attack, Outcomes
-from attacks.victim import calibration
+from attacks.victim import calibration, prepare
 from safetensors.torch import save_file
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import _liveness
 
 
 def run(seed: int, count: int, folder: Path) -> Outcomes:
-    warnings.simplefilter("ignore")
+    prepare()
     chance, outcomes = random.Random(seed), Outcomes()
     whole = folder / "whole.journal"
     calibration(whole, pause=0.0)
-    _liveness._BEAT_S = 0.05  # damage may leave a trial running, whose silence is waited for
     for number in range(count):
         path = folder / "study.journal"
         path.write_bytes(damaged_journal(whole.read_bytes(), chance))

@@ -1,18 +1,27 @@
-"""Damaged recipes: bytes and values of the TOML, or bytes, names, shapes and values of the tensors, with their hash."""
+"""Damaged recipes: bytes and values of the TOML, or bytes, names, shapes and values of the tensors.
+
+In half of the cases of tensors the TOML gets the hash of the damaged ones, so that they are read. In the others it
+keeps the hash of the good ones, and no damaged trial may be read.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import random
+import warnings
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli
 import tomli_w
 import torch
-from attacks.damage import damaged_bytes, damaged_values
+from attacks.damage import damaged_bytes, damaged_values, places
 from attacks.outcomes import Attack, Outcomes
 from safetensors.torch import load, save
 
@@ -26,35 +35,47 @@ NUMBERS = (0.0, -1.0, math.nan, math.inf, 1e300, 1e-300, 5e-324, -1e24)
 
 
 def run(seed: int, count: int, folder: Path) -> Outcomes:
+    warnings.simplefilter("ignore", ra.RankAwareWarning)
     chance, outcomes = random.Random(seed), Outcomes()
     for number in range(count):
-        source = chance.choice(SHIPPED)
-        path = write(source, chance, folder)
+        path, foreign = write(chance.choice(SHIPPED), chance, folder)
         page = number % 8 == 0  # a page takes ten times as long as all else
-        outcomes.attempt((seed, number), lambda path=path, page=page: use(path, page), ra.RecipeError)
+        outcomes.attempt((seed, number), partial(use, path, page, foreign), ra.RecipeError)
     return outcomes
 
 
-def write(source: Path, chance: random.Random, folder: Path) -> Path:
-    """Write a damaged copy of a shipped recipe."""
+def write(source: Path, chance: random.Random, folder: Path) -> tuple[Path, bool]:
+    """Write a damaged copy of a shipped recipe, and say whether its tensors have another hash than the TOML says."""
     path, text = folder / source.name, source.read_bytes()
-    named = tomli.loads(text.decode())["tensors"]["file"]
-    tensors = (source.parent / named).read_bytes()
+    document = tomli.loads(text.decode())
+    named = document["tensors"]["file"]
+    tensors = whole = (source.parent / named).read_bytes()
     for old in folder.iterdir():
         old.unlink()
-    where = chance.randrange(10)
+    where, mended = chance.randrange(10), chance.random() < 0.5
     if where < 3:
         text = damaged_bytes(text, chance)
-    elif where < 7:
-        text = as_toml(damaged_values(tomli.loads(text.decode()), chance))
+    elif where < 5:
+        text = as_toml(damaged_values(document, chance))
+    elif where < 6:
+        text = as_toml(unprintable(document, chance))
     else:
         tensors = damaged_tensors(tensors, chance) if where < 9 else damaged_bytes(tensors, chance)
-        document = tomli.loads(text.decode())
+    if tensors != whole and mended:
         document["tensors"]["sha256"] = hashlib.sha256(tensors).hexdigest()
         text = as_toml(document)
     path.write_bytes(text)
     (folder / named).write_bytes(tensors)
-    return path
+    return path, tensors != whole and not mended
+
+
+def unprintable(document: Any, chance: random.Random) -> Any:
+    """A copy of a document in which every third text has signs that control a terminal."""
+    document = copy.deepcopy(document)
+    for inner, key in places(document):
+        if isinstance(inner[key], str) and chance.random() < 0.3:
+            inner[key] += chance.choice(("\x1b[2J", "\x00", "\u202e", "\r", "\x9b31m"))
+    return document
 
 
 def as_toml(document: Any) -> bytes:
@@ -86,9 +107,15 @@ def damaged_tensors(data: bytes, chance: random.Random) -> bytes:
     return bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
-def use(path: Path, page: bool) -> None:
-    """Use a recipe in every way: load it, read rates, print and compare it, write its page, and save it again."""
+def use(path: Path, page: bool, foreign: bool) -> None:
+    """Use a recipe in every way: load it, read rates, print and compare it, write its page, and save it again.
+
+    foreign: whether its tensors have another hash than the TOML says.
+    """
     recipe = ra.Recipe.load(path)
+    if foreign and recipe.tensors:
+        raise AssertionError("trials of another hash were read")
+    are_possible(recipe.tensors)
     rates = []
     for target in [{"rank": rank} for rank in RANKS] + [{"method": "full"}, {"rank": 16, "steps": 1000}]:
         with suppress(ra.RecipeError, ra.InvalidReferenceError):  # a recipe of full finetuning has no other rank
@@ -104,6 +131,24 @@ def use(path: Path, page: bool) -> None:
     again = ra.Recipe.load(recipe.save(path.parent / "again.toml"))
     if again.tag.partition(" ")[0] != recipe.tag.partition(" ")[0]:
         raise AssertionError("its hash changed when it was saved and loaded again")
+
+
+POSITIVE = ("lr", "own_lr", "rank", "steps", "planned_steps", "planned_batch")
+MAY_BE_ZERO = ("rank", "steps", "planned_steps", "planned_batch")
+KINDS = dict.fromkeys(("rank", "seed", "steps", "planned_steps"), "iu") | dict.fromkeys(("diverged", "pruned"), "b")
+KINDS |= dict.fromkeys(("lr", "own_lr", "value", "curve", "planned_batch"), "f")
+
+
+def are_possible(trials: Mapping[str, Any]) -> None:
+    """Check the trials of a recipe by the table in recipes/SCHEMA.md."""
+    for name in trials.keys() & {*POSITIVE}:
+        values = trials[name][~np.isnan(trials[name])] if name == "own_lr" else trials[name]
+        if not bool((np.isfinite(values) & ((values > 0) | (values == 0) & (name in MAY_BE_ZERO))).all()):
+            raise AssertionError(f"trial.{name} has an impossible value")
+    wrong = [name for name in trials.keys() & KINDS.keys() if trials[name].dtype.kind not in KINDS[name]]
+    wrong += [name for name in trials.keys() & KINDS.keys() if trials[name].ndim != 1 + (name == "curve")]
+    if wrong or len({len(values) for values in trials.values()}) > 1:
+        raise AssertionError(f"trials have other lengths, or another type or shape: {wrong}")
 
 
 ATTACKS = (Attack("damaged recipes", 53_000, 1000, run),)

@@ -26,8 +26,18 @@ from .. import calibration
 from ..errors import CalibrationError, RankAwareError, RankAwareWarning, RecipeError
 from ..recipe import Recipe
 from ._echo import echo, warnings_as_notes
-from ._options import OPTIMIZER, in_options, numbers, out_option
-from ._placement import AUTO, THREADS, chosen_devices, in_environment, machine_cores, machine_devices, placed
+from ._options import OPTIMIZER, in_options, may_name_module, numbers, out_option
+from ._placement import (
+    AUTO,
+    THREADS,
+    chosen_devices,
+    in_environment,
+    machine_cores,
+    machine_devices,
+    outside_folder,
+    placed,
+    started_outside_folder,
+)
 
 
 def _count_or_auto(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
@@ -51,7 +61,7 @@ _WARMUP = "Warm-up as a share of the steps, 0 to 1. The recipe records it. No tr
 
 
 @click.command()
-@click.argument("spec", metavar="MODULE:TRAIN")
+@click.argument("spec", callback=may_name_module, metavar="MODULE:TRAIN")
 @click.option(
     "--ranks",
     required=True,
@@ -62,7 +72,9 @@ _WARMUP = "Warm-up as a share of the steps, 0 to 1. The recipe records it. No tr
 @click.option("--target-steps", type=int, help="Training steps of the target run. By default --steps.")
 @out_option(required=True, help="Recipe to write, a .toml file.")
 @OPTIMIZER
-@click.option("--law", default="mua", show_default=True, help="Law that moves rates between ranks.")
+@click.option(
+    "--law", callback=may_name_module, default="mua", show_default=True, help="Law that moves rates between ranks."
+)
 @click.option("--trials", type=int, help="Number of runs at --ranks. By default as --budget allows, or 8 per rank.")
 @click.option("--budget", type=int, help="Largest number of training steps of all trials together.")
 @click.option(
@@ -145,7 +157,7 @@ def _write(recipe: Recipe, out: Path) -> None:
 
 
 def load_train(spec: str) -> Any:
-    """Return the function "module:function". The module is imported from the current directory.
+    """Return the function "module:function".
 
     Raises:
         CalibrationError: the module or the function does not exist, or the import fails.
@@ -153,8 +165,6 @@ def load_train(spec: str) -> Any:
     module, _, name = spec.partition(":")
     if not module or not name:
         raise CalibrationError(f"{spec!r} names no function.", "Give module:function, such as finetune:train.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         found = import_module(module)
     except Exception as error:
@@ -196,6 +206,7 @@ class _Worker:
 
     def help(self) -> None:
         """Run as an additional process. It ends if the command's process is killed."""
+        started_outside_folder()
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         threading.Thread(target=_leave_with_parent, daemon=True).start()
         words = partial(in_options, command=calibrate)
@@ -262,7 +273,7 @@ def _helpers(workers: Sequence[_Worker]) -> Iterator[None]:
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for process, worker in zip(made, workers, strict=True):
-            with in_environment(worker.place):  # torch reads the environment when it is imported
+            with in_environment(worker.place), outside_folder():  # torch reads the environment when it is imported
                 process.start()
     finally:
         signal.signal(signal.SIGINT, interrupted)

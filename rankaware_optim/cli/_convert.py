@@ -13,7 +13,7 @@ from ..laws import DEFAULT_LAW, Law, bound_law, get_law
 from ..transfer import Conversion, convert_lr
 from ._configurations import TOOLS, Change, as_words, configuration
 from ._echo import echo, echo_json
-from ._options import json_option
+from ._options import json_option, may_name_module
 
 _SHAPE = (
     "a list with one object per rate. Fields: part (of the adapter; null if LR is given), from_lr (per step), from and "
@@ -33,7 +33,9 @@ _Part = tuple[str | None, str, float, Reference]  # name, training as text, rate
 @click.argument("lr", type=float, required=False)
 @click.option("--from", "from_", required=True, help=_FROM)
 @click.option("--to", required=True, help=_TO)
-@click.option("--law", default=DEFAULT_LAW, show_default=True, help="Law that moves the rate.")
+@click.option(
+    "--law", callback=may_name_module, default=DEFAULT_LAW, show_default=True, help="Law that moves the rate."
+)
 @click.option("--as", "tool", type=click.Choice(list(TOOLS)), help="Print a trainer's configuration, ready to paste.")
 @json_option(_SHAPE)
 def convert(lr: float | None, from_: str, to: str, law: str, tool: str | None, as_json: bool) -> None:

@@ -14,7 +14,16 @@ from ..errors import LawError
 from ..inspection import inspect_file
 from ..transfer import coordinate_check, plot_coordinates
 from ._echo import echo
-from ._options import LAW_TEXT, OPTIMIZER, RSLORA, init_option, number_or_rank, numbers, out_option
+from ._options import (
+    LAW_TEXT,
+    OPTIMIZER,
+    RSLORA,
+    init_option,
+    may_name_module,
+    number_or_rank,
+    numbers,
+    out_option,
+)
 
 Shape = tuple[int, int]
 _MOST_NUMBERS = 2**28  # of a layer's inputs, gradients and factors: 1 GiB, without the optimizer's state
@@ -39,7 +48,11 @@ def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) ->
     "--ranks", default="4,16,64", show_default=True, callback=numbers(click.INT), help="LoRA ranks to compare."
 )
 @OPTIMIZER
-@click.option("--law", help=f"Law to check. {LAW_TEXT} By default mua with as many tokens as --tokens.")
+@click.option(
+    "--law",
+    callback=may_name_module,
+    help=f"Law to check. {LAW_TEXT} By default mua with as many tokens as --tokens.",
+)
 @click.option(
     "--lr", type=float, help="A's rate at the first rank, per step. By default it moves the output by an rms of 1."
 )

@@ -40,6 +40,7 @@ from ..optimizer import RankAwareOptimizer
 from ..recipe import Rate, Recipe, draw_trials, drawable
 from ._calibrate import trials_said
 from ._options import check_out
+from ._placement import outside_folder
 
 STEPS, BATCH, PIXELS, SEEDS = 40, 16, 32, (0, 1)
 CALIBRATED_RANKS, CHECKED_RANK = (4, 64), 16
@@ -126,7 +127,7 @@ def demo(out: Path) -> None:
     low, high = CALIBRATED_RANKS
     console, runs = Console(width=None if sys.stdout.isatty() else 120), 2 * len(FACTORS) * len(CHECKED_SEEDS)
     console.print(f"1 of 2: calibrating at ranks {low} and {high}, by 16 runs of {STEPS} steps each.")
-    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as workers:
+    with outside_folder(), ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as workers:
         starts = workers.map(untrained, CHECKED_SEEDS)  # loads the network there, while the calibration runs here
         with trials_said(lines=not sys.stderr.isatty()):
             recipe = calibrate_digits()

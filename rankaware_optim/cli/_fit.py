@@ -11,7 +11,17 @@ import click
 from ..recipe import to_document
 from ..sweeps import fit_sweep
 from ._echo import echo, echo_json
-from ._options import ALPHA, COLUMN, LAW_TEXT, OPTIMIZER, RECIPE_FIELDS, init_option, json_option, out_option
+from ._options import (
+    ALPHA,
+    COLUMN,
+    LAW_TEXT,
+    OPTIMIZER,
+    RECIPE_FIELDS,
+    init_option,
+    json_option,
+    may_name_module,
+    out_option,
+)
 
 
 @click.command()
@@ -19,7 +29,13 @@ from ._options import ALPHA, COLUMN, LAW_TEXT, OPTIMIZER, RECIPE_FIELDS, init_op
 @out_option(help="Write the recipe to a .toml file.")
 @click.option("--name", help="Name of the recipe. By default the name of SWEEP's file.")
 @OPTIMIZER
-@click.option("--law", default="mua", show_default=True, help=f"Law that moves rates between ranks. {LAW_TEXT}")
+@click.option(
+    "--law",
+    callback=may_name_module,
+    default="mua",
+    show_default=True,
+    help=f"Law that moves rates between ranks. {LAW_TEXT}",
+)
 @click.option(
     "--fit",
     type=click.Choice(["drift", "tokens"]),

@@ -15,7 +15,7 @@ from ..inspection import inspect_file
 from ..laws import DEFAULT_LAW
 from ..transfer import survey_rates
 from ._echo import echo, echo_json
-from ._options import init_option, json_option
+from ._options import init_option, json_option, may_name_module
 
 _SHAPE = (
     "an object. Fields: factors (one object per LoRA factor), others (name and adapter kind of the other tensors), "
@@ -28,7 +28,7 @@ _SHAPE = (
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--lr", type=float, help="Base rate, per step. Adds a column of rates.")
-@click.option("--law", default=DEFAULT_LAW, show_default=True, help="Law that moves --lr.")
+@click.option("--law", callback=may_name_module, default=DEFAULT_LAW, show_default=True, help="Law that moves --lr.")
 @click.option("--tuned-at", help="Configuration at which --lr was tuned: r=16,alpha=32,init=B, or an adapter's path.")
 @init_option("By default as the files declare it.")
 @click.option("--per-module", is_flag=True, help="Print one line per tensor.")

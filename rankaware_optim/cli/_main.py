@@ -58,8 +58,6 @@ class _Commands(click.Group):
         return super().main(*args, **settings)
 
     def invoke(self, ctx: click.Context) -> Any:
-        sys.path.insert(0, "")  # the user's laws and optimizers are imported from the current folder, as with python -m
-
         def words(message: str) -> str:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             return in_options(message, command or self)
@@ -75,8 +73,6 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             echo("Interrupted.", err=True)
             ctx.exit(_INTERRUPTED)
-        finally:
-            sys.path.remove("")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

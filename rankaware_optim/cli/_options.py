@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """Let the current folder be searched for modules, after everything else."""
+    folder = os.getcwd()
+    if folder in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def may_name_module(ctx: click.Context, param: click.Parameter, given: Any) -> Any:
+    """Import from the current folder too, if a text names a module, as "module:name". A click callback.
+
+    Until then, and without such a text, nothing of the folder is run: it may be someone else's.
+    """
+    if ":" in str(given):  # of a text, or of several
+        ctx.with_resource(_current_folder())
+    return given
 
 
 def numbers(kind: Callable[..., Any], named: Mapping[str, Any] | None = None) -> Callable[..., tuple[Any, ...] | None]:
@@ -129,7 +155,11 @@ COLUMN = click.option(
     help="Column of a field, such as loss=final_loss. Repeatable.",
 )
 OPTIMIZER = click.option(
-    "--optimizer", default="AdamW", show_default=True, help="Optimizer: a name such as AdamW, or package:Class."
+    "--optimizer",
+    callback=may_name_module,
+    default="AdamW",
+    show_default=True,
+    help="Optimizer: a name such as AdamW, or package:Class.",
 )
 LAW_TEXT = (
     "It is a registered name, or package.module:Class. Parameters follow a question mark, such as 'mua?tokens=16'. Put "

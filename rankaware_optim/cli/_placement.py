@@ -10,6 +10,8 @@ from ..errors import CalibrationError
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
 THREADS = "OMP_NUM_THREADS"
+SAFE_PATH = "PYTHONSAFEPATH"
+_OURS = "rankaware"  # its value where we set it
 AUTO = 0  # workers: one per GPU, or one per two cores without GPUs
 
 
@@ -97,3 +99,16 @@ def in_environment(values: Mapping[str, str]) -> Iterator[None]:
         for name, value in before.items():
             os.environ.pop(name, None)
             os.environ.update({} if value is None else {name: value})
+
+
+@contextmanager
+def outside_folder() -> Iterator[None]:
+    """Start workers that import nothing from the current folder while they start. Python 3.10 has no way to say so."""
+    with in_environment({} if SAFE_PATH in os.environ else {SAFE_PATH: _OURS}):
+        yield
+
+
+def started_outside_folder() -> None:
+    """In a worker: let the processes that it starts find their modules as usual."""
+    if os.environ.get(SAFE_PATH) == _OURS:
+        del os.environ[SAFE_PATH]

@@ -11,7 +11,7 @@ from .._types import Reference
 from ..inspection import inspect_file, read_config
 from ..transfer import published_init, suggest_lr
 from ._echo import echo, echo_json
-from ._options import RATE_FIELDS, RSLORA, init_option, json_option
+from ._options import RATE_FIELDS, RSLORA, init_option, json_option, may_name_module
 
 _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 
@@ -25,7 +25,13 @@ _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 @click.option("--dora", is_flag=True, help="The adapters are DoRA.")
 @click.option("--full", is_flag=True, help="Suggest a rate for full finetuning.")
 @click.option("--fan-in", type=float, help="Hidden size of the model. With --full its largest fan-in.")
-@click.option("--optimizer", default="adamw", show_default=True, help="Optimizer: a name, or package:Class.")
+@click.option(
+    "--optimizer",
+    callback=may_name_module,
+    default="adamw",
+    show_default=True,
+    help="Optimizer: a name, or package:Class.",
+)
 @click.option(
     "--chat",
     is_flag=True,

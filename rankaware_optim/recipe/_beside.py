@@ -31,11 +31,11 @@ def recipe_file(path: str | os.PathLike[str]) -> Path:
 def save_beside(recipe: Recipe, adapter: str | os.PathLike[str], plot: bool = False) -> Path:
     """Write the recipe into the adapter's folder. plot: whether a plot is in the folder, for the README to show."""
     folder = Path(adapter)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise RecipeError(f"There is no folder {folder} to save a recipe in.", "Save the adapter there first.")
     readme = folder / README
-    _check_inside(folder)
     try:
+        _check_inside(folder)
         text = read_bytes(readme, _MOST).decode() if os.path.lexists(readme) else ""
         path = recipe.save(folder / FOLDER / FILE)
         replace_bytes(readme, _with_section(text, _section(recipe, plot)).encode())
@@ -49,7 +49,7 @@ def save_beside(recipe: Recipe, adapter: str | os.PathLike[str], plot: bool = Fa
 def _check_inside(folder: Path) -> None:
     """Raise a `RecipeError` if a file that would be written is a link to outside the folder, or lies there by one."""
     root, beside = os.path.realpath(folder), folder / FOLDER
-    kept = beside.iterdir() if beside.is_dir() else ()
+    kept = beside.iterdir() if os.path.isdir(beside) else ()
     for path in (folder / README, beside, *kept):
         real = os.path.realpath(path)
         if os.path.commonpath([root, real]) != root:

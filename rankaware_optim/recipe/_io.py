@@ -120,8 +120,11 @@ def _replaceable(target: Path) -> Mapping[str, Any]:
     """Return the table `tensors` of the recipe that a save replaces, empty if there is none.
 
     Raises:
+        OSError: it is not a regular file.
         RecipeError: it is read-only by its mode, or has a newer schema.
     """
+    if target.exists() and not target.is_file():
+        raise OSError("it is not a regular file")
     with suppress(FileNotFoundError):
         if not target.stat().st_mode & stat.S_IWUSR:
             raise RecipeError(f"The recipe {target} is read-only.", "Make it writable, or name another file.")

@@ -303,3 +303,15 @@ def test_a_recipe_that_its_owner_may_not_write_is_not_replaced(mode, tmp_path):
         NEXT.save(target)
     target.chmod(0o644)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no pipes among the files")
+def test_a_save_that_is_refused_writes_nothing(tmp_path):
+    """Over a pipe or a folder of the recipe's name nothing is saved, also no tensors."""
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "folder.toml").mkdir()
+    before = sorted(tmp_path.iterdir())
+    for path in before:
+        with pytest.raises(RecipeError, match="not a regular file"):
+            RECIPE.save(path)
+    assert sorted(tmp_path.iterdir()) == before

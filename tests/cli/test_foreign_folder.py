@@ -1,0 +1,150 @@
+"""The script `rankaware` in a folder of someone else: nothing there is run, unless an argument names a module."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from rankaware_optim.cli._main import _COMMANDS
+
+from ..helpers.recipes import RECIPE
+
+# What the commands import, what they look for in other packages, and modules of Python that load late.
+SHADOWS = """
+    alembic click filelock huggingface_hub jinja2 lazy_loader matplotlib msgspec numpy optuna packaging peft ray rich
+    safetensors sklearn sqlalchemy timm tomli tomli_w torch torch_optimizer transformers
+    csv json logging multiprocessing pickle queue random secrets signal socket sqlite3 tempfile threading uuid
+"""
+MARKING = 'open(__file__ + ".was_run", "w").close()\n'
+LAW = "from rankaware_optim.laws import Constant\nclass Mine(Constant):\n    name = 'mine'\n"
+OPTIMIZER = "import torch\nclass AdamW(torch.optim.AdamW):\n    pass\n"
+LOOP = """
+def train(trial):
+    trial.optimizer(Model(trial.rank))
+    import late
+    for _ in range(trial.steps):
+        yield 1.0
+
+from torch import nn
+import torch
+
+class Model(nn.Module):
+    def __init__(self, rank):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(rank, 8)), nn.Parameter(torch.zeros(8, rank))
+        self.r, self.scaling = rank, 1.0
+"""
+SWEEP = "model,rank,alpha,lr,loss,fan_in\n" + "".join(
+    f"m,{rank},{rank},{lr},{loss},64\n"
+    for rank in (4, 64)
+    for lr, loss in ((1e-4, 2.0), (1e-3, 1.0), (1e-2, 1.5), (1e-1, 3.0))
+)
+CHECK = "coordcheck --shape 8x8 --ranks 2,4 --tokens 8 --steps 1"
+PLAIN = [
+    "--version",
+    CHECK,
+    "convert 2e-4 --from r=16,alpha=32 --to r=64",
+    "convert 2e-4 --from . --to r=64",
+    "demo -o digits.toml",
+    "diff digits.toml digits.toml",
+    "doctor",
+    "fit sweep.csv -o fitted.toml",
+    "inspect .",
+    "lr digits.toml --rank 8",
+    "plot digits.toml -o plot.png",
+    "report digits.toml -o page.html",
+    "show digits.toml",
+    "suggest .",
+]
+SHORT = "--ranks 2,4 --steps 2 --trials 2 -o r.toml"
+NAMING = [
+    f"{CHECK} --law mine_law:Mine",
+    f"{CHECK} --optimizer mine_optimizer:AdamW",
+    "convert 2e-4 --from r=16,alpha=32 --to r=64 --law mine_law:Mine",
+    "fit sweep.csv --law mine_law:Mine",
+    "fit sweep.csv --optimizer mine_optimizer:AdamW",
+    "inspect . --lr 1e-3 --tuned-at r=4,alpha=4 --law mine_law:Mine",
+    "suggest . --optimizer mine_optimizer:AdamW",
+    f"calibrate loop:train {SHORT}",
+    f"calibrate loop:train {SHORT} --workers 2",
+]
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A folder with an adapter, a recipe, a sweep, the user's modules, and a module of every name in `SHADOWS`."""
+    folder = tmp_path_factory.mktemp("foreign")
+    RECIPE.save(folder / "digits.toml")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16}))
+    factors = {"lora_A": np.zeros((8, 32), np.float32), "lora_B": np.zeros((48, 8), np.float32)}
+    tensors = {f"base_model.model.q.{name}.weight": value for name, value in factors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "sweep.csv").write_text(SWEEP)
+    users = {"mine_law": LAW, "mine_optimizer": OPTIMIZER, "loop": LOOP, "late": ""}
+    for name, text in users.items():
+        (folder / f"{name}.py").write_text(text)
+    for name in SHADOWS.split():
+        (folder / f"{name}.py").write_text(MARKING)
+    return folder
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The installed script, in `folder`."""
+    script = shutil.which("rankaware", path=str(Path(sys.executable).parent))
+    assert script is not None
+    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths))}
+    return subprocess.run([script, *command.split()], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def marks(folder: Path) -> list[str]:
+    """The modules of `folder` that were run since the last call."""
+    found = sorted(folder.glob("*.py.was_run"))
+    for mark in found:
+        mark.unlink()
+    return [mark.name.partition(".")[0] for mark in found]
+
+
+@pytest.mark.parametrize("command", ["--help", *(f"{name} --help" for name in _COMMANDS), *PLAIN])
+def test_a_command_runs_nothing_of_the_folder_it_stands_in(command, foreign):
+    """No file there that is called like a module is run, by the command or by its help."""
+    done = run(command, foreign)
+    assert marks(foreign) == []
+    assert done.returncode == 0 or command.startswith(("demo", "plot")), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_command_is_tried():
+    """Each command has its help above, and a call of its own."""
+    assert {line.split()[0] for line in [*PLAIN, *NAMING]} == {*_COMMANDS, "--version"}
+
+
+@pytest.mark.parametrize("command", NAMING)
+def test_a_module_that_the_user_names_is_found_and_shadows_nothing(command, foreign):
+    """A law, an optimizer or a loop of the folder is used, its late imports and workers too, and no other module."""
+    done = run(command, foreign)
+    assert done.returncode == 0, done.stderr
+    for made in foreign.glob("r.*"):
+        made.unlink()
+    first = marks(foreign)
+    if "--workers" in command and sys.version_info < (3, 11):
+        return  # there multiprocessing itself starts workers with the folder first
+    assert [name for name in first if find_spec(name) is not None] == []
+
+
+def test_the_check_can_fail(foreign):
+    """`python -m` puts the folder first, by Python's own rule, and then its modules are run."""
+    command = [sys.executable, "-m", "rankaware_optim", "--help"]
+    environment = {**os.environ, "PYTHONSAFEPATH": ""}
+    subprocess.run(command, cwd=foreign, env=environment, capture_output=True)
+    assert marks(foreign)
