@@ -200,22 +200,22 @@ class Study:
             "steps": self.steps,
             "ranks": [rank for rank in self.ranks if rank is not None],
             "seeds": sorted(self.seeds),
-            "law": repr(self.law),
             "optimizer": self._optimizer_name,
             "batch": self.batch,
             "warmup": self.warmup,
         }
-        values = {"multipliers": law_values(self.law, self.optimizer, self.ranks)}
+        multipliers = law_values(self.law, self.optimizer, self.ranks)
         # A worker that starts at the same time writes this before its first trial, so trials are read before it.
         trials = self.trials()
         stored = self.optuna.user_attrs.get("made_with", {"schema": None})
         if trials:
             self._refuse(differences(stored, mine))
-            law = differences(stored.get("multipliers", {}), values["multipliers"], SAME_RATE)
-            self._refuse(law, "other code of the law: ")
+            law = differences(stored.get("multipliers", {}), multipliers, SAME_RATE)
+            self._refuse(law, f"other rates of the law {stored.get('law')}: ")
         if trials.counted():
             self._compare_code(stored, "was made with")
-        self.optuna.set_user_attr("made_with", {**mine, **values, **self._maker})
+        named = {"law": repr(self.law), "multipliers": multipliers}
+        self.optuna.set_user_attr("made_with", {**mine, **named, **self._maker})
 
     def _compare_code(self, made_with: Mapping[str, Any], how: str) -> None:
         changed = differences(made_with, self._maker)

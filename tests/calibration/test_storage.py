@@ -302,7 +302,7 @@ def test_a_worker_may_start_between_two_reads_of_another(make, nth, read, tmp_pa
         return value
 
     monkeypatch.setattr(type(storage), read, between)
-    starting = Study(AdamW, get_law("mua"), ranks=(4, 16), steps=(STEPS,))
+    starting = Study(AdamW, get_law("mua"), ranks=(4, 16), steps=STEPS)
     starting.open(None, None, storage)
     monkeypatch.undo()
     assert [starting.recipe().fitted_lr for _ in made] == [recipe.fitted_lr for recipe in made]
