@@ -43,7 +43,7 @@ from study.optima import best_rates, optimum
 from study.runs_on_file import read
 from study.suite import STORES
 
-from rankaware_optim import MuA, RankAwareWarning, Recipe, Reference
+from rankaware_optim import Law, MuA, RankAwareWarning, Recipe, Reference
 from rankaware_optim.calibration import Study
 from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration._trials import TrialRecord
@@ -77,14 +77,14 @@ SURFACES = {"study": study_surfaces, "other": other_surfaces}
 # --- one calibration ------------------------------------------------------------------------------------------------
 
 
-def calibrated(on: Surface, plan: Plan, seed: Sequence[int]) -> Recipe:
-    """The recipe of a study that takes its losses from a surface."""
+def calibrated(on: Surface, plan: Plan, seed: Sequence[int], prior: Law | None = None) -> Recipe:
+    """The recipe of a study that takes its losses from a surface. `prior` is the law that it starts from."""
     rng = np.random.default_rng(seed)
     seeds = tuple(int(s) for s in rng.permutation(on.seeds)[:2])
     ranks = (on.ranks[0], on.ranks[-1]) if plan.ranks == ENDS else (4, 64)
     budget = round(plan.share * RATES * (5 + 1) * STEPS)
     schedule = Schedule(ranks, seeds, (STEPS,), budget=budget, full_trials=plan.full)
-    study = Simulated(torch.optim.AdamW, MuA(), ranks, (STEPS,), seeds, kind=schedule.kind)
+    study = Simulated(torch.optim.AdamW, prior or MuA(), ranks, (STEPS,), seeds, kind=schedule.kind)
     study._settle(reference_of(on, schedule.anchor), on.full_fan_in)
     return searched(study, schedule, rng.uniform(-GUESS, GUESS), lambda trial, x: run(on, study, trial, x))
 
