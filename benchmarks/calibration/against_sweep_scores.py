@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from calibration.searches import LORA, PLANS, RANGE_TEST, RATES_SWEPT, TO_FULL, TPE, WITH_FULL, Search, by_arm
 from recording import RESULTS
+from study.between import between
 from study.configurations import CONFIGS, LORAPLUS, PRODIGY, TUNED
 from study.contenders import CONTENDERS, Known
 from study.domains import Domain
@@ -183,10 +184,7 @@ def fresh(done: Losses, cell: Cell, x: float, seeds: tuple[int, ...] = SCORING) 
     below, above = max(at for at in means if at < x), min(at for at in means if at > x)
     if not math.isfinite(means[below] + means[above]):
         return math.inf
-    from scipy.interpolate import PchipInterpolator  # not where the tests run
-
-    grid = [at for at in means if math.isfinite(means[at])]
-    return float(PchipInterpolator(grid, [means[at] for at in grid])(x))
+    return between({at: loss for at, loss in means.items() if math.isfinite(loss)}, x)
 
 
 def fresh_curve(done: Losses, cell: Cell, seeds: tuple[int, ...] = SCORING) -> dict[float, float]:

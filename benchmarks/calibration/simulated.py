@@ -6,7 +6,7 @@
     python benchmarks/calibration/simulated.py scatter                  # how far best rates are off a power of the rank
 
 A surface is a domain of the study in one of three configurations. It gives the loss of every rank and seed over log2 of
-the rate, by a monotone spline through the sweep's runs. A simulated study draws two seeds, and a first guess within an
+the rate, by the study's spline through the sweep's runs. A simulated study draws two seeds, and a first guess within an
 octave of the package's. It may spend a share of what the sweep cost: 9 rates × (5 ranks + full) × one seed. A run costs
 its steps, or half of them if it diverges. Nothing is pruned. Regret is a share of the gain, on the mean loss over all
 seeds. A band is right if it holds the best rate in the study's runs (the parabola through the best three). 123 of the

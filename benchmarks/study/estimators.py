@@ -33,7 +33,9 @@ Regrets = Mapping[float, float]
 def on_lines(regrets: Regrets, x: float) -> float:
     """Straight lines between neighbours; all of the way to a diverged run counts as diverged."""
     below, above = max(at for at in regrets if at <= x), min(at for at in regrets if at >= x)
-    return min((regrets[below] + regrets[above]) / 2, DIVERGED)  # x is half way
+    share = (x - below) / (above - below) if above > below else 0.0
+    there = regrets[below] if share == 0.0 else (1.0 - share) * regrets[below] + share * regrets[above]
+    return min(there, DIVERGED)
 
 
 def bent(regrets: Regrets, x: float) -> float:
