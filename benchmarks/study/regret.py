@@ -20,7 +20,7 @@ from study.optima import domains_in, optimum, ranks_in, seeds_in, tried_rates
 from rankaware_optim import Falling, Law, MuA, Recipe
 
 DEFAULT = "µA, falling at B"
-LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA at 8 tokens": MuA(), DEFAULT: Falling()}
+LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA": MuA(), DEFAULT: Falling()}
 ONE_SEED = f"{DEFAULT}, from one seed"  # the rate that is moved is the best of each seed alone
 SPLIT = MuA(split=True)  # what "two rates" are moved by, from the rank at which they are tuned
 

@@ -47,7 +47,7 @@ REGRET = (
 JUMPS = (
     "Octaves from the best rate, or the cliff, there to the one moved there, at the lowest rank first: above 0 it is "
     "too high. A rank that lacks one is left out. From Init[A] to Init[B] the rank stays. At Init[B] the default law "
-    "is µA, falling at B; elsewhere it is µA at 8 tokens."
+    "is µA, falling at B; elsewhere it is µA."
 )
 
 
@@ -194,7 +194,7 @@ COMPARED = {  # what the summaries compare, in their words
     "LoRA+ 16, own best": "LoRA+ 16, tuned at every rank",
     "ten times full": "ten times full finetuning's",
     "the paper's law": "the paper's law",
-    "µA at 8 tokens": 'this package, law="mua"',
+    "µA": 'this package, law="mua"',
     DEFAULT: "this package's default law",
     "calibrated recipe": "this package, calibrated",
 }
