@@ -19,7 +19,7 @@ from rankaware_optim.calibration._trials import TrialRecord, Trials
 
 from ..helpers.calibrations import BEST, Net, calibrate
 
-OPTIONS = {"ranks": (4, 64), "steps": 10, "full_trials": 1, "batch": 8, "seeds": (0,)}
+OPTIONS = {"ranks": (4, 64), "steps": 10, "full_trials": 1, "batch": 8, "seeds": (0,), "law": "mua?tokens=8"}
 BEST_LR = 0.01689914048621483
 VARIANCES = (0.13936810550137838, 0.017235858398630486, 0.6060967305312432)
 RANKS = [4, 64, 64, 4, 64, 4, 64, 64, 4, 64, 4, 64, 0]
