@@ -382,7 +382,6 @@ def main(files: tuple[Path, ...]) -> None:
     tokens = least(by_way)
     distance = keeps_distance(by_way, tokens)
     shown = (ONE_RATE, PAPER, TODAY, default_of(tokens), default_of(tokens, DISTANCE))
-    chosen = shown[-1 if distance else -2]
     beyond = [each for sweep in outside() for each in moves(sweep, tuple(dict.fromkeys(shown)))]
     simulated = priors(tokens)
     in_loss = [row for path in files for row in rows_of(path, shown)]
@@ -397,7 +396,7 @@ def main(files: tuple[Path, ...]) -> None:
         block("The folds", FOLDS, list(fold_rows(by_way))),
         *(in_columns(f"The study, rates from {source}", scores(inside, source), WAYS) for source in SOURCES),
         SCORED,
-        block("The bar", ["column", *SOURCES], list(bar_rows(inside, chosen))),
+        block("The bar", ["way", "column", *SOURCES], list(bar_rows(inside, shown[-2:]))),
         *outside_tables(beyond, shown),
         block("Published sweeps, in loss", list(in_loss[0]), [[*row.values()] for row in in_loss]),
         IN_LOSS,
@@ -475,9 +474,12 @@ def in_columns(title: str, of: Mapping[tuple[str, str], Score], ways: Sequence[W
     return block(title, heads, [[way.name, *(of[way.name, column].words(2) for column in columns)] for way in ways])
 
 
-def bar_rows(moved: Sequence[Moved], chosen: Way) -> Iterator[list[str]]:
-    by_source = [dict(bar(scores(moved, source), chosen)) for source in SOURCES]
-    yield from ([column, *(each[column] for each in by_source)] for column in JUDGED)
+def bar_rows(moved: Sequence[Moved], ways: Sequence[Way]) -> Iterator[list[str]]:
+    """Whether the bar holds, without the distance and with it."""
+    by_source = [scores(moved, source) for source in SOURCES]
+    for way in ways:
+        held = [dict(bar(of, way)) for of in by_source]
+        yield from ([way.name, column, *(each[column] for each in held)] for column in JUDGED)
 
 
 def outside_tables(moved: Sequence[Moved], ways: Sequence[Way]) -> Iterator[str]:
