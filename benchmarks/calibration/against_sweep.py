@@ -7,7 +7,7 @@
 Two tasks of the study, three configurations, AdamW (0.9, 0.999, decay 0.01), clip 1, cosine to a tenth, and a
 warm-up of 30 % of the steps, long enough for full finetuning. A sweep of three seeds finds the best rate of every
 rank; three other seeds, run every half octave within 1.5 octaves of it, score all rates there by a monotone spline
-(scipy's PCHIP), and those farther away by runs of their own at the nearest half octave:
+(`study/loss_curves.py`), and those farther away by runs of their own at the nearest half octave:
 
     regret = (loss at a rate − loss at the sweep's best rate) / (loss before training − loss at the sweep's best rate)
 

@@ -17,6 +17,7 @@ from study.configurations import CONFIGS, LORAPLUS, PRODIGY, TUNED
 from study.contenders import CONTENDERS, Known
 from study.domains import Domain
 from study.grids import FULL, Cell, Grid, Job, Losses, curve, lowest, or_inf
+from study.loss_curves import between
 
 SEEDS, SCORING, NEAR = 3, (3, 4, 5), 1.5
 SEARCHES = RESULTS / "calibration_searches.jsonl"
@@ -181,10 +182,7 @@ def fresh(done: Losses, cell: Cell, x: float, seeds: tuple[int, ...] = SCORING) 
     below, above = max(at for at in means if at < x), min(at for at in means if at > x)
     if not math.isfinite(means[below] + means[above]):
         return math.inf
-    from scipy.interpolate import PchipInterpolator  # not where the tests run
-
-    grid = [at for at in means if math.isfinite(means[at])]
-    return float(PchipInterpolator(grid, [means[at] for at in grid])(x))
+    return between({at: loss for at, loss in means.items() if math.isfinite(loss)}, x)
 
 
 def fresh_curve(done: Losses, cell: Cell, seeds: tuple[int, ...] = SCORING) -> dict[float, float]:

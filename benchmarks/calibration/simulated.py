@@ -6,7 +6,7 @@
     python benchmarks/calibration/simulated.py scatter                  # how far best rates are off a power of the rank
 
 A surface is a domain of the study in one of three configurations. It gives the loss of every rank and seed over log2 of
-the rate, by a monotone spline through the sweep's runs. A simulated study draws two seeds, and a first guess within an
+the rate, by the study's spline through the sweep's runs. A simulated study draws two seeds, and a first guess within an
 octave of the package's. It may spend a share of what the sweep cost: 9 rates × (5 ranks + full) × one seed. A run costs
 its steps, or half of them if it diverges. Nothing is pruned. Regret is a share of the gain, on the mean loss over all
 seeds. A band is right if it holds the best rate in the study's runs (the parabola through the best three). 123 of the
@@ -43,7 +43,7 @@ from study.optima import best_rates, optimum
 from study.runs_on_file import read
 from study.suite import STORES
 
-from rankaware_optim import MuA, RankAwareWarning, Recipe, Reference
+from rankaware_optim import Law, MuA, RankAwareWarning, Recipe, Reference
 from rankaware_optim.calibration import Study
 from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration._trials import TrialRecord
@@ -77,14 +77,14 @@ SURFACES = {"study": study_surfaces, "other": other_surfaces}
 # --- one calibration ------------------------------------------------------------------------------------------------
 
 
-def calibrated(on: Surface, plan: Plan, seed: Sequence[int]) -> Recipe:
-    """The recipe of a study that takes its losses from a surface."""
+def calibrated(on: Surface, plan: Plan, seed: Sequence[int], prior: Law | None = None) -> Recipe:
+    """The recipe of a study that takes its losses from a surface. `prior` is the law that it starts from."""
     rng = np.random.default_rng(seed)
     seeds = tuple(int(s) for s in rng.permutation(on.seeds)[:2])
     ranks = (on.ranks[0], on.ranks[-1]) if plan.ranks == ENDS else (4, 64)
     budget = round(plan.share * RATES * (5 + 1) * STEPS)
     schedule = Schedule(ranks, seeds, STEPS, budget=budget, full_trials=plan.full)
-    study = Simulated(torch.optim.AdamW, MuA(), ranks, STEPS, seeds, full_follows=plan.full > 0)
+    study = Simulated(torch.optim.AdamW, prior or MuA(), ranks, STEPS, seeds, full_follows=plan.full > 0)
     study._settle(reference_of(on, schedule.anchor), on.full_fan_in)
     return searched(study, schedule, rng.uniform(-GUESS, GUESS), lambda trial, x: run(on, study, trial, x))
 

@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from recording import RESULTS
-from scipy.interpolate import PchipInterpolator
 from study.configurations import CONFIGS, start_of
 from study.domains import STUDY
 from study.grids import FULL, Job, Losses
+from study.loss_curves import DIVERGED, regret_between
 from study.runs_on_file import read
 from study.suite import STORES
 
 from rankaware_optim import Recipe
 
-BEND = 0.02  # gap, a share of the gain, above which gaps are on a logarithmic scale
-HIGHEST = 3.0  # the gap of a diverged run, a share of the gain; also the highest gap
+BEND = 0.02  # gap, a share of the gain, above which gaps beyond a grid are on a logarithmic scale
 SLOPE = 0.3  # least slope per octave of the bent gap below a grid
 RECIPES = RESULTS.parents[1] / "recipes"
 Gap = Callable[[float], float]
@@ -101,25 +100,27 @@ def surface_of(domain: str, config: str, done: Losses, seeds: tuple[int, ...] | 
 
 
 def _gap(losses: Mapping[float, float | None], best: float, start: float) -> Gap:
-    """The gap by log2 rate: a monotone spline (scipy's PCHIP) on the scale of `BEND`, linear beyond the grid.
+    """The gap by log2 rate: as `regret_between` in the grid, linear on the scale of `BEND` beyond it.
 
     Args:
         losses: loss by log2 rate; None if the run diverged.
         best: the rank's lowest mean loss.
         start: the loss before training.
     """
-    xs = sorted(losses)
-    gaps = [HIGHEST if (loss := losses[x]) is None else min((loss - best) / (start - best), HIGHEST) for x in xs]
-    bent = [math.asinh(gap / BEND) for gap in gaps]
-    spline, untrained, highest = PchipInterpolator(xs, bent), math.asinh(1 / BEND), math.asinh(HIGHEST / BEND)
+    gaps = {
+        x: DIVERGED if (loss := losses[x]) is None else min((loss - best) / (start - best), DIVERGED)
+        for x in sorted(losses)
+    }
+    xs, bent = list(gaps), [math.asinh(gap / BEND) for gap in gaps.values()]
+    untrained, highest = math.asinh(1 / BEND), math.asinh(DIVERGED / BEND)
 
     def at(x: float) -> float:
+        if xs[0] <= x <= xs[-1]:
+            return regret_between(gaps, x)
         if x < xs[0]:
             y = min(bent[0] + max(SLOPE, bent[0] - bent[1]) * (xs[0] - x), max(untrained, bent[0]))
-        elif x > xs[-1]:
-            y = min(bent[-1] + max(1.0, bent[-1] - bent[-2]) * (x - xs[-1]), highest)
         else:
-            y = float(spline(x))
+            y = min(bent[-1] + max(1.0, bent[-1] - bent[-2]) * (x - xs[-1]), highest)
         return BEND * math.sinh(y)
 
     return at

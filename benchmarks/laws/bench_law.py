@@ -98,7 +98,7 @@ def _trained(rank: int, alpha: float, lr: float, seed: int) -> str:
 # --- the table ------------------------------------------------------------------------------------------------------
 
 AT_INIT_A = tuple(law for law in COMPARED if law != "falling")  # at Init[A] it equals "mua"
-LAWS = ("mua", "mua?tokens=4", "mua?tokens=16", "mua?tokens=32", *AT_INIT_A[1:])
+LAWS = ("mua", "mua?tokens=4", "mua?tokens=8", "mua?tokens=16", "mua?tokens=32", *AT_INIT_A[1:])
 # Candidates for leave-one-model-out: the law with the lowest mean error on the other models is chosen.
 FAMILIES: dict[str, list[Law]] = {
     "tokens of mua": [MuA(tokens=2.0 ** (half / 2)) for half in range(-4, 19)],

@@ -102,7 +102,7 @@ def _story(rows: list) -> str:
 def _error(init: str, rank: int, lora: float, full: float, mean: float, width: float) -> float:
     """Octaves by which the law's full rate lies above the best one found."""
     reference = Reference(rank, rank, init=init, fan_in=mean)  # type: ignore[arg-type]
-    moved = math.log2(MuA().multiplier(Factor("full", "full", None, width, width), reference))
+    moved = math.log2(MuA(tokens=8.0).multiplier(Factor("full", "full", None, width, width), reference))
     drift = DRIFT_B * math.log2(width / rank) if init == "B" else 0.0
     return lora + moved + drift - full
 

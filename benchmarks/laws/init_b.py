@@ -259,7 +259,8 @@ def knee_rows() -> Iterator[list[str]]:
         done = finished(read(STORES / f"{name}.jsonl"), "full")
         found = best_rates(done, name, SCHEME)
         if len(found) > 2:
-            laws = [MuA(), *(Falling(knee, POWER) for knee in KNEES)]
+            mua = MuA(tokens=8.0)  # the default when the rule was written
+            laws = [mua, *(Falling(knee, POWER, mua) for knee in KNEES)]
             off = [statistics.pstdev(x - octaves(name, SCHEME, rank, law) for rank, x in found.items()) for law in laws]
             yield [name, *(number(octave, 2) for octave in off)]
 

@@ -32,7 +32,7 @@ PUBLISHED_ALPHA = 32.0
 LAWS = dict(
     zip(
         bench_law.AT_INIT_A,
-        ("µA, 8 tokens (the default)", "µA, the paper's", "constant", "LoRA+", "1/r", "r^-1/2"),
+        ("µA, 1 token (the default)", "µA, the paper's", "constant", "LoRA+", "1/r", "r^-1/2"),
         strict=True,
     )
 )

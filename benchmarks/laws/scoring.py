@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from study.loss_curves import loss_between, vertex_of
+from study.loss_curves import between, vertex_of
 from torch.optim import Optimizer
 
 from rankaware_optim import CalibrationError, Law, Reference
@@ -58,12 +58,15 @@ class LossCurve:
     def lost_at(self, x: float) -> float | None:
         """Return the loss at log2 rate x above the curve's minimum, relative to the minimum; None off the grid.
 
-        Values between the rates tried are interpolated linearly, which is somewhat too high for a convex curve.
+        It is infinite above the last rate that did not diverge.
         """
         if not min(self.losses) <= x <= max(self.losses):
             return None
-        lowest = min(self.losses.values())
-        return (loss_between(self.losses, x) - lowest) / max(abs(lowest), 1e-12)
+        ended = {at: loss for at, loss in self.losses.items() if math.isfinite(loss)}
+        if not min(ended) <= x <= max(ended):
+            return math.inf
+        lowest = min(ended.values())
+        return (between(ended, x) - lowest) / max(abs(lowest), 1e-12)
 
     @property
     def group(self) -> tuple[str, float | None, str]:

@@ -80,7 +80,7 @@ def read(sweep: Path, width: Callable[[str], float] = HIDDEN.__getitem__) -> lis
     for (model, rank), curve in curves.items():
         if len(curve) > 1:  # one rate does not show where the best one is
             at = Reference(rank, PUBLISHED.alpha, fan_in=width(model))
-            moved = math.log2(checked_multiplier(MuA(), at.as_factor(), PUBLISHED))
+            moved = math.log2(checked_multiplier(MuA(tokens=8.0), at.as_factor(), PUBLISHED))
             low, high = bounds({lr: statistics.mean(losses) for lr, losses in curve.items()})
             cells.append(Cell(model, low - moved, high - moved))
     return cells

@@ -290,8 +290,8 @@ def power(exponent: float) -> Move:
 
 
 MOVES: dict[str, Move] = {
-    "µA": by_law(MuA()),
-    "µA, falling at B": by_law(Falling()),
+    "µA": by_law(MuA(tokens=8.0)),  # the default when the rules were written
+    "µA, falling at B": by_law(Falling(law=MuA(tokens=8.0))),
     "one constant": one_constant,
     "one rate": power(0.0),
     "n^-1/2": power(-0.5),

@@ -50,5 +50,5 @@ CONTENDERS: Mapping[str, Callable[[Known], Rates]] = {
     "LoRA+ 16": lambda known: known.moved(kept, LORAPLUS),  # A's rate; full finetuning has no B and keeps it
     "ten times full": ten_times_full,
     "the paper's law": lambda known: known.moved(by_law(known.domain.name, known.config, MuA(tokens=None))),
-    "µA at 8 tokens": lambda known: known.moved(by_law(known.domain.name, known.config, MuA())),
+    "µA at 8 tokens": lambda known: known.moved(by_law(known.domain.name, known.config, MuA(tokens=8.0))),
 }

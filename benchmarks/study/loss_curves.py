@@ -1,16 +1,34 @@
-"""A curve of losses over log2 rates: its value between two rates, and its lowest point."""
+"""A curve over log2 rates: its value between the rates that were tried, and its lowest point."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
+from scipy.interpolate import PchipInterpolator
 
-def loss_between(losses: Mapping[float, float], x: float) -> float:
-    """Return the loss at log2 rate x by linear interpolation between the two nearest rates."""
-    low, high = max(at for at in losses if at <= x), min(at for at in losses if at >= x)
-    share = 0.0 if low == high else (x - low) / (high - low)
-    return losses[low] if share == 0.0 else (1.0 - share) * losses[low] + share * losses[high]
+DIVERGED = 5.0  # the regret of a diverged run, as a share of the gain; a larger regret counts as much
+
+
+def between(values: Mapping[float, float], x: float) -> float:
+    """Return the value at log2 rate x, by a monotone spline, the estimator of all pages. Beyond the ends it is flat.
+
+    `estimators.py` compares it with others on runs that were left out.
+    """
+    xs = sorted(values)
+    if x <= xs[0] or x >= xs[-1]:
+        return values[xs[0] if x <= xs[0] else xs[-1]]
+    return float(PchipInterpolator(xs, [values[at] for at in xs])(x))
+
+
+def regret_between(regrets: Mapping[float, float], x: float) -> float:
+    """Return the regret at log2 rate x, at most `DIVERGED`.
+
+    Args:
+        regrets: regret by log2 of the rates tried, as a share of the gain; infinite if a run diverged.
+        x: log2 of a rate.
+    """
+    return between({at: min(regret, DIVERGED) for at, regret in regrets.items()}, x)
 
 
 def vertex_of(curve: Mapping[float, float]) -> float | None:

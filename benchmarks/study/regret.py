@@ -4,32 +4,63 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from calibration.make_recipes import paths_of
 from calibration.searches import rate_of
+from recording import number
 from study.configurations import CONFIGS, LORAPLUS, start_of
 from study.domains import get_domain
 from study.grids import FULL, Cell, Losses, curve, curves_by_seed, lowest
-from study.loss_curves import loss_between
+from study.loss_curves import regret_between
 from study.moving import Shift, by_inverse_rank, by_law, kept
 from study.optima import domains_in, optimum, ranks_in, seeds_in, tried_rates
 
 from rankaware_optim import Falling, Law, MuA, Recipe
 
-LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA at 8 tokens": MuA(), "µA, falling at B": Falling()}
+DEFAULT = "µA, falling at B"
+LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA": MuA(), DEFAULT: Falling()}
+ONE_SEED = f"{DEFAULT}, from one seed"  # the rate that is moved is the best of each seed alone
 FLOOR = "noise floor"  # listed with the ways: what a sweep's own choice of the rate loses, by rank and in full
 
 
+LARGE = 0.05  # a regret above which moves are counted
+
+
+class Score(NamedTuple):
+    """Regrets: how many, their mean, their 95th percentile, and the share of them above 5 %."""
+
+    count: int
+    mean: float
+    high: float
+    large: float
+
+    def words(self, digits: int = 1) -> str:
+        """Mean / 95th percentile / share above 5 %, all in %."""
+        mean, high = (number(100 * self.mean, digits), number(100 * self.high, 1))
+        return f"{mean} / {high} / {number(100 * self.large, 0)}"
+
+
+def score(regrets: Iterable[float]) -> Score:
+    every = list(regrets)
+    high = statistics.quantiles(every, n=20, method="inclusive")[-1] if len(every) > 1 else every[0]
+    return Score(len(every), statistics.fmean(every), high, statistics.fmean(each > LARGE for each in every))
+
+
 class Moved(NamedTuple):
-    """What a way of moving a rate loses: over all ordered pairs of ranks, and from every rank to full finetuning."""
+    """What a way of moving a rate loses: over all ordered pairs of ranks, and from every rank to full finetuning.
+
+    `worst` and `worst_full` name the moves that lose most, as "4 → 64".
+    """
 
     domain: str
     config: str
     way: str
     lora: tuple[float, ...]
     full: tuple[float, ...]
+    worst: str = ""
+    worst_full: str = ""
 
 
 def moves(done: Losses, laws: Mapping[str, Law] = LAWS) -> list[Moved]:
@@ -45,22 +76,36 @@ def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Mov
         if len(floors) > 1:
             both = (floors, [noise_floor(done, full)] if has_full else [])
             yield Moved(domain, config, FLOOR, *(tuple(x for x in each if x is not None) for each in both))
-        lost_by: dict[str, tuple[list[float], list[float]]] = {}
+        lost_by: dict[str, tuple[list[Named], list[Named]]] = {}
         for way, scheme, shift in ways(done, domain, config, laws):
-            sources = {rank: best_at(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
-            pairs = [(a, b) for a in sources for b in sources if a != b]
+            ranks = ranks_in(done, domain, scheme)
             lora, whole = lost_by.setdefault(way, ([], []))
-            lora += [lost(done, (domain, scheme, b), (domain, config, b), sources[a] + shift(a, b)) for a, b in pairs]
-            whole += [lost(done, full, full, x + shift(a, FULL)) for a, x in sources.items() if has_full]
-        for way, (lora, whole) in lost_by.items():
-            if lora:
-                yield Moved(domain, config, way, tuple(lora), tuple(whole))
+            for a in ranks:
+                for x in sources(done, (domain, scheme, a), way):
+                    for b in ranks:
+                        trained, best = (domain, scheme, b), (domain, config, b)
+                        lora += [(lost(done, trained, best, x + shift(a, b)), f"{a} → {b}")] * (a != b)
+                    if has_full:
+                        whole.append((lost(done, full, full, x + shift(a, FULL)), f"{a} → full"))
+        for way, named in lost_by.items():
+            if named[0]:
+                worst = (max(each, default=(0.0, ""))[1] for each in named)
+                yield Moved(domain, config, way, *(tuple(regret for regret, _ in each) for each in named), *worst)
+
+
+Named = tuple[float, str]  # a regret, and the move that has it
+
+
+def sources(done: Losses, cell: Cell, way: str) -> list[float]:
+    """log2 of the rates that a way moves: the best of all seeds, or of each seed alone."""
+    return best_by_seed(done, cell) if way == ONE_SEED else [best_at(done, cell)]
 
 
 def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Iterator[tuple[str, str, Shift]]:
     """Name, the scheme that is trained, and how it moves a rate. A name may come more than once: all count."""
     for name, law in laws.items():
         yield name, config, by_law(domain, config, law)
+    yield ONE_SEED, config, by_law(domain, config, LAWS[DEFAULT])
     for path in paths_of(domain, config):  # a search seed each; the recipe's rate at the target, whatever the source
         yield "calibrated recipe", config, by_recipe(done, (domain, config), Recipe.load(path))
     yield "one rate everywhere", config, kept
@@ -94,6 +139,13 @@ def best_at(done: Losses, cell: Cell) -> float:
     return lowest(curve(done, cell, seeds_in(done, *cell[:2]))) if found is None else found
 
 
+def best_by_seed(done: Losses, cell: Cell) -> list[float]:
+    """log2 of the best rate of each seed alone, its grid's where the vertex lies outside."""
+    alone = curves_by_seed(done, cell, seeds_in(done, *cell[:2]))
+    vertices = optimum(done, cell).by_seed
+    return [lowest(each) if x is None else x for x, each in zip(vertices, alone, strict=True)]
+
+
 def lost(done: Losses, trained: Cell, best: Cell, x: float) -> float:
     """Regret at 2^x; beyond the grid of all seeds by the coarse pass of one."""
     seeds = seeds_in(done, *trained[:2])
@@ -102,9 +154,11 @@ def lost(done: Losses, trained: Cell, best: Cell, x: float) -> float:
 
 
 def share_lost(tried: Mapping[float, float], at_best: float, start: float, x: float) -> float:
-    """The share of the gain lost at 2^x, on straight lines between the rates tried, beyond them at the last."""
-    there = loss_between(tried, min(max(x, min(tried)), max(tried)))
-    return (there - at_best) / (start - at_best)
+    """The share of the gain lost at 2^x, by a monotone spline between the rates tried, beyond them at the last.
+
+    A diverged run counts as `DIVERGED`.
+    """
+    return regret_between({at: (loss - at_best) / (start - at_best) for at, loss in tried.items()}, x)
 
 
 def noise_floor(done: Losses, cell: Cell) -> float | None:

@@ -17,7 +17,7 @@ from study.grids import FULL, Losses, curve, lowest
 from study.moving import octaves
 from study.optima import domains_in, exponent_of, optimum, ranks_in, schemes_in, seeds_in
 from study.regret import LAWS, Moved
-from study.suite_tables import README_WAYS, SETTINGS
+from study.suite_tables import README_WAYS, regrets_in, settings
 
 from rankaware_optim import Law
 from rankaware_optim._figures import COLOURS, rate_axis
@@ -145,15 +145,13 @@ def draw_surface(done: Losses, domain: str) -> Figure:
 
 def draw_summary(moved: Sequence[Moved]) -> Figure:
     """The README's figure: one dot for the regret of each move, and a bar for the median of each way."""
-    settings = {f"to another rank,\n{words}": ([config], 0) for config, words in SETTINGS.items()}
-    settings["to full finetuning"] = (list(SETTINGS), 1)
     ways = list(reversed(README_WAYS.items()))
-    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
-    for axis, (title, (configs, which)) in zip(figure.subplots(1, 4, sharey=True), settings.items(), strict=True):
+    figure = Figure(figsize=(11.2, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(settings()), sharey=True)
+    for axis, (title, setting) in zip(axes, settings().items(), strict=True):
         for y, (way, _) in enumerate(ways):
-            each = [(m.lora, m.full)[which] for m in moved if m.way == way and m.config in configs]
-            plot_moves(axis, [100 * x for regrets in each for x in regrets], y)
-        axis.set_title(title, fontsize=9)
+            plot_moves(axis, [100 * x for x in regrets_in(moved, way, *setting)], y)
+        axis.set_title(title.replace(", ", ",\n", 1), fontsize=9)
         axis.set_xscale("symlog", linthresh=1, linscale=0.5)
         axis.set_xlim(-0.3, 1.3 * MOST)
         axis.set_xticks([0, 1, 10, 100], ["0", "1", "10", "100"], fontsize=8)

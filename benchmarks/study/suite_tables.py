@@ -9,6 +9,7 @@ from recording import block, number, percent, table_of
 from study.configurations import CONFIGS, RSLORA, start_of
 from study.domains import get_domain
 from study.grids import FULL, Losses, curve
+from study.loss_curves import DIVERGED
 from study.moving import INITS, across_inits, by_law
 from study.optima import (
     ESTIMATORS,
@@ -21,7 +22,7 @@ from study.optima import (
     ranks_in,
     seeds_in,
 )
-from study.regret import LAWS, Moved, pooled
+from study.regret import DEFAULT, LAWS, ONE_SEED, Moved, pooled, score
 
 from rankaware_optim import Law
 
@@ -36,26 +37,27 @@ ESTIMATED = (
     "Laws are read at the ranks shown; where a grid does not reach its cliff, the ranks that have one stand beside it."
 )
 REGRET = (
-    "Regret is the share of the attainable gain that is lost, by the seeds that chose the best rates, on straight "
-    "lines between the rates tried, beyond them at the last. Noise floor: at every rank, and in full finetuning, what "
-    "the rate loses on a seed that all other seeds chose, the mean over seeds; one seed has none. A regret of no more "
-    "than the floor says nothing. `calibration.md` has the regret of two domains on fresh seeds, beside what the sweep "
-    "itself loses on them."
+    "% lost: median; mean / 95th percentile / share above 5 %. The worst move stands beside. Regret is the share of "
+    "the attainable gain that is lost, by the seeds that chose the best rates, by a monotone spline between the rates "
+    "tried (estimators.md), beyond them at the last. A diverged run counts as 500 %. Noise floor: at every rank, and "
+    "in full finetuning, what the rate loses on a seed that all other seeds chose, the mean over seeds; one seed has "
+    "none. A regret of no more than the floor says nothing. `calibration.md` has the regret of two domains on fresh "
+    "seeds, beside what the sweep itself loses on them."
 )
 JUMPS = (
     "Octaves from the best rate, or the cliff, there to the one moved there, at the lowest rank first: above 0 it is "
     "too high. A rank that lacks one is left out. From Init[A] to Init[B] the rank stays. At Init[B] the default law "
-    "is µA, falling at B; elsewhere it is µA at 8 tokens."
+    "is µA, falling at B; elsewhere it is µA."
 )
 
 
 SUMMED = (
-    "Median / worst of (c) over each domain's configurations. In the rows to full finetuning, \"ten times full "
-    "finetuning's\" and LoRA+ tuned at every rank are full finetuning's own tuned rate. LoRA+ was swept in one "
-    "configuration, alpha = rank at Init[A]; table (c) compares it with the others there. Ten times full finetuning's "
-    "rate is a custom where alpha is kept: see Init[A], s = 1/r in table (c). A calibrated recipe moves no rate: it is "
-    "a search at the lowest and the highest rank and three full runs, for a fifth of a sweep's steps. Every search "
-    "seed on file counts: the shipped recipe, and those in `recipes/` beside this page."
+    "Mean / 95th percentile / share above 5 % of (c), in %, over each domain's configurations. In the rows to full "
+    "finetuning, \"ten times full finetuning's\" and LoRA+ tuned at every rank are full finetuning's own tuned rate. "
+    "LoRA+ was swept in one configuration, alpha = rank at Init[A]; table (c) compares it with the others there. Ten "
+    "times full finetuning's rate is a custom where alpha is kept: see Init[A], s = 1/r in table (c). A calibrated "
+    "recipe moves no rate: it is a search at the lowest and the highest rank and three full runs, for a fifth of a "
+    "sweep's steps. Every search seed on file counts: the shipped recipe, and those in `recipes/` beside this page."
 )
 
 
@@ -63,13 +65,17 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
     every = domains_in(done)
     exponent_rows = [row for domain in every for row in exponents(done, domain, laws)]
     claim_rows = [row for domain in every for row in claims(done, domain)]
-    regret_rows = []
-    for each in moved:
-        lora, full = ([str(len(x)), *(median_and_worst(x) or ("–", "–"))] for x in (each.lora, each.full))
-        regret_rows.append([each.domain, each.config, each.way, *lora, *full])
+    regret_rows = [
+        [
+            *(each.domain, each.config, each.way),
+            *in_words(each.lora, each.worst),
+            *in_words(each.full, each.worst_full),
+        ]
+        for each in moved
+    ]
     jump_rows = [row for domain in every for row in jumps(done, domain, laws)]
     heads = ["domain", "configuration", "ranks", "seeds", *(f"by the {name}" for name in ESTIMATORS), *laws]
-    ways = ["way", "moves", "LoRA to LoRA: median", "worst", "moves", "LoRA to full: median", "worst"]
+    ways = ["way", *(f"LoRA to {to}: {what}" for to in ("LoRA", "full") for what in ("moves", "% lost", "worst"))]
     return [
         f"## What a moved rate loses, by domain\n\n{summary(moved)}",
         SUMMED,
@@ -171,8 +177,13 @@ def gains(done: Losses, domain: str) -> Iterator[list[str]]:
 # --- regret ---------------------------------------------------------------------------------------------------------
 
 
-def median_and_worst(regrets: Sequence[float]) -> list[str]:
-    return [percent(statistics.median(regrets)), percent(max(regrets))] if regrets else []
+def in_words(regrets: Sequence[float], worst: str) -> list[str]:
+    """How many, their median and score, and the worst with its name."""
+    if not regrets:
+        return ["0", "–", "–"]
+    most = "diverged" if max(regrets) >= DIVERGED else percent(max(regrets))
+    named = f"{most} ({worst})" if worst else most
+    return [str(len(regrets)), f"{number(100 * statistics.median(regrets), 1)}; {score(regrets).words()}", named]
 
 
 COMPARED = {  # what the summaries compare, in their words
@@ -183,21 +194,21 @@ COMPARED = {  # what the summaries compare, in their words
     "LoRA+ 16, own best": "LoRA+ 16, tuned at every rank",
     "ten times full": "ten times full finetuning's",
     "the paper's law": "the paper's law",
-    "µA at 8 tokens": 'this package, law="mua"',
-    "µA, falling at B": "this package's default law",
+    "µA": 'this package, law="mua"',
+    DEFAULT: "this package's default law",
     "calibrated recipe": "this package, calibrated",
 }
 TARGETS = ("another rank", "full finetuning")
 
 
 def summary(moved: Sequence[Moved]) -> str:
-    """Median and worst regret of a rate that is moved, a domain a column."""
+    """The score of a rate that is moved, a domain a column."""
     every, rows = list(dict.fromkeys(each.domain for each in moved)), []
     for which, target in enumerate(TARGETS):
         for way, words in COMPARED.items():
             if found := pooled(moved, way):
                 shares = [found[domain][which] if domain in found else [] for domain in every]
-                rows.append([target, words, *(" / ".join(median_and_worst(each)) or "–" for each in shares)])
+                rows.append([target, words, *(score(each).words() if each else "–" for each in shares)])
     return table_of(["to", "the rate is moved by", *(domain.replace("_", " ") for domain in every)], rows)
 
 
@@ -205,7 +216,8 @@ README_WAYS = {
     "noise floor": "noise floor",
     "one rate everywhere": "keeping it",
     "the paper's law": "the paper's law",
-    "µA, falling at B": "the default law",
+    DEFAULT: "the default law",
+    ONE_SEED: "the same, its rate from one seed",
     "calibrated recipe": "no move: a calibrated recipe",
 }
 SETTINGS = {
@@ -215,20 +227,25 @@ SETTINGS = {
 }
 
 
+def settings() -> dict[str, tuple[list[str], int]]:
+    """{words: (configurations, 0 for moves to another rank and 1 for those to full finetuning)}."""
+    lora = {f"to another rank, {words}": ([config], 0) for config, words in SETTINGS.items()}
+    inits = {init: [name for name, own in CONFIGS.items() if own.init == init] for init in ("A", "B")}
+    return lora | {f"to full finetuning, from Init[{init}]": (configs, 1) for init, configs in inits.items()}
+
+
+def regrets_in(moved: Sequence[Moved], way: str, configs: Sequence[str], which: int) -> list[float]:
+    mine = [(each.lora, each.full)[which] for each in moved if each.way == way and each.config in configs]
+    return [regret for regrets in mine for regret in regrets]
+
+
 def by_setting(moved: Sequence[Moved]) -> str:
-    """The README's table: median, mean and worst regret over the moves of all domains, a setting a column."""
+    """The README's table: the score over the moves of all domains, a setting a column."""
     rows = []
     for way, words in README_WAYS.items():
-        mine = [each for each in moved if each.way == way]
-        cells = [[x for each in mine if each.config == config for x in each.lora] for config in SETTINGS]
-        cells.append([x for each in mine for x in each.full])
-        rows.append([words, *(" / ".join(median_mean_worst(regrets)).replace(" %", "") or "–" for regrets in cells)])
-    heads = [*(f"to another rank, {words}" for words in SETTINGS.values()), "to full finetuning"]
-    return table_of(["% lost: median / mean / worst", *heads], rows)
-
-
-def median_mean_worst(regrets: Sequence[float]) -> list[str]:
-    return [percent(of(regrets)) for of in (statistics.median, statistics.fmean, max)] if regrets else []
+        cells = [regrets_in(moved, way, *setting) for setting in settings().values()]
+        rows.append([words, *(score(regrets).words() if regrets else "–" for regrets in cells)])
+    return table_of(["% lost: mean / 95th percentile / share of moves above 5 %", *settings()], rows)
 
 
 # --- from one configuration to another ------------------------------------------------------------------------------

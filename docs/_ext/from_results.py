@@ -43,7 +43,7 @@ A16, B16 = (ra.Reference(16, 16, init=init, fan_in=WIDTH) for init in ("A", "B")
 FULL = ra.Reference(method="full", fan_in=WIDTH)
 MOVES = (  # what changes, from, to, how sure
     ("rank 16 → 128, alpha = rank", A16, replace(A16, rank=128, alpha=128), "theory, measured"),
-    ("rank 16 → 128, alpha kept", A16, replace(A16, rank=128), "theory: keep the rate"),
+    ("rank 16 → 128, alpha kept", A16, replace(A16, rank=128), "theory, measured"),
     (
         "rank 16 → 128 with rsLoRA, alpha kept",
         replace(A16, rslora=True),

@@ -10,7 +10,8 @@ M = [2**i for i in range(13)]
 figure, axis = pyplot.subplots(figsize=(7, 3.4))
 lines = {
     "m (the paper)": ([float(m) for m in M], "#D55E00", "--"),
-    "8 tokens, the default": ([kappa(m, 8.0) for m in M], "#0072B2", "-"),
+    "1 token, the default": ([kappa(m, 1.0) for m in M], "#0072B2", "-"),
+    "8 tokens": ([kappa(m, 8.0) for m in M], "#CC79A7", "-"),
     "64 tokens": ([kappa(m, 64.0) for m in M], "#009E73", "-"),
     "√m (no token agrees)": ([math.sqrt(m) for m in M], "0.4", ":"),
 }

@@ -16,7 +16,7 @@ from .._checks import MOST_RANKS, check_lr, is_number, is_positive, is_whole, pl
 from .._optimizer_classes import get_optimizer_class
 from .._warn import warn
 from ..errors import CalibrationError, CalibrationInterrupted
-from ..laws import Law, get_law
+from ..laws import PRIOR_LAW, Law, get_law
 from ..recipe import Recipe
 from ._code import train_source
 from ._progress import TrialLog, progress_shown
@@ -37,7 +37,7 @@ def calibrate(
     ranks: Sequence[int | None],
     steps: int,
     name: str = "calibration",
-    law: str | Law = "mua",
+    law: str | Law = PRIOR_LAW,
     trials: int | None = None,
     budget: int | None = None,
     until: float | None = None,
@@ -98,7 +98,8 @@ def calibrate(
             Rates are interpolated between the ranks. Outside them the band grows with the distance.
         steps: optimizer steps per trial.
         name: the name of the study and of the recipe.
-        law: the law that maps rates between ranks, by default µA. The fall in rank at Init[B] is in the fit's prior.
+        law: the law that maps rates between ranks, by default µA with 8 tokens. The fall in rank at Init[B] is in the
+            fit's prior.
         trials: number of runs at `ranks`. By default as many as `budget` allows, or 8 per rank.
         budget: optimizer steps of all trials together, never exceeded. Pruned and killed trials count the steps they
             ran.

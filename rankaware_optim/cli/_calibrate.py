@@ -24,6 +24,7 @@ import torch
 
 from .. import calibration
 from ..errors import CalibrationError, RankAwareError, RankAwareWarning, RecipeError
+from ..laws import PRIOR_LAW
 from ..recipe import Recipe
 from ._echo import echo, warnings_as_notes
 from ._options import OPTIMIZER, in_options, may_name_module, numbers, out_option
@@ -73,7 +74,7 @@ _WARMUP = "Warm-up as a share of the steps, 0 to 1. The recipe records it. No tr
 @out_option(required=True, help="Recipe to write, a .toml file.")
 @OPTIMIZER
 @click.option(
-    "--law", callback=may_name_module, default="mua", show_default=True, help="Law that moves rates between ranks."
+    "--law", callback=may_name_module, default=PRIOR_LAW, show_default=True, help="Law that moves rates between ranks."
 )
 @click.option("--trials", type=int, help="Number of runs at --ranks. By default as --budget allows, or 8 per rank.")
 @click.option("--budget", type=int, help="Largest number of training steps of all trials together.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ..laws import PRIOR_LAW
 from ..recipe import to_document
 from ..sweeps import fit_sweep
 from ._echo import echo, echo_json
@@ -32,7 +33,7 @@ from ._options import (
 @click.option(
     "--law",
     callback=may_name_module,
-    default="mua",
+    default=PRIOR_LAW,
     show_default=True,
     help=f"Law that moves rates between ranks. {LAW_TEXT}",
 )

@@ -1,5 +1,6 @@
 from ._base import DEFAULT_LAW as DEFAULT_LAW
 from ._base import LAWS as LAWS
+from ._base import PRIOR_LAW as PRIOR_LAW
 from ._base import Law as Law
 from ._base import bound_law as bound_law
 from ._base import caution_of as caution_of

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from .._checks import check_init
 from .._optimizers import optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
-from ._base import Law, check_choice, check_parameters
+from ._base import FIRST, Law, check_choice, check_parameters
 from ._constant import Constant
 from ._updates import FORMS, SHAPE_FACTORS, Site, Updates
 
 _ONE_RANK = 16
+
+_TOKENS = 1.0  # chosen for sign-like optimizers by benchmarks/laws/default_law.py
+_OTHER_TOKENS = 8.0  # of the other families, whose forms were judged with this number
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class MuA(Law):
 
     Args:
         tokens: b, the effective number of independent tokens, far below the tokens in a batch; None for the paper's
-            law.
+            law. The default, 1, was chosen for Adam. Bound to an optimizer of another family it becomes 8, the number
+            with which these forms were tried.
         ratio: λ = η_B / η_A, dimensionless.
         family: the optimizer's family, set by `bind`. An unknown optimizer counts as sign-like.
         shape_factor: Muon's `adjust_lr_fn`, set by `bind`.
@@ -53,11 +57,11 @@ class MuA(Law):
     >>> at = Reference(rank=16, alpha=16, fan_in=4096)
     >>> round(paper.multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0), at), 2)  # about r^(-1/2)
     0.48
-    >>> round(ours.multiplier(Factor("w", "A", 64, 4096, 4096, scaling=0.25), at), 2)  # alpha kept: the rate rises
-    1.11
+    >>> round(ours.multiplier(Factor("w", "A", 64, 4096, 4096, scaling=0.25), at), 2)  # alpha kept: it hardly moves
+    1.02
     """
 
-    tokens: float | None = 8.0
+    tokens: float | None = field(default=_TOKENS, metadata={FIRST: 8.0})
     ratio: float = 1.0
     family: str = "sign-like"
     shape_factor: str = "original"
@@ -72,7 +76,10 @@ class MuA(Law):
         family = optimizer_family(optimizer_class, settings)
         if family not in FORMS:
             return Constant()
-        return replace(self, family=family, shape_factor=settings.get("adjust_lr_fn") or "original")
+        bound = replace(self, family=family, shape_factor=settings.get("adjust_lr_fn") or "original")
+        if self.tokens == _TOKENS and family not in ("sign-like", "unknown"):
+            return replace(bound, tokens=_OTHER_TOKENS)
+        return bound
 
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         init = "full" if factor.role == "full" else "B" if factor.init == "B" else "A"

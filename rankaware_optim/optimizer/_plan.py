@@ -243,7 +243,7 @@ def _full_note(plan: Plan) -> str:
     worth = "is good to an octave or two" if known else f"was never tried with {plan.family} optimizers"
     return (
         f"From a LoRA rate alone the law's rate for full finetuning {worth}, and too high costs more than too low: "
-        "start at half of it, or calibrate with full runs."
+        "start at half of it, or settle it by three full runs (calibrate with full_trials=3)."
     )
 
 

@@ -17,7 +17,7 @@ from .._types import Reference
 from ..calibration import Study, versions_used
 from ..calibration.fit import Fit, Observation, Prior, diverged, fit_observations, shrink
 from ..errors import CalibrationError
-from ..laws import Constant, Law, MuA, Power, bound_law, checked_multiplier, get_law
+from ..laws import PRIOR_LAW, Constant, Law, MuA, Power, bound_law, checked_multiplier, get_law
 from ..recipe import Recipe, with_margin
 from ._io import Source, Sweep, SweepRun, read_sweep
 from ._runs import GridEnd, ends_of, known_alpha, observation_of, selected, site_of
@@ -41,7 +41,7 @@ def fit_sweep(
     *,
     optimizer: type[Optimizer] | str = "AdamW",
     name: str = "sweep",
-    law: str | Law = "mua",
+    law: str | Law = PRIOR_LAW,
     fit: Literal["drift", "tokens"] = "drift",
     model: str | None = None,
     alpha: float | Literal["rank"] | None = None,
@@ -64,7 +64,8 @@ def fit_sweep(
         sweep: dicts, or a .csv, .tsv, .json or .jsonl file, with the columns of `read_sweep`.
         optimizer: the optimizer of the sweep, a class or a name. It decides the law's form.
         name: the recipe's name.
-        law: the law that maps rates between ranks, by default µA. The fall in rank at Init[B] is in the fit's prior.
+        law: the law that maps rates between ranks, by default µA with 8 tokens. The fall in rank at Init[B] is in the
+            fit's prior.
         fit: the correction of the law: "drift" is a power of the rank. "tokens" is the number of effective tokens of
             `MuA`, whose effect is bounded.
         model: selects the rows of one model, if the sweep has several. It is filled in if rows have none.

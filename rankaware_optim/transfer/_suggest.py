@@ -29,6 +29,7 @@ PUBLISHED = Reference(rank=16, alpha=32, fan_in=NO_WIDTH)
 # deviation between models after the law has moved them there, octaves.
 LOG2_RATE, SPREAD = -11.45, 0.50
 RANKS, WIDTHS = (1, 128), (2048, 8192)
+_LAW = MuA(tokens=8.0)  # published language models prefer more tokens than the default
 # Octaves by which a quoted rate lies below the middle of its band: too low a rate costs little, too high a rate a lot.
 MARGIN = 0.5
 # Standard deviations, octaves, by rules of thumb: another task, batch and horizon (small sweeps of narrow networks are
@@ -134,9 +135,9 @@ def suggest_lr(
 ) -> Suggestion:
     """Suggest a learning rate for a model's rank, alpha, init and width, or for a `Reference`, without any run.
 
-    lr = 2^(-11.45 - 0.5) · law(model; rank 16, alpha 32, fan-in 4096) · factors, with the law `MuA()`. The 90 % band is
-    ± 1.645·√(sum of variances) octaves. Standard deviations are 0.5 octaves between published models, 1.0 for another
-    task, batch and horizon (0 with task="chat"), and those in the notes.
+    lr = 2^(-11.45 - 0.5) · law(model; rank 16, alpha 32, fan-in 4096) · factors, with the law `MuA(tokens=8)`. The
+    90 % band is ± 1.645·√(sum of variances) octaves. Standard deviations are 0.5 octaves between published models, 1.0
+    for another task, batch and horizon (0 with task="chat"), and those in the notes.
 
     Args:
         model: the model, its survey, or a `Reference`. A model's width is its most common fan-in, or the largest for
@@ -288,7 +289,7 @@ def _steps(case: _Case, task: Task) -> Iterator[Step]:
     if at.fan_in is None:
         at = replace(at, fan_in=NO_WIDTH)
         yield Step(0.0, NO_WIDTH_SD, f"No width was given: fan-in {NO_WIDTH:g} is assumed.")
-    yield Step(math.log2(checked_multiplier(MuA(), at.as_factor(), PUBLISHED)), 0.0)
+    yield Step(math.log2(checked_multiplier(_LAW, at.as_factor(), PUBLISHED)), 0.0)
     if task == "other":
         yield Step(0.0, TASK_SD, "Your task, batch and horizon differ from theirs, which widens the band most.")
     if at.method == "lora":

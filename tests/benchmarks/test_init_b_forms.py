@@ -66,14 +66,14 @@ def test_a_form_moves_a_rate_to_full_finetuning(forms: Any, name: str, constants
 
 
 def test_falling_is_the_packages(forms: Any):
-    """At any knee the form's octaves are the law's own."""
-    from rankaware_optim import Factor, Falling, Reference
+    """At any knee the form's octaves are those of the law with 8 tokens, as when the forms were compared."""
+    from rankaware_optim import Factor, Falling, MuA, Reference
 
     at = Reference(rank=16, alpha=16, init="B", fan_in=WIDTH)
     for knee, rank in ((4.0, 64), (16.0, 1), (2.0, 512)):
         factor = Factor("w", "A", rank, int(WIDTH), int(WIDTH), scaling=1.0, init="B")
         moved = named(forms, "Falling").move(site(forms, 16), site(forms, rank), -6.0, {"k": knee}) + 6.0
-        assert moved == pytest.approx(math.log2(Falling(knee, 0.5).multiplier(factor, at)))
+        assert moved == pytest.approx(math.log2(Falling(knee, 0.5, MuA(tokens=8.0)).multiplier(factor, at)))
 
 
 @pytest.mark.parametrize("form", ["weakened µA", "Falling, level", "power, level", "no fall"])

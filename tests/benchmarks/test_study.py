@@ -17,6 +17,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from filelock import FileLock
+from hypothesis import given
+from hypothesis import strategies as st
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
@@ -525,7 +527,7 @@ def test_regret_beyond_the_grid_is_the_coarse_passs() -> None:
 
 
 def test_regret_is_a_share_of_the_gain() -> None:
-    """Regret is 0 at the grid's best rate, else (loss − best) / (start − best), on a line between rates."""
+    """Regret is 0 at the grid's best rate, else (loss − best) / (start − best), by the spline between rates."""
     from study.configurations import START
     from study.grids import FULL
     from study.regret import lost
@@ -534,7 +536,33 @@ def test_regret_is_a_share_of_the_gain() -> None:
     done = {**bowl(4, -6.0), job(FULL, 0.0, 0, START): 2.0}
     assert lost(done, cell, cell, -6.0) == 0.0
     assert lost(done, cell, cell, -5.0) == pytest.approx(0.1)
-    assert lost(done, cell, cell, -4.5) == pytest.approx((0.1 + 0.4) / 2)
+    assert lost(done, cell, cell, -4.5) == pytest.approx(1.5**2 / 10, abs=0.005)  # the bowl that was tried
+
+
+@pytest.mark.parametrize(
+    ("ys", "x", "expected"),
+    [
+        ((0.1, 0.0, 0.1), -5.0, 0.0),  # through every run
+        ((0.1, 0.0, 0.1), -9.0, 0.1),  # beyond them the last one's
+        ((0.4, 0.1, 0.0, math.inf), -3.0, 5.0),  # a diverged run counts as 500 %
+        ((0.4, 0.1, 0.0, 9.0), -3.0, 5.0),  # and so does a larger loss
+    ],
+)
+def test_regret_between_rates_goes_through_the_runs(ys: tuple[float, ...], x: float, expected: float) -> None:
+    """The curve meets every run, and is flat beyond the last ones."""
+    from study.loss_curves import regret_between
+
+    assert regret_between({-6.0 + i: y for i, y in enumerate(ys)}, x) == pytest.approx(expected)
+
+
+@given(st.lists(st.floats(0, 3), min_size=2, max_size=8), st.floats(0, 1), st.data())
+def test_the_curve_between_two_runs_stays_between_them(ys: list[float], share: float, data: Any) -> None:
+    """It neither invents a lower loss than both runs beside it, nor a higher one."""
+    from study.loss_curves import regret_between
+
+    i = data.draw(st.integers(0, len(ys) - 2))
+    found = regret_between({float(x): y for x, y in enumerate(ys)}, i + share)
+    assert min(ys[i : i + 2]) - 1e-9 <= found <= max(ys[i : i + 2]) + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -589,27 +617,27 @@ def test_a_grid_grows_until_its_best_lies_inside(tmp_path: Path) -> None:
 
 
 def test_the_readmes_table_pools_a_domains_configurations() -> None:
-    """A way's cell is the median and the worst over every configuration; what a domain lacks is a dash."""
+    """A way's cell is mean, 95th percentile and share above 5 % over every configuration; a domain's lack is a dash."""
     from study.regret import Moved
     from study.suite_tables import summary
 
     moved = [
         Moved("language", "Init[A], s = 1", "1/r", (0.01, 0.02), (0.5,)),
-        Moved("language", "Init[B], s = 1", "1/r", (0.03, math.inf), (0.7,)),
+        Moved("language", "Init[B], s = 1", "1/r", (0.03, 5.0), (0.7,)),
         Moved("language", "Init[A], s = 1", "one rate everywhere", (0.0, 0.1), (0.2,)),
         Moved("reinforcement", "Init[A], s = 1", "1/r", (0.04,), (0.05,)),
         Moved("reinforcement", "Init[A], s = 1", "a way nobody compares", (9.0,), (9.0,)),
     ]
     assert summary(moved).splitlines()[2:] == [
-        "| another rank | one rate everywhere | 5.0 % / 10.0 % | – |",
-        "| another rank | 1/r | 2.5 % / diverged | 4.0 % / 4.0 % |",
-        "| full finetuning | one rate everywhere | 20.0 % / 20.0 % | – |",
-        "| full finetuning | 1/r | 60.0 % / 70.0 % | 5.0 % / 5.0 % |",
+        "| another rank | one rate everywhere | 5.0 / 9.5 / 50 | – |",
+        "| another rank | 1/r | 126.5 / 425.5 / 25 | 4.0 / 4.0 / 0 |",
+        "| full finetuning | one rate everywhere | 20.0 / 20.0 / 100 | – |",
+        "| full finetuning | 1/r | 60.0 / 69.0 / 100 | 5.0 / 5.0 / 0 |",
     ]
 
 
 def test_the_readmes_table_pools_domains_and_keeps_settings_apart() -> None:
-    """Median, mean and worst are over the moves of all domains: between ranks by setting, to full finetuning in one."""
+    """Scores are over the moves of all domains: between ranks by setting, to full finetuning by the source's init."""
     from study.regret import Moved
     from study.suite_tables import by_setting
 
@@ -617,15 +645,24 @@ def test_the_readmes_table_pools_domains_and_keeps_settings_apart() -> None:
     moved = [
         Moved("language", "Init[A], s = 1", keep, (0.01, 0.02), (0.5,)),
         Moved("reinforcement", "Init[A], s = 1", keep, (0.09,), (0.1,)),
-        Moved("language", "Init[B], s = 1", keep, (math.inf, 0.03), (0.0,)),
+        Moved("language", "Init[B], s = 1", keep, (0.03, 0.03), (0.0,)),
         Moved("language", "Init[A], s = 1", "a way nobody compares", (9.0,), (9.0,)),
     ]
     rows = {row.split(" | ")[0]: row for row in by_setting(moved).splitlines()[2:]}
-    assert (
-        rows["| keeping it"]
-        == "| keeping it | 2.0 / 4.0 / 9.0 | – | diverged / diverged / diverged | 10.0 / 20.0 / 50.0 |"
-    )
-    assert rows["| the default law"] == "| the default law | – | – | – | – |"
+    to_full = "30.0 / 48.0 / 100 | 0.0 / 0.0 / 0"
+    assert rows["| keeping it"] == f"| keeping it | 4.0 / 8.3 / 33 | – | 3.0 / 3.0 / 0 | {to_full} |"
+    assert rows["| the default law"] == "| the default law | – | – | – | – | – |"
+
+
+def test_the_worst_move_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Table (c) names the two ranks between which a kept rate loses most, and the rank it loses most from in full."""
+    from study import regret
+    from study.grids import FULL
+
+    monkeypatch.setattr(regret, "ways", lambda done, domain, config, laws: [("kept", config, regret.kept)])
+    done = {**bowl(4, -6.0, 3), **bowl(16, -7.0, 3), **bowl(64, -9.0, 3), **bowl(FULL, -9.0, 3, scheme="full")}
+    _, kept = regret.moves_in({**done, **untrained()}, "language", {})
+    assert (kept.worst, kept.worst_full) == ("64 → 4", "4 → full")
 
 
 def test_the_readmes_figure_takes_any_study() -> None:
@@ -635,9 +672,9 @@ def test_the_readmes_figure_takes_any_study() -> None:
     pytest.importorskip("matplotlib")
     from study.suite_figures import draw_summary
 
-    moved = [Moved("language", "Init[A], s = 1", "one rate everywhere", (-0.01, math.inf), ())]
+    moved = [Moved("language", "Init[A], s = 1", "one rate everywhere", (-0.01, 5.0), ())]
     figure = draw_summary(moved)
-    assert [axis.get_title() for axis in figure.axes][-1] == "to full finetuning"
+    assert [axis.get_title() for axis in figure.axes][-1] == "to full finetuning,\nfrom Init[B]"
 
 
 def test_a_readme_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_init_b_at_scaling_one_is_full_finetuning(n, r, b):
 
 def test_published_ratio_of_full_to_lora():
     """At n = 4096, s = 1 and 8 tokens, full finetuning's rate is 1/13 and 1/10 of that of ranks 16 and 32."""
-    ratios = [1 / move(MuA(), FullPoint(4096), Point(r, 1.0, 4096)) for r in (16, 32)]
+    ratios = [1 / move(MuA(tokens=8.0), FullPoint(4096), Point(r, 1.0, 4096)) for r in (16, 32)]
     assert ratios == pytest.approx([13, 10], rel=0.05)
 
 
@@ -387,8 +387,22 @@ def test_falling_falls_by_no_more_than_its_power(rank, more, knee, power, width)
 def test_a_file_without_falling_s_power_has_the_square_root():
     """A recipe written before `power` keeps its law and the hash of it: a square root from a knee of 4."""
     read = law_from_dict({"name": "falling", "knee": 4.0, "law": {"name": "mua", "tokens": 8.0}})
-    assert read == Falling(knee=4.0, power=0.5)
+    assert read == Falling(knee=4.0, power=0.5, law=MuA(tokens=8.0))
     assert law_changes(read) == {"name": "falling", "law": {"name": "mua"}}
+
+
+def test_a_file_without_tokens_has_eight():
+    """A recipe written before the default was 1 keeps the 8 tokens of its law, and the hash of it."""
+    read = law_from_dict({"name": "mua"})
+    assert read == MuA(tokens=8.0)
+    assert law_changes(read) == {"name": "mua"}
+
+
+@pytest.mark.parametrize(("optimizer", "tokens"), [(torch.optim.AdamW, 1.0), (torch.optim.SGD, 8.0)])
+def test_the_default_tokens_are_those_of_the_family(optimizer, tokens):
+    """The number chosen for Adam does not reach the other families' forms; a number that is given does."""
+    assert MuA().bind(optimizer, {}).tokens == tokens
+    assert MuA(tokens=4.0).bind(optimizer, {}).tokens == 4.0
 
 
 FALLS = [
@@ -439,7 +453,7 @@ def test_words_say_what_differs_from_the_defaults(law, words):
 # --- by name --------------------------------------------------------------------------------------------------------
 
 NAMED = [
-    ("mua", MuA(tokens=8.0)),
+    ("mua", MuA(tokens=1.0)),
     ("mua-paper", MuA(tokens=None)),
     ("constant", Constant()),
     ("loraplus", LoRAPlus(ratio=16.0)),

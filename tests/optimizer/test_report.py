@@ -13,7 +13,7 @@ from rankaware_optim._survey_text import Rated
 from rankaware_optim._types import Factor
 from rankaware_optim.inspection import other_kind
 from rankaware_optim.inspection._unsupported import unsupported
-from rankaware_optim.optimizer import PlanOptions, Report, make_plan, plan_rates
+from rankaware_optim.optimizer import PlanOptions, Report, effective_lr, make_plan, plan_rates
 from rankaware_optim.optimizer._report import make_report
 
 from ..helpers.models import adapted, mlp
@@ -188,7 +188,7 @@ def test_per_module_has_a_line_for_every_tensor():
     for group in opt.param_groups:
         for name in group["param_names"]:
             (line,) = [line for line in lines if f" {name} " in line]
-            assert f"{group['lr']:.3g}" in line
+            assert f" {effective_lr(group):.3g} " in line
             assert "falling: from rank 16" in line or "the base rate" in line
 
 

@@ -265,7 +265,7 @@ def test_a_recipe_of_a_sweep_drives_an_optimizer():
 
 def test_the_optimizer_decides_the_laws_form():
     """A sweep of SGD is fitted along the gradient-like law, which the recipe keeps."""
-    assert fit_sweep(drawn(), optimizer="SGD").law.law == MuA(family="gradient-like")
+    assert fit_sweep(drawn(), optimizer="SGD").law.law == MuA(tokens=8.0, family="gradient-like")
 
 
 # --- what changes nothing -------------------------------------------------------------------------------------------

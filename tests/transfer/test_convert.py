@@ -64,7 +64,7 @@ def limit(reference: Reference, tokens: float | None) -> float:
 
 
 @pytest.mark.parametrize("init", "AB")
-@pytest.mark.parametrize(("law", "tokens"), [("mua", 8.0), ("mua-paper", None)])
+@pytest.mark.parametrize(("law", "tokens"), [("mua", 1.0), ("mua-paper", None)])
 def test_without_a_width_the_rate_is_the_limit(law, tokens, init):
     """At every rank from 1 to 4096 and the extremes of scaling the rate is the closed form of a large width."""
     start = Reference(rank=16, alpha=16, init=init)

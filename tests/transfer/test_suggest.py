@@ -70,7 +70,7 @@ def test_published_medians_are_met(rank, median):
 @given(reference=references)
 def test_the_law_moves_the_rate(reference):
     """Between two configurations the middle moves as the law does, and nothing else moves it."""
-    moved = math.log2(MuA().multiplier(reference.as_factor(), PUBLISHED))
+    moved = math.log2(MuA(tokens=8.0).multiplier(reference.as_factor(), PUBLISHED))
     assert middle(suggest_lr(reference)) - middle(suggest_lr(PUBLISHED)) == pytest.approx(moved, abs=1e-9)
 
 
@@ -210,10 +210,11 @@ def test_a_survey_is_answered_like_its_model():
 
 
 def test_the_rest_of_a_model_follows_by_the_law():
-    """Used with its reference, the rate stands at the commonest rank and the law moves it to the others."""
+    """Used with its reference and law, the rate stands at the commonest rank and the law moves it to the others."""
     model = model_of((8, 64), (8, 64), (2, 64))
     found = suggest_lr(model)
-    optimizer = RankAwareOptimizer(model, torch.optim.AdamW, lr=found.lr, tuned_at=found.reference)
+    law, at = MuA(tokens=8.0), found.reference
+    optimizer = RankAwareOptimizer(model, torch.optim.AdamW, lr=found.lr, tuned_at=at, law=law)
     rates = {group["lora_rank"]: effective_lr(group) for group in optimizer.param_groups}
     assert rates[8] == pytest.approx(found.lr)
     assert rates[2] == pytest.approx(suggest_lr(replace(found.reference, rank=2, alpha=4, fan_in=64)).lr)
