@@ -437,7 +437,7 @@ CALIBRATED: dict[str, dict[str, Any]] = {
     "Init[A], full runs in a budget": {"full_trials": 3, "budget": 700},
     "Init[A], three ranks, one seed, until": {"ranks": (4, 16, 64), "seeds": (0,), "until": 1.5},
     "Init[B]": {"init": "B", "drift": -1 / 3},
-    "Init[B], by falling": {"init": "B", "drift": -1 / 3, "law": "falling"},
+    "Init[B], by falling": {"init": "B", "drift": -1 / 3, "law": ra.Falling(law=ra.MuA(tokens=8.0))},
     "full finetuning": {"ranks": (None,)},
 }
 BY_SGD: dict[str, dict[str, Any]] = {"SGD": {"kind": torch.optim.SGD, "best": 0.0}}
