@@ -46,6 +46,7 @@ import rankaware_optim as ra
 from rankaware_optim.calibration import Study
 from rankaware_optim.calibration._runner import Runner
 from rankaware_optim.calibration._schedule import Schedule
+from rankaware_optim.laws import PRIOR_LAW, get_law
 
 RESTS_ON = ("search.adam",)
 RECIPES = RESULTS.parents[1] / "recipes"
@@ -167,7 +168,7 @@ def simulated(replay: Replay, workers: int, trials: int, times: dict[int, list[f
         The total time in steps, the shares of the last round and of idle time, log2 of the recipe's base rate, the mean
         length of a run as a share of the whole, and the trials that count.
     """
-    study = Study(torch.optim.AdamW, ra.MuA(), RANKS, replay.steps, SEEDS)
+    study = Study(torch.optim.AdamW, get_law(PRIOR_LAW), RANKS, replay.steps, SEEDS)
     study.open(None, None, optuna.storages.InMemoryStorage())
     clock, rng = Clock(), np.random.default_rng([seed, trials])
     study.pause = lambda seconds: clock.sleep(POLL * seconds)  # type: ignore[method-assign]

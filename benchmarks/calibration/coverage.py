@@ -32,10 +32,10 @@ from recording import RESULTS, machine, record, shown
 from scipy.interpolate import CubicSpline
 from study.runs_on_file import read
 
-from rankaware_optim import MuA, RankAwareWarning, Reference
+from rankaware_optim import RankAwareWarning, Reference
 from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration.fit import Observation
-from rankaware_optim.laws import checked_multiplier
+from rankaware_optim.laws import PRIOR_LAW, checked_multiplier, get_law
 
 RESTS_ON = ("search.adam", "calibration.adam")
 TRIED, ASKED = (4, 64), (4, 16, 64, 256, None)  # None: full finetuning
@@ -183,7 +183,7 @@ CASES = (
 
 def study_of(init: Literal["A", "B"]) -> Simulated:
     """A study of AdamW at the ranks `TRIED`."""
-    study = Simulated(torch.optim.AdamW, MuA(), TRIED, STEPS, SEEDS)
+    study = Simulated(torch.optim.AdamW, get_law(PRIOR_LAW), TRIED, STEPS, SEEDS)
     study._settle(Reference(TRIED[-1], float(TRIED[-1]), init=init, fan_in=WIDTH), WIDTH)
     return study
 

@@ -43,12 +43,12 @@ from study.optima import best_rates, optimum
 from study.runs_on_file import read
 from study.suite import STORES
 
-from rankaware_optim import Law, MuA, RankAwareWarning, Recipe, Reference
+from rankaware_optim import Law, RankAwareWarning, Recipe, Reference
 from rankaware_optim.calibration import Study
 from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration._trials import TrialRecord
 from rankaware_optim.calibration.fit import Observation
-from rankaware_optim.laws import checked_multiplier
+from rankaware_optim.laws import PRIOR_LAW, checked_multiplier, get_law
 from rankaware_optim.recipe import Z90
 
 RESTS_ON = ("search.adam", "calibration.adam", "scores")
@@ -84,7 +84,7 @@ def calibrated(on: Surface, plan: Plan, seed: Sequence[int], prior: Law | None =
     ranks = (on.ranks[0], on.ranks[-1]) if plan.ranks == ENDS else (4, 64)
     budget = round(plan.share * RATES * (5 + 1) * STEPS)
     schedule = Schedule(ranks, seeds, STEPS, budget=budget, full_trials=plan.full)
-    study = Simulated(torch.optim.AdamW, prior or MuA(), ranks, STEPS, seeds, full_follows=plan.full > 0)
+    study = Simulated(torch.optim.AdamW, prior or get_law(PRIOR_LAW), ranks, STEPS, seeds, full_follows=plan.full > 0)
     study._settle(reference_of(on, schedule.anchor), on.full_fan_in)
     return searched(study, schedule, rng.uniform(-GUESS, GUESS), lambda trial, x: run(on, study, trial, x))
 

@@ -22,6 +22,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from fingerprints import marks
 from recording import RESULTS, machine, page
 
 from rankaware_optim import LawError, MuA
@@ -69,7 +70,7 @@ def run(only: str | None, widest: int) -> None:
                 rate = _solve(*key)
                 rates[_key(*key)] = None if rate is None else round(rate, 3)
             if missing:
-                store["machine"] = machine(1) | {"command": "python benchmarks/laws/exponents.py run"}
+                store["machine"] = measured_on()
                 STORE.write_text(json.dumps(store, indent=0) + "\n")
                 click.echo(f"{label}, {tokens} tokens, width {width}: {len(missing)} rates")
 
@@ -83,13 +84,25 @@ def table() -> None:
     cells = [[value if isinstance(value, str) else f"{value:g}" for value in row.values()] for row in rows]
     notes = [summary(rows, label) for label in OPTIMIZERS if any(row["optimizer"] == label for row in rows)]
     notes = [__doc__.split("\n\n")[-1].replace("\n", " ").strip(), "\n".join(notes)]
-    text = page("Exponents of the best rate: formula and check", heads, cells, store["machine"], notes)
+    text = page("Exponents of the best rate: formula and check", heads, cells, made_on(), notes)
     (RESULTS / "exponents.md").write_text(text)
     click.echo("\n\n".join(notes))
 
 
 def load() -> dict[str, Any]:
-    return json.loads(STORE.read_text()) if STORE.exists() else {"machine": machine(1), "log2_rates": {}}
+    return json.loads(STORE.read_text()) if STORE.exists() else {"machine": measured_on(), "log2_rates": {}}
+
+
+def measured_on() -> dict[str, Any]:
+    """How rates are measured: by an optimizer, so that they rest on no law."""
+    on = machine(1) | {"command": "python benchmarks/laws/exponents.py run"}
+    del on["rests on"]
+    return on
+
+
+def made_on() -> dict[str, Any]:
+    """The machine of the rates on file, and the laws that the formulas beside them rest on."""
+    return {**load()["machine"], "rests on": " ".join(marks(RESTS_ON))}
 
 
 def _key(*parts: object) -> str:

@@ -86,7 +86,7 @@ def _exponents_page(rows: Rows) -> Iterator[str]:
         "![Exponents: formula against check](laws-exponents.png)",
     ]
     title = "Exponents of the best rate: formula against check"
-    yield _demoted(page(title, heads, _worst_cells(rows), exponents.load()["machine"], notes))
+    yield _demoted(page(title, heads, _worst_cells(rows), exponents.made_on(), notes))
 
 
 def _worst_cells(rows: Rows) -> list[list[str]]:
