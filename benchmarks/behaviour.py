@@ -141,11 +141,11 @@ def owners() -> dict[str, nn.Module]:
     """Adapted layers as libraries store them, mostly of rank 4 and alpha 8, with 12 inputs and 20 outputs."""
     frozen = Owner(weight=nn.Parameter(torch.ones(20, 12), requires_grad=False))
     conv = nn.Conv2d(3, 8, 3)
-    told = {"r": {"default": 4}, "scaling": {"default": 2.0}}
+    said = {"r": {"default": 4}, "scaling": {"default": 2.0}}
     return {
-        "peft": Owner(lora_A=by_name(default=drawn(4, 12)), lora_B=by_name(default=zeros(20, 4)), **told),
-        "peft, Init[B]": Owner(lora_A=by_name(default=zeros(4, 12)), lora_B=by_name(default=drawn(20, 4)), **told),
-        "peft, both drawn": Owner(lora_A=by_name(default=drawn(4, 12)), lora_B=by_name(default=drawn(20, 4)), **told),
+        "peft": Owner(lora_A=by_name(default=drawn(4, 12)), lora_B=by_name(default=zeros(20, 4)), **said),
+        "peft, Init[B]": Owner(lora_A=by_name(default=zeros(4, 12)), lora_B=by_name(default=drawn(20, 4)), **said),
+        "peft, both drawn": Owner(lora_A=by_name(default=drawn(4, 12)), lora_B=by_name(default=drawn(20, 4)), **said),
         "peft, two adapters": Owner(
             lora_A=by_name(one=drawn(4, 12), two=drawn(2, 12)),
             lora_B=by_name(one=zeros(20, 4), two=zeros(20, 2)),
@@ -153,18 +153,18 @@ def owners() -> dict[str, nn.Module]:
             scaling={"one": 2.0, "two": 0.5},
         ),
         "peft, convolution": Owner(
-            lora_A=by_name(default=drawn(4, 3, 3, 3)), lora_B=by_name(default=zeros(8, 4, 1, 1)), **told
+            lora_A=by_name(default=drawn(4, 3, 3, 3)), lora_B=by_name(default=zeros(8, 4, 1, 1)), **said
         ),
         "peft, embedding": Owner(
             lora_embedding_A=nn.ParameterDict({"default": zeros(4, 30)}),
             lora_embedding_B=nn.ParameterDict({"default": drawn(8, 4)}),
-            **told,
+            **said,
         ),
         "adalora": Owner(
             lora_A=nn.ParameterDict({"default": drawn(4, 12)}),
             lora_B=nn.ParameterDict({"default": drawn(20, 4)}),
             lora_E=nn.ParameterDict({"default": zeros(4, 1)}),
-            **told,
+            **said,
         ),
         "loralib": Owner(frozen=frozen, lora_A=drawn(4, 12), lora_B=zeros(20, 4), r=4, scaling=2.0),
         "loralib, merged": Owner(

@@ -142,7 +142,7 @@ def in_child(work: Callable[[], object], refusals: Any, limit: float) -> None:
     """
     reading, writing = os.pipe()
 
-    def told() -> None:
+    def reported() -> None:
         try:
             work()
             said = "held"
@@ -152,7 +152,7 @@ def in_child(work: Callable[[], object], refusals: Any, limit: float) -> None:
             said = f"failed {type(error).__name__}: {error}"
         os.write(writing, said.encode("utf-8", "replace")[:4000])
 
-    child = forked(told)
+    child = forked(reported)
     os.close(writing)
     end = time.monotonic() + limit
     while (found := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:

@@ -52,7 +52,7 @@ def write(source: Path, chance: random.Random, folder: Path) -> tuple[Path, bool
     tensors = whole = (source.parent / named).read_bytes()
     for old in folder.iterdir():
         old.unlink()
-    where, mended = chance.randrange(10), chance.random() < 0.5
+    where, rehashed = chance.randrange(10), chance.random() < 0.5
     if where < 3:
         text = damaged_bytes(text, chance)
     elif where < 5:
@@ -61,12 +61,12 @@ def write(source: Path, chance: random.Random, folder: Path) -> tuple[Path, bool
         text = as_toml(unprintable(document, chance))
     else:
         tensors = damaged_tensors(tensors, chance) if where < 9 else damaged_bytes(tensors, chance)
-    if tensors != whole and mended:
+    if tensors != whole and rehashed:
         document["tensors"]["sha256"] = hashlib.sha256(tensors).hexdigest()
         text = as_toml(document)
     path.write_bytes(text)
     (folder / named).write_bytes(tensors)
-    return path, tensors != whole and not mended
+    return path, tensors != whole and not rehashed
 
 
 def unprintable(document: Any, chance: random.Random) -> Any:

@@ -182,7 +182,7 @@ def of_an_earlier_version(storage, made_with, of_trials):
     ids=["lengths", "batches", "confirming runs"],
 )
 def test_a_study_of_several_lengths_or_batches_is_refused(made_with, of_trials):
-    """An earlier version could make one. Its runs are not told apart any more, and nothing is written to it."""
+    """An earlier version could make one. Its runs cannot be distinguished any more, and nothing is written to it."""
     storage = optuna.storages.InMemoryStorage()
     of_an_earlier_version(storage, made_with, of_trials)
     before = dict(optuna.load_study(study_name="calibration", storage=storage).user_attrs)

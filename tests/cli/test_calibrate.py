@@ -248,7 +248,7 @@ def test_a_worker_leaves_with_the_command(folder):
     assert len(running_or_done("r.journal", "r").running()) <= 1
 
 
-HANGS = {
+STUCK = {
     "in an import": "if helps: time.sleep(600)",
     "stopped in a trial": "stop = helps",
     "deaf, in an import": "if helps: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); time.sleep(600)",
@@ -274,7 +274,7 @@ def train(trial):
 
 
 @POSIX
-@pytest.mark.parametrize("hang", HANGS.values(), ids=HANGS)
+@pytest.mark.parametrize("hang", STUCK.values(), ids=STUCK)
 def test_a_worker_that_hangs_is_not_waited_for(hang, folder):
     """The others run its trial too, the recipe is written with the last of them, and the worker is ended."""
     (folder / "hanging_loops.py").write_text(HANGING.replace("HANG", hang))
