@@ -6,6 +6,7 @@ import copy
 import math
 import random
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,29 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
             step(model, opt)
         outcomes.attempt((seed, number, kind), lambda m=model, o=opt, s=state: load(m, o, s), ra.CheckpointError)
     return outcomes
+
+
+RATES = ("lr", "initial_lr", "rank_multiplier", "lr_multiplier", "pinned_lr")
+NO_RATES = (-1.0, math.nan, math.inf, "1e-3", [1e-3], True, torch.zeros(2))
+
+
+def each_rate(seed: int, count: int, folder: Path) -> Outcomes:
+    """Every rate that a group of a checkpoint may hold, with each impossible value in turn."""
+    warnings.simplefilter("ignore")
+    outcomes = Outcomes()
+    for key in RATES:
+        for value in NO_RATES:
+            model, opt = build((4, 16), "adamw", {}, "raise")
+            step(model, opt)
+            state = copy.deepcopy(opt.state_dict())
+            state["param_groups"][0][key] = value
+            outcomes.attempt((key, str(value)), partial(must_refuse, model, opt, state), ra.CheckpointError)
+    return outcomes
+
+
+def must_refuse(model: nn.Module, opt: Any, state: Any) -> None:
+    load(model, opt, state)
+    raise AssertionError("an impossible rate was loaded")
 
 
 def damaged(state: dict[str, Any], chance: random.Random) -> Any:
@@ -150,4 +174,7 @@ def load(model: nn.Module, opt: Any, state: Any) -> None:
     step(model, opt)
 
 
-ATTACKS = (Attack("damaged checkpoints", 25_000, 1000, run),)
+ATTACKS = (
+    Attack("damaged checkpoints", 25_000, 1000, run),
+    Attack("impossible rates in checkpoints", 1, 1, each_rate),
+)

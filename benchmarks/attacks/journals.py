@@ -8,6 +8,7 @@ import random
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,44 @@ def damaged_journal(data: bytes, chance: random.Random) -> bytes:
                 lines[i] = json.dumps(damaged_values(json.loads(lines[i]), chance)).encode() + b"\n"
         lines = lines or [b"\n"]
     return b"".join(lines)
+
+
+TRIAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "rank": (-1, 0, 2**70, "4", 2.5, True),
+    "seed": ("0", 0.5, [0]),
+    "scaling": (-1.0, 0.0, "1"),
+    "own_lr": (-1.0, 0.0, 1e300, "1e-3"),
+    "curve": ("loss", 1.0, [[1.0]]),
+}
+
+
+def each_value(seed: int, count: int, folder: Path) -> Outcomes:
+    """Every value that a stored trial holds, with each impossible one in turn."""
+    prepare()
+    outcomes, whole, path = Outcomes(), folder / "whole.journal", folder / "study.journal"
+    calibration(whole, pause=0.0)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    for name, values in TRIAL_VALUES.items():
+        for value in values:
+            path.write_bytes(b"".join(with_value(lines, name, value)))
+            outcomes.attempt((name, str(value)), partial(must_refuse, path), ra.CalibrationError)
+    return outcomes
+
+
+def with_value(lines: list[bytes], name: str, value: Any) -> Iterator[bytes]:
+    """Lines of a journal in which the first trial that has this value has another."""
+    changed = False
+    for line in lines:
+        entry = json.loads(line)
+        for key in ("user_attr", "user_attrs"):
+            if not changed and entry["op_code"] in (4, 8) and name in (entry.get(key) or {}):
+                entry[key][name], changed = value, True
+        yield json.dumps(entry).encode() + b"\n"
+
+
+def must_refuse(path: Path) -> None:
+    use(path)
+    raise AssertionError("an impossible value was read")
 
 
 def use(path: Path) -> None:
@@ -111,5 +150,6 @@ def refuse(path: Path) -> Any:
 
 ATTACKS = (
     Attack("damaged journals", 10_000, 250, run),
+    Attack("impossible values in journals", 1, 1, each_value),
     Attack("other files as storage", 1000, 500, run_others),
 )

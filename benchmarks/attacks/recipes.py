@@ -69,6 +69,25 @@ def write(source: Path, chance: random.Random, folder: Path) -> tuple[Path, bool
     return path, tensors != whole and not rehashed
 
 
+def each_number(seed: int, count: int, folder: Path) -> Outcomes:
+    """Every tensor of the trials with each impossible number in turn, under a hash that fits."""
+    warnings.simplefilter("ignore", ra.RankAwareWarning)
+    outcomes, source = Outcomes(), SHIPPED[seed % len(SHIPPED)]
+    document = tomli.loads(source.read_text())
+    path, beside = folder / source.name, folder / document["tensors"]["file"]
+    whole = load((source.parent / beside.name).read_bytes())
+    for name, tensor in whole.items():
+        for number in NUMBERS if tensor.is_floating_point() else (-1.0, 2.0**62):
+            damaged = tensor.clone()
+            damaged.view(-1)[0] = torch.tensor(number, dtype=torch.float64).to(tensor.dtype)
+            data = bytes(save({**whole, name: damaged}))
+            beside.write_bytes(data)
+            document["tensors"]["sha256"] = hashlib.sha256(data).hexdigest()
+            path.write_bytes(as_toml(document))
+            outcomes.attempt((name, number), partial(use, path, False, False), ra.RecipeError)
+    return outcomes
+
+
 def unprintable(document: Any, chance: random.Random) -> Any:
     """A copy of a document in which every third text has signs that control a terminal."""
     document = copy.deepcopy(document)
@@ -151,4 +170,7 @@ def are_possible(trials: Mapping[str, Any]) -> None:
         raise AssertionError(f"trials have other lengths, or another type or shape: {wrong}")
 
 
-ATTACKS = (Attack("damaged recipes", 53_000, 1000, run),)
+ATTACKS = (
+    Attack("damaged recipes", 53_000, 1000, run),
+    Attack("impossible numbers in trials", 1, 1, each_number),
+)
