@@ -9,7 +9,15 @@ A surface is a domain of the study in one of three configurations. It gives the 
 the rate, by the study's spline through the sweep's runs. A simulated study draws two seeds, and a first guess within an
 octave of the package's. It may spend a share of what the sweep cost: 9 rates × (5 ranks + full) × one seed. A run costs
 its steps, or half of them if it diverges. Nothing is pruned. Regret is a share of the gain, on the mean loss over all
-seeds. A band is right if it holds the best rate in the study's runs (the parabola through the best three). 123 of the
+seeds.
+
+The search has seen two of these seeds. So one table has regret on the third alone, in the domains with three: from the
+rate that is best in the mean, and from the third seed's own best rate, as in the study's noise floor. Its last row is
+the best rate of a whole sweep of one seed, on the other two. One table has real searches: the recipes on file, made at
+the lowest and the highest rank with 20 % and three full runs, on further seeds, and scored on the same surfaces. Beside
+them stands the best run that such a search made at a rank, taken as that rank's rate.
+
+A band is right if it holds the best rate in the study's runs (the parabola through the best three). 123 of the
 cells have such a rate inside their grid.
 
 **Rules.** The margin's cap is chosen on the other surfaces (two domains, 30 % warm-up). Bracketing the highest rank
@@ -26,13 +34,14 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
 import click
 import numpy as np
 import torch
+from calibration.make_recipes import paths_of
 from calibration.studies import STEPS, Simulated, searched
 from calibration.surfaces import Surface, other_surfaces, study_surfaces
 from recording import RESULTS, block, machine, made_on, number, percent
@@ -68,7 +77,8 @@ class Plan(NamedTuple):
     full: int
 
 
-PLANS = (Plan(ENDS, 0.1, 0), Plan(ENDS, 0.2, 0), Plan(ENDS, 0.2, 3), Plan(INNER, 0.1, 0), Plan(INNER, 0.2, 0))
+REAL = Plan(ENDS, 0.2, 3)  # of the recipes on file
+PLANS = (Plan(ENDS, 0.1, 0), Plan(ENDS, 0.2, 0), REAL, Plan(INNER, 0.1, 0), Plan(INNER, 0.2, 0))
 RUNS = (3, 4, 5, 6, 8, 12, 16)  # of a small budget; more if some diverge
 FEW = tuple(Plan(ENDS, runs / (RATES * 6), 0) for runs in RUNS)
 SURFACES = {"study": study_surfaces, "other": other_surfaces}
@@ -80,13 +90,18 @@ SURFACES = {"study": study_surfaces, "other": other_surfaces}
 def calibrated(on: Surface, plan: Plan, seed: Sequence[int], prior: Law | None = None) -> Recipe:
     """The recipe of a study that takes its losses from a surface. `prior` is the law that it starts from."""
     rng = np.random.default_rng(seed)
-    seeds = tuple(int(s) for s in rng.permutation(on.seeds)[:2])
+    seeds = seeds_of(on, rng)
     ranks = (on.ranks[0], on.ranks[-1]) if plan.ranks == ENDS else (4, 64)
     budget = round(plan.share * RATES * (5 + 1) * STEPS)
     schedule = Schedule(ranks, seeds, STEPS, budget=budget, full_trials=plan.full)
     study = Simulated(torch.optim.AdamW, prior or get_law(PRIOR_LAW), ranks, STEPS, seeds, full_follows=plan.full > 0)
     study._settle(reference_of(on, schedule.anchor), on.full_fan_in)
     return searched(study, schedule, rng.uniform(-GUESS, GUESS), lambda trial, x: run(on, study, trial, x))
+
+
+def seeds_of(on: Surface, rng: np.random.Generator) -> tuple[int, ...]:
+    """The seeds that a study trains on, the first draw of its generator."""
+    return tuple(int(seed) for seed in rng.permutation(on.seeds)[:2])
 
 
 def run(on: Surface, study: Study, trial: TrialRecord, x: float) -> Observation:
@@ -172,6 +187,104 @@ def outcomes() -> Iterator[Outcome]:
         yield from (Outcome(*which, int(rank), *of, row["steepness"]) for rank, of in row["at"].items())
 
 
+# --- seeds not seen, and real searches ------------------------------------------------------------------------------
+
+ON_SEED = ("on all seeds", "on an unseen one", "from its own best")
+Seen = tuple[float, float, float]  # regret on all seeds, on a seed that the search has not seen, and from its own best
+
+
+def on_unseen(found: Sequence[Outcome]) -> Iterator[Seen]:
+    """What the rates of studies lose on every seed that the study has not trained on."""
+    for of in found:
+        known = surfaces(of.surfaces)
+        on, index = known[of.domain, of.config], list(known).index((of.domain, of.config))
+        seen = seeds_of(on, np.random.default_rng((index, of.draw)))
+        yield from (on_seed(on, of.rank, seed, of.rate) for seed in on.seeds if seed not in seen)
+
+
+def swept_once(full: bool) -> Iterator[Seen]:
+    """What the best rates of a sweep of one seed lose on every other seed of the study."""
+    for on in surfaces("study").values():
+        for rank in [FULL] if full else on.ranks:
+            for own in on.seeds:
+                x = min(on.rates[rank], key=on.by_seed[rank, own])
+                yield from (on_seed(on, rank, seed, x) for seed in on.seeds if seed != own)
+
+
+def on_seed(on: Surface, rank: int, seed: int, x: float) -> Seen:
+    """What a rate 2^x loses on all seeds, and on one of them."""
+    gap, rates = on.by_seed[rank, seed], on.rates[rank]
+    in_mean = min(rates, key=on.mean[rank])
+    return on.mean[rank](x), gap(x) - gap(in_mean), gap(x) - min(map(gap, rates))
+
+
+def of_seeds(found: Sequence[Outcome]) -> Iterator[list[str]]:
+    """Rows of the table: each plan, and a sweep of one seed, on seeds that chose no rate."""
+    for plan in PLANS:
+        lora, full = ([o for o in found if o.plan == plan and (o.rank == FULL) == whole] for whole in (False, True))
+        yield [plan.ranks, f"{plan.share:.0%}", str(plan.full), *means(on_unseen(lora)), *means(on_unseen(full))]
+    yield ["a sweep of one seed", "100%", "–", *means(swept_once(False)), *means(swept_once(True))]
+
+
+def means(rows: Iterable[Sequence[float]]) -> list[str]:
+    return [number(100 * statistics.fmean(each), 2) for each in zip(*rows, strict=True)]
+
+
+REAL_HEADS = ("configuration", "", "simulated", "real", "real, at ranks tried", "best run tried there")
+
+
+class Real(NamedTuple):
+    """What a rate of a recipe on file loses, and what the best run of its own search at that rank does, if any."""
+
+    config: str
+    rank: int
+    lost: float
+    tried: float | None
+
+
+def real() -> Iterator[Real]:
+    """The recipes of the study's domains at every rank swept."""
+    for on in surfaces("study").values():
+        for path in paths_of(on.domain, on.config):
+            recipe = Recipe.load(path)
+            best = best_tried(recipe)
+            for rank, regret_at in on.mean.items():
+                own = regret_at(best[rank]) if rank in best else None
+                yield Real(on.config, rank, regret_at(rate_of(recipe, on, rank)[0]), own)
+
+
+def best_tried(recipe: Recipe) -> dict[int, float]:
+    """log2 of the rate of the best run that ended, at each rank that a recipe's search tried."""
+    found = recipe.tensors
+    ended = ~(found["diverged"] | found["pruned"])
+    runs = zip(*(found[key][ended].tolist() for key in ("value", "own_lr", "rank")), strict=True)
+    return {rank: math.log2(rate) for _, rate, rank in sorted(runs, reverse=True)}  # the lowest loss comes last
+
+
+def of_real(found: Sequence[Outcome]) -> Iterator[list[str]]:
+    """Rows of the table: a configuration's mean regret, simulated and in real searches by the same plan."""
+    recipes = list(real())
+    for named, configs in ({config: [config] for config in CONFIGS} | {"all": [*CONFIGS]}).items():
+        for whole in (False, True):
+            simulated = [o for o in found if o.plan == REAL and o.config in configs and (o.rank == FULL) == whole]
+            mine = [each for each in recipes if each.config in configs and (each.rank == FULL) == whole]
+            tried = [(each.lost, each.tried) for each in mine if each.tried is not None]
+            lost = ([(regret(o, o.rate),) for o in simulated], [(each.lost,) for each in mine], tried)
+            yield [named, "full" if whole else "LoRA", *(cell for rows in lost for cell in means(rows))]
+
+
+def compared(unseen: Sequence[Sequence[str]], against: Sequence[Sequence[str]]) -> str:
+    """What the two tables say, in sentences."""
+    other, own = ([float(row[at]) / float(row[3]) for row in unseen[:-1]] for at in (4, 5))
+    real = {row[0]: float(row[3]) / float(row[2]) for row in against if row[1] == "LoRA"}
+    by_config = "; ".join(f"{config}: {times:.1f}" for config, times in real.items())
+    return (
+        f"On a seed that the search has not seen, LoRA's mean regret is {min(other):.1f} to {max(other):.1f} times "
+        f"that on all seeds, and {min(own):.1f} to {max(own):.1f} times from that seed's own best rate. "
+        f"With LoRA, real searches lose more than simulated ones by these factors: {by_config}."
+    )
+
+
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
@@ -206,16 +319,24 @@ def table() -> None:
     few = [[*of_plan(plan, [o for o in study if o.plan == plan])] for plan in FEW]
     held = [[*of_bands(plan, [o for o in study if o.plan == plan])] for plan in PLANS]
     caps = [[*of_cap(cap, other)] for cap in CAPS]
+    unseen, against = list(of_seeds(study)), list(of_real(study))
     parts = [
         "# Simulated calibrations",
         __doc__ or "",
         verdict(study),
+        compared(unseen, against),
         block("Regret on the study's surfaces", heads, rows),
         block(
             "Regret by the number of runs, at the lowest and the highest rank",
             ("runs", *heads[3:]),
             [[str(runs), *row[3:]] for runs, row in zip(RUNS, few, strict=True)],
         ),
+        block(
+            "Mean regret on a seed that the search has not seen, %",
+            ("ranks tried", "share", "full runs", *(f"{what}: {on}" for what in ("LoRA", "full") for on in ON_SEED)),
+            unseen,
+        ),
+        block("Mean regret of real searches, %", REAL_HEADS, against),
         block(
             "Real best rates inside the 90 % band, %",
             ("ranks tried", "share", "full runs", *STUDY, "LoRA", "full"),
@@ -230,6 +351,7 @@ def table() -> None:
     ]
     (RESULTS / "simulated.md").write_text("\n\n".join(parts) + "\n")
     document = {"machine": on, "regret": [heads, *rows, *few], "bands": held, "caps": caps}
+    document |= {"unseen": unseen, "real": against}
     (RESULTS / "simulated.json").write_text(json.dumps(document, indent=1) + "\n")
     click.echo("\n\n".join(parts[2:-1]))
 

@@ -34,6 +34,7 @@ class Surface:
         mean: the gap of the mean loss over seeds, by rank; `FULL` is full finetuning.
         by_seed: the gap of each seed's loss, by (rank, seed).
         best: the lowest mean loss, by rank.
+        rates: log2 of the rates that every seed has run, by rank.
         fan_in, full_fan_in: the widths that the law uses for LoRA and for full finetuning.
     """
 
@@ -43,6 +44,7 @@ class Surface:
     mean: Mapping[int, Gap]
     by_seed: Mapping[tuple[int, int], Gap]
     best: Mapping[int, float]
+    rates: Mapping[int, list[float]]
     fan_in: float
     full_fan_in: float
 
@@ -78,7 +80,7 @@ def surface_of(domain: str, config: str, done: Losses, seeds: tuple[int, ...] | 
     mine = {job: loss for job, loss in done.items() if job.domain == domain and job.scheme in (config, "full")}
     seeds = seeds or tuple(sorted({job.seed for job in mine}))
     start, cells = start_of(domain, done), sorted({job[:3] for job in mine})
-    mean, by_seed, best = {}, {}, {}
+    mean, by_seed, best, rates = {}, {}, {}, {}
     for cell in cells:
         rows = {
             x: [mine.get(Job(*cell, x, seed), math.nan) for seed in seeds] for x in {j.x for j in mine if j[:3] == cell}
@@ -86,6 +88,7 @@ def surface_of(domain: str, config: str, done: Losses, seeds: tuple[int, ...] | 
         whole = {x: losses for x, losses in sorted(rows.items()) if not any(loss != loss for loss in losses)}
         means = {x: None if None in losses else statistics.fmean(losses) for x, losses in whole.items()}
         rank = cell[2]
+        rates[rank] = list(whole)
         best[rank] = min(loss for loss in means.values() if loss is not None)
         mean[rank] = _gap(means, best[rank], start)
         by_seed |= {
@@ -96,7 +99,8 @@ def surface_of(domain: str, config: str, done: Losses, seeds: tuple[int, ...] | 
     made = Recipe.load(
         RECIPES / f"{domain.replace('_', '-')}-{init}{'-inverse-rank' * bool(CONFIGS[config].gamma)}.toml"
     )
-    return Surface(domain, config, start, mean, by_seed, best, made.reference.fan_in or 1.0, made.full_fan_in or 1.0)
+    widths = made.reference.fan_in or 1.0, made.full_fan_in or 1.0
+    return Surface(domain, config, start, mean, by_seed, best, rates, *widths)
 
 
 def _gap(losses: Mapping[float, float | None], best: float, start: float) -> Gap:

@@ -43,7 +43,8 @@ NOTES = (
     "Octaves: |log2(moved rate / best rate found there)|. Loss: the loss at the moved rate, on straight lines between "
     "the rates tried, less the lowest, as a share of it. `off_grid`: moves beyond the rates tried, of unknown loss.",
     "demo_sweep.csv: EfficientNet-lite0 on digits, AdamW, 40 steps of 16, alpha = rank and alpha 16, two seeds and two "
-    "more near the best rates, held-out loss. sft_sweep.csv: 18 published language models, AdamW, alpha 32.",
+    "more near the best rates, held-out loss. sft_sweep.csv: 18 published language models, AdamW, alpha 32. The moves "
+    "are on the 11 that have a best rate inside the grid at two ranks or more.",
 )
 LOWEST = range(-15, -11)  # where rank 256's best rate lies with alpha = rank
 

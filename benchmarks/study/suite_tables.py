@@ -126,11 +126,22 @@ CLAIMS = (
 )
 
 
+LOWEST = 4  # the lowest rank that every domain has
+
+
+def across_ranks(best: Mapping[int, float]) -> Iterator[str]:
+    """The best rate at rank 4 by that at the highest rank, given log2 of the best rates by rank."""
+    highest = max(best, default=LOWEST)
+    if LOWEST in best and highest > LOWEST:
+        yield f"rank {LOWEST}'s is {2 ** (best[LOWEST] - best[highest]):.2g} times rank {highest}'s"
+
+
 def claims(done: Losses, domain: str) -> Iterator[list[str]]:
     for scheme, claimed, words in CLAIMS:
         found = exponent_of(done, domain, scheme)
         if found is not None:
-            yield [domain, words, verdict(found.slope - claimed, HELD, DRIFT), f"r^({found})"]
+            numbers = [f"r^({found})", *across_ranks(best_rates(done, domain, scheme))]
+            yield [domain, words, verdict(found.slope - claimed, HELD, DRIFT), "; ".join(numbers)]
     yield from to_full(done, domain)
 
 

@@ -169,6 +169,7 @@ RSLORA = click.option("--rslora", is_flag=True, help="rsLoRA: divide alpha by âˆ
 
 # Fields of a `Rate` in a document.
 RATE_FIELDS = (
-    "lr (per step), low and high (ends of the 90 % band, per step), ceiling (smallest rate that diverged, or null), "
-    "extrapolated (whether it is outside what was tried), notes (sentences), configuration (text)"
+    "lr (per step), low and high (ends of the 90 % band, per step), ceiling (smallest rate that diverged, moved to "
+    "this configuration, or null), extrapolated (whether it is outside what was tried), notes (sentences), "
+    "configuration (text)"
 )

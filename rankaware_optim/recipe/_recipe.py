@@ -54,7 +54,7 @@ class Recipe:
         law: a `Power` around the law that was calibrated. It holds the drift in rank and the factor of full finetuning.
         covariance: 3 × 3 array of (log2 rate at `law.pivot`, drift, log2 `full_factor`), octaves².
         lean: safety margin of `lr` below `fitted_lr`, octaves. Too high a rate costs more than too low a rate.
-        ceiling: the lowest rate at `reference` that diverged, None if no trial did.
+        ceiling: the smallest rate that diverged in any trial, moved to `reference` by the law. None if no trial did.
         scaling_rule: how the effective multiplier s = alpha / rank followed the ranks r of the trials: "fixed" (alpha
             follows rank), "rslora" (s·√r constant), "alpha" (s·r constant), "as swept" (a sweep without alpha) or
             "unknown".
@@ -227,14 +227,19 @@ class Recipe:
             moved = width = math.inf
         best = self.fitted_lr * moved
         octaves = margin(self.steepness, sd) if self.steepness else self.lean
-        kept = [f"stays {octaves:.2g} octaves below the best rate, since too high costs more"] if octaves else []
+        notes = [*outside]
+        untried = target.method == "full" and not self.full_seen
+        if untried:
+            notes.append(words.to_settle(width))
+        if octaves:
+            notes.append(f"stays {octaves:.2g} octaves below the best rate, since too high costs more")
         rate = Rate(
             lr=best * 2.0**-octaves,
             low=best / width,
             high=best * width,
-            ceiling=None if self.ceiling is None else self.ceiling * moved,
+            ceiling=None if self.ceiling is None or untried else self.ceiling * moved,
             extrapolated=bool(outside),
-            notes=(*outside, *kept, *self.notes),
+            notes=(*notes, *self.notes),
             configuration=words.configuration(self, asked, steps, batch),
         )
         if not all(edge is None or 0 < edge < math.inf for edge in (rate.lr, rate.low, rate.high, rate.ceiling)):

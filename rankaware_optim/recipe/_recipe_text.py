@@ -40,7 +40,8 @@ def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "base rate", f"{recipe.lr:.3g} at {_words(recipe, at)}, width {_number(at.fan_in)}"
     yield "fitted optimum", f"{recipe.fitted_lr:.3g}, {recipe.lean:.2g} octaves above the base rate, the one to use"
     yield "90 % band", "{:.3g} to {:.3g}".format(*own_band(recipe))
-    yield "ceiling", "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}"
+    moved = "the smallest rate that diverged, moved to the base rate's configuration"
+    yield "ceiling", "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}, {moved}"
     yield "largest fan-in", f"{_number(recipe.full_fan_in)}, which full finetuning's rate depends on"
     yield "law", _law(recipe.law)
     yield "alpha by rank", _ALPHA[recipe.scaling_rule]
@@ -77,6 +78,14 @@ def configuration(recipe: Recipe, target: Reference, steps: int | None, batch: f
     )
     known = (words.format(value) for words, value in numbers if value is not None)
     return ", ".join([_words(recipe, target), *known])
+
+
+def to_settle(width: float) -> str:
+    """Return what full runs would settle, where none was made. width: ratio of the band's end to its middle."""
+    return (
+        f"the best rate of full finetuning is known within a factor of {width:.2g} to either side: three full runs "
+        "(calibrate with full_trials=3) would settle it"
+    )
 
 
 def _words(recipe: Recipe, target: Reference) -> str:

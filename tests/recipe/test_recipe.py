@@ -506,7 +506,7 @@ def test_a_rate_is_positive_and_finite_or_an_error(exponent, lr, slope, variance
     except RankAwareError:
         return
     assert 0 < rate.low <= rate.high < math.inf
-    assert all(0 < value < math.inf for value in (rate.lr, rate.ceiling))
+    assert all(0 < value < math.inf for value in (rate.lr, rate.ceiling or rate.lr))
 
 
 # --- rates ----------------------------------------------------------------------------------------------------------
@@ -595,6 +595,24 @@ def test_full_finetuning_that_was_tried_is_not_extrapolated():
     rate = recipe(full_seen=True).at(method="full")
     assert not rate.extrapolated
     assert rate.lr / rate.low == pytest.approx(2 ** (-0.25 + 1.645 * math.sqrt(0.04 + 0.09)))
+
+
+@extrapolates
+def test_full_finetuning_has_a_ceiling_only_from_full_runs():
+    """A rate at which LoRA diverged is no ceiling of full finetuning that was never run."""
+    assert recipe(full_seen=False).at(method="full").ceiling is None
+    assert recipe(full_seen=True).at(method="full").ceiling is not None
+
+
+@extrapolates
+def test_a_recipe_without_full_runs_says_what_they_would_settle():
+    """The note names full_trials=3 and how far the band reaches; where full finetuning was tried there is none."""
+    made = recipe(full_seen=False)
+    rate = made.at(method="full")
+    (note,) = (note for note in rate.notes if "full_trials=3" in note)
+    assert f"a factor of {math.sqrt(rate.high / rate.low):.2g} to either side" in note
+    tried = (recipe(full_seen=True).at(method="full"), made.at(rank=16))
+    assert not any("full_trials" in note for other in tried for note in other.notes)
 
 
 RULES = [("fixed", {4: 2.0, 64: 2.0}), ("rslora", {4: 4.0, 64: 1.0}), ("alpha", {4: 8.0, 64: 0.5})]

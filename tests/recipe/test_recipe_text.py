@@ -108,10 +108,11 @@ def test_a_rate_says_what_it_is_for(changes, asked, words):
     assert str(rate).splitlines()[1] == f"at        {words}"
 
 
+MOVED = "the smallest rate that diverged, moved to this configuration"
 RATES = [
     (Rate(1e-3), ["lr        0.001"]),
     (Rate(1e-3, 5e-4, 2e-3), ["lr        0.001", "90 % band 0.0005 to 0.002"]),
-    (Rate(1e-3, 5e-4, 2e-3, 8e-3), [..., ..., "ceiling   0.008 (the smallest rate that diverged)"]),
+    (Rate(1e-3, 5e-4, 2e-3, 8e-3), [..., ..., f"ceiling   0.008 ({MOVED})"]),
     (Rate(1e-3, 5e-4, 2e-3, None, True, ("far", "low")), [..., ..., "extrapolated", "note: far", "note: low"]),
 ]
 
