@@ -12,6 +12,9 @@ from .._types import Factor, Reference
 from ._base import FIRST, Law, check_law, check_parameters
 from ._mua import MuA
 
+_DISTANCE = 0.9  # supported by the rule of benchmarks/laws/default_law.py
+DISTANCE_NOTE = f"A rate that the law moves keeps a distance: × {_DISTANCE:g}, since too high costs more than too low."
+
 
 @dataclass(frozen=True)
 class Power(Law):
@@ -123,3 +126,18 @@ class Falling(Law):
         if init != "B" or rank is None or fan_in is None:
             return 1.0
         return math.pow((self.knee + fan_in) / (self.knee + min(rank, fan_in)), self.power)
+
+
+def at_distance(law: Law, multiplier: float) -> float:
+    """Return a law's multiplier as it is used: a rate that the default law moves is multiplied by .9.
+
+    Too high a rate costs more than too low a one. A multiplier of 1 stays 1, and so does that of every other law.
+    Apply this once, where a rate is used, and not to a recipe's rate, which has a margin of its own.
+
+    Args:
+        law: the law, bound or not. The default law bound to an optimizer that is neither sign-like nor unknown is
+            another law.
+        multiplier: its multiplier, dimensionless.
+    """
+    is_default = law in (Falling(), Falling(law=MuA(family="unknown")))
+    return multiplier * _DISTANCE if is_default and multiplier != 1.0 else multiplier

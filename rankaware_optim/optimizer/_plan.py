@@ -16,9 +16,11 @@ from .._warn import warn
 from ..errors import OptimizerError
 from ..laws import (
     DEFAULT_LAW,
+    DISTANCE_NOTE,
     FORMS,
     Constant,
     Law,
+    at_distance,
     bound_law,
     checked_batch_multiplier,
     checked_multiplier,
@@ -114,9 +116,9 @@ class Plan:
                 known = self.others.rate(name, trains)
                 rate = None if known is None else known * self.run_multiplier
             whole = Factor("other parameters", "full", None, self.width, self.width)
-            moved = self.multiplier(whole) if self.method == "full" else 1.0
+            moved = self.used_multiplier(whole) if self.method == "full" else 1.0
             return Assignment(multiplier=1.0 if rate is not None else moved * self.run_multiplier, rate=rate)
-        moved = 1.0 if pinned is not None else self.multiplier(factor) * self.run_multiplier
+        moved = 1.0 if pinned is not None else self.used_multiplier(factor) * self.run_multiplier
         return Assignment(factor.role, factor.rank, factor.scaling, factor.init, moved, pinned)
 
     def has_own_rate(self, group: Mapping[str, Any]) -> bool:
@@ -132,6 +134,14 @@ class Plan:
     def is_named(self, group: Mapping[str, Any]) -> bool:
         """Return whether a pattern of `rates` matches a built group's parameters."""
         return any(self.options.rate_of(name) is not None for name in group.get("param_names", ())[:1])
+
+    def used_multiplier(self, factor: Factor) -> float:
+        """Return the multiplier with which `factor` trains at the reference's batch, with the default law's distance.
+
+        A recipe's rates keep none, since they have a margin.
+        """
+        moved = self.multiplier(factor)
+        return moved if self.recipe is not None else at_distance(self.law, moved)
 
     def multiplier(self, factor: Factor) -> float:
         """Return the law's multiplier for `factor`, at the model's width and within the law of the factor's init.
@@ -218,6 +228,9 @@ def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: M
             f"Adapters at {init_text(others.pop())} are scaled within their own init, though the rate was tuned at "
             f"{init_text(reference.init)}: tune or calibrate there."
         )
+    free = (f for f in survey.factors if options.rate_of(f.name) is None)
+    if any(plan.used_multiplier(f) != plan.multiplier(f) for f in free):
+        notes.append(DISTANCE_NOTE)
     if plan.method == "full" and reference.method == "lora" and law.name != "power":
         notes.append(_full_note(plan))
     if optimizer_class is not None and get_law(options.law).name != "constant":

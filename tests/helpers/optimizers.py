@@ -1,4 +1,4 @@
-"""Muon, which torch has from 2.9 on; the package supports older ones too."""
+"""What tests of several packages know of optimizers: Muon, which torch has from 2.9 on, and the default law's distance."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+
+DISTANCE = 0.9  # what a rate that the default law moves is multiplied by
 
 Muon: Any = getattr(torch.optim, "Muon", None)
 needs_muon = pytest.mark.skipif(Muon is None, reason="torch has Muon from 2.9 on")
