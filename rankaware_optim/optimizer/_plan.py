@@ -136,12 +136,8 @@ class Plan:
         return any(self.options.rate_of(name) is not None for name in group.get("param_names", ())[:1])
 
     def used_multiplier(self, factor: Factor) -> float:
-        """Return the multiplier with which `factor` trains at the reference's batch, with the default law's distance.
-
-        A recipe's rates keep none, since they have a margin.
-        """
-        moved = self.multiplier(factor)
-        return moved if self.recipe is not None else at_distance(self.law, moved)
+        """Return the multiplier with which `factor` trains at the reference's batch: the law's, at its distance."""
+        return at_distance(self.law, self.multiplier(factor))
 
     def multiplier(self, factor: Factor) -> float:
         """Return the law's multiplier for `factor`, at the model's width and within the law of the factor's init.
@@ -228,8 +224,7 @@ def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: M
             f"Adapters at {init_text(others.pop())} are scaled within their own init, though the rate was tuned at "
             f"{init_text(reference.init)}: tune or calibrate there."
         )
-    free = (f for f in survey.factors if options.rate_of(f.name) is None)
-    if any(plan.used_multiplier(f) != plan.multiplier(f) for f in free):
+    if _keeps_distance(plan, survey):
         notes.append(DISTANCE_NOTE)
     if plan.method == "full" and reference.method == "lora" and law.name != "power":
         notes.append(_full_note(plan))
@@ -243,6 +238,13 @@ def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: M
     elif options.batch != reference.batch and options.batch is not None:
         notes.append(f"The law {law.name!r} does not move rates with the batch.")
     return notes
+
+
+def _keeps_distance(plan: Plan, survey: Survey) -> bool:
+    """Return whether a factor's rate keeps the distance of a rate that the default law moves."""
+    free = (f for f in survey.factors if plan.options.rate_of(f.name) is None)
+    of_each_kind = {(f.role, f.kind, f.rank, f.scaling, f.init, f.fan_in): f for f in free}
+    return any(plan.used_multiplier(f) != plan.multiplier(f) for f in of_each_kind.values())
 
 
 def _full_note(plan: Plan) -> str:

@@ -29,7 +29,7 @@ from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import PlanOptions, make_plan
 
 from ..helpers.models import adapted, mlp
-from ..helpers.optimizers import DISTANCE, muon
+from ..helpers.optimizers import DISTANCE, muon, used
 
 LR = 1e-3
 AT_16 = Reference(rank=16, alpha=16)
@@ -44,7 +44,7 @@ def expected(rank: int, scaling: float, reference: Reference, *, width: float = 
     """The default law's multiplier at a width that both sides share, with the distance of a rate that moves."""
     factor = Factor("w", "A", rank, width, width, scaling, init)
     moved = Falling().multiplier(factor, replace(reference, fan_in=reference.fan_in or width))
-    return moved if moved == 1.0 else moved * DISTANCE
+    return used(Falling(), moved)
 
 
 # --- cutting --------------------------------------------------------------------------------------------------------

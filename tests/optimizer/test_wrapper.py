@@ -23,7 +23,7 @@ from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import PlanOptions, effective_lr
 
 from ..helpers.models import PlainLoRA, mlp, same, snapshot, train
-from ..helpers.optimizers import DISTANCE
+from ..helpers.optimizers import DISTANCE, used
 
 LR = 1e-2
 AT_16 = Reference(rank=16, alpha=16)
@@ -80,7 +80,7 @@ def by_groups_of_all(model):
 
 
 def by_hand(model, kind, options, reference):
-    """The native optimizer, its groups written out by name with the law's multiplier at rank and role and its distance."""
+    """The native optimizer, its groups written out by name with the multipliers of the law and its distance."""
     reference = Reference(**{**vars(reference), "fan_in": 16})
     law = ra.Falling().bind(kind, options)
     groups = {}
@@ -88,8 +88,7 @@ def by_hand(model, kind, options, reference):
         if param.requires_grad:
             layer = model.get_submodule(name.split(".")[0])
             rank = getattr(layer, "r", None)
-            moved = law.multiplier(Factor(name, "A", rank, 16, 16), reference) if rank else 1.0
-            moved *= DISTANCE if isinstance(law, ra.Falling) and moved != 1.0 else 1.0
+            moved = used(law, law.multiplier(Factor(name, "A", rank, 16, 16), reference)) if rank else 1.0
             groups.setdefault((name.split(".")[-1], rank), {"params": [], "lr": LR * moved})["params"].append(param)
     return kind(list(groups.values()), lr=LR, **options)
 
