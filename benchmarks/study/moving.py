@@ -13,7 +13,8 @@ from study.configurations import CONFIGS, TUNED, built, tuned_at
 from study.domains import DomainError, get_domain
 from study.grids import FULL
 
-from rankaware_optim import Law, Reference, Survey, convert_lr, inspect_model
+from rankaware_optim import Falling, Law, Reference, Survey, inspect_model
+from rankaware_optim.laws import at_distance, checked_multiplier
 from rankaware_optim.optimizer import PlanOptions, make_plan
 
 INITS = ("Init[A], s = 1", "Init[B], s = 1")
@@ -34,15 +35,22 @@ def by_law(domain: str, config: str, law: Law) -> Shift:
     return lambda a, b: octaves(domain, config, b, law) - octaves(domain, config, a, law)
 
 
+def by_default(domain: str, config: str) -> Shift:
+    """As the package moves a rate by default: by the default law, at its distance."""
+    law = Falling()
+    shift = by_law(domain, config, law)
+    return lambda a, b: math.log2(at_distance(law, 2.0 ** shift(a, b)))
+
+
 def across_inits(domain: str, rank: int, law: Law) -> float:
     """Octaves by which a law moves a rate from Init[A] to Init[B]."""
     here = Reference(rank, rank, fan_in=surveyed(domain, INITS[0], rank).width)
-    return math.log2(convert_lr(1.0, from_=here, to=replace(here, init="B"), law=law).lr)
+    return math.log2(checked_multiplier(law, replace(here, init="B").as_factor(), here))
 
 
 @cache
 def octaves(domain: str, config: str, rank: int, law: Law) -> float:
-    """log2 of the multiplier that the package gives to a rate tuned at rank 16 in the same configuration.
+    """log2 of a law's multiplier for a rate tuned at rank 16 in the same configuration, without any distance.
 
     Args:
         domain: the domain's name.
@@ -52,8 +60,8 @@ def octaves(domain: str, config: str, rank: int, law: Law) -> float:
     """
     survey, heads = surveyed(domain, config, rank), get_domain(domain).head_rates
     plan = make_plan(survey, PlanOptions(law, tuned_at=tuned_at(config), rates=heads), torch.optim.AdamW)
-    assigned = [plan.assign(factor.name, factor) for factor in survey.factors]
-    found = [math.log2(each.multiplier) for each in assigned if each.rate is None]
+    moved = [factor for factor in survey.factors if plan.assign(factor.name, factor).rate is None]
+    found = [math.log2(plan.multiplier(factor)) for factor in moved]
     if max(found) - min(found) > 1e-9:
         raise DomainError(f"{law} gives A and B different rates.", "The sweeps are of one rate: compare laws of one.")
     return found[0]

@@ -14,7 +14,7 @@ from study.configurations import CONFIGS, LORAPLUS, start_of
 from study.domains import get_domain
 from study.grids import FULL, Cell, Losses, curve, curves_by_seed, lowest
 from study.loss_curves import regret_between
-from study.moving import Shift, by_inverse_rank, by_law, kept
+from study.moving import Shift, by_default, by_inverse_rank, by_law, kept
 from study.optima import domains_in, optimum, ranks_in, seeds_in, tried_rates
 
 from rankaware_optim import Falling, Law, MuA, Recipe
@@ -104,8 +104,8 @@ def sources(done: Losses, cell: Cell, way: str) -> list[float]:
 def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Iterator[tuple[str, str, Shift]]:
     """Name, the scheme that is trained, and how it moves a rate. A name may come more than once: all count."""
     for name, law in laws.items():
-        yield name, config, by_law(domain, config, law)
-    yield ONE_SEED, config, by_law(domain, config, LAWS[DEFAULT])
+        yield name, config, by_default(domain, config) if name == DEFAULT else by_law(domain, config, law)
+    yield ONE_SEED, config, by_default(domain, config)
     for path in paths_of(domain, config):  # a search seed each; the recipe's rate at the target, whatever the source
         yield "calibrated recipe", config, by_recipe(done, (domain, config), Recipe.load(path))
     yield "one rate everywhere", config, kept

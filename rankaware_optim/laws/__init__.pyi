@@ -15,8 +15,10 @@ from ._base import law_to_dict as law_to_dict
 from ._base import law_words as law_words
 from ._constant import Constant as Constant
 from ._constant import LoRAPlus as LoRAPlus
+from ._corrections import DISTANCE_NOTE as DISTANCE_NOTE
 from ._corrections import Falling as Falling
 from ._corrections import Power as Power
+from ._corrections import at_distance as at_distance
 from ._mua import MuA as MuA
 from ._updates import FORMS as FORMS
 from ._updates import kappa as kappa

@@ -12,6 +12,9 @@ from .._types import Factor, Reference
 from ._base import FIRST, Law, check_law, check_parameters
 from ._mua import MuA
 
+_DISTANCE = 0.9  # supported by the rule of benchmarks/laws/default_law.py
+DISTANCE_NOTE = f"A rate that the law moves keeps a distance: × {_DISTANCE:g}, since too high costs more than too low."
+
 
 @dataclass(frozen=True)
 class Power(Law):
@@ -77,7 +80,8 @@ class Falling(Law):
     tests stability only and does not see the fall.
 
     The fall applies to sign-like optimizers (Adam and its variants) and to unknown ones. Bound to an optimizer of
-    another family, the result is the inner law, bound to that optimizer.
+    another family, the result is the inner law, bound to that optimizer. With its defaults it is used at a distance:
+    see `at_distance`.
 
     Source: this project's study, benchmarks/results/init_b_forms.md and law_check.md. Recipes written before `power`
     was a field have p = 1/2 and a knee of 4.
@@ -123,3 +127,20 @@ class Falling(Law):
         if init != "B" or rank is None or fan_in is None:
             return 1.0
         return math.pow((self.knee + fan_in) / (self.knee + min(rank, fan_in)), self.power)
+
+
+_DEFAULTS = (Falling(), Falling(law=MuA(family="unknown")))  # the default law, bound to the families for which it falls
+
+
+def at_distance(law: Law, multiplier: float) -> float:
+    """Return a law's multiplier as it is used: a rate that the default law moves is multiplied by .9.
+
+    Too high a rate costs more than too low a one. A multiplier of 1 stays 1, and so does that of every other law.
+    Apply this once, where a rate is used. A recipe's law is a `Power`, so its rates, which have a margin, keep none.
+
+    Args:
+        law: the law, bound or not. The default law bound to an optimizer that is neither sign-like nor unknown is
+            another law.
+        multiplier: its multiplier, dimensionless.
+    """
+    return multiplier * _DISTANCE if multiplier != 1.0 and law in _DEFAULTS else multiplier

@@ -16,9 +16,11 @@ from .._warn import warn
 from ..errors import OptimizerError
 from ..laws import (
     DEFAULT_LAW,
+    DISTANCE_NOTE,
     FORMS,
     Constant,
     Law,
+    at_distance,
     bound_law,
     checked_batch_multiplier,
     checked_multiplier,
@@ -114,9 +116,9 @@ class Plan:
                 known = self.others.rate(name, trains)
                 rate = None if known is None else known * self.run_multiplier
             whole = Factor("other parameters", "full", None, self.width, self.width)
-            moved = self.multiplier(whole) if self.method == "full" else 1.0
+            moved = self.used_multiplier(whole) if self.method == "full" else 1.0
             return Assignment(multiplier=1.0 if rate is not None else moved * self.run_multiplier, rate=rate)
-        moved = 1.0 if pinned is not None else self.multiplier(factor) * self.run_multiplier
+        moved = 1.0 if pinned is not None else self.used_multiplier(factor) * self.run_multiplier
         return Assignment(factor.role, factor.rank, factor.scaling, factor.init, moved, pinned)
 
     def has_own_rate(self, group: Mapping[str, Any]) -> bool:
@@ -132,6 +134,10 @@ class Plan:
     def is_named(self, group: Mapping[str, Any]) -> bool:
         """Return whether a pattern of `rates` matches a built group's parameters."""
         return any(self.options.rate_of(name) is not None for name in group.get("param_names", ())[:1])
+
+    def used_multiplier(self, factor: Factor) -> float:
+        """Return the multiplier with which `factor` trains at the reference's batch: the law's, at its distance."""
+        return at_distance(self.law, self.multiplier(factor))
 
     def multiplier(self, factor: Factor) -> float:
         """Return the law's multiplier for `factor`, at the model's width and within the law of the factor's init.
@@ -218,6 +224,8 @@ def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: M
             f"Adapters at {init_text(others.pop())} are scaled within their own init, though the rate was tuned at "
             f"{init_text(reference.init)}: tune or calibrate there."
         )
+    if _keeps_distance(plan, survey):
+        notes.append(DISTANCE_NOTE)
     if plan.method == "full" and reference.method == "lora" and law.name != "power":
         notes.append(_full_note(plan))
     if optimizer_class is not None and get_law(options.law).name != "constant":
@@ -230,6 +238,13 @@ def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: M
     elif options.batch != reference.batch and options.batch is not None:
         notes.append(f"The law {law.name!r} does not move rates with the batch.")
     return notes
+
+
+def _keeps_distance(plan: Plan, survey: Survey) -> bool:
+    """Return whether a factor's rate keeps the distance of a rate that the default law moves."""
+    free = (f for f in survey.factors if plan.options.rate_of(f.name) is None)
+    of_each_kind = {(f.role, f.kind, f.rank, f.scaling, f.init, f.fan_in): f for f in free}
+    return any(plan.used_multiplier(f) != plan.multiplier(f) for f in of_each_kind.values())
 
 
 def _full_note(plan: Plan) -> str:

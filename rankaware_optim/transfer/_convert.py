@@ -20,7 +20,9 @@ from ..errors import InvalidReferenceError, LawError
 from ..inspection import ReferenceLike, as_reference
 from ..laws import (
     DEFAULT_LAW,
+    DISTANCE_NOTE,
     Law,
+    at_distance,
     caution_of,
     checked_batch_multiplier,
     checked_multiplier,
@@ -41,7 +43,8 @@ class Conversion(Rate):
     Init[B]) and both tuned rates by it, and divide eps and weight decay by it.
 
     Args:
-        lr: the law's single rate, per step. It is A's rate if the law gives B another one.
+        lr: the law's single rate, per step. It is A's rate if the law gives B another one. The default law's keeps a
+            distance, × .9, if it moves; exact rates keep none.
         lr_a: A's rate in the two-rate form, per step.
         lr_b: B's rate in the two-rate form, per step.
         eps_scale_a: factor of A's eps in the two-rate form.
@@ -85,7 +88,8 @@ def convert_lr(
 
     If only the effective multiplier s changes to s′, the two-rate form is exact. With q = s/s′, Init[A] (B = 0 at the
     start) keeps η_A and multiplies η_B by q, ε_B and λ_B by 1/q. Init[B] (A = 0 at the start) does the same to A.
-    Otherwise the rates follow the law.
+    Otherwise the rates follow the law. A rate that the default law moves keeps the distance that the optimizer keeps,
+    × .9: convert the tuned rate, not a converted one.
 
     Args:
         lr: the tuned rate, per step.
@@ -156,10 +160,10 @@ class _Move:
     def convert(self, lr: float) -> Conversion:
         """Return the rate at the target for a rate tuned at the origin."""
         base, full = lr * self.by_batch, self.target.method == "full"
-        one = check_lr(base * self._of_a(self.target), "The converted lr")
+        one = check_lr(base * self._used(self._of_a(self.target)), "The converted lr")
         exact = not self.changes and self.same_batch
         if full or self.changes:
-            lr_b = one if full else check_lr(base * self._of_b(self.target), "The converted lr_b")
+            lr_b = one if full else check_lr(base * self._used(self._of_b(self.target)), "The converted lr_b")
             return Conversion(one, lr_a=one, lr_b=lr_b, exact=exact, notes=tuple(self.notes()))
         # If only s changes, the rate of the factor that starts at zero undoes all of it.
         on_a, on_b = (1.0, self.ratio) if self.origin.init == "A" else (self.ratio, 1.0)
@@ -182,6 +186,9 @@ class _Move:
     def _of_b(self, at: Reference) -> float:
         """Return the law's multiplier of B's rate at a reference, relative to A's rate at the origin."""
         return checked_multiplier(self.law, replace(at.as_factor(), role="B"), self.origin)
+
+    def _used(self, multiplier: float) -> float:
+        return at_distance(self.law, multiplier)
 
     @cached_property
     def changes(self) -> list[str]:
@@ -230,7 +237,10 @@ class _Move:
             yield "Exactness holds for Adam-like optimizers with decoupled weight decay and without gradient clipping."
         else:
             yield "The two rates are exact for Adam-like optimizers only."
-        caution = caution_of(self._of_a(self.target))
+        of_a = self._of_a(self.target)
+        if self._used(of_a) != of_a:
+            yield DISTANCE_NOTE
+        caution = caution_of(of_a)
         if caution:
             yield caution
         if self.target.fan_in == _LARGE and (changes or self.ratio != 1.0):
@@ -247,4 +257,5 @@ class _Move:
                 "domains: try a quarter of the rate too, or calibrate there."
             )
             origin = replace(origin, init=self.target.init)
-        yield from make_plan(Survey((self.target.as_factor(),)), PlanOptions(self.law, tuned_at=origin)).notes
+        plan = make_plan(Survey((self.target.as_factor(),)), PlanOptions(self.law, tuned_at=origin))
+        yield from (note for note in plan.notes if note != DISTANCE_NOTE)

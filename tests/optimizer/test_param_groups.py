@@ -21,6 +21,7 @@ from rankaware_optim import (
     RankAwareOptimizer,
     RankAwareWarning,
     Reference,
+    convert_lr,
     inspect_model,
     rank_aware_param_groups,
 )
@@ -28,7 +29,7 @@ from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import PlanOptions, make_plan
 
 from ..helpers.models import adapted, mlp
-from ..helpers.optimizers import muon
+from ..helpers.optimizers import DISTANCE, muon, used
 
 LR = 1e-3
 AT_16 = Reference(rank=16, alpha=16)
@@ -40,9 +41,10 @@ def multipliers(groups: list[dict]) -> dict[str, float]:
 
 
 def expected(rank: int, scaling: float, reference: Reference, *, width: float = 16, init: str = "A") -> float:
-    """The default law's multiplier at a width that both sides share."""
+    """The default law's multiplier at a width that both sides share, with the distance of a rate that moves."""
     factor = Factor("w", "A", rank, width, width, scaling, init)
-    return Falling().multiplier(factor, replace(reference, fan_in=reference.fan_in or width))
+    moved = Falling().multiplier(factor, replace(reference, fan_in=reference.fan_in or width))
+    return used(Falling(), moved)
 
 
 # --- cutting --------------------------------------------------------------------------------------------------------
@@ -266,8 +268,8 @@ def test_inits_are_not_crossed(init, other):
     reference = replace(AT_16, init=other, fan_in=16)
     found = multipliers(rank_aware_param_groups(mlp(init=init), lr=LR, tuned_at=reference))
     assert found["layer0.lora_A"] == pytest.approx(expected(4, 1.0, replace(reference, init=init), init=init))
-    (note,) = plan(mlp(init=init), tuned_at=reference).notes
-    assert "are scaled within their own init" in note
+    notes = plan(mlp(init=init), tuned_at=reference).notes
+    assert ["are scaled within their own init" in note for note in notes] == [True, False]
     assert not plan(mlp(init=init)).notes
 
 
@@ -318,6 +320,57 @@ def test_one_width_or_each_layers_own():
     assert [own["0.lora_A"], own["1.lora_A"]] == pytest.approx([expected(4, 1.0, at, width=n) for n in (12, 27)])
 
 
+# --- the distance of a moved rate -----------------------------------------------------------------------------------
+
+LAMB = type("Lamb", (torch.optim.SGD,), {})
+KEEPS = [
+    ({}, DISTANCE),
+    ({"law": Falling()}, DISTANCE),
+    ({"optimizer_class": torch.optim.AdamW}, DISTANCE),
+    ({"optimizer_class": torch.optim.Adagrad}, DISTANCE),  # of an unknown family
+    ({"tuned_at": Reference(rank=16, alpha=16, fan_in=16, batch=16), "batch": 64}, 2.0 * DISTANCE),
+    ({"per_layer_width": True}, DISTANCE),
+    ({"optimizer_class": LAMB}, 1.0),
+    ({"law": "mua"}, 1.0),
+    ({"law": "mua-paper"}, 1.0),
+    ({"law": "falling?power=0.5"}, 1.0),
+    ({"law": "falling?law=(mua?tokens=2)"}, 1.0),
+    ({"law": "power?law=falling"}, 1.0),
+]
+
+
+@pytest.mark.parametrize(("options", "kept"), KEEPS)
+def test_a_rate_that_the_default_law_moves_keeps_one_distance(options, kept):
+    """The default law's moved rates are multiplied once, with a note. Other laws and families are used as they are."""
+    given = {"tuned_at": Reference(rank=16, alpha=16, fan_in=16)} | options
+    made = plan(mlp((4, 16)), **given)
+    factor = next(f for f in inspect_model(mlp((4, 16))).factors if f.rank == 4)
+    groups = rank_aware_param_groups(mlp((4, 16)), lr=LR, **given)
+    found = multipliers(groups)
+    assert found["layer0.lora_A"] == found["layer0.lora_B"] == pytest.approx(made.multiplier(factor) * kept)
+    assert found["layer1.lora_A"] == found["head.weight"] == made.run_multiplier  # not moved by the law
+    assert sum("keeps a distance: × 0.9" in note for note in made.notes) == (kept not in (1.0, 2.0))
+
+
+def test_what_does_not_move_keeps_no_distance():
+    """A rate used as it was tuned, given by name, or for other parameters keeps none, and no note speaks of it."""
+    for options in ({}, {"tuned_at": Reference(rank=4, alpha=4)}, {"tuned_at": AT_16, "rates": {"layer*": LR}}):
+        found = multipliers(rank_aware_param_groups(mlp((4,)), lr=LR, **options))
+        assert set(found.values()) == {1.0}
+        assert not any("distance" in note for note in plan(mlp((4,)), **options).notes)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "to"), [((4,), "r=4,alpha=4"), ((64,), "r=64,alpha=64"), ((16,), "r=16,alpha=16"), ((64,), "full")]
+)
+def test_a_conversion_is_the_optimizers_rate(ranks, to):
+    """convert_lr gives the rate at which the optimizer trains, to all digits."""
+    at = Reference(rank=16, alpha=16, fan_in=16)
+    model = mlp(ranks) if to != "full" else nn.Linear(16, 16)
+    groups = rank_aware_param_groups(model, lr=LR, tuned_at=at, method="full" if to == "full" else "lora")
+    assert convert_lr(LR, from_=at, to=to).lr == groups[0]["lr"]
+
+
 # --- full finetuning ------------------------------------------------------------------------------------------------
 
 
@@ -331,7 +384,7 @@ def test_full_finetuning_moves_everything_by_one_multiplier():
     found = multipliers(rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=AT_16))
     mean = (8 * 8 * 32 + 32 * 32 * 3) / (8 * 32 + 32 * 3)
     value = MuA().multiplier(Factor("w", "full", None, 32, 32), replace(AT_16, fan_in=mean))
-    assert list(found.values()) == pytest.approx([value] * 7)
+    assert list(found.values()) == pytest.approx([value * DISTANCE] * 7)
 
 
 def test_full_finetuning_at_its_own_reference_changes_nothing():
@@ -346,7 +399,7 @@ def test_full_finetuning_with_exceptions():
     assert [found[n] for n in ("out.weight", "out.bias")] == pytest.approx([0.5, 0.5])
     assert [found[n] for n in ("emb.weight", "in.bias", "norm.weight")] == pytest.approx([0.1] * 3)
     moved = MuA().multiplier(Factor("w", "full", None, 8, 32), replace(AT_16, fan_in=8))
-    assert found["in.weight"] == pytest.approx(LR * moved)
+    assert found["in.weight"] == pytest.approx(LR * moved * DISTANCE)
 
 
 @pytest.mark.parametrize(("init", "width"), [("A", 32), ("B", (8 * 8 * 32 + 32 * 32 * 3) / (8 * 32 + 32 * 3))])
@@ -354,7 +407,8 @@ def test_the_width_of_full_finetuning_follows_the_references_init(init, width):
     """From Init[A] the largest fan-in decides full finetuning, from Init[B] the mean one."""
     at = Reference(rank=16, alpha=16, init=init, fan_in=32)
     found = multipliers(rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=at))
-    assert found["in.weight"] == pytest.approx(Falling().multiplier(Factor("w", "full", None, width, width), at))
+    moved = Falling().multiplier(Factor("w", "full", None, width, width), at)
+    assert found["in.weight"] == pytest.approx(moved * DISTANCE)
 
 
 def test_pinned_weights_do_not_count_for_the_width():
@@ -369,7 +423,8 @@ def test_full_finetuning_per_layer():
     at = Reference(method="full", fan_in=32)
     found = multipliers(rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=at, per_layer_width=True))
     assert found["out.weight"] == 1.0
-    assert found["in.weight"] == pytest.approx(MuA().multiplier(Factor("w", "full", None, 8, 32), at))
+    moved = MuA().multiplier(Factor("w", "full", None, 8, 32), at)
+    assert found["in.weight"] == pytest.approx(moved * DISTANCE)
 
 
 def test_a_model_without_pairs_needs_method_full():

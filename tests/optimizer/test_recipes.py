@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rankaware_optim import (
+    Falling,
     OptimizerError,
     Power,
     RankAwareOptimizer,
@@ -94,6 +95,15 @@ def test_what_is_another_than_the_recipes_is_said_once(changes, options, words, 
     assert words in said
     assert cure in said
     assert said in opt.report().notes
+
+
+@pytest.mark.filterwarnings("ignore:Recipe 'digits' was made with")
+def test_a_recipes_rates_keep_no_distance():
+    """Even by the default law, a recipe's moved rate is the law's: it has a margin of its own."""
+    opt = built(replace(RECIPE, law=Power(law=Falling())))
+    moved = Falling().multiplier(replace(RECIPE.reference, rank=16, alpha=16).as_factor(), RECIPE.reference)
+    assert {g["rank_multiplier"] for g in opt.param_groups if g["lora_role"] != "other"} == {moved}
+    assert "keeps a distance" not in str(opt.report())
 
 
 @pytest.mark.parametrize(("optimizer", "shown"), [(AdamW, True), (SGD, False), (torch.optim.NAdam, False)])

@@ -23,6 +23,7 @@ from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import PlanOptions, effective_lr
 
 from ..helpers.models import PlainLoRA, mlp, same, snapshot, train
+from ..helpers.optimizers import DISTANCE, used
 
 LR = 1e-2
 AT_16 = Reference(rank=16, alpha=16)
@@ -79,7 +80,7 @@ def by_groups_of_all(model):
 
 
 def by_hand(model, kind, options, reference):
-    """The native optimizer, its groups written out by name with the law's multiplier at rank and role."""
+    """The native optimizer, its groups written out by name with the multipliers of the law and its distance."""
     reference = Reference(**{**vars(reference), "fan_in": 16})
     law = ra.Falling().bind(kind, options)
     groups = {}
@@ -87,7 +88,7 @@ def by_hand(model, kind, options, reference):
         if param.requires_grad:
             layer = model.get_submodule(name.split(".")[0])
             rank = getattr(layer, "r", None)
-            moved = law.multiplier(Factor(name, "A", rank, 16, 16), reference) if rank else 1.0
+            moved = used(law, law.multiplier(Factor(name, "A", rank, 16, 16), reference)) if rank else 1.0
             groups.setdefault((name.split(".")[-1], rank), {"params": [], "lr": LR * moved})["params"].append(param)
     return kind(list(groups.values()), lr=LR, **options)
 
@@ -354,7 +355,7 @@ def test_full_finetuning(form):
     opt = form(model, torch.optim.AdamW, {}, method="full", tuned_at=AT_16)
     at = Reference(rank=16, alpha=16, fan_in=16)
     moved = ra.MuA().multiplier(Factor("w", "full", None, 16, 16), at)
-    assert [effective_lr(g) for g in opt.param_groups] == pytest.approx([LR * moved] * 2)
+    assert [effective_lr(g) for g in opt.param_groups] == pytest.approx([LR * moved * DISTANCE] * 2)
     train(model, opt)
 
 
@@ -797,7 +798,7 @@ def test_a_later_group_is_split_and_scaled(form):
     expect = ra.MuA().multiplier(Factor("w", "A", 8, 16, 16), Reference(rank=16, alpha=16, fan_in=16))
     new = opt.param_groups[-2:]
     assert [(g["lora_role"], g["lora_rank"], g["weight_decay"]) for g in new] == [("A", 8, 0.2), ("B", 8, 0.2)]
-    assert [effective_lr(g) for g in new] == pytest.approx([0.5 * expect] * 2)
+    assert [effective_lr(g) for g in new] == pytest.approx([0.5 * expect * DISTANCE] * 2)
     assert [g["param_names"] for g in new] == [["layer9.lora_A"], ["layer9.lora_B"]]
     train(model, opt)
 

@@ -41,6 +41,7 @@ from rankaware_optim.testing._convention import distance, trained
 from rankaware_optim.transfer import Conversion, convert_lr
 
 from ..helpers.models import BASES, STYLES, adapted, mlp
+from ..helpers.optimizers import DISTANCE
 from ..helpers.real_adapters import CASES
 
 LAWS = ["mua", "mua-paper", "constant", "loraplus", MuA(tokens=3.0, ratio=4.0)]
@@ -202,7 +203,7 @@ def test_it_is_a_rate_and_no_float():
     assert isinstance(CONVERTED, Rate)
     assert not isinstance(CONVERTED, float)
     assert type(float(CONVERTED)) is float
-    assert float(CONVERTED) == CONVERTED.lr == pytest.approx(4e-4)
+    assert float(CONVERTED) == CONVERTED.lr == pytest.approx(4e-4 * DISTANCE)
     assert (CONVERTED.low, CONVERTED.high, CONVERTED.ceiling) == (0.0, math.inf, None)
     assert str(CONVERTED) == CONVERTED.explain()
 
@@ -295,8 +296,9 @@ def test_an_impossible_rate_is_refused(bad):
 
 # --- words ----------------------------------------------------------------------------------------------------------
 
+DISTANT = r"A rate that the law moves keeps a distance: × 0\.9"
 SAID = [
-    ("r=16,alpha=32", "r=16,alpha=8", r"As one rate: 0\.0004 \(approximate\)"),
+    ("r=16,alpha=32", "r=16,alpha=8", r"As one rate: 0\.00036 \(approximate\)"),
     ("r=16,alpha=32", "r=16,alpha=8", r"0\.0002 for A, 0\.0008 for B \(exact\)"),
     ("r=16,alpha=32", "r=16,alpha=8", r"multiply B's eps by 0\.25 and its weight decay by 0\.25"),
     ("r=16,alpha=32", "r=16,alpha=8", r"undone by the rate of B alone, or .* × 2 with A's initial values × 2"),
@@ -312,6 +314,9 @@ SAID = [
     ("r=16,alpha=32,fan_in=64", "r=8,alpha=32,init=B", r"With another rank and init the"),
     ("r=16,alpha=32,fan_in=64", "full", r"start at half of it"),
     ("r=16,alpha=32,batch=8", "r=16,alpha=32,batch=64", r"The batch changes from 8 to 64"),
+    ("r=16,alpha=32", "r=16,alpha=8", DISTANT),
+    ("r=16,alpha=32", "r=8,alpha=32", DISTANT),
+    ("r=16,alpha=32,fan_in=64", "r=16,alpha=32,init=B", DISTANT),
 ]
 
 
@@ -324,8 +329,11 @@ def test_it_explains_itself(from_, to, said):
 NOT_SAID = [
     ("r=16,alpha=32,fan_in=64", "r=16,alpha=8", "No width"),
     ("r=16,alpha=32", "r=16,alpha=32", "No width"),
-    ("r=16,alpha=32", "r=8,alpha=32", "exact|eps"),
+    ("r=16,alpha=32", "r=8,alpha=32", r"\bexact|\beps"),
     ("full,fan_in=64", "r=8,alpha=32", "start at half"),
+    ("r=16,alpha=32", "r=16,alpha=8,rslora", "distance"),
+    ("r=16,alpha=32,batch=8", "r=16,alpha=32,batch=64", "distance"),
+    ("r=16,alpha=32", "r=8,alpha=32", "(?s)distance.*distance"),
 ]
 
 

@@ -16,6 +16,7 @@ from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim._types import Factor
 
 from ...helpers.models import batches, mlp
+from ...helpers.optimizers import used
 
 DEVICE = os.environ.get("RANKAWARE_DEVICE", "cuda")
 WIDTH, RANKS = 1024, (4, 32)  # bitsandbytes keeps tensors of fewer than 4,096 entries in 32 bits
@@ -53,7 +54,8 @@ def rates(lr: float = LR) -> dict[str, float]:
     at_16 = Reference(rank=16, alpha=16, fan_in=WIDTH)
     found = {}
     for i, rank in enumerate(RANKS):
-        moved = lr * ra.Falling().multiplier(Factor("by hand", "A", rank, WIDTH, WIDTH), at_16)
+        law, factor = ra.Falling(), Factor("by hand", "A", rank, WIDTH, WIDTH)
+        moved = lr * used(law, law.multiplier(factor, at_16))
         found |= {f"layer{i}.lora_A": moved, f"layer{i}.lora_B": moved}
     assert len(set(found.values())) == len(RANKS)
     return found | {"head.weight": lr, "head.bias": lr}

@@ -17,6 +17,7 @@ from rankaware_optim.inspection import canonical_name
 from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import batches, mlp
+from ...helpers.optimizers import used
 from .worker import WORLD
 
 LR = 1e-2
@@ -65,7 +66,8 @@ def hand_groups(model: nn.Module, kind: str = "AdamW") -> list[dict[str, Any]]:
 def multiplier(rank: int, init: str = "A", kind: str = "AdamW") -> float:
     factor = Factor("by hand", "A", rank, WIDTH, WIDTH, init=init)  # type: ignore[arg-type]
     at_16 = Reference(rank=16, alpha=16, fan_in=WIDTH, init=init)  # type: ignore[arg-type]
-    return ra.Falling().bind(*KINDS[kind]).multiplier(factor, at_16)
+    law = ra.Falling().bind(*KINDS[kind])
+    return used(law, law.multiplier(factor, at_16))
 
 
 FORMS: dict[str, Callable[..., Any]] = {"class": by_class, "instance": by_instance}

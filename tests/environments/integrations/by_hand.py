@@ -19,6 +19,7 @@ from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim._types import Factor
 
 from ...helpers.models import batches, mlp
+from ...helpers.optimizers import used
 
 LR = 1e-3
 AT_16 = Reference(rank=16, alpha=16)
@@ -97,7 +98,8 @@ def multiplier(rank: int | None, case: Case = Case(torch.optim.AdamW)) -> float:
         return 1.0
     at_16 = Reference(rank=16, alpha=16, fan_in=case.width)
     factor = Factor("by hand", "A", rank, case.width, case.width)
-    return ra.Falling().bind(case.kind, case.settings).multiplier(factor, at_16)
+    law = ra.Falling().bind(case.kind, case.settings)
+    return used(law, law.multiplier(factor, at_16))
 
 
 # --- training and saving --------------------------------------------------------------------------------------------

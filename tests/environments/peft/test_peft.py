@@ -14,6 +14,7 @@ from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import same, snapshot
+from ...helpers.optimizers import DISTANCE
 from ...helpers.recipes import RECIPE
 
 peft = pytest.importorskip("peft")
@@ -272,14 +273,14 @@ def test_a_config_without_a_law_is_refused():
 
 
 def test_a_rank_pattern_is_scaled_around_the_dominant_rank():
-    """With rank_pattern the most common rank keeps the base rate and the other is moved by the law."""
+    """With rank_pattern the most common rank keeps the base rate and the other is moved by the law, at its distance."""
     model = wrapped(targets=("q", "v", "conv"), rank_pattern={"v": 16})
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3)
     width = inspect_model(model).width
     moved = MuA().multiplier(Factor("w", "A", 16, width, width, scaling=0.5), Reference(rank=4, alpha=8, fan_in=width))
     found = {(g["lora_rank"], g["lora_role"]): effective_lr(g) for g in opt.param_groups}
     assert found[4, "A"] == found[4, "B"] == 1e-3
-    assert [found[16, "A"], found[16, "B"]] == pytest.approx([1e-3 * moved] * 2)
+    assert [found[16, "A"], found[16, "B"]] == pytest.approx([1e-3 * moved * DISTANCE] * 2)
     train(model, opt)
 
 
