@@ -353,12 +353,12 @@ def continued() -> Cases:
 
 
 def rates(recipe: ra.Recipe, asked: Mapping[str, dict[str, Any]]) -> Cases:
-    """A recipe's rate, band and ceiling at each configuration asked for."""
+    """A recipe's rate and band at each configuration asked for."""
     cases: Cases = {}
     for name, options in asked.items():
         rate = tried(partial(recipe.at, **options))
         said = isinstance(rate, ra.Rate)
-        cases[name] = [rate.lr, rate.low, rate.high, rate.ceiling] if said else [rate]
+        cases[name] = [rate.lr, rate.low, rate.high] if said else [rate]
     return cases
 
 
@@ -502,6 +502,18 @@ def horizon() -> Cases:
     return cases
 
 
+def ceilings() -> Cases:
+    """The ceilings of the shipped recipes and of made-up calibrations, at LoRA's ranks and in full finetuning."""
+    made: dict[str, ra.Recipe] = {path.stem: ra.Recipe.load(path) for path in sorted(RECIPES.glob("*.toml"))}
+    made |= {name: calibrated(name)[0] for name in CALIBRATED}
+    cases: Cases = {}
+    for name, recipe in made.items():
+        for where, options in ASKED.items():
+            rate = tried(partial(recipe.at, **options))
+            cases[f"{name}, {where}"] = [rate.ceiling if isinstance(rate, ra.Rate) else rate]
+    return cases
+
+
 # --- the scores of the benchmarks -----------------------------------------------------------------------------------
 
 
@@ -563,6 +575,7 @@ BEHAVIOUR: dict[str, Callable[[], Cases]] = {
     "calibration.adam": partial(calibration, CALIBRATED),
     "calibration.sgd": partial(calibration, BY_SGD),
     "horizon": horizon,
+    "ceilings": ceilings,
     "transfer": transfer,
     "scores": scores,
 }

@@ -28,7 +28,7 @@ MADE_BY = re.compile(r"(?:Command:|Made by) `python (benchmarks/[\w/]+\.py)")
 FROZEN = re.compile(r"# .+\n\nFrozen at [0-9a-f]{8}: \S")
 FILE = BENCHMARKS / "fingerprints.json"
 NAMES = list(json.loads(FILE.read_text())) if FILE.exists() else []
-SLOW = ("fit", "search", "calibration", "horizon", "scores")
+SLOW = ("fit", "search", "calibration", "horizon", "ceilings", "scores")
 QUICK = [name for name in NAMES if not name.startswith(SLOW)]
 
 
