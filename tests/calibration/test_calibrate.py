@@ -21,6 +21,7 @@ from torch import nn
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted, InspectionError, OptimizerError, Power
 from rankaware_optim.calibration import Pushed
+from rankaware_optim.laws import PRIOR_LAW, get_law
 from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.calibrations import BEST, STEPS, AdamW, Net, bowl, calibrate, losses, made_up, train
@@ -60,7 +61,7 @@ def test_a_known_optimum_is_found(drift, factor):
     """Base rate, drift in rank and the factor of full finetuning that the losses were made from are recovered."""
     best = {4: BEST - 2 * drift, 64: BEST + 2 * drift, None: BEST + factor}
     recipe = calibrate(made_up(best.get), ranks=(64, None, 4))
-    law = Power(exponent=drift, full_factor=2.0**factor, pivot=16.0)
+    law = Power(exponent=drift, full_factor=2.0**factor, pivot=16.0, law=get_law(PRIOR_LAW))
     truth = recipe_like(recipe, law, 2.0 ** best[64])  # the reference is the rank that was built first
     for target in ({"rank": 4}, {"rank": 16}, {"rank": 64}, {"method": "full"}):
         assert abs(math.log2(recipe.at(**target).lr / truth.at(**target).lr)) < 0.35, target
@@ -363,7 +364,7 @@ def test_the_optimizer_is_the_users_at_the_trials_rate():
         assert isinstance(opt, ra.RankAwareOptimizer)
         assert opt.defaults["weight_decay"] == 0.5
         (used,) = {effective_lr(g) for g in opt.param_groups if g["lora_role"] == "A"}
-        by_law = recipe_like(recipe, Power(pivot=8.0), trial.lr)
+        by_law = recipe_like(recipe, Power(pivot=8.0, law=get_law(PRIOR_LAW)), trial.lr)
         assert used == pytest.approx(by_law.at(rank=trial.rank).lr, rel=1e-9)
 
 

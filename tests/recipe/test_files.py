@@ -115,7 +115,8 @@ def test_lengths_of_a_former_recipe_are_ignored_with_a_note(former):
 def test_former_parameters_of_a_law_are_read_where_they_say_nothing(tmp_path):
     """Parameters that µA had are read with their defaults. With another value they are named."""
     target = RECIPE.save(tmp_path / "r.toml")
-    law = '[law.law]\nname = "mua"\nsplit = false\nsteps = "none"\nfloor = "none"\nshape_factor = "original"\n'
+    former = ('name = "mua"', "tokens = 1.0", "split = false", 'steps = "none"', 'floor = "none"')
+    law = "\n".join(("[law.law]", *former, 'shape_factor = "original"', ""))
     text = re.sub(r"\[law\.law\].*?(?=\n\[)", law, target.read_text(), flags=re.DOTALL)
     target.write_text(text)
     assert Recipe.load(target).tag == RECIPE.tag

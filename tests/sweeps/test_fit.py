@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rankaware_optim import CalibrationError, MuA, RankAwareOptimizer, Recipe, RecipeError, Reference
 from rankaware_optim.cli._fit import fit as fit_command
 from rankaware_optim.cli._main import main
-from rankaware_optim.laws import Law, Power
+from rankaware_optim.laws import PRIOR_LAW, Law, Power, get_law
 from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.sweeps import fit_sweep
 from rankaware_optim.sweeps._io import ALIASES, SweepRun, read_sweep
@@ -29,6 +29,7 @@ from ..helpers.models import mlp
 
 extrapolates = pytest.mark.filterwarnings("ignore::rankaware_optim.errors.RankAwareWarning")
 
+PRIOR = get_law(PRIOR_LAW)
 AT_16, WIDTH = -9.0, 1024.0  # log2 of the true best rate at rank 16, alpha 16
 REFERENCE = Reference(16, 16.0, fan_in=WIDTH)
 
@@ -59,7 +60,7 @@ def drawn(
     rng = np.random.default_rng(draw)
     rows = []
     for rank in ranks:
-        best = best_of(law or MuA(), rank, custom)
+        best = best_of(law or PRIOR, rank, custom)
         for offset in offsets:
             for seed in range(seeds):
                 loss = 1.0 + 0.06 * (math.exp(1.2 * offset) - 1.2 * offset - 1.0) + rng.normal(0, noise)
@@ -78,11 +79,11 @@ def log2_at(recipe: Recipe, rank: int, **target) -> float:
 # --- what it finds --------------------------------------------------------------------------------------------------
 
 TRUE_LAWS = [
-    (MuA(), 0.0),
+    (PRIOR, 0.0),
     (MuA(tokens=None), 0.0),
     (MuA(tokens=64.0), 0.0),
-    (Power(exponent=0.15, law=MuA()), 0.15),
-    (Power(exponent=-0.15, law=MuA()), -0.15),
+    (Power(exponent=0.15, law=PRIOR), 0.15),
+    (Power(exponent=-0.15, law=PRIOR), -0.15),
 ]
 
 
@@ -117,7 +118,7 @@ def test_the_band_covers_the_truth(fit):
     for draw in range(10):
         recipe = fit_sweep(drawn(noise=0.01, draw=draw), fit=fit, fan_in=WIDTH, steps=100)
         rates = {rank: recipe.at(rank) for rank in (4, 16, 64)}
-        held += [rate.low < 2.0 ** best_of(MuA(), rank) < rate.high for rank, rate in rates.items()]
+        held += [rate.low < 2.0 ** best_of(PRIOR, rank) < rate.high for rank, rate in rates.items()]
     assert sum(held) >= 24
 
 
@@ -133,7 +134,7 @@ def test_full_rows_settle_full_finetuning():
 def test_full_finetuning_alone_needs_no_fan_in():
     """A sweep of full finetuning gives its own best rate, and asks for what LoRA needs."""
     recipe = fit_sweep(drawn(ranks=(0,)), steps=100)
-    assert log2_at(recipe, 0, method="full") == pytest.approx(best_of(MuA(), 0), abs=0.2)
+    assert log2_at(recipe, 0, method="full") == pytest.approx(best_of(PRIOR, 0), abs=0.2)
     with pytest.raises(RecipeError, match="fan-in"):
         recipe.at(16, alpha=16)
 
@@ -141,7 +142,7 @@ def test_full_finetuning_alone_needs_no_fan_in():
 def test_the_ceiling_is_the_smallest_rate_that_diverged():
     """Diverged cells set the ceiling, at every rank by the law, and the recipe stays below it."""
     recipe = fit_sweep(drawn(cliff=1.5), fan_in=WIDTH, steps=100)
-    assert math.log2(recipe.at(16).ceiling) == pytest.approx(best_of(MuA(), 16) + 1.7, abs=0.01)
+    assert math.log2(recipe.at(16).ceiling) == pytest.approx(best_of(PRIOR, 16) + 1.7, abs=0.01)
     assert all(recipe.at(rank).lr < recipe.at(rank).ceiling / 2 for rank in (4, 16, 64))
     assert fit_sweep(drawn(), fan_in=WIDTH).ceiling is None
 
@@ -164,7 +165,7 @@ def test_a_best_rate_at_an_end_of_the_grid_is_a_bound(offsets, end, ranks):
     recipe = fit_sweep(drawn(ranks=ranks, offsets=offsets), fan_in=WIDTH)
     rate, own = recipe.at(), inside.at()
     rank = recipe.reference.rank
-    assert rate.low < 2.0 ** best_of(MuA(), rank) < rate.high
+    assert rate.low < 2.0 ** best_of(PRIOR, rank) < rate.high
     assert math.log2(rate.high / rate.low) > 2 * math.log2(own.high / own.low)
     said = [note for note in rate.notes if f"is the {end} tried" in note]
     assert len(said) == len(ranks)
@@ -174,7 +175,7 @@ def test_a_best_rate_at_an_end_of_the_grid_is_a_bound(offsets, end, ranks):
 def test_one_rank_at_an_end_leaves_the_others_in_charge():
     """A rank cut off at its grid's end moves the others' answer by less than a tenth of an octave."""
     rows = drawn(ranks=(4, 16))
-    cut = [row for row in drawn(ranks=(64,)) if row["lr"] < 2.0 ** (best_of(MuA(), 64) - 1)]
+    cut = [row for row in drawn(ranks=(64,)) if row["lr"] < 2.0 ** (best_of(PRIOR, 64) - 1)]
     alone, both = fit_sweep(rows, fan_in=WIDTH), fit_sweep([*rows, *cut], fan_in=WIDTH)
     assert log2_at(both, 16) == pytest.approx(log2_at(alone, 16), abs=0.1)
     assert any(note.startswith("rank 64") for note in both.notes)
@@ -217,7 +218,7 @@ def test_without_alpha_rates_hold_as_swept(custom, tmp_path):
     assert recipe.scaling_rule == "as swept"
     assert any("has no alpha" in note for note in recipe.at().notes)
     for rank in (4, 16, 64):
-        assert log2_at(recipe, rank) == pytest.approx(best_of(MuA(), rank, custom), abs=0.3)
+        assert log2_at(recipe, rank) == pytest.approx(best_of(PRIOR, rank, custom), abs=0.3)
     with pytest.raises(RecipeError, match=r"has no alpha.*alpha="):
         recipe.at(8, alpha=16)
     with pytest.raises(RecipeError, match="has no alpha"):
