@@ -62,6 +62,8 @@ BUGS = (
     Bug("recipe/_io.py", "_remove_tensors(target.parent, former)", "[f.unlink() for f in target.parent.glob(f'{target.stem}.*.safetensors') if f != beside]", "files that look like ours"),
     Bug("recipe/_beside.py", "if os.path.commonpath([root, real]) != root:", "if False:", "what a save may not replace"),
     Bug("recipe/_schema.py", "if good is not None and not bool(good(value).all()):", "if False:", "impossible numbers in trials"),
+    Bug("recipe/_schema.py", "if spectrum[0] < -1e-6 * abs(spectrum[-1]):", "if False:", "impossible covariances"),
+    Bug("recipe/_schema.py", "if not np.allclose(tensor, tensor.T, rtol=1e-6, atol=1e-6 * float(np.abs(tensor).max())):", "if False:", "impossible covariances"),
     Bug("recipe/_schema.py", "if value.dtype.name not in kinds or value.ndim != axes:", "if False:", "damaged recipes", 300),
     Bug("_printable.py", 'return "".join(sign for sign in text if sign.isprintable() or sign in "\\n\\t")', "return text", "damaged recipes", 600),
     Bug("laws/_base.py", "        factory = LAWS.get(name)\n    except", "        factory = import_module(name.partition(':')[0]).Law if ':' in name else LAWS.get(name)\n    except", "modules named in recipes", 20),

@@ -88,6 +88,32 @@ def each_number(seed: int, count: int, folder: Path) -> Outcomes:
     return outcomes
 
 
+COVARIANCES: dict[str, list[list[float]]] = {
+    "a negative variance": [[-0.1, 0.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 0.1]],
+    "a correlation above 1": [[0.1, 0.2, 0.0], [0.2, 0.1, 0.0], [0.0, 0.0, 0.1]],
+    "not symmetric": [[0.1, 0.05, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 0.1]],
+    "too large": [[1e9, 0.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 0.1]],
+    "not a number": [[math.nan, 0.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 0.1]],
+    "two rows": [[0.1, 0.0, 0.0], [0.0, 0.1, 0.0]],
+}
+
+
+def each_covariance(seed: int, count: int, folder: Path) -> Outcomes:
+    """Every matrix that is no covariance, in a TOML that stands alone."""
+    outcomes, source = Outcomes(), SHIPPED[seed % len(SHIPPED)]
+    document, path = tomli.loads(source.read_text()), folder / source.name
+    for what, matrix in COVARIANCES.items():
+        document["fit"]["covariance"] = matrix
+        path.write_bytes(as_toml(document))
+        outcomes.attempt(what, partial(must_refuse, path), ra.RecipeError)
+    return outcomes
+
+
+def must_refuse(path: Path) -> None:
+    ra.Recipe.load(path)
+    raise AssertionError("an impossible covariance was read")
+
+
 def unprintable(document: Any, chance: random.Random) -> Any:
     """A copy of a document in which every third text has signs that control a terminal."""
     document = copy.deepcopy(document)
@@ -173,4 +199,5 @@ def are_possible(trials: Mapping[str, Any]) -> None:
 ATTACKS = (
     Attack("damaged recipes", 53_000, 1000, run),
     Attack("impossible numbers in trials", 1, 1, each_number),
+    Attack("impossible covariances", 1, 1, each_covariance),
 )
