@@ -16,7 +16,7 @@ command, called again, runs what is still missing. The pieces:
 
 On a machine that has torch with CUDA, install the rest with one command:
 
-    python -m pip install -e '.[peft,transformers]' bitsandbytes gguf hypothesis pytest
+    python -m pip install -e '.[peft,transformers]' bitsandbytes gguf hypothesis pytest scipy
 
 If the machine has no network, run `archives` on one that has. Copy the files that it prints (some 100 MB, 93 of them
 SmolLM2's; use `split -b 40M` if they are too large), and set RANKAWARE_CACHE to their folder. Copy pip's packages as
