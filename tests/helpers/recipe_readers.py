@@ -11,6 +11,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -36,7 +37,8 @@ def readers(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"optimizer {options}", lambda kind=kind, options=options: optimizer(kind, path, options)
     yield "a folder", lambda: ra.Recipe.load(beside(path))
     yield "the hub's cache", lambda: ra.Recipe.from_hub("owner/name", cache_dir=cached(path))
-    yield "peft", lambda: ra.integrations.create_rankaware_optimizer(mlp(width=64), "adamw", recipe=path)
+    if find_spec("transformers"):
+        yield "peft", lambda: ra.integrations.create_rankaware_optimizer(mlp(width=64), "adamw", recipe=path)
     yield "settings as words", lambda: optimizer("adamw", path, settings_from_words({"recipe": str(path)}))
     for words in (
         *(["lr", path, "--rank", 8], ["lr", path, "--rank", 4], ["lr", path, "--full"], ["show", path]),
