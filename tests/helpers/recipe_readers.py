@@ -36,7 +36,8 @@ def readers(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
             options = {"other_lr": 1e-3, **options}
             yield f"optimizer {options}", lambda kind=kind, options=options: optimizer(kind, path, options)
     yield "a folder", lambda: ra.Recipe.load(beside(path))
-    yield "the hub's cache", lambda: ra.Recipe.from_hub("owner/name", cache_dir=cached(path))
+    if find_spec("huggingface_hub"):
+        yield "the hub's cache", lambda: ra.Recipe.from_hub("owner/name", cache_dir=cached(path))
     if find_spec("transformers"):
         yield "peft", lambda: ra.integrations.create_rankaware_optimizer(mlp(width=64), "adamw", recipe=path)
     yield "settings as words", lambda: optimizer("adamw", path, settings_from_words({"recipe": str(path)}))
