@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 
 from scipy.interpolate import PchipInterpolator
 
@@ -18,7 +19,14 @@ def between(values: Mapping[float, float], x: float) -> float:
     xs = sorted(values)
     if x <= xs[0] or x >= xs[-1]:
         return values[xs[0] if x <= xs[0] else xs[-1]]
-    return float(PchipInterpolator(xs, [values[at] for at in xs])(x))
+    spline = _spline(tuple(xs), tuple(values[at] for at in xs))
+    return float(spline(x))
+
+
+@lru_cache(maxsize=4096)
+def _spline(xs: tuple[float, ...], ys: tuple[float, ...]) -> PchipInterpolator:
+    """Return the spline through points. The simulation asks one curve for thousands of values."""
+    return PchipInterpolator(xs, ys)
 
 
 def regret_between(regrets: Mapping[float, float], x: float) -> float:
