@@ -28,7 +28,7 @@ LAWS.register("loraplus", "rankaware_optim.laws._constant:LoRAPlus")
 LAWS.register("power", "rankaware_optim.laws._corrections:Power")
 LAWS.register("falling", "rankaware_optim.laws._corrections:Falling")
 DEFAULT_LAW = "falling"
-PRIOR_LAW = "mua?tokens=8"  # of a calibration: the number of tokens with which the searches on file were made
+PRIOR_LAW = "mua"  # of a calibration
 FIRST = "first"  # key of a field's metadata: its first default, which files that lack the field and tags still use
 _FAR = 1e4
 _MOST = 1e30  # largest parameter read from a file; a law may allow less
