@@ -87,11 +87,15 @@ def laws(family: str) -> Cases:
             if isinstance(law, str):
                 cases[f"{words}: {text}"] = [law]
                 continue
-            cases[f"{words}: {text}, batch"] = [checked_batch_multiplier(law, ratio) for ratio in (0.5, 16.0)]
+            cases[f"{words}: {text}, batch"] = [
+                checked_batch_multiplier(law, ratio) for ratio in (0.5, 16.0)
+            ]
             for origin, reference in ORIGINS.items():
                 for target, factors in targets().items():
                     case = f"{words}: {text}, {origin} to {target}"
-                    cases[case] = [tried(partial(checked_multiplier, law, each, reference)) for each in factors]
+                    cases[case] = [
+                        tried(partial(checked_multiplier, law, each, reference)) for each in factors
+                    ]
     return cases
 
 
@@ -99,9 +103,14 @@ def targets() -> dict[str, list[ra.Factor]]:
     """Factors by what they have in common: ranks within widths, alpha as the rank and kept, both inits; then full."""
     found = {}
     for init in ("A", "B"):
-        for alpha, scaling in (("alpha=r", lambda rank: 1.0), ("alpha=16", lambda rank: 16.0 / rank)):
+        for alpha, scaling in (
+            ("alpha=r", lambda rank: 1.0),
+            ("alpha=16", lambda rank: 16.0 / rank),
+        ):
             found[f"Init[{init}] {alpha}"] = [
-                ra.Factor("w", "A", rank, width, width, scaling(rank), init) for width in WIDTHS for rank in RANKS
+                ra.Factor("w", "A", rank, width, width, scaling(rank), init)
+                for width in WIDTHS
+                for rank in RANKS
             ]
     found["B's rate"] = [ra.Factor("w", "B", 64, 1024, 1024, 1.0, init) for init in ("A", "B")]
     found["full"] = [ra.Factor("w", "full", None, width, width) for width in WIDTHS]
@@ -143,9 +152,15 @@ def owners() -> dict[str, nn.Module]:
     conv = nn.Conv2d(3, 8, 3)
     said = {"r": {"default": 4}, "scaling": {"default": 2.0}}
     return {
-        "peft": Owner(lora_A=by_name(default=drawn(4, 12)), lora_B=by_name(default=zeros(20, 4)), **said),
-        "peft, Init[B]": Owner(lora_A=by_name(default=zeros(4, 12)), lora_B=by_name(default=drawn(20, 4)), **said),
-        "peft, both drawn": Owner(lora_A=by_name(default=drawn(4, 12)), lora_B=by_name(default=drawn(20, 4)), **said),
+        "peft": Owner(
+            lora_A=by_name(default=drawn(4, 12)), lora_B=by_name(default=zeros(20, 4)), **said
+        ),
+        "peft, Init[B]": Owner(
+            lora_A=by_name(default=zeros(4, 12)), lora_B=by_name(default=drawn(20, 4)), **said
+        ),
+        "peft, both drawn": Owner(
+            lora_A=by_name(default=drawn(4, 12)), lora_B=by_name(default=drawn(20, 4)), **said
+        ),
         "peft, two adapters": Owner(
             lora_A=by_name(one=drawn(4, 12), two=drawn(2, 12)),
             lora_B=by_name(one=zeros(20, 4), two=zeros(20, 2)),
@@ -153,7 +168,9 @@ def owners() -> dict[str, nn.Module]:
             scaling={"one": 2.0, "two": 0.5},
         ),
         "peft, convolution": Owner(
-            lora_A=by_name(default=drawn(4, 3, 3, 3)), lora_B=by_name(default=zeros(8, 4, 1, 1)), **said
+            lora_A=by_name(default=drawn(4, 3, 3, 3)),
+            lora_B=by_name(default=zeros(8, 4, 1, 1)),
+            **said,
         ),
         "peft, embedding": Owner(
             lora_embedding_A=nn.ParameterDict({"default": zeros(4, 30)}),
@@ -168,10 +185,18 @@ def owners() -> dict[str, nn.Module]:
         ),
         "loralib": Owner(frozen=frozen, lora_A=drawn(4, 12), lora_B=zeros(20, 4), r=4, scaling=2.0),
         "loralib, merged": Owner(
-            lora_A=drawn(8, 12), lora_B=zeros(20, 4), r=4, scaling=2.0, enable_lora=[True, False, True]
+            lora_A=drawn(8, 12),
+            lora_B=zeros(20, 4),
+            r=4,
+            scaling=2.0,
+            enable_lora=[True, False, True],
         ),
-        "loralib, convolution": Owner(lora_A=drawn(12, 9), lora_B=zeros(24, 12), conv=conv, r=4, scaling=2.0),
-        "torchtune": Owner(lora_a=Owner(weight=drawn(4, 12)), lora_b=Owner(weight=zeros(20, 4)), rank=4, alpha=8.0),
+        "loralib, convolution": Owner(
+            lora_A=drawn(12, 9), lora_B=zeros(24, 12), conv=conv, r=4, scaling=2.0
+        ),
+        "torchtune": Owner(
+            lora_a=Owner(weight=drawn(4, 12)), lora_b=Owner(weight=zeros(20, 4)), rank=4, alpha=8.0
+        ),
         "kohya": Owner(
             lora_down=Owner(weight=drawn(4, 12)),
             lora_up=Owner(weight=zeros(20, 4)),
@@ -186,22 +211,48 @@ def owners() -> dict[str, nn.Module]:
             lora_dim=4,
             scale=2.0,
         ),
-        "megatron": Owner(linear_in=Owner(weight=drawn(4, 12)), linear_out=Owner(weight=zeros(20, 4)), dim=4, alpha=8),
-        "megatron, experts": Owner(
-            linear_in=Owner(weight=drawn(3, 4, 12)), linear_out=Owner(weight=zeros(3, 20, 4)), dim=4, alpha=8
+        "megatron": Owner(
+            linear_in=Owner(weight=drawn(4, 12)),
+            linear_out=Owner(weight=zeros(20, 4)),
+            dim=4,
+            alpha=8,
         ),
-        "deepspeed-chat": Owner(lora_right_weight=drawn(12, 4), lora_left_weight=zeros(4, 20), lora_scaling=2.0),
+        "megatron, experts": Owner(
+            linear_in=Owner(weight=drawn(3, 4, 12)),
+            linear_out=Owner(weight=zeros(3, 20, 4)),
+            dim=4,
+            alpha=8,
+        ),
+        "deepspeed-chat": Owner(
+            lora_right_weight=drawn(12, 4), lora_left_weight=zeros(4, 20), lora_scaling=2.0
+        ),
         "diffusers-legacy": Owner(
-            down=Owner(weight=drawn(4, 12)), up=Owner(weight=zeros(20, 4)), network_alpha=8.0, rank=4
+            down=Owner(weight=drawn(4, 12)),
+            up=Owner(weight=zeros(20, 4)),
+            network_alpha=8.0,
+            rank=4,
         ),
     }
 
 
 def described(survey: ra.Survey) -> list[Value]:
     """What a survey says of its factors and of the model, flat."""
-    said: list[Value] = [survey.width, survey.full_width(), len(survey.other), len(survey.frozen), len(survey.notes)]
+    said: list[Value] = [
+        survey.width,
+        survey.full_width(),
+        len(survey.other),
+        len(survey.frozen),
+        len(survey.notes),
+    ]
     for factor in survey.factors:
-        said += [factor.convention, factor.role, factor.rank, factor.scaling, factor.init, factor.kind]
+        said += [
+            factor.convention,
+            factor.role,
+            factor.rank,
+            factor.scaling,
+            factor.init,
+            factor.kind,
+        ]
         said += [factor.fan_in, factor.fan_out]
     return said
 
@@ -212,7 +263,9 @@ def inspection() -> Cases:
     for name, owner in owners().items():
         found = tried(partial(ra.inspect_model, nn.Sequential(owner)))
         cases[f"model: {name}"] = described(found) if isinstance(found, ra.Survey) else [found]
-    full = nn.Sequential(nn.Linear(12, 20), nn.LayerNorm(20), nn.Conv2d(3, 8, 3), nn.Embedding(30, 8))
+    full = nn.Sequential(
+        nn.Linear(12, 20), nn.LayerNorm(20), nn.Conv2d(3, 8, 3), nn.Embedding(30, 8)
+    )
     cases["model: full finetuning"] = described(ra.inspect_model(full, method="full"))
     with tempfile.TemporaryDirectory() as folder:
         for name, tensors in files().items():
@@ -229,7 +282,10 @@ def files() -> dict[str, dict[str, torch.Tensor]]:
     alpha = torch.tensor(8.0)
     q = "transformer.q"
     return {
-        "peft": {f"base_model.model.{q}.lora_A.weight": a, f"base_model.model.{q}.lora_B.weight": b},
+        "peft": {
+            f"base_model.model.{q}.lora_A.weight": a,
+            f"base_model.model.{q}.lora_B.weight": b,
+        },
         "kohya": {"lora_q.lora_down.weight": a, "lora_q.lora_up.weight": b, "lora_q.alpha": alpha},
         "diffusers": {f"{q}.lora.down.weight": a, f"{q}.lora.up.weight": b, f"{q}.alpha": alpha},
         "lora_A, lora_B": {f"{q}.lora_A.weight": a, f"{q}.lora_B.weight": b, f"{q}.alpha": alpha},
@@ -253,7 +309,9 @@ class Layer(nn.Module):
         return x @ (self.weight + self.scaling * self.lora_B @ self.lora_A).T
 
 
-def two_layers(init: str = "A", ranks: Sequence[int] = (4, 8), scalings: Sequence[float] = (1.0, 2.0)) -> nn.Module:
+def two_layers(
+    init: str = "A", ranks: Sequence[int] = (4, 8), scalings: Sequence[float] = (1.0, 2.0)
+) -> nn.Module:
     """Two adapted layers of 16 inputs, and a head that trains whole."""
     layers = [Layer(16, rank, scaling, init) for rank, scaling in zip(ranks, scalings, strict=True)]
     head = nn.Linear(16, 3, bias=False, dtype=torch.float64)
@@ -267,7 +325,10 @@ WRAPPED: dict[str, dict[str, Any]] = {
     "at its own": {},
     "by mua": {"tuned_at": AT, "law": "mua"},
     "by loraplus": {"tuned_at": AT, "law": "loraplus"},
-    "widths of layers": {"tuned_at": ra.Reference(rank=16, alpha=16, fan_in=64), "per_layer_width": True},
+    "widths of layers": {
+        "tuned_at": ra.Reference(rank=16, alpha=16, fan_in=64),
+        "per_layer_width": True,
+    },
     "rates of the head": {"tuned_at": AT, "rates": {"2.weight": 1e-3}},
     "rate of the others": {"tuned_at": AT, "other_lr": 5e-3},
     "batch": {"tuned_at": ra.Reference(rank=16, alpha=16, batch=8), "batch": 32},
@@ -290,11 +351,15 @@ def optimizer() -> Cases:
     cases: Cases = {}
     for init in ("A", "B"):
         for name, options in WRAPPED.items():
-            cases |= stepped(f"AdamW, Init[{init}], {name}", two_layers(init), torch.optim.AdamW, options)
+            cases |= stepped(
+                f"AdamW, Init[{init}], {name}", two_layers(init), torch.optim.AdamW, options
+            )
     cases |= of_classes(STEPPED)
     cases |= continued()
     groups = ra.rank_aware_param_groups(two_layers(), lr=0.01, tuned_at=AT)
-    cases["rank_aware_param_groups"] = [value for group in groups for value in (group["lr"], len(group["params"]))]
+    cases["rank_aware_param_groups"] = [
+        value for group in groups for value in (group["lr"], len(group["params"]))
+    ]
     return cases
 
 
@@ -315,7 +380,12 @@ def stepped(name: str, model: nn.Module, kind: Any, options: Mapping[str, Any]) 
         return {name: [opt]}
     rates: list[Value] = []
     for group in opt.param_groups:
-        rates += [group["lr"], group["rank_multiplier"], len(group["params"]), group.get("weight_decay")]
+        rates += [
+            group["lr"],
+            group["rank_multiplier"],
+            len(group["params"]),
+            group.get("weight_decay"),
+        ]
     train(model, opt)
     return {f"{name}: groups": rates, f"{name}: after three steps": norms(model)}
 
@@ -380,7 +450,10 @@ def recipes() -> Cases:
     }
     cases: Cases = {}
     for path in sorted(RECIPES.glob("*.toml")):
-        cases |= {f"{path.stem}, {name}": values for name, values in rates(ra.Recipe.load(path), asked).items()}
+        cases |= {
+            f"{path.stem}, {name}": values
+            for name, values in rates(ra.Recipe.load(path), asked).items()
+        }
     return cases
 
 
@@ -408,7 +481,8 @@ def fit() -> Cases:
         rows = list(swept(domain, scheme, init, gamma))
         recipe = fit_sweep(rows, fit=kind, init=init, fan_in=256, full_fan_in=1024, steps=100)
         cases |= {
-            f"{domain}, {scheme}, by {kind}, {name}": values for name, values in rates(recipe, ASKED | LONGER).items()
+            f"{domain}, {scheme}, by {kind}, {name}": values
+            for name, values in rates(recipe, ASKED | LONGER).items()
         }
     return cases
 
@@ -420,8 +494,16 @@ def swept(domain: str, scheme: str, init: str, gamma: float) -> Iterator[dict[st
         if run.get("scheme") not in (scheme, "full") or run["seed"]:
             continue
         rank = run["rank"]
-        place = {"rank": rank, "alpha": rank ** (1.0 - gamma), "init": init} if rank else {"method": "full"}
-        yield {"lr": 2.0 ** run["x"], "loss": math.inf if run["loss"] is None else run["loss"], **place}
+        place = (
+            {"rank": rank, "alpha": rank ** (1.0 - gamma), "init": init}
+            if rank
+            else {"method": "full"}
+        )
+        yield {
+            "lr": 2.0 ** run["x"],
+            "loss": math.inf if run["loss"] is None else run["loss"],
+            **place,
+        }
 
 
 CALIBRATED: dict[str, dict[str, Any]] = {
@@ -437,7 +519,11 @@ CALIBRATED: dict[str, dict[str, Any]] = {
     "Init[A], full runs in a budget": {"full_trials": 3, "budget": 700},
     "Init[A], three ranks, one seed, until": {"ranks": (4, 16, 64), "seeds": (0,), "until": 1.5},
     "Init[B]": {"init": "B", "drift": -1 / 3},
-    "Init[B], by falling": {"init": "B", "drift": -1 / 3, "law": ra.Falling(law=ra.MuA(tokens=8.0))},
+    "Init[B], by falling": {
+        "init": "B",
+        "drift": -1 / 3,
+        "law": ra.Falling(law=ra.MuA(tokens=8.0)),
+    },
     "full finetuning": {"ranks": (None,)},
 }
 BY_SGD: dict[str, dict[str, Any]] = {"SGD": {"kind": torch.optim.SGD, "best": 0.0}}
@@ -472,7 +558,11 @@ def calibration_of(
         for step in range(trial.steps):
             part = (step + 1) / trial.steps
             rough = noise * math.sin(78.233 * (step + 1) + 37.719 * (trial.seed + 1))
-            yield 2.0 + rough + (0.5 * part * (u - 2) if u > 2.5 else -0.5 * part**0.5 / (1 + u * u / 4))
+            yield (
+                2.0
+                + rough
+                + (0.5 * part * (u - 2) if u > 2.5 else -0.5 * part**0.5 / (1 + u * u / 4))
+            )
 
     given = {"ranks": (4, 64), "steps": 50, **options}
     return ra.calibrate(train, kind, progress=False, **given), order
@@ -504,7 +594,9 @@ def horizon() -> Cases:
 
 def ceilings() -> Cases:
     """The ceilings of the shipped recipes and of made-up calibrations, at LoRA's ranks and in full finetuning."""
-    made: dict[str, ra.Recipe] = {path.stem: ra.Recipe.load(path) for path in sorted(RECIPES.glob("*.toml"))}
+    made: dict[str, ra.Recipe] = {
+        path.stem: ra.Recipe.load(path) for path in sorted(RECIPES.glob("*.toml"))
+    }
     made |= {name: calibrated(name)[0] for name in CALIBRATED}
     cases: Cases = {}
     for name, recipe in made.items():
@@ -531,8 +623,16 @@ def scores() -> Cases:
                 for rank in ranks_in(done, domain, scheme):
                     cell = (domain, scheme, rank)
                     best = optimum(done, cell).x
-                    off = [] if best is None else [lost(done, cell, cell, best + octaves) for octaves in (-1.0, 1.0)]
-                    cases[f"{domain}, {scheme}, rank {rank or 'full'}"] = [best, noise_floor(done, cell), *off]
+                    off = (
+                        []
+                        if best is None
+                        else [lost(done, cell, cell, best + octaves) for octaves in (-1.0, 1.0)]
+                    )
+                    cases[f"{domain}, {scheme}, rank {rank or 'full'}"] = [
+                        best,
+                        noise_floor(done, cell),
+                        *off,
+                    ]
     return cases
 
 
@@ -551,7 +651,9 @@ def transfer() -> Cases:
     for name, site in sites.items():
         for kind in ("adamw", "lion", "muon"):
             for task in ("chat", "other"):
-                found: Any = tried(partial(ra.suggest_lr, site, kind, task=task, method=site.method))
+                found: Any = tried(
+                    partial(ra.suggest_lr, site, kind, task=task, method=site.method)
+                )
                 said = [found] if isinstance(found, str) else [found.lr, found.low, found.high]
                 cases[f"suggested for {name}, {kind}, {task}"] = said
         for other, target in sites.items():

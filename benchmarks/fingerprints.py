@@ -27,7 +27,10 @@ Cases = Mapping[str, Sequence[Value]]
 
 FILE = Path(__file__).with_suffix(".json")
 RESULTS = Path(__file__).parent / "results"
-DIGITS, TOLERANCE = 10, 1e-6  # digits kept, and the relative difference that another machine's rounding may make
+DIGITS, TOLERANCE = (
+    10,
+    1e-6,
+)  # digits kept, and the relative difference that another machine's rounding may make
 
 
 def stored() -> dict[str, Cases]:
@@ -52,7 +55,9 @@ def marks(named: Sequence[str], of: Mapping[str, Cases] | None = None) -> list[s
     for name in named:
         own = [each for each in of if each == name or each.startswith(f"{name}.")]
         if not own:
-            raise KeyError(f"RESTS_ON names {name}, which fingerprints.json does not have. It has {', '.join(of)}.")
+            raise KeyError(
+                f"RESTS_ON names {name}, which fingerprints.json does not have. It has {', '.join(of)}."
+            )
         found += [f"{each}@{digest(of[each])}" for each in own]
     return found
 
@@ -107,7 +112,12 @@ def now(only: Sequence[str] = ()) -> dict[str, Cases]:
 
 
 @click.command()
-@click.option("--write", "writes", is_flag=True, help="Write the file, and the digests of tables that stay fresh.")
+@click.option(
+    "--write",
+    "writes",
+    is_flag=True,
+    help="Write the file, and the digests of tables that stay fresh.",
+)
 def main(writes: bool) -> None:
     """Say which fingerprints differ from those on file. Exit with status 1 if any does and is not written."""
     old, new = stored(), now()
@@ -124,24 +134,43 @@ def in_words(of: Change) -> str:
     """A change in words."""
     by = [100 * by for by in of.moved.values() if math.isfinite(by)]
     said = [f"{len(by)} cases moved, at most by {max(by):.3g} %"] if by else []
-    said += [f"{len(of.moved) - len(by)} cases have other texts or another length"] if len(by) < len(of.moved) else []
-    said += [f"{len(cases)} cases {what}" for what, cases in (("came", of.came), ("went", of.went)) if cases]
+    said += (
+        [f"{len(of.moved) - len(by)} cases have other texts or another length"]
+        if len(by) < len(of.moved)
+        else []
+    )
+    said += [
+        f"{len(cases)} cases {what}"
+        for what, cases in (("came", of.came), ("went", of.went))
+        if cases
+    ]
     return ", ".join(said) or "unchanged"
 
 
-def write(old: Mapping[str, Cases], new: Mapping[str, Cases], changes: Mapping[str, Change]) -> None:
+def write(
+    old: Mapping[str, Cases], new: Mapping[str, Cases], changes: Mapping[str, Change]
+) -> None:
     """Write the file, and the new digests of tables whose cases only came or went."""
-    kept = {name: with_kept_digits(old.get(name, {}), cases, changes[name]) for name, cases in new.items()}
+    kept = {
+        name: with_kept_digits(old.get(name, {}), cases, changes[name])
+        for name, cases in new.items()
+    }
     FILE.write_text(text_of(kept))
     for name, each in changes.items():
         if name in old and not each.moved and (each.came or each.went):
-            renew(f"{name}@{digest(old[name])}", f"{name}@{digest(kept[name])}" if name in kept else "")
+            renew(
+                f"{name}@{digest(old[name])}",
+                f"{name}@{digest(kept[name])}" if name in kept else "",
+            )
 
 
 def with_kept_digits(old: Cases, new: Cases, changed: Change) -> Cases:
     """The new cases, rounded. Those that did not move are as on file, so that another machine writes the same."""
     fresh = {case: [rounded(value) for value in values] for case, values in new.items()}
-    return {case: old[case] if case in old and case not in changed.moved else fresh[case] for case in new}
+    return {
+        case: old[case] if case in old and case not in changed.moved else fresh[case]
+        for case in new
+    }
 
 
 def renew(mark: str, other: str) -> None:
@@ -162,7 +191,9 @@ def text_of(fingerprints: Mapping[str, Cases]) -> str:
     """JSON with a case a line, so that a diff shows the case."""
     blocks = []
     for name, cases in fingerprints.items():
-        lines = ",\n".join(f"  {json.dumps(case)}: {json.dumps(values)}" for case, values in cases.items())
+        lines = ",\n".join(
+            f"  {json.dumps(case)}: {json.dumps(values)}" for case, values in cases.items()
+        )
         blocks.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 

@@ -44,7 +44,9 @@ def commit() -> str:
     code = [":/rankaware_optim", ":/benchmarks/*.py"]
     try:
         found = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
-        differs = subprocess.run([*git[:3], "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
+        differs = subprocess.run(
+            [*git[:3], "diff", "--quiet", "HEAD", "--", *code], check=False
+        ).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found + " and changes" * (differs != 0)
@@ -65,7 +67,9 @@ def in_fresh_process(script: str, *options: str) -> dict[str, Any]:
     return found
 
 
-def record(name: str, title: str, rows: Sequence[dict[str, Any]], on: dict[str, Any], notes: Sequence[str]) -> None:
+def record(
+    name: str, title: str, rows: Sequence[dict[str, Any]], on: dict[str, Any], notes: Sequence[str]
+) -> None:
     """Print `rows`, and write them to results/<name>.json and .md with the machine and the notes."""
     document = {"title": title, "machine": on, "notes": list(notes), "rows": list(rows)}
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
@@ -81,7 +85,9 @@ def record(name: str, title: str, rows: Sequence[dict[str, Any]], on: dict[str, 
 # --- markdown -------------------------------------------------------------------------------------------------------
 
 
-def page(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], on: dict[str, Any], notes: Any) -> str:
+def page(
+    title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], on: dict[str, Any], notes: Any
+) -> str:
     """A page with one table: title, table, notes, machine and command."""
     return "\n\n".join([f"# {title}", table_of(heads, cells), *notes, made_on(on)]) + "\n"
 
@@ -110,7 +116,9 @@ def made_with(machines: Iterable[Mapping[str, Any]]) -> str:
     """The machines of runs in words, each once, and the hashes of their networks."""
     listed = list(machines)
     each = {
-        ", ".join(f"{key} {value}" for key, value in one.items() if key != "weights" and value is not None)
+        ", ".join(
+            f"{key} {value}" for key, value in one.items() if key != "weights" and value is not None
+        )
         for one in listed
     }
     weights = ", ".join(dict.fromkeys(str(one["weights"]) for one in listed if "weights" in one))
@@ -135,7 +143,11 @@ def shown(value: object) -> str:
 
 def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
     """A number with `digits` decimals; a dash if it is None or not finite."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:{'+' if sign else ''}.{digits}f}"
+    return (
+        "–"
+        if value is None or not math.isfinite(value)
+        else f"{value:{'+' if sign else ''}.{digits}f}"
+    )
 
 
 def percent(share: float) -> str:

@@ -10,7 +10,9 @@ import rankaware_optim
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # they would be on example pages
+warnings.filterwarnings(
+    "ignore", category=FutureWarning, module="transformers"
+)  # they would be on example pages
 
 project = "rankaware-optim"
 author = "The rankaware-optim maintainers"
@@ -47,7 +49,9 @@ html_show_sourcelink = False
 html_copy_source = False
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
-myst_disable_syntax = ["myst_line_comment"]  # else a line that begins with a per cent sign is left out
+myst_disable_syntax = [
+    "myst_line_comment"
+]  # else a line that begins with a per cent sign is left out
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # results pages begin where their script wants
 
@@ -63,7 +67,10 @@ napoleon_numpy_docstring = False
 # Trimmed to the names used, in Sphinx's plain-text format, so that the build needs no network.
 intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable/", str(HERE / "inventories" / "torch.inv")),
-    "optuna": ("https://optuna.readthedocs.io/en/stable/", str(HERE / "inventories" / "optuna.inv")),
+    "optuna": (
+        "https://optuna.readthedocs.io/en/stable/",
+        str(HERE / "inventories" / "optuna.inv"),
+    ),
 }
 
 doctest_global_setup = """

@@ -16,7 +16,9 @@ rows = tiny.tokenizer()(tiny.TEXTS, return_tensors="pt")["input_ids"]
 
 def train(trial):
     """Train a model at the trial's rank, and yield the losses."""
-    config = peft.LoraConfig(r=trial.rank, lora_alpha=trial.rank, target_modules=["q_proj", "v_proj"])
+    config = peft.LoraConfig(
+        r=trial.rank, lora_alpha=trial.rank, target_modules=["q_proj", "v_proj"]
+    )
     torch.manual_seed(trial.seed)
     model = peft.get_peft_model(tiny.model(), config)
     opt = trial.optimizer(model, weight_decay=0.01)

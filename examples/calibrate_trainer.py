@@ -17,8 +17,12 @@ data = [{"input_ids": row, "labels": row} for row in tiny.tokenizer()(tiny.TEXTS
 
 def make_trainer(trial: ra.Trial) -> Trainer:
     """Return an untrained trainer with a model at the trial's rank."""
-    config = peft.LoraConfig(r=trial.rank, lora_alpha=trial.rank, target_modules=["q_proj", "v_proj"])
-    args = TrainingArguments("trainer-out", lr_scheduler_type="cosine", report_to="none", disable_tqdm=True)
+    config = peft.LoraConfig(
+        r=trial.rank, lora_alpha=trial.rank, target_modules=["q_proj", "v_proj"]
+    )
+    args = TrainingArguments(
+        "trainer-out", lr_scheduler_type="cosine", report_to="none", disable_tqdm=True
+    )
     return Trainer(peft.get_peft_model(tiny.model(), config), args, train_dataset=data)
 
 

@@ -15,7 +15,9 @@ import rankaware_optim as ra
 
 @hydra.main(version_base=None, config_path=".", config_name="hydra_app")
 def main(config: DictConfig) -> None:
-    lora = peft.LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=["q_proj", "v_proj"])
+    lora = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.rank, target_modules=["q_proj", "v_proj"]
+    )
     model = peft.get_peft_model(tiny.model(), lora)
     opt: ra.RankAwareOptimizer = hydra.utils.instantiate(config.optimizer)(model)
     for batch in tiny.tokenizer()(tiny.TEXTS, return_tensors="pt")["input_ids"].split(8):

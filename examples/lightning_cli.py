@@ -17,7 +17,9 @@ from lightning.pytorch.cli import LightningCLI
 class Finetune(lightning.LightningModule):
     """A causal language model with adapters. optimizer: builds the optimizer from the model."""
 
-    def __init__(self, optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer], rank: int = 16) -> None:
+    def __init__(
+        self, optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer], rank: int = 16
+    ) -> None:
         super().__init__()
         self.optimizer = optimizer
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"])

@@ -27,7 +27,11 @@ class Finetune(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return ra.RankAwareOptimizer(
-            self.model, torch.optim.AdamW, lr=2e-4, tuned_at=ra.Reference(rank=16, alpha=32), init="A"
+            self.model,
+            torch.optim.AdamW,
+            lr=2e-4,
+            tuned_at=ra.Reference(rank=16, alpha=32),
+            init="A",
         )
 
 

@@ -18,9 +18,16 @@ model = peft.get_peft_model(tiny.model(), config)
 rows = tiny.tokenizer()(tiny.TEXTS)["input_ids"]
 data = Dataset.from_dict({"input_ids": rows, "labels": rows})
 args = TrainingArguments(
-    "trainer-out", max_steps=4, weight_decay=0.01, lr_scheduler_type="cosine", logging_steps=1, report_to="none"
+    "trainer-out",
+    max_steps=4,
+    weight_decay=0.01,
+    lr_scheduler_type="cosine",
+    logging_steps=1,
+    report_to="none",
 )
 
 trainer = Trainer(model, args, train_dataset=data)
-ra.integrations.attach(trainer, torch.optim.AdamW, lr=2e-4, tuned_at=ra.Reference(rank=16, alpha=32))
+ra.integrations.attach(
+    trainer, torch.optim.AdamW, lr=2e-4, tuned_at=ra.Reference(rank=16, alpha=32)
+)
 trainer.train()

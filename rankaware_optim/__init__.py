@@ -1,4 +1,5 @@
-"""Learning rates that stay right when the LoRA rank, alpha or init changes, or when you move to full finetuning.
+"""Learning rates that stay right when the LoRA rank, alpha or init changes, or when you move to
+full finetuning.
 
 The public names are in `__init__.pyi`, for type checkers. Each is imported when it is first used.
 """

@@ -10,7 +10,8 @@ from typing import Any, TypeGuard
 from ._rate import Rate
 from .errors import InspectionError, OptimizerError, RankAwareError
 
-# Lowest and highest values by name in recipes, references, laws and sweeps. Int bounds mean that the value is whole.
+# Lowest and highest values by name in recipes, references, laws and sweeps. Int bounds mean that
+# the value is whole.
 RANGES: Mapping[str, tuple[float, float]] = {
     "lr": (1e-30, 1e6),
     "trial_lr": (1e-100, 1e100),  # a rate moved to a reference, or from it
@@ -41,7 +42,11 @@ MOST_TRIALS = 2000  # in a recipe or a fit, whose time grows with their cube
 def is_within(name: str, value: object) -> TypeGuard[float]:
     """Return whether `value` is a number in the range of `name`."""
     low, high = RANGES[name]
-    return is_number(value) and low <= value <= high and (isinstance(low, float) or value == int(value))
+    return (
+        is_number(value)
+        and low <= value <= high
+        and (isinstance(low, float) or value == int(value))
+    )
 
 
 def range_of(name: str) -> str:
@@ -51,7 +56,11 @@ def range_of(name: str) -> str:
     ('a whole number from 1 to 2147483647', 'a number from 0 to 1')
     """
     low, high = RANGES[name]
-    return f"a number from {low:g} to {high:g}" if isinstance(low, float) else f"a whole number from {low} to {high}"
+    return (
+        f"a number from {low:g} to {high:g}"
+        if isinstance(low, float)
+        else f"a whole number from {low} to {high}"
+    )
 
 
 def shown(value: object) -> str:
@@ -69,7 +78,9 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def plain(value: Any) -> Any:
-    """Return numbers and arrays of NumPy or torch as Python's, also in a list or a tuple. The rest is unchanged."""
+    """Return numbers and arrays of NumPy or torch as Python's, also in a list or a tuple. The rest
+    is unchanged.
+    """
     if hasattr(value, "tolist"):
         return value.tolist()
     return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
@@ -95,16 +106,23 @@ def check_init(
     """Raise an `error` if `init` is not one of `known`. The message begins with `what`."""
     if not (init is None or isinstance(init, str)) or init not in known:
         others = "".join(f", {other!r}" for other in known[2:])
-        raise error(f"{what} 'A' (B = 0 at the start) or 'B' (A = 0){others}, not {init!r}.", "Give one of them.")
+        raise error(
+            f"{what} 'A' (B = 0 at the start) or 'B' (A = 0){others}, not {init!r}.",
+            "Give one of them.",
+        )
 
 
 def plain_lr(lr: Any) -> Any:
-    """Return a rate as an optimizer stores it: the float of a `Rate` or of NumPy's number, anything else unchanged."""
+    """Return a rate as an optimizer stores it: the float of a `Rate` or of NumPy's number, anything
+    else unchanged.
+    """
     return float(lr) if isinstance(lr, Rate) else lr if hasattr(lr, "numel") else plain(lr)
 
 
 def check_lr(lr: object, what: str = "lr") -> float:
-    """Return a number, `Rate` or one-element tensor as a positive finite float, or raise an `OptimizerError`."""
+    """Return a number, `Rate` or one-element tensor as a positive finite float, or raise an
+    `OptimizerError`.
+    """
     lr = plain_lr(lr)
     value = lr.item() if getattr(lr, "numel", lambda: 0)() == 1 else lr  # type: ignore[attr-defined]
     if not is_positive(value) or value > sys.float_info.max:  # an int may be larger

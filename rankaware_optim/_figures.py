@@ -1,4 +1,6 @@
-"""Common parts of figures: colours, axes and saving. matplotlib (the extra `plots`) is imported when one is drawn."""
+"""Common parts of figures: colours, axes and saving. matplotlib (the extra `plots`) is imported
+when one is drawn.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,15 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LEAST_TICKS = 3  # of a log axis, or finer ones are taken
 
 
-def figure_of(columns: int, width: float, height: float = 4.2, rows: int = 1, sharey: bool = False) -> tuple[Any, Any]:
+def figure_of(
+    columns: int, width: float, height: float = 4.2, rows: int = 1, sharey: bool = False
+) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PlotError("Plots need matplotlib.", 'In a clone of this package: pip install ".[plots]".') from error
+        raise PlotError(
+            "Plots need matplotlib.", 'In a clone of this package: pip install ".[plots]".'
+        ) from error
     made = Figure(figsize=(width, height), layout="constrained")
     return made, made.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
 
@@ -27,7 +33,8 @@ def short(name: str, most: int = 30) -> str:
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round values from `low` to `high` on a log axis, at most `most`: decades, or 1, 2 and 5 of each, or finer ones.
+    """Round values from `low` to `high` on a log axis, at most `most`: decades, or 1, 2 and 5 of
+    each, or finer ones.
 
     >>> log_ticks(0.0004, 0.03), log_ticks(0.0003, 0.00045)
     ([0.0005, 0.001, 0.002, 0.005, 0.01, 0.02], [0.0003, 0.0004])
@@ -35,7 +42,12 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     inside: list[float] = []
     for digits in ("1", "125", "123456789"):
-        inside = [value for decade in decades for n in digits if low <= (value := float(f"{n}e{decade}")) <= high]
+        inside = [
+            value
+            for decade in decades
+            for n in digits
+            if low <= (value := float(f"{n}e{decade}")) <= high
+        ]
         if len(inside) >= _LEAST_TICKS:
             break
     return inside[:: -(-len(inside) // most) or 1]
@@ -68,6 +80,7 @@ def save(figure: Any, path: str | Path) -> Path:
         figure.savefig(target, dpi=130)
     except (OSError, ValueError) as error:
         raise PlotError(
-            f"The figure {target} cannot be written: {error}.", "Give a writable .png, .svg or .pdf."
+            f"The figure {target} cannot be written: {error}.",
+            "Give a writable .png, .svg or .pdf.",
         ) from error
     return target

@@ -10,7 +10,9 @@ from pathlib import Path
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """Return the bytes of a regular file of at most `most` bytes. Anything else, such as a pipe, is an OSError."""
+    """Return the bytes of a regular file of at most `most` bytes. Anything else, such as a pipe, is
+    an OSError.
+    """
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -28,7 +30,8 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def replace_bytes(path: Path, data: bytes, *, like: Path | None = None) -> None:
-    """Replace the content of `path`, or of its link's target, atomically. An OSError leaves the file unchanged.
+    """Replace the content of `path`, or of its link's target, atomically. An OSError leaves the
+    file unchanged.
 
     The file keeps its mode, or gets that of `like`. A new file gets the default mode of the umask.
     """

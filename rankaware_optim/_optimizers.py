@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 class Known(NamedTuple):
     """The known properties of an optimizer class.
 
-    family: its kind of update, which chooses the laws' form. relation: how its best rate follows from AdamW's, a key of
-    `suggest_lr`'s rules, "" if nothing is published. one_rate: why it cannot have a rate per group, "" if it can.
-    needs_decay: whether it scales by norms only the parameters that it decays. steps: public methods other than `step`
-    that move parameters.
+    family: its kind of update, which chooses the laws' form. relation: how its best rate follows
+    from AdamW's, a key of `suggest_lr`'s rules, "" if nothing is published. one_rate: why it cannot
+    have a rate per group, "" if it can. needs_decay: whether it scales by norms only the parameters
+    that it decays. steps: public methods other than `step` that move parameters.
     """
 
     family: str = "unknown"
@@ -25,7 +25,8 @@ class Known(NamedTuple):
 
 _ESTIMATES = "estimates one rate for all groups itself"
 _IN_BACKWARD = "steps inside the backward pass with one rate"
-# Names in lower case. Variants with a quantized or paged state have the row of their base, see `_VARIANT`.
+# Names in lower case. Variants with a quantized or paged state have the row of their base, see
+# `_VARIANT`.
 _ROWS = {
     "adam adamw": Known("sign-like", "as AdamW"),
     "nadam nadamw radam": Known("sign-like", "steps of AdamW's size"),
@@ -59,8 +60,12 @@ def known_name(name: str) -> str:
 
 
 def known_optimizer(optimizer: type | str) -> tuple[str, Known]:
-    """Return name and row of the first class in the table along a class's bases, or of a name; else ("", Known())."""
-    names = [optimizer] if isinstance(optimizer, str) else [base.__name__ for base in optimizer.__mro__]
+    """Return name and row of the first class in the table along a class's bases, or of a name; else
+    ("", Known()).
+    """
+    names = (
+        [optimizer] if isinstance(optimizer, str) else [base.__name__ for base in optimizer.__mro__]
+    )
     name = next(filter(None, map(known_name, names)), "")
     return name, _KNOWN.get(name, Known())
 
@@ -68,11 +73,14 @@ def known_optimizer(optimizer: type | str) -> tuple[str, Known]:
 def optimizer_family(optimizer_class: type, settings: Mapping[str, Any] | None = None) -> str:
     """Return the family of an optimizer, "unknown" if no class along its bases is known.
 
-    Adafactor with `scale_parameter=False` (of transformers and fairseq) is sign-like. torch's has no such setting.
-    torch_optimizer's LARS without weight decay is SGD, since it scales by norms only what it decays.
+    Adafactor with `scale_parameter=False` (of transformers and fairseq) is sign-like. torch's has
+    no such setting. torch_optimizer's LARS without weight decay is SGD, since it scales by norms
+    only what it decays.
     """
     (name, row), settings = known_optimizer(optimizer_class), settings or {}
     if name == "adafactor" and settings.get("scale_parameter") is False:
         return "sign-like"
-    plain = optimizer_class.__module__.startswith("torch_optimizer") and not settings.get("weight_decay")
+    plain = optimizer_class.__module__.startswith("torch_optimizer") and not settings.get(
+        "weight_decay"
+    )
     return "gradient-like" if row.needs_decay and plain else row.family

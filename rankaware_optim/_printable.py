@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """Return `text` without characters that control a terminal: controls, direction marks, surrogates.
+    """Return `text` without characters that control a terminal: controls, direction marks,
+    surrogates.
 
     >>> printable("\\x1b[2Ja note")
     '[2Ja note'

@@ -14,11 +14,12 @@ class Rate:
     """A learning rate and its uncertainty. `float(rate)` is the number. Printing shows all of it.
 
     Args:
-        lr: the rate to use, per step. It is below the middle of the band if too high a rate costs more.
+        lr: the rate to use, per step. It is below the middle of the band if too high a rate costs
+            more.
         low: lower end of the 90 % band of the best rate, 0 if unknown.
         high: upper end of the band, infinity if unknown.
-        ceiling: the smallest rate that diverged, moved to this configuration by the law. None if no run diverged, and
-            for full finetuning that was never run.
+        ceiling: the smallest rate that diverged, moved to this configuration by the law. None if no
+            run diverged, and for full finetuning that was never run.
         extrapolated: whether the configuration is outside those tried.
         notes: sentences on assumptions and uncertainties.
         configuration: the rate's rank, alpha, steps and more in words, as far as known.
@@ -61,6 +62,9 @@ class Rate:
         if math.isfinite(self.high):
             yield f"90 % band {self.band}"
         if self.ceiling is not None:
-            yield f"ceiling   {self.ceiling:.3g} (the smallest rate that diverged, moved to this configuration)"
+            yield (
+                f"ceiling   {self.ceiling:.3g} (the smallest rate that diverged, moved to this"
+                " configuration)"
+            )
         if self.extrapolated:
             yield "extrapolated"

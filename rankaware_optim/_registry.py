@@ -13,7 +13,8 @@ from .errors import RankAwareError
 class Registry:
     """A table of named factories. The entry points of `group` are added at the first unknown name.
 
-    A plug-in that cannot be imported gives a warning with its name. It is an error only for its users.
+    A plug-in that cannot be imported gives a warning with its name. It is an error only for its
+    users.
     """
 
     def __init__(self, group: str, what: str, error: type[RankAwareError]) -> None:
@@ -42,7 +43,8 @@ class Registry:
             return self._installed()[name]
         raise self._error(
             f"Unknown {self._what} {name!r}.",
-            f"Known are {', '.join(self.names())}. A package adds one by the entry point group {self._group!r}.",
+            f"Known are {', '.join(self.names())}. A package adds one by the entry point group"
+            f" {self._group!r}.",
         )
 
     def _installed(self) -> dict[str, Callable[..., Any]]:
@@ -56,6 +58,9 @@ def _load(point: EntryPoint) -> Callable[..., Any] | None:
     try:
         factory: Callable[..., Any] = point.load()
         return factory
-    except (Exception, SystemExit) as error:  # a third-party package may raise anything on import, or exit
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a third-party package may raise anything on import, or exit
         warn(f"The plug-in {point.name!r} ({point.value}) could not be loaded: {error}.")
         return None

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 Scaling = Literal["fixed", "rslora", "alpha", "as swept", "unknown"]
 SCALINGS: tuple[str, ...] = get_args(Scaling)
-# γ of every rule. "as swept" is for a sweep without alpha. It has the middle of the conventions and a wider drift.
+# γ of every rule. "as swept" is for a sweep without alpha. It has the middle of the conventions and
+# a wider drift.
 GAMMA: dict[str, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0, "as swept": 0.5}
 
 
@@ -22,7 +23,8 @@ def scaling_factor(rule: str, found: float, rank: float) -> float:
 
 
 def infer_scaling(seen: Mapping[int, float]) -> Scaling:
-    """Return the rule by which the effective multiplier follows the rank, from {rank: scaling}; "unknown" for one rank.
+    """Return the rule by which the effective multiplier follows the rank, from {rank: scaling};
+    "unknown" for one rank.
 
     >>> infer_scaling({4: 1.0, 64: 1.0}), infer_scaling({4: 4.0, 64: 0.25}), infer_scaling({8: 2.0})
     ('fixed', 'alpha', 'unknown')

@@ -18,13 +18,16 @@ def text_table(
 ) -> str:
     """Return a table of `rows` under `headings`, with `lines` of text below it.
 
-    left: the headings of left-aligned columns. width: the largest width of the table, in characters.
+    left: the headings of left-aligned columns. width: the largest width of the table, in
+    characters.
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
+    table = Table(
+        title=title or None, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True
+    )
     for heading in headings:
         table.add_column(heading, justify="left" if heading in left else "right")
     for row in rows:

@@ -1,7 +1,8 @@
 """The common types: `Factor`, `Survey`, `Reference`.
 
-A frozen weight W of shape (n_out, n_in) is adapted as W + s·B·A with A of shape (r, n_in) and B of shape (n_out, r).
-`scaling` is s, the effective multiplier of B·A: alpha / r in PEFT, alpha / √r with rsLoRA.
+A frozen weight W of shape (n_out, n_in) is adapted as W + s·B·A with A of shape (r, n_in) and B of
+shape (n_out, r). `scaling` is s, the effective multiplier of B·A: alpha / r in PEFT, alpha / √r
+with rsLoRA.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ class Factor:
 
     Args:
         name: the parameter's name.
-        role: "A" (the first, input-side factor), "B" (the second) or "full" (a whole weight in full finetuning).
+        role: "A" (the first, input-side factor), "B" (the second) or "full" (a whole weight in full
+            finetuning).
         rank: the LoRA rank, None for "full".
-        fan_in: number of inputs of the adapted layer, not of the factor. For a convolution it is channels × kernel
-            size.
+        fan_in: number of inputs of the adapted layer, not of the factor. For a convolution it is
+            channels × kernel size.
         fan_out: number of outputs of the adapted layer.
         scaling: the effective multiplier s, dimensionless.
-        init: "A" if A was drawn and B starts at zero, as in PEFT. "B" if B was drawn and A starts at zero. "other" if
-            neither is zero, "unknown" if it cannot be read.
+        init: "A" if A was drawn and B starts at zero, as in PEFT. "B" if B was drawn and A starts
+            at zero. "other" if neither is zero, "unknown" if it cannot be read.
         kind: the layer's kind, such as "linear" or "embedding".
         layer: the layer's name.
         adapter: the adapter's name.
@@ -66,7 +68,8 @@ class Survey:
         tried: names of the conventions tried.
         frozen: names of LoRA factors that do not train.
         unadapted: names of frozen expert weights that no pair adapts.
-        unsupported: the adapter's kind for those of `other` that no law covers, such as {"q.hada_w1_a": "LoHa"}.
+        unsupported: the adapter's kind for those of `other` that no law covers, such as
+            {"q.hada_w1_a": "LoHa"}.
     """
 
     factors: tuple[Factor, ...] = ()
@@ -80,7 +83,9 @@ class Survey:
 
     @property
     def width(self) -> float:
-        """Mean fan-in of the adapted layers, weighted by the size of their weights. Embeddings are left out."""
+        """Mean fan-in of the adapted layers, weighted by the size of their weights. Embeddings are
+        left out.
+        """
         sizes = {f.layer: (f.fan_in, f.fan_in * f.fan_out) for f in self._dense()}
         total = sum(size for _, size in sizes.values())
         return sum(n * size for n, size in sizes.values()) / total if total else 1.0
@@ -88,8 +93,8 @@ class Survey:
     def full_width(self, init: Init = "A") -> float:
         """Return the width on which the rate of full finetuning depends, relative to a LoRA rate.
 
-        It is the largest fan-in for Init[A] and the mean fan-in for Init[B]. With these widths the law needs no further
-        factor (benchmarks/results/full_width.md).
+        It is the largest fan-in for Init[A] and the mean fan-in for Init[B]. With these widths the
+        law needs no further factor (benchmarks/results/full_width.md).
 
         Args:
             init: the init of the LoRA rate: "A" (B starts at zero) or "B" (A starts at zero).
@@ -97,7 +102,8 @@ class Survey:
         return self.width if init == "B" else max((f.fan_in for f in self._dense()), default=1.0)
 
     def dominant(self) -> Reference:
-        """Return this model's most common (rank, scaling, init), counted by pairs, as an unresolved `Reference`.
+        """Return this model's most common (rank, scaling, init), counted by pairs, as an unresolved
+        `Reference`.
 
         Raises:
             InspectionError: there is no LoRA pair.
@@ -116,7 +122,8 @@ class Survey:
         return Reference.from_scaling(rank, scaling, init="B" if init == "B" else "A")
 
     def explain(self, *, per_module: bool = False, rates: Mapping[str, Rated] | None = None) -> str:
-        """Return a table of the factors with their rates and reasons, and sentences on what to check.
+        """Return a table of the factors with their rates and reasons, and sentences on what to
+        check.
 
         Args:
             per_module: whether every tensor has its own line. Otherwise equal factors share one.
@@ -167,7 +174,8 @@ class Reference:
     def __post_init__(self) -> None:
         if self.method not in ("lora", "full"):
             raise InvalidReferenceError(
-                f"A reference's method is 'lora' or 'full', not {self.method!r}.", "Give one of them."
+                f"A reference's method is 'lora' or 'full', not {self.method!r}.",
+                "Give one of them.",
             )
         check_init(self.init, "A reference's init is", InvalidReferenceError)
         for name in ("rank", "alpha") if self.method == "lora" else ():
@@ -180,10 +188,14 @@ class Reference:
             value = plain(getattr(self, name))
             object.__setattr__(self, name, value)
             if value is not None and not is_within(name, value):
-                raise InvalidReferenceError(f"Reference got {name}={shown(value)}.", f"Give {range_of(name)}.")
+                raise InvalidReferenceError(
+                    f"Reference got {name}={shown(value)}.", f"Give {range_of(name)}."
+                )
 
     @classmethod
-    def from_scaling(cls, rank: int | None, scaling: float, *, init: Literal["A", "B"] = "A") -> Reference:
+    def from_scaling(
+        cls, rank: int | None, scaling: float, *, init: Literal["A", "B"] = "A"
+    ) -> Reference:
         """Return the LoRA reference whose effective multiplier at `rank` is `scaling`.
 
         Args:
@@ -201,7 +213,9 @@ class Reference:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def as_factor(self) -> Factor:
-        """Return the A factor at this configuration, or a whole weight for full finetuning, as argument of a law."""
+        """Return the A factor at this configuration, or a whole weight for full finetuning, as
+        argument of a law.
+        """
         role: Role = "full" if self.method == "full" else "A"
         width = self.fan_in or 1.0
         return Factor(str(self), role, self.rank, width, width, self.scaling, self.init)
@@ -216,7 +230,9 @@ class Reference:
         """
         if self.fan_in is not None:
             return self
-        return replace(self, fan_in=survey.full_width(self.init) if self.method == "full" else survey.width)
+        return replace(
+            self, fan_in=survey.full_width(self.init) if self.method == "full" else survey.width
+        )
 
     def __str__(self) -> str:
         if self.method == "full":

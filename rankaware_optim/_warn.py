@@ -12,14 +12,24 @@ from .errors import RankAwareWarning
 __all__ = ["warn"]
 
 _OWN = str(Path(__file__).parent)
-_FRAMEWORKS = ("torch", "accelerate", "transformers", "lightning", "pytorch_lightning", "trl", "deepspeed", "peft")
+_FRAMEWORKS = (
+    "torch",
+    "accelerate",
+    "transformers",
+    "lightning",
+    "pytorch_lightning",
+    "trl",
+    "deepspeed",
+    "peft",
+)
 
 
 def warn(message: str) -> None:
-    """Give a `RankAwareWarning` at the line of the user's code, outside this package and the frameworks.
+    """Give a `RankAwareWarning` at the line of the user's code, outside this package and the
+    frameworks.
 
-    accelerate, transformers and Lightning silence warnings by module or completely. Only filters for RankAwareWarning
-    and command-line options can hide this one.
+    accelerate, transformers and Lightning silence warnings by module or completely. Only filters
+    for RankAwareWarning and command-line options can hide this one.
     """
     message, level, frame = printable(message), 1, sys._getframe(1)
     while frame.f_back is not None:
@@ -29,7 +39,11 @@ def warn(message: str) -> None:
         level, frame = level + 1, frame.f_back
     module = frame.f_globals.get("__name__", "<unknown>")
     for action, words, category, where, line in warnings.filters:
-        if issubclass(RankAwareWarning, category) and not (words or line) and (where is None or where.match(module)):
+        if (
+            issubclass(RankAwareWarning, category)
+            and not (words or line)
+            and (where is None or where.match(module))
+        ):
             if action == "ignore" and category is not RankAwareWarning and not sys.warnoptions:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("default", category=RankAwareWarning)

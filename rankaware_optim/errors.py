@@ -37,7 +37,8 @@ class _CauseAndCure(BaseException):
 
 
 class RankAwareError(_CauseAndCure, Exception):
-    """Base class of all errors of this package. The message has a sentence on the cause and one on the cure.
+    """Base class of all errors of this package. The message has a sentence on the cause and one on
+    the cure.
 
     Args:
         cause: what is wrong.
@@ -66,7 +67,9 @@ class CheckpointError(RankAwareError, ValueError):
 
 
 class RecipeError(RankAwareError, ValueError):
-    """A recipe file is missing, damaged or has another schema, or a recipe has no rate for the configuration."""
+    """A recipe file is missing, damaged or has another schema, or a recipe has no rate for the
+    configuration.
+    """
 
 
 class CalibrationError(RankAwareError, ValueError):
@@ -74,9 +77,11 @@ class CalibrationError(RankAwareError, ValueError):
 
 
 class CalibrationInterrupted(_CauseAndCure, KeyboardInterrupt):
-    """Ctrl-C during a calibration. `recipe` is the fit of the finished trials, or None if there were too few.
+    """Ctrl-C during a calibration. `recipe` is the fit of the finished trials, or None if there
+    were too few.
 
-    It is a `KeyboardInterrupt` and not an `Exception`, so that `except Exception` does not catch it.
+    It is a `KeyboardInterrupt` and not an `Exception`, so that `except Exception` does not catch
+    it.
     """
 
     recipe: Recipe | None = None

@@ -17,9 +17,15 @@ import rankaware_optim
 
 from .helpers.examples import README, readme_blocks
 
-APART = ("__main__", "integrations.axolotl", "rankaware_swift")  # of a tool that only its own environment has
+APART = (
+    "__main__",
+    "integrations.axolotl",
+    "rankaware_swift",
+)  # of a tool that only its own environment has
 MODULES = sorted(
-    m.name for m in pkgutil.walk_packages(rankaware_optim.__path__, "rankaware_optim.") if not m.name.endswith(APART)
+    m.name
+    for m in pkgutil.walk_packages(rankaware_optim.__path__, "rankaware_optim.")
+    if not m.name.endswith(APART)
 )
 
 
@@ -70,6 +76,10 @@ def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_readme_holds_the_two_commands() -> None:
     """The first lines that name tox are the two bare commands that a newcomer copies."""
-    lines = [line.strip() for line in README.read_text(encoding="utf-8").splitlines() if "tox run" in line]
+    lines = [
+        line.strip()
+        for line in README.read_text(encoding="utf-8").splitlines()
+        if "tox run" in line
+    ]
     start = "python3 -m venv .venv && .venv/bin/pip install tox && .venv/bin/tox run"
     assert lines[:2] == [f"{start} -e demo", start]

@@ -13,7 +13,17 @@ import pytest
 
 import rankaware_optim as ra
 
-HEAVY = ("torch", "optuna", "scipy", "pandas", "matplotlib", "peft", "transformers", "lightning", "torch_optimizer")
+HEAVY = (
+    "torch",
+    "optuna",
+    "scipy",
+    "pandas",
+    "matplotlib",
+    "peft",
+    "transformers",
+    "lightning",
+    "torch_optimizer",
+)
 
 PACKAGES = [
     "calibration",
@@ -64,12 +74,18 @@ PUBLIC = [
     "suggest_lr",
     "to_plain_state_dict",
 ]
-FACES = [package for _, package, is_package in pkgutil.walk_packages(ra.__path__, "rankaware_optim.") if is_package]
+FACES = [
+    package
+    for _, package, is_package in pkgutil.walk_packages(ra.__path__, "rankaware_optim.")
+    if is_package
+]
 
 
 def imported_by(code: str) -> set[str]:
     """Which of the heavy packages a fresh interpreter holds after running `code`."""
-    probe = f"import sys\n{code}\nprint('HELD', *(name for name in {HEAVY!r} if name in sys.modules))"
+    probe = (
+        f"import sys\n{code}\nprint('HELD', *(name for name in {HEAVY!r} if name in sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     return set(done.stdout.rsplit("HELD", 1)[1].split())
 
@@ -107,6 +123,8 @@ def test_stages_meet_at_their_faces():
     taken = {
         f"{path.relative_to(root)}: {found}"
         for path in root.rglob("*.py")
-        for found in re.findall(r"from (\.{2,}\w[\w.]*\._\w+) import", path.read_text(encoding="utf-8"))
+        for found in re.findall(
+            r"from (\.{2,}\w[\w.]*\._\w+) import", path.read_text(encoding="utf-8")
+        )
     }
     assert not taken

@@ -13,7 +13,11 @@ from rankaware_optim.sweeps import fit_sweep
 from .helpers.models import mlp
 
 AT = ra.Reference(rank=16, alpha=16)
-LORA = [{"rank": r, "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2} for r in (8, 64) for x in range(-14, -8)]
+LORA = [
+    {"rank": r, "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2}
+    for r in (8, 64)
+    for x in range(-14, -8)
+]
 FULL = [{"method": "full", "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2} for x in range(-14, -8)]
 
 
@@ -32,9 +36,15 @@ TAKERS = {
     "inspect_model": lambda init: ra.inspect_model(mlp(), init=init),
     "inspect_model, full": lambda init: ra.inspect_model(nn.Linear(3, 3), method="full", init=init),
     "initialize": lambda init: ra.initialize(mlp(), init),
-    "Convention": lambda init: ra.register_convention(ra.Convention("none", "first", "second", init=init)),
-    "RankAwareOptimizer": lambda init: ra.RankAwareOptimizer(mlp(), "adamw", lr=1e-3, tuned_at=AT, init=init),
-    "rank_aware_param_groups": lambda init: ra.rank_aware_param_groups(mlp(), lr=1e-3, tuned_at=AT, init=init),
+    "Convention": lambda init: ra.register_convention(
+        ra.Convention("none", "first", "second", init=init)
+    ),
+    "RankAwareOptimizer": lambda init: ra.RankAwareOptimizer(
+        mlp(), "adamw", lr=1e-3, tuned_at=AT, init=init
+    ),
+    "rank_aware_param_groups": lambda init: ra.rank_aware_param_groups(
+        mlp(), lr=1e-3, tuned_at=AT, init=init
+    ),
     "Recipe.at": lambda init: recipe().at(rank=8, init=init),
     "Recipe.at, alpha": lambda init: recipe().at(rank=8, alpha=8, init=init),
     "Recipe.at, full": lambda init: recipe().at(method="full", init=init),
@@ -43,7 +53,9 @@ TAKERS = {
     "coordinate_check": lambda init: ra.coordinate_check([(8, 8)], "adamw", init=init),
     "fit_sweep": lambda init: fit_sweep(LORA, alpha="rank", init=init),
     "fit_sweep, full": lambda init: fit_sweep(FULL, fan_in=64.0, init=init),
-    "calibrate_in_place": lambda init: ra.calibrate_in_place(mlp(), step, "adamw", ranks=(4,), steps=1, init=init),
+    "calibrate_in_place": lambda init: ra.calibrate_in_place(
+        mlp(), step, "adamw", ranks=(4,), steps=1, init=init
+    ),
     "MuA.sigma": lambda init: MuA().sigma(init, 4, 1.0, 64.0),
 }
 BAD = ["C", "b", "", False, 0, 1, ["A"], torch.zeros(2)]

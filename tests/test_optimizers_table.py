@@ -44,7 +44,11 @@ def test_settings_decide_where_the_class_does_not():
     assert optimizer_family(named("Adafactor")) == "floored-scale"
     assert optimizer_family(named("Adafactor"), {"scale_parameter": False}) == "sign-like"
     assert optimizer_family(lars) == "gradient-like"
-    assert optimizer_family(lars, {"weight_decay": 0.1}) == optimizer_family(named("LARS")) == "first-step"
+    assert (
+        optimizer_family(lars, {"weight_decay": 0.1})
+        == optimizer_family(named("LARS"))
+        == "first-step"
+    )
 
 
 @pytest.mark.parametrize("name", _KNOWN)

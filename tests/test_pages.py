@@ -44,6 +44,8 @@ def test_the_api_page_names_what_is_public() -> None:
     """Every name that `rankaware_optim` exports, other than its packages, is on the API page."""
     stub = (Path(rankaware_optim.__file__).parent / "__init__.pyi").read_text(encoding="utf-8")
     public = set(re.findall(r"^from \.[\w.]+ import (\w+) as \1$", stub, re.M))
-    listed = set(re.findall(r"^   ([A-Za-z_.]+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.M))
+    listed = set(
+        re.findall(r"^   ([A-Za-z_.]+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.M)
+    )
     assert public
     assert public - listed == set()

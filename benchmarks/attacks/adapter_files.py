@@ -39,7 +39,11 @@ class Made:
         data = b""
         for name, (dtype, shape, value) in self.tensors.items():
             size = SIZES.get(dtype, 4) * math.prod(shape)
-            one = struct.pack("<f", value) if dtype == "F32" and size == 4 else bytes(min(size, 10**6))
+            one = (
+                struct.pack("<f", value)
+                if dtype == "F32" and size == 4
+                else bytes(min(size, 10**6))
+            )
             place = [len(data), len(data) + len(one)]
             self.header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": place}
             data += one
@@ -52,15 +56,28 @@ class Made:
 # --- valid files ----------------------------------------------------------------------------------------------------
 
 
-def pair(layer: str, a: str, b: str, rank: int = 4, fan_in: int = 6, fan_out: int = 5) -> dict[str, Any]:
-    return {f"{layer}.{a}": ("F32", (rank, fan_in), 0.0), f"{layer}.{b}": ("F16", (fan_out, rank), 0.0)}
+def pair(
+    layer: str, a: str, b: str, rank: int = 4, fan_in: int = 6, fan_out: int = 5
+) -> dict[str, Any]:
+    return {
+        f"{layer}.{a}": ("F32", (rank, fan_in), 0.0),
+        f"{layer}.{b}": ("F16", (fan_out, rank), 0.0),
+    }
 
 
 def peft() -> Made:
     at = "base_model.model."
-    tensors = pair(f"{at}q", "lora_A.weight", "lora_B.weight") | pair(f"{at}l.0.v", "lora_A.weight", "lora_B.weight", 2)
+    tensors = pair(f"{at}q", "lora_A.weight", "lora_B.weight") | pair(
+        f"{at}l.0.v", "lora_A.weight", "lora_B.weight", 2
+    )
     tensors |= pair(f"{at}e", "lora_embedding_A", "lora_embedding_B")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "init_lora_weights": True, "use_rslora": False}
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 16,
+        "init_lora_weights": True,
+        "use_rslora": False,
+    }
     return Made(tensors, {**config, "rank_pattern": {"v": 2}, "alpha_pattern": {"l.0.v": 8}})
 
 
@@ -68,22 +85,42 @@ def experts() -> Made:
     at = "base_model.model.mlp.experts"
     tensors = pair(at, "lora_A.weight", "lora_B.weight", 12)
     tensors |= pair(f"{at}.base_layer", "lora_A.weight", "lora_B.weight", 12)
-    return Made(tensors, {"r": 4, "lora_alpha": 8, "target_parameters": ["experts.up", "experts.down"]})
+    return Made(
+        tensors, {"r": 4, "lora_alpha": 8, "target_parameters": ["experts.up", "experts.down"]}
+    )
 
 
 def adalora() -> Made:
-    tensors = pair("base_model.model.q", "lora_A", "lora_B", 3) | {"base_model.model.q.lora_E": ("F32", (3, 1), 0.0)}
-    return Made(tensors, {"peft_type": "ADALORA", "init_r": 4, "r": 8, "lora_alpha": 8, "rank_pattern": {"q": [True]}})
+    tensors = pair("base_model.model.q", "lora_A", "lora_B", 3) | {
+        "base_model.model.q.lora_E": ("F32", (3, 1), 0.0)
+    }
+    return Made(
+        tensors,
+        {
+            "peft_type": "ADALORA",
+            "init_r": 4,
+            "r": 8,
+            "lora_alpha": 8,
+            "rank_pattern": {"q": [True]},
+        },
+    )
 
 
 def loha() -> Made:
     names = [f"base_model.model.q.hada_w{i}_{half}" for i in (1, 2) for half in "ab"]
-    return Made(dict.fromkeys(names, ("F32", (4, 4), 0.0)), {"peft_type": "LOHA", "r": 4, "alpha": 8})
+    return Made(
+        dict.fromkeys(names, ("F32", (4, 4), 0.0)), {"peft_type": "LOHA", "r": 4, "alpha": 8}
+    )
 
 
 def kohya() -> Made:
-    tensors = pair("lora_unet_q", "lora_down.weight", "lora_up.weight") | {"lora_unet_q.alpha": ("F32", (), 2.0)}
-    tensors |= {"lora_unet_c.lora_down.weight": ("F32", (2, 3, 1, 1), 0.0), "lora_unet_c.alpha": ("F32", (1,), 1.0)}
+    tensors = pair("lora_unet_q", "lora_down.weight", "lora_up.weight") | {
+        "lora_unet_q.alpha": ("F32", (), 2.0)
+    }
+    tensors |= {
+        "lora_unet_c.lora_down.weight": ("F32", (2, 3, 1, 1), 0.0),
+        "lora_unet_c.alpha": ("F32", (1,), 1.0),
+    }
     tensors |= {"lora_unet_c.lora_mid.weight": ("F32", (2, 2, 3, 3), 0.0)}
     tensors |= {"lora_unet_c.lora_up.weight": ("F32", (4, 2, 1, 1), 0.0)}
     tensors |= pair("lora_te_v", "lora_down.weight", "lora_up.weight")
@@ -91,13 +128,23 @@ def kohya() -> Made:
 
 
 def diffusers() -> Made:
-    tensors = pair("unet.q", "lora_A.weight", "lora_B.weight") | pair("te.v", "lora_A.weight", "lora_B.weight", 2)
-    entries = {"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {"q": 2}, "te.r": 2, "te.lora_alpha": 2}
+    tensors = pair("unet.q", "lora_A.weight", "lora_B.weight") | pair(
+        "te.v", "lora_A.weight", "lora_B.weight", 2
+    )
+    entries = {
+        "unet.r": 4,
+        "unet.lora_alpha": 8,
+        "unet.alpha_pattern": {"q": 2},
+        "te.r": 2,
+        "te.lora_alpha": 2,
+    }
     return Made(tensors, metadata={"format": "pt", "lora_adapter_metadata": entries})
 
 
 def legacy() -> Made:
-    tensors = pair("unet.a.to_q_lora", "down.weight", "up.weight") | pair("unet.k.lora", "down.weight", "up.weight")
+    tensors = pair("unet.a.to_q_lora", "down.weight", "up.weight") | pair(
+        "unet.k.lora", "down.weight", "up.weight"
+    )
     return Made(tensors | pair("te.v.lora_linear_layer", "down.weight", "up.weight"))
 
 
@@ -124,8 +171,41 @@ KINDS: tuple[Callable[[], Made], ...] = (
 
 # --- damage ---------------------------------------------------------------------------------------------------------
 
-VALUES = (None, True, False, 0, 1, -1, 3, 4, 8, 2**63, 10**300, 0.5, -0.0, math.nan, math.inf, 1e-320, "", "4", "x", [])
-VALUES += ([4], [-1], [[]], {}, {"q": 4}, {"q": -1}, {"(": 4}, {"q": "x"}, {"(a|a)*b": 4, ".*": 2}, "\x1b[2J", "\ud800")
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    3,
+    4,
+    8,
+    2**63,
+    10**300,
+    0.5,
+    -0.0,
+    math.nan,
+    math.inf,
+    1e-320,
+    "",
+    "4",
+    "x",
+    [],
+)
+VALUES += (
+    [4],
+    [-1],
+    [[]],
+    {},
+    {"q": 4},
+    {"q": -1},
+    {"(": 4},
+    {"q": "x"},
+    {"(a|a)*b": 4, ".*": 2},
+    "\x1b[2J",
+    "\ud800",
+)
 NAMES = (
     "",
     "q",
@@ -135,10 +215,44 @@ NAMES = (
     "base_model.model.q.lora_A.default.weight",
     "q.lora_A.weight",
 )
-NAMES += ("__metadata__", "q.lora_mid.weight", "\x00", "é\n", "x" * 2000, "unet.q.lora_B.weight", "lora_unet_q.alpha")
+NAMES += (
+    "__metadata__",
+    "q.lora_mid.weight",
+    "\x00",
+    "é\n",
+    "x" * 2000,
+    "unet.q.lora_B.weight",
+    "lora_unet_q.alpha",
+)
 DIMS = (0, 1, 2, 3, 4, 5, 8, 12, 64, 2**31)
-SHAPES = ((), (1,), (4,), (4, 6), (5, 4), (4, 6, 1), (4, 6, 3, 3), (5, 2, 1, 1), (1, 1, 1, 1, 1), (0, 0), (3, 4, 6))
-PIECES = (b"", b"\xff", b"{", b"}", b"[" * 3000, b'"', b",", b"null", b"1e999", b"NaN", b"-", b"\x00" * 8, b'"r": 4,')
+SHAPES = (
+    (),
+    (1,),
+    (4,),
+    (4, 6),
+    (5, 4),
+    (4, 6, 1),
+    (4, 6, 3, 3),
+    (5, 2, 1, 1),
+    (1, 1, 1, 1, 1),
+    (0, 0),
+    (3, 4, 6),
+)
+PIECES = (
+    b"",
+    b"\xff",
+    b"{",
+    b"}",
+    b"[" * 3000,
+    b'"',
+    b",",
+    b"null",
+    b"1e999",
+    b"NaN",
+    b"-",
+    b"\x00" * 8,
+    b'"r": 4,',
+)
 
 
 def nth(items: Any, at: int) -> Any:
@@ -176,7 +290,15 @@ def harm_entry(made: Made, at: int, value: Any) -> None:
     table = nth(tables, at)
     if table is None:
         return
-    keys = [*table, "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters", "peft_type", "ss_network_alpha"]
+    keys = [
+        *table,
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "target_parameters",
+        "peft_type",
+        "ss_network_alpha",
+    ]
     key = nth(keys, at // 5)
     if at // 97 % 4:
         table[key] = value
@@ -215,7 +337,9 @@ def harm_bytes(made: Made, at: int, value: Any) -> None:
         case 2:
             data = data[:i] + piece + data[i:]
         case 3:
-            data = nth([0, 1, len(data), 10**8, 2**63, 2**64 - 1], at).to_bytes(8, "little") + data[8:]
+            data = (
+                nth([0, 1, len(data), 10**8, 2**63, 2**64 - 1], at).to_bytes(8, "little") + data[8:]
+            )
         case _:
             data = data[: at % 9] + piece
     made.file, made.config_file = (made.file, data) if on_config else (data, made.config_file)
@@ -235,7 +359,9 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
             for _ in range(chance.randint(1, 4))
         ]
         path = write(damaged(kind, harms), folder)
-        outcomes.attempt((seed, number, kind.__name__), lambda path=path: use(path), InspectionError)
+        outcomes.attempt(
+            (seed, number, kind.__name__), lambda path=path: use(path), InspectionError
+        )
     return outcomes
 
 
@@ -271,8 +397,13 @@ def write(made: Made, folder: Path) -> Path:
 def use(path: Path) -> None:
     """Check that the survey is complete: it can be written as JSON, and every factor has usable numbers."""
     survey = inspect_file(path)
-    json.dumps([survey.other, survey.notes, [f.name for f in survey.factors]], allow_nan=False).encode()
-    if not all(f.rank and f.fan_in >= 1 and f.fan_out >= 1 and 0 < f.scaling < math.inf for f in survey.factors):
+    json.dumps(
+        [survey.other, survey.notes, [f.name for f in survey.factors]], allow_nan=False
+    ).encode()
+    if not all(
+        f.rank and f.fan_in >= 1 and f.fan_out >= 1 and 0 < f.scaling < math.inf
+        for f in survey.factors
+    ):
         raise AssertionError(f"incomplete survey: {survey}")
 
 

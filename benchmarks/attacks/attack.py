@@ -57,7 +57,9 @@ MODULES = (
     journals,
     adapter_files,
 )
-ATTACKS: dict[str, Attack] = {attack.name: attack for module in MODULES for attack in module.ATTACKS}
+ATTACKS: dict[str, Attack] = {
+    attack.name: attack for module in MODULES for attack in module.ATTACKS
+}
 FILE = RESULTS / "attack.jsonl"
 FIRST_SEED = 20261200
 MEMORY = 8 * 2**30  # bytes that a piece may map
@@ -76,11 +78,24 @@ NOTES = (
 @click.command()
 @click.option("--only", default="", help="Run the attacks whose name has this word.")
 @click.option("--workers", default=2, show_default=True)
-@click.option("--share", default=1.0, show_default=True, help="Share of every attack's pieces to run, at least one.")
+@click.option(
+    "--share",
+    default=1.0,
+    show_default=True,
+    help="Share of every attack's pieces to run, at least one.",
+)
 @click.option("--tables", is_flag=True, help="Write the page from the results on file.")
-@click.option("--piece", nargs=2, type=str, hidden=True, help="An attack and a seed: run one piece, print JSON.")
+@click.option(
+    "--piece",
+    nargs=2,
+    type=str,
+    hidden=True,
+    help="An attack and a seed: run one piece, print JSON.",
+)
 @click.option("--size", type=int, hidden=True)
-def main(only: str, workers: int, share: float, tables: bool, piece: tuple[str, str] | None, size: int) -> None:
+def main(
+    only: str, workers: int, share: float, tables: bool, piece: tuple[str, str] | None, size: int
+) -> None:
     """Attack the package, and count the outcomes."""
     if piece:
         print(json.dumps(run_piece(ATTACKS[piece[0]], int(piece[1]), size)))
@@ -88,7 +103,11 @@ def main(only: str, workers: int, share: float, tables: bool, piece: tuple[str, 
     if not tables:
         here = commit()
         seen = {key for key, row in on_file().items() if row.get("commit") == here}
-        todo = [work for work in pieces(share) if only in work[0].name and (work[0].name, work[1]) not in seen]
+        todo = [
+            work
+            for work in pieces(share)
+            if only in work[0].name and (work[0].name, work[1]) not in seen
+        ]
         with ThreadPoolExecutor(workers) as pool, FILE.open("a") as file:
             for row in pool.map(lambda work: in_process(*work), todo):
                 print(json.dumps(row)[:500], flush=True)
@@ -100,7 +119,9 @@ def pieces(share: float) -> list[tuple[Attack, int, int]]:
     """Every piece as (attack, seed, number of attempts)."""
     made = []
     for attack in ATTACKS.values():
-        sizes = [min(attack.piece, attack.total - done) for done in range(0, attack.total, attack.piece)]
+        sizes = [
+            min(attack.piece, attack.total - done) for done in range(0, attack.total, attack.piece)
+        ]
         chosen = sizes[: max(1, round(share * len(sizes)))]
         made += [(attack, FIRST_SEED + number, size) for number, size in enumerate(chosen)]
     return made
@@ -108,10 +129,16 @@ def pieces(share: float) -> list[tuple[Attack, int, int]]:
 
 def in_process(attack: Attack, seed: int, size: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--piece", attack.name, str(seed), "--size", str(size)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": "1",
+    }
     found: dict[str, Any] = {"counts": {FAILED: size}, "slowest": 0.0}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=attack.patience)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=attack.patience
+        )
         if done.returncode:
             found["failures"] = [f"the process ended with {done.returncode}: {done.stderr[-300:]}"]
         else:
@@ -123,8 +150,12 @@ def in_process(attack: Attack, seed: int, size: int) -> dict[str, Any]:
 
 def run_piece(attack: Attack, seed: int, size: int) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    memory = Path("/dev/shm")  # SIGKILL does not lose the page cache, so a file system in memory is as good
-    with tempfile.TemporaryDirectory(prefix="attack-", dir=memory if memory.is_dir() else None) as folder:
+    memory = Path(
+        "/dev/shm"
+    )  # SIGKILL does not lose the page cache, so a file system in memory is as good
+    with tempfile.TemporaryDirectory(
+        prefix="attack-", dir=memory if memory.is_dir() else None
+    ) as folder:
         return attack.run(seed, size, Path(folder)).as_dict()
 
 

@@ -27,7 +27,11 @@ How = Callable[[int, Callable[[], object]], None]
 Run = Callable[[int, int, Path], Outcomes]
 README = "# My adapter\n\nHand-written.\n"
 EVERY = 500  # more than a study has calls
-STUDY: dict[str, Any] = {"trials": 2, "steps": 2, "pause": 0.0}  # small, as it is run for every call
+STUDY: dict[str, Any] = {
+    "trials": 2,
+    "steps": 2,
+    "pause": 0.0,
+}  # small, as it is run for every call
 
 
 # --- saves ----------------------------------------------------------------------------------------------------------
@@ -55,7 +59,11 @@ def torn(how: How, work: Callable[[Path], None], folder: Path, at: int) -> None:
     """Save over a recipe until call `at`, and check what is left."""
     adapter = folder / str(at)
     (adapter / "rankaware").mkdir(parents=True)
-    path, readme, weights = adapter / "rankaware" / "recipe.toml", adapter / "README.md", adapter / "adapter.bin"
+    path, readme, weights = (
+        adapter / "rankaware" / "recipe.toml",
+        adapter / "README.md",
+        adapter / "adapter.bin",
+    )
     OLD.save(path)
     readme.write_text(README)
     weights.write_bytes(b"weights")
@@ -99,14 +107,19 @@ def resumed(how: How, folder: Path, expected: str, seconds: float, at: int) -> N
     folder = folder / str(at)
     folder.mkdir()
     path = folder / "study.journal"
-    others = {folder / name: name.encode() for name in ("study.journal.bak", "study.journal.lock", ".study.journal.1")}
+    others = {
+        folder / name: name.encode()
+        for name in ("study.journal.bak", "study.journal.lock", ".study.journal.1")
+    }
     for file, held in others.items():
         file.write_bytes(held)
     how(at, lambda: study(path))
     ended, began = finished(path), time.perf_counter()
     recipe, took = study(path), time.perf_counter() - began
     if took > 3 * seconds + 2 * SILENCE_S + HANG_S:
-        raise AssertionError(f"the next call took {took:.0f} s, an undisturbed one takes {seconds:.1f} s")
+        raise AssertionError(
+            f"the next call took {took:.0f} s, an undisturbed one takes {seconds:.1f} s"
+        )
     is_complete(path, STUDY["trials"], ended)
     if recipe.tag != expected:
         raise AssertionError(f"the recipe is {recipe.tag}, not {expected}")
@@ -123,7 +136,9 @@ def run_studies(how: How) -> Run:
         seconds, outcomes = time.perf_counter() - began, Outcomes()
         every = range(1, calls() + 1)
         for at in sorted(random.Random(seed).sample(every, min(count, len(every)))):
-            outcomes.attempt((seed, at), partial(resumed, how, folder, expected, seconds, at), limit=60.0)
+            outcomes.attempt(
+                (seed, at), partial(resumed, how, folder, expected, seconds, at), limit=60.0
+            )
         return outcomes
 
     return run

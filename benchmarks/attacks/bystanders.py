@@ -118,7 +118,9 @@ def others_of(path: Path) -> dict[Path, bytes]:
 
 def are_there(others: dict[Path, bytes]) -> None:
     lost = [file.name for file in others if not file.exists()]
-    changed = [file.name for file, held in others.items() if file.exists() and file.read_bytes() != held]
+    changed = [
+        file.name for file, held in others.items() if file.exists() and file.read_bytes() != held
+    ]
     if lost or changed:
         raise AssertionError(f"of others, {lost} are gone and {changed} changed")
 
@@ -137,7 +139,11 @@ def run_look_alikes(seed: int, count: int, folder: Path) -> Outcomes:
 
 def beside_look_alikes(path: Path, name: str) -> None:
     OLD.save(path)
-    others = {file: file.read_bytes() for file in look_alikes(path) if file.name == name.format(stem=path.stem)}
+    others = {
+        file: file.read_bytes()
+        for file in look_alikes(path)
+        if file.name == name.format(stem=path.stem)
+    }
     for recipe in (NEW, OLD, NEW):
         recipe.save(path)
         is_one_of(path, recipe)

@@ -90,7 +90,9 @@ def acting(at: int, act: Callable[[], None], reads: bool = False) -> Iterator[Ca
 
     names = CHANGING + (READING if reads else ())
     with ExitStack() as patches:
-        patches.enter_context(patch.multiple(os, open=os_open, **{name: wrapped(getattr(os, name)) for name in names}))
+        patches.enter_context(
+            patch.multiple(os, open=os_open, **{name: wrapped(getattr(os, name)) for name in names})
+        )
         patches.enter_context(patch.object(builtins, "open", opened))
         patches.enter_context(patch.object(io, "open", opened))
         yield lambda: count
@@ -167,4 +169,6 @@ def in_child(work: Callable[[], object], refusals: Any, limit: float) -> None:
     if outcome == "refused":
         raise Refused(words)
     if outcome != "held":
-        raise AssertionError(words or f"the process ended with {os.waitstatus_to_exitcode(found[1])}")
+        raise AssertionError(
+            words or f"the process ended with {os.waitstatus_to_exitcode(found[1])}"
+        )

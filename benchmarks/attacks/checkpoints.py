@@ -39,11 +39,18 @@ class Model(nn.Module):
         self.head = nn.Linear(8, 2)
 
 
-def build(ranks: tuple[int, int], kind: str, settings: dict[str, Any], change: str) -> tuple[nn.Module, Any]:
+def build(
+    ranks: tuple[int, int], kind: str, settings: dict[str, Any], change: str
+) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = Model(ranks)
     opt = ra.RankAwareOptimizer(
-        model, kind, lr=1e-3, tuned_at=ra.Reference(rank=4, alpha=4), on_rank_change=change, **settings
+        model,
+        kind,
+        lr=1e-3,
+        tuned_at=ra.Reference(rank=4, alpha=4),
+        on_rank_change=change,
+        **settings,
     )
     return model, opt
 
@@ -67,7 +74,9 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
         model, opt = build((4, 16), kind, settings, chance.choice(("raise", "reset")))
         if chance.random() < 0.5:
             step(model, opt)
-        outcomes.attempt((seed, number, kind), lambda m=model, o=opt, s=state: load(m, o, s), ra.CheckpointError)
+        outcomes.attempt(
+            (seed, number, kind), lambda m=model, o=opt, s=state: load(m, o, s), ra.CheckpointError
+        )
     return outcomes
 
 
@@ -85,7 +94,9 @@ def each_rate(seed: int, count: int, folder: Path) -> Outcomes:
             step(model, opt)
             state = copy.deepcopy(opt.state_dict())
             state["param_groups"][0][key] = value
-            outcomes.attempt((key, str(value)), partial(must_refuse, model, opt, state), ra.CheckpointError)
+            outcomes.attempt(
+                (key, str(value)), partial(must_refuse, model, opt, state), ra.CheckpointError
+            )
     return outcomes
 
 
@@ -141,9 +152,13 @@ def harm_ids(state: dict[Any, Any], chance: random.Random) -> None:
 
 
 def contents(opt: Any) -> Any:
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in opt.param_groups]
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in opt.param_groups
+    ]
     state = {
-        id(p): {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in s.items()} for p, s in opt.state.items()
+        id(p): {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in s.items()}
+        for p, s in opt.state.items()
     }
     return copy.deepcopy(groups), state
 

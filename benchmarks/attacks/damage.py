@@ -64,7 +64,13 @@ def damaged_values(document: Any, chance: random.Random, times: int = 2) -> Any:
 
 def places(document: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) of a nested document."""
-    keys = document if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
+    keys = (
+        document
+        if isinstance(document, dict)
+        else range(len(document))
+        if isinstance(document, list)
+        else ()
+    )
     for key in keys:
         yield document, key
         yield from places(document[key])

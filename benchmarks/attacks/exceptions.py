@@ -46,7 +46,12 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.second, self.head = Pair(4), nn.BatchNorm1d(8), Pair(4), nn.Linear(8, 2)
+        self.first, self.norm, self.second, self.head = (
+            Pair(4),
+            nn.BatchNorm1d(8),
+            Pair(4),
+            nn.Linear(8, 2),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for pair in (self.first, self.second):
@@ -64,7 +69,14 @@ def in_place(model: nn.Module, at: int) -> int:
     """Calibrate in place with an error at operation `at`; return the number of operations."""
     with RaisesAt(at) as mode:
         ra.calibrate_in_place(
-            model, step, "adamw", ranks=(2, 8, None), steps=6, trials=5, progress=False, full_trains=["*.weight"]
+            model,
+            step,
+            "adamw",
+            ranks=(2, 8, None),
+            steps=6,
+            trials=5,
+            progress=False,
+            full_trains=["*.weight"],
         )
     return mode.count
 
@@ -73,7 +85,12 @@ def values(model: nn.Module) -> dict[str, Any]:
     """Every tensor by name with its id, values and gradient, and every module's mode."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     found: dict[str, Any] = {
-        name: (id(t), t.detach().clone(), t.requires_grad, None if t.grad is None else t.grad.clone())
+        name: (
+            id(t),
+            t.detach().clone(),
+            t.requires_grad,
+            None if t.grad is None else t.grad.clone(),
+        )
         for name, t in tensors
     }
     return found | {f"mode of {name}": module.training for name, module in model.named_modules()}
@@ -83,7 +100,9 @@ def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     def alike(a: Any, b: Any) -> bool:
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             return torch.equal(a, b)
-        return all(map(alike, a, b)) if isinstance(a, tuple) and isinstance(b, tuple) else bool(a == b)
+        return (
+            all(map(alike, a, b)) if isinstance(a, tuple) and isinstance(b, tuple) else bool(a == b)
+        )
 
     return [
         key

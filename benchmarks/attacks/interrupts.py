@@ -30,7 +30,9 @@ def run_on(url: str) -> Any:
         torch.set_num_threads(1)
         chance, outcomes = random.Random(seed), Outcomes()
         began = time.perf_counter()
-        calibration(storage_in(folder, url), name="straight")  # also imports modules, which Ctrl-C must not interrupt
+        calibration(
+            storage_in(folder, url), name="straight"
+        )  # also imports modules, which Ctrl-C must not interrupt
         calibration(storage_in(folder, url), name="again")
         seconds = (time.perf_counter() - began) / 2
         handles, limit = open_files(), 10 * seconds
@@ -73,12 +75,16 @@ def interrupted(folder: Path, url: str, name: str, delay: float, limit: float) -
         pass
     if optuna.logging.get_verbosity() != verbosity:
         raise AssertionError("Optuna's verbosity was left changed")
-    signal.alarm(int(limit) + 1)  # ends the process, and fails its piece, if the call does not return
+    signal.alarm(
+        int(limit) + 1
+    )  # ends the process, and fails its piece, if the call does not return
     recipe = calibration(storage, name=name)
     signal.alarm(0)
     trials = Trials.read(trials_of(storage, name))
     if len(trials.counted()) != TRIALS or trials.running() or len(recipe.tensors["lr"]) != TRIALS:
-        raise AssertionError(f"counted {len(trials.counted())} of {TRIALS}, running {len(trials.running())}")
+        raise AssertionError(
+            f"counted {len(trials.counted())} of {TRIALS}, running {len(trials.running())}"
+        )
 
 
 ATTACKS = (

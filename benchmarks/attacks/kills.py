@@ -51,7 +51,14 @@ def recipe_of(job: dict[str, Any]) -> str:
     return ra.Recipe.load(Path(job["folder"]) / "recipe.toml").tag.partition(" ")[0]
 
 
-def killed(victim: Any, job: dict[str, Any], times: int, seconds: float, chance: random.Random, expected: str) -> None:
+def killed(
+    victim: Any,
+    job: dict[str, Any],
+    times: int,
+    seconds: float,
+    chance: random.Random,
+    expected: str,
+) -> None:
     storage, name = job["storage"], job["name"]
     ended: dict[int, Any] = {}
     for _ in range(times):
@@ -60,7 +67,9 @@ def killed(victim: Any, job: dict[str, Any], times: int, seconds: float, chance:
             if ended.setdefault(number, one) != one:
                 raise AssertionError(f"trial {number} was run twice")
     if (took := victim(**job)) > 3 * seconds + 4 * SILENCE_S + HANG_S:
-        raise AssertionError(f"the last call took {took:.0f} s, an undisturbed one takes {seconds:.0f} s")
+        raise AssertionError(
+            f"the last call took {took:.0f} s, an undisturbed one takes {seconds:.0f} s"
+        )
     is_complete(storage, TRIALS, ended, name)
     if (found := recipe_of(job)) != expected:
         raise AssertionError(f"the recipe is {found}, not {expected}")

@@ -109,7 +109,9 @@ def recipe_readers(path: Path) -> list[Callable[[], object]]:
 def run_recipes(seed: int, count: int, folder: Path) -> Outcomes:
     outcomes = prepared(folder)
     document = tomli.loads(SHIPPED.read_text())
-    (folder / document["tensors"]["file"]).write_bytes(SHIPPED.with_name(document["tensors"]["file"]).read_bytes())
+    (folder / document["tensors"]["file"]).write_bytes(
+        SHIPPED.with_name(document["tensors"]["file"]).read_bytes()
+    )
     files = [*({**document, "law": law} for law in LAWS), *renamed(document)]
     for number, made in enumerate(files[:: stride(len(files), count)]):
         path = folder / "recipe.toml"
@@ -151,7 +153,11 @@ def run_adapters(seed: int, count: int, folder: Path) -> Outcomes:
     for made in renamed({"config": CONFIG, "metadata": METADATA}):
         config.write_text(json.dumps(made["config"]))
         save_file(tensors, file, metadata=made["metadata"])
-        for words in (("inspect", folder), ("convert", "--from", file, "--to", "r=64"), ("suggest", folder)):
+        for words in (
+            ("inspect", folder),
+            ("convert", "--from", file, "--to", "r=64"),
+            ("suggest", folder),
+        ):
             outcomes.attempt(words[0], partial(imports_nothing, partial(run_command, *words)))
     return outcomes
 
@@ -171,7 +177,14 @@ def run_checkpoints(seed: int, count: int, folder: Path) -> Outcomes:
 def run_sweeps(seed: int, count: int, folder: Path) -> Outcomes:
     outcomes = prepared(folder)
     path = folder / "sweep.json"
-    row = {"model": "m", "method": "lora", "init": "A", "optimizer": "AdamW", "law": "mua", "fan_in": 64}
+    row = {
+        "model": "m",
+        "method": "lora",
+        "init": "A",
+        "optimizer": "AdamW",
+        "law": "mua",
+        "fan_in": 64,
+    }
     for made in renamed(row):
         rows = [
             {**made, "rank": rank, "alpha": rank, "lr": lr, "loss": loss}
@@ -179,7 +192,9 @@ def run_sweeps(seed: int, count: int, folder: Path) -> Outcomes:
             for lr, loss in ((1e-4, 2.0), (1e-3, 1.0), (1e-2, 1.5))
         ]
         path.write_text(json.dumps(rows))
-        outcomes.attempt("sweep", partial(imports_nothing, partial(fit_sweep, path, optimizer="adamw")))
+        outcomes.attempt(
+            "sweep", partial(imports_nothing, partial(fit_sweep, path, optimizer="adamw"))
+        )
     return outcomes
 
 

@@ -35,7 +35,11 @@ class Outcomes:
     slowest: float = 0.0
 
     def attempt(
-        self, what: object, call: Callable[[], Any], refusals: type[Exception] | tuple[()] = (), limit: float = HANG_S
+        self,
+        what: object,
+        call: Callable[[], Any],
+        refusals: type[Exception] | tuple[()] = (),
+        limit: float = HANG_S,
     ) -> None:
         """Make one attempt and count its outcome.
 
@@ -48,7 +52,11 @@ class Outcomes:
             outcome = HELD
         except refusals as error:
             outcome = REFUSED
-            failure = "" if str(error).translate({9: "", 10: ""}).isprintable() else f"unprintable: {str(error)!r}"
+            failure = (
+                ""
+                if str(error).translate({9: "", 10: ""}).isprintable()
+                else f"unprintable: {str(error)!r}"
+            )
         except Exception as error:
             outcome, failure = FAILED, f"{type(error).__name__}: {error}"
         self.slowest = max(self.slowest, seconds := time.perf_counter() - began)

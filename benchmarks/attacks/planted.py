@@ -29,7 +29,10 @@ import rankaware_optim
 
 RESTS_ON = ()  # outcomes: made again at a release
 PACKAGE = Path(rankaware_optim.__file__).parent
-SLOWER, AT_LEAST_S = 5.0, 60.0  # a run may take so many times the control's time, and at least so many seconds
+SLOWER, AT_LEAST_S = (
+    5.0,
+    60.0,
+)  # a run may take so many times the control's time, and at least so many seconds
 
 
 class Bug(NamedTuple):
@@ -44,7 +47,6 @@ class Bug(NamedTuple):
 
 
 # fmt: off
-# ruff: noqa: E501
 BUGS = (
     Bug("_files.py", "if not stat.S_ISREG(status.st_mode):", "if False:", "not regular files"),
     Bug("_files.py", 'flags | getattr(os, "O_NONBLOCK", 0)', "flags", "not regular files"),
@@ -94,16 +96,23 @@ BUGS = (
 def main(only: str, workers: int) -> None:
     """Plant the bugs, and write which are seen."""
     bugs = [bug for bug in BUGS if only in bug.file]
-    with tempfile.TemporaryDirectory(prefix="planted-") as folder, ThreadPoolExecutor(workers) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="planted-") as folder,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         kinds = sorted({(bug.attack, bug.count) for bug in bugs})
-        controls = dict(zip(kinds, pool.map(lambda kind: attacked(PACKAGE.parent, *kind), kinds), strict=True))
+        controls = dict(
+            zip(kinds, pool.map(lambda kind: attacked(PACKAGE.parent, *kind), kinds), strict=True)
+        )
         for (attack, count), (failures, _, seconds) in controls.items():
             print(f"control: {attack}, {count}: {failures} failed, {seconds:.0f} s", flush=True)
 
         def planted(number: int) -> dict[str, Any]:
             bug = bugs[number]
             copy = with_bug(bug, Path(folder) / str(number))
-            failures, words, seconds = attacked(copy, bug.attack, bug.count, controls[bug.attack, bug.count][2])
+            failures, words, seconds = attacked(
+                copy, bug.attack, bug.count, controls[bug.attack, bug.count][2]
+            )
             shutil.rmtree(copy)
             print(
                 f"{'seen  ' if failures else 'MISSED'} {bug.file}: {bug.before[:60]!r}, {seconds:.0f} s: {words[:120]}",
@@ -128,16 +137,28 @@ def with_bug(bug: Bug, folder: Path) -> Path:
     return folder
 
 
-def attacked(package: Path, attack: str, count: int, control: float = 0.0) -> tuple[int, str, float]:
+def attacked(
+    package: Path, attack: str, count: int, control: float = 0.0
+) -> tuple[int, str, float]:
     """Run one piece of an attack on a package. Return the failures, the first in words, and the seconds."""
     script = Path(__file__).with_name("attack.py")
-    command = [sys.executable, str(script), "--piece", attack, str(FIRST_SEED), "--size", str(count)]
+    command = [
+        sys.executable,
+        str(script),
+        "--piece",
+        attack,
+        str(FIRST_SEED),
+        "--size",
+        str(count),
+    ]
     paths = [str(package), str(script.parents[1]), *filter(None, sys.path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     began = time.perf_counter()
     limit = ATTACKS[attack].patience if not control else max(AT_LEAST_S, SLOWER * control)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=limit
+        )
     except subprocess.TimeoutExpired:
         return 1, f"more than {limit:.0f} s", time.perf_counter() - began
     seconds = time.perf_counter() - began
@@ -148,7 +169,9 @@ def attacked(package: Path, attack: str, count: int, control: float = 0.0) -> tu
 
 
 def row_of(bug: Bug, failures: int, without: int) -> dict[str, Any]:
-    change = " becomes ".join(f"`{' '.join(text.split())}`".replace("|", "\\|") for text in (bug.before, bug.after))
+    change = " becomes ".join(
+        f"`{' '.join(text.split())}`".replace("|", "\\|") for text in (bug.before, bug.after)
+    )
     return {
         "file": bug.file,
         "bug": change,
@@ -170,7 +193,13 @@ def write(rows: list[dict[str, Any]]) -> None:
         "An attack of which all calls are tried counts as one attempt. SQLite's own calls are not reached, since it makes "
         "them in C: it is attacked by kills at random moments."
     )
-    record("planted", "Bugs planted in the package, and the attack that must see each", rows, machine(threads=1), notes)
+    record(
+        "planted",
+        "Bugs planted in the package, and the attack that must see each",
+        rows,
+        machine(threads=1),
+        notes,
+    )
 
 
 if __name__ == "__main__":

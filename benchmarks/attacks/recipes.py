@@ -30,7 +30,15 @@ from rankaware_optim.recipe import diff_recipes, diff_text, write_report
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 RANKS = (1, 4, 64, 4096)
-DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
+DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+)
 NUMBERS = (0.0, -1.0, math.nan, math.inf, 1e300, 1e-300, 5e-324, -1e24)
 
 
@@ -148,7 +156,9 @@ def damaged_tensors(data: bytes, chance: random.Random) -> bytes:
                 tensor.view(-1)[chance.randrange(tensor.numel())] = number
             case _:
                 if tensor.numel():
-                    tensor.view(-1)[chance.randrange(tensor.numel())] = chance.choice((0, 1, 2, 100))
+                    tensor.view(-1)[chance.randrange(tensor.numel())] = chance.choice(
+                        (0, 1, 2, 100)
+                    )
     return bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
@@ -162,8 +172,13 @@ def use(path: Path, page: bool, foreign: bool) -> None:
         raise AssertionError("trials of another hash were read")
     are_possible(recipe.tensors)
     rates = []
-    for target in [{"rank": rank} for rank in RANKS] + [{"method": "full"}, {"rank": 16, "steps": 1000}]:
-        with suppress(ra.RecipeError, ra.InvalidReferenceError):  # a recipe of full finetuning has no other rank
+    for target in [{"rank": rank} for rank in RANKS] + [
+        {"method": "full"},
+        {"rank": 16, "steps": 1000},
+    ]:
+        with suppress(
+            ra.RecipeError, ra.InvalidReferenceError
+        ):  # a recipe of full finetuning has no other rank
             rates.append(recipe.at(**target))
     for rate in rates:
         if not (0 < rate.lr < math.inf and 0 <= rate.low <= rate.high):
@@ -180,7 +195,9 @@ def use(path: Path, page: bool, foreign: bool) -> None:
 
 POSITIVE = ("lr", "own_lr", "rank", "steps", "planned_steps", "planned_batch")
 MAY_BE_ZERO = ("rank", "steps", "planned_steps", "planned_batch")
-KINDS = dict.fromkeys(("rank", "seed", "steps", "planned_steps"), "iu") | dict.fromkeys(("diverged", "pruned"), "b")
+KINDS = dict.fromkeys(("rank", "seed", "steps", "planned_steps"), "iu") | dict.fromkeys(
+    ("diverged", "pruned"), "b"
+)
 KINDS |= dict.fromkeys(("lr", "own_lr", "value", "curve", "planned_batch"), "f")
 
 
@@ -188,10 +205,16 @@ def are_possible(trials: Mapping[str, Any]) -> None:
     """Check the trials of a recipe by the table in recipes/SCHEMA.md."""
     for name in trials.keys() & {*POSITIVE}:
         values = trials[name][~np.isnan(trials[name])] if name == "own_lr" else trials[name]
-        if not bool((np.isfinite(values) & ((values > 0) | (values == 0) & (name in MAY_BE_ZERO))).all()):
+        if not bool(
+            (np.isfinite(values) & ((values > 0) | (values == 0) & (name in MAY_BE_ZERO))).all()
+        ):
             raise AssertionError(f"trial.{name} has an impossible value")
-    wrong = [name for name in trials.keys() & KINDS.keys() if trials[name].dtype.kind not in KINDS[name]]
-    wrong += [name for name in trials.keys() & KINDS.keys() if trials[name].ndim != 1 + (name == "curve")]
+    wrong = [
+        name for name in trials.keys() & KINDS.keys() if trials[name].dtype.kind not in KINDS[name]
+    ]
+    wrong += [
+        name for name in trials.keys() & KINDS.keys() if trials[name].ndim != 1 + (name == "curve")
+    ]
     if wrong or len({len(values) for values in trials.values()}) > 1:
         raise AssertionError(f"trials have other lengths, or another type or shape: {wrong}")
 

@@ -116,8 +116,19 @@ def a_journal(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 WRITERS = (replaced_recipe, a_journal)
-DEVICES = (endless, nothing)  # not given to writers: with a bug, and run by root, these would replace the machine's own
-READERS = (a_recipe, replaced_recipe, a_recipes_tensors, an_adapter, an_adapters_file, a_sweep, a_journal)
+DEVICES = (
+    endless,
+    nothing,
+)  # not given to writers: with a bug, and run by root, these would replace the machine's own
+READERS = (
+    a_recipe,
+    replaced_recipe,
+    a_recipes_tensors,
+    an_adapter,
+    an_adapters_file,
+    a_sweep,
+    a_journal,
+)
 
 
 def run(seed: int, count: int, folder: Path) -> Outcomes:
@@ -131,7 +142,9 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
             mine = folder / f"{read.__name__}-{make.__name__}"
             mine.mkdir()
             what = f"{make.__name__} as {read.__name__}"
-            outcomes.attempt(what, partial(refused, read, mine, make, limit), Refused, limit=2 * limit)
+            outcomes.attempt(
+                what, partial(refused, read, mine, make, limit), Refused, limit=2 * limit
+            )
     return outcomes
 
 
@@ -144,7 +157,10 @@ def undisturbed(folder: Path) -> float:
 
 
 def refused(
-    read: Callable[[Path, Callable[[Path], None]], None], folder: Path, make: Callable[[Path], None], limit: float
+    read: Callable[[Path, Callable[[Path], None]], None],
+    folder: Path,
+    make: Callable[[Path], None],
+    limit: float,
 ) -> None:
     def with_little_memory() -> None:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

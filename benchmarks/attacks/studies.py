@@ -20,7 +20,16 @@ from unittest.mock import patch
 
 from attacks.calls import forked, in_child
 from attacks.outcomes import HANG_S, Attack, Outcomes, Refused
-from attacks.victim import SILENCE_S, TRIALS, calibration, finished, is_complete, prepare, storage_in, victims
+from attacks.victim import (
+    SILENCE_S,
+    TRIALS,
+    calibration,
+    finished,
+    is_complete,
+    prepare,
+    storage_in,
+    victims,
+)
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages._cached_storage import _CachedStorage
 
@@ -49,7 +58,9 @@ def before_call(at: int, act: Callable[[], object]) -> Iterator[list[str]]:
     public = [name for name in vars(BaseStorage) if not name.startswith("_")]
     with ExitStack() as patches:
         for kind in (JournalStorage, _CachedStorage):
-            own = {name: wrapped(vars(kind)[name]) for name in public if callable(vars(kind).get(name))}
+            own = {
+                name: wrapped(vars(kind)[name]) for name in public if callable(vars(kind).get(name))
+            }
             patches.enter_context(patch.multiple(kind, **own))
         yield names
 
@@ -65,7 +76,9 @@ def run_starts(url: str) -> Any:
                 mine = folder / str(at)
                 mine.mkdir()
                 outcomes.attempt(
-                    at, partial(raced, other, storage_in(mine, url), mine, f"race-{seed}-{at}", at), limit=60
+                    at,
+                    partial(raced, other, storage_in(mine, url), mine, f"race-{seed}-{at}", at),
+                    limit=60,
                 )
         return outcomes
 
@@ -74,7 +87,9 @@ def run_starts(url: str) -> Any:
 
 def raced(other: Any, storage: Any, folder: Path, name: str, at: int) -> None:
     ran: list[float] = []
-    with before_call(at, lambda: ran.append(other(storage=str(storage), folder=str(folder), name=name))):
+    with before_call(
+        at, lambda: ran.append(other(storage=str(storage), folder=str(folder), name=name))
+    ):
         recipe = calibration(storage, name=name, pause=0.0)
     if not ran or len(recipe.tensors["lr"]) != TRIALS:
         raise AssertionError(f"{len(recipe.tensors['lr'])} trials of {TRIALS}")
@@ -96,7 +111,9 @@ def run_stopped(url: str) -> Any:
             mine = folder / f"{where[0]}-{where[1]}"
             mine.mkdir()
             limit = 3 * seconds + 4 * SILENCE_S + HANG_S
-            outcomes.attempt(where, partial(stopped, storage_in(mine, url), where, limit), limit=3 * limit)
+            outcomes.attempt(
+                where, partial(stopped, storage_in(mine, url), where, limit), limit=3 * limit
+            )
         return outcomes
 
     return run
@@ -104,7 +121,9 @@ def run_stopped(url: str) -> Any:
 
 def stopped(storage: Any, where: tuple[int, int], limit: float) -> None:
     """A worker is stopped in a run. Another ends the study, and what the first does when it goes on changes nothing."""
-    child = forked(lambda: calibration(storage, at=where, act=lambda: os.kill(os.getpid(), signal.SIGSTOP)))
+    child = forked(
+        lambda: calibration(storage, at=where, act=lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    )
     if not os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1]):
         raise AssertionError("the worker was not stopped")
     try:
@@ -168,19 +187,27 @@ def run_changed(url: str) -> Any:
                 mine = folder / f"{change.__name__}-{where[0]}"
                 mine.mkdir()
                 what = f"{change.__name__} in trial {where[0]}"
-                outcomes.attempt(what, partial(changed, mine, url, change, where), Refused, limit=60.0)
+                outcomes.attempt(
+                    what, partial(changed, mine, url, change, where), Refused, limit=60.0
+                )
         return outcomes
 
     return run
 
 
-def changed(folder: Path, url: str, change: Callable[[Path, bytes], None], where: tuple[int, int]) -> None:
+def changed(
+    folder: Path, url: str, change: Callable[[Path, bytes], None], where: tuple[int, int]
+) -> None:
     storage, path = storage_in(folder, url), folder / ("study.db" if url else "study.journal")
     calibration(storage, trials=1)  # what a copy holds
     shutil.copy(path, folder / "copy")
     copy = (folder / "copy").read_bytes()
     where = (where[0] + 1, where[1])
-    in_child(lambda: calibration(storage, at=where, act=lambda: change(path, copy)), ra.CalibrationError, 2 * HANG_S)
+    in_child(
+        lambda: calibration(storage, at=where, act=lambda: change(path, copy)),
+        ra.CalibrationError,
+        2 * HANG_S,
+    )
 
 
 ATTACKS = (

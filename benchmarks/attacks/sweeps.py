@@ -18,7 +18,20 @@ import rankaware_optim as ra
 from rankaware_optim.sweeps import fit_sweep
 
 DEMO = Path(ra.__file__).parent / "sweeps" / "demo_sweep.csv"
-COLUMNS = ("method", "init", "rslora", "batch", "steps", "rank", "lr", "loss", "alpha", "fan_in", "seed", "odd")
+COLUMNS = (
+    "method",
+    "init",
+    "rslora",
+    "batch",
+    "steps",
+    "rank",
+    "lr",
+    "loss",
+    "alpha",
+    "fan_in",
+    "seed",
+    "odd",
+)
 
 
 def run(seed: int, count: int, folder: Path) -> Outcomes:

@@ -36,13 +36,25 @@ SILENCE_S = 0.5
 
 
 def calibration(
-    storage: Any, *, pause: float = 0.002, at: tuple[int, int] = (-1, 0), act: Any = None, **options: Any
+    storage: Any,
+    *,
+    pause: float = 0.002,
+    at: tuple[int, int] = (-1, 0),
+    act: Any = None,
+    **options: Any,
 ) -> ra.Recipe:
     """Calibrate by six runs of ten steps around 2^-7, with `pause` seconds per step so that a kill may hit anywhere.
 
     at: the number of a trial and of its value, before which `act` is called.
     """
-    options = {"ranks": (2, 4), "steps": STEPS, "trials": TRIALS, "storage": storage, "progress": False, **options}
+    options = {
+        "ranks": (2, 4),
+        "steps": STEPS,
+        "trials": TRIALS,
+        "storage": storage,
+        "progress": False,
+        **options,
+    }
     return ra.calibrate(partial(loop, pause=pause, at=at, act=act), "adamw", **options)
 
 
@@ -58,7 +70,9 @@ def prepare() -> None:
     """Let a worker count as dead after half a second without a sign of life, and quieten what is not looked at."""
     _liveness._BEAT_S = SILENCE_S / 5
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore", ra.RankAwareWarning)  # the package has a filter of its own for these
+    warnings.simplefilter(
+        "ignore", ra.RankAwareWarning
+    )  # the package has a filter of its own for these
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
 
@@ -85,14 +99,18 @@ def finished(storage: Any, name: str = "calibration") -> dict[int, Any]:
     return {t.number: (t.datetime_complete, t.value) for t in trials if t.state.is_finished()}
 
 
-def is_complete(storage: Any, expected: int, ended: dict[int, Any], name: str = "calibration") -> None:
+def is_complete(
+    storage: Any, expected: int, ended: dict[int, Any], name: str = "calibration"
+) -> None:
     """Check that the study has all of its trials, none running, and those that had ended as they were."""
     found, after = trials_of(storage, name), finished(storage, name)
     lost = [number for number, one in ended.items() if after.get(number) != one]
     trials = Trials.read(found)
     counted, running = len(trials.counted()), len(trials.running())
     if lost or running or counted != expected:
-        raise AssertionError(f"lost or changed {lost}, left running {running}, counted {counted} of {expected}")
+        raise AssertionError(
+            f"lost or changed {lost}, left running {running}, counted {counted} of {expected}"
+        )
 
 
 # --- a process that may be killed -----------------------------------------------------------------------------------

@@ -57,7 +57,11 @@ def main() -> None:
 @main.command()
 @click.option("--domain", "name", type=click.Choice(DOMAINS), required=True)
 @click.option("--workers", default=2, show_default=True)
-@click.option("--only", type=click.Choice(("sweep", "search", "score")), help="One stage; by default all, in turn.")
+@click.option(
+    "--only",
+    type=click.Choice(("sweep", "search", "score")),
+    help="One stage; by default all, in turn.",
+)
 def run(name: str, workers: int, only: str | None) -> None:
     """Append every missing run and search of a domain to the results."""
     domain, run_one, made = get_domain(name), partial(run_at, warmup=WARMUP), provenance(name)
@@ -76,7 +80,9 @@ def search_all(domain: Domain, workers: int, made: Mapping[str, Any]) -> None:
     todo = [each for each in searches(domain) if each not in have]
     click.echo(f"{len(todo)} searches to go, {len(have)} on file")
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         for future in as_completed([pool.submit(searched, each) for each in todo]):
             with SEARCHES.open("a") as file:
                 row = {**future.result(), "commit": made["commit"], "weights": made["weights"]}
@@ -87,7 +93,9 @@ def search_all(domain: Domain, workers: int, made: Mapping[str, Any]) -> None:
 def table() -> None:
     """Write results/calibration.md, .json and two figures from what is on file; what was not run yet is a dash."""
     done, on = read(RUNS), machine(1)
-    domains = [get_domain(name) for name in DOMAINS if any(row["domain"] == name for row in on_file())]
+    domains = [
+        get_domain(name) for name in DOMAINS if any(row["domain"] == name for row in on_file())
+    ]
     start = {domain.name: start_of(domain.name, done) for domain in domains}
     scores = [score for domain in domains for score in scores_of(domain, done, start[domain.name])]
     draw_costs(domains, scores, RESULTS / "calibration-cost.png")
@@ -95,7 +103,9 @@ def table() -> None:
     document = {"machine": on, "start": start, "scores": [score._asdict() for score in scores]}
     (RESULTS / "calibration.json").write_text(json.dumps(document) + "\n")
     figures = [f"![Regret](calibration-{name}.png)" for name in ("cost", "contenders")]
-    left = {domain.name: sum(job not in done for job in scoring(domain, done)) for domain in domains}
+    left = {
+        domain.name: sum(job not in done for job in scoring(domain, done)) for domain in domains
+    }
     missing = [
         f"Not run yet: {n} scoring runs of {name}; its dashes, and 5 % in the figure, wait for them."
         for name, n in left.items()

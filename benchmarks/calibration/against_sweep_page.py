@@ -37,7 +37,9 @@ NOTE = (
 )
 
 
-def page(domains: Sequence[Domain], scores: Sequence[Score], start: Mapping[str, float], done: Losses) -> list[str]:
+def page(
+    domains: Sequence[Domain], scores: Sequence[Score], start: Mapping[str, float], done: Losses
+) -> list[str]:
     """The page's parts."""
     costs = {domain.name: costs_of(domain, done) for domain in domains}
     parts = [f"## By configuration and rank\n\n{NOTE}"]
@@ -45,10 +47,24 @@ def page(domains: Sequence[Domain], scores: Sequence[Score], start: Mapping[str,
         for config in CONFIGS:
             here = [s for s in scores if (s.domain, s.config) == (domain.name, config)]
             ranks = domain.ranks_swept
-            heads = ["", "runs", "cost", "worst", "in loss", "median", "from–to", *(f"r = {r}" for r in ranks), "full"]
+            heads = [
+                "",
+                "runs",
+                "cost",
+                "worst",
+                "in loss",
+                "median",
+                "from–to",
+                *(f"r = {r}" for r in ranks),
+                "full",
+            ]
             by_name = {name: [s for s in here if matches(s.name, name)] for name in ROWS}
             spent = costs[domain.name][config]
-            rows = [row_of(name, found, ranks, spent.get(name)) for name, found in by_name.items() if found]
+            rows = [
+                row_of(name, found, ranks, spent.get(name))
+                for name, found in by_name.items()
+                if found
+            ]
             title = f"{domain.name}, {config} (loss before training {start[domain.name]:.3f})"
             parts.append(block(title, heads, rows))
     asked = block("The bars", ["bar", "asked", *(d.name for d in domains)], bars(domains, scores))
@@ -64,7 +80,9 @@ def row_of(name: str, mine: Sequence[Score], ranks: Sequence[int], cost: Cost | 
     lora = [s for s in mine if s.rank != FULL]
     figures = ["–"] * 4
     if all(by_rank[rank] for rank in ranks):  # no worst and no median of a part
-        medians = sorted(statistics.median(each) for each in zip(*(s.by_seed for s in lora), strict=True))
+        medians = sorted(
+            statistics.median(each) for each in zip(*(s.by_seed for s in lora), strict=True)
+        )
         figures = [
             percent(max(s.regret for s in lora)),
             number(max(s.loss for s in lora), 3),
@@ -72,11 +90,18 @@ def row_of(name: str, mine: Sequence[Score], ranks: Sequence[int], cost: Cost | 
             f"{percent(medians[0])} to {percent(medians[-1])}",
         ]
     paid = ["–", "–"] if cost is None else [f"{cost.runs:.0f}", f"{cost.share:.0%}"]
-    cells = [percent(statistics.fmean(by_rank[rank])) if by_rank[rank] else "–" for rank in (*ranks, FULL)]
+    cells = [
+        percent(statistics.fmean(by_rank[rank])) if by_rank[rank] else "–"
+        for rank in (*ranks, FULL)
+    ]
     return [name, *paid, *figures, *cells]
 
 
-def within(domains: Sequence[Domain], scores: Sequence[Score], costs: Mapping[str, dict[str, dict[str, Cost]]]) -> str:
+def within(
+    domains: Sequence[Domain],
+    scores: Sequence[Score],
+    costs: Mapping[str, dict[str, dict[str, Cost]]],
+) -> str:
     """What a user pays for rates within 1 % of the best: runs, minutes, and how often they were that near."""
     rows = []
     for name in (EVERY_FOURTH, ONE_SEED, *SEARCHED, *CONTENDERS):
@@ -91,7 +116,10 @@ def within(domains: Sequence[Domain], scores: Sequence[Score], costs: Mapping[st
                 f"{sum(near)} of {len(near)}" if near else "–",
             ]
         rows.append([name, *cells])
-    heads = ["", *(f"{d.name}: {what}" for d in domains for what in ("runs", "minutes", "within 1 %"))]
+    heads = [
+        "",
+        *(f"{d.name}: {what}" for d in domains for what in ("runs", "minutes", "within 1 %")),
+    ]
     text = (
         "For all five ranks and full finetuning of one configuration, on one core: runs, minutes of training, and how "
         "many of all rates (configurations, ranks, full, search seeds) lose at most 1 % of the gain on fresh seeds."
@@ -102,22 +130,51 @@ def within(domains: Sequence[Domain], scores: Sequence[Score], costs: Mapping[st
 def bars(domains: Sequence[Domain], scores: Sequence[Score]) -> list[list[str]]:
     """Each bar with the figure of every domain."""
     asked = [
-        ("LoRA ranks at 10 % of the cost: worst", "≤ 2 %", lambda d: max(regrets(scores, d, LORA, 0.1))),
-        ("LoRA ranks at 10 %: median", "≤ 0.5 %", lambda d: statistics.median(regrets(scores, d, LORA, 0.1))),
-        ("full at 20 %, LoRA trials only: worst", "≤ 5 %", lambda d: max(regrets(scores, d, LORA, 0.2, True))),
-        ("full with three full runs at 20 %: worst", "≤ 1 %", lambda d: max(regrets(scores, d, WITH_FULL, 0.2, True))),
+        (
+            "LoRA ranks at 10 % of the cost: worst",
+            "≤ 2 %",
+            lambda d: max(regrets(scores, d, LORA, 0.1)),
+        ),
+        (
+            "LoRA ranks at 10 %: median",
+            "≤ 0.5 %",
+            lambda d: statistics.median(regrets(scores, d, LORA, 0.1)),
+        ),
+        (
+            "full at 20 %, LoRA trials only: worst",
+            "≤ 5 %",
+            lambda d: max(regrets(scores, d, LORA, 0.2, True)),
+        ),
+        (
+            "full with three full runs at 20 %: worst",
+            "≤ 1 %",
+            lambda d: max(regrets(scores, d, WITH_FULL, 0.2, True)),
+        ),
     ]
     rows = [[what, bar, *(percent(figure(d)) for d in domains)] for what, bar, figure in asked]
     beside = [
-        max(r["beside_training"] for r in on_file() if r["domain"] == d.name and r["plan"] in (LORA, WITH_FULL))
+        max(
+            r["beside_training"]
+            for r in on_file()
+            if r["domain"] == d.name and r["plan"] in (LORA, WITH_FULL)
+        )
         for d in domains
     ]
-    return [*rows, ["calibration's own time beside training: worst", "≤ 5 %", *map(percent, beside)]]
+    return [
+        *rows,
+        ["calibration's own time beside training: worst", "≤ 5 %", *map(percent, beside)],
+    ]
 
 
-def regrets(scores: Iterable[Score], domain: Domain, plan: str, share: float, full: bool = False) -> list[float]:
+def regrets(
+    scores: Iterable[Score], domain: Domain, plan: str, share: float, full: bool = False
+) -> list[float]:
     name = named(plan, share)
-    return [s.regret for s in scores if s.domain == domain.name and matches(s.name, name) and (s.rank == FULL) == full]
+    return [
+        s.regret
+        for s in scores
+        if s.domain == domain.name and matches(s.name, name) and (s.rank == FULL) == full
+    ]
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -144,7 +201,9 @@ def draw_costs(domains: Sequence[Domain], scores: Sequence[Score], path: Path) -
             axis.set_xlabel("cost, % of the sweep", fontsize=8)
             axis.axhline(0, color="#999999", linewidth=0.8)
         line[0].set_ylabel("regret, %", fontsize=8)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8
+    )
     figure.savefig(path, dpi=110)
 
 
@@ -160,18 +219,27 @@ def draw_contenders(domains: Sequence[Domain], scores: Sequence[Score], path: Pa
         named(TPE, 0.1),
     ]
     figure = Figure(figsize=(9.5, 4.6), layout="constrained")
-    for axis, domain in zip(figure.subplots(1, len(domains), sharey=True, squeeze=False)[0], domains, strict=True):
+    for axis, domain in zip(
+        figure.subplots(1, len(domains), sharey=True, squeeze=False)[0], domains, strict=True
+    ):
         for y, name in enumerate(reversed(names)):
             for full, marker, colour in ((False, "o", "#0072B2"), (True, "D", "#D55E00")):
                 mine = [s for s in scores if s.domain == domain.name and matches(s.name, name)]
                 found = [min(100 * s.regret, 300.0) for s in mine if (s.rank == FULL) == full]
                 axis.plot(
-                    found, [y + (0.15 if full else -0.1)] * len(found), marker, color=colour, alpha=0.6, markersize=4
+                    found,
+                    [y + (0.15 if full else -0.1)] * len(found),
+                    marker,
+                    color=colour,
+                    alpha=0.6,
+                    markersize=4,
                 )
         axis.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
         axis.set_xscale("symlog", linthresh=1)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlim(min(-3.0, 130 * min(s.regret for s in scores if s.domain == domain.name)), 330)
+        axis.set_xlim(
+            min(-3.0, 130 * min(s.regret for s in scores if s.domain == domain.name)), 330
+        )
         axis.set_xlabel("regret, % (300: that or diverged)", fontsize=8)
         axis.set_title(f"{domain.name}: LoRA ranks (blue), full (orange)", fontsize=9)
         axis.grid(axis="x", alpha=0.3)

@@ -11,7 +11,16 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from calibration.searches import LORA, PLANS, RANGE_TEST, RATES_SWEPT, TPE, WITH_FULL, Search, by_arm
+from calibration.searches import (
+    LORA,
+    PLANS,
+    RANGE_TEST,
+    RATES_SWEPT,
+    TPE,
+    WITH_FULL,
+    Search,
+    by_arm,
+)
 from recording import RESULTS
 from study.configurations import CONFIGS, LORAPLUS, PRODIGY, TUNED
 from study.contenders import CONTENDERS, Known
@@ -21,7 +30,11 @@ from study.loss_curves import between
 
 SEEDS, SCORING, NEAR = 3, (3, 4, 5), 1.5
 SEARCHES = RESULTS / "calibration_searches.jsonl"
-ORACLE, ONE_SEED, EVERY_FOURTH = "the sweep itself", "the sweep, one seed", "a rate in two octaves, one seed"
+ORACLE, ONE_SEED, EVERY_FOURTH = (
+    "the sweep itself",
+    "the sweep, one seed",
+    "a rate in two octaves, one seed",
+)
 At = tuple[Cell, float]  # what is trained, and log2 of its rate
 SHARES = {  # of the sweep's cost, by plan
     LORA: (0.05, 0.1, 0.2),
@@ -64,7 +77,11 @@ def searches(domain: Domain) -> list[Search]:
 
 
 def on_file() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in SEARCHES.read_text().splitlines()] if SEARCHES.exists() else []
+    return (
+        [json.loads(line) for line in SEARCHES.read_text().splitlines()]
+        if SEARCHES.exists()
+        else []
+    )
 
 
 # --- rates ----------------------------------------------------------------------------------------------------------
@@ -78,7 +95,9 @@ def scoring(domain: Domain, done: Losses) -> list[Job]:
         for half in range(-round(2 * NEAR), round(2 * NEAR) + 1)
     ]
     named = [rates for config in CONFIGS for rates in picks(domain, config, done).values()]
-    chosen = [at for rates in reversed(named) for at in rates.values()]  # the searches' before the contenders'
+    chosen = [
+        at for rates in reversed(named) for at in rates.values()
+    ]  # the searches' before the contenders'
     best = dict(winners(domain, done))
     cells += [(cell, x) for cell, x in chosen if not is_near(best, cell, x)]
     return [Job(*cell, x, seed) for cell, x in dict.fromkeys(cells) for seed in SCORING]
@@ -101,13 +120,18 @@ def picks(domain: Domain, config: str, done: Losses) -> dict[str, dict[int, At]]
     rates = {name: pick(known) for name, pick in CONTENDERS.items()}
     rates["Prodigy"] = dict.fromkeys((*known.ranks, FULL), 0.0)
     for name, jobs in swept_once(known).items():
-        rates[name] = {rank: lowest({job.x: or_inf(done[job]) for job in of}) for rank, of in jobs.items()}
+        rates[name] = {
+            rank: lowest({job.x: or_inf(done[job]) for job in of}) for rank, of in jobs.items()
+        }
     for row in on_file():
         if (row["domain"], row["config"]) == (domain.name, config):
             name = f"{row['plan']}, {row['share']:.0%}, seed {row['seed']}"
             rates[name] = {int(rank): math.log2(rate[0]) for rank, rate in row["rates"].items()}
     best = dict(winners(domain, done))
-    return {name: {rank: placed(known, best, name, rank, x) for rank, x in of.items()} for name, of in rates.items()}
+    return {
+        name: {rank: placed(known, best, name, rank, x) for rank, x in of.items()}
+        for name, of in rates.items()
+    }
 
 
 def swept_once(known: Known) -> dict[str, dict[int, list[Job]]]:
@@ -158,7 +182,9 @@ def scores_of(domain: Domain, done: Losses, start: float) -> Iterator[Score]:
                     yield score(done, start, (config, name, rank), (cell, x), (own, best[own]))
         for rank in (*domain.ranks_swept, FULL):
             own = cell_of(domain, config, rank)
-            x = min((best[own] + half / 2 for half in range(-3, 4)), key=lambda x: fresh(done, own, x))
+            x = min(
+                (best[own] + half / 2 for half in range(-3, 4)), key=lambda x: fresh(done, own, x)
+            )
             yield score(done, start, (config, ORACLE, rank), (own, best[own]), (own, x))
 
 
@@ -168,7 +194,10 @@ def cell_of(domain: Domain, config: str, rank: int) -> Cell:
 
 def score(done: Losses, start: float, named: tuple[str, str, int], at: At, best: At) -> Score:
     """Regret: (loss at a rate − loss at the best) / (loss before training − loss at the best)."""
-    losses = [(fresh(done, *at, seeds), fresh(done, *best, seeds)) for seeds in (SCORING, *((s,) for s in SCORING))]
+    losses = [
+        (fresh(done, *at, seeds), fresh(done, *best, seeds))
+        for seeds in (SCORING, *((s,) for s in SCORING))
+    ]
     regret, *by_seed = ((loss - at_best) / (start - at_best) for loss, at_best in losses)
     return Score(at[0][0], *named, regret, losses[0][0] - losses[0][1], tuple(by_seed))
 
@@ -187,7 +216,10 @@ def fresh(done: Losses, cell: Cell, x: float, seeds: tuple[int, ...] = SCORING) 
 
 def fresh_curve(done: Losses, cell: Cell, seeds: tuple[int, ...] = SCORING) -> dict[float, float]:
     """{log2 rate: mean loss} of the rates that every scoring seed has run, by rising rate."""
-    jobs = {x: [Job(*cell, x, seed) for seed in SCORING] for x in sorted({job.x for job in done if job[:3] == cell})}
+    jobs = {
+        x: [Job(*cell, x, seed) for seed in SCORING]
+        for x in sorted({job.x for job in done if job[:3] == cell})
+    }
     whole = [x for x, each in jobs.items() if all(job in done for job in each)]
     return {x: statistics.fmean(or_inf(done[Job(*cell, x, seed)]) for seed in seeds) for x in whole}
 
@@ -210,12 +242,25 @@ def costs_of(domain: Domain, done: Losses) -> dict[str, dict[str, Cost]]:
     rank. A law's rates cost the sweep at the rank tuned at.
     """
     rows = [(row, by_arm(row["runs"])) for row in on_file() if row["domain"] == domain.name]
-    taken = [(rank, seconds / steps) for _, arms in rows for rank, (steps, seconds) in arms.items() if steps]
-    step = {rank: statistics.median(t for at, t in taken if at == rank) for rank in {rank for rank, _ in taken}}
+    taken = [
+        (rank, seconds / steps)
+        for _, arms in rows
+        for rank, (steps, seconds) in arms.items()
+        if steps
+    ]
+    step = {
+        rank: statistics.median(t for at, t in taken if at == rank)
+        for rank in {rank for rank, _ in taken}
+    }
     whole = RATES_SWEPT * domain.steps * sum(step[rank] for rank in (*domain.ranks_swept, FULL))
 
     def sweep(cells: Mapping[Cell, int]) -> list[tuple[int, float]]:
-        return [(sum(cells.values()), sum(n * domain.steps * step[cell[2]] for cell, n in cells.items()))]
+        return [
+            (
+                sum(cells.values()),
+                sum(n * domain.steps * step[cell[2]] for cell, n in cells.items()),
+            )
+        ]
 
     costs = {}
     for config in CONFIGS:
@@ -223,16 +268,28 @@ def costs_of(domain: Domain, done: Losses) -> dict[str, dict[str, Cost]]:
         for row, arms in rows:
             if row["config"] == config:
                 seconds = sum(steps * step[rank] for rank, (steps, _) in arms.items())
-                spent.setdefault(named(row["plan"], row["share"]), []).append((len(row["runs"]), seconds))
+                spent.setdefault(named(row["plan"], row["share"]), []).append(
+                    (len(row["runs"]), seconds)
+                )
         for name, jobs in swept_once(Known(domain, config, domain.ranks_swept, done)).items():
-            spent[name] = sweep({cell_of(domain, config, rank): len(of) for rank, of in jobs.items()})
+            spent[name] = sweep(
+                {cell_of(domain, config, rank): len(of) for rank, of in jobs.items()}
+            )
         for name in CONTENDERS:
-            added, rank = {"LoRA+ 16": (LORAPLUS, TUNED), "ten times full": ("", FULL)}.get(name, ("", TUNED))
+            added, rank = {"LoRA+ 16": (LORAPLUS, TUNED), "ten times full": ("", FULL)}.get(
+                name, ("", TUNED)
+            )
             own, scheme, _ = cell_of(domain, config, rank)
             cell = (own, scheme + added, rank)
             spent[name] = sweep({cell: sum(job[:3] == cell and job.seed == 0 for job in done)})
-        means = {name: [statistics.fmean(part) for part in zip(*each, strict=True)] for name, each in spent.items()}
-        costs[config] = {name: Cost(runs, seconds / 60, seconds / whole) for name, (runs, seconds) in means.items()}
+        means = {
+            name: [statistics.fmean(part) for part in zip(*each, strict=True)]
+            for name, each in spent.items()
+        }
+        costs[config] = {
+            name: Cost(runs, seconds / 60, seconds / whole)
+            for name, (runs, seconds) in means.items()
+        }
     return costs
 
 

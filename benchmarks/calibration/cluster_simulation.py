@@ -118,7 +118,9 @@ class Replay:
         lora = tensors["rank"] > 0
         x = np.log2(tensors["lr"][lora])
         self.x, self.lost = (x - x[0]).tolist(), tensors["diverged"][lora].tolist()
-        self.curves = [curve[: np.isfinite(curve).sum()].tolist() for curve in tensors["curve"][lora]]
+        self.curves = [
+            curve[: np.isfinite(curve).sum()].tolist() for curve in tensors["curve"][lora]
+        ]
         self.steps = tensors["curve"].shape[1]
         whole = [i for i, curve in enumerate(self.curves) if len(curve) == self.steps]
         self._best = self.curves[min(whole, key=lambda i: statistics.fmean(self.curves[i][-5:]))]
@@ -154,7 +156,9 @@ def step_times() -> dict[int, list[float]]:
 # --- one calibration ------------------------------------------------------------------------------------------------
 
 
-def simulated(replay: Replay, workers: int, trials: int, times: dict[int, list[float]], seed: int) -> dict[str, float]:
+def simulated(
+    replay: Replay, workers: int, trials: int, times: dict[int, list[float]], seed: int
+) -> dict[str, float]:
     """Simulate one calibration by many workers.
 
     Args:
@@ -209,7 +213,9 @@ def simulated(replay: Replay, workers: int, trials: int, times: dict[int, list[f
     }
 
 
-def row_of(trials: int, workers: int, found: list[dict[str, float]], one: list[dict[str, float]]) -> dict[str, Any]:
+def row_of(
+    trials: int, workers: int, found: list[dict[str, float]], one: list[dict[str, float]]
+) -> dict[str, Any]:
     """A row of the table: means over calibrations and draws."""
     pairs = list(zip(found, one, strict=True))
     gains = [alone["time"] / many["time"] for many, alone in pairs]
@@ -222,26 +228,42 @@ def row_of(trials: int, workers: int, found: list[dict[str, float]], one: list[d
         "last round, % of the time": 100 * statistics.fmean(many["last"] for many, _ in pairs),
         "idle, % of the workers' time": 100 * statistics.fmean(many["idle"] for many, _ in pairs),
         "run length, % of a whole one": 100 * statistics.fmean(many["length"] for many, _ in pairs),
-        "octaves apart, median": statistics.median(abs(many["x"] - alone["x"]) for many, alone in pairs),
+        "octaves apart, median": statistics.median(
+            abs(many["x"] - alone["x"]) for many, alone in pairs
+        ),
     }
 
 
-def rows_of(trials: int, replays: list[Replay], times: dict[int, list[float]], draws: int) -> list[dict[str, Any]]:
+def rows_of(
+    trials: int, replays: list[Replay], times: dict[int, list[float]], draws: int
+) -> list[dict[str, Any]]:
     """The table's rows for a number of trials."""
     alike = {rank: [statistics.median(taken)] for rank, taken in times.items()}
-    drawn = {w: [simulated(r, w, trials, times, s) for r in replays for s in range(draws)] for w in WORKERS}
+    drawn = {
+        w: [simulated(r, w, trials, times, s) for r in replays for s in range(draws)]
+        for w in WORKERS
+    }
     steady = {w: [simulated(r, w, trials, alike, 0)["time"] for r in replays] for w in WORKERS}
     rows = []
     for workers in WORKERS:
         row = row_of(trials, workers, drawn[workers], drawn[1])
-        gain = statistics.fmean(one / many for one, many in zip(steady[1], steady[workers], strict=True))
+        gain = statistics.fmean(
+            one / many for one, many in zip(steady[1], steady[workers], strict=True)
+        )
         rows.append({**row, "speed-up, equal steps": gain})
     return rows
 
 
 @click.command(help=(__doc__ or "").splitlines()[0])
-@click.option("--draws", default=DRAWS, show_default=True, help="Draws of the step times. Fewer are not written.")
-@click.option("--most", default=max(TRIALS), show_default=True, help="Trials at most. Fewer are not written.")
+@click.option(
+    "--draws",
+    default=DRAWS,
+    show_default=True,
+    help="Draws of the step times. Fewer are not written.",
+)
+@click.option(
+    "--most", default=max(TRIALS), show_default=True, help="Trials at most. Fewer are not written."
+)
 def main(draws: int, most: int) -> None:
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -250,8 +272,19 @@ def main(draws: int, most: int) -> None:
         rows += rows_of(trials, replays, times, draws)
         click.echo("\n".join("  ".join(map(shown, row.values())) for row in rows[-len(WORKERS) :]))
     if draws >= DRAWS and most >= max(TRIALS):
-        on = {**machine(1), "calibrations": len(replays), "draws": draws, "seeds": f"0 to {draws - 1}"}
-        record("cluster_simulation", "What many workers gain", rows, on, (__doc__ or "").split("\n\n")[2:])
+        on = {
+            **machine(1),
+            "calibrations": len(replays),
+            "draws": draws,
+            "seeds": f"0 to {draws - 1}",
+        }
+        record(
+            "cluster_simulation",
+            "What many workers gain",
+            rows,
+            on,
+            (__doc__ or "").split("\n\n")[2:],
+        )
 
 
 if __name__ == "__main__":

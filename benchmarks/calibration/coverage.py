@@ -34,7 +34,7 @@ from study.runs_on_file import read
 
 from rankaware_optim import RankAwareWarning, Reference
 from rankaware_optim.calibration._schedule import Schedule
-from rankaware_optim.calibration.fit import Observation
+from rankaware_optim.fitting import Observation
 from rankaware_optim.laws import PRIOR_LAW, checked_multiplier, get_law
 
 RESTS_ON = ("search.adam", "calibration.adam")
@@ -50,7 +50,10 @@ GUESS_SD = 1.5  # standard deviation in octaves of the search's start about the 
 BEND = 0.02  # gap, a share of the gain, above which the bowls' gaps are on a logarithmic scale
 NEAR = 0.05  # gap, a share of the gain, below which a rate counts as near the optimum
 BEYOND = 10.0  # octaves by which the bowls are continued beyond their grids
-LOST, HIGHEST = 1.3, 3.0  # gaps, shares of the gain: a run above the first is stopped; the second is the cap
+LOST, HIGHEST = (
+    1.3,
+    3.0,
+)  # gaps, shares of the gain: a run above the first is stopped; the second is the cap
 NOTES = (
     "Simulated calibrations, 1,000 of each truth: ranks 4 and 64, eight trials each, two paired seeds, by the "
     "package's search and fit, on bowls, seed offsets, noise and cliffs of two real sweeps (two_rates.md: "
@@ -111,10 +114,17 @@ def _bowl(arm: Mapping[float, Sequence[float]], start: float) -> Bowl:
     about = near - near.mean(axis=1, keepdims=True) - level
     lowest = min(gaps, key=lambda x: gaps[x].mean())
     cliff = [
-        np.arcsinh(g / BEND).std(ddof=1) for x, g in gaps.items() if x > lowest and len(g) == 3 and g.mean() > NEAR
+        np.arcsinh(g / BEND).std(ddof=1)
+        for x, g in gaps.items()
+        if x > lowest and len(g) == 3 and g.mean() > NEAR
     ]
     freedom = (near.shape[0] - 1) * (near.shape[1] - 1)
-    return Bowl(*_curve(gaps), float(level.std(ddof=1)), math.sqrt((about**2).sum() / freedom), float(np.median(cliff)))
+    return Bowl(
+        *_curve(gaps),
+        float(level.std(ddof=1)),
+        math.sqrt((about**2).sum() / freedom),
+        float(np.median(cliff)),
+    )
 
 
 def _curve(gaps: Mapping[float, Array]) -> tuple[Array, Array]:
@@ -122,11 +132,15 @@ def _curve(gaps: Mapping[float, Array]) -> tuple[Array, Array]:
 
     It is made to rise on both sides of the lowest point, and continued beyond the grid with its slopes at the ends.
     """
-    spline = CubicSpline(list(gaps), [np.arcsinh(g.mean() / BEND) for g in gaps.values()], bc_type="natural")
+    spline = CubicSpline(
+        list(gaps), [np.arcsinh(g.mean() / BEND) for g in gaps.values()], bc_type="natural"
+    )
     x = np.linspace(spline.x[0], spline.x[-1], 400)
     bent = spline(x)
     lowest = int(bent.argmin())
-    bent = np.concatenate([np.maximum.accumulate(bent[lowest::-1])[::-1], np.maximum.accumulate(bent[lowest + 1 :])])
+    bent = np.concatenate(
+        [np.maximum.accumulate(bent[lowest::-1])[::-1], np.maximum.accumulate(bent[lowest + 1 :])]
+    )
     left, right = (float(spline(end, 1)) for end in spline.x[[0, -1]])
     ends = (bent[0] + BEYOND * max(-left, 0.3), bent[-1] + BEYOND * max(right, 0.3))
     u = np.array([x[0] - BEYOND, *x, x[-1] + BEYOND]) - x[lowest]
@@ -142,13 +156,17 @@ class World:
         rng: draws the noise.
     """
 
-    def __init__(self, best: Mapping[int, float], bowls: Mapping[int, Bowl], rng: np.random.Generator) -> None:
+    def __init__(
+        self, best: Mapping[int, float], bowls: Mapping[int, Bowl], rng: np.random.Generator
+    ) -> None:
         self._best, self._rng = best, rng
         nearest = {rank: min(bowls, key=lambda r: abs(math.log2(r / rank))) for rank in best}
         self.bowls = {rank: bowls[near] for rank, near in nearest.items()}
         cells = [(rank, seed) for rank in best for seed in SEEDS]
         self._level = {cell: rng.normal() for cell in cells}
-        self._waves = {cell: (rng.normal(size=24), rng.uniform(0, 2 * math.pi, 24)) for cell in cells}
+        self._waves = {
+            cell: (rng.normal(size=24), rng.uniform(0, 2 * math.pi, 24)) for cell in cells
+        }
 
     def run(self, rank: int, seed: int, x: float) -> Observation:
         """Simulate one trial at log2 base rate `x`. Loss 0 is the lowest possible, and 1 is that before training."""
@@ -193,23 +211,31 @@ def truth_of(study: Simulated, case: Case, rng: np.random.Generator) -> dict[int
     prior, about = study.prior, study.centred_law().exponent
     base, drift, factor = rng.normal(-10, 1), case.drift(rng), rng.normal(0, FULL_SD)
     lora = {
-        rank: base + (drift - about) * math.log2(rank / prior.pivot) + rng.normal(0, SCATTER) for rank in ASKED if rank
+        rank: base + (drift - about) * math.log2(rank / prior.pivot) + rng.normal(0, SCATTER)
+        for rank in ASKED
+        if rank
     }
     return {**lora, None: base + factor + (drift - about) * prior.full_reach}
 
 
-def simulated(case: Case, bowls: Mapping[int, Bowl], trials: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+def simulated(
+    case: Case, bowls: Mapping[int, Bowl], trials: int, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
     """Simulate one study. For each rank in `ASKED`, yield whether the band held the truth, its width, and regret."""
     study = study_of(case.init)
     truth = truth_of(study, case, rng)
     world = World({rank: x for rank, x in truth.items() if rank}, bowls, rng)
     study._start = truth[16] + rng.normal(0, GUESS_SD)
     schedule = Schedule(TRIED, SEEDS, STEPS, trials=trials * len(TRIED))
-    recipe = searched(study, schedule, 0.0, lambda trial, x: world.run(trial.rank or 0, trial.seed, x))
+    recipe = searched(
+        study, schedule, 0.0, lambda trial, x: world.run(trial.rank or 0, trial.seed, x)
+    )
     for rank, x in truth.items():
         rate = recipe.at(rank, alpha=float(rank)) if rank else recipe.at(method="full")
         target = replace(study.reference, rank=rank, alpha=rank, method="lora" if rank else "full")
-        best = x + math.log2(checked_multiplier(study.centred_law(), target.as_factor(), study.reference))
+        best = x + math.log2(
+            checked_multiplier(study.centred_law(), target.as_factor(), study.reference)
+        )
         low, quoted, high = (math.log2(v) - best for v in (rate.low, rate.lr, rate.high))
         bowl = world.bowls[rank or 256]
         yield {
@@ -248,15 +274,23 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     *parts, pooled = [row["band holds it, %"] for row in rows if row["rank"] == "all"]
     met = 85 <= pooled <= 95 and min(parts) >= 80
     each = ", ".join(f"{part:.1f} %" for part in parts)
-    return (
-        f"Bar: pooled 85 to 95 %, each truth at least 80 %: {'met' if met else 'NOT met'}, {pooled:.1f} % and {each}."
-    )
+    return f"Bar: pooled 85 to 95 %, each truth at least 80 %: {'met' if met else 'NOT met'}, {pooled:.1f} % and {each}."
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
-@click.option("--studies", default=1000, show_default=True, help="Studies of each truth. Fewer are not written.")
+@click.option(
+    "--studies",
+    default=1000,
+    show_default=True,
+    help="Studies of each truth. Fewer are not written.",
+)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--trials", default=TRIALS, show_default=True, help="Trials of each rank. Another number is not written.")
+@click.option(
+    "--trials",
+    default=TRIALS,
+    show_default=True,
+    help="Trials of each rank. Another number is not written.",
+)
 def main(studies: int, seed: int, trials: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RankAwareWarning)  # extrapolations are asked for on purpose
@@ -265,8 +299,15 @@ def main(studies: int, seed: int, trials: int) -> None:
     for number, case in enumerate(CASES):
         found = []
         for i in range(studies):
-            found += list(simulated(case, bowls[i % len(bowls)], trials, np.random.default_rng([seed, number, i])))
-        rows += [row_of(case.name, str(r or "full"), [one for one in found if one["rank"] == r]) for r in ASKED]
+            found += list(
+                simulated(
+                    case, bowls[i % len(bowls)], trials, np.random.default_rng([seed, number, i])
+                )
+            )
+        rows += [
+            row_of(case.name, str(r or "full"), [one for one in found if one["rank"] == r])
+            for r in ASKED
+        ]
         rows.append(row_of(case.name, "all", found))
         everything += found
     rows.append(row_of("all", "all", everything))
@@ -274,8 +315,20 @@ def main(studies: int, seed: int, trials: int) -> None:
         click.echo("\n".join("  ".join(map(shown, row.values())) for row in rows))
         click.echo(verdict(rows))
     else:
-        on = {**machine(1), "numpy": np.__version__, "scipy": version("scipy"), "seed": seed, "studies": studies}
-        record("coverage", "How often the 90 % band holds the best rate", rows, on, [verdict(rows), *NOTES])
+        on = {
+            **machine(1),
+            "numpy": np.__version__,
+            "scipy": version("scipy"),
+            "seed": seed,
+            "studies": studies,
+        }
+        record(
+            "coverage",
+            "How often the 90 % band holds the best rate",
+            rows,
+            on,
+            [verdict(rows), *NOTES],
+        )
 
 
 if __name__ == "__main__":

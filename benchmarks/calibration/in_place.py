@@ -38,7 +38,9 @@ BLOCKS, STEPS, TRIALS, LARGE = 32, 5, 6, 64
 
 
 @click.command()
-@click.option("--interruptions", default=100, show_default=True, help="Ctrl-C's sent, and as many in pairs.")
+@click.option(
+    "--interruptions", default=100, show_default=True, help="Ctrl-C's sent, and as many in pairs."
+)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--worker", default="", hidden=True, help="Run one measured process and print JSON.")
 def main(interruptions: int, threads: int, worker: str) -> None:
@@ -48,7 +50,10 @@ def main(interruptions: int, threads: int, worker: str) -> None:
         print(json.dumps(WORKERS[worker]()))
         return
     on = machine(threads)
-    found = {name: in_fresh_process(__file__, f"--worker={name}", f"--threads={threads}") for name in WORKERS}
+    found = {
+        name: in_fresh_process(__file__, f"--worker={name}", f"--threads={threads}")
+        for name in WORKERS
+    }
     rows = [
         *time_rows(found["time"]),
         *memory_rows(found),
@@ -82,7 +87,9 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({name: Adapted(*fans) for name, fans in LLAMA_8B_EIGHTH.items()})
+        self.layers = nn.ModuleDict(
+            {name: Adapted(*fans) for name, fans in LLAMA_8B_EIGHTH.items()}
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         at = self.layers
@@ -97,7 +104,9 @@ def build() -> nn.Module:
 
 
 def step(model: nn.Module, i: int) -> torch.Tensor:
-    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))  # one batch, so that a few steps lower the loss
+    x = torch.randn(
+        4, 512, generator=torch.Generator().manual_seed(0)
+    )  # one batch, so that a few steps lower the loss
     return (model(x) - x.roll(1, 1)).square().mean()
 
 
@@ -123,12 +132,18 @@ def between_trials() -> dict[str, Any]:
     firsts = [n for n, (i, _, _) in enumerate(started) if i == 0]
     gaps = [(started[n][2], started[n][1] - ended[n - 1]) for n in firsts[1:]]
     taken = [b - a for (_, a, _), b in zip(started, ended, strict=True)]
-    whole = {"first": started[0][1] - begin, "last": end - ended[-1], "step": statistics.median(taken)}
+    whole = {
+        "first": started[0][1] - begin,
+        "last": end - ended[-1],
+        "step": statistics.median(taken),
+    }
     return {"gaps": gaps, **whole, "pairs": sum(isinstance(m, Adapted) for m in model.modules())}
 
 
 def calibrate(model: nn.Module, step: Any, ranks: tuple[int | None, ...]) -> None:
-    ra.calibrate_in_place(model, step, AdamW, ranks=ranks, steps=STEPS, trials=TRIALS, lr_range=(1e-5, 1e-4))
+    ra.calibrate_in_place(
+        model, step, AdamW, ranks=ranks, steps=STEPS, trials=TRIALS, lr_range=(1e-5, 1e-4)
+    )
 
 
 def plain() -> dict[str, Any]:
@@ -192,9 +207,19 @@ def time_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
     for rank in sorted({rank for rank, _ in found["gaps"]}):
         gaps = [gap for at, gap in found["gaps"] if at == rank]
         text = f"{statistics.median(gaps):.2f} s ({min(gaps):.2f} to {max(gaps):.2f})"
-        rows.append(row(f"from a trial's last step to the first one at rank {rank}", text, f"{found['pairs']} pairs"))
-    rows.append(row("from the call to the first step", f"{found['first']:.2f} s", "with Optuna's import"))
-    rows.append(row("from the last step to the recipe", f"{found['last']:.2f} s", "model put back, fit"))
+        rows.append(
+            row(
+                f"from a trial's last step to the first one at rank {rank}",
+                text,
+                f"{found['pairs']} pairs",
+            )
+        )
+    rows.append(
+        row("from the call to the first step", f"{found['first']:.2f} s", "with Optuna's import")
+    )
+    rows.append(
+        row("from the last step to the recipe", f"{found['last']:.2f} s", "model put back, fit")
+    )
     return [*rows, row("a training step beside it", f"{found['step']:.2f} s", "4 rows")]
 
 
@@ -230,7 +255,9 @@ def interrupt(count: int, twice: bool) -> dict[str, Any]:
             child.stdin.write("next\n")
             child.stdin.flush()
     words = ", ".join(f"{kind} {number}" for kind, number in ends.most_common())
-    what = f"models changed by {count} interruptions at random moments{', each of two Ctrl-C' * twice}"
+    what = (
+        f"models changed by {count} interruptions at random moments{', each of two Ctrl-C' * twice}"
+    )
     return row(what, str(differed), words, differed == 0)
 
 

@@ -24,7 +24,16 @@ from study.training import WARMUP
 
 from rankaware_optim import calibrate
 from rankaware_optim.calibration import Trial
-from rankaware_optim.cli._demo import BATCH, CALIBRATED_RANKS, HEAD_RATE, SEEDS, STEPS, build, evaluate, fit
+from rankaware_optim.cli._demo import (
+    BATCH,
+    CALIBRATED_RANKS,
+    HEAD_RATE,
+    SEEDS,
+    STEPS,
+    build,
+    evaluate,
+    fit,
+)
 
 RECIPES, OTHER_SEEDS = Path(__file__).parents[2] / "recipes", RESULTS / "recipes"
 SHARE, FULL_TRIALS = 0.2, 3
@@ -32,9 +41,19 @@ SHARE, FULL_TRIALS = 0.2, 3
 
 @click.command()
 @click.option(
-    "--domain", "chosen", multiple=True, type=click.Choice(names()), help="Of the study, instead of the demo."
+    "--domain",
+    "chosen",
+    multiple=True,
+    type=click.Choice(names()),
+    help="Of the study, instead of the demo.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Random seed of the search.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Random seed of the search.",
+)
 def main(chosen: tuple[str, ...], seed: int) -> None:
     """Calibrate and save; a recipe that is there already is replaced."""
     torch.set_num_threads(1)
@@ -43,9 +62,17 @@ def main(chosen: tuple[str, ...], seed: int) -> None:
             path = path_of(name, config, seed)
             path.parent.mkdir(exist_ok=True)
             own = {"full_trials": FULL_TRIALS, "name": path.stem}
-            click.echo(recipe_of(get_domain(name), config, SHARE, seed, [], WARMUP, **own).save(path))
+            click.echo(
+                recipe_of(get_domain(name), config, SHARE, seed, [], WARMUP, **own).save(path)
+            )
     if not chosen:
-        given = {"ranks": CALIBRATED_RANKS, "steps": STEPS, "seeds": SEEDS, "batch": BATCH, "warmup": 0.0}
+        given = {
+            "ranks": CALIBRATED_RANKS,
+            "steps": STEPS,
+            "seeds": SEEDS,
+            "batch": BATCH,
+            "warmup": 0.0,
+        }
         recipe = calibrate(digits, torch.optim.AdamW, **given, name="efficientnet-lite0-digits")
         click.echo(recipe.save(RECIPES / f"{recipe.name}.toml"))
 
@@ -53,7 +80,11 @@ def main(chosen: tuple[str, ...], seed: int) -> None:
 def digits(trial: Trial) -> Generator[torch.Tensor, None, float]:
     """The demo's loop, its rates constant as in the package's sweep."""
     model = build(trial.rank)
-    yield from fit(model, trial.optimizer(model, weight_decay=0.01, rates={"*classifier*": HEAD_RATE}), trial.seed)
+    yield from fit(
+        model,
+        trial.optimizer(model, weight_decay=0.01, rates={"*classifier*": HEAD_RATE}),
+        trial.seed,
+    )
     return evaluate(model)
 
 

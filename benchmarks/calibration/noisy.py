@@ -34,12 +34,16 @@ from recording import machine, percent, record
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import _pruner, _runner, _sampler
-from rankaware_optim.calibration.fit import _posterior
 from rankaware_optim.errors import CalibrationError
+from rankaware_optim.fitting import _posterior
 
 RESTS_ON = ("search.adam", "calibration.adam")
 RANKS, STEPS, TRIALS = (4, 64), 100, 16
-BEST, CLIFF, GAIN = -7.0, 2.5, 0.2  # log2 of the best rate at the lowest rank; octaves above it; loss
+BEST, CLIFF, GAIN = (
+    -7.0,
+    2.5,
+    0.2,
+)  # log2 of the best rate at the lowest rank; octaves above it; loss
 NOISES, SHIFTS = (0.0, 0.5, 1.0, 2.0, 4.0), (-3.0, 0.0, 3.0)  # shares of the gain; octaves
 
 
@@ -53,7 +57,10 @@ class Outcome(NamedTuple):
 
 @click.command()
 @click.option(
-    "--searches", default=20, show_default=True, help="Of each line and shift; fewer are a look, not written."
+    "--searches",
+    default=20,
+    show_default=True,
+    help="Of each line and shift; fewer are a look, not written.",
 )
 def main(searches: int) -> None:
     """Search, print the table, and write it to the results."""
@@ -62,11 +69,15 @@ def main(searches: int) -> None:
     for noise in NOISES:
         for rules, context in (("with", nullcontext), ("without", without)):
             with context():
-                found = [searched(noise, shift, seed) for shift in SHIFTS for seed in range(searches)]
+                found = [
+                    searched(noise, shift, seed) for shift in SHIFTS for seed in range(searches)
+                ]
             rows.append(row_of(noise, rules, found))
             click.echo("  ".join(map(str, rows[-1].values())))
     if searches >= 20:
-        notes = [f"{searches * len(SHIFTS)} searches a line. A failed search names its cause and has no regret."]
+        notes = [
+            f"{searches * len(SHIFTS)} searches a line. A failed search names its cause and has no regret."
+        ]
         record("noisy", "Calibrations of noisy runs", rows, machine(1), notes)
 
 
@@ -88,16 +99,23 @@ def searched(noise: float, shift: float, seed: int) -> Outcome:
         opt = trial.optimizer(Pair(trial.rank))
         group = opt.param_groups[0]
         u = octaves_above_best(group["lr"] * group["rank_multiplier"], trial.rank, shift)
-        batches, own = (np.random.default_rng([seed, *key]) for key in ((trial.seed,), (trial.seed, trial.number)))
+        batches, own = (
+            np.random.default_rng([seed, *key])
+            for key in ((trial.seed,), (trial.seed, trial.number))
+        )
         for step in range(trial.steps):
             drawn = math.sqrt(0.5) * (batches.standard_normal() + own.standard_normal())
             yield 1.0 - GAIN * (learned(u, step / trial.steps) * (step > 0) - noise * drawn)
 
     try:
-        recipe = ra.calibrate(train, "adamw", ranks=RANKS, steps=STEPS, trials=TRIALS, seed=seed, progress=False)
+        recipe = ra.calibrate(
+            train, "adamw", ranks=RANKS, steps=STEPS, trials=TRIALS, seed=seed, progress=False
+        )
     except CalibrationError:
         return Outcome(None)
-    runs = zip(recipe.tensors["own_lr"], recipe.tensors["rank"], recipe.tensors["diverged"], strict=True)
+    runs = zip(
+        recipe.tensors["own_lr"], recipe.tensors["rank"], recipe.tensors["diverged"], strict=True
+    )
     for lr, rank, diverged in runs:
         if octaves_above_best(lr, rank, shift) < CLIFF:
             tried[bool(diverged)] += 1

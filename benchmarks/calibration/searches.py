@@ -60,7 +60,12 @@ def searched(of: Search) -> dict[str, Any]:
     start = time.perf_counter()
     rates = PLANS[of.plan](of, domain, spent)
     whole, training = time.perf_counter() - start, sum(run.seconds for run in spent)
-    return {**of._asdict(), "rates": rates, "runs": spent, "beside_training": (whole - training) / training}
+    return {
+        **of._asdict(),
+        "rates": rates,
+        "runs": spent,
+        "beside_training": (whole - training) / training,
+    }
 
 
 def by_arm(runs: Iterable[Sequence[Any]]) -> dict[int, tuple[int, float]]:
@@ -73,7 +78,11 @@ def by_arm(runs: Iterable[Sequence[Any]]) -> dict[int, tuple[int, float]]:
 
 
 def clocked(
-    run: Generator[Any, None, Any], spent: Spent, rank: int, seed: int, x: Callable[[], float | None]
+    run: Generator[Any, None, Any],
+    spent: Spent,
+    rank: int,
+    seed: int,
+    x: Callable[[], float | None],
 ) -> Generator[Any, None, Any]:
     """The same run; what it took and its loss are appended to `spent` at its end, however it ends."""
     steps, seconds, loss = 0, 0.0, None
@@ -109,7 +118,13 @@ def calibrated(**options: Any) -> Callable[[Search, Domain, Spent], Rates]:
 
 
 def recipe_of(
-    domain: Domain, config: str, share: float, seed: int, spent: Spent, warmup: float = WARMUP, **options: Any
+    domain: Domain,
+    config: str,
+    share: float,
+    seed: int,
+    spent: Spent,
+    warmup: float = WARMUP,
+    **options: Any,
 ) -> ra.Recipe:
     """A domain's recipe in a configuration, at a share of its sweep's cost.
 
@@ -117,13 +132,23 @@ def recipe_of(
     """
 
     def train(trial: ra.Trial) -> Generator[Any, None, Any]:
-        return clocked(loop(trial), spent, trial.rank or FULL, trial.seed, lambda: trial.lr and math.log2(trial.lr))
+        return clocked(
+            loop(trial),
+            spent,
+            trial.rank or FULL,
+            trial.seed,
+            lambda: trial.lr and math.log2(trial.lr),
+        )
 
     def loop(trial: ra.Trial) -> Generator[float, None, float]:
         model = built(domain, config, trial.rank or FULL, trial.seed)
         opt = trial.optimizer(model, rates=domain.head_rates, **ADAMW)
         own = replace(domain, steps=trial.steps)
-        return (yield from trained(own, model, opt, trial.seed, partial(shape, steps=trial.steps, warmup=warmup)))
+        return (
+            yield from trained(
+                own, model, opt, trial.seed, partial(shape, steps=trial.steps, warmup=warmup)
+            )
+        )
 
     ends = (domain.ranks_swept[0], domain.ranks_swept[-1])
     planned = {"ranks": ends, "steps": domain.steps, "budget": budget_of(share, domain)}
@@ -148,7 +173,11 @@ def rate_of(recipe: ra.Recipe, config: str, rank: int) -> list[float]:
     """The rate and its band at a rank of the configuration, or for full finetuning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ra.RankAwareWarning)
-        rate = recipe.at(method="full") if rank == FULL else recipe.at(rank, alpha=CONFIGS[config].alpha(rank))
+        rate = (
+            recipe.at(method="full")
+            if rank == FULL
+            else recipe.at(rank, alpha=CONFIGS[config].alpha(rank))
+        )
     return [rate.lr, rate.low, rate.high]
 
 
@@ -164,7 +193,9 @@ def by_tpe(of: Search, domain: Domain, spent: Spent) -> Rates:
             model = built(domain, of.config, TUNED, seed)
             opt = optimizer(model, domain, Job(domain.name, of.config, TUNED, x, seed))
             share = partial(shape, steps=domain.steps, warmup=WARMUP)
-            return scored(clocked(trained(domain, model, opt, seed, share), spent, TUNED, seed, lambda: x))
+            return scored(
+                clocked(trained(domain, model, opt, seed, share), spent, TUNED, seed, lambda: x)
+            )
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=of.seed))
@@ -183,7 +214,9 @@ def scored(run: Generator[Any, None, float]) -> float:
 
 def by_range_test(of: Search, domain: Domain, spent: Spent) -> Rates:
     """Smith's test at every arm: the rate rises from 2^-15 to 2^-2 in one run; taken where the loss falls fastest."""
-    return {rank: [2.0 ** steepest(of, domain, spent, rank)] * 3 for rank in (*domain.ranks_swept, FULL)}
+    return {
+        rank: [2.0 ** steepest(of, domain, spent, rank)] * 3 for rank in (*domain.ranks_swept, FULL)
+    }
 
 
 def steepest(of: Search, domain: Domain, spent: Spent, rank: int) -> float:
@@ -205,7 +238,9 @@ def steepest(of: Search, domain: Domain, spent: Spent, rank: int) -> float:
     rising.close()
     octave, lowest = round(1 / octaves), losses.index(min(losses))
     ends = range(10 + octave, max(lowest + 1, 11 + octave))
-    return LOW + octaves * min(ends, key=lambda i: losses[min(i, len(losses) - 1)] - losses[i - octave])
+    return LOW + octaves * min(
+        ends, key=lambda i: losses[min(i, len(losses) - 1)] - losses[i - octave]
+    )
 
 
 LORA, WITH_FULL = "LoRA trials", "LoRA and three full trials"

@@ -33,7 +33,9 @@ NOTES = (
 @click.option("--workers", default=2, show_default=True)
 def main(workers: int) -> None:
     on, spawn = machine(1), get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         rows = list(pool.map(row_of, on_file()))
     record("searches_again", "Searches on file, made again", rows, on, NOTES)
 

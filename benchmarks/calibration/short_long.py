@@ -47,7 +47,17 @@ import torch
 from calibration.searches import Spent, by_arm, clocked, rate_of, recipe_of, scored
 from recording import RESULTS, block, machine, percent, searched_with
 from study.best_rates import best_rate
-from study.configurations import CLIP, CONFIGS, START, TUNED, built, optimizer, run_in, start_of, starts
+from study.configurations import (
+    CLIP,
+    CONFIGS,
+    START,
+    TUNED,
+    built,
+    optimizer,
+    run_in,
+    start_of,
+    starts,
+)
 from study.domains import Domain, get_domain, names
 from study.grids import FULL, Cell, Job, Listed, Losses, Together, curve, lowest, or_inf
 from study.optima import best_rates
@@ -62,7 +72,11 @@ from rankaware_optim.calibration import seeded
 RESTS_ON = ("search.adam", "calibration.adam", "scores")
 TASKS = (("language", 4), ("image_generation", 4), ("image_generation", 8))
 STORE, SEARCHES = RESULTS / "short_long", RESULTS / "short_long_searches.jsonl"
-SEEDS, LEFT_OUT, SEARCHED = 2, 2, 20  # of the oracle, of the score, and the first that searches draw
+SEEDS, LEFT_OUT, SEARCHED = (
+    2,
+    2,
+    20,
+)  # of the oracle, of the score, and the first that searches draw
 PRICE, FULL_RUNS, FIFTH = 2, 3, 5
 WIDE, MOST = 2, 12  # octaves of the oracle's first grid to either side, and of a grid at most
 LOW, HIGH = -15.0, -2.0  # log2 of the rates that TPE and the fifth know of
@@ -92,7 +106,10 @@ class Task(NamedTuple):
     @property
     def cells(self) -> list[Cell]:
         """Every configuration and rank, and full finetuning once."""
-        return [*(self.cell(config, rank) for config in CONFIGS for rank in self.ranks), self.cell("full", FULL)]
+        return [
+            *(self.cell(config, rank) for config in CONFIGS for rank in self.ranks),
+            self.cell("full", FULL),
+        ]
 
 
 def run_one(job: Job) -> float | None:
@@ -126,7 +143,9 @@ class Oracle:
             if low < best < high or high - low >= MOST:
                 break
             low, high = low - (best <= low), high + (best >= high)
-        fine = [Job(*self.cell, best + half / 2, seed) for half in range(-2, 3) for seed in range(SEEDS)]
+        fine = [
+            Job(*self.cell, best + half / 2, seed) for half in range(-2, 3) for seed in range(SEEDS)
+        ]
         return [job for job in fine if job not in done]
 
 
@@ -140,7 +159,10 @@ def oracles(task: Task) -> list[Oracle]:
             near = min(known, key=lambda rank: abs(math.log2(max(rank, 1) / max(cell[2], 1))))
             found.append(Oracle(cell, round(known[near])))
         else:
-            model, method = built(task.domain, config, cell[2], 0), "full" if cell[2] == FULL else "lora"
+            model, method = (
+                built(task.domain, config, cell[2], 0),
+                "full" if cell[2] == FULL else "lora",
+            )
             found.append(Oracle(cell, round(math.log2(ra.suggest_lr(model, method=method).lr))))
     return found
 
@@ -152,7 +174,14 @@ def searched(task: Task, config: str, plan: str) -> dict[str, Any]:
     """What a plan names for every rank: rate, and band where it has one; and every run that it made."""
     spent = Spent()
     rates = PLANS[plan](task, config, spent)
-    return {"name": task.name, "times": task.times, "config": config, "plan": plan, "rates": rates, "runs": spent}
+    return {
+        "name": task.name,
+        "times": task.times,
+        "config": config,
+        "plan": plan,
+        "rates": rates,
+        "runs": spent,
+    }
 
 
 def calibrated(task: Task, config: str, spent: Spent, moved: bool) -> dict[int, list[float]]:
@@ -169,7 +198,9 @@ def by_tpe(task: Task, config: str, spent: Spent) -> dict[int, list[float]]:
     """Optuna's TPE, whole runs of the target's steps."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-    study.optimize(lambda trial: _tuned(task.domain, config, trial.suggest_float("x", LOW, HIGH), spent), PRICE)
+    study.optimize(
+        lambda trial: _tuned(task.domain, config, trial.suggest_float("x", LOW, HIGH), spent), PRICE
+    )
     return {rank: [2.0 ** study.best_params["x"]] for rank in (*task.ranks, FULL)}
 
 
@@ -199,7 +230,11 @@ PLANS = {
 
 
 def on_file() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in SEARCHES.read_text().splitlines()] if SEARCHES.exists() else []
+    return (
+        [json.loads(line) for line in SEARCHES.read_text().splitlines()]
+        if SEARCHES.exists()
+        else []
+    )
 
 
 # --- running --------------------------------------------------------------------------------------------------------
@@ -213,12 +248,21 @@ def main() -> None:
 @main.command()
 @click.option("--domain", "name", type=click.Choice(names()), required=True)
 @click.option("--times", default=4, show_default=True)
-@click.option("--stage", type=click.Choice(("search", "oracle", "score")), help="One; by default all, in turn.")
+@click.option(
+    "--stage",
+    type=click.Choice(("search", "oracle", "score")),
+    help="One; by default all, in turn.",
+)
 @click.option("--config", "configs", multiple=True, default=tuple(CONFIGS), show_default=True)
 @click.option("--plan", "plans", multiple=True, default=tuple(PLANS), show_default=True)
 @click.option("--workers", default=2, show_default=True)
 def run(
-    name: str, times: int, stage: str | None, configs: tuple[str, ...], plans: tuple[str, ...], workers: int
+    name: str,
+    times: int,
+    stage: str | None,
+    configs: tuple[str, ...],
+    plans: tuple[str, ...],
+    workers: int,
 ) -> None:
     """Append every missing run and search of a task to the results."""
     task, store, made = Task(name, times), STORE / f"{name}.jsonl", provenance(name)
@@ -228,14 +272,29 @@ def run(
         have = {(row["name"], row["times"], row["config"], row["plan"]) for row in on_file()}
         for which in ((name, times, config, plan) for config in configs for plan in plans):
             if which not in have:
-                row = {**searched(task, *which[2:]), "commit": made["commit"], "weights": made["weights"]}
+                row = {
+                    **searched(task, *which[2:]),
+                    "commit": made["commit"],
+                    "weights": made["weights"],
+                }
                 with SEARCHES.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                click.echo(f"{which}: {sum(steps for steps, _ in by_arm(row['runs']).values())} steps")
+                click.echo(
+                    f"{which}: {sum(steps for steps, _ in by_arm(row['runs']).values())} steps"
+                )
     if stage in (None, "oracle"):
-        complete(Together([starts(name, (LEFT_OUT,)), *oracles(task)]), run_one, store, workers, click.echo, made)
+        complete(
+            Together([starts(name, (LEFT_OUT,)), *oracles(task)]),
+            run_one,
+            store,
+            workers,
+            click.echo,
+            made,
+        )
     if stage in (None, "score"):
-        complete(Listed(list(scoring(task, read(store)))), run_one, store, workers, click.echo, made)
+        complete(
+            Listed(list(scoring(task, read(store)))), run_one, store, workers, click.echo, made
+        )
 
 
 def scoring(task: Task, done: Losses) -> Iterator[Job]:
@@ -275,7 +334,9 @@ def scores(task: Task) -> Iterator[Score]:
     """Every plan at every rank whose runs are on file."""
     done = read(STORE / f"{task.name}.jsonl")
     start = start_of(task.name, done) if done else math.nan
-    oracle = {job: loss for job, loss in done.items() if job.seed != LEFT_OUT or job.scheme == START}
+    oracle = {
+        job: loss for job, loss in done.items() if job.seed != LEFT_OUT or job.scheme == START
+    }
     for config in CONFIGS:
         for rank in (*task.ranks, FULL):
             if (floor := noise_floor(oracle, task.cell(config, rank))) is not None:
@@ -286,7 +347,11 @@ def scores(task: Task) -> Iterator[Score]:
             continue
         at_best = or_inf(done[Job(*cell, lowest(means), LEFT_OUT)])
         rate, best = row["rates"][str(cell[2])], best_rate(means, start)
-        held = None if best is None or len(rate) < 3 else math.log2(rate[1]) <= best <= math.log2(rate[2])
+        held = (
+            None
+            if best is None or len(rate) < 3
+            else math.log2(rate[1]) <= best <= math.log2(rate[2])
+        )
         regret = (or_inf(done[job]) - at_best) / (start - at_best)
         yield Score(task, row["config"], row["plan"], cell[2], regret, held)
 
@@ -297,8 +362,18 @@ def table() -> None:
     kept = {Task(row["name"], row["times"]) for row in on_file()}
     tasks = [*(Task(*task) for task in TASKS), *sorted(kept - set(TASKS))]
     found = [score for task in tasks for score in scores(task)]
-    parts = ["# Calibrate short, train long", __doc__ or "", verdict([s for s in found if s.task in TASKS])]
-    parts.append(block("By plan, over all tasks", ("plan", "rates", "worst", "median", *HEADS[-1:]), [*by_plan(found)]))
+    parts = [
+        "# Calibrate short, train long",
+        __doc__ or "",
+        verdict([s for s in found if s.task in TASKS]),
+    ]
+    parts.append(
+        block(
+            "By plan, over all tasks",
+            ("plan", "rates", "worst", "median", *HEADS[-1:]),
+            [*by_plan(found)],
+        )
+    )
     for task in tasks:
         title = f"{task.name}, {task.times} times the steps"
         if any(score.task == task for score in found):
@@ -306,7 +381,9 @@ def table() -> None:
         else:
             parts.append(f"## {title}\n\nNot scored yet.")
     on = machine(1)
-    (RESULTS / "short_long.md").write_text("\n\n".join([*parts, made_by(on, *sorted(STORE.glob("*.jsonl")))]) + "\n")
+    (RESULTS / "short_long.md").write_text(
+        "\n\n".join([*parts, made_by(on, *sorted(STORE.glob("*.jsonl")))]) + "\n"
+    )
     document = {"machine": on, "scores": [score._asdict() for score in found]}
     (RESULTS / "short_long.json").write_text(json.dumps(document) + "\n")
     click.echo("\n\n".join(parts[2:]))
@@ -331,8 +408,12 @@ def rows(task: Task, found: list[Score]) -> Iterator[list[str]]:
     """A line a configuration and plan; a dash where a run is missing."""
     for config in CONFIGS:
         for plan in (FLOOR, *PLANS):
-            mine: Mapping[int, Score] = {s.rank: s for s in found if (s.task, s.config, s.plan) == (task, config, plan)}
-            cells = [percent(mine[rank].regret) if rank in mine else "–" for rank in (*task.ranks, FULL)]
+            mine: Mapping[int, Score] = {
+                s.rank: s for s in found if (s.task, s.config, s.plan) == (task, config, plan)
+            }
+            cells = [
+                percent(mine[rank].regret) if rank in mine else "–" for rank in (*task.ranks, FULL)
+            ]
             yield [config, plan, *cells, holding(mine.values())]
 
 

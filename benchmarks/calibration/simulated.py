@@ -56,7 +56,7 @@ from rankaware_optim import Law, RankAwareWarning, Recipe, Reference
 from rankaware_optim.calibration import Study
 from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration._trials import TrialRecord
-from rankaware_optim.calibration.fit import Observation
+from rankaware_optim.fitting import Observation
 from rankaware_optim.laws import PRIOR_LAW, checked_multiplier, get_law
 from rankaware_optim.recipe import Z90
 
@@ -94,9 +94,18 @@ def calibrated(on: Surface, plan: Plan, seed: Sequence[int], prior: Law | None =
     ranks = (on.ranks[0], on.ranks[-1]) if plan.ranks == ENDS else (4, 64)
     budget = round(plan.share * RATES * (5 + 1) * STEPS)
     schedule = Schedule(ranks, seeds, STEPS, budget=budget, full_trials=plan.full)
-    study = Simulated(torch.optim.AdamW, prior or get_law(PRIOR_LAW), ranks, STEPS, seeds, full_follows=plan.full > 0)
+    study = Simulated(
+        torch.optim.AdamW,
+        prior or get_law(PRIOR_LAW),
+        ranks,
+        STEPS,
+        seeds,
+        full_follows=plan.full > 0,
+    )
     study._settle(reference_of(on, schedule.anchor), on.full_fan_in)
-    return searched(study, schedule, rng.uniform(-GUESS, GUESS), lambda trial, x: run(on, study, trial, x))
+    return searched(
+        study, schedule, rng.uniform(-GUESS, GUESS), lambda trial, x: run(on, study, trial, x)
+    )
 
 
 def seeds_of(on: Surface, rng: np.random.Generator) -> tuple[int, ...]:
@@ -110,7 +119,9 @@ def run(on: Surface, study: Study, trial: TrialRecord, x: float) -> Observation:
     own = x + math.log2(checked_multiplier(study.centred_law(), at.as_factor(), study.settled()))
     loss = on.loss(rank, trial.seed, own)
     lost = loss > on.best[rank] + LOST * (on.start - on.best[rank])
-    return Observation(trial.rank, trial.seed, x, math.inf if lost else loss, on.start, loss, True, stopped=lost)
+    return Observation(
+        trial.rank, trial.seed, x, math.inf if lost else loss, on.start, loss, True, stopped=lost
+    )
 
 
 def reference_of(on: Surface, rank: int | None) -> Reference:
@@ -154,7 +165,9 @@ def main() -> None:
 
 
 @main.command("run")
-@click.option("--surfaces", "which", type=click.Choice(tuple(SURFACES)), default="study", show_default=True)
+@click.option(
+    "--surfaces", "which", type=click.Choice(tuple(SURFACES)), default="study", show_default=True
+)
 @click.option("--studies", default=10, show_default=True, help="Of every surface and plan.")
 def run_all(which: str, studies: int) -> None:
     """Simulate every missing study, and append each to the results as it ends."""
@@ -167,15 +180,28 @@ def run_all(which: str, studies: int) -> None:
                 if (which, on.domain, on.config, plan, draw) not in have:
                     recipe = calibrated(on, plan, (index, draw))
                     at = {rank: rate_of(recipe, on, rank) for rank in (*on.ranks, FULL)}
-                    row = {"surfaces": which, "domain": on.domain, "config": on.config, "plan": plan, "draw": draw}
+                    row = {
+                        "surfaces": which,
+                        "domain": on.domain,
+                        "config": on.config,
+                        "plan": plan,
+                        "draw": draw,
+                    }
                     with STORE.open("a") as file:
-                        file.write(json.dumps({**row, "steepness": round(recipe.steepness, 3), "at": at}) + "\n")
+                        file.write(
+                            json.dumps({**row, "steepness": round(recipe.steepness, 3), "at": at})
+                            + "\n"
+                        )
         click.echo(f"{which}: {on.domain}, {on.config}")
 
 
 def rate_of(recipe: Recipe, on: Surface, rank: int) -> list[float]:
     """log2 of the rate and of the band's ends at a rank."""
-    rate = recipe.at(method="full") if rank == FULL else recipe.at(rank, alpha=CONFIGS[on.config].alpha(rank))
+    rate = (
+        recipe.at(method="full")
+        if rank == FULL
+        else recipe.at(rank, alpha=CONFIGS[on.config].alpha(rank))
+    )
     return [round(math.log2(value), 4) for value in (rate.lr, rate.low, rate.high)]
 
 
@@ -184,13 +210,17 @@ def outcomes() -> Iterator[Outcome]:
     for line in STORE.read_text().splitlines() if STORE.exists() else ():
         row = json.loads(line)
         which = row["surfaces"], row["domain"], row["config"], Plan(*row["plan"]), row["draw"]
-        yield from (Outcome(*which, int(rank), *of, row["steepness"]) for rank, of in row["at"].items())
+        yield from (
+            Outcome(*which, int(rank), *of, row["steepness"]) for rank, of in row["at"].items()
+        )
 
 
 # --- seeds not seen, and real searches ------------------------------------------------------------------------------
 
 ON_SEED = ("on all seeds", "on an unseen one", "from its own best")
-Seen = tuple[float, float, float]  # regret on all seeds, on a seed that the search has not seen, and from its own best
+Seen = tuple[
+    float, float, float
+]  # regret on all seeds, on a seed that the search has not seen, and from its own best
 
 
 def on_unseen(found: Sequence[Outcome]) -> Iterator[Seen]:
@@ -221,8 +251,17 @@ def on_seed(on: Surface, rank: int, seed: int, x: float) -> Seen:
 def of_seeds(found: Sequence[Outcome]) -> Iterator[list[str]]:
     """Rows of the table: each plan, and a sweep of one seed, on seeds that chose no rate."""
     for plan in PLANS:
-        lora, full = ([o for o in found if o.plan == plan and (o.rank == FULL) == whole] for whole in (False, True))
-        yield [plan.ranks, f"{plan.share:.0%}", str(plan.full), *means(on_unseen(lora)), *means(on_unseen(full))]
+        lora, full = (
+            [o for o in found if o.plan == plan and (o.rank == FULL) == whole]
+            for whole in (False, True)
+        )
+        yield [
+            plan.ranks,
+            f"{plan.share:.0%}",
+            str(plan.full),
+            *means(on_unseen(lora)),
+            *means(on_unseen(full)),
+        ]
     yield ["a sweep of one seed", "100%", "–", *means(swept_once(False)), *means(swept_once(True))]
 
 
@@ -230,7 +269,14 @@ def means(rows: Iterable[Sequence[float]]) -> list[str]:
     return [number(100 * statistics.fmean(each), 2) for each in zip(*rows, strict=True)]
 
 
-REAL_HEADS = ("configuration", "", "simulated", "real", "real, at ranks tried", "best run tried there")
+REAL_HEADS = (
+    "configuration",
+    "",
+    "simulated",
+    "real",
+    "real, at ranks tried",
+    "best run tried there",
+)
 
 
 class Real(NamedTuple):
@@ -258,7 +304,9 @@ def best_tried(recipe: Recipe) -> dict[int, float]:
     found = recipe.tensors
     ended = ~(found["diverged"] | found["pruned"])
     runs = zip(*(found[key][ended].tolist() for key in ("value", "own_lr", "rank")), strict=True)
-    return {rank: math.log2(rate) for _, rate, rank in sorted(runs, reverse=True)}  # the lowest loss comes last
+    return {
+        rank: math.log2(rate) for _, rate, rank in sorted(runs, reverse=True)
+    }  # the lowest loss comes last
 
 
 def of_real(found: Sequence[Outcome]) -> Iterator[list[str]]:
@@ -266,11 +314,25 @@ def of_real(found: Sequence[Outcome]) -> Iterator[list[str]]:
     recipes = list(real())
     for named, configs in ({config: [config] for config in CONFIGS} | {"all": [*CONFIGS]}).items():
         for whole in (False, True):
-            simulated = [o for o in found if o.plan == REAL and o.config in configs and (o.rank == FULL) == whole]
-            mine = [each for each in recipes if each.config in configs and (each.rank == FULL) == whole]
+            simulated = [
+                o
+                for o in found
+                if o.plan == REAL and o.config in configs and (o.rank == FULL) == whole
+            ]
+            mine = [
+                each for each in recipes if each.config in configs and (each.rank == FULL) == whole
+            ]
             tried = [(each.lost, each.tried) for each in mine if each.tried is not None]
-            lost = ([(regret(o, o.rate),) for o in simulated], [(each.lost,) for each in mine], tried)
-            yield [named, "full" if whole else "LoRA", *(cell for rows in lost for cell in means(rows))]
+            lost = (
+                [(regret(o, o.rate),) for o in simulated],
+                [(each.lost,) for each in mine],
+                tried,
+            )
+            yield [
+                named,
+                "full" if whole else "LoRA",
+                *(cell for rows in lost for cell in means(rows)),
+            ]
 
 
 def compared(unseen: Sequence[Sequence[str]], against: Sequence[Sequence[str]]) -> str:
@@ -333,7 +395,12 @@ def table() -> None:
         ),
         block(
             "Mean regret on a seed that the search has not seen, %",
-            ("ranks tried", "share", "full runs", *(f"{what}: {on}" for what in ("LoRA", "full") for on in ON_SEED)),
+            (
+                "ranks tried",
+                "share",
+                "full runs",
+                *(f"{what}: {on}" for what in ("LoRA", "full") for on in ON_SEED),
+            ),
             unseen,
         ),
         block("Mean regret of real searches, %", REAL_HEADS, against),
@@ -358,7 +425,9 @@ def table() -> None:
 
 def of_plan(plan: Plan, found: Sequence[Outcome]) -> Iterator[str]:
     """A row of the table: a plan's regret."""
-    lora, full = ([regret(o, o.rate) for o in found if (o.rank == FULL) == whole] for whole in (False, True))
+    lora, full = (
+        [regret(o, o.rate) for o in found if (o.rank == FULL) == whole] for whole in (False, True)
+    )
     yield from (plan.ranks, f"{plan.share:.0%}", str(plan.full), str(len(full)))
     yield from map(percent, (statistics.fmean(lora), np.quantile(lora, 0.99), max(lora)))
     yield from map(percent, (statistics.fmean(full), np.quantile(full, 0.95), max(full)))
@@ -367,7 +436,10 @@ def of_plan(plan: Plan, found: Sequence[Outcome]) -> Iterator[str]:
 def of_cap(cap: float, found: Sequence[Outcome]) -> Iterator[str]:
     """A row of the table: regret with another cap of the margin, over the plans at the lowest and highest rank."""
     mine = [o for o in found if o.plan.ranks == ENDS]
-    lora, full = ([regret(o, o.capped(cap)) for o in mine if (o.rank == FULL) == whole] for whole in (False, True))
+    lora, full = (
+        [regret(o, o.capped(cap)) for o in mine if (o.rank == FULL) == whole]
+        for whole in (False, True)
+    )
     yield number(cap)
     yield from map(percent, (statistics.fmean(lora), np.quantile(lora, 0.99)))
     yield from map(percent, (statistics.fmean(full), np.quantile(full, 0.95)))
@@ -377,7 +449,11 @@ def of_cap(cap: float, found: Sequence[Outcome]) -> Iterator[str]:
 def real_best(domain: str, config: str, rank: int) -> float | None:
     """log2 of the best rate in the study's runs; None if it is at an edge of the grid."""
     done = read(STORES / f"{domain}.jsonl")
-    return optimum(done, (domain, "full", FULL)).x if rank == FULL else best_rates(done, domain, config).get(rank)
+    return (
+        optimum(done, (domain, "full", FULL)).x
+        if rank == FULL
+        else best_rates(done, domain, config).get(rank)
+    )
 
 
 def is_held(of: Outcome) -> bool | None:
@@ -395,15 +471,29 @@ def of_bands(plan: Plan, found: Sequence[Outcome]) -> Iterator[str]:
     """A row of the table: the percentage of real best rates that a plan's bands hold, by domain and in all."""
     lora = [o for o in found if o.rank != FULL]
     yield from (plan.ranks, f"{plan.share:.0%}", str(plan.full))
-    yield from (number(100 * share_held([o for o in lora if o.domain == domain]), 0) for domain in STUDY)
-    yield from (number(100 * share_held(of), 0) for of in (lora, [o for o in found if o.rank == FULL]))
+    yield from (
+        number(100 * share_held([o for o in lora if o.domain == domain]), 0) for domain in STUDY
+    )
+    yield from (
+        number(100 * share_held(of), 0) for of in (lora, [o for o in found if o.rank == FULL])
+    )
 
 
 def verdict(found: Sequence[Outcome]) -> str:
     """Whether each bar was met, in sentences."""
-    lora = {plan: [100 * regret(o, o.rate) for o in found if o.plan == plan and o.rank != FULL] for plan in PLANS}
-    full = {plan: [100 * regret(o, o.rate) for o in found if o.plan == plan and o.rank == FULL] for plan in PLANS}
-    bars = ((PLANS[0], lora, 1.0, 8.0, 0.99), (PLANS[1], lora, 0.4, 4.0, 0.99), (PLANS[2], full, math.inf, 3.0, 0.95))
+    lora = {
+        plan: [100 * regret(o, o.rate) for o in found if o.plan == plan and o.rank != FULL]
+        for plan in PLANS
+    }
+    full = {
+        plan: [100 * regret(o, o.rate) for o in found if o.plan == plan and o.rank == FULL]
+        for plan in PLANS
+    }
+    bars = (
+        (PLANS[0], lora, 1.0, 8.0, 0.99),
+        (PLANS[1], lora, 0.4, 4.0, 0.99),
+        (PLANS[2], full, math.inf, 3.0, 0.95),
+    )
     said = []
     for plan, of, most, highest, share in bars:
         mean, high = statistics.fmean(of[plan]), float(np.quantile(of[plan], share))
@@ -428,7 +518,10 @@ def scatter() -> None:
             octaves, x = np.log2(list(best)), np.array(list(best.values()))
             line = np.polyval(np.polyfit(octaves, x, 1), octaves)
             off.append(((x - line) ** 2).sum() / (len(x) - 2))
-            seeds = [[v for v in optimum(done, (domain, config, rank)).by_seed if v is not None] for rank in best]
+            seeds = [
+                [v for v in optimum(done, (domain, config, rank)).by_seed if v is not None]
+                for rank in best
+            ]
             noise += [statistics.variance(of) / 3 for of in seeds if len(of) == 3]
     rms, own = (math.sqrt(statistics.fmean(of)) for of in (off, noise))
     click.echo(

@@ -14,7 +14,7 @@ from rankaware_optim.calibration import Study
 from rankaware_optim.calibration._sampler import BracketSampler
 from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration._trials import TrialRecord, Trials
-from rankaware_optim.calibration.fit import Observation
+from rankaware_optim.fitting import Observation
 
 STEPS = 20  # steps of a run, if nothing depends on them
 Run = Callable[[TrialRecord, float], Observation]  # a trial's outcome at log2 base rate x
@@ -54,5 +54,7 @@ def searched(study: Simulated, schedule: Schedule, guess: float, run: Run) -> Re
         steps = study.steps // (1 + seen.stopped)
         curve = np.linspace(seen.start, seen.tail, steps).tolist()
         state = TrialState.COMPLETE if math.isfinite(seen.value) else TrialState.PRUNED
-        study.done.append(replace(trial, x=seen.x, curve=curve, observation=seen, state=state, value=seen.value))
+        study.done.append(
+            replace(trial, x=seen.x, curve=curve, observation=seen, state=state, value=seen.value)
+        )
     return study.recipe()

@@ -70,23 +70,38 @@ def study_surfaces() -> Iterator[Surface]:
 
 def other_surfaces() -> Iterator[Surface]:
     """Surfaces of two domains with 30 % warm-up, from the sweeps of `against_sweep.py`."""
-    done = {job: loss for job, loss in read(RESULTS / "calibration_runs.jsonl").items() if job.seed < 6}
+    done = {
+        job: loss for job, loss in read(RESULTS / "calibration_runs.jsonl").items() if job.seed < 6
+    }
     for domain in ("image_generation", "vision_classification"):
         yield from (surface_of(domain, config, done, (0, 1, 2)) for config in CONFIGS)
 
 
-def surface_of(domain: str, config: str, done: Losses, seeds: tuple[int, ...] | None = None) -> Surface:
+def surface_of(
+    domain: str, config: str, done: Losses, seeds: tuple[int, ...] | None = None
+) -> Surface:
     """The surface of a configuration and full finetuning, from the rates that every seed has run."""
-    mine = {job: loss for job, loss in done.items() if job.domain == domain and job.scheme in (config, "full")}
+    mine = {
+        job: loss
+        for job, loss in done.items()
+        if job.domain == domain and job.scheme in (config, "full")
+    }
     seeds = seeds or tuple(sorted({job.seed for job in mine}))
     start, cells = start_of(domain, done), sorted({job[:3] for job in mine})
     mean, by_seed, best, rates = {}, {}, {}, {}
     for cell in cells:
         rows = {
-            x: [mine.get(Job(*cell, x, seed), math.nan) for seed in seeds] for x in {j.x for j in mine if j[:3] == cell}
+            x: [mine.get(Job(*cell, x, seed), math.nan) for seed in seeds]
+            for x in {j.x for j in mine if j[:3] == cell}
         }
-        whole = {x: losses for x, losses in sorted(rows.items()) if not any(loss != loss for loss in losses)}
-        means = {x: None if None in losses else statistics.fmean(losses) for x, losses in whole.items()}
+        whole = {
+            x: losses
+            for x, losses in sorted(rows.items())
+            if not any(loss != loss for loss in losses)
+        }
+        means = {
+            x: None if None in losses else statistics.fmean(losses) for x, losses in whole.items()
+        }
         rank = cell[2]
         rates[rank] = list(whole)
         best[rank] = min(loss for loss in means.values() if loss is not None)
@@ -97,7 +112,8 @@ def surface_of(domain: str, config: str, done: Losses, seeds: tuple[int, ...] | 
         }
     init = "b" if CONFIGS[config].init == "B" else "a"
     made = Recipe.load(
-        RECIPES / f"{domain.replace('_', '-')}-{init}{'-inverse-rank' * bool(CONFIGS[config].gamma)}.toml"
+        RECIPES
+        / f"{domain.replace('_', '-')}-{init}{'-inverse-rank' * bool(CONFIGS[config].gamma)}.toml"
     )
     widths = made.reference.fan_in or 1.0, made.full_fan_in or 1.0
     return Surface(domain, config, start, mean, by_seed, best, rates, *widths)
@@ -112,7 +128,9 @@ def _gap(losses: Mapping[float, float | None], best: float, start: float) -> Gap
         start: the loss before training.
     """
     gaps = {
-        x: DIVERGED if (loss := losses[x]) is None else min((loss - best) / (start - best), DIVERGED)
+        x: DIVERGED
+        if (loss := losses[x]) is None
+        else min((loss - best) / (start - best), DIVERGED)
         for x in sorted(losses)
     }
     xs, bent = list(gaps), [math.asinh(gap / BEND) for gap in gaps.values()]

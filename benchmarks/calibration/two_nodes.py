@@ -50,7 +50,11 @@ def main() -> None:
         {**machine(1), "ray": ray.__version__},
         (__doc__ or "").split("\n\n")[2:],
     )
-    sys.exit(any(row["runs"] != TRIALS or row["points"] != TRIALS or row["kept"] is False for row in rows))
+    sys.exit(
+        any(
+            row["runs"] != TRIALS or row["points"] != TRIALS or row["kept"] is False for row in rows
+        )
+    )
 
 
 def calibrated(kills: bool) -> dict[str, Any]:
@@ -117,7 +121,9 @@ def ray_memory() -> Iterator[int]:
             command = (folder / "cmdline").read_bytes()
             if b"/ray/" in command or command.startswith(b"ray::"):
                 lines = (folder / "smaps_rollup").read_text().splitlines()
-                yield from (1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+                yield from (
+                    1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")
+                )
         except OSError:
             continue
 

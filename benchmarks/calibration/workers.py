@@ -34,7 +34,10 @@ import rankaware_optim as ra
 
 RESTS_ON = ()  # times: made again at a release
 DOMAIN, TRIALS = "image_generation", (16, 32)
-TWICE, RAY = 1.85, 1.05  # bars: one worker's time over two workers', at least; Ray's over theirs, less starts, at most
+TWICE, RAY = (
+    1.85,
+    1.05,
+)  # bars: one worker's time over two workers', at least; Ray's over theirs, less starts, at most
 RATES = "0.0005,0.06"
 ARMS = {
     "one": ["--workers=1", "--threads=1"],
@@ -60,7 +63,9 @@ def train(trial: ra.Trial) -> Iterator[float]:
 
 @click.command()
 @click.option("--rounds", default=1, show_default=True)
-@click.option("--trials", type=int, help="One number of trials instead of both: a look, not written.")
+@click.option(
+    "--trials", type=int, help="One number of trials instead of both: a look, not written."
+)
 def main(rounds: int, trials: int | None) -> None:
     """Measure, print the table, and write it. Exit with status 1 if a bar is missed at the larger number of trials."""
     get_domain(DOMAIN).warm()
@@ -72,7 +77,13 @@ def main(rounds: int, trials: int | None) -> None:
     if trials:
         click.echo("\n".join(f"{key}: {shown(value)}" for key, value in rows[-1].items()))
         return
-    record("workers", "Two workers of one thread against one, and on Ray", rows, on, (__doc__ or "").split("\n\n")[::2])
+    record(
+        "workers",
+        "Two workers of one thread against one, and on Ray",
+        rows,
+        on,
+        (__doc__ or "").split("\n\n")[::2],
+    )
     sys.exit(not all(value for value in rows[-1].values() if isinstance(value, bool)))
 
 
@@ -100,7 +111,14 @@ def timed(options: list[str], trials: int) -> Timed:
         steps = get_domain(DOMAIN).steps
         given = {"ranks": "4,64", "steps": steps, "trials": trials, "lr-range": RATES, "warmup": 1}
         named = [f"--{key}={value}" for key, value in given.items()]
-        command = ["-m", "rankaware_optim", "calibrate", "calibration.workers:train", "-o", f"{folder}/r.toml"]
+        command = [
+            "-m",
+            "rankaware_optim",
+            "calibrate",
+            "calibration.workers:train",
+            "-o",
+            f"{folder}/r.toml",
+        ]
 
         def once() -> float:
             start = time.perf_counter()

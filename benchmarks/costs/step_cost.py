@@ -35,12 +35,17 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     TENSOR: {"fused": True, "lr": torch.tensor(1e-6)},
 }
 LAYOUTS = (2, 16, 448)
-PAIRS = [pair for n in LAYOUTS for pair in ((f"ours {n}", f"native {n}"), (f"ours {n}", "native 1"))]
+PAIRS = [
+    pair for n in LAYOUTS for pair in ((f"ours {n}", f"native {n}"), (f"ours {n}", "native 1"))
+]
 PAIRS += [(f"native {n}", "native 1") for n in LAYOUTS] + [("peft", "native 1")]
 SAME_GROUPS = {2: 1.02, 16: 1.02, 448: 1.05}  # bars by number of groups, for a float rate
 TENSOR_GROUPS = {16: 1.05}  # the bar for tensor rates
 ONE_GROUP, BUILD_MS = 1.05, 40.0
-LOADS = {32: (448, 30.0, None), 714: (9996, None, 2.0)}  # by blocks: tensors, bar in ms, bar against native
+LOADS = {
+    32: (448, 30.0, None),
+    714: (9996, None, 2.0),
+}  # by blocks: tensors, bar in ms, bar against native
 SETTINGS: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.01}
 Step = Callable[[], object]
 Timer = Callable[[Step], float]
@@ -53,10 +58,22 @@ def milliseconds(step: Step) -> float:
 
 
 @click.command()
-@click.option("--processes", default=5, show_default=True, help="Fresh processes; the median over them is reported.")
-@click.option("--rounds", default=40, show_default=True, help="Steps timed per optimizer and pair, in each process.")
+@click.option(
+    "--processes",
+    default=5,
+    show_default=True,
+    help="Fresh processes; the median over them is reported.",
+)
+@click.option(
+    "--rounds",
+    default=40,
+    show_default=True,
+    help="Steps timed per optimizer and pair, in each process.",
+)
 @click.option("--threads", default=1, show_default=True)
-@click.option("--worker", is_flag=True, hidden=True, help="Run one measured process and print JSON.")
+@click.option(
+    "--worker", is_flag=True, hidden=True, help="Run one measured process and print JSON."
+)
 def main(processes: int, rounds: int, threads: int, worker: bool) -> None:
     """Measure, print the table, and write it to the results. Exit with status 1 if a bar is not met."""
     torch.set_num_threads(threads)
@@ -81,13 +98,19 @@ def measure(rounds: int) -> dict[str, Any]:
     model = adapters(32, LLAMA_8B_EIGHTH)
     for param in model.parameters():
         param.grad = torch.randn_like(param)
-    ratios = {name: measure_pairs(contestants(model, flags), rounds) for name, flags in IMPLEMENTATIONS.items()}
+    ratios = {
+        name: measure_pairs(contestants(model, flags), rounds)
+        for name, flags in IMPLEMENTATIONS.items()
+    }
     loads = {str(blocks): time_loads(adapters(blocks, LLAMA_8B_EIGHTH)) for blocks in LOADS}
     return {"ratios": ratios, "build": time_build(adapters(80, LLAMA_8B_EIGHTH)), "loads": loads}
 
 
 def measure_pairs(
-    steps: dict[str, Step], rounds: int, pairs: Sequence[tuple[str, str]] = PAIRS, timed: Timer = milliseconds
+    steps: dict[str, Step],
+    rounds: int,
+    pairs: Sequence[tuple[str, str]] = PAIRS,
+    timed: Timer = milliseconds,
 ) -> dict[str, float]:
     """Median ratio of each pair whose optimizers exist, as "above / below", and the lower one's milliseconds.
 
@@ -106,7 +129,10 @@ def measure_pairs(
 
 
 def contestants(
-    model: nn.Module, flags: dict[str, Any], kind: type[Optimizer] = AdamW, layouts: Sequence[int] = LAYOUTS
+    model: nn.Module,
+    flags: dict[str, Any],
+    kind: type[Optimizer] = AdamW,
+    layouts: Sequence[int] = LAYOUTS,
 ) -> dict[str, Step]:
     """The steps to compare, by name: native with one group, native and ours with each layout, and PEFT's LoRA+."""
     settings = SETTINGS | flags
@@ -114,7 +140,9 @@ def contestants(
     for count in layouts:
         spread_scalings(model, count // 2)
         ours = RankAwareOptimizer(model, kind, init="A", **settings)
-        assert len(ours.param_groups) == count, f"{len(ours.param_groups)} groups in place of {count}"
+        assert len(ours.param_groups) == count, (
+            f"{len(ours.param_groups)} groups in place of {count}"
+        )
         by_hand = [{"params": group["params"], "lr": group["lr"]} for group in ours.param_groups]
         made |= {f"native {count}": kind(by_hand, **settings), f"ours {count}": ours}
     made |= {} if "lr" in flags or kind is not AdamW else peft_loraplus(model, flags)
@@ -152,7 +180,9 @@ def interleave(a: Step, b: Step, rounds: int, timed: Timer) -> list[tuple[float,
 def time_build(model: nn.Module) -> float:
     """Median milliseconds to build the optimizer for 1,120 factors: inspection, grouping and AdamW itself."""
     assert sum(1 for _ in model.parameters()) == 1120
-    return statistics.median(milliseconds(lambda: RankAwareOptimizer(model, AdamW, lr=1e-4)) for _ in range(21))
+    return statistics.median(
+        milliseconds(lambda: RankAwareOptimizer(model, AdamW, lr=1e-4)) for _ in range(21)
+    )
 
 
 def time_loads(model: nn.Module) -> tuple[float, float]:
@@ -212,7 +242,12 @@ def build_row(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     typical = statistics.median(taken)
     columns = dict.fromkeys(step_rows("fused", runs)[0])
     found = f"{typical:.1f} ms ({min(taken):.1f} to {max(taken):.1f})"
-    return columns | {"implementation": "build, 1,120 factors", "groups": 2, "range": found, "met": typical <= BUILD_MS}
+    return columns | {
+        "implementation": "build, 1,120 factors",
+        "groups": 2,
+        "range": found,
+        "met": typical <= BUILD_MS,
+    }
 
 
 def load_row(blocks: int, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -222,7 +257,11 @@ def load_row(blocks: int, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ours, native = (statistics.median(times) for times in zip(*taken, strict=True))
     ratio = statistics.median(a / b for a, b in taken)
     columns = dict.fromkeys(step_rows("fused", runs)[0])
-    columns |= {"implementation": f"load, {tensors:,} tensors", "groups": 2, "ours / native, same groups": ratio}
+    columns |= {
+        "implementation": f"load, {tensors:,} tensors",
+        "groups": 2,
+        "ours / native, same groups": ratio,
+    }
     fast = (most_ms is None or ours <= most_ms) and (most_ratio is None or ratio <= most_ratio)
     return columns | {"range": f"{ours:.0f} ms, native {native:.0f} ms", "met": fast}
 

@@ -31,7 +31,9 @@ LINEAR = 1.25  # bar: time per layer over that at half the layers; quadratic cos
 
 
 @click.command()
-@click.option("--repeats", default=25, show_default=True, help="Calls timed; their median is reported.")
+@click.option(
+    "--repeats", default=25, show_default=True, help="Calls timed; their median is reported."
+)
 @click.option("--threads", default=1, show_default=True)
 def main(repeats: int, threads: int) -> None:
     """Measure, print the table, and write it to the results. Exit with status 1 if a bar is not met."""
@@ -67,9 +69,14 @@ def device_rows(device: str, repeats: int) -> list[dict[str, Any]]:
 
 def adapted(blocks: int, device: str) -> nn.Module:
     """A PEFT model with `blocks` blocks on a device."""
-    layers = [{name: frozen_linear(*fans, device) for name, fans in LLAMA_70B.items()} for _ in range(blocks)]
+    layers = [
+        {name: frozen_linear(*fans, device) for name, fans in LLAMA_70B.items()}
+        for _ in range(blocks)
+    ]
     base = nn.Sequential(*map(nn.ModuleDict, layers))
-    return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(LLAMA_70B)))
+    return get_peft_model(
+        base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(LLAMA_70B))
+    )
 
 
 def frozen_linear(fan_in: int, fan_out: int, device: str) -> nn.Linear:
@@ -84,7 +91,9 @@ def time_both(model: nn.Module, repeats: int) -> tuple[float, float, float]:
     """Median milliseconds: processor time of inspection, processor and wall time of inspection and grouping."""
     inspecting = [milliseconds(lambda: inspect_model(model)) for _ in range(repeats)]
     both = [milliseconds(lambda: rank_aware_param_groups(model, lr=1e-4)) for _ in range(repeats)]
-    (cpu, _), (both_cpu, both_wall) = ([statistics.median(t) for t in zip(*x, strict=True)] for x in (inspecting, both))
+    (cpu, _), (both_cpu, both_wall) = (
+        [statistics.median(t) for t in zip(*x, strict=True)] for x in (inspecting, both)
+    )
     return cpu, both_cpu, both_wall
 
 

@@ -28,7 +28,10 @@ from torch.optim import lr_scheduler
 RESTS_ON = ()  # outcomes: made again at a release
 ROOT = Path(__file__).parents[2]
 SUITES = {
-    "Optimizers": ["tests/environments/integrations/test_optimizers.py", "tests/optimizer/test_wrapper.py"],
+    "Optimizers": [
+        "tests/environments/integrations/test_optimizers.py",
+        "tests/optimizer/test_wrapper.py",
+    ],
     "State": ["tests/optimizer/test_state_dict.py"],
     "Schedulers": [
         "tests/optimizer/test_loops.py",
@@ -62,8 +65,13 @@ def main() -> None:
         lines += [f"## {title}", "", "| check | ours | native, groups by hand |", "|---|---|---|"]
         lines += [line(row) for path in paths for row in rows(path)] + [""]
     lines += ["## Limits", "", *(f"* {limit}" for limit in LIMITS), ""]
-    lines += ["Versions: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES.split()) + ".", ""]
-    lines.append(f"Made by `python benchmarks/ecosystem/compatibility.py` on {machine(torch.get_num_threads())}")
+    lines += [
+        "Versions: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES.split()) + ".",
+        "",
+    ]
+    lines.append(
+        f"Made by `python benchmarks/ecosystem/compatibility.py` on {machine(torch.get_num_threads())}"
+    )
     (RESULTS / "compatibility.md").write_text("\n".join(lines) + "\n")
     click.echo("\n".join(lines))
 
@@ -93,20 +101,36 @@ def rows(path: str, *options: str) -> list[Row]:
     """Run one test file or folder with these options of pytest, and count its cases by test function."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", path, f"--junitxml={report}", "-q", "--tb=no", *options]
-        subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            path,
+            f"--junitxml={report}",
+            "-q",
+            "--tb=no",
+            *options,
+        ]
+        subprocess.run(
+            command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         cases = list(ET.parse(report).iter("testcase"))
     sentences = {name: text for file in files(path) for name, text in docstrings(file).items()}
     grouped: dict[str, list[ET.Element]] = defaultdict(list)
     for case in cases:
         file = case.get("classname", "").rpartition(".")[2]
         grouped[f"{file}::{case.get('name', '').partition('[')[0]}"].append(case)
-    return [_row(name, sentences.get(name.partition("::")[2], name), group) for name, group in grouped.items()]
+    return [
+        _row(name, sentences.get(name.partition("::")[2], name), group)
+        for name, group in grouped.items()
+    ]
 
 
 def _row(name: str, sentence: str, cases: list[ET.Element]) -> Row:
     skipped = [case.find("skipped") for case in cases if case.find("skipped") is not None]
-    failed = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
+    failed = sum(
+        case.find("failure") is not None or case.find("error") is not None for case in cases
+    )
     limits = Counter(s.get("message", "") for s in skipped if s is not None)
     return Row(name, sentence, len(cases) - len(skipped) - failed, limits, failed)
 
@@ -148,7 +172,9 @@ def _adapter(rank: int) -> list[nn.Parameter]:
 
 
 def _stepped(params: list[nn.Parameter], **options: bool) -> torch.optim.AdamW:
-    opt = torch.optim.AdamW([{"params": [p], "lr": 1e-3 * (i + 1)} for i, p in enumerate(params)], **options)
+    opt = torch.optim.AdamW(
+        [{"params": [p], "lr": 1e-3 * (i + 1)} for i, p in enumerate(params)], **options
+    )
     for param in params:
         param.grad = torch.ones_like(param)
     opt.step()

@@ -86,10 +86,16 @@ def _read(case: Case) -> dict[str, Any]:
         "scaling": (found.scalings, expected.scalings),
         "init": (found.inits, expected.inits),
     }
-    same = (found.conventions, found.kinds, found.other) == (expected.conventions, expected.kinds, expected.other)
+    same = (found.conventions, found.kinds, found.other) == (
+        expected.conventions,
+        expected.kinds,
+        expected.other,
+    )
     cells = {}
     for name, (values, wanted) in columns.items():
-        text = ", ".join(f"{value:g}" if isinstance(value, (int, float)) else str(value) for value in values)
+        text = ", ".join(
+            f"{value:g}" if isinstance(value, (int, float)) else str(value) for value in values
+        )
         cells[name] = text if values == wanted else f"NO: {text}"
     return {"found": same} | cells
 

@@ -55,7 +55,9 @@ def main() -> None:
     """Run every loop, print, and write results/loops.json and .md."""
     warnings.simplefilter("ignore")
     rows = [row(loop) for loop in LOOPS]
-    record("loops", "Loops that set rates, and the law", rows, machine(torch.get_num_threads()), NOTES)
+    record(
+        "loops", "Loops that set rates, and the law", rows, machine(torch.get_num_threads()), NOTES
+    )
 
 
 def row(loop: Loop) -> dict[str, Any]:
@@ -63,7 +65,12 @@ def row(loop: Loop) -> dict[str, Any]:
     wanted = moves(loop, lambda model: native([model.head.weight], lr=BASE))["head.weight"]
     builders = {"ours": wrapped, "native groups, multiplied by hand": by_hand}
     found = {name: error(loop, partial(build, native), wanted) for name, build in builders.items()}
-    return {"package": loop.package, "loop": loop.name, **found, f"ours ≤ {BAR:g}": found["ours"] <= BAR}
+    return {
+        "package": loop.package,
+        "loop": loop.name,
+        **found,
+        f"ours ≤ {BAR:g}": found["ours"] <= BAR,
+    }
 
 
 class Pair(nn.Module):
@@ -155,13 +162,21 @@ def plateau(opt: Any) -> Advance:
 
 def swa(opt: Any) -> Advance:
     made = schedulers.SequentialLR(
-        opt, [schedulers.LinearLR(opt, total_iters=4), torch.optim.swa_utils.SWALR(opt, swa_lr=BASE / 10)], [4]
+        opt,
+        [
+            schedulers.LinearLR(opt, total_iters=4),
+            torch.optim.swa_utils.SWALR(opt, swa_lr=BASE / 10),
+        ],
+        [4],
     )
     return lambda step: made.step()
 
 
 def two_in_turn(opt: Any) -> Any:
-    parts = [schedulers.LinearLR(opt, total_iters=3), schedulers.CosineAnnealingLR(opt, 9, eta_min=BASE / 10)]
+    parts = [
+        schedulers.LinearLR(opt, total_iters=3),
+        schedulers.CosineAnnealingLR(opt, 9, eta_min=BASE / 10),
+    ]
     return schedulers.SequentialLR(opt, parts, [3])
 
 
@@ -204,18 +219,37 @@ def of_transformers(kind: str, options: Mapping[str, Any]) -> Loop:
     def build(opt: Any) -> Any:
         make = import_module("transformers").get_scheduler
         return make(
-            kind, opt, num_warmup_steps=3, num_training_steps=STEPS + 1, scheduler_specific_kwargs=dict(options) or None
+            kind,
+            opt,
+            num_warmup_steps=3,
+            num_training_steps=STEPS + 1,
+            scheduler_specific_kwargs=dict(options) or None,
         )
 
     return scheduled("transformers", kind, build)
 
 
 TIMM: Mapping[str, Mapping[str, Any]] = {
-    "CosineLRScheduler": {"t_initial": STEPS, "lr_min": BASE / 10, "warmup_t": 3, "warmup_lr_init": BASE / 50},
-    "StepLRScheduler": {"decay_t": 4, "decay_rate": 0.3, "warmup_t": 2, "warmup_lr_init": BASE / 50},
+    "CosineLRScheduler": {
+        "t_initial": STEPS,
+        "lr_min": BASE / 10,
+        "warmup_t": 3,
+        "warmup_lr_init": BASE / 50,
+    },
+    "StepLRScheduler": {
+        "decay_t": 4,
+        "decay_rate": 0.3,
+        "warmup_t": 2,
+        "warmup_lr_init": BASE / 50,
+    },
     "MultiStepLRScheduler": {"decay_t": [3, 6], "decay_rate": 0.3},
     "PolyLRScheduler": {"t_initial": STEPS, "lr_min": BASE / 10},
-    "TanhLRScheduler": {"t_initial": STEPS, "lr_min": BASE / 10, "warmup_t": 2, "warmup_lr_init": BASE / 50},
+    "TanhLRScheduler": {
+        "t_initial": STEPS,
+        "lr_min": BASE / 10,
+        "warmup_t": 2,
+        "warmup_lr_init": BASE / 50,
+    },
 }
 
 
@@ -227,7 +261,13 @@ def of_timm(name: str, options: Mapping[str, Any]) -> Loop:
     return Loop("timm", name, start)
 
 
-_RAISED = {"t_max": STEPS + 1, "max_lr": 2 * BASE, "min_lr": BASE / 10, "init_lr": BASE / 50, "warmup_steps": 3}
+_RAISED = {
+    "t_max": STEPS + 1,
+    "max_lr": 2 * BASE,
+    "min_lr": BASE / 10,
+    "init_lr": BASE / 50,
+    "warmup_steps": 3,
+}
 PYTORCH_OPTIMIZER: Mapping[str, Mapping[str, Any]] = {
     "LinearScheduler": _RAISED,
     "CosineScheduler": _RAISED,
@@ -242,10 +282,24 @@ PYTORCH_OPTIMIZER: Mapping[str, Mapping[str, Any]] = {
 }
 DEEPSPEED: Mapping[str, Mapping[str, Any]] = {
     "WarmupLR": {"warmup_min_lr": BASE / 100, "warmup_max_lr": BASE, "warmup_num_steps": 4},
-    "WarmupDecayLR": {"total_num_steps": 20, "warmup_min_lr": 0.0, "warmup_max_lr": BASE, "warmup_num_steps": 4},
+    "WarmupDecayLR": {
+        "total_num_steps": 20,
+        "warmup_min_lr": 0.0,
+        "warmup_max_lr": BASE,
+        "warmup_num_steps": 4,
+    },
     "WarmupCosineLR": {"total_num_steps": 20, "warmup_num_steps": 4},
-    "OneCycle": {"cycle_min_lr": BASE / 10, "cycle_max_lr": BASE, "cycle_first_step_size": 4, "cycle_momentum": False},
-    "LRRangeTest": {"lr_range_test_min_lr": BASE / 10, "lr_range_test_step_size": 3, "lr_range_test_step_rate": 2.0},
+    "OneCycle": {
+        "cycle_min_lr": BASE / 10,
+        "cycle_max_lr": BASE,
+        "cycle_first_step_size": 4,
+        "cycle_momentum": False,
+    },
+    "LRRangeTest": {
+        "lr_range_test_min_lr": BASE / 10,
+        "lr_range_test_step_size": 3,
+        "lr_range_test_step_rate": 2.0,
+    },
 }
 
 
@@ -364,7 +418,10 @@ LOOPS = (
     ),
     *(
         Loop(package, f"{name}, {words}", without_schedule(by_hand), True, f"{package}:{name}")
-        for package, name in (("schedulefree", "SGDScheduleFree"), ("pytorch_optimizer", "ScheduleFreeSGD"))
+        for package, name in (
+            ("schedulefree", "SGDScheduleFree"),
+            ("pytorch_optimizer", "ScheduleFreeSGD"),
+        )
         for words, by_hand in (("its warm-up", False), ("nanoGPT's get_lr", True))
     ),
     Loop("by hand", "nanoGPT's get_lr", nanogpt, before=True),

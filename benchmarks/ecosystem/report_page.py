@@ -24,9 +24,14 @@ RESULT = ROOT / "benchmarks" / "results" / "report.png"
 
 def main() -> None:
     """Take it at rank 32 and alpha 16, as wide as a laptop's window."""
-    options = {"executable_path": shutil.which("chromium"), "args": ["--no-sandbox"] if os.geteuid() == 0 else []}
+    options = {
+        "executable_path": shutil.which("chromium"),
+        "args": ["--no-sandbox"] if os.geteuid() == 0 else [],
+    }
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        page = playwright.chromium.launch(**options).new_page(viewport={"width": 1100, "height": 800})
+        page = playwright.chromium.launch(**options).new_page(
+            viewport={"width": 1100, "height": 800}
+        )
         page.goto(write_report(Recipe.load(RECIPE), Path(folder) / "report.html").as_uri())
         page.get_by_label("Rank", exact=True).fill("32")
         page.get_by_label("Alpha", exact=True).fill("16")

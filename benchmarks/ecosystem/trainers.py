@@ -58,7 +58,11 @@ TOOLS = (
         "trl",
         "`ra.integrations.attach(trainer, AdamW, ...)`",
         "trl_sft.py, trl_grpo.py",
-        ((TRAINERS, "SFT"), (ATTACH, "SFT or Reward or DPO or KTO or GRPO or RLOO"), (EXAMPLES, "trl")),
+        (
+            (TRAINERS, "SFT"),
+            (ATTACH, "SFT or Reward or DPO or KTO or GRPO or RLOO"),
+            (EXAMPLES, "trl"),
+        ),
     ),
     Tool(
         "PEFT",
@@ -84,7 +88,11 @@ TOOLS = (
         ((EXAMPLES, "diffusers"),),
     ),
     Tool(
-        "Axolotl", "axolotl", "YAML `plugins:` and `rankaware:`", "axolotl.yaml", (("tests/environments/axolotl", ""),)
+        "Axolotl",
+        "axolotl",
+        "YAML `plugins:` and `rankaware:`",
+        "axolotl.yaml",
+        (("tests/environments/axolotl", ""),),
     ),
     Tool(
         "ms-swift",
@@ -101,7 +109,11 @@ TOOLS = (
         (("tests/environments/automodel", ""),),
     ),
     Tool(
-        "Unsloth", "unsloth", "`ra.integrations.attach(trainer, AdamW, ...)`", "", (("tests/environments/unsloth", ""),)
+        "Unsloth",
+        "unsloth",
+        "`ra.integrations.attach(trainer, AdamW, ...)`",
+        "",
+        (("tests/environments/unsloth", ""),),
     ),
     Tool(
         "kohya sd-scripts",
@@ -139,10 +151,16 @@ NOTES = (
 @click.option("--only", help="The name of one tool.")
 def main(only: str | None) -> None:
     """Run what is installed here, and write results/trainers.json and .md."""
-    chosen = [tool for tool in TOOLS if only in (None, tool.name) and (installed(tool) or not tool.tests)]
+    chosen = [
+        tool for tool in TOOLS if only in (None, tool.name) and (installed(tool) or not tool.tests)
+    ]
     made = {tool.name: row_of(tool) for tool in chosen}
-    file = RESULTS / "trainers.json"  # read now: another environment may have written while the tests ran
-    known = {row["tool"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
+    file = (
+        RESULTS / "trainers.json"
+    )  # read now: another environment may have written while the tests ran
+    known = (
+        {row["tool"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
+    )
     known |= made
     ordered = [known[tool.name] for tool in TOOLS if tool.name in known]
     record("trainers", TITLE, ordered, machine(torch.get_num_threads()), NOTES)
@@ -173,7 +191,9 @@ def row_of(tool: Tool) -> dict[str, str]:
     return {
         "tool": tool.name,
         "version": installed(tool) or "–",
-        "beside": ", ".join(f"{name} {found}" for name in ("transformers", "torch") if (found := _version(name))),
+        "beside": ", ".join(
+            f"{name} {found}" for name in ("transformers", "torch") if (found := _version(name))
+        ),
         "line": tool.line,
         "example": tool.example or "–",
         "tests": "; ".join(cell) or f"not run; {tool.read}",

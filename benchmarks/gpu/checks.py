@@ -27,11 +27,22 @@ def run(setup: Setup) -> None:
     click.echo("the wrapper's tests")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(TESTS)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            str(TESTS),
+        ]
         environment = {**os.environ, "RANKAWARE_DEVICE": setup.device}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if not report.exists():
-            raise click.ClickException(f"The tests did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+            raise click.ClickException(
+                f"The tests did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
         rows = [row_of(case) for case in ElementTree.parse(report).iter("testcase")]
     document = {"machine": setup.machine(), "rows": rows}
     setup.folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +71,8 @@ def blocks(setup: Setup) -> Iterator[str]:
     for name, rows in by_test.items():
         count = Counter(row["outcome"] for row in rows)
         why = "; ".join(dict.fromkeys(row["why"] for row in rows if row["why"]))
-        cells.append([name, *(str(count[outcome]) for outcome in outcomes), why.replace("|", "\\|") or "–"])
+        cells.append(
+            [name, *(str(count[outcome]) for outcome in outcomes), why.replace("|", "\\|") or "–"]
+        )
     yield block("The wrapper's tests", ["test", *outcomes, "why"], cells)
     yield made_with([document["machine"]])

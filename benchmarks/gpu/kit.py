@@ -42,7 +42,12 @@ from study.domains._wordnet import WORDNET
 from study.domains.language_smollm2 import SMOLLM2
 
 RESTS_ON = ("laws.adam", "optimizer.common")
-PIECES = {"checks": checks, "step_cost": steps, "width": width, "smollm2": smollm2}  # most useful per minute first
+PIECES = {
+    "checks": checks,
+    "step_cost": steps,
+    "width": width,
+    "smollm2": smollm2,
+}  # most useful per minute first
 PUBLISHED, TRIED = RESULTS / "cuda", Path("bench-cuda")
 
 
@@ -71,13 +76,27 @@ def shaped(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command()
 @shaped
-@click.option("--piece", "chosen", multiple=True, type=click.Choice(tuple(PIECES)), help="Pieces [default: all].")
-@click.option("--minutes", default=9.0, show_default=True, help="Start no run after so many minutes.")
-def run(chosen: tuple[str, ...], minutes: float, device: str, smallest: bool, into: Path | None) -> None:
+@click.option(
+    "--piece",
+    "chosen",
+    multiple=True,
+    type=click.Choice(tuple(PIECES)),
+    help="Pieces [default: all].",
+)
+@click.option(
+    "--minutes", default=9.0, show_default=True, help="Start no run after so many minutes."
+)
+def run(
+    chosen: tuple[str, ...], minutes: float, device: str, smallest: bool, into: Path | None
+) -> None:
     """Run what is missing."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException("There is no CUDA device here. To try the kit, use --device cpu --smallest.")
-    setup = Setup(device, smallest, folder_of(device, smallest, into), time.monotonic() + 60 * minutes)
+        raise click.ClickException(
+            "There is no CUDA device here. To try the kit, use --device cpu --smallest."
+        )
+    setup = Setup(
+        device, smallest, folder_of(device, smallest, into), time.monotonic() + 60 * minutes
+    )
     for name in chosen or PIECES:
         try:
             PIECES[name].run(setup)
@@ -93,9 +112,13 @@ def table(device: str, smallest: bool, into: Path | None) -> None:
     setup = Setup(device, smallest, folder, 0.0)
     parts = [part for piece in PIECES.values() for part in piece.blocks(setup)]
     if not parts:
-        raise click.ClickException(f"There is nothing in {folder}. Run first: python benchmarks/gpu/kit.py run.")
+        raise click.ClickException(
+            f"There is nothing in {folder}. Run first: python benchmarks/gpu/kit.py run."
+        )
     page = folder.with_suffix(".md")
-    page.write_text("\n\n".join([f"# On {' and '.join(cards(folder))}", *parts, written_by(machine(1))]) + "\n")
+    page.write_text(
+        "\n\n".join([f"# On {' and '.join(cards(folder))}", *parts, written_by(machine(1))]) + "\n"
+    )
     click.echo(page.read_text())
 
 

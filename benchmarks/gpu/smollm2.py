@@ -43,7 +43,11 @@ def sweep_of(setup: Setup) -> Sweep:
     """The study's sweep. With `setup.smallest`, three rates at two ranks on a small made-up network."""
     if setup.smallest:
         domain = replace(domain_of(SMALLEST.widths[0], setup), name="made_up")
-        jobs = [Job(domain.name, next(iter(CONFIGS)), rank, float(x), 0) for rank in (4, 16) for x in (-7, -6, -5)]
+        jobs = [
+            Job(domain.name, next(iter(CONFIGS)), rank, float(x), 0)
+            for rank in (4, 16)
+            for x in (-7, -6, -5)
+        ]
         tasks: list[Wanting] = [starts(domain.name, range(1)), Listed(jobs)]
     else:
         domain = setup.place(replace(get_domain(NAME), large=False))
@@ -73,9 +77,14 @@ def finished(done: Losses, sweep: Sweep) -> Losses:
     cells = {job[:3] for job in done}
     parts = study(sweep.domain.ranks_swept, sweep.domain.ranks_swept, SEEDS, HALF, COARSE)
     whole = {
-        cell for part in parts for cell in part.cells(NAME) if cell in cells and not part.grid([cell]).wanted(done)
+        cell
+        for part in parts
+        for cell in part.cells(NAME)
+        if cell in cells and not part.grid([cell]).wanted(done)
     }
-    return {job: loss for job, loss in done.items() if job[:3] in whole or job in sweep.tasks[0].jobs}
+    return {
+        job: loss for job, loss in done.items() if job[:3] in whole or job in sweep.tasks[0].jobs
+    }
 
 
 HEADS = ("domain", "configuration", "ranks", "seeds", "by the vertex", "by the cliff")
@@ -94,5 +103,9 @@ def blocks(setup: Setup) -> Iterator[str]:
         rows += [["the same on a CPU", *row[1:]] for row in on_cpu]
     yield block("SmolLM2: exponent of the best rate in rank", [*HEADS, *laws], rows)
     if not setup.smallest:
-        yield block("SmolLM2: the paper's claims", ["domain", "claim", "verdict", "numbers"], list(claims(done, NAME)))
+        yield block(
+            "SmolLM2: the paper's claims",
+            ["domain", "claim", "verdict", "numbers"],
+            list(claims(done, NAME)),
+        )
     yield made_with(machines(sweep.store))

@@ -90,7 +90,10 @@ def model(setup: Setup) -> nn.Module:
 def flags(name: str, setup: Setup) -> dict[str, Any]:
     """The optimizer's options. A tensor rate is put on the device, where a graph reads it at every replay."""
     own = FLAGS[name] | ({"lr": torch.tensor(SETTINGS["lr"])} if name == GRAPHS else {})
-    return {key: value.to(setup.device) if isinstance(value, torch.Tensor) else value for key, value in own.items()}
+    return {
+        key: value.to(setup.device) if isinstance(value, torch.Tensor) else value
+        for key, value in own.items()
+    }
 
 
 def kind(name: str) -> Any:
@@ -163,10 +166,19 @@ def cells_of(row: dict[str, Any]) -> Iterator[list[str]]:
     for n in (n for n in LAYOUTS if f"ours {n} / native {n}" in runs[0]):
         same, itself, one = (
             [run[f"{above} {n} / {below}"] for run in runs]
-            for above, below in (("ours", f"native {n}"), ("native", f"native {n}"), ("native", "native 1"))
+            for above, below in (
+                ("ours", f"native {n}"),
+                ("native", f"native {n}"),
+                ("native", "native 1"),
+            )
         )
         native = statistics.median(run["native 1, ms"] for run in runs)
         middle = [statistics.median(found) for found in (same, itself, one)]
         between = f"{min(same):.3f} to {max(same):.3f}"
-        figures = [number(native, 3), number(middle[0], 3), between, *(number(x, 3) for x in middle[1:])]
+        figures = [
+            number(native, 3),
+            number(middle[0], 3),
+            between,
+            *(number(x, 3) for x in middle[1:]),
+        ]
         yield [row["device"], row["implementation"], str(n), *figures]

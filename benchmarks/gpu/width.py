@@ -149,8 +149,18 @@ def cells(shape: Shape) -> list[Key]:
     """Every cell, in the order of the docstring: the most informative first."""
     outer = (*shape.widths[-1:], *shape.widths[:1])
     by_worth = (*outer, *(width for width in reversed(shape.widths) if width not in outer))
-    first = [(width, *each) for width in by_worth for each in ((AT_B, COMMON), ("full", FULL), (SOURCE, COMMON))]
-    rest = [(w, c, r) for c in (AT_B, SOURCE) for w in by_worth for r in shape.ranks_at(w) if r != COMMON]
+    first = [
+        (width, *each)
+        for width in by_worth
+        for each in ((AT_B, COMMON), ("full", FULL), (SOURCE, COMMON))
+    ]
+    rest = [
+        (w, c, r)
+        for c in (AT_B, SOURCE)
+        for w in by_worth
+        for r in shape.ranks_at(w)
+        if r != COMMON
+    ]
     return first + rest
 
 
@@ -163,7 +173,9 @@ def task_of(key: Key, shape: Shape) -> Wanting:
     cell, x = cell_of(key), guess(key)
     if shape is WHOLE:
         return Around(cell, x, shape.seeds)
-    return Listed([Job(*cell, x + half / 2, seed) for half in range(-2, 3) for seed in range(shape.seeds)])
+    return Listed(
+        [Job(*cell, x + half / 2, seed) for half in range(-2, 3) for seed in range(shape.seeds)]
+    )
 
 
 def guess(key: Key) -> int:
@@ -181,10 +193,17 @@ def run(setup: Setup) -> None:
     for key in cells(shape):
         begun, width = time.monotonic(), key[0]
         until = min(setup.until, begun + 60 * BOXES.get(width, math.inf) - spent.get(width, 0.0))
-        missing = [task for task in (starts(name_of(width), range(1)), task_of(key, shape)) if task.wanted(read(store))]
+        missing = [
+            task
+            for task in (starts(name_of(width), range(1)), task_of(key, shape))
+            if task.wanted(read(store))
+        ]
         if missing and begun < until:
             click.echo(f"width: {name_of(width)}, {key[1]}, rank {key[2]}")
-            one, on = partial(run_in, domain_of(width, setup), warmup=WARMUP), provenance(width, setup)
+            one, on = (
+                partial(run_in, domain_of(width, setup), warmup=WARMUP),
+                provenance(width, setup),
+            )
             for task in missing:
                 complete(Boxed(task, until), one, store, 1, lambda said: None, on)
         spent[width] = spent.get(width, 0.0) + time.monotonic() - begun
@@ -222,7 +241,9 @@ class Place(NamedTuple):
     def reference(self) -> Reference:
         if self.config == "full":
             return Reference(method="full", fan_in=self.width)
-        return Reference(self.rank, self.rank, init="B" if self.config == AT_B else "A", fan_in=self.width)
+        return Reference(
+            self.rank, self.rank, init="B" if self.config == AT_B else "A", fan_in=self.width
+        )
 
 
 def place_of(key: Key) -> Place:
@@ -285,7 +306,10 @@ QUESTIONS = (
     Question("Init[B] to full finetuning", IN_RANK[:-1], to_full(AT_B)),
     Question("Init[A] between ranks", IN_RANK, between_ranks(SOURCE)),
     Question("Init[A] to full finetuning", IN_RANK[:-1], to_full(SOURCE)),
-    *(Question(f"{config} in width", IN_WIDTH, in_width(config)) for config in (SOURCE, AT_B, "full")),
+    *(
+        Question(f"{config} in width", IN_WIDTH, in_width(config))
+        for config in (SOURCE, AT_B, "full")
+    ),
 )
 Rates = Mapping[Key, float]
 
@@ -351,6 +375,9 @@ def rate_rows(found: Mapping[Key, Found]) -> Iterator[list[str]]:
     for key, each in sorted(found.items()):
         width, config, rank = key
         seeds = {which: [getattr(one, which, None) for one in each.by_seed] for which in WHICH}
-        rates = [f"{number(getattr(each.both, w))} ({', '.join(number(x, 1) for x in seeds[w])})" for w in WHICH]
+        rates = [
+            f"{number(getattr(each.both, w))} ({', '.join(number(x, 1) for x in seeds[w])})"
+            for w in WHICH
+        ]
         at = [str(width), number(mean_fan_in(width), 0), config, str(rank or "–")]
         yield [*at, *rates, number(each.start, 3), number(min(each.both.means.values()), 3)]

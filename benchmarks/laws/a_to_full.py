@@ -77,7 +77,12 @@ FORMS = (
     Form("one constant", one_constant, {"T": TIMES, "b": EIGHT}),
     Form("one constant, largest", one_constant, {"T": TIMES, "b": EIGHT}, full_width="largest"),
     Form("one constant, tokens", one_constant, {"T": TIMES, "b": TOKENS}),
-    Form("one constant, largest, tokens", one_constant, {"T": TIMES, "b": TOKENS}, full_width="largest"),
+    Form(
+        "one constant, largest, tokens",
+        one_constant,
+        {"T": TIMES, "b": TOKENS},
+        full_width="largest",
+    ),
     Form("one constant, T = 2", one_constant, {"T": (2.0,), "b": EIGHT}, judged=False),
 )
 SHIPPED = FORMS[1]
@@ -96,10 +101,15 @@ def verdict(fitted: Sequence[Fit]) -> str:
     """State which form the rule names, with its figures."""
     named = {criterion: winner(judged(scores(fitted, criterion))) for criterion in CRITERIA}
     first, tied = named[CRITERIA[0]]
-    others = ", ".join(f"by {criterion} it names {form.name}" for criterion, (form, _) in list(named.items())[1:])
+    others = ", ".join(
+        f"by {criterion} it names {form.name}" for criterion, (form, _) in list(named.items())[1:]
+    )
     figures = [
         f"{use.capitalize()}, rms octaves by vertex / cliff, median and worst regret: "
-        + "; ".join(f"{form.name} {scores(fitted, CRITERIA[0], use)[form]}" for form in dict.fromkeys((first, SHIPPED)))
+        + "; ".join(
+            f"{form.name} {scores(fitted, CRITERIA[0], use)[form]}"
+            for form in dict.fromkeys((first, SHIPPED))
+        )
         for use in USES
     ]
     beyond = scores(fitted, CRITERIA[0])[first].beyond

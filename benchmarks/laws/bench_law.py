@@ -21,7 +21,16 @@ from typing import Any
 
 import click
 import torch
-from laws.scoring import COMPARED, LawScore, LossCurve, Move, bench_law, loss_curves, score_of, score_table
+from laws.scoring import (
+    COMPARED,
+    LawScore,
+    LossCurve,
+    Move,
+    bench_law,
+    loss_curves,
+    score_of,
+    score_table,
+)
 from recording import machine, record
 
 from rankaware_optim import Constant, Law, MuA, Power, RankAwareOptimizer
@@ -59,13 +68,18 @@ def sweep() -> None:
     """Append every missing run to the package's sweep."""
     torch.set_num_threads(1)
     with DEMO_SWEEP.open(newline="") as file:
-        done = {(row["model"], row["rank"], float(row["lr"]), row["seed"]) for row in csv.DictReader(file)}
+        done = {
+            (row["model"], row["rank"], float(row["lr"]), row["seed"])
+            for row in csv.DictReader(file)
+        }
     for model, rank, alpha, lr, seed in _runs():
         if (model, str(rank), lr, str(seed)) not in done:
             append(model, rank, alpha, WIDTH, lr, seed, _trained(rank, alpha, lr, seed))
 
 
-def append(model: str, rank: int | str, alpha: float | None, width: int, lr: float, seed: int, loss: str) -> None:
+def append(
+    model: str, rank: int | str, alpha: float | None, width: int, lr: float, seed: int, loss: str
+) -> None:
     """Append a run to the package's sweep."""
     with DEMO_SWEEP.open("a", newline="") as file:
         row = [model, rank, alpha, width, repr(lr), seed, f"{untrained(seed):.4f}", loss]
@@ -77,7 +91,9 @@ def _runs() -> Iterator[tuple[str, int, int, float, int]]:
         for rank, model, seed in itertools.product(RANKS, (FOLLOWS, KEPT), seeds):
             alpha = ALPHA if model == KEPT else rank
             low = LOWEST if (rank, model, seeds) == (256, FOLLOWS, SEEDS) else ()
-            yield from ((model, rank, alpha, 2.0**exponent, seed) for exponent in (*low, *exponents[model]))
+            yield from (
+                (model, rank, alpha, 2.0**exponent, seed) for exponent in (*low, *exponents[model])
+            )
 
 
 @cache
@@ -89,7 +105,9 @@ def _trained(rank: int, alpha: float, lr: float, seed: int) -> str:
         if isinstance(getattr(module, "scaling", None), dict):
             module.scaling["default"] = alpha / rank
     rates = {"*classifier*": HEAD_RATE}
-    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=lr, law="constant", weight_decay=0.01, rates=rates)
+    opt = RankAwareOptimizer(
+        model, torch.optim.AdamW, lr=lr, law="constant", weight_decay=0.01, rates=rates
+    )
     for _ in fit(model, opt, seed):
         pass
     after = evaluate(model)
@@ -105,7 +123,9 @@ FAMILIES: dict[str, list[Law]] = {
     "tokens of mua": [MuA(tokens=2.0 ** (half / 2)) for half in range(-4, 19)],
     "a power of the rank": [Power(exponent=step / 50, law=Constant()) for step in range(-30, 31)],
     "tokens and a power": [
-        Power(exponent=step / 20, law=MuA(tokens=2.0**t)) for step in range(-6, 7) for t in range(-2, 10)
+        Power(exponent=step / 20, law=MuA(tokens=2.0**t))
+        for step in range(-6, 7)
+        for t in range(-2, 10)
     ],
 }
 
@@ -122,16 +142,29 @@ def table(published: Path, alpha: float) -> None:
             scores = [score_of(law, curves) for law in LAWS]
             if len({curve.model for curve in curves}) > 2:
                 scores += [
-                    _left_out(f"{name}, chosen on the other models", laws, curves) for name, laws in FAMILIES.items()
+                    _left_out(f"{name}, chosen on the other models", laws, curves)
+                    for name, laws in FAMILIES.items()
                 ]
-            rows += [{"sweep": source.name, "best rate by": best, **score.row()} for score in scores]
-    record("bench_law", "Laws on sweeps: a best rate moved from one rank to another", rows, machine(1), NOTES)
+            rows += [
+                {"sweep": source.name, "best rate by": best, **score.row()} for score in scores
+            ]
+    record(
+        "bench_law",
+        "Laws on sweeps: a best rate moved from one rank to another",
+        rows,
+        machine(1),
+        NOTES,
+    )
 
 
 @main.command()
 @click.argument("sweep", type=click.Path(exists=True, path_type=Path), default=DEMO_SWEEP)
-@click.option("--law", "laws", multiple=True, default=COMPARED, help="A law, as for get_law. Repeatable.")
-@click.option("--best", type=click.Choice(["parabola", "bowl"]), default="parabola", show_default=True)
+@click.option(
+    "--law", "laws", multiple=True, default=COMPARED, help="A law, as for get_law. Repeatable."
+)
+@click.option(
+    "--best", type=click.Choice(["parabola", "bowl"]), default="parabola", show_default=True
+)
 @click.option("--fan-in", type=float, help="Fan-in of the adapted layers, for rows without one.")
 @_options.ALPHA
 @_options.OPTIMIZER
@@ -153,7 +186,9 @@ def _left_out(label: str, laws: Sequence[Law], curves: Sequence[LossCurve]) -> L
     scored = [score_of(law, curves) for law in laws]
     moves: list[Move] = []
     for model in dict.fromkeys(curve.model for curve in curves):
-        others = [[abs(move.octaves) for move in score.moves if move.model != model] for score in scored]
+        others = [
+            [abs(move.octaves) for move in score.moves if move.model != model] for score in scored
+        ]
         best = min(range(len(laws)), key=lambda i: statistics.fmean(others[i]))
         moves += [move for move in scored[best].moves if move.model == model]
     return LawScore(label, laws[0], tuple(moves))

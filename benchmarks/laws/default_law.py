@@ -98,13 +98,20 @@ class Way(NamedTuple):
 
 def default_of(tokens: float, added: float = 0.0) -> Way:
     return Way(
-        f"{tokens:g} token" + "s" * (tokens != 1.0) + " × .9" * (added != 0.0), Falling(law=MuA(tokens=tokens)), added
+        f"{tokens:g} token" + "s" * (tokens != 1.0) + " × .9" * (added != 0.0),
+        Falling(law=MuA(tokens=tokens)),
+        added,
     )
 
 
 ONE_RATE, PAPER = Way("one rate", None), Way("the paper's law", MuA(tokens=None))
 TODAY = default_of(8.0)
-WAYS = (ONE_RATE, PAPER, *map(default_of, TOKENS), *(default_of(tokens, DISTANCE) for tokens in TOKENS))
+WAYS = (
+    ONE_RATE,
+    PAPER,
+    *map(default_of, TOKENS),
+    *(default_of(tokens, DISTANCE) for tokens in TOKENS),
+)
 
 
 # --- sweeps ---------------------------------------------------------------------------------------------------------
@@ -138,10 +145,16 @@ class Sweep:
     def regret(self, cell: Cell) -> Callable[[float], tuple[float, float]]:
         """A cell's regret by log2 of the rate: by the spline, and on straight lines."""
         seeds = seeds_in(self.done, *cell[:2])
-        tried, best = tried_rates(self.done, cell, seeds), min(curve(self.done, cell, seeds).values())
+        tried, best = (
+            tried_rates(self.done, cell, seeds),
+            min(curve(self.done, cell, seeds).values()),
+        )
         start = start_of(self.domain, self.done)
         shares = {x: (loss - best) / (start - best) for x, loss in tried.items()}
-        return lambda x: (regret_between(shares, x), on_lines(shares, min(max(x, min(tried)), max(tried))))
+        return lambda x: (
+            regret_between(shares, x),
+            on_lines(shares, min(max(x, min(tried)), max(tried))),
+        )
 
 
 class Moved(NamedTuple):
@@ -170,7 +183,13 @@ def moves(sweep: Sweep, ways: Sequence[Way] = WAYS) -> Iterator[Moved]:
                     shift = kept if way.law is None else sweep.by_law(config, way.law)
                     for b in regrets.keys() - {a}:
                         moved = (x + shift(a, b) + way.added for x in rates)
-                        named = sweep.group, sweep.name, into_full if b == FULL else column, way.name, source
+                        named = (
+                            sweep.group,
+                            sweep.name,
+                            into_full if b == FULL else column,
+                            way.name,
+                            source,
+                        )
                         yield from (Moved(*named, *regrets[b](x)) for x in moved)
 
 
@@ -187,7 +206,9 @@ def outside() -> Iterator[Sweep]:
         yield from of_seeds("4 and 8 times the steps", store, 2, " | ")
     for store in sorted((RESULTS / "one_constant").glob("*.jsonl")):
         yield from of_seeds("batch, steps or warm-up changed", store, 3, " | ")
-    yield from of_seeds("Init[B], batch, steps or warm-up changed", RESULTS / "init_b_runs.jsonl", 2, "; ")
+    yield from of_seeds(
+        "Init[B], batch, steps or warm-up changed", RESULTS / "init_b_runs.jsonl", 2, "; "
+    )
     yield from other_optimizers()
     yield from base_rates()
     yield from widths()
@@ -199,24 +220,43 @@ def of_seeds(group: str, store: Path, seeds: int, mark: str = " | ") -> Iterator
     sweeps: dict[tuple[str, str], dict[Job, float | None]] = {}
     for job, loss in every.items():
         config, _, change = job.scheme.partition(mark)
-        if job.scheme != START and job.seed < seeds and config in (*CONFIGS, "full") and "frozen" not in change:
+        if (
+            job.scheme != START
+            and job.seed < seeds
+            and config in (*CONFIGS, "full")
+            and "frozen" not in change
+        ):
             sweeps.setdefault((job.domain, change), {})[job._replace(scheme=config)] = loss
     for (domain, change), done in sweeps.items():
         start = {job: loss for job, loss in every.items() if job[:2] == (domain, START)}
-        yield Sweep(group, f"{domain}, {change}".removesuffix(", "), domain, start | done, partial(by_law, domain))
+        yield Sweep(
+            group,
+            f"{domain}, {change}".removesuffix(", "),
+            domain,
+            start | done,
+            partial(by_law, domain),
+        )
 
 
 def other_optimizers() -> Iterator[Sweep]:
     """Adam and its variants of law_check.py's first sweep, at alpha = rank."""
     every, domain = read(RESULTS / "law_check.jsonl"), "image_generation"
-    mine = {job._replace(domain=domain): loss for job, loss in every.items() if job.domain != domain}
+    mine = {
+        job._replace(domain=domain): loss for job, loss in every.items() if job.domain != domain
+    }
     for name in ("AdamW", "Lion", "schedule-free AdamW"):
         done = {
             job if job.scheme == START else job._replace(scheme=next(iter(CONFIGS))): loss
             for job, loss in mine.items()
             if job.scheme in (START, name)
         }
-        yield Sweep("Adam's variants, another network", f"{domain}, {name}", domain, done, partial(by_law, domain))
+        yield Sweep(
+            "Adam's variants, another network",
+            f"{domain}, {name}",
+            domain,
+            done,
+            partial(by_law, domain),
+        )
 
 
 def base_rates() -> Iterator[Sweep]:
@@ -253,11 +293,14 @@ def figures(moved: Sequence[Moved], by: str = "on_lines") -> dict[str, dict[str,
     found: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
     for each in moved:
         if each.column in CHOOSING:
-            found.setdefault((each.way, each.sweep), {}).setdefault((each.column, each.source), []).append(
-                getattr(each, by)
-            )
+            found.setdefault((each.way, each.sweep), {}).setdefault(
+                (each.column, each.source), []
+            ).append(getattr(each, by))
     by_way: dict[str, dict[str, float]] = {}
-    for (way, domain), cells in found.items():  # both sources are in every column, so they weigh the same
+    for (
+        way,
+        domain,
+    ), cells in found.items():  # both sources are in every column, so they weigh the same
         by_way.setdefault(way, {})[domain] = statistics.fmean(map(statistics.fmean, cells.values()))
     return by_way
 
@@ -278,7 +321,9 @@ def over_domains(by_domain: Mapping[str, float], left_out: str | None = None) ->
 def keeps_distance(of: Mapping[str, Mapping[str, float]], tokens: float) -> bool:
     """Whether the distance is supported: it lowers the mean over domains, and the mean without each domain."""
     near, far = (of[default_of(tokens, added).name] for added in (0.0, DISTANCE))
-    return all(over_domains(far, left_out) < over_domains(near, left_out) for left_out in (None, *near))
+    return all(
+        over_domains(far, left_out) < over_domains(near, left_out) for left_out in (None, *near)
+    )
 
 
 def scores(moved: Iterable[Moved], source: str) -> dict[tuple[str, str], Score]:
@@ -334,7 +379,9 @@ def priors(tokens: float) -> dict[str, Simulation]:
                     both = [losses_of(on, calibrated(on, plan, (index, draw), law)) for law in laws]
                     for what, pairs in regrets.items():
                         ranks = on.ranks if what == "LoRA" else [FULL]
-                        pairs.setdefault(on.domain, []).extend(tuple(each[rank] for each in both) for rank in ranks)
+                        pairs.setdefault(on.domain, []).extend(
+                            tuple(each[rank] for each in both) for rank in ranks
+                        )
     return {what: compared(by_domain) for what, by_domain in regrets.items()}
 
 
@@ -391,10 +438,19 @@ def main(files: tuple[Path, ...]) -> None:
         by_spline(figures(inside, "regret"), tokens),
         said_of_prior(tokens, simulated),
         (__doc__ or "").partition("json\n")[2].strip(),
-        block("The figure of each candidate, %", ["way", "mean", *STUDY], list(figure_rows(by_way))),
-        block("The same by the spline", ["way", "mean", *STUDY], list(figure_rows(figures(inside, "regret")))),
+        block(
+            "The figure of each candidate, %", ["way", "mean", *STUDY], list(figure_rows(by_way))
+        ),
+        block(
+            "The same by the spline",
+            ["way", "mean", *STUDY],
+            list(figure_rows(figures(inside, "regret"))),
+        ),
         block("The folds", FOLDS, list(fold_rows(by_way))),
-        *(in_columns(f"The study, rates from {source}", scores(inside, source), WAYS) for source in SOURCES),
+        *(
+            in_columns(f"The study, rates from {source}", scores(inside, source), WAYS)
+            for source in SOURCES
+        ),
         SCORED,
         block("The bar", ["way", "column", *SOURCES], list(bar_rows(inside, shown[-2:]))),
         *outside_tables(beyond, shown),
@@ -418,7 +474,15 @@ def main(files: tuple[Path, ...]) -> None:
 
 
 SOURCES = (ALL_SEEDS, ONE_SEED)
-FOLDS = ["left out", "tokens", "its figure there, %", "8 tokens", "the paper's law", "one rate", "× .9 lowers the rest"]
+FOLDS = [
+    "left out",
+    "tokens",
+    "its figure there, %",
+    "8 tokens",
+    "the paper's law",
+    "one rate",
+    "× .9 lowers the rest",
+]
 
 
 def verdict(by_way: Mapping[str, Mapping[str, float]], tokens: float, distance: bool) -> str:
@@ -449,7 +513,11 @@ def by_spline(by_way: Mapping[str, Mapping[str, float]], tokens: float) -> str:
 
 def figure_rows(by_way: Mapping[str, Mapping[str, float]]) -> Iterator[list[str]]:
     for way, by_domain in by_way.items():
-        yield [way, number(100 * over_domains(by_domain), 2), *(number(100 * by_domain[name], 2) for name in STUDY)]
+        yield [
+            way,
+            number(100 * over_domains(by_domain), 2),
+            *(number(100 * by_domain[name], 2) for name in STUDY),
+        ]
 
 
 def fold_rows(by_way: Mapping[str, Mapping[str, float]]) -> Iterator[list[str]]:
@@ -469,9 +537,17 @@ def fold_rows(by_way: Mapping[str, Mapping[str, float]]) -> Iterator[list[str]]:
 
 def in_columns(title: str, of: Mapping[tuple[str, str], Score], ways: Sequence[Way]) -> str:
     """A table of scores, a column of the study each."""
-    columns = [column for column in (FOLLOWS, KEPT, RS, AT_B, FROM_A, FROM_B) if (ways[0].name, column) in of]
+    columns = [
+        column
+        for column in (FOLLOWS, KEPT, RS, AT_B, FROM_A, FROM_B)
+        if (ways[0].name, column) in of
+    ]
     heads = ["way", *(f"{column} ({of[ways[0].name, column].count})" for column in columns)]
-    return block(title, heads, [[way.name, *(of[way.name, column].words(2) for column in columns)] for way in ways])
+    return block(
+        title,
+        heads,
+        [[way.name, *(of[way.name, column].words(2) for column in columns)] for way in ways],
+    )
 
 
 def bar_rows(moved: Sequence[Moved], ways: Sequence[Way]) -> Iterator[list[str]]:
@@ -487,7 +563,9 @@ def outside_tables(moved: Sequence[Moved], ways: Sequence[Way]) -> Iterator[str]
     for group in (None, *dict.fromkeys(each.group for each in moved)):
         mine = [each for each in moved if group in (None, each.group)]
         names = ", ".join(dict.fromkeys(each.sweep for each in mine))
-        yield in_columns(f"Outside the study: {group or 'all of it'}", scores(mine, ALL_SEEDS), ways)
+        yield in_columns(
+            f"Outside the study: {group or 'all of it'}", scores(mine, ALL_SEEDS), ways
+        )
         if group:
             yield f"Sweeps: {names}."
 
@@ -498,7 +576,13 @@ def score_rows(moved: Sequence[Moved]) -> Iterator[dict[str, Any]]:
         for source in SOURCES:
             of = scores((each for each in moved if each.group == group), source)
             for (way, column), found in of.items():
-                yield {"group": group, "source": source, "way": way, "column": column, **found._asdict()}
+                yield {
+                    "group": group,
+                    "source": source,
+                    "way": way,
+                    "column": column,
+                    **found._asdict(),
+                }
 
 
 # --- published sweeps -----------------------------------------------------------------------------------------------

@@ -27,7 +27,15 @@ from recording import RESULTS, machine, page
 
 from rankaware_optim import LawError, MuA
 from rankaware_optim._optimizer_classes import get_optimizer_class
-from rankaware_optim.transfer._simulate import Batch, Stepper, change_of, draw_pair, rates_for, step_pair, synthetic
+from rankaware_optim.transfer._simulate import (
+    Batch,
+    Stepper,
+    change_of,
+    draw_pair,
+    rates_for,
+    step_pair,
+    synthetic,
+)
 
 RESTS_ON = ("laws.adam", "laws.lamb")
 RANKS = (4, 8, 16, 32, 64)
@@ -64,7 +72,9 @@ def run(only: str | None, widest: int) -> None:
         if only is not None and only not in label:
             continue
         for tokens, width in itertools.product(TOKENS, [w for w in WIDTHS if w <= widest]):
-            points = [(label, tokens, width, *rest) for rest in itertools.product("AB", GAMMAS, RANKS)]
+            points = [
+                (label, tokens, width, *rest) for rest in itertools.product("AB", GAMMAS, RANKS)
+            ]
             missing = [key for key in points if _key(*key) not in rates]
             for key in missing:
                 rate = _solve(*key)
@@ -81,8 +91,15 @@ def table() -> None:
     store = load()
     rows = [row for label in OPTIMIZERS for row in rows_of(label, store["log2_rates"])]
     heads = list(rows[0])
-    cells = [[value if isinstance(value, str) else f"{value:g}" for value in row.values()] for row in rows]
-    notes = [summary(rows, label) for label in OPTIMIZERS if any(row["optimizer"] == label for row in rows)]
+    cells = [
+        [value if isinstance(value, str) else f"{value:g}" for value in row.values()]
+        for row in rows
+    ]
+    notes = [
+        summary(rows, label)
+        for label in OPTIMIZERS
+        if any(row["optimizer"] == label for row in rows)
+    ]
     notes = [__doc__.split("\n\n")[-1].replace("\n", " ").strip(), "\n".join(notes)]
     text = page("Exponents of the best rate: formula and check", heads, cells, made_on(), notes)
     (RESULTS / "exponents.md").write_text(text)
@@ -90,7 +107,11 @@ def table() -> None:
 
 
 def load() -> dict[str, Any]:
-    return json.loads(STORE.read_text()) if STORE.exists() else {"machine": measured_on(), "log2_rates": {}}
+    return (
+        json.loads(STORE.read_text())
+        if STORE.exists()
+        else {"machine": measured_on(), "log2_rates": {}}
+    )
 
 
 def measured_on() -> dict[str, Any]:
@@ -123,8 +144,15 @@ def _solve(label: str, tokens: int, width: int, init: str, gamma: float, rank: i
     guess = _law(label, tokens).sigma(init, rank, scaling, width) / stepper.steps
 
     def log2_rate(seed: int) -> float:
-        batch, start = _batch(width, tokens, seed), draw_pair(width, width, rank, scaling, init, seed)
-        return math.log2(rates_for(lambda lr: change_of(batch, step_pair(batch, start, stepper, lr, lr)), start=guess))
+        batch, start = (
+            _batch(width, tokens, seed),
+            draw_pair(width, width, rank, scaling, init, seed),
+        )
+        return math.log2(
+            rates_for(
+                lambda lr: change_of(batch, step_pair(batch, start, stepper, lr, lr)), start=guess
+            )
+        )
 
     try:
         return statistics.fmean(map(log2_rate, range(SEEDS[tokens])))
@@ -147,18 +175,34 @@ def rows_of(label: str, rates: dict[str, float | None]) -> list[dict[str, Any]]:
             continue
         law = _law(label, tokens)
         formula = [math.log2(law.sigma(init, r, float(r) ** -gamma, w)) for w, r in grid]
-        start = {"optimizer": label, "family": law.family, "init": init, "gamma": gamma, "tokens": tokens}
-        rows.append({**start, "widths": f"{widths[0]}–{widths[-1]}", **_compared(grid, formula, check)})
+        start = {
+            "optimizer": label,
+            "family": law.family,
+            "init": init,
+            "gamma": gamma,
+            "tokens": tokens,
+        }
+        rows.append(
+            {**start, "widths": f"{widths[0]}–{widths[-1]}", **_compared(grid, formula, check)}
+        )
     return rows
 
 
-def _compared(grid: list[tuple[int, int]], formula: list[float], check: list[float | None]) -> dict[str, str]:
+def _compared(
+    grid: list[tuple[int, int]], formula: list[float], check: list[float | None]
+) -> dict[str, str]:
     solved = [i for i, value in enumerate(check) if value is not None]
     if len(solved) < len(grid):
-        return dict.fromkeys(("r: formula", "r: check", "r: off", "n: formula", "n: check", "n: off"), "not reached")
+        return dict.fromkeys(
+            ("r: formula", "r: check", "r: off", "n: formula", "n: check", "n: off"), "not reached"
+        )
     ours, theirs = _exponents(grid, formula), _exponents(grid, check)
     pairs = zip("rn", ours, theirs, strict=True)
-    return {f"{x}: {k}": f"{v:+.2f}" for x, f, c in pairs for k, v in (("formula", f), ("check", c), ("off", f - c))}
+    return {
+        f"{x}: {k}": f"{v:+.2f}"
+        for x, f, c in pairs
+        for k, v in (("formula", f), ("check", c), ("off", f - c))
+    }
 
 
 def _exponents(grid: list[tuple[int, int]], log2_rates: list[Any]) -> tuple[float, float]:
@@ -171,15 +215,19 @@ def _exponents(grid: list[tuple[int, int]], log2_rates: list[Any]) -> tuple[floa
 def summary(rows: list[dict[str, Any]], label: str) -> str:
     mine = [row for row in rows if row["optimizer"] == label]
     reached = [row for row in mine if row["r: off"] != "not reached"]
-    missed = f"; not reached in {len(mine) - len(reached)} of {len(mine)}" if len(reached) < len(mine) else ""
+    missed = (
+        f"; not reached in {len(mine) - len(reached)} of {len(mine)}"
+        if len(reached) < len(mine)
+        else ""
+    )
     if not reached:
         return f"* {label} ({mine[0]['family']}): no rate moves the output by 1 in all of a cell's grid."
     worst = {x: max(abs(float(row[f"{x}: off"])) for row in reached) for x in "rn"}
     bar = BARS.get(mine[0]["family"])
-    verdict = "" if bar is None else f", bar {bar}: {'met' if max(worst.values()) <= bar else 'MISSED'}"
-    return (
-        f"* {label} ({mine[0]['family']}): worst {worst['r']:.2f} in rank, {worst['n']:.2f} in width{verdict}{missed}."
+    verdict = (
+        "" if bar is None else f", bar {bar}: {'met' if max(worst.values()) <= bar else 'MISSED'}"
     )
+    return f"* {label} ({mine[0]['family']}): worst {worst['r']:.2f} in rank, {worst['n']:.2f} in width{verdict}{missed}."
 
 
 if __name__ == "__main__":

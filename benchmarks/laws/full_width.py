@@ -18,8 +18,8 @@ from laws.bench_law import FOLLOWS, append
 from recording import RESULTS, machine
 
 from rankaware_optim import Factor, MuA, Reference
-from rankaware_optim.calibration.fit import Prior, fit_observations
 from rankaware_optim.cli._demo import SEEDS, STEPS, run_at
+from rankaware_optim.fitting import Prior, fit_observations
 from rankaware_optim.sweeps import DEMO_SWEEP
 from rankaware_optim.sweeps._io import SweepRun, read_sweep
 from rankaware_optim.sweeps._runs import observation_of
@@ -67,14 +67,29 @@ def sweep() -> None:
 def table() -> None:
     """Write results/full_width.md."""
     vertices = _demo_vertices()
-    rows = [*KNOWN, *(("EfficientNet-lite0", "A", r, vertices[r], vertices[None], LITE0) for r in RANKS[:3] if r)]
+    rows = [
+        *KNOWN,
+        *(
+            ("EfficientNet-lite0", "A", r, vertices[r], vertices[None], LITE0)
+            for r in RANKS[:3]
+            if r
+        ),
+    ]
     heads = ("network", "init", "rank", "best LoRA", "best full", "model width", "mean", "largest")
-    lines = ["# Which width decides full finetuning", "", _story(rows), "", "| " + " | ".join(heads) + " |"]
+    lines = [
+        "# Which width decides full finetuning",
+        "",
+        _story(rows),
+        "",
+        "| " + " | ".join(heads) + " |",
+    ]
     lines.append("|" + "---|" * len(heads))
     for name, init, rank, lora, full, widths in rows:
         errors = [_error(init, rank, lora, full, widths[1], width) for width in widths]
         lines.append(
-            f"| {name} | {init} | {rank} | {lora:.2f} | {full:.2f} | " + " | ".join(f"{e:+.2f}" for e in errors) + " |"
+            f"| {name} | {init} | {rank} | {lora:.2f} | {full:.2f} | "
+            + " | ".join(f"{e:+.2f}" for e in errors)
+            + " |"
         )
     lines += ["", f"Made by `python benchmarks/laws/full_width.py table` on {machine(1)}"]
     lines.append(
@@ -86,7 +101,9 @@ def table() -> None:
 
 def _story(rows: list) -> str:
     def summary(init: str, index: int) -> str:
-        errors = [_error(i, r, lora, full, w[1], w[index]) for _, i, r, lora, full, w in rows if i == init]
+        errors = [
+            _error(i, r, lora, full, w[1], w[index]) for _, i, r, lora, full, w in rows if i == init
+        ]
         mean = sum(errors) / len(errors)
         return f"{mean:+.2f} ± {math.sqrt(sum((e - mean) ** 2 for e in errors) / (len(errors) - 1)):.2f}"
 
@@ -102,14 +119,22 @@ def _story(rows: list) -> str:
 def _error(init: str, rank: int, lora: float, full: float, mean: float, width: float) -> float:
     """Octaves by which the law's full rate lies above the best one found."""
     reference = Reference(rank, rank, init=init, fan_in=mean)  # type: ignore[arg-type]
-    moved = math.log2(MuA(tokens=8.0).multiplier(Factor("full", "full", None, width, width), reference))
+    moved = math.log2(
+        MuA(tokens=8.0).multiplier(Factor("full", "full", None, width, width), reference)
+    )
     drift = DRIFT_B * math.log2(width / rank) if init == "B" else 0.0
     return lora + moved + drift - full
 
 
 def _demo_vertices() -> dict[int | None, float]:
-    mine = [run for run in _runs() if run.rank in RANKS and run.seed in SEEDS and math.log2(run.lr) in EXPONENTS]
-    fit = fit_observations([observation_of(run, run.rank, math.log2(run.lr)) for run in mine], Prior())
+    mine = [
+        run
+        for run in _runs()
+        if run.rank in RANKS and run.seed in SEEDS and math.log2(run.lr) in EXPONENTS
+    ]
+    fit = fit_observations(
+        [observation_of(run, run.rank, math.log2(run.lr)) for run in mine], Prior()
+    )
     assert fit is not None
     return {rank: mean for rank, (mean, _) in fit.vertices.items()}
 

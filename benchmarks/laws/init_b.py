@@ -102,10 +102,16 @@ def exponents_of(domain: Domain) -> dict[str, Any]:
     by_rank = {rank: steps_of(domain, rank) for rank in (1, *domain.ranks)}
     layers = [layer for layer in by_rank[1] if all(layer in steps for steps in by_rank.values())]
     found = {
-        what: [slope({r: math.log2(getattr(steps[layer], what)) for r, steps in by_rank.items()}) for layer in layers]
+        what: [
+            slope({r: math.log2(getattr(steps[layer], what)) for r, steps in by_rank.items()})
+            for layer in layers
+        ]
         for what in Step._fields
     }
-    whole = {rank: statistics.median(steps[layer].cosine for layer in layers) for rank, steps in by_rank.items()}
+    whole = {
+        rank: statistics.median(steps[layer].cosine for layer in layers)
+        for rank, steps in by_rank.items()
+    }
     return {
         "layers": len(layers),
         "exponents": {what: statistics.median(each) for what, each in found.items()},
@@ -118,7 +124,11 @@ def steps_of(domain: Domain, rank: int) -> dict[str, Step]:
     """First step of every adapted linear layer on one batch, by layer."""
     model, batch = built(domain, SCHEME, rank, 0), next(domain.batches(0, domain.batch))
     seen = capture(model, lambda m: domain.loss(m, batch))
-    factors = {name: module.lora_B["default"].weight.detach() for name, module in model.named_modules() if name in seen}
+    factors = {
+        name: module.lora_B["default"].weight.detach()
+        for name, module in model.named_modules()
+        if name in seen
+    }
     return {name: step_of(x, g, factors[name]) for name, (x, g) in seen.items() if g.norm() > 0}
 
 
@@ -164,7 +174,9 @@ SETTINGS = {
 @main.command()
 @click.option("--domain", "name", type=click.Choice(names()), required=True)
 @click.option("--workers", default=2, show_default=True)
-@click.option("--settings", default=len(SETTINGS), show_default=True, help="The first so many only.")
+@click.option(
+    "--settings", default=len(SETTINGS), show_default=True, help="The first so many only."
+)
 def sweep(name: str, workers: int, settings: int) -> None:
     """Append every missing run of a domain."""
     get_domain(name).warm()
@@ -181,7 +193,10 @@ def run_one(job: Job) -> float | None:
     """Held-out loss of a run at its setting; None where it diverged."""
     setting = SETTINGS.get(job.scheme, Setting())
     domain = get_domain(job.domain)
-    steps, build = round(domain.steps * setting.steps), frozen(domain) if setting.frozen_b else domain.build
+    steps, build = (
+        round(domain.steps * setting.steps),
+        frozen(domain) if setting.frozen_b else domain.build,
+    )
     altered = replace(domain, steps=steps, build=build, **in_batches_of(domain, setting.batch))
     return run_in(altered, job, setting.warmup)
 
@@ -261,13 +276,21 @@ def knee_rows() -> Iterator[list[str]]:
         if len(found) > 2:
             mua = MuA(tokens=8.0)  # the default when the rule was written
             laws = [mua, *(Falling(knee, POWER, mua) for knee in KNEES)]
-            off = [statistics.pstdev(x - octaves(name, SCHEME, rank, law) for rank, x in found.items()) for law in laws]
+            off = [
+                statistics.pstdev(x - octaves(name, SCHEME, rank, law) for rank, x in found.items())
+                for law in laws
+            ]
             yield [name, *(number(octave, 2) for octave in off)]
 
 
 def step_row(name: str, found: Mapping[str, Any]) -> list[str]:
     cosines = ", ".join(f"{value:.2f} ({rank})" for rank, value in found["cosine"].items())
-    return [name, str(found["layers"]), *(f"{found['exponents'][what]:+.2f}" for what in Step._fields), cosines]
+    return [
+        name,
+        str(found["layers"]),
+        *(f"{found['exponents'][what]:+.2f}" for what in Step._fields),
+        cosines,
+    ]
 
 
 def drifts(name: str, done: Losses) -> Iterator[dict[str, Any]]:
@@ -277,8 +300,17 @@ def drifts(name: str, done: Losses) -> Iterator[dict[str, Any]]:
         if all(best.values()):
             low, high = (best[rank] for rank in RANKS)
             octaves = math.log2(RANKS[1] / RANKS[0])
-            slopes = [None if a is None or b is None else (b - a) / octaves for a, b in zip(low, high, strict=True)]
-            yield {"domain": name, "setting": vars(setting), "low": low, "high": high, "slopes": slopes}
+            slopes = [
+                None if a is None or b is None else (b - a) / octaves
+                for a, b in zip(low, high, strict=True)
+            ]
+            yield {
+                "domain": name,
+                "setting": vars(setting),
+                "low": low,
+                "high": high,
+                "slopes": slopes,
+            }
 
 
 def bests(done: Losses, cell: Cell) -> list[float | None]:
@@ -295,7 +327,14 @@ def shown(row: Mapping[str, Any]) -> list[str]:
     how = [f"× {setting['steps']:g}", f"× {setting['batch']}", f"{setting['warmup']:.0%}"]
     how.append("A alone" if setting["frozen_b"] else "A and B")
     first, *by_seed = (number(x, 2, sign=True) for x in row["slopes"])
-    return [row["domain"], *how, number(row["low"][0], 1), number(row["high"][0], 1), first, ", ".join(by_seed)]
+    return [
+        row["domain"],
+        *how,
+        number(row["low"][0], 1),
+        number(row["high"][0], 1),
+        first,
+        ", ".join(by_seed),
+    ]
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ def full(site: Site, of: Constants) -> float:
 
 
 def falling(site: Site, of: Constants) -> float:
-    return mua(site, of) + of.get("p", 0.5) * math.log2((of["k"] + site.fan_in) / (of["k"] + rank_of(site)))
+    return mua(site, of) + of.get("p", 0.5) * math.log2(
+        (of["k"] + site.fan_in) / (of["k"] + rank_of(site))
+    )
 
 
 def power(on: Callable[[Site, Constants], float], site: Site, of: Constants) -> float:
@@ -92,8 +94,14 @@ def weakened_terms(site: Site, of: Constants) -> tuple[float, float]:
     return p * (of["w"] if site.init == "B" else 1.0), q
 
 
-KNEES, POWERS, LEVELS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), [step / 24 for step in range(2, 17)], eighths(-2.5, 2.5)
-FALL, ON_FULL, ON_MUA = (partial(by_level, level) for level in (falling, partial(power, full), partial(power, mua)))
+KNEES, POWERS, LEVELS = (
+    (1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+    [step / 24 for step in range(2, 17)],
+    eighths(-2.5, 2.5),
+)
+FALL, ON_FULL, ON_MUA = (
+    partial(by_level, level) for level in (falling, partial(power, full), partial(power, mua))
+)
 THIRD = (1 / 3,)
 FORMS = (
     Form("no fall", partial(by_level, mua)),
@@ -109,12 +117,19 @@ FORMS = (
     Form("power on µA, level", ON_MUA, {"p": POWERS, "o": LEVELS}),
     Form("power 1/3 on µA", ON_MUA, {"p": THIRD}),
     Form("power 1/3 on µA, level", ON_MUA, {"p": THIRD, "o": LEVELS}),
-    Form("weakened µA", weakened, {"w": halves(-5, 0), "T": halves(-2, 8), "b": [2.0**step for step in range(8)]}),
+    Form(
+        "weakened µA",
+        weakened,
+        {"w": halves(-5, 0), "T": halves(-2, 8), "b": [2.0**step for step in range(8)]},
+    ),
     Form("Falling, k = 4", FALL, {"k": (4.0,)}, judged=False),
     Form("power 1/3, o = -1/8", ON_FULL, {"p": THIRD, "o": (-0.125,)}, judged=False),
     Form("power 1/3 on µA, o = -1/8", ON_MUA, {"p": THIRD, "o": (-0.125,)}, judged=False),
 )
-BEFORE, SHOWN = next(form for form in FORMS if form.name == "Falling, k = 4"), ("no fall", "weakened µA")
+BEFORE, SHOWN = (
+    next(form for form in FORMS if form.name == "Falling, k = 4"),
+    ("no fall", "weakened µA"),
+)
 
 
 @click.command()
@@ -122,7 +137,14 @@ def main() -> None:
     """Fit every form and write the page."""
     places = stored([SCHEME])
     fitted = [fit for form in FORMS for fit in fits(form, places)]
-    write("init_b_forms", "Which form of Init[B]'s fall generalises", __doc__ or "", verdict(fitted), places, fitted)
+    write(
+        "init_b_forms",
+        "Which form of Init[B]'s fall generalises",
+        __doc__ or "",
+        verdict(fitted),
+        places,
+        fitted,
+    )
 
 
 def verdict(fitted: Sequence[Fit]) -> str:
@@ -130,7 +152,9 @@ def verdict(fitted: Sequence[Fit]) -> str:
     by_criterion = {criterion: scores(fitted, criterion) for criterion in CRITERIA}
     named = {criterion: winner(judged(each)) for criterion, each in by_criterion.items()}
     first, tied = named[CRITERIA[0]]
-    others = ", ".join(f"by {criterion} it names {form.name}" for criterion, (form, _) in list(named.items())[1:])
+    others = ", ".join(
+        f"by {criterion} it names {form.name}" for criterion, (form, _) in list(named.items())[1:]
+    )
     scored = by_criterion[CRITERIA[0]]
     known, _ = winner(judged(scored) | {BEFORE: scored[BEFORE]})
     shown = (first, *(form for form in FORMS if form is BEFORE or form.name in SHOWN))

@@ -44,7 +44,12 @@ Rows = list[dict[str, Any]]
 
 
 @click.command()
-@click.option("--published", type=click.Path(path_type=Path), default=PUBLISHED, help="The published sweep, alpha 32.")
+@click.option(
+    "--published",
+    type=click.Path(path_type=Path),
+    default=PUBLISHED,
+    help="The published sweep, alpha 32.",
+)
 def main(published: Path) -> None:
     """Write results/laws.md and its figures."""
     _make_missing(published)
@@ -63,7 +68,9 @@ def _make_missing(published: Path) -> None:
         exponents.table.callback()
     if not (RESULTS / "bench_law.json").exists():
         if not published.exists():
-            raise click.ClickException(f"results/bench_law.json and {published} are missing. Give --published a sweep.")
+            raise click.ClickException(
+                f"results/bench_law.json and {published} are missing. Give --published a sweep."
+            )
         bench_law.table.callback(published=published, alpha=PUBLISHED_ALPHA)
 
 
@@ -77,12 +84,22 @@ def _demoted(text: str) -> str:
 
 def _exponents_page(rows: Rows) -> Iterator[str]:
     """Worst differences by family × init × γ × tokens, and each optimizer's verdict."""
-    heads = ["family", "optimizers", "bar", "init", "gamma", *(f"{tokens} tokens" for tokens in exponents.TOKENS)]
+    heads = [
+        "family",
+        "optimizers",
+        "bar",
+        "init",
+        "gamma",
+        *(f"{tokens} tokens" for tokens in exponents.TOKENS),
+    ]
     notes = [
         "Worst difference between formula and check over a family's optimizers: in the exponent of the rank, then of "
         "the width. Every exponent is in [exponents.md](exponents.md). gamma: s goes as r^-gamma. The bar is the "
         "task's, for its three families; the others have none.",
-        "\n".join(exponents.summary(rows, label) for label in dict.fromkeys(row["optimizer"] for row in rows)),
+        "\n".join(
+            exponents.summary(rows, label)
+            for label in dict.fromkeys(row["optimizer"] for row in rows)
+        ),
         "![Exponents: formula against check](laws-exponents.png)",
     ]
     title = "Exponents of the best rate: formula against check"
@@ -100,7 +117,10 @@ def _worst_cells(rows: Rows) -> list[list[str]]:
         ]
         for init, gamma in itertools.product("AB", exponents.GAMMAS):
             at = [row for row in mine if (row["init"], row["gamma"]) == (init, gamma)]
-            worst = [_worst([row for row in at if row["tokens"] == tokens]) for tokens in exponents.TOKENS]
+            worst = [
+                _worst([row for row in at if row["tokens"] == tokens])
+                for tokens in exponents.TOKENS
+            ]
             cells.append([*start, init, f"{gamma:g}", *worst])
     return cells
 
@@ -128,7 +148,10 @@ def _draw_exponents(rows: Rows, path: Path) -> None:
     for axis, family in zip(axes, families, strict=True):
         _draw_family(axis, family, [row for row in solved if row["family"] == family])
     axes[0].set_ylabel("exponent by the formula")
-    figure.suptitle("Exponents of the best rate, in rank (●) and in width (○): formula against check", fontsize=11)
+    figure.suptitle(
+        "Exponents of the best rate, in rank (●) and in width (○): formula against check",
+        fontsize=11,
+    )
     figure.savefig(path, dpi=130)
 
 
@@ -138,12 +161,23 @@ def _draw_family(axis: Any, family: str, rows: Rows) -> None:
     ends = [min(values) - 0.3, max(values) + 0.3]
     axis.plot(ends, ends, color="0.5", linewidth=0.8, zorder=0)
     if bar is not None:
-        axis.fill_between(ends, [e - bar for e in ends], [e + bar for e in ends], color="0.88", lw=0, zorder=-1)
-    for label, colour in zip(dict.fromkeys(row["optimizer"] for row in rows), COLOURS, strict=False):
+        axis.fill_between(
+            ends, [e - bar for e in ends], [e + bar for e in ends], color="0.88", lw=0, zorder=-1
+        )
+    for label, colour in zip(
+        dict.fromkeys(row["optimizer"] for row in rows), COLOURS, strict=False
+    ):
         mine = [row for row in rows if row["optimizer"] == label]
         for x, face in (("r", colour), ("n", "none")):
             pairs = [[float(row[f"{x}: {by}"]) for row in mine] for by in ("check", "formula")]
-            axis.plot(*pairs, "o", color=colour, markerfacecolor=face, markersize=4, label=label if x == "r" else None)
+            axis.plot(
+                *pairs,
+                "o",
+                color=colour,
+                markerfacecolor=face,
+                markersize=4,
+                label=label if x == "r" else None,
+            )
     axis.set(xlim=ends, ylim=ends, aspect="equal", xlabel="exponent by the check")
     axis.set_title(f"{family}{'' if bar is None else f', bar {bar:g}'}", fontsize=10)
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
@@ -166,16 +200,24 @@ def _yardstick_page() -> Iterator[str]:
     ]
     for sweep in dict.fromkeys(row["sweep"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["sweep"] == sweep]
-        yield _demoted(page(f"Laws on {sweep}", *_yardstick_cells(rows), document["machine"], notes))
+        yield _demoted(
+            page(f"Laws on {sweep}", *_yardstick_cells(rows), document["machine"], notes)
+        )
         notes = []  # only under the first table
 
 
 def _yardstick_cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
     finders = list(dict.fromkeys(row["best rate by"] for row in rows))
-    heads = ["law", *(f"{by}: {what}" for by in finders for what in ("octaves", "loss lost", "off the grid"))]
+    heads = [
+        "law",
+        *(f"{by}: {what}" for by in finders for what in ("octaves", "loss lost", "off the grid")),
+    ]
     found = {(row["law"], row["best rate by"]): row for row in rows}
     laws = dict.fromkeys(row["law"] for row in rows)
-    return heads, [[_law_name(law), *(c for by in finders for c in _score_cells(found[law, by]))] for law in laws]
+    return heads, [
+        [_law_name(law), *(c for by in finders for c in _score_cells(found[law, by]))]
+        for law in laws
+    ]
 
 
 def _law_name(text: str) -> str:
@@ -191,7 +233,13 @@ def _score_cells(row: dict[str, Any]) -> tuple[str, str, str]:
 
 def _share(loss: float | str | None) -> str:
     """A cell for a loss above the best: "inf" on file means that a run diverged, None that no move is on the grid."""
-    return "–" if loss is None else "diverged" if float(loss) == float("inf") else f"{shown(100 * float(loss))} %"
+    return (
+        "–"
+        if loss is None
+        else "diverged"
+        if float(loss) == float("inf")
+        else f"{shown(100 * float(loss))} %"
+    )
 
 
 def _draw_errors(published: Path, path: Path) -> None:
@@ -204,7 +252,10 @@ def _draw_errors(published: Path, path: Path) -> None:
         axis.set_title(source.name, fontsize=10)
     axes[0].set_yticks(range(len(LAWS)), list(LAWS.values()))
     axes[0].invert_yaxis()
-    figure.suptitle("A best rate moved to every higher rank (a dot): octaves above the best one there", fontsize=11)
+    figure.suptitle(
+        "A best rate moved to every higher rank (a dot): octaves above the best one there",
+        fontsize=11,
+    )
     figure.savefig(path, dpi=130)
 
 
@@ -213,7 +264,9 @@ def _draw_strips(axis: Any, scores: Sequence[LawScore]) -> None:
     for y, score in enumerate(scores):
         errors = sorted(move.octaves for move in score.moves if move.target.rank > move.source.rank)
         spread = [y + 0.3 * ((7 * i) % 11 - 5) / 5 for i in range(len(errors))]
-        axis.plot(errors, spread, "o", color=COLOURS[y == 0], alpha=0.45, markersize=4, markeredgewidth=0)
+        axis.plot(
+            errors, spread, "o", color=COLOURS[y == 0], alpha=0.45, markersize=4, markeredgewidth=0
+        )
         axis.vlines(median(errors), y - 0.4, y + 0.4, color="black", linewidth=1.5)
     axis.axvline(0.0, color="0.5", linestyle="--", linewidth=1, zorder=0)
     axis.set_xscale("symlog", base=2, linthresh=1.0)

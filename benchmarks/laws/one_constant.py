@@ -105,7 +105,9 @@ def cell_of(domain: str, config: str, arm: str) -> tuple[str, str, int]:
 
 
 def changed(domain: Domain, arm: Arm) -> Domain:
-    return replace(domain, steps=round(domain.steps * arm.steps), batch=round(domain.batch * arm.batch))
+    return replace(
+        domain, steps=round(domain.steps * arm.steps), batch=round(domain.batch * arm.batch)
+    )
 
 
 def run_one(job: Job) -> float | None:
@@ -116,7 +118,9 @@ def run_one(job: Job) -> float | None:
     if not arm:  # before training
         return domain.evaluate(model)
     plain = job._replace(scheme=config)
-    return train(changed(domain, own), model, optimizer(model, domain, plain), job.seed, CLIP, own.warmup)
+    return train(
+        changed(domain, own), model, optimizer(model, domain, plain), job.seed, CLIP, own.warmup
+    )
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,11 @@ class Around:
             if low < best < high or high - low > 4 * WIDE:
                 break
             low, high = low - (best <= low), high + (best >= high)
-        fine = [Job(*self.cell, best + half / 2, seed) for half in range(-2, 3) for seed in range(self.seeds)]
+        fine = [
+            Job(*self.cell, best + half / 2, seed)
+            for half in range(-2, 3)
+            for seed in range(self.seeds)
+        ]
         return [job for job in fine if job not in done]
 
 
@@ -153,7 +161,9 @@ class Estimate(NamedTuple):
     means: Mapping[float, float]
 
 
-def estimate(done: Losses, cell: tuple[str, str, int], start: float, seeds: int = SEEDS) -> Estimate | None:
+def estimate(
+    done: Losses, cell: tuple[str, str, int], start: float, seeds: int = SEEDS
+) -> Estimate | None:
     """Estimate a cell's best rate; None where its half octaves are incomplete. `start` is the loss before training."""
     means = curve(done, cell, seeds)
     if len(means) < 5 or all(x.is_integer() for x in means):
@@ -180,7 +190,11 @@ def standard_error(done: Losses, cell: tuple[str, str, int], best: float, seeds:
         for x in beside
         if Job(*cell, x, seeds - 1) in done
     ]
-    finite = [statistics.stdev(change) for change in changes if len(change) > 1 and math.isfinite(sum(change))]
+    finite = [
+        statistics.stdev(change)
+        for change in changes
+        if len(change) > 1 and math.isfinite(sum(change))
+    ]
     return max(finite, default=0.0) / math.sqrt(seeds)
 
 
@@ -191,7 +205,9 @@ def standard_error(done: Losses, cell: tuple[str, str, int], best: float, seeds:
 def width(domain: str) -> float:
     """The mean fan-in of the adapted layers."""
     return statistics.fmean(
-        f.fan_in for f in inspect_model(built(get_domain(domain), SOURCE, 4, 0)).factors if f.role == "A"
+        f.fan_in
+        for f in inspect_model(built(get_domain(domain), SOURCE, 4, 0)).factors
+        if f.role == "A"
     )
 
 
@@ -254,7 +270,9 @@ def run(chosen: tuple[str, ...], arms: tuple[str, ...], workers: int) -> None:
         for domain in chosen:
             store, own = STORE / f"{domain}.jsonl", ARMS[arm]
             cells = [
-                Around(cell_of(domain, config, arm), guess(domain, config, arm), own.seeds, own.wide)
+                Around(
+                    cell_of(domain, config, arm), guess(domain, config, arm), own.seeds, own.wide
+                )
                 for config in RANKS
             ]
             both = Together([starts(domain, range(SEEDS)), *cells])
@@ -266,7 +284,10 @@ def guess(domain: str, config: str, arm: str) -> int:
     if arm not in MIRRORED:
         return round(best_rates(read(STORES / f"{domain}.jsonl"), domain, config)[RANKS[config]])
     done = read(STORE / f"{domain}.jsonl")
-    base, quarter = (lowest(curve(done, cell_of(domain, config, which), SEEDS)) for which in (BASE, MIRRORED[arm]))
+    base, quarter = (
+        lowest(curve(done, cell_of(domain, config, which), SEEDS))
+        for which in (BASE, MIRRORED[arm])
+    )
     return round(2 * base - quarter)
 
 
@@ -297,7 +318,10 @@ def cells() -> Iterator[Cell]:
 def table() -> None:
     """Write the verdict and the tables from the runs on file."""
     found, on = {(cell.domain, cell.config, cell.arm): cell.found for cell in cells()}, machine(1)
-    by = [{key: x for key, each in found.items() if (x := getattr(each, which)) is not None} for which in WHICH]
+    by = [
+        {key: x for key, each in found.items() if (x := getattr(each, which)) is not None}
+        for which in WHICH
+    ]
     verdict = [rule_1(by), rule_2(by), rule_3(found, by)]
     parts = [
         "# One constant a task, across batch, length, warm-up, init and full finetuning",
@@ -308,13 +332,23 @@ def table() -> None:
             [*move_rows(found)],
         ),
         block("Shifts and levels, rms error in octaves", ERROR_HEADS, list(error_rows(by))),
-        block("Octaves an octave of batch or steps, by the middle", EXPONENT_HEADS, list(exponent_rows(found))),
+        block(
+            "Octaves an octave of batch or steps, by the middle",
+            EXPONENT_HEADS,
+            list(exponent_rows(found)),
+        ),
         block("Best rates, log2", RATE_HEADS, list(rate_rows(found))),
         "**" + (__doc__ or "").partition("\n\n**")[2].strip(),
         made_by(on, *sorted(STORE.glob("*.jsonl"))),
     ]
     rows = [
-        {"domain": domain, "configuration": config, "task": arm, "middle": each.middle, "cliff": each.cliff}
+        {
+            "domain": domain,
+            "configuration": config,
+            "task": arm,
+            "middle": each.middle,
+            "cliff": each.cliff,
+        }
         for (domain, config, arm), each in found.items()
     ]
     document = {"machine": on, "verdict": verdict, "rows": rows}
@@ -386,17 +420,23 @@ def shift_errors(x: Rates, domain: str, law: str) -> Iterator[float]:
             if law == FREE:
                 predicted = free_slope(x, domain, config) * (source - source_base)
             else:
-                predicted = LAWS[law](domain, config, source) - LAWS[law](domain, config, source_base)
+                predicted = LAWS[law](domain, config, source) - LAWS[law](
+                    domain, config, source_base
+                )
             yield predicted - (there - there_base)
 
 
 def free_slope(x: Rates, domain: str, config: str) -> float:
     """Least-squares slope of a configuration's shifts on Init[A]'s, over the other domains."""
     pairs = [
-        (x[other, SOURCE, arm] - x[other, SOURCE, BASE], x[other, config, arm] - x[other, config, BASE])
+        (
+            x[other, SOURCE, arm] - x[other, SOURCE, BASE],
+            x[other, config, arm] - x[other, config, BASE],
+        )
         for other in DOMAINS
         for arm in CHANGES
-        if other != domain and x.keys() >= {(other, c, at) for c in (SOURCE, config) for at in (arm, BASE)}
+        if other != domain
+        and x.keys() >= {(other, c, at) for c in (SOURCE, config) for at in (arm, BASE)}
     ]
     total = sum(a * a for a, _ in pairs)
     return sum(a * b for a, b in pairs) / total if total else 1.0
@@ -405,15 +445,29 @@ def free_slope(x: Rates, domain: str, config: str) -> float:
 def level_errors(x: Rates, domain: str, law: str) -> Iterator[float]:
     for config in RANKS:
         for arm in ARMS:
-            if law in LAWS and config != SOURCE and x.keys() >= {(domain, SOURCE, arm), (domain, config, arm)}:
+            if (
+                law in LAWS
+                and config != SOURCE
+                and x.keys() >= {(domain, SOURCE, arm), (domain, config, arm)}
+            ):
                 yield LAWS[law](domain, config, x[domain, SOURCE, arm]) - x[domain, config, arm]
 
 
 # --- rule 3: moves to another batch or length -----------------------------------------------------------------------
 
-SCALED = {"steps / 4": ("steps", -2), "batch / 4": ("batch", -2), "batch × 4": ("batch", 2), "steps × 4": ("steps", 2)}
+SCALED = {
+    "steps / 4": ("steps", -2),
+    "batch / 4": ("batch", -2),
+    "batch × 4": ("batch", 2),
+    "steps × 4": ("steps", 2),
+}
 Found = Mapping[tuple[str, str, str], Estimate]
-KEPT, PACKAGE, BY_C, BY_CONFIG = "as it is", "the package's rules", "c by one exponent", "exponents a configuration"
+KEPT, PACKAGE, BY_C, BY_CONFIG = (
+    "as it is",
+    "the package's rules",
+    "c by one exponent",
+    "exponents a configuration",
+)
 WAYS = (KEPT, PACKAGE, BY_C, BY_CONFIG)
 BAR = 0.05
 
@@ -436,7 +490,9 @@ def moves(found: Found, way: str) -> Iterator[Move]:
             continue
         done = stored(domain)
         best, start = min(there.means.values()), start_of(domain, done)
-        lost = share_lost(there.means, best, start, moved(found, way, (domain, config, arm), home.middle))
+        lost = share_lost(
+            there.means, best, start, moved(found, way, (domain, config, arm), home.middle)
+        )
         floors = (noise_floor(done, cell_of(domain, config, at)) for at in (arm, BASE))
         yield Move(domain, config, arm, lost, next((f for f in floors if f is not None), 0.0))
 
@@ -482,13 +538,20 @@ def log_constant(domain: str, config: str, x: float) -> float:
 
 
 def exponent(
-    found: Found, what: str, but: str, of: Callable[[str, str, float], float], only: str | None = None
+    found: Found,
+    what: str,
+    but: str,
+    of: Callable[[str, str, float], float],
+    only: str | None = None,
 ) -> float:
     """Octaves of `of` per octave of batch or steps: mean over domains except `but`, all configurations or `only`."""
     slopes = [
         (of(domain, config, there.middle) - of(domain, config, home.middle)) / SCALED[arm][1]
         for (domain, config, arm), there in found.items()
-        if domain != but and SCALED.get(arm, ("",))[0] == what and only in (None, config) and there.middle is not None
+        if domain != but
+        and SCALED.get(arm, ("",))[0] == what
+        and only in (None, config)
+        and there.middle is not None
         if (home := found.get((domain, config, BASE))) is not None and home.middle is not None
     ]
     return statistics.fmean(slopes) if slopes else 0.0
@@ -513,11 +576,20 @@ def move_rows(found: Found) -> Iterator[list[str]]:
                     worst.lost,
                     max(max(0.0, m.lost - m.floor) for m in own),
                 )
-                yield [way, arm, str(len(own)), *map(percent, shares), f"{worst.domain}, {worst.config}"]
+                yield [
+                    way,
+                    arm,
+                    str(len(own)),
+                    *map(percent, shares),
+                    f"{worst.domain}, {worst.config}",
+                ]
 
 
 def error_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
-    for name, errors, laws in (("shifts", shift_errors, (*LAWS, FREE)), ("levels", level_errors, tuple(LAWS))):
+    for name, errors, laws in (
+        ("shifts", shift_errors, (*LAWS, FREE)),
+        ("levels", level_errors, tuple(LAWS)),
+    ):
         for which, x in zip(WHICH, by, strict=True):
             for law in laws:
                 each = [rms(errors(x, domain, law)) for domain in DOMAINS]

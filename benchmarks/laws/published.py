@@ -35,7 +35,13 @@ from recording import machine, record
 from rankaware_optim.sweeps._io import Sweep, read_sweep
 
 RESTS_ON = ("laws.adam",)
-LAWS = ("mua", "mua-paper", "constant", "power?exponent=-0.5,law=constant", "power?exponent=-1,law=constant")
+LAWS = (
+    "mua",
+    "mua-paper",
+    "constant",
+    "power?exponent=-0.5,law=constant",
+    "power?exponent=-1,law=constant",
+)
 NOTES = (
     "Octaves: |log2(moved rate / best rate found there)|. Loss: the loss at the moved rate, on straight lines between "
     "the rates tried, less the lowest, as a share of it. `off_grid`: moves beyond the rates tried, of unknown loss. "
@@ -54,7 +60,9 @@ class Source:
     reading: str
 
     def words(self, name: str) -> str:
-        return f"**{name}**: {self.origin}, {self.licence}, sha256 {self.sha256[:16]}. {self.reading}"
+        return (
+            f"**{name}**: {self.origin}, {self.licence}, sha256 {self.sha256[:16]}. {self.reading}"
+        )
 
 
 def grid(path: Path) -> Sweep:
@@ -111,14 +119,22 @@ def table(files: tuple[Path, ...]) -> None:
     rows = [row for path in files for row in rows_of(path)]
     read = [SOURCES[path.name].words(path.name) for path in files]
     looked = "**Looked for** " + (__doc__ or "").partition("**Looked for**")[2].strip()
-    record("published", "Laws on sweeps that others published", rows, machine(1), [*NOTES, *read, looked])
+    record(
+        "published",
+        "Laws on sweeps that others published",
+        rows,
+        machine(1),
+        [*NOTES, *read, looked],
+    )
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """Every law's moves on a file, with both ways of finding a best rate."""
     source = SOURCES.get(path.name)
     if source is None or hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
-        raise click.ClickException(f"{path} is none of the files that were read. Name one of: {', '.join(SOURCES)}.")
+        raise click.ClickException(
+            f"{path} is none of the files that were read. Name one of: {', '.join(SOURCES)}."
+        )
     sweep, alpha = source.read(path), 32.0 if source.read is read_sweep else None
     for best in ("parabola", "bowl"):
         for score in bench_law(sweep, LAWS, alpha=alpha, best=best):

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from rankaware_optim import CalibrationError, Law, Reference
 from rankaware_optim._optimizer_classes import get_optimizer_class
 from rankaware_optim._tables import text_table
-from rankaware_optim.calibration.fit import Prior, fit_observations
+from rankaware_optim.fitting import Prior, fit_observations
 from rankaware_optim.laws import bound_law, checked_multiplier, get_law
 from rankaware_optim.sweeps import DEMO_SWEEP
 from rankaware_optim.sweeps._io import Source, Sweep, SweepRun, read_sweep
@@ -179,18 +179,26 @@ def bench_law(
     >>> [(score.label, round(score.worst, 2)) for score in bench_law(rows, ["constant"], alpha="rank")]
     [('constant', 0.0)]
     """
-    curves = loss_curves(read_sweep(sweep, columns=columns).runs, best=best, alpha=alpha, fan_in=fan_in)
+    curves = loss_curves(
+        read_sweep(sweep, columns=columns).runs, best=best, alpha=alpha, fan_in=fan_in
+    )
     return [score_of(law, curves, optimizer) for law in laws]
 
 
-def score_of(law: str | Law, curves: Sequence[LossCurve], optimizer: type[Optimizer] | str = "AdamW") -> LawScore:
+def score_of(
+    law: str | Law, curves: Sequence[LossCurve], optimizer: type[Optimizer] | str = "AdamW"
+) -> LawScore:
     """Score one law on the moves between all comparable ranks."""
     found, moves = get_law(law), []
     bound = bound_law(found, get_optimizer_class(optimizer), {})
     for source, target in itertools.permutations(curves, 2):
         if source.compares_with(target):
-            moved = source.best + math.log2(checked_multiplier(bound, target.at.as_factor(), source.at))
-            moves.append(Move(source.model, source.at, target.at, moved - target.best, target.lost_at(moved)))
+            moved = source.best + math.log2(
+                checked_multiplier(bound, target.at.as_factor(), source.at)
+            )
+            moves.append(
+                Move(source.model, source.at, target.at, moved - target.best, target.lost_at(moved))
+            )
     return LawScore(law if isinstance(law, str) else repr(law), found, tuple(moves))
 
 
@@ -237,7 +245,11 @@ def _best_by_bowls(curves: Sequence[LossCurve]) -> list[LossCurve]:
     for group in dict.fromkeys(curve.group for curve in curves):
         mine = [curve for curve in curves if curve.group == group]
         # Curves are numbered, since two of them may have the same rank.
-        seen = [observation_of(run, i, math.log2(run.lr)) for i, curve in enumerate(mine, 1) for run in curve.runs]
+        seen = [
+            observation_of(run, i, math.log2(run.lr))
+            for i, curve in enumerate(mine, 1)
+            for run in curve.runs
+        ]
         fit = fit_observations(seen, Prior())
         vertices = {} if fit is None else fit.vertices
         placed += [replace(curve, best=vertices[i][0]) for i, curve in enumerate(mine, 1)]

@@ -32,19 +32,35 @@ RESTS_ON = ("laws.adam", "transfer")
 
 # Hidden sizes, from the models' published configurations.
 HIDDEN = {
-    **dict.fromkeys(("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B-Instruct-2507", "meta-llama/Llama-3.2-1B"), 2048),
+    **dict.fromkeys(
+        ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B-Instruct-2507", "meta-llama/Llama-3.2-1B"), 2048
+    ),
     **dict.fromkeys(("Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen/Qwen3.5-35B-A3B-Base"), 2048),
     **dict.fromkeys(("Qwen/Qwen3-8B-Base", "Qwen/Qwen3.5-9B-Base", "Qwen/Qwen3.5-397B-A17B"), 4096),
-    **dict.fromkeys(("Qwen/Qwen3-VL-235B-A22B-Instruct", "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16"), 4096),
+    **dict.fromkeys(
+        ("Qwen/Qwen3-VL-235B-A22B-Instruct", "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16"), 4096
+    ),
     **dict.fromkeys(("Qwen/Qwen3-32B", "Qwen/Qwen3.6-27B"), 5120),
-    **dict.fromkeys(("deepseek-ai/DeepSeek-V3.1-Base", "moonshotai/Kimi-K2.5", "moonshotai/Kimi-K2.6"), 7168),
-    **{"Qwen/Qwen3-4B-Instruct-2507": 2560, "openai/gpt-oss-20b": 2880, "meta-llama/Llama-3.3-70B-Instruct": 8192},
+    **dict.fromkeys(
+        ("deepseek-ai/DeepSeek-V3.1-Base", "moonshotai/Kimi-K2.5", "moonshotai/Kimi-K2.6"), 7168
+    ),
+    **{
+        "Qwen/Qwen3-4B-Instruct-2507": 2560,
+        "openai/gpt-oss-20b": 2880,
+        "meta-llama/Llama-3.3-70B-Instruct": 8192,
+    },
 }
 
 # Our own small sweeps (as in full_width.py): hidden size, the largest fan-in, then log2 of the best rate at scaling 1
 # by rank under Init[A] and Init[B], and of full finetuning. AdamW, 40 to 150 steps, batches of 8 to 32.
 SMALL: dict[str, tuple[int, int, dict[int, float], dict[int, float], float]] = {
-    "transformer": (128, 512, {1: -5.0, 4: -5.5, 16: -6.5, 64: -7.6}, {4: -6.8, 16: -7.5, 64: -8.2}, -9.2),
+    "transformer": (
+        128,
+        512,
+        {1: -5.0, 4: -5.5, 16: -6.5, 64: -7.6},
+        {4: -6.8, 16: -7.5, 64: -8.2},
+        -9.2,
+    ),
     "DiT": (128, 512, {2: -5.8, 8: -6.9, 32: -7.8, 96: -8.7}, {8: -6.5, 32: -8.0, 96: -8.8}, -9.7),
     "SmolLM2-135M": (576, 1536, {4: -7.8, 64: -10.1}, {4: -10.1, 64: -11.7}, -12.8),
 }
@@ -66,7 +82,9 @@ def main(sweep: Path) -> None:
     cells = read(sweep)
     middle, spread = fit(cells)
     if (middle, spread) != (LOG2_RATE, SPREAD):
-        raise SystemExit(f"The package holds {LOG2_RATE}, {SPREAD}; the sweep gives {middle}, {spread}.")
+        raise SystemExit(
+            f"The package holds {LOG2_RATE}, {SPREAD}; the sweep gives {middle}, {spread}."
+        )
     rows = [*left_out(cells), *own_tasks()]
     title = "Suggested rates: does the 90 % band hold what it says?"
     record("suggestion", title, rows, on, [*notes(sweep, cells), compared(sweep)])
@@ -75,7 +93,9 @@ def main(sweep: Path) -> None:
 def read(sweep: Path, width: Callable[[str], float] = HIDDEN.__getitem__) -> list[Cell]:
     curves: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in csv.DictReader(sweep.open()):
-        curves[row["model"], int(row["rank"])][math.log2(float(row["lr"]))].append(float(list(row.values())[-1]))
+        curves[row["model"], int(row["rank"])][math.log2(float(row["lr"]))].append(
+            float(list(row.values())[-1])
+        )
     cells = []
     for (model, rank), curve in curves.items():
         if len(curve) > 1:  # one rate does not show where the best one is
@@ -127,7 +147,9 @@ def left_out(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             for cell in (c for c in cells if c.model == model):
                 error = outside(cell, middle)
                 where = "seen" if cell.low == cell.high else "at an edge"
-                found[f"published, task={kind!r}, best rate {where}"].append((error, half, abs(error)))
+                found[f"published, task={kind!r}, best rate {where}"].append(
+                    (error, half, abs(error))
+                )
     return [summary(case, errors) for case, errors in found.items()]
 
 
@@ -185,7 +207,10 @@ def compared(sweep: Path) -> str:
     found = []
     for name, width in (("by the law", HIDDEN.__getitem__), ("left out", lambda model: 4096.0)):
         cells = read(sweep, width)
-        for what, chosen in (("all cells", cells), ("without edges", [c for c in cells if c.low == c.high])):
+        for what, chosen in (
+            ("all cells", cells),
+            ("without edges", [c for c in cells if c.low == c.high]),
+        ):
             middle, spread = fit(chosen)
             found.append(
                 f"{what}, width {name}: {middle:.2f} ± {spread:.2f} (log-likelihood "

@@ -114,7 +114,9 @@ NETWORKS = {  # the most decisive first
     "DiT 128": Network("DiT", 128, 512),
 }
 ALIKE = {"Llama": ("Llama 96", "Llama 192", "Llama 384"), "DiT": ("DiT 64", "DiT 128", "DiT 256")}
-USUAL, *OTHER_MLPS = (name for name, net in NETWORKS.items() if (net.kind, net.width) == ("Llama", 192))
+USUAL, *OTHER_MLPS = (
+    name for name, net in NETWORKS.items() if (net.kind, net.width) == ("Llama", 192)
+)
 
 
 # --- running --------------------------------------------------------------------------------------------------------
@@ -143,7 +145,9 @@ def cell_of(name: str, config: str) -> Cell:
 
 def task_of(name: str) -> Together:
     """Jobs of a network: loss before training, and every configuration around the study's best rate."""
-    cells = [Around(cell_of(name, config), guess(name, config), SEEDS) for config in configs_of(name)]
+    cells = [
+        Around(cell_of(name, config), guess(name, config), SEEDS) for config in configs_of(name)
+    ]
     return Together([starts(name, range(1)), *cells])
 
 
@@ -167,7 +171,13 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--network", "chosen", multiple=True, type=click.Choice(list(NETWORKS)), help="Some; by default all.")
+@click.option(
+    "--network",
+    "chosen",
+    multiple=True,
+    type=click.Choice(list(NETWORKS)),
+    help="Some; by default all.",
+)
 @click.option("--workers", default=2, show_default=True)
 def run(chosen: tuple[str, ...], workers: int) -> None:
     """Pretrain the networks, and make missing runs."""
@@ -175,7 +185,9 @@ def run(chosen: tuple[str, ...], workers: int) -> None:
     with get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         pool.map(warm, names, chunksize=1)
     for name in names:
-        complete(task_of(name), run_one, store_of(name), workers, click.echo, provenance(domain_of(name)))
+        complete(
+            task_of(name), run_one, store_of(name), workers, click.echo, provenance(domain_of(name))
+        )
 
 
 # --- what was found -------------------------------------------------------------------------------------------------
@@ -203,13 +215,18 @@ def on_file() -> dict[Key, Found]:
             for config in configs_of(name):
                 both = estimate(done, cell_of(name, config), start, SEEDS)
                 if both is not None:
-                    found[name, config] = Found(both, alone(done, cell_of(name, config), start), start)
+                    found[name, config] = Found(
+                        both, alone(done, cell_of(name, config), start), start
+                    )
     return found
 
 
 def alone(done: Losses, cell: Cell, start: float) -> tuple[Estimate | None, ...]:
     """Estimates from each seed's runs alone."""
-    by_seed = [{job._replace(seed=0): loss for job, loss in done.items() if job.seed == seed} for seed in range(SEEDS)]
+    by_seed = [
+        {job._replace(seed=0): loss for job, loss in done.items() if job.seed == seed}
+        for seed in range(SEEDS)
+    ]
     return tuple(estimate(own, cell, start, 1) for own in by_seed)
 
 
@@ -274,11 +291,15 @@ class Place(NamedTuple):
         return Site(init, RANKS[self.config] or 1, 1.0, self.width)
 
 
-Move = Callable[[Place, Place, float], float]  # (here, there, log2 of the rate here) to log2 of the rate there
+Move = Callable[
+    [Place, Place, float], float
+]  # (here, there, log2 of the rate here) to log2 of the rate there
 
 
 def by_law(law: Law) -> Move:
-    return lambda here, there, x: x + math.log2(law.multiplier(there.reference.as_factor(), here.reference))
+    return lambda here, there, x: (
+        x + math.log2(law.multiplier(there.reference.as_factor(), here.reference))
+    )
 
 
 def one_constant(here: Place, there: Place, x: float) -> float:
@@ -317,7 +338,9 @@ def moved(rates: Rates, kind: str, config: str, law: str) -> Iterator[float]:
 
 def exponent(rates: Rates, kind: str, config: str) -> float:
     """Least-squares slope of log2 best rate on log2 n."""
-    known = {widths(name).mean: rates[name, config] for name in ALIKE[kind] if (name, config) in rates}
+    known = {
+        widths(name).mean: rates[name, config] for name in ALIKE[kind] if (name, config) in rates
+    }
     return slope(known) if len(known) > 1 else math.nan
 
 
@@ -326,7 +349,8 @@ def rule_1(by: Sequence[Rates], config: str) -> str:
 
     def errors(kinds: Iterable[str]) -> dict[str, float]:
         return {
-            law: rms(e for kind in kinds for x in by for e in moved(x, kind, config, law)) for law in candidates(config)
+            law: rms(e for kind in kinds for x in by for e in moved(x, kind, config, law))
+            for law in candidates(config)
         }
 
     every, own = errors(ALIKE), PACKAGE[config]
@@ -361,7 +385,11 @@ def growth(rates: Rates, kind: str, config: str) -> float:
 def level_errors(rates: Rates, names: Iterable[str], law: str, which: str = "mean") -> list[float]:
     """Errors in octaves of full's rate at the width `which`, predicted by `law` from Init[A] at the mean fan-in."""
     return [
-        MOVES[law](Place(SOURCE, widths(name).mean), Place("full", getattr(widths(name), which)), rates[name, SOURCE])
+        MOVES[law](
+            Place(SOURCE, widths(name).mean),
+            Place("full", getattr(widths(name), which)),
+            rates[name, SOURCE],
+        )
         - rates[name, "full"]
         for name in names
         if {(name, SOURCE), (name, "full")} <= rates.keys()
@@ -376,7 +404,10 @@ def rule_2(by: Sequence[Rates]) -> Iterator[str]:
         if any(map(math.isnan, grown)):
             same, said = "not known to be the same", "an estimate is missing"
         yield f"{config}: c is {same} at every width ({said})."
-    errors = {law: [rms(level_errors(x, sum(ALIKE.values(), ()), law)) for x in by] for law in ("one constant", "µA")}
+    errors = {
+        law: [rms(level_errors(x, sum(ALIKE.values(), ()), law)) for x in by]
+        for law in ("one constant", "µA")
+    }
     better = "" if all(one < ratio for one, ratio in zip(*errors.values(), strict=True)) else "not "
     said = "; ".join(f"{law} {' and '.join(map(number, found))}" for law, found in errors.items())
     yield f"From Init[A] to full at the mean fan-in, one constant is {better}the better law ({said} octaves)."
@@ -397,7 +428,12 @@ def shift_by(which: str, name: str) -> float:
 
 
 def shift_error(by: Sequence[Rates], which: str) -> float:
-    known = [(x, name) for x in by for name in OTHER_MLPS if {(name, "full"), (USUAL, "full")} <= x.keys()]
+    known = [
+        (x, name)
+        for x in by
+        for name in OTHER_MLPS
+        if {(name, "full"), (USUAL, "full")} <= x.keys()
+    ]
     return rms(shift_by(which, name) - shift(x, name, "full") for x, name in known)
 
 
@@ -408,10 +444,17 @@ def level_spread(by: Sequence[Rates], which: str) -> float:
 
 
 def rule_3(by: Sequence[Rates]) -> str:
-    shifts, levels = ({which: of(by, which) for which in Widths._fields} for of in (shift_error, level_spread))
+    shifts, levels = (
+        {which: of(by, which) for which in Widths._fields} for of in (shift_error, level_spread)
+    )
     first, second = sorted(shifts, key=shifts.__getitem__)[:2]
-    said = "; ".join(f"{which} {shifts[which]:.2f}, {levels[which]:.2f}" for which in Widths._fields)
-    settled = shifts[first] <= min(0.5, shifts[second] - 0.2) and min(levels, key=levels.__getitem__) == first
+    said = "; ".join(
+        f"{which} {shifts[which]:.2f}, {levels[which]:.2f}" for which in Widths._fields
+    )
+    settled = (
+        shifts[first] <= min(0.5, shifts[second] - 0.2)
+        and min(levels, key=levels.__getitem__) == first
+    )
     what = "nothing is settled" if not settled else f"the {WORDS[first]} decides full finetuning"
     return f"Where layers are unequal, {what} (errors of full's shifts, spread of its level from Init[A]: {said})."
 
@@ -434,11 +477,31 @@ def table() -> None:
         "# How best rates move with the width",
         " ".join(verdict) + f" Noise of a rate, octaves: {floor}.",
         block("Best rates, log2 (seed by seed)", RATE_HEADS, list(rate_rows(found))),
-        block("Exponents in the mean fan-in", ["kind", "configuration", *WHICH, *MOVES], list(exponent_rows(by))),
-        block("Error of a rate moved to another width", ["configuration", "kind", *MOVES], list(error_rows(by))),
-        block("log2 of c, narrowest to widest", ["configuration", "kind", *WHICH], list(constant_rows(by))),
-        block("Another MLP at hidden width 192: octaves from the usual", SHIFT_HEADS, list(shift_rows(by))),
-        block("Full finetuning predicted from Init[A]: mean error ± sd", LEVEL_HEADS, list(level_rows(by))),
+        block(
+            "Exponents in the mean fan-in",
+            ["kind", "configuration", *WHICH, *MOVES],
+            list(exponent_rows(by)),
+        ),
+        block(
+            "Error of a rate moved to another width",
+            ["configuration", "kind", *MOVES],
+            list(error_rows(by)),
+        ),
+        block(
+            "log2 of c, narrowest to widest",
+            ["configuration", "kind", *WHICH],
+            list(constant_rows(by)),
+        ),
+        block(
+            "Another MLP at hidden width 192: octaves from the usual",
+            SHIFT_HEADS,
+            list(shift_rows(by)),
+        ),
+        block(
+            "Full finetuning predicted from Init[A]: mean error ± sd",
+            LEVEL_HEADS,
+            list(level_rows(by)),
+        ),
         "**" + (__doc__ or "").partition("\n\n**")[2].strip(),
         made_by(on, *sorted(STORE.glob("*.jsonl"))),
     ]
@@ -450,14 +513,22 @@ def table() -> None:
 
 
 RATE_HEADS = ("network", *Widths._fields, "configuration", *WHICH, "loss before", "lowest")
-SHIFT_HEADS = ("MLP", "estimator", "Init[A]", "full", *(f"full by the {which}" for which in Widths._fields))
+SHIFT_HEADS = (
+    "MLP",
+    "estimator",
+    "Init[A]",
+    "full",
+    *(f"full by the {which}" for which in Widths._fields),
+)
 LEVEL_HEADS = ("law", "networks", "estimator", *Widths._fields)
 
 
 def row_of(key: Key, found: Found) -> dict[str, Any]:
     name, config = key
     own = {which: getattr(found.both, which) for which in WHICH}
-    seeds = {f"{which} by seed": [getattr(one, which, None) for one in found.by_seed] for which in WHICH}
+    seeds = {
+        f"{which} by seed": [getattr(one, which, None) for one in found.by_seed] for which in WHICH
+    }
     lowest = min(found.both.means.values())
     return {"network": name, **widths(name)._asdict(), "configuration": config, **own, **seeds} | {
         "before": found.start,
@@ -468,36 +539,65 @@ def row_of(key: Key, found: Found) -> dict[str, Any]:
 def rate_rows(found: Mapping[Key, Found]) -> Iterator[list[str]]:
     for key, each in found.items():
         row = row_of(key, each)
-        rates = [f"{number(row[w])} ({', '.join(number(x, 1) for x in row[f'{w} by seed'])})" for w in WHICH]
+        rates = [
+            f"{number(row[w])} ({', '.join(number(x, 1) for x in row[f'{w} by seed'])})"
+            for w in WHICH
+        ]
         sizes = [number(row[which], 0) for which in Widths._fields]
-        yield [row["network"], *sizes, row["configuration"], *rates, number(row["before"], 3), number(row["lowest"], 3)]
+        yield [
+            row["network"],
+            *sizes,
+            row["configuration"],
+            *rates,
+            number(row["before"], 3),
+            number(row["lowest"], 3),
+        ]
 
 
 def exponent_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
     for kind, config in ((kind, config) for kind in ALIKE for config in RANKS):
-        narrow, wide = (Place(config, widths(name).mean) for name in (ALIKE[kind][0], ALIKE[kind][-1]))
+        narrow, wide = (
+            Place(config, widths(name).mean) for name in (ALIKE[kind][0], ALIKE[kind][-1])
+        )
         octaves = math.log2(wide.width / narrow.width)
         first = by[0].get((ALIKE[kind][0], config), math.nan)
         laws = [
-            (MOVES[law](narrow, wide, first) - first) / octaves if law in candidates(config) else None for law in MOVES
+            (MOVES[law](narrow, wide, first) - first) / octaves
+            if law in candidates(config)
+            else None
+            for law in MOVES
         ]
-        yield [kind, config, *(number(x, 2, sign=True) for x in (*(exponent(x, kind, config) for x in by), *laws))]
+        yield [
+            kind,
+            config,
+            *(number(x, 2, sign=True) for x in (*(exponent(x, kind, config) for x in by), *laws)),
+        ]
 
 
 def error_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
     for config, kind in ((config, kind) for config in RANKS for kind in ALIKE):
         errors = [rms(e for x in by for e in moved(x, kind, config, law)) for law in MOVES]
         known = candidates(config)
-        yield [config, kind, *(number(e if law in known else None) for law, e in zip(MOVES, errors, strict=True))]
+        yield [
+            config,
+            kind,
+            *(number(e if law in known else None) for law, e in zip(MOVES, errors, strict=True)),
+        ]
 
 
 def constant_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
     for config, kind in ((config, kind) for config in RANKS for kind in ALIKE):
-        yield [config, kind, *(", ".join(number(log_constant(x, name, config)) for name in ALIKE[kind]) for x in by)]
+        yield [
+            config,
+            kind,
+            *(", ".join(number(log_constant(x, name, config)) for name in ALIKE[kind]) for x in by),
+        ]
 
 
 def shift_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
-    for name, (which, x) in ((name, each) for name in OTHER_MLPS for each in zip(WHICH, by, strict=True)):
+    for name, (which, x) in (
+        (name, each) for name in OTHER_MLPS for each in zip(WHICH, by, strict=True)
+    ):
         known = [c for c in (SOURCE, "full") if {(name, c), (USUAL, c)} <= x.keys()]
         found = [shift(x, name, c) if c in known else None for c in (SOURCE, "full")]
         octaves = [*found, *(shift_by(each, name) for each in Widths._fields)]
@@ -505,7 +605,10 @@ def shift_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
 
 
 def level_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
-    groups = {"all parts in proportion": sum(ALIKE.values(), ()), "three MLPs": (USUAL, *OTHER_MLPS)}
+    groups = {
+        "all parts in proportion": sum(ALIKE.values(), ()),
+        "three MLPs": (USUAL, *OTHER_MLPS),
+    }
     for law in ("µA", "one constant"):
         for what, names in groups.items():
             for which, x in zip(WHICH, by, strict=True):

@@ -42,4 +42,6 @@ def jumps(upward: Sequence[float]) -> bool:
 
 def slope(octaves: Mapping[int, float]) -> float:
     """Slope of octaves (log2 rate, by rank) over log2 rank."""
-    return statistics.linear_regression([math.log2(rank) for rank in octaves], list(octaves.values())).slope
+    return statistics.linear_regression(
+        [math.log2(rank) for rank in octaves], list(octaves.values())
+    ).slope

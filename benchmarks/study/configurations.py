@@ -77,7 +77,9 @@ def starts(domain: str, seeds: Sequence[int]) -> Listed:
 
 def start_of(domain: str, done: Losses) -> float:
     """Mean loss before training over the runs on file."""
-    return statistics.fmean(or_inf(loss) for job, loss in done.items() if job[:2] == (domain, START))
+    return statistics.fmean(
+        or_inf(loss) for job, loss in done.items() if job[:2] == (domain, START)
+    )
 
 
 def optimizer(model: nn.Module, domain: Domain, job: Job) -> Optimizer:
@@ -92,7 +94,9 @@ def optimizer(model: nn.Module, domain: Domain, job: Job) -> Optimizer:
         return Prodigy([p for p in model.parameters() if p.requires_grad], lr=1.0, **ADAMW)
     law = ra.LoRAPlus(16.0) if job.scheme.endswith(LORAPLUS) else "constant"
     rates = domain.head_rates
-    return ra.RankAwareOptimizer(model, "adamw", lr=2.0**job.x, rates=rates, method=method, law=law, **ADAMW)
+    return ra.RankAwareOptimizer(
+        model, "adamw", lr=2.0**job.x, rates=rates, method=method, law=law, **ADAMW
+    )
 
 
 def tuned_at(config: str) -> ra.Reference:

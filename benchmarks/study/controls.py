@@ -48,13 +48,24 @@ def main() -> None:
     record("controls", "Controls", rows, on, [(__doc__ or "").partition("\n\n    ")[0]])
 
 
-def row(domain: Domain, what: str, measure: str, sign: float, scheme: str = SCHEME) -> dict[str, Any]:
+def row(
+    domain: Domain, what: str, measure: str, sign: float, scheme: str = SCHEME
+) -> dict[str, Any]:
     """A row of the table: mean and seeds of a control. `sign` turns the domain's score into the measure."""
     rank = FULL if scheme == START else RANK
-    found = [sign * or_inf(run_in(domain, Job(domain.name, scheme, rank, X, seed), WARMUP)) for seed in range(SEEDS)]
+    found = [
+        sign * or_inf(run_in(domain, Job(domain.name, scheme, rank, X, seed), WARMUP))
+        for seed in range(SEEDS)
+    ]
     by_seed = ", ".join(f"{value:.3f}" for value in found)
     mean = statistics.fmean(found)
-    return {"domain": domain.name, "what": what, "measure": measure, "mean": mean, "by seed": by_seed}
+    return {
+        "domain": domain.name,
+        "what": what,
+        "measure": measure,
+        "mean": mean,
+        "by seed": by_seed,
+    }
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def on_lines(regrets: Regrets, x: float) -> float:
     """Straight lines between neighbours; all of the way to a diverged run counts as diverged."""
     below, above = max(at for at in regrets if at <= x), min(at for at in regrets if at >= x)
     share = (x - below) / (above - below) if above > below else 0.0
-    there = regrets[below] if share == 0.0 else (1.0 - share) * regrets[below] + share * regrets[above]
+    there = (
+        regrets[below] if share == 0.0 else (1.0 - share) * regrets[below] + share * regrets[above]
+    )
     return min(there, DIVERGED)
 
 
@@ -62,14 +64,22 @@ class LeftOut(NamedTuple):
 def curves() -> Iterator[tuple[dict[float, float], float]]:
     """Curves of loss by log2 of the rate, each with its loss before training."""
     stores = [RESULTS / "law_check.jsonl"]
-    stores += [path for name in ("one_constant", "short_long") for path in sorted((RESULTS / name).glob("*.jsonl"))]
+    stores += [
+        path
+        for name in ("one_constant", "short_long")
+        for path in sorted((RESULTS / name).glob("*.jsonl"))
+    ]
     yield from of_store(read(RESULTS / "calibration_runs.jsonl"), (FRESH,))
     for path in stores:
         yield from of_store(read(path), ((0,), (1,)))
 
 
-def of_store(done: Losses, groups: tuple[tuple[int, ...], ...]) -> Iterator[tuple[dict[float, float], float]]:
-    cells = dict.fromkeys(job[:3] for job in done if job.scheme != START and not job.scheme.endswith(PRODIGY))
+def of_store(
+    done: Losses, groups: tuple[tuple[int, ...], ...]
+) -> Iterator[tuple[dict[float, float], float]]:
+    cells = dict.fromkeys(
+        job[:3] for job in done if job.scheme != START and not job.scheme.endswith(PRODIGY)
+    )
     for cell in cells:
         start = start_of(cell[0], done)
         for seeds in groups:
@@ -77,7 +87,14 @@ def of_store(done: Losses, groups: tuple[tuple[int, ...], ...]) -> Iterator[tupl
             for job, loss in done.items():
                 if job[:3] == cell and job.seed in seeds:
                     by_rate.setdefault(float(job.x), []).append(or_inf(loss))
-            yield {x: statistics.fmean(each) for x, each in by_rate.items() if len(each) == len(seeds)}, start
+            yield (
+                {
+                    x: statistics.fmean(each)
+                    for x, each in by_rate.items()
+                    if len(each) == len(seeds)
+                },
+                start,
+            )
 
 
 def left_out(curve: Mapping[float, float], start: float) -> Iterator[LeftOut]:
@@ -98,7 +115,9 @@ def main() -> None:
     """Write results/estimators.json and .md."""
     runs = [run for curve, start in curves() for run in left_out(curve, start)]
     good = [run for run in runs if on_lines(run.kept, run.x) < LOW]
-    rows = [row for what, mine in (("all", runs), ("good rates", good)) for row in rows_of(what, mine)]
+    rows = [
+        row for what, mine in (("all", runs), ("good rates", good)) for row in rows_of(what, mine)
+    ]
     notes = [
         (__doc__ or "").partition(".json\n")[2].strip(),
         f"Good rates: lines between runs predict below {LOW:.0%}.",

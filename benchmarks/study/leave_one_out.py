@@ -63,7 +63,9 @@ class Form:
     full_width: str = "mean"
 
     def choices(self) -> list[Constants]:
-        return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
+        return [
+            dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())
+        ]
 
     @property
     def free(self) -> int:
@@ -71,7 +73,9 @@ class Form:
         return sum(len(values) > 1 for values in self.grid.values())
 
 
-def by_level(level: Callable[[Site, Constants], float], a: Site, b: Site, x: float, of: Constants) -> float:
+def by_level(
+    level: Callable[[Site, Constants], float], a: Site, b: Site, x: float, of: Constants
+) -> float:
     """Add the difference of two levels to log2 rate `x`, and the constant "o" from LoRA to full finetuning."""
     offset = of.get("o", 0.0) * ((b.init == "full") - (a.init == "full"))
     return x + level(b, of) - level(a, of) + offset
@@ -126,7 +130,9 @@ def stored(schemes: Sequence[str]) -> dict[str, list[Place]]:
     for domain in names():
         done = finished(read(STORES / f"{domain}.jsonl"), "full")
         if all(ranks_in(done, domain, scheme) for scheme in (*schemes, "full")):
-            found[domain] = [place for scheme in (*schemes, "full") for place in places_of(done, domain, scheme)]
+            found[domain] = [
+                place for scheme in (*schemes, "full") for place in places_of(done, domain, scheme)
+            ]
     return found
 
 
@@ -139,7 +145,9 @@ def places_of(done: Losses, domain: str, scheme: str) -> Iterator[Place]:
         if rank:
             config = CONFIGS[scheme]
             site = Site(config.init, rank, config.alpha(rank) / rank, survey.width)
-        estimates = {name: x for name, by in ESTIMATORS.items() if (x := by(done, cell).x) is not None}
+        estimates = {
+            name: x for name, by in ESTIMATORS.items() if (x := by(done, cell).x) is not None
+        }
         tried, lowest = tried_rates(done, cell, seeds), min(curve(done, cell, seeds).values())
         start, floor = start_of(domain, done), noise_floor(done, cell)
         yield Place(scheme, site, survey.full_width("A"), estimates, tried, lowest, start, floor)
@@ -170,7 +178,9 @@ def moves(form: Form, of: Constants, places: Sequence[Place]) -> Iterator[Move]:
         known = [name for name in a.found if name in b.found]
         if a.scheme == "full" or b.scheme not in (a.scheme, "full") or VERTEX not in known:
             continue
-        moved = {name: form.move(a.seen_by(form), b.seen_by(form), a.found[name], of) for name in known}
+        moved = {
+            name: form.move(a.seen_by(form), b.seen_by(form), a.found[name], of) for name in known
+        }
         regret = b.regret(moved[VERTEX])
         off = {name: x - b.found[name] for name, x in moved.items()}
         yield Move(USES[b.site.init == "full"], off, regret, max(0.0, regret - (b.floor or 0.0)))
@@ -192,7 +202,9 @@ class Fit(NamedTuple):
 def fits(form: Form, places: Mapping[str, Sequence[Place]]) -> Iterator[Fit]:
     """Leave each domain out in turn, by each criterion."""
     choices = form.choices()
-    moved = {domain: [list(moves(form, of, each)) for of in choices] for domain, each in places.items()}
+    moved = {
+        domain: [list(moves(form, of, each)) for of in choices] for domain, each in places.items()
+    }
     for criterion in CRITERIA:
         costs = {domain: [cost(each, criterion) for each in moved[domain]] for domain in places}
         for domain in places:
@@ -210,7 +222,9 @@ def cost(moved: Sequence[Move], criterion: str) -> float:
 
 
 def rms(moved: Sequence[Move], estimator: str) -> float:
-    return math.sqrt(statistics.fmean(move.off[estimator] ** 2 for move in moved if estimator in move.off))
+    return math.sqrt(
+        statistics.fmean(move.off[estimator] ** 2 for move in moved if estimator in move.off)
+    )
 
 
 class Score(NamedTuple):
@@ -223,13 +237,17 @@ class Score(NamedTuple):
     beyond: float
 
     def __str__(self) -> str:
-        return f"{self.vertex:.2f} / {self.cliff:.2f}, {percent(self.median)}, {percent(self.worst)}"
+        return (
+            f"{self.vertex:.2f} / {self.cliff:.2f}, {percent(self.median)}, {percent(self.worst)}"
+        )
 
 
 def score(moved: Sequence[Move]) -> Score:
     regrets = [move.regret for move in moved]
     vertex, cliff = (rms(moved, estimator) for estimator in ESTIMATORS)
-    return Score(vertex, cliff, statistics.median(regrets), max(regrets), max(move.beyond for move in moved))
+    return Score(
+        vertex, cliff, statistics.median(regrets), max(regrets), max(move.beyond for move in moved)
+    )
 
 
 def scores(fitted: Sequence[Fit], criterion: str, use: str | None = None) -> dict[Form, Score]:
@@ -237,7 +255,9 @@ def scores(fitted: Sequence[Fit], criterion: str, use: str | None = None) -> dic
     found: dict[Form, list[Move]] = {}
     for fit in fitted:
         if fit.criterion == criterion:
-            found.setdefault(fit.form, []).extend(move for move in fit.moves if use in (None, move.use))
+            found.setdefault(fit.form, []).extend(
+                move for move in fit.moves if use in (None, move.use)
+            )
     return {form: score(moved) for form, moved in found.items()}
 
 
@@ -259,17 +279,29 @@ def judged(scored: Mapping[Form, Score]) -> dict[Form, Score]:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def write(page: str, title: str, text: str, verdict: str, places: Mapping[str, Any], fitted: Sequence[Fit]) -> None:
+def write(
+    page: str, title: str, text: str, verdict: str, places: Mapping[str, Any], fitted: Sequence[Fit]
+) -> None:
     """Write results/<page>.md (verdict, `text` without its first line, tables) and .json (every fit)."""
     on = machine(1)
     parts = [
         f"# {title}",
         verdict,
         text.partition("\n")[2].strip("\n"),
-        *(block(f"All left-out domains, constants by {each}", HEADS, [*overview(fitted, each)]) for each in CRITERIA),
-        *(block(BY_DOMAIN.format(use.capitalize()), ["form", *places], [*by_domain(fitted, use)]) for use in USES),
         *(
-            block(f"Constants chosen without each domain, by {each}", ["form", *places], [*constants(fitted, each)])
+            block(f"All left-out domains, constants by {each}", HEADS, [*overview(fitted, each)])
+            for each in CRITERIA
+        ),
+        *(
+            block(BY_DOMAIN.format(use.capitalize()), ["form", *places], [*by_domain(fitted, use)])
+            for use in USES
+        ),
+        *(
+            block(
+                f"Constants chosen without each domain, by {each}",
+                ["form", *places],
+                [*constants(fitted, each)],
+            )
             for each in CRITERIA
         ),
         made_on(on),
@@ -283,36 +315,62 @@ def write(page: str, title: str, text: str, verdict: str, places: Mapping[str, A
 HEADS = [
     "form",
     "constants chosen",
-    *(f"{use}: {what}" for use in USES for what in ("rms octaves, vertex / cliff", "median regret", "worst")),
+    *(
+        f"{use}: {what}"
+        for use in USES
+        for what in ("rms octaves, vertex / cliff", "median regret", "worst")
+    ),
     "worst beyond the floor",
 ]
-BY_DOMAIN = "{}, by domain: rms octaves by vertex / cliff, median and worst regret, constants by regret"
+BY_DOMAIN = (
+    "{}, by domain: rms octaves by vertex / cliff, median and worst regret, constants by regret"
+)
 
 
 def overview(fitted: Sequence[Fit], criterion: str) -> Iterator[list[str]]:
     by_use = [scores(fitted, criterion, use) for use in USES]
     for form, both in scores(fitted, criterion).items():
         cells = [
-            [f"{each[form].vertex:.2f} / {each[form].cliff:.2f}", percent(each[form].median), percent(each[form].worst)]
+            [
+                f"{each[form].vertex:.2f} / {each[form].cliff:.2f}",
+                percent(each[form].median),
+                percent(each[form].worst),
+            ]
             for each in by_use
         ]
-        yield [form.name, str(form.free) if form.judged else "not judged", *cells[0], *cells[1], percent(both.beyond)]
+        yield [
+            form.name,
+            str(form.free) if form.judged else "not judged",
+            *cells[0],
+            *cells[1],
+            percent(both.beyond),
+        ]
 
 
 def by_domain(fitted: Sequence[Fit], use: str) -> Iterator[list[str]]:
     for form in dict.fromkeys(fit.form for fit in fitted):
         found = [fit for fit in fitted if fit.form is form and fit.criterion == CRITERIA[0]]
-        yield [form.name, *(str(score([move for move in fit.moves if move.use == use])) for fit in found)]
+        yield [
+            form.name,
+            *(str(score([move for move in fit.moves if move.use == use])) for fit in found),
+        ]
 
 
 def constants(fitted: Sequence[Fit], criterion: str) -> Iterator[list[str]]:
     for form in dict.fromkeys(fit.form for fit in fitted):
         if form.free:
-            yield [form.name, *(said(fit) for fit in fitted if fit.form is form and fit.criterion == criterion)]
+            yield [
+                form.name,
+                *(said(fit) for fit in fitted if fit.form is form and fit.criterion == criterion),
+            ]
 
 
 def said(fit: Fit) -> str:
-    return ", ".join(f"{name} {fit.constants[name]:.3g}" for name, values in fit.form.grid.items() if len(values) > 1)
+    return ", ".join(
+        f"{name} {fit.constants[name]:.3g}"
+        for name, values in fit.form.grid.items()
+        if len(values) > 1
+    )
 
 
 def row_of(fit: Fit) -> dict[str, Any]:
@@ -323,5 +381,8 @@ def row_of(fit: Fit) -> dict[str, Any]:
         "criterion": fit.criterion,
         "left out": fit.domain,
         "constants": fit.constants,
-        **{use: {name: round(value, 4) for name, value in each._asdict().items()} for use, each in scores.items()},
+        **{
+            use: {name: round(value, 4) for name, value in each._asdict().items()}
+            for use, each in scores.items()
+        },
     }

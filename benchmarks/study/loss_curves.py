@@ -8,7 +8,9 @@ from functools import lru_cache
 
 from scipy.interpolate import PchipInterpolator
 
-DIVERGED = 5.0  # the regret of a diverged run, as a share of the gain; a larger regret counts as much
+DIVERGED = (
+    5.0  # the regret of a diverged run, as a share of the gain; a larger regret counts as much
+)
 
 
 def between(values: Mapping[float, float], x: float) -> float:

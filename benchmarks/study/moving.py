@@ -18,7 +18,9 @@ from rankaware_optim.laws import at_distance, checked_multiplier
 from rankaware_optim.optimizer import PlanOptions, make_plan
 
 INITS = ("Init[A], s = 1", "Init[B], s = 1")
-Shift = Callable[[int, int], float]  # octaves from a source rank to a target rank; `FULL` is full finetuning
+Shift = Callable[
+    [int, int], float
+]  # octaves from a source rank to a target rank; `FULL` is full finetuning
 
 
 def kept(a: int, b: int) -> float:
@@ -59,11 +61,16 @@ def octaves(domain: str, config: str, rank: int, law: Law) -> float:
         law: the law that moves the rate. It must give A and B the same rate.
     """
     survey, heads = surveyed(domain, config, rank), get_domain(domain).head_rates
-    plan = make_plan(survey, PlanOptions(law, tuned_at=tuned_at(config), rates=heads), torch.optim.AdamW)
+    plan = make_plan(
+        survey, PlanOptions(law, tuned_at=tuned_at(config), rates=heads), torch.optim.AdamW
+    )
     moved = [factor for factor in survey.factors if plan.assign(factor.name, factor).rate is None]
     found = [math.log2(plan.multiplier(factor)) for factor in moved]
     if max(found) - min(found) > 1e-9:
-        raise DomainError(f"{law} gives A and B different rates.", "The sweeps are of one rate: compare laws of one.")
+        raise DomainError(
+            f"{law} gives A and B different rates.",
+            "The sweeps are of one rate: compare laws of one.",
+        )
     return found[0]
 
 

@@ -63,7 +63,10 @@ def optimum(done: Losses, cell: Cell) -> Optimum:
     means, start = curve(done, cell, seeds), start_of(cell[0], done)
     if not means:
         return Optimum(None, ())
-    return Optimum(best_rate(means, start), tuple(best_rate(each, start) for each in curves_by_seed(done, cell, seeds)))
+    return Optimum(
+        best_rate(means, start),
+        tuple(best_rate(each, start) for each in curves_by_seed(done, cell, seeds)),
+    )
 
 
 def cliff(done: Losses, cell: Cell) -> Optimum:
@@ -73,7 +76,9 @@ def cliff(done: Losses, cell: Cell) -> Optimum:
     if not means:
         return Optimum(None, ())
     x = cliff_of(tried_rates(done, cell, seeds), lowest(means), start)
-    return Optimum(x, tuple(cliff_of(each, lowest(each), start) for each in curves_by_seed(done, cell, seeds)))
+    return Optimum(
+        x, tuple(cliff_of(each, lowest(each), start) for each in curves_by_seed(done, cell, seeds))
+    )
 
 
 def cliff_of(tried: Mapping[float, float], best: float, start: float) -> float | None:
@@ -94,7 +99,11 @@ def crossing(tried: Mapping[float, float], best: float, level: float, way: int) 
     xs = sorted((x for x in tried if (x - best) * way >= 0), reverse=way < 0)
     for near, far in pairwise(xs):
         if tried[far] >= level:
-            share = (level - tried[near]) / (tried[far] - tried[near]) if math.isfinite(tried[far]) else 0.5
+            share = (
+                (level - tried[near]) / (tried[far] - tried[near])
+                if math.isfinite(tried[far])
+                else 0.5
+            )
             return near + share * (far - near)
     return None
 
@@ -133,12 +142,20 @@ def exponent_of(done: Losses, domain: str, scheme: str, by: Estimator = optimum)
     None if fewer than two ranks have their best rate (or cliff) inside the grid of every seed.
     """
     found = {rank: by(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
-    usable = {rank: best.by_seed for rank, best in found.items() if best.by_seed and None not in best.by_seed}
+    usable = {
+        rank: best.by_seed
+        for rank, best in found.items()
+        if best.by_seed and None not in best.by_seed
+    }
     if len(usable) < 2:
         return None
     seeds = range(len(next(iter(usable.values()))))
     slopes = [slope({rank: best[seed] or 0.0 for rank, best in usable.items()}) for seed in seeds]
-    spread = T90[len(slopes)] * statistics.stdev(slopes) / math.sqrt(len(slopes)) if len(slopes) in T90 else None
+    spread = (
+        T90[len(slopes)] * statistics.stdev(slopes) / math.sqrt(len(slopes))
+        if len(slopes) in T90
+        else None
+    )
     return Exponent(tuple(usable), statistics.fmean(slopes), spread, len(slopes))
 
 

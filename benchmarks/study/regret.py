@@ -45,7 +45,9 @@ class Score(NamedTuple):
 def score(regrets: Iterable[float]) -> Score:
     every = list(regrets)
     high = statistics.quantiles(every, n=20, method="inclusive")[-1] if len(every) > 1 else every[0]
-    return Score(len(every), statistics.fmean(every), high, statistics.fmean(each > LARGE for each in every))
+    return Score(
+        len(every), statistics.fmean(every), high, statistics.fmean(each > LARGE for each in every)
+    )
 
 
 class Moved(NamedTuple):
@@ -72,10 +74,14 @@ def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Mov
     full = (domain, "full", FULL)
     has_full = bool(ranks_in(done, domain, "full"))
     for config in CONFIGS:
-        floors = [noise_floor(done, (domain, config, rank)) for rank in ranks_in(done, domain, config)]
+        floors = [
+            noise_floor(done, (domain, config, rank)) for rank in ranks_in(done, domain, config)
+        ]
         if len(floors) > 1:
             both = (floors, [noise_floor(done, full)] if has_full else [])
-            yield Moved(domain, config, FLOOR, *(tuple(x for x in each if x is not None) for each in both))
+            yield Moved(
+                domain, config, FLOOR, *(tuple(x for x in each if x is not None) for each in both)
+            )
         lost_by: dict[str, tuple[list[Named], list[Named]]] = {}
         for way, scheme, shift in ways(done, domain, config, laws):
             ranks = ranks_in(done, domain, scheme)
@@ -84,13 +90,21 @@ def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Mov
                 for x in sources(done, (domain, scheme, a), way):
                     for b in ranks:
                         trained, best = (domain, scheme, b), (domain, config, b)
-                        lora += [(lost(done, trained, best, x + shift(a, b)), f"{a} → {b}")] * (a != b)
+                        lora += [(lost(done, trained, best, x + shift(a, b)), f"{a} → {b}")] * (
+                            a != b
+                        )
                     if has_full:
                         whole.append((lost(done, full, full, x + shift(a, FULL)), f"{a} → full"))
         for way, named in lost_by.items():
             if named[0]:
                 worst = (max(each, default=(0.0, ""))[1] for each in named)
-                yield Moved(domain, config, way, *(tuple(regret for regret, _ in each) for each in named), *worst)
+                yield Moved(
+                    domain,
+                    config,
+                    way,
+                    *(tuple(regret for regret, _ in each) for each in named),
+                    *worst,
+                )
 
 
 Named = tuple[float, str]  # a regret, and the move that has it
@@ -101,19 +115,31 @@ def sources(done: Losses, cell: Cell, way: str) -> list[float]:
     return best_by_seed(done, cell) if way == ONE_SEED else [best_at(done, cell)]
 
 
-def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Iterator[tuple[str, str, Shift]]:
+def ways(
+    done: Losses, domain: str, config: str, laws: Mapping[str, Law]
+) -> Iterator[tuple[str, str, Shift]]:
     """Name, the scheme that is trained, and how it moves a rate. A name may come more than once: all count."""
     for name, law in laws.items():
-        yield name, config, by_default(domain, config) if name == DEFAULT else by_law(domain, config, law)
+        yield (
+            name,
+            config,
+            by_default(domain, config) if name == DEFAULT else by_law(domain, config, law),
+        )
     yield ONE_SEED, config, by_default(domain, config)
-    for path in paths_of(domain, config):  # a search seed each; the recipe's rate at the target, whatever the source
+    for path in paths_of(
+        domain, config
+    ):  # a search seed each; the recipe's rate at the target, whatever the source
         yield "calibrated recipe", config, by_recipe(done, (domain, config), Recipe.load(path))
     yield "one rate everywhere", config, kept
     yield "1/r", config, by_inverse_rank(domain)
     full = optimum(done, (domain, "full", FULL)).x
     if full is not None:  # from whatever rate to ten times full finetuning's own
         ten = {True: full + math.log2(10), False: full}
-        yield "ten times full", config, lambda a, b: ten[b != FULL] - best_at(done, (domain, config, a))
+        yield (
+            "ten times full",
+            config,
+            lambda a, b: ten[b != FULL] - best_at(done, (domain, config, a)),
+        )
     plus = config + LORAPLUS
     yield "LoRA+ 16", plus, kept
     yield "LoRA+ 16, moved", plus, by_law(domain, config, Falling())
@@ -124,7 +150,10 @@ def ways(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Ite
 def by_recipe(done: Losses, of: tuple[str, str], recipe: Recipe) -> Shift:
     """From a rank's best rate to the recipe's rate at another rank, or for full finetuning."""
     domain, config = of
-    rates = {rank: math.log2(rate_of(recipe, config, rank)[0]) for rank in (*get_domain(domain).ranks_swept, FULL)}
+    rates = {
+        rank: math.log2(rate_of(recipe, config, rank)[0])
+        for rank in (*get_domain(domain).ranks_swept, FULL)
+    }
     return lambda a, b: rates[b] - best_at(done, (domain, config, a))
 
 
@@ -158,7 +187,9 @@ def share_lost(tried: Mapping[float, float], at_best: float, start: float, x: fl
 
     A diverged run counts as `DIVERGED`.
     """
-    return regret_between({at: (loss - at_best) / (start - at_best) for at, loss in tried.items()}, x)
+    return regret_between(
+        {at: (loss - at_best) / (start - at_best) for at, loss in tried.items()}, x
+    )
 
 
 def noise_floor(done: Losses, cell: Cell) -> float | None:

@@ -30,7 +30,9 @@ def read(store: Path) -> dict[Job, float | None]:
     done: dict[Job, float | None] = {}
     for row in _rows(store):
         if row.get("version", VERSION) != VERSION:
-            raise DomainError(f"{store} has version {row['version']}, not {VERSION}.", "Move it aside.")
+            raise DomainError(
+                f"{store} has version {row['version']}, not {VERSION}.", "Move it aside."
+            )
         if {*Job._fields, "loss"} <= row.keys():
             done[Job(*(row[name] for name in Job._fields))] = row["loss"]
     return done
@@ -96,7 +98,9 @@ def _held(store: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise DomainError(f"Another process writes to {store}.", "Wait for it, or stop it.") from error
+        raise DomainError(
+            f"Another process writes to {store}.", "Wait for it, or stop it."
+        ) from error
     try:
         if not store.exists():
             _append(store, {"version": VERSION})
@@ -111,7 +115,9 @@ def _append(store: Path, row: Mapping[str, Any]) -> None:
         with store.open("a") as file:
             file.write("\n" * _cut_short(store) + json.dumps(row) + "\n")
     except OSError as error:
-        raise DomainError(f"{store} cannot be written: {error}.", "Make room; what it holds is kept.") from error
+        raise DomainError(
+            f"{store} cannot be written: {error}.", "Make room; what it holds is kept."
+        ) from error
 
 
 def _cut_short(store: Path) -> bool:
@@ -129,14 +135,18 @@ def _processes(workers: int) -> Iterator[ProcessPoolExecutor | None]:
         yield None
         return
     spawn = get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
+    )
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _results(run: Train, jobs: Sequence[Job], pool: ProcessPoolExecutor | None) -> Iterator[tuple[Job, float | None]]:
+def _results(
+    run: Train, jobs: Sequence[Job], pool: ProcessPoolExecutor | None
+) -> Iterator[tuple[Job, float | None]]:
     """Yield (job, loss) as runs end."""
     if pool is None or len(jobs) == 1:
         yield from ((job, run(job)) for job in jobs)
@@ -145,4 +155,6 @@ def _results(run: Train, jobs: Sequence[Job], pool: ProcessPoolExecutor | None) 
     try:
         yield from ((futures[future], future.result()) for future in as_completed(futures))
     except BrokenProcessPool as error:
-        raise DomainError("A process was ended from outside, perhaps for its memory.", "Use --workers 1.") from error
+        raise DomainError(
+            "A process was ended from outside, perhaps for its memory.", "Use --workers 1."
+        ) from error

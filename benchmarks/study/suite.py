@@ -40,7 +40,12 @@ from rankaware_optim.errors import RankAwareError
 from rankaware_optim.laws import get_law
 
 RESTS_ON = ("laws.adam", "recipes", "scores")
-README, STORES, PAGE, SUMMARY = RESULTS.parents[1] / "README.md", RESULTS / "suite", RESULTS / "study.md", "summary.png"
+README, STORES, PAGE, SUMMARY = (
+    RESULTS.parents[1] / "README.md",
+    RESULTS / "suite",
+    RESULTS / "study.md",
+    "summary.png",
+)
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the README
 QUICK_DOMAINS, QUICK_STORES = ("vision_classification",), Path("bench-quick")
 COMPARISON = Path("bench-laws")  # where tables with further laws are written
@@ -95,14 +100,21 @@ def parts(domain: str, suite: str) -> tuple[Part, ...]:
     ranks = found.ranks_swept
     if suite == "quick":
         quick = {FIRST_CONFIG: range(-11, -4, 2), "full": range(-13, -6, 2)}
-        return (Part((FIRST_CONFIG,), (4, 16, 64), 1, 2, quick), Part(("full",), (FULL,), 1, 2, quick))
+        return (
+            Part((FIRST_CONFIG,), (4, 16, 64), 1, 2, quick),
+            Part(("full",), (FULL,), 1, 2, quick),
+        )
     if found.large:
         return study(ranks[1:], ranks[1::2], 1, 2, SPARSE)
     return study(ranks, ranks, 3, 3, COARSE)
 
 
 def study(
-    ranks: tuple[int, ...], fewer: tuple[int, ...], seeds: int, half: int, coarse: Mapping[str, range]
+    ranks: tuple[int, ...],
+    fewer: tuple[int, ...],
+    seeds: int,
+    half: int,
+    coarse: Mapping[str, range],
 ) -> tuple[Part, ...]:
     """The configurations of the paper's claims at all `ranks`, and those for comparison at the ranks `fewer`."""
     return (
@@ -115,16 +127,33 @@ def study(
 
 @click.command()
 @click.option("--suite", type=click.Choice(("quick", "full")), default="quick", show_default=True)
-@click.option("--domain", "chosen", multiple=True, help="Some domains; by default all, or the quick ones.")
+@click.option(
+    "--domain", "chosen", multiple=True, help="Some domains; by default all, or the quick ones."
+)
 @click.option("--workers", default=2, show_default=True, help="Processes of one thread.")
-@click.option("--tables", "only_tables", is_flag=True, help="Only write tables and figures of what is on file.")
-@click.option("--law", "laws", multiple=True, help="A law to compare beside ours: a name, or package.module:Class.")
-def main(suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, laws: tuple[str, ...]) -> None:
+@click.option(
+    "--tables",
+    "only_tables",
+    is_flag=True,
+    help="Only write tables and figures of what is on file.",
+)
+@click.option(
+    "--law",
+    "laws",
+    multiple=True,
+    help="A law to compare beside ours: a name, or package.module:Class.",
+)
+def main(
+    suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, laws: tuple[str, ...]
+) -> None:
     """Run the missing runs, then write the tables and figures."""
     folder = QUICK_STORES if suite == "quick" else STORES
     try:
         compared = {**LAWS, **{name: get_law(name) for name in laws}}
-        todo = [get_domain(name).name for name in chosen or (QUICK_DOMAINS if suite == "quick" else STUDY)]
+        todo = [
+            get_domain(name).name
+            for name in chosen or (QUICK_DOMAINS if suite == "quick" else STUDY)
+        ]
         for domain in () if only_tables else todo:
             sweep(domain, suite, folder / f"{domain}.jsonl", workers)
         write(suite, folder, compared)
@@ -135,7 +164,10 @@ def main(suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, l
 def sweep(domain: str, suite: str, store: Path, workers: int) -> None:
     """Run every missing run of a domain, and append it to the store."""
     asked, on = parts(domain, suite), provenance(domain)
-    for grid in (starts(domain, range(asked[0].seeds)), *(part.grid(part.cells(domain)) for part in asked)):
+    for grid in (
+        starts(domain, range(asked[0].seeds)),
+        *(part.grid(part.cells(domain)) for part in asked),
+    ):
         complete(grid, partial(run_at, warmup=WARMUP), store, workers, click.echo, on)
 
 
@@ -144,13 +176,22 @@ def provenance(domain: str | Domain) -> dict[str, Any]:
     found, here = domain if isinstance(domain, Domain) else get_domain(domain), machine(1)
     found.warm()
     packages = {name: version(name) for name in ("optuna", "peft", "transformers", "timm")}
-    return {**{key: here[key] for key in ("commit", *NOTED)}, **packages, "weights": weights_hash(found)}
+    return {
+        **{key: here[key] for key in ("commit", *NOTED)},
+        **packages,
+        "weights": weights_hash(found),
+    }
 
 
 def finished(done: Losses, suite: str) -> dict[Job, float | None]:
     """The runs of complete grids, since an incomplete one has no best rate."""
     asked = [(name, part) for name in {job.domain for job in done} for part in parts(name, suite)]
-    whole = {cell for name, part in asked for cell in part.cells(name) if not part.grid([cell]).wanted(done)}
+    whole = {
+        cell
+        for name, part in asked
+        for cell in part.cells(name)
+        if not part.grid([cell]).wanted(done)
+    }
     return {job: loss for job, loss in done.items() if job.scheme == START or job[:3] in whole}
 
 
@@ -173,7 +214,9 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     pictures = [f"![{path.stem}]({path.relative_to(page.parent)})" for path in figures]
     whole = domains_in(done)
     made = on_machines(store for store in stores if store.stem in whole)
-    text = "\n\n".join(["# The study", *tables(done, moved, laws), *pictures, made, written_by(machine(1))])
+    text = "\n\n".join(
+        ["# The study", *tables(done, moved, laws), *pictures, made, written_by(machine(1))]
+    )
     replace_bytes(page, f"{text}\n".encode())
     if page == PAGE and moved:
         picture = f"![Regret of moved rates]({figures[0].relative_to(README.parent)})"
@@ -196,7 +239,9 @@ def publish(readme: Path, text: str) -> None:
     before, begin, rest = readme.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise DomainError(f"{readme} lacks {BEGIN} or {END}.", "Put both back where the tables belong.")
+        raise DomainError(
+            f"{readme} lacks {BEGIN} or {END}.", "Put both back where the tables belong."
+        )
     replace_bytes(readme, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
 
 

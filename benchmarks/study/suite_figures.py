@@ -24,7 +24,13 @@ from rankaware_optim._figures import COLOURS, rate_axis
 
 SHOWN = 0.9  # share of the losses in view: the highest would flatten the rest
 MOST = 300.0  # % of the gain: larger regrets are drawn here in the summary
-RANK_COLOURS = ("#440154", "#3B528B", "#21918C", "#5EC962", "#B5A000")  # from dark to light as the rank rises
+RANK_COLOURS = (
+    "#440154",
+    "#3B528B",
+    "#21918C",
+    "#5EC962",
+    "#B5A000",
+)  # from dark to light as the rank rises
 
 LAW_STYLES = (("--", "#D55E00"), ("-", "#0072B2"), ("-.", "#CC79A7"), ((0, (1, 1)), "#E69F00"))
 
@@ -33,7 +39,11 @@ def draw_all(done: Losses, folder: Path, laws: Mapping[str, Law] = LAWS) -> list
     """Draw three figures of each domain, and return their paths."""
     paths = []
     for domain in domains_in(done):
-        for name, draw in (("loss", draw_losses), ("rate", partial(draw_rates, laws=laws)), ("surface", draw_surface)):
+        for name, draw in (
+            ("loss", draw_losses),
+            ("rate", partial(draw_rates, laws=laws)),
+            ("surface", draw_surface),
+        ):
             figure = draw(done, domain)
             paths.append(folder / f"{domain}-{name}.png")
             figure.savefig(paths[-1], dpi=90)
@@ -60,7 +70,14 @@ def draw_losses(done: Losses, domain: str) -> Figure:
     colours = dict(zip(every, cycle(RANK_COLOURS), strict=False))
     for axis, scheme in zip(axes, schemes, strict=True):
         for rank in ranks_in(done, domain, scheme):
-            plot_curve(axis, done, (domain, scheme, rank), color=colours[rank], marker="o", label=f"r = {rank}")
+            plot_curve(
+                axis,
+                done,
+                (domain, scheme, rank),
+                color=colours[rank],
+                marker="o",
+                label=f"r = {rank}",
+            )
         plot_curve(axis, done, (domain, "full", FULL), color="black", linestyle="--", label="full")
         axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.02 * (top - bottom))
         rates(axis, "x")
@@ -77,7 +94,11 @@ def rates(axis: Any, side: str, named: bool = True) -> None:
 
 def legend_beside(figure: Figure, axes: Sequence[Any]) -> None:
     """Draw one legend for all panels, outside of them."""
-    each = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    each = {
+        name: line
+        for axis in axes
+        for line, name in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(each.values(), each, loc="outside right center", fontsize=7, frameon=False)
 
 
@@ -92,10 +113,18 @@ def draw_rates(done: Losses, domain: str, laws: Mapping[str, Law]) -> Figure:
     figure, axes, schemes = panels(done, domain)
     full = optimum(done, (domain, "full", FULL)).x
     for axis, scheme in zip(axes, schemes, strict=True):
-        best = {rank: optimum(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
+        best = {
+            rank: optimum(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)
+        }
         points = [(rank, x) for rank, found in best.items() for x in found.by_seed if x is not None]
         at = [(rank, 2.0**x) for rank, x in points]
-        axis.plot(*zip(*at, strict=True) if at else ([], []), "o", color="black", markersize=4, label="measured")
+        axis.plot(
+            *zip(*at, strict=True) if at else ([], []),
+            "o",
+            color="black",
+            markersize=4,
+            label="measured",
+        )
         plot_laws(axis, done, domain, scheme, points, laws)
         if full is not None:
             axis.axhline(2.0**full, color="#999999", linestyle=":", label="full finetuning")
@@ -109,7 +138,12 @@ def draw_rates(done: Losses, domain: str, laws: Mapping[str, Law]) -> Figure:
 
 
 def plot_laws(
-    axis: Any, done: Losses, domain: str, scheme: str, points: list[tuple[int, float]], laws: Mapping[str, Law]
+    axis: Any,
+    done: Losses,
+    domain: str,
+    scheme: str,
+    points: list[tuple[int, float]],
+    laws: Mapping[str, Law],
 ) -> None:
     if not points:
         return
@@ -117,7 +151,9 @@ def plot_laws(
     middle = float(np.mean([x for _, x in points]))
     for (name, law), (style, colour) in zip(laws.items(), cycle(LAW_STYLES), strict=False):
         moved = np.array([octaves(domain, scheme, rank, law) for rank in ranks])
-        axis.plot(ranks, 2.0 ** (middle + moved - moved.mean()), linestyle=style, color=colour, label=name)
+        axis.plot(
+            ranks, 2.0 ** (middle + moved - moved.mean()), linestyle=style, color=colour, label=name
+        )
     if (found := exponent_of(done, domain, scheme)) is not None:
         logs = np.log2(ranks)
         fitted = 2.0 ** (middle + found.slope * (logs - logs.mean()))
@@ -130,7 +166,9 @@ def draw_surface(done: Losses, domain: str) -> Figure:
     start = start_of(domain, done)
     for axis, scheme in zip(axes, schemes, strict=True):
         ranks = ranks_in(done, domain, scheme)
-        means = [curve(done, (domain, scheme, rank), seeds_in(done, domain, scheme)) for rank in ranks]
+        means = [
+            curve(done, (domain, scheme, rank), seeds_in(done, domain, scheme)) for rank in ranks
+        ]
         xs = sorted({x for each in means for x in each})
         values = np.array([[min(each.get(x, math.nan), start) for each in means] for x in xs])
         shown = axis.pcolormesh(range(len(ranks)), xs, values, shading="nearest", cmap="viridis_r")
@@ -159,7 +197,10 @@ def draw_summary(moved: Sequence[Moved]) -> Figure:
     axis.set_yticks(range(len(ways)), [words for _, words in ways], fontsize=9)
     axis.set_ylim(-0.5, len(ways) - 0.4)
     figure.suptitle("What a moved rate loses: a dot is one move, a bar the median", fontsize=10)
-    figure.supxlabel(f"lost share of the attainable gain, %; a dot at {MOST:g} lost more, or diverged", fontsize=8)
+    figure.supxlabel(
+        f"lost share of the attainable gain, %; a dot at {MOST:g} lost more, or diverged",
+        fontsize=8,
+    )
     return figure
 
 
@@ -168,6 +209,17 @@ def plot_moves(axis: Any, regrets: Sequence[float], y: int) -> None:
     if regrets:
         heights = y + 0.22 * np.sin(2.4 * np.arange(len(regrets)))
         axis.plot(
-            np.clip(regrets, -0.3, MOST), heights, "o", color=COLOURS[0], markersize=2.5, alpha=0.35, clip_on=False
+            np.clip(regrets, -0.3, MOST),
+            heights,
+            "o",
+            color=COLOURS[0],
+            markersize=2.5,
+            alpha=0.35,
+            clip_on=False,
         )
-        axis.plot([min(statistics.median(regrets), MOST)] * 2, [y - 0.35, y + 0.35], color=COLOURS[1], linewidth=2.5)
+        axis.plot(
+            [min(statistics.median(regrets), MOST)] * 2,
+            [y - 0.35, y + 0.35],
+            color=COLOURS[1],
+            linewidth=2.5,
+        )

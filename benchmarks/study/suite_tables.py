@@ -76,16 +76,38 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
         for each in moved
     ]
     jump_rows = [row for domain in every for row in jumps(done, domain, laws)]
-    heads = ["domain", "configuration", "ranks", "seeds", *(f"by the {name}" for name in ESTIMATORS), *laws]
-    ways = ["way", *(f"LoRA to {to}: {what}" for to in ("LoRA", "full") for what in ("moves", "% lost", "worst"))]
+    heads = [
+        "domain",
+        "configuration",
+        "ranks",
+        "seeds",
+        *(f"by the {name}" for name in ESTIMATORS),
+        *laws,
+    ]
+    ways = [
+        "way",
+        *(
+            f"LoRA to {to}: {what}"
+            for to in ("LoRA", "full")
+            for what in ("moves", "% lost", "worst")
+        ),
+    ]
     return [
         f"## What a moved rate loses, by domain\n\n{summary(moved)}",
         SUMMED,
-        block("(a) Exponent of the best rate in rank, with its 90 % interval over seeds", heads, exponent_rows),
+        block(
+            "(a) Exponent of the best rate in rank, with its 90 % interval over seeds",
+            heads,
+            exponent_rows,
+        ),
         ESTIMATED,
         block("(b) The paper's claims", ["domain", "claim", "verdict", "numbers"], claim_rows),
         RULES,
-        block("What regrets are shares of", GAIN_HEADS, [row for domain in every for row in gains(done, domain)]),
+        block(
+            "What regrets are shares of",
+            GAIN_HEADS,
+            [row for domain in every for row in gains(done, domain)],
+        ),
         GAINS,
         block(
             "(c) Regret of a rate moved from every rank to every other",
@@ -109,7 +131,10 @@ def exponents(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[li
     for scheme in (*CONFIGS, *RSLORA):
         found = exponent_of(done, domain, scheme)
         if found is not None:
-            by_laws = [number(law_slope(domain, scheme, found.ranks, law), 2, sign=True) for law in laws.values()]
+            by_laws = [
+                number(law_slope(domain, scheme, found.ranks, law), 2, sign=True)
+                for law in laws.values()
+            ]
             ranks, by_cliff = listed(found.ranks), exponent_of(done, domain, scheme, cliff)
             other = "–" if by_cliff is None else str(by_cliff)
             if by_cliff is not None and by_cliff.ranks != found.ranks:
@@ -155,16 +180,32 @@ def verdict(apart: float, held: float, drift: float) -> str:
 
 def to_full(done: Losses, domain: str) -> Iterator[list[str]]:
     scheme, full = "Init[B], s = 1", optimum(done, (domain, "full", FULL)).x
-    apart = {} if full is None else {rank: x - full for rank, x in best_rates(done, domain, scheme).items()}
+    apart = (
+        {}
+        if full is None
+        else {rank: x - full for rank, x in best_rates(done, domain, scheme).items()}
+    )
     if apart:
         said = verdict(statistics.fmean(apart.values()), OCTAVE, 2 * OCTAVE)
         numbers = ", ".join(f"{x:+.1f} at r = {rank}" for rank, x in apart.items())
-        yield [domain, "Init[B]'s rate is full finetuning's, in the mean", said, f"octaves above full's: {numbers}"]
+        yield [
+            domain,
+            "Init[B]'s rate is full finetuning's, in the mean",
+            said,
+            f"octaves above full's: {numbers}",
+        ]
 
 
 # --- gains ----------------------------------------------------------------------------------------------------------
 
-GAIN_HEADS = ("domain", "loss", "before training", "LoRA's best, over its ranks", "full's best", "1 % of the gain")
+GAIN_HEADS = (
+    "domain",
+    "loss",
+    "before training",
+    "LoRA's best, over its ranks",
+    "full's best",
+    "1 % of the gain",
+)
 GAINS = (
     "Losses are held out, at the best rate of the grid, in the mean over seeds. LoRA's best: the lowest and highest "
     "over ranks and configurations. The gain is the loss before training less the best. A regret times the gain is a "
@@ -177,13 +218,18 @@ def gains(done: Losses, domain: str) -> Iterator[list[str]]:
     start, best = start_of(domain, done), {}
     for scheme in (*CONFIGS, "full"):
         for rank in ranks_in(done, domain, scheme):
-            best[scheme, rank] = min(curve(done, (domain, scheme, rank), seeds_in(done, domain, scheme)).values())
+            best[scheme, rank] = min(
+                curve(done, (domain, scheme, rank), seeds_in(done, domain, scheme)).values()
+            )
     lora = sorted(loss for (scheme, _), loss in best.items() if scheme != "full")
     full = best.get(("full", FULL))
     shares = sorted((start - loss) / 100 for loss in best.values())
     if lora:
         own = get_domain(domain)
-        cells = [f"{number(lora[0], 3)} to {number(lora[-1], 3)}", "–" if full is None else number(full, 3)]
+        cells = [
+            f"{number(lora[0], 3)} to {number(lora[-1], 3)}",
+            "–" if full is None else number(full, 3),
+        ]
         yield [domain, own.score, number(start, 3), *cells, f"{shares[0]:.4f} to {shares[-1]:.4f}"]
 
 
@@ -196,7 +242,11 @@ def in_words(regrets: Sequence[float], worst: str) -> list[str]:
         return ["0", "–", "–"]
     most = "diverged" if max(regrets) >= DIVERGED else percent(max(regrets))
     named = f"{most} ({worst})" if worst else most
-    return [str(len(regrets)), f"{number(100 * statistics.median(regrets), 1)}; {score(regrets).words()}", named]
+    return [
+        str(len(regrets)),
+        f"{number(100 * statistics.median(regrets), 1)}; {score(regrets).words()}",
+        named,
+    ]
 
 
 COMPARED = {  # what the summaries compare, in their words
@@ -221,8 +271,12 @@ def summary(moved: Sequence[Moved]) -> str:
         for way, words in COMPARED.items():
             if found := pooled(moved, way):
                 shares = [found[domain][which] if domain in found else [] for domain in every]
-                rows.append([target, words, *(score(each).words() if each else "–" for each in shares)])
-    return table_of(["to", "the rate is moved by", *(domain.replace("_", " ") for domain in every)], rows)
+                rows.append(
+                    [target, words, *(score(each).words() if each else "–" for each in shares)]
+                )
+    return table_of(
+        ["to", "the rate is moved by", *(domain.replace("_", " ") for domain in every)], rows
+    )
 
 
 README_WAYS = {
@@ -243,12 +297,20 @@ SETTINGS = {
 def settings() -> dict[str, tuple[list[str], int]]:
     """{words: (configurations, 0 for moves to another rank and 1 for those to full finetuning)}."""
     lora = {f"to another rank, {words}": ([config], 0) for config, words in SETTINGS.items()}
-    inits = {init: [name for name, own in CONFIGS.items() if own.init == init] for init in ("A", "B")}
-    return lora | {f"to full finetuning, from Init[{init}]": (configs, 1) for init, configs in inits.items()}
+    inits = {
+        init: [name for name, own in CONFIGS.items() if own.init == init] for init in ("A", "B")
+    }
+    return lora | {
+        f"to full finetuning, from Init[{init}]": (configs, 1) for init, configs in inits.items()
+    }
 
 
 def regrets_in(moved: Sequence[Moved], way: str, configs: Sequence[str], which: int) -> list[float]:
-    mine = [(each.lora, each.full)[which] for each in moved if each.way == way and each.config in configs]
+    mine = [
+        (each.lora, each.full)[which]
+        for each in moved
+        if each.way == way and each.config in configs
+    ]
     return [regret for regrets in mine for regret in regrets]
 
 
@@ -258,7 +320,9 @@ def by_setting(moved: Sequence[Moved]) -> str:
     for way, words in README_WAYS.items():
         cells = [regrets_in(moved, way, *setting) for setting in settings().values()]
         rows.append([words, *(score(regrets).words() if regrets else "–" for regrets in cells)])
-    return table_of(["% lost: mean / 95th percentile / share of moves above 5 %", *settings()], rows)
+    return table_of(
+        ["% lost: mean / 95th percentile / share of moves above 5 %", *settings()], rows
+    )
 
 
 # --- from one configuration to another ------------------------------------------------------------------------------
@@ -272,11 +336,16 @@ def jumps(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[s
             found = best_rates(done, domain, scheme, by)
             if found and full is not None:
                 shifts = [by_law(domain, scheme, law) for law in laws.values()]
-                off = [[x + shift(rank, FULL) - full for rank, x in found.items()] for shift in shifts]
+                off = [
+                    [x + shift(rank, FULL) - full for rank, x in found.items()] for shift in shifts
+                ]
                 yield [domain, scheme, "full finetuning", name, *map(in_octaves, off)]
         a, b = (best_rates(done, domain, scheme, by) for scheme in INITS)
         if shared := [rank for rank in a if rank in b]:
-            off = [[a[r] + across_inits(domain, r, law) - b[r] for r in shared] for law in laws.values()]
+            off = [
+                [a[r] + across_inits(domain, r, law) - b[r] for r in shared]
+                for law in laws.values()
+            ]
             yield [domain, *INITS, name, *map(in_octaves, off)]
 
 

@@ -24,7 +24,12 @@ def shape(step: int, steps: int, warmup: float = WARMUP) -> float:
 
 
 def trained(
-    domain: Domain, model: nn.Module, opt: Any, seed: int, share: Callable[[int], float], clip: float = 1.0
+    domain: Domain,
+    model: nn.Module,
+    opt: Any,
+    seed: int,
+    share: Callable[[int], float],
+    clip: float = 1.0,
 ) -> Generator[float, None, float]:
     """Train, yield the training loss of every step, and return the held-out loss.
 
@@ -51,7 +56,12 @@ def trained(
 
 
 def train(
-    domain: Domain, model: nn.Module, opt: Any, seed: int, clip: float = math.inf, warmup: float = WARMUP
+    domain: Domain,
+    model: nn.Module,
+    opt: Any,
+    seed: int,
+    clip: float = math.inf,
+    warmup: float = WARMUP,
 ) -> float | None:
     """The held-out loss after the domain's steps. A run that diverges ends at once and returns None."""
     run = trained(domain, model, opt, seed, partial(shape, steps=domain.steps, warmup=warmup), clip)

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-SECTIONS = ("Args:", "Raises:", "Returns:", "Yields:", "Attributes:", "Example:", "Examples:", "Note:")
+SECTIONS = (
+    "Args:",
+    "Raises:",
+    "Returns:",
+    "Yields:",
+    "Attributes:",
+    "Example:",
+    "Examples:",
+    "Note:",
+)
 BEFORE_NAPOLEON = 400
 
 
@@ -30,7 +39,10 @@ def with_literal_blocks(lines: list[str]) -> list[str]:
 def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     lines[:] = with_literal_blocks(lines)
     if what in ("attribute", "property"):
-        lines[:0] = ["..", ""]  # else Napoleon takes what stands before a colon for the value's type
+        lines[:0] = [
+            "..",
+            "",
+        ]  # else Napoleon takes what stands before a colon for the value's type
 
 
 def setup(app: Any) -> dict[str, bool]:

@@ -50,7 +50,12 @@ MOVES = (  # what changes, from, to, how sure
         replace(A16, rank=128, rslora=True),
         "theory; one seed measured",
     ),
-    ("rank 16 → 128 at Init[B], alpha = rank", B16, replace(B16, rank=128, alpha=128), "measured, against theory"),
+    (
+        "rank 16 → 128 at Init[B], alpha = rank",
+        B16,
+        replace(B16, rank=128, alpha=128),
+        "measured, against theory",
+    ),
     ("alpha × 2 at one rank, two rates", None, None, "exact (Adam, no clipping)"),
     ("alpha × 2 at one rank, one rate", A16, replace(A16, alpha=32), "theory"),
     ("width × 4", A16, replace(A16, fan_in=4 * WIDTH), "theory"),
@@ -95,7 +100,9 @@ def title_of(page: Path) -> str:
 
 
 def make(app: Any) -> None:
-    pages = sorted((page for page in RESULTS.glob("*.md") if page.stem not in WITH_A_PAGE), key=title_of)
+    pages = sorted(
+        (page for page in RESULTS.glob("*.md") if page.stem not in WITH_A_PAGE), key=title_of
+    )
     for page in pages:
         write(GENERATED / "results" / page.name, RESULT.format(name=page.stem))
     names = "\n".join(page.stem for page in pages)

@@ -31,7 +31,9 @@ def _write(app: Any, error: Exception | None) -> None:
         env = app.env
         pages = _in_order(env, env.config.root_doc, [])[1:]
         lines = [_line(env, page, app.builder.get_target_uri(page)) for page in pages]
-        text = "\n".join([f"# {env.config.project}", "", f"> {ABOUT}", "", "## Pages", "", *lines, ""])
+        text = "\n".join(
+            [f"# {env.config.project}", "", f"> {ABOUT}", "", "## Pages", "", *lines, ""]
+        )
         (Path(app.outdir) / "llms.txt").write_text(text, encoding="utf-8")
 
 

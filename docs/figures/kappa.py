@@ -17,6 +17,15 @@ lines = {
 }
 for label, (values, colour, style) in lines.items():
     axis.plot(M, values, style, color=colour)
-    axis.annotate(label, (M[-1], values[-1]), (6, 0), textcoords="offset points", color=colour, va="center")
-axis.set(xscale="log", yscale="log", xlabel="m", ylabel="size of the sum, κ(m)", xlim=(1, M[-1]), ylim=(1, M[-1]))
+    axis.annotate(
+        label, (M[-1], values[-1]), (6, 0), textcoords="offset points", color=colour, va="center"
+    )
+axis.set(
+    xscale="log",
+    yscale="log",
+    xlabel="m",
+    ylabel="size of the sum, κ(m)",
+    xlim=(1, M[-1]),
+    ylim=(1, M[-1]),
+)
 axis.spines[["top", "right"]].set_visible(False)

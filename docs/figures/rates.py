@@ -26,10 +26,19 @@ lines = {
 }
 for label, (values, colour, style) in lines.items():
     axis.plot(RANKS, values, style, color=colour)
-    axis.annotate(label, (RANKS[-1], values[-1]), (6, 0), textcoords="offset points", color=colour, va="center")
+    axis.annotate(
+        label,
+        (RANKS[-1], values[-1]),
+        (6, 0),
+        textcoords="offset points",
+        color=colour,
+        va="center",
+    )
 axis.plot(16, 1, "o", color="#0072B2")
 axis.annotate("tuned here", (16, 1), (-4, -14), textcoords="offset points", ha="right")
-axis.set(xscale="log", yscale="log", xlabel="rank", ylabel="best rate, relative", xlim=(1, RANKS[-1]))
+axis.set(
+    xscale="log", yscale="log", xlabel="rank", ylabel="best rate, relative", xlim=(1, RANKS[-1])
+)
 axis.set_xticks(RANKS[::2], [str(rank) for rank in RANKS[::2]])
 axis.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
 axis.minorticks_off()

@@ -1,4 +1,6 @@
-"""Provenance of a calibration's code: the training loop's source, its repository's commit, the imported packages."""
+"""Provenance of a calibration's code: the training loop's source, its repository's commit, the
+imported packages.
+"""
 
 from __future__ import annotations
 
@@ -65,31 +67,48 @@ def train_source(train: Any) -> Code:
 
 
 def _imports(source: str) -> Iterator[str]:
-    """Yield the modules that a file imports. Yield none if it is not plain Python, such as a notebook cell."""
+    """Yield the modules that a file imports. Yield none if it is not plain Python, such as a
+    notebook cell.
+    """
     with suppress(SyntaxError, ValueError):
         for node in ast.walk(ast.parse(source)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += (
+                [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            )
             yield from (name.partition(".")[0] for name in names)
 
 
 def _commit(folder: Path) -> str:
-    """Return the commit of the git repository that contains a folder; "" without a repository or without git."""
+    """Return the commit of the git repository that contains a folder; "" without a repository or
+    without git.
+    """
     with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(_GIT, cwd=folder, check=True, capture_output=True, text=True, timeout=_PATIENCE_S)
+        done = subprocess.run(
+            _GIT, cwd=folder, check=True, capture_output=True, text=True, timeout=_PATIENCE_S
+        )
         return done.stdout.strip()
     return ""
 
 
 @cache
 def _packages() -> Mapping[str, list[str]]:
-    """Return the installed packages by module. The result is cached, since the search can take a second."""
+    """Return the installed packages by module. The result is cached, since the search can take a
+    second.
+    """
     return packages_distributions()
 
 
 def versions_used(imports: Iterable[str] = ()) -> dict[str, str]:
-    """Return the versions of Python, this package, its main dependencies, and the loaded packages behind `imports`."""
+    """Return the versions of Python, this package, its main dependencies, and the loaded packages
+    behind `imports`.
+    """
     packages = _packages()
-    others = {name for module in imports if module in sys.modules for name in packages.get(module, ())}
+    others = {
+        name for module in imports if module in sys.modules for name in packages.get(module, ())
+    }
     python = ".".join(map(str, sys.version_info[:3]))
-    return {"python": python, **{name: version(name) for name in (*_OWN, *sorted(others - {*_OWN}))}}
+    return {
+        "python": python,
+        **{name: version(name) for name in (*_OWN, *sorted(others - {*_OWN}))},
+    }

@@ -14,7 +14,8 @@ T = TypeVar("T")
 class Replicas:
     """The processes of this training, or only this one if torch.distributed was not started.
 
-    Messages use a separate gloo group. They need no device and cannot mix with those of the training.
+    Messages use a separate gloo group. They need no device and cannot mix with those of the
+    training.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,9 @@ class Replicas:
         return self._group is None or dist.get_rank() == 0
 
     def agree(self, decide: Callable[[], T]) -> T:
-        """Call `decide` on the leading process. Return its result, or raise its error, on every process."""
+        """Call `decide` on the leading process. Return its result, or raise its error, on every
+        process.
+        """
         if self._group is None:
             return decide()
         message: list[Any] = [None]

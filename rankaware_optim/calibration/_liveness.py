@@ -1,7 +1,9 @@
-"""Signs of life. A worker writes heartbeats into its running trial, and fails the trials whose heartbeats have stopped.
+"""Signs of life. A worker writes heartbeats into its running trial, and fails the trials whose
+heartbeats have stopped.
 
-A trial whose process was killed stays RUNNING in Optuna's storage, and that of a stopped process goes on when it is
-woken. Only the storage is asked who lives, so that one rule holds for every host, system and storage.
+A trial whose process was killed stays RUNNING in Optuna's storage, and that of a stopped process
+goes on when it is woken. Only the storage is asked who lives, so that one rule holds for every
+host, system and storage.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ _LEFT: set[str] = set()  # workers of this process that have ended
 
 @dataclass
 class _Signs:
-    """What a worker has seen of another's trial: its last heartbeat, looks without a new one, whether one ever came."""
+    """What a worker has seen of another's trial: its last heartbeat, looks without a new one,
+    whether one ever came.
+    """
 
     beat: object
     missed: int = 0
@@ -33,9 +37,11 @@ class _Signs:
 
 
 class Heartbeat(threading.Thread):
-    """A worker's signs of life, and its look at those of others. In a thread, since a step may take long.
+    """A worker's signs of life, and its look at those of others. In a thread, since a step may take
+    long.
 
-    Silence is counted in looks, and not by a clock: a storage or a machine that stood still proves nothing.
+    Silence is counted in looks, and not by a clock: a storage or a machine that stood still proves
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -56,7 +62,9 @@ class Heartbeat(threading.Thread):
 
     def run(self) -> None:
         for beat in count(1):
-            with suppress(Exception):  # if the storage fails, the worker's own reads and writes raise
+            with suppress(
+                Exception
+            ):  # if the storage fails, the worker's own reads and writes raise
                 self._look()
             if self._ended.wait(_BEAT_S):
                 return

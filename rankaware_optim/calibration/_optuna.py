@@ -1,9 +1,9 @@
 """All private names of Optuna that this package uses, where its public API is not enough.
 
-Several processes share one storage, and a process may die at any time. So a trial must name its owner from its
-creation. `Study.ask` cannot do this, because it sets attributes later. A trial whose process died is marked and failed
-by another process. `Study.tell` would raise if a third process had been first. Database connections and journal locks
-are released, which Optuna's wrappers hide.
+Several processes share one storage, and a process may die at any time. So a trial must name its
+owner from its creation. `Study.ask` cannot do this, because it sets attributes later. A trial whose
+process died is marked and failed by another process. `Study.tell` would raise if a third process
+had been first. Database connections and journal locks are released, which Optuna's wrappers hide.
 
 tests/calibration/test_optuna.py fails if one of these names changes.
 """
@@ -35,7 +35,9 @@ def begin_trial(study: Study, attributes: Mapping[str, Any], params: Mapping[str
 
 
 def fail_trial(study: Study, trial: FrozenTrial, attributes: Mapping[str, Any]) -> None:
-    """Mark another process's running trial with `attributes` and fail it, unless another process was first."""
+    """Mark another process's running trial with `attributes` and fail it, unless another process
+    was first.
+    """
     try:
         for name, value in attributes.items():
             study._storage.set_trial_user_attr(trial._trial_id, name, value)
@@ -59,7 +61,9 @@ _QUIET = threading.Lock()
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Optuna below warnings and restore its level afterwards. Safe in several threads at once."""
+    """Silence Optuna below warnings and restore its level afterwards. Safe in several threads at
+    once.
+    """
     logger = logging.getLogger("optuna")
     with _QUIET:
         before = logger.level

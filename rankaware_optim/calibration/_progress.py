@@ -1,4 +1,6 @@
-"""Progress of a calibration: trial, rank, rate, value, time left. With rich on a terminal, and by logging per trial."""
+"""Progress of a calibration: trial, rank, rate, value, time left. With rich on a terminal, and by
+logging per trial.
+"""
 
 from __future__ import annotations
 
@@ -36,17 +38,23 @@ def progress_shown(wanted: bool | None) -> Iterator[Show]:
 
         def show(begun: NextTrial, trial: Trial, curve: list[float]) -> None:
             total, done = max(begun.expected, begun.done + 1), begun.done + len(curve) / begun.steps
-            what = f"{_rank(begun.rank)} · base rate {trial.lr or math.nan:.2g} · value {curve[-1]:.4g}"
+            what = (
+                f"{_rank(begun.rank)} · base rate {trial.lr or math.nan:.2g} · value"
+                f" {curve[-1]:.4g}"
+            )
             if begun.estimate is not None:
                 low, best, high = begun.estimate
                 what += f" · best so far {best:.2g} ({low:.2g} to {high:.2g})"
-            bar.update(shown, completed=done, total=total, trial=f"{begun.done + 1}/{total}", what=what)
+            bar.update(
+                shown, completed=done, total=total, trial=f"{begun.done + 1}/{total}", what=what
+            )
 
         yield show
 
 
 class TrialLog:
-    """Logs finished trials of all workers, with the time left at their pace since this object was made.
+    """Logs finished trials of all workers, with the time left at their pace since this object was
+    made.
 
     logs: whether this process logs. It is True on one of several processes that train together.
     """
@@ -60,22 +68,34 @@ class TrialLog:
         curve = outcome.curve
         value = (curve[-1] if curve else math.nan) if outcome.stopped else outcome.score
         self._before = begun.done if self._before < 0 else self._before
-        self._say(begun.done + 1, begun.expected, begun.rank, trial.lr or math.nan, value, outcome.stopped)
+        self._say(
+            begun.done + 1, begun.expected, begun.rank, trial.lr or math.nan, value, outcome.stopped
+        )
 
     def saw(self, trials: Trials, expected: int) -> None:
-        """Log the trials that other processes finished since the last call. The first call logs nothing."""
+        """Log the trials that other processes finished since the last call. The first call logs
+        nothing.
+        """
         first, ended = self._before < 0, trials.counted()
         self._before = len(ended) if first else self._before
         for t in ended:
             if t.number not in self._known:
                 self._known.add(t.number)
                 seen, lr = t.observation, math.nan if t.x is None else 2.0**t.x
-                value = t.curve[-1] if t.curve and (seen is None or seen.stopped) else seen.value if seen else math.nan
+                value = (
+                    t.curve[-1]
+                    if t.curve and (seen is None or seen.stopped)
+                    else seen.value
+                    if seen
+                    else math.nan
+                )
                 if not first:
                     stopped = t.stopped or "diverged" * bool(seen and seen.stopped)
                     self._say(len(self._known), expected, t.rank, lr, value, stopped)
 
-    def _say(self, done: int, expected: int, rank: int | None, lr: float, value: float, stopped: str) -> None:
+    def _say(
+        self, done: int, expected: int, rank: int | None, lr: float, value: float, stopped: str
+    ) -> None:
         if not self._logs:
             return
         pace = (time.monotonic() - self._start) / (done - self._before)

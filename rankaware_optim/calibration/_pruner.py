@@ -1,6 +1,8 @@
-"""Pruning of runs that are clearly worse than the best run of the same rank and seed at the same step.
+"""Pruning of runs that are clearly worse than the best run of the same rank and seed at the same
+step.
 
-Runs of one seed see the same batches, so the difference of two curves is much less noisy than either curve.
+Runs of one seed see the same batches, so the difference of two curves is much less noisy than
+either curve.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from optuna.pruners import BasePruner
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from ..recipe import CLEAR, EARLY
+from ..fitting import CLEAR, EARLY
 from ._trials import TrialRecord, Trials
 
 _WORSE = 0.5  # a run is pruned if it lags by this share of the best run's gain so far
@@ -22,14 +24,17 @@ _JUDGED = 3  # number of last reports that are compared
 
 
 class PairedPruner(BasePruner):
-    """Stops a run that lags the best run of its rank and seed by half of the gain of that run at the same step.
+    """Stops a run that lags the best run of its rank and seed by half of the gain of that run at
+    the same step.
 
-    Runs whose rate is within an octave of the best run's or of the estimated optimum are never pruned. Differences that
-    noise explains are ignored. So is a best run that gained no more than its noise, since its curve shows no learning.
+    Runs whose rate is within an octave of the best run's or of the estimated optimum are never
+    pruned. Differences that noise explains are ignored. So is a best run that gained no more than
+    its noise, since its curve shows no learning.
 
     Args:
         steps: steps of a whole run.
-        warmup: share of the steps, from 0 to 1. Nothing is pruned before its end, nor in the first 30 %.
+        warmup: share of the steps, from 0 to 1. Nothing is pruned before its end, nor in the first
+            30 %.
     """
 
     def __init__(self, steps: int, warmup: float = 0.0) -> None:
@@ -42,13 +47,18 @@ class PairedPruner(BasePruner):
         best = Trials.read(study.get_trials(deepcopy=False), record.cell).rival_of(record)
         if best is None or record.x is None:
             return False
-        is_near = any(mark is not None and abs(record.x - mark) < _NEAR for mark in (best.x, record.estimate))
+        is_near = any(
+            mark is not None and abs(record.x - mark) < _NEAR for mark in (best.x, record.estimate)
+        )
         steps = sorted(record.reports.keys() & best.reports.keys())[-_JUDGED:]
         if is_near or len(steps) < 2 or best.observation is None:
             return False
-        # Each of the last paired differences must exceed the margin, and their mean must exceed the noise.
+        # Each of the last paired differences must exceed the margin, and their mean must exceed the
+        # noise.
         least = CLEAR * best.observation.noise
         gaps = [record.reports[s] - best.reports[s] for s in steps]
         gains = [best.observation.start - best.reports[s] for s in steps]
-        clearly = all(gain > least and gap > _WORSE * gain for gap, gain in zip(gaps, gains, strict=True))
+        clearly = all(
+            gain > least and gap > _WORSE * gain for gap, gain in zip(gaps, gains, strict=True)
+        )
         return clearly and fmean(gaps) > _STANDARD_ERRORS * stdev(gaps) / math.sqrt(len(gaps))

@@ -1,7 +1,8 @@
 """A calibration's workers as tasks of a Ray cluster that share one storage.
 
-Ray decides where they run and restarts killed ones. The calibration's schedule decides what they run. Ray Tune is not
-used, because its searchers and schedulers would replace that schedule and the pruner.
+Ray decides where they run and restarts killed ones. The calibration's schedule decides what they
+run. Ray Tune is not used, because its searchers and schedulers would replace that schedule and the
+pruner.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ _CONNECT_S = 10.0  # seconds for a cluster to answer; ray.init itself waits for 
 
 @dataclass(frozen=True)
 class RayExecutor:
-    """Runs the workers of `calibrate` as tasks of a Ray cluster. `executor="ray"` is one with all defaults.
+    """Runs the workers of `calibrate` as tasks of a Ray cluster. `executor="ray"` is one with all
+    defaults.
 
     Args:
-        workers: number of workers. By default one per GPU of the cluster, or one per two CPU cores without GPUs.
+        workers: number of workers. By default one per GPU of the cluster, or one per two CPU cores
+            without GPUs.
         gpus: GPUs per worker. By default 1, or 0 on a cluster without GPUs. Ray sets each worker's
             CUDA_VISIBLE_DEVICES.
-        address: address of a cluster, as for `ray.init`. "local" starts a cluster on this machine for the time of the
-            call. By default the cluster that this process is connected to, or the one that `ray.init()` finds.
+        address: address of a cluster, as for `ray.init`. "local" starts a cluster on this machine
+            for the time of the call. By default the cluster that this process is connected to, or
+            the one that `ray.init()` finds.
 
     Raises:
         CalibrationError: `workers` or `gpus` is not such a number.
@@ -52,33 +56,45 @@ class RayExecutor:
 
     def __post_init__(self) -> None:
         if not (self.workers is None or is_whole(self.workers)):
-            raise CalibrationError(f"workers is {self.workers!r}.", "Give a whole number of at least 1, or None.")
+            raise CalibrationError(
+                f"workers is {self.workers!r}.", "Give a whole number of at least 1, or None."
+            )
         if not (self.gpus is None or (is_number(self.gpus) and self.gpus >= 0)):
-            raise CalibrationError(f"gpus is {self.gpus!r}.", "Give the number of GPUs per worker, 0 or more.")
+            raise CalibrationError(
+                f"gpus is {self.gpus!r}.", "Give the number of GPUs per worker, 0 or more."
+            )
 
 
 def ray_executor(given: object) -> RayExecutor:
     """Return the executor for the argument of `calibrate`.
 
     Raises:
-        CalibrationError: it is no executor, Ray is not installed, or this process trains together with others.
+        CalibrationError: it is no executor, Ray is not installed, or this process trains together
+            with others.
     """
     if given != "ray" and not isinstance(given, RayExecutor):
-        raise CalibrationError(f"executor is {given!r}.", "Give 'ray', a RayExecutor, or leave it out.")
+        raise CalibrationError(
+            f"executor is {given!r}.", "Give 'ray', a RayExecutor, or leave it out."
+        )
     if find_spec("ray") is None:
         raise CalibrationError(
-            "executor='ray' needs Ray, which is not installed.", 'In a clone of this package: pip install ".[ray]".'
+            "executor='ray' needs Ray, which is not installed.",
+            'In a clone of this package: pip install ".[ray]".',
         )
     if dist.is_available() and dist.is_initialized():
         raise CalibrationError(
-            "executor='ray' starts its own workers, but torch.distributed has already started processes.",
+            "executor='ray' starts its own workers, but torch.distributed has already started"
+            " processes.",
             "Call it in one process, or leave executor= out.",
         )
     return given if isinstance(given, RayExecutor) else RayExecutor()
 
 
-def run_on_ray(executor: RayExecutor, work: partial[Recipe], most: int, look: Callable[[], None]) -> None:
-    """Run `work`, a call of `calibrate`, in several tasks until one of them finds the schedule complete.
+def run_on_ray(
+    executor: RayExecutor, work: partial[Recipe], most: int, look: Callable[[], None]
+) -> None:
+    """Run `work`, a call of `calibrate`, in several tasks until one of them finds the schedule
+    complete.
 
     Args:
         executor: the workers and their resources.
@@ -87,14 +103,17 @@ def run_on_ray(executor: RayExecutor, work: partial[Recipe], most: int, look: Ca
         look: called every two seconds.
 
     Raises:
-        CalibrationError: the cluster cannot be reached, `train` cannot be sent there, or every worker was lost.
+        CalibrationError: the cluster cannot be reached, `train` cannot be sent there, or every
+            worker was lost.
         Exception: an error of `work` in a task.
     """
     train, storage = work.keywords["train"], work.keywords["storage"]
     with _connected(executor.address) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         share = share_out(nodes, executor.workers, executor.gpus)
-        task = ray.remote(_work).options(num_cpus=share.cpus, num_gpus=share.gpus, name="calibration")
+        task = ray.remote(_work).options(
+            num_cpus=share.cpus, num_gpus=share.gpus, name="calibration"
+        )
         try:
             sent = ray.put(work)
         except TypeError as error:
@@ -129,7 +148,9 @@ def _work(work: partial[Recipe], code: Mapping[str, str], head: bytes, threads: 
 
 
 def code_of(train: Any) -> dict[str, str]:
-    """Return what must be equal on all nodes. Code that Ray sends by value, as from a script, always is."""
+    """Return what must be equal on all nodes. Code that Ray sends by value, as from a script,
+    always is.
+    """
     by_value = getattr(train, "__module__", "") == "__main__"
     return {**versions_used(), **({} if by_value else train_source(train).loop)}
 
@@ -148,7 +169,8 @@ def _await_one(ray: Any, tasks: Sequence[Any], look: Callable[[], None]) -> None
                     raise error.cause from error
                 raise CalibrationError(
                     f"A Ray worker could not load train: {_line(error.cause)}",
-                    "Make its module importable on every node, by a shared folder or as an installed package.",
+                    "Make its module importable on every node, by a shared folder or as an"
+                    " installed package.",
                 ) from error
             except errors.RayError as error:
                 lost = _line(error)
@@ -156,11 +178,12 @@ def _await_one(ray: Any, tasks: Sequence[Any], look: Callable[[], None]) -> None
             else:
                 return
     raise CalibrationError(
-        f"Ray lost every worker: {lost}", "With the same storage= the same call continues where this one stopped."
+        f"Ray lost every worker: {lost}",
+        "With the same storage= the same call continues where this one stopped.",
     )
 
 
-# --- the cluster ----------------------------------------------------------------------------------------------------
+# --- the cluster ----------------------------------------------------------------------------------
 
 
 class Share(NamedTuple):
@@ -171,16 +194,20 @@ class Share(NamedTuple):
     cpus: int
 
 
-def share_out(nodes: Sequence[Mapping[str, float]], workers: int | None = None, gpus: float | None = None) -> Share:
+def share_out(
+    nodes: Sequence[Mapping[str, float]], workers: int | None = None, gpus: float | None = None
+) -> Share:
     """Return how the workers share a cluster.
 
     Args:
         nodes: the resources of each node, by Ray's names.
-        workers: number of workers. By default as many as the GPUs allow, or one per two CPU cores without GPUs.
+        workers: number of workers. By default as many as the GPUs allow, or one per two CPU cores
+            without GPUs.
         gpus: GPUs per worker.
 
     Returns:
-        The share of each worker. Its cores are those available on the node with the fewest cores per worker.
+        The share of each worker. Its cores are those available on the node with the fewest cores
+            per worker.
 
     Raises:
         CalibrationError: no node has room for a worker.
@@ -195,7 +222,8 @@ def share_out(nodes: Sequence[Mapping[str, float]], workers: int | None = None, 
     count = workers or sum(held)
     if not count:
         raise CalibrationError(
-            f"No node of the Ray cluster has a core and {gpus:g} GPUs.", "Start one, or give workers= and gpus=."
+            f"No node of the Ray cluster has a core and {gpus:g} GPUs.",
+            "Start one, or give workers= and gpus=.",
         )
     cores = [node["CPU"] // holds for node, holds in zip(able, held, strict=True)]
     cores.append(sum(node["CPU"] for node in able) // count)
@@ -220,7 +248,8 @@ def _connected(address: str | None) -> Iterator[Any]:
     except Exception as error:
         raise CalibrationError(
             f"The Ray cluster at {at!r} cannot be reached: {_line(error)}",
-            "Give the address of a running cluster (see `ray status`), or 'local' to start one on this machine.",
+            "Give the address of a running cluster (see `ray status`), or 'local' to start one on"
+            " this machine.",
         ) from error
     try:
         yield ray

@@ -1,4 +1,6 @@
-"""Running a study: begin, train and record the next trial, on one worker of several and one process of many."""
+"""Running a study: begin, train and record the next trial, on one worker of several and one process
+of many.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ from torch import nn
 from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import CalibrationError
+from ..fitting import CLEAR, TAIL, Observation, best_fall, height, recent, usual_noise
 from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
-from ..recipe import CLEAR, TAIL, Recipe, best_fall, height, plain_setting, recent, usual_noise
+from ..recipe import Recipe, plain_setting
 from ._comparison import built_with
 from ._distributed import Replicas
 from ._liveness import Heartbeat
@@ -32,16 +35,22 @@ from ._schedule import Schedule
 from ._study import Study
 from ._trial import Outcome, Train, Trial, run_trial, seeded
 from ._trials import PARAMETER, Cell, TrialRecord, Trials, interval
-from .fit import Observation
 
 _LOG = logging.getLogger(__package__)
-_POLL_S, _SLOW_POLL_S = 0.05, 2.0  # seconds between polls: at first, and while another worker's trial runs
-_QUIET_S = 15.0  # seconds after which a wait for signs of life is logged; those that live show one before
+_POLL_S, _SLOW_POLL_S = (
+    0.05,
+    2.0,
+)  # seconds between polls: at first, and while another worker's trial runs
+_QUIET_S = (
+    15.0  # seconds after which a wait for signs of life is logged; those that live show one before
+)
 _PATIENCE_S = 600.0  # seconds that another worker may take to build its first model
 
 
 class NextTrial(NamedTuple):
-    """A trial that is about to run, and the study's progress: trials done and expected, (low, best, high) so far."""
+    """A trial that is about to run, and the study's progress: trials done and expected, (low, best,
+    high) so far.
+    """
 
     number: int
     rank: int | None
@@ -62,15 +71,18 @@ T = TypeVar("T")
 class Runner:
     """Runs the trials of a study by a schedule.
 
-    Several workers may do so at once. Every decision is based on the storage, and a trial names its worker from its
-    creation. Under DDP or FSDP only the leading process of `team` has an Optuna study. The others get its decisions.
+    Several workers may do so at once. Every decision is based on the storage, and a trial names its
+    worker from its creation. Under DDP or FSDP only the leading process of `team` has an Optuna
+    study. The others get its decisions.
     """
 
     def __init__(self, study: Study, schedule: Schedule) -> None:
         self.study, self.schedule, self.team = study, schedule, Replicas()
         self._endless: bool | None = None
         self._heartbeat = Heartbeat()
-        self._found: set[int] = set()  # trials that ran when this worker came, and have shown no sign of life
+        self._found: set[int] = (
+            set()
+        )  # trials that ran when this worker came, and have shown no sign of life
         self._handle: optuna.Trial
         self._record = TrialRecord()
 
@@ -86,7 +98,8 @@ class Runner:
     def close(self) -> None:
         """Fail the unfinished trial, and leave the storage and the other processes.
 
-        If the storage itself failed, other workers and the next call notice that the heartbeats have stopped.
+        If the storage itself failed, other workers and the next call notice that the heartbeats
+        have stopped.
         """
         try:
             self._heartbeat.stop()
@@ -111,13 +124,17 @@ class Runner:
         return self._agree(self.study.recipe)
 
     def begin(self) -> NextTrial | None:
-        """Create the next trial, to be run by this worker. Return None once the schedule is complete."""
+        """Create the next trial, to be run by this worker. Return None once the schedule is
+        complete.
+        """
 
         def decide() -> NextTrial | None:
             poll = _POLL_S
             self._await_signs()
             while True:
-                with suppress(UpdateFinishedTrialError):  # no heartbeat before it ran, so another worker took it
+                with suppress(
+                    UpdateFinishedTrialError
+                ):  # no heartbeat before it ran, so another worker took it
                     begun = self._try_to_begin()
                     if begun is not None or not self.study.trials().running():
                         return begun
@@ -127,14 +144,18 @@ class Runner:
         return self._agree(decide)
 
     def _await_signs(self) -> None:
-        """Wait until each trial that ran when this worker came has shown a sign of life, or has ended.
+        """Wait until each trial that ran when this worker came has shown a sign of life, or has
+        ended.
 
-        So the same call after a kill repeats the killed trial before it goes on, as if it had not been killed.
+        So the same call after a kill repeats the killed trial before it goes on, as if it had not
+        been killed.
         """
         poll, quiet_until = _POLL_S, time.monotonic() + _QUIET_S
         while self._found:
             running = {trial.number for trial in self.study.trials().running()}
-            self._found = {number for number in self._found & running if not self._heartbeat.heard(number)}
+            self._found = {
+                number for number in self._found & running if not self._heartbeat.heard(number)
+            }
             if self._found and time.monotonic() > quiet_until:
                 _LOG.info("waiting for a sign of life of trials %s", sorted(self._found))
                 quiet_until = math.inf
@@ -158,7 +179,9 @@ class Runner:
         return self._prepare(killed)
 
     def _prepare(self, killed: TrialRecord | None) -> NextTrial | None:
-        """Wait for workers that began before, then choose a rate. The first trial of a study gets its rate later."""
+        """Wait for workers that began before, then choose a rate. The first trial of a study gets
+        its rate later.
+        """
         trials, mine = self.study.trials(), self._record
         earlier = Trials(t for t in trials if t.state.is_finished() or t.number < mine.number)
         taken = killed is not None and any(t.retry_of == killed.number for t in earlier)
@@ -187,24 +210,30 @@ class Runner:
         return self.schedule.next(trials, band)
 
     def _await_earlier(self) -> None:
-        """Wait until trials begun before this one have their rates, so that no point is tried twice.
+        """Wait until trials begun before this one have their rates, so that no point is tried
+        twice.
 
-        Only the first trial of a study takes long, since its model must be built to settle the reference.
+        Only the first trial of a study takes long, since its model must be built to settle the
+        reference.
         """
         until = time.monotonic() + _PATIENCE_S
         while time.monotonic() < until:
             self.study.recall()
-            if all(t.x is not None or t.number >= self._record.number for t in self.study.trials().running()):
+            if all(
+                t.x is not None or t.number >= self._record.number
+                for t in self.study.trials().running()
+            ):
                 return
             self.study.pause(_POLL_S)
 
     def _limits(self) -> list[float]:
-        """Return, for each step, the mean of recent values above which a run is stopped as diverged.
+        """Return, for each step, the mean of recent values above which a run is stopped as
+        diverged.
 
-        The limit is a margin above the usual start of the runs: half the best gain, or what the noise of the curves
-        explains. Batches may be hard, so it is at least that margin above the loss of a run that learns nothing, which
-        is at most one gain above the best run on the same batches. The usual start is a mean of first values, since a
-        single one may be low by chance.
+        The limit is a margin above the usual start of the runs: half the best gain, or what the
+        noise of the curves explains. Batches may be hard, so it is at least that margin above the
+        loss of a run that learns nothing, which is at most one gain above the best run on the same
+        batches. The usual start is a mean of first values, since a single one may be low by chance.
         """
         trials = self.study.trials().counted()
         seen = trials.observations()
@@ -215,7 +244,7 @@ class Runner:
         windows = (beside[max(0, end - TAIL) : end] for end in range(1, self.study.steps + 1))
         return [max(flat, recent(window) + gain + margin) if window else flat for window in windows]
 
-    # --- one trial --------------------------------------------------------------------------------------------------
+    # --- one trial --------------------------------------------------------------------------------
 
     def one(self, begun: NextTrial, train: Train, show: Show, ended: Ended) -> None:
         """Run and record one trial. If it raises, `close` fails it."""
@@ -231,15 +260,20 @@ class Runner:
         try:
             with seeded(begun.seed):
                 outcome = run_trial(
-                    train, trial, limits=begun.limits, endless=begun.endless, watch=watch, mean=self.team.mean
+                    train,
+                    trial,
+                    limits=begun.limits,
+                    endless=begun.endless,
+                    watch=watch,
+                    mean=self.team.mean,
                 )
             self._check_read(trial, outcome)
             self._agree(lambda: self._end(outcome))
         except UpdateFinishedTrialError:
             self._agree(lambda: self._close(TrialState.FAIL))
             warn(
-                f"Trial {begun.number} had no heartbeat for so long that another worker has taken it over. Its run "
-                "here does not count."
+                f"Trial {begun.number} had no heartbeat for so long that another worker has taken"
+                " it over. Its run here does not count."
             )
         else:
             ended(begun, trial, outcome)
@@ -248,7 +282,8 @@ class Runner:
         """Refuse a loop that never read its number of steps, if the target run has more."""
         if self.study.is_short and not outcome.stopped and not trial._steps_were_read:
             raise CalibrationError(
-                "train never read trial.steps, so its schedule may span the steps of the target run.",
+                "train never read trial.steps, so its schedule may span the steps of the target"
+                " run.",
                 "Let its schedule and warm-up span trial.steps.",
             )
 
@@ -257,12 +292,15 @@ class Runner:
         return len(curve) < steps and self._handle.should_prune()
 
     def _end(self, outcome: Outcome) -> None:
-        """Record the outcome of a run. Scores can be compared only if all of them were returned, or none."""
+        """Record the outcome of a run. Scores can be compared only if all of them were returned, or
+        none.
+        """
         returned, record, stopped = outcome.returned is not None, self._record, outcome.stopped
         others = [o for o in self.study.trials().observations() if not o.stopped]
         if not stopped and any(o.returned != returned for o in others):
             raise CalibrationError(
-                "train returned a score in some trials and none in others.", "Return one in every trial, or in none."
+                "train returned a score in some trials and none in others.",
+                "Return one in every trial, or in none.",
             )
         self._endless = self._endless if outcome.endless is None else outcome.endless
         if stopped in ("pruned", "memory"):
@@ -280,7 +318,9 @@ class Runner:
         )
         self._write(replace(record, curve=outcome.curve, observation=seen))
         finite = math.isfinite(seen.value)
-        self._close(TrialState.COMPLETE if finite else TrialState.PRUNED, seen.value if finite else None)
+        self._close(
+            TrialState.COMPLETE if finite else TrialState.PRUNED, seen.value if finite else None
+        )
 
     def _write(self, record: TrialRecord) -> None:
         """Store the fields of this trial that changed."""
@@ -295,16 +335,22 @@ class Runner:
         total = {"steps": trials.spent(self.study.steps), "trials": len(trials.counted())}
         self.study.optuna.set_user_attr("spent", total)
         self._record = TrialRecord()
-        if state != TrialState.FAIL and any(t.killed for t in trials if t.number == self._handle.number):
+        if state != TrialState.FAIL and any(
+            t.killed for t in trials if t.number == self._handle.number
+        ):
             raise UpdateFinishedTrialError("Another worker took it over at its end.")
 
-    # --- the trial's optimizer --------------------------------------------------------------------------------------
+    # --- the trial's optimizer --------------------------------------------------------------------
 
     def _build(self, trial: Trial, params: Any, settings: dict[str, Any]) -> RankAwareOptimizer:
-        """Build the optimizer for `Trial.optimizer`: read the model, then choose a rate in reference coordinates."""
+        """Build the optimizer for `Trial.optimizer`: read the model, then choose a rate in
+        reference coordinates.
+        """
         model = params if isinstance(params, nn.Module) else settings.get("model")
         if not isinstance(model, nn.Module):
-            raise CalibrationError("trial.optimizer got no model.", "Pass it, or model= with its parameters.")
+            raise CalibrationError(
+                "trial.optimizer got no model.", "Pass it, or model= with its parameters."
+            )
         survey = inspect_model(model, method=trial.method, init=settings.get("init"))
         trial.lr, law, reference = self._agree(lambda: self._propose(survey, settings))
         made = RankAwareOptimizer(
@@ -317,7 +363,9 @@ class Runner:
             **settings,
         )
         found = survey.dominant().resolve(survey)
-        self._agree(lambda: self._keep_built(built_with(made, self.study.optimizer, settings, found)))
+        self._agree(
+            lambda: self._keep_built(built_with(made, self.study.optimizer, settings, found))
+        )
         return made
 
     def _keep_built(self, built: dict[str, Any]) -> None:
@@ -326,16 +374,21 @@ class Runner:
         self.study.optuna.set_user_attr("settings", self.study.settings)
 
     def _propose(self, survey: Survey, settings: dict[str, Any]) -> tuple[float, Power, Reference]:
-        """Return the trial's base rate, the law centred on its priors, and the reference that both belong to."""
+        """Return the trial's base rate, the law centred on its priors, and the reference that both
+        belong to.
+        """
         study, found = self.study, survey.dominant().resolve(survey)
         if found.rank != self._record.rank:
             raise CalibrationError(
-                f"The model built for trial.rank={self._record.rank} has rank {found.rank}.", "Build it at trial.rank."
+                f"The model built for trial.rank={self._record.rank} has rank {found.rank}.",
+                "Build it at trial.rank.",
             )
         self._write(replace(self._record, scaling=found.scaling))
         study.learn(found, survey)
         own = inspect.signature(RankAwareOptimizer.__new__).parameters
-        study.settings = {key: plain_setting(value) for key, value in settings.items() if key not in own}
+        study.settings = {
+            key: plain_setting(value) for key, value in settings.items() if key not in own
+        }
         lr, law, reference = 2.0 ** self._take_rate(), study.centred_law(), study.settled()
         width = survey.full_width(reference.init) if found.method == "full" else survey.width
         own_lr = lr * checked_multiplier(law, replace(found, fan_in=width).as_factor(), reference)

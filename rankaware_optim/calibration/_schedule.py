@@ -1,4 +1,6 @@
-"""The order of trials and the stopping rules: ranks and seeds in turn, a budget of steps, a narrow band."""
+"""The order of trials and the stopping rules: ranks and seeds in turn, a budget of steps, a narrow
+band.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..fitting import all_rose, below_cliff, diverged
 from ._trials import Cell, TrialRecord, Trials
-from .fit import all_rose, below_cliff, diverged
 
 _TRIALS_PER_RANK = 8
 _FEWEST = 2  # finished trials of every rank before a narrow band stops the search
 _SHORT_RUNS = 10  # with a budget only: most trials, as a multiple of the whole runs that it allows
-# Runs of the highest rank before any other rank, since losses of different ranks cannot be compared; the most such runs
-# if all of them rise; and runs of every other rank without which its rate is not found.
+# Runs of the highest rank before any other rank, since losses of different ranks cannot be
+# compared; the most such runs if all of them rise; and runs of every other rank without which its
+# rate is not found.
 _BRACKET, _MOST_BRACKET, _OF_OTHERS = 3, 8, 2
 PER_SEED = 4  # runs of a rank at one seed before the next seed; runs of one seed share its noise
 
@@ -58,13 +61,15 @@ class Schedule:
         return min(self.total, self.budget // self.steps - self.full_trials)
 
     def caution(self) -> str:
-        """Return a warning if a budget pays for too few runs to find the rates of all ranks, else ""."""
+        """Return a warning if a budget pays for too few runs to find the rates of all ranks, else
+        "".
+        """
         runs, needed = self._searches(), _BRACKET + _OF_OTHERS * (len(self.ranks) - 1)
         if self.budget is None or runs >= min(needed, self.total):
             return ""
         return (
-            f"budget={self.budget} leaves the search {runs} of the {needed} runs that it needs, so the rates may be "
-            "far off. Give a larger budget=, or fewer full_trials=."
+            f"budget={self.budget} leaves the search {runs} of the {needed} runs that it needs, so"
+            " the rates may be far off. Give a larger budget=, or fewer full_trials=."
         )
 
     def least(self) -> int:
@@ -108,11 +113,17 @@ class Schedule:
         return self._rotate(search, [self.anchor] if is_bracketing else self.ranks)
 
     def _rotate(self, tried: Sequence[TrialRecord], ranks: Sequence[int | None]) -> Cell:
-        """Return the rank with the fewest trials. Each has four runs at a seed before the next seed.
+        """Return the rank with the fewest trials. Each has four runs at a seed before the next
+        seed.
 
-        A diverged run has little information, so it counts less than the others. A pruned run counts in full.
+        A diverged run has little information, so it counts less than the others. A pruned run
+        counts in full.
         """
-        seen = [(t.cell, t.observation) for t in tried if t.observation is not None and t.state.is_finished()]
+        seen = [
+            (t.cell, t.observation)
+            for t in tried
+            if t.observation is not None and t.state.is_finished()
+        ]
         bad = diverged([observation for _, observation in seen])
         lost = [cell for (cell, _), b in zip(seen, bad, strict=True) if b]
         cells = [trial.cell for trial in tried]

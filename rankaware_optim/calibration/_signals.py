@@ -13,18 +13,20 @@ from typing import Any
 class Interrupts:
     """A context that delays Ctrl-C except inside `with interrupts.let_in():`.
 
-    The first Ctrl-C inside raises KeyboardInterrupt and disables further ones, so that a second Ctrl-C cannot interrupt
-    the clean-up. A delayed Ctrl-C is delivered when the context ends, unless an interruption is already being raised.
+    The first Ctrl-C inside raises KeyboardInterrupt and disables further ones, so that a second
+    Ctrl-C cannot interrupt the clean-up. A delayed Ctrl-C is delivered when the context ends,
+    unless an interruption is already being raised.
 
         with Interrupts() as interrupts, restored(model):
             with interrupts.let_in():
                 ...
 
-    With `once`, only the first Ctrl-C is delayed. A second one raises at once, since the code inside may wait for
-    another process or a server.
+    With `once`, only the first Ctrl-C is delayed. A second one raises at once, since the code
+    inside may wait for another process or a server.
 
-    It works in the main thread if Ctrl-C has a Python handler. Otherwise no KeyboardInterrupt can occur. SIGTERM is
-    treated in the same way if it has a Python handler, as the command's processes have.
+    It works in the main thread if Ctrl-C has a Python handler. Otherwise no KeyboardInterrupt can
+    occur. SIGTERM is treated in the same way if it has a Python handler, as the command's processes
+    have.
     """
 
     def __init__(self, once: bool = False) -> None:
@@ -42,7 +44,9 @@ class Interrupts:
                 signal.signal(number, self._answer)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
         self._open = False
         for number, before in self._before.items():
             signal.signal(number, before)
@@ -60,7 +64,9 @@ class Interrupts:
         self._deliver(number, frame)
 
     def listen(self) -> None:
-        """Let Ctrl-C raise again, at once if one was delayed, even if a caller swallowed the last one."""
+        """Let Ctrl-C raise again, at once if one was delayed, even if a caller swallowed the last
+        one.
+        """
         self._open = True
         if self._pending is not None:
             pending, self._pending, self._open = self._pending, None, False

@@ -1,4 +1,6 @@
-"""Storage of a study: a journal file by default, or any Optuna storage by URL. Its errors become sentences."""
+"""Storage of a study: a journal file by default, or any Optuna storage by URL. Its errors become
+sentences.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,19 @@ from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from ..errors import CalibrationError
 
 _FAILURES = (OSError, StorageInternalError, SQLAlchemyError)
-_ATTEMPTS = 30  # to create a database while other processes do; each failure means that one of 13 tables exists now
+# to create a database while other processes do; each failure means that one of 13 tables exists now
+_ATTEMPTS = 30
 _LOCK_S = 120.0  # seconds to wait for a journal's lock, which a stopped process may hold
 _OPERATION = b'{"op_code":'  # the beginning of every line of a journal
 
@@ -31,10 +40,12 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
     """Open an Optuna storage.
 
     Args:
-        storage: a storage, which is returned unchanged, a URL, the path of a journal file, or None for memory.
+        storage: a storage, which is returned unchanged, a URL, the path of a journal file, or None
+            for memory.
 
     Raises:
-        CalibrationError: the storage cannot be reached or written, lacks its driver, or is a file without a study.
+        CalibrationError: the storage cannot be reached or written, lacks its driver, or is a file
+            without a study.
     """
     if storage is None:
         return InMemoryStorage()
@@ -50,7 +61,8 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
             return _database(storage)
         except ImportError as error:
             raise CalibrationError(
-                f"The storage {_shown(storage)} needs a driver that is not installed: {_line(error, storage)}",
+                f"The storage {_shown(storage)} needs a driver that is not installed:"
+                f" {_line(error, storage)}",
                 "Install it, such as psycopg[binary] for postgresql+psycopg://.",
             ) from error
         except (ValueError, ArgumentError) as error:
@@ -58,7 +70,9 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
             raise CalibrationError(cause, "Give a URL or a path.") from error
         except TypeError as error:  # a driver returns bytes where the encoding is unknown
             cause = f"The database {_shown(storage)} does not return text: {_line(error, storage)}"
-            raise CalibrationError(cause, "If its encoding is SQL_ASCII, create one with the encoding UTF8.") from error
+            raise CalibrationError(
+                cause, "If its encoding is SQL_ASCII, create one with the encoding UTF8."
+            ) from error
 
 
 def _database(url: str, attempts: int = _ATTEMPTS) -> BaseStorage:
@@ -66,17 +80,25 @@ def _database(url: str, attempts: int = _ATTEMPTS) -> BaseStorage:
     try:
         return get_storage(url)
     except (IntegrityError, OperationalError, ProgrammingError) as error:
-        if attempts == 1 or (isinstance(error, OperationalError) and "already exists" not in str(error)):
+        if attempts == 1 or (
+            isinstance(error, OperationalError) and "already exists" not in str(error)
+        ):
             raise
     time.sleep(0.05)
     return _database(url, attempts - 1)
 
 
 def _journal(path: Path) -> BaseStorage:
-    """Open a journal whose lock the kernel frees when its holder is killed. Optuna's lock file would stay for 30 s."""
+    """Open a journal whose lock the kernel frees when its holder is killed. Optuna's lock file
+    would stay for 30 s.
+    """
     if path.exists() and not path.is_file():
-        raise CalibrationError(f"storage={str(path)!r} is not a file.", "Name a file for the journal, or a URL.")
-    path = Path(os.path.realpath(path))  # a journal has one lock, even if it is reached by different links
+        raise CalibrationError(
+            f"storage={str(path)!r} is not a file.", "Name a file for the journal, or a URL."
+        )
+    path = Path(
+        os.path.realpath(path)
+    )  # a journal has one lock, even if it is reached by different links
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock_of(path)
     if path.is_file() and path.stat().st_size:
@@ -92,7 +114,9 @@ def _journal(path: Path) -> BaseStorage:
 
 
 def _lock_of(path: Path) -> FileLock:
-    """Return the lock of a journal. Raise a `CalibrationError` if its file has content, since FileLock empties it."""
+    """Return the lock of a journal. Raise a `CalibrationError` if its file has content, since
+    FileLock empties it.
+    """
     beside = Path(f"{path}.rankaware.lock")  # not PATH.lock, which may be poetry's
     if beside.exists() and beside.stat().st_size:
         raise CalibrationError(
@@ -118,7 +142,9 @@ class _JournalFile(JournalFileBackend):
         with self._own_lock:
             self._check()
             super().append_logs(logs)
-            self._written = self._path.stat().st_size  # what others append may be cut, if they are killed meanwhile
+            self._written = (
+                self._path.stat().st_size
+            )  # what others append may be cut, if they are killed meanwhile
 
     def _check(self) -> None:
         now = self._path.stat()
@@ -127,18 +153,26 @@ class _JournalFile(JournalFileBackend):
 
 
 def shared_storage(storage: object) -> str:
-    """Return the storage as other processes and machines can open it: a URL, or a journal's absolute path.
+    """Return the storage as other processes and machines can open it: a URL, or a journal's
+    absolute path.
 
     Raises:
         CalibrationError: they cannot open it.
     """
-    cure = "Give storage= the path of a journal in a folder that all machines share, or the URL of a PostgreSQL server."
+    cure = (
+        "Give storage= the path of a journal in a folder that all machines share, or the URL of a"
+        " PostgreSQL server."
+    )
     if not isinstance(storage, (str, os.PathLike)):
-        what = "no storage was given" if storage is None else "this one is an object of this process"
+        what = (
+            "no storage was given" if storage is None else "this one is an object of this process"
+        )
         raise CalibrationError(f"Remote workers need a storage that they can open: {what}.", cure)
     text = os.fspath(storage)
     if text.startswith("sqlite"):
-        raise CalibrationError("Remote workers cannot share SQLite: its locks do not work across machines.", cure)
+        raise CalibrationError(
+            "Remote workers cannot share SQLite: its locks do not work across machines.", cure
+        )
     return text if "://" in text else os.path.abspath(text)
 
 
@@ -151,11 +185,15 @@ def journal_head(storage: str) -> bytes:
 
 
 def check_shared(storage: str, head: bytes, host: str) -> None:
-    """Raise a `CalibrationError` unless the journal here begins with `head`, which was read on another host."""
+    """Raise a `CalibrationError` unless the journal here begins with `head`, which was read on
+    another host.
+    """
     if "://" not in storage and (not os.path.exists(storage) or journal_head(storage) != head):
         raise CalibrationError(
-            f"The storage {storage} on {host} is not the file with which the calibration was started.",
-            "Put the journal into a folder that all machines share, or give the URL of a PostgreSQL server.",
+            f"The storage {storage} on {host} is not the file with which the calibration was"
+            " started.",
+            "Put the journal into a folder that all machines share, or give the URL of a PostgreSQL"
+            " server.",
         )
 
 
@@ -172,7 +210,9 @@ def _check_journal(path: Path) -> None:
 
 
 def _repair(path: Path) -> None:
-    """Remove a last line that was cut short by a full disk or a power failure, since Optuna cannot read it."""
+    """Remove a last line that was cut short by a full disk or a power failure, since Optuna cannot
+    read it.
+    """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         whole = data.rfind(b"\n") + 1
         last, rest = data[data.rfind(b"\n", 0, max(whole - 1, 0)) + 1 : whole], data[whole:]
@@ -205,8 +245,8 @@ def _damaged(path: Path, what: str) -> CalibrationError:
 def storage_errors(storage: Any = None) -> Iterator[None]:
     """Turn a storage's errors into a `CalibrationError` with cause and cure.
 
-    Optuna and its drivers raise errors of any type, and so does a user's sampler or pruner. So an error is a storage's
-    if it was raised inside one.
+    Optuna and its drivers raise errors of any type, and so does a user's sampler or pruner. So an
+    error is a storage's if it was raised inside one.
     """
     try:
         yield
@@ -215,7 +255,9 @@ def storage_errors(storage: Any = None) -> Iterator[None]:
     except Exception as error:
         if not _is_in_storage(error):
             raise
-        raise _failure(error, str(storage) if isinstance(storage, (str, os.PathLike)) else "") from error
+        raise _failure(
+            error, str(storage) if isinstance(storage, (str, os.PathLike)) else ""
+        ) from error
 
 
 def _failure(error: Exception, given: str) -> CalibrationError:
@@ -228,11 +270,13 @@ def _failure(error: Exception, given: str) -> CalibrationError:
     if isinstance(error, _FAILURES):
         return CalibrationError(
             f"{named} failed: {line}",
-            "Check that it exists, is writable and has space left. Then the same call continues where it stopped.",
+            "Check that it exists, is writable and has space left. Then the same call continues"
+            " where it stopped.",
         )
     return CalibrationError(
         f"{named} does not hold what was written to it ({type(error).__name__}: {line[:-1]}).",
-        "If another program deleted, cut or replaced it, restore it from a copy, or name a new one.",
+        "If another program deleted, cut or replaced it, restore it from a copy, or name a new"
+        " one.",
     )
 
 
@@ -244,13 +288,17 @@ def _is_in_storage(error: BaseException) -> bool:
 
 
 def _line(error: BaseException, url: str) -> str:
-    """Return the first line of the root error without the password. sqlalchemy wraps a driver's error in paragraphs."""
+    """Return the first line of the root error without the password. sqlalchemy wraps a driver's
+    error in paragraphs.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip().splitlines()
     line = (text[0] if text else type(error).__name__).rstrip(".") + "."
     user = url.partition("://")[2].rpartition("@")[0]
-    for part in re.split("[@:/?]", user.partition(":")[2]):  # after an unescaped @ the rest is part of the host
+    for part in re.split(
+        "[@:/?]", user.partition(":")[2]
+    ):  # after an unescaped @ the rest is part of the host
         line = line.replace(part, "…") if part else line
     return line
 

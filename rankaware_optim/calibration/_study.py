@@ -1,8 +1,9 @@
 """The study behind a calibration. Optuna stores the trials, and this module interprets them.
 
-The only parameter is log2 of the base rate in *reference coordinates*. A rate at any rank is mapped back by the law at
-its prior means, so that trials at several ranks enter one fit. All that a resumed study needs is in its attributes: the
-reference, the range, and every trial's observation, curve and scaling.
+The only parameter is log2 of the base rate in *reference coordinates*. A rate at any rank is mapped
+back by the law at its prior means, so that trials at several ranks enter one fit. All that a
+resumed study needs is in its attributes: the reference, the range, and every trial's observation,
+curve and scaling.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .._scaling_rule import infer_scaling
 from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import CalibrationError
+from ..fitting import Carry, Fit, Observation, Prior, Slope, all_rose, diverged, fit_observations
 from ..laws import Law, Power, bound_law, checked_multiplier
 from ..recipe import FULL_SD, Z90, Horizon, Recipe, agreed, differences, with_margin
 from ._code import Code, versions_used
@@ -36,10 +38,10 @@ from ._sampler import BracketSampler
 from ._signals import Interrupts
 from ._storage import open_storage, storage_errors
 from ._trials import SCHEMA, TrialRecord, Trials, is_flat, is_typed
-from .fit import Carry, Fit, Observation, Prior, Slope, all_rose, diverged, fit_observations
 
-# A usual rate by optimizer family, per step, and its configuration. For sign-like optimizers it is the median best
-# AdamW rate at rank 16, alpha 32 over 18 published language models. The others are customary multiples of it.
+# A usual rate by optimizer family, per step, and its configuration. For sign-like optimizers it is
+# the median best AdamW rate at rank 16, alpha 32 over 18 published language models. The others are
+# customary multiples of it.
 _USUAL_AT = Reference(rank=16, alpha=32, fan_in=4096)
 _USUAL_LR = {
     "sign-like": 2.0**-11.8,
@@ -48,23 +50,26 @@ _USUAL_LR = {
     "relative-scale": 2.0**-8,
     "floored-scale": 2.0**-8,
 }
-_ABOVE = 2.0  # octaves above the usual rate for the first run; a run too high stops early and shows the cliff
+# octaves above the usual rate for the first run; a run too high stops early and shows the cliff
+_ABOVE = 2.0
 _HALF_RANGE = 4.0  # octaves on either side of the first guess
 _WIDEN = 2.0  # octaves by which an edge moves if the best rate is there
 _EDGE = 1.0  # octaves from an edge that count as being there
-_UNDETERMINED = 1.2  # octaves: with a larger standard deviation of the base rate the data hardly determine it
+# octaves: with a larger standard deviation of the base rate the data hardly determine it
+_UNDETERMINED = 1.2
 _CERTAIN = 1e-3  # octaves: a negligible standard deviation
 _MOST = 330.0  # octaves: no rate of a recipe is farther from 1
 _TOGETHER = 50  # with k times this many trials, fits are made after every k-th trial
 _APART = 16  # factor between the lowest and the highest rank above which the drift is well measured
-# Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init. Small studies found that
-# rates at Init[B] fall with rank by 0.3 to 0.75. Full finetuning needs no factor at the width of Survey.full_width
-# (benchmarks/results/full_width.md), but its uncertainty is at least `FULL_SD`.
+# Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init.
+# Small studies found that rates at Init[B] fall with rank by 0.3 to 0.75. Full finetuning needs no
+# factor at the width of Survey.full_width (benchmarks/results/full_width.md), but its uncertainty
+# is at least `FULL_SD`.
 _PRIORS = {"A": ((0.0, 0.15), (0.0, FULL_SD["A"])), "B": ((-0.45, 0.2), (0.0, FULL_SD["B"]))}
-# Priors of the slope of log2 of the best rate in log2 of the steps, for LoRA and for the difference of full finetuning.
-# Measured from a quarter to all of the study's steps on four tasks: Init[A] 0.0 ± 0.2, Init[B] 0.2 ± 0.3, full 0.25 ±
-# 0.2. On a transformer from 25 to 400 steps: Init[A] 0.5 falling to -0.2, Init[B] 0.4 and full 0.5 in the mean, with
-# smaller slopes at more steps.
+# Priors of the slope of log2 of the best rate in log2 of the steps, for LoRA and for the difference
+# of full finetuning. Measured from a quarter to all of the study's steps on four tasks: Init[A] 0.0
+# ± 0.2, Init[B] 0.2 ± 0.3, full 0.25 ± 0.2. On a transformer from 25 to 400 steps: Init[A] 0.5
+# falling to -0.2, Init[B] 0.4 and full 0.5 in the mean, with smaller slopes at more steps.
 _SLOPES = {
     "A": (Slope(0.0, 0.25), Slope(0.25, 0.2)),
     "B": (Slope(0.15, 0.25), Slope(0.15, 0.2)),
@@ -77,8 +82,8 @@ _OTHER_STUDY = "Give this calibration another name=, or another storage=."
 class Study:
     """One calibration. `reference`, `prior` and the range are set when the first model is built.
 
-    train: the loop's code. target_steps: by default `steps`. full_follows: as in `BracketSampler`. Other fields are
-    arguments of `calibrate`.
+    train: the loop's code. target_steps: by default `steps`. full_follows: as in `BracketSampler`.
+    Other fields are arguments of `calibrate`.
     """
 
     optimizer: type[Optimizer]
@@ -130,7 +135,9 @@ class Study:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Guard reads and writes of the storage. Its errors become `CalibrationError`, and Ctrl-C raises afterwards."""
+        """Guard reads and writes of the storage. Its errors become `CalibrationError`, and Ctrl-C
+        raises afterwards.
+        """
         with Interrupts(once=True) as self._interrupts, storage_errors(self._given):
             yield
 
@@ -146,15 +153,22 @@ class Study:
                 close_storage(self._opened)
 
     def _check_one_length(self, stored: optuna.Study) -> None:
-        """Raise a `CalibrationError` if an earlier version made the study with runs of several lengths or batches."""
+        """Raise a `CalibrationError` if an earlier version made the study with runs of several
+        lengths or batches.
+        """
         made_with = stored.user_attrs.get("made_with")
         if not isinstance(made_with, dict):
             return
         steps = made_with.get("steps")
-        others = [t for t in stored.get_trials(deepcopy=False) if t.user_attrs.get("steps", steps) != steps]
+        others = [
+            t
+            for t in stored.get_trials(deepcopy=False)
+            if t.user_attrs.get("steps", steps) != steps
+        ]
         if isinstance(steps, list) or made_with.get("batches") or others:
             raise CalibrationError(
-                f"The stored study {self.name!r} was made by an earlier version with several lengths or batches.",
+                f"The stored study {self.name!r} was made by an earlier version with several"
+                " lengths or batches.",
                 _OTHER_STUDY,
             )
 
@@ -175,26 +189,43 @@ class Study:
             if len(stored.directions) > 1 or not all(isinstance(table, dict) for table in tables):
                 raise TypeError("an attribute holds an impossible value")
             if "reference" in known:
-                checked_multiplier(self.law, (at := Reference(**known["reference"])).as_factor(), at)
+                checked_multiplier(
+                    self.law, (at := Reference(**known["reference"])).as_factor(), at
+                )
                 math.log2(known["full_fan_in"])
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise CalibrationError(
-                f"The stored study {self.name!r} is damaged ({type(error).__name__}: {error}), and was not changed.",
-                "Restore its storage from a copy, or give this calibration another name=, or another storage=.",
+                f"The stored study {self.name!r} is damaged ({type(error).__name__}: {error}), and"
+                " was not changed.",
+                "Restore its storage from a copy, or give this calibration another name=, or"
+                " another storage=.",
             ) from error
 
     @staticmethod
     def _check_values(record: TrialRecord) -> None:
-        """Raise a `TypeError` unless each value of a trial has its type, and the range in which a recipe takes it."""
+        """Raise a `TypeError` unless each value of a trial has its type, and the range in which a
+        recipe takes it.
+        """
         bounded = {"rank": record.rank, "trial_lr": record.own_lr}
-        typed = is_typed(record, TrialRecord) and (record.scaling is None or is_positive(record.scaling))
+        typed = is_typed(record, TrialRecord) and (
+            record.scaling is None or is_positive(record.scaling)
+        )
         fits = all(value is None or is_within(name, value) for name, value in bounded.items())
         rates = record.x, record.observation and record.observation.x
         if not (typed and fits) or any(abs(x or 0) > _MOST for x in rates):
             raise TypeError(f"trial {record.number} holds an impossible value")
 
     def _check_stored(self) -> None:
-        """Raise if the trials of a stored study cannot be compared with new ones. Warn if they may differ."""
+        """Raise if the trials of a stored study cannot be compared with new ones. Warn if they may
+        differ.
+        """
         mine = {
             "schema": SCHEMA,
             "steps": self.steps,
@@ -205,7 +236,8 @@ class Study:
             "warmup": self.warmup,
         }
         multipliers = law_values(self.law, self.optimizer, self.ranks)
-        # A worker that starts at the same time writes this before its first trial, so trials are read before it.
+        # A worker that starts at the same time writes this before its first trial, so trials are
+        # read before it.
         trials = self.trials()
         stored = self.optuna.user_attrs.get("made_with", {"schema": None})
         if trials:
@@ -221,8 +253,9 @@ class Study:
         changed = differences(made_with, self._maker)
         if changed:
             warn(
-                f"The stored study {self.name!r} {how} {changed}. Its trials can be compared with new ones only if the "
-                "training has not changed. Otherwise give this calibration another name."
+                f"The stored study {self.name!r} {how} {changed}. Its trials can be compared with"
+                " new ones only if the training has not changed. Otherwise give this calibration"
+                " another name."
             )
 
     def _refuse(self, difference: str, what: str = "") -> None:
@@ -235,12 +268,22 @@ class Study:
     def compare(self, trial: TrialRecord, built: Mapping[str, Any]) -> None:
         """Raise if a trial's model or settings differ from those of an earlier trial of its rank."""
         at = self.reference
-        known = {} if at is None or at.rank != trial.rank else {"width": at.fan_in, "alpha": at.alpha, "init": at.init}
-        earlier = (t.built for t in self.trials() if t.built and t.rank == trial.rank and t.number < trial.number)
+        known = (
+            {}
+            if at is None or at.rank != trial.rank
+            else {"width": at.fan_in, "alpha": at.alpha, "init": at.init}
+        )
+        earlier = (
+            t.built
+            for t in self.trials()
+            if t.built and t.rank == trial.rank and t.number < trial.number
+        )
         self._refuse(differences(next(earlier, known), built))
 
     def recall(self) -> None:
-        """Read what the first trial of this or another worker settled. Warn if another worker runs different code."""
+        """Read what the first trial of this or another worker settled. Warn if another worker runs
+        different code.
+        """
         stored = self.optuna.user_attrs
         self._compare_code(stored.get("made_with", {}), "is shared with a worker of")
         self.settings = stored.get("settings", self.settings)
@@ -248,7 +291,9 @@ class Study:
             self._settle(Reference(**stored["reference"]), stored["full_fan_in"])
 
     def trials(self) -> Trials:
-        """Return every trial so far, of all workers. Finished trials do not change, so they are read once."""
+        """Return every trial so far, of all workers. Finished trials do not change, so they are
+        read once.
+        """
         found = self.optuna.get_trials(deepcopy=False)
         new = Trials.read(t for t in found if t.number not in self._ended)
         self._ended |= {t.number: t for t in new if t.state.is_finished()}
@@ -260,7 +305,9 @@ class Study:
         if self.reference is None:
             self._settle(replace(seen, batch=self.batch), survey.full_width(seen.init))
             self.optuna.set_user_attr("full_fan_in", self.full_fan_in)
-            self.optuna.set_user_attr("reference", asdict(self.settled()))  # written last: its readers need the width
+            self.optuna.set_user_attr(
+                "reference", asdict(self.settled())
+            )  # written last: its readers need the width
 
     def _settle(self, reference: Reference, full_fan_in: float) -> None:
         """Set the reference, the priors for its init, and a first guess.
@@ -269,11 +316,15 @@ class Study:
         """
         self.reference, self.full_fan_in = reference, full_fan_in
         usual = _USUAL_LR.get(optimizer_family(self.optimizer), _USUAL_LR["sign-like"])
-        moved = checked_multiplier(bound_law(self.law, self.optimizer, {}), reference.as_factor(), _USUAL_AT)
+        moved = checked_multiplier(
+            bound_law(self.law, self.optimizer, {}), reference.as_factor(), _USUAL_AT
+        )
         low, high = self.lr_range or (-math.inf, math.inf)
         self._start = min(max(_ABOVE + math.log2(usual * moved), low), high)
         if self._brackets:
-            self.optuna.sampler = BracketSampler(self._start, self.prior, self._fitted, self.full_follows)
+            self.optuna.sampler = BracketSampler(
+                self._start, self.prior, self._fitted, self.full_follows
+            )
 
     def settled(self) -> Reference:
         if self.reference is None:
@@ -281,10 +332,12 @@ class Study:
         return self.reference
 
     def range(self) -> tuple[float, float]:
-        """Return the range of log2 rates: as given or around the first guess, widened while a best rate is at an edge.
+        """Return the range of log2 rates: as given or around the first guess, widened while a best
+        rate is at an edge.
 
-        Best rates are those of each rank, below the rates that diverged there. Where all runs rose, the lowest rate
-        counts as the best. The range is computed from the trials each time, so that a resumed study has the same one.
+        Best rates are those of each rank, below the rates that diverged there. Where all runs rose,
+        the lowest rate counts as the best. The range is computed from the trials each time, so that
+        a resumed study has the same one.
         """
         low, high = self.lr_range or (self._start - _HALF_RANGE, self._start + _HALF_RANGE)
         seen = self.trials().observations()
@@ -331,7 +384,9 @@ class Study:
         return Carry(math.log2(self.target_steps / self.steps), *_SLOPES[own])
 
     def centred_law(self, drift: float = 0.0, factor: float = 0.0) -> Power:
-        """Return the law, bound to the optimizer, at its prior means plus a fitted `drift` and log2 `factor`."""
+        """Return the law, bound to the optimizer, at its prior means plus a fitted `drift` and log2
+        `factor`.
+        """
         reference = self.settled()
         bound = bound_law(self.law, self.optimizer, self.settings)
         if reference.method == "full":
@@ -345,14 +400,15 @@ class Study:
             law=bound,
         )
 
-    # --- the result -------------------------------------------------------------------------------------------------
+    # --- the result -------------------------------------------------------------------------------
 
     def fit(self) -> Fit | None:
         """Return the fit of the trials so far, at their steps, or None if every run diverged."""
         return None if self.reference is None else self._fitted(self.trials())
 
     def _fitted(self, trials: Trials) -> Fit | None:
-        """Return the fit, computed once for each number of observations, since a study only adds to them.
+        """Return the fit, computed once for each number of observations, since a study only adds to
+        them.
 
         With hundreds of trials, up to a fiftieth of them wait for a common fit.
         """
@@ -367,19 +423,25 @@ class Study:
         return self._carry.to_target(fit, self._target_prior)
 
     def band(self) -> float | None:
-        """Return the width of the target's 90 % band at the worst rank, octaves. None before any fit."""
+        """Return the width of the target's 90 % band at the worst rank, octaves. None before any
+        fit.
+        """
         fit = self.fit()
         if fit is None:
             return None
         return max(2 * Z90 * self._sd(self._at_target(fit), rank) for rank in self.ranks)
 
     def _sd(self, fit: Fit, rank: int | None) -> float:
-        """Return the standard deviation of log2 of the best rate, octaves. rank: None for full finetuning."""
+        """Return the standard deviation of log2 of the best rate, octaves. rank: None for full
+        finetuning.
+        """
         row = self.prior.row(rank)
         return math.sqrt(float(row @ fit.covariance @ row))
 
     def standing(self) -> tuple[float, float, float] | None:
-        """Return (low, best, high) base rates of the target so far, the 90 % band; None before any fit."""
+        """Return (low, best, high) base rates of the target so far, the 90 % band; None before any
+        fit.
+        """
         fit = self.fit()
         if fit is None:
             return None
@@ -395,11 +457,15 @@ class Study:
         fit, reference = self._at_target(self._fit_or_raise(trials)), self.settled()
         tried = {o.rank for o in trials.observations()}
         base, drift, factor = (float(v) for v in fit.mean)
-        shift = 0.0 if reference.rank is None else drift * math.log2(reference.rank / self.prior.pivot)
+        shift = (
+            0.0 if reference.rank is None else drift * math.log2(reference.rank / self.prior.pivot)
+        )
         if reference.method == "full":
             base, factor = base + factor, 0.0
         slope = self._carry.lora
-        scalings = {t.rank: t.scaling for t in trials if t.rank is not None and t.scaling is not None}
+        scalings = {
+            t.rank: t.scaling for t in trials if t.rank is not None and t.scaling is not None
+        }
         made = Recipe(
             name=self.name,
             fitted_lr=2.0 ** (base + shift),
@@ -422,14 +488,18 @@ class Study:
             seed=self.seed,
             versions=versions_used(self.train.imports),
             source=self.train.source,
-            other_rates=agreed([trial.built.get("other rates", {}) for trial in trials if trial.built]),
+            other_rates=agreed(
+                [trial.built.get("other rates", {}) for trial in trials if trial.built]
+            ),
             notes=self._notes(fit, trials),
             tensors=trials.tensors(self.steps),
         )
         return with_margin(made)
 
     def _settings(self, trials: Trials) -> dict[str, Any]:
-        """Return the optimizer's settings common to all trials, defaults included; those given if none are known."""
+        """Return the optimizer's settings common to all trials, defaults included; those given if
+        none are known.
+        """
         names = {**defaults_of(self.optimizer), **self.settings}
         built = [settings_in(trial.built, names) for trial in trials if trial.built]
         return agreed(built) if built else dict(self.settings)
@@ -456,26 +526,36 @@ class Study:
 
     @property
     def _stored_too(self) -> str:
-        """The cure of a study whose runs all failed, if they are stored, since they are not made again."""
-        return "" if self._given is None else " The runs are stored, so give another name= or storage= too."
+        """The cure of a study whose runs all failed, if they are stored, since they are not made
+        again.
+        """
+        return (
+            ""
+            if self._given is None
+            else " The runs are stored, so give another name= or storage= too."
+        )
 
     def _notes(self, fit: Fit, trials: Trials) -> tuple[str, ...]:
         """Return sentences on what the data do not determine and on problems of the runs."""
         lora, cell, notes = [r for r in self.ranks if r is not None], trials.unsteady(), []
         if len(lora) > 1 and max(lora) < _APART * min(lora):
-            notes.append(f"ranks {min(lora)} and {max(lora)} differ by less than a factor 16: the drift is uncertain")
+            notes.append(
+                f"ranks {min(lora)} and {max(lora)} differ by less than a factor 16: the drift is"
+                " uncertain"
+            )
         if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or is_flat(trials.counted()):
             notes.append("the data do not determine the rate: the loss hardly depends on it")
         if self.is_short:
             octaves, variance = self._carry.of(self._carry.lora)
             notes.append(
-                f"{self.target_steps} steps were not tried: the rate is that of {self.steps}, moved by {octaves:+.2f} "
-                f"± {math.sqrt(variance):.2f} octaves"
+                f"{self.target_steps} steps were not tried: the rate is that of {self.steps}, moved"
+                f" by {octaves:+.2f} ± {math.sqrt(variance):.2f} octaves"
             )
         if cell is not None:
             where = "full finetuning" if cell.rank is None else f"rank {cell.rank}"
             notes.append(
-                f"train is not reproducible: two runs of {where}, seed {cell.seed}, began with different values, which "
-                "adds noise; draw everything from trial.seed, and yield the loss before the step"
+                f"train is not reproducible: two runs of {where}, seed {cell.seed}, began with"
+                " different values, which adds noise; draw everything from trial.seed, and yield"
+                " the loss before the step"
             )
         return tuple(notes)

@@ -17,13 +17,14 @@ from optuna.exceptions import TrialPruned
 from .._checks import is_number
 from .._types import Method
 from ..errors import CalibrationError
+from ..fitting import TAIL, recent
 from ..optimizer import RankAwareOptimizer
-from ..recipe import TAIL, recent
 
 Build = Callable[["Trial", Any, dict[str, Any]], RankAwareOptimizer]
 Train = Callable[["Trial"], "Generator[Any, None, Any] | Pushed"]
 
-# Out-of-memory messages of torch on the CPU (Linux, Windows), on MPS and in cuBLAS, which are plain RuntimeErrors.
+# Out-of-memory messages of torch on the CPU (Linux, Windows), on MPS and in cuBLAS, which are plain
+# RuntimeErrors.
 _SAID = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")
 
 
@@ -35,7 +36,8 @@ class Trial:
         rank: the LoRA rank to build, None for full finetuning.
         seed: the random seed of the run.
         number: the trial's number, from 0.
-        lr: the base rate, per step, in the coordinates of `Recipe.lr`. None until `optimizer` was called.
+        lr: the base rate, per step, in the coordinates of `Recipe.lr`. None until `optimizer` was
+            called.
     """
 
     rank: int | None
@@ -62,25 +64,30 @@ class Trial:
 
         Args:
             params: the model, or parameters or parameter groups together with `model=`.
-            **settings: the optimizer's settings, which are recorded, and arguments of `RankAwareOptimizer` such as
-                `rates` and `other_lr`.
+            **settings: the optimizer's settings, which are recorded, and arguments of
+                `RankAwareOptimizer` such as `rates` and `other_lr`.
 
         Raises:
             CalibrationError: it was called twice, or a setting is decided by the trial.
         """
         if self.lr is not None:
-            raise CalibrationError("trial.optimizer was called twice in one trial.", "Call it once, after the model.")
+            raise CalibrationError(
+                "trial.optimizer was called twice in one trial.", "Call it once, after the model."
+            )
         given = [name for name in ("lr", "tuned_at", "law", "recipe", "method") if name in settings]
         if given:
-            raise CalibrationError(f"trial.optimizer got {given[0]}=, which the trial sets.", "Leave it out.")
+            raise CalibrationError(
+                f"trial.optimizer got {given[0]}=, which the trial sets.", "Leave it out."
+            )
         return self._build(self, params, settings)
 
 
 class Outcome(NamedTuple):
     """The outcome of a run.
 
-    curve: its values. returned: the score that it returned, if any. stopped: "" (ran all steps), "diverged", "pruned"
-    or "memory" (ran out of memory). endless: whether the loop continued past its steps, None if unknown.
+    curve: its values. returned: the score that it returned, if any. stopped: "" (ran all steps),
+    "diverged", "pruned" or "memory" (ran out of memory). endless: whether the loop continued past
+    its steps, None if unknown.
     """
 
     curve: list[float]
@@ -100,10 +107,11 @@ class Outcome(NamedTuple):
 
 
 class Pushed(NamedTuple):
-    """A run that cannot yield, such as a trainer with callbacks. `train` may return it in place of a generator.
+    """A run that cannot yield, such as a trainer with callbacks. `train` may return it in place of
+    a generator.
 
-    `run(report)` calls `report(value)` at every step and ends soon after it returns True. Its return value is the
-    score.
+    `run(report)` calls `report(value)` at every step and ends soon after it returns True. Its
+    return value is the score.
     """
 
     run: Callable[[Callable[[Any], bool]], Any]
@@ -121,19 +129,23 @@ class _Values:
     stopped: str = ""
 
     def take(self, value: Any) -> bool:
-        """Store `value`. Return whether the run ends: it diverged, was pruned, or has run its steps."""
+        """Store `value`. Return whether the run ends: it diverged, was pruned, or has run its
+        steps.
+        """
         taken = len(self.curve)
         if self.stopped or taken == self.trial._steps:
             return True
         self.curve.append(self.mean(_as_float(value, taken)))
         if not taken and not math.isfinite(self.curve[0]):
             raise CalibrationError(
-                f"The first value that train yielded is {self.curve[0]}, which does not depend on the rate.",
+                f"The first value that train yielded is {self.curve[0]}, which does not depend on"
+                " the rate.",
                 "Fix the model or the data: the first loss must be finite.",
             )
         if self.trial.lr is None:
             raise CalibrationError(
-                "train yielded without calling trial.optimizer.", "Take the optimizer from trial.optimizer(model)."
+                "train yielded without calling trial.optimizer.",
+                "Take the optimizer from trial.optimizer(model).",
             )
         risen = taken >= TAIL and recent(self.curve) > max(self.curve[0], self.limits[taken])
         if risen or not math.isfinite(self.curve[-1]):
@@ -143,7 +155,9 @@ class _Values:
         return bool(self.stopped) or taken + 1 == self.trial._steps
 
     def outcome(self, returned: Any = None, endless: bool | None = None) -> Outcome:
-        """Return the outcome of a run that has ended. Raise a `CalibrationError` if it ended too early."""
+        """Return the outcome of a run that has ended. Raise a `CalibrationError` if it ended too
+        early.
+        """
         taken, steps = len(self.curve), self.trial._steps
         if self.stopped:
             return Outcome(self.curve, stopped=self.stopped)
@@ -151,7 +165,8 @@ class _Values:
             raise CalibrationError("train yielded nothing.", "Yield the loss once per step.")
         if taken < steps:
             raise CalibrationError(
-                f"train ended after {taken} of {steps} steps.", "Let it yield a value for each step, or lower steps=."
+                f"train ended after {taken} of {steps} steps.",
+                "Let it yield a value for each step, or lower steps=.",
             )
         score = None if returned is None else self.mean(_as_float(returned, taken, "return value"))
         return Outcome(self.curve, score, endless=endless)
@@ -166,7 +181,8 @@ def run_trial(
     watch: Callable[[Trial, list[float]], bool],
     mean: Callable[[float], float] = float,
 ) -> Outcome:
-    """Take `trial.steps` values from `train(trial)`, then close it, so that its `finally` blocks run.
+    """Take `trial.steps` values from `train(trial)`, then close it, so that its `finally` blocks
+    run.
 
     A run that raises optuna.TrialPruned or runs out of memory is pruned.
 
@@ -174,8 +190,8 @@ def run_trial(
         train: the user's training loop.
         trial: the trial to run.
         limits: the mean of recent values above which the run counts as diverged, for each step.
-        endless: whether the loop is known to continue past its steps. If None, it is resumed once more to get its
-            return value.
+        endless: whether the loop is known to continue past its steps. If None, it is resumed once
+            more to get its return value.
         watch: called with every new value. It returns whether to prune the run.
         mean: averages a value over the processes that train together.
     """
@@ -199,7 +215,8 @@ def run_trial(
 def _pulled(run: Any, values: _Values, endless: bool | None) -> Outcome:
     if not isinstance(run, Generator):
         raise CalibrationError(
-            f"train returned a {type(run).__name__} instead of a generator.", "Let it yield a value at every step."
+            f"train returned a {type(run).__name__} instead of a generator.",
+            "Let it yield a value at every step.",
         )
     try:
         ended = any(values.take(value) for value in run)
@@ -221,10 +238,15 @@ def _pulled(run: Any, values: _Values, endless: bool | None) -> Outcome:
 
 def _as_float(value: Any, step: int, what: str = "value") -> float:
     size = value.numel() if isinstance(value, torch.Tensor) else getattr(value, "size", 0)
-    found = value.item() if isinstance(value, (torch.Tensor, np.generic, np.ndarray)) and size == 1 else value
+    found = (
+        value.item()
+        if isinstance(value, (torch.Tensor, np.generic, np.ndarray)) and size == 1
+        else value
+    )
     if not is_number(found):
         raise CalibrationError(
-            f"train's {what} at step {step} is a {type(value).__name__}.", "Yield a number or a one-element tensor."
+            f"train's {what} at step {step} is a {type(value).__name__}.",
+            "Yield a number or a one-element tensor.",
         )
     try:
         return float(found)
@@ -261,7 +283,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release_memory() -> None:
     """Collect reference cycles and release the accelerator's cached memory.
 
-    Call it after the error was dropped, since its traceback keeps the frames and their tensors alive.
+    Call it after the error was dropped, since its traceback keeps the frames and their tensors
+    alive.
     """
     gc.collect()
     if torch.cuda.is_initialized():

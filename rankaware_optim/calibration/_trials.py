@@ -14,10 +14,10 @@ import numpy.typing as npt
 from optuna.trial import FrozenTrial, TrialState
 
 from .._checks import is_number
-from ..recipe import TAIL, impute, noise_of
-from .fit import Observation, diverged
+from ..fitting import TAIL, Observation, diverged, impute, noise_of
 
-PARAMETER = "log2_lr"  # Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
+# Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
+PARAMETER = "log2_lr"
 _REPORTS = 10  # reports per run to the storage, for pruners
 SCHEMA = 1  # version of the stored format, raised if an earlier version would misread it
 _HOPELESS = 12  # runs, each at a lower rate, after which a rank where all diverged is given up
@@ -35,14 +35,15 @@ class Cell(NamedTuple):
 class TrialRecord:
     """A trial's configuration and results. A field is None until it is known.
 
-    number, state, x (log2 of the base rate), value and reports (recent mean by step) are Optuna's. The other fields are
-    user attributes of the Optuna trial. Stored studies have their names, so do not rename them. An observation's first
-    value and noise are read from the curve.
+    number, state, x (log2 of the base rate), value and reports (recent mean by step) are Optuna's.
+    The other fields are user attributes of the Optuna trial. Stored studies have their names, so do
+    not rename them. An observation's first value and noise are read from the curve.
 
-    worker: who runs it, a random name. heartbeat: a counter, its sign of life. killed: its worker was found dead, so
-    nothing that it writes counts. retry_of: the number of the killed trial that this one repeats. estimate: log2 of the
-    rate estimated as best for the rank before the trial. built: see `built_with`. own_lr: the rate of the model's most
-    common A factors, or of its whole weights. stopped: "pruned" or "memory" if the run has no final score.
+    worker: who runs it, a random name. heartbeat: a counter, its sign of life. killed: its worker
+    was found dead, so nothing that it writes counts. retry_of: the number of the killed trial that
+    this one repeats. estimate: log2 of the rate estimated as best for the rank before the trial.
+    built: see `built_with`. own_lr: the rate of the model's most common A factors, or of its whole
+    weights. stopped: "pruned" or "memory" if the run has no final score.
     """
 
     rank: int | None = None
@@ -74,7 +75,9 @@ class TrialRecord:
             own = {"first": curve[0], "noise": noise_of(curve)} if curve else {}
             kept["observation"] = Observation(**{**kept["observation"], **own})
         x, reports = trial.params.get(PARAMETER), trial.intermediate_values
-        return cls(**kept, number=trial.number, state=trial.state, x=x, value=trial.value, reports=reports)
+        return cls(
+            **kept, number=trial.number, state=trial.state, x=x, value=trial.value, reports=reports
+        )
 
     def attributes(self) -> dict[str, Any]:
         """Return the user attributes to store: rank, seed and all known fields."""
@@ -94,7 +97,9 @@ class TrialRecord:
 
 
 def is_typed(value: Any, hint: Any) -> bool:
-    """Return whether a value from a storage has a hint's type, checked recursively. A float may be a whole number."""
+    """Return whether a value from a storage has a hint's type, checked recursively. A float may be
+    a whole number.
+    """
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind is Any:
         return True
@@ -107,9 +112,13 @@ def is_typed(value: Any, hint: Any) -> bool:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         return False
     if is_dataclass(kind):
-        return all(is_typed(getattr(value, name), inner) for name, inner in get_type_hints(kind).items())
+        return all(
+            is_typed(getattr(value, name), inner) for name, inner in get_type_hints(kind).items()
+        )
     if isinstance(value, Mapping):
-        return all(is_typed(key, parts[0]) and is_typed(item, parts[1]) for key, item in value.items())
+        return all(
+            is_typed(key, parts[0]) and is_typed(item, parts[1]) for key, item in value.items()
+        )
     return kind is not list or all(is_typed(item, parts[0]) for item in value)
 
 
@@ -124,16 +133,22 @@ class Trials(tuple[TrialRecord, ...]):
     def read(cls, trials: Iterable[FrozenTrial], cell: Cell | None = None) -> Trials:
         """Return the records of Optuna trials, or of those of one cell."""
         pairs = ((trial, trial.user_attrs) for trial in trials)
-        mine = (trial for trial, kept in pairs if cell in (None, (kept.get("rank"), kept.get("seed", 0))))
+        mine = (
+            trial
+            for trial, kept in pairs
+            if cell in (None, (kept.get("rank"), kept.get("seed", 0)))
+        )
         return cls(map(TrialRecord.read, mine))
 
     def counted(self) -> Trials:
         """Return the trials that count: those completed, diverged or pruned.
 
-        A storage may let a worker that was taken for dead end its trial in the moment in which it wakes up. The mark
-        of the worker that repeats the trial decides.
+        A storage may let a worker that was taken for dead end its trial in the moment in which it
+        wakes up. The mark of the worker that repeats the trial decides.
         """
-        return Trials(t for t in self if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and not t.killed)
+        return Trials(
+            t for t in self if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and not t.killed
+        )
 
     def to_repeat(self) -> TrialRecord | None:
         """Return the first killed trial that no other trial repeats."""
@@ -157,12 +172,19 @@ class Trials(tuple[TrialRecord, ...]):
         seen = []
         for trial in self.counted():
             best = self.rival_of(trial) if trial.stopped == "pruned" else None
-            if best is not None and best.observation is not None and best.curve is not None and trial.x is not None:
+            if (
+                best is not None
+                and best.observation is not None
+                and best.curve is not None
+                and trial.x is not None
+            ):
                 seen.append(impute(trial.x, trial.curve or [], best.observation, best.curve))
         return [observation for observation in seen if observation is not None]
 
     def pruned(self) -> list[tuple[int | None, float]]:
-        """Return (rank, log2 rate) of the pruned trials. Runs that ran out of memory are not among them."""
+        """Return (rank, log2 rate) of the pruned trials. Runs that ran out of memory are not among
+        them.
+        """
         ended = [t for t in self.counted() if t.observation is None and t.stopped != "memory"]
         return [(t.rank, t.x) for t in ended if t.x is not None]
 
@@ -171,9 +193,15 @@ class Trials(tuple[TrialRecord, ...]):
         return Trials(t for t in self if t.cell == trial.cell)._best()
 
     def curve_beside(self, cell: Cell) -> list[float]:
-        """Return the curve of the best finished run of a cell, else of its seed, else of another seed, else []."""
+        """Return the curve of the best finished run of a cell, else of its seed, else of another
+        seed, else [].
+        """
         paired = Trials(t for t in self if t.seed == cell.seed)
-        best = Trials(t for t in paired if t.rank == cell.rank)._best() or paired._best() or self._best()
+        best = (
+            Trials(t for t in paired if t.rank == cell.rank)._best()
+            or paired._best()
+            or self._best()
+        )
         return [] if best is None else best.curve or []
 
     def _best(self) -> TrialRecord | None:
@@ -187,7 +215,8 @@ class Trials(tuple[TrialRecord, ...]):
         return statistics.median([mean for mean in means if math.isfinite(mean)] or [0.0])
 
     def spent(self, steps: int) -> int:
-        """Return the training steps of all trials. A running trial counts in full, a killed one up to its next report.
+        """Return the training steps of all trials. A running trial counts in full, a killed one up
+        to its next report.
 
         steps: those of a whole run.
         """
@@ -202,17 +231,25 @@ class Trials(tuple[TrialRecord, ...]):
         return total
 
     def hopeless(self) -> list[str]:
-        """Name the runs that all diverged, if they are many: all runs, or those of a rank, as "12 runs of rank 4"."""
+        """Name the runs that all diverged, if they are many: all runs, or those of a rank, as "12
+        runs of rank 4".
+        """
         seen = self.counted().observations()
         bad = diverged(seen)
         groups = {"": bad}
         for o, lost in zip(seen, bad, strict=True):
             of = " of full finetuning" if o.rank is None else f" of rank {o.rank}"
             groups.setdefault(of, []).append(lost)
-        return [f"{len(lost)} runs{of}" for of, lost in groups.items() if len(lost) >= _HOPELESS and all(lost)]
+        return [
+            f"{len(lost)} runs{of}"
+            for of, lost in groups.items()
+            if len(lost) >= _HOPELESS and all(lost)
+        ]
 
     def unsteady(self) -> Cell | None:
-        """Return a cell with two runs whose first values differ, although these do not depend on the rate."""
+        """Return a cell with two runs whose first values differ, although these do not depend on
+        the rate.
+        """
         first: dict[Cell, float] = {}
         for trial in self.counted():
             if not trial.curve:
@@ -223,7 +260,8 @@ class Trials(tuple[TrialRecord, ...]):
         return None
 
     def tensors(self, steps: int) -> dict[str, npt.NDArray[Any]]:
-        """Return `Recipe.tensors`: each trial's rank (0: full finetuning), seed, rate, score, end, steps and curve.
+        """Return `Recipe.tensors`: each trial's rank (0: full finetuning), seed, rate, score, end,
+        steps and curve.
 
         Curves are padded with NaN, to the steps of a whole run. A pruned run has the score NaN.
         """
@@ -237,7 +275,9 @@ class Trials(tuple[TrialRecord, ...]):
             "rank": np.array([t.rank or 0 for t, *_ in rows], whole),
             "seed": np.array([t.seed for t, *_ in rows], whole),
             "lr": np.array([2.0**x for _, x, _, _ in rows], double),
-            "own_lr": np.array([math.nan if t.own_lr is None else t.own_lr for t, *_ in rows], double),
+            "own_lr": np.array(
+                [math.nan if t.own_lr is None else t.own_lr for t, *_ in rows], double
+            ),
             "value": np.array([seen.value if seen else math.nan for *_, seen in rows], double),
             "diverged": np.array([seen is not None and next(lost) for *_, seen in rows], bool),
             "pruned": np.array([seen is None for *_, seen in rows], bool),
@@ -252,7 +292,9 @@ def interval(steps: int) -> int:
 
 
 def is_flat(trials: Iterable[TrialRecord]) -> bool:
-    """Return whether the runs show nothing: none fell below its start, and all scores of a rank and seed agree."""
+    """Return whether the runs show nothing: none fell below its start, and all scores of a rank and
+    seed agree.
+    """
     first: dict[Cell, float] = {}
     ended = [(t.cell, t.observation) for t in trials if t.observation is not None]
     return all(

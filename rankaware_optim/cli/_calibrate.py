@@ -50,15 +50,21 @@ def _count_or_auto(ctx: click.Context, param: click.Parameter, text: str | None)
 
 _GRACE_S = 10.0  # seconds for a worker to end by itself
 _WORKERS = (
-    "Number of worker processes on this machine. auto is one per visible GPU, or one per two cores without GPUs. "
-    "By default 1, or auto with --devices."
+    "Number of worker processes on this machine. auto is one per visible GPU, or one per two cores"
+    " without GPUs. By default 1, or auto with --devices."
 )
 _RAY = (
-    "Run the workers on the Ray cluster at ADDRESS, one per GPU or as many as --workers. local starts a cluster "
-    "here. Every node must be able to reach --storage."
+    "Run the workers on the Ray cluster at ADDRESS, one per GPU or as many as --workers. local"
+    " starts a cluster here. Every node must be able to reach --storage."
 )
-_LR_RANGE = "Lowest and highest base rate to try, such as 1e-5,1e-2. Widened if the best rate is at an edge."
-_WARMUP = "Warm-up as a share of the steps, 0 to 1. The recipe records it. No trial is pruned before its end."
+_LR_RANGE = (
+    "Lowest and highest base rate to try, such as 1e-5,1e-2. Widened if the best rate is at an"
+    " edge."
+)
+_WARMUP = (
+    "Warm-up as a share of the steps, 0 to 1. The recipe records it. No trial is pruned before its"
+    " end."
+)
 
 
 @click.command()
@@ -67,22 +73,41 @@ _WARMUP = "Warm-up as a share of the steps, 0 to 1. The recipe records it. No tr
     "--ranks",
     required=True,
     callback=numbers(click.INT, {"full": None}),
-    help="Lowest and highest rank that you want to use, such as 1,256. 1,256,full adds full finetuning.",
+    help=(
+        "Lowest and highest rank that you want to use, such as 1,256. 1,256,full adds full"
+        " finetuning."
+    ),
 )
 @click.option("--steps", type=int, required=True, help="Training steps per trial, such as 500.")
-@click.option("--target-steps", type=int, help="Training steps of the target run. By default --steps.")
+@click.option(
+    "--target-steps", type=int, help="Training steps of the target run. By default --steps."
+)
 @out_option(required=True, help="Recipe to write, a .toml file.")
 @OPTIMIZER
 @click.option(
-    "--law", callback=may_name_module, default=PRIOR_LAW, show_default=True, help="Law that moves rates between ranks."
+    "--law",
+    callback=may_name_module,
+    default=PRIOR_LAW,
+    show_default=True,
+    help="Law that moves rates between ranks.",
 )
-@click.option("--trials", type=int, help="Number of runs at --ranks. By default as --budget allows, or 8 per rank.")
+@click.option(
+    "--trials",
+    type=int,
+    help="Number of runs at --ranks. By default as --budget allows, or 8 per rank.",
+)
 @click.option("--budget", type=int, help="Largest number of training steps of all trials together.")
 @click.option(
-    "--until", type=float, help="Stop once the 90 % band is narrower than this many octaves (factors of two)."
+    "--until",
+    type=float,
+    help="Stop once the 90 % band is narrower than this many octaves (factors of two).",
 )
 @click.option(
-    "--full-trials", type=int, default=0, show_default=True, help="Number of full-finetuning runs at the end."
+    "--full-trials",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Number of full-finetuning runs at the end.",
 )
 @click.option(
     "--seeds",
@@ -92,31 +117,48 @@ _WARMUP = "Warm-up as a share of the steps, 0 to 1. The recipe records it. No tr
     help="Random seeds of the trials, the same at every rank.",
 )
 @click.option("--lr-range", callback=numbers(click.FLOAT), help=_LR_RANGE)
-@click.option("--batch", type=float, help="Examples per step of the target run. The recipe records it.")
+@click.option(
+    "--batch", type=float, help="Examples per step of the target run. The recipe records it."
+)
 @click.option("--warmup", type=float, help=_WARMUP)
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the sampler.")
-@click.option("--name", help="Name of the study and of the recipe. By default the name of the recipe's file.")
-@click.option("--storage", help="Path of a journal file, or a database URL. By default a journal beside the recipe.")
-@click.option("--workers", callback=_count_or_auto, help=_WORKERS)
 @click.option(
-    "--devices", callback=numbers(click.STRING), help="GPUs to use, such as 0,1. By default all visible ones."
+    "--name", help="Name of the study and of the recipe. By default the name of the recipe's file."
 )
 @click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads per worker. By default the workers share the cores."
+    "--storage",
+    help="Path of a journal file, or a database URL. By default a journal beside the recipe.",
+)
+@click.option("--workers", callback=_count_or_auto, help=_WORKERS)
+@click.option(
+    "--devices",
+    callback=numbers(click.STRING),
+    help="GPUs to use, such as 0,1. By default all visible ones.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads per worker. By default the workers share the cores.",
 )
 @click.option("--ray", metavar="ADDRESS", help=_RAY)
 def calibrate(spec: str, out: Path, ray: str | None, **options: Any) -> None:
     """Find a learning rate by short runs, and write it as a recipe.
 
-    MODULE:TRAIN is your training loop, a generator function of a trial. MODULE is imported from the current directory.
-    Example: rankaware calibrate finetune:train --ranks 4,64 --steps 500 -o recipe.toml
+    MODULE:TRAIN is your training loop, a generator function of a trial. MODULE is imported from the
+    current directory. Example: rankaware calibrate finetune:train --ranks 4,64 --steps 500 -o
+    recipe.toml
 
-    The same command continues a calibration that stopped or was killed. On another machine that can reach --storage, it
-    joins the running calibration.
+    The same command continues a calibration that stopped or was killed. On another machine that can
+    reach --storage, it joins the running calibration.
     """
     if out.suffix != ".toml":
-        raise RecipeError(f"A recipe's file ends in .toml, but {str(out)!r} does not.", "Rename it.")
-    options |= {"name": options["name"] or out.stem, "storage": options["storage"] or str(out.with_suffix(".journal"))}
+        raise RecipeError(
+            f"A recipe's file ends in .toml, but {str(out)!r} does not.", "Rename it."
+        )
+    options |= {
+        "name": options["name"] or out.stem,
+        "storage": options["storage"] or str(out.with_suffix(".journal")),
+    }
     with _sigterm_interrupts():
         if ray is None:
             _on_this_machine(spec, options, out)
@@ -125,7 +167,9 @@ def calibrate(spec: str, out: Path, ray: str | None, **options: Any) -> None:
 
 
 def _on_this_machine(spec: str, options: dict[str, Any], out: Path) -> None:
-    """Calibrate with workers on this machine, and write the recipe. This process is the first of them."""
+    """Calibrate with workers on this machine, and write the recipe. This process is the first of
+    them.
+    """
     count, asked, threads = (options.pop(name) for name in ("workers", "devices", "threads"))
     if count is None:
         count = 1 if asked is None else AUTO
@@ -141,7 +185,9 @@ def _on_ray(spec: str, address: str, options: dict[str, Any]) -> Recipe:
     """Calibrate with tasks of a Ray cluster. This process waits for them."""
     count, *placement = (options.pop(name) for name in ("workers", "devices", "threads"))
     if any(placement):
-        raise CalibrationError("Ray gives the workers their GPUs and threads.", "Leave devices= and threads= out.")
+        raise CalibrationError(
+            "Ray gives the workers their GPUs and threads.", "Leave devices= and threads= out."
+        )
     executor = calibration.RayExecutor(count or None, address=address)
     with trials_said(lines=True):
         return calibration.calibrate(load_train(spec), executor=executor, **options)
@@ -152,7 +198,10 @@ def _write(recipe: Recipe, out: Path) -> None:
     own = recipe.at() if recipe.reference.method == "lora" else recipe.at(method="full")
     trials, steps = recipe.tensors["pruned"], int(recipe.tensors["steps"].sum())
     echo(f"{recipe.save(out)}: base rate {recipe.lr:.3g} at {recipe.reference}")
-    echo(f"90 % band {own.low:.3g} to {own.high:.3g}; {len(trials)} trials, {steps} steps, {int(trials.sum())} pruned")
+    echo(
+        f"90 % band {own.low:.3g} to {own.high:.3g}; {len(trials)} trials, {steps} steps,"
+        f" {int(trials.sum())} pruned"
+    )
     for note in recipe.notes:
         echo(f"note: {note}")
 
@@ -165,7 +214,9 @@ def load_train(spec: str) -> Any:
     """
     module, _, name = spec.partition(":")
     if not module or not name:
-        raise CalibrationError(f"{spec!r} names no function.", "Give module:function, such as finetune:train.")
+        raise CalibrationError(
+            f"{spec!r} names no function.", "Give module:function, such as finetune:train."
+        )
     try:
         found = import_module(module)
     except Exception as error:
@@ -175,16 +226,21 @@ def load_train(spec: str) -> Any:
                 "Run the command in the module's folder, and give its name without .py.",
             ) from error
         raise CalibrationError(
-            f"{module} cannot be imported: {type(error).__name__}: {error}.", f"See `python -c 'import {module}'`."
+            f"{module} cannot be imported: {type(error).__name__}: {error}.",
+            f"See `python -c 'import {module}'`.",
         ) from error
     if not callable(getattr(found, name, None)):
-        own = [key for key, value in vars(found).items() if getattr(value, "__module__", "") == found.__name__]
+        own = [
+            key
+            for key, value in vars(found).items()
+            if getattr(value, "__module__", "") == found.__name__
+        ]
         there = ", ".join(sorted(key for key in own if callable(getattr(found, key)))) or "none"
         raise CalibrationError(f"{module} has no function {name!r}.", f"It has {there}.")
     return getattr(found, name)
 
 
-# --- workers --------------------------------------------------------------------------------------------------------
+# --- workers --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -201,7 +257,9 @@ class _Worker:
         torch.set_num_threads(int(self.place.get(THREADS, before)))
         try:
             with trials_said(lines=not sys.stderr.isatty()):
-                return calibration.calibrate(load_train(self.spec), progress=progress, **self.options)
+                return calibration.calibrate(
+                    load_train(self.spec), progress=progress, **self.options
+                )
         finally:
             torch.set_num_threads(before)
 
@@ -213,7 +271,9 @@ class _Worker:
         words = partial(in_options, command=calibrate)
         try:
             with warnings_as_notes(words):
-                warnings.filterwarnings("ignore", "budget=", RankAwareWarning)  # the command's process gives it
+                warnings.filterwarnings(
+                    "ignore", "budget=", RankAwareWarning
+                )  # the command's process gives it
                 self.run(progress=False)
         except KeyboardInterrupt:  # the command's process says it
             sys.exit(1)
@@ -223,7 +283,9 @@ class _Worker:
 
 
 def _leave_with_parent() -> None:
-    """End this process when the command's process has ended. Its trial is given back, if it can still do so."""
+    """End this process when the command's process has ended. Its trial is given back, if it can
+    still do so.
+    """
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -234,7 +296,9 @@ def _leave_with_parent() -> None:
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Treat SIGTERM, which a cluster sends at a time limit, like Ctrl-C, so that the trial is given back."""
+    """Treat SIGTERM, which a cluster sends at a time limit, like Ctrl-C, so that the trial is given
+    back.
+    """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -244,10 +308,16 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 @contextmanager
 def trials_said(lines: bool) -> Iterator[None]:
-    """Hide Optuna's warnings, since our errors contain them. lines: whether to print every finished trial."""
+    """Hide Optuna's warnings, since our errors contain them. lines: whether to print every finished
+    trial.
+    """
     from optuna.logging import ERROR, get_verbosity, set_verbosity
 
-    log, handler, said = logging.getLogger("rankaware_optim.calibration"), logging.StreamHandler(), get_verbosity()
+    log, handler, said = (
+        logging.getLogger("rankaware_optim.calibration"),
+        logging.StreamHandler(),
+        get_verbosity(),
+    )
     level, propagate = log.level, log.propagate
     set_verbosity(ERROR)
     if lines:
@@ -270,11 +340,16 @@ def _helpers(workers: Sequence[_Worker]) -> Iterator[None]:
     They inherit that Ctrl-C is ignored. This process handles it and stops them.
     """
     spawn = get_context("spawn")
-    made = [spawn.Process(target=worker.help, name=f"worker {i}") for i, worker in enumerate(workers, 2)]
+    made = [
+        spawn.Process(target=worker.help, name=f"worker {i}") for i, worker in enumerate(workers, 2)
+    ]
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for process, worker in zip(made, workers, strict=True):
-            with in_environment(worker.place), outside_folder():  # torch reads the environment when it is imported
+            with (
+                in_environment(worker.place),
+                outside_folder(),
+            ):  # torch reads the environment when it is imported
                 process.start()
     finally:
         signal.signal(signal.SIGINT, interrupted)
@@ -294,7 +369,9 @@ def _helpers(workers: Sequence[_Worker]) -> Iterator[None]:
 
 
 def _end(processes: Sequence[SpawnProcess]) -> list[SpawnProcess]:
-    """Wait for processes to end by themselves, but not for ever. Return those that had to be stopped."""
+    """Wait for processes to end by themselves, but not for ever. Return those that had to be
+    stopped.
+    """
     _join(processes)
     late = [process for process in processes if process.is_alive()]
     for process in late:

@@ -16,14 +16,18 @@ from ._echo import echo, echo_json
 from ._options import json_option, may_name_module
 
 _SHAPE = (
-    "a list with one object per rate. Fields: part (of the adapter; null if LR is given), from_lr (per step), from and "
-    "to (as for --from and --to), lr (one rate for both factors), lr_a and lr_b (a rate for each), eps_scale_a, "
-    "eps_scale_b, weight_decay_scale_a and weight_decay_scale_b (factors, for use with lr_a and lr_b), a_scale (factor "
-    "of another exact form), exact (whether lr_a and lr_b undo the change), notes (sentences). low is 0, high and "
-    "ceiling are null, extrapolated is false and configuration is empty."
+    "a list with one object per rate. Fields: part (of the adapter; null if LR is given), from_lr"
+    " (per step), from and to (as for --from and --to), lr (one rate for both factors), lr_a and"
+    " lr_b (a rate for each), eps_scale_a, eps_scale_b, weight_decay_scale_a and"
+    " weight_decay_scale_b (factors, for use with lr_a and lr_b), a_scale (factor of another exact"
+    " form), exact (whether lr_a and lr_b undo the change), notes (sentences). low is 0, high and"
+    " ceiling are null, extrapolated is false and configuration is empty."
 )
 
-_FROM = "Configuration at which LR was tuned: r=16,alpha=32, or full,fan_in=4096, or the path of an adapter."
+_FROM = (
+    "Configuration at which LR was tuned: r=16,alpha=32, or full,fan_in=4096, or the path of an"
+    " adapter."
+)
 _TO = "New configuration, such as r=128,alpha=16,rslora or full. r=64 alone keeps alpha."
 
 _Part = tuple[str | None, str, float, Reference]  # name, training as text, rate, configuration
@@ -34,25 +38,42 @@ _Part = tuple[str | None, str, float, Reference]  # name, training as text, rate
 @click.option("--from", "from_", required=True, help=_FROM)
 @click.option("--to", required=True, help=_TO)
 @click.option(
-    "--law", callback=may_name_module, default=DEFAULT_LAW, show_default=True, help="Law that moves the rate."
+    "--law",
+    callback=may_name_module,
+    default=DEFAULT_LAW,
+    show_default=True,
+    help="Law that moves the rate.",
 )
-@click.option("--as", "tool", type=click.Choice(list(TOOLS)), help="Print a trainer's configuration, ready to paste.")
+@click.option(
+    "--as",
+    "tool",
+    type=click.Choice(list(TOOLS)),
+    help="Print a trainer's configuration, ready to paste.",
+)
 @json_option(_SHAPE)
-def convert(lr: float | None, from_: str, to: str, law: str, tool: str | None, as_json: bool) -> None:
+def convert(
+    lr: float | None, from_: str, to: str, law: str, tool: str | None, as_json: bool
+) -> None:
     """Convert a tuned rate to another rank, alpha, init or method.
 
-    LR is the learning rate that was tuned at --from. Without LR, the rates that kohya's scripts wrote into the adapter
-    --from are converted, one for each part, such as the UNet.
+    LR is the learning rate that was tuned at --from. Without LR, the rates that kohya's scripts
+    wrote into the adapter --from are converted, one for each part, such as the UNet.
     """
     if tool and as_json:
-        raise click.UsageError("--as prints a trainer's configuration and --json the numbers. Give one of them.")
+        raise click.UsageError(
+            "--as prints a trainer's configuration and --json the numbers. Give one of them."
+        )
     if lr is not None:
         bound: Law = get_law(law)
         parts: list[_Part] = [(None, "", lr, as_reference(from_))]
     else:
         bound, parts = _trained(from_, get_law(law))
     changes = [
-        (part, words, Change(rate, at, as_reference(to, like=at), law, _converted(rate, at, to, bound)))
+        (
+            part,
+            words,
+            Change(rate, at, as_reference(to, like=at), law, _converted(rate, at, to, bound)),
+        )
         for part, words, rate, at in parts
     ]
     if as_json:
@@ -83,7 +104,10 @@ def _converted(lr: float, at: Reference, to: str, law: Law) -> Conversion:
     """Convert a rate. Its notes give a width as an option does, not as a Python argument."""
     made = convert_lr(lr, from_=at, to=to, law=law)
     width = f"Give your model's, such as --from {as_words(replace(at, fan_in=4096))}."
-    return replace(made, notes=tuple(note.replace("Give fan_in= for your model's.", width) for note in made.notes))
+    return replace(
+        made,
+        notes=tuple(note.replace("Give fan_in= for your model's.", width) for note in made.notes),
+    )
 
 
 def _document(part: str | None, change: Change) -> dict[str, Any]:

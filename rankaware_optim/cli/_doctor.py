@@ -1,4 +1,6 @@
-"""`rankaware doctor`: print the installed versions, the packages that extras lack, and the GPUs that torch finds."""
+"""`rankaware doctor`: print the installed versions, the packages that extras lack, and the GPUs
+that torch finds.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,19 @@ PACKAGE = "rankaware-optim"
 
 
 _SHAPE = (
-    "an object. Fields: python (version), platform, cpus (cores that this process may use), cache (folder of recipes "
-    "from the Hugging Face Hub, or null), packages (version by name, null if not installed), missing (required "
-    "packages that are missing or too old), extras (the same by extra), torch. torch has error (of its import, or "
-    "null), cuda (version that it is built for, or null) and devices (name and memory_gib of each GPU)."
+    "an object. Fields: python (version), platform, cpus (cores that this process may use), cache"
+    " (folder of recipes from the Hugging Face Hub, or null), packages (version by name, null if"
+    " not installed), missing (required packages that are missing or too old), extras (the same by"
+    " extra), torch. torch has error (of its import, or null), cuda (version that it is built for,"
+    " or null) and devices (name and memory_gib of each GPU)."
 )
 
 
 @dataclass(frozen=True)
 class Need:
-    """A requirement of the package. extra: "" if it is always needed. version: None if it is not installed."""
+    """A requirement of the package. extra: "" if it is always needed. version: None if it is not
+    installed.
+    """
 
     requirement: Requirement
     extra: str
@@ -36,7 +41,9 @@ class Need:
 
     @property
     def met(self) -> bool:
-        return self.version is not None and self.requirement.specifier.contains(self.version, prereleases=True)
+        return self.version is not None and self.requirement.specifier.contains(
+            self.version, prereleases=True
+        )
 
     @property
     def lacking(self) -> str:
@@ -51,8 +58,8 @@ class Need:
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Print the installed versions, missing packages and GPUs.
 
-    Extras are sets of optional packages. For each that is not complete, the command that installs the rest is printed.
-    The exit code is 1 if a required package is missing or too old.
+    Extras are sets of optional packages. For each that is not complete, the command that installs
+    the rest is printed. The exit code is 1 if a required package is missing or too old.
     """
     needs = tuple(needs_of(metadata.requires(PACKAGE) or ()))
     missing = [need for need in needs if not need.extra and not need.met]
@@ -85,7 +92,9 @@ def _version(name: str) -> str | None:
 
 
 def _torch() -> dict[str, Any]:
-    """Return torch's import error, the CUDA version that it is built for, and the GPUs that it finds."""
+    """Return torch's import error, the CUDA version that it is built for, and the GPUs that it
+    finds.
+    """
     try:
         import torch
     except Exception as error:  # a broken build raises OSError, ImportError and others
@@ -100,7 +109,9 @@ def _torch() -> dict[str, Any]:
 
 
 def _cache() -> str | None:
-    """Return the folder of the recipes that huggingface_hub downloads, or None if it is not installed."""
+    """Return the folder of the recipes that huggingface_hub downloads, or None if it is not
+    installed.
+    """
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError:
@@ -109,7 +120,10 @@ def _cache() -> str | None:
 
 
 def _extras(needs: tuple[Need, ...]) -> Mapping[str, list[Need]]:
-    return {extra: [need for need in needs if need.extra == extra] for extra in sorted({n.extra for n in needs} - {""})}
+    return {
+        extra: [need for need in needs if need.extra == extra]
+        for extra in sorted({n.extra for n in needs} - {""})
+    }
 
 
 def _document(needs: tuple[Need, ...], torch: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,26 +132,38 @@ def _document(needs: tuple[Need, ...], torch: Mapping[str, Any]) -> dict[str, An
         "platform": platform.platform(),
         "cpus": machine_cores(),
         "cache": _cache(),
-        "packages": {PACKAGE: _version(PACKAGE), **{need.requirement.name: need.version for need in needs}},
+        "packages": {
+            PACKAGE: _version(PACKAGE),
+            **{need.requirement.name: need.version for need in needs},
+        },
         "missing": [need.lacking for need in needs if not need.extra and not need.met],
-        "extras": {name: [n.lacking for n in own if not n.met] for name, own in _extras(needs).items()},
+        "extras": {
+            name: [n.lacking for n in own if not n.met] for name, own in _extras(needs).items()
+        },
         "torch": torch,
     }
 
 
 def _sentences(needs: tuple[Need, ...], torch: Mapping[str, Any]) -> Iterator[str]:
-    yield f"Python {platform.python_version()} on {platform.platform()} with {machine_cores()} CPU cores."
+    yield (
+        f"Python {platform.python_version()} on {platform.platform()} with {machine_cores()} CPU"
+        " cores."
+    )
     always = ", ".join(f"{n.requirement.name} {n.version}" for n in needs if not n.extra and n.met)
     yield f"{PACKAGE} {_version(PACKAGE)} is installed, with {always}."
     for need in needs:
         if not need.extra and not need.met:
             name = f"{need.requirement.name}{need.requirement.specifier}"
-            yield f'A required package is missing: {need.lacking}. To install it: pip install "{name}".'
+            yield (
+                f"A required package is missing: {need.lacking}. To install it: pip install"
+                f' "{name}".'
+            )
     for name, own in _extras(needs).items():
         lacking = [need.lacking for need in own if not need.met]
         there = ", ".join(f"{need.requirement.name} {need.version}" for need in own)
         cure = (
-            f'is not complete: {", ".join(lacking)}. To install it, in a clone of {PACKAGE}: pip install ".[{name}]".'
+            f"is not complete: {', '.join(lacking)}. To install it, in a clone of {PACKAGE}: pip"
+            f' install ".[{name}]".'
         )
         yield f"Extra {name} " + (cure if lacking else f"is complete: {there}.")
     yield from _of_torch(torch)
@@ -149,7 +175,10 @@ def _sentences(needs: tuple[Need, ...], torch: Mapping[str, Any]) -> Iterator[st
 def _of_torch(torch: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each GPU that torch finds, or why it finds none and what to do."""
     if torch["error"] is not None:
-        yield f"torch cannot be imported: {torch['error']}. Install it again with the command from pytorch.org."
+        yield (
+            f"torch cannot be imported: {torch['error']}. Install it again with the command from"
+            " pytorch.org."
+        )
         return
     for i, device in enumerate(torch["devices"]):
         memory = "" if device["memory_gib"] is None else f", {device['memory_gib']} GiB"
@@ -157,6 +186,12 @@ def _of_torch(torch: Mapping[str, Any]) -> Iterator[str]:
     if torch["devices"]:
         return
     if torch["cuda"] is None:
-        yield "torch finds no GPU, because it is built without CUDA. To use one, install a CUDA build from pytorch.org."
+        yield (
+            "torch finds no GPU, because it is built without CUDA. To use one, install a CUDA build"
+            " from pytorch.org."
+        )
     else:
-        yield f"torch is built for CUDA {torch['cuda']}, but finds no GPU. Check whether nvidia-smi lists one."
+        yield (
+            f"torch is built for CUDA {torch['cuda']}, but finds no GPU. Check whether nvidia-smi"
+            " lists one."
+        )

@@ -16,7 +16,9 @@ from .._printable import printable
 
 
 def echo(text: object, err: bool = False) -> None:
-    """Print `text` to standard output or standard error, without characters that control a terminal."""
+    """Print `text` to standard output or standard error, without characters that control a
+    terminal.
+    """
     click.echo(printable(str(text)), err=err)
 
 
@@ -29,7 +31,9 @@ def warnings_as_notes(words: Callable[[str], str]) -> Iterator[None]:
 
 
 def echo_json(value: object) -> None:
-    """Print `value` as one JSON document: dataclasses as objects, numbers that are not finite as null."""
+    """Print `value` as one JSON document: dataclasses as objects, numbers that are not finite as
+    null.
+    """
     click.echo(json.dumps(_plain(value), indent=1, allow_nan=False))
 
 

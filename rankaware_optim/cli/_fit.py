@@ -42,24 +42,38 @@ from ._options import (
     type=click.Choice(["drift", "tokens"]),
     default="drift",
     show_default=True,
-    help="How the law is corrected. drift: by a power of the rank. tokens: by mua's number of effective tokens.",
+    help=(
+        "How the law is corrected. drift: by a power of the rank. tokens: by mua's number of"
+        " effective tokens."
+    ),
 )
 @click.option("--model", help="Model of the rows to fit, and of rows without one.")
 @ALPHA
 @init_option("This is the init of the rows to fit, and of rows without one.")
-@click.option("--fan-in", type=float, help="Mean fan-in of the adapted layers, for rows without one.")
-@click.option("--full-fan-in", type=float, help="Largest fan-in, for full finetuning. By default --fan-in.")
+@click.option(
+    "--fan-in", type=float, help="Mean fan-in of the adapted layers, for rows without one."
+)
+@click.option(
+    "--full-fan-in", type=float, help="Largest fan-in, for full finetuning. By default --fan-in."
+)
 @click.option("--batch", type=float, help="Batch size of the rows to fit, and of rows without one.")
-@click.option("--steps", type=int, help="Training steps of the rows to fit, and of rows without them.")
-@click.option("--warmup", type=float, help="Warm-up as a share of the steps, 0 to 1. The recipe records it.")
+@click.option(
+    "--steps", type=int, help="Training steps of the rows to fit, and of rows without them."
+)
+@click.option(
+    "--warmup", type=float, help="Warm-up as a share of the steps, 0 to 1. The recipe records it."
+)
 @COLUMN
 @json_option(RECIPE_FIELDS)
-def fit(sweep: Path, out: Path | None, name: str | None, law: str, as_json: bool, **options: Any) -> None:
+def fit(
+    sweep: Path, out: Path | None, name: str | None, law: str, as_json: bool, **options: Any
+) -> None:
     """Fit a recipe to a sweep of learning rates from any tool.
 
-    SWEEP is a .csv, .tsv, .json or .jsonl file with one row per run. The columns rank, lr (per step) and loss are
-    required. The columns alpha, rslora, init, method, fan_in, seed, model, batch, steps and start (the loss before
-    training) are optional. Write diverged as the loss of a run that diverged.
+    SWEEP is a .csv, .tsv, .json or .jsonl file with one row per run. The columns rank, lr (per
+    step) and loss are required. The columns alpha, rslora, init, method, fan_in, seed, model,
+    batch, steps and start (the loss before training) are optional. Write diverged as the loss of a
+    run that diverged.
     """
     recipe = fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
     saved = None if out is None else recipe.save(out)
@@ -68,5 +82,12 @@ def fit(sweep: Path, out: Path | None, name: str | None, law: str, as_json: bool
         return
     echo(recipe)
     if saved is not None:
-        known = recipe.reference.rank if recipe.scaling_rule == "unknown" else max(recipe.ranks, default=None)
-        echo(f"Next: rankaware lr {shlex.quote(str(saved))} {'--full' if known is None else f'--rank {known}'}")
+        known = (
+            recipe.reference.rank
+            if recipe.scaling_rule == "unknown"
+            else max(recipe.ranks, default=None)
+        )
+        echo(
+            f"Next: rankaware lr {shlex.quote(str(saved))}"
+            f" {'--full' if known is None else f'--rank {known}'}"
+        )

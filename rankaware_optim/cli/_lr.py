@@ -15,16 +15,30 @@ from ._options import RATE_FIELDS, RSLORA, init_option, json_option
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--rank", type=int, help="LoRA rank.")
-@click.option("--alpha", type=float, help="LoRA alpha. By default by the recipe's rule, which rankaware show prints.")
+@click.option(
+    "--alpha",
+    type=float,
+    help="LoRA alpha. By default by the recipe's rule, which rankaware show prints.",
+)
 @RSLORA
 @init_option("By default the recipe's.")
 @click.option("--full", is_flag=True, help="Print the rate for full finetuning.")
 @click.option("--fan-in", type=float, help="Width of the model, if it differs from the recipe's.")
-@click.option("--steps", type=int, help="Training steps, if they differ from the recipe's. This extrapolates.")
-@click.option("--batch", type=float, help="Batch size in the recipe's unit, if it differs. This extrapolates.")
+@click.option(
+    "--steps", type=int, help="Training steps, if they differ from the recipe's. This extrapolates."
+)
+@click.option(
+    "--batch", type=float, help="Batch size in the recipe's unit, if it differs. This extrapolates."
+)
 @json_option(f"an object. Fields: {RATE_FIELDS}.")
 def lr(
-    recipe: Path, rank: int | None, alpha: float | None, rslora: bool, full: bool, as_json: bool, **where: Any
+    recipe: Path,
+    rank: int | None,
+    alpha: float | None,
+    rslora: bool,
+    full: bool,
+    as_json: bool,
+    **where: Any,
 ) -> None:
     """Print a recipe's rate at a rank or for full finetuning.
 

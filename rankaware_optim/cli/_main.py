@@ -1,4 +1,6 @@
-"""The command `rankaware`, also `python -m rankaware_optim`. Each subcommand has a file, imported when it is used."""
+"""The command `rankaware`, also `python -m rankaware_optim`. Each subcommand has a file, imported
+when it is used.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ _COMMANDS = (
 
 
 class _Commands(click.Group):
-    """Finds a command in the file of its name, and prints this package's errors without a traceback."""
+    """Finds a command in the file of its name, and prints this package's errors without a
+    traceback.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -47,13 +51,21 @@ class _Commands(click.Group):
         return found
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Complete commands by name only: their help would import all of them, and torch, at every key press."""
+        """Complete commands by name only: their help would import all of them, and torch, at every
+        key press.
+        """
         named = [CompletionItem(name) for name in _COMMANDS if name.startswith(incomplete)]
         return [*named, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def main(self, *args: Any, **settings: Any) -> Any:
-        for stream in (sys.stdout, sys.stderr):  # a console of Windows may lack √, and then its help would not print
-            if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
+        for stream in (
+            sys.stdout,
+            sys.stderr,
+        ):  # a console of Windows may lack √, and then its help would not print
+            if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in (
+                "utf-8",
+                "utf8",
+            ):
                 stream.reconfigure(errors="replace")
         return super().main(*args, **settings)
 
@@ -80,7 +92,8 @@ class _Commands(click.Group):
 def main() -> None:
     """Move a tuned learning rate to another LoRA rank, alpha or init, or to full finetuning.
 
-    No rate yet: suggest gives a first one and calibrate finds one. A calibrated rate is kept in a file, its recipe.
+    No rate yet: suggest gives a first one and calibrate finds one. A calibrated rate is kept in a
+    file, its recipe.
 
     \b
     To complete commands in a shell, add a line to its start-up file:

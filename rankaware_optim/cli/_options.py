@@ -28,7 +28,8 @@ def _current_folder() -> Iterator[None]:
 
 
 def may_name_module(ctx: click.Context, param: click.Parameter, given: Any) -> Any:
-    """Import from the current folder too, if a text names a module, as "module:name". A click callback.
+    """Import from the current folder too, if a text names a module, as "module:name". A click
+    callback.
 
     Until then, and without such a text, nothing of the folder is run: it may be someone else's.
     """
@@ -37,27 +38,46 @@ def may_name_module(ctx: click.Context, param: click.Parameter, given: Any) -> A
     return given
 
 
-def numbers(kind: Callable[..., Any], named: Mapping[str, Any] | None = None) -> Callable[..., tuple[Any, ...] | None]:
-    """Return a callback that parses "4,64" as a tuple of numbers. A word in `named` stands for its value."""
+def numbers(
+    kind: Callable[..., Any], named: Mapping[str, Any] | None = None
+) -> Callable[..., tuple[Any, ...] | None]:
+    """Return a callback that parses "4,64" as a tuple of numbers. A word in `named` stands for its
+    value.
+    """
 
-    def read(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[Any, ...] | None:
+    def read(
+        ctx: click.Context, param: click.Parameter, text: str | None
+    ) -> tuple[Any, ...] | None:
         if text is None:
             return None
         words = [word.strip() for word in text.split(",")]
         try:
-            return tuple(named[word] if named and word in named else kind(word, param, ctx) for word in words)
+            return tuple(
+                named[word] if named and word in named else kind(word, param, ctx) for word in words
+            )
         except click.BadParameter as error:
-            raise click.BadParameter(f"{error.message} Separate numbers by commas, as in 4,64.", ctx, param) from None
+            raise click.BadParameter(
+                f"{error.message} Separate numbers by commas, as in 4,64.", ctx, param
+            ) from None
 
     return read
 
 
 def in_options(text: str, command: click.Command) -> str:
-    """Return a message with options instead of Python arguments: "another --storage" for "another storage="."""
-    options = {param.name: max(param.opts, key=len) for param in command.params if isinstance(param, click.Option)}
+    """Return a message with options instead of Python arguments: "another --storage" for "another
+    storage=".
+    """
+    options = {
+        param.name: max(param.opts, key=len)
+        for param in command.params
+        if isinstance(param, click.Option)
+    }
     names = "|".join(name for name in options if name)
     # A call, such as a law's repr, is not changed. It may contain another call. A dict is Python.
-    argument = rf"\w\((?:[^()]|\([^()]*\))*\)|(?:(?<![\w.,-])({names})=(?!\{{)|^({names})(?= is ))(?=([\w\[('\"-])?)"
+    argument = (
+        rf"\w\((?:[^()]|\([^()]*\))*\)|(?:(?<![\w.,-])({names})=(?!\{{)|^({names})(?= is"
+        r" ))(?=([\w\[('\"-])?)"
+    )
 
     def option(found: re.Match[str]) -> str:
         name = found[1] or found[2]
@@ -66,7 +86,9 @@ def in_options(text: str, command: click.Command) -> str:
     return re.sub(argument, option, text) if names else text
 
 
-def number_or_rank(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
+def number_or_rank(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> float | str | None:
     """Parse a number, or the word "rank". A click callback."""
     try:
         return value if value in (None, "rank") else float(value)
@@ -81,7 +103,8 @@ def _columns(ctx: click.Context, param: click.Parameter, pairs: Sequence[str]) -
     return {field.strip(): column.strip() for field, _, column in parted}
 
 
-# Files that may be overwritten, by kind (a page, or the suffix of others): what they are, and how they begin.
+# Files that may be overwritten, by kind (a page, or the suffix of others): what they are, and how
+# they begin.
 _WRITTEN = {
     "page": ("a page of `rankaware report`", rb'<meta name="generator" content="rankaware-optim">'),
     ".toml": ("a recipe", rb"(?ms)^schema *= *\d.*^\[(?:fit|tensors)\]"),
@@ -108,7 +131,8 @@ def check_out(path: Path, kind: str = "") -> None:
         if not head or re.search(known, head):
             return
     raise click.ClickException(
-        f"{path} exists and is not {what}, so it was not overwritten. Give another file, or remove this one."
+        f"{path} exists and is not {what}, so it was not overwritten. Give another file, or remove"
+        " this one."
     )
 
 
@@ -120,32 +144,43 @@ def out_option(kind: str = "", **settings: Any) -> Callable[[Any], Any]:
             check_out(path, kind)
         return path
 
-    return click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), callback=check, **settings)
+    return click.option(
+        "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), callback=check, **settings
+    )
 
 
 RECIPE_FIELDS = (
-    "an object with the fields of the recipe's .toml file but schema and tensors, null where the file has none. "
-    "recipes/SCHEMA.md lists them with their units."
+    "an object with the fields of the recipe's .toml file but schema and tensors, null where the"
+    " file has none. recipes/SCHEMA.md lists them with their units."
 )
 
 
 def json_option(shape: str) -> Callable[[Any], Any]:
-    """Return the option --json, as `as_json`. shape: the fields of the document with their units, for the help."""
+    """Return the option --json, as `as_json`. shape: the fields of the document with their units,
+    for the help.
+    """
     return click.option("--json", "as_json", is_flag=True, help=f"Print JSON: {shape}")
 
 
 _INIT_HELP = (
-    "A: B starts at zero, as in PEFT (Init[A], printed as B = 0). B: A starts at zero (Init[B], printed as A = 0)."
+    "A: B starts at zero, as in PEFT (Init[A], printed as B = 0). B: A starts at zero (Init[B],"
+    " printed as A = 0)."
 )
 
 
-def init_option(more: str = "", names: Sequence[str] = ("A", "B"), **settings: Any) -> Callable[[Any], Any]:
+def init_option(
+    more: str = "", names: Sequence[str] = ("A", "B"), **settings: Any
+) -> Callable[[Any], Any]:
     """Return the option --init. more: what follows the meaning of A and B in its help."""
-    return click.option("--init", type=click.Choice(names), help=f"{_INIT_HELP} {more}".rstrip(), **settings)
+    return click.option(
+        "--init", type=click.Choice(names), help=f"{_INIT_HELP} {more}".rstrip(), **settings
+    )
 
 
 ALPHA = click.option(
-    "--alpha", callback=number_or_rank, help="alpha of rows without one: a number, or 'rank' for alpha = rank."
+    "--alpha",
+    callback=number_or_rank,
+    help="alpha of rows without one: a number, or 'rank' for alpha = rank.",
 )
 COLUMN = click.option(
     "--column",
@@ -162,14 +197,14 @@ OPTIMIZER = click.option(
     help="Optimizer: a name such as AdamW, or package:Class.",
 )
 LAW_TEXT = (
-    "It is a registered name, or package.module:Class. Parameters follow a question mark, such as 'mua?tokens=16'. Put "
-    "an inner law with parameters in brackets."
+    "It is a registered name, or package.module:Class. Parameters follow a question mark, such as"
+    " 'mua?tokens=16'. Put an inner law with parameters in brackets."
 )
 RSLORA = click.option("--rslora", is_flag=True, help="rsLoRA: divide alpha by √rank, not by rank.")
 
 # Fields of a `Rate` in a document.
 RATE_FIELDS = (
-    "lr (per step), low and high (ends of the 90 % band, per step), ceiling (smallest rate that diverged, moved to "
-    "this configuration, or null), extrapolated (whether it is outside what was tried), notes (sentences), "
-    "configuration (text)"
+    "lr (per step), low and high (ends of the 90 % band, per step), ceiling (smallest rate that"
+    " diverged, moved to this configuration, or null), extrapolated (whether it is outside what was"
+    " tried), notes (sentences), configuration (text)"
 )

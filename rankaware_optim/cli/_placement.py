@@ -15,11 +15,14 @@ _OURS = "rankaware"  # its value where we set it
 AUTO = 0  # workers: one per GPU, or one per two cores without GPUs
 
 
-def placed(workers: int, devices: Sequence[str], cores: int, threads: int | None = None) -> list[dict[str, str]]:
+def placed(
+    workers: int, devices: Sequence[str], cores: int, threads: int | None = None
+) -> list[dict[str, str]]:
     """Return the environment variables of each of `workers` processes.
 
-    GPUs are distributed evenly and in order. If there are more workers than GPUs, neighbours share one. Several workers
-    share the cores, unless `threads` is given. A single worker keeps torch's default.
+    GPUs are distributed evenly and in order. If there are more workers than GPUs, neighbours share
+    one. Several workers share the cores, unless `threads` is given. A single worker keeps torch's
+    default.
 
     >>> placed(AUTO, ["0", "1"], cores=8)
     [{'CUDA_VISIBLE_DEVICES': '0', 'OMP_NUM_THREADS': '4'}, {'CUDA_VISIBLE_DEVICES': '1', 'OMP_NUM_THREADS': '4'}]
@@ -38,7 +41,8 @@ def placed(workers: int, devices: Sequence[str], cores: int, threads: int | None
 
 
 def visible_devices(environment: Mapping[str, str], count: int) -> list[str]:
-    """Return the GPUs that this process may use: their names in CUDA_VISIBLE_DEVICES, or numbers if it is not set.
+    """Return the GPUs that this process may use: their names in CUDA_VISIBLE_DEVICES, or numbers if
+    it is not set.
 
     count: the number of GPUs that torch finds, 0 if unknown.
 
@@ -48,7 +52,9 @@ def visible_devices(environment: Mapping[str, str], count: int) -> list[str]:
     if DEVICES not in environment:
         return [str(i) for i in range(count)]
     named = [name.strip() for name in environment[DEVICES].split(",")]
-    named = named[: next((i for i, name in enumerate(named) if name in ("", "-1")), None)]  # as CUDA reads it
+    named = named[
+        : next((i for i, name in enumerate(named) if name in ("", "-1")), None)
+    ]  # as CUDA reads it
     if 0 < count < len(named):
         raise CalibrationError(
             f"{DEVICES} is {environment[DEVICES]!r}, but torch finds {count} of these GPUs.",
@@ -69,7 +75,8 @@ def chosen_devices(asked: Sequence[str] | None, visible: Sequence[str]) -> list[
     if absent:
         there = f"the visible ones are {', '.join(visible)}" if visible else "no GPU is visible"
         raise CalibrationError(
-            f"There is no GPU {', '.join(absent)} here: {there}.", "Give others, or leave devices= out."
+            f"There is no GPU {', '.join(absent)} here: {there}.",
+            "Give others, or leave devices= out.",
         )
     if len(set(asked)) < len(asked):
         raise CalibrationError(f"devices={','.join(asked)} has a GPU twice.", "Give each once.")
@@ -77,7 +84,9 @@ def chosen_devices(asked: Sequence[str] | None, visible: Sequence[str]) -> list[
 
 
 def machine_devices() -> list[str]:
-    """Return the visible GPUs. CUDA is not initialised, since it reads CUDA_VISIBLE_DEVICES only once."""
+    """Return the visible GPUs. CUDA is not initialised, since it reads CUDA_VISIBLE_DEVICES only
+    once.
+    """
     import torch
 
     return visible_devices(os.environ, torch.cuda.device_count())
@@ -103,7 +112,9 @@ def in_environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def outside_folder() -> Iterator[None]:
-    """Start workers that import nothing from the current folder while they start. Python 3.10 has no way to say so."""
+    """Start workers that import nothing from the current folder while they start. Python 3.10 has
+    no way to say so.
+    """
     with in_environment({} if SAFE_PATH in os.environ else {SAFE_PATH: _OURS}):
         yield
 

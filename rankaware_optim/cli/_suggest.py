@@ -1,4 +1,6 @@
-"""`rankaware suggest`: suggest a rate for an adapter's file, or for a rank and an alpha, without any run."""
+"""`rankaware suggest`: suggest a rate for an adapter's file, or for a rank and an alpha, without
+any run.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _INITS = ("A", "B", "pissa", "olora", "lora_ga")
 @init_option("Others: as in PEFT's init_lora_weights.", _INITS)
 @click.option("--dora", is_flag=True, help="The adapters are DoRA.")
 @click.option("--full", is_flag=True, help="Suggest a rate for full finetuning.")
-@click.option("--fan-in", type=float, help="Hidden size of the model. With --full its largest fan-in.")
+@click.option(
+    "--fan-in", type=float, help="Hidden size of the model. With --full its largest fan-in."
+)
 @click.option(
     "--optimizer",
     callback=may_name_module,
@@ -38,8 +42,8 @@ _INITS = ("A", "B", "pissa", "olora", "lora_ga")
     help="Your data is chat, your batch near 128, and you train about 800 steps. Narrows the band.",
 )
 @json_option(
-    f"an object. Fields: {RATE_FIELDS}, optimizer (name), reference (rank, alpha, rslora, init, fan_in, method and "
-    "batch), fan_in (width of the model)."
+    f"an object. Fields: {RATE_FIELDS}, optimizer (name), reference (rank, alpha, rslora, init,"
+    " fan_in, method and batch), fan_in (width of the model)."
 )
 def suggest(
     path: Path | None,
@@ -56,14 +60,17 @@ def suggest(
 ) -> None:
     """Suggest a rate from published sweeps, without any run.
 
-    Give the PATH of an adapter, or --rank and --alpha, or --full. The rate is printed with its 90 % band.
+    Give the PATH of an adapter, or --rank and --alpha, or --full. The rate is printed with its 90 %
+    band.
     """
     if full and init is not None:
         raise click.UsageError("Full finetuning has no --init.")
     options: dict[str, Any] = {"init": init, "task": "chat" if chat else "other"}
     if path is not None:
         if rank is not None or alpha is not None or rslora or fan_in is not None:
-            raise click.UsageError("PATH already gives rank, alpha and fan-in, so leave these options out.")
+            raise click.UsageError(
+                "PATH already gives rank, alpha and fan-in, so leave these options out."
+            )
         survey, config = inspect_file(path), path / "adapter_config.json"
         if not init and not full and config.is_file():
             options["init"] = published_init(read_config(config).values.get("init_lora_weights"))

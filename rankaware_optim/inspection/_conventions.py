@@ -1,7 +1,8 @@
-"""The table of conventions: how each library stores a LoRA pair, in a model and in a file. One row per convention.
+"""The table of conventions: how each library stores a LoRA pair, in a model and in a file. One row
+per convention.
 
-A row has the attributes of the module that owns a pair and the layout of its two tensors. The libraries are not
-imported. A row is matched by attributes, or by names in a file.
+A row has the attributes of the module that owns a pair and the layout of its two tensors. The
+libraries are not imported. A row is matched by attributes, or by names in a file.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ Shape = tuple[int, ...]
 class Reading(NamedTuple):
     """What a layout reads from two shapes.
 
-    rank_a, rank_b: the rank from A and from B, equal if they fit. fan_in, fan_out: those of the layer. inner: number of
-    inner features that one output sums per unit of rank. kind: the layer's kind, if the layout determines it.
+    rank_a, rank_b: the rank from A and from B, equal if they fit. fan_in, fan_out: those of the
+    layer. inner: number of inner features that one output sums per unit of rank. kind: the layer's
+    kind, if the layout determines it.
     """
 
     rank_a: float
@@ -48,7 +50,9 @@ InspectionError is raised to the user. For a file the owner has the row's attrib
 
 
 def _rows(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (r, in, k…), B (out, r, 1…): the usual layout. B of a grouped convolution may have r / groups columns."""
+    """A (r, in, k…), B (out, r, 1…): the usual layout. B of a grouped convolution may have r /
+    groups columns.
+    """
     if math.prod(b[2:]) != 1:
         raise ValueError("B has a kernel")
     groups = getattr(getattr(owner, "base_layer", owner), "groups", 1) if len(b) > 2 else 1
@@ -57,7 +61,9 @@ def _rows(owner: Any, a: Shape, b: Shape) -> Reading:
 
 
 def _blocks(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (r, in), B (out, r / n): PEFT's `use_bdlora` with a block-diagonal B, n = `nblocks` of its module."""
+    """A (r, in), B (out, r / n): PEFT's `use_bdlora` with a block-diagonal B, n = `nblocks` of its
+    module.
+    """
     n = max(getattr(module, "nblocks", 0) for module in owner.lora_B.values())
     return Reading(a[0], b[1] * n, a[1], b[0], 1 / n)
 
@@ -75,28 +81,42 @@ def _experts(owner: Any, a: Shape, b: Shape) -> Reading:
 def _stacked(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r·E, in), B (out, r·E): PEFT's `target_parameters`, with E = `num_experts`."""
     base = getattr(owner, "get_base_layer", lambda: owner)()
-    rows_first = getattr(base, "is_transposed", True) is False  # set by transformers; older versions do not have it
+    rows_first = (
+        getattr(base, "is_transposed", True) is False
+    )  # set by transformers; older versions do not have it
     if rows_first and owner.num_experts > 1 and not hasattr(owner, "_did_swap_in_out_features"):
         raise InspectionError(
-            f"This PEFT swaps A and B of experts stored as (experts, out, in), such as {type(base).__name__}'s.",
+            "This PEFT swaps A and B of experts stored as (experts, out, in), such as"
+            f" {type(base).__name__}'s.",
             "Install PEFT 0.19 or later, and train such adapters again.",
         )
     return Reading(a[0] / owner.num_experts, b[1] / owner.num_experts, a[1], b[0], kind="experts")
 
 
 def _merged(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (r·m, in), B (out, r): one A for each of the m matrices of a fused layer that `enable_lora` selects."""
+    """A (r·m, in), B (out, r): one A for each of the m matrices of a fused layer that `enable_lora`
+    selects.
+    """
     return Reading(a[0] / max(1, sum(map(bool, owner.enable_lora))), b[1], a[1], b[0])
 
 
 def _kernel(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r·k, in·k), B (out/groups·k, r·k): loralib's convolutions; B·A is reshaped to the kernel."""
     k = owner.conv.kernel_size[0]
-    return Reading(a[0] / k, b[1] / k, math.prod(owner.conv.weight.shape[1:]), owner.conv.out_channels, k, "conv")
+    return Reading(
+        a[0] / k,
+        b[1] / k,
+        math.prod(owner.conv.weight.shape[1:]),
+        owner.conv.out_channels,
+        k,
+        "conv",
+    )
 
 
 def _tucker(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…). The core has the kernel and keeps the base rate."""
+    """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…). The core has the kernel and keeps the base
+    rate.
+    """
     core = tuple(owner.lora_mid.weight.shape)
     if core[:2] != (a[0], b[1]) or math.prod((*a[2:], *b[2:])) != 1:
         raise ValueError("the core does not fit")
@@ -111,9 +131,10 @@ LAYOUTS: Mapping[str, Layout] = {layout.__name__[1:]: layout for layout in _NAME
 class Convention:
     """How one library stores a LoRA pair, on the module that owns it and in a file.
 
-    A file is read by the same row. A factor's name in a file is the owner's name, a dot and one of `keys`. A key that
-    begins with _ has no dot before it. Other attributes are other entries of the owner. Numbers are tensors of one
-    element. A row with its own `keys` does not need `where` in a file.
+    A file is read by the same row. A factor's name in a file is the owner's name, a dot and one of
+    `keys`. A key that begins with _ has no dot before it. Other attributes are other entries of the
+    owner. Numbers are tensors of one element. A row with its own `keys` does not need `where` in a
+    file.
 
     Args:
         name: the convention's name.
@@ -122,15 +143,17 @@ class Convention:
         container: whether `a` and `b` are dicts by adapter name.
         kind: the layer's kind, if all layers of the convention have the same one.
         where: attributes that the owner must have.
-        layouts: names of `LAYOUTS` or functions. The first one that agrees with the declared rank is used.
-        rank: attributes that may declare the rank, with dots for nested ones. The first that exists is used. They may
-            be dicts by adapter name.
+        layouts: names of `LAYOUTS` or functions. The first one that agrees with the declared rank
+            is used.
+        rank: attributes that may declare the rank, with dots for nested ones. The first that exists
+            is used. They may be dicts by adapter name.
         scaling: the same for the effective multiplier.
         alpha: the same for alpha.
-        init: the init, if it cannot be read from the factors: "A" (B starts at zero, as in PEFT), "B" (A starts at
-            zero), "other" or "unknown".
+        init: the init, if it cannot be read from the factors: "A" (B starts at zero, as in PEFT),
+            "B" (A starts at zero), "other" or "unknown".
         exact: whether a test compares the row with the library itself.
-        keys: names of factors in a file. {} stands for `a` or `b`, followed by the adapter's name in a dict.
+        keys: names of factors in a file. {} stands for `a` or `b`, followed by the adapter's name
+            in a dict.
 
     >>> register_convention(Convention("mine", a="reduce", b="expand", layouts=("columns",), scaling=("gain",)))
     >>> register_convention("mine", remove=True)
@@ -156,11 +179,14 @@ _LORA = ("lora_A", "lora_B")
 
 def _automodel_experts(part: str) -> Convention:
     a, b = f"lora_{part}_A", f"lora_{part}_B"
-    return Convention(f"automodel-{part}", a, b, layouts=("columns",), rank=("lora_dim", "dim"), exact=False)
+    return Convention(
+        f"automodel-{part}", a, b, layouts=("columns",), rank=("lora_dim", "dim"), exact=False
+    )
 
 
 CONVENTIONS: tuple[Convention, ...] = (
-    # AdaLoRA is B·diag(E)·A with E zero. `scaling` is alpha, and ranks are pruned during training. No law covers it.
+    # AdaLoRA is B·diag(E)·A with E zero. `scaling` is alpha, and ranks are pruned during training.
+    # No law covers it.
     Convention(
         "peft-adalora",
         *_LORA,
@@ -171,21 +197,39 @@ CONVENTIONS: tuple[Convention, ...] = (
         alpha=("scaling",),
         init="other",
     ),
-    Convention("peft-experts", *_LORA, container=True, where=("num_experts", "parameter_name"), layouts=("stacked",)),
+    Convention(
+        "peft-experts",
+        *_LORA,
+        container=True,
+        where=("num_experts", "parameter_name"),
+        layouts=("stacked",),
+    ),
     Convention("merged", *_LORA, where=("enable_lora", "r"), layouts=("merged",)),
     Convention("peft", *_LORA, container=True, layouts=("rows", "blocks")),
-    Convention("peft-embedding", "lora_embedding_A", "lora_embedding_B", container=True, kind="embedding"),
+    Convention(
+        "peft-embedding", "lora_embedding_A", "lora_embedding_B", container=True, kind="embedding"
+    ),
     Convention("loralib-conv", *_LORA, where=("conv",), layouts=("kernel",)),
-    Convention("minLoRA", *_LORA, where=("lora_dropout_mask",), layouts=("rows", "columns"), exact=False),
+    Convention(
+        "minLoRA", *_LORA, where=("lora_dropout_mask",), layouts=("rows", "columns"), exact=False
+    ),
     Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",), exact=False),
     Convention("lora_A/lora_B", *_LORA),
-    Convention("lora_a/lora_b", "lora_a", "lora_b", keys=("{}.weight",)),  # MLX writes lora_a alone, transposed
+    Convention(
+        "lora_a/lora_b", "lora_a", "lora_b", keys=("{}.weight",)
+    ),  # MLX writes lora_a alone, transposed
     Convention("locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)),
     Convention("lora_down/lora_up", "lora_down", "lora_up"),
     _automodel_experts("gate_and_up"),
     _automodel_experts("down"),
     Convention(
-        "megatron", "linear_in", "linear_out", where=("dim",), layouts=("rows", "experts"), rank=("dim",), exact=False
+        "megatron",
+        "linear_in",
+        "linear_out",
+        where=("dim",),
+        layouts=("rows", "experts"),
+        rank=("dim",),
+        exact=False,
     ),
     Convention(
         "deepspeed-chat",
@@ -215,8 +259,24 @@ CONVENTIONS: tuple[Convention, ...] = (
 
 OPTIONAL: Mapping[str, tuple[Convention, ...]] = {
     "A/B": (
-        Convention("A/B", "A", "B", where=("rank",), layouts=("columns", "rows"), rank=("rank",), exact=False),
-        Convention("A/B", "A", "B", layouts=("columns",), rank=(), scaling=("scaling", "scale", "alpha"), exact=False),
+        Convention(
+            "A/B",
+            "A",
+            "B",
+            where=("rank",),
+            layouts=("columns", "rows"),
+            rank=("rank",),
+            exact=False,
+        ),
+        Convention(
+            "A/B",
+            "A",
+            "B",
+            layouts=("columns",),
+            rank=(),
+            scaling=("scaling", "scale", "alpha"),
+            exact=False,
+        ),
     )
 }
 """Rows whose attributes are too common to be tried by default. `register_convention("A/B")` enables one.
@@ -225,7 +285,7 @@ OPTIONAL: Mapping[str, tuple[Convention, ...]] = {
 """
 
 
-# --- registration ---------------------------------------------------------------------------------------------------
+# --- registration ---------------------------------------------------------------------------------
 
 _PLUGINS = Registry("rankaware_optim.conventions", "convention", InspectionError)
 _REGISTERED: dict[str, tuple[Convention, ...]] = {}
@@ -235,15 +295,18 @@ _LOCK = threading.Lock()
 def register_convention(convention: Convention | str, *, remove: bool = False) -> None:
     """Add a convention to inspection. It is tried before the built-in ones.
 
-    A package can register a convention for its users by an entry point in the group "rankaware_optim.conventions" whose
-    object is a `Convention`. `check_convention` tests a convention.
+    A package can register a convention for its users by an entry point in the group
+    "rankaware_optim.conventions" whose object is a `Convention`. `check_convention` tests a
+    convention.
 
     Args:
-        convention: the convention, or the name of an optional one ("A/B"). The same one may be registered again.
+        convention: the convention, or the name of an optional one ("A/B"). The same one may be
+            registered again.
         remove: whether to remove the convention instead.
 
     Raises:
-        InspectionError: the optional convention is unknown, the convention is invalid, or another one has its name.
+        InspectionError: the optional convention is unknown, the convention is invalid, or another
+            one has its name.
     """
     rows = OPTIONAL.get(convention) if isinstance(convention, str) else (convention,)
     name = convention if isinstance(convention, str) else getattr(convention, "name", "")
@@ -258,12 +321,16 @@ def register_convention(convention: Convention | str, *, remove: bool = False) -
             )
         _check(rows[0])
         if _REGISTERED.get(name, rows) != rows or name in {c.name for c in CONVENTIONS}:
-            raise InspectionError(f"Another convention is called {name!r}.", "Give yours another name.")
+            raise InspectionError(
+                f"Another convention is called {name!r}.", "Give yours another name."
+            )
         _REGISTERED[name] = rows
 
 
 def conventions() -> tuple[Convention, ...]:
-    """Return all rows in the order in which they are tried: registered, from installed packages, built-in."""
+    """Return all rows in the order in which they are tried: registered, from installed packages,
+    built-in.
+    """
     own = [row for rows in _REGISTERED.values() for row in rows]
     return (*own, *_installed(), *CONVENTIONS)
 
@@ -277,14 +344,19 @@ def _installed() -> tuple[Convention, ...]:
         try:
             _check(row)
             rows.append(row)
-        except InspectionError as error:  # the user may not know the package, so this is only a warning
+        except (
+            InspectionError
+        ) as error:  # the user may not know the package, so this is only a warning
             warn(f"The plug-in convention {name!r} is left out: {error}")
     return tuple(rows)
 
 
 def _check(row: Any) -> None:
     if not isinstance(row, Convention):
-        raise InspectionError(f"A convention is a Convention or the name of an optional one, not {row!r}.", "Give one.")
+        raise InspectionError(
+            f"A convention is a Convention or the name of an optional one, not {row!r}.",
+            "Give one.",
+        )
 
     def require(good: bool, what: str, cure: str) -> None:
         if not good:
@@ -295,11 +367,19 @@ def _check(row: Any) -> None:
         require(good, f"has the factor {name!r}", "Give the owner's attribute, such as 'lora_A'.")
     for field in ("where", "layouts", "rank", "scaling", "alpha", "keys"):
         value = getattr(row, field)
-        require(isinstance(value, tuple), f"has {field}={value!r}", "Give a tuple, such as ('rank',).")
+        require(
+            isinstance(value, tuple), f"has {field}={value!r}", "Give a tuple, such as ('rank',)."
+        )
     known = f"Give one of {', '.join(LAYOUTS)}, or a function of owner and two shapes."
     for layout in row.layouts:
         require(callable(layout) or layout in LAYOUTS, f"has the layout {layout!r}", known)
     for key in row.keys:
         good = isinstance(key, str) and key.split(".").count("{}") == 1
-        require(good, f"has the key {key!r}", "Write {} once, between dots, such as 'adapter.{}.weight'.")
-    check_init(row.init, f"The init of the convention {row.name!r} is", known=(*get_args(Init), None))
+        require(
+            good,
+            f"has the key {key!r}",
+            "Write {} once, between dots, such as 'adapter.{}.weight'.",
+        )
+    check_init(
+        row.init, f"The init of the convention {row.name!r} is", known=(*get_args(Init), None)
+    )

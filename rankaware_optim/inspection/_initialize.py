@@ -1,4 +1,6 @@
-"""Initialisation of every trainable LoRA pair at Init[A] or Init[B], without a change of the model's function."""
+"""Initialisation of every trainable LoRA pair at Init[A] or Init[B], without a change of the
+model's function.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,15 @@ from ._declarations import Config, configs_of, declare, redeclare, scaling_place
 from ._pairs import Half, Pair, declared_number, is_shard, pairs_of, reading_of, scaling_of, walk
 from ._survey import INIT_MARK, declared_for, inspect_model
 
-# Values of PEFT's init_lora_weights that subtract the initial product of the factors from the base weight.
+# Values of PEFT's init_lora_weights that subtract the initial product of the factors from the base
+# weight.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Start(NamedTuple):
-    """The new init of one pair: which factor is drawn, with which variance, and whether uniform or normal."""
+    """The new init of one pair: which factor is drawn, with which variance, and whether uniform or
+    normal.
+    """
 
     pair: Pair
     rank: int
@@ -44,49 +49,57 @@ def initialize(
 ) -> Survey:
     """Initialise every trainable LoRA pair of a model, without a change of the model's function.
 
-    Init[A] sets B = 0 and draws A, as in PEFT. Init[B] sets A = 0 and draws B ~ N(0, 1/r). Here r is the number of
-    inner features that one output sums: r·k in loralib's convolutions, r/groups with a grouped B. Init[B] with
-    `scaling=1` is closest to full finetuning (Chen, Villar, Hayou, arXiv 2602.06204).
+    Init[A] sets B = 0 and draws A, as in PEFT. Init[B] sets A = 0 and draws B ~ N(0, 1/r). Here r
+    is the number of inner features that one output sums: r·k in loralib's convolutions, r/groups
+    with a grouped B. Init[B] with `scaling=1` is closest to full finetuning (Chen, Villar, Hayou,
+    arXiv 2602.06204).
 
-    The function does not change in any bit, since B·A is zero before and after. Each draw depends only on `seed` and
-    the factor's name, and is made on the CPU in float32. It is the same on every device, and does not change if other
-    layers are added. Tied factors are drawn once. Biases of the factors are set to zero. Frozen pairs, all other
-    parameters, gradients, modes and the global random state are kept.
+    The function does not change in any bit, since B·A is zero before and after. Each draw depends
+    only on `seed` and the factor's name, and is made on the CPU in float32. It is the same on every
+    device, and does not change if other layers are added. Tied factors are drawn once. Biases of
+    the factors are set to zero. Frozen pairs, all other parameters, gradients, modes and the global
+    random state are kept.
 
-    The init is recorded on the model, so that `inspect_model` knows it after training. Another process that loads a
-    trained adapter needs `init=` of `inspect_model`, or must call `initialize` before it loads the weights. Call it
-    before the optimizer is built, since a `RankAwareOptimizer` keeps the rates of the init and scaling that it found.
+    The init is recorded on the model, so that `inspect_model` knows it after training. Another
+    process that loads a trained adapter needs `init=` of `inspect_model`, or must call `initialize`
+    before it loads the weights. Call it before the optimizer is built, since a `RankAwareOptimizer`
+    keeps the rates of the init and scaling that it found.
 
     Args:
         model: the model with adapters. With `scaling` it must be the whole model.
         init: "A" (B starts at zero) or "B" (A starts at zero).
         seed: random seed of the draws.
-        scaling: the effective multiplier s of B·A to set, by default unchanged. It is written wherever the pairs
-            declare it: `scaling` or `scale`, `lora_alpha` or the `alpha` buffer, and PEFT's configuration.
-        variance: variance of A under Init[A]. "mua" draws from N(0, 1/fan_in), with fan-in 1 for an embedding. "peft"
-            is uniform with variance 1/(3·fan_in) as in PEFT, and draws B ~ N(0, 1) with A = 0 for embeddings.
-        force: whether to initialise trained pairs too, which changes the function. DoRA's magnitudes, and base weights
-            that PiSSA or similar inits changed, are kept.
+        scaling: the effective multiplier s of B·A to set, by default unchanged. It is written
+            wherever the pairs declare it: `scaling` or `scale`, `lora_alpha` or the `alpha` buffer,
+            and PEFT's configuration.
+        variance: variance of A under Init[A]. "mua" draws from N(0, 1/fan_in), with fan-in 1 for an
+            embedding. "peft" is uniform with variance 1/(3·fan_in) as in PEFT, and draws B ~ N(0,
+            1) with A = 0 for embeddings.
+        force: whether to initialise trained pairs too, which changes the function. DoRA's
+            magnitudes, and base weights that PiSSA or similar inits changed, are kept.
 
     Returns:
         The survey of the model afterwards.
 
     Raises:
-        InspectionError: an argument is impossible, there is no trainable pair, or a pair cannot be initialised. It was
-            trained already or started with both factors drawn (unless force=True), is merged and not zero, is sharded,
-            has no values yet, needs its own init (AdaLoRA), could not learn from this init, or declares no scaling that
-            could be set. Nothing was changed.
+        InspectionError: an argument is impossible, there is no trainable pair, or a pair cannot be
+            initialised. It was trained already or started with both factors drawn (unless
+            force=True), is merged and not zero, is sharded, has no values yet, needs its own init
+            (AdaLoRA), could not learn from this init, or declares no scaling that could be set.
+            Nothing was changed.
     """
     check_init(init, "An adapter is initialised at")
     if variance not in ("mua", "peft") or (variance == "peft" and init == "B"):
         raise InspectionError(
-            f"init={init!r} has no variance {variance!r}.", "Give 'mua' or 'peft' for init='A', 'mua' for init='B'."
+            f"init={init!r} has no variance {variance!r}.",
+            "Give 'mua' or 'peft' for init='A', 'mua' for init='B'.",
         )
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise InspectionError(f"The seed {seed!r} is not a whole number.", "Give a whole number.")
     if scaling is not None and not is_positive(scaling):
         raise InspectionError(
-            f"The scaling {scaling!r} is not a positive finite number.", "Give one, or None to keep the declared one."
+            f"The scaling {scaling!r} is not a positive finite number.",
+            "Give one, or None to keep the declared one.",
         )
     walked = walk(model)
     pairs = list(pairs_of(walked.modules))
@@ -103,18 +116,23 @@ def initialize(
         for pair in () if force else filter(_adds, chosen):
             refuse_residual(pair, configs)
             raise InspectionError(
-                f"{pair.where} was trained already, or started with both factors drawn: its B·A is not zero.",
+                f"{pair.where} was trained already, or started with both factors drawn: its B·A is"
+                " not zero.",
                 "Rebuild the adapter, or give force=True to discard its weights.",
             )
         if scaling is not None:
-            declare(place for start in starts for place in scaling_places(start.pair, start.rank, float(scaling)))
+            declare(
+                place
+                for start in starts
+                for place in scaling_places(start.pair, start.rank, float(scaling))
+            )
             for config in configs:
                 redeclare(config, pairs, chosen, float(scaling))
         write_starts(starts, seed)
     return inspect_model(model)
 
 
-# --- checks ---------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def check_start(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
@@ -136,12 +154,14 @@ def check_start(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
         )
     if declared_number(pair, ("scalar",)) == 0:
         raise InspectionError(
-            f"{pair.where} multiplies its adapter by a `scalar` of zero, so with a zero factor it could not learn.",
+            f"{pair.where} multiplies its adapter by a `scalar` of zero, so with a zero factor it"
+            " could not learn.",
             "Build it without the scalar (use_scalar=False).",
         )
     if is_merged(pair) and _adds(pair):
         raise InspectionError(
-            f"{pair.where} is merged into its base weight, and unmerging it needs its present factors.",
+            f"{pair.where} is merged into its base weight, and unmerging it needs its present"
+            " factors.",
             "Unmerge the adapters first.",
         )
     return start
@@ -165,16 +185,23 @@ def start_of(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
 def _refuse_unwritable(pair: Pair, half: Half) -> None:
     tensor, what = half.tensor, f"{half.name} of {pair.where}"
     if tensor.is_meta:
-        raise InspectionError(f"{what} is on the meta device.", "Materialise the model (to_empty) first.")
+        raise InspectionError(
+            f"{what} is on the meta device.", "Materialise the model (to_empty) first."
+        )
     if hasattr(tensor, "full_tensor") or is_shard(half):
-        raise InspectionError(f"{what} is sharded.", "Initialise before sharding, on the whole model.")
+        raise InspectionError(
+            f"{what} is sharded.", "Initialise before sharding, on the whole model."
+        )
     if not tensor.is_leaf or not tensor.is_floating_point():
         raise InspectionError(
-            f"{what} cannot be drawn: it is computed from other tensors or does not have a floating-point dtype.",
+            f"{what} cannot be drawn: it is computed from other tensors or does not have a"
+            " floating-point dtype.",
             "Remove its parametrization, or keep the factors in a floating dtype.",
         )
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise InspectionError(f"{what} is an inference tensor.", "Build the model outside torch.inference_mode().")
+        raise InspectionError(
+            f"{what} is an inference tensor.", "Build the model outside torch.inference_mode()."
+        )
 
 
 def refuse_opposite_ties(starts: Iterable[Start]) -> None:
@@ -182,13 +209,16 @@ def refuse_opposite_ties(starts: Iterable[Start]) -> None:
     for start in starts:
         if _memory(start.zeroed) in drawn:
             raise InspectionError(
-                f"{start.zeroed.name} of {start.pair.where} is tied to a factor that must be drawn.",
+                f"{start.zeroed.name} of {start.pair.where} is tied to a factor that must be"
+                " drawn.",
                 "Untie the adapters, or freeze one of the two.",
             )
 
 
 def _memory(half: Half) -> tuple[str, int]:
-    """Return a key of a factor's memory. Tied factors may be two parameters with the same memory, one transposed."""
+    """Return a key of a factor's memory. Tied factors may be two parameters with the same memory,
+    one transposed.
+    """
     return str(half.tensor.device), half.tensor.data_ptr()
 
 
@@ -197,14 +227,17 @@ def refuse_residual(pair: Pair, configs: Iterable[Config]) -> None:
     declared = declared_for(pair, configs)
     if isinstance(declared, str) and declared.lower().startswith(_RESIDUAL):
         raise InspectionError(
-            f"{pair.where} starts with both factors drawn, and its init {declared!r} subtracted their product from the "
-            "base weight.",
-            "Rebuild the adapter on the unchanged base with init_lora_weights=True; force=True would lose that part.",
+            f"{pair.where} starts with both factors drawn, and its init {declared!r} subtracted"
+            " their product from the base weight.",
+            "Rebuild the adapter on the unchanged base with init_lora_weights=True; force=True"
+            " would lose that part.",
         )
 
 
 def _adds(pair: Pair) -> bool:
-    """Return whether the pair changes the layer's output: B·(A·x + bias of A) + bias of B is not zero."""
+    """Return whether the pair changes the layer's output: B·(A·x + bias of A) + bias of B is not
+    zero.
+    """
     inner = _not_zero(pair.a.tensor) or _not_zero(_bias(pair, pair.a))
     return (inner and _not_zero(pair.b.tensor)) or _not_zero(_bias(pair, pair.b))
 
@@ -216,16 +249,24 @@ def _not_zero(tensor: torch.Tensor | None) -> bool:
 def _bias(pair: Pair, half: Half) -> torch.Tensor | None:
     """Return the bias of a factor's module, as PEFT's lora_bias adds it."""
     inner, _, last = half.name.rpartition(".")
-    bias = getattr(pair.owner.get_submodule(inner), "bias", None) if inner and last == "weight" else None
+    bias = (
+        getattr(pair.owner.get_submodule(inner), "bias", None)
+        if inner and last == "weight"
+        else None
+    )
     return bias if isinstance(bias, torch.Tensor) else None
 
 
 def is_merged(pair: Pair) -> bool:
     merged: Any = getattr(pair.owner, "merged_adapters", None)
-    return pair.adapter in merged if merged is not None else getattr(pair.owner, "merged", False) is True
+    return (
+        pair.adapter in merged
+        if merged is not None
+        else getattr(pair.owner, "merged", False) is True
+    )
 
 
-# --- drawing --------------------------------------------------------------------------------------------------------
+# --- drawing --------------------------------------------------------------------------------------
 
 
 def write_starts(starts: Iterable[Start], seed: int) -> None:
@@ -238,15 +279,21 @@ def write_starts(starts: Iterable[Start], seed: int) -> None:
         for tensor in (start.zeroed.tensor, _bias(pair, pair.a), _bias(pair, pair.b)):
             if tensor is not None:
                 tensor.zero_()
-        setattr(pair.owner, INIT_MARK, {**getattr(pair.owner, INIT_MARK, {}), pair.adapter: start.init})
+        setattr(
+            pair.owner, INIT_MARK, {**getattr(pair.owner, INIT_MARK, {}), pair.adapter: start.init}
+        )
 
 
 def _draw(start: Start, seed: int) -> torch.Tensor:
     name = f"{start.pair.layer}.{start.drawn.name}"
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    source = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch's CPU generator takes 32 bits
+    source = torch.Generator().manual_seed(
+        int.from_bytes(digest[:4], "big")
+    )  # torch's CPU generator takes 32 bits
     draw: Callable[..., torch.Tensor] = torch.rand if start.uniform else torch.randn
-    values = draw(tuple(start.drawn.tensor.shape), generator=source, dtype=torch.float32, device="cpu")
+    values = draw(
+        tuple(start.drawn.tensor.shape), generator=source, dtype=torch.float32, device="cpu"
+    )
     if start.uniform:
         return (2 * values - 1) * math.sqrt(3 * start.variance)
     return values * math.sqrt(start.variance)

@@ -21,14 +21,18 @@ Parameters = list["tuple[str, nn.Parameter]"]
 
 
 class Walk(NamedTuple):
-    """A model's modules and parameters by name. They are collected once, since this takes most of the time."""
+    """A model's modules and parameters by name. They are collected once, since this takes most of
+    the time.
+    """
 
     modules: Modules
     parameters: Parameters
 
 
 class Half(NamedTuple):
-    """One of a pair's two tensors, with its name relative to the owner. In a file: its full name, and only a shape."""
+    """One of a pair's two tensors, with its name relative to the owner. In a file: its full name,
+    and only a shape.
+    """
 
     name: str
     tensor: torch.Tensor
@@ -65,13 +69,19 @@ def canonical_name(name: str) -> str:
 
 
 def walk(model: nn.Module) -> Walk:
-    """Return the model's modules and parameters by canonical names, or by their own if these are not unique."""
+    """Return the model's modules and parameters by canonical names, or by their own if these are
+    not unique.
+    """
     modules = list(model.named_modules())
-    if not any(prefix.endswith(_WRAPPERS) for prefix, _ in modules):  # the usual case: no prefix to remove
+    if not any(
+        prefix.endswith(_WRAPPERS) for prefix, _ in modules
+    ):  # the usual case: no prefix to remove
         return Walk(modules, _parameters_of(modules))
     clean = [(canonical_name(f"{prefix}.").removesuffix("."), module) for prefix, module in modules]
     parameters = _parameters_of(clean)
-    if len({name for name, _ in parameters}) < len(parameters):  # a submodule of the user is called "module"
+    if len({name for name, _ in parameters}) < len(
+        parameters
+    ):  # a submodule of the user is called "module"
         return Walk(modules, _parameters_of(modules))
     return Walk(clean, parameters)
 
@@ -85,11 +95,13 @@ def _parameters_of(modules: Modules) -> Parameters:
     return list(found.values())
 
 
-# --- finding --------------------------------------------------------------------------------------------------------
+# --- finding --------------------------------------------------------------------------------------
 
 
 def pairs_of(modules: Modules) -> Iterator[Pair]:
-    """Yield every pair by the first row that fits its owner, in the model's order. Tied ones occur for each owner."""
+    """Yield every pair by the first row that fits its owner, in the model's order. Tied ones occur
+    for each owner.
+    """
     from torch import nn
 
     rows = conventions()
@@ -98,19 +110,28 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
         if not (firsts.isdisjoint(module._modules) and firsts.isdisjoint(module._parameters)):
             found: dict[tuple[int, int], Pair] = {}
             members: dict[str, Any] = {**module._modules, **module._parameters}
-            dicts = {name: isinstance(own, (nn.ModuleDict, nn.ParameterDict)) for name, own in members.items()}
+            dicts = {
+                name: isinstance(own, (nn.ModuleDict, nn.ParameterDict))
+                for name, own in members.items()
+            }
             for row in rows:
                 fits = dicts.get(row.a) is dicts.get(row.b) is row.container
                 if fits and all(hasattr(module, name) for name in row.where):
-                    first, second = (_halves(members[name], name, row.container) for name in (row.a, row.b))
+                    first, second = (
+                        _halves(members[name], name, row.container) for name in (row.a, row.b)
+                    )
                     for adapter in filter(second.__contains__, first):
                         a, b = first[adapter], second[adapter]
-                        found.setdefault((id(a.tensor), id(b.tensor)), Pair(module, layer, adapter, row, a, b))
+                        found.setdefault(
+                            (id(a.tensor), id(b.tensor)), Pair(module, layer, adapter, row, a, b)
+                        )
             yield from found.values()
 
 
 def _halves(member: Any, attribute: str, by_adapter: bool) -> dict[str, Half]:
-    """Return the tensors of a module's `attribute` by adapter: a parameter, a module's weight, or a dict of these."""
+    """Return the tensors of a module's `attribute` by adapter: a parameter, a module's weight, or a
+    dict of these.
+    """
     import torch
 
     halves: dict[str, Half] = {}
@@ -123,13 +144,15 @@ def _halves(member: Any, attribute: str, by_adapter: bool) -> dict[str, Half]:
     return halves
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def reading_of(pair: Pair) -> Reading:
-    """Return rank, fan-in, fan-out and kind, by the first of the row's layouts that fits the shapes and the rank.
+    """Return rank, fan-in, fan-out and kind, by the first of the row's layouts that fits the shapes
+    and the rank.
 
-    The shape of a shard is not checked. Its declared rank and its modules' declared fan-in and fan-out are used.
+    The shape of a shard is not checked. Its declared rank and its modules' declared fan-in and
+    fan-out are used.
 
     Raises:
         InspectionError: no layout fits the shapes and the declared rank.
@@ -143,9 +166,10 @@ def reading_of(pair: Pair) -> Reading:
             return reading
     what = "declares no rank" if declared is None else f"declares rank {declared:g}"
     raise InspectionError(
-        f"{pair.where} {what} but {a.name} has shape {tuple(a.tensor.shape)} and {b.name} {tuple(b.tensor.shape)}.",
-        "Rebuild the adapter so that A has `rank` rows and B `rank` columns, set the declared rank right, or register "
-        "its layout with register_convention().",
+        f"{pair.where} {what} but {a.name} has shape {tuple(a.tensor.shape)} and {b.name}"
+        f" {tuple(b.tensor.shape)}.",
+        "Rebuild the adapter so that A has `rank` rows and B `rank` columns, set the declared rank"
+        " right, or register its layout with register_convention().",
     )
 
 
@@ -154,12 +178,18 @@ def read_as(layout: str | Layout, pair: Pair) -> Reading | None:
     read = layout if callable(layout) else LAYOUTS[layout]
     try:
         reading = read(pair.owner, tuple(pair.a.tensor.shape), tuple(pair.b.tensor.shape))
-        whole = all(rank >= 1 and float(rank).is_integer() for rank in (reading.rank_a, reading.rank_b))
+        whole = all(
+            rank >= 1 and float(rank).is_integer() for rank in (reading.rank_a, reading.rank_b)
+        )
     except InspectionError:  # the layout has a more specific message
         raise
     except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
         return None
-    return reading._replace(kind=pair.convention.kind or reading.kind or _kind(pair)) if whole else None
+    return (
+        reading._replace(kind=pair.convention.kind or reading.kind or _kind(pair))
+        if whole
+        else None
+    )
 
 
 def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:
@@ -191,39 +221,53 @@ _FANS = (
 
 
 def _declared_fan(pair: Pair, half: Half, side: int) -> float:
-    """Return the layer's fan-in (side 0) or fan-out (1), from an unsharded factor or from a module's attribute."""
+    """Return the layer's fan-in (side 0) or fan-out (1), from an unsharded factor or from a
+    module's attribute.
+    """
     if not is_shard(half):
         shape = half.tensor.shape
         return float(math.prod(shape[1:]) if side == 0 else shape[0])
     inner = half.name.rpartition(".")[0]
-    for owner in (getattr(pair.owner, "base_layer", pair.owner), pair.owner, pair.owner.get_submodule(inner)):
+    for owner in (
+        getattr(pair.owner, "base_layer", pair.owner),
+        pair.owner,
+        pair.owner.get_submodule(inner),
+    ):
         for name in _FANS[side]:
             value = getattr(owner, name, None)
             if isinstance(value, int):
-                return float(value * (math.prod(getattr(owner, "kernel_size", ())) if side == 0 else 1))
+                return float(
+                    value * (math.prod(getattr(owner, "kernel_size", ())) if side == 0 else 1)
+                )
     raise InspectionError(
-        f"{pair.where} is sharded, and neither the shape {tuple(half.tensor.shape)} of {half.name} nor a module has "
-        f"its fan-{('in', 'out')[side]}.",
-        "Set in_features and out_features on the module that owns the pair, or shard with fully_shard.",
+        f"{pair.where} is sharded, and neither the shape {tuple(half.tensor.shape)} of {half.name}"
+        f" nor a module has its fan-{('in', 'out')[side]}.",
+        "Set in_features and out_features on the module that owns the pair, or shard with"
+        " fully_shard.",
     )
 
 
 def scaling_of(pair: Pair, rank: float) -> float | None:
-    """Return the declared multiplier of B·A, else declared alpha / rank, else None. Raise if it is impossible."""
+    """Return the declared multiplier of B·A, else declared alpha / rank, else None. Raise if it is
+    impossible.
+    """
     value = declared_number(pair, pair.convention.scaling)
     if value is None:
         alpha = declared_number(pair, pair.convention.alpha)
         value = None if alpha is None else alpha / rank
     if value is not None and not 0 < value < math.inf:
         raise InspectionError(
-            f"{pair.where} has the scaling {value:g}, so its adapter has no effect or is undefined.",
+            f"{pair.where} has the scaling {value:g}, so its adapter has no effect or is"
+            " undefined.",
             "Give a positive finite alpha. To disable an adapter, freeze or delete it.",
         )
     return value
 
 
 def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
-    """Return the first of the owner's `attributes` that is a number, also in a dict by adapter or a small tensor."""
+    """Return the first of the owner's `attributes` that is a number, also in a dict by adapter or a
+    small tensor.
+    """
     for attribute in attributes:
         value: Any = pair.owner
         for part in attribute.split("."):
@@ -240,7 +284,9 @@ def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
 def is_embedding(module: nn.Module) -> bool:
     """Return whether a module, or the one that it adapts, is an embedding."""
     base = getattr(module, "base_layer", module)
-    if isinstance(base, SimpleNamespace):  # what a file says about a layer: it is not a module, and torch is not needed
+    if isinstance(
+        base, SimpleNamespace
+    ):  # what a file says about a layer: it is not a module, and torch is not needed
         return False
     from torch import nn
 

@@ -1,4 +1,6 @@
-"""References from texts ("r=16,alpha=32", "full,fan_in=4096"), adapters on disk, or PEFT's `LoraConfig`."""
+"""References from texts ("r=16,alpha=32", "full,fan_in=4096"), adapters on disk, or PEFT's
+`LoraConfig`.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +43,9 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
     """Return a reference from a value that describes one.
 
     Args:
-        value: a `Reference`, a text such as "r=16,alpha=32", an adapter's folder or file, or PEFT's `LoraConfig`. An
-            adapter gives its most common rank, scaling and init, and its width. A configuration gives its `r` and
-            `lora_alpha`. Its patterns are ignored.
+        value: a `Reference`, a text such as "r=16,alpha=32", an adapter's folder or file, or PEFT's
+            `LoraConfig`. An adapter gives its most common rank, scaling and init, and its width. A
+            configuration gives its `r` and `lora_alpha`. Its patterns are ignored.
         like: the reference whose values a text without alpha keeps, except those that it gives.
 
     Raises:
@@ -52,7 +54,9 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
     """
     if isinstance(value, Reference):
         return value
-    if isinstance(value, os.PathLike) or (isinstance(value, str) and not _is_words(value) and os.path.exists(value)):
+    if isinstance(value, os.PathLike) or (
+        isinstance(value, str) and not _is_words(value) and os.path.exists(value)
+    ):
         return reference_of(inspect_file(os.fspath(value)))
     if isinstance(value, str):
         return parse_reference(value, like=like)
@@ -60,7 +64,8 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
         return _of_config(value)
     raise InvalidReferenceError(
         f"{shown(value)} is not a reference.",
-        'Give a Reference, a text such as "r=16,alpha=32" or "full", an adapter\'s folder, or a LoraConfig.',
+        'Give a Reference, a text such as "r=16,alpha=32" or "full", an adapter\'s folder, or a'
+        " LoraConfig.",
     )
 
 
@@ -70,10 +75,18 @@ def reference_of(survey: Survey) -> Reference:
 
 
 def _of_config(config: Any) -> Reference:
-    kind = str(getattr(config.peft_type, "value", config.peft_type)) if hasattr(config, "peft_type") else "LORA"
+    kind = (
+        str(getattr(config.peft_type, "value", config.peft_type))
+        if hasattr(config, "peft_type")
+        else "LORA"
+    )
     init = declared_init(getattr(config, "init_lora_weights", True), "linear")
     if kind != "LORA" or init == "other":
-        what = f"init_lora_weights={shown(config.init_lora_weights)}" if kind == "LORA" else f"the kind {shown(kind)}"
+        what = (
+            f"init_lora_weights={shown(config.init_lora_weights)}"
+            if kind == "LORA"
+            else f"the kind {shown(kind)}"
+        )
         raise InvalidReferenceError(
             f"A {type(config).__name__} with {what} is not a reference, since no law covers it.",
             "Give Reference(rank=..., alpha=...) if you know its equivalent.",
@@ -82,20 +95,28 @@ def _of_config(config: Any) -> Reference:
 
 
 def _is_words(text: str) -> bool:
-    """Return whether every part of `text` begins like a part of a reference. Otherwise it may be a path."""
-    return all(part.strip() in _FLAGS or part.partition("=")[0].strip() in _KEYS for part in text.split(","))
+    """Return whether every part of `text` begins like a part of a reference. Otherwise it may be a
+    path.
+    """
+    return all(
+        part.strip() in _FLAGS or part.partition("=")[0].strip() in _KEYS
+        for part in text.split(",")
+    )
 
 
 def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
-    """Parse a reference: "r=16,alpha=32" with optional rslora, init=B, fan_in=4096, batch=64; or "full,fan_in=4096".
+    """Parse a reference: "r=16,alpha=32" with optional rslora, init=B, fan_in=4096, batch=64; or
+    "full,fan_in=4096".
 
     Args:
-        text: the reference as text. init is "A" (B starts at zero, as in PEFT, the default) or "B" (A starts at zero).
-        like: the reference whose values a text without alpha keeps, except those that it gives. Without it alpha is
-            required.
+        text: the reference as text. init is "A" (B starts at zero, as in PEFT, the default) or "B"
+            (A starts at zero).
+        like: the reference whose values a text without alpha keeps, except those that it gives.
+            Without it alpha is required.
 
     Raises:
-        InvalidReferenceError: a part is unknown, unreadable, given twice, missing, impossible, or not for "full".
+        InvalidReferenceError: a part is unknown, unreadable, given twice, missing, impossible, or
+            not for "full".
 
     >>> str(parse_reference("r=16,alpha=32"))
     'rank 16, alpha 32, B = 0'
@@ -106,7 +127,9 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, value = _FLAGS.get(part) or _entry(part)
         if name in values:
-            raise InvalidReferenceError(f"{part!r} gives {name} a second time in {text!r}.", "Give each part once.")
+            raise InvalidReferenceError(
+                f"{part!r} gives {name} a second time in {text!r}.", "Give each part once."
+            )
         values[name] = value
     extra = sorted(values.keys() - _OF_FULL) if "method" in values else []
     if extra:
@@ -114,7 +137,12 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
             f"Full finetuning has no {extra[0]}, which {text!r} gives it.",
             'Write "full", with fan_in=4096 or batch=64.',
         )
-    if like is not None and like.method == "lora" and values and not {"alpha", "method"} & values.keys():
+    if (
+        like is not None
+        and like.method == "lora"
+        and values
+        and not {"alpha", "method"} & values.keys()
+    ):
         return replace(like, **values)
     return Reference(**values)
 
@@ -128,7 +156,7 @@ def _entry(part: str) -> tuple[str, Any]:
     except (KeyError, ValueError) as error:
         raise InvalidReferenceError(
             f"{part!r} is not a part of a reference.",
-            'Write it as "r=16,alpha=32", or with more, as "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64"; or as '
-            '"full,fan_in=4096"; '
-            "or give an adapter's folder or file.",
+            'Write it as "r=16,alpha=32", or with more, as'
+            ' "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64"; or as "full,fan_in=4096"; or give'
+            " an adapter's folder or file.",
         ) from error

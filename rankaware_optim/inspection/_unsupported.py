@@ -1,4 +1,6 @@
-"""Trainable parameters of adapters without a law. They are recognised by their names and keep the base rate."""
+"""Trainable parameters of adapters without a law. They are recognised by their names and keep the
+base rate.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ _KINDS = {kind: re.compile(pattern) for kind, pattern in {**_ADAPTERS, **_PARTS}
 
 
 def other_kind(name: str) -> str | None:
-    """Return the kind of adapter without a law to which a parameter belongs, by its name; None for other parameters.
+    """Return the kind of adapter without a law to which a parameter belongs, by its name; None for
+    other parameters.
 
     >>> other_kind("blocks.0.q.vera_lambda_b.default"), other_kind("head.weight")
     ('VeRA', None)
@@ -69,10 +72,14 @@ def other_kind(name: str) -> str | None:
 
 
 def is_other_adapter(name: str) -> bool:
-    """Return whether a parameter belongs, by its name, to an adapter that is not a LoRA pair, such as LoHa or IA³."""
+    """Return whether a parameter belongs, by its name, to an adapter that is not a LoRA pair, such
+    as LoHa or IA³.
+    """
     return any(_KINDS[kind].search(name) for kind in _ADAPTERS)
 
 
 def unsupported(names: Iterable[str]) -> dict[str, str]:
-    """Return the kind of every parameter in `names` that belongs to an adapter without a law, by name."""
+    """Return the kind of every parameter in `names` that belongs to an adapter without a law, by
+    name.
+    """
     return {name: kind for name in names if (kind := other_kind(name))}

@@ -1,4 +1,6 @@
-"""Trials with Lightning's `Trainer`, of `lightning` or `pytorch_lightning`. Importing this module imports neither."""
+"""Trials with Lightning's `Trainer`, of `lightning` or `pytorch_lightning`. Importing this module
+imports neither.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,14 @@ from ._trainer_run import TrainerRun
 
 
 def lightning_rates() -> Any:
-    """Return a callback for Lightning's `Trainer` that logs every group's rate. LearningRateMonitor logs base rates::
+    """Return a callback for Lightning's `Trainer` that logs every group's rate. LearningRateMonitor
+    logs base rates::
 
         trainer = Trainer(callbacks=[LearningRateMonitor(), lightning_rates()])
 
-    They are logged as often as the trainer logs. With several optimizers the names start with the optimizer's number.
-    A recipe's name and hash are logged as hyperparameters, "rankaware/recipe" and "rankaware/recipe_hash".
+    They are logged as often as the trainer logs. With several optimizers the names start with the
+    optimizer's number. A recipe's name and hash are logged as hyperparameters, "rankaware/recipe"
+    and "rankaware/recipe_hash".
 
     Raises:
         OptimizerError: neither lightning nor pytorch_lightning is installed.
@@ -31,13 +35,17 @@ def lightning_rates() -> Any:
             callbacks = import_module(f"{package}.callbacks")
             break
     else:
-        raise OptimizerError("lightning_rates is for Lightning, which is not installed.", "Install it.")
+        raise OptimizerError(
+            "lightning_rates is for Lightning, which is not installed.", "Install it."
+        )
 
     class Rates(callbacks.Callback):  # type: ignore[name-defined]
         """Logs the recipe, and the rates of the next step."""
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            words = {key: word for opt in trainer.optimizers for key, word in recipe_words(opt).items()}
+            words = {
+                key: word for opt in trainer.optimizers for key, word in recipe_words(opt).items()
+            }
             for logger in trainer.loggers if words else ():
                 logger.log_hyperparams(words)
 
@@ -45,8 +53,13 @@ def lightning_rates() -> Any:
             if not trainer._logger_connector.should_update_logs:  # as LearningRateMonitor does
                 return
             several = len(trainer.optimizers) > 1
-            named = ((f"{i}/" if several else "", group_rates(opt)) for i, opt in enumerate(trainer.optimizers))
-            rates = {f"{start}{name}": rate for start, found in named for name, rate in found.items()}
+            named = (
+                (f"{i}/" if several else "", group_rates(opt))
+                for i, opt in enumerate(trainer.optimizers)
+            )
+            rates = {
+                f"{start}{name}": rate for start, found in named for name, rate in found.items()
+            }
             for logger in trainer.loggers:
                 logger.log_metrics(rates, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
@@ -72,7 +85,8 @@ def fit(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun) -> Any:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if not isinstance(loss, torch.Tensor):
                 raise CalibrationError(
-                    "The module's training_step returned no loss.", "Return it, also with manual optimization."
+                    "The module's training_step returned no loss.",
+                    "Return it, also with manual optimization.",
                 )
             run.add(loss)
             if trainer.global_step > run.steps_taken and run.end_step():
@@ -84,7 +98,9 @@ def fit(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun) -> Any:
         found = trainer.validate(module, *loaders, verbose=False)
         return {name: value for metrics in found for name, value in metrics.items()}
 
-    kept = [callback for callback in trainer.callbacks if not isinstance(callback, callbacks.Checkpoint)]
+    kept = [
+        callback for callback in trainer.callbacks if not isinstance(callback, callbacks.Checkpoint)
+    ]
     trainer.callbacks = [*kept, Reports()]
     with _interrupts_come_out():
         trainer.fit(module, *data)

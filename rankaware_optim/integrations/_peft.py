@@ -16,14 +16,18 @@ from ._transformers import TrainerFactory
 
 
 def create_rankaware_optimizer(
-    model: nn.Module, optimizer_cls: type[Optimizer] | str, *, lr: float | Rate | None = None, **kwargs: Any
+    model: nn.Module,
+    optimizer_cls: type[Optimizer] | str,
+    *,
+    lr: float | Rate | None = None,
+    **kwargs: Any,
 ) -> RankAwareOptimizer:
     """Create a `RankAwareOptimizer` with the signature of PEFT's `create_loraplus_optimizer`::
 
         opt = create_rankaware_optimizer(model, torch.optim.AdamW, lr=2e-4, tuned_at=Reference(rank=16, alpha=32))
 
-    As in PEFT, norms and biases get no weight decay, and an 8-bit optimizer of bitsandbytes keeps the state of
-    embeddings in 32 bits.
+    As in PEFT, norms and biases get no weight decay, and an 8-bit optimizer of bitsandbytes keeps
+    the state of embeddings in 32 bits.
 
     Args:
         model: the model with its adapters.

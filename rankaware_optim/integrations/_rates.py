@@ -9,14 +9,16 @@ from ..optimizer import effective_lr, recipe_of
 
 
 def group_rates(opt: Any) -> dict[str, float]:
-    """Return every group's rate: "lr/A/r8" = "base_lr/A/r8" × "rank_multiplier/A/r8". Repeated names are numbered.
+    """Return every group's rate: "lr/A/r8" = "base_lr/A/r8" × "rank_multiplier/A/r8". Repeated
+    names are numbered.
 
     Args:
-        opt: the optimizer, or a framework's wrapper with `param_groups`. Its base rates are those that schedulers and
-            trainers set and log.
+        opt: the optimizer, or a framework's wrapper with `param_groups`. Its base rates are those
+            that schedulers and trainers set and log.
     """
     names = [
-        group.get("lora_role", "other") + ("" if group.get("lora_rank") is None else f"/r{group['lora_rank']}")
+        group.get("lora_role", "other")
+        + ("" if group.get("lora_rank") is None else f"/r{group['lora_rank']}")
         for group in opt.param_groups
     ]
     total, seen, rates = Counter(names), Counter[str](), {}

@@ -61,13 +61,18 @@ def settings_from_words(words: Mapping[str, Any]) -> dict[str, Any]:
     2.0
 
     Raises:
-        OptimizerError: a name is unknown, a value cannot be read, or both a recipe and a reference are given.
+        OptimizerError: a name is unknown, a value cannot be read, or both a recipe and a reference
+            are given.
     """
     unknown = words.keys() - _READERS.keys()
     if unknown:
-        raise OptimizerError(f"{min(unknown)!r} is not a setting.", f"Known are {', '.join(_READERS)}.")
+        raise OptimizerError(
+            f"{min(unknown)!r} is not a setting.", f"Known are {', '.join(_READERS)}."
+        )
     if {"recipe", "tuned_at"} <= words.keys():
-        raise OptimizerError("Both recipe and tuned_at were given.", "Give only the recipe, which has a reference.")
+        raise OptimizerError(
+            "Both recipe and tuned_at were given.", "Give only the recipe, which has a reference."
+        )
     made = {}
     for name, text in words.items():
         try:

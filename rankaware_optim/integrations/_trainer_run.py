@@ -17,8 +17,8 @@ from ..errors import CalibrationError
 class TrainerRun:
     """The trial, the optimizer's class and settings, the score, and the loss of the current step.
 
-    metric: the name of an evaluation metric, a function of the trainer, or None for the mean of the last losses.
-    report: gets a step's loss and returns whether the run must end.
+    metric: the name of an evaluation metric, a function of the trainer, or None for the mean of the
+    last losses. report: gets a step's loss and returns whether the run must end.
     """
 
     trial: Trial
@@ -38,7 +38,8 @@ class TrainerRun:
         planned = self.trial._steps  # reading trial.steps would count as using it
         if max_steps is not None and max_steps < planned:
             raise CalibrationError(
-                f"The trainer's max_steps is {max_steps}, less than the trial's {planned}.", "Lower steps=."
+                f"The trainer's max_steps is {max_steps}, less than the trial's {planned}.",
+                "Lower steps=.",
             )
         return self.trial.steps if max_steps is None else max_steps
 
@@ -60,5 +61,7 @@ class TrainerRun:
             return self.metric(trainer)
         found = evaluate()
         if self.metric not in found:
-            raise CalibrationError(f"The evaluation has no {self.metric!r}.", f"It has {', '.join(sorted(found))}.")
+            raise CalibrationError(
+                f"The evaluation has no {self.metric!r}.", f"It has {', '.join(sorted(found))}."
+            )
         return found[self.metric]

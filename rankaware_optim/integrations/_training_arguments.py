@@ -1,4 +1,5 @@
-"""Optimizer settings in transformers' `TrainingArguments`, and the parameter groups that `Trainer` makes.
+"""Optimizer settings in transformers' `TrainingArguments`, and the parameter groups that `Trainer`
+makes.
 
 Importing this module does not import transformers. Its functions do.
 """
@@ -17,11 +18,13 @@ from ..errors import OptimizerError
 
 
 def settings_of(native: type[Optimizer], args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given settings, completed by those of `args` that `native` accepts. With a recipe, without a rate.
+    """Return the given settings, completed by those of `args` that `native` accepts. With a recipe,
+    without a rate.
 
-    The arguments give the weight decay, which Trainer always passes, and rate, betas and eps if they were set. Where
-    they have their default values, the class's own defaults are used. Lion's second beta is 0.99, for example, and a
-    default rate is not tuned. With apply_settings, the recipe's weight decay is used instead of a default one.
+    The arguments give the weight decay, which Trainer always passes, and rate, betas and eps if
+    they were set. Where they have their default values, the class's own defaults are used. Lion's
+    second beta is 0.99, for example, and a default rate is not tuned. With apply_settings, the
+    recipe's weight decay is used instead of a default one.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if args is None:
@@ -43,10 +46,14 @@ def settings_of(native: type[Optimizer], args: Any, given: Mapping[str, Any]) ->
 def check_given(who: str, native: type[Optimizer], args: Any, given: Mapping[str, Any]) -> None:
     """Raise if a model was given, which the trainer gives, or no rate."""
     if "model" in given:
-        raise OptimizerError(f"{who} was given model=, but uses that of the trainer.", "Leave it out.")
+        raise OptimizerError(
+            f"{who} was given model=, but uses that of the trainer.", "Leave it out."
+        )
     settings = settings_of(native, args, given)
     if "lr" not in settings and "recipe" not in settings:
-        usual = "" if args is None else f" to another value than its default, {args.learning_rate:g}"
+        usual = (
+            "" if args is None else f" to another value than its default, {args.learning_rate:g}"
+        )
         raise OptimizerError(
             f"{who} was given no rate.",
             f"Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments{usual}.",
@@ -60,10 +67,11 @@ def _default(takes: Mapping[str, inspect.Parameter], name: str, otherwise: Any) 
 
 
 def trainer_groups(model: nn.Module, native: type[Optimizer]) -> Any:
-    """Return Trainer's two groups, the second of norms and biases without weight decay, or the model.
+    """Return Trainer's two groups, the second of norms and biases without weight decay, or the
+    model.
 
-    The model is returned if the optimizer has no weight decay, or if all trainable parameters get it. A decay of 0
-    gives two groups too, since checkpoints are matched by their order.
+    The model is returned if the optimizer has no weight decay, or if all trainable parameters get
+    it. A decay of 0 gives two groups too, since checkpoints are matched by their order.
     """
     if "weight_decay" not in inspect.signature(native).parameters:
         return model
@@ -75,11 +83,18 @@ def trainer_groups(model: nn.Module, native: type[Optimizer]) -> Any:
     spared = [p for name, p in trained if name not in decayed]
     if not spared:
         return model
-    return [{"params": [p for name, p in trained if name in decayed]}, {"params": spared, "weight_decay": 0.0}]
+    return [
+        {"params": [p for name, p in trained if name in decayed]},
+        {"params": spared, "weight_decay": 0.0},
+    ]
 
 
-def keep_embeddings_in_32_bits(model: nn.Module, native: type[Optimizer], settings: Mapping[str, Any]) -> None:
-    """Let an 8-bit optimizer of bitsandbytes keep the state of embeddings in 32 bits, as Trainer and PEFT do."""
+def keep_embeddings_in_32_bits(
+    model: nn.Module, native: type[Optimizer], settings: Mapping[str, Any]
+) -> None:
+    """Let an 8-bit optimizer of bitsandbytes keep the state of embeddings in 32 bits, as Trainer
+    and PEFT do.
+    """
     if not native.__module__.startswith("bitsandbytes"):
         return
     if settings.get("optim_bits") == 8 or "8bit" in native.__name__:

@@ -3,7 +3,8 @@
     plugins: [rankaware_optim.integrations.axolotl.Plugin]
     rankaware: {tuned_at: "r=16,alpha=32"}      # or {recipe: recipe.toml}
 
-`learning_rate` is the rate tuned at `tuned_at`. `optimizer`, weight decay, betas and the schedule come from the YAML.
+`learning_rate` is the rate tuned at `tuned_at`. `optimizer`, weight decay, betas and the schedule
+come from the YAML.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _OWN_GROUPS = ("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale", "lr_gr
 
 
 class Settings(BaseModel):
-    """The section `rankaware:`, with the arguments of `RankAwareOptimizer`. A reference is a text: "r=16,alpha=32"."""
+    """The section `rankaware:`, with the arguments of `RankAwareOptimizer`. A reference is a text:
+    "r=16,alpha=32".
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -66,7 +69,8 @@ class Plugin(BasePlugin):
         if given:
             raise OptimizerError(
                 f"{given[0]} is of groups that Axolotl makes, which this plug-in replaces.",
-                "Leave it out, and say it as rankaware: rates: {'*embed_tokens*': 1e-5}, or law: loraplus.",
+                "Leave it out, and say it as rankaware: rates: {'*embed_tokens*': 1e-5}, or law:"
+                " loraplus.",
             )
         settings = Settings.model_validate(dict(cfg.rankaware or {})).for_optimizer()
         rate: dict[str, Any] = {} if "recipe" in settings else {"lr": float(cfg.learning_rate)}

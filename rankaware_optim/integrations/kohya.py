@@ -1,11 +1,13 @@
 """The network module for kohya's sd-scripts, which import it by name.
 
-    --network_module rankaware_optim.integrations.kohya --network_args "rankaware_tuned_at=r=16,alpha=16" ...
+    --network_module rankaware_optim.integrations.kohya --network_args
+    "rankaware_tuned_at=r=16,alpha=16" ...
 
-`--learning_rate`, `--unet_lr` and `--text_encoder_lr` are the rates tuned there. The network is `rankaware_network`, by
-default "networks.lora". Its groups are split by rank and factor, each with its own rate. Other settings are network
-arguments: `rankaware_` and the name of an argument of `rank_aware_param_groups`. The optimizer is assumed to be
-sign-like, as Adam is. A saved file contains the name of the actual network.
+`--learning_rate`, `--unet_lr` and `--text_encoder_lr` are the rates tuned there. The network is
+`rankaware_network`, by default "networks.lora". Its groups are split by rank and factor, each with
+its own rate. Other settings are network arguments: `rankaware_` and the name of an argument of
+`rank_aware_param_groups`. The optimizer is assumed to be sign-like, as Adam is. A saved file
+contains the name of the actual network.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from ..optimizer import rank_aware_param_groups
 from ._settings import settings_from_words
 
 _PREFIX = "rankaware_"
-_METHODS = ("prepare_optimizer_params_with_multiple_te_lrs", "prepare_optimizer_params")  # the scripts' own order
+_METHODS = (
+    "prepare_optimizer_params_with_multiple_te_lrs",
+    "prepare_optimizer_params",
+)  # the scripts' own order
 
 
 def create_network(*args: Any, **kwargs: Any) -> Any:
@@ -44,7 +49,8 @@ def _parted(kwargs: dict[str, Any]) -> tuple[dict[str, Any], str, dict[str, Any]
     settings = settings_from_words(ours)
     for unknown in {"recipe", "scale_weight_decay", "on_rank_change"} & settings.keys():
         raise OptimizerError(
-            f"rankaware_{unknown} is for an optimizer of this package, and the scripts build a native one.",
+            f"rankaware_{unknown} is for an optimizer of this package, and the scripts build a"
+            " native one.",
             "Leave it out; a recipe's rate and reference are printed by rankaware show.",
         )
     return own, name, settings
@@ -54,17 +60,25 @@ def _adapted(network: Any, name: str, settings: dict[str, Any]) -> Any:
     """Replace the network's method that returns parameter groups, and return the network."""
     method = next(method for method in _METHODS if hasattr(network, method))
     setattr(network, method, partial(_split, network, getattr(network, method), settings))
-    network.prepare_network = partial(_name_network, name, getattr(network, "prepare_network", lambda args: None))
+    network.prepare_network = partial(
+        _name_network, name, getattr(network, "prepare_network", lambda args: None)
+    )
     return network
 
 
 def _split(network: Any, native: Callable[..., Any], settings: dict[str, Any], *rates: Any) -> Any:
-    """Return the network's groups with rates by rank, and for each the description of its original group."""
+    """Return the network's groups with rates by rank, and for each the description of its original
+    group.
+    """
     found = native(*rates)
     groups, descriptions = found if isinstance(found, tuple) else (found, None)
     rated = next((group["lr"] for group in groups if group.get("lr")), rates[-1])
     split = rank_aware_param_groups(groups, model=network, lr=rated, named=False, **settings)
-    return split if descriptions is None else (split, [descriptions[group["user_group"]] for group in split])
+    return (
+        split
+        if descriptions is None
+        else (split, [descriptions[group["user_group"]] for group in split])
+    )
 
 
 def _name_network(name: str, native: Callable[[Any], None], args: Any) -> None:

@@ -1,8 +1,9 @@
-"""Scaling laws: how the best learning rate moves with rank, scaling, init, width and method. Pure arithmetic, no torch.
+"""Scaling laws: how the best learning rate moves with rank, scaling, init, width and method. Pure
+arithmetic, no torch.
 
-A law has one method, `Law.multiplier(factor, reference)`: the number by which the rate tuned at `reference` is
-multiplied for `factor`. The base rate is that of the reference's A factor. Laws are frozen dataclasses whose arguments
-all have defaults, so that a recipe's TOML can hold them.
+A law has one method, `Law.multiplier(factor, reference)`: the number by which the rate tuned at
+`reference` is multiplied for `factor`. The base rate is that of the reference's A factor. Laws are
+frozen dataclasses whose arguments all have defaults, so that a recipe's TOML can hold them.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ LAWS.register("power", "rankaware_optim.laws._corrections:Power")
 LAWS.register("falling", "rankaware_optim.laws._corrections:Falling")
 DEFAULT_LAW = "falling"
 PRIOR_LAW = "mua"  # of a calibration
-FIRST = "first"  # key of a field's metadata: its first default, which files that lack the field and tags still use
+# key of a field's metadata: its first default, which files that lack the field and tags still use
+FIRST = "first"
 _FAR = 1e4
 _MOST = 1e30  # largest parameter read from a file; a law may allow less
 
 
 class Law(ABC):
-    """A scaling law. Subclass it as a frozen dataclass, give every field a default, and write `multiplier`.
+    """A scaling law. Subclass it as a frozen dataclass, give every field a default, and write
+    `multiplier`.
 
-    Init[A] means that A is drawn and B starts at zero, as in PEFT. Init[B] means that B is drawn and A starts at zero.
+    Init[A] means that A is drawn and B starts at zero, as in PEFT. Init[B] means that B is drawn
+    and A starts at zero.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
@@ -53,7 +57,9 @@ class Law(ABC):
 
     @property
     def falls_with_rank(self) -> bool:
-        """Whether the law lowers the rates of Init[B] with the rank. A calibration then expects no further fall."""
+        """Whether the law lowers the rates of Init[B] with the rank. A calibration then expects no
+        further fall.
+        """
         return False
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
@@ -79,7 +85,8 @@ class Law(ABC):
 
         Args:
             factor: the matrix whose rate is wanted.
-            reference: the configuration of the base rate, with its `fan_in` known (`Reference.resolve`).
+            reference: the configuration of the base rate, with its `fan_in` known
+                (`Reference.resolve`).
 
         Returns:
             A positive finite number, dimensionless.
@@ -87,12 +94,13 @@ class Law(ABC):
 
 
 def get_law(law: str | Law) -> Law:
-    """Return a law from its text: a registered name or "package.module:name", with parameters after a "?".
+    """Return a law from its text: a registered name or "package.module:name", with parameters after
+    a "?".
 
     Args:
-        law: the text, or a `Law`, which is returned unchanged. Parameters are separated by commas. A value is a number,
-            true, false, none, a text or another law. Put that law in brackets if it has parameters too. The name after
-            the colon is that of a class or of an instance.
+        law: the text, or a `Law`, which is returned unchanged. Parameters are separated by commas.
+            A value is a number, true, false, none, a text or another law. Put that law in brackets
+            if it has parameters too. The name after the colon is that of a class or of an instance.
 
     Raises:
         LawError: the law is unknown, cannot be imported, or has no such parameter.
@@ -107,16 +115,25 @@ def get_law(law: str | Law) -> Law:
     if isinstance(law, Law):
         return law
     if not isinstance(law, str):
-        raise LawError(f"A law is a name or a Law instance, not {law!r}.", f"Known are {', '.join(LAWS.names())}.")
+        raise LawError(
+            f"A law is a name or a Law instance, not {law!r}.",
+            f"Known are {', '.join(LAWS.names())}.",
+        )
     name, parameters = (part.strip() for part in law.partition("?")[::2])
     made = _made(name)
     if not isinstance(made, Law):
-        raise LawError(f"{name!r} is a {type(made).__name__}, not a Law.", "Derive it from rankaware_optim.Law.")
+        raise LawError(
+            f"{name!r} is a {type(made).__name__}, not a Law.",
+            "Derive it from rankaware_optim.Law.",
+        )
     values = dict(_parameter(made, part) for part in _parted(parameters))
     if not values:
         return made
     if not is_dataclass(made):
-        raise LawError(f"The law {name!r} has no parameters to set.", "Make it a dataclass, or leave out the '?'.")
+        raise LawError(
+            f"The law {name!r} has no parameters to set.",
+            "Make it a dataclass, or leave out the '?'.",
+        )
     return replace(made, **values)
 
 
@@ -126,9 +143,13 @@ def _made(name: str) -> Any:
     try:
         found: Any = factory or getattr(import_module(package), attribute)
         return found() if factory or isinstance(found, type) else found
-    except (Exception, SystemExit) as error:  # third-party code may raise anything when it is imported or called
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # third-party code may raise anything when it is imported or called
         raise LawError(
-            f"The law {name!r} cannot be loaded: {error}.", "Give 'package.module:Class', importable from here."
+            f"The law {name!r} cannot be loaded: {error}.",
+            "Give 'package.module:Class', importable from here.",
         ) from error
 
 
@@ -164,20 +185,34 @@ def _parameter(law: Law, part: str) -> tuple[str, Any]:
 
 
 def law_changes(law: Law) -> dict[str, Any]:
-    """Return a law's name and the parameters that differ from their first defaults. Recipes are hashed by these.
+    """Return a law's name and the parameters that differ from their first defaults. Recipes are
+    hashed by these.
 
     Inner laws are always named. A parameter that a later version adds therefore changes no hash.
     """
-    kept = {name: value for name, value, changed in _parameters(law, FIRST) if changed or isinstance(value, Law)}
-    return {"name": law.name, **{k: law_changes(v) if isinstance(v, Law) else v for k, v in kept.items()}}
+    kept = {
+        name: value
+        for name, value, changed in _parameters(law, FIRST)
+        if changed or isinstance(value, Law)
+    }
+    return {
+        "name": law.name,
+        **{k: law_changes(v) if isinstance(v, Law) else v for k, v in kept.items()},
+    }
 
 
 def law_words(law: Law) -> str:
-    """Return a law as text: its class and the parameters that differ from their defaults, as "MuA(tokens=4.0)"."""
+    """Return a law as text: its class and the parameters that differ from their defaults, as
+    "MuA(tokens=4.0)".
+    """
     words = []
     for name, value, changed in _parameters(law):
         short = float(f"{value:.4g}") if isinstance(value, float) else value
-        words += [f"{name}={law_words(value) if isinstance(value, Law) else repr(short)}"] if changed else []
+        words += (
+            [f"{name}={law_words(value) if isinstance(value, Law) else repr(short)}"]
+            if changed
+            else []
+        )
     return f"{type(law).__name__}({', '.join(words)})"
 
 
@@ -189,7 +224,13 @@ def law_sentence(law: Law) -> str:
     """
     words = []
     for name, value, changed in _parameters(law):
-        short = f"({law_sentence(value)})" if isinstance(value, Law) else f"{value:.3g}" if is_number(value) else value
+        short = (
+            f"({law_sentence(value)})"
+            if isinstance(value, Law)
+            else f"{value:.3g}"
+            if is_number(value)
+            else value
+        )
         words += [f"{name} {short}"] if changed else []
     return f"{law.name} with {', '.join(words)}" if words else law.name
 
@@ -202,19 +243,24 @@ def _parameters(law: Law, which: str = "") -> Iterator[tuple[str, Any, bool]]:
     known: tuple[Field[Any], ...] = fields(law) if is_dataclass(law) else ()
     for f in known:
         value = _as_float(getattr(law, f.name), f)
-        default = f.default_factory() if callable(f.default_factory) else f.metadata.get(which, f.default)
+        default = (
+            f.default_factory() if callable(f.default_factory) else f.metadata.get(which, f.default)
+        )
         yield f.name, value, value != default
 
 
 def _as_float(value: Any, of: Field[Any]) -> Any:
-    """Return a parameter's value, as a float if its default is one. A power of Python ints could grow without bound."""
+    """Return a parameter's value, as a float if its default is one. A power of Python ints could
+    grow without bound.
+    """
     return float(value) if is_number(value) and isinstance(of.default, float) else value
 
 
 def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
     """Return `law.multiplier(factor, reference)`, checked to be a positive finite number.
 
-    A value within rounding error of 1 becomes 1. The reference's own configuration then keeps its rate bit for bit.
+    A value within rounding error of 1 becomes 1. The reference's own configuration then keeps its
+    rate bit for bit.
 
     Raises:
         LawError: the law failed, or returned something else.
@@ -231,16 +277,21 @@ def innermost(law: Law) -> Law:
 
 
 def caution_of(multiplier: float) -> str:
-    """Return a warning text for a multiplier outside 1e-4 to 1e4, else "". Usual ranks and alphas stay inside."""
+    """Return a warning text for a multiplier outside 1e-4 to 1e4, else "". Usual ranks and alphas
+    stay inside.
+    """
     if 1 / _FAR <= multiplier <= _FAR:
         return ""
     return (
-        f"The law multiplies the rate by {multiplier:.3g}, beyond {1 / _FAR:g} to {_FAR:g}: look at ranks and alphas."
+        f"The law multiplies the rate by {multiplier:.3g}, beyond {1 / _FAR:g} to {_FAR:g}: look at"
+        " ranks and alphas."
     )
 
 
 def checked_batch_multiplier(law: Law, ratio: float) -> float:
-    """Return `law.batch_multiplier(ratio)`; raise a `LawError` if it is not a positive finite number."""
+    """Return `law.batch_multiplier(ratio)`; raise a `LawError` if it is not a positive finite
+    number.
+    """
     return _usable(law, _answer(law, "batch_multiplier", ratio), f"{ratio:g} times the batch")
 
 
@@ -257,28 +308,42 @@ def bound_law(law: Law, optimizer_class: type, settings: Mapping[str, Any]) -> L
     """Return `law.bind(optimizer_class, settings)`; raise a `LawError` if that is not a law."""
     bound = _answer(law, "bind", optimizer_class, settings)
     if not isinstance(bound, Law):
-        raise LawError(f"The law {law!r} gave {bound!r} when it was bound.", "Return a law, by default the law itself.")
+        raise LawError(
+            f"The law {law!r} gave {bound!r} when it was bound.",
+            "Return a law, by default the law itself.",
+        )
     return bound
 
 
 def _answer(law: Law, method: str, *question: Any) -> Any:
-    """Call a method of a law, which may be third-party code. Whatever it raises becomes a `LawError`."""
+    """Call a method of a law, which may be third-party code. Whatever it raises becomes a
+    `LawError`.
+    """
     try:
         return getattr(law, method)(*question)
     except (RankAwareError, Warning):
         raise
     except Exception as error:
         raise LawError(
-            f"The law {law!r} failed in {method}(): {error!r}.", "Fix the law, or choose another by law=."
+            f"The law {law!r} failed in {method}(): {error!r}.",
+            "Fix the law, or choose another by law=.",
         ) from error
 
 
 def law_to_dict(law: Law) -> dict[str, Any]:
-    """Return a law as plain TOML values: its registered name and its fields. None is written "none"."""
+    """Return a law as plain TOML values: its registered name and its fields. None is written
+    "none".
+    """
     if _kind_of(law.name) is not type(law):
-        raise LawError(f"The law {law!r} is not the one registered as {law.name!r}.", "Register it under its own name.")
+        raise LawError(
+            f"The law {law!r} is not the one registered as {law.name!r}.",
+            "Register it under its own name.",
+        )
     values = {f.name: getattr(law, f.name) for f in fields(law)}  # type: ignore[arg-type]
-    plain = {k: law_to_dict(v) if isinstance(v, Law) else "none" if v is None else v for k, v in values.items()}
+    plain = {
+        k: law_to_dict(v) if isinstance(v, Law) else "none" if v is None else v
+        for k, v in values.items()
+    }
     return {"name": law.name, **plain}
 
 
@@ -290,7 +355,8 @@ def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
         depth: how many levels of laws inside laws are accepted.
 
     Raises:
-        LawError: the law or a parameter is unknown or gone, a value is out of range, or the laws are nested too deep.
+        LawError: the law or a parameter is unknown or gone, a value is out of range, or the laws
+            are nested too deep.
     """
     from ._former import in_todays_fields
 
@@ -302,20 +368,27 @@ def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
         if key == "name":
             continue
         if key not in known:
-            raise LawError(f"The law {kind.name!r} has no parameter {shown(key)}.", "Remove it, or update the package.")
+            raise LawError(
+                f"The law {kind.name!r} has no parameter {shown(key)}.",
+                "Remove it, or update the package.",
+            )
         if isinstance(value, Mapping):
             if not depth:
                 raise LawError("The laws are nested too deep.", "Remove some of them.")
             value = law_from_dict(value, depth=depth - 1)
         elif is_number(value) and not abs(value) <= _MOST:
-            raise LawError(f"The law {kind.name!r} got {key}={shown(value)}.", f"Give a number up to {_MOST:g}.")
+            raise LawError(
+                f"The law {kind.name!r} got {key}={shown(value)}.",
+                f"Give a number up to {_MOST:g}.",
+            )
         values[key] = None if value == "none" else _as_float(value, known[key])
     made: Law = kind(**values)
     return made
 
 
 def _kind_of(name: str) -> type[Any]:
-    """Return the class of a law that a file names: ours, or that of an installed entry point. A module is not imported.
+    """Return the class of a law that a file names: ours, or that of an installed entry point. A
+    module is not imported.
 
     Raises:
         LawError: there is no such law.
@@ -329,7 +402,8 @@ def _kind_of(name: str) -> type[Any]:
     except LawError as error:
         raise LawError(
             f"Unknown law {shown(name)}.",
-            "Install it as an entry point of 'rankaware_optim.laws', or pass law= with the recipe's lr= and tuned_at=.",
+            "Install it as an entry point of 'rankaware_optim.laws', or pass law= with the recipe's"
+            " lr= and tuned_at=.",
         ) from error
     return type(factory())
 
@@ -339,12 +413,16 @@ def check_parameters(law: Law, *names: str) -> None:
     for name in names:
         value = getattr(law, name)
         if not is_within(name, value):
-            raise LawError(f"The law {law.name!r} got {name}={shown(value)}.", f"Give {range_of(name)}.")
+            raise LawError(
+                f"The law {law.name!r} got {name}={shown(value)}.", f"Give {range_of(name)}."
+            )
 
 
 def check_law(law: Law, inner: object) -> None:
     if not isinstance(inner, Law):
-        raise LawError(f"The law {law.name!r} got law={inner!r}.", "Give a Law instance, such as MuA().")
+        raise LawError(
+            f"The law {law.name!r} got law={inner!r}.", "Give a Law instance, such as MuA()."
+        )
 
 
 def check_choice(law: Law, name: str, choices: Iterable[object]) -> None:

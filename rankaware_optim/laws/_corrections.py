@@ -13,18 +13,23 @@ from ._base import FIRST, Law, check_law, check_parameters
 from ._mua import MuA
 
 _DISTANCE = 0.9  # supported by the rule of benchmarks/laws/default_law.py
-DISTANCE_NOTE = f"A rate that the law moves keeps a distance: × {_DISTANCE:g}, since too high costs more than too low."
+DISTANCE_NOTE = (
+    f"A rate that the law moves keeps a distance: × {_DISTANCE:g}, since too high costs more than"
+    " too low."
+)
 
 
 @dataclass(frozen=True)
 class Power(Law):
-    """Another law, corrected by a rank exponent and a factor for full finetuning. A calibration fits both::
+    """Another law, corrected by a rank exponent and a factor for full finetuning. A calibration
+    fits both::
 
         LoRA               multiplier = law · (r / r_ref)^exponent
         full finetuning    multiplier = law · (r_full / r_ref)^exponent · full_factor
 
-    r_full is `pivot`, or the fan-in n if `to_full` is set. r_ref is the reference's rank. For a reference tuned by full
-    finetuning, (r_ref)^exponent is replaced by (r_full)^exponent · full_factor.
+    r_full is `pivot`, or the fan-in n if `to_full` is set. r_ref is the reference's rank. For a
+    reference tuned by full finetuning, (r_ref)^exponent is replaced by (r_full)^exponent ·
+    full_factor.
 
     Args:
         exponent: the drift, in octaves of rate per octave of rank.
@@ -69,22 +74,24 @@ class Power(Law):
 
 @dataclass(frozen=True)
 class Falling(Law):
-    """Another law, with rates that fall in rank under Init[B] (A starts at zero). Around `MuA` it is the default law::
+    """Another law, with rates that fall in rank under Init[B] (A starts at zero). Around `MuA` it
+    is the default law::
 
         Init[B]                             multiplier ∝ law · ((r₀ + n) / (r₀ + min(r, n)))^p
         Init[A] (B = 0), full finetuning    multiplier ∝ law
 
-    r₀ = `knee`, p = `power`, r is the rank and n the fan-in. The reference is treated in the same way. Above r₀ the
-    rate falls as r^-p. At r = n it equals the rate of full finetuning. The form is empirical: no theory gives it, and
-    the paper's law does not contain it. The rate of an embedding, whose width is 1, does not fall. `coordinate_check`
-    tests stability only and does not see the fall.
+    r₀ = `knee`, p = `power`, r is the rank and n the fan-in. The reference is treated in the same
+    way. Above r₀ the rate falls as r^-p. At r = n it equals the rate of full finetuning. The form
+    is empirical: no theory gives it, and the paper's law does not contain it. The rate of an
+    embedding, whose width is 1, does not fall. `coordinate_check` tests stability only and does not
+    see the fall.
 
-    The fall applies to sign-like optimizers (Adam and its variants) and to unknown ones. Bound to an optimizer of
-    another family, the result is the inner law, bound to that optimizer. With its defaults it is used at a distance:
-    see `at_distance`.
+    The fall applies to sign-like optimizers (Adam and its variants) and to unknown ones. Bound to
+    an optimizer of another family, the result is the inner law, bound to that optimizer. With its
+    defaults it is used at a distance: see `at_distance`.
 
-    Source: this project's study, benchmarks/results/init_b_forms.md and law_check.md. Recipes written before `power`
-    was a field have p = 1/2 and a knee of 4.
+    Source: this project's study, benchmarks/results/init_b_forms.md and law_check.md. Recipes
+    written before `power` was a field have p = 1/2 and a knee of 4.
 
     Args:
         knee: r₀, the rank below which the rate hardly falls.
@@ -118,8 +125,14 @@ class Falling(Law):
         return self.law.batch_multiplier(ratio)
 
     def multiplier(self, factor: Factor, reference: Reference) -> float:
-        here = self._lift(factor.init if factor.role != "full" else "full", factor.rank, factor.fan_in)
-        there = self._lift(reference.init if reference.method == "lora" else "full", reference.rank, reference.fan_in)
+        here = self._lift(
+            factor.init if factor.role != "full" else "full", factor.rank, factor.fan_in
+        )
+        there = self._lift(
+            reference.init if reference.method == "lora" else "full",
+            reference.rank,
+            reference.fan_in,
+        )
         return self.law.multiplier(factor, reference) * here / there
 
     def _lift(self, init: str, rank: int | None, fan_in: float | None) -> float:
@@ -129,18 +142,23 @@ class Falling(Law):
         return math.pow((self.knee + fan_in) / (self.knee + min(rank, fan_in)), self.power)
 
 
-_DEFAULTS = (Falling(), Falling(law=MuA(family="unknown")))  # the default law, bound to the families for which it falls
+_DEFAULTS = (
+    Falling(),
+    Falling(law=MuA(family="unknown")),
+)  # the default law, bound to the families for which it falls
 
 
 def at_distance(law: Law, multiplier: float) -> float:
-    """Return a law's multiplier as it is used: a rate that the default law moves is multiplied by .9.
+    """Return a law's multiplier as it is used: a rate that the default law moves is multiplied by
+    .9.
 
-    Too high a rate costs more than too low a one. A multiplier of 1 stays 1, and so does that of every other law.
-    Apply this once, where a rate is used. A recipe's law is a `Power`, so its rates, which have a margin, keep none.
+    Too high a rate costs more than too low a one. A multiplier of 1 stays 1, and so does that of
+    every other law. Apply this once, where a rate is used. A recipe's law is a `Power`, so its
+    rates, which have a margin, keep none.
 
     Args:
-        law: the law, bound or not. The default law bound to an optimizer that is neither sign-like nor unknown is
-            another law.
+        law: the law, bound or not. The default law bound to an optimizer that is neither sign-like
+            nor unknown is another law.
         multiplier: its multiplier, dimensionless.
     """
     return multiplier * _DISTANCE if multiplier != 1.0 and law in _DEFAULTS else multiplier

@@ -12,13 +12,21 @@ from .._types import Factor, Reference
 from ..errors import LawError
 from ._base import Law, check_parameters
 
-_GONE = {"split": False, "floor": "none", "steps": "none"}  # fields that µA had, and their only readable values
-_AT_ONE_RANK = ("gradient-like", "spectral")  # families whose rates moved with the rank unless "one-rank" held them
+_GONE = {
+    "split": False,
+    "floor": "none",
+    "steps": "none",
+}  # fields that µA had, and their only readable values
+_AT_ONE_RANK = (
+    "gradient-like",
+    "spectral",
+)  # families whose rates moved with the rank unless "one-rank" held them
 
 
 @dataclass(frozen=True)
 class Measured(Law):
-    """The law of former recipes that ran a few steps of the optimizer which the file names. Nothing is run any more.
+    """The law of former recipes that ran a few steps of the optimizer which the file names. Nothing
+    is run any more.
 
     Its parameters are kept as they were, so that the recipe's hash stays.
     """
@@ -38,7 +46,8 @@ class Measured(Law):
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         if not _is_at(factor, reference):
             raise LawError(
-                "The law 'measured' is no longer part of this package, so its recipes have one rate.",
+                "The law 'measured' is no longer part of this package, so its recipes have one"
+                " rate.",
                 "Calibrate again, or pass law= with the recipe's lr= and tuned_at=.",
             )
         return self.ratio if factor.role == "B" else 1.0
@@ -57,14 +66,19 @@ def _is_at(factor: Factor, reference: Reference) -> bool:
 
 
 def in_todays_fields(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a law's table with today's names and fields, and with the same rates. Today's tables are unchanged.
+    """Return a law's table with today's names and fields, and with the same rates. Today's tables
+    are unchanged.
 
     Raises:
         LawError: today's laws give other rates.
     """
     if data.get("name") == "one-rank":
         inner = data.get("law")
-        if isinstance(inner, Mapping) and inner.get("name") == "mua" and inner.get("family") in _AT_ONE_RANK:
+        if (
+            isinstance(inner, Mapping)
+            and inner.get("name") == "mua"
+            and inner.get("family") in _AT_ONE_RANK
+        ):
             return _without_gone(inner)
         raise _gone("'one-rank' around that law")
     if data.get("name") != "mua" or _GONE.keys().isdisjoint(data):

@@ -1,8 +1,9 @@
-"""Families of optimizers: which family a class belongs to, and how far its updates move a layer's output. No torch.
+"""Families of optimizers: which family a class belongs to, and how far its updates move a layer's
+output. No torch.
 
-Each family has a function `rate(of, at)`. It returns the σ at which η_A = σ and η_B = λ·σ move the output by 1 in
-T = 1. The equations are in the functions' docstrings. There s is the effective multiplier, r the rank, n the fan-in, b
-the number of tokens and λ = η_B / η_A. τ = T·η.
+Each family has a function `rate(of, at)`. It returns the σ at which η_A = σ and η_B = λ·σ move the
+output by 1 in T = 1. The equations are in the functions' docstrings. There s is the effective
+multiplier, r the rank, n the fan-in, b the number of tokens and λ = η_B / η_A. τ = T·η.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from ..errors import LawError
 
 
 class Site(NamedTuple):
-    """The configuration of a rate: init "A", "B" or "full", rank r, effective multiplier s, fan-in n."""
+    """The configuration of a rate: init "A", "B" or "full", rank r, effective multiplier s, fan-in
+    n.
+    """
 
     init: str
     rank: float
@@ -34,7 +37,8 @@ class Updates(NamedTuple):
 
 
 def kappa(m: float, tokens: float | None) -> float:
-    """Return the size of a sum of m sign terms that serves b = `tokens` tokens: √(m + (2/π)·m²/b), or m for None.
+    """Return the size of a sum of m sign terms that serves b = `tokens` tokens: √(m + (2/π)·m²/b),
+    or m for None.
 
     >>> kappa(64, None)
     64.0
@@ -45,10 +49,12 @@ def kappa(m: float, tokens: float | None) -> float:
 
 
 def sign_terms(of: Updates, at: Site) -> tuple[float, float]:
-    """Return (p, q) of the change p·η + q·η_A·η_B for sign-like updates, whose entries all have size η.
+    """Return (p, q) of the change p·η + q·η_A·η_B for sign-like updates, whose entries all have
+    size η.
 
-    The η of p is that of the factor that starts at zero. Under Init[A] the term s·ΔB·A₀·x has size s·κ(r)·η_B. Under
-    Init[B] the term s·B₀·ΔA·x has size s·κ(n)·η_A. Under both, s·ΔB·ΔA·x has size s·κ(r)·κ(n)·η_A·η_B.
+    The η of p is that of the factor that starts at zero. Under Init[A] the term s·ΔB·A₀·x has size
+    s·κ(r)·η_B. Under Init[B] the term s·B₀·ΔA·x has size s·κ(n)·η_A. Under both, s·ΔB·ΔA·x has size
+    s·κ(r)·κ(n)·η_A·η_B.
     """
     k_n = kappa(at.fan_in, of.tokens)
     if at.init == "full":
@@ -58,12 +64,13 @@ def sign_terms(of: Updates, at: Site) -> tuple[float, float]:
 
 
 def spectral_terms(of: Updates, at: Site) -> tuple[float, float]:
-    """Return (p, q) for spectral updates (Muon): a polar factor, all singular values 1, times a shape factor a.
+    """Return (p, q) for spectral updates (Muon): a polar factor, all singular values 1, times a
+    shape factor a.
 
-    An update P of B has rank min(r, b) and spans the features A·x. It keeps their norm: |P·A₀·x| = √r per token, an rms
-    of √(r/n) over n outputs. An update of A spans r of the at most n directions of the b tokens. It keeps a norm of
-    m·√n out of √n, with m = √min(1, r/b + r/n). B₀, with entries of variance 1/r, turns a norm ν into the rms ν·√(1/n +
-    1/r). Hence
+    An update P of B has rank min(r, b) and spans the features A·x. It keeps their norm: |P·A₀·x| =
+    √r per token, an rms of √(r/n) over n outputs. An update of A spans r of the at most n
+    directions of the b tokens. It keeps a norm of m·√n out of √n, with m = √min(1, r/b + r/n). B₀,
+    with entries of variance 1/r, turns a norm ν into the rms ν·√(1/n + 1/r). Hence
 
         Init[A]   p = s·a_B·√(r/n)              q = s·a_A·a_B·m
         Init[B]   p = s·a_A·√n·√(1/n + 1/r)·m   q as above
@@ -80,11 +87,13 @@ def spectral_terms(of: Updates, at: Site) -> tuple[float, float]:
 
 
 def gradient_rate(of: Updates, at: Site) -> float:
-    """Return σ for gradient-like updates (SGD), whose growth compounds. The output gradient g is held fixed.
+    """Return σ for gradient-like updates (SGD), whose growth compounds. The output gradient g is
+    held fixed.
 
-    With G = g·xᵀ, ΔA = −η_A·s·Bᵀ·G and ΔB = −η_B·s·G·Aᵀ are linear in (A, B). Take a singular pair (u, v) of G with
-    value g₀. Along it A·v and Bᵀ·u mix by cosh φ and sinh φ, with φ = s·g₀·T·√(η_A·η_B) for many small steps. G has
-    k = min(b, n) pairs, with g₀² = n² + 2·b·n (the power-weighted mean for independent tokens). With z = sinh²φ,
+    With G = g·xᵀ, ΔA = −η_A·s·Bᵀ·G and ΔB = −η_B·s·G·Aᵀ are linear in (A, B). Take a singular pair
+    (u, v) of G with value g₀. Along it A·v and Bᵀ·u mix by cosh φ and sinh φ, with φ =
+    s·g₀·T·√(η_A·η_B) for many small steps. G has k = min(b, n) pairs, with g₀² = n² + 2·b·n (the
+    power-weighted mean for independent tokens). With z = sinh²φ,
 
         Init[A]   s²·λ·z·(1 + z)·r·(r + k + 1)/n² = 1
         Init[B]   s²/λ·z·((1 + z)·(1 + (k + 1)/r) + max(n − k, 0)/r) = 1
@@ -104,11 +113,12 @@ def gradient_rate(of: Updates, at: Site) -> float:
 
 
 def relative_rate(of: Updates, at: Site) -> float:
-    """Return σ for relative-scale updates (LAMB): sign-like directions in units of the factor's own rms.
+    """Return σ for relative-scale updates (LAMB): sign-like directions in units of the factor's own
+    rms.
 
-    A factor drawn with rms ρ moves by Δ, orthogonal to its start: dΔ/dτ = √(ρ² + Δ²), so Δ = ρ·sinh τ. A factor that
-    starts at zero first takes one step of plain η = τ/4 and grows from there, to z(τ) = τ/4·e^(τ − τ/4). With
-    ρ_A = 1/√n under Init[A] and ρ_B = 1/√r under Init[B],
+    A factor drawn with rms ρ moves by Δ, orthogonal to its start: dΔ/dτ = √(ρ² + Δ²), so Δ = ρ·sinh
+    τ. A factor that starts at zero first takes one step of plain η = τ/4 and grows from there, to
+    z(τ) = τ/4·e^(τ − τ/4). With ρ_A = 1/√n under Init[A] and ρ_B = 1/√r under Init[B],
 
         Init[A]   s·κ(r)·z(τ_B)·(1 + κ(n)·sinh(τ_A)/√n) = 1
         Init[B]   hypot(s·κ(n)·z(τ_A), s·κ(n)·κ(r)·z(τ_A)·sinh(τ_B)/√r) = 1
@@ -145,8 +155,12 @@ def _rising_root(change: Callable[[float], float], most: float) -> float:
     return math.exp(high)
 
 
-def _polynomial(terms: Callable[[Updates, Site], tuple[float, float]], of: Updates, at: Site) -> float:
-    """Return the root σ of p·σ + q·σ² = 1. Under Init[B] the terms are nearly orthogonal and add in quadrature."""
+def _polynomial(
+    terms: Callable[[Updates, Site], tuple[float, float]], of: Updates, at: Site
+) -> float:
+    """Return the root σ of p·σ + q·σ² = 1. Under Init[B] the terms are nearly orthogonal and add in
+    quadrature.
+    """
     p, q = terms(of, at)
     q *= of.ratio
     if at.init == "B":
@@ -166,12 +180,13 @@ class Form(NamedTuple):
 
     rate: σ at a site.
 
-    one_rank: whether every pair is evaluated at rank 16. Small runs of SGD and Muon followed the form with alpha but
-    not with the rank (benchmarks/results/law_check.md).
+    one_rank: whether every pair is evaluated at rank 16. Small runs of SGD and Muon followed the
+    form with alpha but not with the rank (benchmarks/results/law_check.md).
 
-    batch: the exponent of the best rate in the batch size. It is 1/2 for updates that do not grow with the gradient
-    (Malladi et al., arXiv 2205.10287), and 1 for those that do (Goyal et al., arXiv 1706.02677). For spectral and
-    relative-scale updates 1/2 is an assumption without a source.
+    batch: the exponent of the best rate in the batch size. It is 1/2 for updates that do not grow
+    with the gradient (Malladi et al., arXiv 2205.10287), and 1 for those that do (Goyal et al.,
+    arXiv 1706.02677). For spectral and relative-scale updates 1/2 is an assumption without a
+    source.
     """
 
     rate: Callable[[Updates, Site], float]
@@ -196,11 +211,16 @@ SHAPE_FACTORS: dict[str, Callable[[float, float], float]] = {
 
 
 def known_family(optimizer_class: type, settings: Mapping[str, Any] | None = None) -> str:
-    """Return `optimizer_family`; raise a `LawError` if no law is derived for it. strict=True asks for this."""
+    """Return `optimizer_family`; raise a `LawError` if no law is derived for it. strict=True asks
+    for this.
+    """
     family = optimizer_family(optimizer_class, settings)
     if family in FORMS and family != "unknown":
         return family
-    instead = "scale it as a sign-like optimizer (like Adam)" if family == "unknown" else "keep one rate"
+    instead = (
+        "scale it as a sign-like optimizer (like Adam)" if family == "unknown" else "keep one rate"
+    )
     raise LawError(
-        f"No law is derived for the family of {optimizer_class.__name__}.", f"Leave strict out to {instead}."
+        f"No law is derived for the family of {optimizer_class.__name__}.",
+        f"Leave strict out to {instead}.",
     )

@@ -9,7 +9,8 @@ from ..laws import Constant, Falling, LoRAPlus, MuA
 from ._plan import Assignment, Plan
 
 _AS_TUNED = "as tuned"
-# From the most to the least certain. A move in several steps has the phrase of its least certain step.
+# From the most to the least certain. A move in several steps has the phrase of its least certain
+# step.
 _ORDER = (
     "theory, measured",
     "measured, small runs",
@@ -22,7 +23,9 @@ _ORDER = (
 
 
 def evidence(plan: Plan, made: Assignment) -> str:
-    """Return the evidence for the rate that `plan` gave a factor. Only the default law and µA were tested."""
+    """Return the evidence for the rate that `plan` gave a factor. Only the default law and µA were
+    tested.
+    """
     law = plan.law
     if plan.recipe is not None:
         return "calibrated, see its band"
@@ -48,7 +51,11 @@ def _moves(plan: Plan, made: Assignment) -> Iterator[str]:
         fall = -math.log(made.scaling / at.scaling) / math.log((made.rank or 1) / (at.rank or 1))
         seen = min(abs(fall), abs(fall - 1.0)) < 0.05  # alpha follows the rank, or is kept
         of_b = "measured, small runs" if measured else "theory, against small runs"
-        yield (of_b if init == "B" else "theory, measured" if seen else "theory") if adam else of_family
+        yield (
+            (of_b if init == "B" else "theory, measured" if seen else "theory")
+            if adam
+            else of_family
+        )
     elif not math.isclose(made.scaling, at.scaling):
         yield "theory" if adam else of_family
     if plan.options.per_layer_width or not math.isclose(plan.width, at.fan_in or plan.width):
@@ -59,7 +66,9 @@ def _moves(plan: Plan, made: Assignment) -> Iterator[str]:
 
 
 def _of_family(plan: Plan, init: str | None) -> str:
-    """Return the evidence for a family's form if rank or alpha differ (benchmarks/results/law_check.md, at Init[A])."""
+    """Return the evidence for a family's form if rank or alpha differ
+    (benchmarks/results/law_check.md, at Init[A]).
+    """
     if plan.family == "unknown":
         return "a guess, as for sign-like optimizers"
     return "theory" if init == "B" else "measured, small runs"

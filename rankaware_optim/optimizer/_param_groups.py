@@ -1,7 +1,7 @@
 """Parameter groups: a plan splits the user's parameters into named, ordered groups.
 
-A group has `lr` (the base rate), `rank_multiplier` and the plain scalars `pinned_lr`, `lora_role`, `lora_rank`,
-`lora_scale` and `lora_init`, so that checkpoints can be loaded with weights_only=True.
+A group has `lr` (the base rate), `rank_multiplier` and the plain scalars `pinned_lr`, `lora_role`,
+`lora_rank`, `lora_scale` and `lora_init`, so that checkpoints can be loaded with weights_only=True.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from ..inspection import ReferenceLike, Walk, as_reference, survey_of, walk
 from ..laws import DEFAULT_LAW, Law, caution_of
 from ._plan import Assignment, Plan, PlanOptions, make_plan
 
-GROUP_FORMAT = 2  # in format 1 rates were multiplied, and "rank_multiplier" was called "lr_multiplier"
-# Keys of our groups besides torch's. Their values are plain scalars, so that checkpoints load with weights_only=True.
+# in format 1 rates were multiplied, and "rank_multiplier" was called "lr_multiplier"
+GROUP_FORMAT = 2
+# Keys of our groups besides torch's. Their values are plain scalars, so that checkpoints load with
+# weights_only=True.
 TAGS = (
     "rank_multiplier",
     "pinned_lr",
@@ -43,7 +45,8 @@ TAGS = (
 MADE_NATIVE = ("rank_multiplied", "rank_divided_decay")
 # A group's rate, and those between which schedulers move it.
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
-# torch's optimizers that add the decay to the gradient and normalize the sum, unless their group says otherwise.
+# torch's optimizers that add the decay to the gradient and normalize the sum, unless their group
+# says otherwise.
 _L2 = (
     torch.optim.Adagrad,
     torch.optim.Adadelta,
@@ -79,7 +82,9 @@ class UserGroup(NamedTuple):
 
     def without(self, option: str) -> UserGroup:
         """Return the group without one of its options."""
-        return self._replace(options={key: value for key, value in self.options.items() if key != option})
+        return self._replace(
+            options={key: value for key, value in self.options.items() if key != option}
+        )
 
 
 def user_groups(
@@ -101,18 +106,23 @@ def user_groups(
         own = walked if params is model else walk(params)
         params = [p for _, p in own.parameters if p.requires_grad]
     entries = [params] if isinstance(params, torch.Tensor) else list(params)
-    dicts: list[Any] = entries if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
+    dicts: list[Any] = (
+        entries if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
+    )
     names = {id(p): name for name, p in walked.parameters}
     taken = set(names.values())
     groups = [_user_group(group, number, names, taken) for number, group in enumerate(dicts, first)]
     seen: set[int] = set()
     for name, param in (pair for group in groups for pair in group.named):
         if id(param) in seen:
-            raise OptimizerError(f"The parameter {name} is listed twice.", "List every parameter in one group only.")
+            raise OptimizerError(
+                f"The parameter {name} is listed twice.", "List every parameter in one group only."
+            )
         seen.add(id(param))
     if not seen:
         raise OptimizerError(
-            "There is no trainable parameter to optimize.", "Set requires_grad on what should be trained."
+            "There is no trainable parameter to optimize.",
+            "Set requires_grad on what should be trained.",
         )
     if seen.isdisjoint(names) and not outside:
         raise OptimizerError(
@@ -122,9 +132,13 @@ def user_groups(
     return groups
 
 
-def _user_group(group: Mapping[str, Any], number: int, names: Mapping[int, str], taken: set[str]) -> UserGroup:
+def _user_group(
+    group: Mapping[str, Any], number: int, names: Mapping[int, str], taken: set[str]
+) -> UserGroup:
     group = own_settings(group)
-    listed = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
+    listed = (
+        [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
+    )
     given = list(group.get("param_names") or [None] * len(listed))
     if "lr" in group:
         check_lr(group["lr"], "A parameter group's lr")
@@ -133,12 +147,17 @@ def _user_group(group: Mapping[str, Any], number: int, names: Mapping[int, str],
         name, param = entry if isinstance(entry, tuple) else (given_name, entry)
         if not isinstance(param, torch.Tensor):
             raise OptimizerError(
-                f"A parameter group holds a {type(param).__name__}.", "Give tensors, (name, tensor) pairs, or dicts."
+                f"A parameter group holds a {type(param).__name__}.",
+                "Give tensors, (name, tensor) pairs, or dicts.",
             )
-        if id(param) not in names and (name is None or name in taken):  # not in the model, so not named as one of it
+        if id(param) not in names and (
+            name is None or name in taken
+        ):  # not in the model, so not named as one of it
             name = f"group{number}.{name or 'unnamed'}.{len(named)}"
         named.append((names.get(id(param), name), param))
-    return UserGroup(named, {k: plain_lr(v) for k, v in group.items() if k not in ("params", "param_names")})
+    return UserGroup(
+        named, {k: plain_lr(v) for k, v in group.items() if k not in ("params", "param_names")}
+    )
 
 
 def own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +174,9 @@ def own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class PlannedGroup(NamedTuple):
-    """A group to build: parameters of one user group that share an assignment, with that user group's options."""
+    """A group to build: parameters of one user group that share an assignment, with that user
+    group's options.
+    """
 
     assignment: Assignment
     named: list[tuple[str, torch.Tensor]]
@@ -168,31 +189,50 @@ class PlannedGroup(NamedTuple):
         params = [p for _, p in self.named]
         a = self.assignment
         decided = (a.multiplier, a.rate, a.role, a.rank, a.scaling, a.init)
-        values = (*decided, self.user_group, GROUP_FORMAT, shapes_text(params), self.recipe_tag, _OF_LR)
+        values = (
+            *decided,
+            self.user_group,
+            GROUP_FORMAT,
+            shapes_text(params),
+            self.recipe_tag,
+            _OF_LR,
+        )
         tags = dict(zip(TAGS, values, strict=True))
         return {"params": list(self.named) if named else params, **self.options, **tags}
 
 
 def shapes_text(params: Iterable[torch.Tensor]) -> str:
-    """Return shapes as one string, such as "8x64 64x8". A checkpoint stores it to identify its state."""
+    """Return shapes as one string, such as "8x64 64x8". A checkpoint stores it to identify its
+    state.
+    """
     return " ".join("x".join(map(str, p.shape)) for p in params)
 
 
-def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 0) -> list[PlannedGroup]:
-    """Split each user group by assignment, in the user's order. They are never merged. `first` is the first number."""
+def split(
+    groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 0
+) -> list[PlannedGroup]:
+    """Split each user group by assignment, in the user's order. They are never merged. `first` is
+    the first number.
+    """
     factors = {f.name: f for f in survey.factors}
     planned: list[PlannedGroup] = []
     tag = "" if plan.recipe is None else plan.recipe.tag
     for number, group in enumerate(groups, first):
         cut: dict[Assignment, PlannedGroup] = {}
-        listed = [k for k, v in group.options.items() if isinstance(v, list) and len(v) == len(group.named) > 1]
+        listed = [
+            k
+            for k, v in group.options.items()
+            if isinstance(v, list) and len(v) == len(group.named) > 1
+        ]
         for position, (name, param) in enumerate(group.named):
             own_lr, trains = "lr" in group.options, param.requires_grad
             assignment = plan.assign(name, factors.get(name), own_lr=own_lr, trains=trains)
             options = {**group.options, **{key: [] for key in listed}}
             part = cut.setdefault(assignment, PlannedGroup(assignment, [], options, number, tag))
             part.named.append((name, param))
-            for key in listed:  # one value per parameter, as in PEFT's LoRA-FA and some of pytorch_optimizer
+            for key in (
+                listed
+            ):  # one value per parameter, as in PEFT's LoRA-FA and some of pytorch_optimizer
                 part.options[key].append(group.options[key][position])
         planned.extend(cut.values())
     moved = [part for part in planned if part.assignment.rate is None]
@@ -203,7 +243,8 @@ def split(groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 
 
 
 def set_rate(group: dict[str, Any]) -> None:
-    """Turn an explicit rate into a ratio to the group's base rate, so that schedulers scale it. Check the product.
+    """Turn an explicit rate into a ratio to the group's base rate, so that schedulers scale it.
+    Check the product.
 
     A tensor rate is copied, so that a loop that scales every group's in place scales each once.
     """
@@ -231,40 +272,54 @@ def check_product(group: Mapping[str, Any], error: type[RankAwareError] = Optimi
 
 
 def effective_lr(group: Mapping[str, Any]) -> float:
-    """Return the rate that a group trains at: base rate × multiplier, or the lr of a native optimizer's group."""
+    """Return the rate that a group trains at: base rate × multiplier, or the lr of a native
+    optimizer's group.
+    """
     multiplied = group.get("rank_multiplied", False)
     return float(group["lr"]) * (1.0 if multiplied else group.get("rank_multiplier", 1.0))
 
 
 def multiply_for_native(group: dict[str, Any], keep_decay: bool = False) -> None:
-    """Multiply a group's rates once, for an optimizer with torch's own step, and record it in the group.
+    """Multiply a group's rates once, for an optimizer with torch's own step, and record it in the
+    group.
 
-    The record stays in the states of that optimizer, so that a load by `RankAwareOptimizer` does not multiply again.
+    The record stays in the states of that optimizer, so that a load by `RankAwareOptimizer` does
+    not multiply again.
 
     With keep_decay, the shrinkage lr × weight_decay is kept by dividing weight_decay.
     """
-    group |= {key: group[key] * group["rank_multiplier"] for key in _RATES if group.get(key) is not None}
+    group |= {
+        key: group[key] * group["rank_multiplier"] for key in _RATES if group.get(key) is not None
+    }
     group["rank_multiplied"] = True
     group.pop("rankaware_lr", None)
     if keep_decay:
-        group["weight_decay"], group["rank_divided_decay"] = group["weight_decay"] / group["rank_multiplier"], True
+        group["weight_decay"], group["rank_divided_decay"] = (
+            group["weight_decay"] / group["rank_multiplier"],
+            True,
+        )
 
 
 def at_base_rate(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a group that `multiply_for_native` changed as they were; empty if it changed nothing."""
+    """Return the values of a group that `multiply_for_native` changed as they were; empty if it
+    changed nothing.
+    """
     if not group.get("rank_multiplied"):
         return {}
-    made = {key: group[key] / group["rank_multiplier"] for key in _RATES if group.get(key) is not None}
+    made = {
+        key: group[key] / group["rank_multiplier"] for key in _RATES if group.get(key) is not None
+    }
     if group.get("rank_divided_decay"):
         made["weight_decay"] = group["weight_decay"] * group["rank_multiplier"]
     return made
 
 
 def shrinks_by_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Return whether a step shrinks the parameters of a group by lr × weight_decay, as AdamW and SGD do.
+    """Return whether a step shrinks the parameters of a group by lr × weight_decay, as AdamW and
+    SGD do.
 
-    An L2 decay is part of the gradient. Where a step normalizes the gradient, as Adam does, the rate does not change
-    the decay's share of it. A fixed decay is not multiplied by the rate.
+    An L2 decay is part of the gradient. Where a step normalizes the gradient, as Adam does, the
+    rate does not change the decay's share of it. A fixed decay is not multiplied by the rate.
     """
     if "weight_decay" not in group or _setting(optimizer, group, "fixed_decay"):
         return False
@@ -277,7 +332,9 @@ def shrinks_by_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
 
 
 def _setting(optimizer: Optimizer, group: Mapping[str, Any], name: str) -> Any:
-    """Return a setting of a group, or of the optimizer where its class has one for all groups; else None."""
+    """Return a setting of a group, or of the optimizer where its class has one for all groups; else
+    None.
+    """
     return group.get(name, getattr(optimizer, name, getattr(optimizer, f"_{name}", None)))
 
 
@@ -301,8 +358,9 @@ def rank_aware_param_groups(
 ) -> list[dict[str, Any]]:
     """Return parameter groups with their rates, for any torch optimizer without the wrapper.
 
-    group["lr"] is the user group's lr, or `lr`, times group["rank_multiplier"]. The optimizer's step does not multiply
-    again. A scheduler that sets rates to absolute values therefore removes the multipliers.
+    group["lr"] is the user group's lr, or `lr`, times group["rank_multiplier"]. The optimizer's
+    step does not multiply again. A scheduler that sets rates to absolute values therefore removes
+    the multipliers.
 
     Args:
         params: a model (its trainable parameters), or parameters or groups with `model=`.
@@ -311,7 +369,8 @@ def rank_aware_param_groups(
         law: a law or its name.
         tuned_at: the configuration of `lr`, as for `RankAwareOptimizer`.
         optimizer_class: the optimizer that gets the groups. It decides the form of the law.
-        settings: its settings. Muon's adjust_lr_fn and Adafactor's scale_parameter change the law's form.
+        settings: its settings. Muon's adjust_lr_fn and Adafactor's scale_parameter change the law's
+            form.
         named: whether groups contain parameter names. ZeroRedundancyOptimizer needs False.
         method: "lora", or "full" for full finetuning of a model without adapters.
         init: as for `RankAwareOptimizer`.
@@ -337,7 +396,9 @@ def rank_aware_param_groups(
     model = model_of(params, model)
     check_lr(lr)
     reference = None if tuned_at is None else as_reference(tuned_at)
-    options = PlanOptions(law, reference, dict(rates or {}), other_lr, per_layer_width, batch, strict)
+    options = PlanOptions(
+        law, reference, dict(rates or {}), other_lr, per_layer_width, batch, strict
+    )
     walked = walk(model)
     survey = survey_of(walked, method=method, init=init)
     plan = make_plan(survey, options, optimizer_class, settings)

@@ -55,7 +55,9 @@ class PlanOptions:
 
     def rate_of(self, name: str) -> float | None:
         """Return the rate of the first pattern that matches `name`, or None."""
-        return plain_lr(next((rate for pattern, rate in self.rates.items() if fnmatchcase(name, pattern)), None))  # type: ignore[no-any-return]
+        return plain_lr(
+            next((rate for pattern, rate in self.rates.items() if fnmatchcase(name, pattern)), None)
+        )  # type: ignore[no-any-return]
 
 
 class Assignment(NamedTuple):
@@ -74,12 +76,13 @@ class Assignment(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The options resolved for one model and optimizer. It maps a factor or a name to an `Assignment`.
+    """The options resolved for one model and optimizer. It maps a factor or a name to an
+    `Assignment`.
 
-    law: bound to the optimizer. reference: with its `fan_in`. width: the model's. batch_multiplier: factor of every
-    rate, those of other parameters included, if the batch differs from the reference's. steps_multiplier: the same for
-    a recipe's steps. recipe: the source of the base rate, or None. others: its rates of other parameters. family: the
-    optimizer's.
+    law: bound to the optimizer. reference: with its `fan_in`. width: the model's. batch_multiplier:
+    factor of every rate, those of other parameters included, if the batch differs from the
+    reference's. steps_multiplier: the same for a recipe's steps. recipe: the source of the base
+    rate, or None. others: its rates of other parameters. family: the optimizer's.
     """
 
     options: PlanOptions
@@ -99,14 +102,16 @@ class Plan:
         """The factor of every rate for the run's batch and steps."""
         return self.batch_multiplier * self.steps_multiplier
 
-    def assign(self, name: str, factor: Factor | None, *, own_lr: bool = False, trains: bool = True) -> Assignment:
+    def assign(
+        self, name: str, factor: Factor | None, *, own_lr: bool = False, trains: bool = True
+    ) -> Assignment:
         """Return the assignment of a parameter.
 
         Args:
             name: the parameter's name.
             factor: the LoRA factor or whole weight that it is, None for other parameters.
-            own_lr: whether the user's group has an explicit rate. For other parameters it takes precedence over a
-                recipe.
+            own_lr: whether the user's group has an explicit rate. For other parameters it takes
+                precedence over a recipe.
             trains: whether the parameter trains. One that does not needs no rate.
         """
         pinned = self.options.rate_of(name)
@@ -117,33 +122,47 @@ class Plan:
                 rate = None if known is None else known * self.run_multiplier
             whole = Factor("other parameters", "full", None, self.width, self.width)
             moved = self.used_multiplier(whole) if self.method == "full" else 1.0
-            return Assignment(multiplier=1.0 if rate is not None else moved * self.run_multiplier, rate=rate)
+            return Assignment(
+                multiplier=1.0 if rate is not None else moved * self.run_multiplier, rate=rate
+            )
         moved = 1.0 if pinned is not None else self.used_multiplier(factor) * self.run_multiplier
         return Assignment(factor.role, factor.rank, factor.scaling, factor.init, moved, pinned)
 
     def has_own_rate(self, group: Mapping[str, Any]) -> bool:
         """Return whether a built group has an explicit rate, by `rates` or `other_lr`."""
-        return self.is_named(group) or (group.get("lora_role") == "other" and self.options.other_lr is not None)
+        return self.is_named(group) or (
+            group.get("lora_role") == "other" and self.options.other_lr is not None
+        )
 
     def reason_of_other(self, names: Sequence[str], multiplier: float) -> str:
         """Return in words where the rate of parameters that are not factors comes from."""
-        if self.others is None or not names or (multiplier == self.run_multiplier and not self.others.knows(names[0])):
+        if (
+            self.others is None
+            or not names
+            or (multiplier == self.run_multiplier and not self.others.knows(names[0]))
+        ):
             return "the base rate"
         return self.others.reason(names[0])
 
     def is_named(self, group: Mapping[str, Any]) -> bool:
         """Return whether a pattern of `rates` matches a built group's parameters."""
-        return any(self.options.rate_of(name) is not None for name in group.get("param_names", ())[:1])
+        return any(
+            self.options.rate_of(name) is not None for name in group.get("param_names", ())[:1]
+        )
 
     def used_multiplier(self, factor: Factor) -> float:
-        """Return the multiplier with which `factor` trains at the reference's batch: the law's, at its distance."""
+        """Return the multiplier with which `factor` trains at the reference's batch: the law's, at
+        its distance.
+        """
         return at_distance(self.law, self.multiplier(factor))
 
     def multiplier(self, factor: Factor) -> float:
-        """Return the law's multiplier for `factor`, at the model's width and within the law of the factor's init.
+        """Return the law's multiplier for `factor`, at the model's width and within the law of the
+        factor's init.
 
-        Pairs in which neither factor starts at zero keep the base rate. An embedding's input is one-hot, so its width
-        is 1, and its rate moves only within its init. It does not move from a full-finetuning rate, which has no init.
+        Pairs in which neither factor starts at zero keep the base rate. An embedding's input is
+        one-hot, so its width is 1, and its rate moves only within its init. It does not move from a
+        full-finetuning rate, which has no init.
         """
         reference, own_width = self.reference, self.options.per_layer_width
         if factor.role == "full":
@@ -174,12 +193,17 @@ def make_plan(
     for pattern in options.rates:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise OptimizerError(
-                f"The pattern {pattern!r} of rates= matches none of {len(names)} trainable parameters.",
+                f"The pattern {pattern!r} of rates= matches none of {len(names)} trainable"
+                " parameters.",
                 f"Give an fnmatch pattern of full names, such as {names[-1]!r}.",
             )
     method: Method = "full" if any(f.role == "full" for f in survey.factors) else "lora"
-    moved = replace(survey, factors=tuple(f for f in survey.factors if options.rate_of(f.name) is None))
-    fallback = survey.dominant() if survey.factors else Reference(method="full")  # without pairs no rate is moved
+    moved = replace(
+        survey, factors=tuple(f for f in survey.factors if options.rate_of(f.name) is None)
+    )
+    fallback = (
+        survey.dominant() if survey.factors else Reference(method="full")
+    )  # without pairs no rate is moved
     reference = (options.tuned_at or fallback).resolve(moved)
     law = get_law(options.law)
     use: RecipeUse | None = None
@@ -202,27 +226,38 @@ def make_plan(
     return replace(plan, notes=notes, steps_multiplier=use.by_steps, others=use.others)
 
 
-def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: Mapping[str, Any] | None) -> list[str]:
-    """Return the report's notes on the plan: what no law covers, what is uncertain, and what was assumed."""
+def _notes(
+    plan: Plan, survey: Survey, optimizer_class: type | None, settings: Mapping[str, Any] | None
+) -> list[str]:
+    """Return the report's notes on the plan: what no law covers, what is uncertain, and what was
+    assumed.
+    """
     law, reference, options = plan.law, plan.reference, plan.options
     notes = []
     inits = {f.init for f in survey.factors if f.role != "full"}
     if "other" in inits:
         notes.append(
-            "Adapters with neither factor zero (PiSSA, OLoRA, LoRA-GA, or trained ones of undeclared init) keep the "
-            "base rate, since no law covers them: give init='A' (B = 0 at the start) or 'B' (A = 0) if you know it."
+            "Adapters with neither factor zero (PiSSA, OLoRA, LoRA-GA, or trained ones of"
+            " undeclared init) keep the base rate, since no law covers them: give init='A' (B = 0"
+            " at the start) or 'B' (A = 0) if you know it."
         )
         warn(notes[-1])
     if options.tuned_at is None and len({(f.rank, f.scaling, f.init) for f in survey.factors}) > 1:
-        notes.append(f"tuned_at not given: lr counts as tuned at {reference}, the most common of this model.")
+        notes.append(
+            f"tuned_at not given: lr counts as tuned at {reference}, the most common of this model."
+        )
     if "unknown" in inits:
-        notes.append("The init of some adapters could not be read. It is assumed that they started at B = 0.")
-    others = {f.init for f in survey.factors if f.kind != "embedding"} & {"A", "B"} - {reference.init}
+        notes.append(
+            "The init of some adapters could not be read. It is assumed that they started at B = 0."
+        )
+    others = {f.init for f in survey.factors if f.kind != "embedding"} & {"A", "B"} - {
+        reference.init
+    }
     crossing = bool(others) and plan.method == reference.method == "lora"
     if crossing:
         notes.append(
-            f"Adapters at {init_text(others.pop())} are scaled within their own init, though the rate was tuned at "
-            f"{init_text(reference.init)}: tune or calibrate there."
+            f"Adapters at {init_text(others.pop())} are scaled within their own init, though the"
+            f" rate was tuned at {init_text(reference.init)}: tune or calibrate there."
         )
     if _keeps_distance(plan, survey):
         notes.append(DISTANCE_NOTE)
@@ -231,10 +266,15 @@ def _notes(plan: Plan, survey: Survey, optimizer_class: type | None, settings: M
     if optimizer_class is not None and get_law(options.law).name != "constant":
         notes += _family_notes(plan, optimizer_class.__name__)
     if options.batch is not None and reference.batch is None:
-        notes.append("The reference has no batch, so batch= moves no rate: give tuned_at=Reference(..., batch=...).")
+        notes.append(
+            "The reference has no batch, so batch= moves no rate: give tuned_at=Reference(...,"
+            " batch=...)."
+        )
     elif plan.batch_multiplier != 1.0:
         change = f"From batch {reference.batch:g} to {options.batch:g}"
-        notes.append(f"{change} every rate is multiplied by {plan.batch_multiplier:.3g}, a rule of thumb.")
+        notes.append(
+            f"{change} every rate is multiplied by {plan.batch_multiplier:.3g}, a rule of thumb."
+        )
     elif options.batch != reference.batch and options.batch is not None:
         notes.append(f"The law {law.name!r} does not move rates with the batch.")
     return notes
@@ -248,17 +288,22 @@ def _keeps_distance(plan: Plan, survey: Survey) -> bool:
 
 
 def _full_note(plan: Plan) -> str:
-    """Return a note on the uncertainty of a LoRA rate that is moved to full finetuning without a calibration."""
+    """Return a note on the uncertainty of a LoRA rate that is moved to full finetuning without a
+    calibration.
+    """
     if plan.law.name == "constant":
         return (
-            "No law moves this LoRA rate to full finetuning, whose best rate may be octaves away: calibrate with full "
-            "runs."
+            "No law moves this LoRA rate to full finetuning, whose best rate may be octaves away:"
+            " calibrate with full runs."
         )
     known = plan.family in ("sign-like", "unknown")
-    worth = "is good to an octave or two" if known else f"was never tried with {plan.family} optimizers"
+    worth = (
+        "is good to an octave or two" if known else f"was never tried with {plan.family} optimizers"
+    )
     return (
-        f"From a LoRA rate alone the law's rate for full finetuning {worth}, and too high costs more than too low: "
-        "start at half of it, or settle it by three full runs (calibrate with full_trials=3)."
+        f"From a LoRA rate alone the law's rate for full finetuning {worth}, and too high costs"
+        " more than too low: start at half of it, or settle it by three full runs (calibrate with"
+        " full_trials=3)."
     )
 
 
@@ -270,17 +315,20 @@ def _family_notes(plan: Plan, optimizer: str) -> list[str]:
     if family == "unknown":
         words = "is of an unknown family and is scaled as a sign-like optimizer, such as Adam"
     elif family not in FORMS and isinstance(law, Constant):
-        words = f"is {family}: no form of µA is known to hold for that family, so all ranks have one rate"
+        words = (
+            f"is {family}: no form of µA is known to hold for that family, so all ranks have one"
+            " rate"
+        )
     elif getattr(innermost(law), "family", None) != family:
         words = f"is {family}, for which the law {law.name!r} has no form"
     elif FORMS[family].one_rank:
         words = (
-            f"is {family}: in small runs its best rate followed µA's form with alpha but not with rank, so its rates "
-            "do the same"
+            f"is {family}: in small runs its best rate followed µA's form with alpha but not with"
+            " rank, so its rates do the same"
         )
     else:
         words = (
-            f"is {family}: µA's form for that family moves its rates, derived for square layers; in small runs it lost "
-            "less than one rate"
+            f"is {family}: µA's form for that family moves its rates, derived for square layers; in"
+            " small runs it lost less than one rate"
         )
     return [f"{optimizer} {words}."]

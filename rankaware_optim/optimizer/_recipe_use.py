@@ -12,7 +12,9 @@ from ..recipe import OtherRates, Recipe, differences, is_for, other_rates_on, pl
 
 
 class Run(NamedTuple):
-    """A run that uses a recipe: the optimizer, its effective settings, and batch, steps and warm-up if given."""
+    """A run that uses a recipe: the optimizer, its effective settings, and batch, steps and warm-up
+    if given.
+    """
 
     optimizer: type
     settings: Mapping[str, Any]
@@ -22,7 +24,9 @@ class Run(NamedTuple):
 
 
 class RecipeUse(NamedTuple):
-    """A recipe in a run: notes, the factor of every rate for the run's steps, and the rates of other parameters."""
+    """A recipe in a run: notes, the factor of every rate for the run's steps, and the rates of
+    other parameters.
+    """
 
     notes: tuple[str, ...]
     by_steps: float
@@ -30,7 +34,9 @@ class RecipeUse(NamedTuple):
 
 
 def use_recipe(recipe: Recipe, survey: Survey, run: Run) -> RecipeUse:
-    """Move the recipe's rates to the run's steps. Warn once if the run differs from the recipe's trials."""
+    """Move the recipe's rates to the run's steps. Warn once if the run differs from the recipe's
+    trials.
+    """
     batch = None if recipe.batch is None else run.batch
     rate, by_steps = rate_on(recipe, survey, run.steps, batch), 1.0
     if run.steps is not None:
@@ -41,13 +47,18 @@ def use_recipe(recipe: Recipe, survey: Survey, run: Run) -> RecipeUse:
         warn(differ)
     if is_for(recipe, run.optimizer):
         steps, at_batch = run.steps or recipe.steps or "unknown", batch or recipe.batch or "unknown"
-        band = f"recipe {recipe.name!r}: the best rate lies between {rate.low:.3g} and {rate.high:.3g} with 90 %"
+        band = (
+            f"recipe {recipe.name!r}: the best rate lies between {rate.low:.3g} and {rate.high:.3g}"
+            " with 90 %"
+        )
         notes += [f"{band}, for {steps} steps at batch {at_batch}.", *rate.notes]
     return RecipeUse(tuple(notes), by_steps, other_rates_on(recipe, survey))
 
 
 def _differing(recipe: Recipe, run: Run) -> str:
-    """Return in words how the run differs from the recipe's trials, and what to do about it; "" if it does not."""
+    """Return in words how the run differs from the recipe's trials, and what to do about it; "" if
+    it does not.
+    """
     own, other = recipe.optimizer.rpartition(".")[2], run.optimizer.__name__
     made: dict[str, Any] = {name: plain_value(value) for name, value in recipe.settings.items()}
     here: dict[str, Any] = dict(run.settings)

@@ -1,6 +1,8 @@
-"""Test a checkpoint on small stand-ins of the parameters before it is loaded, since torch checks very little.
+"""Test a checkpoint on small stand-ins of the parameters before it is loaded, since torch checks
+very little.
 
-torch loads a moment of any shape. Its fused kernels then write past the end of it, and others raise in `step`.
+torch loads a moment of any shape. Its fused kernels then write past the end of it, and others raise
+in `step`.
 """
 
 from __future__ import annotations
@@ -23,18 +25,25 @@ Group = dict[str, Any]
 Shape = tuple[int, ...]
 Matched = tuple[str, torch.Tensor, Any, Mapping[str, Any]]
 _MOST = 2**24  # most numbers in a full-sized stand-in, which another package's optimizer needs
-_CURE = "Load a checkpoint of the same optimizer class and model, or start with a fresh optimizer state."
+_CURE = (
+    "Load a checkpoint of the same optimizer class and model, or start with a fresh optimizer"
+    " state."
+)
 
 
 def check_loadable(
-    native: type[Optimizer], defaults: Mapping[str, Any], groups: Sequence[Group], fitted: Mapping[str, Any]
+    native: type[Optimizer],
+    defaults: Mapping[str, Any],
+    groups: Sequence[Group],
+    fitted: Mapping[str, Any],
 ) -> None:
     """Check that an optimizer of class `native` can hold a checkpoint and step with it.
 
-    For torch's optimizers, stand-ins take steps with the checkpoint's settings, then with its state. Parameters whose
-    settings, shapes, dtypes and state are alike have one stand-in, so the cost follows the kinds of parameters.
-    The state of another package's optimizer may have any shape. A tensor is refused if its shape differs from its
-    parameter's although the optimizer makes it with the parameter's shape.
+    For torch's optimizers, stand-ins take steps with the checkpoint's settings, then with its
+    state. Parameters whose settings, shapes, dtypes and state are alike have one stand-in, so the
+    cost follows the kinds of parameters. The state of another package's optimizer may have any
+    shape. A tensor is refused if its shape differs from its parameter's although the optimizer
+    makes it with the parameter's shape.
 
     Args:
         native: the optimizer class.
@@ -57,9 +66,13 @@ def check_loadable(
     except Exception as error:
         try:
             _stepped(native, defaults, groups, _small)
-        except Exception:  # it cannot step without a checkpoint either: SparseAdam, differentiable=True
+        except (
+            Exception
+        ):  # it cannot step without a checkpoint either: SparseAdam, differentiable=True
             return
-        raise CheckpointError(f"No step can be taken with the checkpoint's settings: {error!r}.", _CURE) from error
+        raise CheckpointError(
+            f"No step can be taken with the checkpoint's settings: {error!r}.", _CURE
+        ) from error
     state = {
         key: {k: _stand_in(f"{k} of {name}", v, param, own.get(k)) for k, v in saved.items()}
         for (name, param, key, saved), own in zip(_matched(groups, fitted), made, strict=True)
@@ -67,7 +80,9 @@ def check_loadable(
     try:
         _stepped(native, defaults, groups, _small, loaded, {k: v for k, v in state.items() if v})
     except Exception as error:
-        raise CheckpointError(f"No step can be taken with the checkpoint's state: {error!r}.", _CURE) from error
+        raise CheckpointError(
+            f"No step can be taken with the checkpoint's state: {error!r}.", _CURE
+        ) from error
 
 
 def _is_torchs(native: type[Optimizer]) -> bool:
@@ -77,22 +92,41 @@ def _is_torchs(native: type[Optimizer]) -> bool:
 def _matched(groups: Sequence[Group], fitted: Mapping[str, Any]) -> list[Matched]:
     """Return, for every parameter: name, parameter, its key in the checkpoint, and its state there."""
     keys = chain.from_iterable(group["params"] for group in fitted["param_groups"])
-    named = chain.from_iterable(zip(g["param_names"], g["params"], strict=False) for g in groups)  # flat: first name
-    return [(name, p, key, fitted["state"].get(key) or {}) for (name, p), key in zip(named, keys, strict=True)]
+    named = chain.from_iterable(
+        zip(g["param_names"], g["params"], strict=False) for g in groups
+    )  # flat: first name
+    return [
+        (name, p, key, fitted["state"].get(key) or {})
+        for (name, p), key in zip(named, keys, strict=True)
+    ]
 
 
-def _one_of_each_kind(groups: Sequence[Group], fitted: Mapping[str, Any]) -> tuple[list[Group], dict[str, Any]]:
-    """Return the groups and the checkpoint with the first parameter of each kind, without groups that have none."""
+def _one_of_each_kind(
+    groups: Sequence[Group], fitted: Mapping[str, Any]
+) -> tuple[list[Group], dict[str, Any]]:
+    """Return the groups and the checkpoint with the first parameter of each kind, without groups
+    that have none.
+    """
     seen: set[Any] = set()
     own, loaded = [], []
     for number, (group, theirs) in enumerate(zip(groups, fitted["param_groups"], strict=True)):
         settings = _settings(group), _settings(theirs)
-        listed = any(isinstance(value, list) for each in settings for _, value in each)  # a value for each parameter
+        listed = any(
+            isinstance(value, list) for each in settings for _, value in each
+        )  # a value for each parameter
         shared = number if listed else tuple(map(_plain, settings))
         names, params, keys = [], [], []
-        for name, param, key in zip(group["param_names"], group["params"], theirs["params"], strict=False):
+        for name, param, key in zip(
+            group["param_names"], group["params"], theirs["params"], strict=False
+        ):
             state = fitted["state"].get(key) or {}
-            kind = (shared, tuple(param.shape), param.dtype, param.device, _plain(list(state.items())))
+            kind = (
+                shared,
+                tuple(param.shape),
+                param.dtype,
+                param.device,
+                _plain(list(state.items())),
+            )
             if listed or kind not in seen:
                 seen.add(kind)
                 names.append(name)
@@ -105,13 +139,24 @@ def _one_of_each_kind(groups: Sequence[Group], fitted: Mapping[str, Any]) -> tup
 
 
 def _settings(group: Group) -> list[tuple[str, Any]]:
-    return [(key, value) for key, value in group.items() if key not in (*TAGS, "params", "param_names")]
+    return [
+        (key, value) for key, value in group.items() if key not in (*TAGS, "params", "param_names")
+    ]
 
 
 def _plain(value: Any) -> Any:
-    """Return a hashable value that is equal for settings or state with which a step does the same checks."""
+    """Return a hashable value that is equal for settings or state with which a step does the same
+    checks.
+    """
     if isinstance(value, torch.Tensor):
-        return type(value), tuple(value.shape), value.dtype, value.device, value.layout, _number(value)
+        return (
+            type(value),
+            tuple(value.shape),
+            value.dtype,
+            value.device,
+            value.layout,
+            _number(value),
+        )
     if isinstance(value, (list, tuple)):
         return type(value), tuple(map(_plain, value))
     if isinstance(value, (int, float, str, type(None))):
@@ -133,7 +178,9 @@ def _local(value: torch.Tensor) -> torch.Tensor:
 
 
 def _small(shape: Shape) -> Shape:
-    """Return the shape of a stand-in. Its sizes differ by axis, so that the axes of a state can be recognised."""
+    """Return the shape of a stand-in. Its sizes differ by axis, so that the axes of a state can be
+    recognised.
+    """
     return tuple(min(size, 2 + axis) for axis, size in enumerate(shape))
 
 
@@ -145,7 +192,8 @@ def _stepped(
     loaded: Sequence[Group] | None = None,
     state: Mapping[Any, Any] | None = None,
 ) -> list[Mapping[str, Any]]:
-    """Take two steps with stand-ins for the parameters of `groups`, in a new optimizer, and return its state.
+    """Take two steps with stand-ins for the parameters of `groups`, in a new optimizer, and return
+    its state.
 
     No hooks run. Errors of the load or the step are passed on.
 
@@ -155,20 +203,28 @@ def _stepped(
         groups: its groups.
         shape_of: the shape of a parameter's stand-in.
         loaded: a checkpoint's groups, which are loaded.
-        state: a checkpoint's state, which is loaded with them; None for that of an optimizer newly built.
+        state: a checkpoint's state, which is loaded with them; None for that of an optimizer newly
+            built.
 
     Raises:
         ArithmeticError: the step does not give finite numbers.
     """
-    settings = [deepcopy({key: value for key, value in group.items() if key != "params"}) for group in groups]
+    settings = [
+        deepcopy({key: value for key, value in group.items() if key != "params"})
+        for group in groups
+    ]
     params = [[_ones(shape_of(tuple(p.shape)), p) for p in group["params"]] for group in groups]
     made = native.__new__(native)
     own = [{"params": each, **group} for each, group in zip(params, settings, strict=True)]
     made.__setstate__({"defaults": dict(defaults), "state": defaultdict(dict), "param_groups": own})
     if loaded is not None:
         native.load_state_dict(made, {"state": state or {}, "param_groups": loaded})
-    if state is None and _is_torchs(native):  # Adagrad of torch 2.6 makes its state when it is built
-        base: Any = next(each for each in native.__mro__ if each.__module__.startswith("torch.optim"))
+    if state is None and _is_torchs(
+        native
+    ):  # Adagrad of torch 2.6 makes its state when it is built
+        base: Any = next(
+            each for each in native.__mro__ if each.__module__.startswith("torch.optim")
+        )
         made.state.update(base(own).state)
     stood = [param for each in params for param in each]
     for param in stood:
@@ -186,14 +242,17 @@ def _ones(shape: Shape, param: torch.Tensor) -> nn.Parameter:
 
 
 def _stand_in(what: str, value: Any, param: torch.Tensor, made: Any) -> Any:
-    """Return the stand-in of `value`, a parameter's state: zeros of the shape of `made`, the stand-in's own state.
+    """Return the stand-in of `value`, a parameter's state: zeros of the shape of `made`, the
+    stand-in's own state.
 
     Single numbers, such as step counters, are returned unchanged. A different shape is refused.
     """
     if not isinstance(value, torch.Tensor):
         return deepcopy(value)
     if isinstance(made, torch.Tensor) and value.layout != made.layout:
-        raise CheckpointError(f"The checkpoint's {what} is {value.layout}, where {made.layout} is needed.", _CURE)
+        raise CheckpointError(
+            f"The checkpoint's {what} is {value.layout}, where {made.layout} is needed.", _CURE
+        )
     own, small, shape = tuple(param.shape), _small(tuple(param.shape)), tuple(value.shape)
     to_be = tuple(made.shape) if isinstance(made, torch.Tensor) else small if shape else ()
     expected = to_be
@@ -208,18 +267,29 @@ def _stand_in(what: str, value: Any, param: torch.Tensor, made: Any) -> Any:
 
 
 def _check_odd_shapes(
-    native: type[Optimizer], defaults: Mapping[str, Any], groups: Sequence[Group], fitted: Mapping[str, Any]
+    native: type[Optimizer],
+    defaults: Mapping[str, Any],
+    groups: Sequence[Group],
+    fitted: Mapping[str, Any],
 ) -> None:
-    """Check another package's optimizer by a step of a full-sized stand-in for each shape in question."""
+    """Check another package's optimizer by a step of a full-sized stand-in for each shape in
+    question.
+    """
     made: dict[Any, Mapping[str, Any]] = {}
     owners = [(number, group) for number, group in enumerate(groups) for _ in group["params"]]
-    for (number, group), (name, param, _, saved) in zip(owners, _matched(groups, fitted), strict=True):
-        tensors = {k: v for k, v in saved.items() if isinstance(v, torch.Tensor) and v.dim() == param.dim()}
+    for (number, group), (name, param, _, saved) in zip(
+        owners, _matched(groups, fitted), strict=True
+    ):
+        tensors = {
+            k: v for k, v in saved.items() if isinstance(v, torch.Tensor) and v.dim() == param.dim()
+        }
         odd = {k: v for k, v in tensors.items() if v.shape != param.shape}
         at = number, param.shape
         if odd and at not in made and param.numel() <= _MOST:
             try:
-                (made[at],) = _stepped(native, defaults, [{**group, "params": [param]}], lambda shape: shape)
+                (made[at],) = _stepped(
+                    native, defaults, [{**group, "params": [param]}], lambda shape: shape
+                )
             except Exception:  # it needs a closure, another device, or state from its constructor
                 made[at] = {}
         for key, value in odd.items():
@@ -228,4 +298,6 @@ def _check_odd_shapes(
 
 
 def _shape_error(what: str, shape: Shape, expected: Shape) -> CheckpointError:
-    return CheckpointError(f"The checkpoint's {what} has shape {shape}, where {expected} is needed.", _CURE)
+    return CheckpointError(
+        f"The checkpoint's {what} has shape {shape}, where {expected} is needed.", _CURE
+    )

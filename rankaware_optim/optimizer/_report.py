@@ -48,17 +48,22 @@ class Row:
         """Return the row as text, in the order of the report's headings without the last."""
         scaling = "" if self.scaling is None else f"{self.scaling:g}"
         shown = (self.role, str(self.rank or ""), scaling, init_text(self.init or ""))
-        fans = ("–".join(f"{end:g}" for end in dict.fromkeys(ends)) for ends in (self.fan_in, self.fan_out))
+        fans = (
+            "–".join(f"{end:g}" for end in dict.fromkeys(ends))
+            for ends in (self.fan_in, self.fan_out)
+        )
         rates = (f"{self.base_lr:.3g}", f"{self.multiplier:.4g}", f"{self.lr:.3g}")
         return (*shown, *fans, str(self.count), *rates)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The parameter groups with their rates and the reasons for them. `str()` makes a table of at most 100 columns.
+    """The parameter groups with their rates and the reasons for them. `str()` makes a table of at
+    most 100 columns.
 
     Args:
-        rows: one entry per group: role, rank, scaling, init, fan-in, fan-out, count, multiplier, rate and reason.
+        rows: one entry per group: role, rank, scaling, init, fan-in, fan-out, count, multiplier,
+            rate and reason.
         notes: sentences on the law and the rates.
         title: the table's title.
         reset: parameters whose moments were dropped when a checkpoint of another rank was loaded.
@@ -82,10 +87,17 @@ class Report:
         reasons = list(dict.fromkeys(row.reason for row in self.rows))
         rows = [(*row.cells(), str(reasons.index(row.reason) + 1)) for row in self.rows]
         why = {f"why {number}": reason for number, reason in enumerate(reasons, 1)}
-        checks, notes = (("check", text) for text in self.audit), (("note", text) for text in self.notes)
+        checks, notes = (
+            (("check", text) for text in self.audit),
+            (("note", text) for text in self.notes),
+        )
         lines = [f"{head}: {text}" for head, text in (*why.items(), *checks, *notes)]
-        wrapped = [fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
-        return text_table(_HEADINGS, rows, lines=wrapped, title=self.title, left=("role", "init"), width=_WIDTH)
+        wrapped = [
+            fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False) for line in lines
+        ]
+        return text_table(
+            _HEADINGS, rows, lines=wrapped, title=self.title, left=("role", "init"), width=_WIDTH
+        )
 
 
 def make_report(
@@ -98,7 +110,9 @@ def make_report(
 ) -> Report:
     """Return the report of built groups at their current rates."""
     factors = {f.name: f for f in survey.factors}
-    asked = (group.get("rank_multiplier", 1.0) for group in param_groups if not plan.has_own_rate(group))
+    asked = (
+        group.get("rank_multiplier", 1.0) for group in param_groups if not plan.has_own_rate(group)
+    )
     unmoved = plan.options.tuned_at is None and set(asked) <= {1.0}
     rows = tuple(_row(group, plan, factors, unmoved) for group in param_groups)
     audit = (*survey.audit(), *_audit(param_groups, plan, survey))
@@ -122,29 +136,53 @@ def _audit(groups: Iterable[Mapping[str, Any]], plan: Plan, survey: Survey) -> I
         by_adapter.setdefault(f.adapter, set()).add(f.name)
     for adapter, names in by_adapter.items():
         if held and held.isdisjoint(names):
-            yield f"None of the {len(names)} factors of {adapter or 'the adapter'} is in this optimizer."
-    if plan.method == "full" or not survey.factors or plan.others is not None:  # a recipe decides a head's rate
+            yield (
+                f"None of the {len(names)} factors of {adapter or 'the adapter'} is in this"
+                " optimizer."
+            )
+    if (
+        plan.method == "full" or not survey.factors or plan.others is not None
+    ):  # a recipe decides a head's rate
         return
-    alike = [group for group in groups if group.get("lora_role") == "other" and not plan.has_own_rate(group)]
-    named = [pair for group in alike for pair in zip(group.get("param_names", ()), group["params"], strict=False)]
-    heads = [name for name, p in named if p.requires_grad and p.dim() > 1 and other_kind(name) is None]
+    alike = [
+        group
+        for group in groups
+        if group.get("lora_role") == "other" and not plan.has_own_rate(group)
+    ]
+    named = [
+        pair
+        for group in alike
+        for pair in zip(group.get("param_names", ()), group["params"], strict=False)
+    ]
+    heads = [
+        name for name, p in named if p.requires_grad and p.dim() > 1 and other_kind(name) is None
+    ]
     if heads:
         rest = "" if len(heads) == 1 else f" and {len(heads) - 1} more"
-        yield f"{heads[0]}{rest} trains at the adapters' base rate; a head has its own by other_lr= or rates=."
+        yield (
+            f"{heads[0]}{rest} trains at the adapters' base rate; a head has its own by other_lr="
+            " or rates=."
+        )
 
 
 def _split_note(groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield a note on schedulers that take a list, if the user has several groups and one was split."""
+    """Yield a note on schedulers that take a list, if the user has several groups and one was
+    split.
+    """
     own = {group.get("user_group") for group in groups}
     if 1 < len(own) < len(groups):
-        yield f"Your {len(own)} groups are {len(groups)} here: give schedulers that take a list opt.expand(values)."
+        yield (
+            f"Your {len(own)} groups are {len(groups)} here: give schedulers that take a list"
+            " opt.expand(values)."
+        )
 
 
 def _reset_notes(reset: tuple[Reset, ...]) -> list[str]:
     """Return one line for each change of rank, with the number of parameters."""
     changes = Counter((each.saved_rank, each.rank) for each in reset)
     return [
-        f"{count} parameters came from a checkpoint of rank {saved}, now {rank}: their moments were reset."
+        f"{count} parameters came from a checkpoint of rank {saved}, now {rank}: their moments were"
+        " reset."
         for (saved, rank), count in changes.items()
     ]
 
@@ -178,7 +216,9 @@ def _ends(values: Iterable[float]) -> tuple[float, ...]:
 
 
 def _reason(names: Sequence[str], made: Assignment, plan: Plan, unmoved: bool) -> str:
-    """Return why parameters of one assignment have their rate. unmoved: whether no rate of the model is moved."""
+    """Return why parameters of one assignment have their rate. unmoved: whether no rate of the
+    model is moved.
+    """
     named = {"lora_role": made.role, "param_names": names}
     if plan.has_own_rate(named):
         return f"given by {'rates=' if plan.is_named(named) else 'other_lr='}"

@@ -28,16 +28,25 @@ _ZERO = (
 )
 
 
-def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | None) -> type[Optimizer]:
-    """Return the class to wrap: that of the built optimizer, or the given one. Raise if it cannot have group rates."""
+def native_class(
+    built: Optimizer | None, optimizer: type[Optimizer] | str | None
+) -> type[Optimizer]:
+    """Return the class to wrap: that of the built optimizer, or the given one. Raise if it cannot
+    have group rates.
+    """
     if built is not None and optimizer is not None:
-        raise OptimizerError("Both a built optimizer and a class were given.", "Give one of the two.")
+        raise OptimizerError(
+            "Both a built optimizer and a class were given.", "Give one of the two."
+        )
     if built is not None:
         native = type(built)
     elif optimizer is not None:
         native = get_optimizer_class(optimizer)
     else:
-        raise OptimizerError("No optimizer was given.", "Give a class, such as RankAwareOptimizer(model, AdamW, ...).")
+        raise OptimizerError(
+            "No optimizer was given.",
+            "Give a class, such as RankAwareOptimizer(model, AdamW, ...).",
+        )
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError("This optimizer is rank-aware already.", "Use it as it is.")
     if built is not None:
@@ -53,31 +62,38 @@ def native_class(built: Optimizer | None, optimizer: type[Optimizer] | str | Non
     if held or {"optimizer", "base_optimizer", "optimizer_class"} & takes:
         raise OptimizerError(
             f"{native.__name__} wraps another optimizer, whose groups would not change.",
-            "Wrap the inner one first: RankAwareOptimizer(model, AdamW, ...). Then wrap the result.",
+            "Wrap the inner one first: RankAwareOptimizer(model, AdamW, ...). Then wrap the"
+            " result.",
         )
     if built is None and next(iter(takes), None) == "model":
         raise OptimizerError(
             f"{native.__name__} takes a model and makes its groups itself.",
-            f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model, ...), model=model).",
+            f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model, ...),"
+            " model=model).",
         )
     return native
 
 
 def refuse_inside_zero() -> None:
-    """Raise inside `ZeroRedundancyOptimizer`, which has one group for each group of its inner optimizer."""
+    """Raise inside `ZeroRedundancyOptimizer`, which has one group for each group of its inner
+    optimizer.
+    """
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
         if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
             raise OptimizerError(
-                "ZeroRedundancyOptimizer cannot hold a RankAwareOptimizer, which splits groups.", _ZERO
+                "ZeroRedundancyOptimizer cannot hold a RankAwareOptimizer, which splits groups.",
+                _ZERO,
             )
 
 
 def _refuse_held_groups(built: Optimizer) -> None:
-    """Raise if something else holds the instance's old groups: a scheduler, or a list with one entry per group.
+    """Raise if something else holds the instance's old groups: a scheduler, or a list with one
+    entry per group.
 
-    AdaBound, for example, keeps its groups' rates in a list. Groups that are added later would never be stepped.
+    AdaBound, for example, keeps its groups' rates in a list. Groups that are added later would
+    never be stepped.
     """
     if hasattr(built.step, "_wrapped_by_lr_sched"):
         raise OptimizerError(
@@ -88,30 +104,46 @@ def _refuse_held_groups(built: Optimizer) -> None:
     for name, value in vars(built).items():
         if name != "param_groups" and isinstance(value, (list, tuple)) and len(value) == count:
             raise OptimizerError(
-                f"{type(built).__name__} keeps {name} for each of its first groups, so it cannot be regrouped.",
+                f"{type(built).__name__} keeps {name} for each of its first groups, so it cannot be"
+                " regrouped.",
                 "Give the class and its settings instead of the instance.",
             )
 
 
 def from_recipe(
-    recipe: Recipe | str | os.PathLike[str] | None, lr: Any, tuned_at: ReferenceLike | None, law: str | Law | None
+    recipe: Recipe | str | os.PathLike[str] | None,
+    lr: Any,
+    tuned_at: ReferenceLike | None,
+    law: str | Law | None,
 ) -> tuple[Recipe | None, Any, Reference | None, str | Law]:
-    """Return the recipe with its base rate, reference and law; without a recipe, those that were given."""
+    """Return the recipe with its base rate, reference and law; without a recipe, those that were
+    given.
+    """
     if recipe is None:
         at = None if tuned_at is None else as_reference(tuned_at)
         return None, lr, at, DEFAULT_LAW if law is None else law
     for name, value in (("lr", lr), ("tuned_at", tuned_at), ("law", law)):
         if value is not None:
-            raise OptimizerError(f"Both recipe= and {name}= were given.", "Give only the recipe, which includes it.")
+            raise OptimizerError(
+                f"Both recipe= and {name}= were given.", "Give only the recipe, which includes it."
+            )
     loaded = resolve_recipe(recipe)
-    return loaded, loaded.lr, replace(loaded.reference, batch=loaded.reference.batch or loaded.batch), loaded.law
+    return (
+        loaded,
+        loaded.lr,
+        replace(loaded.reference, batch=loaded.reference.batch or loaded.batch),
+        loaded.law,
+    )
 
 
 def refuse_settings(built: Optimizer | None, lr: object, settings: Mapping[str, Any]) -> None:
     """Raise if settings or a rate are given for an optimizer that is built already."""
     if built is not None and (settings or lr is not None):
         name = next(iter(settings), "lr")
-        raise OptimizerError(f"{name}= was given for an optimizer that is built already.", "Give it when building it.")
+        raise OptimizerError(
+            f"{name}= was given for an optimizer that is built already.",
+            "Give it when building it.",
+        )
 
 
 def run_of(
@@ -122,18 +154,24 @@ def run_of(
     survey: Survey,
     **horizon: Any,
 ) -> Run | None:
-    """Return the run that uses a recipe, with the factors' settings: their group's, the given ones, or the defaults.
+    """Return the run that uses a recipe, with the factors' settings: their group's, the given ones,
+    or the defaults.
 
     Raises:
-        OptimizerError: steps or a warm-up are given without a recipe, or the warm-up is not a share.
+        OptimizerError: steps or a warm-up are given without a recipe, or the warm-up is not a
+            share.
     """
     share = horizon["warmup_share"]
     if share is not None and not is_within("share", share):
-        raise OptimizerError(f"warmup_share is {shown(share)}.", f"Give {range_of('share')}, or leave it out.")
+        raise OptimizerError(
+            f"warmup_share is {shown(share)}.", f"Give {range_of('share')}, or leave it out."
+        )
     if recipe is None:
         for name in ("steps", "warmup_share"):
             if horizon[name] is not None:
-                raise OptimizerError(f"{name}= was given without recipe=, so it has no effect.", "Leave it out.")
+                raise OptimizerError(
+                    f"{name}= was given without recipe=, so it has no effect.", "Leave it out."
+                )
         return None
     base, factors = {**defaults_of(native), **given}, {f.name for f in survey.factors}
     names = [name for name in recipe.settings if name in base and name not in SAME_UPDATES]
@@ -141,14 +179,19 @@ def run_of(
     return Run(native, settings_of(held or [base], names), **horizon)
 
 
-def applied_settings(recipe: Recipe | None, native: type[Optimizer], built: Optimizer | None) -> dict[str, Any]:
+def applied_settings(
+    recipe: Recipe | None, native: type[Optimizer], built: Optimizer | None
+) -> dict[str, Any]:
     """Return the recipe's settings that the optimizer accepts.
 
     Raises:
-        OptimizerError: there is no recipe, it is for another optimizer, or the optimizer is built already.
+        OptimizerError: there is no recipe, it is for another optimizer, or the optimizer is built
+            already.
     """
     if recipe is None:
-        raise OptimizerError("apply_settings=True uses a recipe's settings, but none was given.", "Give recipe=.")
+        raise OptimizerError(
+            "apply_settings=True uses a recipe's settings, but none was given.", "Give recipe=."
+        )
     if built is not None:
         raise OptimizerError(
             "apply_settings=True was given for an optimizer that is built already.",
@@ -156,12 +199,23 @@ def applied_settings(recipe: Recipe | None, native: type[Optimizer], built: Opti
         )
     if not is_for(recipe, native):
         raise OptimizerError(
-            f"Recipe {recipe.name!r} was made with {recipe.optimizer}, whose settings do not fit {native.__name__}.",
+            f"Recipe {recipe.name!r} was made with {recipe.optimizer}, whose settings do not fit"
+            f" {native.__name__}.",
             "Use the recipe's optimizer, or leave apply_settings= out.",
         )
-    own = {name: default for name, default in defaults_of(native).items() if name not in ("lr", *SAME_UPDATES)}
-    fitting = {name: value for name, value in recipe.settings.items() if name in own and _fits(value, own[name])}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fitting.items()}
+    own = {
+        name: default
+        for name, default in defaults_of(native).items()
+        if name not in ("lr", *SAME_UPDATES)
+    }
+    fitting = {
+        name: value
+        for name, value in recipe.settings.items()
+        if name in own and _fits(value, own[name])
+    }
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fitting.items()
+    }
 
 
 def _fits(value: Any, default: Any) -> bool:
@@ -173,11 +227,14 @@ def _fits(value: Any, default: Any) -> bool:
     return default is None or isinstance(default, (bool, int, float))
 
 
-def check_base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any, tuned: Iterable[UserGroup]) -> None:
-    """Check the given base rate, a number or a tensor, or else the rates of the optimizer and its groups.
+def check_base_lr(
+    native: type[Optimizer], built: Optimizer | None, lr: Any, tuned: Iterable[UserGroup]
+) -> None:
+    """Check the given base rate, a number or a tensor, or else the rates of the optimizer and its
+    groups.
 
-    tuned: the groups for which a reference is given. Each needs its own rate or `lr`, since the optimizer's default was
-    not tuned for that reference.
+    tuned: the groups for which a reference is given. Each needs its own rate or `lr`, since the
+    optimizer's default was not tuned for that reference.
     """
     if lr is not None:
         check_lr(lr)
@@ -191,7 +248,8 @@ def check_base_lr(native: type[Optimizer], built: Optimizer | None, lr: Any, tun
             raise OptimizerError(f"{native.__name__} has no default learning rate.", "Give lr=.")
         if not all("lr" in group.options for group in tuned if group.named):
             raise OptimizerError(
-                f"tuned_at= was given without lr=, but {native.__name__}'s default, {default.default}, is not tuned.",
+                f"tuned_at= was given without lr=, but {native.__name__}'s default,"
+                f" {default.default}, is not tuned.",
                 "Give the tuned rate as lr=, or leave tuned_at= out.",
             )
 
@@ -204,16 +262,25 @@ def refuse_rateless(opt: Optimizer) -> None:
         )
 
 
-def refuse_groups(native: type[Optimizer], groups: Iterable[UserGroup], held: Iterable[int] = ()) -> None:
+def refuse_groups(
+    native: type[Optimizer], groups: Iterable[UserGroup], held: Iterable[int] = ()
+) -> None:
     """Raise, with their names, for parameters that the optimizer does not accept or already has."""
     named = [pair for group in groups for pair in group.named]
     known = set(held)
     twice = [name for name, p in named if id(p) in known]
     if twice:
-        raise OptimizerError(f"The parameter {twice[0]} is in this optimizer already.", "Add each parameter once.")
-    other = [name for name, p in named if p.dim() != 2] if native.__module__.startswith("torch.optim") else []
+        raise OptimizerError(
+            f"The parameter {twice[0]} is in this optimizer already.", "Add each parameter once."
+        )
+    other = (
+        [name for name, p in named if p.dim() != 2]
+        if native.__module__.startswith("torch.optim")
+        else []
+    )
     if native.__name__ == "Muon" and other:
         raise OptimizerError(
             f"Muon takes only matrices, but {len(other)} parameters are not, such as {other[0]}.",
-            "Give Muon groups of the 2-D parameters with model=, and the rest to another optimizer.",
+            "Give Muon groups of the 2-D parameters with model=, and the rest to another"
+            " optimizer.",
         )

@@ -1,4 +1,6 @@
-"""A recipe saved beside an adapter: in a subfolder that no loader reads as weights, with a section in the README."""
+"""A recipe saved beside an adapter: in a subfolder that no loader reads as weights, with a section
+in the README.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _MOST = 10_000_000  # largest README, bytes
 
 
 def recipe_file(path: str | os.PathLike[str]) -> Path:
-    """Return the path of the recipe's TOML file: `path` itself, or the file in that folder that `save_beside` wrote."""
+    """Return the path of the recipe's TOML file: `path` itself, or the file in that folder that
+    `save_beside` wrote.
+    """
     folder = Path(path)
     if not os.path.isdir(folder):
         return folder
@@ -29,10 +33,14 @@ def recipe_file(path: str | os.PathLike[str]) -> Path:
 
 
 def save_beside(recipe: Recipe, adapter: str | os.PathLike[str], plot: bool = False) -> Path:
-    """Write the recipe into the adapter's folder. plot: whether a plot is in the folder, for the README to show."""
+    """Write the recipe into the adapter's folder. plot: whether a plot is in the folder, for the
+    README to show.
+    """
     folder = Path(adapter)
     if not os.path.isdir(folder):
-        raise RecipeError(f"There is no folder {folder} to save a recipe in.", "Save the adapter there first.")
+        raise RecipeError(
+            f"There is no folder {folder} to save a recipe in.", "Save the adapter there first."
+        )
     readme = folder / README
     try:
         _check_inside(folder)
@@ -42,12 +50,16 @@ def save_beside(recipe: Recipe, adapter: str | os.PathLike[str], plot: bool = Fa
     except RecipeError:
         raise
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{readme} cannot be written: {error}.", "Repair it, or remove it.") from error
+        raise RecipeError(
+            f"{readme} cannot be written: {error}.", "Repair it, or remove it."
+        ) from error
     return path
 
 
 def _check_inside(folder: Path) -> None:
-    """Raise a `RecipeError` if a file that would be written is a link to outside the folder, or lies there by one."""
+    """Raise a `RecipeError` if a file that would be written is a link to outside the folder, or
+    lies there by one.
+    """
     root, beside = os.path.realpath(folder), folder / FOLDER
     kept = beside.iterdir() if os.path.isdir(beside) else ()
     for path in (folder / README, beside, *kept):
@@ -57,14 +69,18 @@ def _check_inside(folder: Path) -> None:
 
 
 def _section(recipe: Recipe, plot: bool) -> str:
-    """Return the README's section about the recipe, between two marks. Untrusted texts are in a code block."""
+    """Return the README's section about the recipe, between two marks. Untrusted texts are in a
+    code block.
+    """
     picture = ("", f"![Trials and rates by rank]({FOLDER}/{PLOT})") if plot else ()
     lines = [
         _BEGIN,
         "## Learning rate",
         "",
-        f"The calibrated recipe in `{FOLDER}/` gives the learning rate at another rank or alpha, and for full "
-        "finetuning, with its 90 % band (the package is rankaware-optim):",
+        (
+            f"The calibrated recipe in `{FOLDER}/` gives the learning rate at another rank or"
+            " alpha, and for full finetuning, with its 90 % band (the package is rankaware-optim):"
+        ),
         "",
         "    opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=FOLDER_OF_THIS_README)",
         "    rankaware lr FOLDER_OF_THIS_README --rank 64",
@@ -77,7 +93,9 @@ def _section(recipe: Recipe, plot: bool) -> str:
 
 
 def _with_section(text: str, section: str) -> str:
-    """Return `text` with `section` in place of earlier sections, or at the end. A section without its end is text."""
+    """Return `text` with `section` in place of earlier sections, or at the end. A section without
+    its end is text.
+    """
     before, *after = re.split(f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", text, flags=re.DOTALL)
     if after:
         return before + section + "".join(after)

@@ -15,9 +15,21 @@ from ._schema import to_document
 
 _ABSENT = "not given"
 _NOWHERE = "configurations"
-# Last names of fields that are compared by a factor: rates, widths, counts. Other numbers are compared by a difference.
+# Last names of fields that are compared by a factor: rates, widths, counts. Other numbers are
+# compared by a difference.
 _BY_FACTOR = {
-    *("lr", "fitted_lr", "band_low", "band_high", "ceiling", "full_factor", "rank", "alpha", "fan_in", "full_fan_in"),
+    *(
+        "lr",
+        "fitted_lr",
+        "band_low",
+        "band_high",
+        "ceiling",
+        "full_factor",
+        "rank",
+        "alpha",
+        "fan_in",
+        "full_fan_in",
+    ),
     *("batch", "steps", "tokens", "pivot"),
 }
 _EQUAL = 1e-9  # relative: rates that differ by less are equal up to rounding
@@ -54,7 +66,9 @@ def diff_recipes(first: Recipe, second: Recipe) -> tuple[Difference, ...]:
 
 
 def diff_text(found: Sequence[Difference]) -> str:
-    """Return the result of `diff_recipes` as a table with a sentence above it, or as one sentence if it is empty."""
+    """Return the result of `diff_recipes` as a table with a sentence above it, or as one sentence
+    if it is empty.
+    """
     if not found:
         return "The two recipes are equal."
     rows = [(d.what, d.first, d.second, d.words) for d in found]
@@ -74,7 +88,7 @@ def _sentence(found: Sequence[Difference]) -> str:
     return f"The rates differ by more than their 90 % bands at {', '.join(apart)}."
 
 
-# --- rates ----------------------------------------------------------------------------------------------------------
+# --- rates ----------------------------------------------------------------------------------------
 
 
 def _rates(first: Recipe, second: Recipe) -> Iterator[Difference]:
@@ -83,7 +97,12 @@ def _rates(first: Recipe, second: Recipe) -> Iterator[Difference]:
     If no configuration has a rate by both, this is a difference too.
     """
     compared = False
-    ranks = {rank for recipe in (first, second) for rank in (*recipe.ranks, recipe.reference.rank) if rank}
+    ranks = {
+        rank
+        for recipe in (first, second)
+        for rank in (*recipe.ranks, recipe.reference.rank)
+        if rank
+    }
     for rank in (*sorted(ranks), None):
         one, two = known_rate(first, rank), known_rate(second, rank)
         compared |= one is not None and two is not None
@@ -97,7 +116,7 @@ def _rates(first: Recipe, second: Recipe) -> Iterator[Difference]:
         yield Difference(_NOWHERE, str(first.reference), str(second.reference), "none in common")
 
 
-# --- fields ---------------------------------------------------------------------------------------------------------
+# --- fields ---------------------------------------------------------------------------------------
 
 
 def _fields(first: Recipe, second: Recipe) -> Iterator[Difference]:

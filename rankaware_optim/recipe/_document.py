@@ -1,4 +1,6 @@
-"""The schema of a recipe's TOML file: sections, fields and allowed values. msgspec checks a file against it."""
+"""The schema of a recipe's TOML file: sections, fields and allowed values. msgspec checks a file
+against it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ SCHEMA = 3
 
 def _of(name: str, kind: type = float) -> Meta:
     low, high = RANGES[name]
-    return Meta(ge=low, le=high) if kind is float else Meta(ge=math.ceil(low), le=min(int(high), 2**63 - 1))
+    return (
+        Meta(ge=low, le=high)
+        if kind is float
+        else Meta(ge=math.ceil(low), le=min(int(high), 2**63 - 1))
+    )
 
 
 Lr = Annotated[float, _of("lr")]
@@ -77,7 +83,9 @@ class HorizonSection(Struct, frozen=True):
     warmup_share: Annotated[float, _of("share")] | None = None
     slope: Annotated[float, _of("slope")] = 0.0
     slope_sd: Octaves = SLOPE_SD
-    tried: Annotated[list[Any], Meta(max_length=1000)] = []  # until schema 2: the other lengths of trials, not used
+    tried: Annotated[
+        list[Any], Meta(max_length=1000)
+    ] = []  # until schema 2: the other lengths of trials, not used
 
 
 class SeenSection(Struct, frozen=True):
@@ -98,7 +106,9 @@ class FitSection(Struct, frozen=True):
 
 
 class Document(Struct, frozen=True, kw_only=True):
-    """The fields that are read. Fields written only for people, such as `band_low`, are not among them."""
+    """The fields that are read. Fields written only for people, such as `band_low`, are not among
+    them.
+    """
 
     name: Text
     rate: RateSection
@@ -128,15 +138,19 @@ class Document1(Document2, frozen=True, kw_only=True):
 
 
 def checked(data: Mapping[str, Any], target: Path) -> Document:
-    """Return the document in nested plain values. A RecipeError names the path of a missing or impossible value."""
+    """Return the document in nested plain values. A RecipeError names the path of a missing or
+    impossible value.
+    """
     schema = data.get("schema")
     if type(schema) is not int or schema < 1:
         raise RecipeError(
-            f"{target} has no schema, so it is not a recipe. @ schema", "Give a file made by Recipe.save."
+            f"{target} has no schema, so it is not a recipe. @ schema",
+            "Give a file made by Recipe.save.",
         )
     if schema > SCHEMA:
         raise RecipeError(
-            f"The recipe {target} has schema {shown(schema)}, but this package reads up to {SCHEMA}. @ schema",
+            f"The recipe {target} has schema {shown(schema)}, but this package reads up to"
+            f" {SCHEMA}. @ schema",
             "Update rankaware-optim, or name another file.",
         )
     try:
@@ -150,6 +164,8 @@ def checked(data: Mapping[str, Any], target: Path) -> Document:
         raise impossible(target, what, path) from error
 
 
-def impossible(target: Path, what: str, path: str, cure: str = "Restore or remake the file.") -> RecipeError:
+def impossible(
+    target: Path, what: str, path: str, cure: str = "Restore or remake the file."
+) -> RecipeError:
     """Return the error for an impossible value, with its path."""
     return RecipeError(f"The recipe {target} has an impossible value: {what}. @ {path}", cure)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 from .._checks import is_within, plain, range_of, shown
 from ..errors import RecipeError
 
-# Prior standard deviations, octaves of rate per octave: of the slope about 0 (small sweeps had -0.1 under Init[A] and
-# +0.3 in full finetuning), and of the batch exponent about the law's (small sweeps had 0.3 to 0.67).
+# Prior standard deviations, octaves of rate per octave: of the slope about 0 (small sweeps had -0.1
+# under Init[A] and +0.3 in full finetuning), and of the batch exponent about the law's (small
+# sweeps had 0.3 to 0.67).
 SLOPE_SD = 0.3
 BATCH_SD = 0.15
 
@@ -41,15 +42,17 @@ class Horizon:
     slope: float = 0.0
     slope_sd: float = SLOPE_SD
 
-    def by_steps(self, steps: int | None, own: int | None, name: str, same_method: bool = True) -> Moved:
+    def by_steps(
+        self, steps: int | None, own: int | None, name: str, same_method: bool = True
+    ) -> Moved:
         """Return the move from a recipe's `own` steps to `steps`.
 
         Args:
             steps: the number of steps wanted, None for the recipe's own.
             own: the recipe's number of steps, None if unknown.
             name: the recipe's name, for messages.
-            same_method: whether the slope belongs to the method asked for, LoRA or full finetuning. Otherwise the prior
-                replaces it.
+            same_method: whether the slope belongs to the method asked for, LoRA or full finetuning.
+                Otherwise the prior replaces it.
 
         Raises:
             RecipeError: `steps` is not a positive whole number, or `own` is None.
@@ -59,12 +62,15 @@ class Horizon:
         steps = plain(steps)
         if not isinstance(steps, int) or not is_within("steps", steps):
             raise RecipeError(f"steps is {shown(steps)}.", f"Give {range_of('steps')}.")
-        slope, sd = (self.slope, self.slope_sd) if same_method else (0.0, max(self.slope_sd, SLOPE_SD))
+        slope, sd = (
+            (self.slope, self.slope_sd) if same_method else (0.0, max(self.slope_sd, SLOPE_SD))
+        )
         return _moved(steps, own, slope, sd, name, "steps", f"{steps} steps instead of {own}")
 
 
 def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> Moved:
-    """Return the move from a recipe's `own` batch to `batch`, by `rule` octaves of rate per octave of batch.
+    """Return the move from a recipe's `own` batch to `batch`, by `rule` octaves of rate per octave
+    of batch.
 
     Raises:
         RecipeError: `batch` is not a positive number, or `own` is None.
@@ -74,15 +80,21 @@ def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> 
     batch = plain(batch)
     if not is_within("batch", batch):
         raise RecipeError(
-            f"batch is {shown(batch)}.", f"Give {range_of('batch')}, in the unit of the recipe's own batch."
+            f"batch is {shown(batch)}.",
+            f"Give {range_of('batch')}, in the unit of the recipe's own batch.",
         )
-    return _moved(batch, own, rule, BATCH_SD, name, "batch", f"batch {batch:g} instead of {own or 0:g}")
+    return _moved(
+        batch, own, rule, BATCH_SD, name, "batch", f"batch {batch:g} instead of {own or 0:g}"
+    )
 
 
-def _moved(asked: float, own: float | None, slope: float, sd: float, name: str, what: str, words: str) -> Moved:
+def _moved(
+    asked: float, own: float | None, slope: float, sd: float, name: str, what: str, words: str
+) -> Moved:
     if own is None:
         raise RecipeError(
-            f"Recipe {name!r} does not give its own {what}, so the rate cannot be moved to {asked:g}.",
+            f"Recipe {name!r} does not give its own {what}, so the rate cannot be moved to"
+            f" {asked:g}.",
             f"Leave {what}= out, or calibrate with {what}=.",
         )
     octaves = math.log2(asked / own)

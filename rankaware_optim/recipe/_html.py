@@ -1,9 +1,10 @@
-"""A recipe as one self-contained page: its figure, rates by rank, a control for rank, alpha and method, provenance.
+"""A recipe as one self-contained page: its figure, rates by rank, a control for rank, alpha and
+method, provenance.
 
-The page is `report_page.html`, filled in by jinja2 with every value escaped. It loads nothing, so it contains the
-recipe's rates on a grid of ranks and multipliers. Every rank up to 64 is a node, and there are 32 nodes per octave
-above. Rates are interpolated in log2, linearly along the rank and by a cubic along the multiplier. They have three
-digits.
+The page is `report_page.html`, filled in by jinja2 with every value escaped. It loads nothing, so
+it contains the recipe's rates on a grid of ranks and multipliers. Every rank up to 64 is a node,
+and there are 32 nodes per octave above. Rates are interpolated in log2, linearly along the rank and
+by a cubic along the multiplier. They have three digits.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         replace_bytes(target, text)
     except OSError as error:
-        raise PageError(f"The page {target} cannot be written: {error}.", "Choose a writable folder.") from error
+        raise PageError(
+            f"The page {target} cannot be written: {error}.", "Choose a writable folder."
+        ) from error
     return target
 
 
@@ -76,7 +79,9 @@ def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     text = resources.files(__package__).joinpath("report_page.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["short"] = lambda value: "" if value is None else f"{value:.3g}"
     return environment.from_string(text)
 
@@ -89,7 +94,7 @@ def _rows(recipe: Recipe, picture: Picture) -> Iterator[tuple[str, Rate, str]]:
         yield label, rate, "tried" if tried else "extrapolated" if rate.extrapolated else "between"
 
 
-# --- drawings -------------------------------------------------------------------------------------------------------
+# --- drawings -------------------------------------------------------------------------------------
 
 # A panel's frame in units that the page scales: left, right, top, bottom.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60.0, 360.0, 22.0, 190.0
@@ -98,7 +103,9 @@ _MOST_TICKS = 5
 
 @dataclass(frozen=True)
 class _Axis:
-    """Maps values from `low` to `high` to positions from `start` to `end`, through log2 if `log` is set."""
+    """Maps values from `low` to `high` to positions from `start` to `end`, through log2 if `log` is
+    set.
+    """
 
     low: float
     high: float
@@ -116,10 +123,18 @@ class _Axis:
         return value is not None and self.low <= value <= self.high
 
     def ticks(self, values: Iterable[float] | None = None) -> list[tuple[float, str]]:
-        """Return (position, label) of the round values in the frame, or of those given, evenly thinned out."""
-        inside = [value for value in (self._round_values() if values is None else values) if self.holds(value)]
+        """Return (position, label) of the round values in the frame, or of those given, evenly
+        thinned out.
+        """
+        inside = [
+            value
+            for value in (self._round_values() if values is None else values)
+            if self.holds(value)
+        ]
         step = -(-len(inside) // _MOST_TICKS) or 1
-        return [(self.at(value), f"{value:{'g' if self.log else '.12g'}}") for value in inside[::step]]
+        return [
+            (self.at(value), f"{value:{'g' if self.log else '.12g'}}") for value in inside[::step]
+        ]
 
     def _round_values(self) -> Sequence[float]:
         """Return the ticks of `log_ticks`; on a linear axis, multiples of 1, 2 and 5."""
@@ -128,7 +143,9 @@ class _Axis:
         wide = (self.high - self.low) / _MOST_TICKS
         size = 10.0 ** math.floor(math.log10(wide))
         apart = next(m * size for m in (1, 2, 5, 10, 20) if wide <= m * size)
-        return [n * apart for n in range(math.ceil(self.low / apart), math.floor(self.high / apart) + 1)]
+        return [
+            n * apart for n in range(math.ceil(self.low / apart), math.floor(self.high / apart) + 1)
+        ]
 
 
 def _panel(picture: Picture, arm: PictureArm) -> dict[str, Any]:
@@ -156,15 +173,24 @@ def _chart(recipe: Recipe, picture: Picture) -> dict[str, Any]:
     (first, start), (last, end) = by_rank[0], by_rank[-1]
     ceilings = [(rank, rate.ceiling) for rank, rate in by_rank if rate.ceiling]
     shown = [rate for _, rate in by_rank] + ([full] if full else [])
-    edges = [edge for rate in shown for edge in (rate.low, rate.high, rate.lr)] + [edge for _, edge in ceilings]
-    x, y = _Axis(first, last, _LEFT, _RIGHT), _Axis(min(edges) / 1.2, max(edges) * 1.2, _BOTTOM, _TOP)
-    band = [(rank, rate.high) for rank, rate in by_rank] + [(rank, rate.low) for rank, rate in reversed(by_rank)]
+    edges = [edge for rate in shown for edge in (rate.low, rate.high, rate.lr)] + [
+        edge for _, edge in ceilings
+    ]
+    x, y = (
+        _Axis(first, last, _LEFT, _RIGHT),
+        _Axis(min(edges) / 1.2, max(edges) * 1.2, _BOTTOM, _TOP),
+    )
+    band = [(rank, rate.high) for rank, rate in by_rank] + [
+        (rank, rate.low) for rank, rate in reversed(by_rank)
+    ]
     return {
         "words": f"From rank {first} to {last} the rate goes from {start.lr:.3g} to {end.lr:.3g}.",
         "curve": _line(x, y, [(rank, rate.lr) for rank, rate in by_rank]),
         "band": _line(x, y, band),
         "ceiling": _line(x, y, ceilings),
-        "full": full and (y.at(full.lr), y.at(full.high), round(y.at(full.low) - y.at(full.high), 1)),
+        "full": (
+            full and (y.at(full.lr), y.at(full.high), round(y.at(full.low) - y.at(full.high), 1))
+        ),
         "seen": [x.at(rank) for rank in recipe.ranks if x.holds(rank)],
         "x": x.ticks(rank for rank, _ in by_rank),
         "y": y.ticks(),
@@ -175,7 +201,7 @@ def _line(x: _Axis, y: _Axis, points: Iterable[tuple[float, float]]) -> str:
     return " ".join(f"{x.at(across):g},{y.at(up):g}" for across, up in points)
 
 
-# --- the rates to look up -------------------------------------------------------------------------------------------
+# --- the rates to look up -------------------------------------------------------------------------
 
 _EVERY_RANK, _MOST, _PER_OCTAVE = 64, 8192, 32
 _SCALINGS = [e / 2 for e in range(-28, 21)]  # log2 of s = alpha / rank
@@ -186,16 +212,23 @@ _AS_SWEPT = "The sweep behind this recipe has no alpha, so its rates hold only f
 def rate_table(recipe: Recipe) -> dict[str, Any]:
     """Return the JSON values from which a page computes `recipe.at` by rank, alpha and method.
 
-    ranks, scalings: the nodes, scalings as log2 of s. own: log2 of the rate without alpha, by rank. lr: the same by
-    rank and scaling, empty if `refused` says why alpha cannot be given. low, high, ceiling: log2 of their ratio to the
-    rate, by rank. outside: whether the rank is extrapolated. notes: by rank, the index of its list in `sentences`, in
-    which "{rank}" stands for the rank. full: the numbers of full finetuning, or the reason why there are none.
+    ranks, scalings: the nodes, scalings as log2 of s. own: log2 of the rate without alpha, by rank.
+    lr: the same by rank and scaling, empty if `refused` says why alpha cannot be given. low, high,
+    ceiling: log2 of their ratio to the rate, by rank. outside: whether the rank is extrapolated.
+    notes: by rank, the index of its list in `sentences`, in which "{rank}" stands for the rank.
+    full: the numbers of full finetuning, or the reason why there are none.
     """
     refused = _AS_SWEPT if recipe.scaling_rule == "as swept" else ""
     ranks = _nodes(recipe)
     own = [known_rate(recipe, rank) for rank in ranks]
-    rates = own if refused else [rate or known_rate(recipe, r, alpha=r) for r, rate in zip(ranks, own, strict=True)]
-    by_scaling = ([known_rate(recipe, rank, alpha=rank * 2.0**s) for s in _SCALINGS] for rank in ranks)
+    rates = (
+        own
+        if refused
+        else [rate or known_rate(recipe, r, alpha=r) for r, rate in zip(ranks, own, strict=True)]
+    )
+    by_scaling = (
+        [known_rate(recipe, rank, alpha=rank * 2.0**s) for s in _SCALINGS] for rank in ranks
+    )
     columns = [_ratios(rate) for rate in rates]
     sentences, notes = _numbered(recipe, ranks, rates)
     return {
@@ -214,11 +247,15 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
 
 
 def _nodes(recipe: Recipe) -> list[int]:
-    """Return the ranks to store. They include those tried, and the width, at which some laws have a kink."""
+    """Return the ranks to store. They include those tried, and the width, at which some laws have a
+    kink.
+    """
     powers, width = round(math.log2(_MOST)), recipe.reference.fan_in or 1.0
     nodes = {*range(1, _EVERY_RANK + 1), math.floor(width), math.ceil(width)}
     nodes |= {round(2 ** (e / _PER_OCTAVE)) for e in range(powers * _PER_OCTAVE + 1)}
-    return sorted(rank for rank in {*nodes, *recipe.ranks, recipe.reference.rank} if rank and rank <= _MOST)
+    return sorted(
+        rank for rank in {*nodes, *recipe.ranks, recipe.reference.rank} if rank and rank <= _MOST
+    )
 
 
 def _ratios(rate: Rate | None) -> dict[str, float | None]:
@@ -231,16 +268,21 @@ def _log(value: Rate | float | None) -> float | None:
     return None if value is None else round(math.log2(float(value)), 4)
 
 
-def _numbered(recipe: Recipe, ranks: Sequence[int], rates: Sequence[Rate | None]) -> tuple[list[list[str]], list[int]]:
+def _numbered(
+    recipe: Recipe, ranks: Sequence[int], rates: Sequence[Rate | None]
+) -> tuple[list[list[str]], list[int]]:
     """Return the different lists of notes, and by rank the index of its list.
 
-    In those that depend on the rank, "{rank}" stands for it. The recipe's own notes are the same at every rank.
+    In those that depend on the rank, "{rank}" stands for it. The recipe's own notes are the same at
+    every rank.
     """
     own = {note: printable(note) for note in recipe.notes}
     texts = []
     for rank, rate in zip(ranks, rates, strict=True):
         notes = rate.notes if rate else ()
-        texts.append([own.get(note) or note.replace(f"rank {rank} ", "rank {rank} ") for note in notes])
+        texts.append(
+            [own.get(note) or note.replace(f"rank {rank} ", "rank {rank} ") for note in notes]
+        )
     sentences = [list(notes) for notes in dict.fromkeys(map(tuple, texts))]
     return sentences, [sentences.index(notes) for notes in texts]
 

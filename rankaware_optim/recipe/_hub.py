@@ -1,4 +1,6 @@
-"""Recipes on the Hugging Face Hub, through huggingface_hub. The layout is that of `save_beside`, with a model card."""
+"""Recipes on the Hugging Face Hub, through huggingface_hub. The layout is that of `save_beside`,
+with a model card.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ _TAG = "rankaware-recipe"
 
 
 def push(
-    recipe: Recipe, repo: str, *, base_model: str | None, private: bool | None, token: Any, message: str, **where: Any
+    recipe: Recipe,
+    repo: str,
+    *,
+    base_model: str | None,
+    private: bool | None,
+    token: Any,
+    message: str,
+    **where: Any,
 ) -> str:
     """Push the recipe, its plot and the card. Return the commit's URL."""
     with _hub(repo) as hub, TemporaryDirectory() as made:
@@ -31,20 +40,35 @@ def push(
             (folder / FOLDER).mkdir()
             plot_recipe(recipe, folder / FOLDER / PLOT)
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
-        (folder / README).write_text(_card(hub, api, recipe, repo, base_model, where), encoding="utf-8")
+        (folder / README).write_text(
+            _card(hub, api, recipe, repo, base_model, where), encoding="utf-8"
+        )
         save_beside(recipe, folder, plot=drawn)
-        upload = {"repo_id": repo, "folder_path": made, "commit_message": message, "delete_patterns": f"{FOLDER}/*"}
+        upload = {
+            "repo_id": repo,
+            "folder_path": made,
+            "commit_message": message,
+            "delete_patterns": f"{FOLDER}/*",
+        }
         return str(api.upload_folder(**upload, **where).commit_url)
 
 
 def pull(repo: str, **where: Any) -> Path:
-    """Return the path of a repository's recipe, downloaded with the files beside it or taken from the cache."""
+    """Return the path of a repository's recipe, downloaded with the files beside it or taken from
+    the cache.
+    """
     with _hub(repo) as hub:
-        return Path(hub.snapshot_download(repo, allow_patterns=f"{FOLDER}/*", **where)) / FOLDER / FILE
+        return (
+            Path(hub.snapshot_download(repo, allow_patterns=f"{FOLDER}/*", **where)) / FOLDER / FILE
+        )
 
 
-def _card(hub: Any, api: Any, recipe: Recipe, repo: str, base_model: str | None, where: Mapping[str, Any]) -> str:
-    """Return the repository's README, or a new one, with the tag and the base model in its metadata."""
+def _card(
+    hub: Any, api: Any, recipe: Recipe, repo: str, base_model: str | None, where: Mapping[str, Any]
+) -> str:
+    """Return the repository's README, or a new one, with the tag and the base model in its
+    metadata.
+    """
     try:
         found = Path(api.hf_hub_download(repo, README, **where)).read_text(encoding="utf-8")
     except hub.utils.EntryNotFoundError:
@@ -72,7 +96,9 @@ def _hub(repo: str) -> Iterator[Any]:
         yield huggingface_hub
     except RankAwareError:
         raise
-    except Exception as error:  # HTTP errors, refused names, no network: their classes change between releases
+    except (
+        Exception
+    ) as error:  # HTTP errors, refused names, no network: their classes change between releases
         first = next(iter(str(error).splitlines()), "").rstrip(".")
         raise RecipeError(
             f"The Hub's repository {repo!r} cannot be used: {first or type(error).__name__}.",

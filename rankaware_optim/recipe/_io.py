@@ -1,4 +1,6 @@
-"""The files of a recipe: TOML, which is complete by itself, and safetensors with the trials behind it."""
+"""The files of a recipe: TOML, which is complete by itself, and safetensors with the trials behind
+it.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,17 @@ def write(
     arrays: Mapping[str, Array],
     read_again: Callable[[Document], object],
 ) -> Path:
-    """Write the arrays under a name with their hash, then the TOML that names them, then remove the former arrays.
+    """Write the arrays under a name with their hash, then the TOML that names them, then remove the
+    former arrays.
 
-    Nothing is written if `read_again` raises an error. It gets the document as a reader would get it.
+    Nothing is written if `read_again` raises an error. It gets the document as a reader would get
+    it.
     """
     named = _toml_path(path)
     target = Path(os.path.realpath(named))
-    data = save({key: np.ascontiguousarray(value) for key, value in arrays.items()}) if arrays else b""
+    data = (
+        save({key: np.ascontiguousarray(value) for key, value in arrays.items()}) if arrays else b""
+    )
     sha256 = hashlib.sha256(data).hexdigest()
     beside = target.with_name(f"{target.stem}.{sha256[:12]}.safetensors")
     section = {"file": beside.name, "sha256": sha256} if data else None
@@ -63,7 +69,9 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Document, dict[str, Array], str]:
-    """Return the checked TOML, the arrays that match its hash, and the name of their file if it is not there."""
+    """Return the checked TOML, the arrays that match its hash, and the name of their file if it is
+    not there.
+    """
     target = _toml_path(path)
     document = checked(_parsed(_read_text(target), target), target)
     if document.tensors is None:
@@ -82,7 +90,9 @@ def read(path: str | os.PathLike[str]) -> tuple[Document, dict[str, Array], str]
 def _toml_path(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix != ".toml":
-        raise RecipeError(f"The name of a recipe's file ends in .toml, not as {str(target)!r}.", "Rename it.")
+        raise RecipeError(
+            f"The name of a recipe's file ends in .toml, not as {str(target)!r}.", "Rename it."
+        )
     return target
 
 
@@ -108,12 +118,13 @@ def _check_sizes(target: Path, text: bytes, data: bytes) -> None:
         )
     if len(data) > _MOST_TENSORS:
         raise RecipeError(
-            f"The trials of the recipe {target} have {len(data):,} bytes, more than {_MOST_TENSORS:,}.",
+            f"The trials of the recipe {target} have {len(data):,} bytes, more than"
+            f" {_MOST_TENSORS:,}.",
             "Save it without them: dataclasses.replace(recipe, tensors={}).save(path).",
         )
 
 
-# --- what a save replaces -------------------------------------------------------------------------------------------
+# --- what a save replaces -------------------------------------------------------------------------
 
 
 def _replaceable(target: Path) -> Mapping[str, Any]:
@@ -127,19 +138,25 @@ def _replaceable(target: Path) -> Mapping[str, Any]:
         raise OSError("it is not a regular file")
     with suppress(FileNotFoundError):
         if not target.stat().st_mode & stat.S_IWUSR:
-            raise RecipeError(f"The recipe {target} is read-only.", "Make it writable, or name another file.")
+            raise RecipeError(
+                f"The recipe {target} is read-only.", "Make it writable, or name another file."
+            )
     try:
         before = tomli.loads(read_bytes(target, _MOST_TEXT).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return {}  # no recipe is there, or it cannot be read
     schema, tensors = before.get("schema"), before.get("tensors")
     if isinstance(schema, int) and schema > SCHEMA:
-        raise RecipeError(f"The recipe at {target} has a newer schema, {schema}.", "Update, or name another file.")
+        raise RecipeError(
+            f"The recipe at {target} has a newer schema, {schema}.", "Update, or name another file."
+        )
     return tensors if isinstance(tensors, dict) else {}
 
 
 def _remove_tensors(folder: Path, former: Mapping[str, Any]) -> None:
-    """Remove the file that a replaced recipe named, if its name and the recipe have its hash and no recipe names it."""
+    """Remove the file that a replaced recipe named, if its name and the recipe have its hash and no
+    recipe names it.
+    """
     file, sha256 = former.get("file"), former.get("sha256")
     if not isinstance(file, str) or not isinstance(sha256, str):
         return
@@ -163,23 +180,29 @@ def _may_name(toml: Path, name: str) -> bool:
     return isinstance(file, str) and Path(file).name.lower() == name.lower()
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def _read_text(target: Path) -> bytes:
     try:
         return read_bytes(target, _MOST_TEXT)
     except FileNotFoundError as error:
-        raise RecipeError(f"There is no recipe at {target}.", "Check the path, or make one by ra.calibrate.") from error
+        raise RecipeError(
+            f"There is no recipe at {target}.", "Check the path, or make one by ra.calibrate."
+        ) from error
     except OSError as error:
-        raise RecipeError(f"The recipe {target} cannot be read: {error}.", "Restore or remake it.") from error
+        raise RecipeError(
+            f"The recipe {target} cannot be read: {error}.", "Restore or remake it."
+        ) from error
 
 
 def _parsed(text: bytes, target: Path) -> dict[str, Any]:
     try:
         return tomli.loads(text.decode("utf-8-sig"))  # Windows' editors put a mark first
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"The recipe {target} cannot be read: {error}.", "Restore or remake it.") from error
+        raise RecipeError(
+            f"The recipe {target} cannot be read: {error}.", "Restore or remake it."
+        ) from error
 
 
 def _beside(target: Path, name: str) -> Path:
@@ -194,15 +217,21 @@ def _read_tensors(path: Path, sha256: str) -> dict[str, Array]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise RecipeError(f"The tensors {path} of the recipe cannot be read: {error}.", "Copy both files.") from error
+        raise RecipeError(
+            f"The tensors {path} of the recipe cannot be read: {error}.", "Copy both files."
+        ) from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise RecipeError(
             f"The tensors {path} do not match the recipe's hash. @ tensors.sha256",
             "Copy both files of the recipe.",
         )
     if int.from_bytes(data[:8], "little") > _MOST_HEADER:
-        raise RecipeError(f"The tensors {path} cannot be read: their header is too long.", "Remake the recipe.")
+        raise RecipeError(
+            f"The tensors {path} cannot be read: their header is too long.", "Remake the recipe."
+        )
     try:
         return load(data)
     except Exception as error:  # safetensors raises its own error, KeyError, TypeError and more
-        raise RecipeError(f"The tensors {path} cannot be read: {error}.", "Remake the recipe.") from error
+        raise RecipeError(
+            f"The tensors {path} cannot be read: {error}.", "Remake the recipe."
+        ) from error

@@ -30,7 +30,8 @@ class OtherRates:
         recipe: the recipe's name.
         seen: the rates of its LoRA trials, by name pattern.
         base: the recipe's base rate.
-        full: the rate of full finetuning on this model, None if the recipe's trials did not include it.
+        full: the rate of full finetuning on this model, None if the recipe's trials did not include
+            it.
     """
 
     recipe: str
@@ -56,7 +57,8 @@ class OtherRates:
             return None
         if found is None:
             raise RecipeError(
-                f"The trials of recipe {self.recipe!r} trained neither {name} nor the full model, so it has no rate.",
+                f"The trials of recipe {self.recipe!r} trained neither {name} nor the full model,"
+                " so it has no rate.",
                 "Give other_lr=, or rates= for its name.",
             )
         return self.base if found == BASE else float(found)
@@ -70,4 +72,8 @@ class OtherRates:
         found = self.seen.get(name_pattern(name))
         if found is None:
             return "full finetuning's rate by the recipe"
-        return "the base rate, as in the recipe's trials" if found == BASE else "its rate in the recipe's trials"
+        return (
+            "the base rate, as in the recipe's trials"
+            if found == BASE
+            else "its rate in the recipe's trials"
+        )

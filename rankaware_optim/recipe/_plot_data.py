@@ -1,4 +1,5 @@
-"""The numbers that a figure of a recipe shows: each rank's trials, fitted curve, and rate with band and ceiling.
+"""The numbers that a figure of a recipe shows: each rank's trials, fitted curve, and rate with band
+and ceiling.
 
 `_plots` draws them with matplotlib, `_html` as a page.
 """
@@ -15,11 +16,21 @@ import numpy as np
 import numpy.typing as npt
 
 from .._rate import Rate
-from ._loss_model import curves_of
-from ._observations import TAIL, Observation, arms_of, gain_of, height, impute, noise_of, recent
+from ..fitting import (
+    TAIL,
+    Observation,
+    arms_of,
+    curves_of,
+    gain_of,
+    height,
+    impute,
+    noise_of,
+    recent,
+)
 from ._recipe import Recipe, known_rate
 
-# The drift along which trials of recipes without `trial.own_lr` ran, by init: the prior mean at that time.
+# The drift along which trials of recipes without `trial.own_lr` ran, by init: the prior mean at
+# that time.
 _FORMER_DRIFT = {"A": 0.0, "B": -0.45}
 _MARGIN = 2.0**0.5  # left and right of the rates drawn
 _STEPS = 200  # of a curve
@@ -31,10 +42,11 @@ Trials = Mapping["int | None", Sequence["Point"]]
 
 
 class Point(NamedTuple):
-    """One trial: the rate of its A factors or whole weights, its score, its seed, how it ended, and its curve.
+    """One trial: the rate of its A factors or whole weights, its score, its seed, how it ended, and
+    its curve.
 
-    fate: "finished", "diverged", or "pruned" with the score NaN. The curve of a sweep's run is its score. Curves are
-    views of the recipe's array, which may be large.
+    fate: "finished", "diverged", or "pruned" with the score NaN. The curve of a sweep's run is its
+    score. Curves are views of the recipe's array, which may be large.
     """
 
     rate: float
@@ -46,10 +58,12 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class PictureArm:
-    """The trials at one rank, None for full finetuning. rate: the recipe's, None if it needs an alpha.
+    """The trials at one rank, None for full finetuning. rate: the recipe's, None if it needs an
+    alpha.
 
-    curve: (rate, score) along the loss model's mean, with its optimum at the recipe's. by_base: whether the points are
-    drawn at their base rates, because their own rates are unknown. values: (low, high) of the rank's own frame.
+    curve: (rate, score) along the loss model's mean, with its optimum at the recipe's. by_base:
+    whether the points are drawn at their base rates, because their own rates are unknown. values:
+    (low, high) of the rank's own frame.
     """
 
     rank: int | None
@@ -85,9 +99,11 @@ class PictureArm:
 
 @dataclass(frozen=True)
 class Picture:
-    """Arms by rank, full finetuning last; the frame; and the rates at powers of two, if alpha has a rule.
+    """Arms by rank, full finetuning last; the frame; and the rates at powers of two, if alpha has a
+    rule.
 
-    rates, values: (low, high) of a frame around all of them. Scores above a frame are drawn at its edge.
+    rates, values: (low, high) of a frame around all of them. Scores above a frame are drawn at its
+    edge.
     """
 
     arms: tuple[PictureArm, ...]
@@ -106,7 +122,11 @@ def picture_of(recipe: Recipe) -> Picture:
     edges += [edge for rate in rates.values() if rate for edge in (rate.low, rate.lr, rate.high)]
     across = (min(edges) / _MARGIN, max(edges) * _MARGIN) if edges else (1e-4, 1e-2)
     values = _frame([point.value for point in points if math.isfinite(point.value)])
-    best = {rank: (math.log2(rate.low) + math.log2(rate.high)) / 2 for rank, rate in rates.items() if rate}
+    best = {
+        rank: (math.log2(rate.low) + math.log2(rate.high)) / 2
+        for rank, rate in rates.items()
+        if rate
+    }
     x = np.linspace(math.log2(across[0]), math.log2(across[1]), _STEPS)
     curves = _curves(trials, best, x)
     arms = []
@@ -138,8 +158,11 @@ def _frame(values: Sequence[float]) -> tuple[float, float]:
     return ordered[0] - 0.1 * size, ordered[0] + size
 
 
-def _own_frame(points: Sequence[Point], curve: Sequence[float], whole: tuple[float, float]) -> tuple[float, float]:
-    """A rank's own frame: its lowest point and all of its scores within the height of the `whole` frame above its best.
+def _own_frame(
+    points: Sequence[Point], curve: Sequence[float], whole: tuple[float, float]
+) -> tuple[float, float]:
+    """A rank's own frame: its lowest point and all of its scores within the height of the `whole`
+    frame above its best.
 
     It is at least a fifth as high as that frame, so that noise alone does not look like a bowl.
     """
@@ -153,7 +176,7 @@ def _own_frame(points: Sequence[Point], curve: Sequence[float], whole: tuple[flo
     return bottom - 0.1 * size, bottom + 1.1 * size
 
 
-# --- the trials -----------------------------------------------------------------------------------------------------
+# --- the trials -----------------------------------------------------------------------------------
 
 
 def _trials(recipe: Recipe) -> dict[int | None, list[Point]]:
@@ -169,10 +192,14 @@ def _trials(recipe: Recipe) -> dict[int | None, list[Point]]:
     seeds = held["seed"].tolist() if "seed" in held else [0] * len(ranks)
     lost = held.get("diverged", np.array([not math.isfinite(value) for value in values]))
     cut = held.get("pruned", np.zeros_like(lost))
-    fates = ["pruned" if p else "diverged" if d else "finished" for d, p in zip(lost, cut, strict=True)]
+    fates = [
+        "pruned" if p else "diverged" if d else "finished" for d, p in zip(lost, cut, strict=True)
+    ]
     curves = [np.array([value] if math.isfinite(value) else []) for value in values]
     if {"curve", "steps"} <= held.keys():
-        for number, (row, steps) in enumerate(zip(held["curve"], held["steps"].tolist(), strict=True)):
+        for number, (row, steps) in enumerate(
+            zip(held["curve"], held["steps"].tolist(), strict=True)
+        ):
             ran = row[:steps]
             if len(ran) and bool((np.abs(ran.astype(np.float64)) <= _MOST).all()):
                 curves[number] = ran
@@ -182,20 +209,27 @@ def _trials(recipe: Recipe) -> dict[int | None, list[Point]]:
 
 
 def _moved(recipe: Recipe, ranks: Sequence[int], base: Sequence[float]) -> list[float]:
-    """Move base rates to each trial's rank by the law of the trials. The fitted law would count the drift twice."""
+    """Move base rates to each trial's rank by the law of the trials. The fitted law would count the
+    drift twice.
+    """
     before = replace(recipe.law, exponent=_FORMER_DRIFT[recipe.reference.init], full_factor=1.0)
     along = replace(recipe, law=before if recipe.reference.method == "lora" else recipe.law)
     rates = {rank: known_rate(along, rank or None) for rank in set(ranks)}
-    return [lr * (r.lr / along.lr if (r := rates[rank]) else 1.0) for rank, lr in zip(ranks, base, strict=True)]
+    return [
+        lr * (r.lr / along.lr if (r := rates[rank]) else 1.0)
+        for rank, lr in zip(ranks, base, strict=True)
+    ]
 
 
-# --- the curve ------------------------------------------------------------------------------------------------------
+# --- the curve ------------------------------------------------------------------------------------
 
 
 def _curves(trials: Trials, best: Mapping[int | None, float], x: Array) -> dict[int | None, Array]:
-    """Return scores at log2 rates x along the loss model's mean curve of every rank, with its optimum at `best`.
+    """Return scores at log2 rates x along the loss model's mean curve of every rank, with its
+    optimum at `best`.
 
-    Ranks without a best rate, without a finite score or with more than `_MOST_FITTED` trials are left out.
+    Ranks without a best rate, without a finite score or with more than `_MOST_FITTED` trials are
+    left out.
     """
     fitted = [rank for rank in best if len(trials[rank]) <= _MOST_FITTED]
     seen = [pair for rank in fitted for pair in _observations(rank, trials[rank], best[rank])]
@@ -208,8 +242,11 @@ def _curves(trials: Trials, best: Mapping[int | None, float], x: Array) -> dict[
     return {rank: floor + gain * gaps[rank] for rank, floor in floors.items()}
 
 
-def _observations(rank: int | None, points: Sequence[Point], best: float) -> Iterator[tuple[Observation, bool]]:
-    """Yield a rank's trials as observations, in octaves above its best rate, and whether they diverged.
+def _observations(
+    rank: int | None, points: Sequence[Point], best: float
+) -> Iterator[tuple[Observation, bool]]:
+    """Yield a rank's trials as observations, in octaves above its best rate, and whether they
+    diverged.
 
     The score of a pruned trial is imputed, see `impute`.
     """
@@ -225,7 +262,12 @@ def _observations(rank: int | None, points: Sequence[Point], best: float) -> Ite
         elif math.isfinite(point.value):
             tail = recent(curve, max(TAIL, len(curve) // 10))
             noise = noise_of(curve)
-            ended.append((Observation(rank, point.seed, x, point.value, height(curve), tail, noise=noise), point))
+            ended.append(
+                (
+                    Observation(rank, point.seed, x, point.value, height(curve), tail, noise=noise),
+                    point,
+                )
+            )
             yield ended[-1][0], point.fate == "diverged"
         else:
             yield Observation(rank, point.seed, x, math.inf, math.inf, math.inf), True

@@ -18,7 +18,8 @@ _BEYOND = "off the frame, diverged or pruned"
 
 
 def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
-    """Draw a recipe: one panel per rank with its trials, fit, band, ceiling and rate, and a panel of rates by rank.
+    """Draw a recipe: one panel per rank with its trials, fit, band, ceiling and rate, and a panel
+    of rates by rank.
 
     Args:
         recipe: the recipe.
@@ -28,7 +29,8 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
         The path written.
 
     Raises:
-        PlotError: matplotlib is not installed, the recipe has no trials, or the file cannot be written.
+        PlotError: matplotlib is not installed, the recipe has no trials, or the file cannot be
+            written.
     """
     picture = drawable(recipe)
     rooms = len(picture.arms) + bool(picture.by_rank)
@@ -48,7 +50,9 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
     drawn = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes)
     each = {label: handle for pairs in drawn for handle, label in pairs}  # once, of all panels
     ncols = min(4, columns + 1)
-    figure.legend(each.values(), each, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
+    figure.legend(
+        each.values(), each, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9
+    )
     return save(figure, path)
 
 
@@ -69,7 +73,9 @@ def drawable(recipe: Recipe) -> Picture:
     if recipe.missing:
         raise PlotError(missing_trials(recipe), "Copy it there too. The rates do not need it.")
     if not picture.arms:
-        raise PlotError(f"The recipe {recipe.name!r} has no trials to draw.", "Give one made by ra.calibrate.")
+        raise PlotError(
+            f"The recipe {recipe.name!r} has no trials to draw.", "Give one made by ra.calibrate."
+        )
     return picture
 
 
@@ -77,7 +83,9 @@ def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
     """Draw one rank: trials, the fitted curve, and the recipe's rate with band and ceiling."""
     _draw_points(axis, arm, arm.values, COLOURS[0], "trial")
     if arm.rate is not None:
-        axis.axvspan(arm.rate.low, arm.rate.high, color=COLOURS[0], alpha=0.12, lw=0, label="90 % band")
+        axis.axvspan(
+            arm.rate.low, arm.rate.high, color=COLOURS[0], alpha=0.12, lw=0, label="90 % band"
+        )
         axis.axvline(arm.rate.lr, color=COLOURS[1], linestyle="--", label="the recipe's rate")
         if arm.rate.ceiling is not None:
             axis.axvline(arm.rate.ceiling, color="0.2", linestyle=":", label="ceiling")
@@ -86,8 +94,12 @@ def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
     axis.set_title(arm.title, fontsize=10)
 
 
-def _draw_points(axis: Any, arm: PictureArm, values: tuple[float, float], colour: str, label: str) -> None:
-    """Draw trials at their rates, those outside the frame as open triangles at the upper edge, and the curve."""
+def _draw_points(
+    axis: Any, arm: PictureArm, values: tuple[float, float], colour: str, label: str
+) -> None:
+    """Draw trials at their rates, those outside the frame as open triangles at the upper edge, and
+    the curve.
+    """
     bottom, top = values
     edge = top - 0.03 * (top - bottom)
     inside = [(p.rate, p.value) for p in arm.points if p.value <= top]
@@ -95,8 +107,18 @@ def _draw_points(axis: Any, arm: PictureArm, values: tuple[float, float], colour
     curve = zip(*arm.curve, strict=True) if arm.curve else ((), ())
     alone = label == "trial"
     axis.plot(*curve, color=colour, linewidth=1.5, label=_CURVE if alone else None)
-    axis.plot(*zip(*inside, strict=True) if inside else ((), ()), "o", color=colour, label=label, alpha=0.8)
-    off = {"color": colour, "markerfacecolor": "none", "label": _BEYOND if alone and beyond else None}
+    axis.plot(
+        *zip(*inside, strict=True) if inside else ((), ()),
+        "o",
+        color=colour,
+        label=label,
+        alpha=0.8,
+    )
+    off = {
+        "color": colour,
+        "markerfacecolor": "none",
+        "label": _BEYOND if alone and beyond else None,
+    }
     axis.plot(beyond, [edge] * len(beyond), "^", **off)
 
 
@@ -113,9 +135,13 @@ def draw_trials(axis: Any, picture: Picture) -> None:
 
 
 def _draw_rates(axis: Any, picture: Picture, recipe: Recipe) -> None:
-    """Draw the rate against rank with its band and ceiling, and that of full finetuning as a horizontal line."""
+    """Draw the rate against rank with its band and ceiling, and that of full finetuning as a
+    horizontal line.
+    """
     ranks, rates = zip(*picture.by_rank, strict=True)
-    axis.fill_between(ranks, [r.low for r in rates], [r.high for r in rates], color=COLOURS[0], alpha=0.12, lw=0)
+    axis.fill_between(
+        ranks, [r.low for r in rates], [r.high for r in rates], color=COLOURS[0], alpha=0.12, lw=0
+    )
     axis.plot(ranks, [r.lr for r in rates], color=COLOURS[1], linestyle="--")
     if rates[0].ceiling is not None:
         axis.plot(ranks, [r.ceiling for r in rates], color="0.2", linestyle=":")

@@ -1,4 +1,6 @@
-"""Recipes: the result of a calibration. `Recipe.at` returns a rate, `Recipe.save` writes TOML and safetensors."""
+"""Recipes: the result of a calibration. `Recipe.at` returns a rate, `Recipe.save` writes TOML and
+safetensors.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ ANY_WIDTH = 4096.0  # used for an unknown fan-in, which nearly cancels between r
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """A calibrated base rate with its law, uncertainty and provenance. `calibrate` and `fit_sweep` make one.
+    """A calibrated base rate with its law, uncertainty and provenance. `calibrate` and `fit_sweep`
+    make one.
 
     All rates are per optimizer step. Octaves are units of log2 of a rate.
 
@@ -51,13 +54,16 @@ class Recipe:
         name: the recipe's name, for messages.
         fitted_lr: the fitted optimum at `reference`. The rate to use is `lr`.
         reference: the configuration that the base rate belongs to.
-        law: a `Power` around the law that was calibrated. It holds the drift in rank and the factor of full finetuning.
+        law: a `Power` around the law that was calibrated. It holds the drift in rank and the factor
+            of full finetuning.
         covariance: 3 × 3 array of (log2 rate at `law.pivot`, drift, log2 `full_factor`), octaves².
-        lean: safety margin of `lr` below `fitted_lr`, octaves. Too high a rate costs more than too low a rate.
-        ceiling: the smallest rate that diverged in any trial, moved to `reference` by the law. None if no trial did.
-        scaling_rule: how the effective multiplier s = alpha / rank followed the ranks r of the trials: "fixed" (alpha
-            follows rank), "rslora" (s·√r constant), "alpha" (s·r constant), "as swept" (a sweep without alpha) or
-            "unknown".
+        lean: safety margin of `lr` below `fitted_lr`, octaves. Too high a rate costs more than too
+            low a rate.
+        ceiling: the smallest rate that diverged in any trial, moved to `reference` by the law. None
+            if no trial did.
+        scaling_rule: how the effective multiplier s = alpha / rank followed the ranks r of the
+            trials: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant),
+            "as swept" (a sweep without alpha) or "unknown".
         full_fan_in: the width that full finetuning's rate belongs to.
         ranks: the LoRA ranks of the trials.
         full_seen: whether full finetuning was among the trials.
@@ -68,17 +74,20 @@ class Recipe:
         warmup: share of the steps with a rising rate, from 0 to 1.
         horizon: how the best rate moves with the number of steps.
         seed: random seed of the calibration.
-        other_rates: rates of the parameters that LoRA trials trained beside the factors, by name with "*" for numbers.
-            "base" means each trial's base rate.
+        other_rates: rates of the parameters that LoRA trials trained beside the factors, by name
+            with "*" for numbers. "base" means each trial's base rate.
         versions: versions of the packages used.
         source: the training loop's name, the hash of its source and its repository's commit.
         notes: sentences on what the data did not determine.
-        tensors: numpy arrays, one entry per trial: `rank` (0 for full finetuning), `lr`, `seed`, `value` (NaN if
-            pruned), `diverged`, `pruned`, `steps`, and `curve` of shape (trials, values).
-        steepness: steepness of the loss above the optimum, per octave. The margin for another configuration follows
-            from it and the uncertainty there. With 0 the margin is `lean` everywhere.
+        tensors: numpy arrays, one entry per trial: `rank` (0 for full finetuning), `lr`, `seed`,
+            `value` (NaN if pruned), `diverged`, `pruned`, `steps`, and `curve` of shape (trials,
+            values).
+        steepness: steepness of the loss above the optimum, per octave. The margin for another
+            configuration follows from it and the uncertainty there. With 0 the margin is `lean`
+            everywhere.
         scatter: standard deviation of a rank's own best rate about the law, octaves.
-        missing: the name of the trials' file if it was not beside the recipe when it was read. Rates do not need it.
+        missing: the name of the trials' file if it was not beside the recipe when it was read.
+            Rates do not need it.
     """
 
     name: str
@@ -113,7 +122,11 @@ class Recipe:
         if not isinstance(other, Recipe):
             return NotImplemented
         arrays = ("covariance", "tensors")
-        plain = all(getattr(self, f.name) == getattr(other, f.name) for f in fields(self) if f.name not in arrays)
+        plain = all(
+            getattr(self, f.name) == getattr(other, f.name)
+            for f in fields(self)
+            if f.name not in arrays
+        )
         if not plain or self.tensors.keys() != other.tensors.keys():
             return False
         pairs = [
@@ -139,13 +152,15 @@ class Recipe:
     def tag(self) -> str:
         """The recipe in a line, "hash name", as stored in an optimizer's state_dict.
 
-        The hash covers what decides the rates: base rate, reference, law and scaling rule. It does not depend on the
-        name or on the version of this package.
+        The hash covers what decides the rates: base rate, reference, law and scaling rule. It does
+        not depend on the name or on the version of this package.
         """
         r = self.reference
         at = (r.method, r.rank, r.scaling, r.init, r.fan_in, r.batch)
         decisive = (self.lr, at, self.scaling_rule, law_changes(self.law))
-        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=repr).encode()).hexdigest()
+        digest = hashlib.sha256(
+            json.dumps(decisive, sort_keys=True, default=repr).encode()
+        ).hexdigest()
         return f"{digest[:12]} {self.name}"
 
     def at(
@@ -160,39 +175,45 @@ class Recipe:
         steps: int | None = None,
         batch: float | None = None,
     ) -> Rate:
-        """Return the rate for another rank, alpha, init, width, number of steps or batch, or for full finetuning.
+        """Return the rate for another rank, alpha, init, width, number of steps or batch, or for
+        full finetuning.
 
-        Outside the configurations of the trials the rate is marked `extrapolated`, and its band widens with the
-        distance. A warning is given once.
+        Outside the configurations of the trials the rate is marked `extrapolated`, and its band
+        widens with the distance. A warning is given once.
 
         Args:
             rank: the LoRA rank, by default the recipe's own. None means full finetuning.
             alpha: LoRA's alpha. By default the effective multiplier follows `scaling_rule`.
             rslora: whether alpha is divided by √rank instead of rank.
-            init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero), by default the recipe's own.
+            init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero), by default the
+                recipe's own.
             method: "lora" or "full". `at(method="full")` is `at(rank=None)`.
             fan_in: the model's width, by default the recipe's own.
             steps: optimizer steps, by default the recipe's own. They move the rate by `horizon`.
-            batch: batch size in the recipe's unit, by default its own. It moves the rate by the law's rule, which is
-                the square root for Adam.
+            batch: batch size in the recipe's unit, by default its own. It moves the rate by the
+                law's rule, which is the square root for Adam.
 
         Returns:
             The rate with its 90 % band, ceiling and notes.
 
         Raises:
-            RecipeError: alpha is missing but needed, or given but unknown to the sweep; the rate depends on a fan-in,
-                steps or batch that the recipe does not have; steps or batch are impossible; or the rate would not be a
-                positive finite number.
+            RecipeError: alpha is missing but needed, or given but unknown to the sweep; the rate
+                depends on a fan-in, steps or batch that the recipe does not have; steps or batch
+                are impossible; or the rate would not be a positive finite number.
             InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
             LawError: the law has no usable multiplier there.
         """
         if rank is None:
             method = "full"
         if method == "full" and init is not None:
-            raise RecipeError("init= was given for full finetuning, which has none.", "Leave it out.")
+            raise RecipeError(
+                "init= was given for full finetuning, which has none.", "Leave it out."
+            )
         target = self._target(None if rank is _Own.RANK else rank, alpha, method, rslora)
         given = {"init": init, "fan_in": fan_in}
-        target = replace(target, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+        target = replace(
+            target, **{key: value for key, value in given.items() if value is not None}
+        )  # type: ignore[arg-type]
         rate = self._quoted(target, steps, batch)
         self._warn_of(rate)
         return rate
@@ -203,11 +224,18 @@ class Recipe:
             object.__setattr__(self, "_warned", True)
             warn(f"Recipe {self.name!r} extrapolates: {rate.notes[0]}.")
 
-    def _quoted(self, target: Reference, steps: int | None = None, batch: float | None = None) -> Rate:
-        """Return the rate at a reference, without a warning. Its first notes say what was not tried."""
+    def _quoted(
+        self, target: Reference, steps: int | None = None, batch: float | None = None
+    ) -> Rate:
+        """Return the rate at a reference, without a warning. Its first notes say what was not
+        tried.
+        """
         reference, asked = self.reference, target
         if reference.fan_in is None:
-            if target.fan_in is None and (target.method, target.init) != (reference.method, reference.init):
+            if target.fan_in is None and (target.method, target.init) != (
+                reference.method,
+                reference.init,
+            ):
                 raise RecipeError(
                     f"Recipe {self.name!r} has no fan-in, and the rate for {target} depends on it.",
                     "Give fan_in=, the model's width.",
@@ -215,8 +243,12 @@ class Recipe:
             width = target.fan_in or ANY_WIDTH
             target, reference = replace(target, fan_in=width), replace(reference, fan_in=width)
         sd, outside = spread(self, target)
-        longer = self.horizon.by_steps(steps, self.steps, self.name, same_method=target.method == reference.method)
-        larger = by_batch(batch, self.batch, math.log2(checked_batch_multiplier(self.law, 2.0)), self.name)
+        longer = self.horizon.by_steps(
+            steps, self.steps, self.name, same_method=target.method == reference.method
+        )
+        larger = by_batch(
+            batch, self.batch, math.log2(checked_batch_multiplier(self.law, 2.0)), self.name
+        )
         sd = math.sqrt(max(sd**2 + longer.variance + larger.variance, self.scatter**2))
         outside = [*outside, *longer.notes, *larger.notes]
         try:
@@ -232,7 +264,9 @@ class Recipe:
         if untried:
             notes.append(words.to_settle(width))
         if octaves:
-            notes.append(f"stays {octaves:.2g} octaves below the best rate, since too high costs more")
+            notes.append(
+                f"stays {octaves:.2g} octaves below the best rate, since too high costs more"
+            )
         rate = Rate(
             lr=best * 2.0**-octaves,
             low=best / width,
@@ -242,15 +276,20 @@ class Recipe:
             notes=(*notes, *self.notes),
             configuration=words.configuration(self, asked, steps, batch),
         )
-        if not all(edge is None or 0 < edge < math.inf for edge in (rate.lr, rate.low, rate.high, rate.ceiling)):
+        if not all(
+            edge is None or 0 < edge < math.inf
+            for edge in (rate.lr, rate.low, rate.high, rate.ceiling)
+        ):
             raise RecipeError(
-                f"Recipe {self.name!r} gives {target} a rate or a band that is not positive and finite.",
+                f"Recipe {self.name!r} gives {target} a rate or a band that is not positive and"
+                " finite.",
                 "Ask for a configuration nearer to its own, or restore the recipe.",
             )
         return rate
 
     def base_lr(self, survey: Survey) -> float:
-        """Return the base rate for a model: the best rate less the margin for the model's configuration.
+        """Return the base rate for a model: the best rate less the margin for the model's
+        configuration.
 
         Args:
             survey: the model's survey, from `inspect_model`.
@@ -262,22 +301,29 @@ class Recipe:
         sd, _ = spread(self, replace(own, fan_in=width))
         return float(self.fitted_lr * 2.0 ** -margin(self.steepness, sd))
 
-    def _target(self, rank: int | None, alpha: float | None, method: Method, rslora: bool = False) -> Reference:
+    def _target(
+        self, rank: int | None, alpha: float | None, method: Method, rslora: bool = False
+    ) -> Reference:
         """Return the arguments of `at` as a reference at the recipe's own init and width."""
         own = self.reference
         if (rslora and alpha is None) or (method == "full" and not rank is alpha is None):
             raise RecipeError(
-                f"rank={rank}, alpha={alpha}, rslora={rslora} cannot be combined with method={method!r}.",
-                "Give rank and alpha for LoRA, rslora= only with alpha=, and none of them for full finetuning.",
+                f"rank={rank}, alpha={alpha}, rslora={rslora} cannot be combined with"
+                f" method={method!r}.",
+                "Give rank and alpha for LoRA, rslora= only with alpha=, and none of them for full"
+                " finetuning.",
             )
         if method == "full":
             return Reference(method="full", init=own.init, fan_in=self.full_fan_in or own.fan_in)
         if rank is None and own.method == "full":
-            raise RecipeError("This recipe was made by full finetuning alone.", "Give rank= and alpha= for LoRA.")
+            raise RecipeError(
+                "This recipe was made by full finetuning alone.", "Give rank= and alpha= for LoRA."
+            )
         rank = own.rank if rank is None else rank
         if alpha is not None and self.scaling_rule == "as swept":
             raise RecipeError(
-                f"The sweep behind recipe {self.name!r} has no alpha, so its rates hold only for the alpha swept.",
+                f"The sweep behind recipe {self.name!r} has no alpha, so its rates hold only for"
+                " the alpha swept.",
                 "Fit it again with alpha=, or use recipe.at(rank=...).lr as a plain lr=.",
             )
         if alpha is not None:
@@ -287,7 +333,8 @@ class Recipe:
         if rank != own.rank:
             if self.scaling_rule not in GAMMA or own.rank is None or rank is None:
                 raise RecipeError(
-                    f"The trials of recipe {self.name!r} give no rule for alpha by rank.", "Give alpha= with the rank."
+                    f"The trials of recipe {self.name!r} give no rule for alpha by rank.",
+                    "Give alpha= with the rank.",
                 )
             scaling *= float((rank / own.rank) ** -GAMMA[self.scaling_rule])
         return replace(Reference.from_scaling(rank, scaling, init=own.init), fan_in=own.fan_in)
@@ -299,14 +346,15 @@ class Recipe:
     def __str__(self) -> str:
         return self.explain()
 
-    # --- files ------------------------------------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the recipe as a TOML file, and its trials as a safetensors file beside it.
 
-        The TOML gives every rate by itself. The save is atomic: a reader finds the old recipe or the new one. The file
-        of the trials has their hash in its name. That of the recipe that is replaced is removed, unless another TOML
-        in the folder names it. File modes and symbolic links are kept.
+        The TOML gives every rate by itself. The save is atomic: a reader finds the old recipe or
+        the new one. The file of the trials has their hash in its name. That of the recipe that is
+        replaced is removed, unless another TOML in the folder names it. File modes and symbolic
+        links are kept.
 
         Args:
             path: the TOML file.
@@ -315,11 +363,17 @@ class Recipe:
             The path written.
 
         Raises:
-            RecipeError: the folder cannot be written, `path` does not end in .toml, the recipe there is read-only or
-                has a newer schema, or a value could not be read back.
+            RecipeError: the folder cannot be written, `path` does not end in .toml, the recipe
+                there is read-only or has a newer schema, or a value could not be read back.
         """
-        header, text, arrays = recipe_toml.header(self), recipe_toml.to_document(self), self.arrays()
-        read_again = partial(recipe_toml.from_document, type(self), tensors=arrays, missing="", target=path)
+        header, text, arrays = (
+            recipe_toml.header(self),
+            recipe_toml.to_document(self),
+            self.arrays(),
+        )
+        read_again = partial(
+            recipe_toml.from_document, type(self), tensors=arrays, missing="", target=path
+        )
         return recipe_files.write(path, header, text, arrays, read_again)
 
     def arrays(self) -> dict[str, Array]:
@@ -327,7 +381,8 @@ class Recipe:
         return {f"trial.{key}": value for key, value in self.tensors.items()}
 
     def save_beside(self, adapter: str | os.PathLike[str]) -> Path:
-        """Write the recipe into an adapter's folder: files in its subfolder `rankaware/`, a section in its README.
+        """Write the recipe into an adapter's folder: files in its subfolder `rankaware/`, a section
+        in its README.
 
         `recipe=` and `Recipe.load` then accept the adapter's folder. Another call replaces both.
 
@@ -338,8 +393,8 @@ class Recipe:
             The path of the TOML file.
 
         Raises:
-            RecipeError: the folder does not exist; it or its README cannot be written; one of the files is a link to
-                outside the folder; or as for `save`.
+            RecipeError: the folder does not exist; it or its README cannot be written; one of the
+                files is a link to outside the folder; or as for `save`.
         """
         return beside.save_beside(self, adapter)
 
@@ -353,10 +408,12 @@ class Recipe:
         revision: str | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Push the recipe to a repository of the Hugging Face Hub, with the layout of `save_beside`.
+        """Push the recipe to a repository of the Hugging Face Hub, with the layout of
+        `save_beside`.
 
-        The repository is created if needed. Its README is kept, or written if there is none. The README's metadata gets
-        the tag `rankaware-recipe` and `base_model`. A section with a plot is added at its end. Needs the extra `hub`.
+        The repository is created if needed. Its README is kept, or written if there is none. The
+        README's metadata gets the tag `rankaware-recipe` and `base_model`. A section with a plot is
+        added at its end. Needs the extra `hub`.
 
         Args:
             repo: "owner/name", a new repository or an adapter's.
@@ -375,7 +432,13 @@ class Recipe:
         """
         message = commit_message or f"Learning-rate recipe {self.tag}"
         return on_hub.push(
-            self, repo, base_model=base_model, private=private, token=token, message=message, revision=revision
+            self,
+            repo,
+            base_model=base_model,
+            private=private,
+            token=token,
+            message=message,
+            revision=revision,
         )
 
     @classmethod
@@ -404,16 +467,18 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a recipe. Every value and the trials' hash are checked. Nothing is unpickled or imported.
+        """Read a recipe. Every value and the trials' hash are checked. Nothing is unpickled or
+        imported.
 
-        Without the file of its trials a recipe still gives every rate. `missing` then names that file.
+        Without the file of its trials a recipe still gives every rate. `missing` then names that
+        file.
 
         Args:
             path: the TOML file, or the folder of an adapter in which `save_beside` wrote it.
 
         Raises:
-            RecipeError: the TOML is missing, or a file is cut short, altered, too large, has a newer schema, or has an
-                impossible value. The message names the value's path.
+            RecipeError: the TOML is missing, or a file is cut short, altered, too large, has a
+                newer schema, or has an impossible value. The message names the value's path.
         """
         path = beside.recipe_file(path)
         return recipe_toml.from_document(cls, *recipe_files.read(path), path)
@@ -437,13 +502,19 @@ def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> 
             return None
 
 
-def rate_on(recipe: Recipe, survey: Survey, steps: int | None = None, batch: float | None = None) -> Rate:
-    """Return the rate at a model's most common configuration. Warn once, as `at` does, if it is extrapolated."""
+def rate_on(
+    recipe: Recipe, survey: Survey, steps: int | None = None, batch: float | None = None
+) -> Rate:
+    """Return the rate at a model's most common configuration. Warn once, as `at` does, if it is
+    extrapolated.
+    """
     own = survey.dominant()
     if own.method == "full":
         target = _full_target(recipe, survey)
     else:
-        target = replace(recipe._target(own.rank, own.alpha, "lora"), fan_in=survey.width, init=own.init)
+        target = replace(
+            recipe._target(own.rank, own.alpha, "lora"), fan_in=survey.width, init=own.init
+        )
     rate = recipe._quoted(target)
     recipe._warn_of(rate)
     return rate if steps is batch is None else recipe._quoted(target, steps, batch)
@@ -456,7 +527,9 @@ def other_rates_on(recipe: Recipe, survey: Survey) -> OtherRates:
 
 
 def _full_target(recipe: Recipe, survey: Survey) -> Reference:
-    return replace(recipe._target(None, None, "full"), fan_in=survey.full_width(recipe.reference.init))
+    return replace(
+        recipe._target(None, None, "full"), fan_in=survey.full_width(recipe.reference.init)
+    )
 
 
 def is_for(recipe: Recipe, optimizer: type) -> bool:

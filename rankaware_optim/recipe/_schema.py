@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 _MOST_VARIANCE = 1e4  # octaves²: a standard deviation of 100 octaves
 _WHOLE, _FLOAT, _BOOL = ("int64",), ("float32", "float64"), ("bool",)
-_LENGTHS = "the trials had several lengths, which are not used any more: the slope alone moves the rate to other steps"
+_LENGTHS = (
+    "the trials had several lengths, which are not used any more: the slope alone moves the rate to"
+    " other steps"
+)
 _ANY = (*_WHOLE, *_FLOAT, *_BOOL)
 
 
@@ -34,14 +37,18 @@ def _within(name: str) -> Callable[[Array], npt.NDArray[np.bool_]]:
     low, high = RANGES[name]
 
     def check(value: Array) -> npt.NDArray[np.bool_]:
-        exact = value.astype(np.float64)  # float32 cannot hold the ends, and NumPy 1 would round them
+        exact = value.astype(
+            np.float64
+        )  # float32 cannot hold the ends, and NumPy 1 would round them
         return (exact >= low) & (exact <= high)
 
     return check
 
 
 # Tensors of trials: dtypes, number of axes, and a check of the numbers.
-_TRIAL: Mapping[str, tuple[tuple[str, ...], int, Callable[[Array], npt.NDArray[np.bool_]] | None]] = {
+_TRIAL: Mapping[
+    str, tuple[tuple[str, ...], int, Callable[[Array], npt.NDArray[np.bool_]] | None]
+] = {
     "rank": (_WHOLE, 1, lambda value: (value == 0) | _within("rank")(value)),
     "seed": (_WHOLE, 1, None),
     "lr": (_FLOAT, 1, _within("trial_lr")),
@@ -59,9 +66,10 @@ _TRIAL: Mapping[str, tuple[tuple[str, ...], int, Callable[[Array], npt.NDArray[n
 def header(recipe: Recipe) -> str:
     """Return three comment lines for the top of the file."""
     return (
-        f"# The learning-rate recipe {recipe.name!r} of rankaware_optim.\n"
-        "# Read a rate: `rankaware lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).\n"
-        "# Rates are per step. An octave is a factor 2. lr is the rate to use, fitted_lr the fitted optimum.\n"
+        f"# The learning-rate recipe {recipe.name!r} of rankaware_optim.\n# Read a rate: `rankaware"
+        " lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).\n# Rates are"
+        " per step. An octave is a factor 2. lr is the rate to use, fitted_lr the fitted"
+        " optimum.\n"
     )
 
 
@@ -70,7 +78,9 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
     r, trials = recipe.reference, recipe.tensors
     low, high = own_band(recipe)
     # Training steps of all trials, and the pruned and diverged ones among them.
-    counted = [key for key in ("steps", "pruned", "diverged") if key in trials and "steps" in trials]
+    counted = [
+        key for key in ("steps", "pruned", "diverged") if key in trials and "steps" in trials
+    ]
     spent = {key: int(trials[key].sum()) for key in counted}
     return {
         "name": recipe.name,
@@ -96,7 +106,10 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
         },
         "scaling_rule": recipe.scaling_rule,
         "law": law_to_dict(recipe.law),
-        "optimizer": {"class": recipe.optimizer, "settings": {k: plain_setting(v) for k, v in recipe.settings.items()}},
+        "optimizer": {
+            "class": recipe.optimizer,
+            "settings": {k: plain_setting(v) for k, v in recipe.settings.items()},
+        },
         "horizon": {
             "steps": recipe.steps or "unknown",
             "batch": recipe.batch,
@@ -119,7 +132,11 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_document(
-    cls: type[Recipe], found: Document, tensors: Mapping[str, Array], missing: str, target: str | os.PathLike[str]
+    cls: type[Recipe],
+    found: Document,
+    tensors: Mapping[str, Array],
+    missing: str,
+    target: str | os.PathLike[str],
 ) -> Recipe:
     """Return the recipe in its files. Checks that the schema cannot express are made here."""
     path, at, seen, horizon = Path(target), found.reference, found.seen, found.horizon
@@ -134,7 +151,11 @@ def from_document(
         reference = Reference(at.rank, at.alpha, at.rslora, at.init, width, at.method, at.batch)
     except InvalidReferenceError as error:
         raise impossible(path, error.cause.removesuffix("."), "reference") from error
-    covariance = tensors.get("fit.covariance") if found.fit is None else np.array(found.fit.covariance, np.float64)
+    covariance = (
+        tensors.get("fit.covariance")
+        if found.fit is None
+        else np.array(found.fit.covariance, np.float64)
+    )
     made = cls(
         name=found.name,
         fitted_lr=found.rate.fitted_lr,
@@ -188,15 +209,24 @@ def _covariance(tensor: Array | None, target: Path) -> Array:
 
 
 def _trials(tensors: Mapping[str, Array], target: Path) -> dict[str, Array]:
-    trials = {key.removeprefix("trial."): value for key, value in tensors.items() if key.startswith("trial.")}
+    trials = {
+        key.removeprefix("trial."): value
+        for key, value in tensors.items()
+        if key.startswith("trial.")
+    }
     for key, value in trials.items():
         kinds, axes, good = _TRIAL.get(key, (_ANY, value.ndim or 1, None))
         if value.dtype.name not in kinds or value.ndim != axes:
             raise impossible(target, f"it has {value.dtype} and {value.ndim} axes", f"trial.{key}")
         if good is not None and not bool(good(value).all()):
             raise impossible(target, "a trial has a value out of range", f"trial.{key}")
-    if len(counts := {len(value) for value in trials.values()}) > 1 or max(counts, default=0) > MOST_TRIALS:
-        raise impossible(target, f"tensors have different numbers of trials, or more than {MOST_TRIALS}", "trial")
+    if (
+        len(counts := {len(value) for value in trials.values()}) > 1
+        or max(counts, default=0) > MOST_TRIALS
+    ):
+        raise impossible(
+            target, f"tensors have different numbers of trials, or more than {MOST_TRIALS}", "trial"
+        )
     if len(np.unique(trials.get("rank", ()))) > MOST_RANKS + 1:
         raise impossible(target, f"there are more than {MOST_RANKS} ranks", "trial.rank")
     return trials

@@ -9,12 +9,19 @@ from typing import Any
 
 from .._checks import is_number, plain_lr
 
-SAME_UPDATES = {"foreach", "fused", "capturable", "differentiable"}  # settings that do not change the updates
+SAME_UPDATES = {
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+}  # settings that do not change the updates
 SAME = 1e-6  # relative tolerance of numbers, about float32's precision
 
 
 def settings_of(groups: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, Any]:
-    """Return the settings `names` of parameter groups. If the groups differ in one, its value is a list."""
+    """Return the settings `names` of parameter groups. If the groups differ in one, its value is a
+    list.
+    """
     made = {}
     for name in names:
         values = [plain_value(group[name]) for group in groups]
@@ -24,7 +31,9 @@ def settings_of(groups: Sequence[Mapping[str, Any]], names: Iterable[str]) -> di
 
 
 def plain_value(value: Any) -> Any:
-    """Return a setting as a JSON value. An object that JSON cannot hold becomes its repr without the memory address."""
+    """Return a setting as a JSON value. An object that JSON cannot hold becomes its repr without
+    the memory address.
+    """
     value = plain_lr(value)
     if isinstance(value, Mapping):
         return {str(key): plain_value(own) for key, own in value.items()}
@@ -49,20 +58,32 @@ def agreed(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for table in tables:
         made = {**table, **made}
-    return {key: value for key, value in made.items() if all(table.get(key, value) == value for table in tables)}
+    return {
+        key: value
+        for key, value in made.items()
+        if all(table.get(key, value) == value for table in tables)
+    }
 
 
 def differences(stored: Mapping[str, Any], mine: Mapping[str, Any], tolerance: float = SAME) -> str:
-    """Return the differing values of common keys, as "steps=10, not 20; batch=8, not 16"; "" if there are none."""
+    """Return the differing values of common keys, as "steps=10, not 20; batch=8, not 16"; "" if
+    there are none.
+    """
     both = [(key, stored[key], mine[key]) for key in mine if key in stored]
-    return "; ".join(f"{key}={was!r}, not {now!r}" for key, was, now in both if not _is_alike(was, now, tolerance))
+    return "; ".join(
+        f"{key}={was!r}, not {now!r}"
+        for key, was, now in both
+        if not _is_alike(was, now, tolerance)
+    )
 
 
 def _is_alike(a: Any, b: Any, tolerance: float) -> bool:
     if is_number(a) and is_number(b):
         return a == b or (isinstance(a + b, float) and math.isclose(a, b, rel_tol=tolerance))
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(_is_alike(x, y, tolerance) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(
+            _is_alike(x, y, tolerance) for x, y in zip(a, b, strict=True)
+        )
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_is_alike(a[key], b[key], tolerance) for key in a)
     return bool(a == b)

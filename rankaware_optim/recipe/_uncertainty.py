@@ -1,4 +1,6 @@
-"""The uncertainty of a recipe's rate: the fit's standard deviation, and more for each octave beyond the trials."""
+"""The uncertainty of a recipe's rate: the fit's standard deviation, and more for each octave beyond
+the trials.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,19 @@ if TYPE_CHECKING:
     from ._recipe import Recipe
 
 Z90 = 1.645
-# Standard deviations that are added outside the data, octaves of rate per octave of rank or of width. They are rules of
-# thumb, from the spread of published sweeps around the law.
+# Standard deviations that are added outside the data, octaves of rate per octave of rank or of
+# width. They are rules of thumb, from the spread of published sweeps around the law.
 RANK_SD = 0.1
 WIDTH_SD = 0.25
 INIT_SD = 1.0  # octaves, from one init to the other
-# Octaves, by init: standard deviation of the law's rate for full finetuning when only LoRA was tried. The study found
-# .79 from Init[A] (results/a_to_full.md), .84 from all ranks at Init[B] (results/init_b_forms.md), from high ones .4 to
-# .6.
+# Octaves, by init: standard deviation of the law's rate for full finetuning when only LoRA was
+# tried. The study found .79 from Init[A] (results/a_to_full.md), .84 from all ranks at Init[B]
+# (results/init_b_forms.md), from high ones .4 to .6.
 FULL_SD = {"A": 0.8, "B": 0.6}
 # Share of an Init[A] drift, continued to r = n, by which the band of full finetuning is widened.
 _DRIFT_SHARE = 0.5
-# Octaves. Larger margins lost more than they saved (benchmarks/calibration/simulated.py --surfaces other).
+# Octaves. Larger margins lost more than they saved (benchmarks/calibration/simulated.py --surfaces
+# other).
 MOST_MARGIN = 0.25
 
 
@@ -40,7 +43,8 @@ def own_band(recipe: Recipe) -> tuple[float, float]:
 def margin(steepness: float, sd: float) -> float:
     """Return the safety margin below the best rate, octaves: a·sd²/2, at most 1/4.
 
-    This margin minimizes the expected loss if the loss above the optimum rises as exp(a·u), u in octaves.
+    This margin minimizes the expected loss if the loss above the optimum rises as exp(a·u), u in
+    octaves.
 
     Args:
         steepness: a, per octave.
@@ -55,15 +59,21 @@ def with_margin(recipe: Recipe) -> Recipe:
 
 
 def spread(recipe: Recipe, target: Reference) -> tuple[float, list[str]]:
-    """Return the standard deviation of log2 of the best rate at `target`, octaves, and notes on what was not tried."""
+    """Return the standard deviation of log2 of the best rate at `target`, octaves, and notes on
+    what was not tried.
+    """
     full, pivot = target.method == "full", recipe.law.pivot
     octaves = math.log2(((target.fan_in if full else target.rank) or pivot) / pivot)
     # Design vector: gradient of the log2 rate with respect to (base, drift, full factor).
     x = np.array([1.0, octaves if recipe.law.to_full or not full else 0.0, float(full)])
     variance = max(0.0, float(x @ recipe.covariance @ x))
     unseen = list(_unseen(recipe, target))
-    own = 0.0 if full else recipe.scatter  # full finetuning has its own factor, so no scatter about the law
-    return math.sqrt(variance + own**2 + sum(sd**2 for sd, _ in unseen)), [words for _, words in unseen]
+    own = (
+        0.0 if full else recipe.scatter
+    )  # full finetuning has its own factor, so no scatter about the law
+    return math.sqrt(variance + own**2 + sum(sd**2 for sd, _ in unseen)), [
+        words for _, words in unseen
+    ]
 
 
 def _unseen(recipe: Recipe, target: Reference) -> Iterator[tuple[float, str]]:
@@ -73,18 +83,27 @@ def _unseen(recipe: Recipe, target: Reference) -> Iterator[tuple[float, str]]:
         octaves = 0.0 if law.to_full else math.log2((target.fan_in or law.pivot) / law.pivot)
         init = recipe.reference.init
         words = (
-            f"full finetuning was not tried: the rate is the law's, from LoRA at {init_text(init)} alone. Its standard "
-            f"deviation was {FULL_SD[init]:g} octaves over the tasks of a study"
+            f"full finetuning was not tried: the rate is the law's, from LoRA at {init_text(init)}"
+            f" alone. Its standard deviation was {FULL_SD[init]:g} octaves over the tasks of a"
+            " study"
         )
         yield _DRIFT_SHARE * law.exponent * octaves, words
     if not full:
         rank, ranks = float(target.rank or law.pivot), recipe.ranks
-        beyond = max(0.0, math.log2(min(ranks) / rank), math.log2(rank / max(ranks))) if ranks else 1.0
+        beyond = (
+            max(0.0, math.log2(min(ranks) / rank), math.log2(rank / max(ranks))) if ranks else 1.0
+        )
         if beyond:
             seen = ", ".join(map(str, ranks))
             yield RANK_SD * beyond, f"rank {rank:g} is outside the ranks tried ({seen})"
     own = recipe.full_fan_in if full else recipe.reference.fan_in
     if target.fan_in and own and not math.isclose(target.fan_in, own, rel_tol=0.01):
-        yield WIDTH_SD * math.log2(target.fan_in / own), f"fan-in {target.fan_in:g} is not the recipe's own {own:g}"
+        yield (
+            WIDTH_SD * math.log2(target.fan_in / own),
+            f"fan-in {target.fan_in:g} is not the recipe's own {own:g}",
+        )
     if target.init != recipe.reference.init:
-        yield INIT_SD, f"{init_text(target.init)} was not tried: the law moves the rate from the other init"
+        yield (
+            INIT_SD,
+            f"{init_text(target.init)} was not tried: the law moves the rate from the other init",
+        )

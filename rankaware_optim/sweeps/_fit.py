@@ -15,21 +15,22 @@ from .._optimizer_classes import get_optimizer_class
 from .._scaling_rule import infer_scaling
 from .._types import Reference
 from ..calibration import Study, versions_used
-from ..calibration.fit import Fit, Observation, Prior, diverged, fit_observations, shrink
 from ..errors import CalibrationError
+from ..fitting import Fit, Observation, Prior, diverged, fit_observations, shrink
 from ..laws import PRIOR_LAW, Constant, Law, MuA, Power, bound_law, checked_multiplier, get_law
 from ..recipe import Recipe, with_margin
 from ._io import Source, Sweep, SweepRun, read_sweep
 from ._runs import GridEnd, ends_of, known_alpha, observation_of, selected, site_of
 
-# If alpha is unknown: standard deviations of the drift about the middle convention, s ∝ 1/√r, and of full finetuning.
-# The conventions s ∝ 1 and s ∝ 1/r are a quarter of an octave per octave to either side (η ∝ s^(-1/2)).
+# If alpha is unknown: standard deviations of the drift about the middle convention, s ∝ 1/√r, and
+# of full finetuning. The conventions s ∝ 1 and s ∝ 1/r are a quarter of an octave per octave to
+# either side (η ∝ s^(-1/2)).
 _AS_SWEPT_SD = (0.3, 2.0)
 # Prior of log2 of the effective tokens: published language models 8 to 16, small networks 1 to 50.
 _TOKENS = (3.0, 1.5)
 _TOKENS_GRID = np.arange(-2.0, 10.25, 0.5)
-# A best rate at an end of its grid is a bound. Octaves by which the optimum may be beyond it, and below the lowest
-# rate.
+# A best rate at an end of its grid is a bound. Octaves by which the optimum may be beyond it, and
+# below the lowest rate.
 _EDGE_SD, _BELOW = 1.0, 0.5
 _OFF = 0.1  # octaves: error of µA for a rank's best rate at the right number of tokens
 _UNSURE = 0.75  # octaves: a base rate with a larger standard deviation gets a note
@@ -56,26 +57,29 @@ def fit_sweep(
 ) -> Recipe:
     """Fit a recipe to an existing learning-rate sweep from any tool.
 
-    A rank's loss against log2 of the rate is modelled as a bowl with a cliff, and the best rates are shrunk towards the
-    law. What the data do not determine is in the recipe's `notes` and widens its band: a best rate at an edge of its
-    grid, a single rank, a loss that hardly depends on the rate. Diverged runs set the ceiling.
+    A rank's loss against log2 of the rate is modelled as a bowl with a cliff, and the best rates
+    are shrunk towards the law. What the data do not determine is in the recipe's `notes` and widens
+    its band: a best rate at an edge of its grid, a single rank, a loss that hardly depends on the
+    rate. Diverged runs set the ceiling.
 
     Args:
         sweep: dicts, or a .csv, .tsv, .json or .jsonl file, with the columns of `read_sweep`.
         optimizer: the optimizer of the sweep, a class or a name. It decides the law's form.
         name: the recipe's name.
-        law: the law that maps rates between ranks, by default µA with 8 tokens. The fall in rank at Init[B] is in the
-            fit's prior.
-        fit: the correction of the law: "drift" is a power of the rank. "tokens" is the number of effective tokens of
-            `MuA`, whose effect is bounded.
-        model: selects the rows of one model, if the sweep has several. It is filled in if rows have none.
-        alpha: alpha of rows without one: a number, or "rank" if it follows the rank. If it stays unknown, the rates
-            hold only for the alpha swept, and the drift in rank is less certain.
-        init: selects rows as `model` does: "A" (B starts at zero, as in PEFT, the default) or "B" (A starts at zero).
-        fan_in: the model's mean fan-in, for rows without one. If it stays unknown, the recipe has no rate for full
-            finetuning or for the other init.
-        full_fan_in: the largest fan-in of the adapted layers, on which the rate of full finetuning depends. By default
-            `fan_in`.
+        law: the law that maps rates between ranks, by default µA with 8 tokens. The fall in rank at
+            Init[B] is in the fit's prior.
+        fit: the correction of the law: "drift" is a power of the rank. "tokens" is the number of
+            effective tokens of `MuA`, whose effect is bounded.
+        model: selects the rows of one model, if the sweep has several. It is filled in if rows have
+            none.
+        alpha: alpha of rows without one: a number, or "rank" if it follows the rank. If it stays
+            unknown, the rates hold only for the alpha swept, and the drift in rank is less certain.
+        init: selects rows as `model` does: "A" (B starts at zero, as in PEFT, the default) or "B"
+            (A starts at zero).
+        fan_in: the model's mean fan-in, for rows without one. If it stays unknown, the recipe has
+            no rate for full finetuning or for the other init.
+        full_fan_in: the largest fan-in of the adapted layers, on which the rate of full finetuning
+            depends. By default `fan_in`.
         batch: selects rows as `model` does.
         steps: number of steps of a run, if known.
         warmup: share of the steps with a rising rate, from 0 to 1, if known.
@@ -86,8 +90,8 @@ def fit_sweep(
         The recipe.
 
     Raises:
-        CalibrationError: a cell is impossible, several models, batches or inits are mixed, only one rate was tried, the
-            loss is the same everywhere, or every run diverged.
+        CalibrationError: a cell is impossible, several models, batches or inits are mixed, only one
+            rate was tried, the loss is the same everywhere, or every run diverged.
 
     >>> rows = [{"rank": r, "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2} for r in (8, 64) for x in range(-14, -8)]
     >>> recipe = fit_sweep(rows, alpha="rank", steps=500)
@@ -95,7 +99,13 @@ def fit_sweep(
     True
     """
     check_init(init, "The sweep's init is", CalibrationError, known=("A", "B", None))
-    given = {"fan_in": fan_in, "full_fan_in": full_fan_in, "batch": batch, "steps": steps, "warmup": warmup}
+    given = {
+        "fan_in": fan_in,
+        "full_fan_in": full_fan_in,
+        "batch": batch,
+        "steps": steps,
+        "warmup": warmup,
+    }
     for key, value in given.items():
         kind = {"full_fan_in": "fan_in", "warmup": "share"}.get(key, key)
         if value is not None and not is_within(kind, value):
@@ -124,13 +134,20 @@ def _check_enough(runs: Sequence[SweepRun]) -> None:
     """Raise if the runs cannot be fitted, or not in reasonable time."""
     if len(runs) > MOST_TRIALS:
         raise CalibrationError(
-            f"{len(runs)} runs are more than a fit allows, {MOST_TRIALS}.", "Select those near the best rates."
+            f"{len(runs)} runs are more than a fit allows, {MOST_TRIALS}.",
+            "Select those near the best rates.",
         )
     if len({run.rank for run in runs}) > MOST_RANKS:
-        raise CalibrationError(f"The sweep has more than {MOST_RANKS} ranks.", "Select some of them.")
+        raise CalibrationError(
+            f"The sweep has more than {MOST_RANKS} ranks.", "Select some of them."
+        )
     if all(math.isinf(run.loss) for run in runs):
-        raise CalibrationError(f"Every one of {len(runs)} runs diverged.", "Add lower rates to the sweep.")
-    if all(len({run.lr for run in runs if run.rank == rank}) < 2 for rank in {run.rank for run in runs}):
+        raise CalibrationError(
+            f"Every one of {len(runs)} runs diverged.", "Add lower rates to the sweep."
+        )
+    if all(
+        len({run.lr for run in runs if run.rank == rank}) < 2 for rank in {run.rank for run in runs}
+    ):
         raise CalibrationError(
             "No rank was tried at more than one rate, so the best rate is unknown.",
             "Sweep at least two rates, better six.",
@@ -145,7 +162,9 @@ def _check_enough(runs: Sequence[SweepRun]) -> None:
 
 @dataclass(frozen=True)
 class _LawFit:
-    """A fit with the law on which it is centred, and the covariance of (base, drift, full factor), (3, 3)."""
+    """A fit with the law on which it is centred, and the covariance of (base, drift, full factor),
+    (3, 3).
+    """
 
     fit: Fit
     law: Power
@@ -156,7 +175,9 @@ class _LawFit:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows to fit: runs of one model, the optimizer, the law, and the fan-ins given as arguments."""
+    """The rows to fit: runs of one model, the optimizer, the law, and the fan-ins given as
+    arguments.
+    """
 
     runs: tuple[SweepRun, ...]
     optimizer: type[Optimizer]
@@ -173,9 +194,13 @@ class _Rows:
         return any(run.rank is not None and run.alpha is None for run in self.runs)
 
     def width(self, full: bool) -> float | None:
-        """Return the fan-in of the LoRA rows or of the full-finetuning rows: as given, else from the rows."""
+        """Return the fan-in of the LoRA rows or of the full-finetuning rows: as given, else from
+        the rows.
+        """
         given = self.full_fan_in if full and self.full_fan_in is not None else self.fan_in
-        said = {run.fan_in for run in self.runs if (run.rank is None) == full and run.fan_in is not None}
+        said = {
+            run.fan_in for run in self.runs if (run.rank is None) == full and run.fan_in is not None
+        }
         if given is None and len(said) > 1:
             raise CalibrationError(
                 f"The sweep mixes fan-ins: {', '.join(f'{n:g}' for n in sorted(said))}.",
@@ -191,7 +216,9 @@ class _Rows:
         rank = self.ranks[(len(self.ranks) - 1) // 2]
         run = min((run for run in self.runs if run.rank == rank), key=lambda run: run.alpha or 0.0)
         alpha = float(rank) if run.alpha is None else run.alpha
-        return Reference(rank, alpha, run.rslora, run.init or "A", self.width(False), batch=run.batch)  # type: ignore[arg-type]
+        return Reference(
+            rank, alpha, run.rslora, run.init or "A", self.width(False), batch=run.batch
+        )  # type: ignore[arg-type]
 
     def study(self, law: Law) -> Study:
         """Return a calibration without trials, for its priors and the law centred on them."""
@@ -217,7 +244,9 @@ class _Rows:
         seen = self.observations(law)
         made = fit_observations(seen, prior)
         if made is None:
-            raise CalibrationError(f"Every one of {len(seen)} runs diverged.", "Add lower rates to the sweep.")
+            raise CalibrationError(
+                f"Every one of {len(seen)} runs diverged.", "Add lower rates to the sweep."
+            )
         return _bounded(made, ends_of(seen), prior)
 
     def by_drift(self) -> _LawFit:
@@ -231,7 +260,9 @@ class _Rows:
         return _LawFit(made, study.centred_law(drift, factor), made.covariance, drift, prior)
 
     def by_tokens(self) -> _LawFit:
-        """Return the fit without drift, with the tokens at which the ranks' best rates agree, averaged over a grid."""
+        """Return the fit without drift, with the tokens at which the ranks' best rates agree,
+        averaged over a grid.
+        """
         bound = bound_law(self.law, self.optimizer, {})
         laws = [replace(bound, tokens=float(2.0**t)) for t in _TOKENS_GRID]  # type: ignore[type-var]
         prior = replace(self.study(bound).prior, drift_sd=1e-3)
@@ -250,10 +281,14 @@ class _Rows:
         return _LawFit(made, study.centred_law(0.0, float(made.mean[2])), covariance, 0.0, prior)
 
     def _line(self, law: Law, best: Law) -> tuple[float, float]:
-        """Return how `law` differs from `best` over the ranks: octaves at their middle, and octaves per octave."""
+        """Return how `law` differs from `best` over the ranks: octaves at their middle, and octaves
+        per octave.
+        """
         if not self.ranks:
             return 0.0, 0.0
-        low, high = (next(run for run in self.runs if run.rank == self.ranks[end]) for end in (0, -1))
+        low, high = (
+            next(run for run in self.runs if run.rank == self.ranks[end]) for end in (0, -1)
+        )
         if low.rank == high.rank:
             high = replace(high, rank=4 * self.ranks[0])
         apart = []
@@ -270,7 +305,11 @@ class _Rows:
         octaves = 0.0 if reference.rank is None else math.log2(reference.rank / fitted.prior.pivot)
         shift = fitted.drift * octaves
         best = base + factor if reference.method == "full" else base + shift
-        pairs = ((run.rank, site_of(run, reference, None)[0].scaling) for run in self.runs if run.rank is not None)
+        pairs = (
+            (run.rank, site_of(run, reference, None)[0].scaling)
+            for run in self.runs
+            if run.rank is not None
+        )
         distinct = {(rank, round(math.log2(scaling), 3)): scaling for rank, scaling in pairs}
         scalings = {rank: scaling for (rank, _), scaling in distinct.items()}
         if len(distinct) > len(scalings):  # a rank at several alphas follows no rule
@@ -308,17 +347,32 @@ class _Rows:
         """Yield sentences on what the rows do not determine."""
         ended = {run.rank for run in self.runs if math.isfinite(run.loss)}
         for lost in sorted(set(self.ranks) - ended):
-            yield f"rank {lost}: every run diverged, so its rate is no measurement, and may diverge too"
+            yield (
+                f"rank {lost}: every run diverged, so its rate is no measurement, and may"
+                " diverge too"
+            )
         for rank, end in ends_of(self.observations(Constant())).items():
-            label, way = f"rank {rank}" if rank else "full finetuning", "below" if end.end == "lowest" else "above"
-            yield f"{label}: the best rate, {2.0**end.x:.3g}, is the {end.end} tried; the optimum may be {way}"
+            label, way = (
+                f"rank {rank}" if rank else "full finetuning",
+                "below" if end.end == "lowest" else "above",
+            )
+            yield (
+                f"{label}: the best rate, {2.0**end.x:.3g}, is the {end.end} tried; the optimum may"
+                f" be {way}"
+            )
         sd = np.sqrt(np.diag(fitted.covariance))
         if sd[0] > _UNSURE:
-            yield f"the loss hardly determines the best rate: its band is {2 * 1.645 * sd[0]:.1f} octaves wide"
+            yield (
+                f"the loss hardly determines the best rate: its band is {2 * 1.645 * sd[0]:.1f}"
+                " octaves wide"
+            )
         if len(self.ranks) == 1:
             yield "one rank was swept, so only the law says how the rate moves with rank"
         elif self.ranks and sd[1] > _OPEN * fitted.prior.drift_sd and fitted.prior.drift_sd > 1e-3:
-            yield "the ranks swept hardly determine how the rate moves with rank: it mostly follows the law"
+            yield (
+                "the ranks swept hardly determine how the rate moves with rank: it mostly follows"
+                " the law"
+            )
         if self.as_swept:
             yield "the sweep has no alpha: its rates hold for the alpha swept"
         if self.runs[0].steps is None:
@@ -336,7 +390,9 @@ def _disagreement(fit: Fit) -> float:
 
 
 def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd], prior: Prior) -> Fit:
-    """Return the fit with the ranks at `ends` as wide bounds. Their errors have one sign and do not average out."""
+    """Return the fit with the ranks at `ends` as wide bounds. Their errors have one sign and do not
+    average out.
+    """
     if not ends:
         return fit
     bounds = {rank: (x - _BELOW * (end == "lowest"), _EDGE_SD) for rank, (x, end) in ends.items()}

@@ -1,4 +1,6 @@
-"""Sweeps of other tools: rows of rank, rate and loss from dicts, CSV or JSON. Each cell is checked when it is read."""
+"""Sweeps of other tools: rows of rank, rate and loss from dicts, CSV or JSON. Each cell is checked
+when it is read.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from .._files import read_bytes
 from ..errors import CalibrationError
 
 DEMO_SWEEP = Path(__file__).with_name("demo_sweep.csv")  # EfficientNet-lite0 on digits
-# Every field, and the names of its column in common tools. Case, blanks, "-", "/" and the prefixes below are ignored.
-# More than one such column is an error, unless columns= chooses one.
+# Every field, and the names of its column in common tools. Case, blanks, "-", "/" and the prefixes
+# below are ignored. More than one such column is an error, unless columns= chooses one.
 ALIASES: dict[str, tuple[str, ...]] = {
     "rank": ("r", "lora_r", "lora_rank"),
     "lr": ("learning_rate",),
@@ -89,19 +91,20 @@ class Sweep(NamedTuple):
 def read_sweep(source: Source | Sweep, *, columns: Mapping[str, str] | None = None) -> Sweep:
     """Read and check a sweep.
 
-    The columns rank, lr and loss are required. The columns alpha, rslora, init ("A", "B"), method ("lora", "full"),
-    fan_in, seed, model, batch, steps and start (the loss before training) are optional. `ALIASES` lists other names for
-    them. An empty rank or "full" means full finetuning. A rank of nan is refused unless the method is "full". A
-    loss of nan, inf or "diverged" means that the run diverged. A row without a loss is left out, with a note. A row
-    that repeats another one in every cell counts once.
+    The columns rank, lr and loss are required. The columns alpha, rslora, init ("A", "B"), method
+    ("lora", "full"), fan_in, seed, model, batch, steps and start (the loss before training) are
+    optional. `ALIASES` lists other names for them. An empty rank or "full" means full finetuning. A
+    rank of nan is refused unless the method is "full". A loss of nan, inf or "diverged" means that
+    the run diverged. A row without a loss is left out, with a note. A row that repeats another one
+    in every cell counts once.
 
     Args:
         source: dicts, or a file with one of the endings .csv, .tsv, .json (a list) or .jsonl.
         columns: {field: column} if the names differ, such as {"loss": "final"}.
 
     Raises:
-        CalibrationError: the file cannot be read, a column is missing or ambiguous, or a cell is impossible. The
-            message names file, line and column.
+        CalibrationError: the file cannot be read, a column is missing or ambiguous, or a cell is
+            impossible. The message names file, line and column.
     """
     if isinstance(source, Sweep):
         return source
@@ -112,17 +115,21 @@ def read_sweep(source: Source | Sweep, *, columns: Mapping[str, str] | None = No
         if not isinstance(row, Mapping):
             raise CalibrationError(
                 f"{place} is a {type(row).__name__}, not a dict.",
-                "Give rows such as {'rank': 16, 'lr': 1e-4, 'loss': 0.5}, or df.to_dict('records') of a dataframe.",
+                "Give rows such as {'rank': 16, 'lr': 1e-4, 'loss': 0.5}, or df.to_dict('records')"
+                " of a dataframe.",
             )
     names = _columns(dict.fromkeys(key for _, row in rows for key in row), dict(columns or {}))
     found = [_run_of(_Cells(place, row, names)) for place, row in rows]
     runs = tuple(dict.fromkeys(run for run in found if run is not None))
     missing = found.count(None)
-    note = f"{missing} of {len(found)} rows have no loss and were left out; write 'diverged' if a run diverged"
+    note = (
+        f"{missing} of {len(found)} rows have no loss and were left out; write 'diverged' if a run"
+        " diverged"
+    )
     return Sweep(runs, (note,) if missing else ())
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def _rows(source: Source) -> Iterator[tuple[str, Any]]:
@@ -134,7 +141,9 @@ def _rows(source: Source) -> Iterator[tuple[str, Any]]:
     try:
         text = read_bytes(path, _MOST).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"The sweep {path} cannot be read: {error}.", "Check the path and the file.") from error
+        raise CalibrationError(
+            f"The sweep {path} cannot be read: {error}.", "Check the path and the file."
+        ) from error
     kind = path.suffix.lower()
     if kind in (".jsonl", ".ndjson"):
         for number, line in enumerate(text.split("\n"), 1):
@@ -149,7 +158,9 @@ def _rows(source: Source) -> Iterator[tuple[str, Any]]:
 
 def _listed(rows: Any, file: str) -> Iterator[tuple[str, Any]]:
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
-        raise CalibrationError(f"A sweep is a list of rows, not a {type(rows).__name__}.", "Give dicts, or a file.")
+        raise CalibrationError(
+            f"A sweep is a list of rows, not a {type(rows).__name__}.", "Give dicts, or a file."
+        )
     return ((f"{file}row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -157,7 +168,9 @@ def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{place} is not JSON: {error}.", "Correct it, or export the sweep again.") from error
+        raise CalibrationError(
+            f"{place} is not JSON: {error}.", "Correct it, or export the sweep again."
+        ) from error
 
 
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
@@ -166,16 +179,21 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]
         columns = Counter(reader.fieldnames or ())
         if any(count > 1 for count in columns.values()):
             twice = columns.most_common(1)[0][0]
-            raise CalibrationError(f"{path.name} has two columns {twice!r}.", "Name each column once.")
+            raise CalibrationError(
+                f"{path.name} has two columns {twice!r}.", "Name each column once."
+            )
         for row in reader:
             place = f"{path.name}, line {reader.line_num}"
             if None in row or None in row.values():
                 raise CalibrationError(
-                    f"{place} does not have as many cells as the header.", "Quote cells that contain a comma."
+                    f"{place} does not have as many cells as the header.",
+                    "Quote cells that contain a comma.",
                 )
             yield place, row
     except csv.Error as error:
-        raise CalibrationError(f"{path.name}, line {reader.reader.line_num}: {error}.", "Correct the line.") from error
+        raise CalibrationError(
+            f"{path.name}, line {reader.reader.line_num}: {error}.", "Correct the line."
+        ) from error
 
 
 def _columns(present: Iterable[str], chosen: dict[str, str]) -> dict[str, str]:
@@ -212,7 +230,7 @@ def _columns(present: Iterable[str], chosen: dict[str, str]) -> dict[str, str]:
     return names
 
 
-# --- cells ----------------------------------------------------------------------------------------------------------
+# --- cells ----------------------------------------------------------------------------------------
 
 
 class _Cells(NamedTuple):
@@ -229,11 +247,15 @@ class _Cells(NamedTuple):
             text = "" if value is None else str(value).strip()
         except ValueError:  # an int of more than 4,300 digits
             raise self.error(field, "a short text or number") from None
-        absent = _ABSENT if field != "steps" else (*_ABSENT, "-1", "-1.0")  # Trainer's max_steps, by default
+        absent = (
+            _ABSENT if field != "steps" else (*_ABSENT, "-1", "-1.0")
+        )  # Trainer's max_steps, by default
         return None if text.lower() in absent else text
 
     def number(self, field: str, range_: str = "") -> float | None:
-        """Return the cell as a number in the range of this name, by default the field's, or None if it is empty."""
+        """Return the cell as a number in the range of this name, by default the field's, or None if
+        it is empty.
+        """
         text, range_ = self.text(field), range_ or field
         if text is None:
             return None
@@ -256,7 +278,9 @@ class _Cells(NamedTuple):
         return known[text]
 
     def rank(self) -> int | None:
-        """Return the rank, None for full finetuning. A NaN is neither: pandas writes it where a rank is missing."""
+        """Return the rank, None for full finetuning. A NaN is neither: pandas writes it where a
+        rank is missing.
+        """
         text = self.text("rank")
         if text is None and str(self.row.get(self.names.get("rank", ""))).strip().lower() == "nan":
             raise self.error("rank", "a rank, or 'full' for full finetuning")
@@ -265,7 +289,11 @@ class _Cells(NamedTuple):
     def loss(self) -> float | None:
         """Return the loss: infinite if the run diverged, None if there is none."""
         value = self.row.get(self.names["loss"])
-        if isinstance(value, (Real, str)) and not isinstance(value, int) and str(value).strip().lower() in _DIVERGED:
+        if (
+            isinstance(value, (Real, str))
+            and not isinstance(value, int)
+            and str(value).strip().lower() in _DIVERGED
+        ):
             return math.inf
         return self.number("loss")
 

@@ -1,4 +1,6 @@
-"""A sweep's runs: selection, missing values, their configurations for a law, and their loss against the rate."""
+"""A sweep's runs: selection, missing values, their configurations for a law, and their loss against
+the rate.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from typing import Any, NamedTuple
 
 from .._checks import is_within, range_of, shown
 from .._types import Reference
-from ..calibration.fit import Observation
 from ..errors import CalibrationError
+from ..fitting import Observation
 from ..recipe import ANY_WIDTH
 from ._io import SweepRun
 
@@ -30,40 +32,55 @@ def selected(runs: Sequence[SweepRun], chosen: Mapping[str, Any]) -> tuple[Sweep
                 f"A recipe is for one of them: choose it by {name}=.",
             )
         value = values[0] if wanted is None and values else wanted
-        runs = [replace(run, **{name: value}) for run in runs if getattr(run, name) in (None, value)]
+        runs = [
+            replace(run, **{name: value}) for run in runs if getattr(run, name) in (None, value)
+        ]
         if not runs:
             raise CalibrationError(
-                f"No row of the sweep has {name}={wanted!r}.", f"It has {', '.join(map(str, values))}."
+                f"No row of the sweep has {name}={wanted!r}.",
+                f"It has {', '.join(map(str, values))}.",
             )
     return tuple(runs)
 
 
 def known_alpha(runs: Sequence[SweepRun], alpha: float | str | None) -> tuple[SweepRun, ...]:
-    """Return the runs with `alpha` filled in for LoRA rows without one. "rank" means the row's rank."""
+    """Return the runs with `alpha` filled in for LoRA rows without one. "rank" means the row's
+    rank.
+    """
     if alpha not in (None, "rank") and not is_within("alpha", alpha):
-        raise CalibrationError(f"alpha is {shown(alpha)}.", f"Give {range_of('alpha')}, or 'rank' if it follows it.")
+        raise CalibrationError(
+            f"alpha is {shown(alpha)}.", f"Give {range_of('alpha')}, or 'rank' if it follows it."
+        )
     made = tuple(
-        replace(run, alpha=float(run.rank if alpha == "rank" else alpha))
-        if run.rank is not None and run.alpha is None and alpha is not None
-        else run
+        (
+            replace(run, alpha=float(run.rank if alpha == "rank" else alpha))
+            if run.rank is not None and run.alpha is None and alpha is not None
+            else run
+        )
         for run in runs
     )
     if len({run.alpha is None for run in made if run.rank is not None}) > 1:
-        raise CalibrationError("Some rows have an alpha and others do not.", "Give alpha= for those without.")
+        raise CalibrationError(
+            "Some rows have an alpha and others do not.", "Give alpha= for those without."
+        )
     return made
 
 
 def observation_of(run: SweepRun, group: int | None, x: float) -> Observation:
-    """Return a run as an observation in `group` at log2 rate x. Without a start loss its score is used as the start."""
+    """Return a run as an observation in `group` at log2 rate x. Without a start loss its score is
+    used as the start.
+    """
     start = run.start if run.start is not None else run.loss if math.isfinite(run.loss) else 0.0
     return Observation(group, run.seed, x, run.loss, start, run.loss, returned=True)
 
 
-def site_of(run: SweepRun, reference: Reference, fan_in: float | None) -> tuple[Reference, Reference]:
+def site_of(
+    run: SweepRun, reference: Reference, fan_in: float | None
+) -> tuple[Reference, Reference]:
     """Return the configuration of `run`, and the reference, both with a fan-in.
 
-    If alpha is unknown, the effective multiplier is taken as 1 at the reference and proportional to 1/√rank. If no
-    fan-in is known, a usual one is used, which nearly cancels between ranks.
+    If alpha is unknown, the effective multiplier is taken as 1 at the reference and proportional to
+    1/√rank. If no fan-in is known, a usual one is used, which nearly cancels between ranks.
     """
     there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)
     width = fan_in or there.fan_in
@@ -82,7 +99,9 @@ def site_of(run: SweepRun, reference: Reference, fan_in: float | None) -> tuple[
 
 
 def mean_losses(points: Iterable[tuple[float, float]]) -> dict[float, float]:
-    """Return {log2 rate: mean loss} from (log2 rate, loss), by ascending rate; infinite if a run diverged."""
+    """Return {log2 rate: mean loss} from (log2 rate, loss), by ascending rate; infinite if a run
+    diverged.
+    """
     by_rate: dict[float, list[float]] = {}
     for x, loss in points:
         by_rate.setdefault(x, []).append(loss)
@@ -90,18 +109,24 @@ def mean_losses(points: Iterable[tuple[float, float]]) -> dict[float, float]:
 
 
 class GridEnd(NamedTuple):
-    """A best rate at an end of its grid: log2 of the rate, and whether it is the "lowest" or the "highest"."""
+    """A best rate at an end of its grid: log2 of the rate, and whether it is the "lowest" or the
+    "highest".
+    """
 
     x: float
     end: str
 
 
 def ends_of(seen: Sequence[Observation]) -> dict[int | None, GridEnd]:
-    """Return, by rank, the best rates at an end of the grid. A tie with a rate inside the grid does not count."""
+    """Return, by rank, the best rates at an end of the grid. A tie with a rate inside the grid does
+    not count.
+    """
     found: dict[int | None, GridEnd] = {}
     for rank in dict.fromkeys(o.rank for o in seen):
         curve = mean_losses((round(o.x, 6), o.value) for o in seen if o.rank == rank)
-        best = [x for x, loss in curve.items() if loss == min(curve.values()) and math.isfinite(loss)]
+        best = [
+            x for x, loss in curve.items() if loss == min(curve.values()) and math.isfinite(loss)
+        ]
         for end, x in (("lowest", min(curve)), ("highest", max(curve))):
             if len(curve) > 1 and best == [x]:
                 found[rank] = GridEnd(x, end)

@@ -1,4 +1,6 @@
-"""Conformance of a convention: whether its layers are read correctly, checked by their outputs and their training."""
+"""Conformance of a convention: whether its layers are read correctly, checked by their outputs and
+their training.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ from ..inspection import (
 _LR, _EPS, _DECAY, _STEPS = 1e-2, 1e-3, 0.1, 5
 _SPLIT = 1.5
 """p, the share of a change of scaling that A₀ undoes. B₀ undoes the rest."""
-_PROBE_BAR = 1e-5  # AdaLoRA divides by rank + 1e-5; a wrong rank, fan-in or scaling gives a much larger error
+# AdaLoRA divides by rank + 1e-5; a wrong rank, fan-in or scaling gives a much larger error
+_PROBE_BAR = 1e-5
 _ORACLE_BAR = 1e-9
 
 Make = Callable[[int, float], nn.Module]
@@ -44,8 +47,9 @@ class Conformance:
     Args:
         factors: the factors of the first build.
         builds: the number of builds.
-        probe: relative error of the ones-probe against scaling × rank × inner × fan_in. None if several layers are
-            adapted, or if the output is not linear in B or does not depend on ones.
+        probe: relative error of the ones-probe against scaling × rank × inner × fan_in. None if
+            several layers are adapted, or if the output is not linear in B or does not depend on
+            ones.
         oracle: the largest relative difference between two trainings that must be equal.
     """
 
@@ -73,20 +77,23 @@ def check_convention(
 ) -> Conformance:
     """Check in float64 that inspection reads a layer correctly.
 
-    1. Every pair is found at the right rank, and by `convention` if one is given.
-    2. With all entries of inputs, A and B equal to 1, B·A moves the output by scaling × rank × inner × fan_in (fan-in 1
-       for an embedding), compared with B = 0. This checks rank, scaling and fan-in, if fan-in and fan-out differ.
-    3. Two alphas train equally if A₀, B₀, rates, eps and decays of the second are scaled by p, q and their inverses,
-       with p·q = s/s′. This checks roles and scalings. Other parameters keep their rates. Biases of A and B are held at
-       0.
+    1. Every pair is found at the right rank, and by `convention` if one is given. 2. With all
+    entries of inputs, A and B equal to 1, B·A moves the output by scaling × rank × inner × fan_in
+    (fan-in 1
+       for an embedding), compared with B = 0. This checks rank, scaling and fan-in, if fan-in and
+       fan-out differ.
+    3. Two alphas train equally if A₀, B₀, rates, eps and decays of the second are scaled by p, q
+    and their inverses,
+       with p·q = s/s′. This checks roles and scalings. Other parameters keep their rates. Biases of
+       A and B are held at 0.
 
     The global random state is restored.
 
     Args:
         make: `make(rank, alpha)` returns a new module at every call.
         *inputs: the module's inputs.
-        convention: the convention that must find the pairs. One that is not registered, or the name of an optional one,
-            is registered for the call.
+        convention: the convention that must find the pairs. One that is not registered, or the name
+            of an optional one, is registered for the call.
         run: `run(module, *inputs)` returns the output tensor, by default `module(*inputs)`.
         ranks: the ranks to build.
         alphas: the alphas to compare, at least two.
@@ -99,21 +106,28 @@ def check_convention(
     """
     if not ranks or len(alphas) < 2:
         raise InspectionError(
-            f"Ranks {ranks} and alphas {alphas} are too few.", "Give at least one rank and two alphas."
+            f"Ranks {ranks} and alphas {alphas} are too few.",
+            "Give at least one rank and two alphas.",
         )
-    layer = _Layer(make, tuple(v.double() if _is_floating(v) else v for v in inputs), run or output_of)
+    layer = _Layer(
+        make, tuple(v.double() if _is_floating(v) else v for v in inputs), run or output_of
+    )
     builds = list(itertools.product(ranks, alphas))
     with _registered(convention) as name, torch.random.fork_rng(devices=[]):
         surveys = [layer.found(rank, alpha, name) for rank, alpha in builds]
         probes = [layer.probe(rank, alpha) for rank, alpha in builds]
-        errors = [layer.oracle(rank, pair) for rank in ranks for pair in itertools.combinations(alphas, 2)]
+        errors = [
+            layer.oracle(rank, pair) for rank in ranks for pair in itertools.combinations(alphas, 2)
+        ]
     known = [error for error in probes if error is not None]
     return Conformance(surveys[0].factors, len(surveys), max(known, default=None), max(errors))
 
 
 @contextmanager
 def _registered(convention: Convention | str | None) -> Iterator[str | None]:
-    """Register the convention and yield its name. Remove it afterwards if it was not registered before."""
+    """Register the convention and yield its name. Remove it afterwards if it was not registered
+    before.
+    """
     name = convention.name if isinstance(convention, Convention) else convention
     known = conventions()
     if convention is None or convention in (*known, *(row.name for row in known)):
@@ -159,12 +173,16 @@ class _Layer:
         for f in survey.factors:
             if name not in (None, f.convention):
                 cause = f"{f.name} is read as {f.convention}, not as {name}."
-                raise _failed("found", cause, "Change the order of the rows, or make them more specific.")
+                raise _failed(
+                    "found", cause, "Change the order of the rows, or make them more specific."
+                )
             if f.rank != rank:
                 cause = f"{f.name} has rank {f.rank} instead of {rank}."
                 raise _failed("rank", cause, "Give the attribute that holds the rank.")
         if not survey.factors:
-            raise _failed("found", "No pair is found, only other adapters.", "Register a Convention for it.")
+            raise _failed(
+                "found", "No pair is found, only other adapters.", "Register a Convention for it."
+            )
         return survey
 
     @torch.no_grad()
@@ -174,7 +192,9 @@ class _Layer:
         pairs = [pair for pair in pairs_of(walk(module).modules) if pair.trains]
         if len({pair.layer for pair in pairs}) > 1:
             return None
-        ones = tuple(torch.ones_like(value) if _is_floating(value) else value for value in self.inputs)
+        ones = tuple(
+            torch.ones_like(value) if _is_floating(value) else value for value in self.inputs
+        )
         _set_to_units(pairs)
         errors = []
         for pair in pairs:
@@ -183,7 +203,9 @@ class _Layer:
                 pair.b.tensor.fill_(value)
                 outputs.append(self.run(module, *ones).clone())
             once, twice = outputs[0] - outputs[2], outputs[1] - outputs[2]
-            if not once.any() or not torch.allclose(twice, 2 * once, rtol=1e-9, atol=1e-9 * float(twice.abs().max())):
+            if not once.any() or not torch.allclose(
+                twice, 2 * once, rtol=1e-9, atol=1e-9 * float(twice.abs().max())
+            ):
                 return None
             moved, reading = float(once.abs().max()), reading_of(pair)
             scaling = scaling_of(pair, reading.rank_a) or 1.0
@@ -193,38 +215,56 @@ class _Layer:
             if not errors[-1] < _PROBE_BAR:
                 raise _failed(
                     "ones-probe",
-                    f"with ones everywhere {pair.where} moves the output by {moved:g}, and scaling {scaling:g} × rank "
-                    f"{reading.rank_a:g} × inner {reading.inner} × fan-in {fan_in:g} is {expected:g}.",
+                    f"with ones everywhere {pair.where} moves the output by {moved:g}, and scaling"
+                    f" {scaling:g} × rank {reading.rank_a:g} × inner {reading.inner} × fan-in"
+                    f" {fan_in:g} is {expected:g}.",
                     "Check the convention's layout and its attributes for rank and scaling.",
                 )
         return max(errors)
 
     def oracle(self, rank: int, alphas: tuple[float, float]) -> float:
-        """Return the difference of two trainings that must be equal, relative to the largest output.
+        """Return the difference of two trainings that must be equal, relative to the largest
+        output.
 
-        An adapter with another scaling trains equally if rates, eps, decays and initial values compensate for it (Chen,
-        Villar, Hayou, arXiv 2602.06204).
+        An adapter with another scaling trains equally if rates, eps, decays and initial values
+        compensate for it (Chen, Villar, Hayou, arXiv 2602.06204).
         """
         first, second = (self.build(rank, alpha) for alpha in alphas)
         p, q = _move(first, second)
         outputs = []
         for module, by_a, by_b in ((first, 1.0, 1.0), (second, p, q)):
-            scaled = {"eps_a": _EPS / by_a, "eps_b": _EPS / by_b, "decay_a": _DECAY / by_a, "decay_b": _DECAY / by_b}
-            settings: dict[str, Any] = {"steps": _STEPS, "other_lr": _LR, "answer": self.run, **scaled}
+            scaled = {
+                "eps_a": _EPS / by_a,
+                "eps_b": _EPS / by_b,
+                "decay_a": _DECAY / by_a,
+                "decay_b": _DECAY / by_b,
+            }
+            settings: dict[str, Any] = {
+                "steps": _STEPS,
+                "other_lr": _LR,
+                "answer": self.run,
+                **scaled,
+            }
             outputs.append(trained(module, self.inputs, _LR * by_a, _LR * by_b, **settings))
         walked = walk(first)
         gradients = {name: param.grad for name, param in walked.parameters}
         for f in survey_of(walked).factors:
             gradient = gradients[f.name]
             if gradient is None or not gradient.any():
-                raise _failed("oracle", f"the output does not depend on {f.name}.", "Use the adapter in the output.")
+                raise _failed(
+                    "oracle",
+                    f"the output does not depend on {f.name}.",
+                    "Use the adapter in the output.",
+                )
         error = distance(*outputs)
         if not error < _ORACLE_BAR:
             raise _failed(
                 "oracle",
-                f"at rank {rank}, trainings with alphas {alphas[0]:g} and {alphas[1]:g} differ by {error:.1e} although "
-                "rates, eps, decays and initial values compensate for the scalings that were read.",
-                "Check that scaling and roles are read correctly, and that the layer is a pair without randomness.",
+                f"at rank {rank}, trainings with alphas {alphas[0]:g} and {alphas[1]:g} differ by"
+                f" {error:.1e} although rates, eps, decays and initial values compensate for the"
+                " scalings that were read.",
+                "Check that scaling and roles are read correctly, and that the layer is a pair"
+                " without randomness.",
             )
         return error
 
@@ -238,21 +278,33 @@ def _set_to_units(pairs: Sequence[Pair]) -> None:
                 param.fill_(1.0)
                 if param.dim() > 1 and param.shape[0] == param.shape[1]:
                     eye = torch.eye(param.shape[0], dtype=param.dtype, device=param.device)
-                    param.copy_(eye.reshape(*eye.shape, *(1 for _ in param.shape[2:])).expand_as(param))
+                    param.copy_(
+                        eye.reshape(*eye.shape, *(1 for _ in param.shape[2:])).expand_as(param)
+                    )
         pair.a.tensor.fill_(1.0)
         pair.b.tensor.fill_(0.0)
 
 
 @torch.no_grad()
 def _move(first: nn.Module, second: nn.Module) -> tuple[float, float]:
-    """Draw `first`'s factors, copy `first` into `second` with factors scaled by p and q, and return p and q."""
+    """Draw `first`'s factors, copy `first` into `second` with factors scaled by p and q, and return
+    p and q.
+    """
     surveys = [survey_of(walk(module)) for module in (first, second)]
-    ratios = {f.scaling / g.scaling for f, g in zip(surveys[0].factors, surveys[1].factors, strict=True)}
+    ratios = {
+        f.scaling / g.scaling for f, g in zip(surveys[0].factors, surveys[1].factors, strict=True)
+    }
     ratio = max(ratios)
     if ratio - min(ratios) > 1e-12 * ratio:
-        raise _failed("oracle", f"the two alphas change the scalings by {sorted(ratios)}.", "Use one alpha for all.")
+        raise _failed(
+            "oracle",
+            f"the two alphas change the scalings by {sorted(ratios)}.",
+            "Use one alpha for all.",
+        )
     roles = {f.name: f.role for f in surveys[0].factors}
-    p = ratio if "B" not in roles.values() else _SPLIT if "A" in roles.values() else 1.0  # a frozen factor is kept
+    p = (
+        ratio if "B" not in roles.values() else _SPLIT if "A" in roles.values() else 1.0
+    )  # a frozen factor is kept
     q = ratio / p
     draw = torch.Generator().manual_seed(0)
     copies = dict(walk(second).parameters)
@@ -279,10 +331,11 @@ def trained(
     answer: Run | None = None,
     seed: int = 0,
 ) -> list[torch.Tensor]:
-    """Train a model in place by AdamW towards a random target, and return the outputs before and after every step.
+    """Train a model in place by AdamW towards a random target, and return the outputs before and
+    after every step.
 
-    The loss is the mean square. Gradients are not clipped, decays are decoupled, and the global random state is
-    restored.
+    The loss is the mean square. Gradients are not clipped, decays are decoupled, and the global
+    random state is restored.
 
     Args:
         model: the model, with factors as `inspect_model` finds them.
@@ -294,7 +347,8 @@ def trained(
         decay_a: A's weight decay.
         decay_b: B's weight decay.
         steps: number of steps.
-        other_lr: rate of parameters that are not factors, with AdamW's default eps and decay. None freezes them.
+        other_lr: rate of parameters that are not factors, with AdamW's default eps and decay. None
+            freezes them.
         answer: returns the output tensor of the model.
         seed: random seed of the target.
     """
@@ -329,7 +383,9 @@ def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
 
 
 def output_of(model: nn.Module, *inputs: Any) -> torch.Tensor:
-    """Return a model's output tensor: the output itself, or its logits or last hidden state as in transformers."""
+    """Return a model's output tensor: the output itself, or its logits or last hidden state as in
+    transformers.
+    """
     out: Any = model(*inputs)
     for found in (out, getattr(out, "logits", None), getattr(out, "last_hidden_state", None)):
         if isinstance(found, torch.Tensor):

@@ -1,4 +1,6 @@
-"""Conformance of a law: the properties on which the package relies, checked on a grid of configurations."""
+"""Conformance of a law: the properties on which the package relies, checked on a grid of
+configurations.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ class LawConformance:
     def __str__(self) -> str:
         name = f"its name {self.law.name!r} is registered"
         if not self.registered:
-            name = f"{self.law.name!r} is not registered, so recipes cannot store it and TOML was not checked"
+            name = (
+                f"{self.law.name!r} is not registered, so recipes cannot store it and TOML was not"
+                " checked"
+            )
         return f"{self.law!r} passes for {self.pairs} pairs of factor and reference; {name}."
 
 
@@ -53,7 +58,8 @@ def check_law(
 
     - It is a frozen dataclass, and all fields have defaults.
     - Its name belongs to it.
-    - Every multiplier is a positive finite number, for A, B and whole weights, from LoRA and from full finetuning.
+    - Every multiplier is a positive finite number, for A, B and whole weights, from LoRA and from
+      full finetuning.
     - A second call returns the same, also in another order.
     - The multiplier at its own reference is 1, for A or for the whole weight.
     - Multipliers compose: a → b → c equals a → c.
@@ -65,10 +71,12 @@ def check_law(
     Args:
         law: the law or its name.
         fan_in: the widths to check. 1 is that of an embedding.
-        tolerance: relative error of the checks for 1 and for composition. Use a larger one for a measured law.
+        tolerance: relative error of the checks for 1 and for composition. Use a larger one for a
+            measured law.
 
     Raises:
-        LawError: a property fails. The message names the first one, with the factor and the reference.
+        LawError: a property fails. The message names the first one, with the factor and the
+            reference.
 
     >>> print(check_law("constant"))
     Constant() passes for 1300 pairs of factor and reference; its name 'constant' is registered.
@@ -89,7 +97,9 @@ def check_law(
         _check_toml(law, answers)
     bound: object = law.bind(torch.optim.AdamW, {})
     if not isinstance(bound, Law):
-        raise _failed("bind", law, f"bind returns {bound!r}.", "Return a law, by default the law itself.")
+        raise _failed(
+            "bind", law, f"bind returns {bound!r}.", "Return a law, by default the law itself."
+        )
     return LawConformance(law, registered, len(answers))
 
 
@@ -100,14 +110,25 @@ def _failed(check: str, law: Law, cause: str, cure: str) -> LawError:
 def _check_form(law: Law) -> None:
     """Check that the law is a frozen dataclass with defaults, and that its name belongs to it."""
     kind: Any = type(law)
-    own: Any = vars(kind).get("__dataclass_params__")  # a base class's parameters do not cover new fields
+    own: Any = vars(kind).get(
+        "__dataclass_params__"
+    )  # a base class's parameters do not cover new fields
     if own is None or not own.frozen:
-        raise _failed("form", law, f"{kind.__name__} is not a frozen dataclass.", "Add @dataclass(frozen=True).")
+        raise _failed(
+            "form",
+            law,
+            f"{kind.__name__} is not a frozen dataclass.",
+            "Add @dataclass(frozen=True).",
+        )
     for f in fields(kind):
         if f.init and f.default is MISSING and f.default_factory is MISSING:
-            raise _failed("form", law, f"its field {f.name!r} has no default.", "Give every field a default.")
+            raise _failed(
+                "form", law, f"its field {f.name!r} has no default.", "Give every field a default."
+            )
     if not law.name or not isinstance(law.name, str):
-        raise _failed("name", law, f"its name is {law.name!r}.", "Set name: ClassVar[str] to a short word.")
+        raise _failed(
+            "name", law, f"its name is {law.name!r}.", "Set name: ClassVar[str] to a short word."
+        )
     if law.name in LAWS.names():
         try:
             law_to_dict(law)
@@ -127,9 +148,13 @@ def _ask(law: Law, factor: Factor, reference: Reference) -> float:
     try:
         value = law.multiplier(factor, reference)
     except Exception as error:  # a third-party law may raise anything
-        raise _failed("positive", law, f"{where}, it raises {error!r}.", "Return a number for every factor.") from error
+        raise _failed(
+            "positive", law, f"{where}, it raises {error!r}.", "Return a number for every factor."
+        ) from error
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise _failed("positive", law, f"{where}, it returns {value!r}.", "Return a positive finite number.")
+        raise _failed(
+            "positive", law, f"{where}, it returns {value!r}.", "Return a positive finite number."
+        )
     return float(value)
 
 
@@ -142,28 +167,46 @@ def _at(reference: Reference) -> str:
     return f"{reference}, fan-in {reference.fan_in:g}"
 
 
-def _check_same(law: Law, answers: Answers, check: str, order: Iterable[tuple[Factor, Reference]]) -> None:
+def _check_same(
+    law: Law, answers: Answers, check: str, order: Iterable[tuple[Factor, Reference]]
+) -> None:
     """Check that the law returns the same when it is called again in this order."""
     for pair in order:
         again = _ask(law, *pair)
         if again != answers[pair]:
             cause = f"{_where(*pair)}, it returns {answers[pair]!r} and then {again!r}."
-            raise _failed(check, law, cause, "Use only the factor, the reference and the law's own fields.")
+            raise _failed(
+                check, law, cause, "Use only the factor, the reference and the law's own fields."
+            )
 
 
-def _check_ratios(law: Law, references: Sequence[Reference], answers: Answers, tolerance: float) -> None:
+def _check_ratios(
+    law: Law, references: Sequence[Reference], answers: Answers, tolerance: float
+) -> None:
     """Check that the multiplier is 1 at its own reference, and that a → b → c equals a → c."""
     for at in references:
         value = answers[at.as_factor(), at]
         if not math.isclose(value, 1.0, rel_tol=tolerance):
             cause = f"{_where(at.as_factor(), at)}, it returns {value!r}."
-            cure = "Divide by the law's rate at the reference: the base rate is that of the reference's A factor."
+            cure = (
+                "Divide by the law's rate at the reference: the base rate is that of the"
+                " reference's A factor."
+            )
             raise _failed("own reference", law, cause, cure)
     for a, b, c in itertools.product(references, repeat=3):
-        via, direct = answers[b.as_factor(), a] * answers[c.as_factor(), b], answers[c.as_factor(), a]
+        via, direct = (
+            answers[b.as_factor(), a] * answers[c.as_factor(), b],
+            answers[c.as_factor(), a],
+        )
         if not math.isclose(via, direct, rel_tol=tolerance):
-            cause = f"{_where(c.as_factor(), a)}, it returns {direct:g}, but {via:g} by way of {_at(b)}."
-            cure = "Write the multiplier as a rate at the factor divided by the same rate at the reference."
+            cause = (
+                f"{_where(c.as_factor(), a)}, it returns {direct:g}, but {via:g} by way of"
+                f" {_at(b)}."
+            )
+            cure = (
+                "Write the multiplier as a rate at the factor divided by the same rate at the"
+                " reference."
+            )
             raise _failed("composes", law, cause, cure)
 
 

@@ -1,8 +1,9 @@
-"""Conversion of a rate tuned at one rank, alpha, init, width or method to another, exactly or by a law.
+"""Conversion of a rate tuned at one rank, alpha, init, width or method to another, exactly or by a
+law.
 
-With Adam and decoupled decay, training does not change if s is replaced by s/(p·q), A₀ by p·A₀, B₀ by q·B₀, η by
-(p·η_A, q·η_B), ε by (ε_A/p, ε_B/q), and the decays likewise. A factor that starts at zero needs no rescaling, so its
-rate alone undoes a change of s. All other changes follow a law.
+With Adam and decoupled decay, training does not change if s is replaced by s/(p·q), A₀ by p·A₀, B₀
+by q·B₀, η by (p·η_A, q·η_B), ε by (ε_A/p, ε_B/q), and the decays likewise. A factor that starts at
+zero needs no rescaling, so its rate alone undoes a change of s. All other changes follow a law.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from ..laws import (
 )
 from ..optimizer import PlanOptions, make_plan
 
-_LARGE = 2.0**200  # a width at which every law has reached its limit up to rounding, and whose square is finite
+_LARGE = (
+    2.0**200
+)  # a width at which every law has reached its limit up to rounding, and whose square is finite
 _WORDS = {"method": "method", "rank": "rank", "init": "init", "fan_in": "width"}
 
 
@@ -39,12 +42,12 @@ _WORDS = {"method": "method", "rank": "rank", "init": "init", "fan_in": "width"}
 class Conversion(Rate):
     """A converted rate, with the other settings that must change. It has no band.
 
-    A second exact form uses `a_scale`: multiply the initial values of the drawn factor (A₀ under Init[A], B₀ under
-    Init[B]) and both tuned rates by it, and divide eps and weight decay by it.
+    A second exact form uses `a_scale`: multiply the initial values of the drawn factor (A₀ under
+    Init[A], B₀ under Init[B]) and both tuned rates by it, and divide eps and weight decay by it.
 
     Args:
-        lr: the law's single rate, per step. It is A's rate if the law gives B another one. The default law's keeps a
-            distance, × .9, if it moves; exact rates keep none.
+        lr: the law's single rate, per step. It is A's rate if the law gives B another one. The
+            default law's keeps a distance, × .9, if it moves; exact rates keep none.
         lr_a: A's rate in the two-rate form, per step.
         lr_b: B's rate in the two-rate form, per step.
         eps_scale_a: factor of A's eps in the two-rate form.
@@ -75,10 +78,16 @@ class Conversion(Rate):
         else:
             yield f"As one rate: {self.lr:.4g} (approximate)."
             yield f"Two rates: {self.lr_a:.4g} for A, {self.lr_b:.4g} for B ({how})."
-        of_a, of_b = (self.eps_scale_a, self.weight_decay_scale_a), (self.eps_scale_b, self.weight_decay_scale_b)
+        of_a, of_b = (
+            (self.eps_scale_a, self.weight_decay_scale_a),
+            (self.eps_scale_b, self.weight_decay_scale_b),
+        )
         for role, (eps, decay) in (("A", of_a), ("B", of_b)):
             if (eps, decay) != (1.0, 1.0):
-                yield f"With the two rates, multiply {role}'s eps by {eps:.4g} and its weight decay by {decay:.4g}."
+                yield (
+                    f"With the two rates, multiply {role}'s eps by {eps:.4g} and its weight decay"
+                    f" by {decay:.4g}."
+                )
 
 
 def convert_lr(
@@ -86,24 +95,26 @@ def convert_lr(
 ) -> Conversion:
     """Convert a rate tuned at one configuration to another.
 
-    If only the effective multiplier s changes to s′, the two-rate form is exact. With q = s/s′, Init[A] (B = 0 at the
-    start) keeps η_A and multiplies η_B by q, ε_B and λ_B by 1/q. Init[B] (A = 0 at the start) does the same to A.
-    Otherwise the rates follow the law. A rate that the default law moves keeps the distance that the optimizer keeps,
-    × .9: convert the tuned rate, not a converted one.
+    If only the effective multiplier s changes to s′, the two-rate form is exact. With q = s/s′,
+    Init[A] (B = 0 at the start) keeps η_A and multiplies η_B by q, ε_B and λ_B by 1/q. Init[B] (A =
+    0 at the start) does the same to A. Otherwise the rates follow the law. A rate that the default
+    law moves keeps the distance that the optimizer keeps, × .9: convert the tuned rate, not a
+    converted one.
 
     Args:
         lr: the tuned rate, per step.
-        from_: the configuration of `lr`: a `Reference`, a text such as "r=16,alpha=32", an adapter's folder or file, or
-            a LoraConfig.
-        to: the other configuration. A text without alpha, such as "r=64", keeps the alpha of `from_`. A width that only
-            one of the two has is used for both. If neither has one, the limit of a large width is used. If both have a
-            batch, the rate moves by the law's rule for the batch.
+        from_: the configuration of `lr`: a `Reference`, a text such as "r=16,alpha=32", an
+            adapter's folder or file, or a LoraConfig.
+        to: the other configuration. A text without alpha, such as "r=64", keeps the alpha of
+            `from_`. A width that only one of the two has is used for both. If neither has one, the
+            limit of a large width is used. If both have a batch, the rate moves by the law's rule
+            for the batch.
         law: a law or its name. For an optimizer other than Adam and its variants, give
             Falling().bind(optimizer_class, settings).
 
     Raises:
-        InvalidReferenceError: a text is no configuration; or no width is known although the method or the init changes,
-            or the law has no limit.
+        InvalidReferenceError: a text is no configuration; or no width is known although the method
+            or the init changes, or the law has no limit.
         OptimizerError: `lr` is not a positive finite number.
         LawError: the law is unknown or gives no multiplier.
 
@@ -126,23 +137,30 @@ def convert_lr(
         if not isinstance(error.__cause__ or error, ArithmeticError):
             raise
         raise InvalidReferenceError(
-            f"From {origin} to {target} a rate leaves the range of floating point.", "Check the alphas and ranks."
+            f"From {origin} to {target} a rate leaves the range of floating point.",
+            "Check the alphas and ranks.",
         ) from error
     rates = zip((made.lr, made.lr_a, made.lr_b), (half.lr, half.lr_a, half.lr_b), strict=True)
     if not all(math.isclose(rate, other, rel_tol=1e-9) for rate, other in rates):
         raise InvalidReferenceError(
-            f"The law {bound.name!r} has no limit at a large width here.", "Give fan_in=, such as 4096, in a reference."
+            f"The law {bound.name!r} has no limit at a large width here.",
+            "Give fan_in=, such as 4096, in a reference.",
         )
     return made
 
 
 def _at_widths(origin: Reference, target: Reference, large: float) -> tuple[Reference, Reference]:
-    """Return both references with a width: their own, the other's, or `large` if the inits are equal."""
+    """Return both references with a width: their own, the other's, or `large` if the inits are
+    equal.
+    """
     known = origin.fan_in or target.fan_in
-    starts = ["full finetuning" if r.method == "full" else init_text(r.init) for r in (origin, target)]
+    starts = [
+        "full finetuning" if r.method == "full" else init_text(r.init) for r in (origin, target)
+    ]
     if known is None and starts[0] != starts[1]:
         raise InvalidReferenceError(
-            f"From {starts[0]} to {starts[1]} the rate depends on the model's width, which neither reference has.",
+            f"From {starts[0]} to {starts[1]} the rate depends on the model's width, which neither"
+            " reference has.",
             "Give fan_in=, such as 4096, in one of them.",
         )
     width = known or large
@@ -163,7 +181,11 @@ class _Move:
         one = check_lr(base * self._used(self._of_a(self.target)), "The converted lr")
         exact = not self.changes and self.same_batch
         if full or self.changes:
-            lr_b = one if full else check_lr(base * self._used(self._of_b(self.target)), "The converted lr_b")
+            lr_b = (
+                one
+                if full
+                else check_lr(base * self._used(self._of_b(self.target)), "The converted lr_b")
+            )
             return Conversion(one, lr_a=one, lr_b=lr_b, exact=exact, notes=tuple(self.notes()))
         # If only s changes, the rate of the factor that starts at zero undoes all of it.
         on_a, on_b = (1.0, self.ratio) if self.origin.init == "A" else (self.ratio, 1.0)
@@ -184,7 +206,9 @@ class _Move:
         return checked_multiplier(self.law, at.as_factor(), self.origin)
 
     def _of_b(self, at: Reference) -> float:
-        """Return the law's multiplier of B's rate at a reference, relative to A's rate at the origin."""
+        """Return the law's multiplier of B's rate at a reference, relative to A's rate at the
+        origin.
+        """
         return checked_multiplier(self.law, replace(at.as_factor(), role="B"), self.origin)
 
     def _used(self, multiplier: float) -> float:
@@ -192,7 +216,9 @@ class _Move:
 
     @cached_property
     def changes(self) -> list[str]:
-        """The fields other than alpha in which the two differ for a law. Full finetuning has only a width."""
+        """The fields other than alpha in which the two differ for a law. Full finetuning has only a
+        width.
+        """
         if self.origin.method != self.target.method:
             return ["method"]
         seen = ("fan_in",) if self.target.method == "full" else ("rank", "init", "fan_in")
@@ -206,12 +232,16 @@ class _Move:
 
     @property
     def scale_free(self) -> bool:
-        """Whether the law's updates do not depend on the gradient's scale, which the two-rate form requires."""
+        """Whether the law's updates do not depend on the gradient's scale, which the two-rate form
+        requires.
+        """
         return getattr(innermost(self.law), "family", "sign-like") in ("sign-like", "unknown")
 
     @property
     def same_batch(self) -> bool:
-        return None in (self.origin.batch, self.target.batch) or self.origin.batch == self.target.batch
+        return (
+            None in (self.origin.batch, self.target.batch) or self.origin.batch == self.target.batch
+        )
 
     @property
     def by_batch(self) -> float:
@@ -223,18 +253,28 @@ class _Move:
     def notes(self) -> Iterator[str]:
         changes, law = self.changes, self.law.name
         if changes:
-            yield f"With another {' and '.join(_WORDS[c] for c in changes)} the rates follow the law {law!r}."
+            yield (
+                f"With another {' and '.join(_WORDS[c] for c in changes)} the rates follow the law"
+                f" {law!r}."
+            )
         elif self.ratio == 1.0:
             if self.same_batch:
                 yield "Both configurations train equally, so the rates do not change."
         elif self.scale_free:
-            drawn, zero, scale = self.origin.init, "AB"[self.origin.init == "A"], f"{math.sqrt(self.ratio):.4g}"
-            yield (
-                f"One rate for both factors is approximate: a change of alpha is undone by the rate of {zero} alone, "
-                f"or by both tuned rates × {scale} with {drawn}'s initial values × {scale}, eps and weight decay ÷ "
-                f"{scale}."
+            drawn, zero, scale = (
+                self.origin.init,
+                "AB"[self.origin.init == "A"],
+                f"{math.sqrt(self.ratio):.4g}",
             )
-            yield "Exactness holds for Adam-like optimizers with decoupled weight decay and without gradient clipping."
+            yield (
+                "One rate for both factors is approximate: a change of alpha is undone by the rate"
+                f" of {zero} alone, or by both tuned rates × {scale} with {drawn}'s initial values"
+                f" × {scale}, eps and weight decay ÷ {scale}."
+            )
+            yield (
+                "Exactness holds for Adam-like optimizers with decoupled weight decay and without"
+                " gradient clipping."
+            )
         else:
             yield "The two rates are exact for Adam-like optimizers only."
         of_a = self._of_a(self.target)
@@ -244,17 +284,23 @@ class _Move:
         if caution:
             yield caution
         if self.target.fan_in == _LARGE and (changes or self.ratio != 1.0):
-            yield "No width was given: the single rate is the limit of a large width. Give fan_in= for your model's."
+            yield (
+                "No width was given: the single rate is the limit of a large width. Give fan_in="
+                " for your model's."
+            )
         if self.target.method == "lora" and self._of_b(self.target) != self._of_a(self.target):
             yield f"The law {law!r} gives B a separate rate. The single rate is A's."
         if not self.same_batch:
             batches = f"from {self.origin.batch:g} to {self.target.batch:g}"
-            yield f"The batch changes {batches}: every rate × {self.by_batch:.3g}, by a rule of thumb."
+            yield (
+                f"The batch changes {batches}: every rate × {self.by_batch:.3g}, by a rule of"
+                " thumb."
+            )
         origin = self.origin
         if "init" in changes:
             yield (
-                "Between the inits the law is a guess, from B = 0 to A = 0 up to three octaves too high in the study's "
-                "domains: try a quarter of the rate too, or calibrate there."
+                "Between the inits the law is a guess, from B = 0 to A = 0 up to three octaves too"
+                " high in the study's domains: try a quarter of the rate too, or calibrate there."
             )
             origin = replace(origin, init=self.target.init)
         plan = make_plan(Survey((self.target.as_factor(),)), PlanOptions(self.law, tuned_at=origin))

@@ -15,7 +15,8 @@ from ..laws import DEFAULT_LAW
 def survey_rates(
     survey: Survey, *, lr: float | None = None, law: str = DEFAULT_LAW, tuned_at: str | None = None
 ) -> tuple[Survey, Mapping[str, Rated]]:
-    """Return a survey with the law's notes, and each factor's rate by name. Without `lr` there are no rates.
+    """Return a survey with the law's notes, and each factor's rate by name. Without `lr` there are
+    no rates.
 
     Args:
         survey: the survey, such as from `inspect_file`.

@@ -1,4 +1,6 @@
-"""A rate without any run: published best rates, moved to another configuration by the law, with a wide band."""
+"""A rate without any run: published best rates, moved to another configuration by the law, with a
+wide band.
+"""
 
 from __future__ import annotations
 
@@ -25,32 +27,34 @@ Task = Literal["chat", "other"]
 
 NO_WIDTH = 4096.0  # the middle of the published models, used if no width is given
 PUBLISHED = Reference(rank=16, alpha=32, fan_in=NO_WIDTH)
-# From benchmarks/laws/suggestion.py (results/suggestion.md): log2 of the best rate at PUBLISHED, and the standard
-# deviation between models after the law has moved them there, octaves.
+# From benchmarks/laws/suggestion.py (results/suggestion.md): log2 of the best rate at PUBLISHED,
+# and the standard deviation between models after the law has moved them there, octaves.
 LOG2_RATE, SPREAD = -11.45, 0.50
 RANKS, WIDTHS = (1, 128), (2048, 8192)
 _LAW = MuA(tokens=8.0)  # published language models prefer more tokens than the default
-# Octaves by which a quoted rate lies below the middle of its band: too low a rate costs little, too high a rate a lot.
+# Octaves by which a quoted rate lies below the middle of its band: too low a rate costs little, too
+# high a rate a lot.
 MARGIN = 0.5
-# Standard deviations, octaves, by rules of thumb: another task, batch and horizon (small sweeps of narrow networks are
-# 0.5 to 2.5 away); each octave of alpha away from 32; an unknown width.
+# Standard deviations, octaves, by rules of thumb: another task, batch and horizon (small sweeps of
+# narrow networks are 0.5 to 2.5 away); each octave of alpha away from 32; an unknown width.
 TASK_SD, ALPHA_SD, NO_WIDTH_SD = 1.0, 0.1, 0.5
 
 _SOURCE = (
-    "It is based on published sweeps of 18 language models (tinker-cookbook: AdamW, Tulu 3 chat data, batch 128, about "
-    "780 steps, alpha 32, ranks 1 to 128, hidden sizes 2048 to 8192), moved to this configuration by the law"
+    "It is based on published sweeps of 18 language models (tinker-cookbook: AdamW, Tulu 3 chat"
+    " data, batch 128, about 780 steps, alpha 32, ranks 1 to 128, hidden sizes 2048 to 8192), moved"
+    " to this configuration by the law"
 )
 _NARROW = (
-    "To narrow it, calibrate on your own task (ra.calibrate), or fit runs you have (ra.sweeps.fit_sweep, "
-    "`rankaware fit`)."
+    "To narrow it, calibrate on your own task (ra.calibrate), or fit runs you have"
+    " (ra.sweeps.fit_sweep, `rankaware fit`)."
 )
 
 
 class Step(NamedTuple):
     """One move of the published rate.
 
-    octaves: change of log2 of the rate. sd: the standard deviation that it adds, octaves. why: the reason in words.
-    outside: whether it leaves the range of the published configurations.
+    octaves: change of log2 of the rate. sd: the standard deviation that it adds, octaves. why: the
+    reason in words. outside: whether it leaves the range of the published configurations.
     """
 
     octaves: float
@@ -68,10 +72,13 @@ VARIANTS = {
 DORA = Step(-math.log2(1.8), 0.5, f"DoRA's {_ONE_STUDY.format(1.8)}")
 
 _MATCHED_MUON = Step(
-    0.0, 1.0, "{} has no published rate: torch's documentation reuses AdamW's with match_rms_adamw, on whole weights."
+    0.0,
+    1.0,
+    "{} has no published rate: torch's documentation reuses AdamW's with match_rms_adamw, on whole"
+    " weights.",
 )
-# How another optimizer's rate follows from AdamW's, by the relation in the table of optimizers. Muon's depends on its
-# settings.
+# How another optimizer's rate follows from AdamW's, by the relation in the table of optimizers.
+# Muon's depends on its settings.
 RULES: dict[str, Step] = {
     "as AdamW": Step(0.0, 0.0),
     "steps of AdamW's size": Step(
@@ -80,7 +87,8 @@ RULES: dict[str, Step] = {
     "Lion's rule": Step(
         -math.log2(30) / 2,
         math.log2(10 / 3) / 2,
-        "{} has no published rate: rule of thumb of its authors (Chen et al. 2023), AdamW's divided by 3 to 10.",
+        "{} has no published rate: rule of thumb of its authors (Chen et al. 2023), AdamW's divided"
+        " by 3 to 10.",
     ),
     "schedule-free's rule": Step(
         math.log2(10) / 2,
@@ -94,8 +102,9 @@ RULES: dict[str, Step] = {
 class Suggestion(Rate):
     """A rate to start from. `low` and `high` bound the best rate with about 90 % probability.
 
-    `lr` is half an octave below the middle of the band. `notes` are sentences on what widens the band or moves the
-    rate. Use it as `RankAwareOptimizer(model, AdamW, lr=s.lr, tuned_at=s.reference)`.
+    `lr` is half an octave below the middle of the band. `notes` are sentences on what widens the
+    band or moves the rate. Use it as `RankAwareOptimizer(model, AdamW, lr=s.lr,
+    tuned_at=s.reference)`.
 
     Args:
         optimizer: the optimizer's name.
@@ -108,14 +117,21 @@ class Suggestion(Rate):
     fan_in: float
 
     def explain(self) -> str:
-        """Return a paragraph: the configuration, the rate, its band, its sources, and how to narrow it."""
+        """Return a paragraph: the configuration, the rate, its band, its sources, and how to narrow
+        it.
+        """
         where = f"{self.optimizer}, {self.reference}, fan-in {self.fan_in:g}"
-        band = f"The best rate is between {self.low:.1e} and {self.high:.1e} with about 90 % probability"
+        band = (
+            f"The best rate is between {self.low:.1e} and {self.high:.1e} with about 90 %"
+            " probability"
+        )
         return " ".join([f"{where}: start with lr {self.lr:.1e}. {band}.", *self.notes, _NARROW])
 
 
 class _Case(NamedTuple):
-    """The configuration of a suggestion: a resolved reference, one of VARIANTS or "", and whether it is DoRA."""
+    """The configuration of a suggestion: a resolved reference, one of VARIANTS or "", and whether
+    it is DoRA.
+    """
 
     reference: Reference
     variant: str = ""
@@ -133,26 +149,29 @@ def suggest_lr(
     dora: bool | None = None,
     task: Task = "other",
 ) -> Suggestion:
-    """Suggest a learning rate for a model's rank, alpha, init and width, or for a `Reference`, without any run.
+    """Suggest a learning rate for a model's rank, alpha, init and width, or for a `Reference`,
+    without any run.
 
-    lr = 2^(-11.45 - 0.5) · law(model; rank 16, alpha 32, fan-in 4096) · factors, with the law `MuA(tokens=8)`. The
-    90 % band is ± 1.645·√(sum of variances) octaves. Standard deviations are 0.5 octaves between published models, 1.0
-    for another task, batch and horizon (0 with task="chat"), and those in the notes.
+    lr = 2^(-11.45 - 0.5) · law(model; rank 16, alpha 32, fan-in 4096) · factors, with the law
+    `MuA(tokens=8)`. The 90 % band is ± 1.645·√(sum of variances) octaves. Standard deviations are
+    0.5 octaves between published models, 1.0 for another task, batch and horizon (0 with
+    task="chat"), and those in the notes.
 
     Args:
-        model: the model, its survey, or a `Reference`. A model's width is its most common fan-in, or the largest for
-            full finetuning. With several ranks the rate is for the most common one. `tuned_at=suggestion.reference`
-            moves it to the others.
+        model: the model, its survey, or a `Reference`. A model's width is its most common fan-in,
+            or the largest for full finetuning. With several ranks the rate is for the most common
+            one. `tuned_at=suggestion.reference` moves it to the others.
         optimizer: a torch optimizer class or its name.
         settings: its settings. Muon's `adjust_lr_fn` changes the rate.
         method: "lora" or "full".
-        init: "A" (B starts at zero, as in PEFT), "B" (A starts at zero), or a value of PEFT's `init_lora_weights` such
-            as "pissa". By default as the model declares.
+        init: "A" (B starts at zero, as in PEFT), "B" (A starts at zero), or a value of PEFT's
+            `init_lora_weights` such as "pissa". By default as the model declares.
         dora: whether the adapters are DoRA. By default as the model declares.
         task: "chat" if the task is like that of the published sweeps, else "other".
 
     Raises:
-        OptimizerError: neither a published rate nor a documented rule of thumb exists for this optimizer.
+        OptimizerError: neither a published rate nor a documented rule of thumb exists for this
+            optimizer.
         LawError: no published rate is known for this init.
         InspectionError: the model has no LoRA pair.
         InvalidReferenceError: method and reference disagree.
@@ -161,7 +180,9 @@ def suggest_lr(
     2.5e-04
     """
     if task not in ("chat", "other"):
-        raise InvalidReferenceError(f"The task is 'chat' or 'other', not {task!r}.", "Give one of the two.")
+        raise InvalidReferenceError(
+            f"The task is 'chat' or 'other', not {task!r}.", "Give one of the two."
+        )
     name, rule = _rule(optimizer, settings or {})
     case = _case(model, method, init, dora)
     steps = [*_steps(case, task), rule._replace(why=rule.why.format(name))]
@@ -175,37 +196,56 @@ def suggest_lr(
         extrapolated=any(step.outside for step in steps),
         reference=replace(case.reference, fan_in=None),
         fan_in=case.reference.fan_in or NO_WIDTH,
-        notes=(f"{_SOURCE}, less half an octave.", *(step.why for step in steps if step.why), *case.notes),
+        notes=(
+            f"{_SOURCE}, less half an octave.",
+            *(step.why for step in steps if step.why),
+            *case.notes,
+        ),
     )
 
 
-# --- the optimizer --------------------------------------------------------------------------------------------------
+# --- the optimizer --------------------------------------------------------------------------------
 
 
 def _rule(optimizer: type[Optimizer] | str, settings: Mapping[str, Any]) -> tuple[str, Step]:
-    """Return the optimizer's name and how its rate follows from AdamW's. A subclass follows its base class."""
-    by_name = isinstance(optimizer, str) and known_optimizer(optimizer)[1].relation  # needs no installed package
+    """Return the optimizer's name and how its rate follows from AdamW's. A subclass follows its
+    base class.
+    """
+    by_name = (
+        isinstance(optimizer, str) and known_optimizer(optimizer)[1].relation
+    )  # needs no installed package
     kind = optimizer if by_name else get_optimizer_class(optimizer)
     (known, row), name = known_optimizer(kind), kind if isinstance(kind, str) else kind.__name__
     if known == "muon" and settings.get("adjust_lr_fn") == "match_rms_adamw":
         return name, _MATCHED_MUON
     if not row.relation:
-        muon = " With adjust_lr_fn='match_rms_adamw' in settings Muon reuses AdamW's." if known == "muon" else ""
+        muon = (
+            " With adjust_lr_fn='match_rms_adamw' in settings Muon reuses AdamW's."
+            if known == "muon"
+            else ""
+        )
         raise OptimizerError(
-            f"No published rate is known for {name}, and no documented rule derives it from AdamW's.",
+            f"No published rate is known for {name}, and no documented rule derives it from"
+            " AdamW's.",
             f"Calibrate it (ra.calibrate), or fit runs you have (ra.sweeps.fit_sweep).{muon}",
         )
     return "AdamW" if name.lower() == "adamw" else name, RULES[row.relation]
 
 
-# --- the configuration ----------------------------------------------------------------------------------------------
+# --- the configuration ----------------------------------------------------------------------------
 
 
-def _case(model: nn.Module | Survey | Reference, method: Method, init: str | bool | None, dora: bool | None) -> _Case:
+def _case(
+    model: nn.Module | Survey | Reference,
+    method: Method,
+    init: str | bool | None,
+    dora: bool | None,
+) -> _Case:
     if isinstance(model, Reference):
         if method == "full" and model.method == "lora":
             raise InvalidReferenceError(
-                "The reference is for LoRA, but method is 'full'.", "Give Reference(method='full', fan_in=...)."
+                "The reference is for LoRA, but method is 'full'.",
+                "Give Reference(method='full', fan_in=...).",
             )
         return _with_init(_Case(model, dora=bool(dora)), init)
     if isinstance(model, Survey):
@@ -228,22 +268,36 @@ def _case(model: nn.Module | Survey | Reference, method: Method, init: str | boo
 def _surveyed(survey: Survey, method: Method, init: str | bool | None, dora: bool | None) -> _Case:
     reference = Reference(method="full") if method == "full" else survey.dominant()
     if reference.method == "full":
-        return _with_init(_Case(replace(reference, fan_in=survey.full_width()), dora=bool(dora)), init)
+        return _with_init(
+            _Case(replace(reference, fan_in=survey.full_width()), dora=bool(dora)), init
+        )
     if init is None and _neither_zero(survey):
         raise LawError(
-            "Neither factor of these adapters starts at zero, and they declare no init with a published rate.",
-            f"Give init=: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or calibrate.",
+            "Neither factor of these adapters starts at zero, and they declare no init with a"
+            " published rate.",
+            f"Give init=: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
+            " calibrate.",
         )
     kinds = {(f.rank, f.scaling) for f in survey.factors}
     notes = []
     if len(kinds) > 1:
-        notes.append(f"The model has {len(kinds)} ranks or scalings: the rate is for the most common of them.")
+        notes.append(
+            f"The model has {len(kinds)} ranks or scalings: the rate is for the most common of"
+            " them."
+        )
     if init is None and any(f.init == "unknown" for f in survey.factors):
-        notes.append("The init could not be read. It is assumed that B started at zero, as in PEFT.")
-    has_dora = any(other_kind(name) == "DoRA magnitude" for name in survey.other) if dora is None else dora
-    # The most common fan-in of the adapted layers, since the published models are known by their hidden size.
+        notes.append(
+            "The init could not be read. It is assumed that B started at zero, as in PEFT."
+        )
+    has_dora = (
+        any(other_kind(name) == "DoRA magnitude" for name in survey.other) if dora is None else dora
+    )
+    # The most common fan-in of the adapted layers, since the published models are known by their
+    # hidden size.
     layers = {f.layer: f.fan_in for f in survey.factors if f.kind != "embedding"}
-    found = replace(reference, fan_in=Counter(layers.values()).most_common(1)[0][0] if layers else 1.0)
+    found = replace(
+        reference, fan_in=Counter(layers.values()).most_common(1)[0][0] if layers else 1.0
+    )
     return _with_init(_Case(found, dora=has_dora, notes=tuple(notes)), init)
 
 
@@ -253,7 +307,9 @@ def _neither_zero(survey: Survey) -> bool:
 
 
 def _with_init(case: _Case, init: str | bool | None) -> _Case:
-    """Return the case with an init by name: "A", "B", PEFT's names that start with B = 0, or one of VARIANTS."""
+    """Return the case with an init by name: "A", "B", PEFT's names that start with B = 0, or one of
+    VARIANTS.
+    """
     if init is None:
         return case
     if init == "B":
@@ -280,7 +336,7 @@ def published_init(declared: object) -> str | None:
     return name if name in VARIANTS else None
 
 
-# --- the moves ------------------------------------------------------------------------------------------------------
+# --- the moves ------------------------------------------------------------------------------------
 
 
 def _steps(case: _Case, task: Task) -> Iterator[Step]:
@@ -291,19 +347,27 @@ def _steps(case: _Case, task: Task) -> Iterator[Step]:
         yield Step(0.0, NO_WIDTH_SD, f"No width was given: fan-in {NO_WIDTH:g} is assumed.")
     yield Step(math.log2(checked_multiplier(_LAW, at.as_factor(), PUBLISHED)), 0.0)
     if task == "other":
-        yield Step(0.0, TASK_SD, "Your task, batch and horizon differ from theirs, which widens the band most.")
+        yield Step(
+            0.0,
+            TASK_SD,
+            "Your task, batch and horizon differ from theirs, which widens the band most.",
+        )
     if at.method == "lora":
         yield from _lora_steps(case, at.rank or 1, at.fan_in or 1.0)
         return
     if case.variant or case.dora:
-        raise InvalidReferenceError("Full finetuning has neither an init nor DoRA.", "Leave init= and dora= out.")
+        raise InvalidReferenceError(
+            "Full finetuning has neither an init nor DoRA.", "Leave init= and dora= out."
+        )
     low, high = WIDTHS
-    yield from _outside("fan-in", at.fan_in or 1.0, (low, 4 * high), WIDTH_SD)  # 4 × for feed-forward layers
+    yield from _outside(
+        "fan-in", at.fan_in or 1.0, (low, 4 * high), WIDTH_SD
+    )  # 4 × for feed-forward layers
     yield Step(
         0.0,
         FULL_SD["A"],
-        "For full finetuning it is the law's rate, derived from LoRA: no sweep of full finetuning supports it, and too "
-        "high costs more than too low.",
+        "For full finetuning it is the law's rate, derived from LoRA: no sweep of full finetuning"
+        " supports it, and too high costs more than too low.",
     )
 
 
@@ -314,7 +378,9 @@ def _lora_steps(case: _Case, rank: int, fan_in: float) -> Iterator[Step]:
     yield Step(0.0, ALPHA_SD * abs(math.log2(at.scaling * rank / (PUBLISHED.alpha or 1.0))))
     if at.init == "B":
         yield Step(
-            0.0, INIT_SD, "All used B = 0: µA moves the rate to A = 0, where low ranks needed more in our tasks."
+            0.0,
+            INIT_SD,
+            "All used B = 0: µA moves the rate to A = 0, where low ranks needed more in our tasks.",
         )
     if case.variant:
         yield VARIANTS[case.variant]
@@ -326,4 +392,9 @@ def _outside(what: str, value: float, known: tuple[float, float], sd: float) -> 
     low, high = known
     octaves = max(0.0, math.log2(low / value), math.log2(value / high))
     if octaves:
-        yield Step(0.0, sd * octaves, f"The {what} {value:g} is outside theirs ({low:g} to {high:g}).", outside=True)
+        yield Step(
+            0.0,
+            sd * octaves,
+            f"The {what} {value:g} is outside theirs ({low:g} to {high:g}).",
+            outside=True,
+        )

@@ -66,7 +66,11 @@ def test_regret_has_units_and_seeds(load):
     job = load("study.grids").Job
     cell = ("image_generation", "Init[A], s = 1", 4)
     losses = {-9.0: (0.2, 0.2, 0.2), -8.0: (0.3, 0.2, 0.4)}
-    done = {job(*cell, x, seed): loss for x, each in losses.items() for seed, loss in zip((3, 4, 5), each, strict=True)}
+    done = {
+        job(*cell, x, seed): loss
+        for x, each in losses.items()
+        for seed, loss in zip((3, 4, 5), each, strict=True)
+    }
     found = scores.score(done, 1.2, ("Init[A], s = 1", "x", 4), (cell, -8.0), (cell, -9.0))
     assert (found.domain, found.name, found.rank) == ("image_generation", "x", 4)
     assert (found.regret, found.loss) == pytest.approx((0.1, 0.1))
@@ -81,7 +85,11 @@ def test_a_recipe_of_every_search_seed_is_found(load, monkeypatch, tmp_path):
     of = ("image_generation", "Init[A], s = 1")
     wanted = [made.path_of(*of, seed) for seed in (0, 1, 2)]
     assert made.paths_of(*of) == []
-    for path in (*wanted, made.path_of(of[0], "Init[A], s = 1/r", 1), made.path_of(of[0], "Init[B], s = 1", 0)):
+    for path in (
+        *wanted,
+        made.path_of(of[0], "Init[A], s = 1/r", 1),
+        made.path_of(of[0], "Init[B], s = 1", 0),
+    ):
         path.parent.mkdir(exist_ok=True)
         path.touch()
     assert made.paths_of(*of) == wanted

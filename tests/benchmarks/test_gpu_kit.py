@@ -44,9 +44,14 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_piece_runs_on_a_cpu(tried: Path) -> None:
     """The smallest of every piece leaves runs, no test of the wrapper fails, and rows name their device."""
-    rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tried.glob("*.jsonl")}
+    rows = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in tried.glob("*.jsonl")
+    }
     assert rows.keys() == {"step_cost", "width", "made_up"}
-    assert {row["machine"]["device"] for each in rows.values() for row in each if "machine" in row} == {"cpu"}
+    assert {
+        row["machine"]["device"] for each in rows.values() for row in each if "machine" in row
+    } == {"cpu"}
     tests = json.loads((tried / "tests.json").read_text())["rows"]
     assert {row["outcome"] for row in tests} == {"passed", "skipped"}
 
@@ -63,7 +68,12 @@ def test_the_page_has_every_piece(tried: Path) -> None:
     kit(tried, "table")
     page = tried.with_suffix(".md").read_text()
     assert page.startswith("# On cpu\n")
-    for heading in ("The wrapper's tests", "What a step costs", "Width", "SmolLM2: exponent of the best rate in rank"):
+    for heading in (
+        "The wrapper's tests",
+        "What a step costs",
+        "Width",
+        "SmolLM2: exponent of the best rate in rank",
+    ):
         assert f"\n## {heading}\n" in page
 
 
@@ -87,7 +97,10 @@ def width(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def by_law(width: Any, law: str) -> dict[Any, float]:
     """Rates at every cell as a law moves 2^-8 from rank 16 of each configuration at the narrowest width."""
     move, cells = width.MOVES[law], width.cells(width.WHOLE)
-    first = {config: next(key for key in sorted(cells) if key[1:] == (config, rank)) for config, rank in SOURCES}
+    first = {
+        config: next(key for key in sorted(cells) if key[1:] == (config, rank))
+        for config, rank in SOURCES
+    }
     return {key: move(width.place_of(first[key[1]]), width.place_of(key), -8.0) for key in cells}
 
 
@@ -122,7 +135,9 @@ def test_the_mean_fan_in_is_the_surveys(width: Any) -> None:
         ("µA", FULL, 0, -3.0),
     ],
 )
-def test_octaves_in_width_are_the_hypotheses(width: Any, law: str, config: str, rank: int, octaves: float) -> None:
+def test_octaves_in_width_are_the_hypotheses(
+    width: Any, law: str, config: str, rank: int, octaves: float
+) -> None:
     """From 512 to 4096 at rank 16, as the docstring says."""
     rates = by_law(width, law)
     assert rates[4096, config, rank] - rates[512, config, rank] == pytest.approx(octaves, abs=0.05)
@@ -132,7 +147,9 @@ def test_octaves_in_width_are_the_hypotheses(width: Any, law: str, config: str, 
     ("law", "narrow", "wide"),
     [("µA, falling at B", -2.1, -2.7), ("µA, r^-1/2 above 4 at B", -2.6, -3.5), ("µA", -0.1, 0.0)],
 )
-def test_octaves_in_rank_are_the_hypotheses(width: Any, law: str, narrow: float, wide: float) -> None:
+def test_octaves_in_rank_are_the_hypotheses(
+    width: Any, law: str, narrow: float, wide: float
+) -> None:
     """At Init[B] from rank 4 to 256 at width 512, and to 1024 at 4096, as the docstring says."""
     rates = by_law(width, law)
     assert rates[512, B, 256] - rates[512, B, 4] == pytest.approx(narrow, abs=0.05)
@@ -151,7 +168,9 @@ def test_octaves_in_rank_are_the_hypotheses(width: Any, law: str, narrow: float,
         ("n^-1/2", 6, "n^-1/2 in place of the package's law"),
     ],
 )
-def test_the_rule_names_the_law_that_made_the_rates(width: Any, law: str, question: int, said: str) -> None:
+def test_the_rule_names_the_law_that_made_the_rates(
+    width: Any, law: str, question: int, said: str
+) -> None:
     """Rates that a law made are read as that law's, or as the package's where the two are near."""
     rates = by_law(width, law)
     assert said in width.verdict(width.QUESTIONS[question], [rates, rates])

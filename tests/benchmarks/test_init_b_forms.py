@@ -39,13 +39,17 @@ def place(forms: Any, rank: int, best: float, floor: float | None = 0.0, start: 
     """A bowl about a best rate, which both estimators find."""
     tried = {float(x): 1.0 + (x - best) ** 2 / 10 for x in range(-20, 1)}
     scheme = "Init[B], s = 1" if rank else "full"
-    return leave().Place(scheme, site(forms, rank), WIDTH, {"vertex": best, "cliff": best}, tried, 1.0, start, floor)
+    return leave().Place(
+        scheme, site(forms, rank), WIDTH, {"vertex": best, "cliff": best}, tried, 1.0, start, floor
+    )
 
 
 def following(forms: Any, exponent: float, top: float) -> list[Any]:
     """A domain whose best rates lie (n / r)^exponent above full finetuning's."""
     full = [place(forms, 0, top)]
-    return [place(forms, rank, top + exponent * math.log2(WIDTH / rank)) for rank in (4, 16, 64)] + full
+    return [
+        place(forms, rank, top + exponent * math.log2(WIDTH / rank)) for rank in (4, 16, 64)
+    ] + full
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,9 @@ def following(forms: Any, exponent: float, top: float) -> list[Any]:
         ("power on µA", {"p": 0.5}, -2.5),
     ],
 )
-def test_a_form_moves_a_rate_to_full_finetuning(forms: Any, name: str, constants: dict[str, float], octaves: float):
+def test_a_form_moves_a_rate_to_full_finetuning(
+    forms: Any, name: str, constants: dict[str, float], octaves: float
+):
     """From rank 16 by its equation; µA itself moves it by no more than its second term, a fifth of an octave."""
     moved = named(forms, name).move(site(forms, 16), site(forms, 0), -6.0, constants) + 6.0
     assert moved == pytest.approx(octaves, abs=0.2 if "µA" in name or "k" in constants else 1e-9)
@@ -72,8 +78,13 @@ def test_falling_is_the_packages(forms: Any):
     at = Reference(rank=16, alpha=16, init="B", fan_in=WIDTH)
     for knee, rank in ((4.0, 64), (16.0, 1), (2.0, 512)):
         factor = Factor("w", "A", rank, int(WIDTH), int(WIDTH), scaling=1.0, init="B")
-        moved = named(forms, "Falling").move(site(forms, 16), site(forms, rank), -6.0, {"k": knee}) + 6.0
-        assert moved == pytest.approx(math.log2(Falling(knee, 0.5, MuA(tokens=8.0)).multiplier(factor, at)))
+        moved = (
+            named(forms, "Falling").move(site(forms, 16), site(forms, rank), -6.0, {"k": knee})
+            + 6.0
+        )
+        assert moved == pytest.approx(
+            math.log2(Falling(knee, 0.5, MuA(tokens=8.0)).multiplier(factor, at))
+        )
 
 
 @pytest.mark.parametrize("form", ["weakened µA", "Falling, level", "power, level", "no fall"])
@@ -82,7 +93,9 @@ def test_a_move_and_its_way_back_are_inverse(forms: Any, form: str, a: int, b: i
     """Moved there and back a rate is itself, whichever way a form reads it."""
     chosen, here, there = named(forms, form), site(forms, a), site(forms, b)
     for constants in chosen.choices()[:: max(1, len(chosen.choices()) // 5)]:
-        assert chosen.move(there, here, chosen.move(here, there, -8.0, constants), constants) == pytest.approx(-8.0)
+        assert chosen.move(
+            there, here, chosen.move(here, there, -8.0, constants), constants
+        ) == pytest.approx(-8.0)
 
 
 def test_the_weakened_condition_reads_the_rate(forms: Any):
@@ -95,22 +108,31 @@ def test_the_weakened_condition_reads_the_rate(forms: Any):
 
 def test_constants_are_chosen_on_the_other_domains(forms: Any):
     """Two domains that follow r^(-1/2) choose it for a third that follows r^(-1/4), by every criterion."""
-    places = {"a": following(forms, 0.5, -9.0), "b": following(forms, 0.5, -11.0), "c": following(forms, 0.25, -10.0)}
+    places = {
+        "a": following(forms, 0.5, -9.0),
+        "b": following(forms, 0.5, -11.0),
+        "c": following(forms, 0.25, -10.0),
+    }
     found = {(fit.criterion, fit.domain): fit for fit in forms.fits(named(forms, "power"), places)}
     for criterion in leave().CRITERIA:
         fit = found[criterion, "c"]
         assert fit.constants == {"p": pytest.approx(0.5)}
-        assert leave().score([m for m in fit.moves if m.use == leave().USES[1]]).vertex == pytest.approx(
-            math.sqrt((7**2 + 5**2 + 3**2) / 3) / 4
-        )
+        assert leave().score(
+            [m for m in fit.moves if m.use == leave().USES[1]]
+        ).vertex == pytest.approx(math.sqrt((7**2 + 5**2 + 3**2) / 3) / 4)
 
 
 def test_a_regret_within_the_noise_floor_counts_as_none(forms: Any):
     """Moves are all ordered pairs of ranks and every rank to full finetuning; beyond is what lies above the floor."""
-    places = [place(forms, 4, -6.0), place(forms, 16, -7.0, floor=0.5), place(forms, 0, -9.0, floor=None)]
+    places = [
+        place(forms, 4, -6.0),
+        place(forms, 16, -7.0, floor=0.5),
+        place(forms, 0, -9.0, floor=None),
+    ]
     found = list(leave().moves(named(forms, "power"), {"p": 0.0}, places))
     assert [
-        (move.use, round(move.off["vertex"], 9), round(move.regret, 9), round(move.beyond, 9)) for move in found
+        (move.use, round(move.off["vertex"], 9), round(move.regret, 9), round(move.beyond, 9))
+        for move in found
     ] == [
         ("between ranks", 1.0, 0.1, 0.0),
         ("to full finetuning", 3.0, 0.9, 0.9),
@@ -124,12 +146,20 @@ def test_a_regret_within_the_noise_floor_counts_as_none(forms: Any):
     [
         ({"power": (0.5, 0.12)}, "power"),  # one constant against two, within .1 octaves
         ({"power": (0.65, 0.12)}, "knee and power"),  # further off
-        ({"power": (0.5, 0.12), "Falling": (0.5, 0.11)}, "Falling"),  # as few constants, the less at worst
+        (
+            {"power": (0.5, 0.12), "Falling": (0.5, 0.11)},
+            "Falling",
+        ),  # as few constants, the less at worst
         ({"power 1/3": (0.55, 0.3), "Falling": (0.5, 0.11)}, "power 1/3"),
     ],
 )
-def test_the_rule_names_the_least_and_of_a_tie_the_simplest(forms: Any, others: dict[str, Any], expected: str):
+def test_the_rule_names_the_least_and_of_a_tie_the_simplest(
+    forms: Any, others: dict[str, Any], expected: str
+):
     """The least worst regret wins; within .1 octaves of it the fewest constants do."""
     figures = {"knee and power": (0.5, 0.1), **others}
-    scored = {named(forms, name): leave().Score(rms, rms, 0.0, worst, worst) for name, (rms, worst) in figures.items()}
+    scored = {
+        named(forms, name): leave().Score(rms, rms, 0.0, worst, worst)
+        for name, (rms, worst) in figures.items()
+    }
     assert forms.winner(scored)[0].name == expected

@@ -76,7 +76,10 @@ def test_both_estimators_find_a_bowl(one_constant):
 def test_a_cell_cut_short_has_no_estimate(one_constant):
     """Without the half octaves of every seed nothing is estimated."""
     done, _ = run(one_constant, -9, best=-9.0)
-    assert one_constant.estimate({job: v for job, v in done.items() if job.seed < 2}, CELL, 2.0) is None
+    assert (
+        one_constant.estimate({job: v for job, v in done.items() if job.seed < 2}, CELL, 2.0)
+        is None
+    )
 
 
 def test_four_times_the_batch_has_one_seed(one_constant):

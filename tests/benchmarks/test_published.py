@@ -34,7 +34,11 @@ def accuracies(tmp_path: Path) -> Path:
         for rank, best in ((4, -10), (16, -11))
     }
     path = tmp_path / NAME
-    path.write_text(json.dumps({"lora": {"ranks": ranks}, "dora": {"ranks": {"4": {"lrs": [1.0], "acc": [1.0]}}}}))
+    path.write_text(
+        json.dumps(
+            {"lora": {"ranks": ranks}, "dora": {"ranks": {"4": {"lrs": [1.0], "acc": [1.0]}}}}
+        )
+    )
     return path
 
 
@@ -47,12 +51,18 @@ def test_a_grid_is_read_at_s_of_1(published: Any, tmp_path: Path) -> None:
     assert min(run.loss for run in runs) == pytest.approx(0.5)
 
 
-def test_laws_are_scored_on_a_known_file(published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_laws_are_scored_on_a_known_file(
+    published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A law that moves the best rate by an octave is right, one that keeps it is an octave off."""
     path = accuracies(tmp_path)
     known = replace(published.SOURCES[NAME], sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     monkeypatch.setitem(published.SOURCES, NAME, known)
-    worst = {row["law"]: row["worst_octaves"] for row in published.rows_of(path) if row["best rate by"] == "parabola"}
+    worst = {
+        row["law"]: row["worst_octaves"]
+        for row in published.rows_of(path)
+        if row["best rate by"] == "parabola"
+    }
     assert worst["power?exponent=-0.5,law=constant"] == pytest.approx(0.0, abs=0.01)
     assert worst["constant"] == pytest.approx(1.0, abs=0.01)
     assert all(math.isfinite(octaves) for octaves in worst.values())

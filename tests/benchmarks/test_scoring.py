@@ -13,12 +13,27 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rankaware_optim import CalibrationError, Constant, Falling, Law, LawError, MuA, Power, Reference
+from rankaware_optim import (
+    CalibrationError,
+    Constant,
+    Falling,
+    Law,
+    LawError,
+    MuA,
+    Power,
+    Reference,
+)
 from rankaware_optim.laws import DEFAULT_LAW
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
-LAWS = [MuA(), MuA(tokens=None), Constant(), Power(exponent=-0.5, law=Constant()), Power(exponent=0.25)]
+LAWS = [
+    MuA(),
+    MuA(tokens=None),
+    Constant(),
+    Power(exponent=-0.5, law=Constant()),
+    Power(exponent=0.25),
+]
 RANKS = (4, 16, 64)
 Rows = list[dict[str, Any]]
 
@@ -47,7 +62,14 @@ def drawn(
         best = -9.3 + math.log2(law.multiplier(there.as_factor(), at_16))
         for x in exponents:
             loss = "diverged" if x > cliff else 1 + 0.1 * (x - best) ** 2
-            row = {"model": "m", "rank": rank, "alpha": alpha, "init": init, "lr": 2.0**x, "loss": loss}
+            row = {
+                "model": "m",
+                "rank": rank,
+                "alpha": alpha,
+                "init": init,
+                "lr": 2.0**x,
+                "loss": loss,
+            }
             rows += [{**row, "seed": seed} for seed in seeds]
     return rows
 
@@ -77,12 +99,16 @@ def test_a_wrong_power_errs_by_its_octaves(scoring: Any, exponent: float, law: s
 
 def test_the_loss_lost_is_that_of_the_grid(scoring: Any) -> None:
     """The loss at a moved rate is read off the target's own curve, above its lowest, as a share of it."""
-    (score,) = scoring.bench_law(drawn(Power(exponent=0.5, law=Constant()), ranks=(16, 64)), ["constant"])
+    (score,) = scoring.bench_law(
+        drawn(Power(exponent=0.5, law=Constant()), ranks=(16, 64)), ["constant"]
+    )
     up = next(move for move in score.moves if move.target.rank == 64)
     lowest = 1 + 0.1 * 0.3**2  # the best rate is -8.3, the nearest tried -8
     true = 1 + 0.1 * 1.0**2  # the rate moved there is -9.3, and the spline is close to the parabola
     assert up.lost == pytest.approx((true - lowest) / lowest, abs=0.01)
-    assert up.lost != pytest.approx((true - 1) / lowest, abs=0.005)  # above the lowest rate tried, not the true best
+    assert up.lost != pytest.approx(
+        (true - 1) / lowest, abs=0.005
+    )  # above the lowest rate tried, not the true best
 
 
 def test_moves_beyond_the_grid_and_into_the_cliff_are_told_apart(scoring: Any) -> None:
@@ -109,13 +135,17 @@ def test_what_does_not_compare_is_not_compared(scoring: Any) -> None:
     rows += [{**row, "rank": 256} for row in drawn(MuA(), ranks=(16,), exponents=range(-9, -3))]
     (score,) = scoring.bench_law(rows, ["mua"])
     assert len(score.moves) == 4 * 6
-    assert all((m.source.batch, m.source.init) == (m.target.batch, m.target.init) for m in score.moves)
+    assert all(
+        (m.source.batch, m.source.init) == (m.target.batch, m.target.init) for m in score.moves
+    )
     assert {m.target.rank for m in score.moves} == set(RANKS)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 99), offset=st.floats(-0.5, 100), scale=st.floats(0.01, 100))
-def test_order_and_units_do_not_matter(scoring: Any, seed: int, offset: float, scale: float) -> None:
+def test_order_and_units_do_not_matter(
+    scoring: Any, seed: int, offset: float, scale: float
+) -> None:
     """The order of rows, the loss's unit and offset, and a factor on every rate leave all errors as they are."""
 
     def octaves_of(rows: Rows) -> list[float]:
@@ -124,7 +154,9 @@ def test_order_and_units_do_not_matter(scoring: Any, seed: int, offset: float, s
 
     rows = drawn(Power(exponent=0.25), seeds=(0, 1))
     moved = [{**row, "loss": scale * (row["loss"] + offset), "lr": row["lr"] * 3} for row in rows]
-    assert octaves_of(random.Random(seed).sample(moved, len(moved))) == pytest.approx(octaves_of(rows), abs=1e-6)
+    assert octaves_of(random.Random(seed).sample(moved, len(moved))) == pytest.approx(
+        octaves_of(rows), abs=1e-6
+    )
 
 
 BAD = [
@@ -136,7 +168,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("rows", "options", "message"), BAD)
-def test_a_sweep_that_measures_no_law_is_refused(scoring: Any, rows: Any, options: Any, message: str) -> None:
+def test_a_sweep_that_measures_no_law_is_refused(
+    scoring: Any, rows: Any, options: Any, message: str
+) -> None:
     """Without alpha, a second rank or an inner best rate no law can be scored."""
     with pytest.raises(CalibrationError, match=message):
         scoring.bench_law(rows(), ["mua"], **options)
@@ -171,7 +205,9 @@ def test_a_vertex_lies_inside_the_grid_or_nowhere(
 def test_the_script_scores_a_law_of_ones_own(scoring: Any, own_module: Path) -> None:
     """Without a file it reads the package's sweep, and prints a line per law, of which an unknown one is a sentence."""
     script = importlib.import_module("laws.bench_law")
-    done = CliRunner().invoke(script.main, ["score", "--law", "mua", "--law", "test_law_module:Bare"])
+    done = CliRunner().invoke(
+        script.main, ["score", "--law", "mua", "--law", "test_law_module:Bare"]
+    )
     assert done.exit_code == 0, done.output
     assert all(f" {label} " in done.output for label in ("mua", "test_law_module:Bare"))
     assert "40 moves between 10 ranks of 2 models" in done.output

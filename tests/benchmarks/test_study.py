@@ -37,7 +37,9 @@ def job(rank: int, x: float, seed: int = 0, scheme: str = "Init[A], s = 1") -> A
     return Job("language", scheme, rank, x, seed)
 
 
-def bowl(rank: int, best: float, seeds: int = 1, scheme: str = "Init[A], s = 1") -> dict[Any, float]:
+def bowl(
+    rank: int, best: float, seeds: int = 1, scheme: str = "Init[A], s = 1"
+) -> dict[Any, float]:
     """Losses 1 + (x − best)² / 10 at nine octaves, a tenth of an octave to the right by seed."""
     middle = round(best)
     return {
@@ -255,7 +257,10 @@ def test_a_process_that_is_ended_is_said(tmp_path: Path, monkeypatch: pytest.Mon
 
     (tmp_path / "ended_runs.py").write_text("import os\n\ndef ended(one):\n    os._exit(9)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    run, jobs = importlib.import_module("ended_runs").ended, [Job("d", "a", 4, x, 0) for x in range(3)]
+    run, jobs = (
+        importlib.import_module("ended_runs").ended,
+        [Job("d", "a", 4, x, 0) for x in range(3)],
+    )
     completed(tmp_path / "s.jsonl", [job(4, -5)], [])
     with pytest.raises(DomainError, match="Use --workers 1"):
         complete(Listed(jobs), run, tmp_path / "s.jsonl", 2, lambda text: None)
@@ -268,7 +273,12 @@ def test_the_machine_is_noted_once(tmp_path: Path) -> None:
     from study.runs_on_file import complete, machines
 
     store = tmp_path / "s.jsonl"
-    for on, xs in (({"cpu": "a"}, (1, 2)), ({"cpu": "a"}, (3,)), ({"cpu": "b"}, (3,)), ({"cpu": "c"}, (4,))):
+    for on, xs in (
+        ({"cpu": "a"}, (1, 2)),
+        ({"cpu": "a"}, (3,)),
+        ({"cpu": "b"}, (3,)),
+        ({"cpu": "c"}, (4,)),
+    ):
         complete(Listed([job(4, x) for x in xs]), lambda one: 1.0, store, 1, lambda text: None, on)
     assert machines(store) == [{"cpu": "a"}, {"cpu": "c"}]
 
@@ -278,7 +288,9 @@ class Diverged(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor, **cached: Any) -> Any:
         logits = torch.full((*ids.shape, 12), math.nan, requires_grad=True)
-        return SimpleNamespace(logits=logits, past_key_values=SimpleNamespace(batch_select_indices=lambda which: None))
+        return SimpleNamespace(
+            logits=logits, past_key_values=SimpleNamespace(batch_select_indices=lambda which: None)
+        )
 
 
 def test_reinforcement_that_diverged_is_a_loss_that_is_none() -> None:
@@ -318,11 +330,17 @@ def test_a_scheme_is_of_one_configuration(added: str) -> None:
     """A scheme is built in the configuration that its name begins with, though one name begins another's."""
     from study.configurations import CONFIGS, RSLORA, config_of
 
-    assert {name: config_of(name + added) for name in (*CONFIGS, *RSLORA)} == {n: n for n in (*CONFIGS, *RSLORA)}
+    assert {name: config_of(name + added) for name in (*CONFIGS, *RSLORA)} == {
+        n: n for n in (*CONFIGS, *RSLORA)
+    }
     assert config_of("full" + added) == "full"
 
 
-SCRIPTS = [path for path in sorted(BENCHMARKS.rglob("*.py")) if '__name__ == "__main__"' in path.read_text()]
+SCRIPTS = [
+    path
+    for path in sorted(BENCHMARKS.rglob("*.py"))
+    if '__name__ == "__main__"' in path.read_text()
+]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -356,7 +374,9 @@ def test_an_exponent_is_found(exponent: float) -> None:
     """The exponent of best rates that follow a power of the rank is that power, its interval around it."""
     from study.optima import cliff, exponent_of
 
-    done = {k: v for r in (1, 4, 16, 64) for k, v in bowl(r, -6 + exponent * math.log2(r), 3).items()} | untrained()
+    done = {
+        k: v for r in (1, 4, 16, 64) for k, v in bowl(r, -6 + exponent * math.log2(r), 3).items()
+    } | untrained()
     found = exponent_of(done, "language", "Init[A], s = 1")
     assert found is not None
     assert found.slope == pytest.approx(exponent, abs=1e-6)
@@ -379,7 +399,12 @@ def test_a_best_rate_at_the_grids_edge_is_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("apart", "said"),
-    [(0.05, "held"), (-0.1, "held"), (0.3, "held with a drift of +0.30"), (-0.5, "did not hold here")],
+    [
+        (0.05, "held"),
+        (-0.1, "held"),
+        (0.3, "held with a drift of +0.30"),
+        (-0.5, "did not hold here"),
+    ],
 )
 def test_verdicts(apart: float, said: str) -> None:
     """A claim is held, held with a drift, or not, by the rule written before any run."""
@@ -395,7 +420,9 @@ def test_half_a_grid_is_not_shown(tmp_path: Path) -> None:
 
     asked = parts("image_generation", "quick")[0]
     cells = asked.cells("image_generation")[:1]
-    complete(asked.grid(cells), lambda one: abs(one.x + 7.5), tmp_path / "s.jsonl", 1, lambda text: None)
+    complete(
+        asked.grid(cells), lambda one: abs(one.x + 7.5), tmp_path / "s.jsonl", 1, lambda text: None
+    )
     done = read(tmp_path / "s.jsonl")
     assert finished(done, "quick") == done
     assert finished(dict(list(done.items())[:-1]), "quick") == {}
@@ -436,14 +463,19 @@ def test_a_jump_is_how_far_the_moved_rate_lies_off(monkeypatch: pytest.MonkeyPat
 
     import rankaware_optim as ra
 
-    monkeypatch.setattr(moving, "octaves", lambda domain, config, rank, law: -3.0 if rank == FULL else 0.0)
+    monkeypatch.setattr(
+        moving, "octaves", lambda domain, config, rank, law: -3.0 if rank == FULL else 0.0
+    )
     monkeypatch.setattr(suite_tables, "across_inits", lambda domain, rank, law: -1.5)
     lora = {**bowl(4, -6.0), **bowl(16, -7.0), **bowl(16, -8.0, scheme="Init[B], s = 1")}
     done = {**lora, **bowl(FULL, -9.0, scheme="full"), **untrained()}
     rows = list(suite_tables.jumps(done, "language", {"a law": ra.MuA()}))
     assert rows == [
         [*("language", *between), estimator, off]
-        for estimator in ("vertex", "cliff")  # these bowls' cliffs lie equally far above their best rates
+        for estimator in (
+            "vertex",
+            "cliff",
+        )  # these bowls' cliffs lie equally far above their best rates
         for between, off in (
             (("Init[A], s = 1", "full finetuning"), "+0.0, -1.0"),
             (("Init[B], s = 1", "full finetuning"), "-2.0"),
@@ -469,7 +501,10 @@ def test_a_figures_ticks_stand_where_their_labels_say() -> None:
     from study.suite_figures import draw_losses, draw_rates
 
     done = {**bowl(4, -6.0), **bowl(16, -7.0), **bowl(FULL, -9.0, scheme="full"), **untrained()}
-    for figure, side in ((draw_losses(done, "language"), "x"), (draw_rates(done, "language", {}), "y")):
+    for figure, side in (
+        (draw_losses(done, "language"), "x"),
+        (draw_rates(done, "language", {}), "y"),
+    ):
         figure.draw_without_rendering()
         for axis in figure.axes:
             own = getattr(axis, f"{side}axis")
@@ -503,7 +538,9 @@ def test_a_domain_without_a_grid_has_no_tables() -> None:
         ((0.41, 0.4, 0.6, math.inf), -5.452),
     ],
 )
-def test_a_best_rate_beside_a_cliff_is_the_lowest(losses: tuple[float, ...], best: float | None) -> None:
+def test_a_best_rate_beside_a_cliff_is_the_lowest(
+    losses: tuple[float, ...], best: float | None
+) -> None:
     """A parabola's vertex, none at an edge; at a cliff, to untrained or to a plateau, the grid's lowest."""
     from study.best_rates import best_rate
 
@@ -536,7 +573,9 @@ def test_regret_is_a_share_of_the_gain() -> None:
     done = {**bowl(4, -6.0), job(FULL, 0.0, 0, START): 2.0}
     assert lost(done, cell, cell, -6.0) == 0.0
     assert lost(done, cell, cell, -5.0) == pytest.approx(0.1)
-    assert lost(done, cell, cell, -4.5) == pytest.approx(1.5**2 / 10, abs=0.005)  # the bowl that was tried
+    assert lost(done, cell, cell, -4.5) == pytest.approx(
+        1.5**2 / 10, abs=0.005
+    )  # the bowl that was tried
 
 
 @pytest.mark.parametrize(
@@ -548,7 +587,9 @@ def test_regret_is_a_share_of_the_gain() -> None:
         ((0.4, 0.1, 0.0, 9.0), -3.0, 5.0),  # and so does a larger loss
     ],
 )
-def test_regret_between_rates_goes_through_the_runs(ys: tuple[float, ...], x: float, expected: float) -> None:
+def test_regret_between_rates_goes_through_the_runs(
+    ys: tuple[float, ...], x: float, expected: float
+) -> None:
     """The curve meets every run, and is flat beyond the last ones."""
     from study.loss_curves import regret_between
 
@@ -556,7 +597,9 @@ def test_regret_between_rates_goes_through_the_runs(ys: tuple[float, ...], x: fl
 
 
 @given(st.lists(st.floats(0, 3), min_size=2, max_size=8), st.floats(0, 1), st.data())
-def test_the_curve_between_two_runs_stays_between_them(ys: list[float], share: float, data: Any) -> None:
+def test_the_curve_between_two_runs_stays_between_them(
+    ys: list[float], share: float, data: Any
+) -> None:
     """It neither invents a lower loss than both runs beside it, nor a higher one."""
     from study.loss_curves import regret_between
 
@@ -569,12 +612,18 @@ def test_the_curve_between_two_runs_stays_between_them(ys: list[float], share: f
     ("above", "expected"),
     [((0.05, 0.15), -4.5), ((0.2, 0.9), -5.5), ((math.inf,), -5.5), ((0.05, 0.09), None)],
 )
-def test_the_cliff_is_where_a_tenth_of_the_gain_is_lost(above: tuple[float, ...], expected: float | None) -> None:
+def test_the_cliff_is_where_a_tenth_of_the_gain_is_lost(
+    above: tuple[float, ...], expected: float | None
+) -> None:
     """It lies on straight lines, half way to a rate that diverged, and nowhere where no rate loses so much."""
     from study.optima import cliff_of
 
-    tried = {-8.0: 1.7, -7.0: 1.4, -6.0: 1.0} | {-5.0 + i: 1.0 + loss for i, loss in enumerate(above)}
-    assert cliff_of(tried, -6.0, start=2.0) == (None if expected is None else pytest.approx(expected))
+    tried = {-8.0: 1.7, -7.0: 1.4, -6.0: 1.0} | {
+        -5.0 + i: 1.0 + loss for i, loss in enumerate(above)
+    }
+    assert cliff_of(tried, -6.0, start=2.0) == (
+        None if expected is None else pytest.approx(expected)
+    )
 
 
 def test_the_noise_floor_is_what_the_others_choice_loses_on_a_seed() -> None:
@@ -583,21 +632,30 @@ def test_the_noise_floor_is_what_the_others_choice_loses_on_a_seed() -> None:
 
     cell = ("language", "Init[A], s = 1", 4)
     losses = {-7.0: (1.5, 1.5, 1.0), -6.0: (1.0, 1.0, 1.4), -5.0: (1.6, 1.6, 1.8)}
-    done = {job(4, x, seed): loss for x, by_seed in losses.items() for seed, loss in enumerate(by_seed)} | untrained(
-        2.0
-    )
+    done = {
+        job(4, x, seed): loss for x, by_seed in losses.items() for seed, loss in enumerate(by_seed)
+    } | untrained(2.0)
     # Seeds 0 and 2 choose -6 or -7 by their sums, 2.4 against 2.5; so -6 stands, and seed 2 loses .4 of its 1.
     assert noise_floor(done, cell) == pytest.approx(0.4 / 3)
     assert noise_floor({run: loss for run, loss in done.items() if run.seed == 0}, cell) is None
 
 
-def test_the_noise_floor_stands_before_a_configurations_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_noise_floor_stands_before_a_configurations_ways(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Table (c) begins a configuration with the floors of its ranks and of full finetuning."""
     from study import regret
     from study.grids import FULL
 
-    monkeypatch.setattr(regret, "ways", lambda done, domain, config, laws: [("kept", config, regret.kept)])
-    done = {**bowl(4, -6.0, 3), **bowl(16, -7.0, 3), **bowl(FULL, -9.0, 3, scheme="full"), **untrained()}
+    monkeypatch.setattr(
+        regret, "ways", lambda done, domain, config, laws: [("kept", config, regret.kept)]
+    )
+    done = {
+        **bowl(4, -6.0, 3),
+        **bowl(16, -7.0, 3),
+        **bowl(FULL, -9.0, 3, scheme="full"),
+        **untrained(),
+    }
     floor, kept = regret.moves_in(done, "language", {})
     assert (floor.way, floor.lora, floor.full) == (regret.FLOOR, (0.0, 0.0), (0.0,))
     assert (len(kept.lora), len(kept.full)) == (2, 2)
@@ -650,7 +708,9 @@ def test_the_readmes_table_pools_domains_and_keeps_settings_apart() -> None:
     ]
     rows = {row.split(" | ")[0]: row for row in by_setting(moved).splitlines()[2:]}
     to_full = "30.0 / 48.0 / 100 | 0.0 / 0.0 / 0"
-    assert rows["| keeping it"] == f"| keeping it | 4.0 / 8.3 / 33 | – | 3.0 / 3.0 / 0 | {to_full} |"
+    assert (
+        rows["| keeping it"] == f"| keeping it | 4.0 / 8.3 / 33 | – | 3.0 / 3.0 / 0 | {to_full} |"
+    )
     assert rows["| the default law"] == "| the default law | – | – | – | – | – |"
 
 
@@ -659,8 +719,15 @@ def test_the_worst_move_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from study import regret
     from study.grids import FULL
 
-    monkeypatch.setattr(regret, "ways", lambda done, domain, config, laws: [("kept", config, regret.kept)])
-    done = {**bowl(4, -6.0, 3), **bowl(16, -7.0, 3), **bowl(64, -9.0, 3), **bowl(FULL, -9.0, 3, scheme="full")}
+    monkeypatch.setattr(
+        regret, "ways", lambda done, domain, config, laws: [("kept", config, regret.kept)]
+    )
+    done = {
+        **bowl(4, -6.0, 3),
+        **bowl(16, -7.0, 3),
+        **bowl(64, -9.0, 3),
+        **bowl(FULL, -9.0, 3, scheme="full"),
+    }
     _, kept = regret.moves_in({**done, **untrained()}, "language", {})
     assert (kept.worst, kept.worst_full) == ("64 → 4", "4 → full")
 
@@ -709,7 +776,9 @@ def test_the_studys_domains_come_in_its_order() -> None:
     assert len(set(names())) == len(names())
 
 
-@pytest.mark.parametrize(("domain", "seeds"), [("language", [3, 3, 1, 1]), ("language_smollm2", [1, 1, 1, 1])])
+@pytest.mark.parametrize(
+    ("domain", "seeds"), [("language", [3, 3, 1, 1]), ("language_smollm2", [1, 1, 1, 1])]
+)
 def test_a_large_domain_has_one_seed(domain: str, seeds: list[int]) -> None:
     """Claims are swept with three seeds, comparisons with one, and a domain whose runs are long with one throughout."""
     from study.suite import parts
@@ -718,7 +787,9 @@ def test_a_large_domain_has_one_seed(domain: str, seeds: list[int]) -> None:
     assert {16, 256 if domain == "language_smollm2" else 192} <= set(parts(domain, "full")[0].ranks)
 
 
-@pytest.mark.parametrize("path", sorted((BENCHMARKS.parent / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((BENCHMARKS.parent / "recipes").glob("*.toml")), ids=lambda path: path.stem
+)
 def test_a_recipe_that_is_shipped_is_read(path: Path) -> None:
     """`rankaware lr` gives a rate of every recipe in recipes/ at a rank that none of them tried, without a warning."""
     from rankaware_optim.cli._main import main

@@ -42,7 +42,9 @@ def prints(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_file_has_what_the_code_gives(prints: Any, name: str) -> None:
     """A fingerprint on file is that of the code as it is, up to rounding."""
     found = prints.change(prints.stored()[name], prints.now([name])[name])
-    assert not any(found), f"{name}: {prints.in_words(found)}. Run benchmarks/fingerprints.py --write, see its diff."
+    assert not any(found), (
+        f"{name}: {prints.in_words(found)}. Run benchmarks/fingerprints.py --write, see its diff."
+    )
 
 
 def test_the_file_has_every_fingerprint(prints: Any) -> None:
@@ -57,26 +59,41 @@ def test_a_table_is_no_older_than_what_it_rests_on(prints: Any, page: str) -> No
     scripts = [ROOT / name for name in MADE_BY.findall(text)]
     assert scripts, f"{page} does not say which script made it."
     if FROZEN.match(text):
-        assert not all(script.exists() for script in scripts), f"{page} is frozen, and its script can make it again."
+        assert not all(script.exists() for script in scripts), (
+            f"{page} is frozen, and its script can make it again."
+        )
         return
     named = {name for script in scripts for name in rests_on(script)}
-    assert set(MARK.findall(text)) == set(prints.marks(sorted(named))), f"{page} is stale: make it again."
-    assert named or {"commit", "date"} <= set(re.findall(r"\w+", text)), f"{page} rests on nothing and has no date."
+    assert set(MARK.findall(text)) == set(prints.marks(sorted(named))), (
+        f"{page} is stale: make it again."
+    )
+    assert named or {"commit", "date"} <= set(re.findall(r"\w+", text)), (
+        f"{page} rests on nothing and has no date."
+    )
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if (RESULTS / page).with_suffix(".json").exists()])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if (RESULTS / page).with_suffix(".json").exists()]
+)
 def test_a_table_in_json_rests_on_the_same(page: str) -> None:
     """The digests in a table's JSON are among those of its page."""
     path = RESULTS / page
-    assert set(MARK.findall(path.with_suffix(".json").read_text())) <= set(MARK.findall(path.read_text()))
+    assert set(MARK.findall(path.with_suffix(".json").read_text())) <= set(
+        MARK.findall(path.read_text())
+    )
 
 
 SCRIPTS = [
     path
     for path in sorted(BENCHMARKS.rglob("*.py"))
-    if '__name__ == "__main__"' in path.read_text() and re.search(r"RESULTS|record\(", path.read_text())
+    if '__name__ == "__main__"' in path.read_text()
+    and re.search(r"RESULTS|record\(", path.read_text())
 ]
-WITHOUT_TABLES = {"make_recipes", "report_page", "fingerprints"}  # recipes, a picture, and what tables rest on
+WITHOUT_TABLES = {
+    "make_recipes",
+    "report_page",
+    "fingerprints",
+}  # recipes, a picture, and what tables rest on
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -114,13 +131,21 @@ def full_width(patch: pytest.MonkeyPatch) -> None:
 def rates_of_recipes(patch: pytest.MonkeyPatch) -> None:
     """A recipe's rates are for ten times the batch."""
     at = ra.Recipe.at
-    patch.setattr(ra.Recipe, "at", lambda recipe, rank=None, **options: at(recipe, rank, **{"batch": 320, **options}))
+    patch.setattr(
+        ra.Recipe,
+        "at",
+        lambda recipe, rank=None, **options: at(recipe, rank, **{"batch": 320, **options}),
+    )
 
 
 def suggestions(patch: pytest.MonkeyPatch) -> None:
     """A suggestion is for a chat, whatever was asked for."""
     suggest = ra.suggest_lr
-    patch.setattr(ra, "suggest_lr", lambda site, kind, **options: suggest(site, kind, **{**options, "task": "chat"}))
+    patch.setattr(
+        ra,
+        "suggest_lr",
+        lambda site, kind, **options: suggest(site, kind, **{**options, "task": "chat"}),
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,7 +169,9 @@ def test_a_changed_number_is_seen_where_it_belongs(
 def test_names_and_places_are_not_seen(tmp_path: Path) -> None:
     """Private functions of the laws and the calibration may be renamed, and a module moved: no fingerprint differs."""
     for name in ("rankaware_optim", "benchmarks", "recipes"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.png")
+        )
     package = tmp_path / "rankaware_optim"
     for folder in (package / "laws", package / "calibration"):
         functions = private_functions(folder)
@@ -152,7 +179,10 @@ def test_names_and_places_are_not_seen(tmp_path: Path) -> None:
         rewrite(folder, rf"\b({'|'.join(functions)})\b", r"\1_renamed")
     (package / "laws" / "_mua.py").rename(package / "laws" / "_moved.py")
     rewrite(package, r"\b_mua\b", "_moved")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, tmp_path / "benchmarks")))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, tmp_path / "benchmarks"))),
+    }
     command = [sys.executable, str(tmp_path / "benchmarks" / "fingerprints.py")]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -161,9 +191,16 @@ def test_names_and_places_are_not_seen(tmp_path: Path) -> None:
 def private_functions(folder: Path) -> set[str]:
     """Names of the private functions of a package's modules, without those that an attribute or a variable has too."""
     texts = [path.read_text() for path in folder.rglob("*.py")]
-    functions = [node.name for text in texts for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    functions = [
+        node.name
+        for text in texts
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef)
+    ]
     private = {name for name in functions if re.fullmatch(r"_[a-z]\w+", name)}
-    return {name for name in private if not re.search(rf"\.{name}\b|\b{name}\b *[:=,]", "".join(texts))}
+    return {
+        name for name in private if not re.search(rf"\.{name}\b|\b{name}\b *[:=,]", "".join(texts))
+    }
 
 
 def rewrite(folder: Path, old: str, new: str) -> None:
@@ -219,5 +256,7 @@ def test_what_came_or_went_makes_no_table_stale(
 
 def test_a_fingerprint_that_is_not_there_is_said(prints: Any) -> None:
     """An unknown name in RESTS_ON ends the script with a sentence that lists those on file."""
-    with pytest.raises(KeyError, match=r"RESTS_ON names law, which fingerprints.json does not have. It has laws"):
+    with pytest.raises(
+        KeyError, match=r"RESTS_ON names law, which fingerprints.json does not have. It has laws"
+    ):
         prints.marks(["law"])

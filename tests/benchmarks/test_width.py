@@ -78,7 +78,9 @@ def test_todays_weights_keep_their_names(width, monkeypatch):
 
     asked = []
     for module in (_llama, image_generation):
-        monkeypatch.setattr(module, "made_once", lambda name, make: asked.append((name, make.args)) or {})
+        monkeypatch.setattr(
+            module, "made_once", lambda name, make: asked.append((name, make.args)) or {}
+        )
     for ask in (_llama.llama, image_generation.pretrained):
         ask()
         ask(96, steps=400)
@@ -97,11 +99,18 @@ def test_a_dit_of_any_width_maps_images_to_velocities(width, size):
     from study.domains._dit import DiT
 
     model = DiT(size)
-    assert model(torch.zeros(2, 1, 28, 28), torch.rand(2), torch.tensor([0, 1])).shape == (2, 1, 28, 28)
+    assert model(torch.zeros(2, 1, 28, 28), torch.rand(2), torch.tensor([0, 1])).shape == (
+        2,
+        1,
+        28,
+        28,
+    )
     assert model.blocks[0].heads == size // 32
 
 
-def completed(width: Any, monkeypatch: pytest.MonkeyPatch, store: Path, best: Callable[[int], float]) -> dict[Any, Any]:
+def completed(
+    width: Any, monkeypatch: pytest.MonkeyPatch, store: Path, best: Callable[[int], float]
+) -> dict[Any, Any]:
     """What is found in a store that holds every run of one network, bowls around a best rate by seed."""
     from study.configurations import START
     from study.runs_on_file import complete
@@ -169,7 +178,10 @@ def test_exponents_are_the_hypotheses(width, law, config, llama, dit):
 @pytest.mark.parametrize(("kind", "c", "expected"), [("Llama", 0.16, -0.32), ("DiT", 0.30, -0.35)])
 def test_one_constant_moves_init_a_less(width, kind, c, expected):
     """Init[A]'s exponent in width at the constant of the study's best rate."""
-    rates = {(name, A): width.rate_for(width.Place(A, WIDTHS[name][1]).site, c) for name in width.ALIKE[kind]}
+    rates = {
+        (name, A): width.rate_for(width.Place(A, WIDTHS[name][1]).site, c)
+        for name in width.ALIKE[kind]
+    }
     assert width.exponent(rates, kind, A) == pytest.approx(expected, abs=0.01)
     assert width.growth(rates, kind, A) == pytest.approx(0.0, abs=1e-9)
 
@@ -179,7 +191,9 @@ def test_one_constant_moves_init_a_less(width, kind, c, expected):
 )
 def test_shifts_by_a_width_are_the_hypotheses(width, which, expected):
     """Octaves of full's rate from an MLP of 512 to 192 and to 1,024."""
-    assert tuple(width.shift_by(which, name) for name in width.OTHER_MLPS) == pytest.approx(expected, abs=0.01)
+    assert tuple(width.shift_by(which, name) for name in width.OTHER_MLPS) == pytest.approx(
+        expected, abs=0.01
+    )
 
 
 # --- what the rules conclude ----------------------------------------------------------------------------------------
@@ -203,7 +217,9 @@ def test_rule_1_names_the_law_that_made_the_rates(width, law, config, said):
 def test_rule_1_settles_nothing_where_kinds_disagree(width):
     """A law that is the best in one kind alone does not replace the package's."""
     flat, steep = by_law(width, "one rate", FULL), by_law(width, "1/n", FULL)
-    mixed = {key: (steep[key] * 2 + 8 if key[0].startswith("DiT") else x) for key, x in flat.items()}
+    mixed = {
+        key: (steep[key] * 2 + 8 if key[0].startswith("DiT") else x) for key, x in flat.items()
+    }
     assert "not settled" in width.rule_1([mixed] * 2, FULL)
 
 
@@ -240,7 +256,9 @@ def test_rule_3_names_the_width_that_made_the_rates(width, which):
 
 def test_rule_3_settles_nothing_between_two_widths(width):
     """Half way between two widths neither decides."""
-    rates = with_mlps(width, lambda name: (width.shift_by("mean", name) + width.shift_by("hidden", name)) / 2)
+    rates = with_mlps(
+        width, lambda name: (width.shift_by("mean", name) + width.shift_by("hidden", name)) / 2
+    )
     assert "nothing is settled" in width.rule_3([rates] * 2)
 
 

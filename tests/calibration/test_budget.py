@@ -16,7 +16,7 @@ import rankaware_optim as ra
 from rankaware_optim.calibration._pruner import PairedPruner
 from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration._trials import TrialRecord, Trials
-from rankaware_optim.calibration.fit import Observation, Prior, fit_observations
+from rankaware_optim.fitting import Observation, Prior, fit_observations
 
 from ..helpers.calibrations import BEST, STEPS, Net, bowl, calibrate, made_up
 
@@ -32,7 +32,10 @@ def test_the_budget_is_never_exceeded(budget, noise):
     recipe = calibrate(made_up(noise=noise), budget=budget, storage=storage)
     taken = int(recipe.tensors["steps"].sum())
     assert budget - STEPS < taken <= budget
-    assert optuna.load_study(study_name="calibration", storage=storage).user_attrs["spent"]["steps"] == taken
+    assert (
+        optuna.load_study(study_name="calibration", storage=storage).user_attrs["spent"]["steps"]
+        == taken
+    )
 
 
 def test_failed_runs_are_paid_too():
@@ -136,7 +139,10 @@ def test_trials_end_when_the_band_is_narrow_enough(until):
     assert max(band(recipe, rank) for rank in (4, 64)) < until
     before = calibrate(made_up(), ranks=(4, 64), trials=count - 1)
     tried = before.tensors["rank"].tolist()
-    assert min(tried.count(4), tried.count(64)) < 2 or max(band(before, rank) for rank in (4, 64)) >= until
+    assert (
+        min(tried.count(4), tried.count(64)) < 2
+        or max(band(before, rank) for rank in (4, 64)) >= until
+    )
 
 
 def band(recipe, rank):
@@ -167,7 +173,9 @@ def test_a_schedule_keeps_to_its_counts(trials, budget, full, lengths):
 def finished(cell, number, length, value=1.0):
     seen = Observation(cell.rank, cell.seed, -7.0, value, start=2.0, tail=value)
     state = optuna.trial.TrialState.COMPLETE
-    return TrialRecord(*cell, curve=[2.0] * length, observation=seen, number=number, state=state, value=value)
+    return TrialRecord(
+        *cell, curve=[2.0] * length, observation=seen, number=number, state=state, value=value
+    )
 
 
 # --- full finetuning ------------------------------------------------------------------------------------------------
@@ -247,7 +255,10 @@ def test_nothing_is_pruned_before_the_warmup_is_over(warmup, expected):
     """At 40 of 100 steps a hopeless run is stopped, unless the warm-up still lasts."""
     study = optuna.create_study()
     study.add_trial(run(-7.0, BEST_CURVE, state="COMPLETE"))
-    assert PairedPruner(steps=100, warmup=warmup).prune(study, run(-11.0, [1.95, 1.9, 1.88, 1.85])) is expected
+    assert (
+        PairedPruner(steps=100, warmup=warmup).prune(study, run(-11.0, [1.95, 1.9, 1.88, 1.85]))
+        is expected
+    )
 
 
 def test_without_a_rival_nothing_is_pruned():
@@ -363,8 +374,12 @@ def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
     starved = kept_trial(state.PRUNED, -6.0, falling[:6], stopped="memory")
     early = kept_trial(state.PRUNED, -6.0, falling[:2], stopped="pruned")
     unstarted = kept_trial(state.PRUNED, -6.0, [], stopped="pruned")
-    killed = kept_trial(state.FAIL, -5.0, falling[:6], stopped="pruned", killed=True)  # and run again since
-    (seen,) = Trials.read([best_trial, lost, elsewhere, starved, early, unstarted, killed]).imputed()
+    killed = kept_trial(
+        state.FAIL, -5.0, falling[:6], stopped="pruned", killed=True
+    )  # and run again since
+    (seen,) = Trials.read(
+        [best_trial, lost, elsewhere, starved, early, unstarted, killed]
+    ).imputed()
     assert (seen.rank, seen.seed, seen.x, seen.returned, seen.stopped) == (4, 0, -6.0, True, False)
     assert (seen.value, seen.tail) == pytest.approx((0.5, 0.55))
 

@@ -19,7 +19,13 @@ import torch
 from torch import nn
 
 import rankaware_optim as ra
-from rankaware_optim import CalibrationError, CalibrationInterrupted, InspectionError, OptimizerError, Power
+from rankaware_optim import (
+    CalibrationError,
+    CalibrationInterrupted,
+    InspectionError,
+    OptimizerError,
+    Power,
+)
 from rankaware_optim.calibration import Pushed
 from rankaware_optim.laws import PRIOR_LAW, get_law
 from rankaware_optim.optimizer import effective_lr
@@ -30,7 +36,12 @@ from ..helpers.calibrations import BEST, STEPS, AdamW, Net, bowl, calibrate, los
 def trials_of(recipe) -> list[tuple]:
     """(rank, seed, rate, value) of every trial; -1 for a pruned one's value."""
     values = np.nan_to_num(recipe.tensors["value"], nan=-1.0)
-    return list(zip(*(t.tolist() for t in (*(recipe.tensors[k] for k in ("rank", "seed", "lr")), values)), strict=True))
+    return list(
+        zip(
+            *(t.tolist() for t in (*(recipe.tensors[k] for k in ("rank", "seed", "lr")), values)),
+            strict=True,
+        )
+    )
 
 
 # --- what it finds --------------------------------------------------------------------------------------------------
@@ -62,7 +73,9 @@ def test_a_known_optimum_is_found(drift, factor):
     best = {4: BEST - 2 * drift, 64: BEST + 2 * drift, None: BEST + factor}
     recipe = calibrate(made_up(best.get), ranks=(64, None, 4))
     law = Power(exponent=drift, full_factor=2.0**factor, pivot=16.0, law=get_law(PRIOR_LAW))
-    truth = recipe_like(recipe, law, 2.0 ** best[64])  # the reference is the rank that was built first
+    truth = recipe_like(
+        recipe, law, 2.0 ** best[64]
+    )  # the reference is the rank that was built first
     for target in ({"rank": 4}, {"rank": 16}, {"rank": 64}, {"method": "full"}):
         assert abs(math.log2(recipe.at(**target).lr / truth.at(**target).lr)) < 0.35, target
     assert recipe.full_seen
@@ -101,7 +114,9 @@ def test_full_finetuning_alone_makes_a_recipe():
 def test_a_law_that_falls_with_rank_gets_no_further_prior(law, optimizer, expected):
     """From Init[B] the prior's fall is added to a law that has none, not to one that falls with that optimizer."""
     near = (2.0 ** (BEST - 1), 2.0 ** (BEST + 1))
-    recipe = calibrate(made_up(init="B"), law=law, optimizer=optimizer, trials=1, lr_range=near)  # no drift is learned
+    recipe = calibrate(
+        made_up(init="B"), law=law, optimizer=optimizer, trials=1, lr_range=near
+    )  # no drift is learned
     assert recipe.law.exponent == pytest.approx(expected, abs=0.02)
 
 
@@ -145,7 +160,17 @@ def test_everything_told_is_recorded(tmp_path):
         assert made.law.law == ra.LoRAPlus()
         assert made.optimizer.endswith("AdamW")
         assert {"python", "torch", "optuna", "rankaware-optim"} <= made.versions.keys()
-        assert {"rank", "seed", "lr", "own_lr", "value", "curve", "diverged", "pruned", "steps"} == made.tensors.keys()
+        assert {
+            "rank",
+            "seed",
+            "lr",
+            "own_lr",
+            "value",
+            "curve",
+            "diverged",
+            "pruned",
+            "steps",
+        } == made.tensors.keys()
         assert made.tensors["steps"].tolist() == [STEPS] * 4
         assert made.tensors["curve"].shape == (4, STEPS)
 
@@ -153,7 +178,9 @@ def test_everything_told_is_recorded(tmp_path):
 @pytest.mark.parametrize("name", ["adamw", "AdamW", "SGD", "Adafactor"])
 def test_the_optimizer_may_be_named(name):
     """An optimizer's name does as well as its class."""
-    recipe = calibrate(made_up(), optimizer=name, trials=2, lr_range=(2.0 ** (BEST - 1), 2.0 ** (BEST + 1)))
+    recipe = calibrate(
+        made_up(), optimizer=name, trials=2, lr_range=(2.0 ** (BEST - 1), 2.0 ** (BEST + 1))
+    )
     assert recipe.optimizer.lower().endswith(name.lower())
 
 
@@ -218,7 +245,11 @@ def test_every_trial_is_seeded():
 
 def test_ranks_take_turns_and_seeds_follow_each_other():
     """Of the runs that do not diverge, each rank has four at a seed before the next seed."""
-    cells = [(rank, seed) for rank, seed, _, value in trials_of(calibrate(made_up(), trials=16)) if value < 9]
+    cells = [
+        (rank, seed)
+        for rank, seed, _, value in trials_of(calibrate(made_up(), trials=16))
+        if value < 9
+    ]
     assert all(cells[:8].count((rank, 0)) == 4 for rank in (4, 16))
     assert {seed for _, seed in cells[8:]} == {1}
 
@@ -246,7 +277,9 @@ def test_the_first_import_of_rich_and_optuna_draws_nothing():
         "print(random.getstate() == before)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert done.stdout.strip() == "True", done.stderr
 
 
@@ -272,7 +305,11 @@ def test_every_trial_is_logged(caplog):
             yield 2.0 - 0.05 * step
 
     recipe = calibrate(some_give_up, trials=3)
-    lines = [record.getMessage() for record in caplog.records if record.name == "rankaware_optim.calibration"]
+    lines = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "rankaware_optim.calibration"
+    ]
     rates = recipe.tensors["lr"].tolist()
     assert [line.rpartition(" · ")[0] for line in lines] == [
         f"trial 1/3 · rank 16 · base rate {rates[0]:.2g} · value 1.15",
@@ -303,7 +340,10 @@ def logged(log, *, length=None, returned=None):
 
 
 LENGTHS = [
-    (None, [STEPS + 1, STEPS, STEPS, STEPS]),  # the first is resumed once more, to learn whether it ends
+    (
+        None,
+        [STEPS + 1, STEPS, STEPS, STEPS],
+    ),  # the first is resumed once more, to learn whether it ends
     (STEPS + 5, [STEPS + 1, STEPS, STEPS, STEPS]),
     (STEPS, [STEPS] * 4),
 ]
@@ -318,11 +358,15 @@ def test_the_steps_are_taken_and_the_generator_is_closed(length, taken):
     assert not np.isnan(recipe.tensors["curve"]).any()
 
 
-@pytest.mark.parametrize(("steps", "last"), [(1, 1), (3, 3), (20, 5), (50, 5), (100, 10), (120, 12)])
+@pytest.mark.parametrize(
+    ("steps", "last"), [(1, 1), (3, 3), (20, 5), (50, 5), (100, 10), (120, 12)]
+)
 def test_the_score_is_the_mean_of_the_last_tenth(steps, last):
     """Without a return value a run's score is the mean of the last tenth of its values, at least 5."""
     recipe = calibrate(logged([]), steps=steps, trials=3, pruner=optuna.pruners.NopPruner())
-    assert recipe.tensors["value"] == pytest.approx(recipe.tensors["curve"][:, -last:].astype(float).mean(1), rel=1e-6)
+    assert recipe.tensors["value"] == pytest.approx(
+        recipe.tensors["curve"][:, -last:].astype(float).mean(1), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("returned", [-3.0, 4, torch.tensor(0.25), torch.tensor([2.0])])
@@ -552,7 +596,9 @@ def with_cliff(how, taken):
         u = math.log2(trial.lr) - BEST
         for step in range(trial.steps):
             taken[trial.number] = step + 1
-            yield how(step) if u > 1 and step else 2.3 + (bowl(min(u, 1)) - 2.3) * min(step / 10, 1.0)
+            yield (
+                how(step) if u > 1 and step else 2.3 + (bowl(min(u, 1)) - 2.3) * min(step / 10, 1.0)
+            )
 
     return train
 
@@ -654,9 +700,16 @@ def test_a_collapse_is_left_below_though_noise_hides_it(seed):
 
     def train(trial):
         trial.optimizer(Net(trial.rank))
-        u, rng = math.log2(trial.lr) - cliff, np.random.default_rng([seed, trial.seed, trial.number])
+        u, rng = (
+            math.log2(trial.lr) - cliff,
+            np.random.default_rng([seed, trial.seed, trial.number]),
+        )
         for step in range(trial.steps):
-            learned = -1.0 if u > 0 and step else (1 - math.exp(-20 * step / trial.steps)) / (1 + 0.04 * (u + 2) ** 2)
+            learned = (
+                -1.0
+                if u > 0 and step
+                else (1 - math.exp(-20 * step / trial.steps)) / (1 + 0.04 * (u + 2) ** 2)
+            )
             yield 1.0 - 0.2 * learned + 0.1 * rng.standard_normal()
 
     assert calibrate(train, trials=12, steps=100, seed=seed).lr < 2.0**cliff
@@ -708,7 +761,9 @@ MEDIAN = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=5)
 def test_optunas_samplers_and_pruners_work(options):
     """A sampler or pruner of Optuna's finds the optimum too, if less surely; pruned runs count as trials."""
     storage = optuna.storages.InMemoryStorage()
-    recipe = calibrate(made_up(), trials=24, lr_range=(2.0**-12, 2.0**-3), storage=storage, **options)
+    recipe = calibrate(
+        made_up(), trials=24, lr_range=(2.0**-12, 2.0**-3), storage=storage, **options
+    )
     assert abs(math.log2(recipe.fitted_lr) - BEST) < 1
     assert len(storage.get_all_trials(0)) == 24
 
@@ -731,8 +786,12 @@ def test_a_pruner_that_prunes_everything_leaves_no_recipe():
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: 12 bytes."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: 12 bytes."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: 12 bytes."
+    ),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: 12 bytes."
+    ),
     MemoryError(),
 ]
 
@@ -753,7 +812,9 @@ def giving_up(error, loop, *, ranks=(16,), before=False):
 
 
 @pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("error", [*OUT_OF_MEMORY, optuna.TrialPruned()], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "error", [*OUT_OF_MEMORY, optuna.TrialPruned()], ids=lambda error: type(error).__name__
+)
 def test_a_run_may_give_up(error, before):
     """A run that is out of memory or raises Optuna's TrialPruned is pruned; the others make the recipe."""
     storage = optuna.storages.InMemoryStorage()
@@ -786,7 +847,9 @@ def test_where_no_run_fits_the_error_says_so():
         calibrate(giving_up(MemoryError(), made_up(), ranks=(4, 16)), trials=3)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not match"), ValueError("out of memory")]
+)
 def test_other_errors_are_not_taken_for_memory(error):
     """An error that is no shortage of memory comes out as it is."""
     with pytest.raises(type(error)) as caught:
@@ -813,10 +876,15 @@ def pushed(loop, log=None, *, ends=None, score=False):
     return train
 
 
-@pytest.mark.parametrize("options", [{}, {"pruner": optuna.pruners.MedianPruner(2, 5)}], ids=["plain", "pruner"])
+@pytest.mark.parametrize(
+    "options", [{}, {"pruner": optuna.pruners.MedianPruner(2, 5)}], ids=["plain", "pruner"]
+)
 def test_values_may_be_pushed(options):
     """A run that pushes its values to a callback calibrates as a generator that yields them."""
-    pulled, pushed_result = calibrate(made_up(), trials=8, **options), calibrate(pushed(made_up()), trials=8, **options)
+    pulled, pushed_result = (
+        calibrate(made_up(), trials=8, **options),
+        calibrate(pushed(made_up()), trials=8, **options),
+    )
     assert trials_of(pulled) == trials_of(pushed_result)
     assert pulled.fitted_lr == pushed_result.fitted_lr
 
@@ -947,7 +1015,10 @@ def test_another_calibration_does_not_go_on_with_a_stored_one(changed, storage):
     calibrate(made_up(), trials=2, storage=storage)
     with pytest.raises(CalibrationError, match=next(iter(changed))):
         calibrate(made_up(), trials=4, storage=storage, **changed)
-    assert len(trials_of(calibrate(made_up(), trials=8, storage=storage, name="another", **changed))) == 8
+    assert (
+        len(trials_of(calibrate(made_up(), trials=8, storage=storage, name="another", **changed)))
+        == 8
+    )
 
 
 def test_a_storage_may_be_a_url(tmp_path):
@@ -981,8 +1052,17 @@ def test_numbers_of_numpy_are_numbers():
     def train(trial):
         return (np.float32(loss) for loss in made_up(noise=0.0)(trial))
 
-    numbers = {"steps": np.array(20), "trials": np.int64(6), "until": np.float32(0.25), "seed": np.int64(1)}
-    numbers |= {"lr_range": np.array([1e-4, 1e-1], np.float32), "warmup": np.float32(0.25), "batch": np.int32(16)}
+    numbers = {
+        "steps": np.array(20),
+        "trials": np.int64(6),
+        "until": np.float32(0.25),
+        "seed": np.int64(1),
+    }
+    numbers |= {
+        "lr_range": np.array([1e-4, 1e-1], np.float32),
+        "warmup": np.float32(0.25),
+        "batch": np.int32(16),
+    }
     recipe = calibrate(train, ranks=np.array([4, 16]), seeds=[np.int64(0), 1], **numbers)
     given = {key: value.tolist() for key, value in numbers.items()}
     at = recipe.at(np.int64(8), alpha=np.float32(8), steps=np.int64(20), batch=np.int64(16))

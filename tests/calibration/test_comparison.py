@@ -48,7 +48,11 @@ def grouped(*decays):
 OTHER = [
     (made_up(), made_up(weight_decay=0.25), "weight_decay=0.01, not 0.25"),
     (made_up(betas=(0.9, 0.95)), made_up(), "betas=[0.9, 0.95], not [0.9, 0.999]"),
-    (made_up(weight_decay=torch.tensor(0.1)), made_up(weight_decay=torch.tensor(0.10001)), "weight_decay=0.1"),
+    (
+        made_up(weight_decay=torch.tensor(0.1)),
+        made_up(weight_decay=torch.tensor(0.10001)),
+        "weight_decay=0.1",
+    ),
     (made_up(rates={"*.1.*": 1e-3}), made_up(), "rates={'*.1.*': 0.001}, not None"),
     (made_up(), made_up(scaling=lambda rank: 4.0), "alpha=8.0, not 16.0"),
     (made_up(), made_up(init="B"), "init='A', not 'B'"),
@@ -124,7 +128,9 @@ def test_a_law_of_other_code_is_refused(journal):
     law, other = a_law(-0.5), a_law(-0.6)
     assert repr(law) == repr(other)
     calibrate(made_up(), trials=2, storage=journal, law=law)
-    with pytest.raises(CalibrationError, match=r"other rates of the law .*: rank 4, A, Init\[A\]=2\.0, not 2\.297"):
+    with pytest.raises(
+        CalibrationError, match=r"other rates of the law .*: rank 4, A, Init\[A\]=2\.0, not 2\.297"
+    ):
         calibrate(made_up(), trials=2, storage=journal, law=other)
     assert len(calibrate(made_up(), trials=3, storage=journal, law=a_law(-0.5)).tensors["lr"]) == 3
 
@@ -200,10 +206,18 @@ def test_a_loop_in_place_is_known_by_its_step(journal):
     def other(model, i):
         return model(torch.ones(2, calibrations.DIM)).square().mean()
 
-    options = {"ranks": (2, 32), "steps": 5, "storage": journal, "lr_range": (1e-4, 1e-1), "init": "B"}
+    options = {
+        "ranks": (2, 32),
+        "steps": 5,
+        "storage": journal,
+        "lr_range": (1e-4, 1e-1),
+        "init": "B",
+    }
     ra.calibrate_in_place(Net(4), step, torch.optim.AdamW, trials=2, **options)
     ra.calibrate_in_place(Net(4), step, torch.optim.AdamW, trials=3, **options)
-    with pytest.warns(RankAwareWarning, match="not 'test_a_loop_in_place_is_known_by_its_step.<locals>.other'"):
+    with pytest.warns(
+        RankAwareWarning, match="not 'test_a_loop_in_place_is_known_by_its_step.<locals>.other'"
+    ):
         ra.calibrate_in_place(Net(4), other, torch.optim.AdamW, trials=4, **options)
 
 
@@ -228,7 +242,9 @@ def test_a_worker_of_other_code_is_a_warning(journal):
         made_with(journal, **{"its source's hash": "0"})
         yield from named(trial)
 
-    with pytest.warns(RankAwareWarning, match="is shared with a worker of its source's hash='0', not"):
+    with pytest.warns(
+        RankAwareWarning, match="is shared with a worker of its source's hash='0', not"
+    ):
         calibrate(joined, trials=2, storage=journal)
     assert len(study_in(journal).trials) == 2
 

@@ -45,7 +45,9 @@ def test_a_cluster_is_shared_out(nodes, workers, gpus, share):
     assert share_out(nodes, workers, gpus) == share
 
 
-@pytest.mark.parametrize(("nodes", "gpus"), [([CORES], 1), ([GPUS], 8), ([], None), ([{"GPU": 1.0}], None)])
+@pytest.mark.parametrize(
+    ("nodes", "gpus"), [([CORES], 1), ([GPUS], 8), ([], None), ([{"GPU": 1.0}], None)]
+)
 def test_a_cluster_that_holds_no_worker_is_refused(nodes, gpus):
     """Where no node has the GPUs and a core."""
     with pytest.raises(CalibrationError, match="No node of the Ray cluster"):
@@ -78,14 +80,19 @@ def test_a_model_in_place_stays_here():
     model = Net(4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(CalibrationError, match="trains the model of this process"):
-        ra.calibrate_in_place(model, lambda model, i: 0.0, AdamW, ranks=(4, 16), steps=5, executor="ray")
+        ra.calibrate_in_place(
+            model, lambda model, i: 0.0, AdamW, ranks=(4, 16), steps=5, executor="ray"
+        )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
     """Before a study is made."""
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(CalibrationError, match=r'not installed\. In a clone of this package: pip install "\.\[ray\]"'):
+    with pytest.raises(
+        CalibrationError,
+        match=r'not installed\. In a clone of this package: pip install "\.\[ray\]"',
+    ):
         calibrate(made_up(), executor="ray", storage=tmp_path / "s.journal")
     assert list(tmp_path.iterdir()) == []
 
@@ -105,6 +112,8 @@ def test_a_journal_of_the_same_name_is_not_the_same(tmp_path):
     head = journal_head(paths[0])
     check_shared(paths[0], head, "node 1")
     for other in (paths[1], str(tmp_path / "nowhere.journal")):
-        with pytest.raises(CalibrationError, match="on node 1 is not the file with which the calibration"):
+        with pytest.raises(
+            CalibrationError, match="on node 1 is not the file with which the calibration"
+        ):
             check_shared(other, head, "node 1")
     check_shared("postgresql+psycopg://me@there/db", b"", "node 1")

@@ -21,7 +21,12 @@ from torch import nn
 from torch.nn import functional
 
 import rankaware_optim as ra
-from rankaware_optim import CalibrationError, CalibrationInterrupted, InspectionError, RankAwareError
+from rankaware_optim import (
+    CalibrationError,
+    CalibrationInterrupted,
+    InspectionError,
+    RankAwareError,
+)
 
 from ..helpers.fingerprint import changed, fingerprint
 from ..helpers.models import STYLES, PlainLoRA, mlp
@@ -38,7 +43,9 @@ def step(model: nn.Module, i: int) -> torch.Tensor:
 
 
 def calibrate(model, step=step, *, ranks=(2, 8), steps=STEPS, trials=4, optimizer=AdamW, **options):
-    return ra.calibrate_in_place(model, step, optimizer, ranks=ranks, steps=steps, trials=trials, **options)
+    return ra.calibrate_in_place(
+        model, step, optimizer, ranks=ranks, steps=steps, trials=trials, **options
+    )
 
 
 class Everything(nn.Module):
@@ -173,7 +180,9 @@ def breaking(error, breaks=1):
     return taken
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no memory"), KeyboardInterrupt(), SystemExit(1)], ids=repr
+)
 def test_a_put_back_that_is_broken_off_is_done_again(error):
     """An exception in the middle of the last put-back leaves nothing between two states; an exit still exits."""
     model = Everything()
@@ -196,7 +205,10 @@ def test_what_cannot_be_put_back_is_named():
         return breaking(RuntimeError("no memory"), math.inf)(model, i)
 
     before = fingerprint(model)
-    with pytest.raises(CalibrationError, match=r"could not be restored, all others were: first\.notes, fragile\. Load"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"could not be restored, all others were: first\.notes, fragile\. Load",
+    ):
         calibrate(model, taken, trials=1, init="A")
     assert set(changed(before, fingerprint(model))) == {"._buffers", "first.notes"}
 
@@ -238,7 +250,11 @@ def test_training_goes_on_as_if_nothing_had_been():
 def test_it_gives_the_recipe_of_models_built_anew(style, rule):
     """In place or built in every trial, in any library's style, the trials see the same losses to the last bit."""
     found = mlp((4, 4), style=style, scalings=2.0)
-    kept = {name: value for name, value in found.state_dict().items() if "base_layer" in name or "head" in name}
+    kept = {
+        name: value
+        for name, value in found.state_dict().items()
+        if "base_layer" in name or "head" in name
+    }
 
     def train(trial):
         scaling = 2.0 * (4 / trial.rank) ** {"fixed": 0.0, "alpha": 1.0, "rslora": 0.5}[rule]
@@ -257,7 +273,11 @@ def test_it_gives_the_recipe_of_models_built_anew(style, rule):
     recipe = calibrate(found, settings={"weight_decay": 0.1}, scaling_rule=rule, trials=6)
     for key, value in other.tensors.items():
         assert np.array_equal(value, recipe.tensors[key], equal_nan=value.dtype.kind == "f"), key
-    assert (recipe.fitted_lr, recipe.settings, recipe.reference) == (other.fitted_lr, other.settings, other.reference)
+    assert (recipe.fitted_lr, recipe.settings, recipe.reference) == (
+        other.fitted_lr,
+        other.settings,
+        other.reference,
+    )
     assert recipe.scaling_rule == other.scaling_rule == rule
 
 
@@ -279,7 +299,9 @@ def test_every_trial_starts_alike():
         optimizer="sgd",
         full_trains=["*base_layer*"],
     )
-    for rank, seed, curve in zip(*(recipe.tensors[key].tolist() for key in ("rank", "seed", "curve")), strict=True):
+    for rank, seed, curve in zip(
+        *(recipe.tensors[key].tolist() for key in ("rank", "seed", "curve")), strict=True
+    ):
         curves.setdefault((rank, seed), []).append(curve)
     assert sorted(curves) == [(0, 3), (4, 3), (8, 3)]
     for same in curves.values():
@@ -305,7 +327,12 @@ def watched(seen, step=step):
 
     def taken(model, i):
         if i == 0:
-            seen.append({name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()})
+            seen.append(
+                {
+                    name: (p.detach().clone(), p.requires_grad)
+                    for name, p in model.named_parameters()
+                }
+            )
         return step(model, i)
 
     return taken
@@ -327,7 +354,8 @@ def test_adapters_are_fresh_and_heads_as_found():
 
 
 @pytest.mark.parametrize(
-    ("init", "variance", "std"), [("A", "mua", 1 / 4), ("A", None, 1 / 48**0.5), ("B", None, 1 / 128**0.5)]
+    ("init", "variance", "std"),
+    [("A", "mua", 1 / 4), ("A", None, 1 / 48**0.5), ("B", None, 1 / 128**0.5)],
 )
 def test_init_and_variance_are_as_asked(init, variance, std):
     """init= and variance= decide the draw, and the recipe knows the init."""
@@ -426,7 +454,13 @@ def test_schedule_score_and_settings_are_used():
             return super().step(closure)
 
     recipe = calibrate(
-        mlp(), taken, optimizer=Watching, schedule=schedule, score=score, settings={"weight_decay": 0.5}, trials=2
+        mlp(),
+        taken,
+        optimizer=Watching,
+        schedule=schedule,
+        score=score,
+        settings={"weight_decay": 0.5},
+        trials=2,
     )
     assert rates[:3] == pytest.approx([rates[0], rates[0] / 2, rates[0] / 3])
     assert scored == [False, False]
@@ -479,7 +513,9 @@ Sharded.__name__ = "FullyShardedDataParallel"
 
 def quantised():
     model = mlp()
-    model.layer0.base_layer.weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.uint8), requires_grad=False)
+    model.layer0.base_layer.weight = nn.Parameter(
+        torch.zeros(16, 16, dtype=torch.uint8), requires_grad=False
+    )
     return model
 
 
@@ -492,13 +528,28 @@ BAD = [
     (mlp, {"init": "C"}, CalibrationError, "init is 'C'"),
     (mlp, {"variance": "big"}, CalibrationError, "variance is 'big'"),
     (mlp, {"scaling_rule": "sqrt"}, CalibrationError, "scaling_rule is 'sqrt'"),
-    (mlp, {"ranks": (None,), "full_trains": ["nothing*"]}, CalibrationError, "chooses no parameter"),
+    (
+        mlp,
+        {"ranks": (None,), "full_trains": ["nothing*"]},
+        CalibrationError,
+        "chooses no parameter",
+    ),
     (quantised, {"ranks": (4, None)}, CalibrationError, "weight of layer0 cannot be trained whole"),
     (lambda: Sharded(*mlp()), {}, InspectionError, "sharded or wrapped"),
     (lambda: nn.Linear(16, 16), {}, InspectionError, "No trainable LoRA pair"),
-    (mlp, {"step": writes_frozen}, CalibrationError, "wrote the frozen parameter layer0.base_layer.weight"),
+    (
+        mlp,
+        {"step": writes_frozen},
+        CalibrationError,
+        "wrote the frozen parameter layer0.base_layer.weight",
+    ),
     (mlp, {"step": lambda model, i: 1.0}, CalibrationError, "a float without a graph"),
-    (mlp, {"step": lambda model, i: step(model, i).detach()}, CalibrationError, "a tensor without a graph"),
+    (
+        mlp,
+        {"step": lambda model, i: step(model, i).detach()},
+        CalibrationError,
+        "a tensor without a graph",
+    ),
     (mlp, {"step": lambda model, i: None}, CalibrationError, "a NoneType without a graph"),
     (mlp, {"step": lambda model, i: model(torch.ones(2, 16))}, CalibrationError, "is a Tensor"),
     (mlp, {"score": lambda model: None}, CalibrationError, "score returned None"),
@@ -580,7 +631,10 @@ def test_ctrl_c_at_any_moment_of_a_real_process(double):
         child.stdin.flush()
         for _ in range(ROUNDS):
             assert child.stdout.readline() == "go\n"
-            for pause in (source.uniform(0, 0.8 * whole), *([source.uniform(0, 0.003)] if double else [])):
+            for pause in (
+                source.uniform(0, 0.8 * whole),
+                *([source.uniform(0, 0.003)] if double else []),
+            ):
                 time.sleep(pause)
                 child.send_signal(signal.SIGINT)
             ended, *differs = child.stdout.readline().split()

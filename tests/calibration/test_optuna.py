@@ -54,7 +54,11 @@ def test_a_trial_begins_with_its_attributes_and_its_rate(url):
     study = optuna.create_study(storage=storage, sampler=optuna.samplers.RandomSampler(seed=0))
     trial = begin_trial(study, {"rank": 4}, {"x": -7.5})
     (found,) = study.get_trials()
-    assert (found.number, found.state, found.user_attrs) == (trial.number, TrialState.RUNNING, {"rank": 4})
+    assert (found.number, found.state, found.user_attrs) == (
+        trial.number,
+        TrialState.RUNNING,
+        {"rank": 4},
+    )
     assert trial.suggest_float("x", -9.0, -1.0) == -7.5
     study.tell(trial, 1.0)
     assert study.trials[0].params == {"x": -7.5}

@@ -44,7 +44,9 @@ def loop_in(folder: Path):
 
 def git(folder: Path, *words: str) -> str:
     name = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
-    return subprocess.run(["git", *name, *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *name, *words], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -106,7 +108,13 @@ def test_settings_are_recorded_with_their_defaults(tmp_path):
     """Settings that were left out stand in the recipe as they were in force; ways to compute the same do not."""
     recipe = calibrate(made_up(weight_decay=0.25, foreach=False), trials=2)
     loaded = ra.Recipe.load(recipe.save(tmp_path / "r.toml"))
-    expected = {"weight_decay": 0.25, "betas": [0.9, 0.999], "eps": 1e-8, "amsgrad": False, "maximize": False}
+    expected = {
+        "weight_decay": 0.25,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "amsgrad": False,
+        "maximize": False,
+    }
     assert loaded.settings == recipe.settings == expected
 
 
@@ -161,7 +169,10 @@ HEAD = {"head.weight": "base", "head.bias": "base"}
 OTHERS = [
     ({}, {**NORMS, **HEAD}),
     ({"rates": {"head.*": 3e-3}}, {**NORMS, "head.weight": 3e-3, "head.bias": 3e-3}),
-    ({"other_lr": 1e-4, "rates": {"head.*": 3e-3}}, {**dict.fromkeys(NORMS, 1e-4), **dict.fromkeys(HEAD, 3e-3)}),
+    (
+        {"other_lr": 1e-4, "rates": {"head.*": 3e-3}},
+        {**dict.fromkeys(NORMS, 1e-4), **dict.fromkeys(HEAD, 3e-3)},
+    ),
     ({"groups": by_kind(lr=1e-3)}, dict.fromkeys({**NORMS, **HEAD}, 1e-3)),
     ({"rates": {"norms.0.*": 3e-3}}, HEAD),
 ]
@@ -171,7 +182,11 @@ OTHERS = [
 def test_a_recipe_knows_what_trained_beside_the_pairs(settings, expected, tmp_path):
     """Others have "base" or their own rate, by name without numbers; where two of one name differ, it is left out."""
     recipe = calibrate(beside(**settings), trials=3)
-    assert ra.Recipe.load(recipe.save(tmp_path / "r.toml")).other_rates == recipe.other_rates == expected
+    assert (
+        ra.Recipe.load(recipe.save(tmp_path / "r.toml")).other_rates
+        == recipe.other_rates
+        == expected
+    )
 
 
 def test_a_calibrated_head_trains_on_as_it_did():

@@ -23,7 +23,11 @@ def remade(model: nn.Module, rank: int, seed: int = 0, **options) -> Adapters:
     return adapters
 
 
-RULES = {"fixed": lambda found, new: 1.0, "alpha": lambda f, n: f / n, "rslora": lambda f, n: math.sqrt(f / n)}
+RULES = {
+    "fixed": lambda found, new: 1.0,
+    "alpha": lambda f, n: f / n,
+    "rslora": lambda f, n: math.sqrt(f / n),
+}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -82,7 +86,8 @@ def test_the_seed_and_the_name_decide_the_draw():
 
 
 @pytest.mark.parametrize(
-    ("init", "kind", "expected"), [("A", "linear", "A"), ("B", "linear", "B"), ("A", "embedding", "A")]
+    ("init", "kind", "expected"),
+    [("A", "linear", "A"), ("B", "linear", "B"), ("A", "embedding", "A")],
 )
 def test_the_found_init_is_the_new_one(init, kind, expected):
     """Without init= a pair starts as it was found to start."""
@@ -110,7 +115,11 @@ def test_proportions_are_kept():
     model = mlp((4, 4, 8), scalings=(1.0, 1.0, 0.5))
     adapters = remade(model, 16)
     assert adapters.rank == 4
-    assert [(f.rank, f.scaling) for f in inspect_model(model).factors[::2]] == [(16, 1.0), (16, 1.0), (32, 0.5)]
+    assert [(f.rank, f.scaling) for f in inspect_model(model).factors[::2]] == [
+        (16, 1.0),
+        (16, 1.0),
+        (32, 0.5),
+    ]
 
 
 def test_tied_factors_stay_tied():
@@ -202,7 +211,12 @@ def on_meta():
 
 REFUSED = [
     (odd_groups, 6, {"init": "B"}, "cannot be made at rank 6"),
-    (lambda: mlp((4, 4, 6)), 3, {}, "layer2 has rank 6 where most have 4, so in a trial at rank 3 it would have 4.5"),
+    (
+        lambda: mlp((4, 4, 6)),
+        3,
+        {},
+        "layer2 has rank 6 where most have 4, so in a trial at rank 3 it would have 4.5",
+    ),
     (both_drawn, 8, {}, "cannot be read, so new factors cannot be drawn"),
     (merged, 8, {}, "merged into its base weight"),
     (hada, 8, {}, r"hada_w1_a belongs to an adapter \(LoHa\)"),

@@ -46,12 +46,16 @@ class Forked:
         script = str(Path(__file__).parents[1] / "helpers" / "killed.py")
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         pipe = subprocess.PIPE
-        self.server = subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True, env=environment)
+        self.server = subprocess.Popen(
+            [sys.executable, script], stdin=pipe, stdout=pipe, text=True, env=environment
+        )
 
     def run(self, folder: Path, kill_after: float | None = None) -> float:
         """Calibrate in `folder`, killed after so many seconds; how long it took. It must end well if not killed."""
         start = time.perf_counter()
-        self.server.stdin.write(f"{folder}\t{kill_after}\n" if kill_after is not None else f"{folder}\n")
+        self.server.stdin.write(
+            f"{folder}\t{kill_after}\n" if kill_after is not None else f"{folder}\n"
+        )
         self.server.stdin.flush()
         status = int(self.server.stdout.readline())
         assert status == 0 or (kill_after is not None and status == signal.SIGKILL)
@@ -79,7 +83,9 @@ def straight(forked, tmp_path_factory):
 
 
 def trials_in(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name="calibration", storage=open_storage(folder / "study.journal")).trials
+    return optuna.load_study(
+        study_name="calibration", storage=open_storage(folder / "study.journal")
+    ).trials
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
@@ -89,12 +95,16 @@ def test_killed_at_any_moment_it_goes_on(kill, forked, straight, tmp_path):
     forked.run(tmp_path, kill_after=random.Random(kill).uniform(0.0, 1.1 * seconds))
     if (tmp_path / "recipe.toml").exists():
         assert ra.Recipe.load(tmp_path / "recipe.toml")
-    before = trials_in(tmp_path) if (tmp_path / "study.journal").exists() and studied(tmp_path) else []
+    before = (
+        trials_in(tmp_path) if (tmp_path / "study.journal").exists() and studied(tmp_path) else []
+    )
     forked.run(tmp_path)
     assert (tmp_path / "recipe.toml").read_text() == expected
     after = trials_in(tmp_path)
     kept = [trial for trial in before if trial.state.is_finished()]
-    assert [trial.datetime_complete for trial in after[: len(kept)]] == [trial.datetime_complete for trial in kept]
+    assert [trial.datetime_complete for trial in after[: len(kept)]] == [
+        trial.datetime_complete for trial in kept
+    ]
     assert len(Trials.read(after).counted()) == TRIALS
     assert not Trials.read(after).running()
     assert_retried(after)
@@ -133,15 +143,23 @@ def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(tmp_p
         trial.optimizer(Net(trial.rank))
         u = math.log2(trial.lr) - BEST
         for step in range(trial.steps):
-            gain = 2.0 * (1 - math.exp(-3 * 2**u * (step + 1) / trial.steps)) if u < 1 else -0.01 * step
+            gain = (
+                2.0 * (1 - math.exp(-3 * 2**u * (step + 1) / trial.steps))
+                if u < 1
+                else -0.01 * step
+            )
             yield 2.3 - gain
 
     whole = tmp_path / "whole.journal"
     options = {"ranks": (4, 64), "steps": 10, "trials": 7}
     recipe = calibrate(falling, storage=whole, **options)
-    pruned = next(t.number for t in Trials.read(stored(tmp_path, str(whole))) if t.stopped == "pruned")
+    pruned = next(
+        t.number for t in Trials.read(stored(tmp_path, str(whole))) if t.stopped == "pruned"
+    )
     lines = whole.read_bytes().splitlines(keepends=True)
-    of_it = [number for number, line in enumerate(lines) if json.loads(line).get("trial_id") == pruned]
+    of_it = [
+        number for number, line in enumerate(lines) if json.loads(line).get("trial_id") == pruned
+    ]
     assert b'"stopped":"pruned"' in b"".join(lines[of_it[0] : of_it[-1]])
     for end in (of_it[0], *(number + 1 for number in of_it)):
         cut = tmp_path / f"{end}.journal"
@@ -295,7 +313,10 @@ MOMENTS = [
 SQL = ("create_new_study", "create_new_trial", "begin", "set_trial_state_values", "close_storage")
 
 
-@pytest.fixture(params=[(kind, m) for m in MOMENTS for kind in ("journal", "sqlite")[: 1 + (m[1] in SQL)]], ids=str)
+@pytest.fixture(
+    params=[(kind, m) for m in MOMENTS for kind in ("journal", "sqlite")[: 1 + (m[1] in SQL)]],
+    ids=str,
+)
 def interrupted(request, tmp_path):
     """Where a study is stored, and the moment at which it is interrupted."""
     kind, moment = request.param
@@ -303,7 +324,9 @@ def interrupted(request, tmp_path):
 
 
 def small(storage, trials=3):
-    return calibrate(made_up(), ranks=(2, 4), steps=3, trials=trials, storage=storage, progress=False)
+    return calibrate(
+        made_up(), ranks=(2, 4), steps=3, trials=trials, storage=storage, progress=False
+    )
 
 
 def opened_in(folder: Path) -> set[str]:

@@ -11,9 +11,14 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from rankaware_optim.calibration._sampler import BracketSampler, between, next_bracket, next_refinement
+from rankaware_optim.calibration._sampler import (
+    BracketSampler,
+    between,
+    next_bracket,
+    next_refinement,
+)
 from rankaware_optim.calibration._trials import PARAMETER
-from rankaware_optim.calibration.fit import Observation, Prior
+from rankaware_optim.fitting import Observation, Prior
 
 START, LOW, HIGH = -6.5, -10.5, -2.5
 RANGE = {PARAMETER: FloatDistribution(LOW, HIGH)}
@@ -23,15 +28,24 @@ def trial_of(rank: int, x: float, value: float | None = None) -> optuna.trial.Fr
     """A finished run, or without a value one that another worker has under way."""
     attributes = {"rank": rank, "seed": 0}
     if value is None:
-        return create_trial(state=TrialState.RUNNING, params={PARAMETER: x}, distributions=RANGE, user_attrs=attributes)
+        return create_trial(
+            state=TrialState.RUNNING,
+            params={PARAMETER: x},
+            distributions=RANGE,
+            user_attrs=attributes,
+        )
     seen = Observation(rank, 0, x, value, start=1.0, tail=value)
     attributes |= {"observation": asdict(seen), "curve": [1.0, value]}
-    return create_trial(value=value, params={PARAMETER: x}, distributions=RANGE, user_attrs=attributes)
+    return create_trial(
+        value=value, params={PARAMETER: x}, distributions=RANGE, user_attrs=attributes
+    )
 
 
 def proposed(*trials: optuna.trial.FrozenTrial, rank: int = 2) -> float:
     """The rate that a trial at `rank` gets."""
-    study = optuna.create_study(sampler=BracketSampler(START, Prior(0.15, 0.4, 8.0, 0.0), lambda trials: None))
+    study = optuna.create_study(
+        sampler=BracketSampler(START, Prior(0.15, 0.4, 8.0, 0.0), lambda trials: None)
+    )
     for trial in trials:
         study.add_trial(trial)
     asked = study.ask()
@@ -49,7 +63,11 @@ def proposed(*trials: optuna.trial.FrozenTrial, rank: int = 2) -> float:
         ((trial_of(2, START, 0.5),), 32, START + 2),
         ((trial_of(2, START, 0.5), trial_of(32, START + 2)), 2, START - 2),
         ((trial_of(32, START, 0.5), trial_of(32, START + 2)), 2, START),
-        ((trial_of(2, START, 0.5), trial_of(2, START - 2, 0.6), trial_of(32, START + 2)), 2, START - 4),
+        (
+            (trial_of(2, START, 0.5), trial_of(2, START - 2, 0.6), trial_of(32, START + 2)),
+            2,
+            START - 4,
+        ),
     ],
 )
 def test_no_rank_tries_a_rate_twice_while_others_work(trials, rank, expected):

@@ -117,7 +117,9 @@ def test_an_empty_file_is_a_new_journal(tmp_path):
     """As `mktemp` makes one."""
     (tmp_path / "given").touch()
     calibrate(made_up(), trials=2, storage=tmp_path / "given")
-    assert len(calibrate(made_up(), trials=TRIALS, storage=tmp_path / "given").tensors["lr"]) == TRIALS
+    assert (
+        len(calibrate(made_up(), trials=TRIALS, storage=tmp_path / "given").tensors["lr"]) == TRIALS
+    )
 
 
 ENDS = {
@@ -153,7 +155,11 @@ def line(**changed):
     def change(data: bytes) -> bytes:
         lines = data.splitlines(keepends=True)
         at = next(i for i, text in enumerate(lines) if json.loads(text)["op_code"] == 4)
-        made = {key: value for key, value in {**json.loads(lines[at]), **changed}.items() if value is not None}
+        made = {
+            key: value
+            for key, value in {**json.loads(lines[at]), **changed}.items()
+            if value is not None
+        }
         return b"".join([*lines[:at], json.dumps(made).encode() + b"\n", *lines[at + 1 :]])
 
     return change
@@ -178,9 +184,13 @@ DAMAGED = {
     "attributes of a wrong type": line(user_attrs=[]),
     "a scaling below zero": lambda data: data.replace(b'"scaling":', b'"scaling":-', 1),
     "a curve longer than its run": lambda data: data.replace(b'"curve":[', b'"curve":[2.5,', 1),
-    "multipliers of a wrong type": lambda data: re.sub(rb'"multipliers":\{[^}]*\}', b'"multipliers":1.5', data),
+    "multipliers of a wrong type": lambda data: re.sub(
+        rb'"multipliers":\{[^}]*\}', b'"multipliers":1.5', data
+    ),
     "a reference without a width": lambda data: re.sub(rb'("fan_in":)[\d.]+', rb"\1null", data),
-    "a study of two objectives": lambda data: data.replace(b'"directions":[1]', b'"directions":[1,1]', 1),
+    "a study of two objectives": lambda data: data.replace(
+        b'"directions":[1]', b'"directions":[1,1]', 1
+    ),
     "a seed of 400 digits": line(user_attrs={"rank": 4, "seed": 10**400}),
 }
 
@@ -256,7 +266,10 @@ def test_a_database_that_is_restored_from_a_copy_is_said(tmp_path):
 def test_a_lock_that_is_held_for_ever_is_said(journal, monkeypatch):
     """A process that was stopped while it held the journal's lock is not waited for without end."""
     monkeypatch.setattr(_storage, "_LOCK_S", 0.3)
-    with FileLock(f"{journal}.rankaware.lock"), pytest.raises(CalibrationError, match="was locked by another process"):
+    with (
+        FileLock(f"{journal}.rankaware.lock"),
+        pytest.raises(CalibrationError, match="was locked by another process"),
+    ):
         calibrate(made_up(), trials=TRIALS + 1, storage=journal)
 
 
@@ -344,10 +357,13 @@ def open_together(url: str, barrier, ends) -> None:
 def test_workers_that_start_together_create_one_database(tmp_path):
     """Of many processes that open a fresh database at the same moment, all succeed."""
     fork, count = multiprocessing.get_context("fork"), 12
-    open_storage("sqlite://")  # imports what a storage needs, so that the processes differ by nothing
+    open_storage(
+        "sqlite://"
+    )  # imports what a storage needs, so that the processes differ by nothing
     barrier, ends = fork.Barrier(count), fork.SimpleQueue()
     workers = [
-        fork.Process(target=open_together, args=(f"sqlite:///{tmp_path}/s.db", barrier, ends)) for _ in range(count)
+        fork.Process(target=open_together, args=(f"sqlite:///{tmp_path}/s.db", barrier, ends))
+        for _ in range(count)
     ]
     for worker in workers:
         worker.start()

@@ -59,7 +59,11 @@ def test_a_record_is_stored_as_it_was_read(journal):
 def test_records_say_what_became_of_the_trials(journal):
     """Fates, the trial that repeats a killed one, and the trial of full finetuning are distinguished."""
     records = Trials.read(stored_trials(journal))
-    assert Counter(record.state.name for record in records) == {"COMPLETE": 5, "PRUNED": 8, "FAIL": 2}
+    assert Counter(record.state.name for record in records) == {
+        "COMPLETE": 5,
+        "PRUNED": 8,
+        "FAIL": 2,
+    }
     assert Counter(record.stopped for record in records) == {"": 9, "pruned": 5, "memory": 1}
     assert [(r.number, r.x) for r in records if r.killed] == [(2, records[3].x)]
     assert [r.number for r in records if r.retry_of == 2] == [3]

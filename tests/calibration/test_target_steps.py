@@ -27,7 +27,9 @@ def whole(best=lambda rank: BEST, init="A", seen=None):
             seen.append((trial.rank, trial.steps, math.log2(trial.lr)))
         end = bowl(math.log2(trial.lr) - best(trial.rank))
         for step in range(trial.steps):
-            yield 2.3 + (end - 2.3) * min(2 * (step + 1) / trial.steps, 1.0) + 0.01 * random.random()
+            yield (
+                2.3 + (end - 2.3) * min(2 * (step + 1) / trial.steps, 1.0) + 0.01 * random.random()
+            )
 
     return train
 
@@ -42,11 +44,16 @@ def band(rate):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "init", "slope"), [((4, 16), "A", 0.0), ((4, 16), "B", 0.15), ((None,), "A", 0.3)], ids=str
+    ("ranks", "init", "slope"),
+    [((4, 16), "A", 0.0), ((4, 16), "B", 0.15), ((None,), "A", 0.3)],
+    ids=str,
 )
 def test_the_rate_is_moved_to_the_target_by_the_slope_of_other_tasks(ranks, init, slope):
     """The trials are those of the same call without a target; the rate moves by the slope, and the band widens."""
-    near, far = (calibrate(whole(init=init), ranks=ranks, trials=12, target_steps=to) for to in (None, TARGET))
+    near, far = (
+        calibrate(whole(init=init), ranks=ranks, trials=12, target_steps=to)
+        for to in (None, TARGET)
+    )
     assert (near.steps, far.steps) == (STEPS, TARGET)
     assert far.tensors["lr"] == pytest.approx(near.tensors["lr"])
     method = {"method": "full"} if ranks == (None,) else {"rank": 4}
@@ -61,14 +68,19 @@ def test_the_rate_is_moved_to_the_target_by_the_slope_of_other_tasks(ranks, init
 @pytest.mark.parametrize("target", [40, 80, 320, 1280])
 def test_the_band_grows_with_the_distance(target):
     """Twice the target's steps leave its rate less sure."""
-    sds = [band(calibrate(whole(), trials=8, target_steps=steps).at(4))[1] for steps in (target, 2 * target)]
+    sds = [
+        band(calibrate(whole(), trials=8, target_steps=steps).at(4))[1]
+        for steps in (target, 2 * target)
+    ]
     assert sds[1] > sds[0] + 0.05
 
 
 def test_full_runs_are_moved_to_the_target_too():
     """Their rate rises by a quarter of an octave for each doubling, less what the law's own factor explains."""
     options = {"trials": 8, "full_trials": 3}
-    near, far = (calibrate(whole(), target_steps=to, **options).at(method="full") for to in (None, TARGET))
+    near, far = (
+        calibrate(whole(), target_steps=to, **options).at(method="full") for to in (None, TARGET)
+    )
     (at_near, sd_near), (at_far, sd_far) = band(near), band(far)
     assert 0.25 < at_far - at_near < 3 * 0.25
     assert sd_far > 1.5 * sd_near
@@ -76,7 +88,10 @@ def test_full_runs_are_moved_to_the_target_too():
 
 def test_the_ceiling_is_moved_with_the_rate():
     """At Init[B], the smallest rate that diverged rises to the target as the best rate does."""
-    near, far = (calibrate(whole(lambda rank: BEST - 4, "B"), trials=8, target_steps=to) for to in (None, TARGET))
+    near, far = (
+        calibrate(whole(lambda rank: BEST - 4, "B"), trials=8, target_steps=to)
+        for to in (None, TARGET)
+    )
     assert far.ceiling / near.ceiling == pytest.approx(2 ** (3 * 0.15))
 
 
@@ -111,7 +126,9 @@ def test_the_target_may_change_when_a_study_goes_on(tmp_path):
     """The same trials serve another target, or none, since their runs do not depend on it."""
     journal, trained = tmp_path / "study.journal", []
     targets = (TARGET, 2 * TARGET, None)
-    made = [calibrate(whole(seen=trained), trials=8, storage=journal, target_steps=to) for to in targets]
+    made = [
+        calibrate(whole(seen=trained), trials=8, storage=journal, target_steps=to) for to in targets
+    ]
     assert [recipe.steps for recipe in made] == [TARGET, 2 * TARGET, STEPS]
     assert len(trained) == 8
     assert made[-1].lr == pytest.approx(calibrate(whole(), trials=8).lr)
@@ -186,7 +203,9 @@ def test_a_study_of_several_lengths_or_batches_is_refused(made_with, of_trials):
     storage = optuna.storages.InMemoryStorage()
     of_an_earlier_version(storage, made_with, of_trials)
     before = dict(optuna.load_study(study_name="calibration", storage=storage).user_attrs)
-    with pytest.raises(ra.CalibrationError, match="by an earlier version with several lengths or batches"):
+    with pytest.raises(
+        ra.CalibrationError, match="by an earlier version with several lengths or batches"
+    ):
         calibrate(whole(), trials=4, storage=storage)
     after = optuna.load_study(study_name="calibration", storage=storage)
     assert (dict(after.user_attrs), len(after.trials)) == (before, 3)

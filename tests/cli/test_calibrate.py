@@ -89,7 +89,13 @@ def test_it_writes_the_recipe(folder):
     done = call(*QUICK, "--ranks", "2,4", "--trials", 6, "--batch", 8, "--warmup", 0.1, "--seed", 3)
     assert done.exit_code == 0, done.output
     recipe = ra.Recipe.load("made/r.toml")
-    assert (recipe.name, recipe.ranks, recipe.steps, recipe.batch, recipe.warmup) == ("r", (2, 4), 10, 8, 0.1)
+    assert (recipe.name, recipe.ranks, recipe.steps, recipe.batch, recipe.warmup) == (
+        "r",
+        (2, 4),
+        10,
+        8,
+        0.1,
+    )
     assert (recipe.seed, len(recipe.tensors["lr"])) == (3, 6)
     assert "6 trials" in done.output
     assert f"base rate {recipe.lr:.3g}" in done.output
@@ -100,8 +106,30 @@ def test_it_writes_the_recipe(folder):
 
 def test_every_option_reaches_the_calibration(folder):
     """Budget, full runs, seeds, range, optimizer, law, name and storage are those asked for."""
-    options = ["--budget", 60, "--full-trials", 1, "--seeds", "5", "--lr-range", "1e-4,1e-1", "--optimizer", "sgd"]
-    more = ["--law", "loraplus", "--name", "mine", "--storage", "kept/here.journal", "--ranks", "2,8", "--until", 0.01]
+    options = [
+        "--budget",
+        60,
+        "--full-trials",
+        1,
+        "--seeds",
+        "5",
+        "--lr-range",
+        "1e-4,1e-1",
+        "--optimizer",
+        "sgd",
+    ]
+    more = [
+        "--law",
+        "loraplus",
+        "--name",
+        "mine",
+        "--storage",
+        "kept/here.journal",
+        "--ranks",
+        "2,8",
+        "--until",
+        0.01,
+    ]
     done = call(*QUICK, *options, *more)
     assert done.exit_code == 0, done.output
     recipe = ra.Recipe.load("made/r.toml")
@@ -138,7 +166,9 @@ def started(*arguments, env=(), **options):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **dict(env)}
     command = [sys.executable, "-m", "rankaware_optim", "calibrate", *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, **options)
+    return subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=pipe, text=True, **options
+    )
 
 
 def ended(process):
@@ -167,7 +197,19 @@ def assert_shared(trials, count: int) -> None:
 
 def test_two_workers_share_the_trials(folder):
     """--workers 2 runs the number asked for in two processes, and no rank, seed and rate twice."""
-    command = ["slow_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 24, "--workers", 2]
+    command = [
+        "slow_loops:train",
+        "--steps",
+        10,
+        "-o",
+        "r.toml",
+        "--ranks",
+        "2,32",
+        "--trials",
+        24,
+        "--workers",
+        2,
+    ]
     ended(started(*command, env={"PROCESSES": "2"}))
     assert_shared(trials_of("r.journal", "r"), 24)
     assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 24
@@ -175,7 +217,19 @@ def test_two_workers_share_the_trials(folder):
 
 def test_too_small_a_budget_is_noted_once(folder):
     """A budget for too few runs is a note that names the options, once for all workers."""
-    command = ["slow_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--budget", 30, "--workers", 2]
+    command = [
+        "slow_loops:train",
+        "--steps",
+        10,
+        "-o",
+        "r.toml",
+        "--ranks",
+        "2,32",
+        "--budget",
+        30,
+        "--workers",
+        2,
+    ]
     process = started(*command, env={"PROCESSES": "2"})
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
@@ -186,7 +240,19 @@ def test_too_small_a_budget_is_noted_once(folder):
 
 def test_warnings_of_all_workers_are_notes(folder):
     """A warning of the training function is a note in every worker, not a line in Python's form."""
-    command = ["slow_loops:warns", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 12, "--workers", 2]
+    command = [
+        "slow_loops:warns",
+        "--steps",
+        10,
+        "-o",
+        "r.toml",
+        "--ranks",
+        "2,32",
+        "--trials",
+        12,
+        "--workers",
+        2,
+    ]
     process = started(*command, env={"PROCESSES": "2"})
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
@@ -196,8 +262,21 @@ def test_warnings_of_all_workers_are_notes(folder):
 
 def test_the_same_command_elsewhere_joins(folder):
     """Two commands with one storage share the trials, and both write the whole recipe."""
-    common = ["slow_loops:train", "--steps", 10, "--ranks", "2,32", "--trials", 24, "--storage", "s.journal"]
-    pair = [started(*common, "--name", "shared", "-o", f"{i}.toml", env={"PROCESSES": "2"}) for i in range(2)]
+    common = [
+        "slow_loops:train",
+        "--steps",
+        10,
+        "--ranks",
+        "2,32",
+        "--trials",
+        24,
+        "--storage",
+        "s.journal",
+    ]
+    pair = [
+        started(*common, "--name", "shared", "-o", f"{i}.toml", env={"PROCESSES": "2"})
+        for i in range(2)
+    ]
     for process in pair:
         ended(process)
     assert_shared(trials_of("s.journal", "shared"), 24)
@@ -211,12 +290,26 @@ def test_without_a_terminal_every_trial_is_a_line(folder):
     log = logging.getLogger("rankaware_optim.calibration")
     before = log.level, log.propagate, list(log.handlers)
     done = call(*QUICK, "--ranks", "2,32", "--trials", 3)
-    assert [line.partition(" · ")[0] for line in done.stderr.splitlines()] == [f"trial {i}/3" for i in (1, 2, 3)]
+    assert [line.partition(" · ")[0] for line in done.stderr.splitlines()] == [
+        f"trial {i}/3" for i in (1, 2, 3)
+    ]
     assert (log.level, log.propagate, log.handlers) == before
 
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="processes get signals")
-LONG = ["slow_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 500, "--workers", 2]
+LONG = [
+    "slow_loops:train",
+    "--steps",
+    10,
+    "-o",
+    "r.toml",
+    "--ranks",
+    "2,32",
+    "--trials",
+    500,
+    "--workers",
+    2,
+]
 
 
 @POSIX
@@ -278,7 +371,19 @@ def train(trial):
 def test_a_worker_that_hangs_is_not_waited_for(hang, folder):
     """The others run its trial too, the recipe is written with the last of them, and the worker is ended."""
     (folder / "hanging_loops.py").write_text(HANGING.replace("HANG", hang))
-    command = ["hanging_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 6, "--workers", 2]
+    command = [
+        "hanging_loops:train",
+        "--steps",
+        10,
+        "-o",
+        "r.toml",
+        "--ranks",
+        "2,32",
+        "--trials",
+        6,
+        "--workers",
+        2,
+    ]
     process = started(*command, env={"PROCESSES": "2" if "stop" in hang else "1"})
     out, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
@@ -337,17 +442,25 @@ BAD = [
     (["loops:train", *RANKS[:-1], "r.yaml"], "ends in .toml"),
     (["loops:train", *RANKS, "--budget", 5], "--budget 5 is too small for"),
     (["loops:train", *RANKS, "--trials", 0], "Error: --trials is 0."),
-    (["loops:train", *RANKS, "--target-steps", 5], "Error: --target-steps 5 is less than the 10 steps of a trial."),
+    (
+        ["loops:train", *RANKS, "--target-steps", 5],
+        "Error: --target-steps 5 is less than the 10 steps of a trial.",
+    ),
     (["loops:train", *RANKS, "--lr-range", "1,1"], "Error: --lr-range is"),
     (["loops:train", *RANKS, "--optimizer", "unheard-of"], "Unknown optimizer"),
     (["loops:train", *RANKS, "--storage", "no-such-db://here"], "is not a storage"),
-    (["loops:train", *RANKS, "--storage", "/proc/nowhere/s.journal"], "storage /proc/nowhere/s.journal failed"),
+    (
+        ["loops:train", *RANKS, "--storage", "/proc/nowhere/s.journal"],
+        "storage /proc/nowhere/s.journal failed",
+    ),
     (["loops:train", *RANKS, "--storage", "/dev/full"], "is not a file"),
     (["loops:train", *RANKS, "--storage", "."], "is not a file"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_an_error_is_a_sentence(arguments, message, folder):
     """Bad input ends with code 1 and one line that says what is wrong, and no recipe is written."""
     done = call(*arguments)
@@ -358,7 +471,9 @@ def test_an_error_is_a_sentence(arguments, message, folder):
     assert not Path("r.toml").exists()
 
 
-@pytest.mark.parametrize("wrong", [["--ranks", "2;4"], ["--lr-range", "low,high"], ["--workers", 0]], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [["--ranks", "2;4"], ["--lr-range", "low,high"], ["--workers", 0]], ids=str
+)
 def test_wrong_usage_shows_the_usage(wrong, folder):
     """Text where numbers belong ends with code 2."""
     done = call("loops:train", *RANKS, *wrong)
@@ -377,7 +492,10 @@ def test_another_configuration_of_the_same_name_is_refused(folder):
 
 MESSAGES = [
     ("Give another name=, or another storage=.", "Give another --name, or another --storage."),
-    ("It was made with lr_range=[1, 2]; batch=8.", "It was made with --lr-range [1, 2]; --batch 8."),
+    (
+        "It was made with lr_range=[1, 2]; batch=8.",
+        "It was made with --lr-range [1, 2]; --batch 8.",
+    ),
     ("seeds is (0, 0). The name is text.", "--seeds is (0, 0). The name is text."),
     ("law=Power(law=MuA(steps=None)), steps=2", "--law Power(law=MuA(steps=None)), --steps 2"),
     ("weight_decay=0.1, my_steps=2, x.seed=3", "weight_decay=0.1, my_steps=2, x.seed=3"),
@@ -402,7 +520,9 @@ def test_a_full_disk_is_said_and_nothing_is_lost(folder, monkeypatch):
     monkeypatch.setattr(_liveness, "_BEAT_S", 0.1)  # the trial could not be given back
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     arguments = ["loops:train", *map(str, RANKS), "--trials", "6"]
-    limited = f"ulimit -f 12; exec {sys.executable} -m rankaware_optim calibrate {' '.join(arguments)}"
+    limited = (
+        f"ulimit -f 12; exec {sys.executable} -m rankaware_optim calibrate {' '.join(arguments)}"
+    )
     done = subprocess.run(["bash", "-c", limited], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert "Error: The study's storage r.journal failed: [Errno 27] File too large" in done.stderr

@@ -40,7 +40,11 @@ def recipe(tmp_path):
         steps=100,
         batch=16.0,
         versions={"torch": "2.6"},
-        tensors={"rank": np.array([4, 64]), "lr": np.array([1e-3, 2e-3]), "value": np.array([0.5, 0.4])},
+        tensors={
+            "rank": np.array([4, 64]),
+            "lr": np.array([1e-3, 2e-3]),
+            "value": np.array([0.5, 0.4]),
+        },
     )
     return made.save(tmp_path / "digits.toml"), made
 
@@ -53,8 +57,13 @@ def folder(tmp_path):
     tensors |= {f"{name}.lora_B.weight": torch.zeros(48, 8) for name in names}
     made = tmp_path / "adapter"
     made.mkdir()
-    save_file({**tensors, "base_model.model.score.weight": torch.zeros(2, 2)}, made / "adapter_model.safetensors")
-    (made / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16, "init_lora_weights": True}))
+    save_file(
+        {**tensors, "base_model.model.score.weight": torch.zeros(2, 2)},
+        made / "adapter_model.safetensors",
+    )
+    (made / "adapter_config.json").write_text(
+        json.dumps({"r": 8, "lora_alpha": 16, "init_lora_weights": True})
+    )
     return made
 
 
@@ -69,7 +78,9 @@ def number(output: str, name: str) -> float:
 
 def test_the_module_is_the_command():
     """`python -m rankaware_optim --help` lists the commands."""
-    done = subprocess.run([sys.executable, "-m", "rankaware_optim", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "rankaware_optim", "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: rankaware ")
     assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
@@ -94,7 +105,10 @@ def test_inspect_reads_a_peft_folder(folder):
 
 def test_inspect_adds_rates_to_a_base_rate(folder):
     """--lr with --tuned-at adds the law's multipliers and rates; at its own configuration nothing changes."""
-    own, other = (call("inspect", folder, "--lr", "2e-4", "--tuned-at", at) for at in ("r=8,alpha=16", "r=64,alpha=16"))
+    own, other = (
+        call("inspect", folder, "--lr", "2e-4", "--tuned-at", at)
+        for at in ("r=8,alpha=16", "r=64,alpha=16")
+    )
     assert own.exit_code == other.exit_code == 0
     assert own.output.count(" 0.0002 ") == 2
     assert other.output.count(" 0.0002 ") == 0
@@ -158,14 +172,23 @@ def test_convert_takes_the_rate_from_the_adapter(tmp_path):
     ):
         tensors = {}
         for name, width in (("lora_unet_q", 32), ("lora_te_q", 64)):
-            tensors |= {f"{name}.lora_down.weight": torch.zeros(16, width), f"{name}.alpha": torch.tensor(16.0)}
+            tensors |= {
+                f"{name}.lora_down.weight": torch.zeros(16, width),
+                f"{name}.alpha": torch.tensor(16.0),
+            }
             tensors[f"{name}.lora_up.weight"] = torch.zeros(width, 16)
         save_file(tensors, tmp_path / "x.safetensors", {**said, "ss_optimizer": optimizer})
         done = call("convert", "--from", tmp_path / "x.safetensors", "--to", "r=64")
         assert done.exit_code == 0, done.output
-        assert f"UNet was trained at 0.0002, rank 16, alpha 16, B = 0 by {optimizer} over 1600 steps." in done.output
+        assert (
+            f"UNet was trained at 0.0002, rank 16, alpha 16, B = 0 by {optimizer} over 1600 steps."
+            in done.output
+        )
         for rate, width in ((2e-4, 32), (5e-5, 64)):
-            words = {"from_": f"r=16,alpha=16,fan_in={width}", "to": f"r=64,alpha=16,fan_in={width}"}
+            words = {
+                "from_": f"r=16,alpha=16,fan_in={width}",
+                "to": f"r=64,alpha=16,fan_in={width}",
+            }
             assert convert_lr(rate, **words, law=law).explain() in done.output
 
 
@@ -181,14 +204,20 @@ def test_convert_prints_what_convert_lr_gives():
     words = {"from_": "r=16,alpha=32,fan_in=512", "to": "r=128,alpha=16,rslora"}
     for law in ("mua", "loraplus"):
         done = call("convert", "2e-4", "--from", words["from_"], "--to", words["to"], "--law", law)
-        assert (done.exit_code, done.output.rstrip("\n")) == (0, convert_lr(2e-4, **words, law=law).explain())
+        assert (done.exit_code, done.output.rstrip("\n")) == (
+            0,
+            convert_lr(2e-4, **words, law=law).explain(),
+        )
 
 
 def test_convert_says_how_an_option_gives_the_width():
     """Without a width the note has an option to copy, which ends the note."""
     printed = call("convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=64").output
     assert "Give your model's, such as --from r=16,alpha=32,fan_in=4096." in printed
-    assert "No width" not in call("convert", "2e-4", "--from", "r=16,alpha=32,fan_in=4096", "--to", "r=64").output
+    assert (
+        "No width"
+        not in call("convert", "2e-4", "--from", "r=16,alpha=32,fan_in=4096", "--to", "r=64").output
+    )
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------
@@ -264,7 +293,10 @@ BAD = [
     (["inspect", "adapter", "--lr", "nan"], "lr is nan"),
     (["inspect", "adapter", "--lr", "1e-3", "--law", "unheard-of"], "Known are"),
     (["inspect", "adapter", "--lr", "1e-3", "--tuned-at", "r=8"], "alpha"),
-    (["inspect", "adapter", "--lr", "1e-3", "--tuned-at", "r=x"], 'as "r=16,alpha=32,rslora,init=B,fan_in=4096'),
+    (
+        ["inspect", "adapter", "--lr", "1e-3", "--tuned-at", "r=x"],
+        'as "r=16,alpha=32,rslora,init=B,fan_in=4096',
+    ),
     (["inspect", "pickled.bin"], "pickled.bin is a pickle"),
     (["convert", "1e-3", "--from", "r=8", "--to", "r=8,alpha=8"], "alpha"),
     (["convert", "1e-3", "--from", "r=8,alpha=8", "--to", "r=x"], "r=x"),
@@ -282,11 +314,16 @@ BAD = [
     (["lr", "digits.toml", "--rank", "8", "--batch", "nan"], "batch is nan"),
     (["plot", "nowhere.toml", "-o", "out.png"], "no recipe at nowhere.toml"),
     (["show", f"{'x' * 300}.toml"], "cannot be read"),
-    (["fit", "sweep.csv", "-o", "out.toml"], "choose one by columns={'loss': ...} (--column loss=...)"),
+    (
+        ["fit", "sweep.csv", "-o", "out.toml"],
+        "choose one by columns={'loss': ...} (--column loss=...)",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
 def test_an_error_is_a_sentence(arguments, message, recipe, folder, tmp_path, monkeypatch):
     """Bad input ends with code 1 and one line that begins with Error, and nothing is written."""
     monkeypatch.chdir(tmp_path)
@@ -333,7 +370,9 @@ def test_wrong_usage_shows_the_usage(arguments, recipe, monkeypatch, tmp_path):
 def test_help_is_printed_where_the_console_lacks_a_letter():
     """On a console of another encoding, such as Windows', help is printed with a mark for the letters that it lacks."""
     command = [sys.executable, "-m", "rankaware_optim", "lr", "--help"]
-    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    done = subprocess.run(
+        command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"}
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"?rank" in done.stdout
 

@@ -22,7 +22,10 @@ def test_two_tasks_of_the_array_share_the_trials(tmp_path):
     (tmp_path / "finetune.sh").write_text(script)
     (tmp_path / "finetune.py").write_text(LOOP.replace("PAUSE", "0"))
     paths = {"PYTHONPATH": sys.path, "PATH": [str(Path(sys.executable).parent), os.environ["PATH"]]}
-    common = {**os.environ, **{name: os.pathsep.join(filter(None, parts)) for name, parts in paths.items()}}
+    common = {
+        **os.environ,
+        **{name: os.pathsep.join(filter(None, parts)) for name, parts in paths.items()},
+    }
     tasks = [
         subprocess.Popen(
             ["bash", "finetune.sh"],
@@ -39,4 +42,7 @@ def test_two_tasks_of_the_array_share_the_trials(tmp_path):
     first, second = (ra.Recipe.load(tmp_path / "recipes" / f"task-{i}.toml") for i in range(2))
     assert first.fitted_lr == second.fitted_lr
     seen = [json.loads(path.read_text()) for path in tmp_path.glob("seen-*")]
-    assert sorted((one["CUDA_VISIBLE_DEVICES"], one["threads"]) for one in seen) == [("0", 1), ("1", 1)]
+    assert sorted((one["CUDA_VISIBLE_DEVICES"], one["threads"]) for one in seen) == [
+        ("0", 1),
+        ("1", 1),
+    ]

@@ -22,7 +22,9 @@ LR, FROM, TO = "2e-4", "r=16,alpha=32,fan_in=512", "r=64,alpha=16,rslora,fan_in=
 
 
 def printed(tool, *options, to=TO):
-    done = CliRunner().invoke(main, ["convert", LR, "--from", FROM, "--to", to, "--as", tool, *options])
+    done = CliRunner().invoke(
+        main, ["convert", LR, "--from", FROM, "--to", to, "--as", tool, *options]
+    )
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -60,24 +62,37 @@ def words_of(tool, out):
         return {name.lower(): text for name, text in re.findall(r'RANKAWARE_(\w+)="([^"]*)"', out)}
     flags = shlex.split(out.replace("\\\n", " "), comments=True)
     given = flags[flags.index("--network_args") + 1 :]
-    return {name[len("rankaware_") :]: text for name, text in (flag.split("=", 1) for flag in given)}
+    return {
+        name[len("rankaware_") :]: text for name, text in (flag.split("=", 1) for flag in given)
+    }
 
 
 @pytest.mark.parametrize("tool", ["axolotl", "swift", "kohya"])
 def test_a_plug_in_is_given_the_reference_and_the_tuned_rate(tool):
     """The settings read back are the reference and the law that were asked for; the rate is the tuned one."""
     out = printed(tool, "--law", "mua")
-    assert settings_from_words(words_of(tool, out)) == {"tuned_at": parse_reference(FROM), "law": "mua"}
+    assert settings_from_words(words_of(tool, out)) == {
+        "tuned_at": parse_reference(FROM),
+        "law": "mua",
+    }
     assert re.search(r"learning_rate:? 0.0002", out)
 
 
 @pytest.mark.parametrize("tool", ["axolotl", "swift", "kohya", "trl"])
-@pytest.mark.parametrize(("to", "batch"), [("r=16,alpha=32,batch=64", 64), ("r=16,alpha=32,batch=16", None)])
+@pytest.mark.parametrize(
+    ("to", "batch"), [("r=16,alpha=32,batch=64", 64), ("r=16,alpha=32,batch=16", None)]
+)
 def test_another_batch_is_given_too(tool, to, batch):
     """Where the rate moves with the batch, a plug-in gets the new batch, and no note says that the rate stays."""
-    done = CliRunner().invoke(main, ["convert", LR, "--from", "r=16,alpha=32,batch=16", "--to", to, "--as", tool])
+    done = CliRunner().invoke(
+        main, ["convert", LR, "--from", "r=16,alpha=32,batch=16", "--to", to, "--as", tool]
+    )
     given = re.search(r"batch=(\d+),$", done.output, re.MULTILINE) if tool == "trl" else None
-    found = given and int(given[1]) if tool == "trl" else settings_from_words(words_of(tool, done.output)).get("batch")
+    found = (
+        given and int(given[1])
+        if tool == "trl"
+        else settings_from_words(words_of(tool, done.output)).get("batch")
+    )
     assert found == batch
     assert ("do not change" in done.output) == (batch is None)
 
@@ -92,7 +107,11 @@ def test_trls_lines_are_python():
 
 def test_tools_without_rslora_get_the_alpha_that_gives_the_same_multiplier():
     """kohya, Automodel and OneTrainer divide alpha by the rank: alpha 16 over √64 is alpha 128 over 64."""
-    for tool, words in (("kohya", "--network_alpha 128 "), ("automodel", "alpha: 128"), ("onetrainer", "alpha: 128")):
+    for tool, words in (
+        ("kohya", "--network_alpha 128 "),
+        ("automodel", "alpha: 128"),
+        ("onetrainer", "alpha: 128"),
+    ):
         assert words in printed(tool)
 
 
@@ -113,13 +132,17 @@ def test_the_file_of_ms_swift_is_there():
 @pytest.mark.parametrize("tool", TOOLS)
 def test_init_b_has_no_such_lines(tool):
     """No tool's own settings start adapters at Init[B], so lines for it would train at a rate of another init."""
-    done = CliRunner().invoke(main, ["convert", LR, "--from", FROM, "--to", "r=64,init=B", "--as", tool])
+    done = CliRunner().invoke(
+        main, ["convert", LR, "--from", FROM, "--to", "r=64,init=B", "--as", tool]
+    )
     assert done.exit_code == 1
     assert "at Init[A]" in done.output
 
 
 def test_full_finetuning_has_no_such_lines():
     """--as is for adapters: to full finetuning it is a sentence."""
-    done = CliRunner().invoke(main, ["convert", LR, "--from", FROM, "--to", "full,fan_in=512", "--as", "trl"])
+    done = CliRunner().invoke(
+        main, ["convert", LR, "--from", FROM, "--to", "full,fan_in=512", "--as", "trl"]
+    )
     assert done.exit_code == 1
     assert "for adapters" in done.output

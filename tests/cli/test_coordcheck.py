@@ -25,7 +25,9 @@ def call(*arguments):
 
 def ranks_and(column: str, output: str) -> dict[str, str]:
     """A column of the printed table by rank, of a check of one layer."""
-    lines = [line.split() for line in output.splitlines() if re.match(r"\s+(layer|\S+x\S+)\s", line)]
+    lines = [
+        line.split() for line in output.splitlines() if re.match(r"\s+(layer|\S+x\S+)\s", line)
+    ]
     heads = lines[0]
     return {cells[heads.index("rank")]: cells[heads.index(column)] for cells in lines[1:]}
 
@@ -88,9 +90,13 @@ def test_alpha_says_how_the_multiplier_follows_the_rank(options, scalings):
 
 def test_it_prints_what_the_function_sees():
     """The printed report is that of `coordinate_check` with the same arguments; a shape is (n_out, n_in)."""
-    result = call("--shape", "64x32", "--shape", "32×32", "--tokens", 64, "--ranks", "2, 8", "--lr", 0.01)
+    result = call(
+        "--shape", "64x32", "--shape", "32×32", "--tokens", 64, "--ranks", "2, 8", "--lr", 0.01
+    )
     shapes = {"64x32": (64, 32), "32x32": (32, 32)}
-    assert result.output == f"{coordinate_check(shapes, 'AdamW', tokens=64, ranks=(2, 8), lr=0.01)}\n"
+    assert (
+        result.output == f"{coordinate_check(shapes, 'AdamW', tokens=64, ranks=(2, 8), lr=0.01)}\n"
+    )
 
 
 def test_one_layer_is_checked_by_default():
@@ -114,8 +120,12 @@ def test_an_adapter_says_the_shapes(adapter):
     """An adapter's layers are checked in place of given shapes, equal ones once, at the ranks asked for."""
     result = call(adapter, "--tokens", 64, "--ranks", "2,8")
     assert result.exit_code == 0, result.output
-    rows = [line.split()[:4] for line in result.output.splitlines() if re.match(r"\s+(q|o|up)\s", line)]
-    assert [row[1:] for row in rows] == [[*fans, rank] for fans in (("32", "32"), ("32", "48")) for rank in "28"]
+    rows = [
+        line.split()[:4] for line in result.output.splitlines() if re.match(r"\s+(q|o|up)\s", line)
+    ]
+    assert [row[1:] for row in rows] == [
+        [*fans, rank] for fans in (("32", "32"), ("32", "48")) for rank in "28"
+    ]
 
 
 def test_an_adapter_without_layers_is_refused(tmp_path):
@@ -157,7 +167,11 @@ BAD = [
     (("--shape", "0x8"), 2, "'0x8' is not a shape"),
     (("--shape", "8x8x8"), 2, "'8x8x8' is not a shape"),
     (("--shape", "-8x8"), 2, "'-8x8' is not a shape"),
-    (("--shape", "300000x300000"), 1, "The layer 300000x300000 with 512 tokens at rank 64 needs 1.29 GiB"),
+    (
+        ("--shape", "300000x300000"),
+        1,
+        "The layer 300000x300000 with 512 tokens at rank 64 needs 1.29 GiB",
+    ),
     (("--tokens", 10**9), 1, "with 1000000000 tokens"),
     (("--tokens", 0), 1, "--tokens 0.*positive whole numbers"),
     (("--steps", 0), 1, "--steps 0"),

@@ -17,7 +17,9 @@ from ..helpers.recipes import RECIPE
 HERE = FACTORS.index(1.0)
 
 
-def checked(*above: tuple[float, float, float], seeds: tuple[float, float, float] = (0.3, 0.5, 0.7)) -> TransferCheck:
+def checked(
+    *above: tuple[float, float, float], seeds: tuple[float, float, float] = (0.3, 0.5, 0.7)
+) -> TransferCheck:
     """A check at rank 16 whose losses lie so far above those at the recipe's rate, seed by seed."""
     rows = tuple(tuple(seed + more for seed, more in zip(seeds, row, strict=True)) for row in above)
     return TransferCheck(16, RECIPE.at(rank=16), rows, start=2.5)
@@ -38,10 +40,26 @@ def test_errors_leave_out_what_seeds_share() -> None:
 
 
 VERDICTS = {
-    "the best": (checked(WORSE, WORSE, SAME, WORSE, DIVERGED), "was the best of the five", "it held."),
-    "a little worse": (checked(WORSE, BETTER, SAME, WORSE, DIVERGED), "lost 1.0% ± 0.3% .* to half of it", "it held."),
-    "worse": (checked(WORSE, WORSE, SAME, WORSE, (-0.2, -0.2, -0.2)), "lost 9.1% .* to four times it", "it missed."),
-    "diverged": (checked(WORSE, WORSE, DIVERGED, SAME, SAME), "diverged, unlike twice it", "it missed."),
+    "the best": (
+        checked(WORSE, WORSE, SAME, WORSE, DIVERGED),
+        "was the best of the five",
+        "it held.",
+    ),
+    "a little worse": (
+        checked(WORSE, BETTER, SAME, WORSE, DIVERGED),
+        "lost 1.0% ± 0.3% .* to half of it",
+        "it held.",
+    ),
+    "worse": (
+        checked(WORSE, WORSE, SAME, WORSE, (-0.2, -0.2, -0.2)),
+        "lost 9.1% .* to four times it",
+        "it missed.",
+    ),
+    "diverged": (
+        checked(WORSE, WORSE, DIVERGED, SAME, SAME),
+        "diverged, unlike twice it",
+        "it missed.",
+    ),
 }
 
 
@@ -77,7 +95,20 @@ def test_the_table_shows_every_factor() -> None:
         console.print(table([checked(WORSE, BETTER, SAME, WORSE, DIVERGED)]))
     first, second = shown.get().rstrip().splitlines()[-2:]
     assert first.split()[3:] == ["0.700", "0.480", "0.500", "0.700", "inf"]
-    assert second.split() == ["+0.20", "±", "0.00", "-0.02", "±", "0.01", "+0.20", "±", "0.00", "+inf", "±", "nan"]
+    assert second.split() == [
+        "+0.20",
+        "±",
+        "0.00",
+        "-0.02",
+        "±",
+        "0.01",
+        "+0.20",
+        "±",
+        "0.00",
+        "+inf",
+        "±",
+        "nan",
+    ]
 
 
 def test_the_time_left_is_said_in_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,7 +104,9 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     assert script is not None
     paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths))}
-    return subprocess.run([script, *command.split()], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [script, *command.split()], cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 def marks(folder: Path) -> list[str]:

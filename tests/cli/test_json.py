@@ -19,7 +19,15 @@ from rankaware_optim.recipe import to_document
 from ..helpers.recipes import RECIPE
 
 RATE = {"lr", "low", "high", "ceiling", "extrapolated", "notes", "configuration"}
-CONVERSION = {"lr_a", "lr_b", "eps_scale_a", "eps_scale_b", "weight_decay_scale_a", "weight_decay_scale_b", "a_scale"}
+CONVERSION = {
+    "lr_a",
+    "lr_b",
+    "eps_scale_a",
+    "eps_scale_b",
+    "weight_decay_scale_a",
+    "weight_decay_scale_b",
+    "a_scale",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +36,13 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     RECIPE.save("r.toml")
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16}))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"r": 8, "lora_alpha": 16})
+    )
     tensors = {"q.lora_A.weight": (8, 32), "q.lora_B.weight": (48, 8), "head.weight": (2, 2)}
-    made = {f"base_model.model.{name}": np.zeros(shape, np.float32) for name, shape in tensors.items()}
+    made = {
+        f"base_model.model.{name}": np.zeros(shape, np.float32) for name, shape in tensors.items()
+    }
     save_file(made, tmp_path / "adapter" / "adapter_model.safetensors")
     losses = [(r, 2.0**x, 1 + 0.1 * (x + 11) ** 2) for r in (8, 64) for x in range(-14, -8)]
     rows = [f"{r},{r},64,{lr},{loss}" for r, lr, loss in losses]
@@ -55,7 +67,9 @@ KEYS = [
 
 
 @pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
-@pytest.mark.parametrize(("arguments", "keys"), KEYS, ids=lambda value: " ".join(value) if type(value) is list else "")
+@pytest.mark.parametrize(
+    ("arguments", "keys"), KEYS, ids=lambda value: " ".join(value) if type(value) is list else ""
+)
 def test_an_object_has_these_keys(arguments, keys):
     """The document is an object with exactly these keys, whatever is unknown being null."""
     assert document(*arguments).keys() == keys
@@ -64,18 +78,35 @@ def test_an_object_has_these_keys(arguments, keys):
 def test_the_numbers_are_those_of_python():
     """lr, convert and suggest give what Recipe.at, convert_lr and suggest_lr return, to the last digit."""
     rate, found = RECIPE.at(8), document("lr", "r.toml", "--rank", 8)
-    assert [found["lr"], found["low"], found["high"], found["ceiling"]] == [rate.lr, rate.low, rate.high, rate.ceiling]
+    assert [found["lr"], found["low"], found["high"], found["ceiling"]] == [
+        rate.lr,
+        rate.low,
+        rate.high,
+        rate.ceiling,
+    ]
     (found,) = document("convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=16,alpha=16")
     made = convert_lr(2e-4, from_="r=16,alpha=32", to="r=16,alpha=16")
-    assert [found["lr"], found["lr_a"], found["lr_b"], found["exact"]] == [made.lr, made.lr_a, made.lr_b, made.exact]
-    assert document("suggest", "--rank", 16, "--alpha", 32)["lr"] == suggest_lr(Reference(16, 32)).lr
+    assert [found["lr"], found["lr_a"], found["lr_b"], found["exact"]] == [
+        made.lr,
+        made.lr_a,
+        made.lr_b,
+        made.exact,
+    ]
+    assert (
+        document("suggest", "--rank", 16, "--alpha", 32)["lr"] == suggest_lr(Reference(16, 32)).lr
+    )
 
 
 def test_convert_says_from_where_to_where():
     """Each entry has the rate before, both places in words that --from and --to read, and no bound it does not know."""
     (found,) = document("convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=64")
     assert found.keys() == RATE | CONVERSION | {"exact", "part", "from_lr", "from", "to"}
-    assert [found[key] for key in ("part", "from_lr", "from", "to")] == [None, 2e-4, "r=16,alpha=32", "r=64,alpha=32"]
+    assert [found[key] for key in ("part", "from_lr", "from", "to")] == [
+        None,
+        2e-4,
+        "r=16,alpha=32",
+        "r=64,alpha=32",
+    ]
     assert found["high"] is None
 
 

@@ -61,4 +61,6 @@ def test_the_command_needs_no_torch(arguments, folder):
 
 def test_the_check_can_fail(folder):
     """The same check sees the torch of a command that steps a real optimizer."""
-    assert "torch" in held_after(["coordcheck", "--shape", "8x8", "--ranks", "2,4", "--tokens", "8"], folder)
+    assert "torch" in held_after(
+        ["coordcheck", "--shape", "8x8", "--ranks", "2,4", "--tokens", "8"], folder
+    )

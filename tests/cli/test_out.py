@@ -30,7 +30,12 @@ OTHERS = [
     (CALIBRATE, "pyproject.toml", b'[project]\nname = "mine"\n', "a recipe"),
     (CALIBRATE, "settings.toml", b"schema = 1\n[server]\n", "a recipe"),
     (FIT, "pyproject.toml", b'[project]\nname = "mine"\n', "a recipe"),
-    (["report", None], "index.html", b"<!doctype html><title>Mine</title>", "a page of `rankaware report`"),
+    (
+        ["report", None],
+        "index.html",
+        b"<!doctype html><title>Mine</title>",
+        "a page of `rankaware report`",
+    ),
     (["report", None], "made.toml", TEXT, "a page of `rankaware report`"),
     (["plot", None], "made.png", TEXT, "a PNG picture"),
     (["plot", None], "made.svg", PICTURE, "an SVG picture"),
@@ -39,7 +44,9 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(("command", "name", "data", "kind"), OTHERS, ids=[f"{c[0]} {name}" for c, name, *_ in OTHERS])
+@pytest.mark.parametrize(
+    ("command", "name", "data", "kind"), OTHERS, ids=[f"{c[0]} {name}" for c, name, *_ in OTHERS]
+)
 def test_what_is_not_recognised_is_left(command, name, data, kind, recipe, tmp_path):
     """A file of another kind stays as it is; the error comes before any work, in one sentence with its cure."""
     out = tmp_path / name
@@ -47,7 +54,9 @@ def test_what_is_not_recognised_is_left(command, name, data, kind, recipe, tmp_p
     done = call(*(recipe if part is None else part for part in command), "-o", out)
     assert done.exit_code == 1
     cure = "Give another file, or remove this one."
-    assert done.stderr == f"Error: {out} exists and is not {kind}, so it was not overwritten. {cure}\n"
+    assert (
+        done.stderr == f"Error: {out} exists and is not {kind}, so it was not overwritten. {cure}\n"
+    )
     assert list(tmp_path.iterdir()) == [out]
     assert out.read_bytes() == data
 

@@ -64,7 +64,10 @@ def test_visible_gpus_have_the_names_of_cuda(environment, count, names):
 
 BAD = [
     (lambda: visible_devices({"CUDA_VISIBLE_DEVICES": "0,9"}, 1), "torch finds 1 of these GPUs"),
-    (lambda: chosen_devices(("0", "7"), ["0", "1"]), "There is no GPU 7 here: the visible ones are 0, 1."),
+    (
+        lambda: chosen_devices(("0", "7"), ["0", "1"]),
+        "There is no GPU 7 here: the visible ones are 0, 1.",
+    ),
     (lambda: chosen_devices(("0",), []), "There is no GPU 0 here: no GPU is visible."),
     (lambda: chosen_devices(("1", "1"), ["0", "1"]), "has a GPU twice"),
 ]
@@ -98,7 +101,11 @@ SEEN = [
 @pytest.mark.parametrize(("visible", "options", "each"), SEEN)
 def test_workers_see_their_own_gpus(visible, options, each, folder):
     """Each process of the command, its own first one too, sees the GPUs and threads dealt to it, and no others."""
-    ended(started(*COMMAND, *options, env={"CUDA_VISIBLE_DEVICES": visible, "PROCESSES": str(len(each))}))
+    ended(
+        started(
+            *COMMAND, *options, env={"CUDA_VISIBLE_DEVICES": visible, "PROCESSES": str(len(each))}
+        )
+    )
     seen = [json.loads(path.read_text()) for path in folder.glob("seen-*")]
     assert sorted(one["CUDA_VISIBLE_DEVICES"] for one in seen) == each
     if len(each) > 1:
@@ -123,7 +130,9 @@ def test_the_environment_is_put_back(folder, monkeypatch):
     """A command called inside a process leaves its variables as they were."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    done = CliRunner().invoke(main, ["calibrate", *map(str, COMMAND), "--devices", "1", "--threads", "1"])
+    done = CliRunner().invoke(
+        main, ["calibrate", *map(str, COMMAND), "--devices", "1", "--threads", "1"]
+    )
     assert done.exit_code == 0, done.output
     assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]) == ("0,1", "2")
     [seen] = [json.loads(path.read_text()) for path in Path().glob("seen-*")]

@@ -24,7 +24,9 @@ class Net(nn.Module):
     def __init__(self, rank: int | None, scaling: float = 2.0, init: str = "A") -> None:
         super().__init__()
         layers = [nn.Linear(DIM, DIM, bias=False) for _ in range(2)]
-        self.layers = nn.ModuleList(layers if rank is None else [PlainLoRA(w, rank, scaling, init) for w in layers])
+        self.layers = nn.ModuleList(
+            layers if rank is None else [PlainLoRA(w, rank, scaling, init) for w in layers]
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:

@@ -38,8 +38,15 @@ def main(storage: str, seconds: float) -> None:
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        recipe = ra.calibrate(train, "adamw", ranks=(2, 4), steps=STEPS, trials=TRIALS, storage=storage)
-    print(len(recipe.tensors["lr"]), recipe.fitted_lr, *(str(warning.message) for warning in said), flush=True)
+        recipe = ra.calibrate(
+            train, "adamw", ranks=(2, 4), steps=STEPS, trials=TRIALS, storage=storage
+        )
+    print(
+        len(recipe.tensors["lr"]),
+        recipe.fitted_lr,
+        *(str(warning.message) for warning in said),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

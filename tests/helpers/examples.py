@@ -14,7 +14,9 @@ EXAMPLES, README = ROOT / "examples", ROOT / "README.md"
 
 def readme_blocks() -> tuple[str, str, str]:
     """For an own loop, for a trainer, for no rate yet."""
-    own_loop, trainer, no_rate = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
+    own_loop, trainer, no_rate = re.findall(
+        r"^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S
+    )
     return own_loop, trainer, no_rate
 
 
@@ -29,7 +31,13 @@ def run(folder: Path, *command: str, **environment: str) -> str:
     }  # they import tiny
     given = {**os.environ, **ours, **environment}
     done = subprocess.run(
-        command, cwd=folder, env=given, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=folder,
+        env=given,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout

@@ -18,7 +18,11 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         seen[f"{name} itself"] = id(module)
         for key, value in vars(module).items():
             seen[f"{name}.{key}"] = contents(value)
-    seen["random"] = (bits(torch.get_rng_state()), random.getstate(), contents(np.random.get_state()))
+    seen["random"] = (
+        bits(torch.get_rng_state()),
+        random.getstate(),
+        contents(np.random.get_state()),
+    )
     return seen
 
 
@@ -52,4 +56,8 @@ def bits(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """What differs between two fingerprints, by name."""
-    return [key for key in {**first, **second} if key not in first or key not in second or first[key] != second[key]]
+    return [
+        key
+        for key in {**first, **second}
+        if key not in first or key not in second or first[key] != second[key]
+    ]

@@ -84,8 +84,13 @@ def main(rounds: int) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 print("go", flush=True)
-                ra.calibrate_in_place(model, step, AdamW, ranks=(2, 8, None), steps=8, trials=12, **options)
-            except (KeyboardInterrupt, ra.CalibrationError) as error:  # so few steps may gain nothing
+                ra.calibrate_in_place(
+                    model, step, AdamW, ranks=(2, 8, None), steps=8, trials=12, **options
+                )
+            except (
+                KeyboardInterrupt,
+                ra.CalibrationError,
+            ) as error:  # so few steps may gain nothing
                 ended = type(error).__name__
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         except KeyboardInterrupt:  # came after all was put back

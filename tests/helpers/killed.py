@@ -41,7 +41,13 @@ def train(trial):
 
 def main(folder: Path) -> None:
     recipe = ra.calibrate(
-        train, "adamw", ranks=(2, 4), steps=STEPS, trials=TRIALS, storage=folder / "study.journal", progress=False
+        train,
+        "adamw",
+        ranks=(2, 4),
+        steps=STEPS,
+        trials=TRIALS,
+        storage=folder / "study.journal",
+        progress=False,
     )
     recipe.save(folder / "recipe.toml")
 

@@ -101,7 +101,10 @@ class ContainerLoRA(Adapted):
             self.lora_embedding_A = nn.ParameterDict({"default": nn.Parameter(a)})
             self.lora_embedding_B = nn.ParameterDict({"default": nn.Parameter(b)})
         else:
-            self.lora_A, self.lora_B = nn.ModuleDict({"default": Weight(a)}), nn.ModuleDict({"default": Weight(b)})
+            self.lora_A, self.lora_B = (
+                nn.ModuleDict({"default": Weight(a)}),
+                nn.ModuleDict({"default": Weight(b)}),
+            )
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(self.base_layer, nn.Embedding):
@@ -122,7 +125,13 @@ BASES = {
 
 
 def adapted(
-    style: str = "plain", kind: str = "linear", *, rank: int = 4, scaling: float = 2.0, init: str = "A", **options
+    style: str = "plain",
+    kind: str = "linear",
+    *,
+    rank: int = 4,
+    scaling: float = 2.0,
+    init: str = "A",
+    **options,
 ) -> Adapted:
     """One adapted layer of the style and kind named; further options are its base's: dtype, device."""
     return STYLES[style](BASES[kind](**options), rank, scaling, init)
@@ -152,7 +161,9 @@ def mlp(
     return model
 
 
-def batches(steps: int, *, width: int = 16, dtype: torch.dtype = torch.float32) -> Iterator[torch.Tensor]:
+def batches(
+    steps: int, *, width: int = 16, dtype: torch.dtype = torch.float32
+) -> Iterator[torch.Tensor]:
     """The same random inputs at every call."""
     source = torch.Generator().manual_seed(7)
     for _ in range(steps):
@@ -179,7 +190,9 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     """Whether two snapshots agree bit for bit."""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def _draw(base: nn.Module, rank: int, init: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,6 +200,10 @@ def _draw(base: nn.Module, rank: int, init: str) -> tuple[torch.Tensor, torch.Te
     weight = base.weight.detach()
     if isinstance(base, nn.Embedding):
         weight = weight.T
-    a = torch.randn_like(weight.new_empty(rank, *weight.shape[1:])) / math.sqrt(math.prod(weight.shape[1:]))
-    b = torch.randn_like(weight.new_empty(weight.shape[0], rank, *(1 for _ in weight.shape[2:]))) / math.sqrt(rank)
+    a = torch.randn_like(weight.new_empty(rank, *weight.shape[1:])) / math.sqrt(
+        math.prod(weight.shape[1:])
+    )
+    b = torch.randn_like(
+        weight.new_empty(weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
+    ) / math.sqrt(rank)
     return (torch.zeros_like(a) if init == "B" else a), (torch.zeros_like(b) if init == "A" else b)

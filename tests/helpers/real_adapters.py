@@ -84,14 +84,20 @@ def read(model: nn.Module) -> Read:
     survey = inspect_model(model)
     roles = [f.role for f in survey.factors]
     assert roles == ["A", "B"] * (len(roles) // 2), roles
-    fields = zip(*((f.convention, f.rank, f.scaling, f.init, f.kind) for f in survey.factors), strict=True)
+    fields = zip(
+        *((f.convention, f.rank, f.scaling, f.init, f.kind) for f in survey.factors), strict=True
+    )
     conventions, ranks, scalings, inits, kinds = map(set, fields)
     fans = tuple((f.fan_in, f.fan_out) for f in survey.factors if f.role == "A")
     others = {other_kind(name) for name in survey.other}
     return Read(conventions, ranks, fans, scalings, inits, kinds, others)
 
 
-MODULES = {"lycoris-lora": "lycoris.modules", "torchtune": "torchtune.modules.peft", "litgpt": "litgpt.lora"}
+MODULES = {
+    "lycoris-lora": "lycoris.modules",
+    "torchtune": "torchtune.modules.peft",
+    "litgpt": "litgpt.lora",
+}
 IN, OUT = 12, 20
 DENSE = ((IN, OUT),)
 
@@ -165,14 +171,18 @@ def peft_attention(*targets: str) -> Callable[[int, float], nn.Module]:
     def make(rank: int, alpha: float) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        return get_peft_model(Attention(), LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
+        return get_peft_model(
+            Attention(), LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+        )
 
     return make
 
 
 def peft_experts(transposed: bool, *names: str) -> Callable[[int, float], nn.Module]:
     return peft(
-        lambda: Experts(transposed, names), target_modules=[], target_parameters=[f"q.{name}" for name in names]
+        lambda: Experts(transposed, names),
+        target_modules=[],
+        target_parameters=[f"q.{name}" for name in names],
     )
 
 
@@ -209,7 +219,10 @@ def unet(rank: int, alpha: float) -> nn.Module:
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig
 
-    blocks: dict[str, Any] = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    blocks: dict[str, Any] = {
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    }
     model = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8,),
@@ -242,7 +255,9 @@ def legacy(rank: int, alpha: float) -> nn.Module:
     from diffusers.models.lora import LoRALinearLayer
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still in old checkpoints' loaders
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # deprecated, and still in old checkpoints' loaders
         return LoRALinearLayer(IN, OUT, rank=rank, network_alpha=alpha)
 
 
@@ -268,10 +283,17 @@ def mixture(rank: int, alpha: float) -> nn.Module:
 
 
 def _peft_cases() -> list[Case]:
-    def case(name: str, layer: Any = dense, inputs: Any = None, fans: Any = DENSE, **rest: Any) -> Case:
-        own = {"convention": "peft", **{k: rest.pop(k) for k in list(rest) if k in Case.__dataclass_fields__}}
+    def case(
+        name: str, layer: Any = dense, inputs: Any = None, fans: Any = DENSE, **rest: Any
+    ) -> Case:
+        own = {
+            "convention": "peft",
+            **{k: rest.pop(k) for k in list(rest) if k in Case.__dataclass_fields__},
+        }
         make = rest.pop("make_", None) or peft(layer, **rest)
-        return Case(f"PEFT {name}", "peft", make=make, inputs=inputs or drawn(4, IN), fans=fans, **own)
+        return Case(
+            f"PEFT {name}", "peft", make=make, inputs=inputs or drawn(4, IN), fans=fans, **own
+        )
 
     images = drawn(2, 4, 6, 6)
     conv = {"kind": "conv", "fans": ((36, 8),), "inputs": images}
@@ -283,7 +305,11 @@ def _peft_cases() -> list[Case]:
         case("Linear, rank_pattern", r=1, rank_pattern=lambda rank, _: {"q": rank}),
         case("Linear, alpha_pattern", lora_alpha=1, alpha_pattern=lambda _, alpha: {"q": alpha}),
         case("Linear, lora_bias", lora_bias=True, other=bias),
-        case("Linear, modules_to_save", modules_to_save=["head"], other="whole copy (modules_to_save)"),
+        case(
+            "Linear, modules_to_save",
+            modules_to_save=["head"],
+            other="whole copy (modules_to_save)",
+        ),
         case("Linear, gaussian", init_lora_weights="gaussian"),
         *(
             case(f"Linear, {name}", init_lora_weights=name, init="other")
@@ -304,9 +330,18 @@ def _peft_cases() -> list[Case]:
         case("Conv1d", lambda: nn.Conv1d(4, 8, 3), drawn(2, 4, 9), ((12, 8),), kind="conv"),
         case("Conv2d", lambda: nn.Conv2d(4, 8, 3, padding=1), **conv),
         case("Conv2d, two groups", lambda: nn.Conv2d(4, 8, 3, padding=1, groups=2), **conv),
-        case("Conv2d, DoRA", lambda: nn.Conv2d(4, 8, 3), use_dora=True, probed=False, other=dora, **conv),
+        case(
+            "Conv2d, DoRA",
+            lambda: nn.Conv2d(4, 8, 3),
+            use_dora=True,
+            probed=False,
+            other=dora,
+            **conv,
+        ),
         case("Conv3d", lambda: nn.Conv3d(4, 8, 3), drawn(2, 4, 4, 4, 4), ((108, 8),), kind="conv"),
-        case("MultiheadAttention", make_=peft_attention("attn"), fans=((IN, 36), (IN, IN)), **heads),
+        case(
+            "MultiheadAttention", make_=peft_attention("attn"), fans=((IN, 36), (IN, IN)), **heads
+        ),
         case(
             "AdaLoRA",
             make_=peft_adalora,
@@ -343,8 +378,23 @@ def _diffusers_cases() -> list[Case]:
         return torch.randn(2, 4, 8, 8, generator=source), torch.randn(2, 5, 12, generator=source)
 
     return [
-        Case("diffusers UNet, through PEFT", "diffusers", "peft", unet, unet_inputs, ((12, 8),), probed=False),
-        Case("diffusers LoRALinearLayer (legacy)", "diffusers", "diffusers-legacy", legacy, drawn(4, IN), DENSE),
+        Case(
+            "diffusers UNet, through PEFT",
+            "diffusers",
+            "peft",
+            unet,
+            unet_inputs,
+            ((12, 8),),
+            probed=False,
+        ),
+        Case(
+            "diffusers LoRALinearLayer (legacy)",
+            "diffusers",
+            "diffusers-legacy",
+            legacy,
+            drawn(4, IN),
+            DENSE,
+        ),
     ]
 
 
@@ -363,8 +413,12 @@ def loralib(name: str, *sizes: int, **options: Any) -> Callable[[int, float], nn
 
 
 def _loralib_cases() -> list[Case]:
-    def case(name: str, convention: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any) -> Case:
-        return Case(f"loralib {name}", "loralib", convention, make, inputs or drawn(4, IN), fans, **own)
+    def case(
+        name: str, convention: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any
+    ) -> Case:
+        return Case(
+            f"loralib {name}", "loralib", convention, make, inputs or drawn(4, IN), fans, **own
+        )
 
     images, plain = drawn(2, 4, 6, 6), "lora_A/lora_B"
     enabled = {"q": [True, False, False], "qv": [True, False, True], "qkv": [True, True, True]}
@@ -380,7 +434,15 @@ def _loralib_cases() -> list[Case]:
             )
             for name, parts in enabled.items()
         ),
-        case("Embedding", plain, loralib("Embedding", 30, 8), tokens, ((30, 8),), kind="embedding", init="B"),
+        case(
+            "Embedding",
+            plain,
+            loralib("Embedding", 30, 8),
+            tokens,
+            ((30, 8),),
+            kind="embedding",
+            init="B",
+        ),
         case("Conv2d", "loralib-conv", loralib("Conv2d", 4, 8, 3), images, ((36, 8),), kind="conv"),
         case(
             "Conv2d, two groups",
@@ -399,7 +461,9 @@ def _loralib_cases() -> list[Case]:
 class Beside(nn.Module):
     """A frozen layer whose forward LyCORIS's module has taken over, and that module."""
 
-    def __init__(self, base: nn.Module, module: str, rank: int, alpha: float, **options: Any) -> None:
+    def __init__(
+        self, base: nn.Module, module: str, rank: int, alpha: float, **options: Any
+    ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.adapter = getattr(importlib.import_module("lycoris.modules"), module)(
@@ -411,14 +475,24 @@ class Beside(nn.Module):
         return self.base(x)
 
 
-def lycoris(module: str, base: Callable[[], nn.Module] = dense, **options: Any) -> Callable[[int, float], nn.Module]:
+def lycoris(
+    module: str, base: Callable[[], nn.Module] = dense, **options: Any
+) -> Callable[[int, float], nn.Module]:
     return lambda rank, alpha: Beside(base(), module, rank, alpha, **options)
 
 
 def _lycoris_cases() -> list[Case]:
     def case(name: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any) -> Case:
         convention = own.pop("convention", "lora_down/lora_up")
-        return Case(f"LyCORIS LoCon, {name}", "lycoris-lora", convention, make, inputs or drawn(4, IN), fans, **own)
+        return Case(
+            f"LyCORIS LoCon, {name}",
+            "lycoris-lora",
+            convention,
+            make,
+            inputs or drawn(4, IN),
+            fans,
+            **own,
+        )
 
     images, conv = drawn(2, 4, 6, 6), lambda: nn.Conv2d(4, 8, 3, padding=1)
     scalar, dora, core = "LyCORIS scalar", "DoRA magnitude", "Tucker core"
@@ -426,9 +500,22 @@ def _lycoris_cases() -> list[Case]:
         case("linear", lycoris("LoConModule")),
         case("linear, bypass", lycoris("LoConModule", bypass_mode=True)),
         case("linear, rs_lora", lycoris("LoConModule", rs_lora=True), scaling=rslora),
-        case("linear, use_scalar", lycoris("LoConModule", use_scalar=True), init="other", other=scalar),
-        case("linear, DoRA", lycoris("LoConModule", weight_decompose=True), probed=False, other=dora),
-        case("Conv1d", lycoris("LoConModule", lambda: nn.Conv1d(4, 8, 3)), drawn(2, 4, 9), ((12, 8),), kind="conv"),
+        case(
+            "linear, use_scalar",
+            lycoris("LoConModule", use_scalar=True),
+            init="other",
+            other=scalar,
+        ),
+        case(
+            "linear, DoRA", lycoris("LoConModule", weight_decompose=True), probed=False, other=dora
+        ),
+        case(
+            "Conv1d",
+            lycoris("LoConModule", lambda: nn.Conv1d(4, 8, 3)),
+            drawn(2, 4, 9),
+            ((12, 8),),
+            kind="conv",
+        ),
         case("Conv2d", lycoris("LoConModule", conv), images, ((36, 8),), kind="conv"),
         case(
             "Conv2d, two groups",

@@ -27,23 +27,47 @@ from .models import mlp
 def readers(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every way in which the package reads the recipe at `path`."""
     yield "load", lambda: ra.Recipe.load(path)
-    asked = [{}, {"rank": 8}, {"rank": 8, "alpha": 4}, {"rank": 4, "init": "B"}, {"rank": None}, {"method": "full"}]
+    asked = [
+        {},
+        {"rank": 8},
+        {"rank": 8, "alpha": 4},
+        {"rank": 4, "init": "B"},
+        {"rank": None},
+        {"method": "full"},
+    ]
     for where in (*asked, {"rank": 8, "steps": 10}, {"rank": 8, "fan_in": 128.0}):
         yield f"at {where}", lambda where=where: ra.Recipe.load(path).at(**where)
     yield "save", lambda: ra.Recipe.load(path).save(path.with_name("saved.toml"))
     for options in ({}, {"apply_settings": True}, {"steps": 50, "batch": 8}):
         for kind in ("adamw", torch.optim.SGD):
             options = {"other_lr": 1e-3, **options}
-            yield f"optimizer {options}", lambda kind=kind, options=options: optimizer(kind, path, options)
+            yield (
+                f"optimizer {options}",
+                lambda kind=kind, options=options: optimizer(kind, path, options),
+            )
     yield "a folder", lambda: ra.Recipe.load(beside(path))
     if find_spec("huggingface_hub"):
         yield "the hub's cache", lambda: ra.Recipe.from_hub("owner/name", cache_dir=cached(path))
     if find_spec("transformers"):
-        yield "peft", lambda: ra.integrations.create_rankaware_optimizer(mlp(width=64), "adamw", recipe=path)
-    yield "settings as words", lambda: optimizer("adamw", path, settings_from_words({"recipe": str(path)}))
+        yield (
+            "peft",
+            lambda: ra.integrations.create_rankaware_optimizer(mlp(width=64), "adamw", recipe=path),
+        )
+    yield (
+        "settings as words",
+        lambda: optimizer("adamw", path, settings_from_words({"recipe": str(path)})),
+    )
     for words in (
-        *(["lr", path, "--rank", 8], ["lr", path, "--rank", 4], ["lr", path, "--full"], ["show", path]),
-        *(["report", path, "-o", path.with_suffix(".html")], ["plot", path, "-o", path.with_suffix(".svg")]),
+        *(
+            ["lr", path, "--rank", 8],
+            ["lr", path, "--rank", 4],
+            ["lr", path, "--full"],
+            ["show", path],
+        ),
+        *(
+            ["report", path, "-o", path.with_suffix(".html")],
+            ["plot", path, "-o", path.with_suffix(".svg")],
+        ),
         *(["diff", path, path], ["diff", path, path.with_name("saved.toml")]),
     ):
         yield f"rankaware {words[0]}", lambda words=words: run(words)
@@ -102,7 +126,12 @@ def main(honest: Path, others: Path) -> None:
         for name, read in readers(path):
             before = set(sys.modules)
             said = ended(read)
-            line = {"recipe": path.stem, "reader": name, "said": said, "new": sorted(set(sys.modules) - before)}
+            line = {
+                "recipe": path.stem,
+                "reader": name,
+                "said": said,
+                "new": sorted(set(sys.modules) - before),
+            }
             print(json.dumps(line), file=real, flush=True)
 
 

@@ -35,7 +35,9 @@ ONE_RANK = {**TENSORS, "rank": FULL + 4}
 KINDS = {
     "two ranks": RECIPE,
     "no ceiling": replace(RECIPE, ceiling=None),
-    "full too": replace(RECIPE, full_seen=True, tensors={**TENSORS, "rank": np.array([4, 64, 0, 4, 64, 0])}),
+    "full too": replace(
+        RECIPE, full_seen=True, tensors={**TENSORS, "rank": np.array([4, 64, 0, 4, 64, 0])}
+    ),
     "one rank": replace(RECIPE, ranks=(4,), scaling_rule="unknown", tensors=ONE_RANK),
     "no rule": replace(RECIPE, scaling_rule="unknown", tensors=ONE_RANK),
     "two ranks, no rule": replace(RECIPE, scaling_rule="unknown"),
@@ -65,7 +67,9 @@ KINDS = {
     "scores beyond floats": replace(RECIPE, tensors={**TENSORS, "value": VALUES * 1e307}),
     "all alike": replace(RECIPE, tensors={**TENSORS, "value": np.ones(6)}),
     "scores below zero": replace(RECIPE, tensors={**TENSORS, "value": -VALUES}),
-    "rank 1": replace(RECIPE, ranks=(1, 2), tensors={**TENSORS, "rank": np.array([1, 1, 1, 2, 2, 2])}),
+    "rank 1": replace(
+        RECIPE, ranks=(1, 2), tensors={**TENSORS, "rank": np.array([1, 1, 1, 2, 2, 2])}
+    ),
     "seven ranks": replace(RECIPE, ranks=(1, 2, 4, 8, 16, 32, 64)),
 }
 

@@ -57,7 +57,14 @@ def onetrainer(rank, alpha):
         return m.lora_up(m.lora_down(x)) * m.alpha / m.rank
 
     down, up = nn.Linear(IN, rank, bias=False), Weighted(zeros(OUT, rank))
-    return Replica(nn.Linear(IN, OUT), moved, lora_down=down, lora_up=up, rank=rank, alpha=torch.tensor(float(alpha)))
+    return Replica(
+        nn.Linear(IN, OUT),
+        moved,
+        lora_down=down,
+        lora_up=up,
+        rank=rank,
+        alpha=torch.tensor(float(alpha)),
+    )
 
 
 def onetrainer_conv(rank, alpha):
@@ -66,7 +73,14 @@ def onetrainer_conv(rank, alpha):
 
     down, up = nn.Conv2d(4, rank, 3, bias=False), nn.Conv2d(rank, 8, 1, bias=False)
     nn.init.zeros_(up.weight)
-    return Replica(nn.Conv2d(4, 8, 3), moved, lora_down=down, lora_up=up, rank=rank, alpha=torch.tensor(float(alpha)))
+    return Replica(
+        nn.Conv2d(4, 8, 3),
+        moved,
+        lora_down=down,
+        lora_up=up,
+        rank=rank,
+        alpha=torch.tensor(float(alpha)),
+    )
 
 
 class Weighted(Weight):
@@ -81,15 +95,25 @@ def megatron(rank, alpha):
         return m.linear_out(m.linear_in(x)) * m.alpha / m.dim
 
     first, second = nn.Linear(IN, rank, bias=False), Weighted(zeros(OUT, rank))
-    return Replica(nn.Linear(IN, OUT), moved, linear_in=first, linear_out=second, dim=rank, alpha=alpha)
+    return Replica(
+        nn.Linear(IN, OUT), moved, linear_in=first, linear_out=second, dim=rank, alpha=alpha
+    )
 
 
 def megatron_experts(rank, alpha):
     def moved(m, x):
-        return m.alpha / m.dim * x @ m.linear_in.weight.transpose(1, 2) @ m.linear_out.weight.transpose(1, 2)
+        return (
+            m.alpha
+            / m.dim
+            * x
+            @ m.linear_in.weight.transpose(1, 2)
+            @ m.linear_out.weight.transpose(1, 2)
+        )
 
     first, second = Weight(drawn(3, rank, IN)), Weight(zeros(3, OUT, rank))
-    return Replica(Batched(IN, OUT), moved, linear_in=first, linear_out=second, dim=rank, alpha=alpha)
+    return Replica(
+        Batched(IN, OUT), moved, linear_in=first, linear_out=second, dim=rank, alpha=alpha
+    )
 
 
 def automodel(rank, alpha):
@@ -97,7 +121,9 @@ def automodel(rank, alpha):
         return m.lora_B(m.lora_A(x) * m.scale)
 
     first, second = nn.Linear(IN, rank, bias=False), Weighted(zeros(OUT, rank))
-    return Replica(nn.Linear(IN, OUT), moved, lora_A=first, lora_B=second, dim=rank, scale=alpha / rank)
+    return Replica(
+        nn.Linear(IN, OUT), moved, lora_A=first, lora_B=second, dim=rank, scale=alpha / rank
+    )
 
 
 def automodel_experts(part):
@@ -157,7 +183,11 @@ def minlora(swapped):
 def tutorial(rank, alpha):
     """A (in, r), B (r, out), `alpha` the multiplier itself: the tutorials' layer."""
     return Replica(
-        nn.Linear(IN, OUT), lambda m, x: m.alpha * x @ m.A @ m.B, A=drawn(IN, rank), B=zeros(rank, OUT), alpha=alpha
+        nn.Linear(IN, OUT),
+        lambda m, x: m.alpha * x @ m.A @ m.B,
+        A=drawn(IN, rank),
+        B=zeros(rank, OUT),
+        alpha=alpha,
     )
 
 
@@ -167,7 +197,9 @@ def tutorial_of_rank(rank, alpha):
     def moved(m, x):
         return m.alpha / m.rank * x @ m.A @ m.B
 
-    return Replica(nn.Linear(IN, OUT), moved, A=drawn(IN, rank), B=zeros(rank, OUT), alpha=alpha, rank=rank)
+    return Replica(
+        nn.Linear(IN, OUT), moved, A=drawn(IN, rank), B=zeros(rank, OUT), alpha=alpha, rank=rank
+    )
 
 
 def cloneofsimo(rank, alpha):
@@ -189,7 +221,9 @@ stacks = torch.randn(3, 5, IN, generator=torch.Generator().manual_seed(1))
 images = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-def written(name: str, convention: str, make: Callable[[int, float], nn.Module], inputs=x, **own) -> Case:
+def written(
+    name: str, convention: str, make: Callable[[int, float], nn.Module], inputs=x, **own
+) -> Case:
     """The case of a replica: of one pair, whose fans follow from its kind."""
     fans = ((36, 8),) if own.get("kind") == "conv" else DENSE
     return Case(name, "row only", convention, make, lambda: (inputs,), fans, **own)
@@ -197,14 +231,23 @@ def written(name: str, convention: str, make: Callable[[int, float], nn.Module],
 
 _experts = {"inputs": stacks, "kind": "experts"}
 REPLICAS = [
-    written("kohya LoRAModule", "lora_down/lora_up", lambda r, alpha: adapted("kohya", rank=r, scaling=alpha / r)),
+    written(
+        "kohya LoRAModule",
+        "lora_down/lora_up",
+        lambda r, alpha: adapted("kohya", rank=r, scaling=alpha / r),
+    ),
     written("OneTrainer", "lora_down/lora_up", onetrainer),
     written("OneTrainer, Conv2d", "lora_down/lora_up", onetrainer_conv, images, kind="conv"),
     written("cloneofsimo", "lora_down/lora_up", cloneofsimo, scaling=direct),
     written("Megatron", "megatron", megatron),
     written("Megatron, grouped experts", "megatron", megatron_experts, **_experts),
     written("Automodel", "automodel", automodel),
-    written("Automodel, up experts", "automodel-gate_and_up", automodel_experts("gate_and_up"), **_experts),
+    written(
+        "Automodel, up experts",
+        "automodel-gate_and_up",
+        automodel_experts("gate_and_up"),
+        **_experts,
+    ),
     written("Automodel, down experts", "automodel-down", automodel_experts("down"), **_experts),
     written("DeepSpeed-Chat", "deepspeed-chat", deepspeed_chat),
     written("minLoRA", "minLoRA", minlora(False)),

@@ -15,7 +15,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import rankaware_optim as ra
-from rankaware_optim import Convention, InspectionError, inspect_file, inspect_model, register_convention
+from rankaware_optim import (
+    Convention,
+    InspectionError,
+    inspect_file,
+    inspect_model,
+    register_convention,
+)
 from rankaware_optim.cli import main
 from rankaware_optim.inspection import Reading, conventions, other_kind
 from rankaware_optim.inspection._conventions import CONVENTIONS
@@ -70,7 +76,9 @@ def test_a_replica_is_read_and_trains_as_read(case, registered):
 def test_the_models_of_these_tests_conform(style, kind):
     """Every style of tests/models.py passes the ones-probe and the oracle."""
     inputs = {"linear": x, "conv": images[:, :3], "embedding": torch.arange(12).reshape(3, 4)}[kind]
-    found = check_convention(lambda r, alpha: adapted(style, kind, rank=r, scaling=alpha / r), inputs)
+    found = check_convention(
+        lambda r, alpha: adapted(style, kind, rank=r, scaling=alpha / r), inputs
+    )
     assert found.probe == pytest.approx(0.0, abs=1e-12)
     assert found.oracle < 1e-12
 
@@ -140,7 +148,9 @@ def test_too_few_builds_are_refused(few):
 def test_a_conformance_is_printable():
     """It names convention, kind and both errors in a sentence."""
     text = str(check_convention(deepspeed_chat, x))
-    assert text.startswith("deepspeed-chat (linear): 2 factors found in each of 4 builds. Ones-probe: off by ")
+    assert text.startswith(
+        "deepspeed-chat (linear): 2 factors found in each of 4 builds. Ones-probe: off by "
+    )
     assert "Reparametrised training: off by " in text
 
 
@@ -183,11 +193,27 @@ def dead(rank, alpha):
 
 
 LIES = {
-    "a rank that is another": (lambda r, alpha: adapted(rank=r + 1), None, "'rank'.*rank 3 instead of 2"),
+    "a rank that is another": (
+        lambda r, alpha: adapted(rank=r + 1),
+        None,
+        "'rank'.*rank 3 instead of 2",
+    ),
     "no pair": (lambda r, alpha: nn.Linear(IN, OUT), None, "'found' fails: No trainable LoRA pair"),
-    "another row": (lambda r, alpha: adapted(rank=r), "kohya", "There is no optional convention 'kohya'"),
-    "the wrong row": (lambda r, alpha: adapted(rank=r), "peft", "'found'.*read as lora_A/lora_B, not as peft"),
-    "a scaling that is alpha": (changed("scaling", direct), None, "'ones-probe'.*scaling 3 × rank 2"),
+    "another row": (
+        lambda r, alpha: adapted(rank=r),
+        "kohya",
+        "There is no optional convention 'kohya'",
+    ),
+    "the wrong row": (
+        lambda r, alpha: adapted(rank=r),
+        "peft",
+        "'found'.*read as lora_A/lora_B, not as peft",
+    ),
+    "a scaling that is alpha": (
+        changed("scaling", direct),
+        None,
+        "'ones-probe'.*scaling 3 × rank 2",
+    ),
     "an adapter that does nothing": (dead, None, r"'oracle'.*does not depend on lora_A"),
     "an answer that is random": (noisy, None, "'ones-probe'|'oracle'"),
     "fans the wrong way round": (
@@ -219,7 +245,9 @@ def test_a_scaling_read_wrongly_fails_the_oracle_where_no_probe_applies():
         return model
 
     assert check_convention(make, x).probe is None
-    with pytest.raises(InspectionError, match=r"'oracle'.*at rank 2, trainings with alphas 3 and 8 differ"):
+    with pytest.raises(
+        InspectionError, match=r"'oracle'.*at rank 2, trainings with alphas 3 and 8 differ"
+    ):
         check_convention(lying, x)
 
 
@@ -239,7 +267,9 @@ class Gain(nn.Module):
         return self.base(x) + self.gain * x @ self.reduce @ self.expand
 
 
-STRANGER = Convention("gain", "reduce", "expand", layouts=("columns",), rank=("width",), scaling=("gain",))
+STRANGER = Convention(
+    "gain", "reduce", "expand", layouts=("columns",), rank=("width",), scaling=("gain",)
+)
 
 
 def test_a_third_party_convention_in_five_lines(registered):
@@ -251,7 +281,9 @@ def test_a_third_party_convention_in_five_lines(registered):
         ("A", 4, IN, 2.0),
         ("B", 4, IN, 2.0),
     ]
-    opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at=ra.Reference(rank=16, alpha=16))
+    opt = ra.RankAwareOptimizer(
+        model, torch.optim.AdamW, lr=1e-3, tuned_at=ra.Reference(rank=16, alpha=16)
+    )
     assert {g["lora_role"] for g in opt.param_groups if g.get("lora_role")} == {"A", "B"}
 
 
@@ -266,12 +298,21 @@ BAD_ROWS = {
     "no row": ({"name": "x"}, "not {'name': 'x'}"),
     "a dotted factor": (replace(STRANGER, a="inner.reduce"), "has the factor 'inner.reduce'"),
     "no factor": (replace(STRANGER, b=None), "has the factor None"),
-    "unknown layout": (replace(STRANGER, layouts=("diagonal",)), "has the layout 'diagonal'. Give one of rows"),
+    "unknown layout": (
+        replace(STRANGER, layouts=("diagonal",)),
+        "has the layout 'diagonal'. Give one of rows",
+    ),
     "text for a tuple": (replace(STRANGER, rank="width"), r"has rank='width'. Give a tuple"),
     "a built-in's name": (replace(STRANGER, name="peft"), "Another convention is called 'peft'"),
     "a text for keys": (replace(STRANGER, keys="{}"), "has keys='{}'. Give a tuple"),
-    "a key without a factor": (replace(STRANGER, keys=("weight",)), "has the key 'weight'. Write {} once"),
-    "a key of half a word": (replace(STRANGER, keys=("my_{}",)), "has the key 'my_{}'. Write {} once, between dots"),
+    "a key without a factor": (
+        replace(STRANGER, keys=("weight",)),
+        "has the key 'weight'. Write {} once",
+    ),
+    "a key of half a word": (
+        replace(STRANGER, keys=("my_{}",)),
+        "has the key 'my_{}'. Write {} once, between dots",
+    ),
     "an init that cannot be": (
         replace(STRANGER, init="C"),
         "The init of the convention 'gain' is 'A' (B = 0 at the start)",
@@ -313,19 +354,29 @@ def saved(tmp_path):
     """Writes tensors of these shapes, numbers as they are, to a .safetensors file; its path."""
 
     def write(**entries):
-        tensors = {k: torch.zeros(v) if isinstance(v, tuple) else torch.tensor(v) for k, v in entries.items()}
-        save_file({name.replace("__", "."): tensor for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+        tensors = {
+            k: torch.zeros(v) if isinstance(v, tuple) else torch.tensor(v)
+            for k, v in entries.items()
+        }
+        save_file(
+            {name.replace("__", "."): tensor for name, tensor in tensors.items()},
+            tmp_path / "x.safetensors",
+        )
         return tmp_path / "x.safetensors"
 
     return write
 
 
-README_ROW = Convention("mine", a="reduce", b="expand", layouts=("columns",), rank=("k",), scaling=("gain",))
+README_ROW = Convention(
+    "mine", a="reduce", b="expand", layouts=("columns",), rank=("k",), scaling=("gain",)
+)
 
 
 def test_a_registered_row_reads_files_too(registered, saved):
     """README's row alone makes a file readable, to inspect_file and to `rankaware inspect`, until it is taken away."""
-    path = saved(up__reduce=(IN, 4), up__expand=(4, OUT), up__gain=2.0, up__k=4, head__weight=(3, 3))
+    path = saved(
+        up__reduce=(IN, 4), up__expand=(4, OUT), up__gain=2.0, up__k=4, head__weight=(3, 3)
+    )
     for _ in range(2):
         with pytest.raises(InspectionError, match="has no LoRA pair among 5 tensors"):
             inspect_file(path)
@@ -333,7 +384,10 @@ def test_a_registered_row_reads_files_too(registered, saved):
         survey = inspect_file(path)
         done = CliRunner().invoke(main, ["inspect", str(path)])
         register_convention("mine", remove=True)
-        found = [(f.name, f.role, f.rank, f.fan_in, f.fan_out, f.scaling, f.convention) for f in survey.factors]
+        found = [
+            (f.name, f.role, f.rank, f.fan_in, f.fan_out, f.scaling, f.convention)
+            for f in survey.factors
+        ]
         assert found == [
             ("up.reduce", "A", 4, IN, OUT, 2.0, "mine"),
             ("up.expand", "B", 4, IN, OUT, 2.0, "mine"),
@@ -344,7 +398,11 @@ def test_a_registered_row_reads_files_too(registered, saved):
 
 STRANGERS = {
     "nothing declared": (README_ROW, {"reduce": (IN, 4), "expand": (4, OUT)}, {(4, IN, OUT, 1.0)}),
-    "modules": (README_ROW, {"reduce__weight": (IN, 4), "expand__weight": (4, OUT)}, {(4, IN, OUT, 1.0)}),
+    "modules": (
+        README_ROW,
+        {"reduce__weight": (IN, 4), "expand__weight": (4, OUT)},
+        {(4, IN, OUT, 1.0)},
+    ),
     "alpha": (
         replace(README_ROW, scaling=(), alpha=("strength",)),
         {"reduce": (IN, 4), "expand": (4, OUT), "strength": 8.0},
@@ -366,12 +424,18 @@ STRANGERS = {
         {(4, IN, OUT, 5.0)},
     ),
     "its own layout": (
-        replace(README_ROW, layouts=(lambda owner, a, b: Reading(a[1], b[0], a[0] * owner.parts, b[1]),)),
+        replace(
+            README_ROW, layouts=(lambda owner, a, b: Reading(a[1], b[0], a[0] * owner.parts, b[1]),)
+        ),
         {"reduce": (IN, 4), "expand": (4, OUT)},
         "has shape",
     ),
     "another entry": (
-        replace(README_ROW, where=("core",), layouts=(lambda owner, a, b: Reading(4, 4, owner.core.shape[0], b[1]),)),
+        replace(
+            README_ROW,
+            where=("core",),
+            layouts=(lambda owner, a, b: Reading(4, 4, owner.core.shape[0], b[1]),),
+        ),
         {"reduce": (IN, 4), "expand": (4, OUT), "core": (9, 9)},
         {(4, 9, OUT, 1.0)},
     ),
@@ -386,10 +450,26 @@ STRANGERS = {
         "no LoRA pair among 2 tensors",
     ),
     "half a pair": (README_ROW, {"reduce": (IN, 4)}, "no LoRA pair among 1 tensors"),
-    "another rank": (README_ROW, {"reduce": (IN, 4), "expand": (4, OUT), "k": 8}, "rank 4 by its shape .*up.k is 8"),
-    "no scaling": (README_ROW, {"reduce": (IN, 4), "expand": (4, OUT), "gain": 0.0}, "up.gain is 0.0"),
-    "both": (README_ROW, {"reduce": (IN, 4), "reduce__weight": (IN, 4), "expand": (4, OUT)}, "up.reduce.* collide"),
-    "other shapes": (README_ROW, {"reduce": (IN, 4), "expand": (5, OUT)}, "up.expand .* not a LoRA pair"),
+    "another rank": (
+        README_ROW,
+        {"reduce": (IN, 4), "expand": (4, OUT), "k": 8},
+        "rank 4 by its shape .*up.k is 8",
+    ),
+    "no scaling": (
+        README_ROW,
+        {"reduce": (IN, 4), "expand": (4, OUT), "gain": 0.0},
+        "up.gain is 0.0",
+    ),
+    "both": (
+        README_ROW,
+        {"reduce": (IN, 4), "reduce__weight": (IN, 4), "expand": (4, OUT)},
+        "up.reduce.* collide",
+    ),
+    "other shapes": (
+        README_ROW,
+        {"reduce": (IN, 4), "expand": (5, OUT)},
+        "up.expand .* not a LoRA pair",
+    ),
 }
 
 
@@ -405,15 +485,22 @@ def test_every_field_of_a_row_holds_for_files(case, registered, saved):
         return
     survey = inspect_file(path)
     assert {(f.rank, f.fan_in, f.fan_out, f.scaling) for f in survey.factors} == expected
-    assert ([f.role for f in survey.factors], {f.layer for f in survey.factors}) == (["A", "B"], {"up"})
+    assert ([f.role for f in survey.factors], {f.layer for f in survey.factors}) == (
+        ["A", "B"],
+        {"up"},
+    )
 
 
 def test_an_owner_of_several_pairs_is_read_from_a_file(registered, saved):
     """Registered rows that adapt several matrices of one owner do not collide in a file, nor do built-in stacks."""
     for part in ("gate", "up"):
         registered(Convention(f"mine-{part}", f"{part}_a", f"{part}_b"))
-    survey = inspect_file(saved(x__gate_a=(4, IN), x__gate_b=(OUT, 4), x__up_a=(2, IN), x__up_b=(OUT, 2)))
-    assert [(f.convention, f.rank) for f in survey.factors] == [("mine-gate", 4)] * 2 + [("mine-up", 2)] * 2
+    survey = inspect_file(
+        saved(x__gate_a=(4, IN), x__gate_b=(OUT, 4), x__up_a=(2, IN), x__up_b=(OUT, 2))
+    )
+    assert [(f.convention, f.rank) for f in survey.factors] == [("mine-gate", 4)] * 2 + [
+        ("mine-up", 2)
+    ] * 2
     stacks = {"lora_gate_and_up_A": (3, IN, 4), "lora_gate_and_up_B": (3, 4, OUT)}
     stacks |= {"lora_down_A": (3, IN, 4), "lora_down_B": (3, 4, OUT)}
     survey = inspect_file(saved(**{f"experts__{name}": shape for name, shape in stacks.items()}))
@@ -425,7 +512,9 @@ def test_an_owner_of_several_pairs_is_read_from_a_file(registered, saved):
 
 def test_a_registered_row_goes_before_built_in_ones_in_files(registered, saved):
     """MLX writes a bare lora_a, transposed: no built-in row reads it, a registered one does, and torchtune's stays."""
-    path = saved(x__lora_a=(IN, 4), x__lora_b=(4, OUT), y__lora_a__weight=(4, IN), y__lora_b__weight=(OUT, 4))
+    path = saved(
+        x__lora_a=(IN, 4), x__lora_b=(4, OUT), y__lora_a__weight=(4, IN), y__lora_b__weight=(OUT, 4)
+    )
     assert {f.layer for f in inspect_file(path).factors} == {"y"}
     registered(Convention("mlx", "lora_a", "lora_b", layouts=("columns",), keys=("{}",)))
     assert {(f.layer, f.convention, f.rank, f.fan_in) for f in inspect_file(path).factors} == {
@@ -452,7 +541,13 @@ def test_a_replicas_file_is_read_as_the_replica(case, registered, tmp_path):
         return
     live, file = inspect_model(model), inspect_file(tmp_path / "x.safetensors")
     for a, b in zip(live.factors, file.factors, strict=True):
-        assert (a.name, a.rank, a.fan_in, a.fan_out, a.kind) == (b.name, b.rank, b.fan_in, b.fan_out, b.kind)
+        assert (a.name, a.rank, a.fan_in, a.fan_out, a.kind) == (
+            b.name,
+            b.rank,
+            b.fan_in,
+            b.fan_out,
+            b.kind,
+        )
         assert b.convention == convention
 
 
@@ -495,17 +590,23 @@ def installed(tmp_path):
         "wrong = gain_rows:WRONG",
         "none = builtins:dict",
     ]
-    (info / "entry_points.txt").write_text("\n".join(["[rankaware_optim.conventions]", *points, ""]))
+    (info / "entry_points.txt").write_text(
+        "\n".join(["[rankaware_optim.conventions]", *points, ""])
+    )
     return tmp_path
 
 
 def test_a_convention_by_entry_point(installed):
     """An installed package's row is found unasked; broken ones of other packages warn once and are left out."""
-    run = subprocess.run([sys.executable, "-c", USE, str(installed)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", USE, str(installed)], capture_output=True, text=True, check=True
+    )
     factors, *warned = run.stdout.splitlines()
     assert factors == "[('gain', 4, 12.0, 2.0), ('gain', 4, 12.0, 2.0)]"
     assert len(warned) == 3
-    assert sum("'broken' (not_there_at_all:ROW) could not be loaded" in line for line in warned) == 1
+    assert (
+        sum("'broken' (not_there_at_all:ROW) could not be loaded" in line for line in warned) == 1
+    )
     assert sum("'wrong' is left out" in line and "'re.duce'" in line for line in warned) == 1
     assert sum("'none' is left out" in line for line in warned) == 1
 
@@ -514,7 +615,12 @@ def test_a_convention_by_entry_point_reads_files(installed, saved):
     """`rankaware inspect` of a file knows an installed package's row unasked."""
     path = saved(x__reduce=(IN, 4), x__expand=(4, OUT), x__gain=0.5)
     use = f"import sys; sys.path.insert(0, {str(installed)!r}); from rankaware_optim.cli import main; main()"
-    run = subprocess.run([sys.executable, "-c", use, "inspect", str(path)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", use, "inspect", str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert run.stdout.count("gain") == 2
     assert "0.5" in run.stdout
 
@@ -533,7 +639,9 @@ junk = st.one_of(
 
 
 @given(
-    row=st.sampled_from(CONVENTIONS), shapes=st.tuples(sizes, sizes), values=st.lists(junk, min_size=12, max_size=12)
+    row=st.sampled_from(CONVENTIONS),
+    shapes=st.tuples(sizes, sizes),
+    values=st.lists(junk, min_size=12, max_size=12),
 )
 def test_any_shapes_and_declarations_give_a_reading_or_our_error(row, shapes, values):
     """Whatever a module declares, its pair has positive rank, fans and scaling, or inspection raises its own error."""
@@ -645,4 +753,6 @@ def test_rows_without_a_real_library_are_marked():
     """Every row is held against the real library, or is exact=False and held against a replica."""
     real = {case.convention for case in CASES}
     assert {row.name for row in CONVENTIONS if row.exact} == real
-    assert {row.name for row in CONVENTIONS if not row.exact} == {case.convention for case in REPLICAS} - {"A/B"} - real
+    assert {row.name for row in CONVENTIONS if not row.exact} == {
+        case.convention for case in REPLICAS
+    } - {"A/B"} - real

@@ -23,18 +23,32 @@ from rankaware_optim.transfer import survey_rates
 
 RANK = 8
 LAYER = "base_model.model.layers.0.q_proj"
-CONFIG = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "init_lora_weights": True, "use_rslora": False}
+CONFIG = {
+    "peft_type": "LORA",
+    "r": RANK,
+    "lora_alpha": 16,
+    "init_lora_weights": True,
+    "use_rslora": False,
+}
 
 
-def pair(layer: str = LAYER, rank: int = RANK, *, fan_in=32, fan_out=48, kernel=()) -> dict[str, torch.Tensor]:
+def pair(
+    layer: str = LAYER, rank: int = RANK, *, fan_in=32, fan_out=48, kernel=()
+) -> dict[str, torch.Tensor]:
     """One adapted layer as PEFT saves it."""
     a = torch.zeros(rank, fan_in, *kernel)
-    return {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": torch.zeros(fan_out, rank, *(1 for _ in kernel))}
+    return {
+        f"{layer}.lora_A.weight": a,
+        f"{layer}.lora_B.weight": torch.zeros(fan_out, rank, *(1 for _ in kernel)),
+    }
 
 
 def kohya(layer: str, rank: int, alpha: float | None) -> dict[str, torch.Tensor]:
     """One adapted layer as kohya's scripts save it."""
-    made = {f"{layer}.lora_down.weight": torch.zeros(rank, 32), f"{layer}.lora_up.weight": torch.zeros(48, rank)}
+    made = {
+        f"{layer}.lora_down.weight": torch.zeros(rank, 32),
+        f"{layer}.lora_up.weight": torch.zeros(48, rank),
+    }
     return made if alpha is None else {**made, f"{layer}.alpha": torch.tensor(alpha)}
 
 
@@ -52,12 +66,18 @@ def folder(tmp_path):
 
 
 def write_raw(path, header: bytes, data: bytes = b"", length: int | None = None):
-    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+    path.write_bytes(
+        (len(header) if length is None else length).to_bytes(8, "little") + header + data
+    )
     return path
 
 
 def entry(*shape: int, dtype="F32", offsets=None) -> dict:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": offsets or [0, 4 * math.prod(shape)]}
+    return {
+        "dtype": dtype,
+        "shape": list(shape),
+        "data_offsets": offsets or [0, 4 * math.prod(shape)],
+    }
 
 
 def only_our_errors(path) -> None:
@@ -83,8 +103,13 @@ def test_an_init_that_the_files_cannot_declare_is_given(folder):
 def test_a_peft_folder_is_surveyed(folder):
     """Rank, fans and role come from the shapes; scaling and init from the configuration."""
     survey = inspect_file(folder({**pair(), "base_model.model.score.weight": torch.zeros(2, 2)}))
-    assert [(f.role, f.rank, f.fan_in, f.fan_out) for f in survey.factors] == [("A", 8, 32, 48), ("B", 8, 32, 48)]
-    assert {(f.scaling, f.init, f.layer, f.convention) for f in survey.factors} == {(2.0, "A", LAYER, "peft")}
+    assert [(f.role, f.rank, f.fan_in, f.fan_out) for f in survey.factors] == [
+        ("A", 8, 32, 48),
+        ("B", 8, 32, 48),
+    ]
+    assert {(f.scaling, f.init, f.layer, f.convention) for f in survey.factors} == {
+        (2.0, "A", LAYER, "peft")
+    }
     assert survey.other == ("base_model.model.score.weight",)
     assert survey.looked_at == 3
     assert survey.notes == ()
@@ -104,7 +129,16 @@ CONFIGS = [
     ({"alpha_pattern": {"layers.0.q_proj": 32}}, 4.0, "A"),
     ({"alpha_pattern": {"v_proj": 32}}, 2.0, "A"),
     ({"rank_pattern": {"q_proj": 8}, "r": 64}, 2.0, "A"),
-    ({"rank_pattern": {"q_proj": 8}, "r": 64, "alpha_pattern": {"q_proj": 4}, "use_rslora": True}, math.sqrt(2), "A"),
+    (
+        {
+            "rank_pattern": {"q_proj": 8},
+            "r": 64,
+            "alpha_pattern": {"q_proj": 4},
+            "use_rslora": True,
+        },
+        math.sqrt(2),
+        "A",
+    ),
     ({"alpha_pattern": {"v_proj": 4, "proj": 4, r".*\.0\..*": 8, "q_proj": 32}}, 1.0, "A"),
     ({"alpha_pattern": {"^layers.0.q_proj": 32}}, 4.0, "A"),
     ({"alpha_pattern": {r"layers\.[0-9]+\.(q|k)_proj": 32}}, 4.0, "A"),
@@ -130,17 +164,71 @@ PRUNED = {"peft_type": "ADALORA", "init_r": 8, "rank_pattern": {"x.lora_E": [Tru
 READINGS = [
     ("x.lora_A", (8, 32), "x.lora_B", (48, 8), {}, (8, 32, 48, "linear", "peft")),
     ("x.lora_A.d.weight", (8, 32), "x.lora_B.d.weight", (48, 8), {}, (8, 32, 48, "linear", "peft")),
-    ("x.lora_a.weight", (8, 32), "x.lora_b.weight", (48, 8), {}, (8, 32, 48, "linear", "lora_a/lora_b")),
+    (
+        "x.lora_a.weight",
+        (8, 32),
+        "x.lora_b.weight",
+        (48, 8),
+        {},
+        (8, 32, 48, "linear", "lora_a/lora_b"),
+    ),
     ("x.lora_A.weight", (8, 4, 3), "x.lora_B.weight", (48, 8, 1), {}, (8, 12, 48, "conv", "peft")),
-    ("x.lora_A.weight", (8, 4, 3, 3), "x.lora_B.weight", (6, 4, 1, 1), {}, (8, 36, 6, "conv", "peft")),
-    ("x.lora_A", (16, 32), "x.lora_B", (48, 8), {"enable_lora": [True, True]}, (8, 32, 48, "linear", "merged")),
-    ("e.lora_A.weight", (24, 32), "e.lora_B.weight", (48, 24), STACK, (8, 32, 48, "experts", "peft-experts")),
-    ("m.e.base_layer.lora_A", (8, 32), "m.e.base_layer.lora_B", (48, 8), STACK, (8, 32, 48, "experts", "peft-experts")),
+    (
+        "x.lora_A.weight",
+        (8, 4, 3, 3),
+        "x.lora_B.weight",
+        (6, 4, 1, 1),
+        {},
+        (8, 36, 6, "conv", "peft"),
+    ),
+    (
+        "x.lora_A",
+        (16, 32),
+        "x.lora_B",
+        (48, 8),
+        {"enable_lora": [True, True]},
+        (8, 32, 48, "linear", "merged"),
+    ),
+    (
+        "e.lora_A.weight",
+        (24, 32),
+        "e.lora_B.weight",
+        (48, 24),
+        STACK,
+        (8, 32, 48, "experts", "peft-experts"),
+    ),
+    (
+        "m.e.base_layer.lora_A",
+        (8, 32),
+        "m.e.base_layer.lora_B",
+        (48, 8),
+        STACK,
+        (8, 32, 48, "experts", "peft-experts"),
+    ),
     ("x.lora_A", (6, 32), "x.lora_B", (48, 6), PRUNED, (6, 32, 48, "adalora", "peft-adalora")),
-    ("q_lora.down.weight", (8, 32), "q_lora.up.weight", (48, 8), {}, (8, 32, 48, "linear", "diffusers-legacy")),
-    ("q.lora.down.weight", (8, 32), "q.lora.up.weight", (48, 8), {}, (8, 32, 48, "linear", "diffusers-legacy")),
+    (
+        "q_lora.down.weight",
+        (8, 32),
+        "q_lora.up.weight",
+        (48, 8),
+        {},
+        (8, 32, 48, "linear", "diffusers-legacy"),
+    ),
+    (
+        "q.lora.down.weight",
+        (8, 32),
+        "q.lora.up.weight",
+        (48, 8),
+        {},
+        (8, 32, 48, "linear", "diffusers-legacy"),
+    ),
 ]
-LINEAR_LAYER = ("q.lora_linear_layer.down.weight", (8, 32), "q.lora_linear_layer.up.weight", (48, 8))
+LINEAR_LAYER = (
+    "q.lora_linear_layer.down.weight",
+    (8, 32),
+    "q.lora_linear_layer.up.weight",
+    (48, 8),
+)
 READINGS.append((*LINEAR_LAYER, {}, (8, 32, 48, "linear", "diffusers-legacy")))
 
 
@@ -153,23 +241,43 @@ def test_every_layout_is_read(first, a, second, b, changes, expected, folder):
 
 
 ALONE = [
-    ({"x.lora_A.weight": (8, 32), "x.lora_B.weight": (48, 8)}, ("linear", "unknown", "lora_A/lora_B")),
-    ({"x.lora_A.one.weight": (8, 32), "x.lora_B.one.weight": (48, 8)}, ("linear", "unknown", "peft")),
-    ({"x.lora_embedding_A": (8, 32), "x.lora_embedding_B": (48, 8)}, ("embedding", "unknown", "peft-embedding")),
-    ({"x.lora_A": (8, 32), "x.lora_B": (48, 8), "x.lora_E": (8, 1)}, ("adalora", "other", "peft-adalora")),
+    (
+        {"x.lora_A.weight": (8, 32), "x.lora_B.weight": (48, 8)},
+        ("linear", "unknown", "lora_A/lora_B"),
+    ),
+    (
+        {"x.lora_A.one.weight": (8, 32), "x.lora_B.one.weight": (48, 8)},
+        ("linear", "unknown", "peft"),
+    ),
+    (
+        {"x.lora_embedding_A": (8, 32), "x.lora_embedding_B": (48, 8)},
+        ("embedding", "unknown", "peft-embedding"),
+    ),
+    (
+        {"x.lora_A": (8, 32), "x.lora_B": (48, 8), "x.lora_E": (8, 1)},
+        ("adalora", "other", "peft-adalora"),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("shapes", "expected"), ALONE)
 def test_a_file_alone_shows_its_convention_by_its_entries(shapes, expected, tmp_path):
     """Without a configuration an adapter's name or another entry of the layer tells which row has written the pair."""
-    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "x.safetensors")
-    assert {(f.kind, f.init, f.convention) for f in inspect_file(tmp_path / "x.safetensors").factors} == {expected}
+    save_file(
+        {name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "x.safetensors"
+    )
+    assert {
+        (f.kind, f.init, f.convention) for f in inspect_file(tmp_path / "x.safetensors").factors
+    } == {expected}
 
 
 def test_a_tucker_core_gives_the_kernel(folder):
     """Between two 1 × 1 convolutions the core (r, r, k, k) is no factor, and its kernel counts for the fan-in."""
-    shapes = {"x.lora_down.weight": (8, 4, 1, 1), "x.lora_mid.weight": (8, 8, 3, 3), "x.lora_up.weight": (6, 8, 1, 1)}
+    shapes = {
+        "x.lora_down.weight": (8, 4, 1, 1),
+        "x.lora_mid.weight": (8, 8, 3, 3),
+        "x.lora_up.weight": (6, 8, 1, 1),
+    }
     survey = inspect_file(folder({key: torch.zeros(shape) for key, shape in shapes.items()}))
     found = {(f.rank, f.fan_in, f.fan_out, f.kind, f.convention) for f in survey.factors}
     assert found == {(8, 36, 6, "conv", "locon-tucker")}
@@ -188,7 +296,9 @@ OTHERS = [
 @pytest.mark.parametrize(("keys", "changes"), OTHERS)
 def test_an_adapter_without_a_law_is_a_survey_without_factors(keys, changes, folder):
     """LoHa, LoKr, VeRA and what only the configuration names are listed, not refused; their alpha is no tensor."""
-    survey = inspect_file(folder({key: torch.zeros(() if "alpha" in key else (4, 4)) for key in keys}, **changes))
+    survey = inspect_file(
+        folder({key: torch.zeros(() if "alpha" in key else (4, 4)) for key in keys}, **changes)
+    )
     assert survey.factors == ()
     assert survey.other == tuple(key for key in keys if key != "x.alpha")
     assert any(changes["peft_type"] in note for note in survey.notes)
@@ -223,9 +333,16 @@ def test_kohyas_metadata_stand_in_for_a_missing_alpha(metadata, scaling, tmp_pat
 
 def test_a_diffusers_file_carries_its_configurations(tmp_path):
     """Each part of the pipeline has its own entries in the metadata; the part's name is no part of a pattern's."""
-    entries = {"unet.r": 8, "unet.lora_alpha": 16, "unet.init_lora_weights": True, "unet.alpha_pattern": {"^b.q": 4}}
+    entries = {
+        "unet.r": 8,
+        "unet.lora_alpha": 16,
+        "unet.init_lora_weights": True,
+        "unet.alpha_pattern": {"^b.q": 4},
+    }
     entries |= {"te.r": 4, "te.lora_alpha": 4, "te.use_rslora": True, "te.rank_pattern": {"v": 2}}
-    tensors = pair("unet.a.q") | pair("unet.b.q") | pair("te.q", 4) | pair("te.v", 2) | pair("vae.q")
+    tensors = (
+        pair("unet.a.q") | pair("unet.b.q") | pair("te.q", 4) | pair("te.v", 2) | pair("vae.q")
+    )
     save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(entries)})
     survey = inspect_file(tmp_path / "x.safetensors")
     found = {f.layer: (f.scaling, f.init, f.convention) for f in survey.factors}
@@ -258,7 +375,10 @@ def test_peft_s_own_file_is_taken_among_several(folder):
 
 def test_kinds_of_layers_are_told_apart(folder):
     """A convolution's fan-in is channels × kernel; an embedding has its own convention and starts at Init[B]."""
-    embedding = {"e.lora_embedding_A": torch.zeros(8, 100), "e.lora_embedding_B": torch.zeros(32, 8)}
+    embedding = {
+        "e.lora_embedding_A": torch.zeros(8, 100),
+        "e.lora_embedding_B": torch.zeros(32, 8),
+    }
     survey = inspect_file(folder({**pair("c", fan_in=3, kernel=(3, 3)), **embedding}))
     found = {(f.layer, f.kind, f.init, f.fan_in, f.fan_out) for f in survey.factors}
     assert found == {("c", "conv", "A", 27.0, 48.0), ("e", "embedding", "B", 100.0, 32.0)}
@@ -269,7 +389,10 @@ def test_a_kohya_file_carries_its_own_alpha(tmp_path):
     path = tmp_path / "lora.safetensors"
     save_file({**kohya("lora_unet_a", 8, 4.0), **kohya("lora_unet_b", 16, 32.0)}, path)
     survey = inspect_file(path)
-    assert {(f.layer, f.rank, f.scaling) for f in survey.factors} == {("lora_unet_a", 8, 0.5), ("lora_unet_b", 16, 2.0)}
+    assert {(f.layer, f.rank, f.scaling) for f in survey.factors} == {
+        ("lora_unet_a", 8, 0.5),
+        ("lora_unet_b", 16, 2.0),
+    }
     assert {f.convention for f in survey.factors} == {"lora_down/lora_up"}
     assert survey.other == ()
 
@@ -277,7 +400,10 @@ def test_a_kohya_file_carries_its_own_alpha(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
 def test_alpha_of_any_dtype_is_read(dtype, tmp_path):
     """alpha may be stored at any precision."""
-    save_file({**kohya("x", 8, None), "x.alpha": torch.tensor(4, dtype=dtype)}, tmp_path / "lora.safetensors")
+    save_file(
+        {**kohya("x", 8, None), "x.alpha": torch.tensor(4, dtype=dtype)},
+        tmp_path / "lora.safetensors",
+    )
     assert inspect_file(tmp_path / "lora.safetensors").factors[0].scaling == 0.5
 
 
@@ -287,7 +413,11 @@ def test_a_hundred_gigabytes_are_surveyed_in_a_second(tmp_path):
     header: dict[str, dict] = {}
     end = 0
     for i in range(layers):
-        for name, shape in (("lora_down.weight", (rows, columns)), ("lora_up.weight", (64, rows)), ("alpha", ())):
+        for name, shape in (
+            ("lora_down.weight", (rows, columns)),
+            ("lora_up.weight", (64, rows)),
+            ("alpha", ()),
+        ):
             size = 4 * math.prod(shape)
             header[f"lora_unet_{i}.{name}"] = entry(*shape, offsets=[end, end + size])
             end += size
@@ -311,7 +441,9 @@ def test_a_hundred_gigabytes_are_surveyed_in_a_second(tmp_path):
 
 # --- what is refused ------------------------------------------------------------------------------------------------
 
-GOOD_HEADER = json.dumps({"x.lora_A.weight": entry(2, 4), "x.lora_B.weight": entry(4, 2, offsets=[32, 64])}).encode()
+GOOD_HEADER = json.dumps(
+    {"x.lora_A.weight": entry(2, 4), "x.lora_B.weight": entry(4, 2, offsets=[32, 64])}
+).encode()
 RAW = [
     (b"", None, b"", "not a complete safetensors file"),
     (b"{}", 3, b"", "not a complete safetensors file"),
@@ -334,14 +466,39 @@ RAW = [
     (b'{"a": {"shape": [8, 8]}}', None, b"", "no usable header"),
     (b'{"a": {"shape": [2], "data_offsets": [0, "8"]}}', None, b"", "no usable header"),
     (b'{"a": {"shape": [1e1], "data_offsets": [0, 8]}}', None, b"", "no usable header"),
-    (b'{"a": {"shape": [9223372036854775808], "data_offsets": [0, 0]}}', None, b"", "no usable header"),
+    (
+        b'{"a": {"shape": [9223372036854775808], "data_offsets": [0, 0]}}',
+        None,
+        b"",
+        "no usable header",
+    ),
     (json.dumps({"a": entry(1, offsets=[4, 0])}).encode(), None, bytes(4), "offset for tensor `a`"),
     (json.dumps({"a": entry(*[1] * 65)}).encode(), None, bytes(4), "no LoRA pair among 1 tensors"),
-    (json.dumps({"a": entry(2, dtype="F128")}).encode(), None, bytes(8), "no usable header: .* unknown variant `F128`"),
+    (
+        json.dumps({"a": entry(2, dtype="F128")}).encode(),
+        None,
+        bytes(8),
+        "no usable header: .* unknown variant `F128`",
+    ),
     (json.dumps({"a": entry(2, dtype=None)}).encode(), None, bytes(8), "no usable header"),
-    (json.dumps({"a": entry(2, dtype="\x1b[2J")}).encode(), None, bytes(8), r"unknown variant `.x1b\[2J`"),
-    (json.dumps({"a": entry(2, dtype="F16")}).encode(), None, bytes(8), "invalid shape, data type, or offset"),
-    (json.dumps({"a": entry(2), "b": entry(2)}).encode(), None, bytes(8), "offset for tensor `[ab]`"),
+    (
+        json.dumps({"a": entry(2, dtype="\x1b[2J")}).encode(),
+        None,
+        bytes(8),
+        r"unknown variant `.x1b\[2J`",
+    ),
+    (
+        json.dumps({"a": entry(2, dtype="F16")}).encode(),
+        None,
+        bytes(8),
+        "invalid shape, data type, or offset",
+    ),
+    (
+        json.dumps({"a": entry(2), "b": entry(2)}).encode(),
+        None,
+        bytes(8),
+        "offset for tensor `[ab]`",
+    ),
     (
         json.dumps({"a": entry(2), "b": entry(2, offsets=[4, 12])}).encode(),
         None,
@@ -354,12 +511,27 @@ RAW = [
         bytes(20),
         "offset for tensor `b`",
     ),
-    (json.dumps({"a": entry(2, offsets=[8, 16])}).encode(), None, bytes(16), "offset for tensor `a`"),
-    (json.dumps({"a\x1b[2J": entry(1)}).encode(), None, bytes(4), r"a tensor is called 'a.x1b\[2J'"),
+    (
+        json.dumps({"a": entry(2, offsets=[8, 16])}).encode(),
+        None,
+        bytes(16),
+        "offset for tensor `a`",
+    ),
+    (
+        json.dumps({"a\x1b[2J": entry(1)}).encode(),
+        None,
+        bytes(4),
+        r"a tensor is called 'a.x1b\[2J'",
+    ),
     (json.dumps({"a\ud800": entry(1)}).encode(), None, bytes(4), "no usable header: .* hex escape"),
     (json.dumps({"a" * 1001: entry(1)}).encode(), None, bytes(4), "a tensor is called 'aaa"),
     (b'{"a": ["F32", [2], [0, 8]]}', None, bytes(8), "no usable header: a is not an entry"),
-    (json.dumps({"a": entry(2, dtype={"F32": None})}).encode(), None, bytes(8), "header: a is not an entry"),
+    (
+        json.dumps({"a": entry(2, dtype={"F32": None})}).encode(),
+        None,
+        bytes(8),
+        "header: a is not an entry",
+    ),
     (b'{"a": {"dtype": "U8", "dtype": "I8"}}', None, b"", "the key 'dtype' occurs twice"),
     (b'{"a": {}, "a": {}}', None, b"", "the key 'a' occurs twice"),
     (b'{"__metadata__": {"a": 1}}', None, b"", "no usable header: .* expected a string"),
@@ -383,7 +555,10 @@ def test_damaged_files_are_refused(header, length, data, message, tmp_path):
 
 def test_the_header_of_those_files_is_otherwise_good(tmp_path):
     """The table above is of near misses: with all its data the file is surveyed."""
-    assert len(inspect_file(write_raw(tmp_path / "x.safetensors", GOOD_HEADER, bytes(64))).factors) == 2
+    assert (
+        len(inspect_file(write_raw(tmp_path / "x.safetensors", GOOD_HEADER, bytes(64))).factors)
+        == 2
+    )
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 20])
@@ -459,11 +634,18 @@ MISFITS = [
 def test_shapes_that_fit_no_pair_are_refused(shapes, folder):
     """Two halves whose shapes make no pair are an error that names both."""
     path = folder({key: torch.zeros(shape) for key, shape in shapes.items()})
-    with pytest.raises(InspectionError, match=r"lora_A\.weight has .*lora_B\.weight .* not a LoRA pair"):
+    with pytest.raises(
+        InspectionError, match=r"lora_A\.weight has .*lora_B\.weight .* not a LoRA pair"
+    ):
         inspect_file(path)
 
 
-CORES = [((8, 8, 3, 3), (8, 4, 3, 3)), ((4, 8, 3, 3), (8, 4, 1, 1)), ((8,), (8, 4, 1, 1)), ((8, 8, 0), (8, 4, 1, 1))]
+CORES = [
+    ((8, 8, 3, 3), (8, 4, 3, 3)),
+    ((4, 8, 3, 3), (8, 4, 1, 1)),
+    ((8,), (8, 4, 1, 1)),
+    ((8, 8, 0), (8, 4, 1, 1)),
+]
 
 
 @pytest.mark.parametrize(("core", "down"), CORES)
@@ -474,7 +656,9 @@ def test_a_core_that_does_not_fit_its_pair_is_refused(core, down, folder):
         inspect_file(folder({**tensors, "x.lora_up.weight": torch.zeros(5, 8, 1, 1)}))
 
 
-@pytest.mark.parametrize("keys", [["x.weight"], ["x.lora_a", "x.lora_b"], ["x.lora_A.0", "x.lora_B.0"], []])
+@pytest.mark.parametrize(
+    "keys", [["x.weight"], ["x.lora_a", "x.lora_b"], ["x.lora_A.0", "x.lora_B.0"], []]
+)
 def test_a_file_without_a_pair_is_refused(keys, folder):
     """A base model, MLX's transposed pairs or nothing at all is an error that says how much was looked at."""
     path = folder({key: torch.zeros(8, 8) for key in keys}) / "adapter_model.safetensors"
@@ -485,7 +669,9 @@ def test_a_file_without_a_pair_is_refused(keys, folder):
         inspect_file(path)
 
 
-@pytest.mark.parametrize("key", ["x.lora_A.weight", "x.lora_B.weight", "y.lora_up.weight", "x.lora.down.weight"])
+@pytest.mark.parametrize(
+    "key", ["x.lora_A.weight", "x.lora_B.weight", "y.lora_up.weight", "x.lora.down.weight"]
+)
 def test_half_a_pair_is_refused(key, folder):
     """A factor whose other half is missing is named, though other pairs are whole."""
     with pytest.raises(InspectionError, match=f"{key} lacks the other half"):
@@ -511,7 +697,11 @@ def test_keys_that_collide_are_refused(keys, folder):
 
 def test_two_adapters_of_one_layer_do_not_collide(folder):
     """A model's whole state may hold several adapters by name."""
-    two = {k.replace("weight", f"{name}.weight"): v for name in ("a", "b") for k, v in pair("x").items()}
+    two = {
+        k.replace("weight", f"{name}.weight"): v
+        for name in ("a", "b")
+        for k, v in pair("x").items()
+    }
     assert {f.adapter for f in inspect_file(folder(two)).factors} == {"a", "b"}
 
 
@@ -520,7 +710,14 @@ def test_a_declared_rank_at_odds_with_the_shapes_is_refused(folder):
     made = folder(r=16, rank_pattern={"k_proj": 8})
     with pytest.raises(InspectionError) as caught:
         inspect_file(made)
-    for part in ("adapter_model.safetensors", f"{LAYER}.lora_A.weight", "rank 8", "adapter_config.json", "16", "@ r"):
+    for part in (
+        "adapter_model.safetensors",
+        f"{LAYER}.lora_A.weight",
+        "rank 8",
+        "adapter_config.json",
+        "16",
+        "@ r",
+    ):
         assert part in str(caught.value)
 
 
@@ -618,7 +815,10 @@ def test_a_hostile_pattern_ends_in_an_error(pattern, folder, monkeypatch):
     monkeypatch.setattr(patterns, "_SECONDS", 0.5)
     made = folder(pair("a" * 400), alpha_pattern={pattern: 1})
     began = time.perf_counter()
-    with pytest.raises(InspectionError, match=r"adapter_config\.json .* take more than 0.5 seconds .* @ alpha_pattern"):
+    with pytest.raises(
+        InspectionError,
+        match=r"adapter_config\.json .* take more than 0.5 seconds .* @ alpha_pattern",
+    ):
         inspect_file(made)
     assert time.perf_counter() - began < 5
 
@@ -691,7 +891,9 @@ def test_a_folder_without_weights_is_refused(folder):
     """A configuration alone is an error that names what is missing."""
     made = folder()
     (made / "adapter_model.safetensors").unlink()
-    with pytest.raises(InspectionError, match=r"0 \.safetensors files, none of them adapter_model\.safetensors"):
+    with pytest.raises(
+        InspectionError, match=r"0 \.safetensors files, none of them adapter_model\.safetensors"
+    ):
         inspect_file(made)
 
 
@@ -699,13 +901,22 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 values = st.recursive(scalars, st.lists, max_leaves=4)
 entries = values | st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from(["F32", "BF16", "I64", "F8_E4M3", "F4", "nonsense", {"F32": None}]) | values,
+        "dtype": st.sampled_from(["F32", "BF16", "I64", "F8_E4M3", "F4", "nonsense", {"F32": None}])
+        | values,
         "shape": st.lists(st.integers(0, 9) | values, max_size=4) | values,
         "data_offsets": st.tuples(st.integers(-2, 64), st.integers(-2, 64)) | values,
     }
 )
 keys = st.sampled_from(
-    ["x.lora_A.weight", "x.lora_B.weight", "x.lora_down", "x.lora_up", "x.alpha", "__metadata__", ""]
+    [
+        "x.lora_A.weight",
+        "x.lora_B.weight",
+        "x.lora_down",
+        "x.lora_up",
+        "x.alpha",
+        "__metadata__",
+        "",
+    ]
 )
 
 
@@ -714,7 +925,10 @@ fuzz = settings(max_examples=200, suppress_health_check=[HealthCheck.function_sc
 
 @fuzz
 @given(header=st.dictionaries(keys, entries, max_size=5), data=st.binary(max_size=64))
-@example(header={"x.lora_A.weight": entry(2, 2), "x.lora_B.weight": entry(2, 2), "x.alpha": entry(1)}, data=bytes(16))
+@example(
+    header={"x.lora_A.weight": entry(2, 2), "x.lora_B.weight": entry(2, 2), "x.alpha": entry(1)},
+    data=bytes(16),
+)
 def test_no_header_raises_an_error_but_ours(header, data, tmp_path):
     """Any JSON where a header belongs, before any bytes, is surveyed or refused by an error of ours."""
     only_our_errors(write_raw(tmp_path / "x.safetensors", json.dumps(header).encode(), data))
@@ -743,7 +957,9 @@ def test_no_configuration_raises_an_error_but_ours(changes, tmp_path):
 
 def test_the_report_counts_like_factors_on_one_line(folder):
     """A hundred like layers take two lines, with their rates if a base rate is given."""
-    survey = inspect_file(folder({k: v for i in range(100) for k, v in pair(f"layers.{i}.q").items()}))
+    survey = inspect_file(
+        folder({k: v for i in range(100) for k, v in pair(f"layers.{i}.q").items()})
+    )
     with_law, rates = survey_rates(survey, lr=2e-4, tuned_at="r=8,alpha=16")
     plain, rated = survey.explain(), with_law.explain(rates=rates)
     assert plain.count("100") == 2
@@ -753,7 +969,9 @@ def test_the_report_counts_like_factors_on_one_line(folder):
 
 def test_the_report_gives_every_tensor_a_line_if_asked(folder):
     """per_module names each tensor, with its rate."""
-    survey = inspect_file(folder({k: v for i in range(3) for k, v in pair(f"layers.{i}.q").items()}))
+    survey = inspect_file(
+        folder({k: v for i in range(3) for k, v in pair(f"layers.{i}.q").items()})
+    )
     with_law, rates = survey_rates(survey, lr=2e-4, tuned_at="r=8,alpha=16")
     report = with_law.explain(per_module=True, rates=rates)
     assert all(f.name in report for f in survey.factors)

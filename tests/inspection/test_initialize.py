@@ -53,7 +53,9 @@ def test_every_style_and_layer_kind(style, kind, init, variance, before):
 # --- the draw -------------------------------------------------------------------------------------------------------
 
 
-def owner(a: tuple[int, ...], b: tuple[int, ...], names: tuple[str, str] = ("lora_A", "lora_B"), **others) -> nn.Module:
+def owner(
+    a: tuple[int, ...], b: tuple[int, ...], names: tuple[str, str] = ("lora_A", "lora_B"), **others
+) -> nn.Module:
     """A module that owns two zero factors of these shapes and has some attributes."""
     module = nn.Module()
     for name, shape in zip(names, (a, b), strict=True):
@@ -83,10 +85,22 @@ LAYOUTS = {
     "embedding": (of_embedding, 1.0, 1 / 16),
     "conv": (lambda: owner((16, 32, 3, 3), (256, 16, 1, 1)), 1 / 288, 1 / 16),
     "grouped": (lambda: owner((16, 32, 3, 3), (256, 4, 1, 1), groups=4), 1 / 288, 1 / 4),
-    "merged": (lambda: owner((32, 128), (256, 16), enable_lora=[True, False, True], r=16), 1 / 128, 1 / 16),
+    "merged": (
+        lambda: owner((32, 128), (256, 16), enable_lora=[True, False, True], r=16),
+        1 / 128,
+        1 / 16,
+    ),
     "kernel": (lambda: owner((48, 96), (192, 48), conv=CONV, r=16), 1 / 288, 1 / 48),
-    "columns": (lambda: owner((128, 16), (16, 256), ("lora_right_weight", "lora_left_weight")), 1 / 128, 1 / 16),
-    "experts": (lambda: owner((8, 16, 64), (8, 96, 16), ("linear_in", "linear_out"), dim=16), 1 / 64, 1 / 16),
+    "columns": (
+        lambda: owner((128, 16), (16, 256), ("lora_right_weight", "lora_left_weight")),
+        1 / 128,
+        1 / 16,
+    ),
+    "experts": (
+        lambda: owner((8, 16, 64), (8, 96, 16), ("linear_in", "linear_out"), dim=16),
+        1 / 64,
+        1 / 16,
+    ),
     "experts transposed": (
         lambda: owner((8, 64, 16), (8, 16, 96), ("lora_down_A", "lora_down_B")),
         1 / 64,
@@ -113,7 +127,9 @@ def test_the_variance_of_every_layout(layout, init):
     count = unit.numel()
     assert abs(unit.mean()) < 5 / math.sqrt(count)
     assert unit.square().mean() == pytest.approx(1, abs=5 * math.sqrt(2 / count))
-    assert (unit.abs() > 1.96).float().mean() == pytest.approx(0.05, abs=5 * math.sqrt(0.05 / count))
+    assert (unit.abs() > 1.96).float().mean() == pytest.approx(
+        0.05, abs=5 * math.sqrt(0.05 / count)
+    )
     assert not zero.any()
 
 
@@ -180,10 +196,16 @@ def test_torch_s_defaults_do_not_reach_the_draw():
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.permutations(["q", "k", "v", "o"]), st.sets(st.sampled_from(["a", "z", "head"])), st.sampled_from(["A", "B"]))
+@given(
+    st.permutations(["q", "k", "v", "o"]),
+    st.sets(st.sampled_from(["a", "z", "head"])),
+    st.sampled_from(["A", "B"]),
+)
 def test_order_and_added_layers_do_not_move_a_draw(order, added, init):
     """A factor's draw depends on the seed and its own name alone."""
-    first, second = (nn.ModuleDict({n: adapted() for n in names}) for names in ("qkvo", [*order, *sorted(added)]))
+    first, second = (
+        nn.ModuleDict({n: adapted() for n in names}) for names in ("qkvo", [*order, *sorted(added)])
+    )
     initialize(first, init)
     initialize(second, init)
     for name, value in drawn(first).items():
@@ -208,7 +230,10 @@ def test_nothing_else_changes():
     model.layer1.requires_grad_(False)
     model(torch.ones(2, 16)).sum().backward()
     before = [snapshot(model), torch.get_rng_state(), [m.training for m in model.modules()]]
-    gradients = {n: (p.requires_grad, None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()}
+    gradients = {
+        n: (p.requires_grad, None if p.grad is None else p.grad.clone())
+        for n, p in model.named_parameters()
+    }
     initialize(model, "B", scaling=0.5)
     after = snapshot(model)
     moved = {name for name, value in after.items() if not torch.equal(value, before[0][name])}
@@ -372,7 +397,9 @@ def impossible(model: nn.Module) -> None:
 
 def fixed(model: nn.Module) -> None:
     """A multiplier that no attribute moves."""
-    model["up"].__class__ = type("Fixed", (type(model["up"]),), {"scaling": property(lambda self: 2.0)})
+    model["up"].__class__ = type(
+        "Fixed", (type(model["up"]),), {"scaling": property(lambda self: 2.0)}
+    )
     del model["up"].__dict__["scaling"]
 
 
@@ -441,19 +468,31 @@ REFUSED = [
     (tied, {}, r"^lora_[AB] of (up|down) is tied to a factor that must be drawn"),
     (without("lora_A"), {"init": "B", "force": True}, r"^lora_A of up is frozen, .* use init='A'"),
     (without("lora_B"), {"init": "A"}, r"^lora_B of up is frozen, .* use init='B'"),
-    (lambda model: model.requires_grad_(False), {}, r"^No trainable LoRA pair among \d+ parameters"),
+    (
+        lambda model: model.requires_grad_(False),
+        {},
+        r"^No trainable LoRA pair among \d+ parameters",
+    ),
     (integers, {}, r"^lora_A of up cannot be drawn"),
     (parametrized, {"init": "A"}, r"^lora_a.weight of up cannot be drawn"),
     (inferred, {}, r"^lora_A of up is an inference tensor"),
     (misshaped, {}, r"^up declares rank 5 but"),
     (flat, {}, r"^lora_A of up is sharded\. Initialise before sharding"),
     (partitioned, {}, r"^lora_B of up is sharded"),
-    (lambda model: model["up"].to("meta"), {}, r"^lora_A of up is on the meta device\. Materialise"),
+    (
+        lambda model: model["up"].to("meta"),
+        {},
+        r"^lora_A of up is on the meta device\. Materialise",
+    ),
     (impossible, KEPT, r"^up has the scaling -1"),
     (undeclared, {}, r"^up declares no scaling, so none can be set"),
     (fixed, {}, r"^up cannot be changed: its 'scaling' does not accept the value 0.6"),
     (whole, {}, r"^up cannot be changed: its 'alpha' does not accept the value 2.4"),
-    (None, {"init": "C"}, r"^An adapter is initialised at 'A' \(B = 0 at the start\) or 'B' \(A = 0\), not 'C'"),
+    (
+        None,
+        {"init": "C"},
+        r"^An adapter is initialised at 'A' \(B = 0 at the start\) or 'B' \(A = 0\), not 'C'",
+    ),
     (None, {"init": "A", "variance": "xavier"}, r"^init='A' has no variance 'xavier'"),
     (None, {"seed": 1.5}, r"^The seed 1.5 is not a whole number"),
     (None, {"scaling": 0}, r"^The scaling 0 is not a positive finite number"),

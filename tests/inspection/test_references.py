@@ -50,7 +50,10 @@ def peft_folder(path: Path, **config) -> Path:
 def kohya_file(path: Path, metadata, names=("lora_unet_q", "lora_te_q"), rank=16) -> Path:
     tensors = {}
     for width, name in zip((32, 64, 64), names, strict=False):
-        tensors |= {f"{name}.lora_down.weight": torch.zeros(rank, width), f"{name}.alpha": torch.tensor(32.0)}
+        tensors |= {
+            f"{name}.lora_down.weight": torch.zeros(rank, width),
+            f"{name}.alpha": torch.tensor(32.0),
+        }
         tensors[f"{name}.lora_up.weight"] = torch.zeros(width, rank)
     save_file(tensors, path, {key: str(value) for key, value in metadata.items()})
     return path
@@ -87,7 +90,9 @@ def test_a_named_reference_serves_as_a_written_one(value, tmp_path):
         assert str(opts[0].report()) == str(opts[1].report())
         groups = [rank_aware_param_groups(model, lr=LR, tuned_at=each) for each in (at, same)]
         assert [g["lr"] for g in groups[0]] == [g["lr"] for g in groups[1]] != [LR] * 5
-        assert convert_lr(LR, from_=at, to="r=4,alpha=4") == convert_lr(LR, from_=same, to="r=4,alpha=4")
+        assert convert_lr(LR, from_=at, to="r=4,alpha=4") == convert_lr(
+            LR, from_=same, to="r=4,alpha=4"
+        )
 
 
 def test_words_without_an_alpha_change_what_they_name():
@@ -103,10 +108,18 @@ REFUSED = [
     (lambda path: 3, InvalidReferenceError, "3 is not a reference"),
     (lambda path: None, InvalidReferenceError, "None is not a reference"),
     (lambda path: SimpleNamespace(r=16), InvalidReferenceError, "is not a reference"),
-    (lambda path: "no/such/adapter", InvalidReferenceError, r"'no/such/adapter' is not a part .* an adapter's folder"),
+    (
+        lambda path: "no/such/adapter",
+        InvalidReferenceError,
+        r"'no/such/adapter' is not a part .* an adapter's folder",
+    ),
     (lambda path: path / "missing", InspectionError, "There is no file"),
     (lambda path: path, InspectionError, "has 0 .safetensors files"),
-    (lambda path: LoraConfig(init_lora_weights="pissa"), InvalidReferenceError, "init_lora_weights='pissa'.*no law"),
+    (
+        lambda path: LoraConfig(init_lora_weights="pissa"),
+        InvalidReferenceError,
+        "init_lora_weights='pissa'.*no law",
+    ),
     (lambda path: LoraConfig(peft_type="LOHA"), InvalidReferenceError, "the kind 'LOHA'"),
     (lambda path: LoraConfig(r=0), InvalidReferenceError, "rank=0"),
 ]
@@ -125,14 +138,22 @@ def test_what_names_none_is_refused(value, error, message, tmp_path):
 
 TRAINED = [
     ({"ss_learning_rate": 1e-4}, ("lora_unet_q", "lora_te_q"), [("", 1e-4, 2)]),
-    ({"ss_learning_rate": 1e-4, "ss_unet_lr": None, "ss_text_encoder_lr": "[]"}, ("lora_unet_q",), [("", 1e-4, 1)]),
+    (
+        {"ss_learning_rate": 1e-4, "ss_unet_lr": None, "ss_text_encoder_lr": "[]"},
+        ("lora_unet_q",),
+        [("", 1e-4, 1)],
+    ),
     (
         {"ss_learning_rate": 1e-4, "ss_unet_lr": 2e-4},
         ("lora_unet_q", "lora_te_q"),
         [("UNet", 2e-4, 1), ("text encoder", 1e-4, 1)],
     ),
     ({"ss_unet_lr": 2e-4, "ss_text_encoder_lr": 5e-5}, ("lora_unet_q",), [("UNet", 2e-4, 1)]),
-    ({"ss_unet_lr": 2e-4, "ss_text_encoder_lr": 0.0}, ("lora_unet_q", "lora_te_q"), [("UNet", 2e-4, 1)]),
+    (
+        {"ss_unet_lr": 2e-4, "ss_text_encoder_lr": 0.0},
+        ("lora_unet_q", "lora_te_q"),
+        [("UNet", 2e-4, 1)],
+    ),
     (
         {"ss_unet_lr": 2e-4, "ss_text_encoder_lr": "[5e-05, 1e-05]"},
         ("lora_unet_q", "lora_te1_q", "lora_te2_q"),
@@ -155,8 +176,16 @@ def test_kohyas_rates_are_read_by_part(metadata, names, rates, tmp_path):
 
 OPTIMIZERS = [
     ("torch.optim.adamw.AdamW", "torch.optim.adamw.AdamW", {}),
-    ("bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1,betas=(0.9, 0.99))", None, {"weight_decay": 0.1}),
-    ("transformers.optimization.Adafactor(scale_parameter=False,x=word)", None, {"scale_parameter": False}),
+    (
+        "bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1,betas=(0.9, 0.99))",
+        None,
+        {"weight_decay": 0.1},
+    ),
+    (
+        "transformers.optimization.Adafactor(scale_parameter=False,x=word)",
+        None,
+        {"scale_parameter": False},
+    ),
     ("None", "None", {}),
     ("a b; c(", "", {}),
     ("x(" + "(" * 5000, "x", {}),

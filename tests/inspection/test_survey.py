@@ -38,7 +38,9 @@ MATERIALS = {
 def test_every_convention_and_layer_kind_is_read(style, kind, material):
     """A pair gives an A and a B factor with the layer's fans, rank, scaling and kind, at any dtype and on meta."""
     survey = inspect_model(nn.ModuleDict({"up": adapted(style, kind, **MATERIALS[material])}))
-    convention = "peft-embedding" if (style, kind) == ("container", "embedding") else CONVENTION[style]
+    convention = (
+        "peft-embedding" if (style, kind) == ("container", "embedding") else CONVENTION[style]
+    )
     assert [f.role for f in survey.factors] == ["A", "B"]
     for factor in survey.factors:
         assert (factor.fan_in, factor.fan_out) == FANS[kind]
@@ -48,7 +50,9 @@ def test_every_convention_and_layer_kind_is_read(style, kind, material):
     assert survey.other == ()
 
 
-@pytest.mark.parametrize(("style", "attribute"), [("plain", "r"), ("tune", "rank"), ("kohya", "lora_dim")])
+@pytest.mark.parametrize(
+    ("style", "attribute"), [("plain", "r"), ("tune", "rank"), ("kohya", "lora_dim")]
+)
 def test_declared_rank_against_shape_is_refused(style, attribute):
     """A declared rank that its factors' shapes contradict is an error that names layer and both numbers."""
     layer = adapted(style)
@@ -61,17 +65,24 @@ def test_factors_of_different_ranks_are_refused():
     """A and B that disagree with each other are an error even where no rank is declared."""
     layer = adapted()
     layer.r, layer.lora_B = None, nn.Parameter(torch.zeros(20, 5))
-    with pytest.raises(InspectionError, match=r"declares no rank but lora_A has shape \(4, 12\) and lora_B \(20, 5\)"):
+    with pytest.raises(
+        InspectionError,
+        match=r"declares no rank but lora_A has shape \(4, 12\) and lora_B \(20, 5\)",
+    ):
         inspect_model(layer)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan")])
-@pytest.mark.parametrize(("style", "attribute"), [("plain", "scaling"), ("tune", "alpha"), ("kohya", "scale")])
+@pytest.mark.parametrize(
+    ("style", "attribute"), [("plain", "scaling"), ("tune", "alpha"), ("kohya", "scale")]
+)
 def test_impossible_scaling_is_refused(style, attribute, value):
     """A scaling or alpha of zero, below zero, infinite or NaN is an error that names the layer."""
     layer = adapted(style)
     setattr(layer, attribute, value)
-    with pytest.raises(InspectionError, match=r"^up has the scaling .* Give a positive finite alpha"):
+    with pytest.raises(
+        InspectionError, match=r"^up has the scaling .* Give a positive finite alpha"
+    ):
         inspect_model(nn.ModuleDict({"up": layer}))
 
 
@@ -91,7 +102,9 @@ def test_undeclared_rank_and_scaling():
     assert survey.notes == ("up declares no scaling: 1 is assumed.",)
 
 
-@pytest.mark.parametrize("prepare", [lambda: nn.Linear(3, 3), lambda: adapted().requires_grad_(False)])
+@pytest.mark.parametrize(
+    "prepare", [lambda: nn.Linear(3, 3), lambda: adapted().requires_grad_(False)]
+)
 def test_no_pair_is_refused(prepare):
     """A model without trainable pairs is an error that says how many parameters and which conventions were tried."""
     model = prepare()
@@ -180,7 +193,11 @@ def test_the_model_is_left_as_found(style):
     """Inspection changes no bit of parameters, gradients, mode or random state."""
     model = mlp((4, 8), style=style).eval()
     model.get_submodule("head").weight.grad = torch.ones(3, 16)
-    before, random, flags = snapshot(model), torch.get_rng_state(), [p.requires_grad for p in model.parameters()]
+    before, random, flags = (
+        snapshot(model),
+        torch.get_rng_state(),
+        [p.requires_grad for p in model.parameters()],
+    )
     inspect_model(model)
     assert same(before, snapshot(model))
     assert torch.equal(random, torch.get_rng_state())
@@ -238,7 +255,9 @@ def test_full_finetuning_leaves_vectors_and_embeddings_as_other():
 def test_full_finetuning_of_a_frozen_model_is_refused():
     """Nothing trainable is an error that says how many parameters were looked at."""
     model = network().requires_grad_(False)
-    with pytest.raises(InspectionError, match=f"None of {len(list(model.parameters()))} parameters"):
+    with pytest.raises(
+        InspectionError, match=f"None of {len(list(model.parameters()))} parameters"
+    ):
         inspect_model(model, method="full")
 
 
@@ -286,11 +305,16 @@ def test_names_stay_apart():
     """Where dropping a prefix would give two parameters one name, all keep the names that the model gives them."""
     model = nn.ModuleDict({"module": nn.ModuleDict({"up": adapted(rank=4)}), "up": adapted(rank=8)})
     survey = inspect_model(model)
-    assert [(f.name, f.rank) for f in survey.factors if f.role == "A"] == [("module.up.lora_A", 4), ("up.lora_A", 8)]
+    assert [(f.name, f.rank) for f in survey.factors if f.role == "A"] == [
+        ("module.up.lora_A", 4),
+        ("up.lora_A", 8),
+    ]
     assert {f.layer for f in survey.factors} == {"module.up", "up"}
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
+)
 def test_wrapped_models_give_the_same_survey(wrap):
     """A wrapped model is surveyed under the names of the plain one."""
     assert inspect_model(wrap(mlp())) == inspect_model(mlp())
@@ -299,13 +323,20 @@ def test_wrapped_models_give_the_same_survey(wrap):
 # --- the survey's numbers -------------------------------------------------------------------------------------------
 
 
-def factor(layer: str, n: int, out: int, *, rank: int = 4, init: str = "A", kind: str = "linear") -> list[Factor]:
-    return [Factor(f"{layer}.{role}", role, rank, n, out, init=init, kind=kind, layer=layer) for role in "AB"]
+def factor(
+    layer: str, n: int, out: int, *, rank: int = 4, init: str = "A", kind: str = "linear"
+) -> list[Factor]:
+    return [
+        Factor(f"{layer}.{role}", role, rank, n, out, init=init, kind=kind, layer=layer)
+        for role in "AB"
+    ]
 
 
 def test_width_is_weighted_by_weight_size():
     """The width is the mean fan-in weighted by the adapted weights' size, each layer once, embeddings left out."""
-    survey = Survey((*factor("a", 10, 10), *factor("b", 40, 20), *factor("emb", 9999, 9999, kind="embedding")))
+    survey = Survey(
+        (*factor("a", 10, 10), *factor("b", 40, 20), *factor("emb", 9999, 9999, kind="embedding"))
+    )
     assert survey.width == pytest.approx((10 * 100 + 40 * 800) / 900)
     assert survey.full_width("A") == 40
     assert survey.full_width("B") == survey.width
@@ -313,9 +344,22 @@ def test_width_is_weighted_by_weight_size():
 
 def test_dominant_is_the_most_common_by_pairs():
     """The dominant reference is the most common (rank, scaling, init), embeddings asked last."""
-    survey = Survey((*factor("a", 8, 8), *factor("b", 8, 8, rank=16, init="B"), *factor("c", 8, 8, rank=16, init="B")))
-    assert (survey.dominant().rank, survey.dominant().scaling, survey.dominant().init) == (16, 1.0, "B")
-    embeddings = factor("e", 8, 8, kind="embedding", rank=2), factor("f", 8, 8, kind="embedding", rank=2)
+    survey = Survey(
+        (
+            *factor("a", 8, 8),
+            *factor("b", 8, 8, rank=16, init="B"),
+            *factor("c", 8, 8, rank=16, init="B"),
+        )
+    )
+    assert (survey.dominant().rank, survey.dominant().scaling, survey.dominant().init) == (
+        16,
+        1.0,
+        "B",
+    )
+    embeddings = (
+        factor("e", 8, 8, kind="embedding", rank=2),
+        factor("f", 8, 8, kind="embedding", rank=2),
+    )
     assert Survey((*factor("a", 8, 8), *embeddings[0], *embeddings[1])).dominant().rank == 4
     assert Survey(tuple(embeddings[0])).dominant().rank == 2
 
@@ -345,7 +389,9 @@ def test_errors_have_cause_and_cure():
     """An error's text is its cause and then its cure."""
     with pytest.raises(InspectionError) as caught:
         inspect_model(nn.Linear(2, 2))
-    assert re.fullmatch(f"{re.escape(caught.value.cause)} {re.escape(caught.value.cure)}", str(caught.value))
+    assert re.fullmatch(
+        f"{re.escape(caught.value.cause)} {re.escape(caught.value.cure)}", str(caught.value)
+    )
 
 
 def test_full_finetuning_refuses_trainable_pairs() -> None:
@@ -364,7 +410,9 @@ def test_a_transposed_pair_of_no_declared_rank_is_said_with_both_readings():
     """(64, 4) and (4, 64) without a declared rank stay rank 64 on width 4, and a warning names rank 4 on width 64."""
     pair = nn.Module()
     pair.lora_A, pair.lora_B = nn.Parameter(torch.randn(64, 4)), nn.Parameter(torch.zeros(4, 64))
-    with pytest.warns(RankAwareWarning, match=r"read as rank 64 on a layer of width 4.*rank is 4 and the width 64"):
+    with pytest.warns(
+        RankAwareWarning, match=r"read as rank 64 on a layer of width 4.*rank is 4 and the width 64"
+    ):
         survey = inspect_model(pair)
     assert {f.rank for f in survey.factors} == {64}
     pair.r = 64

@@ -29,7 +29,11 @@ def test_all_settings_are_read_and_taken():
     found = settings_from_words(WORDS)
     assert found["tuned_at"] == Reference(rank=16, alpha=32)
     assert found["rates"] == {"*head*": 1e-3}
-    assert [found[name] for name in ("per_layer_width", "strict", "scale_weight_decay")] == [0, 0, 1]
+    assert [found[name] for name in ("per_layer_width", "strict", "scale_weight_decay")] == [
+        0,
+        0,
+        1,
+    ]
     opt = RankAwareOptimizer(mlp((4,)), "adamw", lr=1e-3, **found)
     assert {group["rank_multiplier"] for group in opt.param_groups} != {1.0}
 

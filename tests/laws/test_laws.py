@@ -55,7 +55,9 @@ LAW_TABLE = {
     "mua-relative": MuA(family="relative-scale", ratio=0.5),
     "mua-unknown": MuA(family="unknown"),
     "power": Power(exponent=-0.3),
-    "power-full": Power(exponent=-0.45, full_factor=0.5, pivot=8.0, to_full=True, law=MuA(tokens=4.0)),
+    "power-full": Power(
+        exponent=-0.45, full_factor=0.5, pivot=8.0, to_full=True, law=MuA(tokens=4.0)
+    ),
     "power-pivot": Power(exponent=0.18, full_factor=2.0, law=MuA(tokens=None)),
     "falling": Falling(),
     "falling-knee": Falling(knee=0.5, power=0.5, law=MuA(tokens=4.0)),
@@ -81,7 +83,9 @@ class Point:
         return Factor("w", role, self.rank, self.fan_in, 64, self.scaling, self.init)
 
     def reference(self) -> Reference:
-        return replace(Reference.from_scaling(self.rank, self.scaling, init=self.init), fan_in=self.fan_in)
+        return replace(
+            Reference.from_scaling(self.rank, self.scaling, init=self.init), fan_in=self.fan_in
+        )
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,9 @@ def test_the_base_rate_is_that_of_the_reference(law, point):
 def test_b_follows_a_at_a_fixed_ratio(law, to, origin):
     """The rate of B is that of A times the law's ratio, 1 where it has none."""
     ratio = getattr(law, "ratio", 1.0)
-    assert law.multiplier(to.factor("B"), origin.reference()) == pytest.approx(ratio * move(law, to, origin))
+    assert law.multiplier(to.factor("B"), origin.reference()) == pytest.approx(
+        ratio * move(law, to, origin)
+    )
 
 
 @given(point=lora_points, b=tokens, more=st.floats(1.01, 8.0))
@@ -175,7 +181,9 @@ def test_ratio_acts_only_through_its_product_with_scaling(point, b, more):
     """Under Init[A], λ and s appear only as s·λ: raising one and lowering the other leaves A's rate."""
     point = replace(point, init="A")
     origin, other = FullPoint(64), replace(point, scaling=point.scaling / more)
-    assert move(MuA(b, ratio=more), other, origin) == pytest.approx(move(MuA(b), point, origin), rel=1e-9)
+    assert move(MuA(b, ratio=more), other, origin) == pytest.approx(
+        move(MuA(b), point, origin), rel=1e-9
+    )
 
 
 # Exponents of rate in rank where s = r^(-γ), and in width. Asymptotic, so far from any corner.
@@ -217,8 +225,12 @@ def test_width_exponents_of_the_paper(init, expected):
 @given(n=st.integers(2**20, 2**24), r=st.integers(1, 16), b=tokens)
 def test_init_b_at_scaling_one_is_full_finetuning(n, r, b):
     """While r ≪ n, a rate tuned at Init[B] with s = 1 is full finetuning's, and at another s it is 1/s of it."""
-    assert move(MuA(tokens=None), FullPoint(n), Point(r, 1.0, n, "B")) == pytest.approx(1.0, rel=1e-3)
-    assert move(MuA(tokens=None), Point(r, 4.0, n, "B"), FullPoint(n)) == pytest.approx(0.25, rel=1e-3)
+    assert move(MuA(tokens=None), FullPoint(n), Point(r, 1.0, n, "B")) == pytest.approx(
+        1.0, rel=1e-3
+    )
+    assert move(MuA(tokens=None), Point(r, 4.0, n, "B"), FullPoint(n)) == pytest.approx(
+        0.25, rel=1e-3
+    )
     assert move(MuA(tokens=b), FullPoint(n), Point(r, 1.0, n, "B")) >= 1.0
 
 
@@ -235,7 +247,9 @@ SWEEP = [(4.0, 2.65), (8.0, 2.5)]
 @pytest.mark.parametrize(("b", "octaves"), SWEEP)
 def test_the_transformer_sweep_is_reproduced(b, octaves):
     """From r = 1 to 64 at width 128 and s = 1 the rate falls by the octaves that the theory's table quotes."""
-    assert -math.log2(move(MuA(tokens=b), Point(64, 1.0, 128), Point(1, 1.0, 128))) == pytest.approx(octaves, abs=0.1)
+    assert -math.log2(
+        move(MuA(tokens=b), Point(64, 1.0, 128), Point(1, 1.0, 128))
+    ) == pytest.approx(octaves, abs=0.1)
 
 
 @given(to=ranks, origin=ranks, drift=st.floats(-1, 1))
@@ -295,7 +309,10 @@ BOUND = [
     (torch.optim.AdamW, {}, {}),
     muon({}, {"family": "spectral"}),
     muon({"adjust_lr_fn": None}, {"family": "spectral"}),
-    muon({"adjust_lr_fn": "match_rms_adamw"}, {"family": "spectral", "shape_factor": "match_rms_adamw"}),
+    muon(
+        {"adjust_lr_fn": "match_rms_adamw"},
+        {"family": "spectral", "shape_factor": "match_rms_adamw"},
+    ),
     (torch.optim.SGD, {"momentum": 0.9}, {"family": "gradient-like"}),
     (torch.optim.Adadelta, {}, {"family": "unknown"}),
     (type("Adafactor", (), {}), {"scale_parameter": False, "relative_step": False}, {}),
@@ -334,7 +351,9 @@ def test_an_unknown_family_is_scaled_as_sign_like():
     low, high = Point(4, 1.0, 512), Point(64, 1.0, 512)
     assert move(MuA().bind(torch.optim.Adadelta, {}), high, low) == move(MuA(), high, low)
     assert known_family(torch.optim.SGD) == "gradient-like"
-    with pytest.raises(LawError, match=r"No law is derived for the family of Adadelta.*Leave strict out"):
+    with pytest.raises(
+        LawError, match=r"No law is derived for the family of Adadelta.*Leave strict out"
+    ):
         known_family(torch.optim.Adadelta)
 
 
@@ -369,19 +388,34 @@ def test_falling_moves_init_b_alone(point, other, knee):
 
 def test_falling_takes_no_rank_of_full_finetuning():
     """A reference of full finetuning that still carries a rank and an init is full finetuning's."""
-    left, plain = (Reference(method="full", fan_in=64, **more) for more in ({"rank": 4, "alpha": 4, "init": "B"}, {}))
+    left, plain = (
+        Reference(method="full", fan_in=64, **more)
+        for more in ({"rank": 4, "alpha": 4, "init": "B"}, {})
+    )
     target = Point(16, 1.0, 64, "B").factor()
     assert Falling().multiplier(target, left) == Falling().multiplier(target, plain)
 
 
-@given(rank=ranks, more=st.integers(1, 64), knee=st.floats(0.0, 1e4), power=st.floats(0.0, 1.0), width=widths)
+@given(
+    rank=ranks,
+    more=st.integers(1, 64),
+    knee=st.floats(0.0, 1e4),
+    power=st.floats(0.0, 1.0),
+    width=widths,
+)
 def test_falling_falls_by_no_more_than_its_power(rank, more, knee, power, width):
     """At Init[B] the rate falls in rank beyond the inner law by r^0 to r^-power, and meets it at r = n."""
-    law, low, high = Falling(knee, power), Point(rank, 1.0, width, "B"), Point(rank * more, 1.0, width, "B")
+    law, low, high = (
+        Falling(knee, power),
+        Point(rank, 1.0, width, "B"),
+        Point(rank * more, 1.0, width, "B"),
+    )
     fall = move(law, high, low) / move(MuA(), high, low)
     assert more**-power - 1e-9 <= fall <= 1.0 + 1e-9
     whole = Point(width, 1.0, width, "B")
-    assert move(law, whole, FullPoint(width)) == pytest.approx(move(MuA(), whole, FullPoint(width)), rel=1e-9)
+    assert move(law, whole, FullPoint(width)) == pytest.approx(
+        move(MuA(), whole, FullPoint(width)), rel=1e-9
+    )
 
 
 def test_a_file_without_falling_s_power_has_the_square_root():
@@ -398,7 +432,9 @@ def test_a_file_without_tokens_has_eight():
     assert law_changes(read) == {"name": "mua"}
 
 
-@pytest.mark.parametrize(("optimizer", "tokens"), [(torch.optim.AdamW, 1.0), (torch.optim.SGD, 8.0)])
+@pytest.mark.parametrize(
+    ("optimizer", "tokens"), [(torch.optim.AdamW, 1.0), (torch.optim.SGD, 8.0)]
+)
 def test_the_default_tokens_are_those_of_the_family(optimizer, tokens):
     """The number chosen for Adam does not reach the other families' forms; a number that is given does."""
     assert MuA().bind(optimizer, {}).tokens == tokens
@@ -428,7 +464,12 @@ def test_a_law_named_inside_the_default_one_stays(optimizer):
     assert Falling(law=LoRAPlus()).bind(optimizer, {}) == LoRAPlus()
 
 
-@given(point=lora_points, rank=ranks, more=st.floats(1.1, 8.0), family=st.sampled_from(["spectral", "gradient-like"]))
+@given(
+    point=lora_points,
+    rank=ranks,
+    more=st.floats(1.1, 8.0),
+    family=st.sampled_from(["spectral", "gradient-like"]),
+)
 def test_muon_and_sgd_move_with_alpha_and_not_with_rank(point, rank, more, family):
     """For these families the rate stays where s is kept at any rank, and falls as s grows."""
     law = MuA(family=family)
@@ -501,7 +542,10 @@ BROKEN_DICTS = [
     ({"name": "power", "law": "mua"}, "law='mua'"),
     ({"name": "power", "exponent": 10**400}, "exponent=1000"),
     ({"name": "constant", "law": 1}, "no parameter 'law'"),
-    (reduce(lambda law, _: {"name": "power", "law": law}, range(5000), {}), "laws are nested too deep"),
+    (
+        reduce(lambda law, _: {"name": "power", "law": law}, range(5000), {}),
+        "laws are nested too deep",
+    ),
 ]
 
 
@@ -564,7 +608,9 @@ def test_a_law_that_is_not_registered_cannot_be_stored():
         law_to_dict(Impostor())
 
 
-BAD_PARAMETERS = [(MuA, {"tokens": value}) for value in (0, -1.0, math.inf, math.nan, "8", True)] + [
+BAD_PARAMETERS = [
+    (MuA, {"tokens": value}) for value in (0, -1.0, math.inf, math.nan, "8", True)
+] + [
     (MuA, {"ratio": 0}),
     (MuA, {"ratio": None}),
     (MuA, {"family": "adam"}),
@@ -646,7 +692,9 @@ def installed(tmp_path, monkeypatch):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: half-law\nVersion: 1.0\n")
     (tmp_path / "exits_law.py").write_text("raise SystemExit(3)\n")
-    (tmp_path / "raises_law.py").write_text("class Raises:\n    def __init__(self): raise OSError('no disk')\n")
+    (tmp_path / "raises_law.py").write_text(
+        "class Raises:\n    def __init__(self): raise OSError('no disk')\n"
+    )
     points = ["half = half_law:Half", "broken = broken_law:Law", "nothing = builtins:dict"]
     points += ["exits = exits_law:Law", "raises = raises_law:Raises"]
     (info / "entry_points.txt").write_text("\n".join(["[rankaware_optim.laws]", *points, ""]))
@@ -659,7 +707,10 @@ def installed(tmp_path, monkeypatch):
 def test_a_plugged_in_law_is_found(installed):
     """A law of another distribution is found by its entry point, stored and read back; a broken one only warns."""
     broken = r"plug-in 'broken' \(broken_law:Law\) could not be loaded: No module named"
-    with pytest.warns(Warn, match=r"plug-in 'exits' .* could not be loaded: 3"), pytest.warns(Warn, match=broken):
+    with (
+        pytest.warns(Warn, match=r"plug-in 'exits' .* could not be loaded: 3"),
+        pytest.warns(Warn, match=broken),
+    ):
         law = get_law("half")
     assert law.multiplier(Point(4, 1.0, 8).factor(), Point(8, 1.0, 8).reference()) == 0.5
     assert law_from_dict(law_to_dict(replace(law, share=0.25))) == replace(law, share=0.25)
@@ -763,7 +814,11 @@ def test_bad_references_are_refused(arguments, message):
 
 SCALINGS = [
     ({"rank": 16, "alpha": 32}, 2.0, "rank 16, alpha 32, B = 0"),
-    ({"rank": 16, "alpha": 32, "rslora": True, "init": "B"}, 8.0, "rank 16, alpha 32, rslora, A = 0"),
+    (
+        {"rank": 16, "alpha": 32, "rslora": True, "init": "B"},
+        8.0,
+        "rank 16, alpha 32, rslora, A = 0",
+    ),
     ({"method": "full"}, 1.0, "full finetuning"),
 ]
 

@@ -22,8 +22,14 @@ TEXTS = [
     ("mua?family=spectral", MuA(family="spectral")),
     ("loraplus?ratio=4", LoRAPlus(4.0)),
     ("power?exponent=-1,law=constant", Power(exponent=-1.0, law=Constant())),
-    ("power?exponent=-1,law=(mua?tokens=4,ratio=2)", Power(exponent=-1.0, law=MuA(tokens=4.0, ratio=2.0))),
-    ("power?law=(power?exponent=1,law=(mua?tokens=4))", Power(law=Power(exponent=1.0, law=MuA(tokens=4.0)))),
+    (
+        "power?exponent=-1,law=(mua?tokens=4,ratio=2)",
+        Power(exponent=-1.0, law=MuA(tokens=4.0, ratio=2.0)),
+    ),
+    (
+        "power?law=(power?exponent=1,law=(mua?tokens=4))",
+        Power(law=Power(exponent=1.0, law=MuA(tokens=4.0))),
+    ),
     ("rankaware_optim:MuA", MuA()),
     ("rankaware_optim.laws:LoRAPlus?ratio=2", LoRAPlus(2.0)),
     ("test_law_module:HALF", Power(exponent=-0.5)),
@@ -70,12 +76,16 @@ def test_the_optimizer_and_convert_take_the_same_words():
     """A text with parameters, or of a law of one's own, is a law for the wrapper, for groups and for `convert_lr`."""
     model, text, law = PlainLoRA(torch.nn.Linear(64, 64), 16), "mua?tokens=2", MuA(tokens=2.0)
     options = {"lr": 1e-3, "tuned_at": ra.Reference(rank=4, alpha=4)}
-    opts = [ra.RankAwareOptimizer(model, "adamw", law=named, **options) for named in (text, law, "mua")]
+    opts = [
+        ra.RankAwareOptimizer(model, "adamw", law=named, **options) for named in (text, law, "mua")
+    ]
     rates = [[effective_lr(group) for group in opt.param_groups] for opt in opts]
     assert rates[0] == rates[1] != rates[2]
     assert [g["lr"] for g in ra.rank_aware_param_groups(model, law=text, **options)] == rates[0]
     a, b = "r=4,alpha=4,fan_in=64", "r=64,alpha=64"
-    assert float(ra.convert_lr(1e-3, from_=a, to=b, law=text)) == float(ra.convert_lr(1e-3, from_=a, to=b, law=law))
+    assert float(ra.convert_lr(1e-3, from_=a, to=b, law=text)) == float(
+        ra.convert_lr(1e-3, from_=a, to=b, law=law)
+    )
 
 
 @pytest.mark.parametrize("text", ["mua?tokens=2", "test_law_module:HALF"])

@@ -34,7 +34,9 @@ def native_on_groups(model):
 
 def rates(opt):
     """The rate at which every parameter trains, by name."""
-    return {name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]}
+    return {
+        name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]
+    }
 
 
 def trainable(model):
@@ -45,8 +47,12 @@ def trainable(model):
 
 WAYS = {
     "ours, plain": lambda model, opt: to_plain_state_dict(opt),
-    "ours, plain, native": lambda model, opt: loaded(native_on_groups(model), to_plain_state_dict(opt)).state_dict(),
-    "ours, native": lambda model, opt: loaded(native_on_groups(model), opt.state_dict()).state_dict(),
+    "ours, plain, native": lambda model, opt: loaded(
+        native_on_groups(model), to_plain_state_dict(opt)
+    ).state_dict(),
+    "ours, native": lambda model, opt: loaded(
+        native_on_groups(model), opt.state_dict()
+    ).state_dict(),
     "native alone": lambda model, opt: native_on_groups(model).state_dict(),
     "ours, plain, native, plain class": lambda model, opt: loaded(
         ours(model, native_type=True), to_plain_state_dict(opt)
@@ -71,7 +77,9 @@ def test_no_way_to_native_groups_and_back_multiplies_twice(way, scheduled):
         scheduler.step()
     back = loaded(ours(mlp((4, 64))), WAYS[way](model, opt))
     assert rates(back) == pytest.approx(rates(opt), rel=1e-9)
-    assert [group["lr"] for group in back.param_groups] == pytest.approx([g["lr"] for g in opt.param_groups])
+    assert [group["lr"] for group in back.param_groups] == pytest.approx(
+        [g["lr"] for g in opt.param_groups]
+    )
     assert not any("rank_multiplied" in group for group in back.param_groups)
 
 
@@ -83,7 +91,9 @@ def test_a_kept_decay_comes_back_once():
     native = loaded(ours(model, native_type=True, **options), to_plain_state_dict(opt))
     assert len({group["weight_decay"] for group in native.param_groups}) == 3
     back = loaded(ours(mlp((4, 64)), **options), native.state_dict())
-    assert [group["weight_decay"] for group in back.param_groups] == pytest.approx([0.5] * len(back.param_groups))
+    assert [group["weight_decay"] for group in back.param_groups] == pytest.approx(
+        [0.5] * len(back.param_groups)
+    )
 
 
 # --- orders without names -------------------------------------------------------------------------------------------
@@ -91,7 +101,10 @@ def test_a_kept_decay_comes_back_once():
 
 def layers_reversed(model):
     params = trainable(model)
-    return [{"params": [p for n, p in params.items() if n.startswith(name)]} for name in ("layer1", "layer0", "head")]
+    return [
+        {"params": [p for n, p in params.items() if n.startswith(name)]}
+        for name in ("layer1", "layer0", "head")
+    ]
 
 
 def stepped_plain(model, params):
@@ -141,11 +154,16 @@ def test_a_checkpoint_without_moments_has_no_order():
 
 # --- pinned rates ---------------------------------------------------------------------------------------------------
 
-PINNED = {"rates": ({"rates": {"*lora_B*": 5e-4}}, "lora_B"), "other_lr": ({"other_lr": 5e-4}, "head")}
+PINNED = {
+    "rates": ({"rates": {"*lora_B*": 5e-4}}, "lora_B"),
+    "other_lr": ({"other_lr": 5e-4}, "head"),
+}
 SAVED = {
     "ours": lambda model, options: ours(model, **options).state_dict(),
     "ours, unpinned": lambda model, options: ours(model).state_dict(),
-    "plain": lambda model, options: torch.optim.AdamW(trainable(model).values(), lr=LR).state_dict(),
+    "plain": lambda model, options: torch.optim.AdamW(
+        trainable(model).values(), lr=LR
+    ).state_dict(),
 }
 
 
@@ -218,7 +236,12 @@ def test_what_a_signal_handler_saves_holds_base_rates():
     found = []
 
     def save(*_):
-        found.append({group["lr"] for group in (*opt.state_dict()["param_groups"], *copy.deepcopy(opt).param_groups)})
+        found.append(
+            {
+                group["lr"]
+                for group in (*opt.state_dict()["param_groups"], *copy.deepcopy(opt).param_groups)
+            }
+        )
 
     before = signal.signal(signal.SIGALRM, save)
     signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-3)
@@ -282,7 +305,11 @@ def test_an_empty_group_of_the_users_comes_back():
     """A state for the user's own groups loads into a native optimizer of them, one of which is empty."""
     model = mlp((4, 8))
     params = list(trainable(model).values())
-    groups = [{"params": params[:3]}, {"params": [], "weight_decay": 0.0}, {"params": params[3:], "lr": 0.5}]
+    groups = [
+        {"params": params[:3]},
+        {"params": [], "weight_decay": 0.0},
+        {"params": params[3:], "lr": 0.5},
+    ]
     opt = RankAwareOptimizer([dict(group) for group in groups], "adamw", model=model, lr=LR, **LAW)
     assert all(group["params"] for group in opt.param_groups)
     train(model, opt, steps=2)
@@ -335,7 +362,9 @@ def test_one_damaged_tensor_among_many_of_its_kind_is_named(key):
     opt = ours(model)
     train(model, opt, steps=2)
     state = copy.deepcopy(opt.state_dict())
-    at = [name for group in opt.param_groups for name in group["param_names"]].index("layer39.lora_B")
+    at = [name for group in opt.param_groups for name in group["param_names"]].index(
+        "layer39.lora_B"
+    )
     state["state"][at][key] = torch.full((3,), float("nan"))
     with pytest.raises(CheckpointError, match=rf"{key} of layer39.lora_B has shape \(3,\)"):
         ours(mlp((4,) * 40, head=False)).load_state_dict(state)

@@ -65,7 +65,9 @@ class Preconditioned(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        for param in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+        for param in (
+            p for group in self.param_groups for p in group["params"] if p.grad is not None
+        ):
             state, grad = self.state[param], param.grad.reshape(len(param), -1)
             state["left"] = state.get("left", 0) + grad @ grad.T
             state["rows"] = grad.square().mean(1, keepdim=True)
@@ -95,7 +97,13 @@ def built(kind, ranks=(4, 8), policy="raise"):
     if kind == "muon":
         model.head.bias.requires_grad_(False)
     return model, RankAwareOptimizer(
-        model, native, lr=1e-2, tuned_at=Reference(16, 16), init="A", on_rank_change=policy, **options
+        model,
+        native,
+        lr=1e-2,
+        tuned_at=Reference(16, 16),
+        init="A",
+        on_rank_change=policy,
+        **options,
     )
 
 
@@ -117,7 +125,9 @@ def checkpoint(kind, ranks, plain):
 def test_state_of_other_shapes_is_the_optimizers_own_affair():
     """An optimizer whose state has other shapes than its parameters resumes, bit for bit."""
     models = [mlp((4, 8)) for _ in range(2)]
-    first, second = (RankAwareOptimizer(model, Preconditioned, lr=1e-2, init="A") for model in models)
+    first, second = (
+        RankAwareOptimizer(model, Preconditioned, lr=1e-2, init="A") for model in models
+    )
     for steps in (3, 2):
         train(models[0], first, steps=steps)
         models[1].load_state_dict(models[0].state_dict())
@@ -132,12 +142,39 @@ def test_bytes_of_another_shape_are_refused(shape):
     """A moment that the optimizer makes with its parameter's shape must have it, in other packages too."""
     state = checkpoint("eight bits", (4, 8), plain=False)
     state["state"][0]["state1"] = torch.zeros(shape, dtype=torch.uint8)
-    with pytest.raises(CheckpointError, match=r"state1 of layer0.lora_A has shape .*, where \(4, 16\) is needed"):
+    with pytest.raises(
+        CheckpointError, match=r"state1 of layer0.lora_A has shape .*, where \(4, 16\) is needed"
+    ):
         built("eight bits")[1].load_state_dict(state)
 
 
-NUMBERS = [math.nan, math.inf, -1.0, 0, 0.0, 1e300, 5e-324, True, "1e-3", "x", "", None, [], {}, (1, 2), b"x", 10**400]
-TENSORS = [torch.tensor(math.nan), torch.ones(()), torch.ones(3), torch.ones(1, 1), torch.tensor(True), torch.ones(0)]
+NUMBERS = [
+    math.nan,
+    math.inf,
+    -1.0,
+    0,
+    0.0,
+    1e300,
+    5e-324,
+    True,
+    "1e-3",
+    "x",
+    "",
+    None,
+    [],
+    {},
+    (1, 2),
+    b"x",
+    10**400,
+]
+TENSORS = [
+    torch.tensor(math.nan),
+    torch.ones(()),
+    torch.ones(3),
+    torch.ones(1, 1),
+    torch.tensor(True),
+    torch.ones(0),
+]
 VALUES = st.sampled_from(NUMBERS + TENSORS)
 
 
@@ -151,11 +188,15 @@ def other_tensor(value, draw):
                 lambda: torch.zeros([1] * len(shape)),
                 lambda: torch.zeros([n if i != axis else 1 for i, n in enumerate(shape)]),
                 lambda: torch.zeros([n if i != axis else n + 1 for i, n in enumerate(shape)]),
-                lambda: torch.zeros([n if i != axis else max(0, n - 1) for i, n in enumerate(shape)]),
+                lambda: torch.zeros(
+                    [n if i != axis else max(0, n - 1) for i, n in enumerate(shape)]
+                ),
                 lambda: torch.zeros(shape[::-1]),
                 lambda: torch.zeros(shape[::-1]).permute(*range(len(shape))[::-1]),
                 lambda: torch.zeros(1).expand(shape),
-                lambda: torch.zeros([2 * n for n in shape])[tuple(slice(None, None, 2) for _ in shape)],
+                lambda: torch.zeros([2 * n for n in shape])[
+                    tuple(slice(None, None, 2) for _ in shape)
+                ],
                 lambda: torch.zeros([*shape, 1]),
                 lambda: value.reshape(-1),
                 lambda: torch.zeros(()),
@@ -193,7 +234,11 @@ def damage(state, draw):
         else:
             del group[key]
     elif where == "list":
-        name = draw(st.sampled_from([k for k in ("params", "param_names") if isinstance(group.get(k), list)] or [""]))
+        name = draw(
+            st.sampled_from(
+                [k for k in ("params", "param_names") if isinstance(group.get(k), list)] or [""]
+            )
+        )
         if not name or not group[name]:
             return
         listed = group[name]
@@ -203,7 +248,11 @@ def damage(state, draw):
             del listed[at]
         else:
             listed[at : at + (how != "twice")] = [
-                {"value": lambda: draw(VALUES), "twice": lambda: listed[at], "first": lambda: listed[0]}[how]()
+                {
+                    "value": lambda: draw(VALUES),
+                    "twice": lambda: listed[at],
+                    "first": lambda: listed[0],
+                }[how]()
             ]
     elif where == "groups":
         groups = state["param_groups"]
@@ -260,7 +309,11 @@ def outcome(kind, policy, ranks, plain, stepped, draw, changes):
     try:
         opt.load_state_dict(state)
     except CheckpointError:
-        assert (opt.state is held, opt.param_groups is groups, set(vars(opt))) == (True, True, attributes)
+        assert (opt.state is held, opt.param_groups is groups, set(vars(opt))) == (
+            True,
+            True,
+            attributes,
+        )
         assert described(opt.state_dict()) == before
         assert same(weights, snapshot(model))
         assert torch.equal(random, torch.get_rng_state())
@@ -272,7 +325,9 @@ def outcome(kind, policy, ranks, plain, stepped, draw, changes):
             reduced = key in ("row_var", "col_var") or (kind == "eight bits" and key == "more")
             if isinstance(value, torch.Tensor) and value.dim() == param.dim() and not reduced:
                 assert value.shape == param.shape
-    if kind != "eight bits":  # of another package's state the shapes are known, not what its step looks for
+    if (
+        kind != "eight bits"
+    ):  # of another package's state the shapes are known, not what its step looks for
         train(model, opt, steps=2)
     return "loaded"
 
@@ -285,6 +340,8 @@ RANKS = st.sampled_from([(4, 8), (4, 8), (2, 8), (8, 8)])
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None)
 @given(st.data(), POLICIES, RANKS, st.booleans(), st.booleans(), st.integers(1, 3))
-def test_a_damaged_checkpoint_is_refused_or_steps(kind, data, policy, ranks, plain, stepped, changes):
+def test_a_damaged_checkpoint_is_refused_or_steps(
+    kind, data, policy, ranks, plain, stepped, changes
+):
     """However a checkpoint is damaged, it is one error of ours that changes nothing, or the optimizer can step."""
     outcome(kind, policy, ranks, plain, stepped, data.draw, changes)

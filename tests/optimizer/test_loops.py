@@ -33,7 +33,11 @@ from ..helpers.models import PlainLoRA, mlp, same, snapshot, train
 from ..helpers.optimizers import muon
 
 LR, STEPS = 0.5, 8
-LAW = {"law": Power(exponent=-0.5, law=Constant()), "tuned_at": Reference(rank=4, alpha=4), "init": "A"}
+LAW = {
+    "law": Power(exponent=-0.5, law=Constant()),
+    "tuned_at": Reference(rank=4, alpha=4),
+    "init": "A",
+}
 WANTED = {"small": 1.0, "large": 0.25, "head": 1.0}
 
 
@@ -126,10 +130,18 @@ def sequence(opt):
 
 LOOPS = {
     "LambdaLR": stepped(lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))),
-    "CosineAnnealingLR": stepped(lambda opt: lr_scheduler.CosineAnnealingLR(opt, STEPS, eta_min=LR / 10)),
-    "restarts": stepped(lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 3, eta_min=LR / 10)),
-    "OneCycleLR": stepped(lambda opt: lr_scheduler.OneCycleLR(opt, 2 * LR, STEPS + 1, cycle_momentum=False)),
-    "CyclicLR": stepped(lambda opt: lr_scheduler.CyclicLR(opt, LR / 10, LR, 3, cycle_momentum=False)),
+    "CosineAnnealingLR": stepped(
+        lambda opt: lr_scheduler.CosineAnnealingLR(opt, STEPS, eta_min=LR / 10)
+    ),
+    "restarts": stepped(
+        lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 3, eta_min=LR / 10)
+    ),
+    "OneCycleLR": stepped(
+        lambda opt: lr_scheduler.OneCycleLR(opt, 2 * LR, STEPS + 1, cycle_momentum=False)
+    ),
+    "CyclicLR": stepped(
+        lambda opt: lr_scheduler.CyclicLR(opt, LR / 10, LR, 3, cycle_momentum=False)
+    ),
     "PolynomialLR": stepped(lambda opt: lr_scheduler.PolynomialLR(opt, STEPS + 1)),
     "SWALR after a warm-up": stepped(sequence),
     "ReduceLROnPlateau": plateau,
@@ -320,7 +332,9 @@ def test_a_tensor_rate_is_scaled_once(form, scaling):
 def test_weight_decay_by_product_or_not(scaled):
     """A decoupled decay is lr × weight_decay: it follows the multiplier, or with scale_weight_decay=False does not."""
     model = mlp((4, 64), head=False)
-    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1, scale_weight_decay=scaled, **LAW)
+    opt = RankAwareOptimizer(
+        model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1, scale_weight_decay=scaled, **LAW
+    )
     named = trained(model)
     with torch.no_grad():
         for p in named.values():
@@ -349,7 +363,9 @@ def test_a_decay_in_the_gradient_is_not_divided(decoupled):
     opt = RankAwareOptimizer(model, Seen, lr=1e-2, **decays, **LAW)
     train(model, opt, steps=1)
     assert opt.decays == ({0.1, 0.4} if decoupled else {0.1})
-    assert {group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]} == opt.decays
+    assert {
+        group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]
+    } == opt.decays
 
 
 class Decoupled(torch.optim.Optimizer):
@@ -370,7 +386,11 @@ class ForAllGroups(Decoupled):
         self._weight_decouple, self._fixed_decay = weight_decouple, fixed_decay
 
 
-DECAYS = [({"weight_decouple": True}, True), ({"fixed_decay": True}, False), ({"weight_decouple": False}, False)]
+DECAYS = [
+    ({"weight_decouple": True}, True),
+    ({"fixed_decay": True}, False),
+    ({"weight_decouple": False}, False),
+]
 
 
 @pytest.mark.parametrize("kind", [Decoupled, ForAllGroups])
@@ -391,8 +411,13 @@ def test_only_a_decay_that_follows_the_rate_is_divided(kind, settings, divided):
 def test_sgds_own_l2_decay_follows_the_rate():
     """A step that is linear in the gradient multiplies its L2 decay by the rate."""
     model = mlp((4, 64), head=False)
-    opt = RankAwareOptimizer(model, torch.optim.SGD, lr=1e-2, weight_decay=0.1, scale_weight_decay=False, **LAW)
-    assert {group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]} == {0.1, 0.4}
+    opt = RankAwareOptimizer(
+        model, torch.optim.SGD, lr=1e-2, weight_decay=0.1, scale_weight_decay=False, **LAW
+    )
+    assert {group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]} == {
+        0.1,
+        0.4,
+    }
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda opt: pickle.loads(pickle.dumps(opt))}
@@ -409,7 +434,9 @@ def test_a_copy_multiplies_too(copied):
         p.grad = torch.ones_like(p)
     twin.step()
     rates = [effective_lr(group) for group in twin.param_groups for _ in group["params"]]
-    assert [(a - b).flatten()[0].item() for a, b in zip(before, params, strict=True)] == pytest.approx(rates)
+    assert [
+        (a - b).flatten()[0].item() for a, b in zip(before, params, strict=True)
+    ] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("rate", [LR, torch.tensor(LR)], ids=["float", "tensor"])
@@ -422,7 +449,9 @@ def test_compiling_the_step_makes_no_more_graphs(rate):
         torch._dynamo.reset()
         model, count = mlp((4, 64)), []
         opt = build(model)
-        step = torch.compile(opt.step, backend=lambda graph, inputs: (count.append(graph), graph.forward)[1])
+        step = torch.compile(
+            opt.step, backend=lambda graph, inputs: (count.append(graph), graph.forward)[1]
+        )
         for _ in range(3):
             model(torch.ones(2, 16)).square().mean().backward()
             step()
@@ -430,9 +459,13 @@ def test_compiling_the_step_makes_no_more_graphs(rate):
         return len(count), [p.detach().clone() for p in model.parameters()]
 
     native, there = graphs(
-        lambda m: torch.optim.AdamW(rank_aware_param_groups(m, lr=copy.deepcopy(rate), **LAW), lr=1.0)
+        lambda m: torch.optim.AdamW(
+            rank_aware_param_groups(m, lr=copy.deepcopy(rate), **LAW), lr=1.0
+        )
     )
-    ours, here = graphs(lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=copy.deepcopy(rate), **LAW))
+    ours, here = graphs(
+        lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=copy.deepcopy(rate), **LAW)
+    )
     assert ours <= native
     for a, b in zip(here, there, strict=True):
         torch.testing.assert_close(a, b)
@@ -453,12 +486,17 @@ def test_a_users_key_of_our_name_is_refused():
     """A key of the user's own under a name of ours is neither taken for ours nor overwritten."""
     model = Model()
     with pytest.raises(OptimizerError, match=r"'lora_rank'.*Rename"):
-        RankAwareOptimizer([{"params": [model.head.weight], "lora_rank": 7}], torch.optim.SGD, model=model, lr=LR)
+        RankAwareOptimizer(
+            [{"params": [model.head.weight], "lora_rank": 7}], torch.optim.SGD, model=model, lr=LR
+        )
 
 
 def test_parameters_of_other_networks_keep_their_own_state():
     """Two groups outside the model, and a second network with equal names, load what they saved."""
-    model, critic = Model(), nn.ModuleDict({"head": nn.Linear(8, 2, bias=False, dtype=torch.float64)})
+    model, critic = (
+        Model(),
+        nn.ModuleDict({"head": nn.Linear(8, 2, bias=False, dtype=torch.float64)}),
+    )
     strangers = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))]
 
     def build():
@@ -485,9 +523,13 @@ def test_lists_with_a_value_a_parameter_are_split_along():
     """An option that holds one value for each parameter of the user's group is cut as its parameters are."""
     model = Model()
     params = [p for p in model.parameters() if p.requires_grad]
-    opt = RankAwareOptimizer([{"params": params, "marks": list("abcde")}], torch.optim.SGD, model=model, lr=LR, **LAW)
+    opt = RankAwareOptimizer(
+        [{"params": params, "marks": list("abcde")}], torch.optim.SGD, model=model, lr=LR, **LAW
+    )
     order = {id(p): mark for p, mark in zip(params, "abcde", strict=True)}
-    assert all(group["marks"] == [order[id(p)] for p in group["params"]] for group in opt.param_groups)
+    assert all(
+        group["marks"] == [order[id(p)] for p in group["params"]] for group in opt.param_groups
+    )
 
 
 def test_a_group_put_in_by_hand_is_said():
@@ -519,7 +561,9 @@ def test_groups_for_native_classes_know_the_settings(kind, settings):
     groups = rank_aware_param_groups(
         model, lr=LR, tuned_at=Reference(rank=16, alpha=16), optimizer_class=kind, settings=settings
     )
-    assert [g["rank_multiplier"] for g in groups] == [g["rank_multiplier"] for g in opt.param_groups]
+    assert [g["rank_multiplier"] for g in groups] == [
+        g["rank_multiplier"] for g in opt.param_groups
+    ]
 
 
 class BSAM(torch.optim.SGD):
@@ -556,7 +600,10 @@ def test_a_replaced_adapter_is_refused_though_a_head_trains():
     opt = by_class(model)
     model.large = PlainLoRA(nn.Linear(8, 8), 64).double()
     backward(model)
-    with pytest.raises(OptimizerError, match=r"large.lora_A has a gradient.*whose tensor of that name.*Shard or wrap"):
+    with pytest.raises(
+        OptimizerError,
+        match=r"large.lora_A has a gradient.*whose tensor of that name.*Shard or wrap",
+    ):
         opt.step()
 
 
@@ -579,8 +626,12 @@ def test_an_adapter_made_active_later_is_said():
 def test_two_optimizers_with_an_adapter_each_are_fine():
     """An optimizer whose adapter rests while another's trains is not warned of."""
     model = Model()
-    first = RankAwareOptimizer([model.small.lora_A, model.small.lora_B], torch.optim.SGD, model=model, lr=LR)
-    second = RankAwareOptimizer([model.large.lora_A, model.large.lora_B], torch.optim.SGD, model=model, lr=LR)
+    first = RankAwareOptimizer(
+        [model.small.lora_A, model.small.lora_B], torch.optim.SGD, model=model, lr=LR
+    )
+    second = RankAwareOptimizer(
+        [model.large.lora_A, model.large.lora_B], torch.optim.SGD, model=model, lr=LR
+    )
     for p in (model.large.lora_A, model.large.lora_B):
         p.grad = torch.ones_like(p)
     with warnings.catch_warnings():
@@ -635,7 +686,11 @@ def test_a_replaced_adapter_is_refused_in_a_closure_and_after_a_dry_step(dry):
 # --- warnings that are seen -----------------------------------------------------------------------------------------
 
 
-FILTERS = ["warnings.simplefilter('ignore')", "warnings.filterwarnings('ignore', category=UserWarning)", ""]
+FILTERS = [
+    "warnings.simplefilter('ignore')",
+    "warnings.filterwarnings('ignore', category=UserWarning)",
+    "",
+]
 
 
 @pytest.mark.parametrize("others", FILTERS)

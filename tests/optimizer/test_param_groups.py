@@ -40,7 +40,9 @@ def multipliers(groups: list[dict]) -> dict[str, float]:
     return {name: group["rank_multiplier"] for group in groups for name, _ in group["params"]}
 
 
-def expected(rank: int, scaling: float, reference: Reference, *, width: float = 16, init: str = "A") -> float:
+def expected(
+    rank: int, scaling: float, reference: Reference, *, width: float = 16, init: str = "A"
+) -> float:
     """The default law's multiplier at a width that both sides share, with the distance of a rate that moves."""
     factor = Factor("w", "A", rank, width, width, scaling, init)
     moved = Falling().multiplier(factor, replace(reference, fan_in=reference.fan_in or width))
@@ -54,7 +56,11 @@ def expected(rank: int, scaling: float, reference: Reference, *, width: float = 
 def test_a_uniform_model_has_three_groups(layers):
     """A uniform model has one group of A, one of B and one of other parameters, however many layers."""
     groups = rank_aware_param_groups(mlp((4,) * layers), lr=LR, tuned_at=AT_16)
-    assert [(g["lora_role"], len(g["params"])) for g in groups] == [("A", layers), ("B", layers), ("other", 2)]
+    assert [(g["lora_role"], len(g["params"])) for g in groups] == [
+        ("A", layers),
+        ("B", layers),
+        ("other", 2),
+    ]
 
 
 @given(
@@ -75,12 +81,16 @@ def test_groups_hold_everything_once_at_their_rate(ranks, scaling, init, lr, ref
     assert all(group["lr"] == pytest.approx(lr * group["rank_multiplier"]) for group in groups)
 
 
-@pytest.mark.parametrize("reference", [None, AT_16, Reference(rank=4, alpha=16), Reference(rank=8, alpha=8, fan_in=64)])
+@pytest.mark.parametrize(
+    "reference", [None, AT_16, Reference(rank=4, alpha=16), Reference(rank=8, alpha=8, fan_in=64)]
+)
 @pytest.mark.parametrize("scalings", [1.0, (1.0, 0.5, 1.0)])
 def test_multipliers_are_the_laws(scalings, reference):
     """A factor's multiplier is the law's at the model's width; by default from the model's dominant configuration."""
     ranks, each = (4, 8, 4), scalings if isinstance(scalings, tuple) else (scalings,) * 3
-    found = multipliers(rank_aware_param_groups(mlp(ranks, scalings=scalings), lr=LR, tuned_at=reference))
+    found = multipliers(
+        rank_aware_param_groups(mlp(ranks, scalings=scalings), lr=LR, tuned_at=reference)
+    )
     for i, (rank, scaling) in enumerate(zip(ranks, each, strict=True)):
         value = expected(rank, scaling, reference or Reference(rank=4, alpha=4))
         assert found[f"layer{i}.lora_A"] == found[f"layer{i}.lora_B"] == pytest.approx(value)
@@ -97,7 +107,10 @@ def test_a_mixed_model_is_scaled_around_its_dominant_rank():
 def test_users_groups_are_split_and_never_merged():
     """Two groups of the user's with equal options stay two; each keeps its options, and its own rate is multiplied."""
     model = mlp((4, 8))
-    first, second = list(model.get_submodule("layer0").parameters()), list(model.get_submodule("layer1").parameters())
+    first, second = (
+        list(model.get_submodule("layer0").parameters()),
+        list(model.get_submodule("layer1").parameters()),
+    )
     users = [
         {"params": first, "lr": 5e-4, "weight_decay": 0.3},
         {"params": second, "weight_decay": 0.3, "betas": (0.5, 0.6)},
@@ -108,7 +121,13 @@ def test_users_groups_are_split_and_never_merged():
     groups = rank_aware_param_groups(users, lr=LR, model=model, tuned_at=AT_16)
     assert {g["weight_decay"] for g in groups} == {0.3}
     found = {g["params"][0][0]: g for g in groups}
-    assert found.keys() == {"layer0.lora_A", "layer0.lora_B", "layer1.lora_A", "layer1.lora_B", "head.weight"}
+    assert found.keys() == {
+        "layer0.lora_A",
+        "layer0.lora_B",
+        "layer1.lora_A",
+        "layer1.lora_B",
+        "head.weight",
+    }
     assert found["layer0.lora_A"]["lr"] == pytest.approx(5e-4 * expected(4, 1.0, AT_16))
     assert found["layer1.lora_B"]["lr"] == pytest.approx(LR * expected(8, 1.0, AT_16))
     assert found["layer1.lora_B"]["betas"] == (0.5, 0.6)
@@ -130,8 +149,12 @@ FORMS = {
     "parameters": lambda model: (p for p in model.parameters() if p.requires_grad),
     "named": lambda model: ((n, p) for n, p in model.named_parameters() if p.requires_grad),
     "dicts": lambda model: [{"params": [p for p in model.parameters() if p.requires_grad]}],
-    "named dicts": lambda model: [{"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad]}],
-    "generator": lambda model: ({"params": p} for p in [[p for p in model.parameters() if p.requires_grad]]),
+    "named dicts": lambda model: [
+        {"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad]}
+    ],
+    "generator": lambda model: (
+        {"params": p} for p in [[p for p in model.parameters() if p.requires_grad]]
+    ),
 }
 
 
@@ -146,7 +169,9 @@ def test_every_form_of_parameters_is_taken(form):
 def test_a_single_tensor_is_taken():
     """A group of one bare tensor is a group."""
     model = mlp()
-    (group,) = rank_aware_param_groups([{"params": model.get_parameter("layer0.lora_A")}], model=model, lr=LR)
+    (group,) = rank_aware_param_groups(
+        [{"params": model.get_parameter("layer0.lora_A")}], model=model, lr=LR
+    )
     assert [name for name, _ in group["params"]] == ["layer0.lora_A"]
 
 
@@ -161,10 +186,14 @@ def test_names_can_be_left_out(named):
 def test_a_groups_scheduled_rates_are_multiplied_with_its_rate():
     """The rates between which a scheduler moves a group get its multiplier, and a wrapper reads them back as given."""
     model, scheduled = mlp(), {"lr": LR, "initial_lr": 2 * LR, "max_lr": 8 * LR, "min_lr": LR / 8}
-    native = rank_aware_param_groups([{"params": model.parameters(), **scheduled}], lr=1.0, model=model, tuned_at=AT_16)
+    native = rank_aware_param_groups(
+        [{"params": model.parameters(), **scheduled}], lr=1.0, model=model, tuned_at=AT_16
+    )
     wrapped = RankAwareOptimizer(native, torch.optim.AdamW, lr=1.0, model=model, tuned_at=AT_16)
     for key, rate in scheduled.items():
-        assert [g[key] for g in native] == pytest.approx([rate * g["rank_multiplier"] for g in native])
+        assert [g[key] for g in native] == pytest.approx(
+            [rate * g["rank_multiplier"] for g in native]
+        )
         assert [g[key] for g in wrapped.param_groups] == pytest.approx([rate] * len(native))
 
 
@@ -192,7 +221,9 @@ def test_other_lr():
     """other_lr= is the rate of all that is no factor, except where a pattern says another."""
     groups = rank_aware_param_groups(mlp(), lr=LR, other_lr=0.1, rates={"*bias": 0.2})
     found = {name: group["lr"] for group in groups for name, _ in group["params"]}
-    assert [found["head.weight"], found["head.bias"], found["layer0.lora_A"]] == pytest.approx([0.1, 0.2, LR])
+    assert [found["head.weight"], found["head.bias"], found["layer0.lora_A"]] == pytest.approx(
+        [0.1, 0.2, LR]
+    )
 
 
 def test_groups_keep_the_order_of_the_parameters():
@@ -216,13 +247,18 @@ def test_bad_rates_are_refused(value):
 @pytest.mark.parametrize("pattern", ["classifier*", "layer0", "layer9.*", "layer0.base_layer.*"])
 def test_a_pattern_without_a_match_is_refused(pattern):
     """A pattern that matches no trainable parameter is an error that shows a real name."""
-    with pytest.raises(OptimizerError, match=r"matches none of 6 trainable parameters.*'head\.bias'"):
+    with pytest.raises(
+        OptimizerError, match=r"matches none of 6 trainable parameters.*'head\.bias'"
+    ):
         rank_aware_param_groups(mlp(), lr=LR, rates={pattern: 1e-3})
 
 
 PARAMS_ERRORS = [
     (lambda m: [*_trained(m), _trained(m)[0]], r"layer0\.lora_A is listed twice"),
-    (lambda m: [{"params": _trained(m)}, {"params": _trained(m)[-1:]}], r"head\.bias is listed twice"),
+    (
+        lambda m: [{"params": _trained(m)}, {"params": _trained(m)[-1:]}],
+        r"head\.bias is listed twice",
+    ),
     (lambda m: _trained(mlp()), r"None of the 6 parameters given belongs to the model"),
     (lambda m: [], r"no trainable parameter"),
     (lambda m: [{"params": []}], r"no trainable parameter"),
@@ -255,7 +291,9 @@ def test_parameters_without_a_model_are_refused():
 def test_strangers_beside_the_models_parameters_are_other():
     """A parameter that is not the model's, such as a loss's own, is other and keeps the base rate."""
     model, stranger = mlp(), nn.Parameter(torch.ones(()))
-    groups = rank_aware_param_groups([*_trained(model), stranger], model=model, lr=LR, tuned_at=AT_16)
+    groups = rank_aware_param_groups(
+        [*_trained(model), stranger], model=model, lr=LR, tuned_at=AT_16
+    )
     assert [g["lr"] for g in groups for _, p in g["params"] if p is stranger] == [LR]
 
 
@@ -267,7 +305,9 @@ def test_inits_are_not_crossed(init, other):
     """A factor of another init than the reference's is scaled along its own init's law, and the report says so."""
     reference = replace(AT_16, init=other, fan_in=16)
     found = multipliers(rank_aware_param_groups(mlp(init=init), lr=LR, tuned_at=reference))
-    assert found["layer0.lora_A"] == pytest.approx(expected(4, 1.0, replace(reference, init=init), init=init))
+    assert found["layer0.lora_A"] == pytest.approx(
+        expected(4, 1.0, replace(reference, init=init), init=init)
+    )
     notes = plan(mlp(init=init), tuned_at=reference).notes
     assert ["are scaled within their own init" in note for note in notes] == [True, False]
     assert not plan(mlp(init=init)).notes
@@ -286,9 +326,13 @@ def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
 def test_a_named_init_is_scaled_without_a_warning(init):
     """Naming the init of such adapters scales them by that init's law."""
     found = multipliers(
-        rank_aware_param_groups(mlp(init="other"), lr=LR, init=init, tuned_at=replace(AT_16, init=init))
+        rank_aware_param_groups(
+            mlp(init="other"), lr=LR, init=init, tuned_at=replace(AT_16, init=init)
+        )
     )
-    assert found["layer0.lora_A"] == pytest.approx(expected(4, 1.0, replace(AT_16, init=init), init=init))
+    assert found["layer0.lora_A"] == pytest.approx(
+        expected(4, 1.0, replace(AT_16, init=init), init=init)
+    )
 
 
 def test_unknown_inits_count_as_a():
@@ -316,8 +360,14 @@ def test_one_width_or_each_layers_own():
     at = replace(AT_16, fan_in=64)
     one = multipliers(rank_aware_param_groups(model, lr=LR, tuned_at=at))
     own = multipliers(rank_aware_param_groups(model, lr=LR, tuned_at=at, per_layer_width=True))
-    assert one["0.lora_A"] == one["1.lora_A"] == pytest.approx(expected(4, 1.0, at, width=inspect_model(model).width))
-    assert [own["0.lora_A"], own["1.lora_A"]] == pytest.approx([expected(4, 1.0, at, width=n) for n in (12, 27)])
+    assert (
+        one["0.lora_A"]
+        == one["1.lora_A"]
+        == pytest.approx(expected(4, 1.0, at, width=inspect_model(model).width))
+    )
+    assert [own["0.lora_A"], own["1.lora_A"]] == pytest.approx(
+        [expected(4, 1.0, at, width=n) for n in (12, 27)]
+    )
 
 
 # --- the distance of a moved rate -----------------------------------------------------------------------------------
@@ -347,27 +397,40 @@ def test_a_rate_that_the_default_law_moves_keeps_one_distance(options, kept):
     factor = next(f for f in inspect_model(mlp((4, 16))).factors if f.rank == 4)
     groups = rank_aware_param_groups(mlp((4, 16)), lr=LR, **given)
     found = multipliers(groups)
-    assert found["layer0.lora_A"] == found["layer0.lora_B"] == pytest.approx(made.multiplier(factor) * kept)
-    assert found["layer1.lora_A"] == found["head.weight"] == made.run_multiplier  # not moved by the law
+    assert (
+        found["layer0.lora_A"]
+        == found["layer0.lora_B"]
+        == pytest.approx(made.multiplier(factor) * kept)
+    )
+    assert (
+        found["layer1.lora_A"] == found["head.weight"] == made.run_multiplier
+    )  # not moved by the law
     assert sum("keeps a distance: × 0.9" in note for note in made.notes) == (kept not in (1.0, 2.0))
 
 
 def test_what_does_not_move_keeps_no_distance():
     """A rate used as it was tuned, given by name, or for other parameters keeps none, and no note speaks of it."""
-    for options in ({}, {"tuned_at": Reference(rank=4, alpha=4)}, {"tuned_at": AT_16, "rates": {"layer*": LR}}):
+    for options in (
+        {},
+        {"tuned_at": Reference(rank=4, alpha=4)},
+        {"tuned_at": AT_16, "rates": {"layer*": LR}},
+    ):
         found = multipliers(rank_aware_param_groups(mlp((4,)), lr=LR, **options))
         assert set(found.values()) == {1.0}
         assert not any("distance" in note for note in plan(mlp((4,)), **options).notes)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "to"), [((4,), "r=4,alpha=4"), ((64,), "r=64,alpha=64"), ((16,), "r=16,alpha=16"), ((64,), "full")]
+    ("ranks", "to"),
+    [((4,), "r=4,alpha=4"), ((64,), "r=64,alpha=64"), ((16,), "r=16,alpha=16"), ((64,), "full")],
 )
 def test_a_conversion_is_the_optimizers_rate(ranks, to):
     """convert_lr gives the rate at which the optimizer trains, to all digits."""
     at = Reference(rank=16, alpha=16, fan_in=16)
     model = mlp(ranks) if to != "full" else nn.Linear(16, 16)
-    groups = rank_aware_param_groups(model, lr=LR, tuned_at=at, method="full" if to == "full" else "lora")
+    groups = rank_aware_param_groups(
+        model, lr=LR, tuned_at=at, method="full" if to == "full" else "lora"
+    )
     assert convert_lr(LR, from_=at, to=to).lr == groups[0]["lr"]
 
 
@@ -375,7 +438,12 @@ def test_a_conversion_is_the_optimizers_rate(ranks, to):
 
 
 def whole() -> nn.Module:
-    layers = {"emb": nn.Embedding(9, 8), "in": nn.Linear(8, 32), "norm": nn.LayerNorm(32), "out": nn.Linear(32, 3)}
+    layers = {
+        "emb": nn.Embedding(9, 8),
+        "in": nn.Linear(8, 32),
+        "norm": nn.LayerNorm(32),
+        "out": nn.Linear(32, 3),
+    }
     return nn.ModuleDict(layers)
 
 
@@ -389,12 +457,16 @@ def test_full_finetuning_moves_everything_by_one_multiplier():
 
 def test_full_finetuning_at_its_own_reference_changes_nothing():
     """Without tuned_at a full-finetuning rate is the model's own."""
-    assert set(multipliers(rank_aware_param_groups(whole(), lr=LR, method="full")).values()) == {1.0}
+    assert set(multipliers(rank_aware_param_groups(whole(), lr=LR, method="full")).values()) == {
+        1.0
+    }
 
 
 def test_full_finetuning_with_exceptions():
     """rates= and other_lr= hold under full finetuning too, where biases, norms and embeddings are other."""
-    groups = rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=AT_16, rates={"out.*": 0.5}, other_lr=0.1)
+    groups = rank_aware_param_groups(
+        whole(), lr=LR, method="full", tuned_at=AT_16, rates={"out.*": 0.5}, other_lr=0.1
+    )
     found = {name: group["lr"] for group in groups for name, _ in group["params"]}
     assert [found[n] for n in ("out.weight", "out.bias")] == pytest.approx([0.5, 0.5])
     assert [found[n] for n in ("emb.weight", "in.bias", "norm.weight")] == pytest.approx([0.1] * 3)
@@ -402,7 +474,9 @@ def test_full_finetuning_with_exceptions():
     assert found["in.weight"] == pytest.approx(LR * moved * DISTANCE)
 
 
-@pytest.mark.parametrize(("init", "width"), [("A", 32), ("B", (8 * 8 * 32 + 32 * 32 * 3) / (8 * 32 + 32 * 3))])
+@pytest.mark.parametrize(
+    ("init", "width"), [("A", 32), ("B", (8 * 8 * 32 + 32 * 32 * 3) / (8 * 32 + 32 * 3))]
+)
 def test_the_width_of_full_finetuning_follows_the_references_init(init, width):
     """From Init[A] the largest fan-in decides full finetuning, from Init[B] the mean one."""
     at = Reference(rank=16, alpha=16, init=init, fan_in=32)
@@ -414,14 +488,20 @@ def test_the_width_of_full_finetuning_follows_the_references_init(init, width):
 def test_pinned_weights_do_not_count_for_the_width():
     """A weight with its own rate has no say in the width that the others are read at."""
     model = nn.Sequential(adapted(scaling=1.0), adapted(kind="conv", scaling=1.0))
-    found = multipliers(rank_aware_param_groups(model, lr=LR, tuned_at=replace(AT_16, fan_in=64), rates={"1.*": 1.0}))
+    found = multipliers(
+        rank_aware_param_groups(
+            model, lr=LR, tuned_at=replace(AT_16, fan_in=64), rates={"1.*": 1.0}
+        )
+    )
     assert found["0.lora_A"] == pytest.approx(expected(4, 1.0, replace(AT_16, fan_in=64), width=12))
 
 
 def test_full_finetuning_per_layer():
     """per_layer_width=True gives every whole weight the rate of its own fan-in."""
     at = Reference(method="full", fan_in=32)
-    found = multipliers(rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=at, per_layer_width=True))
+    found = multipliers(
+        rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=at, per_layer_width=True)
+    )
     assert found["out.weight"] == 1.0
     moved = MuA().multiplier(Factor("w", "full", None, 8, 32), at)
     assert found["in.weight"] == pytest.approx(moved * DISTANCE)
@@ -443,15 +523,23 @@ def plan(model, optimizer_class=None, **options):
 @pytest.mark.parametrize("takes", [RankAwareOptimizer.__new__, rank_aware_param_groups])
 def test_every_planning_option_can_be_given(takes):
     """Each of the options that decide a plan is a keyword of the optimizer and of the function for groups."""
-    assert {option.name for option in fields(PlanOptions)} <= inspect.signature(takes).parameters.keys()
+    assert {option.name for option in fields(PlanOptions)} <= inspect.signature(
+        takes
+    ).parameters.keys()
 
 
 NOTES = [
     (torch.optim.AdamW, None),
     (torch.optim.RMSprop, None),
-    (torch.optim.SGD, "SGD is gradient-like: in small runs its best rate followed µA's form with alpha but"),
+    (
+        torch.optim.SGD,
+        "SGD is gradient-like: in small runs its best rate followed µA's form with alpha but",
+    ),
     muon("Muon is spectral: in small runs its best rate followed µA's form with alpha but"),
-    (type("Lamb", (torch.optim.SGD,), {}), "Lamb is relative-scale: µA's form for that family moves its rates"),
+    (
+        type("Lamb", (torch.optim.SGD,), {}),
+        "Lamb is relative-scale: µA's form for that family moves its rates",
+    ),
     (torch.optim.Adafactor, "Adafactor is floored-scale: no form of µA is known to hold"),
     (type("LARS", (torch.optim.SGD,), {}), "LARS is first-step: no form of µA is known to hold"),
     (torch.optim.Adagrad, "Adagrad is of an unknown family and is scaled as a sign-like"),
@@ -461,10 +549,14 @@ NOTES = [
 @pytest.mark.parametrize(("kind", "note"), NOTES)
 def test_optimizer_families_are_noted(kind, note):
     """An optimizer that is not sign-like gets a line in the report."""
-    assert [n.startswith(note or "-") for n in plan(mlp(), optimizer_class=kind).notes] == ([True] if note else [])
+    assert [n.startswith(note or "-") for n in plan(mlp(), optimizer_class=kind).notes] == (
+        [True] if note else []
+    )
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, muon(), type("LARS", (torch.optim.SGD,), {}), torch.optim.Adafactor])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.SGD, muon(), type("LARS", (torch.optim.SGD,), {}), torch.optim.Adafactor]
+)
 def test_rank_moves_no_rate_of_these_families(kind):
     """By the default law and by µA alike, their rates stay where alpha follows the rank, and the report says why."""
     at = replace(AT_16, fan_in=16)
@@ -478,8 +570,16 @@ def test_rank_moves_no_rate_of_these_families(kind):
 TO_FULL = [
     (torch.optim.AdamW, "falling", "good to an octave or two"),
     (torch.optim.SGD, "falling", "was never tried with gradient-like optimizers"),
-    (type("Lamb", (torch.optim.SGD,), {}), "falling", "was never tried with relative-scale optimizers"),
-    (type("LARS", (torch.optim.SGD,), {}), "falling", "No law moves this LoRA rate to full finetuning"),
+    (
+        type("Lamb", (torch.optim.SGD,), {}),
+        "falling",
+        "was never tried with relative-scale optimizers",
+    ),
+    (
+        type("LARS", (torch.optim.SGD,), {}),
+        "falling",
+        "No law moves this LoRA rate to full finetuning",
+    ),
     (torch.optim.AdamW, "constant", "No law moves this LoRA rate to full finetuning"),
 ]
 
@@ -502,7 +602,9 @@ def test_strict_refuses_unknown_families():
     """strict=True refuses an optimizer that no law is derived for, and takes those of known families."""
     with pytest.raises(LawError, match=r"family of Adagrad.* Leave strict out"):
         plan(mlp(), optimizer_class=torch.optim.Adagrad, strict=True)
-    assert plan(mlp(), optimizer_class=torch.optim.SGD, strict=True).law == Falling().bind(torch.optim.SGD, {})
+    assert plan(mlp(), optimizer_class=torch.optim.SGD, strict=True).law == Falling().bind(
+        torch.optim.SGD, {}
+    )
 
 
 BATCHES = [
@@ -518,7 +620,9 @@ BATCHES = [
 def test_the_batch_moves_every_rate_where_both_sides_name_one(kind, tuned, batch, moved):
     """Rates go as √batch for Adam and as batch for SGD, heads too, but only if both batches are given."""
     at = Reference(rank=4, alpha=4, batch=tuned)
-    groups = rank_aware_param_groups(mlp((4,)), lr=LR, tuned_at=at, optimizer_class=kind, batch=batch)
+    groups = rank_aware_param_groups(
+        mlp((4,)), lr=LR, tuned_at=at, optimizer_class=kind, batch=batch
+    )
     assert {group["rank_multiplier"] for group in groups} == {moved}
     notes = plan(mlp((4,)), tuned_at=at, optimizer_class=kind, batch=batch).notes
     assert any("a rule of thumb" in note for note in notes) == (moved != 1.0)
@@ -539,7 +643,11 @@ def test_rates_of_their_own_do_not_move_with_the_batch():
     """A rate given by name or for others is what it was given as, whatever the batch."""
     at = Reference(rank=4, alpha=4, batch=16)
     groups = rank_aware_param_groups(mlp((4,)), lr=LR, tuned_at=at, batch=64, other_lr=0.5)
-    assert {group["lora_role"]: group["lr"] for group in groups} == {"other": 0.5, "A": 2 * LR, "B": 2 * LR}
+    assert {group["lora_role"]: group["lr"] for group in groups} == {
+        "other": 0.5,
+        "A": 2 * LR,
+        "B": 2 * LR,
+    }
 
 
 @pytest.mark.parametrize("batch", [0, -1, float("nan"), float("inf"), True, "64"])

@@ -51,13 +51,20 @@ RECIPE = Recipe(
 OWN = {"weight_decay": 0.1, "betas": (0.9, 0.95)}  # what it was made with
 
 
-def built(recipe: Recipe = RECIPE, optimizer=AdamW, model: nn.Module | None = None, **options) -> RankAwareOptimizer:
+def built(
+    recipe: Recipe = RECIPE, optimizer=AdamW, model: nn.Module | None = None, **options
+) -> RankAwareOptimizer:
     return RankAwareOptimizer(model or mlp((16, 16)), optimizer, recipe=recipe, **options)
 
 
 def rates(opt, role: str = "other") -> dict[str, float]:
     """The rates of the groups of a role, by parameter."""
-    return {n: effective_lr(g) for g in opt.param_groups if g["lora_role"] == role for n in g["param_names"]}
+    return {
+        n: effective_lr(g)
+        for g in opt.param_groups
+        if g["lora_role"] == role
+        for n in g["param_names"]
+    }
 
 
 def values(opt, role: str = "other") -> list[float]:
@@ -73,15 +80,40 @@ OTHER = [
     ({}, {"betas": (0.9, 0.95)}, "weight_decay=0.1, not 0.01", TAKE),
     ({}, {"weight_decay": 0.1}, "betas=[0.9, 0.95], not [0.9, 0.999]", TAKE),
     ({}, {**OWN, "eps": 1e-6}, "eps=1e-08, not 1e-06", TAKE),
-    ({}, {"weight_decay": 0.02}, "weight_decay=0.1, not 0.02; betas=[0.9, 0.95], not [0.9, 0.999]", TAKE),
+    (
+        {},
+        {"weight_decay": 0.02},
+        "weight_decay=0.1, not 0.02; betas=[0.9, 0.95], not [0.9, 0.999]",
+        TAKE,
+    ),
     ({}, {**OWN, "batch": 64}, "batch=16, not 64", FARTHER),
     ({}, {**OWN, "steps": 500}, "steps=100, not 500", FARTHER),
     ({}, {**OWN, "warmup_share": 0.2}, "warmup_share=0.05, not 0.2", FARTHER),
-    ({}, {"weight_decay": 0.1, "batch": 8, "steps": 50}, "not [0.9, 0.999]; batch=16, not 8; steps=100, not 50", TAKE),
-    ({}, {"optimizer": SGD}, "optimizer='AdamW', not 'SGD'; family='sign-like', not 'gradient-like'", "with SGD"),
+    (
+        {},
+        {"weight_decay": 0.1, "batch": 8, "steps": 50},
+        "not [0.9, 0.999]; batch=16, not 8; steps=100, not 50",
+        TAKE,
+    ),
+    (
+        {},
+        {"optimizer": SGD},
+        "optimizer='AdamW', not 'SGD'; family='sign-like', not 'gradient-like'",
+        "with SGD",
+    ),
     ({}, {"optimizer": "nadam"}, "optimizer='AdamW', not 'NAdam'. ", "calibrate with NAdam"),
-    ({"optimizer": "torch.optim.sgd.SGD"}, {}, "optimizer='SGD', not 'AdamW'; family='gradient-like', not", "AdamW"),
-    ({"optimizer": "theirs.Own"}, {}, "optimizer='Own', not 'AdamW'; family='unknown', not 'sign-like'", "AdamW"),
+    (
+        {"optimizer": "torch.optim.sgd.SGD"},
+        {},
+        "optimizer='SGD', not 'AdamW'; family='gradient-like', not",
+        "AdamW",
+    ),
+    (
+        {"optimizer": "theirs.Own"},
+        {},
+        "optimizer='Own', not 'AdamW'; family='unknown', not 'sign-like'",
+        "AdamW",
+    ),
 ]
 
 
@@ -101,12 +133,16 @@ def test_what_is_another_than_the_recipes_is_said_once(changes, options, words, 
 def test_a_recipes_rates_keep_no_distance():
     """Even by the default law, a recipe's moved rate is the law's: it has a margin of its own."""
     opt = built(replace(RECIPE, law=Power(law=Falling())))
-    moved = Falling().multiplier(replace(RECIPE.reference, rank=16, alpha=16).as_factor(), RECIPE.reference)
+    moved = Falling().multiplier(
+        replace(RECIPE.reference, rank=16, alpha=16).as_factor(), RECIPE.reference
+    )
     assert {g["rank_multiplier"] for g in opt.param_groups if g["lora_role"] != "other"} == {moved}
     assert "keeps a distance" not in str(opt.report())
 
 
-@pytest.mark.parametrize(("optimizer", "shown"), [(AdamW, True), (SGD, False), (torch.optim.NAdam, False)])
+@pytest.mark.parametrize(
+    ("optimizer", "shown"), [(AdamW, True), (SGD, False), (torch.optim.NAdam, False)]
+)
 @pytest.mark.filterwarnings("ignore:Recipe 'digits' was made with")
 def test_the_band_is_of_the_recipes_own_optimizer(optimizer, shown):
     """Beside another optimizer's rates the recipe's band is not printed."""
@@ -125,7 +161,10 @@ ALIKE = [
     (RECIPE, {**OWN, "optimizer": Eight}),
     (replace(RECIPE, optimizer="bitsandbytes.optim.adamw.AdamW8bit"), OWN),
     (replace(RECIPE, settings={}), {"weight_decay": 0.3}),
-    (replace(RECIPE, settings={"weight_decay": 0.01, "unheard": 3, "foreach": True}), {"foreach": False}),
+    (
+        replace(RECIPE, settings={"weight_decay": 0.01, "unheard": 3, "foreach": True}),
+        {"foreach": False},
+    ),
     (replace(RECIPE, batch=None, warmup=None), {**OWN, "batch": 64, "warmup_share": 0.2}),
     (replace(RECIPE, settings={"betas": (0.9, 0.999)}), {}),
 ]
@@ -150,7 +189,9 @@ def test_settings_in_force_are_those_of_the_adapters_groups():
     """A group's own setting counts for its adapters, and what other parameters have does not."""
     model = mlp((16, 16))
     groups = grouped(model, {"weight_decay": 0.1}, {"weight_decay": 0.0})
-    RankAwareOptimizer(groups, AdamW, model=model, recipe=RECIPE, betas=(0.9, 0.95), weight_decay=0.5)
+    RankAwareOptimizer(
+        groups, AdamW, model=model, recipe=RECIPE, betas=(0.9, 0.95), weight_decay=0.5
+    )
     groups = grouped(model, {"weight_decay": 0.2}, {"weight_decay": 0.1})
     with pytest.warns(RankAwareWarning, match=r"weight_decay=0\.1, not 0\.2\. "):
         RankAwareOptimizer(groups, AdamW, model=model, recipe=RECIPE, **OWN)
@@ -169,16 +210,21 @@ def test_a_built_optimizer_is_compared_by_what_it_holds():
 
 @pytest.mark.filterwarnings("ignore:Recipe 'digits'")
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("run", [{"steps": 800}, {"batch": 64}, {"steps": 800, "batch": 64}, {"steps": 100}], ids=str)
+@pytest.mark.parametrize(
+    "run", [{"steps": 800}, {"batch": 64}, {"steps": 800, "batch": 64}, {"steps": 100}], ids=str
+)
 def test_rates_are_moved_to_the_runs_steps_and_batch(run, method):
     """Every rate is the recipe's at these steps and batch, and so is the band in the report."""
-    recipe = replace(RECIPE, horizon=Horizon(slope=-0.2, slope_sd=0.1), full_seen=True, ranks=(4, 16))
+    recipe = replace(
+        RECIPE, horizon=Horizon(slope=-0.2, slope_sd=0.1), full_seen=True, ranks=(4, 16)
+    )
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH)) if method == "full" else mlp((16, 16))
     opt = built(recipe, model=model, method=method, **OWN, **run)
     rate = recipe.at(method="full", **run) if method == "full" else recipe.at(rank=16, **run)
     assert values(opt, "full" if method == "full" else "A") == pytest.approx([rate.lr], rel=1e-8)
-    assert f"between {rate.low:.3g} and {rate.high:.3g} with 90 %, for {run.get('steps', 100)} steps" in str(
-        opt.report()
+    assert (
+        f"between {rate.low:.3g} and {rate.high:.3g} with 90 %, for {run.get('steps', 100)} steps"
+        in str(opt.report())
     )
     if method == "lora":
         assert values(opt) == pytest.approx([recipe.at(**run).lr], rel=1e-8)
@@ -189,9 +235,17 @@ REFUSED = [
     ({"steps": 2.5}, RecipeError, r"steps is 2\.5"),
     ({"warmup_share": 1.5}, OptimizerError, r"warmup_share is 1\.5.*from 0 to 1"),
     ({"warmup_share": "5%"}, OptimizerError, "warmup_share is '5%'"),
-    ({"recipe": replace(RECIPE, steps=None), "steps": 9}, RecipeError, "does not give its own steps"),
+    (
+        {"recipe": replace(RECIPE, steps=None), "steps": 9},
+        RecipeError,
+        "does not give its own steps",
+    ),
     ({"recipe": None, "lr": 1e-3, "steps": 9}, OptimizerError, "steps= was given without recipe="),
-    ({"recipe": None, "lr": 1e-3, "warmup_share": 0.1}, OptimizerError, "warmup_share= was given without recipe="),
+    (
+        {"recipe": None, "lr": 1e-3, "warmup_share": 0.1},
+        OptimizerError,
+        "warmup_share= was given without recipe=",
+    ),
     ({"recipe": None, "lr": 1e-3, "apply_settings": True}, OptimizerError, "but none was given"),
     ({"optimizer": SGD, "apply_settings": True}, OptimizerError, "whose settings do not fit SGD"),
 ]
@@ -209,26 +263,38 @@ def test_an_impossible_run_is_refused(options, error, message):
 
 @pytest.mark.parametrize(
     ("options", "decay", "betas"),
-    [({}, 0.1, (0.9, 0.95)), ({"weight_decay": 0.1}, 0.1, (0.9, 0.95)), ({"eps": 1e-8}, 0.1, (0.9, 0.95))],
+    [
+        ({}, 0.1, (0.9, 0.95)),
+        ({"weight_decay": 0.1}, 0.1, (0.9, 0.95)),
+        ({"eps": 1e-8}, 0.1, (0.9, 0.95)),
+    ],
 )
 def test_a_recipes_settings_are_taken(options, decay, betas, tmp_path):
     """apply_settings=True gives the optimizer the recipe's settings, read from its file, and training goes on."""
     recipe = Recipe.load(RECIPE.save(tmp_path / "r.toml"))
     model = mlp((16, 16))
     opt = built(recipe, model=model, apply_settings=True, **options)
-    assert {(g["weight_decay"], g["betas"], g["foreach"]) for g in opt.param_groups} == {(decay, betas, None)}
+    assert {(g["weight_decay"], g["betas"], g["foreach"]) for g in opt.param_groups} == {
+        (decay, betas, None)
+    }
     train(model, opt, steps=1)
 
 
 def test_what_is_given_stays():
     """A setting that is given, by name or by group, is not replaced, and a warning says that it differs."""
     model = mlp((16, 16))
-    with pytest.warns(RankAwareWarning, match=r"was made with betas=\[0\.9, 0\.95\], not \[0\.9, 0\.99\]\. "):
+    with pytest.warns(
+        RankAwareWarning, match=r"was made with betas=\[0\.9, 0\.95\], not \[0\.9, 0\.99\]\. "
+    ):
         opt = built(model=model, apply_settings=True, betas=(0.9, 0.99))
     assert {(g["weight_decay"], g["betas"]) for g in opt.param_groups} == {(0.1, (0.9, 0.99))}
     groups = grouped(model, {}, {"weight_decay": 0.0})
     opt = RankAwareOptimizer(groups, AdamW, model=model, recipe=RECIPE, apply_settings=True)
-    assert {(g["lora_role"], g["weight_decay"]) for g in opt.param_groups} == {("A", 0.1), ("B", 0.1), ("other", 0.0)}
+    assert {(g["lora_role"], g["weight_decay"]) for g in opt.param_groups} == {
+        ("A", 0.1),
+        ("B", 0.1),
+        ("other", 0.0),
+    }
 
 
 ODD = {
@@ -246,14 +312,21 @@ def test_a_value_that_no_setting_can_have_is_left():
     """Values of several groups, texts of objects, and what the class does not take are not applied."""
     opt = built(replace(RECIPE, settings=ODD), apply_settings=True)
     group = opt.param_groups[0]
-    assert (group["betas"], group["weight_decay"], group["eps"], group["amsgrad"]) == ((0.9, 0.999), 0.01, 1e-8, True)
+    assert (group["betas"], group["weight_decay"], group["eps"], group["amsgrad"]) == (
+        (0.9, 0.999),
+        0.01,
+        1e-8,
+        True,
+    )
     assert group["lr"] == RECIPE.lr
 
 
 @needs_muon
 def test_a_texts_setting_is_taken():
     """A word is taken where the class has a word or None by default."""
-    recipe = replace(RECIPE, optimizer="torch.optim._muon.Muon", settings={"adjust_lr_fn": "match_rms_adamw"})
+    recipe = replace(
+        RECIPE, optimizer="torch.optim._muon.Muon", settings={"adjust_lr_fn": "match_rms_adamw"}
+    )
     model = mlp((16, 16), head=False)
     opt = RankAwareOptimizer(model, Muon, recipe=recipe, apply_settings=True)
     assert opt.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
@@ -278,7 +351,12 @@ FULL = replace(UNSEEN, full_seen=True)
 FULL_LR = FULL.at(method="full").lr
 OTHERS = [
     (PLAIN, {}, PLAIN.lr, "no LoRA factor: the base rate, as in the recipe's trials"),
-    (replace(PLAIN, full_seen=True), {}, PLAIN.lr, "no LoRA factor: the base rate, as in the recipe's trials"),
+    (
+        replace(PLAIN, full_seen=True),
+        {},
+        PLAIN.lr,
+        "no LoRA factor: the base rate, as in the recipe's trials",
+    ),
     (
         replace(PLAIN, other_rates={"head.weight": 3e-3, "head.bias": 3e-3}),
         {},
@@ -297,19 +375,25 @@ OTHERS = [
 def test_a_head_has_the_rate_that_is_known_for_it(recipe, options, lr, why):
     """A head has what is given, else its rate in the trials, else full finetuning's; the report says which."""
     opt = built(recipe, **options)
-    assert rates(opt) == {name: pytest.approx(lr, rel=1e-9) for name in ("head.weight", "head.bias")}
+    assert rates(opt) == {
+        name: pytest.approx(lr, rel=1e-9) for name in ("head.weight", "head.bias")
+    }
     report = opt.report()
     assert {row.reason for row in report.rows if row.role == "other"} == {why}
     assert report.audit == ()
 
 
-@pytest.mark.parametrize("optimizer", [AdamW, lambda model: AdamW(model.parameters())], ids=["class", "built"])
+@pytest.mark.parametrize(
+    "optimizer", [AdamW, lambda model: AdamW(model.parameters())], ids=["class", "built"]
+)
 def test_a_head_that_nothing_is_known_of_asks_for_its_rate(optimizer):
     """Where neither the head nor full finetuning was seen, an error asks for other_lr, before anything is changed."""
     model = mlp((16, 16))
     native = optimizer(model) if optimizer is not AdamW else None
     given = (model, AdamW) if native is None else (native,)
-    with pytest.raises(RecipeError, match=r"trained neither head\.weight nor the full model.*other_lr="):
+    with pytest.raises(
+        RecipeError, match=r"trained neither head\.weight nor the full model.*other_lr="
+    ):
         RankAwareOptimizer(*given, model=model, recipe=UNSEEN)
     assert native is None or type(native) is AdamW
 
@@ -327,7 +411,9 @@ def test_seen_and_unseen_parameters_part():
     model = mlp((16, 16))
     model.norms = nn.ModuleList([nn.LayerNorm(3) for _ in range(12)])
     model.new = nn.Linear(3, 2)
-    recipe = replace(FULL, other_rates={"norms.*.weight": "base", "norms.*.bias": "base", "head.weight": 1e-4})
+    recipe = replace(
+        FULL, other_rates={"norms.*.weight": "base", "norms.*.bias": "base", "head.weight": 1e-4}
+    )
     opt = built(recipe, model=model)
     found = rates(opt)
     assert found["norms.11.weight"] == found["norms.0.bias"] == recipe.lr
@@ -387,7 +473,9 @@ def test_in_full_finetuning_everything_is_full():
 
 def test_a_recipe_of_full_finetuning_gives_a_head_its_rate():
     """Where full finetuning is the reference, a head beside adapters has its rate, and the pairs the law's."""
-    recipe = replace(FULL, reference=Reference(method="full", fan_in=WIDTH), ranks=(), scaling_rule="unknown")
+    recipe = replace(
+        FULL, reference=Reference(method="full", fan_in=WIDTH), ranks=(), scaling_rule="unknown"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RankAwareWarning)
         opt = built(recipe)
@@ -396,7 +484,11 @@ def test_a_recipe_of_full_finetuning_gives_a_head_its_rate():
 
 def test_a_recipe_survives_with_what_it_knows(tmp_path):
     """Other rates and the code's source survive the files, and printing says them."""
-    made = replace(PLAIN, other_rates={"head.weight": "base", "a.*.b": 3e-4}, source={"train": "t", "commit": "c"})
+    made = replace(
+        PLAIN,
+        other_rates={"head.weight": "base", "a.*.b": 3e-4},
+        source={"train": "t", "commit": "c"},
+    )
     found = Recipe.load(made.save(tmp_path / "r.toml"))
     assert (found.other_rates, found.source) == (made.other_rates, made.source)
     said = re.sub(r"\s+", " ", str(found))

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from rankaware_optim import MuA, RankAwareOptimizer, Reference, Survey, inspect_model, rank_aware_param_groups
+from rankaware_optim import (
+    MuA,
+    RankAwareOptimizer,
+    Reference,
+    Survey,
+    inspect_model,
+    rank_aware_param_groups,
+)
 from rankaware_optim._survey_text import Rated
 from rankaware_optim._types import Factor
 from rankaware_optim.inspection import other_kind
@@ -51,7 +58,12 @@ def test_the_report_lists_every_group():
 
 REASONS = [
     ({"other_lr": 0.1}, "A", "other", "given by other_lr="),
-    ({"law": "constant", "tuned_at": AT_16}, "A", "A", "constant: from rank 16, alpha 16, B = 0 (not moved)"),
+    (
+        {"law": "constant", "tuned_at": AT_16},
+        "A",
+        "A",
+        "constant: from rank 16, alpha 16, B = 0 (not moved)",
+    ),
     ({}, "other", "A", "neither factor started at zero, so no law covers it: the base rate"),
 ]
 
@@ -74,7 +86,12 @@ SURE = [
     ("adamw", {"tuned_at": Reference(rank=4, alpha=4, fan_in=64)}, "A", "theory"),
     ("adamw", {"tuned_at": Reference(rank=4, alpha=4, fan_in=64, init="B")}, "B", "untested"),
     ("adamw", {"tuned_at": replace(AT_16, init="B")}, "B", "measured, small runs"),
-    ("adamw", {"tuned_at": replace(AT_16, init="B"), "law": "mua"}, "B", "theory, against small runs"),
+    (
+        "adamw",
+        {"tuned_at": replace(AT_16, init="B"), "law": "mua"},
+        "B",
+        "theory, against small runs",
+    ),
     ("adamw", {"tuned_at": Reference(method="full")}, "A", "a rule of thumb"),
     ("adamw", {"tuned_at": replace(AT_16, batch=8), "batch": 32}, "A", "a rule of thumb"),
     ("adamw", {"tuned_at": AT_16, "law": "loraplus"}, "A", "not moved"),
@@ -94,12 +111,18 @@ SURE = [
 def test_a_reason_says_how_sure_it_is(optimizer, options, init, sure):
     """Every row that a law moves says what stands behind the move."""
     opt = RankAwareOptimizer(mlp(init=init, head=False), optimizer, lr=LR, **options)
-    assert {row.reason.rpartition(" (")[2].removesuffix(")") for row in opt.report().rows if row.role == "A"} == {sure}
+    assert {
+        row.reason.rpartition(" (")[2].removesuffix(")")
+        for row in opt.report().rows
+        if row.role == "A"
+    } == {sure}
 
 
 def test_two_rates_are_as_sure_as_their_law():
     """Where B has its own rate at the reference too, its row does not call that tuned."""
-    opt = RankAwareOptimizer(mlp(head=False), "adamw", lr=LR, tuned_at=Reference(rank=4, alpha=4), law=MuA(ratio=4.0))
+    opt = RankAwareOptimizer(
+        mlp(head=False), "adamw", lr=LR, tuned_at=Reference(rank=4, alpha=4), law=MuA(ratio=4.0)
+    )
     reasons = {row.role: row.reason.rpartition(" (")[2] for row in opt.report().rows}
     assert reasons == {"A": "as tuned)", "B": "as that law says)"}
 
@@ -108,14 +131,18 @@ def test_a_full_finetuning_rate_from_lora_is_a_rule_of_thumb():
     """A whole weight's row says that it moves by a rule of thumb, and one that stays says that it is as tuned."""
     for at, sure in ((AT_16, "a rule of thumb"), (Reference(method="full"), "as tuned")):
         opt = RankAwareOptimizer(nn.Linear(4, 4), "adamw", method="full", lr=LR, tuned_at=at)
-        assert {row.reason for row in opt.report().rows} == {f"falling: full finetuning, from {at} ({sure})"}
+        assert {row.reason for row in opt.report().rows} == {
+            f"falling: full finetuning, from {at} ({sure})"
+        }
 
 
 def test_a_calibrated_rate_is_as_sure_as_its_recipe():
     """Under a recipe the reason points at its band, which stands below the table."""
     opt = RankAwareOptimizer(mlp(width=64, head=False), "adamw", recipe=RECIPE)
     report = opt.report()
-    assert {row.reason.rpartition(" (")[2].removesuffix(")") for row in report.rows} == {"calibrated, see its band"}
+    assert {row.reason.rpartition(" (")[2].removesuffix(")") for row in report.rows} == {
+        "calibrated, see its band"
+    }
     assert any("lies between" in note for note in report.notes)
 
 
@@ -149,15 +176,22 @@ def test_the_report_prints_as_a_table():
     """str() of a report is a table with its title, a line a group, and the notes."""
     model = mlp((4, 8))
     made = make_plan(inspect_model(model), PlanOptions(tuned_at=replace(AT_16, init="B")))
-    text = str(make_report(rank_aware_param_groups(model, lr=LR), made, "the title", inspect_model(model)))
+    text = str(
+        make_report(rank_aware_param_groups(model, lr=LR), made, "the title", inspect_model(model))
+    )
     assert text.splitlines()[0].strip() == "the title"
-    assert all(word in text for word in ("role", "multiplier", "why", "no LoRA factor", "note: Adapters at B = 0"))
+    assert all(
+        word in text
+        for word in ("role", "multiplier", "why", "no LoRA factor", "note: Adapters at B = 0")
+    )
     assert max(map(len, text.splitlines())) <= 100
 
 
 def test_a_row_shows_convention_and_fans():
     """A group's row names its conventions and the smallest and largest fan-in of its tensors."""
-    model = nn.ModuleDict({"narrow": adapted(rank=4), "wide": mlp((4,), width=64, scalings=2.0, head=False)})
+    model = nn.ModuleDict(
+        {"narrow": adapted(rank=4), "wide": mlp((4,), width=64, scalings=2.0, head=False)}
+    )
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=LR)
     (row,) = [r for r in opt.report().rows if r.role == "A"]
     assert (row.convention, row.fan_in, row.fan_out) == ("lora_A/lora_B", (12, 64), (20, 64))
@@ -170,7 +204,9 @@ NAMES = ["falling", "power?law=falling,exponent=0.25"]
 @pytest.mark.parametrize("law", NAMES)
 def test_the_report_is_at_most_100_columns_wide(law):
     """Wide fans, several groups of one's own, long names, notes and checks: no line is longer than 100 characters."""
-    model = nn.ModuleDict({"a" * 60: adapted(rank=4), "wide": mlp((4, 16), width=64, scalings=1 / 3)})
+    model = nn.ModuleDict(
+        {"a" * 60: adapted(rank=4), "wide": mlp((4, 16), width=64, scalings=1 / 3)}
+    )
     model["scores"] = nn.Linear(14336, 3)
     groups = [{"params": [p], "lr": 1.2345e-5} for p in model.parameters() if p.requires_grad]
     opt = RankAwareOptimizer(groups, "adamw", model=model, tuned_at=AT_16, lr=LR, law=law, batch=64)
@@ -204,7 +240,9 @@ def test_the_report_keeps_the_init_seen_before_training():
 def test_later_groups_join_the_survey():
     """A group that is added later is explained like the first ones."""
     model = nn.ModuleDict({"one": adapted(), "two": adapted()})
-    opt = RankAwareOptimizer([model["one"].lora_A, model["one"].lora_B], torch.optim.SGD, model=model, lr=LR)
+    opt = RankAwareOptimizer(
+        [model["one"].lora_A, model["one"].lora_B], torch.optim.SGD, model=model, lr=LR
+    )
     opt.add_param_group({"params": [model["two"].lora_A, model["two"].lora_B]})
     shown = str(opt.report(per_module=True))
     assert "one.lora_A" in shown
@@ -217,7 +255,9 @@ def test_later_groups_join_the_survey():
 def test_explain_merges_alike_factors():
     """Without per_module alike factors share a line with their count."""
     shown = inspect_model(mlp((4, 4, 8))).explain()
-    lines = [line.split() for line in shown.splitlines() if line.strip().startswith("lora_A/lora_B")]
+    lines = [
+        line.split() for line in shown.splitlines() if line.strip().startswith("lora_A/lora_B")
+    ]
     assert [(line[2], line[3], line[10]) for line in lines] == [
         ("A", "4", "2"),
         ("B", "4", "2"),
@@ -234,7 +274,12 @@ def test_explain_shows_rates_and_reasons():
     shown = survey.explain(per_module=True, rates=rates)
     assert "given by rates=" in shown
     assert shown.count("falling: from rank 16, alpha 16, B = 0 (theory, measured)") == 3
-    assert survey.explain(rates={"layer0.lora_A": Rated(0.25, "since I say so")}).count("since I say so") == 1
+    assert (
+        survey.explain(rates={"layer0.lora_A": Rated(0.25, "since I say so")}).count(
+            "since I say so"
+        )
+        == 1
+    )
 
 
 def test_explain_names_what_has_no_law():
@@ -242,7 +287,12 @@ def test_explain_names_what_has_no_law():
     names = ("q.vera_lambda_b.default", "q.lora_magnitude_vector.d.weight", "head.weight")
     survey = Survey((), names, frozen=("q.lora_A",), unsupported=unsupported(names))
     shown = survey.explain()
-    for words in ("VeRA: no law", "DoRA magnitude: no law", "no LoRA factor: the base rate", "does not train"):
+    for words in (
+        "VeRA: no law",
+        "DoRA magnitude: no law",
+        "no LoRA factor: the base rate",
+        "does not train",
+    ):
         assert words in shown
 
 
@@ -294,7 +344,10 @@ AUDIT = [
         Survey((PAIR,), unadapted=("mlp.experts.up",)),
         r"^1 frozen stack \(mlp\.experts\.up\) is not .*target_parameters",
     ),
-    (Survey((replace(PAIR, init="other"),)), r"^1 factor \(up\.lora_A\) is not covered .* neither factor zero"),
+    (
+        Survey((replace(PAIR, init="other"),)),
+        r"^1 factor \(up\.lora_A\) is not covered .* neither factor zero",
+    ),
     (Survey((replace(PAIR, init="unknown"),)), r"an init that cannot be read"),
     (Survey((replace(PAIR, rank=65),)), r"not low-rank: the rank is above the fan-in"),
     (Survey((replace(PAIR, scaling=8.5),)), r"above 8 or below 1/64"),

@@ -12,7 +12,13 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from rankaware_optim import CheckpointError, RankAwareOptimizer, RankAwareWarning, Reference, to_plain_state_dict
+from rankaware_optim import (
+    CheckpointError,
+    RankAwareOptimizer,
+    RankAwareWarning,
+    Reference,
+    to_plain_state_dict,
+)
 from rankaware_optim.optimizer import effective_lr, rank_aware_param_groups
 
 from ..helpers.models import mlp, same, snapshot, train
@@ -32,11 +38,15 @@ SCHEDULES = [
     lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=20),
     lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=30, cycle_momentum=False),
     lambda opt: lr_scheduler.SequentialLR(
-        opt, [lr_scheduler.LinearLR(opt, 0.1, total_iters=3), lr_scheduler.ExponentialLR(opt, 0.9)], milestones=[3]
+        opt,
+        [lr_scheduler.LinearLR(opt, 0.1, total_iters=3), lr_scheduler.ExponentialLR(opt, 0.9)],
+        milestones=[3],
     ),
 ]
 each_kind = pytest.mark.parametrize(("kind", "options"), KINDS)
-each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=["lambda", "cosine", "onecycle", "sequential"])
+each_schedule = pytest.mark.parametrize(
+    "schedule", SCHEDULES, ids=["lambda", "cosine", "onecycle", "sequential"]
+)
 
 
 def ours(model, kind=torch.optim.AdamW, **options):
@@ -94,7 +104,10 @@ GIVEN = {
     "trainable": trainable,
     "all": lambda model: list(model.parameters()),
     "named": lambda model: list(model.named_parameters()),
-    "two groups": lambda model: [{"params": trainable(model)[:3]}, {"params": trainable(model)[3:], "lr": 0.5}],
+    "two groups": lambda model: [
+        {"params": trainable(model)[:3]},
+        {"params": trainable(model)[3:], "lr": 0.5},
+    ],
 }
 
 
@@ -149,10 +162,14 @@ def test_a_kept_decay_goes_to_native_optimizers_and_back(build):
     native, other = native_kind(there, **options), ours(back, **options)
     native.load_state_dict(saved(state))
     other.load_state_dict(saved(opt.state_dict()))
-    assert [group["weight_decay"] for group in other.param_groups] == pytest.approx([0.5] * 5, rel=1e-12)
+    assert [group["weight_decay"] for group in other.param_groups] == pytest.approx(
+        [0.5] * 5, rel=1e-12
+    )
     for one, its in ((model, opt), (there, native), (back, other)):
         train(one, its, steps=2)
-    for one, two, three in zip(model.parameters(), there.parameters(), back.parameters(), strict=True):
+    for one, two, three in zip(
+        model.parameters(), there.parameters(), back.parameters(), strict=True
+    ):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(one, three, rtol=1e-5, atol=1e-7)
 
@@ -163,7 +180,9 @@ def test_native_groups_of_a_kept_decay_are_wrapped_at_the_users():
     native = native_kind(model, scale_weight_decay=False, weight_decay=0.5)
     assert len({group["weight_decay"] for group in native.param_groups}) == 3
     opt = RankAwareOptimizer(native, model=model, tuned_at=AT, init="A", scale_weight_decay=False)
-    assert [group["weight_decay"] for group in opt.param_groups] == pytest.approx([0.5] * 5, rel=1e-12)
+    assert [group["weight_decay"] for group in opt.param_groups] == pytest.approx(
+        [0.5] * 5, rel=1e-12
+    )
     assert not any("rank_divided_decay" in group for group in opt.param_groups)
 
 
@@ -185,7 +204,9 @@ def test_the_way_back_in_the_order_of_all_parameters():
     opt = ours(model)
     train(model, opt, steps=2)
     native = torch.optim.AdamW(model.parameters(), lr=1.0)
-    native.load_state_dict(to_plain_state_dict(opt, names=[name for name, _ in model.named_parameters()]))
+    native.load_state_dict(
+        to_plain_state_dict(opt, names=[name for name, _ in model.named_parameters()])
+    )
     assert all(alike(native.state[p], opt.state[p]) for p in trainable(model))
 
 
@@ -235,7 +256,9 @@ def test_another_rank_is_refused_with_both_numbers(kind, options, before, after)
     train(model, opt, steps=2)
     other = ours(mlp((after, 8)), kind, **options)
     untouched = copy.deepcopy(other.state_dict())
-    with pytest.raises(CheckpointError, match=rf"rank {before}, the model's has rank {after}.*on_rank_change"):
+    with pytest.raises(
+        CheckpointError, match=rf"rank {before}, the model's has rank {after}.*on_rank_change"
+    ):
         other.load_state_dict(saved(opt.state_dict()))
     assert alike(untouched, other.state_dict())
 
@@ -261,11 +284,17 @@ def test_reset_starts_changed_factors_anew(before, after, tags):
     opt = ours(model)
     train(model, opt, steps=2)
     other = ours(wider, on_rank_change="reset")
-    other.load_state_dict(saved(opt.state_dict() if tags else to_plain_state_dict(opt, own_groups=True)))
+    other.load_state_dict(
+        saved(opt.state_dict() if tags else to_plain_state_dict(opt, own_groups=True))
+    )
     assert wider.layer0.lora_A not in other.state
-    assert torch.equal(other.state[wider.layer1.lora_A]["exp_avg"], opt.state[model.layer1.lora_A]["exp_avg"])
+    assert torch.equal(
+        other.state[wider.layer1.lora_A]["exp_avg"], opt.state[model.layer1.lora_A]["exp_avg"]
+    )
     assert set(other.report().reset) == {(f"layer0.lora_{role}", before, after) for role in "AB"}
-    assert f"checkpoint of rank {before}, now {after}: their moments were reset" in str(other.report())
+    assert f"checkpoint of rank {before}, now {after}: their moments were reset" in str(
+        other.report()
+    )
     train(wider, other, steps=1)
 
 
@@ -298,8 +327,12 @@ def test_a_rate_that_was_named_is_kept_at_a_load():
     with pytest.warns(RankAwareWarning, match="neither factor zero"):
         other = RankAwareOptimizer(again, "adamw", lr=LR, tuned_at=AT, rates={"layer0.*": 1e-4})
     other.load_state_dict(saved(opt.state_dict()))
-    rates = {name: effective_lr(group) for group in other.param_groups for name in group["param_names"]}
-    before = {name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]}
+    rates = {
+        name: effective_lr(group) for group in other.param_groups for name in group["param_names"]
+    }
+    before = {
+        name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]
+    }
     for name, rate in rates.items():
         assert rate == pytest.approx(1e-4 if name.startswith("layer0") else before[name])
 
@@ -341,7 +374,9 @@ def test_a_checkpoint_of_the_format_before_is_read():
 
 def test_saved_groups_that_differ_are_not_merged():
     """Parameters that had two rates are not put into one group with one of them."""
-    wide = nn.Sequential(mlp((4,), head=False), nn.Linear(16, 32), mlp((4,), width=32, head=False), nn.Linear(32, 3))
+    wide = nn.Sequential(
+        mlp((4,), head=False), nn.Linear(16, 32), mlp((4,), width=32, head=False), nn.Linear(32, 3)
+    )
     opt = ours(wide, per_layer_width=True)
     train(wide, opt, steps=2)
     other = ours(copy.deepcopy(wide))
@@ -372,7 +407,10 @@ BAD = [
     (lambda: {"param_groups": [], "state": {}}, "not an optimizer checkpoint"),
     (lambda: newer(ours(mlp((4, 8))).state_dict()), "format 99"),
     (lambda: ours(mlp((4, 8, 8))).state_dict(), None),
-    (lambda: ours(mlp((4,))).state_dict(), r"lacks 2 of this optimizer's parameters, such as layer1"),
+    (
+        lambda: ours(mlp((4,))).state_dict(),
+        r"lacks 2 of this optimizer's parameters, such as layer1",
+    ),
     (lambda: torch.optim.AdamW(mlp((4, 8, 8)).parameters()).state_dict(), "without matching names"),
 ]
 
@@ -419,14 +457,26 @@ def stepped_by(state, fused):
 
 
 DAMAGED = [
-    (lambda: in_state(torch.zeros(1, 1)), r"exp_avg_sq of layer0.lora_A has shape \(1, 1\), where \(4, 16\) is needed"),
+    (
+        lambda: in_state(torch.zeros(1, 1)),
+        r"exp_avg_sq of layer0.lora_A has shape \(1, 1\), where \(4, 16\) is needed",
+    ),
     (lambda: in_state(torch.zeros(())), r"has shape \(\), where"),
     (lambda: in_state(torch.zeros(64)), r"has shape \(64,\), where"),
-    (lambda: in_state(torch.zeros(4, 16).to_sparse()), r"exp_avg_sq of layer0.lora_A is torch.sparse_coo"),
-    (lambda: in_state(torch.zeros(4, 16), "step"), r"step of layer0.lora_A has shape \(4, 16\), where \(\) is needed"),
+    (
+        lambda: in_state(torch.zeros(4, 16).to_sparse()),
+        r"exp_avg_sq of layer0.lora_A is torch.sparse_coo",
+    ),
+    (
+        lambda: in_state(torch.zeros(4, 16), "step"),
+        r"step of layer0.lora_A has shape \(4, 16\), where \(\) is needed",
+    ),
     (lambda: in_state("text", "step"), r"No step can be taken with the checkpoint's state"),
     (lambda: in_state(torch.tensor(math.nan), "step"), r"state: .*not finite"),
-    (lambda: in_groups(betas=None), r"No step can be taken with the checkpoint's settings: TypeError"),
+    (
+        lambda: in_groups(betas=None),
+        r"No step can be taken with the checkpoint's settings: TypeError",
+    ),
     (lambda: in_groups(params=[0, 0]), r"has 2 parameters and 1 names"),
     (lambda: in_groups(params=[1]), r"list a parameter twice"),
     (lambda: in_groups(param_names=["a", "b"]), r"has 1 parameters and 2 names"),
@@ -478,7 +528,9 @@ class Undecided(torch.optim.SGD):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         self.param_groups[0]["lr"] = 0.5
-        if any(p.requires_grad and p.numel() > 12 for p in self.param_groups[0]["params"]):  # no stand-in
+        if any(
+            p.requires_grad and p.numel() > 12 for p in self.param_groups[0]["params"]
+        ):  # no stand-in
             raise OSError("the disk is gone")
 
 

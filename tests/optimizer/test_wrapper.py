@@ -17,7 +17,13 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import rankaware_optim as ra
-from rankaware_optim import CheckpointError, OptimizerError, RankAwareError, RankAwareOptimizer, Reference
+from rankaware_optim import (
+    CheckpointError,
+    OptimizerError,
+    RankAwareError,
+    RankAwareOptimizer,
+    Reference,
+)
 from rankaware_optim._optimizer_classes import get_optimizer_class
 from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import PlanOptions, effective_lr
@@ -48,7 +54,9 @@ OPTIMIZERS = [
     (torch.optim.Adafactor, {}),
 ]
 each_optimizer = pytest.mark.parametrize(
-    ("kind", "options"), OPTIMIZERS, ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(v) or "default"
+    ("kind", "options"),
+    OPTIMIZERS,
+    ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(v) or "default",
 )
 
 
@@ -65,18 +73,24 @@ def by_instance(model, kind, options, **own):
 
 
 def by_groups(model, kind, options, **own):
-    return RankAwareOptimizer([{"params": trained(model)}], kind, model=model, lr=LR, **own, **options)
+    return RankAwareOptimizer(
+        [{"params": trained(model)}], kind, model=model, lr=LR, **own, **options
+    )
 
 
 each_form = pytest.mark.parametrize("form", [by_class, by_instance, by_groups])
 
 
 def by_instance_of_all(model):
-    return RankAwareOptimizer(torch.optim.AdamW(model.parameters(), lr=LR), model=model, tuned_at=AT_16)
+    return RankAwareOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=LR), model=model, tuned_at=AT_16
+    )
 
 
 def by_groups_of_all(model):
-    return RankAwareOptimizer(list(model.parameters()), torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16)
+    return RankAwareOptimizer(
+        list(model.parameters()), torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16
+    )
 
 
 def by_hand(model, kind, options, reference):
@@ -88,8 +102,14 @@ def by_hand(model, kind, options, reference):
         if param.requires_grad:
             layer = model.get_submodule(name.split(".")[0])
             rank = getattr(layer, "r", None)
-            moved = used(law, law.multiplier(Factor(name, "A", rank, 16, 16), reference)) if rank else 1.0
-            groups.setdefault((name.split(".")[-1], rank), {"params": [], "lr": LR * moved})["params"].append(param)
+            moved = (
+                used(law, law.multiplier(Factor(name, "A", rank, 16, 16), reference))
+                if rank
+                else 1.0
+            )
+            groups.setdefault((name.split(".")[-1], rank), {"params": [], "lr": LR * moved})[
+                "params"
+            ].append(param)
     return kind(list(groups.values()), lr=LR, **options)
 
 
@@ -111,7 +131,10 @@ def test_training_equals_the_native_class_with_groups_by_hand(kind, options, for
 @each_optimizer
 def test_swapping_the_optimizer_on_a_uniform_model_changes_nothing(kind, options, form):
     """Without tuned_at a uniform model trains as under the native optimizer with one group, bit for bit."""
-    ours, native = mlp((20, 20), scalings=16 / math.sqrt(20)), mlp((20, 20), scalings=16 / math.sqrt(20))
+    ours, native = (
+        mlp((20, 20), scalings=16 / math.sqrt(20)),
+        mlp((20, 20), scalings=16 / math.sqrt(20)),
+    )
     train(ours, form(ours, kind, options))
     train(native, kind(trained(native), lr=LR, **options))
     assert same(snapshot(ours), snapshot(native))
@@ -125,7 +148,11 @@ def test_it_is_an_instance_of_both(kind, options, form):
     assert isinstance(opt, kind)
     assert isinstance(opt, RankAwareOptimizer)
     assert issubclass(type(opt), RankAwareOptimizer)
-    assert (type(opt).__name__, type(opt).__module__, type(opt).__bases__) == (kind.__name__, kind.__module__, (kind,))
+    assert (type(opt).__name__, type(opt).__module__, type(opt).__bases__) == (
+        kind.__name__,
+        kind.__module__,
+        (kind,),
+    )
     assert repr(opt).startswith(f"RankAware{kind.__name__} (")
 
 
@@ -151,7 +178,9 @@ def test_step_is_the_native_one_and_hooks_run_once(kind, options, form):
 
 def test_the_class_is_made_once():
     """Two optimizers of one class share their type."""
-    assert type(by_class(mlp(), torch.optim.AdamW, {})) is type(by_instance(mlp(), torch.optim.AdamW, {}))
+    assert type(by_class(mlp(), torch.optim.AdamW, {})) is type(
+        by_instance(mlp(), torch.optim.AdamW, {})
+    )
 
 
 def test_the_instance_form_gives_the_same_object_back():
@@ -190,11 +219,15 @@ def test_the_optimizers_own_default_rate():
     assert RankAwareOptimizer(mlp(), torch.optim.AdamW).defaults["lr"] == 1e-3
 
 
-@pytest.mark.parametrize("give", [lambda p: p, lambda p: [p], lambda p: iter([p]), lambda p: iter([("a", p)])])
+@pytest.mark.parametrize(
+    "give", [lambda p: p, lambda p: [p], lambda p: iter([p]), lambda p: iter([("a", p)])]
+)
 def test_one_parameter_in_any_wrapping(give):
     """A tensor, a list or an iterator of one, named or not, is one group of one parameter."""
     model = mlp()
-    opt = RankAwareOptimizer(give(model.layer0.lora_A), torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16)
+    opt = RankAwareOptimizer(
+        give(model.layer0.lora_A), torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16
+    )
     assert [group["param_names"] for group in opt.param_groups] == [["layer0.lora_A"]]
 
 
@@ -211,7 +244,9 @@ def test_a_tensor_as_rate(form):
     """A base rate given as a tensor stays one in every group, multiplied; training equals that at a number."""
     ours, plain = mlp((4, 8), dtype=torch.float64), mlp((4, 8), dtype=torch.float64)
     rate = torch.tensor(LR, dtype=torch.float64)
-    opt = RankAwareOptimizer(ours if form is by_class else trained(ours), torch.optim.AdamW, model=ours, lr=rate)
+    opt = RankAwareOptimizer(
+        ours if form is by_class else trained(ours), torch.optim.AdamW, model=ours, lr=rate
+    )
     assert all(isinstance(g["lr"], torch.Tensor) for g in opt.param_groups)
     assert rate.item() == LR
     train(ours, opt)
@@ -235,11 +270,15 @@ class Reparametrised(ra.Law):
         return {"A": self.p, "B": self.q}[factor.role]
 
 
-def oracle(p: float, q: float, *, init: str = "A", eps: bool = True, decay: bool = True) -> list[torch.Tensor]:
+def oracle(
+    p: float, q: float, *, init: str = "A", eps: bool = True, decay: bool = True
+) -> list[torch.Tensor]:
     """30 steps of a model whose s, A₀, B₀, η, ε and λ are reparametrised by p and q (ε or λ left alone if False)."""
     model = mlp((4, 8), scalings=2.0, init=init, dtype=torch.float64, seed=3)
     halves = {"lora_A": p, "lora_B": q}
-    groups = [{"params": list(model.get_submodule("head").parameters()), "eps": 1e-3, "weight_decay": 0.1}]
+    groups = [
+        {"params": list(model.get_submodule("head").parameters()), "eps": 1e-3, "weight_decay": 0.1}
+    ]
     for half, by in halves.items():
         layers = [module for module in model if isinstance(module, PlainLoRA)]
         own = {"eps": 1e-3 / (by if eps else 1.0), "weight_decay": 0.1 / (by if decay else 1.0)}
@@ -247,7 +286,9 @@ def oracle(p: float, q: float, *, init: str = "A", eps: bool = True, decay: bool
         for layer in layers:
             getattr(layer, half).data.mul_(by)
             layer.scaling /= by
-    opt = RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=1e-2, law=Reparametrised(p, q))
+    opt = RankAwareOptimizer(
+        groups, torch.optim.AdamW, model=model, lr=1e-2, law=Reparametrised(p, q)
+    )
     return train(model, opt, steps=30)
 
 
@@ -277,7 +318,13 @@ def test_scaling_is_undone_by_the_rate_of_the_zero_factor(init, role):
         model = mlp(scalings=2.0 / (p * q), init=init, dtype=torch.float64)
         law = Reparametrised(p, q)
         outputs.append(
-            train(model, RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, law=law, eps=1e-300, weight_decay=0.0), 30)
+            train(
+                model,
+                RankAwareOptimizer(
+                    model, torch.optim.AdamW, lr=LR, law=law, eps=1e-300, weight_decay=0.0
+                ),
+                30,
+            )
         )
     assert distance(*outputs) < 1e-11
 
@@ -289,14 +336,23 @@ def test_scaling_is_undone_by_the_rate_of_the_zero_factor(init, role):
 def test_groups_are_merged_named_and_ordered(form):
     """Groups are one a role, rank and scaling, never empty, named, with the multiplier-1 group first."""
     opt = form(mlp((4, 8, 4, 8)), torch.optim.AdamW, {})
-    assert [(g["lora_role"], g["lora_rank"], g["lora_scale"], len(g["params"])) for g in opt.param_groups] == [
+    assert [
+        (g["lora_role"], g["lora_rank"], g["lora_scale"], len(g["params"]))
+        for g in opt.param_groups
+    ] == [
         ("A", 4, 1.0, 2),
         ("B", 4, 1.0, 2),
         ("A", 8, 1.0, 2),
         ("B", 8, 1.0, 2),
         ("other", None, 1.0, 2),
     ]
-    assert [g["rank_multiplier"] == 1.0 for g in opt.param_groups] == [True, True, False, False, True]
+    assert [g["rank_multiplier"] == 1.0 for g in opt.param_groups] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
     assert opt.param_groups[4]["param_names"] == ["head.weight", "head.bias"]
     assert all(g["lr"] == LR for g in opt.param_groups)
 
@@ -312,10 +368,17 @@ def test_users_groups_keep_their_options(built):
         {"params": list(model.head.parameters()), "eps": 1e-4},
     ]
     if built:
-        opt = RankAwareOptimizer(torch.optim.AdamW(groups, lr=LR), model=model, law=Reparametrised(2.0, 4.0))
+        opt = RankAwareOptimizer(
+            torch.optim.AdamW(groups, lr=LR), model=model, law=Reparametrised(2.0, 4.0)
+        )
     else:
-        opt = RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=LR, law=Reparametrised(2.0, 4.0))
-    seen = {g["param_names"][0]: (effective_lr(g), g["betas"], g["weight_decay"], g["eps"]) for g in opt.param_groups}
+        opt = RankAwareOptimizer(
+            groups, torch.optim.AdamW, model=model, lr=LR, law=Reparametrised(2.0, 4.0)
+        )
+    seen = {
+        g["param_names"][0]: (effective_lr(g), g["betas"], g["weight_decay"], g["eps"])
+        for g in opt.param_groups
+    }
     beta = (0.9, 0.999)
     assert seen == {
         "head.weight": (LR, beta, 0.01, 1e-4),
@@ -330,14 +393,27 @@ def test_users_groups_keep_their_options(built):
 @each_form
 def test_exceptions_of_the_user(form):
     """rates=, other_lr=, law= and per_layer_width= are taken by every form."""
-    options = {"rates": {"head.bias": 0.5}, "other_lr": 0.25, "law": "loraplus", "per_layer_width": True}
+    options = {
+        "rates": {"head.bias": 0.5},
+        "other_lr": 0.25,
+        "law": "loraplus",
+        "per_layer_width": True,
+    }
     opt = form(mlp(), torch.optim.AdamW, {}, **options)
     rates = {name: effective_lr(g) for g in opt.param_groups for name in g["param_names"]}
     assert rates["layer1.lora_B"] == 16 * LR
-    assert [rates["layer0.lora_A"], rates["head.weight"], rates["head.bias"]] == pytest.approx([LR, 0.25, 0.5])
+    assert [rates["layer0.lora_A"], rates["head.weight"], rates["head.bias"]] == pytest.approx(
+        [LR, 0.25, 0.5]
+    )
 
 
-OPTIONS = {"law": "loraplus", "tuned_at": AT_16, "rates": {"head.bias": 0.5}, "other_lr": 0.25, "batch": 8}
+OPTIONS = {
+    "law": "loraplus",
+    "tuned_at": AT_16,
+    "rates": {"head.bias": 0.5},
+    "other_lr": 0.25,
+    "batch": 8,
+}
 
 
 @pytest.mark.parametrize("switched", ["per_layer_width", "strict"])
@@ -367,7 +443,8 @@ def test_the_report(form):
     opt.param_groups[0]["lr"] = 0.125
     rows = opt.report().rows
     assert [(r.role, r.rank, r.count, r.lr) for r in rows] == [
-        (g["lora_role"], g["lora_rank"], len(g["params"]), effective_lr(g)) for g in opt.param_groups
+        (g["lora_role"], g["lora_rank"], len(g["params"]), effective_lr(g))
+        for g in opt.param_groups
     ]
     assert "RankAwareOptimizer(AdamW), law Falling()" in str(opt.report())
     assert "0.125" in str(opt.report())
@@ -377,7 +454,10 @@ def test_a_part_of_the_model_is_named_by_the_whole():
     """A module given beside model= trains alone, under its names in the model and from the model's own reference."""
     model = mlp((4, 4, 8))
     opt = RankAwareOptimizer(model.layer2, torch.optim.AdamW, model=model, lr=LR)
-    assert [group["param_names"] for group in opt.param_groups] == [["layer2.lora_A"], ["layer2.lora_B"]]
+    assert [group["param_names"] for group in opt.param_groups] == [
+        ["layer2.lora_A"],
+        ["layer2.lora_B"],
+    ]
     assert {group["rank_multiplier"] < 1 for group in opt.param_groups} == {True}
 
 
@@ -413,7 +493,9 @@ def test_classes_of_another_package(name):
     resume(again, fresh, model, opt)
     assert same(snapshot(model), snapshot(again))
     before = mlp((4, 8)).state_dict()
-    assert not any(torch.equal(value, before[n]) for n, value in snapshot(model).items() if "lora" in n)
+    assert not any(
+        torch.equal(value, before[n]) for n, value in snapshot(model).items() if "lora" in n
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -431,7 +513,9 @@ def test_an_optimizer_that_keeps_lists_by_group_is_refused():
 def test_the_class_of_an_instance_cannot_build_another():
     """A framework that calls type(opt) on parameters is refused, for they would have no rates; its signature stays."""
     opt = by_class(mlp((4, 64)), torch.optim.AdamW, {}, tuned_at=AT_16)
-    with pytest.raises(OptimizerError, match=r"cannot be called.*Build RankAwareOptimizer\(model, AdamW"):
+    with pytest.raises(
+        OptimizerError, match=r"cannot be called.*Build RankAwareOptimizer\(model, AdamW"
+    ):
         type(opt)(trained(mlp((4, 64))), lr=LR)
     assert inspect.signature(type(opt)) == inspect.signature(torch.optim.AdamW)
 
@@ -499,20 +583,37 @@ REFUSED = [
     (lambda m: RankAwareOptimizer(m, lr=LR), r"No optimizer was given"),
     (lambda m: RankAwareOptimizer(trained(m), torch.optim.AdamW, lr=LR), r"from parameters alone"),
     (lambda m: RankAwareOptimizer(m, torch.optim.LBFGS, lr=LR), r"LBFGS takes one parameter group"),
-    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, recipe="r.toml"), r"Both recipe= and lr="),
-    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, law="mua", recipe="r.toml"), r"Both recipe= and law="),
-    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, tuned_at=AT_16, recipe="r"), r"Both recipe= and tuned_at="),
+    (
+        lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, recipe="r.toml"),
+        r"Both recipe= and lr=",
+    ),
+    (
+        lambda m: RankAwareOptimizer(m, torch.optim.AdamW, law="mua", recipe="r.toml"),
+        r"Both recipe= and law=",
+    ),
+    (
+        lambda m: RankAwareOptimizer(m, torch.optim.AdamW, tuned_at=AT_16, recipe="r"),
+        r"Both recipe= and tuned_at=",
+    ),
     (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, recipe="no_such.toml"), r"no_such\.toml"),
     (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, law="nua"), r"Unknown law 'nua'"),
     (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, rates={"x*": 1.0}), r"matches none"),
     (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, other_lr=0), r"other_lr is 0"),
     (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, method="none"), r"not 'none'"),
     (lambda m: RankAwareOptimizer(m.head, torch.optim.AdamW, lr=LR), r"No trainable LoRA pair"),
-    (lambda m: RankAwareOptimizer(m, type(by_class(m, torch.optim.AdamW, {})), lr=LR), r"rank-aware already"),
-    (lambda m: RankAwareOptimizer(m, NoDefault), r"NoDefault has no default learning rate"),
-    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, tuned_at=AT_16), r"tuned_at= was given without lr=.*0\.001"),
     (
-        lambda m: RankAwareOptimizer([{"params": trained(m)}], torch.optim.AdamW, model=m, tuned_at=AT_16),
+        lambda m: RankAwareOptimizer(m, type(by_class(m, torch.optim.AdamW, {})), lr=LR),
+        r"rank-aware already",
+    ),
+    (lambda m: RankAwareOptimizer(m, NoDefault), r"NoDefault has no default learning rate"),
+    (
+        lambda m: RankAwareOptimizer(m, torch.optim.AdamW, tuned_at=AT_16),
+        r"tuned_at= was given without lr=.*0\.001",
+    ),
+    (
+        lambda m: RankAwareOptimizer(
+            [{"params": trained(m)}], torch.optim.AdamW, model=m, tuned_at=AT_16
+        ),
         r"tuned_at= was given without lr=",
     ),
     (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=torch.ones(2)), r"lr is tensor"),
@@ -521,25 +622,47 @@ REFUSED = [
         for lr in (0, -LR, math.nan, math.inf, "1e-3", True, 10**400)
     ),
     *(
-        (lambda m, kw=kw: RankAwareOptimizer(m, torch.optim.AdamW, **{"lr": LR, "tuned_at": AT_16, **kw}), message)
+        (
+            lambda m, kw=kw: RankAwareOptimizer(
+                m, torch.optim.AdamW, **{"lr": LR, "tuned_at": AT_16, **kw}
+            ),
+            message,
+        )
         for kw, message in (
-            ({"lr": 5e-324, "law": "power?exponent=2"}, r"base rate 5e-324 times the multiplier .* is 0\.0"),
-            ({"lr": 1e308, "law": "power?exponent=-2"}, r"base rate 1e\+308 times the multiplier .* is inf"),
+            (
+                {"lr": 5e-324, "law": "power?exponent=2"},
+                r"base rate 5e-324 times the multiplier .* is 0\.0",
+            ),
+            (
+                {"lr": 1e308, "law": "power?exponent=-2"},
+                r"base rate 1e\+308 times the multiplier .* is inf",
+            ),
             (
                 {"lr": torch.tensor(6e4, dtype=torch.float16), "law": "power?exponent=-2"},
                 r"times the multiplier .* inf",
             ),
             ({"lr": 5e-324, "other_lr": 1.0}, r"times the multiplier inf"),
-            ({"law": Strange(math.nan)}, r"Strange.* gave nan as the multiplier of 2 times the batch"),
+            (
+                {"law": Strange(math.nan)},
+                r"Strange.* gave nan as the multiplier of 2 times the batch",
+            ),
             ({"law": Strange(-1.0)}, r"gave -1\.0 as the multiplier of 2 times"),
             ({"law": Strange(0)}, r"gave 0 as the multiplier of 2 times"),
             ({"law": Strange(10**400)}, r"as the multiplier of 2 times"),
             ({"law": Strange(1.0, bound=None)}, r"Strange.* gave None when it was bound"),
-            ({"law": Strange(1.0, bound=OSError("no disk"))}, r"failed in bind\(\): OSError\('no disk'\)"),
+            (
+                {"law": Strange(1.0, bound=OSError("no disk"))},
+                r"failed in bind\(\): OSError\('no disk'\)",
+            ),
             ({"law": Strange(OSError("no disk"))}, r"failed in batch_multiplier\(\): OSError"),
-            ({"law": Strange(1.0, moved=ZeroDivisionError())}, r"failed in multiplier\(\): ZeroDivisionError"),
+            (
+                {"law": Strange(1.0, moved=ZeroDivisionError())},
+                r"failed in multiplier\(\): ZeroDivisionError",
+            ),
         )
-        for kw in [kw | ({"batch": 2, "tuned_at": Reference(16, 16, batch=1)} if "law" in kw else {})]
+        for kw in [
+            kw | ({"batch": 2, "tuned_at": Reference(16, 16, batch=1)} if "law" in kw else {})
+        ]
     ),
 ]
 
@@ -593,7 +716,9 @@ class Forgetful(torch.optim.SGD):
 @pytest.mark.parametrize("kind", [Dealt, Forgetful])
 def test_an_optimizer_that_rearranges_its_groups_is_refused(kind):
     """Where the constructor parts parameters from the rate decided for them, that is an error and not a wrong rate."""
-    with pytest.raises(OptimizerError, match=rf"{kind.__name__} rearranges its groups.*Build it, then wrap it"):
+    with pytest.raises(
+        OptimizerError, match=rf"{kind.__name__} rearranges its groups.*Build it, then wrap it"
+    ):
         RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, tuned_at=AT_16)
 
 
@@ -601,8 +726,16 @@ def test_groups_in_another_order_keep_their_rates():
     """A constructor that reorders whole groups changes no parameter's rate, one of its own included."""
     rates = []
     for kind in (torch.optim.SGD, Sorted):
-        opt = RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, law="mua", rates={"head.*": 0.5, "layer1*": 0.25})
-        rates.append({name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]})
+        opt = RankAwareOptimizer(
+            mlp((4, 64)), kind, lr=LR, law="mua", rates={"head.*": 0.5, "layer1*": 0.25}
+        )
+        rates.append(
+            {
+                name: effective_lr(group)
+                for group in opt.param_groups
+                for name in group["param_names"]
+            }
+        )
     assert rates[0] == rates[1]
     assert set(rates[0].values()) > {0.5, 0.25}
 
@@ -610,7 +743,10 @@ def test_groups_in_another_order_keep_their_rates():
 @pytest.mark.parametrize("form", [by_class, by_instance, by_groups])
 def test_a_multiplier_out_of_all_range_is_warned_of(form):
     """An alpha of 1e-12 makes a rate that nobody meant: it is said with the number, and a usual one is not."""
-    with pytest.warns(ra.RankAwareWarning, match=r"layer0.lora_A: .* by [0-9.]+e\+06, beyond 0.0001 to 10000: .*alpha"):
+    with pytest.warns(
+        ra.RankAwareWarning,
+        match=r"layer0.lora_A: .* by [0-9.]+e\+06, beyond 0.0001 to 10000: .*alpha",
+    ):
         form(mlp((4, 4), scalings=1e-12 / 4), torch.optim.AdamW, {}, tuned_at=AT_16)
     form(mlp((4, 4), scalings=1e-2), torch.optim.AdamW, {}, tuned_at=AT_16)
 
@@ -628,9 +764,17 @@ REFUSED_INSTANCES = [
         {"law": "power?exponent=2", "tuned_at": AT_16},
         r"times the mult",
     ),
-    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"lr": LR}, r"lr= was given for an optimizer that is built"),
+    (
+        lambda m: torch.optim.AdamW(trained(m), lr=LR),
+        {"lr": LR},
+        r"lr= was given for an optimizer that is built",
+    ),
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"eps": 1.0}, r"eps= was given"),
-    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"optimizer": torch.optim.AdamW}, r"Both a built optimizer"),
+    (
+        lambda m: torch.optim.AdamW(trained(m), lr=LR),
+        {"optimizer": torch.optim.AdamW},
+        r"Both a built optimizer",
+    ),
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"model": None}, r"from parameters alone"),
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"law": "nua"}, r"Unknown law"),
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"other_lr": -1}, r"other_lr is -1"),
@@ -669,7 +813,10 @@ def through_torch_save(state):
 def test_a_checkpoint_resumes_bit_for_bit(kind, options, form):
     """A saved state loads into a fresh optimizer of any form, and training goes on as if uninterrupted."""
     model, again = mlp((4, 8)), mlp((4, 8))
-    opt, fresh = by_class(model, kind, options, tuned_at=AT_16), form(again, kind, options, tuned_at=AT_16)
+    opt, fresh = (
+        by_class(model, kind, options, tuned_at=AT_16),
+        form(again, kind, options, tuned_at=AT_16),
+    )
     train(model, opt)
     resume(again, fresh, model, opt)
     assert [g["lr"] for g in fresh.param_groups] == [g["lr"] for g in opt.param_groups]
@@ -679,7 +826,10 @@ def test_a_checkpoint_resumes_bit_for_bit(kind, options, form):
 def test_state_is_matched_by_name():
     """Groups listed in another order, though of equal sizes, get their own state and not their neighbour's."""
     model, again = mlp((4, 4), head=False), mlp((4, 4), head=False)
-    groups = [[{"params": trained(layer)} for layer in m.children() if trained(layer)] for m in (model, again)]
+    groups = [
+        [{"params": trained(layer)} for layer in m.children() if trained(layer)]
+        for m in (model, again)
+    ]
     opt = RankAwareOptimizer(groups[0], torch.optim.AdamW, model=model, lr=LR)
     fresh = RankAwareOptimizer(groups[1][::-1], torch.optim.AdamW, model=again, lr=LR)
     train(model, opt)
@@ -748,7 +898,15 @@ def stepped_state(ranks, *, tags: bool = True, kind=torch.optim.AdamW):
     opt = by_class(model, kind, {})
     train(model, opt, steps=1)
     state = opt.state_dict()
-    ours = {"rank_multiplier", "lora_role", "lora_rank", "lora_scale", "lora_init", "rankaware_format", "param_names"}
+    ours = {
+        "rank_multiplier",
+        "lora_role",
+        "lora_rank",
+        "lora_scale",
+        "lora_init",
+        "rankaware_format",
+        "param_names",
+    }
     for group in state["param_groups"] if not tags else ():
         for key in ours & group.keys():
             del group[key]
@@ -773,7 +931,10 @@ def test_a_checkpoint_of_another_rank_is_refused(saved, own, tags, message, kind
     opt = by_class(model, kind, {})
     train(model, opt, steps=2)
     before = copy.deepcopy(opt.state_dict())
-    with pytest.raises(CheckpointError, match=message if tags or kind is not torch.optim.Adafactor else "rank|shape"):
+    with pytest.raises(
+        CheckpointError,
+        match=message if tags or kind is not torch.optim.Adafactor else "rank|shape",
+    ):
         opt.load_state_dict(stepped_state(saved, tags=tags, kind=kind))
     assert str(before) == str(opt.state_dict())
     train(model, opt)
@@ -795,9 +956,14 @@ def test_a_later_group_is_split_and_scaled(form):
     opt = form(model, torch.optim.AdamW, {}, tuned_at=AT_16)
     model.layer9 = PlainLoRA(nn.Linear(16, 16), 8, 1.0)
     opt.add_param_group({"params": trained(model.layer9), "lr": 0.5, "weight_decay": 0.2})
-    expect = ra.MuA().multiplier(Factor("w", "A", 8, 16, 16), Reference(rank=16, alpha=16, fan_in=16))
+    expect = ra.MuA().multiplier(
+        Factor("w", "A", 8, 16, 16), Reference(rank=16, alpha=16, fan_in=16)
+    )
     new = opt.param_groups[-2:]
-    assert [(g["lora_role"], g["lora_rank"], g["weight_decay"]) for g in new] == [("A", 8, 0.2), ("B", 8, 0.2)]
+    assert [(g["lora_role"], g["lora_rank"], g["weight_decay"]) for g in new] == [
+        ("A", 8, 0.2),
+        ("B", 8, 0.2),
+    ]
     assert [effective_lr(g) for g in new] == pytest.approx([0.5 * expect * DISTANCE] * 2)
     assert [g["param_names"] for g in new] == [["layer9.lora_A"], ["layer9.lora_B"]]
     train(model, opt)

@@ -23,18 +23,24 @@ def adapter(tmp_path) -> Path:
     """An adapter's folder with one file of weights."""
     made = tmp_path / "adapter"
     made.mkdir()
-    save_file({"q.lora_A.weight": torch.zeros(4, 8), "q.lora_B.weight": torch.zeros(8, 4)}, made / "x.safetensors")
+    save_file(
+        {"q.lora_A.weight": torch.zeros(4, 8), "q.lora_B.weight": torch.zeros(8, 4)},
+        made / "x.safetensors",
+    )
     return made
 
 
-@pytest.mark.parametrize("name", [str, Path, lambda folder: f"{folder}/", lambda folder: folder / "rankaware"])
+@pytest.mark.parametrize(
+    "name", [str, Path, lambda folder: f"{folder}/", lambda folder: folder / "rankaware"]
+)
 def test_the_folder_names_the_recipe(name, adapter):
     """Saved beside an adapter, a recipe is loaded by the adapter's folder, or its own, and used by it."""
     written = RECIPE.save_beside(adapter)
     assert written == adapter / "rankaware" / "recipe.toml"
     assert Recipe.load(name(adapter)).explain() == RECIPE.explain()
     opts = [
-        RankAwareOptimizer(mlp(width=64), "adamw", recipe=given, other_lr=1e-3) for given in (name(adapter), RECIPE)
+        RankAwareOptimizer(mlp(width=64), "adamw", recipe=given, other_lr=1e-3)
+        for given in (name(adapter), RECIPE)
     ]
     assert str(opts[0].report()) == str(opts[1].report())
 
@@ -104,7 +110,11 @@ def test_untrusted_words_stay_a_block_of_code(adapter):
         made.save_beside(adapter)
     text = (adapter / "README.md").read_text(encoding="utf-8")
     assert text.count("rankaware-optim: end -->\n") == 1
-    quoted = [line for line in text.splitlines() if "script" in line or line.startswith("# ") or "<b>" in line]
+    quoted = [
+        line
+        for line in text.splitlines()
+        if "script" in line or line.startswith("# ") or "<b>" in line
+    ]
     assert all(line.startswith("    ") for line in quoted)
 
 
@@ -125,7 +135,9 @@ def test_a_folder_without_a_recipe_says_where_it_would_lie(adapter):
         Recipe.load(adapter)
 
 
-@pytest.mark.parametrize("linked", ["README.md", "rankaware", "rankaware/recipe.toml", "a missing README.md"])
+@pytest.mark.parametrize(
+    "linked", ["README.md", "rankaware", "rankaware/recipe.toml", "a missing README.md"]
+)
 def test_nothing_is_written_outside_the_folder(linked, adapter, tmp_path):
     """A README, a folder or a recipe that is a link to elsewhere is refused, and nothing is written anywhere."""
     name = linked.rpartition(" ")[2]

@@ -32,7 +32,11 @@ RECIPE = Recipe(
     versions={"torch": "2.6"},
     source={"train": "train"},
     notes=("one",),
-    tensors={"rank": np.array([4, 64]), "lr": np.array([1e-3, 2e-3]), "value": np.array([0.5, math.nan])},
+    tensors={
+        "rank": np.array([4, 64]),
+        "lr": np.array([1e-3, 2e-3]),
+        "value": np.array([0.5, math.nan]),
+    },
 )
 OTHERS = {
     "scaling_rule": "alpha",
@@ -83,7 +87,11 @@ def words(**change) -> dict:
 def test_rates_are_compared_at_the_ranks_seen_and_in_full():
     """A base rate 32 times as high is so everywhere, said as a factor and in octaves, beside both rates."""
     found = words(fitted_lr=32 * RECIPE.fitted_lr)
-    for place, rate in {"rank 4": RECIPE.at(4), "rank 64": RECIPE.at(64), "rank 16": RECIPE.at()}.items():
+    for place, rate in {
+        "rank 4": RECIPE.at(4),
+        "rank 64": RECIPE.at(64),
+        "rank 16": RECIPE.at(),
+    }.items():
         assert found[f"at {place}"].words == "× 32 (+5.00 octaves), bands apart"
         assert found[f"at {place}"].first.startswith(f"{rate.lr:.3g} ({rate.low:.3g} to ")
     assert "at full finetuning" in found
@@ -94,13 +102,22 @@ def test_rates_are_compared_at_the_ranks_seen_and_in_full():
 def test_rates_that_only_one_recipe_has_are_left_out():
     """Where no rule gives alpha there is no common rate, which is not an error."""
     found = words(scaling_rule="unknown", fitted_lr=4e-3)
-    assert {what for what in found if what.startswith("at ")} == {"at rank 16", "at full finetuning"}
+    assert {what for what in found if what.startswith("at ")} == {
+        "at rank 16",
+        "at full finetuning",
+    }
 
 
 def test_rates_that_were_not_compared_are_not_called_equal():
     """Where the recipes have no configuration in common, the sentence says so."""
     one, other = (
-        replace(RECIPE, scaling_rule="unknown", reference=Reference(rank, 8), ranks=(rank,), full_fan_in=None)
+        replace(
+            RECIPE,
+            scaling_rule="unknown",
+            reference=Reference(rank, 8),
+            ranks=(rank,),
+            full_fan_in=None,
+        )
         for rank in (4, 8)
     )
     assert "no configuration in common" in diff_text(diff_recipes(one, other))
@@ -110,11 +127,16 @@ SENTENCES = [
     ({}, "The two recipes are equal."),
     ({"versions": {"torch": "2.7"}}, "The rates are the same. The fields below differ."),
     ({"fitted_lr": 2.1e-3}, "The rates differ. Their 90 % bands overlap at every common rank."),
-    ({"law": Power(2.5, full_factor=1.5)}, "The rates differ by more than their 90 % bands at rank 4, rank 64."),
+    (
+        {"law": Power(2.5, full_factor=1.5)},
+        "The rates differ by more than their 90 % bands at rank 4, rank 64.",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("change", "sentence"), SENTENCES, ids=[sentence for _, sentence in SENTENCES])
+@pytest.mark.parametrize(
+    ("change", "sentence"), SENTENCES, ids=[sentence for _, sentence in SENTENCES]
+)
 def test_a_sentence_says_whether_it_matters(change, sentence):
     """The first line says whether rates differ, and whether by more than their bands."""
     assert diff_text(diff_recipes(RECIPE, replace(RECIPE, **change))).splitlines()[0] == sentence
@@ -122,16 +144,25 @@ def test_a_sentence_says_whether_it_matters(change, sentence):
 
 def test_trials_are_counted():
     """Of tensors it is said how many values differ, NaN being alike; of other shapes, the shapes."""
-    found = words(tensors={**RECIPE.tensors, "lr": np.array([1e-3, 5e-3]), "rank": np.array([4, 8, 64])})
+    found = words(
+        tensors={**RECIPE.tensors, "lr": np.array([1e-3, 5e-3]), "rank": np.array([4, 8, 64])}
+    )
     assert found["trial.lr"].words == "1 of 2 values differ"
-    assert (found["trial.rank"].first, found["trial.rank"].second, found["trial.rank"].words) == ("2", "3", "")
+    assert (found["trial.rank"].first, found["trial.rank"].second, found["trial.rank"].words) == (
+        "2",
+        "3",
+        "",
+    )
     assert "trial.value" not in found
 
 
 @pytest.mark.parametrize(("change", "code"), [({}, 0), ({"steps": 200}, 1)])
 def test_the_command_ends_like_diff(change, code, tmp_path):
     """Exit code 0 where the recipes hold the same, 1 where they differ, 2 where one cannot be read."""
-    first, second = RECIPE.save(tmp_path / "a.toml"), replace(RECIPE, **change).save(tmp_path / "b.toml")
+    first, second = (
+        RECIPE.save(tmp_path / "a.toml"),
+        replace(RECIPE, **change).save(tmp_path / "b.toml"),
+    )
     done = CliRunner().invoke(main, ["diff", str(first), str(second)])
     assert (done.exit_code, "horizon.steps" in done.output) == (code, bool(change))
     done = CliRunner().invoke(main, ["diff", str(first), str(tmp_path / "c.toml")])

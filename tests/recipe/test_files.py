@@ -30,8 +30,16 @@ HANG = 120  # seconds
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory) -> list[list[str]]:
     """The lines of helpers/torn_saves.py."""
-    command = [sys.executable, "-m", "tests.helpers.torn_saves", str(tmp_path_factory.mktemp("torn"))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    command = [
+        sys.executable,
+        "-m",
+        "tests.helpers.torn_saves",
+        str(tmp_path_factory.mktemp("torn")),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+    }
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
     assert not ended.returncode, ended.stderr
     return [line.split() for line in ended.stdout.splitlines()]
@@ -65,7 +73,8 @@ def test_two_saves_at_once_leave_one_whole_recipe(tmp_path):
             list(pool.map(lambda made: made.save(target), pair, timeout=HANG))
         found = Recipe.load(target)
         assert any(
-            made.name == found.name and np.array_equal(made.tensors["seed"], found.tensors["seed"]) for made in pair
+            made.name == found.name and np.array_equal(made.tensors["seed"], found.tensors["seed"])
+            for made in pair
         )
         assert {target, tensors_of(target)} <= set(tmp_path.iterdir())
 
@@ -83,7 +92,9 @@ def former(request, tmp_path) -> Path:
 
 def test_there_is_a_former_recipe_of_every_schema():
     """Stored are recipes of schema 1 and 2."""
-    assert [re.search(r"(?m)^schema = (\d)$", (STORED / name).read_text())[1] for name in FORMER] == ["1", "2"]
+    assert [
+        re.search(r"(?m)^schema = (\d)$", (STORED / name).read_text())[1] for name in FORMER
+    ] == ["1", "2"]
 
 
 def test_a_former_recipe_is_read_and_written_anew(former):
@@ -133,7 +144,11 @@ def test_a_bad_fitted_rate_is_named_as_in_its_file(name, tmp_path):
     """Whichever name the file has for the fitted optimum is the path that an error says."""
     target = RECIPE.save(tmp_path / "r.toml")
     if name == "best_lr":
-        target.write_text(target.read_text().replace("schema = 3", "schema = 1").replace("fitted_lr = ", "best_lr = "))
+        target.write_text(
+            target.read_text()
+            .replace("schema = 3", "schema = 1")
+            .replace("fitted_lr = ", "best_lr = ")
+        )
     for line in (f"{name} = -1.0", ""):
         target.write_text(re.sub(f"(?m)^{name} = .*$", line, target.read_text()))
         with pytest.raises(RecipeError) as caught:
@@ -220,7 +235,10 @@ KEPT = {
     "renamed": os.rename,
     "copied": shutil.copy,
     "a hard link": os.link,
-    "a symbolic link": lambda target, other: (os.rename(target, other), os.symlink(other.name, target)),
+    "a symbolic link": lambda target, other: (
+        os.rename(target, other),
+        os.symlink(other.name, target),
+    ),
 }
 
 
@@ -262,7 +280,13 @@ def test_a_toml_that_cannot_be_read_may_name_the_trials(text, tmp_path):
     (tmp_path / "other.toml").unlink()
 
 
-FOREIGN = ["r.0123456789ab.safetensors", ".r.toml.abcdefgh", ".r.toml.01234567", "r.safetensors", "r.toml.bak"]
+FOREIGN = [
+    "r.0123456789ab.safetensors",
+    ".r.toml.abcdefgh",
+    ".r.toml.01234567",
+    "r.safetensors",
+    "r.toml.bak",
+]
 
 
 def test_files_that_look_like_ours_are_left_alone(tmp_path):
@@ -271,7 +295,11 @@ def test_files_that_look_like_ours_are_left_alone(tmp_path):
         (tmp_path / name).write_bytes(save({"fit.covariance": np.eye(3)}))
     for made in (RECIPE, NEXT, RECIPE):
         made.save(tmp_path / "r.toml")
-    assert {path.name for path in tmp_path.iterdir()} == {*FOREIGN, "r.toml", tensors_of(tmp_path / "r.toml").name}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *FOREIGN,
+        "r.toml",
+        tensors_of(tmp_path / "r.toml").name,
+    }
 
 
 def test_a_recipe_that_names_a_file_of_others_does_not_remove_it(tmp_path):

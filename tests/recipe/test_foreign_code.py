@@ -32,7 +32,14 @@ KINDS = {"texts", "measured", "law", "outer-law", "text-law", "tensors"}
 
 def measured(optimizer: str) -> str:
     """The table of a law that recipes of former packages hold, which ran the optimizer that it names."""
-    lines = ['name = "measured"', "tokens = 8", "steps = 16", "seed = 0", "target = 1.0", "ratio = 1.0"]
+    lines = [
+        'name = "measured"',
+        "tokens = 8",
+        "steps = 16",
+        "seed = 0",
+        "target = 1.0",
+        "ratio = 1.0",
+    ]
     return "\n".join(["[law.law]", *lines, f'optimizer = "{optimizer}"', 'settings = "{}"', ""])
 
 
@@ -57,7 +64,9 @@ def read(tmp_path_factory) -> list[dict]:
     honest, others = (tmp_path_factory.mktemp(name) for name in ("honest", "others"))
     RECIPE.save(honest / "honest.toml")
     (others / "payload.py").write_text("class Adam: pass\n")
-    (others / "test_payload.py").write_text("open('ran', 'w')\n")  # what unittest.__main__ would find
+    (others / "test_payload.py").write_text(
+        "open('ran', 'w')\n"
+    )  # what unittest.__main__ would find
     for number, module in enumerate(MODULES):
         path = naming(module).save(others / f"texts-{number}.toml")
         text = path.read_text(encoding="utf-8")
@@ -65,7 +74,9 @@ def read(tmp_path_factory) -> list[dict]:
             "measured": LAW.sub(lambda _: measured(module), text),  # noqa: B023
             "law": LAW.sub(f'[law.law]\nname = "{module}"\n', text),
             "outer-law": text.replace('name = "power"', f'name = "{module}"'),
-            "text-law": LAW.sub("", text).replace('name = "power"', f'name = "power"\nlaw = "{module}"'),
+            "text-law": LAW.sub("", text).replace(
+                'name = "power"', f'name = "power"\nlaw = "{module}"'
+            ),
             "tensors": re.sub(r'(?m)^file = ".*"$', f'file = "{module}"', text),
         }
         for name, changed in laws.items():
@@ -73,9 +84,20 @@ def read(tmp_path_factory) -> list[dict]:
             if number and name not in ("measured", "law"):
                 continue
             (others / f"{name}-{number}.toml").write_text(changed, encoding="utf-8")
-    command = [sys.executable, "-m", "tests.helpers.recipe_readers", str(honest / "honest.toml"), str(others)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    ended = subprocess.run(command, env=environment, cwd=others, capture_output=True, text=True, timeout=HANG)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.helpers.recipe_readers",
+        str(honest / "honest.toml"),
+        str(others),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+    }
+    ended = subprocess.run(
+        command, env=environment, cwd=others, capture_output=True, text=True, timeout=HANG
+    )
     assert not ended.returncode, ended.stderr
     assert not (others / "ran").exists()
     return [json.loads(line) for line in ended.stdout.splitlines()]
@@ -117,14 +139,26 @@ def test_a_recipe_of_the_former_law_answers_at_its_own_reference(init, fan_in, t
     for found in (made, Recipe.load(made.save(tmp_path / "again.toml"))):
         assert found.tag == made.tag
         assert found.at().lr == found.at(rank=4).lr == found.at(4, alpha=8).lr == RECIPE.lr
-        opt = RankAwareOptimizer(mlp((4, 4), scalings=2.0, width=64, init=init), "adamw", recipe=found, other_lr=1e-3)
+        opt = RankAwareOptimizer(
+            mlp((4, 4), scalings=2.0, width=64, init=init), "adamw", recipe=found, other_lr=1e-3
+        )
         assert {effective_lr(g) for g in opt.param_groups if g["lora_role"] in "AB"} == {RECIPE.lr}
-        other = [{"rank": 64}, {"alpha": 4}, {"rank": 4, "alpha": 4}, {"method": "full"}, {"init": "AB".strip(init)}]
+        other = [
+            {"rank": 64},
+            {"alpha": 4},
+            {"rank": 4, "alpha": 4},
+            {"method": "full"},
+            {"init": "AB".strip(init)},
+        ]
         for where in (*other, *([{"fan_in": 128}] if fan_in else ())):
-            with pytest.raises(RankAwareError, match=r"no longer part .* Calibrate again, or .* law=|fan-in"):
+            with pytest.raises(
+                RankAwareError, match=r"no longer part .* Calibrate again, or .* law=|fan-in"
+            ):
                 found.at(**where)
         with pytest.raises(LawError, match="Calibrate again"):
-            RankAwareOptimizer(mlp((8, 8), width=64, init=init), "adamw", recipe=found, other_lr=1e-3)
+            RankAwareOptimizer(
+                mlp((8, 8), width=64, init=init), "adamw", recipe=found, other_lr=1e-3
+            )
 
 
 def test_the_former_law_cannot_be_asked_for():

@@ -63,7 +63,9 @@ def test_a_batch_moves_the_rate_by_the_laws_rule():
     assert sd_of(far) == pytest.approx(math.hypot(0.2, 2 * BATCH_SD))
 
 
-@pytest.mark.parametrize("where", [{"steps": 5000}, {"batch": 256}, {"steps": 20, "batch": 1}], ids=str)
+@pytest.mark.parametrize(
+    "where", [{"steps": 5000}, {"batch": 256}, {"steps": 20, "batch": 1}], ids=str
+)
 def test_another_horizon_is_said_to_be_an_extrapolation(where):
     """It is flagged, its notes say so for each of the two, and it warns."""
     with pytest.warns(RankAwareWarning, match="instead of"):
@@ -84,7 +86,10 @@ def test_full_finetuning_takes_no_slope_that_lora_showed():
     assert sd_of(far) == pytest.approx(math.hypot(sd_of(own), 2 * SLOPE_SD))
 
 
-@given(steps=st.tuples(st.integers(1, 10**9), st.integers(1, 10**9)), rank=st.sampled_from([4, 16, 1024]))
+@given(
+    steps=st.tuples(st.integers(1, 10**9), st.integers(1, 10**9)),
+    rank=st.sampled_from([4, 16, 1024]),
+)
 def test_the_farther_the_steps_the_wider_the_band(steps, rank):
     """Of two horizons on either side the farther one, in octaves, has the wider band."""
     near, far = sorted(steps, key=lambda s: abs(math.log2(s / STEPS)))
@@ -121,7 +126,9 @@ def test_a_recipe_that_does_not_know_its_own_horizon_refuses_another(what):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "init", "slope"), [((4, 16), "A", 0.0), ((4, 16), "B", 0.15), ((None,), "A", 0.3)], ids=str
+    ("ranks", "init", "slope"),
+    [((4, 16), "A", 0.0), ((4, 16), "B", 0.15), ((None,), "A", 0.3)],
+    ids=str,
 )
 def test_a_calibrated_recipe_moves_by_the_slope_of_other_tasks(ranks, init, slope):
     """One length tells nothing of another: from Init[A] the rate stays, at Init[B] and in full finetuning it rises."""
@@ -152,7 +159,11 @@ def with_line(path, key: str, value: str | None) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-BAD = [(key, value) for key in ("slope", "slope_sd") for value in ("nan", "-inf", '"text"', "true", "[]")]
+BAD = [
+    (key, value)
+    for key in ("slope", "slope_sd")
+    for value in ("nan", "-inf", '"text"', "true", "[]")
+]
 
 
 @pytest.mark.parametrize(("key", "value"), [*BAD, ("slope_sd", "-0.1")])

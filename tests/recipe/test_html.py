@@ -20,7 +20,9 @@ from rankaware_optim.recipe._html import rate_table, report_html
 
 from ..helpers.recipes import KINDS, RECIPE
 
-HOSTILE = """</script><script>alert("x")</script><img src=x onerror=alert(1)>' & {{ 7 * 7 }} \u2028"""
+HOSTILE = (
+    """</script><script>alert("x")</script><img src=x onerror=alert(1)>' & {{ 7 * 7 }} \u2028"""
+)
 VOID = {"meta", "link", "input", "img"}
 
 
@@ -69,7 +71,12 @@ def test_a_recipe_without_trials_has_a_page_without_drawings():
 def test_nothing_is_loaded_from_anywhere():
     """No tag of the page names an address, and its policy forbids the browser to ask for one."""
     page = Page(report_html(RECIPE))
-    addresses = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href", "action", "data", "srcset")]
+    addresses = [
+        v
+        for _, a in page.tags
+        for k, v in a.items()
+        if k in ("src", "href", "action", "data", "srcset")
+    ]
     assert addresses == ["data:,"]
     (policy,) = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
     assert policy.startswith("default-src 'none';")
@@ -79,12 +86,20 @@ def test_nothing_is_loaded_from_anywhere():
 def test_whatever_a_recipe_says_is_escaped():
     """Names, settings, versions and notes cannot open a tag, close the script, or run as a template."""
     clean = report_html(replace(RECIPE, versions={"a": "b"}, settings={"a": "b"}, notes=("b",)))
-    made = replace(RECIPE, name=HOSTILE, versions={HOSTILE: HOSTILE}, settings={HOSTILE: HOSTILE}, notes=(HOSTILE,))
+    made = replace(
+        RECIPE,
+        name=HOSTILE,
+        versions={HOSTILE: HOSTILE},
+        settings={HOSTILE: HOSTILE},
+        notes=(HOSTILE,),
+    )
     text = report_html(replace(made, optimizer=f"{HOSTILE}.{HOSTILE}", scaling_rule="fixed"))
     tags = [tag for tag, _ in Page(text).tags]
     assert tags == [tag for tag, _ in Page(clean).tags]
     assert "<img" not in text
-    assert "49" not in re.search(r"<h1>(.*?)</h1>", text, re.S)[1].replace("&#39;", "").replace("&#34;", "")
+    assert "49" not in re.search(r"<h1>(.*?)</h1>", text, re.S)[1].replace("&#39;", "").replace(
+        "&#34;", ""
+    )
 
 
 def test_the_page_can_be_read_aloud():
@@ -113,7 +128,9 @@ def test_the_table_holds_what_the_recipe_says():
         rank, own = table["ranks"][i], at(RECIPE, table["ranks"][i])
         assert 2 ** table["own"][i] == pytest.approx(own.lr, rel=1e-4)
         for edge in ("low", "high", "ceiling"):
-            assert 2 ** (table["own"][i] + table[edge][i]) == pytest.approx(getattr(own, edge), rel=1e-4)
+            assert 2 ** (table["own"][i] + table[edge][i]) == pytest.approx(
+                getattr(own, edge), rel=1e-4
+            )
         assert table["outside"][i] == own.extrapolated
         notes = table["sentences"][table["notes"][i]]
         assert [note.replace("{rank}", str(rank)) for note in notes] == list(own.notes)
@@ -136,7 +153,9 @@ def test_alpha_is_refused_where_it_cannot_be_told():
 def test_a_rate_that_depends_on_more_is_said():
     """Without a rule for alpha only the reference's own rank has a rate; without a width, full finetuning has none."""
     table = rate_table(replace(RECIPE, scaling_rule="unknown"))
-    assert [rank for rank, own in zip(table["ranks"], table["own"], strict=True) if own is not None] == [4]
+    assert [
+        rank for rank, own in zip(table["ranks"], table["own"], strict=True) if own is not None
+    ] == [4]
     assert all(math.isfinite(value) for row in table["lr"] for value in row)
     lost = replace(RECIPE, reference=replace(RECIPE.reference, fan_in=None), full_fan_in=None)
     assert "fan_in" in rate_table(lost)["full"]["error"]
@@ -145,7 +164,9 @@ def test_a_rate_that_depends_on_more_is_said():
 def test_the_table_is_json_in_the_page():
     """The page's script reads the very table, whatever the notes hold."""
     made = replace(RECIPE, notes=(HOSTILE,))
-    (block,) = re.findall(r'<script id="table" type="application/json">(.*?)</script>', report_html(made), re.S)
+    (block,) = re.findall(
+        r'<script id="table" type="application/json">(.*?)</script>', report_html(made), re.S
+    )
     assert json.loads(block) == rate_table(made)
 
 
@@ -164,7 +185,9 @@ def test_the_command_writes_the_page(tmp_path):
 def test_infinite_scores_stand_at_the_frames_edge():
     """Every trial is drawn once: inside the frame, or as a mark at its upper edge."""
     text = report_html(RECIPE)
-    drawn = text.count('<circle class="trial" cx') + text.count('<path class="beyond" d="M') - 2  # the key's own
+    drawn = (
+        text.count('<circle class="trial" cx') + text.count('<path class="beyond" d="M') - 2
+    )  # the key's own
     assert drawn == len(RECIPE.tensors["lr"]) == np.isfinite(RECIPE.tensors["value"]).sum() + 1
 
 
@@ -172,7 +195,10 @@ def test_scores_that_differ_have_labels_that_differ():
     """Where scores are large against their spread, the labels of an axis still differ."""
     values = 123456.7 + 1e-3 * np.arange(len(RECIPE.tensors["value"]))
     large = replace(RECIPE, tensors={**RECIPE.tensors, "value": values, "start": values + 1e-3})
-    panels = [re.findall(r'text-anchor="end">([^<]+)<', panel) for panel in report_html(large).split("<svg")[1:]]
+    panels = [
+        re.findall(r'text-anchor="end">([^<]+)<', panel)
+        for panel in report_html(large).split("<svg")[1:]
+    ]
     assert any(len(labels) > 2 for labels in panels)
     assert all(len(set(labels)) == len(labels) for labels in panels)
 

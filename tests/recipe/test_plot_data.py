@@ -44,7 +44,9 @@ def calibrated(init, ranks, drift):
 def test_trials_stand_at_the_rates_they_ran_at(init, ranks, drift):
     """A point's rate is that of the optimizer's A factors or whole weights: the fitted drift does not move it."""
     made, used = calibrated(init, ranks, drift)
-    drawn = [(arm.rank, point.seed, point.rate) for arm in picture_of(made).arms for point in arm.points]
+    drawn = [
+        (arm.rank, point.seed, point.rate) for arm in picture_of(made).arms for point in arm.points
+    ]
     for shown, ran in zip(sorted(drawn, key=str), sorted(used, key=str), strict=True):
         assert shown[:2] == ran[:2]
         assert shown[2] == pytest.approx(ran[2], rel=1e-6)
@@ -52,10 +54,18 @@ def test_trials_stand_at_the_rates_they_ran_at(init, ranks, drift):
 
 def test_a_sweeps_runs_stand_at_their_own_rates():
     """The points of a recipe made of a sweep are the sweep's rows."""
-    rows = [{"rank": r, "lr": 2.0**-x, "loss": (x - 8) ** 2 / 20 + 1} for r in (4, 64) for x in (6, 7, 8, 9, 10)]
+    rows = [
+        {"rank": r, "lr": 2.0**-x, "loss": (x - 8) ** 2 / 20 + 1}
+        for r in (4, 64)
+        for x in (6, 7, 8, 9, 10)
+    ]
     made = ra.sweeps.fit_sweep(rows, alpha=16, fan_in=64)
-    drawn = [(arm.rank, point.rate, point.value) for arm in picture_of(made).arms for point in arm.points]
-    assert sorted(drawn) == sorted((row["rank"], row["lr"], pytest.approx(row["loss"])) for row in rows)
+    drawn = [
+        (arm.rank, point.rate, point.value) for arm in picture_of(made).arms for point in arm.points
+    ]
+    assert sorted(drawn) == sorted(
+        (row["rank"], row["lr"], pytest.approx(row["loss"])) for row in rows
+    )
 
 
 @pytest.mark.parametrize("init", ["A", "B"])
@@ -71,7 +81,11 @@ def test_a_curve_bottoms_out_at_the_recipes_best_rate(init):
 def test_a_curve_passes_near_its_trials():
     """On a sweep of two bowls every score lies near its rank's curve."""
     octaves = (5.5, 6, 6.5, 7, 7.5, 8, 8.5, 9)
-    rows = [{"rank": r, "lr": 2.0**-x, "loss": (x - 7 - (r > 4)) ** 2 / 8 + 1} for r in (4, 64) for x in octaves]
+    rows = [
+        {"rank": r, "lr": 2.0**-x, "loss": (x - 7 - (r > 4)) ** 2 / 8 + 1}
+        for r in (4, 64)
+        for x in octaves
+    ]
     for arm in picture_of(ra.sweeps.fit_sweep(rows, alpha=16, fan_in=64)).arms:
         for point in arm.points:
             near = min(arm.curve, key=lambda there: abs(there[0] - point.rate))
@@ -122,7 +136,9 @@ def test_a_recipe_without_trials_has_no_arms(tensors):
 def test_an_older_recipe_is_drawn_along_the_law_its_trials_ran_along():
     """Without `own_lr` trials are moved by the law at its prior; where no alpha is known they are marked as unmoved."""
     made, used = calibrated("B", RANKS, -1.0)
-    older = replace(made, tensors={key: value for key, value in made.tensors.items() if key != "own_lr"})
+    older = replace(
+        made, tensors={key: value for key, value in made.tensors.items() if key != "own_lr"}
+    )
     rates = [point.rate for arm in picture_of(older).arms for point in arm.points]
     assert sorted(rates) == pytest.approx(sorted(rate for *_, rate in used))
     lost = picture_of(replace(older, scaling_rule="unknown"))
@@ -132,7 +148,9 @@ def test_an_older_recipe_is_drawn_along_the_law_its_trials_ran_along():
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
 
-@pytest.mark.parametrize("made", [*KINDS.values(), *SHIPPED], ids=[*KINDS, *(path.stem for path in SHIPPED)])
+@pytest.mark.parametrize(
+    "made", [*KINDS.values(), *SHIPPED], ids=[*KINDS, *(path.stem for path in SHIPPED)]
+)
 def test_a_ranks_own_frame_holds_its_scores(made):
     """A rank's frame has its own height: all its scores are inside, but those farther off than the whole is high."""
     picture = picture_of(ra.Recipe.load(made) if isinstance(made, Path) else made)

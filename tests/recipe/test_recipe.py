@@ -65,7 +65,11 @@ def recipe(**changes) -> Recipe:
         "other_rates": {"head.weight": "base", "head.bias": "base"},
         "versions": {"torch": "2.6"},
         "source": {"train": "train"},
-        "tensors": {"rank": np.array([4, 64]), "lr": np.array([1e-3, 2e-3]), "value": np.array([0.5, 0.4])},
+        "tensors": {
+            "rank": np.array([4, 64]),
+            "lr": np.array([1e-3, 2e-3]),
+            "value": np.array([0.5, 0.4]),
+        },
     }
     return Recipe(**{**values, **changes})
 
@@ -75,7 +79,10 @@ def assert_same(first: Recipe, second: Recipe) -> None:
         one, two = getattr(first, f.name), getattr(second, f.name)
         if f.name == "tensors":
             assert one.keys() == two.keys()
-            assert all(np.array_equal(one[key], two[key], equal_nan=one[key].dtype.kind == "f") for key in one)
+            assert all(
+                np.array_equal(one[key], two[key], equal_nan=one[key].dtype.kind == "f")
+                for key in one
+            )
         elif f.name == "covariance":
             assert np.array_equal(one, two)
         else:
@@ -100,7 +107,9 @@ laws = st.builds(
     full_factor=st.floats(0.01, 100),
     pivot=st.floats(1, 1024),
     to_full=st.booleans(),
-    law=st.builds(MuA, tokens=st.none() | positive, ratio=positive) | st.just(Constant()) | st.builds(LoRAPlus),
+    law=st.builds(MuA, tokens=st.none() | positive, ratio=positive)
+    | st.just(Constant())
+    | st.builds(LoRAPlus),
 )
 recipes = st.builds(
     recipe,
@@ -114,7 +123,9 @@ recipes = st.builds(
     full_fan_in=st.none() | positive,
     ranks=st.lists(st.integers(1, 4096), unique=True, max_size=64).map(tuple),
     full_seen=st.booleans(),
-    settings=st.dictionaries(st.text("abc_", min_size=1), st.booleans() | st.integers(0, 9) | positive | st.text("ab")),
+    settings=st.dictionaries(
+        st.text("abc_", min_size=1), st.booleans() | st.integers(0, 9) | positive | st.text("ab")
+    ),
     steps=st.integers(1, 10**9),
     batch=st.none() | positive,
     warmup=st.none() | st.floats(0, 1),
@@ -126,7 +137,9 @@ recipes = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(made=recipes)
 def test_a_saved_recipe_loads_as_it_was(made, tmp_path):
     """Every value and tensor survives the two files bit for bit. Recipes that are read twice are equal."""
@@ -178,7 +191,9 @@ def test_a_failed_save_keeps_the_older_recipe(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["r.tml", "r", "r.toml.txt", "r.safetensors"])
-@pytest.mark.parametrize("act", [lambda path: recipe().save(path), Recipe.load], ids=["save", "load"])
+@pytest.mark.parametrize(
+    "act", [lambda path: recipe().save(path), Recipe.load], ids=["save", "load"]
+)
 def test_only_toml_files_are_recipes(name, act, tmp_path):
     """Another suffix than .toml is refused, for reading and for writing."""
     with pytest.raises(RecipeError, match=r"ends in \.toml"):
@@ -206,7 +221,11 @@ DAMAGE = [
     ("r.toml", replace_by_pickle, "cannot be read"),
     ("r.toml", lambda p: p.write_text(""), "no schema.* @ schema"),
     ("tensors", cut, "do not match.* @ tensors.sha256"),
-    ("tensors", lambda p: p.write_bytes(save({"x": torch.ones(1)})), "do not match.* @ tensors.sha256"),
+    (
+        "tensors",
+        lambda p: p.write_bytes(save({"x": torch.ones(1)})),
+        "do not match.* @ tensors.sha256",
+    ),
     ("tensors", replace_by_pickle, "do not match.* @ tensors.sha256"),
 ]
 
@@ -273,7 +292,9 @@ def test_a_number_that_cannot_be_is_refused_with_its_path(key, value, tmp_path):
     with pytest.raises(RecipeError) as caught:
         Recipe.load(target)
     said = caught.value.cause
-    assert said.endswith(f"@ {table}.{name}") or (name in said and said.endswith(f"@ {table.partition('.')[0]}"))
+    assert said.endswith(f"@ {table}.{name}") or (
+        name in said and said.endswith(f"@ {table.partition('.')[0]}")
+    )
 
 
 OTHER_VALUES = [
@@ -300,7 +321,11 @@ OTHER_VALUES = [
     ('seen.other_rates:"head.weight"', '"head.weight" = nan', "@ seen.other_rates"),
     ("name", "name = " + "[" * 5000, "cannot be read"),
     ("name", "name = " + "9" * 5000, "cannot be read"),
-    ("law:name", 'name = "power"\n[law.law.law.law.law.law.law.law.law.law.law.law]\nname = "mua"', "law"),
+    (
+        "law:name",
+        'name = "power"\n[law.law.law.law.law.law.law.law.law.law.law.law]\nname = "mua"',
+        "law",
+    ),
     ("tensors:file", 'file = ""', "cannot be read"),
     ("schema", "schema = 4", "@ schema"),
     ("schema", 'schema = "1"', "@ schema"),
@@ -428,7 +453,9 @@ def test_the_toml_alone_gives_every_rate(tmp_path):
     assert found.at(rank=8) == made.at(rank=8)
     assert f"trials are not here, {beside.name} is missing" in " ".join(str(found).split())
     assert f"{beside.name} is missing" in report_html(found)
-    with pytest.raises(PlotError, match=rf"trials of this recipe are not here: {beside.name} is missing"):
+    with pytest.raises(
+        PlotError, match=rf"trials of this recipe are not here: {beside.name} is missing"
+    ):
         drawable(found)
     opt = RankAwareOptimizer(mlp((8,)), torch.optim.AdamW, recipe=target)
     assert {effective_lr(g) for g in opt.param_groups if g["lora_role"] == "A"}
@@ -489,7 +516,9 @@ def test_a_law_written_in_whole_numbers_is_of_floats(tmp_path):
             "batch": st.sampled_from([1e-9, 1e15]),
         },
     )
-    | st.fixed_dictionaries({"method": st.just("full")}, optional={"fan_in": st.sampled_from([1e-9, 1e12])}),
+    | st.fixed_dictionaries(
+        {"method": st.just("full")}, optional={"fan_in": st.sampled_from([1e-9, 1e12])}
+    ),
 )
 def test_a_rate_is_positive_and_finite_or_an_error(exponent, lr, slope, variance, fan_in, target):
     """At the ends of every range a rate, its band and its ceiling are positive finite numbers, or our error says so."""
@@ -533,7 +562,12 @@ def test_the_reference_gets_the_base_rate():
 def test_no_rank_is_full_finetuning():
     """rank=None is full finetuning, as a trial's rank None is. Without a rank the reference's own rate is given."""
     made = recipe()
-    assert made.at(rank=None) == made.at(None) == made.at(rank=None, method="full") == made.at(method="full")
+    assert (
+        made.at(rank=None)
+        == made.at(None)
+        == made.at(rank=None, method="full")
+        == made.at(method="full")
+    )
     assert made.at(rank=None) != made.at()
     for beside in ({"alpha": 8}, {"init": "A"}, {"rslora": True}):
         with pytest.raises(RecipeError, match="full finetuning"):
@@ -546,7 +580,14 @@ def test_recipes_are_compared_by_their_values():
     for change in ({}, nan):
         assert recipe(**change) == recipe(**change)
         assert len({recipe(**change), recipe(**change)}) == 1
-    others = [*DECISIVE, nan, {"tensors": {}}, {"covariance": np.eye(3)}, {"notes": ("a",)}, {"missing": "x"}]
+    others = [
+        *DECISIVE,
+        nan,
+        {"tensors": {}},
+        {"covariance": np.eye(3)},
+        {"notes": ("a",)},
+        {"missing": "x"},
+    ]
     assert all(recipe(**change) != recipe() for change in others)
     assert recipe() != "digits"
 
@@ -623,7 +664,9 @@ def test_alpha_left_out_follows_the_rule(rule, scalings):
     """Without alpha the multiplier follows the ranks seen, as if alpha had been given accordingly."""
     made = recipe(scaling_rule=rule)
     for rank, scaling in scalings.items():
-        assert made.at(rank=rank).lr == pytest.approx(made.at(rank=rank, alpha=scaling * rank).lr, rel=1e-12)
+        assert made.at(rank=rank).lr == pytest.approx(
+            made.at(rank=rank, alpha=scaling * rank).lr, rel=1e-12
+        )
 
 
 def test_rslora_divides_alpha_by_the_root_of_the_rank():
@@ -665,7 +708,12 @@ def test_impossible_targets_are_refused(target):
 
 def test_a_recipe_of_full_finetuning_alone_asks_for_rank_and_alpha():
     """Without LoRA trials there is no rank to fall back on, and no rule for alpha."""
-    made = recipe(reference=Reference(method="full", fan_in=WIDTH), ranks=(), full_seen=True, scaling_rule="unknown")
+    made = recipe(
+        reference=Reference(method="full", fan_in=WIDTH),
+        ranks=(),
+        full_seen=True,
+        scaling_rule="unknown",
+    )
     assert made.at(method="full").lr == made.lr
     for target in ({}, {"rank": 8}):
         with pytest.raises(RecipeError, match="alpha="):
@@ -706,27 +754,37 @@ def rates(optimizer, role: str) -> set[float]:
     return {effective_lr(g) for g in optimizer.param_groups if g["lora_role"] == role}
 
 
-@pytest.mark.parametrize("law", [Power(0.1, 1.5), Power(law=Constant()), Power(-0.4, law=MuA(tokens=None, ratio=4))])
+@pytest.mark.parametrize(
+    "law", [Power(0.1, 1.5), Power(law=Constant()), Power(-0.4, law=MuA(tokens=None, ratio=4))]
+)
 @pytest.mark.parametrize(("rank", "scaling"), [(4, 2.0), (8, 0.5), (16, 2.0), (64, 1.0)])
 @pytest.mark.parametrize("init", ["A", "B"])
 def test_the_optimizer_uses_the_rate_that_is_quoted(rank, scaling, init, law):
     """For a uniform model the A factors' rate is `Recipe.at` of its rank and alpha; everything else keeps the base."""
     made = recipe(law=law, reference=replace(AT_16, init=init))
-    opt = RankAwareOptimizer(mlp((rank, rank), scalings=scaling, init=init), torch.optim.AdamW, recipe=made)
+    opt = RankAwareOptimizer(
+        mlp((rank, rank), scalings=scaling, init=init), torch.optim.AdamW, recipe=made
+    )
     (used,) = rates(opt, "A")
     assert used == pytest.approx(made.at(rank=rank, alpha=scaling * rank).lr, rel=1e-9)
     assert rates(opt, "other") == {made.lr}
 
 
 @extrapolates
-@pytest.mark.parametrize("law", [Power(0.1, 1.5), Power(-0.4, 1.5, to_full=True), Power(law=Constant())])
-@pytest.mark.parametrize("reference", [AT_16, Reference(method="full", fan_in=WIDTH)], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "law", [Power(0.1, 1.5), Power(-0.4, 1.5, to_full=True), Power(law=Constant())]
+)
+@pytest.mark.parametrize(
+    "reference", [AT_16, Reference(method="full", fan_in=WIDTH)], ids=["lora", "full"]
+)
 def test_the_optimizer_uses_the_full_rate_that_is_quoted(law, reference):
     """Full finetuning at the recipe's own width trains at `Recipe.at(method="full")`, biases too."""
     made = recipe(law=law, reference=reference, full_seen=True)
     model = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, 3))
     opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=made, method="full")
-    assert [effective_lr(g) for g in opt.param_groups] == pytest.approx([made.at(method="full").lr] * 2, rel=1e-9)
+    assert [effective_lr(g) for g in opt.param_groups] == pytest.approx(
+        [made.at(method="full").lr] * 2, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
@@ -734,7 +792,9 @@ def test_a_recipe_is_taken_by_path(kind, tmp_path):
     """recipe= takes a path as it takes the recipe."""
     made = recipe()
     path = made.save(tmp_path / "r.toml")
-    by_path, by_recipe = (RankAwareOptimizer(mlp((8,)), "adamw", recipe=r) for r in (kind(path), made))
+    by_path, by_recipe = (
+        RankAwareOptimizer(mlp((8,)), "adamw", recipe=r) for r in (kind(path), made)
+    )
     assert [g["lr"] for g in by_path.param_groups] == [g["lr"] for g in by_recipe.param_groups]
 
 
@@ -805,7 +865,15 @@ DECISIVE = [
 def test_the_hash_is_of_what_decides_the_rates():
     """Each of rate, reference, law and rule makes another hash; name, trials and provenance do not."""
     assert len({hashed(recipe(**change)) for change in [{}, *DECISIVE]}) == 1 + len(DECISIVE)
-    same = {"name": "other", "versions": {}, "tensors": {}, "seed": 9, "steps": 7, "notes": ("a",), "ceiling": None}
+    same = {
+        "name": "other",
+        "versions": {},
+        "tensors": {},
+        "seed": 9,
+        "steps": 7,
+        "notes": ("a",),
+        "ceiling": None,
+    }
     assert hashed(recipe(**same)) == hashed(recipe())
 
 
@@ -819,7 +887,10 @@ def test_the_optimizers_state_carries_the_recipes_tag(tmp_path):
     _, again = tagged(made)
     again.load_state_dict(state)
     assert {group["rankaware_recipe"] for group in again.state_dict()["param_groups"]} == {made.tag}
-    assert all(not g["rankaware_recipe"] for g in RankAwareOptimizer(model, "adamw", lr=1e-3, init="A").param_groups)
+    assert all(
+        not g["rankaware_recipe"]
+        for g in RankAwareOptimizer(model, "adamw", lr=1e-3, init="A").param_groups
+    )
 
 
 def test_torchs_own_optimizer_loads_a_tagged_state():
@@ -830,14 +901,18 @@ def test_torchs_own_optimizer_loads_a_tagged_state():
     assert [g["lr"] for g in own.param_groups] == [g["lr"] for g in opt.param_groups]
     assert all("to_plain_state_dict" in group["rankaware_lr"] for group in own.param_groups)
     plain = to_plain_state_dict(opt)
-    assert all(group["rankaware_recipe"] and "rankaware_lr" not in group for group in plain["param_groups"])
+    assert all(
+        group["rankaware_recipe"] and "rankaware_lr" not in group for group in plain["param_groups"]
+    )
     own.load_state_dict(plain)
     assert [g["lr"] for g in own.param_groups] == [effective_lr(g) for g in opt.param_groups]
     plain = to_plain_state_dict(opt, own_groups=True)
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]).load_state_dict(plain)
 
 
-@pytest.mark.parametrize("change", [{"fitted_lr": 1e-3}, {"law": Power(exponent=0.4)}], ids=["rate", "law"])
+@pytest.mark.parametrize(
+    "change", [{"fitted_lr": 1e-3}, {"law": Power(exponent=0.4)}], ids=["rate", "law"]
+)
 def test_a_resume_under_another_recipe_is_said_once(change):
     """One warning names both recipes, whatever the number of groups; the base rate goes on, and so does its tag."""
     first, second = recipe(name="first"), recipe(name="second", **change)
@@ -856,7 +931,9 @@ def test_a_resume_under_the_same_rates_says_nothing():
     _, opt = tagged(recipe())
     state = opt.state_dict()
     tagged(recipe(name="renamed"))[1].load_state_dict(state)
-    plain = RankAwareOptimizer(mlp((8,), scalings=1.0), "adamw", lr=recipe().lr, tuned_at=AT_16, law=recipe().law)
+    plain = RankAwareOptimizer(
+        mlp((8,), scalings=1.0), "adamw", lr=recipe().lr, tuned_at=AT_16, law=recipe().law
+    )
     plain.load_state_dict(state)
     for group in state["param_groups"]:
         del group["rankaware_recipe"]

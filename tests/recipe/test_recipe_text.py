@@ -84,7 +84,9 @@ def test_the_page_says_what_printing_says(made):
 def test_the_commands_print_the_objects_own_text(tmp_path):
     """`show` prints the recipe, and `lr` its rate."""
     path = str(FULL.save(tmp_path / "r.toml"))
-    done = [CliRunner().invoke(main, words) for words in (["show", path], ["lr", path, "--rank", "8"])]
+    done = [
+        CliRunner().invoke(main, words) for words in (["show", path], ["lr", path, "--rank", "8"])
+    ]
     assert [one.output.rstrip("\n") for one in done] == [str(Recipe.load(path)), str(FULL.at(8))]
 
 
@@ -92,11 +94,23 @@ BARE = {"steps": None, "batch": None, "reference": Reference(4, 4)}
 AT = [
     ({}, {}, "rank 4, alpha 8, B = 0, fan-in 64, 100 steps, batch 16"),
     ({}, {"rank": 64}, "rank 64, alpha 128, B = 0, fan-in 64, 100 steps, batch 16"),
-    ({}, {"rank": 8, "alpha": 8, "rslora": True}, "rank 8, alpha 8, rslora, B = 0, fan-in 64, 100 steps, batch 16"),
+    (
+        {},
+        {"rank": 8, "alpha": 8, "rslora": True},
+        "rank 8, alpha 8, rslora, B = 0, fan-in 64, 100 steps, batch 16",
+    ),
     ({}, {"init": "B", "fan_in": 128}, "rank 4, alpha 8, A = 0, fan-in 128, 100 steps, batch 16"),
-    ({}, {"method": "full", "steps": 9, "batch": 4}, "full finetuning, fan-in 64, 9 steps, batch 4"),
+    (
+        {},
+        {"method": "full", "steps": 9, "batch": 4},
+        "full finetuning, fan-in 64, 9 steps, batch 4",
+    ),
     (BARE, {"rank": 8}, "rank 8, alpha 8, B = 0"),
-    ({"scaling_rule": "as swept"}, {"rank": 8}, "rank 8, alpha as swept, B = 0, fan-in 64, 100 steps, batch 16"),
+    (
+        {"scaling_rule": "as swept"},
+        {"rank": 8},
+        "rank 8, alpha as swept, B = 0, fan-in 64, 100 steps, batch 16",
+    ),
 ]
 
 
@@ -113,7 +127,10 @@ RATES = [
     (Rate(1e-3), ["lr        0.001"]),
     (Rate(1e-3, 5e-4, 2e-3), ["lr        0.001", "90 % band 0.0005 to 0.002"]),
     (Rate(1e-3, 5e-4, 2e-3, 8e-3), [..., ..., f"ceiling   0.008 ({MOVED})"]),
-    (Rate(1e-3, 5e-4, 2e-3, None, True, ("far", "low")), [..., ..., "extrapolated", "note: far", "note: low"]),
+    (
+        Rate(1e-3, 5e-4, 2e-3, None, True, ("far", "low")),
+        [..., ..., "extrapolated", "note: far", "note: low"],
+    ),
 ]
 
 

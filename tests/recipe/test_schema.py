@@ -42,12 +42,18 @@ def calibrated() -> ra.Recipe:
         for _ in range(trial.steps):
             yield effective_lr(opt.param_groups[0]) + trial.seed
 
-    return ra.calibrate(train, torch.optim.AdamW, ranks=(2, 4), steps=3, trials=2, batch=8, warmup=0.1)
+    return ra.calibrate(
+        train, torch.optim.AdamW, ranks=(2, 4), steps=3, trials=2, batch=8, warmup=0.1
+    )
 
 
 def swept() -> ra.Recipe:
     """A recipe of a sweep."""
-    rows = [{"rank": r, "lr": 2.0**-x, "loss": (x - 8) ** 2 / 20 + 1} for r in (4, 64) for x in (6, 7, 8, 9, 10)]
+    rows = [
+        {"rank": r, "lr": 2.0**-x, "loss": (x - 8) ** 2 / 20 + 1}
+        for r in (4, 64)
+        for x in (6, 7, 8, 9, 10)
+    ]
     return ra.sweeps.fit_sweep(rows, alpha=16, fan_in=64)
 
 
@@ -61,7 +67,9 @@ def written(tmp_path_factory) -> dict:
     """Every field of both files by dotted path: of a calibration, a sweep, and each with nothing left out."""
     found = {}
     for number, made in enumerate((calibrated(), swept())):
-        for kind, recipe in enumerate((made, replace(filled(made), reference=filled(made.reference)))):
+        for kind, recipe in enumerate(
+            (made, replace(filled(made), reference=filled(made.reference)))
+        ):
             path = recipe.save(tmp_path_factory.mktemp("schema") / f"{number}{kind}.toml")
             found |= dict(flat(tomli.loads(path.read_text()))) | load_file(tensors_of(path))
     return found
@@ -69,7 +77,9 @@ def written(tmp_path_factory) -> dict:
 
 def flat(table, path=""):
     for key, value in table.items():
-        yield from flat(value, f"{path}{key}.") if isinstance(value, dict) else [(f"{path}{key}", value)]
+        yield from (
+            flat(value, f"{path}{key}.") if isinstance(value, dict) else [(f"{path}{key}", value)]
+        )
 
 
 def row_of(path: str, rows) -> str | None:
@@ -91,14 +101,18 @@ def test_every_field_has_a_row_and_every_row_is_a_field(written):
 
 def test_the_page_lists_the_ranges_that_are_checked():
     """Its first table is the one of `_checks`."""
-    listed = re.findall(r"^\| (\w+) \| (\S+) \| (\S+) \|.*\|$", PAGE.read_text(encoding="utf-8"), re.M)
+    listed = re.findall(
+        r"^\| (\w+) \| (\S+) \| (\S+) \|.*\|$", PAGE.read_text(encoding="utf-8"), re.M
+    )
     ranges = [(name, f"{low:g}", f"{high:g}") for name, (low, high) in RANGES.items()]
     assert [row for row in listed if row[0] in RANGES] == ranges
 
 
 def test_every_row_is_whole():
     """No line of the two tables escapes the pattern, and no field is listed twice."""
-    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    lines = [
+        line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")
+    ]
     assert len(lines) == len(rows())
 
 

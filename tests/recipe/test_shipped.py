@@ -11,7 +11,7 @@ import pytest
 
 from rankaware_optim import Recipe
 from rankaware_optim.calibration._study import _PRIORS
-from rankaware_optim.calibration.fit import Prior, diverged, fit_observations
+from rankaware_optim.fitting import Prior, diverged, fit_observations
 from rankaware_optim.recipe._plot_data import _observations, _trials, picture_of
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -60,13 +60,19 @@ def test_the_hash_stays(shipped):
 def test_the_picture_is_drawn_from_what_the_fit_saw(shipped):
     """Fitted once more as then, the observations behind the curves give the recipe's own rate and covariance."""
     at_base = replace(shipped, tensors={**shipped.tensors, "own_lr": shipped.tensors["lr"]})
-    pairs = [pair for rank, points in _trials(at_base).items() for pair in _observations(rank, points, 0.0)]
+    pairs = [
+        pair
+        for rank, points in _trials(at_base).items()
+        for pair in _observations(rank, points, 0.0)
+    ]
     seen, pivot, at_b = [o for o, _ in pairs], shipped.law.pivot, shipped.reference.init == "B"
     reach = math.log2(shipped.full_fan_in / pivot) if at_b else 0.0
     (_, drift_sd), (_, full_sd) = _PRIORS[shipped.reference.init]
     fit = fit_observations(seen, Prior(drift_sd, full_sd, pivot, reach))
     shift = fit.mean[1] * math.log2(shipped.reference.rank / pivot)
-    pruned_last = [sorted(points, key=lambda p: p.fate == "pruned") for points in _trials(at_base).values()]
+    pruned_last = [
+        sorted(points, key=lambda p: p.fate == "pruned") for points in _trials(at_base).values()
+    ]
     fates = [point.fate for points in pruned_last for point in points]
     # The fit takes a run that was pruned far above its start for diverged. The picture shows it as pruned.
     assert [lost for _, lost in pairs] == [
@@ -75,7 +81,9 @@ def test_the_picture_is_drawn_from_what_the_fit_saw(shipped):
     assert 2.0 ** (fit.mean[0] + shift) == pytest.approx(shipped.fitted_lr, rel=1e-9)
     assert np.allclose(fit.covariance, shipped.covariance, rtol=1e-9, atol=1e-12)
     assert (fit.ceiling is None) == (shipped.ceiling is None)
-    assert fit.ceiling is None or 2.0 ** (fit.ceiling + shift) == pytest.approx(shipped.ceiling, rel=1e-9)
+    assert fit.ceiling is None or 2.0 ** (fit.ceiling + shift) == pytest.approx(
+        shipped.ceiling, rel=1e-9
+    )
 
 
 def test_curves_have_their_lowest_point_at_the_best_rate(shipped):
@@ -84,4 +92,6 @@ def test_curves_have_their_lowest_point_at_the_best_rate(shipped):
     assert len(curves) >= 2
     for arm, curve in curves:
         rates, scores = np.array(curve).T
-        assert math.log2(rates[scores.argmin()]) == pytest.approx(math.log2(arm.rate.lr) + shipped.lean, abs=0.1)
+        assert math.log2(rates[scores.argmin()]) == pytest.approx(
+            math.log2(arm.rate.lr) + shipped.lean, abs=0.1
+        )

@@ -64,13 +64,17 @@ def test_counts_are_bounded(path, tmp_path):
 def test_names_of_tensors_are_bounded(tmp_path):
     """A file of trials with very many names is refused before they are read."""
     target = RECIPE.save(tmp_path / "r.toml")
-    names = {f"trial.t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(5000)}
+    names = {
+        f"trial.t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(5000)
+    }
     header = json.dumps(names).encode()
     data = len(header).to_bytes(8, "little") + header
     former = tensors_of(target).read_bytes()
     tensors_of(target).write_bytes(data)
     text = target.read_text()
-    target.write_text(text.replace(hashlib.sha256(former).hexdigest(), hashlib.sha256(data).hexdigest()))
+    target.write_text(
+        text.replace(hashlib.sha256(former).hexdigest(), hashlib.sha256(data).hexdigest())
+    )
     with pytest.raises(RecipeError, match="header is too long"):
         Recipe.load(target)
     assert save({})  # the format that was written by hand
@@ -112,7 +116,9 @@ def test_long_curves_are_drawn_in_little_memory():
 
 def test_a_rank_with_very_many_trials_has_no_curve():
     """The time of a curve grows with the cube of its rank's trials, so beyond 400 only points are drawn."""
-    arms = picture_of(replace(RECIPE, tensors={**long_curves(2000, 1), "rank": np.full(2000, 4)})).arms
+    arms = picture_of(
+        replace(RECIPE, tensors={**long_curves(2000, 1), "rank": np.full(2000, 4)})
+    ).arms
     assert [(len(arm.points), arm.curve) for arm in arms] == [(2000, ())]
 
 
@@ -131,10 +137,18 @@ def test_no_control_reaches_the_page(tmp_path):
     text = f"a{CONTROLS}b"
     made = replace(
         RECIPE,
-        **{"name": text, "notes": (text,), "optimizer": text, "settings": {text: text}, "missing": text},
+        **{
+            "name": text,
+            "notes": (text,),
+            "optimizer": text,
+            "settings": {text: text},
+            "missing": text,
+        },
         **{"other_rates": {text: "base"}, "versions": {text: text}, "source": {text: text}},
     )
     page = report_html(made)
     assert "a[31mb" in page
     assert not [sign for sign in page if not (sign.isprintable() or sign in "\n\t")]
-    assert not [code for code in ("\\u001b", "\\u0007", "\\u009b", "\\u202e", "\\udcff") if code in page]
+    assert not [
+        code for code in ("\\u001b", "\\u0007", "\\u009b", "\\u202e", "\\udcff") if code in page
+    ]

@@ -17,7 +17,14 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankaware_optim import CalibrationError, MuA, RankAwareOptimizer, Recipe, RecipeError, Reference
+from rankaware_optim import (
+    CalibrationError,
+    MuA,
+    RankAwareOptimizer,
+    Recipe,
+    RecipeError,
+    Reference,
+)
 from rankaware_optim.cli._fit import fit as fit_command
 from rankaware_optim.cli._main import main
 from rankaware_optim.laws import PRIOR_LAW, Law, Power, get_law
@@ -41,7 +48,11 @@ def alpha_of(rank: int, custom: str) -> float:
 
 def best_of(law: Law, rank: int, custom: str = "rank") -> float:
     """log2 of the true best rate, rank 0 for full finetuning."""
-    there = Reference(rank, alpha_of(rank, custom), fan_in=WIDTH) if rank else Reference(method="full", fan_in=WIDTH)
+    there = (
+        Reference(rank, alpha_of(rank, custom), fan_in=WIDTH)
+        if rank
+        else Reference(method="full", fan_in=WIDTH)
+    )
     return AT_16 + math.log2(law.multiplier(there.as_factor(), REFERENCE))
 
 
@@ -63,9 +74,17 @@ def drawn(
         best = best_of(law or PRIOR, rank, custom)
         for offset in offsets:
             for seed in range(seeds):
-                loss = 1.0 + 0.06 * (math.exp(1.2 * offset) - 1.2 * offset - 1.0) + rng.normal(0, noise)
+                loss = (
+                    1.0
+                    + 0.06 * (math.exp(1.2 * offset) - 1.2 * offset - 1.0)
+                    + rng.normal(0, noise)
+                )
                 lost = cliff is not None and offset >= cliff
-                row = {"rank": rank or "full", "lr": 2.0 ** (best + offset), "loss": "diverged" if lost else loss}
+                row = {
+                    "rank": rank or "full",
+                    "lr": 2.0 ** (best + offset),
+                    "loss": "diverged" if lost else loss,
+                }
                 rows.append({**row, "seed": seed, "alpha": alpha_of(rank, custom) if rank else ""})
     return rows
 
@@ -158,7 +177,9 @@ def test_missing_cells_do_not_move_the_answer():
 
 
 @pytest.mark.parametrize("ranks", [(4, 64), (16,)])
-@pytest.mark.parametrize(("offsets", "end"), [((-4.0, -3.0, -2.0, -1.0), "highest"), ((0.7, 1.5, 2.3), "lowest")])
+@pytest.mark.parametrize(
+    ("offsets", "end"), [((-4.0, -3.0, -2.0, -1.0), "highest"), ((0.7, 1.5, 2.3), "lowest")]
+)
 def test_a_best_rate_at_an_end_of_the_grid_is_a_bound(offsets, end, ranks):
     """Where every rank's best is an end of its grid the band widens until it holds the truth, and a note says so."""
     inside = fit_sweep(drawn(ranks=ranks), fan_in=WIDTH)
@@ -184,7 +205,9 @@ def test_one_rank_at_an_end_leaves_the_others_in_charge():
 def test_ties_lie_between():
     """Two rates that tie as best put the optimum between them."""
     losses = {-12: 1.3, -11: 1.1, -10: 1.0, -9: 1.0, -8: 1.1, -7: 1.5}
-    rows = [{"rank": rank, "lr": 2.0**x, "loss": loss} for rank in (8, 64) for x, loss in losses.items()]
+    rows = [
+        {"rank": rank, "lr": 2.0**x, "loss": loss} for rank in (8, 64) for x, loss in losses.items()
+    ]
     assert -10 < math.log2(fit_sweep(rows, alpha=16.0, law="constant").fitted_lr) < -9
 
 
@@ -203,7 +226,11 @@ def test_one_rank_says_nothing_of_the_drift():
 def test_a_loss_that_hardly_moves_is_said():
     """Pure noise gives a wide band and a note."""
     rng = np.random.default_rng(0)
-    rows = [{"rank": r, "lr": 2.0**-x, "loss": 1 + rng.normal(0, 1e-3)} for r in (4, 64) for x in range(8, 14)]
+    rows = [
+        {"rank": r, "lr": 2.0**-x, "loss": 1 + rng.normal(0, 1e-3)}
+        for r in (4, 64)
+        for x in range(8, 14)
+    ]
     recipe = fit_sweep(rows, alpha="rank")
     assert any("hardly determines the best rate" in note for note in recipe.notes)
     assert recipe.at(16).high / recipe.at(16).low > 8
@@ -235,7 +262,9 @@ def test_without_fan_in_only_what_depends_on_it_is_refused(tmp_path):
     for target in ({"method": "full"}, {"rank": 16, "init": "B"}):
         with pytest.raises(RecipeError, match=r"has no fan-in.*fan_in="):
             recipe.at(**target)
-        assert recipe.at(**target, fan_in=4096.0).lr == pytest.approx(known.at(**target).lr, rel=1e-9)
+        assert recipe.at(**target, fan_in=4096.0).lr == pytest.approx(
+            known.at(**target).lr, rel=1e-9
+        )
 
 
 def test_steps_that_nobody_told_are_unknown(tmp_path):
@@ -301,7 +330,9 @@ def test_the_order_of_rows_does_not_matter(rows, seed):
 @given(rows=sweeps, offset=st.floats(-5, 5), scale=st.floats(0.1, 100))
 def test_the_units_of_the_loss_do_not_matter(rows, offset, scale):
     """A constant added to every loss, or another unit, changes no rate."""
-    moved = [r if r["loss"] == "diverged" else {**r, "loss": offset + scale * r["loss"]} for r in rows]
+    moved = [
+        r if r["loss"] == "diverged" else {**r, "loss": offset + scale * r["loss"]} for r in rows
+    ]
     assert_alike(fit_sweep(rows), fit_sweep(moved))
 
 
@@ -343,10 +374,20 @@ def test_a_sweep_reads_alike_from_every_tool(name, tmp_path):
     assert read_sweep(ROWS).runs == RUNS
 
 
-@pytest.mark.parametrize(("field", "alias"), [(f, a) for f, names in ALIASES.items() for a in names])
+@pytest.mark.parametrize(
+    ("field", "alias"), [(f, a) for f, names in ALIASES.items() for a in names]
+)
 def test_every_alias_means_its_field(field, alias):
     """A column by another name reads as one by its own."""
-    values = {"rank": 4, "lr": 1e-4, "loss": 0.5, "alpha": 8, "rslora": True, "fan_in": 64, "model": "m"}
+    values = {
+        "rank": 4,
+        "lr": 1e-4,
+        "loss": 0.5,
+        "alpha": 8,
+        "rslora": True,
+        "fan_in": 64,
+        "model": "m",
+    }
     plain = {**values, "batch": 2, "steps": 10, "start": 1.5}
     named = {alias if key == field else key: value for key, value in plain.items()}
     assert read_sweep([named]).runs == read_sweep([plain]).runs
@@ -362,7 +403,12 @@ def test_columns_names_what_has_no_alias():
 
 def test_numpy_numbers_are_numbers():
     """Rows of a dataframe hold numpy's scalars."""
-    row = {"rank": np.int64(4), "lr": np.float32(0.25), "loss": np.float64("nan"), "rslora": np.bool_(True)}
+    row = {
+        "rank": np.int64(4),
+        "lr": np.float32(0.25),
+        "loss": np.float64("nan"),
+        "rslora": np.bool_(True),
+    }
     assert read_sweep([row]).runs == (SweepRun(4, 0.25, math.inf, rslora=True),)
 
 
@@ -392,7 +438,10 @@ def test_a_cell_that_cannot_be_is_named(field, text, belongs, kind, tmp_path):
     source, place = rows, "row 2"
     if kind == "csv":
         source, place = tmp_path / "s.csv", "s.csv, line 3"
-        lines = [",".join(rows[0]), *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
+        lines = [
+            ",".join(rows[0]),
+            *(",".join(f'"{value}"' for value in row.values()) for row in rows),
+        ]
         source.write_text("\n".join(lines))
     elif kind == "jsonl":
         source, place = tmp_path / "s.jsonl", "s.jsonl, line 2"
@@ -406,7 +455,9 @@ def test_a_cell_that_cannot_be_is_named(field, text, belongs, kind, tmp_path):
 def test_a_missing_rank_of_a_dataframe_is_no_full_finetuning():
     """A rank of NaN, as pandas fills in, is full finetuning only where the row says so."""
     row = {"rank": math.nan, "lr": 1e-4, "loss": 0.5}
-    with pytest.raises(CalibrationError, match=r"row 1, column 'rank': nan is not a rank, or 'full'"):
+    with pytest.raises(
+        CalibrationError, match=r"row 1, column 'rank': nan is not a rank, or 'full'"
+    ):
         read_sweep([row])
     assert read_sweep([{**row, "method": "full"}]).runs[0].rank is None
 
@@ -472,7 +523,11 @@ BAD_SWEEPS = [
     ),
     (lambda: one(loss=0.5), {}, "loss is 0.5 at every rate"),
     (lambda: one(lr=1e-4), {}, "No rank was tried at more than one rate"),
-    (lambda: [*one(model="a"), *one(model="b")], {}, "mixes 2 values of model: a, b.*choose it by model="),
+    (
+        lambda: [*one(model="a"), *one(model="b")],
+        {},
+        "mixes 2 values of model: a, b.*choose it by model=",
+    ),
     (lambda: one(model="a"), {"model": "b"}, "No row of the sweep has model='b'.*It has a"),
     (lambda: [*one(batch=8), *one(batch=32)], {}, "mixes 2 values of batch: 8.0, 32.0.*batch="),
     (lambda: [*one(init="A"), *one(init="B")], {}, "mixes 2 values of init"),
@@ -485,7 +540,11 @@ BAD_SWEEPS = [
     (drawn, {"alpha": -1.0}, "alpha is -1.0"),
     (drawn, {"fit": "guess"}, "fit is 'guess'"),
     (drawn, {"fit": "tokens", "law": "constant"}, "'constant' has no tokens"),
-    (drawn, {"fit": "tokens", "optimizer": "Adafactor"}, "'mua' has no tokens to fit for Adafactor"),
+    (
+        drawn,
+        {"fit": "tokens", "optimizer": "Adafactor"},
+        "'mua' has no tokens to fit for Adafactor",
+    ),
     (drawn, {"columns": {"loss": "accuracy"}}, "columns has loss=accuracy"),
     (drawn, {"columns": {"losses": "loss"}}, "columns has losses=loss"),
     (lambda: {"rank": [4], "lr": [1e-4], "loss": [1.0]}, {}, "list of rows, not a dict"),
@@ -494,7 +553,9 @@ BAD_SWEEPS = [
 ]
 
 
-@pytest.mark.parametrize(("rows", "options", "message"), BAD_SWEEPS, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("rows", "options", "message"), BAD_SWEEPS, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_a_sweep_that_says_nothing_is_refused(rows, options, message):
     """What cannot be fitted is an error of ours with its cure."""
     with pytest.raises(CalibrationError, match=message):
@@ -506,14 +567,19 @@ def test_a_mixed_sweep_is_fitted_by_choice(name):
     """Choosing one of several models, batches or inits fits its rows alone."""
     values = {"model": ("a", "b"), "batch": (8.0, 32.0), "init": ("A", "B")}[name]
     other = [{**row, "lr": row["lr"] * 16} for row in drawn(draw=1)]
-    rows = [*({**row, name: values[0]} for row in drawn()), *({**row, name: values[1]} for row in other)]
+    rows = [
+        *({**row, name: values[0]} for row in drawn()),
+        *({**row, name: values[1]} for row in other),
+    ]
     assert_alike(fit_sweep(one(**{name: values[0]})), fit_sweep(rows, **{name: values[0]}))
 
 
 def test_the_order_of_rows_decides_nothing():
     """Where a rank was swept at several alphas, no rule says which alpha another rank has, in whatever order."""
     blocks = [
-        [{**row, "alpha": alpha} for row in drawn() if row["rank"] == rank] for rank in (4, 64) for alpha in (8, 64)
+        [{**row, "alpha": alpha} for row in drawn() if row["rank"] == rank]
+        for rank in (4, 64)
+        for alpha in (8, 64)
     ]
     for order in itertools.permutations(blocks):
         recipe = fit_sweep([row for block in order for row in block])
@@ -556,7 +622,18 @@ def sweep_csv(tmp_path):
 def test_fit_writes_the_recipe_of_fit_sweep(sweep_csv, tmp_path):
     """`fit` prints the recipe, and writes the recipe that fit_sweep gives."""
     out = tmp_path / "made" / "r.toml"
-    options = ["--column", "loss=final", "--alpha", "rank", "--steps", "100", "--fan-in", str(WIDTH), "-o", str(out)]
+    options = [
+        "--column",
+        "loss=final",
+        "--alpha",
+        "rank",
+        "--steps",
+        "100",
+        "--fan-in",
+        str(WIDTH),
+        "-o",
+        str(out),
+    ]
     done = CliRunner().invoke(fit_command, [str(sweep_csv), *options], catch_exceptions=False)
     assert done.exit_code == 0
     made = fit_sweep(drawn(), fan_in=WIDTH, steps=100)
@@ -568,7 +645,10 @@ def test_fit_writes_the_recipe_of_fit_sweep(sweep_csv, tmp_path):
 @pytest.mark.parametrize("rows", ["full", "two alphas", "all"])
 def test_the_command_that_fit_names_next_works(rows, tmp_path):
     """The line after "Next:" reads a rate of the recipe, also in a folder whose name has a space."""
-    runs = [{"lr": 10.0**-e, "loss": (e - 3) ** 2 + 1.0, "method": "full", "fan_in": 64} for e in (2, 2.5, 3, 3.5, 4)]
+    runs = [
+        {"lr": 10.0**-e, "loss": (e - 3) ** 2 + 1.0, "method": "full", "fan_in": 64}
+        for e in (2, 2.5, 3, 3.5, 4)
+    ]
     if rows != "full":
         runs = [{**row, "alpha": row["rank"]} for row in drawn()]
     if rows == "two alphas":
@@ -576,7 +656,9 @@ def test_the_command_that_fit_names_next_works(rows, tmp_path):
     (tmp_path / "a folder").mkdir()
     (tmp_path / "sweep.json").write_text(json.dumps(runs))
     out = tmp_path / "a folder" / "r.toml"
-    done = CliRunner().invoke(fit_command, [str(tmp_path / "sweep.json"), "-o", str(out)], catch_exceptions=False)
+    done = CliRunner().invoke(
+        fit_command, [str(tmp_path / "sweep.json"), "-o", str(out)], catch_exceptions=False
+    )
     line = next(line for line in done.output.splitlines() if line.startswith("Next: rankaware "))
     assert CliRunner().invoke(main, shlex.split(line)[2:], catch_exceptions=False).exit_code == 0
 
@@ -589,13 +671,17 @@ def test_a_rank_that_always_diverged_is_noted():
 
 def test_fit_says_what_is_open(sweep_csv):
     """Without alpha and steps the command notes both."""
-    done = CliRunner().invoke(fit_command, [str(sweep_csv), "--column", "loss=final"], catch_exceptions=False)
+    done = CliRunner().invoke(
+        fit_command, [str(sweep_csv), "--column", "loss=final"], catch_exceptions=False
+    )
     said = " ".join(done.output.split())
     assert "note the sweep has no alpha" in said
     assert "note the sweep does not give its steps" in said
 
 
-@pytest.mark.parametrize("options", [["--column", "loss"], ["--alpha", "x"], ["--fit", "y"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", [["--column", "loss"], ["--alpha", "x"], ["--fit", "y"]], ids=" ".join
+)
 def test_wrong_options_show_the_usage(options, sweep_csv):
     """An option that cannot be read ends with code 2 and the usage."""
     done = CliRunner().invoke(fit_command, [str(sweep_csv), *options])

@@ -157,7 +157,10 @@ BROKEN = [
     (NoDefault(0.5), "form", "its field 'share' has no default"),
     (Nameless(), "name", "its name is ''"),
     (Impostor(), "name", "not the one registered as 'mua'"),
-    *((Gives(value=value), "positive", f"{LORA}, it returns") for value in (0, -1.0, float("inf"), None, "1")),
+    *(
+        (Gives(value=value), "positive", f"{LORA}, it returns")
+        for value in (0, -1.0, float("inf"), None, "1")
+    ),
     (Gives(value=True), "positive", "it returns True"),
     (Gives(value=float("nan")), "positive", "it returns nan"),
     (NoWhole(), "positive", f"{WHOLE}, it raises TypeError"),
@@ -179,12 +182,16 @@ def registered(monkeypatch):
     return lambda law: monkeypatch.setitem(LAWS._builtin, law.name, type(law))
 
 
-@pytest.mark.parametrize(("law", "check", "message"), BROKEN, ids=[f"{c}-{type(w).__name__}" for w, c, _ in BROKEN])
+@pytest.mark.parametrize(
+    ("law", "check", "message"), BROKEN, ids=[f"{c}-{type(w).__name__}" for w, c, _ in BROKEN]
+)
 def test_broken_laws_are_flagged(law, check, message, registered):
     """A law that breaks one property is refused by that property's name, with the factor and the reference."""
     if law.name == "tested" and not isinstance(law, NoDefault):
         registered(law)
-    with pytest.raises(LawError, match=f"The check '{check}' fails for the law .*{type(law).__name__}.*({message})"):
+    with pytest.raises(
+        LawError, match=f"The check '{check}' fails for the law .*{type(law).__name__}.*({message})"
+    ):
         check_law(law)
 
 
@@ -234,13 +241,19 @@ def plugin(tmp_path):
     shutil.copytree(PLUGIN / "src", target, ignore=shutil.ignore_patterns("__pycache__"))
     info = target / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
     sections = [
         "\n".join([f"[{group}]", *(f"{name} = {where}" for name, where in points.items())])
         for group, points in project["entry-points"].items()
     ]
     (info / "entry_points.txt").write_text("\n\n".join(sections) + "\n")
-    shutil.copytree(PLUGIN / "tests", tmp_path / "project" / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        PLUGIN / "tests",
+        tmp_path / "project" / "tests",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     shutil.copy(PLUGIN / "pyproject.toml", tmp_path / "project")
     return target, tmp_path / "project"
 
@@ -248,7 +261,9 @@ def plugin(tmp_path):
 def run(site, *arguments, cwd):
     paths = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
 
 
 def test_the_example_package_passes_its_own_tests(plugin):

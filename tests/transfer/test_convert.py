@@ -52,7 +52,11 @@ inits = st.sampled_from("AB")
 
 def references(init: str, fan_in: float | None = None) -> st.SearchStrategy[Reference]:
     """LoRA references of one init and width."""
-    return st.builds(lambda r, s: replace(Reference.from_scaling(r, s, init=init), fan_in=fan_in), ranks, scalings)
+    return st.builds(
+        lambda r, s: replace(Reference.from_scaling(r, s, init=init), fan_in=fan_in),
+        ranks,
+        scalings,
+    )
 
 
 # --- closed forms ---------------------------------------------------------------------------------------------------
@@ -110,7 +114,10 @@ class Row:
 
 
 # The roots τ of the paper's conditions: s·r·τ·(1 + n·τ) = 1 at s·r = 16, and s²·n²·(τ² + r²·τ⁴) = 1 at s = 1, r = 16.
-A_64, A_4096 = (math.sqrt(16**2 + 4 * 16 * 64) - 16) / (2 * 16 * 64), (math.sqrt(16**2 + 4 * 16 * 4096) - 16) / 2**17
+A_64, A_4096 = (
+    (math.sqrt(16**2 + 4 * 16 * 64) - 16) / (2 * 16 * 64),
+    (math.sqrt(16**2 + 4 * 16 * 4096) - 16) / 2**17,
+)
 B_256 = math.sqrt((math.sqrt(1 + 4 * 16**2 / 256**2) - 1) / (2 * 16**2))
 ROWS = [
     Row("r=16,alpha=32", "r=16,alpha=8", (1.0, 4.0), (1.0, 0.25), 2.0),
@@ -119,13 +126,32 @@ ROWS = [
     Row("r=16,alpha=32", "r=16,alpha=8,rslora", (1.0, 1.0)),
     Row("r=16,alpha=32", "r=16,alpha=8,fan_in=64", (1.0, 4.0), (1.0, 0.25), 2.0),
     Row("r=16,alpha=32", "r=16,alpha=8", (1.0, 64.0), (1.0, 0.25), 2.0, law="loraplus"),
-    Row("r=16,alpha=8,init=B", "r=16,alpha=32,init=B", (0.25, 4.0), (4.0, 1.0), 0.5, law=MuA(ratio=4.0)),
+    Row(
+        "r=16,alpha=8,init=B",
+        "r=16,alpha=32,init=B",
+        (0.25, 4.0),
+        (4.0, 1.0),
+        0.5,
+        law=MuA(ratio=4.0),
+    ),
     Row("r=16,alpha=16", "r=64,alpha=64", (0.5, 0.5), exact=False),
     Row("r=16,alpha=16", "r=64,alpha=64", (0.5, 2.0), exact=False, law=MuA(tokens=None, ratio=4.0)),
-    Row("r=16,alpha=16,fan_in=64", "r=16,alpha=16,fan_in=256,init=B", (B_256 / A_64,) * 2, exact=False),
+    Row(
+        "r=16,alpha=16,fan_in=64",
+        "r=16,alpha=16,fan_in=256,init=B",
+        (B_256 / A_64,) * 2,
+        exact=False,
+    ),
     Row("r=1,alpha=16,fan_in=4096", "full", (1 / 4096 / A_4096,) * 2, exact=False),
     Row("full,fan_in=4096", "full", (1.0, 1.0)),
-    Row("r=16,alpha=32,batch=8", "r=16,alpha=8,batch=16", (2**0.5, 4 * 2**0.5), (1.0, 0.25), 2.0, exact=False),
+    Row(
+        "r=16,alpha=32,batch=8",
+        "r=16,alpha=8,batch=16",
+        (2**0.5, 4 * 2**0.5),
+        (1.0, 0.25),
+        2.0,
+        exact=False,
+    ),
     Row("r=16,alpha=32,batch=8", "r=16,alpha=8", (1.0, 4.0), (1.0, 0.25), 2.0),
 ]
 
@@ -135,19 +161,29 @@ def test_the_two_rates(row):
     """At equal rank, init, width the zero factor takes s/s′ and its eps and decay the inverse, else the law rules."""
     c = convert_lr(2e-4, from_=row.from_, to=row.to, law=row.law)
     assert (c.lr_a, c.lr_b) == pytest.approx([2e-4 * rate for rate in row.rates], rel=1e-9)
-    assert (c.eps_scale_a, c.eps_scale_b) == (c.weight_decay_scale_a, c.weight_decay_scale_b) == row.scales
+    assert (
+        (c.eps_scale_a, c.eps_scale_b)
+        == (c.weight_decay_scale_a, c.weight_decay_scale_b)
+        == row.scales
+    )
     assert (c.a_scale, c.exact) == (row.a_scale, row.exact)
 
 
 @pytest.mark.parametrize(("family", "exact"), [("sign-like", True), ("gradient-like", False)])
-@pytest.mark.parametrize("around", [lambda law: law, lambda law: Falling(law=law), lambda law: Power(law=law)])
+@pytest.mark.parametrize(
+    "around", [lambda law: law, lambda law: Falling(law=law), lambda law: Power(law=law)]
+)
 def test_exactness_is_of_the_innermost_laws_family(around, family, exact):
     """A change of alpha is exact where the law, or the one within it, is for updates that know no scale."""
     law = around(MuA(family=family))
-    assert convert_lr(2e-4, from_="r=16,alpha=32,fan_in=64", to="r=16,alpha=8", law=law).exact is exact
+    assert (
+        convert_lr(2e-4, from_="r=16,alpha=32,fan_in=64", to="r=16,alpha=8", law=law).exact is exact
+    )
 
 
-@given(data=st.data(), init=inits, fan_in=st.none() | st.integers(1, 2**16), law=st.sampled_from(LAWS))
+@given(
+    data=st.data(), init=inits, fan_in=st.none() | st.integers(1, 2**16), law=st.sampled_from(LAWS)
+)
 def test_conversions_compose(data, init, fan_in, law):
     """Going by way of a third configuration gives the same rate, and back again the first."""
     a, b, c = (data.draw(references(init, fan_in)) for _ in range(3))
@@ -162,7 +198,14 @@ def test_the_same_configuration_keeps_the_rate(data, init, law, lr):
     """Converted to itself a rate is the same to the last bit, exact, with nothing to scale."""
     a = data.draw(references(init))
     c = convert_lr(lr, from_=a, to=a, law=law)
-    assert (c.lr, c.lr_a, c.a_scale, c.eps_scale_a, c.eps_scale_b, c.exact) == (lr, lr, 1.0, 1.0, 1.0, True)
+    assert (c.lr, c.lr_a, c.a_scale, c.eps_scale_a, c.eps_scale_b, c.exact) == (
+        lr,
+        lr,
+        1.0,
+        1.0,
+        1.0,
+        True,
+    )
 
 
 @given(data=st.data(), init=inits)
@@ -170,7 +213,9 @@ def test_a_width_named_once_holds_for_both(data, init):
     """It makes no difference which of the two references names the width, nor whether both do."""
     a, b = data.draw(references(init)), data.draw(references("B" if init == "A" else "A"))
     wide_a, wide_b = replace(a, fan_in=512), replace(b, fan_in=512)
-    rates = {convert_lr(1e-3, from_=x, to=y) for x, y in ((wide_a, b), (a, wide_b), (wide_a, wide_b))}
+    rates = {
+        convert_lr(1e-3, from_=x, to=y) for x, y in ((wide_a, b), (a, wide_b), (wide_a, wide_b))
+    }
     assert len(rates) == 1
 
 
@@ -186,7 +231,9 @@ class WideB(Law):
 
 def test_a_law_without_a_limit_asks_for_the_width():
     """Rates that grow with the width for ever are refused without one, and converted from the tuned pair with one."""
-    with pytest.raises(InvalidReferenceError, match=r"'wide-b' has no limit at a large width.* Give fan_in="):
+    with pytest.raises(
+        InvalidReferenceError, match=r"'wide-b' has no limit at a large width.* Give fan_in="
+    ):
         convert_lr(1e-3, from_="r=8,alpha=8", to="r=8,alpha=4", law=WideB())
     c = convert_lr(1e-3, from_="r=8,alpha=8,fan_in=64", to="r=8,alpha=4", law=WideB())
     assert (c.lr, c.lr_a, c.lr_b) == pytest.approx([1e-3, 1e-3, 16e-3])
@@ -211,14 +258,19 @@ def test_it_is_a_rate_and_no_float():
 def test_torch_trusts_no_class_of_ours():
     """Importing the package leaves torch's list of safe globals alone."""
     trusted = torch.serialization.get_safe_globals()
-    assert not [kind for kind in trusted if getattr(kind, "__module__", "").startswith("rankaware_optim")]
+    assert not [
+        kind for kind in trusted if getattr(kind, "__module__", "").startswith("rankaware_optim")
+    ]
 
 
 COPIES = [
     copy.copy,
     copy.deepcopy,
     dataclasses.replace,
-    *(lambda c, p=p: pickle.loads(pickle.dumps(c, p)) for p in range(2, pickle.HIGHEST_PROTOCOL + 1)),
+    *(
+        lambda c, p=p: pickle.loads(pickle.dumps(c, p))
+        for p in range(2, pickle.HIGHEST_PROTOCOL + 1)
+    ),
 ]
 
 
@@ -283,11 +335,15 @@ def test_a_rate_is_taken_wherever_an_optimizer_takes_one():
         RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=1e-3, **options),
     ):
         assert {type(group["lr"]) for group in optimizer.param_groups} == {float}
-        assert [effective_lr(group) for group in optimizer.param_groups] == pytest.approx([3e-4, 2e-4, 5e-4])
+        assert [effective_lr(group) for group in optimizer.param_groups] == pytest.approx(
+            [3e-4, 2e-4, 5e-4]
+        )
     assert {type(group["lr"]) for group in rank_aware_param_groups(model, lr=rate)} == {float}
 
 
-@pytest.mark.parametrize("bad", [Rate(0.0), Rate(math.nan), Rate(-1e-3)], ids=lambda rate: str(rate.lr))
+@pytest.mark.parametrize(
+    "bad", [Rate(0.0), Rate(math.nan), Rate(-1e-3)], ids=lambda rate: str(rate.lr)
+)
 def test_an_impossible_rate_is_refused(bad):
     """A `Rate` is checked like the number that it is."""
     with pytest.raises(OptimizerError, match="positive finite"):
@@ -301,8 +357,16 @@ SAID = [
     ("r=16,alpha=32", "r=16,alpha=8", r"As one rate: 0\.00036 \(approximate\)"),
     ("r=16,alpha=32", "r=16,alpha=8", r"0\.0002 for A, 0\.0008 for B \(exact\)"),
     ("r=16,alpha=32", "r=16,alpha=8", r"multiply B's eps by 0\.25 and its weight decay by 0\.25"),
-    ("r=16,alpha=32", "r=16,alpha=8", r"undone by the rate of B alone, or .* × 2 with A's initial values × 2"),
-    ("r=16,alpha=32,init=B", "r=16,alpha=8,init=B", r"the rate of A alone, or .* with B's initial values × 2"),
+    (
+        "r=16,alpha=32",
+        "r=16,alpha=8",
+        r"undone by the rate of B alone, or .* × 2 with A's initial values × 2",
+    ),
+    (
+        "r=16,alpha=32,init=B",
+        "r=16,alpha=8,init=B",
+        r"the rate of A alone, or .* with B's initial values × 2",
+    ),
     ("r=16,alpha=32", "r=16,alpha=8", r"decoupled weight decay and without gradient clipping"),
     ("r=16,alpha=32", "r=16,alpha=8", r"No width was given"),
     (
@@ -347,7 +411,10 @@ WORDS = [
     ("r=16,alpha=32", Reference(16, 32)),
     (" rank = 16 , alpha=32.5, ", Reference(16, 32.5)),
     ("r=16,alpha=32,rslora", Reference(16, 32, rslora=True)),
-    ("r=16,alpha=32,init=B,fan_in=4096,batch=64", Reference(16, 32, init="B", fan_in=4096, batch=64)),
+    (
+        "r=16,alpha=32,init=B,fan_in=4096,batch=64",
+        Reference(16, 32, init="B", fan_in=4096, batch=64),
+    ),
     ("full", Reference(method="full")),
     ("full, fan_in=4096, batch=8", Reference(method="full", fan_in=4096, batch=8)),
 ]
@@ -395,15 +462,36 @@ def test_words_that_make_no_reference_are_refused(text, message):
 R16, R8B = "r=16,alpha=16", "r=8,alpha=8,init=B"
 REFUSED = [
     (1e-3, R16, R8B, "mua", InvalidReferenceError, r"From B = 0 to A = 0 .* width.* Give fan_in="),
-    (1e-3, R16, "full", "mua", InvalidReferenceError, r"From B = 0 to full finetuning .* Give fan_in="),
+    (
+        1e-3,
+        R16,
+        "full",
+        "mua",
+        InvalidReferenceError,
+        r"From B = 0 to full finetuning .* Give fan_in=",
+    ),
     (1e-3, "full", R16, "constant", InvalidReferenceError, r"From full finetuning to B = 0"),
     (1e-3, 16, R16, "mua", InvalidReferenceError, r"16 is not a reference"),
     (1e-3, R16, None, "mua", InvalidReferenceError, r"None is not a reference"),
     (1e-3, R16, "", "mua", InvalidReferenceError, r"lacks rank"),
     (1e-3, "full", "r=16", "mua", InvalidReferenceError, r"lacks alpha"),
-    (1e-3, R16, "no/such/adapter", "mua", InvalidReferenceError, r"'no/such/adapter' is not a part.*give an adapter"),
+    (
+        1e-3,
+        R16,
+        "no/such/adapter",
+        "mua",
+        InvalidReferenceError,
+        r"'no/such/adapter' is not a part.*give an adapter",
+    ),
     (1e-3, R16, "r=16,alpha=5e-324", "mua", InvalidReferenceError, r"alpha=5e-324"),
-    (1e-3, R16, "r=1" + "0" * 400 + ",alpha=1", "mua", InvalidReferenceError, r"rank=1000.*to 2147483647"),
+    (
+        1e-3,
+        R16,
+        "r=1" + "0" * 400 + ",alpha=1",
+        "mua",
+        InvalidReferenceError,
+        r"rank=1000.*to 2147483647",
+    ),
     (1e308, R16, "r=16,alpha=1e-12", "mua", RankAwareError, r"range of floating point|inf"),
     (1e308, R16, "r=16,alpha=1", "mua", OptimizerError, r"The converted lr is inf"),
     (0.0, R16, R16, "mua", OptimizerError, r"lr is 0"),
@@ -479,7 +567,9 @@ class Setup:
         a, b = (Reference.from_scaling(self.rank, s, init=self.init) for s in (self.s, self.s_new))
         return convert_lr(self.lr, from_=a, to=b, law=self.law)
 
-    def run(self, s: float, rate_a: float, rate_b: float, drawn: float = 1.0, **settings: float) -> list[torch.Tensor]:
+    def run(
+        self, s: float, rate_a: float, rate_b: float, drawn: float = 1.0, **settings: float
+    ) -> list[torch.Tensor]:
         """The outputs of training the same draw at scaling s, the drawn factor multiplied by `drawn`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -489,7 +579,9 @@ class Setup:
         model.pair()[self.init == "B"].data.mul_(drawn)
         names = ("eps_a", "eps_b", "decay_a", "decay_b")
         defaults = dict(zip(names, (self.eps, self.eps, self.decay, self.decay), strict=True))
-        return trained(model, inputs, rate_a, rate_b, **{n: defaults[n] * settings.get(n, 1.0) for n in names})
+        return trained(
+            model, inputs, rate_a, rate_b, **{n: defaults[n] * settings.get(n, 1.0) for n in names}
+        )
 
     def tuned(self) -> list[torch.Tensor]:
         """The training that the rate was tuned for: the law's own pair at s."""
@@ -501,7 +593,11 @@ class Setup:
         c = self.conversion()
         scales = {"eps_a": c.eps_scale_a, "eps_b": c.eps_scale_b}
         scales |= {"decay_a": c.weight_decay_scale_a, "decay_b": c.weight_decay_scale_b}
-        kept = {name: by for name, by in scales.items() if not left_alone or not name.startswith(left_alone)}
+        kept = {
+            name: by
+            for name, by in scales.items()
+            if not left_alone or not name.startswith(left_alone)
+        }
         return self.run(self.s_new, c.lr_a, c.lr_b, **kept)
 
     def one_rate(self, *, drawn: bool = True) -> list[torch.Tensor]:
@@ -509,7 +605,9 @@ class Setup:
         by = self.conversion().a_scale
         rate = self.lr * by
         names = ("eps_a", "eps_b", "decay_a", "decay_b")
-        return self.run(self.s_new, rate, rate, by if drawn else 1.0, **dict.fromkeys(names, 1 / by))
+        return self.run(
+            self.s_new, rate, rate, by if drawn else 1.0, **dict.fromkeys(names, 1 / by)
+        )
 
 
 INPUTS = {
@@ -573,7 +671,9 @@ def test_one_rate_alone_is_approximate(setup):
     assert distance(setup.tuned(), setup.run(setup.s_new, c.lr, c.lr)) > 1e-4
 
 
-@pytest.mark.filterwarnings("ignore")  # libraries warn of their own deprecations while they are imported and built
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # libraries warn of their own deprecations while they are imported and built
 @pytest.mark.parametrize("case", [c for c in CASES if c.init in "AB"], ids=lambda c: c.name)
 def test_the_libraries_own_adapters_convert_exactly(case):
     """A real library's adapter at another alpha trains, by the two-rate form, as the tuned one did."""
@@ -597,7 +697,9 @@ def test_the_libraries_own_adapters_convert_exactly(case):
     assert distance(before, after) < 1e-12
 
 
-@pytest.mark.parametrize(("alpha", "said"), [(16, False), (1e-2, False), (1e-12, True), (1e12, True)])
+@pytest.mark.parametrize(
+    ("alpha", "said"), [(16, False), (1e-2, False), (1e-12, True), (1e12, True)]
+)
 def test_a_rate_out_of_all_range_says_so(alpha, said):
     """A conversion that multiplies the rate by more than 1e4, or less than 1e-4, carries a note with the number."""
     made = convert_lr(2e-4, from_="r=16,alpha=16", to=f"r=16,alpha={alpha:g}")

@@ -83,14 +83,26 @@ def test_steps_are_those_of_a_real_layer(kind, init):
 def test_the_size_of_a_product(rows, rank, columns, seed):
     """The root mean square of a product is found without forming it."""
     source = torch.Generator().manual_seed(seed)
-    left, right = torch.randn(rows, rank, generator=source), torch.randn(rank, columns, generator=source)
-    assert rms_of_product(left, right) == pytest.approx((left @ right).square().mean().sqrt().item(), rel=1e-4)
+    left, right = (
+        torch.randn(rows, rank, generator=source),
+        torch.randn(rank, columns, generator=source),
+    )
+    assert rms_of_product(left, right) == pytest.approx(
+        (left @ right).square().mean().sqrt().item(), rel=1e-4
+    )
 
 
-@given(power=st.floats(0.5, 8), size=st.floats(-30, 30), start=st.floats(-20, 20), target=st.floats(0.01, 100))
+@given(
+    power=st.floats(0.5, 8),
+    size=st.floats(-30, 30),
+    start=st.floats(-20, 20),
+    target=st.floats(0.01, 100),
+)
 def test_rates_are_found_from_anywhere(power, size, start, target):
     """A power of the rate, overflowing far above, is solved to 1 % of the target from any start."""
-    rate = rates_for(lambda lr: (lr * 2.0**size) ** power if lr < 2.0**50 else math.inf, target, start=2.0**start)
+    rate = rates_for(
+        lambda lr: (lr * 2.0**size) ** power if lr < 2.0**50 else math.inf, target, start=2.0**start
+    )
     assert (rate * 2.0**size) ** power == pytest.approx(target, rel=0.01)
 
 
@@ -154,10 +166,18 @@ WRONG = [
 def test_a_wrong_law_is_flagged(optimizer, init, gamma, law):
     """Rates that are wrong by a power of the rank are seen, and named in the sentence."""
     check = coordinate_check(
-        SQUARE, optimizer, init=init, scaling=lambda r: r**-gamma, law=law, tokens=256, tolerance=0.2
+        SQUARE,
+        optimizer,
+        init=init,
+        scaling=lambda r: r**-gamma,
+        law=law,
+        tokens=256,
+        tolerance=0.2,
     )
     assert not check.ok, check
-    assert f"NOT rank-invariant with {optimizer} at the rates of {law_words(law)}: over" in str(check)
+    assert f"NOT rank-invariant with {optimizer} at the rates of {law_words(law)}: over" in str(
+        check
+    )
 
 
 @pytest.mark.parametrize(("init", "still"), [("A", "from_a"), ("B", "from_b")])
@@ -187,7 +207,8 @@ def test_a_given_rate_is_used_and_nothing_global_is_touched():
     model = mlp((4, 4), width=32)
     before, state = snapshot(model), torch.random.get_rng_state()
     first, second = (
-        coordinate_check(model, SignSGD, lr=0.01, ranks=(2, 8), tokens=32, settings={"noise": 0.1}) for _ in range(2)
+        coordinate_check(model, SignSGD, lr=0.01, ranks=(2, 8), tokens=32, settings={"noise": 0.1})
+        for _ in range(2)
     )
     assert first == second
     assert first.lr == first.rows[0].lr_a == 0.01
@@ -223,7 +244,10 @@ BAD = [
     ({"widths": (64, 0)}, r"widths=\(64, 0\)"),
     ({"ranks": 4}, r"ranks=4"),
     ({"ranks": (4, 8.5)}, r"ranks=\(4, 8\.5\)"),
-    ({"captured": {"q": (torch.ones(3, 2), torch.ones(3, 4))}}, r"captured as \(3, 2\) and \(3, 4\)"),
+    (
+        {"captured": {"q": (torch.ones(3, 2), torch.ones(3, 4))}},
+        r"captured as \(3, 2\) and \(3, 4\)",
+    ),
     ({"captured": {"q": (torch.ones(3, 2), torch.zeros(3, 2))}}, "has no gradient"),
 ]
 
@@ -232,7 +256,9 @@ BAD = [
 def test_bad_requests_are_refused(arguments, message):
     """What cannot be checked is an error with its cause and a cure."""
     with pytest.raises(LawError, match=message):
-        coordinate_check(**{"model_or_shapes": {"q": (16, 16)}, "optimizer": "AdamW", "tokens": 16, **arguments})
+        coordinate_check(
+            **{"model_or_shapes": {"q": (16, 16)}, "optimizer": "AdamW", "tokens": 16, **arguments}
+        )
 
 
 # --- a real batch ---------------------------------------------------------------------------------------------------
@@ -240,7 +266,10 @@ def test_bad_requests_are_refused(arguments, message):
 
 def test_a_captured_batch_is_the_real_one():
     """Inputs and output gradients are those of the real pass; padding's zero gradients are left out of the check."""
-    model, x = mlp((4, 4), width=16), torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(0))
+    model, x = (
+        mlp((4, 4), width=16),
+        torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(0)),
+    )
     x[4] = 0.0
     captured = capture(model, lambda m: m(x)[:4].square().sum())
     inner = model.layer0(x).detach().requires_grad_()
@@ -296,7 +325,9 @@ def test_formula_and_check_have_the_same_rank_exponent(gamma, init):
         start = draw_pair(256, 256, rank, rank**-gamma, init)
         formula = law.sigma(init, rank, rank**-gamma, 256)
         rate = rates_for(
-            lambda lr, start=start: change_of(batch, step_pair(batch, start, Stepper(torch.optim.AdamW, {}), lr, lr))
+            lambda lr, start=start: change_of(
+                batch, step_pair(batch, start, Stepper(torch.optim.AdamW, {}), lr, lr)
+            )
         )
         logs.append((math.log2(formula), math.log2(rate)))
     formula, check = (after - before for before, after in zip(*logs, strict=True))

@@ -71,7 +71,9 @@ def test_published_medians_are_met(rank, median):
 def test_the_law_moves_the_rate(reference):
     """Between two configurations the middle moves as the law does, and nothing else moves it."""
     moved = math.log2(MuA(tokens=8.0).multiplier(reference.as_factor(), PUBLISHED))
-    assert middle(suggest_lr(reference)) - middle(suggest_lr(PUBLISHED)) == pytest.approx(moved, abs=1e-9)
+    assert middle(suggest_lr(reference)) - middle(suggest_lr(PUBLISHED)) == pytest.approx(
+        moved, abs=1e-9
+    )
 
 
 @given(reference=references, task=st.sampled_from(["chat", "other"]))
@@ -83,7 +85,15 @@ def test_the_rate_leans_low_inside_its_band(reference, task):
     assert float(found) == found.lr
 
 
-INITS = [("pissa", 10), ("pissa_niter_16", 10), ("olora", 18), ("lora_ga", 18), ("lora-ga", 18), ("eva", 1), (True, 1)]
+INITS = [
+    ("pissa", 10),
+    ("pissa_niter_16", 10),
+    ("olora", 18),
+    ("lora_ga", 18),
+    ("lora-ga", 18),
+    ("eva", 1),
+    (True, 1),
+]
 
 
 @pytest.mark.parametrize(("init", "factor"), INITS)
@@ -97,7 +107,9 @@ def test_documented_inits_have_their_factor(init, factor):
 def test_dora_has_its_factor():
     """DoRA divides the rate by 1.8, on top of an init's factor."""
     assert suggest_lr(PUBLISHED).lr / suggest_lr(PUBLISHED, dora=True).lr == pytest.approx(1.8)
-    assert suggest_lr(PUBLISHED).lr / suggest_lr(PUBLISHED, dora=True, init="pissa").lr == pytest.approx(18)
+    assert suggest_lr(PUBLISHED).lr / suggest_lr(
+        PUBLISHED, dora=True, init="pissa"
+    ).lr == pytest.approx(18)
 
 
 # --- the band -------------------------------------------------------------------------------------------------------
@@ -131,7 +143,11 @@ def test_the_task_widens_the_band_most():
 
 def test_inside_what_was_seen_the_band_is_the_same():
     """At a published rank, alpha and width, nothing but the models' spread and the task counts."""
-    same = {round(reach(suggest_lr(Reference(r, 32, fan_in=n))), 9) for r in (1, 16, 128) for n in (2048, 8192)}
+    same = {
+        round(reach(suggest_lr(Reference(r, 32, fan_in=n))), 9)
+        for r in (1, 16, 128)
+        for n in (2048, 8192)
+    }
     assert len(same) == 1
 
 
@@ -164,7 +180,9 @@ def test_documented_rules_lead_to_other_optimizers(optimizer, most, least):
     assert ("no published rate" in str(found)) == (reach(found) > reach(plain))
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", torch.optim.SGD, torch.optim.Adagrad, kind("LAMB"), kind("Muon")])
+@pytest.mark.parametrize(
+    "optimizer", ["SGD", torch.optim.SGD, torch.optim.Adagrad, kind("LAMB"), kind("Muon")]
+)
 def test_without_a_rule_there_is_no_suggestion(optimizer):
     """An optimizer that no documented rule ties to AdamW is refused, with what to do instead."""
     with pytest.raises(OptimizerError, match=r"No published rate is known for \w+,.*ra.calibrate"):
@@ -182,7 +200,9 @@ def test_muon_that_matches_adamw_takes_its_rate():
 
 def test_every_rule_is_reached_by_its_name():
     """Each name in the table gives a suggestion that names the optimizer."""
-    assert all(name in str(suggest_lr(AT, name)).lower() for name, row in _KNOWN.items() if row.relation)
+    assert all(
+        name in str(suggest_lr(AT, name)).lower() for name, row in _KNOWN.items() if row.relation
+    )
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -217,7 +237,9 @@ def test_the_rest_of_a_model_follows_by_the_law():
     optimizer = RankAwareOptimizer(model, torch.optim.AdamW, lr=found.lr, tuned_at=at, law=law)
     rates = {group["lora_rank"]: effective_lr(group) for group in optimizer.param_groups}
     assert rates[8] == pytest.approx(found.lr)
-    assert rates[2] == pytest.approx(suggest_lr(replace(found.reference, rank=2, alpha=4, fan_in=64)).lr)
+    assert rates[2] == pytest.approx(
+        suggest_lr(replace(found.reference, rank=2, alpha=4, fan_in=64)).lr
+    )
 
 
 def test_on_its_own_model_the_rate_is_used_as_it_is():
@@ -251,7 +273,9 @@ def test_neither_factor_at_zero_asks_for_the_init():
     """Adapters with neither factor zero are refused until their init is said."""
     with pytest.raises(LawError, match=r"Neither factor.*'pissa'"):
         suggest_lr(nonzero())
-    assert suggest_lr(nonzero(), init="pissa").lr == pytest.approx(suggest_lr(model_of((8, 64))).lr / 10)
+    assert suggest_lr(nonzero(), init="pissa").lr == pytest.approx(
+        suggest_lr(model_of((8, 64))).lr / 10
+    )
 
 
 def test_a_declared_init_is_read():
@@ -294,7 +318,12 @@ REFUSED = [
     (Reference(16, 32), {"init": False}, LawError, "init False"),
     (Reference(16, 32), {"method": "full"}, InvalidReferenceError, "method='full', fan_in"),
     (Reference(16, 32), {"task": "code"}, InvalidReferenceError, "not 'code'"),
-    (Reference(method="full"), {"init": "pissa"}, InvalidReferenceError, "neither an init nor DoRA"),
+    (
+        Reference(method="full"),
+        {"init": "pissa"},
+        InvalidReferenceError,
+        "neither an init nor DoRA",
+    ),
     (Reference(method="full"), {"dora": True}, InvalidReferenceError, "neither an init nor DoRA"),
     (16, {}, InvalidReferenceError, "not for 16"),
     (nn.Linear(4, 4), {}, InspectionError, "No trainable LoRA pair"),
@@ -309,7 +338,9 @@ def test_bad_input_is_refused(model, options, error, message):
         suggest_lr(model, **options)
 
 
-@pytest.mark.parametrize(("declared", "name"), [("PiSSA_niter_8", "pissa"), (True, None), (None, None), ("eva", None)])
+@pytest.mark.parametrize(
+    ("declared", "name"), [("PiSSA_niter_8", "pissa"), (True, None), (None, None), ("eva", None)]
+)
 def test_published_inits_by_their_declaration(declared, name):
     """A value of init_lora_weights names a published non-zero init or none."""
     assert published_init(declared) == name
@@ -341,9 +372,21 @@ def call(*arguments):
 
 COMMANDS = [
     (("--rank", 16, "--alpha", 32), Reference(16, 32), {}),
-    (("--rank", 16, "--alpha", 32, "--rslora", "--fan-in", 768), Reference(16, 32, rslora=True, fan_in=768), {}),
-    (("--rank", 16, "--alpha", 32, "--init", "B", "--chat"), Reference(16, 32, init="B"), {"task": "chat"}),
-    (("--rank", 16, "--alpha", 32, "--init", "pissa", "--dora"), Reference(16, 32), {"init": "pissa", "dora": True}),
+    (
+        ("--rank", 16, "--alpha", 32, "--rslora", "--fan-in", 768),
+        Reference(16, 32, rslora=True, fan_in=768),
+        {},
+    ),
+    (
+        ("--rank", 16, "--alpha", 32, "--init", "B", "--chat"),
+        Reference(16, 32, init="B"),
+        {"task": "chat"},
+    ),
+    (
+        ("--rank", 16, "--alpha", 32, "--init", "pissa", "--dora"),
+        Reference(16, 32),
+        {"init": "pissa", "dora": True},
+    ),
     (("--full", "--fan-in", 4096), Reference(method="full", fan_in=4096), {}),
     (("--rank", 8, "--alpha", 8, "--optimizer", "Lion"), Reference(8, 8), {"optimizer": "Lion"}),
 ]
@@ -362,9 +405,14 @@ def folder(tmp_path):
     """Saves a PEFT folder of rank 8 on fan-in 32, with entries of its configuration."""
 
     def save(**config):
-        save_file({"q.lora_A.weight": torch.ones(8, 32), "q.lora_B.weight": torch.ones(48, 8)}, tmp_path / "m.sf")
+        save_file(
+            {"q.lora_A.weight": torch.ones(8, 32), "q.lora_B.weight": torch.ones(48, 8)},
+            tmp_path / "m.sf",
+        )
         (tmp_path / "m.sf").rename(tmp_path / "adapter_model.safetensors")
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16, **config}))
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps({"r": 8, "lora_alpha": 16, **config})
+        )
         return tmp_path
 
     return save
@@ -374,7 +422,12 @@ FOLDERS = [
     ({"init_lora_weights": True}, (), Reference(8, 16, fan_in=32), {}),
     ({"init_lora_weights": "pissa"}, (), Reference(8, 16, fan_in=32), {"init": "pissa"}),
     ({"init_lora_weights": "corda"}, ("--init", "A"), Reference(8, 16, fan_in=32), {}),
-    ({"use_rslora": True, "init_lora_weights": True}, (), Reference(8, 16, rslora=True, fan_in=32), {}),
+    (
+        {"use_rslora": True, "init_lora_weights": True},
+        (),
+        Reference(8, 16, rslora=True, fan_in=32),
+        {},
+    ),
     ({"init_lora_weights": "pissa"}, ("--full",), Reference(method="full", fan_in=32), {}),
 ]
 

@@ -32,7 +32,10 @@ def train(model: nn.Module, built: torch.optim.SGD, trial: ra.Trial) -> None:
     opt.load_state_dict(opt.state_dict())
     opt.add_param_group({"params": list(model.parameters())})
     assert_type(ra.RankAwareOptimizer(built, model=model), ra.RankAwareOptimizer)
-    assert_type(ra.RankAwareOptimizer(model.parameters(), "adamw", model=model, lr=1e-3), ra.RankAwareOptimizer)
+    assert_type(
+        ra.RankAwareOptimizer(model.parameters(), "adamw", model=model, lr=1e-3),
+        ra.RankAwareOptimizer,
+    )
     assert_type(trial.optimizer(model, weight_decay=0.01), ra.RankAwareOptimizer)
     ra.RankAwareOptimizer(model, "adamw", lr=1e-3, tuned_at="r=16,alpha=32")
     ra.RankAwareOptimizer(model, "adamw", lr=1e-3, tuned_at=Path("adapter"))

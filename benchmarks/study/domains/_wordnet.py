@@ -10,7 +10,11 @@ import torch
 from . import DomainError
 from ._assets import Asset
 
-WORDNET = Asset("debian", "wordnet-base=1:3.0-39", "f4f96d4d5d19061916c66cbb889a0119e6a46f9655051f5fd42b7317e46ce4db")
+WORDNET = Asset(
+    "debian",
+    "wordnet-base=1:3.0-39",
+    "f4f96d4d5d19061916c66cbb889a0119e6a46f9655051f5fd42b7317e46ce4db",
+)
 FIRST = 3  # the number of the first noun file, noun.Tops
 
 
@@ -33,4 +37,6 @@ def _nouns() -> str:
     try:
         return subprocess.run(unpack, shell=True, check=True, capture_output=True, text=True).stdout
     except subprocess.CalledProcessError as error:
-        raise DomainError(f"{WORDNET.path()} could not be unpacked: {error}.", "Install dpkg and tar.") from error
+        raise DomainError(
+            f"{WORDNET.path()} could not be unpacked: {error}.", "Install dpkg and tar."
+        ) from error

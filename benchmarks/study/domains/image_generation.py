@@ -30,7 +30,12 @@ class Batch(NamedTuple):
 
 
 def build(
-    rank: int | None, alpha: float, init: str, seed: int, width: int = WIDTH, pretraining: int = PRETRAINING
+    rank: int | None,
+    alpha: float,
+    init: str,
+    seed: int,
+    width: int = WIDTH,
+    pretraining: int = PRETRAINING,
 ) -> nn.Module:
     model = DiT(width)
     model.load_state_dict(pretrained(width, pretraining))
@@ -51,7 +56,9 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 @torch.no_grad()
 def evaluate(model: nn.Module) -> float:
     images, labels = digits(True)
-    return float(flow_loss(model, images[-HELD_OUT:], labels[-HELD_OUT:], torch.Generator().manual_seed(1)))
+    return float(
+        flow_loss(model, images[-HELD_OUT:], labels[-HELD_OUT:], torch.Generator().manual_seed(1))
+    )
 
 
 def pretrained(width: int = WIDTH, steps: int = PRETRAINING) -> dict[str, Tensor]:

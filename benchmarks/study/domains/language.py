@@ -41,4 +41,6 @@ def evaluate(model: nn.Module) -> float:
     return float(token_loss(model, next(windows(written[len(written) * 9 // 10 :], HELD_OUT, 1))))
 
 
-DOMAIN = Domain("language", STEPS, (4, 16, 64, 192), build, batches, token_loss, evaluate, BATCH, score=SCORE)
+DOMAIN = Domain(
+    "language", STEPS, (4, 16, 64, 192), build, batches, token_loss, evaluate, BATCH, score=SCORE
+)

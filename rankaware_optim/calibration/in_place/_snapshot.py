@@ -1,8 +1,9 @@
 """A snapshot of a model, taken before trials change it, and restored bit for bit.
 
-Frozen weights are not copied. What a trial may write is copied: parameters that train, buffers, and tensors that
-modules hold as plain attributes. Everything else (attributes, containers, hooks, modes, gradients, the identity of
-parameters) is kept by reference. Restoring it copies no memory and may be done twice.
+Frozen weights are not copied. What a trial may write is copied: parameters that train, buffers, and
+tensors that modules hold as plain attributes. Everything else (attributes, containers, hooks,
+modes, gradients, the identity of parameters) is kept by reference. Restoring it copies no memory
+and may be done twice.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ class _Held(NamedTuple):
             live[:] = content
             return
         is_dict = not isinstance(live, set)
-        if is_dict and list(live) == list(content) and all(live[key] is value for key, value in content.items()):
+        if (
+            is_dict
+            and list(live) == list(content)
+            and all(live[key] is value for key, value in content.items())
+        ):
             return
         live.clear()
         live.update(content)
@@ -94,14 +99,21 @@ class ModelState:
     ) -> None:
         written, replaced = {id(p) for p in changing}, {id(p) for p in unchanged}
         self._held = [held for name, module in walked.modules for held in _held_by(name, module)]
-        self._held += [_Held("an adapter's configuration", mapping, dict(mapping)) for mapping in also]
+        self._held += [
+            _Held("an adapter's configuration", mapping, dict(mapping)) for mapping in also
+        ]
         self._params = [_switches(name, param) for name, param in walked.parameters]
         changes = ((n, p) for n, p in walked.parameters if p.requires_grad or id(p) in written)
         kept = [*((n, p) for n, p in changes if id(p) not in replaced), *_loose_tensors(walked)]
-        self._values = [_Value(n, t, t.data, t.detach().clone()) for n, t in kept if _is_writable(t)]
+        self._values = [
+            _Value(n, t, t.data, t.detach().clone()) for n, t in kept if _is_writable(t)
+        ]
         copied = {id(entry.tensor) for entry in self._values} | replaced
-        # PEFT parametrizes experts in each forward pass, which counts as a write though no value changes.
-        experts = tuple(f"{name}." for name, module in walked.modules if hasattr(module, "parameter_name"))
+        # PEFT parametrizes experts in each forward pass, which counts as a write though no value
+        # changes.
+        experts = tuple(
+            f"{name}." for name, module in walked.modules if hasattr(module, "parameter_name")
+        )
         self._frozen = [
             (n, p, _version(p), _sum(p) if n.startswith(experts) else None)
             for n, p in walked.parameters
@@ -130,7 +142,8 @@ class ModelState:
                 left.append(entry.name)
         if left:
             raise CalibrationError(
-                f"These parts of the model could not be restored, all others were: {', '.join(dict.fromkeys(left))}.",
+                "These parts of the model could not be restored, all others were:"
+                f" {', '.join(dict.fromkeys(left))}.",
                 "Load the model again, or set these parts by hand.",
             ) from first
         if not isinstance(first, Exception):
@@ -149,13 +162,16 @@ class ModelState:
         for name, param, version, total in self._frozen:
             if _version(param) != version and (total is None or _sum(param) != total):
                 raise CalibrationError(
-                    f"step wrote the frozen parameter {name}, which has no copy and cannot be restored.",
+                    f"step wrote the frozen parameter {name}, which has no copy and cannot be"
+                    " restored.",
                     "Set its requires_grad, or keep it as a buffer: those are copied.",
                 )
 
 
 def _held_by(name: str, module: nn.Module) -> Iterator[_Held]:
-    """Yield a module's containers one level deep (parameters, buffers, hooks, dicts by adapter) and its attributes."""
+    """Yield a module's containers one level deep (parameters, buffers, hooks, dicts by adapter) and
+    its attributes.
+    """
     for key, value in vars(module).items():
         if isinstance(value, dict):
             yield _Held(f"{name}.{key}".lstrip("."), value, dict(value))
@@ -165,13 +181,19 @@ def _held_by(name: str, module: nn.Module) -> Iterator[_Held]:
 
 
 def _switches(name: str, param: torch.Tensor) -> _Param:
-    hooks: list[Any] = [getattr(param, key, None) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")]
-    held = tuple(_Held(name, live, dict(live)) for live in (*hooks, vars(param)) if isinstance(live, dict))
+    hooks: list[Any] = [
+        getattr(param, key, None) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")
+    ]
+    held = tuple(
+        _Held(name, live, dict(live)) for live in (*hooks, vars(param)) if isinstance(live, dict)
+    )
     return _Param(name, param, param.data, param.requires_grad, param.grad, held)
 
 
 def _loose_tensors(walked: Walk) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield buffers and tensors in plain attributes, each once, without quantised weights and views of parameters."""
+    """Yield buffers and tensors in plain attributes, each once, without quantised weights and views
+    of parameters.
+    """
     seen = {id(param) for _, param in walked.parameters}
     memory = {_memory(param) for _, param in walked.parameters}
     for name, module in walked.modules:
@@ -184,7 +206,9 @@ def _loose_tensors(walked: Walk) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return a key of the storage behind a tensor. It is unique for subclasses without one and for empty tensors."""
+    """Return a key of the storage behind a tensor. It is unique for subclasses without one and for
+    empty tensors.
+    """
     try:
         where = tensor.untyped_storage().data_ptr()
     except RuntimeError:
@@ -194,7 +218,9 @@ def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def _is_writable(tensor: torch.Tensor) -> bool:
     """Return whether a trial could write the tensor in place, and whether it can be restored."""
-    overlapping = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    overlapping = any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
     return not (overlapping or tensor.is_meta or tensor.is_inference())
 
 
@@ -207,13 +233,17 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _sum(tensor: torch.Tensor) -> int | None:
-    """Return the sum of a tensor's bits as whole numbers, which no NaN and no order changes. None without values."""
+    """Return the sum of a tensor's bits as whole numbers, which no NaN and no order changes. None
+    without values.
+    """
     if tensor.is_meta:
         return None
     bits = tensor.detach().flatten().view(torch.uint8)
     bits = bits.clone() if bits.storage_offset() % 8 else bits
     whole = bits.numel() // 8 * 8
-    return int(bits[:whole].view(torch.int64).sum()) + int(bits[whole:].sum())  # int64: without a copy of the bits
+    return int(bits[:whole].view(torch.int64).sum()) + int(
+        bits[whole:].sum()
+    )  # int64: without a copy of the bits
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -13,7 +13,9 @@ from ._safetensors import Header
 
 
 class NamedPair(NamedTuple):
-    """Two tensors by their names `a` and `b`, with their layer and adapter, and the rows with such names."""
+    """Two tensors by their names `a` and `b`, with their layer and adapter, and the rows with such
+    names.
+    """
 
     layer: str
     adapter: str
@@ -23,7 +25,9 @@ class NamedPair(NamedTuple):
 
 
 class _Spelling(NamedTuple):
-    """How rows name a pair's tensors. says_lora: a name with "lora" in it always belongs to an adapter."""
+    """How rows name a pair's tensors. says_lora: a name with "lora" in it always belongs to an
+    adapter.
+    """
 
     a: str
     b: str
@@ -55,7 +59,9 @@ def named_pairs(header: Header) -> list[NamedPair]:
             for spelling, pattern in patterns.get(factor, ()):
                 match = pattern.match(name)
                 if match is not None:
-                    held = places.setdefault((spelling, match["layer"] or "", match["adapter"] or ""), {})
+                    held = places.setdefault(
+                        (spelling, match["layer"] or "", match["adapter"] or ""), {}
+                    )
                     if held.setdefault(factor, name) != name:
                         raise _collision(header, held[factor], name)
 
@@ -64,37 +70,47 @@ def named_pairs(header: Header) -> list[NamedPair]:
     for (spelling, layer, adapter), held in places.items():
         if len(held) == 2 and taken.isdisjoint(held.values()):
             taken.update(held.values())
-            pairs.append(NamedPair(layer, adapter, rows[spelling], held[spelling.a], held[spelling.b]))
+            pairs.append(
+                NamedPair(layer, adapter, rows[spelling], held[spelling.a], held[spelling.b])
+            )
     for (spelling, *_), held in places.items():
         if spelling.says_lora and not taken.issuperset(held.values()):
             lone = next(name for name in held.values() if name not in taken)
             raise InspectionError(
-                f"{header.path}: {lone} lacks the other half of its LoRA pair.", "Save the adapter again."
+                f"{header.path}: {lone} lacks the other half of its LoRA pair.",
+                "Save the adapter again.",
             )
     return pairs
 
 
 def _pattern(key: str, factor: str, spelling: _Spelling) -> re.Pattern[str]:
-    """Return a regex for the names of `factor` by `key`, with the layer before it and possibly an adapter's name."""
+    """Return a regex for the names of `factor` by `key`, with the layer before it and possibly an
+    adapter's name.
+    """
     before, _, after = key.partition("{}")
     joint = "" if key.startswith("_") else r"\."
     adapter = r"(?P<adapter>)"
     if spelling.by_adapter:  # DyLoRA's slices have names such as lora_A.0
         adapter = rf"(?:\.(?P<adapter>{'' if after else r'(?!(?:[0-9]+|bias|weight)$)'}[^.]+))?"
-    return re.compile(rf"(?:(?P<layer>.+?){joint})?{re.escape(before)}{factor}{adapter}{re.escape(after)}$")
+    return re.compile(
+        rf"(?:(?P<layer>.+?){joint})?{re.escape(before)}{factor}{adapter}{re.escape(after)}$"
+    )
 
 
 def refuse_collisions(header: Header, pairs: Iterable[Pair]) -> None:
-    """Raise if two pairs belong to the same adapter of one layer, also if their prefixes or markers differ.
+    """Raise if two pairs belong to the same adapter of one layer, also if their prefixes or markers
+    differ.
 
-    A layer may have pairs of several rows if these are registered or read stacks, since their owner adapts several
-    matrices.
+    A layer may have pairs of several rows if these are registered or read stacks, since their owner
+    adapts several matrices.
     """
     seen: dict[tuple[str, str], dict[str, Pair]] = {}
     for pair in pairs:
         row = pair.convention
         rival = "rows" in row.layouts and row in CONVENTIONS
-        there = seen.setdefault((pair.layer.removeprefix("base_model.model."), "" if rival else row.name), {})
+        there = seen.setdefault(
+            (pair.layer.removeprefix("base_model.model."), "" if rival else row.name), {}
+        )
         twin = there.get(pair.adapter) or there.get("")
         if twin is not None or (there and not pair.adapter):
             raise _collision(header, (twin or next(iter(there.values()))).a.name, pair.a.name)
@@ -103,5 +119,6 @@ def refuse_collisions(header: Header, pairs: Iterable[Pair]) -> None:
 
 def _collision(header: Header, one: str, other: str) -> InspectionError:
     return InspectionError(
-        f"{header.path}: {one} and {other} collide: both belong to one layer's pair.", "Save the adapter again."
+        f"{header.path}: {one} and {other} collide: both belong to one layer's pair.",
+        "Save the adapter again.",
     )

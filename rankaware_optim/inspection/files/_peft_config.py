@@ -30,7 +30,9 @@ Check = Callable[[Any], bool]
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A checked configuration. where: its file. values: its entries. prefix: the layers to which it applies."""
+    """A checked configuration. where: its file. values: its entries. prefix: the layers to which it
+    applies.
+    """
 
     where: str
     values: Mapping[str, Any]
@@ -42,7 +44,9 @@ class AdapterConfig:
 
     @property
     def enabled(self) -> int:
-        """The number of adapted matrices of a fused layer (`enable_lora` of loralib and litgpt); 0 if unknown."""
+        """The number of adapted matrices of a fused layer (`enable_lora` of loralib and litgpt); 0
+        if unknown.
+        """
         return sum(self.values.get("enable_lora") or ())
 
     def scaling(self, alpha: float, rank: float) -> float:
@@ -53,37 +57,54 @@ class AdapterConfig:
         """Return the declarations for each of these layers, whose names are those in the file.
 
         Raises:
-            InspectionError: a pattern is not a regex or takes too long, or a stack's rank is ambiguous.
+            InspectionError: a pattern is not a regex or takes too long, or a stack's rank is
+                ambiguous.
         """
-        paths = {layer: layer.removeprefix(self.prefix).partition(".base_layer")[0] for layer in layers}
+        paths = {
+            layer: layer.removeprefix(self.prefix).partition(".base_layer")[0] for layer in layers
+        }
         stacks = _targeted(self.values.get("target_parameters") or [], paths.values())
         names = [name for path, found in stacks.items() for name in found or [path]]
-        ranks, alphas = self._by_pattern("rank_pattern", names), self._by_pattern("alpha_pattern", names)
-        r, alpha = self.values.get("init_r" if self.is_adalora else "r"), self.values.get("lora_alpha")
+        ranks, alphas = (
+            self._by_pattern("rank_pattern", names),
+            self._by_pattern("alpha_pattern", names),
+        )
+        r, alpha = (
+            self.values.get("init_r" if self.is_adalora else "r"),
+            self.values.get("lora_alpha"),
+        )
         made: dict[str, Declared] = {}
         for layer, path in paths.items():
-            said = {(ranks.get(name, r), alphas.get(name, alpha)) for name in stacks[path] or [path]}
+            said = {
+                (ranks.get(name, r), alphas.get(name, alpha)) for name in stacks[path] or [path]
+            }
             if len(said) > 1:
                 raise InspectionError(
-                    f"{self.where}: its patterns give {layer} several ranks or alphas, and the file does not say which "
-                    "of the target_parameters it adapts.",
+                    f"{self.where}: its patterns give {layer} several ranks or alphas, and the file"
+                    " does not say which of the target_parameters it adapts.",
                     "Inspect the model itself with inspect_model.",
                 )
             made[layer] = Declared(*said.pop(), bool(stacks[path]), self)
         return made
 
     def _by_pattern(self, key: str, names: Sequence[str]) -> dict[str, Any]:
-        patterns: dict[str, Any] = {} if self.is_adalora else self.values.get(key) or {}  # AdaLoRA's are masks
+        patterns: dict[str, Any] = (
+            {} if self.is_adalora else self.values.get(key) or {}
+        )  # AdaLoRA's are masks
         values = list(patterns.values())
         try:
             first = first_matches(list(patterns), names)
         except ValueError as error:
-            raise InspectionError(f"{self.where} has no usable pattern: {error}. @ {key}", _FROM_PEFT) from error
+            raise InspectionError(
+                f"{self.where} has no usable pattern: {error}. @ {key}", _FROM_PEFT
+            ) from error
         return {name: values[i] for name, i in zip(names, first, strict=True) if i is not None}
 
 
 class Declared(NamedTuple):
-    """A configuration's declarations for one layer: rank, alpha, and whether it is a `target_parameters` stack."""
+    """A configuration's declarations for one layer: rank, alpha, and whether it is a
+    `target_parameters` stack.
+    """
 
     rank: int | None = None
     alpha: float | None = None
@@ -92,7 +113,9 @@ class Declared(NamedTuple):
 
 
 def _targeted(targets: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
-    """Return, by module in `paths`, the parameters targeted by entries such as "experts.gate_up_proj"."""
+    """Return, by module in `paths`, the parameters targeted by entries such as
+    "experts.gate_up_proj".
+    """
     by_module: dict[str, list[str]] = {}
     for module, _, name in (target.rpartition(".") for target in dict.fromkeys(targets)):
         by_module.setdefault(module, []).append(name)
@@ -104,7 +127,7 @@ def _targeted(targets: Iterable[str], paths: Iterable[str]) -> dict[str, list[st
     return made
 
 
-# --- patterns -------------------------------------------------------------------------------------------------------
+# --- patterns -------------------------------------------------------------------------------------
 
 _SECONDS = 5.0
 _PATTERNS = 1000  # most patterns that are matched in this process
@@ -119,11 +142,13 @@ json.dump(first, sys.stdout)
 
 
 def first_matches(patterns: Sequence[str], names: Sequence[str]) -> Sequence[int | None]:
-    """Return, for each name, the index of the first key of `rank_pattern` or `alpha_pattern` that PEFT would use.
+    """Return, for each name, the index of the first key of `rank_pattern` or `alpha_pattern` that
+    PEFT would use.
 
-    That is the first key for which the regex (.*\\.)?(key)$ matches. Keys are untrusted, and matching a regex can take
-    very long. Keys with groups, classes or repeats are matched in a separate process, which is stopped after five
-    seconds. The others take a time linear in the length of the name.
+    That is the first key for which the regex (.*\\.)?(key)$ matches. Keys are untrusted, and
+    matching a regex can take very long. Keys with groups, classes or repeats are matched in a
+    separate process, which is stopped after five seconds. The others take a time linear in the
+    length of the name.
 
     Raises:
         ValueError: a pattern is not a regex, or they take more than five seconds.
@@ -138,7 +163,10 @@ def first_matches(patterns: Sequence[str], names: Sequence[str]) -> Sequence[int
         compiled = [re.compile(pattern) for pattern in wrapped]
     except re.error as error:
         raise ValueError(one_line(str(error))) from error
-    return [next((i for i, pattern in enumerate(compiled) if pattern.match(name)), None) for name in names]
+    return [
+        next((i for i, pattern in enumerate(compiled) if pattern.match(name)), None)
+        for name in names
+    ]
 
 
 def _matched_apart(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
@@ -151,19 +179,22 @@ def _matched_apart(patterns: Sequence[str], names: Sequence[str]) -> list[int | 
     except OSError as error:
         raise ValueError(f"no process could be started to match them: {error}") from error
     if done.returncode:
-        raise ValueError(one_line(done.stderr) or f"matching them ended with code {done.returncode}")
+        raise ValueError(
+            one_line(done.stderr) or f"matching them ended with code {done.returncode}"
+        )
     found: list[int | None] = json.loads(done.stdout)
     return found
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_config(path: Path) -> AdapterConfig:
     """Read PEFT's adapter_config.json.
 
     Raises:
-        InspectionError: it is missing, not a JSON object, or an entry that is used has the wrong type.
+        InspectionError: it is missing, not a JSON object, or an entry that is used has the wrong
+            type.
     """
     if not os.path.isfile(path):
         raise InspectionError(f"There is no file {path}.", _FROM_PEFT)
@@ -179,7 +210,9 @@ def read_config(path: Path) -> AdapterConfig:
 
 
 def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterConfig]:
-    """Return the configurations in a diffusers file, one for each part of the model ("unet.r", "text_encoder.r")."""
+    """Return the configurations in a diffusers file, one for each part of the model ("unet.r",
+    "text_encoder.r").
+    """
     text = metadata.get("lora_adapter_metadata")
     if not text:
         return []
@@ -187,13 +220,23 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
     try:
         values = parse_json(text.encode())
     except (ValueError, RecursionError) as error:
-        raise InspectionError(f"{where} cannot be read: {error}.", "Save the adapter again.") from error
+        raise InspectionError(
+            f"{where} cannot be read: {error}.", "Save the adapter again."
+        ) from error
     if not isinstance(values, dict):
         raise InspectionError(f"{where} is no JSON object.", "Save the adapter again.")
-    prefixes = sorted({key[:-1] for key in values if key == "r" or key.endswith(".r")}, key=len, reverse=True)
+    prefixes = sorted(
+        {key[:-1] for key in values if key == "r" or key.endswith(".r")}, key=len, reverse=True
+    )
     if len(prefixes) > _PARTS_LIMIT:
-        raise InspectionError(f"{where} configures {len(prefixes)} parts.", f"Save at most {_PARTS_LIMIT} in one file.")
-    parts = {p: {k.removeprefix(p): value for k, value in values.items() if k.startswith(p)} for p in prefixes}
+        raise InspectionError(
+            f"{where} configures {len(prefixes)} parts.",
+            f"Save at most {_PARTS_LIMIT} in one file.",
+        )
+    parts = {
+        p: {k.removeprefix(p): value for k, value in values.items() if k.startswith(p)}
+        for p in prefixes
+    }
     return [_checked(where, part, prefix) for prefix, part in parts.items()]
 
 
@@ -215,12 +258,19 @@ def _checked(where: str, values: object, prefix: str = _PEFT_PREFIX) -> AdapterC
 
 
 def _check_patterns(what: str, where: str, key: str, patterns: Any, is_good: Check) -> None:
-    _require("table of patterns", where, key, patterns, lambda found: not found or isinstance(found, dict))
+    _require(
+        "table of patterns",
+        where,
+        key,
+        patterns,
+        lambda found: not found or isinstance(found, dict),
+    )
     for pattern, value in (patterns or {}).items():
         _require(what, where, f"{key}.{shown(pattern)}", value, is_good)
         if len(pattern) > _PATTERN_LIMIT:
             raise InspectionError(
-                f"{where} has a pattern of {len(pattern)} characters, above this reader's {_PATTERN_LIMIT}. @ {key}",
+                f"{where} has a pattern of {len(pattern)} characters, above this reader's"
+                f" {_PATTERN_LIMIT}. @ {key}",
                 "Give an adapter as PEFT saves it.",
             )
 
@@ -228,7 +278,8 @@ def _check_patterns(what: str, where: str, key: str, patterns: Any, is_good: Che
 def _require(what: str, where: str, key: str, value: Any, is_good: Check) -> None:
     if not is_good(value):
         raise InspectionError(
-            f"{where} has no usable {what}: it is {shown(value)}. @ {key}", "Give an adapter as PEFT saves it."
+            f"{where} has no usable {what}: it is {shown(value)}. @ {key}",
+            "Give an adapter as PEFT saves it.",
         )
 
 
@@ -237,12 +288,18 @@ def _is_rank(value: object) -> bool:
 
 
 def is_alpha(value: object) -> bool:
-    """Return whether `value` is a positive number whose quotient by a rank is within a float's range."""
+    """Return whether `value` is a positive number whose quotient by a rank is within a float's
+    range.
+    """
     return type(value) in (int, float) and 1e-30 <= value <= 1e30  # type: ignore[operator]
 
 
 def _is_list_of(kind: type, value: Any) -> bool:
-    good = isinstance(value, list) and len(value) <= _LIST_LIMIT and all(isinstance(entry, kind) for entry in value)
+    good = (
+        isinstance(value, list)
+        and len(value) <= _LIST_LIMIT
+        and all(isinstance(entry, kind) for entry in value)
+    )
     return not value or good
 
 

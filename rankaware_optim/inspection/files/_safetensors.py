@@ -31,7 +31,9 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """The contents of a safetensors file by name, in the header's order. metadata: its table of strings."""
+    """The contents of a safetensors file by name, in the header's order. metadata: its table of
+    strings.
+    """
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -57,23 +59,30 @@ class Header:
                         data = b"\0\0" + data
                     if code is None or len(data) != struct.calcsize(code):
                         raise InspectionError(
-                            f"{self.path}: {name} of dtype {tensor.dtype} cannot be read as a number.",
+                            f"{self.path}: {name} of dtype {tensor.dtype} cannot be read as a"
+                            " number.",
                             "Save it as a float of 16, 32 or 64 bits.",
                         )
                     values[name] = float(struct.unpack(code, data)[0])
         except OSError as error:
-            raise InspectionError(f"{self.path} cannot be read: {error}.", "Copy the file again.") from error
+            raise InspectionError(
+                f"{self.path} cannot be read: {error}.", "Copy the file again."
+            ) from error
         return values
 
 
 def read_header(path: Path) -> Header:
-    """Read a file's header: eight bytes of length, then JSON of at most 25 MB. Its tensors must fill the rest exactly.
+    """Read a file's header: eight bytes of length, then JSON of at most 25 MB. Its tensors must
+    fill the rest exactly.
 
     Raises:
-        InspectionError: the file is not regular, is cut short, has another format, or its header does not describe it.
+        InspectionError: the file is not regular, is cut short, has another format, or its header
+            does not describe it.
     """
     if not os.path.isfile(path):
-        raise InspectionError(f"There is no file {path}.", "Give a PEFT folder or a .safetensors file.")
+        raise InspectionError(
+            f"There is no file {path}.", "Give a PEFT folder or a .safetensors file."
+        )
     try:
         with path.open("rb", buffering=0) as file:
             length = _length(path, file.read(8), os.fstat(file.fileno()).st_size)
@@ -94,7 +103,9 @@ def read_header(path: Path) -> Header:
         ) from error
     metadata = document.pop("__metadata__", {})
     if metadata is None:
-        raise InspectionError(f"{path}: __metadata__ is not a table of strings.", "Save the adapter again.")
+        raise InspectionError(
+            f"{path}: __metadata__ is not a table of strings.", "Save the adapter again."
+        )
     tensors: dict[str, Tensor] = {}
     for name, entry in document.items():
         if not name.isprintable() or len(name) > _NAME_LIMIT:
@@ -102,8 +113,12 @@ def read_header(path: Path) -> Header:
                 f"{path}: a tensor is called {shown(name)}.",
                 f"Give every tensor a name of at most {_NAME_LIMIT} printable characters.",
             )
-        if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):  # safe_open reads lists and enums too
-            raise InspectionError(f"{path} has no usable header: {name} is not an entry.", "Save the adapter again.")
+        if not isinstance(entry, dict) or not isinstance(
+            entry["dtype"], str
+        ):  # safe_open reads lists and enums too
+            raise InspectionError(
+                f"{path} has no usable header: {name} is not an entry.", "Save the adapter again."
+            )
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), begin, end)
     return Header(path, tensors, metadata)
@@ -112,10 +127,13 @@ def read_header(path: Path) -> Header:
 def _length(path: Path, first: bytes, size: int) -> int:
     length = int.from_bytes(first, "little")
     if len(first) < 8 or not 2 <= length <= size - 8:
-        raise InspectionError(f"{path} is not a complete safetensors file.", "Copy it again, or give another file.")
+        raise InspectionError(
+            f"{path} is not a complete safetensors file.", "Copy it again, or give another file."
+        )
     if length > _LIMIT:
         raise InspectionError(
-            f"{path} has a header of {length} bytes, above this reader's {_LIMIT}.", "Give an adapter's own file."
+            f"{path} has a header of {length} bytes, above this reader's {_LIMIT}.",
+            "Give an adapter's own file.",
         )
     return length
 

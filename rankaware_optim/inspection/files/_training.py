@@ -1,4 +1,6 @@
-"""How an adapter was trained, from its file's metadata. kohya's scripts write rates, optimizer and steps into it."""
+"""How an adapter was trained, from its file's metadata. kohya's scripts write rates, optimizer and
+steps into it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _PARTS = (("UNet", "ss_unet_lr", "lora_unet"), ("text encoder", "ss_text_encoder
 
 
 class PartRate(NamedTuple):
-    """The base rate of a part of the model, per step, and the part's survey. part: "" for the whole model."""
+    """The base rate of a part of the model, per step, and the part's survey. part: "" for the whole
+    model.
+    """
 
     part: str
     lr: float
@@ -27,7 +31,9 @@ class PartRate(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """An adapter's training, from its file: rates, the optimizer's class and settings, number of steps."""
+    """An adapter's training, from its file: rates, the optimizer's class and settings, number of
+    steps.
+    """
 
     rates: tuple[PartRate, ...]
     optimizer: str = ""
@@ -44,8 +50,8 @@ class Training:
 def read_training(path: str | Path) -> Training:
     """Return how the adapter at `path` was trained, from kohya's metadata.
 
-    A part's rate is ss_unet_lr or ss_text_encoder_lr, by default ss_learning_rate. Several text encoders are separate
-    parts.
+    A part's rate is ss_unet_lr or ss_text_encoder_lr, by default ss_learning_rate. Several text
+    encoders are separate parts.
 
     Raises:
         InspectionError: the file has no rate, or an impossible one; or as for `inspect_file`.
@@ -71,11 +77,15 @@ def _rates(file: Path, survey: Survey, said: Mapping[str, str]) -> Iterator[Part
     for part, key, prefix in _PARTS if any(own.values()) else (("", "", ""),):
         rates = own.get(key) or common[:1]
         for number, lr in enumerate(rates, 1):
-            several = len(rates) > 1  # with two encoders kohya's layers are lora_te1_..., lora_te2_...
+            several = (
+                len(rates) > 1
+            )  # with two encoders kohya's layers are lora_te1_..., lora_te2_...
             start = f"{prefix}{number}_" if several else prefix
             held = tuple(f for f in survey.factors if f.layer.startswith(start))
             if held and lr > 0:
-                yield PartRate(f"{part} {number}" if several else part, lr, replace(survey, factors=held))
+                yield PartRate(
+                    f"{part} {number}" if several else part, lr, replace(survey, factors=held)
+                )
 
 
 def _numbers(file: Path, key: str, said: Mapping[str, str]) -> list[float]:
@@ -88,7 +98,9 @@ def _numbers(file: Path, key: str, said: Mapping[str, str]) -> list[float]:
     except ValueError:
         values = [math.nan]
     if not all(0 <= value < 1e6 for value in values):
-        raise InspectionError(f"{file}: {key} in its metadata is {shown(text)}.", "Give the rate yourself.")
+        raise InspectionError(
+            f"{file}: {key} in its metadata is {shown(text)}.", "Give the rate yourself."
+        )
     return values
 
 
@@ -97,7 +109,9 @@ def _is_dotted(name: str) -> bool:
 
 
 def _settings(arguments: str) -> dict[str, Any]:
-    """Return the literal values of a text such as "scale_parameter=False,betas=(0.9, 0.99)", as kohya writes it."""
+    """Return the literal values of a text such as "scale_parameter=False,betas=(0.9, 0.99)", as
+    kohya writes it.
+    """
     try:
         call = ast.parse(f"f({arguments.removesuffix(')')[:10_000]})", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -1,4 +1,6 @@
-"""Files that ms-swift loads by path. They have a separate folder, since it puts their folder first in sys.path."""
+"""Files that ms-swift loads by path. They have a separate folder, since it puts their folder first
+in sys.path.
+"""
 
 from pathlib import Path
 

@@ -1,10 +1,12 @@
 """The plug-in for ms-swift, which loads this file by its path.
 
-    RANKAWARE_TUNED_AT="r=16,alpha=32" swift sft --external_plugins .../rankaware_swift.py --optimizer rankaware ...
+    RANKAWARE_TUNED_AT="r=16,alpha=32" swift sft --external_plugins .../rankaware_swift.py
+    --optimizer rankaware ...
 
-`--learning_rate` is the rate tuned there; `--optim`, weight decay, betas and the schedule are ms-swift's own. Settings
-are environment variables: RANKAWARE_ and the name of an argument of `RankAwareOptimizer`, in capitals.
-`rankaware convert --as swift` prints the lines, with this file's path.
+`--learning_rate` is the rate tuned there; `--optim`, weight decay, betas and the schedule are
+ms-swift's own. Settings are environment variables: RANKAWARE_ and the name of an argument of
+`RankAwareOptimizer`, in capitals. `rankaware convert --as swift` prints the lines, with this file's
+path.
 """
 
 from __future__ import annotations
@@ -26,8 +28,14 @@ class RankAware(OptimizerCallback):
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.trainer.optimizer_cls_and_kwargs is None:
-            said = {name: text for name, text in os.environ.items() if name.startswith(_PREFIX) and name not in _OTHERS}
-            settings = settings_from_words({name[len(_PREFIX) :].lower(): text for name, text in said.items()})
+            said = {
+                name: text
+                for name, text in os.environ.items()
+                if name.startswith(_PREFIX) and name not in _OTHERS
+            }
+            settings = settings_from_words(
+                {name[len(_PREFIX) :].lower(): text for name, text in said.items()}
+            )
             rate = {} if "recipe" in settings else {"lr": self.args.learning_rate}
             attach(self.trainer, **rate, **settings)
         return super().create_optimizer(model)

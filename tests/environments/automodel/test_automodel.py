@@ -29,7 +29,16 @@ class Block(nn.Module):
 
 def printed(target):
     """The configuration that our command prints for a target, read as YAML."""
-    asked = ["convert", "2e-4", "--from", "r=16,alpha=16,fan_in=16", "--to", target, "--as", "automodel"]
+    asked = [
+        "convert",
+        "2e-4",
+        "--from",
+        "r=16,alpha=16,fan_in=16",
+        "--to",
+        target,
+        "--as",
+        "automodel",
+    ]
     done = CliRunner().invoke(main, asked)
     assert done.exit_code == 0, done.output
     return yaml.safe_load(done.output)
@@ -51,7 +60,9 @@ def scheduler(optimizers, style):
 
     data = torch.utils.data.DataLoader(torch.zeros(STEPS, 1), batch_size=1)
     steps = StepScheduler(1, 1, 1, data, num_epochs=1, preemption_signal=None)
-    return optim.LRSchedulerConfig(lr_warmup_steps=2, lr_decay_style=style).build(optimizers, steps)[0]
+    return optim.LRSchedulerConfig(lr_warmup_steps=2, lr_decay_style=style).build(
+        optimizers, steps
+    )[0]
 
 
 @pytest.mark.parametrize("style", ["cosine", "linear", "constant"])

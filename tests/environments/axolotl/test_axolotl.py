@@ -17,7 +17,15 @@ QUIET = {"AXOLOTL_DO_NOT_TRACK": "1"}
 def test_axolotls_command_trains_the_example(tmp_path):
     """`axolotl train` loads the plug-in by one YAML line, prints its report once and logs rates that it moved."""
     tiny(tmp_path)
-    out = run(tmp_path, "axolotl", "train", str(EXAMPLES / "axolotl.yaml"), "--launcher", "python", **QUIET)
+    out = run(
+        tmp_path,
+        "axolotl",
+        "train",
+        str(EXAMPLES / "axolotl.yaml"),
+        "--launcher",
+        "python",
+        **QUIET,
+    )
     assert out.count("RankAwareOptimizer(AdamW)") == 1
     assert "rank_multiplier/A/r64" in out
     assert (tmp_path / "axolotl-out" / "adapter_model.safetensors").is_file()
@@ -28,7 +36,9 @@ def test_axolotls_command_has_ours():
     from axolotl.cli.main import cli
     from click.testing import CliRunner
 
-    done = CliRunner().invoke(cli, ["rankaware", "convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=16,alpha=16"])
+    done = CliRunner().invoke(
+        cli, ["rankaware", "convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=16,alpha=16"]
+    )
     assert "Two rates: 0.0002 for A, 0.0004 for B (exact)." in done.output
 
 
@@ -76,4 +86,6 @@ def test_groups_that_axolotl_would_make_are_refused():
     from rankaware_optim.integrations.axolotl import Plugin
 
     with pytest.raises(OptimizerError, match="embedding_lr is of groups that Axolotl makes"):
-        Plugin().post_trainer_create(DictDefault({"embedding_lr": 1e-5, "learning_rate": 1e-4}), None)
+        Plugin().post_trainer_create(
+            DictDefault({"embedding_lr": 1e-5, "learning_rate": 1e-4}), None
+        )

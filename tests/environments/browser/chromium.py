@@ -49,7 +49,9 @@ def install() -> None:
         print("playwright's download did not come; trying apt.", file=sys.stderr)
     sudo = [] if os.geteuid() == 0 else ["sudo"]
     subprocess.run([*sudo, "apt-get", "update", "-q"], check=True)
-    subprocess.run([*sudo, "apt-get", "install", "-q", "-y", "--no-install-recommends", "chromium"], check=True)
+    subprocess.run(
+        [*sudo, "apt-get", "install", "-q", "-y", "--no-install-recommends", "chromium"], check=True
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rankaware_optim import Constant, LoRAPlus, MuA, Power, RankAwareWarning, Recipe, RecipeError, Reference
+from rankaware_optim import (
+    Constant,
+    LoRAPlus,
+    MuA,
+    Power,
+    RankAwareWarning,
+    Recipe,
+    RecipeError,
+    Reference,
+)
 from rankaware_optim.recipe._html import rate_table, report_html
 
 from ...helpers.recipes import KINDS, RECIPE
@@ -20,7 +29,9 @@ MUON = MuA().bind(torch.optim.Muon, {}) if hasattr(torch.optim, "Muon") else MuA
 
 def recipe(law, reference=AT_A, **changes) -> Recipe:
     """A recipe as a calibration at ranks 4 and 64 would leave it."""
-    wide = replace(RECIPE, reference=reference, full_fan_in=3072.0, lean=0.25, law=law, notes=("as given",))
+    wide = replace(
+        RECIPE, reference=reference, full_fan_in=3072.0, lean=0.25, law=law, notes=("as given",)
+    )
     return replace(wide, **changes)
 
 
@@ -95,11 +106,15 @@ def test_the_control_gives_what_the_recipe_gives(name, visit):
             continue
         low, high = text_of(page, "band").split(" to ")
         shown = (text_of(page, "lr"), low, high)
-        assert list(map(float, shown)) == pytest.approx([rate.lr, rate.low, rate.high], rel=5.1e-3), target
+        assert list(map(float, shown)) == pytest.approx(
+            [rate.lr, rate.low, rate.high], rel=5.1e-3
+        ), target
         ceiling = text_of(page, "ceiling")
         assert (ceiling == "none seen") == (rate.ceiling is None)
         assert rate.ceiling is None or float(ceiling) == pytest.approx(rate.ceiling, rel=5.1e-3)
-        assert text_of(page, "known") == ("extrapolated" if rate.extrapolated else "within what was tried"), target
+        assert text_of(page, "known") == (
+            "extrapolated" if rate.extrapolated else "within what was tried"
+        ), target
         assert page.locator("#answer li").all_inner_texts() == list(rate.notes)
 
 
@@ -152,14 +167,18 @@ def test_no_width_needs_scrolling_sideways(width, kind, visit):
     page = visit(report_html(made), viewport={"width": width, "height": 700})
     ask(page, (100, None, False) if made.ranks else None)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    sizes = page.locator("section").evaluate_all("all => all.map(s => [s.scrollWidth, s.clientWidth])")
+    sizes = page.locator("section").evaluate_all(
+        "all => all.map(s => [s.scrollWidth, s.clientWidth])"
+    )
     assert all(inner <= outer for inner, outer in sizes)
 
 
 def test_hostile_names_stay_text(visit):
     """A recipe's words are shown as they are and run as nothing."""
     words = """</script><script>alert("x")</script><img src=x onerror=alert(1)> & {{ 7 * 7 }} ${alert(2)}"""
-    made = replace(RECIPE, name=words, settings={words: words}, notes=(words,), versions={words: words})
+    made = replace(
+        RECIPE, name=words, settings={words: words}, notes=(words,), versions={words: words}
+    )
     page = visit(report_html(made))
     assert page.locator("h1").inner_text() == f"Recipe {words}"
     assert words in page.locator("#answer li").all_inner_texts()
@@ -193,7 +212,12 @@ def test_text_has_contrast_in_light_and_dark(scheme, visit):
     page = visit(report_html(RECIPE), color_scheme=scheme)
     card = page.locator("section").first.evaluate("e => getComputedStyle(e).backgroundColor")
     assert (luminance(card) > 0.5) == (scheme == "light")
-    for selector, name in ((".soft", "color"), ("dd.big", "color"), ("h2", "color"), ("svg text", "fill")):
+    for selector, name in (
+        (".soft", "color"),
+        ("dd.big", "color"),
+        ("h2", "color"),
+        ("svg text", "fill"),
+    ):
         ink = page.locator(selector).first.evaluate(f"e => getComputedStyle(e).{name}")
         light, dark = sorted((luminance(ink), luminance(card)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, selector
@@ -203,7 +227,9 @@ def test_the_answer_is_announced(visit):
     """The rate is in a live region, and every drawing has a name for those who do not see it."""
     page = visit(report_html(RECIPE))
     assert page.get_by_role("status").inner_text().count("90 % band") == 1
-    for label in page.get_by_role("img").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))"):
+    for label in page.get_by_role("img").evaluate_all(
+        "all => all.map(e => e.getAttribute('aria-label'))"
+    ):
         assert len(label) > 30
     assert page.get_by_role("img").count() == 3
 

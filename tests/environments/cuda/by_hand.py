@@ -28,7 +28,9 @@ needs_device = pytest.mark.skipif(
     DEVICE == "cuda" and not torch.cuda.is_available(),
     reason="There is no CUDA device here. RANKAWARE_DEVICE=cpu runs what a CPU can.",
 )
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no CUDA device here.")
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="There is no CUDA device here."
+)
 
 
 def new_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -68,7 +70,9 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def gradients(model: nn.Module, scale: float = 1.0) -> dict[str, torch.Tensor]:
     """The same of gradients, divided by the scale that they carry."""
-    return {name: whole(p.grad) / scale for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        name: whole(p.grad) / scale for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -99,4 +103,6 @@ class ByHand:
     def agrees(self, model: nn.Module, within: float = 1e-3) -> None:
         """Every parameter is what it should be: within a share of its own rate, and float32's rounding."""
         for name, value in values(model).items():
-            torch.testing.assert_close(value, self.params[name], rtol=1e-6, atol=within * rates()[name], msg=name)
+            torch.testing.assert_close(
+                value, self.params[name], rtol=1e-6, atol=within * rates()[name], msg=name
+            )

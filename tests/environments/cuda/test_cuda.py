@@ -96,7 +96,11 @@ def autocast(dtype):
 def test_grad_scaler_in_fp16(kernel, infinite, unscale):
     """fp16 under GradScaler: updates are those of the unscaled gradients, and a step with an infinite one is left."""
     model, forward = new_model(), autocast(torch.float16)
-    opt, hand, scaler = ours(model, **kernel), ByHand(model), torch.amp.GradScaler(DEVICE, init_scale=128.0)
+    opt, hand, scaler = (
+        ours(model, **kernel),
+        ByHand(model),
+        torch.amp.GradScaler(DEVICE, init_scale=128.0),
+    )
     for i, x in enumerate(inputs()):
         opt.zero_grad()
         scale = scaler.get_scale()
@@ -251,7 +255,9 @@ def one_process(tmp_path):
     import torch.distributed as dist
 
     backend = "cuda:nccl,cpu:gloo" if DEVICE == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    dist.init_process_group(
+        backend, init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1
+    )
     yield dist.device_mesh.init_device_mesh(DEVICE, (1,))
     dist.destroy_process_group()
 

@@ -24,7 +24,9 @@ class Pair:
     ignored: (message, category, module) of warnings by third parties that the processes let pass.
     """
 
-    def __init__(self, ignored: tuple[tuple[str, type[Warning], str], ...] = (), **environment: str) -> None:
+    def __init__(
+        self, ignored: tuple[tuple[str, type[Warning], str], ...] = (), **environment: str
+    ) -> None:
         self.ignored = ignored
         self.environment = environment
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -42,7 +44,9 @@ class Pair:
         except BaseException:
             self.stop()
             raise
-        failures = [f"rank {rank}: {value}" for rank, (fine, value) in enumerate(answers) if not fine]
+        failures = [
+            f"rank {rank}: {value}" for rank, (fine, value) in enumerate(answers) if not fine
+        ]
         if failures:
             self.stop()
             raise AssertionError("\n".join(failures))
@@ -65,7 +69,13 @@ class Pair:
             listener._listener._socket.settimeout(START_S)  # type: ignore[attr-defined]
             script = str(Path(__file__).with_name("worker.py"))
             for rank in range(WORLD):
-                command = [sys.executable, script, str(rank), str(group_port), str(listener.address[1])]
+                command = [
+                    sys.executable,
+                    script,
+                    str(rank),
+                    str(group_port),
+                    str(listener.address[1]),
+                ]
                 self.processes.append(subprocess.Popen(command, env=environment))
             accepted = [listener.accept() for _ in range(WORLD)]
         by_rank = {connection.recv(): connection for connection in accepted}

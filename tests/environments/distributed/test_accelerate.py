@@ -11,7 +11,18 @@ from torch import nn
 from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import batches, same
-from .training import FORMS, WIDTH, by_class, by_hand, expected_tags, loss, new_model, tagged, train, weights
+from .training import (
+    FORMS,
+    WIDTH,
+    by_class,
+    by_hand,
+    expected_tags,
+    loss,
+    new_model,
+    tagged,
+    train,
+    weights,
+)
 
 pytest.importorskip("accelerate")
 
@@ -25,9 +36,13 @@ def accelerator(kind: str, accumulate: int = 1) -> Any:
         state._shared_state.clear()
     made = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     if kind == "fsdp2":
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1
+        )
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+        AcceleratorState._shared_state.update(
+            distributed_type=DistributedType.FSDP, fsdp_plugin=plugin
+        )
     return made
 
 
@@ -62,7 +77,9 @@ def test_prepared_trains_as_by_hand(pair, kind, form, accumulate):
         assert got["type"] == expected["type"] == wrapper
 
 
-def resumed(kind: str, folder: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], bool]:
+def resumed(
+    kind: str, folder: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], bool]:
     """Six steps, and three with three more by newly prepared objects that loaded what the first saved."""
     straight, opt = accelerator(kind).prepare(*built())
     train(straight, opt, 0, 6)

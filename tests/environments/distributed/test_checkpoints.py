@@ -36,7 +36,9 @@ def new(wrapper: str) -> nn.Module:
     return WRAPPERS[wrapper](new_model())
 
 
-def resumed(wrapper: str, options: str, kind: str, folder: str = "", reverse: bool = False) -> dict[str, Any]:
+def resumed(
+    wrapper: str, options: str, kind: str, folder: str = "", reverse: bool = False
+) -> dict[str, Any]:
     """Six steps, and three with three more after a checkpoint; with a folder the state goes through files."""
     straight, broken = new(wrapper), new(wrapper)
     train(straight, by_class(straight, kind), 0, 6)
@@ -53,14 +55,20 @@ def resumed(wrapper: str, options: str, kind: str, folder: str = "", reverse: bo
     set_optimizer_state_dict(broken, again, state, options=how)
     keys = [type(key).__name__ for key in again.state]
     train(broken, again, 3, 6)
-    return {"both": (weights(straight), weights(broken)), "tags": (tagged(opt), tagged(again)), "keys": set(keys)}
+    return {
+        "both": (weights(straight), weights(broken)),
+        "tags": (tagged(opt), tagged(again)),
+        "keys": set(keys),
+    }
 
 
 def from_parameters(model: nn.Module, kind: str, reverse: bool) -> Any:
     trained = [p for p in model.parameters() if p.requires_grad]
     native, settings = KINDS[kind]
     params = trained[::-1] if reverse else trained
-    return RankAwareOptimizer(params, native, model=model, lr=LR, tuned_at=AT_16, init="A", **settings)
+    return RankAwareOptimizer(
+        params, native, model=model, lr=LR, tuned_at=AT_16, init="A", **settings
+    )
 
 
 def check(answers: list[dict[str, Any]]) -> None:

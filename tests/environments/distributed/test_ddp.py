@@ -29,7 +29,9 @@ from .training import (
     weights,
 )
 
-IGNORED = (("`torch.jit", DeprecationWarning, "torch"),)  # torch.distributed.optim scripts at import
+IGNORED = (
+    ("`torch.jit", DeprecationWarning, "torch"),
+)  # torch.distributed.optim scripts at import
 
 
 def ours(form: str, kind: str, first: str) -> dict[str, Any]:
@@ -73,7 +75,9 @@ def saved_then_resumed() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     train(broken, opt, 0, 3)
     later = new_model()
     later.load_state_dict(broken.module.state_dict())
-    resumed = by_class(later, init="A")  # built before the model is wrapped, from a checkpoint of a wrapped one
+    resumed = by_class(
+        later, init="A"
+    )  # built before the model is wrapped, from a checkpoint of a wrapped one
     resumed.load_state_dict(opt.state_dict())
     train(DistributedDataParallel(later), resumed, 3, 6)
     return weights(straight), weights(later)
@@ -93,18 +97,25 @@ def zero(kind: str, source: str) -> dict[str, Any]:
 
     model = DistributedDataParallel(new_model())
     cls, settings = KINDS[kind]
-    by_law = ra.rank_aware_param_groups(model, lr=LR, tuned_at=AT_16, named=False, optimizer_class=cls)
+    by_law = ra.rank_aware_param_groups(
+        model, lr=LR, tuned_at=AT_16, named=False, optimizer_class=cls
+    )
     groups = by_law if source == "law" else hand_groups(model, kind)
     opt = ZeroRedundancyOptimizer(groups, optimizer_class=cls, lr=LR, **settings)
     train(model, opt)
-    return {"weights": weights(model), "lrs": sorted({effective_lr(group) for group in opt.param_groups})}
+    return {
+        "weights": weights(model),
+        "lrs": sorted({effective_lr(group) for group in opt.param_groups}),
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_redundancy_trains_as_by_hand(pair, kind):
     """ZeroRedundancyOptimizer on unnamed groups of ours is, bit for bit, that on groups by hand, and plain DDP."""
     plain = pair.run(native, kind)
-    for got, hand, expected in zip(pair.run(zero, kind, "law"), pair.run(zero, kind, "hand"), plain, strict=True):
+    for got, hand, expected in zip(
+        pair.run(zero, kind, "law"), pair.run(zero, kind, "hand"), plain, strict=True
+    ):
         assert got["lrs"] == hand["lrs"]
         assert same(got["weights"], hand["weights"])
         assert same(got["weights"], expected)
@@ -115,7 +126,11 @@ def zero_refuses(make: str) -> str:
 
     model = new_model()
     built = RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT_16)
-    cls = type(built) if make == "type" else partial(RankAwareOptimizer, optimizer="adamw", model=model)
+    cls = (
+        type(built)
+        if make == "type"
+        else partial(RankAwareOptimizer, optimizer="adamw", model=model)
+    )
     with pytest.raises(OptimizerError) as refused:
         ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, lr=LR)
     return str(refused.value)

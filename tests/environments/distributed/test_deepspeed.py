@@ -13,7 +13,19 @@ import rankaware_optim as ra
 from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import batches, same
-from .training import AT_16, FORMS, LR, WIDTH, by_class, by_hand, half, loss, new_model, train, weights
+from .training import (
+    AT_16,
+    FORMS,
+    LR,
+    WIDTH,
+    by_class,
+    by_hand,
+    half,
+    loss,
+    new_model,
+    train,
+    weights,
+)
 
 pytest.importorskip("deepspeed")
 
@@ -30,11 +42,17 @@ def engine_of(form: str, stage: int, **own: Any) -> Any:
     if form == "groups":
         groups = ra.rank_aware_param_groups(model, lr=LR, tuned_at=AT_16)
         settings = {"torch_adam": True, "lr": LR, "weight_decay": 0.1}
-        return initialize(model, stage, optimizer={"type": "AdamW", "params": settings}, model_parameters=groups)
-    return initialize(model, stage, built=by_hand(model) if form == "hand" else FORMS[form](model, **own))
+        return initialize(
+            model, stage, optimizer={"type": "AdamW", "params": settings}, model_parameters=groups
+        )
+    return initialize(
+        model, stage, built=by_hand(model) if form == "hand" else FORMS[form](model, **own)
+    )
 
 
-def initialize(model: nn.Module, stage: int, built: Any = None, model_parameters: Any = None, **further: Any) -> Any:
+def initialize(
+    model: nn.Module, stage: int, built: Any = None, model_parameters: Any = None, **further: Any
+) -> Any:
     import deepspeed
 
     config = {
@@ -45,7 +63,11 @@ def initialize(model: nn.Module, stage: int, built: Any = None, model_parameters
         **further,
     }
     return deepspeed.initialize(
-        model=model, optimizer=built, model_parameters=model_parameters, config=config, dist_init_required=False
+        model=model,
+        optimizer=built,
+        model_parameters=model_parameters,
+        config=config,
+        dist_init_required=False,
     )[0]
 
 
@@ -58,7 +80,10 @@ def run(engine: Any, first: int = 0, last: int = 4) -> None:
 def trained(form: str, stage: int, native_type: bool = False) -> dict[str, Any]:
     engine = engine_of(form, stage, **({"native_type": True} if native_type else {}))
     run(engine)
-    return {"weights": weights(engine), "lrs": sorted({effective_lr(group) for group in engine.optimizer.param_groups})}
+    return {
+        "weights": weights(engine),
+        "lrs": sorted({effective_lr(group) for group in engine.optimizer.param_groups}),
+    }
 
 
 @pytest.mark.parametrize("native_type", [False, True])
@@ -90,7 +115,9 @@ def test_zero_trains_as_one_process(pair, stage):
         torch.testing.assert_close(got["weights"], weights(model), rtol=1e-4, atol=1e-6)
 
 
-def resumed(stage: int, folder: str, **own: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def resumed(
+    stage: int, folder: str, **own: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     straight, broken = engine_of("class", stage, **own), engine_of("class", stage, **own)
     run(straight, 0, 6)
     run(broken, 0, 3)
@@ -105,5 +132,7 @@ def resumed(stage: int, folder: str, **own: Any) -> tuple[dict[str, torch.Tensor
 @pytest.mark.parametrize("stage", [1, 2])
 def test_checkpoint_of_zero_resumes(pair, stage, native_type, tmp_path):
     """DeepSpeed's own checkpoint goes on bit for bit, with our class and with the native one."""
-    for straight, again in pair.run(partial(resumed, native_type=native_type), stage, str(tmp_path)):
+    for straight, again in pair.run(
+        partial(resumed, native_type=native_type), stage, str(tmp_path)
+    ):
         assert same(straight, again)

@@ -16,7 +16,19 @@ import rankaware_optim as ra
 from rankaware_optim import CheckpointError, InspectionError
 
 from ...helpers.models import BASES, STYLES, adapted, mlp, same
-from .training import FORMS, KINDS, RANKS, WIDTH, by_class, by_hand, expected_tags, new_model, tagged, train, weights
+from .training import (
+    FORMS,
+    KINDS,
+    RANKS,
+    WIDTH,
+    by_class,
+    by_hand,
+    expected_tags,
+    new_model,
+    tagged,
+    train,
+    weights,
+)
 
 IGNORED = ((".* has both parameters with requires_grad", UserWarning, "torch"),)
 each_policy = pytest.mark.parametrize("policy", ["whole", "layers"])
@@ -49,7 +61,9 @@ def native(kind: str, policy: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 def test_fsdp1_trains_as_by_hand(pair, form, kind, policy):
     """Every share of a weight is the native optimizer's bit for bit, at the rate of its declared rank."""
-    for got, hand in zip(pair.run(ours, form, kind, policy), pair.run(native, kind, policy), strict=True):
+    for got, hand in zip(
+        pair.run(ours, form, kind, policy), pair.run(native, kind, policy), strict=True
+    ):
         assert same(got["weights"], hand)
         assert got["tags"] == expected_tags(kind=kind)
 
@@ -116,7 +130,9 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "init", "sentence"), REFUSALS, ids=[model for model, _, _ in REFUSALS])
+@pytest.mark.parametrize(
+    ("model", "init", "sentence"), REFUSALS, ids=[model for model, _, _ in REFUSALS]
+)
 def test_what_flat_shards_do_not_tell_is_asked(pair, model, init, sentence):
     """What neither shards nor declarations tell is refused with a sentence, by both processes alike."""
     first, second = pair.run(refusal, model, init)
@@ -128,8 +144,12 @@ def peft_model() -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
-    base = nn.Sequential(OrderedDict(first=nn.Linear(16, 16), act=nn.Tanh(), last=nn.Linear(16, 16)))
-    config = LoraConfig(target_modules=["first", "last"], r=4, lora_alpha=4, rank_pattern={"last": 8})
+    base = nn.Sequential(
+        OrderedDict(first=nn.Linear(16, 16), act=nn.Tanh(), last=nn.Linear(16, 16))
+    )
+    config = LoraConfig(
+        target_modules=["first", "last"], r=4, lora_alpha=4, rank_pattern={"last": 8}
+    )
     return get_peft_model(base, config)
 
 
@@ -149,7 +169,9 @@ def test_survey_of_peft_in_flat_shards(pair):
 # --- state ----------------------------------------------------------------------------------------------------------
 
 
-def resumed(policy: str, through: str, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def resumed(
+    policy: str, through: str, kind: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     straight, broken = sharded(policy), sharded(policy)
     train(straight, by_class(straight, kind, init="A"), 0, 6)
     opt = by_class(broken, kind, init="A")
@@ -166,7 +188,9 @@ def resumed(policy: str, through: str, kind: str) -> tuple[dict[str, torch.Tenso
 
 # On CPU, FSDP.optim_state_dict gathers every moment of a parameter into one buffer, for native optimizers too, so that
 # AdamW's first moment comes out as its second: only optimizers of one moment can be gathered there.
-@pytest.mark.parametrize(("through", "kind"), [("shards", "AdamW"), ("shards", "SGD"), ("full", "SGD")])
+@pytest.mark.parametrize(
+    ("through", "kind"), [("shards", "AdamW"), ("shards", "SGD"), ("full", "SGD")]
+)
 @each_policy
 def test_state_of_fsdp1_resumes(pair, policy, through, kind):
     """A state of shards, or one that FSDP gathered and cut again, goes on bit for bit."""

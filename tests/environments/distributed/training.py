@@ -44,7 +44,9 @@ def by_class(model: nn.Module, kind: str = "AdamW", **own: Any) -> Any:
 def by_instance(model: nn.Module, kind: str = "AdamW", **own: Any) -> Any:
     native, settings = KINDS[kind]
     trained = [p for p in model.parameters() if p.requires_grad]
-    return RankAwareOptimizer(native(trained, lr=LR, **settings), model=model, tuned_at=AT_16, **own)
+    return RankAwareOptimizer(
+        native(trained, lr=LR, **settings), model=model, tuned_at=AT_16, **own
+    )
 
 
 def by_hand(model: nn.Module, kind: str = "AdamW") -> torch.optim.Optimizer:
@@ -76,7 +78,9 @@ FORMS: dict[str, Callable[..., Any]] = {"class": by_class, "instance": by_instan
 # --- a task ---------------------------------------------------------------------------------------------------------
 
 
-def train(model: nn.Module, opt: Any, first: int = 0, last: int = 4, backward: Any = torch.Tensor.backward) -> None:
+def train(
+    model: nn.Module, opt: Any, first: int = 0, last: int = 4, backward: Any = torch.Tensor.backward
+) -> None:
     """Steps `first` to `last` of one task, on this process's half of every batch."""
     for x in list(batches(last, width=WIDTH))[first:]:
         backward(loss(model, half(x)))
@@ -95,7 +99,9 @@ def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The trained parameters, whole, under the names of the bare model; under FSDP1 what this process holds."""
-    return {canonical_name(name): whole(p) for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        canonical_name(name): whole(p) for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,7 +111,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def tagged(opt: Any) -> dict[str, tuple[float, int | None]]:
     """Every parameter's rate and declared rank, by name."""
-    return {n: (effective_lr(g), g["lora_rank"]) for g in opt.param_groups for n in g["param_names"]}
+    return {
+        n: (effective_lr(g), g["lora_rank"]) for g in opt.param_groups for n in g["param_names"]
+    }
 
 
 def expected_tags(init: str = "A", kind: str = "AdamW") -> dict[str, tuple[float, int | None]]:

@@ -22,7 +22,9 @@ WORLD = 2
 
 
 def main(rank: int, group_port: int, test_port: int) -> None:
-    sys.modules["tests"] = package = types.ModuleType("tests")  # as pytest's importlib mode names it
+    sys.modules["tests"] = package = types.ModuleType(
+        "tests"
+    )  # as pytest's importlib mode names it
     package.__path__ = [str(Path(__file__).parents[2])]
     _join(rank, group_port)
     with Client(("127.0.0.1", test_port), authkey=bytes.fromhex(os.environ["TEST_KEY"])) as test:

@@ -45,7 +45,10 @@ def page(browser, address):
     context.set_default_timeout(60_000)
     opened, wrong = context.new_page(), []
     opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("request", lambda request: request.url.startswith((address, "data:")) or wrong.append(request.url))
+    opened.on(
+        "request",
+        lambda request: request.url.startswith((address, "data:")) or wrong.append(request.url),
+    )
     yield opened
     context.close()
     assert wrong == []

@@ -35,16 +35,24 @@ def test_every_link_leads_somewhere(page, address):
             if target.endswith((".html", "/")):
                 waiting.append(target)
             else:
-                assert (SITE / unquote(target.removeprefix(address))).exists(), f"{link}, linked from {url}"
+                assert (SITE / unquote(target.removeprefix(address))).exists(), (
+                    f"{link}, linked from {url}"
+                )
     places = {link: urldefrag(link) for link in asked}
     lost = [f"{link}, linked from {asked[link]}" for link, (target, place) in places.items()
             if place and unquote(place) not in ids.get(target, {unquote(place)})]  # fmt: skip
     assert lost == []
     built = {path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html")}
-    assert built - {url.removeprefix(address) for url in ids} <= {"search.html", "genindex.html", "py-modindex.html"}
+    assert built - {url.removeprefix(address) for url in ids} <= {
+        "search.html",
+        "genindex.html",
+        "py-modindex.html",
+    }
 
 
-@pytest.mark.parametrize(("words", "page_found"), [("convention", "extend/convention"), ("rsLoRA", "faq")])
+@pytest.mark.parametrize(
+    ("words", "page_found"), [("convention", "extend/convention"), ("rsLoRA", "faq")]
+)
 def test_the_search_finds(page, address, words, page_found):
     """A word typed into the search box leads to the page about it."""
     page.goto(address + "index.html")
@@ -52,7 +60,9 @@ def test_the_search_finds(page, address, words, page_found):
     page.keyboard.press("Enter")
     page.locator("ul.search li a").first.wait_for()
     found = page.locator("ul.search li a").evaluate_all(HREFS)
-    assert any(urldefrag(href).url.removeprefix(address).startswith(f"{page_found}.html") for href in found)
+    assert any(
+        urldefrag(href).url.removeprefix(address).startswith(f"{page_found}.html") for href in found
+    )
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -24,7 +24,10 @@ class Hub:
 
     def sha(self, repo: str) -> str:
         """A commit's hash: that of all files."""
-        listed = [(path, hashlib.sha1(data).hexdigest()) for path, data in sorted(self.repos[repo].items())]
+        listed = [
+            (path, hashlib.sha1(data).hexdigest())
+            for path, data in sorted(self.repos[repo].items())
+        ]
         return hashlib.sha1(repr(listed).encode()).hexdigest()
 
     def commit(self, repo: str, lines: list[bytes]) -> None:
@@ -60,12 +63,16 @@ class Handler(BaseHTTPRequestHandler):
             elif tree:
                 files = self.hub.repos[repo].items()
                 entry = [
-                    {"type": "file", "path": p, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for p, d in files
+                    {"type": "file", "path": p, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                    for p, d in files
                 ]
                 self._answer(200, entry)
             else:
                 siblings = [{"rfilename": name} for name in self.hub.repos[repo]]
-                self._answer(200, {"id": repo, "modelId": repo, "sha": self.hub.sha(repo), "siblings": siblings})
+                self._answer(
+                    200,
+                    {"id": repo, "modelId": repo, "sha": self.hub.sha(repo), "siblings": siblings},
+                )
         else:
             self._resolve(body=True)
 
@@ -78,18 +85,29 @@ class Handler(BaseHTTPRequestHandler):
             repo = f"{asked['organization'] or 'me'}/{asked['name']}"
             known = repo in self.hub.repos
             self.hub.repos.setdefault(repo, {".gitattributes": b""})
-            self._answer(409 if known else 200, {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo})
+            self._answer(
+                409 if known else 200, {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo}
+            )
         elif path == "/api/validate-yaml":
             self._answer(200, {"warnings": [], "errors": []})
         elif "/preupload/" in path:
             names = [file["path"] for file in json.loads(data)["files"]]
-            modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+            modes = [
+                {"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names
+            ]
             self._answer(200, {"files": modes})
         elif "/commit/" in path:
             repo = path.removeprefix("/api/models/").partition("/commit/")[0]
             self.hub.commit(repo, data.splitlines())
             sha = self.hub.sha(repo)
-            self._answer(200, {"commitUrl": f"{self.hub.url}/{repo}/commit/{sha}", "commitOid": sha, "success": True})
+            self._answer(
+                200,
+                {
+                    "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}",
+                    "commitOid": sha,
+                    "success": True,
+                },
+            )
         else:
             self._answer(404, {"error": f"no route {path}"})
 
@@ -102,10 +120,15 @@ class Handler(BaseHTTPRequestHandler):
         if repo not in self.hub.repos:
             self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         elif name not in self.hub.repos[repo]:
-            self._answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.hub.sha(repo)})
+            self._answer(
+                404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.hub.sha(repo)}
+            )
         else:
             content = self.hub.repos[repo][name]
-            tags = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": self.hub.sha(repo)}
+            tags = {
+                "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+                "X-Repo-Commit": self.hub.sha(repo),
+            }
             self._answer(200, content, tags, body=body)
 
     def _refused(self, path: str) -> bool:
@@ -114,7 +137,9 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(self.hub.refuses, {"error": "not today"}, {"X-Error-Message": "not today"})
         return bool(self.hub.refuses)
 
-    def _answer(self, status: int, content: object, headers: dict[str, str] | None = None, body: bool = True) -> None:
+    def _answer(
+        self, status: int, content: object, headers: dict[str, str] | None = None, body: bool = True
+    ) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():

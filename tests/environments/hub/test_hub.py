@@ -36,11 +36,19 @@ def run(hub, tmp_path):
 
     def ran(code: str, *arguments: object, cache: str = "cache", **environment: str) -> str:
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / cache), "HF_HUB_OFFLINE": "0"}
-        own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "MPLBACKEND": "agg"}
+        own |= {
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "MPLBACKEND": "agg",
+        }
         own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
         command = [sys.executable, "-c", f"import sys\n{HEAD}{code}", *map(str, arguments)]
-        ended = subprocess.run(command, env={**os.environ, **own, **environment}, capture_output=True, text=True)
-        return ended.stdout.strip() if not ended.returncode else ended.stderr.strip().splitlines()[-1]
+        ended = subprocess.run(
+            command, env={**os.environ, **own, **environment}, capture_output=True, text=True
+        )
+        return (
+            ended.stdout.strip() if not ended.returncode else ended.stderr.strip().splitlines()[-1]
+        )
 
     return ran
 
@@ -71,17 +79,27 @@ def test_the_card_says_what_was_calibrated(hub: Hub, run):
     assert "![Trials and rates by rank](rankaware/recipe.png)" in card
     assert all(f"    {line}" in card for line in RECIPE.explain().splitlines())
     files = set(hub.repos[REPO])
-    run(f"from dataclasses import replace\nreplace(RECIPE, fitted_lr=4e-3).push_to_hub({REPO!r}, token='t')")
+    run(
+        f"from dataclasses import replace\nreplace(RECIPE, fitted_lr=4e-3).push_to_hub({REPO!r}, token='t')"
+    )
     again = hub.repos[REPO]["README.md"].decode()
     assert again != card
-    assert again.count("## Learning rate") == again.count("- rankaware-recipe") == again.count("# digits") == 1
+    assert (
+        again.count("## Learning rate")
+        == again.count("- rankaware-recipe")
+        == again.count("# digits")
+        == 1
+    )
     assert "base_model: org/base" in again
     assert set(hub.repos[REPO]) == files
 
 
 def test_an_adapters_repository_keeps_its_own(hub: Hub, run):
     """In an adapter's repository its files and its card stay; the tag, the section and the subfolder are added."""
-    own = {"README.md": b"---\nlicense: mit\nbase_model: org/own\n---\n# Mine\n\nWords.\n", "adapter.safetensors": b"x"}
+    own = {
+        "README.md": b"---\nlicense: mit\nbase_model: org/own\n---\n# Mine\n\nWords.\n",
+        "adapter.safetensors": b"x",
+    }
     hub.repos[REPO] = dict(own)
     run(f"RECIPE.push_to_hub({REPO!r}, token='t')")
     card = hub.repos[REPO]["README.md"].decode()

@@ -61,7 +61,9 @@ class Case:
 
 def by_class(case: Case, model: nn.Module) -> Any:
     params = model if case.groups != "muon" else case.own(model)
-    return RankAwareOptimizer(params, case.kind, model=model, tuned_at=AT_16, **case.rate, **case.settings)
+    return RankAwareOptimizer(
+        params, case.kind, model=model, tuned_at=AT_16, **case.rate, **case.settings
+    )
 
 
 def by_instance(case: Case, model: nn.Module) -> Any:
@@ -88,7 +90,9 @@ def _parts(case: Case, model: nn.Module) -> list[tuple[float, dict[str, Any]]]:
             layer, role = names[id(param)].split(".")
             rank = getattr(model.get_submodule(layer), "r", None)
             cut.setdefault((rank, role if rank else "other"), []).append(param)
-        parts += [(multiplier(rank, case), {**own, "params": params}) for (rank, _), params in cut.items()]
+        parts += [
+            (multiplier(rank, case), {**own, "params": params}) for (rank, _), params in cut.items()
+        ]
     return parts
 
 

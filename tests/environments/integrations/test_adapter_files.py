@@ -33,7 +33,9 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(50, 16)
-        self.layers = nn.ModuleList(nn.ModuleDict({n: nn.Linear(16, 24) for n in ("q", "k", "v")}) for _ in range(2))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({n: nn.Linear(16, 24) for n in ("q", "k", "v")}) for _ in range(2)
+        )
         self.conv = nn.Conv2d(4, 8, 3)
         self.grouped = nn.Conv2d(4, 8, 3, groups=2)
         self.attention = nn.MultiheadAttention(16, 2)
@@ -45,7 +47,10 @@ def lora(**settings) -> object:
     return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"], **settings})
 
 
-PATTERNS = {"rank_pattern": {"0.v": 2, r"layers\.[1-9]\.(q|v)": 8}, "alpha_pattern": {"v": 32, "^layers.0.q": 1}}
+PATTERNS = {
+    "rank_pattern": {"0.v": 2, r"layers\.[1-9]\.(q|v)": 8},
+    "alpha_pattern": {"v": 32, "^layers.0.q": 1},
+}
 SAVED = {
     "linear": lambda: lora(),
     "head": lambda: lora(modules_to_save=["head"]),
@@ -58,7 +63,9 @@ SAVED = {
     "attention": lambda: lora(target_modules=["attention"], alpha_pattern={"attention": 2}),
     "experts": lambda: lora(target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
     "experts of a pattern": lambda: lora(
-        target_parameters=["experts.down_proj"], rank_pattern={"experts.down_proj": 2}, alpha_pattern={"down_proj": 1}
+        target_parameters=["experts.down_proj"],
+        rank_pattern={"experts.down_proj": 2},
+        alpha_pattern={"down_proj": 1},
     ),
     "gaussian": lambda: lora(init_lora_weights="gaussian"),
     "both drawn": lambda: lora(init_lora_weights=False),
@@ -72,7 +79,14 @@ SAVED = {
 def facts(survey: Survey, prefix: str = "") -> dict[tuple[str, str], tuple]:
     """What a law needs to know of each factor, by layer and role."""
     return {
-        (f"{prefix}{f.layer}", f.role): (f.rank, f.fan_in, f.fan_out, pytest.approx(f.scaling), f.init, f.kind)
+        (f"{prefix}{f.layer}", f.role): (
+            f.rank,
+            f.fan_in,
+            f.fan_out,
+            pytest.approx(f.scaling),
+            f.init,
+            f.kind,
+        )
         for f in survey.factors
     }
 
@@ -94,10 +108,14 @@ def test_a_folder_saved_by_peft_is_the_live_model(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "shown"), [("LoHaConfig", "LoHa"), ("LoKrConfig", "LoKr"), ("VeraConfig", "VeRA")])
+@pytest.mark.parametrize(
+    ("kind", "shown"), [("LoHaConfig", "LoHa"), ("LoKrConfig", "LoKr"), ("VeraConfig", "VeRA")]
+)
 def test_an_adapter_without_a_law_is_named(kind, shown, tmp_path):
     """A folder of another kind is a survey without factors, whose tensors `rankaware inspect` names by kind."""
-    peft.get_peft_model(Model(), getattr(peft, kind)(r=4, target_modules=["q"])).save_pretrained(tmp_path)
+    peft.get_peft_model(Model(), getattr(peft, kind)(r=4, target_modules=["q"])).save_pretrained(
+        tmp_path
+    )
     survey = inspect_file(tmp_path)
     done = CliRunner().invoke(main, ["inspect", str(tmp_path)])
     assert (survey.factors, done.exit_code) == ((), 0)
@@ -133,7 +151,17 @@ KEYS = [
 @pytest.mark.parametrize("order", [KEYS, KEYS[::-1], KEYS[:3], KEYS[4:6]], ids=len)
 def test_patterns_are_peft_s(order):
     """The first key that matches is the one that PEFT takes, whether matched here or in a process apart."""
-    names = ["q", "v", "layers.0.q", "layers.1.q", "layers.10.v", "model.layers.0.q", "layers.0.qv", "x", "layers"]
+    names = [
+        "q",
+        "v",
+        "layers.0.q",
+        "layers.1.q",
+        "layers.10.v",
+        "model.layers.0.q",
+        "layers.0.qv",
+        "x",
+        "layers",
+    ]
     first = first_matches(order, names)
     ours = [name if i is None else order[i] for name, i in zip(names, first, strict=True)]
     assert ours == [peft.utils.other.get_pattern_key(order, name) for name in names]
@@ -163,10 +191,14 @@ def test_a_file_saved_by_lycoris_is_the_live_network(name, tmp_path):
     """Rank, fans, scaling, kind and convention of linear layers, convolutions and Tucker cores, in kohya's keys."""
     network = lycoris_network(**NETWORKS[name])
     network.apply_to()
-    network.save_weights(str(tmp_path / "x.safetensors"), torch.bfloat16, {"ss_network_module": "lycoris.kohya"})
+    network.save_weights(
+        str(tmp_path / "x.safetensors"), torch.bfloat16, {"ss_network_module": "lycoris.kohya"}
+    )
     saved = inspect_file(tmp_path / "x.safetensors")
     live = ra.inspect_model(network, init="A")
-    assert {key: value[:4] for key, value in facts(saved).items()} == {k: v[:4] for k, v in facts(live).items()}
+    assert {key: value[:4] for key, value in facts(saved).items()} == {
+        k: v[:4] for k, v in facts(live).items()
+    }
     assert conventions(saved) == conventions(live)
     assert {f.init for f in saved.factors} == {"unknown"}
     done = CliRunner().invoke(main, ["inspect", str(tmp_path / "x.safetensors")])
@@ -205,7 +237,9 @@ def unet():
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
-    made.add_adapter(lora(target_modules=targets, rank_pattern={"to_v": 2}, alpha_pattern={"to_v": 1}))
+    made.add_adapter(
+        lora(target_modules=targets, rank_pattern={"to_v": 2}, alpha_pattern={"to_v": 1})
+    )
     return made
 
 
@@ -241,7 +275,9 @@ def test_old_keys_of_diffusers_are_read(unet, tmp_path):
     assert any(".lora.down." in key for key in state)
     save(unet, tmp_path, state)
     saved, live = inspect_file(tmp_path), ra.inspect_model(unet)
-    assert {k: v[:3] for k, v in facts(saved).items()} == {k: v[:3] for k, v in facts(live, "unet.").items()}
+    assert {k: v[:3] for k, v in facts(saved).items()} == {
+        k: v[:3] for k, v in facts(live, "unet.").items()
+    }
     assert {f.scaling for f in saved.factors} == {1.0}
     assert any("scaling 1 is assumed" in note for note in saved.notes)
 
@@ -252,5 +288,7 @@ def test_a_config_of_another_adapter_is_refused(tmp_path):
     peft.get_peft_model(Model(), lora()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 64}))
-    with pytest.raises(ra.InspectionError, match=r"rank 4 by its shape .*adapter_config\.json declares 64"):
+    with pytest.raises(
+        ra.InspectionError, match=r"rank 4 by its shape .*adapter_config\.json declares 64"
+    ):
         inspect_file(tmp_path)

@@ -62,7 +62,9 @@ def words():
 
 def texts(**columns):
     """Sixteen rows of short texts; a column's text is followed by the row's number as a word."""
-    return datasets.Dataset.from_dict({n: [f"{text} w{i % 30 + 2}" for i in range(16)] for n, text in columns.items()})
+    return datasets.Dataset.from_dict(
+        {n: [f"{text} w{i % 30 + 2}" for i in range(16)] for n, text in columns.items()}
+    )
 
 
 def sft(model, folder, **route):
@@ -71,10 +73,19 @@ def sft(model, folder, **route):
 
 
 def reward(model, folder, **route):
-    kept = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["score"])
+    kept = peft.LoraConfig(
+        task_type="SEQ_CLS", r=4, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["score"]
+    )
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=32, max_position_embeddings=16, pad_token_id=0, num_labels=1, **sizes)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = transformers.LlamaConfig(
+        vocab_size=32, max_position_embeddings=16, pad_token_id=0, num_labels=1, **sizes
+    )
     adapted = peft.get_peft_model(transformers.LlamaForSequenceClassification(config), kept)
     data = texts(chosen="w2 w3", rejected="w4 w5")
     own = arguments(folder, trl.RewardConfig, max_length=None, max_steps=2)
@@ -99,13 +110,17 @@ def online(trainer, config):
         args = arguments(folder, config, **own)
         rewards = [lambda completions, **_: [float(len(set(text))) for text in completions]]
         data = texts(prompt="w2 w3")
-        return trainer(model, rewards, args=args, train_dataset=data, processing_class=words(), **route)
+        return trainer(
+            model, rewards, args=args, train_dataset=data, processing_class=words(), **route
+        )
 
     return made
 
 
 def plain(model, folder, **route):
-    return transformers.Trainer(model, arguments(folder, max_steps=2), train_dataset=tokens(), **route)
+    return transformers.Trainer(
+        model, arguments(folder, max_steps=2), train_dataset=tokens(), **route
+    )
 
 
 MAKERS = {
@@ -120,7 +135,9 @@ MAKERS = {
 
 
 def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {
+        name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -168,9 +185,18 @@ def test_a_second_run_prints_no_second_report(tmp_path, capsys):
 def with_norms_and_biases(kept=("input_layernorm",)):
     """One rank throughout, and beside the pairs trainable norms and biases."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=32, max_position_embeddings=16, attention_bias=True, **sizes)
-    lora = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], bias="lora_only", modules_to_save=list(kept))
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = transformers.LlamaConfig(
+        vocab_size=32, max_position_embeddings=16, attention_bias=True, **sizes
+    )
+    lora = peft.LoraConfig(
+        r=4, lora_alpha=4, target_modules=["q_proj"], bias="lora_only", modules_to_save=list(kept)
+    )
     return peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
 
 
@@ -206,13 +232,19 @@ def test_the_arguments_reach_the_optimizer(tmp_path, prepare, optim):
     """A uniform model trains as under Trainer's own optimizer, bit for bit: decay, who is spared it, betas, epsilon."""
     ours, own = run_with(tmp_path, prepare, optim), run_with(tmp_path, optim=optim)
     assert same(weights(ours), weights(own))
-    decays = {(g["weight_decay"], any("norm" in n for n in g["param_names"])) for g in ours.optimizer.param_groups}
+    decays = {
+        (g["weight_decay"], any("norm" in n for n in g["param_names"]))
+        for g in ours.optimizer.param_groups
+    }
     assert decays == {(0.5, False), (0.0, True)}
 
 
 def test_what_is_given_holds_over_the_arguments(tmp_path):
     """A rate, decay and betas given to attach hold; what is left unset in the arguments leaves the class its own."""
-    trainer = run_with(tmp_path, lambda trainer: attach(trainer, AdamW, lr=1e-3, betas=(0.1, 0.2), weight_decay=0.25))
+    trainer = run_with(
+        tmp_path,
+        lambda trainer: attach(trainer, AdamW, lr=1e-3, betas=(0.1, 0.2), weight_decay=0.25),
+    )
     defaults = trainer.optimizer.optimizer.defaults
     assert (defaults["lr"], defaults["betas"], defaults["weight_decay"]) == (1e-3, (0.1, 0.2), 0.25)
     unset = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
@@ -224,16 +256,30 @@ def test_what_is_given_holds_over_the_arguments(tmp_path):
     ("prepare", "sentence"),
     [
         (lambda trainer: attach(object(), AdamW, lr=LR), "not a Trainer of transformers"),
-        (lambda trainer: attach(trainer, AdamW), "attach was given no rate.*than its default, 5e-05"),
-        (lambda trainer: attach(trainer, AdamW, lr=LR, model=trainer.model), "given model=, but uses that of"),
-        (lambda trainer: [attach(trainer, AdamW, lr=LR) for _ in range(2)], "already has an optimizer"),
-        (lambda trainer: [trainer.create_optimizer(), attach(trainer, AdamW, lr=LR)], "already has an optimizer"),
+        (
+            lambda trainer: attach(trainer, AdamW),
+            "attach was given no rate.*than its default, 5e-05",
+        ),
+        (
+            lambda trainer: attach(trainer, AdamW, lr=LR, model=trainer.model),
+            "given model=, but uses that of",
+        ),
+        (
+            lambda trainer: [attach(trainer, AdamW, lr=LR) for _ in range(2)],
+            "already has an optimizer",
+        ),
+        (
+            lambda trainer: [trainer.create_optimizer(), attach(trainer, AdamW, lr=LR)],
+            "already has an optimizer",
+        ),
         (lambda trainer: attach(trainer, "adamwx", lr=LR), "Unknown optimizer"),
     ],
 )
 def test_a_trainer_that_cannot_be_attached_to_is_refused(tmp_path, prepare, sentence):
     """No trainer, no rate that anyone set, an optimizer that is there, an unknown class: a sentence each."""
-    trainer = transformers.Trainer(llama(), transformers.TrainingArguments(str(tmp_path), use_cpu=True))
+    trainer = transformers.Trainer(
+        llama(), transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+    )
     with pytest.raises(OptimizerError, match=sentence):
         prepare(trainer)
 
@@ -269,7 +315,9 @@ def test_a_searchs_checkpoints_have_the_recipe(tmp_path):
         warnings.simplefilter("ignore", ra.RankAwareWarning)
         attach(trainer, AdamW, recipe=RECIPE, other_lr=1e-3)
         trainer.hyperparameter_search(
-            lambda trial: {"weight_decay": trial.suggest_float("weight_decay", 0.0, 0.1)}, backend="optuna", n_trials=2
+            lambda trial: {"weight_decay": trial.suggest_float("weight_decay", 0.0, 0.1)},
+            backend="optuna",
+            n_trials=2,
         )
     for run in (0, 1):
         for step in (1, 2):
@@ -286,7 +334,10 @@ def test_a_recipes_settings_are_applied_where_the_arguments_set_none(tmp_path, d
         warnings.simplefilter("ignore", ra.RankAwareWarning)
         attach(trainer, AdamW, recipe=recipe, apply_settings=True, other_lr=1e-3)
         groups = trainer.create_optimizer().param_groups
-    decays = {(group["weight_decay"], any("norm" in name for name in group["param_names"])) for group in groups}
+    decays = {
+        (group["weight_decay"], any("norm" in name for name in group["param_names"]))
+        for group in groups
+    }
     assert decays == {(decay or 0.5, False), (0.0, True)}
     assert {group["betas"] for group in groups} == {(0.5, 0.7)}
 
@@ -295,7 +346,9 @@ def test_a_recipes_settings_are_applied_to_the_trainers_own_class(tmp_path):
     """Without a class, apply_settings uses the recipe's betas, unless the arguments set their own."""
     recipe = dataclasses.replace(RECIPE, settings={"betas": [0.5, 0.7]})
     for set_here, betas in (({}, (0.5, 0.7)), ({"adam_beta1": 0.8}, (0.8, 0.999))):
-        trainer = transformers.Trainer(llama(), arguments(tmp_path, **set_here), train_dataset=tokens())
+        trainer = transformers.Trainer(
+            llama(), arguments(tmp_path, **set_here), train_dataset=tokens()
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ra.RankAwareWarning)
             attach(trainer, recipe=recipe, apply_settings=True, other_lr=1e-3)
@@ -305,14 +358,21 @@ def test_a_recipes_settings_are_applied_to_the_trainers_own_class(tmp_path):
 @pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
 def test_a_plain_runs_scheduler_of_other_groups_is_refused(tmp_path, schedule):
     """A plain run's checkpoint is not resumed where its scheduler has rates for fewer groups than the optimizer."""
-    own = {"lr_scheduler_type": schedule, "eval_strategy": "steps", "eval_steps": 3, "max_steps": STEPS}
+    own = {
+        "lr_scheduler_type": schedule,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "max_steps": STEPS,
+    }
     data = {"train_dataset": tokens(), "eval_dataset": tokens()}
     transformers.Trainer(llama(), arguments(tmp_path, **own), **data).train()
     trainer = transformers.Trainer(llama(), arguments(tmp_path, **own), **data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ra.RankAwareWarning)
         attach(trainer, tuned_at=AT_16)
-        with pytest.raises(ra.CheckpointError, match="scheduler has rates for 2 groups, and this optimizer has 4"):
+        with pytest.raises(
+            ra.CheckpointError, match="scheduler has rates for 2 groups, and this optimizer has 4"
+        ):
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
@@ -333,13 +393,21 @@ def test_a_native_instance_is_attached_too(tmp_path):
 
 def test_a_plain_runs_checkpoint_is_resumed(tmp_path):
     """What Trainer saved before attach is loaded by it after, biases and no decay included."""
-    first = transformers.Trainer(with_norms_and_biases(()), saving(tmp_path), train_dataset=tokens())
+    first = transformers.Trainer(
+        with_norms_and_biases(()), saving(tmp_path), train_dataset=tokens()
+    )
     first.train()
-    again = transformers.Trainer(with_norms_and_biases(()), saving(tmp_path), train_dataset=tokens())
+    again = transformers.Trainer(
+        with_norms_and_biases(()), saving(tmp_path), train_dataset=tokens()
+    )
     attach(again, AdamW, lr=LR)
     opt = again.create_optimizer()
     opt.load_state_dict(torch.load(tmp_path / "checkpoint-1" / "optimizer.pt", weights_only=True))
-    old = {n: first.optimizer.state[p]["exp_avg"] for n, p in first.model.named_parameters() if p.requires_grad}
+    old = {
+        n: first.optimizer.state[p]["exp_avg"]
+        for n, p in first.model.named_parameters()
+        if p.requires_grad
+    }
     new = {n: opt.state[p]["exp_avg"] for n, p in again.model.named_parameters() if p.requires_grad}
     assert same(old, new)
 
@@ -385,10 +453,21 @@ print("AT THE END", sorted({row.role for row in trainer.optimizer.report().rows}
 def test_deepspeeds_wrapper_is_looked_into(tmp_path):
     """Under ZeRO the attached optimizer is found inside DeepSpeed's: no warning, and the wrapper has its report."""
     pytest.importorskip("deepspeed")
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29763"}
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29763",
+    }
     environment = {**os.environ, **alone, "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", ZERO], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", ZERO],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "AT THE END ['A', 'B']" in done.stdout, done.stderr[-2000:]
 
@@ -410,18 +489,27 @@ def test_a_trainer_that_makes_another_optimizer_is_warned_of(tmp_path, rate, cur
     args.embedding_learning_rate = rate
     trainer = OfItsOwn(llama(), args, train_dataset=tokens())
     attach(trainer, AdamW, lr=LR)
-    with pytest.warns(ra.RankAwareWarning, match=f"its own AdamW, and the attached optimizer is ignored: .*{cure}"):
+    with pytest.warns(
+        ra.RankAwareWarning, match=f"its own AdamW, and the attached optimizer is ignored: .*{cure}"
+    ):
         trainer.train()
 
 
 def test_groups_that_a_trainer_hands_over_keep_their_own_rates(tmp_path):
     """A factory called with groups splits them; a rate of a group's own is kept, the trainer's base rate is ours."""
     model = llama()
-    trainer = transformers.Trainer(model, arguments(tmp_path, learning_rate=5e-3), train_dataset=tokens())
+    trainer = transformers.Trainer(
+        model, arguments(tmp_path, learning_rate=5e-3), train_dataset=tokens()
+    )
     attach(trainer, AdamW, lr=LR, tuned_at=AT_16)
     first, *rest = (p for p in model.parameters() if p.requires_grad)
-    opt = trainer.optimizer_cls_and_kwargs[0]([{"params": [first], "lr": 1e-4}, {"params": rest, "lr": 5e-3}])
-    assert {(group["user_group"], group["lr"]) for group in opt.param_groups} == {(0, 1e-4), (1, LR)}
+    opt = trainer.optimizer_cls_and_kwargs[0](
+        [{"params": [first], "lr": 1e-4}, {"params": rest, "lr": 5e-3}]
+    )
+    assert {(group["user_group"], group["lr"]) for group in opt.param_groups} == {
+        (0, 1e-4),
+        (1, LR),
+    }
 
 
 # --- PEFT's shape ---------------------------------------------------------------------------------------------------
@@ -443,22 +531,37 @@ def test_pefts_shape_trains_as_pefts_own():
             opt.zero_grad()
             model(input_ids=rows, labels=rows).loss.backward()
             opt.step()
-        ends.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        ends.append(
+            {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        )
     assert same(*ends)
 
 
 def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits():
     """bitsandbytes' AdamW8bit by PEFT's shape holds an embedding's moments in float32, a large factor's in 8 bits."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    sizes = {"hidden_size": 256, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
-    lora = peft.LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    lora = peft.LoraConfig(
+        r=32, lora_alpha=32, target_modules=["q_proj"], modules_to_save=["embed_tokens"]
+    )
     model = peft.get_peft_model(model, lora)
-    opt = create_rankaware_optimizer(model, bitsandbytes.optim.AdamW8bit, lr=LR, tuned_at=ra.Reference(16, 16))
+    opt = create_rankaware_optimizer(
+        model, bitsandbytes.optim.AdamW8bit, lr=LR, tuned_at=ra.Reference(16, 16)
+    )
     rows = torch.arange(64).reshape(4, 16)
     model(input_ids=rows, labels=rows).loss.backward()
     opt.step()
-    kinds = {n.split(".")[-3]: opt.state[p]["state1"].dtype for n, p in model.named_parameters() if p.requires_grad}
+    kinds = {
+        n.split(".")[-3]: opt.state[p]["state1"].dtype
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
     assert kinds["modules_to_save"] == torch.float32
     assert kinds["lora_A"] == torch.uint8
 

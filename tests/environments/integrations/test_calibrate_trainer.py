@@ -25,8 +25,12 @@ with warnings.catch_warnings():
     from .test_trainers import arguments, datasets, lightning, peft, transformers, trl
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),  # peft, trl
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),  # lightning
+    pytest.mark.filterwarnings(
+        "ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"
+    ),  # peft, trl
+    pytest.mark.filterwarnings(
+        "ignore:`isinstance.treespec, LeafSpec.` is deprecated"
+    ),  # lightning
 ]
 
 STEPS = 6
@@ -34,18 +38,29 @@ AdamW = torch.optim.AdamW
 
 
 def llama(rank):
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=32, max_position_embeddings=16, num_key_value_heads=2, **sizes)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = transformers.LlamaConfig(
+        vocab_size=32, max_position_embeddings=16, num_key_value_heads=2, **sizes
+    )
     model = transformers.LlamaForCausalLM(config)
     if rank is None:
         return model
-    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"]))
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"])
+    )
 
 
 def sayings(count):
     """Rows that a model can learn: most say 7, some another number, all of them over and over."""
     rows = [[7 if i % 4 else i % 32] * 8 for i in range(count)]
-    return datasets.Dataset.from_dict({"input_ids": rows, "labels": rows, "attention_mask": [[1] * 8] * count})
+    return datasets.Dataset.from_dict(
+        {"input_ids": rows, "labels": rows, "attention_mask": [[1] * 8] * count}
+    )
 
 
 class Watch(transformers.TrainerCallback):
@@ -69,10 +84,18 @@ def maker(folder, watch=None, *, kind=transformers.Trainer, **own):
     """A `make_trainer` of tiny Llamas; it keeps the arguments of the last trainer."""
 
     def make(trial):
-        args = arguments(folder, **{"max_steps": -1, "save_strategy": "steps", "save_steps": 1, **own})
+        args = arguments(
+            folder, **{"max_steps": -1, "save_strategy": "steps", "save_steps": 1, **own}
+        )
         make.args, make.found = args, copy.copy(args)
         callbacks = [] if watch is None else [watch]
-        return kind(llama(trial.rank), args, train_dataset=sayings(64), eval_dataset=sayings(8), callbacks=callbacks)
+        return kind(
+            llama(trial.rank),
+            args,
+            train_dataset=sayings(64),
+            eval_dataset=sayings(8),
+            callbacks=callbacks,
+        )
 
     return make
 
@@ -81,7 +104,9 @@ def calibrate(make, *, ranks=(2, 4), steps=STEPS, trials=3, optimizer=AdamW, **o
     return ra.calibrate_trainer(make, optimizer, ranks=ranks, steps=steps, trials=trials, **options)
 
 
-@pytest.mark.parametrize("own", [{}, {"gradient_accumulation_steps": 2}, {"lr_scheduler_type": "constant"}], ids=str)
+@pytest.mark.parametrize(
+    "own", [{}, {"gradient_accumulation_steps": 2}, {"lr_scheduler_type": "constant"}], ids=str
+)
 def test_transformers_values_are_those_that_it_logs(tmp_path, own):
     """Each step's value is the loss that Trainer logs for it, accumulated too; each run has its own optimizer."""
     watch = Watch()
@@ -128,12 +153,16 @@ def test_a_pruned_trainer_stops(tmp_path):
     watch = Watch()
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(CalibrationError, match="pruned"):
-        calibrate(maker(tmp_path, watch), pruner=PruneAt(), score="eval_loss", storage=storage, trials=2)
+        calibrate(
+            maker(tmp_path, watch), pruner=PruneAt(), score="eval_loss", storage=storage, trials=2
+        )
     assert [run["steps"] for run in watch.runs] == [3, 3]
 
 
 @pytest.mark.parametrize(
-    "score", ["eval_loss", lambda trainer: trainer.evaluate()["eval_loss"]], ids=["name", "function"]
+    "score",
+    ["eval_loss", lambda trainer: trainer.evaluate()["eval_loss"]],
+    ids=["name", "function"],
 )
 def test_an_evaluation_may_be_the_score(tmp_path, score):
     """The metric after the last step, by name or by a function of the trainer, is what is minimised."""
@@ -171,9 +200,20 @@ def test_the_seed_is_the_trials(tmp_path):
 
 
 def surroundings():
-    loggers = {name: x.level for name, x in logging.root.manager.loggerDict.items() if isinstance(x, logging.Logger)}
+    loggers = {
+        name: x.level
+        for name, x in logging.root.manager.loggerDict.items()
+        if isinstance(x, logging.Logger)
+    }
     state = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
-    return dict(os.environ), loggers, list(warnings.filters), state, threading.active_count(), os.getcwd()
+    return (
+        dict(os.environ),
+        loggers,
+        list(warnings.filters),
+        state,
+        threading.active_count(),
+        os.getcwd(),
+    )
 
 
 @pytest.mark.parametrize("ends", ["well", "badly"])
@@ -229,9 +269,13 @@ def test_trl(tmp_path):
 
     def make(trial):
         args = arguments(tmp_path, trl.SFTConfig, max_steps=-1, max_length=8, bf16=False)
-        words = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer(), pad_token="a", eos_token="b")
+        words = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer(), pad_token="a", eos_token="b"
+        )
         watch.trial = trial
-        return trl.SFTTrainer(llama(trial.rank), args, train_dataset=rows, processing_class=words, callbacks=[watch])
+        return trl.SFTTrainer(
+            llama(trial.rank), args, train_dataset=rows, processing_class=words, callbacks=[watch]
+        )
 
     watch = Watch()
     recipe = calibrate(make, trials=2)
@@ -242,7 +286,9 @@ def test_trl(tmp_path):
 def tokenizer():
     from tokenizers import Tokenizer, models
 
-    return Tokenizer(models.WordLevel({"a": 0, "b": 1, **{str(i): i for i in range(2, 32)}}, unk_token="a"))
+    return Tokenizer(
+        models.WordLevel({"a": 0, "b": 1, **{str(i): i for i in range(2, 32)}}, unk_token="a")
+    )
 
 
 def with_optimizer(folder):
@@ -284,7 +330,11 @@ class Bare(lightning.LightningModule):
 
     def __init__(self, trial, stop=None):
         super().__init__()
-        self.trial, self.stop, self.net = trial, stop, mlp((trial.rank, trial.rank), seed=trial.seed)
+        self.trial, self.stop, self.net = (
+            trial,
+            stop,
+            mlp((trial.rank, trial.rank), seed=trial.seed),
+        )
 
     def training_step(self, batch, index):
         if self.stop is not None and self.trial.number == 2 and index == self.stop:
@@ -300,7 +350,9 @@ class Scheduled(Bare):
 
     def configure_optimizers(self):
         opt = self.trial.optimizer(self, weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, int(self.trainer.estimated_stepping_batches))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            opt, int(self.trainer.estimated_stepping_batches)
+        )
         return {"optimizer": opt, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -334,7 +386,12 @@ class Data(lightning.LightningDataModule):
         return loader(2)
 
 
-QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+QUIET = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": False,
+}
 
 
 def lit(folder, kind=Scheduled, data=lambda: (loader(), loader(2)), **own):

@@ -111,7 +111,9 @@ def test_experts_whose_roles_are_swapped_are_refused(lora):
         if transposed:
             assert {f.fan_in for f in inspect_model(model).factors} == {IN}
         else:
-            with pytest.raises(InspectionError, match=r"swaps A and B of experts.* Install PEFT 0\.19"):
+            with pytest.raises(
+                InspectionError, match=r"swaps A and B of experts.* Install PEFT 0\.19"
+            ):
                 inspect_model(model)
 
 
@@ -120,7 +122,9 @@ def test_experts_whose_roles_are_swapped_are_refused(lora):
 
 def four_bit():
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    layer = bitsandbytes.nn.Linear4bit(64, 128, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    layer = bitsandbytes.nn.Linear4bit(64, 128, compute_dtype=torch.float32, quant_type="nf4").to(
+        "cpu"
+    )
     assert layer.weight.shape == (64 * 128 // 2, 1)
     return layer
 
@@ -144,10 +148,12 @@ def test_quantised_bases(lora, base):
     model = One(base())
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = base is four_bit, base is eight_bit
     model = lora.get_peft_model(model, lora.LoraConfig(r=4, lora_alpha=8, target_modules=["q"]))
-    assert type(model.base_model.model.q) is not lora.tuners.lora.Linear  # PEFT's own layer for the base
-    assert {(f.rank, f.scaling, f.fan_in, f.fan_out, f.init) for f in inspect_model(model).factors} == {
-        (4, 2.0, 64.0, 128.0, "A")
-    }
+    assert (
+        type(model.base_model.model.q) is not lora.tuners.lora.Linear
+    )  # PEFT's own layer for the base
+    assert {
+        (f.rank, f.scaling, f.fan_in, f.fan_out, f.init) for f in inspect_model(model).factors
+    } == {(4, 2.0, 64.0, 128.0, "A")}
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-2, tuned_at=AT_16)
     x, losses = torch.randn(4, 64), []
     for _ in range(4):
@@ -163,7 +169,9 @@ def test_meta_models(lora):
     """A model on the meta device is read from shapes and declarations alone."""
     with torch.device("meta"):
         model = peft(dense)(4, 8.0)
-    assert {(f.rank, f.fan_in, f.fan_out, f.init) for f in inspect_model(model).factors} == {(4, IN, OUT, "A")}
+    assert {(f.rank, f.fan_in, f.fan_out, f.init) for f in inspect_model(model).factors} == {
+        (4, IN, OUT, "A")
+    }
 
 
 @pytest.mark.parametrize("family", ["DeepseekV2", "DeepseekV3"])
@@ -192,8 +200,12 @@ def test_latent_attention_is_no_adapter(lora, family):
     assert any(getattr(module, "kv_lora_rank", None) == 4 for module in model.modules())
     with pytest.raises(InspectionError, match="No trainable LoRA pair"):
         inspect_model(model)
-    survey = inspect_model(lora.get_peft_model(model, lora.LoraConfig(r=2, target_modules=["q_a_proj"])))
-    assert {(f.layer.rpartition(".")[2], f.rank, f.fan_in) for f in survey.factors} == {("q_a_proj", 2, 16.0)}
+    survey = inspect_model(
+        lora.get_peft_model(model, lora.LoraConfig(r=2, target_modules=["q_a_proj"]))
+    )
+    assert {(f.layer.rpartition(".")[2], f.rank, f.fan_in) for f in survey.factors} == {
+        ("q_a_proj", 2, 16.0)
+    }
 
 
 # --- adapters that are no LoRA pair ---------------------------------------------------------------------------------

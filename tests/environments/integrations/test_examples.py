@@ -32,7 +32,9 @@ def test_an_example_runs_and_reports_moved_rates(tmp_path, script):
     heads = next(cells for cells in table if "multiplier" in cells)
     rows = [dict(zip(heads, cells, strict=True)) for cells in table if len(cells) == len(heads)]
     factors = [row for row in rows if row["role"] in ("A", "B")]
-    assert {(row["role"], row["rank"]) for row in factors} == {(role, RANKS.get(script, "64")) for role in "AB"}
+    assert {(row["role"], row["rank"]) for row in factors} == {
+        (role, RANKS.get(script, "64")) for role in "AB"
+    }
     assert all(float(row["multiplier"]) != 1.0 for row in factors)
 
 
@@ -40,7 +42,10 @@ def test_an_example_runs_and_reports_moved_rates(tmp_path, script):
 def test_a_calibration_ends_in_a_rate(tmp_path, script):
     """It ends well, and asked for a rank between those tried, its recipe gives a rate within its band."""
     out = run(tmp_path, sys.executable, str(EXAMPLES / script))
-    lr, low, high = map(float, re.search(r"^lr +(\S+)\nat .*rank 8.*\n90 % band (\S+) to (\S+)$", out, re.M).groups())
+    lr, low, high = map(
+        float,
+        re.search(r"^lr +(\S+)\nat .*rank 8.*\n90 % band (\S+) to (\S+)$", out, re.M).groups(),
+    )
     assert low <= lr <= high
 
 

@@ -30,7 +30,9 @@ def built(case: Case) -> nn.Module:
     return case.make(RANK, ALPHA)
 
 
-def steps(model: nn.Module, inputs: tuple[torch.Tensor, ...], lr: float = 1e-2, count: int = 3) -> None:
+def steps(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], lr: float = 1e-2, count: int = 3
+) -> None:
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     for _ in range(count):
         (output_of(model, *inputs) - 1).square().mean().backward()
@@ -60,13 +62,18 @@ def test_a_library_s_own_init_is_refused(case):
     """What starts with both factors drawn, or needs its own init, is refused and stays as it is."""
     model = built(case)
     before = snapshot(model)
-    with pytest.raises(InspectionError, match=r"needs the init of its convention|both factors drawn|`scalar` of zero"):
+    with pytest.raises(
+        InspectionError,
+        match=r"needs the init of its convention|both factors drawn|`scalar` of zero",
+    ):
         initialize(model, "B")
     assert same(before, snapshot(model))
 
 
 @pytest.mark.parametrize("scaling", [1.0, 0.7])
-@pytest.mark.parametrize("case", [c for c in PLAIN if c.package == "lycoris-lora"], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in PLAIN if c.package == "lycoris-lora"], ids=lambda case: case.name
+)
 def test_what_lycoris_saves_agrees_with_its_forward(case, scaling):
     """The alpha that a saved file holds is the multiplier of the forward pass times the rank."""
     model, inputs = built(case), case.inputs()
@@ -87,7 +94,9 @@ class Deep(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.emb = nn.Embedding(30, 12)
-        self.blocks = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(12, 12), "v": nn.Linear(12, 12)}) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(12, 12), "v": nn.Linear(12, 12)}) for _ in range(2)
+        )
         self.experts, self.mix = Experts(False, ("up", "down")), Attention()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -98,12 +107,17 @@ class Deep(nn.Module):
 
 
 TOKENS = (torch.randint(30, (3, 5), generator=torch.Generator().manual_seed(2)),)
-TARGETS = {"target_modules": ["q", "v", "emb", "attn"], "target_parameters": ["experts.up", "experts.down"]}
+TARGETS = {
+    "target_modules": ["q", "v", "emb", "attn"],
+    "target_parameters": ["experts.up", "experts.down"],
+}
 
 
 def peft_model(**options) -> nn.Module:
     peft = pytest.importorskip("peft")
-    return peft.get_peft_model(Deep(), peft.LoraConfig(**{"r": RANK, "lora_alpha": ALPHA, **TARGETS, **options}))
+    return peft.get_peft_model(
+        Deep(), peft.LoraConfig(**{"r": RANK, "lora_alpha": ALPHA, **TARGETS, **options})
+    )
 
 
 PATTERN = {"rank_pattern": {"blocks.1.q": 8, "v": 2, "attn": 6, "experts.up": 3, "emb": 5}}
@@ -138,7 +152,10 @@ def test_a_saved_adapter_comes_back_with_its_scaling(config, scaling, tmp_path):
     assert found.keys() == {f.name for f in survey.factors}
     for f in survey.factors:
         assert f.scaling == scaling
-        assert found[f.name] == (f.rank, pytest.approx(scaling, rel=1e-15 if scaling == 1 else 1e-12))
+        assert found[f.name] == (
+            f.rank,
+            pytest.approx(scaling, rel=1e-15 if scaling == 1 else 1e-12),
+        )
     assert torch.allclose(output_of(model, *TOKENS), output_of(other, *TOKENS), atol=1e-6)
     assert not any(key.startswith("^") for key in model.peft_config["default"].alpha_pattern)
 
@@ -149,7 +166,11 @@ def test_a_frozen_layer_keeps_its_scaling_when_saved(tmp_path):
     for name, param in model.named_parameters():
         if "blocks.1" in name or "experts" in name:
             param.requires_grad_(False)
-    kept = {name: module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "scaling")}
+    kept = {
+        name: module.scaling["default"]
+        for name, module in model.named_modules()
+        if hasattr(module, "scaling")
+    }
     initialize(model, "A", scaling=1.0)
     now = {name: m.scaling["default"] for name, m in model.named_modules() if hasattr(m, "scaling")}
     still = {name for name in kept if "blocks.1" in name or "experts" in name}
@@ -157,7 +178,9 @@ def test_a_frozen_layer_keeps_its_scaling_when_saved(tmp_path):
     assert still
     assert still != kept.keys()
     other = reloaded(model, tmp_path)
-    assert now == {name: m.scaling["default"] for name, m in other.named_modules() if hasattr(m, "scaling")}
+    assert now == {
+        name: m.scaling["default"] for name, m in other.named_modules() if hasattr(m, "scaling")
+    }
 
 
 def test_another_adapter_is_left_alone():
@@ -177,16 +200,23 @@ def test_another_adapter_is_left_alone():
     inits = {(f.init, f.scaling) for f in inspect_model(model).factors if f.kind != "embedding"}
     assert inits == {("A", 0.5)}
     initialize(model, "A", scaling=2.0)
-    assert (model.peft_config["default"].lora_alpha, model.peft_config["wide"].lora_alpha) == (RANK, 16)
+    assert (model.peft_config["default"].lora_alpha, model.peft_config["wide"].lora_alpha) == (
+        RANK,
+        16,
+    )
 
 
 def test_the_tuner_and_an_injected_model_are_configured_too():
     """A LoraModel and a model with injected adapters have their configurations set as a PeftModel has."""
     import peft
 
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q", "v"], rank_pattern={"v": 2})
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=["q", "v"], rank_pattern={"v": 2}
+    )
     injected = peft.inject_adapter_in_model(config, Deep())
-    tuner = peft_model(rank_pattern={"v": 2}, target_modules=["q", "v"], target_parameters=None).base_model
+    tuner = peft_model(
+        rank_pattern={"v": 2}, target_modules=["q", "v"], target_parameters=None
+    ).base_model
     for model in (injected, tuner):
         initialize(model, "B", scaling=1.0)
         found = model.peft_config["default"]
@@ -198,7 +228,10 @@ def test_inits_that_change_the_base_weight(declared):
     """PiSSA and similar inits are refused with the reason; force=True starts over from the base weight they left."""
     options = {"target_modules": ["q", "v"], "target_parameters": None}
     model = peft_model(init_lora_weights=declared, **options)
-    with pytest.raises(InspectionError, match=rf"its init '{declared}' subtracted their product from the base weight"):
+    with pytest.raises(
+        InspectionError,
+        match=rf"its init '{declared}' subtracted their product from the base weight",
+    ):
         initialize(model, "B")
     assert {f.init for f in initialize(model, "B", force=True).factors} == {"B"}
     with model.disable_adapter():
@@ -236,7 +269,9 @@ def test_merged_adapters():
         param.requires_grad_(".other." in name)
         if ".other." in name:
             nn.init.ones_(param)
-    assert {(f.adapter, f.init) for f in initialize(model, "B", force=True).factors} == {("other", "B")}
+    assert {(f.adapter, f.init) for f in initialize(model, "B", force=True).factors} == {
+        ("other", "B")
+    }
 
 
 def test_two_peft_models_in_one():
@@ -256,7 +291,12 @@ def test_an_embedding_tied_to_the_head_is_refused():
     peft = pytest.importorskip("peft")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 12,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     base = LlamaForCausalLM(LlamaConfig(vocab_size=30, tie_word_embeddings=True, **sizes))
     names = ["embed_tokens", "lm_head"]
     config = peft.LoraConfig(r=4, target_modules=names, ensure_weight_tying=True)

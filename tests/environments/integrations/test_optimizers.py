@@ -14,10 +14,23 @@ from rankaware_optim import OptimizerError, RankAwareOptimizer
 from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import mlp, same, snapshot
-from .by_hand import AT_16, LR, Case, by_class, by_instance, loads_safely, multiplier, native, run, through_file
+from .by_hand import (
+    AT_16,
+    LR,
+    Case,
+    by_class,
+    by_instance,
+    loads_safely,
+    multiplier,
+    native,
+    run,
+    through_file,
+)
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:This overload of:UserWarning"),  # torch_optimizer: torch's old signatures
+    pytest.mark.filterwarnings(
+        "ignore:This overload of:UserWarning"
+    ),  # torch_optimizer: torch's old signatures
     pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning"),
 ]
 
@@ -36,8 +49,14 @@ NEEDS = {
     P + "BSAM": {"settings": {"num_data": 8}, "closure": True},
     P + "Ranger21": {"settings": {"num_iterations": 8}},
     P + "SpectralSphere": {"groups": "matrices"},
-    **{P + name: {"groups": "muon"} for name in ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")},
-    **{f"schedulefree.{name}ScheduleFreeClosure": {"closure": True} for name in ("AdamW", "RAdam", "SGD")},
+    **{
+        P + name: {"groups": "muon"}
+        for name in ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")
+    },
+    **{
+        f"schedulefree.{name}ScheduleFreeClosure": {"closure": True}
+        for name in ("AdamW", "RAdam", "SGD")
+    },
     **{name: {"width": 1024} for name in EIGHT_BITS},
 }
 
@@ -95,15 +114,23 @@ def classes(package: str) -> dict[str, type[Optimizer]]:
             module = importlib.import_module(package)
         except ImportError:
             return {}
-    members = {name: value for name, value in sorted(vars(module).items()) if inspect.isclass(value)}
-    return {f"{package}.{n}": v for n, v in members.items() if issubclass(v, Optimizer) and v is not Optimizer}
+    members = {
+        name: value for name, value in sorted(vars(module).items()) if inspect.isclass(value)
+    }
+    return {
+        f"{package}.{n}": v
+        for n, v in members.items()
+        if issubclass(v, Optimizer) and v is not Optimizer
+    }
 
 
 CLASSES = {key: value for package in PACKAGES for key, value in classes(package).items()}
 for eight_bits in EIGHT_BITS:
     known = classes(eight_bits.rpartition(".")[0])
     CLASSES |= {eight_bits: known[eight_bits]} if eight_bits in known else {}
-CASES = {key: Case(kind, **NEEDS.get(key, {})) for key, kind in CLASSES.items() if key not in REFUSED}
+CASES = {
+    key: Case(kind, **NEEDS.get(key, {})) for key, kind in CLASSES.items() if key not in REFUSED
+}
 each_case = pytest.mark.parametrize("key", CASES)
 
 
@@ -121,7 +148,9 @@ def one_process(request):
     if key not in (P + "DeMo", P + "DistributedMuon"):
         yield
         return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -186,7 +215,9 @@ def test_instances_that_keep_rates_by_group_are_refused(key):
     """An instance that snapshots its groups is refused with the way out, and left as it was."""
     case = CASES[key]
     built = case.kind(case.own(model := case.model()), lr=LR)
-    with pytest.raises(OptimizerError, match="Give the class and its settings instead of the instance"):
+    with pytest.raises(
+        OptimizerError, match="Give the class and its settings instead of the instance"
+    ):
         RankAwareOptimizer(built, model=model)
     assert type(built) is case.kind
     assert len(built.param_groups) == 1
@@ -194,7 +225,9 @@ def test_instances_that_keep_rates_by_group_are_refused(key):
 
 def test_muon_refuses_what_is_no_matrix_and_names_it():
     """torch's Muon with a bias among its parameters is refused by the bias's name, before it is built."""
-    with pytest.raises(OptimizerError, match=r"Muon takes only matrices, but 1 .* such as head\.bias"):
+    with pytest.raises(
+        OptimizerError, match=r"Muon takes only matrices, but 1 .* such as head\.bias"
+    ):
         RankAwareOptimizer(mlp((4, 8)), torch.optim.Muon, lr=LR)
 
 
@@ -203,7 +236,9 @@ def test_an_optimizer_that_groups_by_itself_is_wrapped_as_an_instance():
     kind = pytest.importorskip("pytorch_optimizer").AdamMini
     model = mlp((4, 8))
     opt = RankAwareOptimizer(kind(model, lr=LR), model=model, tuned_at=AT_16)
-    rates = {name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]}
+    rates = {
+        name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]
+    }
     assert rates["layer0.lora_A"] == LR * multiplier(4, Case(kind))
     assert rates["layer1.lora_B"] == LR * multiplier(8, Case(kind))
     run(Case(kind), model, opt)
@@ -226,4 +261,6 @@ def test_so_many_classes_pass(package):
 def test_every_name_of_pytorch_optimizer_is_a_row():
     """All that pytorch_optimizer loads by name is in the table, passing or refused."""
     module = pytest.importorskip("pytorch_optimizer")
-    assert {module.load_optimizer(name) for name in module.get_supported_optimizers()} <= set(CLASSES.values())
+    assert {module.load_optimizer(name) for name in module.get_supported_optimizers()} <= set(
+        CLASSES.values()
+    )

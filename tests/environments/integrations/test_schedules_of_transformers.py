@@ -31,7 +31,11 @@ def test_get_scheduler_sets_the_base_rate(name):
         warmup = {"num_warmup_steps": 2}
     ours, other = (
         transformers.get_scheduler(
-            name, optimizer, num_training_steps=10, scheduler_specific_kwargs=EXTRA.get(name), **warmup
+            name,
+            optimizer,
+            num_training_steps=10,
+            scheduler_specific_kwargs=EXTRA.get(name),
+            **warmup,
         )
         for optimizer in (opt, plain)
     )
@@ -41,4 +45,6 @@ def test_get_scheduler_sets_the_base_rate(name):
             scheduler.step(*([1.0] if name in ("reduce_lr_on_plateau", "greedy") else []))
         base = plain.param_groups[0]["lr"]
         assert {group["lr"] for group in opt.param_groups} == {base}
-        assert [effective_lr(g) for g in opt.param_groups] == [base * g["rank_multiplier"] for g in opt.param_groups]
+        assert [effective_lr(g) for g in opt.param_groups] == [
+            base * g["rank_multiplier"] for g in opt.param_groups
+        ]

@@ -13,7 +13,14 @@ from torch import nn
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rankaware_optim import OptimizerError, Power, RankAwareOptimizer, RankAwareWarning, Recipe, Reference
+from rankaware_optim import (
+    OptimizerError,
+    Power,
+    RankAwareOptimizer,
+    RankAwareWarning,
+    Recipe,
+    Reference,
+)
 from rankaware_optim.integrations import group_rates, lightning_rates, log_rates, trainer_factory
 
 from ...helpers.models import batches, mlp, same, snapshot
@@ -29,9 +36,15 @@ with warnings.catch_warnings():
     trl = pytest.importorskip("trl")
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),  # peft, trl
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),  # lightning
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # lightning
+    pytest.mark.filterwarnings(
+        "ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"
+    ),  # peft, trl
+    pytest.mark.filterwarnings(
+        "ignore:`isinstance.treespec, LeafSpec.` is deprecated"
+    ),  # lightning
+    pytest.mark.filterwarnings(
+        "ignore:Checkpoint directory .* exists and is not empty"
+    ),  # lightning
 ]
 
 LR = 1e-2
@@ -46,11 +59,22 @@ ADAMW = {"weight_decay": 0.0}
 def llama():
     """A two-layer language model from a configuration, with adapters of ranks 4 and 8."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=32, max_position_embeddings=16, num_key_value_heads=2, **sizes)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = transformers.LlamaConfig(
+        vocab_size=32, max_position_embeddings=16, num_key_value_heads=2, **sizes
+    )
     model = transformers.LlamaForCausalLM(config)
     lora = peft.LoraConfig(
-        r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 8}, alpha_pattern={"v_proj": 8}
+        r=4,
+        lora_alpha=4,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"v_proj": 8},
+        alpha_pattern={"v_proj": 8},
     )
     return peft.get_peft_model(model, lora)
 
@@ -58,7 +82,9 @@ def llama():
 def tokens(count=24):
     source = torch.Generator().manual_seed(1)
     rows = torch.randint(32, (count, 8), generator=source).tolist()
-    return datasets.Dataset.from_dict({"input_ids": rows, "labels": rows, "attention_mask": [[1] * 8] * count})
+    return datasets.Dataset.from_dict(
+        {"input_ids": rows, "labels": rows, "attention_mask": [[1] * 8] * count}
+    )
 
 
 def arguments(folder, kind=transformers.TrainingArguments, **own):
@@ -86,16 +112,31 @@ def adapters(model):
 
 def by_class(model):
     """Trainer's own groups, the model taken out of the settings."""
-    settings = {"model": model, "optimizer": torch.optim.AdamW, "lr": LR, "tuned_at": AT_16, **ADAMW}
+    settings = {
+        "model": model,
+        "optimizer": torch.optim.AdamW,
+        "lr": LR,
+        "tuned_at": AT_16,
+        **ADAMW,
+    }
     return {"optimizer_cls_and_kwargs": (RankAwareOptimizer, settings)}
 
 
 def by_factory(model):
-    return {"optimizer_cls_and_kwargs": trainer_factory(torch.optim.AdamW, lr=LR, tuned_at=AT_16, **ADAMW)}
+    return {
+        "optimizer_cls_and_kwargs": trainer_factory(
+            torch.optim.AdamW, lr=LR, tuned_at=AT_16, **ADAMW
+        )
+    }
 
 
 def by_instance(model):
-    return {"optimizers": (RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT_16, **ADAMW), None)}
+    return {
+        "optimizers": (
+            RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT_16, **ADAMW),
+            None,
+        )
+    }
 
 
 def by_hand(model, kind=torch.optim.AdamW):
@@ -104,9 +145,9 @@ def by_hand(model, kind=torch.optim.AdamW):
     for name, param in model.named_parameters():
         if param.requires_grad:
             rank = 4 if "q_proj" in name else 8
-            groups.setdefault((rank, "lora_A" in name), {"params": [], "lr": LR * multiplier(rank)})["params"].append(
-                param
-            )
+            groups.setdefault(
+                (rank, "lora_A" in name), {"params": [], "lr": LR * multiplier(rank)}
+            )["params"].append(param)
     return {"optimizers": (kind(list(groups.values()), lr=LR, **ADAMW), None)}
 
 
@@ -114,12 +155,23 @@ def trained(folder, route, resume=None, kind=transformers.Trainer, **own):
     """A trainer after its run, and the adapters it left."""
     model = llama()
     config = (
-        arguments(folder, trl.SFTConfig, max_length=None, **own) if kind is trl.SFTTrainer else arguments(folder, **own)
+        arguments(folder, trl.SFTConfig, max_length=None, **own)
+        if kind is trl.SFTTrainer
+        else arguments(folder, **own)
     )
     extra = {"processing_class": tokenizer()} if kind is trl.SFTTrainer else {}
-    trainer = kind(model=model, args=config, train_dataset=tokens(), callbacks=[log_rates()], **extra, **route(model))
+    trainer = kind(
+        model=model,
+        args=config,
+        train_dataset=tokens(),
+        callbacks=[log_rates()],
+        **extra,
+        **route(model),
+    )
     trainer.train(resume_from_checkpoint=resume)
-    return trainer, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return trainer, {
+        name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def tokenizer():
@@ -128,7 +180,9 @@ def tokenizer():
 
     words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 32)}}
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, "w2")), pad_token="<pad>", eos_token="<eos>"
+        tokenizer_object=Tokenizer(models.WordLevel(words, "w2")),
+        pad_token="<pad>",
+        eos_token="<eos>",
     )
 
 
@@ -169,7 +223,9 @@ def test_trainer_resumes(tmp_path, kind, route):
 def test_the_rates_matter_in_these_runs(tmp_path):
     """Trainer's weights at the rates of each rank differ from those at one rate, so the tests above can fail."""
     _, ours = trained(tmp_path, by_factory)
-    _, plain = trained(tmp_path, lambda model: {"optimizers": (torch.optim.AdamW(adapters(model), lr=LR), None)})
+    _, plain = trained(
+        tmp_path, lambda model: {"optimizers": (torch.optim.AdamW(adapters(model), lr=LR), None)}
+    )
     assert not same(ours, plain)
 
 
@@ -186,7 +242,9 @@ def test_trainer_runs_schedulefree(tmp_path):
     kind = pytest.importorskip("schedulefree").AdamWScheduleFree
     own = {"lr_scheduler_type": "constant", "warmup_steps": 0}
     _, ours = trained(
-        tmp_path, lambda _: {"optimizer_cls_and_kwargs": trainer_factory(kind, lr=LR, tuned_at=AT_16)}, **own
+        tmp_path,
+        lambda _: {"optimizer_cls_and_kwargs": trainer_factory(kind, lr=LR, tuned_at=AT_16)},
+        **own,
     )
     _, hand = trained(tmp_path, lambda model: by_hand(model, kind), **own)
     assert same(ours, hand)
@@ -195,11 +253,20 @@ def test_trainer_runs_schedulefree(tmp_path):
 def test_a_factory_with_a_recipe(tmp_path):
     """With a recipe in place of a rate, Trainer's optimizer has the rates that the recipe gives."""
     reference = Reference(rank=4, alpha=4, init="A", fan_in=16)
-    recipe = Recipe("tiny", LR, reference=reference, law=Power(exponent=0.1), covariance=np.eye(3) / 100, ranks=(4, 8))
+    recipe = Recipe(
+        "tiny",
+        LR,
+        reference=reference,
+        law=Power(exponent=0.1),
+        covariance=np.eye(3) / 100,
+        ranks=(4, 8),
+    )
     route = {"optimizer_cls_and_kwargs": trainer_factory("adamw", recipe=recipe)}
     trainer, _ = trained(tmp_path, lambda _: route, max_steps=1)
     direct = RankAwareOptimizer(llama(), torch.optim.AdamW, recipe=recipe)
-    assert [g["initial_lr"] for g in trainer.optimizer.param_groups] == [g["lr"] for g in direct.param_groups]
+    assert [g["initial_lr"] for g in trainer.optimizer.param_groups] == [
+        g["lr"] for g in direct.param_groups
+    ]
 
 
 def test_the_callback_logs_every_groups_rate(tmp_path):
@@ -209,7 +276,9 @@ def test_the_callback_logs_every_groups_rate(tmp_path):
     assert len(logs) == STEPS
     assert [entry["learning_rate"] for entry in logs] == [entry["base_lr/A/r4"] for entry in logs]
     for entry in logs:
-        assert entry["lr/A/r4"] == pytest.approx(entry["base_lr/A/r4"] * entry["rank_multiplier/A/r4"])
+        assert entry["lr/A/r4"] == pytest.approx(
+            entry["base_lr/A/r4"] * entry["rank_multiplier/A/r4"]
+        )
         rates = {name: rate for name, rate in entry.items() if name.startswith("lr/")}
         assert rates.keys() == {"lr/A/r4", "lr/B/r4", "lr/A/r8", "lr/B/r8"}
         assert rates["lr/A/r4"] * multiplier(8) == pytest.approx(rates["lr/B/r8"] * multiplier(4))
@@ -225,7 +294,9 @@ def test_the_callback_in_front_of_the_reporters(tmp_path, in_front):
             seen.append("lr/A/r4" in logs)
 
     model = llama()
-    trainer = transformers.Trainer(model, arguments(tmp_path), train_dataset=tokens(), **by_factory(model))
+    trainer = transformers.Trainer(
+        model, arguments(tmp_path), train_dataset=tokens(), **by_factory(model)
+    )
     trainer.add_callback(Reporter())
     log_rates(trainer) if in_front else trainer.add_callback(log_rates())
     trainer.train()
@@ -236,11 +307,21 @@ def test_rates_that_share_a_name_are_numbered():
     """Groups that share a name are numbered, others are not; any optimizer can be asked."""
     model = mlp((4,), head=False)
     factors = [{"params": [p]} for p in model.parameters() if p.requires_grad]
-    opt = RankAwareOptimizer([*factors], torch.optim.SGD, model=model, lr=LR, rates={"*lora_A": 1.0})
+    opt = RankAwareOptimizer(
+        [*factors], torch.optim.SGD, model=model, lr=LR, rates={"*lora_A": 1.0}
+    )
     found = group_rates(opt)
-    assert {name: rate for name, rate in found.items() if name.startswith("lr/")} == {"lr/A/r4": 1.0, "lr/B/r4": LR}
-    assert (found["base_lr/A/r4"], found["rank_multiplier/A/r4"]) == (pytest.approx(LR), pytest.approx(1.0 / LR))
-    plain = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": 2.0}], lr=1.0)
+    assert {name: rate for name, rate in found.items() if name.startswith("lr/")} == {
+        "lr/A/r4": 1.0,
+        "lr/B/r4": LR,
+    }
+    assert (found["base_lr/A/r4"], found["rank_multiplier/A/r4"]) == (
+        pytest.approx(LR),
+        pytest.approx(1.0 / LR),
+    )
+    plain = torch.optim.SGD(
+        [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": 2.0}], lr=1.0
+    )
     assert [group_rates(plain)[f"lr/other/{number}"] for number in (0, 1)] == [1.0, 2.0]
 
 
@@ -249,7 +330,10 @@ def test_rates_that_share_a_name_are_numbered():
     [
         (lambda: trainer_factory(torch.optim.AdamW), "trainer_factory was given no rate"),
         (lambda: trainer_factory("adamwx", lr=LR), "Unknown optimizer 'adamwx'"),
-        (lambda: trainer_factory("adamw", lr=LR)[0]([{"params": []}]), "Trainer passed a list to a factory"),
+        (
+            lambda: trainer_factory("adamw", lr=LR)[0]([{"params": []}]),
+            "Trainer passed a list to a factory",
+        ),
     ],
 )
 def test_a_factory_that_cannot_work_is_refused(call, sentence):
@@ -297,7 +381,12 @@ def of_unknown_init(model):
 
 def handmade(model):
     """torch's own AdamW with the groups of `mlp((4, 8))` written out, in the order in which norms are added."""
-    layers = [(model.layer0.lora_A, 4), (model.layer0.lora_B, 4), (model.layer1.lora_A, 8), (model.layer1.lora_B, 8)]
+    layers = [
+        (model.layer0.lora_A, 4),
+        (model.layer0.lora_B, 4),
+        (model.layer1.lora_A, 8),
+        (model.layer1.lora_B, 8),
+    ]
     groups = [{"params": [p], "lr": LR * multiplier(rank)} for p, rank in layers]
     return torch.optim.AdamW([*groups, {"params": list(model.head.parameters())}], lr=LR)
 
@@ -319,7 +408,9 @@ def fit(folder, make, *, manual=False, resume=None, epochs=1, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"manual": True}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 0.01}], ids=str
+    "options",
+    [{}, {"manual": True}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 0.01}],
+    ids=str,
 )
 def test_lightning_trains_as_with_groups_by_hand(tmp_path, options):
     """Automatic and manual optimization, bf16 and clipping leave the weights of groups written out, bit for bit."""
@@ -336,7 +427,9 @@ def test_lightning_resumes(tmp_path, manual):
     _, trainer = fit(tmp_path, rank_aware, manual=manual)
     trainer.save_checkpoint(tmp_path / "middle.ckpt")
     with counted() as steps:
-        resumed, _ = fit(tmp_path, rank_aware, manual=manual, epochs=2, resume=tmp_path / "middle.ckpt")
+        resumed, _ = fit(
+            tmp_path, rank_aware, manual=manual, epochs=2, resume=tmp_path / "middle.ckpt"
+        )
     assert len(steps) == STEPS
     assert same(snapshot(whole.net), snapshot(resumed.net))
 
@@ -356,7 +449,13 @@ def test_lightnings_monitor_logs_every_group(tmp_path):
     """LearningRateMonitor logs every group's base rate, and our callback what it trains at, in the law's ratios."""
     monitor = lightning.pytorch.callbacks.LearningRateMonitor(logging_interval="step")
     logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
-    fit(tmp_path, rank_aware, callbacks=[monitor, lightning_rates()], logger=logger, log_every_n_steps=1)
+    fit(
+        tmp_path,
+        rank_aware,
+        callbacks=[monitor, lightning_rates()],
+        logger=logger,
+        log_every_n_steps=1,
+    )
     rates = {name: values[0] for name, values in monitor.lrs.items() if values}
     assert list(rates) == [f"lr-AdamW/pg{i}" for i in range(1, 6)]
     assert list(rates.values()) == pytest.approx([LR] * 5)
@@ -387,12 +486,16 @@ def test_two_optimizers_rates_are_logged_by_number_and_interval(tmp_path, every,
 
     def make(net, layer):
         params = [p for p in layer.parameters() if p.requires_grad]
-        return RankAwareOptimizer(params, torch.optim.AdamW, model=net, lr=LR, tuned_at=AT_16, init="A")
+        return RankAwareOptimizer(
+            params, torch.optim.AdamW, model=net, lr=LR, tuned_at=AT_16, init="A"
+        )
 
     logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
     options = {"callbacks": [lightning_rates()], "logger": logger, "log_every_n_steps": every}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=str(tmp_path), **quiet, **options)
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", default_root_dir=str(tmp_path), **quiet, **options
+    )
     module = Two(make, manual=True)
     module.alternate = alternate
     trainer.fit(module, loader())
@@ -403,7 +506,9 @@ def test_two_optimizers_rates_are_logged_by_number_and_interval(tmp_path, every,
     with open(f"{logger.log_dir}/metrics.csv", encoding="utf-8") as file:
         logged = list(csv.DictReader(file))
     for number, rank in enumerate((4, 8)):
-        values = [float(row[f"{number}/lr/A/r{rank}"]) for row in logged if row[f"{number}/lr/A/r{rank}"]]
+        values = [
+            float(row[f"{number}/lr/A/r{rank}"]) for row in logged if row[f"{number}/lr/A/r{rank}"]
+        ]
         assert values == pytest.approx([LR * multiplier(rank)] * rows)
 
 
@@ -435,7 +540,9 @@ def accelerated(make, folder=None):
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = mlp((4, 8), seed=3)
     opt = make(model)
-    parts = accelerator.prepare(model, opt, loader(), torch.optim.lr_scheduler.CosineAnnealingLR(opt, STEPS))
+    parts = accelerator.prepare(
+        model, opt, loader(), torch.optim.lr_scheduler.CosineAnnealingLR(opt, STEPS)
+    )
     for epoch in range(2):
         if epoch and folder is not None:
             accelerator.save_state(str(folder))

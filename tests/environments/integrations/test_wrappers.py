@@ -19,7 +19,9 @@ from ...helpers.models import batches, mlp, same, snapshot
 from .by_hand import Case, multiplier
 
 # torch.compile imports parts of torch that warn of other parts of torch.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script.*` is deprecated:DeprecationWarning"
+)
 
 LR = 1e-2
 AT_16 = Reference(rank=16, alpha=16)
@@ -44,7 +46,12 @@ def by_hand(model, lr=LR, kind=torch.optim.AdamW, **settings):
 
 
 def groups_by_hand(model, lr=LR, kind=torch.optim.AdamW):
-    layers = [(model.layer0.lora_A, 4), (model.layer0.lora_B, 4), (model.layer1.lora_A, 8), (model.layer1.lora_B, 8)]
+    layers = [
+        (model.layer0.lora_A, 4),
+        (model.layer0.lora_B, 4),
+        (model.layer1.lora_A, 8),
+        (model.layer1.lora_B, 8),
+    ]
     groups = [{"params": [p], "lr": lr * multiplier(rank, Case(kind))} for p, rank in layers]
     return [*groups, {"params": list(model.head.parameters())}]
 
@@ -78,7 +85,10 @@ def test_grad_scaler(form, kernel, infinite, unscale):
     """Under GradScaler, clipped or not, training is that of groups by hand; a step with an infinite one is skipped."""
 
     def loop(model, make):
-        opt, scaler = make(model, **kernel), torch.amp.GradScaler("cpu", init_scale=128.0, growth_interval=2)
+        opt, scaler = (
+            make(model, **kernel),
+            torch.amp.GradScaler("cpu", init_scale=128.0, growth_interval=2),
+        )
         for i, x in enumerate(batches(STEPS)):
             before = snapshot(model)
             opt.zero_grad()
@@ -268,7 +278,9 @@ def test_hooks_may_replace_what_is_saved_and_loaded(form):
     """A hook that gives another dict back is obeyed, on saving and on loading."""
     opt = form(mlp((4, 8)))
     opt.register_state_dict_post_hook(lambda _, state: {**state, "note": 1})
-    opt.register_load_state_dict_pre_hook(lambda _, state: {**state, "param_groups": faster(state["param_groups"])})
+    opt.register_load_state_dict_pre_hook(
+        lambda _, state: {**state, "param_groups": faster(state["param_groups"])}
+    )
     before = [group["lr"] for group in opt.param_groups]
     saved = opt.state_dict()
     assert saved["note"] == 1
@@ -312,7 +324,10 @@ def test_the_optimizer_inside_the_backward_pass():
 
     def inside(model, make):
         for param in [p for p in model.parameters() if p.requires_grad]:
-            step_on_arrival(param, RankAwareOptimizer([param], torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16))
+            step_on_arrival(
+                param,
+                RankAwareOptimizer([param], torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16),
+            )
         for x in batches(STEPS):
             loss_of(model, x).backward()
 
@@ -395,7 +410,12 @@ def test_a_warning_is_seen_where_frameworks_are_loaded(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        cwd=tmp_path,
     )
     assert done.stderr.count("RankAwareWarning") == 1
     assert "mine.py:6: RankAwareWarning" in done.stderr

@@ -50,7 +50,12 @@ def unet():
 def encoder():
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return CLIPTextModel(CLIPTextConfig(vocab_size=64, **sizes))
 
 
@@ -58,7 +63,9 @@ def network(name="rankaware_optim.integrations.kohya", **arguments):
     """What train_network.py does with --network_module and --network_args, up to its optimizer's groups."""
     made = unet()
     texts = [encoder()]
-    net = importlib.import_module(name).create_network(1.0, 64, 64, None, texts, made, neuron_dropout=None, **arguments)
+    net = importlib.import_module(name).create_network(
+        1.0, 64, 64, None, texts, made, neuron_dropout=None, **arguments
+    )
     args = types.SimpleNamespace(network_module=name)
     net.prepare_network(args) if hasattr(net, "prepare_network") else None
     net.apply_to(texts, made, True, True)
@@ -88,7 +95,9 @@ def test_native_optimizer_and_scheduler_keep_the_ratio(delegate):
     groups = found[0] if isinstance(found, tuple) else found
     start = [p.detach().clone() for g in groups for p in g["params"]]
     opt = torch.optim.AdamW(groups, lr=LR)
-    schedule = diffusers.optimization.get_scheduler("cosine", optimizer=opt, num_warmup_steps=0, num_training_steps=4)
+    schedule = diffusers.optimization.get_scheduler(
+        "cosine", optimizer=opt, num_warmup_steps=0, num_training_steps=4
+    )
     first = [g["lr"] for g in opt.param_groups]
     for group in opt.param_groups:
         for p in group["params"]:
@@ -116,14 +125,23 @@ def test_flux_networks_own_method_is_taken():
 
     Block.__name__ = "DoubleStreamBlock"
     flux = torch.nn.Sequential(Block(), Block())
-    net = _adapted(LoRANetwork([], flux, lora_dim=64, alpha=64), "networks.lora_flux", {"tuned_at": Reference(16, 16)})
+    net = _adapted(
+        LoRANetwork([], flux, lora_dim=64, alpha=64),
+        "networks.lora_flux",
+        {"tuned_at": Reference(16, 16)},
+    )
     net.apply_to([], flux, False, True)
     groups, descriptions = net.prepare_optimizer_params_with_multiple_te_lrs(None, LR, LR)
     assert len(groups) == len(descriptions) == 2
-    assert all(g["lr"] == pytest.approx(LR * g["rank_multiplier"]) and g["rank_multiplier"] != 1.0 for g in groups)
+    assert all(
+        g["lr"] == pytest.approx(LR * g["rank_multiplier"]) and g["rank_multiplier"] != 1.0
+        for g in groups
+    )
 
 
-@pytest.mark.parametrize("given", [{"rankaware_recipe": "r.toml"}, {"rankaware_rnk": "4"}, {"rankaware_batch": "many"}])
+@pytest.mark.parametrize(
+    "given", [{"rankaware_recipe": "r.toml"}, {"rankaware_rnk": "4"}, {"rankaware_batch": "many"}]
+)
 def test_settings_that_cannot_be_are_refused(given):
     """A recipe, an unknown name and an unreadable value, each with a sentence."""
     with pytest.raises(OptimizerError):

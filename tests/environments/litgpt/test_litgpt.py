@@ -41,7 +41,9 @@ def test_a_layer_computes_and_trains_as_read(case):
 def test_it_trains_at_the_laws_rates():
     """A few steps lower the loss."""
     model = layer(4)
-    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-1, tuned_at=Reference(rank=16, alpha=8))
+    opt = RankAwareOptimizer(
+        model, torch.optim.AdamW, lr=1e-1, tuned_at=Reference(rank=16, alpha=8)
+    )
     x, y = torch.randn(8, 16), torch.randn(8, 32)
     losses = []
     for _ in range(10):

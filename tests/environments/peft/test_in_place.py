@@ -34,7 +34,9 @@ def step(model, i):
 
 
 def calibrate(model, *, step=step, ranks=(4, 8), trials=4, **options):
-    return ra.calibrate_in_place(model, step, AdamW, ranks=ranks, steps=STEPS, trials=trials, **options)
+    return ra.calibrate_in_place(
+        model, step, AdamW, ranks=ranks, steps=STEPS, trials=trials, **options
+    )
 
 
 @pytest.mark.parametrize("odd", [None, float("nan")])
@@ -42,7 +44,9 @@ def test_experts_are_calibrated(odd):
     """PEFT parametrizes experts in each forward pass: this is no write, and the model comes back as it was."""
     model = mixture(4, 4.0)
     if odd is not None:
-        next(p for n, p in model.named_parameters() if n.endswith("gate_up_proj")).data[2, 0, 0] = odd
+        next(p for n, p in model.named_parameters() if n.endswith("gate_up_proj")).data[2, 0, 0] = (
+            odd
+        )
     before = fingerprint(model)
 
     def forward(model, i):
@@ -58,7 +62,9 @@ def test_experts_are_calibrated(odd):
             next(p for n, p in model.named_parameters() if n.endswith("gate_up_proj")).add_(1.0)
         return forward(model, i)
 
-    with pytest.raises(ra.CalibrationError, match=r"wrote the frozen parameter .*experts.*gate_up_proj"):
+    with pytest.raises(
+        ra.CalibrationError, match=r"wrote the frozen parameter .*experts.*gate_up_proj"
+    ):
         calibrate(model, step=writes)
 
 
@@ -82,7 +88,9 @@ def at(rank, case, rule):
     grown = rank / 4
     alpha = {"fixed": grown**root, "alpha": 1.0}[rule]
     if "rank_pattern" in options:
-        options["rank_pattern"] = {key: int(r * grown) for key, r in options["rank_pattern"].items()}
+        options["rank_pattern"] = {
+            key: int(r * grown) for key, r in options["rank_pattern"].items()
+        }
         options["alpha_pattern"] = {key: a * alpha for key, a in options["alpha_pattern"].items()}
     return wrapped(r=rank, alpha=8 * alpha, **options)
 
@@ -108,7 +116,9 @@ def test_in_place_is_as_built_anew(case, rule):
 
     def seeded_step(model, i):
         if i == 0:
-            torch.manual_seed(5)  # building a model drew from the generator, making one again does not
+            torch.manual_seed(
+                5
+            )  # building a model drew from the generator, making one again does not
         return step(model, i)
 
     rebuilt = ra.calibrate(train, AdamW, ranks=(4, 8), steps=STEPS, trials=3, seeds=(5,))
@@ -142,7 +152,9 @@ def test_full_finetuning_in_place(case):
     assert recipe.full_seen
     assert losses == [base.item()] * recipe.tensors["rank"].tolist().count(0)
     assert not any("lora" in name for name in trained)
-    assert sum("base_layer.weight" in name for name in trained) == len(CASES[case].get("targets", ("q", "v")))
+    assert sum("base_layer.weight" in name for name in trained) == len(
+        CASES[case].get("targets", ("q", "v"))
+    )
     assert any("modules_to_save" in name for name in trained) == (case == "head")
 
 
@@ -154,7 +166,9 @@ def test_the_configuration_says_what_the_model_is():
         config = model.peft_config["default"]
         seen.add((config.r, config.lora_alpha, config.rank_pattern["v"], config.alpha_pattern["v"]))
         rebuilt = peft.get_peft_model(Net(), copy.deepcopy(config))
-        assert {n: p.shape for n, p in rebuilt.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+        assert {n: p.shape for n, p in rebuilt.named_parameters()} == {
+            n: p.shape for n, p in model.named_parameters()
+        }
         own = {n: m.scaling for n, m in rebuilt.named_modules() if hasattr(m, "scaling")}
         assert own == {n: m.scaling for n, m in model.named_modules() if hasattr(m, "scaling")}
         return step(model, i)
@@ -200,7 +214,11 @@ REFUSED = [
     (adalora, {}, "needs the init of its convention|cannot be made at another rank"),
     (merged, {}, "merged into its base weight"),
     (loha, {}, r"\(LoHa\) that cannot be made"),
-    (lambda: wrapped(init_lora_weights="pissa"), {}, "subtracted their product from the base weight"),
+    (
+        lambda: wrapped(init_lora_weights="pissa"),
+        {},
+        "subtracted their product from the base weight",
+    ),
     (lambda: wrapped(targets=("conv", "grouped")), {"ranks": (4, 6)}, "cannot be made at rank 6"),
 ]
 

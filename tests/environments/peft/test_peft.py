@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from rankaware_optim import InvalidReferenceError, MuA, RankAwareOptimizer, RankAwareWarning, Reference, inspect_model
+from rankaware_optim import (
+    InvalidReferenceError,
+    MuA,
+    RankAwareOptimizer,
+    RankAwareWarning,
+    Reference,
+    inspect_model,
+)
 from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import effective_lr
 
@@ -35,17 +42,26 @@ class Net(nn.Module):
         super().__init__()
         self.emb = nn.Embedding(30, 16)
         self.q, self.v = nn.Linear(16, 16), nn.Linear(16, 24)
-        self.conv, self.grouped = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.conv, self.grouped = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1, groups=4),
+        )
         self.head = nn.Linear(24 + 8, 3)
 
     def forward(self, tokens: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         words = self.v(self.q(self.emb(tokens)).tanh()).mean(dim=1)
-        return self.head(torch.cat([words, self.grouped(self.conv(image).tanh()).mean(dim=(2, 3))], dim=1))
+        return self.head(
+            torch.cat([words, self.grouped(self.conv(image).tanh()).mean(dim=(2, 3))], dim=1)
+        )
 
 
-def wrapped(*, r: int = 4, alpha: float = 8, targets: tuple[str, ...] = ("q", "v"), **options) -> nn.Module:
+def wrapped(
+    *, r: int = 4, alpha: float = 8, targets: tuple[str, ...] = ("q", "v"), **options
+) -> nn.Module:
     torch.manual_seed(0)
-    return peft.get_peft_model(Net(), peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=list(targets), **options))
+    return peft.get_peft_model(
+        Net(), peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=list(targets), **options)
+    )
 
 
 def train(model: nn.Module, opt: torch.optim.Optimizer, steps: int = 3) -> None:
@@ -78,7 +94,13 @@ def test_layers(layer, kind, fan_in, fan_out, init, convention):
     assert [f.role for f in factors] == ["A", "B"]
     for f in factors:
         assert (f.rank, f.scaling, f.adapter) == (4, 2.0, "default")
-        assert (f.kind, f.fan_in, f.fan_out, f.init, f.convention) == (kind, fan_in, fan_out, init, convention)
+        assert (f.kind, f.fan_in, f.fan_out, f.init, f.convention) == (
+            kind,
+            fan_in,
+            fan_out,
+            init,
+            convention,
+        )
 
 
 def test_the_peft_model_is_left_as_found():
@@ -194,10 +216,15 @@ def test_only_the_active_adapter_counts():
     model.add_adapter("wide", peft.LoraConfig(r=16, lora_alpha=16, target_modules=["q", "v"]))
     assert {(f.adapter, f.rank) for f in inspect_model(model).factors} == {("default", 4)}
     model.set_adapter("wide")
-    assert {(f.adapter, f.rank, f.scaling) for f in inspect_model(model).factors} == {("wide", 16, 1.0)}
+    assert {(f.adapter, f.rank, f.scaling) for f in inspect_model(model).factors} == {
+        ("wide", 16, 1.0)
+    }
     for name, param in model.named_parameters():
         param.requires_grad_("lora_" in name)
-    assert {(f.adapter, f.rank) for f in inspect_model(model).factors} == {("default", 4), ("wide", 16)}
+    assert {(f.adapter, f.rank) for f in inspect_model(model).factors} == {
+        ("default", 4),
+        ("wide", 16),
+    }
 
 
 def test_adapters_of_different_inits():
@@ -206,7 +233,10 @@ def test_adapters_of_different_inits():
     model.add_adapter("p", peft.LoraConfig(r=4, target_modules=["q"], init_lora_weights="olora"))
     for name, param in model.named_parameters():
         param.requires_grad_("lora_" in name)
-    assert {(f.adapter, f.init) for f in inspect_model(model).factors} == {("default", "A"), ("p", "other")}
+    assert {(f.adapter, f.init) for f in inspect_model(model).factors} == {
+        ("default", "A"),
+        ("p", "other"),
+    }
 
 
 @pytest.mark.parametrize("inits", [(True, "olora"), ("olora", True)])
@@ -223,7 +253,9 @@ def test_two_peft_models_in_one_keep_their_own_configurations(inits, shared):
             nn.init.normal_(param)
     found = {(f.name.partition(".")[0], f.init) for f in inspect_model(both).factors}
     wanted = (True, True) if shared else inits
-    assert found == {(part, "A" if init is True else "other") for part, init in zip(parts, wanted, strict=True)}
+    assert found == {
+        (part, "A" if init is True else "other") for part, init in zip(parts, wanted, strict=True)
+    }
 
 
 def test_meta_adapters_keep_their_declared_init():
@@ -254,7 +286,10 @@ def test_a_config_and_a_saved_adapter_name_a_reference(rslora, tmp_path):
     made.save_pretrained(tmp_path)
     RECIPE.save_beside(tmp_path)
     at = Reference(rank=16, alpha=32, rslora=rslora)
-    opts = [RankAwareOptimizer(wrapped(), "adamw", lr=1e-3, tuned_at=given) for given in (at, config, tmp_path)]
+    opts = [
+        RankAwareOptimizer(wrapped(), "adamw", lr=1e-3, tuned_at=given)
+        for given in (at, config, tmp_path)
+    ]
     rates = [[effective_lr(group) for group in opt.param_groups] for opt in opts]
     assert rates[0] == rates[1] == pytest.approx(rates[2])
     assert 1e-3 not in rates[0]
@@ -277,7 +312,9 @@ def test_a_rank_pattern_is_scaled_around_the_dominant_rank():
     model = wrapped(targets=("q", "v", "conv"), rank_pattern={"v": 16})
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3)
     width = inspect_model(model).width
-    moved = MuA().multiplier(Factor("w", "A", 16, width, width, scaling=0.5), Reference(rank=4, alpha=8, fan_in=width))
+    moved = MuA().multiplier(
+        Factor("w", "A", 16, width, width, scaling=0.5), Reference(rank=4, alpha=8, fan_in=width)
+    )
     found = {(g["lora_rank"], g["lora_role"]): effective_lr(g) for g in opt.param_groups}
     assert found[4, "A"] == found[4, "B"] == 1e-3
     assert [found[16, "A"], found[16, "B"]] == pytest.approx([1e-3 * moved * DISTANCE] * 2)

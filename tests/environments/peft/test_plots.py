@@ -40,10 +40,15 @@ def test_a_figure_that_cannot_be_written_is_said(name, tmp_path):
 
 
 COORDCHECK = ["coordcheck", "--shape", "8x8", "--tokens", "8", "--ranks", "1,2"]
-COMMANDS = [*((["plot", "made.toml"], f"made.{suffix}") for suffix in ("png", "svg", "pdf")), (COORDCHECK, "made.png")]
+COMMANDS = [
+    *((["plot", "made.toml"], f"made.{suffix}") for suffix in ("png", "svg", "pdf")),
+    (COORDCHECK, "made.png"),
+]
 
 
-@pytest.mark.parametrize(("command", "name"), COMMANDS, ids=[f"{c[0]} {name}" for c, name in COMMANDS])
+@pytest.mark.parametrize(
+    ("command", "name"), COMMANDS, ids=[f"{c[0]} {name}" for c, name in COMMANDS]
+)
 def test_the_same_command_draws_again(command, name, tmp_path, monkeypatch):
     """An empty file and the command's own figure are drawn over."""
     monkeypatch.chdir(tmp_path)
@@ -58,7 +63,10 @@ def test_a_figure_without_a_suffix_is_refused(tmp_path):
     """It would be written under another name than the one given."""
     path = RECIPE.save(tmp_path / "made.toml")
     before = sorted(tmp_path.iterdir())
-    assert "no suffix" in CliRunner().invoke(main, ["plot", str(path), "-o", str(tmp_path / "made")]).stderr
+    assert (
+        "no suffix"
+        in CliRunner().invoke(main, ["plot", str(path), "-o", str(tmp_path / "made")]).stderr
+    )
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -82,11 +90,16 @@ def test_a_tick_stands_where_its_label_says(kind, monkeypatch):
     plot_recipe(KINDS[kind], "out.png")
     saved[0].draw_without_rendering()
     for axis in saved[0].axes:
-        sides = [one for one in (axis.xaxis, axis.yaxis) if one.get_label_text() == "learning rate, per step"]
+        sides = [
+            one
+            for one in (axis.xaxis, axis.yaxis)
+            if one.get_label_text() == "learning rate, per step"
+        ]
         assert sides
         for side in sides:
             pairs = [
-                (tick, text.get_text()) for tick, text in zip(side.get_ticklocs(), side.get_ticklabels(), strict=True)
+                (tick, text.get_text())
+                for tick, text in zip(side.get_ticklocs(), side.get_ticklabels(), strict=True)
             ]
             assert pairs
             assert all(float(label) == pytest.approx(tick, rel=1e-9) for tick, label in pairs)
@@ -116,7 +129,14 @@ def test_every_panel_is_used(kind, monkeypatch):
 
 # --- the coordinate check -------------------------------------------------------------------------------------------
 
-NAMES = ("q", "base_model.model.model.layers.31.self_attn.q_proj", "$half math", "100 %", "up", "down")
+NAMES = (
+    "q",
+    "base_model.model.model.layers.31.self_attn.q_proj",
+    "$half math",
+    "100 %",
+    "up",
+    "down",
+)
 LAYERS = {name: (16 * n, 16) for n, name in enumerate(NAMES, 1)}
 CHECKS = {
     "one layer": ({"q": (32, 32)}, {}),
@@ -143,7 +163,11 @@ def test_the_layers_that_change_most_are_drawn(tmp_path):
     check = coordinate_check(LAYERS, "AdamW", tokens=32, law="constant")
     drawn = texts(plot_coordinates(check, tmp_path / "out.svg"))
     ordered = sorted(check.slopes, key=lambda pair: abs(pair[1]))
-    panels = [name for name, slope in check.slopes if any(f"{name[-20:]}: r^{slope:+.2f}" in text for text in drawn)]
+    panels = [
+        name
+        for name, slope in check.slopes
+        if any(f"{name[-20:]}: r^{slope:+.2f}" in text for text in drawn)
+    ]
     assert len(panels) == 4
     assert not {name for name, _ in ordered[:2]} & set(panels)
     assert "s·B₀·ΔA·x: zero" in drawn
@@ -152,10 +176,16 @@ def test_the_layers_that_change_most_are_drawn(tmp_path):
 
 def texts(path) -> list[str]:
     """What a figure of ours says: matplotlib writes each text of an .svg into a comment."""
-    return [comment.strip() for comment in re.findall(r"<!--(.*?)-->", path.read_text(encoding="utf-8"), re.DOTALL)]
+    return [
+        comment.strip()
+        for comment in re.findall(r"<!--(.*?)-->", path.read_text(encoding="utf-8"), re.DOTALL)
+    ]
 
 
 def test_a_check_that_cannot_be_written_is_said(tmp_path):
     """An unknown format is an error of ours."""
     with pytest.raises(PlotError, match="cannot be written"):
-        plot_coordinates(coordinate_check({"q": (8, 8)}, "AdamW", tokens=8, ranks=(1, 2)), tmp_path / "out.unheard-of")
+        plot_coordinates(
+            coordinate_check({"q": (8, 8)}, "AdamW", tokens=8, ranks=(1, 2)),
+            tmp_path / "out.unheard-of",
+        )

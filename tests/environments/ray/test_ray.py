@@ -19,7 +19,16 @@ import rankaware_optim as ra
 from rankaware_optim.calibration import RayExecutor
 from rankaware_optim.calibration._trials import Trials
 
-from ...cli.test_calibrate import LOOP, assert_shared, call, ended, running_or_done, started, trials_of, wait_until
+from ...cli.test_calibrate import (
+    LOOP,
+    assert_shared,
+    call,
+    ended,
+    running_or_done,
+    started,
+    trials_of,
+    wait_until,
+)
 from .conftest import NODE
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
@@ -39,7 +48,12 @@ def folder(tmp_path, monkeypatch):
 
 
 def calibrate(cluster, train=None, **options):
-    options = {"executor": RayExecutor(address=cluster.address), "storage": "s.journal", "trials": 8, **options}
+    options = {
+        "executor": RayExecutor(address=cluster.address),
+        "storage": "s.journal",
+        "trials": 8,
+        **options,
+    }
     train = train or import_module("ray_loops").train
     return ra.calibrate(train, torch.optim.AdamW, ranks=(2, 32), steps=10, **options)
 
@@ -77,9 +91,7 @@ def test_the_command_runs_there_too(cluster, folder):
 def test_a_script_needs_no_module(cluster, folder):
     """What a script defines goes to the nodes with it, and executor="ray" finds the cluster that RAY_ADDRESS names."""
     call = "ra.calibrate(train, 'AdamW', ranks=(2, 32), steps=10, trials=6, storage='s.journal', executor='ray')"
-    script = (
-        f"{LOOP.replace('PAUSE', '0.04')}\nimport rankaware_optim as ra\nif __name__ == '__main__':\n    print({call})"
-    )
+    script = f"{LOOP.replace('PAUSE', '0.04')}\nimport rankaware_optim as ra\nif __name__ == '__main__':\n    print({call})"
     Path("script.py").write_text(script.replace("Path(__file__).parent", f"Path({str(folder)!r})"))
     environment = {
         **os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -93,7 +105,9 @@ def test_a_killed_node_loses_nothing(cluster, folder):
     second = next(node for node in cluster.list_all_nodes() if not node.head)
     process = started(*COMMAND, "--trials", 24, "--ray", cluster.address)
     try:
-        wait_until(lambda: len({t.worker for t in running_or_done("r.journal", "r").counted()}) == 2)
+        wait_until(
+            lambda: len({t.worker for t in running_or_done("r.journal", "r").counted()}) == 2
+        )
         cluster.remove_node(second, allow_graceful=False)
         before = [t for t in trials_of("r.journal", "r") if t.state.is_finished()]
         ended(process)
@@ -103,7 +117,9 @@ def test_a_killed_node_loses_nothing(cluster, folder):
         cluster.wait_for_nodes(60)
         cluster.add_node(**NODE)
     after = trials_of("r.journal", "r")
-    assert [t.datetime_complete for t in after[: len(before)] if t in before] == [t.datetime_complete for t in before]
+    assert [t.datetime_complete for t in after[: len(before)] if t in before] == [
+        t.datetime_complete for t in before
+    ]
     records = Trials.read(after)
     ran, killed = records.counted(), [t for t in records if t.killed]
     assert len(ran) == 24 > len(before)
@@ -123,7 +139,9 @@ def test_each_worker_has_a_gpu_of_its_own(cluster, folder):
 
 def test_one_is_started_for_the_call(folder):
     """`--ray local` starts a cluster on this machine, and ends it."""
-    ended(started(*COMMAND, "--trials", 6, "--ray", "local", "--workers", 1, env={"PROCESSES": "1"}))
+    ended(
+        started(*COMMAND, "--trials", 6, "--ray", "local", "--workers", 1, env={"PROCESSES": "1"})
+    )
     assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 6
 
 
@@ -161,9 +179,16 @@ def test_a_cluster_that_is_not_there_is_said(address, folder, monkeypatch):
 @pytest.mark.parametrize("storage", [None, "sqlite:///s.db", InMemoryStorage()])
 def test_a_storage_that_only_this_process_has_is_refused(storage, folder):
     """Memory, SQLite and an object are, before Ray is started."""
-    with pytest.raises(ra.CalibrationError, match="Give storage= the path of a journal in a folder that all"):
+    with pytest.raises(
+        ra.CalibrationError, match="Give storage= the path of a journal in a folder that all"
+    ):
         ra.calibrate(
-            import_module("ray_loops").train, "AdamW", ranks=(2, 32), steps=10, storage=storage, executor="ray"
+            import_module("ray_loops").train,
+            "AdamW",
+            ranks=(2, 32),
+            steps=10,
+            storage=storage,
+            executor="ray",
         )
     assert not Path("s.db").exists()
 
@@ -173,7 +198,10 @@ def test_ray_places_its_workers_itself(options, folder, monkeypatch):
     """--devices and --threads do not go with --ray."""
     done = call(*COMMAND, "--ray", "local", *options)
     assert done.exit_code == 1
-    assert done.stderr == "Error: Ray gives the workers their GPUs and threads. Leave --devices and --threads out.\n"
+    assert (
+        done.stderr
+        == "Error: Ray gives the workers their GPUs and threads. Leave --devices and --threads out.\n"
+    )
 
 
 def test_other_code_on_a_node_is_refused(cluster, folder, monkeypatch):
@@ -185,7 +213,9 @@ def test_other_code_on_a_node_is_refused(cluster, folder, monkeypatch):
     monkeypatch.chdir("/")  # Ray lets its workers import from where the call was made
     environment = {"PYTHONPATH": os.pathsep.join([str(folder / "other"), *filter(None, sys.path)])}
     options = {"storage": folder / "s.journal", "trials": 4}
-    refused = pytest.raises(ra.CalibrationError, match=r"runs different code from .*: its source's hash=")
+    refused = pytest.raises(
+        ra.CalibrationError, match=r"runs different code from .*: its source's hash="
+    )
     with another_node(cluster, num_gpus=1, env_vars=environment), refused:
         calibrate(cluster, train, **options)
     assert len(trials_of(str(folder / "s.journal"), "calibration")) == 2
@@ -221,7 +251,9 @@ def test_what_cannot_be_sent_is_refused(cluster, folder):
         with lock:
             yield 1.0
 
-    with pytest.raises(ra.CalibrationError, match="train cannot be sent to Ray's workers: Could not serialize"):
+    with pytest.raises(
+        ra.CalibrationError, match="train cannot be sent to Ray's workers: Could not serialize"
+    ):
         calibrate(cluster, train)
 
 
@@ -232,5 +264,7 @@ def test_a_module_that_a_node_lacks_is_named(cluster, folder, monkeypatch):
     module = ModuleType("nowhere_else")
     exec("def train(trial):\n    yield 1.0", module.__dict__)
     monkeypatch.setitem(sys.modules, "nowhere_else", module)
-    with pytest.raises(ra.CalibrationError, match=r"could not load train: .*No module named 'nowhere_else'"):
+    with pytest.raises(
+        ra.CalibrationError, match=r"could not load train: .*No module named 'nowhere_else'"
+    ):
         calibrate(cluster, module.train)

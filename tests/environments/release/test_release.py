@@ -42,6 +42,13 @@ def test_what_was_built_works_in_a_clean_environment(tmp_path: Path, kind: str) 
 
 def run(folder: Path, *command: str) -> str:
     """What a command prints, in a folder outside the tree."""
-    done = subprocess.run(command, cwd=folder, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout

@@ -40,7 +40,9 @@ class Server:
     def start(self) -> None:
         options = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self.folder), "-F"]
         command = [found("postgres"), "-D", str(self.data), *options]
-        self.process = subprocess.Popen(command, cwd=self.folder, stderr=subprocess.DEVNULL, **self._as)
+        self.process = subprocess.Popen(
+            command, cwd=self.folder, stderr=subprocess.DEVNULL, **self._as
+        )
         until = time.monotonic() + START_S
         while not self._answers():
             if time.monotonic() > until or self.process.poll() is not None:
@@ -71,9 +73,13 @@ class Server:
 def found(program: str) -> str:
     """PostgreSQL's program: Debian keeps it off the path."""
     homes = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    path = shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, homes)]))
+    path = shutil.which(
+        program, path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, homes)])
+    )
     if path is None:
-        raise FileNotFoundError(f"There is no {program}. Install PostgreSQL: apt-get install postgresql.")
+        raise FileNotFoundError(
+            f"There is no {program}. Install PostgreSQL: apt-get install postgresql."
+        )
     return path
 
 
@@ -89,7 +95,10 @@ def install() -> None:
         print(found("initdb"))
     except FileNotFoundError:
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for step in (["update", "-q"], ["install", "-y", "-q", "--no-install-recommends", "postgresql"]):
+        for step in (
+            ["update", "-q"],
+            ["install", "-y", "-q", "--no-install-recommends", "postgresql"],
+        ):
             subprocess.run(["apt-get", *step], check=True, env=environment, stdout=sys.stderr)
 
 

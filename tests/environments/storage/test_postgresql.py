@@ -30,7 +30,17 @@ def folder(tmp_path, monkeypatch):
 
 
 def slow(server, name, trials, *more):
-    return ["slow_loops:train", *COMMON, "--storage", server.url, "--name", name, "--trials", trials, *more]
+    return [
+        "slow_loops:train",
+        *COMMON,
+        "--storage",
+        server.url,
+        "--name",
+        name,
+        "--trials",
+        trials,
+        *more,
+    ]
 
 
 def test_the_recipe_is_that_of_any_storage(server):
@@ -43,7 +53,10 @@ def test_the_recipe_is_that_of_any_storage(server):
 
 def test_commands_that_share_a_database_share_the_trials(server, folder):
     """Two commands, as on two machines, run the number asked for between them, and no point twice."""
-    pair = [started(*slow(server, "shared", 24, "-o", f"{i}.toml"), env={"PROCESSES": "2"}) for i in range(2)]
+    pair = [
+        started(*slow(server, "shared", 24, "-o", f"{i}.toml"), env={"PROCESSES": "2"})
+        for i in range(2)
+    ]
     for process in pair:
         ended(process)
     assert_shared(trials_of(server.url, "shared"), 24)
@@ -59,7 +72,9 @@ def test_killed_it_goes_on(server, folder):
     process.communicate()
     ended(started(*command))
     after = trials_of(server.url, "killed")
-    assert [t.datetime_complete for t in after[: len(before)]] == [t.datetime_complete for t in before]
+    assert [t.datetime_complete for t in after[: len(before)]] == [
+        t.datetime_complete for t in before
+    ]
     records = Trials.read(after)
     assert len(records.counted()) == 8
     killed = [trial for trial in records if trial.killed]
@@ -70,7 +85,9 @@ def test_killed_it_goes_on(server, folder):
 def test_a_database_without_an_encoding_is_said(server):
     """SQL_ASCII returns bytes for text. The error names it, and what to create instead."""
     with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute("create database bare encoding 'SQL_ASCII' template template0 lc_collate 'C' lc_ctype 'C'")
+        connection.execute(
+            "create database bare encoding 'SQL_ASCII' template template0 lc_collate 'C' lc_ctype 'C'"
+        )
     with pytest.raises(CalibrationError, match=r"does not return text.*the encoding UTF8"):
         calibrate(made_up(), trials=2, storage=server.url.replace("/postgres", "/bare"))
 
@@ -79,7 +96,11 @@ def wait_for_trials(server, name, count):
     until = time.monotonic() + 60
     while time.monotonic() < until:
         try:
-            done = [t for t in trials_of(server.url, name) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+            done = [
+                t
+                for t in trials_of(server.url, name)
+                if t.state in (TrialState.COMPLETE, TrialState.PRUNED)
+            ]
         except KeyError:  # no study of this name yet
             done = []
         if len(done) >= count:

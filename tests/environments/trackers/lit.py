@@ -40,11 +40,22 @@ class Lit(lightning.LightningModule):
 
 
 def main(tracker: str) -> None:
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(6, 64)), batch_size=2)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randn(6, 64)), batch_size=2
+    )
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     made = LOGGERS[tracker]()
     trainer = lightning.Trainer(
-        max_epochs=1, accelerator="cpu", logger=made, callbacks=[lightning_rates()], log_every_n_steps=1, **quiet
+        max_epochs=1,
+        accelerator="cpu",
+        logger=made,
+        callbacks=[lightning_rates()],
+        log_every_n_steps=1,
+        **quiet,
     )
     trainer.fit(Lit(), loader)
     made.finalize("success")

@@ -22,7 +22,14 @@ for name in ("tensorboard", "wandb", "mlflow", "transformers", "peft", "lightnin
 
 ROOT = Path(__file__).parents[3]
 STEPS = 3
-RATES = ["base_lr/A/r4", "base_lr/B/r4", "lr/A/r4", "lr/B/r4", "rank_multiplier/A/r4", "rank_multiplier/B/r4"]
+RATES = [
+    "base_lr/A/r4",
+    "base_lr/B/r4",
+    "lr/A/r4",
+    "lr/B/r4",
+    "rank_multiplier/A/r4",
+    "rank_multiplier/B/r4",
+]
 HASH, NAME = RECIPE.tag.split(" ", 1)
 LOGGED = {"rankaware/recipe": NAME, "rankaware/recipe_hash": HASH}
 
@@ -37,12 +44,16 @@ def tensorboard(folder: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
         found = EventAccumulator(str(path), size_guidance={"tensors": 0, "scalars": 0})
         found.Reload()
         for tag in found.Tags()["tensors"]:
-            words[tag.removesuffix("/text_summary")] = found.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+            words[tag.removesuffix("/text_summary")] = (
+                found.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+            )
         if "_hparams_/session_start_info" in found.summary_metadata:
             content = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
             hparams = parse_session_start_info_plugin_data(content).hparams
             words |= {key: value.string_value for key, value in hparams.items()}
-        scalars |= {tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+        scalars |= {
+            tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]
+        }
     return words, scalars
 
 
@@ -54,7 +65,9 @@ def wandb(folder: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
 
 def mlflow(folder: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
     """The tags and parameters, and the metrics, of the one run in a local file store."""
-    (run,) = (path.parent for path in folder.rglob("meta.yaml") if (path.parent / "metrics").is_dir())
+    (run,) = (
+        path.parent for path in folder.rglob("meta.yaml") if (path.parent / "metrics").is_dir()
+    )
     words = {
         path.relative_to(run / kind).as_posix(): path.read_text(encoding="utf-8")
         for kind in ("tags", "params")
@@ -79,12 +92,27 @@ def run(tmp_path):
     """Runs a script of this folder in a separate process, in an empty folder, with no network to ask for."""
 
     def ran(script: str, *arguments: object) -> Path:
-        own = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-        own |= {"MLFLOW_TRACKING_URI": (tmp_path / "mlruns").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
-        own |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+        own = {
+            "WANDB_MODE": "offline",
+            "WANDB_SILENT": "true",
+            "WANDB_DIR": str(tmp_path),
+            "HF_HUB_OFFLINE": "1",
+        }
+        own |= {
+            "MLFLOW_TRACKING_URI": (tmp_path / "mlruns").as_uri(),
+            "MLFLOW_ALLOW_FILE_STORE": "true",
+        }
+        own |= {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+        }
         command = [sys.executable, "-W", "ignore", "-m", f"tests.environments.trackers.{script}"]
         ended = subprocess.run(
-            [*command, *map(str, arguments)], cwd=tmp_path, env={**os.environ, **own}, capture_output=True, text=True
+            [*command, *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, **own},
+            capture_output=True,
+            text=True,
         )
         assert not ended.returncode, ended.stderr[-3000:]
         return tmp_path
@@ -92,11 +120,15 @@ def run(tmp_path):
     return ran
 
 
-def check(words: dict[str, str], metrics: dict[str, list[float]], prefix: str, logged: dict[str, str]) -> None:
+def check(
+    words: dict[str, str], metrics: dict[str, list[float]], prefix: str, logged: dict[str, str]
+) -> None:
     """Every group's rates at every step, in the ratio that the multiplier says, and the recipe or none."""
     assert {f"{prefix}{name}" for name in RATES} <= set(metrics)
     for half in "AB":
-        base, by, lr = (metrics[f"{prefix}{name}/{half}/r4"] for name in ("base_lr", "rank_multiplier", "lr"))
+        base, by, lr = (
+            metrics[f"{prefix}{name}/{half}/r4"] for name in ("base_lr", "rank_multiplier", "lr")
+        )
         assert len(base) == STEPS
         assert lr == pytest.approx([b * m for b, m in zip(base, by, strict=True)])
         assert base == sorted(base, reverse=True)
@@ -142,7 +174,10 @@ def test_a_recipe_that_cannot_be_saved_ends_no_run(tmp_path):
 
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "README.md").write_bytes(b"\xff\xfe")
-    state, args = SimpleNamespace(global_step=1, is_world_process_zero=True), SimpleNamespace(output_dir=tmp_path)
+    state, args = (
+        SimpleNamespace(global_step=1, is_world_process_zero=True),
+        SimpleNamespace(output_dir=tmp_path),
+    )
     opt = RankAwareOptimizer(mlp(width=64), "adamw", recipe=RECIPE, other_lr=1e-3)
     with pytest.warns(RankAwareWarning, match=r"README\.md cannot be written"):
         log_rates().on_save(args, state, None, optimizer=SimpleNamespace(optimizer=opt))

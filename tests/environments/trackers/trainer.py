@@ -16,13 +16,22 @@ from ...helpers.recipes import RECIPE
 
 def llama() -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=32, max_position_embeddings=16, num_key_value_heads=2, **sizes)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = transformers.LlamaConfig(
+        vocab_size=32, max_position_embeddings=16, num_key_value_heads=2, **sizes
+    )
     return transformers.LlamaForCausalLM(config)
 
 
 def main(tracker: str, kind: str) -> None:
-    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
+    model = peft.get_peft_model(
+        llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
+    )
     rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
     args = transformers.TrainingArguments(
         "out",
@@ -38,7 +47,9 @@ def main(tracker: str, kind: str) -> None:
     )
     rate = {"recipe": RECIPE} if kind == "recipe" else {"lr": 1e-3, "tuned_at": "r=16,alpha=16"}
     factory = trainer_factory("adamw", **rate)
-    trainer = transformers.Trainer(model, args, train_dataset=rows, optimizer_cls_and_kwargs=factory)
+    trainer = transformers.Trainer(
+        model, args, train_dataset=rows, optimizer_cls_and_kwargs=factory
+    )
     log_rates(trainer)
     trainer.train()
     for path in Path("out").glob("checkpoint-*"):

@@ -40,5 +40,10 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             config[update.key or "/".join(update.nested_key)] = json.loads(update.value_json)
         if record.history.item:
             items = record.history.item
-            history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+            history.append(
+                {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in items
+                }
+            )
     return config, history

@@ -35,15 +35,28 @@ def test_unsloths_trainer_trains_at_moved_rates(tmp_path, capsys, tiny, rate):
     """attach moves the factors' rates; embedding_learning_rate stays that of the embeddings, and the base rate ours."""
     from datasets import Dataset
 
-    lora = LoraConfig(r=64, lora_alpha=64, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens"])
-    own = {"max_steps": 2, "max_length": 32, "logging_steps": 1, "report_to": "none", "bf16": False, "use_cpu": True}
+    lora = LoraConfig(
+        r=64, lora_alpha=64, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens"]
+    )
+    own = {
+        "max_steps": 2,
+        "max_length": 32,
+        "logging_steps": 1,
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+    }
     trainer = UnslothTrainer(
         get_peft_model(tiny.model(), lora),
-        args=UnslothTrainingArguments(embedding_learning_rate=rate, output_dir=str(tmp_path), **own),
+        args=UnslothTrainingArguments(
+            embedding_learning_rate=rate, output_dir=str(tmp_path), **own
+        ),
         train_dataset=Dataset.from_dict({"text": tiny.TEXTS}),
         processing_class=tiny.tokenizer(),
     )
-    ra.integrations.attach(trainer, torch.optim.AdamW, lr=LR, tuned_at=ra.Reference(rank=16, alpha=32))
+    ra.integrations.attach(
+        trainer, torch.optim.AdamW, lr=LR, tuned_at=ra.Reference(rank=16, alpha=32)
+    )
     trainer.train()
     assert capsys.readouterr().out.count("RankAwareOptimizer(AdamW)") == 1
     groups = {group["lora_role"]: group for group in trainer.optimizer.optimizer.param_groups}

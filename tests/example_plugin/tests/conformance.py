@@ -27,5 +27,7 @@ def test_both_are_used() -> None:
     """An optimizer on the layer takes the law by name: at four times the rank and the same scaling, half the rate."""
     model = Bottleneck(12, 20, 8, 8.0)
     at = Reference(rank=2, alpha=2)
-    optimizer = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, law="example-product", tuned_at=at)
+    optimizer = RankAwareOptimizer(
+        model, torch.optim.AdamW, lr=1e-3, law="example-product", tuned_at=at
+    )
     assert {round(effective_lr(group), 9) for group in optimizer.param_groups} == {5e-4}

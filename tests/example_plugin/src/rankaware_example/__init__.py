@@ -40,5 +40,10 @@ class Bottleneck(nn.Module):
 
 
 BOTTLENECK = Convention(
-    "example-bottleneck", a="reduce", b="expand", layouts=("columns",), rank=("width",), scaling=("gain",)
+    "example-bottleneck",
+    a="reduce",
+    b="expand",
+    layouts=("columns",),
+    rank=("width",),
+    scaling=("gain",),
 )

@@ -1,7 +1,9 @@
-"""How best rates move from the steps of the trials to those of a longer target run, which no trial shows.
+"""How best rates move from the steps of the trials to those of a longer target run, which no trial
+shows.
 
-Let u = log2(target / steps), and m, σ the mean and standard deviation of the slope on other tasks, in octaves of rate
-per octave of steps. The slope is a stationary Gaussian process with the correlation exp(−|u|/λ), so over u octaves
+Let u = log2(target / steps), and m, σ the mean and standard deviation of the slope on other tasks,
+in octaves of rate per octave of steps. The slope is a stationary Gaussian process with the
+correlation exp(−|u|/λ), so over u octaves
 
     the best rate moves by m·u, with variance 2·σ²·λ²·(u/λ + exp(−u/λ) − 1)
 
@@ -48,14 +50,19 @@ class Carry:
         return slope.mean * self.octaves, 2.0 * (slope.sd * _REACH) ** 2 * (u + math.expm1(-u))
 
     def prior_of_trials(self, prior: Prior) -> Prior:
-        """Return the prior at the steps of the trials. The law's full factor holds at those of the target."""
+        """Return the prior at the steps of the trials. The law's full factor holds at those of the
+        target.
+        """
         octaves, variance = self.of(self.full)
-        return replace(prior, full_mean=-octaves, full_sd=math.hypot(prior.full_sd, math.sqrt(variance)))
+        return replace(
+            prior, full_mean=-octaves, full_sd=math.hypot(prior.full_sd, math.sqrt(variance))
+        )
 
     def to_target(self, fit: Fit, prior: Prior) -> Fit:
         """Return a fit of the trials, moved to the target. prior: that of the target.
 
-        The full factor that was fitted is the target's minus the move. Both are uncertain, so each takes its share.
+        The full factor that was fitted is the target's minus the move. Both are uncertain, so each
+        takes its share.
         """
         (octaves, variance), (more, of_more) = self.of(self.lora), self.of(self.full)
         share = prior.full_sd**2 / (prior.full_sd**2 + of_more)
@@ -64,6 +71,7 @@ class Carry:
         return replace(
             fit,
             mean=np.array([base + octaves, drift, share * (factor + more)]),
-            covariance=fit.covariance * np.outer(scale, scale) + np.diag([variance, 0.0, share * of_more]),
+            covariance=fit.covariance * np.outer(scale, scale)
+            + np.diag([variance, 0.0, share * of_more]),
             ceiling=None if fit.ceiling is None else fit.ceiling + octaves,
         )

@@ -14,11 +14,14 @@ from ._loss_model import CAP, Arm
 
 TAIL = 5  # fewest values in the mean that scores a run
 EARLY = 0.3  # share of its steps before which a run is not judged
-CLEAR = 1.5  # a mean of `TAIL` values is clearly higher if it is by this many standard deviations of a value
+# a mean of `TAIL` values is clearly higher if it is by this many standard deviations of a value
+CLEAR = 1.5
 
 Curve = Sequence[float] | npt.NDArray[np.float64]
 
-_OF_SECOND_DIFFERENCES = 0.6745 * math.sqrt(6.0)  # their median absolute value, if a value's standard deviation is 1
+_OF_SECOND_DIFFERENCES = 0.6745 * math.sqrt(
+    6.0
+)  # their median absolute value, if a value's standard deviation is 1
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class Observation:
 
 
 def height(curve: Curve) -> float:
-    """Return where a loss curve begins: its first value, or the median of the first few if that is higher."""
+    """Return where a loss curve begins: its first value, or the median of the first few if that is
+    higher.
+    """
     return float(max(curve[0], statistics.median(curve[:TAIL])))
 
 
@@ -62,7 +67,8 @@ def recent(curve: Curve, count: int = TAIL) -> float:
 
 
 def noise_of(curve: Curve) -> float:
-    """Return the standard deviation of a value of the curve about its trend, as batches differ; 0 if it is too short.
+    """Return the standard deviation of a value of the curve about its trend, as batches differ; 0
+    if it is too short.
 
     Second differences remove the trend, and their median absolute value ignores jumps.
     """
@@ -76,8 +82,8 @@ def noise_of(curve: Curve) -> float:
 def impute(x: float, curve: Curve, best: Observation, beside: Curve) -> Observation | None:
     """Impute the final score of a pruned run from its gap to the best paired run.
 
-    The gap when it was stopped is taken as the gap at the end. Without imputation the fit would not see that a rate too
-    high was tried.
+    The gap when it was stopped is taken as the gap at the end. Without imputation the fit would not
+    see that a rate too high was tried.
 
     Args:
         x: log2 of the pruned run's base rate.
@@ -94,7 +100,9 @@ def impute(x: float, curve: Curve, best: Observation, beside: Curve) -> Observat
     return replace(best, x=x, value=best.value + gap, start=height(curve), tail=best.tail + gap)
 
 
-def arms_of(observations: Sequence[Observation], bad: Sequence[bool], gain: float) -> dict[int | None, Arm]:
+def arms_of(
+    observations: Sequence[Observation], bad: Sequence[bool], gain: float
+) -> dict[int | None, Arm]:
     """Return the trials of every rank in the units of the loss model.
 
     Args:
@@ -107,14 +115,18 @@ def arms_of(observations: Sequence[Observation], bad: Sequence[bool], gain: floa
         mine = [(o, b) for o, b in zip(observations, bad, strict=True) if o.rank == rank]
         best = min((o.value for o, b in mine if not b), default=0.0)
         gaps = [CAP if b else min((o.value - best) / gain, CAP) for o, b in mine]
-        arms[rank] = Arm(np.array([o.x for o, _ in mine]), np.array(gaps), np.array([o.seed for o, _ in mine]))
+        arms[rank] = Arm(
+            np.array([o.x for o, _ in mine]), np.array(gaps), np.array([o.seed for o, _ in mine])
+        )
     return arms
 
 
 def gain_of(good: Sequence[Observation]) -> float:
-    """Return what training can gain, the unit of curvature and noise: the best fall of a curve from the usual start.
+    """Return what training can gain, the unit of curvature and noise: the best fall of a curve from
+    the usual start.
 
-    If the scores were returned and are not comparable with the curve, it is the best score against a poor one.
+    If the scores were returned and are not comparable with the curve, it is the best score against
+    a poor one.
     """
     values = np.array([o.value for o in good])
     fall = best_fall(good)
@@ -127,9 +139,13 @@ def gain_of(good: Sequence[Observation]) -> float:
 def best_fall(observations: Sequence[Observation]) -> float:
     """Return how far the best curve fell from the usual start; 0 if none fell.
 
-    All runs start from the same model, so the median of their starts replaces a first value that is low by chance.
+    All runs start from the same model, so the median of their starts replaces a first value that is
+    low by chance.
     """
-    usual, fell = usual_start(observations), [o for o in observations if math.isfinite(o.tail) and o.tail < o.start]
+    usual, fell = (
+        usual_start(observations),
+        [o for o in observations if math.isfinite(o.tail) and o.tail < o.start],
+    )
     return max([0.0, *(usual - o.tail for o in fell)])
 
 

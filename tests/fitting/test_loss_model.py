@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rankaware_optim.recipe import _loss_model as model
+from rankaware_optim.fitting import _loss_model as model
 
 U = np.linspace(-3.0, 2.0, 41)
 
@@ -30,7 +30,9 @@ def of_one_shape(arm, sigma, noise, curve):
     ones, miss = np.ones(len(arm.x)), arm.y - curve
     level = ones @ precision @ miss / (ones @ precision @ ones)
     rest = miss - level
-    logs = -0.5 * (rest @ precision @ rest + np.linalg.slogdet(covariance)[1] + np.log(ones @ precision @ ones))
+    logs = -0.5 * (
+        rest @ precision @ rest + np.linalg.slogdet(covariance)[1] + np.log(ones @ precision @ ones)
+    )
     return logs, level
 
 

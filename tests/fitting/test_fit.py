@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankaware_optim.calibration.fit import Carry, Fit, Observation, Prior, Slope, diverged, fit_observations, shrink
+from rankaware_optim.fitting import (
+    Carry,
+    Fit,
+    Observation,
+    Prior,
+    Slope,
+    diverged,
+    fit_observations,
+    shrink,
+)
 from rankaware_optim.recipe._uncertainty import margin
 
 Z90 = 1.645
@@ -29,7 +38,15 @@ def quadratic(u: float) -> float:
 
 
 def sweep(
-    seed: int = 0, *, drift=0.0, factor=0.0, ranks=(4, 64), bowl=linex, noise=0.02, offsets=OFFSETS, base=BASE
+    seed: int = 0,
+    *,
+    drift=0.0,
+    factor=0.0,
+    ranks=(4, 64),
+    bowl=linex,
+    noise=0.02,
+    offsets=OFFSETS,
+    base=BASE,
 ) -> list[Observation]:
     """A study of every rank at `offsets` about `base`, its loss a bowl about the rank's own optimum, plus noise."""
     rng = np.random.default_rng(seed)
@@ -45,7 +62,9 @@ def sweep(
     return seen
 
 
-def observation(x: float, loss: float = math.inf, *, rank: int | None = 4, seed: int = 0) -> Observation:
+def observation(
+    x: float, loss: float = math.inf, *, rank: int | None = 4, seed: int = 0
+) -> Observation:
     """A run at log2 rate x that ended at `loss`, or diverged where that is far above its start."""
     lost = loss > START + 1
     value = math.inf if lost else loss
@@ -108,8 +127,17 @@ def test_every_rank_stalls_at_a_height_of_its_own():
     """A rank that gains little lies nearer the plateau they share: 17 of 20 bands hold the base and are narrow."""
     offsets, fits = (-3.0, -1.5, 0.0, 1.5, 3.0, 4.5), []
     for seed in range(20):
-        low = sweep(seed, ranks=(4,), bowl=lambda u: min(linex(u), 0.12), noise=0.01, offsets=offsets)
-        fits.append(fitted([*low, *sweep(seed, ranks=(64,), bowl=lambda u: min(linex(u), 1.2), offsets=offsets)]))
+        low = sweep(
+            seed, ranks=(4,), bowl=lambda u: min(linex(u), 0.12), noise=0.01, offsets=offsets
+        )
+        fits.append(
+            fitted(
+                [
+                    *low,
+                    *sweep(seed, ranks=(64,), bowl=lambda u: min(linex(u), 1.2), offsets=offsets),
+                ]
+            )
+        )
     assert sum(abs(fit.mean[0] - BASE) < Z90 * spread(fit)[0] for fit in fits) >= 17
     assert np.median([spread(fit)[0] for fit in fits]) < 0.35
 
@@ -117,7 +145,10 @@ def test_every_rank_stalls_at_a_height_of_its_own():
 def test_ranks_may_have_bowls_of_their_own():
     """One rank four times as steep as the other: the base rate stays in its band."""
     for seed in range(10):
-        steep = [replace(o, value=0.3 + 4 * (o.value - 0.3)) for o in sweep(seed, ranks=(64,), noise=0.005)]
+        steep = [
+            replace(o, value=0.3 + 4 * (o.value - 0.3))
+            for o in sweep(seed, ranks=(64,), noise=0.005)
+        ]
         fit = fitted([*sweep(seed, ranks=(4,), noise=0.02), *steep])
         assert abs(fit.mean[0] - BASE) < 2 * spread(fit)[0]
 
@@ -172,7 +203,9 @@ def test_more_trials_are_surer():
 @given(u=st.floats(0, 10), sd=st.floats(0.05, 1))
 def test_a_slope_is_sure_for_a_short_way_and_fades(u, sd):
     """The variance is that of a straight line at first, and never above it; it grows all the way."""
-    moves = [Carry(octaves, Slope(0.1, sd), Slope(0.0, sd)).of(Slope(0.1, sd)) for octaves in (u, u + 1)]
+    moves = [
+        Carry(octaves, Slope(0.1, sd), Slope(0.0, sd)).of(Slope(0.1, sd)) for octaves in (u, u + 1)
+    ]
     assert moves[0][0] == pytest.approx(0.1 * u)
     assert moves[0][1] < moves[1][1]
     assert moves[0][1] <= (sd * u) ** 2 + 1e-12
@@ -192,7 +225,9 @@ def test_a_carried_fit_is_that_of_a_model_with_the_move_as_unknowns(ranks, octav
     lora, full = carry.of(carry.lora), carry.of(carry.full)
     rows = np.array([[*prior.row(rank), -1.0, -float(rank is None)] for rank in ranks])
     at = np.array([0.0, 0.0, 0.0, lora[0], full[0]])
-    variances = np.array([1e6, prior.drift_sd**2, prior.full_sd**2, lora[1] + 1e-12, full[1] + 1e-12])
+    variances = np.array(
+        [1e6, prior.drift_sd**2, prior.full_sd**2, lora[1] + 1e-12, full[1] + 1e-12]
+    )
     weights = np.array([1 / (sd**2 + prior.scatter**2) for _, sd in vertices.values()])
     precision = np.diag(1 / variances) + (rows.T * weights) @ rows
     off = np.array([v for v, _ in vertices.values()]) - rows @ at
@@ -207,7 +242,10 @@ def test_a_carried_fit_is_that_of_a_model_with_the_move_as_unknowns(ranks, octav
 def assert_alike(first: Fit, second: Fit) -> None:
     assert second.mean == pytest.approx(first.mean, abs=1e-6)
     assert second.covariance == pytest.approx(first.covariance, rel=1e-6, abs=1e-12)
-    assert (second.steepness, second.ceiling) == (pytest.approx(first.steepness, abs=1e-6), first.ceiling)
+    assert (second.steepness, second.ceiling) == (
+        pytest.approx(first.steepness, abs=1e-6),
+        first.ceiling,
+    )
 
 
 studies = st.builds(
@@ -233,7 +271,9 @@ def test_the_units_of_the_loss_do_not_matter(seen, offset, scale):
     """Adding a constant to every value, or measuring it in other units, changes no rate."""
 
     def moved(o: Observation) -> Observation:
-        return replace(o, **{name: (getattr(o, name) + offset) * scale for name in ("value", "start", "tail")})
+        return replace(
+            o, **{name: (getattr(o, name) + offset) * scale for name in ("value", "start", "tail")}
+        )
 
     assert_alike(fitted(seen), fitted([moved(o) for o in seen]))
 
@@ -306,7 +346,9 @@ def test_the_ceiling_is_the_smallest_rate_that_diverged(lost):
 )
 def test_no_fit_lies_above_the_ceiling(good, lost, rank):
     """Whatever the good runs below it look like, the optimum is put below the lowest rate that diverged."""
-    seen = [observation(x, loss, rank=rank) for x, loss in good] + [observation(x, rank=rank) for x in lost]
+    seen = [observation(x, loss, rank=rank) for x, loss in good] + [
+        observation(x, rank=rank) for x in lost
+    ]
     fit = fitted(seen, Prior(pivot=float(rank)))
     assert fit.mean[0] < fit.ceiling == min(lost)
 

@@ -1,12 +1,14 @@
-"""The fit: from scored trials to a base rate, a drift in rank, a factor of full finetuning, and their covariance.
+"""The fit: from scored trials to a base rate, a drift in rank, a factor of full finetuning, and
+their covariance.
 
-There are two steps. First, `bowls_of` finds each rank's optimum v for every shape of the bowl and size of the noise.
-Second, for each shape the optima are shrunk towards the law:
+There are two steps. First, `bowls_of` finds each rank's optimum v for every shape of the bowl and
+size of the noise. Second, for each shape the optima are shrunk towards the law:
 
     v(r) = base + drift·log2(r / pivot),   v(full) = base + drift·full_reach + factor
 
-The drift and the factor have prior mean zero, since x is measured along the prior-centred law. The posterior is a
-mixture over shapes, weighted by how well each explains the losses and how well its optima agree.
+The drift and the factor have prior mean zero, since x is measured along the prior-centred law. The
+posterior is a mixture over shapes, weighted by how well each explains the losses and how well its
+optima agree.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...recipe import CLEAR, Observation, arms_of, best_fall, bowls_of, gain_of, usual_noise, usual_start
+from ._loss_model import bowls_of
+from ._observations import CLEAR, Observation, arms_of, best_fall, gain_of, usual_noise, usual_start
 
 Array = npt.NDArray[np.float64]
 
-# Octaves: standard deviation of a rank's own best rate about a power of the rank. It was .29 over 21 sweeps of the
-# study, .17 of which is noise (benchmarks/calibration/simulated.py scatter).
+# Octaves: standard deviation of a rank's own best rate about a power of the rank. It was .29 over
+# 21 sweeps of the study, .17 of which is noise (benchmarks/calibration/simulated.py scatter).
 MODEL_ERROR = 0.2
 _BASE_SD = 1e3  # octaves: a flat prior of the base rate
 _DIVERGED = 0.25  # a run has diverged if it ends this share of the gain above its start
@@ -40,8 +43,8 @@ class Prior:
         pivot: the rank at which the base rate is defined.
         full_reach: log2(n / pivot) if the drift continues to full finetuning, else 0.
         scatter: standard deviation of a rank's own optimum about the law, octaves.
-        full_mean: mean of log2 of the full-finetuning factor, octaves. 0 unless the trials have fewer steps than the
-            target.
+        full_mean: mean of log2 of the full-finetuning factor, octaves. 0 unless the trials have
+            fewer steps than the target.
     """
 
     drift_sd: float = 0.15
@@ -52,7 +55,9 @@ class Prior:
     full_mean: float = 0.0
 
     def row(self, rank: int | None) -> Array:
-        """Return the design vector of a rank: the gradient of its optimum with respect to (base, drift, factor)."""
+        """Return the design vector of a rank: the gradient of its optimum with respect to (base,
+        drift, factor).
+        """
         reach = self.full_reach if rank is None else math.log2(rank / self.pivot)
         return np.array([1.0, reach, float(rank is None)])
 
@@ -89,11 +94,12 @@ class Fit:
 
 
 def diverged(observations: Sequence[Observation]) -> list[bool]:
-    """Return for each run whether it diverged: stopped as such, non-finite, or far above its start at the end.
+    """Return for each run whether it diverged: stopped as such, non-finite, or far above its start
+    at the end.
 
-    Far means a quarter of the best gain, and more than the noise of the curves explains. If no run gained anything,
-    ending above the start by more than the noise is enough. This does not apply if scores were returned, because these
-    may not be comparable with the curve.
+    Far means a quarter of the best gain, and more than the noise of the curves explains. If no run
+    gained anything, ending above the start by more than the noise is enough. This does not apply if
+    scores were returned, because these may not be comparable with the curve.
     """
     usual, gain = usual_start(observations), best_fall(observations)
     margin = max(_DIVERGED * gain, CLEAR * usual_noise(observations))
@@ -113,18 +119,23 @@ def below_cliff(observations: Sequence[Observation]) -> list[Observation]:
 
 
 def all_rose(observations: Iterable[Observation]) -> bool:
-    """Return whether every run's curve ended clearly above its first value, so that all rates may be too high."""
+    """Return whether every run's curve ended clearly above its first value, so that all rates may
+    be too high.
+    """
     return all(o.tail > o.first + _ROSE * o.noise for o in observations)
 
 
 def none_learned(observations: Sequence[Observation]) -> bool:
     """Return whether no run shows that it learned, beyond the noise of the curves.
 
-    A run shows it if its curve ended clearly below its first value, or clearly below another's end without a rise.
+    A run shows it if its curve ended clearly below its first value, or clearly below another's end
+    without a rise.
     """
     noise, highest = usual_noise(observations), max((o.tail for o in observations), default=0.0)
     rise, apart = _ROSE * noise, CLEAR * noise
-    return not any(o.tail < max(o.first - rise, min(o.first + rise, highest - apart)) for o in observations)
+    return not any(
+        o.tail < max(o.first - rise, min(o.first + rise, highest - apart)) for o in observations
+    )
 
 
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
@@ -142,7 +153,9 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
     weights = np.exp(logs - logs.max())
     weights /= weights.sum()
     mean, covariance = _mixed(weights, means, covariances)
-    vertices = {rank: _moments(weights, bowls.mean[:, i], bowls.sd[:, i]) for i, rank in enumerate(arms)}
+    vertices = {
+        rank: _moments(weights, bowls.mean[:, i], bowls.sd[:, i]) for i, rank in enumerate(arms)
+    }
     return Fit(
         mean=mean,
         covariance=covariance,
@@ -168,7 +181,9 @@ def _moments(weights: Array, means: Array, sds: Array) -> tuple[float, float]:
 
 
 def shrink(vertices: Mapping[int | None, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:
-    """Return the exact Gaussian posterior (mean, covariance) of the unknowns, given the ranks' vertices."""
+    """Return the exact Gaussian posterior (mean, covariance) of the unknowns, given the ranks'
+    vertices.
+    """
     means, sds = np.array(list(vertices.values())).T[:, None, :]
     mean, covariance, _ = _shrunk(_rows(vertices, prior), means, sds, prior)
     return mean[0], covariance[0]
@@ -179,7 +194,9 @@ def _rows(ranks: Iterable[int | None], prior: Prior) -> Array:
 
 
 def _shrunk(rows: Array, means: Array, sds: Array, prior: Prior) -> tuple[Array, Array, Array]:
-    """Return mean (s, u), covariance (s, u, u) and log evidence (s,). means, sds: (s, arms), for each shape s."""
+    """Return mean (s, u), covariance (s, u, u) and log evidence (s,). means, sds: (s, arms), for
+    each shape s.
+    """
     weights = 1.0 / (sds**2 + prior.scatter**2)
     expected = prior.mean()
     means = means - rows @ expected
