@@ -140,7 +140,7 @@ class Recipe:
 
     @property
     def lr(self) -> float:
-        """The base rate to use, per step: `lean` octaves below the fitted optimum at `reference`."""
+        """The base rate to use, per step: `lean` octaves below `fitted_lr`."""
         return float(self.fitted_lr * 2.0**-self.lean)
 
     @property
@@ -210,10 +210,10 @@ class Recipe:
                 "init= was given for full finetuning, which has none.", "Leave it out."
             )
         target = self._target(None if rank is _Own.RANK else rank, alpha, method, rslora)
-        given = {"init": init, "fan_in": fan_in}
-        target = replace(
-            target, **{key: value for key, value in given.items() if value is not None}
-        )  # type: ignore[arg-type]
+        if init is not None:
+            target = replace(target, init=init)
+        if fan_in is not None:
+            target = replace(target, fan_in=fan_in)
         rate = self._quoted(target, steps, batch)
         self._warn_of(rate)
         return rate
@@ -533,7 +533,7 @@ def _full_target(recipe: Recipe, survey: Survey) -> Reference:
 
 
 def is_for(recipe: Recipe, optimizer: type) -> bool:
-    """Return whether an optimizer is the recipe's, or its variant with a quantized or paged state."""
+    """Return whether an optimizer is the recipe's, or its variant with a quantized state."""
     name = recipe.optimizer.rpartition(".")[2]
     known = known_optimizer(name)[0]
     return name == optimizer.__name__ or (known != "" and known == known_optimizer(optimizer)[0])
