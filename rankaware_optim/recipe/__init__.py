@@ -3,16 +3,24 @@
 from .._rate import Rate
 from ._horizon import SLOPE_SD, Horizon
 from ._other_rates import BASE, OtherRates, name_pattern
-from ._recipe import ANY_WIDTH, Recipe, is_for, known_rate, other_rates_on, rate_on, resolve_recipe
+from ._recipe import (
+    ANY_WIDTH,
+    Recipe,
+    is_for,
+    known_rate,
+    other_rates_on,
+    rate_on,
+    recipe_of,
+    resolve_recipe,
+)
 from ._recipe_text import facts, lead, missing_trials
 from ._schema import to_document
 from ._settings import SAME_UPDATES, agreed, differences, plain_setting, plain_value, settings_of
-from ._uncertainty import FULL_SD, INIT_SD, RANK_SD, WIDTH_SD, Z90, with_margin
+from ._uncertainty import INIT_SD, RANK_SD, WIDTH_SD, Z90
 
 __all__ = [
     "ANY_WIDTH",
     "BASE",
-    "FULL_SD",
     "Horizon",
     "INIT_SD",
     "OtherRates",
@@ -35,8 +43,8 @@ __all__ = [
     "plain_setting",
     "plain_value",
     "rate_on",
+    "recipe_of",
     "resolve_recipe",
     "settings_of",
     "to_document",
-    "with_margin",
 ]

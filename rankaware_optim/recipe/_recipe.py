@@ -22,7 +22,8 @@ from .._scaling_rule import GAMMA, Scaling
 from .._types import Method, Reference, Survey
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
-from ..laws import Power, checked_batch_multiplier, checked_multiplier, law_changes
+from ..fitting import Fit, centred_law
+from ..laws import Law, Power, checked_batch_multiplier, checked_multiplier, law_changes
 from . import _beside as beside
 from . import _hub as on_hub
 from . import _io as recipe_files
@@ -482,6 +483,31 @@ class Recipe:
         """
         path = beside.recipe_file(path)
         return recipe_toml.from_document(cls, *recipe_files.read(path), path)
+
+
+def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe:
+    """Return the recipe of a fit, with the margin that follows from its uncertainty.
+
+    Args:
+        fit: the fit, at the steps of the target.
+        law: the law without the correction that was fitted, bound to the optimizer.
+        reference: the configuration of the base rate.
+        others: fields that the fit does not decide.
+    """
+    _, drift, factor = (float(value) for value in fit.mean)
+    best = fit.best(reference.rank)
+    to_reference = best - float(fit.mean[0])
+    recipe = Recipe(
+        fitted_lr=2.0**best,
+        reference=reference,
+        law=centred_law(law, reference, fit.prior.pivot, drift, factor),
+        covariance=fit.covariance,
+        steepness=fit.steepness,
+        scatter=fit.prior.scatter,
+        ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + to_reference),
+        **others,
+    )
+    return replace(recipe, lean=margin(recipe.steepness, spread(recipe, reference)[0]))
 
 
 def _same_array(one: Array, two: Array) -> bool:
