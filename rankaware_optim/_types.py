@@ -189,7 +189,9 @@ class Reference:
             object.__setattr__(self, name, value)
             if value is not None and not is_within(name, value):
                 raise InvalidReferenceError(
-                    f"Reference got {name}={shown(value)}.", f"Give {range_of(name)}."
+                    f"{name}={shown(value)} in a reference is impossible.",
+                    f"Give {range_of(name)}.",
+                    name,
                 )
 
     @classmethod
