@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .._survey_text import init_text
-from .._types import Reference
+from .._types import Reference, init_text
 
 if TYPE_CHECKING:
     from ._recipe import Recipe
