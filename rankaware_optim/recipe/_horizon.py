@@ -1,4 +1,4 @@
-"""How the best rate moves with the number of steps and the batch size, and how uncertain that is."""
+"""How the best rate moves with steps and batch size, and how uncertain that is."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from .._scaling_rule import GAMMA, Scaling
 from .._types import Method, Reference, Survey
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
-from ..laws import Power, checked_batch_multiplier, checked_multiplier, law_changes
+from ..fitting import Fit, centred_law
+from ..laws import Law, Power, checked_batch_multiplier, checked_multiplier, law_changes
 from . import _beside as beside
 from . import _hub as on_hub
 from . import _io as recipe_files
@@ -140,7 +141,7 @@ class Recipe:
 
     @property
     def lr(self) -> float:
-        """The base rate to use, per step: `lean` octaves below the fitted optimum at `reference`."""
+        """The base rate to use, per step: `lean` octaves below `fitted_lr`."""
         return float(self.fitted_lr * 2.0**-self.lean)
 
     @property
@@ -210,10 +211,10 @@ class Recipe:
                 "init= was given for full finetuning, which has none.", "Leave it out."
             )
         target = self._target(None if rank is _Own.RANK else rank, alpha, method, rslora)
-        given = {"init": init, "fan_in": fan_in}
-        target = replace(
-            target, **{key: value for key, value in given.items() if value is not None}
-        )  # type: ignore[arg-type]
+        if init is not None:
+            target = replace(target, init=init)
+        if fan_in is not None:
+            target = replace(target, fan_in=fan_in)
         rate = self._quoted(target, steps, batch)
         self._warn_of(rate)
         return rate
@@ -484,6 +485,31 @@ class Recipe:
         return recipe_toml.from_document(cls, *recipe_files.read(path), path)
 
 
+def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe:
+    """Return the recipe of a fit, with the margin that follows from its uncertainty.
+
+    Args:
+        fit: the fit, at the steps of the target.
+        law: the law without the correction that was fitted, bound to the optimizer.
+        reference: the configuration of the base rate.
+        others: fields that the fit does not decide.
+    """
+    _, drift, factor = (float(value) for value in fit.mean)
+    best = fit.best(reference.rank)
+    to_reference = best - float(fit.mean[0])
+    recipe = Recipe(
+        fitted_lr=2.0**best,
+        reference=reference,
+        law=centred_law(law, reference, fit.prior.pivot, drift, factor),
+        covariance=fit.covariance,
+        steepness=fit.steepness,
+        scatter=fit.prior.scatter,
+        ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + to_reference),
+        **others,
+    )
+    return replace(recipe, lean=margin(recipe.steepness, spread(recipe, reference)[0]))
+
+
 def _same_array(one: Array, two: Array) -> bool:
     """Return whether two arrays are equal. NaN equals NaN."""
     return one.shape == two.shape and bool(((one == two) | ((one != one) & (two != two))).all())
@@ -533,7 +559,7 @@ def _full_target(recipe: Recipe, survey: Survey) -> Reference:
 
 
 def is_for(recipe: Recipe, optimizer: type) -> bool:
-    """Return whether an optimizer is the recipe's, or its variant with a quantized or paged state."""
+    """Return whether an optimizer is the recipe's, or its variant with a quantized state."""
     name = recipe.optimizer.rpartition(".")[2]
     known = known_optimizer(name)[0]
     return name == optimizer.__name__ or (known != "" and known == known_optimizer(optimizer)[0])

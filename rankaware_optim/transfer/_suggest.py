@@ -15,9 +15,10 @@ from .._optimizers import known_optimizer
 from .._rate import Rate
 from .._types import Method, Reference, Survey
 from ..errors import InvalidReferenceError, LawError, OptimizerError
+from ..fitting import FULL_SD
 from ..inspection import configs_of, declared_init, other_kind, survey_of, walk
 from ..laws import MuA, checked_multiplier
-from ..recipe import FULL_SD, INIT_SD, RANK_SD, WIDTH_SD, Z90
+from ..recipe import INIT_SD, RANK_SD, WIDTH_SD, Z90
 
 if TYPE_CHECKING:
     from torch import nn

@@ -33,8 +33,9 @@ from rankaware_optim import (
 from rankaware_optim._scaling_rule import infer_scaling
 from rankaware_optim.errors import PlotError
 from rankaware_optim.optimizer import effective_lr
-from rankaware_optim.recipe import Horizon, drawable
-from rankaware_optim.recipe._html import report_html
+from rankaware_optim.recipe import Horizon
+from rankaware_optim.reports import drawable
+from rankaware_optim.reports._page import report_html
 
 from ..helpers.models import mlp, train
 from ..helpers.recipes import tensors_of
