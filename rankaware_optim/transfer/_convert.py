@@ -15,8 +15,7 @@ from functools import cached_property
 
 from .._checks import check_lr
 from .._rate import Rate
-from .._survey_text import init_text
-from .._types import Reference, Survey
+from .._types import Reference, Survey, init_text
 from ..errors import InvalidReferenceError, LawError
 from ..inspection import ReferenceLike, as_reference
 from ..laws import (
