@@ -208,7 +208,7 @@ class Recipe:
             method = "full"
         if method == "full" and init is not None:
             raise RecipeError(
-                "init= was given for full finetuning, which has none.", "Leave it out."
+                "init was given for full finetuning, which has none.", "Leave it out.", "init"
             )
         target = self._target(None if rank is _Own.RANK else rank, alpha, method, rslora)
         if init is not None:
@@ -239,7 +239,7 @@ class Recipe:
             ):
                 raise RecipeError(
                     f"Recipe {self.name!r} has no fan-in, and the rate for {target} depends on it.",
-                    "Give fan_in=, the model's width.",
+                    "Give the model's width as fan_in.",
                 )
             width = target.fan_in or ANY_WIDTH
             target, reference = replace(target, fan_in=width), replace(reference, fan_in=width)
@@ -311,21 +311,22 @@ class Recipe:
             raise RecipeError(
                 f"rank={rank}, alpha={alpha}, rslora={rslora} cannot be combined with"
                 f" method={method!r}.",
-                "Give rank and alpha for LoRA, rslora= only with alpha=, and none of them for full"
+                "Give rank and alpha for LoRA, rslora only with alpha, and none of them for full"
                 " finetuning.",
             )
         if method == "full":
             return Reference(method="full", init=own.init, fan_in=self.full_fan_in or own.fan_in)
         if rank is None and own.method == "full":
             raise RecipeError(
-                "This recipe was made by full finetuning alone.", "Give rank= and alpha= for LoRA."
+                "This recipe was made by full finetuning alone.",
+                "Give a rank and an alpha for LoRA.",
             )
         rank = own.rank if rank is None else rank
         if alpha is not None and self.scaling_rule == "as swept":
             raise RecipeError(
                 f"The sweep behind recipe {self.name!r} has no alpha, so its rates hold only for"
                 " the alpha swept.",
-                "Fit it again with alpha=, or use recipe.at(rank=...).lr as a plain lr=.",
+                "Fit it again with an alpha, or use recipe.at(rank=...).lr as a plain rate.",
             )
         if alpha is not None:
             return Reference(rank, alpha, rslora, own.init, own.fan_in, method)
@@ -335,7 +336,7 @@ class Recipe:
             if self.scaling_rule not in GAMMA or own.rank is None or rank is None:
                 raise RecipeError(
                     f"The trials of recipe {self.name!r} give no rule for alpha by rank.",
-                    "Give alpha= with the rank.",
+                    "Give an alpha with the rank.",
                 )
             scaling *= float((rank / own.rank) ** -GAMMA[self.scaling_rule])
         return replace(Reference.from_scaling(rank, scaling, init=own.init), fan_in=own.fan_in)
