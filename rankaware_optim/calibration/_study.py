@@ -71,7 +71,7 @@ _UNDETERMINED = 1.2
 _MOST = 330.0  # octaves: no rate of a recipe is farther from 1
 _TOGETHER = 50  # with k times this many trials, fits are made after every k-th trial
 _APART = 16  # factor between the lowest and the highest rank above which the drift is well measured
-_OTHER_STUDY = "Give this calibration another name=, or another storage=."
+_OTHER_STUDY = "Give this calibration another name, or another storage."
 
 
 @dataclass
@@ -200,8 +200,8 @@ class Study:
             raise CalibrationError(
                 f"The stored study {self.name!r} is damaged ({type(error).__name__}: {error}), and"
                 " was not changed.",
-                "Restore its storage from a copy, or give this calibration another name=, or"
-                " another storage=.",
+                "Restore its storage from a copy, or give this calibration another name, or"
+                " another storage.",
             ) from error
 
     @staticmethod
@@ -469,19 +469,19 @@ class Study:
         if trials and all(trial.stopped == "memory" for trial in trials):
             raise CalibrationError(
                 f"Every one of {len(trials)} runs ran out of memory.",
-                f"Lower the batch or the ranks=, or free memory.{self._stored_too}",
+                f"Lower the batch or the ranks, or free memory.{self._stored_too}",
             )
         fit = fit_observations(trials.evidence(), self.prior)
         if fit is None:
             some_pruned = len(trials.observations()) < len(trials)
             raise CalibrationError(
                 f"Every one of {len(trials)} runs diverged{' or was pruned' * some_pruned}.",
-                f"Lower lr_range=, or check the loss, the data and the pruner.{self._stored_too}",
+                f"Lower the rates, or check the loss, the data and the pruner.{self._stored_too}",
             )
         for runs in trials.hopeless():
             raise CalibrationError(
                 f"Every one of {runs} diverged, though other ranks train.",
-                f"Check the model at that rank, or leave the rank out of ranks=.{self._stored_too}",
+                f"Check the model at that rank, or leave the rank out.{self._stored_too}",
             )
         return fit
 
@@ -493,7 +493,7 @@ class Study:
         return (
             ""
             if self._given is None
-            else " The runs are stored, so give another name= or storage= too."
+            else " The runs are stored, so give another name or storage too."
         )
 
     def _notes(self, fit: Fit, trials: Trials) -> tuple[str, ...]:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .._survey_text import init_text
-from .._types import Reference
+from .._types import Reference, init_text
 from ..fitting import FULL_SD
 
 if TYPE_CHECKING:

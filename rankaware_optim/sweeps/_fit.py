@@ -120,14 +120,14 @@ def fit_sweep(
     for key, value in given.items():
         kind = {"full_fan_in": "fan_in", "warmup": "share"}.get(key, key)
         if value is not None and not is_within(kind, value):
-            raise CalibrationError(f"{key} is {shown(value)}.", f"Give {range_of(kind)}.")
+            raise CalibrationError(f"{key} is {shown(value)}.", f"Give {range_of(kind)}.", key)
     read = read_sweep(sweep, columns=columns)
     chosen = {"model": model, "batch": batch, "init": init, "steps": steps}
     runs = known_alpha(selected(read.runs, chosen), alpha)
     _check_enough(runs)
     found = get_law(law)
     if fit not in ("drift", "tokens"):
-        raise CalibrationError(f"fit is {fit!r}.", "Give 'drift' or 'tokens'.")
+        raise CalibrationError(f"fit is {fit!r}.", "Give 'drift' or 'tokens'.", "fit")
     optimizer = get_optimizer_class(optimizer)
     bound = bound_law(found, optimizer, {})
     rows = _Rows(runs, fan_in, full_fan_in)
@@ -138,7 +138,7 @@ def fit_sweep(
     else:
         raise CalibrationError(
             f"The law {found.name!r} has no tokens to fit for {optimizer.__name__}.",
-            "Give fit='drift', or law='mua' for Adam.",
+            "Give the fit 'drift', or the law 'mua' for Adam.",
         )
     return recipe_of(
         fitted.fit,
@@ -186,7 +186,7 @@ def _check_enough(runs: Sequence[SweepRun]) -> None:
     if len(losses) == 1 and len(runs) > 1:
         raise CalibrationError(
             f"The loss is {losses.pop():g} at every rate, so the best rate is unknown.",
-            "Check which column holds the loss (columns=), and that the runs trained.",
+            "Check which column holds the loss, and that the runs trained.",
         )
 
 
@@ -226,7 +226,7 @@ class _Rows:
         if given is None and len(said) > 1:
             raise CalibrationError(
                 f"The sweep mixes fan-ins: {', '.join(f'{n:g}' for n in sorted(said))}.",
-                "A recipe is for one model: give its mean fan-in as fan_in=.",
+                "A recipe is for one model: give its mean fan-in.",
             )
         return next(iter(said)) if len(said) == 1 else given
 

@@ -276,7 +276,7 @@ def _surveyed(survey: Survey, method: Method, init: str | bool | None, dora: boo
         raise LawError(
             "Neither factor of these adapters starts at zero, and they declare no init with a"
             " published rate.",
-            f"Give init=: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
+            f"Give an init: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
             " calibrate.",
         )
     kinds = {(f.rank, f.scaling) for f in survey.factors}
@@ -358,7 +358,7 @@ def _steps(case: _Case, task: Task) -> Iterator[Step]:
         return
     if case.variant or case.dora:
         raise InvalidReferenceError(
-            "Full finetuning has neither an init nor DoRA.", "Leave init= and dora= out."
+            "Full finetuning has neither an init nor DoRA.", "Leave them out."
         )
     low, high = WIDTHS
     yield from _outside(

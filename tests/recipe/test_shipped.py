@@ -11,7 +11,7 @@ import pytest
 
 from rankaware_optim import Recipe
 from rankaware_optim.fitting import diverged, fit_observations, prior_of
-from rankaware_optim.recipe._plot_data import _observations, _trials, picture_of
+from rankaware_optim.reports._picture import _observations, _trials, picture_of
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 # What optimizers' checkpoints know them by: a package that hashed them otherwise would take them for other recipes.
