@@ -15,8 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from .._scaling_rule import scaling_factor
-from .._types import Init
+from .._types import Init, scaling_factor
 from ..errors import InspectionError
 from ._declarations import Config, Declaration, configs_of, declare, place_of, scaling_places
 from ._initialize import (

@@ -12,8 +12,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from .._checks import check_lr, is_within, range_of, shown
-from .._optimizer_classes import defaults_of, get_optimizer_class
-from .._optimizers import known_optimizer
+from .._optimizers import defaults_of, get_optimizer_class, known_optimizer
 from .._types import Reference, Survey
 from ..errors import OptimizerError
 from ..inspection import ReferenceLike, as_reference
