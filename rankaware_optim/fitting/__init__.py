@@ -1,6 +1,5 @@
 """The fit: from scored runs to a base rate, a drift in rank, and their covariance, with numpy alone."""
 
-from ._carry import Carry, Slope
 from ._loss_model import bowls_of, curves_of
 from ._observations import (
     CLEAR,
@@ -26,11 +25,13 @@ from ._posterior import (
     none_learned,
     shrink,
 )
+from ._priors import FULL_SD, Carry, Slope, carry_of, centred_law, prior_of
 
 __all__ = [
     "CLEAR",
     "Carry",
     "EARLY",
+    "FULL_SD",
     "Fit",
     "Observation",
     "Prior",
@@ -41,6 +42,8 @@ __all__ = [
     "below_cliff",
     "best_fall",
     "bowls_of",
+    "carry_of",
+    "centred_law",
     "curves_of",
     "diverged",
     "fit_observations",
@@ -49,6 +52,7 @@ __all__ = [
     "impute",
     "noise_of",
     "none_learned",
+    "prior_of",
     "recent",
     "shrink",
     "usual_noise",

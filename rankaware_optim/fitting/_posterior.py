@@ -75,6 +75,7 @@ class Fit:
     """The posterior of the fit, relative to the prior-centred law.
 
     Args:
+        prior: the prior of the fit.
         mean: posterior mean of (base, drift, log2 full_factor), octaves.
         covariance: their covariance, octaves².
         steepness: steepness of the loss above the optimum, per octave.
@@ -84,6 +85,7 @@ class Fit:
         gain: what training gains, in units of the loss, see `gain_of`.
     """
 
+    prior: Prior
     mean: Array
     covariance: Array
     steepness: float
@@ -91,6 +93,15 @@ class Fit:
     vertices: dict[int | None, tuple[float, float]]
     noise: float
     gain: float
+
+    def best(self, rank: int | None) -> float:
+        """Return log2 of the base rate that is best at a rank, None for full finetuning."""
+        return float(self.prior.row(rank) @ self.mean)
+
+    def sd(self, rank: int | None) -> float:
+        """Return the standard deviation of `best`, octaves."""
+        row = self.prior.row(rank)
+        return math.sqrt(float(row @ self.covariance @ row))
 
 
 def diverged(observations: Sequence[Observation]) -> list[bool]:
@@ -157,6 +168,7 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
         rank: _moments(weights, bowls.mean[:, i], bowls.sd[:, i]) for i, rank in enumerate(arms)
     }
     return Fit(
+        prior=prior,
         mean=mean,
         covariance=covariance,
         steepness=float(weights @ bowls.steepness),

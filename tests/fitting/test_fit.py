@@ -220,7 +220,7 @@ def test_a_carried_fit_is_that_of_a_model_with_the_move_as_unknowns(ranks, octav
     carry, prior = Carry(octaves, Slope(0.1, 0.25), Slope(0.25, 0.2)), Prior(0.15, 0.8, 16.0)
     vertices = {rank: (-9.0 + 0.1 * i, 0.2 + 0.1 * i) for i, rank in enumerate(ranks)}
     mean, covariance = shrink(vertices, carry.prior_of_trials(prior))
-    nothing = Fit(mean, covariance, 0.0, None, vertices, 0.0, 1.0)
+    nothing = Fit(prior, mean, covariance, 0.0, None, vertices, 0.0, 1.0)
     moved = carry.to_target(nothing, prior)
     lora, full = carry.of(carry.lora), carry.of(carry.full)
     rows = np.array([[*prior.row(rank), -1.0, -float(rank is None)] for rank in ranks])
