@@ -435,6 +435,7 @@ def test_muon_and_sgd_move_with_alpha_and_not_with_rank(point, rank, more, famil
 
 
 WORDS = [
+    (MuA(), "MuA()", "mua"),
     (MuA(tokens=4.0), "MuA(tokens=4.0)", "mua with tokens 4"),
     (Falling(), "Falling()", "falling"),
     (
@@ -496,7 +497,7 @@ NAMED = [
     ("mua-paper", MuA(tokens=None)),
     ("constant", Constant()),
     ("loraplus", LoRAPlus(ratio=16.0)),
-    ("power", Power()),
+    ("power", Power(exponent=0.0, full_factor=1.0, pivot=16.0, to_full=False, law=MuA(1.0))),
     ("falling", Falling(knee=0.0, power=1 / 3)),
 ]
 
