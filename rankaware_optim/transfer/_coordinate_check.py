@@ -193,8 +193,7 @@ def coordinate_check(
         batches = {name: unit_batch(name, *tensors) for name, tensors in captured.items()}
     else:
         batches = _synthetic_batches(shapes, widths, tokens, seed)
-    of_rank = scaling if callable(scaling) else lambda rank: scaling
-    scalings = {rank: float(of_rank(rank)) for rank in ranks}
+    scalings = _scalings(scaling, ranks)
     first = next(iter(batches.values()))
     at = Reference.from_scaling(ranks[0], scalings[ranks[0]], init="B" if init == "B" else "A")
     probe = _Probe(stepper, bound, replace(at, fan_in=float(len(first.inputs))), scalings, init)
@@ -230,6 +229,10 @@ def _check_request(
             raise _refused(name, count, "Give a positive whole number.")
     if init not in ("A", "B"):
         raise _refused("init", init, "Give 'A' (B starts at zero) or 'B' (A starts at zero).")
+
+
+def _scalings(scaling: ScalingOf, ranks: Sequence[int]) -> dict[int, float]:
+    return {rank: float(scaling(rank) if callable(scaling) else scaling) for rank in ranks}
 
 
 def _refused(name: str, value: object, cure: str) -> LawError:
