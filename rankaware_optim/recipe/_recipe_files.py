@@ -61,7 +61,7 @@ def save(recipe: RecipeData, path: str | os.PathLike[str]) -> Path:
 
 
 def load(cls: type[AnyRecipe], path: str | os.PathLike[str]) -> AnyRecipe:
-    """Return the recipe in a TOML file, with the trials that match its hash if their file is there."""
+    """Return the recipe in a TOML file, with its trials if their file is there."""
     target = _toml_path(path)
     values = checked(_parsed(_read_text(target), target), target)
     if "trials.file" not in values:
