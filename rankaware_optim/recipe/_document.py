@@ -13,8 +13,7 @@ import numpy as np
 from msgspec import Meta
 
 from .._checks import MOST_RANKS, MOST_TRIALS, RANGES, shown
-from .._scaling_rule import Scaling
-from .._types import Reference
+from .._types import Reference, Scaling
 from ..errors import InvalidReferenceError, RankAwareError, RecipeError
 from ..laws import Power, law_from_dict, law_to_dict
 from ._horizon import Horizon

@@ -12,8 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .._scaling_rule import Scaling
-from .._types import Reference
+from .._types import Reference, Scaling
 from ..errors import RecipeError
 from ..laws import Power, law_changes
 from ._horizon import Horizon

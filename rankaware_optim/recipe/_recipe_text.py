@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from textwrap import fill
 from typing import Any
 
-from .._printable import printable
-from .._scaling_rule import Scaling
-from .._types import Reference, init_text
+from .._printing import printable
+from .._types import Reference, Scaling, init_text
 from ..laws import Power, law_sentence
 from ._recipe_data import BASE, RecipeData
 from ._uncertainty import own_band

@@ -14,7 +14,7 @@ from textwrap import indent
 from typing import Any
 
 from .._files import read_bytes, replace_bytes
-from .._printable import printable
+from .._printing import printable
 from ..errors import RankAwareError, RecipeError
 from ._recipe_data import RecipeData
 from ._recipe_files import save
