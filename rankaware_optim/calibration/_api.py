@@ -232,7 +232,7 @@ def _run(runner: Runner, train: Train, progress: bool | None, spread: Spread | N
             error = CalibrationInterrupted(
                 f"The calibration was interrupted after {len(study.trials().counted())} of "
                 f"{runner.schedule.expected()} trials.",
-                "Their fit is this error's .recipe. With storage= the same call continues where it"
+                "Their fit is this error's .recipe. With a storage the same call continues where it"
                 " stopped.",
             )
             error.recipe = study.recipe() if study.fit() is not None else None
@@ -287,7 +287,7 @@ def check_argument(what: str, value: object) -> None:
     """Raise a `CalibrationError` if a single argument of `calibrate` is impossible."""
     fits, cure = _ARGUMENTS[what]
     if not fits(value):
-        raise CalibrationError(f"{what} is {value!r}.", cure)
+        raise CalibrationError(f"{what} is {value!r}.", cure, what)
 
 
 def _check_schedule(schedule: Schedule, target_steps: int) -> None:
@@ -296,7 +296,8 @@ def _check_schedule(schedule: Schedule, target_steps: int) -> None:
     if target_steps < schedule.steps:
         raise CalibrationError(
             f"target_steps={target_steps} is less than the {schedule.steps} steps of a trial.",
-            "Lower steps=: an eighth of the target's is enough, if that is a hundred.",
+            "Lower a trial's steps: an eighth of the target's is enough, if that is a hundred.",
+            "target_steps",
         )
     if schedule.budget is not None and schedule.budget < least:
         runs = 1 + schedule.full_trials
@@ -304,12 +305,14 @@ def _check_schedule(schedule: Schedule, target_steps: int) -> None:
             f"budget={schedule.budget} is too small for {runs} run{'s' * (runs > 1)}, {least} steps"
             " in all.",
             f"Give at least {least} training steps. Thirty runs are usually enough.",
+            "budget",
         )
     if schedule.full_trials and None in schedule.ranks:
         raise CalibrationError(
             f"full_trials={schedule.full_trials} follows trials of LoRA, but None is already among"
             " the ranks.",
             "Leave one of the two out.",
+            "full_trials",
         )
 
 
@@ -322,5 +325,7 @@ def _octaves(lr_range: tuple[float, float] | None) -> tuple[float, float] | None
     )
     low, high = (check_lr(lr, "lr_range") for lr in lr_range) if is_pair else (1.0, 1.0)
     if low >= high:
-        raise CalibrationError(f"lr_range is {lr_range!r}.", "Give two rates, the lower first.")
+        raise CalibrationError(
+            f"lr_range is {lr_range!r}.", "Give two rates, the lower first.", "lr_range"
+        )
     return math.log2(low), math.log2(high)

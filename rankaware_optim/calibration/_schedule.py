@@ -68,8 +68,8 @@ class Schedule:
         if self.budget is None or runs >= min(needed, self.total):
             return ""
         return (
-            f"budget={self.budget} leaves the search {runs} of the {needed} runs that it needs, so"
-            " the rates may be far off. Give a larger budget=, or fewer full_trials=."
+            f"A budget of {self.budget} steps leaves the search {runs} of the {needed} runs that it"
+            " needs, so the rates may be far off. Give a larger budget, or fewer full trials."
         )
 
     def least(self) -> int:

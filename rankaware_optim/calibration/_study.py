@@ -27,9 +27,20 @@ from .._scaling_rule import infer_scaling
 from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import CalibrationError
-from ..fitting import Carry, Fit, Observation, Prior, Slope, all_rose, diverged, fit_observations
+from ..fitting import (
+    Carry,
+    Fit,
+    Observation,
+    Prior,
+    all_rose,
+    carry_of,
+    centred_law,
+    diverged,
+    fit_observations,
+    prior_of,
+)
 from ..laws import Law, Power, bound_law, checked_multiplier
-from ..recipe import FULL_SD, Z90, Horizon, Recipe, agreed, differences, with_margin
+from ..recipe import Z90, Horizon, Recipe, agreed, differences, recipe_of
 from ._code import Code, versions_used
 from ._comparison import SAME_RATE, law_values, settings_in
 from ._optuna import close_storage, quiet
@@ -57,25 +68,10 @@ _WIDEN = 2.0  # octaves by which an edge moves if the best rate is there
 _EDGE = 1.0  # octaves from an edge that count as being there
 # octaves: with a larger standard deviation of the base rate the data hardly determine it
 _UNDETERMINED = 1.2
-_CERTAIN = 1e-3  # octaves: a negligible standard deviation
 _MOST = 330.0  # octaves: no rate of a recipe is farther from 1
 _TOGETHER = 50  # with k times this many trials, fits are made after every k-th trial
 _APART = 16  # factor between the lowest and the highest rank above which the drift is well measured
-# Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init.
-# Small studies found that rates at Init[B] fall with rank by 0.3 to 0.75. Full finetuning needs no
-# factor at the width of Survey.full_width (benchmarks/results/full_width.md), but its uncertainty
-# is at least `FULL_SD`.
-_PRIORS = {"A": ((0.0, 0.15), (0.0, FULL_SD["A"])), "B": ((-0.45, 0.2), (0.0, FULL_SD["B"]))}
-# Priors of the slope of log2 of the best rate in log2 of the steps, for LoRA and for the difference
-# of full finetuning. Measured from a quarter to all of the study's steps on four tasks: Init[A] 0.0
-# ± 0.2, Init[B] 0.2 ± 0.3, full 0.25 ± 0.2. On a transformer from 25 to 400 steps: Init[A] 0.5
-# falling to -0.2, Init[B] 0.4 and full 0.5 in the mean, with smaller slopes at more steps.
-_SLOPES = {
-    "A": (Slope(0.0, 0.25), Slope(0.25, 0.2)),
-    "B": (Slope(0.15, 0.25), Slope(0.15, 0.2)),
-    "full": (Slope(0.3, 0.25), Slope(0.0, 1e-3)),
-}
-_OTHER_STUDY = "Give this calibration another name=, or another storage=."
+_OTHER_STUDY = "Give this calibration another name, or another storage."
 
 
 @dataclass
@@ -204,8 +200,8 @@ class Study:
             raise CalibrationError(
                 f"The stored study {self.name!r} is damaged ({type(error).__name__}: {error}), and"
                 " was not changed.",
-                "Restore its storage from a copy, or give this calibration another name=, or"
-                " another storage=.",
+                "Restore its storage from a copy, or give this calibration another name, or"
+                " another storage.",
             ) from error
 
     @staticmethod
@@ -362,15 +358,7 @@ class Study:
     @property
     def _target_prior(self) -> Prior:
         """The prior at the target's steps."""
-        reference = self.settled()
-        lora = [r for r in self.ranks if r is not None]
-        pivot = round(math.exp(sum(map(math.log, lora)) / len(lora)), 9) if lora else 16.0
-        (_, drift_sd), (_, full_sd) = _PRIORS[reference.init]
-        if reference.method == "full":
-            full_sd = _CERTAIN  # the base rate is that of full finetuning
-        continues = reference.init == "B" and reference.method == "lora"
-        reach = math.log2((self.full_fan_in or pivot) / pivot) if continues else 0.0
-        return Prior(drift_sd, full_sd, pivot, reach)
+        return prior_of(self.settled(), self.ranks, self.full_fan_in)
 
     @property
     def is_short(self) -> bool:
@@ -380,25 +368,15 @@ class Study:
     @property
     def _carry(self) -> Carry:
         """The move of best rates to the target's steps."""
-        own = "full" if self.settled().method == "full" else self.settled().init
-        return Carry(math.log2(self.target_steps / self.steps), *_SLOPES[own])
+        return carry_of(self.settled(), math.log2(self.target_steps / self.steps))
 
-    def centred_law(self, drift: float = 0.0, factor: float = 0.0) -> Power:
-        """Return the law, bound to the optimizer, at its prior means plus a fitted `drift` and log2
-        `factor`.
-        """
-        reference = self.settled()
-        bound = bound_law(self.law, self.optimizer, self.settings)
-        if reference.method == "full":
-            return Power(law=bound)
-        (mean_drift, _), (mean_factor, _) = _PRIORS[reference.init]
-        return Power(
-            exponent=mean_drift * (not bound.falls_with_rank) + drift,
-            full_factor=2.0 ** (mean_factor + factor),
-            pivot=self.prior.pivot,
-            to_full=reference.init == "B",
-            law=bound,
-        )
+    @property
+    def _bound_law(self) -> Law:
+        return bound_law(self.law, self.optimizer, self.settings)
+
+    def centred_law(self) -> Power:
+        """Return the law, bound to the optimizer, at its prior means."""
+        return centred_law(self._bound_law, self.settled(), self.prior.pivot)
 
     # --- the result -------------------------------------------------------------------------------
 
@@ -429,14 +407,8 @@ class Study:
         fit = self.fit()
         if fit is None:
             return None
-        return max(2 * Z90 * self._sd(self._at_target(fit), rank) for rank in self.ranks)
-
-    def _sd(self, fit: Fit, rank: int | None) -> float:
-        """Return the standard deviation of log2 of the best rate, octaves. rank: None for full
-        finetuning.
-        """
-        row = self.prior.row(rank)
-        return math.sqrt(float(row @ fit.covariance @ row))
+        fit = self._at_target(fit)
+        return max(2 * Z90 * fit.sd(rank) for rank in self.ranks)
 
     def standing(self) -> tuple[float, float, float] | None:
         """Return (low, best, high) base rates of the target so far, the 90 % band; None before any
@@ -446,7 +418,7 @@ class Study:
         if fit is None:
             return None
         fit = self._at_target(fit)
-        half = Z90 * self._sd(fit, self.ranks[0])
+        half = Z90 * fit.sd(self.ranks[0])
         low, best, high = (2.0 ** (float(fit.mean[0]) + octaves) for octaves in (-half, 0.0, half))
         return low, best, high
 
@@ -456,25 +428,15 @@ class Study:
         trials = self.trials().counted()
         fit, reference = self._at_target(self._fit_or_raise(trials)), self.settled()
         tried = {o.rank for o in trials.observations()}
-        base, drift, factor = (float(v) for v in fit.mean)
-        shift = (
-            0.0 if reference.rank is None else drift * math.log2(reference.rank / self.prior.pivot)
-        )
-        if reference.method == "full":
-            base, factor = base + factor, 0.0
         slope = self._carry.lora
         scalings = {
             t.rank: t.scaling for t in trials if t.rank is not None and t.scaling is not None
         }
-        made = Recipe(
+        return recipe_of(
+            fit,
+            self._bound_law,
+            reference,
             name=self.name,
-            fitted_lr=2.0 ** (base + shift),
-            reference=reference,
-            law=self.centred_law(drift, factor),
-            covariance=fit.covariance,
-            steepness=fit.steepness,
-            scatter=self.prior.scatter,
-            ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
             scaling_rule=infer_scaling(scalings),
             full_fan_in=self.full_fan_in,
             ranks=tuple(rank for rank in self.ranks if rank in tried and rank is not None),
@@ -494,7 +456,6 @@ class Study:
             notes=self._notes(fit, trials),
             tensors=trials.tensors(self.steps),
         )
-        return with_margin(made)
 
     def _settings(self, trials: Trials) -> dict[str, Any]:
         """Return the optimizer's settings common to all trials, defaults included; those given if
@@ -508,19 +469,19 @@ class Study:
         if trials and all(trial.stopped == "memory" for trial in trials):
             raise CalibrationError(
                 f"Every one of {len(trials)} runs ran out of memory.",
-                f"Lower the batch or the ranks=, or free memory.{self._stored_too}",
+                f"Lower the batch or the ranks, or free memory.{self._stored_too}",
             )
         fit = fit_observations(trials.evidence(), self.prior)
         if fit is None:
             some_pruned = len(trials.observations()) < len(trials)
             raise CalibrationError(
                 f"Every one of {len(trials)} runs diverged{' or was pruned' * some_pruned}.",
-                f"Lower lr_range=, or check the loss, the data and the pruner.{self._stored_too}",
+                f"Lower the rates, or check the loss, the data and the pruner.{self._stored_too}",
             )
         for runs in trials.hopeless():
             raise CalibrationError(
                 f"Every one of {runs} diverged, though other ranks train.",
-                f"Check the model at that rank, or leave the rank out of ranks=.{self._stored_too}",
+                f"Check the model at that rank, or leave the rank out.{self._stored_too}",
             )
         return fit
 
@@ -532,7 +493,7 @@ class Study:
         return (
             ""
             if self._given is None
-            else " The runs are stored, so give another name= or storage= too."
+            else " The runs are stored, so give another name or storage too."
         )
 
     def _notes(self, fit: Fit, trials: Trials) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ def test_a_file_of_something_else_is_refused(make, tmp_path):
     path = tmp_path / "given"
     make(path)
     before = path.read_bytes(), sorted(tmp_path.iterdir())
-    cure = f"Give storage='sqlite:///{path}'." if make is an_sqlite_database else "Name a new file"
+    cure = f"Give 'sqlite:///{path}'." if make is an_sqlite_database else "Name a new file"
     with pytest.raises(CalibrationError, match=cure):
         calibrate(made_up(), trials=2, storage=path)
     assert (path.read_bytes(), sorted(tmp_path.iterdir())) == before
