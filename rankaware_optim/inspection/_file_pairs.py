@@ -218,16 +218,17 @@ def _entries(header: Header, slot: _Slot, rows: Iterable[Convention]) -> Iterato
 
 def _owner(declared: Declared, a: Sequence[int], b: Sequence[int]) -> SimpleNamespace:
     """Return an owner with the attributes that follow from the configuration and the shapes."""
-    owner = SimpleNamespace()
+    owner, config = SimpleNamespace(), declared.config
     if len(a) < 2 or len(b) < 2 or 0 in (*a, *b):
         return owner
     owner.base_layer = SimpleNamespace(groups=max(1, a[0] // b[1]))
     if declared.experts and declared.rank and a[0] == b[1] and a[0] % declared.rank == 0:
         owner.parameter_name, owner.num_experts = None, a[0] // declared.rank
-    config = declared.config
-    if config is not None and config.is_adalora:
+    if config is None:
+        return owner
+    if config.is_adalora:
         owner.lora_E = None
-    if config is not None and config.enabled and a[0] == b[1] * config.enabled:
+    if config.enabled and a[0] == b[1] * config.enabled:
         owner.r, owner.enable_lora = b[1], [True] * config.enabled
     return owner
 

@@ -57,21 +57,19 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     header = read_header(file)
     pairs = file_pairs(header, config)
     notes: list[str] = []
-    factors = [factor for pair in pairs for factor in _factors(header, pair, init, notes)]
+    factors: list[Factor] = []
+    for pair in pairs:
+        factors += _factors(header, pair, init, notes)
     names = {f.name for f in factors}
     left = [name for name in header.tensors if name not in names]
     unlawful = [name for name in left if is_other_adapter(name)]
     kind = None if config is None else config.values.get("peft_type")
-    if kind not in LORA_TYPES:
-        notes.append(f"The folder's adapter is {kind}, which no law covers.")
-    elif not factors and not unlawful:
+    if kind in LORA_TYPES and not factors and not unlawful:
         raise InspectionError(
             f"{file} has no LoRA pair among {len(header.tensors)} tensors.",
             "Give an adapter's file, not a base model's.",
         )
-    notes += _training_notes(header)
-    if config is None and os.path.isfile(file.with_name(_CONFIG)):
-        notes.append(f"{_CONFIG} in the file's folder was not read. Give the folder to read it.")
+    notes += _file_notes(header, config, kind)
     numbers = _number_entries(header, pairs, unlawful)
     other = tuple(name for name in left if name not in numbers)
     return Survey(
@@ -91,11 +89,15 @@ def _number_entries(header: Header, pairs: Iterable[FilePair], unlawful: Iterabl
     return set(filter(header.is_scalar, entries))
 
 
-def _training_notes(header: Header) -> Iterator[str]:
+def _file_notes(header: Header, config: AdapterConfig | None, kind: Any) -> Iterator[str]:
+    if kind not in LORA_TYPES:
+        yield f"The folder's adapter is {kind}, which no law covers."
     keys = [f"ss_{name}" for name in _TRAINING.split()]
     entries = [f"{key} {shown(header.metadata[key])}" for key in keys if key in header.metadata]
     if entries:
         yield f"Its metadata has {', '.join(entries)}."
+    if config is None and os.path.isfile(header.path.with_name(_CONFIG)):
+        yield f"{_CONFIG} in the file's folder was not read. Give the folder to read it."
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -121,12 +123,12 @@ def _file_at(path: Path) -> tuple[Path, AdapterConfig | None]:
         ) from error
     config = read_config(path / _CONFIG) if _CONFIG in names else None
     files = [name for name in names if name.endswith(".safetensors")]
-    if _WEIGHTS in files and (config is not None or len(files) == 1):
-        return path / _WEIGHTS, config
-    if len(files) == 1:
-        return path / files[0], config
     if not files:
         _refuse_pickles(path / name for name in names)
+    if config is not None and _WEIGHTS in files:
+        files = [_WEIGHTS]
+    if len(files) == 1:
+        return path / files[0], config
     lacking = f" and no {_CONFIG}" if config is None else f", none of them {_WEIGHTS}"
     raise InspectionError(
         f"{path} has {len(files)} .safetensors files{lacking}.",
@@ -157,7 +159,7 @@ def _factors(
     init = init or pair.convention.init
     declared = None if config is None else config.values.get("init_lora_weights")
     if init is None and declared is not None:
-        init = declared_init(declared, reading.kind or "linear")
+        init = declared_init(declared, reading.kind)
     return factors_of(pair, (pair.a.name, pair.b.name), reading, scaling, init or "unknown")
 
 
@@ -166,29 +168,37 @@ def _reading(header: Header, file_pair: FilePair) -> Reading:
     declared rank.
     """
     pair = file_pair.pair
-    rank: float | None = file_pair.declared.rank
     readings = [] if pair.is_sharded else list(readings_of(pair))
-    readings = [reading for reading in readings if reading.fan_in > 0 and reading.fan_out > 0]
+    readings = [reading for reading in readings if min(reading.fan_in, reading.fan_out) > 0]
     if not readings:
         raise InspectionError(
             f"{header.path}: {pair.a.name} has shape {pair.a.shape} and {pair.b.name}"
             f" {pair.b.shape}, which is not a LoRA pair.",
             "Save the adapter again, or register its layout with register_convention().",
         )
-    source = f"{getattr(file_pair.declared.config, 'where', '')} declares {rank}. @ r"
-    attribute = file_pair.first_number(pair.convention.rank)
-    if attribute is not None:
-        entry, rank = file_pair.numbers[attribute]
-        source = f"{entry} is {rank:g}."
+    rank, source = _declared_rank(file_pair)
+    if rank is None:
+        return readings[0]
     reading = next((reading for reading in readings if reading.rank_a == rank), readings[0])
-    is_pruned = reading.kind == "adalora" and reading.rank_a < (rank or 0)
-    if rank not in (None, reading.rank_a) and not is_pruned:
+    is_pruned = reading.kind == "adalora" and reading.rank_a < rank
+    if reading.rank_a != rank and not is_pruned:
         raise InspectionError(
             f"{header.path}: {pair.a.name} has rank {reading.rank_a:g} by its shape"
             f" {pair.a.shape}, but {source}",
             "Use the configuration and the file of the same adapter.",
         )
     return reading
+
+
+def _declared_rank(file_pair: FilePair) -> tuple[float | None, str]:
+    """Return the rank that the file or the configuration declares, and where."""
+    attribute = file_pair.first_number(file_pair.pair.convention.rank)
+    if attribute is not None:
+        entry, rank = file_pair.numbers[attribute]
+        return rank, f"{entry} is {rank:g}."
+    declared = file_pair.declared
+    where = "" if declared.config is None else declared.config.where
+    return declared.rank, f"{where} declares {declared.rank}. @ r"
 
 
 def _scaling(header: Header, file_pair: FilePair, reading: Reading) -> float | None:

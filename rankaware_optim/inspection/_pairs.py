@@ -81,7 +81,7 @@ class Pair(NamedTuple):
 
 
 def canonical_name(name: str) -> str:
-    """Return a parameter's name without the prefixes of DDP, FSDP, torch.compile and checkpointing."""
+    """Return a parameter's name without prefixes of DDP, FSDP, torch.compile and checkpointing."""
     for wrapper in _WRAPPERS[:-1]:
         name = name.replace(f"{wrapper}.", "")
     return name.removeprefix("module.")

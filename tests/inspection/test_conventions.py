@@ -34,6 +34,7 @@ from ..helpers.replicas import (
     REPLICAS,
     Replica,
     deepspeed_chat,
+    deepspeed_linear,
     direct,
     drawn,
     images,
@@ -69,6 +70,14 @@ def test_a_replica_is_read_and_trains_as_read(case, registered):
     assert found.probe is not None
     assert found.probe < 1e-9
     assert found.oracle < 1e-12
+
+
+def test_a_rank_declared_in_a_configuration_is_compared():
+    """DeepSpeed's layer declares its rank in `lora_config`, and another than the shapes' is an error."""
+    layer = deepspeed_linear(4, 8.0)
+    layer.lora_config.lora_r = 16
+    with pytest.raises(InspectionError, match="declares rank 16"):
+        inspect_model(layer)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
