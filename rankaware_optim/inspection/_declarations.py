@@ -133,8 +133,9 @@ def config_of(pair: Pair, configs: Configs) -> tuple[str, Fields] | None:
 
 
 def redeclare(configs: Configs, pairs: Iterable[Pair]) -> None:
-    """Change PEFT's configurations so that their patterns give each pair the rank and the alpha that
-    it declares. A pattern gets the value of the first pair that it matches, trainable ones first.
+    """Change PEFT's configurations so that their patterns give each pair the rank and the alpha
+    that it declares. A pattern gets the value of the first pair that it matches, trainable ones
+    first.
     """
     groups: dict[int, tuple[Fields, dict[str, Pair]]] = {}
     for pair in sorted(pairs, key=lambda pair: not pair.trains):

@@ -6,17 +6,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
 from .._checks import check_init
 from .._types import Factor, Init, Survey
 from ..errors import InspectionError
-from ._conventions import Reading
 from ._file_pairs import FilePair, file_pairs
-from ._pairs import readings_of
-from ._peft_config import LORA_TYPES, AdapterConfig, is_alpha, read_config
+from ._pairs import reading_of, scaling_of
+from ._peft_config import LORA_TYPES, AdapterConfig, read_config
 from ._safetensors import Header, read_header, shown
 from ._survey import declared_init, factors_of
 from ._unsupported import is_other_adapter, unsupported
@@ -55,14 +53,12 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     check_init(init, known=(*get_args(Init), None))
     file, config = _file_at(Path(path))
     header = read_header(file)
-    pairs = file_pairs(header, config)
-    notes: list[str] = []
-    factors: list[Factor] = []
-    for pair in pairs:
-        factors += _factors(header, pair, init, notes)
-    names = {f.name for f in factors}
-    left = [name for name in header.tensors if name not in names]
-    unlawful = [name for name in left if is_other_adapter(name)]
+    pairs, numbers = file_pairs(header, config)
+    factors, notes = list[Factor](), list[str]()
+    for pair, declared in pairs:
+        factors += _factors(pair, declared.config, init, notes)
+    left = header.tensors.keys() - {f.name for f in factors}
+    unlawful = set(filter(is_other_adapter, left))
     kind = None if config is None else config.values.get("peft_type")
     if kind in LORA_TYPES and not factors and not unlawful:
         raise InspectionError(
@@ -70,8 +66,10 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
             "Give an adapter's file, not a base model's.",
         )
     notes += _file_notes(header, config, kind)
-    numbers = _number_entries(header, pairs, unlawful)
-    other = tuple(name for name in left if name not in numbers)
+    for name in unlawful:  # such as x.hada_w1_a
+        numbers.add(f"{name.removesuffix('.weight').rpartition('.')[0]}.alpha")
+    left -= set(filter(header.is_scalar, numbers))
+    other = tuple(filter(left.__contains__, header.tensors))
     return Survey(
         tuple(factors),
         other,
@@ -79,14 +77,6 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
         looked_at=len(header.tensors),
         unsupported=unsupported(other),
     )
-
-
-def _number_entries(header: Header, pairs: Iterable[FilePair], unlawful: Iterable[str]) -> set[str]:
-    """Return the entries that are numbers of adapters, and not parameters of the model."""
-    entries = {entry for pair in pairs for entry, _ in pair.numbers.values()}
-    for name in unlawful:  # such as x.hada_w1_a
-        entries.add(f"{name.removesuffix('.weight').rpartition('.')[0]}.alpha")
-    return set(filter(header.is_scalar, entries))
 
 
 def _file_notes(header: Header, config: AdapterConfig | None, kind: Any) -> Iterator[str]:
@@ -145,15 +135,11 @@ def _refuse_pickles(paths: Iterable[Path]) -> None:
             )
 
 
-# --- readings -------------------------------------------------------------------------------------
-
-
 def _factors(
-    header: Header, file_pair: FilePair, init: Init | None, notes: list[str]
+    pair: FilePair, config: AdapterConfig | None, init: Init | None, notes: list[str]
 ) -> Iterator[Factor]:
-    pair, config = file_pair.pair, file_pair.declared.config
-    reading = _reading(header, file_pair)
-    scaling = _scaling(header, file_pair, reading)
+    reading = reading_of(pair)
+    scaling = scaling_of(pair, reading.rank_a)
     if scaling is None:
         notes.append("The file and its folder have no alpha: scaling 1 is assumed.")
     init = init or pair.convention.init
@@ -161,76 +147,3 @@ def _factors(
     if init is None and declared is not None:
         init = declared_init(declared, reading.kind)
     return factors_of(pair, (pair.a.name, pair.b.name), reading, scaling, init or "unknown")
-
-
-def _reading(header: Header, file_pair: FilePair) -> Reading:
-    """Return a pair's reading, by the first of the row's layouts that fits both shapes and the
-    declared rank.
-    """
-    pair = file_pair.pair
-    readings = [] if pair.is_sharded else list(readings_of(pair))
-    readings = [reading for reading in readings if min(reading.fan_in, reading.fan_out) > 0]
-    if not readings:
-        raise InspectionError(
-            f"{header.path}: {pair.a.name} has shape {pair.a.shape} and {pair.b.name}"
-            f" {pair.b.shape}, which is not a LoRA pair.",
-            "Save the adapter again, or register its layout with register_convention().",
-        )
-    rank, source = _declared_rank(file_pair)
-    if rank is None:
-        return readings[0]
-    reading = next((reading for reading in readings if reading.rank_a == rank), readings[0])
-    is_pruned = reading.kind == "adalora" and reading.rank_a < rank
-    if reading.rank_a != rank and not is_pruned:
-        raise InspectionError(
-            f"{header.path}: {pair.a.name} has rank {reading.rank_a:g} by its shape"
-            f" {pair.a.shape}, but {source}",
-            "Use the configuration and the file of the same adapter.",
-        )
-    return reading
-
-
-def _declared_rank(file_pair: FilePair) -> tuple[float | None, str]:
-    """Return the rank that the file or the configuration declares, and where."""
-    attribute = file_pair.first_number(file_pair.pair.convention.rank)
-    if attribute is not None:
-        entry, rank = file_pair.numbers[attribute]
-        return rank, f"{entry} is {rank:g}."
-    declared = file_pair.declared
-    where = "" if declared.config is None else declared.config.where
-    return declared.rank, f"{where} declares {declared.rank}. @ r"
-
-
-def _scaling(header: Header, file_pair: FilePair, reading: Reading) -> float | None:
-    """Return the multiplier of B·A from the file's numbers, the configuration or kohya's metadata,
-    else None.
-    """
-    row, declared, rank = file_pair.pair.convention, file_pair.declared, reading.rank_a
-    name = file_pair.first_number((*row.scaling, *row.alpha))
-    if name is not None:
-        source, value = file_pair.numbers[name]
-    elif declared.config is not None:
-        return None if declared.alpha is None else declared.config.scaling(declared.alpha, rank)
-    elif reading.kind == "linear" and row.a.endswith("down"):  # not conv_alpha
-        source, value = "ss_network_alpha in its metadata", _network_alpha(header)
-    else:
-        return None
-    if value is None:
-        return None
-    if not is_alpha(value):
-        raise InspectionError(
-            f"{header.path}: {source} is {shown(value)}.", "Save the adapter with a positive alpha."
-        )
-    return value if name in row.scaling else value / rank
-
-
-def _network_alpha(header: Header) -> Any:
-    """Return kohya's alpha, as a number if it is one. "None" and "Dynamic" are its words for a
-    missing alpha.
-    """
-    value = header.metadata.get("ss_network_alpha")
-    if value in (None, "None", "Dynamic"):
-        return None
-    with suppress(ValueError):
-        return float(value)
-    return value

@@ -68,10 +68,6 @@ class AdapterConfig:
         """
         return sum(self.values.get("enable_lora") or ())
 
-    def scaling(self, alpha: float, rank: float) -> float:
-        """Return alpha / rank, or alpha / √rank with `use_rslora`."""
-        return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
-
     def declared(self, layers: Sequence[str]) -> dict[str, Declared]:
         """Return the declarations for each of these layers, whose names are those in the file.
 
@@ -85,7 +81,7 @@ class AdapterConfig:
         every = [name for of_path in names.values() for name in of_path]
         ranks = self._by_pattern("rank_pattern", every)
         alphas = self._by_pattern("alpha_pattern", every)
-        rank = self.values.get("init_r" if self.is_adalora else "r")
+        rank = None if self.is_adalora else self.values.get("r")  # AdaLoRA prunes its `init_r`
         alpha = self.values.get("lora_alpha")
         declared: dict[str, Declared] = {}
         for layer, path in zip(layers, paths, strict=True):
@@ -123,6 +119,14 @@ class Declared(NamedTuple):
     alpha: float | None = None
     experts: bool = False
     config: AdapterConfig | None = None
+
+    @property
+    def scaling(self) -> float | None:
+        """The multiplier alpha / √rank, with `use_rslora`."""
+        is_rooted = self.config is not None and self.config.values.get("use_rslora")
+        if not is_rooted or self.rank is None or self.alpha is None:
+            return None
+        return self.alpha / math.sqrt(self.rank)
 
 
 def _targeted(targets: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
@@ -292,7 +296,3 @@ def _fits(value: Any, hint: Any) -> bool:
     except msgspec.ValidationError:
         return False
     return True
-
-
-def is_alpha(value: object) -> bool:
-    return _fits(value, _Alpha)

@@ -36,7 +36,7 @@ _SAMPLE = 1024
 # neither factor is zero.
 _ZERO_B = {"gaussian", "eva"}
 INIT_MARK = "_rankaware_init"
-"""The attribute in which `initialize` records the init, by adapter, on the module that owns a pair."""
+"""The attribute of a pair's owner in which `initialize` records the init, by adapter."""
 
 
 def inspect_model(model: nn.Module, *, method: Method = "lora", init: Init | None = None) -> Survey:

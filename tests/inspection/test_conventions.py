@@ -462,12 +462,12 @@ STRANGERS = {
     "another rank": (
         README_ROW,
         {"reduce": (IN, 4), "expand": (4, OUT), "k": 8},
-        "rank 4 by its shape .*up.k is 8",
+        "up declares rank 8",
     ),
     "no scaling": (
         README_ROW,
         {"reduce": (IN, 4), "expand": (4, OUT), "gain": 0.0},
-        "up.gain is 0.0",
+        "up has the scaling 0",
     ),
     "both": (
         README_ROW,
@@ -477,7 +477,7 @@ STRANGERS = {
     "other shapes": (
         README_ROW,
         {"reduce": (IN, 4), "expand": (5, OUT)},
-        "up.expand .* not a LoRA pair",
+        "up declares no rank but up.reduce",
     ),
 }
 

@@ -193,18 +193,21 @@ def _writable(walked: Walk, changing: Iterable[torch.Tensor]) -> Iterator[tuple[
             yield name, param
     memory = {_memory(param) for _, param in walked.parameters}
     for name, tensor in _loose_tensors(walked):
-        is_real = tensor.is_floating_point() or tensor.is_complex()
-        is_small = is_real or tensor.numel() <= _QUANTISED
-        if is_small and _memory(tensor) not in memory and _is_writable(tensor):
+        if _memory(tensor) not in memory and _is_writable(tensor):
             yield name, tensor
 
 
 def _loose_tensors(walked: Walk) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield buffers, and tensors in plain attributes."""
+    """Yield buffers and tensors in plain attributes, without quantised weights."""
     for name, module in walked.modules:
         for key, value in (*module._buffers.items(), *vars(module).items()):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not _is_quantised(value):
                 yield f"{name}.{key}".lstrip("."), value
+
+
+def _is_quantised(tensor: torch.Tensor) -> bool:
+    is_whole = not (tensor.is_floating_point() or tensor.is_complex())
+    return is_whole and tensor.numel() > _QUANTISED
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
