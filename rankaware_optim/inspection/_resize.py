@@ -18,8 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from .._scaling_rule import scaling_factor
-from .._types import Init, Survey
+from .._types import Init, Survey, scaling_factor
 from ..errors import InspectionError
 from ._declarations import (
     Declaration,

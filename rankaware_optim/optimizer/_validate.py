@@ -12,8 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import check_lr, is_within, range_of, shown
-from .._optimizer_classes import defaults_of, get_optimizer_class
-from .._optimizers import known_optimizer, optimizer_family
+from .._optimizers import defaults_of, get_optimizer_class, known_optimizer, optimizer_family
 from .._types import Survey
 from .._warn import warn
 from ..errors import OptimizerError
