@@ -69,7 +69,7 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     for name in unlawful:  # such as x.hada_w1_a
         numbers.add(f"{name.removesuffix('.weight').rpartition('.')[0]}.alpha")
     left -= set(filter(header.is_scalar, numbers))
-    other = tuple(filter(left.__contains__, header.tensors))
+    other = tuple(name for name in header.tensors if name in left)
     return Survey(
         tuple(factors),
         other,
