@@ -57,7 +57,7 @@ _SAME_SCALING = 1e-3  # octaves
 _OPEN = 0.8  # share of the prior's sd above which the data hardly determine the drift
 
 
-def fit_sweep(
+def fit_sweep(  # noqa: PLR0913
     sweep: Source,
     *,
     optimizer: type[Optimizer] | str = "AdamW",
