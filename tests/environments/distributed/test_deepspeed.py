@@ -12,6 +12,7 @@ from torch import nn
 import rankaware_optim as ra
 from rankaware_optim.optimizer import effective_lr
 
+from ...helpers.deepspeed import on_cpu
 from ...helpers.models import batches, same
 from .training import (
     AT_16,
@@ -33,7 +34,7 @@ IGNORED = (
     ("`torch.jit", DeprecationWarning, "torch"),  # its Muon is compiled at import
     ("`torch.distributed.* is deprecated", FutureWarning, "torch"),  # its collectives' names
 )
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
+ENVIRONMENT = on_cpu()
 
 
 def engine_of(form: str, stage: int, **own: Any) -> Any:
