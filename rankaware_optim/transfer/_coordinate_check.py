@@ -131,7 +131,7 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def coordinate_check(
+def coordinate_check(  # noqa: PLR0913
     model_or_shapes: nn.Module | Shapes,
     optimizer: type[Optimizer] | str,
     *,
