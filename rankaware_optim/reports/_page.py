@@ -175,7 +175,7 @@ def _chart(recipe: Recipe, picture: Picture) -> dict[str, Any]:
     y = _Axis(min(edges) / 1.2, max(edges) * 1.2, _BOTTOM, _TOP)
     upper = [(rank, rate.high) for rank, rate in by_rank]
     lower = [(rank, rate.low) for rank, rate in reversed(by_rank)]
-    drawing = {
+    drawing: dict[str, Any] = {
         "words": f"From rank {first} to {last} the rate goes from {start.lr:.3g} to {end.lr:.3g}.",
         "curve": _line(x, y, [(rank, rate.lr) for rank, rate in by_rank]),
         "band": _line(x, y, upper + lower),
