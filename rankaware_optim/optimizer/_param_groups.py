@@ -74,6 +74,11 @@ def named_params(groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, Any]]:
     return pairs
 
 
+def params_in(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """Return the parameters of groups, or the keys of a state's groups."""
+    return [param for group in groups for param in group["params"]]
+
+
 def without(group: Mapping[str, Any], keys: Collection[str]) -> Group:
     """Return a copy of a group without some of its keys."""
     return {key: value for key, value in group.items() if key not in keys}

@@ -29,7 +29,7 @@ from ..recipe import (
     resolve_recipe,
     settings_of,
 )
-from ._param_groups import UserGroup, named_params
+from ._param_groups import UserGroup, named_params, params_in
 from ._plan import RecipeUse
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
@@ -361,7 +361,7 @@ def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Optimiz
     groups = opt.param_groups
     if not any(float(group["lr"]) for group in groups):
         return
-    params = {id(p): p for p in _params_in(groups)}
+    params = {id(p): p for p in params_in(groups)}
     if model is None or all(p.grad is not None for p in params.values()):
         opt._rankaware_unchecked = False
         return
@@ -370,7 +370,7 @@ def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Optimiz
     if not graded:
         return
     opt._rankaware_unchecked = False
-    elsewhere = {id(p) for other in others for p in _params_in(other.param_groups)}
+    elsewhere = {id(p) for other in others for p in params_in(other.param_groups)}
     lost = {name: p for name, p in graded.items() if id(p) not in params.keys() | elsewhere}
     if not lost:
         return
@@ -385,17 +385,13 @@ def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Optimiz
         gone = params.keys().isdisjoint(id(p) for _, p in walked.parameters)  # FSDP1 flattens them
         if adapters or gone:
             raise _lost((adapters or list(lost))[0], "none of whose parameters has one")
-    factors = _params_in(group for group in groups if group.get("lora_role") in ("A", "B"))
+    factors = params_in(group for group in groups if group.get("lora_role") in ("A", "B"))
     if adapters and factors and all(p.grad is None for p in factors):
         warn(
             f"None of this optimizer's adapters has a gradient, but {adapters[0]}, which it does"
             " not hold, has one and does not train. Build the optimizer after the adapter was"
             " added and activated."
         )
-
-
-def _params_in(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
-    return [p for group in groups for p in group["params"]]
 
 
 def _lost(name: str, what: str) -> OptimizerError:
