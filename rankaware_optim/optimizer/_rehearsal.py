@@ -202,10 +202,7 @@ def _stepped(
     Raises:
         ArithmeticError: the step does not give finite numbers.
     """
-    stand_ins = []
-    for group in groups:
-        params = [_ones(shape_of(tuple(p.shape)), p) for p in group["params"]]
-        stand_ins.append({"params": params, **deepcopy(without(group, ("params",)))})
+    stand_ins = [_with_stand_ins(group, shape_of) for group in groups]
     opt: Any = native.__new__(native)
     opt.__setstate__(
         {"defaults": dict(defaults), "state": defaultdict(dict), "param_groups": stand_ins}
@@ -235,8 +232,13 @@ def _state_when_built(native: type[Optimizer], groups: Sequence[Group]) -> State
     return {}
 
 
-def _ones(shape: Shape, param: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.ones(shape, dtype=param.dtype, device=param.device))
+def _with_stand_ins(group: Group, shape_of: Callable[[Shape], Shape]) -> Group:
+    """Return a copy of a group whose parameters are ones."""
+    params = []
+    for param in group["params"]:
+        ones = torch.ones(shape_of(tuple(param.shape)), dtype=param.dtype, device=param.device)
+        params.append(nn.Parameter(ones))
+    return {"params": params, **deepcopy(without(group, ("params",)))}
 
 
 def _stand_in(what: str, value: Any, param: torch.Tensor, ours: Any) -> Any:

@@ -89,7 +89,7 @@ def fit_checkpoint(
     Raises:
         CheckpointError: the checkpoint does not fit.
     """
-    flat = any(len(group["params"]) != len(group.get("param_names", ())) for group in param_groups)
+    flat = any(map(_is_flat, param_groups))
     groups, state = _contents(state_dict, flat)
     _refuse_strange_groups(param_groups, groups)
     _warn_of_several_rates(groups)
@@ -130,13 +130,18 @@ def fit_checkpoint(
     return {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(reset)
 
 
+def _is_flat(group: Group) -> bool:
+    """Return whether a framework (DeepSpeed's ZeRO) replaced a group's parameters by one flat
+    share.
+    """
+    return len(group["params"]) != len(group.get("param_names", ()))
+
+
 # --- the checkpoint's groups ----------------------------------------------------------------------
 
 
 def _contents(state_dict: State, flat: bool) -> tuple[list[Group], State]:
-    """Return the checkpoint's groups at base rates, and its state. flat: groups hold one flat share
-    (ZeRO).
-    """
+    """Return the checkpoint's groups at base rates, and its state. flat: ours hold flat shares."""
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
     if not isinstance(groups, list) or not groups or not isinstance(state, Mapping):
         raise CheckpointError(
@@ -150,17 +155,23 @@ def _contents(state_dict: State, flat: bool) -> tuple[list[Group], State]:
         )
     for group in groups:
         _check_rates(group)
-        names = [] if flat or _by_key([group]) else group.get("param_names") or []
+    _check_lists(groups, flat)
+    return [_at_base_rate(group) for group in groups], state
+
+
+def _check_lists(groups: Sequence[Group], flat: bool) -> None:
+    """Raise if parameters or names are listed twice, or their numbers differ in a group."""
+    for group in groups:
+        names = [] if flat or _by_key([group]) else _names_in([group])
         if names and len(names) != len(group["params"]):
             raise CheckpointError(
-                f"A group of the checkpoint has {len(group['params'])} parameters and"
-                f" {len(names)} names.",
+                f"A group of the checkpoint has {len(group['params'])} parameters and {len(names)}"
+                " names.",
                 _CURE,
             )
     for listed in (params_in(groups), [] if _by_key(groups) else _names_in(groups)):
         if len(set(listed)) != len(listed):
             raise CheckpointError("The checkpoint's groups list a parameter twice.", _CURE)
-    return [_at_base_rate(group) for group in groups], state
 
 
 def _check_rates(group: Group) -> None:
@@ -240,8 +251,7 @@ def _warn_of_several_rates(groups: Sequence[Group]) -> None:
 
 
 def _flat_groups(param_groups: list[Group], groups: list[Group], state: State) -> list[Group]:
-    """Return the groups to load if a framework (DeepSpeed's ZeRO) replaced a group's parameters by
-    one flat share.
+    """Return the groups to load where ours hold flat shares.
 
     A flat share cannot be matched by name or resized, so the checkpoint must be split in the same
     way.
@@ -323,11 +333,9 @@ def _by_position(
     for cut in ([group["param_names"] for group in param_groups], order):
         if sizes == _sizes(cut):
             return dict(zip(chain(*cut), slots, strict=True))
-    all_names = model_order()
-    ways = []
-    for names in (list(chain(*order)), all_names, [name for name in all_names if name in params]):
-        if len(names) == len(slots) and params.keys() <= set(names):
-            ways.append(dict(zip(names, slots, strict=True)))
+    ways = [
+        way for way in _ways(slots, order, model_order(), params) if way.keys() >= params.keys()
+    ]
     if not ways:
         raise CheckpointError(
             f"The checkpoint has {len(slots)} parameters without matching names, this optimizer has"
@@ -335,17 +343,24 @@ def _by_position(
             "Load it into the model it was saved from, with the same parameters in the same order.",
         )
     differing = _differing(ways, state)
-    if not differing:
-        return ways[0]
-    fitting = [way for way in ways if _fits_all(way, params, state)]
-    if not fitting or _differing(fitting, state):
+    if differing:
+        ways = [way for way in ways if _fits_all(way, params, state)]
+    if not ways or (differing and _differing(ways, state)):
         raise CheckpointError(
             f"The checkpoint has {len(slots)} parameters without names, in the model's order or in"
             f" that of this optimizer's groups, and the two disagree, such as on {differing[0]}.",
             "Build the plain optimizer from model.named_parameters(), or both from the same"
             " groups.",
         )
-    return fitting[0]
+    return ways[0]
+
+
+def _ways(
+    slots: list[_Slot], order: Order, all_names: Sequence[str], ours: Mapping[str, Any]
+) -> list[_Slots]:
+    """Return the names of parameters in the orders in which a checkpoint of this length may be."""
+    orders = (list(chain(*order)), all_names, [name for name in all_names if name in ours])
+    return [dict(zip(names, slots, strict=True)) for names in orders if len(names) == len(slots)]
 
 
 def _sizes(cut: Iterable[Sequence[Any]]) -> list[int]:
@@ -376,7 +391,7 @@ def _fits_all(way: _Slots, params: Mapping[str, torch.Tensor], state: State) -> 
         has_shape = any(
             isinstance(value, torch.Tensor) and value.dim() for value in moments.values()
         )
-        if has_shape and not (shapes and _fit(shapes, tuple(param.shape))):
+        if has_shape and (not shapes or not _fit(shapes, tuple(param.shape))):
             return False
     return True
 
@@ -487,17 +502,16 @@ def _changed_rank(
     rank, shape = group.get("lora_rank"), tuple(param.shape)
     tensors = _shaped(moments, param)
     shapes = [tuple(value.shape) for value in tensors]
-    if saved_shape is not None and len(saved_shape) == len(shape):
-        fits = saved_shape == shape  # it stores the parameter's, so state may have any
-    else:
-        fits = not shapes or _fit(shapes, shape)
+    # where the checkpoint stores the parameter's shape, state may have any
+    stored = saved_shape is not None and len(saved_shape) == len(shape)
+    fits = saved_shape == shape if stored else _fit(shapes, shape)
     saved_rank = theirs.get("lora_rank")
     if "lora_rank" not in theirs and not fits:
         saved_rank = _rank_in(shapes, shape, group.get("lora_role"))
-    if saved_rank is not None and rank is not None and saved_rank != rank:
-        return int(saved_rank)
     if fits and saved_rank in (None, rank):
         return None
+    if None not in (saved_rank, rank) and saved_rank != rank:
+        return int(saved_rank)
     raise CheckpointError(
         f"The checkpoint's {name} has shape {saved_shape or shapes[0]}, the parameter {shape}.",
         "Load it into the model it was saved from, or start with a new optimizer state.",
@@ -540,10 +554,10 @@ def _rank_in(saved: Sequence[Shape], shape: Shape, role: str | None) -> int | No
 def _fit(saved: Sequence[Shape], shape: Shape) -> bool:
     """Return whether state of these shapes can belong to a parameter of this shape.
 
-    One tensor has its shape, or they are factored statistics. These have size 1 along reduced axes,
-    and together cover every axis.
+    There are none, or one has its shape, or they are factored statistics. These have size 1 along
+    reduced axes, and together cover every axis.
     """
-    if shape in saved:
+    if not saved or shape in saved:
         return True
     for axis, size in enumerate(shape):
         sizes = {other[axis] for other in saved}
