@@ -25,6 +25,7 @@ from ..laws import DEFAULT_LAW, Law, caution_of
 from ._plan import Assignment, Plan, PlanOptions, make_plan
 
 Group = dict[str, Any]
+Groups = Sequence[Group]
 
 # in format 1 rates were multiplied, and "rank_multiplier" was called "lr_multiplier"
 GROUP_FORMAT = 2

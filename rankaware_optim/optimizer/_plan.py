@@ -188,9 +188,7 @@ def make_plan(
     moved = replace(
         survey, factors=tuple(f for f in survey.factors if options.rate_of(f.name) is None)
     )
-    # without pairs no rate is moved
-    fallback = survey.dominant() if survey.factors else Reference(method="full")
-    reference = (options.tuned_at or fallback).resolve(moved)
+    reference = (options.tuned_at or _default_reference(survey)).resolve(moved)
     law, family = get_law(options.law), "sign-like"
     if optimizer_class is not None:
         law, family = _bound(law, options, optimizer_class, settings or {})
@@ -201,6 +199,12 @@ def make_plan(
     if optimizer_class is not None and get_law(options.law).name != "constant":
         notes += _family_notes(plan, optimizer_class.__name__)
     return replace(plan, notes=(*notes, *_batch_notes(plan)))
+
+
+def _default_reference(survey: Survey) -> Reference:
+    if survey.factors:
+        return survey.dominant()
+    return Reference(method="full")  # without pairs no rate is moved
 
 
 def _bound(
@@ -247,12 +251,12 @@ def _notes(plan: Plan, moved: Survey) -> Iterator[str]:
 def _init_notes(plan: Plan) -> Iterator[str]:
     """Yield what is assumed of the adapters' ranks and inits."""
     reference = plan.reference
-    adapters = [f for f in plan.survey.factors if f.role != "full"]
-    inits = {f.init for f in adapters}
+    factors = plan.survey.factors
+    inits = {f.init for f in factors}
     if "other" in inits:
         warn(_NO_ZERO)
         yield _NO_ZERO
-    if plan.options.tuned_at is None and len({(f.rank, f.scaling, f.init) for f in adapters}) > 1:
+    if plan.options.tuned_at is None and len({(f.rank, f.scaling, f.init) for f in factors}) > 1:
         yield (
             f"tuned_at not given: lr counts as tuned at {reference}, the most common of this model."
         )
@@ -261,8 +265,8 @@ def _init_notes(plan: Plan) -> Iterator[str]:
             "The init of some adapters could not be read. It is assumed that they started at B = 0."
         )
     other = "B" if reference.init == "A" else "A"
-    crossing = any(f.init == other and f.kind != "embedding" for f in adapters)
-    if crossing and reference.method == "lora":
+    dense_inits = {f.init for f in factors if f.kind != "embedding"}
+    if other in dense_inits and plan.method == reference.method == "lora":
         yield (
             f"Adapters at {init_text(other)} are scaled within their own init, though the"
             f" rate was tuned at {init_text(reference.init)}: tune or calibrate there."

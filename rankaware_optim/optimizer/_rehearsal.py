@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from ..errors import CheckpointError
 from ._param_groups import (
     Group,
+    Groups,
     check_product,
     named_params,
     params_in,
@@ -36,9 +37,7 @@ _CURE = (
 )
 
 
-def check_loadable(
-    native: type[Optimizer], defaults: State, groups: Sequence[Group], fitted: State
-) -> None:
+def check_loadable(native: type[Optimizer], defaults: State, groups: Groups, fitted: State) -> None:
     """Check that an optimizer of class `native` can hold a checkpoint and step with it.
 
     For torch's optimizers, stand-ins take steps with the checkpoint's settings, then with its
@@ -83,7 +82,7 @@ def _no_step(part: str, error: Exception) -> CheckpointError:
     return CheckpointError(f"No step can be taken with the checkpoint's {part}: {error!r}.", _CURE)
 
 
-def _can_step(native: type[Optimizer], defaults: State, groups: Sequence[Group]) -> bool:
+def _can_step(native: type[Optimizer], defaults: State, groups: Groups) -> bool:
     """Return whether it can step without a checkpoint: not SparseAdam, nor differentiable=True."""
     try:
         _stepped(native, defaults, groups, _small)
@@ -105,13 +104,13 @@ class _Matched(NamedTuple):
     moments: State
 
 
-def _matched(groups: Sequence[Group], fitted: State) -> Iterator[_Matched]:
+def _matched(groups: Groups, fitted: State) -> Iterator[_Matched]:
     keys = params_in(fitted["param_groups"])
     for (name, param), key in zip(named_params(groups), keys, strict=True):  # flat: first name
         yield _Matched(name, param, key, fitted["state"].get(key) or {})
 
 
-def _one_of_each_kind(groups: Sequence[Group], fitted: State) -> tuple[list[Group], dict[str, Any]]:
+def _one_of_each_kind(groups: Groups, fitted: State) -> tuple[Groups, dict[str, Any]]:
     """Return the groups and the checkpoint with the first parameter of each kind, without groups
     that have none.
     """
@@ -180,9 +179,9 @@ def _small(shape: Shape) -> Shape:
 def _stepped(
     native: type[Optimizer],
     defaults: State,
-    groups: Sequence[Group],
+    groups: Groups,
     shape_of: Callable[[Shape], Shape],
-    loaded: Sequence[Group] | None = None,
+    loaded: Groups | None = None,
     state: State | None = None,
 ) -> list[State]:
     """Take two steps with stand-ins for the parameters of `groups`, in a new optimizer, and return
@@ -223,7 +222,7 @@ def _stepped(
     return [opt.state.get(param, {}) for param in params]
 
 
-def _state_when_built(native: type[Optimizer], groups: Sequence[Group]) -> State:
+def _state_when_built(native: type[Optimizer], groups: Groups) -> State:
     """Return the state that torch's constructor makes: Adagrad's of torch 2.6."""
     for base in native.__mro__:
         if base.__module__.startswith("torch.optim"):
@@ -270,7 +269,7 @@ def _stand_in(what: str, value: Any, param: torch.Tensor, ours: Any) -> Any:
 
 
 def _check_odd_shapes(
-    native: type[Optimizer], defaults: State, groups: Sequence[Group], fitted: State
+    native: type[Optimizer], defaults: State, groups: Groups, fitted: State
 ) -> None:
     """Check another package's optimizer by a step of a full-sized stand-in for each shape in
     question.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from textwrap import fill
 from typing import Any
 
-from .._tables import text_table
+from .._printing import text_table
 from .._types import NO_LAW, Factor, Rated, Survey, init_text, reason_of_other
 from ..inspection import other_kind
 from ..laws import Constant, Falling, LoRAPlus, MuA

@@ -23,6 +23,7 @@ from ._param_groups import (
     GROUP_FORMAT,
     TAGS,
     Group,
+    Groups,
     at_base_rate,
     base_of,
     multiply_for_native,
@@ -68,7 +69,7 @@ _Slots = dict[str, _Slot]  # by the names of this optimizer's parameters
 
 
 def fit_checkpoint(
-    param_groups: list[Group],
+    param_groups: Groups,
     state_dict: dict[str, Any],
     on_rank_change: OnRankChange,
     order: Order,
@@ -98,10 +99,10 @@ def fit_checkpoint(
     _check_user_groups(param_groups, groups)
     slots = _by_name(param_groups, groups)
     if slots is None:
+        slots = _by_sizes(param_groups, groups, order)
+    if slots is None:
         slots = _by_position(param_groups, groups, state, order, model_order)
-    shapes = _written_shapes(groups)
-    saved_keys = set(params_in(groups))
-    new_state = {k: v for k, v in state.items() if not isinstance(k, int) and k not in saved_keys}
+    shapes, new_state = _written_shapes(groups), _state_of_none(groups, state)
     new_groups: list[Group] = []
     reset: list[Reset] = []
     changed_law, numbers = False, count()
@@ -130,6 +131,12 @@ def fit_checkpoint(
     return {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(reset)
 
 
+def _state_of_none(groups: Groups, state: State) -> dict[Any, Any]:
+    """Return the state that is not of a parameter, which some optimizers keep."""
+    keys = set(params_in(groups))
+    return {k: v for k, v in state.items() if not isinstance(k, int) and k not in keys}
+
+
 def _is_flat(group: Group) -> bool:
     """Return whether a framework (DeepSpeed's ZeRO) replaced a group's parameters by one flat
     share.
@@ -140,7 +147,7 @@ def _is_flat(group: Group) -> bool:
 # --- the checkpoint's groups ----------------------------------------------------------------------
 
 
-def _contents(state_dict: State, flat: bool) -> tuple[list[Group], State]:
+def _contents(state_dict: State, flat: bool) -> tuple[Groups, State]:
     """Return the checkpoint's groups at base rates, and its state. flat: ours hold flat shares."""
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
     if not isinstance(groups, list) or not groups or not isinstance(state, Mapping):
@@ -159,7 +166,7 @@ def _contents(state_dict: State, flat: bool) -> tuple[list[Group], State]:
     return [_at_base_rate(group) for group in groups], state
 
 
-def _check_lists(groups: Sequence[Group], flat: bool) -> None:
+def _check_lists(groups: Groups, flat: bool) -> None:
     """Raise if parameters or names are listed twice, or their numbers differ in a group."""
     for group in groups:
         names = [] if flat or _by_key([group]) else _names_in([group])
@@ -205,7 +212,7 @@ def _at_base_rate(group: Group) -> Group:
     return at_base_rate(without(group, ("lr_multiplier",)))
 
 
-def _refuse_strange_groups(param_groups: list[Group], groups: Sequence[Group]) -> None:
+def _refuse_strange_groups(param_groups: Groups, groups: Groups) -> None:
     """Raise if groups of ours have no names, or groups of the checkpoint no rates."""
     if any("param_names" not in group or "user_group" not in group for group in param_groups):
         raise CheckpointError(
@@ -223,7 +230,7 @@ def _refuse_strange_groups(param_groups: list[Group], groups: Sequence[Group]) -
         )
 
 
-def _check_user_groups(param_groups: list[Group], groups: Sequence[Group]) -> None:
+def _check_user_groups(param_groups: Groups, groups: Groups) -> None:
     """Raise, as torch does, if the checkpoint has another number of user groups."""
     ours = len({group["user_group"] for group in param_groups})
     theirs = len({group.get("user_group", number) for number, group in enumerate(groups)})
@@ -234,7 +241,7 @@ def _check_user_groups(param_groups: list[Group], groups: Sequence[Group]) -> No
         )
 
 
-def _warn_of_several_rates(groups: Sequence[Group]) -> None:
+def _warn_of_several_rates(groups: Groups) -> None:
     """Warn if parts of a user's group have several base rates: with full_state_dict=True all but
     one keep their old rate.
     """
@@ -250,7 +257,7 @@ def _warn_of_several_rates(groups: Sequence[Group]) -> None:
             return
 
 
-def _flat_groups(param_groups: list[Group], groups: list[Group], state: State) -> list[Group]:
+def _flat_groups(param_groups: Groups, groups: Groups, state: State) -> Groups:
     """Return the groups to load where ours hold flat shares.
 
     A flat share cannot be matched by name or resized, so the checkpoint must be split in the same
@@ -290,7 +297,7 @@ def _slots_of(groups: Iterable[Group]) -> list[_Slot]:
     return [_Slot(key, group) for group in groups for key in group["params"]]
 
 
-def _by_name(param_groups: list[Group], groups: Sequence[Group]) -> _Slots | None:
+def _by_name(param_groups: Groups, groups: Groups) -> _Slots | None:
     """Find our parameters in the checkpoint by name; None if it has no names, or those of another
     model.
 
@@ -315,27 +322,31 @@ def _by_name(param_groups: list[Group], groups: Sequence[Group]) -> _Slots | Non
     return by_name
 
 
+def _by_sizes(param_groups: Groups, groups: Groups, order: Order) -> _Slots | None:
+    """Find our parameters in groups of the same sizes as ours or the user's, whose order torch
+    assumes to be the same; None if the sizes differ.
+    """
+    sizes = _sizes(group["params"] for group in groups)
+    for names in ([group["param_names"] for group in param_groups], order):
+        if sizes == _sizes(names):
+            return dict(zip(chain(*names), _slots_of(groups), strict=True))
+    return None
+
+
 def _by_position(
-    param_groups: list[Group],
-    groups: Sequence[Group],
+    param_groups: Groups,
+    groups: Groups,
     state: State,
     order: Order,
     model_order: Callable[[], Sequence[str]],
 ) -> _Slots:
     """Find our parameters in a checkpoint without names, by the order in which it was saved.
 
-    Groups of the same sizes as ours or the user's have the same order, as torch assumes. Otherwise
-    it is that of the user's groups or the model's, whichever the moments fit. If these disagree and
+    It is that of the user's groups or the model's, whichever the moments fit. If these disagree and
     both fit, no one knows.
     """
     slots, params = _slots_of(groups), dict(named_params(param_groups))
-    sizes = _sizes(group["params"] for group in groups)
-    for cut in ([group["param_names"] for group in param_groups], order):
-        if sizes == _sizes(cut):
-            return dict(zip(chain(*cut), slots, strict=True))
-    ways = [
-        way for way in _ways(slots, order, model_order(), params) if way.keys() >= params.keys()
-    ]
+    ways = _ways(slots, order, model_order(), params)
     if not ways:
         raise CheckpointError(
             f"The checkpoint has {len(slots)} parameters without matching names, this optimizer has"
@@ -360,7 +371,8 @@ def _ways(
 ) -> list[_Slots]:
     """Return the names of parameters in the orders in which a checkpoint of this length may be."""
     orders = (list(chain(*order)), all_names, [name for name in all_names if name in ours])
-    return [dict(zip(names, slots, strict=True)) for names in orders if len(names) == len(slots)]
+    ways = [dict(zip(names, slots, strict=True)) for names in orders if len(names) == len(slots)]
+    return [way for way in ways if way.keys() >= ours.keys()]
 
 
 def _sizes(cut: Iterable[Sequence[Any]]) -> list[int]:
@@ -459,7 +471,7 @@ def _init_was_known(group: Group, theirs: Group) -> bool:
     return theirs.get("lora_init") in ("A", "B") and group.get("lora_init") in ("other", "unknown")
 
 
-def _warn_of_changes(ours: Sequence[Group], theirs: Sequence[Group], changed_law: bool) -> None:
+def _warn_of_changes(ours: Groups, theirs: Groups, changed_law: bool) -> None:
     """Warn once if the checkpoint's recipe, or else its law, differs from this optimizer's."""
     (now, name), (before, saved_name) = _recipe_of(ours), _recipe_of(theirs)
     if now and before and now != before:
@@ -476,7 +488,7 @@ def _warn_of_changes(ours: Sequence[Group], theirs: Sequence[Group], changed_law
         )
 
 
-def _recipe_of(groups: Sequence[Group]) -> tuple[str, str]:
+def _recipe_of(groups: Groups) -> tuple[str, str]:
     """Return hash and name of the groups' recipe, from their tag "hash name"; empty strings without
     a recipe.
     """
@@ -510,7 +522,7 @@ def _changed_rank(
         saved_rank = _rank_in(shapes, shape, group.get("lora_role"))
     if fits and saved_rank in (None, rank):
         return None
-    if None not in (saved_rank, rank) and saved_rank != rank:
+    if saved_rank is not None and rank is not None and saved_rank != rank:
         return int(saved_rank)
     raise CheckpointError(
         f"The checkpoint's {name} has shape {saved_shape or shapes[0]}, the parameter {shape}.",
@@ -518,7 +530,7 @@ def _changed_rank(
     )
 
 
-def _written_shapes(groups: Sequence[Group]) -> dict[str, Shape]:
+def _written_shapes(groups: Groups) -> dict[str, Shape]:
     """Return the shapes stored in our checkpoint by parameter name. A plain checkpoint has none."""
     written: dict[str, Shape] = {}
     for group in groups:

@@ -14,8 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import check_lr, is_within, range_of, shown
-from .._optimizer_classes import defaults_of, get_optimizer_class
-from .._optimizers import known_optimizer, optimizer_family
+from .._optimizers import defaults_of, get_optimizer_class, known_optimizer, optimizer_family
 from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import OptimizerError
@@ -282,16 +281,18 @@ def _fits(value: Any, default: Any) -> bool:
 
 
 def use_recipe(
-    recipe: Recipe,
+    recipe: Recipe | None,
     survey: Survey,
     native: type[Optimizer],
     settings: Mapping[str, Any],
     groups: Iterable[UserGroup],
     horizon: Mapping[str, Any],
-) -> RecipeUse:
+) -> RecipeUse | None:
     """Move the recipe's rates to the run's steps. Warn once if the run differs from the recipe's
     trials.
     """
+    if recipe is None:
+        return None
     steps, batch = horizon["steps"], horizon["batch"]
     batch = None if recipe.batch is None else batch
     rate, by_steps = rate_on(recipe, survey, steps, batch), 1.0
@@ -388,13 +389,17 @@ def _refuse_lost(groups: Sequence[Group], walked: Walk, lost: Mapping[str, nn.Pa
     gone = {id(p) for _, p in walked.parameters}.isdisjoint(map(id, params))  # FSDP1 flattens them
     if _is_idle(params) and (adapters or gone):
         raise _lost((adapters or list(lost))[0], "none of whose parameters has one")
-    factors = params_in(group for group in groups if group.get("lora_role") in ("A", "B"))
+    factors = params_in(filter(_is_of_adapter, groups))
     if adapters and factors and _is_idle(factors):
         warn(
             f"None of this optimizer's adapters has a gradient, but {adapters[0]}, which it does"
             " not hold, has one and does not train. Build the optimizer after the adapter was"
             " added and activated."
         )
+
+
+def _is_of_adapter(group: Mapping[str, Any]) -> bool:
+    return group.get("lora_role") in ("A", "B")
 
 
 def _adapters_in(lost: Mapping[str, nn.Parameter], walked: Walk) -> list[str]:

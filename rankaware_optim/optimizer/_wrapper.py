@@ -41,7 +41,7 @@ from ._param_groups import (
     unnamed,
     user_groups,
 )
-from ._plan import Plan, PlanOptions, RecipeUse, make_plan
+from ._plan import Plan, PlanOptions, make_plan
 from ._rehearsal import check_loadable
 from ._report import Report, make_report
 from ._state_dict import OnRankChange, Reset, check_on_rank_change, fit_checkpoint
@@ -227,9 +227,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         check_base_lr(native, built, lr, groups if at is not None else ())
         if built is not None and lr is not None:
             _drop_rates(groups)
-        use: RecipeUse | None = None
-        if loaded is not None:
-            use = use_recipe(loaded, trained, native, in_force, groups, horizon)
+        use = use_recipe(loaded, trained, native, in_force, groups, horizon)
         plan = replace(make_plan(trained, options, native, in_force, use), survey=survey)
         parts = split(groups, plan)
         refuse_groups(native, groups)
@@ -603,7 +601,8 @@ def _step_of(native: Any) -> Callable[..., Any]:
     return step
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # with tensor rates it would be a separate graph
+# compiled, it would be a graph of its own with tensor rates
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _multiply(opt: Any) -> None:
     """Set every group's rate to base rate × multiplier."""
     groups, keep_decay = opt.param_groups, not opt._rankaware.scale_weight_decay
