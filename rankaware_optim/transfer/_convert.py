@@ -21,6 +21,7 @@ from ..inspection import ReferenceLike, as_reference
 from ..laws import (
     DEFAULT_LAW,
     DISTANCE_NOTE,
+    SIGN_LIKE,
     Law,
     at_distance,
     caution_of,
@@ -234,7 +235,7 @@ class _Move:
         """Whether the law's updates do not depend on the gradient's scale, which the two-rate form
         requires.
         """
-        return getattr(innermost(self.law), "family", "sign-like") in ("sign-like", "unknown")
+        return getattr(innermost(self.law), "family", "sign-like") in SIGN_LIKE
 
     @property
     def same_batch(self) -> bool:
