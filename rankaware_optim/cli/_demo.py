@@ -41,9 +41,8 @@ from ..errors import DemoError
 from ..optimizer import RankAwareOptimizer
 from ..recipe import Rate, Recipe
 from ..reports import draw_trials, drawable
-from ._calibrate import trials_said
 from ._options import check_out
-from ._placement import outside_folder
+from ._workers import outside_folder, trials_logged
 
 STEPS, BATCH, PIXELS, SEEDS = 40, 16, 32, (0, 1)
 CALIBRATED_RANKS, CHECKED_RANK = (4, 64), 16
@@ -150,7 +149,7 @@ def demo(out: Path) -> None:
         starts = workers.map(
             untrained, CHECKED_SEEDS
         )  # loads the network there, while the calibration runs here
-        with trials_said(lines=not sys.stderr.isatty()):
+        with trials_logged(lines=not sys.stderr.isatty()):
             recipe = calibrate_digits()
         recipe.save(out / "recipe.toml")
         console.print(

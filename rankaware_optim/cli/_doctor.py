@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from ._echo import echo, echo_json
 from ._options import json_option
-from ._placement import machine_cores
+from ._workers import machine_cores
 
 PACKAGE = "rankaware-optim"
 

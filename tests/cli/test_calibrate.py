@@ -350,10 +350,10 @@ STUCK = {
 HANGING = """
 import multiprocessing, os, signal, time
 from rankaware_optim.calibration import _liveness
-from rankaware_optim.cli import _calibrate
+from rankaware_optim.cli import _workers
 
 helps, stop = multiprocessing.parent_process() is not None, False
-_liveness._BEAT_S, _calibrate._GRACE_S = 0.2, 2.0
+_liveness._BEAT_S, _workers._GRACE_S = 0.2, 2.0
 HANG
 
 import slow_loops

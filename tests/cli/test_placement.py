@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import rankaware_optim as ra
 from rankaware_optim.cli._main import main
-from rankaware_optim.cli._placement import AUTO, chosen_devices, placed, visible_devices
+from rankaware_optim.cli._workers import AUTO, chosen_devices, placed, visible_devices
 
 from .test_calibrate import LOOP, ended, started
 
