@@ -13,7 +13,7 @@ import optuna
 from torch.optim import Optimizer
 
 from .._checks import MOST_RANKS, check_lr, is_number, is_positive, is_whole, plain
-from .._optimizer_classes import get_optimizer_class
+from .._optimizers import get_optimizer_class
 from .._warn import warn
 from ..errors import CalibrationError, CalibrationInterrupted
 from ..laws import PRIOR_LAW, Law, get_law

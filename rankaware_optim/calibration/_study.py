@@ -21,10 +21,8 @@ import optuna
 from torch.optim import Optimizer
 
 from .._checks import is_positive, is_within
-from .._optimizer_classes import defaults_of
-from .._optimizers import optimizer_family
-from .._scaling_rule import infer_scaling
-from .._types import Reference, Survey
+from .._optimizers import defaults_of, optimizer_family
+from .._types import Reference, Survey, infer_scaling
 from .._warn import warn
 from ..errors import CalibrationError
 from ..fitting import (

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
 from .._figures import COLOURS, figure_of, rate_axis, save
-from .._tables import text_table
+from .._printing import text_table
 from .._types import Method
 from ..calibration import Trial, calibrate
 from ..errors import DemoError

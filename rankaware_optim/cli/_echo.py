@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import click
 import msgspec
 
-from .._printable import printable
+from .._printing import printable
 
 
 def echo(text: object, err: bool = False) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .._optimizer_classes import get_optimizer_class
+from .._optimizers import get_optimizer_class
 from .._rate import Rate
 from ..errors import OptimizerError
 from ..optimizer import RankAwareOptimizer

@@ -233,11 +233,11 @@ def _curves(trials: Trials, best: Mapping[int | None, float], x: Array) -> dict[
     """
     fitted = [rank for rank in best if len(trials[rank]) <= _MOST_FITTED]
     seen = [pair for rank in fitted for pair in _observations(rank, trials[rank], best[rank])]
-    good = [observation for observation, lost in seen if not lost]
-    if not good:
+    ended = [observation for observation, lost in seen if not lost]
+    if not ended:
         return {}
-    gain, floors = gain_of(good), {o.rank: o.value for o in sorted(good, key=lambda o: -o.value)}
-    arms = arms_of([observation for observation, _ in seen], [lost for _, lost in seen], gain)
+    gain, floors = gain_of(ended), {o.rank: o.value for o in sorted(ended, key=lambda o: -o.value)}
+    arms = arms_of(ended, [observation for observation, lost in seen if lost], gain)
     gaps = curves_of(arms, {rank: x - best[rank] for rank in arms})
     return {rank: floor + gain * gaps[rank] for rank, floor in floors.items()}
 
