@@ -30,7 +30,7 @@ from ._trial import Train
 Spread = Callable[[Callable[[], None]], None]
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913
     train: Train,
     optimizer: type[Optimizer] | str,
     *,

@@ -55,7 +55,7 @@ def _recipe_words(opt: Any) -> dict[str, str]:
 # --- transformers ---------------------------------------------------------------------------------
 
 
-def log_rates(trainer: Any = None) -> Any:
+def log_rates(trainer: Any = None) -> Any:  # noqa: C901 - its hooks are closures over the trainer
     """Return a callback for transformers' `Trainer` that logs every group's rate. Trainer logs that
     of group 0::
 
