@@ -72,7 +72,8 @@ def fit(
     """
     recipe = fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
     saved = None if out is None else recipe.save(out)
-    echo_result(as_json, recipe, to_document(recipe))
+    # a law that is not registered has no document
+    echo_result(as_json, recipe, to_document(recipe) if as_json else None)
     if saved is not None and not as_json:
         echo(f"Next: rankaware lr {shlex.quote(str(saved))} {_for_a_rate(recipe)}")
 

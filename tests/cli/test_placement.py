@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ def test_gpus_that_are_not_there_are_refused(make, message):
 def folder(tmp_path, monkeypatch):
     """The current directory, with a loop that writes down what its process sees."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "seeing_loops", raising=False)
     (tmp_path / "seeing_loops.py").write_text(LOOP.replace("PAUSE", "0.001"))
     return tmp_path
 
