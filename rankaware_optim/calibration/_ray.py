@@ -24,7 +24,7 @@ from .._checks import is_number, is_whole
 from .._warn import warn
 from ..errors import CalibrationError
 from ..recipe import Recipe, differences
-from ._code import train_source, versions_used
+from ._provenance import train_source, versions_used
 from ._storage import check_shared, journal_head
 
 _LOOK_S = 2.0  # seconds between two checks of the workers' progress

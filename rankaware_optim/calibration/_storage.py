@@ -76,7 +76,7 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
 
 
 def _database(url: str, attempts: int = _ATTEMPTS) -> BaseStorage:
-    """Open the database at a URL. Try again if another process creates its tables at the same time."""
+    """Open the database at a URL. Try again if another process creates its tables meanwhile."""
     try:
         return get_storage(url)
     except (IntegrityError, OperationalError, ProgrammingError) as error:

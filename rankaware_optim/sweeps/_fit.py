@@ -14,7 +14,7 @@ from .._checks import MOST_RANKS, MOST_TRIALS, check_init, is_within, range_of, 
 from .._optimizer_classes import get_optimizer_class
 from .._scaling_rule import infer_scaling
 from .._types import Reference
-from ..calibration import Study, versions_used
+from ..calibration import Calibration, Options, Schedule, versions_used
 from ..errors import CalibrationError
 from ..fitting import Fit, Observation, Prior, diverged, fit_observations, shrink
 from ..laws import PRIOR_LAW, Constant, Law, MuA, Power, bound_law, checked_multiplier, get_law
@@ -220,11 +220,12 @@ class _Rows:
             rank, alpha, run.rslora, run.init or "A", self.width(False), batch=run.batch
         )  # type: ignore[arg-type]
 
-    def study(self, law: Law) -> Study:
+    def study(self, law: Law) -> Calibration:
         """Return a calibration without trials, for its priors and the law centred on them."""
         ranks: tuple[int | None, ...] = (*self.ranks, *([None] if self.full_seen else []))
         full = self.width(True) or self.width(False)
-        return Study(self.optimizer, law, ranks, 1, reference=self.reference, full_fan_in=full)
+        options = Options(self.optimizer, law, Schedule(ranks, (0,), 1))
+        return Calibration(options, reference=self.reference, full_fan_in=full)
 
     @property
     def full_seen(self) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rankaware_optim import Recipe
-from rankaware_optim.calibration._study import _PRIORS
+from rankaware_optim.calibration._calibration import _PRIORS
 from rankaware_optim.fitting import Prior, diverged, fit_observations
 from rankaware_optim.recipe._plot_data import _observations, _trials, picture_of
 

@@ -1,0 +1,327 @@
+"""One calibration. Optuna stores its trials, and this module interprets them.
+
+The only parameter is log2 of the base rate in *reference coordinates*. A rate at any rank is mapped
+back by the law at its prior means, so that trials at several ranks enter one fit. All that a
+resumed study needs is in its attributes: the reference, the range, and every trial's observation,
+curve and scaling.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import optuna
+from torch.optim import Optimizer
+
+from .._optimizers import optimizer_family
+from .._types import Reference, Survey
+from ..errors import CalibrationError
+from ..fitting import Carry, Fit, Prior, Slope, fit_observations
+from ..laws import Law, Power, bound_law, checked_multiplier
+from ..recipe import FULL_SD, Z90, differences
+from ._optuna import close_storage, quiet
+from ._provenance import Code
+from ._pruner import PairedPruner
+from ._sampler import BracketSampler, search_range
+from ._schedule import Options
+from ._signals import Interrupts
+from ._storage import open_storage, storage_errors
+from ._stored import check_comparable, check_whole, made_with, refuse, warn_of_code
+from ._trials import TrialRecord, Trials
+
+# A usual rate by optimizer family, per step, and its configuration. For sign-like optimizers it is
+# the median best AdamW rate at rank 16, alpha 32 over 18 published language models. The others are
+# customary multiples of it.
+_USUAL_AT = Reference(rank=16, alpha=32, fan_in=4096)
+_USUAL_LR = {
+    "sign-like": 2.0**-11.8,
+    "gradient-like": 2.0**-4,
+    "spectral": 2.0**-8,
+    "relative-scale": 2.0**-8,
+    "floored-scale": 2.0**-8,
+}
+# octaves above the usual rate for the first run; a run too high stops early and shows the cliff
+_ABOVE = 2.0
+_HALF_RANGE = 4.0  # octaves on either side of the first guess
+_CERTAIN = 1e-3  # octaves: a negligible standard deviation
+_TOGETHER = 50  # with k times this many trials, fits are made after every k-th trial
+# Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init.
+# Small studies found that rates at Init[B] fall with rank by 0.3 to 0.75. Full finetuning needs no
+# factor at the width of Survey.full_width (benchmarks/results/full_width.md), but its uncertainty
+# is at least `FULL_SD`.
+_PRIORS = {"A": ((0.0, 0.15), (0.0, FULL_SD["A"])), "B": ((-0.45, 0.2), (0.0, FULL_SD["B"]))}
+# Priors of the slope of log2 of the best rate in log2 of the steps, for LoRA and for the difference
+# of full finetuning. Measured from a quarter to all of the study's steps on four tasks: Init[A] 0.0
+# ± 0.2, Init[B] 0.2 ± 0.3, full 0.25 ± 0.2. On a transformer from 25 to 400 steps: Init[A] 0.5
+# falling to -0.2, Init[B] 0.4 and full 0.5 in the mean, with smaller slopes at more steps.
+_SLOPES = {
+    "A": (Slope(0.0, 0.25), Slope(0.25, 0.2)),
+    "B": (Slope(0.15, 0.25), Slope(0.15, 0.2)),
+    "full": (Slope(0.3, 0.25), Slope(0.0, 1e-3)),
+}
+
+
+def usual_lr(optimizer: type[Optimizer], law: Law, reference: Reference) -> float:
+    """Return the family's usual rate, moved to a reference by the law."""
+    usual = _USUAL_LR.get(optimizer_family(optimizer), _USUAL_LR["sign-like"])
+    bound = bound_law(law, optimizer, {})
+    return float(usual * checked_multiplier(bound, reference.as_factor(), _USUAL_AT))
+
+
+class Calibration:
+    """One calibration. `reference`, `prior` and the range are set when the first model is built.
+
+    Args:
+        options: its optimizer, law, schedule and target.
+        code: the training loop's code.
+        reference: the configuration to which all rates are moved, if it is known.
+        full_fan_in: the width on which the rate of full finetuning depends.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        code: Code | None = None,
+        reference: Reference | None = None,
+        full_fan_in: float | None = None,
+    ) -> None:
+        self.options, self.schedule, self.code = options, options.schedule, code or Code()
+        self.reference, self.full_fan_in = reference, full_fan_in
+        self.settings: Mapping[str, Any] = {}  # of the optimizer
+        self.start: float  # log2 of the first base rate
+        self.study: optuna.Study
+        self.is_stored = False
+        self._ended: dict[int, TrialRecord] = {}
+        self._fit: tuple[int, Fit | None] = (-1, None)  # and the number of its observations
+        self._opened: optuna.storages.BaseStorage | None = None
+
+    # --- the study --------------------------------------------------------------------------------
+
+    def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
+        """Create the Optuna study, or continue the stored one of this name."""
+        self.is_stored = storage is not None
+        self._place, name = storage, self.options.name
+        self._made_with = made_with(self.options, self.code)
+        with self.guard():
+            opened = open_storage(storage)
+            self._opened = opened if isinstance(storage, (str, os.PathLike)) else None
+            if name in optuna.get_all_study_names(opened):
+                stored = optuna.load_study(study_name=name, storage=opened)
+                check_whole(stored, self.options.law)
+            with quiet():
+                self.study = optuna.create_study(
+                    study_name=name,
+                    storage=opened,
+                    sampler=sampler or BracketSampler(self),
+                    pruner=pruner or PairedPruner(self.schedule.steps, self.options.warmup or 0.0),
+                    load_if_exists=True,
+                )
+            self._check_stored()
+            self.recall()
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Guard reads and writes of the storage. Its errors become `CalibrationError`, and Ctrl-C
+        raises afterwards.
+        """
+        with Interrupts(once=True) as self._interrupts, storage_errors(self._place):
+            yield
+
+    def pause(self, seconds: float) -> None:
+        """Wait inside the guard. Ctrl-C raises at once."""
+        with self._interrupts.let_in():
+            time.sleep(seconds)
+
+    def close(self) -> None:
+        """Release what was opened here: a database's connections, a journal's lock."""
+        if self._opened is not None:
+            with self.guard():
+                close_storage(self._opened)
+
+    def _check_stored(self) -> None:
+        """Raise if the trials of a stored study cannot be compared with new ones. Warn if they may
+        differ.
+        """
+        # A worker that starts at the same time writes this before its first trial, so trials are
+        # read before it.
+        trials = self.trials()
+        stored = self.study.user_attrs.get("made_with", {"schema": None})
+        if trials:
+            check_comparable(self.options.name, stored, self._made_with)
+        if trials.counted():
+            warn_of_code(self.options.name, stored, self._made_with, "was made with")
+        self.study.set_user_attr("made_with", self._made_with)
+
+    def compare(self, number: int, rank: int | None, built: Mapping[str, Any]) -> None:
+        """Raise if a trial's model or settings differ from those of an earlier one of its rank."""
+        before: Mapping[str, Any] = {}
+        reference = self.settled()
+        if reference.rank == rank:
+            before = {"width": reference.fan_in, "alpha": reference.alpha, "init": reference.init}
+        for trial in self.trials():
+            if trial.built and trial.rank == rank and trial.number < number:
+                before = trial.built
+                break
+        refuse(self.options.name, differences(before, built))
+
+    def recall(self) -> None:
+        """Read what the first trial of this or another worker settled. Warn if another worker runs
+        different code.
+        """
+        stored = self.study.user_attrs
+        made = stored.get("made_with", {})
+        warn_of_code(self.options.name, made, self._made_with, "is shared with a worker of")
+        self.settings = stored.get("settings", self.settings)
+        if self.reference is None and "reference" in stored:
+            self.settle(Reference(**stored["reference"]), stored["full_fan_in"])
+
+    def trials(self) -> Trials:
+        """Return every trial so far, of all workers. Finished trials do not change, so they are
+        read once.
+        """
+        trials = []
+        for stored in self.study.get_trials(deepcopy=False):
+            trial = self._ended.get(stored.number) or TrialRecord.read(stored)
+            if trial.state.is_finished():
+                self._ended[trial.number] = trial
+            trials.append(trial)
+        return Trials(trials)
+
+    # --- the search -------------------------------------------------------------------------------
+
+    def learn(self, built: Reference, survey: Survey) -> None:
+        """Set the first model's configuration as the reference, and store it."""
+        if self.reference is not None:
+            return
+        reference = replace(built, batch=self.options.batch)
+        self.settle(reference, survey.full_width(built.init))
+        self.study.set_user_attr("full_fan_in", self.full_fan_in)
+        # written last: its readers need the width
+        self.study.set_user_attr("reference", asdict(reference))
+
+    def settle(self, reference: Reference, full_fan_in: float) -> None:
+        """Set the reference, the priors for its init, and a first guess, which is the upper end of
+        the family's usual rates.
+        """
+        self.reference, self.full_fan_in = reference, full_fan_in
+        usual = usual_lr(self.options.optimizer, self.options.law, reference)
+        low, high = self.options.lr_range or (-math.inf, math.inf)
+        self.start = min(max(_ABOVE + math.log2(usual), low), high)
+
+    def settled(self) -> Reference:
+        if self.reference is None:
+            raise CalibrationError("No trial has built its model yet.", "Run at least one trial.")
+        return self.reference
+
+    def range(self) -> tuple[float, float]:
+        """Return the range of log2 rates: as given or around the first guess, widened while a best
+        rate is at an edge.
+
+        It is computed from the trials each time, so that a resumed study has the same one.
+        """
+        around = (self.start - _HALF_RANGE, self.start + _HALF_RANGE)
+        return search_range(self.trials().observations(), *(self.options.lr_range or around))
+
+    @property
+    def full_follows(self) -> bool:
+        """Whether runs of full finetuning follow the search."""
+        return self.schedule.full_trials > 0
+
+    @property
+    def prior(self) -> Prior:
+        """Return the prior of the drift and of full finetuning, at the steps of the trials."""
+        return self.carry.prior_of_trials(self._target_prior)
+
+    @property
+    def _target_prior(self) -> Prior:
+        """The prior at the target's steps."""
+        reference = self.settled()
+        lora = self.schedule.lora
+        pivot = round(math.exp(sum(map(math.log, lora)) / len(lora)), 9) if lora else 16.0
+        (_, drift_sd), (_, full_sd) = _PRIORS[reference.init]
+        if reference.method == "full":
+            full_sd = _CERTAIN  # the base rate is that of full finetuning
+        continues = reference.init == "B" and reference.method == "lora"
+        reach = math.log2((self.full_fan_in or pivot) / pivot) if continues else 0.0
+        return Prior(drift_sd, full_sd, pivot, reach)
+
+    @property
+    def carry(self) -> Carry:
+        """The move of best rates to the target's steps."""
+        reference = self.settled()
+        lora, full = _SLOPES["full" if reference.method == "full" else reference.init]
+        return Carry(math.log2(self.options.target / self.schedule.steps), lora, full)
+
+    def centred_law(self, drift: float = 0.0, factor: float = 0.0) -> Power:
+        """Return the law, bound to the optimizer, at its prior means plus a fitted `drift` and log2
+        `factor`.
+        """
+        reference = self.settled()
+        bound = bound_law(self.options.law, self.options.optimizer, self.settings)
+        if reference.method == "full":
+            return Power(law=bound)
+        (mean_drift, _), (mean_factor, _) = _PRIORS[reference.init]
+        return Power(
+            exponent=mean_drift * (not bound.falls_with_rank) + drift,
+            full_factor=2.0 ** (mean_factor + factor),
+            pivot=self.prior.pivot,
+            to_full=reference.init == "B",
+            law=bound,
+        )
+
+    # --- the fit ----------------------------------------------------------------------------------
+
+    def fit(self) -> Fit | None:
+        """Return the fit of the trials so far, at their steps, or None if every run diverged."""
+        return None if self.reference is None else self.fitted(self.trials())
+
+    def fitted(self, trials: Trials) -> Fit | None:
+        """Return the fit, computed once for each number of observations, since a study only adds to
+        them.
+
+        With hundreds of trials, up to a fiftieth of them wait for a common fit.
+        """
+        ended = trials.counted()
+        waiting = len(ended) % max(1, len(ended) // _TOGETHER)
+        evidence = Trials(ended[: len(ended) - waiting]).evidence()
+        if len(evidence) != self._fit[0]:
+            self._fit = len(evidence), fit_observations(evidence, self.prior)
+        return self._fit[1]
+
+    def at_target(self, fit: Fit) -> Fit:
+        """Return a fit of the trials, moved to the target's steps."""
+        return self.carry.to_target(fit, self._target_prior)
+
+    def width(self) -> float | None:
+        """Return the width of the target's 90 % band at the worst rank, octaves. None before any
+        fit.
+        """
+        fit = self.fit()
+        if fit is None:
+            return None
+        fit = self.at_target(fit)
+        return max(2 * Z90 * self._sd(fit, rank) for rank in self.schedule.ranks)
+
+    def _sd(self, fit: Fit, rank: int | None) -> float:
+        """Return the standard deviation of log2 of the best rate, octaves. rank: None for full
+        finetuning.
+        """
+        row = self.prior.row(rank)
+        return math.sqrt(float(row @ fit.covariance @ row))
+
+    def band(self) -> tuple[float, float, float] | None:
+        """Return (low, best, high) base rates of the target so far, the 90 % band; None before any
+        fit.
+        """
+        fit = self.fit()
+        if fit is None:
+            return None
+        fit = self.at_target(fit)
+        best, half = float(fit.mean[0]), Z90 * self._sd(fit, self.schedule.ranks[0])
+        return 2.0 ** (best - half), 2.0**best, 2.0 ** (best + half)
