@@ -4,6 +4,7 @@ from . import integrations as integrations
 from . import laws as laws
 from . import optimizer as optimizer
 from . import recipe as recipe
+from . import reports as reports
 from . import sweeps as sweeps
 from . import testing as testing
 from . import transfer as transfer

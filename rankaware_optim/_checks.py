@@ -126,5 +126,5 @@ def check_lr(lr: object, what: str = "lr") -> float:
     lr = plain_lr(lr)
     value = lr.item() if getattr(lr, "numel", lambda: 0)() == 1 else lr  # type: ignore[attr-defined]
     if not is_positive(value) or value > sys.float_info.max:  # an int may be larger
-        raise OptimizerError(f"{what} is {lr!r}.", "Give a positive finite number.")
+        raise OptimizerError(f"{what} is {lr!r}.", "Give a positive finite number.", what)
     return float(value)

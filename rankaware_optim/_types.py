@@ -1,4 +1,4 @@
-"""The common types: `Factor`, `Survey`, `Reference`.
+"""The common types: `Factor`, `Survey`, `Reference`, and their words in reports.
 
 A frozen weight W of shape (n_out, n_in) is adapted as W + s·B·A with A of shape (r, n_in) and B of
 shape (n_out, r). `scaling` is s, the effective multiplier of B·A: alpha / r in PEFT, alpha / √r
@@ -9,17 +9,58 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ._checks import check_init, is_within, plain, range_of, shown
-from ._survey_text import Rated, audit, explain, init_text
+from ._tables import text_table
 from .errors import InspectionError, InvalidReferenceError
 
 Role = Literal["A", "B", "full"]
 Init = Literal["A", "B", "other", "unknown"]
 Method = Literal["lora", "full"]
+
+
+class Rated(NamedTuple):
+    """A parameter's learning rate, and the reason for it in words."""
+
+    lr: float
+    reason: str
+
+
+_HEADINGS = (
+    "convention",
+    "kind",
+    "role",
+    "rank",
+    "scaling",
+    "init",
+    "fan-in",
+    "fan-out",
+    "tensors",
+    "lr",
+    "why",
+)
+_LEFT_ALIGNED = ("module", "convention", "kind", "role", "init", "why")
+_LEAST_SCALING, _MOST_SCALING = 1 / 64, 8.0
+NO_LAW = "neither factor started at zero, so no law covers it: the base rate"
+
+
+def init_text(init: str) -> str:
+    """Return an init in the words of a report: by the factor that starts at zero.
+
+    >>> init_text("A"), init_text("B")
+    ('B = 0', 'A = 0')
+    """
+    return {"A": "B = 0", "B": "A = 0"}.get(init, init)
+
+
+def reason_of_other(kinds: Sequence[str], rate: str = "the base rate") -> str:
+    """Return why a parameter that is not a factor has its rate. `kinds`: its adapter's kinds, if no
+    law covers them.
+    """
+    return f"{', '.join(kinds)}: no law, {rate}" if kinds else f"no LoRA factor: {rate}"
 
 
 @dataclass(frozen=True)
@@ -129,11 +170,78 @@ class Survey:
             per_module: whether every tensor has its own line. Otherwise equal factors share one.
             rates: rates and reasons by parameter name, for the columns lr and why.
         """
-        return explain(self, per_module, rates or {})
+        lines = Counter[tuple[str, ...]]()
+        for name, convention, cells, reason in self._lines():
+            rated = (rates or {}).get(name)
+            why = ("", reason) if rated is None else (f"{rated.lr:.3g}", rated.reason)
+            lines[(name if per_module else convention, *cells, *why)] += 1
+        rows = [(*line[:8], str(count), *line[8:]) for line, count in lines.items()]
+        headings = ("module" if per_module else _HEADINGS[0], *_HEADINGS[1:])
+        remarks = [f"check: {check}" for check in self.audit()]
+        remarks += [f"note: {note}" for note in self.notes]
+        width = 200 if per_module else 140
+        return text_table(headings, rows, lines=remarks, left=_LEFT_ALIGNED, width=width)
+
+    def _lines(self) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
+        """Yield each tensor's name, convention, cells from kind to fan-out, and reason."""
+        for f in self.factors:
+            pair = ("", "") if f.role == "full" else (f"{f.scaling:g}", init_text(f.init))
+            fans = f"{f.fan_in:g}", f"{f.fan_out:g}"
+            reason = NO_LAW if f.init == "other" else "a LoRA pair" if f.rank else "a whole weight"
+            yield f.name, f.convention, (f.kind, f.role, str(f.rank or ""), *pair, *fans), reason
+        for name in self.other:
+            kind = self.unsupported.get(name, "")
+            reason = reason_of_other([kind] if kind else [])
+            yield name, "", (kind, "other", *[""] * 5), reason
+        for name in self.frozen:
+            cells = ("", "frozen", *[""] * 5)
+            yield name, "", cells, "a LoRA factor that does not train"
 
     def audit(self) -> tuple[str, ...]:
         """Return sentences on likely mistakes that this survey shows."""
-        return tuple(audit(self))
+        return tuple(self._checks())
+
+    def _checks(self) -> Iterator[str]:
+        if not self.factors:
+            kinds = ", ".join(sorted(set(self.unsupported.values()))) or "none"
+            yield (
+                f"0 LoRA pairs matched (trainable adapters: {kinds}), so the rank moves no rate."
+            )
+        pairs = [f for f in self.factors if f.role != "full"]
+        dense = [f for f in pairs if f.rank and f.kind != "embedding"]
+        for names, what, problem in (
+            (self.frozen, "LoRA factor", "trained: an inactive adapter, or one frozen by mistake"),
+            (
+                self.unadapted,
+                "frozen stack",
+                "adapted: in PEFT, experts that are bare parameters need target_parameters instead"
+                " of target_modules",
+            ),
+            (
+                [f.name for f in pairs if f.init == "other"],
+                "factor",
+                "covered by a law's derivation: neither factor zero at the start",
+            ),
+            (
+                [f.name for f in pairs if f.init == "unknown"],
+                "factor",
+                "covered by a law's derivation: an init that cannot be read",
+            ),
+            (
+                [f.name for f in dense if f.rank and f.rank > f.fan_in],
+                "factor",
+                "low-rank: the rank is above the fan-in",
+            ),
+            (
+                [f.name for f in pairs if not _LEAST_SCALING <= f.scaling <= _MOST_SCALING],
+                "factor",
+                "scaled as usual: alpha / rank is above 8 or below 1/64",
+            ),
+        ):
+            if len(names) == 1:
+                yield f"1 {what} ({names[0]}) is not {problem}."
+            elif names:
+                yield f"{len(names)} {what}s ({names[0]}, …) are not {problem}."
 
     def _dense(self) -> Iterable[Factor]:
         return (f for f in self.factors if f.kind != "embedding")
@@ -189,7 +297,9 @@ class Reference:
             object.__setattr__(self, name, value)
             if value is not None and not is_within(name, value):
                 raise InvalidReferenceError(
-                    f"Reference got {name}={shown(value)}.", f"Give {range_of(name)}."
+                    f"{name}={shown(value)} in a reference is impossible.",
+                    f"Give {range_of(name)}.",
+                    name,
                 )
 
     @classmethod

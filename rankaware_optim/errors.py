@@ -27,10 +27,11 @@ __all__ = [
 
 
 class _CauseAndCure(BaseException):
-    def __init__(self, cause: str, cure: str) -> None:
-        super().__init__(cause, cure)
+    def __init__(self, cause: str, cure: str, argument: str | None = None) -> None:
+        super().__init__(cause, cure, argument)
         self.cause = cause
         self.cure = cure
+        self.argument = argument
 
     def __str__(self) -> str:
         return printable(f"{self.cause} {self.cure}")
@@ -43,6 +44,8 @@ class RankAwareError(_CauseAndCure, Exception):
     Args:
         cause: what is wrong.
         cure: what to do about it.
+        argument: the name of the function's argument that is at fault, if it is one alone. The
+            cause begins with it.
     """
 
 

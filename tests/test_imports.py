@@ -32,6 +32,7 @@ PACKAGES = [
     "laws",
     "optimizer",
     "recipe",
+    "reports",
     "sweeps",
     "testing",
     "transfer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rankaware_optim._optimizers import _KNOWN, known_name, known_optimizer, optimizer_family
-from rankaware_optim.laws._updates import FORMS
+from rankaware_optim.laws import FORMS
 from rankaware_optim.transfer._suggest import RULES
 
 

@@ -11,7 +11,7 @@ from rankaware_optim import RankAwareWarning, Rate, RecipeError, Survey
 from rankaware_optim._printable import printable
 from rankaware_optim._warn import warn
 from rankaware_optim.cli import main
-from rankaware_optim.recipe import diff_recipes, diff_text
+from rankaware_optim.reports import diff_recipes, diff_text
 
 from .helpers.recipes import RECIPE
 

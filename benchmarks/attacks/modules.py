@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 import rankaware_optim as ra
 from rankaware_optim.cli import main as command
-from rankaware_optim.recipe import diff_recipes, write_report
+from rankaware_optim.reports import diff_recipes, write_report
 from rankaware_optim.sweeps import fit_sweep
 
 PAYLOAD = "class Adam: pass\nLaw = Adam\ncreate_network = Adam\n"

@@ -68,7 +68,7 @@ BUGS = (
     Bug("recipe/_schema.py", "if not np.allclose(tensor, tensor.T, rtol=1e-6, atol=1e-6 * float(np.abs(tensor).max())):", "if False:", "impossible covariances"),
     Bug("recipe/_schema.py", "if value.dtype.name not in kinds or value.ndim != axes:", "if False:", "damaged recipes", 300),
     Bug("_printable.py", 'return "".join(sign for sign in text if sign.isprintable() or sign in "\\n\\t")', "return text", "damaged recipes", 600),
-    Bug("laws/_base.py", "        factory = LAWS.get(name)\n    except", "        factory = import_module(name.partition(':')[0]).Law if ':' in name else LAWS.get(name)\n    except", "modules named in recipes", 20),
+    Bug("laws/_toml.py", "        factory = LAWS.get(name)\n    except", "        factory = import_module(name.partition(':')[0]).Law if ':' in name else LAWS.get(name)\n    except", "modules named in recipes", 20),
     Bug("inspection/files/_training.py", 'return type(name, (), {"__module__": package})', "return getattr(__import__(package, fromlist=[name]), name)", "modules named in adapters"),
     Bug("inspection/files/_safetensors.py", "if not os.path.isfile(path):", "if False:", "not regular files"),
     Bug("inspection/files/_safetensors.py", "if not isinstance(entry, dict) or not isinstance(", "if False and not isinstance(", "damaged adapter files", 1500),

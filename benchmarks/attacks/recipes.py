@@ -26,7 +26,7 @@ from attacks.outcomes import Attack, Outcomes
 from safetensors.torch import load, save
 
 import rankaware_optim as ra
-from rankaware_optim.recipe import diff_recipes, diff_text, write_report
+from rankaware_optim.reports import diff_recipes, diff_text, write_report
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 RANKS = (1, 4, 64, 4096)

@@ -44,7 +44,7 @@ from study.grids import FULL
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import Calibration, Options, Schedule
-from rankaware_optim.calibration._result import recipe_of
+from rankaware_optim.calibration._result import calibrated_recipe
 from rankaware_optim.calibration._runner import Runner
 from rankaware_optim.laws import PRIOR_LAW, get_law
 
@@ -208,7 +208,7 @@ def simulated(
         "time": total,
         "last": (total - min(idle_from)) / total,
         "idle": 1 - sum(busy) / (workers * total),
-        "x": math.log2(recipe_of(calibration).lr),
+        "x": math.log2(calibrated_recipe(calibration).lr),
         "length": statistics.fmean(len(trial.curve or []) / replay.steps for trial in ran),
         "trials": len(ran),
     }

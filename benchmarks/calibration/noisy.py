@@ -35,7 +35,7 @@ from recording import machine, percent, record
 import rankaware_optim as ra
 from rankaware_optim.calibration import _pruner, _sampler
 from rankaware_optim.errors import CalibrationError
-from rankaware_optim.fitting import _posterior
+from rankaware_optim.fitting import _observations
 
 RESTS_ON = ("search.adam", "calibration.adam")
 RANKS, STEPS, TRIALS = (4, 64), 100, 16
@@ -85,7 +85,7 @@ def main(searches: int) -> None:
 def without() -> Iterator[None]:
     """The search as if curves had no noise."""
     with ExitStack() as stack:
-        for module in (_posterior, _pruner):
+        for module in (_observations, _pruner):
             stack.enter_context(patch.object(module, "CLEAR", 0.0))
         stack.enter_context(patch.object(_sampler, "_UPWARDS", math.inf))
         yield

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from rankaware_optim import Recipe
 from rankaware_optim.calibration import Calibration, Options
-from rankaware_optim.calibration._result import recipe_of
+from rankaware_optim.calibration._result import calibrated_recipe
 from rankaware_optim.calibration._sampler import BracketSampler
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.fitting import Observation
@@ -56,4 +56,4 @@ def searched(study: Simulated, guess: float, run: Run) -> Recipe:
         study.done.append(
             replace(trial, x=seen.x, curve=curve.tolist(), observation=seen, state=state)
         )
-    return recipe_of(study)
+    return calibrated_recipe(study)

@@ -15,7 +15,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 from rankaware_optim import Recipe
-from rankaware_optim.recipe import write_report
+from rankaware_optim.reports import write_report
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "efficientnet-lite0-digits.toml"

@@ -40,7 +40,7 @@ from study.leave_one_out import (
     write,
 )
 
-from rankaware_optim.laws._updates import Site, Updates, sign_terms
+from rankaware_optim.laws._mua import Site, sign_terms
 
 RESTS_ON = ("laws.adam", "scores")
 SCHEMES = ("Init[A], s = 1", "Init[A], s = 1/r")
@@ -52,15 +52,15 @@ def root(p: float, q: float) -> float:
 
 
 def mua(site: Site, of: Constants) -> float:
-    return math.log2(root(*sign_terms(Updates(of["b"]), site)))
+    return math.log2(root(*sign_terms(of["b"], site)))
 
 
 def one_constant(a: Site, b: Site, x: float, of: Constants) -> float:
     """Move the log2 rate `x` from site `a` to site `b`, which have the same constant c."""
-    p, q = sign_terms(Updates(of["b"]), a)
+    p, q = sign_terms(of["b"], a)
     tau = of["T"] * 2.0**x
     c = p * tau + q * tau**2
-    p, q = sign_terms(Updates(of["b"]), b)
+    p, q = sign_terms(of["b"], b)
     return math.log2(root(p / c, q / c) / of["T"])
 
 

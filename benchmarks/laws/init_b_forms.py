@@ -50,14 +50,14 @@ from study.leave_one_out import (
     write,
 )
 
-from rankaware_optim.laws._updates import Site, Updates, _in_quadrature, kappa, sign_terms
+from rankaware_optim.laws._mua import Site, in_quadrature, kappa, sign_terms
 
 RESTS_ON = ("laws.adam", "scores")
 SCHEME, TOKENS = "Init[B], s = 1", 8.0
 
 
 def mua(site: Site, of: Constants) -> float:
-    return math.log2(_in_quadrature(*sign_terms(Updates(TOKENS), site)))
+    return math.log2(in_quadrature(*sign_terms(TOKENS, site)))
 
 
 def full(site: Site, of: Constants) -> float:
@@ -86,11 +86,11 @@ def weakened(a: Site, b: Site, x: float, of: Constants) -> float:
     tau = of["T"] * 2.0**x
     c = math.hypot(p * tau, q * tau**2)
     p, q = weakened_terms(b, of)
-    return math.log2(_in_quadrature(p / c, q / c) / of["T"])
+    return math.log2(in_quadrature(p / c, q / c) / of["T"])
 
 
 def weakened_terms(site: Site, of: Constants) -> tuple[float, float]:
-    p, q = sign_terms(Updates(of["b"]), site)
+    p, q = sign_terms(of["b"], site)
     return p * (of["w"] if site.init == "B" else 1.0), q
 
 

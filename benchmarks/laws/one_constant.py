@@ -66,7 +66,7 @@ from study.suite import STORES, provenance
 from study.training import WARMUP, train
 
 from rankaware_optim import inspect_model
-from rankaware_optim.laws._updates import Site, Updates, _in_quadrature, sign_terms
+from rankaware_optim.laws._mua import Site, in_quadrature, sign_terms
 
 RESTS_ON = ("laws.adam", "scores")
 DOMAINS = ("image_generation", "vision_classification", "language", "reinforcement")
@@ -220,14 +220,14 @@ def site(domain: str, config: str) -> Site:
 
 def constant_at(at: Site, x: float) -> float:
     """c at the rate 2^x: p·τ + q·τ², or hypot(p·τ, q·τ²) at Init[B]."""
-    (p, q), tau = sign_terms(Updates(TOKENS), at), T * 2.0**x
+    (p, q), tau = sign_terms(TOKENS, at), T * 2.0**x
     return math.hypot(p * tau, q * tau**2) if at.init == "B" else p * tau + q * tau**2
 
 
 def rate_for(at: Site, c: float) -> float:
     """log2 of the rate at which the condition is c."""
-    p, q = (term / c for term in sign_terms(Updates(TOKENS), at))
-    tau = _in_quadrature(p, q) if at.init == "B" else 2.0 / (p + math.sqrt(p * p + 4.0 * q))
+    p, q = (term / c for term in sign_terms(TOKENS, at))
+    tau = in_quadrature(p, q) if at.init == "B" else 2.0 / (p + math.sqrt(p * p + 4.0 * q))
     return math.log2(tau / T)
 
 

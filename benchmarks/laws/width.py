@@ -73,7 +73,7 @@ from study.training import WARMUP
 
 from rankaware_optim import Law, MuA, Reference, Survey, inspect_model
 from rankaware_optim.laws import Falling
-from rankaware_optim.laws._updates import Site
+from rankaware_optim.laws._mua import Site
 
 RESTS_ON = ("laws.adam", "scores")
 STORE = RESULTS / "width"

@@ -32,7 +32,7 @@ from study.regret import noise_floor, share_lost
 from study.runs_on_file import read
 from study.suite import STORES, finished
 
-from rankaware_optim.laws._updates import Site
+from rankaware_optim.laws._mua import Site
 
 VERTEX, _ = ESTIMATORS
 USES = ("between ranks", "to full finetuning")

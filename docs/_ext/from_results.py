@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import rankaware_optim as ra
-from rankaware_optim.recipe import plot_recipe
+from rankaware_optim.reports import plot_recipe
 
 DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent

@@ -23,7 +23,7 @@ from ._calibration import Calibration
 from ._progress import TrialLog, progress_shown
 from ._provenance import train_source
 from ._ray import RayExecutor, ray_executor, run_on_ray
-from ._result import recipe_of
+from ._result import calibrated_recipe
 from ._runner import Runner
 from ._schedule import Options, Schedule
 from ._storage import shared_storage
@@ -231,8 +231,8 @@ def _interruption(runner: Runner) -> Iterator[None]:
             error = CalibrationInterrupted(
                 f"The calibration was interrupted after {len(calibration.trials().counted())} of"
                 f" {calibration.schedule.expected()} trials.",
-                "Their fit is this error's .recipe. With storage= the same call continues where it"
+                "Their fit is this error's .recipe. With a storage the same call continues where it"
                 " stopped.",
             )
-            error.recipe = None if calibration.fit() is None else recipe_of(calibration)
+            error.recipe = None if calibration.fit() is None else calibrated_recipe(calibration)
             raise error from interrupt

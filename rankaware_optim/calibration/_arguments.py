@@ -60,7 +60,7 @@ def check_argument(name: str, value: object) -> None:
         return
     fits, cure = _CHECKS[name]
     if not fits(value):
-        raise CalibrationError(f"{name} is {value!r}.", cure)
+        raise CalibrationError(f"{name} is {value!r}.", cure, name)
 
 
 def octaves(lr_range: Any) -> tuple[float, float] | None:
@@ -71,5 +71,7 @@ def octaves(lr_range: Any) -> tuple[float, float] | None:
     if isinstance(lr_range, Sequence) and not isinstance(lr_range, str) and len(lr_range) == 2:
         low, high = (check_lr(lr, "lr_range") for lr in lr_range)
     if low >= high:
-        raise CalibrationError(f"lr_range is {lr_range!r}.", "Give two rates, the lower first.")
+        raise CalibrationError(
+            f"lr_range is {lr_range!r}.", "Give two rates, the lower first.", "lr_range"
+        )
     return math.log2(low), math.log2(high)

@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 from .._optimizers import optimizer_family
 from .._types import Reference, Survey
 from ..errors import CalibrationError
-from ..fitting import Carry, Fit, Prior, Slope, fit_observations
+from ..fitting import Carry, Fit, Prior, carry_of, centred_law, fit_observations, prior_of
 from ..laws import Law, Power, bound_law, checked_multiplier
-from ..recipe import FULL_SD, Z90, differences
+from ..recipe import Z90, differences
 from ._optuna import close_storage, quiet
 from ._provenance import Code
 from ._pruner import PairedPruner
@@ -49,22 +49,7 @@ _USUAL_LR = {
 # octaves above the usual rate for the first run; a run too high stops early and shows the cliff
 _ABOVE = 2.0
 _HALF_RANGE = 4.0  # octaves on either side of the first guess
-_CERTAIN = 1e-3  # octaves: a negligible standard deviation
 _TOGETHER = 50  # with k times this many trials, fits are made after every k-th trial
-# Prior of the drift in rank (octaves per octave) and of log2 full_factor, (mean, sd), by init.
-# Small studies found that rates at Init[B] fall with rank by 0.3 to 0.75. Full finetuning needs no
-# factor at the width of Survey.full_width (benchmarks/results/full_width.md), but its uncertainty
-# is at least `FULL_SD`.
-_PRIORS = {"A": ((0.0, 0.15), (0.0, FULL_SD["A"])), "B": ((-0.45, 0.2), (0.0, FULL_SD["B"]))}
-# Priors of the slope of log2 of the best rate in log2 of the steps, for LoRA and for the difference
-# of full finetuning. Measured from a quarter to all of the study's steps on four tasks: Init[A] 0.0
-# ± 0.2, Init[B] 0.2 ± 0.3, full 0.25 ± 0.2. On a transformer from 25 to 400 steps: Init[A] 0.5
-# falling to -0.2, Init[B] 0.4 and full 0.5 in the mean, with smaller slopes at more steps.
-_SLOPES = {
-    "A": (Slope(0.0, 0.25), Slope(0.25, 0.2)),
-    "B": (Slope(0.15, 0.25), Slope(0.15, 0.2)),
-    "full": (Slope(0.3, 0.25), Slope(0.0, 1e-3)),
-}
 
 
 def usual_lr(optimizer: type[Optimizer], law: Law, reference: Reference) -> float:
@@ -240,40 +225,22 @@ class Calibration:
 
     @property
     def _target_prior(self) -> Prior:
-        """The prior at the target's steps."""
-        reference = self.settled()
-        lora = self.schedule.lora
-        pivot = round(math.exp(sum(map(math.log, lora)) / len(lora)), 9) if lora else 16.0
-        (_, drift_sd), (_, full_sd) = _PRIORS[reference.init]
-        if reference.method == "full":
-            full_sd = _CERTAIN  # the base rate is that of full finetuning
-        continues = reference.init == "B" and reference.method == "lora"
-        reach = math.log2((self.full_fan_in or pivot) / pivot) if continues else 0.0
-        return Prior(drift_sd, full_sd, pivot, reach)
+        return prior_of(self.settled(), self.schedule.ranks, self.full_fan_in)
 
     @property
     def carry(self) -> Carry:
         """The move of best rates to the target's steps."""
-        reference = self.settled()
-        lora, full = _SLOPES["full" if reference.method == "full" else reference.init]
-        return Carry(math.log2(self.options.target / self.schedule.steps), lora, full)
+        octaves = math.log2(self.options.target / self.schedule.steps)
+        return carry_of(self.settled(), octaves)
 
-    def centred_law(self, drift: float = 0.0, factor: float = 0.0) -> Power:
-        """Return the law, bound to the optimizer, at its prior means plus a fitted `drift` and log2
-        `factor`.
-        """
-        reference = self.settled()
-        bound = bound_law(self.options.law, self.options.optimizer, self.settings)
-        if reference.method == "full":
-            return Power(law=bound)
-        (mean_drift, _), (mean_factor, _) = _PRIORS[reference.init]
-        return Power(
-            exponent=mean_drift * (not bound.falls_with_rank) + drift,
-            full_factor=2.0 ** (mean_factor + factor),
-            pivot=self.prior.pivot,
-            to_full=reference.init == "B",
-            law=bound,
-        )
+    @property
+    def bound_law(self) -> Law:
+        """The law, bound to the optimizer."""
+        return bound_law(self.options.law, self.options.optimizer, self.settings)
+
+    def centred_law(self) -> Power:
+        """Return the law, bound to the optimizer, at its prior means."""
+        return centred_law(self.bound_law, self.settled(), self.prior.pivot)
 
     # --- the fit ----------------------------------------------------------------------------------
 
@@ -306,14 +273,7 @@ class Calibration:
         if fit is None:
             return None
         fit = self.at_target(fit)
-        return max(2 * Z90 * self._sd(fit, rank) for rank in self.schedule.ranks)
-
-    def _sd(self, fit: Fit, rank: int | None) -> float:
-        """Return the standard deviation of log2 of the best rate, octaves. rank: None for full
-        finetuning.
-        """
-        row = self.prior.row(rank)
-        return math.sqrt(float(row @ fit.covariance @ row))
+        return max(2 * Z90 * fit.sd(rank) for rank in self.schedule.ranks)
 
     def band(self) -> tuple[float, float, float] | None:
         """Return (low, best, high) base rates of the target so far, the 90 % band; None before any
@@ -323,5 +283,5 @@ class Calibration:
         if fit is None:
             return None
         fit = self.at_target(fit)
-        best, half = float(fit.mean[0]), Z90 * self._sd(fit, self.schedule.ranks[0])
+        best, half = float(fit.mean[0]), Z90 * fit.sd(self.schedule.ranks[0])
         return 2.0 ** (best - half), 2.0**best, 2.0 ** (best + half)

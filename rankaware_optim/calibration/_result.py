@@ -13,7 +13,7 @@ from .._optimizer_classes import defaults_of
 from .._scaling_rule import infer_scaling
 from ..errors import CalibrationError
 from ..fitting import Fit, diverged, fit_observations
-from ..recipe import Horizon, Recipe, agreed, with_margin
+from ..recipe import Horizon, Recipe, agreed, recipe_of
 from ._calibration import Calibration
 from ._provenance import settings_in, versions_used
 from ._trials import Setting, TrialRecord, Trials
@@ -24,7 +24,7 @@ _APART = 16  # factor between the lowest and the highest rank above which the dr
 _SAME = 1e-3  # relative tolerance for the first values of two runs of one rank and seed
 
 
-def recipe_of(calibration: Calibration) -> Recipe:
+def calibrated_recipe(calibration: Calibration) -> Recipe:
     """Return the recipe of the trials so far.
 
     Raises:
@@ -34,24 +34,15 @@ def recipe_of(calibration: Calibration) -> Recipe:
     options, code = calibration.options, calibration.code
     trials = calibration.trials().counted()
     fit = calibration.at_target(_fit(calibration, trials))
-    reference, prior = calibration.settled(), calibration.prior
-    tried = {observation.rank for observation in trials.observations()}
-    base, drift, factor = (float(v) for v in fit.mean)
-    shift = 0.0 if reference.rank is None else drift * math.log2(reference.rank / prior.pivot)
-    if reference.method == "full":
-        base, factor = base + factor, 0.0
+    tried = {run.rank for run in trials.observations()}
     slope = calibration.carry.lora
     built = [trial.built for trial in trials if trial.built]
     scalings = {t.rank: t.scaling for t in trials if t.rank is not None and t.scaling is not None}
-    recipe = Recipe(
+    return recipe_of(
+        fit,
+        calibration.bound_law,
+        calibration.settled(),
         name=options.name,
-        fitted_lr=2.0 ** (base + shift),
-        reference=reference,
-        law=calibration.centred_law(drift, factor),
-        covariance=fit.covariance,
-        steepness=fit.steepness,
-        scatter=prior.scatter,
-        ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
         scaling_rule=infer_scaling(scalings),
         full_fan_in=calibration.full_fan_in,
         ranks=tuple(rank for rank in calibration.schedule.lora if rank in tried),
@@ -69,7 +60,6 @@ def recipe_of(calibration: Calibration) -> Recipe:
         notes=_notes(calibration, fit, trials),
         tensors=tensors_of(trials, calibration.schedule.steps),
     )
-    return with_margin(recipe)
 
 
 def _settings(calibration: Calibration, built: list[dict[str, Any]]) -> dict[str, Any]:
@@ -85,24 +75,24 @@ def _settings(calibration: Calibration, built: list[dict[str, Any]]) -> dict[str
 def _fit(calibration: Calibration, trials: Trials) -> Fit:
     """Return the fit of the trials, or raise a `CalibrationError` that says why there is none."""
     # Stored runs are not made again.
-    elsewhere = " The runs are stored, so give another name= or storage= too."
+    elsewhere = " The runs are stored, so give another name or storage too."
     more = elsewhere if calibration.is_stored else ""
     if trials and all(trial.stopped == "memory" for trial in trials):
         raise CalibrationError(
             f"Every one of {len(trials)} runs ran out of memory.",
-            f"Lower the batch or the ranks=, or free memory.{more}",
+            f"Lower the batch or the ranks, or free memory.{more}",
         )
     fit = fit_observations(trials.evidence(), calibration.prior)
     if fit is None:
         some_pruned = len(trials.observations()) < len(trials)
         raise CalibrationError(
             f"Every one of {len(trials)} runs diverged{' or was pruned' if some_pruned else ''}.",
-            f"Lower lr_range=, or check the loss, the data and the pruner.{more}",
+            f"Lower the rates, or check the loss, the data and the pruner.{more}",
         )
     for runs in trials.hopeless():
         raise CalibrationError(
             f"Every one of {runs} diverged, though other ranks train.",
-            f"Check the model at that rank, or leave the rank out of ranks=.{more}",
+            f"Check the model at that rank, or leave the rank out.{more}",
         )
     return fit
 

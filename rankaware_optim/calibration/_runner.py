@@ -32,8 +32,7 @@ from ._liveness import Heartbeat
 from ._optuna import begin_trial
 from ._provenance import built_with
 from ._pruner import divergence_limits
-from ._result import recipe_of
-from ._sampler import estimate_at
+from ._result import calibrated_recipe
 from ._trial import Progress, Run, Train, Trial, run_trial, seeded
 from ._trials import PARAMETER, Setting, TrialRecord, Trials, interval, stored
 
@@ -101,7 +100,7 @@ class Runner:
 
     def recipe(self) -> Recipe:
         """Return the recipe of the trials so far."""
-        return self._agree(lambda: recipe_of(self.calibration))
+        return self._agree(lambda: calibrated_recipe(self.calibration))
 
     # --- the next trial ---------------------------------------------------------------------------
 
@@ -230,8 +229,7 @@ class Runner:
             return float(x)
         fit = self.calibration.fit()
         if fit is not None:
-            estimate = estimate_at(fit, self._setting.rank, self.calibration.prior)
-            self._running.set_user_attr("estimate", estimate)
+            self._running.set_user_attr("estimate", fit.best(self._setting.rank))
         return float(self._running.suggest_float(PARAMETER, *self.calibration.range()))
 
     # --- one trial --------------------------------------------------------------------------------

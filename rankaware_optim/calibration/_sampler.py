@@ -15,12 +15,12 @@ from optuna.trial import FrozenTrial
 from ..fitting import (
     Fit,
     Observation,
-    Prior,
     all_rose,
     below_cliff,
     diverged,
     gain_of,
     none_learned,
+    split,
 )
 from ._trials import TrialRecord, Trials
 
@@ -40,15 +40,11 @@ _FULL_STEP = 1.0  # octaves between runs of full finetuning after the search
 class Search(Protocol):
     """What the sampler asks of a calibration, once its reference is settled.
 
-    start: log2 of the first base rate. prior: the fit's prior. full_follows: whether runs of full
-    finetuning follow the search. They start at the predicted rate and move from there in fixed
-    steps.
+    start: log2 of the first base rate. full_follows: whether runs of full finetuning follow the
+    search. They start at the predicted rate and move from there in fixed steps.
     """
 
     start: float
-
-    @property
-    def prior(self) -> Prior: ...
 
     @property
     def full_follows(self) -> bool: ...
@@ -106,9 +102,8 @@ class BracketSampler(BaseSampler):
         taken = [*(x for _, x in begun), *tried]
         fit = search.fitted(trials)
         if search.full_follows and rank is None and fit is not None:
-            bad = diverged(observations)
-            good = [o for o, b in zip(observations, bad, strict=True) if o.rank is None and not b]
-            return next_few(good, tried, estimate_at(fit, rank, search.prior))
+            good = [o for o in split(observations)[0] if o.rank is None]
+            return next_few(good, tried, fit.best(rank))
         anchor = observations[0].rank if observations else rank
         if rank == anchor or fit is None:
             of_anchor = [o for o in observations if o.rank == anchor]
@@ -120,7 +115,7 @@ class BracketSampler(BaseSampler):
             return _beside(min(o.x for o in observations) - _STRIDE, taken, low, high)
         bottom, top = between(of_rank, stopped)
         within = max(low, bottom), min(high, under(fit.ceiling), top)
-        return next_refinement(tried, estimate_at(fit, rank, search.prior), within)
+        return next_refinement(tried, fit.best(rank), within)
 
 
 def search_range(
@@ -145,11 +140,6 @@ def search_range(
         if below and best > high - _EDGE and best >= highest:
             high += _WIDEN
     return low, high
-
-
-def estimate_at(fit: Fit, rank: int | None, prior: Prior) -> float:
-    """Return log2 of the base rate that is estimated to be best at a rank."""
-    return float(prior.row(rank) @ fit.mean)
 
 
 def _beside(proposed: float, taken: Sequence[float], low: float, high: float) -> float:

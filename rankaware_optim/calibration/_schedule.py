@@ -56,12 +56,14 @@ class Schedule:
             raise CalibrationError(
                 f"budget={self.budget} is too small for {runs}, {least} steps in all.",
                 f"Give at least {least} training steps. Thirty runs are usually enough.",
+                "budget",
             )
         if self.full_trials and None in self.ranks:
             raise CalibrationError(
                 f"full_trials={self.full_trials} follows trials of LoRA, but None is already among"
                 " the ranks.",
                 "Leave one of the two out.",
+                "full_trials",
             )
 
     @property
@@ -101,8 +103,8 @@ class Schedule:
         if self.budget is None or runs >= min(needed, self.total):
             return ""
         return (
-            f"budget={self.budget} leaves the search {runs} of the {needed} runs that it needs, so"
-            " the rates may be far off. Give a larger budget=, or fewer full_trials=."
+            f"A budget of {self.budget} steps leaves the search {runs} of the {needed} runs that it"
+            " needs, so the rates may be far off. Give a larger budget, or fewer full trials."
         )
 
     def next(self, trials: Trials, band: float | None = None) -> Setting | None:
@@ -192,7 +194,8 @@ class Options:
             raise CalibrationError(
                 f"target_steps={self.target} is less than the {self.schedule.steps} steps of a"
                 " trial.",
-                "Lower steps=: an eighth of the target's is enough, if that is a hundred.",
+                "Lower a trial's steps: an eighth of the target's is enough, if that is a hundred.",
+                "target_steps",
             )
 
     @property

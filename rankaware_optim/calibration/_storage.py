@@ -53,7 +53,7 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
         return get_storage(storage)
     if not isinstance(storage, (str, os.PathLike)) or "\0" in str(storage):
         cause = f"storage={_shown(str(storage))!r} is not a storage."
-        raise CalibrationError(cause, "Give a path, a URL, or an Optuna storage.")
+        raise CalibrationError(cause, "Give a path, a URL, or an Optuna storage.", "storage")
     with storage_errors(storage):
         if not (isinstance(storage, str) and "://" in storage):
             return _journal(Path(storage))
@@ -67,7 +67,7 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
             ) from error
         except (ValueError, ArgumentError) as error:
             cause = f"storage={_shown(storage)!r} is not a storage: {_line(error, storage)}"
-            raise CalibrationError(cause, "Give a URL or a path.") from error
+            raise CalibrationError(cause, "Give a URL or a path.", "storage") from error
         except TypeError as error:  # a driver returns bytes where the encoding is unknown
             cause = f"The database {_shown(storage)} does not return text: {_line(error, storage)}"
             raise CalibrationError(
@@ -94,7 +94,9 @@ def _journal(path: Path) -> BaseStorage:
     """
     if path.exists() and not path.is_file():
         raise CalibrationError(
-            f"storage={str(path)!r} is not a file.", "Name a file for the journal, or a URL."
+            f"storage={str(path)!r} is not a file.",
+            "Name a file for the journal, or a URL.",
+            "storage",
         )
     path = Path(
         os.path.realpath(path)
@@ -160,8 +162,8 @@ def shared_storage(storage: object) -> str:
         CalibrationError: they cannot open it.
     """
     cure = (
-        "Give storage= the path of a journal in a folder that all machines share, or the URL of a"
-        " PostgreSQL server."
+        "Give as storage the path of a journal in a folder that all machines share, or the URL of"
+        " a PostgreSQL server."
     )
     if not isinstance(storage, (str, os.PathLike)):
         what = (
@@ -203,10 +205,10 @@ def _check_journal(path: Path) -> None:
         head = file.read(16)
     if head.startswith(b"SQLite format 3"):
         cause = f"storage={str(path)!r} is an SQLite database, but a path means a journal."
-        raise CalibrationError(cause, f"Give storage='sqlite:///{path}'.")
+        raise CalibrationError(cause, f"Give 'sqlite:///{path}'.", "storage")
     if not head.startswith(_OPERATION):
         cause = f"storage={str(path)!r} is not the journal of a study, and was not changed."
-        raise CalibrationError(cause, "Name a new file, or the journal of a study.")
+        raise CalibrationError(cause, "Name a new file, or the journal of a study.", "storage")
 
 
 def _repair(path: Path) -> None:

@@ -21,7 +21,7 @@ from ._trials import Trials
 
 _SCHEMA = 1  # version of the stored format, raised if an earlier version would misread it
 _COMPARED = ("schema", "steps", "ranks", "seeds", "optimizer", "batch", "warmup")
-_OTHER_STUDY = "Give this calibration another name=, or another storage=."
+_OTHER_STUDY = "Give this calibration another name, or another storage."
 # what damaged values raise
 _DAMAGE = (
     ArithmeticError,
@@ -64,8 +64,8 @@ def check_whole(study: optuna.Study, law: Law) -> None:
         raise CalibrationError(
             f"The stored study {study.study_name!r} is damaged ({type(error).__name__}: {error}),"
             " and was not changed.",
-            "Restore its storage from a copy, or give this calibration another name=, or another"
-            " storage=.",
+            "Restore its storage from a copy, or give this calibration another name, or another"
+            " storage.",
         ) from error
 
 

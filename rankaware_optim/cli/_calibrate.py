@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from multiprocessing import get_context, parent_process
 from multiprocessing.context import SpawnProcess
@@ -186,7 +185,7 @@ def _on_ray(spec: str, address: str, options: dict[str, Any]) -> Recipe:
     count, *placement = (options.pop(name) for name in ("workers", "devices", "threads"))
     if any(placement):
         raise CalibrationError(
-            "Ray gives the workers their GPUs and threads.", "Leave devices= and threads= out."
+            "Ray gives the workers their GPUs and threads.", "Leave --devices and --threads out."
         )
     executor = calibration.RayExecutor(count or None, address=address)
     with trials_said(lines=True):
@@ -268,17 +267,15 @@ class _Worker:
         started_outside_folder()
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         threading.Thread(target=_leave_with_parent, daemon=True).start()
-        words = partial(in_options, command=calibrate)
         try:
-            with warnings_as_notes(words):
-                warnings.filterwarnings(
-                    "ignore", "budget=", RankAwareWarning
-                )  # the command's process gives it
+            with warnings_as_notes():
+                # the command's process gives it
+                warnings.filterwarnings("ignore", "A budget of", RankAwareWarning)
                 self.run(progress=False)
         except KeyboardInterrupt:  # the command's process says it
             sys.exit(1)
         except RankAwareError as error:
-            echo(f"note: a worker stopped: {words(str(error))}", err=True)
+            echo(f"note: a worker stopped: {in_options(error, calibrate)}", err=True)
             sys.exit(1)
 
 

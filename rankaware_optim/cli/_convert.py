@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -10,7 +10,7 @@ import click
 from .._types import Reference
 from ..inspection import as_reference, read_training, reference_of
 from ..laws import DEFAULT_LAW, Law, bound_law, get_law
-from ..transfer import Conversion, convert_lr
+from ..transfer import convert_lr
 from ._configurations import TOOLS, Change, as_words, configuration
 from ._echo import echo, echo_json
 from ._options import json_option, may_name_module
@@ -72,7 +72,13 @@ def convert(
         (
             part,
             words,
-            Change(rate, at, as_reference(to, like=at), law, _converted(rate, at, to, bound)),
+            Change(
+                rate,
+                at,
+                as_reference(to, like=at),
+                law,
+                convert_lr(rate, from_=at, to=to, law=bound),
+            ),
         )
         for part, words, rate, at in parts
     ]
@@ -98,16 +104,6 @@ def _trained(path: str, law: Law) -> tuple[Law, list[_Part]]:
         words = f"{part or 'The adapter'} was trained at {rate:g}, {at}{by}{during}."
         parts.append((part or None, words, rate, at))
     return law, parts
-
-
-def _converted(lr: float, at: Reference, to: str, law: Law) -> Conversion:
-    """Convert a rate. Its notes give a width as an option does, not as a Python argument."""
-    made = convert_lr(lr, from_=at, to=to, law=law)
-    width = f"Give your model's, such as --from {as_words(replace(at, fan_in=4096))}."
-    return replace(
-        made,
-        notes=tuple(note.replace("Give fan_in= for your model's.", width) for note in made.notes),
-    )
 
 
 def _document(part: str | None, change: Change) -> dict[str, Any]:

@@ -39,7 +39,8 @@ from .._types import Method
 from ..calibration import Trial, calibrate
 from ..errors import DemoError
 from ..optimizer import RankAwareOptimizer
-from ..recipe import Rate, Recipe, draw_trials, drawable
+from ..recipe import Rate, Recipe
+from ..reports import draw_trials, drawable
 from ._calibrate import trials_said
 from ._options import check_out
 from ._placement import outside_folder

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from ..errors import RankAwareError
-from ..recipe import Recipe, diff_recipes, diff_text
+from ..recipe import Recipe
+from ..reports import diff_recipes, diff_text
 from ._echo import echo, echo_json
 from ._options import json_option
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -23,10 +23,10 @@ def echo(text: object, err: bool = False) -> None:
 
 
 @contextmanager
-def warnings_as_notes(words: Callable[[str], str]) -> Iterator[None]:
-    """Print warnings on standard error as notes. words: changes their text."""
+def warnings_as_notes() -> Iterator[None]:
+    """Print warnings on standard error as notes."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: echo(f"note: {words(str(message))}", err=True)
+        warnings.showwarning = lambda message, *_: echo(f"note: {message}", err=True)
         yield
 
 

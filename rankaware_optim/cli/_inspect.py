@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from .._survey_text import Rated
-from .._types import Survey
+from .._types import Rated, Survey
 from ..inspection import inspect_file
 from ..laws import DEFAULT_LAW
 from ..transfer import survey_rates

@@ -70,15 +70,12 @@ class _Commands(click.Group):
         return super().main(*args, **settings)
 
     def invoke(self, ctx: click.Context) -> Any:
-        def words(message: str) -> str:
-            command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            return in_options(message, command or self)
-
         try:
-            with warnings_as_notes(words):
+            with warnings_as_notes():
                 return super().invoke(ctx)
         except RankAwareError as error:
-            raise click.ClickException(words(str(error))) from error
+            command = self.get_command(ctx, ctx.invoked_subcommand or "") or self
+            raise click.ClickException(in_options(error, command)) from error
         except CalibrationInterrupted as error:
             echo(f"{error.cause} The same command continues where it stopped.", err=True)
             ctx.exit(_INTERRUPTED)

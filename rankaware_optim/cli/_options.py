@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from ..errors import RankAwareError
+
 
 @contextmanager
 def _current_folder() -> Iterator[None]:
@@ -63,27 +65,12 @@ def numbers(
     return read
 
 
-def in_options(text: str, command: click.Command) -> str:
-    """Return a message with options instead of Python arguments: "another --storage" for "another
-    storage=".
-    """
-    options = {
-        param.name: max(param.opts, key=len)
-        for param in command.params
-        if isinstance(param, click.Option)
-    }
-    names = "|".join(name for name in options if name)
-    # A call, such as a law's repr, is not changed. It may contain another call. A dict is Python.
-    argument = (
-        rf"\w\((?:[^()]|\([^()]*\))*\)|(?:(?<![\w.,-])({names})=(?!\{{)|^({names})(?= is"
-        r" ))(?=([\w\[('\"-])?)"
-    )
-
-    def option(found: re.Match[str]) -> str:
-        name = found[1] or found[2]
-        return found[0] if name is None else options[name] + (" " if found[1] and found[3] else "")
-
-    return re.sub(argument, option, text) if names else text
+def in_options(error: RankAwareError, command: click.Command) -> str:
+    """Return an error's message, with the command's option in place of the argument at fault."""
+    for param in command.params:
+        if isinstance(param, click.Option) and param.name == error.argument:
+            return max(param.opts, key=len) + str(error).removeprefix(error.argument)
+    return str(error)
 
 
 def number_or_rank(

@@ -76,10 +76,10 @@ def chosen_devices(asked: Sequence[str] | None, visible: Sequence[str]) -> list[
         there = f"the visible ones are {', '.join(visible)}" if visible else "no GPU is visible"
         raise CalibrationError(
             f"There is no GPU {', '.join(absent)} here: {there}.",
-            "Give others, or leave devices= out.",
+            "Give others, or leave --devices out.",
         )
     if len(set(asked)) < len(asked):
-        raise CalibrationError(f"devices={','.join(asked)} has a GPU twice.", "Give each once.")
+        raise CalibrationError(f"--devices {','.join(asked)} has a GPU twice.", "Give each once.")
     return list(asked)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from ..recipe import Recipe, plot_recipe
+from ..recipe import Recipe
+from ..reports import plot_recipe
 from ._echo import echo
 from ._options import out_option
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from ..recipe import Recipe, write_report
+from ..recipe import Recipe
+from ..reports import write_report
 from ._echo import echo
 from ._options import out_option
 

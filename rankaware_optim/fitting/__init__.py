@@ -1,36 +1,33 @@
-"""The fit: from scored runs to a base rate, a drift in rank, and their covariance, with numpy alone."""
+"""The fit: from scored runs to a base rate, a drift in rank, and their covariance."""
 
-from ._carry import Carry, Slope
-from ._loss_model import bowls_of, curves_of
+from ._loss_model import curves_of
 from ._observations import (
     CLEAR,
     EARLY,
     TAIL,
     Observation,
+    all_rose,
     arms_of,
+    below_cliff,
     best_fall,
+    diverged,
     gain_of,
     height,
     impute,
     noise_of,
+    none_learned,
     recent,
+    split,
     usual_noise,
 )
-from ._posterior import (
-    Fit,
-    Prior,
-    all_rose,
-    below_cliff,
-    diverged,
-    fit_observations,
-    none_learned,
-    shrink,
-)
+from ._posterior import Fit, Prior, fit_observations, shrink
+from ._priors import FULL_SD, Carry, Slope, carry_of, centred_law, prior_of
 
 __all__ = [
     "CLEAR",
     "Carry",
     "EARLY",
+    "FULL_SD",
     "Fit",
     "Observation",
     "Prior",
@@ -40,7 +37,8 @@ __all__ = [
     "arms_of",
     "below_cliff",
     "best_fall",
-    "bowls_of",
+    "carry_of",
+    "centred_law",
     "curves_of",
     "diverged",
     "fit_observations",
@@ -49,7 +47,9 @@ __all__ = [
     "impute",
     "noise_of",
     "none_learned",
+    "prior_of",
     "recent",
     "shrink",
+    "split",
     "usual_noise",
 ]

@@ -1,10 +1,12 @@
-"""Trials as input of the fit: scores, starts and ends of loss curves, and arms of the loss model."""
+"""Trials as input of the fit: scores, starts and ends of loss curves, which runs diverged, and arms
+of the loss model.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,14 +16,14 @@ from ._loss_model import CAP, Arm
 
 TAIL = 5  # fewest values in the mean that scores a run
 EARLY = 0.3  # share of its steps before which a run is not judged
-# a mean of `TAIL` values is clearly higher if it is by this many standard deviations of a value
+# A mean of `TAIL` values is clearly higher if it is by this many standard deviations of a value.
 CLEAR = 1.5
+_ROSE = 2.0  # standard deviations of a value by which a curve ends clearly above its first value
+_DIVERGED = 0.25  # a run has diverged if it ends this share of the gain above its start
+# Median absolute value of second differences, if a value's standard deviation is 1.
+_BEND = 0.6745 * math.sqrt(6.0)
 
 Curve = Sequence[float] | npt.NDArray[np.float64]
-
-_OF_SECOND_DIFFERENCES = 0.6745 * math.sqrt(
-    6.0
-)  # their median absolute value, if a value's standard deviation is 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ def noise_of(curve: Curve) -> float:
     values = values[np.isfinite(values)]
     with np.errstate(over="ignore", invalid="ignore"):
         bends = np.abs(values[:-2] - 2 * values[1:-1] + values[2:])
-    return float(np.median(bends)) / _OF_SECOND_DIFFERENCES if len(bends) else 0.0
+    if not len(bends):
+        return 0.0
+    return float(np.median(bends)) / _BEND
 
 
 def impute(x: float, curve: Curve, best: Observation, beside: Curve) -> Observation | None:
@@ -101,22 +105,26 @@ def impute(x: float, curve: Curve, best: Observation, beside: Curve) -> Observat
 
 
 def arms_of(
-    observations: Sequence[Observation], bad: Sequence[bool], gain: float
+    ended: Sequence[Observation], lost: Sequence[Observation], gain: float
 ) -> dict[int | None, Arm]:
     """Return the trials of every rank in the units of the loss model.
 
     Args:
-        observations: the trials.
-        bad: for each trial, whether it counts as untrained. Its gap is then `CAP`.
+        ended: the trials that count with their score.
+        lost: those that count as untrained. Their gap is `CAP`.
         gain: what training gains.
     """
     arms = {}
-    for rank in dict.fromkeys(o.rank for o in observations):
-        mine = [(o, b) for o, b in zip(observations, bad, strict=True) if o.rank == rank]
-        best = min((o.value for o, b in mine if not b), default=0.0)
-        gaps = [CAP if b else min((o.value - best) / gain, CAP) for o, b in mine]
+    for rank in dict.fromkeys(o.rank for o in (*ended, *lost)):
+        scored = [o for o in ended if o.rank == rank]
+        untrained = [o for o in lost if o.rank == rank]
+        best = min((o.value for o in scored), default=0.0)
+        gaps = [min((o.value - best) / gain, CAP) for o in scored]
+        runs = [*scored, *untrained]
         arms[rank] = Arm(
-            np.array([o.x for o, _ in mine]), np.array(gaps), np.array([o.seed for o, _ in mine])
+            x=np.array([o.x for o in runs]),
+            y=np.array([*gaps, *[CAP] * len(untrained)]),
+            seeds=np.array([o.seed for o in runs]),
         )
     return arms
 
@@ -128,12 +136,13 @@ def gain_of(good: Sequence[Observation]) -> float:
     If the scores were returned and are not comparable with the curve, it is the best score against
     a poor one.
     """
-    values = np.array([o.value for o in good])
+    scores = np.array([o.value for o in good])
+    best = float(scores.min())
     fall = best_fall(good)
-    apart = float(np.median([abs(o.value - o.tail) for o in good]))
-    if fall <= 0 or apart > fall / 2:
-        fall = float(np.quantile(values, 0.75) - values.min())
-    return max(fall, 1e-6 * (1.0 + abs(float(values.min()))))
+    distance = float(np.median([abs(o.value - o.tail) for o in good]))
+    if fall <= 0 or distance > fall / 2:
+        fall = float(np.quantile(scores, 0.75)) - best
+    return max(fall, 1e-6 * (1.0 + abs(best)))
 
 
 def best_fall(observations: Sequence[Observation]) -> float:
@@ -142,18 +151,79 @@ def best_fall(observations: Sequence[Observation]) -> float:
     All runs start from the same model, so the median of their starts replaces a first value that is
     low by chance.
     """
-    usual, fell = (
-        usual_start(observations),
-        [o for o in observations if math.isfinite(o.tail) and o.tail < o.start],
-    )
-    return max([0.0, *(usual - o.tail for o in fell)])
+    ends = [o.tail for o in observations if math.isfinite(o.tail) and o.tail < o.start]
+    return max(0.0, usual_start(observations) - min(ends, default=math.inf))
 
 
 def usual_start(observations: Sequence[Observation]) -> float:
     """Return the median start of the runs; 0 if there are none."""
-    return float(np.median([o.start for o in observations])) if observations else 0.0
+    return _median(o.start for o in observations)
 
 
 def usual_noise(observations: Sequence[Observation]) -> float:
     """Return the median noise of the runs' curves; 0 if there are none."""
-    return float(np.median([o.noise for o in observations])) if observations else 0.0
+    return _median(o.noise for o in observations)
+
+
+def _median(values: Iterable[float]) -> float:
+    return float(np.median([*values] or [0.0]))
+
+
+# --- which runs diverged, and which learned -------------------------------------------------------
+
+
+def diverged(observations: Sequence[Observation]) -> list[bool]:
+    """Return for each run whether it diverged: stopped as such, non-finite, or far above its start
+    at the end.
+
+    Far means a quarter of the best gain, and more than the noise of the curves explains. If no run
+    gained anything, ending above the start by more than the noise is enough. This does not apply if
+    scores were returned, because these may not be comparable with the curve.
+    """
+    start, gain = usual_start(observations), best_fall(observations)
+    margin = max(_DIVERGED * gain, CLEAR * usual_noise(observations))
+
+    def is_lost(o: Observation) -> bool:
+        if o.stopped or not math.isfinite(o.value + o.tail):
+            return True
+        comparable = gain > 0 or not o.returned
+        return comparable and o.tail > max(o.start, start) + margin
+
+    return [is_lost(o) for o in observations]
+
+
+def split(observations: Sequence[Observation]) -> tuple[list[Observation], list[Observation]]:
+    """Return the runs that ended with a score, and those that diverged."""
+    flags = diverged(observations)
+    ended = [o for o, lost in zip(observations, flags, strict=True) if not lost]
+    return ended, [o for o, lost in zip(observations, flags, strict=True) if lost]
+
+
+def below_cliff(observations: Sequence[Observation]) -> list[Observation]:
+    """Return the observations below every rate that diverged. A run above such a rate was lucky."""
+    _, lost = split(observations)
+    cliff = min((o.x for o in lost), default=math.inf)
+    return [o for o in observations if o.x < cliff]
+
+
+def all_rose(observations: Iterable[Observation]) -> bool:
+    """Return whether every run's curve ended clearly above its first value, so that all rates may
+    be too high.
+    """
+    return all(o.tail > o.first + _ROSE * o.noise for o in observations)
+
+
+def none_learned(observations: Sequence[Observation]) -> bool:
+    """Return whether no run shows that it learned, beyond the noise of the curves.
+
+    A run shows it if its curve ended clearly below its first value, or clearly below another's end
+    without a rise.
+    """
+    noise = usual_noise(observations)
+    rise = _ROSE * noise
+    highest = max((o.tail for o in observations), default=0.0) - CLEAR * noise
+
+    def learned(o: Observation) -> bool:
+        return o.tail < o.first - rise or o.tail < min(o.first + rise, highest)
+
+    return not any(learned(o) for o in observations)

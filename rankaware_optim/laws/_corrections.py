@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from .._optimizers import optimizer_family
 from .._types import Factor, Reference
-from ._base import FIRST, Law, check_law, check_parameters
-from ._mua import MuA
+from ._law import Law, bad_parameter, check_ranges
+from ._mua import SIGN_LIKE, MuA
+from ._text import FIRST
 
 _DISTANCE = 0.9  # supported by the rule of benchmarks/laws/default_law.py
 DISTANCE_NOTE = (
@@ -19,8 +21,39 @@ DISTANCE_NOTE = (
 )
 
 
+class Correction(Law):
+    """Another law times a term at the factor, divided by the same term at the reference. Its other
+    answers are the inner law's.
+    """
+
+    law: Law
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.law, Law):
+            raise bad_parameter(self, "law", "Give a Law instance, such as MuA().")
+
+    @property
+    def falls_with_rank(self) -> bool:
+        return self.law.falls_with_rank
+
+    def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
+        law = self.law.bind(optimizer_class, settings)
+        return replace(self, law=law)  # type: ignore[type-var]
+
+    def batch_multiplier(self, ratio: float) -> float:
+        return self.law.batch_multiplier(ratio)
+
+    def multiplier(self, factor: Factor, reference: Reference) -> float:
+        move = self.term(factor) / self.term(reference.as_factor())
+        return self.law.multiplier(factor, reference) * move
+
+    @abstractmethod
+    def term(self, at: Factor) -> float:
+        """Return the correction of the rate at a configuration, up to a constant."""
+
+
 @dataclass(frozen=True)
-class Power(Law):
+class Power(Correction):
     """Another law, corrected by a rank exponent and a factor for full finetuning. A calibration
     fits both::
 
@@ -47,33 +80,18 @@ class Power(Law):
     name: ClassVar[str] = "power"
 
     def __post_init__(self) -> None:
-        check_parameters(self, "exponent", "full_factor", "pivot")
-        check_law(self, self.law)
+        super().__post_init__()
+        check_ranges(self, "exponent", "full_factor", "pivot")
 
-    @property
-    def falls_with_rank(self) -> bool:
-        return self.law.falls_with_rank
-
-    def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-        return replace(self, law=self.law.bind(optimizer_class, settings))
-
-    def batch_multiplier(self, ratio: float) -> float:
-        return self.law.batch_multiplier(ratio)
-
-    def multiplier(self, factor: Factor, reference: Reference) -> float:
-        here = self._correction(factor.role == "full", factor.rank, factor.fan_in)
-        there = self._correction(reference.method == "full", reference.rank, reference.fan_in)
-        return self.law.multiplier(factor, reference) * here / there
-
-    def _correction(self, full: bool, rank: int | None, fan_in: float | None) -> float:
-        if not full:
-            return math.pow(rank or 1, self.exponent)
-        rank_of_full = (fan_in or self.pivot) if self.to_full else self.pivot
-        return self.full_factor * math.pow(rank_of_full, self.exponent)
+    def term(self, at: Factor) -> float:
+        if at.role != "full":
+            return math.pow(at.rank or 1, self.exponent)
+        rank = at.fan_in if self.to_full else self.pivot
+        return self.full_factor * math.pow(rank, self.exponent)
 
 
 @dataclass(frozen=True)
-class Falling(Law):
+class Falling(Correction):
     """Another law, with rates that fall in rank under Init[B] (A starts at zero). Around `MuA` it
     is the default law::
 
@@ -109,43 +127,27 @@ class Falling(Law):
     name: ClassVar[str] = "falling"
 
     def __post_init__(self) -> None:
-        check_parameters(self, "knee", "power")
-        check_law(self, self.law)
+        super().__post_init__()
+        check_ranges(self, "knee", "power")
 
     @property
     def falls_with_rank(self) -> bool:
         return True
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-        law = self.law.bind(optimizer_class, settings)
-        falls = optimizer_family(optimizer_class, settings) in ("sign-like", "unknown")
-        return replace(self, law=law) if falls else law
+        if optimizer_family(optimizer_class, settings) in SIGN_LIKE:
+            return super().bind(optimizer_class, settings)
+        return self.law.bind(optimizer_class, settings)
 
-    def batch_multiplier(self, ratio: float) -> float:
-        return self.law.batch_multiplier(ratio)
-
-    def multiplier(self, factor: Factor, reference: Reference) -> float:
-        here = self._lift(
-            factor.init if factor.role != "full" else "full", factor.rank, factor.fan_in
-        )
-        there = self._lift(
-            reference.init if reference.method == "lora" else "full",
-            reference.rank,
-            reference.fan_in,
-        )
-        return self.law.multiplier(factor, reference) * here / there
-
-    def _lift(self, init: str, rank: int | None, fan_in: float | None) -> float:
-        """Return the correction of the rate, relative to full finetuning; 1 unless the init is B."""
-        if init != "B" or rank is None or fan_in is None:
+    def term(self, at: Factor) -> float:
+        if at.role == "full" or at.init != "B" or at.rank is None:
             return 1.0
-        return math.pow((self.knee + fan_in) / (self.knee + min(rank, fan_in)), self.power)
+        lowest = min(at.rank, at.fan_in)
+        return math.pow((self.knee + at.fan_in) / (self.knee + lowest), self.power)
 
 
-_DEFAULTS = (
-    Falling(),
-    Falling(law=MuA(family="unknown")),
-)  # the default law, bound to the families for which it falls
+# The default law, bound to the families for which it falls.
+_DEFAULTS = [Falling(law=MuA(family=family)) for family in SIGN_LIKE]
 
 
 def at_distance(law: Law, multiplier: float) -> float:

@@ -1,23 +1,31 @@
-"""µA, the law of stable feature updates."""
+"""µA, the law of stable feature updates, in the form of each family of optimizers.
+
+Each family has a function `rate(law, at)`. It returns the σ at which η_A = σ and η_B = λ·σ move a
+layer's output by 1 in T = 1. The equations are in the functions' docstrings. There s is the
+effective multiplier, r the rank, n the fan-in, b the number of tokens and λ = η_B / η_A. τ = T·η.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from .._checks import check_init
 from .._optimizers import optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
-from ._base import FIRST, Law, check_choice, check_parameters
-from ._constant import Constant
-from ._updates import FORMS, SHAPE_FACTORS, Site, Updates
+from ._law import Constant, Law, check_choice, check_ranges
+from ._text import FIRST
 
 _ONE_RANK = 16
+# Families with the sign-like form. An unknown optimizer counts as one.
+SIGN_LIKE = ("sign-like", "unknown")
 
-_TOKENS = 1.0  # chosen for sign-like optimizers by benchmarks/laws/default_law.py
-_OTHER_TOKENS = 8.0  # of the other families, whose forms were judged with this number
+
+class FamilyTokens(float):
+    """The tokens of a law that was given none: the number of its family, whatever that becomes."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class MuA(Law):
     κ(m) is the size of a sum of m sign terms that serves b independent tokens at once. Only ratios
     of τ are used, so neither T nor the right-hand side matters.
 
-    The conditions of Muon, SGD and LAMB are in laws/_updates.py: `spectral_terms`, `gradient_rate`
+    The conditions of Muon, SGD and LAMB are in laws/_mua.py: `spectral_terms`, `gradient_rate`
     and `relative_rate`. For them a layer is square, since a reference states one width, and
     tokens=None means one token. Those of Muon and SGD are evaluated at rank 16 for every pair:
     alpha, init, width and method move the rate, the rank does not. Bound to Adafactor or LARS, for
@@ -49,80 +57,296 @@ class MuA(Law):
 
     Args:
         tokens: b, the effective number of independent tokens, far below the tokens in a batch; None
-            for the paper's law. The default, 1, was chosen for Adam. Bound to an optimizer of
-            another family it becomes 8, the number with which these forms were tried.
+            for the paper's law. The default is the family's: 1 for sign-like optimizers, chosen for
+            Adam, and 8 for the other families, the number with which their forms were tried.
         ratio: λ = η_B / η_A, dimensionless.
         family: the optimizer's family, set by `bind`. An unknown optimizer counts as sign-like.
         shape_factor: Muon's `adjust_lr_fn`, set by `bind`.
 
     >>> paper, ours = MuA(tokens=None), MuA()
     >>> at = Reference(rank=16, alpha=16, fan_in=4096)
-    >>> round(paper.multiplier(Factor("w", "A", 64, 4096, 4096, scaling=1.0), at), 2)  # about r^(-1/2)
+    >>> more, kept = (Factor("w", "A", 64, 4096, 4096, scaling=s) for s in (1.0, 0.25))
+    >>> round(paper.multiplier(more, at), 2)  # about r^(-1/2)
     0.48
-    >>> round(ours.multiplier(Factor("w", "A", 64, 4096, 4096, scaling=0.25), at), 2)  # alpha kept: it hardly moves
+    >>> round(ours.multiplier(kept, at), 2)  # alpha kept: it hardly moves
     1.02
     """
 
-    tokens: float | None = field(default=_TOKENS, metadata={FIRST: 8.0})
+    tokens: float | None = field(default=FamilyTokens(1.0), metadata={FIRST: 8.0})
     ratio: float = 1.0
     family: str = "sign-like"
     shape_factor: str = "original"
     name: ClassVar[str] = "mua"
 
     def __post_init__(self) -> None:
-        check_parameters(self, "ratio", *(() if self.tokens is None else ("tokens",)))
         check_choice(self, "family", FORMS)
         check_choice(self, "shape_factor", SHAPE_FACTORS)
+        check_ranges(self, "ratio", *(() if self.tokens is None else ("tokens",)))
+        if isinstance(self.tokens, FamilyTokens):
+            object.__setattr__(self, "tokens", FORMS[self.family].tokens)
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         family = optimizer_family(optimizer_class, settings)
         if family not in FORMS:
             return Constant()
-        bound = replace(
-            self, family=family, shape_factor=settings.get("adjust_lr_fn") or "original"
-        )
-        if self.tokens == _TOKENS and family not in ("sign-like", "unknown"):
-            return replace(bound, tokens=_OTHER_TOKENS)
-        return bound
+        shape_factor = settings.get("adjust_lr_fn") or "original"
+        return replace(self, family=family, shape_factor=shape_factor)
 
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         init = "full" if factor.role == "full" else "B" if factor.init == "B" else "A"
         origin = "full" if reference.method == "full" else reference.init
-        rate = self._rate(init, factor.rank, factor.scaling, factor.fan_in)
-        base = self._rate(origin, reference.rank, reference.scaling, reference.fan_in)
+        rate = self.sigma(init, factor.rank, factor.scaling, factor.fan_in)
+        base = self.sigma(origin, reference.rank, reference.scaling, reference.fan_in)
         return (rate * self.ratio if factor.role == "B" else rate) / base
 
     def batch_multiplier(self, ratio: float) -> float:
         return float(ratio ** FORMS[self.family].batch)
 
-    def sigma(self, init: str, rank: int, scaling: float, fan_in: float) -> float:
-        """Return η_A that meets the family's condition at T = 1. As an absolute rate it is only a
-        first guess.
+    def sigma(self, init: str, rank: int | None, scaling: float, fan_in: float | None) -> float:
+        """Return η_A that meets the family's condition at T = 1, or a whole weight's rate. η_B is λ
+        times as large. As an absolute rate it is only a first guess.
 
         Args:
             init: "A", "B" or "full".
-            rank: r.
+            rank: r. Full finetuning has none.
             scaling: s, the effective multiplier.
             fan_in: n.
         """
         check_init(init, "A law's init is", LawError, known=("A", "B", "full"))
-        return self._rate(init, rank, scaling, fan_in)
-
-    def _rate(self, init: str, rank: int | None, scaling: float, fan_in: float | None) -> float:
-        """Return η_A that meets the family's condition at T = 1, or a whole weight's rate. η_B is λ
-        times as large.
-        """
         if fan_in is None or (rank is None and init != "full"):
             raise LawError(
                 "The reference was not resolved: it lacks its fan-in or its rank.",
                 "Call reference.resolve(survey), or give fan_in=.",
             )
         form = FORMS[self.family]
-        seen = _ONE_RANK if form.one_rank else rank or 1
-        updates = Updates(self.tokens, self.ratio, self.shape_factor)
-        return form.rate(updates, Site(init, seen, scaling, fan_in))
+        return form.rate(
+            self, Site(init, _ONE_RANK if form.one_rank else rank or 1, scaling, fan_in)
+        )
 
 
 def paper() -> MuA:
     """Return the paper's law, in which tokens do not interfere."""
     return MuA(tokens=None)
+
+
+class Site(NamedTuple):
+    """The configuration of a rate: init "A", "B" or "full", rank r, effective multiplier s, fan-in
+    n.
+    """
+
+    init: str
+    rank: float
+    scaling: float
+    fan_in: float
+
+
+# --- sign-like updates ----------------------------------------------------------------------------
+
+
+def kappa(m: float, tokens: float | None) -> float:
+    """Return the size of a sum of m sign terms that serves b = `tokens` tokens: √(m + (2/π)·m²/b),
+    or m for None.
+
+    >>> kappa(64, None)
+    64.0
+    >>> round(kappa(64, 8.0), 2)
+    19.75
+    """
+    return float(m) if tokens is None else math.sqrt(m + (2.0 / math.pi) * m * m / tokens)
+
+
+def sign_terms(tokens: float | None, at: Site) -> tuple[float, float]:
+    """Return (p, q) of the change p·η + q·η_A·η_B for sign-like updates, whose entries all have
+    size η.
+
+    The η of p is that of the factor that starts at zero. Under Init[A] the term s·ΔB·A₀·x has size
+    s·κ(r)·η_B. Under Init[B] the term s·B₀·ΔA·x has size s·κ(n)·η_A. Under both, s·ΔB·ΔA·x has size
+    s·κ(r)·κ(n)·η_A·η_B.
+    """
+    k_n = kappa(at.fan_in, tokens)
+    if at.init == "full":
+        return k_n, 0.0
+    k_r = kappa(at.rank, tokens)
+    return at.scaling * (k_r if at.init == "A" else k_n), at.scaling * k_r * k_n
+
+
+def sign_rate(law: MuA, at: Site) -> float:
+    return _root(law, at, *sign_terms(law.tokens, at))
+
+
+def _root(law: MuA, at: Site, p: float, q: float) -> float:
+    """Return the root σ of p·σ + q·σ² = 1. Under Init[B] the terms are nearly orthogonal and add in
+    quadrature.
+    """
+    q *= law.ratio
+    if at.init == "B":
+        return in_quadrature(p, q)
+    if at.init == "A":
+        p *= law.ratio
+    return 2.0 / (p + math.sqrt(p * p + 4.0 * q))
+
+
+def in_quadrature(p: float, q: float) -> float:
+    """Return the root x of hypot(p·x, q·x²) = 1."""
+    return math.sqrt(2.0 / (p * p + math.sqrt(p**4 + 4.0 * q * q)))
+
+
+# --- spectral updates -----------------------------------------------------------------------------
+
+# Muon's shape factor of a (rows, cols) update, by the names of torch.optim.Muon's adjust_lr_fn.
+SHAPE_FACTORS: dict[str, Callable[[float, float], float]] = {
+    "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
+    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
+}
+
+
+def spectral_terms(law: MuA, at: Site) -> tuple[float, float]:
+    """Return (p, q) for spectral updates (Muon): a polar factor, all singular values 1, times a
+    shape factor a.
+
+    An update P of B has rank min(r, b) and spans the features A·x. It keeps their norm: |P·A₀·x| =
+    √r per token, an rms of √(r/n) over n outputs. An update of A spans r of the at most n
+    directions of the b tokens. It keeps a norm of m·√n out of √n, with m = √min(1, r/b + r/n). B₀,
+    with entries of variance 1/r, turns a norm ν into the rms ν·√(1/n + 1/r). Hence
+
+        Init[A]   p = s·a_B·√(r/n)              q = s·a_A·a_B·m
+        Init[B]   p = s·a_A·√n·√(1/n + 1/r)·m   q as above
+        full      p = a
+    """
+    n, r, s = at.fan_in, at.rank, at.scaling
+    shape_factor = SHAPE_FACTORS[law.shape_factor]
+    if at.init == "full":
+        return shape_factor(n, n), 0.0
+    a_a, a_b = shape_factor(r, n), shape_factor(n, r)
+    m = math.sqrt(min(1.0, r / (law.tokens or 1.0) + r / n))
+    p = a_b * math.sqrt(r / n) if at.init == "A" else a_a * math.sqrt(1.0 + n / r) * m
+    return s * p, s * a_a * a_b * m
+
+
+def spectral_rate(law: MuA, at: Site) -> float:
+    return _root(law, at, *spectral_terms(law, at))
+
+
+# --- gradient-like updates ------------------------------------------------------------------------
+
+
+def gradient_rate(law: MuA, at: Site) -> float:
+    """Return σ for gradient-like updates (SGD), whose growth compounds. The output gradient g is
+    held fixed.
+
+    With G = g·xᵀ, ΔA = −η_A·s·Bᵀ·G and ΔB = −η_B·s·G·Aᵀ are linear in (A, B). Take a singular pair
+    (u, v) of G with value g₀. Along it A·v and Bᵀ·u mix by cosh φ and sinh φ, with φ =
+    s·g₀·T·√(η_A·η_B) for many small steps. G has k = min(b, n) pairs, with g₀² = n² + 2·b·n (the
+    power-weighted mean for independent tokens). With z = sinh²φ,
+
+        Init[A]   s²·λ·z·(1 + z)·r·(r + k + 1)/n² = 1
+        Init[B]   s²/λ·z·((1 + z)·(1 + (k + 1)/r) + max(n − k, 0)/r) = 1
+        full      τ·√n·√(n + b) = 1 (one step: nothing compounds)
+    """
+    n, r, s, ratio, tokens = at.fan_in, at.rank, at.scaling, law.ratio, law.tokens or 1.0
+    if at.init == "full":
+        return 1.0 / math.sqrt(n * (n + tokens))
+    k = min(tokens, n)
+    if at.init == "A":
+        both = single = s * math.sqrt(ratio * r * (r + k + 1.0)) / n
+    else:
+        both = s * math.sqrt((1.0 + (k + 1.0) / r) / ratio)
+        single = math.hypot(both, s * math.sqrt((n - k) / r / ratio))
+    phi = math.asinh(in_quadrature(single, both))
+    return phi / (s * math.sqrt(ratio * (n * n + 2.0 * tokens * n)))
+
+
+# --- relative-scale updates -----------------------------------------------------------------------
+
+
+def relative_rate(law: MuA, at: Site) -> float:
+    """Return σ for relative-scale updates (LAMB): sign-like directions in units of the factor's own
+    rms.
+
+    A factor drawn with rms ρ moves by Δ, orthogonal to its start: dΔ/dτ = √(ρ² + Δ²), so Δ = ρ·sinh
+    τ. A factor that starts at zero first takes one step of plain η = τ/4 and grows from there, to
+    z(τ) = τ/4·e^(τ − τ/4). With ρ_A = 1/√n under Init[A] and ρ_B = 1/√r under Init[B],
+
+        Init[A]   s·κ(r)·z(τ_B)·(1 + κ(n)·sinh(τ_A)/√n) = 1
+        Init[B]   hypot(s·κ(n)·z(τ_A), s·κ(n)·κ(r)·z(τ_A)·sinh(τ_B)/√r) = 1
+        full      κ(n)·sinh(τ)/√n = 1
+
+    LAMB's cap on the weights' norm is left out.
+    """
+    n, r, s, ratio = at.fan_in, at.rank, at.scaling, law.ratio
+    k_n, k_r = kappa(n, law.tokens), kappa(r, law.tokens)
+    if at.init == "full":
+        return math.asinh(math.sqrt(n) / k_n)
+
+    def change(tau: float) -> float:
+        if at.init == "A":
+            return s * k_r * _grown(ratio * tau) * (1.0 + k_n * math.sinh(tau) / math.sqrt(n))
+        return s * k_n * _grown(tau) * math.hypot(1.0, k_r * math.sinh(ratio * tau) / math.sqrt(r))
+
+    return _rising_root(change, 50.0 / max(1.0, ratio))  # e^50 reaches any change
+
+
+def _grown(tau: float) -> float:
+    """Return z(τ), the size that a factor of zeros grows to."""
+    first = tau / 4
+    return first * math.exp(tau - first)
+
+
+def _rising_root(change: Callable[[float], float], most: float) -> float:
+    """Return the τ up to `most` at which a rising function of τ is 1, by bisection on log τ."""
+    low, high = -700.0, math.log(most)
+    for _ in range(64):
+        middle = (low + high) / 2
+        low, high = (middle, high) if change(math.exp(middle)) < 1.0 else (low, middle)
+    return math.exp(high)
+
+
+# --- the table of families ------------------------------------------------------------------------
+
+
+class Form(NamedTuple):
+    """A family's condition.
+
+    rate: σ at a site.
+
+    one_rank: whether every pair is evaluated at rank 16. Small runs of SGD and Muon followed the
+    form with alpha but not with the rank (benchmarks/results/law_check.md).
+
+    batch: the exponent of the best rate in the batch size. It is 1/2 for updates that do not grow
+    with the gradient (Malladi et al., arXiv 2205.10287), and 1 for those that do (Goyal et al.,
+    arXiv 1706.02677). For spectral and relative-scale updates 1/2 is an assumption without a
+    source.
+
+    tokens: b where none is given. That of sign-like optimizers was chosen by
+    benchmarks/laws/default_law.py. The other forms were judged with 8.
+    """
+
+    rate: Callable[[MuA, Site], float]
+    one_rank: bool = False
+    batch: float = 0.5
+    tokens: FamilyTokens = FamilyTokens(8.0)
+
+
+# Families that are not here (Adafactor's, LARS's) keep one rate.
+FORMS = {
+    **dict.fromkeys(SIGN_LIKE, Form(sign_rate, tokens=FamilyTokens(1.0))),
+    "spectral": Form(spectral_rate, one_rank=True),
+    "gradient-like": Form(gradient_rate, one_rank=True, batch=1.0),
+    "relative-scale": Form(relative_rate),
+}
+
+
+def known_family(optimizer_class: type, settings: Mapping[str, Any] | None = None) -> str:
+    """Return `optimizer_family`; raise a `LawError` if no law is derived for it. strict=True asks
+    for this.
+    """
+    family = optimizer_family(optimizer_class, settings)
+    if family in FORMS and family != "unknown":
+        return family
+    instead = "keep one rate"
+    if family == "unknown":
+        instead = "scale it as a sign-like optimizer (like Adam)"
+    raise LawError(
+        f"No law is derived for the family of {optimizer_class.__name__}.",
+        f"Leave strict out to {instead}.",
+    )

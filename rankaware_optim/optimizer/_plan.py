@@ -10,8 +10,7 @@ from typing import Any, Literal, NamedTuple
 from .._checks import check_lr, plain_lr
 from .._optimizers import optimizer_family
 from .._rate import Rate
-from .._survey_text import init_text
-from .._types import Factor, Method, Reference, Survey
+from .._types import Factor, Method, Reference, Survey, init_text
 from .._warn import warn
 from ..errors import OptimizerError
 from ..laws import (

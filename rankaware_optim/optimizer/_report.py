@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from textwrap import fill
 from typing import Any
 
-from .._survey_text import NO_LAW, Rated, init_text, reason_of_other
 from .._tables import text_table
-from .._types import Factor, Survey
+from .._types import NO_LAW, Factor, Rated, Survey, init_text, reason_of_other
 from ..inspection import other_kind
 from ._evidence import evidence
 from ._param_groups import effective_lr

@@ -1,4 +1,4 @@
-"""How the best rate moves with the number of steps and the batch size, and how uncertain that is."""
+"""How the best rate moves with steps and batch size, and how uncertain that is."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Horizon:
             return Moved()
         steps = plain(steps)
         if not isinstance(steps, int) or not is_within("steps", steps):
-            raise RecipeError(f"steps is {shown(steps)}.", f"Give {range_of('steps')}.")
+            raise RecipeError(f"steps is {shown(steps)}.", f"Give {range_of('steps')}.", "steps")
         slope, sd = (
             (self.slope, self.slope_sd) if same_method else (0.0, max(self.slope_sd, SLOPE_SD))
         )
@@ -82,6 +82,7 @@ def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> 
         raise RecipeError(
             f"batch is {shown(batch)}.",
             f"Give {range_of('batch')}, in the unit of the recipe's own batch.",
+            "batch",
         )
     return _moved(
         batch, own, rule, BATCH_SD, name, "batch", f"batch {batch:g} instead of {own or 0:g}"

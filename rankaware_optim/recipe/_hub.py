@@ -35,7 +35,7 @@ def push(
         api, folder = hub.HfApi(token=token), Path(made)
         drawn = len(recipe.tensors.get("lr", ())) > 0
         if drawn:
-            from ._plots import plot_recipe
+            from ..reports import plot_recipe
 
             (folder / FOLDER).mkdir()
             plot_recipe(recipe, folder / FOLDER / PLOT)

@@ -22,7 +22,8 @@ from .._scaling_rule import GAMMA, Scaling
 from .._types import Method, Reference, Survey
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
-from ..laws import Power, checked_batch_multiplier, checked_multiplier, law_changes
+from ..fitting import Fit, centred_law
+from ..laws import Law, Power, checked_batch_multiplier, checked_multiplier, law_changes
 from . import _beside as beside
 from . import _hub as on_hub
 from . import _io as recipe_files
@@ -140,7 +141,7 @@ class Recipe:
 
     @property
     def lr(self) -> float:
-        """The base rate to use, per step: `lean` octaves below the fitted optimum at `reference`."""
+        """The base rate to use, per step: `lean` octaves below `fitted_lr`."""
         return float(self.fitted_lr * 2.0**-self.lean)
 
     @property
@@ -207,13 +208,13 @@ class Recipe:
             method = "full"
         if method == "full" and init is not None:
             raise RecipeError(
-                "init= was given for full finetuning, which has none.", "Leave it out."
+                "init was given for full finetuning, which has none.", "Leave it out.", "init"
             )
         target = self._target(None if rank is _Own.RANK else rank, alpha, method, rslora)
-        given = {"init": init, "fan_in": fan_in}
-        target = replace(
-            target, **{key: value for key, value in given.items() if value is not None}
-        )  # type: ignore[arg-type]
+        if init is not None:
+            target = replace(target, init=init)
+        if fan_in is not None:
+            target = replace(target, fan_in=fan_in)
         rate = self._quoted(target, steps, batch)
         self._warn_of(rate)
         return rate
@@ -238,7 +239,7 @@ class Recipe:
             ):
                 raise RecipeError(
                     f"Recipe {self.name!r} has no fan-in, and the rate for {target} depends on it.",
-                    "Give fan_in=, the model's width.",
+                    "Give the model's width as fan_in.",
                 )
             width = target.fan_in or ANY_WIDTH
             target, reference = replace(target, fan_in=width), replace(reference, fan_in=width)
@@ -310,21 +311,22 @@ class Recipe:
             raise RecipeError(
                 f"rank={rank}, alpha={alpha}, rslora={rslora} cannot be combined with"
                 f" method={method!r}.",
-                "Give rank and alpha for LoRA, rslora= only with alpha=, and none of them for full"
+                "Give rank and alpha for LoRA, rslora only with alpha, and none of them for full"
                 " finetuning.",
             )
         if method == "full":
             return Reference(method="full", init=own.init, fan_in=self.full_fan_in or own.fan_in)
         if rank is None and own.method == "full":
             raise RecipeError(
-                "This recipe was made by full finetuning alone.", "Give rank= and alpha= for LoRA."
+                "This recipe was made by full finetuning alone.",
+                "Give a rank and an alpha for LoRA.",
             )
         rank = own.rank if rank is None else rank
         if alpha is not None and self.scaling_rule == "as swept":
             raise RecipeError(
                 f"The sweep behind recipe {self.name!r} has no alpha, so its rates hold only for"
                 " the alpha swept.",
-                "Fit it again with alpha=, or use recipe.at(rank=...).lr as a plain lr=.",
+                "Fit it again with an alpha, or use recipe.at(rank=...).lr as a plain rate.",
             )
         if alpha is not None:
             return Reference(rank, alpha, rslora, own.init, own.fan_in, method)
@@ -334,7 +336,7 @@ class Recipe:
             if self.scaling_rule not in GAMMA or own.rank is None or rank is None:
                 raise RecipeError(
                     f"The trials of recipe {self.name!r} give no rule for alpha by rank.",
-                    "Give alpha= with the rank.",
+                    "Give an alpha with the rank.",
                 )
             scaling *= float((rank / own.rank) ** -GAMMA[self.scaling_rule])
         return replace(Reference.from_scaling(rank, scaling, init=own.init), fan_in=own.fan_in)
@@ -484,6 +486,31 @@ class Recipe:
         return recipe_toml.from_document(cls, *recipe_files.read(path), path)
 
 
+def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe:
+    """Return the recipe of a fit, with the margin that follows from its uncertainty.
+
+    Args:
+        fit: the fit, at the steps of the target.
+        law: the law without the correction that was fitted, bound to the optimizer.
+        reference: the configuration of the base rate.
+        others: fields that the fit does not decide.
+    """
+    _, drift, factor = (float(value) for value in fit.mean)
+    best = fit.best(reference.rank)
+    to_reference = best - float(fit.mean[0])
+    recipe = Recipe(
+        fitted_lr=2.0**best,
+        reference=reference,
+        law=centred_law(law, reference, fit.prior.pivot, drift, factor),
+        covariance=fit.covariance,
+        steepness=fit.steepness,
+        scatter=fit.prior.scatter,
+        ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + to_reference),
+        **others,
+    )
+    return replace(recipe, lean=margin(recipe.steepness, spread(recipe, reference)[0]))
+
+
 def _same_array(one: Array, two: Array) -> bool:
     """Return whether two arrays are equal. NaN equals NaN."""
     return one.shape == two.shape and bool(((one == two) | ((one != one) & (two != two))).all())
@@ -533,7 +560,7 @@ def _full_target(recipe: Recipe, survey: Survey) -> Reference:
 
 
 def is_for(recipe: Recipe, optimizer: type) -> bool:
-    """Return whether an optimizer is the recipe's, or its variant with a quantized or paged state."""
+    """Return whether an optimizer is the recipe's, or its variant with a quantized state."""
     name = recipe.optimizer.rpartition(".")[2]
     known = known_optimizer(name)[0]
     return name == optimizer.__name__ or (known != "" and known == known_optimizer(optimizer)[0])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._printable import printable
 from .._scaling_rule import Scaling
-from .._survey_text import init_text
+from .._types import init_text
 from ..laws import Power, law_sentence
 from ._other_rates import BASE
 from ._uncertainty import own_band

@@ -1,4 +1,4 @@
-"""Convert a recipe to the sections of its TOML file and back. Each value that is read is checked."""
+"""Convert a recipe to the sections of its TOML file and back, checking what is read."""
 
 from __future__ import annotations
 

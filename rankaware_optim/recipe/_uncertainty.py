@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .._survey_text import init_text
-from .._types import Reference
+from .._types import Reference, init_text
+from ..fitting import FULL_SD
 
 if TYPE_CHECKING:
     from ._recipe import Recipe
@@ -23,10 +22,6 @@ Z90 = 1.645
 RANK_SD = 0.1
 WIDTH_SD = 0.25
 INIT_SD = 1.0  # octaves, from one init to the other
-# Octaves, by init: standard deviation of the law's rate for full finetuning when only LoRA was
-# tried. The study found .79 from Init[A] (results/a_to_full.md), .84 from all ranks at Init[B]
-# (results/init_b_forms.md), from high ones .4 to .6.
-FULL_SD = {"A": 0.8, "B": 0.6}
 # Share of an Init[A] drift, continued to r = n, by which the band of full finetuning is widened.
 _DRIFT_SHARE = 0.5
 # Octaves. Larger margins lost more than they saved (benchmarks/calibration/simulated.py --surfaces
@@ -51,11 +46,6 @@ def margin(steepness: float, sd: float) -> float:
         sd: standard deviation of the best rate, octaves.
     """
     return min(steepness * sd * sd / 2, MOST_MARGIN)
-
-
-def with_margin(recipe: Recipe) -> Recipe:
-    """Return the recipe with the margin that follows from its uncertainty at its reference."""
-    return replace(recipe, lean=margin(recipe.steepness, spread(recipe, recipe.reference)[0]))
 
 
 def spread(recipe: Recipe, target: Reference) -> tuple[float, list[str]]:

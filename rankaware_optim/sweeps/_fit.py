@@ -12,13 +12,22 @@ from torch.optim import Optimizer
 
 from .._checks import MOST_RANKS, MOST_TRIALS, check_init, is_within, range_of, shown
 from .._optimizer_classes import get_optimizer_class
-from .._scaling_rule import infer_scaling
+from .._scaling_rule import Scaling, infer_scaling
 from .._types import Reference
-from ..calibration import Calibration, Options, Schedule, versions_used
+from ..calibration import versions_used
 from ..errors import CalibrationError
-from ..fitting import Fit, Observation, Prior, diverged, fit_observations, shrink
-from ..laws import PRIOR_LAW, Constant, Law, MuA, Power, bound_law, checked_multiplier, get_law
-from ..recipe import Recipe, with_margin
+from ..fitting import (
+    Fit,
+    Observation,
+    Prior,
+    centred_law,
+    diverged,
+    fit_observations,
+    prior_of,
+    shrink,
+)
+from ..laws import PRIOR_LAW, Constant, Law, MuA, bound_law, checked_multiplier, get_law
+from ..recipe import Z90, Recipe, recipe_of
 from ._io import Source, Sweep, SweepRun, read_sweep
 from ._runs import GridEnd, ends_of, known_alpha, observation_of, selected, site_of
 
@@ -34,6 +43,8 @@ _TOKENS_GRID = np.arange(-2.0, 10.25, 0.5)
 _EDGE_SD, _BELOW = 1.0, 0.5
 _OFF = 0.1  # octaves: error of µA for a rank's best rate at the right number of tokens
 _UNSURE = 0.75  # octaves: a base rate with a larger standard deviation gets a note
+_NO_DRIFT_SD = 1e-3  # octaves per octave, in a fit of tokens
+_SAME_SCALING = 1e-3  # octaves
 _OPEN = 0.8  # share of the prior's sd above which the data hardly determine the drift
 
 
@@ -109,25 +120,44 @@ def fit_sweep(
     for key, value in given.items():
         kind = {"full_fan_in": "fan_in", "warmup": "share"}.get(key, key)
         if value is not None and not is_within(kind, value):
-            raise CalibrationError(f"{key} is {shown(value)}.", f"Give {range_of(kind)}.")
+            raise CalibrationError(f"{key} is {shown(value)}.", f"Give {range_of(kind)}.", key)
     read = read_sweep(sweep, columns=columns)
     chosen = {"model": model, "batch": batch, "init": init, "steps": steps}
     runs = known_alpha(selected(read.runs, chosen), alpha)
     _check_enough(runs)
     found = get_law(law)
     if fit not in ("drift", "tokens"):
-        raise CalibrationError(f"fit is {fit!r}.", "Give 'drift' or 'tokens'.")
+        raise CalibrationError(f"fit is {fit!r}.", "Give 'drift' or 'tokens'.", "fit")
     optimizer = get_optimizer_class(optimizer)
     bound = bound_law(found, optimizer, {})
-    if fit == "tokens" and not isinstance(bound, MuA):
+    rows = _Rows(runs, fan_in, full_fan_in)
+    if fit == "drift":
+        fitted = rows.by_drift(bound)
+    elif isinstance(bound, MuA):
+        fitted = rows.by_tokens(bound)
+    else:
         raise CalibrationError(
             f"The law {found.name!r} has no tokens to fit for {optimizer.__name__}.",
-            "Give fit='drift', or law='mua' for Adam.",
+            "Give the fit 'drift', or the law 'mua' for Adam.",
         )
-    rows = _Rows(runs, optimizer, found, fan_in, full_fan_in)
-    fitted = rows.by_tokens() if fit == "tokens" else rows.by_drift()
-    notes = (*read.notes, *rows.notes(fitted))
-    return rows.recipe(fitted, name=name, warmup=warmup, settings=settings or {}, notes=notes)
+    return recipe_of(
+        fitted.fit,
+        fitted.law,
+        rows.reference,
+        name=name,
+        scaling_rule=rows.scaling_rule,
+        full_fan_in=rows.widest,
+        ranks=rows.ranks,
+        full_seen=rows.full_seen,
+        optimizer=f"{optimizer.__module__}.{optimizer.__qualname__}",
+        settings=settings or {},
+        steps=runs[0].steps,
+        batch=runs[0].batch,
+        warmup=warmup,
+        versions=versions_used(),
+        notes=(*read.notes, *rows.notes(fitted.fit)),
+        tensors=rows.tensors(fitted.seen),
+    )
 
 
 def _check_enough(runs: Sequence[SweepRun]) -> None:
@@ -156,32 +186,24 @@ def _check_enough(runs: Sequence[SweepRun]) -> None:
     if len(losses) == 1 and len(runs) > 1:
         raise CalibrationError(
             f"The loss is {losses.pop():g} at every rate, so the best rate is unknown.",
-            "Check which column holds the loss (columns=), and that the runs trained.",
+            "Check which column holds the loss, and that the runs trained.",
         )
 
 
 @dataclass(frozen=True)
 class _LawFit:
-    """A fit with the law on which it is centred, and the covariance of (base, drift, full factor),
-    (3, 3).
-    """
+    """A fit, the law on which it is centred, and the runs in reference coordinates."""
 
     fit: Fit
-    law: Power
-    covariance: np.ndarray[Any, Any]
-    drift: float
-    prior: Prior
+    law: Law
+    seen: list[Observation]
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows to fit: runs of one model, the optimizer, the law, and the fan-ins given as
-    arguments.
-    """
+    """The rows to fit: runs of one model, and the fan-ins given as arguments."""
 
     runs: tuple[SweepRun, ...]
-    optimizer: type[Optimizer]
-    law: Law
     fan_in: float | None
     full_fan_in: float | None
 
@@ -204,7 +226,7 @@ class _Rows:
         if given is None and len(said) > 1:
             raise CalibrationError(
                 f"The sweep mixes fan-ins: {', '.join(f'{n:g}' for n in sorted(said))}.",
-                "A recipe is for one model: give its mean fan-in as fan_in=.",
+                "A recipe is for one model: give its mean fan-in.",
             )
         return next(iter(said)) if len(said) == 1 else given
 
@@ -216,16 +238,28 @@ class _Rows:
         rank = self.ranks[(len(self.ranks) - 1) // 2]
         run = min((run for run in self.runs if run.rank == rank), key=lambda run: run.alpha or 0.0)
         alpha = float(rank) if run.alpha is None else run.alpha
-        return Reference(
-            rank, alpha, run.rslora, run.init or "A", self.width(False), batch=run.batch
-        )  # type: ignore[arg-type]
+        init = run.init or "A"
+        return Reference(rank, alpha, run.rslora, init, self.width(False), batch=run.batch)
 
-    def study(self, law: Law) -> Calibration:
-        """Return a calibration without trials, for its priors and the law centred on them."""
-        ranks: tuple[int | None, ...] = (*self.ranks, *([None] if self.full_seen else []))
-        full = self.width(True) or self.width(False)
-        options = Options(self.optimizer, law, Schedule(ranks, (0,), 1))
-        return Calibration(options, reference=self.reference, full_fan_in=full)
+    @property
+    def widest(self) -> float | None:
+        """Return the width of full finetuning, or that of LoRA if it is unknown."""
+        return self.width(True) or self.width(False)
+
+    @property
+    def scaling_rule(self) -> Scaling:
+        """Return how the effective multiplier follows the rank."""
+        if self.as_swept:
+            return "as swept"
+        scalings: dict[int, float] = {}
+        for run in self.runs:
+            if run.rank is None:
+                continue
+            scaling = site_of(run, self.reference, None)[0].scaling
+            known = scalings.setdefault(run.rank, scaling)
+            if abs(math.log2(scaling / known)) > _SAME_SCALING:
+                return "unknown"  # a rank at several alphas follows no rule
+        return infer_scaling(scalings)
 
     @property
     def full_seen(self) -> bool:
@@ -240,46 +274,53 @@ class _Rows:
             seen.append(observation_of(run, run.rank, x))
         return seen
 
-    def _fitted(self, law: Law, prior: Prior) -> Fit:
+    def tensors(self, seen: Sequence[Observation]) -> dict[str, np.ndarray[Any, Any]]:
+        """Return `Recipe.tensors`: the runs in reference coordinates, and at their own rates."""
+        return {
+            "rank": np.array([o.rank or 0 for o in seen], np.int64),
+            "seed": np.array([o.seed for o in seen], np.int64),
+            "lr": np.array([2.0**o.x for o in seen]),
+            "own_lr": np.array([run.lr for run in self.runs], np.float64),
+            "value": np.array([o.value for o in seen], np.float64),
+            "diverged": np.array(diverged(seen), bool),
+        }
+
+    def _fitted(self, law: Law, prior: Prior) -> _LawFit:
         """Return the fit of the runs along `law`. Best rates at an end of their grid are bounds."""
-        seen = self.observations(law)
+        seen = self.observations(centred_law(law, self.reference, prior.pivot))
         made = fit_observations(seen, prior)
         if made is None:
             raise CalibrationError(
                 f"Every one of {len(seen)} runs diverged.", "Add lower rates to the sweep."
             )
-        return _bounded(made, ends_of(seen), prior)
+        return _LawFit(_bounded(made, ends_of(seen)), law, seen)
 
-    def by_drift(self) -> _LawFit:
+    def by_drift(self, law: Law) -> _LawFit:
         """Return the calibration's fit: base rate, drift in rank, factor of full finetuning."""
-        study = self.study(bound_law(self.law, self.optimizer, {}))
-        prior = study.prior
+        prior = prior_of(self.reference, self.ranks, self.widest)
         if self.as_swept:
             prior = replace(prior, drift_sd=_AS_SWEPT_SD[0], full_sd=_AS_SWEPT_SD[1])
-        made = self._fitted(study.centred_law(), prior)
-        _, drift, factor = (float(v) for v in made.mean)
-        return _LawFit(made, study.centred_law(drift, factor), made.covariance, drift, prior)
+        return self._fitted(law, prior)
 
-    def by_tokens(self) -> _LawFit:
+    def by_tokens(self, bound: MuA) -> _LawFit:
         """Return the fit without drift, with the tokens at which the ranks' best rates agree,
         averaged over a grid.
         """
-        bound = bound_law(self.law, self.optimizer, {})
-        laws = [replace(bound, tokens=float(2.0**t)) for t in _TOKENS_GRID]  # type: ignore[type-var]
-        prior = replace(self.study(bound).prior, drift_sd=1e-3)
-        fits = [self._fitted(self.study(law).centred_law(), prior) for law in laws]
+        laws = [replace(bound, tokens=float(2.0**t)) for t in _TOKENS_GRID]
+        prior = replace(prior_of(self.reference, self.ranks, self.widest), drift_sd=_NO_DRIFT_SD)
+        fits = [self._fitted(law, prior).fit for law in laws]
         belief = -0.5 * ((_TOKENS_GRID - _TOKENS[0]) / _TOKENS[1]) ** 2
         weights = np.exp([b - m for b, m in zip(belief, map(_disagreement, fits), strict=True)])
         weights /= weights.sum()
-        best = replace(bound, tokens=float(2.0 ** float(weights @ _TOKENS_GRID)))  # type: ignore[type-var]
-        study = self.study(best)
-        made = self._fitted(study.centred_law(), prior)
+        best = replace(bound, tokens=float(2.0 ** float(weights @ _TOKENS_GRID)))
+        fitted = self._fitted(best, prior)
         lines = np.array([self._line(law, best) for law in laws])
         lines[:, 0] += [fit.mean[0] for fit in fits]
         about = lines - weights @ lines
-        covariance = made.covariance.copy()
+        covariance = fitted.fit.covariance.copy()
         covariance[:2, :2] += (weights[:, None] * about).T @ about
-        return _LawFit(made, study.centred_law(0.0, float(made.mean[2])), covariance, 0.0, prior)
+        without_drift = fitted.fit.mean * (1.0, 0.0, 1.0)
+        return replace(fitted, fit=replace(fitted.fit, mean=without_drift, covariance=covariance))
 
     def _line(self, law: Law, best: Law) -> tuple[float, float]:
         """Return how `law` differs from `best` over the ranks: octaves at their middle, and octaves
@@ -299,52 +340,7 @@ class _Rows:
             apart.append(math.log2(rates[0] / rates[1]))
         return sum(apart) / 2, (apart[1] - apart[0]) / math.log2((high.rank or 1) / (low.rank or 1))
 
-    def recipe(self, fitted: _LawFit, **rest: Any) -> Recipe:
-        """Return the recipe of a fit. `rest` are the fields that the rows do not decide."""
-        fit, reference = fitted.fit, self.reference
-        base, _, factor = (float(v) for v in fit.mean)
-        octaves = 0.0 if reference.rank is None else math.log2(reference.rank / fitted.prior.pivot)
-        shift = fitted.drift * octaves
-        best = base + factor if reference.method == "full" else base + shift
-        pairs = (
-            (run.rank, site_of(run, reference, None)[0].scaling)
-            for run in self.runs
-            if run.rank is not None
-        )
-        distinct = {(rank, round(math.log2(scaling), 3)): scaling for rank, scaling in pairs}
-        scalings = {rank: scaling for (rank, _), scaling in distinct.items()}
-        if len(distinct) > len(scalings):  # a rank at several alphas follows no rule
-            scalings = {}
-        seen = self.observations(self.study(fitted.law.law).centred_law())
-        made = Recipe(
-            fitted_lr=2.0**best,
-            reference=reference,
-            law=fitted.law,
-            covariance=fitted.covariance,
-            steepness=fit.steepness,
-            scatter=fitted.prior.scatter,
-            ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + shift),
-            scaling_rule="as swept" if self.as_swept else infer_scaling(scalings),
-            full_fan_in=self.width(True) or self.width(False),
-            ranks=self.ranks,
-            full_seen=self.full_seen,
-            optimizer=f"{self.optimizer.__module__}.{self.optimizer.__qualname__}",
-            steps=self.runs[0].steps,
-            batch=self.runs[0].batch,
-            versions=versions_used(),
-            tensors={
-                "rank": np.array([o.rank or 0 for o in seen], np.int64),
-                "seed": np.array([o.seed for o in seen], np.int64),
-                "lr": np.array([2.0**o.x for o in seen]),
-                "own_lr": np.array([run.lr for run in self.runs], np.float64),
-                "value": np.array([o.value for o in seen], np.float64),
-                "diverged": np.array(diverged(seen), bool),
-            },
-            **rest,
-        )
-        return with_margin(made)
-
-    def notes(self, fitted: _LawFit) -> Iterator[str]:
+    def notes(self, fit: Fit) -> Iterator[str]:
         """Yield sentences on what the rows do not determine."""
         ended = {run.rank for run in self.runs if math.isfinite(run.loss)}
         for lost in sorted(set(self.ranks) - ended):
@@ -361,15 +357,15 @@ class _Rows:
                 f"{label}: the best rate, {2.0**end.x:.3g}, is the {end.end} tried; the optimum may"
                 f" be {way}"
             )
-        sd = np.sqrt(np.diag(fitted.covariance))
+        sd = np.sqrt(np.diag(fit.covariance))
         if sd[0] > _UNSURE:
             yield (
-                f"the loss hardly determines the best rate: its band is {2 * 1.645 * sd[0]:.1f}"
+                f"the loss hardly determines the best rate: its band is {2 * Z90 * sd[0]:.1f}"
                 " octaves wide"
             )
         if len(self.ranks) == 1:
             yield "one rank was swept, so only the law says how the rate moves with rank"
-        elif self.ranks and sd[1] > _OPEN * fitted.prior.drift_sd and fitted.prior.drift_sd > 1e-3:
+        elif self.ranks and sd[1] > _OPEN * fit.prior.drift_sd > _OPEN * _NO_DRIFT_SD:
             yield (
                 "the ranks swept hardly determine how the rate moves with rank: it mostly follows"
                 " the law"
@@ -390,7 +386,7 @@ def _disagreement(fit: Fit) -> float:
     return float(0.5 * weights @ (means - weights @ means / weights.sum()) ** 2)
 
 
-def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd], prior: Prior) -> Fit:
+def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd]) -> Fit:
     """Return the fit with the ranks at `ends` as wide bounds. Their errors have one sign and do not
     average out.
     """
@@ -398,8 +394,8 @@ def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd], prior: Prior) -> Fit:
         return fit
     bounds = {rank: (x - _BELOW * (end == "lowest"), _EDGE_SD) for rank, (x, end) in ends.items()}
     vertices = {**fit.vertices, **bounds}
-    mean, covariance = shrink(vertices, prior)
-    weights = {rank: 1.0 / (sd**2 + prior.scatter**2) for rank, (_, sd) in vertices.items()}
+    mean, covariance = shrink(vertices, fit.prior)
+    weights = {rank: 1.0 / (sd**2 + fit.prior.scatter**2) for rank, (_, sd) in vertices.items()}
     share = sum(weights[rank] for rank in bounds) / sum(weights.values())
     covariance[0, 0] += (share * _EDGE_SD) ** 2
     return replace(fit, mean=mean, covariance=covariance, vertices=vertices)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .._checks import is_within, range_of, shown
 from .._files import read_bytes
@@ -72,7 +72,7 @@ class SweepRun:
     loss: float
     alpha: float | None = None
     rslora: bool = False
-    init: str | None = None
+    init: Literal["A", "B"] | None = None
     fan_in: float | None = None
     seed: int = 0
     model: str | None = None

@@ -61,7 +61,7 @@ def known_alpha(runs: Sequence[SweepRun], alpha: float | str | None) -> tuple[Sw
     )
     if len({run.alpha is None for run in made if run.rank is not None}) > 1:
         raise CalibrationError(
-            "Some rows have an alpha and others do not.", "Give alpha= for those without."
+            "Some rows have an alpha and others do not.", "Give an alpha for those without."
         )
     return made
 
@@ -88,7 +88,7 @@ def site_of(
         if reference.method == "lora" and (reference.fan_in is None and fan_in is None):
             raise CalibrationError(
                 "The sweep has full finetuning and LoRA, but no fan-in to compare them.",
-                "Give fan_in=, or leave out the rows of full finetuning.",
+                "Give a fan-in, or leave out the rows of full finetuning.",
             )
         return Reference(method="full", fan_in=width), there
     init: Any = run.init or "A"

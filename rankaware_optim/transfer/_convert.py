@@ -15,13 +15,13 @@ from functools import cached_property
 
 from .._checks import check_lr
 from .._rate import Rate
-from .._survey_text import init_text
-from .._types import Reference, Survey
+from .._types import Reference, Survey, init_text
 from ..errors import InvalidReferenceError, LawError
 from ..inspection import ReferenceLike, as_reference
 from ..laws import (
     DEFAULT_LAW,
     DISTANCE_NOTE,
+    SIGN_LIKE,
     Law,
     at_distance,
     caution_of,
@@ -235,7 +235,7 @@ class _Move:
         """Whether the law's updates do not depend on the gradient's scale, which the two-rate form
         requires.
         """
-        return getattr(innermost(self.law), "family", "sign-like") in ("sign-like", "unknown")
+        return getattr(innermost(self.law), "family", "sign-like") in SIGN_LIKE
 
     @property
     def same_batch(self) -> bool:
@@ -285,8 +285,8 @@ class _Move:
             yield caution
         if self.target.fan_in == _LARGE and (changes or self.ratio != 1.0):
             yield (
-                "No width was given: the single rate is the limit of a large width. Give fan_in="
-                " for your model's."
+                "No width was given: the single rate is the limit of a large width. Add your"
+                " model's to the reference, such as fan_in=4096."
             )
         if self.target.method == "lora" and self._of_b(self.target) != self._of_a(self.target):
             yield f"The law {law!r} gives B a separate rate. The single rate is A's."

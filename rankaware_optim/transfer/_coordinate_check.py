@@ -208,26 +208,32 @@ def _check_request(
 ) -> None:
     if not _are_whole(ranks) or len(set(ranks)) < 2:
         raise LawError(
-            f"The check got ranks={shown(ranks)}.",
+            f"ranks={shown(ranks)} cannot be checked.",
             "Give at least two positive ranks, such as (4, 64).",
+            "ranks",
         )
     if widths is not None and not _are_whole(widths):
         raise LawError(
-            f"The check got widths={shown(widths)}.",
+            f"widths={shown(widths)} cannot be checked.",
             "Give fan-ins, such as (256, 1024), or leave them out.",
+            "widths",
         )
     if lr is not None and not 0 < lr < math.inf:
         raise LawError(
-            f"The check got lr={lr!r}.", "Give a positive finite number, or leave it out."
+            f"lr={lr!r} cannot be checked.",
+            "Give a positive finite number, or leave it out.",
+            "lr",
         )
-    if tokens < 1 or steps < 1:
-        raise LawError(
-            f"The check got tokens={tokens!r}, steps={steps!r}.", "Give positive whole numbers."
-        )
+    for name, count in (("tokens", tokens), ("steps", steps)):
+        if count < 1:
+            raise LawError(
+                f"{name}={count!r} cannot be checked.", "Give a positive whole number.", name
+            )
     if init not in ("A", "B"):
         raise LawError(
-            f"The check got init={init!r}.",
+            f"init={init!r} cannot be checked.",
             "Give 'A' (B starts at zero) or 'B' (A starts at zero).",
+            "init",
         )
 
 
@@ -352,7 +358,7 @@ class _Probe:
             raise LawError(
                 f"The output of {name} moves by {change} at rank {rank} and rates {lr_a:.3g},"
                 f" {lr_b:.3g}.",
-                "Give a rate at which the optimizer takes finite steps, or leave lr= out.",
+                "Give a rate at which the optimizer takes finite steps, or leave the rate out.",
             )
         return CoordinateRow(
             name, len(x), len(g), rank, s, lr_a, lr_b, from_b, from_a, from_both, inner, change

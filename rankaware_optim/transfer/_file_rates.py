@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from .._checks import check_lr
-from .._survey_text import Rated
-from .._types import Survey
+from .._types import Rated, Survey
 from ..inspection import as_reference
 from ..laws import DEFAULT_LAW
 

@@ -15,9 +15,10 @@ from .._optimizers import known_optimizer
 from .._rate import Rate
 from .._types import Method, Reference, Survey
 from ..errors import InvalidReferenceError, LawError, OptimizerError
+from ..fitting import FULL_SD
 from ..inspection import configs_of, declared_init, other_kind, survey_of, walk
 from ..laws import MuA, checked_multiplier
-from ..recipe import FULL_SD, INIT_SD, RANK_SD, WIDTH_SD, Z90
+from ..recipe import INIT_SD, RANK_SD, WIDTH_SD, Z90
 
 if TYPE_CHECKING:
     from torch import nn
@@ -275,7 +276,7 @@ def _surveyed(survey: Survey, method: Method, init: str | bool | None, dora: boo
         raise LawError(
             "Neither factor of these adapters starts at zero, and they declare no init with a"
             " published rate.",
-            f"Give init=: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
+            f"Give an init: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
             " calibrate.",
         )
     kinds = {(f.rank, f.scaling) for f in survey.factors}
@@ -357,7 +358,7 @@ def _steps(case: _Case, task: Task) -> Iterator[Step]:
         return
     if case.variant or case.dora:
         raise InvalidReferenceError(
-            "Full finetuning has neither an init nor DoRA.", "Leave init= and dora= out."
+            "Full finetuning has neither an init nor DoRA.", "Leave them out."
         )
     low, high = WIDTHS
     yield from _outside(

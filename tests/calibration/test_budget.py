@@ -23,7 +23,7 @@ from ..helpers.calibrations import BEST, STEPS, Net, bowl, calibrate, made_up
 # --- budget ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:budget=:rankaware_optim.RankAwareWarning")
+@pytest.mark.filterwarnings("ignore:A budget of:rankaware_optim.RankAwareWarning")
 @pytest.mark.parametrize("budget", [STEPS, 3 * STEPS - 1, 7 * STEPS, 12 * STEPS + 3])
 @pytest.mark.parametrize("noise", [0.01, 0.3])
 def test_the_budget_is_never_exceeded(budget, noise):
@@ -111,7 +111,9 @@ def unused(trial):
 
 def test_too_small_a_budget_is_warned_of_before_the_first_run():
     """The warning comes before anything is spent, and once."""
-    with pytest.raises(ra.RankAwareWarning, match="budget=80 leaves the search 4 of the 5 runs"):
+    with pytest.raises(
+        ra.RankAwareWarning, match="A budget of 80 steps leaves the search 4 of the 5 runs"
+    ):
         calibrate(unused, budget=4 * STEPS)
     with pytest.warns(ra.RankAwareWarning, match="may be far off") as seen:
         calibrate(made_up(), budget=4 * STEPS)

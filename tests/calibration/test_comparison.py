@@ -194,7 +194,7 @@ def test_runs_that_all_failed_are_said_to_be_stored(journal):
     for storage in (None, journal):
         with pytest.raises(CalibrationError, match="ran out of memory") as error:
             calibrate(too_large, trials=4, storage=storage)
-        assert ("give another name= or storage= too" in str(error.value)) == (storage is not None)
+        assert ("give another name or storage too" in str(error.value)) == (storage is not None)
 
 
 def test_a_loop_in_place_is_known_by_its_step(journal):

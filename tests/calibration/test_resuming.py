@@ -23,7 +23,7 @@ import rankaware_optim as ra
 from rankaware_optim.calibration import Calibration, Options, Schedule, _liveness
 from rankaware_optim.calibration._liveness import Heartbeat
 from rankaware_optim.calibration._optuna import begin_trial, close_storage
-from rankaware_optim.calibration._result import recipe_of
+from rankaware_optim.calibration._result import calibrated_recipe
 from rankaware_optim.calibration._storage import open_storage
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.laws import get_law
@@ -288,7 +288,7 @@ def test_a_worker_that_comes_too_late_has_the_recipe(tmp_path):
     late = Calibration(Options(AdamW, get_law("mua"), Schedule((4, 16), (0, 1), STEPS)))
     late.open(None, None, tmp_path / "s.journal")
     recipe = calibrate(made_up(), trials=6, storage=tmp_path / "s.journal")
-    assert recipe_of(late).fitted_lr == recipe.fitted_lr
+    assert calibrated_recipe(late).fitted_lr == recipe.fitted_lr
     late.close()
 
 

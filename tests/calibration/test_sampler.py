@@ -19,7 +19,7 @@ from rankaware_optim.calibration._sampler import (
     next_refinement,
 )
 from rankaware_optim.calibration._trials import PARAMETER
-from rankaware_optim.fitting import Observation, Prior
+from rankaware_optim.fitting import Observation
 
 START, LOW, HIGH = -6.5, -10.5, -2.5
 RANGE = {PARAMETER: FloatDistribution(LOW, HIGH)}
@@ -44,9 +44,7 @@ def trial_of(rank: int, x: float, value: float | None = None) -> optuna.trial.Fr
 
 def proposed(*trials: optuna.trial.FrozenTrial, rank: int = 2) -> float:
     """The rate that a trial at `rank` gets."""
-    search = SimpleNamespace(
-        start=START, prior=Prior(0.15, 0.4, 8.0), full_follows=False, fitted=lambda trials: None
-    )
+    search = SimpleNamespace(start=START, full_follows=False, fitted=lambda trials: None)
     study = optuna.create_study(sampler=BracketSampler(search))
     for trial in trials:
         study.add_trial(trial)

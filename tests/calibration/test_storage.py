@@ -19,7 +19,7 @@ import rankaware_optim as ra
 from rankaware_optim import CalibrationError
 from rankaware_optim.calibration import Calibration, Options, Schedule, _storage
 from rankaware_optim.calibration._optuna import close_storage
-from rankaware_optim.calibration._result import recipe_of
+from rankaware_optim.calibration._result import calibrated_recipe
 from rankaware_optim.calibration._storage import open_storage
 from rankaware_optim.laws import get_law
 
@@ -71,7 +71,7 @@ def test_a_file_of_something_else_is_refused(make, tmp_path):
     path = tmp_path / "given"
     make(path)
     before = path.read_bytes(), sorted(tmp_path.iterdir())
-    cure = f"Give storage='sqlite:///{path}'." if make is an_sqlite_database else "Name a new file"
+    cure = f"Give 'sqlite:///{path}'." if make is an_sqlite_database else "Name a new file"
     with pytest.raises(CalibrationError, match=cure):
         calibrate(made_up(), trials=2, storage=path)
     assert (path.read_bytes(), sorted(tmp_path.iterdir())) == before
@@ -319,7 +319,9 @@ def test_a_worker_may_start_between_two_reads_of_another(make, nth, read, tmp_pa
     starting = Calibration(options)
     starting.open(None, None, storage)
     monkeypatch.undo()
-    assert [recipe_of(starting).fitted_lr for _ in made] == [recipe.fitted_lr for recipe in made]
+    assert [calibrated_recipe(starting).fitted_lr for _ in made] == [
+        recipe.fitted_lr for recipe in made
+    ]
     close_storage(storage)
 
 

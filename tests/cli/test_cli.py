@@ -211,9 +211,9 @@ def test_convert_prints_what_convert_lr_gives():
 
 
 def test_convert_says_how_an_option_gives_the_width():
-    """Without a width the note has an option to copy, which ends the note."""
+    """Without a width the note says how the reference gives it, and giving it ends the note."""
     printed = call("convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=64").output
-    assert "Give your model's, such as --from r=16,alpha=32,fan_in=4096." in printed
+    assert "Add your model's to the reference, such as fan_in=4096." in printed
     assert (
         "No width"
         not in call("convert", "2e-4", "--from", "r=16,alpha=32,fan_in=4096", "--to", "r=64").output
@@ -307,11 +307,11 @@ BAD = [
     (["show", "adapter"], "no recipe at adapter/rankaware/recipe.toml"),
     (["show", "broken.toml"], "cannot be read"),
     (["lr", "nowhere.toml", "--rank", "8"], "no recipe at nowhere.toml"),
-    (["lr", "digits.toml", "--rank", "0"], "--rank 0"),
-    (["lr", "digits.toml", "--rank", "8", "--alpha", "-1"], "--alpha -1"),
-    (["lr", "digits.toml", "--rank", "8", "--fan-in", "0"], "--fan-in 0"),
-    (["lr", "digits.toml", "--rank", "8", "--steps", "-5"], "steps is -5"),
-    (["lr", "digits.toml", "--rank", "8", "--batch", "nan"], "batch is nan"),
+    (["lr", "digits.toml", "--rank", "0"], "--rank=0"),
+    (["lr", "digits.toml", "--rank", "8", "--alpha", "-1"], "--alpha=-1"),
+    (["lr", "digits.toml", "--rank", "8", "--fan-in", "0"], "--fan-in=0"),
+    (["lr", "digits.toml", "--rank", "8", "--steps", "-5"], "Error: --steps is -5"),
+    (["lr", "digits.toml", "--rank", "8", "--batch", "nan"], "Error: --batch is nan"),
     (["plot", "nowhere.toml", "-o", "out.png"], "no recipe at nowhere.toml"),
     (["show", f"{'x' * 300}.toml"], "cannot be read"),
     (

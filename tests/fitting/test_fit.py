@@ -19,6 +19,7 @@ from rankaware_optim.fitting import (
     Slope,
     diverged,
     fit_observations,
+    gain_of,
     shrink,
 )
 from rankaware_optim.recipe._uncertainty import margin
@@ -220,7 +221,7 @@ def test_a_carried_fit_is_that_of_a_model_with_the_move_as_unknowns(ranks, octav
     carry, prior = Carry(octaves, Slope(0.1, 0.25), Slope(0.25, 0.2)), Prior(0.15, 0.8, 16.0)
     vertices = {rank: (-9.0 + 0.1 * i, 0.2 + 0.1 * i) for i, rank in enumerate(ranks)}
     mean, covariance = shrink(vertices, carry.prior_of_trials(prior))
-    nothing = Fit(mean, covariance, 0.0, None, vertices, 0.0, 1.0)
+    nothing = Fit(prior, mean, covariance, 0.0, None, vertices)
     moved = carry.to_target(nothing, prior)
     lora, full = carry.of(carry.lora), carry.of(carry.full)
     rows = np.array([[*prior.row(rank), -1.0, -float(rank is None)] for rank in ranks])
@@ -322,7 +323,7 @@ def test_one_odd_first_value_is_held_against_no_run(start):
     seen = [observation(x, loss) for x, loss in ((-10, 2.0), (-9, 1.5), (-8, 1.4), (-7, 1.6))]
     odd = [*seen[:3], replace(seen[3], start=start)]
     assert diverged(odd) == [False] * 4
-    assert fitted(odd).gain == pytest.approx(fitted(seen).gain)
+    assert gain_of(odd) == pytest.approx(gain_of(seen))
 
 
 @pytest.mark.parametrize("seen", [[], [NAN_RUN], [NAN_RUN, observation(-9.0)]], ids=len)

@@ -48,7 +48,7 @@ def test_a_curve_is_the_mean_over_the_shapes_of_the_grid():
                     likelihood, level = of_one_shape(seen, sigma, sigma, shape(seen.x, h, a, k))
                     logs.append(likelihood)
                     curves.append(level + shape(U, h, a, k))
-    kernel = model._own_shapes()
+    kernel = model._rank_given_shared()
     noise = np.repeat(model.NOISE, len(logs) // len(model.NOISE))
     prior = np.exp(-0.5 * (np.log(noise / 0.015) / 1.2) ** 2)
     weights = np.exp(np.array(logs) - max(logs)) * (prior @ kernel)

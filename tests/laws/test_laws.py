@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import ClassVar
 
@@ -31,6 +31,8 @@ from rankaware_optim._registry import Registry
 from rankaware_optim._types import Survey
 from rankaware_optim.laws import (
     LAWS,
+    bound_law,
+    checked_batch_multiplier,
     checked_multiplier,
     get_law,
     kappa,
@@ -436,9 +438,15 @@ def test_a_file_without_tokens_has_eight():
     ("optimizer", "tokens"), [(torch.optim.AdamW, 1.0), (torch.optim.SGD, 8.0)]
 )
 def test_the_default_tokens_are_those_of_the_family(optimizer, tokens):
-    """The number chosen for Adam does not reach the other families' forms; a number that is given does."""
-    assert MuA().bind(optimizer, {}).tokens == tokens
-    assert MuA(tokens=4.0).bind(optimizer, {}).tokens == 4.0
+    """A law without tokens has its family's at every binding; a number that is given stays, the default one too."""
+    family = optimizer_family(optimizer)
+    assert MuA(family=family).tokens == MuA().bind(optimizer, {}).tokens == tokens
+    assert MuA().bind(optimizer, {}).bind(torch.optim.AdamW, {}) == MuA()
+    for given_tokens in (None, 1.0, 4.0):
+        assert MuA(tokens=given_tokens).bind(optimizer, {}).tokens == given_tokens
+    assert get_law("mua?tokens=1").bind(optimizer, {}).tokens == 1.0
+    assert "FamilyTokens" not in f"{MuA()!r} {law_to_dict(MuA())!r} {law_changes(MuA())!r}"
+    assert type(law_to_dict(MuA())["tokens"]) is float
 
 
 FALLS = [
@@ -657,6 +665,62 @@ def test_unusable_multipliers_are_refused(value):
     """A third-party law that gives no positive finite number is an error that names the law and the factor."""
     with pytest.raises(LawError, match=r"Impostor.*as the multiplier of w"):
         checked_multiplier(Impostor(value), Point(4, 1.0, 8).factor(), Point(4, 1.0, 8).reference())
+
+
+@dataclass(frozen=True)
+class Raising(Law):
+    """A law whose every answer is an error."""
+
+    error: Exception = field(default_factory=lambda: ZeroDivisionError("by 0"))
+    name: ClassVar[str] = "raising"
+
+    def answer(self, *question):
+        raise self.error
+
+    bind = batch_multiplier = multiplier = answer
+
+
+ASKED = [
+    (checked_multiplier, (Point(4, 1.0, 8).factor(), Point(4, 1.0, 8).reference()), "multiplier"),
+    (checked_batch_multiplier, (2.0,), "batch_multiplier"),
+    (bound_law, (torch.optim.AdamW, {}), "bind"),
+]
+
+
+@pytest.mark.parametrize(("ask", "question", "method"), ASKED)
+def test_a_law_that_raises_is_an_error_of_ours(ask, question, method):
+    """Another package's exception becomes a sentence with its cause; our errors and warnings pass as they are."""
+    with pytest.raises(LawError, match=rf"failed in {method}\(\): ZeroDivisionError.*law="):
+        ask(Raising(), *question)
+    for error in (InvalidReferenceError("A cause.", "A cure."), UserWarning("watch out")):
+        with pytest.raises(type(error)) as caught:
+            ask(Raising(error), *question)
+        assert caught.value is error
+
+
+@dataclass(frozen=True)
+class Unbound(Constant):
+    """A law that forgets to return itself."""
+
+    def bind(self, optimizer_class, settings):
+        return None
+
+
+def test_a_law_bound_to_nothing_is_refused():
+    """What `bind` returns must be a law."""
+    with pytest.raises(LawError, match=r"gave None when it was bound.*by default the law itself"):
+        bound_law(Unbound(), torch.optim.AdamW, {})
+
+
+BATCHES = [(torch.optim.AdamW, 4.0), (torch.optim.SGD, 16.0), (torch.optim.Adadelta, 4.0)]
+
+
+@pytest.mark.parametrize(("optimizer", "expected"), BATCHES)
+@pytest.mark.parametrize("law", [MuA(), Power(0.5), Falling()], ids=str)
+def test_the_rate_moves_with_the_batch_as_its_family_does(law, optimizer, expected):
+    """A batch 16 times as large takes 4 times the rate, for SGD 16 times; a correction leaves that to its law."""
+    assert checked_batch_multiplier(law.bind(optimizer, {}), 16.0) == pytest.approx(expected)
+    assert checked_batch_multiplier(LoRAPlus(), 16.0) == 1.0
 
 
 @given(alpha=st.integers(1, 64), rank=ranks, width=widths, init=inits, b=tokens)

@@ -16,8 +16,7 @@ from rankaware_optim import (
     inspect_model,
     rank_aware_param_groups,
 )
-from rankaware_optim._survey_text import Rated
-from rankaware_optim._types import Factor
+from rankaware_optim._types import Factor, Rated
 from rankaware_optim.inspection import other_kind
 from rankaware_optim.inspection._unsupported import unsupported
 from rankaware_optim.optimizer import PlanOptions, Report, effective_lr, make_plan, plan_rates

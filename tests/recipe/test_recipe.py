@@ -33,8 +33,9 @@ from rankaware_optim import (
 from rankaware_optim._scaling_rule import infer_scaling
 from rankaware_optim.errors import PlotError
 from rankaware_optim.optimizer import effective_lr
-from rankaware_optim.recipe import Horizon, drawable
-from rankaware_optim.recipe._html import report_html
+from rankaware_optim.recipe import Horizon
+from rankaware_optim.reports import drawable
+from rankaware_optim.reports._page import report_html
 
 from ..helpers.models import mlp, train
 from ..helpers.recipes import tensors_of
@@ -678,7 +679,7 @@ def test_rslora_divides_alpha_by_the_root_of_the_rank():
 def test_an_unknown_rule_asks_for_alpha():
     """Where no rule fits, another rank needs alpha; the reference's own does not."""
     made = recipe(scaling_rule="unknown")
-    with pytest.raises(RecipeError, match="alpha="):
+    with pytest.raises(RecipeError, match="Give an alpha"):
         made.at(rank=8)
     assert made.at(rank=16) == made.at()
     assert made.at(rank=8, alpha=16).lr == recipe().at(rank=8).lr
@@ -716,7 +717,7 @@ def test_a_recipe_of_full_finetuning_alone_asks_for_rank_and_alpha():
     )
     assert made.at(method="full").lr == made.lr
     for target in ({}, {"rank": 8}):
-        with pytest.raises(RecipeError, match="alpha="):
+        with pytest.raises(RecipeError, match="rank and an alpha"):
             made.at(**target)
     with pytest.warns(RankAwareWarning, match="outside"):
         assert made.at(rank=8, alpha=8).extrapolated

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from rankaware_optim import Rate, Recipe, Reference
 from rankaware_optim.cli._main import main
-from rankaware_optim.recipe._html import report_html
-from rankaware_optim.recipe._recipe_text import facts, lead
+from rankaware_optim.recipe import facts, lead
+from rankaware_optim.reports._page import report_html
 
 from ..helpers.recipes import KINDS, RECIPE
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from rankaware_optim import Recipe
-from rankaware_optim.calibration._calibration import _PRIORS
-from rankaware_optim.fitting import Prior, diverged, fit_observations
-from rankaware_optim.recipe._plot_data import _observations, _trials, picture_of
+from rankaware_optim.fitting import diverged, fit_observations, prior_of
+from rankaware_optim.reports._picture import _observations, _trials, picture_of
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 # What optimizers' checkpoints know them by: a package that hashed them otherwise would take them for other recipes.
@@ -65,11 +64,10 @@ def test_the_picture_is_drawn_from_what_the_fit_saw(shipped):
         for rank, points in _trials(at_base).items()
         for pair in _observations(rank, points, 0.0)
     ]
-    seen, pivot, at_b = [o for o, _ in pairs], shipped.law.pivot, shipped.reference.init == "B"
-    reach = math.log2(shipped.full_fan_in / pivot) if at_b else 0.0
-    (_, drift_sd), (_, full_sd) = _PRIORS[shipped.reference.init]
-    fit = fit_observations(seen, Prior(drift_sd, full_sd, pivot, reach))
-    shift = fit.mean[1] * math.log2(shipped.reference.rank / pivot)
+    seen = [o for o, _ in pairs]
+    prior = prior_of(shipped.reference, shipped.ranks, shipped.full_fan_in)
+    fit = fit_observations(seen, prior)
+    best = fit.best(shipped.reference.rank)
     pruned_last = [
         sorted(points, key=lambda p: p.fate == "pruned") for points in _trials(at_base).values()
     ]
@@ -78,10 +76,10 @@ def test_the_picture_is_drawn_from_what_the_fit_saw(shipped):
     assert [lost for _, lost in pairs] == [
         bad and fate != "pruned" for bad, fate in zip(diverged(seen), fates, strict=True)
     ]
-    assert 2.0 ** (fit.mean[0] + shift) == pytest.approx(shipped.fitted_lr, rel=1e-9)
+    assert 2.0**best == pytest.approx(shipped.fitted_lr, rel=1e-9)
     assert np.allclose(fit.covariance, shipped.covariance, rtol=1e-9, atol=1e-12)
     assert (fit.ceiling is None) == (shipped.ceiling is None)
-    assert fit.ceiling is None or 2.0 ** (fit.ceiling + shift) == pytest.approx(
+    assert fit.ceiling is None or 2.0 ** (fit.ceiling + best - fit.mean[0]) == pytest.approx(
         shipped.ceiling, rel=1e-9
     )
 

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import save
 
 from rankaware_optim import CalibrationError, Recipe, RecipeError
-from rankaware_optim.recipe._html import rate_table, report_html
-from rankaware_optim.recipe._plot_data import picture_of
+from rankaware_optim.reports._page import rate_table, report_html
+from rankaware_optim.reports._picture import picture_of
 from rankaware_optim.sweeps import fit_sweep
 
 from ..helpers.recipes import RECIPE, tensors_of

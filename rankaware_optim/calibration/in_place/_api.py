@@ -15,13 +15,12 @@ from torch.optim import Optimizer
 
 from ..._checks import plain
 from ...errors import CalibrationError, InspectionError
-from ...inspection import Walk, other_kind, pairs_of, walk
+from ...inspection import Adapters, ScalingRule, Walk, base_weight, other_kind, pairs_of, walk
 from ...recipe import Recipe
 from .._api import calibrate
 from .._arguments import check_argument
 from .._signals import Interrupts
 from .._trial import Trial, seeded
-from ._resize import Adapters, ScalingRule, base_weight
 from ._snapshot import ModelState
 
 StepFunction = Callable[[nn.Module, int], Any]

@@ -18,7 +18,7 @@ from rankaware_optim import (
     RecipeError,
     Reference,
 )
-from rankaware_optim.recipe._html import rate_table, report_html
+from rankaware_optim.reports._page import rate_table, report_html
 
 from ...helpers.recipes import KINDS, RECIPE
 

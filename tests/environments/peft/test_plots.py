@@ -15,8 +15,8 @@ from rankaware_optim.transfer import coordinate_check
 pytest.importorskip("matplotlib")
 
 from rankaware_optim.errors import PlotError
-from rankaware_optim.recipe import _plots, plot_recipe
-from rankaware_optim.recipe._plot_data import picture_of
+from rankaware_optim.reports import _figure, plot_recipe
+from rankaware_optim.reports._picture import picture_of
 from rankaware_optim.transfer import plot_coordinates
 
 from ...helpers.recipes import KINDS, RECIPE
@@ -86,7 +86,7 @@ def figures(monkeypatch, module) -> list:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tick_stands_where_its_label_says(kind, monkeypatch):
     """Every label of an axis of rates reads as the number at which its tick stands."""
-    saved = figures(monkeypatch, _plots)
+    saved = figures(monkeypatch, _figure)
     plot_recipe(KINDS[kind], "out.png")
     saved[0].draw_without_rendering()
     for axis in saved[0].axes:
@@ -108,7 +108,7 @@ def test_a_tick_stands_where_its_label_says(kind, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_panel_is_used(kind, monkeypatch):
     """Each panel holds something, rows end at the right edge, and every trial is a mark within its panel."""
-    saved = figures(monkeypatch, _plots)
+    saved = figures(monkeypatch, _figure)
     plot_recipe(KINDS[kind], "out.png")
     saved[0].draw_without_rendering()
     assert all(axis.has_data() and axis.axison for axis in saved[0].axes)

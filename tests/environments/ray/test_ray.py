@@ -180,7 +180,7 @@ def test_a_cluster_that_is_not_there_is_said(address, folder, monkeypatch):
 def test_a_storage_that_only_this_process_has_is_refused(storage, folder):
     """Memory, SQLite and an object are, before Ray is started."""
     with pytest.raises(
-        ra.CalibrationError, match="Give storage= the path of a journal in a folder that all"
+        ra.CalibrationError, match="Give as storage the path of a journal in a folder that all"
     ):
         ra.calibrate(
             import_module("ray_loops").train,

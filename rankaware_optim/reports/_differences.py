@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy.typing as npt
+
 from .._checks import is_number
 from .._tables import text_table
-from ._io import Array
-from ._recipe import Recipe, known_rate
-from ._schema import to_document
+from ..recipe import Recipe, known_rate, to_document
 
 _ABSENT = "not given"
 _NOWHERE = "configurations"
@@ -154,7 +154,7 @@ def _text(value: Any) -> str:
     return _ABSENT if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _size(tensor: Array | None) -> str:
+def _size(tensor: npt.NDArray[Any] | None) -> str:
     return _ABSENT if tensor is None else " × ".join(map(str, tensor.shape)) or "1"
 
 

@@ -15,32 +15,21 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ..._scaling_rule import scaling_factor
-from ..._types import Init
-from ...errors import InspectionError
-from ...inspection import (
-    Config,
-    Declaration,
-    Half,
-    Pair,
-    Walk,
+from .._scaling_rule import scaling_factor
+from .._types import Init
+from ..errors import InspectionError
+from ._declarations import Config, Declaration, configs_of, declare, place_of, scaling_places
+from ._initialize import (
     check_start,
-    configs_of,
-    declare,
     is_merged,
-    other_kind,
-    pairs_of,
-    place_of,
-    read_as,
-    reading_of,
     refuse_opposite_ties,
     refuse_residual,
-    scaling_of,
-    scaling_places,
     start_of,
-    survey_of,
     write_starts,
 )
+from ._pairs import Half, Pair, Walk, pairs_of, read_as, reading_of, scaling_of
+from ._survey import survey_of
+from ._unsupported import other_kind
 
 ScalingRule = Literal["fixed", "alpha", "rslora"]
 Variance = Literal["mua", "peft"]

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from rankaware_optim import Power, Recipe, Reference
 from rankaware_optim.cli._main import main
-from rankaware_optim.recipe import Horizon, diff_recipes, diff_text
+from rankaware_optim.recipe import Horizon
+from rankaware_optim.reports import diff_recipes, diff_text
 
 RECIPE = Recipe(
     name="digits",

@@ -9,9 +9,8 @@ from typing import Any
 from .._figures import COLOURS, figure_of, rate_axis, save, short
 from .._printable import printable
 from ..errors import PlotError
-from ._plot_data import Picture, PictureArm, picture_of
-from ._recipe import Recipe
-from ._recipe_text import missing_trials
+from ..recipe import Recipe, missing_trials
+from ._picture import Picture, PictureArm, picture_of
 
 _CURVE = "fit, lowest at the best rate"
 _BEYOND = "off the frame, diverged or pruned"

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 
 from rankaware_optim import RankAwareError, RankAwareWarning, Recipe
 from rankaware_optim.cli._main import main
-from rankaware_optim.recipe import write_report
-from rankaware_optim.recipe._html import rate_table, report_html
+from rankaware_optim.reports import write_report
+from rankaware_optim.reports._page import rate_table, report_html
 
 from ..helpers.recipes import KINDS, RECIPE
 

@@ -1,7 +1,7 @@
 """The numbers that a figure of a recipe shows: each rank's trials, fitted curve, and rate with band
 and ceiling.
 
-`_plots` draws them with matplotlib, `_html` as a page.
+`_figure` draws them with matplotlib, `_page` as a page.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..fitting import (
     noise_of,
     recent,
 )
-from ._recipe import Recipe, known_rate
+from ..recipe import Recipe, known_rate
 
 # The drift along which trials of recipes without `trial.own_lr` ran, by init: the prior mean at
 # that time.
@@ -150,7 +150,7 @@ def _by_rank(recipe: Recipe) -> tuple[tuple[int, Rate], ...]:
 
 
 def _frame(values: Sequence[float]) -> tuple[float, float]:
-    """Return a frame from slightly below the best score to twice as far above it as the median is."""
+    """Return a frame from below the best score to twice as far above it as the median."""
     if not values:
         return 0.0, 1.0
     ordered = sorted(values)
@@ -233,11 +233,11 @@ def _curves(trials: Trials, best: Mapping[int | None, float], x: Array) -> dict[
     """
     fitted = [rank for rank in best if len(trials[rank]) <= _MOST_FITTED]
     seen = [pair for rank in fitted for pair in _observations(rank, trials[rank], best[rank])]
-    good = [observation for observation, lost in seen if not lost]
-    if not good:
+    ended = [observation for observation, lost in seen if not lost]
+    if not ended:
         return {}
-    gain, floors = gain_of(good), {o.rank: o.value for o in sorted(good, key=lambda o: -o.value)}
-    arms = arms_of([observation for observation, _ in seen], [lost for _, lost in seen], gain)
+    gain, floors = gain_of(ended), {o.rank: o.value for o in sorted(ended, key=lambda o: -o.value)}
+    arms = arms_of(ended, [observation for observation, lost in seen if lost], gain)
     gaps = curves_of(arms, {rank: x - best[rank] for rank in arms})
     return {rank: floor + gain * gaps[rank] for rank, floor in floors.items()}
 

@@ -12,7 +12,7 @@ import torch
 
 import rankaware_optim as ra
 from rankaware_optim.optimizer import effective_lr
-from rankaware_optim.recipe._plot_data import picture_of
+from rankaware_optim.reports._picture import picture_of
 
 from ..helpers.models import mlp
 from ..helpers.recipes import KINDS

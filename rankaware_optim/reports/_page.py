@@ -1,7 +1,7 @@
 """A recipe as one self-contained page: its figure, rates by rank, a control for rank, alpha and
 method, provenance.
 
-The page is `report_page.html`, filled in by jinja2 with every value escaped. It loads nothing, so
+The page is `page.html`, filled in by jinja2 with every value escaped. It loads nothing, so
 it contains the recipe's rates on a grid of ranks and multipliers. Every rank up to 64 is a node,
 and there are 32 nodes per octave above. Rates are interpolated in log2, linearly along the rank and
 by a cubic along the multiplier. They have three digits.
@@ -23,9 +23,8 @@ from .._files import replace_bytes
 from .._printable import printable
 from .._rate import Rate
 from ..errors import PageError, RankAwareError
-from ._plot_data import Picture, PictureArm, picture_of
-from ._recipe import Recipe, known_rate
-from ._recipe_text import facts, lead, missing_trials
+from ..recipe import Recipe, facts, known_rate, lead, missing_trials
+from ._picture import Picture, PictureArm, picture_of
 
 
 def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
@@ -78,7 +77,7 @@ def report_html(recipe: Recipe) -> str:
 def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
-    text = resources.files(__package__).joinpath("report_page.html").read_text(encoding="utf-8")
+    text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

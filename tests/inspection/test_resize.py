@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from rankaware_optim import InspectionError, initialize, inspect_model
-from rankaware_optim.calibration.in_place._resize import Adapters
-from rankaware_optim.inspection import walk
+from rankaware_optim.inspection import Adapters, walk
 
 from ..helpers.models import BASES, STYLES, adapted, mlp
-from ..inspection.test_initialize import LAYOUTS, inputs, owner
+from .test_initialize import LAYOUTS, inputs, owner
 
 
 def remade(model: nn.Module, rank: int, seed: int = 0, **options) -> Adapters:

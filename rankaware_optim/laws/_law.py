@@ -1,0 +1,206 @@
+"""What a law is, the two simplest laws, and how the package asks a law.
+
+A law has one method, `Law.multiplier(factor, reference)`: the number by which the rate tuned at
+`reference` is multiplied for `factor`. The base rate is that of the reference's A factor. Laws are
+frozen dataclasses whose arguments all have defaults, so that a recipe's TOML can hold them. They
+are plain arithmetic, without torch.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .._checks import is_positive, is_within, range_of, shown
+from .._types import Factor, Reference
+from ..errors import LawError, RankAwareError
+
+_FAR = 1e4
+
+
+class Law(ABC):
+    """A scaling law. Subclass it as a frozen dataclass, give every field a default, and write
+    `multiplier`.
+
+    Init[A] means that A is drawn and B starts at zero, as in PEFT. Init[B] means that B is drawn
+    and A starts at zero.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class InverseRank(Law):
+    ...     name = "inverse-rank"
+    ...     def multiplier(self, factor, reference):
+    ...         return reference.rank / factor.rank if factor.rank and reference.rank else 1.0
+    >>> at = Reference(rank=16, alpha=16, fan_in=64)
+    >>> InverseRank().multiplier(Factor("w", "A", 32, 64, 64), at)
+    0.5
+    """
+
+    name: ClassVar[str] = ""
+
+    @property
+    def falls_with_rank(self) -> bool:
+        """Whether the law lowers the rates of Init[B] with the rank. A calibration then expects no
+        further fall.
+        """
+        return False
+
+    def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
+        """Return the law for an optimizer; by default the law itself.
+
+        Args:
+            optimizer_class: the torch optimizer's class.
+            settings: its settings other than the learning rate, by name.
+        """
+        return self
+
+    def batch_multiplier(self, ratio: float) -> float:
+        """Return the factor of every rate for a batch of another size; by default 1.
+
+        Args:
+            ratio: the batch divided by the reference's batch, dimensionless.
+        """
+        return 1.0
+
+    @abstractmethod
+    def multiplier(self, factor: Factor, reference: Reference) -> float:
+        """Return the ratio of `factor`'s rate to the base rate.
+
+        Args:
+            factor: the matrix whose rate is wanted.
+            reference: the configuration of the base rate, with its `fan_in` known
+                (`Reference.resolve`).
+
+        Returns:
+            A positive finite number, dimensionless.
+        """
+
+
+@dataclass(frozen=True)
+class Constant(Law):
+    """One rate for everything: multiplier 1."""
+
+    name: ClassVar[str] = "constant"
+
+    def multiplier(self, factor: Factor, reference: Reference) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class LoRAPlus(Law):
+    """LoRA+: B's rate is `ratio` times A's at every rank. Everything else has the base rate.
+
+    η_A = η, η_B = ratio·η. Source: Hayou, Ghosh, Yu, "LoRA+" (ICML 2024), which recommends 16.
+
+    Args:
+        ratio: η_B / η_A, dimensionless.
+    """
+
+    ratio: float = 16.0
+    name: ClassVar[str] = "loraplus"
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "ratio")
+
+    def multiplier(self, factor: Factor, reference: Reference) -> float:
+        return self.ratio if factor.role == "B" else 1.0
+
+
+# --- checks of a law's parameters -----------------------------------------------------------------
+
+
+def check_ranges(law: Law, *names: str) -> None:
+    """Raise a `LawError` if one of these parameters is outside the range for its name."""
+    for name in names:
+        if not is_within(name, getattr(law, name)):
+            raise bad_parameter(law, name, f"Give {range_of(name)}.")
+
+
+def check_choice(law: Law, name: str, choices: Iterable[str]) -> None:
+    """Raise a `LawError` if a parameter is not one of `choices`."""
+    choices = list(choices)
+    if getattr(law, name) not in choices:
+        raise bad_parameter(law, name, f"Give one of {', '.join(map(repr, choices))}.")
+
+
+def bad_parameter(law: Law, name: str, cure: str) -> LawError:
+    return LawError(f"The law {law.name!r} got {name}={shown(getattr(law, name))}.", cure)
+
+
+# --- asking a law, which may be third-party code --------------------------------------------------
+
+
+def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
+    """Return `law.multiplier(factor, reference)`, checked to be a positive finite number.
+
+    A value within rounding error of 1 becomes 1. The reference's own configuration then keeps its
+    rate bit for bit.
+
+    Raises:
+        LawError: the law failed, or returned something else.
+    """
+    answer = _answer(law, "multiplier", factor, reference)
+    value = _usable(law, answer, factor.name or factor.role)
+    return 1.0 if math.isclose(value, 1.0, rel_tol=1e-12) else value
+
+
+def checked_batch_multiplier(law: Law, ratio: float) -> float:
+    """Return `law.batch_multiplier(ratio)`; raise a `LawError` if it is not a positive finite
+    number.
+    """
+    return _usable(law, _answer(law, "batch_multiplier", ratio), f"{ratio:g} times the batch")
+
+
+def bound_law(law: Law, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
+    """Return `law.bind(optimizer_class, settings)`; raise a `LawError` if that is not a law."""
+    bound = _answer(law, "bind", optimizer_class, settings)
+    if not isinstance(bound, Law):
+        raise LawError(
+            f"The law {law!r} gave {bound!r} when it was bound.",
+            "Return a law, by default the law itself.",
+        )
+    return bound
+
+
+def _answer(law: Law, method: str, *question: Any) -> Any:
+    """Call a method of a law. Whatever it raises becomes a `LawError`."""
+    try:
+        return getattr(law, method)(*question)
+    except (RankAwareError, Warning):
+        raise
+    except Exception as error:
+        raise LawError(
+            f"The law {law!r} failed in {method}(): {error!r}.",
+            "Fix the law, or choose another by law=.",
+        ) from error
+
+
+def _usable(law: Law, value: object, what: str) -> float:
+    if not is_positive(value) or value > sys.float_info.max:
+        raise LawError(
+            f"The law {law!r} gave {value!r} as the multiplier of {what}.",
+            "A multiplier is a positive finite number: fix the law, or choose another by law=.",
+        )
+    return float(value)
+
+
+def innermost(law: Law) -> Law:
+    """Return the law inside all correcting laws; the law itself if it corrects none."""
+    inner = getattr(law, "law", None)
+    return innermost(inner) if isinstance(inner, Law) else law
+
+
+def caution_of(multiplier: float) -> str:
+    """Return a warning text for a multiplier outside 1e-4 to 1e4, else "". Usual ranks and alphas
+    stay inside.
+    """
+    if 1 / _FAR <= multiplier <= _FAR:
+        return ""
+    return (
+        f"The law multiplies the rate by {multiplier:.3g}, beyond {1 / _FAR:g} to {_FAR:g}: look at"
+        " ranks and alphas."
+    )
