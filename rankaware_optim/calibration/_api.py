@@ -206,7 +206,8 @@ def _run_here(runner: Runner, train: Train, progress: bool | None) -> None:
 
 
 def _run_on_ray(runner: Runner, executor: RayExecutor, work: partial[Recipe]) -> None:
-    calibration, log = runner.calibration, TrialLog(True)
+    calibration = runner.calibration
+    log = TrialLog(True)
     expected = calibration.schedule.expected()
 
     def look() -> None:

@@ -65,33 +65,32 @@ class Calibration:
     Args:
         options: its optimizer, law, schedule and target.
         code: the training loop's code.
-        reference: the configuration to which all rates are moved, if it is known.
-        full_fan_in: the width on which the rate of full finetuning depends.
     """
 
-    def __init__(
-        self,
-        options: Options,
-        code: Code | None = None,
-        reference: Reference | None = None,
-        full_fan_in: float | None = None,
-    ) -> None:
-        self.options, self.schedule, self.code = options, options.schedule, code or Code()
-        self.reference, self.full_fan_in = reference, full_fan_in
+    def __init__(self, options: Options, code: Code | None = None) -> None:
+        self.options = options
+        self.schedule = options.schedule
+        self.code = code or Code()
+        self.reference: Reference | None = None  # the configuration to which rates are moved
+        self.full_fan_in: float | None = None
         self.settings: Mapping[str, Any] = {}  # of the optimizer
         self.start: float  # log2 of the first base rate
+        self.carry: Carry
+        self.prior: Prior  # at the steps of the trials
+        self.target_prior: Prior  # at those of the target
         self.study: optuna.Study
         self.is_stored = False
+        self._opened: optuna.storages.BaseStorage | None = None
         self._ended: dict[int, TrialRecord] = {}
         self._fit: tuple[int, Fit | None] = (-1, None)  # and the number of its observations
-        self._opened: optuna.storages.BaseStorage | None = None
 
     # --- the study --------------------------------------------------------------------------------
 
     def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
         """Create the Optuna study, or continue the stored one of this name."""
         self.is_stored = storage is not None
-        self._place, name = storage, self.options.name
+        self._place = storage
+        name = self.options.name
         self._made_with = made_with(self.options, self.code)
         with self.guard():
             opened = open_storage(storage)
@@ -194,7 +193,11 @@ class Calibration:
         """Set the reference, the priors for its init, and a first guess, which is the upper end of
         the family's usual rates.
         """
-        self.reference, self.full_fan_in = reference, full_fan_in
+        self.reference = reference
+        self.full_fan_in = full_fan_in
+        self.carry = carry_of(reference, math.log2(self.options.target / self.schedule.steps))
+        self.target_prior = prior_of(reference, self.schedule.ranks, full_fan_in)
+        self.prior = self.carry.prior_of_trials(self.target_prior)
         usual = usual_lr(self.options.optimizer, self.options.law, reference)
         low, high = self.options.lr_range or (-math.inf, math.inf)
         self.start = min(max(_ABOVE + math.log2(usual), low), high)
@@ -211,27 +214,12 @@ class Calibration:
         It is computed from the trials each time, so that a resumed study has the same one.
         """
         around = (self.start - _HALF_RANGE, self.start + _HALF_RANGE)
-        return search_range(self.trials().observations(), *(self.options.lr_range or around))
+        return search_range(self.trials(), *(self.options.lr_range or around))
 
     @property
     def full_follows(self) -> bool:
         """Whether runs of full finetuning follow the search."""
         return self.schedule.full_trials > 0
-
-    @property
-    def prior(self) -> Prior:
-        """Return the prior of the drift and of full finetuning, at the steps of the trials."""
-        return self.carry.prior_of_trials(self._target_prior)
-
-    @property
-    def _target_prior(self) -> Prior:
-        return prior_of(self.settled(), self.schedule.ranks, self.full_fan_in)
-
-    @property
-    def carry(self) -> Carry:
-        """The move of best rates to the target's steps."""
-        octaves = math.log2(self.options.target / self.schedule.steps)
-        return carry_of(self.settled(), octaves)
 
     @property
     def bound_law(self) -> Law:
@@ -261,27 +249,25 @@ class Calibration:
             self._fit = len(evidence), fit_observations(evidence, self.prior)
         return self._fit[1]
 
-    def at_target(self, fit: Fit) -> Fit:
-        """Return a fit of the trials, moved to the target's steps."""
-        return self.carry.to_target(fit, self._target_prior)
+    def target_fit(self) -> Fit | None:
+        """Return the fit of the trials so far, moved to the target's steps."""
+        fit = self.fit()
+        return None if fit is None else self.carry.to_target(fit, self.target_prior)
 
     def width(self) -> float | None:
         """Return the width of the target's 90 % band at the worst rank, octaves. None before any
         fit.
         """
-        fit = self.fit()
-        if fit is None:
-            return None
-        fit = self.at_target(fit)
-        return max(2 * Z90 * fit.sd(rank) for rank in self.schedule.ranks)
+        fit = self.target_fit()
+        return None if fit is None else max(2 * Z90 * fit.sd(r) for r in self.schedule.ranks)
 
     def band(self) -> tuple[float, float, float] | None:
         """Return (low, best, high) base rates of the target so far, the 90 % band; None before any
         fit.
         """
-        fit = self.fit()
+        fit = self.target_fit()
         if fit is None:
             return None
-        fit = self.at_target(fit)
-        best, half = float(fit.mean[0]), Z90 * fit.sd(self.schedule.ranks[0])
+        best = float(fit.mean[0])
+        half = Z90 * fit.sd(self.schedule.ranks[0])
         return 2.0 ** (best - half), 2.0**best, 2.0 ** (best + half)

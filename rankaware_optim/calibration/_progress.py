@@ -60,7 +60,8 @@ class TrialLog:
     """
 
     def __init__(self, logs: bool) -> None:
-        self._start, self._logs = time.monotonic(), logs
+        self._start = time.monotonic()
+        self._logs = logs
         self._before: int | None = None  # trials that had ended before the first that is logged
         self._logged: set[int] = set()
 
@@ -78,7 +79,8 @@ class TrialLog:
         """Log the trials that other processes finished since the last call. The first call logs
         nothing.
         """
-        ended, is_first = trials.counted(), self._before is None
+        ended = trials.counted()
+        is_first = self._before is None
         if is_first:
             self._before = len(ended)
         for trial in ended:
@@ -116,7 +118,8 @@ class TrialLog:
 
 def _end_of(trial: TrialRecord) -> tuple[float, str]:
     """Return a trial's score, or its last value if it was stopped, and how it was stopped."""
-    run, last = trial.observation, trial.curve[-1] if trial.curve else math.nan
+    run = trial.observation
+    last = trial.curve[-1] if trial.curve else math.nan
     if run is None:
         return last, trial.stopped
     return (last, "diverged") if run.stopped else (run.value, "")

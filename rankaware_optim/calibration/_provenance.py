@@ -32,10 +32,26 @@ _LORA = (("A", "A"), ("B", "A"), ("A", "B"), ("B", "B"))
 _FULL = (("full", "A"), ("full", "B"))
 # Optimizer settings that the study decides, or that do not change the updates.
 _LEFT_OUT = {
-    "cls", "self", "params", "optimizer", "model", "lr", "tuned_at", "law", "recipe", "method",
-    "strict", "on_rank_change", "native_type", "apply_settings", "steps", "warmup_share", "seed",
-    "generator", *SAME_UPDATES,
-}  # fmt: skip
+    "cls",
+    "self",
+    "params",
+    "optimizer",
+    "model",
+    "lr",
+    "tuned_at",
+    "law",
+    "recipe",
+    "method",
+    "strict",
+    "on_rank_change",
+    "native_type",
+    "apply_settings",
+    "steps",
+    "warmup_share",
+    "seed",
+    "generator",
+    *SAME_UPDATES,
+}
 _GIT = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 _PATIENCE_S = 10.0  # timeout for git on a slow disk
 _ALWAYS = ("rankaware-optim", "torch", "optuna")
@@ -82,7 +98,9 @@ def train_source(train: Any) -> Code:
         function = inspect.unwrap(function.func)
     if not hasattr(function, "__qualname__"):
         function = type(function)
-    digits, folder, imports = "", Path.cwd(), set[str]()
+    digits = ""
+    folder = Path.cwd()
+    imports = set[str]()
     with suppress(OSError, TypeError):
         source = inspect.getsource(function)
         digits = hashlib.sha256(source.encode()).hexdigest()[:12]

@@ -82,8 +82,8 @@ def _rival(study: Study, record: TrialRecord) -> TrialRecord | None:
     """Return the best finished run of a trial's rank and seed."""
     paired = []
     for trial in study.get_trials(deepcopy=False):
-        kept = trial.user_attrs
-        if (kept.get("rank"), kept.get("seed", 0)) == record.setting:
+        attributes = trial.user_attrs
+        if (attributes.get("rank"), attributes.get("seed", 0)) == record.setting:
             paired.append(trial)
     return Trials.read(paired).best_of(record.setting)
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .._optimizer_classes import defaults_of
 from .._scaling_rule import infer_scaling
 from ..errors import CalibrationError
-from ..fitting import Fit, diverged, fit_observations
+from ..fitting import Fit, fit_observations
 from ..recipe import Horizon, Recipe, agreed, recipe_of
 from ._calibration import Calibration
 from ._provenance import settings_in, versions_used
@@ -31,9 +31,11 @@ def calibrated_recipe(calibration: Calibration) -> Recipe:
         CalibrationError: every run failed, or all of a rank.
     """
     calibration.recall()  # needed if other workers ran every trial
-    options, code = calibration.options, calibration.code
+    options = calibration.options
+    code = calibration.code
     trials = calibration.trials().counted()
-    fit = calibration.at_target(_fit(calibration, trials))
+    reference = calibration.settled()
+    fit = calibration.carry.to_target(_fit(calibration, trials), calibration.target_prior)
     tried = {run.rank for run in trials.observations()}
     slope = calibration.carry.lora
     built = [trial.built for trial in trials if trial.built]
@@ -41,7 +43,7 @@ def calibrated_recipe(calibration: Calibration) -> Recipe:
     return recipe_of(
         fit,
         calibration.bound_law,
-        calibration.settled(),
+        reference,
         name=options.name,
         scaling_rule=infer_scaling(scalings),
         full_fan_in=calibration.full_fan_in,
@@ -100,7 +102,8 @@ def _fit(calibration: Calibration, trials: Trials) -> Fit:
 def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...]:
     """Return sentences on what the data do not determine and on problems of the runs."""
     notes = []
-    options, lora = calibration.options, calibration.schedule.lora
+    options = calibration.options
+    lora = calibration.schedule.lora
     if len(lora) > 1 and max(lora) < _APART * min(lora):
         notes.append(
             f"ranks {min(lora)} and {max(lora)} differ by less than a factor 16: the drift is"
@@ -162,20 +165,21 @@ def tensors_of(trials: Trials, steps: int) -> dict[str, npt.NDArray[Any]]:
 
     Curves are padded with NaN, to the steps of a whole run. A pruned run has the score NaN.
     """
-    ran = [trial for trial in trials.counted() if trial.x is not None]
-    bad = iter(diverged([trial.observation for trial in ran if trial.observation]))
+    ran = [(trial, trial.x) for trial in trials.counted() if trial.x is not None]
+    lost = trials.diverged()
     columns: dict[str, list[Any]] = {}
     curves = np.full((len(ran), steps), math.nan, np.float32)
-    for trial, padded in zip(ran, curves, strict=True):
-        run, curve = trial.observation, trial.curve or []
+    for (trial, x), padded in zip(ran, curves, strict=True):
+        run = trial.observation
+        curve = trial.curve or []
         padded[: len(curve)] = curve
         row = {
             "rank": trial.rank or 0,
             "seed": trial.seed,
-            "lr": 2.0 ** (trial.x or 0.0),
+            "lr": 2.0**x,
             "own_lr": math.nan if trial.own_lr is None else trial.own_lr,
             "value": math.nan if run is None else run.value,
-            "diverged": run is not None and next(bad),
+            "diverged": trial.number in lost,
             "pruned": run is None,
             "steps": len(curve),
         }

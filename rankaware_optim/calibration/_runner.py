@@ -8,7 +8,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -57,7 +57,8 @@ class Runner:
     """
 
     def __init__(self, calibration: Calibration) -> None:
-        self.calibration, self.team = calibration, Replicas()
+        self.calibration = calibration
+        self.team = Replicas()
         self._heartbeat = Heartbeat()
         # trials that ran when this worker came, and have shown no sign of life
         self._unheard: set[int] = set()
@@ -115,16 +116,22 @@ class Runner:
 
     def _begin_or_wait(self) -> Trial | None:
         self._await_signs()
-        poll = _POLL_S
-        while True:
+        for _ in self._polls():
             # A trial that had no heartbeat before it ran was taken by another worker.
             with suppress(UpdateFinishedTrialError):
                 trial = self._try_to_begin()
+                # Another worker's trial may still die and be repeated here.
                 if trial is not None or not self.calibration.trials().running():
                     return trial
-            # Another worker's trial may still die and be repeated here.
-            self.calibration.pause(poll)
-            poll = min(2 * poll, _SLOW_POLL_S)
+        return None
+
+    def _polls(self) -> Iterator[None]:
+        """Yield without end, after ever longer pauses."""
+        pause = _POLL_S
+        while True:
+            yield
+            self.calibration.pause(pause)
+            pause = min(2 * pause, _SLOW_POLL_S)
 
     def _await_signs(self) -> None:
         """Wait until each trial that ran when this worker came has shown a sign of life, or has
@@ -133,8 +140,10 @@ class Runner:
         So the same call after a kill repeats the killed trial before it goes on, as if it had not
         been killed.
         """
-        poll, quiet_until = _POLL_S, time.monotonic() + _QUIET_S
-        while self._unheard:
+        if not self._unheard:
+            return
+        quiet_until = time.monotonic() + _QUIET_S
+        for _ in self._polls():
             running = {trial.number for trial in self.calibration.trials().running()}
             silent = [n for n in self._unheard & running if not self._heartbeat.heard(n)]
             self._unheard = set(silent)
@@ -143,8 +152,6 @@ class Runner:
             if time.monotonic() > quiet_until:
                 _LOG.info("waiting for a sign of life of trials %s", sorted(silent))
                 quiet_until = math.inf
-            self.calibration.pause(poll)
-            poll = min(2 * poll, _SLOW_POLL_S)
 
     def _try_to_begin(self) -> Trial | None:
         """Create a running trial that has its worker and its setting from the start. Give it up if
@@ -152,7 +159,8 @@ class Runner:
         """
         while True:
             trials = self.calibration.trials()
-            setting, killed = self._next(trials), trials.to_repeat()
+            setting = self._next(trials)
+            killed = trials.to_repeat()
             if setting is None:
                 return None
             number = self._create(setting if killed is None else killed.setting, killed)
@@ -192,7 +200,8 @@ class Runner:
         calibration = self.calibration
         if calibration.reference is not None:
             self._take_rate()
-        expected, steps = calibration.schedule.expected(), calibration.schedule.steps
+        expected = calibration.schedule.expected()
+        steps = calibration.schedule.steps
         return Trial(
             *self._setting,
             steps,
@@ -357,7 +366,8 @@ class Runner:
         """Return the trial's base rate, the law centred on its priors, and the reference that both
         belong to. `at` is the model's configuration.
         """
-        calibration, rank = self.calibration, self._setting.rank
+        calibration = self.calibration
+        rank = self._setting.rank
         if at.rank != rank:
             raise CalibrationError(
                 f"The model built for trial.rank={rank} has rank {at.rank}.",
@@ -369,7 +379,8 @@ class Runner:
         calibration.settings = {
             key: plain_setting(value) for key, value in settings.items() if key not in ours
         }
-        lr, law = 2.0 ** self._take_rate(), calibration.centred_law()
+        lr = 2.0 ** self._take_rate()
+        law = calibration.centred_law()
         reference = calibration.settled()
         width = survey.full_width(reference.init) if at.method == "full" else survey.width
         factor = replace(at, fan_in=width).as_factor()

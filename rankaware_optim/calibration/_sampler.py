@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -92,54 +92,56 @@ class BracketSampler(BaseSampler):
         return float(min(max(self._propose(trials, trial, low, high), low), high))
 
     def _propose(self, trials: Trials, trial: TrialRecord, low: float, high: float) -> float:
-        rank, search = trial.rank, self._search
-        observations, pruned = trials.observations(), trials.pruned()
-        begun = [(t.rank, t.x) for t in trials.running(but=trial.number) if t.x is not None]
-        of_rank = [o for o in observations if o.rank == rank]
-        stopped = [x for other, x in pruned if other == rank]
-        unscored = [*stopped, *(x for other, x in begun if other == rank)]
-        tried = [*unscored, *(o.x for o in of_rank)]
-        taken = [*(x for _, x in begun), *tried]
+        rank = trial.rank
+        search = self._search
+        observations = trials.observations()
+        running = trials.running(but=trial.number)
+        tried = Trials((*trials.counted(), *running)).at(rank).rates()
+        taken = [*running.rates(), *tried]
         fit = search.fitted(trials)
         if search.full_follows and rank is None and fit is not None:
-            good = [o for o in split(observations)[0] if o.rank is None]
+            good = [run for run in split(observations)[0] if run.rank is None]
             return next_few(good, tried, fit.best(rank))
         anchor = observations[0].rank if observations else rank
         if rank == anchor or fit is None:
-            of_anchor = [o for o in observations if o.rank == anchor]
-            above = [x for other, x in pruned if other == anchor]
-            proposed = next_bracket(of_anchor, search.start, low, high, above)
+            of_anchor = trials.at(anchor)
+            proposed = next_bracket(
+                of_anchor.observations(), search.start, low, high, of_anchor.pruned()
+            )
             if proposed is not None:
                 return _beside(proposed, taken, low, high)
         if fit is None:
-            return _beside(min(o.x for o in observations) - _STRIDE, taken, low, high)
-        bottom, top = between(of_rank, stopped)
+            return _beside(min(run.x for run in observations) - _STRIDE, taken, low, high)
+        bottom, top = between(trials.at(rank).observations(), trials.at(rank).pruned())
         within = max(low, bottom), min(high, under(fit.ceiling), top)
         return next_refinement(tried, fit.best(rank), within)
 
 
-def search_range(
-    observations: Sequence[Observation], low: float, high: float
-) -> tuple[float, float]:
+def search_range(trials: Trials, low: float, high: float) -> tuple[float, float]:
     """Return the range of log2 rates, widened while a best rate is at an edge.
 
     Best rates are those of each rank, below the rates that diverged there. Where all runs rose, the
     lowest rate counts as the best.
     """
-    ran: dict[int | None, list[tuple[Observation, bool]]] = {}
-    lowest, highest = math.inf, -math.inf
-    for observation, bad in zip(observations, diverged(observations), strict=True):
-        lowest, highest = min(lowest, observation.x), max(highest, observation.x)
-        runs = ran.setdefault(observation.rank, [])
-        runs.append((observation, bad))
-        cliff = min((run.x for run, lost in runs if lost), default=math.inf)
-        below = [run for run, _ in runs if run.x < cliff]
-        best = min(below, key=lambda run: run.value).x if below else lowest
-        if (lowest if all_rose(below) else best) < low + _EDGE:
+    diverged = trials.diverged()
+    scored = [trial for trial in trials.counted() if trial.observation is not None]
+    for count, trial in enumerate(scored, start=1):
+        ran = Trials(scored[:count])
+        tried = ran.rates()
+        below = _below_cliff(ran.at(trial.rank), diverged)
+        best = min(below, key=lambda run: run.value).x if below else min(tried)
+        if (min(tried) if all_rose(below) else best) < low + _EDGE:
             low -= _WIDEN
-        if below and best > high - _EDGE and best >= highest:
+        if below and best > high - _EDGE and best >= max(tried):
             high += _WIDEN
     return low, high
+
+
+def _below_cliff(trials: Trials, diverged: set[int]) -> list[Observation]:
+    """Return the runs below every rate that diverged."""
+    lost = Trials(trial for trial in trials if trial.number in diverged)
+    cliff = min(lost.rates(), default=math.inf)
+    return [run for run in trials.observations() if run.x < cliff]
 
 
 def _beside(proposed: float, taken: Sequence[float], low: float, high: float) -> float:
@@ -148,17 +150,24 @@ def _beside(proposed: float, taken: Sequence[float], low: float, high: float) ->
     If all of them are taken by other workers, return the middle of the widest gap between taken
     rates.
     """
-    options = [proposed]
-    for size in (_STRIDE, _STRIDE / 2):
-        for sign in (-1, 1):
-            options += [proposed + sign * n * size for n in range(1, len(taken) + 2)]
-    options = [x for x in options if low <= x <= high] or [proposed]
-    for x in options:
-        if all(abs(x - other) > _TAKEN for other in taken):
+    options = [proposed + stride for stride in _strides(len(taken) + 1)]
+    for x in [x for x in options if low <= x <= high] or [proposed]:
+        if _distance(x, taken) > _TAKEN:
             return x
     marks = sorted({low, high, *(x for x in taken if low < x < high)})
     _, middle = max((b - a, (a + b) / 2) for a, b in pairwise(marks))
     return middle
+
+
+def _strides(most: int) -> Iterator[float]:
+    """Yield no stride, then strides downwards and upwards, then half strides."""
+    yield 0.0
+    for stride in (-_STRIDE, _STRIDE, -_STRIDE / 2, _STRIDE / 2):
+        yield from (count * stride for count in range(1, most + 1))
+
+
+def _distance(x: float, rates: Sequence[float]) -> float:
+    return min((abs(x - rate) for rate in rates), default=math.inf)
 
 
 def next_bracket(
@@ -173,14 +182,17 @@ def next_bracket(
     """
     if not runs:
         return start
-    tried, good = [run.x for run in runs], below_cliff(runs)
-    below, above = min(tried) - _STRIDE, max(tried) + _STRIDE
+    tried = [run.x for run in runs]
+    good = below_cliff(runs)
+    below = min(tried) - _STRIDE
+    above = max(tried) + _STRIDE
     if not good or (len(runs) >= _UPWARDS and below >= low and none_learned(good)):
         return below
     best = min(good, key=lambda run: run.value)
     if not _worse_above(best, runs, best.value + _CLEARLY * gain_of(good), pruned):
         return above if above <= high else None
-    lower, is_lower = best.x - _STRIDE, best.x - _STRIDE / 4
+    lower = best.x - _STRIDE
+    is_lower = best.x - _STRIDE / 4
     if lower < low or any(x < is_lower for x in (*tried, *pruned)):
         return None
     return lower
@@ -221,9 +233,8 @@ def next_refinement(tried: Sequence[float], centre: float, within: tuple[float, 
     centre = max(min(centre, high), low)
     for offsets in _OFFSETS:
         options = [max(min(centre + offset, high), low) for offset in offsets]
-        apart = {x: min((abs(x - t) for t in tried), default=math.inf) for x in options}
-        best = max(options, key=lambda x: apart[x])
-        if apart[best] > _TAKEN:
+        best = max(options, key=lambda x: _distance(x, tried))
+        if _distance(best, tried) > _TAKEN:
             break
     return float(best)
 
@@ -243,10 +254,12 @@ def next_few(good: Sequence[Observation], tried: Sequence[float], centre: float)
     if not good:
         return min(tried) - _FULL_STEP if tried else centre
     best = min(good, key=lambda run: run.value).x
-    below, above = [x for x in tried if x < best], [x for x in tried if x > best]
+    below = [x for x in tried if x < best]
+    above = [x for x in tried if x > best]
     if not below:
         return best - _FULL_STEP
     if not above:
         return best + _FULL_STEP
-    lower, upper = max(below), min(above)
+    lower = max(below)
+    upper = min(above)
     return (best + lower) / 2 if best - lower > upper - best else (best + upper) / 2

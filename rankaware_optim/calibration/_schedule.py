@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from torch.optim import Optimizer
 
 from ..errors import CalibrationError
-from ..fitting import all_rose, below_cliff, diverged
+from ..fitting import all_rose, below_cliff
 from ..laws import Law
 from ._arguments import check_argument
 from ._trials import Setting, TrialRecord, Trials
@@ -99,7 +99,8 @@ class Schedule:
         """Return a warning if a budget pays for too few runs to find the rates of all ranks, else
         "".
         """
-        runs, needed = self._searches(), _BRACKET + _OF_OTHERS * (len(self.ranks) - 1)
+        runs = self._searches()
+        needed = _BRACKET + _OF_OTHERS * (len(self.ranks) - 1)
         if self.budget is None or runs >= min(needed, self.total):
             return ""
         return (
@@ -146,17 +147,16 @@ class Schedule:
         is_bracketing = len(search) < min(most, self._searches() - len(self.ranks) + 1)
         return self._rotate(search, [self.anchor] if is_bracketing else self.ranks)
 
-    def _rotate(self, tried: Sequence[TrialRecord], ranks: Sequence[int | None]) -> Setting:
+    def _rotate(self, tried: Trials, ranks: Sequence[int | None]) -> Setting:
         """Return the rank with the fewest trials. Each has four runs at a seed before the next
         seed.
 
         A diverged run has little information, so it counts less than the others. A pruned run
         counts in full.
         """
+        diverged = tried.diverged()
         settings = [trial.setting for trial in tried]
-        ended = [t for t in tried if t.observation is not None and t.state.is_finished()]
-        bad = diverged([t.observation for t in ended if t.observation is not None])
-        lost = [trial.setting for trial, b in zip(ended, bad, strict=True) if b]
+        lost = [trial.setting for trial in tried if trial.number in diverged]
 
         def due(setting: Setting) -> tuple[int, ...]:
             runs = settings.count(setting)

@@ -140,7 +140,8 @@ class Run:
         """Store `value`. Return whether the run ends: it diverged, was pruned, or has run its
         steps.
         """
-        taken, steps = len(self.curve), self.trial._steps
+        taken = len(self.curve)
+        steps = self.trial._steps
         if self.stopped or taken == steps:
             return True
         self.curve.append(self.mean(_as_float(value, taken)))
@@ -175,7 +176,8 @@ class Run:
         """Take the score of a run that has ended by itself. Raise a `CalibrationError` if that was
         too early.
         """
-        taken, steps = len(self.curve), self.trial._steps
+        taken = len(self.curve)
+        steps = self.trial._steps
         if self.stopped:
             return
         if not taken:
@@ -279,7 +281,8 @@ def _as_float(value: Any, step: int, what: str = "value") -> float:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch, random and numpy for one run, and restore all three afterwards."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         random.seed(seed)

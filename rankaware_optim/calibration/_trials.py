@@ -89,7 +89,8 @@ class TrialRecord:
         msgspec.convert(record.observation.x, Octaves)
         if not record.curve:
             return record
-        first, noise = record.curve[0], noise_of(record.curve)
+        first = record.curve[0]
+        noise = noise_of(record.curve)
         return replace(record, observation=replace(record.observation, first=first, noise=noise))
 
     @property
@@ -154,12 +155,17 @@ class Trials(tuple[TrialRecord, ...]):
                 imputed.append(score)
         return imputed
 
-    def pruned(self) -> list[tuple[int | None, float]]:
-        """Return (rank, log2 rate) of the pruned trials. Runs that ran out of memory are not among
-        them.
-        """
-        ended = [t for t in self.counted() if t.observation is None and t.stopped != "memory"]
-        return [(t.rank, t.x) for t in ended if t.x is not None]
+    def at(self, rank: int | None) -> Trials:
+        """Return the trials of a rank."""
+        return Trials(t for t in self if t.rank == rank)
+
+    def rates(self) -> list[float]:
+        """Return log2 of the rates. A run that ran out of memory tells nothing of its rate."""
+        return [t.x for t in self if t.x is not None and t.stopped != "memory"]
+
+    def pruned(self) -> list[float]:
+        """Return log2 of the rates of the pruned trials."""
+        return Trials(t for t in self.counted() if t.observation is None).rates()
 
     def best_of(self, setting: Setting) -> TrialRecord | None:
         """Return the best finished run of a rank and seed."""
@@ -203,18 +209,23 @@ class Trials(tuple[TrialRecord, ...]):
         """Name the runs that all diverged, if they are many: all runs, or those of a rank, as "12
         runs of rank 4".
         """
-        ended = self.observations()
-        bad = diverged(ended)
-        groups = {"": bad}
-        for observation, lost in zip(ended, bad, strict=True):
-            rank = observation.rank
+        scored = Trials(t for t in self.counted() if t.observation is not None)
+        lost = scored.diverged()
+        groups = {"": scored}
+        for rank in dict.fromkeys(t.rank for t in scored):
             name = " of full finetuning" if rank is None else f" of rank {rank}"
-            groups.setdefault(name, []).append(lost)
-        return [
-            f"{len(lost)} runs{name}"
-            for name, lost in groups.items()
-            if len(lost) >= _HOPELESS and all(lost)
-        ]
+            groups[name] = scored.at(rank)
+        hopeless = []
+        for name, runs in groups.items():
+            if len(runs) >= _HOPELESS and all(run.number in lost for run in runs):
+                hopeless.append(f"{len(runs)} runs{name}")
+        return hopeless
+
+    def diverged(self) -> set[int]:
+        """Return the numbers of the trials that diverged."""
+        scored = [t for t in self.counted() if t.observation is not None]
+        bad = diverged([t.observation for t in scored if t.observation is not None])
+        return {t.number for t, is_bad in zip(scored, bad, strict=True) if is_bad}
 
 
 def interval(steps: int) -> int:
