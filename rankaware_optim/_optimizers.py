@@ -1,10 +1,17 @@
-"""The table of optimizers: properties of each class, by its name. Plain values, without torch."""
+"""Optimizers: the table of their properties by a class's name, and torch classes by a text."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+from .errors import OptimizerError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
 class Known(NamedTuple):
@@ -32,8 +39,8 @@ _ROWS = {
     "nadam nadamw radam": Known("sign-like", "steps of AdamW's size"),
     "lion": Known("sign-like", "Lion's rule"),
     "adamwschedulefree": Known("sign-like", "schedule-free's rule"),
-    """adamax sparseadam rmsprop rprop adabelief adabound adamod adamp adopt diffgrad yogi qhadam madgrad ranger
-        adan""": Known("sign-like"),
+    "adamax sparseadam rmsprop rprop adabelief adabound adamod adamp adopt": Known("sign-like"),
+    "diffgrad yogi qhadam madgrad ranger adan": Known("sign-like"),
     "sgd asgd sgdw sgdp accsgd aggmo qhm pid sgdschedulefree": Known("gradient-like"),
     "muon": Known("spectral"),
     "lamb": Known("relative-scale"),
@@ -63,10 +70,11 @@ def known_optimizer(optimizer: type | str) -> tuple[str, Known]:
     """Return name and row of the first class in the table along a class's bases, or of a name; else
     ("", Known()).
     """
-    names = (
-        [optimizer] if isinstance(optimizer, str) else [base.__name__ for base in optimizer.__mro__]
-    )
-    name = next(filter(None, map(known_name, names)), "")
+    if isinstance(optimizer, str):
+        names = [known_name(optimizer)]
+    else:
+        names = [known_name(base.__name__) for base in optimizer.__mro__]
+    name = next(filter(None, names), "")
     return name, _KNOWN.get(name, Known())
 
 
@@ -77,10 +85,73 @@ def optimizer_family(optimizer_class: type, settings: Mapping[str, Any] | None =
     no such setting. torch_optimizer's LARS without weight decay is SGD, since it scales by norms
     only what it decays.
     """
-    (name, row), settings = known_optimizer(optimizer_class), settings or {}
+    name, row = known_optimizer(optimizer_class)
+    settings = settings or {}
     if name == "adafactor" and settings.get("scale_parameter") is False:
         return "sign-like"
-    plain = optimizer_class.__module__.startswith("torch_optimizer") and not settings.get(
-        "weight_decay"
-    )
-    return "gradient-like" if row.needs_decay and plain else row.family
+    scales_decayed_only = optimizer_class.__module__.startswith("torch_optimizer")
+    if row.needs_decay and scales_decayed_only and not settings.get("weight_decay"):
+        return "gradient-like"
+    return row.family
+
+
+# --- torch classes --------------------------------------------------------------------------------
+
+# The base class and our wrapper, which are not optimizers by themselves.
+_NO_CLASS = ("Optimizer", "RankAwareOptimizer")
+
+
+def get_optimizer_class(optimizer: type[Optimizer] | str) -> type[Optimizer]:
+    """Return a torch optimizer class.
+
+    Args:
+        optimizer: the class, a name in torch.optim in upper or lower case, "package:Class", or
+            "module.Class" as in a recipe.
+
+    Raises:
+        OptimizerError: there is no such class.
+
+    >>> [get_optimizer_class(name).__name__ for name in ("adamw", "torch.optim.AdamW")]
+    ['AdamW', 'AdamW']
+    """
+    kind: Any = _class_named(optimizer) if isinstance(optimizer, str) else optimizer
+    if not _is_optimizer(kind) or kind.__name__ in _NO_CLASS:
+        raise OptimizerError(
+            f"{kind!r} is not a torch optimizer class.", "Give a class such as torch.optim.AdamW."
+        )
+    return kind
+
+
+def _class_named(text: str) -> type[Optimizer]:
+    package, _, name = text.rpartition(":" if ":" in text else ".")
+    package = package or "torch.optim"
+    try:
+        module = import_module(package)
+    except (Exception, SystemExit) as error:  # a third-party module may raise anything
+        raise OptimizerError(
+            f"The package {package!r} cannot be imported: {error}.", "Install it, or fix it."
+        ) from error
+    classes = {key.lower(): value for key, value in vars(module).items() if _is_optimizer(value)}
+    if name.lower() not in classes:
+        known = ", ".join(sorted({kind.__name__ for kind in classes.values()} - {"Optimizer"}))
+        raise OptimizerError(
+            f"Unknown optimizer {name!r} in {package}.", f"Give one of {known}, or 'package:Class'."
+        )
+    return classes[name.lower()]
+
+
+def _is_optimizer(value: object) -> TypeGuard[type[Optimizer]]:
+    from torch.optim import Optimizer
+
+    return isinstance(value, type) and issubclass(value, Optimizer)
+
+
+def defaults_of(function: Any) -> dict[str, Any]:
+    """Return the default values of a function's or class's arguments; empty if its signature cannot
+    be read.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}

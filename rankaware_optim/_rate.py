@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ._printable import printable
+from ._printing import printable
 
 
 @dataclass(frozen=True)

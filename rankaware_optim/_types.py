@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from ._checks import check_init, is_within, plain, range_of, shown
-from ._tables import text_table
+from ._printing import text_table
 from .errors import InspectionError, InvalidReferenceError
 
 Role = Literal["A", "B", "full"]
 Init = Literal["A", "B", "other", "unknown"]
 Method = Literal["lora", "full"]
+Scaling = Literal["fixed", "rslora", "alpha", "as swept", "unknown"]
 
 
 class Rated(NamedTuple):
@@ -349,3 +350,35 @@ class Reference:
             return "full finetuning"
         rs = ", rslora" if self.rslora else ""
         return f"rank {self.rank}, alpha {self.alpha:g}{rs}, {init_text(self.init)}"
+
+
+# --- the rule by which s follows the rank: s = c·r^(−γ) -------------------------------------------
+
+# γ of every rule. "as swept" is for a sweep without alpha. It has the middle of the conventions and
+# a wider drift.
+GAMMA: dict[Scaling, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0, "as swept": 0.5}
+
+
+def scaling_factor(rule: Scaling, at: float, rank: float) -> float:
+    """Return the factor of s for a change of the rank from `at` to `rank`, by a rule of known γ.
+
+    >>> scaling_factor("alpha", 4, 8), scaling_factor("fixed", 4, 8)
+    (0.5, 1.0)
+    """
+    return float((at / rank) ** GAMMA[rule])
+
+
+def infer_scaling(scalings: Mapping[int, float]) -> Scaling:
+    """Return the rule by which the effective multiplier follows the rank, from {rank: scaling};
+    "unknown" for one rank.
+
+    >>> infer_scaling({4: 1.0, 64: 1.0}), infer_scaling({4: 4.0, 64: 0.25}), infer_scaling({8: 2.0})
+    ('fixed', 'alpha', 'unknown')
+    """
+    if len(scalings) < 2:
+        return "unknown"
+    for rule, gamma in GAMMA.items():
+        constants = [math.log2(s) + gamma * math.log2(r) for r, s in scalings.items()]
+        if max(constants) - min(constants) < 1e-3:
+            return rule
+    return "unknown"

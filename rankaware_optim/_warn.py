@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 
-from ._printable import printable
+from ._printing import printable
 from .errors import RankAwareWarning
 
-__all__ = ["warn"]
-
-_OWN = str(Path(__file__).parent)
+_HERE = str(Path(__file__).parent)
 _FRAMEWORKS = (
     "torch",
     "accelerate",
@@ -31,23 +30,29 @@ def warn(message: str) -> None:
     accelerate, transformers and Lightning silence warnings by module or completely. Only filters
     for RankAwareWarning and command-line options can hide this one.
     """
-    message, level, frame = printable(message), 1, sys._getframe(1)
-    while frame.f_back is not None:
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in _FRAMEWORKS and not frame.f_code.co_filename.startswith(_OWN):
-            break
+    message, level, frame = printable(message), 2, sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame):
         level, frame = level + 1, frame.f_back
-    module = frame.f_globals.get("__name__", "<unknown>")
+    if not _is_silenced(frame.f_globals.get("__name__", "<unknown>")):
+        warnings.warn(message, RankAwareWarning, stacklevel=level)
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", category=RankAwareWarning)
+        warnings.warn(message, RankAwareWarning, stacklevel=level)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Return whether a frame is of this package or of a framework."""
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    return package in _FRAMEWORKS or frame.f_code.co_filename.startswith(_HERE)
+
+
+def _is_silenced(module: str) -> bool:
+    """Return whether a filter for warnings of all kinds hides ours at a module."""
+    if sys.warnoptions:
+        return False
     for action, words, category, where, line in warnings.filters:
-        if (
-            issubclass(RankAwareWarning, category)
-            and not (words or line)
-            and (where is None or where.match(module))
-        ):
-            if action == "ignore" and category is not RankAwareWarning and not sys.warnoptions:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("default", category=RankAwareWarning)
-                    warnings.warn(message, RankAwareWarning, stacklevel=level + 1)
-                return
-            break
-    warnings.warn(message, RankAwareWarning, stacklevel=level + 1)
+        of_ours = issubclass(RankAwareWarning, category) and not words and not line
+        if of_ours and (where is None or where.match(module)):
+            return action == "ignore" and category is not RankAwareWarning
+    return False

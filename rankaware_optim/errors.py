@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._printable import printable
+from ._printing import printable
 
 if TYPE_CHECKING:
     from .recipe import Recipe

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from rankaware_optim import RankAwareWarning, Rate, RecipeError, Survey
-from rankaware_optim._printable import printable
+from rankaware_optim._printing import printable
 from rankaware_optim._warn import warn
 from rankaware_optim.cli import main
 from rankaware_optim.reports import diff_recipes, diff_text

@@ -28,7 +28,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim import lr_scheduler as schedulers
 
 import rankaware_optim as ra
-from rankaware_optim._optimizer_classes import get_optimizer_class
+from rankaware_optim._optimizers import get_optimizer_class
 
 RESTS_ON = ("optimizer.common",)
 STEPS, BASE, BAR = 12, 1e-2, 1e-5

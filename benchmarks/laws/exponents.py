@@ -26,7 +26,7 @@ from fingerprints import marks
 from recording import RESULTS, machine, page
 
 from rankaware_optim import LawError, MuA
-from rankaware_optim._optimizer_classes import get_optimizer_class
+from rankaware_optim._optimizers import get_optimizer_class
 from rankaware_optim.transfer._simulate import (
     Batch,
     Stepper,

@@ -17,8 +17,8 @@ from study.loss_curves import between, vertex_of
 from torch.optim import Optimizer
 
 from rankaware_optim import CalibrationError, Law, Reference
-from rankaware_optim._optimizer_classes import get_optimizer_class
-from rankaware_optim._tables import text_table
+from rankaware_optim._optimizers import get_optimizer_class
+from rankaware_optim._printing import text_table
 from rankaware_optim.fitting import Prior, fit_observations
 from rankaware_optim.laws import bound_law, checked_multiplier, get_law
 from rankaware_optim.sweeps import DEMO_SWEEP

@@ -64,7 +64,9 @@ def octaves(domain: str, config: str, rank: int, law: Law) -> float:
     plan = make_plan(
         survey, PlanOptions(law, tuned_at=tuned_at(config), rates=heads), torch.optim.AdamW
     )
-    moved = [factor for factor in survey.factors if plan.assign(factor.name, factor).rate is None]
+    moved = [
+        factor for factor in survey.factors if plan.assign(factor.name, factor).pinned_lr is None
+    ]
     found = [math.log2(plan.multiplier(factor)) for factor in moved]
     if max(found) - min(found) > 1e-9:
         raise DomainError(

@@ -13,7 +13,7 @@ import optuna
 from torch.optim import Optimizer
 
 from .._checks import plain
-from .._optimizer_classes import get_optimizer_class
+from .._optimizers import get_optimizer_class
 from .._warn import warn
 from ..errors import CalibrationInterrupted
 from ..laws import PRIOR_LAW, Law, get_law

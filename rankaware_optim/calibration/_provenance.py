@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .._optimizer_classes import defaults_of
+from .._optimizers import defaults_of
 from .._types import Factor, Reference
 from ..laws import Law, checked_multiplier
 from ..optimizer import RankAwareOptimizer, effective_lr

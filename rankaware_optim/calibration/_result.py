@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .._optimizer_classes import defaults_of
-from .._scaling_rule import infer_scaling
+from .._optimizers import defaults_of
+from .._types import infer_scaling
 from ..errors import CalibrationError
 from ..fitting import Fit, fit_observations
 from ..recipe import Horizon, Recipe, agreed, recipe_of

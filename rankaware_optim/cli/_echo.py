@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from .._printable import printable
+from .._printing import printable
 
 
 def echo(text: object, err: bool = False) -> None:

@@ -8,71 +8,27 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
-from functools import reduce
 from typing import Any, NamedTuple
 
 from ..errors import InspectionError
-from ._pairs import Modules, Pair, declared_number
+from ._pairs import Modules, Pair, Place, declared_number, number_of, place_of
 
 # Relative tolerance of a declared number in its buffer: bfloat16 has eight bits.
 _ROUNDING = 2.0**-8
 
-Declaration = tuple[Pair, "Place", float]
+Declaration = tuple[Pair, Place, float]
 """A pair, a place where it declares a number, and the number to write there."""
 
 
-class Place(NamedTuple):
-    """The place where a number is declared: an attribute of an object, or an entry of a dict by
-    adapter.
-    """
-
-    holder: Any
-    key: str
-
-    @property
-    def held(self) -> Any:
-        return (
-            self.holder[self.key]
-            if isinstance(self.holder, Mapping)
-            else getattr(self.holder, self.key)
-        )
-
-    def put(self, value: Any) -> None:
-        """Write `value`. A read-only place keeps its value, which `holds` shows."""
-        import torch  # not at the top: an adapter's file is read without it
-
-        with suppress(AttributeError, TypeError):
-            if isinstance(self.held, torch.Tensor):
-                self.held.copy_(torch.as_tensor(value))
-            elif isinstance(self.holder, Mapping):
-                self.holder[self.key] = _like(self.held, value)  # type: ignore[index]
-            else:
-                setattr(self.holder, self.key, _like(self.held, value))
-
-    def holds(self, value: float) -> bool:
-        return math.isclose(float(self.held), value, rel_tol=_ROUNDING)
-
-
-def _like(old: object, value: float) -> float:
-    """Return `value` as an int if it is whole and the old value was an int, such as PEFT's alpha."""
-    return int(value) if isinstance(old, int) and float(value).is_integer() else value
-
-
-def declare(todo: Iterable[Declaration]) -> None:
+def declare(declarations: Iterable[Declaration]) -> None:
     """Write all numbers, or none if one of the places does not accept its value."""
-    import torch
-
-    todo = list(todo)
-    held = [place.held for _, place, _ in todo]
-    before = [
-        value.detach().clone() if isinstance(value, torch.Tensor) else value for value in held
-    ]
-    for _, place, value in todo:
-        place.put(value)
-    for pair, place, value in todo:
-        if not place.holds(value):
-            for (_, changed, _), old in zip(todo, before, strict=True):
-                changed.put(old)
+    declarations = list(declarations)
+    for _, place, value in declarations:
+        _write(place, value)
+    for pair, place, value in declarations:
+        if not math.isclose(number_of(_value_at(place)) or 0.0, value, rel_tol=_ROUNDING):
+            for _, changed, _ in declarations:
+                _write(changed, changed.number)
             raise InspectionError(
                 f"{pair.where} cannot be changed: its {place.key!r} does not accept the value"
                 f" {value:g}.",
@@ -81,13 +37,33 @@ def declare(todo: Iterable[Declaration]) -> None:
             )
 
 
-def scaling_places(
-    pair: Pair, rank: int, scaling: float, at: int | None = None
-) -> Iterator[Declaration]:
-    """Yield the places where a pair of `rank` declares its multiplier and alpha, with the values
-    for `scaling`.
+def _value_at(place: Place) -> Any:
+    holder, key = place.holder, place.key
+    return holder[key] if isinstance(holder, Mapping) else getattr(holder, key)
 
-    at: the rank that the pair will have, if it changes.
+
+def _write(place: Place, value: float) -> None:
+    """Write a value. A read-only place keeps its own, which `declare` sees."""
+    import torch  # not at the top: an adapter's file is read without it
+
+    current = _value_at(place)
+    with suppress(AttributeError, TypeError):
+        if isinstance(current, torch.Tensor):
+            current.copy_(torch.as_tensor(value))
+        elif isinstance(place.holder, MutableMapping):
+            place.holder[place.key] = _like(current, value)
+        else:
+            setattr(place.holder, place.key, _like(current, value))
+
+
+def _like(current: object, value: float) -> float:
+    """Return `value` as an int if it is whole and the current one is, such as PEFT's alpha."""
+    return int(value) if isinstance(current, int) and float(value).is_integer() else value
+
+
+def declarations_of(pair: Pair, rank: int, scaling: float, new_rank: int) -> Iterator[Declaration]:
+    """Yield the places where a pair of `rank` declares rank, multiplier and alpha, with the values
+    for `scaling` at `new_rank`.
     """
     row = pair.convention
     multiplier = place_of(pair, row.scaling)
@@ -101,21 +77,16 @@ def scaling_places(
     if multiplier is not None:
         yield pair, multiplier, scaling
     if alpha is not None:
-        rooted = multiplier is not None and _is_rooted(
-            pair, float(alpha.held), float(multiplier.held), rank
-        )
-        at = rank if at is None else at
-        yield pair, alpha, scaling * (math.sqrt(at) if rooted else at)
+        rooted = multiplier is not None and _is_rooted(pair, alpha.number, multiplier.number, rank)
+        yield pair, alpha, scaling * (math.sqrt(new_rank) if rooted else new_rank)
 
 
-def place_of(pair: Pair, attributes: Iterable[str]) -> Place | None:
-    """Return the place that `declared_number` reads."""
-    for attribute in attributes:
-        if declared_number(pair, (attribute,)) is not None:
-            *path, name = attribute.split(".")
-            place = Place(reduce(getattr, path, pair.owner), name)
-            return Place(place.held, pair.adapter) if isinstance(place.held, Mapping) else place
-    return None
+def rank_declarations(pair: Pair, rank: int, new_rank: int) -> Iterator[Declaration]:
+    """Yield all places where a pair declares its `rank`, with the new one."""
+    for attribute in pair.convention.rank:
+        place = place_of(pair, (attribute,))
+        if place is not None and math.isclose(place.number, rank, rel_tol=_ROUNDING):
+            yield pair, place, new_rank
 
 
 def _is_rooted(pair: Pair, alpha: float, scaling: float, rank: int) -> bool:
@@ -125,10 +96,9 @@ def _is_rooted(pair: Pair, alpha: float, scaling: float, rank: int) -> bool:
     flags = getattr(pair.owner, "use_rslora", None)
     if isinstance(flags, Mapping) and pair.adapter in flags:
         return bool(flags[pair.adapter])
-    plain, rooted = (
-        math.isclose(alpha, scaling * by, rel_tol=_ROUNDING) for by in (rank, math.sqrt(rank))
-    )
-    return rooted and not plain
+    if math.isclose(alpha, scaling * rank, rel_tol=_ROUNDING):
+        return False
+    return math.isclose(alpha, scaling * math.sqrt(rank), rel_tol=_ROUNDING)
 
 
 # --- PEFT's configuration -------------------------------------------------------------------------
@@ -145,8 +115,10 @@ class Config(NamedTuple):
 
     def prefix_of(self, pair: Pair) -> str | None:
         """Return the longest prefix that fits a pair; None if it has another configuration."""
-        fitting = (prefix for prefix in self.prefixes if f"{pair.layer}.".startswith(prefix))
-        return max(fitting, key=len, default=None) if pair.adapter == self.adapter else None
+        if pair.adapter != self.adapter:
+            return None
+        fitting = [prefix for prefix in self.prefixes if f"{pair.layer}.".startswith(prefix)]
+        return max(fitting, key=len, default=None)
 
     def holds(self, pair: Pair) -> bool:
         return self.prefix_of(pair) is not None
@@ -160,42 +132,55 @@ class Config(NamedTuple):
         return f"{name}.{parameter}" if parameter else name
 
 
-def configs_of(modules: Modules) -> Iterator[Config]:
-    """Yield each of PEFT's LoRA configurations once, at the innermost modules that hold it."""
-    found: dict[int, Config] = {}
+def configs_of(modules: Modules) -> Iterable[Config]:
+    """Return each of PEFT's LoRA configurations once, at the innermost modules that hold it."""
+    by_id: dict[int, Config] = {}
     for layer, module in modules:
         configs = module.__dict__.get("peft_config")
         for adapter, config in configs.items() if isinstance(configs, Mapping) else ():
-            fields: Any = (
-                config if isinstance(config, MutableMapping) else getattr(config, "__dict__", {})
-            )
-            if "lora_alpha" in fields and "r" in fields:
-                prefix, known = f"{layer}." if layer else "", found.get(id(config))
-                others = (
-                    () if known is None else (p for p in known.prefixes if not prefix.startswith(p))
-                )
-                found[id(config)] = Config((*others, prefix), adapter, fields)
-    yield from found.values()
+            is_dict = isinstance(config, MutableMapping)
+            fields: Any = config if is_dict else getattr(config, "__dict__", {})
+            if "lora_alpha" not in fields or "r" not in fields:
+                continue
+            prefix = f"{layer}." if layer else ""
+            outer = by_id[id(config)].prefixes if id(config) in by_id else ()
+            others = (other for other in outer if not prefix.startswith(other))
+            by_id[id(config)] = Config((*others, prefix), adapter, fields)
+    return by_id.values()
 
 
-def redeclare(
-    config: Config, pairs: Iterable[Pair], chosen: Iterable[Pair], scaling: float
+def redeclare(configs: Iterable[Config], pairs: Iterable[Pair]) -> None:
+    """Change PEFT's configurations so that their patterns give each pair the rank and the alpha that
+    it declares. A pattern gets the value of the first pair that it matches, trainable ones first.
+    """
+    pairs = sorted(pairs, key=lambda pair: not pair.trains)
+    for config in configs:
+        chosen = [pair for pair in pairs if config.holds(pair)]
+        if chosen and chosen[0].trains:
+            ranks = list(config.fields.get("rank_pattern") or {})
+            _set_patterns(config, chosen, "r", "rank_pattern", ranks)
+            _set_patterns(config, chosen, "lora_alpha", "alpha_pattern", ranks)
+
+
+def _set_patterns(
+    config: Config, pairs: Iterable[Pair], default: str, field: str, keys: Iterable[str]
 ) -> None:
-    """Change an adapter's configuration so that PEFT's patterns give every pair its present alpha."""
-    if not any(config.holds(pair) for pair in chosen):
-        return
-    fields, rooted = config.fields, bool(config.fields.get("use_rslora"))
-    ranks = {"": fields["r"], **(fields.get("rank_pattern") or {})}
-    alphas = {
-        key: _like(rank, scaling * (math.sqrt(rank) if rooted else rank))
-        for key, rank in ranks.items()
-    }
-    default, odd = alphas.pop(""), dict[str, Any]()
-    for pair in filter(config.holds, pairs):
-        name, alpha = config.name(pair), declared_number(pair, ("lora_alpha",))
-        matched = (
-            value for key, value in alphas.items() if re.match(rf"(.*\.)?({key})$", name)
-        )  # PEFT's rule
-        if alpha not in (None, next(matched, default)):
-            odd[f"^{re.escape(name)}"] = alpha
-    fields.update(lora_alpha=default, alpha_pattern=odd | alphas)
+    """Set a configuration's default and its patterns: `keys`, those that it has, and full names."""
+    patterns = config.fields.get(field) or {}
+    keys = dict.fromkeys([*keys, *patterns])
+    values, odd = dict[str, Any](patterns), dict[str, Any]()
+    matched = set[str]()
+    for pair in pairs:
+        name, number = config.name(pair), declared_number(pair, (default,))
+        if number is None:
+            continue
+        value = int(number) if float(number).is_integer() else number
+        # PEFT's rule.
+        key = next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), "")
+        if key not in matched:
+            matched.add(key)
+            values[key] = value
+        elif values[key] != value:
+            odd[f"^{re.escape(name)}"] = value
+    config.fields[default] = values.pop("", config.fields[default])
+    config.fields[field] = odd | {key: values[key] for key in keys if key in values}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,36 +15,44 @@ from torch import nn
 from .._checks import check_init, is_positive
 from .._types import Survey
 from ..errors import InspectionError
-from ._declarations import Config, configs_of, declare, redeclare, scaling_places
-from ._pairs import Half, Pair, declared_number, is_shard, pairs_of, reading_of, scaling_of, walk
+from ._declarations import Config, Declaration, configs_of, declarations_of, declare, redeclare
+from ._pairs import Half, Pair, declared_number, pairs_of, reading_of, scaling_of, walk
 from ._survey import INIT_MARK, declared_for, inspect_model
 
+Variance = Literal["mua", "peft"]
+DrawnInit = Literal["A", "B"]
 # Values of PEFT's init_lora_weights that subtract the initial product of the factors from the base
 # weight.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Start(NamedTuple):
-    """The new init of one pair: which factor is drawn, with which variance, and whether uniform or
-    normal.
+    """The new init of one pair: its rank, which factor is drawn, with which variance, and whether
+    uniform or normal.
     """
 
     pair: Pair
     rank: int
-    init: Literal["A", "B"]
-    drawn: Half
-    zeroed: Half
+    init: DrawnInit
     variance: float
     uniform: bool
+
+    @property
+    def drawn(self) -> Half:
+        return self.pair.a if self.init == "A" else self.pair.b
+
+    @property
+    def zeroed(self) -> Half:
+        return self.pair.b if self.init == "A" else self.pair.a
 
 
 def initialize(
     model: nn.Module,
-    init: Literal["A", "B"],
+    init: DrawnInit,
     *,
     seed: int = 0,
     scaling: float | None = None,
-    variance: Literal["mua", "peft"] = "mua",
+    variance: Variance = "mua",
     force: bool = False,
 ) -> Survey:
     """Initialise every trainable LoRA pair of a model, without a change of the model's function.
@@ -88,6 +96,39 @@ def initialize(
             (AdaLoRA), could not learn from this init, or declares no scaling that could be set.
             Nothing was changed.
     """
+    _check_arguments(init, variance, seed, scaling)
+    walked = walk(model)
+    pairs = list(pairs_of(walked.modules))
+    chosen = [pair for pair in pairs if pair.trains]
+    if not chosen:
+        raise InspectionError(
+            f"No trainable LoRA pair among {len(walked.parameters)} parameters.",
+            "Add adapters with requires_grad, and initialise before sharding, which hides them.",
+        )
+    configs = configs_of(walked.modules)
+    with torch.no_grad():
+        starts = check_starts((pair, init, variance) for pair in chosen)
+        for pair in () if force else filter(_adds, chosen):
+            refuse_residual(pair, configs)
+            raise InspectionError(
+                f"{pair.where} was trained already, or started with both factors drawn: its B·A is"
+                " not zero.",
+                "Rebuild the adapter, or give force=True to discard its weights.",
+            )
+        if scaling is not None:
+            declarations: list[Declaration] = []
+            for pair, rank, *_ in starts:
+                declarations += declarations_of(pair, rank, float(scaling), rank)
+            declare(declarations)
+            redeclare(configs, pairs)
+        write_starts(starts, seed)
+    return inspect_model(model)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _check_arguments(init: str, variance: str, seed: int, scaling: float | None) -> None:
     check_init(init, "An adapter is initialised at")
     if variance not in ("mua", "peft") or (variance == "peft" and init == "B"):
         raise InspectionError(
@@ -101,55 +142,36 @@ def initialize(
             f"The scaling {scaling!r} is not a positive finite number.",
             "Give one, or None to keep the declared one.",
         )
-    walked = walk(model)
-    pairs = list(pairs_of(walked.modules))
-    chosen = [pair for pair in pairs if pair.trains]
-    if not chosen:
-        raise InspectionError(
-            f"No trainable LoRA pair among {len(walked.parameters)} parameters.",
-            "Add adapters with requires_grad, and initialise before sharding, which hides them.",
-        )
-    configs = list(configs_of(walked.modules))
-    with torch.no_grad():
-        starts = [check_start(pair, init, variance) for pair in chosen]
-        refuse_opposite_ties(starts)
-        for pair in () if force else filter(_adds, chosen):
-            refuse_residual(pair, configs)
+
+
+def check_starts(wanted: Iterable[tuple[Pair, DrawnInit, Variance]]) -> list[Start]:
+    """Return the new inits of pairs. Raise an `InspectionError` if one cannot have it."""
+    starts = [_checked_start(pair, init, variance) for pair, init, variance in wanted]
+    drawn = {_memory(start.drawn) for start in starts}
+    for start in starts:
+        if _memory(start.zeroed) in drawn:
             raise InspectionError(
-                f"{pair.where} was trained already, or started with both factors drawn: its B·A is"
-                " not zero.",
-                "Rebuild the adapter, or give force=True to discard its weights.",
+                f"{start.zeroed.name} of {start.pair.where} is tied to a factor that must be"
+                " drawn.",
+                "Untie the adapters, or freeze one of the two.",
             )
-        if scaling is not None:
-            declare(
-                place
-                for start in starts
-                for place in scaling_places(start.pair, start.rank, float(scaling))
-            )
-            for config in configs:
-                redeclare(config, pairs, chosen, float(scaling))
-        write_starts(starts, seed)
-    return inspect_model(model)
+    return starts
 
 
-# --- checks ---------------------------------------------------------------------------------------
-
-
-def check_start(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
-    """Return the pair's new init. Raise an `InspectionError` if it cannot have it."""
+def _checked_start(pair: Pair, init: DrawnInit, variance: Variance) -> Start:
     if pair.convention.init is not None:
         raise InspectionError(
             f"{pair.where} needs the init of its convention {pair.convention.name!r}.",
             "Freeze its adapter to initialise the others.",
         )
-    for half in (pair.a, pair.b):
-        _refuse_unwritable(pair, half)
+    _refuse_unwritable(pair, pair.a)
+    _refuse_unwritable(pair, pair.b)
     start = start_of(pair, init, variance)
     scaling_of(pair, start.rank)
-    zeroed = start.zeroed
-    if not zeroed.tensor.requires_grad:
+    if not start.zeroed.tensor.requires_grad:
         raise InspectionError(
-            f"{zeroed.name} of {pair.where} is frozen, so the pair could not learn if it is zero.",
+            f"{start.zeroed.name} of {pair.where} is frozen, so the pair could not learn if it is"
+            " zero.",
             f"Unfreeze it, or use init={'B' if start.init == 'A' else 'A'!r}.",
         )
     if declared_number(pair, ("scalar",)) == 0:
@@ -167,52 +189,36 @@ def check_start(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
     return start
 
 
-def start_of(pair: Pair, init: Literal["A", "B"], variance: str) -> Start:
+def start_of(pair: Pair, init: DrawnInit, variance: Variance) -> Start:
     """Return the pair's new init for `init` and `variance`."""
     reading = reading_of(pair)
-    rank, spread = int(reading.rank_a), 1 / reading.fan_in
+    rank = int(reading.rank_a)
     if init == "B":
-        spread = 1 / (rank * reading.inner)
-    elif reading.kind == "embedding":  # its input is one-hot
-        init, spread = "A" if variance == "mua" else "B", 1.0
-    elif variance == "peft":
-        spread = 1 / (3 * reading.fan_in)
-    drawn, zeroed = (pair.a, pair.b) if init == "A" else (pair.b, pair.a)
-    uniform = variance == "peft" and init == "A"
-    return Start(pair, rank, init, drawn, zeroed, spread, uniform)
+        return Start(pair, rank, "B", 1 / (rank * reading.inner), uniform=False)
+    if reading.kind == "embedding":  # its input is one-hot
+        return Start(pair, rank, "A" if variance == "mua" else "B", 1.0, uniform=False)
+    if variance == "peft":
+        return Start(pair, rank, "A", 1 / (3 * reading.fan_in), uniform=True)
+    return Start(pair, rank, "A", 1 / reading.fan_in, uniform=False)
 
 
 def _refuse_unwritable(pair: Pair, half: Half) -> None:
-    tensor, what = half.tensor, f"{half.name} of {pair.where}"
+    tensor = half.tensor
     if tensor.is_meta:
-        raise InspectionError(
-            f"{what} is on the meta device.", "Materialise the model (to_empty) first."
+        problem, cure = "is on the meta device", "Materialise the model (to_empty) first."
+    elif hasattr(tensor, "full_tensor") or half.is_shard:
+        problem, cure = "is sharded", "Initialise before sharding, on the whole model."
+    elif not tensor.is_leaf or not tensor.is_floating_point():
+        problem = (
+            "cannot be drawn: it is computed from other tensors or does not have a floating-point"
+            " dtype"
         )
-    if hasattr(tensor, "full_tensor") or is_shard(half):
-        raise InspectionError(
-            f"{what} is sharded.", "Initialise before sharding, on the whole model."
-        )
-    if not tensor.is_leaf or not tensor.is_floating_point():
-        raise InspectionError(
-            f"{what} cannot be drawn: it is computed from other tensors or does not have a"
-            " floating-point dtype.",
-            "Remove its parametrization, or keep the factors in a floating dtype.",
-        )
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise InspectionError(
-            f"{what} is an inference tensor.", "Build the model outside torch.inference_mode()."
-        )
-
-
-def refuse_opposite_ties(starts: Iterable[Start]) -> None:
-    drawn = {_memory(start.drawn) for start in starts}
-    for start in starts:
-        if _memory(start.zeroed) in drawn:
-            raise InspectionError(
-                f"{start.zeroed.name} of {start.pair.where} is tied to a factor that must be"
-                " drawn.",
-                "Untie the adapters, or freeze one of the two.",
-            )
+        cure = "Remove its parametrization, or keep the factors in a floating dtype."
+    elif tensor.is_inference() and not torch.is_inference_mode_enabled():
+        problem, cure = "is an inference tensor", "Build the model outside torch.inference_mode()."
+    else:
+        return
+    raise InspectionError(f"{half.name} of {pair.where} {problem}.", cure)
 
 
 def _memory(half: Half) -> tuple[str, int]:
@@ -238,32 +244,28 @@ def _adds(pair: Pair) -> bool:
     """Return whether the pair changes the layer's output: B·(A·x + bias of A) + bias of B is not
     zero.
     """
-    inner = _not_zero(pair.a.tensor) or _not_zero(_bias(pair, pair.a))
-    return (inner and _not_zero(pair.b.tensor)) or _not_zero(_bias(pair, pair.b))
+    inner = _has_values(pair.a.tensor) or _has_values(_bias(pair, pair.a))
+    return (inner and _has_values(pair.b.tensor)) or _has_values(_bias(pair, pair.b))
 
 
-def _not_zero(tensor: torch.Tensor | None) -> bool:
+def _has_values(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and bool(tensor.detach().ne(0).any())
 
 
 def _bias(pair: Pair, half: Half) -> torch.Tensor | None:
     """Return the bias of a factor's module, as PEFT's lora_bias adds it."""
     inner, _, last = half.name.rpartition(".")
-    bias = (
-        getattr(pair.owner.get_submodule(inner), "bias", None)
-        if inner and last == "weight"
-        else None
-    )
+    if not inner or last != "weight":
+        return None
+    bias = getattr(pair.owner.get_submodule(inner), "bias", None)
     return bias if isinstance(bias, torch.Tensor) else None
 
 
 def is_merged(pair: Pair) -> bool:
     merged: Any = getattr(pair.owner, "merged_adapters", None)
-    return (
-        pair.adapter in merged
-        if merged is not None
-        else getattr(pair.owner, "merged", False) is True
-    )
+    if merged is not None:
+        return pair.adapter in merged
+    return getattr(pair.owner, "merged", False) is True
 
 
 # --- drawing --------------------------------------------------------------------------------------
@@ -279,20 +281,18 @@ def write_starts(starts: Iterable[Start], seed: int) -> None:
         for tensor in (start.zeroed.tensor, _bias(pair, pair.a), _bias(pair, pair.b)):
             if tensor is not None:
                 tensor.zero_()
-        setattr(
-            pair.owner, INIT_MARK, {**getattr(pair.owner, INIT_MARK, {}), pair.adapter: start.init}
-        )
+        marks = {**getattr(pair.owner, INIT_MARK, {}), pair.adapter: start.init}
+        setattr(pair.owner, INIT_MARK, marks)
 
 
 def _draw(start: Start, seed: int) -> torch.Tensor:
-    name = f"{start.pair.layer}.{start.drawn.name}"
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    source = torch.Generator().manual_seed(
-        int.from_bytes(digest[:4], "big")
-    )  # torch's CPU generator takes 32 bits
-    draw: Callable[..., torch.Tensor] = torch.rand if start.uniform else torch.randn
-    values = draw(
-        tuple(start.drawn.tensor.shape), generator=source, dtype=torch.float32, device="cpu"
+    name = f"{seed}:{start.pair.layer}.{start.drawn.name}"
+    digest = hashlib.sha256(name.encode()).digest()
+    # torch's CPU generator takes 32 bits.
+    source = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    draw: Any = torch.rand if start.uniform else torch.randn
+    values: torch.Tensor = draw(
+        start.drawn.shape, generator=source, dtype=torch.float32, device="cpu"
     )
     if start.uniform:
         return (2 * values - 1) * math.sqrt(3 * start.variance)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._checks import is_number
 from ..errors import InspectionError
 from ._conventions import LAYOUTS, Convention, Layout, Reading, conventions
 
@@ -15,6 +16,11 @@ if TYPE_CHECKING:  # files are read without it
     from torch import nn
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
+# Attributes for fan-in and fan-out.
+_FANS = (
+    ("in_features", "in_dim", "in_channels", "num_embeddings", "nx"),
+    ("out_features", "out_dim", "out_channels", "embedding_dim", "nf"),
+)
 
 Modules = list["tuple[str, nn.Module]"]
 Parameters = list["tuple[str, nn.Parameter]"]
@@ -36,6 +42,15 @@ class Half(NamedTuple):
 
     name: str
     tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether it is the shard of one process: flat under FSDP1, empty under ZeRO-3."""
+        return len(self.tensor.shape) < 2 or 0 in self.tensor.shape
 
 
 class Pair(NamedTuple):
@@ -60,6 +75,10 @@ class Pair(NamedTuple):
     def trains(self) -> bool:
         return self.a.tensor.requires_grad or self.b.tensor.requires_grad
 
+    @property
+    def is_sharded(self) -> bool:
+        return self.a.is_shard or self.b.is_shard
+
 
 def canonical_name(name: str) -> str:
     """Return a parameter's name without the prefixes of DDP, FSDP, torch.compile and checkpointing."""
@@ -73,26 +92,22 @@ def walk(model: nn.Module) -> Walk:
     not unique.
     """
     modules = list(model.named_modules())
-    if not any(
-        prefix.endswith(_WRAPPERS) for prefix, _ in modules
-    ):  # the usual case: no prefix to remove
-        return Walk(modules, _parameters_of(modules))
-    clean = [(canonical_name(f"{prefix}.").removesuffix("."), module) for prefix, module in modules]
-    parameters = _parameters_of(clean)
-    if len({name for name, _ in parameters}) < len(
-        parameters
-    ):  # a submodule of the user is called "module"
-        return Walk(modules, _parameters_of(modules))
-    return Walk(clean, parameters)
+    if any(prefix.endswith(_WRAPPERS) for prefix, _ in modules):
+        clean = [(canonical_name(f"{name}.").removesuffix("."), module) for name, module in modules]
+        parameters = _parameters_of(clean)
+        # They are not unique if a submodule of the user is called "module".
+        if len({name for name, _ in parameters}) == len(parameters):
+            return Walk(clean, parameters)
+    return Walk(modules, _parameters_of(modules))
 
 
 def _parameters_of(modules: Modules) -> Parameters:
-    found: dict[int, tuple[str, nn.Parameter]] = {}
+    named: dict[int, tuple[str, nn.Parameter]] = {}
     for prefix, module in modules:
         for local, param in module._parameters.items():
-            if param is not None and id(param) not in found:
-                found[id(param)] = f"{prefix}.{local}" if prefix else local, param
-    return list(found.values())
+            if param is not None and id(param) not in named:
+                named[id(param)] = f"{prefix}.{local}" if prefix else local, param
+    return list(named.values())
 
 
 # --- finding --------------------------------------------------------------------------------------
@@ -102,30 +117,33 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
     """Yield every pair by the first row that fits its owner, in the model's order. Tied ones occur
     for each owner.
     """
-    from torch import nn
-
     rows = conventions()
     firsts = {row.a for row in rows}
     for layer, module in modules:
         if not (firsts.isdisjoint(module._modules) and firsts.isdisjoint(module._parameters)):
-            found: dict[tuple[int, int], Pair] = {}
-            members: dict[str, Any] = {**module._modules, **module._parameters}
-            dicts = {
-                name: isinstance(own, (nn.ModuleDict, nn.ParameterDict))
-                for name, own in members.items()
-            }
-            for row in rows:
-                fits = dicts.get(row.a) is dicts.get(row.b) is row.container
-                if fits and all(hasattr(module, name) for name in row.where):
-                    first, second = (
-                        _halves(members[name], name, row.container) for name in (row.a, row.b)
-                    )
-                    for adapter in filter(second.__contains__, first):
-                        a, b = first[adapter], second[adapter]
-                        found.setdefault(
-                            (id(a.tensor), id(b.tensor)), Pair(module, layer, adapter, row, a, b)
-                        )
-            yield from found.values()
+            yield from _pairs_in(layer, module, rows)
+
+
+def _pairs_in(layer: str, module: nn.Module, rows: Iterable[Convention]) -> Iterable[Pair]:
+    from torch import nn
+
+    pairs: dict[tuple[int, int], Pair] = {}
+    members: dict[str, Any] = {**module._modules, **module._parameters}
+    is_dict = {
+        name: isinstance(member, (nn.ModuleDict, nn.ParameterDict))
+        for name, member in members.items()
+    }
+    for row in rows:
+        fits = is_dict.get(row.a) is is_dict.get(row.b) is row.container
+        if not fits or not all(hasattr(module, name) for name in row.where):
+            continue
+        firsts, seconds = (_halves(members[name], name, row.container) for name in (row.a, row.b))
+        for adapter, a in firsts.items():
+            if adapter in seconds:
+                b = seconds[adapter]
+                key = id(a.tensor), id(b.tensor)
+                pairs.setdefault(key, Pair(module, layer, adapter, row, a, b))
+    return pairs.values()
 
 
 def _halves(member: Any, attribute: str, by_adapter: bool) -> dict[str, Half]:
@@ -144,107 +162,45 @@ def _halves(member: Any, attribute: str, by_adapter: bool) -> dict[str, Half]:
     return halves
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- declared numbers -----------------------------------------------------------------------------
 
 
-def reading_of(pair: Pair) -> Reading:
-    """Return rank, fan-in, fan-out and kind, by the first of the row's layouts that fits the shapes
-    and the rank.
+class Place(NamedTuple):
+    """Where a number is declared: an attribute of an object, or an entry of a dict by adapter."""
 
-    The shape of a shard is not checked. Its declared rank and its modules' declared fan-in and
-    fan-out are used.
+    holder: Any
+    key: str
+    number: float
 
-    Raises:
-        InspectionError: no layout fits the shapes and the declared rank.
+
+def place_of(pair: Pair, attributes: Iterable[str]) -> Place | None:
+    """Return the place of the first of the owner's `attributes` that is a number, also in a dict by
+    adapter or a small tensor.
     """
-    declared = declared_number(pair, pair.convention.rank)
-    a, b = pair.a, pair.b
-    readings = (read_as(layout, pair) for layout in pair.convention.layouts)
-    for reading in [_shard_reading(pair, declared)] if is_shard(a) or is_shard(b) else readings:
-        rank = reading.rank_a if reading is not None and declared is None else declared
-        if reading is not None and reading.rank_a == reading.rank_b == rank:
-            return reading
-    what = "declares no rank" if declared is None else f"declares rank {declared:g}"
-    raise InspectionError(
-        f"{pair.where} {what} but {a.name} has shape {tuple(a.tensor.shape)} and {b.name}"
-        f" {tuple(b.tensor.shape)}.",
-        "Rebuild the adapter so that A has `rank` rows and B `rank` columns, set the declared rank"
-        " right, or register its layout with register_convention().",
-    )
+    for attribute in attributes:
+        *path, key = attribute.split(".")
+        holder = pair.owner
+        for part in path:
+            holder = getattr(holder, part, None)
+        value = getattr(holder, key, None)
+        if isinstance(value, Mapping):
+            holder, key, value = value, pair.adapter, value.get(pair.adapter)
+        number = number_of(value)
+        if number is not None:
+            return Place(holder, key, number)
+    return None
 
 
-def read_as(layout: str | Layout, pair: Pair) -> Reading | None:
-    """Return a layout's reading if its ranks are positive and whole, else None."""
-    read = layout if callable(layout) else LAYOUTS[layout]
-    try:
-        reading = read(pair.owner, tuple(pair.a.tensor.shape), tuple(pair.b.tensor.shape))
-        whole = all(
-            rank >= 1 and float(rank).is_integer() for rank in (reading.rank_a, reading.rank_b)
-        )
-    except InspectionError:  # the layout has a more specific message
-        raise
-    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
-        return None
-    return (
-        reading._replace(kind=pair.convention.kind or reading.kind or _kind(pair))
-        if whole
-        else None
-    )
+def number_of(value: Any) -> float | None:
+    """Return a number, also of a tensor of one element; None for anything else."""
+    if hasattr(value, "numel") and value.numel() == 1 and not value.is_meta:
+        value = value.item()
+    return value if is_number(value) else None
 
 
-def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:
-    whole = pair.b if is_shard(pair.a) else pair.a
-    if rank is None and not is_shard(whole):
-        rank = whole.tensor.shape[1 if whole is pair.b else 0]
-    if rank is None or rank < 1:
-        return None
-    fan_in, fan_out = _declared_fan(pair, pair.a, 0), _declared_fan(pair, pair.b, 1)
-    return Reading(rank, rank, fan_in, fan_out, kind=pair.convention.kind or _kind(pair))
-
-
-def _kind(pair: Pair) -> str:
-    base = getattr(pair.owner, "base_layer", pair.owner)
-    conv = len(pair.a.tensor.shape) > 2 or hasattr(base, "kernel_size")
-    return "embedding" if is_embedding(pair.owner) else "conv" if conv else "linear"
-
-
-def is_shard(half: Half) -> bool:
-    """Return whether a factor is the shard of one process: flat under FSDP1, empty under ZeRO-3."""
-    return len(half.tensor.shape) < 2 or 0 in half.tensor.shape
-
-
-# Attributes for fan-in and fan-out.
-_FANS = (
-    ("in_features", "in_dim", "in_channels", "num_embeddings", "nx"),
-    ("out_features", "out_dim", "out_channels", "embedding_dim", "nf"),
-)
-
-
-def _declared_fan(pair: Pair, half: Half, side: int) -> float:
-    """Return the layer's fan-in (side 0) or fan-out (1), from an unsharded factor or from a
-    module's attribute.
-    """
-    if not is_shard(half):
-        shape = half.tensor.shape
-        return float(math.prod(shape[1:]) if side == 0 else shape[0])
-    inner = half.name.rpartition(".")[0]
-    for owner in (
-        getattr(pair.owner, "base_layer", pair.owner),
-        pair.owner,
-        pair.owner.get_submodule(inner),
-    ):
-        for name in _FANS[side]:
-            value = getattr(owner, name, None)
-            if isinstance(value, int):
-                return float(
-                    value * (math.prod(getattr(owner, "kernel_size", ())) if side == 0 else 1)
-                )
-    raise InspectionError(
-        f"{pair.where} is sharded, and neither the shape {tuple(half.tensor.shape)} of {half.name}"
-        f" nor a module has its fan-{('in', 'out')[side]}.",
-        "Set in_features and out_features on the module that owns the pair, or shard with"
-        " fully_shard.",
-    )
+def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
+    place = place_of(pair, attributes)
+    return None if place is None else place.number
 
 
 def scaling_of(pair: Pair, rank: float) -> float | None:
@@ -264,30 +220,96 @@ def scaling_of(pair: Pair, rank: float) -> float | None:
     return value
 
 
-def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
-    """Return the first of the owner's `attributes` that is a number, also in a dict by adapter or a
-    small tensor.
+# --- reading --------------------------------------------------------------------------------------
+
+
+def reading_of(pair: Pair) -> Reading:
+    """Return rank, fan-in, fan-out and kind, by the first of the row's layouts that fits the shapes
+    and the rank.
+
+    The shape of a shard is not checked. Its declared rank and its modules' declared fan-in and
+    fan-out are used.
+
+    Raises:
+        InspectionError: no layout fits the shapes and the declared rank.
     """
-    for attribute in attributes:
-        value: Any = pair.owner
-        for part in attribute.split("."):
-            value = getattr(value, part, None)
-        if isinstance(value, Mapping):
-            value = value.get(pair.adapter)
-        if hasattr(value, "numel") and value.numel() == 1 and not value.is_meta:  # a tensor
-            value = value.item()
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    return None
+    rank = declared_number(pair, pair.convention.rank)
+    for reading in _shard_readings(pair, rank) if pair.is_sharded else readings_of(pair):
+        if rank in (None, reading.rank_a):
+            return reading
+    what = "declares no rank" if rank is None else f"declares rank {rank:g}"
+    raise InspectionError(
+        f"{pair.where} {what} but {pair.a.name} has shape {pair.a.shape} and {pair.b.name}"
+        f" {pair.b.shape}.",
+        "Rebuild the adapter so that A has `rank` rows and B `rank` columns, set the declared rank"
+        " right, or register its layout with register_convention().",
+    )
+
+
+def readings_of(pair: Pair) -> Iterator[Reading]:
+    """Yield what the row's layouts read, of those that read one rank from both shapes."""
+    for layout in pair.convention.layouts:
+        reading = read_as(layout, pair)
+        if reading is not None and reading.rank_a == reading.rank_b:
+            yield reading
+
+
+def read_as(layout: str | Layout, pair: Pair) -> Reading | None:
+    """Return a layout's reading if its ranks are positive and whole, else None."""
+    read = layout if callable(layout) else LAYOUTS[layout]
+    try:
+        reading = read(pair.owner, pair.a.shape, pair.b.shape)
+        ranks = reading.rank_a, reading.rank_b
+        if not all(rank >= 1 and float(rank).is_integer() for rank in ranks):
+            return None
+    except InspectionError:  # the layout has a more specific message
+        raise
+    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
+        return None
+    return reading._replace(kind=pair.convention.kind or reading.kind or _kind(pair))
+
+
+def _kind(pair: Pair) -> str:
+    if is_embedding(pair.owner):
+        return "embedding"
+    base = getattr(pair.owner, "base_layer", pair.owner)
+    return "conv" if len(pair.a.shape) > 2 or hasattr(base, "kernel_size") else "linear"
 
 
 def is_embedding(module: nn.Module) -> bool:
     """Return whether a module, or the one that it adapts, is an embedding."""
     base = getattr(module, "base_layer", module)
-    if isinstance(
-        base, SimpleNamespace
-    ):  # what a file says about a layer: it is not a module, and torch is not needed
+    if isinstance(base, SimpleNamespace):  # a layer of a file, which is read without torch
         return False
     from torch import nn
 
     return isinstance(base, (nn.Embedding, nn.EmbeddingBag))
+
+
+def _shard_readings(pair: Pair, rank: float | None) -> Iterator[Reading]:
+    if rank is None and not pair.b.is_shard:
+        rank = pair.b.shape[1]
+    elif rank is None and not pair.a.is_shard:
+        rank = pair.a.shape[0]
+    if rank is not None and rank >= 1:
+        fan_in = _shard_fan(pair, pair.a, 0) if pair.a.is_shard else math.prod(pair.a.shape[1:])
+        fan_out = _shard_fan(pair, pair.b, 1) if pair.b.is_shard else pair.b.shape[0]
+        yield Reading(rank, rank, fan_in, fan_out, kind=pair.convention.kind or _kind(pair))
+
+
+def _shard_fan(pair: Pair, half: Half, side: int) -> float:
+    """Return the layer's fan-in (side 0) or fan-out (1) from a module's attribute."""
+    inner = half.name.rpartition(".")[0]
+    base = getattr(pair.owner, "base_layer", pair.owner)
+    for module in (base, pair.owner, pair.owner.get_submodule(inner)):
+        sizes: Sequence[Any] = [getattr(module, name, None) for name in _FANS[side]]
+        size = next((size for size in sizes if isinstance(size, int)), None)
+        if size is not None:
+            kernel = getattr(module, "kernel_size", ()) if side == 0 else ()
+            return float(size * math.prod(kernel))
+    raise InspectionError(
+        f"{pair.where} is sharded, and neither the shape {half.shape} of {half.name}"
+        f" nor a module has its fan-{('in', 'out')[side]}.",
+        "Set in_features and out_features on the module that owns the pair, or shard with"
+        " fully_shard.",
+    )

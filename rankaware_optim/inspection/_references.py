@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from .._checks import shown
 from .._types import Reference, Survey
 from ..errors import InvalidReferenceError
+from ._inspect_file import inspect_file
 from ._survey import declared_init
-from .files import inspect_file
 
 
 class LoraConfigLike(Protocol):

@@ -1,8 +1,11 @@
 """Adapters at another rank, in place: new factors replace the original ones, and the modules
 declare the new rank.
 
-The original factors are never written. They are kept outside the model until `ModelState` restores
-them.
+PEFT's own `add_adapter` cannot take this place. It gives the new factors another name, and so other
+rates, draws and copies of the heads. It unties them, unfreezes frozen ones, and refuses a second
+adapter with `bias`.
+
+The original factors are never written. They are kept outside the model.
 """
 
 from __future__ import annotations
@@ -15,14 +18,21 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from .._scaling_rule import scaling_factor
-from .._types import Init
+from .._types import Init, Survey, scaling_factor
 from ..errors import InspectionError
-from ._declarations import Config, Declaration, configs_of, declare, place_of, scaling_places
+from ._declarations import (
+    Declaration,
+    configs_of,
+    declarations_of,
+    declare,
+    rank_declarations,
+    redeclare,
+)
 from ._initialize import (
-    check_start,
+    DrawnInit,
+    Variance,
+    check_starts,
     is_merged,
-    refuse_opposite_ties,
     refuse_residual,
     start_of,
     write_starts,
@@ -32,28 +42,19 @@ from ._survey import survey_of
 from ._unsupported import other_kind
 
 ScalingRule = Literal["fixed", "alpha", "rslora"]
-Variance = Literal["mua", "peft"]
 # Other parts of an adapter whose shape does not depend on the rank.
-_RANKLESS = {
-    "DoRA magnitude",
-    "LoRA bias",
-    "new tokens",
-    "whole copy (modules_to_save)",
-    "LyCORIS scalar",
-}
+_PARTS = {"DoRA magnitude", "LoRA bias"}
+_RANKLESS = {*_PARTS, "new tokens", "whole copy (modules_to_save)", "LyCORIS scalar"}
 # Attributes in which a factor's module declares the sizes of its weight, by axis.
-_FIELDS = {0: ("out_features", "out_channels"), 1: ("in_features", "in_channels")}
+_SIZES = {0: ("out_features", "out_channels"), 1: ("in_features", "in_channels")}
 
 
-class FoundPair(NamedTuple):
-    """An original pair: its rank and effective multiplier, and the init and variance of new
-    factors.
-    """
+class _Original(NamedTuple):
+    """An original pair and its rank, and the init and variance of new factors."""
 
     pair: Pair
     rank: int
-    scaling: float | None
-    init: Literal["A", "B"]
+    init: DrawnInit
     variance: Variance
 
 
@@ -73,48 +74,54 @@ class Adapters:
         walked: Walk,
         ranks: Collection[int],
         *,
-        init: Literal["A", "B"] | None = None,
+        init: DrawnInit | None = None,
         variance: Variance | None = None,
         rule: ScalingRule = "fixed",
     ) -> None:
         survey = survey_of(walked, init=init)
-        for name in survey.other:
-            kind = other_kind(name)
-            if kind is not None and kind not in _RANKLESS:
-                raise InspectionError(
-                    f"{name} belongs to an adapter ({kind}) that cannot be made at another rank in"
-                    " place.",
-                    "Freeze it, or build the model in each trial with ra.calibrate.",
-                )
-        pairs = [
-            p
-            for p in pairs_of(walked.modules)
-            if p.a.tensor.requires_grad or p.b.tensor.requires_grad
-        ]
+        _refuse_other_parts(survey)
         self.rank = survey.dominant().rank or 1
-        self._rule = rule
-        self._configs = [c for c in configs_of(walked.modules) if any(map(c.holds, pairs))]
+        self._walked, self._rule = walked, rule
+        self._pairs = list(pairs_of(walked.modules))
+        self._configs = configs_of(walked.modules)
         inits = {(f.layer, f.adapter): f.init for f in survey.factors}
-        self.found = [
-            _found(pair, inits[pair.layer, pair.adapter], init is not None, variance, self._configs)
-            for pair in pairs
+        wanted = []
+        for pair in filter(lambda pair: pair.trains, self._pairs):
+            refuse_residual(pair, self._configs)
+            wanted.append(
+                (pair, *_wanted_init(pair, inits[pair.layer, pair.adapter], init, variance))
+            )
+        starts = check_starts(wanted)
+        self._originals = [
+            _Original(pair, start.rank, pair_init, drawn)
+            for (pair, pair_init, drawn), start in zip(wanted, starts, strict=True)
         ]
-        refuse_opposite_ties(check_start(f.pair, f.init, f.variance) for f in self.found)
-        _refuse_views(self.found)
-        for rank, found in product({self.rank, *ranks}, self.found):
-            _shapes(found, self._rank_of(found, rank))
-        for found in self.found if rule != "fixed" else ():
-            list(scaling_places(found.pair, found.rank, 1.0))
+        _refuse_views(self._halves())
+        for original in self._originals:
+            for rank in {self.rank, *ranks}:
+                _shapes(original, self._rank_at(original, rank))
+            if rule != "fixed":
+                list(declarations_of(original.pair, original.rank, 1.0, original.rank))
 
     @property
     def factors(self) -> list[torch.Tensor]:
-        """Return the original factors."""
-        return [half.tensor for found in self.found for half in (found.pair.a, found.pair.b)]
+        """The original factors."""
+        return [half.tensor for _, half in self._halves()]
 
     @property
     def declarations(self) -> list[Any]:
-        """Return the configurations' fields, which `remake` changes."""
+        """The configurations' fields, which `remake` changes."""
         return [config.fields for config in self._configs]
+
+    @property
+    def base_weights(self) -> list[tuple[str, Any]]:
+        """The weights that the pairs adapt, each with its layer's name. None for a weight that is
+        not a parameter.
+        """
+        return [(pair.where, _base_weight(pair)) for pair, *_ in self._originals]
+
+    def _halves(self) -> list[tuple[Pair, Half]]:
+        return [(pair, half) for pair, *_ in self._originals for half in (pair.a, pair.b)]
 
     @torch.no_grad()
     def remake(self, rank: int, seed: int) -> list[nn.Parameter]:
@@ -122,102 +129,81 @@ class Adapters:
 
         The model must be in its original state.
         """
-        ranks = [self._rank_of(found, rank) for found in self.found]
-        declared = [
-            place
-            for found, own in zip(self.found, ranks, strict=True)
-            for place in self._declared(found, own)
-        ]
-        made: dict[int, nn.Parameter] = {}
-        starts = []
-        for found, own in zip(self.found, ranks, strict=True):
-            pair, (a, b) = found.pair, _shapes(found, own)
-            resized = pair._replace(
-                a=_resized(pair, pair.a, a, made), b=_resized(pair, pair.b, b, made)
+        declarations: list[Declaration] = []
+        for original in self._originals:
+            declarations += self._declarations_at(original, self._rank_at(original, rank))
+        factors: dict[int, nn.Parameter] = {}
+        wanted = []
+        for original in self._originals:
+            pair, shapes = original.pair, _shapes(original, self._rank_at(original, rank))
+            a, b = (
+                _replace(pair.owner, half, shape, factors)
+                for half, shape in zip((pair.a, pair.b), shapes, strict=True)
             )
-            starts.append((resized, found.init, found.variance))
-        declare(declared)
-        write_starts([start_of(*start) for start in starts], seed)
-        for config in self._configs:
-            self._redeclare(config, rank)
-        return list(made.values())
+            wanted.append((pair._replace(a=a, b=b), original.init, original.variance))
+        declare(declarations)
+        write_starts([start_of(*each) for each in wanted], seed)
+        redeclare(self._configs, self._pairs)
+        return list(factors.values())
 
-    def _rank_of(self, found: FoundPair, rank: int) -> int:
-        own, rest = divmod(found.rank * rank, self.rank)
+    def disable(self, factors: Iterable[nn.Parameter]) -> None:
+        """Freeze new `factors` and the other parts of the adapters, and switch PEFT's layers off:
+        with DoRA even a zero pair changes the output.
+        """
+        named = self._walked.parameters
+        parts = [param for name, param in named if other_kind(name) in _PARTS]
+        for param in (*factors, *parts):
+            param.requires_grad_(False)
+        for pair, *_ in self._originals:
+            if hasattr(pair.owner, "_disable_adapters"):
+                vars(pair.owner)["_disable_adapters"] = True
+
+    def _rank_at(self, original: _Original, rank: int) -> int:
+        """Return the rank of a pair in a trial at `rank`."""
+        new_rank, rest = divmod(original.rank * rank, self.rank)
         if rest:
             raise InspectionError(
-                f"{found.pair.where} has rank {found.rank} where most have {self.rank}, so in a"
-                f" trial at rank {rank} it would have {found.rank * rank / self.rank:g}.",
+                f"{original.pair.where} has rank {original.rank} where most have {self.rank}, so"
+                f" in a trial at rank {rank} it would have {original.rank * rank / self.rank:g}.",
                 "Leave that rank out, or give all layers one rank.",
             )
-        return own
+        return new_rank
 
-    def _declared(self, found: FoundPair, rank: int) -> Iterator[Declaration]:
-        """Yield what the pair must declare at `rank`. Call it before the pair is changed."""
-        pair = found.pair
-        for attribute in pair.convention.rank:
-            place = place_of(pair, (attribute,))
-            if place is not None and place.holds(found.rank):
-                yield pair, place, rank
-        if found.scaling is not None:
-            scaling = found.scaling * scaling_factor(self._rule, found.rank, rank)
-            yield from scaling_places(pair, found.rank, scaling, at=rank)
-
-    def _redeclare(self, config: Config, rank: int) -> None:
-        """Write the new ranks and alphas into a configuration. All of them change by one factor."""
-        fields, grown = config.fields, rank / self.rank
-        alpha = scaling_factor(self._rule, self.rank, rank) * grown ** (
-            0.5 if fields.get("use_rslora") else 1.0
-        )
-        for name, factor in {"r": grown, "lora_alpha": alpha}.items():
-            fields[name] = _scaled(fields[name], factor)
-        for name, factor in {"rank_pattern": grown, "alpha_pattern": alpha}.items():
-            if fields.get(name):
-                fields[name] = {key: _scaled(value, factor) for key, value in fields[name].items()}
-
-
-def _scaled(value: float, factor: float) -> float:
-    """Return the product, as an int if it is whole and `value` was an int."""
-    new = value * factor
-    return (
-        round(new)
-        if math.isclose(new, round(new), rel_tol=1e-12) and isinstance(value, int)
-        else new
-    )
-
-
-def base_weight(pair: Pair) -> torch.Tensor | None:
-    """Return the weight that a pair adapts, from the pair's owner or the layer it wraps; None if
-    there is none.
-    """
-    base: Any = pair.owner
-    while isinstance(getattr(base, "base_layer", None), nn.Module):
-        base = base.base_layer
-    for holder in (base, getattr(base, "conv", None)):
-        weight = getattr(holder, getattr(pair.owner, "parameter_name", "weight"), None)
-        if isinstance(weight, nn.Parameter):
-            return weight
-    return None
+    def _declarations_at(self, original: _Original, new_rank: int) -> Iterator[Declaration]:
+        pair, rank = original.pair, original.rank
+        yield from rank_declarations(pair, rank, new_rank)
+        scaling = scaling_of(pair, rank)
+        if scaling is not None:
+            scaling *= scaling_factor(self._rule, rank, new_rank)
+            yield from declarations_of(pair, rank, scaling, new_rank)
 
 
 # --- the original adapters ------------------------------------------------------------------------
 
 
-def _found(
-    pair: Pair, seen: Init, given: bool, variance: Variance | None, configs: Iterable[Config]
-) -> FoundPair:
-    """Return a pair with the init and variance of its new factors.
+def _refuse_other_parts(survey: Survey) -> None:
+    for name, kind in survey.unsupported.items():
+        if kind not in _RANKLESS:
+            raise InspectionError(
+                f"{name} belongs to an adapter ({kind}) that cannot be made at another rank in"
+                " place.",
+                "Freeze it, or build the model in each trial with ra.calibrate.",
+            )
+
+
+def _wanted_init(
+    pair: Pair, init: Init, asked: DrawnInit | None, variance: Variance | None
+) -> tuple[DrawnInit, Variance]:
+    """Return the init and variance of a pair's new factors.
 
     Args:
         pair: the original pair.
-        seen: its init.
-        given: whether the user gave the init. Otherwise it was read from the pair.
+        init: its init.
+        asked: the init for all pairs, if the user gave one.
         variance: as in `calibrate_in_place`. By default an embedding with Init[B] has B ~ N(0, 1),
             as in PEFT and loralib.
-        configs: the adapters' configurations.
     """
-    refuse_residual(pair, configs)
-    if seen not in ("A", "B"):
+    if init not in ("A", "B"):
         raise InspectionError(
             f"The init of {pair.where} cannot be read, so new factors cannot be drawn.",
             "Give init='A' (B starts at zero, as in PEFT) or init='B' (A starts at zero).",
@@ -226,102 +212,105 @@ def _found(
         raise InspectionError(
             f"{pair.where} is merged into its base weight.", "Unmerge the adapters first."
         )
-    is_embedding = reading_of(pair).kind == "embedding"
-    init, drawn = seen, variance or ("mua" if is_embedding else "peft")
-    if seen == "B":
-        init, drawn = (
-            ("A", "peft") if is_embedding and not given and variance != "mua" else ("B", "mua")
-        )
-    start = check_start(pair, init, drawn)
     for half in (pair.a, pair.b):
         if not isinstance(half.tensor, nn.Parameter):
             raise InspectionError(
                 f"{half.name} of {pair.where} is not a parameter.", "Make both factors parameters."
             )
-    return FoundPair(pair, start.rank, scaling_of(pair, start.rank), init, drawn)
+    is_embedding = reading_of(pair).kind == "embedding"
+    if init == "A":
+        return "A", variance or ("mua" if is_embedding else "peft")
+    if is_embedding and asked is None and variance != "mua":
+        return "A", "peft"
+    return "B", "mua"
 
 
-def _refuse_views(pairs: Iterable[FoundPair]) -> None:
+def _refuse_views(halves: Iterable[tuple[Pair, Half]]) -> None:
     """Raise if different parameters share memory, since it is not known how new factors should
     share it.
     """
-    halves = [(found.pair, half) for found in pairs for half in (found.pair.a, found.pair.b)]
-    owners = {(half.tensor.device, half.tensor.data_ptr()): half.tensor for _, half in halves}
+    by_memory: dict[tuple[Any, int], torch.Tensor] = {}
     for pair, half in halves:
-        if owners[half.tensor.device, half.tensor.data_ptr()] is not half.tensor:
+        memory = half.tensor.device, half.tensor.data_ptr()
+        if by_memory.setdefault(memory, half.tensor) is not half.tensor:
             raise InspectionError(
                 f"{half.name} of {pair.where} shares its memory with another factor.",
                 "Tie factors by making them the same parameter, or untie them.",
             )
 
 
+def _base_weight(pair: Pair) -> nn.Parameter | None:
+    """Return the weight that a pair adapts, from the pair's owner or the layer it wraps."""
+    base: Any = pair.owner
+    while isinstance(getattr(base, "base_layer", None), nn.Module):
+        base = base.base_layer
+    name = getattr(pair.owner, "parameter_name", "weight")
+    for module in (base, getattr(base, "conv", None)):
+        weight = getattr(module, name, None)
+        if isinstance(weight, nn.Parameter):
+            return weight
+    return None
+
+
 # --- the new adapters -----------------------------------------------------------------------------
 
 
-def _shapes(found: FoundPair, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shapes(original: _Original, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of A and B at another rank. The same layout must read them, with equal
     fan-in and fan-out.
     """
-    pair = found.pair
+    pair = original.pair
+    growth = rank / original.rank
     for layout in pair.convention.layouts:
-        read = read_as(layout, pair)
-        if read is None or {read.rank_a, read.rank_b} != {found.rank}:
+        reading = read_as(layout, pair)
+        if reading is None or {reading.rank_a, reading.rank_b} != {original.rank}:
             continue
-        wanted = read._replace(rank_a=rank, rank_b=rank)
-        options = (_axes_scaled(half.tensor.shape, rank / found.rank) for half in (pair.a, pair.b))
-        for a, b in product(*options):
-            empty = [torch.empty(shape, device="meta") for shape in (a, b)]
-            resized = pair._replace(a=Half(pair.a.name, empty[0]), b=Half(pair.b.name, empty[1]))
-            if read_as(layout, resized) == wanted:
+        wanted = reading._replace(rank_a=rank, rank_b=rank)
+        for a, b in product(_grown(pair.a.shape, growth), _grown(pair.b.shape, growth)):
+            halves = [Half("", torch.empty(shape, device="meta")) for shape in (a, b)]
+            if read_as(layout, pair._replace(a=halves[0], b=halves[1])) == wanted:
                 return a, b
     raise InspectionError(
-        f"{pair.where} cannot be made at rank {rank}: its shapes {tuple(pair.a.tensor.shape)} and "
-        f"{tuple(pair.b.tensor.shape)} at rank {found.rank} cannot be scaled to it.",
+        f"{pair.where} cannot be made at rank {rank}: its shapes {pair.a.shape} and "
+        f"{pair.b.shape} at rank {original.rank} cannot be scaled to it.",
         "Leave that rank out: a grouped convolution or a block-diagonal factor allows only"
         " multiples.",
     )
 
 
-def _axes_scaled(shape: tuple[int, ...], factor: float) -> list[tuple[int, ...]]:
-    """Return the shapes with one axis multiplied by `factor`, for each axis whose size stays whole."""
-    grown = [(axis, size * factor) for axis, size in enumerate(shape)]
-    whole = [
-        (axis, round(size))
-        for axis, size in grown
-        if math.isclose(size, round(size)) and round(size) > 0
-    ]
-    return [(*shape[:axis], size, *shape[axis + 1 :]) for axis, size in whole]
+def _grown(shape: tuple[int, ...], growth: float) -> Iterator[tuple[int, ...]]:
+    """Yield the shapes with one axis multiplied by `growth`, for each axis whose size stays whole."""
+    for axis, size in enumerate(shape):
+        new = round(size * growth)
+        if new > 0 and math.isclose(new, size * growth):
+            yield *shape[:axis], new, *shape[axis + 1 :]
 
 
-def _resized(pair: Pair, half: Half, shape: tuple[int, ...], made: dict[int, nn.Parameter]) -> Half:
-    """Replace a factor in the model by an empty one of another shape. A tied factor is made once."""
-    found = half.tensor
-    if id(found) not in made:
-        made[id(found)] = _like(found, shape)
+def _replace(owner: Any, half: Half, shape: tuple[int, ...], factors: dict[int, Any]) -> Half:
+    """Replace a factor in the model by an empty one of another shape. A tied factor is made once.
+
+    The module of a factor declares its new sizes, and gets a bias of the new length.
+    """
+    original, sizes = half.tensor, half.shape
+    if id(original) not in factors:
+        factors[id(original)] = _empty_like(original, shape)
     inner, _, local = half.name.rpartition(".")
-    holder = pair.owner.get_submodule(inner)
-    holder._parameters[local] = made[id(found)]
-    if inner:
-        _resize_holder(holder, tuple(found.shape), shape)
-    return half._replace(tensor=made[id(found)])
-
-
-def _like(found: torch.Tensor, shape: tuple[int, ...]) -> nn.Parameter:
-    new = nn.Parameter(
-        torch.empty(shape, dtype=found.dtype, device=found.device),
-        requires_grad=found.requires_grad,
-    )
-    vars(new).update(vars(found))
-    return new
-
-
-def _resize_holder(holder: Any, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    """Set the declared sizes of a factor's module, and give it a bias of the new length."""
-    for axis, names in _FIELDS.items():
+    module = owner.get_submodule(inner)
+    module._parameters[local] = factors[id(original)]
+    for axis, names in _SIZES.items() if inner else ():
         for name in names:
-            size = getattr(holder, name, None)
+            size = getattr(module, name, None)
             if isinstance(size, int):
-                setattr(holder, name, size * shape[axis] // found[axis])
-    bias = holder._parameters.get("bias")
-    if bias is not None and shape[0] != found[0]:
-        holder._parameters["bias"] = _like(bias, (len(bias) * shape[0] // found[0],))
+                setattr(module, name, size * shape[axis] // sizes[axis])
+    bias = module._parameters.get("bias") if inner else None
+    if bias is not None and shape[0] != sizes[0]:
+        length = len(bias) * shape[0] // sizes[0]
+        module._parameters["bias"] = _empty_like(bias, (length,))
+    return half._replace(tensor=factors[id(original)])
+
+
+def _empty_like(tensor: torch.Tensor, shape: tuple[int, ...]) -> nn.Parameter:
+    empty = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    new = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    vars(new).update(vars(tensor))
+    return new

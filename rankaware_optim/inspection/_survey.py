@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, get_args
 
 from .._checks import check_init
@@ -21,7 +20,6 @@ from ._pairs import (
     Walk,
     declared_number,
     is_embedding,
-    is_shard,
     pairs_of,
     reading_of,
     scaling_of,
@@ -79,42 +77,47 @@ def survey_of(
     check_init(init, known=(*get_args(Init), None))
     modules, parameters = walked
     trainable = {id(p): name for name, p in parameters if p.requires_grad or id(p) in also}
-    notes: list[str] = []
-    frozen: list[str] = []
+    pairs, notes = list(pairs_of(modules)), dict[str, None]()
     if method == "full":
-        factors = tuple(_full_factors(modules, trainable))
+        factors = tuple(_full_factors(modules, pairs, trainable))
     else:
-        factors = tuple(_lora_factors(modules, trainable, init, notes, frozen))
-    known = {f.name for f in factors}
-    other = tuple(name for name in trainable.values() if name not in known)
+        factors = tuple(_lora_factors(modules, pairs, trainable, init, notes))
+    names = {f.name for f in factors}
+    other = tuple(name for name in trainable.values() if name not in names)
     tried = tuple(dict.fromkeys(row.name for row in conventions()))
-    if not factors and method == "full":
-        raise InspectionError(
-            f"None of {len(parameters)} parameters is a trainable weight of two or more"
-            " dimensions.",
-            "Set requires_grad on what full finetuning should train; FSDP1 flattens every weight,"
-            " FSDP2 does not.",
-        )
-    if not factors and not any(map(is_other_adapter, other)):
-        raise InspectionError(
-            f"No trainable LoRA pair among {len(parameters)} parameters (conventions tried:"
-            f" {', '.join(tried)}).",
-            "Add adapters with requires_grad, or give method='full' for full finetuning.",
-        )
+    if not factors:
+        _refuse_empty(method, other, len(parameters), tried)
     return Survey(
         factors=factors,
         other=other,
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(notes),
         looked_at=len(parameters),
         tried=tried,
-        frozen=tuple(frozen),
-        unadapted=_unadapted(walked) if method == "lora" else (),
+        frozen=tuple(_frozen_factors(pairs, trainable)) if method == "lora" else (),
+        unadapted=tuple(_unadapted(walked)) if method == "lora" else (),
         unsupported=unsupported(other),
     )
 
 
-def _full_factors(modules: Modules, trainable: Mapping[int, str]) -> Iterator[Factor]:
-    for pair in pairs_of(modules):
+def _refuse_empty(method: Method, other: Iterable[str], count: int, tried: Iterable[str]) -> None:
+    if method == "full":
+        raise InspectionError(
+            f"None of {count} parameters is a trainable weight of two or more dimensions.",
+            "Set requires_grad on what full finetuning should train; FSDP1 flattens every weight,"
+            " FSDP2 does not.",
+        )
+    if not any(map(is_other_adapter, other)):
+        raise InspectionError(
+            f"No trainable LoRA pair among {count} parameters (conventions tried:"
+            f" {', '.join(tried)}).",
+            "Add adapters with requires_grad, or give method='full' for full finetuning.",
+        )
+
+
+def _full_factors(
+    modules: Modules, pairs: Iterable[Pair], trainable: Mapping[int, str]
+) -> Iterator[Factor]:
+    for pair in pairs:
         if id(pair.a.tensor) in trainable or id(pair.b.tensor) in trainable:
             raise InspectionError(
                 f"{pair.where} has a trainable LoRA pair, so this is not full finetuning.",
@@ -135,48 +138,47 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
     """Return fan-in and fan-out of a weight: (out, in), (out, in, k…) in a convolution, (…, in) for
     stacked tensors.
     """
-    shape = tuple(param.shape)
-    if type(module).__name__ == "Conv1D" and hasattr(
-        module, "nf"
-    ):  # transformers' Conv1D stores (in, out)
-        return float(shape[0]), float(shape[1])
-    if getattr(module, "transposed", False):  # torch's ConvTranspose stores (in, out, k…)
-        return float(math.prod(shape) / shape[1]), float(shape[1])
+    shape = tuple(map(float, param.shape))
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': (in, out)
+        return shape[0], shape[1]
+    if getattr(module, "transposed", False):  # torch's ConvTranspose: (in, out, k…)
+        return math.prod(shape) / shape[1], shape[1]
     if hasattr(module, "kernel_size") or len(shape) == 2:
-        return float(math.prod(shape[1:])), float(shape[0])
-    return float(shape[-1]), float(shape[-2])
+        return math.prod(shape[1:]), shape[0]
+    return shape[-1], shape[-2]
 
 
 def _lora_factors(
     modules: Modules,
+    pairs: Iterable[Pair],
     trainable: Mapping[int, str],
     init: Init | None,
-    notes: list[str],
-    frozen: list[str],
+    notes: dict[str, None],
 ) -> Iterator[Factor]:
-    configs = list(configs_of(modules))
-    left, seen = dict(trainable), set[int]()
-    for pair in pairs_of(modules):
-        ids = [id(pair.a.tensor), id(pair.b.tensor)]
-        if not left.keys().isdisjoint(ids):
-            reading = reading_of(pair)
-            _warn_of_transposed(pair, reading)
-            scaling = scaling_of(pair, reading.rank_a)
-            if scaling is None:
-                notes.append(f"{pair.where} declares no scaling: 1 is assumed.")
-            found = init or init_of(pair, declared_for(pair, configs), reading.kind or "linear")
-            roles: tuple[Role, Role] = "A", "B"
-            for role, key in zip(roles, ids, strict=True):
-                name = left.pop(key, None)
-                if name is not None:
-                    yield factor_of(pair, role, name, reading, scaling, found)
-        halves = [
-            half
-            for half in (pair.a, pair.b)
-            if id(half.tensor) not in trainable and id(half.tensor) not in seen
-        ]
-        frozen += [f"{pair.layer}.{half.name}".removeprefix(".") for half in halves]
-        seen.update(ids)
+    configs, left = configs_of(modules), dict(trainable)
+    for pair in pairs:
+        a, b = id(pair.a.tensor), id(pair.b.tensor)
+        if a not in left and b not in left:
+            continue
+        reading = reading_of(pair)
+        _warn_of_transposed(pair, reading)
+        scaling = scaling_of(pair, reading.rank_a)
+        if scaling is None:
+            notes[f"{pair.where} declares no scaling: 1 is assumed."] = None
+        pair_init = init or init_of(pair, declared_for(pair, configs), reading.kind or "linear")
+        names = left.pop(a, None), left.pop(b, None)
+        yield from factors_of(pair, names, reading, scaling, pair_init)
+
+
+def _frozen_factors(pairs: Iterable[Pair], trainable: Mapping[int, str]) -> Iterable[str]:
+    """Return the names of factors that do not train. A tied one has its first name."""
+    names: dict[int, str] = {}
+    for pair in pairs:
+        for half in (pair.a, pair.b):
+            if id(half.tensor) not in trainable:
+                name = f"{pair.layer}.{half.name}".removeprefix(".")
+                names.setdefault(id(half.tensor), name)
+    return names.values()
 
 
 def _warn_of_transposed(pair: Pair, reading: Reading) -> None:
@@ -184,8 +186,8 @@ def _warn_of_transposed(pair: Pair, reading: Reading) -> None:
     and (4, 64).
     """
     rank, other = reading.rank_a, reading.fan_in
-    square = tuple(pair.a.tensor.shape) == tuple(pair.b.tensor.shape)[::-1] == (rank, other)
-    if square and rank > other and declared_number(pair, pair.convention.rank) is None:
+    is_square = pair.a.shape == pair.b.shape[::-1] == (rank, other)
+    if is_square and rank > other and declared_number(pair, pair.convention.rank) is None:
         warn(
             f"{pair.where} declares no rank: its factors are read as rank {rank:g} on a layer of"
             f" width {other:g}. If they are stored transposed, the rank is {other:g} and the width"
@@ -193,40 +195,50 @@ def _warn_of_transposed(pair: Pair, reading: Reading) -> None:
         )
 
 
-def factor_of(
-    pair: Pair, role: Role, name: str, reading: Reading, scaling: float | None, init: Init
-) -> Factor:
-    rank, fan_in, fan_out = int(reading.rank_a), float(reading.fan_in), float(reading.fan_out)
-    scaling, kind = 1.0 if scaling is None else scaling, reading.kind or "linear"
+def factors_of(
+    pair: Pair,
+    names: tuple[str | None, str | None],
+    reading: Reading,
+    scaling: float | None,
+    init: Init,
+) -> Iterator[Factor]:
+    """Yield a pair's factors A and B, if they have names."""
+    sizes = int(reading.rank_a), float(reading.fan_in), float(reading.fan_out)
+    scaling = 1.0 if scaling is None else float(scaling)
+    kind = reading.kind or "linear"
     belongs = pair.layer, pair.adapter, pair.convention.name
-    return Factor(name, role, rank, fan_in, fan_out, scaling, init, kind, *belongs)
+    roles: tuple[Role, Role] = "A", "B"
+    for role, name in zip(roles, names, strict=True):
+        if name is not None:
+            yield Factor(name, role, *sizes, scaling, init, kind, *belongs)
 
 
-def _unadapted(walked: Walk) -> tuple[str, ...]:
-    """Return frozen stacks of expert weights that no pair adapts, because only target_modules was
+def _unadapted(walked: Walk) -> Iterator[str]:
+    """Yield frozen stacks of expert weights that no pair adapts, because only target_modules was
     given.
     """
     adapted = [
-        (f"{name}.", f".{m.parameter_name}")
-        for name, m in walked.modules
-        if hasattr(m, "parameter_name")
+        (f"{name}.", f".{module.parameter_name}")
+        for name, module in walked.modules
+        if hasattr(module, "parameter_name")
     ]
-    stacks = [
-        n for n, p in walked.parameters if p.dim() == 3 and "expert" in n and not p.requires_grad
-    ]
-    return tuple(
-        n for n in stacks if not any(n.startswith(a) and n.endswith(b) for a, b in adapted)
-    )
+    for name, param in walked.parameters:
+        if param.dim() != 3 or "expert" not in name or param.requires_grad:
+            continue
+        if not any(name.startswith(start) and name.endswith(end) for start, end in adapted):
+            yield name
 
 
 def declared_for(pair: Pair, configs: Iterable[Config]) -> object:
     """Return `init_lora_weights` of the innermost of PEFT's configurations for a pair; None if
     there is none.
     """
-    fitting = [
-        (len(prefix), c.fields) for c in configs if (prefix := c.prefix_of(pair)) is not None
-    ]
-    return max(fitting, key=itemgetter(0))[1].get("init_lora_weights") if fitting else None
+    innermost, declared = -1, None
+    for config in configs:
+        prefix = config.prefix_of(pair)
+        if prefix is not None and len(prefix) > innermost:
+            innermost, declared = len(prefix), config.fields.get("init_lora_weights")
+    return declared
 
 
 def declared_init(declared: object, kind: str) -> Init:
@@ -246,23 +258,25 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
     never all zero. If it is, the pair was set to Init[B] by hand. Shards differ between processes,
     which must all get the same rate, so their zeros are not used.
     """
-    own: Init | None = pair.convention.init or getattr(pair.owner, INIT_MARK, {}).get(pair.adapter)
-    if own is not None:
-        return own
-    a, b = pair.a.tensor, pair.b.tensor
-    sharded = is_shard(pair.a) or is_shard(pair.b)
-    if declared is None and sharded:
+    marks = getattr(pair.owner, INIT_MARK, {})
+    recorded: Init | None = pair.convention.init or marks.get(pair.adapter)
+    if recorded is not None:
+        return recorded
+    if declared is None and pair.is_sharded:
         raise InspectionError(
             f"{pair.where} is sharded, so its factors do not show their init, and none is"
             " declared.",
             "Give init='A' (B starts at zero, as in PEFT) or init='B' (A starts at zero).",
         )
+    a, b = pair.a.tensor, pair.b.tensor
     if declared is not None:
         expected = declared_init(declared, kind)
-        if expected == "other" or sharded or is_zero(a if expected == "A" else b) is not True:
+        if expected == "other" or pair.is_sharded:
             return expected
-    known: dict[object, Init] = {(False, True): "A", (True, False): "B", (False, False): "other"}
-    return known.get((is_zero(a), is_zero(b)), "unknown")
+        if is_zero(a if expected == "A" else b) is not True:
+            return expected
+    inits: dict[object, Init] = {(False, True): "A", (True, False): "B", (False, False): "other"}
+    return inits.get((is_zero(a), is_zero(b)), "unknown")
 
 
 def is_zero(tensor: torch.Tensor) -> bool | None:
@@ -274,7 +288,7 @@ def is_zero(tensor: torch.Tensor) -> bool | None:
     if tensor.is_meta or tensor.numel() == 0:
         return None
     if hasattr(tensor, "full_tensor"):
-        found: Any = tensor.detach().ne(0).any()
-        return not bool(found.full_tensor())
+        any_value: Any = tensor.detach().ne(0).any()
+        return not bool(any_value.full_tensor())
     flat = tensor.detach().reshape(-1)
     return not bool(flat[:: max(1, -(-flat.numel() // _SAMPLE))].any())

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .._optimizer_classes import get_optimizer_class
+from .._optimizers import get_optimizer_class
 from .._warn import warn
 from ..errors import CheckpointError, OptimizerError
 from ..optimizer import RankAwareOptimizer

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .._optimizer_classes import get_optimizer_class
+from .._optimizers import get_optimizer_class
 from ..calibration import Pushed, Trial, calibrate, release_memory, seeded
 from ..errors import CalibrationError
 from ..recipe import Recipe

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .._optimizer_classes import get_optimizer_class
+from .._optimizers import get_optimizer_class
 from .._rate import Rate
 from ..optimizer import RankAwareOptimizer
 from ._training_arguments import check_given, settings_of

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .._optimizer_classes import get_optimizer_class
+from .._optimizers import get_optimizer_class
 from ..errors import CalibrationError, OptimizerError
 from ..optimizer import RankAwareOptimizer
 from ._rates import group_rates

@@ -1,9 +1,9 @@
 from ._param_groups import effective_lr as effective_lr
 from ._param_groups import rank_aware_param_groups as rank_aware_param_groups
-from ._plain import to_plain_state_dict as to_plain_state_dict
 from ._plan import PlanOptions as PlanOptions
 from ._plan import make_plan as make_plan
 from ._report import Report as Report
 from ._report import plan_rates as plan_rates
+from ._state_dict import to_plain_state_dict as to_plain_state_dict
 from ._wrapper import RankAwareOptimizer as RankAwareOptimizer
 from ._wrapper import recipe_of as recipe_of

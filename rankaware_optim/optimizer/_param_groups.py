@@ -1,13 +1,13 @@
 """Parameter groups: a plan splits the user's parameters into named, ordered groups.
 
-A group has `lr` (the base rate), `rank_multiplier` and the plain scalars `pinned_lr`, `lora_role`,
-`lora_rank`, `lora_scale` and `lora_init`, so that checkpoints can be loaded with weights_only=True.
+A group has `lr` (the base rate) and plain scalars, its `TAGS`, so that checkpoints can be loaded
+with weights_only=True.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,24 +17,20 @@ from torch.optim import Optimizer
 from .._checks import check_lr, plain_lr
 from .._optimizers import optimizer_family
 from .._rate import Rate
-from .._types import Init, Method, Survey
+from .._types import Init, Method
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
 from ..inspection import ReferenceLike, Walk, as_reference, survey_of, walk
 from ..laws import DEFAULT_LAW, Law, caution_of
 from ._plan import Assignment, Plan, PlanOptions, make_plan
 
+Group = dict[str, Any]
+
 # in format 1 rates were multiplied, and "rank_multiplier" was called "lr_multiplier"
 GROUP_FORMAT = 2
-# Keys of our groups besides torch's. Their values are plain scalars, so that checkpoints load with
-# weights_only=True.
+# Keys of our groups besides torch's.
 TAGS = (
-    "rank_multiplier",
-    "pinned_lr",
-    "lora_role",
-    "lora_rank",
-    "lora_scale",
-    "lora_init",
+    *Assignment._fields,
     "user_group",
     "rankaware_format",
     "param_shapes",
@@ -42,7 +38,7 @@ TAGS = (
     "rankaware_lr",
 )
 # Keys that record what `multiply_for_native` changed.
-MADE_NATIVE = ("rank_multiplied", "rank_divided_decay")
+_MULTIPLIED = ("rank_multiplied", "rank_divided_decay")
 # A group's rate, and those between which schedulers move it.
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 # torch's optimizers that add the decay to the gradient and normalize the sum, unless their group
@@ -61,30 +57,53 @@ _OF_LR = "the base rate: our step multiplies it, to_plain_state_dict(opt) is for
 
 def model_of(params: Any, model: nn.Module | None) -> nn.Module:
     """Return the model that holds the adapters: `model`, by default `params`."""
-    found = params if model is None else model
-    if not isinstance(found, nn.Module):
+    holder = params if model is None else model
+    if not isinstance(holder, nn.Module):
         raise OptimizerError(
             "LoRA factors cannot be found from parameters alone.",
             "Give the model as the first argument, or as model= with parameters or an optimizer.",
         )
-    return found
+    return holder
+
+
+def named_params(groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    """Return names and parameters of built groups, or names and keys of a state's groups."""
+    pairs: list[tuple[str, Any]] = []
+    for group in groups:
+        pairs += zip(group.get("param_names", ()), group["params"], strict=False)
+    return pairs
+
+
+def without(group: Mapping[str, Any], keys: Collection[str]) -> Group:
+    """Return a copy of a group without some of its keys."""
+    return {key: value for key, value in group.items() if key not in keys}
+
+
+def settings_in(group: Mapping[str, Any]) -> Group:
+    """Return the settings of a group: neither its parameters nor our tags."""
+    return without(group, (*TAGS, "params", "param_names"))
 
 
 class UserGroup(NamedTuple):
     """One of the user's groups: its named parameters and its options, without `params`."""
 
     named: list[tuple[str, torch.Tensor]]
-    options: dict[str, Any]
+    options: Group
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.named)
 
-    def without(self, option: str) -> UserGroup:
-        """Return the group without one of its options."""
-        return self._replace(
-            options={key: value for key, value in self.options.items() if key != option}
-        )
+    def options_at(self, positions: Sequence[int]) -> Group:
+        """Return the options for some of the parameters.
+
+        PEFT's LoRA-FA and some of pytorch_optimizer have options with a value for each parameter.
+        """
+        options = dict(self.options)
+        for key, value in options.items():
+            if isinstance(value, list) and len(value) == len(self.named) > 1:
+                options[key] = [value[position] for position in positions]
+        return options
 
 
 def user_groups(
@@ -102,103 +121,121 @@ def user_groups(
     Raises:
         OptimizerError: a parameter is listed twice, there is none, or none belongs to the model.
     """
-    if isinstance(params, nn.Module):
-        own = walked if params is model else walk(params)
-        params = [p for _, p in own.parameters if p.requires_grad]
-    entries = [params] if isinstance(params, torch.Tensor) else list(params)
-    dicts: list[Any] = (
-        entries if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
-    )
     names = {id(p): name for name, p in walked.parameters}
     taken = set(names.values())
-    groups = [_user_group(group, number, names, taken) for number, group in enumerate(dicts, first)]
-    seen: set[int] = set()
-    for name, param in (pair for group in groups for pair in group.named):
-        if id(param) in seen:
-            raise OptimizerError(
-                f"The parameter {name} is listed twice.", "List every parameter in one group only."
-            )
-        seen.add(id(param))
-    if not seen:
+    groups = []
+    listed: set[int] = set()
+    for number, group in enumerate(_as_dicts(params, model, walked), first):
+        groups.append(_user_group(group, number, names, taken))
+        for name, param in groups[-1].named:
+            if id(param) in listed:
+                raise OptimizerError(
+                    f"The parameter {name} is listed twice.",
+                    "List every parameter in one group only.",
+                )
+            listed.add(id(param))
+    if not listed:
         raise OptimizerError(
             "There is no trainable parameter to optimize.",
             "Set requires_grad on what should be trained.",
         )
-    if seen.isdisjoint(names) and not outside:
+    if listed.isdisjoint(names) and not outside:
         raise OptimizerError(
-            f"None of the {len(seen)} parameters given belongs to the model.",
+            f"None of the {len(listed)} parameters given belongs to the model.",
             "Give the model that these parameters belong to as model=.",
         )
     return groups
 
 
+def _as_dicts(params: Any, model: nn.Module, walked: Walk) -> list[Any]:
+    """Return the user's parameters as torch's list of dicts."""
+    if isinstance(params, nn.Module):
+        parameters = (walked if params is model else walk(params)).parameters
+        params = [p for _, p in parameters if p.requires_grad]
+    entries = [params] if isinstance(params, torch.Tensor) else list(params)
+    if entries and isinstance(entries[0], Mapping):
+        return entries
+    return [{"params": entries}]
+
+
 def _user_group(
     group: Mapping[str, Any], number: int, names: Mapping[int, str], taken: set[str]
 ) -> UserGroup:
-    group = own_settings(group)
-    listed = (
-        [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
-    )
-    given = list(group.get("param_names") or [None] * len(listed))
-    if "lr" in group:
-        check_lr(group["lr"], "A parameter group's lr")
+    options = own_settings(group)
+    if "lr" in options:
+        check_lr(options["lr"], "A parameter group's lr")
+    params = options.pop("params")
+    entries = [params] if isinstance(params, torch.Tensor) else list(params)
+    labels = options.pop("param_names", None) or [None] * len(entries)
     named: list[tuple[str, torch.Tensor]] = []
-    for entry, given_name in zip(listed, given, strict=True):
-        name, param = entry if isinstance(entry, tuple) else (given_name, entry)
+    for entry, label in zip(entries, labels, strict=True):
+        name, param = entry if isinstance(entry, tuple) else (label, entry)
         if not isinstance(param, torch.Tensor):
             raise OptimizerError(
                 f"A parameter group holds a {type(param).__name__}.",
                 "Give tensors, (name, tensor) pairs, or dicts.",
             )
-        if id(param) not in names and (
-            name is None or name in taken
-        ):  # not in the model, so not named as one of it
+        if id(param) in names:
+            name = names[id(param)]
+        elif name is None or name in taken:  # not in the model, so not named as one of it
             name = f"group{number}.{name or 'unnamed'}.{len(named)}"
-        named.append((names.get(id(param), name), param))
-    return UserGroup(
-        named, {k: plain_lr(v) for k, v in group.items() if k not in ("params", "param_names")}
-    )
+        named.append((name, param))
+    return UserGroup(named, {key: plain_lr(value) for key, value in options.items()})
 
 
-def own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+def own_settings(group: Mapping[str, Any]) -> Group:
     """Return a group without the keys that this package wrote, and at its base rate."""
-    ours = "rankaware_format" in group
     clash = next((key for key in TAGS if key in group), None)
-    if clash is not None and not ours:
+    if clash is not None and "rankaware_format" not in group:
         raise OptimizerError(
             f"A parameter group has the key {clash!r}, which this package uses.",
             "Rename your key.",
         )
-    made = {key: value for key, value in group.items() if key not in (*TAGS, *MADE_NATIVE)}
-    return made | at_base_rate(group)
+    return without(at_base_rate(group), TAGS)
 
 
-class PlannedGroup(NamedTuple):
-    """A group to build: parameters of one user group that share an assignment, with that user
-    group's options.
+def split(groups: Iterable[UserGroup], plan: Plan, first: int = 0) -> list[Group]:
+    """Split each user group by assignment, in the user's order. They are never merged.
+
+    Args:
+        groups: the user's groups.
+        plan: the plan of the model.
+        first: number of the first group.
+
+    Returns:
+        Groups for torch, of (name, parameter) pairs, with tags and the user's own rate if any.
     """
+    factors = {f.name: f for f in plan.survey.factors}
+    tag = "" if plan.use is None else plan.use.recipe.tag
+    parts: list[Group] = []
+    for number, group in enumerate(groups, first):
+        positions: dict[Assignment, list[int]] = {}
+        for position, (name, param) in enumerate(group.named):
+            decision = plan.assign(
+                name,
+                factors.get(name),
+                own_lr="lr" in group.options,
+                trains=param.requires_grad,
+            )
+            positions.setdefault(decision, []).append(position)
+        for decision, at in positions.items():
+            pairs = [group.named[position] for position in at]
+            tags = {
+                **decision._asdict(),
+                "user_group": number,
+                "rankaware_format": GROUP_FORMAT,
+                "param_shapes": shapes_text(param for _, param in pairs),
+                "rankaware_recipe": tag,
+                "rankaware_lr": _OF_LR,
+            }
+            parts.append({"params": pairs, **group.options_at(at), **tags})
+    _warn_of_far(parts)
+    return parts
 
-    assignment: Assignment
-    named: list[tuple[str, torch.Tensor]]
-    options: dict[str, Any]
-    user_group: int = 0
-    recipe_tag: str = ""
 
-    def as_dict(self, *, named: bool = True) -> dict[str, Any]:
-        """Return the group for torch, with the user's lr."""
-        params = [p for _, p in self.named]
-        a = self.assignment
-        decided = (a.multiplier, a.rate, a.role, a.rank, a.scaling, a.init)
-        values = (
-            *decided,
-            self.user_group,
-            GROUP_FORMAT,
-            shapes_text(params),
-            self.recipe_tag,
-            _OF_LR,
-        )
-        tags = dict(zip(TAGS, values, strict=True))
-        return {"params": list(self.named) if named else params, **self.options, **tags}
+def unnamed(group: Group) -> Group:
+    """Return a group of `split` without the parameters' names."""
+    return {**group, "params": [param for _, param in group["params"]]}
 
 
 def shapes_text(params: Iterable[torch.Tensor]) -> str:
@@ -208,41 +245,16 @@ def shapes_text(params: Iterable[torch.Tensor]) -> str:
     return " ".join("x".join(map(str, p.shape)) for p in params)
 
 
-def split(
-    groups: Iterable[UserGroup], plan: Plan, survey: Survey, first: int = 0
-) -> list[PlannedGroup]:
-    """Split each user group by assignment, in the user's order. They are never merged. `first` is
-    the first number.
-    """
-    factors = {f.name: f for f in survey.factors}
-    planned: list[PlannedGroup] = []
-    tag = "" if plan.recipe is None else plan.recipe.tag
-    for number, group in enumerate(groups, first):
-        cut: dict[Assignment, PlannedGroup] = {}
-        listed = [
-            k
-            for k, v in group.options.items()
-            if isinstance(v, list) and len(v) == len(group.named) > 1
-        ]
-        for position, (name, param) in enumerate(group.named):
-            own_lr, trains = "lr" in group.options, param.requires_grad
-            assignment = plan.assign(name, factors.get(name), own_lr=own_lr, trains=trains)
-            options = {**group.options, **{key: [] for key in listed}}
-            part = cut.setdefault(assignment, PlannedGroup(assignment, [], options, number, tag))
-            part.named.append((name, param))
-            for key in (
-                listed
-            ):  # one value per parameter, as in PEFT's LoRA-FA and some of pytorch_optimizer
-                part.options[key].append(group.options[key][position])
-        planned.extend(cut.values())
-    moved = [part for part in planned if part.assignment.rate is None]
-    far = next((part for part in moved if caution_of(part.assignment.multiplier)), None)
-    if far is not None:
-        warn(f"{far.named[0][0]}: {caution_of(far.assignment.multiplier)}")
-    return planned
+def _warn_of_far(parts: Iterable[Group]) -> None:
+    """Warn once of a multiplier that no usual rank or alpha gives."""
+    for part in parts:
+        caution = caution_of(part["rank_multiplier"])
+        if caution and part["pinned_lr"] is None:
+            warn(f"{part['params'][0][0]}: {caution}")
+            return
 
 
-def set_rate(group: dict[str, Any]) -> None:
+def set_rate(group: Group) -> None:
     """Turn an explicit rate into a ratio to the group's base rate, so that schedulers scale it.
     Check the product.
 
@@ -275,11 +287,11 @@ def effective_lr(group: Mapping[str, Any]) -> float:
     """Return the rate that a group trains at: base rate × multiplier, or the lr of a native
     optimizer's group.
     """
-    multiplied = group.get("rank_multiplied", False)
-    return float(group["lr"]) * (1.0 if multiplied else group.get("rank_multiplier", 1.0))
+    rate = float(group["lr"])
+    return rate if group.get("rank_multiplied") else rate * float(group.get("rank_multiplier", 1))
 
 
-def multiply_for_native(group: dict[str, Any], keep_decay: bool = False) -> None:
+def multiply_for_native(group: Group, keep_decay: bool = False) -> None:
     """Multiply a group's rates once, for an optimizer with torch's own step, and record it in the
     group.
 
@@ -288,30 +300,28 @@ def multiply_for_native(group: dict[str, Any], keep_decay: bool = False) -> None
 
     With keep_decay, the shrinkage lr × weight_decay is kept by dividing weight_decay.
     """
-    group |= {
-        key: group[key] * group["rank_multiplier"] for key in _RATES if group.get(key) is not None
-    }
+    multiplier = group["rank_multiplier"]
+    for key in _RATES:
+        if group.get(key) is not None:
+            group[key] = group[key] * multiplier
     group["rank_multiplied"] = True
     group.pop("rankaware_lr", None)
     if keep_decay:
-        group["weight_decay"], group["rank_divided_decay"] = (
-            group["weight_decay"] / group["rank_multiplier"],
-            True,
-        )
+        group["weight_decay"] = group["weight_decay"] / multiplier
+        group["rank_divided_decay"] = True
 
 
-def at_base_rate(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a group that `multiply_for_native` changed as they were; empty if it
-    changed nothing.
-    """
+def at_base_rate(group: Mapping[str, Any]) -> Group:
+    """Return a group as it was before `multiply_for_native`, without the record of it."""
+    base = without(group, _MULTIPLIED)
     if not group.get("rank_multiplied"):
-        return {}
-    made = {
-        key: group[key] / group["rank_multiplier"] for key in _RATES if group.get(key) is not None
-    }
+        return base
+    for key in _RATES:
+        if group.get(key) is not None:
+            base[key] = group[key] / group["rank_multiplier"]
     if group.get("rank_divided_decay"):
-        made["weight_decay"] = group["weight_decay"] * group["rank_multiplier"]
-    return made
+        base["weight_decay"] = group["weight_decay"] * group["rank_multiplier"]
+    return base
 
 
 def shrinks_by_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
@@ -323,12 +333,11 @@ def shrinks_by_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     """
     if "weight_decay" not in group or _setting(optimizer, group, "fixed_decay"):
         return False
-    decoupled = _setting(optimizer, group, "decoupled_weight_decay")
-    if decoupled is None:
-        decoupled = _setting(optimizer, group, "weight_decouple")
-    if decoupled is None:
-        return not isinstance(optimizer, _L2)
-    return bool(decoupled) or optimizer_family(type(optimizer)) == "gradient-like"
+    for name in ("decoupled_weight_decay", "weight_decouple"):
+        decoupled = _setting(optimizer, group, name)
+        if decoupled is not None:
+            return bool(decoupled) or optimizer_family(type(optimizer)) == "gradient-like"
+    return not isinstance(optimizer, _L2)
 
 
 def _setting(optimizer: Optimizer, group: Mapping[str, Any], name: str) -> Any:
@@ -385,8 +394,8 @@ def rank_aware_param_groups(
         InspectionError: the adapters cannot be read.
         LawError: the law cannot be used.
 
-    >>> pair = torch.nn.Module()
-    >>> pair.lora_A, pair.lora_B = torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(8, 64, bias=False)
+    >>> pair, linear = torch.nn.Module(), torch.nn.Linear
+    >>> pair.lora_A, pair.lora_B = linear(64, 8, bias=False), linear(8, 64, bias=False)
     >>> pair.r, pair.scaling = 8, 1.0
     >>> _ = torch.nn.init.zeros_(pair.lora_B.weight)
     >>> groups = rank_aware_param_groups(pair, lr=1e-3, tuned_at="r=32,alpha=32")
@@ -403,8 +412,8 @@ def rank_aware_param_groups(
     survey = survey_of(walked, method=method, init=init)
     plan = make_plan(survey, options, optimizer_class, settings)
     groups = []
-    for planned in split(user_groups(params, model, walked), plan, survey):
-        group = {"lr": plain_lr(lr), **planned.as_dict(named=named)}
+    for part in split(user_groups(params, model, walked), plan):
+        group = {"lr": plain_lr(lr), **(part if named else unnamed(part))}
         set_rate(group)
         multiply_for_native(group)
         groups.append(group)

@@ -90,7 +90,7 @@ def _is_torchs(native: type[Optimizer]) -> bool:
 
 
 def _matched(groups: Sequence[Group], fitted: Mapping[str, Any]) -> list[Matched]:
-    """Return, for every parameter: name, parameter, its key in the checkpoint, and its state there."""
+    """Return, for every parameter: name, parameter, its key and its state in the checkpoint."""
     keys = chain.from_iterable(group["params"] for group in fitted["param_groups"])
     named = chain.from_iterable(
         zip(g["param_names"], g["params"], strict=False) for g in groups

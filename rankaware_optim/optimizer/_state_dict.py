@@ -20,7 +20,17 @@ from .._checks import is_number, is_positive
 from .._warn import warn
 from ..errors import CheckpointError
 from ..inspection import canonical_name
-from ._param_groups import GROUP_FORMAT, MADE_NATIVE, TAGS, at_base_rate, base_of
+from ._param_groups import (
+    GROUP_FORMAT,
+    TAGS,
+    at_base_rate,
+    base_of,
+    multiply_for_native,
+    named_params,
+    settings_in,
+    shrinks_by_decay,
+    without,
+)
 
 OnRankChange = Literal["raise", "reset"]
 Group = dict[str, Any]
@@ -204,15 +214,9 @@ def _at_base_rate(group: Group) -> Group:
     multiplied rates.
     """
     if group.get("rankaware_format") == 1:
-        group = {
-            **group,
-            "rank_multiplier": group.get("lr_multiplier", 1.0),
-            "rank_multiplied": True,
-        }
-    made = {
-        key: value for key, value in group.items() if key not in ("lr_multiplier", *MADE_NATIVE)
-    }
-    return made | at_base_rate(group)
+        multiplier = group.get("lr_multiplier", 1.0)
+        group = {**group, "rank_multiplier": multiplier, "rank_multiplied": True}
+    return at_base_rate(without(group, ("lr_multiplier",)))
 
 
 def _check_user_groups(param_groups: list[Group], groups: Sequence[Group]) -> None:
@@ -551,3 +555,64 @@ def _laid_out(value: Any, param: torch.Tensor) -> Any:
     if value.stride() == torch.empty_like(like, device="meta").stride():
         return value
     return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+
+
+# --- for a plain optimizer ------------------------------------------------------------------------
+
+
+def to_plain_state_dict(
+    opt: Any, names: Sequence[str] | None = None, *, own_groups: bool = False
+) -> dict[str, Any]:
+    """Return a state_dict for a native optimizer, whose step does not multiply rates.
+
+    By default it has the same groups, with the rates that are trained at: base rate × multiplier.
+    Load it into a native optimizer built from `rank_aware_param_groups`. The groups keep their
+    multipliers and that they are multiplied, so that a later load into a `RankAwareOptimizer` gives
+    the base rates.
+
+    Args:
+        opt: a `RankAwareOptimizer`.
+        names: all parameter names in the order of a native optimizer with one group, such as those
+            of model.named_parameters(). It implies own_groups.
+        own_groups: whether to use the user's groups at their base rates. The law is then not
+            applied.
+
+    Raises:
+        CheckpointError: `names` or own_groups are given for an optimizer whose groups were cleared.
+    """
+    state = opt.state_dict()
+    if names is not None:
+        return _regrouped(state, [names])
+    if own_groups:
+        return _regrouped(state, opt._rankaware.order)
+    keep = not opt._rankaware.scale_weight_decay
+    groups: list[Group] = []
+    for group in state["param_groups"]:
+        groups.append({"rank_multiplier": 1.0, **group})
+        multiply_for_native(groups[-1], keep and shrinks_by_decay(opt, group))
+    return {**state, "param_groups": groups}
+
+
+def _regrouped(state: dict[str, Any], order: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Return a state with groups of the parameters named in `order`, at their base rates."""
+    if not state["param_groups"]:
+        raise CheckpointError(
+            "This optimizer's param_groups are empty, so the settings of your groups are lost.",
+            "Call to_plain_state_dict before they are cleared.",
+        )
+    places = {}
+    for group in state["param_groups"]:
+        for name, key in named_params([group]):
+            places[name] = group, key
+    groups: list[Group] = []
+    moments, first = {}, 0
+    for names in order:
+        owner = state["param_groups"][0]  # an empty group needs some settings
+        owner = next((places[name][0] for name in names if name in places), owner)
+        numbers = list(range(first, first + len(names)))
+        groups.append({**settings_in(owner), "params": numbers})
+        for number, name in zip(numbers, names, strict=True):
+            if name in places and places[name][1] in state["state"]:
+                moments[number] = state["state"][places[name][1]]
+        first += len(names)
+    return {**state, "state": moments, "param_groups": groups}

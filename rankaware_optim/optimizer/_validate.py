@@ -1,4 +1,4 @@
-"""Checks of the arguments of an optimizer, before anything is changed."""
+"""Checks of the arguments before anything is changed, and of the parameters at a step."""
 
 from __future__ import annotations
 
@@ -6,26 +6,35 @@ import inspect
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import check_lr, is_within, range_of, shown
-from .._optimizer_classes import defaults_of, get_optimizer_class
-from .._optimizers import known_optimizer
-from .._types import Reference, Survey
+from .._optimizers import defaults_of, get_optimizer_class, known_optimizer, optimizer_family
+from .._types import Survey
+from .._warn import warn
 from ..errors import OptimizerError
-from ..inspection import ReferenceLike, as_reference
-from ..laws import DEFAULT_LAW, Law
-from ..recipe import SAME_UPDATES, Recipe, is_for, resolve_recipe, settings_of
-from ._param_groups import UserGroup
-from ._recipe_use import Run
-
-_ZERO = (
-    "Give it the native class and groups made by rank_aware_param_groups(model, ..., named=False), "
-    "which hold multiplied rates."
+from ..inspection import pairs_of, walk
+from ..recipe import (
+    SAME_UPDATES,
+    Recipe,
+    differences,
+    is_for,
+    other_rates_on,
+    plain_value,
+    rate_on,
+    resolve_recipe,
+    settings_of,
 )
+from ._param_groups import UserGroup, named_params
+from ._plan import RecipeUse
+
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+
+
+# --- the optimizer --------------------------------------------------------------------------------
 
 
 def native_class(
@@ -34,38 +43,27 @@ def native_class(
     """Return the class to wrap: that of the built optimizer, or the given one. Raise if it cannot
     have group rates.
     """
-    if built is not None and optimizer is not None:
-        raise OptimizerError(
-            "Both a built optimizer and a class were given.", "Give one of the two."
-        )
-    if built is not None:
-        native = type(built)
-    elif optimizer is not None:
-        native = get_optimizer_class(optimizer)
-    else:
-        raise OptimizerError(
-            "No optimizer was given.",
-            "Give a class, such as RankAwareOptimizer(model, AdamW, ...).",
-        )
+    native = _class_of(built, optimizer)
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError("This optimizer is rank-aware already.", "Use it as it is.")
+    attributes = {} if built is None else vars(built)
     if built is not None:
-        _refuse_held_groups(built)
+        _refuse_old_groups(built)
     why = known_optimizer(native)[1].one_rate
     if why:
         raise OptimizerError(
             f"{native.__name__} {why}, so it cannot have a rate per rank.",
             "Use it unwrapped, or choose another optimizer.",
         )
-    takes = inspect.signature(native).parameters.keys()
-    held = built is not None and any(isinstance(value, Optimizer) for value in vars(built).values())
-    if held or {"optimizer", "base_optimizer", "optimizer_class"} & takes:
+    takes = list(inspect.signature(native).parameters)
+    wraps = any(isinstance(value, Optimizer) for value in attributes.values())
+    if wraps or not {"optimizer", "base_optimizer", "optimizer_class"}.isdisjoint(takes):
         raise OptimizerError(
             f"{native.__name__} wraps another optimizer, whose groups would not change.",
             "Wrap the inner one first: RankAwareOptimizer(model, AdamW, ...). Then wrap the"
             " result.",
         )
-    if built is None and next(iter(takes), None) == "model":
+    if built is None and takes[:1] == ["model"]:
         raise OptimizerError(
             f"{native.__name__} takes a model and makes its groups itself.",
             f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model, ...),"
@@ -74,21 +72,22 @@ def native_class(
     return native
 
 
-def refuse_inside_zero() -> None:
-    """Raise inside `ZeroRedundancyOptimizer`, which has one group for each group of its inner
-    optimizer.
-    """
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
-            raise OptimizerError(
-                "ZeroRedundancyOptimizer cannot hold a RankAwareOptimizer, which splits groups.",
-                _ZERO,
-            )
+def _class_of(built: Optimizer | None, optimizer: type[Optimizer] | str | None) -> type[Optimizer]:
+    if built is not None and optimizer is not None:
+        raise OptimizerError(
+            "Both a built optimizer and a class were given.", "Give one of the two."
+        )
+    if built is not None:
+        return type(built)
+    if optimizer is not None:
+        return get_optimizer_class(optimizer)
+    raise OptimizerError(
+        "No optimizer was given.",
+        "Give a class, such as RankAwareOptimizer(model, AdamW, ...).",
+    )
 
 
-def _refuse_held_groups(built: Optimizer) -> None:
+def _refuse_old_groups(built: Optimizer) -> None:
     """Raise if something else holds the instance's old groups: a scheduler, or a list with one
     entry per group.
 
@@ -110,30 +109,16 @@ def _refuse_held_groups(built: Optimizer) -> None:
             )
 
 
-def from_recipe(
-    recipe: Recipe | str | os.PathLike[str] | None,
-    lr: Any,
-    tuned_at: ReferenceLike | None,
-    law: str | Law | None,
-) -> tuple[Recipe | None, Any, Reference | None, str | Law]:
-    """Return the recipe with its base rate, reference and law; without a recipe, those that were
-    given.
+def refuse_inside_zero() -> None:
+    """Raise if the caller of our caller is `ZeroRedundancyOptimizer`, which has one group for each
+    group of its inner optimizer.
     """
-    if recipe is None:
-        at = None if tuned_at is None else as_reference(tuned_at)
-        return None, lr, at, DEFAULT_LAW if law is None else law
-    for name, value in (("lr", lr), ("tuned_at", tuned_at), ("law", law)):
-        if value is not None:
-            raise OptimizerError(
-                f"Both recipe= and {name}= were given.", "Give only the recipe, which includes it."
-            )
-    loaded = resolve_recipe(recipe)
-    return (
-        loaded,
-        loaded.lr,
-        replace(loaded.reference, batch=loaded.reference.batch or loaded.batch),
-        loaded.law,
-    )
+    if sys._getframe(2).f_globals.get("__name__") == _ZERO:
+        raise OptimizerError(
+            "ZeroRedundancyOptimizer cannot hold a RankAwareOptimizer, which splits groups.",
+            "Give it the native class and groups made by rank_aware_param_groups(model, ...,"
+            " named=False), which hold multiplied rates.",
+        )
 
 
 def refuse_settings(built: Optimizer | None, lr: object, settings: Mapping[str, Any]) -> None:
@@ -146,37 +131,96 @@ def refuse_settings(built: Optimizer | None, lr: object, settings: Mapping[str, 
         )
 
 
-def run_of(
-    recipe: Recipe | None,
-    native: type[Optimizer],
-    given: Mapping[str, Any],
-    groups: Iterable[UserGroup],
-    survey: Survey,
-    **horizon: Any,
-) -> Run | None:
-    """Return the run that uses a recipe, with the factors' settings: their group's, the given ones,
-    or the defaults.
+def check_base_lr(
+    native: type[Optimizer], built: Optimizer | None, lr: Any, tuned: Iterable[UserGroup]
+) -> None:
+    """Check the given base rate, a number or a tensor, or else the rates of the optimizer and its
+    groups.
 
-    Raises:
-        OptimizerError: steps or a warm-up are given without a recipe, or the warm-up is not a
-            share.
+    tuned: the groups for which a reference is given. Each needs its own rate or `lr`, since the
+    optimizer's default was not tuned for that reference.
     """
-    share = horizon["warmup_share"]
-    if share is not None and not is_within("share", share):
+    if built is not None:
+        refuse_rateless(built)
+    if lr is not None:
+        check_lr(lr)
+        return
+    if built is not None:
+        for group in built.param_groups:
+            check_lr(group["lr"])
+        return
+    default = defaults_of(native).get("lr")
+    if not isinstance(default, (int, float)):
+        raise OptimizerError(f"{native.__name__} has no default learning rate.", "Give lr=.")
+    if not all("lr" in group.options for group in tuned if group.named):
         raise OptimizerError(
-            f"warmup_share is {shown(share)}.", f"Give {range_of('share')}, or leave it out."
+            f"tuned_at= was given without lr=, but {native.__name__}'s default, {default}, is not"
+            " tuned.",
+            "Give the tuned rate as lr=, or leave tuned_at= out.",
         )
-    if recipe is None:
-        for name in ("steps", "warmup_share"):
-            if horizon[name] is not None:
+
+
+def refuse_rateless(opt: Optimizer) -> None:
+    if any("lr" not in group for group in opt.param_groups):
+        raise OptimizerError(
+            f"{type(opt).__name__} has no rate in its groups, so none can be set by rank.",
+            "Use it unwrapped, or choose another optimizer.",
+        )
+
+
+def refuse_groups(
+    native: type[Optimizer], groups: Iterable[UserGroup], present: Iterable[int] = ()
+) -> None:
+    """Raise, with their names, for parameters that the optimizer does not accept or already has.
+
+    present: the ids of those that it has.
+    """
+    present, odd = set(present), []
+    for group in groups:
+        for name, param in group.named:
+            if id(param) in present:
                 raise OptimizerError(
-                    f"{name}= was given without recipe=, so it has no effect.", "Leave it out."
+                    f"The parameter {name} is in this optimizer already.",
+                    "Add each parameter once.",
                 )
+            if param.dim() != 2:
+                odd.append(name)
+    if odd and native.__name__ == "Muon" and native.__module__.startswith("torch.optim"):
+        raise OptimizerError(
+            f"Muon takes only matrices, but {len(odd)} parameters are not, such as {odd[0]}.",
+            "Give Muon groups of the 2-D parameters with model=, and the rest to another"
+            " optimizer.",
+        )
+
+
+# --- the recipe -----------------------------------------------------------------------------------
+
+
+def read_recipe(recipe: Recipe | str | os.PathLike[str] | None, **instead: object) -> Recipe | None:
+    """Return the recipe, or None if none is given. Raise if something that it includes is given
+    too.
+    """
+    if recipe is None:
         return None
-    base, factors = {**defaults_of(native), **given}, {f.name for f in survey.factors}
-    names = [name for name in recipe.settings if name in base and name not in SAME_UPDATES]
-    held = [{**base, **group.options} for group in groups if not factors.isdisjoint(group.names)]
-    return Run(native, settings_of(held or [base], names), **horizon)
+    for name, value in instead.items():
+        if value is not None:
+            raise OptimizerError(
+                f"Both recipe= and {name}= were given.", "Give only the recipe, which includes it."
+            )
+    return resolve_recipe(recipe)
+
+
+def check_horizon(recipe: Recipe | None, steps: object, warmup_share: object) -> None:
+    """Raise if steps or a warm-up are given without a recipe, or the warm-up is not a share."""
+    if warmup_share is not None and not is_within("share", warmup_share):
+        raise OptimizerError(
+            f"warmup_share is {shown(warmup_share)}.", f"Give {range_of('share')}, or leave it out."
+        )
+    for name, value in (("steps", steps), ("warmup_share", warmup_share)):
+        if recipe is None and value is not None:
+            raise OptimizerError(
+                f"{name}= was given without recipe=, so it has no effect.", "Leave it out."
+            )
 
 
 def applied_settings(
@@ -203,23 +247,17 @@ def applied_settings(
             f" {native.__name__}.",
             "Use the recipe's optimizer, or leave apply_settings= out.",
         )
-    own = {
-        name: default
-        for name, default in defaults_of(native).items()
-        if name not in ("lr", *SAME_UPDATES)
-    }
-    fitting = {
-        name: value
-        for name, value in recipe.settings.items()
-        if name in own and _fits(value, own[name])
-    }
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fitting.items()
-    }
+    settings = {}
+    for name, default in defaults_of(native).items():
+        value = recipe.settings.get(name)
+        applies = name in recipe.settings and name not in ("lr", *SAME_UPDATES)
+        if applies and _fits(value, default):
+            settings[name] = tuple(value) if isinstance(value, list) else value
+    return settings
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Return whether a recipe's value can be a setting's. It cannot if it is the repr of an object."""
+    """Return whether a recipe's value can be a setting's, unlike the repr of an object."""
     if isinstance(value, (list, tuple)):  # a tuple, or the values of several groups
         return isinstance(default, (list, tuple)) and len(value) == len(default)
     if isinstance(value, str):
@@ -227,60 +265,142 @@ def _fits(value: Any, default: Any) -> bool:
     return default is None or isinstance(default, (bool, int, float))
 
 
-def check_base_lr(
-    native: type[Optimizer], built: Optimizer | None, lr: Any, tuned: Iterable[UserGroup]
-) -> None:
-    """Check the given base rate, a number or a tensor, or else the rates of the optimizer and its
-    groups.
-
-    tuned: the groups for which a reference is given. Each needs its own rate or `lr`, since the
-    optimizer's default was not tuned for that reference.
+def settings_of_factors(
+    recipe: Recipe,
+    native: type[Optimizer],
+    settings: Mapping[str, Any],
+    groups: Iterable[UserGroup],
+    survey: Survey,
+) -> dict[str, Any]:
+    """Return those of a recipe's settings that the factors train with: their group's, the given
+    ones, or the defaults.
     """
-    if lr is not None:
-        check_lr(lr)
-    if built is not None:
-        refuse_rateless(built)
-        for group in built.param_groups if lr is None else ():
-            check_lr(group["lr"])
-    elif lr is None:
-        default = inspect.signature(native).parameters.get("lr")
-        if default is None or not isinstance(default.default, (int, float)):
-            raise OptimizerError(f"{native.__name__} has no default learning rate.", "Give lr=.")
-        if not all("lr" in group.options for group in tuned if group.named):
-            raise OptimizerError(
-                f"tuned_at= was given without lr=, but {native.__name__}'s default,"
-                f" {default.default}, is not tuned.",
-                "Give the tuned rate as lr=, or leave tuned_at= out.",
-            )
+    base = {**defaults_of(native), **settings}
+    names = [name for name in recipe.settings if name in base and name not in SAME_UPDATES]
+    factors = {f.name for f in survey.factors}
+    in_force = [{**base, **g.options} for g in groups if not factors.isdisjoint(g.names)]
+    return settings_of(in_force or [base], names)
 
 
-def refuse_rateless(opt: Optimizer) -> None:
-    if any("lr" not in group for group in opt.param_groups):
-        raise OptimizerError(
-            f"{type(opt).__name__} has no rate in its groups, so none can be set by rank.",
-            "Use it unwrapped, or choose another optimizer.",
+def use_recipe(
+    recipe: Recipe,
+    survey: Survey,
+    native: type[Optimizer],
+    settings: Mapping[str, Any],
+    *,
+    batch: float | None,
+    steps: int | None,
+    warmup_share: float | None,
+) -> RecipeUse:
+    """Move the recipe's rates to the run's steps. Warn once if the run differs from the recipe's
+    trials.
+
+    settings: those of the recipe's settings that the factors train with.
+    """
+    horizon = {"batch": batch, "steps": steps, "warmup_share": warmup_share}
+    batch = None if recipe.batch is None else batch
+    rate, by_steps = rate_on(recipe, survey, steps, batch), 1.0
+    if steps is not None:
+        by_steps = rate_on(recipe, survey, steps).lr / rate_on(recipe, survey).lr
+    notes = _differing(recipe, native, settings, horizon)
+    if notes:
+        warn(notes[0])
+    if is_for(recipe, native):
+        at_steps, at_batch = steps or recipe.steps or "unknown", batch or recipe.batch or "unknown"
+        notes.append(
+            f"recipe {recipe.name!r}: the best rate lies between {rate.low:.3g} and {rate.high:.3g}"
+            f" with 90 %, for {at_steps} steps at batch {at_batch}."
+        )
+        notes += rate.notes
+    return RecipeUse(recipe, tuple(notes), by_steps, other_rates_on(recipe, survey))
+
+
+def _differing(
+    recipe: Recipe,
+    native: type[Optimizer],
+    settings: Mapping[str, Any],
+    horizon: Mapping[str, Any],
+) -> list[str]:
+    """Return how the run differs from the recipe's trials, and what to do about it; empty if it
+    does not.
+    """
+    trials = {name: plain_value(value) for name, value in recipe.settings.items()}
+    run = dict(settings)
+    if not is_for(recipe, native):
+        theirs, ours = recipe.optimizer.rpartition(".")[2], native.__name__
+        trials = {"optimizer": theirs, "family": known_optimizer(theirs)[1].family}
+        run = {"optimizer": ours, "family": optimizer_family(native, settings)}
+        cure = f"Its rates are for {theirs} and not for {ours}: calibrate with {ours}."
+    elif differences(trials, run):
+        cure = "Its rates belong to these settings: apply_settings=True uses them."
+    else:
+        cure = "Its rates belong to these settings, and are less certain for others."
+    of_trials = {"batch": recipe.batch, "steps": recipe.steps, "warmup_share": recipe.warmup}
+    for name, value in of_trials.items():
+        if value is not None and horizon[name] is not None:
+            trials[name], run[name] = value, horizon[name]
+    words = differences(trials, run)
+    return [f"Recipe {recipe.name!r} was made with {words}. {cure}"] if words else []
+
+
+# --- the parameters at a step ---------------------------------------------------------------------
+
+
+def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Optimizer]) -> None:
+    """Check that the parameters held here get the gradients of the model, so that training does not
+    fail silently.
+
+    fully_shard and a re-created adapter replace the tensors under the names held here. Activating
+    another adapter leaves those held here without gradients. A dry step without rates, as
+    torch.distributed.checkpoint makes, is not checked, nor is one without any gradient, nor are
+    parameters that another RankAwareOptimizer holds.
+
+    others: the other RankAwareOptimizers of this process.
+    """
+    groups = opt.param_groups
+    if not any(float(group["lr"]) for group in groups):
+        return
+    params = {id(p): p for p in _params_in(groups)}
+    if model is None or all(p.grad is not None for p in params.values()):
+        opt._rankaware_unchecked = False
+        return
+    walked = walk(model)
+    graded = {name: p for name, p in walked.parameters if p.grad is not None}
+    if not graded:
+        return
+    opt._rankaware_unchecked = False
+    elsewhere = {id(p) for other in others for p in _params_in(other.param_groups)}
+    lost = {name: p for name, p in graded.items() if id(p) not in params.keys() | elsewhere}
+    if not lost:
+        return
+    halves: set[int] = set()
+    for pair in pairs_of(walked.modules):
+        halves |= {id(pair.a.tensor), id(pair.b.tensor)}
+    adapters = [name for name, p in lost.items() if id(p) in halves]
+    replaced = [name for name, p in named_params(groups) if name in lost and p.grad is None]
+    if replaced:
+        raise _lost(replaced[0], "whose tensor of that name has none")
+    if all(p.grad is None for p in params.values()):
+        gone = params.keys().isdisjoint(id(p) for _, p in walked.parameters)  # FSDP1 flattens them
+        if adapters or gone:
+            raise _lost((adapters or list(lost))[0], "none of whose parameters has one")
+    factors = _params_in(group for group in groups if group.get("lora_role") in ("A", "B"))
+    if adapters and factors and all(p.grad is None for p in factors):
+        warn(
+            f"None of this optimizer's adapters has a gradient, but {adapters[0]}, which it does"
+            " not hold, has one and does not train. Build the optimizer after the adapter was"
+            " added and activated."
         )
 
 
-def refuse_groups(
-    native: type[Optimizer], groups: Iterable[UserGroup], held: Iterable[int] = ()
-) -> None:
-    """Raise, with their names, for parameters that the optimizer does not accept or already has."""
-    named = [pair for group in groups for pair in group.named]
-    known = set(held)
-    twice = [name for name, p in named if id(p) in known]
-    if twice:
-        raise OptimizerError(
-            f"The parameter {twice[0]} is in this optimizer already.", "Add each parameter once."
-        )
-    other = (
-        [name for name, p in named if p.dim() != 2]
-        if native.__module__.startswith("torch.optim")
-        else []
+def _params_in(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
+    return [p for group in groups for p in group["params"]]
+
+
+def _lost(name: str, what: str) -> OptimizerError:
+    return OptimizerError(
+        f"The model's {name} has a gradient and is not held by this optimizer, {what}: the model's"
+        " parameters were replaced, or another adapter was activated, after it was built.",
+        "Shard or wrap the model first (fully_shard, FSDP), with its adapters, then build the"
+        " optimizer.",
     )
-    if native.__name__ == "Muon" and other:
-        raise OptimizerError(
-            f"Muon takes only matrices, but {len(other)} parameters are not, such as {other[0]}.",
-            "Give Muon groups of the 2-D parameters with model=, and the rest to another"
-            " optimizer.",
-        )

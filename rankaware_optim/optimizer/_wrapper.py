@@ -23,14 +23,13 @@ from .._checks import plain_lr
 from .._optimizers import known_optimizer
 from .._rate import Rate
 from .._types import Init, Method, Survey
-from .._warn import warn
-from ..errors import CheckpointError, OptimizerError
-from ..inspection import ReferenceLike, pairs_of, survey_of, walk
-from ..laws import Law, law_words
+from ..errors import CheckpointError, InspectionError, OptimizerError
+from ..inspection import ReferenceLike, Walk, as_reference, survey_of, walk
+from ..laws import DEFAULT_LAW, Law, law_words
 from ..recipe import Recipe
 from ._param_groups import (
     TAGS,
-    PlannedGroup,
+    Group,
     UserGroup,
     base_of,
     model_of,
@@ -39,22 +38,26 @@ from ._param_groups import (
     set_rate,
     shrinks_by_decay,
     split,
+    unnamed,
     user_groups,
 )
-from ._plan import Plan, PlanOptions, make_plan
+from ._plan import Plan, PlanOptions, RecipeUse, make_plan
 from ._rehearsal import check_loadable
 from ._report import Report, make_report
 from ._state_dict import OnRankChange, Reset, check_on_rank_change, fit_checkpoint
 from ._validate import (
     applied_settings,
     check_base_lr,
-    from_recipe,
+    check_horizon,
+    check_parameters,
     native_class,
+    read_recipe,
     refuse_groups,
     refuse_inside_zero,
     refuse_rateless,
     refuse_settings,
-    run_of,
+    settings_of_factors,
+    use_recipe,
 )
 
 T = TypeVar("T")
@@ -64,9 +67,8 @@ T = TypeVar("T")
 class _Wrap:
     """The state of a wrapped optimizer besides torch's. Copy and pickle keep it.
 
-    order: names by user group, in the given order. survey: of the model before training, since a
-    trained pair does not show its init. reset: the parameters whose rank the last checkpoint
-    changed.
+    order: names by user group, in the given order. reset: the parameters whose rank the last
+    checkpoint changed.
     """
 
     plan: Plan
@@ -74,7 +76,6 @@ class _Wrap:
     on_rank_change: OnRankChange
     scale_weight_decay: bool
     order: tuple[tuple[str, ...], ...]
-    survey: Survey
     reset: tuple[Reset, ...] = ()
 
 
@@ -107,9 +108,11 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     """Wrap a torch optimizer so that every LoRA factor gets the rate that a scaling law gives it at
     its rank::
 
-        RankAwareOptimizer(model, torch.optim.AdamW, lr=2e-4, tuned_at=Reference(rank=16, alpha=32), weight_decay=0.01)
+        RankAwareOptimizer(model, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32")
         RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=2e-4)
-        RankAwareOptimizer(torch.optim.AdamW(model.parameters(), lr=2e-4), model=model)  # returns the same object
+
+        adamw = torch.optim.AdamW(model.parameters(), lr=2e-4)
+        RankAwareOptimizer(adamw, model=model)  # returns the same object
 
     group["lr"] is the base rate, which you, a scheduler or a trainer set. `step` trains at
     group["lr"] × group["rank_multiplier"]. Your groups may be split. They are never merged and keep
@@ -170,9 +173,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     _rankaware_step: Callable[..., Any]
     _rankaware_stepping: bool  # inside a step; the native step may call self.step
     _rankaware_held: Held  # what a step in progress has put in place; a new list after each
-    _rankaware_unchecked: (
-        bool  # whether its parameters must be checked, after it was built, loaded or extended
-    )
+    _rankaware_unchecked: bool  # built, loaded or extended since its parameters were checked
     _rankaware_watched: int  # the number of a group of adapters
     _rankaware_idle: bool  # its first parameter had no gradient at the last step
 
@@ -207,47 +208,57 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         refuse_inside_zero()
         check_on_rank_change(on_rank_change)
         refuse_settings(built, lr, settings)
-        loaded, lr, reference, law = from_recipe(recipe, plain_lr(lr), tuned_at, law)
+        loaded = read_recipe(recipe, lr=lr, tuned_at=tuned_at, law=law)
+        check_horizon(loaded, steps, warmup_share)
         if apply_settings:
             settings = {**applied_settings(loaded, native, built), **settings}
+        if loaded is not None:
+            law, at = loaded.law, loaded.reference
+            tuned_at = replace(at, batch=at.batch or loaded.batch)
         options = PlanOptions(
-            law, reference, dict(rates or {}), other_lr, per_layer_width, batch, strict
+            DEFAULT_LAW if law is None else law,
+            None if tuned_at is None else as_reference(tuned_at),
+            dict(rates or {}),
+            other_lr,
+            per_layer_width,
+            batch,
+            strict,
         )
         walked = walk(model)
-        survey = survey_of(walked, method=method, init=init)
-        lr = lr if loaded is None else loaded.base_lr(survey)
-        given = settings if built is None else built.defaults
-        own = user_groups(params if built is None else built.param_groups, model, walked)
-        check_base_lr(native, built, lr, own if reference is not None else ())
-        if (
-            built is not None and lr is not None
-        ):  # a recipe's rate replaces those with which it was built
-            own = [group.without("lr") for group in own]
-        run = run_of(
-            loaded, native, given, own, survey, batch=batch, steps=steps, warmup_share=warmup_share
-        )
-        plan = make_plan(survey, options, native, given, loaded, run)
-        also = _frozen(own)
-        survey = survey_of(walked, method=method, init=init, also=also) if also else survey
-        planned = split(own, plan, survey)
-        refuse_groups(native, own)
-        opt: RankAwareOptimizer = (
-            _construct(native, planned, lr, settings)
-            if built is None
-            else _regroup(built, native, planned, lr)
-        )
+        groups = user_groups(params if built is None else built.param_groups, model, walked)
+        survey = survey_of(walked, method=method, init=init, also=_frozen(groups))
+        trained = _trained(survey, walked)
+        lr = plain_lr(lr) if loaded is None else loaded.base_lr(trained)
+        check_base_lr(native, built, lr, groups if tuned_at is not None else ())
+        if built is not None and lr is not None:
+            for group in groups:  # the recipe's rate replaces those with which it was built
+                group.options.pop("lr", None)
+        in_force = settings if built is None else built.defaults
+        use: RecipeUse | None = None
+        if loaded is not None:
+            use = use_recipe(
+                loaded,
+                trained,
+                native,
+                settings_of_factors(loaded, native, in_force, groups, trained),
+                batch=batch,
+                steps=steps,
+                warmup_share=warmup_share,
+            )
+        plan = replace(make_plan(trained, options, native, in_force, use), survey=survey)
+        parts = split(groups, plan)
+        refuse_groups(native, groups)
+        opt: RankAwareOptimizer
+        if built is None:
+            opt = _construct(native, parts, lr, settings)
+        else:
+            opt = _regroup(built, native, parts, lr)
         if native_type:
-            for group in opt.param_groups:
-                multiply_for_native(group, not scale_weight_decay and shrinks_by_decay(opt, group))
-            opt.__class__ = native  # type: ignore[assignment]
-            return opt
-        order = tuple(group.names for group in own)
-        opt._rankaware = _Wrap(plan, init, on_rank_change, scale_weight_decay, order, survey)
+            return _as_native(opt, native, scale_weight_decay)  # type: ignore[no-any-return]
+        order = tuple(group.names for group in groups)
+        opt._rankaware = _Wrap(plan, init, on_rank_change, scale_weight_decay, order)
         opt._rankaware_model = weakref.ref(model)
-        adapters = [
-            i for i, group in enumerate(opt.param_groups) if group["lora_role"] in ("A", "B")
-        ]
-        opt._rankaware_watched = adapters[0] if adapters else 0
+        opt._rankaware_watched = _first_of_adapters(opt.param_groups)
         _LIVE.add(opt)
         return opt
 
@@ -260,7 +271,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """
         wrap = self._rankaware
         title = f"RankAwareOptimizer({type(self).__name__}), law {law_words(wrap.plan.law)}"
-        return make_report(self.param_groups, wrap.plan, title, wrap.survey, wrap.reset, per_module)
+        return make_report(self.param_groups, wrap.plan, title, wrap.reset, per_module)
 
     def expand(self, values: Sequence[T]) -> list[T]:
         """Repeat values for the groups that were split, for schedulers that take a list.
@@ -271,8 +282,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         Returns:
             One value for each group of this optimizer.
 
-        >>> model = torch.nn.Module()
-        >>> model.lora_A, model.lora_B = torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(8, 64, bias=False)
+        >>> model, linear = torch.nn.Module(), torch.nn.Linear
+        >>> model.lora_A, model.lora_B = linear(64, 8, bias=False), linear(8, 64, bias=False)
         >>> model.r, model.scaling, _ = 8, 1.0, torch.nn.init.zeros_(model.lora_B.weight)
         >>> RankAwareOptimizer(model, "adamw", lr=1e-3).expand([2e-3])
         [0.002, 0.002]
@@ -292,49 +303,16 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             param_group: the group, as for torch.
         """
         native, inner = type(self)._rankaware_native, getattr(self, "optimizer", None)
-        if isinstance(
-            inner, RankAwareOptimizer
-        ):  # Lightning and Fabric derive a class of theirs from ours
-            inner.add_param_group(param_group)
-            return
-        if "_rankaware" not in self.__dict__:  # inside __init__, whose groups are planned already
+        if isinstance(inner, RankAwareOptimizer):
+            inner.add_param_group(param_group)  # Lightning and Fabric derive a class from ours
+        elif "_rankaware" not in vars(self):  # inside __init__, whose groups are planned already
             native.add_param_group(self, param_group)
-            return
-        model = _held_model(self)
-        if model is None and "rankaware_format" in param_group:
-            tags = {key: param_group[key] for key in TAGS if key in param_group}
-            native.add_param_group(self, {**own_settings(param_group), **tags})
-            return
-        if model is None:
-            raise OptimizerError(
-                "This optimizer is a copy, or its model is gone, so a new group has no rate.",
-                "Wrap again with model=, or add groups made by rank_aware_param_groups.",
-            )
-        wrap, walked = self._rankaware, walk(model)
-        own = user_groups([param_group], model, walked, first=len(wrap.order), outside=True)
-        held = {id(p) for group in self.param_groups for p in group["params"]}
-        refuse_groups(native, own, held)
-        survey = survey_of(
-            walked, method=wrap.plan.method, init=wrap.init, also=_frozen(own) | held
-        )
-        made = []
-        for planned in split(own, wrap.plan, survey, first=len(wrap.order)):
-            made.append(
-                {
-                    "lr": self.defaults.get("lr"),
-                    **planned.as_dict(named="param_names" in self.param_groups[0]),
-                }
-            )
-            set_rate(made[-1])
-        for group in made:
-            native.add_param_group(self, group)
-        known = {f.name for f in wrap.survey.factors}
-        added = (f for f in survey.factors if f.name not in known)
-        order = (*wrap.order, *(group.names for group in own))
-        self._rankaware = replace(
-            wrap, order=order, survey=replace(survey, factors=(*wrap.survey.factors, *added))
-        )
-        self._rankaware_unchecked = True
+        else:
+            groups, wrap = _later_groups(self, param_group)
+            for group in groups:
+                native.add_param_group(self, group)
+            self._rankaware = wrap
+            self._rankaware_unchecked = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint by parameter name. Ranks and shapes are compared, which torch does not
@@ -350,25 +328,14 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         Raises:
             CheckpointError: the checkpoint does not fit. Nothing was loaded.
         """
-        wrap, model, native, before = (
-            self._rankaware,
-            _held_model(self),
-            type(self)._rankaware_native,
-            dict(vars(self)),
-        )
-        default = [
-            base_of(group) == self.defaults.get("lr") for group in self.param_groups
-        ]  # those without own lr
-
-        def model_order() -> list[str]:
-            return [] if model is None else [name for name, _ in walk(model).parameters]
-
+        wrap, before = self._rankaware, dict(vars(self))
+        by_default = [
+            number
+            for number, group in enumerate(self.param_groups)
+            if base_of(group) == self.defaults.get("lr")
+        ]
         try:
-            fitted, reset = fit_checkpoint(
-                self.param_groups, state_dict, wrap.on_rank_change, wrap.order, model_order
-            )
-            check_loadable(native, self.defaults, self.param_groups, fitted)
-            native.load_state_dict(self, fitted)
+            reset = _load(self, state_dict)
         except BaseException as error:
             vars(self).clear()
             vars(self).update(before)
@@ -380,15 +347,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             ) from error
         self._rankaware = replace(wrap, reset=reset)
         self._rankaware_unchecked = True
-        base = next(
-            (
-                base_of(group)
-                for group, takes in zip(self.param_groups, default, strict=True)
-                if takes
-            ),
-            None,
-        )
-        if base is not None and float(base) > 0:
+        base = base_of(self.param_groups[by_default[0]]) if by_default else 0.0
+        if float(base) > 0:
             self.defaults["lr"] = base.clone() if isinstance(base, torch.Tensor) else base
 
     def state_dict(self) -> dict[str, Any]:
@@ -418,37 +378,47 @@ def recipe_of(opt: Any) -> Recipe | None:
     """
     while not isinstance(opt, RankAwareOptimizer) and hasattr(opt, "optimizer"):
         opt = opt.optimizer
-    return opt._rankaware.plan.recipe if isinstance(opt, RankAwareOptimizer) else None
+    use = opt._rankaware.plan.use if isinstance(opt, RankAwareOptimizer) else None
+    return None if use is None else use.recipe
 
 
-_STATE = ("state_dict", "load_state_dict", "__getstate__", "__reduce_ex__")
-_OVERRIDES = ("add_param_group", *_STATE, "__repr__", "report", "expand")
+# --- building -------------------------------------------------------------------------------------
+
+_OVERRIDES = (
+    "add_param_group",
+    "state_dict",
+    "load_state_dict",
+    "__getstate__",
+    "__reduce_ex__",
+    "__repr__",
+    "report",
+    "expand",
+)
 _SUBCLASSES: dict[type, Any] = {}
 _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that were built, not copied
 
 
 def _subclass(native: type[Optimizer]) -> Any:
     """Return the rank-aware subclass of `native`, with its name and module. It is made once."""
-    if native not in _SUBCLASSES:
-        namespace: dict[str, Any] = {name: RankAwareOptimizer.__dict__[name] for name in _OVERRIDES}
-        namespace |= {
-            "__module__": native.__module__,
-            "__qualname__": native.__qualname__,
-            "__doc__": native.__doc__,
-        }
-        steps = ("step", *known_optimizer(native)[1].steps)
-        namespace |= {
-            "_rankaware_native": native,
-            "__init__": _refusing(native),
-            **{name: _step_of(getattr(native, name)) for name in steps},
-        }
-        namespace |= {
-            "_rankaware_stepping": False,
-            "_rankaware_unchecked": True,
-            "_rankaware_idle": False,
-        }
-        namespace |= {"_rankaware_watched": 0, "_rankaware_held": []}
-        _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
+    if native in _SUBCLASSES:
+        return _SUBCLASSES[native]
+    namespace: dict[str, Any] = {
+        "__module__": native.__module__,
+        "__qualname__": native.__qualname__,
+        "__doc__": native.__doc__,
+        "__init__": _refusing(native),
+        "_rankaware_native": native,
+        "_rankaware_stepping": False,
+        "_rankaware_unchecked": True,
+        "_rankaware_idle": False,
+        "_rankaware_watched": 0,
+        "_rankaware_held": [],
+    }
+    for name in _OVERRIDES:
+        namespace[name] = vars(RankAwareOptimizer)[name]
+    for name in ("step", *known_optimizer(native)[1].steps):
+        namespace[name] = _step_of(getattr(native, name))
+    _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
     return _SUBCLASSES[native]
 
 
@@ -472,14 +442,15 @@ def _refusing(native: type[Optimizer]) -> Callable[..., None]:
 
 def _blank(native: type[Optimizer]) -> Any:
     """Return an instance without state, for copy and pickle."""
-    made = _subclass(native)
-    return made.__new__(made)
+    kind = _subclass(native)
+    return kind.__new__(kind)
 
 
-def _held_model(opt: Optimizer) -> nn.Module | None:
+def _model_of(opt: Any) -> nn.Module | None:
     """Return the model; None if it is gone or the optimizer is a copy."""
-    found: nn.Module | None = vars(opt).get("_rankaware_model", lambda: None)()
-    return found
+    reference = vars(opt).get("_rankaware_model")
+    model: nn.Module | None = reference and reference()
+    return model
 
 
 def _frozen(groups: Iterable[UserGroup]) -> set[int]:
@@ -489,53 +460,132 @@ def _frozen(groups: Iterable[UserGroup]) -> set[int]:
     return {id(p) for group in groups for _, p in group.named if not p.requires_grad}
 
 
+def _trained(survey: Survey, walked: Walk) -> Survey:
+    """Return the survey without the parameters that do not train, of which no plan is made."""
+    trains = {name for name, p in walked.parameters if p.requires_grad}
+    factors = tuple(f for f in survey.factors if f.name in trains)
+    if survey.factors and not factors and not survey.unsupported:
+        raise InspectionError(
+            "None of the factors listed trains.", "Set requires_grad on what should be trained."
+        )
+    other = tuple(name for name in survey.other if name in trains)
+    return replace(survey, factors=factors, other=other)
+
+
 def _construct(
-    native: type[Optimizer], planned: list[PlannedGroup], lr: Any, settings: Mapping[str, Any]
+    native: type[Optimizer], parts: list[Group], lr: Any, settings: Mapping[str, Any]
 ) -> Any:
     """Build the optimizer. Groups are split before the native __init__, which may copy them, and
     scaled after it.
     """
     opt = _blank(native)
-    given = settings if lr is None else {"lr": lr, **settings}
-    native.__init__(opt, [group.as_dict() for group in planned], **given)
+    planned = {}
+    for part in parts:
+        planned[tuple(id(p) for _, p in part["params"])] = part["rank_multiplier"]
+    native.__init__(opt, parts, **(settings if lr is None else {"lr": lr, **settings}))
     refuse_rateless(opt)
-    placed = {tuple(id(p) for _, p in part.named): part for part in planned}
-    parts = [placed.pop(tuple(map(id, group["params"])), None) for group in opt.param_groups]
-    for group, part in zip(opt.param_groups, parts, strict=True):
-        if placed or part is None or group.get("rank_multiplier") != part.assignment.multiplier:
-            raise OptimizerError(
-                f"{native.__name__} rearranges its groups when it is built, so rates would go to"
-                " the wrong groups.",
-                f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model.parameters(),"
-                " ...), model=model).",
-            )
+    for group in opt.param_groups:
+        multiplier = planned.pop(tuple(map(id, group["params"])), None)
+        if multiplier is None or group.get("rank_multiplier") != multiplier:
+            raise _rearranged(native)
+    if planned:
+        raise _rearranged(native)
+    for group in opt.param_groups:
         set_rate(group)
     return opt
 
 
-def _regroup(
-    built: Optimizer, native: type[Optimizer], planned: list[PlannedGroup], lr: Any
-) -> Any:
-    """Replace the groups of a built optimizer in place, and its class. Per-parameter state is kept."""
-    given = {} if lr is None else {"lr": lr}
-    groups = [
-        {**part.as_dict(named=False), "param_names": [name for name, _ in part.named], **given}
-        for part in planned
-    ]
-    for group in groups:
-        set_rate(group)
-    built.defaults.update(given)
+def _rearranged(native: type[Optimizer]) -> OptimizerError:
+    return OptimizerError(
+        f"{native.__name__} rearranges its groups when it is built, so rates would go to the wrong"
+        " groups.",
+        f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model.parameters(), ...),"
+        " model=model).",
+    )
+
+
+def _regroup(built: Optimizer, native: type[Optimizer], parts: list[Group], lr: Any) -> Any:
+    """Replace the groups of a built optimizer in place, and its class. Its state is kept."""
+    base = {} if lr is None else {"lr": lr}
+    groups = []
+    for part in parts:
+        names = [name for name, _ in part["params"]]
+        groups.append({**unnamed(part), "param_names": names, **base})
+        set_rate(groups[-1])
+    built.defaults.update(base)
     built.param_groups[:] = groups
     built.__class__ = _subclass(native)
     built._patch_step_function()  # torch hooks `step` by class
     return built
 
 
+def _as_native(opt: Any, native: type[Optimizer], scale_weight_decay: bool) -> Any:
+    """Return the optimizer as an instance of its native class, its rates multiplied once."""
+    for group in opt.param_groups:
+        multiply_for_native(group, not scale_weight_decay and shrinks_by_decay(opt, group))
+    opt.__class__ = native
+    return opt
+
+
+def _first_of_adapters(groups: Iterable[Group]) -> int:
+    """Return the number of the first group of adapters, 0 if there is none."""
+    for number, group in enumerate(groups):
+        if group["lora_role"] in ("A", "B"):
+            return number
+    return 0
+
+
+def _later_groups(opt: Any, param_group: Group) -> tuple[list[Group], _Wrap]:
+    """Return the groups that a group added later is split into, and the state that includes it."""
+    model, wrap = _model_of(opt), opt._rankaware
+    if model is None:
+        if "rankaware_format" in param_group:
+            tags = {key: param_group[key] for key in TAGS if key in param_group}
+            return [{**own_settings(param_group), **tags}], wrap
+        raise OptimizerError(
+            "This optimizer is a copy, or its model is gone, so a new group has no rate.",
+            "Wrap again with model=, or add groups made by rank_aware_param_groups.",
+        )
+    walked, first, plan = walk(model), len(wrap.order), wrap.plan
+    groups = user_groups([param_group], model, walked, first=first, outside=True)
+    present = {id(p) for group in opt.param_groups for p in group["params"]}
+    refuse_groups(type(opt)._rankaware_native, groups, present)
+    survey = survey_of(walked, method=plan.method, init=wrap.init, also=_frozen(groups) | present)
+    parts = []
+    for part in split(groups, replace(plan, survey=survey), first):
+        part = part if "param_names" in opt.param_groups[0] else unnamed(part)
+        parts.append({"lr": opt.defaults.get("lr"), **part})
+        set_rate(parts[-1])
+    before = plan.survey.factors
+    names = {f.name for f in before}
+    added = [f for f in survey.factors if f.name not in names]
+    plan = replace(plan, survey=replace(plan.survey, factors=(*before, *added)))
+    order = (*wrap.order, *(group.names for group in groups))
+    return parts, replace(wrap, plan=plan, order=order)
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def _load(opt: Any, state_dict: dict[str, Any]) -> tuple[Reset, ...]:
+    """Load a checkpoint that fits, and return the parameters whose rank changed."""
+    wrap, native, model = opt._rankaware, type(opt)._rankaware_native, _model_of(opt)
+
+    def model_order() -> list[str]:
+        return [] if model is None else [name for name, _ in walk(model).parameters]
+
+    fitted, reset = fit_checkpoint(
+        opt.param_groups, state_dict, wrap.on_rank_change, wrap.order, model_order
+    )
+    check_loadable(native, opt.defaults, opt.param_groups, fitted)
+    native.load_state_dict(opt, fitted)
+    return reset
+
+
 # --- the step -------------------------------------------------------------------------------------
 
-Held = list[
-    tuple[dict[str, Any], Any, Any, Any]
-]  # group, its base rate, its multiplied rate, its weight decay
+# group, its base rate, its multiplied rate, its weight decay
+Held = list[tuple[Group, Any, Any, Any]]
 
 
 def _step_of(native: Any) -> Callable[..., Any]:
@@ -551,11 +601,10 @@ def _step_of(native: Any) -> Callable[..., Any]:
         closure = args[0] if args else kwargs.get("closure")
         if closure is None:
             _check(self)
+        elif args:
+            args = (_closure_at_base_rates(self, closure), *args[1:])
         else:
-            at_base = _closure_at_base_rates(self, closure)
-            args, kwargs = (
-                ((at_base, *args[1:]), kwargs) if args else ((), {**kwargs, "closure": at_base})
-            )
+            kwargs = {**kwargs, "closure": _closure_at_base_rates(self, closure)}
         self._rankaware_stepping = True
         try:
             _multiply(self)
@@ -579,9 +628,8 @@ def _multiply(opt: Any) -> None:
     else:
         rates = [base * multiplier for base, multiplier in zip(bases, multipliers, strict=True)]
     decays = [group.get("weight_decay") for group in groups]
-    opt._rankaware_held = list(
-        zip(groups, bases, rates, decays, strict=True)
-    )  # before a rate changes, for a save
+    # before a rate changes, for a save
+    opt._rankaware_held = list(zip(groups, bases, rates, decays, strict=True))
     for group, rate, multiplier in zip(groups, rates, multipliers, strict=True):
         group["lr"] = rate
         if keep_decay and shrinks_by_decay(opt, group):
@@ -606,14 +654,14 @@ def _at_base_rates(opt: Any, read: Callable[[], dict[str, Any]]) -> dict[str, An
     """
     while True:
         held = opt._rankaware_held
-        made = read()
+        state = read()
         if opt._rankaware_held is held:
             break
-    for group, (_, base, _, decay) in zip(made["param_groups"], held, strict=False):
+    for group, (_, base, _, decay) in zip(state["param_groups"], held, strict=False):
         group["lr"] = base
         if decay is not None:
             group["weight_decay"] = decay
-    return made
+    return state
 
 
 def _closure_at_base_rates(opt: Any, closure: Callable[..., Any]) -> Callable[..., Any]:
@@ -644,71 +692,5 @@ def _check(opt: Any) -> None:
     watched = opt.param_groups[opt._rankaware_watched :][:1]  # none, if the user cleared the groups
     idle = all(param.grad is None for group in watched for param in group["params"][:1])
     if opt._rankaware_unchecked or (idle and not opt._rankaware_idle):
-        _check_parameters(opt)
+        check_parameters(opt, _model_of(opt), [other for other in _LIVE if other is not opt])
     opt._rankaware_idle = idle
-
-
-def _check_parameters(opt: Any) -> None:
-    """Check that the parameters held here get the gradients of the model, so that training does not
-    fail silently.
-
-    fully_shard and a re-created adapter replace the tensors under the names held here. Activating
-    another adapter leaves those held here without gradients. A dry step without rates, as
-    torch.distributed.checkpoint makes, is not checked, nor is one without any gradient, nor are
-    parameters that another RankAwareOptimizer holds.
-    """
-    model = _held_model(opt)
-    if not any(float(group["lr"]) for group in opt.param_groups):
-        return
-    held = {id(p): p for group in opt.param_groups for p in group["params"]}
-    if model is None or all(p.grad is not None for p in held.values()):
-        opt._rankaware_unchecked = False
-        return
-    walked = walk(model)
-    graded = {name: p for name, p in walked.parameters if p.grad is not None}
-    if not graded:
-        return
-    opt._rankaware_unchecked = False
-    elsewhere = {
-        id(p)
-        for other in _LIVE
-        if other is not opt
-        for group in other.param_groups
-        for p in group["params"]
-    }
-    lost = {name: p for name, p in graded.items() if id(p) not in held.keys() | elsewhere}
-    named = [
-        pair
-        for g in opt.param_groups
-        for pair in zip(g.get("param_names", ()), g["params"], strict=False)
-    ]
-    replaced = [name for name, p in named if name in lost and p.grad is None]
-    pairs = (
-        {id(half.tensor) for pair in pairs_of(walked.modules) for half in (pair.a, pair.b)}
-        if lost
-        else set()
-    )
-    adapters = [name for name, p in lost.items() if id(p) in pairs]
-    idle = not any(p.grad is not None for p in held.values())
-    gone = held.keys().isdisjoint(id(p) for _, p in walked.parameters)  # FSDP1 flattens them
-    if replaced or (idle and (adapters or (lost and gone))):
-        name = next(iter(replaced or adapters or lost))
-        raise OptimizerError(
-            f"The model's {name} has a gradient and is not held by this optimizer, "
-            + (
-                "whose tensor of that name has none"
-                if replaced
-                else "none of whose parameters has one"
-            )
-            + ": the model's parameters were replaced, or another adapter was activated, after it"
-            " was built.",
-            "Shard or wrap the model first (fully_shard, FSDP), with its adapters, then build the"
-            " optimizer.",
-        )
-    factors = [p for g in opt.param_groups if g.get("lora_role") in ("A", "B") for p in g["params"]]
-    if adapters and factors and all(p.grad is None for p in factors):
-        warn(
-            f"None of this optimizer's adapters has a gradient, but {adapters[0]}, which it does"
-            " not hold, has one and does not train. Build the optimizer after the adapter was"
-            " added and activated."
-        )

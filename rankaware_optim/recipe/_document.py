@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from .._checks import MOST_RANKS, RANGES, shown
-from .._scaling_rule import Scaling
+from .._types import Scaling
 from ..errors import RecipeError
 from ._horizon import SLOPE_SD
 

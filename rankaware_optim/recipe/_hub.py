@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from .._printable import printable
+from .._printing import printable
 from ..errors import RankAwareError, RecipeError
 from ._beside import FILE, FOLDER, PLOT, README, save_beside
 

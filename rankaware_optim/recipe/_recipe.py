@@ -18,8 +18,7 @@ from typing import Any, Literal
 
 from .._optimizers import known_optimizer
 from .._rate import Rate
-from .._scaling_rule import GAMMA, Scaling
-from .._types import Method, Reference, Survey
+from .._types import GAMMA, Method, Reference, Scaling, Survey
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
 from ..fitting import Fit, centred_law

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from .._printable import printable
-from .._scaling_rule import Scaling
-from .._types import init_text
+from .._printing import printable
+from .._types import Scaling, init_text
 from ..laws import Power, law_sentence
 from ._other_rates import BASE
 from ._uncertainty import own_band

@@ -10,7 +10,7 @@ from typing import Any
 import numpy.typing as npt
 
 from .._checks import is_number
-from .._tables import text_table
+from .._printing import text_table
 from ..recipe import Recipe, known_rate, to_document
 
 _ABSENT = "not given"

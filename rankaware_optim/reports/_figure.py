@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._figures import COLOURS, figure_of, rate_axis, save, short
-from .._printable import printable
+from .._printing import printable
 from ..errors import PlotError
 from ..recipe import Recipe, missing_trials
 from ._picture import Picture, PictureArm, picture_of

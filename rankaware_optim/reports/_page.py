@@ -20,7 +20,7 @@ from typing import Any
 
 from .._figures import log_ticks
 from .._files import replace_bytes
-from .._printable import printable
+from .._printing import printable
 from .._rate import Rate
 from ..errors import PageError, RankAwareError
 from ..recipe import Recipe, facts, known_rate, lead, missing_trials

@@ -11,9 +11,8 @@ import numpy as np
 from torch.optim import Optimizer
 
 from .._checks import MOST_RANKS, MOST_TRIALS, check_init, is_within, range_of, shown
-from .._optimizer_classes import get_optimizer_class
-from .._scaling_rule import Scaling, infer_scaling
-from .._types import Reference
+from .._optimizers import get_optimizer_class
+from .._types import Reference, Scaling, infer_scaling
 from ..calibration import versions_used
 from ..errors import CalibrationError
 from ..fitting import (

@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import is_whole, shown
+from .._printing import text_table
 from .._rate import Rate
-from .._tables import text_table
 from .._types import Factor, Init, Reference
 from ..errors import LawError
 from ..inspection import inspect_model

@@ -29,4 +29,4 @@ def survey_rates(
     from ..optimizer import PlanOptions, make_plan, plan_rates  # they need torch
 
     base, plan = check_lr(lr), make_plan(survey, PlanOptions(law, tuned_at=reference))
-    return replace(survey, notes=tuple(plan.notes)), plan_rates(plan, survey, base)
+    return replace(survey, notes=tuple(plan.notes)), plan_rates(plan, base)

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._optimizer_classes import get_optimizer_class
-from .._optimizers import known_optimizer
+from .._optimizers import get_optimizer_class, known_optimizer
 from ..errors import LawError, RankAwareError
 
 Change = Callable[[float], float]

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .._optimizer_classes import get_optimizer_class
-from .._optimizers import known_optimizer
+from .._optimizers import get_optimizer_class, known_optimizer
 from .._rate import Rate
 from .._types import Method, Reference, Survey
 from ..errors import InvalidReferenceError, LawError, OptimizerError

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rankaware_optim import InspectionError, RankAwareError
+from rankaware_optim.inspection import _peft_config as patterns
 from rankaware_optim.inspection import inspect_file
-from rankaware_optim.inspection.files import _peft_config as patterns
 from rankaware_optim.transfer import survey_rates
 
 RANK = 8

@@ -120,19 +120,6 @@ def exponent(law: Law, low: Point | FullPoint, high: Point | FullPoint, octaves:
 # --- the equations --------------------------------------------------------------------------------------------------
 
 
-@given(point=lora_points, b=tokens, ratio=st.floats(0.1, 32.0))
-def test_lora_roots_satisfy_the_conditions(point, b, ratio):
-    """From full finetuning's τ = 1 / κ(n), the multiplier leads to the root of the condition of each init."""
-    law = MuA(tokens=b, ratio=ratio)
-    tau = move(law, point, FullPoint(100)) / kappa(100, b)
-    k_n, k_r, s = kappa(point.fan_in, b), kappa(point.rank, b), point.scaling
-    if point.init == "A":
-        moved = s * k_r * ratio * tau * (1 + k_n * tau)
-    else:
-        moved = math.hypot(s * k_n * tau, s * k_n * k_r * ratio * tau**2)
-    assert moved == pytest.approx(1.0, rel=1e-9)
-
-
 @given(m=st.floats(1e-3, 1e9), b=st.floats(1e-2, 1e6))
 def test_kappa_lies_between_its_limits(m, b):
     """κ is the root of m + (2/π)·m²/b: √m for many tokens, proportional to m for few, and m itself for None."""
@@ -263,48 +250,6 @@ def test_power_adds_its_exponent(to, origin, drift):
 
 
 # --- the families' forms --------------------------------------------------------------------------------------------
-
-
-@given(point=lora_points, b=st.floats(0.25, 1e4), ratio=st.floats(0.1, 16.0))
-def test_gradient_roots_satisfy_the_conditions(point, b, ratio):
-    """At every rank SGD's rate is the root of its form's condition at rank 16, in φ and z = sinh²φ."""
-    n, r, s, k = point.fan_in, 16, point.scaling, min(b, point.fan_in)
-    tau = MuA(tokens=b, ratio=ratio, family="gradient-like").sigma(point.init, point.rank, s, n)
-    z = math.sinh(s * tau * math.sqrt(ratio * (n * n + 2 * b * n))) ** 2
-    if point.init == "A":
-        moved = s**2 * ratio * z * (1 + z) * r * (r + k + 1) / n**2
-    else:
-        moved = s**2 / ratio * z * ((1 + z) * (1 + (k + 1) / r) + (n - k) / r)
-    assert moved == pytest.approx(1.0, rel=1e-6)
-
-
-@given(point=lora_points, b=st.floats(0.25, 1e4), ratio=st.floats(0.1, 16.0))
-def test_spectral_roots_satisfy_the_conditions(point, b, ratio):
-    """At every rank Muon's rate is the root of its form's condition at rank 16, with torch's own shape factor."""
-    n, r, s = point.fan_in, 16, point.scaling
-    rate = MuA(tokens=b, ratio=ratio, family="spectral").sigma(point.init, point.rank, s, n)
-    of_a, of_b = max(1.0, r / n) ** 0.5 * rate, max(1.0, n / r) ** 0.5 * ratio * rate
-    kept = min(1.0, r / b + r / n) ** 0.5
-    both = s * of_a * of_b * kept
-    if point.init == "A":
-        moved = s * of_b * (r / n) ** 0.5 + both
-    else:
-        moved = math.hypot(s * of_a * kept * (1 + n / r) ** 0.5, both)
-    assert moved == pytest.approx(1.0, rel=1e-9)
-
-
-@given(point=lora_points, b=st.floats(0.25, 1e4), ratio=st.floats(0.1, 16.0))
-def test_relative_roots_satisfy_the_conditions(point, b, ratio):
-    """LAMB's rate is the root of its form's condition, with the growth z of the factor that starts at zero."""
-    n, r, s = point.fan_in, point.rank, point.scaling
-    tau = MuA(tokens=b, ratio=ratio, family="relative-scale").sigma(point.init, r, s, n)
-    zero = tau * ratio if point.init == "A" else tau
-    grown = s * zero / 4 * math.exp(0.75 * zero)
-    if point.init == "A":
-        moved = grown * kappa(r, b) * (1 + kappa(n, b) * math.sinh(tau) / n**0.5)
-    else:
-        moved = grown * kappa(n, b) * math.hypot(1.0, kappa(r, b) * math.sinh(ratio * tau) / r**0.5)
-    assert moved == pytest.approx(1.0, rel=1e-6)
 
 
 BOUND = [

@@ -33,7 +33,7 @@ def report_of(model: nn.Module, **options) -> Report:
     """The report of the groups that `options` make of `model`."""
     survey = inspect_model(model)
     made = make_plan(survey, PlanOptions(**options))
-    return make_report(rank_aware_param_groups(model, lr=LR, **options), made, "", survey)
+    return make_report(rank_aware_param_groups(model, lr=LR, **options), made, "")
 
 
 def test_the_report_lists_every_group():
@@ -43,7 +43,7 @@ def test_the_report_lists_every_group():
     groups = rank_aware_param_groups(model, lr=LR, tuned_at=AT_16, rates={"head.bias": 0.5})
     for group in groups:
         group["param_names"], group["params"] = zip(*group["params"], strict=True)
-    rows = make_report(groups, made, "title", inspect_model(model)).rows
+    rows = make_report(groups, made, "title").rows
     seen = [(r.role, r.rank, r.scaling, r.init, r.count) for r in rows]
     lora = [(role, rank, 1.0, "A", 1) for rank in (4, 8) for role in "AB"]
     assert seen == [*lora, ("other", None, None, None, 1), ("other", None, None, None, 1)]
@@ -175,9 +175,7 @@ def test_the_report_prints_as_a_table():
     """str() of a report is a table with its title, a line a group, and the notes."""
     model = mlp((4, 8))
     made = make_plan(inspect_model(model), PlanOptions(tuned_at=replace(AT_16, init="B")))
-    text = str(
-        make_report(rank_aware_param_groups(model, lr=LR), made, "the title", inspect_model(model))
-    )
+    text = str(make_report(rank_aware_param_groups(model, lr=LR), made, "the title"))
     assert text.splitlines()[0].strip() == "the title"
     assert all(
         word in text
@@ -269,7 +267,7 @@ def test_explain_shows_rates_and_reasons():
     """Rates given by name fill the columns lr and why."""
     survey = inspect_model(mlp((4, 8)))
     made = make_plan(survey, PlanOptions(tuned_at=AT_16, rates={"layer1.lora_B": 0.5}))
-    rates = plan_rates(made, survey, LR)
+    rates = plan_rates(made, LR)
     shown = survey.explain(per_module=True, rates=rates)
     assert "given by rates=" in shown
     assert shown.count("falling: from rank 16, alpha 16, B = 0 (theory, measured)") == 3

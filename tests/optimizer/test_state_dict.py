@@ -210,6 +210,15 @@ def test_the_way_back_in_the_order_of_all_parameters():
     assert all(alike(native.state[p], opt.state[p]) for p in trainable(model))
 
 
+@pytest.mark.parametrize("order", [{"own_groups": True}, {"names": ["layer0.lora_A"]}])
+def test_the_way_back_needs_the_groups(order):
+    """An optimizer whose groups were cleared has no settings to give, and that is said."""
+    opt = ours(mlp())
+    opt.param_groups.clear()
+    with pytest.raises(CheckpointError, match=r"param_groups are empty.*before they are cleared"):
+        to_plain_state_dict(opt, **order)
+
+
 def test_there_and_back_changes_no_bit():
     """Ours to the user's own groups to ours keeps moments and rates to the bit."""
     model = mlp((4, 8))

@@ -24,7 +24,7 @@ from rankaware_optim import (
     RankAwareOptimizer,
     Reference,
 )
-from rankaware_optim._optimizer_classes import get_optimizer_class
+from rankaware_optim._optimizers import get_optimizer_class
 from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import PlanOptions, effective_lr
 

@@ -30,7 +30,7 @@ from rankaware_optim import (
     Reference,
     to_plain_state_dict,
 )
-from rankaware_optim._scaling_rule import infer_scaling
+from rankaware_optim._types import infer_scaling
 from rankaware_optim.errors import PlotError
 from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.recipe import Horizon

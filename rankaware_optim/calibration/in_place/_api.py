@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..._checks import plain
 from ...errors import CalibrationError, InspectionError
-from ...inspection import Adapters, ScalingRule, Walk, base_weight, other_kind, pairs_of, walk
+from ...inspection import Adapters, ScalingRule, Walk, pairs_of, walk
 from ...recipe import Recipe
 from .._api import calibrate
 from .._arguments import check_argument
@@ -115,9 +115,7 @@ def calibrate_in_place(
     walked = _checked(model, step, ranks, init, variance, scaling_rule)
     lora = [rank for rank in ranks if rank is not None]
     adapters = None
-    if lora or any(
-        p.a.tensor.requires_grad or p.b.tensor.requires_grad for p in pairs_of(walked.modules)
-    ):
+    if lora or any(pair.trains for pair in pairs_of(walked.modules)):
         adapters = Adapters(walked, lora, init=init, variance=variance, rule=scaling_rule)
     tries_full = None in ranks or bool(options.get("full_trials"))
     whole = _whole(walked, adapters, full_trains) if tries_full else []
@@ -194,20 +192,9 @@ class _InPlace:
         factors = self.adapters.remake(trial.rank or self.adapters.rank, trial.seed)
         if trial.rank is not None:
             return
-        parts = [
-            p
-            for name, p in self.walked.parameters
-            if other_kind(name) in ("DoRA magnitude", "LoRA bias")
-        ]
-        for param in (*factors, *parts):
-            param.requires_grad_(False)
+        self.adapters.disable(factors)
         for param in self.whole:
             param.requires_grad_(True)
-        for found in self.adapters.found:
-            if hasattr(
-                found.pair.owner, "_disable_adapters"
-            ):  # PEFT: with DoRA even a zero pair changes the output
-                vars(found.pair.owner)["_disable_adapters"] = True
 
     def _gradients(self, i: int) -> Any:
         loss = self.step(self.model, i)
@@ -239,11 +226,7 @@ def _whole(
     """Return the parameters that full finetuning trains."""
     chosen: list[tuple[str, Any]]
     if trains is None:
-        chosen = (
-            [(found.pair.where, base_weight(found.pair)) for found in adapters.found]
-            if adapters
-            else []
-        )
+        chosen = adapters.base_weights if adapters else []
     else:
         patterns = () if callable(trains) else tuple(trains)
         is_chosen = (

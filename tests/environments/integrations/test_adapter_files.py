@@ -13,7 +13,7 @@ import rankaware_optim as ra
 from rankaware_optim import inspect_file
 from rankaware_optim._types import Survey
 from rankaware_optim.cli._main import main
-from rankaware_optim.inspection.files._peft_config import first_matches
+from rankaware_optim.inspection._peft_config import first_matches
 
 peft = pytest.importorskip("peft")
 

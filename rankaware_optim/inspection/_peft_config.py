@@ -8,13 +8,15 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...errors import InspectionError
+from .._files import read_bytes
+from ..errors import InspectionError
 from ._safetensors import one_line, parse_json, shown
 
 _LIMIT = 10_000_000  # bytes of a file
@@ -60,37 +62,31 @@ class AdapterConfig:
             InspectionError: a pattern is not a regex or takes too long, or a stack's rank is
                 ambiguous.
         """
-        paths = {
-            layer: layer.removeprefix(self.prefix).partition(".base_layer")[0] for layer in layers
-        }
-        stacks = _targeted(self.values.get("target_parameters") or [], paths.values())
-        names = [name for path, found in stacks.items() for name in found or [path]]
-        ranks, alphas = (
-            self._by_pattern("rank_pattern", names),
-            self._by_pattern("alpha_pattern", names),
-        )
-        r, alpha = (
-            self.values.get("init_r" if self.is_adalora else "r"),
-            self.values.get("lora_alpha"),
-        )
-        made: dict[str, Declared] = {}
-        for layer, path in paths.items():
-            said = {
-                (ranks.get(name, r), alphas.get(name, alpha)) for name in stacks[path] or [path]
-            }
-            if len(said) > 1:
+        paths = [layer.removeprefix(self.prefix).partition(".base_layer")[0] for layer in layers]
+        stacks = _targeted(self.values.get("target_parameters") or [], paths)
+        names = {path: stacks[path] or [path] for path in paths}
+        every = [name for of_path in names.values() for name in of_path]
+        ranks = self._by_pattern("rank_pattern", every)
+        alphas = self._by_pattern("alpha_pattern", every)
+        rank = self.values.get("init_r" if self.is_adalora else "r")
+        alpha = self.values.get("lora_alpha")
+        declared: dict[str, Declared] = {}
+        for layer, path in zip(layers, paths, strict=True):
+            numbers = {(ranks.get(name, rank), alphas.get(name, alpha)) for name in names[path]}
+            if len(numbers) > 1:
                 raise InspectionError(
                     f"{self.where}: its patterns give {layer} several ranks or alphas, and the file"
                     " does not say which of the target_parameters it adapts.",
                     "Inspect the model itself with inspect_model.",
                 )
-            made[layer] = Declared(*said.pop(), bool(stacks[path]), self)
-        return made
+            declared[layer] = Declared(*numbers.pop(), bool(stacks[path]), self)
+        return declared
 
     def _by_pattern(self, key: str, names: Sequence[str]) -> dict[str, Any]:
-        patterns: dict[str, Any] = (
-            {} if self.is_adalora else self.values.get(key) or {}
-        )  # AdaLoRA's are masks
+        """Return the value of the first pattern that matches, by name."""
+        patterns = self.values.get(key)
+        if not patterns or self.is_adalora:  # AdaLoRA's are masks
+            return {}
         values = list(patterns.values())
         try:
             first = first_matches(list(patterns), names)
@@ -116,15 +112,16 @@ def _targeted(targets: Iterable[str], paths: Iterable[str]) -> dict[str, list[st
     """Return, by module in `paths`, the parameters targeted by entries such as
     "experts.gate_up_proj".
     """
-    by_module: dict[str, list[str]] = {}
-    for module, _, name in (target.rpartition(".") for target in dict.fromkeys(targets)):
-        by_module.setdefault(module, []).append(name)
-    made: dict[str, list[str]] = {}
+    by_module: dict[str, list[str]] = defaultdict(list)
+    for target in dict.fromkeys(targets):
+        module, _, name = target.rpartition(".")
+        by_module[module].append(name)
+    stacks: dict[str, list[str]] = {}
     for path in paths:
         parts = path.split(".")[::-1] if by_module else ()
         ends = accumulate(parts, lambda end, part: f"{part}.{end}")
-        made[path] = [f"{path}.{name}" for end in ends for name in by_module.get(end, ())]
-    return made
+        stacks[path] = [f"{path}.{name}" for end in ends for name in by_module.get(end, ())]
+    return stacks
 
 
 # --- patterns -------------------------------------------------------------------------------------
@@ -135,9 +132,10 @@ _PAIRS = 200_000  # most patterns × names that are matched in this process
 _CHILD = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
-compiled = [re.compile(pattern) for pattern in patterns]
-first = [next((i for i, pattern in enumerate(compiled) if pattern.match(name)), None) for name in names]
-json.dump(first, sys.stdout)
+patterns = [re.compile(pattern) for pattern in patterns]
+def first(name):
+    return next((i for i, pattern in enumerate(patterns) if pattern.match(name)), None)
+json.dump([first(name) for name in names], sys.stdout)
 """
 
 
@@ -157,16 +155,17 @@ def first_matches(patterns: Sequence[str], names: Sequence[str]) -> Sequence[int
         return [None] * len(names)
     wrapped = [rf"(.*\.)?({pattern})$" for pattern in patterns]
     few = len(patterns) <= _PATTERNS and len(patterns) * len(names) <= _PAIRS
-    if not few or any(character in pattern for pattern in patterns for character in "*+?{(["):
+    if not few or not set("*+?{([").isdisjoint("".join(patterns)):
         return _matched_apart(wrapped, names)
     try:
         compiled = [re.compile(pattern) for pattern in wrapped]
     except re.error as error:
         raise ValueError(one_line(str(error))) from error
-    return [
-        next((i for i, pattern in enumerate(compiled) if pattern.match(name)), None)
-        for name in names
-    ]
+    first: list[int | None] = []
+    for name in names:
+        matching = (i for i, pattern in enumerate(compiled) if pattern.match(name))
+        first.append(next(matching, None))
+    return first
 
 
 def _matched_apart(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
@@ -182,8 +181,8 @@ def _matched_apart(patterns: Sequence[str], names: Sequence[str]) -> list[int | 
         raise ValueError(
             one_line(done.stderr) or f"matching them ended with code {done.returncode}"
         )
-    found: list[int | None] = json.loads(done.stdout)
-    return found
+    first: list[int | None] = json.loads(done.stdout)
+    return first
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -199,11 +198,7 @@ def read_config(path: Path) -> AdapterConfig:
     if not os.path.isfile(path):
         raise InspectionError(f"There is no file {path}.", _FROM_PEFT)
     try:
-        with path.open("rb") as file:
-            text = file.read(_LIMIT + 1)
-        if len(text) > _LIMIT:
-            raise ValueError(f"it is longer than {_LIMIT} bytes")
-        values = parse_json(text)
+        values = parse_json(read_bytes(path, _LIMIT))
     except (OSError, ValueError, RecursionError) as error:
         raise InspectionError(f"{path} cannot be read: {error}.", _FROM_PEFT) from error
     return _checked(str(path), values)
@@ -225,19 +220,18 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
         ) from error
     if not isinstance(values, dict):
         raise InspectionError(f"{where} is no JSON object.", "Save the adapter again.")
-    prefixes = sorted(
-        {key[:-1] for key in values if key == "r" or key.endswith(".r")}, key=len, reverse=True
-    )
+    prefixes = {key[:-1] for key in values if key == "r" or key.endswith(".r")}
     if len(prefixes) > _PARTS_LIMIT:
         raise InspectionError(
             f"{where} configures {len(prefixes)} parts.",
             f"Save at most {_PARTS_LIMIT} in one file.",
         )
-    parts = {
-        p: {k.removeprefix(p): value for k, value in values.items() if k.startswith(p)}
-        for p in prefixes
-    }
-    return [_checked(where, part, prefix) for prefix, part in parts.items()]
+    configs = []
+    for prefix in sorted(prefixes, key=len, reverse=True):
+        keys = [key for key in values if key.startswith(prefix)]
+        part = {key.removeprefix(prefix): values[key] for key in keys}
+        configs.append(_checked(where, part, prefix))
+    return configs
 
 
 def _checked(where: str, values: object, prefix: str = _PEFT_PREFIX) -> AdapterConfig:
@@ -248,31 +242,23 @@ def _checked(where: str, values: object, prefix: str = _PEFT_PREFIX) -> AdapterC
         raise InspectionError(f"{where} has the peft_type {shown(kind)}. @ peft_type", _FROM_PEFT)
     if kind not in LORA_TYPES:
         return AdapterConfig(where, {"peft_type": kind}, prefix)  # nothing else is read
-    checks = {"init_r" if kind == "ADALORA" else "r": ("rank", _is_rank), **_CHECKS}
+    checks = dict(_CHECKS)
+    if kind == "ADALORA":
+        checks["init_r"] = checks.pop("r")
+        del checks["rank_pattern"]  # masks
     for key, (what, is_good) in checks.items():
         _require(what, where, key, values.get(key), is_good)
-    _check_patterns("alpha", where, "alpha_pattern", values.get("alpha_pattern"), is_alpha)
-    if kind != "ADALORA":
-        _check_patterns("rank", where, "rank_pattern", values.get("rank_pattern"), _is_rank)
+    for field in checks.keys() & _ENTRIES.keys():
+        what, is_good = _ENTRIES[field]
+        for pattern, value in (values.get(field) or {}).items():
+            _require(what, where, f"{field}.{shown(pattern)}", value, is_good)
+            if len(pattern) > _PATTERN_LIMIT:
+                raise InspectionError(
+                    f"{where} has a pattern of {len(pattern)} characters, above this reader's"
+                    f" {_PATTERN_LIMIT}. @ {field}",
+                    "Give an adapter as PEFT saves it.",
+                )
     return AdapterConfig(where, values, prefix)
-
-
-def _check_patterns(what: str, where: str, key: str, patterns: Any, is_good: Check) -> None:
-    _require(
-        "table of patterns",
-        where,
-        key,
-        patterns,
-        lambda found: not found or isinstance(found, dict),
-    )
-    for pattern, value in (patterns or {}).items():
-        _require(what, where, f"{key}.{shown(pattern)}", value, is_good)
-        if len(pattern) > _PATTERN_LIMIT:
-            raise InspectionError(
-                f"{where} has a pattern of {len(pattern)} characters, above this reader's"
-                f" {_PATTERN_LIMIT}. @ {key}",
-                "Give an adapter as PEFT saves it.",
-            )
 
 
 def _require(what: str, where: str, key: str, value: Any, is_good: Check) -> None:
@@ -294,20 +280,36 @@ def is_alpha(value: object) -> bool:
     return type(value) in (int, float) and 1e-30 <= value <= 1e30  # type: ignore[operator]
 
 
-def _is_list_of(kind: type, value: Any) -> bool:
-    good = (
-        isinstance(value, list)
-        and len(value) <= _LIST_LIMIT
-        and all(isinstance(entry, kind) for entry in value)
-    )
-    return not value or good
+def _is_optional_alpha(value: object) -> bool:
+    return value is None or is_alpha(value)
+
+
+def _is_optional(*types: type) -> Check:
+    return lambda value: value is None or isinstance(value, types)
+
+
+def _is_list_of(kind: type) -> Check:
+    def is_good(value: Any) -> bool:
+        is_short = isinstance(value, list) and len(value) <= _LIST_LIMIT
+        return not value or (is_short and all(isinstance(entry, kind) for entry in value))
+
+    return is_good
+
+
+def _is_table(value: object) -> bool:
+    return not value or isinstance(value, dict)
 
 
 _CHECKS: Mapping[str, tuple[str, Check]] = {
-    "lora_alpha": ("alpha", lambda value: value is None or is_alpha(value)),
-    "use_rslora": ("truth value", lambda value: isinstance(value, (bool, type(None)))),
-    "use_dora": ("truth value", lambda value: isinstance(value, (bool, type(None)))),
-    "init_lora_weights": ("init", lambda value: isinstance(value, (bool, str, type(None)))),
-    "target_parameters": ("list", lambda value: _is_list_of(str, value)),
-    "enable_lora": ("list", lambda value: _is_list_of(bool, value)),
+    "r": ("rank", _is_rank),
+    "lora_alpha": ("alpha", _is_optional_alpha),
+    "use_rslora": ("truth value", _is_optional(bool)),
+    "use_dora": ("truth value", _is_optional(bool)),
+    "init_lora_weights": ("init", _is_optional(bool, str)),
+    "target_parameters": ("list", _is_list_of(str)),
+    "enable_lora": ("list", _is_list_of(bool)),
+    "alpha_pattern": ("table of patterns", _is_table),
+    "rank_pattern": ("table of patterns", _is_table),
 }
+# The entries of tables of patterns.
+_ENTRIES = {"alpha_pattern": ("alpha", is_alpha), "rank_pattern": ("rank", _is_rank)}

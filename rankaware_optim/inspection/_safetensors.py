@@ -1,18 +1,18 @@
-"""The header of a safetensors file: names, shapes and positions, checked against the file's size."""
+"""The header of a safetensors file: names, shapes and numbers, checked against the file's size."""
 
 from __future__ import annotations
 
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from ...errors import InspectionError
+from ..errors import InspectionError
 
 _LIMIT = 25_000_000  # bytes, enough for about 150,000 tensors; the format itself allows 100 million
 _NAME_LIMIT = 1000
@@ -32,43 +32,30 @@ class Tensor(NamedTuple):
 @dataclass(frozen=True)
 class Header:
     """The contents of a safetensors file by name, in the header's order. metadata: its table of
-    strings.
+    strings. numbers: the values of tensors of one element.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
+    numbers: Mapping[str, float]
 
     def is_scalar(self, name: str) -> bool:
         return name in self.tensors and self.tensors[name].shape in ((), (1,))
 
-    def scalars(self, names: Iterable[str]) -> dict[str, float]:
-        """Return the values of tensors of one element, in any real dtype of 16 bits or more.
+    def number(self, name: str) -> float:
+        """Return the value of a tensor of one element, in any real dtype of 16 bits or more.
 
         Raises:
-            InspectionError: the dtype is another one, or the file has become shorter.
+            InspectionError: the dtype is another one.
         """
-        values: dict[str, float] = {}
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                for name in names:
-                    tensor = self.tensors[name]
-                    file.seek(tensor.begin)
-                    data, code = file.read(tensor.end - tensor.begin), _CODES.get(tensor.dtype)
-                    if tensor.dtype == "BF16":  # the upper half of a float32
-                        data = b"\0\0" + data
-                    if code is None or len(data) != struct.calcsize(code):
-                        raise InspectionError(
-                            f"{self.path}: {name} of dtype {tensor.dtype} cannot be read as a"
-                            " number.",
-                            "Save it as a float of 16, 32 or 64 bits.",
-                        )
-                    values[name] = float(struct.unpack(code, data)[0])
-        except OSError as error:
+        if name not in self.numbers:
             raise InspectionError(
-                f"{self.path} cannot be read: {error}.", "Copy the file again."
-            ) from error
-        return values
+                f"{self.path}: {name} of dtype {self.tensors[name].dtype} cannot be read as a"
+                " number.",
+                "Save it as a float of 16, 32 or 64 bits.",
+            )
+        return self.numbers[name]
 
 
 def read_header(path: Path) -> Header:
@@ -85,10 +72,13 @@ def read_header(path: Path) -> Header:
         )
     try:
         with path.open("rb", buffering=0) as file:
-            length = _length(path, file.read(8), os.fstat(file.fileno()).st_size)
+            length = _length(path, file)
             document = parse_json(file.read(length))  # safe_open would accept a duplicate key
-        with safe_open(path, framework="np"):  # "pt" would reserve memory for the whole file
-            pass
+            with safe_open(path, framework="np"):  # "pt" would reserve memory for the whole file
+                pass
+            metadata = document.pop("__metadata__", {})
+            tensors = {name: _tensor(path, name, document[name], 8 + length) for name in document}
+            numbers = dict(_numbers(file, tensors))
     except InspectionError:
         raise
     except SafetensorError as error:
@@ -101,30 +91,15 @@ def read_header(path: Path) -> Header:
         raise InspectionError(
             f"{path} cannot be read: {error}.", "Give a PEFT folder or a .safetensors file."
         ) from error
-    metadata = document.pop("__metadata__", {})
     if metadata is None:
         raise InspectionError(
             f"{path}: __metadata__ is not a table of strings.", "Save the adapter again."
         )
-    tensors: dict[str, Tensor] = {}
-    for name, entry in document.items():
-        if not name.isprintable() or len(name) > _NAME_LIMIT:
-            raise InspectionError(
-                f"{path}: a tensor is called {shown(name)}.",
-                f"Give every tensor a name of at most {_NAME_LIMIT} printable characters.",
-            )
-        if not isinstance(entry, dict) or not isinstance(
-            entry["dtype"], str
-        ):  # safe_open reads lists and enums too
-            raise InspectionError(
-                f"{path} has no usable header: {name} is not an entry.", "Save the adapter again."
-            )
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), begin, end)
-    return Header(path, tensors, metadata)
+    return Header(path, tensors, metadata, numbers)
 
 
-def _length(path: Path, first: bytes, size: int) -> int:
+def _length(path: Path, file: IO[bytes]) -> int:
+    first, size = file.read(8), os.fstat(file.fileno()).st_size
     length = int.from_bytes(first, "little")
     if len(first) < 8 or not 2 <= length <= size - 8:
         raise InspectionError(
@@ -138,16 +113,44 @@ def _length(path: Path, first: bytes, size: int) -> int:
     return length
 
 
+def _tensor(path: Path, name: str, entry: Any, start: int) -> Tensor:
+    if not name.isprintable() or len(name) > _NAME_LIMIT:
+        raise InspectionError(
+            f"{path}: a tensor is called {shown(name)}.",
+            f"Give every tensor a name of at most {_NAME_LIMIT} printable characters.",
+        )
+    # safe_open reads lists and enums too.
+    if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):
+        raise InspectionError(
+            f"{path} has no usable header: {name} is not an entry.", "Save the adapter again."
+        )
+    begin, end = entry["data_offsets"]
+    return Tensor(entry["dtype"], tuple(entry["shape"]), start + begin, start + end)
+
+
+def _numbers(file: IO[bytes], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, float]]:
+    for name, tensor in tensors.items():
+        code = _CODES.get(tensor.dtype)
+        if code is None or tensor.shape not in ((), (1,)):
+            continue
+        file.seek(tensor.begin)
+        data = file.read(tensor.end - tensor.begin)
+        if tensor.dtype == "BF16":  # the upper half of a float32
+            data = b"\0\0" + data
+        if len(data) == struct.calcsize(code):
+            yield name, float(struct.unpack(code, data)[0])
+
+
 def parse_json(text: bytes) -> Any:
     """Parse UTF-8 JSON without duplicate keys. Raise a ValueError or RecursionError otherwise."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made: dict[str, Any] = {}
+        document: dict[str, Any] = {}
         for key, value in pairs:
-            if key in made:
+            if key in document:
                 raise ValueError(f"the key {shown(key)} occurs twice")
-            made[key] = value
-        return made
+            document[key] = value
+        return document
 
     return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
 

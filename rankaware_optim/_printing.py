@@ -1,10 +1,18 @@
-"""Plain-text tables for reports, made with rich."""
+"""Text for terminals: plain characters, and tables made with rich."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ._printable import printable
+
+def printable(text: str) -> str:
+    """Return `text` without characters that control a terminal: controls, direction marks,
+    surrogates. Names, notes and cells may come from untrusted files.
+
+    >>> printable("\\x1b[2Ja note")
+    '[2Ja note'
+    """
+    return "".join(sign for sign in text if sign.isprintable() or sign in "\n\t")
 
 
 def text_table(

@@ -7,12 +7,13 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..._types import Survey
-from ...errors import InspectionError
+from .._types import Survey
+from ..errors import InspectionError
 from ._inspect_file import adapter_file, inspect_file
 from ._safetensors import read_header, shown
 
@@ -57,40 +58,40 @@ def read_training(path: str | Path) -> Training:
         InspectionError: the file has no rate, or an impossible one; or as for `inspect_file`.
     """
     survey, file = inspect_file(path), adapter_file(path)
-    said = read_header(file).metadata
-    rates = tuple(_rates(file, survey, said))
+    metadata = read_header(file).metadata
+    rates = tuple(_rates(file, survey, metadata))
     if not rates:
         raise InspectionError(
             f"{file} has no learning rate: there is no ss_learning_rate in its metadata.",
             "Give the rate yourself, before --from in a shell.",
         )
-    name, _, arguments = said.get("ss_optimizer", "").partition("(")
-    steps = said.get("ss_max_train_steps", "")
-    whole = int(steps) if steps.isdecimal() and len(steps) < 16 else None
-    return Training(rates, name if _is_dotted(name) else "", _settings(arguments), whole or None)
+    name, _, arguments = metadata.get("ss_optimizer", "").partition("(")
+    steps = metadata.get("ss_max_train_steps", "")
+    count = int(steps) if steps.isdecimal() and len(steps) < 16 else 0
+    return Training(rates, name if _is_dotted(name) else "", _settings(arguments), count or None)
 
 
-def _rates(file: Path, survey: Survey, said: Mapping[str, str]) -> Iterator[PartRate]:
+def _rates(file: Path, survey: Survey, metadata: Mapping[str, str]) -> Iterator[PartRate]:
     """Yield the rates of the parts in the file, or one rate for all if no part has its own."""
-    common = _numbers(file, "ss_learning_rate", said)
-    own = {key: _numbers(file, key, said) for _, key, _ in _PARTS}
-    for part, key, prefix in _PARTS if any(own.values()) else (("", "", ""),):
-        rates = own.get(key) or common[:1]
+    common = _numbers(file, "ss_learning_rate", metadata)[:1]
+    parts = [(*part, _numbers(file, part[1], metadata)) for part in _PARTS]
+    if not any(rates for *_, rates in parts):
+        parts = [("", "", "", common)]
+    for part, _, prefix, rates in parts:
+        rates = rates or common
         for number, lr in enumerate(rates, 1):
-            several = (
-                len(rates) > 1
-            )  # with two encoders kohya's layers are lora_te1_..., lora_te2_...
-            start = f"{prefix}{number}_" if several else prefix
-            held = tuple(f for f in survey.factors if f.layer.startswith(start))
-            if held and lr > 0:
-                yield PartRate(
-                    f"{part} {number}" if several else part, lr, replace(survey, factors=held)
-                )
+            # With two encoders kohya's layers are lora_te1_..., lora_te2_...
+            name, start = part, prefix
+            if len(rates) > 1:
+                name, start = f"{part} {number}", f"{prefix}{number}_"
+            factors = tuple(f for f in survey.factors if f.layer.startswith(start))
+            if factors and lr > 0:
+                yield PartRate(name, lr, replace(survey, factors=factors))
 
 
-def _numbers(file: Path, key: str, said: Mapping[str, str]) -> list[float]:
+def _numbers(file: Path, key: str, metadata: Mapping[str, str]) -> list[float]:
     """Return the rates under a key: none, one, or several."""
-    text = said.get(key, "None").strip()
+    text = metadata.get(key, "None").strip()
     if text in ("None", "", "[]"):
         return []
     try:
@@ -116,10 +117,8 @@ def _settings(arguments: str) -> dict[str, Any]:
         call = ast.parse(f"f({arguments.removesuffix(')')[:10_000]})", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
-    made: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for keyword in call.keywords if isinstance(call, ast.Call) else ():
-        try:
-            made[keyword.arg or ""] = ast.literal_eval(keyword.value)
-        except (ValueError, RecursionError, MemoryError):  # not a literal
-            continue
-    return made
+        with suppress(ValueError, RecursionError, MemoryError):  # not a literal
+            settings[keyword.arg or ""] = ast.literal_eval(keyword.value)
+    return settings

@@ -1,0 +1,132 @@
+"""The conditions of the families, solved numerically: every multiplier is the ratio of two of their roots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankaware_optim import Factor, MuA, Reference
+
+# How far a layer's output moves at the rates τ_A, τ_B of a pair, or at the rate τ_A of a whole weight: the left-hand
+# sides of the conditions as the docstrings of laws/_mua.py state them, for T = 1, with κ(m) at b tokens.
+
+
+def size(m: float, b: float | None) -> float:
+    """κ(m) = √(m + (2/π)·m²/b), or m without interference."""
+    return m if b is None else (m + 2 / math.pi * m**2 / b) ** 0.5
+
+
+def sign_like(init, tau_a, tau_b, s, r, n, b, shape):
+    if init == "full":
+        return size(n, b) * tau_a
+    both = s * size(r, b) * size(n, b) * tau_a * tau_b
+    if init == "A":
+        return s * size(r, b) * tau_b + both
+    return math.hypot(s * size(n, b) * tau_a, both)
+
+
+def spectral(init, tau_a, tau_b, s, r, n, b, shape):
+    scaled = {
+        "original": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
+        "match_rms_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
+    }[shape]
+    if init == "full":
+        return scaled(n, n) * tau_a
+    of_a, of_b = scaled(r, n) * tau_a, scaled(n, r) * tau_b
+    m = min(1.0, r / (b or 1.0) + r / n) ** 0.5
+    if init == "A":
+        return s * of_b * (r / n) ** 0.5 + s * of_a * of_b * m
+    drawn = n**0.5 * (1 / n + 1 / r) ** 0.5
+    return math.hypot(s * of_a * drawn * m, s * of_a * of_b * m)
+
+
+def gradient_like(init, tau_a, tau_b, s, r, n, b, shape):
+    b = b or 1.0
+    if init == "full":
+        return tau_a * n**0.5 * (n + b) ** 0.5
+    k, ratio = min(b, n), tau_b / tau_a
+    z = math.sinh(s * (n**2 + 2 * b * n) ** 0.5 * (tau_a * tau_b) ** 0.5) ** 2
+    if init == "A":
+        return (s**2 * ratio * z * (1 + z) * r * (r + k + 1) / n**2) ** 0.5
+    return (s**2 / ratio * z * ((1 + z) * (1 + (k + 1) / r) + max(n - k, 0) / r)) ** 0.5
+
+
+def relative_scale(init, tau_a, tau_b, s, r, n, b, shape):
+    def from_zero(tau):
+        return tau / 4 * math.exp(tau - tau / 4)
+
+    if init == "full":
+        return size(n, b) * math.sinh(tau_a) / n**0.5
+    if init == "A":
+        return s * size(r, b) * from_zero(tau_b) * (1 + size(n, b) * math.sinh(tau_a) / n**0.5)
+    one = s * size(n, b) * from_zero(tau_a)
+    return math.hypot(one, one * size(r, b) * math.sinh(tau_b) / r**0.5)
+
+
+CONDITIONS: dict[str, tuple[Callable[..., float], int | None]] = {
+    # family: condition, and the one rank at which it is evaluated
+    "sign-like": (sign_like, None),
+    "unknown": (sign_like, None),
+    "spectral": (spectral, 16),
+    "gradient-like": (gradient_like, 16),
+    "relative-scale": (relative_scale, None),
+}
+
+
+def root(law: MuA, init: str, rank: int, scaling: float, fan_in: float) -> float:
+    """τ_A at which the family's condition holds with τ_B = λ·τ_A, by bisection."""
+    condition, one_rank = CONDITIONS[law.family]
+
+    def moved(tau: float) -> float:
+        others = scaling, one_rank or rank, fan_in, law.tokens, law.shape_factor
+        try:
+            return condition(init, tau, law.ratio * tau, *others)
+        except OverflowError:
+            return math.inf
+
+    low, high = -200.0, 60.0  # log2 τ_A
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if moved(2.0**middle) < 1.0 else (low, middle)
+    return 2.0**low
+
+
+sites = st.tuples(
+    st.sampled_from(["A", "B", "full"]),
+    st.integers(1, 4096),
+    st.floats(2.0**-10, 2.0**6),
+    st.integers(1, 2**16),
+)
+b_of_laws = st.none() | st.floats(0.25, 1e5)
+
+
+def factor(site, role="A") -> Factor:
+    init, rank, scaling, fan_in = site
+    if init == "full":
+        return Factor("w", "full", None, fan_in, fan_in)
+    return Factor("w", role, rank, fan_in, fan_in, scaling, init)
+
+
+def reference(site) -> Reference:
+    init, rank, scaling, fan_in = site
+    if init == "full":
+        return Reference(method="full", fan_in=fan_in)
+    return Reference(rank, scaling * rank, init=init, fan_in=fan_in)
+
+
+@pytest.mark.parametrize("family", CONDITIONS)
+@given(to=sites, origin=sites, b=b_of_laws, ratio=st.floats(0.1, 32.0), shape=st.booleans())
+def test_multipliers_are_ratios_of_roots(family, to, origin, b, ratio, shape):
+    """From LoRA or full finetuning to either, a multiplier leads from one condition's root to the other's."""
+    law = MuA(b, ratio, family, "match_rms_adamw" if shape else "original")
+    base = root(law, *origin)
+    tau = root(law, *to)
+    assert law.sigma(*to) == pytest.approx(tau, rel=1e-9)
+    assert law.multiplier(factor(to), reference(origin)) == pytest.approx(tau / base, rel=1e-9)
+    if to[0] != "full":
+        of_b = law.multiplier(factor(to, "B"), reference(origin))
+        assert of_b == pytest.approx(ratio * tau / base, rel=1e-9)
