@@ -81,7 +81,7 @@ BUGS = (
     Bug("calibration/_storage.py", "if path.exists() and not path.is_file():", "if False:", "not regular files"),
     Bug("calibration/_storage.py", "os.truncate(path, whole)", "pass", "ended between calls, journal", 40),
     Bug("calibration/_storage.py", "if now.st_ino != self._inode or now.st_size < self._written:", "if False:", "storage changed, journal"),
-    Bug("calibration/_storage.py", "if not _is_in_storage(error):", "if True:", "storage changed, SQLite"),
+    Bug("calibration/_storage.py", "if not _is_in_storage(error) and not isinstance(error, ValidationError):", "if True:", "storage changed, SQLite"),
     Bug("calibration/_liveness.py", "if missed + 1 >= _MISSED:", "if False:", "stopped workers, journal"),
     Bug("calibration/_runner.py", "except UpdateFinishedTrialError:", "except ZeroDivisionError:", "stopped workers, journal"),
     Bug("calibration/in_place/_snapshot.py", "self.tensor.copy_(self.value)", "pass", "errors, in place", 20),
