@@ -43,9 +43,10 @@ from recording import RESULTS, machine, record, shown
 from study.grids import FULL
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import Calibration, Options, Schedule
+from rankaware_optim.calibration._calibration import Calibration
 from rankaware_optim.calibration._result import calibrated_recipe
 from rankaware_optim.calibration._runner import Runner
+from rankaware_optim.calibration._schedule import Options, Schedule
 from rankaware_optim.laws import PRIOR_LAW, get_law
 
 RESTS_ON = ("search.adam",)

@@ -33,7 +33,7 @@ from scipy.interpolate import CubicSpline
 from study.runs_on_file import read
 
 from rankaware_optim import RankAwareWarning, Reference
-from rankaware_optim.calibration import Options, Schedule
+from rankaware_optim.calibration._schedule import Options, Schedule
 from rankaware_optim.fitting import Observation
 from rankaware_optim.laws import PRIOR_LAW, checked_multiplier, get_law
 

@@ -53,7 +53,8 @@ from study.runs_on_file import read
 from study.suite import STORES
 
 from rankaware_optim import Law, RankAwareWarning, Recipe, Reference
-from rankaware_optim.calibration import Calibration, Options, Schedule
+from rankaware_optim.calibration._calibration import Calibration
+from rankaware_optim.calibration._schedule import Options, Schedule
 from rankaware_optim.calibration._trials import TrialRecord
 from rankaware_optim.fitting import Observation
 from rankaware_optim.laws import PRIOR_LAW, checked_multiplier, get_law

@@ -10,9 +10,10 @@ import numpy as np
 from optuna.trial import TrialState
 
 from rankaware_optim import Recipe
-from rankaware_optim.calibration import Calibration, Options
+from rankaware_optim.calibration._calibration import Calibration
 from rankaware_optim.calibration._result import calibrated_recipe
 from rankaware_optim.calibration._sampler import BracketSampler
+from rankaware_optim.calibration._schedule import Options
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.fitting import Observation
 

@@ -1,19 +1,14 @@
 """Calibration: a short study of the base rate at several ranks, whose result is a recipe."""
 
 from ._api import calibrate
-from ._calibration import Calibration
 from ._provenance import versions_used
 from ._ray import RayExecutor
-from ._schedule import Options, Schedule
 from ._trial import Pushed, Trial, release_memory, seeded
 from .in_place import calibrate_in_place
 
 __all__ = [
-    "Calibration",
-    "Options",
     "Pushed",
     "RayExecutor",
-    "Schedule",
     "Trial",
     "calibrate",
     "calibrate_in_place",

@@ -124,7 +124,7 @@ def search_range(trials: Trials, low: float, high: float) -> tuple[float, float]
     lowest rate counts as the best.
     """
     diverged = trials.diverged()
-    scored = [trial for trial in trials.counted() if trial.observation is not None]
+    scored = [trial for trial, _ in trials.scored()]
     for count, trial in enumerate(scored, start=1):
         ran = Trials(scored[:count])
         tried = ran.rates()

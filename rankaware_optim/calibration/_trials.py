@@ -133,9 +133,13 @@ class Trials(tuple[TrialRecord, ...]):
     def running(self, but: int | None = None) -> Trials:
         return Trials(t for t in self if t.state == TrialState.RUNNING and t.number != but)
 
+    def scored(self) -> list[tuple[TrialRecord, Observation]]:
+        """Return the trials that ran to their end or diverged, with their observations."""
+        return [(t, t.observation) for t in self.counted() if t.observation is not None]
+
     def observations(self) -> list[Observation]:
         """Return the observations of trials that ran to their end or diverged."""
-        return [t.observation for t in self.counted() if t.observation is not None]
+        return [observation for _, observation in self.scored()]
 
     def evidence(self) -> list[Observation]:
         """Return the input of the fit: observations, and imputed scores of pruned runs."""
@@ -180,14 +184,15 @@ class Trials(tuple[TrialRecord, ...]):
         return [] if best is None else best.curve or []
 
     def _best(self) -> TrialRecord | None:
-        ended = [t for t in self.counted() if t.state == TrialState.COMPLETE and t.observation]
-        return min(ended, key=lambda t: t.observation.value, default=None)  # type: ignore[union-attr]
+        ended = [pair for pair in self.scored() if pair[0].state == TrialState.COMPLETE]
+        best, _ = min(ended, key=lambda pair: pair[1].value, default=(None, None))
+        return best
 
     def usual_height(self) -> float:
         """Return the median over runs of the mean of their first values; 0 if there are none."""
-        begun = [t.curve[:TAIL] for t in self if t.curve]
-        means = [math.fsum(values) / len(values) for values in begun]
-        return statistics.median([mean for mean in means if math.isfinite(mean)] or [0.0])
+        first = [t.curve[:TAIL] for t in self if t.curve]
+        means = [math.fsum(values) / len(values) for values in first]
+        return statistics.median(list(filter(math.isfinite, means)) or [0.0])
 
     def spent(self, steps: int) -> int:
         """Return the training steps of all trials. A running trial counts in full, a killed one up
@@ -209,23 +214,23 @@ class Trials(tuple[TrialRecord, ...]):
         """Name the runs that all diverged, if they are many: all runs, or those of a rank, as "12
         runs of rank 4".
         """
-        scored = Trials(t for t in self.counted() if t.observation is not None)
-        lost = scored.diverged()
-        groups = {"": scored}
-        for rank in dict.fromkeys(t.rank for t in scored):
-            name = " of full finetuning" if rank is None else f" of rank {rank}"
-            groups[name] = scored.at(rank)
-        hopeless = []
-        for name, runs in groups.items():
-            if len(runs) >= _HOPELESS and all(run.number in lost for run in runs):
-                hopeless.append(f"{len(runs)} runs{name}")
-        return hopeless
+        lost = self.diverged()
+        groups: dict[str, list[bool]] = {}
+        for trial, _ in self.scored():
+            rank = "of full finetuning" if trial.rank is None else f"of rank {trial.rank}"
+            for name in ("runs", f"runs {rank}"):
+                groups.setdefault(name, []).append(trial.number in lost)
+        return [
+            f"{len(runs)} {name}"
+            for name, runs in groups.items()
+            if len(runs) >= _HOPELESS and all(runs)
+        ]
 
     def diverged(self) -> set[int]:
         """Return the numbers of the trials that diverged."""
-        scored = [t for t in self.counted() if t.observation is not None]
-        bad = diverged([t.observation for t in scored if t.observation is not None])
-        return {t.number for t, is_bad in zip(scored, bad, strict=True) if is_bad}
+        scored = self.scored()
+        bad = diverged([observation for _, observation in scored])
+        return {trial.number for (trial, _), is_bad in zip(scored, bad, strict=True) if is_bad}
 
 
 def interval(steps: int) -> int:

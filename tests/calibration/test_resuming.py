@@ -20,10 +20,12 @@ import optuna
 import pytest
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import Calibration, Options, Schedule, _liveness
+from rankaware_optim.calibration import _liveness
+from rankaware_optim.calibration._calibration import Calibration
 from rankaware_optim.calibration._liveness import Heartbeat
 from rankaware_optim.calibration._optuna import begin_trial, close_storage
 from rankaware_optim.calibration._result import calibrated_recipe
+from rankaware_optim.calibration._schedule import Options, Schedule
 from rankaware_optim.calibration._storage import open_storage
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.laws import get_law
