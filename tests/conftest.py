@@ -1,5 +1,6 @@
 """Hypothesis without deadlines and with fixed examples, SIGINT as Python has it, and fixtures that rooms share."""
 
+import gc
 import signal
 import sys
 
@@ -11,6 +12,12 @@ settings.load_profile("steady")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported to itself: each gc.collect of the package would walk all of torch."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

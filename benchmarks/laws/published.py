@@ -32,7 +32,7 @@ import click
 from laws.scoring import bench_law
 from recording import machine, record
 
-from rankaware_optim.sweeps._io import Sweep, read_sweep
+from rankaware_optim.sweeps._io import Source as Rows
 
 RESTS_ON = ("laws.adam",)
 LAWS = (
@@ -56,7 +56,7 @@ class Source:
     origin: str
     licence: str
     sha256: str
-    read: Callable[[Path], Sweep]
+    read: Callable[[Path], Rows]
     reading: str
 
     def words(self, name: str) -> str:
@@ -65,7 +65,7 @@ class Source:
         )
 
 
-def grid(path: Path) -> Sweep:
+def grid(path: Path) -> Rows:
     """Read LoRA's sweep from a file of {method: {"ranks": {rank: {"lrs": [...], "acc": [...]}}}}."""
     ranks = json.loads(path.read_text())["lora"]["ranks"]
     rows: list[dict[str, Any]] = [
@@ -80,7 +80,7 @@ def grid(path: Path) -> Sweep:
         for rank, found in ranks.items()
         for lr, acc in zip(found["lrs"], found["acc"], strict=True)
     ]
-    return read_sweep(rows)
+    return rows
 
 
 SOURCES = {
@@ -88,7 +88,7 @@ SOURCES = {
         "the sweep that is published with thinkingmachines' tinker-cookbook",
         "Apache-2.0",
         "983d2738ad8115e8d75dc5b348418e08001a05d77ce2c580d0977221f10b7ad0",
-        read_sweep,
+        Path,
         "Supervised finetuning of 18 language models on Tulu 3, AdamW, batch 128, about 780 steps, held-out loss in "
         "nats a token. Alpha is 32 at every rank by that service's documentation. The file does not record it. Init[A] "
         "is assumed. Runs that diverged are left out of the source.",
@@ -135,7 +135,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
         raise click.ClickException(
             f"{path} is none of the files that were read. Name one of: {', '.join(SOURCES)}."
         )
-    sweep, alpha = source.read(path), 32.0 if source.read is read_sweep else None
+    sweep, alpha = source.read(path), 32.0 if source.read is Path else None
     for best in ("parabola", "bowl"):
         for score in bench_law(sweep, LAWS, alpha=alpha, best=best):
             yield {"sweep": path.name, "best rate by": best, **score.row()}

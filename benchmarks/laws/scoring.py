@@ -22,8 +22,8 @@ from rankaware_optim._printing import text_table
 from rankaware_optim.fitting import Prior, fit_observations
 from rankaware_optim.laws import bound_law, checked_multiplier, get_law
 from rankaware_optim.sweeps import DEMO_SWEEP
-from rankaware_optim.sweeps._io import Source, Sweep, SweepRun, read_sweep
-from rankaware_optim.sweeps._runs import known_alpha, mean_losses, observation_of, site_of
+from rankaware_optim.sweeps._io import Source, SweepRun, read_sweep
+from rankaware_optim.sweeps._runs import mean_losses, observation_of, site_of, with_alpha
 
 Best = Literal["parabola", "bowl"]
 COMPARED = (
@@ -143,7 +143,7 @@ class LawScore:
 
 
 def bench_law(
-    sweep: Source | Sweep = DEMO_SWEEP,
+    sweep: Source = DEMO_SWEEP,
     laws: Sequence[str | Law] = COMPARED,
     *,
     best: Best = "parabola",
@@ -215,7 +215,7 @@ def loss_curves(
     """Return the curves of ranks whose best rate is inside the grid, for models with two or more of them."""
     if best not in ("parabola", "bowl"):
         raise CalibrationError(f"best is {best!r}.", "Give 'parabola' or 'bowl'.")
-    lora = known_alpha([run for run in runs if run.rank is not None], alpha)
+    lora = with_alpha([run for run in runs if run.rank is not None], alpha)
     if any(run.alpha is None for run in lora):
         raise CalibrationError(
             "The sweep has no alpha, which laws need to move a rate.",
@@ -223,7 +223,7 @@ def loss_curves(
         )
     tried: dict[tuple[str, Reference], list[SweepRun]] = {}
     for run in lora:
-        site = replace(site_of(run, Reference(1, 1, fan_in=fan_in), run.fan_in)[0], batch=run.batch)
+        site = replace(site_of(run, Reference(1, 1, fan_in=fan_in))[0], batch=run.batch)
         tried.setdefault((run.model or "", site), []).append(run)
     curves = []
     for (model, at), mine in tried.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch.optim import Optimizer
@@ -25,10 +25,20 @@ from ..fitting import (
     prior_of,
     shrink,
 )
-from ..laws import PRIOR_LAW, Constant, Law, MuA, bound_law, checked_multiplier, get_law
+from ..laws import PRIOR_LAW, Law, MuA, bound_law, checked_multiplier, get_law
 from ..recipe import Z90, Recipe, recipe_of
-from ._io import Source, Sweep, SweepRun, read_sweep
-from ._runs import GridEnd, ends_of, known_alpha, observation_of, selected, site_of
+from ._io import Source, SweepRun, read_sweep
+from ._runs import (
+    GridEnd,
+    Runs,
+    ends_of,
+    observation_of,
+    reference_of,
+    selected,
+    site_of,
+    with_alpha,
+    with_width,
+)
 
 # If alpha is unknown: standard deviations of the drift about the middle convention, s ∝ 1/√r, and
 # of full finetuning. The conventions s ∝ 1 and s ∝ 1/r are a quarter of an octave per octave to
@@ -48,7 +58,7 @@ _OPEN = 0.8  # share of the prior's sd above which the data hardly determine the
 
 
 def fit_sweep(
-    sweep: Source | Sweep,
+    sweep: Source,
     *,
     optimizer: type[Optimizer] | str = "AdamW",
     name: str = "sweep",
@@ -103,40 +113,37 @@ def fit_sweep(
         CalibrationError: a cell is impossible, several models, batches or inits are mixed, only one
             rate was tried, the loss is the same everywhere, or every run diverged.
 
-    >>> rows = [{"rank": r, "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2} for r in (8, 64) for x in range(-14, -8)]
+    >>> points = [(rank, x) for rank in (8, 64) for x in range(-14, -8)]
+    >>> rows = [{"rank": r, "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2} for r, x in points]
     >>> recipe = fit_sweep(rows, alpha="rank", steps=500)
     >>> 2**-11.5 < recipe.fitted_lr < 2**-10.5
     True
     """
     check_init(init, "The sweep's init is", CalibrationError, known=("A", "B", None))
-    given = {
-        "fan_in": fan_in,
-        "full_fan_in": full_fan_in,
-        "batch": batch,
-        "steps": steps,
-        "warmup": warmup,
-    }
-    for key, value in given.items():
-        kind = {"full_fan_in": "fan_in", "warmup": "share"}.get(key, key)
-        if value is not None and not is_within(kind, value):
-            raise CalibrationError(f"{key} is {shown(value)}.", f"Give {range_of(kind)}.", key)
-    read = read_sweep(sweep, columns=columns)
-    chosen = {"model": model, "batch": batch, "init": init, "steps": steps}
-    runs = known_alpha(selected(read.runs, chosen), alpha)
-    _check_enough(runs)
-    found = get_law(law)
+    _check_within("fan_in", fan_in)
+    _check_within("full_fan_in", full_fan_in, "fan_in")
+    _check_within("batch", batch)
+    _check_within("steps", steps)
+    _check_within("warmup", warmup, "share")
     if fit not in ("drift", "tokens"):
         raise CalibrationError(f"fit is {fit!r}.", "Give 'drift' or 'tokens'.", "fit")
+    chosen_law = get_law(law)
     optimizer = get_optimizer_class(optimizer)
-    bound = bound_law(found, optimizer, {})
-    rows = _Rows(runs, fan_in, full_fan_in)
+    bound = bound_law(chosen_law, optimizer, {})
+    read = read_sweep(sweep, columns=columns)
+    chosen = {"model": model, "batch": batch, "init": init, "steps": steps}
+    runs = with_alpha(selected(read.runs, chosen), alpha)
+    _check_enough(runs)
+    full_fan_in = full_fan_in or fan_in
+    runs = with_width(runs, fan_in, full_fan_in)
+    rows = _Rows(runs, reference_of(runs), full_fan_in)
     if fit == "drift":
         fitted = rows.by_drift(bound)
     elif isinstance(bound, MuA):
         fitted = rows.by_tokens(bound)
     else:
         raise CalibrationError(
-            f"The law {found.name!r} has no tokens to fit for {optimizer.__name__}.",
+            f"The law {chosen_law.name!r} has no tokens to fit for {optimizer.__name__}.",
             "Give the fit 'drift', or the law 'mua' for Adam.",
         )
     return recipe_of(
@@ -145,9 +152,9 @@ def fit_sweep(
         rows.reference,
         name=name,
         scaling_rule=rows.scaling_rule,
-        full_fan_in=rows.widest,
-        ranks=rows.ranks,
-        full_seen=rows.full_seen,
+        full_fan_in=rows.full_width,
+        ranks=tuple(rows.ranks),
+        full_seen=any(run.rank is None for run in runs),
         optimizer=f"{optimizer.__module__}.{optimizer.__qualname__}",
         settings=settings or {},
         steps=runs[0].steps,
@@ -155,224 +162,198 @@ def fit_sweep(
         warmup=warmup,
         versions=versions_used(),
         notes=(*read.notes, *rows.notes(fitted.fit)),
-        tensors=rows.tensors(fitted.seen),
+        tensors=_tensors(runs, fitted.observations),
     )
 
 
-def _check_enough(runs: Sequence[SweepRun]) -> None:
+def _check_within(name: str, value: object, range_: str = "") -> None:
+    """Raise if an argument is outside the range of this name, by default its own."""
+    range_ = range_ or name
+    if value is not None and not is_within(range_, value):
+        raise CalibrationError(f"{name} is {shown(value)}.", f"Give {range_of(range_)}.", name)
+
+
+def _check_enough(runs: Runs) -> None:
     """Raise if the runs cannot be fitted, or not in reasonable time."""
     if len(runs) > MOST_TRIALS:
         raise CalibrationError(
             f"{len(runs)} runs are more than a fit allows, {MOST_TRIALS}.",
             "Select those near the best rates.",
         )
-    if len({run.rank for run in runs}) > MOST_RANKS:
+    losses = {run.loss for run in runs}
+    rates: dict[int | None, set[float]] = {}
+    for run in runs:
+        rates.setdefault(run.rank, set()).add(run.lr)
+    if len(rates) > MOST_RANKS:
         raise CalibrationError(
             f"The sweep has more than {MOST_RANKS} ranks.", "Select some of them."
         )
-    if all(math.isinf(run.loss) for run in runs):
-        raise CalibrationError(
-            f"Every one of {len(runs)} runs diverged.", "Add lower rates to the sweep."
-        )
-    if all(
-        len({run.lr for run in runs if run.rank == rank}) < 2 for rank in {run.rank for run in runs}
-    ):
+    if max(map(len, rates.values())) == 1:
         raise CalibrationError(
             "No rank was tried at more than one rate, so the best rate is unknown.",
             "Sweep at least two rates, better six.",
         )
-    losses = {run.loss for run in runs}
-    if len(losses) == 1 and len(runs) > 1:
+    if len(losses) == 1 and math.isfinite(runs[0].loss):
         raise CalibrationError(
-            f"The loss is {losses.pop():g} at every rate, so the best rate is unknown.",
+            f"The loss is {runs[0].loss:g} at every rate, so the best rate is unknown.",
             "Check which column holds the loss, and that the runs trained.",
         )
 
 
-@dataclass(frozen=True)
-class _LawFit:
+class _LawFit(NamedTuple):
     """A fit, the law on which it is centred, and the runs in reference coordinates."""
 
     fit: Fit
     law: Law
-    seen: list[Observation]
+    observations: list[Observation]
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows to fit: runs of one model, and the fan-ins given as arguments."""
+    """The runs of one model to fit. full_fan_in: as given."""
 
-    runs: tuple[SweepRun, ...]
-    fan_in: float | None
+    runs: Runs
+    reference: Reference
     full_fan_in: float | None
 
     @property
-    def ranks(self) -> tuple[int, ...]:
-        return tuple(sorted({run.rank for run in self.runs if run.rank is not None}))
+    def ranks(self) -> list[int]:
+        return sorted({run.rank for run in self.runs if run.rank is not None})
+
+    @property
+    def lora(self) -> Runs:
+        return [run for run in self.runs if run.rank is not None]
 
     @property
     def as_swept(self) -> bool:
-        return any(run.rank is not None and run.alpha is None for run in self.runs)
-
-    def width(self, full: bool) -> float | None:
-        """Return the fan-in of the LoRA rows or of the full-finetuning rows: as given, else from
-        the rows.
-        """
-        given = self.full_fan_in if full and self.full_fan_in is not None else self.fan_in
-        said = {
-            run.fan_in for run in self.runs if (run.rank is None) == full and run.fan_in is not None
-        }
-        if given is None and len(said) > 1:
-            raise CalibrationError(
-                f"The sweep mixes fan-ins: {', '.join(f'{n:g}' for n in sorted(said))}.",
-                "A recipe is for one model: give its mean fan-in.",
-            )
-        return next(iter(said)) if len(said) == 1 else given
+        return any(run.alpha is None for run in self.lora)
 
     @property
-    def reference(self) -> Reference:
-        """Return the middle one of the ranks swept, or full finetuning if there are none."""
-        if not self.ranks:
-            return Reference(method="full", fan_in=self.width(True), batch=self.runs[0].batch)
-        rank = self.ranks[(len(self.ranks) - 1) // 2]
-        run = min((run for run in self.runs if run.rank == rank), key=lambda run: run.alpha or 0.0)
-        alpha = float(rank) if run.alpha is None else run.alpha
-        init = run.init or "A"
-        return Reference(rank, alpha, run.rslora, init, self.width(False), batch=run.batch)
-
-    @property
-    def widest(self) -> float | None:
-        """Return the width of full finetuning, or that of LoRA if it is unknown."""
-        return self.width(True) or self.width(False)
+    def full_width(self) -> float | None:
+        """Return the width of full finetuning: that of its rows, as given, or that of LoRA."""
+        widths = [run.fan_in for run in self.runs if run.rank is None]
+        return next(iter(widths), self.full_fan_in) or self.reference.fan_in
 
     @property
     def scaling_rule(self) -> Scaling:
         """Return how the effective multiplier follows the rank."""
         if self.as_swept:
             return "as swept"
-        scalings: dict[int, float] = {}
-        for run in self.runs:
-            if run.rank is None:
-                continue
-            scaling = site_of(run, self.reference, None)[0].scaling
-            known = scalings.setdefault(run.rank, scaling)
-            if abs(math.log2(scaling / known)) > _SAME_SCALING:
+        scalings = {}
+        for rank in self.ranks:
+            sites = [site_of(run, self.reference)[0] for run in self.lora if run.rank == rank]
+            lowest, highest = (end(at.scaling for at in sites) for end in (min, max))
+            if math.log2(highest / lowest) > _SAME_SCALING:
                 return "unknown"  # a rank at several alphas follows no rule
+            scalings[rank] = highest
         return infer_scaling(scalings)
 
     @property
-    def full_seen(self) -> bool:
-        return any(run.rank is None for run in self.runs)
-
-    def observations(self, law: Law) -> list[Observation]:
-        """Return every run at its rate in reference coordinates."""
-        seen, reference = [], self.reference
-        for run in self.runs:
-            here, there = site_of(run, reference, self.width(run.rank is None))
-            x = math.log2(run.lr / checked_multiplier(law, here.as_factor(), there))
-            seen.append(observation_of(run, run.rank, x))
-        return seen
-
-    def tensors(self, seen: Sequence[Observation]) -> dict[str, np.ndarray[Any, Any]]:
-        """Return `Recipe.tensors`: the runs in reference coordinates, and at their own rates."""
-        return {
-            "rank": np.array([o.rank or 0 for o in seen], np.int64),
-            "seed": np.array([o.seed for o in seen], np.int64),
-            "lr": np.array([2.0**o.x for o in seen]),
-            "own_lr": np.array([run.lr for run in self.runs], np.float64),
-            "value": np.array([o.value for o in seen], np.float64),
-            "diverged": np.array(diverged(seen), bool),
-        }
-
-    def _fitted(self, law: Law, prior: Prior) -> _LawFit:
-        """Return the fit of the runs along `law`. Best rates at an end of their grid are bounds."""
-        seen = self.observations(centred_law(law, self.reference, prior.pivot))
-        made = fit_observations(seen, prior)
-        if made is None:
-            raise CalibrationError(
-                f"Every one of {len(seen)} runs diverged.", "Add lower rates to the sweep."
-            )
-        return _LawFit(_bounded(made, ends_of(seen)), law, seen)
+    def prior(self) -> Prior:
+        return prior_of(self.reference, self.ranks, self.full_width)
 
     def by_drift(self, law: Law) -> _LawFit:
         """Return the calibration's fit: base rate, drift in rank, factor of full finetuning."""
-        prior = prior_of(self.reference, self.ranks, self.widest)
+        prior = self.prior
         if self.as_swept:
-            prior = replace(prior, drift_sd=_AS_SWEPT_SD[0], full_sd=_AS_SWEPT_SD[1])
+            drift_sd, full_sd = _AS_SWEPT_SD
+            prior = replace(prior, drift_sd=drift_sd, full_sd=full_sd)
         return self._fitted(law, prior)
 
     def by_tokens(self, bound: MuA) -> _LawFit:
         """Return the fit without drift, with the tokens at which the ranks' best rates agree,
         averaged over a grid.
         """
-        laws = [replace(bound, tokens=float(2.0**t)) for t in _TOKENS_GRID]
-        prior = replace(prior_of(self.reference, self.ranks, self.widest), drift_sd=_NO_DRIFT_SD)
+        prior = replace(self.prior, drift_sd=_NO_DRIFT_SD)
+        laws = [replace(bound, tokens=float(2.0**octaves)) for octaves in _TOKENS_GRID]
         fits = [self._fitted(law, prior).fit for law in laws]
-        belief = -0.5 * ((_TOKENS_GRID - _TOKENS[0]) / _TOKENS[1]) ** 2
-        weights = np.exp([b - m for b, m in zip(belief, map(_disagreement, fits), strict=True)])
+        usual, sd = _TOKENS
+        belief = -0.5 * ((_TOKENS_GRID - usual) / sd) ** 2
+        weights = np.exp(belief - [_disagreement(fit) for fit in fits])
         weights /= weights.sum()
-        best = replace(bound, tokens=float(2.0 ** float(weights @ _TOKENS_GRID)))
+        best = replace(bound, tokens=float(2.0 ** (weights @ _TOKENS_GRID)))
         fitted = self._fitted(best, prior)
+
+        # With other tokens the base rate is another, and so is the law's line over the ranks.
         lines = np.array([self._line(law, best) for law in laws])
         lines[:, 0] += [fit.mean[0] for fit in fits]
-        about = lines - weights @ lines
+        deviation = lines - weights @ lines
         covariance = fitted.fit.covariance.copy()
-        covariance[:2, :2] += (weights[:, None] * about).T @ about
-        without_drift = fitted.fit.mean * (1.0, 0.0, 1.0)
-        return replace(fitted, fit=replace(fitted.fit, mean=without_drift, covariance=covariance))
+        covariance[:2, :2] += (weights * deviation.T) @ deviation
+        mean = fitted.fit.mean * (1.0, 0.0, 1.0)
+        return fitted._replace(fit=replace(fitted.fit, mean=mean, covariance=covariance))
+
+    def _fitted(self, law: Law, prior: Prior) -> _LawFit:
+        """Return the fit of the runs along `law`. Best rates at an end of their grid are bounds."""
+        centred = centred_law(law, self.reference, prior.pivot)
+        observations = []
+        for run in self.runs:
+            x = math.log2(run.lr) - self._octaves(centred, run)
+            observations.append(observation_of(run, run.rank, x))
+        fit = fit_observations(observations, prior)
+        if fit is None:
+            raise CalibrationError(
+                f"Every one of {len(self.runs)} runs diverged.", "Add lower rates to the sweep."
+            )
+        return _LawFit(_bounded(fit, ends_of(observations)), law, observations)
+
+    def _octaves(self, law: Law, run: SweepRun) -> float:
+        """Return log2 of a law's multiplier from the reference to a run."""
+        here, there = site_of(run, self.reference)
+        return math.log2(checked_multiplier(law, here.as_factor(), there))
 
     def _line(self, law: Law, best: Law) -> tuple[float, float]:
         """Return how `law` differs from `best` over the ranks: octaves at their middle, and octaves
         per octave.
         """
-        if not self.ranks:
+        ranks = self.ranks
+        if not ranks:
             return 0.0, 0.0
-        low, high = (
-            next(run for run in self.runs if run.rank == self.ranks[end]) for end in (0, -1)
-        )
-        if low.rank == high.rank:
-            high = replace(high, rank=4 * self.ranks[0])
-        apart = []
-        for run in (low, high):
-            here, there = site_of(run, self.reference, self.width(False))
-            rates = [checked_multiplier(each, here.as_factor(), there) for each in (law, best)]
-            apart.append(math.log2(rates[0] / rates[1]))
-        return sum(apart) / 2, (apart[1] - apart[0]) / math.log2((high.rank or 1) / (low.rank or 1))
+        low, high = (next(run for run in self.lora if run.rank == ranks[end]) for end in (0, -1))
+        highest = ranks[-1] if len(ranks) > 1 else 4 * ranks[0]
+        high = replace(high, rank=highest)
+        below, above = (self._octaves(law, run) - self._octaves(best, run) for run in (low, high))
+        return (below + above) / 2, (above - below) / math.log2(highest / ranks[0])
 
     def notes(self, fit: Fit) -> Iterator[str]:
-        """Yield sentences on what the rows do not determine."""
+        """Yield sentences on what the rows leave open."""
         ended = {run.rank for run in self.runs if math.isfinite(run.loss)}
-        for lost in sorted(set(self.ranks) - ended):
+        for rank in self.ranks:
+            if rank not in ended:
+                yield (
+                    f"rank {rank}: every run diverged, so its rate is no measurement, and may"
+                    " diverge too"
+                )
+        at_rates = [observation_of(run, run.rank, math.log2(run.lr)) for run in self.runs]
+        for group, (x, end) in ends_of(at_rates).items():
+            label = f"rank {group}" if group else "full finetuning"
+            way = "below" if end == "lowest" else "above"
             yield (
-                f"rank {lost}: every run diverged, so its rate is no measurement, and may"
-                " diverge too"
-            )
-        for rank, end in ends_of(self.observations(Constant())).items():
-            label, way = (
-                f"rank {rank}" if rank else "full finetuning",
-                "below" if end.end == "lowest" else "above",
-            )
-            yield (
-                f"{label}: the best rate, {2.0**end.x:.3g}, is the {end.end} tried; the optimum may"
+                f"{label}: the best rate, {2.0**x:.3g}, is the {end} tried; the optimum may"
                 f" be {way}"
             )
-        sd = np.sqrt(np.diag(fit.covariance))
-        if sd[0] > _UNSURE:
-            yield (
-                f"the loss hardly determines the best rate: its band is {2 * Z90 * sd[0]:.1f}"
-                " octaves wide"
-            )
-        if len(self.ranks) == 1:
-            yield "one rank was swept, so only the law says how the rate moves with rank"
-        elif self.ranks and sd[1] > _OPEN * fit.prior.drift_sd > _OPEN * _NO_DRIFT_SD:
-            yield (
-                "the ranks swept hardly determine how the rate moves with rank: it mostly follows"
-                " the law"
-            )
+        yield from self._notes_on(fit)
         if self.as_swept:
             yield "the sweep has no alpha: its rates hold for the alpha swept"
         if self.runs[0].steps is None:
             yield "the sweep does not give its steps, on which the best rate depends"
+
+    def _notes_on(self, fit: Fit) -> Iterator[str]:
+        """Yield sentences on what a fit does not determine."""
+        base_sd, drift_sd, _ = np.sqrt(np.diag(fit.covariance))
+        if base_sd > _UNSURE:
+            yield (
+                f"the loss hardly determines the best rate: its band is {2 * Z90 * base_sd:.1f}"
+                " octaves wide"
+            )
+        prior_sd = fit.prior.drift_sd
+        if len(self.ranks) == 1:
+            yield "one rank was swept, so only the law says how the rate moves with rank"
+        elif self.ranks and prior_sd > _NO_DRIFT_SD and drift_sd > _OPEN * prior_sd:
+            yield (
+                "the ranks swept hardly determine how the rate moves with rank: it mostly follows"
+                " the law"
+            )
 
 
 def _disagreement(fit: Fit) -> float:
@@ -382,7 +363,8 @@ def _disagreement(fit: Fit) -> float:
         return 0.0
     means, sds = np.array(vertices).T
     weights = 1.0 / (sds**2 + _OFF**2)
-    return float(0.5 * weights @ (means - weights @ means / weights.sum()) ** 2)
+    mean = weights @ means / weights.sum()
+    return float(0.5 * weights @ (means - mean) ** 2)
 
 
 def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd]) -> Fit:
@@ -391,10 +373,24 @@ def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd]) -> Fit:
     """
     if not ends:
         return fit
-    bounds = {rank: (x - _BELOW * (end == "lowest"), _EDGE_SD) for rank, (x, end) in ends.items()}
-    vertices = {**fit.vertices, **bounds}
+    vertices = dict(fit.vertices)
+    for rank, (x, end) in ends.items():
+        vertices[rank] = (x - _BELOW if end == "lowest" else x, _EDGE_SD)
     mean, covariance = shrink(vertices, fit.prior)
-    weights = {rank: 1.0 / (sd**2 + fit.prior.scatter**2) for rank, (_, sd) in vertices.items()}
-    share = sum(weights[rank] for rank in bounds) / sum(weights.values())
+    sds = np.array([sd for _, sd in vertices.values()])
+    weights = 1.0 / (sds**2 + fit.prior.scatter**2)
+    share = weights[[rank in ends for rank in vertices]].sum() / weights.sum()
     covariance[0, 0] += (share * _EDGE_SD) ** 2
     return replace(fit, mean=mean, covariance=covariance, vertices=vertices)
+
+
+def _tensors(runs: Runs, observations: Sequence[Observation]) -> dict[str, np.ndarray[Any, Any]]:
+    """Return `Recipe.tensors`: the runs in reference coordinates, and at their own rates."""
+    return {
+        "rank": np.array([run.rank or 0 for run in runs], np.int64),
+        "seed": np.array([run.seed for run in runs], np.int64),
+        "lr": np.array([2.0**o.x for o in observations]),
+        "own_lr": np.array([run.lr for run in runs], np.float64),
+        "value": np.array([run.loss for run in runs], np.float64),
+        "diverged": np.array(diverged(observations), bool),
+    }

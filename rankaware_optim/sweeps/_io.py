@@ -10,10 +10,9 @@ import json
 import math
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -41,6 +40,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 _PREFIXES = ("params_", "config.", "config_")  # Optuna's dataframe, W&B's config
 _ABSENT = ("", "nan", "none", "null")
+_NO_STEPS = ("-1", "-1.0")  # Trainer's max_steps, by default
 _DIVERGED = ("diverged", "nan", "inf", "infinity", "+inf")
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
 _MOST = 100_000_000  # largest file, bytes
@@ -88,7 +88,7 @@ class Sweep(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def read_sweep(source: Source | Sweep, *, columns: Mapping[str, str] | None = None) -> Sweep:
+def read_sweep(source: Source, *, columns: Mapping[str, str] | None = None) -> Sweep:
     """Read and check a sweep.
 
     The columns rank, lr and loss are required. The columns alpha, rslora, init ("A", "B"), method
@@ -106,11 +106,10 @@ def read_sweep(source: Source | Sweep, *, columns: Mapping[str, str] | None = No
         CalibrationError: the file cannot be read, a column is missing or ambiguous, or a cell is
             impossible. The message names file, line and column.
     """
-    if isinstance(source, Sweep):
-        return source
     rows = list(_rows(source))
     if not rows:
         raise CalibrationError("The sweep has no rows.", "Give at least two rates of one rank.")
+    present: dict[str, None] = {}
     for place, row in rows:
         if not isinstance(row, Mapping):
             raise CalibrationError(
@@ -118,15 +117,18 @@ def read_sweep(source: Source | Sweep, *, columns: Mapping[str, str] | None = No
                 "Give rows such as {'rank': 16, 'lr': 1e-4, 'loss': 0.5}, or df.to_dict('records')"
                 " of a dataframe.",
             )
-    names = _columns(dict.fromkeys(key for _, row in rows for key in row), dict(columns or {}))
-    found = [_run_of(_Cells(place, row, names)) for place, row in rows]
-    runs = tuple(dict.fromkeys(run for run in found if run is not None))
-    missing = found.count(None)
+        present |= dict.fromkeys(row)
+    names = _columns(list(present), columns or {})
+    read = [_run_of(_Cells(place, row, names)) for place, row in rows]
+    runs = tuple(dict.fromkeys(run for run in read if run is not None))
+    missing = read.count(None)
+    if not missing:
+        return Sweep(runs)
     note = (
-        f"{missing} of {len(found)} rows have no loss and were left out; write 'diverged' if a run"
+        f"{missing} of {len(read)} rows have no loss and were left out; write 'diverged' if a run"
         " diverged"
     )
-    return Sweep(runs, (note,) if missing else ())
+    return Sweep(runs, (note,))
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -196,38 +198,48 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]
         ) from error
 
 
-def _columns(present: Iterable[str], chosen: dict[str, str]) -> dict[str, str]:
+def _columns(present: Sequence[str], chosen: Mapping[str, str]) -> dict[str, str]:
     """Return {field: column}: those chosen, then a field's own name, then its aliases."""
-    columns, by_name = list(present), defaultdict(list)
+    listed = ", ".join(map(str, present))
     for field, column in chosen.items():
-        if field not in ALIASES or column not in columns:
+        if field not in ALIASES or column not in present:
             raise CalibrationError(
-                f"columns has {field}={column}, but the sweep has {', '.join(map(str, columns))}.",
+                f"columns has {field}={column}, but the sweep has {listed}.",
                 f"Give one of its columns for one of {', '.join(ALIASES)}.",
             )
-    for column in columns:
-        name = str(column).strip().lower()
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
-        by_name[re.sub("[-/ ]", "_", name)].append(column)
+    plain = {column: _plain_name(column) for column in present}
     names = dict(chosen)
-    for field in (field for field in ALIASES if field not in chosen):
-        found = by_name[field] or [column for alias in ALIASES[field] for column in by_name[alias]]
-        if len(found) > 1:
-            raise CalibrationError(
-                f"The columns {' and '.join(map(str, found))} may all be {field}.",
-                f"Choose one by columns={{{field!r}: {found[0]!r}}} (--column {field}={found[0]}).",
-            )
-        if found:
-            names[field] = found[0]
-    missing = {"rank", "lr", "loss"} - names.keys() - ({"rank"} if "method" in names else set())
-    if missing:
-        field = min(missing)
+    for field in ALIASES:
+        if field not in names and (match := _column_of(field, plain)) is not None:
+            names[field] = match
+    for field in ("loss", "lr", "rank"):
+        if field in names or (field == "rank" and "method" in names):
+            continue
         raise CalibrationError(
-            f"The sweep has no column for {field}. It has {', '.join(map(str, columns))}.",
+            f"The sweep has no column for {field}. It has {listed}.",
             f"Name it {field}, or choose one by columns={{{field!r}: ...}} (--column {field}=...).",
         )
     return names
+
+
+def _column_of(field: str, plain: Mapping[str, str]) -> str | None:
+    """Return the column of a field or of its aliases, if there is one. plain: {column: name}."""
+    columns = [column for column, name in plain.items() if name == field]
+    columns = columns or [column for column, name in plain.items() if name in ALIASES[field]]
+    if len(columns) > 1:
+        first = columns[0]
+        raise CalibrationError(
+            f"The columns {' and '.join(map(str, columns))} may all be {field}.",
+            f"Choose one by columns={{{field!r}: {first!r}}} (--column {field}={first}).",
+        )
+    return columns[0] if columns else None
+
+
+def _plain_name(column: str) -> str:
+    name = str(column).strip().lower()
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return re.sub("[-/ ]", "_", name)
 
 
 # --- cells ----------------------------------------------------------------------------------------
@@ -240,17 +252,19 @@ class _Cells(NamedTuple):
     row: Mapping[str, Any]
     names: Mapping[str, str]
 
-    def text(self, field: str) -> str | None:
-        """Return the cell as text, or None if it is empty."""
+    def raw(self, field: str) -> str:
+        """Return the cell as text, "" if it is empty."""
         value = self.row.get(self.names.get(field, ""))
         try:
-            text = "" if value is None else str(value).strip()
+            return "" if value is None else str(value).strip()
         except ValueError:  # an int of more than 4,300 digits
             raise self.error(field, "a short text or number") from None
-        absent = (
-            _ABSENT if field != "steps" else (*_ABSENT, "-1", "-1.0")
-        )  # Trainer's max_steps, by default
-        return None if text.lower() in absent else text
+
+    def text(self, field: str) -> str | None:
+        """Return the cell as text, or None if it has no value."""
+        text = self.raw(field)
+        no_steps = field == "steps" and text in _NO_STEPS
+        return None if no_steps or text.lower() in _ABSENT else text
 
     def number(self, field: str, range_: str = "") -> float | None:
         """Return the cell as a number in the range of this name, by default the field's, or None if
@@ -281,21 +295,15 @@ class _Cells(NamedTuple):
         """Return the rank, None for full finetuning. A NaN is neither: pandas writes it where a
         rank is missing.
         """
-        text = self.text("rank")
-        if text is None and str(self.row.get(self.names.get("rank", ""))).strip().lower() == "nan":
+        text = self.raw("rank").lower()
+        if text == "nan":
             raise self.error("rank", "a rank, or 'full' for full finetuning")
-        return None if (text or "full").lower() == "full" else self.whole("rank")
+        return None if text == "full" else self.whole("rank")
 
     def loss(self) -> float | None:
         """Return the loss: infinite if the run diverged, None if there is none."""
-        value = self.row.get(self.names["loss"])
-        if (
-            isinstance(value, (Real, str))
-            and not isinstance(value, int)
-            and str(value).strip().lower() in _DIVERGED
-        ):
-            return math.inf
-        return self.number("loss")
+        diverged = self.raw("loss").lower() in _DIVERGED
+        return math.inf if diverged else self.number("loss")
 
     def error(self, field: str, kind: str) -> CalibrationError:
         column = self.names.get(field, field)

@@ -16,34 +16,41 @@ from ..fitting import Observation
 from ..recipe import ANY_WIDTH
 from ._io import SweepRun
 
+Runs = Sequence[SweepRun]
 
-def selected(runs: Sequence[SweepRun], chosen: Mapping[str, Any]) -> tuple[SweepRun, ...]:
+
+def selected(runs: Runs, chosen: Mapping[str, Any]) -> Runs:
     """Return the runs of one model, batch, init and number of steps. Missing values are filled in.
 
     Beside LoRA rows that state an init, one without has the default, "A".
     """
     for name, wanted in chosen.items():
         if name == "init" and any(run.init for run in runs if run.rank is not None):
-            runs = [run if run.init or run.rank is None else replace(run, init="A") for run in runs]
-        values = sorted({getattr(run, name) for run in runs} - {None})
-        if wanted is None and len(values) > 1:
-            raise CalibrationError(
-                f"The sweep mixes {len(values)} values of {name}: {', '.join(map(str, values))}.",
-                f"A recipe is for one of them: choose it by {name}=.",
-            )
-        value = values[0] if wanted is None and values else wanted
-        runs = [
-            replace(run, **{name: value}) for run in runs if getattr(run, name) in (None, value)
-        ]
-        if not runs:
-            raise CalibrationError(
-                f"No row of the sweep has {name}={wanted!r}.",
-                f"It has {', '.join(map(str, values))}.",
-            )
-    return tuple(runs)
+            runs = [_with_init(run) for run in runs]
+        runs = _of_one_value(runs, name, wanted)
+    return runs
 
 
-def known_alpha(runs: Sequence[SweepRun], alpha: float | str | None) -> tuple[SweepRun, ...]:
+def _with_init(run: SweepRun) -> SweepRun:
+    return run if run.init or run.rank is None else replace(run, init="A")
+
+
+def _of_one_value(runs: Runs, name: str, wanted: Any) -> Runs:
+    values = sorted({getattr(run, name) for run in runs} - {None})
+    listed = ", ".join(map(str, values))
+    if wanted is None and len(values) > 1:
+        raise CalibrationError(
+            f"The sweep mixes {len(values)} values of {name}: {listed}.",
+            f"A recipe is for one of them: choose it by {name}=.",
+        )
+    value = values[0] if wanted is None and values else wanted
+    matching = [run for run in runs if getattr(run, name) in (None, value)]
+    if not matching:
+        raise CalibrationError(f"No row of the sweep has {name}={wanted!r}.", f"It has {listed}.")
+    return [replace(run, **{name: value}) for run in matching]
+
+
+def with_alpha(runs: Runs, alpha: float | str | None) -> Runs:
     """Return the runs with `alpha` filled in for LoRA rows without one. "rank" means the row's
     rank.
     """
@@ -51,51 +58,88 @@ def known_alpha(runs: Sequence[SweepRun], alpha: float | str | None) -> tuple[Sw
         raise CalibrationError(
             f"alpha is {shown(alpha)}.", f"Give {range_of('alpha')}, or 'rank' if it follows it."
         )
-    made = tuple(
-        (
-            replace(run, alpha=float(run.rank if alpha == "rank" else alpha))
-            if run.rank is not None and run.alpha is None and alpha is not None
-            else run
-        )
-        for run in runs
-    )
-    if len({run.alpha is None for run in made if run.rank is not None}) > 1:
+    if alpha is not None:
+        runs = [_with_alpha(run, alpha) for run in runs]
+    if len({run.alpha is None for run in runs if run.rank is not None}) > 1:
         raise CalibrationError(
             "Some rows have an alpha and others do not.", "Give an alpha for those without."
         )
-    return made
+    return runs
+
+
+def _with_alpha(run: SweepRun, alpha: float | str) -> SweepRun:
+    if run.rank is None or run.alpha is not None:
+        return run
+    return replace(run, alpha=float(run.rank if alpha == "rank" else alpha))
+
+
+def with_width(runs: Runs, fan_in: float | None, full_fan_in: float | None) -> Runs:
+    """Return the runs with one fan-in for LoRA and one for full finetuning: that of the rows, else
+    the argument.
+    """
+    if full_fan_in is None:
+        full_fan_in = fan_in
+    lora = _width([run for run in runs if run.rank is not None], fan_in)
+    full = _width([run for run in runs if run.rank is None], full_fan_in)
+    return [replace(run, fan_in=full if run.rank is None else lora) for run in runs]
+
+
+def _width(runs: Runs, argument: float | None) -> float | None:
+    widths = sorted({run.fan_in for run in runs if run.fan_in is not None})
+    if len(widths) == 1:
+        return widths[0]
+    if len(widths) > 1 and argument is None:
+        raise CalibrationError(
+            f"The sweep mixes fan-ins: {', '.join(f'{n:g}' for n in widths)}.",
+            "A recipe is for one model: give its mean fan-in.",
+        )
+    return argument
+
+
+def reference_of(runs: Runs) -> Reference:
+    """Return the configuration of the middle one of the ranks swept, or full finetuning if there
+    are none.
+    """
+    batch = runs[0].batch
+    ranks = sorted({run.rank for run in runs if run.rank is not None})
+    if not ranks:
+        return Reference(method="full", fan_in=runs[0].fan_in, batch=batch)
+    rank = ranks[(len(ranks) - 1) // 2]
+    run = min((run for run in runs if run.rank == rank), key=lambda run: run.alpha or 0.0)
+    alpha = float(rank) if run.alpha is None else run.alpha
+    return Reference(rank, alpha, run.rslora, run.init or "A", run.fan_in, batch=batch)
+
+
+def site_of(run: SweepRun, reference: Reference) -> tuple[Reference, Reference]:
+    """Return the configuration of `run`, and the reference, both with a fan-in.
+
+    If alpha is unknown, the effective multiplier is taken as 1 at the reference and proportional to
+    1/√rank. If no fan-in is known, a usual one is used, which nearly cancels between ranks.
+    """
+    if reference.method == "lora" and run.rank is None and not (reference.fan_in or run.fan_in):
+        raise CalibrationError(
+            "The sweep has full finetuning and LoRA, but no fan-in to compare them.",
+            "Give a fan-in, or leave out the rows of full finetuning.",
+        )
+    there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)
+    width = run.fan_in or there.fan_in
+    init = run.init or "A"
+    if run.rank is None:
+        return Reference(method="full", fan_in=width), there
+    if run.alpha is not None:
+        return Reference(run.rank, run.alpha, run.rslora, init, width), there
+    scaling = math.sqrt((reference.rank or 1) / run.rank)
+    return replace(Reference.from_scaling(run.rank, scaling, init=init), fan_in=width), there
 
 
 def observation_of(run: SweepRun, group: int | None, x: float) -> Observation:
     """Return a run as an observation in `group` at log2 rate x. Without a start loss its score is
     used as the start.
     """
-    start = run.start if run.start is not None else run.loss if math.isfinite(run.loss) else 0.0
+    start = run.start
+    if start is None:
+        start = run.loss if math.isfinite(run.loss) else 0.0
     return Observation(group, run.seed, x, run.loss, start, run.loss, returned=True)
-
-
-def site_of(
-    run: SweepRun, reference: Reference, fan_in: float | None
-) -> tuple[Reference, Reference]:
-    """Return the configuration of `run`, and the reference, both with a fan-in.
-
-    If alpha is unknown, the effective multiplier is taken as 1 at the reference and proportional to
-    1/√rank. If no fan-in is known, a usual one is used, which nearly cancels between ranks.
-    """
-    there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)
-    width = fan_in or there.fan_in
-    if run.rank is None:
-        if reference.method == "lora" and (reference.fan_in is None and fan_in is None):
-            raise CalibrationError(
-                "The sweep has full finetuning and LoRA, but no fan-in to compare them.",
-                "Give a fan-in, or leave out the rows of full finetuning.",
-            )
-        return Reference(method="full", fan_in=width), there
-    init: Any = run.init or "A"
-    if run.alpha is None:
-        scaling = math.sqrt((reference.rank or 1) / run.rank)
-        return replace(Reference.from_scaling(run.rank, scaling, init=init), fan_in=width), there
-    return Reference(run.rank, run.alpha, run.rslora, init, width), there
 
 
 def mean_losses(points: Iterable[tuple[float, float]]) -> dict[float, float]:
@@ -117,17 +161,18 @@ class GridEnd(NamedTuple):
     end: str
 
 
-def ends_of(seen: Sequence[Observation]) -> dict[int | None, GridEnd]:
+def ends_of(observations: Sequence[Observation]) -> dict[int | None, GridEnd]:
     """Return, by rank, the best rates at an end of the grid. A tie with a rate inside the grid does
     not count.
     """
-    found: dict[int | None, GridEnd] = {}
-    for rank in dict.fromkeys(o.rank for o in seen):
-        curve = mean_losses((round(o.x, 6), o.value) for o in seen if o.rank == rank)
-        best = [
-            x for x, loss in curve.items() if loss == min(curve.values()) and math.isfinite(loss)
-        ]
-        for end, x in (("lowest", min(curve)), ("highest", max(curve))):
-            if len(curve) > 1 and best == [x]:
-                found[rank] = GridEnd(x, end)
-    return found
+    ends: dict[int | None, GridEnd] = {}
+    for rank in dict.fromkeys(o.rank for o in observations):
+        losses = mean_losses((round(o.x, 6), o.value) for o in observations if o.rank == rank)
+        least = min(losses.values())
+        best = [x for x, loss in losses.items() if loss == least]
+        if len(losses) > 1 and len(best) == 1 and math.isfinite(least):
+            if best[0] == min(losses):
+                ends[rank] = GridEnd(best[0], "lowest")
+            if best[0] == max(losses):
+                ends[rank] = GridEnd(best[0], "highest")
+    return ends

@@ -42,6 +42,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.xdist_group("kit")
 def test_every_piece_runs_on_a_cpu(tried: Path) -> None:
     """The smallest of every piece leaves runs, no test of the wrapper fails, and rows name their device."""
     rows = {
@@ -56,6 +57,7 @@ def test_every_piece_runs_on_a_cpu(tried: Path) -> None:
     assert {row["outcome"] for row in tests} == {"passed", "skipped"}
 
 
+@pytest.mark.xdist_group("kit")
 def test_what_is_on_file_is_not_run_again(tried: Path) -> None:
     """Called again the kit runs nothing that it has."""
     before = {path: path.read_text() for path in tried.glob("*.jsonl")}
@@ -63,6 +65,7 @@ def test_what_is_on_file_is_not_run_again(tried: Path) -> None:
     assert {path: path.read_text() for path in tried.glob("*.jsonl")} == before
 
 
+@pytest.mark.xdist_group("kit")
 def test_the_page_has_every_piece(tried: Path) -> None:
     """The table beside the folder names the device and has a part of each piece."""
     kit(tried, "table")

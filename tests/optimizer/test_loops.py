@@ -687,8 +687,7 @@ def test_a_replaced_adapter_is_refused_in_a_closure_and_after_a_dry_step(dry):
 
 
 FILTERS = [
-    "warnings.simplefilter('ignore')",
-    "warnings.filterwarnings('ignore', category=UserWarning)",
+    "warnings.simplefilter('ignore'); warnings.filterwarnings('ignore', category=UserWarning)",
     "",
 ]
 

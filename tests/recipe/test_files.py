@@ -45,6 +45,7 @@ def attacked(tmp_path_factory) -> list[list[str]]:
     return [line.split() for line in ended.stdout.splitlines()]
 
 
+@pytest.mark.xdist_group("torn saves")
 def test_a_killed_save_leaves_one_whole_recipe(attacked):
     """Killed before any of its file operations, a save leaves the old recipe or the new one, each with its trials."""
     names = [name for kind, _, name, _ in attacked if kind == "killed"]
@@ -53,6 +54,7 @@ def test_a_killed_save_leaves_one_whole_recipe(attacked):
     assert {whole for kind, _, _, whole in attacked if kind == "killed"} == {"whole"}
 
 
+@pytest.mark.xdist_group("torn saves")
 def test_a_reader_finds_one_whole_recipe(attacked):
     """A save between any two of a reader's file operations gives it the new recipe or the old one, no error.
 

@@ -103,12 +103,14 @@ def read(tmp_path_factory) -> list[dict]:
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
+@pytest.mark.xdist_group("readers")
 def test_no_reader_imports_what_a_recipe_names(read):
     """Of recipes that name modules in every field, and by any law, no reader imports one."""
     assert {line["recipe"].rpartition("-")[0] for line in read} == KINDS
     assert {(line["recipe"], line["reader"], *line["new"]) for line in read if line["new"]} == set()
 
 
+@pytest.mark.xdist_group("readers")
 def test_a_law_that_is_a_module_is_refused_with_what_to_do(read):
     """A recipe whose law is "module:Law" is refused by every reader: install it as an entry point, or pass law=."""
     for line in read:

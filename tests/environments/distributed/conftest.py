@@ -10,16 +10,10 @@ from .pair import Pair
 
 
 @pytest.fixture(scope="module")
-def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     """Two processes. The module may set IGNORED, warnings let pass, and ENVIRONMENT."""
-    # Compiled again: in the user's cache, a lock left by a build that was killed is waited for without end.
-    compiled = tmp_path_factory.getbasetemp() / "torch_extensions"
-    environment = {
-        "TORCH_EXTENSIONS_DIR": str(compiled),
-        **getattr(request.module, "ENVIRONMENT", {}),
-    }
-    made = Pair(getattr(request.module, "IGNORED", ()), **environment)
+    made = Pair(
+        getattr(request.module, "IGNORED", ()), **getattr(request.module, "ENVIRONMENT", {})
+    )
     yield made
     made.stop()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +35,19 @@ IGNORED = (
     ("`torch.jit", DeprecationWarning, "torch"),  # its Muon is compiled at import
     ("`torch.distributed.* is deprecated", FutureWarning, "torch"),  # its collectives' names
 )
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
+COMPILED = Path(sys.prefix) / "torch_extensions"  # once an environment: it takes a minute
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "DS_BUILD_OPS": "0",
+    "TORCH_EXTENSIONS_DIR": str(COMPILED),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unlocked() -> None:
+    """A lock left by a build that was killed would be waited for without end."""
+    for lock in COMPILED.glob("**/lock"):
+        lock.unlink()
 
 
 def engine_of(form: str, stage: int, **own: Any) -> Any:

@@ -1,0 +1,45 @@
+"""How the packages of the package meet: how many names each gives to others."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import rankaware_optim
+
+ROOT = Path(rankaware_optim.__file__).parent
+MOST = 25
+ABOVE = {"fitting": 26, "recipe": 27}
+
+
+def names_across_borders() -> dict[str, set[str]]:
+    """The names that modules outside a package import from it, by package."""
+    crossing = defaultdict(set)
+    for path in ROOT.rglob("*.py"):
+        here = path.relative_to(ROOT).parts[:-1]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            above = here[: len(here) - node.level + 1]
+            package = (*above, *(node.module or "").split("."))[0]
+            if package and (ROOT / package).is_dir() and here[:1] != (package,):
+                crossing[package] |= {alias.name for alias in node.names}
+    return crossing
+
+
+CROSSING = names_across_borders()
+
+
+@pytest.mark.parametrize("package", sorted(CROSSING))
+def test_few_names_cross_a_border(package: str) -> None:
+    """Other packages import at most 25 names from a package."""
+    names = sorted(CROSSING[package])
+    assert len(names) <= ABOVE.get(package, MOST), f"{len(names)} names: {', '.join(names)}"
+
+
+def test_borders_are_seen() -> None:
+    """The count sees the imports at a border: the optimizer takes `Law` from the laws."""
+    assert "Law" in CROSSING["laws"]
