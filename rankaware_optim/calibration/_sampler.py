@@ -20,7 +20,6 @@ from ..fitting import (
     diverged,
     gain_of,
     none_learned,
-    split,
 )
 from ._trials import TrialRecord, Trials
 
@@ -100,7 +99,9 @@ class BracketSampler(BaseSampler):
         taken = [*running.rates(), *tried]
         fit = search.fitted(trials)
         if search.full_follows and rank is None and fit is not None:
-            good = [run for run in split(observations)[0] if run.rank is None]
+            lost = trials.diverged()
+            scored = trials.at(None).scored()
+            good = [run for trial, run in scored if trial.number not in lost]
             return next_few(good, tried, fit.best(rank))
         anchor = observations[0].rank if observations else rank
         if rank == anchor or fit is None:
