@@ -1,8 +1,8 @@
 """Recipes: the result of a calibration, with its files, uncertainty and texts."""
 
 from .._rate import Rate
+from ._document import to_document
 from ._horizon import SLOPE_SD, Horizon
-from ._other_rates import BASE, OtherRates, name_pattern
 from ._recipe import (
     ANY_WIDTH,
     Recipe,
@@ -13,8 +13,8 @@ from ._recipe import (
     recipe_of,
     resolve_recipe,
 )
+from ._recipe_data import BASE, OtherRates, name_pattern
 from ._recipe_text import facts, lead, missing_trials
-from ._schema import to_document
 from ._settings import SAME_UPDATES, agreed, differences, plain_setting, plain_value, settings_of
 from ._uncertainty import INIT_SD, RANK_SD, WIDTH_SD, Z90
 

@@ -4,13 +4,10 @@ safetensors.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -18,19 +15,16 @@ from typing import Any, Literal
 
 from .._optimizers import known_optimizer
 from .._rate import Rate
-from .._types import GAMMA, Method, Reference, Scaling, Survey
+from .._types import GAMMA, Method, Reference, Survey
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
 from ..fitting import Fit, centred_law
-from ..laws import Law, Power, checked_batch_multiplier, checked_multiplier, law_changes
-from . import _beside as beside
-from . import _hub as on_hub
-from . import _io as recipe_files
+from ..laws import Law, checked_batch_multiplier, checked_multiplier
+from . import _recipe_files as files
 from . import _recipe_text as words
-from . import _schema as recipe_toml
-from ._horizon import Horizon, by_batch
-from ._io import Array
-from ._other_rates import OtherRates, Seen
+from . import _sharing as sharing
+from ._horizon import by_batch
+from ._recipe_data import OtherRates, RecipeData
 from ._uncertainty import Z90, margin, spread
 
 
@@ -44,7 +38,7 @@ ANY_WIDTH = 4096.0  # used for an unknown fan-in, which nearly cancels between r
 
 
 @dataclass(frozen=True, eq=False)
-class Recipe:
+class Recipe(RecipeData):
     """A calibrated base rate with its law, uncertainty and provenance. `calibrate` and `fit_sweep`
     make one.
 
@@ -89,79 +83,6 @@ class Recipe:
         missing: the name of the trials' file if it was not beside the recipe when it was read.
             Rates do not need it.
     """
-
-    name: str
-    fitted_lr: float
-    reference: Reference
-    law: Power
-    covariance: Array
-    lean: float = 0.0
-    ceiling: float | None = None
-    scaling_rule: Scaling = "unknown"
-    full_fan_in: float | None = None
-    ranks: tuple[int, ...] = ()
-    full_seen: bool = False
-    optimizer: str = "torch.optim.AdamW"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    steps: int | None = 1
-    batch: float | None = None
-    warmup: float | None = None
-    horizon: Horizon = field(default_factory=Horizon)
-    seed: int = 0
-    other_rates: Seen = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    source: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    tensors: Mapping[str, Array] = field(default_factory=dict, repr=False)
-    steepness: float = 0.0
-    scatter: float = 0.0
-    missing: str = ""
-
-    def __eq__(self, other: object) -> bool:
-        """Return whether all values and trials are equal."""
-        if not isinstance(other, Recipe):
-            return NotImplemented
-        arrays = ("covariance", "tensors")
-        plain = all(
-            getattr(self, f.name) == getattr(other, f.name)
-            for f in fields(self)
-            if f.name not in arrays
-        )
-        if not plain or self.tensors.keys() != other.tensors.keys():
-            return False
-        pairs = [
-            (self.covariance, other.covariance),
-            *((self.tensors[key], other.tensors[key]) for key in self.tensors),
-        ]
-        return all(_same_array(one, two) for one, two in pairs)
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.fitted_lr, self.lean, self.reference))
-
-    @property
-    def lr(self) -> float:
-        """The base rate to use, per step: `lean` octaves below `fitted_lr`."""
-        return float(self.fitted_lr * 2.0**-self.lean)
-
-    @property
-    def full_factor(self) -> float:
-        """The factor by which the law's rate for full finetuning is multiplied."""
-        return self.law.full_factor
-
-    @property
-    def tag(self) -> str:
-        """The recipe in a line, "hash name", as stored in an optimizer's state_dict.
-
-        The hash covers what decides the rates: base rate, reference, law and scaling rule. It does
-        not depend on the name or on the version of this package.
-        """
-        r = self.reference
-        at = (r.method, r.rank, r.scaling, r.init, r.fan_in, r.batch)
-        decisive = (self.lr, at, self.scaling_rule, law_changes(self.law))
-        digest = hashlib.sha256(
-            json.dumps(decisive, sort_keys=True, default=repr).encode()
-        ).hexdigest()
-        return f"{digest[:12]} {self.name}"
 
     def at(
         self,
@@ -367,19 +288,7 @@ class Recipe:
             RecipeError: the folder cannot be written, `path` does not end in .toml, the recipe
                 there is read-only or has a newer schema, or a value could not be read back.
         """
-        header, text, arrays = (
-            recipe_toml.header(self),
-            recipe_toml.to_document(self),
-            self.arrays(),
-        )
-        read_again = partial(
-            recipe_toml.from_document, type(self), tensors=arrays, missing="", target=path
-        )
-        return recipe_files.write(path, header, text, arrays, read_again)
-
-    def arrays(self) -> dict[str, Array]:
-        """Return the contents of the safetensors file, by name."""
-        return {f"trial.{key}": value for key, value in self.tensors.items()}
+        return files.save(self, path)
 
     def save_beside(self, adapter: str | os.PathLike[str]) -> Path:
         """Write the recipe into an adapter's folder: files in its subfolder `rankaware/`, a section
@@ -397,7 +306,7 @@ class Recipe:
             RecipeError: the folder does not exist; it or its README cannot be written; one of the
                 files is a link to outside the folder; or as for `save`.
         """
-        return beside.save_beside(self, adapter)
+        return sharing.save_beside(self, adapter)
 
     def push_to_hub(
         self,
@@ -431,14 +340,16 @@ class Recipe:
             RecipeError: the Hub refuses or cannot be reached. Nothing was pushed.
             PlotError: matplotlib is not installed. Nothing was pushed.
         """
-        message = commit_message or f"Learning-rate recipe {self.tag}"
-        return on_hub.push(
+        from ..reports import plot_recipe
+
+        return sharing.push(
             self,
             repo,
+            partial(plot_recipe, self),
             base_model=base_model,
             private=private,
             token=token,
-            message=message,
+            message=commit_message or f"Learning-rate recipe {self.tag}",
             revision=revision,
         )
 
@@ -464,7 +375,8 @@ class Recipe:
         Raises:
             RecipeError: the repository cannot be reached, or has no recipe; or as for `load`.
         """
-        return cls.load(on_hub.pull(repo, revision=revision, token=token, cache_dir=cache_dir))
+        path = sharing.pull(repo, revision=revision, token=token, cache_dir=cache_dir)
+        return cls.load(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -481,8 +393,7 @@ class Recipe:
             RecipeError: the TOML is missing, or a file is cut short, altered, too large, has a
                 newer schema, or has an impossible value. The message names the value's path.
         """
-        path = beside.recipe_file(path)
-        return recipe_toml.from_document(cls, *recipe_files.read(path), path)
+        return files.load(cls, sharing.recipe_file(path))
 
 
 def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe:
@@ -508,11 +419,6 @@ def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe
         **others,
     )
     return replace(recipe, lean=margin(recipe.steepness, spread(recipe, reference)[0]))
-
-
-def _same_array(one: Array, two: Array) -> bool:
-    """Return whether two arrays are equal. NaN equals NaN."""
-    return one.shape == two.shape and bool(((one == two) | ((one != one) & (two != two))).all())
 
 
 def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> Rate | None:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._printing import printable
-from .._types import Scaling, init_text
+from .._types import Reference, Scaling, init_text
 from ..laws import Power, law_sentence
-from ._other_rates import BASE
+from ._recipe_data import BASE, RecipeData
 from ._uncertainty import own_band
-
-if TYPE_CHECKING:
-    from .._types import Reference
-    from ._recipe import Recipe
 
 _ALPHA: Mapping[Scaling, str] = {
     "fixed": "alpha follows rank (s fixed)",
@@ -25,7 +21,7 @@ _ALPHA: Mapping[Scaling, str] = {
 }
 
 
-def lead(recipe: Recipe) -> str:
+def lead(recipe: RecipeData) -> str:
     """Return the recipe in a sentence: optimizer, steps, batch and the configurations tried."""
     optimizer, steps, batch = (
         recipe.optimizer.rpartition(".")[2],
@@ -35,7 +31,7 @@ def lead(recipe: Recipe) -> str:
     return f"{optimizer}, {steps} steps at batch {batch}, calibrated at {_tried(recipe)}."
 
 
-def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def facts(recipe: RecipeData) -> Iterator[tuple[str, str]]:
     """Yield a recipe's facts as pairs of a name and a text."""
     at, horizon = recipe.reference, recipe.horizon
     warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
@@ -74,7 +70,7 @@ def facts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from (("note", note) for note in recipe.notes)
 
 
-def missing_trials(recipe: Recipe) -> str:
+def missing_trials(recipe: RecipeData) -> str:
     """Return a sentence if the trials' file was missing when the recipe was read, else ""."""
     if not recipe.missing:
         return ""
@@ -84,7 +80,7 @@ def missing_trials(recipe: Recipe) -> str:
     )
 
 
-def explain(recipe: Recipe) -> str:
+def explain(recipe: RecipeData) -> str:
     """Return the facts, one per line."""
     lines = [
         fill(f"{name:<16}{text}", 100, subsequent_indent=" " * 16) for name, text in facts(recipe)
@@ -92,7 +88,9 @@ def explain(recipe: Recipe) -> str:
     return printable("\n".join([f"Recipe {recipe.name!r}", *lines]))
 
 
-def configuration(recipe: Recipe, target: Reference, steps: int | None, batch: float | None) -> str:
+def configuration(
+    recipe: RecipeData, target: Reference, steps: int | None, batch: float | None
+) -> str:
     """Return the configuration of a rate at `target` in words. Steps and batch are by default the
     recipe's own.
     """
@@ -115,7 +113,7 @@ def to_settle(width: float) -> str:
     )
 
 
-def _words(recipe: Recipe, target: Reference) -> str:
+def _words(recipe: RecipeData, target: Reference) -> str:
     """Return a reference as text, without the alpha of a sweep that does not give it."""
     swept = target.method == "lora" and recipe.scaling_rule == "as swept"
     return f"rank {target.rank}, alpha as swept, {init_text(target.init)}" if swept else str(target)
@@ -130,7 +128,7 @@ def _law(law: Power) -> str:
     return ", ".join([law_sentence(law.law), *corrections])
 
 
-def _trials(recipe: Recipe) -> str:
+def _trials(recipe: RecipeData) -> str:
     if recipe.missing:
         return f"its trials are not here, {recipe.missing} is missing"
     return f"{len(recipe.tensors.get('lr', ()))} trials"
@@ -142,7 +140,7 @@ def _setting(value: Any) -> str:
     )
 
 
-def _tried(recipe: Recipe) -> str:
+def _tried(recipe: RecipeData) -> str:
     ranks = f"ranks {', '.join(map(str, recipe.ranks))}" if recipe.ranks else ""
     return (
         " and ".join(filter(None, (ranks, "full finetuning" if recipe.full_seen else "")))
@@ -150,7 +148,7 @@ def _tried(recipe: Recipe) -> str:
     )
 
 
-def _other_rates(recipe: Recipe) -> str:
+def _other_rates(recipe: RecipeData) -> str:
     """Return the rates of the parameters that are not factors, in words. Those that the trials
     trained come first.
     """

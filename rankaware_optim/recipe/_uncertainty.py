@@ -6,15 +6,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .._types import Reference, init_text
 from ..fitting import FULL_SD
-
-if TYPE_CHECKING:
-    from ._recipe import Recipe
+from ._recipe_data import RecipeData
 
 Z90 = 1.645
 # Standard deviations that are added outside the data, octaves of rate per octave of rank or of
@@ -29,7 +26,7 @@ _DRIFT_SHARE = 0.5
 MOST_MARGIN = 0.25
 
 
-def own_band(recipe: Recipe) -> tuple[float, float]:
+def own_band(recipe: RecipeData) -> tuple[float, float]:
     """Return the ends of the 90 % band of the best rate at the recipe's reference."""
     octaves = Z90 * spread(recipe, recipe.reference)[0]
     return recipe.fitted_lr / 2.0**octaves, recipe.fitted_lr * 2.0**octaves
@@ -48,7 +45,7 @@ def margin(steepness: float, sd: float) -> float:
     return min(steepness * sd * sd / 2, MOST_MARGIN)
 
 
-def spread(recipe: Recipe, target: Reference) -> tuple[float, list[str]]:
+def spread(recipe: RecipeData, target: Reference) -> tuple[float, list[str]]:
     """Return the standard deviation of log2 of the best rate at `target`, octaves, and notes on
     what was not tried.
     """
@@ -66,7 +63,7 @@ def spread(recipe: Recipe, target: Reference) -> tuple[float, list[str]]:
     ]
 
 
-def _unseen(recipe: Recipe, target: Reference) -> Iterator[tuple[float, str]]:
+def _unseen(recipe: RecipeData, target: Reference) -> Iterator[tuple[float, str]]:
     """Yield what was not tried, with the standard deviation that it adds, octaves."""
     law, full = recipe.law, target.method == "full"
     if full and not recipe.full_seen:

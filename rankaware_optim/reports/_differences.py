@@ -131,7 +131,7 @@ def _fields(first: Recipe, second: Recipe) -> Iterator[Difference]:
                 words = _factor(old, new) if by_factor else f"{new - old:+.3g}"
             yield Difference(path, _text(old), _text(new), words)
     arrays, others = first.arrays(), second.arrays()
-    for path in (*arrays, *(path for path in others if path not in arrays)):
+    for path in sorted({**arrays, **others}):  # safetensors has no order
         a, b = arrays.get(path), others.get(path)
         if a is None or b is None or a.shape != b.shape:
             yield Difference(path, _size(a), _size(b))

@@ -7,52 +7,44 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import safetensors.numpy
 import tomli
 import tomli_w
-from safetensors.numpy import load, save
 
 from .._files import read_bytes, replace_bytes
 from ..errors import RecipeError
-from ._document import SCHEMA, Document, checked
+from ._document import SCHEMA, AnyRecipe, checked, header, recipe_from, to_document
+from ._recipe_data import Array, RecipeData
 
 # Bytes. A calibration's TOML has some 3 kB, and its trials 4 bytes for each value of a curve.
 _MOST_TEXT, _MOST_TENSORS, _MOST_HEADER = 256_000, 250_000_000, 100_000
 
-Array = npt.NDArray[Any]  # of whole numbers, floats or truth values
 
+def save(recipe: RecipeData, path: str | os.PathLike[str]) -> Path:
+    """Write the trials under a name with their hash, then the TOML that names them, then remove the
+    former trials.
 
-def write(
-    path: str | os.PathLike[str],
-    header: str,
-    text: dict[str, Any],
-    arrays: Mapping[str, Array],
-    read_again: Callable[[Document], object],
-) -> Path:
-    """Write the arrays under a name with their hash, then the TOML that names them, then remove the
-    former arrays.
-
-    Nothing is written if `read_again` raises an error. It gets the document as a reader would get
-    it.
+    Nothing is written that a reader would refuse.
     """
     named = _toml_path(path)
     target = Path(os.path.realpath(named))
-    data = (
-        save({key: np.ascontiguousarray(value) for key, value in arrays.items()}) if arrays else b""
-    )
+    arrays = recipe.arrays()
+    data = _encoded(arrays)
     sha256 = hashlib.sha256(data).hexdigest()
     beside = target.with_name(f"{target.stem}.{sha256[:12]}.safetensors")
-    section = {"file": beside.name, "sha256": sha256} if data else None
+    trials_file = {"file": beside.name, "sha256": sha256} if data else None
     try:
-        encoded = (header + _toml({"schema": SCHEMA, **text, "tensors": section})).encode()
+        document = {"schema": SCHEMA, **to_document(recipe), "tensors": trials_file}
+        encoded = (header(recipe) + _toml(document)).encode()
         _check_sizes(named, encoded, data)
-        read_again(checked(_parsed(encoded, named), named))
+        read_again = checked(_parsed(encoded, named), named)
+        recipe_from(type(recipe), read_again, arrays, "", named)
         target.parent.mkdir(parents=True, exist_ok=True)
         former = _replaceable(target)
         if data:
@@ -68,23 +60,28 @@ def write(
     return named
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Document, dict[str, Array], str]:
-    """Return the checked TOML, the arrays that match its hash, and the name of their file if it is
-    not there.
-    """
+def load(cls: type[AnyRecipe], path: str | os.PathLike[str]) -> AnyRecipe:
+    """Return the recipe in a TOML file, with its trials if their file is there."""
     target = _toml_path(path)
-    document = checked(_parsed(_read_text(target), target), target)
-    if document.tensors is None:
-        return document, {}, ""
-    beside = _beside(target, document.tensors.file)
+    values = checked(_parsed(_read_text(target), target), target)
+    if "trials.file" not in values:
+        return recipe_from(cls, values, {}, "", target)
+    beside = _beside(target, values["trials.file"])
     try:
-        return document, _read_tensors(beside, document.tensors.sha256), ""
+        tensors = _read_tensors(beside, values["trials.sha256"])
     except FileNotFoundError as error:
-        if document.fit is None:
-            raise RecipeError(
-                f"The tensors {beside} of the recipe cannot be read: {error}.", "Copy both files."
-            ) from error
-        return document, {}, beside.name
+        if "covariance" not in values:
+            raise _unreadable(beside, error) from error
+        return recipe_from(cls, values, {}, beside.name, target)
+    return recipe_from(cls, values, tensors, "", target)
+
+
+def _encoded(arrays: Mapping[str, Array]) -> bytes:
+    """Return arrays as a safetensors file, empty if there are none."""
+    if not arrays:
+        return b""
+    whole = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+    return safetensors.numpy.save(whole)
 
 
 def _toml_path(path: str | os.PathLike[str]) -> Path:
@@ -217,21 +214,19 @@ def _read_tensors(path: Path, sha256: str) -> dict[str, Array]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise RecipeError(
-            f"The tensors {path} of the recipe cannot be read: {error}.", "Copy both files."
-        ) from error
+        raise _unreadable(path, error) from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise RecipeError(
             f"The tensors {path} do not match the recipe's hash. @ tensors.sha256",
             "Copy both files of the recipe.",
         )
     if int.from_bytes(data[:8], "little") > _MOST_HEADER:
-        raise RecipeError(
-            f"The tensors {path} cannot be read: their header is too long.", "Remake the recipe."
-        )
+        raise _unreadable(path, "their header is too long", "Remake the recipe.")
     try:
-        return load(data)
+        return safetensors.numpy.load(data)
     except Exception as error:  # safetensors raises its own error, KeyError, TypeError and more
-        raise RecipeError(
-            f"The tensors {path} cannot be read: {error}.", "Remake the recipe."
-        ) from error
+        raise _unreadable(path, error, "Remake the recipe.") from error
+
+
+def _unreadable(path: Path, why: object, cure: str = "Copy both files.") -> RecipeError:
+    return RecipeError(f"The tensors {path} of the recipe cannot be read: {why}.", cure)
