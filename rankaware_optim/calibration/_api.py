@@ -30,7 +30,7 @@ from ._storage import shared_storage
 from ._trial import Train
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913
     train: Train,
     optimizer: type[Optimizer] | str,
     *,

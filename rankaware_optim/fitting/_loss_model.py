@@ -200,27 +200,26 @@ def _rank_given_shared() -> Array:
 
 
 def curves_of(arms: Arms, u: Mapping[int | None, Array]) -> dict[int | None, Array]:
-    """Return every arm's expected gap at octaves `u` from its optimum, which must be at x = 0.
+    """Return every arm's expected gap at octaves `u` from its optimum, which must be at x = 0. The
+    arrays of `u` have one length.
 
     This is the mean over the posterior of shapes, noise and levels that `bowls_of` uses, given the
     optima.
     """
     logs, choices = [], []
     for plateaus in _plateaus(arms):
-        evidence, curves = _curves_where(arms, plateaus, u)
+        evidence, of_arms = _curves_where(arms, plateaus, u)
         logs.append(evidence)
-        choices.append(curves)
+        choices.append(of_arms)
     weights = np.exp(np.array(logs) - max(logs))
     weights /= weights.sum()
-    return {
-        rank: sum(weight * curves[rank] for weight, curves in zip(weights, choices, strict=True))
-        for rank in arms
-    }
+    curves = np.tensordot(weights, choices, 1)  # (arms, points)
+    return dict(zip(arms, curves, strict=True))
 
 
 def _curves_where(
     arms: Arms, plateaus: Sequence[float], u: Mapping[int | None, Array]
-) -> tuple[float, dict[int | None, Array]]:
+) -> tuple[float, list[Array]]:
     """Return the log evidence of the optima under these plateaus, and every arm's mean curve."""
     optimum, kernel = np.zeros(1), _rank_given_shared()
     logs = np.array(
@@ -236,9 +235,9 @@ def _curves_where(
     evidence = np.log(shared.sum()) + log_shared.max() + logs.max(axis=1).sum()
     beliefs = likelihood * ((shared / given_shared) @ kernel)
     beliefs /= beliefs.sum(axis=1, keepdims=True)
-    curves = {}
+    curves = []
     for (rank, arm), plateau, belief in zip(arms.items(), plateaus, beliefs, strict=True):
-        curves[rank] = _mean_curve(arm, plateau, belief, u[rank])
+        curves.append(_mean_curve(arm, plateau, belief, u[rank]))
     return float(evidence), curves
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple, get_args
 
 from .._checks import check_init
@@ -38,14 +39,15 @@ class Reading(NamedTuple):
     fan_in: float
     fan_out: float
     inner: float = 1.0
-    kind: str | None = None
+    kind: str = ""
 
 
 Layout = Callable[[Any, Shape, Shape], Reading]
 """Maps the owner and the shapes of A and B to a `Reading`.
 
-A LookupError, AttributeError, TypeError, ValueError or ArithmeticError means that the layout does not fit. An
-InspectionError is raised to the user. For a file the owner has the row's attributes that the file contains.
+A LookupError, AttributeError, TypeError, ValueError or ArithmeticError means that the layout does
+not fit. An InspectionError is raised to the user. For a file the owner has the row's attributes
+that the file contains.
 """
 
 
@@ -70,7 +72,7 @@ def _blocks(owner: Any, a: Shape, b: Shape) -> Reading:
 
 def _columns(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (…, in, r), B (…, r, out): transposed, with or without a leading axis of experts."""
-    return Reading(a[-1], b[-2], a[-2], b[-1], kind="experts" if len(a) > 2 else None)
+    return Reading(a[-1], b[-2], a[-2], b[-1], kind="experts" if len(a) > 2 else "")
 
 
 def _experts(owner: Any, a: Shape, b: Shape) -> Reading:
@@ -81,9 +83,8 @@ def _experts(owner: Any, a: Shape, b: Shape) -> Reading:
 def _stacked(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r·E, in), B (out, r·E): PEFT's `target_parameters`, with E = `num_experts`."""
     base = getattr(owner, "get_base_layer", lambda: owner)()
-    rows_first = (
-        getattr(base, "is_transposed", True) is False
-    )  # set by transformers; older versions do not have it
+    # Set by transformers. Older versions do not have it.
+    rows_first = getattr(base, "is_transposed", True) is False
     if rows_first and owner.num_experts > 1 and not hasattr(owner, "_did_swap_in_out_features"):
         raise InspectionError(
             "This PEFT swaps A and B of experts stored as (experts, out, in), such as"
@@ -101,16 +102,12 @@ def _merged(owner: Any, a: Shape, b: Shape) -> Reading:
 
 
 def _kernel(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (r·k, in·k), B (out/groups·k, r·k): loralib's convolutions; B·A is reshaped to the kernel."""
-    k = owner.conv.kernel_size[0]
-    return Reading(
-        a[0] / k,
-        b[1] / k,
-        math.prod(owner.conv.weight.shape[1:]),
-        owner.conv.out_channels,
-        k,
-        "conv",
-    )
+    """A (r·k, in·k), B (out/groups·k, r·k): loralib's convolutions. B·A is reshaped to the
+    kernel.
+    """
+    conv = owner.conv
+    k, fan_in = conv.kernel_size[0], math.prod(conv.weight.shape[1:])
+    return Reading(a[0] / k, b[1] / k, fan_in, conv.out_channels, k, "conv")
 
 
 def _tucker(owner: Any, a: Shape, b: Shape) -> Reading:
@@ -155,7 +152,8 @@ class Convention:
         keys: names of factors in a file. {} stands for `a` or `b`, followed by the adapter's name
             in a dict.
 
-    >>> register_convention(Convention("mine", a="reduce", b="expand", layouts=("columns",), scaling=("gain",)))
+    >>> row = Convention("mine", a="reduce", b="expand", layouts=("columns",), scaling=("gain",))
+    >>> register_convention(row)
     >>> register_convention("mine", remove=True)
     """
 
@@ -255,7 +253,9 @@ CONVENTIONS: tuple[Convention, ...] = (
         keys=("lora.{}.weight", "_lora.{}.weight", "lora_linear_layer.{}.weight"),
     ),
 )
-"""Tried in this order on every module or layer of a file, after registered ones. The first that matches is used."""
+"""Tried in this order on every module or layer of a file, after registered ones. The first that
+matches is used.
+"""
 
 OPTIONAL: Mapping[str, tuple[Convention, ...]] = {
     "A/B": (
@@ -279,9 +279,11 @@ OPTIONAL: Mapping[str, tuple[Convention, ...]] = {
         ),
     )
 }
-"""Rows whose attributes are too common to be tried by default. `register_convention("A/B")` enables one.
+"""Rows whose attributes are too common to be tried by default. `register_convention("A/B")` enables
+one.
 
-"A/B" is the pair of tutorials: A (in, r), B (r, out). `alpha` is the multiplier itself unless a `rank` is declared.
+"A/B" is the pair of tutorials: A (in, r), B (r, out). `alpha` is the multiplier itself unless a
+`rank` is declared.
 """
 
 
@@ -331,8 +333,7 @@ def conventions() -> tuple[Convention, ...]:
     """Return all rows in the order in which they are tried: registered, from installed packages,
     built-in.
     """
-    own = [row for rows in _REGISTERED.values() for row in rows]
-    return (*own, *_installed(), *CONVENTIONS)
+    return (*chain.from_iterable(_REGISTERED.values()), *_installed(), *CONVENTIONS)
 
 
 @cache
@@ -344,9 +345,8 @@ def _installed() -> tuple[Convention, ...]:
         try:
             _check(row)
             rows.append(row)
-        except (
-            InspectionError
-        ) as error:  # the user may not know the package, so this is only a warning
+        # The user may not know the package, so this is only a warning.
+        except InspectionError as error:
             warn(f"The plug-in convention {name!r} is left out: {error}")
     return tuple(rows)
 
@@ -357,29 +357,27 @@ def _check(row: Any) -> None:
             f"A convention is a Convention or the name of an optional one, not {row!r}.",
             "Give one.",
         )
+    for problem, cure in _problems(row):
+        raise InspectionError(f"The convention {row.name!r} has {problem}.", cure)
+    inits = (*get_args(Init), None)
+    check_init(row.init, f"The init of the convention {row.name!r} is", known=inits)
 
-    def require(good: bool, what: str, cure: str) -> None:
-        if not good:
-            raise InspectionError(f"The convention {row.name!r} {what}.", cure)
 
+def _problems(row: Convention) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with a row, each with a cure."""
     for name in (row.a, row.b):
-        good = isinstance(name, str) and name.isidentifier()
-        require(good, f"has the factor {name!r}", "Give the owner's attribute, such as 'lora_A'.")
+        if not isinstance(name, str) or not name.isidentifier():
+            yield f"the factor {name!r}", "Give the owner's attribute, such as 'lora_A'."
     for field in ("where", "layouts", "rank", "scaling", "alpha", "keys"):
         value = getattr(row, field)
-        require(
-            isinstance(value, tuple), f"has {field}={value!r}", "Give a tuple, such as ('rank',)."
-        )
-    known = f"Give one of {', '.join(LAYOUTS)}, or a function of owner and two shapes."
+        if not isinstance(value, tuple):
+            yield f"{field}={value!r}", "Give a tuple, such as ('rank',)."
     for layout in row.layouts:
-        require(callable(layout) or layout in LAYOUTS, f"has the layout {layout!r}", known)
+        if not callable(layout) and layout not in LAYOUTS:
+            names = ", ".join(LAYOUTS)
+            cure = f"Give one of {names}, or a function of owner and two shapes."
+            yield f"the layout {layout!r}", cure
     for key in row.keys:
-        good = isinstance(key, str) and key.split(".").count("{}") == 1
-        require(
-            good,
-            f"has the key {key!r}",
-            "Write {} once, between dots, such as 'adapter.{}.weight'.",
-        )
-    check_init(
-        row.init, f"The init of the convention {row.name!r} is", known=(*get_args(Init), None)
-    )
+        if not isinstance(key, str) or key.split(".").count("{}") != 1:
+            cure = "Write {} once, between dots, such as 'adapter.{}.weight'."
+            yield f"the key {key!r}", cure

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import InspectionError
 from ._pairs import Modules, Pair, Place, declared_number, number_of, place_of
@@ -104,83 +104,74 @@ def _is_rooted(pair: Pair, alpha: float, scaling: float, rank: int) -> bool:
 # --- PEFT's configuration -------------------------------------------------------------------------
 
 
-class Config(NamedTuple):
-    """An adapter's configuration, and the prefixes of its parts of the model. Two PEFT models may
-    share one.
-    """
-
-    prefixes: tuple[str, ...]
-    adapter: str
-    fields: MutableMapping[str, Any]
-
-    def prefix_of(self, pair: Pair) -> str | None:
-        """Return the longest prefix that fits a pair; None if it has another configuration."""
-        if pair.adapter != self.adapter:
-            return None
-        fitting = [prefix for prefix in self.prefixes if f"{pair.layer}.".startswith(prefix)]
-        return max(fitting, key=len, default=None)
-
-    def holds(self, pair: Pair) -> bool:
-        return self.prefix_of(pair) is not None
-
-    def name(self, pair: Pair) -> str:
-        """Return the pair's name for PEFT's patterns: as in the base model, or the parameter's name
-        for experts.
-        """
-        name = pair.layer.removeprefix(self.prefix_of(pair) or "").split(".base_layer")[0]
-        parameter = getattr(pair.owner, "parameter_name", None)
-        return f"{name}.{parameter}" if parameter else name
+Fields = MutableMapping[str, Any]
+Configs = Mapping[tuple[str, str], Fields]
+"""The fields of configurations, by the name of a module that holds them and the adapter's name."""
 
 
-def configs_of(modules: Modules) -> Iterable[Config]:
-    """Return each of PEFT's LoRA configurations once, at the innermost modules that hold it."""
-    by_id: dict[int, Config] = {}
+def configs_of(modules: Modules) -> Configs:
+    """Return all of PEFT's LoRA configurations in a model."""
+    configs: dict[tuple[str, str], Fields] = {}
     for layer, module in modules:
-        configs = module.__dict__.get("peft_config")
-        for adapter, config in configs.items() if isinstance(configs, Mapping) else ():
+        by_adapter = module.__dict__.get("peft_config")
+        for adapter, config in by_adapter.items() if isinstance(by_adapter, Mapping) else ():
             is_dict = isinstance(config, MutableMapping)
             fields: Any = config if is_dict else getattr(config, "__dict__", {})
-            if "lora_alpha" not in fields or "r" not in fields:
-                continue
-            prefix = f"{layer}." if layer else ""
-            outer = by_id[id(config)].prefixes if id(config) in by_id else ()
-            others = (other for other in outer if not prefix.startswith(other))
-            by_id[id(config)] = Config((*others, prefix), adapter, fields)
-    return by_id.values()
+            if "lora_alpha" in fields and "r" in fields:
+                configs[layer, adapter] = fields
+    return configs
 
 
-def redeclare(configs: Iterable[Config], pairs: Iterable[Pair]) -> None:
-    """Change PEFT's configurations so that their patterns give each pair the rank and the alpha that
-    it declares. A pattern gets the value of the first pair that it matches, trainable ones first.
+def config_of(pair: Pair, configs: Configs) -> tuple[str, Fields] | None:
+    """Return the innermost module around a pair with a configuration of its adapter, and this."""
+    layer = pair.layer
+    while (layer, pair.adapter) not in configs:
+        if not layer:
+            return None
+        layer = layer.rpartition(".")[0]
+    return layer, configs[layer, pair.adapter]
+
+
+def redeclare(configs: Configs, pairs: Iterable[Pair]) -> None:
+    """Change PEFT's configurations so that their patterns give each pair the rank and the alpha
+    that it declares. A pattern gets the value of the first pair that it matches, trainable ones
+    first.
     """
-    pairs = sorted(pairs, key=lambda pair: not pair.trains)
-    for config in configs:
-        chosen = [pair for pair in pairs if config.holds(pair)]
-        if chosen and chosen[0].trains:
-            ranks = list(config.fields.get("rank_pattern") or {})
-            _set_patterns(config, chosen, "r", "rank_pattern", ranks)
-            _set_patterns(config, chosen, "lora_alpha", "alpha_pattern", ranks)
+    groups: dict[int, tuple[Fields, dict[str, Pair]]] = {}
+    for pair in sorted(pairs, key=lambda pair: not pair.trains):
+        config = config_of(pair, configs)
+        if config is not None and (pair.trains or id(config[1]) in groups):
+            names = groups.setdefault(id(config[1]), (config[1], {}))[1]
+            names[_name_for_patterns(pair, config[0])] = pair
+    for fields, named in groups.values():
+        ranks = list(fields.get("rank_pattern") or {})
+        _set_patterns(fields, named, "r", "rank_pattern", ranks)
+        _set_patterns(fields, named, "lora_alpha", "alpha_pattern", ranks)
+
+
+def _name_for_patterns(pair: Pair, prefix: str) -> str:
+    """Return a pair's name as in the base model, or the parameter's name for experts."""
+    name = pair.layer.removeprefix(prefix).removeprefix(".").split(".base_layer")[0]
+    parameter = getattr(pair.owner, "parameter_name", None)
+    return f"{name}.{parameter}" if parameter else name
 
 
 def _set_patterns(
-    config: Config, pairs: Iterable[Pair], default: str, field: str, keys: Iterable[str]
+    fields: Fields, named: Mapping[str, Pair], default: str, field: str, keys: Iterable[str]
 ) -> None:
     """Set a configuration's default and its patterns: `keys`, those that it has, and full names."""
-    patterns = config.fields.get(field) or {}
+    patterns = fields.get(field) or {}
     keys = dict.fromkeys([*keys, *patterns])
-    values, odd = dict[str, Any](patterns), dict[str, Any]()
-    matched = set[str]()
-    for pair in pairs:
-        name, number = config.name(pair), declared_number(pair, (default,))
+    matched, odd = dict[str, Any](), dict[str, Any]()
+    for name, pair in named.items():
+        number = declared_number(pair, (default,))
         if number is None:
             continue
         value = int(number) if float(number).is_integer() else number
         # PEFT's rule.
         key = next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), "")
-        if key not in matched:
-            matched.add(key)
-            values[key] = value
-        elif values[key] != value:
+        if matched.setdefault(key, value) != value:
             odd[f"^{re.escape(name)}"] = value
-    config.fields[default] = values.pop("", config.fields[default])
-    config.fields[field] = odd | {key: values[key] for key in keys if key in values}
+    fields[default] = matched.pop("", fields[default])
+    values = patterns | matched
+    fields[field] = odd | {key: values[key] for key in keys if key in values}

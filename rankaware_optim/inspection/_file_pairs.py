@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain, product
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from .._checks import is_positive
 from ..errors import InspectionError
 from ._conventions import CONVENTIONS, KEYS, Convention, conventions
-from ._pairs import Half, Pair
+from ._pairs import Half, Pair, declared_number
 from ._peft_config import AdapterConfig, Declared, embedded_configs
-from ._safetensors import Header
+from ._safetensors import Header, shown
 
 
 class _Spelling(NamedTuple):
@@ -52,25 +55,23 @@ class _Slot(NamedTuple):
     adapter: str
 
 
-@dataclass(frozen=True)
-class FilePair:
+class FilePair(Pair):
     """A pair in a file. Its owner has the attributes of its rows that the file or the configuration
-    contains.
-
-    numbers: by attribute, the file's entry for rank, scaling or alpha, and its value.
+    contains, and the words `where` for errors.
     """
 
-    pair: Pair
-    declared: Declared
-    numbers: Mapping[str, tuple[str, float]]
+    is_sharded = False
 
-    def first_number(self, attributes: Iterable[str]) -> str | None:
-        """Return the first of these attributes for which the file has a number."""
-        return next((name for name in attributes if name in self.numbers), None)
+    @property
+    def where(self) -> str:
+        return str(self.owner.where)
 
 
-def file_pairs(header: Header, config: AdapterConfig | None) -> list[FilePair]:
-    """Return every pair, by names.
+def file_pairs(
+    header: Header, config: AdapterConfig | None
+) -> tuple[list[tuple[FilePair, Declared]], set[str]]:
+    """Return every pair, by names, with what the configuration declares for it. The second value
+    has the entries that are numbers of pairs.
 
     Raises:
         InspectionError: one half is missing, two tensors or pairs have the same place, or a
@@ -82,13 +83,20 @@ def file_pairs(header: Header, config: AdapterConfig | None) -> list[FilePair]:
         rows[spelling._replace(by_adapter=spelling.says_lora or row.container)].append(row)
     named = _paired(header, _slots(header, rows))
     declared = _declared(header, list(dict.fromkeys(slot.layer for slot in named)), config)
-    pairs = []
-    for slot, names in named.items():
-        pair = _file_pair(header, slot, names, rows[slot.spelling], declared[slot.layer])
-        if pair is not None:
-            pairs.append(pair)
-    _refuse_collisions(header, [each.pair for each in pairs])
-    return pairs
+    pairs: list[tuple[FilePair, Declared]] = []
+    numbers, tensors = set[str](), dict[str, Any](header.tensors)
+    for slot, (a, b) in named.items():
+        of_layer = declared[slot.layer]
+        owner = _owner(of_layer, tensors[a].shape, tensors[b].shape)
+        numbers |= _read_entries(header, slot, rows[slot.spelling], owner)
+        convention = _row(slot, rows[slot.spelling], owner, of_layer)
+        if convention is not None:
+            halves = Half(a, tensors[a]), Half(b, tensors[b])
+            pair = FilePair(owner, slot.layer, slot.adapter, convention, *halves)
+            _declare(header, pair, of_layer)
+            pairs.append((pair, of_layer))
+    _refuse_collisions(header, [pair for pair, _ in pairs])
+    return pairs, numbers
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -176,58 +184,78 @@ def _declared(
     return declared
 
 
-def _file_pair(
-    header: Header,
-    slot: _Slot,
-    names: tuple[str, str],
-    rows: Sequence[Convention],
-    declared: Declared,
-) -> FilePair | None:
-    tensors: list[Any] = [header.tensors[name] for name in names]
-    owner = _owner(declared, tensors[0].shape, tensors[1].shape)
-    numbers: dict[str, tuple[str, float]] = {}
-    for attribute, entry in _entries(header, slot, rows):
-        if header.is_scalar(entry):
-            numbers[attribute] = entry, header.number(entry)
-            setattr(owner, attribute, numbers[attribute][1])
-        else:
-            tensor = header.tensors[entry]
-            is_weight = entry.endswith(".weight")
-            setattr(owner, attribute, SimpleNamespace(weight=tensor) if is_weight else tensor)
-    row = _row(slot, rows, owner, declared)
-    if row is None:
-        return None
-    a, b = (Half(name, tensor) for name, tensor in zip(names, tensors, strict=True))
-    pair = Pair(owner, slot.layer, slot.adapter, row, a, b)
-    asked = {*row.rank, *row.scaling, *row.alpha}
-    return FilePair(pair, declared, {k: v for k, v in numbers.items() if k in asked})
-
-
-def _entries(header: Header, slot: _Slot, rows: Iterable[Convention]) -> Iterator[tuple[str, str]]:
-    """Yield the attributes of the pair's rows that the file has, and their entries."""
+def _read_entries(
+    header: Header, slot: _Slot, rows: Iterable[Convention], owner: object
+) -> set[str]:
+    """Set the attributes of the rows that the file has for a pair. Return those entries that are
+    numbers.
+    """
     start = f"{slot.layer}." if slot.layer else ""
     ends = ["", ".weight"]
     if slot.adapter:
         ends += [f".{slot.adapter}", f".{slot.adapter}.weight"]
-    for row in rows:
-        for attribute in (*row.where, *row.rank, *row.scaling, *row.alpha):
-            for end in ends:
-                if f"{start}{attribute}{end}" in header.tensors:
-                    yield attribute, f"{start}{attribute}{end}"
+    attributes = chain.from_iterable((*r.where, *r.rank, *r.scaling, *r.alpha) for r in rows)
+    numbers = set[str]()
+    for attribute, end in product(dict.fromkeys(attributes), ends):
+        entry = f"{start}{attribute}{end}"
+        if header.is_scalar(entry):
+            numbers.add(entry)
+            setattr(owner, attribute, header.number(entry))
+        elif entry in header.tensors:
+            tensor = header.tensors[entry]
+            is_weight = entry.endswith(".weight")
+            setattr(owner, attribute, SimpleNamespace(weight=tensor) if is_weight else tensor)
+    return numbers
+
+
+def _declare(header: Header, pair: FilePair, declared: Declared) -> None:
+    """Set what the configuration or kohya's metadata declare, where the file has no number."""
+    owner, row, config = pair.owner, pair.convention, declared.config
+    owner.where = f"{header.path}: {pair.layer}" + (f", with {config.where}," if config else "")
+    if declared_number(pair, row.rank) is None:
+        _set_first(owner, row.rank, declared.rank)
+    if declared_number(pair, (*row.scaling, *row.alpha)) is not None:
+        return
+    alpha = declared.alpha
+    if config is None and row.a.endswith("down") and len(pair.a.shape) == 2:  # not conv_alpha
+        alpha = _network_alpha(header)
+    _set_first(owner, row.alpha, alpha)
+    _set_first(owner, row.scaling, declared.scaling)
+
+
+def _set_first(owner: object, attributes: Sequence[str], value: float | None) -> None:
+    if attributes and value is not None:
+        setattr(owner, attributes[0], value)
+
+
+def _network_alpha(header: Header) -> float | None:
+    text = header.metadata.get("ss_network_alpha")
+    if text in (None, "None", "Dynamic"):  # kohya's words for a missing alpha
+        return None
+    alpha = math.nan
+    with suppress(ValueError):
+        alpha = float(text)
+    if not is_positive(alpha):
+        raise InspectionError(
+            f"{header.path}: ss_network_alpha in its metadata is {shown(text)}.",
+            "Save the adapter with a positive alpha.",
+        )
+    return alpha
 
 
 def _owner(declared: Declared, a: Sequence[int], b: Sequence[int]) -> SimpleNamespace:
     """Return an owner with the attributes that follow from the configuration and the shapes."""
-    owner = SimpleNamespace()
+    owner, config = SimpleNamespace(), declared.config
     if len(a) < 2 or len(b) < 2 or 0 in (*a, *b):
         return owner
     owner.base_layer = SimpleNamespace(groups=max(1, a[0] // b[1]))
     if declared.experts and declared.rank and a[0] == b[1] and a[0] % declared.rank == 0:
         owner.parameter_name, owner.num_experts = None, a[0] // declared.rank
-    config = declared.config
-    if config is not None and config.is_adalora:
+    if config is None:
+        return owner
+    if config.is_adalora:
         owner.lora_E = None
-    if config is not None and config.enabled and a[0] == b[1] * config.enabled:
+    if config.enabled and a[0] == b[1] * config.enabled:
         owner.r, owner.enable_lora = b[1], [True] * config.enabled
     return owner
 

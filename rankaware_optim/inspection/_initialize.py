@@ -15,7 +15,7 @@ from torch import nn
 from .._checks import check_init, is_positive
 from .._types import Survey
 from ..errors import InspectionError
-from ._declarations import Config, Declaration, configs_of, declarations_of, declare, redeclare
+from ._declarations import Configs, Declaration, configs_of, declarations_of, declare, redeclare
 from ._pairs import Half, Pair, declared_number, pairs_of, reading_of, scaling_of, walk
 from ._survey import INIT_MARK, declared_for, inspect_model
 
@@ -228,7 +228,7 @@ def _memory(half: Half) -> tuple[str, int]:
     return str(half.tensor.device), half.tensor.data_ptr()
 
 
-def refuse_residual(pair: Pair, configs: Iterable[Config]) -> None:
+def refuse_residual(pair: Pair, configs: Configs) -> None:
     """Raise if the declared init subtracted the product of the factors from the base weight."""
     declared = declared_for(pair, configs)
     if isinstance(declared, str) and declared.lower().startswith(_RESIDUAL):

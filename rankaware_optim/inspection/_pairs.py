@@ -81,7 +81,7 @@ class Pair(NamedTuple):
 
 
 def canonical_name(name: str) -> str:
-    """Return a parameter's name without the prefixes of DDP, FSDP, torch.compile and checkpointing."""
+    """Return a parameter's name without prefixes of DDP, FSDP, torch.compile and checkpointing."""
     for wrapper in _WRAPPERS[:-1]:
         name = name.replace(f"{wrapper}.", "")
     return name.removeprefix("module.")
@@ -234,7 +234,10 @@ def reading_of(pair: Pair) -> Reading:
         InspectionError: no layout fits the shapes and the declared rank.
     """
     rank = declared_number(pair, pair.convention.rank)
-    for reading in _shard_readings(pair, rank) if pair.is_sharded else readings_of(pair):
+    by_shapes = (read_as(layout, pair) for layout in pair.convention.layouts)
+    for reading in _shard_readings(pair, rank) if pair.is_sharded else by_shapes:
+        if reading is None or reading.rank_a != reading.rank_b:
+            continue
         if rank in (None, reading.rank_a):
             return reading
     what = "declares no rank" if rank is None else f"declares rank {rank:g}"
@@ -246,21 +249,16 @@ def reading_of(pair: Pair) -> Reading:
     )
 
 
-def readings_of(pair: Pair) -> Iterator[Reading]:
-    """Yield what the row's layouts read, of those that read one rank from both shapes."""
-    for layout in pair.convention.layouts:
-        reading = read_as(layout, pair)
-        if reading is not None and reading.rank_a == reading.rank_b:
-            yield reading
-
-
 def read_as(layout: str | Layout, pair: Pair) -> Reading | None:
     """Return a layout's reading if its ranks are positive and whole, else None."""
+    if pair.a.is_shard or pair.b.is_shard:
+        return None
     read = layout if callable(layout) else LAYOUTS[layout]
     try:
         reading = read(pair.owner, pair.a.shape, pair.b.shape)
         ranks = reading.rank_a, reading.rank_b
-        if not all(rank >= 1 and float(rank).is_integer() for rank in ranks):
+        is_whole = all(rank >= 1 and float(rank).is_integer() for rank in ranks)
+        if not is_whole or min(reading.fan_in, reading.fan_out) <= 0:
             return None
     except InspectionError:  # the layout has a more specific message
         raise

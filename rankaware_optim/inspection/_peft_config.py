@@ -1,4 +1,4 @@
-"""The declarations in a configuration: PEFT's adapter_config.json, or the copy in a diffusers file."""
+"""The declarations in a configuration: PEFT's adapter_config.json, or a diffusers file's copy."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+from msgspec import Meta
 
 from .._files import read_bytes
 from ..errors import InspectionError
@@ -21,13 +24,27 @@ from ._safetensors import one_line, parse_json, shown
 
 _LIMIT = 10_000_000  # bytes of a file
 _PATTERN_LIMIT = 1000  # characters of a pattern
-_LIST_LIMIT = 1000  # entries of a list
 _PARTS_LIMIT = 16  # parts of a pipeline
 _PEFT_PREFIX = "base_model.model."
 LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is for LoRA
 _FROM_PEFT = "Give a folder saved by PEFT."
 
-Check = Callable[[Any], bool]
+_Rank = Annotated[int, Meta(ge=1, lt=2**31)]
+_Alpha = Annotated[float, Meta(ge=1e-30, le=1e30)]  # its quotient by a rank is a float too
+_Short = Meta(max_length=1000)
+# The names and types of entries. AdaLoRA's rank is `init_r`.
+_ENTRIES: dict[str, tuple[str, Any]] = {
+    "r": ("rank", _Rank),
+    "lora_alpha": ("alpha", _Alpha | None),
+    "use_rslora": ("truth value", bool | None),
+    "use_dora": ("truth value", bool | None),
+    "init_lora_weights": ("init", bool | str | None),
+    "target_parameters": ("list", Annotated[list[str], _Short] | None),
+    "enable_lora": ("list", Annotated[list[bool], _Short] | None),
+    "alpha_pattern": ("table of patterns", dict[str, Any] | None),
+    "rank_pattern": ("table of patterns", dict[str, Any] | None),
+}
+_PATTERNS_OF = {"alpha_pattern": ("alpha", _Alpha), "rank_pattern": ("rank", _Rank)}
 
 
 @dataclass(frozen=True)
@@ -51,10 +68,6 @@ class AdapterConfig:
         """
         return sum(self.values.get("enable_lora") or ())
 
-    def scaling(self, alpha: float, rank: float) -> float:
-        """Return alpha / rank, or alpha / √rank with `use_rslora`."""
-        return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
-
     def declared(self, layers: Sequence[str]) -> dict[str, Declared]:
         """Return the declarations for each of these layers, whose names are those in the file.
 
@@ -68,7 +81,7 @@ class AdapterConfig:
         every = [name for of_path in names.values() for name in of_path]
         ranks = self._by_pattern("rank_pattern", every)
         alphas = self._by_pattern("alpha_pattern", every)
-        rank = self.values.get("init_r" if self.is_adalora else "r")
+        rank = None if self.is_adalora else self.values.get("r")  # AdaLoRA prunes its `init_r`
         alpha = self.values.get("lora_alpha")
         declared: dict[str, Declared] = {}
         for layer, path in zip(layers, paths, strict=True):
@@ -106,6 +119,14 @@ class Declared(NamedTuple):
     alpha: float | None = None
     experts: bool = False
     config: AdapterConfig | None = None
+
+    @property
+    def scaling(self) -> float | None:
+        """The multiplier alpha / √rank, with `use_rslora`."""
+        is_rooted = self.config is not None and self.config.values.get("use_rslora")
+        if not is_rooted or self.rank is None or self.alpha is None:
+            return None
+        return self.alpha / math.sqrt(self.rank)
 
 
 def _targeted(targets: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
@@ -242,74 +263,36 @@ def _checked(where: str, values: object, prefix: str = _PEFT_PREFIX) -> AdapterC
         raise InspectionError(f"{where} has the peft_type {shown(kind)}. @ peft_type", _FROM_PEFT)
     if kind not in LORA_TYPES:
         return AdapterConfig(where, {"peft_type": kind}, prefix)  # nothing else is read
-    checks = dict(_CHECKS)
+    entries = dict(_ENTRIES)
     if kind == "ADALORA":
-        checks["init_r"] = checks.pop("r")
-        del checks["rank_pattern"]  # masks
-    for key, (what, is_good) in checks.items():
-        _require(what, where, key, values.get(key), is_good)
-    for field in checks.keys() & _ENTRIES.keys():
-        what, is_good = _ENTRIES[field]
-        for pattern, value in (values.get(field) or {}).items():
-            _require(what, where, f"{field}.{shown(pattern)}", value, is_good)
+        entries["init_r"] = entries.pop("r")
+        del entries["rank_pattern"]  # masks
+    for key, (what, hint) in entries.items():
+        _require(what, where, key, values.get(key), hint)
+    for key in entries.keys() & _PATTERNS_OF.keys():
+        what, hint = _PATTERNS_OF[key]
+        for pattern, value in (values.get(key) or {}).items():
+            _require(what, where, f"{key}.{shown(pattern)}", value, hint)
             if len(pattern) > _PATTERN_LIMIT:
                 raise InspectionError(
                     f"{where} has a pattern of {len(pattern)} characters, above this reader's"
-                    f" {_PATTERN_LIMIT}. @ {field}",
+                    f" {_PATTERN_LIMIT}. @ {key}",
                     "Give an adapter as PEFT saves it.",
                 )
     return AdapterConfig(where, values, prefix)
 
 
-def _require(what: str, where: str, key: str, value: Any, is_good: Check) -> None:
-    if not is_good(value):
+def _require(what: str, where: str, key: str, value: Any, hint: Any) -> None:
+    if not _fits(value, hint):
         raise InspectionError(
             f"{where} has no usable {what}: it is {shown(value)}. @ {key}",
             "Give an adapter as PEFT saves it.",
         )
 
 
-def _is_rank(value: object) -> bool:
-    return type(value) is int and 1 <= value < 2**31
-
-
-def is_alpha(value: object) -> bool:
-    """Return whether `value` is a positive number whose quotient by a rank is within a float's
-    range.
-    """
-    return type(value) in (int, float) and 1e-30 <= value <= 1e30  # type: ignore[operator]
-
-
-def _is_optional_alpha(value: object) -> bool:
-    return value is None or is_alpha(value)
-
-
-def _is_optional(*types: type) -> Check:
-    return lambda value: value is None or isinstance(value, types)
-
-
-def _is_list_of(kind: type) -> Check:
-    def is_good(value: Any) -> bool:
-        is_short = isinstance(value, list) and len(value) <= _LIST_LIMIT
-        return not value or (is_short and all(isinstance(entry, kind) for entry in value))
-
-    return is_good
-
-
-def _is_table(value: object) -> bool:
-    return not value or isinstance(value, dict)
-
-
-_CHECKS: Mapping[str, tuple[str, Check]] = {
-    "r": ("rank", _is_rank),
-    "lora_alpha": ("alpha", _is_optional_alpha),
-    "use_rslora": ("truth value", _is_optional(bool)),
-    "use_dora": ("truth value", _is_optional(bool)),
-    "init_lora_weights": ("init", _is_optional(bool, str)),
-    "target_parameters": ("list", _is_list_of(str)),
-    "enable_lora": ("list", _is_list_of(bool)),
-    "alpha_pattern": ("table of patterns", _is_table),
-    "rank_pattern": ("table of patterns", _is_table),
-}
-# The entries of tables of patterns.
-_ENTRIES = {"alpha_pattern": ("alpha", is_alpha), "rank_pattern": ("rank", _is_rank)}
+def _fits(value: Any, hint: Any) -> bool:
+    try:
+        msgspec.convert(value, hint)
+    except msgspec.ValidationError:
+        return False
+    return True

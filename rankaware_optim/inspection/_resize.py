@@ -111,7 +111,7 @@ class Adapters:
     @property
     def declarations(self) -> list[Any]:
         """The configurations' fields, which `remake` changes."""
-        return [config.fields for config in self._configs]
+        return list(self._configs.values())
 
     @property
     def base_weights(self) -> list[tuple[str, Any]]:
@@ -279,7 +279,7 @@ def _shapes(original: _Original, rank: int) -> tuple[tuple[int, ...], tuple[int,
 
 
 def _grown(shape: tuple[int, ...], growth: float) -> Iterator[tuple[int, ...]]:
-    """Yield the shapes with one axis multiplied by `growth`, for each axis whose size stays whole."""
+    """Yield the shapes with one axis times `growth`, for each axis whose size stays whole."""
     for axis, size in enumerate(shape):
         new = round(size * growth)
         if new > 0 and math.isclose(new, size * growth):

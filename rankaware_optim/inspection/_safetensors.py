@@ -21,7 +21,7 @@ _CODES |= {"U8": "<B", "U16": "<H", "U32": "<I", "U64": "<Q", "BF16": "<f"}
 
 
 class Tensor(NamedTuple):
-    """One tensor's entry: dtype, shape, and the positions of its first and last byte in the file."""
+    """One tensor's entry: dtype, shape, and where its bytes begin and end in the file."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -13,7 +13,7 @@ from .._types import Factor, Init, Method, Role, Survey
 from .._warn import warn
 from ..errors import InspectionError
 from ._conventions import Reading, conventions
-from ._declarations import Config, configs_of
+from ._declarations import Configs, config_of, configs_of
 from ._pairs import (
     Modules,
     Pair,
@@ -36,7 +36,7 @@ _SAMPLE = 1024
 # neither factor is zero.
 _ZERO_B = {"gaussian", "eva"}
 INIT_MARK = "_rankaware_init"
-"""The attribute in which `initialize` records the init, by adapter name, on the module that owns a pair."""
+"""The attribute of a pair's owner in which `initialize` records the init, by adapter."""
 
 
 def inspect_model(model: nn.Module, *, method: Method = "lora", init: Init | None = None) -> Survey:
@@ -78,10 +78,13 @@ def survey_of(
     modules, parameters = walked
     trainable = {id(p): name for name, p in parameters if p.requires_grad or id(p) in also}
     pairs, notes = list(pairs_of(modules)), dict[str, None]()
+    frozen: Iterable[str] = ()
+    unadapted: Iterable[str] = ()
     if method == "full":
         factors = tuple(_full_factors(modules, pairs, trainable))
     else:
         factors = tuple(_lora_factors(modules, pairs, trainable, init, notes))
+        frozen, unadapted = _frozen_factors(pairs, trainable), _unadapted(walked)
     names = {f.name for f in factors}
     other = tuple(name for name in trainable.values() if name not in names)
     tried = tuple(dict.fromkeys(row.name for row in conventions()))
@@ -93,8 +96,8 @@ def survey_of(
         notes=tuple(notes),
         looked_at=len(parameters),
         tried=tried,
-        frozen=tuple(_frozen_factors(pairs, trainable)) if method == "lora" else (),
-        unadapted=tuple(_unadapted(walked)) if method == "lora" else (),
+        frozen=tuple(frozen),
+        unadapted=tuple(unadapted),
         unsupported=unsupported(other),
     )
 
@@ -165,7 +168,7 @@ def _lora_factors(
         scaling = scaling_of(pair, reading.rank_a)
         if scaling is None:
             notes[f"{pair.where} declares no scaling: 1 is assumed."] = None
-        pair_init = init or init_of(pair, declared_for(pair, configs), reading.kind or "linear")
+        pair_init = init or init_of(pair, declared_for(pair, configs), reading.kind)
         names = left.pop(a, None), left.pop(b, None)
         yield from factors_of(pair, names, reading, scaling, pair_init)
 
@@ -205,7 +208,7 @@ def factors_of(
     """Yield a pair's factors A and B, if they have names."""
     sizes = int(reading.rank_a), float(reading.fan_in), float(reading.fan_out)
     scaling = 1.0 if scaling is None else float(scaling)
-    kind = reading.kind or "linear"
+    kind = reading.kind
     belongs = pair.layer, pair.adapter, pair.convention.name
     roles: tuple[Role, Role] = "A", "B"
     for role, name in zip(roles, names, strict=True):
@@ -229,16 +232,12 @@ def _unadapted(walked: Walk) -> Iterator[str]:
             yield name
 
 
-def declared_for(pair: Pair, configs: Iterable[Config]) -> object:
+def declared_for(pair: Pair, configs: Configs) -> object:
     """Return `init_lora_weights` of the innermost of PEFT's configurations for a pair; None if
     there is none.
     """
-    innermost, declared = -1, None
-    for config in configs:
-        prefix = config.prefix_of(pair)
-        if prefix is not None and len(prefix) > innermost:
-            innermost, declared = len(prefix), config.fields.get("init_lora_weights")
-    return declared
+    config = config_of(pair, configs)
+    return None if config is None else config[1].get("init_lora_weights")
 
 
 def declared_init(declared: object, kind: str) -> Init:

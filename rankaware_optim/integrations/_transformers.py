@@ -110,7 +110,7 @@ def trainer_factory(
     return TrainerFactory(partial(RankAwareOptimizer, optimizer=native), native, settings, args), {}
 
 
-def log_rates(trainer: Any = None) -> Any:
+def log_rates(trainer: Any = None) -> Any:  # noqa: C901 - its hooks are closures over the trainer
     """Return a callback for transformers' `Trainer` that logs every group's rate. Trainer logs that
     of group 0::
 

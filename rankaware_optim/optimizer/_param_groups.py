@@ -347,7 +347,7 @@ def _setting(optimizer: Optimizer, group: Mapping[str, Any], name: str) -> Any:
     return group.get(name, getattr(optimizer, name, getattr(optimizer, f"_{name}", None)))
 
 
-def rank_aware_param_groups(
+def rank_aware_param_groups(  # noqa: PLR0913
     params: Any,
     *,
     lr: float | Rate,

@@ -177,7 +177,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     _rankaware_watched: int  # the number of a group of adapters
     _rankaware_idle: bool  # its first parameter had no gradient at the last step
 
-    def __new__(
+    def __new__(  # noqa: PLR0913
         cls,
         params: Any,
         optimizer: type[Optimizer] | str | None = None,

@@ -57,7 +57,7 @@ _SAME_SCALING = 1e-3  # octaves
 _OPEN = 0.8  # share of the prior's sd above which the data hardly determine the drift
 
 
-def fit_sweep(
+def fit_sweep(  # noqa: PLR0913
     sweep: Source,
     *,
     optimizer: type[Optimizer] | str = "AdamW",
@@ -241,11 +241,11 @@ class _Rows:
             return "as swept"
         scalings = {}
         for rank in self.ranks:
-            sites = [site_of(run, self.reference)[0] for run in self.lora if run.rank == rank]
-            lowest, highest = (end(at.scaling for at in sites) for end in (min, max))
-            if math.log2(highest / lowest) > _SAME_SCALING:
+            runs = [run for run in self.lora if run.rank == rank]
+            values = [site_of(run, self.reference)[0].scaling for run in runs]
+            if math.log2(max(values) / min(values)) > _SAME_SCALING:
                 return "unknown"  # a rank at several alphas follows no rule
-            scalings[rank] = highest
+            scalings[rank] = values[0]
         return infer_scaling(scalings)
 
     @property
@@ -309,11 +309,13 @@ class _Rows:
         ranks = self.ranks
         if not ranks:
             return 0.0, 0.0
-        low, high = (next(run for run in self.lora if run.rank == ranks[end]) for end in (0, -1))
-        highest = ranks[-1] if len(ranks) > 1 else 4 * ranks[0]
-        high = replace(high, rank=highest)
-        below, above = (self._octaves(law, run) - self._octaves(best, run) for run in (low, high))
-        return (below + above) / 2, (above - below) / math.log2(highest / ranks[0])
+        low = next(run for run in self.lora if run.rank == ranks[0])
+        high = next(run for run in self.lora if run.rank == ranks[-1])
+        if len(ranks) == 1:
+            high = replace(low, rank=4 * ranks[0])
+        below = self._octaves(law, low) - self._octaves(best, low)
+        above = self._octaves(law, high) - self._octaves(best, high)
+        return (below + above) / 2, (above - below) / math.log2((high.rank or 1) / ranks[0])
 
     def notes(self, fit: Fit) -> Iterator[str]:
         """Yield sentences on what the rows leave open."""

@@ -121,7 +121,7 @@ class CoordinateCheck:
         return text_table(heads, cells, lines=[self.sentence], left=("layer",), width=160)
 
 
-def coordinate_check(
+def coordinate_check(  # noqa: PLR0913
     model_or_shapes: nn.Module | Shapes,
     optimizer: type[Optimizer] | str,
     *,

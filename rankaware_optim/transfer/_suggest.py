@@ -260,7 +260,9 @@ def _case(
     walked = walk(model)
     survey = survey_of(walked, method=method, init=init if init in ("A", "B") else None)  # type: ignore[arg-type]
     if init is None and _neither_zero(survey):
-        declared = (config.fields.get("init_lora_weights") for config in configs_of(walked.modules))
+        declared = (
+            fields.get("init_lora_weights") for fields in configs_of(walked.modules).values()
+        )
         init = next(filter(None, map(published_init, declared)), None)
     return _surveyed(survey, method, init, dora)
 

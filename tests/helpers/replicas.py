@@ -7,6 +7,7 @@ computes and trains; they are not the libraries.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -145,6 +146,22 @@ def deepspeed_chat(rank, alpha):
     return Replica(nn.Linear(IN, OUT), moved, lora_scaling=alpha / rank, **pair)
 
 
+def deepspeed_linear(rank, alpha):
+    """DeepSpeed's LoRAOptimizedLinear, which also has an environment of its own."""
+    pair = {
+        "lora_weight_1": nn.Linear(IN, rank, bias=False),
+        "lora_weight_2": nn.Linear(rank, OUT, bias=False),
+    }
+    nn.init.zeros_(pair["lora_weight_2"].weight)
+    return Replica(
+        nn.Linear(IN, OUT),
+        lambda m, x: m.lora_scaling_factor * m.lora_weight_2(m.lora_weight_1(x)),
+        lora_config=SimpleNamespace(lora_r=rank),
+        lora_scaling_factor=alpha / rank,
+        **pair,
+    )
+
+
 class Parametrization(nn.Module):
     """minLoRA's: W + scaling · B · A, or both transposed for a weight stored (in, out)."""
 
@@ -250,6 +267,7 @@ REPLICAS = [
     ),
     written("Automodel, down experts", "automodel-down", automodel_experts("down"), **_experts),
     written("DeepSpeed-Chat", "deepspeed-chat", deepspeed_chat),
+    written("DeepSpeed's linear layer", "deepspeed-linear", deepspeed_linear),
     written("minLoRA", "minLoRA", minlora(False)),
     written("minLoRA, swapped", "minLoRA", minlora(True)),
     written("tutorial", "A/B", tutorial, scaling=direct),

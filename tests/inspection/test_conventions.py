@@ -34,6 +34,7 @@ from ..helpers.replicas import (
     REPLICAS,
     Replica,
     deepspeed_chat,
+    deepspeed_linear,
     direct,
     drawn,
     images,
@@ -69,6 +70,14 @@ def test_a_replica_is_read_and_trains_as_read(case, registered):
     assert found.probe is not None
     assert found.probe < 1e-9
     assert found.oracle < 1e-12
+
+
+def test_a_rank_declared_in_a_configuration_is_compared():
+    """DeepSpeed's layer declares its rank in `lora_config`, and another than the shapes' is an error."""
+    layer = deepspeed_linear(4, 8.0)
+    layer.lora_config.lora_r = 16
+    with pytest.raises(InspectionError, match="declares rank 16"):
+        inspect_model(layer)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
@@ -453,12 +462,12 @@ STRANGERS = {
     "another rank": (
         README_ROW,
         {"reduce": (IN, 4), "expand": (4, OUT), "k": 8},
-        "rank 4 by its shape .*up.k is 8",
+        "up declares rank 8",
     ),
     "no scaling": (
         README_ROW,
         {"reduce": (IN, 4), "expand": (4, OUT), "gain": 0.0},
-        "up.gain is 0.0",
+        "up has the scaling 0",
     ),
     "both": (
         README_ROW,
@@ -468,7 +477,7 @@ STRANGERS = {
     "other shapes": (
         README_ROW,
         {"reduce": (IN, 4), "expand": (5, OUT)},
-        "up.expand .* not a LoRA pair",
+        "up declares no rank but up.reduce",
     ),
 }
 

@@ -634,9 +634,7 @@ MISFITS = [
 def test_shapes_that_fit_no_pair_are_refused(shapes, folder):
     """Two halves whose shapes make no pair are an error that names both."""
     path = folder({key: torch.zeros(shape) for key, shape in shapes.items()})
-    with pytest.raises(
-        InspectionError, match=r"lora_A\.weight has .*lora_B\.weight .* not a LoRA pair"
-    ):
+    with pytest.raises(InspectionError, match=r"lora_A\.weight has shape .*lora_B\.weight"):
         inspect_file(path)
 
 
@@ -652,7 +650,9 @@ CORES = [
 def test_a_core_that_does_not_fit_its_pair_is_refused(core, down, folder):
     """Tucker's core is (r, r, k…) between two 1 × 1 convolutions."""
     tensors = {"x.lora_mid.weight": torch.zeros(core), "x.lora_down.weight": torch.zeros(down)}
-    with pytest.raises(InspectionError, match="not a LoRA pair"):
+    with pytest.raises(
+        InspectionError, match=r"x\.lora_down\.weight has shape"
+    ):
         inspect_file(folder({**tensors, "x.lora_up.weight": torch.zeros(5, 8, 1, 1)}))
 
 
@@ -713,10 +713,9 @@ def test_a_declared_rank_at_odds_with_the_shapes_is_refused(folder):
     for part in (
         "adapter_model.safetensors",
         f"{LAYER}.lora_A.weight",
-        "rank 8",
+        "(8, ",
         "adapter_config.json",
-        "16",
-        "@ r",
+        "declares rank 16",
     ):
         assert part in str(caught.value)
 
@@ -836,7 +835,7 @@ EMBEDDED = [
     ("[]", "no JSON object"),
     ('{"unet.r": -1}', "@ r"),
     ('{"unet.r": 8, "unet.lora_alpha": "x"}', "@ lora_alpha"),
-    ('{"unet.r": 4}', "declares 4"),
+    ('{"unet.r": 4}', "declares rank 4"),
     ("[" * 100_000, "cannot be read"),
     (json.dumps({f"{i}.r": 8 for i in range(17)}), "configures 17 parts"),
 ]
@@ -862,7 +861,7 @@ def test_an_alpha_in_the_metadata_that_cannot_be_is_refused(text, tmp_path):
 def test_an_alpha_in_the_file_that_cannot_be_is_refused(alpha, tmp_path):
     """alpha of zero, below, or not finite is an error that names the layer."""
     save_file(kohya("lora_unet_a", 8, alpha), tmp_path / "lora.safetensors")
-    with pytest.raises(InspectionError, match=r"lora_unet_a\.alpha is"):
+    with pytest.raises(InspectionError, match="lora_unet_a has the scaling"):
         inspect_file(tmp_path / "lora.safetensors")
 
 

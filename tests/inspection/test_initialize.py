@@ -345,11 +345,18 @@ def test_a_buffer_is_written_in_place():
     assert (float(buffer), buffer.dtype, model.scale) == (4.0, torch.bfloat16, 1.0)
 
 
-@pytest.mark.parametrize(("alpha", "expected"), [(8.0, 4.0), (4.0, 2.0)])
-def test_an_alpha_over_the_root_of_the_rank_stays_one(alpha, expected):
-    """Where alpha is the multiplier times √r (rsLoRA), it stays so; else it is times r."""
-    model = adapted(scaling=2.0)
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("scaling", "alpha", "expected"), [(2.0, 8.0, 4.0), (2.0, 4.0, 2.0), (0.7, 1.4, 2.0)]
+)
+def test_an_alpha_over_the_root_of_the_rank_stays_one(scaling, alpha, expected, dtype):
+    """Where alpha is the multiplier times √r (rsLoRA), it stays so; else it is times r. A
+    multiplier that is rounded to a buffer's dtype shows it too.
+    """
+    model = adapted(scaling=scaling)
     model.lora_alpha = alpha
+    if dtype is not None:
+        model.scaling = torch.tensor(scaling, dtype=dtype)
     initialize(model, "B", scaling=1.0)
     assert model.lora_alpha == expected
 

@@ -4,9 +4,9 @@ restored at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import wraps
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ from ._snapshot import ModelState
 
 StepFunction = Callable[[nn.Module, int], Any]
 FullTrains = Sequence[str] | Callable[[str, nn.Parameter], bool]
-_SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+_SHARDED = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 
 
 def calibrate_in_place(
@@ -117,98 +117,87 @@ def calibrate_in_place(
     adapters = None
     if lora or any(pair.trains for pair in pairs_of(walked.modules)):
         adapters = Adapters(walked, lora, init=init, variance=variance, rule=scaling_rule)
-    tries_full = None in ranks or bool(options.get("full_trials"))
-    whole = _whole(walked, adapters, full_trains) if tries_full else []
-    factors, also = (adapters.factors, adapters.declarations) if adapters else ([], [])
-    with Interrupts() as interrupts, seeded(0):
-        found = ModelState(walked, changing=whole, unchanged=factors, also=also)
-        run = _InPlace(
-            model, step, walked, adapters, whole, found, interrupts, settings or {}, schedule, score
-        )
-        try:
-            with interrupts.let_in():
-                return calibrate(run, optimizer, ranks=ranks, steps=steps, **options)
-        finally:
-            found.put_back()
+    whole: list[nn.Parameter] = []
+    if None in ranks or options.get("full_trials"):
+        whole = _whole(walked, adapters, full_trains)
 
-
-@dataclass(frozen=True)
-class _InPlace:
-    """The state that all trials share."""
-
-    model: nn.Module
-    step: StepFunction
-    walked: Walk
-    adapters: Adapters | None
-    whole: list[nn.Parameter]
-    found: ModelState
-    interrupts: Interrupts
-    settings: Mapping[str, Any]
-    schedule: Callable[..., Any] | None
-    score: Callable[[nn.Module], Any] | None
-
-    @property
-    def __wrapped__(self) -> StepFunction:
-        """The user's part of the loop, by which a stored study identifies it."""
-        return self.step
-
-    def __call__(self, trial: Trial) -> Generator[Any, None, Any]:
-        """Run one trial, from the original model."""
-        self.found.put_back()
-        self.found.drop_gradients()
-        self._prepare(trial)
-        opt = trial.optimizer(self.model, **self.settings)
-        scheduler = self.schedule(opt) if self.schedule else None
+    @wraps(step)  # the user's part of the loop, by which a stored study identifies it
+    def run(trial: Trial) -> Generator[Any, None, Any]:
+        state.put_back()
+        state.drop_gradients()
+        _prepare(walked, adapters, whole, trial)
+        opt: Any = trial.optimizer(model, **(settings or {}))
+        scheduler = schedule(opt) if schedule else None
         _set_mode(opt, "train")
         for i in range(trial.steps):
-            self.interrupts.listen()
-            loss = self._gradients(i)
+            interrupts.listen()
+            loss = _gradients(model, step, i)
             opt.step()
             opt.zero_grad()
             if scheduler is not None:
                 scheduler.step()
             yield loss
         _set_mode(opt, "eval")
-        self.found.check_frozen()
-        if self.score is None:
-            return None
-        with torch.no_grad():
-            value = self.score(self.model)
-        if value is None:
-            raise CalibrationError("score returned None.", "Return the number to minimise.")
-        return value
+        state.check_frozen()
+        return None if score is None else _scored(model, score)
 
-    def _prepare(self, trial: Trial) -> None:
-        """Make new adapters at the trial's rank. For full finetuning, disable them and train the
-        whole weights.
-        """
-        for _, module in self.walked.modules:
-            if (
-                vars(module).get("merge_weights") is True
-            ):  # loralib's eval() would write into the base weight
-                vars(module)["merge_weights"] = False
-        if self.adapters is None:
-            return
-        factors = self.adapters.remake(trial.rank or self.adapters.rank, trial.seed)
-        if trial.rank is not None:
-            return
-        self.adapters.disable(factors)
-        for param in self.whole:
+    with Interrupts() as interrupts, seeded(0):
+        state = ModelState(
+            walked,
+            changing=whole,
+            unchanged=adapters.factors if adapters else (),
+            also=adapters.declarations if adapters else (),
+        )
+        try:
+            with interrupts.let_in():
+                return calibrate(run, optimizer, ranks=ranks, steps=steps, **options)
+        finally:
+            state.put_back()
+
+
+# --- a trial --------------------------------------------------------------------------------------
+
+
+def _prepare(
+    walked: Walk, adapters: Adapters | None, whole: Sequence[nn.Parameter], trial: Trial
+) -> None:
+    """Make new adapters at the trial's rank. For full finetuning, disable them and train the whole
+    weights.
+    """
+    for _, module in walked.modules:
+        # loralib's eval() would write into the base weight.
+        if vars(module).get("merge_weights") is True:
+            vars(module)["merge_weights"] = False
+    if adapters is None:
+        return
+    factors = adapters.remake(trial.rank or adapters.rank, trial.seed)
+    if trial.rank is None:
+        adapters.disable(factors)
+        for param in whole:
             param.requires_grad_(True)
 
-    def _gradients(self, i: int) -> Any:
-        loss = self.step(self.model, i)
-        if isinstance(loss, torch.Tensor) and loss.requires_grad:
-            if loss.numel() == 1:
-                loss.backward()
-            return loss.detach()
-        if i == 0 and all(param.grad is None for param in self.model.parameters()):
-            what = "tensor" if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise CalibrationError(
-                f"step returned a {what} without a graph, and left no gradient.",
-                "Return the loss of the model with its graph, or call backward() in the step.",
-            )
-        return loss
+
+def _gradients(model: nn.Module, step: StepFunction, i: int) -> Any:
+    loss = step(model, i)
+    if isinstance(loss, torch.Tensor) and loss.requires_grad:
+        if loss.numel() == 1:
+            loss.backward()
+        return loss.detach()
+    if i == 0 and all(param.grad is None for param in model.parameters()):
+        what = "tensor" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise CalibrationError(
+            f"step returned a {what} without a graph, and left no gradient.",
+            "Return the loss of the model with its graph, or call backward() in the step.",
+        )
+    return loss
+
+
+def _scored(model: nn.Module, score: Callable[[nn.Module], Any]) -> Any:
+    with torch.no_grad():
+        value = score(model)
+    if value is None:
+        raise CalibrationError("score returned None.", "Return the number to minimise.")
+    return value
 
 
 def _set_mode(opt: Any, mode: str) -> None:
@@ -224,34 +213,39 @@ def _whole(
     walked: Walk, adapters: Adapters | None, trains: FullTrains | None
 ) -> list[nn.Parameter]:
     """Return the parameters that full finetuning trains."""
-    chosen: list[tuple[str, Any]]
+    chosen: Sequence[tuple[str, Any]]
     if trains is None:
         chosen = adapters.base_weights if adapters else []
     else:
-        patterns = () if callable(trains) else tuple(trains)
-        is_chosen = (
-            trains
-            if callable(trains)
-            else lambda name, _: any(fnmatchcase(name, p) for p in patterns)
-        )
-        factors = {id(factor) for factor in adapters.factors} if adapters else set()
-        chosen = [(n, p) for n, p in walked.parameters if is_chosen(n, p) and id(p) not in factors]
-        if not chosen:
-            raise CalibrationError(
-                f"full_trains={trains!r} chooses no parameter.", "See model.named_parameters()."
-            )
+        chosen = _chosen(walked, trains, adapters.factors if adapters else [])
     for name, param in chosen:
-        if (
-            not isinstance(param, nn.Parameter)
-            or not param.is_floating_point()
-            or param.is_inference()
-        ):
+        is_whole = isinstance(param, nn.Parameter) and param.is_floating_point()
+        if not is_whole or param.is_inference():
             raise CalibrationError(
                 f"The weight of {name} cannot be trained whole: it is quantised, or was not found.",
                 "Leave None out of ranks=, or name the parameters that full finetuning trains by"
                 " full_trains=.",
             )
     return [param for _, param in chosen]
+
+
+def _chosen(
+    walked: Walk, trains: FullTrains, factors: Sequence[torch.Tensor]
+) -> list[tuple[str, nn.Parameter]]:
+    is_factor = set(map(id, factors))
+    chosen = []
+    for name, param in walked.parameters:
+        if callable(trains):
+            is_chosen = trains(name, param)
+        else:
+            is_chosen = any(fnmatchcase(name, pattern) for pattern in trains)
+        if is_chosen and id(param) not in is_factor:
+            chosen.append((name, param))
+    if not chosen:
+        raise CalibrationError(
+            f"full_trains={trains!r} chooses no parameter.", "See model.named_parameters()."
+        )
+    return chosen
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -264,30 +258,32 @@ def _checked(model: Any, step: Any, ranks: Any, init: Any, variance: Any, rule: 
             "Give the model, then step(model, i).",
         )
     check_argument("ranks", ranks)
-    for what, value, known in (
+    for what, value, values in (
         ("init", init, ("A", "B", None)),
         ("variance", variance, ("mua", "peft", None)),
         ("scaling_rule", rule, ("fixed", "alpha", "rslora")),
     ):
-        if value not in known:
+        if value not in values:
             raise CalibrationError(
-                f"{what} is {value!r}.", f"Known are {', '.join(map(repr, known))}."
+                f"{what} is {value!r}.", f"Known are {', '.join(map(repr, values))}."
             )
     walked = walk(model)
-    wrapped = (
-        type(m).__name__
-        for _, m in walked.modules
-        if any(c.__name__ in _SHARDED for c in type(m).__mro__)
-    )
-    split = (
-        name for name, p in walked.parameters if hasattr(p, "full_tensor") or hasattr(p, "ds_id")
-    )
-    found = next(wrapped, None) or next(split, None)
-    if found is not None:
+    sharded = next(_sharded(walked), None)
+    if sharded is not None:
         raise InspectionError(
-            f"The model is sharded or wrapped ({found}), so its adapters cannot be replaced in"
+            f"The model is sharded or wrapped ({sharded}), so its adapters cannot be replaced in"
             " place.",
             "Calibrate before sharding or wrapping it, or with ra.calibrate, which builds the model"
             " in each trial.",
         )
     return walked
+
+
+def _sharded(walked: Walk) -> Iterator[str]:
+    """Yield the wrappers and parameters that show that a model is sharded or wrapped."""
+    for _, module in walked.modules:
+        if not _SHARDED.isdisjoint(kind.__name__ for kind in type(module).__mro__):
+            yield type(module).__name__
+    for name, param in walked.parameters:
+        if hasattr(param, "full_tensor") or hasattr(param, "ds_id"):
+            yield name

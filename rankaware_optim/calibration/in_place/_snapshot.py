@@ -8,8 +8,9 @@ and may be done twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,63 +21,8 @@ from ...inspection import Walk
 # Larger integer tensors are quantised weights. They are frozen, and too large to copy.
 _QUANTISED = 2**16
 
-
-class _Held(NamedTuple):
-    """A container, by identity, and its original content."""
-
-    name: str
-    container: Any
-    content: Any
-
-    def put_back(self) -> None:
-        live, content = self.container, self.content
-        if isinstance(live, list):
-            live[:] = content
-            return
-        is_dict = not isinstance(live, set)
-        if (
-            is_dict
-            and list(live) == list(content)
-            and all(live[key] is value for key, value in content.items())
-        ):
-            return
-        live.clear()
-        live.update(content)
-
-
-class _Param(NamedTuple):
-    """A parameter's state without its values: its data pointer, requires_grad, gradient and hooks."""
-
-    name: str
-    param: torch.Tensor
-    data: torch.Tensor
-    requires_grad: bool
-    grad: torch.Tensor | None
-    hooks: tuple[_Held, ...]
-
-    def put_back(self) -> None:
-        if _place(self.param) != _place(self.data):
-            self.param.data = self.data
-        if self.param.requires_grad != self.requires_grad:
-            self.param.requires_grad_(self.requires_grad)
-        if self.param.grad is not self.grad:
-            self.param.grad = self.grad
-        for hooks in self.hooks:
-            hooks.put_back()
-
-
-class _Value(NamedTuple):
-    """A tensor that trials may write: its memory and a copy of its values."""
-
-    name: str
-    tensor: torch.Tensor
-    data: torch.Tensor
-    value: torch.Tensor
-
-    def put_back(self) -> None:
-        if _place(self.tensor) != _place(self.data):
-            self.tensor.data = self.data
-        self.tensor.copy_(self.value)
+_Undo = tuple[str, Callable[[], Any]]
+"""The name of a part of the model, and a function that restores it."""
 
 
 class ModelState:
@@ -97,27 +43,21 @@ class ModelState:
         unchanged: Iterable[torch.Tensor] = (),
         also: Iterable[MutableMapping[str, Any]] = (),
     ) -> None:
-        written, replaced = {id(p) for p in changing}, {id(p) for p in unchanged}
-        self._held = [held for name, module in walked.modules for held in _held_by(name, module)]
-        self._held += [
-            _Held("an adapter's configuration", mapping, dict(mapping)) for mapping in also
-        ]
-        self._params = [_switches(name, param) for name, param in walked.parameters]
-        changes = ((n, p) for n, p in walked.parameters if p.requires_grad or id(p) in written)
-        kept = [*((n, p) for n, p in changes if id(p) not in replaced), *_loose_tensors(walked)]
-        self._values = [
-            _Value(n, t, t.data, t.detach().clone()) for n, t in kept if _is_writable(t)
-        ]
-        copied = {id(entry.tensor) for entry in self._values} | replaced
-        # PEFT parametrizes experts in each forward pass, which counts as a write though no value
-        # changes.
-        experts = tuple(
-            f"{name}." for name, module in walked.modules if hasattr(module, "parameter_name")
-        )
+        self._parameters = [param for _, param in walked.parameters]
+        self._undo = [undo for name, module in walked.modules for undo in _containers(name, module)]
+        self._undo += [_refilling("an adapter's configuration", mapping) for mapping in also]
+        for name, param in walked.parameters:
+            self._undo += _switches(name, param)
+        safe = {id(param) for param in unchanged}
+        for name, tensor in _writable(walked, changing):
+            if id(tensor) not in safe:
+                safe.add(id(tensor))
+                value = tensor.detach().clone()
+                self._undo.append((name, partial(_restore_value, tensor, tensor.data, value)))
         self._frozen = [
-            (n, p, _version(p), _sum(p) if n.startswith(experts) else None)
-            for n, p in walked.parameters
-            if id(p) not in copied
+            (name, param, _version(param), total)
+            for name, param, total in _sums(walked)
+            if id(param) not in safe
         ]
 
     @torch.no_grad()
@@ -127,23 +67,22 @@ class ModelState:
         Raises:
             CalibrationError: some parts could not be restored. The message names them.
         """
-        entries: list[_Held | _Param | _Value] = [*self._held, *self._params, *self._values]
         try:
-            for entry in entries:
-                entry.put_back()
+            for _, restore in self._undo:
+                restore()
             return
         except BaseException as error:
             first = error
-        left = []
-        for entry in entries:
+        failed: dict[str, None] = {}
+        for name, restore in self._undo:
             try:
-                entry.put_back()
+                restore()
             except Exception:
-                left.append(entry.name)
-        if left:
+                failed[name] = None
+        if failed:
             raise CalibrationError(
                 "These parts of the model could not be restored, all others were:"
-                f" {', '.join(dict.fromkeys(left))}.",
+                f" {', '.join(failed)}.",
                 "Load the model again, or set these parts by hand.",
             ) from first
         if not isinstance(first, Exception):
@@ -151,8 +90,8 @@ class ModelState:
 
     def drop_gradients(self) -> None:
         """Detach the original gradients from the parameters, so that no trial adds to them."""
-        for entry in self._params:
-            entry.param.grad = None
+        for param in self._parameters:
+            param.grad = None
 
     def check_frozen(self) -> None:
         """Raise if a frozen weight, which was not copied, was written in place.
@@ -168,41 +107,107 @@ class ModelState:
                 )
 
 
-def _held_by(name: str, module: nn.Module) -> Iterator[_Held]:
+# --- containers -----------------------------------------------------------------------------------
+
+
+def _containers(name: str, module: nn.Module) -> Iterator[_Undo]:
     """Yield a module's containers one level deep (parameters, buffers, hooks, dicts by adapter) and
     its attributes.
     """
     for key, value in vars(module).items():
-        if isinstance(value, dict):
-            yield _Held(f"{name}.{key}".lstrip("."), value, dict(value))
-        elif isinstance(value, (list, set)):
-            yield _Held(f"{name}.{key}".lstrip("."), value, value.copy())
-    yield _Held(f"the attributes of {name or 'the model'}", vars(module), dict(vars(module)))
+        if isinstance(value, (dict, list, set)):
+            yield _refilling(f"{name}.{key}".lstrip("."), value)
+    yield _refilling(f"the attributes of {name or 'the model'}", vars(module))
 
 
-def _switches(name: str, param: torch.Tensor) -> _Param:
-    hooks: list[Any] = [
-        getattr(param, key, None) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")
-    ]
-    held = tuple(
-        _Held(name, live, dict(live)) for live in (*hooks, vars(param)) if isinstance(live, dict)
-    )
-    return _Param(name, param, param.data, param.requires_grad, param.grad, held)
+def _refilling(name: str, container: Any) -> _Undo:
+    kind = next((kind for kind in (list, set) if isinstance(container, kind)), dict)
+    return name, partial(_refill, container, kind(container))
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(content, list):
+        container[:] = content
+        return
+    if not _is_filled(container, content):
+        container.clear()
+        container.update(content)
+
+
+def _is_filled(container: Any, content: Any) -> bool:
+    if isinstance(content, set) or list(container) != list(content):
+        return False
+    return all(container[key] is value for key, value in content.items())
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+def _switches(name: str, param: torch.Tensor) -> Iterator[_Undo]:
+    """Yield a parameter's state without its values: its data pointer, requires_grad, gradient and
+    hooks.
+    """
+    yield name, partial(_restore_switches, param, param.data, param.requires_grad, param.grad)
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    for container in (*(getattr(param, key, None) for key in hooks), vars(param)):
+        if isinstance(container, dict):
+            yield _refilling(name, container)
+
+
+def _restore_switches(
+    param: torch.Tensor, data: torch.Tensor, requires_grad: bool, grad: torch.Tensor | None
+) -> None:
+    _restore_data(param, data)
+    if param.requires_grad != requires_grad:
+        param.requires_grad_(requires_grad)
+    if param.grad is not grad:
+        param.grad = grad
+
+
+def _restore_value(tensor: torch.Tensor, data: torch.Tensor, value: torch.Tensor) -> None:
+    _restore_data(tensor, data)
+    tensor.copy_(value)
+
+
+def _restore_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    if _place(tensor) != _place(data):
+        tensor.data = data
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return a key of a tensor's memory and layout. A subclass without memory is its own key."""
+    try:
+        return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape
+    except RuntimeError:
+        return tensor.dtype, tensor.device, tensor.shape
+
+
+def _writable(walked: Walk, changing: Iterable[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a trial could write in place, and what can be restored: parameters that train or
+    are `changing`, buffers, and tensors in plain attributes. Quantised weights and views of
+    parameters are left out.
+    """
+    written = {id(param) for param in changing}
+    for name, param in walked.parameters:
+        if (param.requires_grad or id(param) in written) and _is_writable(param):
+            yield name, param
+    memory = {_memory(param) for _, param in walked.parameters}
+    for name, tensor in _loose_tensors(walked):
+        if _memory(tensor) not in memory and _is_writable(tensor):
+            yield name, tensor
 
 
 def _loose_tensors(walked: Walk) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield buffers and tensors in plain attributes, each once, without quantised weights and views
-    of parameters.
-    """
-    seen = {id(param) for _, param in walked.parameters}
-    memory = {_memory(param) for _, param in walked.parameters}
+    """Yield buffers and tensors in plain attributes, without quantised weights."""
     for name, module in walked.modules:
         for key, value in (*module._buffers.items(), *vars(module).items()):
-            if not isinstance(value, torch.Tensor) or id(value) in seen or _memory(value) in memory:
-                continue
-            seen.add(id(value))
-            if value.is_floating_point() or value.is_complex() or value.numel() <= _QUANTISED:
+            if isinstance(value, torch.Tensor) and not _is_quantised(value):
                 yield f"{name}.{key}".lstrip("."), value
+
+
+def _is_quantised(tensor: torch.Tensor) -> bool:
+    is_whole = not (tensor.is_floating_point() or tensor.is_complex())
+    return is_whole and tensor.numel() > _QUANTISED
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -217,19 +222,22 @@ def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _is_writable(tensor: torch.Tensor) -> bool:
-    """Return whether a trial could write the tensor in place, and whether it can be restored."""
-    overlapping = any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
-    return not (overlapping or tensor.is_meta or tensor.is_inference())
+    sizes = zip(tensor.stride(), tensor.shape, strict=True)
+    overlaps = any(stride == 0 and size > 1 for stride, size in sizes)
+    return not (overlaps or tensor.is_meta or tensor.is_inference())
 
 
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return a key of a tensor's memory and its layout. A subclass without memory is its own key."""
-    try:
-        return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape
-    except RuntimeError:
-        return (tensor.dtype, tensor.device, tensor.shape)
+def _sums(walked: Walk) -> Iterator[tuple[str, torch.Tensor, int | None]]:
+    """Yield parameters, those of experts with their sums: PEFT parametrizes experts in each forward
+    pass, which counts as a write though no value changes.
+    """
+    layers = tuple(f"{n}." for n, module in walked.modules if hasattr(module, "parameter_name"))
+    for name, param in walked.parameters:
+        yield name, param, _sum(param) if name.startswith(layers) else None
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _sum(tensor: torch.Tensor) -> int | None:
@@ -240,11 +248,5 @@ def _sum(tensor: torch.Tensor) -> int | None:
         return None
     bits = tensor.detach().flatten().view(torch.uint8)
     bits = bits.clone() if bits.storage_offset() % 8 else bits
-    whole = bits.numel() // 8 * 8
-    return int(bits[:whole].view(torch.int64).sum()) + int(
-        bits[whole:].sum()
-    )  # int64: without a copy of the bits
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    whole = bits.numel() // 8 * 8  # int64 needs no copy of the bits
+    return int(bits[:whole].view(torch.int64).sum()) + int(bits[whole:].sum())

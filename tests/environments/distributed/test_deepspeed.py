@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from torch import nn
 import rankaware_optim as ra
 from rankaware_optim.optimizer import effective_lr
 
+from ...helpers.deepspeed import on_cpu
 from ...helpers.models import batches, same
 from .training import (
     AT_16,
@@ -35,19 +34,7 @@ IGNORED = (
     ("`torch.jit", DeprecationWarning, "torch"),  # its Muon is compiled at import
     ("`torch.distributed.* is deprecated", FutureWarning, "torch"),  # its collectives' names
 )
-COMPILED = Path(sys.prefix) / "torch_extensions"  # once an environment: it takes a minute
-ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",
-    "DS_BUILD_OPS": "0",
-    "TORCH_EXTENSIONS_DIR": str(COMPILED),
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def unlocked() -> None:
-    """A lock left by a build that was killed would be waited for without end."""
-    for lock in COMPILED.glob("**/lock"):
-        lock.unlink()
+ENVIRONMENT = on_cpu()
 
 
 def engine_of(form: str, stage: int, **own: Any) -> Any:

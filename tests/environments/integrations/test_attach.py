@@ -17,6 +17,7 @@ import rankaware_optim as ra
 from rankaware_optim import OptimizerError, RankAwareOptimizer
 from rankaware_optim.integrations import attach, create_rankaware_optimizer, trainer_factory
 
+from ...helpers.deepspeed import on_cpu
 from ...helpers.examples import readme_blocks
 from ...helpers.models import same
 from ...helpers.recipes import RECIPE
@@ -460,7 +461,7 @@ def test_deepspeeds_wrapper_is_looked_into(tmp_path):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29763",
     }
-    environment = {**os.environ, **alone, "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
+    environment = {**os.environ, **alone, **on_cpu()}
     done = subprocess.run(
         [sys.executable, "-c", ZERO],
         cwd=tmp_path,

@@ -1,0 +1,447 @@
+"""Mutants of the package, one at a time: does a test fail?
+
+    tox run -e mutants                               # 300 of each package, resumable
+    tox run -e mutants -- --only laws --count 20     # some of one package
+    tox run -e mutants -- --again                    # the survivors on file, after tests were added
+
+mutmut's operators make the mutants: another operator, number, comparison or constant, a condition that always or never
+holds, a keyword argument left out. Every mutant meets the tests of its package, those that reach its lines first, until
+one fails. Each runs in a fork of a process that has imported torch and not the package, on a copy of the package. What
+came of it is kept in results/mutants.jsonl, and holds as long as the mutant's file is as it was.
+
+A survivor that no test can see is named in mutants.toml, and leaves the score:
+
+    [[equivalent]]
+    file = "rankaware_optim/laws/_mua.py"
+    before = "x > 0"
+    after = "x >= 0"
+    why = "x is a rank"
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import hypothesis
+import libcst as cst
+import pytest
+import tomli
+from libcst.metadata import MetadataWrapper, PositionProvider
+from mutmut.mutation import mutators
+from mutmut.mutation.file_mutation import MutationVisitor
+from mutmut.mutation.pragma_handling import IgnoredCode
+from recording import RESULTS, block, machine, made_on
+
+RESTS_ON = ()  # outcomes: made again at a release
+ROOT = Path(__file__).parents[1]
+PACKAGE = "rankaware_optim"
+FILE = RESULTS / "mutants.jsonl"
+EQUIVALENT = Path(__file__).with_suffix(".toml")
+SEED = 39
+ROOMS = {
+    "laws": (0.90, ["laws", "test_optimizers_table.py", "testing", "recipe/test_foreign_code.py"]),
+    "fitting": (0.85, ["fitting", "sweeps"]),
+    "optimizer": (0.90, ["optimizer"]),
+    "recipe": (0.85, ["recipe"]),
+}
+"""The bar and the tests of each package."""
+
+HEAVY = ("torch", "torch._dynamo", "numpy", "optuna", "optuna.storages", "sqlalchemy", "jinja2")
+OPTIONS = (
+    *("-p", "no:cacheprovider"),
+    *("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"),
+)
+KINDS = (
+    mutators.operator_number,
+    mutators.operator_name,
+    mutators.operator_remove_unary_ops,
+    mutators.operator_keywords,
+    mutators.operator_swap_op,
+    mutators.operator_augmented_assignment,
+    mutators.operator_if_exp,
+    mutators.operator_match,
+)
+CPU_TIMES, AT_LEAST_S, MEMORY = 4.0, 60.0, 16 << 30  # limits of one mutant's tests
+_AROUND = 24  # signs shown around a change
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change of one place of a file."""
+
+    file: str
+    line: int
+    last_line: int
+    before: str
+    after: str
+    key: str
+    """Names the change and the file that it is made in, with all that stands there."""
+    text: Callable[[], str]
+    """Gives the whole file with the change."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What the tests of a package do on the package as it is."""
+
+    seconds: dict[str, float]
+    """CPU seconds by test, of those that passed."""
+    tests: dict[str, dict[str, list[str]]]
+    """Tests by file and line. A line that an import runs has "" among them."""
+
+    def order(self, mutant: Mutant) -> list[str]:
+        """All tests: those that reach the mutant's lines first, the fastest of them first."""
+        lines = self.tests.get(mutant.file, {})
+        span = range(mutant.line, mutant.last_line + 1)
+        reach = {test for line in span for test in lines.get(str(line), ())}
+        return sorted(self.seconds, key=lambda test: (test not in reach, self.seconds[test]))
+
+
+@click.command()
+@click.option("--only", type=click.Choice(list(ROOMS)), help="One package instead of all.")
+@click.option("--count", default=300, show_default=True, help="Mutants drawn of each package.")
+@click.option("--again", is_flag=True, help="Run the survivors on file again.")
+@click.option("--workers", default=2, show_default=True, help="Processes at a time.")
+def main(only: str | None, count: int, again: bool, workers: int) -> None:
+    """Run the mutants that are drawn and not on file, and write the table of all."""
+    os.chdir(ROOT)
+    for name in HEAVY:
+        import_module(name)
+    outcomes = {row["key"]: row for row in map(json.loads, lines_of(FILE))}
+    if again:
+        outcomes = {key: row for key, row in outcomes.items() if row["outcome"] != "survived"}
+    for room in [only] if only else ROOMS:
+        missing = [mutant for mutant in draw(room, count)[1] if mutant.key not in outcomes]
+        for row in run(room, missing, workers):
+            outcomes[row["key"]] = row
+            kept = "".join(json.dumps(each) + "\n" for each in outcomes.values())
+            FILE.write_text(kept, encoding="utf-8")
+    write(count, outcomes)
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+# --- mutants --------------------------------------------------------------------------------------------------------
+
+
+def draw(room: str, count: int) -> tuple[int, list[Mutant]]:
+    """How many mutants a package has, and `count` of them."""
+    paths = sorted((ROOT / PACKAGE / room).rglob("*.py"))
+    mutants = [mutant for path in paths for mutant in mutants_of(path)]
+    return len(mutants), random.Random(SEED).sample(mutants, min(count, len(mutants)))
+
+
+def mutants_of(path: Path) -> list[Mutant]:
+    """Every mutant of a file."""
+    source, file = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
+    wrapper, visitor = MetadataWrapper(cst.parse_module(source)), Visitor()
+    module, where = wrapper.visit(visitor), wrapper.resolve(PositionProvider)
+    digest = sha256(source.encode()).hexdigest()[:8]
+    mutants = []
+    for index, mutation in enumerate(visitor.mutations):
+        old, new = mutation.original_node, mutation.mutated_node
+        before, after = module.code_for_node(old), module.code_for_node(new)
+        lines = where[old].start.line, where[old].end.line
+        key = f"{file}:{digest}:{index}"
+        text = partial(_replaced, module, old, new)
+        mutants.append(Mutant(file, *lines, before, after, key, text))
+    return mutants
+
+
+def _replaced(module: cst.Module, old: cst.CSTNode, new: cst.CSTNode) -> str:
+    return module.deep_replace(old, new).code
+
+
+class Visitor(MutationVisitor):
+    """mutmut's, which also looks into decorated functions, and passes over what no test should see.
+
+    These are the texts of errors and warnings, `strict` of `zip`, and stubs for the type checker.
+    """
+
+    def __init__(self) -> None:
+        kinds = [pair for pair in mutators.mutation_operators if pair[1] in KINDS]
+        super().__init__([*kinds, (cst.Call, without_keyword)], IgnoredCode(set(), set(), set()))
+
+    def _skip_node_and_children(self, node: cst.CSTNode) -> bool:
+        if isinstance(node, cst.FunctionDef):
+            names = {cst.Module([]).code_for_node(each.decorator) for each in node.decorators}
+            return "overload" in names
+        if isinstance(node, cst.Raise):
+            return True
+        if isinstance(node, cst.Call):
+            name = cst.Module([]).code_for_node(node.func)
+            return name in ("cast", "len", "isinstance", "TypeVar") or "warn" in name
+        if isinstance(node, cst.Arg) and node.keyword and node.keyword.value == "strict":
+            return True
+        return bool(super()._skip_node_and_children(node))
+
+
+def without_keyword(node: cst.Call) -> Iterator[cst.Call]:
+    """A call with one keyword argument left out."""
+    for index, argument in enumerate(node.args):
+        if argument.keyword and argument.keyword.value not in ("strict", "encoding"):
+            yield node.with_changes(args=[*node.args[:index], *node.args[index + 1 :]])
+
+
+# --- tests ----------------------------------------------------------------------------------------------------------
+
+
+def run(room: str, mutants: Sequence[Mutant], workers: int) -> Iterator[dict[str, Any]]:
+    """Run the tests of a package on each mutant, and yield what came of it."""
+    if not mutants:
+        return
+    waiting, running = list(reversed(mutants)), {}
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        slots = [copied(Path(folder) / str(number)) for number in range(workers)]
+        reach = reached(room, slots[0])
+        total = sum(reach.seconds.values())
+        print(f"{room}: {len(reach.seconds)} tests, {total:.0f} CPU seconds", flush=True)
+        limit = AT_LEAST_S + CPU_TIMES * total
+        try:
+            while waiting or running:
+                while waiting and slots:
+                    slot, mutant = slots.pop(), waiting.pop()
+                    child = forked(lambda: attempt(slot, mutant, reach, limit))  # noqa: B023
+                    running[child] = slot, mutant, time.monotonic()
+                child, status = os.wait()
+                slot, mutant, began = running.pop(child)
+                stop(child)
+                slots.append(slot)
+                yield outcome(room, slot, mutant, status, time.monotonic() - began)
+        finally:
+            for child in running:
+                stop(child)
+
+
+def copied(slot: Path) -> Path:
+    """A folder with a copy of the package."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / PACKAGE, slot / PACKAGE, ignore=ignored)
+    return slot
+
+
+def forked(work: Callable[[], int]) -> int:
+    """Start a process of a group of its own that ends with what `work` returns, and return its id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.setsid()
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def stop(group: int) -> None:
+    """End what a process and its children left running."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def tested(slot: Path, paths: Sequence[str], plugin: object, *options: str) -> int:
+    """Run tests in this process, with the package that is in `slot`."""
+    with open(slot / "log", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.path.insert(0, str(slot))
+    os.environ |= {"PYTHONPATH": str(slot), "OMP_NUM_THREADS": "1"}
+    options = (*options, *OPTIONS, f"--basetemp={slot / 'tmp'}")
+    return int(pytest.main([*paths, *options], plugins=[plugin]))
+
+
+def reached(room: str, slot: Path) -> Reach:
+    """Run the tests of a package on it as it is, once, and keep what each test reaches."""
+
+    def work() -> int:
+        plugin = Watch(slot)
+        code = tested(slot, [f"tests/{name}" for name in ROOMS[room][1]], plugin)
+        (slot / "reach").write_text(json.dumps(asdict(plugin.reach())))
+        return code
+
+    child = forked(work)
+    _, status = os.waitpid(child, 0)
+    stop(child)
+    if not (slot / "reach").exists():
+        raise click.ClickException(f"The tests did not run: {(slot / 'log').read_text()[-2000:]}")
+    if status:
+        print(f"Left out, since they fail: {(slot / 'log').read_text()[-2000:]}", flush=True)
+    return Reach(**json.loads((slot / "reach").read_text()))
+
+
+class Watch:
+    """A pytest plugin that notes the lines that each test reaches, and its CPU seconds."""
+
+    def __init__(self, slot: Path) -> None:
+        coverage = import_module("coverage")
+        self.root, self.seconds, self.failed = slot, {}, set()
+        self.coverage = coverage.Coverage(data_file=None, source=[str(slot / PACKAGE)])
+        self.coverage.start()
+        self.coverage.switch_context("")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
+        self.coverage.switch_context(item.nodeid)
+        began = sum(os.times()[:4])
+        done = yield
+        self.seconds[item.nodeid] = sum(os.times()[:4]) - began
+        self.coverage.switch_context("")
+        return done
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.passed:
+            self.failed.add(report.nodeid)
+
+    def reach(self) -> Reach:
+        self.coverage.stop()
+        data = self.coverage.get_data()
+        lines = {
+            Path(path).relative_to(self.root).as_posix(): data.contexts_by_lineno(path)
+            for path in data.measured_files()
+        }
+        passed = {test: s for test, s in self.seconds.items() if test not in self.failed}
+        return Reach(passed, lines)
+
+
+def attempt(slot: Path, mutant: Mutant, reach: Reach, limit: float) -> int:
+    """Put a mutant into the copy of the package, and run the tests until one fails."""
+    path = slot / mutant.file
+    path.write_text(mutant.text(), encoding="utf-8")
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+        compiled.unlink()
+    resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    signal.alarm(int(20 * limit))
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # a failure need not shrink
+    quick = hypothesis.settings(deadline=None, derandomize=True, database=None, phases=phases)
+    hypothesis.settings.register_profile("quick", quick)
+    tests = reach.order(mutant)
+    by_file = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+    return tested(slot, by_file, Ordered(slot, tests), "-x", "--hypothesis-profile=quick")
+
+
+class Ordered:
+    """A pytest plugin that runs the tests given, in their order, and notes which failed first."""
+
+    def __init__(self, slot: Path, tests: Sequence[str]) -> None:
+        self.file = slot / "killed by"
+        self.file.unlink(missing_ok=True)
+        self.rank = {test: index for index, test in enumerate(tests)}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if item.nodeid in self.rank]
+        items.sort(key=lambda item: self.rank[item.nodeid])
+
+    def pytest_exception_interact(self, node: pytest.Item | pytest.Collector) -> None:
+        if not self.file.exists():
+            self.file.write_text(node.nodeid)
+
+
+def outcome(room: str, slot: Path, mutant: Mutant, status: int, seconds: float) -> dict[str, Any]:
+    """What came of a mutant. The copy of the package gets its file back."""
+    shutil.copy2(ROOT / mutant.file, slot / mutant.file)
+    by = slot / "killed by"
+    word = "survived" if status == 0 else "killed"
+    if os.WIFSIGNALED(status):
+        word = "killed by time"
+    row = {
+        "package": room,
+        "key": mutant.key,
+        "place": f"{mutant.file}:{mutant.line}",
+        "before": mutant.before,
+        "after": mutant.after,
+        "outcome": word,
+        "test": by.read_text() if word == "killed" and by.exists() else "",
+        "seconds": round(seconds, 1),
+    }
+    print(f"{word:9} {row['place']} {short(row)} {row['test']} {seconds:.0f} s", flush=True)
+    return row
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def write(count: int, outcomes: dict[str, dict[str, Any]]) -> None:
+    """Write results/mutants.md: the score of each package that has mutants on file, and its survivors."""
+    reasons = tomli.loads(EQUIVALENT.read_text(encoding="utf-8")) if EQUIVALENT.exists() else {}
+    named = {
+        (row["file"], row["before"], row["after"]): row["why"]
+        for row in reasons.get("equivalent", [])
+    }
+    scores, survivors = [], []
+    for room in sorted({row["package"] for row in outcomes.values()}):
+        total, mutants = draw(room, count)
+        rows = [outcomes[mutant.key] for mutant in mutants if mutant.key in outcomes]
+        if not rows:
+            continue
+        counts = Counter(row["outcome"] for row in rows)
+        same = 0
+        for row in rows:
+            if row["outcome"] == "survived":
+                file = row["place"].partition(":")[0]
+                why = named.get((file, row["before"], row["after"]), "")
+                same += bool(why)
+                survivors.append([f"`{row['place']}`", short(row), why or "–"])
+        killed = len(rows) - counts["survived"]
+        score, bar = killed / max(1, len(rows) - same), ROOMS[room][0]
+        cells = [total, len(rows), killed, counts["killed by time"], counts["survived"], same]
+        scores.append([room, *map(str, cells), f"{score:.0%}", f"{bar:.0%}"])
+    heads = ["package", "mutants", "drawn", "killed", "of them by time", "survived"]
+    heads += ["of them equivalent", "score", "bar"]
+    on = machine(threads=1) | {"mutmut": version("mutmut"), "seed": SEED}
+    parts = [
+        "# Mutants: does a test fail when the code is changed?",
+        "The score is the share of the mutants drawn, without equivalent ones, on which a test of the package fails.",
+        block("Scores", heads, scores),
+        block("Survivors", ["place", "change", "equivalent, since"], survivors),
+        made_on(on),
+    ]
+    (RESULTS / "mutants.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print("\n\n".join(parts[2:4]))
+
+
+def short(row: dict[str, Any]) -> str:
+    """A change in a table's cell: what differs, and a few signs around it."""
+    old, new = (" ".join(row[each].split()) for each in ("before", "after"))
+    start = max(0, alike(old, new) - _AROUND)
+    end = max(0, alike(old[start:][::-1], new[start:][::-1]) - _AROUND)
+    texts = (text[start : len(text) - end].replace("|", "\\|") for text in (old, new))
+    return " becomes ".join(f"`{text}`" for text in texts)
+
+
+def alike(first: str, second: str) -> int:
+    """How many signs two texts begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What the fit reads off loss curves: their starts, ends and noise, which runs diverged, and which learned."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from rankaware_optim.fitting import (
+    Observation,
+    all_rose,
+    arms_of,
+    below_cliff,
+    best_fall,
+    diverged,
+    gain_of,
+    height,
+    impute,
+    noise_of,
+    none_learned,
+    recent,
+    split,
+    usual_noise,
+)
+
+
+def run(x: float = -9.0, value: float = 1.0, start: float = 2.0, **fields) -> Observation:
+    return Observation(
+        **{"rank": 4, "seed": 0, "x": x, "value": value, "start": start, "tail": value, **fields}
+    )
+
+
+@pytest.mark.parametrize(
+    ("curve", "start", "end"),
+    [
+        ([3.0, 1.0, 1.0, 1.0, 1.0, 7.0], 3.0, 2.2),
+        ([1.0, 3.0, 4.0, 2.0, 5.0, 9.0], 3.0, 4.6),
+        ([2.0], 2.0, 2.0),
+    ],
+)
+def test_a_curve_starts_at_its_first_values_and_ends_at_its_last(curve, start, end):
+    """The start is the first value or the median of five, the end the mean of the last five."""
+    assert height(curve) == start
+    assert recent(curve) == pytest.approx(end)
+    assert recent(curve, 1) == curve[-1]
+
+
+@pytest.mark.parametrize("trend", [0.0, -0.01])
+def test_noise_is_measured_about_the_trend(trend):
+    """The standard deviation of a value is found within a tenth, whatever the trend, a jump or a NaN."""
+    curve = np.random.default_rng(0).normal(0, 0.3, 2000) + trend * np.arange(2000)
+    curve[700:] += 40.0
+    curve[900] = math.nan
+    assert noise_of(curve) == pytest.approx(0.3, rel=0.1)
+    assert noise_of([1.0, 2.0]) == 0.0
+
+
+def test_a_pruned_run_keeps_its_gap_to_the_best():
+    """A run stopped 0.5 above the best at that step is scored 0.5 above it, and one stopped early is not scored."""
+    beside = [2.25 - step / 4 for step in range(10)]
+    best = run(value=0.25, tail=0.5, first=2.25)
+    worse = [value + 0.5 for value in beside]
+    assert impute(-7.0, worse[:3], best, beside) == run(-7.0, 0.75, 2.75, tail=1.0, first=2.25)
+    ahead = impute(-7.0, [0.0] * 6, best, beside)
+    assert ahead is not None
+    assert ahead.value == 0.25  # a run ahead of the best gains nothing
+    assert impute(-7.0, worse[:2], best, beside) is None
+
+
+LOST_AT_3 = [run(-10, 1.0), run(-9, 0.5), run(-3, 9.0), run(-2, 0.8)]
+
+
+def test_runs_are_split_at_divergence_and_kept_below_the_lowest_of_it():
+    """What diverged is apart, and a run above a rate that diverged was lucky."""
+    ended, lost = split(LOST_AT_3)
+    assert [o.x for o in ended] == [-10, -9, -2]
+    assert [o.x for o in lost] == [-3]
+    assert [o.x for o in below_cliff(LOST_AT_3)] == [-10, -9]
+    assert below_cliff(ended) == ended
+
+
+@pytest.mark.parametrize(
+    ("noise", "end", "lost"),
+    [(0.0, 2.3, False), (0.0, 2.5, True), (0.4, 2.5, False), (0.4, 2.7, True)],
+)
+def test_a_rise_counts_beyond_a_quarter_of_the_gain_and_beyond_the_noise(noise, end, lost):
+    """With a gain of 1.6, an end 0.4 above the start is divergence, unless a value's noise times 1.5 explains it."""
+    seen = [run(-9, 0.4, noise=noise), run(-8, 0.6, noise=noise), run(-5, end, noise=noise)]
+    assert diverged(seen) == [False, False, lost]
+
+
+@pytest.mark.parametrize(
+    ("tails", "rose"), [((2.3, 2.4), True), ((2.3, 2.1), False), ((1.0, 2.4), False)]
+)
+def test_all_rose_beyond_their_noise(tails, rose):
+    """Only if every curve ended two standard deviations above its first value."""
+    assert all_rose([run(tail=tail, first=2.0, noise=0.1) for tail in tails]) is rose
+
+
+@pytest.mark.parametrize(
+    ("tails", "learned"),
+    [
+        ((1.9, 2.0), False),  # within two standard deviations of the first value
+        ((1.7, 2.0), True),
+        ((2.0, 2.1), False),
+        ((2.0, 2.2), True),  # clearly below another's end, without a rise
+        ((2.3, 2.6), False),  # below another's end, but risen
+    ],
+)
+def test_none_learned_unless_a_curve_fell_clearly(tails, learned):
+    """A fall below the first value, or an end below another's, counts beyond the noise alone."""
+    assert none_learned([run(tail=tail, first=2.0, noise=0.1) for tail in tails]) is not learned
+
+
+def test_the_gain_is_the_best_fall_from_the_usual_start():
+    """Median start less lowest end; where scores are another thing than the curve, a poor score less the best."""
+    seen = [run(value=0.5, start=2.0), run(value=1.0, start=2.2), run(value=3.0, start=2.1)]
+    assert best_fall(seen) == gain_of(seen) == pytest.approx(1.6)
+    assert best_fall([]) == best_fall([run(value=3.0)]) == 0.0
+    scored = [run(value=score, tail=1.0) for score in (-90.0, -80.0, -70.0, -60.0, -50.0)]
+    assert gain_of(scored) == 30.0
+    assert gain_of([run(value=5.0, start=5.0)]) == pytest.approx(6e-6)
+    assert usual_noise([run(noise=noise) for noise in (0.1, 0.2, 0.7)]) == 0.2
+
+
+def test_arms_are_gaps_to_the_ranks_best_in_units_of_the_gain():
+    """A rank's best has the gap 0. Nothing has a gap above 1, and what diverged has 1."""
+    ended = [run(-9, 1.0), run(-8, 1.5, seed=1), run(-7, 4.0), run(-6, 2.0, rank=None)]
+    arms = arms_of(ended, [run(-5, math.inf, seed=2)], gain=2.0)
+    assert list(arms) == [4, None]
+    assert arms[4].x.tolist() == [-9, -8, -7, -5]
+    assert arms[4].y.tolist() == [0.0, 0.25, 1.0, 1.0]
+    assert arms[4].seeds.tolist() == [0, 1, 0, 2]
+    assert arms[None].y.tolist() == [0.0]

@@ -1,0 +1,84 @@
+"""What the fit assumes before any trial, by the init: its prior, the law at the prior's means, the move to the target."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from rankaware_optim import MuA, Reference
+from rankaware_optim.fitting import Fit, carry_of, centred_law, prior_of
+from rankaware_optim.laws import get_law
+
+AT = {
+    "A": Reference(16, 16.0, fan_in=1024),
+    "B": Reference(16, 16.0, init="B", fan_in=1024),
+    "full": Reference(method="full", fan_in=1024),
+}
+
+
+@pytest.mark.parametrize(
+    ("at", "drift_sd", "full_sd", "full_reach"),
+    [("A", 0.15, 0.8, 0.0), ("B", 0.2, 0.6, 7.0), ("full", 0.15, 1e-3, 0.0)],
+)
+def test_the_prior_is_that_of_the_init(at, drift_sd, full_sd, full_reach):
+    """Ranks 4 and 64 meet at 16. At Init[B] the drift goes on to r = n, seven octaves up at a width of 2048."""
+    prior = prior_of(AT[at], (4, 64, None), 2048.0)
+    assert (prior.drift_sd, prior.full_sd, prior.pivot) == (drift_sd, full_sd, 16.0)
+    assert prior.full_reach == pytest.approx(full_reach)
+    assert prior.full_mean == 0.0
+
+
+def test_what_is_unknown_leaves_the_prior_at_the_usual():
+    """Without LoRA ranks the pivot is 16, and without a width no drift reaches full finetuning."""
+    assert prior_of(AT["full"], (None,), None).pivot == 16.0
+    assert prior_of(AT["B"], (8,), None).full_reach == 0.0
+
+
+@pytest.mark.parametrize(
+    ("at", "law", "exponent", "to_full"),
+    [("A", "mua", 0.1, False), ("B", "mua", -0.35, True), ("B", "falling", 0.1, True)],
+)
+def test_the_law_is_centred_on_the_prior(at, law, exponent, to_full):
+    """At Init[B] rates fall with rank by 0.45, unless the law itself says so; what was fitted is added."""
+    centred = centred_law(get_law(law), AT[at], 8.0, drift=0.1, factor=-1.0)
+    assert centred.exponent == pytest.approx(exponent)
+    assert (centred.full_factor, centred.pivot, centred.to_full) == (0.5, 8.0, to_full)
+    assert centred.law == get_law(law)
+
+
+def test_full_finetuning_takes_the_law_as_it_is():
+    """Where the base rate is full finetuning's own, no drift and no factor are added."""
+    assert centred_law(MuA(), AT["full"], 8.0, drift=0.1, factor=-1.0) == centred_law(
+        MuA(), AT["full"], 8.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("at", "lora", "full"),
+    [
+        ("A", (0.0, 0.25), (0.25, 0.2)),
+        ("B", (0.15, 0.25), (0.15, 0.2)),
+        ("full", (0.3, 0.25), (0.0, 1e-3)),
+    ],
+)
+def test_the_move_to_the_target_is_that_of_the_init(at, lora, full):
+    """Over one octave of steps the best rate moves by the slope, and by less than its deviation in a straight line."""
+    carry = carry_of(AT[at], 1.0)
+    for slope, (mean, sd) in ((carry.lora, lora), (carry.full, full)):
+        octaves, variance = carry.of(slope)
+        assert octaves == pytest.approx(mean)
+        # 2·λ²·(1/λ + exp(−1/λ) − 1) at λ = 1.5
+        assert variance == pytest.approx(sd**2 * 4.5 * (2 / 3 + math.exp(-2 / 3) - 1))
+
+
+def test_a_rank_is_read_off_the_fit():
+    """The best rate at a rank, and its deviation, follow the base, the drift and the factor."""
+    prior = prior_of(AT["B"], (16,), 64.0)
+    fit = Fit(prior, np.array([-9.0, 0.5, 0.25]), np.diag([0.04, 0.01, 0.09]), 0.0, -5.0, {})
+    assert [fit.best(rank) for rank in (16, 64, None)] == pytest.approx([-9.0, -8.0, -7.75])
+    assert fit.sd(64) == pytest.approx(math.sqrt(0.04 + 0.04))
+    assert fit.sd(None) == pytest.approx(math.sqrt(0.04 + 0.04 + 0.09))
+    moved = carry_of(AT["B"], 1.0).to_target(fit, prior)
+    assert moved.ceiling == pytest.approx(-5.0 + 0.15)
