@@ -95,6 +95,8 @@ class Mutant:
     after: str
     key: str
     """Names the change and the file that it is made in, with all that stands there."""
+    source: str
+    """The whole file without the change."""
     text: Callable[[], str]
     """Gives the whole file with the change."""
 
@@ -165,7 +167,7 @@ def mutants_of(path: Path) -> list[Mutant]:
         lines = where[old].start.line, where[old].end.line
         key = f"{file}:{digest}:{index}"
         text = partial(_replaced, module, old, new)
-        mutants.append(Mutant(file, *lines, before, after, key, text))
+        mutants.append(Mutant(file, *lines, before, after, key, source, text))
     return mutants
 
 
@@ -367,7 +369,7 @@ class Ordered:
 
 def outcome(room: str, slot: Path, mutant: Mutant, status: int, seconds: float) -> dict[str, Any]:
     """What came of a mutant. The copy of the package gets its file back."""
-    shutil.copy2(ROOT / mutant.file, slot / mutant.file)
+    (slot / mutant.file).write_text(mutant.source, encoding="utf-8")
     by = slot / "killed by"
     word = "survived" if status == 0 else "killed"
     if os.WIFSIGNALED(status):

@@ -16,6 +16,7 @@ import rankaware_optim as ra
 HEAVY = (
     "torch",
     "optuna",
+    "sqlalchemy",
     "scipy",
     "pandas",
     "matplotlib",
@@ -94,6 +95,17 @@ def imported_by(code: str) -> set[str]:
 def test_importing_the_package_is_light():
     """`import rankaware_optim` imports no torch, no optional package, no optuna, and no optimizer library."""
     assert imported_by("import rankaware_optim") == set()
+
+
+def test_a_trainers_optimizer_needs_no_study():
+    """`attach`, the factories and the callbacks import neither Optuna nor SQLAlchemy, nor does a refused trainer."""
+    assert imported_by(
+        "from rankaware_optim import OptimizerError, integrations\n"
+        "integrations.create_rankaware_optimizer, integrations.trainer_factory\n"
+        "integrations.log_rates, integrations.lightning_rates\n"
+        "try:\n    integrations.attach(object(), 'adamw', lr=1e-3)\n"
+        "except OptimizerError:\n    pass"
+    ) == {"torch"}
 
 
 @pytest.mark.parametrize("heavy", ["optuna", "torch_optimizer"])

@@ -35,19 +35,23 @@ class Change:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The settings of a plug-in."""
-        law = {} if self.law == DEFAULT_LAW else {"law": self.law}
-        return {
-            "tuned_at": as_words(self.origin),
-            **law,
-            **({} if self.batch is None else {"batch": self.batch}),
-        }
+        """The settings of a plug-in. The batch is among them if the rate moves with it."""
+        settings = {"tuned_at": as_words(self.origin)}
+        if self.law != DEFAULT_LAW:
+            settings["law"] = self.law
+        if self.origin.batch and self.target.batch not in (None, self.origin.batch):
+            settings["batch"] = f"{self.target.batch:g}"
+        return settings
 
-    @property
-    def batch(self) -> str | None:
-        """The batch, if the rate moves with it."""
-        moves = self.origin.batch is not None and self.target.batch not in (None, self.origin.batch)
-        return f"{self.target.batch:g}" if moves else None
+    def summary(self) -> str:
+        """Return the rate before and after in a sentence."""
+        rates = f"{self.converted.lr:.3g}"
+        if self.converted.lr_a != self.converted.lr_b:
+            rates += f", or {self.converted.lr_a:.3g} for A and {self.converted.lr_b:.3g} for B"
+        return (
+            f"{self.lr:g} was tuned at {as_words(self.origin)}; at {as_words(self.target)} it is"
+            f" {rates}."
+        )
 
 
 def configuration(tool: str, change: Change) -> str:
@@ -67,19 +71,8 @@ def configuration(tool: str, change: Change) -> str:
             "--as prints configurations for adapters, not for full finetuning.",
             "Leave --as out to print the rate.",
         )
-    found = (
-        f"{change.lr:g} was tuned at {as_words(change.origin)}; at {as_words(change.target)} it is "
-    )
-    converted = change.converted
-    rates = f"{converted.lr_a:.3g} for A and {converted.lr_b:.3g} for B"
-    found += (
-        f"{converted.lr:.3g}."
-        if converted.lr_a == converted.lr_b
-        else f"{converted.lr:.3g}, or {rates}."
-    )
-    return "\n".join(
-        [f"# {line}" for line in (found, *converted.notes)] + list(TOOLS[tool](change))
-    )
+    comments = [f"# {line}" for line in (change.summary(), *change.converted.notes)]
+    return "\n".join([*comments, *TOOLS[tool](change)])
 
 
 def as_words(reference: Reference) -> str:
@@ -88,34 +81,31 @@ def as_words(reference: Reference) -> str:
     >>> as_words(Reference(rank=16, alpha=32, rslora=True, fan_in=4096))
     'r=16,alpha=32,rslora,fan_in=4096'
     """
-    full = reference.method == "full"
-    parts = ["full"] if full else [f"r={reference.rank}", f"alpha={reference.alpha:g}"]
-    if not full:
+    parts = ["full"]
+    if reference.method == "lora":
+        parts = [f"r={reference.rank}", f"alpha={reference.alpha:g}"]
         parts += ["rslora"] * reference.rslora + ["init=B"] * (reference.init == "B")
-    sizes = (("fan_in", reference.fan_in), ("batch", reference.batch))
-    return ",".join([*parts, *(f"{name}={value:g}" for name, value in sizes if value is not None)])
+    for name in ("fan_in", "batch"):
+        value = getattr(reference, name)
+        if value is not None:
+            parts.append(f"{name}={value:g}")
+    return ",".join(parts)
 
 
 def _trl(change: Change) -> Iterator[str]:
-    rank, alpha = change.target.rank, change.target.alpha
-    rslora = ", use_rslora=True" if change.target.rslora else ""
-    more = "" if change.law == DEFAULT_LAW else f", law={change.law!r}"
-    more += "" if change.batch is None else f", batch={change.batch}"
-    at = change.origin
-    fields = {"rank": at.rank, "alpha": at.alpha, "fan_in": at.fan_in, "batch": at.batch}
-    said = [f"{name}={value:g}" for name, value in fields.items() if value is not None]
-    said += (
-        ["rslora=True"] * at.rslora
-        + ["init='B'"] * (at.init == "B")
-        + ["method='full'"] * (at.method == "full")
-    )
-    yield f"peft_config = LoraConfig(r={rank}, lora_alpha={alpha:g}{rslora})"
+    at, settings = change.target, change.settings
+    rslora = ", use_rslora=True" if at.rslora else ""
+    batch = settings.pop("batch", None)
+    arguments = [f"{name}={text!r}" for name, text in settings.items()]
+    arguments += [] if batch is None else [f"batch={batch}"]
+    yield f"peft_config = LoraConfig(r={at.rank}, lora_alpha={at.alpha:g}{rslora})"
     yield "# after trainer = SFTTrainer(..., peft_config=peft_config), or another TRL trainer:"
-    yield f"rankaware_optim.integrations.attach(trainer, torch.optim.AdamW, lr={change.lr:g}{more},"
-    yield f"    tuned_at=rankaware_optim.Reference({', '.join(said)}))"
+    yield f"rankaware_optim.integrations.attach(trainer, torch.optim.AdamW, lr={change.lr:g},"
+    yield f"    {', '.join(arguments)})"
 
 
 def _axolotl(change: Change) -> Iterator[str]:
+    settings = ", ".join(f'{name}: "{text}"' for name, text in change.settings.items())
     yield "adapter: lora"
     yield f"lora_r: {change.target.rank}"
     yield f"lora_alpha: {change.target.alpha:g}"
@@ -123,36 +113,33 @@ def _axolotl(change: Change) -> Iterator[str]:
         yield "peft_use_rslora: true"
     yield f"learning_rate: {change.lr:g}"
     yield "plugins: [rankaware_optim.integrations.axolotl.Plugin]"
-    yield (
-        "rankaware: {"
-        + ", ".join(f'{name}: "{text}"' for name, text in change.settings.items())
-        + "}"
-    )
+    yield f"rankaware: {{{settings}}}"
 
 
 def _swift(change: Change) -> Iterator[str]:
-    said = " ".join(f'RANKAWARE_{name.upper()}="{text}"' for name, text in change.settings.items())
-    rslora = " --use_rslora true" if change.target.rslora else ""
-    yield f"{said} swift sft \\"
-    yield (
-        f"    --tuner_type lora --lora_rank {change.target.rank} --lora_alpha"
-        f" {change.target.alpha:g}{rslora} \\"
-    )
+    at = change.target
+    settings = [f'RANKAWARE_{name.upper()}="{text}"' for name, text in change.settings.items()]
+    rslora = " --use_rslora true" if at.rslora else ""
+    yield f"{' '.join(settings)} swift sft \\"
+    yield f"    --tuner_type lora --lora_rank {at.rank} --lora_alpha {at.alpha:g}{rslora} \\"
     yield f'    --external_plugins "{SWIFT}" --optimizer rankaware \\'
     yield f"    --learning_rate {change.lr:g}"
 
 
 def _kohya(change: Change) -> Iterator[str]:
-    said = " ".join(f'"rankaware_{name}={text}"' for name, text in change.settings.items())
-    yield (
-        f"--network_dim {change.target.rank} --network_alpha {change.alpha} --learning_rate"
-        f" {change.lr:g} \\"
-    )
-    yield f"--network_module rankaware_optim.integrations.kohya --network_args {said}"
+    settings = [f'"rankaware_{name}={text}"' for name, text in change.settings.items()]
+    yield f"--network_dim {change.target.rank} --network_alpha {change.alpha} \\"
+    yield f"--learning_rate {change.lr:g} \\"
+    yield "--network_module rankaware_optim.integrations.kohya \\"
+    yield f"--network_args {' '.join(settings)}"
 
 
 def _automodel(change: Change) -> Iterator[str]:
-    made = change.converted
+    to = change.converted
+    multipliers = (
+        ("A", to.lr_a / change.lr, to.weight_decay_scale_a),
+        ("B", to.lr_b / change.lr, to.weight_decay_scale_b),
+    )
     yield "# Automodel's scheduler applies the multipliers, so keep an lr_scheduler: section."
     yield "peft:"
     yield f"  dim: {change.target.rank}"
@@ -160,20 +147,15 @@ def _automodel(change: Change) -> Iterator[str]:
     yield "optimizer:"
     yield f"  lr: {change.lr:g}"
     yield "  param_group_overrides:"
-    for role, lr, decay in (
-        ("A", made.lr_a, made.weight_decay_scale_a),
-        ("B", made.lr_b, made.weight_decay_scale_b),
-    ):
-        yield f"    - {{pattern: lora_{role}, lr_mult: {lr / change.lr:.6g}, wd_mult: {decay:.6g}}}"
+    for role, lr, decay in multipliers:
+        yield f"    - {{pattern: lora_{role}, lr_mult: {lr:.6g}, wd_mult: {decay:.6g}}}"
 
 
 def _diffusers(change: Change) -> Iterator[str]:
+    rank = change.target.rank
     if change.target.scaling != 1.0:
-        yield (
-            "# These scripts train at alpha = rank: convert --to"
-            f" r={change.target.rank},alpha={change.target.rank}."
-        )
-    yield f"--rank {change.target.rank} --learning_rate {change.converted.lr:.4g}"
+        yield f"# These scripts train at alpha = rank: convert --to r={rank},alpha={rank}."
+    yield f"--rank {rank} --learning_rate {change.converted.lr:.4g}"
 
 
 def _onetrainer(change: Change) -> Iterator[str]:

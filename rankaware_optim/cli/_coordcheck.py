@@ -5,7 +5,7 @@ before any training.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +17,54 @@ from ..inspection import inspect_file
 from ..transfer import coordinate_check, plot_coordinates
 from ._echo import echo
 from ._options import (
+    FILE,
     LAW_TEXT,
     OPTIMIZER,
+    RANK_OR_NUMBER,
     RSLORA,
+    Several,
     init_option,
-    may_name_module,
-    number_or_rank,
-    numbers,
+    law_option,
     out_option,
 )
 
-Shape = tuple[int, int]
-_MOST_NUMBERS = (
-    2**28
-)  # of a layer's inputs, gradients and factors: 1 GiB, without the optimizer's state
+_Shape = tuple[int, int]
+# of a layer's inputs, gradients and factors: 1 GiB, without the optimizer's state
+_MOST_NUMBERS = 2**28
 
 
-def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> tuple[Shape, ...]:
-    shapes = []
-    for text in texts:
-        match = re.fullmatch(r"\s*([1-9]\d{0,8})\s*[xX×]\s*([1-9]\d{0,8})\s*", text)
+class _ShapeType(click.ParamType):  # type: ignore[type-arg]
+    """A layer's shape, as N_OUTxN_IN."""
+
+    name = "N_OUTxN_IN"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> _Shape:
+        match = re.fullmatch(r"\s*([1-9]\d{0,8})\s*[xX×]\s*([1-9]\d{0,8})\s*", value)
         if match is None:
-            raise click.BadParameter(
-                f"{text!r} is not a shape: write N_OUTxN_IN, such as 4096x14336."
-            )
-        shapes.append((int(match[1]), int(match[2])))
-    return tuple(shapes)
+            self.fail(f"{value!r} is not a shape: write N_OUTxN_IN, such as 4096x14336.")
+        return int(match[1]), int(match[2])
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.argument("path", type=FILE, required=False)
 @click.option(
     "--shape",
     "shapes",
     multiple=True,
-    callback=_shapes,
-    help="Layer, as N_OUTxN_IN. Repeatable. By default 1024x1024.",
+    type=_ShapeType(),
+    help="Layer. Repeatable. By default 1024x1024.",
 )
 @click.option(
     "--ranks",
     default="4,16,64",
     show_default=True,
-    callback=numbers(click.INT),
+    type=Several(click.INT),
     help="LoRA ranks to compare.",
 )
 @OPTIMIZER
-@click.option(
-    "--law",
-    callback=may_name_module,
-    help=f"Law to check. {LAW_TEXT} By default mua with as many tokens as --tokens.",
-)
+@law_option(f"Law to check. {LAW_TEXT} By default mua with as many tokens as --tokens.")
 @click.option(
     "--lr",
     type=float,
@@ -77,7 +75,7 @@ def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) ->
     "--alpha",
     default="rank",
     show_default=True,
-    callback=number_or_rank,
+    type=RANK_OR_NUMBER,
     help="alpha: a number, or 'rank' for alpha = rank.",
 )
 @RSLORA
@@ -93,8 +91,7 @@ def _shapes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) ->
 )
 def coordcheck(
     path: Path | None,
-    shapes: tuple[Shape, ...],
-    law: str | None,
+    shapes: tuple[_Shape, ...],
     alpha: Any,
     rslora: bool,
     out: Path | None,
@@ -110,26 +107,24 @@ def coordcheck(
         raise click.UsageError("PATH already gives the shapes, so leave --shape out.")
     if rslora and alpha == "rank":
         raise click.UsageError("--rslora needs a numeric --alpha.")
-    layers = (
-        _adapted(path)
-        if path is not None
-        else {f"{o}x{i}": (o, i) for o, i in shapes or ((1024, 1024),)}
-    )
+    if path is None:
+        layers = {f"{n_out}x{n_in}": (n_out, n_in) for n_out, n_in in shapes or ((1024, 1024),)}
+    else:
+        layers = _adapted(path)
     _refuse_huge(layers, max(options["ranks"]), options["tokens"])
-    check = coordinate_check(
-        layers,
-        law=law,
-        scaling=lambda rank: Reference(rank, rank if alpha == "rank" else alpha, rslora).scaling,
-        **options,
-    )
-    echo(str(check))
+
+    def scaling(rank: int) -> float:
+        return Reference(rank, rank if alpha == "rank" else alpha, rslora).scaling
+
+    check = coordinate_check(layers, scaling=scaling, **options)
+    echo(check)
     if out is not None:
         echo(f"Figure: {plot_coordinates(check, out)}")
     if strict and not check.ok:
         click.get_current_context().exit(1)
 
 
-def _adapted(path: Path) -> dict[str, Shape]:
+def _adapted(path: Path) -> dict[str, _Shape]:
     """Return (n_out, n_in) of every layer of an adapter on disk, without embeddings."""
     factors = [f for f in inspect_file(path).factors if f.role == "A" and f.kind != "embedding"]
     if not factors:
@@ -139,7 +134,7 @@ def _adapted(path: Path) -> dict[str, Shape]:
     return {f.layer: (int(f.fan_out), int(f.fan_in)) for f in factors}
 
 
-def _refuse_huge(layers: Mapping[str, Shape], rank: int, tokens: int) -> None:
+def _refuse_huge(layers: Mapping[str, _Shape], rank: int, tokens: int) -> None:
     name, fans = max(layers.items(), key=lambda item: sum(item[1]))
     if (count := sum(fans) * (tokens + rank)) > _MOST_NUMBERS:
         raise LawError(

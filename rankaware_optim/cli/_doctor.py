@@ -8,14 +8,15 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from typing import Any
 
 import click
 from packaging.requirements import Requirement
 
-from ._echo import echo, echo_json
+from ._echo import echo_result
 from ._options import json_option
-from ._placement import machine_cores
+from ._workers import machine_cores
 
 PACKAGE = "rankaware-optim"
 
@@ -48,8 +49,16 @@ class Need:
     @property
     def lacking(self) -> str:
         """The requirement and what is installed, as "matplotlib>=3.8 (not installed)"."""
-        found = "not installed" if self.version is None else f"{self.version} is installed"
-        return f"{self.requirement.name}{self.requirement.specifier} ({found})"
+        installed = "not installed" if self.version is None else f"{self.version} is installed"
+        return f"{self.requirement.name}{self.requirement.specifier} ({installed})"
+
+
+def _lacking(needs: Iterable[Need]) -> list[str]:
+    return [need.lacking for need in needs if not need.met]
+
+
+def _installed(needs: Iterable[Need]) -> str:
+    return ", ".join(f"{need.requirement.name} {need.version}" for need in needs if need.met)
 
 
 @click.command()
@@ -61,15 +70,33 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Extras are sets of optional packages. For each that is not complete, the command that installs
     the rest is printed. The exit code is 1 if a required package is missing or too old.
     """
-    needs = tuple(needs_of(metadata.requires(PACKAGE) or ()))
-    missing = [need for need in needs if not need.extra and not need.met]
+    by_extra: dict[str, list[Need]] = {}
+    for need in needs_of(metadata.requires(PACKAGE) or ()):
+        by_extra.setdefault(need.extra, []).append(need)
+    required = by_extra.pop("")
+    by_extra = dict(sorted(by_extra.items()))
     torch = _torch()
-    if as_json:
-        echo_json(_document(needs, torch))
-    else:
-        for line in _sentences(needs, torch):
-            echo(line)
-    ctx.exit(1 if missing else 0)
+    document: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": machine_cores(),
+        "cache": _cache(),
+        "packages": {PACKAGE: _version(PACKAGE)},
+        "missing": _lacking(required),
+        "extras": {extra: _lacking(needs) for extra, needs in by_extra.items()},
+        "torch": torch,
+    }
+    for need in [*required, *chain(*by_extra.values())]:
+        document["packages"][need.requirement.name] = need.version
+    lines = [
+        *_of_requirements(document, required),
+        *_of_extras(by_extra),
+        *_of_torch(torch),
+    ]
+    if document["cache"] is not None:
+        lines.append(f"Recipes from the Hugging Face Hub are cached in {document['cache']}.")
+    echo_result(as_json, "\n".join(lines), document)
+    ctx.exit(1 if document["missing"] else 0)
 
 
 def needs_of(requires: Iterable[str]) -> Iterator[Need]:
@@ -101,8 +128,8 @@ def _torch() -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}", "cuda": None, "devices": []}
     devices = []
     for i in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(i)
-        devices.append({"name": found.name, "memory_gib": round(found.total_memory / 2**30, 1)})
+        gpu = torch.cuda.get_device_properties(i)
+        devices.append({"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)})
     if torch.backends.mps.is_available():
         devices.append({"name": "Apple GPU (mps)", "memory_gib": None})
     return {"error": None, "cuda": torch.version.cuda, "devices": devices}
@@ -119,57 +146,25 @@ def _cache() -> str | None:
     return str(HF_HUB_CACHE)
 
 
-def _extras(needs: tuple[Need, ...]) -> Mapping[str, list[Need]]:
-    return {
-        extra: [need for need in needs if need.extra == extra]
-        for extra in sorted({n.extra for n in needs} - {""})
-    }
-
-
-def _document(needs: tuple[Need, ...], torch: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": machine_cores(),
-        "cache": _cache(),
-        "packages": {
-            PACKAGE: _version(PACKAGE),
-            **{need.requirement.name: need.version for need in needs},
-        },
-        "missing": [need.lacking for need in needs if not need.extra and not need.met],
-        "extras": {
-            name: [n.lacking for n in own if not n.met] for name, own in _extras(needs).items()
-        },
-        "torch": torch,
-    }
-
-
-def _sentences(needs: tuple[Need, ...], torch: Mapping[str, Any]) -> Iterator[str]:
-    yield (
-        f"Python {platform.python_version()} on {platform.platform()} with {machine_cores()} CPU"
-        " cores."
-    )
-    always = ", ".join(f"{n.requirement.name} {n.version}" for n in needs if not n.extra and n.met)
-    yield f"{PACKAGE} {_version(PACKAGE)} is installed, with {always}."
-    for need in needs:
-        if not need.extra and not need.met:
+def _of_requirements(document: Mapping[str, Any], required: Iterable[Need]) -> Iterator[str]:
+    python, system, cores = (document[key] for key in ("python", "platform", "cpus"))
+    yield f"Python {python} on {system} with {cores} CPU cores."
+    yield f"{PACKAGE} {_version(PACKAGE)} is installed, with {_installed(required)}."
+    for need in required:
+        if not need.met:
             name = f"{need.requirement.name}{need.requirement.specifier}"
-            yield (
-                f"A required package is missing: {need.lacking}. To install it: pip install"
-                f' "{name}".'
-            )
-    for name, own in _extras(needs).items():
-        lacking = [need.lacking for need in own if not need.met]
-        there = ", ".join(f"{need.requirement.name} {need.version}" for need in own)
-        cure = (
-            f"is not complete: {', '.join(lacking)}. To install it, in a clone of {PACKAGE}: pip"
-            f' install ".[{name}]".'
-        )
-        yield f"Extra {name} " + (cure if lacking else f"is complete: {there}.")
-    yield from _of_torch(torch)
-    cache = _cache()
-    if cache is not None:
-        yield f"Recipes from the Hugging Face Hub are cached in {cache}."
+            cure = f'To install it: pip install "{name}".'
+            yield f"A required package is missing: {need.lacking}. {cure}"
+
+
+def _of_extras(by_extra: Mapping[str, Iterable[Need]]) -> Iterator[str]:
+    for extra, needs in by_extra.items():
+        lacking = _lacking(needs)
+        if lacking:
+            cure = f'To install it, in a clone of {PACKAGE}: pip install ".[{extra}]".'
+            yield f"Extra {extra} is not complete: {', '.join(lacking)}. {cure}"
+        else:
+            yield f"Extra {extra} is complete: {_installed(needs)}."
 
 
 def _of_torch(torch: Mapping[str, Any]) -> Iterator[str]:

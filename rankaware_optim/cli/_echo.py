@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
-from typing import Any
 
 import click
+import msgspec
 
 from .._printing import printable
 
@@ -34,14 +32,13 @@ def echo_json(value: object) -> None:
     """Print `value` as one JSON document: dataclasses as objects, numbers that are not finite as
     null.
     """
-    click.echo(json.dumps(_plain(value), indent=1, allow_nan=False))
+    plain = msgspec.json.decode(msgspec.json.encode(value, enc_hook=float))
+    click.echo(json.dumps(plain, indent=1))
 
 
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(own) for key, own in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(own) for own in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def echo_result(as_json: bool, result: object, document: object = None) -> None:
+    """Print a result as text or as JSON. document: what JSON shows, if it is not the result."""
+    if as_json:
+        echo_json(result if document is None else document)
+    else:
+        echo(result)

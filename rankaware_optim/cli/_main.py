@@ -1,4 +1,4 @@
-"""The command `rankaware`, also `python -m rankaware_optim`. Each subcommand has a file, imported
+"""The command `rankaware`, also `python -m rankaware_optim`. The module of a subcommand is imported
 when it is used.
 """
 
@@ -18,27 +18,26 @@ from ._options import in_options
 
 _INTERRUPTED = 130  # exit code of shells for SIGINT
 
-_COMMANDS = (
-    "calibrate",
-    "convert",
-    "coordcheck",
-    "demo",
-    "diff",
-    "doctor",
-    "fit",
-    "inspect",
-    "lr",
-    "plot",
-    "report",
-    "show",
-    "suggest",
-)
+# The module of each command.
+_COMMANDS = {
+    "calibrate": "_calibrate",
+    "convert": "_conversions",
+    "coordcheck": "_coordcheck",
+    "demo": "_demo",
+    "diff": "_recipes",
+    "doctor": "_doctor",
+    "fit": "_sweep",
+    "inspect": "_adapters",
+    "lr": "_recipes",
+    "plot": "_recipes",
+    "report": "_recipes",
+    "show": "_recipes",
+    "suggest": "_adapters",
+}
 
 
 class _Commands(click.Group):
-    """Finds a command in the file of its name, and prints this package's errors without a
-    traceback.
-    """
+    """Finds a command in its module, and prints this package's errors without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -46,26 +45,21 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        name = cmd_name.replace("-", "_")
-        found: click.Command = getattr(import_module(f"{__package__}._{name}"), name)
-        return found
+        module = import_module(f"{__package__}.{_COMMANDS[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Complete commands by name only: their help would import all of them, and torch, at every
         key press.
         """
-        named = [CompletionItem(name) for name in _COMMANDS if name.startswith(incomplete)]
-        return [*named, *click.Command.shell_complete(self, ctx, incomplete)]
+        commands = [CompletionItem(name) for name in _COMMANDS if name.startswith(incomplete)]
+        return [*commands, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def main(self, *args: Any, **settings: Any) -> Any:
-        for stream in (
-            sys.stdout,
-            sys.stderr,
-        ):  # a console of Windows may lack √, and then its help would not print
-            if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in (
-                "utf-8",
-                "utf8",
-            ):
+        for stream in (sys.stdout, sys.stderr):
+            # a console of Windows may lack √, and then its help would not print
+            if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
                 stream.reconfigure(errors="replace")
         return super().main(*args, **settings)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,81 +14,73 @@ import click
 
 from ..errors import RankAwareError
 
-
-@contextmanager
-def _current_folder() -> Iterator[None]:
-    """Let the current folder be searched for modules, after everything else."""
-    folder = os.getcwd()
-    if folder in sys.path:
-        yield
-        return
-    sys.path.append(folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
-def may_name_module(ctx: click.Context, param: click.Parameter, given: Any) -> Any:
-    """Import from the current folder too, if a text names a module, as "module:name". A click
-    callback.
-
-    Until then, and without such a text, nothing of the folder is run: it may be someone else's.
-    """
-    if ":" in str(given):  # of a text, or of several
-        ctx.with_resource(_current_folder())
-    return given
-
-
-def numbers(
-    kind: Callable[..., Any], named: Mapping[str, Any] | None = None
-) -> Callable[..., tuple[Any, ...] | None]:
-    """Return a callback that parses "4,64" as a tuple of numbers. A word in `named` stands for its
-    value.
-    """
-
-    def read(
-        ctx: click.Context, param: click.Parameter, text: str | None
-    ) -> tuple[Any, ...] | None:
-        if text is None:
-            return None
-        words = [word.strip() for word in text.split(",")]
-        try:
-            return tuple(
-                named[word] if named and word in named else kind(word, param, ctx) for word in words
-            )
-        except click.BadParameter as error:
-            raise click.BadParameter(
-                f"{error.message} Separate numbers by commas, as in 4,64.", ctx, param
-            ) from None
-
-    return read
+Decorator = Callable[[Any], Any]
 
 
 def in_options(error: RankAwareError, command: click.Command) -> str:
     """Return an error's message, with the command's option in place of the argument at fault."""
     for param in command.params:
         if isinstance(param, click.Option) and param.name == error.argument:
-            return max(param.opts, key=len) + str(error).removeprefix(error.argument)
+            return max(param.opts, key=len) + str(error).removeprefix(param.name or "")
     return str(error)
 
 
-def number_or_rank(
-    ctx: click.Context, param: click.Parameter, value: str | None
-) -> float | str | None:
-    """Parse a number, or the word "rank". A click callback."""
-    try:
-        return value if value in (None, "rank") else float(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a valid float, nor 'rank'.") from error
+# --- values ---------------------------------------------------------------------------------------
+
+
+class OrWord(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions
+    """A number, or a word that stands for a value."""
+
+    def __init__(self, number: Any, **words: Any) -> None:
+        self.number, self.words = number, words
+        self.name = "|".join([number.name, *words])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return self.words[value] if value in self.words else self.number.convert(value, param, ctx)
+
+
+class Several(click.ParamType):  # type: ignore[type-arg]
+    """Values separated by commas, as in 4,64. They are a tuple."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind, self.name = kind, f"{kind.name},..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self.kind.convert(word.strip(), param, ctx) for word in value.split(","))
+        except click.BadParameter as error:
+            self.fail(f"{error.message} Separate numbers by commas, as in 4,64.", param, ctx)
+
+
+RANK_OR_NUMBER = OrWord(click.FLOAT, rank="rank")
+
+
+def may_name_module(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Import from the current folder too, after everything else, if a text names a module, as
+    "module:name". A click callback.
+
+    Until then, and without such a text, nothing of the folder is run: it may be someone else's.
+    """
+    folder = os.getcwd()
+    if ":" in str(value) and folder not in sys.path:
+        sys.path.append(folder)
+        ctx.call_on_close(partial(sys.path.remove, folder))
+    return value
 
 
 def _columns(ctx: click.Context, param: click.Parameter, pairs: Sequence[str]) -> dict[str, str]:
-    parted = [pair.partition("=") for pair in pairs]
-    if not all(equals for _, equals, _ in parted):
-        raise click.BadParameter("Write FIELD=COLUMN, such as loss=final_loss.")
-    return {field.strip(): column.strip() for field, _, column in parted}
+    columns = {}
+    for pair in pairs:
+        field, equals, column = pair.partition("=")
+        if not equals:
+            raise click.BadParameter("Write FIELD=COLUMN, such as loss=final_loss.")
+        columns[field.strip()] = column.strip()
+    return columns
 
+
+# --- files ----------------------------------------------------------------------------------------
 
 # Files that may be overwritten, by kind (a page, or the suffix of others): what they are, and how
 # they begin.
@@ -108,14 +100,14 @@ def check_out(path: Path, kind: str = "") -> None:
     """Raise if a file would be overwritten that is neither empty nor of the same kind."""
     if not os.path.exists(path):
         return
-    what, known = _WRITTEN.get(kind or path.suffix.lower(), _UNKNOWN)
+    what, beginning = _WRITTEN.get(kind or path.suffix.lower(), _UNKNOWN)
     if path.is_file():
         try:
             with path.open("rb") as file:
                 head = file.read(_HEAD)
         except OSError as error:
             raise click.ClickException(f"{path} cannot be read: {error}.") from error
-        if not head or re.search(known, head):
+        if not head or re.search(beginning, head):
             return
     raise click.ClickException(
         f"{path} exists and is not {what}, so it was not overwritten. Give another file, or remove"
@@ -123,7 +115,7 @@ def check_out(path: Path, kind: str = "") -> None:
     )
 
 
-def out_option(kind: str = "", **settings: Any) -> Callable[[Any], Any]:
+def out_option(kind: str = "", **settings: Any) -> Decorator:
     """Return the option -o FILE, which `check_out` checks before the command begins."""
 
     def check(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
@@ -136,13 +128,17 @@ def out_option(kind: str = "", **settings: Any) -> Callable[[Any], Any]:
     )
 
 
+FILE = click.Path(path_type=Path)
+
+# --- options --------------------------------------------------------------------------------------
+
 RECIPE_FIELDS = (
     "an object with the fields of the recipe's .toml file but schema and tensors, null where the"
     " file has none. recipes/SCHEMA.md lists them with their units."
 )
 
 
-def json_option(shape: str) -> Callable[[Any], Any]:
+def json_option(shape: str) -> Decorator:
     """Return the option --json, as `as_json`. shape: the fields of the document with their units,
     for the help.
     """
@@ -155,9 +151,7 @@ _INIT_HELP = (
 )
 
 
-def init_option(
-    more: str = "", names: Sequence[str] = ("A", "B"), **settings: Any
-) -> Callable[[Any], Any]:
+def init_option(more: str = "", names: Sequence[str] = ("A", "B"), **settings: Any) -> Decorator:
     """Return the option --init. more: what follows the meaning of A and B in its help."""
     return click.option(
         "--init", type=click.Choice(names), help=f"{_INIT_HELP} {more}".rstrip(), **settings
@@ -166,7 +160,7 @@ def init_option(
 
 ALPHA = click.option(
     "--alpha",
-    callback=number_or_rank,
+    type=RANK_OR_NUMBER,
     help="alpha of rows without one: a number, or 'rank' for alpha = rank.",
 )
 COLUMN = click.option(
@@ -176,17 +170,30 @@ COLUMN = click.option(
     callback=_columns,
     help="Column of a field, such as loss=final_loss. Repeatable.",
 )
-OPTIMIZER = click.option(
-    "--optimizer",
-    callback=may_name_module,
-    default="AdamW",
-    show_default=True,
-    help="Optimizer: a name such as AdamW, or package:Class.",
-)
 LAW_TEXT = (
     "It is a registered name, or package.module:Class. Parameters follow a question mark, such as"
     " 'mua?tokens=16'. Put an inner law with parameters in brackets."
 )
+
+
+def law_option(text: str, **settings: Any) -> Decorator:
+    """Return the option --law with this help."""
+    settings = {"show_default": True, **settings}
+    return click.option("--law", callback=may_name_module, help=text, **settings)
+
+
+def optimizer_option(default: str = "AdamW") -> Decorator:
+    """Return the option --optimizer."""
+    return click.option(
+        "--optimizer",
+        callback=may_name_module,
+        default=default,
+        show_default=True,
+        help="Optimizer: a name such as AdamW, or package:Class.",
+    )
+
+
+OPTIMIZER = optimizer_option()
 RSLORA = click.option("--rslora", is_flag=True, help="rsLoRA: divide alpha by √rank, not by rank.")
 
 # Fields of a `Rate` in a document.
@@ -195,3 +202,10 @@ RATE_FIELDS = (
     " diverged, moved to this configuration, or null), extrapolated (whether it is outside what was"
     " tried), notes (sentences), configuration (text)"
 )
+
+
+def refuse_for_full(**options: object) -> None:
+    """Raise if an option of adapters is given beside --full."""
+    for name, value in options.items():
+        if value not in (None, False):
+            raise click.UsageError(f"Full finetuning has no --{name}.")

@@ -7,6 +7,7 @@ Importing this module imports none of them.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -15,8 +16,9 @@ from .._optimizers import get_optimizer_class
 from .._warn import warn
 from ..errors import CheckpointError, OptimizerError
 from ..optimizer import RankAwareOptimizer
-from ._training_arguments import check_given
-from ._transformers import TrainerFactory, log_rates
+from ._logs import log_rates
+from ._trainer_factory import TrainerFactory
+from ._training_arguments import check_rate
 
 
 def attach(trainer: Any, optimizer: type[Optimizer] | str | None = None, **settings: Any) -> None:
@@ -24,7 +26,7 @@ def attach(trainer: Any, optimizer: type[Optimizer] | str | None = None, **setti
     training::
 
         trainer = GRPOTrainer(model, rewards, args=args, train_dataset=data)
-        ra.integrations.attach(trainer, torch.optim.AdamW, lr=2e-4, tuned_at=ra.Reference(rank=16, alpha=32))
+        ra.integrations.attach(trainer, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32")
         trainer.train()
 
     The optimizer is made when the trainer has wrapped its model. Weight decay, and rate, betas and
@@ -43,36 +45,19 @@ def attach(trainer: Any, optimizer: type[Optimizer] | str | None = None, **setti
         OptimizerError: it is not such a trainer, it has an optimizer already, or no rate was given.
             Nothing was changed.
     """
-    if not hasattr(trainer, "callback_handler") or not hasattr(trainer, "optimizer_cls_and_kwargs"):
-        raise OptimizerError(
-            f"attach got a {type(trainer).__name__}, which is not a Trainer of transformers.",
-            "Give a trainer of transformers or TRL. For Lightning build the optimizer in"
-            " configure_optimizers.",
-        )
-    own = trainer.optimizer_cls_and_kwargs
-    if trainer.optimizer is not None or (own is not None and optimizer is not None):
-        raise OptimizerError(
-            "The trainer already has an optimizer.",
-            "Leave optimizers= and optimizer_cls_and_kwargs= out, and attach once, before"
-            " training.",
-        )
-    native = None if optimizer is None else get_optimizer_class(optimizer)
-    if native is None:
-        native, chosen = _own_choice(trainer, own)
-        if own is None and settings.get(
-            "apply_settings"
-        ):  # the recipe's replace the arguments' defaults
-            chosen = {name: value for name, value in chosen.items() if name not in ("betas", "eps")}
-        settings = {**chosen, **settings}
-    check_given("attach", native, trainer.args, settings)
-    printed = trainer.is_world_process_zero()
+    _check_trainer(trainer, optimizer)
+    if optimizer is None:
+        native, defaults = _trainers_choice(trainer, settings)
+        settings = {**defaults, **settings}
+    else:
+        native = get_optimizer_class(optimizer)
+    check_rate("attach", native, trainer.args, settings)
+    prints = trainer.is_world_process_zero()
 
-    def make(params: Any, **said: Any) -> RankAwareOptimizer:
-        opt = RankAwareOptimizer(params, native, **said)
-        if printed and isinstance(
-            opt, RankAwareOptimizer
-        ):  # here, before a warm-up has set the rates to zero
-            print(opt.report(), flush=True)
+    def make(params: Any, **arguments: Any) -> RankAwareOptimizer:
+        opt = RankAwareOptimizer(params, native, **arguments)
+        if prints and isinstance(opt, RankAwareOptimizer):
+            print(opt.report(), flush=True)  # before a warm-up has set the rates to zero
         return opt
 
     factory = TrainerFactory(make, native, settings, trainer.args, _ModelOf(trainer))
@@ -80,6 +65,22 @@ def attach(trainer: Any, optimizer: type[Optimizer] | str | None = None, **setti
     log_rates(trainer)
     if not settings.get("native_type"):
         trainer.add_callback(_look())
+
+
+def _check_trainer(trainer: Any, optimizer: object) -> None:
+    if not hasattr(trainer, "callback_handler") or not hasattr(trainer, "optimizer_cls_and_kwargs"):
+        raise OptimizerError(
+            f"attach got a {type(trainer).__name__}, which is not a Trainer of transformers.",
+            "Give a trainer of transformers or TRL. For Lightning build the optimizer in"
+            " configure_optimizers.",
+        )
+    chosen_twice = trainer.optimizer_cls_and_kwargs is not None and optimizer is not None
+    if trainer.optimizer is not None or chosen_twice:
+        raise OptimizerError(
+            "The trainer already has an optimizer.",
+            "Leave optimizers= and optimizer_cls_and_kwargs= out, and attach once, before"
+            " training.",
+        )
 
 
 class _ModelOf:
@@ -97,20 +98,26 @@ class _ModelOf:
         return _ModelOf, (self._trainer(),)
 
 
-def _own_choice(trainer: Any, own: Any) -> tuple[type[Optimizer], dict[str, Any]]:
+def _trainers_choice(
+    trainer: Any, settings: Mapping[str, Any]
+) -> tuple[type[Optimizer], dict[str, Any]]:
     """Return the class that the trainer would build, and its settings without the rate, which may
-    be a default.
+    be a default. A recipe's settings replace those of the arguments.
     """
-    native, chosen = own or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-    if {"params", "model", "optimizer_dict"} & chosen.keys() or not isinstance(native, type):
+    native, defaults = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
+        trainer.args, trainer.model
+    )
+    if {"params", "model", "optimizer_dict"} & defaults.keys() or not isinstance(native, type):
         raise OptimizerError(
             f"The trainer's own optimizer, {getattr(trainer.args, 'optim', native)}, makes its"
             " groups itself.",
             "Give another class: attach(trainer, torch.optim.AdamW, ...).",
         )
-    return get_optimizer_class(native), {
-        name: value for name, value in chosen.items() if name != "lr"
-    }
+    unused = {"lr"}
+    if trainer.optimizer_cls_and_kwargs is None and settings.get("apply_settings"):
+        unused |= {"betas", "eps"}
+    kept = {name: value for name, value in defaults.items() if name not in unused}
+    return get_optimizer_class(native), kept
 
 
 def _look() -> Any:
@@ -125,18 +132,15 @@ def _look() -> Any:
         """
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            outer = opt = kwargs["optimizer"]
-            while (
-                not isinstance(opt, RankAwareOptimizer)
-                and getattr(opt, "optimizer", None) is not None
-            ):
+            wrapper = opt = kwargs["optimizer"]
+            while not isinstance(opt, RankAwareOptimizer):
+                if getattr(opt, "optimizer", None) is None:
+                    _warn_of_another(args, opt)
+                    return
                 opt = opt.optimizer
-            if not isinstance(opt, RankAwareOptimizer):
-                _warn_of_another(args, opt)
-                return
             _refuse_plain_scheduler(kwargs["lr_scheduler"], opt)
-            if outer is not opt:
-                outer.report, outer.expand = opt.report, opt.expand
+            if wrapper is not opt:
+                wrapper.report, wrapper.expand = opt.report, opt.expand
 
     return Look()
 
@@ -156,12 +160,12 @@ def _refuse_plain_scheduler(scheduler: Any, opt: RankAwareOptimizer) -> None:
 
 
 def _warn_of_another(args: Any, opt: Any) -> None:
-    own = getattr(args, "embedding_learning_rate", None)
+    rate = getattr(args, "embedding_learning_rate", None)
     cure = "give attach's settings to the optimizer that it makes."
-    if own is not None:
+    if rate is not None:
         cure = (
             "leave embedding_learning_rate out, which makes Unsloth build its own optimizer, and"
-            f" give attach rates={{'*modules_to_save*': {own:g}}}."
+            f" give attach rates={{'*modules_to_save*': {rate:g}}}."
         )
     warn(
         f"The trainer made its own {type(opt).__name__}, and the attached optimizer is ignored:"

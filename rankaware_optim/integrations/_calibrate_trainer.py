@@ -20,9 +20,7 @@ from .._optimizers import get_optimizer_class
 from ..calibration import Pushed, Trial, calibrate, release_memory, seeded
 from ..errors import CalibrationError
 from ..recipe import Recipe
-from ._lightning import fit
-from ._trainer_run import TrainerRun
-from ._transformers import train
+from ._trainer_run import TrainerRun, run_lightning, run_transformers
 
 
 def calibrate_trainer(
@@ -103,16 +101,15 @@ def calibrate_trainer(
 
 def _run(make_trainer: Callable[[Trial], Any], run: TrainerRun) -> Any:
     """Run one trial and return its score, or None if there is none."""
-    made = make_trainer(
-        run.trial
-    )  # the only reference, so that its memory is released before the next trial
+    # the only reference, so that its memory is released before the next trial
+    trainer = make_trainer(run.trial)
     try:
-        if isinstance(made, tuple) and len(made) >= 2 and hasattr(made[0], "fit_loop"):
-            return fit(made[0], made[1], made[2:], run)
-        if hasattr(made, "callback_handler") and hasattr(made, "training_step"):
-            return train(made, run)
+        if isinstance(trainer, tuple) and len(trainer) >= 2 and hasattr(trainer[0], "fit_loop"):
+            return run_lightning(trainer[0], trainer[1], trainer[2:], run)
+        if hasattr(trainer, "callback_handler") and hasattr(trainer, "training_step"):
+            return run_transformers(trainer, run)
     finally:
-        del made
+        del trainer
         release_memory()
     raise CalibrationError(
         "make_trainer returned no known trainer.",
@@ -123,24 +120,22 @@ def _run(make_trainer: Callable[[Trial], Any], run: TrainerRun) -> Any:
 
 @contextmanager
 def _surroundings() -> Iterator[None]:
-    """Restore at the end what trainers change: os.environ, the known loggers, the warning filters."""
+    """Restore at the end what trainers change: os.environ, loggers and warning filters."""
     environment = dict(os.environ)
-    known = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
-    found = [
-        (x, x.level, x.propagate, x.disabled, list(x.handlers))
-        for x in (logging.getLogger(), *known)
+    loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+    states = [
+        (logger, logger.level, logger.propagate, logger.disabled, [*logger.handlers])
+        for logger in loggers
+        if isinstance(logger, logging.Logger)
     ]
     with warnings.catch_warnings():
         try:
             yield
         finally:
-            for logger, level, propagate, disabled, handlers in found:
+            for logger, level, propagate, disabled, handlers in states:
                 logger.setLevel(level)
-                logger.propagate, logger.disabled, logger.handlers[:] = (
-                    propagate,
-                    disabled,
-                    handlers,
-                )
+                logger.propagate, logger.disabled = propagate, disabled
+                logger.handlers[:] = handlers
             for name in os.environ.keys() - environment.keys():
                 del os.environ[name]
             os.environ.update(environment)

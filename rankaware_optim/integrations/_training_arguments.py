@@ -17,53 +17,58 @@ from torch.optim import Optimizer
 from ..errors import OptimizerError
 
 
-def settings_of(native: type[Optimizer], args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given settings, completed by those of `args` that `native` accepts. With a recipe,
-    without a rate.
+def settings_of(native: type[Optimizer], args: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the user's settings, completed by those of `args` that `native` accepts. With a
+    recipe, without a rate.
 
     The arguments give the weight decay, which Trainer always passes, and rate, betas and eps if
     they were set. Where they have their default values, the class's own defaults are used. Lion's
     second beta is 0.99, for example, and a default rate is not tuned. With apply_settings, the
     recipe's weight decay is used instead of a default one.
     """
-    given = {name: value for name, value in given.items() if value is not None}
+    settings = {name: value for name, value in settings.items() if value is not None}
     if args is None:
-        return given
+        return settings
     changed = {f.name for f in fields(args) if getattr(args, f.name) != f.default}
-    takes = inspect.signature(native).parameters
-    found: dict[str, Any] = {}
-    if "weight_decay" in takes and ("weight_decay" in changed or not given.get("apply_settings")):
-        found["weight_decay"] = args.weight_decay
-    if "learning_rate" in changed and "recipe" not in given:
-        found["lr"] = args.learning_rate
-    if {"adam_beta1", "adam_beta2"} & changed and len(_default(takes, "betas", ())) == 2:
-        found["betas"] = (args.adam_beta1, args.adam_beta2)
-    if "adam_epsilon" in changed and isinstance(_default(takes, "eps", None), float):
-        found["eps"] = args.adam_epsilon
-    return {**found, **given}
+    completed = {}
+    if "learning_rate" in changed and "recipe" not in settings:
+        completed["lr"] = args.learning_rate
+    if "weight_decay" in changed or not settings.get("apply_settings"):
+        completed["weight_decay"] = args.weight_decay
+    if {"adam_beta1", "adam_beta2"} & changed:
+        completed["betas"] = (args.adam_beta1, args.adam_beta2)
+    if "adam_epsilon" in changed:
+        completed["eps"] = args.adam_epsilon
+    accepted = {name: value for name, value in completed.items() if _takes(native, name, value)}
+    return {**accepted, **settings}
 
 
-def check_given(who: str, native: type[Optimizer], args: Any, given: Mapping[str, Any]) -> None:
-    """Raise if a model was given, which the trainer gives, or no rate."""
-    if "model" in given:
+def _takes(native: type[Optimizer], name: str, value: Any) -> bool:
+    """Return whether a class has this setting, and in this form: Adafactor's eps are two."""
+    parameters = inspect.signature(native).parameters
+    if name not in ("betas", "eps"):
+        return name == "lr" or name in parameters
+    default = parameters[name].default if name in parameters else None
+    if isinstance(value, tuple):
+        return isinstance(default, tuple) and len(default) == len(value)
+    return isinstance(default, float)
+
+
+def check_rate(
+    caller: str, native: type[Optimizer], args: Any, settings: Mapping[str, Any]
+) -> None:
+    """Raise if no rate was given, or a model, which the trainer gives."""
+    if "model" in settings:
         raise OptimizerError(
-            f"{who} was given model=, but uses that of the trainer.", "Leave it out."
+            f"{caller} was given model=, but uses that of the trainer.", "Leave it out."
         )
-    settings = settings_of(native, args, given)
-    if "lr" not in settings and "recipe" not in settings:
-        usual = (
-            "" if args is None else f" to another value than its default, {args.learning_rate:g}"
-        )
-        raise OptimizerError(
-            f"{who} was given no rate.",
-            f"Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments{usual}.",
-        )
-
-
-def _default(takes: Mapping[str, inspect.Parameter], name: str, otherwise: Any) -> Any:
-    """Return the default of a constructor's argument if it has the expected type, else `otherwise`."""
-    found = takes[name].default if name in takes else otherwise
-    return found if isinstance(found, (tuple, float)) else otherwise
+    if {"lr", "recipe"} & settings_of(native, args, settings).keys():
+        return
+    usual = "" if args is None else f" to another value than its default, {args.learning_rate:g}"
+    raise OptimizerError(
+        f"{caller} was given no rate.",
+        f"Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments{usual}.",
+    )
 
 
 def trainer_groups(model: nn.Module, native: type[Optimizer]) -> Any:

@@ -9,53 +9,33 @@ come from the YAML.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, field_validator
 
 from ..errors import OptimizerError
 from ._attach import attach
 from ._settings import settings_from_words
 
-_OWN_GROUPS = ("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale", "lr_groups")
-
-
-class Settings(BaseModel):
-    """The section `rankaware:`, with the arguments of `RankAwareOptimizer`. A reference is a text:
-    "r=16,alpha=32".
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    tuned_at: str | None = None
-    recipe: str | None = None
-    law: str | None = None
-    method: Literal["lora", "full"] = "lora"
-    init: Literal["A", "B"] | None = None
-    rates: dict[str, float] = {}
-    other_lr: float | None = None
-    per_layer_width: bool = False
-    batch: float | None = None
-    strict: bool = False
-    scale_weight_decay: bool = True
-    on_rank_change: Literal["raise", "reset"] = "raise"
-
-    @model_validator(mode="after")
-    def _check(self) -> Settings:
-        """Check the reference before a model is loaded."""
-        self.for_optimizer()
-        return self
-
-    def for_optimizer(self) -> dict[str, Any]:
-        """Return the arguments of `RankAwareOptimizer` that were set."""
-        return settings_from_words(self.model_dump(exclude_unset=True, exclude_none=True))
+_AXOLOTLS_GROUPS = ("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale", "lr_groups")
 
 
 class Arguments(BaseModel):
-    """The plug-in's part of Axolotl's configuration."""
+    """The plug-in's part of Axolotl's configuration.
 
-    rankaware: Settings = Settings()
+    Its section `rankaware:` has the arguments of `RankAwareOptimizer`. A reference is a text:
+    "r=16,alpha=32".
+    """
+
+    rankaware: dict[str, Any] = {}
+
+    @field_validator("rankaware")
+    @classmethod
+    def _check(cls, words: dict[str, Any]) -> dict[str, Any]:
+        """Check the settings before a model is loaded."""
+        settings_from_words(words)
+        return words
 
 
 class Plugin(BasePlugin):
@@ -65,13 +45,11 @@ class Plugin(BasePlugin):
         return f"{__name__}.Arguments"
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        given = [name for name in _OWN_GROUPS if cfg.get(name) not in (None, False)]
-        if given:
-            raise OptimizerError(
-                f"{given[0]} is of groups that Axolotl makes, which this plug-in replaces.",
-                "Leave it out, and say it as rankaware: rates: {'*embed_tokens*': 1e-5}, or law:"
-                " loraplus.",
-            )
-        settings = Settings.model_validate(dict(cfg.rankaware or {})).for_optimizer()
-        rate: dict[str, Any] = {} if "recipe" in settings else {"lr": float(cfg.learning_rate)}
-        attach(trainer, **rate, **settings)
+        for name in _AXOLOTLS_GROUPS:
+            if cfg.get(name) not in (None, False):
+                raise OptimizerError(
+                    f"{name} is of groups that Axolotl makes, which this plug-in replaces.",
+                    "Leave it out, and say it as rankaware: rates: {'*embed_tokens*': 1e-5}, or"
+                    " law: loraplus.",
+                )
+        attach(trainer, **settings_from_words(cfg.rankaware or {}, lr=float(cfg.learning_rate)))

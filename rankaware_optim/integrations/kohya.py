@@ -22,38 +22,35 @@ from ..optimizer import rank_aware_param_groups
 from ._settings import settings_from_words
 
 _PREFIX = "rankaware_"
-_METHODS = (
-    "prepare_optimizer_params_with_multiple_te_lrs",
-    "prepare_optimizer_params",
-)  # the scripts' own order
+# in the scripts' own order
+_METHODS = ("prepare_optimizer_params_with_multiple_te_lrs", "prepare_optimizer_params")
 
 
 def create_network(*args: Any, **kwargs: Any) -> Any:
     """Return the network `rankaware_network`, with parameter groups split by rank."""
-    own, name, settings = _parted(kwargs)
-    return _adapted(import_module(name).create_network(*args, **own), name, settings)
+    others, name, settings = _parted(kwargs)
+    return _adapted(import_module(name).create_network(*args, **others), name, settings)
 
 
 def create_network_from_weights(*args: Any, **kwargs: Any) -> Any:
     """Return the network in a file, with parameter groups split by rank, and its weights."""
-    own, name, settings = _parted(kwargs)
-    network, weights = import_module(name).create_network_from_weights(*args, **own)
+    others, name, settings = _parted(kwargs)
+    network, weights = import_module(name).create_network_from_weights(*args, **others)
     return _adapted(network, name, settings), weights
 
 
 def _parted(kwargs: dict[str, Any]) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Return the network's own arguments, its module's name, and our settings."""
-    ours = {name[len(_PREFIX) :]: text for name, text in kwargs.items() if name.startswith(_PREFIX)}
-    own = {name: value for name, value in kwargs.items() if not name.startswith(_PREFIX)}
-    name = ours.pop("network", "networks.lora")
-    settings = settings_from_words(ours)
-    for unknown in {"recipe", "scale_weight_decay", "on_rank_change"} & settings.keys():
+    name = kwargs.pop(f"{_PREFIX}network", "networks.lora")
+    settings = settings_from_words(kwargs, _PREFIX)
+    for unusable in {"recipe", "scale_weight_decay", "on_rank_change"} & settings.keys():
         raise OptimizerError(
-            f"rankaware_{unknown} is for an optimizer of this package, and the scripts build a"
+            f"rankaware_{unusable} is for an optimizer of this package, and the scripts build a"
             " native one.",
             "Leave it out; a recipe's rate and reference are printed by rankaware show.",
         )
-    return own, name, settings
+    others = {name: value for name, value in kwargs.items() if not name.startswith(_PREFIX)}
+    return others, name, settings
 
 
 def _adapted(network: Any, name: str, settings: dict[str, Any]) -> Any:
@@ -70,15 +67,13 @@ def _split(network: Any, native: Callable[..., Any], settings: dict[str, Any], *
     """Return the network's groups with rates by rank, and for each the description of its original
     group.
     """
-    found = native(*rates)
-    groups, descriptions = found if isinstance(found, tuple) else (found, None)
-    rated = next((group["lr"] for group in groups if group.get("lr")), rates[-1])
-    split = rank_aware_param_groups(groups, model=network, lr=rated, named=False, **settings)
-    return (
-        split
-        if descriptions is None
-        else (split, [descriptions[group["user_group"]] for group in split])
-    )
+    result = native(*rates)
+    groups = result[0] if isinstance(result, tuple) else result
+    lr = next((group["lr"] for group in groups if group.get("lr")), rates[-1])
+    split = rank_aware_param_groups(groups, model=network, lr=lr, named=False, **settings)
+    if not isinstance(result, tuple):
+        return split
+    return split, [result[1][group["user_group"]] for group in split]
 
 
 def _name_network(name: str, native: Callable[[Any], None], args: Any) -> None:

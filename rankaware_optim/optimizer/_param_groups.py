@@ -25,6 +25,7 @@ from ..laws import DEFAULT_LAW, Law, caution_of
 from ._plan import Assignment, Plan, PlanOptions, make_plan
 
 Group = dict[str, Any]
+Groups = Sequence[Group]
 
 # in format 1 rates were multiplied, and "rank_multiplier" was called "lr_multiplier"
 GROUP_FORMAT = 2
@@ -72,6 +73,11 @@ def named_params(groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, Any]]:
     for group in groups:
         pairs += zip(group.get("param_names", ()), group["params"], strict=False)
     return pairs
+
+
+def params_in(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """Return the parameters of groups, or the keys of a state's groups."""
+    return [param for group in groups for param in group["params"]]
 
 
 def without(group: Mapping[str, Any], keys: Collection[str]) -> Group:

@@ -29,6 +29,12 @@ from ..laws import (
 )
 from ..recipe import OtherRates, Recipe
 
+_NO_ZERO = (
+    "Adapters with neither factor zero (PiSSA, OLoRA, LoRA-GA, or trained ones of undeclared init)"
+    " keep the base rate, since no law covers them: give init='A' (B = 0 at the start) or 'B' (A ="
+    " 0) if you know it."
+)
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -182,24 +188,39 @@ def make_plan(
     moved = replace(
         survey, factors=tuple(f for f in survey.factors if options.rate_of(f.name) is None)
     )
-    # without pairs no rate is moved
-    fallback = survey.dominant() if survey.factors else Reference(method="full")
-    reference = (options.tuned_at or fallback).resolve(moved)
-    law, family, optimizer = get_law(options.law), "sign-like", ""
+    reference = (options.tuned_at or _default_reference(survey)).resolve(moved)
+    law, family = get_law(options.law), "sign-like"
     if optimizer_class is not None:
-        optimizer, family = optimizer_class.__name__, optimizer_family(optimizer_class, settings)
-        if options.strict:
-            known_family(optimizer_class, settings)
-        law = bound_law(law, optimizer_class, settings or {})
+        law, family = _bound(law, options, optimizer_class, settings or {})
     width = moved.full_width(reference.init) if method == "full" else moved.width
-    by_batch = 1.0
-    if options.batch is not None and reference.batch is not None:
-        by_batch = checked_batch_multiplier(law, options.batch / reference.batch)
+    by_batch = _by_batch(options, reference, law)
     plan = Plan(options, survey, law, reference, method, width, family, use, by_batch)
     notes = [*survey.notes, *(use.notes if use else ()), *_notes(plan, moved)]
-    if family != "sign-like" and get_law(options.law).name != "constant":
-        notes.append(f"{optimizer} {_family_note(plan)}.")
+    if optimizer_class is not None and get_law(options.law).name != "constant":
+        notes += _family_notes(plan, optimizer_class.__name__)
     return replace(plan, notes=(*notes, *_batch_notes(plan)))
+
+
+def _default_reference(survey: Survey) -> Reference:
+    if survey.factors:
+        return survey.dominant()
+    return Reference(method="full")  # without pairs no rate is moved
+
+
+def _bound(
+    law: Law, options: PlanOptions, optimizer_class: type, settings: Mapping[str, Any]
+) -> tuple[Law, str]:
+    """Return the law for an optimizer, and the optimizer's family."""
+    if options.strict:
+        known_family(optimizer_class, settings)
+    law = bound_law(law, optimizer_class, settings)
+    return law, optimizer_family(optimizer_class, settings)
+
+
+def _by_batch(options: PlanOptions, reference: Reference, law: Law) -> float:
+    if options.batch is None or reference.batch is None:
+        return 1.0
+    return checked_batch_multiplier(law, options.batch / reference.batch)
 
 
 def _check_patterns(options: PlanOptions, survey: Survey) -> None:
@@ -219,16 +240,22 @@ def _notes(plan: Plan, moved: Survey) -> Iterator[str]:
 
     moved: the survey without the factors that have a rate by name.
     """
-    reference, factors = plan.reference, plan.survey.factors
-    inits = {f.init for f in factors if f.role != "full"}
+    yield from _init_notes(plan)
+    of_each_kind = {(f.role, f.kind, f.rank, f.scaling, f.init, f.fan_in): f for f in moved.factors}
+    if any(plan.used_multiplier(f) != plan.multiplier(f) for f in of_each_kind.values()):
+        yield DISTANCE_NOTE
+    if plan.method == "full" and plan.reference.method == "lora" and plan.law.name != "power":
+        yield _full_note(plan)
+
+
+def _init_notes(plan: Plan) -> Iterator[str]:
+    """Yield what is assumed of the adapters' ranks and inits."""
+    reference = plan.reference
+    factors = plan.survey.factors
+    inits = {f.init for f in factors}
     if "other" in inits:
-        note = (
-            "Adapters with neither factor zero (PiSSA, OLoRA, LoRA-GA, or trained ones of"
-            " undeclared init) keep the base rate, since no law covers them: give init='A' (B = 0"
-            " at the start) or 'B' (A = 0) if you know it."
-        )
-        warn(note)
-        yield note
+        warn(_NO_ZERO)
+        yield _NO_ZERO
     if plan.options.tuned_at is None and len({(f.rank, f.scaling, f.init) for f in factors}) > 1:
         yield (
             f"tuned_at not given: lr counts as tuned at {reference}, the most common of this model."
@@ -237,17 +264,13 @@ def _notes(plan: Plan, moved: Survey) -> Iterator[str]:
         yield (
             "The init of some adapters could not be read. It is assumed that they started at B = 0."
         )
-    crossing = {f.init for f in factors if f.kind != "embedding"} & {"A", "B"} - {reference.init}
-    if crossing and plan.method == reference.method == "lora":
+    other = "B" if reference.init == "A" else "A"
+    dense_inits = {f.init for f in factors if f.kind != "embedding"}
+    if other in dense_inits and plan.method == reference.method == "lora":
         yield (
-            f"Adapters at {init_text(crossing.pop())} are scaled within their own init, though the"
+            f"Adapters at {init_text(other)} are scaled within their own init, though the"
             f" rate was tuned at {init_text(reference.init)}: tune or calibrate there."
         )
-    of_each_kind = {(f.role, f.kind, f.rank, f.scaling, f.init, f.fan_in): f for f in moved.factors}
-    if any(plan.used_multiplier(f) != plan.multiplier(f) for f in of_each_kind.values()):
-        yield DISTANCE_NOTE
-    if plan.method == "full" and reference.method == "lora" and plan.law.name != "power":
-        yield _full_note(plan)
 
 
 def _batch_notes(plan: Plan) -> Iterator[str]:
@@ -288,24 +311,27 @@ def _full_note(plan: Plan) -> str:
     )
 
 
-def _family_note(plan: Plan) -> str:
-    """Return how the law moves the rates of an optimizer that is not sign-like."""
+def _family_notes(plan: Plan, optimizer: str) -> Iterator[str]:
+    """Yield a note on an optimizer that is not sign-like: which law moves its rates, and why."""
     law, family = plan.law, plan.family
+    if family == "sign-like":
+        return
     if family == "unknown":
-        return "is of an unknown family and is scaled as a sign-like optimizer, such as Adam"
-    if family not in FORMS and isinstance(law, Constant):
-        return (
-            f"is {family}: no form of µA is known to hold for that family, so all ranks have one"
-            " rate"
+        words = "of an unknown family and is scaled as a sign-like optimizer, such as Adam"
+    elif family not in FORMS and isinstance(law, Constant):
+        words = (
+            f"{family}: no form of µA is known to hold for that family, so all ranks have one rate"
         )
-    if getattr(innermost(law), "family", None) != family:
-        return f"is {family}, for which the law {law.name!r} has no form"
-    if FORMS[family].one_rank:
-        return (
-            f"is {family}: in small runs its best rate followed µA's form with alpha but not with"
+    elif getattr(innermost(law), "family", None) != family:
+        words = f"{family}, for which the law {law.name!r} has no form"
+    elif FORMS[family].one_rank:
+        words = (
+            f"{family}: in small runs its best rate followed µA's form with alpha but not with"
             " rank, so its rates do the same"
         )
-    return (
-        f"is {family}: µA's form for that family moves its rates, derived for square layers; in"
-        " small runs it lost less than one rate"
-    )
+    else:
+        words = (
+            f"{family}: µA's form for that family moves its rates, derived for square layers; in"
+            " small runs it lost less than one rate"
+        )
+    yield f"{optimizer} is {words}."

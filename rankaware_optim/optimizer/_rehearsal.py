@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError
-from ._param_groups import TAGS, check_product
+from ._param_groups import (
+    Group,
+    Groups,
+    check_product,
+    named_params,
+    params_in,
+    settings_in,
+    without,
+)
 
-Group = dict[str, Any]
 Shape = tuple[int, ...]
-Matched = tuple[str, torch.Tensor, Any, Mapping[str, Any]]
+State = Mapping[Any, Any]
 _MOST = 2**24  # most numbers in a full-sized stand-in, which another package's optimizer needs
 _CURE = (
     "Load a checkpoint of the same optimizer class and model, or start with a fresh optimizer"
@@ -31,12 +37,7 @@ _CURE = (
 )
 
 
-def check_loadable(
-    native: type[Optimizer],
-    defaults: Mapping[str, Any],
-    groups: Sequence[Group],
-    fitted: Mapping[str, Any],
-) -> None:
+def check_loadable(native: type[Optimizer], defaults: State, groups: Groups, fitted: State) -> None:
     """Check that an optimizer of class `native` can hold a checkpoint and step with it.
 
     For torch's optimizers, stand-ins take steps with the checkpoint's settings, then with its
@@ -62,86 +63,83 @@ def check_loadable(
         return
     loaded = fitted["param_groups"]
     try:
-        made = _stepped(native, defaults, groups, _small, loaded)
+        states = _stepped(native, defaults, groups, _small, loaded)
     except Exception as error:
-        try:
-            _stepped(native, defaults, groups, _small)
-        except (
-            Exception
-        ):  # it cannot step without a checkpoint either: SparseAdam, differentiable=True
+        if not _can_step(native, defaults, groups):
             return
-        raise CheckpointError(
-            f"No step can be taken with the checkpoint's settings: {error!r}.", _CURE
-        ) from error
-    state = {
-        key: {k: _stand_in(f"{k} of {name}", v, param, own.get(k)) for k, v in saved.items()}
-        for (name, param, key, saved), own in zip(_matched(groups, fitted), made, strict=True)
-    }
+        raise _no_step("settings", error) from error
+    state: dict[Any, Any] = {}
+    for (name, param, key, moments), ours in zip(_matched(groups, fitted), states, strict=True):
+        for k, v in moments.items():
+            state.setdefault(key, {})[k] = _stand_in(f"{k} of {name}", v, param, ours.get(k))
     try:
-        _stepped(native, defaults, groups, _small, loaded, {k: v for k, v in state.items() if v})
+        _stepped(native, defaults, groups, _small, loaded, state)
     except Exception as error:
-        raise CheckpointError(
-            f"No step can be taken with the checkpoint's state: {error!r}.", _CURE
-        ) from error
+        raise _no_step("state", error) from error
+
+
+def _no_step(part: str, error: Exception) -> CheckpointError:
+    return CheckpointError(f"No step can be taken with the checkpoint's {part}: {error!r}.", _CURE)
+
+
+def _can_step(native: type[Optimizer], defaults: State, groups: Groups) -> bool:
+    """Return whether it can step without a checkpoint: not SparseAdam, nor differentiable=True."""
+    try:
+        _stepped(native, defaults, groups, _small)
+    except Exception:
+        return False
+    return True
 
 
 def _is_torchs(native: type[Optimizer]) -> bool:
     return native.step.__module__.startswith("torch.optim")
 
 
-def _matched(groups: Sequence[Group], fitted: Mapping[str, Any]) -> list[Matched]:
-    """Return, for every parameter: name, parameter, its key and its state in the checkpoint."""
-    keys = chain.from_iterable(group["params"] for group in fitted["param_groups"])
-    named = chain.from_iterable(
-        zip(g["param_names"], g["params"], strict=False) for g in groups
-    )  # flat: first name
-    return [
-        (name, p, key, fitted["state"].get(key) or {})
-        for (name, p), key in zip(named, keys, strict=True)
-    ]
+class _Matched(NamedTuple):
+    """A parameter with its key and its state in the checkpoint."""
+
+    name: str
+    param: torch.Tensor
+    key: Any
+    moments: State
 
 
-def _one_of_each_kind(
-    groups: Sequence[Group], fitted: Mapping[str, Any]
-) -> tuple[list[Group], dict[str, Any]]:
+def _matched(groups: Groups, fitted: State) -> Iterator[_Matched]:
+    keys = params_in(fitted["param_groups"])
+    for (name, param), key in zip(named_params(groups), keys, strict=True):  # flat: first name
+        yield _Matched(name, param, key, fitted["state"].get(key) or {})
+
+
+def _one_of_each_kind(groups: Groups, fitted: State) -> tuple[Groups, dict[str, Any]]:
     """Return the groups and the checkpoint with the first parameter of each kind, without groups
     that have none.
     """
-    seen: set[Any] = set()
-    own, loaded = [], []
+    kinds: set[Any] = set()
+    ours, loaded = [], []
     for number, (group, theirs) in enumerate(zip(groups, fitted["param_groups"], strict=True)):
-        settings = _settings(group), _settings(theirs)
-        listed = any(
-            isinstance(value, list) for each in settings for _, value in each
-        )  # a value for each parameter
-        shared = number if listed else tuple(map(_plain, settings))
-        names, params, keys = [], [], []
-        for name, param, key in zip(
-            group["param_names"], group["params"], theirs["params"], strict=False
-        ):
-            state = fitted["state"].get(key) or {}
-            kind = (
-                shared,
-                tuple(param.shape),
-                param.dtype,
-                param.device,
-                _plain(list(state.items())),
-            )
-            if listed or kind not in seen:
-                seen.add(kind)
-                names.append(name)
-                params.append(param)
-                keys.append(key)
-        if params:
-            own.append({**group, "params": params, "param_names": names})
-            loaded.append({**theirs, "params": keys, "param_names": names})
-    return own, {**fitted, "param_groups": loaded}
+        settings = [*settings_in(group).items(), *settings_in(theirs).items()]
+        listed = any(isinstance(value, list) for _, value in settings)  # a value for each parameter
+        shared = number if listed else _plain(settings)
+        firsts = []
+        pairs = zip(named_params([group]), theirs["params"], strict=False)
+        for position, ((_, param), key) in enumerate(pairs):
+            moments = list((fitted["state"].get(key) or {}).items())
+            kind = shared, tuple(param.shape), param.dtype, param.device, _plain(moments)
+            if listed or kind not in kinds:
+                kinds.add(kind)
+                firsts.append(position)
+        if firsts:
+            ours.append(_cut(group, firsts))
+            loaded.append(_cut(theirs, firsts))
+    return ours, {**fitted, "param_groups": loaded}
 
 
-def _settings(group: Group) -> list[tuple[str, Any]]:
-    return [
-        (key, value) for key, value in group.items() if key not in (*TAGS, "params", "param_names")
-    ]
+def _cut(group: Group, positions: Sequence[int]) -> Group:
+    """Return a group with some of its parameters."""
+    cut = dict(group)
+    for key in ("params", "param_names"):
+        cut[key] = [group[key][position] for position in positions]
+    return cut
 
 
 def _plain(value: Any) -> Any:
@@ -149,14 +147,8 @@ def _plain(value: Any) -> Any:
     checks.
     """
     if isinstance(value, torch.Tensor):
-        return (
-            type(value),
-            tuple(value.shape),
-            value.dtype,
-            value.device,
-            value.layout,
-            _number(value),
-        )
+        number = _number(value)
+        return type(value), tuple(value.shape), value.dtype, value.device, value.layout, number
     if isinstance(value, (list, tuple)):
         return type(value), tuple(map(_plain, value))
     if isinstance(value, (int, float, str, type(None))):
@@ -186,12 +178,12 @@ def _small(shape: Shape) -> Shape:
 
 def _stepped(
     native: type[Optimizer],
-    defaults: Mapping[str, Any],
-    groups: Sequence[Group],
+    defaults: State,
+    groups: Groups,
     shape_of: Callable[[Shape], Shape],
-    loaded: Sequence[Group] | None = None,
-    state: Mapping[Any, Any] | None = None,
-) -> list[Mapping[str, Any]]:
+    loaded: Groups | None = None,
+    state: State | None = None,
+) -> list[State]:
     """Take two steps with stand-ins for the parameters of `groups`, in a new optimizer, and return
     its state.
 
@@ -209,92 +201,106 @@ def _stepped(
     Raises:
         ArithmeticError: the step does not give finite numbers.
     """
-    settings = [
-        deepcopy({key: value for key, value in group.items() if key != "params"})
-        for group in groups
-    ]
-    params = [[_ones(shape_of(tuple(p.shape)), p) for p in group["params"]] for group in groups]
-    made = native.__new__(native)
-    own = [{"params": each, **group} for each, group in zip(params, settings, strict=True)]
-    made.__setstate__({"defaults": dict(defaults), "state": defaultdict(dict), "param_groups": own})
+    stand_ins = [_with_stand_ins(group, shape_of) for group in groups]
+    opt: Any = native.__new__(native)
+    opt.__setstate__(
+        {"defaults": dict(defaults), "state": defaultdict(dict), "param_groups": stand_ins}
+    )
     if loaded is not None:
-        native.load_state_dict(made, {"state": state or {}, "param_groups": loaded})
-    if state is None and _is_torchs(
-        native
-    ):  # Adagrad of torch 2.6 makes its state when it is built
-        base: Any = next(
-            each for each in native.__mro__ if each.__module__.startswith("torch.optim")
-        )
-        made.state.update(base(own).state)
-    stood = [param for each in params for param in each]
-    for param in stood:
+        native.load_state_dict(opt, {"state": state or {}, "param_groups": loaded})
+    if state is None and _is_torchs(native):
+        opt.state.update(_state_when_built(native, stand_ins))
+    params = params_in(stand_ins)
+    for param in params:
         param.grad = torch.ones_like(param)
-    with torch.random.fork_rng(devices={p.device.index for p in stood if p.device.type == "cuda"}):
-        for _ in range(2):  # the second step uses state of the first, such as SGD's momentum
-            getattr(native.step, "__wrapped__", native.step)(made)
-    if not all(bool(param.isfinite().all()) for param in stood):
+    step = getattr(native.step, "__wrapped__", native.step)
+    with torch.random.fork_rng(devices={p.device.index for p in params if p.is_cuda}):
+        step(opt)
+        step(opt)  # it uses state of the first, such as SGD's momentum
+    if not all(bool(param.isfinite().all()) for param in params):
         raise ArithmeticError("it gives parameters that are not finite")
-    return [made.state.get(param, {}) for param in stood]
+    return [opt.state.get(param, {}) for param in params]
 
 
-def _ones(shape: Shape, param: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.ones(shape, dtype=param.dtype, device=param.device))
+def _state_when_built(native: type[Optimizer], groups: Groups) -> State:
+    """Return the state that torch's constructor makes: Adagrad's of torch 2.6."""
+    for base in native.__mro__:
+        if base.__module__.startswith("torch.optim"):
+            built: Any = base
+            return built(groups).state  # type: ignore[no-any-return]
+    return {}
 
 
-def _stand_in(what: str, value: Any, param: torch.Tensor, made: Any) -> Any:
-    """Return the stand-in of `value`, a parameter's state: zeros of the shape of `made`, the
+def _with_stand_ins(group: Group, shape_of: Callable[[Shape], Shape]) -> Group:
+    """Return a copy of a group whose parameters are ones."""
+    params = []
+    for param in group["params"]:
+        ones = torch.ones(shape_of(tuple(param.shape)), dtype=param.dtype, device=param.device)
+        params.append(nn.Parameter(ones))
+    return {"params": params, **deepcopy(without(group, ("params",)))}
+
+
+def _stand_in(what: str, value: Any, param: torch.Tensor, ours: Any) -> Any:
+    """Return the stand-in of `value`, a parameter's state: zeros of the shape of `ours`, the
     stand-in's own state.
 
     Single numbers, such as step counters, are returned unchanged. A different shape is refused.
     """
     if not isinstance(value, torch.Tensor):
         return deepcopy(value)
-    if isinstance(made, torch.Tensor) and value.layout != made.layout:
-        raise CheckpointError(
-            f"The checkpoint's {what} is {value.layout}, where {made.layout} is needed.", _CURE
-        )
-    own, small, shape = tuple(param.shape), _small(tuple(param.shape)), tuple(value.shape)
-    to_be = tuple(made.shape) if isinstance(made, torch.Tensor) else small if shape else ()
-    expected = to_be
-    if len(to_be) == len(own):
-        expected = tuple(n if m == s else m for m, s, n in zip(to_be, small, own, strict=True))
-    single = value.numel() == math.prod(expected) == 1
-    if shape != expected and not single:
+    full, shape = tuple(param.shape), tuple(value.shape)
+    small = _small(full)
+    reduced = small if shape else ()
+    if isinstance(ours, torch.Tensor):
+        reduced = tuple(ours.shape)
+        if value.layout != ours.layout:
+            raise CheckpointError(
+                f"The checkpoint's {what} is {value.layout}, where {ours.layout} is needed.", _CURE
+            )
+    expected = reduced
+    if len(reduced) == len(full):
+        axes = zip(reduced, small, full, strict=True)
+        expected = tuple(of_full if size == of_small else size for size, of_small, of_full in axes)
+    if value.numel() == math.prod(expected) == 1:
+        return _local(value).detach().clone()
+    if shape != expected:
         raise _shape_error(what, shape, expected)
-    if not single:
-        return torch.zeros(to_be, dtype=value.dtype, device=param.device)
-    return _local(value).detach().clone()
+    return torch.zeros(reduced, dtype=value.dtype, device=param.device)
 
 
 def _check_odd_shapes(
-    native: type[Optimizer],
-    defaults: Mapping[str, Any],
-    groups: Sequence[Group],
-    fitted: Mapping[str, Any],
+    native: type[Optimizer], defaults: State, groups: Groups, fitted: State
 ) -> None:
     """Check another package's optimizer by a step of a full-sized stand-in for each shape in
     question.
     """
-    made: dict[Any, Mapping[str, Any]] = {}
-    owners = [(number, group) for number, group in enumerate(groups) for _ in group["params"]]
-    for (number, group), (name, param, _, saved) in zip(
-        owners, _matched(groups, fitted), strict=True
-    ):
-        tensors = {
-            k: v for k, v in saved.items() if isinstance(v, torch.Tensor) and v.dim() == param.dim()
-        }
-        odd = {k: v for k, v in tensors.items() if v.shape != param.shape}
-        at = number, param.shape
-        if odd and at not in made and param.numel() <= _MOST:
-            try:
-                (made[at],) = _stepped(
-                    native, defaults, [{**group, "params": [param]}], lambda shape: shape
-                )
-            except Exception:  # it needs a closure, another device, or state from its constructor
-                made[at] = {}
-        for key, value in odd.items():
-            if param.shape == getattr(made.get(at, {}).get(key), "shape", None):
-                raise _shape_error(f"{key} of {name}", tuple(value.shape), tuple(param.shape))
+    for group, theirs in zip(groups, fitted["param_groups"], strict=True):
+        states: dict[Shape, State] = {}
+        for name, param, _, moments in _matched([group], {**fitted, "param_groups": [theirs]}):
+            shape = tuple(param.shape)
+            for key, value in moments.items():
+                if not isinstance(value, torch.Tensor) or value.dim() != len(shape):
+                    continue
+                if value.shape != shape and shape not in states:
+                    states[shape] = _own_state(native, defaults, group, param)
+                ours = states.get(shape, {}).get(key)
+                if value.shape != shape and getattr(ours, "shape", None) == shape:
+                    raise _shape_error(f"{key} of {name}", tuple(value.shape), shape)
+
+
+def _own_state(
+    native: type[Optimizer], defaults: State, group: Group, param: torch.Tensor
+) -> State:
+    """Return the state of a full-sized stand-in after two steps; empty if it is too large or cannot
+    step.
+    """
+    if param.numel() > _MOST:
+        return {}
+    alone = [{**group, "params": [param]}]
+    try:
+        return _stepped(native, defaults, alone, lambda shape: shape)[0]
+    except Exception:  # it needs a closure, another device, or state from its constructor
+        return {}
 
 
 def _shape_error(what: str, shape: Shape, expected: Shape) -> CheckpointError:

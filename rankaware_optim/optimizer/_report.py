@@ -297,7 +297,7 @@ def _evidence(plan: Plan, decision: Assignment) -> str:
         return "calibrated, see its band"
     if isinstance(law, (Constant, LoRAPlus)):
         return "not moved" if kept else "its authors' advice"
-    phrases = [*_of_method_and_rank(plan, decision), *_of_width_and_batch(plan, decision)]
+    phrases = [*_of_method(plan, decision), *_of_width_and_batch(plan, decision)]
     if not phrases and kept:
         return "as tuned"
     inner = law.law if isinstance(law, Falling) else law
@@ -306,21 +306,28 @@ def _evidence(plan: Plan, decision: Assignment) -> str:
     return "as that law says"
 
 
-def _of_method_and_rank(plan: Plan, decision: Assignment) -> Iterator[str]:
-    """Yield a phrase if method, rank or scaling differ from the reference's."""
+def _of_method(plan: Plan, decision: Assignment) -> Iterator[str]:
+    """Yield a phrase if the method differs from the reference's, or else rank or scaling do."""
+    full = decision.lora_role == "full", plan.reference.method == "full"
+    if not any(full):
+        yield from _of_rank(plan, decision)
+    elif not all(full):
+        yield _THUMB
+
+
+def _of_rank(plan: Plan, decision: Assignment) -> Iterator[str]:
     at, scaling = plan.reference, decision.lora_scale
-    if decision.lora_role == "full" or at.method == "full":
-        if decision.lora_role != "full" or at.method != "full":
-            yield _THUMB
-        return
     ranks = (decision.lora_rank or 1) / (at.rank or 1)
     if ranks == 1.0 and math.isclose(scaling, at.scaling):
         return
-    if plan.family != "sign-like":
-        yield _of_family(plan, decision)
+    in_b = decision.lora_init == "B"
+    if plan.family == "unknown":
+        yield _GUESS
+    elif plan.family != "sign-like":  # benchmarks/results/law_check.md, at Init[A]
+        yield "theory" if in_b else _SMALL_RUNS
     elif ranks == 1.0:
         yield "theory"
-    elif decision.lora_init == "B":
+    elif in_b:
         yield _SMALL_RUNS if isinstance(plan.law, Falling) else "theory, against small runs"
     else:
         fall = -math.log(scaling / at.scaling) / math.log(ranks)
@@ -340,12 +347,3 @@ def _of_width_and_batch(plan: Plan, decision: Assignment) -> Iterator[str]:
             yield _GUESS if plan.family == "unknown" else "theory"
     if plan.batch_multiplier != 1.0:
         yield _THUMB
-
-
-def _of_family(plan: Plan, decision: Assignment) -> str:
-    """Return the evidence for a family's form if rank or alpha differ
-    (benchmarks/results/law_check.md, at Init[A]).
-    """
-    if plan.family == "unknown":
-        return _GUESS
-    return "theory" if decision.lora_init == "B" else _SMALL_RUNS

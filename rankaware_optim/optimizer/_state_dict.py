@@ -8,10 +8,9 @@ multiplied and are divided.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import count
-from typing import Any, Literal, NamedTuple
+from itertools import chain, count
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -23,23 +22,28 @@ from ..inspection import canonical_name
 from ._param_groups import (
     GROUP_FORMAT,
     TAGS,
+    Group,
+    Groups,
     at_base_rate,
     base_of,
     multiply_for_native,
     named_params,
+    params_in,
     settings_in,
     shrinks_by_decay,
     without,
 )
 
 OnRankChange = Literal["raise", "reset"]
-Group = dict[str, Any]
+State = Mapping[Any, Any]
+Shape = tuple[int, ...]
+Order = Sequence[Sequence[str]]
 _CURE = "Give the result of optimizer.state_dict()."
 
 
 def check_on_rank_change(value: object) -> None:
     """Raise if the value of on_rank_change is unknown."""
-    known = OnRankChange.__args__  # type: ignore[attr-defined]
+    known = get_args(OnRankChange)
     if value not in known:
         raise CheckpointError(
             f"on_rank_change is {value!r}.", f"Choose one of {', '.join(map(repr, known))}."
@@ -54,29 +58,21 @@ class Reset(NamedTuple):
     rank: int
 
 
-class _Saved(NamedTuple):
-    """One parameter of a checkpoint: its key in `state`, and the number of its group."""
+class _Slot(NamedTuple):
+    """One parameter of a checkpoint: its key in `state`, and its group."""
 
     key: Any
-    group: int
-
-
-class _Match(NamedTuple):
-    """One parameter with the checkpoint's group, state and, if stored, shape of it."""
-
-    name: str
-    param: torch.Tensor
     group: Group
-    theirs: Group
-    state: Mapping[str, Any] | None
-    shape: tuple[int, ...] | None
+
+
+_Slots = dict[str, _Slot]  # by the names of this optimizer's parameters
 
 
 def fit_checkpoint(
-    param_groups: list[Group],
+    param_groups: Groups,
     state_dict: dict[str, Any],
     on_rank_change: OnRankChange,
-    order: Sequence[Sequence[str]],
+    order: Order,
     model_order: Callable[[], Sequence[str]],
 ) -> tuple[dict[str, Any], tuple[Reset, ...]]:
     """Return the state_dict to load, with the layout of our groups, and the parameters whose rank
@@ -94,8 +90,130 @@ def fit_checkpoint(
     Raises:
         CheckpointError: the checkpoint does not fit.
     """
-    flat = any(len(group["params"]) != len(group.get("param_names", ())) for group in param_groups)
+    flat = any(map(_is_flat, param_groups))
     groups, state = _contents(state_dict, flat)
+    _refuse_strange_groups(param_groups, groups)
+    _warn_of_several_rates(groups)
+    if flat:
+        return {**state_dict, "param_groups": _flat_groups(param_groups, groups, state)}, ()
+    _check_user_groups(param_groups, groups)
+    slots = _by_name(param_groups, groups)
+    if slots is None:
+        slots = _by_sizes(param_groups, groups, order)
+    if slots is None:
+        slots = _by_position(param_groups, groups, state, order, model_order)
+    shapes, new_state = _written_shapes(groups), _state_of_none(groups, state)
+    new_groups: list[Group] = []
+    reset: list[Reset] = []
+    changed_law, numbers = False, count()
+    for group in param_groups:
+        keys = []
+        for name, param in named_params([group]):
+            keys.append(next(numbers))
+            key, theirs = slots[name]
+            moments = state.get(key)
+            rank = _changed_rank(name, param, group, theirs, moments, shapes.get(name))
+            if rank is None:
+                changed_law |= _law_differs(group, theirs)
+                if moments is not None:
+                    new_state[keys[-1]] = {k: _laid_out(v, param) for k, v in moments.items()}
+            elif on_rank_change == "reset":
+                reset.append(Reset(name, rank, group["lora_rank"]))
+            else:
+                raise CheckpointError(
+                    f"The checkpoint's {name} has rank {rank}, the model's has rank"
+                    f" {group['lora_rank']}.",
+                    "Load it into a model of the same rank, or build the optimizer with"
+                    " on_rank_change='reset'.",
+                )
+        new_groups.append(_merged(group, _source(group, slots), keys))
+    _warn_of_changes(param_groups, groups, changed_law)
+    return {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(reset)
+
+
+def _state_of_none(groups: Groups, state: State) -> dict[Any, Any]:
+    """Return the state that is not of a parameter, which some optimizers keep."""
+    keys = set(params_in(groups))
+    return {k: v for k, v in state.items() if not isinstance(k, int) and k not in keys}
+
+
+def _is_flat(group: Group) -> bool:
+    """Return whether a framework (DeepSpeed's ZeRO) replaced a group's parameters by one flat
+    share.
+    """
+    return len(group["params"]) != len(group.get("param_names", ()))
+
+
+# --- the checkpoint's groups ----------------------------------------------------------------------
+
+
+def _contents(state_dict: State, flat: bool) -> tuple[Groups, State]:
+    """Return the checkpoint's groups at base rates, and its state. flat: ours hold flat shares."""
+    groups, state = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(groups, list) or not groups or not isinstance(state, Mapping):
+        raise CheckpointError(
+            "This is not an optimizer checkpoint: it lacks param_groups or state.", _CURE
+        )
+    newest = max(int(group.get("rankaware_format", 0)) for group in groups)
+    if newest > GROUP_FORMAT:
+        raise CheckpointError(
+            f"The checkpoint has format {newest}, this package reads up to {GROUP_FORMAT}.",
+            "Update rankaware-optim.",
+        )
+    for group in groups:
+        _check_rates(group)
+    _check_lists(groups, flat)
+    return [_at_base_rate(group) for group in groups], state
+
+
+def _check_lists(groups: Groups, flat: bool) -> None:
+    """Raise if parameters or names are listed twice, or their numbers differ in a group."""
+    for group in groups:
+        names = [] if flat or _by_key([group]) else _names_in([group])
+        if names and len(names) != len(group["params"]):
+            raise CheckpointError(
+                f"A group of the checkpoint has {len(group['params'])} parameters and {len(names)}"
+                " names.",
+                _CURE,
+            )
+    for listed in (params_in(groups), [] if _by_key(groups) else _names_in(groups)):
+        if len(set(listed)) != len(listed):
+            raise CheckpointError("The checkpoint's groups list a parameter twice.", _CURE)
+
+
+def _check_rates(group: Group) -> None:
+    """Raise if a rate or multiplier would be misread without an error."""
+    for key in ("lr", "initial_lr", "rank_multiplier", "lr_multiplier", "pinned_lr"):
+        value = group.get(key, 1.0)
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
+        unpinned = key == "pinned_lr" and value is None
+        at_start = key.endswith("lr") and is_number(value) and value == 0  # of a warm-up
+        if not (is_positive(value) or unpinned or at_start):
+            raise CheckpointError(f"A group of the checkpoint has {key}={group[key]!r}.", _CURE)
+
+
+def _by_key(groups: Iterable[Group]) -> bool:
+    """Return whether names are the keys of the state, as in torch.distributed.checkpoint."""
+    return all(isinstance(key, str) for key in params_in(groups))
+
+
+def _names_in(groups: Iterable[Group]) -> list[str]:
+    return [name for group in groups for name in group.get("param_names") or ()]
+
+
+def _at_base_rate(group: Group) -> Group:
+    """Return a saved group at its base rate. Format 1 and groups for native optimizers hold
+    multiplied rates.
+    """
+    if group.get("rankaware_format") == 1:
+        multiplier = group.get("lr_multiplier", 1.0)
+        group = {**group, "rank_multiplier": multiplier, "rank_multiplied": True}
+    return at_base_rate(without(group, ("lr_multiplier",)))
+
+
+def _refuse_strange_groups(param_groups: Groups, groups: Groups) -> None:
+    """Raise if groups of ours have no names, or groups of the checkpoint no rates."""
     if any("param_names" not in group or "user_group" not in group for group in param_groups):
         raise CheckpointError(
             "A group was added to param_groups directly, so this optimizer does not know its"
@@ -110,116 +228,9 @@ def fit_checkpoint(
             "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the saved"
             " one was.",
         )
-    bases: dict[Any, set[float]] = defaultdict(set)
-    for group in groups if _by_key(groups) else ():
-        bases[group.get("user_group")].add(float(group["lr"]))
-    if any(
-        len(rates) > 1 for rates in bases.values()
-    ):  # full_state_dict=True: the other parts keep their old rates
-        warn(
-            "torch.distributed.checkpoint loaded several base rates into the parts of one group: it"
-            " loads a saved group's settings into only one of them. Set group['lr'] of all of them"
-            " to the saved rate."
-        )
-    if flat:
-        return {**state_dict, "param_groups": _flat_groups(param_groups, groups, state)}, ()
-    _check_user_groups(param_groups, groups)
-    saved = _by_name(param_groups, groups)
-    if saved is None:
-        saved = _by_position(param_groups, groups, state, order, model_order)
-    shapes = _written_shapes(groups)
-    of_parameters = {key for group in groups for key in group["params"]}
-    new_state: dict[Any, Any] = {
-        k: v for k, v in state.items() if not isinstance(k, int) and k not in of_parameters
-    }
-    new_groups: list[Group] = []
-    reset: list[Reset] = []
-    changed_law, numbers = False, count()
-    for group in param_groups:
-        theirs = _source(
-            group,
-            [groups[number] for number in {saved[name].group: 0 for name in group["param_names"]}],
-        )
-        keys = []
-        for name, param in zip(group["param_names"], group["params"], strict=True):
-            source = groups[saved[name].group]
-            match = _Match(name, param, group, source, state.get(saved[name].key), shapes.get(name))
-            own, note = _param_state(match, on_rank_change)
-            keys.append(next(numbers))
-            if own is not None:
-                new_state[keys[-1]] = {k: _laid_out(v, param) for k, v in own.items()}
-            if note is not None:
-                reset.append(note)
-            changed_law |= note is None and _law_differs(group, source)
-        new_groups.append(_merged(group, theirs, keys))
-    _say_changes(param_groups, groups, changed_law)
-    return {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(reset)
 
 
-def _contents(state_dict: Mapping[str, Any], flat: bool) -> tuple[list[Group], Mapping[Any, Any]]:
-    """Return the checkpoint's groups at base rates, and its state. flat: groups hold one flat share
-    (ZeRO).
-    """
-    groups, state = state_dict.get("param_groups"), state_dict.get("state")
-    if not isinstance(groups, list) or not groups or not isinstance(state, Mapping):
-        raise CheckpointError(
-            "This is not an optimizer checkpoint: it lacks param_groups or state.", _CURE
-        )
-    newest = max(int(g.get("rankaware_format", 0)) for g in groups)
-    if newest > GROUP_FORMAT:
-        raise CheckpointError(
-            f"The checkpoint has format {newest}, this package reads up to {GROUP_FORMAT}.",
-            "Update rankaware-optim.",
-        )
-    for group in groups:
-        _check_group(group, flat)
-    keys = [key for group in groups for key in group["params"]]
-    names = (
-        []
-        if _by_key(groups)
-        else [name for group in groups for name in group.get("param_names") or ()]
-    )
-    if len(set(keys)) != len(keys) or len(set(names)) != len(names):
-        raise CheckpointError("The checkpoint's groups list a parameter twice.", _CURE)
-    return [_at_base_rate(group) for group in groups], state
-
-
-def _check_group(group: Group, flat: bool) -> None:
-    """Raise if a group would be misread without an error."""
-    for key in ("lr", "initial_lr", "rank_multiplier", "lr_multiplier", "pinned_lr"):
-        value = group.get(key, 1.0)
-        if key == "pinned_lr" and value is None:
-            continue
-        value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-        if not is_positive(value) and not (
-            key.endswith("lr") and is_number(value) and value == 0
-        ):  # a warmup's start
-            raise CheckpointError(f"A group of the checkpoint has {key}={group[key]!r}.", _CURE)
-    names = group.get("param_names")
-    if names and not flat and not _by_key([group]) and len(names) != len(group["params"]):
-        raise CheckpointError(
-            f"A group of the checkpoint has {len(group['params'])} parameters and {len(names)}"
-            " names.",
-            _CURE,
-        )
-
-
-def _by_key(groups: Iterable[Group]) -> bool:
-    """Return whether names are the keys of the state, as in torch.distributed.checkpoint."""
-    return all(isinstance(key, str) for group in groups for key in group["params"])
-
-
-def _at_base_rate(group: Group) -> Group:
-    """Return a saved group at its base rate. Format 1 and groups for native optimizers hold
-    multiplied rates.
-    """
-    if group.get("rankaware_format") == 1:
-        multiplier = group.get("lr_multiplier", 1.0)
-        group = {**group, "rank_multiplier": multiplier, "rank_multiplied": True}
-    return at_base_rate(without(group, ("lr_multiplier",)))
-
-
-def _check_user_groups(param_groups: list[Group], groups: Sequence[Group]) -> None:
+def _check_user_groups(param_groups: Groups, groups: Groups) -> None:
     """Raise, as torch does, if the checkpoint has another number of user groups."""
     ours = len({group["user_group"] for group in param_groups})
     theirs = len({group.get("user_group", number) for number, group in enumerate(groups)})
@@ -230,113 +241,138 @@ def _check_user_groups(param_groups: list[Group], groups: Sequence[Group]) -> No
         )
 
 
-def _flat_groups(
-    param_groups: list[Group], groups: list[Group], state: Mapping[Any, Any]
-) -> list[Group]:
-    """Return the groups to load if a framework (DeepSpeed's ZeRO) replaced a group's parameters by
-    one flat share.
+def _warn_of_several_rates(groups: Groups) -> None:
+    """Warn if parts of a user's group have several base rates: with full_state_dict=True all but
+    one keep their old rate.
+    """
+    bases: dict[Any, Any] = {}
+    for group in groups if _by_key(groups) else ():
+        base = float(group["lr"])
+        if bases.setdefault(group.get("user_group"), base) != base:
+            warn(
+                "torch.distributed.checkpoint loaded several base rates into the parts of one"
+                " group: it loads a saved group's settings into only one of them. Set group['lr']"
+                " of all of them to the saved rate."
+            )
+            return
+
+
+def _flat_groups(param_groups: Groups, groups: Groups, state: State) -> Groups:
+    """Return the groups to load where ours hold flat shares.
 
     A flat share cannot be matched by name or resized, so the checkpoint must be split in the same
     way.
     """
-    alike = len(param_groups) == len(groups)
-    for own, other in zip(param_groups, groups, strict=False):
-        alike &= all(own.get(key) == other.get(key) for key in ("param_names", "lora_rank"))
-        alike &= len(own["params"]) == len(other["params"])
-        for param, key in zip(own["params"], other["params"], strict=False):
-            alike &= all(
-                value.shape == param.shape for value in _shaped(state.get(key), param).values()
-            )
-    if not alike:
+    if len(param_groups) != len(groups) or not all(
+        _split_alike(*both, state) for both in zip(param_groups, groups, strict=True)
+    ):
         raise CheckpointError(
             "A framework has flattened this optimizer's parameters, and the checkpoint's groups are"
             " split differently.",
             "Load it with the ranks, the law and the number of processes with which it was saved.",
         )
-    _say_changes(param_groups, groups, any(map(_law_differs, param_groups, groups)))
-    both = zip(param_groups, groups, strict=True)
-    return [_merged(own, other, other["params"]) for own, other in both]
+    _warn_of_changes(param_groups, groups, any(map(_law_differs, param_groups, groups)))
+    return [
+        _merged(group, theirs, theirs["params"])
+        for group, theirs in zip(param_groups, groups, strict=True)
+    ]
 
 
-def _by_name(param_groups: list[Group], groups: Sequence[Group]) -> dict[str, _Saved] | None:
+def _split_alike(group: Group, theirs: Group, state: State) -> bool:
+    for key in ("param_names", "lora_rank"):
+        if group.get(key) != theirs.get(key):
+            return False
+    if len(group["params"]) != len(theirs["params"]):
+        return False
+    for param, key in zip(group["params"], theirs["params"], strict=True):
+        if any(value.shape != param.shape for value in _shaped(state.get(key), param)):
+            return False
+    return True
+
+
+# --- which of its parameters is which of ours -----------------------------------------------------
+
+
+def _slots_of(groups: Iterable[Group]) -> list[_Slot]:
+    return [_Slot(key, group) for group in groups for key in group["params"]]
+
+
+def _by_name(param_groups: Groups, groups: Groups) -> _Slots | None:
     """Find our parameters in the checkpoint by name; None if it has no names, or those of another
     model.
 
     torch.distributed.checkpoint uses names as keys. It orders them like the optimizer's parameters,
     but leaves `param_names` in the saved order. So the keys are used first.
     """
-    flat = [_Saved(key, i) for i, group in enumerate(groups) for key in group["params"]]
-    ours = [name for group in param_groups for name in group["param_names"]]
+    slots = _slots_of(groups)
+    names = _names_in(groups)
     if _by_key(groups):
-        names = [canonical_name(saved.key) for saved in flat]
-    else:
-        names = [name for group in groups for name in group.get("param_names") or ()]
-    found = dict(zip(names, flat, strict=False))
-    if len(found) < len(flat) or found.keys().isdisjoint(ours):
+        names = [canonical_name(slot.key) for slot in slots]
+    by_name = dict(zip(names, slots, strict=False))
+    ours = _names_in(param_groups)
+    if len(by_name) < len(slots) or by_name.keys().isdisjoint(ours):
         return None
-    missing = [name for name in ours if name not in found]
+    missing = [name for name in ours if name not in by_name]
     if missing:
         raise CheckpointError(
             f"The checkpoint lacks {len(missing)} of this optimizer's parameters, such as"
             f" {missing[0]}.",
             "Load it into the model it was saved from.",
         )
-    return found
+    return by_name
+
+
+def _by_sizes(param_groups: Groups, groups: Groups, order: Order) -> _Slots | None:
+    """Find our parameters in groups of the same sizes as ours or the user's, whose order torch
+    assumes to be the same; None if the sizes differ.
+    """
+    sizes = _sizes(group["params"] for group in groups)
+    for names in ([group["param_names"] for group in param_groups], order):
+        if sizes == _sizes(names):
+            return dict(zip(chain(*names), _slots_of(groups), strict=True))
+    return None
 
 
 def _by_position(
-    param_groups: list[Group],
-    groups: Sequence[Group],
-    state: Mapping[Any, Any],
-    order: Sequence[Sequence[str]],
+    param_groups: Groups,
+    groups: Groups,
+    state: State,
+    order: Order,
     model_order: Callable[[], Sequence[str]],
-) -> dict[str, _Saved]:
+) -> _Slots:
     """Find our parameters in a checkpoint without names, by the order in which it was saved.
 
-    Groups of the same sizes as ours or the user's have the same order, as torch assumes. Otherwise
-    it is that of the user's groups or the model's, whichever the moments fit. If these disagree and
+    It is that of the user's groups or the model's, whichever the moments fit. If these disagree and
     both fit, no one knows.
     """
-    flat = [_Saved(key, i) for i, group in enumerate(groups) for key in group["params"]]
-    held = {
-        name: p
-        for group in param_groups
-        for name, p in zip(group["param_names"], group["params"], strict=True)
-    }
-    sizes = _sizes(group["params"] for group in groups)
-    for cut in ([group["param_names"] for group in param_groups], order):
-        if sizes == _sizes(cut):
-            return dict(zip((name for names in cut for name in names), flat, strict=True))
-    all_names = model_order()
-    orders = (
-        [name for names in order for name in names],
-        all_names,
-        [name for name in all_names if name in held],
-    )
-    found = [dict(zip(names, flat, strict=True)) for names in orders if len(names) == len(flat)]
-    found = [saved for saved in found if saved.keys() >= held.keys()]
-    if not found:
+    slots, params = _slots_of(groups), dict(named_params(param_groups))
+    ways = _ways(slots, order, model_order(), params)
+    if not ways:
         raise CheckpointError(
-            f"The checkpoint has {len(flat)} parameters without matching names, this optimizer has"
-            f" {len(held)}.",
+            f"The checkpoint has {len(slots)} parameters without matching names, this optimizer has"
+            f" {len(params)}.",
             "Load it into the model it was saved from, with the same parameters in the same order.",
         )
-    differing = _differing(found, state)
-    if not differing:
-        return found[0]
-    fitting = [
-        saved
-        for saved in found
-        if all(_fits(state.get(saved[name].key), p) for name, p in held.items())
-    ]
-    if not fitting or _differing(fitting, state):
+    differing = _differing(ways, state)
+    if differing:
+        ways = [way for way in ways if _fits_all(way, params, state)]
+    if not ways or (differing and _differing(ways, state)):
         raise CheckpointError(
-            f"The checkpoint has {len(flat)} parameters without names, in the model's order or in"
+            f"The checkpoint has {len(slots)} parameters without names, in the model's order or in"
             f" that of this optimizer's groups, and the two disagree, such as on {differing[0]}.",
             "Build the plain optimizer from model.named_parameters(), or both from the same"
             " groups.",
         )
-    return fitting[0]
+    return ways[0]
+
+
+def _ways(
+    slots: list[_Slot], order: Order, all_names: Sequence[str], ours: Mapping[str, Any]
+) -> list[_Slots]:
+    """Return the names of parameters in the orders in which a checkpoint of this length may be."""
+    orders = (list(chain(*order)), all_names, [name for name in all_names if name in ours])
+    ways = [dict(zip(names, slots, strict=True)) for names in orders if len(names) == len(slots)]
+    return [way for way in ways if way.keys() >= ours.keys()]
 
 
 def _sizes(cut: Iterable[Sequence[Any]]) -> list[int]:
@@ -344,64 +380,69 @@ def _sizes(cut: Iterable[Sequence[Any]]) -> list[int]:
     return [len(listed) for listed in cut if len(listed)]
 
 
-def _differing(found: Sequence[dict[str, _Saved]], state: Mapping[Any, Any]) -> list[str]:
+def _differing(ways: Sequence[_Slots], state: State) -> list[str]:
     """Return the parameters to which the ways of matching give different state or settings."""
-    first = found[0]
-    same = {
-        name for name in first if all(_same(saved.get(name), first[name], state) for saved in found)
-    }
-    return [name for name in first if name not in same]
+    differing = []
+    for name, slot in ways[0].items():
+        if not all(_same(way.get(name), slot, state) for way in ways):
+            differing.append(name)
+    return differing
 
 
-def _same(one: _Saved | None, other: _Saved, state: Mapping[Any, Any]) -> bool:
-    if one is None or one.group != other.group:
+def _same(one: _Slot | None, other: _Slot, state: State) -> bool:
+    if one is None or one.group is not other.group:
         return False
     return one.key == other.key or not (state.get(one.key) or state.get(other.key))
 
 
-def _fits(state: Mapping[str, Any] | None, param: torch.Tensor) -> bool:
-    """Return whether a parameter's state has shapes that can belong to it."""
-    if not any(isinstance(value, torch.Tensor) and value.dim() for value in (state or {}).values()):
-        return True
-    shapes = [tuple(value.shape) for value in _shaped(state, param).values()]
-    return bool(shapes) and _fit(shapes, tuple(param.shape))
+def _fits_all(way: _Slots, params: Mapping[str, torch.Tensor], state: State) -> bool:
+    """Return whether every parameter's state has shapes that can belong to it."""
+    for name, param in params.items():
+        moments = state.get(way[name].key) or {}
+        shapes = [tuple(value.shape) for value in _shaped(moments, param)]
+        has_shape = any(
+            isinstance(value, torch.Tensor) and value.dim() for value in moments.values()
+        )
+        if has_shape and (not shapes or not _fit(shapes, tuple(param.shape))):
+            return False
+    return True
 
 
-def _source(group: Group, sources: Sequence[Group]) -> Group:
+# --- settings and rates ---------------------------------------------------------------------------
+
+
+def _source(group: Group, slots: _Slots) -> Group:
     """Return the saved group whose settings one of ours gets. If there are several, their settings
     must agree.
     """
-    settings = [
-        {k: v for k, v in source.items() if k not in (*TAGS, *_LISTS)} for source in sources
-    ]
-    differing = [
-        key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)
-    ]
-    if differing:
-        raise CheckpointError(
-            f"Parameters of one group here, such as {group['param_names'][0]}, come from saved"
-            f" groups of different {differing[0]}.",
-            "Build the optimizer from the same groups as the saved one.",
-        )
+    sources = [slots[name].group for name in group["param_names"]]
+    settings = settings_in(sources[0])
+    for source in sources:
+        if source is sources[0]:
+            continue
+        theirs = settings_in(source)
+        differing = [key for key, value in settings.items() if theirs.get(key) != value]
+        if differing:
+            raise CheckpointError(
+                f"Parameters of one group here, such as {group['param_names'][0]}, come from saved"
+                f" groups of different {differing[0]}.",
+                "Build the optimizer from the same groups as the saved one.",
+            )
     return sources[0]
-
-
-_LISTS = ("params", "param_names")
 
 
 def _merged(group: Group, theirs: Group, keys: list[int]) -> Group:
     """Return our group with the saved group's settings and base rate, and our own tags."""
-    tags = {key: group[key] for key in TAGS if key in group}
+    merged = settings_in(theirs) | {key: group[key] for key in TAGS if key in group}
     if group["pinned_lr"] is not None:
-        tags["rank_multiplier"] = _pinned_multiplier(group, theirs)
+        merged["rank_multiplier"] = _pinned_multiplier(group, theirs)
     elif _init_was_known(group, theirs):
         # Trained weights no longer show the init that gave the saved multiplier.
-        tags |= {"lora_init": theirs["lora_init"], "rank_multiplier": theirs["rank_multiplier"]}
-    tags["rankaware_recipe"] = theirs.get("rankaware_recipe") or tags.get(
-        "rankaware_recipe", ""
-    )  # with its base rate
-    settings = {key: value for key, value in theirs.items() if key not in (*TAGS, *_LISTS)}
-    return {**settings, **tags, "params": keys, "param_names": list(group["param_names"])}
+        merged["lora_init"] = theirs["lora_init"]
+        merged["rank_multiplier"] = theirs["rank_multiplier"]
+    recipe = theirs.get("rankaware_recipe") or group.get("rankaware_recipe", "")
+    merged["rankaware_recipe"] = recipe  # with its base rate
+    return {**merged, "params": keys, "param_names": list(group["param_names"])}
 
 
 def _pinned_multiplier(group: Group, theirs: Group) -> float:
@@ -413,17 +454,16 @@ def _pinned_multiplier(group: Group, theirs: Group) -> float:
     pinned, saved = group["pinned_lr"], theirs.get("pinned_lr")
     if saved is not None and "rank_multiplier" in theirs:
         return float(theirs["rank_multiplier"] * (pinned / saved))
-    base = float(
-        theirs.get("max_lr", base_of(theirs))
-    )  # OneCycleLR starts at a fraction of the rate
+    # OneCycleLR starts at a fraction of the rate
+    base = float(theirs.get("max_lr", base_of(theirs)))
     return float(pinned / base if base else group["rank_multiplier"])
 
 
 def _law_differs(group: Group, theirs: Group) -> bool:
-    if group["pinned_lr"] is not None:
+    if group["pinned_lr"] is not None or _init_was_known(group, theirs):
         return False
     ratio = theirs.get("rank_multiplier", group["rank_multiplier"]) / group["rank_multiplier"]
-    return abs(ratio - 1.0) > 1e-9 and not _init_was_known(group, theirs)
+    return bool(abs(ratio - 1.0) > 1e-9)
 
 
 def _init_was_known(group: Group, theirs: Group) -> bool:
@@ -431,7 +471,7 @@ def _init_was_known(group: Group, theirs: Group) -> bool:
     return theirs.get("lora_init") in ("A", "B") and group.get("lora_init") in ("other", "unknown")
 
 
-def _say_changes(ours: Sequence[Group], theirs: Sequence[Group], changed_law: bool) -> None:
+def _warn_of_changes(ours: Groups, theirs: Groups, changed_law: bool) -> None:
     """Warn once if the checkpoint's recipe, or else its law, differs from this optimizer's."""
     (now, name), (before, saved_name) = _recipe_of(ours), _recipe_of(theirs)
     if now and before and now != before:
@@ -448,100 +488,94 @@ def _say_changes(ours: Sequence[Group], theirs: Sequence[Group], changed_law: bo
         )
 
 
-def _recipe_of(groups: Sequence[Group]) -> tuple[str, str]:
+def _recipe_of(groups: Groups) -> tuple[str, str]:
     """Return hash and name of the groups' recipe, from their tag "hash name"; empty strings without
     a recipe.
     """
-    hashed, _, name = next(
-        (str(g["rankaware_recipe"]) for g in groups if g.get("rankaware_recipe")), ""
-    ).partition(" ")
-    return hashed, name
+    tags = [str(group["rankaware_recipe"]) for group in groups if group.get("rankaware_recipe")]
+    digest, _, name = "".join(tags[:1]).partition(" ")
+    return digest, name
 
 
 # --- one parameter's state ------------------------------------------------------------------------
 
 
-def _param_state(
-    match: _Match, on_rank_change: OnRankChange
-) -> tuple[Mapping[str, Any] | None, Reset | None]:
-    """Return the state to load for one parameter, or that its moments are dropped since its rank
-    changed.
+def _changed_rank(
+    name: str,
+    param: torch.Tensor,
+    group: Group,
+    theirs: Group,
+    moments: State | None,
+    saved_shape: Shape | None,
+) -> int | None:
+    """Return the rank of a parameter in the checkpoint, None if it is ours. Raise if anything else
+    differs.
     """
-    name, param, state = match.name, match.param, match.state
-    rank, role, own = match.group.get("lora_rank"), match.group.get("lora_role"), tuple(param.shape)
-    tensors = _shaped(state, param)
-    if match.shape is None or len(match.shape) != len(own):
-        fits = not tensors or _fit([tuple(v.shape) for v in tensors.values()], own)
-    else:  # the checkpoint stores the parameter's shape, so its state may have any shape
-        fits = match.shape == own
-    saved_rank = match.theirs.get("lora_rank", None if fits else _rank_in(tensors, param, role))
-    if fits and (saved_rank is None or saved_rank == rank):
-        return state, None
-    if saved_rank is None or rank is None or saved_rank == rank:
-        shape = match.shape or tuple(next(iter(tensors.values())).shape)
-        raise CheckpointError(
-            f"The checkpoint's {name} has shape {shape}, the parameter {own}.",
-            "Load it into the model it was saved from, or start with a new optimizer state.",
-        )
-    if on_rank_change == "raise":
-        raise CheckpointError(
-            f"The checkpoint's {name} has rank {saved_rank}, the model's has rank {rank}.",
-            "Load it into a model of the same rank, or build the optimizer with"
-            " on_rank_change='reset'.",
-        )
-    return None, Reset(name, saved_rank, rank)
+    rank, shape = group.get("lora_rank"), tuple(param.shape)
+    tensors = _shaped(moments, param)
+    shapes = [tuple(value.shape) for value in tensors]
+    # where the checkpoint stores the parameter's shape, state may have any
+    stored = saved_shape is not None and len(saved_shape) == len(shape)
+    fits = saved_shape == shape if stored else _fit(shapes, shape)
+    saved_rank = theirs.get("lora_rank")
+    if "lora_rank" not in theirs and not fits:
+        saved_rank = _rank_in(shapes, shape, group.get("lora_role"))
+    if fits and saved_rank in (None, rank):
+        return None
+    if saved_rank is not None and rank is not None and saved_rank != rank:
+        return int(saved_rank)
+    raise CheckpointError(
+        f"The checkpoint's {name} has shape {saved_shape or shapes[0]}, the parameter {shape}.",
+        "Load it into the model it was saved from, or start with a new optimizer state.",
+    )
 
 
-def _written_shapes(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
+def _written_shapes(groups: Groups) -> dict[str, Shape]:
     """Return the shapes stored in our checkpoint by parameter name. A plain checkpoint has none."""
-    written: dict[str, tuple[int, ...]] = {}
+    written: dict[str, Shape] = {}
     for group in groups:
         names, texts = group.get("param_names") or [], str(group.get("param_shapes", "")).split(" ")
         if len(names) == len(texts):
-            written |= {
-                n: tuple(map(int, filter(None, t.split("x"))))
-                for n, t in zip(names, texts, strict=True)
-            }
+            for name, text in zip(names, texts, strict=True):
+                written[name] = tuple(map(int, filter(None, text.split("x"))))
     return written
 
 
-def _shaped(state: Mapping[str, Any] | None, param: torch.Tensor) -> dict[str, torch.Tensor]:
+def _shaped(moments: State | None, param: torch.Tensor) -> list[torch.Tensor]:
     """Return state tensors with the parameter's number of dimensions, such as moments."""
-    return {
-        k: v
-        for k, v in (state or {}).items()
-        if isinstance(v, torch.Tensor) and v.dim() == param.dim() > 0
-    }
+    return [
+        value
+        for value in (moments or {}).values()
+        if isinstance(value, torch.Tensor) and value.dim() == param.dim() > 0
+    ]
 
 
-def _rank_in(
-    tensors: Mapping[str, torch.Tensor], param: torch.Tensor, role: str | None
-) -> int | None:
+def _rank_in(saved: Sequence[Shape], shape: Shape, role: str | None) -> int | None:
     """Return the rank of a plain checkpoint's moments, from the axis that differs; None if it is
     ambiguous.
     """
-    if role not in ("A", "B") or param.dim() < 2:
+    if role not in ("A", "B") or len(shape) < 2:
         return None
     axis = 0 if role == "A" else 1
-    for value in tensors.values():
-        others = [
-            sizes for i, sizes in enumerate(zip(value.shape, param.shape, strict=True)) if i != axis
-        ]
-        if all(saved == own for saved, own in others):
-            return int(value.shape[axis])
+    for sizes in saved:
+        if sizes[:axis] + sizes[axis + 1 :] == shape[:axis] + shape[axis + 1 :]:
+            return sizes[axis]
     return None
 
 
-def _fit(saved: list[tuple[int, ...]], own: tuple[int, ...]) -> bool:
-    """Return whether state of these shapes can belong to a parameter of shape `own`.
+def _fit(saved: Sequence[Shape], shape: Shape) -> bool:
+    """Return whether state of these shapes can belong to a parameter of this shape.
 
-    One tensor has its shape, or they are factored statistics. These have size 1 along reduced axes,
-    and together cover every axis.
+    There are none, or one has its shape, or they are factored statistics. These have size 1 along
+    reduced axes, and together cover every axis.
     """
-    if own in saved:
+    if not saved or shape in saved:
         return True
-    reduced = all(s in (n, 1) for shape in saved for s, n in zip(shape, own, strict=True))
-    return reduced and all(any(shape[axis] == n for shape in saved) for axis, n in enumerate(own))
+    for axis, size in enumerate(shape):
+        sizes = {other[axis] for other in saved}
+        if size not in sizes or not sizes <= {1, size}:
+            return False
+    return True
 
 
 def _laid_out(value: Any, param: torch.Tensor) -> Any:

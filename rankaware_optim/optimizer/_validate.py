@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import check_lr, is_within, range_of, shown
 from .._optimizers import defaults_of, get_optimizer_class, known_optimizer, optimizer_family
-from .._types import Survey
+from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import OptimizerError
-from ..inspection import pairs_of, walk
+from ..inspection import ReferenceLike, Walk, as_reference, pairs_of, walk
+from ..laws import DEFAULT_LAW, Law
 from ..recipe import (
     SAME_UPDATES,
     Recipe,
@@ -28,7 +31,7 @@ from ..recipe import (
     resolve_recipe,
     settings_of,
 )
-from ._param_groups import UserGroup, named_params
+from ._param_groups import Group, UserGroup, named_params, params_in
 from ._plan import RecipeUse
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
@@ -210,17 +213,29 @@ def read_recipe(recipe: Recipe | str | os.PathLike[str] | None, **instead: objec
     return resolve_recipe(recipe)
 
 
-def check_horizon(recipe: Recipe | None, steps: object, warmup_share: object) -> None:
+def check_horizon(recipe: Recipe | None, horizon: Mapping[str, Any]) -> None:
     """Raise if steps or a warm-up are given without a recipe, or the warm-up is not a share."""
-    if warmup_share is not None and not is_within("share", warmup_share):
+    share = horizon["warmup_share"]
+    if share is not None and not is_within("share", share):
         raise OptimizerError(
-            f"warmup_share is {shown(warmup_share)}.", f"Give {range_of('share')}, or leave it out."
+            f"warmup_share is {shown(share)}.", f"Give {range_of('share')}, or leave it out."
         )
-    for name, value in (("steps", steps), ("warmup_share", warmup_share)):
-        if recipe is None and value is not None:
+    for name in ("steps", "warmup_share"):
+        if recipe is None and horizon[name] is not None:
             raise OptimizerError(
                 f"{name}= was given without recipe=, so it has no effect.", "Leave it out."
             )
+
+
+def tuned(
+    recipe: Recipe | None, tuned_at: ReferenceLike | None, law: str | Law | None
+) -> tuple[Reference | None, str | Law]:
+    """Return the reference and the law of the base rate: the recipe's, or else those given."""
+    if recipe is not None:
+        at = recipe.reference
+        return replace(at, batch=at.batch or recipe.batch), recipe.law
+    reference = None if tuned_at is None else as_reference(tuned_at)
+    return reference, DEFAULT_LAW if law is None else law
 
 
 def applied_settings(
@@ -265,44 +280,26 @@ def _fits(value: Any, default: Any) -> bool:
     return default is None or isinstance(default, (bool, int, float))
 
 
-def settings_of_factors(
-    recipe: Recipe,
+def use_recipe(
+    recipe: Recipe | None,
+    survey: Survey,
     native: type[Optimizer],
     settings: Mapping[str, Any],
     groups: Iterable[UserGroup],
-    survey: Survey,
-) -> dict[str, Any]:
-    """Return those of a recipe's settings that the factors train with: their group's, the given
-    ones, or the defaults.
-    """
-    base = {**defaults_of(native), **settings}
-    names = [name for name in recipe.settings if name in base and name not in SAME_UPDATES]
-    factors = {f.name for f in survey.factors}
-    in_force = [{**base, **g.options} for g in groups if not factors.isdisjoint(g.names)]
-    return settings_of(in_force or [base], names)
-
-
-def use_recipe(
-    recipe: Recipe,
-    survey: Survey,
-    native: type[Optimizer],
-    settings: Mapping[str, Any],
-    *,
-    batch: float | None,
-    steps: int | None,
-    warmup_share: float | None,
-) -> RecipeUse:
+    horizon: Mapping[str, Any],
+) -> RecipeUse | None:
     """Move the recipe's rates to the run's steps. Warn once if the run differs from the recipe's
     trials.
-
-    settings: those of the recipe's settings that the factors train with.
     """
-    horizon = {"batch": batch, "steps": steps, "warmup_share": warmup_share}
+    if recipe is None:
+        return None
+    steps, batch = horizon["steps"], horizon["batch"]
     batch = None if recipe.batch is None else batch
     rate, by_steps = rate_on(recipe, survey, steps, batch), 1.0
     if steps is not None:
         by_steps = rate_on(recipe, survey, steps).lr / rate_on(recipe, survey).lr
-    notes = _differing(recipe, native, settings, horizon)
+    in_force = _settings_in_force(recipe, survey, {**defaults_of(native), **settings}, groups)
+    notes = _differing(recipe, native, in_force, horizon)
     if notes:
         warn(notes[0])
     if is_for(recipe, native):
@@ -315,11 +312,18 @@ def use_recipe(
     return RecipeUse(recipe, tuple(notes), by_steps, other_rates_on(recipe, survey))
 
 
+def _settings_in_force(
+    recipe: Recipe, survey: Survey, base: dict[str, Any], groups: Iterable[UserGroup]
+) -> dict[str, Any]:
+    """Return those of the recipe's settings that the factors train with, or `base`."""
+    names = [name for name in recipe.settings if name in base and name not in SAME_UPDATES]
+    factors = {f.name for f in survey.factors}
+    of_groups = [{**base, **g.options} for g in groups if not factors.isdisjoint(g.names)]
+    return settings_of(of_groups or [base], names)
+
+
 def _differing(
-    recipe: Recipe,
-    native: type[Optimizer],
-    settings: Mapping[str, Any],
-    horizon: Mapping[str, Any],
+    recipe: Recipe, native: type[Optimizer], settings: dict[str, Any], horizon: Mapping[str, Any]
 ) -> list[str]:
     """Return how the run differs from the recipe's trials, and what to do about it; empty if it
     does not.
@@ -360,32 +364,33 @@ def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Optimiz
     groups = opt.param_groups
     if not any(float(group["lr"]) for group in groups):
         return
-    params = {id(p): p for p in _params_in(groups)}
-    if model is None or all(p.grad is not None for p in params.values()):
+    if model is None or all(map(_is_graded, params_in(groups))):
         opt._rankaware_unchecked = False
         return
     walked = walk(model)
-    graded = {name: p for name, p in walked.parameters if p.grad is not None}
-    if not graded:
-        return
-    opt._rankaware_unchecked = False
-    elsewhere = {id(p) for other in others for p in _params_in(other.param_groups)}
-    lost = {name: p for name, p in graded.items() if id(p) not in params.keys() | elsewhere}
+    lost = {name: p for name, p in walked.parameters if _is_graded(p)}
     if not lost:
         return
-    halves: set[int] = set()
-    for pair in pairs_of(walked.modules):
-        halves |= {id(pair.a.tensor), id(pair.b.tensor)}
-    adapters = [name for name, p in lost.items() if id(p) in halves]
-    replaced = [name for name, p in named_params(groups) if name in lost and p.grad is None]
-    if replaced:
-        raise _lost(replaced[0], "whose tensor of that name has none")
-    if all(p.grad is None for p in params.values()):
-        gone = params.keys().isdisjoint(id(p) for _, p in walked.parameters)  # FSDP1 flattens them
-        if adapters or gone:
-            raise _lost((adapters or list(lost))[0], "none of whose parameters has one")
-    factors = _params_in(group for group in groups if group.get("lora_role") in ("A", "B"))
-    if adapters and factors and all(p.grad is None for p in factors):
+    opt._rankaware_unchecked = False
+    for holder in (opt, *others):
+        held = set(map(id, params_in(holder.param_groups)))
+        lost = {name: p for name, p in lost.items() if id(p) not in held}
+    if lost:
+        _refuse_lost(groups, walked, lost)
+
+
+def _refuse_lost(groups: Sequence[Group], walked: Walk, lost: Mapping[str, nn.Parameter]) -> None:
+    """Raise if `lost` parameters, which no optimizer has, train in place of those in `groups`."""
+    for name, param in named_params(groups):
+        if name in lost and param.grad is None:
+            raise _lost(name, "whose tensor of that name has none")
+    adapters = _adapters_in(lost, walked)
+    params = params_in(groups)
+    gone = {id(p) for _, p in walked.parameters}.isdisjoint(map(id, params))  # FSDP1 flattens them
+    if _is_idle(params) and (adapters or gone):
+        raise _lost((adapters or list(lost))[0], "none of whose parameters has one")
+    factors = params_in(filter(_is_of_adapter, groups))
+    if adapters and factors and _is_idle(factors):
         warn(
             f"None of this optimizer's adapters has a gradient, but {adapters[0]}, which it does"
             " not hold, has one and does not train. Build the optimizer after the adapter was"
@@ -393,8 +398,24 @@ def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Optimiz
         )
 
 
-def _params_in(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
-    return [p for group in groups for p in group["params"]]
+def _is_of_adapter(group: Mapping[str, Any]) -> bool:
+    return group.get("lora_role") in ("A", "B")
+
+
+def _adapters_in(lost: Mapping[str, nn.Parameter], walked: Walk) -> list[str]:
+    """Return the names of those that are LoRA factors."""
+    halves: set[int] = set()
+    for pair in pairs_of(walked.modules):
+        halves |= {id(pair.a.tensor), id(pair.b.tensor)}
+    return [name for name, p in lost.items() if id(p) in halves]
+
+
+def _is_graded(param: torch.Tensor) -> bool:
+    return param.grad is not None
+
+
+def _is_idle(params: Iterable[torch.Tensor]) -> bool:
+    return not any(map(_is_graded, params))
 
 
 def _lost(name: str, what: str) -> OptimizerError:

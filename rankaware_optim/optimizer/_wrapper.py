@@ -24,24 +24,24 @@ from .._optimizers import known_optimizer
 from .._rate import Rate
 from .._types import Init, Method, Survey
 from ..errors import CheckpointError, InspectionError, OptimizerError
-from ..inspection import ReferenceLike, Walk, as_reference, survey_of, walk
-from ..laws import DEFAULT_LAW, Law, law_words
+from ..inspection import ReferenceLike, Walk, survey_of, walk
+from ..laws import Law, law_words
 from ..recipe import Recipe
 from ._param_groups import (
-    TAGS,
     Group,
     UserGroup,
+    at_base_rate,
     base_of,
     model_of,
     multiply_for_native,
-    own_settings,
+    params_in,
     set_rate,
     shrinks_by_decay,
     split,
     unnamed,
     user_groups,
 )
-from ._plan import Plan, PlanOptions, RecipeUse, make_plan
+from ._plan import Plan, PlanOptions, make_plan
 from ._rehearsal import check_loadable
 from ._report import Report, make_report
 from ._state_dict import OnRankChange, Reset, check_on_rank_change, fit_checkpoint
@@ -56,7 +56,7 @@ from ._validate import (
     refuse_inside_zero,
     refuse_rateless,
     refuse_settings,
-    settings_of_factors,
+    tuned,
     use_recipe,
 )
 
@@ -209,58 +209,36 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         check_on_rank_change(on_rank_change)
         refuse_settings(built, lr, settings)
         loaded = read_recipe(recipe, lr=lr, tuned_at=tuned_at, law=law)
-        check_horizon(loaded, steps, warmup_share)
+        horizon = {"batch": batch, "steps": steps, "warmup_share": warmup_share}
+        check_horizon(loaded, horizon)
         if apply_settings:
             settings = {**applied_settings(loaded, native, built), **settings}
-        if loaded is not None:
-            law, at = loaded.law, loaded.reference
-            tuned_at = replace(at, batch=at.batch or loaded.batch)
-        options = PlanOptions(
-            DEFAULT_LAW if law is None else law,
-            None if tuned_at is None else as_reference(tuned_at),
-            dict(rates or {}),
-            other_lr,
-            per_layer_width,
-            batch,
-            strict,
-        )
+        at, law = tuned(loaded, tuned_at, law)
+        options = PlanOptions(law, at, dict(rates or {}), other_lr, per_layer_width, batch, strict)
+        if built is None:
+            listed, in_force = params, settings
+        else:
+            listed, in_force = built.param_groups, built.defaults
         walked = walk(model)
-        groups = user_groups(params if built is None else built.param_groups, model, walked)
+        groups = user_groups(listed, model, walked)
         survey = survey_of(walked, method=method, init=init, also=_frozen(groups))
         trained = _trained(survey, walked)
         lr = plain_lr(lr) if loaded is None else loaded.base_lr(trained)
-        check_base_lr(native, built, lr, groups if tuned_at is not None else ())
+        check_base_lr(native, built, lr, groups if at is not None else ())
         if built is not None and lr is not None:
-            for group in groups:  # the recipe's rate replaces those with which it was built
-                group.options.pop("lr", None)
-        in_force = settings if built is None else built.defaults
-        use: RecipeUse | None = None
-        if loaded is not None:
-            use = use_recipe(
-                loaded,
-                trained,
-                native,
-                settings_of_factors(loaded, native, in_force, groups, trained),
-                batch=batch,
-                steps=steps,
-                warmup_share=warmup_share,
-            )
+            _drop_rates(groups)
+        use = use_recipe(loaded, trained, native, in_force, groups, horizon)
         plan = replace(make_plan(trained, options, native, in_force, use), survey=survey)
         parts = split(groups, plan)
         refuse_groups(native, groups)
-        opt: RankAwareOptimizer
         if built is None:
             opt = _construct(native, parts, lr, settings)
         else:
             opt = _regroup(built, native, parts, lr)
-        if native_type:
-            return _as_native(opt, native, scale_weight_decay)  # type: ignore[no-any-return]
         order = tuple(group.names for group in groups)
-        opt._rankaware = _Wrap(plan, init, on_rank_change, scale_weight_decay, order)
-        opt._rankaware_model = weakref.ref(model)
-        opt._rankaware_watched = _first_of_adapters(opt.param_groups)
-        _LIVE.add(opt)
-        return opt
+        wrap = _Wrap(plan, init, on_rank_change, scale_weight_decay, order)
+        finish = _as_native if native_type else _attached
+        return finish(opt, wrap, model)  # type: ignore[no-any-return]
 
     def report(self, *, per_module: bool = False) -> Report:
         """Return a table of the groups with their current rates, the reasons for them, and what to
@@ -460,6 +438,12 @@ def _frozen(groups: Iterable[UserGroup]) -> set[int]:
     return {id(p) for group in groups for _, p in group.named if not p.requires_grad}
 
 
+def _drop_rates(groups: Iterable[UserGroup]) -> None:
+    """Drop the rates with which an optimizer was built, since a recipe's replaces them."""
+    for group in groups:
+        group.options.pop("lr", None)
+
+
 def _trained(survey: Survey, walked: Walk) -> Survey:
     """Return the survey without the parameters that do not train, of which no plan is made."""
     trains = {name for name, p in walked.parameters if p.requires_grad}
@@ -519,42 +503,43 @@ def _regroup(built: Optimizer, native: type[Optimizer], parts: list[Group], lr: 
     return built
 
 
-def _as_native(opt: Any, native: type[Optimizer], scale_weight_decay: bool) -> Any:
+def _as_native(opt: Any, wrap: _Wrap, model: nn.Module) -> Any:
     """Return the optimizer as an instance of its native class, its rates multiplied once."""
     for group in opt.param_groups:
-        multiply_for_native(group, not scale_weight_decay and shrinks_by_decay(opt, group))
-    opt.__class__ = native
+        multiply_for_native(group, not wrap.scale_weight_decay and shrinks_by_decay(opt, group))
+    opt.__class__ = type(opt)._rankaware_native
     return opt
 
 
-def _first_of_adapters(groups: Iterable[Group]) -> int:
-    """Return the number of the first group of adapters, 0 if there is none."""
-    for number, group in enumerate(groups):
-        if group["lora_role"] in ("A", "B"):
-            return number
-    return 0
+def _attached(opt: Any, wrap: _Wrap, model: nn.Module) -> Any:
+    """Return the optimizer with its state, and remember it among those alive."""
+    opt._rankaware = wrap
+    opt._rankaware_model = weakref.ref(model)
+    roles = [group["lora_role"] in ("A", "B") for group in opt.param_groups]
+    opt._rankaware_watched = roles.index(True) if any(roles) else 0
+    _LIVE.add(opt)
+    return opt
 
 
 def _later_groups(opt: Any, param_group: Group) -> tuple[list[Group], _Wrap]:
     """Return the groups that a group added later is split into, and the state that includes it."""
     model, wrap = _model_of(opt), opt._rankaware
+    if model is None and "rankaware_format" in param_group:
+        return [at_base_rate(param_group)], wrap
     if model is None:
-        if "rankaware_format" in param_group:
-            tags = {key: param_group[key] for key in TAGS if key in param_group}
-            return [{**own_settings(param_group), **tags}], wrap
         raise OptimizerError(
             "This optimizer is a copy, or its model is gone, so a new group has no rate.",
             "Wrap again with model=, or add groups made by rank_aware_param_groups.",
         )
     walked, first, plan = walk(model), len(wrap.order), wrap.plan
     groups = user_groups([param_group], model, walked, first=first, outside=True)
-    present = {id(p) for group in opt.param_groups for p in group["params"]}
+    present = set(map(id, params_in(opt.param_groups)))
     refuse_groups(type(opt)._rankaware_native, groups, present)
     survey = survey_of(walked, method=plan.method, init=wrap.init, also=_frozen(groups) | present)
+    named = all("param_names" in group for group in opt.param_groups)
     parts = []
     for part in split(groups, replace(plan, survey=survey), first):
-        part = part if "param_names" in opt.param_groups[0] else unnamed(part)
-        parts.append({"lr": opt.defaults.get("lr"), **part})
+        parts.append({"lr": opt.defaults.get("lr"), **(part if named else unnamed(part))})
         set_rate(parts[-1])
     before = plan.survey.factors
     names = {f.name for f in before}
@@ -616,7 +601,8 @@ def _step_of(native: Any) -> Callable[..., Any]:
     return step
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # with tensor rates it would be a separate graph
+# compiled, it would be a graph of its own with tensor rates
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _multiply(opt: Any) -> None:
     """Set every group's rate to base rate × multiplier."""
     groups, keep_decay = opt.param_groups, not opt._rankaware.scale_weight_decay

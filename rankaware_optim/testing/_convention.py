@@ -109,18 +109,15 @@ def check_convention(
             f"Ranks {ranks} and alphas {alphas} are too few.",
             "Give at least one rank and two alphas.",
         )
-    layer = _Layer(
-        make, tuple(v.double() if _is_floating(v) else v for v in inputs), run or output_of
-    )
+    doubled = tuple(v.double() if _is_floating(v) else v for v in inputs)
+    layer = _Layer(make, doubled, run or output_of)
     builds = list(itertools.product(ranks, alphas))
     with _registered(convention) as name, torch.random.fork_rng(devices=[]):
-        surveys = [layer.found(rank, alpha, name) for rank, alpha in builds]
-        probes = [layer.probe(rank, alpha) for rank, alpha in builds]
-        errors = [
-            layer.oracle(rank, pair) for rank in ranks for pair in itertools.combinations(alphas, 2)
-        ]
-    known = [error for error in probes if error is not None]
-    return Conformance(surveys[0].factors, len(surveys), max(known, default=None), max(errors))
+        surveys = [layer.survey(rank, alpha, name) for rank, alpha in builds]
+        probes = [error for build in builds for error in layer.probe(*build)]
+        pairs = itertools.product(ranks, itertools.combinations(alphas, 2))
+        errors = [layer.oracle(rank, pair) for rank, pair in pairs]
+    return Conformance(surveys[0].factors, len(surveys), max(probes, default=None), max(errors))
 
 
 @contextmanager
@@ -129,8 +126,8 @@ def _registered(convention: Convention | str | None) -> Iterator[str | None]:
     before.
     """
     name = convention.name if isinstance(convention, Convention) else convention
-    known = conventions()
-    if convention is None or convention in (*known, *(row.name for row in known)):
+    rows = conventions()
+    if convention is None or convention in (*rows, *(row.name for row in rows)):
         yield name
         return
     register_convention(convention)
@@ -165,49 +162,45 @@ class _Layer:
                 nn.init.zeros_(param.requires_grad_(False))
         return module
 
-    def found(self, rank: int, alpha: float, name: str | None) -> Survey:
+    def survey(self, rank: int, alpha: float, name: str | None) -> Survey:
+        """Return the survey of a build. Raise if its rank or its convention is wrong."""
         try:
             survey = inspect_model(self.build(rank, alpha))
         except InspectionError as error:
             raise _failed("found", error.cause, error.cure) from error
-        for f in survey.factors:
-            if name not in (None, f.convention):
-                cause = f"{f.name} is read as {f.convention}, not as {name}."
-                raise _failed(
-                    "found", cause, "Change the order of the rows, or make them more specific."
-                )
-            if f.rank != rank:
-                cause = f"{f.name} has rank {f.rank} instead of {rank}."
-                raise _failed("rank", cause, "Give the attribute that holds the rank.")
         if not survey.factors:
             raise _failed(
                 "found", "No pair is found, only other adapters.", "Register a Convention for it."
             )
+        for f in survey.factors:
+            if name not in (None, f.convention):
+                raise _failed(
+                    "found",
+                    f"{f.name} is read as {f.convention}, not as {name}.",
+                    "Change the order of the rows, or make them more specific.",
+                )
+            if f.rank != rank:
+                raise _failed(
+                    "rank",
+                    f"{f.name} has rank {f.rank} instead of {rank}.",
+                    "Give the attribute that holds the rank.",
+                )
         return survey
 
     @torch.no_grad()
-    def probe(self, rank: int, alpha: float) -> float | None:
-        """Return the largest relative error of the ones-probe, or None if it does not apply."""
+    def probe(self, rank: int, alpha: float) -> list[float]:
+        """Return the relative errors of the ones-probe by pair, [] if it does not apply."""
         module = self.build(rank, alpha)
         pairs = [pair for pair in pairs_of(walk(module).modules) if pair.trains]
         if len({pair.layer for pair in pairs}) > 1:
-            return None
-        ones = tuple(
-            torch.ones_like(value) if _is_floating(value) else value for value in self.inputs
-        )
+            return []
         _set_to_units(pairs)
         errors = []
         for pair in pairs:
-            outputs = []
-            for value in (1.0, 2.0, 0.0):
-                pair.b.tensor.fill_(value)
-                outputs.append(self.run(module, *ones).clone())
-            once, twice = outputs[0] - outputs[2], outputs[1] - outputs[2]
-            if not once.any() or not torch.allclose(
-                twice, 2 * once, rtol=1e-9, atol=1e-9 * float(twice.abs().max())
-            ):
-                return None
-            moved, reading = float(once.abs().max()), reading_of(pair)
+            moved = self._moved_by_ones(module, pair)
+            if moved is None:
+                return []
+            reading = reading_of(pair)
             scaling = scaling_of(pair, reading.rank_a) or 1.0
             fan_in = 1.0 if reading.kind == "embedding" else reading.fan_in
             expected = scaling * reading.rank_a * reading.inner * fan_in
@@ -220,7 +213,20 @@ class _Layer:
                     f" {fan_in:g} is {expected:g}.",
                     "Check the convention's layout and its attributes for rank and scaling.",
                 )
-        return max(errors)
+        return errors
+
+    def _moved_by_ones(self, module: nn.Module, pair: Pair) -> float | None:
+        """Return how far B = 1 moves the output from B = 0, None if it is not linear in B."""
+        ones = [torch.ones_like(v) if _is_floating(v) else v for v in self.inputs]
+        outputs = []
+        for value in (1.0, 2.0, 0.0):
+            pair.b.tensor.fill_(value)
+            outputs.append(self.run(module, *ones).clone())
+        once, twice = outputs[0] - outputs[2], outputs[1] - outputs[2]
+        tolerance = 1e-9 * float(twice.abs().max())
+        if not once.any() or not torch.allclose(twice, 2 * once, rtol=1e-9, atol=tolerance):
+            return None
+        return float(once.abs().max())
 
     def oracle(self, rank: int, alphas: tuple[float, float]) -> float:
         """Return the difference of two trainings that must be equal, relative to the largest
@@ -233,19 +239,21 @@ class _Layer:
         p, q = _move(first, second)
         outputs = []
         for module, by_a, by_b in ((first, 1.0, 1.0), (second, p, q)):
-            scaled = {
-                "eps_a": _EPS / by_a,
-                "eps_b": _EPS / by_b,
-                "decay_a": _DECAY / by_a,
-                "decay_b": _DECAY / by_b,
-            }
-            settings: dict[str, Any] = {
-                "steps": _STEPS,
-                "other_lr": _LR,
-                "answer": self.run,
-                **scaled,
-            }
-            outputs.append(trained(module, self.inputs, _LR * by_a, _LR * by_b, **settings))
+            outputs.append(
+                trained(
+                    module,
+                    self.inputs,
+                    _LR * by_a,
+                    _LR * by_b,
+                    eps_a=_EPS / by_a,
+                    eps_b=_EPS / by_b,
+                    decay_a=_DECAY / by_a,
+                    decay_b=_DECAY / by_b,
+                    steps=_STEPS,
+                    other_lr=_LR,
+                    answer=self.run,
+                )
+            )
         walked = walk(first)
         gradients = {name: param.grad for name, param in walked.parameters}
         for f in survey_of(walked).factors:
@@ -276,13 +284,17 @@ def _set_to_units(pairs: Sequence[Pair]) -> None:
         for param in pair.owner.parameters():
             if param.requires_grad and id(param) not in halves:
                 param.fill_(1.0)
-                if param.dim() > 1 and param.shape[0] == param.shape[1]:
-                    eye = torch.eye(param.shape[0], dtype=param.dtype, device=param.device)
-                    param.copy_(
-                        eye.reshape(*eye.shape, *(1 for _ in param.shape[2:])).expand_as(param)
-                    )
+                _set_to_identity(param)
         pair.a.tensor.fill_(1.0)
         pair.b.tensor.fill_(0.0)
+
+
+def _set_to_identity(param: torch.Tensor) -> None:
+    """Set a tensor with two equal first axes to the identity in them, and leave another."""
+    if param.dim() < 2 or param.shape[0] != param.shape[1]:
+        return
+    eye = torch.eye(param.shape[0], dtype=param.dtype, device=param.device)
+    param.copy_(eye.reshape(*eye.shape, *[1] * (param.dim() - 2)).expand_as(param))
 
 
 @torch.no_grad()
@@ -290,10 +302,8 @@ def _move(first: nn.Module, second: nn.Module) -> tuple[float, float]:
     """Draw `first`'s factors, copy `first` into `second` with factors scaled by p and q, and return
     p and q.
     """
-    surveys = [survey_of(walk(module)) for module in (first, second)]
-    ratios = {
-        f.scaling / g.scaling for f, g in zip(surveys[0].factors, surveys[1].factors, strict=True)
-    }
+    factors, others = (survey_of(walk(module)).factors for module in (first, second))
+    ratios = {f.scaling / g.scaling for f, g in zip(factors, others, strict=True)}
     ratio = max(ratios)
     if ratio - min(ratios) > 1e-12 * ratio:
         raise _failed(
@@ -301,10 +311,12 @@ def _move(first: nn.Module, second: nn.Module) -> tuple[float, float]:
             f"the two alphas change the scalings by {sorted(ratios)}.",
             "Use one alpha for all.",
         )
-    roles = {f.name: f.role for f in surveys[0].factors}
-    p = (
-        ratio if "B" not in roles.values() else _SPLIT if "A" in roles.values() else 1.0
-    )  # a frozen factor is kept
+    roles = {f.name: f.role for f in factors}
+    p = _SPLIT
+    if "B" not in roles.values():  # a frozen factor is kept
+        p = ratio
+    elif "A" not in roles.values():
+        p = 1.0
     q = ratio / p
     draw = torch.Generator().manual_seed(0)
     copies = dict(walk(second).parameters)
@@ -352,7 +364,8 @@ def trained(
         answer: returns the output tensor of the model.
         seed: random seed of the target.
     """
-    answer, inputs = answer or output_of, inputs if isinstance(inputs, tuple) else (inputs,)
+    answer = answer or output_of
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     survey, params = inspect_model(model), dict(walk(model).parameters)
     groups: list[dict[str, Any]] = []
     for role, lr, eps, decay in (("A", lr_a, eps_a, decay_a), ("B", lr_b, eps_b, decay_b)):
@@ -361,8 +374,8 @@ def trained(
     if other_lr is not None and survey.other:
         groups.append({"params": [params[name] for name in survey.other], "lr": other_lr})
     optimizer = torch.optim.AdamW(groups, foreach=False)
-    outputs: list[torch.Tensor] = []
-    target: torch.Tensor | None = None
+    outputs = []
+    target: Any = None
     for _ in range(steps):
         out = answer(model, *inputs)
         if target is None:
@@ -377,7 +390,7 @@ def trained(
 
 
 def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    """Return the largest difference between two lists of outputs, relative to the largest output."""
+    """Return the largest difference between two lists of outputs, relative to the largest."""
     scale = max(float(t.abs().max()) for t in first)
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True)) / scale
 
@@ -387,9 +400,9 @@ def output_of(model: nn.Module, *inputs: Any) -> torch.Tensor:
     transformers.
     """
     out: Any = model(*inputs)
-    for found in (out, getattr(out, "logits", None), getattr(out, "last_hidden_state", None)):
-        if isinstance(found, torch.Tensor):
-            return found
+    for value in (out, getattr(out, "logits", None), getattr(out, "last_hidden_state", None)):
+        if isinstance(value, torch.Tensor):
+            return value
     raise InspectionError(
         f"The module returns a {type(out).__name__}, which is not a tensor.",
         "Give run=, a function of module and inputs that returns one.",

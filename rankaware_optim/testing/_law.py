@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import tomli
 import tomli_w
@@ -19,7 +19,7 @@ from ..errors import LawError
 from ..laws import LAWS, Law, get_law, law_from_dict, law_to_dict
 
 _RANKS = (1, 4, 64)
-_INITS = ("A", "B")
+_INITS: tuple[Literal["A", "B"], ...] = ("A", "B")
 _ALPHAS = (16.0, 2.0)
 
 Answers = Mapping[tuple[Factor, Reference], float]
@@ -84,11 +84,14 @@ def check_law(
     law = get_law(law)
     _check_form(law)
     registered = law.name in LAWS.names()
-    widths = (float(fan_in),) if isinstance(fan_in, (int, float)) else tuple(map(float, fan_in))
-    references = tuple(_references(widths))
-    own = [at.as_factor() for at in references]
-    factors = [f for a in own for f in ((a,) if a.role == "full" else (a, replace(a, role="B")))]
-    pairs = [(f, at) for at in references for f in factors]
+    widths = [fan_in] if isinstance(fan_in, (int, float)) else fan_in
+    references = _references(map(float, widths))
+    factors = []
+    for at in references:
+        factors.append(at.as_factor())
+        if at.method == "lora":
+            factors.append(replace(at.as_factor(), role="B"))
+    pairs = [(factor, at) for at in references for factor in factors]
     answers = {pair: _ask(law, *pair) for pair in pairs}
     _check_same(law, answers, "deterministic", pairs)
     _check_same(law, answers, "order", pairs[::-1])
@@ -97,9 +100,8 @@ def check_law(
         _check_toml(law, answers)
     bound: object = law.bind(torch.optim.AdamW, {})
     if not isinstance(bound, Law):
-        raise _failed(
-            "bind", law, f"bind returns {bound!r}.", "Return a law, by default the law itself."
-        )
+        cure = "Return a law, by default the law itself."
+        raise _failed("bind", law, f"bind returns {bound!r}.", cure)
     return LawConformance(law, registered, len(answers))
 
 
@@ -110,25 +112,18 @@ def _failed(check: str, law: Law, cause: str, cure: str) -> LawError:
 def _check_form(law: Law) -> None:
     """Check that the law is a frozen dataclass with defaults, and that its name belongs to it."""
     kind: Any = type(law)
-    own: Any = vars(kind).get(
-        "__dataclass_params__"
-    )  # a base class's parameters do not cover new fields
-    if own is None or not own.frozen:
-        raise _failed(
-            "form",
-            law,
-            f"{kind.__name__} is not a frozen dataclass.",
-            "Add @dataclass(frozen=True).",
-        )
+    # a base class's parameters do not cover new fields
+    parameters: Any = vars(kind).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        cause = f"{kind.__name__} is not a frozen dataclass."
+        raise _failed("form", law, cause, "Add @dataclass(frozen=True).")
     for f in fields(kind):
-        if f.init and f.default is MISSING and f.default_factory is MISSING:
-            raise _failed(
-                "form", law, f"its field {f.name!r} has no default.", "Give every field a default."
-            )
+        if f.init and f.default is f.default_factory is MISSING:
+            cause = f"its field {f.name!r} has no default."
+            raise _failed("form", law, cause, "Give every field a default.")
     if not law.name or not isinstance(law.name, str):
-        raise _failed(
-            "name", law, f"its name is {law.name!r}.", "Set name: ClassVar[str] to a short word."
-        )
+        cause = f"its name is {law.name!r}."
+        raise _failed("name", law, cause, "Set name: ClassVar[str] to a short word.")
     if law.name in LAWS.names():
         try:
             law_to_dict(law)
@@ -136,11 +131,13 @@ def _check_form(law: Law) -> None:
             raise _failed("name", law, error.cause, error.cure) from error
 
 
-def _references(widths: Iterable[float]) -> Iterable[Reference]:
+def _references(widths: Iterable[float]) -> list[Reference]:
+    references = []
     for width in widths:
-        yield Reference(method="full", fan_in=width)
+        references.append(Reference(method="full", fan_in=width))
         for rank, alpha, init in itertools.product(_RANKS, _ALPHAS, _INITS):
-            yield Reference(rank, alpha, init=init, fan_in=width)  # type: ignore[arg-type]
+            references.append(Reference(rank, alpha, init=init, fan_in=width))
+    return references
 
 
 def _ask(law: Law, factor: Factor, reference: Reference) -> float:
@@ -194,10 +191,8 @@ def _check_ratios(
             )
             raise _failed("own reference", law, cause, cure)
     for a, b, c in itertools.product(references, repeat=3):
-        via, direct = (
-            answers[b.as_factor(), a] * answers[c.as_factor(), b],
-            answers[c.as_factor(), a],
-        )
+        via = answers[b.as_factor(), a] * answers[c.as_factor(), b]
+        direct = answers[c.as_factor(), a]
         if not math.isclose(via, direct, rel_tol=tolerance):
             cause = (
                 f"{_where(c.as_factor(), a)}, it returns {direct:g}, but {via:g} by way of"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -109,9 +110,9 @@ def test_every_option_reaches_the_calibration(folder):
     """Budget, full runs, seeds, range, optimizer, law, name and storage are those asked for."""
     options = [
         "--budget",
-        60,
+        "60",
         "--full-trials",
-        1,
+        "1",
         "--seeds",
         "5",
         "--lr-range",
@@ -129,7 +130,7 @@ def test_every_option_reaches_the_calibration(folder):
         "--ranks",
         "2,8",
         "--until",
-        0.01,
+        "0.01",
     ]
     done = call(*QUICK, *options, *more)
     assert done.exit_code == 0, done.output
@@ -172,6 +173,11 @@ def started(*arguments, env=(), **options):
     )
 
 
+def seen(folder: Path, name: str) -> list:
+    """What each process of `LOOP` saw by this name, sorted."""
+    return sorted(json.loads(path.read_text())[name] for path in folder.glob("seen-*"))
+
+
 def ended(process):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -196,84 +202,42 @@ def assert_shared(trials, count: int) -> None:
     assert not Trials.read(trials).running()
 
 
+def shared(loop: str, *options) -> list:
+    """The arguments of a calibration that several processes share."""
+    return [loop, "--steps", 10, "-o", "r.toml", "--ranks", "2,32", *options]
+
+
 def test_two_workers_share_the_trials(folder):
-    """--workers 2 runs the number asked for in two processes, and no rank, seed and rate twice."""
-    command = [
-        "slow_loops:train",
-        "--steps",
-        10,
-        "-o",
-        "r.toml",
-        "--ranks",
-        "2,32",
-        "--trials",
-        24,
-        "--workers",
-        2,
-    ]
-    ended(started(*command, env={"PROCESSES": "2"}))
+    """--workers 2 runs the number asked for in two processes, no rank, seed and rate twice, and what
+    the training function warns of is a note of every worker."""
+    process = started(
+        *shared("slow_loops:warns", "--trials", 24, "--workers", 2), env={"PROCESSES": "2"}
+    )
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     assert_shared(trials_of("r.journal", "r"), 24)
     assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 24
+    assert len(set(re.findall(r"^note: the disk of (\d+) is slow$", err, re.M))) == 2
+    assert "UserWarning" not in err
 
 
 def test_too_small_a_budget_is_noted_once(folder):
-    """A budget for too few runs is a note that names the options, once for all workers."""
-    command = [
-        "slow_loops:train",
-        "--steps",
-        10,
-        "-o",
-        "r.toml",
-        "--ranks",
-        "2,32",
-        "--budget",
-        30,
-        "--workers",
-        2,
-    ]
-    process = started(*command, env={"PROCESSES": "2"})
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert said.count("leaves the search") == 1
-    assert "note: A budget of 30 steps leaves the search 3 of the 5 runs that it needs" in said
-    assert "Give a larger budget, or fewer full trials." in said
-
-
-def test_warnings_of_all_workers_are_notes(folder):
-    """A warning of the training function is a note in every worker, not a line in Python's form."""
-    command = [
-        "slow_loops:warns",
-        "--steps",
-        10,
-        "-o",
-        "r.toml",
-        "--ranks",
-        "2,32",
-        "--trials",
-        12,
-        "--workers",
-        2,
-    ]
-    process = started(*command, env={"PROCESSES": "2"})
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert len(set(re.findall(r"^note: the disk of (\d+) is slow$", said, re.M))) == 2
-    assert "UserWarning" not in said
+    """A budget for too few runs is a note, once for all workers: here one for each visible GPU."""
+    process = started(
+        *shared("slow_loops:train", "--budget", 30, "--workers", "auto"),
+        env={"PROCESSES": "2", "CUDA_VISIBLE_DEVICES": "4,6"},
+    )
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err.count("leaves the search") == 1
+    assert "note: A budget of 30 steps leaves the search 3 of the 5 runs that it needs" in err
+    assert "Give a larger budget, or fewer full trials." in err
+    assert seen(folder, "CUDA_VISIBLE_DEVICES") == ["4", "6"]
 
 
 def test_the_same_command_elsewhere_joins(folder):
     """Two commands with one storage share the trials, and both write the whole recipe."""
-    common = [
-        "slow_loops:train",
-        "--steps",
-        10,
-        "--ranks",
-        "2,32",
-        "--trials",
-        24,
-        "--storage",
-        "s.journal",
-    ]
+    common = shared("slow_loops:train", "--trials", 24, "--storage", "s.journal")
     pair = [
         started(*common, "--name", "shared", "-o", f"{i}.toml", env={"PROCESSES": "2"})
         for i in range(2)
@@ -298,24 +262,15 @@ def test_without_a_terminal_every_trial_is_a_line(folder):
 
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="processes get signals")
-LONG = [
-    "slow_loops:train",
-    "--steps",
-    10,
-    "-o",
-    "r.toml",
-    "--ranks",
-    "2,32",
-    "--trials",
-    500,
-    "--workers",
-    2,
-]
+LONG = shared("slow_loops:train", "--trials", 500, "--workers", 2)
+INTERRUPTS = {
+    "Ctrl-C while the other worker starts": (signal.SIGINT, 1),
+    "SIGTERM while both work": (signal.SIGTERM, 2),
+}
 
 
 @POSIX
-@pytest.mark.parametrize("busy", [1, 2], ids=["while the other worker starts", "while both work"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(("number", "busy"), INTERRUPTS.values(), ids=INTERRUPTS)
 def test_an_interrupt_ends_all_workers_in_a_sentence(number, busy, folder):
     """A terminal's Ctrl-C, or a cluster's SIGTERM, ends them with one sentence and code 130. No trial is left."""
     process = started(*LONG, start_new_session=True)
@@ -350,10 +305,10 @@ STUCK = {
 HANGING = """
 import multiprocessing, os, signal, time
 from rankaware_optim.calibration import _liveness
-from rankaware_optim.cli import _calibrate
+from rankaware_optim.cli import _workers
 
 helps, stop = multiprocessing.parent_process() is not None, False
-_liveness._BEAT_S, _calibrate._GRACE_S = 0.2, 2.0
+_liveness._BEAT_S, _workers._GRACE_S = 0.2, 2.0
 HANG
 
 import slow_loops
@@ -372,19 +327,7 @@ def train(trial):
 def test_a_worker_that_hangs_is_not_waited_for(hang, folder):
     """The others run its trial too, the recipe is written with the last of them, and the worker is ended."""
     (folder / "hanging_loops.py").write_text(HANGING.replace("HANG", hang))
-    command = [
-        "hanging_loops:train",
-        "--steps",
-        10,
-        "-o",
-        "r.toml",
-        "--ranks",
-        "2,32",
-        "--trials",
-        6,
-        "--workers",
-        2,
-    ]
+    command = shared("hanging_loops:train", "--trials", 6, "--workers", 2)
     process = started(*command, env={"PROCESSES": "2" if "stop" in hang else "1"})
     out, said = process.communicate(timeout=120)
     assert process.returncode == 0, said

@@ -87,7 +87,7 @@ def test_another_batch_is_given_too(tool, to, batch):
     done = CliRunner().invoke(
         main, ["convert", LR, "--from", "r=16,alpha=32,batch=16", "--to", to, "--as", tool]
     )
-    given = re.search(r"batch=(\d+),$", done.output, re.MULTILINE) if tool == "trl" else None
+    given = re.search(r"batch=(\d+)\)$", done.output, re.MULTILINE)
     found = (
         given and int(given[1])
         if tool == "trl"
@@ -98,11 +98,14 @@ def test_another_batch_is_given_too(tool, to, batch):
 
 
 def test_trls_lines_are_python():
-    """TRL's lines parse, and their Reference is the one asked for."""
-    calls = [node for node in ast.walk(ast.parse(printed("trl"))) if isinstance(node, ast.Call)]
-    (made,) = [c for c in calls if ast.unparse(c.func) == "rankaware_optim.Reference"]
-    fields = {k.arg: ast.literal_eval(k.value) for k in made.keywords}
-    assert ra.Reference(**fields) == parse_reference(FROM)
+    """TRL's lines parse, and their reference and law are those asked for."""
+    calls = [
+        n for n in ast.walk(ast.parse(printed("trl", "--law", "mua"))) if isinstance(n, ast.Call)
+    ]
+    (attach,) = [c for c in calls if ast.unparse(c.func) == "rankaware_optim.integrations.attach"]
+    arguments = {k.arg: ast.literal_eval(k.value) for k in attach.keywords}
+    assert parse_reference(arguments["tuned_at"]) == parse_reference(FROM)
+    assert (arguments["lr"], arguments["law"]) == (2e-4, "mua")
 
 
 def test_tools_without_rslora_get_the_alpha_that_gives_the_same_multiplier():

@@ -98,15 +98,50 @@ def foreign(tmp_path_factory):
     return folder
 
 
+def environment() -> dict[str, str]:
+    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths))}
+
+
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """The installed script, in `folder`."""
     script = shutil.which("rankaware", path=str(Path(sys.executable).parent))
     assert script is not None
-    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths))}
     return subprocess.run(
-        [script, *command.split()], cwd=folder, env=environment, capture_output=True, text=True
+        [script, *command.split()], cwd=folder, env=environment(), capture_output=True, text=True
     )
+
+
+# A script that calls the command several times: like the installed one it has its own folder first in sys.path.
+SEVERAL = """
+import glob, json, sys, traceback
+from rankaware_optim.cli import main
+for command in sys.argv[1:]:
+    code = 0
+    try:
+        main(command.split(), prog_name="rankaware")
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        code = traceback.format_exc()
+    print("RAN", json.dumps([command, code or 0, glob.glob("*.was_run")]))
+"""
+
+
+def run_in_turn(commands: list[str], folder: Path, script: Path) -> list:
+    """The commands in one process: each with its exit code, and the modules of `folder` that were run by then."""
+    script.write_text(SEVERAL)
+    done = subprocess.run(
+        [sys.executable, script, *commands],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RAN ")]
+    assert len(lines) == len(commands), done.stderr
+    return [json.loads(line.removeprefix("RAN ")) for line in lines]
 
 
 def marks(folder: Path) -> list[str]:
@@ -117,13 +152,19 @@ def marks(folder: Path) -> list[str]:
     return [mark.name.partition(".")[0] for mark in found]
 
 
-@pytest.mark.parametrize("command", ["--help", *(f"{name} --help" for name in _COMMANDS), *PLAIN])
-def test_a_command_runs_nothing_of_the_folder_it_stands_in(command, foreign):
-    """No file there that is called like a module is run, by the command or by its help."""
+def test_commands_run_nothing_of_the_folder_they_stand_in(foreign, tmp_path):
+    """No file there that is called like a module is run, by a command or by its help."""
+    commands = ["--help", *(f"{name} --help" for name in _COMMANDS), *PLAIN]
+    for command, code, ran in run_in_turn(commands, foreign, tmp_path / "several.py"):
+        assert ran == [], command
+        assert code == 0 or command.startswith(("demo", "plot")), command
+
+
+@pytest.mark.parametrize("command", ["--help", "show digits.toml", CHECK])
+def test_the_installed_script_runs_nothing_of_its_folder_either(command, foreign):
+    """The same in a process of the script's own, light or with torch."""
     done = run(command, foreign)
-    assert marks(foreign) == []
-    assert done.returncode == 0 or command.startswith(("demo", "plot")), done.stderr
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, marks(foreign)) == (0, []), done.stderr
 
 
 def test_every_command_is_tried():
@@ -131,17 +172,30 @@ def test_every_command_is_tried():
     assert {line.split()[0] for line in [*PLAIN, *NAMING]} == {*_COMMANDS, "--version"}
 
 
-@pytest.mark.parametrize("command", NAMING)
-def test_a_module_that_the_user_names_is_found_and_shadows_nothing(command, foreign):
-    """A law, an optimizer or a loop of the folder is used, its late imports and workers too, and no other module."""
+def shadowing(ran: list[str]) -> list[str]:
+    """Which of the modules that were run are called like an installed one."""
+    return [name for name in ran if find_spec(name) is not None]
+
+
+def test_a_law_or_optimizer_of_the_folder_is_found_and_shadows_nothing(foreign, tmp_path):
+    """A module that the user names is used, and no other module of the folder."""
+    commands = [command for command in NAMING if not command.startswith("calibrate")]
+    for command, code, _ in run_in_turn(commands, foreign, tmp_path / "several.py"):
+        assert code == 0, command
+    assert shadowing(marks(foreign)) == []
+
+
+@pytest.mark.parametrize("command", [name for name in NAMING if name.startswith("calibrate")])
+def test_a_loop_of_the_folder_is_found_and_shadows_nothing(command, foreign):
+    """A loop is used, its late imports and workers too, and no other module of the folder."""
     done = run(command, foreign)
     assert done.returncode == 0, done.stderr
     for made in foreign.glob("r.*"):
         made.unlink()
-    first = marks(foreign)
+    ran = marks(foreign)
     if "--workers" in command and sys.version_info < (3, 11):
         return  # there multiprocessing itself starts workers with the folder first
-    assert [name for name in first if find_spec(name) is not None] == []
+    assert shadowing(ran) == []
 
 
 def test_the_check_can_fail(foreign):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import rankaware_optim as ra
 from rankaware_optim.cli._main import main
-from rankaware_optim.cli._placement import AUTO, chosen_devices, placed, visible_devices
+from rankaware_optim.cli._workers import AUTO, chosen_devices, placed, visible_devices
 
-from .test_calibrate import LOOP, ended, started
+from .test_calibrate import LOOP, ended, seen, started
 
 #        workers, GPUs, cores, threads: what each worker sees and takes; None where nothing is set
 PLACES = [
@@ -89,27 +88,14 @@ def folder(tmp_path, monkeypatch):
 
 
 COMMAND = ["seeing_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 12]
-SEEN = [
-    ("4,6", ["--workers", "auto"], ["4", "6"]),
-    ("4,6", ["--devices", "6,4"], ["4", "6"]),
-    ("4,6,7", ["--workers", 2, "--devices", "4,7"], ["4", "7"]),
-    ("4,6", ["--devices", "6"], ["6"]),
-    ("4,6", [], ["4,6"]),
-]
 
 
-@pytest.mark.parametrize(("visible", "options", "each"), SEEN)
-def test_workers_see_their_own_gpus(visible, options, each, folder):
+def test_workers_see_their_own_gpus(folder):
     """Each process of the command, its own first one too, sees the GPUs and threads dealt to it, and no others."""
-    ended(
-        started(
-            *COMMAND, *options, env={"CUDA_VISIBLE_DEVICES": visible, "PROCESSES": str(len(each))}
-        )
-    )
-    seen = [json.loads(path.read_text()) for path in folder.glob("seen-*")]
-    assert sorted(one["CUDA_VISIBLE_DEVICES"] for one in seen) == each
-    if len(each) > 1:
-        assert {int(one["OMP_NUM_THREADS"]) for one in seen} == {one["threads"] for one in seen}
+    env = {"CUDA_VISIBLE_DEVICES": "4,6,7", "PROCESSES": "2"}
+    ended(started(*COMMAND, "--devices", "7,4", env=env))
+    assert seen(folder, "CUDA_VISIBLE_DEVICES") == ["4", "7"]
+    assert list(map(int, seen(folder, "OMP_NUM_THREADS"))) == seen(folder, "threads")
     assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 12
 
 
@@ -126,14 +112,16 @@ def test_a_gpu_that_is_not_there_ends_the_command(options, folder, monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
-def test_the_environment_is_put_back(folder, monkeypatch):
-    """A command called inside a process leaves its variables as they were."""
+ALONE = [([], "0,1", None), (["--devices", "1", "--threads", "1"], "1", 1)]
+
+
+@pytest.mark.parametrize(("options", "gpus", "threads"), ALONE)
+def test_a_single_worker_is_this_process(options, gpus, threads, folder, monkeypatch):
+    """It sees all visible GPUs or those given, and leaves the process's variables as they were."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    done = CliRunner().invoke(
-        main, ["calibrate", *map(str, COMMAND), "--devices", "1", "--threads", "1"]
-    )
+    done = CliRunner().invoke(main, ["calibrate", *map(str, COMMAND), *options])
     assert done.exit_code == 0, done.output
     assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]) == ("0,1", "2")
-    [seen] = [json.loads(path.read_text()) for path in Path().glob("seen-*")]
-    assert (seen["CUDA_VISIBLE_DEVICES"], seen["threads"]) == ("1", 1)
+    assert seen(folder, "CUDA_VISIBLE_DEVICES") == [gpus]
+    assert seen(folder, "threads") == [threads or torch.get_num_threads()]

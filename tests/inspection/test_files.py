@@ -650,9 +650,7 @@ CORES = [
 def test_a_core_that_does_not_fit_its_pair_is_refused(core, down, folder):
     """Tucker's core is (r, r, k…) between two 1 × 1 convolutions."""
     tensors = {"x.lora_mid.weight": torch.zeros(core), "x.lora_down.weight": torch.zeros(down)}
-    with pytest.raises(
-        InspectionError, match=r"x\.lora_down\.weight has shape"
-    ):
+    with pytest.raises(InspectionError, match=r"x\.lora_down\.weight has shape"):
         inspect_file(folder({**tensors, "x.lora_up.weight": torch.zeros(5, 8, 1, 1)}))
 
 

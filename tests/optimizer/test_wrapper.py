@@ -1019,6 +1019,19 @@ def test_bad_later_groups_are_refused(group, error, message):
     assert before == [dict(g) for g in opt.param_groups]
 
 
+def test_a_group_is_added_after_the_groups_were_cleared():
+    """An optimizer whose groups a framework cleared takes a group as any other does."""
+    model = mlp((4,))
+    opt = by_class(model, torch.optim.AdamW, {}, tuned_at=AT_16)
+    opt.param_groups.clear()
+    opt.add_param_group({"params": trained(model.layer0)})
+    assert [group["param_names"] for group in opt.param_groups] == [
+        ["layer0.lora_A"],
+        ["layer0.lora_B"],
+    ]
+    assert all(group["rank_multiplier"] > 1 for group in opt.param_groups)
+
+
 @pytest.mark.parametrize("lose", [lambda model, opt: copy.deepcopy(opt), lambda model, opt: opt])
 def test_a_later_group_needs_the_model(lose):
     """A copy, or an optimizer whose model is gone, cannot scale a new group and refuses it; a planned one is taken."""

@@ -24,7 +24,7 @@ from rankaware_optim import (
     Reference,
 )
 from rankaware_optim._optimizers import _KNOWN
-from rankaware_optim.cli._suggest import suggest
+from rankaware_optim.cli._adapters import suggest
 from rankaware_optim.inspection import inspect_model
 from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.transfer import published_init, suggest_lr

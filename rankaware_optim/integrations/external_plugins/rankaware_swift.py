@@ -19,25 +19,17 @@ from swift import OptimizerCallback, optimizers_map
 from rankaware_optim.integrations import attach
 from rankaware_optim.integrations._settings import settings_from_words
 
-_PREFIX = "RANKAWARE_"
-_OTHERS = ("RANKAWARE_CACHE",)  # a variable of the benchmarks
+_BENCHMARKS = "RANKAWARE_CACHE"
 
 
 class RankAware(OptimizerCallback):
-    """Attaches a `RankAwareOptimizer` for the optimizer in the arguments, when ms-swift builds it."""
+    """Attaches a `RankAwareOptimizer` for the arguments' optimizer, when ms-swift builds it."""
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.trainer.optimizer_cls_and_kwargs is None:
-            said = {
-                name: text
-                for name, text in os.environ.items()
-                if name.startswith(_PREFIX) and name not in _OTHERS
-            }
-            settings = settings_from_words(
-                {name[len(_PREFIX) :].lower(): text for name, text in said.items()}
-            )
-            rate = {} if "recipe" in settings else {"lr": self.args.learning_rate}
-            attach(self.trainer, **rate, **settings)
+            words = {name: text for name, text in os.environ.items() if name != _BENCHMARKS}
+            lr = self.args.learning_rate
+            attach(self.trainer, **settings_from_words(words, "RANKAWARE_", lr=lr))
         return super().create_optimizer(model)
 
 

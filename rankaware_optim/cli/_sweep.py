@@ -9,34 +9,29 @@ from typing import Any
 import click
 
 from ..laws import PRIOR_LAW
-from ..recipe import to_document
+from ..recipe import Recipe, to_document
 from ..sweeps import fit_sweep
-from ._echo import echo, echo_json
+from ._echo import echo, echo_result
 from ._options import (
     ALPHA,
     COLUMN,
+    FILE,
     LAW_TEXT,
     OPTIMIZER,
     RECIPE_FIELDS,
     init_option,
     json_option,
-    may_name_module,
+    law_option,
     out_option,
 )
 
 
 @click.command()
-@click.argument("sweep", type=click.Path(path_type=Path))
+@click.argument("sweep", type=FILE)
 @out_option(help="Write the recipe to a .toml file.")
 @click.option("--name", help="Name of the recipe. By default the name of SWEEP's file.")
 @OPTIMIZER
-@click.option(
-    "--law",
-    callback=may_name_module,
-    default=PRIOR_LAW,
-    show_default=True,
-    help=f"Law that moves rates between ranks. {LAW_TEXT}",
-)
+@law_option(f"Law that moves rates between ranks. {LAW_TEXT}", default=PRIOR_LAW)
 @click.option(
     "--fit",
     type=click.Choice(["drift", "tokens"]),
@@ -77,17 +72,14 @@ def fit(
     """
     recipe = fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
     saved = None if out is None else recipe.save(out)
-    if as_json:
-        echo_json(to_document(recipe))
-        return
-    echo(recipe)
-    if saved is not None:
-        known = (
-            recipe.reference.rank
-            if recipe.scaling_rule == "unknown"
-            else max(recipe.ranks, default=None)
-        )
-        echo(
-            f"Next: rankaware lr {shlex.quote(str(saved))}"
-            f" {'--full' if known is None else f'--rank {known}'}"
-        )
+    echo_result(as_json, recipe, to_document(recipe))
+    if saved is not None and not as_json:
+        echo(f"Next: rankaware lr {shlex.quote(str(saved))} {_for_a_rate(recipe)}")
+
+
+def _for_a_rate(recipe: Recipe) -> str:
+    """Return the options with which `rankaware lr` prints a rate of the recipe."""
+    rank = max(recipe.ranks, default=None)
+    if recipe.scaling_rule == "unknown":
+        rank = recipe.reference.rank
+    return "--full" if rank is None else f"--rank {rank}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
@@ -12,8 +12,8 @@ from ..inspection import as_reference, read_training, reference_of
 from ..laws import DEFAULT_LAW, Law, bound_law, get_law
 from ..transfer import convert_lr
 from ._configurations import TOOLS, Change, as_words, configuration
-from ._echo import echo, echo_json
-from ._options import json_option, may_name_module
+from ._echo import echo_result
+from ._options import json_option, law_option
 
 _SHAPE = (
     "a list with one object per rate. Fields: part (of the adapter; null if LR is given), from_lr"
@@ -30,20 +30,24 @@ _FROM = (
 )
 _TO = "New configuration, such as r=128,alpha=16,rslora or full. r=64 alone keeps alpha."
 
-_Part = tuple[str | None, str, float, Reference]  # name, training as text, rate, configuration
+
+@dataclass(frozen=True)
+class _Tuned:
+    """A rate to convert. part: of the adapter, None if the user gave the rate. training: how it
+    was trained, in words.
+    """
+
+    lr: float
+    reference: Reference
+    part: str | None = None
+    training: str = ""
 
 
 @click.command()
 @click.argument("lr", type=float, required=False)
 @click.option("--from", "from_", required=True, help=_FROM)
 @click.option("--to", required=True, help=_TO)
-@click.option(
-    "--law",
-    callback=may_name_module,
-    default=DEFAULT_LAW,
-    show_default=True,
-    help="Law that moves the rate.",
-)
+@law_option("Law that moves the rate.", default=DEFAULT_LAW)
 @click.option(
     "--as",
     "tool",
@@ -63,47 +67,35 @@ def convert(
         raise click.UsageError(
             "--as prints a trainer's configuration and --json the numbers. Give one of them."
         )
-    if lr is not None:
-        bound: Law = get_law(law)
-        parts: list[_Part] = [(None, "", lr, as_reference(from_))]
+    bound: Law = get_law(law)
+    if lr is None:
+        bound, rates = _trained(from_, bound)
     else:
-        bound, parts = _trained(from_, get_law(law))
-    changes = [
-        (
-            part,
-            words,
-            Change(
-                rate,
-                at,
-                as_reference(to, like=at),
-                law,
-                convert_lr(rate, from_=at, to=to, law=bound),
-            ),
-        )
-        for part, words, rate, at in parts
-    ]
-    if as_json:
-        echo_json([_document(part, change) for part, _, change in changes])
-        return
-    for _, words, change in changes:
-        if words:
-            echo(f"{'# ' if tool else ''}{words}")
-        echo(configuration(tool, change) if tool else change.converted.explain())
+        rates = [_Tuned(lr, as_reference(from_))]
+    documents, texts = [], []
+    for tuned in rates:
+        at = tuned.reference
+        conversion = convert_lr(tuned.lr, from_=at, to=to, law=bound)
+        change = Change(tuned.lr, at, as_reference(to, like=at), law, conversion)
+        documents.append(_document(tuned.part, change))
+        texts += [f"{'# ' if tool else ''}{tuned.training}"] if tuned.training else []
+        texts.append(configuration(tool, change) if tool else conversion.explain())
+    echo_result(as_json, "\n".join(texts), documents)
 
 
-def _trained(path: str, law: Law) -> tuple[Law, list[_Part]]:
-    """Return the law bound to the adapter's optimizer, and the adapter's parts."""
-    made = read_training(path)
-    if made.optimizer:
-        law = bound_law(law, made.optimizer_class, made.settings or {})
-    by = f" by {made.optimizer}" if made.optimizer else ""
-    during = f" over {made.steps} steps" if made.steps else ""
-    parts: list[_Part] = []
-    for part, rate, survey in made.rates:
+def _trained(path: str, law: Law) -> tuple[Law, list[_Tuned]]:
+    """Return the law bound to the adapter's optimizer, and the rates of the adapter's parts."""
+    training = read_training(path)
+    if training.optimizer:
+        law = bound_law(law, training.optimizer_class, training.settings or {})
+    by = f" by {training.optimizer}" if training.optimizer else ""
+    during = f" over {training.steps} steps" if training.steps else ""
+    rates = []
+    for part, lr, survey in training.rates:
         at = reference_of(survey)
-        words = f"{part or 'The adapter'} was trained at {rate:g}, {at}{by}{during}."
-        parts.append((part or None, words, rate, at))
-    return law, parts
+        words = f"{part or 'The adapter'} was trained at {lr:g}, {at}{by}{during}."
+        rates.append(_Tuned(lr, at, part or None, words))
+    return law, rates
 
 
 def _document(part: str | None, change: Change) -> dict[str, Any]:

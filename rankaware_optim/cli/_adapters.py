@@ -1,0 +1,151 @@
+"""The commands that read an adapter's files: `rankaware inspect` and `rankaware suggest`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .._types import Rated, Reference, Survey
+from ..inspection import inspect_file, read_config
+from ..laws import DEFAULT_LAW
+from ..transfer import published_init, suggest_lr, survey_rates
+from ._echo import echo_result
+from ._options import (
+    FILE,
+    RATE_FIELDS,
+    RSLORA,
+    init_option,
+    json_option,
+    law_option,
+    optimizer_option,
+    refuse_for_full,
+)
+
+_SURVEY = (
+    "an object. Fields: factors (one object per LoRA factor), others (name and adapter kind of the"
+    " other tensors), checks (sentences on likely mistakes), notes (sentences). A factor has name,"
+    " role (A or B), rank, fan_in and fan_out (of the adapted layer), scaling (effective"
+    " multiplier), init, kind, layer, adapter, convention, lr (per step) and reason (of lr). lr and"
+    " reason are null without --lr."
+)
+
+
+@click.command()
+@click.argument("path", type=FILE)
+@click.option("--lr", type=float, help="Base rate, per step. Adds a column of rates.")
+@law_option("Law that moves --lr.", default=DEFAULT_LAW)
+@click.option(
+    "--tuned-at",
+    help="Configuration at which --lr was tuned: r=16,alpha=32,init=B, or an adapter's path.",
+)
+@init_option("By default as the files declare it.")
+@click.option("--per-module", is_flag=True, help="Print one line per tensor.")
+@json_option(_SURVEY)
+def inspect(
+    path: Path,
+    lr: float | None,
+    law: str,
+    tuned_at: str | None,
+    init: Any,
+    per_module: bool,
+    as_json: bool,
+) -> None:
+    """List the LoRA factors in an adapter's files.
+
+    PATH is a PEFT folder or a .safetensors file. The model is not needed.
+    """
+    if lr is None and (tuned_at is not None or law != DEFAULT_LAW):
+        raise click.UsageError("--tuned-at and --law move a rate, so give --lr too.")
+    survey, rates = survey_rates(inspect_file(path, init=init), lr=lr, law=law, tuned_at=tuned_at)
+    text = survey.explain(per_module=per_module, rates=rates)
+    echo_result(as_json, text, _document(survey, rates))
+
+
+def _document(survey: Survey, rates: Mapping[str, Rated]) -> dict[str, Any]:
+    factors = []
+    for factor in survey.factors:
+        rate = rates.get(factor.name)
+        rated = {"lr": None, "reason": None} if rate is None else rate._asdict()
+        factors.append({**asdict(factor), **rated})
+    return {
+        "factors": factors,
+        "others": [{"name": name, "kind": survey.unsupported.get(name)} for name in survey.other],
+        "checks": survey.audit(),
+        "notes": survey.notes,
+    }
+
+
+@click.command()
+@click.argument("path", type=FILE, required=False)
+@click.option("--rank", type=int, help="LoRA rank.")
+@click.option("--alpha", type=float, help="LoRA alpha.")
+@RSLORA
+@init_option(
+    "Others: as in PEFT's init_lora_weights.", names=("A", "B", "pissa", "olora", "lora_ga")
+)
+@click.option("--dora", is_flag=True, help="The adapters are DoRA.")
+@click.option("--full", is_flag=True, help="Suggest a rate for full finetuning.")
+@click.option(
+    "--fan-in", type=float, help="Hidden size of the model. With --full its largest fan-in."
+)
+@optimizer_option("adamw")
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Your data is chat, your batch near 128, and you train about 800 steps. Narrows the band.",
+)
+@json_option(
+    f"an object. Fields: {RATE_FIELDS}, optimizer (name), reference (rank, alpha, rslora, init,"
+    " fan_in, method and batch), fan_in (width of the model)."
+)
+def suggest(
+    path: Path | None,
+    full: bool,
+    init: str | None,
+    dora: bool,
+    optimizer: str,
+    chat: bool,
+    as_json: bool,
+    **shape: Any,
+) -> None:
+    """Suggest a rate from published sweeps, without any run.
+
+    Give the PATH of an adapter, or --rank and --alpha, or --full. The rate is printed with its 90 %
+    band.
+    """
+    method: Any = "full" if full else "lora"
+    if full:
+        refuse_for_full(init=init, rank=shape["rank"], alpha=shape["alpha"], rslora=shape["rslora"])
+    model: Survey | Reference
+    if path is None:
+        if not full and None in (shape["rank"], shape["alpha"]):
+            raise click.UsageError("Give a PATH, or --rank and --alpha, or --full.")
+        model = Reference(**shape, method=method)
+    else:
+        if any(value not in (None, False) for value in shape.values()):
+            raise click.UsageError(
+                "PATH already gives rank, alpha and fan-in, so leave these options out."
+            )
+        model = inspect_file(path)
+        init = init if init or full else _declared_init(path)
+    suggestion = suggest_lr(
+        model,
+        optimizer,
+        method=method,
+        init=init,
+        dora=dora or None,
+        task="chat" if chat else "other",
+    )
+    echo_result(as_json, suggestion)
+
+
+def _declared_init(path: Path) -> str | None:
+    """Return the init that an adapter's configuration declares, if its rate is published."""
+    config = path / "adapter_config.json"
+    if not config.is_file():
+        return None
+    return published_init(read_config(config).values.get("init_lora_weights"))

@@ -1,0 +1,121 @@
+"""The commands that read a recipe: `rankaware lr`, `show`, `plot`, `report` and `diff`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import RankAwareError
+from ..recipe import Recipe, to_document
+from ..reports import diff_recipes, diff_text, plot_recipe, write_report
+from ._echo import echo, echo_result
+from ._options import (
+    FILE,
+    RATE_FIELDS,
+    RECIPE_FIELDS,
+    RSLORA,
+    init_option,
+    json_option,
+    out_option,
+    refuse_for_full,
+)
+
+_RECIPE = click.argument("recipe", type=FILE)
+
+
+@click.command()
+@_RECIPE
+@click.option("--rank", type=int, help="LoRA rank.")
+@click.option(
+    "--alpha",
+    type=float,
+    help="LoRA alpha. By default by the recipe's rule, which rankaware show prints.",
+)
+@RSLORA
+@init_option("By default the recipe's.")
+@click.option("--full", is_flag=True, help="Print the rate for full finetuning.")
+@click.option("--fan-in", type=float, help="Width of the model, if it differs from the recipe's.")
+@click.option(
+    "--steps", type=int, help="Training steps, if they differ from the recipe's. This extrapolates."
+)
+@click.option(
+    "--batch", type=float, help="Batch size in the recipe's unit, if it differs. This extrapolates."
+)
+@json_option(f"an object. Fields: {RATE_FIELDS}.")
+def lr(
+    recipe: Path, rank: int | None, rslora: bool, full: bool, as_json: bool, **options: Any
+) -> None:
+    """Print a recipe's rate at a rank or for full finetuning.
+
+    The 90 % band, the ceiling and what the rate holds for are printed with it.
+    """
+    if full == (rank is not None):
+        raise click.UsageError("Give --rank N or --full.")
+    if options["alpha"] is None and rslora:
+        raise click.UsageError("--rslora needs --alpha.")
+    if full:
+        refuse_for_full(alpha=options["alpha"], init=options["init"])
+    method: Any = "full" if full else "lora"
+    rate = Recipe.load(recipe).at(rank, rslora=rslora, method=method, **options)
+    echo_result(as_json, rate)
+
+
+@click.command()
+@_RECIPE
+@json_option(RECIPE_FIELDS)
+def show(recipe: Path, as_json: bool) -> None:
+    """Print a recipe: its rate, band, law and provenance."""
+    loaded = Recipe.load(recipe)
+    echo_result(as_json, loaded, to_document(loaded))
+
+
+@click.command()
+@_RECIPE
+@out_option(required=True, help="Figure to write, a .png, .svg or .pdf file.")
+def plot(recipe: Path, out: Path) -> None:
+    """Draw a recipe's trials, and its rates by rank."""
+    echo(plot_recipe(Recipe.load(recipe), out))
+
+
+@click.command()
+@_RECIPE
+@out_option("page", required=True, help="HTML page to write.")
+def report(recipe: Path, out: Path) -> None:
+    """Write a recipe as an HTML page.
+
+    The page has the recipe's figure, its rates, and a control for rank and alpha.
+    """
+    echo(write_report(Recipe.load(recipe), out))
+
+
+class _Trouble(click.ClickException):
+    """An error of the comparison. Its exit code is 2, as for diff(1), since 1 means that the two
+    differ.
+    """
+
+    exit_code = 2
+
+
+@click.command()
+@click.argument("first", type=FILE)
+@click.argument("second", type=FILE)
+@json_option(
+    "a list with one object per difference, [] if there is none. Fields: what (a field of"
+    " recipes/SCHEMA.md, or a configuration such as 'at rank 8'), first and second (values as"
+    " text), words (the difference in words, or '')."
+)
+@click.pass_context
+def diff(ctx: click.Context, first: Path, second: Path, as_json: bool) -> None:
+    """Print how recipe SECOND differs from recipe FIRST.
+
+    Rates, law, optimizer, steps, batch and trials are compared. The exit code is 0 if the recipes
+    are equal, 1 if they differ, and 2 if one of them cannot be read.
+    """
+    try:
+        differences = diff_recipes(Recipe.load(first), Recipe.load(second))
+    except RankAwareError as error:
+        raise _Trouble(str(error)) from error
+    echo_result(as_json, diff_text(differences), differences)
+    ctx.exit(1 if differences else 0)
