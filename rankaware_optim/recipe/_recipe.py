@@ -151,27 +151,15 @@ class Recipe(RecipeData):
         """Return the rate at a reference, without a warning. Its first notes say what was not
         tried.
         """
-        reference, asked = self.reference, target
-        if reference.fan_in is None:
-            if target.fan_in is None and (target.method, target.init) != (
-                reference.method,
-                reference.init,
-            ):
-                raise RecipeError(
-                    f"Recipe {self.name!r} has no fan-in, and the rate for {target} depends on it.",
-                    "Give the model's width as fan_in.",
-                )
-            width = target.fan_in or ANY_WIDTH
-            target, reference = replace(target, fan_in=width), replace(reference, fan_in=width)
-        sd, outside = spread(self, target)
+        asked, (target, reference) = target, self._with_widths(target)
         longer = self.horizon.by_steps(
             steps, self.steps, self.name, same_method=target.method == reference.method
         )
-        larger = by_batch(
-            batch, self.batch, math.log2(checked_batch_multiplier(self.law, 2.0)), self.name
-        )
+        by_law = math.log2(checked_batch_multiplier(self.law, 2.0))
+        larger = by_batch(batch, self.batch, by_law, self.name)
+        sd, untried = spread(self, target)
         sd = math.sqrt(max(sd**2 + longer.variance + larger.variance, self.scatter**2))
-        outside = [*outside, *longer.notes, *larger.notes]
+        untried += (*longer.notes, *larger.notes)
         try:
             moved = checked_multiplier(self.law, target.as_factor(), reference)
             moved *= 2.0 ** (longer.octaves + larger.octaves)
@@ -179,10 +167,10 @@ class Recipe(RecipeData):
         except OverflowError:
             moved = width = math.inf
         best = self.fitted_lr * moved
-        octaves = margin(self.steepness, sd) if self.steepness else self.lean
-        notes = [*outside]
-        untried = target.method == "full" and not self.full_seen
-        if untried:
+        octaves = self._margin(sd)
+        notes = [*untried]
+        law_alone = target.method == "full" and not self.full_seen
+        if law_alone:
             notes.append(words.to_settle(width))
         if octaves:
             notes.append(
@@ -192,21 +180,37 @@ class Recipe(RecipeData):
             lr=best * 2.0**-octaves,
             low=best / width,
             high=best * width,
-            ceiling=None if self.ceiling is None or untried else self.ceiling * moved,
-            extrapolated=bool(outside),
+            ceiling=None if self.ceiling is None or law_alone else self.ceiling * moved,
+            extrapolated=bool(untried),
             notes=(*notes, *self.notes),
             configuration=words.configuration(self, asked, steps, batch),
         )
-        if not all(
-            edge is None or 0 < edge < math.inf
-            for edge in (rate.lr, rate.low, rate.high, rate.ceiling)
-        ):
+        edges = (rate.lr, rate.low, rate.high, 1.0 if rate.ceiling is None else rate.ceiling)
+        if not all(0 < edge < math.inf for edge in edges):
             raise RecipeError(
                 f"Recipe {self.name!r} gives {target} a rate or a band that is not positive and"
                 " finite.",
                 "Ask for a configuration nearer to its own, or restore the recipe.",
             )
         return rate
+
+    def _with_widths(self, target: Reference) -> tuple[Reference, Reference]:
+        """Return a target and the recipe's reference, with a width if the reference has none."""
+        reference = self.reference
+        if reference.fan_in is not None:
+            return target, reference
+        same = (target.method, target.init) == (reference.method, reference.init)
+        if target.fan_in is None and not same:
+            raise RecipeError(
+                f"Recipe {self.name!r} has no fan-in, and the rate for {target} depends on it.",
+                "Give the model's width as fan_in.",
+            )
+        width = target.fan_in or ANY_WIDTH
+        return replace(target, fan_in=width), replace(reference, fan_in=width)
+
+    def _margin(self, sd: float) -> float:
+        """Return how far below the best rate to stay, octaves. sd: the rate's, octaves."""
+        return margin(self.steepness, sd) if self.steepness else self.lean
 
     def base_lr(self, survey: Survey) -> float:
         """Return the base rate for a model: the best rate less the margin for the model's
@@ -251,15 +255,18 @@ class Recipe(RecipeData):
         if alpha is not None:
             return Reference(rank, alpha, rslora, own.init, own.fan_in, method)
         Reference(rank, 1.0, method=method)  # checks the rank before it is used below
-        scaling = own.scaling
-        if rank != own.rank:
-            if self.scaling_rule not in GAMMA or own.rank is None or rank is None:
-                raise RecipeError(
-                    f"The trials of recipe {self.name!r} give no rule for alpha by rank.",
-                    "Give an alpha with the rank.",
-                )
-            scaling *= float((rank / own.rank) ** -GAMMA[self.scaling_rule])
+        scaling = own.scaling if rank == own.rank else self._scaling_at(rank)
         return replace(Reference.from_scaling(rank, scaling, init=own.init), fan_in=own.fan_in)
+
+    def _scaling_at(self, rank: int | None) -> float:
+        """Return the effective multiplier at another rank, by the rule of the trials."""
+        own = self.reference
+        if self.scaling_rule not in GAMMA or own.rank is None or rank is None:
+            raise RecipeError(
+                f"The trials of recipe {self.name!r} give no rule for alpha by rank.",
+                "Give an alpha with the rank.",
+            )
+        return own.scaling * float((rank / own.rank) ** -GAMMA[self.scaling_rule])
 
     def explain(self) -> str:
         """Return the recipe as text, one fact per line: rate, band, ceiling, law and provenance."""

@@ -81,9 +81,7 @@ def _is_alike(a: Any, b: Any, tolerance: float) -> bool:
     if is_number(a) and is_number(b):
         return a == b or (isinstance(a + b, float) and math.isclose(a, b, rel_tol=tolerance))
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(
-            _is_alike(x, y, tolerance) for x, y in zip(a, b, strict=True)
-        )
+        a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_is_alike(a[key], b[key], tolerance) for key in a)
     return bool(a == b)

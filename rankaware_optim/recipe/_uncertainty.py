@@ -65,32 +65,39 @@ def spread(recipe: RecipeData, target: Reference) -> tuple[float, list[str]]:
 
 def _unseen(recipe: RecipeData, target: Reference) -> Iterator[tuple[float, str]]:
     """Yield what was not tried, with the standard deviation that it adds, octaves."""
-    law, full = recipe.law, target.method == "full"
-    if full and not recipe.full_seen:
-        octaves = 0.0 if law.to_full else math.log2((target.fan_in or law.pivot) / law.pivot)
-        init = recipe.reference.init
-        words = (
-            f"full finetuning was not tried: the rate is the law's, from LoRA at {init_text(init)}"
-            f" alone. Its standard deviation was {FULL_SD[init]:g} octaves over the tasks of a"
-            " study"
-        )
-        yield _DRIFT_SHARE * law.exponent * octaves, words
-    if not full:
-        rank, ranks = float(target.rank or law.pivot), recipe.ranks
-        beyond = (
-            max(0.0, math.log2(min(ranks) / rank), math.log2(rank / max(ranks))) if ranks else 1.0
-        )
+    if target.method == "full":
+        width = recipe.full_fan_in
+        if not recipe.full_seen:
+            yield _law_alone(recipe, target)
+    else:
+        width = recipe.reference.fan_in
+        rank = float(target.rank or recipe.law.pivot)
+        beyond = _octaves_beyond(recipe.ranks, rank)
         if beyond:
-            seen = ", ".join(map(str, ranks))
-            yield RANK_SD * beyond, f"rank {rank:g} is outside the ranks tried ({seen})"
-    own = recipe.full_fan_in if full else recipe.reference.fan_in
-    if target.fan_in and own and not math.isclose(target.fan_in, own, rel_tol=0.01):
-        yield (
-            WIDTH_SD * math.log2(target.fan_in / own),
-            f"fan-in {target.fan_in:g} is not the recipe's own {own:g}",
-        )
+            tried = ", ".join(map(str, recipe.ranks))
+            yield RANK_SD * beyond, f"rank {rank:g} is outside the ranks tried ({tried})"
+    if target.fan_in and width and not math.isclose(target.fan_in, width, rel_tol=0.01):
+        words = f"fan-in {target.fan_in:g} is not the recipe's own {width:g}"
+        yield WIDTH_SD * math.log2(target.fan_in / width), words
     if target.init != recipe.reference.init:
-        yield (
-            INIT_SD,
-            f"{init_text(target.init)} was not tried: the law moves the rate from the other init",
+        words = (
+            f"{init_text(target.init)} was not tried: the law moves the rate from the other init"
         )
+        yield INIT_SD, words
+
+
+def _law_alone(recipe: RecipeData, target: Reference) -> tuple[float, str]:
+    """Return what is added for full finetuning that was not tried, and the note on it."""
+    law, init = recipe.law, recipe.reference.init
+    octaves = 0.0 if law.to_full else math.log2((target.fan_in or law.pivot) / law.pivot)
+    return _DRIFT_SHARE * law.exponent * octaves, (
+        f"full finetuning was not tried: the rate is the law's, from LoRA at {init_text(init)}"
+        f" alone. Its standard deviation was {FULL_SD[init]:g} octaves over the tasks of a study"
+    )
+
+
+def _octaves_beyond(ranks: tuple[int, ...], rank: float) -> float:
+    """Return how far a rank lies outside those tried, octaves; 1 if none was."""
+    if not ranks:
+        return 1.0
+    return max(0.0, math.log2(min(ranks) / rank), math.log2(rank / max(ranks)))

@@ -18,19 +18,8 @@ _NOWHERE = "configurations"
 # Last names of fields that are compared by a factor: rates, widths, counts. Other numbers are
 # compared by a difference.
 _BY_FACTOR = {
-    *(
-        "lr",
-        "fitted_lr",
-        "band_low",
-        "band_high",
-        "ceiling",
-        "full_factor",
-        "rank",
-        "alpha",
-        "fan_in",
-        "full_fan_in",
-    ),
-    *("batch", "steps", "tokens", "pivot"),
+    *("lr", "fitted_lr", "band_low", "band_high", "ceiling", "full_factor"),
+    *("rank", "alpha", "fan_in", "full_fan_in", "batch", "steps", "tokens", "pivot"),
 }
 _EQUAL = 1e-9  # relative: rates that differ by less are equal up to rounding
 
@@ -65,20 +54,20 @@ def diff_recipes(first: Recipe, second: Recipe) -> tuple[Difference, ...]:
     return (*_rates(first, second), *_fields(first, second))
 
 
-def diff_text(found: Sequence[Difference]) -> str:
+def diff_text(differences: Sequence[Difference]) -> str:
     """Return the result of `diff_recipes` as a table with a sentence above it, or as one sentence
     if it is empty.
     """
-    if not found:
+    if not differences:
         return "The two recipes are equal."
-    rows = [(d.what, d.first, d.second, d.words) for d in found]
+    rows = [(d.what, d.first, d.second, d.words) for d in differences]
     headings = ("what", "first", "second", "second against first")
-    return f"{_sentence(found)}\n{text_table(headings, rows, left=headings, width=150)}"
+    return f"{_sentence(differences)}\n{text_table(headings, rows, left=headings, width=150)}"
 
 
-def _sentence(found: Sequence[Difference]) -> str:
-    moved = [d for d in found if d.what.startswith("at ")]
-    if any(d.what == _NOWHERE for d in found):
+def _sentence(differences: Sequence[Difference]) -> str:
+    moved = [d for d in differences if d.what.startswith("at ")]
+    if any(d.what == _NOWHERE for d in differences):
         return "The recipes have no configuration in common, so their rates were not compared."
     if not moved:
         return "The rates are the same. The fields below differ."
@@ -97,16 +86,15 @@ def _rates(first: Recipe, second: Recipe) -> Iterator[Difference]:
     If no configuration has a rate by both, this is a difference too.
     """
     compared = False
-    ranks = {
-        rank
-        for recipe in (first, second)
-        for rank in (*recipe.ranks, recipe.reference.rank)
-        if rank
-    }
+    ranks: set[int] = set()
+    for recipe in (first, second):
+        ranks |= {*recipe.ranks, *filter(None, [recipe.reference.rank])}
     for rank in (*sorted(ranks), None):
         one, two = known_rate(first, rank), known_rate(second, rank)
-        compared |= one is not None and two is not None
-        if one is None or two is None or math.isclose(one.lr, two.lr, rel_tol=_EQUAL):
+        if one is None or two is None:
+            continue
+        compared = True
+        if math.isclose(one.lr, two.lr, rel_tol=_EQUAL):
             continue
         overlap = max(one.low, two.low) <= min(one.high, two.high)
         words = f"{_factor(one.lr, two.lr)}, bands {'overlap' if overlap else 'apart'}"
@@ -121,22 +109,30 @@ def _rates(first: Recipe, second: Recipe) -> Iterator[Difference]:
 
 def _fields(first: Recipe, second: Recipe) -> Iterator[Difference]:
     """Yield the fields of the TOML file and the tensors that differ, by their paths."""
-    one, two = (dict(flat(to_document(recipe))) for recipe in (first, second))
-    for path in (*one, *(path for path in two if path not in one)):
+    one, two = dict(flat(to_document(first))), dict(flat(to_document(second)))
+    for path in {**one, **two}:
         old, new = one.get(path), two.get(path)
         if old != new:
-            words = ""
-            if is_number(old) and is_number(new):
-                by_factor = path.rpartition(".")[2] in _BY_FACTOR and old > 0 and new > 0
-                words = _factor(old, new) if by_factor else f"{new - old:+.3g}"
-            yield Difference(path, _text(old), _text(new), words)
+            yield Difference(path, _text(old), _text(new), _words(path, old, new))
     arrays, others = first.arrays(), second.arrays()
     for path in sorted({**arrays, **others}):  # safetensors has no order
         a, b = arrays.get(path), others.get(path)
         if a is None or b is None or a.shape != b.shape:
             yield Difference(path, _size(a), _size(b))
-        elif count := int(((a != b) & ~((a != a) & (b != b))).sum()):
+            continue
+        both_nan = (a != a) & (b != b)
+        count = int(((a != b) & ~both_nan).sum())
+        if count:
             yield Difference(path, _size(a), _size(b), f"{count} of {a.size} values differ")
+
+
+def _words(path: str, old: Any, new: Any) -> str:
+    """Return the difference of two numbers, by a factor for rates, widths and counts."""
+    if not (is_number(old) and is_number(new)):
+        return ""
+    if path.rpartition(".")[2] in _BY_FACTOR and old > 0 and new > 0:
+        return _factor(old, new)
+    return f"{new - old:+.3g}"
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ method, provenance.
 The page is `page.html`, filled in by jinja2 with every value escaped. It loads nothing, so
 it contains the recipe's rates on a grid of ranks and multipliers. Every rank up to 64 is a node,
 and there are 32 nodes per octave above. Rates are interpolated in log2, linearly along the rank and
-by a cubic along the multiplier. They have three digits.
+by a cubic along the multiplier, and written to three digits by the tables' rule.
 """
 
 from __future__ import annotations
@@ -88,9 +88,11 @@ def _template() -> Any:
 def _rows(recipe: Recipe, picture: Picture) -> Iterator[tuple[str, Rate, str]]:
     """Yield the rows of the table of rates: label, rate, and how it is known."""
     named = [(f"rank {rank}", rate, rank in recipe.ranks) for rank, rate in picture.by_rank]
-    named += [("full finetuning", picture.full, recipe.full_seen)] if picture.full else []
+    if picture.full:
+        named.append(("full finetuning", picture.full, recipe.full_seen))
     for label, rate, tried in named:
-        yield label, rate, "tried" if tried else "extrapolated" if rate.extrapolated else "between"
+        untried = "extrapolated" if rate.extrapolated else "between"
+        yield label, rate, "tried" if tried else untried
 
 
 # --- drawings -------------------------------------------------------------------------------------
@@ -125,15 +127,11 @@ class _Axis:
         """Return (position, label) of the round values in the frame, or of those given, evenly
         thinned out.
         """
-        inside = [
-            value
-            for value in (self._round_values() if values is None else values)
-            if self.holds(value)
-        ]
+        ticks = self._round_values() if values is None else values
+        inside = [value for value in ticks if self.holds(value)]
         step = -(-len(inside) // _MOST_TICKS) or 1
-        return [
-            (self.at(value), f"{value:{'g' if self.log else '.12g'}}") for value in inside[::step]
-        ]
+        form = "g" if self.log else ".12g"
+        return [(self.at(value), f"{value:{form}}") for value in inside[::step]]
 
     def _round_values(self) -> Sequence[float]:
         """Return the ticks of `log_ticks`; on a linear axis, multiples of 1, 2 and 5."""
@@ -142,9 +140,8 @@ class _Axis:
         wide = (self.high - self.low) / _MOST_TICKS
         size = 10.0 ** math.floor(math.log10(wide))
         apart = next(m * size for m in (1, 2, 5, 10, 20) if wide <= m * size)
-        return [
-            n * apart for n in range(math.ceil(self.low / apart), math.floor(self.high / apart) + 1)
-        ]
+        first, last = math.ceil(self.low / apart), math.floor(self.high / apart)
+        return [n * apart for n in range(first, last + 1)]
 
 
 def _panel(picture: Picture, arm: PictureArm) -> dict[str, Any]:
@@ -171,29 +168,27 @@ def _chart(recipe: Recipe, picture: Picture) -> dict[str, Any]:
     by_rank, full = picture.by_rank, picture.full
     (first, start), (last, end) = by_rank[0], by_rank[-1]
     ceilings = [(rank, rate.ceiling) for rank, rate in by_rank if rate.ceiling]
-    shown = [rate for _, rate in by_rank] + ([full] if full else [])
-    edges = [edge for rate in shown for edge in (rate.low, rate.high, rate.lr)] + [
-        edge for _, edge in ceilings
-    ]
-    x, y = (
-        _Axis(first, last, _LEFT, _RIGHT),
-        _Axis(min(edges) / 1.2, max(edges) * 1.2, _BOTTOM, _TOP),
-    )
-    band = [(rank, rate.high) for rank, rate in by_rank] + [
-        (rank, rate.low) for rank, rate in reversed(by_rank)
-    ]
-    return {
+    edges = [edge for _, edge in ceilings]
+    for rate in (*(rate for _, rate in by_rank), *([full] if full else [])):
+        edges += (rate.low, rate.high, rate.lr)
+    x = _Axis(first, last, _LEFT, _RIGHT)
+    y = _Axis(min(edges) / 1.2, max(edges) * 1.2, _BOTTOM, _TOP)
+    upper = [(rank, rate.high) for rank, rate in by_rank]
+    lower = [(rank, rate.low) for rank, rate in reversed(by_rank)]
+    drawing: dict[str, Any] = {
         "words": f"From rank {first} to {last} the rate goes from {start.lr:.3g} to {end.lr:.3g}.",
         "curve": _line(x, y, [(rank, rate.lr) for rank, rate in by_rank]),
-        "band": _line(x, y, band),
+        "band": _line(x, y, upper + lower),
         "ceiling": _line(x, y, ceilings),
-        "full": (
-            full and (y.at(full.lr), y.at(full.high), round(y.at(full.low) - y.at(full.high), 1))
-        ),
+        "full": None,
         "seen": [x.at(rank) for rank in recipe.ranks if x.holds(rank)],
         "x": x.ticks(rank for rank, _ in by_rank),
         "y": y.ticks(),
     }
+    if full:
+        top = y.at(full.high)
+        drawing["full"] = (y.at(full.lr), top, round(y.at(full.low) - top, 1))
+    return drawing
 
 
 def _line(x: _Axis, y: _Axis, points: Iterable[tuple[float, float]]) -> str:
@@ -203,6 +198,7 @@ def _line(x: _Axis, y: _Axis, points: Iterable[tuple[float, float]]) -> str:
 # --- the rates to look up -------------------------------------------------------------------------
 
 _EVERY_RANK, _MOST, _PER_OCTAVE = 64, 8192, 32
+_EDGES = ("low", "high", "ceiling")
 _SCALINGS = [e / 2 for e in range(-28, 21)]  # log2 of s = alpha / rank
 _NO_RULE = "The trials of this recipe give no rule for alpha by rank: give alpha."
 _AS_SWEPT = "The sweep behind this recipe has no alpha, so its rates hold only for the alpha swept."
@@ -217,25 +213,21 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
     notes: by rank, the index of its list in `sentences`, in which "{rank}" stands for the rank.
     full: the numbers of full finetuning, or the reason why there are none.
     """
-    refused = _AS_SWEPT if recipe.scaling_rule == "as swept" else ""
     ranks = _nodes(recipe)
     own = [known_rate(recipe, rank) for rank in ranks]
-    rates = (
-        own
-        if refused
-        else [rate or known_rate(recipe, r, alpha=r) for r, rate in zip(ranks, own, strict=True)]
-    )
-    by_scaling = (
-        [known_rate(recipe, rank, alpha=rank * 2.0**s) for s in _SCALINGS] for rank in ranks
-    )
-    columns = [_ratios(rate) for rate in rates]
+    rates, by_scaling, refused = own, [], _AS_SWEPT
+    if recipe.scaling_rule != "as swept":
+        refused = ""
+        rates = [rate or known_rate(recipe, r, alpha=r) for r, rate in zip(ranks, own, strict=True)]
+        by_scaling = [_by_scaling(recipe, rank) for rank in ranks]
+    ratios = [_ratios(rate) for rate in rates]
     sentences, notes = _numbered(recipe, ranks, rates)
     return {
         "ranks": ranks,
         "scalings": _SCALINGS,
         "own": [_log(rate) for rate in own],
-        "lr": [] if refused else [[_log(rate) for rate in row] for row in by_scaling],
-        **{name: [column[name] for column in columns] for name in ("low", "high", "ceiling")},
+        "lr": by_scaling,
+        **{name: [ratio[name] for ratio in ratios] for name in _EDGES},
         "outside": [rate is not None and rate.extrapolated for rate in rates],
         "notes": notes,
         "sentences": sentences,
@@ -245,26 +237,31 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _by_scaling(recipe: Recipe, rank: int) -> list[float | None]:
+    """Return log2 of the rates at a rank and the scalings, rounded, as they are many."""
+    logs = [_log(known_rate(recipe, rank, alpha=rank * 2.0**s)) for s in _SCALINGS]
+    return [None if log is None else round(log, 5) for log in logs]
+
+
 def _nodes(recipe: Recipe) -> list[int]:
     """Return the ranks to store. They include those tried, and the width, at which some laws have a
     kink.
     """
-    powers, width = round(math.log2(_MOST)), recipe.reference.fan_in or 1.0
+    octaves, width = round(math.log2(_MOST)), recipe.reference.fan_in or 1.0
     nodes = {*range(1, _EVERY_RANK + 1), math.floor(width), math.ceil(width)}
-    nodes |= {round(2 ** (e / _PER_OCTAVE)) for e in range(powers * _PER_OCTAVE + 1)}
-    return sorted(
-        rank for rank in {*nodes, *recipe.ranks, recipe.reference.rank} if rank and rank <= _MOST
-    )
+    nodes |= {round(2 ** (e / _PER_OCTAVE)) for e in range(octaves * _PER_OCTAVE + 1)}
+    nodes |= {*recipe.ranks, recipe.reference.rank or 1}
+    return sorted(rank for rank in nodes if 1 <= rank <= _MOST)
 
 
 def _ratios(rate: Rate | None) -> dict[str, float | None]:
     """Return low, high and ceiling as log2 of their ratio to the rate, or None."""
-    edges = {name: getattr(rate, name, None) for name in ("low", "high", "ceiling")}
+    edges = {name: getattr(rate, name, None) for name in _EDGES}
     return {name: _log(edge / rate.lr if rate and edge else None) for name, edge in edges.items()}
 
 
 def _log(value: Rate | float | None) -> float | None:
-    return None if value is None else round(math.log2(float(value)), 4)
+    return None if value is None else math.log2(float(value))
 
 
 def _numbered(
@@ -276,14 +273,13 @@ def _numbered(
     every rank.
     """
     own = {note: printable(note) for note in recipe.notes}
-    texts = []
+    numbers: dict[tuple[str, ...], int] = {}
+    by_rank = []
     for rank, rate in zip(ranks, rates, strict=True):
         notes = rate.notes if rate else ()
-        texts.append(
-            [own.get(note) or note.replace(f"rank {rank} ", "rank {rank} ") for note in notes]
-        )
-    sentences = [list(notes) for notes in dict.fromkeys(map(tuple, texts))]
-    return sentences, [sentences.index(notes) for notes in texts]
+        shared = (own.get(note) or note.replace(f"rank {rank} ", "rank {rank} ") for note in notes)
+        by_rank.append(numbers.setdefault(tuple(shared), len(numbers)))
+    return [list(notes) for notes in numbers], by_rank
 
 
 def _full(recipe: Recipe) -> dict[str, Any]:

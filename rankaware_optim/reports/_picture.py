@@ -118,17 +118,10 @@ def picture_of(recipe: Recipe) -> Picture:
     trials = _trials(recipe)
     rates = {rank: known_rate(recipe, rank) for rank in trials}
     points = [point for of_rank in trials.values() for point in of_rank]
-    edges = [point.rate for point in points]
-    edges += [edge for rate in rates.values() if rate for edge in (rate.low, rate.lr, rate.high)]
-    across = (min(edges) / _MARGIN, max(edges) * _MARGIN) if edges else (1e-4, 1e-2)
+    across = _rates_drawn(points, [rate for rate in rates.values() if rate])
     values = _frame([point.value for point in points if math.isfinite(point.value)])
-    best = {
-        rank: (math.log2(rate.low) + math.log2(rate.high)) / 2
-        for rank, rate in rates.items()
-        if rate
-    }
     x = np.linspace(math.log2(across[0]), math.log2(across[1]), _STEPS)
-    curves = _curves(trials, best, x)
+    curves = _curves(trials, rates, x)
     arms = []
     for rank, of_rank in trials.items():
         curve = [float(y) for y in curves.get(rank, ())]
@@ -137,6 +130,14 @@ def picture_of(recipe: Recipe) -> Picture:
         by_base = rates[rank] is None and "own_lr" not in recipe.tensors
         arms.append(PictureArm(rank, tuple(of_rank), rates[rank], inside, by_base, frame))
     return Picture(tuple(arms), across, values, _by_rank(recipe), known_rate(recipe, None))
+
+
+def _rates_drawn(points: Sequence[Point], rates: Sequence[Rate]) -> tuple[float, float]:
+    """Return the ends of an axis that holds all trials and bands."""
+    edges = [point.rate for point in points]
+    for rate in rates:
+        edges += (rate.low, rate.lr, rate.high)
+    return (min(edges) / _MARGIN, max(edges) * _MARGIN) if edges else (1e-4, 1e-2)
 
 
 def _by_rank(recipe: Recipe) -> tuple[tuple[int, Rate], ...]:
@@ -181,63 +182,93 @@ def _own_frame(
 
 def _trials(recipe: Recipe) -> dict[int | None, list[Point]]:
     """Return the trials by rank, ascending, full finetuning last, each at its own rate."""
-    held = recipe.tensors
-    if not {"rank", "lr", "value"} <= held.keys():
+    tensors = recipe.tensors
+    if not {"rank", "lr", "value"} <= tensors.keys():
         return {}
-    ranks, base, values = (held[key].tolist() for key in ("rank", "lr", "value"))
+    ranks, values = tensors["rank"].tolist(), tensors["value"].tolist()
     values = [math.inf if abs(value) > _MOST else value for value in values]
-    own = held["own_lr"].tolist() if "own_lr" in held else [math.nan] * len(ranks)
-    if any(map(math.isnan, own)):
-        own = _moved(recipe, ranks, base)
-    seeds = held["seed"].tolist() if "seed" in held else [0] * len(ranks)
-    lost = held.get("diverged", np.array([not math.isfinite(value) for value in values]))
-    cut = held.get("pruned", np.zeros_like(lost))
-    fates = [
-        "pruned" if p else "diverged" if d else "finished" for d, p in zip(lost, cut, strict=True)
-    ]
+    seeds = tensors["seed"].tolist() if "seed" in tensors else [0] * len(ranks)
+    columns = (_own_rates(recipe), values, seeds, _fates(tensors, values), _scores(tensors, values))
+    points = list(map(Point, *columns))
+    trials: dict[int | None, list[Point]] = {}
+    for rank in sorted(set(ranks), key=lambda rank: (rank == 0, rank)):
+        of_rank = [point for r, point in zip(ranks, points, strict=True) if r == rank]
+        trials[rank or None] = of_rank
+    return trials
+
+
+def _own_rates(recipe: Recipe) -> list[float]:
+    """Return the rate at which each trial ran."""
+    if "own_lr" in recipe.tensors:
+        own: list[float] = recipe.tensors["own_lr"].tolist()
+        if not any(map(math.isnan, own)):
+            return own
+    return _moved(recipe, recipe.tensors["rank"].tolist(), recipe.tensors["lr"].tolist())
+
+
+def _fates(tensors: Mapping[str, npt.NDArray[Any]], values: Sequence[float]) -> list[str]:
+    """Return how each trial ended."""
+    lost = tensors.get("diverged", np.array([not math.isfinite(value) for value in values]))
+    cut = tensors.get("pruned", np.zeros_like(lost))
+    fates = np.where(cut, "pruned", np.where(lost, "diverged", "finished"))
+    names: list[str] = fates.tolist()
+    return names
+
+
+def _scores(
+    tensors: Mapping[str, npt.NDArray[Any]], values: Sequence[float]
+) -> list[npt.NDArray[Any]]:
+    """Return each trial's curve, or its score alone where it has none that can be drawn."""
     curves = [np.array([value] if math.isfinite(value) else []) for value in values]
-    if {"curve", "steps"} <= held.keys():
-        for number, (row, steps) in enumerate(
-            zip(held["curve"], held["steps"].tolist(), strict=True)
-        ):
-            ran = row[:steps]
-            if len(ran) and bool((np.abs(ran.astype(np.float64)) <= _MOST).all()):
-                curves[number] = ran
-    rows = list(zip(ranks, map(Point, own, values, seeds, fates, curves), strict=True))
-    order = sorted(set(ranks), key=lambda rank: (rank == 0, rank))
-    return {rank or None: [point for r, point in rows if r == rank] for rank in order}
+    if not {"curve", "steps"} <= tensors.keys():
+        return curves
+    rows = zip(tensors["curve"], tensors["steps"].tolist(), strict=True)
+    for number, (row, steps) in enumerate(rows):
+        ran = row[:steps]
+        if len(ran) and bool((np.abs(ran.astype(np.float64)) <= _MOST).all()):
+            curves[number] = ran
+    return curves
 
 
 def _moved(recipe: Recipe, ranks: Sequence[int], base: Sequence[float]) -> list[float]:
     """Move base rates to each trial's rank by the law of the trials. The fitted law would count the
     drift twice.
     """
-    before = replace(recipe.law, exponent=_FORMER_DRIFT[recipe.reference.init], full_factor=1.0)
-    along = replace(recipe, law=before if recipe.reference.method == "lora" else recipe.law)
+    law = recipe.law
+    if recipe.reference.method == "lora":
+        law = replace(law, exponent=_FORMER_DRIFT[recipe.reference.init], full_factor=1.0)
+    along = replace(recipe, law=law)
     rates = {rank: known_rate(along, rank or None) for rank in set(ranks)}
-    return [
-        lr * (r.lr / along.lr if (r := rates[rank]) else 1.0)
-        for rank, lr in zip(ranks, base, strict=True)
-    ]
+    ratios = {rank: rate.lr / along.lr if rate else 1.0 for rank, rate in rates.items()}
+    return [lr * ratios[rank] for rank, lr in zip(ranks, base, strict=True)]
 
 
 # --- the curve ------------------------------------------------------------------------------------
 
 
-def _curves(trials: Trials, best: Mapping[int | None, float], x: Array) -> dict[int | None, Array]:
+def _curves(
+    trials: Trials, rates: Mapping[int | None, Rate | None], x: Array
+) -> dict[int | None, Array]:
     """Return scores at log2 rates x along the loss model's mean curve of every rank, with its
-    optimum at `best`.
+    optimum in the middle of the band.
 
-    Ranks without a best rate, without a finite score or with more than `_MOST_FITTED` trials are
-    left out.
+    Ranks without a rate, without a finite score or with more than `_MOST_FITTED` trials are left
+    out.
     """
-    fitted = [rank for rank in best if len(trials[rank]) <= _MOST_FITTED]
-    seen = [pair for rank in fitted for pair in _observations(rank, trials[rank], best[rank])]
-    ended = [observation for observation, lost in seen if not lost]
+    best: dict[int | None, float] = {}
+    ended: list[Observation] = []
+    lost: list[Observation] = []
+    for rank, rate in rates.items():
+        if rate is None or len(trials[rank]) > _MOST_FITTED:
+            continue
+        best[rank] = (math.log2(rate.low) + math.log2(rate.high)) / 2
+        for observation, is_lost in _observations(rank, trials[rank], best[rank]):
+            (lost if is_lost else ended).append(observation)
     if not ended:
         return {}
-    gain, floors = gain_of(ended), {o.rank: o.value for o in sorted(ended, key=lambda o: -o.value)}
-    arms = arms_of(ended, [observation for observation, lost in seen if lost], gain)
+    floors = {o.rank: o.value for o in sorted(ended, key=lambda o: -o.value)}
+    gain = gain_of(ended)
+    arms = arms_of(ended, lost, gain)
     gaps = curves_of(arms, {rank: x - best[rank] for rank in arms})
     return {rank: floor + gain * gaps[rank] for rank, floor in floors.items()}
 
@@ -260,14 +291,10 @@ def _observations(
             if carried:
                 yield carried, False
         elif math.isfinite(point.value):
-            tail = recent(curve, max(TAIL, len(curve) // 10))
-            noise = noise_of(curve)
-            ended.append(
-                (
-                    Observation(rank, point.seed, x, point.value, height(curve), tail, noise=noise),
-                    point,
-                )
-            )
-            yield ended[-1][0], point.fate == "diverged"
+            tail, noise = recent(curve, max(TAIL, len(curve) // 10)), noise_of(curve)
+            start = height(curve)
+            scored = Observation(rank, point.seed, x, point.value, start, tail, noise=noise)
+            ended.append((scored, point))
+            yield scored, point.fate == "diverged"
         else:
             yield Observation(rank, point.seed, x, math.inf, math.inf, math.inf), True

@@ -32,9 +32,8 @@ from ..laws import (
 )
 from ..optimizer import PlanOptions, make_plan
 
-_LARGE = (
-    2.0**200
-)  # a width at which every law has reached its limit up to rounding, and whose square is finite
+# A width at which every law has reached its limit up to rounding, and whose square is finite.
+_LARGE = 2.0**200
 _WORDS = {"method": "method", "rank": "rank", "init": "init", "fan_in": "width"}
 
 
@@ -78,11 +77,10 @@ class Conversion(Rate):
         else:
             yield f"As one rate: {self.lr:.4g} (approximate)."
             yield f"Two rates: {self.lr_a:.4g} for A, {self.lr_b:.4g} for B ({how})."
-        of_a, of_b = (
-            (self.eps_scale_a, self.weight_decay_scale_a),
-            (self.eps_scale_b, self.weight_decay_scale_b),
-        )
-        for role, (eps, decay) in (("A", of_a), ("B", of_b)):
+        for role, eps, decay in (
+            ("A", self.eps_scale_a, self.weight_decay_scale_a),
+            ("B", self.eps_scale_b, self.weight_decay_scale_b),
+        ):
             if (eps, decay) != (1.0, 1.0):
                 yield (
                     f"With the two rates, multiply {role}'s eps by {eps:.4g} and its weight decay"
@@ -129,9 +127,9 @@ def convert_lr(
     target = as_reference(to, like=origin)
     move = _Move(*_at_widths(origin, target, _LARGE), bound)
     try:
-        made = move.convert(base)
+        converted = move.convert(base)
         if move.target.fan_in != _LARGE:
-            return made
+            return converted
         half = _Move(*_at_widths(origin, target, _LARGE / 2), bound).convert(base)
     except (ArithmeticError, LawError) as error:
         if not isinstance(error.__cause__ or error, ArithmeticError):
@@ -140,30 +138,30 @@ def convert_lr(
             f"From {origin} to {target} a rate leaves the range of floating point.",
             "Check the alphas and ranks.",
         ) from error
-    rates = zip((made.lr, made.lr_a, made.lr_b), (half.lr, half.lr_a, half.lr_b), strict=True)
-    if not all(math.isclose(rate, other, rel_tol=1e-9) for rate, other in rates):
+    rates = ("lr", "lr_a", "lr_b")
+    if not all(math.isclose(getattr(converted, r), getattr(half, r)) for r in rates):
         raise InvalidReferenceError(
             f"The law {bound.name!r} has no limit at a large width here.",
             "Give fan_in=, such as 4096, in a reference.",
         )
-    return made
+    return converted
 
 
 def _at_widths(origin: Reference, target: Reference, large: float) -> tuple[Reference, Reference]:
     """Return both references with a width: their own, the other's, or `large` if the inits are
     equal.
     """
-    known = origin.fan_in or target.fan_in
-    starts = [
+    width = origin.fan_in or target.fan_in
+    before, after = (
         "full finetuning" if r.method == "full" else init_text(r.init) for r in (origin, target)
-    ]
-    if known is None and starts[0] != starts[1]:
+    )
+    if width is None and before != after:
         raise InvalidReferenceError(
-            f"From {starts[0]} to {starts[1]} the rate depends on the model's width, which neither"
+            f"From {before} to {after} the rate depends on the model's width, which neither"
             " reference has.",
             "Give fan_in=, such as 4096, in one of them.",
         )
-    width = known or large
+    width = width or large
     return replace(origin, fan_in=width), replace(target, fan_in=target.fan_in or width)
 
 
@@ -177,22 +175,20 @@ class _Move:
 
     def convert(self, lr: float) -> Conversion:
         """Return the rate at the target for a rate tuned at the origin."""
-        base, full = lr * self.by_batch, self.target.method == "full"
-        one = check_lr(base * self._used(self._of_a(self.target)), "The converted lr")
+        base = lr * self.by_batch
         exact = not self.changes and self.same_batch
-        if full or self.changes:
-            lr_b = (
-                one
-                if full
-                else check_lr(base * self._used(self._of_b(self.target)), "The converted lr_b")
-            )
-            return Conversion(one, lr_a=one, lr_b=lr_b, exact=exact, notes=tuple(self.notes()))
+        one = self.rate("lr", base, at_distance(self.law, self.of_a(self.target)))
+        if self.target.method == "full":
+            return Conversion(one, lr_a=one, lr_b=one, exact=exact, notes=tuple(self.notes()))
+        if self.changes:
+            lr_b = self.rate("lr_b", base, at_distance(self.law, self.of_b(self.target)))
+            return Conversion(one, lr_a=one, lr_b=lr_b, notes=tuple(self.notes()))
         # If only s changes, the rate of the factor that starts at zero undoes all of it.
         on_a, on_b = (1.0, self.ratio) if self.origin.init == "A" else (self.ratio, 1.0)
         return Conversion(
             one,
-            lr_a=check_lr(base * on_a, "The converted lr_a"),
-            lr_b=check_lr(base * self._of_b(self.origin) * on_b, "The converted lr_b"),
+            lr_a=self.rate("lr_a", base, on_a),
+            lr_b=self.rate("lr_b", base, self.of_b(self.origin) * on_b),
             eps_scale_a=1.0 / on_a,
             eps_scale_b=1.0 / on_b,
             weight_decay_scale_a=1.0 / on_a,
@@ -202,17 +198,17 @@ class _Move:
             notes=tuple(self.notes()),
         )
 
-    def _of_a(self, at: Reference) -> float:
+    def rate(self, name: str, base: float, multiplier: float) -> float:
+        return check_lr(base * multiplier, f"The converted {name}")
+
+    def of_a(self, at: Reference) -> float:
         return checked_multiplier(self.law, at.as_factor(), self.origin)
 
-    def _of_b(self, at: Reference) -> float:
+    def of_b(self, at: Reference) -> float:
         """Return the law's multiplier of B's rate at a reference, relative to A's rate at the
         origin.
         """
         return checked_multiplier(self.law, replace(at.as_factor(), role="B"), self.origin)
-
-    def _used(self, multiplier: float) -> float:
-        return at_distance(self.law, multiplier)
 
     @cached_property
     def changes(self) -> list[str]:
@@ -221,8 +217,8 @@ class _Move:
         """
         if self.origin.method != self.target.method:
             return ["method"]
-        seen = ("fan_in",) if self.target.method == "full" else ("rank", "init", "fan_in")
-        return [name for name in seen if getattr(self.origin, name) != getattr(self.target, name)]
+        names = ("fan_in",) if self.target.method == "full" else ("rank", "init", "fan_in")
+        return [name for name in names if getattr(self.origin, name) != getattr(self.target, name)]
 
     @cached_property
     def ratio(self) -> float:
@@ -239,9 +235,8 @@ class _Move:
 
     @property
     def same_batch(self) -> bool:
-        return (
-            None in (self.origin.batch, self.target.batch) or self.origin.batch == self.target.batch
-        )
+        batches = (self.origin.batch, self.target.batch)
+        return None in batches or batches[0] == batches[1]
 
     @property
     def by_batch(self) -> float:
@@ -251,21 +246,46 @@ class _Move:
         return checked_batch_multiplier(self.law, self.target.batch / self.origin.batch)
 
     def notes(self) -> Iterator[str]:
-        changes, law = self.changes, self.law.name
-        if changes:
+        yield from self.notes_on_change()
+        multiplier = self.of_a(self.target)
+        if at_distance(self.law, multiplier) != multiplier:
+            yield DISTANCE_NOTE
+        if caution := caution_of(multiplier):
+            yield caution
+        if self.target.fan_in == _LARGE and (self.changes or self.ratio != 1.0):
             yield (
-                f"With another {' and '.join(_WORDS[c] for c in changes)} the rates follow the law"
-                f" {law!r}."
+                "No width was given: the single rate is the limit of a large width. Add your"
+                " model's to the reference, such as fan_in=4096."
             )
+        if self.target.method == "lora" and self.of_b(self.target) != multiplier:
+            yield f"The law {self.law.name!r} gives B a separate rate. The single rate is A's."
+        if not self.same_batch:
+            batches = f"from {self.origin.batch:g} to {self.target.batch:g}"
+            yield (
+                f"The batch changes {batches}: every rate × {self.by_batch:.3g}, by a rule of"
+                " thumb."
+            )
+        origin = self.origin
+        if "init" in self.changes:
+            yield (
+                "Between the inits the law is a guess, from B = 0 to A = 0 up to three octaves too"
+                " high in the study's domains: try a quarter of the rate too, or calibrate there."
+            )
+            origin = replace(origin, init=self.target.init)
+        plan = make_plan(Survey((self.target.as_factor(),)), PlanOptions(self.law, tuned_at=origin))
+        yield from (note for note in plan.notes if note != DISTANCE_NOTE)
+
+    def notes_on_change(self) -> Iterator[str]:
+        """Yield what the rates follow from, and how exact they are."""
+        if self.changes:
+            words = " and ".join(_WORDS[name] for name in self.changes)
+            yield f"With another {words} the rates follow the law {self.law.name!r}."
         elif self.ratio == 1.0:
             if self.same_batch:
                 yield "Both configurations train equally, so the rates do not change."
         elif self.scale_free:
-            drawn, zero, scale = (
-                self.origin.init,
-                "AB"[self.origin.init == "A"],
-                f"{math.sqrt(self.ratio):.4g}",
-            )
+            drawn, zero = ("A", "B") if self.origin.init == "A" else ("B", "A")
+            scale = f"{math.sqrt(self.ratio):.4g}"
             yield (
                 "One rate for both factors is approximate: a change of alpha is undone by the rate"
                 f" of {zero} alone, or by both tuned rates × {scale} with {drawn}'s initial values"
@@ -277,31 +297,3 @@ class _Move:
             )
         else:
             yield "The two rates are exact for Adam-like optimizers only."
-        of_a = self._of_a(self.target)
-        if self._used(of_a) != of_a:
-            yield DISTANCE_NOTE
-        caution = caution_of(of_a)
-        if caution:
-            yield caution
-        if self.target.fan_in == _LARGE and (changes or self.ratio != 1.0):
-            yield (
-                "No width was given: the single rate is the limit of a large width. Add your"
-                " model's to the reference, such as fan_in=4096."
-            )
-        if self.target.method == "lora" and self._of_b(self.target) != self._of_a(self.target):
-            yield f"The law {law!r} gives B a separate rate. The single rate is A's."
-        if not self.same_batch:
-            batches = f"from {self.origin.batch:g} to {self.target.batch:g}"
-            yield (
-                f"The batch changes {batches}: every rate × {self.by_batch:.3g}, by a rule of"
-                " thumb."
-            )
-        origin = self.origin
-        if "init" in changes:
-            yield (
-                "Between the inits the law is a guess, from B = 0 to A = 0 up to three octaves too"
-                " high in the study's domains: try a quarter of the rate too, or calibrate there."
-            )
-            origin = replace(origin, init=self.target.init)
-        plan = make_plan(Survey((self.target.as_factor(),)), PlanOptions(self.law, tuned_at=origin))
-        yield from (note for note in plan.notes if note != DISTANCE_NOTE)

@@ -1,42 +1,53 @@
 """The coordinate check: whether features move equally far at every rank, by a few steps of the real
-optimizer.
+optimizer. And its figure.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, TypeGuard
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+from statistics import linear_regression
+from textwrap import fill
+from typing import Any, TypeGuard
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import is_whole, shown
+from .._figures import COLOURS, figure_of, save, short
+from .._optimizers import get_optimizer_class
 from .._printing import text_table
 from .._rate import Rate
 from .._types import Factor, Init, Reference
-from ..errors import LawError
+from ..errors import LawError, OptimizerError
 from ..inspection import inspect_model
 from ..laws import Law, MuA, bound_law, checked_multiplier, get_law, law_words
 from ._simulate import (
     Batch,
+    Captured,
     Pair,
     Stepper,
     change_of,
-    class_of,
     draw_pair,
     rates_for,
     rms_of_product,
     step_pair,
     synthetic,
+    unit_batch,
 )
 
-Scaling = float | Callable[[int], float]
+ScalingOf = float | Callable[[int], float]
 Shapes = Mapping[str, tuple[int, int]] | Sequence[tuple[int, int]]
-Captured = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+# Field, label and marker of a size in the figure.
+_SIZES = (
+    ("from_b", "s·ΔB·A₀·x", "o"),
+    ("from_a", "s·B₀·ΔA·x", "s"),
+    ("from_both", "s·ΔB·ΔA·x", "^"),
+    ("inner", "inner features A·x", "D"),
+)
+_MOST_PANELS = 4
 
 
 @dataclass(frozen=True)
@@ -103,22 +114,21 @@ class CoordinateCheck:
         layer, worst = max(self.slopes, key=lambda pair: abs(pair[1]))
         ranks = [row.rank for row in self.rows]
         verdict = "are rank-invariant" if self.ok else "are NOT rank-invariant"
+        which = "only layer" if len(self.slopes) == 1 else f"worst of {len(self.slopes)}"
         return (
             f"Feature updates {verdict} with {self.optimizer} at the rates of"
             f" {law_words(self.law)}: over ranks {min(ranks)} to {max(ranks)} the output's change"
-            f" goes as r^{worst:+.2f} in {layer}, the"
-            f" {'only layer' if len(self.slopes) == 1 else f'worst of {len(self.slopes)}'}"
-            f" (tolerance {self.tolerance})."
+            f" goes as r^{worst:+.2f} in {layer}, the {which} (tolerance {self.tolerance})."
         )
 
     def __str__(self) -> str:
         heads = [f.name for f in fields(CoordinateRow)]
-        values = [[getattr(row, head) for head in heads] for row in self.rows]
-        cells = [
-            [f"{value:.3g}" if isinstance(value, float) else str(value) for value in row]
-            for row in values
-        ]
+        cells = [list(map(_cell, astuple(row))) for row in self.rows]
         return text_table(heads, cells, lines=[self.sentence], left=("layer",), width=160)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def coordinate_check(  # noqa: PLR0913
@@ -131,7 +141,7 @@ def coordinate_check(  # noqa: PLR0913
     lr: float | Rate | None = None,
     law: Law | str | None = None,
     init: Init = "A",
-    scaling: Scaling = 1.0,
+    scaling: ScalingOf = 1.0,
     steps: int = 4,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
@@ -173,100 +183,73 @@ def coordinate_check(  # noqa: PLR0913
     """
     base = None if lr is None else float(lr)
     _check_request(ranks, widths, tokens, steps, init, base)
-    kind = class_of(optimizer)
+    kind = _class_of(optimizer)
     stepper = Stepper(kind, settings or {}, steps, seed)
-    own = MuA() if captured is not None else MuA(tokens=tokens)
-    bound = bound_law(get_law(own if law is None else law), kind, stepper.settings)
+    if law is None:
+        law = MuA() if captured is not None else MuA(tokens=tokens)
+    bound = bound_law(get_law(law), kind, stepper.settings)
     shapes = _shapes_of(model_or_shapes)
     if captured is not None:
-        batches = {name: _unit(name, *tensors) for name, tensors in captured.items()}
+        batches = {name: unit_batch(name, *tensors) for name, tensors in captured.items()}
     else:
-        if widths is not None:
-            of_width = (
-                (f"{name} at width {w}", shape, w) for name, shape in shapes.items() for w in widths
-            )
-            shapes = {
-                name: (max(1, round(n_out * w / n_in)), w) for name, (n_out, n_in), w in of_width
-            }
-        batches = {
-            name: synthetic(n_in, n_out, tokens, seed) for name, (n_out, n_in) in shapes.items()
-        }
-    s_of = {rank: float(scaling(rank) if callable(scaling) else scaling) for rank in ranks}
-    points = [
-        _Point(name, batch, rank, s_of[rank]) for name, batch in batches.items() for rank in ranks
-    ]
-    at = Reference.from_scaling(ranks[0], s_of[ranks[0]], init="B" if init == "B" else "A")
-    probe = _Probe(stepper, bound, replace(at, fan_in=float(len(points[0].batch.inputs))), init)
-    base = probe.base_lr(points[0]) if base is None else base
-    rows = tuple(probe.row(point, base) for point in points)
-    slopes = tuple((name, _slope([row for row in rows if row.layer == name])) for name in batches)
-    return CoordinateCheck(rows, slopes, base, bound, kind.__name__, tolerance)
+        batches = _synthetic_batches(shapes, widths, tokens, seed)
+    scalings = _scalings(scaling, ranks)
+    first = next(iter(batches.values()))
+    at = Reference.from_scaling(ranks[0], scalings[ranks[0]], init="B" if init == "B" else "A")
+    probe = _Probe(stepper, bound, replace(at, fan_in=float(len(first.inputs))), scalings, init)
+    base = probe.base_lr(first) if base is None else base
+    rows: list[CoordinateRow] = []
+    slopes: list[tuple[str, float]] = []
+    for name, batch in batches.items():
+        of_layer = [probe.row(name, batch, rank, base) for rank in ranks]
+        slopes.append((name, _slope(of_layer)))
+        rows += of_layer
+    return CoordinateCheck(tuple(rows), tuple(slopes), base, bound, kind.__name__, tolerance)
+
+
+def _class_of(optimizer: type[Optimizer] | str) -> type[Optimizer]:
+    try:
+        return get_optimizer_class(optimizer)
+    except OptimizerError as error:
+        raise LawError(error.cause, error.cure, error.argument) from error
 
 
 def _check_request(
     ranks: object, widths: object, tokens: int, steps: int, init: str, lr: float | None
 ) -> None:
     if not _are_whole(ranks) or len(set(ranks)) < 2:
-        raise LawError(
-            f"ranks={shown(ranks)} cannot be checked.",
-            "Give at least two positive ranks, such as (4, 64).",
-            "ranks",
-        )
+        raise _refused("ranks", ranks, "Give at least two positive ranks, such as (4, 64).")
     if widths is not None and not _are_whole(widths):
-        raise LawError(
-            f"widths={shown(widths)} cannot be checked.",
-            "Give fan-ins, such as (256, 1024), or leave them out.",
-            "widths",
-        )
+        cure = "Give fan-ins, such as (256, 1024), or leave them out."
+        raise _refused("widths", widths, cure)
     if lr is not None and not 0 < lr < math.inf:
-        raise LawError(
-            f"lr={lr!r} cannot be checked.",
-            "Give a positive finite number, or leave it out.",
-            "lr",
-        )
+        raise _refused("lr", lr, "Give a positive finite number, or leave it out.")
     for name, count in (("tokens", tokens), ("steps", steps)):
         if count < 1:
-            raise LawError(
-                f"{name}={count!r} cannot be checked.", "Give a positive whole number.", name
-            )
+            raise _refused(name, count, "Give a positive whole number.")
     if init not in ("A", "B"):
-        raise LawError(
-            f"init={init!r} cannot be checked.",
-            "Give 'A' (B starts at zero) or 'B' (A starts at zero).",
-            "init",
-        )
+        raise _refused("init", init, "Give 'A' (B starts at zero) or 'B' (A starts at zero).")
+
+
+def _scalings(scaling: ScalingOf, ranks: Sequence[int]) -> dict[int, float]:
+    return {rank: float(scaling(rank) if callable(scaling) else scaling) for rank in ranks}
+
+
+def _refused(name: str, value: object, cure: str) -> LawError:
+    return LawError(f"{name}={shown(value)} cannot be checked.", cure, name)
 
 
 def _are_whole(values: object) -> TypeGuard[Sequence[int]]:
     """Return whether `values` is a non-empty sequence of positive whole numbers."""
-    return (
-        isinstance(values, (list, tuple, range)) and len(values) > 0 and all(map(is_whole, values))
-    )
+    if not isinstance(values, (list, tuple, range)) or not values:
+        return False
+    return all(is_whole(value) for value in values)
 
 
-def _shapes_of(given: nn.Module | Shapes) -> dict[str, tuple[int, int]]:
+def _shapes_of(source: nn.Module | Shapes) -> dict[str, tuple[int, int]]:
     """Return (n_out, n_in) by layer, every shape once."""
-    if isinstance(given, nn.Module):
-        factors = (
-            f for f in inspect_model(given).factors if f.kind != "embedding" and f.role == "A"
-        )
-        named: Iterable[tuple[str, Any]] = (
-            (f.layer, (int(f.fan_out), int(f.fan_in))) for f in factors
-        )
-    elif isinstance(given, Mapping):
-        named = given.items()
-    elif isinstance(given, (list, tuple)):
-        named = (
-            ("x".join(map(str, shape)) if _are_whole(shape) else "A layer", shape)
-            for shape in given
-        )
-    else:
-        raise LawError(
-            f"{shown(given)} is neither a model nor shapes.",
-            "Give a model with adapters, or shapes {name: (n_out, n_in)}.",
-        )
     once: dict[tuple[int, int], str] = {}
-    for name, shape in named:
+    for name, shape in _named_shapes(source):
         if not _are_whole(shape) or len(shape) != 2:
             raise LawError(
                 f"{name} has the shape {shown(shape)}.",
@@ -281,195 +264,162 @@ def _shapes_of(given: nn.Module | Shapes) -> dict[str, tuple[int, int]]:
     return {name: shape for shape, name in once.items()}
 
 
-def _unit(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> Batch:
-    """Return a real batch in float32 on the CPU, each side of rms 1. Tokens without gradient are
-    left out.
-    """
-    x, g = (t.detach().to("cpu", torch.float32) for t in (inputs, gradients))
-    if x.dim() != 2 or g.dim() != 2 or x.shape[1] != g.shape[1]:
-        raise LawError(
-            f"The layer {name} was captured as {tuple(x.shape)} and {tuple(g.shape)}.",
-            "Give inputs (n_in, tokens) and output gradients (n_out, tokens).",
-        )
-    kept = g.abs().amax(dim=0) > 0
-    x, g = x[:, kept], g[:, kept]
-    sizes = [t.square().mean().sqrt().item() if t.numel() else 0.0 for t in (x, g)]
-    if not all(0 < size < math.inf for size in sizes):
-        raise LawError(
-            f"The layer {name} has no gradient in the captured batch.",
-            "Capture one with finite gradients.",
-        )
-    return Batch(x / sizes[0], g / sizes[1])
+def _named_shapes(source: nn.Module | Shapes) -> Iterable[tuple[str, object]]:
+    if isinstance(source, nn.Module):
+        factors = [f for f in inspect_model(source).factors if f.role == "A"]
+        dense = [f for f in factors if f.kind != "embedding"]
+        return [(f.layer, (int(f.fan_out), int(f.fan_in))) for f in dense]
+    if isinstance(source, Mapping):
+        return source.items()
+    if isinstance(source, (list, tuple)):
+        return [(_name_of(shape), shape) for shape in source]
+    raise LawError(
+        f"{shown(source)} is neither a model nor shapes.",
+        "Give a model with adapters, or shapes {name: (n_out, n_in)}.",
+    )
 
 
-class _Point(NamedTuple):
-    """One layer at one rank."""
+def _name_of(shape: object) -> str:
+    return "x".join(map(str, shape)) if _are_whole(shape) else "A layer"
 
-    layer: str
-    batch: Batch
-    rank: int
-    scaling: float
+
+def _synthetic_batches(
+    shapes: Mapping[str, tuple[int, int]], widths: Sequence[int] | None, tokens: int, seed: int
+) -> dict[str, Batch]:
+    batches = {}
+    for name, (n_out, n_in) in shapes.items():
+        if widths is None:
+            batches[name] = synthetic(n_in, n_out, tokens, seed)
+        for width in widths or ():
+            scaled = max(1, round(n_out * width / n_in))
+            batches[f"{name} at width {width}"] = synthetic(width, scaled, tokens, seed)
+    return batches
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """The settings common to all layers and ranks."""
+    """The settings common to all layers, and the scaling of each rank."""
 
     stepper: Stepper
     law: Law
     reference: Reference
+    scalings: Mapping[int, float]
     init: Init
 
-    def rates(self, point: _Point, lr: float) -> tuple[float, float]:
+    def rates(self, batch: Batch, rank: int, lr: float) -> tuple[float, float]:
         """Return the rates of A and B for a base rate."""
-        n_in, n_out = (float(len(t)) for t in point.batch)
-        a = Factor(point.layer, "A", point.rank, n_in, n_out, point.scaling, self.init)
-        m_a, m_b = (
-            checked_multiplier(self.law, f, self.reference) for f in (a, replace(a, role="B"))
-        )
+        n_in, n_out = (float(len(t)) for t in batch)
+        a = Factor("", "A", rank, n_in, n_out, self.scalings[rank], self.init)
+        b = replace(a, role="B")
+        m_a, m_b = (checked_multiplier(self.law, f, self.reference) for f in (a, b))
         return lr * m_a, lr * m_b
 
-    def start(self, point: _Point) -> Pair:
-        x, g = point.batch
-        return draw_pair(len(x), len(g), point.rank, point.scaling, self.init, self.stepper.seed)
+    def start(self, batch: Batch, rank: int) -> Pair:
+        x, g = batch
+        scaling, seed = self.scalings[rank], self.stepper.seed
+        return draw_pair(len(x), len(g), rank, scaling, self.init, seed)
 
-    def base_lr(self, point: _Point) -> float:
-        """Return the base rate at which the output moves by an rms of 1."""
-        start, batch = self.start(point), point.batch
-        return rates_for(
-            lambda lr: change_of(
-                batch, step_pair(batch, start, self.stepper, *self.rates(point, lr))
-            )
-        )
+    def base_lr(self, batch: Batch) -> float:
+        """Return the base rate at which the output moves by an rms of 1 at the first rank."""
+        rank = next(iter(self.scalings))
+        start = self.start(batch, rank)
 
-    def row(self, point: _Point, lr: float) -> CoordinateRow:
+        def change(lr: float) -> float:
+            rates = self.rates(batch, rank, lr)
+            return change_of(batch, step_pair(batch, start, self.stepper, *rates))
+
+        return rates_for(change)
+
+    def row(self, name: str, batch: Batch, rank: int, lr: float) -> CoordinateRow:
         """Return the sizes after the steps at a base rate."""
-        name, (x, g), rank, s = point
-        lr_a, lr_b = self.rates(point, lr)
-        start = self.start(point)
-        end = step_pair(point.batch, start, self.stepper, lr_a, lr_b)
-        d_a, d_b = end.a - start.a, end.b - start.b
-        products = ((d_b, start.a), (start.b, d_a), (d_b, d_a))
-        from_b, from_a, from_both = (
-            s * rms_of_product(left, right @ x) for left, right in products
-        )
-        inner, change = (end.a @ x).square().mean().sqrt().item(), change_of(point.batch, end)
+        x, g = batch
+        lr_a, lr_b = self.rates(batch, rank, lr)
+        start = self.start(batch, rank)
+        end = step_pair(batch, start, self.stepper, lr_a, lr_b)
+        inner = (end.a @ x).square().mean().sqrt().item()
+        change = change_of(batch, end)
         if not 0 < change < math.inf or not math.isfinite(inner):
             raise LawError(
                 f"The output of {name} moves by {change} at rank {rank} and rates {lr_a:.3g},"
                 f" {lr_b:.3g}.",
                 "Give a rate at which the optimizer takes finite steps, or leave the rate out.",
             )
+        s, d_a, d_b = start.scaling, end.a - start.a, end.b - start.b
         return CoordinateRow(
-            name, len(x), len(g), rank, s, lr_a, lr_b, from_b, from_a, from_both, inner, change
+            layer=name,
+            fan_in=len(x),
+            fan_out=len(g),
+            rank=rank,
+            scaling=s,
+            lr_a=lr_a,
+            lr_b=lr_b,
+            from_b=s * rms_of_product(d_b, start.a @ x),
+            from_a=s * rms_of_product(start.b, d_a @ x),
+            from_both=s * rms_of_product(d_b, d_a @ x),
+            inner=inner,
+            change=change,
         )
 
 
 def _slope(rows: Sequence[CoordinateRow]) -> float:
     """Return the least-squares slope of log2 change against log2 rank."""
-    points = [(math.log2(row.rank), math.log2(row.change)) for row in rows]
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    return float(
-        sum((x - mean_x) * (y - mean_y) for x, y in points)
-        / sum((x - mean_x) ** 2 for x, _ in points)
-    )
+    ranks = [math.log2(row.rank) for row in rows]
+    changes = [math.log2(row.change) for row in rows]
+    return linear_regression(ranks, changes).slope
 
 
-# --- a real batch ---------------------------------------------------------------------------------
+# --- the figure -----------------------------------------------------------------------------------
 
 
-def capture(
-    model: nn.Module, run: Callable[[nn.Module], torch.Tensor]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Capture inputs and output gradients of every adapted linear layer in one real batch.
+def plot_coordinates(check: CoordinateCheck, path: str | Path) -> Path:
+    """Draw a coordinate check: sizes (rms) against rank, one panel per layer. The flat line is the
+    wanted result.
 
-    Parameters, gradients, buffers, modes and random state are restored. Convolutions, embeddings
-    and layers without effect on the loss are left out.
+    Of more than four layers, those with the steepest change are drawn. The legend says which terms
+    are zero at every rank.
 
     Args:
-        model: the model with adapters.
-        run: does the forward pass and returns the loss, without a backward pass.
+        check: the result of `coordinate_check`.
+        path: the file, a .png, .svg or .pdf.
 
     Returns:
-        By layer, inputs (n_in, tokens) and output gradients (n_out, tokens).
+        The path written.
 
     Raises:
-        LawError: the loss has no gradient, or no layer is left.
+        PlotError: matplotlib is not installed, or the file cannot be written.
     """
-    layers = {
-        f.layer: (int(f.fan_in), int(f.fan_out))
-        for f in inspect_model(model).factors
-        if f.kind == "linear"
-    }
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    with _as_found(model), _watched(model, layers, seen), torch.enable_grad():
-        loss = run(model)
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise LawError(
-                "run(model) returned no loss to differentiate.",
-                "Return a scalar tensor with a gradient.",
-            )
-        wanted = {name: pair for name, pair in seen.items() if pair[1].requires_grad}
-        outputs = [output for _, output in wanted.values()]
-        gradients = torch.autograd.grad(loss.sum(), outputs, allow_unused=True) if outputs else ()
-    found = zip(wanted.items(), gradients, strict=True)
-    pairs = {name: (x, g.detach()) for (name, (x, _)), g in found if g is not None}
-    kept = {
-        name: (x.reshape(-1, x.shape[-1]).T, g.reshape(-1, g.shape[-1]).T)
-        for name, (x, g) in pairs.items()
-    }
-    if not kept:
-        raise LawError(
-            "No adapted linear layer had a gradient.",
-            "Let run(model) use the adapters in its loss.",
-        )
-    return kept
+    worst = sorted(check.slopes, key=lambda pair: -abs(pair[1]))[:_MOST_PANELS]
+    drawn = [pair for pair in check.slopes if pair in worst]
+    width = max(7.0, 3.8 * len(drawn))
+    figure, axes = figure_of(len(drawn), width, height=5.0, sharey=True)
+    for axis, (layer, slope) in zip(axes, drawn, strict=True):
+        rows = [row for row in check.rows if row.layer == layer]
+        _draw_sizes(axis, sorted(rows, key=lambda row: row.rank))
+        axis.set_title(f"{short(layer)}: r^{slope:+.2f}", fontsize=10, parse_math=False)
+    axes[0].set_ylabel("rms per entry")
+    figure.suptitle(fill(check.sentence, int(13 * width)), fontsize=10, parse_math=False)
+    columns = 3 if width < 11 else 6
+    labelled = axes[0].get_legend_handles_labels()
+    figure.legend(*labelled, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    return save(figure, path)
 
 
-@contextmanager
-def _watched(
-    model: nn.Module,
-    layers: Mapping[str, tuple[int, int]],
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]],
-) -> Iterator[None]:
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            fans = tuple(
-                t.shape[-1] if isinstance(t, torch.Tensor) and t.dim() else 0
-                for t in (*args[:1], output)
-            )
-            if fans == layers[name]:
-                seen[name] = (args[0].detach(), output)
-
-        return keep
-
-    handles = [
-        m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name in layers
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Restore gradients, buffers (running statistics), modes and random state afterwards."""
-    gradients = [
-        (p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()
-    ]
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    modes = [(m, m.training) for m in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for p, grad, value in gradients:
-                p.grad = grad if grad is None or value is None else grad.copy_(value)
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for module, training in modes:
-            module.training = training
+def _draw_sizes(axis: Any, rows: Sequence[CoordinateRow]) -> None:
+    ranks = [row.rank for row in rows]
+    for (field, label, marker), colour in zip(_SIZES, COLOURS[1:], strict=False):
+        sizes = [getattr(row, field) for row in rows]
+        style = {"marker": marker, "color": colour, "linewidth": 1}
+        if any(sizes):
+            axis.plot(ranks, sizes, label=label, **style)
+        else:
+            axis.plot((), (), label=f"{label}: zero", **style)
+    changes = [row.change for row in rows]
+    axis.plot(ranks, changes, "o-", color=COLOURS[0], linewidth=2.5, label="whole change")
+    flat = {"color": "0.5", "linestyle": "--", "linewidth": 1, "zorder": 0}
+    axis.axhline(changes[0], label="flat, as wanted", **flat)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.set_xticks(ranks, [str(rank) for rank in ranks])
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}" if y >= 1 else f"1/{1 / y:g}")
+    axis.set_xlabel("rank")

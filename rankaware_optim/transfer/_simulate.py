@@ -10,17 +10,21 @@ large steps would exaggerate it. LARS keeps it, since it needs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._optimizers import get_optimizer_class, known_optimizer
-from ..errors import LawError, RankAwareError
+from .._optimizers import known_optimizer
+from ..errors import LawError
+from ..inspection import inspect_model
 
-Change = Callable[[float], float]
+Captured = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+_RANGE = 60  # octaves: rates from 2^-60 to 2^60 are searched
 
 
 class Batch(NamedTuple):
@@ -39,6 +43,19 @@ class Stepper(NamedTuple):
     settings: Mapping[str, Any]
     steps: int = 4
     seed: int = 0
+
+    def built(self, rated: list[tuple[nn.Parameter, float]]) -> Optimizer:
+        """Return the optimizer over parameters at their rates, without weight decay."""
+        groups = [{"params": [param], "lr": lr} for param, lr in rated]
+        settings = {key: value for key, value in self.settings.items() if key != "lr"}
+        build: Callable[..., Any] = self.optimizer
+        opt: Optimizer = build(groups, lr=rated[0][1], **settings)
+        if hasattr(opt, "train"):  # schedule-free optimizers step in training mode only
+            opt.train()
+        for group in opt.param_groups:
+            if "weight_decay" in group and not known_optimizer(self.optimizer)[1].needs_decay:
+                group["weight_decay"] = 0.0
+        return opt
 
 
 class Pair(NamedTuple):
@@ -80,47 +97,24 @@ def _zeros(*shape: int) -> torch.Tensor:
 def step_pair(batch: Batch, start: Pair, stepper: Stepper, lr_a: float, lr_b: float) -> Pair:
     """Return the pair after the optimizer's steps from `start`, which is not changed."""
     x, g = batch
+    s = start.scaling
     a, b = nn.Parameter(start.a.clone()), nn.Parameter(start.b.clone())
-
-    def set_gradients() -> None:
-        a.grad = start.scaling * (b.detach().T @ g) @ x.T
-        b.grad = start.scaling * g @ (a.detach() @ x).T
-
-    advance(stepper, [(a, lr_a), (b, lr_b)], set_gradients)
-    return Pair(a.detach(), b.detach(), start.scaling)
-
-
-def advance(
-    stepper: Stepper, rated: list[tuple[nn.Parameter, float]], set_gradients: Callable[[], None]
-) -> None:
-    """Build the optimizer on the parameters at their rates and take its steps. Call `set_gradients`
-    before each.
-    """
-    groups = [{"params": [param], "lr": lr} for param, lr in rated]
-    settings = {key: value for key, value in stepper.settings.items() if key != "lr"}
-    build: Callable[..., Any] = stepper.optimizer
     with torch.random.fork_rng(devices=()):  # for optimizers that draw numbers
         torch.default_generator.manual_seed(stepper.seed)
         try:
-            opt = build(groups, lr=rated[0][1], **settings)
-            getattr(
-                opt, "train", lambda: None
-            )()  # schedule-free optimizers step in training mode only
-            for group in (
-                opt.param_groups if not known_optimizer(stepper.optimizer)[1].needs_decay else ()
-            ):
-                group.update({"weight_decay": 0.0} if "weight_decay" in group else {})
+            opt = stepper.built([(a, lr_a), (b, lr_b)])
             for _ in range(stepper.steps):
-                set_gradients()
+                a.grad = s * (b.detach().T @ g) @ x.T
+                b.grad = s * g @ (a.detach() @ x).T
                 opt.step()
         except Exception as error:  # a third-party optimizer may raise anything
-            name, shown = stepper.optimizer.__name__, f"{type(error).__name__}: {error}"
             raise LawError(
-                f"{name} could not step LoRA factors with settings {dict(stepper.settings)!r}:"
-                f" {shown}.",
+                f"{stepper.optimizer.__name__} could not step LoRA factors with settings"
+                f" {dict(stepper.settings)!r}: {type(error).__name__}: {error}.",
                 "Give settings= that let it step two matrices without a closure, or choose another"
                 " law.",
             ) from error
+    return Pair(a.detach(), b.detach(), s)
 
 
 def rms_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -128,11 +122,9 @@ def rms_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
     `left` (n_out, r).
     """
     total = torch.sum(right * ((left.T @ left) @ right)).item()
-    return (
-        math.sqrt(max(total, 0.0) / (left.shape[0] * right.shape[1]))
-        if math.isfinite(total)
-        else math.inf
-    )
+    if not math.isfinite(total):
+        return math.inf
+    return math.sqrt(max(total, 0.0) / (left.shape[0] * right.shape[1]))
 
 
 def change_of(batch: Batch, pair: Pair) -> float:
@@ -144,10 +136,20 @@ def change_of(batch: Batch, pair: Pair) -> float:
 
 # --- the rate at which the output moves by the target ---------------------------------------------
 
-_RANGE = 60  # octaves: rates from 2^-60 to 2^60 are searched
+
+class _Side(NamedTuple):
+    """A rate that was tried: log2 of it, and by how many octaves the change missed the target."""
+
+    x: float
+    miss: float
+
+    def __str__(self) -> str:
+        return f"2^{self.miss:.1f} of it at 2^{self.x:.1f}"
 
 
-def rates_for(change: Change, target: float = 1.0, *, start: float = 2.0**-8) -> float:
+def rates_for(
+    change: Callable[[float], float], target: float = 1.0, *, start: float = 2.0**-8
+) -> float:
     """Return the rate at which the rising function `change(rate)` reaches `target`, to 1 % of the
     target.
 
@@ -163,60 +165,154 @@ def rates_for(change: Change, target: float = 1.0, *, start: float = 2.0**-8) ->
         LawError: no rate within 2^±60 reaches the target, or the change jumps past it.
     """
     x = math.log2(start)
-    low: tuple[float, float] | None = None
-    high: tuple[float, float] | None = None
+    low: _Side | None = None
+    high: _Side | None = None
     for turn in range(80):
-        y = _octaves(change(2.0**x), target)
-        if abs(y) < 0.01:
+        tried = _Side(x, _octaves(change(2.0**x), target))
+        if abs(tried.miss) < 0.01:
             return float(2.0**x)
-        low, high = ((x, y), high) if y < 0 else (low, (x, y))
-        if (
-            low and high and high[0] - low[0] < 2**-10
-        ):  # rounding in the optimizer makes small jumps
-            nearer = min(low, high, key=lambda side: abs(side[1]))
-            if abs(nearer[1]) < 0.1:
-                return float(2.0 ** nearer[0])
+        low, high = (tried, high) if tried.miss < 0 else (low, tried)
+        if low and high and high.x - low.x < 2**-10:
+            nearer = min(low, high, key=lambda side: abs(side.miss))
+            if abs(nearer.miss) < 0.1:  # rounding in the optimizer makes small jumps
+                return float(2.0**nearer.x)
             break
         x = _next(low, high, turn)
         if abs(x) > _RANGE:
             break
     raise LawError(
-        f"The output never moves by {target:g} at any rate: nearest were {_shown(low)} and"
-        f" {_shown(high)}.",
+        f"The output never moves by {target:g} at any rate: nearest were {low or 'none'} and"
+        f" {high or 'none'}.",
         "Check the optimizer's settings (a built-in rate, a cap, clipping), or choose another law"
         " or target.",
     )
 
 
 def _octaves(value: float, target: float) -> float:
-    return (
-        math.inf
-        if not math.isfinite(value)
-        else math.log2(value / target)
-        if value > 0
-        else -math.inf
-    )
+    if not math.isfinite(value):
+        return math.inf
+    return math.log2(value / target) if value > 0 else -math.inf
 
 
-def _next(low: tuple[float, float] | None, high: tuple[float, float] | None, turn: int) -> float:
+def _next(low: _Side | None, high: _Side | None, turn: int) -> float:
     """Return the next log2 rate: false position between two bounds, else a step of up to 8 octaves
     to the open side.
     """
     if low is None or high is None:
-        x, y = low or high or (0.0, 0.0)
-        return x - math.copysign(min(8.0, max(abs(y) / 1.5, 0.05)), y)
-    if turn % 3 == 2 or not (math.isfinite(low[1]) and math.isfinite(high[1])):
-        return (low[0] + high[0]) / 2
-    return low[0] + (high[0] - low[0]) * low[1] / (low[1] - high[1])
+        x, miss = low or high or (0.0, 0.0)
+        return x - math.copysign(min(8.0, max(abs(miss) / 1.5, 0.05)), miss)
+    if turn % 3 == 2 or not (math.isfinite(low.miss) and math.isfinite(high.miss)):
+        return (low.x + high.x) / 2
+    return low.x + (high.x - low.x) * low.miss / (low.miss - high.miss)
 
 
-def _shown(side: tuple[float, float] | None) -> str:
-    return "none" if side is None else f"2^{side[1]:.1f} of it at 2^{side[0]:.1f}"
+# --- a real batch ---------------------------------------------------------------------------------
 
 
-def class_of(optimizer: type[Optimizer] | str) -> type[Optimizer]:
-    """Return `get_optimizer_class(optimizer)`; its errors become a `LawError`."""
+def capture(
+    model: nn.Module, run: Callable[[nn.Module], torch.Tensor]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Capture inputs and output gradients of every adapted linear layer in one real batch.
+
+    Parameters, gradients, buffers, modes and random state are restored. Convolutions, embeddings
+    and layers without effect on the loss are left out.
+
+    Args:
+        model: the model with adapters.
+        run: does the forward pass and returns the loss, without a backward pass.
+
+    Returns:
+        By layer, inputs (n_in, tokens) and output gradients (n_out, tokens).
+
+    Raises:
+        LawError: the loss has no gradient, or no layer is left.
+    """
+    factors = [f for f in inspect_model(model).factors if f.kind == "linear"]
+    fans = {f.layer: (int(f.fan_in), int(f.fan_out)) for f in factors}
+    passed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def watch(name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if (_features(*args[:1]), _features(output)) == fans[name]:
+            passed[name] = (args[0].detach(), output)
+
+    modules = dict(model.named_modules())
+    with _restored(model), ExitStack() as hooks, torch.enable_grad():
+        for name in fans.keys() & modules.keys():
+            hook = modules[name].register_forward_hook(partial(watch, name))
+            hooks.callback(hook.remove)
+        loss = _loss_of(model, run)
+        names = [name for name, (_, output) in passed.items() if output.requires_grad]
+        outputs = [passed[name][1] for name in names]
+        gradients = torch.autograd.grad(loss.sum(), outputs, allow_unused=True) if names else ()
+    captured = {}
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is not None:
+            captured[name] = (_by_token(passed[name][0]), _by_token(gradient.detach()))
+    if not captured:
+        raise LawError(
+            "No adapted linear layer had a gradient.",
+            "Let run(model) use the adapters in its loss.",
+        )
+    return captured
+
+
+def _loss_of(model: nn.Module, run: Callable[[nn.Module], torch.Tensor]) -> torch.Tensor:
+    loss: object = run(model)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise LawError(
+            "run(model) returned no loss to differentiate.",
+            "Return a scalar tensor with a gradient.",
+        )
+    return loss
+
+
+def _features(value: object = None) -> int:
+    """Return the size of a tensor's last axis, 0 for what has none."""
+    return value.shape[-1] if isinstance(value, torch.Tensor) and value.dim() else 0
+
+
+def _by_token(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor (..., n) as (n, tokens)."""
+    return tensor.reshape(-1, tensor.shape[-1]).T
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Restore gradients, buffers (running statistics), modes and random state afterwards."""
+    gradients = [(p, p.grad) for p in model.parameters()]
+    tensors = [*model.buffers(), *(grad for _, grad in gradients if grad is not None)]
+    copies = [(tensor, tensor.clone()) for tensor in tensors]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
-        return get_optimizer_class(optimizer)
-    except RankAwareError as error:
-        raise LawError(error.cause, error.cure) from error
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for p, grad in gradients:
+            p.grad = grad
+        with torch.no_grad():
+            for tensor, before in copies:
+                tensor.copy_(before)
+        for module, training in modes:
+            module.training = training
+
+
+def unit_batch(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> Batch:
+    """Return a captured batch in float32 on the CPU, each side of rms 1. Tokens without gradient
+    are left out.
+    """
+    x, g = (t.detach().to("cpu", torch.float32) for t in (inputs, gradients))
+    if x.dim() != 2 or g.dim() != 2 or x.shape[1] != g.shape[1]:
+        raise LawError(
+            f"The layer {name} was captured as {tuple(x.shape)} and {tuple(g.shape)}.",
+            "Give inputs (n_in, tokens) and output gradients (n_out, tokens).",
+        )
+    has_gradient = g.abs().amax(dim=0) > 0
+    x, g = x[:, has_gradient], g[:, has_gradient]
+    sizes = [t.square().mean().sqrt().item() if t.numel() else 0.0 for t in (x, g)]
+    if not all(0 < size < math.inf for size in sizes):
+        raise LawError(
+            f"The layer {name} has no gradient in the captured batch.",
+            "Capture one with finite gradients.",
+        )
+    return Batch(x / sizes[0], g / sizes[1])

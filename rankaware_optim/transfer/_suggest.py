@@ -211,11 +211,11 @@ def _rule(optimizer: type[Optimizer] | str, settings: Mapping[str, Any]) -> tupl
     """Return the optimizer's name and how its rate follows from AdamW's. A subclass follows its
     base class.
     """
-    by_name = (
-        isinstance(optimizer, str) and known_optimizer(optimizer)[1].relation
-    )  # needs no installed package
+    # A name whose relation is known needs no installed package.
+    by_name = isinstance(optimizer, str) and known_optimizer(optimizer)[1].relation
     kind = optimizer if by_name else get_optimizer_class(optimizer)
-    (known, row), name = known_optimizer(kind), kind if isinstance(kind, str) else kind.__name__
+    known, row = known_optimizer(kind)
+    name = kind if isinstance(kind, str) else kind.__name__
     if known == "muon" and settings.get("adjust_lr_fn") == "match_rms_adamw":
         return name, _MATCHED_MUON
     if not row.relation:
@@ -280,8 +280,8 @@ def _surveyed(survey: Survey, method: Method, init: str | bool | None, dora: boo
             f"Give an init: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
             " calibrate.",
         )
-    kinds = {(f.rank, f.scaling) for f in survey.factors}
     notes = []
+    kinds = {(f.rank, f.scaling) for f in survey.factors}
     if len(kinds) > 1:
         notes.append(
             f"The model has {len(kinds)} ranks or scalings: the rate is for the most common of"
@@ -291,16 +291,18 @@ def _surveyed(survey: Survey, method: Method, init: str | bool | None, dora: boo
         notes.append(
             "The init could not be read. It is assumed that B started at zero, as in PEFT."
         )
-    has_dora = (
-        any(other_kind(name) == "DoRA magnitude" for name in survey.other) if dora is None else dora
-    )
-    # The most common fan-in of the adapted layers, since the published models are known by their
-    # hidden size.
+    if dora is None:
+        dora = any(other_kind(name) == "DoRA magnitude" for name in survey.other)
+    reference = replace(reference, fan_in=_common_width(survey))
+    return _with_init(_Case(reference, dora=dora, notes=tuple(notes)), init)
+
+
+def _common_width(survey: Survey) -> float:
+    """Return the most common fan-in of the adapted layers: the published models are known by their
+    hidden size.
+    """
     layers = {f.layer: f.fan_in for f in survey.factors if f.kind != "embedding"}
-    found = replace(
-        reference, fan_in=Counter(layers.values()).most_common(1)[0][0] if layers else 1.0
-    )
-    return _with_init(_Case(found, dora=has_dora, notes=tuple(notes)), init)
+    return Counter(layers.values()).most_common(1)[0][0] if layers else 1.0
 
 
 def _neither_zero(survey: Survey) -> bool:
@@ -362,9 +364,8 @@ def _steps(case: _Case, task: Task) -> Iterator[Step]:
             "Full finetuning has neither an init nor DoRA.", "Leave them out."
         )
     low, high = WIDTHS
-    yield from _outside(
-        "fan-in", at.fan_in or 1.0, (low, 4 * high), WIDTH_SD
-    )  # 4 × for feed-forward layers
+    feed_forward = 4 * high
+    yield from _outside("fan-in", at.fan_in or 1.0, (low, feed_forward), WIDTH_SD)
     yield Step(
         0.0,
         FULL_SD["A"],

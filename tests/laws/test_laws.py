@@ -31,14 +31,18 @@ from rankaware_optim._registry import Registry
 from rankaware_optim._types import Survey
 from rankaware_optim.laws import (
     LAWS,
+    at_distance,
     bound_law,
+    caution_of,
     checked_batch_multiplier,
     checked_multiplier,
     get_law,
+    innermost,
     kappa,
     known_family,
     law_changes,
     law_from_dict,
+    law_sentence,
     law_to_dict,
     law_words,
 )
@@ -431,17 +435,59 @@ def test_muon_and_sgd_move_with_alpha_and_not_with_rank(point, rank, more, famil
 
 
 WORDS = [
-    (MuA(tokens=4.0), "MuA(tokens=4.0)"),
-    (Falling(), "Falling()"),
-    (Falling(knee=2.0, law=MuA(tokens=None)), "Falling(knee=2.0, law=MuA(tokens=None))"),
-    (Power(exponent=0.1), "Power(exponent=0.1)"),
+    (MuA(), "MuA()", "mua"),
+    (MuA(tokens=4.0), "MuA(tokens=4.0)", "mua with tokens 4"),
+    (Falling(), "Falling()", "falling"),
+    (
+        Falling(knee=2.0, law=MuA(tokens=None)),
+        "Falling(knee=2.0, law=MuA(tokens=None))",
+        "falling with knee 2, law (mua with tokens None)",
+    ),
+    (Power(exponent=0.1), "Power(exponent=0.1)", "power with exponent 0.1"),
+    (LoRAPlus(12.34567), "LoRAPlus(ratio=12.35)", "loraplus with ratio 12.3"),
 ]
 
 
-@pytest.mark.parametrize(("law", "words"), WORDS, ids=str)
-def test_words_say_what_differs_from_the_defaults(law, words):
-    """A law in words is its class with what differs from its defaults, inner laws alike."""
+@pytest.mark.parametrize(("law", "words", "sentence"), WORDS, ids=str)
+def test_words_say_what_differs_from_the_defaults(law, words, sentence):
+    """A law in words is its class, or its name, with what differs from its defaults, inner laws alike."""
     assert law_words(law) == words
+    assert law_sentence(law) == sentence
+
+
+CAUTIONS = [(1e-4, False), (1e4, False), (0.99e-4, True), (1.01e4, True)]
+
+
+@pytest.mark.parametrize(("multiplier", "warns"), CAUTIONS)
+def test_a_far_move_has_a_caution(multiplier, warns):
+    """A multiplier beyond 1e-4 to 1e4 is said, and the range with it."""
+    assert bool(caution_of(multiplier)) == warns
+    assert not warns or f"by {multiplier:.3g}, beyond 0.0001 to 10000" in caution_of(multiplier)
+
+
+@pytest.mark.parametrize("law", [MuA(), Constant(), Power(law=Falling()), Falling()], ids=str)
+def test_the_innermost_law_is_no_correction(law):
+    """Inside corrections, however many, is the law that they correct."""
+    assert innermost(law) == (Constant() if law == Constant() else MuA())
+
+
+DISTANCES = [
+    (Falling(), True),
+    (Falling(law=MuA(family="unknown")), True),
+    (Falling(law=MuA(tokens=8.0)), False),
+    (Falling(law=MuA(family="relative-scale")), False),
+    (Falling(knee=1.0), False),
+    (Power(law=Falling()), False),
+    (MuA(), False),
+]
+
+
+@pytest.mark.parametrize(("law", "keeps"), DISTANCES, ids=str)
+def test_the_default_law_alone_keeps_a_distance(law, keeps):
+    """A rate that the default law moves is used at nine tenths; one that stays, or of another law, as it is."""
+    assert at_distance(law, 2.0) == (1.8 if keeps else 2.0)
+    assert at_distance(law, 1.0) == 1.0
+    assert law.falls_with_rank == (law != MuA())
 
 
 # --- by name --------------------------------------------------------------------------------------------------------
@@ -451,7 +497,7 @@ NAMED = [
     ("mua-paper", MuA(tokens=None)),
     ("constant", Constant()),
     ("loraplus", LoRAPlus(ratio=16.0)),
-    ("power", Power()),
+    ("power", Power(exponent=0.0, full_factor=1.0, pivot=16.0, to_full=False, law=MuA(1.0))),
     ("falling", Falling(knee=0.0, power=1 / 3)),
 ]
 
@@ -553,6 +599,38 @@ def test_a_law_that_is_gone_is_refused(table, what):
     """A table whose rates today's laws do not give is refused with what to do."""
     with pytest.raises(LawError, match=f"made by a law that is gone: .*{what}.*Calibrate again"):
         law_from_dict(table)
+
+
+MEASURED = {"name": "measured", "tokens": 8, "steps": 16, "seed": 0, "target": 1.0, "ratio": 1.0}
+MEASURED |= {"optimizer": "torch.optim.adamw:AdamW", "settings": "{}"}
+
+
+@pytest.mark.parametrize("at", [Point(4, 2.0, 64), Point(4, 2.0, 64, "B"), FullPoint(64)], ids=str)
+def test_the_measured_law_has_one_rate(at):
+    """A former law that ran the optimizer is read, keeps its hash and its one rate, and has no other."""
+    law = law_from_dict(MEASURED)
+    assert law_to_dict(law) == MEASURED
+    assert law_changes(law) == {"name": "measured"}
+    assert move(law, at, at) == 1.0
+    for role, ratio in (("A", 1.0), ("B", 3.0)):
+        with_ratio = law_from_dict({**MEASURED, "ratio": 3.0})
+        expected = 1.0 if isinstance(at, FullPoint) else ratio
+        assert with_ratio.multiplier(at.factor(role), at.reference()) == expected
+    others = [Point(8, 2.0, 64), Point(4, 1.0, 64), Point(4, 2.0, 65), Point(4, 2.0, 65, "B")]
+    for other in (*others, FullPoint(65)):
+        with pytest.raises(LawError, match="no longer part of this package"):
+            move(law, other, at)
+
+
+def nested(levels: int) -> Law:
+    return reduce(lambda law, _: Power(law=law), range(levels), Constant())
+
+
+def test_laws_are_nested_up_to_eight_levels():
+    """A file may have laws inside laws, eight deep."""
+    assert law_from_dict(law_to_dict(nested(8))) == nested(8)
+    with pytest.raises(LawError, match="nested too deep"):
+        law_from_dict(law_to_dict(nested(9)))
 
 
 def test_a_law_that_is_not_registered_cannot_be_stored():

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
 import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
+from shutil import which
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from ..helpers.recipes import KINDS, RECIPE
 HOSTILE = (
     """</script><script>alert("x")</script><img src=x onerror=alert(1)>' & {{ 7 * 7 }} \u2028"""
 )
+RECIPES = Path(__file__).parents[2] / "recipes"
 VOID = {"meta", "link", "input", "img"}
 
 
@@ -201,6 +205,71 @@ def test_scores_that_differ_have_labels_that_differ():
     ]
     assert any(len(labels) > 2 for labels in panels)
     assert all(len(set(labels)) == len(labels) for labels in panels)
+
+
+def cells(text: str, label: str) -> list[str]:
+    """The cells of the table of rates beside a label."""
+    (row,) = re.findall(rf'<tr><th scope="row">{label}</th>(.*?)</tr>', text.split("90 % from")[1])
+    return re.findall("<td>(.*?)</td>", row)
+
+
+@pytest.mark.parametrize(
+    ("full_seen", "known"), [(True, "tried"), (False, "extrapolated")], ids=["tried", "untried"]
+)
+def test_full_finetuning_has_the_last_row(full_seen, known):
+    """Its rate and band are `Recipe.at`'s, and it is said whether it was tried."""
+    made = replace(RECIPE, full_seen=full_seen, ceiling=None)
+    rate = at(made, method="full")
+    text = report_html(made)
+    edges = [f"{edge:.3g}" for edge in (rate.lr, rate.low, rate.high)]
+    assert cells(text, "full finetuning") == [*edges, known]
+    labels = re.findall('<th scope="row">(.*?)</th>', text.split("90 % from")[1])
+    assert labels == [f"rank {2**e}" for e in range(9)] + ["full finetuning"]
+    assert cells(text, "rank 4")[-1] == "tried"
+    assert cells(text, "rank 8")[-1] == "between"
+    assert cells(text, "rank 128")[-1] == "extrapolated"
+
+
+def test_the_nodes_are_fine():
+    """Every rank up to 64, 32 nodes an octave up to 8,192, the width's neighbours, and half octaves of s."""
+    table = rate_table(replace(RECIPE, reference=replace(RECIPE.reference, fan_in=5000.5)))
+    fine = {round(2 ** (e / 32)) for e in range(13 * 32 + 1)}
+    assert table["ranks"] == sorted({*range(1, 65), *fine, 5000, 5001})
+    assert table["scalings"] == [e / 2 for e in range(-28, 21)]
+
+
+PRINTED = [
+    7.545e-4,
+    7.5449e-4,
+    1e-3,
+    9.996e-5,
+    1e-4,
+    1.5e-7,
+    2e-12,
+    0.05,
+    999.4,
+    999.6,
+    1234.0,
+    1e6,
+]
+
+
+@pytest.mark.skipif(which("node") is None, reason="node runs the page's script")
+def test_the_control_writes_rates_as_the_tables_do():
+    """The script's rule for a rate gives Python's three digits, and at every row of a shipped recipe its rate."""
+    recipe = Recipe.load(RECIPES / "language-a.toml")
+    table = rate_table(recipe)
+    ranks = [2**e for e in range(10)]
+    logs = [table["own"][table["ranks"].index(rank)] for rank in ranks]
+    logs += [table["full"]["lr"], *map(math.log2, PRINTED)]
+    page = report_html(recipe)
+    rule = re.search(r"  function shown\(log\) \{\n.*?\n  \}\n", page, re.S)[0]
+    script = f"{rule}console.log(JSON.stringify({json.dumps(logs)}.map(shown)))"
+    done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+    written = json.loads(done.stdout)
+    assert written == [f"{2**log:.3g}" for log in logs]
+    assert written[:10] == [cells(page, f"rank {rank}")[0] for rank in ranks]
+    assert written[10] == cells(page, "full finetuning")[0]
 
 
 @pytest.mark.parametrize("rule", ["unknown", "as swept"])
