@@ -43,9 +43,10 @@ from recording import RESULTS, machine, record, shown
 from study.grids import FULL
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import Study
+from rankaware_optim.calibration._calibration import Calibration
+from rankaware_optim.calibration._result import calibrated_recipe
 from rankaware_optim.calibration._runner import Runner
-from rankaware_optim.calibration._schedule import Schedule
+from rankaware_optim.calibration._schedule import Options, Schedule
 from rankaware_optim.laws import PRIOR_LAW, get_law
 
 RESTS_ON = ("search.adam",)
@@ -172,10 +173,11 @@ def simulated(
         The total time in steps, the shares of the last round and of idle time, log2 of the recipe's base rate, the mean
         length of a run as a share of the whole, and the trials that count.
     """
-    study = Study(torch.optim.AdamW, get_law(PRIOR_LAW), RANKS, replay.steps, SEEDS)
-    study.open(None, None, optuna.storages.InMemoryStorage())
+    schedule = Schedule(RANKS, SEEDS, replay.steps, trials=trials)
+    calibration = Calibration(Options(torch.optim.AdamW, get_law(PRIOR_LAW), schedule))
+    calibration.open(None, None, optuna.storages.InMemoryStorage())
     clock, rng = Clock(), np.random.default_rng([seed, trials])
-    study.pause = lambda seconds: clock.sleep(POLL * seconds)  # type: ignore[method-assign]
+    calibration.pause = lambda seconds: clock.sleep(POLL * seconds)  # type: ignore[method-assign]
     draws = {rank: iter(rng.choice(times[rank], 4 * trials).tolist()) for rank in RANKS}
     first: list[float] = []
 
@@ -190,24 +192,24 @@ def simulated(
     busy, idle_from = [0.0] * workers, [0.0] * workers
 
     def work(number: int) -> None:
-        runner = Runner(study, Schedule(RANKS, SEEDS, replay.steps, trials=trials))
+        runner = Runner(calibration)
         while True:
             idle_from[number] = clock.now
-            begun = runner.begin()
-            if begun is None:
+            trial = runner.begin()
+            if trial is None:
                 return
             start = clock.now
-            runner.one(begun, train, lambda *_: None, lambda *_: None)
+            runner.one(trial, train, lambda *_: None, lambda *_: None)
             busy[number] += clock.now - start
 
     clock.run([partial(work, number) for number in range(workers)])
-    ran = study.trials().counted()
+    ran = calibration.trials().counted()
     total = max(idle_from)
     return {
         "time": total,
         "last": (total - min(idle_from)) / total,
         "idle": 1 - sum(busy) / (workers * total),
-        "x": math.log2(study.recipe().lr),
+        "x": math.log2(calibrated_recipe(calibration).lr),
         "length": statistics.fmean(len(trial.curve or []) / replay.steps for trial in ran),
         "trials": len(ran),
     }

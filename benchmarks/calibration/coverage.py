@@ -33,7 +33,7 @@ from scipy.interpolate import CubicSpline
 from study.runs_on_file import read
 
 from rankaware_optim import RankAwareWarning, Reference
-from rankaware_optim.calibration._schedule import Schedule
+from rankaware_optim.calibration._schedule import Options, Schedule
 from rankaware_optim.fitting import Observation
 from rankaware_optim.laws import PRIOR_LAW, checked_multiplier, get_law
 
@@ -199,10 +199,11 @@ CASES = (
 # --- one calibration ------------------------------------------------------------------------------------------------
 
 
-def study_of(init: Literal["A", "B"]) -> Simulated:
-    """A study of AdamW at the ranks `TRIED`."""
-    study = Simulated(torch.optim.AdamW, get_law(PRIOR_LAW), TRIED, STEPS, SEEDS)
-    study._settle(Reference(TRIED[-1], float(TRIED[-1]), init=init, fan_in=WIDTH), WIDTH)
+def study_of(init: Literal["A", "B"], trials: int = 8) -> Simulated:
+    """A calibration of AdamW at the ranks `TRIED`, with so many trials of each."""
+    schedule = Schedule(TRIED, SEEDS, STEPS, trials=trials * len(TRIED))
+    study = Simulated(Options(torch.optim.AdamW, get_law(PRIOR_LAW), schedule))
+    study.settle(Reference(TRIED[-1], float(TRIED[-1]), init=init, fan_in=WIDTH), WIDTH)
     return study
 
 
@@ -222,14 +223,11 @@ def simulated(
     case: Case, bowls: Mapping[int, Bowl], trials: int, rng: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
     """Simulate one study. For each rank in `ASKED`, yield whether the band held the truth, its width, and regret."""
-    study = study_of(case.init)
+    study = study_of(case.init, trials)
     truth = truth_of(study, case, rng)
     world = World({rank: x for rank, x in truth.items() if rank}, bowls, rng)
-    study._start = truth[16] + rng.normal(0, GUESS_SD)
-    schedule = Schedule(TRIED, SEEDS, STEPS, trials=trials * len(TRIED))
-    recipe = searched(
-        study, schedule, 0.0, lambda trial, x: world.run(trial.rank or 0, trial.seed, x)
-    )
+    study.start = truth[16] + rng.normal(0, GUESS_SD)
+    recipe = searched(study, 0.0, lambda trial, x: world.run(trial.rank or 0, trial.seed, x))
     for rank, x in truth.items():
         rate = recipe.at(rank, alpha=float(rank)) if rank else recipe.at(method="full")
         target = replace(study.reference, rank=rank, alpha=rank, method="lora" if rank else "full")

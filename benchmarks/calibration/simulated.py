@@ -53,8 +53,8 @@ from study.runs_on_file import read
 from study.suite import STORES
 
 from rankaware_optim import Law, RankAwareWarning, Recipe, Reference
-from rankaware_optim.calibration import Study
-from rankaware_optim.calibration._schedule import Schedule
+from rankaware_optim.calibration._calibration import Calibration
+from rankaware_optim.calibration._schedule import Options, Schedule
 from rankaware_optim.calibration._trials import TrialRecord
 from rankaware_optim.fitting import Observation
 from rankaware_optim.laws import PRIOR_LAW, checked_multiplier, get_law
@@ -94,18 +94,9 @@ def calibrated(on: Surface, plan: Plan, seed: Sequence[int], prior: Law | None =
     ranks = (on.ranks[0], on.ranks[-1]) if plan.ranks == ENDS else (4, 64)
     budget = round(plan.share * RATES * (5 + 1) * STEPS)
     schedule = Schedule(ranks, seeds, STEPS, budget=budget, full_trials=plan.full)
-    study = Simulated(
-        torch.optim.AdamW,
-        prior or get_law(PRIOR_LAW),
-        ranks,
-        STEPS,
-        seeds,
-        full_follows=plan.full > 0,
-    )
-    study._settle(reference_of(on, schedule.anchor), on.full_fan_in)
-    return searched(
-        study, schedule, rng.uniform(-GUESS, GUESS), lambda trial, x: run(on, study, trial, x)
-    )
+    study = Simulated(Options(torch.optim.AdamW, prior or get_law(PRIOR_LAW), schedule))
+    study.settle(reference_of(on, schedule.anchor), on.full_fan_in)
+    return searched(study, rng.uniform(-GUESS, GUESS), lambda trial, x: run(on, study, trial, x))
 
 
 def seeds_of(on: Surface, rng: np.random.Generator) -> tuple[int, ...]:
@@ -113,7 +104,7 @@ def seeds_of(on: Surface, rng: np.random.Generator) -> tuple[int, ...]:
     return tuple(int(seed) for seed in rng.permutation(on.seeds)[:2])
 
 
-def run(on: Surface, study: Study, trial: TrialRecord, x: float) -> Observation:
+def run(on: Surface, study: Calibration, trial: TrialRecord, x: float) -> Observation:
     """Simulate a trial at log2 base rate `x`."""
     rank, at = trial.rank or FULL, reference_of(on, trial.rank)
     own = x + math.log2(checked_multiplier(study.centred_law(), at.as_factor(), study.settled()))

@@ -10,9 +10,10 @@ import numpy as np
 from optuna.trial import TrialState
 
 from rankaware_optim import Recipe
-from rankaware_optim.calibration import Study
+from rankaware_optim.calibration._calibration import Calibration
+from rankaware_optim.calibration._result import calibrated_recipe
 from rankaware_optim.calibration._sampler import BracketSampler
-from rankaware_optim.calibration._schedule import Schedule
+from rankaware_optim.calibration._schedule import Options
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.fitting import Observation
 
@@ -20,13 +21,12 @@ STEPS = 20  # steps of a run, if nothing depends on them
 Run = Callable[[TrialRecord, float], Observation]  # a trial's outcome at log2 base rate x
 
 
-class Simulated(Study):
-    """A study that keeps its trials in a list, without a storage."""
+class Simulated(Calibration):
+    """A calibration that keeps its trials in a list, without a storage."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
         self.done: list[TrialRecord] = []
-        self._brackets = False
 
     def trials(self) -> Trials:
         return Trials(self.done)
@@ -35,26 +35,26 @@ class Simulated(Study):
         """Do nothing: no other worker changes the study."""
 
 
-def searched(study: Simulated, schedule: Schedule, guess: float, run: Run) -> Recipe:
+def searched(study: Simulated, guess: float, run: Run) -> Recipe:
     """Make all trials that the schedule asks for, and return the recipe.
 
     A run costs its steps, or half of them if it diverged. Nothing is pruned.
 
     Args:
-        study: the study, with its reference set. Trials are added to it.
-        schedule: decides which trials to make.
+        study: the calibration, with its reference set. Trials are added to it.
         guess: octaves added to the first guess of the rate.
         run: (trial, log2 base rate) -> the outcome.
     """
-    sampler = BracketSampler(study._start + guess, study.prior, study._fitted, study.full_follows)
-    while (cell := schedule.next(study.trials())) is not None:
-        trial = TrialRecord(*cell, number=len(study.done))
-        low, high = study.range()
-        seen = run(trial, min(max(sampler._propose(study.trials(), trial, low, high), low), high))
-        steps = study.steps // (1 + seen.stopped)
-        curve = np.linspace(seen.start, seen.tail, steps).tolist()
+    sampler, start = BracketSampler(study), study.start
+    while (setting := study.schedule.next(study.trials())) is not None:
+        trial = TrialRecord(*setting, number=len(study.done))
+        within = study.range()
+        study.start = start + guess
+        seen = run(trial, sampler.propose(study.trials(), trial, within))
+        study.start = start
+        curve = np.linspace(seen.start, seen.tail, study.schedule.steps // (1 + seen.stopped))
         state = TrialState.COMPLETE if math.isfinite(seen.value) else TrialState.PRUNED
         study.done.append(
-            replace(trial, x=seen.x, curve=curve, observation=seen, state=state, value=seen.value)
+            replace(trial, x=seen.x, curve=curve.tolist(), observation=seen, state=state)
         )
-    return study.recipe()
+    return calibrated_recipe(study)

@@ -84,7 +84,7 @@ def calibrated(kills: bool) -> dict[str, Any]:
     return {
         "second node": "killed" if kills else "left alone",
         "runs": len(ran := records.counted()),
-        "points": len({(*t.cell, t.x) for t in ran}),
+        "points": len({(*t.setting, t.x) for t in ran}),
         "again": sum(t.retry_of is not None for t in records),
         "ended before": len(ended[0]) if kills else None,
         "kept": all(t in trials for t in ended[0]) if kills else None,

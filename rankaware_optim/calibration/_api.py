@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import optuna
 from torch.optim import Optimizer
 
-from .._checks import MOST_RANKS, check_lr, is_number, is_positive, is_whole, plain
+from .._checks import plain
 from .._optimizers import get_optimizer_class
 from .._warn import warn
-from ..errors import CalibrationError, CalibrationInterrupted
+from ..errors import CalibrationInterrupted
 from ..laws import PRIOR_LAW, Law, get_law
 from ..recipe import Recipe
-from ._code import train_source
+from ._arguments import octaves
+from ._calibration import Calibration
 from ._progress import TrialLog, progress_shown
+from ._provenance import train_source
 from ._ray import RayExecutor, ray_executor, run_on_ray
+from ._result import calibrated_recipe
 from ._runner import Runner
-from ._schedule import Schedule
+from ._schedule import Options, Schedule
 from ._storage import shared_storage
-from ._study import Study
 from ._trial import Train
-
-Spread = Callable[[Callable[[], None]], None]
 
 
 def calibrate(  # noqa: PLR0913
@@ -142,190 +142,98 @@ def calibrate(  # noqa: PLR0913
         CalibrationInterrupted: Ctrl-C. Finished trials stay in `storage`, and `.recipe` holds their
             fit.
     """
-    ranks, steps, seeds, lr_range = map(plain, (ranks, steps, seeds, lr_range))
-    trials, budget, until, full_trials = map(plain, (trials, budget, until, full_trials))
-    batch, warmup, seed, target_steps = map(plain, (batch, warmup, seed, target_steps))
-    call = {**locals(), "executor": None, "progress": False}
-    given = {
-        "ranks": ranks, "seeds": seeds, "steps": steps, "trials": trials, "budget": budget, "until": until,
-        "full_trials": full_trials, "batch": batch, "warmup": warmup, "seed": seed, "name": name,
-        "target_steps": target_steps,
-    }  # fmt: skip
-    for what, value in given.items():
-        check_argument(what, value)
-    tried = tuple(sorted(ranks, key=lambda r: (r is None, r or 0)))
-    schedule = Schedule(
-        tried,
-        tuple(seeds),
-        steps,
-        trials=trials,
-        budget=budget,
-        until=until,
-        full_trials=full_trials,
-    )
-    meant = steps if target_steps is None else target_steps
-    _check_schedule(schedule, meant)
-    spread = None if executor is None else _spread(executor, call, schedule)
-    study = Study(
-        optimizer=get_optimizer_class(optimizer),
-        law=get_law(law),
-        ranks=tried,
-        steps=steps,
-        seeds=tuple(seeds),
-        train=train_source(train),
-        lr_range=_octaves(lr_range),
-        batch=batch,
-        warmup=warmup,
-        seed=seed,
+    options = Options(
+        get_optimizer_class(optimizer),
+        get_law(law),
+        Schedule(*map(plain, (ranks, seeds, steps, trials, budget, until, full_trials))),
+        target_steps=plain(target_steps),
+        lr_range=octaves(plain(lr_range)),
+        batch=plain(batch),
+        warmup=plain(warmup),
+        seed=plain(seed),
         name=name,
-        target_steps=meant,
-        full_follows=full_trials > 0,
     )
+    work = partial(_calibrate, train=train, options=options, sampler=sampler, pruner=pruner)
+    if executor is None:
+        return work(storage=storage, progress=progress)
+    on_ray = ray_executor(executor)
+    return work(storage=shared_storage(storage), progress=progress, executor=on_ray)
+
+
+def _calibrate(
+    train: Train,
+    options: Options,
+    sampler: Any,
+    pruner: Any,
+    storage: Any,
+    progress: bool | None = False,
+    executor: RayExecutor | None = None,
+) -> Recipe:
+    """Calibrate with checked options. With an executor, its workers do it, and meet in the
+    storage.
+    """
     state = random.getstate()  # importing rich and using a database may draw from it
-    runner = Runner(study, schedule)
+    runner = Runner(Calibration(options, train_source(train)))
     try:
         runner.open(sampler, pruner, storage)
-        return _run(runner, train, progress, spread)
+        if runner.team.leads and (caution := options.schedule.caution()):
+            warn(caution)
+        with _interruption(runner):
+            if executor is None:
+                _run_here(runner, train, progress)
+            else:
+                work = partial(
+                    _calibrate,
+                    train=train,
+                    options=options,
+                    sampler=sampler,
+                    pruner=pruner,
+                    storage=storage,
+                )
+                _run_on_ray(runner, executor, work)
+            return runner.recipe()
     finally:
         runner.close()
         random.setstate(state)
 
 
-def _spread(executor: object, call: dict[str, Any], schedule: Schedule) -> Spread:
-    """Return a function that lets remote workers make the same call. They meet in its storage."""
-    checked, storage = ray_executor(executor), shared_storage(call["storage"])
-    return partial(
-        run_on_ray, checked, partial(calibrate, **{**call, "storage": storage}), schedule.expected()
-    )
+def _run_here(runner: Runner, train: Train, progress: bool | None) -> None:
+    leads = runner.team.leads
+    log = TrialLog(leads)
+    with progress_shown(progress if leads else False) as show:
+        while (trial := runner.begin()) is not None:
+            runner.one(trial, train, show, log.ended)
 
 
-def _run(runner: Runner, train: Train, progress: bool | None, spread: Spread | None) -> Recipe:
-    """Run the trials and return their recipe. Ctrl-C raises an error with the progress and the
-    recipe so far.
-
-    spread: lets remote workers run the trials, and calls its argument at intervals.
-    """
-    study, leads = runner.study, runner.team.leads
-
-    if leads and (caution := runner.schedule.caution()):
-        warn(caution)
+def _run_on_ray(runner: Runner, executor: RayExecutor, work: partial[Recipe]) -> None:
+    calibration = runner.calibration
+    log = TrialLog(True)
+    expected = calibration.schedule.expected()
 
     def look() -> None:
-        with study.guard():
-            log.saw(study.trials(), runner.schedule.expected())
+        with calibration.guard():
+            log.saw(calibration.trials(), expected)
 
+    look()
+    run_on_ray(executor, work, expected, look)
+    look()
+
+
+@contextmanager
+def _interruption(runner: Runner) -> Iterator[None]:
+    """Let Ctrl-C raise an error with the progress and the recipe so far."""
     try:
-        log = TrialLog(logs=leads)
-        if spread is not None:
-            look()
-            spread(look)
-            look()
-            return runner.recipe()
-        with progress_shown(progress if leads else False) as show:
-            while (begun := runner.begin()) is not None:
-                runner.one(begun, train, show, log.ended)
-        return runner.recipe()
+        yield
     except KeyboardInterrupt as interrupt:
-        if not leads:
+        if not runner.team.leads:
             raise
-        with study.guard():
+        calibration = runner.calibration
+        with calibration.guard():
             error = CalibrationInterrupted(
-                f"The calibration was interrupted after {len(study.trials().counted())} of "
-                f"{runner.schedule.expected()} trials.",
+                f"The calibration was interrupted after {len(calibration.trials().counted())} of"
+                f" {calibration.schedule.expected()} trials.",
                 "Their fit is this error's .recipe. With a storage the same call continues where it"
                 " stopped.",
             )
-            error.recipe = study.recipe() if study.fit() is not None else None
+            error.recipe = None if calibration.fit() is None else calibrated_recipe(calibration)
             raise error from interrupt
-
-
-# --- arguments ------------------------------------------------------------------------------------
-
-
-def _is_distinct(values: object, fits: Callable[[Any], bool]) -> bool:
-    """Return whether `values` is a non-empty sequence of distinct values that all fit."""
-    return isinstance(values, Sequence) and 0 < len(values) == len({*filter(fits, values)})
-
-
-# A check of each argument, and the cure in the error message.
-_COUNT = (is_whole, "Give a whole number of at least 1.")
-_COUNT_OR_NONE = (lambda v: v is None or is_whole(v), _COUNT[1])
-_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "ranks": (
-        lambda v: (
-            _is_distinct(v, lambda rank: rank is None or is_whole(rank)) and len(v) <= MOST_RANKS
-        ),
-        (
-            f"Give at most {MOST_RANKS} distinct positive whole numbers, such as (4, 64), and None"
-            " for full."
-        ),
-    ),
-    "seeds": (
-        lambda v: _is_distinct(v, lambda seed: is_whole(seed, -(2**63) + 1) and seed < 2**63),
-        "Give distinct whole numbers, such as (0, 1).",
-    ),
-    "steps": _COUNT,
-    "target_steps": _COUNT_OR_NONE,
-    "trials": _COUNT_OR_NONE,
-    "budget": _COUNT_OR_NONE,
-    "full_trials": (lambda v: is_whole(v, 0), _COUNT[1]),
-    "until": (lambda v: v is None or is_positive(v), "Give octaves, such as 1.0, or leave it out."),
-    "batch": (lambda v: v is None or is_positive(v), "Give a positive number, or leave it out."),
-    "warmup": (
-        lambda v: v is None or (is_number(v) and 0 <= v <= 1),
-        "Give a share of the steps, 0 to 1, or leave it out.",
-    ),
-    "seed": (lambda v: is_whole(v, 0) and v < 2**32, "Give a whole number from 0 to 2³² - 1."),
-    "name": (
-        lambda v: isinstance(v, str) and v != "" and v.isprintable(),
-        "Give a name of printable characters, such as 'digits'.",
-    ),
-}
-
-
-def check_argument(what: str, value: object) -> None:
-    """Raise a `CalibrationError` if a single argument of `calibrate` is impossible."""
-    fits, cure = _ARGUMENTS[what]
-    if not fits(value):
-        raise CalibrationError(f"{what} is {value!r}.", cure, what)
-
-
-def _check_schedule(schedule: Schedule, target_steps: int) -> None:
-    """Raise a `CalibrationError` if arguments contradict each other."""
-    least = schedule.least()
-    if target_steps < schedule.steps:
-        raise CalibrationError(
-            f"target_steps={target_steps} is less than the {schedule.steps} steps of a trial.",
-            "Lower a trial's steps: an eighth of the target's is enough, if that is a hundred.",
-            "target_steps",
-        )
-    if schedule.budget is not None and schedule.budget < least:
-        runs = 1 + schedule.full_trials
-        raise CalibrationError(
-            f"budget={schedule.budget} is too small for {runs} run{'s' * (runs > 1)}, {least} steps"
-            " in all.",
-            f"Give at least {least} training steps. Thirty runs are usually enough.",
-            "budget",
-        )
-    if schedule.full_trials and None in schedule.ranks:
-        raise CalibrationError(
-            f"full_trials={schedule.full_trials} follows trials of LoRA, but None is already among"
-            " the ranks.",
-            "Leave one of the two out.",
-            "full_trials",
-        )
-
-
-def _octaves(lr_range: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Return log2 of the two rates."""
-    if lr_range is None:
-        return None
-    is_pair = (
-        isinstance(lr_range, Sequence) and not isinstance(lr_range, str) and len(lr_range) == 2
-    )
-    low, high = (check_lr(lr, "lr_range") for lr in lr_range) if is_pair else (1.0, 1.0)
-    if low >= high:
-        raise CalibrationError(
-            f"lr_range is {lr_range!r}.", "Give two rates, the lower first.", "lr_range"
-        )
-    return math.log2(low), math.log2(high)

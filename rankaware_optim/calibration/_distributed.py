@@ -1,4 +1,4 @@
-"""Calibration under DDP or FSDP: one process decides, and all get the same rate, curve and recipe."""
+"""Calibration under DDP or FSDP: one process decides, all get the same rate, curve and recipe."""
 
 from __future__ import annotations
 

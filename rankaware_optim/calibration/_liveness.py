@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 
 from optuna.study import Study
@@ -23,17 +22,6 @@ _BEAT_S = 10.0  # seconds between two heartbeats, and between two looks at those
 _MISSED = 4  # looks in a row without a new heartbeat after which a trial counts as dead
 _JOIN_S = 10.0  # seconds that a write in progress may take at the end
 _LEFT: set[str] = set()  # workers of this process that have ended
-
-
-@dataclass
-class _Signs:
-    """What a worker has seen of another's trial: its last heartbeat, looks without a new one,
-    whether one ever came.
-    """
-
-    beat: object
-    missed: int = 0
-    heard: bool = False
 
 
 class Heartbeat(threading.Thread):
@@ -49,7 +37,9 @@ class Heartbeat(threading.Thread):
         self.worker = uuid.uuid4().hex
         self.trial: Trial | None = None  # that this worker runs
         self._study: Study
-        self._seen: dict[int, _Signs] = {}
+        # by trial of others: the last heartbeat, and looks without a new one
+        self._signs: dict[int, tuple[object, int]] = {}
+        self._heard: set[int] = set()
         self._ended = threading.Event()
 
     def watch(self, study: Study) -> None:
@@ -62,9 +52,7 @@ class Heartbeat(threading.Thread):
 
     def run(self) -> None:
         for beat in count(1):
-            with suppress(
-                Exception
-            ):  # if the storage fails, the worker's own reads and writes raise
+            with suppress(Exception):  # where the storage fails, other reads and writes raise
                 self._look()
             if self._ended.wait(_BEAT_S):
                 return
@@ -77,18 +65,19 @@ class Heartbeat(threading.Thread):
         for trial in _running(self._study):
             if self.trial is not None and trial.number == self.trial.number:
                 continue
+            number = trial.number
             beat = trial.user_attrs.get("heartbeat")
-            signs = self._seen.setdefault(trial.number, _Signs(beat, missed=-1))
-            if beat != signs.beat:
-                self._seen[trial.number] = _Signs(beat, heard=True)
-                continue
-            signs.missed += 1
-            if signs.missed >= _MISSED:
+            last, missed = self._signs.get(number, (beat, -1))
+            if beat != last:
+                self._heard.add(number)
+                missed = -1
+            self._signs[number] = beat, missed + 1
+            if missed + 1 >= _MISSED:
                 _fail(self._study, trial)
 
     def heard(self, number: int) -> bool:
         """Return whether a trial has shown a sign of life since this worker began to look."""
-        return number in self._seen and self._seen[number].heard
+        return number in self._heard
 
     def stop(self) -> None:
         """Stop after the current write."""

@@ -48,12 +48,12 @@ def fail_trial(study: Study, trial: FrozenTrial, attributes: Mapping[str, Any]) 
 
 def close_storage(storage: BaseStorage) -> None:
     """Release a database's connections, or a journal's lock that an interrupt left held."""
-    held = getattr(storage, "_backend", storage)
-    if isinstance(held, RDBStorage):
-        held.remove_session()
-        held.engine.dispose()
-    elif isinstance(held, JournalFileBackend):
-        cast(Any, held._lock).release(force=True)
+    backend = getattr(storage, "_backend", storage)
+    if isinstance(backend, RDBStorage):
+        backend.remove_session()
+        backend.engine.dispose()
+    elif isinstance(backend, JournalFileBackend):
+        cast(Any, backend._lock).release(force=True)
 
 
 _QUIET = threading.Lock()

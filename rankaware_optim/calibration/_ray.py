@@ -24,8 +24,8 @@ from .._checks import is_number, is_whole
 from .._warn import warn
 from ..errors import CalibrationError
 from ..recipe import Recipe, differences
-from ._code import train_source, versions_used
-from ._storage import check_shared, journal_head
+from ._provenance import train_source, versions_used
+from ._storage import check_shared, first_line, journal_head
 
 _LOOK_S = 2.0  # seconds between two checks of the workers' progress
 _GRACE_S = 10.0  # seconds for workers to end by themselves
@@ -65,16 +65,16 @@ class RayExecutor:
             )
 
 
-def ray_executor(given: object) -> RayExecutor:
+def ray_executor(executor: object) -> RayExecutor:
     """Return the executor for the argument of `calibrate`.
 
     Raises:
         CalibrationError: it is no executor, Ray is not installed, or this process trains together
             with others.
     """
-    if given != "ray" and not isinstance(given, RayExecutor):
+    if executor != "ray" and not isinstance(executor, RayExecutor):
         raise CalibrationError(
-            f"executor is {given!r}.", "Give 'ray', a RayExecutor, or leave it out."
+            f"executor is {executor!r}.", "Give 'ray', a RayExecutor, or leave it out."
         )
     if find_spec("ray") is None:
         raise CalibrationError(
@@ -87,7 +87,7 @@ def ray_executor(given: object) -> RayExecutor:
             " processes.",
             "Call it in one process, or leave executor= out.",
         )
-    return given if isinstance(given, RayExecutor) else RayExecutor()
+    return executor if isinstance(executor, RayExecutor) else RayExecutor()
 
 
 def run_on_ray(
@@ -107,7 +107,8 @@ def run_on_ray(
             worker was lost.
         Exception: an error of `work` in a task.
     """
-    train, storage = work.keywords["train"], work.keywords["storage"]
+    train = work.keywords["train"]
+    storage = work.keywords["storage"]
     with _connected(executor.address) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         share = share_out(nodes, executor.workers, executor.gpus)
@@ -118,7 +119,7 @@ def run_on_ray(
             sent = ray.put(work)
         except TypeError as error:
             raise CalibrationError(
-                f"train cannot be sent to Ray's workers: {_line(error)}",
+                f"train cannot be sent to Ray's workers: {first_line(error)}",
                 "Define it in a module, and create what it needs inside it.",
             ) from error
         arguments = sent, code_of(train), journal_head(storage), share.cpus
@@ -157,7 +158,9 @@ def code_of(train: Any) -> dict[str, str]:
 
 def _await_one(ray: Any, tasks: Sequence[Any], look: Callable[[], None]) -> None:
     """Wait until a worker ends by itself, which means that the schedule is complete."""
-    pending, errors, lost = list(tasks), ray.exceptions, ""
+    pending = list(tasks)
+    errors = ray.exceptions
+    lost = ""
     while pending:
         done, pending = ray.wait(pending, timeout=_LOOK_S)
         look()
@@ -168,12 +171,12 @@ def _await_one(ray: Any, tasks: Sequence[Any], look: Callable[[], None]) -> None
                 if not isinstance(error.cause, errors.RaySystemError):
                     raise error.cause from error
                 raise CalibrationError(
-                    f"A Ray worker could not load train: {_line(error.cause)}",
+                    f"A Ray worker could not load train: {first_line(error.cause)}",
                     "Make its module importable on every node, by a shared folder or as an"
                     " installed package.",
                 ) from error
             except errors.RayError as error:
-                lost = _line(error)
+                lost = first_line(error)
                 warn(f"Ray lost a worker. The others continue: {lost}")
             else:
                 return
@@ -218,14 +221,14 @@ def share_out(
     if gpus is None:
         gpus = int(any(node.get("GPU") for node in nodes))
     able = [node for node in nodes if node.get("CPU") and node.get("GPU", 0) >= gpus]
-    held = [int(node["GPU"] // gpus) if gpus else max(1, int(node["CPU"] // 2)) for node in able]
-    count = workers or sum(held)
+    holds = [int(node["GPU"] // gpus) if gpus else max(1, int(node["CPU"] // 2)) for node in able]
+    count = workers or sum(holds)
     if not count:
         raise CalibrationError(
             f"No node of the Ray cluster has a core and {gpus:g} GPUs.",
             "Start one, or give workers= and gpus=.",
         )
-    cores = [node["CPU"] // holds for node, holds in zip(able, held, strict=True)]
+    cores = [node["CPU"] // number for node, number in zip(able, holds, strict=True)]
     cores.append(sum(node["CPU"] for node in able) // count)
     return Share(count, gpus, max(1, int(min(cores))))
 
@@ -247,7 +250,7 @@ def _connected(address: str | None) -> Iterator[Any]:
         ray.init(address=address, logging_level=logging.ERROR, **starts)
     except Exception as error:
         raise CalibrationError(
-            f"The Ray cluster at {at!r} cannot be reached: {_line(error)}",
+            f"The Ray cluster at {at!r} cannot be reached: {first_line(error)}",
             "Give the address of a running cluster (see `ray status`), or 'local' to start one on"
             " this machine.",
         ) from error
@@ -255,9 +258,3 @@ def _connected(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
-
-
-def _line(error: BaseException) -> str:
-    """Return an error's first line as a sentence."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".") + "."

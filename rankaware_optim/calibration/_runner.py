@@ -1,5 +1,5 @@
-"""Running a study: begin, train and record the next trial, on one worker of several and one process
-of many.
+"""Running a calibration: begin, train and record the next trial, on one worker of several and one
+process of many.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -21,79 +21,59 @@ from torch import nn
 from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import CalibrationError
-from ..fitting import CLEAR, TAIL, Observation, best_fall, height, recent, usual_noise
+from ..fitting import TAIL, Observation, height, recent
 from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
 from ..recipe import Recipe, plain_setting
-from ._comparison import built_with
+from ._calibration import Calibration
 from ._distributed import Replicas
 from ._liveness import Heartbeat
 from ._optuna import begin_trial
-from ._sampler import estimate_at
-from ._schedule import Schedule
-from ._study import Study
-from ._trial import Outcome, Train, Trial, run_trial, seeded
-from ._trials import PARAMETER, Cell, TrialRecord, Trials, interval
+from ._provenance import built_with
+from ._pruner import divergence_limits
+from ._result import calibrated_recipe
+from ._trial import Progress, Run, Train, Trial, run_trial, seeded
+from ._trials import PARAMETER, Setting, TrialRecord, Trials, interval, stored
 
 _LOG = logging.getLogger(__package__)
-_POLL_S, _SLOW_POLL_S = (
-    0.05,
-    2.0,
-)  # seconds between polls: at first, and while another worker's trial runs
-_QUIET_S = (
-    15.0  # seconds after which a wait for signs of life is logged; those that live show one before
-)
+# seconds between polls: at first, and while another worker's trial runs
+_POLL_S, _SLOW_POLL_S = 0.05, 2.0
+# seconds after which a wait for signs of life is logged; those that live show one before
+_QUIET_S = 15.0
 _PATIENCE_S = 600.0  # seconds that another worker may take to build its first model
 
-
-class NextTrial(NamedTuple):
-    """A trial that is about to run, and the study's progress: trials done and expected, (low, best,
-    high) so far.
-    """
-
-    number: int
-    rank: int | None
-    seed: int
-    steps: int
-    limits: list[float]
-    endless: bool | None
-    done: int
-    expected: int
-    estimate: tuple[float, float, float] | None
-
-
-Show = Callable[[NextTrial, Trial, "list[float]"], None]
-Ended = Callable[[NextTrial, Trial, Outcome], None]
+Show = Callable[[Trial, "list[float]"], None]
+Ended = Callable[[Trial, Run], None]
 T = TypeVar("T")
 
 
 class Runner:
-    """Runs the trials of a study by a schedule.
+    """Runs the trials of a calibration by its schedule.
 
     Several workers may do so at once. Every decision is based on the storage, and a trial names its
     worker from its creation. Under DDP or FSDP only the leading process of `team` has an Optuna
     study. The others get its decisions.
     """
 
-    def __init__(self, study: Study, schedule: Schedule) -> None:
-        self.study, self.schedule, self.team = study, schedule, Replicas()
-        self._endless: bool | None = None
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        self.team = Replicas()
         self._heartbeat = Heartbeat()
-        self._found: set[int] = (
-            set()
-        )  # trials that ran when this worker came, and have shown no sign of life
-        self._handle: optuna.Trial
-        self._record = TrialRecord()
+        # trials that ran when this worker came, and have shown no sign of life
+        self._unheard: set[int] = set()
+        self._trial: optuna.Trial | None = None  # that this worker runs
+        self._setting = Setting(None, 0)
+        self._endless: bool | None = None  # whether the loop continues past its steps
 
     def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
         """Create the Optuna study, or continue the stored one of the same name."""
-        self.team.agree(lambda: self.study.open(sampler, pruner, storage))
+        self.team.agree(lambda: self.calibration.open(sampler, pruner, storage))
         self._agree(self._watch)
 
     def _watch(self) -> None:
-        self._heartbeat.watch(self.study.optuna)
-        self._found = {trial.number for trial in self.study.trials().running()}
+        self._heartbeat.watch(self.calibration.study)
+        self._unheard = {trial.number for trial in self.calibration.trials().running()}
 
     def close(self) -> None:
         """Fail the unfinished trial, and leave the storage and the other processes.
@@ -103,45 +83,55 @@ class Runner:
         """
         try:
             self._heartbeat.stop()
-            if self._record.worker:
-                with suppress(CalibrationError), self.study.guard():
+            if self._trial is not None:
+                with suppress(CalibrationError), self.calibration.guard():
                     self._close(TrialState.FAIL)
         finally:
-            self.study.close()
+            self.calibration.close()
             self.team.close()
 
     def _agree(self, decide: Callable[[], T]) -> T:
         """Return on every process what the leading process decides from the storage."""
 
         def guarded() -> T:
-            with self.study.guard():
+            with self.calibration.guard():
                 return decide()
 
         return self.team.agree(guarded)
 
     def recipe(self) -> Recipe:
         """Return the recipe of the trials so far."""
-        return self._agree(self.study.recipe)
+        return self._agree(lambda: calibrated_recipe(self.calibration))
 
-    def begin(self) -> NextTrial | None:
+    # --- the next trial ---------------------------------------------------------------------------
+
+    def begin(self) -> Trial | None:
         """Create the next trial, to be run by this worker. Return None once the schedule is
         complete.
         """
+        trial = self._agree(self._begin_or_wait)
+        if trial is not None:
+            trial._build = self._build
+        return trial
 
-        def decide() -> NextTrial | None:
-            poll = _POLL_S
-            self._await_signs()
-            while True:
-                with suppress(
-                    UpdateFinishedTrialError
-                ):  # no heartbeat before it ran, so another worker took it
-                    begun = self._try_to_begin()
-                    if begun is not None or not self.study.trials().running():
-                        return begun
-                self.study.pause(poll)  # another worker's trial may still die and be repeated here
-                poll = min(2 * poll, _SLOW_POLL_S)
+    def _begin_or_wait(self) -> Trial | None:
+        self._await_signs()
+        for _ in self._polls():
+            # A trial that had no heartbeat before it ran was taken by another worker.
+            with suppress(UpdateFinishedTrialError):
+                trial = self._try_to_begin()
+                # Another worker's trial may still die and be repeated here.
+                if trial is not None or not self.calibration.trials().running():
+                    return trial
+        return None
 
-        return self._agree(decide)
+    def _polls(self) -> Iterator[None]:
+        """Yield without end, after ever longer pauses."""
+        pause = _POLL_S
+        while True:
+            yield
+            self.calibration.pause(pause)
+            pause = min(2 * pause, _SLOW_POLL_S)
 
     def _await_signs(self) -> None:
         """Wait until each trial that ran when this worker came has shown a sign of life, or has
@@ -150,64 +140,76 @@ class Runner:
         So the same call after a kill repeats the killed trial before it goes on, as if it had not
         been killed.
         """
-        poll, quiet_until = _POLL_S, time.monotonic() + _QUIET_S
-        while self._found:
-            running = {trial.number for trial in self.study.trials().running()}
-            self._found = {
-                number for number in self._found & running if not self._heartbeat.heard(number)
-            }
-            if self._found and time.monotonic() > quiet_until:
-                _LOG.info("waiting for a sign of life of trials %s", sorted(self._found))
+        if not self._unheard:
+            return
+        quiet_until = time.monotonic() + _QUIET_S
+        for _ in self._polls():
+            running = {trial.number for trial in self.calibration.trials().running()}
+            silent = [n for n in self._unheard & running if not self._heartbeat.heard(n)]
+            self._unheard = set(silent)
+            if not silent:
+                return
+            if time.monotonic() > quiet_until:
+                _LOG.info("waiting for a sign of life of trials %s", sorted(silent))
                 quiet_until = math.inf
-            if self._found:
-                self.study.pause(poll)
-                poll = min(2 * poll, _SLOW_POLL_S)
 
-    def _try_to_begin(self) -> NextTrial | None:
-        """Create a running trial that has its worker and its configuration from the start."""
-        trials = self.study.trials()
-        killed, cell = trials.to_repeat(), self._next(trials)
-        if cell is None:
-            return None
-        cell = cell if killed is None else killed.cell
-        again = None if killed is None else killed.number
-        mine = TrialRecord(*cell, worker=self._heartbeat.worker, heartbeat=0, retry_of=again)
-        params = {} if killed is None or killed.x is None else {PARAMETER: killed.x}
-        self._handle = begin_trial(self.study.optuna, mine.attributes(), params)
-        self._record = replace(mine, number=self._handle.number)
-        self._heartbeat.trial = self._handle
-        return self._prepare(killed)
-
-    def _prepare(self, killed: TrialRecord | None) -> NextTrial | None:
-        """Wait for workers that began before, then choose a rate. The first trial of a study gets
-        its rate later.
+    def _try_to_begin(self) -> Trial | None:
+        """Create a running trial that has its worker and its setting from the start. Give it up if
+        workers that began before leave it nothing to do.
         """
-        trials, mine = self.study.trials(), self._record
-        earlier = Trials(t for t in trials if t.state.is_finished() or t.number < mine.number)
-        taken = killed is not None and any(t.retry_of == killed.number for t in earlier)
-        if taken or self._next(earlier) is None:
+        while True:
+            trials = self.calibration.trials()
+            setting = self._next(trials)
+            killed = trials.to_repeat()
+            if setting is None:
+                return None
+            number = self._create(setting if killed is None else killed.setting, killed)
+            trials = self.calibration.trials()
+            earlier = Trials(t for t in trials if t.state.is_finished() or t.number < number)
+            taken = killed is not None and any(t.retry_of == killed.number for t in earlier)
+            if not taken and self._next(earlier) is not None:
+                return self._prepared(trials)
             self._close(TrialState.FAIL)
-            return self._try_to_begin() if taken else None
-        self._await_earlier()
-        if self.study.reference is not None:
-            self._take_rate()
-        expected, standing = self.schedule.expected(), self.study.standing()
-        return NextTrial(
-            number=mine.number,
-            rank=mine.rank,
-            seed=mine.seed,
-            steps=self.study.steps,
-            limits=self._limits(),
-            endless=self._endless,
-            done=len(trials.counted()),
-            expected=expected,
-            estimate=standing,
-        )
+            if not taken:
+                return None
 
-    def _next(self, trials: Trials) -> Cell | None:
+    def _next(self, trials: Trials) -> Setting | None:
         """Return the next rank and seed, or None if the study is complete."""
-        band = None if self.schedule.until is None else self.study.band()
-        return self.schedule.next(trials, band)
+        schedule = self.calibration.schedule
+        width = None if schedule.until is None else self.calibration.width()
+        return schedule.next(trials, width)
+
+    def _create(self, setting: Setting, killed: TrialRecord | None) -> int:
+        """Create a running trial, and return its number. It repeats the killed one, at its rate."""
+        worker = self._heartbeat.worker
+        attributes: dict[str, Any] = {**setting._asdict(), "worker": worker, "heartbeat": 0}
+        rate = {}
+        if killed is not None:
+            attributes["retry_of"] = killed.number
+            rate = {} if killed.x is None else {PARAMETER: killed.x}
+        self._setting = setting
+        self._trial = begin_trial(self.calibration.study, attributes, rate)
+        self._heartbeat.trial = self._trial
+        return self._trial.number
+
+    def _prepared(self, trials: Trials) -> Trial:
+        """Return the trial for `train`. Its rate is chosen now, after those of workers that began
+        before, but the first trial of a study gets its rate when its model is built.
+        """
+        self._await_earlier()
+        calibration = self.calibration
+        if calibration.reference is not None:
+            self._take_rate()
+        expected = calibration.schedule.expected()
+        steps = calibration.schedule.steps
+        return Trial(
+            *self._setting,
+            steps,
+            self._running.number,
+            _limits=divergence_limits(calibration.trials().counted(), self._setting, steps),
+            _endless=self._endless,
+            _progress=Progress(len(trials.counted()), expected, calibration.band()),
+        )
 
     def _await_earlier(self) -> None:
         """Wait until trials begun before this one have their rates, so that no point is tried
@@ -218,69 +220,58 @@ class Runner:
         """
         until = time.monotonic() + _PATIENCE_S
         while time.monotonic() < until:
-            self.study.recall()
-            if all(
-                t.x is not None or t.number >= self._record.number
-                for t in self.study.trials().running()
-            ):
+            self.calibration.recall()
+            running = self.calibration.trials().running()
+            if all(t.x is not None or t.number >= self._running.number for t in running):
                 return
-            self.study.pause(_POLL_S)
+            self.calibration.pause(_POLL_S)
 
-    def _limits(self) -> list[float]:
-        """Return, for each step, the mean of recent values above which a run is stopped as
-        diverged.
+    @property
+    def _running(self) -> optuna.Trial:
+        assert self._trial is not None
+        return self._trial
 
-        The limit is a margin above the usual start of the runs: half the best gain, or what the
-        noise of the curves explains. Batches may be hard, so it is at least that margin above the
-        loss of a run that learns nothing, which is at most one gain above the best run on the same
-        batches. The usual start is a mean of first values, since a single one may be low by chance.
-        """
-        trials = self.study.trials().counted()
-        seen = trials.observations()
-        gain = best_fall(seen) or math.inf
-        margin = max(gain / 2, CLEAR * usual_noise(seen))
-        flat = trials.usual_height() + margin
-        beside = trials.curve_beside(self._record.cell)
-        windows = (beside[max(0, end - TAIL) : end] for end in range(1, self.study.steps + 1))
-        return [max(flat, recent(window) + gain + margin) if window else flat for window in windows]
+    def _take_rate(self) -> float:
+        """Return log2 of the trial's rate, sampled once."""
+        x = self._running.params.get(PARAMETER)
+        if x is not None:
+            return float(x)
+        fit = self.calibration.fit()
+        if fit is not None:
+            self._running.set_user_attr("estimate", fit.best(self._setting.rank))
+        return float(self._running.suggest_float(PARAMETER, *self.calibration.range()))
 
     # --- one trial --------------------------------------------------------------------------------
 
-    def one(self, begun: NextTrial, train: Train, show: Show, ended: Ended) -> None:
+    def one(self, trial: Trial, train: Train, show: Show, ended: Ended) -> None:
         """Run and record one trial. If it raises, `close` fails it."""
-        trial = Trial(begun.rank, begun.seed, begun.steps, begun.number, self._build)
-        every = interval(begun.steps)
+        steps = trial._steps
+        every = interval(steps)
 
-        def watch(trial: Trial, curve: list[float]) -> bool:
-            show(begun, trial, curve)
-            if len(curve) % every and len(curve) != begun.steps:
+        def watch(curve: list[float]) -> bool:
+            show(trial, curve)
+            if len(curve) % every and len(curve) != steps:
                 return False
-            return self._agree(lambda: self._report(curve, every, begun.steps))
+            return self._agree(lambda: self._report(curve, every, steps))
 
         try:
-            with seeded(begun.seed):
-                outcome = run_trial(
-                    train,
-                    trial,
-                    limits=begun.limits,
-                    endless=begun.endless,
-                    watch=watch,
-                    mean=self.team.mean,
-                )
-            self._check_read(trial, outcome)
-            self._agree(lambda: self._end(outcome))
+            with seeded(trial.seed):
+                run = run_trial(train, trial, watch, self.team.mean)
+            self._check_read(run)
+            self._agree(lambda: self._end(run))
         except UpdateFinishedTrialError:
             self._agree(lambda: self._close(TrialState.FAIL))
             warn(
-                f"Trial {begun.number} had no heartbeat for so long that another worker has taken"
+                f"Trial {trial.number} had no heartbeat for so long that another worker has taken"
                 " it over. Its run here does not count."
             )
         else:
-            ended(begun, trial, outcome)
+            ended(trial, run)
 
-    def _check_read(self, trial: Trial, outcome: Outcome) -> None:
+    def _check_read(self, run: Run) -> None:
         """Refuse a loop that never read its number of steps, if the target run has more."""
-        if self.study.is_short and not outcome.stopped and not trial._steps_were_read:
+        was_read = "steps" in vars(run.trial)
+        if self.calibration.options.is_short and not run.stopped and not was_read:
             raise CalibrationError(
                 "train never read trial.steps, so its schedule may span the steps of the target"
                 " run.",
@@ -288,56 +279,58 @@ class Runner:
             )
 
     def _report(self, curve: list[float], every: int, steps: int) -> bool:
-        self._handle.report(recent(curve, max(TAIL, every)), len(curve))
-        return len(curve) < steps and self._handle.should_prune()
+        self._running.report(recent(curve, max(TAIL, every)), len(curve))
+        return len(curve) < steps and self._running.should_prune()
 
-    def _end(self, outcome: Outcome) -> None:
-        """Record the outcome of a run. Scores can be compared only if all of them were returned, or
-        none.
-        """
-        returned, record, stopped = outcome.returned is not None, self._record, outcome.stopped
-        others = [o for o in self.study.trials().observations() if not o.stopped]
-        if not stopped and any(o.returned != returned for o in others):
-            raise CalibrationError(
-                "train returned a score in some trials and none in others.",
-                "Return one in every trial, or in none.",
-            )
-        self._endless = self._endless if outcome.endless is None else outcome.endless
-        if stopped in ("pruned", "memory"):
-            self._write(replace(record, curve=outcome.curve, stopped=stopped))
+    def _end(self, run: Run) -> None:
+        """Record the outcome of a run."""
+        self._check_scored(run)
+        if run.endless is not None:
+            self._endless = run.endless
+        if run.stopped in ("pruned", "memory"):
+            self._running.set_user_attr("curve", run.curve)
+            self._running.set_user_attr("stopped", run.stopped)
             return self._close(TrialState.PRUNED)
-        seen = Observation(
-            rank=record.rank,
-            seed=record.seed,
+        observation = Observation(
+            rank=self._setting.rank,
+            seed=self._setting.seed,
             x=self._take_rate(),
-            value=outcome.score,
-            start=height(outcome.curve),
-            tail=outcome.tail,
-            returned=returned,
-            stopped=stopped == "diverged",
+            value=run.score,
+            start=height(run.curve),
+            tail=run.tail,
+            returned=run.returned is not None,
+            stopped=run.stopped == "diverged",
         )
-        self._write(replace(record, curve=outcome.curve, observation=seen))
-        finite = math.isfinite(seen.value)
-        self._close(
-            TrialState.COMPLETE if finite else TrialState.PRUNED, seen.value if finite else None
-        )
+        self._running.set_user_attr("curve", run.curve)
+        self._running.set_user_attr("observation", stored(observation))
+        if math.isfinite(run.score):
+            return self._close(TrialState.COMPLETE, run.score)
+        self._close(TrialState.PRUNED)
 
-    def _write(self, record: TrialRecord) -> None:
-        """Store the fields of this trial that changed."""
-        for name, value in record.changes_since(self._record).items():
-            self._handle.set_user_attr(name, value)
-        self._record = record
+    def _check_scored(self, run: Run) -> None:
+        """Raise unless all scores were returned, or none, since they cannot be compared."""
+        if run.stopped:
+            return
+        for other in self.calibration.trials().observations():
+            if not other.stopped and other.returned != (run.returned is not None):
+                raise CalibrationError(
+                    "train returned a score in some trials and none in others.",
+                    "Return one in every trial, or in none.",
+                )
 
     def _close(self, state: TrialState, value: float | None = None) -> None:
+        if self._trial is None:
+            return
+        number = self._trial.number
         self._heartbeat.trial = None
-        self.study.optuna.tell(self._handle, value, state=state, skip_if_finished=True)
-        trials = self.study.trials()
-        total = {"steps": trials.spent(self.study.steps), "trials": len(trials.counted())}
-        self.study.optuna.set_user_attr("spent", total)
-        self._record = TrialRecord()
-        if state != TrialState.FAIL and any(
-            t.killed for t in trials if t.number == self._handle.number
-        ):
+        calibration = self.calibration
+        calibration.study.tell(self._trial, value, state=state, skip_if_finished=True)
+        trials = calibration.trials()
+        spent = trials.spent(calibration.schedule.steps)
+        total = {"steps": spent, "trials": len(trials.counted())}
+        calibration.study.set_user_attr("spent", total)
+        self._trial = None
+        if state != TrialState.FAIL and any(t.killed for t in trials if t.number == number):
             raise UpdateFinishedTrialError("Another worker took it over at its end.")
 
     # --- the trial's optimizer --------------------------------------------------------------------
@@ -352,57 +345,50 @@ class Runner:
                 "trial.optimizer got no model.", "Pass it, or model= with its parameters."
             )
         survey = inspect_model(model, method=trial.method, init=settings.get("init"))
-        trial.lr, law, reference = self._agree(lambda: self._propose(survey, settings))
-        made = RankAwareOptimizer(
+        at = survey.dominant().resolve(survey)
+        trial.lr, law, reference = self._agree(lambda: self._propose(survey, at, settings))
+        native = self.calibration.options.optimizer
+        optimizer = RankAwareOptimizer(
             params,
-            self.study.optimizer,
+            native,
             lr=trial.lr,
             law=law,
             tuned_at=reference,
             method=trial.method,
             **settings,
         )
-        found = survey.dominant().resolve(survey)
-        self._agree(
-            lambda: self._keep_built(built_with(made, self.study.optimizer, settings, found))
-        )
-        return made
+        self._agree(lambda: self._record(built_with(optimizer, native, settings, at)))
+        return optimizer
 
-    def _keep_built(self, built: dict[str, Any]) -> None:
-        self.study.compare(self._record, built)
-        self._write(replace(self._record, built=built))
-        self.study.optuna.set_user_attr("settings", self.study.settings)
-
-    def _propose(self, survey: Survey, settings: dict[str, Any]) -> tuple[float, Power, Reference]:
+    def _propose(
+        self, survey: Survey, at: Reference, settings: dict[str, Any]
+    ) -> tuple[float, Power, Reference]:
         """Return the trial's base rate, the law centred on its priors, and the reference that both
-        belong to.
+        belong to. `at` is the model's configuration.
         """
-        study, found = self.study, survey.dominant().resolve(survey)
-        if found.rank != self._record.rank:
+        calibration = self.calibration
+        rank = self._setting.rank
+        if at.rank != rank:
             raise CalibrationError(
-                f"The model built for trial.rank={self._record.rank} has rank {found.rank}.",
+                f"The model built for trial.rank={rank} has rank {at.rank}.",
                 "Build it at trial.rank.",
             )
-        self._write(replace(self._record, scaling=found.scaling))
-        study.learn(found, survey)
-        own = inspect.signature(RankAwareOptimizer.__new__).parameters
-        study.settings = {
-            key: plain_setting(value) for key, value in settings.items() if key not in own
+        self._running.set_user_attr("scaling", at.scaling)
+        calibration.learn(at, survey)
+        ours = inspect.signature(RankAwareOptimizer.__new__).parameters
+        calibration.settings = {
+            key: plain_setting(value) for key, value in settings.items() if key not in ours
         }
-        lr, law, reference = 2.0 ** self._take_rate(), study.centred_law(), study.settled()
-        width = survey.full_width(reference.init) if found.method == "full" else survey.width
-        own_lr = lr * checked_multiplier(law, replace(found, fan_in=width).as_factor(), reference)
-        self._write(replace(self._record, own_lr=own_lr))
+        lr = 2.0 ** self._take_rate()
+        law = calibration.centred_law()
+        reference = calibration.settled()
+        width = survey.full_width(reference.init) if at.method == "full" else survey.width
+        factor = replace(at, fan_in=width).as_factor()
+        own_lr = lr * checked_multiplier(law, factor, reference)
+        self._running.set_user_attr("own_lr", own_lr)
         return lr, law, reference
 
-    def _take_rate(self) -> float:
-        """Return log2 of the trial's rate, sampled once."""
-        x = self._record.x
-        if x is None:
-            fit = self.study.fit()
-            if fit is not None:
-                estimate = estimate_at(fit, self._record.rank, self.study.prior)
-                self._write(replace(self._record, estimate=estimate))
-            x = float(self._handle.suggest_float(PARAMETER, *self.study.range()))
-            self._record = replace(self._record, x=x)
-        return x
+    def _record(self, built: dict[str, Any]) -> None:
+        self.calibration.compare(self._running.number, self._setting.rank, built)
+        self._running.set_user_attr("built", built)
+        self.calibration.study.set_user_attr("settings", self.calibration.settings)

@@ -1,15 +1,20 @@
-"""The order of trials and the stopping rules: ranks and seeds in turn, a budget of steps, a narrow
-band.
+"""The options of a calibration, and the order of its trials: ranks and seeds in turn, a budget of
+steps, a narrow band.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from ..fitting import all_rose, below_cliff, diverged
-from ._trials import Cell, TrialRecord, Trials
+from torch.optim import Optimizer
+
+from ..errors import CalibrationError
+from ..fitting import all_rose, below_cliff
+from ..laws import Law
+from ._arguments import check_argument
+from ._trials import Setting, TrialRecord, Trials
 
 _TRIALS_PER_RANK = 8
 _FEWEST = 2  # finished trials of every rank before a narrow band stops the search
@@ -25,7 +30,10 @@ PER_SEED = 4  # runs of a rank at one seed before the next seed; runs of one see
 class Schedule:
     """The plan of a calibration: `trials` of the search, then `full_trials` of full finetuning.
 
-    The fields are the arguments of `calibrate`.
+    The fields are the arguments of `calibrate`. The ranks are sorted, full finetuning last.
+
+    Raises:
+        CalibrationError: one is impossible, or they contradict each other.
     """
 
     ranks: tuple[int | None, ...]
@@ -36,10 +44,37 @@ class Schedule:
     until: float | None = None
     full_trials: int = 0
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_argument(field.name, getattr(self, field.name))
+        in_order = sorted(self.ranks, key=lambda rank: (rank is None, rank or 0))
+        object.__setattr__(self, "ranks", tuple(in_order))
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        least = self.steps * (1 + self.full_trials)
+        if self.budget is not None and self.budget < least:
+            runs = "1 run" if self.full_trials == 0 else f"{1 + self.full_trials} runs"
+            raise CalibrationError(
+                f"budget={self.budget} is too small for {runs}, {least} steps in all.",
+                f"Give at least {least} training steps. Thirty runs are usually enough.",
+                "budget",
+            )
+        if self.full_trials and None in self.ranks:
+            raise CalibrationError(
+                f"full_trials={self.full_trials} follows trials of LoRA, but None is already among"
+                " the ranks.",
+                "Leave one of the two out.",
+                "full_trials",
+            )
+
+    @property
+    def lora(self) -> list[int]:
+        """The ranks without full finetuning."""
+        return [rank for rank in self.ranks if rank is not None]
+
     @property
     def anchor(self) -> int | None:
         """The highest rank, at which rates are bracketed."""
-        return max((rank for rank in self.ranks if rank is not None), default=None)
+        return max(self.lora, default=None)
 
     @property
     def total(self) -> int:
@@ -64,7 +99,8 @@ class Schedule:
         """Return a warning if a budget pays for too few runs to find the rates of all ranks, else
         "".
         """
-        runs, needed = self._searches(), _BRACKET + _OF_OTHERS * (len(self.ranks) - 1)
+        runs = self._searches()
+        needed = _BRACKET + _OF_OTHERS * (len(self.ranks) - 1)
         if self.budget is None or runs >= min(needed, self.total):
             return ""
         return (
@@ -72,64 +108,106 @@ class Schedule:
             " needs, so the rates may be far off. Give a larger budget, or fewer full trials."
         )
 
-    def least(self) -> int:
-        """Return the smallest number of training steps with which the plan is possible."""
-        return self.steps * (1 + self.full_trials)
-
-    def next(self, trials: Trials, band: float | None = None) -> Cell | None:
+    def next(self, trials: Trials, band: float | None = None) -> Setting | None:
         """Return what to try next, or None if the study is complete.
 
         Args:
             trials: the trials so far.
             band: the width of the 90 % band so far, octaves.
         """
-        done = trials.counted()
-        if done.hopeless():
+        ended = trials.counted()
+        if ended.hopeless():
             return None
-        tried = (*done, *trials.running())
-        full_follows = self.full_trials > 0
-        full = Trials(t for t in tried if full_follows and t.rank is None)
-        search = Trials(t for t in tried if not (full_follows and t.rank is None))
+        search: list[TrialRecord] = []
+        full: list[TrialRecord] = []
+        for trial in (*ended, *trials.running()):
+            follows = self.full_trials > 0 and trial.rank is None
+            (full if follows else search).append(trial)
         left = math.inf if self.budget is None else self.budget - trials.spent(self.steps)
         payable = left - (self.full_trials - len(full)) * self.steps
-        if len(search) < self.total and payable >= self.steps and not self._is_enough(search, band):
-            return self._search(search)
+        goes_on = len(search) < self.total and not self._is_enough(ended, band)
+        if goes_on and payable >= self.steps:
+            return self._search(Trials(search))
         if len(full) < self.full_trials and left >= self.steps:
-            return Cell(None, self.seeds[(len(full) // PER_SEED) % len(self.seeds)])
+            return Setting(None, self.seeds[(len(full) // PER_SEED) % len(self.seeds)])
         return None
 
-    def _is_enough(self, search: Trials, band: float | None) -> bool:
+    def _is_enough(self, ended: Trials, band: float | None) -> bool:
         """Return whether the band is narrow, and every rank had its fewest runs."""
         if self.until is None or band is None or band >= self.until:
             return False
-        ran = [trial.rank for trial in search.counted()]
+        ran = [trial.rank for trial in ended]
         return all(ran.count(rank) >= _FEWEST for rank in self.ranks)
 
-    def _search(self, search: Trials) -> Cell:
+    def _search(self, search: Trials) -> Setting:
         """Return the highest rank until its rates are bracketed, then the ranks in turn."""
-        seen = search.observations()
-        most = _MOST_BRACKET if seen and all_rose(below_cliff(seen)) else _BRACKET
+        observations = search.observations()
+        all_too_high = observations and all_rose(below_cliff(observations))
+        most = _MOST_BRACKET if all_too_high else _BRACKET
         is_bracketing = len(search) < min(most, self._searches() - len(self.ranks) + 1)
         return self._rotate(search, [self.anchor] if is_bracketing else self.ranks)
 
-    def _rotate(self, tried: Sequence[TrialRecord], ranks: Sequence[int | None]) -> Cell:
+    def _rotate(self, tried: Trials, ranks: Sequence[int | None]) -> Setting:
         """Return the rank with the fewest trials. Each has four runs at a seed before the next
         seed.
 
         A diverged run has little information, so it counts less than the others. A pruned run
         counts in full.
         """
-        seen = [
-            (t.cell, t.observation)
-            for t in tried
-            if t.observation is not None and t.state.is_finished()
-        ]
-        bad = diverged([observation for _, observation in seen])
-        lost = [cell for (cell, _), b in zip(seen, bad, strict=True) if b]
-        cells = [trial.cell for trial in tried]
+        diverged = tried.diverged()
+        settings = [trial.setting for trial in tried]
+        lost = [trial.setting for trial in tried if trial.number in diverged]
 
-        def due(cell: Cell) -> tuple[int, ...]:
-            fruitful = cells.count(cell) - lost.count(cell)
-            return fruitful // PER_SEED, self.seeds.index(cell.seed), fruitful, cells.count(cell)
+        def due(setting: Setting) -> tuple[int, ...]:
+            runs = settings.count(setting)
+            fruitful = runs - lost.count(setting)
+            return fruitful // PER_SEED, self.seeds.index(setting.seed), fruitful, runs
 
-        return min((Cell(rank, seed) for rank in ranks for seed in self.seeds), key=due)
+        return min((Setting(rank, seed) for rank in ranks for seed in self.seeds), key=due)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a calibration is for: its optimizer, law, schedule and target run.
+
+    The fields are the arguments of `calibrate`. lr_range: log2 of the rates. target_steps: by
+    default those of a trial.
+
+    Raises:
+        CalibrationError: one is impossible, or they contradict each other.
+    """
+
+    optimizer: type[Optimizer]
+    law: Law
+    schedule: Schedule
+    target_steps: int | None = None
+    lr_range: tuple[float, float] | None = None
+    batch: float | None = None
+    warmup: float | None = None
+    seed: int = 0
+    name: str = "calibration"
+
+    def __post_init__(self) -> None:
+        for name in ("target_steps", "batch", "warmup", "seed", "name"):
+            check_argument(name, getattr(self, name))
+        if self.target < self.schedule.steps:
+            raise CalibrationError(
+                f"target_steps={self.target} is less than the {self.schedule.steps} steps of a"
+                " trial.",
+                "Lower a trial's steps: an eighth of the target's is enough, if that is a hundred.",
+                "target_steps",
+            )
+
+    @property
+    def target(self) -> int:
+        """The steps of the target run."""
+        return self.schedule.steps if self.target_steps is None else self.target_steps
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the target run has more steps than the trials."""
+        return self.target != self.schedule.steps
+
+    @property
+    def optimizer_name(self) -> str:
+        return f"{self.optimizer.__module__}.{self.optimizer.__qualname__}"

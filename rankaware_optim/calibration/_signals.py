@@ -30,7 +30,8 @@ class Interrupts:
     """
 
     def __init__(self, once: bool = False) -> None:
-        self._open, self._once = False, once
+        self._open = False
+        self._once = once
         self._pending: tuple[int, FrameType | None] | None = None
         self._before: dict[int, Callable[[int, FrameType | None], Any]] = {}
 
@@ -69,7 +70,9 @@ class Interrupts:
         """
         self._open = True
         if self._pending is not None:
-            pending, self._pending, self._open = self._pending, None, False
+            pending = self._pending
+            self._pending = None
+            self._open = False
             self._deliver(*pending)
 
     @contextmanager

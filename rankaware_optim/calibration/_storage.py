@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from filelock import FileLock, Timeout
+from msgspec import ValidationError
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
@@ -76,13 +77,12 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
 
 
 def _database(url: str, attempts: int = _ATTEMPTS) -> BaseStorage:
-    """Open the database at a URL. Try again if another process creates its tables at the same time."""
+    """Open the database at a URL. Try again if another process creates its tables meanwhile."""
     try:
         return get_storage(url)
     except (IntegrityError, OperationalError, ProgrammingError) as error:
-        if attempts == 1 or (
-            isinstance(error, OperationalError) and "already exists" not in str(error)
-        ):
+        lost_race = not isinstance(error, OperationalError) or "already exists" in str(error)
+        if attempts == 1 or not lost_race:
             raise
     time.sleep(0.05)
     return _database(url, attempts - 1)
@@ -98,9 +98,8 @@ def _journal(path: Path) -> BaseStorage:
             "Name a file for the journal, or a URL.",
             "storage",
         )
-    path = Path(
-        os.path.realpath(path)
-    )  # a journal has one lock, even if it is reached by different links
+    # A journal has one lock, even if it is reached by different links.
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock_of(path)
     if path.is_file() and path.stat().st_size:
@@ -133,20 +132,21 @@ class _JournalFile(JournalFileBackend):
 
     def __init__(self, path: Path, lock: FileLock) -> None:
         super().__init__(str(path), lock_obj=cast(Any, lock))
-        self._path, self._own_lock = path, lock
-        self._inode, self._written = path.stat().st_ino, 0
+        self._path = path
+        self._journal_lock = lock
+        self._inode = path.stat().st_ino
+        self._written = 0
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         self._check()
         yield from super().read_logs(log_number_from)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        with self._own_lock:
+        with self._journal_lock:
             self._check()
             super().append_logs(logs)
-            self._written = (
-                self._path.stat().st_size
-            )  # what others append may be cut, if they are killed meanwhile
+            # What others append may be cut, if they are killed meanwhile.
+            self._written = self._path.stat().st_size
 
     def _check(self) -> None:
         now = self._path.stat()
@@ -166,9 +166,9 @@ def shared_storage(storage: object) -> str:
         " a PostgreSQL server."
     )
     if not isinstance(storage, (str, os.PathLike)):
-        what = (
-            "no storage was given" if storage is None else "this one is an object of this process"
-        )
+        what = "this one is an object of this process"
+        if storage is None:
+            what = "no storage was given"
         raise CalibrationError(f"Remote workers need a storage that they can open: {what}.", cure)
     text = os.fspath(storage)
     if text.startswith("sqlite"):
@@ -217,7 +217,8 @@ def _repair(path: Path) -> None:
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         whole = data.rfind(b"\n") + 1
-        last, rest = data[data.rfind(b"\n", 0, max(whole - 1, 0)) + 1 : whole], data[whole:]
+        last = data[data.rfind(b"\n", 0, max(whole - 1, 0)) + 1 : whole]
+        rest = data[whole:]
     begun = rest.rstrip(b"\0")  # the file may have grown before its data was written
     if not begun.startswith(_OPERATION[: len(begun)]) or (last and not _is_json(last)):
         raise _damaged(path, "its last line is not from Optuna")
@@ -255,15 +256,15 @@ def storage_errors(storage: Any = None) -> Iterator[None]:
     except (CalibrationError, UpdateFinishedTrialError):
         raise  # a sentence already; another worker has taken the trial over
     except Exception as error:
-        if not _is_in_storage(error):
+        if not _is_in_storage(error) and not isinstance(error, ValidationError):
             raise
-        raise _failure(
-            error, str(storage) if isinstance(storage, (str, os.PathLike)) else ""
-        ) from error
+        place = str(storage) if isinstance(storage, (str, os.PathLike)) else ""
+        raise _failure(error, place) from error
 
 
-def _failure(error: Exception, given: str) -> CalibrationError:
-    named, line = f"The study's storage{' ' * bool(given)}{_shown(given)}", _line(error, given)
+def _failure(error: Exception, place: str) -> CalibrationError:
+    named = f"The study's storage {_shown(place)}".rstrip()
+    line = _line(error, place)
     if isinstance(error, Timeout):
         return CalibrationError(
             f"{named} was locked by another process for {_LOCK_S:g} s.",
@@ -283,10 +284,16 @@ def _failure(error: Exception, given: str) -> CalibrationError:
 
 
 def _is_in_storage(error: BaseException) -> bool:
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if isinstance(frame.f_locals.get("self"), BaseStorage) or frame.f_code in _OPENING:
-            return True
-    return False
+    return any(
+        isinstance(frame.f_locals.get("self"), BaseStorage) or frame.f_code in _OPENING
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's first line as a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".") + "."
 
 
 def _line(error: BaseException, url: str) -> str:
@@ -295,21 +302,23 @@ def _line(error: BaseException, url: str) -> str:
     """
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip().splitlines()
-    line = (text[0] if text else type(error).__name__).rstrip(".") + "."
+    line = first_line(error)
     user = url.partition("://")[2].rpartition("@")[0]
-    for part in re.split(
-        "[@:/?]", user.partition(":")[2]
-    ):  # after an unescaped @ the rest is part of the host
-        line = line.replace(part, "…") if part else line
+    password = user.partition(":")[2]
+    # After an unescaped @ the rest is part of the host.
+    for part in filter(None, re.split("[@:/?]", password)):
+        line = line.replace(part, "…")
     return line
 
 
 def _shown(url: str) -> str:
     """Return a path, or a URL without its password and its query, which may contain a password."""
-    scheme, found, rest = url.partition("://")
+    if "://" not in url:
+        return url
+    scheme, _, rest = url.partition("://")
     user, at, host = rest.rpartition("@")
-    return f"{scheme}://{user.partition(':')[0]}{at}{host.partition('?')[0]}" if found else url
+    name = user.partition(":")[0]
+    return f"{scheme}://{name}{at}{host.partition('?')[0]}"
 
 
 # Functions of this module that touch a storage before it is an object.

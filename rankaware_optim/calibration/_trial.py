@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import random
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,23 @@ Train = Callable[["Trial"], "Generator[Any, None, Any] | Pushed"]
 
 # Out-of-memory messages of torch on the CPU (Linux, Windows), on MPS and in cuBLAS, which are plain
 # RuntimeErrors.
-_SAID = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "_STATUS_ALLOC_FAILED",
+)
+_SET_BY_TRIAL = ("lr", "tuned_at", "law", "recipe", "method")
+
+
+class Progress(NamedTuple):
+    """A calibration before a trial: the trials done and expected, and the 90 % band of the target's
+    base rate (low, best, high), None before any fit.
+    """
+
+    done: int
+    expected: int
+    band: tuple[float, float, float] | None
 
 
 @dataclass(eq=False)
@@ -44,14 +61,17 @@ class Trial:
     seed: int
     _steps: int
     number: int
-    _build: Build = field(repr=False)
     lr: float | None = None
-    _steps_were_read: bool = field(default=False, repr=False)
+    # the mean of recent values above which the run counts as diverged, for each step
+    _limits: list[float] = field(default_factory=list, repr=False)
+    # whether the loop continues past its steps; None if unknown
+    _endless: bool | None = field(default=None, repr=False)
+    _progress: Progress = field(default=Progress(0, 0, None), repr=False)
+    _build: Build | None = field(default=None, repr=False)
 
-    @property
+    @cached_property  # so that its reading can be seen
     def steps(self) -> int:
         """The number of optimizer steps of the whole run, with its warm-up and decay."""
-        self._steps_were_read = True
         return self._steps
 
     @property
@@ -74,36 +94,13 @@ class Trial:
             raise CalibrationError(
                 "trial.optimizer was called twice in one trial.", "Call it once, after the model."
             )
-        given = [name for name in ("lr", "tuned_at", "law", "recipe", "method") if name in settings]
-        if given:
-            raise CalibrationError(
-                f"trial.optimizer got {given[0]}=, which the trial sets.", "Leave it out."
-            )
+        for name in _SET_BY_TRIAL:
+            if name in settings:
+                raise CalibrationError(
+                    f"trial.optimizer got {name}=, which the trial sets.", "Leave it out."
+                )
+        assert self._build is not None
         return self._build(self, params, settings)
-
-
-class Outcome(NamedTuple):
-    """The outcome of a run.
-
-    curve: its values. returned: the score that it returned, if any. stopped: "" (ran all steps),
-    "diverged", "pruned" or "memory" (ran out of memory). endless: whether the loop continued past
-    its steps, None if unknown.
-    """
-
-    curve: list[float]
-    returned: float | None = None
-    stopped: str = ""
-    endless: bool | None = None
-
-    @property
-    def tail(self) -> float:
-        """Return the mean of the last tenth of the values, at least 5 of them."""
-        return recent(self.curve, max(TAIL, len(self.curve) // 10))
-
-    @property
-    def score(self) -> float:
-        """Return the value to minimise."""
-        return math.inf if self.stopped else self.tail if self.returned is None else self.returned
 
 
 class Pushed(NamedTuple):
@@ -118,28 +115,49 @@ class Pushed(NamedTuple):
 
 
 @dataclass
-class _Values:
-    """The values of a run so far, and why it must stop."""
+class Run:
+    """The values of one run of `train`, and how it ended.
+
+    Args:
+        trial: the trial.
+        watch: called with the values after each. It returns whether to prune the run.
+        mean: averages a value over the processes that train together.
+        curve: the values.
+        stopped: "" (ran all steps), "diverged", "pruned" or "memory" (ran out of memory).
+        returned: the score that the loop returned, if any.
+        endless: whether the loop continued past its steps, None if unknown.
+    """
 
     trial: Trial
-    limits: Sequence[float]
-    watch: Callable[[Trial, list[float]], bool]
-    mean: Callable[[float], float]
+    watch: Callable[[list[float]], bool]
+    mean: Callable[[float], float] = float
     curve: list[float] = field(default_factory=list)
     stopped: str = ""
+    returned: float | None = None
+    endless: bool | None = None
 
     def take(self, value: Any) -> bool:
         """Store `value`. Return whether the run ends: it diverged, was pruned, or has run its
         steps.
         """
         taken = len(self.curve)
-        if self.stopped or taken == self.trial._steps:
+        steps = self.trial._steps
+        if self.stopped or taken == steps:
             return True
         self.curve.append(self.mean(_as_float(value, taken)))
-        if not taken and not math.isfinite(self.curve[0]):
+        if taken == 0:
+            self._check_first(self.curve[0])
+        if self._has_diverged():
+            self.stopped = "diverged"
+        elif self.watch(self.curve):
+            self.stopped = "pruned"
+        return bool(self.stopped) or len(self.curve) == steps
+
+    def _check_first(self, value: float) -> None:
+        if not math.isfinite(value):
             raise CalibrationError(
-                f"The first value that train yielded is {self.curve[0]}, which does not depend on"
-                " the rate.",
+                f"The first value that train yielded is {value}, which does not depend on the"
+                " rate.",
                 "Fix the model or the data: the first loss must be finite.",
             )
         if self.trial.lr is None:
@@ -147,20 +165,21 @@ class _Values:
                 "train yielded without calling trial.optimizer.",
                 "Take the optimizer from trial.optimizer(model).",
             )
-        risen = taken >= TAIL and recent(self.curve) > max(self.curve[0], self.limits[taken])
-        if risen or not math.isfinite(self.curve[-1]):
-            self.stopped = "diverged"
-        elif self.watch(self.trial, self.curve):
-            self.stopped = "pruned"
-        return bool(self.stopped) or taken + 1 == self.trial._steps
 
-    def outcome(self, returned: Any = None, endless: bool | None = None) -> Outcome:
-        """Return the outcome of a run that has ended. Raise a `CalibrationError` if it ended too
-        early.
+    def _has_diverged(self) -> bool:
+        if not math.isfinite(self.curve[-1]):
+            return True
+        limit = max(self.curve[0], self.trial._limits[len(self.curve) - 1])
+        return len(self.curve) > TAIL and recent(self.curve) > limit
+
+    def end(self, returned: Any = None) -> None:
+        """Take the score of a run that has ended by itself. Raise a `CalibrationError` if that was
+        too early.
         """
-        taken, steps = len(self.curve), self.trial._steps
+        taken = len(self.curve)
+        steps = self.trial._steps
         if self.stopped:
-            return Outcome(self.curve, stopped=self.stopped)
+            return
         if not taken:
             raise CalibrationError("train yielded nothing.", "Yield the loss once per step.")
         if taken < steps:
@@ -168,96 +187,102 @@ class _Values:
                 f"train ended after {taken} of {steps} steps.",
                 "Let it yield a value for each step, or lower steps=.",
             )
-        score = None if returned is None else self.mean(_as_float(returned, taken, "return value"))
-        return Outcome(self.curve, score, endless=endless)
+        if returned is not None:
+            self.returned = self.mean(_as_float(returned, taken, "return value"))
+
+    @property
+    def tail(self) -> float:
+        """Return the mean of the last tenth of the values, at least 5 of them."""
+        return recent(self.curve, max(TAIL, len(self.curve) // 10))
+
+    @property
+    def score(self) -> float:
+        """Return the value to minimise."""
+        if self.stopped:
+            return math.inf
+        return self.tail if self.returned is None else self.returned
 
 
 def run_trial(
     train: Train,
     trial: Trial,
-    *,
-    limits: Sequence[float],
-    endless: bool | None,
-    watch: Callable[[Trial, list[float]], bool],
+    watch: Callable[[list[float]], bool],
     mean: Callable[[float], float] = float,
-) -> Outcome:
+) -> Run:
     """Take `trial.steps` values from `train(trial)`, then close it, so that its `finally` blocks
     run.
 
-    A run that raises optuna.TrialPruned or runs out of memory is pruned.
-
-    Args:
-        train: the user's training loop.
-        trial: the trial to run.
-        limits: the mean of recent values above which the run counts as diverged, for each step.
-        endless: whether the loop is known to continue past its steps. If None, it is resumed once
-            more to get its return value.
-        watch: called with every new value. It returns whether to prune the run.
-        mean: averages a value over the processes that train together.
+    A run that raises optuna.TrialPruned or runs out of memory is pruned. The arguments are those of
+    `Run`.
     """
-    values = _Values(trial, limits, watch, mean)
+    run = Run(trial, watch, mean)
     try:
-        run = train(trial) if callable(train) else train
-        if isinstance(run, Pushed):
-            return values.outcome(run.run(values.take))
-        return _pulled(run, values, endless)
+        loop = train(trial) if callable(train) else train
+        if isinstance(loop, Pushed):
+            run.end(loop.run(run.take))
+        else:
+            _pull(loop, run)
     except TrialPruned:
-        values.stopped = "pruned"
+        run.stopped = "pruned"
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        values.stopped = "memory"
-    if values.stopped == "memory":
+        run.stopped = "memory"
+    if run.stopped == "memory":
         release_memory()
-    return values.outcome()
+    return run
 
 
-def _pulled(run: Any, values: _Values, endless: bool | None) -> Outcome:
-    if not isinstance(run, Generator):
+def _pull(loop: Any, run: Run) -> None:
+    """Take the values of a generator. Unless the loop is known to be endless, resume it once more
+    to get its return value.
+    """
+    if not isinstance(loop, Generator):
         raise CalibrationError(
-            f"train returned a {type(run).__name__} instead of a generator.",
+            f"train returned a {type(loop).__name__} instead of a generator.",
             "Let it yield a value at every step.",
         )
+    endless = run.trial._endless
     try:
-        ended = any(values.take(value) for value in run)
-        if values.stopped or endless or not ended:
-            return values.outcome(endless=endless)
+        ended = any(run.take(value) for value in loop)
+        if run.stopped or endless or not ended:
+            run.endless = endless
+            return run.end()
         try:
-            next(run)
+            next(loop)
         except StopIteration as stop:
-            return values.outcome(stop.value, endless=False)
+            run.endless = False
+            return run.end(stop.value)
         if endless is False:
             raise CalibrationError(
-                f"train continued after {len(values.curve)} steps, but an earlier run ended there.",
+                f"train continued after {len(run.curve)} steps, but an earlier run ended there.",
                 "Let every run end at trial.steps, or none.",
             )
-        return values.outcome(endless=True)
+        run.endless = True
     finally:
-        run.close()
+        loop.close()
 
 
 def _as_float(value: Any, step: int, what: str = "value") -> float:
-    size = value.numel() if isinstance(value, torch.Tensor) else getattr(value, "size", 0)
-    found = (
-        value.item()
-        if isinstance(value, (torch.Tensor, np.generic, np.ndarray)) and size == 1
-        else value
-    )
-    if not is_number(found):
+    number = value
+    if isinstance(value, (torch.Tensor, np.generic, np.ndarray)) and math.prod(value.shape) == 1:
+        number = value.item()
+    if not is_number(number):
         raise CalibrationError(
             f"train's {what} at step {step} is a {type(value).__name__}.",
             "Yield a number or a one-element tensor.",
         )
     try:
-        return float(found)
+        return float(number)
     except OverflowError:  # a whole number beyond every float
-        return math.inf if found > 0 else -math.inf
+        return math.inf if number > 0 else -math.inf
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch, random and numpy for one run, and restore all three afterwards."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -272,12 +297,12 @@ def seeded(seed: int) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out, on any device.
 
-    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."))
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
     True
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def release_memory() -> None:

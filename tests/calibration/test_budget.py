@@ -9,7 +9,7 @@ from dataclasses import asdict
 import numpy as np
 import optuna
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import rankaware_optim as ra
@@ -160,24 +160,24 @@ def band(recipe, rank):
 )
 def test_a_schedule_keeps_to_its_counts(trials, budget, full, lengths):
     """Whatever runs are cut short at, no schedule spends more than its budget or runs more trials than it says."""
+    assume(budget is None or budget > full)
     schedule = Schedule((4, 64), (0, 1), 10, trials, budget and 10 * budget, full_trials=full)
     done = []
-    while len(done) < len(lengths) and (cell := schedule.next(Trials(done))) is not None:
-        done.append(finished(cell, len(done), lengths[len(done)]))
-    cells = [trial.cell for trial in done]
+    while len(done) < len(lengths) and (setting := schedule.next(Trials(done))) is not None:
+        done.append(finished(setting, len(done), lengths[len(done)]))
+    settings = [trial.setting for trial in done]
     assert Trials(done).spent(10) <= (math.inf if budget is None else 10 * budget)
-    assert sum(cell.rank is not None for cell in cells) <= schedule.total
-    assert sum(cell.rank is None for cell in cells) <= full
-    if len(done) < len(lengths) and (budget is None or budget > full):
-        assert sum(cell.rank is None for cell in cells) == full
+    assert sum(setting.rank is not None for setting in settings) <= schedule.total
+    assert sum(setting.rank is None for setting in settings) <= full
+    if len(done) < len(lengths):
+        assert sum(setting.rank is None for setting in settings) == full
 
 
-def finished(cell, number, length, value=1.0):
-    seen = Observation(cell.rank, cell.seed, -7.0, value, start=2.0, tail=value)
+def finished(setting, number, length, value=1.0):
+    run = Observation(*setting, -7.0, value, start=2.0, tail=value)
     state = optuna.trial.TrialState.COMPLETE
-    return TrialRecord(
-        *cell, curve=[2.0] * length, observation=seen, number=number, state=state, value=value
-    )
+    curve = [2.0] * length
+    return TrialRecord(*setting, number, state, curve=curve, observation=run)
 
 
 # --- full finetuning ------------------------------------------------------------------------------------------------

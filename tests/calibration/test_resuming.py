@@ -21,10 +21,12 @@ import pytest
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import _liveness
+from rankaware_optim.calibration._calibration import Calibration
 from rankaware_optim.calibration._liveness import Heartbeat
 from rankaware_optim.calibration._optuna import begin_trial, close_storage
+from rankaware_optim.calibration._result import calibrated_recipe
+from rankaware_optim.calibration._schedule import Options, Schedule
 from rankaware_optim.calibration._storage import open_storage
-from rankaware_optim.calibration._study import Study
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.laws import get_law
 
@@ -118,7 +120,7 @@ def assert_retried(trials) -> None:
     """Every killed trial was run again, once, with its rank, seed and rate."""
     for killed in (trial for trial in trials if "killed" in trial.user_attrs):
         (again,) = [trial for trial in trials if trial.user_attrs.get("retry_of") == killed.number]
-        assert TrialRecord.read(again).cell == TrialRecord.read(killed).cell
+        assert TrialRecord.read(again).setting == TrialRecord.read(killed).setting
         if killed.params and again.params:
             assert again.params == killed.params
 
@@ -285,10 +287,10 @@ def test_a_dead_trial_is_repeated_at_its_place(quick):
 
 def test_a_worker_that_comes_too_late_has_the_recipe(tmp_path):
     """Where others ran every trial after it had opened the study, it gives the same recipe."""
-    late = Study(AdamW, get_law("mua"), ranks=(4, 16), steps=STEPS)
+    late = Calibration(Options(AdamW, get_law("mua"), Schedule((4, 16), (0, 1), STEPS)))
     late.open(None, None, tmp_path / "s.journal")
     recipe = calibrate(made_up(), trials=6, storage=tmp_path / "s.journal")
-    assert late.recipe().fitted_lr == recipe.fitted_lr
+    assert calibrated_recipe(late).fitted_lr == recipe.fitted_lr
     late.close()
 
 

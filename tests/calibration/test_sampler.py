@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -18,7 +19,7 @@ from rankaware_optim.calibration._sampler import (
     next_refinement,
 )
 from rankaware_optim.calibration._trials import PARAMETER
-from rankaware_optim.fitting import Observation, Prior
+from rankaware_optim.fitting import Observation
 
 START, LOW, HIGH = -6.5, -10.5, -2.5
 RANGE = {PARAMETER: FloatDistribution(LOW, HIGH)}
@@ -43,9 +44,8 @@ def trial_of(rank: int, x: float, value: float | None = None) -> optuna.trial.Fr
 
 def proposed(*trials: optuna.trial.FrozenTrial, rank: int = 2) -> float:
     """The rate that a trial at `rank` gets."""
-    study = optuna.create_study(
-        sampler=BracketSampler(START, Prior(0.15, 0.4, 8.0, 0.0), lambda trials: None)
-    )
+    search = SimpleNamespace(start=START, full_follows=False, fitted=lambda trials: None)
+    study = optuna.create_study(sampler=BracketSampler(search))
     for trial in trials:
         study.add_trial(trial)
     asked = study.ask()
@@ -97,11 +97,9 @@ def test_a_run_above_one_that_diverged_is_no_best():
 @pytest.mark.parametrize("centre", [-9.5, -6.0, -3.0])
 def test_refinement_goes_to_no_rate_twice(centre):
     """Near an edge of the range too, five refinements of a rank are five new rates, all in the range."""
-    seen = [Observation(2, 0, centre, 0.5, 1.0, 0.5)]
+    rates = [centre]
     for _ in range(5):
-        x = next_refinement(seen, centre, (LOW, HIGH))
-        seen.append(Observation(2, 0, x, 0.6, 1.0, 0.6))
-    rates = [o.x for o in seen]
+        rates.append(next_refinement(rates, centre, (LOW, HIGH)))
     assert len(set(rates)) == len(rates)
     assert all(LOW <= x <= HIGH for x in rates)
 
@@ -110,6 +108,7 @@ def test_refinement_stays_between_rates_that_were_pruned():
     """Wherever the law puts its optimum, a rank tries nothing beyond a rate pruned on that side of its best."""
     seen, pruned = [Observation(2, 0, -5.0, 0.5, 1.0, 0.5)], [-3.7, -1.1]
     for _ in range(3):
-        x = next_refinement(seen, -2.0, between(seen, pruned), pruned)
+        tried = [*pruned, *(run.x for run in seen)]
+        x = next_refinement(tried, -2.0, between(seen, pruned))
         assert x < -3.7
         seen.append(Observation(2, 0, x, 0.6, 1.0, 0.6))

@@ -18,9 +18,11 @@ from optuna.storages import InMemoryStorage
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError
 from rankaware_optim.calibration import _storage
+from rankaware_optim.calibration._calibration import Calibration
 from rankaware_optim.calibration._optuna import close_storage
+from rankaware_optim.calibration._result import calibrated_recipe
+from rankaware_optim.calibration._schedule import Options, Schedule
 from rankaware_optim.calibration._storage import open_storage
-from rankaware_optim.calibration._study import Study
 from rankaware_optim.laws import get_law
 
 from ..helpers.calibrations import STEPS, AdamW, calibrate, made_up
@@ -315,10 +317,13 @@ def test_a_worker_may_start_between_two_reads_of_another(make, nth, read, tmp_pa
         return value
 
     monkeypatch.setattr(type(storage), read, between)
-    starting = Study(AdamW, get_law("mua"), ranks=(4, 16), steps=STEPS)
+    options = Options(AdamW, get_law("mua"), Schedule((4, 16), (0, 1), STEPS))
+    starting = Calibration(options)
     starting.open(None, None, storage)
     monkeypatch.undo()
-    assert [starting.recipe().fitted_lr for _ in made] == [recipe.fitted_lr for recipe in made]
+    assert [calibrated_recipe(starting).fitted_lr for _ in made] == [
+        recipe.fitted_lr for recipe in made
+    ]
     close_storage(storage)
 
 

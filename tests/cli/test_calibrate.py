@@ -197,7 +197,7 @@ def assert_shared(trials, count: int) -> None:
     ran = Trials.read(trials).counted()
     assert len(ran) == count
     assert len({trial.worker for trial in ran}) == 2
-    points = [(*trial.cell, trial.x) for trial in ran]
+    points = [(*trial.setting, trial.x) for trial in ran]
     assert len(set(points)) == count
     assert not Trials.read(trials).running()
 

@@ -17,7 +17,8 @@ from ..._checks import plain
 from ...errors import CalibrationError, InspectionError
 from ...inspection import Adapters, ScalingRule, Walk, pairs_of, walk
 from ...recipe import Recipe
-from .._api import calibrate, check_argument
+from .._api import calibrate
+from .._arguments import check_argument
 from .._signals import Interrupts
 from .._trial import Trial, seeded
 from ._snapshot import ModelState

@@ -123,7 +123,7 @@ def test_a_killed_node_loses_nothing(cluster, folder):
     records = Trials.read(after)
     ran, killed = records.counted(), [t for t in records if t.killed]
     assert len(ran) == 24 > len(before)
-    assert len({(*t.cell, t.x) for t in ran}) == 24
+    assert len({(*t.setting, t.x) for t in ran}) == 24
     assert not records.running()
     assert [t.number for t in killed] == [t.retry_of for t in records if t.retry_of is not None]
     assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 24

@@ -79,7 +79,7 @@ def test_killed_it_goes_on(server, folder):
     assert len(records.counted()) == 8
     killed = [trial for trial in records if trial.killed]
     assert len(killed) <= 1
-    assert [t.cell for t in records if t.retry_of is not None] == [t.cell for t in killed]
+    assert [t.setting for t in records if t.retry_of is not None] == [t.setting for t in killed]
 
 
 def test_a_database_without_an_encoding_is_said(server):

@@ -1,0 +1,273 @@
+"""One calibration. Optuna stores its trials, and this module interprets them.
+
+The only parameter is log2 of the base rate in *reference coordinates*. A rate at any rank is mapped
+back by the law at its prior means, so that trials at several ranks enter one fit. All that a
+resumed study needs is in its attributes: the reference, the range, and every trial's observation,
+curve and scaling.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import optuna
+from torch.optim import Optimizer
+
+from .._optimizers import optimizer_family
+from .._types import Reference, Survey
+from ..errors import CalibrationError
+from ..fitting import Carry, Fit, Prior, carry_of, centred_law, fit_observations, prior_of
+from ..laws import Law, Power, bound_law, checked_multiplier
+from ..recipe import Z90, differences
+from ._optuna import close_storage, quiet
+from ._provenance import Code
+from ._pruner import PairedPruner
+from ._sampler import BracketSampler, search_range
+from ._schedule import Options
+from ._signals import Interrupts
+from ._storage import open_storage, storage_errors
+from ._stored import check_comparable, check_whole, made_with, refuse, warn_of_code
+from ._trials import TrialRecord, Trials
+
+# A usual rate by optimizer family, per step, and its configuration. For sign-like optimizers it is
+# the median best AdamW rate at rank 16, alpha 32 over 18 published language models. The others are
+# customary multiples of it.
+_USUAL_AT = Reference(rank=16, alpha=32, fan_in=4096)
+_USUAL_LR = {
+    "sign-like": 2.0**-11.8,
+    "gradient-like": 2.0**-4,
+    "spectral": 2.0**-8,
+    "relative-scale": 2.0**-8,
+    "floored-scale": 2.0**-8,
+}
+# octaves above the usual rate for the first run; a run too high stops early and shows the cliff
+_ABOVE = 2.0
+_HALF_RANGE = 4.0  # octaves on either side of the first guess
+_TOGETHER = 50  # with k times this many trials, fits are made after every k-th trial
+
+
+def usual_lr(optimizer: type[Optimizer], law: Law, reference: Reference) -> float:
+    """Return the family's usual rate, moved to a reference by the law."""
+    usual = _USUAL_LR.get(optimizer_family(optimizer), _USUAL_LR["sign-like"])
+    bound = bound_law(law, optimizer, {})
+    return float(usual * checked_multiplier(bound, reference.as_factor(), _USUAL_AT))
+
+
+class Calibration:
+    """One calibration. `reference`, `prior` and the range are set when the first model is built.
+
+    Args:
+        options: its optimizer, law, schedule and target.
+        code: the training loop's code.
+    """
+
+    def __init__(self, options: Options, code: Code | None = None) -> None:
+        self.options = options
+        self.schedule = options.schedule
+        self.code = code or Code()
+        self.reference: Reference | None = None  # the configuration to which rates are moved
+        self.full_fan_in: float | None = None
+        self.settings: Mapping[str, Any] = {}  # of the optimizer
+        self.start: float  # log2 of the first base rate
+        self.carry: Carry
+        self.prior: Prior  # at the steps of the trials
+        self.target_prior: Prior  # at those of the target
+        self.study: optuna.Study
+        self.is_stored = False
+        self._opened: optuna.storages.BaseStorage | None = None
+        self._ended: dict[int, TrialRecord] = {}
+        self._fit: tuple[int, Fit | None] = (-1, None)  # and the number of its observations
+
+    # --- the study --------------------------------------------------------------------------------
+
+    def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
+        """Create the Optuna study, or continue the stored one of this name."""
+        self.is_stored = storage is not None
+        self._place = storage
+        name = self.options.name
+        self._made_with = made_with(self.options, self.code)
+        with self.guard():
+            opened = open_storage(storage)
+            self._opened = opened if isinstance(storage, (str, os.PathLike)) else None
+            if name in optuna.get_all_study_names(opened):
+                stored = optuna.load_study(study_name=name, storage=opened)
+                check_whole(stored, self.options.law)
+            with quiet():
+                self.study = optuna.create_study(
+                    study_name=name,
+                    storage=opened,
+                    sampler=sampler or BracketSampler(self),
+                    pruner=pruner or PairedPruner(self.schedule.steps, self.options.warmup or 0.0),
+                    load_if_exists=True,
+                )
+            self._check_stored()
+            self.recall()
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Guard reads and writes of the storage. Its errors become `CalibrationError`, and Ctrl-C
+        raises afterwards.
+        """
+        with Interrupts(once=True) as self._interrupts, storage_errors(self._place):
+            yield
+
+    def pause(self, seconds: float) -> None:
+        """Wait inside the guard. Ctrl-C raises at once."""
+        with self._interrupts.let_in():
+            time.sleep(seconds)
+
+    def close(self) -> None:
+        """Release what was opened here: a database's connections, a journal's lock."""
+        if self._opened is not None:
+            with self.guard():
+                close_storage(self._opened)
+
+    def _check_stored(self) -> None:
+        """Raise if the trials of a stored study cannot be compared with new ones. Warn if they may
+        differ.
+        """
+        # A worker that starts at the same time writes this before its first trial, so trials are
+        # read before it.
+        trials = self.trials()
+        stored = self.study.user_attrs.get("made_with", {"schema": None})
+        if trials:
+            check_comparable(self.options.name, stored, self._made_with)
+        if trials.counted():
+            warn_of_code(self.options.name, stored, self._made_with, "was made with")
+        self.study.set_user_attr("made_with", self._made_with)
+
+    def compare(self, number: int, rank: int | None, built: Mapping[str, Any]) -> None:
+        """Raise if a trial's model or settings differ from those of an earlier one of its rank."""
+        before: Mapping[str, Any] = {}
+        reference = self.settled()
+        if reference.rank == rank:
+            before = {"width": reference.fan_in, "alpha": reference.alpha, "init": reference.init}
+        for trial in self.trials():
+            if trial.built and trial.rank == rank and trial.number < number:
+                before = trial.built
+                break
+        refuse(self.options.name, differences(before, built))
+
+    def recall(self) -> None:
+        """Read what the first trial of this or another worker settled. Warn if another worker runs
+        different code.
+        """
+        stored = self.study.user_attrs
+        made = stored.get("made_with", {})
+        warn_of_code(self.options.name, made, self._made_with, "is shared with a worker of")
+        self.settings = stored.get("settings", self.settings)
+        if self.reference is None and "reference" in stored:
+            self.settle(Reference(**stored["reference"]), stored["full_fan_in"])
+
+    def trials(self) -> Trials:
+        """Return every trial so far, of all workers. Finished trials do not change, so they are
+        read once.
+        """
+        trials = []
+        for stored in self.study.get_trials(deepcopy=False):
+            trial = self._ended.get(stored.number) or TrialRecord.read(stored)
+            if trial.state.is_finished():
+                self._ended[trial.number] = trial
+            trials.append(trial)
+        return Trials(trials)
+
+    # --- the search -------------------------------------------------------------------------------
+
+    def learn(self, built: Reference, survey: Survey) -> None:
+        """Set the first model's configuration as the reference, and store it."""
+        if self.reference is not None:
+            return
+        reference = replace(built, batch=self.options.batch)
+        self.settle(reference, survey.full_width(built.init))
+        self.study.set_user_attr("full_fan_in", self.full_fan_in)
+        # written last: its readers need the width
+        self.study.set_user_attr("reference", asdict(reference))
+
+    def settle(self, reference: Reference, full_fan_in: float) -> None:
+        """Set the reference, the priors for its init, and a first guess, which is the upper end of
+        the family's usual rates.
+        """
+        self.reference = reference
+        self.full_fan_in = full_fan_in
+        self.carry = carry_of(reference, math.log2(self.options.target / self.schedule.steps))
+        self.target_prior = prior_of(reference, self.schedule.ranks, full_fan_in)
+        self.prior = self.carry.prior_of_trials(self.target_prior)
+        usual = usual_lr(self.options.optimizer, self.options.law, reference)
+        low, high = self.options.lr_range or (-math.inf, math.inf)
+        self.start = min(max(_ABOVE + math.log2(usual), low), high)
+
+    def settled(self) -> Reference:
+        if self.reference is None:
+            raise CalibrationError("No trial has built its model yet.", "Run at least one trial.")
+        return self.reference
+
+    def range(self) -> tuple[float, float]:
+        """Return the range of log2 rates: as given or around the first guess, widened while a best
+        rate is at an edge.
+
+        It is computed from the trials each time, so that a resumed study has the same one.
+        """
+        around = (self.start - _HALF_RANGE, self.start + _HALF_RANGE)
+        return search_range(self.trials(), *(self.options.lr_range or around))
+
+    @property
+    def full_follows(self) -> bool:
+        """Whether runs of full finetuning follow the search."""
+        return self.schedule.full_trials > 0
+
+    @property
+    def bound_law(self) -> Law:
+        """The law, bound to the optimizer."""
+        return bound_law(self.options.law, self.options.optimizer, self.settings)
+
+    def centred_law(self) -> Power:
+        """Return the law, bound to the optimizer, at its prior means."""
+        return centred_law(self.bound_law, self.settled(), self.prior.pivot)
+
+    # --- the fit ----------------------------------------------------------------------------------
+
+    def fit(self) -> Fit | None:
+        """Return the fit of the trials so far, at their steps, or None if every run diverged."""
+        return None if self.reference is None else self.fitted(self.trials())
+
+    def fitted(self, trials: Trials) -> Fit | None:
+        """Return the fit, computed once for each number of observations, since a study only adds to
+        them.
+
+        With hundreds of trials, up to a fiftieth of them wait for a common fit.
+        """
+        ended = trials.counted()
+        waiting = len(ended) % max(1, len(ended) // _TOGETHER)
+        evidence = Trials(ended[: len(ended) - waiting]).evidence()
+        if len(evidence) != self._fit[0]:
+            self._fit = len(evidence), fit_observations(evidence, self.prior)
+        return self._fit[1]
+
+    def target_fit(self) -> Fit | None:
+        """Return the fit of the trials so far, moved to the target's steps."""
+        fit = self.fit()
+        return None if fit is None else self.carry.to_target(fit, self.target_prior)
+
+    def width(self) -> float | None:
+        """Return the width of the target's 90 % band at the worst rank, octaves. None before any
+        fit.
+        """
+        fit = self.target_fit()
+        return None if fit is None else max(2 * Z90 * fit.sd(r) for r in self.schedule.ranks)
+
+    def band(self) -> tuple[float, float, float] | None:
+        """Return (low, best, high) base rates of the target so far, the 90 % band; None before any
+        fit.
+        """
+        fit = self.target_fit()
+        if fit is None:
+            return None
+        best = float(fit.mean[0])
+        half = Z90 * fit.sd(self.schedule.ranks[0])
+        return 2.0 ** (best - half), 2.0**best, 2.0 ** (best + half)

@@ -1,0 +1,193 @@
+"""The result of a calibration: the recipe of its trials, with what they do not determine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .._optimizers import defaults_of
+from .._types import infer_scaling
+from ..errors import CalibrationError
+from ..fitting import Fit, fit_observations
+from ..recipe import Horizon, Recipe, agreed, recipe_of
+from ._calibration import Calibration
+from ._provenance import settings_in, versions_used
+from ._trials import Setting, TrialRecord, Trials
+
+# octaves: with a larger standard deviation of the base rate the data hardly determine it
+_UNDETERMINED = 1.2
+_APART = 16  # factor between the lowest and the highest rank above which the drift is well measured
+_SAME = 1e-3  # relative tolerance for the first values of two runs of one rank and seed
+
+
+def calibrated_recipe(calibration: Calibration) -> Recipe:
+    """Return the recipe of the trials so far.
+
+    Raises:
+        CalibrationError: every run failed, or all of a rank.
+    """
+    calibration.recall()  # needed if other workers ran every trial
+    options = calibration.options
+    code = calibration.code
+    trials = calibration.trials().counted()
+    reference = calibration.settled()
+    fit = calibration.carry.to_target(_fit(calibration, trials), calibration.target_prior)
+    tried = {run.rank for run in trials.observations()}
+    slope = calibration.carry.lora
+    built = [trial.built for trial in trials if trial.built]
+    scalings = {t.rank: t.scaling for t in trials if t.rank is not None and t.scaling is not None}
+    return recipe_of(
+        fit,
+        calibration.bound_law,
+        reference,
+        name=options.name,
+        scaling_rule=infer_scaling(scalings),
+        full_fan_in=calibration.full_fan_in,
+        ranks=tuple(rank for rank in calibration.schedule.lora if rank in tried),
+        full_seen=None in tried,
+        optimizer=options.optimizer_name,
+        settings=_settings(calibration, built),
+        steps=options.target,
+        batch=options.batch,
+        warmup=options.warmup,
+        horizon=Horizon(slope.mean, slope.sd),
+        seed=options.seed,
+        versions=versions_used(code.imports),
+        source=code.source,
+        other_rates=agreed([values.get("other rates", {}) for values in built]),
+        notes=_notes(calibration, fit, trials),
+        tensors=tensors_of(trials, calibration.schedule.steps),
+    )
+
+
+def _settings(calibration: Calibration, built: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the optimizer's settings common to all trials, defaults included; those given if none
+    are known.
+    """
+    if not built:
+        return dict(calibration.settings)
+    names = {**defaults_of(calibration.options.optimizer), **calibration.settings}
+    return agreed([settings_in(values, names) for values in built])
+
+
+def _fit(calibration: Calibration, trials: Trials) -> Fit:
+    """Return the fit of the trials, or raise a `CalibrationError` that says why there is none."""
+    # Stored runs are not made again.
+    elsewhere = " The runs are stored, so give another name or storage too."
+    more = elsewhere if calibration.is_stored else ""
+    if trials and all(trial.stopped == "memory" for trial in trials):
+        raise CalibrationError(
+            f"Every one of {len(trials)} runs ran out of memory.",
+            f"Lower the batch or the ranks, or free memory.{more}",
+        )
+    fit = fit_observations(trials.evidence(), calibration.prior)
+    if fit is None:
+        some_pruned = len(trials.observations()) < len(trials)
+        raise CalibrationError(
+            f"Every one of {len(trials)} runs diverged{' or was pruned' if some_pruned else ''}.",
+            f"Lower the rates, or check the loss, the data and the pruner.{more}",
+        )
+    for runs in trials.hopeless():
+        raise CalibrationError(
+            f"Every one of {runs} diverged, though other ranks train.",
+            f"Check the model at that rank, or leave the rank out.{more}",
+        )
+    return fit
+
+
+def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...]:
+    """Return sentences on what the data do not determine and on problems of the runs."""
+    notes = []
+    options = calibration.options
+    lora = calibration.schedule.lora
+    if len(lora) > 1 and max(lora) < _APART * min(lora):
+        notes.append(
+            f"ranks {min(lora)} and {max(lora)} differ by less than a factor 16: the drift is"
+            " uncertain"
+        )
+    if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or _is_flat(trials):
+        notes.append("the data do not determine the rate: the loss hardly depends on it")
+    if options.is_short:
+        octaves, variance = calibration.carry.of(calibration.carry.lora)
+        notes.append(
+            f"{options.target} steps were not tried: the rate is that of"
+            f" {calibration.schedule.steps}, moved by {octaves:+.2f} ± {math.sqrt(variance):.2f}"
+            " octaves"
+        )
+    unsteady = _unsteady(trials)
+    if unsteady is not None:
+        rank, seed = unsteady
+        where = "full finetuning" if rank is None else f"rank {rank}"
+        notes.append(
+            f"train is not reproducible: two runs of {where}, seed {seed}, began with different"
+            " values, which adds noise; draw everything from trial.seed, and yield the loss before"
+            " the step"
+        )
+    return tuple(notes)
+
+
+def _is_flat(trials: Iterable[TrialRecord]) -> bool:
+    """Return whether the runs show nothing: none fell below its start, and all scores of a rank and
+    seed agree.
+    """
+    first: dict[Setting, float] = {}
+    for trial in trials:
+        run = trial.observation
+        if run is None or not math.isfinite(run.value + run.tail):
+            continue
+        score = first.setdefault(trial.setting, run.value)
+        if run.tail < run.start or not math.isclose(run.value, score, rel_tol=1e-6):
+            return False
+    return True
+
+
+def _unsteady(trials: Iterable[TrialRecord]) -> Setting | None:
+    """Return a rank and seed with two runs whose first values differ, although these do not depend
+    on the rate.
+    """
+    first: dict[Setting, float] = {}
+    for trial in trials:
+        if not trial.curve:
+            continue
+        start = first.setdefault(trial.setting, trial.curve[0])
+        if not math.isclose(start, trial.curve[0], rel_tol=_SAME, abs_tol=1e-9):
+            return trial.setting
+    return None
+
+
+def tensors_of(trials: Trials, steps: int) -> dict[str, npt.NDArray[Any]]:
+    """Return `Recipe.tensors`: each trial's rank (0: full finetuning), seed, rate, score, end,
+    steps and curve.
+
+    Curves are padded with NaN, to the steps of a whole run. A pruned run has the score NaN.
+    """
+    ran = [(trial, trial.x) for trial in trials.counted() if trial.x is not None]
+    lost = trials.diverged()
+    columns: dict[str, list[Any]] = {}
+    curves = np.full((len(ran), steps), math.nan, np.float32)
+    for (trial, x), padded in zip(ran, curves, strict=True):
+        run = trial.observation
+        curve = trial.curve or []
+        padded[: len(curve)] = curve
+        row = {
+            "rank": trial.rank or 0,
+            "seed": trial.seed,
+            "lr": 2.0**x,
+            "own_lr": math.nan if trial.own_lr is None else trial.own_lr,
+            "value": math.nan if run is None else run.value,
+            "diverged": trial.number in lost,
+            "pruned": run is None,
+            "steps": len(curve),
+        }
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    whole = ("rank", "seed", "steps")
+    arrays = {
+        name: np.array(column, np.int64 if name in whole else None)
+        for name, column in columns.items()
+    }
+    return {**arrays, "curve": curves}
