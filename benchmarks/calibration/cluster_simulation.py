@@ -9,7 +9,8 @@ other workers are real. Only training and the clock are replaced. A simulated ru
 simulated one does too. If it was pruned, the simulated one continues like the best run, at the distance in loss that
 it had when it was pruned. The time of a step is drawn for every run from the times measured in
 results/calibration_searches.jsonl. At ranks 4 and 64 these are the times at a domain's lowest and highest rank, in
-units of the median at the lowest. They were measured on two cores that other processes used too.
+units of the median at the lowest. They were measured on two cores with up to 25 other processes, which slowed some
+runs down fourfold.
 
 Speed-up is the time of one worker over that of many. In the last column every step takes its rank's median time. The
 last round begins when the first worker finds nothing left to start, and is shown as a share of the whole time. Idle is

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from calibration.make_recipes import paths_of
 from calibration.searches import rate_of
-from recording import number
+from recording import RESULTS, number
 from study.configurations import CONFIGS, LORAPLUS, start_of
 from study.domains import get_domain
-from study.grids import FULL, Cell, Losses, curve, curves_by_seed, lowest
-from study.loss_curves import regret_between
+from study.grids import FULL, Cell, Losses, curve, curves_by_seed, lowest, or_inf
+from study.loss_curves import DIVERGED, regret_between
 from study.moving import Shift, by_default, by_inverse_rank, by_law, kept
 from study.optima import domains_in, optimum, ranks_in, seeds_in, tried_rates
 
@@ -22,6 +22,7 @@ from rankaware_optim import Falling, Law, MuA, Recipe
 DEFAULT = "µA, falling at B"
 LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA": MuA(), DEFAULT: Falling()}
 ONE_SEED = f"{DEFAULT}, from one seed"  # the rate that is moved is the best of each seed alone
+RECIPE = "calibrated recipe"
 FLOOR = "noise floor"  # listed with the ways: what a sweep's own choice of the rate loses, by rank and in full
 
 
@@ -65,36 +66,33 @@ class Moved(NamedTuple):
     worst_full: str = ""
 
 
-def moves(done: Losses, laws: Mapping[str, Law] = LAWS) -> list[Moved]:
-    """The noise floor, then every way, in every domain and configuration that was swept at two ranks."""
-    return [each for domain in domains_in(done) for each in moves_in(done, domain, laws)]
+def moves(done: Losses, laws: Mapping[str, Law] = LAWS, ran: Ran | None = None) -> list[Moved]:
+    """The noise floor, then every way, in every domain and configuration that was swept at two ranks.
+
+    Args:
+        done: the runs of the sweeps.
+        laws: laws to compare, by name.
+        ran: mean losses of moved rates that were run, by cell and log2 rate; other rates lie between swept ones.
+    """
+    return [each for domain in domains_in(done) for each in moves_in(done, domain, laws, ran or {})]
 
 
-def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Moved]:
-    full = (domain, "full", FULL)
+def moves_in(done: Losses, domain: str, laws: Mapping[str, Law], ran: Ran) -> Iterator[Moved]:
     has_full = bool(ranks_in(done, domain, "full"))
     for config in CONFIGS:
         floors = [
             noise_floor(done, (domain, config, rank)) for rank in ranks_in(done, domain, config)
         ]
         if len(floors) > 1:
-            both = (floors, [noise_floor(done, full)] if has_full else [])
+            both = (floors, [noise_floor(done, (domain, "full", FULL))] if has_full else [])
             yield Moved(
                 domain, config, FLOOR, *(tuple(x for x in each if x is not None) for each in both)
             )
         lost_by: dict[str, tuple[list[Named], list[Named]]] = {}
-        for way, scheme, shift in ways(done, domain, config, laws):
-            ranks = ranks_in(done, domain, scheme)
-            lora, whole = lost_by.setdefault(way, ([], []))
-            for a in ranks:
-                for x in sources(done, (domain, scheme, a), way):
-                    for b in ranks:
-                        trained, best = (domain, scheme, b), (domain, config, b)
-                        lora += [(lost(done, trained, best, x + shift(a, b)), f"{a} → {b}")] * (
-                            a != b
-                        )
-                    if has_full:
-                        whole.append((lost(done, full, full, x + shift(a, FULL)), f"{a} → full"))
+        for target in targets(done, domain, config, laws):
+            lora, whole = lost_by.setdefault(target.way, ([], []))
+            mine = whole if target.trained[2] == FULL else lora
+            mine.append((target.lost(done, ran), target.name))
         for way, named in lost_by.items():
             if named[0]:
                 worst = (max(each, default=(0.0, ""))[1] for each in named)
@@ -108,6 +106,52 @@ def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Mov
 
 
 Named = tuple[float, str]  # a regret, and the move that has it
+Ran = Mapping[tuple[Cell, float], float]
+DIGITS = 2  # of log2 of a moved rate that is run
+MOVED_RUNS = RESULTS / "moved_runs.jsonl"
+
+
+def means_of(ran: Losses, swept: Losses) -> dict[tuple[Cell, float], float]:
+    """Mean losses of moved rates that were run, by cell and log2 rate, without runs that a sweep has too."""
+    by_rate: dict[tuple[Cell, float], list[float]] = {}
+    for job, loss in ran.items():
+        if job not in swept:
+            by_rate.setdefault((job[:3], job.x), []).append(or_inf(loss))
+    return {rate: statistics.fmean(losses) for rate, losses in by_rate.items()}
+
+
+class Target(NamedTuple):
+    """A moved rate: its way, the cell that is trained with it, the one whose best run counts, log2 of it, its name."""
+
+    way: str
+    trained: Cell
+    best: Cell
+    x: float
+    name: str
+
+    def lost(self, done: Losses, ran: Ran) -> float:
+        """Its regret, from its own run where there is one."""
+        loss = ran.get((self.trained, round(self.x, DIGITS)))
+        if loss is None:
+            return lost(done, self.trained, self.best, self.x)
+        at_best, start = best_and_start(done, self.trained, self.best)
+        return min((loss - at_best) / (start - at_best), DIVERGED)
+
+
+def targets(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Iterator[Target]:
+    """Every move of a configuration by every way: to all other ranks, and to full finetuning where it was swept."""
+    full = (domain, "full", FULL)
+    has_full = bool(ranks_in(done, domain, "full"))
+    for way, scheme, shift in ways(done, domain, config, laws):
+        ranks = ranks_in(done, domain, scheme)
+        for a in ranks:
+            for x in sources(done, (domain, scheme, a), way):
+                for b in ranks:
+                    if a != b:
+                        cells = (domain, scheme, b), (domain, config, b)
+                        yield Target(way, *cells, x + shift(a, b), f"{a} → {b}")
+                if has_full:
+                    yield Target(way, full, full, x + shift(a, FULL), f"{a} → full")
 
 
 def sources(done: Losses, cell: Cell, way: str) -> list[float]:
@@ -129,7 +173,7 @@ def ways(
     for path in paths_of(
         domain, config
     ):  # a search seed each; the recipe's rate at the target, whatever the source
-        yield "calibrated recipe", config, by_recipe(done, (domain, config), Recipe.load(path))
+        yield RECIPE, config, by_recipe(done, (domain, config), Recipe.load(path))
     yield "one rate everywhere", config, kept
     yield "1/r", config, by_inverse_rank(domain)
     full = optimum(done, (domain, "full", FULL)).x
@@ -177,9 +221,14 @@ def best_by_seed(done: Losses, cell: Cell) -> list[float]:
 
 def lost(done: Losses, trained: Cell, best: Cell, x: float) -> float:
     """Regret at 2^x; beyond the grid of all seeds by the coarse pass of one."""
-    seeds = seeds_in(done, *trained[:2])
-    tried, at_best = tried_rates(done, trained, seeds), min(curve(done, best, seeds).values())
-    return share_lost(tried, at_best, start_of(trained[0], done), x)
+    tried = tried_rates(done, trained, seeds_in(done, *trained[:2]))
+    return share_lost(tried, *best_and_start(done, trained, best), x)
+
+
+def best_and_start(done: Losses, trained: Cell, best: Cell) -> tuple[float, float]:
+    """The lowest mean loss of `best` on the seeds of `trained`, and the loss before training."""
+    means = curve(done, best, seeds_in(done, *trained[:2]))
+    return min(means.values()), start_of(best[0], done)
 
 
 def share_lost(tried: Mapping[float, float], at_best: float, start: float, x: float) -> float:

@@ -29,7 +29,7 @@ from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, run_at, start
 from study.domains import STUDY, Domain, DomainError, get_domain, weights_hash
 from study.grids import FULL, Cell, Grid, Job, Losses
 from study.optima import domains_in
-from study.regret import LAWS, moves
+from study.regret import LAWS, MOVED_RUNS, means_of, moves
 from study.runs_on_file import complete, machines, read
 from study.suite_tables import by_setting, tables
 from study.training import WARMUP
@@ -203,7 +203,7 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     done = finished({job: loss for store in stores for job, loss in read(store).items()}, suite)
     if not done:
         raise DomainError(f"{folder} has no runs.", "Run the suite first.")
-    moved = moves(done, laws)
+    moved = moves(done, laws, means_of(read(MOVED_RUNS), done))
     into = folder if laws == LAWS else COMPARISON
     into.mkdir(parents=True, exist_ok=True)
     page = PAGE if into == STORES else into / "tables.md"

@@ -22,7 +22,7 @@ from study.optima import (
     ranks_in,
     seeds_in,
 )
-from study.regret import DEFAULT, LAWS, ONE_SEED, Moved, pooled, score
+from study.regret import DEFAULT, LAWS, ONE_SEED, RECIPE, Moved, pooled, score
 
 from rankaware_optim import Law
 
@@ -259,7 +259,7 @@ COMPARED = {  # what the summaries compare, in their words
     "the paper's law": "the paper's law",
     "µA": 'this package, law="mua"',
     DEFAULT: "this package's default law",
-    "calibrated recipe": "this package, calibrated",
+    RECIPE: "this package, calibrated",
 }
 TARGETS = ("another rank", "full finetuning")
 
@@ -285,7 +285,7 @@ README_WAYS = {
     "the paper's law": "the paper's law",
     DEFAULT: "the default law",
     ONE_SEED: "the same, its rate from one seed",
-    "calibrated recipe": "no move: a calibrated recipe",
+    RECIPE: "no move: a calibrated recipe",
 }
 SETTINGS = {
     "Init[A], s = 1": "alpha = rank",
