@@ -1,4 +1,4 @@
-"""Registries of named factories: built-ins first, then entry points, which are loaded when needed."""
+"""Registries of named factories: built-ins, then entry points, which are loaded when needed."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     notes += _file_notes(header, config, kind)
     for name in unlawful:  # such as x.hada_w1_a
         numbers.add(f"{name.removesuffix('.weight').rpartition('.')[0]}.alpha")
-    left -= set(filter(header.is_scalar, numbers))
+    left -= {name for name in numbers if header.is_scalar(name)}
     other = tuple(name for name in header.tensors if name in left)
     return Survey(
         tuple(factors),
