@@ -107,7 +107,7 @@ def calibrate(  # noqa: PLR0913
             with the distance.
         steps: optimizer steps per trial.
         name: the name of the study and of the recipe.
-        law: the law that maps rates between ranks, by default µA with 8 tokens. The fall in rank at
+        law: the law that maps rates between ranks, by default µA. The fall in rank at
             Init[B] is in the fit's prior.
         trials: number of runs at `ranks`. By default as many as `budget` allows, or 8 per rank.
         budget: optimizer steps of all trials together, never exceeded. Pruned and killed trials

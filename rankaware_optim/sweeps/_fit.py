@@ -86,7 +86,7 @@ def fit_sweep(  # noqa: PLR0913
         sweep: dicts, or a .csv, .tsv, .json or .jsonl file, with the columns of `read_sweep`.
         optimizer: the optimizer of the sweep, a class or a name. It decides the law's form.
         name: the recipe's name.
-        law: the law that maps rates between ranks, by default µA with 8 tokens. The fall in rank at
+        law: the law that maps rates between ranks, by default µA. The fall in rank at
             Init[B] is in the fit's prior.
         fit: the correction of the law: "drift" is a power of the rank. "tokens" is the number of
             effective tokens of `MuA`, whose effect is bounded.
