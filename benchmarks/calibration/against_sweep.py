@@ -11,6 +11,9 @@ rank; three other seeds, run every half octave within 1.5 octaves of it, score a
 
     regret = (loss at a rate − loss at the sweep's best rate) / (loss before training − loss at the sweep's best rate)
 
+The calibrations of image generation are from another processor than its sweep and scores. Its network is trained before
+it is tuned, and comes out with other bits there: its loss before training is .706 instead of .716.
+
 Cost is training steps weighted by each arm's step time, as a share of 9 rates × (5 ranks + full) × one seed.
 """
 
