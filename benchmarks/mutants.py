@@ -3,6 +3,7 @@
     tox run -e mutants                               # 300 of each package, resumable
     tox run -e mutants -- --only laws --count 20     # some of one package
     tox run -e mutants -- --again                    # the survivors on file, after tests were added
+    python benchmarks/mutants.py                     # the same, where mutmut is installed
 
 mutmut's operators make the mutants: another operator, number, comparison or constant, a condition that always or never
 holds, a keyword argument left out. Every mutant meets the tests of its package, those that reach its lines first, until

@@ -656,7 +656,7 @@ def test_the_noise_floor_stands_before_a_configurations_ways(
         **bowl(FULL, -9.0, 3, scheme="full"),
         **untrained(),
     }
-    floor, kept = regret.moves_in(done, "language", {})
+    floor, kept = regret.moves_in(done, "language", {}, {})
     assert (floor.way, floor.lora, floor.full) == (regret.FLOOR, (0.0, 0.0), (0.0,))
     assert (len(kept.lora), len(kept.full)) == (2, 2)
 
@@ -728,8 +728,32 @@ def test_the_worst_move_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
         **bowl(64, -9.0, 3),
         **bowl(FULL, -9.0, 3, scheme="full"),
     }
-    _, kept = regret.moves_in({**done, **untrained()}, "language", {})
+    _, kept = regret.moves_in({**done, **untrained()}, "language", {}, {})
     assert (kept.worst, kept.worst_full) == ("64 → 4", "4 → full")
+
+
+def test_a_moved_rate_that_was_run_counts_by_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean loss of a moved rate's own runs replaces the loss between swept rates."""
+    from study import regret
+    from study.grids import FULL, Job
+
+    monkeypatch.setattr(
+        regret, "ways", lambda done, domain, config, laws: [("kept", config, regret.kept)]
+    )
+    done = {
+        **bowl(4, -6.0, 3),
+        **bowl(16, -7.0, 3),
+        **bowl(FULL, -9.0, 3, scheme="full"),
+        **untrained(),
+    }
+    scheme = next(iter(bowl(4, -6.0))).scheme
+    runs = {Job("language", scheme, 16, -6.0, seed): 0.75 for seed in (0, 1)}
+    by_run = regret.means_of(runs, {})
+    _, before = regret.moves_in(done, "language", {}, {})
+    _, after = regret.moves_in(done, "language", {}, by_run)
+    changed = [one != other for one, other in zip(before.lora, after.lora, strict=True)]
+    assert changed == [True, False]
+    assert before.full == after.full
 
 
 def test_the_readmes_figure_takes_any_study() -> None:
