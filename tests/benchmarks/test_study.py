@@ -747,7 +747,7 @@ def test_a_moved_rate_that_was_run_counts_by_its_run(monkeypatch: pytest.MonkeyP
         **untrained(),
     }
     scheme = next(iter(bowl(4, -6.0))).scheme
-    runs = {Job("language", scheme, 16, -6.0, seed): 0.75 for seed in (0, 1)}
+    runs = {Job("language", scheme, 16, -5.9, seed): 2.0 for seed in (0, 1)}
     by_run = regret.means_of(runs, {})
     _, before = regret.moves_in(done, "language", {}, {})
     _, after = regret.moves_in(done, "language", {}, by_run)
