@@ -223,6 +223,8 @@ class Worker:
                 warnings.filterwarnings("ignore", "A budget of", RankAwareWarning)
                 self.run(progress=False)
         except KeyboardInterrupt:  # the command's process says it
+            # It also stops this one, which may have had the cluster's signal already.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             sys.exit(1)
         except RankAwareError as error:
             echo(f"note: a worker stopped: {error}", err=True)
