@@ -289,6 +289,7 @@ def test_a_config_of_another_adapter_is_refused(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 64}))
     with pytest.raises(
-        ra.InspectionError, match=r"rank 4 by its shape .*adapter_config\.json declares 64"
+        ra.InspectionError,
+        match=r"adapter_config\.json, declares rank 64 but .* has shape \(4, 16\)",
     ):
         inspect_file(tmp_path)
