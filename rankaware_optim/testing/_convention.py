@@ -77,15 +77,13 @@ def check_convention(
 ) -> Conformance:
     """Check in float64 that inspection reads a layer correctly.
 
-    1. Every pair is found at the right rank, and by `convention` if one is given. 2. With all
-    entries of inputs, A and B equal to 1, B·A moves the output by scaling × rank × inner × fan_in
-    (fan-in 1
-       for an embedding), compared with B = 0. This checks rank, scaling and fan-in, if fan-in and
-       fan-out differ.
+    1. Every pair is found at the right rank, and by `convention` if one is given.
+    2. With all entries of inputs, A and B equal to 1, B·A moves the output by scaling × rank ×
+       inner × fan_in (fan-in 1 for an embedding), compared with B = 0. This checks rank, scaling
+       and fan-in, if fan-in and fan-out differ.
     3. Two alphas train equally if A₀, B₀, rates, eps and decays of the second are scaled by p, q
-    and their inverses,
-       with p·q = s/s′. This checks roles and scalings. Other parameters keep their rates. Biases of
-       A and B are held at 0.
+       and their inverses, with p·q = s/s′. This checks roles and scalings. Other parameters keep
+       their rates. Biases of A and B are held at 0.
 
     The global random state is restored.
 
