@@ -19,7 +19,7 @@ from recording import RESULTS, block, machine, number
 from study.configurations import CONFIGS, run_at
 from study.estimators import on_lines
 from study.grids import Cell, Job, Listed, Losses, or_inf
-from study.loss_curves import DIVERGED, regret_between
+from study.loss_curves import regret_between
 from study.optima import domains_in, seeds_in, tried_rates
 from study.regret import (
     DEFAULT,
@@ -33,7 +33,7 @@ from study.regret import (
     targets,
 )
 from study.runs_on_file import complete, made_by, read
-from study.suite import STORES, finished, provenance
+from study.suite import STORES, finished_in, provenance
 from study.training import WARMUP
 
 RESTS_ON = ("laws.adam", "recipes", "scores")
@@ -43,10 +43,7 @@ WAYS = (DEFAULT, RECIPE)
 
 def sweeps() -> Losses:
     """The runs of the study's complete grids."""
-    done = {
-        job: loss for store in sorted(STORES.glob("*.jsonl")) for job, loss in read(store).items()
-    }
-    return finished(done, "full")
+    return finished_in(sorted(STORES.glob("*.jsonl")), "full")
 
 
 def disputed(done: Losses) -> dict[tuple[Cell, float], tuple[Target, float, float]]:
@@ -117,8 +114,7 @@ def main(table: bool, workers: int) -> None:
     for (cell, x), (target, lines, spline) in rates.items():
         if (cell, x) not in means:
             continue
-        at_best, start = best_and_start(done, target.trained, target.best)
-        regret = min((means[cell, x] - at_best) / (start - at_best), DIVERGED)
+        regret = target.lost(done, means)
         figures = (number(100 * each, 1) for each in (lines, spline, regret))
         rows.append(
             [cell[0], cell[1], "full" if cell[2] == 0 else str(cell[2]), f"{x:.2f}", *figures]

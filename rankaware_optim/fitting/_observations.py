@@ -62,9 +62,9 @@ def height(curve: Curve) -> float:
     return float(max(curve[0], statistics.median(curve[:TAIL])))
 
 
-def recent(curve: Curve, count: int = TAIL) -> float:
-    """Return the mean of the last `count` values."""
-    last = curve[-count:]
+def recent(curve: Curve, count: int | None = None) -> float:
+    """Return the mean of the last `count` values, by default a tenth of them and at least 5."""
+    last = curve[-(count or max(TAIL, len(curve) // 10)) :]
     return float(sum(last) / len(last))
 
 
@@ -100,7 +100,7 @@ def impute(x: float, curve: Curve, best: Observation, beside: Curve) -> Observat
     """
     if len(curve) < max(1.0, EARLY * len(beside)):
         return None
-    gap = max(0.0, recent(curve) - recent(beside[: len(curve)]))
+    gap = max(0.0, recent(curve, TAIL) - recent(beside[: len(curve)], TAIL))
     return replace(best, x=x, value=best.value + gap, start=height(curve), tail=best.tail + gap)
 
 

@@ -17,6 +17,7 @@ from ..laws import (
     DEFAULT_LAW,
     DISTANCE_NOTE,
     FORMS,
+    SIGN_LIKE,
     Constant,
     Law,
     at_distance,
@@ -302,7 +303,7 @@ def _full_note(plan: Plan) -> str:
             " calibrate with full runs."
         )
     worth = "is good to an octave or two"
-    if plan.family not in ("sign-like", "unknown"):
+    if plan.family not in SIGN_LIKE:
         worth = f"was never tried with {plan.family} optimizers"
     return (
         f"From a LoRA rate alone the law's rate for full finetuning {worth}, and too high costs"

@@ -140,10 +140,11 @@ _WRITTEN: Mapping[str, Callable[[Any], Any]] = {
 def header(recipe: RecipeData) -> str:
     """Return three comment lines for the top of the file."""
     return (
-        f"# The learning-rate recipe {recipe.name!r} of rankaware_optim.\n# Read a rate: `rankaware"
-        " lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).\n# Rates are"
-        " per step. An octave is a factor 2. lr is the rate to use, fitted_lr the fitted"
-        " optimum.\n"
+        f"# The learning-rate recipe {recipe.name!r} of rankaware_optim.\n"
+        "# Read a rate: `rankaware lr FILE --rank 32`."
+        " Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).\n"
+        "# Rates are per step. An octave is a factor 2."
+        " lr is the rate to use, fitted_lr the fitted optimum.\n"
     )
 
 

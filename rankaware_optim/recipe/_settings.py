@@ -9,12 +9,8 @@ from typing import Any
 
 from .._checks import is_number, plain_lr
 
-SAME_UPDATES = {
-    "foreach",
-    "fused",
-    "capturable",
-    "differentiable",
-}  # settings that do not change the updates
+# Settings that do not change the updates.
+SAME_UPDATES = {"foreach", "fused", "capturable", "differentiable"}
 SAME = 1e-6  # relative tolerance of numbers, about float32's precision
 
 

@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from .._rate import Rate
 from ..fitting import (
-    TAIL,
     Observation,
     arms_of,
     curves_of,
@@ -291,7 +290,7 @@ def _observations(
             if carried:
                 yield carried, False
         elif math.isfinite(point.value):
-            tail, noise = recent(curve, max(TAIL, len(curve) // 10)), noise_of(curve)
+            tail, noise = recent(curve), noise_of(curve)
             start = height(curve)
             scored = Observation(rank, point.seed, x, point.value, start, tail, noise=noise)
             ended.append((scored, point))

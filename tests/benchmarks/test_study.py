@@ -640,16 +640,22 @@ def test_the_noise_floor_is_what_the_others_choice_loses_on_a_seed() -> None:
     assert noise_floor({run: loss for run, loss in done.items() if run.seed == 0}, cell) is None
 
 
-def test_the_noise_floor_stands_before_a_configurations_ways(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Table (c) begins a configuration with the floors of its ranks and of full finetuning."""
+@pytest.fixture
+def one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates are kept, and moved in no other way."""
     from study import regret
-    from study.grids import FULL
 
     monkeypatch.setattr(
         regret, "ways", lambda done, domain, config, laws: [("kept", config, regret.kept)]
     )
+
+
+@pytest.mark.usefixtures("one_way")
+def test_the_noise_floor_stands_before_a_configurations_ways() -> None:
+    """Table (c) begins a configuration with the floors of its ranks and of full finetuning."""
+    from study import regret
+    from study.grids import FULL
+
     done = {
         **bowl(4, -6.0, 3),
         **bowl(16, -7.0, 3),
@@ -714,14 +720,12 @@ def test_the_readmes_table_pools_domains_and_keeps_settings_apart() -> None:
     assert rows["| the default law"] == "| the default law | – | – | – | – | – |"
 
 
-def test_the_worst_move_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("one_way")
+def test_the_worst_move_has_its_name() -> None:
     """Table (c) names the two ranks between which a kept rate loses most, and the rank it loses most from in full."""
     from study import regret
     from study.grids import FULL
 
-    monkeypatch.setattr(
-        regret, "ways", lambda done, domain, config, laws: [("kept", config, regret.kept)]
-    )
     done = {
         **bowl(4, -6.0, 3),
         **bowl(16, -7.0, 3),
@@ -732,14 +736,12 @@ def test_the_worst_move_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (kept.worst, kept.worst_full) == ("64 → 4", "4 → full")
 
 
-def test_a_moved_rate_that_was_run_counts_by_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("one_way")
+def test_a_moved_rate_that_was_run_counts_by_its_run() -> None:
     """The mean loss of a moved rate's own runs replaces the loss between swept rates."""
     from study import regret
     from study.grids import FULL, Job
 
-    monkeypatch.setattr(
-        regret, "ways", lambda done, domain, config, laws: [("kept", config, regret.kept)]
-    )
     done = {
         **bowl(4, -6.0, 3),
         **bowl(16, -7.0, 3),
